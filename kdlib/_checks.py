@@ -1,0 +1,136 @@
+"""Shape and value checks: the only place in the core that words an error.
+
+Each check is one call at the head of a function; it returns nothing, or the value it has checked. A message names the
+function that the user called, the argument, what was expected and what came.
+"""
+
+from collections.abc import Iterable, Sequence
+from difflib import get_close_matches
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = [
+    "check_choice",
+    "check_floating",
+    "check_name",
+    "check_number",
+    "check_pair",
+    "check_rank",
+    "check_same_batch",
+    "check_weight",
+    "nearest",
+    "show_shape",
+]
+
+
+def show_shape(x: Tensor) -> str:
+    """Shape as users write it: `(4, 128)`."""
+    return str(tuple(x.shape))
+
+
+def check_floating(owner: str, **tensors: Tensor) -> None:
+    """Each named argument must be a floating-point tensor."""
+    for name, x in tensors.items():
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{owner}: {name} must be a torch.Tensor, got {type(x).__name__}")
+        if not x.is_floating_point():
+            raise TypeError(f"{owner}: {name} must be a floating-point tensor, got {x.dtype}")
+
+
+def check_rank(owner: str, name: str, x: Tensor, shape: str) -> None:
+    """`x` must have as many dimensions as `shape` has words, `"b c h w"` for one; a trailing `...` admits more."""
+    words = shape.split()
+    if words[-1] == "...":
+        good, words = x.dim() >= len(words) - 1, words
+    else:
+        good = x.dim() == len(words)
+    if not good:
+        raise ValueError(f"{owner}: {name} must be ({', '.join(words)}), got {show_shape(x)}")
+
+
+def check_pair(owner: str, student: Tensor, teacher: Tensor, shape: str = "b ...") -> None:
+    """Student and teacher must be floating point, of the rank `shape` says, and of one shape."""
+    check_floating(owner, student=student, teacher=teacher)
+    check_rank(owner, "student", student, shape)
+    if student.shape != teacher.shape:
+        layout = ", ".join(shape.split())
+        hint = "; project the student first" if student.shape[:1] == teacher.shape[:1] else ""
+        raise ValueError(
+            f"{owner}: teacher must be ({layout}) like student {show_shape(student)}, got {show_shape(teacher)}{hint}"
+        )
+
+
+def check_same_batch(owner: str, first: str, a: Tensor, second: str, b: Tensor) -> None:
+    """Two arguments must agree on their batch size."""
+    if a.dim() == 0 or b.dim() == 0 or a.shape[0] != b.shape[0]:
+        raise ValueError(f"{owner}: {second} must have the batch size of {first} {show_shape(a)}, got {show_shape(b)}")
+
+
+def check_weight(owner: str, weight: Tensor | None, batch: int) -> None:
+    """Per-sample weights must be `(b,)`."""
+    if weight is not None and tuple(weight.shape) != (batch,):
+        raise ValueError(f"{owner}: weight must be (b,) = ({batch},), got {show_shape(weight)}")
+
+
+def check_choice(owner: str, name: str, value: object, choices: Sequence[str]) -> None:
+    """`value` must be one of `choices`."""
+    if value not in choices:
+        allowed = ", ".join(repr(choice) for choice in choices)
+        raise ValueError(f"{owner}: {name} must be one of {allowed}, got {value!r}")
+
+
+def check_number(
+    owner: str,
+    name: str,
+    value: Any,
+    *,
+    above: float | None = None,
+    least: float | None = None,
+    most: float | None = None,
+    integer: bool = False,
+) -> None:
+    """`value` must be a finite number, strictly above `above`, from `least` to `most`, whole when `integer`."""
+    kind = "a whole number" if integer else "a finite number"
+    bounds = [
+        f"> {above}" if above is not None else "",
+        f">= {least}" if least is not None else "",
+        f"<= {most}" if most is not None else "",
+    ]
+    wanted = " and ".join([kind, *[bound for bound in bounds if bound]])
+    good = isinstance(value, int) if integer else isinstance(value, (int, float))
+    good = good and not isinstance(value, bool) and value == value and abs(value) != float("inf")
+    if not good:
+        raise TypeError(f"{owner}: {name} must be {wanted}, got {value!r}")
+    if (
+        (above is not None and not value > above)
+        or (least is not None and value < least)
+        or (most is not None and value > most)
+    ):
+        raise ValueError(f"{owner}: {name} must be {wanted}, got {value!r}")
+
+
+def nearest(name: str, known: Iterable[str], count: int = 3) -> str:
+    """`"; the nearest are 'a', 'b'"` for a name that is not among `known`, or what there is if nothing is near."""
+    known = [entry for entry in known if entry]
+    close = get_close_matches(name, known, n=count, cutoff=0.5)
+    if close:
+        return "; the nearest are " + ", ".join(repr(entry) for entry in close)
+    listed = ", ".join(repr(entry) for entry in known[:12])
+    return f"; there are {listed}{', ...' if len(known) > 12 else ''}" if known else "; there are none"
+
+
+def check_name(owner: str, what: str, name: str, known: Iterable[str]) -> None:
+    """`name` must be among `known`; otherwise the error lists the nearest."""
+    known = list(known)
+    if name not in known:
+        raise ValueError(f"{owner}: no {what} named {name!r}{nearest(name, known)}")
+
+
+def check_finite(owner: str, **tensors: Tensor) -> None:
+    """Each named tensor must be free of NaN and infinity."""
+    for name, x in tensors.items():
+        if not torch.isfinite(x).all():
+            bad = int((~torch.isfinite(x)).sum())
+            raise ValueError(f"{owner}: {name} must be finite, got {bad} NaN or infinite values of {x.numel()}")
