@@ -14,6 +14,7 @@ from torch import Tensor
 __all__ = [
     "check_choice",
     "check_floating",
+    "check_map",
     "check_name",
     "check_number",
     "check_pair",
@@ -50,6 +51,13 @@ def check_rank(owner: str, name: str, x: Tensor, shape: str) -> None:
         raise ValueError(f"{owner}: {name} must be ({', '.join(words)}), got {show_shape(x)}")
 
 
+def check_map(owner: str, **tensors: Tensor) -> None:
+    """Each named argument must be a feature map `(b, c, h, w)` or an attention map `(b, h, w)`."""
+    for name, x in tensors.items():
+        if x.dim() not in (3, 4):
+            raise ValueError(f"{owner}: {name} must be (b, c, h, w) or (b, h, w), got {show_shape(x)}")
+
+
 def check_pair(owner: str, student: Tensor, teacher: Tensor, shape: str = "b ...") -> None:
     """Student and teacher must be floating point, of the rank `shape` says, and of one shape."""
     check_floating(owner, student=student, teacher=teacher)
@@ -69,7 +77,9 @@ def check_same_batch(owner: str, first: str, a: Tensor, second: str, b: Tensor) 
 
 
 def check_weight(owner: str, weight: Tensor | None, batch: int) -> None:
-    """Per-sample weights must be `(b,)`."""
+    """Per-sample weights must be a tensor `(b,)`."""
+    if weight is not None and not isinstance(weight, Tensor):
+        raise TypeError(f"{owner}: weight must be a torch.Tensor, got {type(weight).__name__}")
     if weight is not None and tuple(weight.shape) != (batch,):
         raise ValueError(f"{owner}: weight must be (b,) = ({batch},), got {show_shape(weight)}")
 

@@ -1,0 +1,152 @@
+"""Losses: attention transfer, the student looks where the teacher looks. Touches two tensors only.
+
+Zagoruyko and Komodakis, 2017: match the spatial maps of channel energy, each of unit norm.
+"""
+
+from typing import ClassVar, Literal
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from kdlib._checks import check_choice, check_floating, check_map, check_number, check_rank, check_same_batch
+from kdlib.losses._maths import REDUCTIONS, full_precision, promote, reduce, rescale, unit_rows
+
+__all__ = ["AttentionTransferLoss", "attention_map", "attention_transfer"]
+
+
+def attention_map(features: Tensor, p: float = 2) -> Tensor:
+    r"""Where a feature map carries energy: :math:`A = \frac{1}{c} \sum_c |F_c|^p` at every place.
+
+    Args:
+        features: `(b, c, h, w)`.
+        p: exponent, at least 1; a larger one looks more at the strongest channel.
+
+    Returns:
+        `(b, h, w)`, at least 0, not normalised. Float32, or float64 if given float64.
+
+    Raises:
+        ValueError: `features` is not `(b, c, h, w)`, or `p` is below 1.
+        TypeError: not a floating-point tensor.
+
+    Examples:
+        >>> import torch
+        >>> attention_map(torch.tensor([[[[1.0, -2.0]], [[3.0, 0.0]]]]))
+        tensor([[[5., 2.]]])
+
+    References:
+        Zagoruyko, Komodakis, *Paying More Attention to Attention*, arXiv 1612.03928, section 3.1.
+    """
+    check_number("attention_map", "p", p, least=1)
+    check_floating("attention_map", features=features)
+    check_rank("attention_map", "features", features, "b c h w")
+    with full_precision(features):
+        features = promote(features, features)[0]
+        # The even powers need no absolute value, and squares are what nearly everyone asks for.
+        energy = features.square() if p == 2 else features.abs().pow(p)
+        return energy.mean(1)
+
+
+def attention_transfer(
+    student: Tensor,
+    teacher: Tensor,
+    *,
+    p: float = 2,
+    reduction: Literal["mean", "none"] = "mean",
+    weight: Tensor | None = None,
+) -> Tensor:
+    r"""Squared distance of the student's and the teacher's attention maps, each flattened and of unit norm.
+
+    .. math:: \left\| \frac{\mathrm{vec} A_s}{\|A_s\|} - \frac{\mathrm{vec} A_t}{\|A_t\|} \right\|^2
+
+    with :math:`A` the `attention_map` of one sample; between 0 and 2. The numbers of channels may differ. Where the
+    grids differ, both maps are average-pooled to the smaller height and the smaller width. A map of zeros (every
+    unit dead) counts as a zero vector and gets no gradient. The loss does not depend on the scale of either feature.
+
+    Args:
+        student: features `(b, c, h, w)`, or a ready attention map `(b, h, w)` with values of at least 0.
+        teacher: likewise, of any number of channels and any grid; never receives a gradient.
+        p: exponent of the attention maps, at least 1; ready maps are taken as they are.
+        reduction: `"mean"` over the batch, or `"none"`.
+        weight: `(b,)`, at least 0, weight of each sample; 0 masks it.
+
+    Returns:
+        A scalar for `"mean"`: `sum(weight * loss) / sum(weight)`, and 0 if all weights are 0. `(b,)` for `"none"`,
+        times `weight` if given. Float32, or float64 if given float64.
+
+    Raises:
+        ValueError: not `(b, c, h, w)` or `(b, h, w)`, batch sizes differ, `p` below 1, or an unknown `reduction`.
+        TypeError: not floating-point tensors.
+
+    Examples:
+        >>> import torch
+        >>> student = torch.tensor([[[[1.0, 0.0], [0.0, 0.0]]]])
+        >>> teacher = torch.tensor([[[[0.0, 0.0], [0.0, 5.0]]]])
+        >>> attention_transfer(student, teacher).item()
+        2.0
+        >>> attention_transfer(torch.rand(4, 8, 14, 14), torch.rand(4, 64, 7, 7), reduction="none").shape
+        torch.Size([4])
+
+    References:
+        Zagoruyko, Komodakis, *Paying More Attention to Attention*, arXiv 1612.03928. Public code takes the mean over
+        the `h * w` places where we take the sum, so our value is theirs times `h * w` and does not shrink with the
+        grid; and it pools signed features, which may cancel, where we pool the maps.
+    """
+    check_number("attention_transfer", "p", p, least=1)
+    check_floating("attention_transfer", student=student, teacher=teacher)
+    check_map("attention_transfer", student=student, teacher=teacher)
+    check_same_batch("attention_transfer", "student", student, "teacher", teacher)
+    origin = student.dtype
+    with full_precision(student):
+        student, teacher = promote(student, teacher)
+        student, teacher = rescale(student, origin), rescale(teacher, origin)
+        a_s = attention_map(student, p) if student.dim() == 4 else student
+        a_t = attention_map(teacher, p) if teacher.dim() == 4 else teacher
+        grid = (min(a_s.shape[1], a_t.shape[1]), min(a_s.shape[2], a_t.shape[2]))
+        a_s, a_t = F.adaptive_avg_pool2d(a_s, grid), F.adaptive_avg_pool2d(a_t, grid)
+        difference = unit_rows(a_s.flatten(1), a_s.dtype) - unit_rows(a_t.flatten(1), a_t.dtype)
+        return reduce("attention_transfer", difference.square().sum(1), reduction, weight)
+
+
+class AttentionTransferLoss(nn.Module):
+    """`attention_transfer` as a Module; the formula and the arguments are there.
+
+    Args:
+        p: exponent of the attention maps, at least 1.
+        reduction: `"mean"` or `"none"`; `forward` may override it.
+
+    Raises:
+        ValueError: `p` below 1, or an unknown `reduction`.
+
+    Examples:
+        >>> import torch
+        >>> loss = AttentionTransferLoss()
+        >>> loss
+        AttentionTransferLoss(p=2, reduction='mean')
+        >>> features = torch.rand(2, 3, 4, 4)
+        >>> loss(features, 10 * features).item() < 1e-12
+        True
+    """
+
+    per_sample: ClassVar[bool] = True
+
+    def __init__(self, *, p: float = 2, reduction: Literal["mean", "none"] = "mean") -> None:
+        super().__init__()
+        check_number("AttentionTransferLoss", "p", p, least=1)
+        check_choice("AttentionTransferLoss", "reduction", reduction, REDUCTIONS)
+        self.p = p
+        self.reduction = reduction
+
+    def forward(
+        self,
+        student: Tensor,
+        teacher: Tensor,
+        *,
+        weight: Tensor | None = None,
+        reduction: Literal["mean", "none"] | None = None,
+    ) -> Tensor:
+        """The loss of `student` `(b, c, h, w)` against `teacher`; `reduction=None` means the constructor's."""
+        return attention_transfer(student, teacher, p=self.p, reduction=reduction or self.reduction, weight=weight)
+
+    def extra_repr(self) -> str:
+        """Arguments of the call that rebuilds the loss."""
+        return f"p={self.p!r}, reduction={self.reduction!r}"
