@@ -1,0 +1,216 @@
+"""Backbones room: MBF, insightface's wider MobileFaceNet. Imports torch and the argument checks only.
+
+The modules carry insightface's names, so that its published `mbf` checkpoints load unchanged.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from kdlib._checks import check_number
+from kdlib_faces.backbones._arguments import (
+    InputSize,
+    check_blocks,
+    check_images,
+    final_grid,
+    height_width,
+    show_size,
+)
+
+__all__ = ["MBF", "mbf"]
+
+
+class _ConvBlock(nn.Module):
+    """Convolution, BatchNorm, PReLU."""
+
+    def __init__(self, c_in: int, c_out: int, kernel: int = 1, stride: int = 1, groups: int = 1) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(
+            nn.Conv2d(c_in, c_out, kernel, stride, kernel // 2, groups=groups, bias=False),
+            nn.BatchNorm2d(c_out),
+            nn.PReLU(c_out),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.layers(x)
+        return out
+
+
+class _LinearBlock(nn.Module):
+    """Convolution and BatchNorm, no activation."""
+
+    def __init__(self, c_in: int, c_out: int, kernel: tuple[int, int] = (1, 1), groups: int = 1) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.Conv2d(c_in, c_out, kernel, groups=groups, bias=False), nn.BatchNorm2d(c_out))
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.layers(x)
+        return out
+
+
+class _DepthWise(nn.Module):
+    """1x1 to `c_mid`, depthwise 3x3, linear 1x1; add the input if `residual`."""
+
+    def __init__(self, c_in: int, c_out: int, c_mid: int, stride: int = 2, residual: bool = False) -> None:
+        super().__init__()
+        self.residual = residual
+        self.layers = nn.Sequential(
+            _ConvBlock(c_in, c_mid),
+            _ConvBlock(c_mid, c_mid, kernel=3, stride=stride, groups=c_mid),
+            _LinearBlock(c_mid, c_out),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.layers(x)
+        return x + out if self.residual else out
+
+
+class _Residual(nn.Module):
+    """A run of residual depthwise blocks of stride 1."""
+
+    def __init__(self, channels: int, blocks: int, c_mid: int) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(*[_DepthWise(channels, channels, c_mid, 1, True) for _ in range(blocks)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.layers(x)
+        return out
+
+
+class _GDC(nn.Module):
+    """Global depthwise convolution, linear layer, BatchNorm."""
+
+    def __init__(self, grid: tuple[int, int], embedding_dim: int) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(
+            _LinearBlock(512, 512, grid, groups=512),
+            nn.Flatten(1),
+            nn.Linear(512, embedding_dim, bias=False),
+            nn.BatchNorm1d(embedding_dim),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.layers(x)
+        return out
+
+
+class MBF(nn.Module):
+    """insightface's MobileFaceNet: (b, 3, h, w) images to (b, d) embeddings, not normalised.
+
+    `scale` multiplies the channels between blocks and leaves the widths inside them at 128, 256 and 512. Its second
+    convolution keeps 64 groups whatever the scale: depthwise only at scale 1, where the network is `MobileFaceNet`
+    layer for layer. Scale 2 with blocks (1, 4, 6, 2) is `mbf`: 2,059,520 parameters, 437.5 M multiply-adds; scale 4
+    with blocks (2, 8, 12, 4) is `mbf_large`: 6,314,880 and 1816 M.
+
+    Args:
+        embedding_dim: dimensions d of the embedding.
+        scale: whole factor on the channels between blocks.
+        blocks: residual blocks in each of the four stages; a first count of 1 stands for the grouped convolution.
+        input_size: side of the square images, or (height, width), in pixels.
+
+    Attributes:
+        stages: module paths at the end of each halving, from fine to coarse, for use as taps.
+        arguments: the arguments that rebuild this network.
+
+    Raises:
+        ValueError: an argument outside its range, or images of another size than `input_size`.
+        TypeError: an argument of a wrong type.
+
+    Examples:
+        >>> import torch
+        >>> MBF(64, scale=1, blocks=(1, 1, 1, 1), input_size=32).eval()(torch.zeros(2, 3, 32, 32)).shape
+        torch.Size([2, 64])
+
+    References:
+        insightface, recognition/arcface_torch/backbones/mobilefacenet.py. Its `view(x.size(0), -1)`, which a tracer
+        freezes at the batch size of the example, is `flatten(1)` here.
+    """
+
+    stages: tuple[str, ...] = ("layers.1", "layers.3", "layers.5", "layers.7")
+
+    def __init__(
+        self,
+        embedding_dim: int = 512,
+        *,
+        scale: int = 2,
+        blocks: Sequence[int] = (1, 4, 6, 2),
+        input_size: InputSize = 112,
+    ) -> None:
+        super().__init__()
+        check_number("MBF", "embedding_dim", embedding_dim, least=1, integer=True)
+        check_number("MBF", "scale", scale, least=1, integer=True)
+        self._size = height_width("MBF", input_size)
+        self.embedding_dim = embedding_dim
+        self.scale = scale
+        self.blocks = check_blocks("MBF", "blocks", blocks)
+        self.input_size: InputSize = show_size(self._size)
+
+        c, (first, second, third, fourth) = 64 * scale, self.blocks
+        self.layers = nn.ModuleList(
+            [
+                _ConvBlock(3, c, kernel=3, stride=2),
+                _ConvBlock(c, c, kernel=3, groups=64) if first == 1 else _Residual(c, first, 128),
+                _DepthWise(c, c, 128),
+                _Residual(c, second, 128),
+                _DepthWise(c, 2 * c, 256),
+                _Residual(2 * c, third, 256),
+                _DepthWise(2 * c, 2 * c, 512),
+                _Residual(2 * c, fourth, 256),
+            ]
+        )
+        self.conv_sep = _ConvBlock(2 * c, 512)
+        self.features = _GDC(final_grid(self._size), embedding_dim)
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d | nn.Linear):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+
+    @property
+    def name(self) -> str:
+        """Name in the registry."""
+        return "mbf"
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        return {
+            "embedding_dim": self.embedding_dim,
+            "scale": self.scale,
+            "blocks": self.blocks,
+            "input_size": self.input_size,
+        }
+
+    def forward(self, images: Tensor) -> Tensor:
+        check_images("MBF", images, self._size)
+        x = images
+        for layer in self.layers:
+            x = layer(x)
+        out: Tensor = self.features(self.conv_sep(x))
+        return out
+
+    def __repr__(self) -> str:
+        return f"MBF({', '.join(f'{key}={value!r}' for key, value in self.arguments.items())})"
+
+
+def mbf(
+    embedding_dim: int = 512,
+    *,
+    scale: int = 2,
+    blocks: Sequence[int] = (1, 4, 6, 2),
+    input_size: InputSize = 112,
+) -> MBF:
+    """insightface's `mbf`: `MBF` of scale 2, 2,059,520 parameters at 112 pixels and 512 dimensions.
+
+    Args:
+        embedding_dim: dimensions d of the embedding.
+        scale: as in `MBF`.
+        blocks: as in `MBF`.
+        input_size: side of the square images, or (height, width), in pixels.
+
+    Returns:
+        The network, (b, 3, h, w) to (b, d).
+
+    Examples:
+        >>> mbf(128)
+        MBF(embedding_dim=128, scale=2, blocks=(1, 4, 6, 2), input_size=112)
+    """
+    return MBF(embedding_dim, scale=scale, blocks=blocks, input_size=input_size)

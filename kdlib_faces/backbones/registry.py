@@ -1,0 +1,66 @@
+"""Backbones room: names to constructors, for recipes and files that know a network by its name."""
+
+import inspect
+from collections.abc import Callable
+from typing import Any, TypeAlias
+
+import torch
+
+from kdlib._checks import check_name, check_number
+from kdlib_faces._checks import InputError
+from kdlib_faces.backbones.iresnet import IResNet, iresnet18, iresnet34, iresnet50, iresnet100, iresnet200
+from kdlib_faces.backbones.mbf import MBF, mbf
+from kdlib_faces.backbones.mobilefacenet import MobileFaceNet
+
+__all__ = ["BACKBONES", "Backbone", "build_backbone"]
+
+Backbone: TypeAlias = MobileFaceNet | MBF | IResNet
+"""One of our own networks: has `embedding_dim`, `input_size`, `stages`, `name` and `arguments`."""
+
+BACKBONES: dict[str, Callable[..., Backbone]] = {
+    "mobilefacenet": MobileFaceNet,
+    "mbf": mbf,
+    "iresnet18": iresnet18,
+    "iresnet34": iresnet34,
+    "iresnet50": iresnet50,
+    "iresnet100": iresnet100,
+    "iresnet200": iresnet200,
+    "iresnet": IResNet,
+}
+"""Every name that a recipe or a saved file may use. `iresnet` takes its depth as `layers`."""
+
+
+def build_backbone(name: str, *, seed: int | None = None, **arguments: Any) -> Backbone:
+    """Build a backbone by its name.
+
+    Args:
+        name: a key of `BACKBONES`.
+        seed: draw the initial weights from this seed and leave torch's global generator as it was; None draws them
+            from the global generator, as every torch module does.
+        arguments: those of the constructor.
+
+    Returns:
+        The network, (b, 3, h, w) to (b, d).
+
+    Raises:
+        InputError: an unknown name or argument, or a value that the constructor refuses.
+
+    Examples:
+        >>> build_backbone("mobilefacenet", embedding_dim=64, width=0.25, input_size=32)
+        MobileFaceNet(embedding_dim=64, width=0.25, input_size=32)
+        >>> build_backbone("iresnet18", seed=0, width=0.125, input_size=32).layers
+        (2, 2, 2, 2)
+    """
+    try:
+        check_name("build_backbone", "backbone", name, BACKBONES)
+        construct = BACKBONES[name]
+        for argument in arguments:
+            check_name("build_backbone", f"argument of {name}", argument, inspect.signature(construct).parameters)
+        if seed is None:
+            return construct(**arguments)
+        check_number("build_backbone", "seed", seed, least=0, integer=True)
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(seed)
+            return construct(**arguments)
+    except (TypeError, ValueError) as error:
+        raise InputError(str(error)) from error
