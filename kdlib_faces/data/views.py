@@ -1,0 +1,171 @@
+"""Data room: random views of a batch of images, vectorised. Touches torch tensors only; randomness by a Generator."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Generator, Tensor
+from torch.nn import functional as F
+
+from kdlib._checks import check_number
+
+__all__ = ["AugmentConfig", "augment", "erase", "grayscale", "low_resolution", "mirror", "photometric", "warp"]
+
+
+@dataclass(frozen=True)
+class AugmentConfig:
+    """What is done to training images, and how strongly; 0 switches a part off.
+
+    Attributes:
+        mirror: probability of a left-right mirror image; which images were mirrored is told to the caller.
+        brightness: largest shift of the mean, as a part of the full range.
+        contrast: largest relative change of contrast.
+        gamma: largest change of log2 of the gamma exponent.
+        shift: largest shift, as a part of the side.
+        scale: largest relative change of size.
+        rotate: largest rotation, degrees.
+        erase: probability of a gray rectangle.
+        erase_area: largest area of that rectangle, as a part of the image.
+        low_resolution: probability of being shrunk and enlarged again.
+        low_resolution_factor: smallest factor of that shrinking.
+        grayscale: probability of losing colour.
+    """
+
+    mirror: float = 0.5
+    brightness: float = 0.15
+    contrast: float = 0.2
+    gamma: float = 0.3
+    shift: float = 0.04
+    scale: float = 0.06
+    rotate: float = 5.0
+    erase: float = 0.0
+    erase_area: float = 0.15
+    low_resolution: float = 0.1
+    low_resolution_factor: float = 0.4
+    grayscale: float = 0.1
+
+    def __post_init__(self) -> None:
+        limits = {"gamma": 4.0, "rotate": 180.0}
+        for name in self.__dataclass_fields__:
+            check_number("AugmentConfig", name, getattr(self, name), least=0.0, most=limits.get(name, 1.0))
+        for name in ("scale", "contrast"):
+            check_number("AugmentConfig", name, getattr(self, name), most=0.9)
+        check_number("AugmentConfig", "low_resolution_factor", self.low_resolution_factor, above=0.0)
+
+    @classmethod
+    def none(cls) -> "AugmentConfig":
+        """Everything off: the plain images."""
+        off = ("mirror", "brightness", "contrast", "gamma", "shift", "scale", "rotate", "erase", "low_resolution")
+        return cls(**dict.fromkeys((*off, "grayscale"), 0.0))
+
+
+def augment(images: Tensor, config: AugmentConfig, generator: Generator) -> tuple[Tensor, Tensor]:
+    """Random views of a batch.
+
+    Args:
+        images: `(b, 3, s, s)` uint8.
+        config: what to do.
+        generator: the only source of randomness; equal states give equal views.
+
+    Returns:
+        `(b, 3, s, s)` float32 in `[-1, 1]`, and the view: `(b,)` int64, 1 where the image was mirrored.
+
+    Examples:
+        >>> pixels = torch.arange(48, dtype=torch.uint8).reshape(1, 3, 4, 4)
+        >>> views, view = augment(pixels, AugmentConfig.none(), torch.Generator().manual_seed(0))
+        >>> views.shape, view.tolist()
+        (torch.Size([1, 3, 4, 4]), [0])
+    """
+    images, view = mirror(images, config.mirror, generator)
+    x = images.to(torch.float32).div_(255.0)
+    if config.brightness or config.contrast or config.gamma:
+        x = photometric(x, config.brightness, config.contrast, config.gamma, generator)
+    if config.shift or config.scale or config.rotate:
+        x = warp(x, config.shift, config.scale, config.rotate, generator)
+    if config.low_resolution:
+        x = low_resolution(x, config.low_resolution, config.low_resolution_factor, generator)
+    if config.grayscale:
+        x = grayscale(x, config.grayscale, generator)
+    if config.erase:
+        x = erase(x, config.erase, config.erase_area, generator)
+    return x.mul_(2.0).sub_(1.0).clamp_(-1.0, 1.0), view
+
+
+def _uniform(count: int, low: float, high: float, generator: Generator) -> Tensor:
+    return torch.rand(count, generator=generator) * (high - low) + low
+
+
+def mirror(images: Tensor, probability: float, generator: Generator) -> tuple[Tensor, Tensor]:
+    """Mirror each image with `probability`; returns the images and `(b,)` int64, 1 where mirrored."""
+    chosen = torch.rand(len(images), generator=generator) < probability
+    if chosen.any():
+        images = torch.where(chosen[:, None, None, None], images.flip(-1), images)
+    return images, chosen.to(torch.int64)
+
+
+def photometric(x: Tensor, brightness: float, contrast: float, gamma: float, generator: Generator) -> Tensor:
+    """`c * (x^g - m) + m + d` per image, clipped to `[0, 1]`; m is the mean of x^g.
+
+    Args:
+        x: `(b, 3, s, s)` in `[0, 1]`; may be changed in place.
+        brightness: `d` is drawn from `[-brightness, brightness]`.
+        contrast: `c` from `[1 - contrast, 1 + contrast]`.
+        gamma: `log2 g` from `[-gamma, gamma]`.
+        generator: source of randomness.
+    """
+    b = len(x)
+    if gamma:
+        x = x.pow_(torch.exp2(_uniform(b, -gamma, gamma, generator))[:, None, None, None])
+    factor = _uniform(b, 1 - contrast, 1 + contrast, generator)
+    shift = _uniform(b, -brightness, brightness, generator)
+    offset = x.mean(dim=(1, 2, 3)) * (1 - factor) + shift
+    return x.mul_(factor[:, None, None, None]).add_(offset[:, None, None, None]).clamp_(0.0, 1.0)
+
+
+def warp(x: Tensor, shift: float, scale: float, rotate: float, generator: Generator) -> Tensor:
+    """Shift (part of the side), scale and rotate (degrees) each image, bilinear, edges repeated."""
+    b = len(x)
+    angle = _uniform(b, -rotate, rotate, generator) * (math.pi / 180)
+    size = _uniform(b, 1 - scale, 1 + scale, generator)
+    move = _uniform(2 * b, -2 * shift, 2 * shift, generator).view(b, 2, 1)
+    cos, sin = torch.cos(angle) / size, torch.sin(angle) / size
+    matrix = torch.cat([torch.stack([cos, -sin, sin, cos], dim=1).view(b, 2, 2), move], dim=2)
+    grid = F.affine_grid(matrix, list(x.shape), align_corners=False)
+    return F.grid_sample(x, grid, mode="bilinear", padding_mode="border", align_corners=False)
+
+
+def low_resolution(x: Tensor, probability: float, factor: float, generator: Generator) -> Tensor:
+    """Shrink the chosen images and enlarge them again; one factor from `[factor, 1]` a batch."""
+    chosen = torch.rand(len(x), generator=generator) < probability
+    drawn = float(_uniform(1, factor, 1.0, generator))
+    if not chosen.any():
+        return x
+    side = (max(round(x.shape[2] * drawn), 1), max(round(x.shape[3] * drawn), 1))
+    small = F.interpolate(x[chosen], size=side, mode="bilinear", antialias=True)
+    x[chosen] = F.interpolate(small, size=x.shape[2:], mode="bilinear", align_corners=False)
+    return x
+
+
+def grayscale(x: Tensor, probability: float, generator: Generator) -> Tensor:
+    """Replace the channels of the chosen images by their luma (ITU-R 601)."""
+    chosen = torch.rand(len(x), generator=generator) < probability
+    if chosen.any():
+        luma = torch.einsum("bchw,c->bhw", x[chosen], x.new_tensor([0.299, 0.587, 0.114]))
+        x[chosen] = luma[:, None].expand(-1, x.shape[1], -1, -1)
+    return x
+
+
+def erase(x: Tensor, probability: float, area: float, generator: Generator) -> Tensor:
+    """Put a gray rectangle on the chosen images: area up to `area`, aspect from 1:2 to 2:1."""
+    b, _, height, width = x.shape
+    chosen = torch.rand(b, generator=generator) < probability
+    part = _uniform(b, 0.02 if area > 0.02 else 0.0, area, generator)
+    stretch = torch.exp2(_uniform(b, -0.5, 0.5, generator))
+    tall, wide = (part.sqrt() * stretch).clamp(max=1.0), (part.sqrt() / stretch).clamp(max=1.0)
+    top = torch.rand(b, generator=generator) * (1 - tall)
+    left = torch.rand(b, generator=generator) * (1 - wide)
+    rows, columns = (torch.arange(height) + 0.5) / height, (torch.arange(width) + 0.5) / width
+    in_rows = (rows >= top[:, None]) & (rows < (top + tall)[:, None])
+    in_columns = (columns >= left[:, None]) & (columns < (left + wide)[:, None])
+    hidden = in_rows[:, None, :, None] & in_columns[:, None, None, :] & chosen[:, None, None, None]
+    return x.masked_fill_(hidden, 0.5)
