@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from kdlib._checks import check_choice, check_pair
-from kdlib.losses._maths import REDUCTIONS, full_precision, promote, reduce, unit_rows
+from kdlib.losses._maths import REDUCTIONS, full_precision, hold_short, promote, reduce, unit_rows
 
 __all__ = ["AngularDistillLoss", "angular_distill"]
 
@@ -73,21 +73,21 @@ def angular_distill(
     origin = student.dtype
     with full_precision(student):
         student, teacher = promote(student, teacher)
-        s = unit_rows(student.flatten(1), origin)
-        t = unit_rows(teacher.flatten(1), origin)
+        s, size = unit_rows(student.flatten(1))
+        t, teacher_size = unit_rows(teacher.flatten(1))
         # A row without a direction stands at a right angle to every other.
-        directed = s.detach().any(1) & t.any(1)
+        directed = (size > 0) & (teacher_size > 0)
         if form == "angle":
             # acos has an infinite slope at 0 and at pi; the ratio of the two diagonals is exact at both.
             difference = torch.where(directed, torch.linalg.vector_norm(s - t, dim=1), 1.0)
             total = torch.where(directed, torch.linalg.vector_norm(s + t, dim=1), 1.0)
-            return reduce("angular_distill", 2 * torch.atan2(difference, total), reduction, weight)
-        chord = (s - t).square().sum(1)
-        if form == "chord":
-            return reduce("angular_distill", chord, reduction, weight)
-        # |s - t|^2 / 2 is 1 - cos without its cancellation: never negative, and exactly 0 for equal rows.
-        gap = torch.where(directed, chord / 2, 1.0)
-        return reduce("angular_distill", gap.square() if form == "squared" else gap, reduction, weight)
+            losses = 2 * torch.atan2(difference, total)
+        else:
+            # |s - t|^2 / 2 is 1 - cos without its cancellation: never negative, and exactly 0 for equal rows.
+            chord = (s - t).square().sum(1)
+            gap = torch.where(directed, chord / 2, 1.0)
+            losses = {"chord": chord, "cosine": gap, "squared": gap.square()}[form]
+        return reduce("angular_distill", hold_short(losses, size, origin), reduction, weight)
 
 
 class AngularDistillLoss(nn.Module):

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from kdlib._checks import check_choice, check_floating, check_map, check_number, check_rank, check_same_batch
-from kdlib.losses._maths import REDUCTIONS, full_precision, promote, reduce, rescale, unit_rows
+from kdlib.losses._maths import REDUCTIONS, full_precision, hold_short, promote, reduce, rescale, unit_rows
 
 __all__ = ["AttentionTransferLoss", "attention_map", "attention_transfer"]
 
@@ -98,13 +98,15 @@ def attention_transfer(
     origin = student.dtype
     with full_precision(student):
         student, teacher = promote(student, teacher)
-        student, teacher = rescale(student, origin), rescale(teacher, origin)
+        (student, size), (teacher, _) = rescale(student), rescale(teacher)
         a_s = attention_map(student, p) if student.dim() == 4 else student
         a_t = attention_map(teacher, p) if teacher.dim() == 4 else teacher
         grid = (min(a_s.shape[1], a_t.shape[1]), min(a_s.shape[2], a_t.shape[2]))
-        a_s, a_t = F.adaptive_avg_pool2d(a_s, grid), F.adaptive_avg_pool2d(a_t, grid)
-        difference = unit_rows(a_s.flatten(1), a_s.dtype) - unit_rows(a_t.flatten(1), a_t.dtype)
-        return reduce("attention_transfer", difference.square().sum(1), reduction, weight)
+        a_s = F.adaptive_avg_pool2d(a_s.unsqueeze(1), grid)
+        a_t = F.adaptive_avg_pool2d(a_t.unsqueeze(1), grid)
+        (q_s, _), (q_t, _) = unit_rows(a_s.flatten(1)), unit_rows(a_t.flatten(1))
+        losses = (q_s - q_t).square().sum(1)
+        return reduce("attention_transfer", hold_short(losses, size, origin), reduction, weight)
 
 
 class AttentionTransferLoss(nn.Module):
