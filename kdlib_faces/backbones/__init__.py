@@ -13,6 +13,7 @@ from kdlib_faces.backbones.complexity import (
     latency_ms,
 )
 from kdlib_faces.backbones.iresnet import IResNet, iresnet18, iresnet34, iresnet50, iresnet100, iresnet200
+from kdlib_faces.backbones.load import load_backbone, save_backbone
 from kdlib_faces.backbones.mbf import MBF, mbf
 from kdlib_faces.backbones.mobilefacenet import MobileFaceNet
 from kdlib_faces.backbones.registry import BACKBONES, Backbone, build_backbone
@@ -34,5 +35,7 @@ __all__ = [
     "iresnet34",
     "iresnet50",
     "latency_ms",
+    "load_backbone",
     "mbf",
+    "save_backbone",
 ]
