@@ -1,1 +1,21 @@
-"""Placeholder."""
+"""Training room: one readable loop, checkpoints that survive a kill, a log. Touches what `TrainConfig` names."""
+
+from kdlib.training.checkpoint import load_checkpoint
+from kdlib.training.config import OptimizerFactory, Schedule, TrainConfig
+from kdlib.training.events import CheckpointError, Hook, TrainEvent, TrainingDiverged, TrainResult
+from kdlib.training.log import read_log
+from kdlib.training.loop import train
+
+__all__ = [
+    "CheckpointError",
+    "Hook",
+    "OptimizerFactory",
+    "Schedule",
+    "TrainConfig",
+    "TrainEvent",
+    "TrainResult",
+    "TrainingDiverged",
+    "load_checkpoint",
+    "read_log",
+    "train",
+]

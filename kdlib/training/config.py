@@ -1,0 +1,146 @@
+"""Training room: the one dataclass that says how a run goes. Touches no tensor and no file."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from os import PathLike
+from typing import Any
+
+import torch
+
+from kdlib._checks import check_choice, check_number
+
+__all__ = ["OptimizerFactory", "Schedule", "TrainConfig"]
+
+OptimizerFactory = Callable[[list[dict[str, Any]]], torch.optim.Optimizer]
+"""Parameter groups (each with `params`, `lr`, `weight_decay`) to an optimizer."""
+
+Schedule = Callable[[int, int], float]
+"""`(step, total_steps)` to the factor on the learning rate."""
+
+# Where and how often to write says nothing about the weights that come out, so a run may be resumed with other values.
+_FREE = (
+    "device",
+    "checkpoint_dir",
+    "checkpoint_every_steps",
+    "checkpoint_every_seconds",
+    "keep",
+    "log_path",
+    "log_every",
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """How a run goes: its length, optimizer, schedule, precision, checkpoints and log.
+
+    A *step* is one update of the weights: `accumulate` batches, forward and backward. The length is `epochs`,
+    `max_steps`, or whichever ends first.
+
+    Args:
+        epochs: Passes over the loader.
+        max_steps: Steps.
+        lr: Learning rate at factor 1.
+        optimizer: `"sgd"`, `"adamw"`, or a callable from parameter groups to an optimizer.
+        momentum: Of `"sgd"`, and the first beta of `"adamw"`.
+        weight_decay: On parameters of two or more dimensions; biases and norm scales (1-d) have none.
+        warmup_steps: The factor rises linearly to 1 over that many steps.
+        schedule: `"cosine"` to 0, `"poly"` (1 - progress)^2, `"constant"`, or a callable `(step, total_steps)` to the
+            factor. The named ones count from the end of the warm-up; a callable is multiplied by the warm-up.
+        accumulate: Batches a step. The last step of an epoch takes the batches that are left.
+        clip_norm: Largest L2 norm of all gradients together; `None` leaves them.
+        amp: `None`, `"bfloat16"` or `"float16"` (with loss scaling): autocast of the forward.
+        channels_last: Keep 4-d weights and images in channels-last memory.
+        ema_decay: Keep an exponential moving average of the student, with decay min(ema_decay, (1 + n) / (10 + n)) at
+            the n-th step; `None` keeps none.
+        find_unused_parameters: DDP only: look for parameters that no term reaches in a step.
+        seed: Of dropout, shuffling and the initial value of inferred projections.
+        device: Where to train; `None` stays where the trainable parameters are.
+        checkpoint_dir: A directory of this run alone. A run that finds a checkpoint there goes on from it.
+        checkpoint_every_steps: Steps from one checkpoint to the next; `None` counts seconds only.
+        checkpoint_every_seconds: Seconds from one to the next; `None` counts steps only. The end always writes one.
+        keep: How many checkpoints stay on disk.
+        log_path: JSON-lines file, a row every `log_every` steps.
+        log_every: Steps from row to row; the first and the last step are always written.
+
+    Raises:
+        TypeError: An argument is not of its kind.
+        ValueError: An argument is out of range, or neither `epochs` nor `max_steps` is given.
+
+    Examples:
+        >>> TrainConfig(epochs=2, lr=0.05, warmup_steps=10)
+        TrainConfig(epochs=2, lr=0.05, warmup_steps=10)
+        >>> TrainConfig(epochs=2, schedule="linear")
+        Traceback (most recent call last):
+        ValueError: TrainConfig: schedule must be one of 'cosine', 'poly', 'constant', got 'linear'
+    """
+
+    epochs: int | None = None
+    max_steps: int | None = None
+    lr: float = 0.1
+    optimizer: str | OptimizerFactory = "sgd"
+    momentum: float = 0.9
+    weight_decay: float = 5e-4
+    warmup_steps: int = 0
+    schedule: str | Schedule = "cosine"
+    accumulate: int = 1
+    clip_norm: float | None = None
+    amp: str | None = None
+    channels_last: bool = False
+    ema_decay: float | None = None
+    find_unused_parameters: bool = False
+    seed: int = 0
+    device: str | torch.device | None = None
+    checkpoint_dir: str | PathLike[str] | None = None
+    checkpoint_every_steps: int | None = None
+    checkpoint_every_seconds: float | None = 600.0
+    keep: int = 2
+    log_path: str | PathLike[str] | None = None
+    log_every: int = 10
+
+    def __post_init__(self) -> None:
+        owner = "TrainConfig"
+        if self.epochs is None and self.max_steps is None:
+            raise ValueError(f"{owner}: epochs or max_steps must be given, got neither")
+        for name in ("accumulate", "keep", "log_every"):
+            check_number(owner, name, getattr(self, name), least=1, integer=True)
+        for name in ("epochs", "max_steps", "checkpoint_every_steps"):
+            if getattr(self, name) is not None:
+                check_number(owner, name, getattr(self, name), least=1, integer=True)
+        for name in ("clip_norm", "checkpoint_every_seconds"):
+            if getattr(self, name) is not None:
+                check_number(owner, name, getattr(self, name), above=0)
+        check_number(owner, "lr", self.lr, above=0)
+        check_number(owner, "momentum", self.momentum, least=0, most=1)
+        check_number(owner, "weight_decay", self.weight_decay, least=0)
+        check_number(owner, "warmup_steps", self.warmup_steps, least=0, integer=True)
+        check_number(owner, "seed", self.seed, least=0, most=2**63 - 1, integer=True)
+        if self.ema_decay is not None:
+            check_number(owner, "ema_decay", self.ema_decay, least=0, most=1)
+        if not callable(self.optimizer):
+            check_choice(owner, "optimizer", self.optimizer, ("sgd", "adamw"))
+        if not callable(self.schedule):
+            check_choice(owner, "schedule", self.schedule, ("cosine", "poly", "constant"))
+        if self.amp is not None:
+            check_choice(owner, "amp", self.amp, ("bfloat16", "float16"))
+        for name in ("channels_last", "find_unused_parameters"):
+            if not isinstance(getattr(self, name), bool):
+                raise TypeError(f"{owner}: {name} must be True or False, got {getattr(self, name)!r}")
+        for name in ("checkpoint_dir", "log_path"):
+            if not isinstance(getattr(self, name), (str, PathLike, type(None))):
+                raise TypeError(f"{owner}: {name} must be a path, got {getattr(self, name)!r}")
+
+    def __repr__(self) -> str:
+        given = [
+            f"{field.name}={value!r}" for field in fields(self) if (value := getattr(self, field.name)) != field.default
+        ]
+        return f"TrainConfig({', '.join(given)})"
+
+    def fingerprint(self) -> dict[str, int | float | str | bool | None]:
+        """The fields that decide the weights that come out, as plain values; callables by their name."""
+        return {field.name: _plain(getattr(self, field.name)) for field in fields(self) if field.name not in _FREE}
+
+
+def _plain(value: Any) -> int | float | str | bool | None:
+    if value is None or isinstance(value, (int, float, str)):
+        return value
+    return f"{getattr(value, '__module__', '')}.{getattr(value, '__qualname__', type(value).__qualname__)}"

@@ -1,0 +1,63 @@
+"""Training room: the moving average of the student's weights. Touches a state dict, no file."""
+
+import torch
+from torch import Tensor, nn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
+
+__all__ = ["EMA"]
+
+
+class EMA:
+    """Exponential moving average of a module's weights and floating-point buffers.
+
+    At step n (from 0) e <- d e + (1 - d) w with d = min(decay, (1 + n) / (10 + n)), so that the random start is soon
+    forgotten. Whole-number buffers are copied.
+
+    Args:
+        module: Its state dict is followed; its tensors must stay where they are (load in place, no `.to()`).
+        decay: From 0 (the weights themselves) to 1.
+
+    Examples:
+        >>> layer = nn.Linear(1, 1, bias=False)
+        >>> ema = EMA(layer, decay=0.5)
+        >>> _ = layer.weight.data.fill_(2.0)
+        >>> ema.update(step=0)  # d = 1/10
+        >>> start = ema.state_dict()["weight"]
+    """
+
+    def __init__(self, module: nn.Module, decay: float) -> None:
+        self.decay = decay
+        live = {name: value for name, value in module.state_dict().items() if isinstance(value, Tensor)}
+        self._average = {name: value.detach().clone() for name, value in live.items()}
+        # One fused call a dtype and device: thousands of small tensors would cost a kernel each.
+        self._floats: dict[tuple[torch.dtype, torch.device], tuple[list[Tensor], list[Tensor]]] = {}
+        self._others: list[tuple[Tensor, Tensor]] = []
+        for name, value in live.items():
+            if value.is_floating_point():
+                averages, weights = self._floats.setdefault((value.dtype, value.device), ([], []))
+                averages.append(self._average[name])
+                weights.append(value)
+            else:
+                self._others.append((self._average[name], value))
+
+    @torch.no_grad()
+    def update(self, *, step: int) -> None:
+        """Follow the weights after step `step`, counted from 0."""
+        decay = min(self.decay, (1 + step) / (10 + step))
+        average = get_ema_multi_avg_fn(decay)  # type: ignore[no-untyped-call]  # torch leaves it untyped
+        for averages, weights in self._floats.values():
+            average(averages, weights, None)
+        for copy, value in self._others:
+            copy.copy_(value)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The averages, under the module's own names."""
+        return dict(self._average)
+
+    @torch.no_grad()
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Take the averages of a checkpoint."""
+        if state.keys() != self._average.keys():
+            raise ValueError("EMA: state must have the names of the module's state dict, got others")
+        for name, value in state.items():
+            self._average[name].copy_(value)

@@ -1,0 +1,284 @@
+"""Training room: the loop. Touches the distiller, its checkpoints and its log, and not the caller's randomness."""
+
+from collections.abc import Callable, Iterable, Sequence
+from math import isfinite
+from time import monotonic
+from typing import Any
+
+import torch
+
+from kdlib.distiller import Distiller
+from kdlib.training import distributed
+from kdlib.training.checkpoint import CheckpointStore, check_fingerprint
+from kdlib.training.config import TrainConfig
+from kdlib.training.ema import EMA
+from kdlib.training.events import Hook, TrainEvent, TrainingDiverged, TrainResult
+from kdlib.training.log import JsonLog
+from kdlib.training.schedules import build_optimizer, lr_factor, set_lr
+from kdlib.training.signals import DeferredSignals
+from kdlib.training.step import (
+    Readings,
+    batch_size,
+    not_finite,
+    private_randomness,
+    random_state,
+    sample_ids,
+    to_device,
+)
+from kdlib.training.stream import Batch, BatchStream
+
+__all__ = ["train"]
+
+
+def train(
+    distiller: Distiller, loader: Iterable[Batch], config: TrainConfig, *, hooks: Sequence[Hook] = ()
+) -> TrainResult:
+    """Train a distiller to the end of its run, from its newest checkpoint if there is one.
+
+    A run that is killed at any moment and started again ends, on the CPU, with the weights that it would have had, bit
+    for bit: the checkpoint holds the weights, the optimizer, the average, the place in the epoch and the random states.
+    For that the batches must be a function of the epoch, their place in it, and torch's randomness alone.
+
+    Under `torchrun` (an initialised process group) gradients are averaged over processes, and the first process alone
+    writes and calls hooks; the loader must give each process its own part of the data.
+
+    Args:
+        distiller: Student, teachers and objective; trained in place.
+        loader: Yields `(inputs, targets)`, once through an epoch: inputs a tensor or a tuple of tensors, targets a
+            mapping of tensors or `None`. With a length if `max_steps` is not given. `set_epoch(epoch)` is called where
+            it exists; `iter_from(batch)` spares skipping when a run goes on in mid-epoch.
+        config: How the run goes.
+        hooks: Called with a :class:`TrainEvent` after every step.
+
+    Returns:
+        The result; the distiller holds the final weights and is in eval mode. Called on a finished run, it returns the
+        same at once.
+
+    Raises:
+        TrainingDiverged: The loss is NaN or infinite. The weights are those of the step before, the checkpoints stay.
+        CheckpointError: A checkpoint cannot be written, or none of those there can be read.
+        ValueError: The checkpoints belong to another configuration, or the loader is empty.
+        KeyboardInterrupt: Ctrl-C, served after the step and a checkpoint; likewise SIGTERM ends the process after one.
+
+    Examples:
+        >>> from kdlib import HintLoss, Objective, OUTPUT, StudentAdapter, TeacherAdapter, Term
+        >>> student = StudentAdapter(torch.nn.Linear(4, 2), {"out": OUTPUT})
+        >>> teacher = TeacherAdapter(torch.nn.Linear(4, 2), {"out": OUTPUT})
+        >>> objective = Objective({"hint": Term(HintLoss(), student="out", teacher="out")})
+        >>> loader = [(torch.randn(8, 4), {}) for _ in range(5)]
+        >>> result = train(Distiller(student, {"teacher": teacher}, objective), loader, TrainConfig(epochs=2))
+        >>> result.step
+        10
+    """
+    rank, world = distributed.rank(), distributed.world_size()
+    device = _place(distiller, config)
+    deferred = DeferredSignals(active=config.checkpoint_dir is not None and world == 1)
+    with private_randomness(device, config.seed + rank), deferred as signals:
+        stream = BatchStream(loader, config.accumulate)
+        total_steps = stream.steps(config.epochs, config.max_steps)
+        store = CheckpointStore(
+            config.checkpoint_dir,
+            keep=config.keep,
+            every_steps=config.checkpoint_every_steps,
+            every_seconds=config.checkpoint_every_seconds,
+        )
+        distiller.infer(*_moved(stream.peek(), device, config))
+        distiller.train()
+        run = _Run(distiller, stream, config, device, total_steps)
+        resumed_from = run.resume(store)
+        distributed.check_same_step(run.step, device)
+        forward = distributed.wrap(distiller, device, find_unused_parameters=config.find_unused_parameters)
+        logging = config.log_path if rank == 0 and run.step < total_steps else None
+        began, images, seconds = monotonic(), 0, run.seconds
+
+        with JsonLog(logging, last_step=run.step) as log:
+            while run.step < total_steps:
+                epoch, first, group = stream.take()
+                lr = set_lr(run.optimizer, lr_factor(run.step, total_steps, config))
+                total, terms, weights = _accumulate(run, forward, group, config)
+                _check_loss(total, terms, run, store, epoch=epoch, first=first, group=group)
+                run.update(epoch, total, terms)
+
+                images += world * sum(batch_size(inputs) for inputs, _ in group)
+                elapsed = monotonic() - began
+                seconds = run.seconds + elapsed
+                event = TrainEvent(run.step, total_steps, epoch, total, terms, weights, lr, images / elapsed, seconds)
+                if run.step == 1 or run.step % config.log_every == 0 or run.step == total_steps:
+                    log.write(_row(event))
+                stopping = signals.pending  # asked once: a signal that comes after it waits for the next step
+                if rank == 0:
+                    if store.due(run.step) or run.step == total_steps or stopping:
+                        run.save(store, seconds)
+                    for hook in hooks:
+                        hook(event)
+                if stopping:
+                    signals.deliver()
+    distiller.eval()
+    ema = run.ema.state_dict() if run.ema else None
+    last = run.last
+    return TrainResult(run.step, last["epoch"], last["total"], last["terms"], ema, seconds, resumed_from, store.newest)
+
+
+class _Run:
+    """What a checkpoint holds: everything that a step changes."""
+
+    def __init__(
+        self, distiller: Distiller, stream: BatchStream, config: TrainConfig, device: torch.device, total_steps: int
+    ) -> None:
+        self.distiller = distiller
+        self.stream = stream
+        self.config = config
+        self.device = device
+        self.parameters = [p for p in distiller.trainable_parameters() if p.requires_grad]
+        self.optimizer = build_optimizer(self.parameters, config)
+        self.scaler = torch.amp.GradScaler(device.type, enabled=config.amp == "float16")
+        self.ema = None if config.ema_decay is None else EMA(distiller.student, config.ema_decay)
+        self.step = 0
+        self.seconds = 0.0
+        self.last: dict[str, Any] = {"epoch": 0, "total": float("nan"), "terms": {}}
+        self.fingerprint = {
+            **config.fingerprint(),
+            "total_steps": total_steps,
+            "batches_an_epoch": stream.length,
+            "processes": distributed.world_size(),
+            "parameters": sum(p.numel() for p in self.parameters),
+        }
+
+    def update(self, epoch: int, total: float, terms: dict[str, float]) -> None:
+        """The optimizer's step on the gradients that are there."""
+        if self.config.clip_norm is not None:
+            self.scaler.unscale_(self.optimizer)
+            torch.nn.utils.clip_grad_norm_(self.parameters, self.config.clip_norm)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        if self.ema is not None:
+            self.ema.update(step=self.step)
+        self.step += 1
+        self.last = {"epoch": epoch, "total": total, "terms": terms}
+
+    def save(self, store: CheckpointStore, seconds: float) -> None:
+        """Write the checkpoint of this step, unless a weight has gone bad."""
+        weights = self.distiller.state_dict()
+        bad = not_finite(weights)
+        if bad:
+            # The loss was finite and its gradient was not: the next loss would tell, too late for this checkpoint.
+            raise TrainingDiverged(
+                f"train: weights must be finite at step {self.step}, got NaN or infinity in {', '.join(bad[:4])}; "
+                f"{_kept(store)}",
+                step=self.step,
+                epoch=self.last["epoch"],
+                terms=self.last["terms"],
+            )
+        state = {
+            "distiller": weights,
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "ema": self.ema.state_dict() if self.ema else None,
+            "stream": self.stream.state_dict(),
+            "rng": random_state(self.device),
+            "last": self.last,
+            "seconds": seconds,
+            "fingerprint": self.fingerprint,
+        }
+        store.save(self.step, state)
+
+    def resume(self, store: CheckpointStore) -> int | None:
+        """Take the newest checkpoint's place; returns its step, or `None` where there is none."""
+        state = store.load()
+        if state is None:
+            return None
+        check_fingerprint(state["fingerprint"], self.fingerprint, store.directory)
+        self.distiller.load_state_dict(state["distiller"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scaler.load_state_dict(state["scaler"])
+        if self.ema is not None:
+            self.ema.load_state_dict(state["ema"])
+        self.step, self.seconds, self.last = state["step"], state["seconds"], state["last"]
+        if self.step < self.fingerprint["total_steps"]:
+            self.stream.load_state_dict(state["stream"])
+            if distributed.rank() == 0:
+                random_state(self.device, state["rng"])
+        return self.step
+
+
+def _accumulate(
+    run: _Run, forward: Callable[..., Any], group: list[Batch], config: TrainConfig
+) -> tuple[float, dict[str, float], dict[str, tuple[float, ...]]]:
+    """Gradients of the mean loss of a group of batches; returns the mean total, terms and weights."""
+    dtype = {"bfloat16": torch.bfloat16, "float16": torch.float16}.get(config.amp or "")
+    run.distiller.objective.set_step(run.step)
+    if not run.distiller.training:  # a hook has evaluated it
+        run.distiller.train()
+    values, readings = None, None
+    for index, batch in enumerate(group):
+        last = index == len(group) - 1
+        inputs, targets = _moved(batch, run.device, config)
+        with distributed.synchronise_if(last, forward):
+            with torch.autocast(run.device.type, dtype=dtype, enabled=dtype is not None):
+                output = forward(inputs, targets)
+            packed, layout = Readings.pack(output)
+            values = packed if values is None else values + packed
+            if last:
+                # Asked for before the backward and read after it, so that the device never waits for the host.
+                readings = Readings(distributed.average(values / len(group)), layout)
+            run.scaler.scale(output.total / len(group)).backward()
+    assert readings is not None
+    return readings.fetch()
+
+
+def _check_loss(
+    total: float,
+    terms: dict[str, float],
+    run: _Run,
+    store: CheckpointStore,
+    *,
+    epoch: int,
+    first: int,
+    group: list[Batch],
+) -> None:
+    if isfinite(total):
+        return
+    step, samples = run.step + 1, sample_ids(group)
+    run.optimizer.zero_grad(set_to_none=True)
+    shown = ", ".join(str(sample) for sample in samples[:32]) + (", ..." if len(samples) > 32 else "")
+    batches = f"batch {first}" if len(group) == 1 else f"batches {first} to {first + len(group) - 1}"
+    values = ", ".join(f"{name}={value:.6g}" for name, value in terms.items())
+    raise TrainingDiverged(
+        f"train: loss must be finite, got {total} at step {step}, epoch {epoch}, {batches} of it"
+        f"{f' (samples {shown})' if samples else ''}; terms {values}; {_kept(store)}",
+        step=step,
+        epoch=epoch,
+        terms=terms,
+        samples=samples,
+    )
+
+
+def _kept(store: CheckpointStore) -> str:
+    return f"the last good checkpoint is {store.newest}" if store.newest else "there is no checkpoint"
+
+
+def _place(distiller: Distiller, config: TrainConfig) -> torch.device:
+    """Move the distiller where `config` says; returns the device."""
+    found = next((p.device for p in distiller.parameters() if p.requires_grad), torch.device("cpu"))
+    device = found if config.device is None else torch.device(config.device)
+    if device.type == "cuda" and device.index is None:
+        device = torch.device("cuda", torch.cuda.current_device())
+    distiller.to(device)
+    if config.channels_last:
+        distiller.to(memory_format=torch.channels_last)
+    return device
+
+
+def _moved(batch: Batch, device: torch.device, config: TrainConfig) -> Batch:
+    inputs, targets = batch
+    return to_device(inputs, device, channels_last=config.channels_last), to_device(targets, device)
+
+
+def _row(event: TrainEvent) -> dict[str, Any]:
+    row: dict[str, Any] = {"step": event.step, "epoch": event.epoch, "lr": event.lr, "total": event.total}
+    row["terms"] = {name: value if isfinite(value) else None for name, value in event.terms.items()}
+    if event.weights:
+        row["weights"] = {name: list(values) for name, values in event.weights.items()}
+    row["seconds"] = round(event.seconds, 3)
+    return row

@@ -1,0 +1,71 @@
+"""Training room: learning-rate factors by step and the optimizer that they drive. Touches parameters, no file."""
+
+from collections.abc import Iterable
+from math import cos, pi
+
+import torch
+from torch import nn
+
+from kdlib.training.config import TrainConfig
+
+__all__ = ["build_optimizer", "lr_factor", "parameter_groups", "set_lr"]
+
+
+def lr_factor(step: int, total_steps: int, config: TrainConfig) -> float:
+    """The factor on the learning rate of step `step`, counted from 0.
+
+    With w warm-up steps, n steps in all and progress p = (step - w) / (n - w): a step below w has (step + 1) / w,
+    the others `"cosine"` (1 + cos(pi p)) / 2, `"poly"` (1 - p)^2, `"constant"` 1.
+
+    Examples:
+        >>> config = TrainConfig(max_steps=6, warmup_steps=2)
+        >>> [round(lr_factor(step, 6, config), 3) for step in range(6)]
+        [0.5, 1.0, 1.0, 0.854, 0.5, 0.146]
+    """
+    warmup = config.warmup_steps
+    ramp = min(1.0, (step + 1) / warmup) if warmup else 1.0
+    if callable(config.schedule):
+        return ramp * float(config.schedule(step, total_steps))
+    if step < warmup:
+        return ramp
+    progress = min(1.0, (step - warmup) / max(1, total_steps - warmup))
+    if config.schedule == "cosine":
+        return (1 + cos(pi * progress)) / 2
+    if config.schedule == "poly":
+        return (1 - progress) ** 2
+    return 1.0
+
+
+def parameter_groups(parameters: Iterable[nn.Parameter], config: TrainConfig) -> list[dict[str, object]]:
+    """Two groups: matrices and kernels with weight decay, 1-d parameters (biases, norm scales, slopes) without."""
+    decayed, plain = [], []
+    for parameter in parameters:
+        (decayed if parameter.dim() > 1 else plain).append(parameter)
+    groups = [(decayed, config.weight_decay), (plain, 0.0)]
+    return [{"params": group, "lr": config.lr, "weight_decay": decay} for group, decay in groups if group]
+
+
+def build_optimizer(parameters: Iterable[nn.Parameter], config: TrainConfig) -> torch.optim.Optimizer:
+    """The optimizer that `config` names, on :func:`parameter_groups`; each group remembers its `initial_lr`."""
+    groups = parameter_groups(parameters, config)
+    if not groups:
+        raise ValueError("train: distiller.trainable_parameters() must hold a parameter, got none")
+    optimizer: torch.optim.Optimizer
+    if callable(config.optimizer):
+        optimizer = config.optimizer(groups)
+        if not isinstance(optimizer, torch.optim.Optimizer):
+            raise TypeError(f"train: optimizer must build a torch.optim.Optimizer, got {type(optimizer).__name__}")
+    elif config.optimizer == "sgd":
+        optimizer = torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum)
+    else:
+        optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=(config.momentum, 0.999))
+    for group in optimizer.param_groups:
+        group.setdefault("initial_lr", group["lr"])
+    return optimizer
+
+
+def set_lr(optimizer: torch.optim.Optimizer, factor: float) -> float:
+    """Put `factor` on the initial learning rate of each group; returns the first group's."""
+    for group in optimizer.param_groups:
+        group["lr"] = group["initial_lr"] * factor
+    return float(optimizer.param_groups[0]["lr"])

@@ -1,0 +1,110 @@
+"""Training room: the small things that one step needs: batches to the device, numbers back, randomness apart."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["Readings", "batch_size", "not_finite", "private_randomness", "random_state", "sample_ids", "to_device"]
+
+
+class Readings:
+    """The numbers of one step, fetched from the device in one copy that nothing waits for until `fetch`.
+
+    Args:
+        values: 1-d: the total, the terms, the mean weights.
+        layout: The names of the terms, and for each weighed term its name and how many teachers it has.
+    """
+
+    def __init__(self, values: Tensor, layout: tuple[list[str], list[tuple[str, int]]]) -> None:
+        self._layout = layout
+        self._copied: torch.cuda.Event | None = None
+        if values.is_cuda:
+            self._values = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+            self._values.copy_(values, non_blocking=True)
+            self._copied = torch.cuda.Event()  # type: ignore[no-untyped-call]  # torch leaves it untyped
+            self._copied.record()
+        else:
+            self._values = values
+
+    @staticmethod
+    def pack(output: Any) -> tuple[Tensor, tuple[list[str], list[tuple[str, int]]]]:
+        """An `ObjectiveOutput` as one 1-d tensor and the layout that reads it."""
+        scalars = torch.stack([output.total, *output.terms.values()]).detach()
+        means = [weight.detach().to(scalars).mean(dim=1) for weight in output.weights.values()]
+        layout = (list(output.terms), [(name, weight.shape[0]) for name, weight in output.weights.items()])
+        return (torch.cat([scalars, *means]) if means else scalars), layout
+
+    def fetch(self) -> tuple[float, dict[str, float], dict[str, tuple[float, ...]]]:
+        """Total, terms, and mean weight of each teacher by term."""
+        if self._copied is not None:
+            self._copied.synchronize()
+        total, *rest = self._values.tolist()
+        names, weighed = self._layout
+        terms = dict(zip(names, rest, strict=False))
+        weights, at = {}, len(names)
+        for name, count in weighed:
+            weights[name] = tuple(rest[at : at + count])
+            at += count
+        return total, terms, weights
+
+
+def to_device(value: Any, device: torch.device, *, channels_last: bool = False) -> Any:
+    """Tensors of a batch to the device, through tuples, lists and mappings; anything else as it is."""
+    if isinstance(value, Tensor):
+        if channels_last and value.dim() == 4 and value.is_floating_point():
+            return value.to(device, non_blocking=True, memory_format=torch.channels_last)
+        return value.to(device, non_blocking=True)
+    if isinstance(value, Mapping):
+        return {name: to_device(item, device, channels_last=channels_last) for name, item in value.items()}
+    if isinstance(value, (tuple, list)):
+        return tuple(to_device(item, device, channels_last=channels_last) for item in value)
+    return value
+
+
+def batch_size(inputs: Any) -> int:
+    """Images of a batch: the first dimension of its first tensor."""
+    if isinstance(inputs, (tuple, list)):
+        inputs = inputs[0]
+    return int(inputs.shape[0])
+
+
+def sample_ids(group: list[tuple[Any, Any]]) -> tuple[int, ...]:
+    """The sample ids of a group of batches, where their targets have them."""
+    found: list[int] = []
+    for _, targets in group:
+        ids = targets.get("sample") if isinstance(targets, Mapping) else None
+        if isinstance(ids, Tensor):
+            found += [int(value) for value in ids.flatten().tolist()]
+    return tuple(found)
+
+
+def not_finite(state: Mapping[str, Any]) -> list[str]:
+    """The names of the tensors that hold NaN or infinity."""
+    floats = [(name, x) for name, x in state.items() if isinstance(x, Tensor) and x.is_floating_point()]
+    return [name for name, x in floats if not torch.isfinite(x).all()]
+
+
+@contextmanager
+def private_randomness(device: torch.device, seed: int) -> Iterator[None]:
+    """Within the block the default generators start from `seed`; after it they are where the caller had them."""
+    cuda = device.type == "cuda"
+    with torch.random.fork_rng(devices=[device] if cuda else []):
+        torch.default_generator.manual_seed(seed)
+        if cuda:
+            with torch.cuda.device(device):
+                torch.cuda.manual_seed(seed)
+        yield
+
+
+def random_state(device: torch.device, state: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
+    """The state of the default generators, after setting it to `state` if given."""
+    cuda = device.type == "cuda"
+    if state is not None:
+        torch.default_generator.set_state(state["cpu"])
+        if cuda and "cuda" in state:
+            torch.cuda.set_rng_state(state["cuda"], device)
+    found = {"cpu": torch.default_generator.get_state()}
+    return {**found, "cuda": torch.cuda.get_rng_state(device)} if cuda else found

@@ -1,0 +1,123 @@
+"""Training room: batches, epoch after epoch, with a position that can be saved. Touches the CPU generators."""
+
+from collections.abc import Iterable, Iterator
+from itertools import islice
+from typing import Any
+
+import torch
+
+__all__ = ["Batch", "BatchStream"]
+
+Batch = tuple[Any, Any]
+"""`(inputs, targets)`, as the loader yields it."""
+
+
+class BatchStream:
+    """Groups of `accumulate` batches, epoch after epoch.
+
+    A saved position is found again exactly: the order of an epoch comes from the random states at its beginning, so
+    these are saved with it, and the batches already taken are skipped. A loader with `iter_from(batch)` is asked to
+    begin in mid-epoch instead. `set_epoch(epoch)` is called on the loader and on its samplers, where they have it.
+
+    Args:
+        loader: An iterable of batches that can be iterated once an epoch.
+        accumulate: Batches a group; the last group of an epoch takes what is left.
+    """
+
+    def __init__(self, loader: Iterable[Batch], accumulate: int) -> None:
+        self.loader = loader
+        self.accumulate = accumulate
+        self.length: int | None = len(loader) if hasattr(loader, "__len__") else None
+        self.epoch = 0
+        self.batch = 0
+        self._batches: Iterator[Batch] | None = None
+        self._start: list[torch.Tensor] = []
+
+    def steps(self, epochs: int | None, max_steps: int | None) -> int:
+        """Steps of the whole run."""
+        if self.length == 0:
+            raise ValueError("train: loader must yield at least one batch, got none")
+        if epochs is None:
+            return int(max_steps or 0)
+        if self.length is None:
+            if max_steps is None:
+                raise ValueError("train: loader must have a length when max_steps is not given, got one without")
+            return max_steps
+        steps = epochs * -(-self.length // self.accumulate)
+        return steps if max_steps is None else min(steps, max_steps)
+
+    def peek(self) -> Batch:
+        """The first batch of the first epoch; the stream and the randomness stay where they are."""
+        states = self._random_states()
+        self._announce(0)
+        batch = next(iter(self.loader), None)
+        if batch is None:
+            raise ValueError("train: loader must yield at least one batch, got none")
+        self._set_random_states(states)
+        return batch
+
+    def take(self) -> tuple[int, int, list[Batch]]:
+        """The epoch, the index in it of the first batch, and the next group of batches."""
+        for _ in range(2):
+            batches = self._batches or self._open()
+            group = list(islice(batches, self.accumulate))
+            epoch, first = self.epoch, self.batch
+            self.batch += len(group)
+            # At the end of an epoch the iterator is run out at once: what it still draws belongs to this epoch.
+            if not group or self.batch == self.length:
+                if next(batches, None) is not None:
+                    raise ValueError(f"train: loader must yield len(loader) = {self.length} batches, got more")
+                self.epoch, self.batch, self._batches = epoch + 1, 0, None
+            if group:
+                return epoch, first, group
+        raise ValueError(f"train: loader must yield batches in every epoch, got none in epoch {self.epoch - 1}")
+
+    def state_dict(self) -> dict[str, Any]:
+        """The position: the epoch, the batches of it that are taken, and the random states that it began with."""
+        return {"epoch": self.epoch, "batch": self.batch, "start": self._start if self.batch else self._random_states()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go to a saved position. The random states are then where skipping has left them."""
+        self.epoch, self.batch = state["epoch"], state["batch"]
+        self._set_random_states(state["start"])
+        if self.batch:
+            self._open()
+
+    def _open(self) -> Iterator[Batch]:
+        """Begin the epoch, at `self.batch`."""
+        self._announce(self.epoch)
+        self._start = self._random_states()
+        if self.batch and hasattr(self.loader, "iter_from"):
+            self._batches = batches = iter(self.loader.iter_from(self.batch))
+            return batches
+        self._batches = batches = iter(self.loader)
+        skipped = sum(1 for _ in islice(batches, self.batch))
+        if skipped < self.batch:
+            raise ValueError(f"train: loader must yield the {self.batch} batches that it had, got {skipped}")
+        return batches
+
+    def _announce(self, epoch: int) -> None:
+        for listener in (
+            self.loader,
+            getattr(self.loader, "sampler", None),
+            getattr(self.loader, "batch_sampler", None),
+        ):
+            if hasattr(listener, "set_epoch"):
+                listener.set_epoch(epoch)
+
+    def _generators(self) -> list[torch.Generator]:
+        owners = (self.loader, getattr(self.loader, "sampler", None))
+        found = {id(g): g for owner in owners if isinstance(g := getattr(owner, "generator", None), torch.Generator)}
+        return [torch.random.default_generator, *found.values()]
+
+    def _random_states(self) -> list[torch.Tensor]:
+        return [generator.get_state() for generator in self._generators()]
+
+    def _set_random_states(self, states: list[torch.Tensor]) -> None:
+        generators = self._generators()
+        if len(states) != len(generators):
+            raise ValueError(
+                f"train: loader must have {len(states) - 1} generators as before, got {len(generators) - 1}"
+            )
+        for generator, state in zip(generators, states, strict=True):
+            generator.set_state(state)
