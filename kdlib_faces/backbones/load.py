@@ -55,10 +55,10 @@ def save_backbone(model: Backbone, path: str | os.PathLike[str]) -> None:
 
     Examples:
         >>> import tempfile
-        >>> from pathlib import Path
+        >>> student = build_backbone("mobilefacenet", embedding_dim=64, width=0.25, input_size=32)
         >>> with tempfile.TemporaryDirectory() as folder:
-        ...     save_backbone(build_backbone("mobilefacenet", embedding_dim=64, width=0.25, input_size=32), Path(folder) / "student.pt")
-        ...     load_backbone(Path(folder) / "student.pt")
+        ...     save_backbone(student, f"{folder}/student.pt")
+        ...     load_backbone(f"{folder}/student.pt")
         MobileFaceNet(embedding_dim=64, width=0.25, input_size=32)
     """
     if not isinstance(model, Backbone):
