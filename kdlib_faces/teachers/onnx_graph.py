@@ -10,6 +10,7 @@ import stat
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib import import_module
+from math import prod
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from types import ModuleType
 from typing import Any
@@ -26,6 +27,9 @@ __all__ = ["Graph", "find_tensor", "make_session", "read_graph", "run_session"]
 
 MOST_BYTES = 2**31 - 1
 """A protobuf message cannot be longer, and no face network is."""
+
+MOST_VALUES = 2**28
+"""Pixels and channels of the largest batch that a graph may ask for: 1 GiB of float32."""
 
 FREE_SIZE = 112
 """The side, in pixels, that a graph of free height and width is tried with: the usual face crop."""
@@ -190,11 +194,15 @@ def read_graph(path: str | os.PathLike[str]) -> Graph:
     shape = tuple(dim.dim_value if dim.dim_value > 0 else None for dim in kind.shape.dim)
     if len(shape) != 4 or kind.elem_type not in _DTYPES:
         shown = ", ".join(str(dim or "free") for dim in shape)
+        kinds = {number: name.lower() for name, number in onnx.TensorProto.DataType.items()}
         raise InputError(
             f"{path} has no image input: {inputs[0].name!r} must be (b, c, h, w) of floats or bytes, got ({shown}) of "
-            f"type {onnx.TensorProto.DataType.Name(kind.elem_type).lower()}"
+            f"type {kinds.get(kind.elem_type, 'unknown')}"
         )
-    return Graph(path, model, inputs[0].name, shape, _DTYPES[kind.elem_type], digest.hexdigest())
+    graph = Graph(path, model, inputs[0].name, shape, _DTYPES[kind.elem_type], digest.hexdigest())
+    if prod(graph.sample_shape(shape[0] or 2)) > MOST_VALUES:
+        raise InputError(f"{path} must take at most {MOST_VALUES} values a run, {inputs[0].name!r} is {shape}")
+    return graph
 
 
 def find_tensor(graph: Graph, name: str, wanted: object) -> str:
@@ -258,7 +266,7 @@ def make_session(
     options.use_deterministic_compute = True
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     try:
-        return runtime.InferenceSession(model.SerializeToString(), options, providers=wanted)
+        return runtime.InferenceSession(model.SerializeToString(), options, providers=wanted, enable_fallback=0)
     except Exception as error:
         raise InputError(f"{graph.path} cannot be run: {_reason(error)}") from error
 

@@ -433,6 +433,11 @@ def with_input(edit):
         (with_input(lambda i: i[0].CopyFrom(helper.make_tensor_value_info("images", 1, [1, 48]))), "no image input"),
         (with_input(lambda i: i[0].CopyFrom(helper.make_tensor_value_info("images", 7, [1, 3, 8, 8]))), "type int64"),
         (with_input(lambda i: i[0].CopyFrom(helper.make_tensor_value_info("images", 8, [1, 3, 8, 8]))), "type string"),
+        (
+            with_input(lambda i: i[0].CopyFrom(helper.make_tensor_value_info("images", 99, [1, 3, 8, 8]))),
+            "type unknown",
+        ),
+        (network(size=2**20), "at most 268435456 values"),
     ],
 )
 def test_graphs_without_one_image_input_are_refused(tmp_path, model, words):
@@ -544,5 +549,9 @@ def test_an_absent_library_names_the_extra(path, monkeypatch, library):
 
 
 def test_the_runtime_writes_nothing(tmp_path, capfd):
-    OnnxTeacher(save(lying(), tmp_path))(torch.zeros(3, 3, 16, 16))
+    file = save(lying(), tmp_path)
+    OnnxTeacher(file)(torch.zeros(3, 3, 16, 16))
+    file.write_bytes(file.read_bytes().replace(b"Relu", b"Rel\xfc"))
+    with pytest.raises(InputError):
+        OnnxTeacher(file)
     assert capfd.readouterr() == ("", "")
