@@ -264,7 +264,8 @@ def make_session(
     options.intra_op_num_threads = threads or torch.get_num_threads()
     options.inter_op_num_threads = 1
     options.use_deterministic_compute = True
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    # Threads may wait busily within a run, which is a third faster, but not after it, when the student needs the cores.
+    options.add_session_config_entry("session.force_spinning_stop", "1")
     try:
         return runtime.InferenceSession(model.SerializeToString(), options, providers=wanted, enable_fallback=0)
     except Exception as error:
