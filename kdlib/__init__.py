@@ -1,1 +1,59 @@
-"""Placeholder."""
+"""kdlib: knowledge distillation as composable Modules. Data flows one way:
+
+inputs -> adapters     a model and its taps become named features
+       -> projections  student features enter the teacher's space
+       -> losses       (student, teacher) tensors become a value a sample
+       -> weighting    k teachers become one weight a teacher and sample
+       -> objective    named terms become one scalar; Distiller runs it all
+       -> training     one loop that survives kills
+       -> evaluation   is the student like its teacher?
+
+`kdlib.functional` holds every loss as a plain function.
+"""
+
+from kdlib.adapters import OUTPUT, StudentAdapter, Tap, TeacherAdapter
+from kdlib.distiller import Distiller
+from kdlib.functional import angular_distill, attention_map, attention_transfer, hint, soft_target
+from kdlib.losses import AngularDistillLoss, AttentionTransferLoss, HintLoss, SoftTargetLoss
+from kdlib.objective import Objective, ObjectiveOutput, Term
+from kdlib.projections import ConvProjection, LinearProjection, infer_projection
+from kdlib.training import TrainConfig, TrainResult, train
+from kdlib.types import Features, Loss, Projection, Targets, Weighting
+from kdlib.weighting import CentreConfidenceWeighting, FixedWeighting, UniformWeighting
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "OUTPUT",
+    "AngularDistillLoss",
+    "AttentionTransferLoss",
+    "CentreConfidenceWeighting",
+    "ConvProjection",
+    "Distiller",
+    "Features",
+    "FixedWeighting",
+    "HintLoss",
+    "LinearProjection",
+    "Loss",
+    "Objective",
+    "ObjectiveOutput",
+    "Projection",
+    "SoftTargetLoss",
+    "StudentAdapter",
+    "Tap",
+    "Targets",
+    "TeacherAdapter",
+    "Term",
+    "TrainConfig",
+    "TrainResult",
+    "UniformWeighting",
+    "Weighting",
+    "__version__",
+    "angular_distill",
+    "attention_map",
+    "attention_transfer",
+    "hint",
+    "infer_projection",
+    "soft_target",
+    "train",
+]

@@ -1,1 +1,19 @@
-"""Placeholder."""
+"""Teachers room: heavy networks that know more, general or age-invariant, native or from an ONNX file."""
+
+from kdlib_faces.teachers.age_invariant import AgeFactorLoss, AgeInvariantNet, canonical_correlation
+from kdlib_faces.teachers.linear import MappedTeacher, fit_age_map, fit_rotation
+from kdlib_faces.teachers.onnx import OnnxTeacher
+from kdlib_faces.teachers.outputs import RecordedTeacher, record, weights_fingerprint
+
+__all__ = [
+    "AgeFactorLoss",
+    "AgeInvariantNet",
+    "MappedTeacher",
+    "OnnxTeacher",
+    "RecordedTeacher",
+    "canonical_correlation",
+    "fit_age_map",
+    "fit_rotation",
+    "record",
+    "weights_fingerprint",
+]

@@ -1,0 +1,117 @@
+"""Stage 5, put together: student, teachers and objective as one Module. Runs models; touches no file and no optimizer."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any, Self
+
+import torch
+from torch import nn
+
+from kdlib.objective import Objective, ObjectiveOutput
+from kdlib.types import Features, Targets
+
+__all__ = ["Distiller"]
+
+
+class Distiller(nn.Module):
+    """Runs the student and its teachers on a batch and compares them.
+
+    Works without teachers too: then the same training loop trains a network on supervised terms alone.
+
+    Args:
+        student: inputs to named features; a `StudentAdapter`.
+        teachers: name to teacher: a `TeacherAdapter`, or anything that maps inputs to named features and is frozen. A
+            teacher with an attribute `reads`, a tuple of target names, is called with those targets in place of inputs.
+        objective: what is compared.
+
+    Raises:
+        TypeError, ValueError: something that is no Module, or a term that reads a teacher that is not there.
+
+    Examples:
+        >>> from kdlib import OUTPUT, HintLoss, StudentAdapter, TeacherAdapter
+        >>> from kdlib.objective import Term
+        >>> student = StudentAdapter(nn.Linear(4, 2), {"out": OUTPUT})
+        >>> teacher = TeacherAdapter(nn.Linear(4, 2), {"out": OUTPUT})
+        >>> terms = {"hint": Term(HintLoss(), student="out", teacher="out")}
+        >>> distiller = Distiller(student, {"big": teacher}, Objective(terms))
+        >>> bool(distiller(torch.randn(3, 4)).total.requires_grad)
+        True
+        >>> sorted(distiller.state_dict())
+        ['student.model.bias', 'student.model.weight']
+    """
+
+    def __init__(self, student: nn.Module, teachers: Mapping[str, nn.Module], objective: Objective) -> None:
+        super().__init__()
+        if not isinstance(student, nn.Module):
+            raise TypeError(f"Distiller: student must be a Module, got {type(student).__name__}")
+        for name, teacher in teachers.items():
+            if not isinstance(teacher, nn.Module):
+                raise TypeError(f"Distiller: teachers[{name!r}] must be a Module, got {type(teacher).__name__}")
+        for name, term in objective.terms.items():
+            if term.teacher is not None and not teachers:
+                raise ValueError(f"Distiller: term {name!r} reads teachers, got none")
+            for who in term.teachers or ():
+                if who not in teachers:
+                    raise ValueError(f"Distiller: term {name!r} reads teacher {who!r}, got {', '.join(teachers) or 'none'}")
+        self.student = student
+        self.objective = objective
+        # Outside the module tree: a teacher is no part of what is trained, saved or switched to train mode.
+        object.__setattr__(self, "teachers", dict(teachers))
+        for teacher in teachers.values():
+            teacher.eval()
+
+    teachers: dict[str, nn.Module]
+
+    def features(self, inputs: Any, targets: Targets | None = None) -> tuple[Features, dict[str, Features]]:
+        """Run the student and every teacher."""
+        given = inputs if isinstance(inputs, tuple) else (inputs,)
+        student = self.student(*given)
+        return student, {name: self._ask(name, teacher, given, targets or {}) for name, teacher in self.teachers.items()}
+
+    def _ask(self, name: str, teacher: nn.Module, inputs: tuple[Any, ...], targets: Targets) -> Features:
+        reads = getattr(teacher, "reads", None)
+        if reads:
+            missing = [key for key in reads if key not in targets]
+            if missing:
+                raise ValueError(
+                    f"Distiller: teacher {name!r} reads the targets {', '.join(reads)}, the batch lacks {', '.join(missing)}"
+                )
+            inputs = tuple(targets[key] for key in reads)
+        with torch.no_grad():
+            features: Features = teacher(*inputs)
+        return features
+
+    def forward(self, inputs: Any, targets: Targets | None = None) -> ObjectiveOutput:
+        """Compare one batch; `inputs` is a tensor or a tuple of the models' arguments."""
+        student, teachers = self.features(inputs, targets)
+        output: ObjectiveOutput = self.objective(student, teachers, targets or {})
+        return output
+
+    @torch.no_grad()
+    def infer(self, inputs: Any, targets: Targets | None = None) -> Self:
+        """Make the projections that are inferred, from one batch; changes no weight and no statistic."""
+        if not self.objective.inferred:
+            modes = {module: module.training for module in self.student.modules()}
+            self.student.eval()
+            try:
+                self.objective.infer(*self.features(inputs, targets))
+            finally:
+                for module, mode in modes.items():
+                    module.training = mode
+        return self
+
+    def trainable_parameters(self) -> Iterator[nn.Parameter]:
+        """Parameters of the student, the projections, the heads and the learned weightings; none of a teacher.
+
+        Raises:
+            RuntimeError: projections are still to be inferred.
+        """
+        if not self.objective.inferred:
+            raise RuntimeError("Distiller: projections are not there yet; call distiller.infer(inputs, targets) once")
+        yield from self.parameters()
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Self:
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]  # likewise
+        if recurse:
+            for teacher in self.teachers.values():
+                teacher._apply(fn)  # type: ignore[no-untyped-call]  # torch leaves _apply untyped
+        return self

@@ -1,0 +1,258 @@
+"""Stage 5: terms and their weighted sum. Knows tap names, losses, projections and weightings; no model and no file.
+
+A `Term` names what it reads and how it is compared; losses themselves see tensors alone. An `Objective` adds the terms up,
+and where a term has several teachers asks the weighting how far each is to be followed, sample by sample.
+"""
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kdlib._checks import check_choice, check_name, check_number, show_shape
+from kdlib.projections import infer_projection
+from kdlib.types import Features, Targets
+from kdlib.weighting import UniformWeighting
+
+__all__ = ["Objective", "ObjectiveOutput", "Term"]
+
+
+@dataclass(frozen=True)
+class ObjectiveOutput:
+    """What an objective returns.
+
+    Args:
+        total: scalar, the weighted sum.
+        terms: name to scalar, each before its weight.
+        weights: name of each term with teachers to the `(k, b)` weights of its k teachers.
+    """
+
+    total: Tensor
+    terms: dict[str, Tensor]
+    weights: dict[str, Tensor]
+
+
+class Term:
+    """One part of the objective.
+
+    `Term(loss, student=tap, teacher=tap)` compares a student feature with the same-named feature of each teacher;
+    `Term(loss, student=tap, target=name)` compares it with a target of the batch (a supervised term).
+
+    Args:
+        loss: called as `loss(student, teacher)`; a Module of `kdlib.losses`, a head, or any callable that returns a
+            scalar or `(b,)` values.
+        student: feature of the student.
+        teacher: feature of the teachers.
+        teachers: names of the teachers that take part; `None` for all.
+        target: name of the target, in place of `teacher`.
+        project: `None`; `"auto"`, one inferred projection for each teacher; or a Module, copied for each further teacher.
+        weight: a number, or a schedule `step -> number`.
+
+    Raises:
+        TypeError, ValueError: arguments that do not go together.
+
+    Examples:
+        >>> from kdlib.losses import HintLoss
+        >>> Term(HintLoss(), student="map", teacher="map", project="auto", weight=0.5)
+        Term(HintLoss(reduction='mean'), student='map', teacher='map', project='auto', weight=0.5)
+    """
+
+    def __init__(
+        self,
+        loss: Callable[..., Tensor],
+        *,
+        student: str,
+        teacher: str | None = None,
+        teachers: Sequence[str] | None = None,
+        target: str | None = None,
+        project: str | nn.Module | None = None,
+        weight: float | Callable[[int], float] = 1.0,
+    ) -> None:
+        if not callable(loss):
+            raise TypeError(f"Term: loss must be callable, got {type(loss).__name__}")
+        if (teacher is None) == (target is None):
+            raise ValueError(f"Term: one of teacher and target must be given, got {teacher!r} and {target!r}")
+        if target is not None and (teachers is not None or project is not None):
+            raise ValueError("Term: teachers and project go with teacher, got them with target")
+        if isinstance(teachers, str) or (teachers is not None and not teachers):
+            raise ValueError(f"Term: teachers must be a sequence of names or None, got {teachers!r}")
+        if isinstance(project, str):
+            check_choice("Term", "project", project, ("auto",))
+        elif project is not None and not isinstance(project, nn.Module):
+            raise TypeError(f"Term: project must be None, 'auto' or a Module, got {type(project).__name__}")
+        if not callable(weight):
+            check_number("Term", "weight", weight, least=0)
+        self.loss, self.student, self.teacher, self.target = loss, student, teacher, target
+        self.teachers = None if teachers is None else tuple(teachers)
+        self.project, self.weight = project, weight
+
+    def __repr__(self) -> str:
+        defaults = {"teacher": None, "teachers": None, "target": None, "project": None, "weight": 1.0}
+        given = [f"{name}={getattr(self, name)!r}" for name in defaults if getattr(self, name) != defaults[name]]
+        return f"Term({', '.join([repr(self.loss), f'student={self.student!r}', *given])})"
+
+    def weight_at(self, step: int) -> float:
+        """The weight at a step."""
+        value = self.weight(step) if callable(self.weight) else self.weight
+        return float(value)
+
+
+class Objective(nn.Module):
+    """The weighted sum of named terms.
+
+    `total = sum_t weight_t * sum_k mean_i w_tki * loss_t(P_tk s_i, f_ki)` over terms t, their teachers k and samples i;
+    a supervised term has one loss and no w.
+
+    Args:
+        terms: name to term.
+        weighting: `(k, b)` losses to `(k, b)` weights; `None` for equal weights.
+        weigh_by: a term whose losses and features decide the weights of all terms; a term with fewer teachers takes
+            their rows, scaled to sum to one. `None`: each term is weighed by its own.
+
+    Raises:
+        TypeError, ValueError: no term, or a name that is not there.
+
+    Examples:
+        >>> from kdlib.losses import HintLoss
+        >>> objective = Objective({"hint": Term(HintLoss(), student="out", teacher="out")})
+        >>> out = objective({"out": torch.zeros(2, 3)}, {"big": {"out": torch.ones(2, 3)}}, {})
+        >>> float(out.total), out.weights["hint"].tolist()
+        (1.0, [[1.0, 1.0]])
+    """
+
+    def __init__(
+        self, terms: Mapping[str, Term], weighting: nn.Module | None = None, *, weigh_by: str | None = None
+    ) -> None:
+        super().__init__()
+        if not terms:
+            raise ValueError("Objective: terms must hold at least one term, got none")
+        for name, term in terms.items():
+            if not isinstance(term, Term):
+                raise TypeError(f"Objective: terms[{name!r}] must be a Term, got {type(term).__name__}")
+            if not name or "." in name:
+                raise ValueError(f"Objective: a term's name must be text without a dot, got {name!r}")
+        if weigh_by is not None:
+            check_name("Objective", "term", weigh_by, [name for name, term in terms.items() if term.teacher is not None])
+        self.terms = dict(terms)
+        self.weighting = UniformWeighting() if weighting is None else weighting
+        self.weigh_by = weigh_by
+        self.step = 0
+        self.losses = nn.ModuleDict({n: t.loss for n, t in self.terms.items() if isinstance(t.loss, nn.Module)})
+        self.projections = nn.ModuleDict()
+
+    def set_step(self, step: int) -> None:
+        """Where the schedules of the weights stand."""
+        self.step = step
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{name}={term.weight!r}" for name, term in self.terms.items())
+
+    @property
+    def inferred(self) -> bool:
+        """Whether every projection is there."""
+        return all(term.project is None or name in self.projections for name, term in self.terms.items())
+
+    def infer(self, student_features: Features, teacher_features: Mapping[str, Features]) -> None:
+        """Make the projections that are not there yet, from one batch of features."""
+        for name, term in self.terms.items():
+            if term.project is None or name in self.projections:
+                continue
+            student = _feature("student", student_features, term.student, name)
+            made: dict[str, nn.Module] = {}
+            for who in self._teachers_of(name, teacher_features):
+                teacher = _feature(f"teacher {who!r}", teacher_features[who], str(term.teacher), name)
+                if isinstance(term.project, nn.Module):
+                    made[who] = copy.deepcopy(term.project) if made else term.project
+                else:
+                    made[who] = infer_projection(student.detach(), teacher).to(student.device)
+            self.projections[name] = nn.ModuleDict(made)
+
+    def forward(
+        self,
+        student_features: Features,
+        teacher_features: Mapping[str, Features] | None = None,
+        targets: Targets | None = None,
+    ) -> ObjectiveOutput:
+        """Compare one batch."""
+        teacher_features = {} if teacher_features is None else teacher_features
+        targets = {} if targets is None else targets
+        if not self.inferred:
+            self.infer(student_features, teacher_features)
+        values: dict[str, Tensor] = {}
+        weights: dict[str, Tensor] = {}
+        order = sorted(self.terms, key=lambda name: name != self.weigh_by)
+        lead: tuple[list[str], Tensor] | None = None
+        for name in order:
+            term = self.terms[name]
+            student = _feature("student", student_features, term.student, name)
+            if term.target is not None:
+                check_name(f"Objective: term {name!r}", "target", term.target, targets)
+                loss = term.loss(student, targets[term.target])
+                values[name] = loss.mean() if loss.dim() else loss
+                continue
+            who = self._teachers_of(name, teacher_features)
+            facing = [_feature(f"teacher {each!r}", teacher_features[each], str(term.teacher), name) for each in who]
+            losses = torch.stack(
+                [self._compare(name, each, student, teacher) for each, teacher in zip(who, facing, strict=True)]
+            )
+            each_sample = losses if losses.dim() == 2 else losses[:, None].expand(-1, student.shape[0])
+            if lead is None:
+                share = self.weighting(each_sample.detach(), student=student, teachers=facing, targets=targets)
+                _check_weights(share, each_sample)
+                lead = (who, share) if name == self.weigh_by else None
+            else:
+                share = _rows(lead, who, name)
+            weights[name] = share
+            share = share.to(losses.dtype)
+            values[name] = (share * losses).sum(0).mean() if losses.dim() == 2 else (share.mean(1) * losses).sum()
+        parts = [self.terms[name].weight_at(self.step) * values[name] for name in self.terms]
+        total = torch.stack([part.float() if part.dtype != torch.float64 else part for part in parts]).sum()
+        return ObjectiveOutput(total, {name: values[name] for name in self.terms}, weights)
+
+    def _compare(self, name: str, who: str, student: Tensor, teacher: Tensor) -> Tensor:
+        """`(b,)` losses where the loss has a per-sample form, else a scalar."""
+        term = self.terms[name]
+        if term.project is not None:
+            bank: Any = self.projections[name]
+            check_name(f"Objective: term {name!r}", "projection for teacher", who, bank.keys())
+            student = bank[who](student)
+        per_sample = getattr(term.loss, "per_sample", None)
+        loss = term.loss(student, teacher, reduction="none") if per_sample else term.loss(student, teacher)
+        if loss.dim() and tuple(loss.shape) != (student.shape[0],):
+            raise ValueError(
+                f"Objective: term {name!r} must return a scalar or (b,) = ({student.shape[0]},), got {show_shape(loss)}"
+            )
+        return loss
+
+    def _teachers_of(self, name: str, teacher_features: Mapping[str, Features]) -> list[str]:
+        term = self.terms[name]
+        who = list(teacher_features) if term.teachers is None else list(term.teachers)
+        for each in who:
+            check_name(f"Objective: term {name!r}", "teacher", each, teacher_features)
+        if not who:
+            raise ValueError(f"Objective: term {name!r} reads teachers, got none")
+        return who
+
+
+def _feature(owner: str, features: Features, tap: str, term: str) -> Tensor:
+    check_name(f"Objective: term {term!r}", f"feature of the {owner}", tap, features)
+    return features[tap]
+
+
+def _rows(lead: tuple[list[str], Tensor], who: list[str], term: str) -> Tensor:
+    names, share = lead
+    for each in who:
+        check_name(f"Objective: term {term!r}", "teacher in the term that decides the weights", each, names)
+    rows = share[[names.index(each) for each in who]]
+    total = rows.sum(0, keepdim=True)
+    return torch.where(total > 0, rows / total.clamp(min=1e-12), torch.full_like(rows, 1.0 / len(who)))
+
+
+def _check_weights(share: Tensor, losses: Tensor) -> None:
+    if share.shape != losses.shape:
+        raise ValueError(
+            f"Objective: the weighting must return (k, b) = {show_shape(losses)}, got {show_shape(share)}"
+        )

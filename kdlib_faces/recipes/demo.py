@@ -1,0 +1,310 @@
+"""Recipes room: the whole main job. Two teachers, a student alone, a student distilled, evaluation by age gap, a report.
+
+`run` without lists draws its own faces and trains its own teachers; with lists of real faces it takes ONNX teachers. Every
+stage leaves its result under `OUTPUT/work`, so the same command after a kill goes on where it was.
+"""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from kdlib import attention_map
+from kdlib._checks import check_number
+from kdlib_faces._checks import InputError
+from kdlib_faces._output import check_output
+from kdlib_faces.backbones import save_backbone
+from kdlib_faces.evaluation import (
+    AgeGapProtocol,
+    AgeGapResult,
+    LeaveOneOutProtocol,
+    PairProtocol,
+    compare,
+    evaluate,
+    hardest_pairs,
+)
+from kdlib_faces.progress import say
+from kdlib_faces.recipes.liaad import LIAADConfig, build
+from kdlib_faces.recipes.stages import Material, describe, embed, maps_of, train_student
+from kdlib_faces.report import Picture, attention_picture, pairs_picture, write
+
+__all__ = ["DemoConfig", "run"]
+
+ALONE, DISTILLED = "student_alone", "student_distilled"
+LABELS = {
+    "general_teacher": "general teacher",
+    "age_teacher": "age-invariant teacher",
+    ALONE: "student alone",
+    DISTILLED: "student distilled",
+}
+
+
+def _drawn_student() -> LIAADConfig:
+    return LIAADConfig(embedding_dim=128, width=0.5, input_size=40)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DemoConfig:
+    """Sizes and lengths of the demo.
+
+    Attributes:
+        size: side of the images in pixels, drawn and real.
+        general_identities: drawn people of the general set, whose images lie within `general_window` years.
+        general_images: images of each.
+        general_window: years.
+        age_identities: drawn people of the set with ages, whose images lie all over a life.
+        age_images: images of each.
+        test_identities: drawn people of the test set, seen by no training.
+        test_images: images of each.
+        teacher_width: factor on the channels of the drawn set's teachers.
+        general_steps: training steps of the general teacher.
+        age_steps: of the age-invariant teacher, which starts from it.
+        student_steps: of each student.
+        batch_size: images a step.
+        lr: of the students.
+        teacher_lr: of the general teacher; the age-invariant one has half.
+        decorrelation: weight of the age teacher's decorrelation.
+        test_fraction: of the people with images in two age groups, how many are kept for the test (real faces).
+        replicates: resamples of the identities behind every interval.
+        amp: `"none"` or `"bfloat16"`: precision of the students' forward.
+        student: the recipe; its `num_identities`, `input_size` and `seed` are set by the demo.
+    """
+
+    size: int = 40
+    general_identities: int = 400
+    general_images: int = 12
+    general_window: float = 8.0
+    age_identities: int = 250
+    age_images: int = 12
+    test_identities: int = 160
+    test_images: int = 8
+    teacher_width: float = 0.25
+    general_steps: int = 700
+    age_steps: int = 500
+    student_steps: int = 450
+    batch_size: int = 64
+    lr: float = 0.1
+    teacher_lr: float = 0.1
+    decorrelation: float = 0.1
+    test_fraction: float = 0.5
+    replicates: int = 500
+    amp: str = "none"
+    student: LIAADConfig = field(default_factory=_drawn_student)
+
+    def __post_init__(self) -> None:
+        for name in ("general_identities", "age_identities", "test_identities"):
+            check_number("DemoConfig", name, getattr(self, name), least=2, integer=True)
+        for name in ("general_images", "age_images", "test_images"):
+            check_number("DemoConfig", name, getattr(self, name), least=2, integer=True)
+        for name in ("general_steps", "age_steps", "student_steps", "batch_size"):
+            check_number("DemoConfig", name, getattr(self, name), least=1, integer=True)
+        check_number("DemoConfig", "size", self.size, least=16, most=512, integer=True)
+        check_number("DemoConfig", "test_fraction", self.test_fraction, above=0, most=0.9)
+        if self.amp not in ("none", "bfloat16"):
+            raise ValueError(f"DemoConfig: amp must be 'none' or 'bfloat16', got {self.amp!r}")
+
+
+def run(
+    config: DemoConfig,
+    *,
+    output: Path,
+    faces: Sequence[str] = (),
+    teachers: Sequence[str] = (),
+    seeds: Sequence[int] = (0,),
+    progress: bool = True,
+    command: str = "kdlib-faces demo",
+) -> dict[str, Any]:
+    """Do the whole job and write the report.
+
+    Args:
+        config: sizes and lengths.
+        output: folder of the report; intermediate results lie in its `work`.
+        faces: lists or folders of real faces; none draws faces.
+        teachers: two ONNX files, the general teacher and the one that is made age-invariant; with real faces only.
+        seeds: one run for each; the report shows the first and the spread of all.
+        progress: show progress.
+        command: how this run was started, for the report.
+
+    Returns:
+        The content of `report.json`.
+
+    Raises:
+        InputError: lists, teachers or an output that cannot be used.
+    """
+    from kdlib_faces.recipes.drawn import drawn_material
+    from kdlib_faces.recipes.real import real_material
+
+    check_output(output)
+    if bool(faces) != bool(teachers):
+        raise InputError("demo: --faces and --teacher go together; give both, or neither for drawn faces")
+    if not seeds:
+        raise InputError("demo: at least one seed must be given, got none")
+    began = time.monotonic()
+    reports: list[dict[str, Any]] = []
+    pictures: list[Picture] = []
+    for seed in seeds:
+        work = output / "work" / f"seed{seed}"
+        work.mkdir(parents=True, exist_ok=True)
+        if faces:
+            material = real_material(config, work, faces, teachers, seed=seed, quiet=not progress)
+        else:
+            material = drawn_material(config, work, seed=seed, quiet=not progress)
+        report, shown = _students(config, material, work, seed=seed, quiet=not progress)
+        reports.append(report)
+        pictures = pictures or shown
+    first = dict(reports[0])
+    first["command"], first["seeds"] = command, list(seeds)
+    if len(reports) > 1:
+        first["per_seed"] = [
+            {"seed": seed, "models": each["models"]} for seed, each in zip(seeds, reports, strict=True)
+        ]
+    first["environment"]["seconds"] = round(time.monotonic() - began, 1)
+    write(output, first, pictures=pictures)
+    say(f"report: {output / 'report.html'}", quiet=not progress)
+    return first
+
+
+def _students(
+    config: DemoConfig, material: Material, work: Path, *, seed: int, quiet: bool
+) -> tuple[dict[str, Any], list[Picture]]:
+    """Train the student twice on the same batches, evaluate all models, assemble the report."""
+    recipe = replace(config.student, num_identities=material.num_identities, input_size=config.size, seed=seed)
+    models = dict(material.teachers)
+    curves: dict[str, Any] = dict(material.curves)
+    shares: dict[str, Any] = {}
+    for name, recorded in ((ALONE, {}), (DISTILLED, material.recorded)):
+        distiller = build(recipe, teachers=recorded)
+        trained = train_student(distiller, material, config, work / name, label=LABELS[name], seed=seed, quiet=quiet)
+        models[name] = trained.model
+        curves[name] = trained.curve
+        shares.update(trained.shares)
+        save_backbone(distiller.student.model, work / name / "student.pt")
+    say("evaluating", quiet=quiet)
+    protocol = material.protocol(replicates=config.replicates)
+    ranks = LeaveOneOutProtocol(material.test_identities, ranks=(1, 5))
+    folds = _fold_pairs(material, seed)
+    results: dict[str, AgeGapResult] = {}
+    rows: dict[str, Any] = {}
+    embeddings: dict[str, np.ndarray] = {}
+    for name, model in models.items():
+        own = material.test_images if model.test_images is None else model.test_images
+        embeddings[name] = embed(model.embed, own)
+        results[name] = evaluate(embeddings[name], protocol)
+        rows[name] = describe(model, name, LABELS.get(name, name))
+        rows[name]["protocols"] = {
+            "age_gap": results[name].to_dict(),
+            "leave_one_out": evaluate(embeddings[name], ranks).to_dict(),
+            "verification": evaluate(embeddings[name], folds).to_dict(),
+        }
+    report: dict[str, Any] = {
+        "format": 1,
+        "title": material.title,
+        "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "version": _version(),
+        "config": _plain(config),
+        "environment": {"torch": torch.__version__, "threads": torch.get_num_threads(), **_machine()},
+        "data": material.data,
+        "models": rows,
+        "comparisons": compare(results, DISTILLED, ALONE),
+        "teachers_kept": _kept(results),
+        "weights": shares,
+        "training": curves,
+    }
+    return report, _pictures(material, models, embeddings, protocol)
+
+
+def _fold_pairs(material: Material, seed: int) -> PairProtocol:
+    """Ten folds of genuine pairs across age and as many impostor pairs, no identity in two folds."""
+    rng = np.random.default_rng(seed)
+    identities = material.test_identities
+    people = rng.permutation(np.unique(identities))
+    left: list[int] = []
+    right: list[int] = []
+    same: list[bool] = []
+    fold: list[int] = []
+    for number, group in enumerate(np.array_split(people, 10)):
+        rows = np.flatnonzero(np.isin(identities, group))
+        i, j = np.triu_indices(len(rows), 1)
+        i, j = rows[i], rows[j]
+        equal = identities[i] == identities[j]
+        genuine = np.flatnonzero(equal & material.far_apart(i, j))
+        if not len(genuine):
+            genuine = np.flatnonzero(equal)
+        impostor = np.flatnonzero(~equal)
+        take = min(len(genuine), len(impostor), 300)
+        for chosen, truth in ((rng.permutation(genuine)[:take], True), (rng.permutation(impostor)[:take], False)):
+            left += i[chosen].tolist()
+            right += j[chosen].tolist()
+            same += [truth] * len(chosen)
+            fold += [number] * len(chosen)
+    return PairProtocol(left, right, same, fold_ids=fold, threshold="exact")
+
+
+def _kept(results: dict[str, AgeGapResult]) -> dict[str, float]:
+    """Share of the best teacher's TAR at the smallest FAR shown that the distilled student keeps, by bin."""
+    kept: dict[str, float] = {}
+    student = results[DISTILLED]
+    for position, mine in enumerate(student.bins):
+        far = max(mine.tar)
+        best = max((r.bins[position].tar[far].value or 0.0) for name, r in results.items() if name.endswith("_teacher"))
+        value = mine.tar[far].value
+        if value is not None and best and np.isfinite(value) and np.isfinite(best):
+            kept[mine.name] = float(value / best)
+    return kept
+
+
+def _pictures(
+    material: Material, models: dict[str, Any], embeddings: dict[str, np.ndarray], protocol: AgeGapProtocol
+) -> list[Picture]:
+    """What a person would rather see: the faces, the pairs that fail, where each model looks."""
+
+    def pixels(row: int) -> np.ndarray:
+        return np.ascontiguousarray(material.test_images[row].permute(1, 2, 0).numpy())
+
+    pictures = []
+    hard = hardest_pairs(embeddings[DISTILLED], protocol, count=9)
+    for kind, truth in (("missed", True), ("confused", False)):
+        chosen = [(pixels(i), pixels(j), f"{material.caption(i, j)}\ncosine {score:.2f}") for i, j, score, same in hard if same is truth]
+        if chosen:
+            title = "Same person, least alike" if truth else "Different people, most alike"
+            pictures.append(
+                Picture(f"pairs_{kind}", title, "As the distilled student sees them.", pairs_picture(chosen))
+            )
+    order = np.argsort(material.test_identities, kind="stable")
+    rows = order[:: max(1, len(order) // 8)][:8]
+    looks = {}
+    for name, model in models.items():
+        own = material.test_images if model.test_images is None else model.test_images
+        looks[LABELS.get(name, name)] = attention_map(maps_of(model, own[torch.as_tensor(rows.copy())])).numpy()
+    pictures.append(
+        Picture(
+            "attention",
+            "Where each model looks",
+            "Mean squared activation of the middle stage, each map scaled to its own range.",
+            attention_picture([pixels(int(row)) for row in rows], looks),
+        )
+    )
+    return pictures
+
+
+def _plain(config: Any) -> dict[str, Any]:
+    from dataclasses import asdict
+
+    return asdict(config)
+
+
+def _machine() -> dict[str, Any]:
+    import os
+    import platform
+
+    return {"python": platform.python_version(), "platform": platform.machine(), "cores": os.cpu_count() or 1}
+
+
+def _version() -> str:
+    from kdlib import __version__
+
+    return __version__

@@ -1,0 +1,170 @@
+"""Recipes room: the demo's material on real faces. Splits people, runs two ONNX teachers once, fits the age map."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from kdlib_faces._checks import InputError
+from kdlib_faces.data.images import load_images
+from kdlib_faces.data.listing import FaceList, read_faces
+from kdlib_faces.evaluation import check_identity_disjoint, identity_disjoint_split
+from kdlib_faces.progress import progress, say
+from kdlib_faces.recipes.drawn import aligned
+from kdlib_faces.recipes.liaad import AGE, GENERAL
+from kdlib_faces.recipes.stages import Material, Model
+from kdlib_faces.teachers import MappedTeacher, OnnxTeacher, fit_age_map, record
+from kdlib_faces.teachers.onnx import describe_graph, suggest_taps
+
+__all__ = ["real_material"]
+
+TEACHER_SIZE = 112
+
+
+def real_material(
+    config: Any, work: Path, faces: Sequence[str], teachers: Sequence[str], *, seed: int, quiet: bool
+) -> Material:
+    """Read lists, keep some people apart for the test, and let both teachers look at all others once."""
+    if len(teachers) != 2:
+        raise InputError(f"demo: two teachers must be given, the general one first, got {len(teachers)}")
+    graphs = [OnnxTeacher(path, _taps(path), resize=True) for path in teachers]
+    everyone = read_faces(faces)
+    if everyone.ages is None and everyone.age_groups is None:
+        raise InputError(f"demo: the lists {', '.join(faces)} hold neither ages nor age groups; nothing to test by age")
+    train_list, test_list = _split(everyone, config.test_fraction, seed)
+
+    def shown(items: Any, label: str) -> Any:
+        return progress(items, label, quiet=quiet)
+
+    say(f"{len(train_list)} training and {len(test_list)} test images", quiet=quiet)
+    big = load_images(train_list, TEACHER_SIZE, progress=shown)
+    test_big = load_images(test_list, TEACHER_SIZE, progress=shown)
+    people, codes = np.unique(train_list.identities, return_inverse=True)
+    recorded = [
+        record(
+            graph,
+            big,
+            work / f"teacher{number}",
+            fingerprint=graph.fingerprint,
+            progress=shown,
+            label=f"outputs of {Path(path).stem}",
+        )
+        for number, (graph, path) in enumerate(zip(graphs, teachers, strict=True))
+    ]
+    say("fitting the age map", quiet=quiet)
+    embeddings = torch.from_numpy(np.asarray(recorded[1].arrays["embedding"]).astype(np.float32).sum(1))
+    ages = None if train_list.ages is None else torch.from_numpy(train_list.ages)
+    groups = None if train_list.age_groups is None else torch.from_numpy(train_list.age_groups)
+    age_map = fit_age_map(embeddings, torch.from_numpy(codes), ages=ages, age_groups=groups, seed=seed)
+    age_teacher = MappedTeacher(recorded[1], {"embedding": age_map})
+    turned = aligned(recorded[0], _mapped_arrays(recorded[1], age_map))
+
+    def through(matrix: Tensor | None, graph: OnnxTeacher) -> Any:
+        def embed(images: Tensor) -> Tensor:
+            out = graph(_sized(images, TEACHER_SIZE))["embedding"]
+            return out if matrix is None else out @ matrix
+
+        return embed
+
+    models = {}
+    for name, graph, path, matrix in (
+        ("general_teacher", graphs[0], teachers[0], None),
+        ("age_teacher", graphs[1], teachers[1], age_map),
+    ):
+        about = describe_graph(path)
+        models[name] = Model(
+            embed=through(matrix, graph),
+            maps=lambda images, graph=graph: graph(_sized(images, TEACHER_SIZE))["map"],
+            role="teacher",
+            backbone=Path(path).stem + ("" if matrix is None else " + age map"),
+            parameters=int(about["parameters"]) + (0 if matrix is None else matrix.numel()),
+            macs=about["macs"],
+            input_size=TEACHER_SIZE,
+            test_images=test_big,
+        )
+    return Material(
+        title="Two teachers, one light student: real faces, young against adult",
+        train_images=_shrunk(big, config.size),
+        train_identities=codes,
+        num_identities=len(people),
+        test_images=_shrunk(test_big, config.size),
+        test_identities=test_list.identities,
+        test_ages=None if test_list.age_groups is not None else test_list.ages,
+        test_groups=test_list.age_groups,
+        group_names=test_list.group_names,
+        teachers=models,
+        recorded={AGE: age_teacher, GENERAL: turned},
+        data={
+            "name": ", ".join(Path(source).stem for source in faces),
+            "train_images": len(train_list),
+            "train_identities": len(people),
+            "test_images": len(test_list),
+            "test_identities": int(len(np.unique(test_list.identities))),
+            "notes": [
+                "People are told apart by name across all lists; no person of the test is in the training.",
+                "The teachers may have seen any of these people: compare the models with each other, not with published tables.",
+                "Ages or age groups are read by the age map of the second teacher alone.",
+            ],
+        },
+    )
+
+
+def _taps(path: str) -> dict[str, Any]:
+    """The embedding, and the map whose grid is nearest to 14 x 14."""
+    maps = {int(name[3:]): tensor for name, tensor in suggest_taps(path).items() if name[3:].isdigit()}
+    if not maps:
+        raise InputError(f"{path}: no square feature map to distil from; is it a convolutional network?")
+    return {"embedding": None, "map": maps[min(maps, key=lambda grid: abs(grid - 14))]}
+
+
+def _split(everyone: FaceList, fraction: float, seed: int) -> tuple[FaceList, FaceList]:
+    """Of the people seen at far ages, some are for the test; all others, and all people of unknown age, are for training."""
+    spread = []
+    for person in range(everyone.num_identities):
+        rows = np.flatnonzero(everyone.identities == person)
+        if everyone.age_groups is not None:
+            far = len(set(everyone.age_groups[rows].tolist()) - {-1}) > 1
+        else:
+            years = np.asarray(everyone.ages)[rows]
+            far = len(rows) > 1 and bool(np.nanmax(years, initial=0.0) - np.nanmin(years, initial=200.0) >= 10)
+        if far:
+            spread.append(person)
+    if len(spread) < 4:
+        raise InputError(f"demo: at least 4 people must have images of different ages, got {len(spread)}")
+    kept, _ = identity_disjoint_split(np.asarray(spread), (fraction, 1.0 - fraction), seed=seed)
+    chosen = np.asarray(spread)[kept]
+    held = np.isin(everyone.identities, chosen)
+    known = everyone.age_groups >= 0 if everyone.age_groups is not None else np.isfinite(np.asarray(everyone.ages))
+    train, test = everyone.subset(np.flatnonzero(~held)), everyone.subset(np.flatnonzero(held & known))
+    names = [np.asarray(part.identity_names)[part.identities] for part in (train, test)]
+    check_identity_disjoint(names[0], names[1])
+    return train, test
+
+
+def _sized(images: Tensor, size: int) -> Tensor:
+    if images.shape[-1] == size:
+        return images
+    return F.interpolate(images, (size, size), mode="bilinear", antialias=True, align_corners=False)
+
+
+def _shrunk(images: Tensor, size: int) -> Tensor:
+    """uint8 images at the student's size."""
+    if images.shape[-1] == size:
+        return images
+    out = torch.empty(len(images), 3, size, size, dtype=torch.uint8)
+    for start in range(0, len(images), 512):
+        part = _sized(images[start : start + 512].float(), size)
+        out[start : start + 512] = part.round_().clamp_(0, 255).to(torch.uint8)
+    return out
+
+
+def _mapped_arrays(recorded: Any, matrix: Tensor) -> Any:
+    """The recorded embeddings behind the age map, for the rotation to aim at."""
+    from kdlib_faces.teachers import RecordedTeacher
+
+    plain = torch.from_numpy(np.asarray(recorded.arrays["embedding"], dtype=np.float32))
+    return RecordedTeacher({"embedding": (F.normalize(plain, dim=2) @ matrix).numpy()})
