@@ -1,0 +1,42 @@
+# Two commands do everything: `make demo` and `make test`. Both make a virtual environment of their own first.
+PYTHON ?= python3
+VENV := .venv
+PY ?= $(VENV)/bin/python
+OUTPUT ?= runs/demo
+
+.PHONY: demo test check lint docs bench clean
+
+$(VENV)/.user: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -m pip install --quiet -c constraints.txt torch
+	$(VENV)/bin/python -m pip install --quiet -c constraints.txt -e ".[faces,onnx]"
+	touch $@
+
+$(VENV)/.dev: $(VENV)/.user
+	$(VENV)/bin/python -m pip install --quiet -c constraints.txt -e ".[faces,onnx,docs,dev]"
+	touch $@
+
+demo: $(VENV)/.user
+	$(VENV)/bin/kdlib-faces demo --output $(OUTPUT)
+	@echo "open $(OUTPUT)/report.html"
+
+test: $(VENV)/.dev
+	$(MAKE) --no-print-directory check
+
+# What `make test` runs, with any Python that has the package and its extras: make check PY=/path/to/python
+check: lint docs
+	$(PY) -m pytest
+
+lint:
+	$(PY) -m ruff format --check .
+	$(PY) -m ruff check .
+	$(PY) -m mypy
+
+docs:
+	$(PY) -m sphinx -q -W -n -b html docs docs/_build/html
+
+bench: $(VENV)/.dev
+	for file in benchmarks/bench_*.py; do $(VENV)/bin/python $$file || exit 1; done
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info docs/_build docs/api/generated runs
