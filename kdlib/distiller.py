@@ -51,7 +51,9 @@ class Distiller(nn.Module):
                 raise ValueError(f"Distiller: term {name!r} reads teachers, got none")
             for who in term.teachers or ():
                 if who not in teachers:
-                    raise ValueError(f"Distiller: term {name!r} reads teacher {who!r}, got {', '.join(teachers) or 'none'}")
+                    raise ValueError(
+                        f"Distiller: term {name!r} reads teacher {who!r}, got {', '.join(teachers) or 'none'}"
+                    )
         self.student = student
         self.objective = objective
         # Outside the module tree: a teacher is no part of what is trained, saved or switched to train mode.
@@ -65,7 +67,9 @@ class Distiller(nn.Module):
         """Run the student and every teacher."""
         given = inputs if isinstance(inputs, tuple) else (inputs,)
         student = self.student(*given)
-        return student, {name: self._ask(name, teacher, given, targets or {}) for name, teacher in self.teachers.items()}
+        return student, {
+            name: self._ask(name, teacher, given, targets or {}) for name, teacher in self.teachers.items()
+        }
 
     def _ask(self, name: str, teacher: nn.Module, inputs: tuple[Any, ...], targets: Targets) -> Features:
         reads = getattr(teacher, "reads", None)

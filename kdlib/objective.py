@@ -135,7 +135,9 @@ class Objective(nn.Module):
             if not name or "." in name:
                 raise ValueError(f"Objective: a term's name must be text without a dot, got {name!r}")
         if weigh_by is not None:
-            check_name("Objective", "term", weigh_by, [name for name, term in terms.items() if term.teacher is not None])
+            check_name(
+                "Objective", "term", weigh_by, [name for name, term in terms.items() if term.teacher is not None]
+            )
         self.terms = dict(terms)
         self.weighting = UniformWeighting() if weighting is None else weighting
         self.weigh_by = weigh_by
@@ -253,6 +255,4 @@ def _rows(lead: tuple[list[str], Tensor], who: list[str], term: str) -> Tensor:
 
 def _check_weights(share: Tensor, losses: Tensor) -> None:
     if share.shape != losses.shape:
-        raise ValueError(
-            f"Objective: the weighting must return (k, b) = {show_shape(losses)}, got {show_shape(share)}"
-        )
+        raise ValueError(f"Objective: the weighting must return (k, b) = {show_shape(losses)}, got {show_shape(share)}")

@@ -133,14 +133,20 @@ def draw_faces(traits: Tensor, ages: Tensor, nuisances: Tensor, noise_seeds: Ten
     chin = 0.06 * t() * spread * grown
     cheek = 0.07 * t() * spread + 0.05 * (1 - grown) - 0.04 * pace
     below = (hy / length).clamp(-1, 1.2)
-    profile = 1.0 + jaw * below.clamp(min=0) * (1.1 - below.clamp(min=0)) * 1.2 + cheek * torch.exp(-((below - 0.3) / 0.25) ** 2)
+    profile = (
+        1.0
+        + jaw * below.clamp(min=0) * (1.1 - below.clamp(min=0)) * 1.2
+        + cheek * torch.exp(-(((below - 0.3) / 0.25) ** 2))
+    )
     taper = 1.0 - 0.30 * below.clamp(min=0) ** 2
     head = _ellipse(hx / (profile * taper).clamp(min=0.4), hy + chin * below.clamp(min=0), width, length, 2.3)
 
     # Hair behind the head, then ears, neck, skin.
     volume = (0.10 + 0.05 * t()).clamp(0.02, 0.3) * (1.0 - 0.5 * torch.sigmoid((age - bald_at) / 6.0))
     long_hair = torch.sigmoid(3.0 * t() + 2.0 * v())
-    behind = _ellipse(hx, hy + 0.10 - 0.25 * long_hair, width + volume + 0.02, length * 0.95 + volume + 0.2 * long_hair, 2.4)
+    behind = _ellipse(
+        hx, hy + 0.10 - 0.25 * long_hair, width + volume + 0.02, length * 0.95 + volume + 0.2 * long_hair, 2.4
+    )
     canvas = _mix(canvas, hair * 0.85, cover(behind) * ((hy < 0.35) | (long_hair > 0.5)).float())
     neck = _ellipse(hx, hy - 1.0, width * (0.55 + 0.12 * gain * worn), 0.5, 4.0)
     canvas = _mix(canvas, skin * 0.82, cover(neck))
@@ -169,7 +175,12 @@ def draw_faces(traits: Tensor, ages: Tensor, nuisances: Tensor, noise_seeds: Ten
     # Blush of the young.
     for side in (-1.0, 1.0):
         ex, ey = at(0.1, side * 0.34, 0.22)
-        face = face + torch.exp(-((ex**2 + ey**2) / 0.03))[:, None] * (1 - 0.7 * grown)[:, None] * torch.tensor([0.07, -0.02, -0.02])[None, :, None, None]
+        face = (
+            face
+            + torch.exp(-((ex**2 + ey**2) / 0.03))[:, None]
+            * (1 - 0.7 * grown)[:, None]
+            * torch.tensor([0.07, -0.02, -0.02])[None, :, None, None]
+        )
 
     # Lines: forehead, crow's feet, folds beside the mouth; where and how deep is the person's own.
     lines = torch.zeros_like(hx)
@@ -194,13 +205,20 @@ def draw_faces(traits: Tensor, ages: Tensor, nuisances: Tensor, noise_seeds: Ten
     nx, ny = at(0.30, 0.0, -0.12)
     along = (ny / nose_length).clamp(0, 1)
     ridge = torch.exp(-((nx / (0.035 + 0.25 * nose_width * along)) ** 2)) * ((ny > -0.05) & (ny < nose_length)).float()
-    flank = torch.exp(-(((nx - 0.5 * nose_width * (0.6 + along)) / 0.04) ** 2)) * ((ny > 0) & (ny < nose_length)).float()
+    flank = (
+        torch.exp(-(((nx - 0.5 * nose_width * (0.6 + along)) / 0.04) ** 2)) * ((ny > 0) & (ny < nose_length)).float()
+    )
     face = face * (1.0 + (0.10 + 0.06 * bridge) * ridge - 0.12 * flank)[:, None]
     tx, ty = at(0.42, 0.0, -0.12)
     tip = _ellipse(tx, ty - nose_length, nose_width, 0.055)
     face = face * (1.0 - 0.16 * cover(tip, 1.5))[:, None]
     for side in (-1.0, 1.0):
-        face = face * (1.0 - 0.5 * cover(_ellipse(tx - side * nose_width * 0.5, ty - nose_length - 0.02, 0.028, 0.017)))[:, None]
+        face = (
+            face
+            * (1.0 - 0.5 * cover(_ellipse(tx - side * nose_width * 0.5, ty - nose_length - 0.02, 0.028, 0.017)))[
+                :, None
+            ]
+        )
 
     # Mouth: lips thin with age, corners sink; the smile and the gap are the moment's.
     smile, gap = v(0.12), v(0.05, -0.03).clamp(min=0)
@@ -257,7 +275,11 @@ def draw_faces(traits: Tensor, ages: Tensor, nuisances: Tensor, noise_seeds: Ten
     edge = hy - line - (0.14 + curl) * (hx - part) ** 2 - 0.02 * torch.sin(hx * 24.0 + 6.0 * part)
     crown = cover(_ellipse(hx, hy + 0.04, width + volume, length + volume * 0.6, 2.4))
     strands = 1.0 + 0.10 * torch.sin(hx * 40.0 * (1 + 0.2 * curl) + 9.0 * hy)
-    canvas = _mix(canvas, hair * strands[:, None], crown * cover(edge, 1.0) * (1.0 - 0.6 * torch.sigmoid((age - bald_at - 12) / 5.0)))
+    canvas = _mix(
+        canvas,
+        hair * strands[:, None],
+        crown * cover(edge, 1.0) * (1.0 - 0.6 * torch.sigmoid((age - bald_at - 12) / 5.0)),
+    )
 
     # Glasses, a hand or a scarf.
     glasses = (v() > 1.15).float()

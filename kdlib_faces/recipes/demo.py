@@ -32,7 +32,7 @@ from kdlib_faces.recipes.liaad import LIAADConfig, build
 from kdlib_faces.recipes.stages import Material, describe, embed, maps_of, train_student
 from kdlib_faces.report import Picture, attention_picture, pairs_picture, write
 
-__all__ = ["DemoConfig", "run"]
+__all__ = ["DemoConfig", "faces_config", "run"]
 
 ALONE, DISTILLED = "student_alone", "student_distilled"
 LABELS = {
@@ -106,6 +106,12 @@ class DemoConfig:
         check_number("DemoConfig", "test_fraction", self.test_fraction, above=0, most=0.9)
         if self.amp not in ("none", "bfloat16"):
             raise ValueError(f"DemoConfig: amp must be 'none' or 'bfloat16', got {self.amp!r}")
+
+
+def faces_config() -> DemoConfig:
+    """The defaults for real faces: larger images, a student of the published width, a longer training."""
+    student = LIAADConfig(embedding_dim=512, width=1.0, input_size=64)
+    return DemoConfig(size=64, student_steps=6000, student=student)
 
 
 def run(
@@ -182,7 +188,8 @@ def _students(
         models[name] = trained.model
         curves[name] = trained.curve
         shares.update(trained.shares)
-        save_backbone(distiller.student.model, work / name / "student.pt")
+        network: Any = trained.model.network
+        save_backbone(network, work / name / "student.pt")
     say("evaluating", quiet=quiet)
     protocol = material.protocol(replicates=config.replicates)
     ranks = LeaveOneOutProtocol(material.test_identities, ranks=(1, 5))
@@ -268,7 +275,11 @@ def _pictures(
     pictures = []
     hard = hardest_pairs(embeddings[DISTILLED], protocol, count=9)
     for kind, truth in (("missed", True), ("confused", False)):
-        chosen = [(pixels(i), pixels(j), f"{material.caption(i, j)}\ncosine {score:.2f}") for i, j, score, same in hard if same is truth]
+        chosen = [
+            (pixels(i), pixels(j), f"{material.caption(i, j)}\ncosine {score:.2f}")
+            for i, j, score, same in hard
+            if same is truth
+        ]
         if chosen:
             title = "Same person, least alike" if truth else "Different people, most alike"
             pictures.append(

@@ -17,7 +17,14 @@ from kdlib_faces.heads import CosFaceHead
 from kdlib_faces.progress import say
 from kdlib_faces.recipes.liaad import AGE, GENERAL, teacher_taps
 from kdlib_faces.recipes.stages import Material, fit, native
-from kdlib_faces.teachers import AgeFactorLoss, AgeInvariantNet, MappedTeacher, fit_rotation, record, weights_fingerprint
+from kdlib_faces.teachers import (
+    AgeFactorLoss,
+    AgeInvariantNet,
+    MappedTeacher,
+    fit_rotation,
+    record,
+    weights_fingerprint,
+)
 
 __all__ = ["drawn_material"]
 
@@ -41,7 +48,6 @@ def drawn_material(config: Any, work: Path, *, seed: int, quiet: bool) -> Materi
     curves: dict[str, Any] = {}
     head = CosFaceHead(config.student.embedding_dim, general.identities, 32.0, 0.2)
     terms = {"identity": Term(head, student="embedding", target="identity")}
-    loop = {"seed": seed, "quiet": quiet, "amp": "bfloat16"}
     trainee = Distiller(StudentAdapter(network, teacher_taps(network, config.student.stage)), {}, Objective(terms))
     batches = FaceBatches(
         general_images, general.labels, batch_size=config.batch_size, seed=seed, augment=AugmentConfig()
@@ -53,7 +59,9 @@ def drawn_material(config: Any, work: Path, *, seed: int, quiet: bool) -> Materi
         steps=config.general_steps,
         lr=config.teacher_lr,
         label="general teacher",
-        **loop,
+        seed=seed,
+        quiet=quiet,
+        amp="bfloat16",
     )
 
     start = build_backbone("iresnet18", seed=seed, **arguments)
@@ -78,7 +86,9 @@ def drawn_material(config: Any, work: Path, *, seed: int, quiet: bool) -> Materi
         steps=config.age_steps,
         lr=config.teacher_lr / 2,
         label="age-invariant teacher",
-        **loop,
+        seed=seed,
+        quiet=quiet,
+        amp="bfloat16",
     )
 
     teachers, recorded = {}, {}
@@ -126,7 +136,9 @@ def aligned(general: Any, age: Any) -> MappedTeacher:
     """The general teacher turned onto the age-invariant teacher's sphere; its own cosines stay as they are."""
     step = max(1, len(general.arrays["embedding"]) // 20_000)
     first, second = (
-        torch.nn.functional.normalize(torch.from_numpy(np.asarray(each.arrays["embedding"][::step, 0], np.float32)), dim=1)
+        torch.nn.functional.normalize(
+            torch.from_numpy(np.asarray(each.arrays["embedding"][::step, 0], np.float32)), dim=1
+        )
         for each in (general, age)
     )
     return MappedTeacher(general, {"embedding": fit_rotation(first, second)})

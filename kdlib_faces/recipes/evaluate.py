@@ -148,7 +148,7 @@ def embed_faces(
     return np.concatenate(parts)
 
 
-class _eval_mode:  # noqa: N801  # reads as a function
+class _eval_mode:  # reads as a function
     def __init__(self, model: object) -> None:
         modules = list(model.modules()) if isinstance(model, nn.Module) else []
         self.modes = [(module, module.training) for module in modules]

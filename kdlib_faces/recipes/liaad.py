@@ -15,7 +15,7 @@ knowledge; which layer, which transform and every number here are our definition
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -85,10 +85,10 @@ class LIAADConfig:
     head_margin: float = 0.2
     identity_weight: float = 1.0
     embedding_weight: float = 40.0
-    embedding_form: str = "cosine"
+    embedding_form: Literal["squared", "cosine", "chord", "angle"] = "cosine"
     embedding_projection: str = "none"
     map_weight: float = 2.0
-    map_form: str = "cosine"
+    map_form: Literal["squared", "cosine", "chord", "angle"] = "cosine"
     attention_weight: float = 2.0
     stage: int = 2
     weighting: str = "centre"
@@ -236,7 +236,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from kdlib_faces.cli import main as command
 
     given = list(sys.argv[1:] if arguments is None else arguments)
-    return command(["train", "--recipe", "liaad", *given])
+    code: int = command(["train", "--recipe", "liaad", *given])
+    return code
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from kdlib import attention_map
 from kdlib_faces._checks import InputError
 from kdlib_faces.data.images import load_images
 from kdlib_faces.data.listing import FaceList, read_faces
@@ -46,10 +47,10 @@ def real_material(
     people, codes = np.unique(train_list.identities, return_inverse=True)
     recorded = [
         record(
-            graph,
+            _smaller(graph, attention=number == 1),
             big,
             work / f"teacher{number}",
-            fingerprint=graph.fingerprint,
+            fingerprint=f"{graph.fingerprint} {number}",
             progress=shown,
             label=f"outputs of {Path(path).stem}",
         )
@@ -66,7 +67,8 @@ def real_material(
     def through(matrix: Tensor | None, graph: OnnxTeacher) -> Any:
         def embed(images: Tensor) -> Tensor:
             out = graph(_sized(images, TEACHER_SIZE))["embedding"]
-            return out if matrix is None else out @ matrix
+            moved: Tensor = out if matrix is None else F.normalize(out, dim=1) @ matrix
+            return moved
 
         return embed
 
@@ -78,7 +80,7 @@ def real_material(
         about = describe_graph(path)
         models[name] = Model(
             embed=through(matrix, graph),
-            maps=lambda images, graph=graph: graph(_sized(images, TEACHER_SIZE))["map"],
+            maps=_maps(graph),
             role="teacher",
             backbone=Path(path).stem + ("" if matrix is None else " + age map"),
             parameters=int(about["parameters"]) + (0 if matrix is None else matrix.numel()),
@@ -103,7 +105,7 @@ def real_material(
             "train_images": len(train_list),
             "train_identities": len(people),
             "test_images": len(test_list),
-            "test_identities": int(len(np.unique(test_list.identities))),
+            "test_identities": len(np.unique(test_list.identities)),
             "notes": [
                 "People are told apart by name across all lists; no person of the test is in the training.",
                 "The teachers may have seen any of these people: compare the models with each other, not with published tables.",
@@ -111,6 +113,25 @@ def real_material(
             ],
         },
     )
+
+
+def _maps(graph: OnnxTeacher) -> Any:
+    return lambda images: graph(_sized(images, TEACHER_SIZE))["map"]
+
+
+def _smaller(graph: OnnxTeacher, *, attention: bool) -> Any:
+    """What the student's terms read of the middle stage: where the age teacher looks, or the general one's map at 7 x 7."""
+
+    def outputs(images: Tensor) -> dict[str, Tensor]:
+        features = dict(graph(images))
+        if attention:
+            looks = attention_map(features["map"])
+            features["map"] = looks / looks.amax(dim=(1, 2), keepdim=True).clamp(min=1e-12)
+        else:
+            features["map"] = F.adaptive_avg_pool2d(features["map"], 7)
+        return features
+
+    return outputs
 
 
 def _taps(path: str) -> dict[str, Any]:

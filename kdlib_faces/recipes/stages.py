@@ -73,7 +73,7 @@ class Material:
     def far_apart(self, i: np.ndarray, j: np.ndarray) -> np.ndarray:
         """Which pairs of test images lie far apart in age."""
         if self.test_ages is not None:
-            return np.abs(self.test_ages[i] - self.test_ages[j]) >= 30
+            return np.asarray(np.abs(self.test_ages[i] - self.test_ages[j]) >= 30)
         groups = np.asarray(self.test_groups)
         return np.asarray(groups[i] != groups[j])
 
@@ -216,11 +216,12 @@ def embed(model: Embed, images: Tensor, *, batch: int = 128) -> np.ndarray:
         `(n, d)` float32.
     """
     rows = []
-    for chunk in images.split(batch):
-        pixels = to_float(chunk)
+    for start in range(0, len(images), batch):
+        pixels = to_float(images[start : start + batch])
         both = model(pixels).float() + model(pixels.flip(3)).float()
         rows.append(torch.nn.functional.normalize(both, dim=1))
-    return torch.cat(rows).numpy()
+    embeddings: np.ndarray = torch.cat(rows).numpy()
+    return embeddings
 
 
 @torch.no_grad()
@@ -253,5 +254,3 @@ def describe(model: Model, name: str, label: str) -> dict[str, Any]:
         "train_seconds": model.train_seconds,
         "train_steps": model.train_steps,
     }
-
-

@@ -50,7 +50,8 @@ def fit_rotation(source: Tensor, target: Tensor) -> Tensor:
             f"fit_rotation: target must have at least the {source.shape[1]} dimensions of source, got {target.shape[1]}"
         )
     left, _, right = torch.linalg.svd(source.double().T @ target.double(), full_matrices=False)
-    return (left @ right).to(source.dtype)
+    rotation: Tensor = (left @ right).to(source.dtype)
+    return rotation
 
 
 def fit_age_map(

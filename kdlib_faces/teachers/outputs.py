@@ -107,7 +107,9 @@ def record(
         try:
             state = json.loads(note.read_text())
         except ValueError as error:
-            raise InputError(f"{note} is not readable ({error}); remove the folder to compute the outputs anew") from None
+            raise InputError(
+                f"{note} is not readable ({error}); remove the folder to compute the outputs anew"
+            ) from None
         if state.get("fingerprint") != key:
             raise InputError(
                 f"{folder} holds the outputs of another teacher or of other images; remove it or use another output"

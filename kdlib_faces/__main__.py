@@ -1,0 +1,6 @@
+"""`python -m kdlib_faces`: the command line."""
+
+from kdlib_faces.cli import main
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,195 @@
+"""The command line: `kdlib-faces demo | train | evaluate | report | inspect`. Words go to standard error, results to files.
+
+Everything a user can cause ends in one line and exit code 2; heavy imports wait until a command needs them.
+"""
+
+import argparse
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+__all__ = ["main"]
+
+BUDGETS = {"quick": 300, "full": 6000}
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="kdlib-faces", description="Light age-invariant face recognition.")
+    parser.add_argument("--version", action="store_true", help="print the version and stop")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument("--threads", type=int, help="threads of torch (default: one a core)")
+    common.add_argument("--quiet", action="store_true", help="no progress")
+    common.add_argument("--debug", action="store_true", help="show the whole traceback of an error")
+    run = argparse.ArgumentParser(add_help=False)
+    run.add_argument("--seed", type=int, default=0)
+    run.add_argument("--config", type=Path, metavar="TOML", help="settings; --set wins over it")
+    run.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="settings", help="repeatable")
+    run.add_argument("--faces", action="append", default=[], metavar="PATH", help="CSV list or folder; repeatable")
+
+    demo = commands.add_parser("demo", parents=[common, run], help="the whole main job, with a report")
+    demo.add_argument("--output", type=Path, default=Path("runs/demo"), help="folder of the report (runs/demo)")
+    demo.add_argument("--teacher", action="append", default=[], metavar="ONNX", help="general first, then the other")
+    demo.add_argument("--seeds", type=int, default=1, metavar="N", help="N runs, from --seed on (1)")
+    demo.add_argument("--budget", metavar="quick|full|STEPS", help="steps of each student")
+
+    train = commands.add_parser("train", parents=[common, run], help="train a student or a teacher on your lists")
+    train.add_argument("--recipe", default="liaad", metavar="liaad|student|general_teacher|age_teacher")
+    train.add_argument(
+        "--teacher", action="append", default=[], metavar="FILE", help="general first, then age-invariant"
+    )
+    train.add_argument("--output", type=Path, default=Path("runs/train"))
+
+    judge = commands.add_parser("evaluate", parents=[common, run], help="evaluate models or embeddings, with a report")
+    judge.add_argument("--model", action="append", default=[], metavar="FILE", help=".pt or .onnx; repeatable")
+    judge.add_argument("--embeddings", action="append", default=[], metavar="NPY", help="(n, d), rows as in the lists")
+    judge.add_argument("--pairs", metavar="TXT", help="pairs in the format of LFW")
+    judge.add_argument("--output", type=Path, default=Path("runs/evaluate"))
+
+    report = commands.add_parser("report", parents=[common], help="draw a report again from its report.json")
+    report.add_argument("directory", type=Path)
+
+    inspect = commands.add_parser("inspect", parents=[common], help="all backbones, or what a file is")
+    inspect.add_argument("file", type=Path, nargs="?")
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command.
+
+    Args:
+        arguments: those after the program's name; `None` for this process's own.
+
+    Returns:
+        Exit code: 0, 2 for an error of use, 130 when interrupted.
+    """
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    parser = _parser()
+    options = parser.parse_args(given)
+    if options.version:
+        from kdlib import __version__
+
+        print(f"kdlib-faces {__version__}")
+        return 0
+    if options.command is None:
+        parser.print_help()
+        return 2
+    try:
+        _threads(options.threads)
+        _COMMANDS[options.command](options, shlex.join(["kdlib-faces", *given]))
+    except KeyboardInterrupt:
+        print("kdlib-faces: interrupted; the same command goes on where it was", file=sys.stderr)
+        return 130
+    except (ValueError, TypeError, OSError, MemoryError, RuntimeError, ImportError) as error:
+        if options.debug:
+            raise
+        print(f"kdlib-faces: error: {_one_line(error)}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _one_line(error: BaseException) -> str:
+    if isinstance(error, OSError) and error.strerror:
+        where = f"{error.filename}: " if error.filename else ""
+        return f"{where}{error.strerror}"
+    if isinstance(error, ImportError) and error.name:
+        return f"{error}; install the extra: pip install 'kdlib-torch[faces,onnx]'"
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def _threads(count: int | None) -> None:
+    if count is None:
+        return
+    if count < 1:
+        raise ValueError(f"--threads must be at least 1, got {count}")
+    import torch
+
+    torch.set_num_threads(count)
+
+
+def _demo(options: argparse.Namespace, command: str) -> None:
+    from dataclasses import replace
+
+    from kdlib_faces._checks import InputError
+    from kdlib_faces.config import load_config
+    from kdlib_faces.recipes import demo
+
+    settings = list(options.settings)
+    if options.budget is not None:
+        if options.budget not in BUDGETS and not options.budget.isdigit():
+            raise InputError(f"--budget must be quick, full or a number of steps, got {options.budget!r}")
+        settings.insert(0, f"student_steps={BUDGETS.get(options.budget, options.budget)}")
+    if options.seeds < 1 or options.seed < 0:
+        raise InputError(f"--seeds must be at least 1 and --seed at least 0, got {options.seeds} and {options.seed}")
+    config: Any
+    if options.faces:
+        base = demo.faces_config()
+        shown = [f"size={base.size}", f"student_steps={base.student_steps}"]
+        shown += [f"student.{name}={getattr(base.student, name)}" for name in ("embedding_dim", "width", "input_size")]
+        config = load_config(demo.DemoConfig, options.config, [*shown, *settings] if not options.config else settings)
+    else:
+        config = load_config(demo.DemoConfig, options.config, settings)
+    config = replace(config)
+    demo.run(
+        config,
+        output=options.output,
+        faces=options.faces,
+        teachers=options.teacher,
+        seeds=range(options.seed, options.seed + options.seeds),
+        progress=not options.quiet,
+        command=command,
+    )
+
+
+def _train(options: argparse.Namespace, command: str) -> None:
+    from kdlib_faces._checks import InputError
+    from kdlib_faces.config import load_config
+    from kdlib_faces.recipes import train
+
+    if not options.faces:
+        raise InputError("train: --faces must be given, a CSV list or a folder")
+    train.run(
+        load_config(train.TrainRecipeConfig, options.config, options.settings),
+        output=options.output,
+        recipe=options.recipe,
+        faces=options.faces,
+        teachers=options.teacher,
+        seed=options.seed,
+        progress=not options.quiet,
+    )
+
+
+def _evaluate(options: argparse.Namespace, command: str) -> None:
+    from kdlib_faces._checks import InputError
+    from kdlib_faces.config import load_config
+    from kdlib_faces.recipes import evaluate
+
+    if not options.faces:
+        raise InputError("evaluate: --faces must be given, a CSV list or a folder")
+    evaluate.run(
+        load_config(evaluate.EvaluateConfig, options.config, options.settings),
+        output=options.output,
+        faces=options.faces,
+        models=options.model,
+        embeddings=options.embeddings,
+        pairs=options.pairs,
+        progress=not options.quiet,
+        command=command,
+    )
+
+
+def _report(options: argparse.Namespace, command: str) -> None:
+    from kdlib_faces.report import render
+
+    print(render(options.directory))
+
+
+def _inspect(options: argparse.Namespace, command: str) -> None:
+    from kdlib_faces.recipes import inspect
+
+    print(inspect.backbones() if options.file is None else inspect.file(options.file))
+
+
+_COMMANDS = {"demo": _demo, "train": _train, "evaluate": _evaluate, "report": _report, "inspect": _inspect}
