@@ -1,1 +1,10 @@
-"""Placeholder."""
+"""Room: report. One JSON file per run; Markdown, HTML and PNG made from it. Reads results only: no model, no image set.
+
+`write` stores a run and draws it, `render` draws it again from what is stored. The shape of a run is in `schema`.
+"""
+
+from kdlib_faces.report.pictures import Picture, attention_picture, pairs_picture
+from kdlib_faces.report.schema import FORMAT, check_run, to_json
+from kdlib_faces.report.write import render, write
+
+__all__ = ["FORMAT", "Picture", "attention_picture", "check_run", "pairs_picture", "render", "to_json", "write"]

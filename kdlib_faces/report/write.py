@@ -1,0 +1,171 @@
+"""Room: report. Writes and remakes a report's files. The only module of this room that touches the disk.
+
+Each file is written beside its place and moved onto it, so a reader or a killed run never sees half a file.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from kdlib_faces._checks import InputError, report_key
+from kdlib_faces.report import html, markdown
+from kdlib_faces.report.figures import FIGURES
+from kdlib_faces.report.html import FigureImages, Shown
+from kdlib_faces.report.pictures import Picture
+from kdlib_faces.report.schema import check_run, to_json
+from kdlib_faces.report.theme import DARK, LIGHT, to_png
+from kdlib_faces.report.view import View
+
+__all__ = ["render", "write"]
+
+_PNG = b"\x89PNG\r\n\x1a\n"
+_LARGEST = 64 * 2**20
+
+
+def _save(path: Path, content: bytes) -> None:
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(name, 0o644)  # mkstemp's files are for their owner alone; a report is to be passed on
+        os.replace(name, path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+
+
+def _folder(directory: str | os.PathLike[str]) -> Path:
+    folder = Path(directory)
+    try:
+        (folder / "figures").mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        raise report_key("directory", "a folder or a new name", str(directory)) from None
+    return folder
+
+
+def write(directory: str | os.PathLike[str], run: Mapping[str, Any], *, pictures: Sequence[Picture] = ()) -> Path:
+    """Write report.json, report.md, report.html and figures/*.png.
+
+    Args:
+        directory: made if absent; earlier report files in it are replaced.
+        run: the content of report.json (see `check_run`); non-finite numbers become null.
+        pictures: shown at the end of the report, kept as figures/NAME.png.
+
+    Returns:
+        The path of report.html.
+
+    Raises:
+        InputError: a key of `run` is missing or wrong, or two pictures share a name or take a figure's.
+
+    Examples:
+        >>> run = {"format": 1, "title": "Demo", "models": {"m": {"role": "student", "protocols": {}}}}
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     write(folder, run).name
+        'report.html'
+    """
+    data = to_json(run)
+    check_run(data)
+    own = {plot.name for plot in FIGURES}
+    for index, picture in enumerate(pictures):
+        taken = own | {other.name for other in pictures[:index]}
+        if picture.name in taken:
+            raise report_key(f"pictures[{index}].name", f"none of {', '.join(sorted(taken))}", picture.name)
+    folder = _folder(directory)
+    if pictures:
+        data["figures"] = (data.get("figures") or {}) | {p.name: f"figures/{p.name}.png" for p in pictures}
+        said = {p.name: {"title": p.title, "caption": p.caption} for p in pictures}
+        data["pictures"] = (data.get("pictures") or {}) | said
+    # The numbers first: they may have taken days, and nothing that draws can then lose them.
+    _save(folder / "report.json", (json.dumps(data, indent=1, allow_nan=False, ensure_ascii=False) + "\n").encode())
+    for picture in pictures:
+        buffer = io.BytesIO()
+        picture.pixels.save(buffer, format="PNG", optimize=True)
+        _save(folder / "figures" / f"{picture.name}.png", buffer.getvalue())
+    return render(folder)
+
+
+def _read(folder: Path) -> Any:
+    path = folder / "report.json"
+    try:
+        with path.open("rb") as file:
+            content = file.read(_LARGEST + 1)
+    except OSError as error:
+        raise InputError(f"report: {path} cannot be read: {error.strerror or error}") from None
+    if len(content) > _LARGEST:
+        raise InputError(f"report: {path} is larger than {_LARGEST // 2**20} MiB")
+    try:
+        return to_json(json.loads(content))
+    except (ValueError, RecursionError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"report: {path} is not JSON: {error}") from None
+
+
+def _find_pictures(folder: Path, run: Mapping[str, Any]) -> tuple[list[Shown], list[str]]:
+    """The recorded pictures that are PNG files below `folder`, and the names of the others."""
+    own = {plot.name for plot in FIGURES}
+    shown, missing = [], []
+    root = folder.resolve()
+    for name, relative in (run.get("figures") or {}).items():
+        if name in own:
+            continue
+        try:
+            path = (folder / relative).resolve()
+        except (OSError, ValueError):
+            path = root
+        # The record may come from a stranger: it must not pull another file of this machine into a page.
+        if root not in path.parents or not path.is_file() or path.stat().st_size > _LARGEST:
+            missing.append(name)
+            continue
+        png = path.read_bytes()
+        if not png.startswith(_PNG):
+            missing.append(name)
+            continue
+        said = (run.get("pictures") or {}).get(name) or {}
+        inside = path.relative_to(root).as_posix()
+        shown.append(Shown(name, said.get("title") or name, said.get("caption") or "", inside, png))
+    return shown, missing
+
+
+def render(directory: str | os.PathLike[str]) -> Path:
+    """Remake report.md, report.html and the figures from report.json and the pictures on disk.
+
+    Args:
+        directory: holds report.json.
+
+    Returns:
+        The path of report.html.
+
+    Raises:
+        InputError: report.json is missing, not JSON, or not a run.
+    """
+    folder = Path(directory)
+    run = _read(folder)
+    check_run(run)
+    _folder(folder)
+    view = View(run)
+    figures: dict[str, FigureImages] = {}
+    for plot in FIGURES:
+        wide = plot.draw(view, LIGHT, False)
+        path = folder / "figures" / f"{plot.name}.png"
+        if wide is None:
+            path.unlink(missing_ok=True)
+            continue
+        others = [plot.draw(view, theme, narrow) for theme, narrow in ((DARK, False), (LIGHT, True), (DARK, True))]
+        light, dark, light_narrow, dark_narrow = (to_png(figure) for figure in (wide, *others) if figure is not None)
+        width = round(100 * wide.get_size_inches()[0])
+        figures[plot.name] = FigureImages(light, dark, light_narrow, dark_narrow, width)
+        _save(path, light)
+    shown, missing = _find_pictures(folder, run)
+    listed = [(s.title, s.caption, s.path) for s in shown]
+    _save(folder / "report.md", markdown.page(view, list(figures), listed, missing).encode())
+    _save(folder / "report.html", html.page(view, figures, shown, missing).encode())
+    return folder / "report.html"
