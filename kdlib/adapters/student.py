@@ -1,0 +1,62 @@
+"""Stage 1: the student as named features. Holds the user's model as it is and trains it."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from kdlib.adapters.capture import capture, find_module
+from kdlib.adapters.tap import Tap, parse_taps
+
+__all__ = ["StudentAdapter"]
+
+
+class StudentAdapter(nn.Module):
+    """A model and its taps: a forward returns one tensor a tap.
+
+    The model stays the user's own: no hook is on it outside of a forward, `adapter.model` is the very object given, and
+    its paths are those of `model.named_modules()`, also when it is wrapped for DDP. To compile, compile the adapter or
+    what holds it, not the model inside.
+
+    Args:
+        model: any module.
+        taps: feature name to module path (`"layer3"`), to one part of what it returns (`"encoder[0]"`), to one of
+            several calls (`"block#1"` is the second), or to the model's return value (`kdlib.OUTPUT`,
+            `OUTPUT["logits"]`).
+
+    Raises:
+        ValueError: a path does not exist; the nearest ones are named.
+
+    Examples:
+        >>> import torch
+        >>> from kdlib.adapters import OUTPUT
+        >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 6 * 6, 4))
+        >>> adapter = StudentAdapter(model, {"map": "1", "embedding": OUTPUT})
+        >>> {name: tuple(x.shape) for name, x in adapter(torch.zeros(2, 3, 8, 8)).items()}
+        {'map': (2, 8, 6, 6), 'embedding': (2, 4)}
+    """
+
+    def __init__(self, model: nn.Module, taps: Mapping[str, str | Tap]) -> None:
+        super().__init__()
+        self.taps = parse_taps("StudentAdapter", taps)
+        for tap in self.taps.values():
+            if tap.path is not None:
+                find_module("StudentAdapter", model, tap.path)
+        self.model = model
+
+    def forward(self, *inputs: Any) -> dict[str, Tensor]:
+        """Features of one batch.
+
+        Args:
+            inputs: what the model takes.
+
+        Returns:
+            One tensor `(b, ...)` a tap.
+
+        Raises:
+            ValueError: a tap did not fire, or fired more than once without saying which call.
+        """
+        return capture("StudentAdapter", self.model, self.taps, inputs)
+
+    def extra_repr(self) -> str:
+        return f"taps={self.taps}"

@@ -1,0 +1,125 @@
+"""Stage 1, the spelling of a tap: which module, which of its calls, which part of its return. Imports torch alone."""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import Tensor
+
+__all__ = ["OUTPUT", "Tap", "parse_taps", "pick"]
+
+_SPELLING = re.compile(r"(?P<path>[^#\[\]]+)(?:#(?P<call>\d+))?(?P<index>(?:\[[^\[\]]+\])*)")
+_INDEX = re.compile(r"""\[(?:(?P<number>-?\d+)|'(?P<single>[^']+)'|"(?P<double>[^"]+)"|(?P<bare>\w+))\]""")
+
+
+@dataclass(frozen=True)
+class Tap:
+    """A place in a model where a feature is read.
+
+    Most taps are written as strings, and `Tap.parse` reads them:
+
+    - `"layer3"`: what the module at that path returns;
+    - `"encoder[0]"`, `"encoder['hidden']"`: one part of a tuple, list, mapping or named output;
+    - `"block#1"`: the second call, counted from 0, of a module that the model calls more than once in a forward.
+
+    Args:
+        path: module path as in `named_modules()`; `None` for the return value of the model itself (`OUTPUT`).
+        call: which call of the module, from 0; `None` for a module that is called once.
+        index: keys applied one after another to what the module returned.
+
+    Examples:
+        >>> Tap.parse("encoder#1[0]")
+        Tap('encoder', call=1)[0]
+        >>> OUTPUT["logits"]
+        OUTPUT['logits']
+    """
+
+    path: str | None
+    call: int | None = None
+    index: tuple[int | str, ...] = ()
+
+    @classmethod
+    def parse(cls, spelling: str) -> "Tap":
+        """Read a tap from its string form.
+
+        Raises:
+            ValueError: the string is no tap.
+        """
+        match = _SPELLING.fullmatch(spelling)
+        keys = list(_INDEX.finditer(match["index"])) if match else []
+        if match is None or "".join(key[0] for key in keys) != match["index"]:
+            raise ValueError(
+                f"Tap: a tap must be 'path', 'path[0]', 'path[\"key\"]' or 'path#1' (the second call), got {spelling!r}"
+                + ("; the model's return value is kdlib.OUTPUT" if not spelling else "")
+            )
+        index = tuple(
+            int(key["number"]) if key["number"] else (key["single"] or key["double"] or key["bare"]) for key in keys
+        )
+        return cls(match["path"], int(match["call"]) if match["call"] else None, index)
+
+    def __getitem__(self, key: int | str) -> "Tap":
+        if isinstance(key, bool) or not isinstance(key, (int, str)):
+            raise TypeError(f"Tap: an index must be a whole number or a string, got {key!r}")
+        return replace(self, index=(*self.index, key))
+
+    def __repr__(self) -> str:
+        call = "" if self.call is None else f", call={self.call}"
+        base = "OUTPUT" if self.path is None else f"Tap({self.path!r}{call})"
+        return base + "".join(f"[{key!r}]" for key in self.index)
+
+
+OUTPUT = Tap(None)
+"""The model's return value; `OUTPUT["logits"]` or `OUTPUT[0]` for one part of it."""
+
+
+def parse_taps(owner: str, taps: Mapping[str, "str | Tap"]) -> dict[str, Tap]:
+    """Feature names to taps, from the strings and taps that a user gave.
+
+    Raises:
+        TypeError: `taps` is no mapping, or holds something else than strings and taps.
+        ValueError: `taps` is empty, or a string is no tap.
+    """
+    if not isinstance(taps, Mapping):
+        raise TypeError(f"{owner}: taps must map feature names to module paths, got {type(taps).__name__}")
+    if not taps:
+        raise ValueError(f"{owner}: taps must name at least one feature, got none")
+    parsed = {}
+    for name, tap in taps.items():
+        if not isinstance(name, str) or not isinstance(tap, (str, Tap)):
+            raise TypeError(f"{owner}: taps must map strings to module paths or kdlib.OUTPUT, got {name!r}: {tap!r}")
+        parsed[name] = Tap.parse(tap) if isinstance(tap, str) else tap
+    return parsed
+
+
+def pick(owner: str, name: str, tap: Tap, value: Any) -> Tensor:
+    """The tensor that `tap.index` points at in `value`, what a module returned.
+
+    Raises:
+        ValueError: an index does not exist in `value`.
+        TypeError: what it leads to is no tensor.
+    """
+    for key in tap.index:
+        # A tensor could be indexed too, and would silently lose its batch.
+        if isinstance(value, Tensor):
+            raise ValueError(f"{owner}: tap {name!r} ({tap!r}) indexes a tensor {tuple(value.shape)}; drop [{key!r}]")
+        try:
+            by_name = isinstance(key, str) and not isinstance(value, Mapping)
+            value = getattr(value, str(key)) if by_name else value[key]
+        except (KeyError, IndexError, TypeError, AttributeError) as error:
+            raise ValueError(
+                f"{owner}: tap {name!r} ({tap!r}) finds no [{key!r}] in what was returned, {_describe(value)}"
+            ) from error
+    if not isinstance(value, Tensor):
+        raise TypeError(
+            f"{owner}: tap {name!r} ({tap!r}) must lead to a tensor, got {_describe(value)}; "
+            "index it, as in 'path[0]' or OUTPUT['key']"
+        )
+    return value
+
+
+def _describe(value: object) -> str:
+    kind = f"a {type(value).__name__}"
+    if isinstance(value, Mapping):
+        return f"{kind} with the keys {list(value)}"
+    return f"{kind} of {len(value)}" if isinstance(value, (tuple, list)) else kind

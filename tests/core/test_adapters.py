@@ -1,0 +1,442 @@
+"""Adapters: what a tap reads, what it refuses, and what a teacher never does."""
+
+import copy
+import io
+import pickle
+import re
+import threading
+from collections import OrderedDict, namedtuple
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
+
+from kdlib.adapters import OUTPUT, StudentAdapter, Tap, TeacherAdapter
+
+Pair = namedtuple("Pair", ["embedding", "logits"])
+
+
+class Net(nn.Module):
+    """Small, with every awkward thing: a tuple inside, a module called twice, one never called, a named output."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4))
+        self.relu = nn.ReLU()
+        self.encoder = Encoder()
+        self.unused = nn.Linear(1, 1)
+        self.head = nn.Linear(4, 5)
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        x = self.relu(self.stem(x))
+        x, _ = self.encoder(x)
+        x = self.relu(x)
+        embedding = x.mean(dim=(2, 3))
+        return {"embedding": embedding, "logits": self.head(embedding)}
+
+
+class Encoder(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(4, 4, 1)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        y = self.conv(x)
+        return y, x - y
+
+
+TAPS = {"map": "stem.1", "rest": "encoder[1]", "second": "relu#1", "logits": OUTPUT["logits"]}
+
+
+def double(x: Tensor) -> Tensor:
+    return 2 * x
+
+
+@pytest.fixture
+def images() -> Tensor:
+    return torch.randn(2, 3, 6, 6, generator=torch.Generator().manual_seed(0))
+
+
+def net() -> Net:
+    torch.manual_seed(0)
+    return Net()
+
+
+def hooks_of(model: nn.Module) -> int:
+    return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
+
+
+def test_each_tap_reads_what_the_module_returned(images: Tensor) -> None:
+    model = net().eval()
+    features = StudentAdapter(model, TAPS)(images)
+    map_ = model.stem(images)
+    first, rest = model.encoder(map_.relu())
+    assert list(features) == list(TAPS)
+    torch.testing.assert_close(features["map"], map_)
+    torch.testing.assert_close(features["rest"], rest)
+    torch.testing.assert_close(features["second"], first.relu())
+    torch.testing.assert_close(features["logits"], model(images)["logits"])
+
+
+def test_gradients_flow_through_taps(images: Tensor) -> None:
+    model = net()
+    StudentAdapter(model, TAPS)(images)["rest"].sum().backward()
+    assert model.encoder.conv.weight.grad is not None
+    assert model.stem[0].weight.grad.abs().sum() > 0
+    assert model.head.weight.grad is None
+
+
+@pytest.mark.parametrize(
+    ("spelling", "tap"),
+    [
+        ("layer3", Tap("layer3")),
+        ("a.0[1]", Tap("a.0", index=(1,))),
+        ("a[-1]['key'][\"b\"][c]", Tap("a", index=(-1, "key", "b", "c"))),
+        ("a.b#2[0]", Tap("a.b", call=2, index=(0,))),
+    ],
+)
+def test_spellings(spelling: str, tap: Tap) -> None:
+    assert Tap.parse(spelling) == tap
+    assert eval(repr(tap)) == tap
+    assert pickle.loads(pickle.dumps(tap)) == tap
+
+
+@pytest.mark.parametrize("spelling", ["", "a[", "a[]", "a#x", "#1", "a[0]b", "a]"])
+def test_bad_spellings_are_refused(spelling: str) -> None:
+    with pytest.raises(ValueError, match="Tap: a tap must be"):
+        Tap.parse(spelling)
+
+
+def test_output_spelling() -> None:
+    assert repr(OUTPUT) == "OUTPUT"
+    assert repr(OUTPUT["logits"][0]) == "OUTPUT['logits'][0]"
+    assert Tap(None) == OUTPUT
+    assert OUTPUT.index == ()
+    with pytest.raises(TypeError, match="index must be"):
+        OUTPUT[1.5]  # type: ignore[index]
+
+
+def test_output_may_be_a_tensor_a_tuple_or_named() -> None:
+    class Returns(nn.Module):
+        def __init__(self, value: object) -> None:
+            super().__init__()
+            self.value = value
+
+        def forward(self, x: Tensor) -> object:
+            return self.value
+
+    a, b = torch.ones(1, 2), torch.zeros(1, 2)
+    assert StudentAdapter(Returns(a), {"x": OUTPUT})(a)["x"] is a
+    assert StudentAdapter(Returns((a, [b])), {"x": OUTPUT[1][0]})(a)["x"] is b
+    assert StudentAdapter(Returns(Pair(a, b)), {"x": OUTPUT["logits"]})(a)["x"] is b
+    assert StudentAdapter(Returns(Pair(a, b)), {"x": OUTPUT[0]})(a)["x"] is a
+    with pytest.raises(TypeError, match="a Pair of 2; index it"):
+        StudentAdapter(Returns(Pair(a, b)), {"x": OUTPUT})(a)
+    with pytest.raises(ValueError, match=r"finds no \['other'\]"):
+        StudentAdapter(Returns(Pair(a, b)), {"x": OUTPUT["other"]})(a)
+    with pytest.raises(ValueError, match=r"finds no \[2\] in what was returned, a tuple of 2"):
+        StudentAdapter(Returns((a, b)), {"x": OUTPUT[2]})(a)
+    with pytest.raises(ValueError, match="keys \\['logits'\\]"):
+        StudentAdapter(Returns({"logits": a}), {"x": OUTPUT["logit"]})(a)
+    with pytest.raises(ValueError, match="indexes a tensor"):
+        StudentAdapter(Returns(a), {"x": OUTPUT[0]})(a)
+
+
+@pytest.mark.parametrize("adapter", [StudentAdapter, TeacherAdapter])
+def test_wrong_path_fails_at_construction_and_names_the_nearest(adapter: type) -> None:
+    with pytest.raises(ValueError, match=r"no module at path 'stem.2'; the nearest are 'stem.1'|'stem.0'"):
+        adapter(net(), {"map": "stem.2"})
+    with pytest.raises(ValueError, match="no module at path 'encodr'; the nearest are 'encoder'"):
+        adapter(net(), {"map": "encodr"})
+    with pytest.raises(ValueError, match="at least one feature"):
+        adapter(net(), {})
+    with pytest.raises(TypeError, match="taps must map"):
+        adapter(net(), ["stem"])
+    with pytest.raises(TypeError, match="taps must map strings"):
+        adapter(net(), {"map": 3})
+
+
+def test_a_tap_that_does_not_fire_says_so(images: Tensor) -> None:
+    model = net()
+    with pytest.raises(ValueError, match=r"tap 'x' \('unused'\) did not fire"):
+        StudentAdapter(model, {"x": "unused"})(images)
+    assert hooks_of(model) == 0
+
+
+def test_a_module_called_twice_must_say_which(images: Tensor) -> None:
+    model = net().eval()
+    with pytest.raises(ValueError, match=r"fired 2 times in one forward; say which call: 'relu#0'.*'relu#1'"):
+        StudentAdapter(model, {"x": "relu"})(images)
+    with pytest.raises(ValueError, match="asks for call 2, counted from 0, but the module was called 2 times"):
+        StudentAdapter(model, {"x": "relu#2"})(images)
+    both = StudentAdapter(model, {"a": "relu#0", "b": Tap("relu", call=1)})(images)
+    torch.testing.assert_close(both["a"], model.stem(images).relu())
+    assert not torch.equal(both["a"], both["b"])
+
+
+def test_a_tensor_changed_in_place_after_its_tap_is_refused(images: Tensor) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.ReLU(inplace=True))
+    with pytest.raises(ValueError, match=r"tap 'x' \('1'\) was changed in place"):
+        StudentAdapter(model, {"x": "1"})(images)
+    with pytest.raises(ValueError, match="changed in place"):
+        TeacherAdapter(model, {"x": "1"})(images)
+    assert (StudentAdapter(model, {"x": "2"})(images)["x"] >= 0).all()
+    with torch.inference_mode():
+        assert StudentAdapter(model, {"x": "2"})(images)["x"].is_inference()
+
+
+def test_no_hooks_are_left_behind(images: Tensor) -> None:
+    model = net()
+    adapter = StudentAdapter(model, TAPS)
+    assert hooks_of(model) == 0
+    adapter(images)
+    assert hooks_of(model) == 0
+    with pytest.raises(RuntimeError):
+        adapter(images[:, :2])
+    assert hooks_of(model) == 0
+    assert set(model.state_dict()) == {name.removeprefix("model.") for name in adapter.state_dict()}
+
+
+@pytest.mark.parametrize("adapter", [StudentAdapter, TeacherAdapter])
+def test_deepcopy_and_pickle(adapter: type, images: Tensor) -> None:
+    options = {} if adapter is StudentAdapter else {"preprocess": double, "dtype": torch.float64}
+    first = adapter(net(), TAPS, **options).eval()
+    before = first(images)
+    buffer = io.BytesIO()
+    torch.save(first, buffer)
+    buffer.seek(0)
+    copies = [copy.deepcopy(first), pickle.loads(pickle.dumps(first)), torch.load(buffer, weights_only=False)]
+    for other in copies:
+        assert other.model is not first.model
+        for name, tensor in other(images).items():
+            torch.testing.assert_close(tensor, before[name], rtol=0, atol=0)
+    with torch.no_grad():
+        copies[0].model.head.bias += 1
+    torch.testing.assert_close(first(images)["logits"], before["logits"], rtol=0, atol=0)
+
+
+def test_paths_see_through_wrappers(images: Tensor) -> None:
+    class Wrapper(nn.Module):
+        def __init__(self, module: nn.Module) -> None:
+            super().__init__()
+            self.module = module
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.module(x)
+
+    model = net().eval()
+    expected = StudentAdapter(model, {"map": "stem.1"})(images)["map"]
+    for held, path in [(model, "module.stem.1"), (Wrapper(model), "stem.1"), (Wrapper(model), "module.stem.1")]:
+        torch.testing.assert_close(StudentAdapter(held, {"map": path})(images)["map"], expected, rtol=0, atol=0)
+
+
+def test_ddp(images: Tensor, tmp_path) -> None:
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        inside = StudentAdapter(DistributedDataParallel(net()), TAPS)
+        outside = DistributedDataParallel(StudentAdapter(net(), TAPS))
+        plain = StudentAdapter(net(), TAPS)
+        for adapter in (inside, outside, plain):
+            features = adapter(images)
+            (features["map"].square().sum() + features["logits"].square().sum()).backward()
+        for one, two, three in zip(inside.parameters(), outside.parameters(), plain.parameters(), strict=True):
+            if three.grad is not None:
+                torch.testing.assert_close(one.grad, three.grad)
+                torch.testing.assert_close(two.grad, three.grad)
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+@pytest.mark.parametrize("adapter", [StudentAdapter, TeacherAdapter])
+def test_compile_fullgraph(adapter: type, backend: str, images: Tensor) -> None:
+    torch._dynamo.reset()
+    options = {} if adapter is StudentAdapter else {"preprocess": double}
+    plain = adapter(net(), TAPS, **options).eval()
+    compiled = torch.compile(plain, fullgraph=True, backend=backend)
+    for shift in range(3):
+        got, expected = compiled(images + shift), plain(images + shift)
+        assert list(got) == list(expected)
+        for name in expected:
+            torch.testing.assert_close(got[name], expected[name])
+            assert got[name].requires_grad == (adapter is StudentAdapter)
+    assert hooks_of(plain.model) == 0
+    assert {type(module._forward_hooks) for module in plain.model.modules()} == {OrderedDict}
+    if adapter is StudentAdapter:
+        got["rest"].sum().backward()
+        grad = plain.model.encoder.conv.weight.grad.clone()
+        plain.zero_grad()
+        expected["rest"].sum().backward()
+        torch.testing.assert_close(grad, plain.model.encoder.conv.weight.grad)
+
+
+def test_compile_leaves_the_hooks_of_others_alone(images: Tensor) -> None:
+    torch._dynamo.reset()
+    model = net().eval()
+    handle = model.stem[1].register_forward_hook(lambda module, inputs, output: output + 1)
+    adapter = StudentAdapter(model, {"map": "stem.1", "relu": "relu#0"})
+    got = torch.compile(adapter, fullgraph=True, backend="eager")(images)
+    torch.testing.assert_close(got["map"], adapter(images)["map"])
+    assert hooks_of(model) == 1
+    handle.remove()
+    assert hooks_of(model) == 0
+    torch.testing.assert_close(adapter(images)["map"] + 1, got["map"])
+
+
+def test_taps_inside_a_compiled_model_are_refused_with_the_remedy(images: Tensor) -> None:
+    torch._dynamo.reset()
+    model = torch.compile(net(), backend="eager")
+    with pytest.raises(ValueError, match=r"'stem.1' lies in a compiled module.*compile the adapter instead"):
+        StudentAdapter(model, {"map": "stem.1"})
+    assert StudentAdapter(model, {"x": OUTPUT["logits"]})(images)["x"].shape == (2, 5)
+    late = net()
+    adapter = StudentAdapter(late, {"map": "stem.1"})
+    late.compile(backend="eager")
+    with pytest.raises(ValueError, match="compile the adapter instead"):
+        adapter(images)
+
+
+class Checkpointed(nn.Module):
+    def __init__(self, reentrant: bool | None) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.reentrant = reentrant
+        self.block = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Tanh(), nn.Conv2d(4, 3, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.reentrant is None:
+            return self.block(x).tanh()
+        return checkpoint(self.block, x, use_reentrant=self.reentrant).tanh()
+
+
+def gradients(adapter: nn.Module, images: Tensor, whole: bool | None = None) -> list[Tensor]:
+    images = images.clone().requires_grad_()
+    features = adapter(images) if whole is None else checkpoint(adapter, images, use_reentrant=whole)
+    sum(x.square().sum() for x in features.values()).backward()
+    return [images.grad, *[parameter.grad for parameter in adapter.parameters()]]
+
+
+def test_activation_checkpointing(images: Tensor) -> None:
+    taps = {"inner": "block.1", "block": "block", "out": OUTPUT}
+    expected = gradients(StudentAdapter(Checkpointed(None), taps), images)
+    inside = StudentAdapter(Checkpointed(False), taps)
+    torch.testing.assert_close(gradients(inside, images), expected)
+    assert hooks_of(inside.model) == 0
+    around = StudentAdapter(Checkpointed(None), taps)
+    torch.testing.assert_close(gradients(around, images, whole=False), expected)
+    assert hooks_of(around.model) == 0
+
+
+def test_a_tap_in_a_reentrant_checkpoint_is_refused_instead_of_losing_its_gradient(images: Tensor) -> None:
+    adapter = StudentAdapter(Checkpointed(True), {"inner": "block.0"})
+    with pytest.raises(ValueError, match="use_reentrant=False"):
+        adapter(images.clone().requires_grad_())
+    with torch.no_grad():
+        assert adapter(images.clone().requires_grad_())["inner"].shape == (2, 4, 6, 6)
+
+
+def test_threads_do_not_mix(images: Tensor) -> None:
+    model = net().eval()
+    adapter = StudentAdapter(model, TAPS)
+    wrong: list[object] = []
+
+    def work(seed: int) -> None:
+        x = torch.randn(2, 3, 6, 6, generator=torch.Generator().manual_seed(seed))
+        expected = model(x)["logits"]
+        try:
+            wrong.extend(seed for _ in range(20) if not torch.equal(adapter(x)["logits"], expected))
+        except Exception as error:
+            wrong.append(error)
+
+    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert wrong == []
+    assert hooks_of(model) == 0
+
+
+def test_repr_shows_the_taps() -> None:
+    assert "taps={'map': Tap('stem.1')" in repr(StudentAdapter(net(), TAPS))
+    shown = repr(TeacherAdapter(net(), {"x": OUTPUT}, preprocess=double, dtype=torch.float16))
+    assert re.match(
+        r"TeacherAdapter\(Net, taps=\{'x': OUTPUT\}, preprocess=<function double.*dtype=torch.float16", shown
+    )
+
+
+class Holder(nn.Module):
+    def __init__(self, teacher: TeacherAdapter) -> None:
+        super().__init__()
+        self.own = nn.Linear(2, 2)
+        self.teacher = teacher
+
+
+def test_teacher_stays_frozen(images: Tensor) -> None:
+    model = net().train()
+    holder = Holder(TeacherAdapter(model, TAPS))
+    before = copy.deepcopy(model.state_dict())
+    holder.train()
+    assert not holder.teacher.training
+    assert not any(module.training for module in model.modules())
+    features = holder.teacher(images.clone().requires_grad_())
+    assert not any(x.requires_grad for x in features.values())
+    model.train()
+    again = holder.teacher(images)
+    for name, tensor in features.items():
+        torch.testing.assert_close(again[name], tensor, rtol=0, atol=0)
+    for name, tensor in model.state_dict().items():
+        torch.testing.assert_close(tensor, before[name], rtol=0, atol=0)
+
+
+def test_teacher_is_left_out_of_parents(images: Tensor) -> None:
+    holder = Holder(TeacherAdapter(net(), TAPS, preprocess=nn.BatchNorm2d(3)))
+    assert set(holder.state_dict()) == {"own.weight", "own.bias"}
+    assert [name for name, _ in holder.named_parameters()] == ["own.weight", "own.bias"]
+    assert list(holder.buffers()) == []
+    result = Holder(TeacherAdapter(Encoder(), {"x": "conv"})).load_state_dict(holder.state_dict(), strict=True)
+    assert result.missing_keys == []
+    assert result.unexpected_keys == []
+
+
+def test_one_model_may_be_teacher_and_student(images: Tensor) -> None:
+    model = net()
+    teacher = TeacherAdapter(model, {"x": OUTPUT["embedding"]})
+    student = StudentAdapter(model, {"x": OUTPUT["embedding"]}).train()
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    mean = model.stem[1].running_mean.clone()
+    target = teacher(images)["x"]
+    assert all(module.training for module in model.modules())
+    torch.testing.assert_close(model.stem[1].running_mean, mean, rtol=0, atol=0)
+    (student(images)["x"] - target).square().sum().backward()
+    assert model.stem[0].weight.grad.abs().sum() > 0
+    assert not torch.equal(model.stem[1].running_mean, mean)
+
+
+def test_teacher_moves_with_its_parent_and_keeps_its_dtype(images: Tensor) -> None:
+    holder = Holder(TeacherAdapter(net(), {"x": OUTPUT["logits"]}))
+    holder.to(torch.float64)
+    assert holder.teacher(images.double())["x"].dtype == torch.float64
+    fixed = Holder(TeacherAdapter(net(), {"x": OUTPUT["logits"]}, dtype=torch.float64)).float()
+    assert fixed.teacher(images)["x"].dtype == torch.float64
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert fixed.teacher(images)["x"].dtype == torch.float64
+    holder.to("meta")
+    assert next(holder.teacher.model.parameters()).is_meta
+
+
+def test_preprocess_comes_first(images: Tensor) -> None:
+    model = net()
+    expected = TeacherAdapter(model, {"x": OUTPUT["logits"]})(2 * images)["x"]
+    torch.testing.assert_close(TeacherAdapter(model, {"x": OUTPUT["logits"]}, preprocess=double)(images)["x"], expected)
+    first = TeacherAdapter(model, {"x": OUTPUT["logits"]}, preprocess=lambda a, b: (a + b,))
+    torch.testing.assert_close(first(images, images)["x"], expected)
+    norm = nn.BatchNorm2d(3).train()
+    TeacherAdapter(model, {"x": OUTPUT["logits"]}, preprocess=norm)(images)
+    assert int(norm.num_batches_tracked) == 0
+    with pytest.raises(TypeError, match="preprocess must be callable"):
+        TeacherAdapter(model, {"x": OUTPUT}, preprocess=3)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"dtype must be a floating-point torch.dtype"):
+        TeacherAdapter(model, {"x": OUTPUT}, dtype=torch.int8)
