@@ -14,12 +14,18 @@ from torch import Tensor
 __all__ = [
     "check_choice",
     "check_floating",
+    "check_grid",
+    "check_identities",
     "check_map",
     "check_name",
     "check_number",
     "check_pair",
+    "check_projectable",
     "check_rank",
     "check_same_batch",
+    "check_shape",
+    "check_shares",
+    "check_teachers",
     "check_weight",
     "nearest",
     "show_shape",
@@ -49,6 +55,15 @@ def check_rank(owner: str, name: str, x: Tensor, shape: str) -> None:
         good = x.dim() == len(words)
     if not good:
         raise ValueError(f"{owner}: {name} must be ({', '.join(words)}), got {show_shape(x)}")
+
+
+def check_shape(owner: str, name: str, x: Tensor, shape: str, **sizes: int) -> None:
+    """`x` must be laid out as `shape`, with the given sizes: `check_shape(..., "b c h w", c=16)`."""
+    words = shape.split()
+    if x.dim() != len(words) or any(x.shape[words.index(word)] != size for word, size in sizes.items()):
+        wanted = " and ".join(f"{word} = {size}" for word, size in sizes.items())
+        layout = f"({words[0]},)" if len(words) == 1 else f"({', '.join(words)})"
+        raise ValueError(f"{owner}: {name} must be {layout} with {wanted}, got {show_shape(x)}")
 
 
 def check_map(owner: str, **tensors: Tensor) -> None:
@@ -82,6 +97,57 @@ def check_weight(owner: str, weight: Tensor | None, batch: int) -> None:
         raise TypeError(f"{owner}: weight must be a torch.Tensor, got {type(weight).__name__}")
     if weight is not None and tuple(weight.shape) != (batch,):
         raise ValueError(f"{owner}: weight must be (b,) = ({batch},), got {show_shape(weight)}")
+
+
+def check_projectable(owner: str, student: Tensor, teacher: Tensor) -> None:
+    """A projection can be inferred between two embeddings or between two feature maps."""
+    if student.dim() != teacher.dim() or student.dim() not in (2, 4):
+        raise ValueError(
+            f"{owner}: student and teacher must be (b, d) and (b, D), or (b, c, h, w) and (b, C, H, W), "
+            f"got {show_shape(student)} and {show_shape(teacher)}; give a projection of your own"
+        )
+
+
+def check_grid(owner: str, name: str, size: Any) -> None:
+    """`size` must be the height and the width of a feature map."""
+    if not isinstance(size, (tuple, list)) or len(size) != 2 or not all(type(side) is int for side in size):
+        raise TypeError(f"{owner}: {name} must be two whole numbers (h, w), got {size!r}")
+    if min(size) < 1:
+        raise ValueError(f"{owner}: {name} must be (h, w) with sides >= 1, got {size!r}")
+
+
+def check_shares(owner: str, name: str, shares: Any) -> None:
+    """`shares` must be a sequence of finite numbers of at least 0, not all of them 0."""
+    if isinstance(shares, (str, bytes)) or not isinstance(shares, Sequence):
+        raise TypeError(f"{owner}: {name} must be a sequence of numbers, got {type(shares).__name__}")
+    for index, share in enumerate(shares):
+        check_number(owner, f"{name}[{index}]", share, least=0)
+    if not any(shares):
+        raise ValueError(f"{owner}: {name} must hold a number > 0, got {shares!r}")
+
+
+def check_identities(owner: str, identities: Tensor, batch: int, number: int) -> None:
+    """`identities` must be `(b,)` whole numbers below `number`."""
+    if identities.is_floating_point() or identities.is_complex() or identities.dtype == torch.bool:
+        raise TypeError(f"{owner}: identities must be whole numbers, got {identities.dtype}")
+    check_shape(owner, "identities", identities, "b", b=batch)
+    if identities.numel() and int(identities.max()) >= number:
+        raise ValueError(f"{owner}: identities must be below num_identities = {number}, got {int(identities.max())}")
+
+
+def check_teachers(owner: str, losses: Tensor, teachers: Sequence[Tensor] | None = None) -> None:
+    """A weighting takes losses `(k, b)`, and a tensor `(b, ...)` of each of the k teachers if it looks at them."""
+    check_floating(owner, losses=losses)
+    check_rank(owner, "losses", losses, "k b")
+    if teachers is None:
+        return
+    if len(teachers) != losses.shape[0]:
+        raise ValueError(f"{owner}: teachers must be k = {losses.shape[0]} tensors, got {len(teachers)}")
+    for index, teacher in enumerate(teachers):
+        if teacher.dim() < 2 or teacher.shape[0] != losses.shape[1]:
+            raise ValueError(
+                f"{owner}: teachers[{index}] must be (b, d, ...) with b = {losses.shape[1]}, got {show_shape(teacher)}"
+            )
 
 
 def check_choice(owner: str, name: str, value: object, choices: Sequence[str]) -> None:

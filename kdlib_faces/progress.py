@@ -3,9 +3,12 @@
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sized
-from typing import Any, TextIO, TypeVar
+from typing import TYPE_CHECKING, TextIO, TypeVar
 
 from tqdm import tqdm
+
+if TYPE_CHECKING:
+    from kdlib.training.events import TrainEvent
 
 __all__ = ["TrainProgress", "progress", "say"]
 
@@ -70,14 +73,12 @@ class TrainProgress:
     def __repr__(self) -> str:
         return f"TrainProgress({self.label!r}, quiet={self.quiet}, every={self.every})"
 
-    def __call__(self, event: Any) -> None:
-        """Show an event: `step` of `total_steps` are done, the last with `loss`; the last step closes the bar."""
-        total = getattr(event, "total_steps", None)
+    def __call__(self, event: "TrainEvent") -> None:
+        """Show a step, and its loss; the last step takes the bar away."""
         if self._meter is None:
-            self._meter = _Meter(self.label, total, quiet=self.quiet, stream=self.stream, every=self.every)
-        loss = getattr(event, "loss", None)
-        self._meter.to(int(event.step), "" if loss is None else f"loss {float(loss):.4g}")
-        if total is not None and event.step >= total:
+            self._meter = _Meter(self.label, event.total_steps, quiet=self.quiet, stream=self.stream, every=self.every)
+        self._meter.to(event.step, f"loss {event.total:.4g}, {event.images_per_second:.0f} images/s")
+        if event.step >= event.total_steps:
             self.close()
 
     def close(self) -> None:

@@ -55,14 +55,14 @@ def hold_short(losses: Tensor, largest: Tensor, origin: torch.dtype) -> Tensor:
     """Keep the value but drop the gradient of samples too short for it.
 
     The gradient of a direction grows as 1 / length; it must stay a number in the dtype of the student, `origin`. So
-    samples below 1e-12 (6e-5 in float16), zero ones with them, pass none on.
+    samples below 1e-12 (5e-4 in float16), zero ones with them, pass none on.
 
     Args:
         losses: `(b,)`.
         largest: `(b,)`, the largest magnitude of each sample of the student.
         origin: dtype that the student came in.
     """
-    shortest = max(1e-12, torch.finfo(origin).tiny)
+    shortest = max(1e-12, 8 * torch.finfo(origin).tiny)
     return torch.where(largest < shortest, losses.detach(), losses)
 
 

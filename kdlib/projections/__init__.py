@@ -1,1 +1,7 @@
-"""Placeholder."""
+"""Projections: stage 2, the student's features into the teacher's space. Imports only the shared checks."""
+
+from kdlib.projections.conv import ConvProjection
+from kdlib.projections.infer import infer_projection
+from kdlib.projections.linear import LinearProjection
+
+__all__ = ["ConvProjection", "LinearProjection", "infer_projection"]

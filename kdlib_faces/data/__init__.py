@@ -1,1 +1,5 @@
-"""Placeholder."""
+"""Data room: images, ages and identities, from folders, lists and the drawn set."""
+
+from kdlib_faces.data.synthetic import SyntheticFace, SyntheticFaces
+
+__all__ = ["SyntheticFace", "SyntheticFaces"]

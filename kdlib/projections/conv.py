@@ -1,0 +1,65 @@
+"""Projections: a 1x1 convolution for feature maps. Touches the student's tensor only."""
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from kdlib._checks import check_floating, check_grid, check_number, check_shape
+
+__all__ = ["ConvProjection"]
+
+
+class ConvProjection(nn.Module):
+    """Feature maps of the student into the teacher's channels and grid: a 1x1 convolution, then batch norm.
+
+    With `size`, the map is first brought to the teacher's grid: along a side where it is larger by average pooling
+    over adaptive windows, along a side where it is smaller by bilinear interpolation.
+
+    Args:
+        in_channels: channels of the student's map.
+        out_channels: channels of the teacher's.
+        size: `(h, w)` of the teacher's map; None keeps the student's.
+
+    Raises:
+        ValueError: a number of channels or a side below 1.
+
+    Examples:
+        >>> import torch
+        >>> project = ConvProjection(16, 64, size=(7, 7))
+        >>> project
+        ConvProjection(in_channels=16, out_channels=64, size=(7, 7))
+        >>> project(torch.rand(2, 16, 14, 5)).shape
+        torch.Size([2, 64, 7, 7])
+
+    References:
+        Romero et al., *FitNets: Hints for Thin Deep Nets*, arXiv 1412.6550, whose regressor is a larger convolution
+        without batch norm; 1x1 with batch norm is the custom of later code.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, *, size: tuple[int, int] | None = None) -> None:
+        super().__init__()
+        check_number("ConvProjection", "in_channels", in_channels, least=1, integer=True)
+        check_number("ConvProjection", "out_channels", out_channels, least=1, integer=True)
+        if size is not None:
+            check_grid("ConvProjection", "size", size)
+        self.in_channels = in_channels
+        self.out_channels = out_channels
+        self.size = None if size is None else (size[0], size[1])
+        self.conv = nn.Conv2d(in_channels, out_channels, 1, bias=False)
+        self.norm = nn.BatchNorm2d(out_channels)
+
+    def forward(self, student: Tensor) -> Tensor:
+        """Project `(b, in_channels, h, w)` to `(b, out_channels, H, W)`."""
+        check_floating("ConvProjection", student=student)
+        check_shape("ConvProjection", "student", student, "b c h w", c=self.in_channels)
+        if self.size is not None:
+            height, width = self.size
+            pooled = (min(student.shape[2], height), min(student.shape[3], width))
+            if pooled != tuple(student.shape[2:]):
+                student = F.adaptive_avg_pool2d(student, pooled)
+            if pooled != self.size:
+                student = F.interpolate(student, self.size, mode="bilinear", align_corners=False)
+        projected: Tensor = self.norm(self.conv(student))
+        return projected
+
+    def __repr__(self) -> str:
+        return f"ConvProjection(in_channels={self.in_channels}, out_channels={self.out_channels}, size={self.size})"

@@ -1,0 +1,50 @@
+"""Projections: a linear map for embeddings. Touches the student's tensor only."""
+
+from torch import Tensor, nn
+
+from kdlib._checks import check_floating, check_number, check_shape
+
+__all__ = ["LinearProjection"]
+
+
+class LinearProjection(nn.Module):
+    """Embeddings of the student into the teacher's space: `y = W x`, and `+ b` if asked.
+
+    Without a bias, the default, the map keeps the origin, so that a direction in the student's space stays a
+    direction: what angular losses and margin heads compare.
+
+    Args:
+        in_dim: dimensions of the student's embedding.
+        out_dim: dimensions of the teacher's.
+        bias: add a learned offset.
+
+    Raises:
+        ValueError: a dimension below 1.
+
+    Examples:
+        >>> import torch
+        >>> project = LinearProjection(128, 512)
+        >>> project
+        LinearProjection(in_dim=128, out_dim=512, bias=False)
+        >>> project(torch.rand(4, 128)).shape
+        torch.Size([4, 512])
+    """
+
+    def __init__(self, in_dim: int, out_dim: int, *, bias: bool = False) -> None:
+        super().__init__()
+        check_number("LinearProjection", "in_dim", in_dim, least=1, integer=True)
+        check_number("LinearProjection", "out_dim", out_dim, least=1, integer=True)
+        self.in_dim = in_dim
+        self.out_dim = out_dim
+        self.bias = bias
+        self.linear = nn.Linear(in_dim, out_dim, bias=bias)
+
+    def forward(self, student: Tensor) -> Tensor:
+        """Project `(b, in_dim)` to `(b, out_dim)`."""
+        check_floating("LinearProjection", student=student)
+        check_shape("LinearProjection", "student", student, "b d", d=self.in_dim)
+        projected: Tensor = self.linear(student)
+        return projected
+
+    def __repr__(self) -> str:
+        return f"LinearProjection(in_dim={self.in_dim}, out_dim={self.out_dim}, bias={self.bias})"

@@ -1,0 +1,258 @@
+"""Evaluation room: all pairs of a set of images, and their rates under identity weights. NumPy only, no intervals here.
+
+A bootstrap resample of identities does not change a score, only how often its pair counts: m_i for a genuine pair of
+identity i, m_i m_j for an impostor pair. So all scores are sorted once, and a resample is one pass of cumulated weights.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from kdlib_faces.evaluation._checks import FloatArray, IntArray
+from kdlib_faces.evaluation.roc import allowed_false_accepts
+
+__all__ = ["PairScores", "Rates", "genuine_pairs", "resampled_rates", "score_pairs", "thin"]
+
+BLOCK = 256
+TAIL = 4.0
+
+
+@dataclass(frozen=True)
+class PairScores:
+    """Every pair of images once. A cost is a negated score, so that sorted upwards the most alike pair comes first.
+
+    Args:
+        genuine_cost: (g,) sorted upwards.
+        genuine_identity: (g,) code of the identity.
+        genuine_bin: (g,) bin, -1 for none.
+        impostor_cost: (N,) sorted upwards.
+        impostor_first: (N,) code of one identity.
+        impostor_second: (N,) code of the other.
+        impostor_bin: (N,) bin, -1 for none.
+        bins: how many bins there are.
+        weight: (N,) how many pairs an impostor pair stands for; None for one each.
+    """
+
+    genuine_cost: FloatArray
+    genuine_identity: IntArray
+    genuine_bin: npt.NDArray[np.integer[Any]]
+    impostor_cost: FloatArray
+    impostor_first: npt.NDArray[np.integer[Any]]
+    impostor_second: npt.NDArray[np.integer[Any]]
+    impostor_bin: npt.NDArray[np.integer[Any]]
+    bins: int
+    weight: FloatArray | None = None
+
+    def genuine_in(self, place: int) -> slice | IntArray:
+        """Which genuine pairs are in a bin; all of them for `place == bins`."""
+        return slice(None) if place == self.bins else np.flatnonzero(self.genuine_bin == place)
+
+    def impostors_in(self, place: int) -> slice | IntArray:
+        """Which impostor pairs are in a bin; all of them for `place == bins`."""
+        return slice(None) if place == self.bins else np.flatnonzero(self.impostor_bin == place)
+
+
+@dataclass(frozen=True)
+class Rates:
+    """Rates of r resamples in each bin and, last, over all pairs; NaN where a resample holds no pair.
+
+    Args:
+        auc: (r, bins + 1) genuine pairs of the bin against all impostor pairs.
+        tar: (r, bins + 1, fars) at the threshold set on all impostor pairs.
+        own_auc: (r, bins + 1) against the impostor pairs of the same bin.
+        own_tar: (r, bins + 1, fars) at the threshold set on the impostor pairs of the same bin.
+    """
+
+    auc: FloatArray
+    tar: FloatArray
+    own_auc: FloatArray
+    own_tar: FloatArray
+
+
+def genuine_pairs(identities: IntArray) -> tuple[IntArray, IntArray]:
+    """Row numbers (g,), (g,) of all pairs i < j of one identity.
+
+    Examples:
+        >>> i, j = genuine_pairs(np.array([0, 1, 0, 0]))
+        >>> list(zip(i.tolist(), j.tolist()))
+        [(0, 2), (0, 3), (2, 3)]
+    """
+    order = np.argsort(identities, kind="stable")
+    groups = np.split(order, np.flatnonzero(np.diff(identities[order])) + 1)
+    pairs = [group[np.stack(np.triu_indices(group.size, 1))] for group in groups]
+    i, j = np.concatenate(pairs, axis=1)
+    return i, j
+
+
+def score_pairs(
+    unit: FloatArray,
+    identities: IntArray,
+    bin_of: Callable[[IntArray, IntArray], npt.NDArray[np.integer[Any]]],
+    bins: int,
+) -> PairScores:
+    """Cosine of every pair of images, in blocks of rows: about 35 bytes a pair at the peak.
+
+    Args:
+        unit: (n, d) embeddings with unit rows, float64.
+        identities: (n,) codes.
+        bin_of: bin of pairs of rows, broadcast; -1 for none.
+        bins: how many bins there are.
+
+    Returns:
+        The pairs, sorted.
+    """
+    i, j = genuine_pairs(identities)
+    cost = -np.einsum("gd,gd->g", unit[i], unit[j])
+    order = np.argsort(cost, kind="stable")
+    genuine = (cost[order], identities[i][order], bin_of(i, j)[order])
+
+    count = identities.size
+    total = count * (count - 1) // 2 - i.size
+    costs = np.empty(total, dtype=np.float64)
+    first, second = np.empty(total, dtype=np.int32), np.empty(total, dtype=np.int32)
+    place = np.empty(total, dtype=np.int16)
+    filled = 0
+    for start in range(0, count, BLOCK):
+        rows, columns = np.arange(start, min(start + BLOCK, count))[:, None], np.arange(start, count)[None, :]
+        wanted = (columns > rows) & (identities[rows] != identities[columns])
+        part = slice(filled, filled + int(wanted.sum()))
+        costs[part] = -(unit[rows[:, 0]] @ unit[start:].T)[wanted]
+        first[part] = np.broadcast_to(identities[rows], wanted.shape)[wanted]
+        second[part] = np.broadcast_to(identities[columns], wanted.shape)[wanted]
+        place[part] = bin_of(rows, columns)[wanted]
+        filled = part.stop
+    order = np.argsort(costs)
+    # One at a time, so that the unsorted array is freed before the next is made.
+    costs = costs[order]
+    first = first[order]
+    second = second[order]
+    place = place[order]
+    return PairScores(*genuine, costs, first, second, place, bins)
+
+
+def thin(pairs: PairScores, *, most: int, fars: Sequence[float], seed: int) -> PairScores:
+    """At most about `most` impostor pairs for the resamples of a large set: each bin's most alike pairs, and a sample of the rest.
+
+    The pairs that decide a threshold are kept whole (of each bin the `4 max(fars)` part that is most alike, and at least
+    1000); the others are sampled within each bin and weighed by the inverse of the sampled fraction.
+
+    Args:
+        pairs: all pairs.
+        most: how many impostor pairs to aim at; all are kept where there are no more.
+        fars: target false accept rates.
+        seed: of the sample.
+
+    Returns:
+        The thinner pairs with weights; the genuine ones are all kept.
+    """
+    if pairs.impostor_cost.size <= most:
+        return pairs
+    generator = np.random.default_rng([seed, 1])
+    weight = np.zeros(pairs.impostor_cost.size)
+    for place in range(-1, pairs.bins):
+        members = np.flatnonzero(pairs.impostor_bin == place)
+        tail = min(members.size, max(1000, int(TAIL * max(fars, default=0.0) * members.size)))
+        weight[members[:tail]] = 1.0
+        rest = members[tail:]
+        sample = min(rest.size, max(1000, most // (pairs.bins + 1)))
+        if sample:
+            weight[generator.choice(rest, sample, replace=False, shuffle=False)] = rest.size / sample
+    kept = np.flatnonzero(weight)
+    return PairScores(
+        pairs.genuine_cost,
+        pairs.genuine_identity,
+        pairs.genuine_bin,
+        pairs.impostor_cost[kept],
+        pairs.impostor_first[kept].astype(np.int64),
+        pairs.impostor_second[kept].astype(np.int64),
+        pairs.impostor_bin[kept],
+        pairs.bins,
+        weight[kept],
+    )
+
+
+def resampled_rates(pairs: PairScores, multiplicities: IntArray | None, fars: Sequence[float]) -> Rates:
+    """AUC and TAR of each bin and of all pairs, in each resample.
+
+    Args:
+        pairs: the sorted pairs.
+        multiplicities: (r, num_identities) how often each identity counts; None for one row of ones.
+        fars: target false accept rates.
+
+    Returns:
+        The rates.
+    """
+    count = 1 if multiplicities is None else len(multiplicities)
+    places = pairs.bins + 1
+    rates = Rates(*(np.full((count, places, *more), np.nan) for more in ((), (len(fars),)) * 2))
+    genuine = [pairs.genuine_cost[pairs.genuine_in(place)] for place in range(places)]
+    owner = [pairs.genuine_identity[pairs.genuine_in(place)] for place in range(places)]
+    # All impostor pairs come first: every bin is measured against them, then against its own.
+    sets = [pairs.bins, *range(pairs.bins)]
+    costs = {place: pairs.impostor_cost[pairs.impostors_in(place)] for place in sets}
+    members = {place: pairs.impostors_in(place) for place in sets}
+    edges = {
+        (place, against): _edges(genuine[place], costs[against])
+        for place in range(places)
+        for against in {place, pairs.bins}
+    }
+    for row in range(count):
+        m = None if multiplicities is None else multiplicities[row].astype(np.float64)
+        weights = _impostor_weights(pairs, m)
+        heads = [_running(None if m is None else m.take(owner[place]), genuine[place].size) for place in range(places)]
+        for against in sets:
+            head = _running(None if weights is None else weights[members[against]], costs[against].size)
+            if head[-1] <= 0:
+                continue
+            limits = [_limit(costs[against], head, far) for far in fars]
+            for place in range(places) if against == pairs.bins else [against]:
+                if heads[place][-1] <= 0:
+                    continue
+                area = _area(heads[place], head, *edges[place, against])
+                tars = [heads[place][np.searchsorted(genuine[place], limit)] / heads[place][-1] for limit in limits]
+                if against == pairs.bins:
+                    rates.auc[row, place], rates.tar[row, place] = area, tars
+                if against == place:
+                    rates.own_auc[row, place], rates.own_tar[row, place] = area, tars
+    return rates
+
+
+def _impostor_weights(pairs: PairScores, m: FloatArray | None) -> FloatArray | None:
+    """m_i m_j times what the pair stands for; None for ones."""
+    if m is None:
+        return pairs.weight
+    weights = m.take(pairs.impostor_first)
+    weights *= m.take(pairs.impostor_second)
+    if pairs.weight is not None:
+        weights *= pairs.weight
+    return weights
+
+
+def _running(weights: FloatArray | None, size: int) -> FloatArray:
+    """(size + 1,) weight of the first 0, 1, ... size pairs."""
+    if weights is None:
+        return np.arange(size + 1, dtype=np.float64)
+    head = np.zeros(size + 1)
+    np.cumsum(weights, out=head[1:])
+    return head
+
+
+def _limit(cost: FloatArray, head: FloatArray, far: float) -> float:
+    """Negated threshold of the exact rule: the cost of the (k+1)-th impostor pair, counted by weight."""
+    place = int(np.searchsorted(head[1:], allowed_false_accepts(far, float(head[-1])), side="right"))
+    return float(cost[place]) if place < cost.size else np.inf
+
+
+def _edges(genuine: FloatArray, impostor: FloatArray) -> tuple[IntArray, IntArray]:
+    """For each genuine pair, how many impostor pairs are more alike, and how many at least as much."""
+    return np.searchsorted(impostor, genuine, side="left"), np.searchsorted(impostor, genuine, side="right")
+
+
+def _area(genuine: FloatArray, impostor: FloatArray, above: IntArray, least: IntArray) -> float:
+    """Weighted AUC from the two cumulated weights; ties count one half."""
+    weights = np.diff(genuine)
+    beaten = 2 * impostor[-1] - impostor[above] - impostor[least]
+    return float(np.dot(weights, beaten) / (2 * genuine[-1] * impostor[-1]))

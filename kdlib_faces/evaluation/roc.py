@@ -1,0 +1,216 @@
+"""Evaluation room: one rule for TAR at a FAR, and the curve. NumPy only; takes score vectors, knows nothing of images."""
+
+from dataclasses import dataclass
+from math import floor
+from typing import Any, Literal
+
+import numpy as np
+
+from kdlib._checks import check_choice, check_number
+from kdlib_faces.evaluation._checks import FloatArray, check_scores
+from kdlib_faces.evaluation.intervals import Estimate, wilson
+
+__all__ = ["TarAtFar", "allowed_false_accepts", "auc", "curve", "far_name", "roc_points", "tar_at_far"]
+
+
+@dataclass(frozen=True)
+class TarAtFar:
+    """One operating point: accept a score strictly above `threshold`.
+
+    Args:
+        tar: fraction of the genuine scores accepted.
+        threshold: the score that must be exceeded; -inf where all are accepted.
+        far: the measured fraction of impostor scores accepted.
+        target: the false accept rate asked for.
+        resolvable: whether the target allows at least one false accept; where it does not, `tar` is measured at none.
+        low: lower end of Wilson's interval of `tar`.
+        high: its upper end.
+        genuine: number of genuine scores.
+        impostors: number of impostor scores.
+        false_accepts: number of impostor scores accepted.
+        mode: `"exact"` or `"nearest"`.
+    """
+
+    tar: float
+    threshold: float
+    far: float
+    target: float
+    resolvable: bool
+    low: float
+    high: float
+    genuine: int
+    impostors: int
+    false_accepts: int
+    mode: str
+
+    @property
+    def estimate(self) -> Estimate:
+        """The TAR with its interval and the number of genuine scores."""
+        return Estimate(self.tar, self.low, self.high, self.genuine)
+
+
+def allowed_false_accepts(far: float, total: float) -> int:
+    """The largest k with k / total <= far: floor(far * total), free of the product's rounding.
+
+    Examples:
+        >>> allowed_false_accepts(0.29, 100)  # 0.29 * 100 is 28.999999999999996
+        29
+    """
+    k = floor(far * total)
+    if (k + 1) / total <= far:
+        return k + 1
+    return k - 1 if k / total > far else k
+
+
+def far_name(far: float) -> str:
+    """The name of a FAR in results: `"0.001"`.
+
+    Examples:
+        >>> far_name(1e-3)
+        '0.001'
+    """
+    return f"{far:g}"
+
+
+def tar_at_far(
+    genuine: Any,
+    impostor: Any,
+    far: float,
+    *,
+    mode: Literal["exact", "nearest"] = "exact",
+    level: float = 0.95,
+) -> TarAtFar:
+    """True accept rate at a target false accept rate.
+
+    `"exact"`: with N impostor scores and k = floor(far N), the threshold is the (k+1)-th largest impostor score and a score
+    is accepted when strictly above it. The measured FAR never exceeds the target, with ties too. When k = 0 the point is
+    not resolvable: the TAR is the one at no false accept, and flagged.
+
+    `"nearest"`: of all points of the ROC curve the one whose FAR is nearest to the target; of two equally near the one of
+    larger FAR, then of larger TAR. It may exceed the target; it is the rule of insightface's IJB scripts, for parity (they
+    drop collinear points of the curve first, here none is dropped).
+
+    Args:
+        genuine: (g,) scores of pairs of one identity, larger is more alike.
+        impostor: (N,) scores of pairs of two identities.
+        far: the target, in (0, 1].
+        mode: the rule.
+        level: confidence of the Wilson interval, which takes pairs as independent.
+
+    Returns:
+        The operating point.
+
+    Raises:
+        ValueError: an empty vector, a score that is not finite, a target out of range.
+
+    Examples:
+        >>> point = tar_at_far([0.9, 0.8, 0.3], [0.5, 0.2, 0.1, 0.0], 0.25)
+        >>> round(point.tar, 4), point.threshold, point.far
+        (1.0, 0.2, 0.25)
+        >>> tar_at_far([0.9, 0.8, 0.3], [0.5, 0.2, 0.1, 0.0], 0.01).resolvable
+        False
+    """
+    positive, negative = (
+        check_scores("tar_at_far", "genuine", genuine),
+        check_scores("tar_at_far", "impostor", impostor),
+    )
+    check_number("tar_at_far", "far", far, above=0, most=1)
+    check_choice("tar_at_far", "mode", mode, ("exact", "nearest"))
+    k = allowed_false_accepts(far, negative.size)
+    if mode == "exact":
+        threshold = _kth_largest(negative, k)
+    else:
+        threshold = _nearest_threshold(positive, negative, far)
+    accepted, false_accepts = int((positive > threshold).sum()), int((negative > threshold).sum())
+    low, high = wilson(accepted, positive.size, level=level)
+    return TarAtFar(
+        tar=accepted / positive.size,
+        threshold=threshold,
+        far=false_accepts / negative.size,
+        target=far,
+        resolvable=k >= 1,
+        low=low,
+        high=high,
+        genuine=positive.size,
+        impostors=negative.size,
+        false_accepts=false_accepts,
+        mode=mode,
+    )
+
+
+def _kth_largest(scores: FloatArray, k: int) -> float:
+    """The (k+1)-th largest score, -inf when there are only k."""
+    if k >= scores.size:
+        return -np.inf
+    place = scores.size - 1 - k
+    return float(np.partition(scores, place)[place])
+
+
+def _nearest_threshold(genuine: FloatArray, impostor: FloatArray, far: float) -> float:
+    """Lowest threshold among those whose FAR is nearest; ties go to the larger FAR."""
+    thresholds = np.concatenate([[-np.inf], np.unique(np.concatenate([genuine, impostor]))])
+    negative = np.sort(impostor)
+    rates = (negative.size - np.searchsorted(negative, thresholds, side="right")) / negative.size
+    # Thresholds ascend, so FAR and TAR fall: the first of the nearest has the larger FAR, and at that FAR the larger TAR.
+    return float(thresholds[np.argmin(np.abs(rates - far))])
+
+
+def auc(genuine: Any, impostor: Any) -> float:
+    """Area under the ROC curve: the chance that a genuine score exceeds an impostor score, ties counting one half.
+
+    Args:
+        genuine: (g,) scores.
+        impostor: (N,) scores.
+
+    Returns:
+        The area, in [0, 1].
+
+    Raises:
+        ValueError: an empty vector or a score that is not finite.
+
+    Examples:
+        >>> auc([0.9, 0.5], [0.5, 0.1])
+        0.875
+    """
+    positive, negative = check_scores("auc", "genuine", genuine), np.sort(check_scores("auc", "impostor", impostor))
+    below = np.searchsorted(negative, positive, side="left")
+    upto = np.searchsorted(negative, positive, side="right")
+    return float((below.sum() + upto.sum()) / (2 * positive.size * negative.size))
+
+
+def roc_points(genuine: Any, impostor: Any, points: int = 200) -> tuple[FloatArray, FloatArray]:
+    """The ROC curve at FARs spread evenly on a log axis, from one false accept to all, each by the exact rule.
+
+    Args:
+        genuine: (g,) scores.
+        impostor: (N,) scores.
+        points: at most how many; fewer where N is small.
+
+    Returns:
+        Measured FAR (p,) and TAR (p,), both rising.
+
+    Raises:
+        ValueError: an empty vector or a score that is not finite.
+
+    Examples:
+        >>> far, tar = roc_points([0.9, 0.3], [0.5, 0.2, 0.1, 0.0])
+        >>> far.tolist(), tar.tolist()
+        ([0.25, 0.5, 0.75, 1.0], [1.0, 1.0, 1.0, 1.0])
+    """
+    positive, negative = (
+        check_scores("roc_points", "genuine", genuine),
+        check_scores("roc_points", "impostor", impostor),
+    )
+    check_number("roc_points", "points", points, least=2, integer=True)
+    return curve(np.sort(-positive), np.sort(-negative), points)
+
+
+def curve(genuine_cost: FloatArray, impostor_cost: FloatArray, points: int = 200) -> tuple[FloatArray, FloatArray]:
+    """`roc_points` of negated scores that are sorted upwards already; for callers that hold millions of them."""
+    count = impostor_cost.size
+    allowed = np.unique(np.floor(np.geomspace(1, count, points)).astype(np.int64))
+    allowed[-1] = count
+    limits = np.append(impostor_cost, np.inf)[allowed]
+    far = np.searchsorted(impostor_cost, limits, side="left") / count
+    tar = np.searchsorted(genuine_cost, limits, side="left") / genuine_cost.size
+    return far, tar
