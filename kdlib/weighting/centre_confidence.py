@@ -18,19 +18,19 @@ __all__ = ["CentreConfidenceWeighting"]
 class CentreConfidenceWeighting(nn.Module):
     r"""Weights from how close each teacher puts a sample to the centre of its identity.
 
-    With :math:`f_{k,i}` the embedding of sample i by teacher k and :math:`c_{k,y}` the centre of identity y in the space
-    of teacher k,
+    With :math:`f_{k,i}` the embedding of sample i by teacher k and :math:`c_{k,y}` the centre of identity y in the
+    space of teacher k,
 
     .. math:: w_{k,i} = \mathrm{softmax}_k \bigl( \cos(f_{k,i}, c_{k,y_i}) / \tau \bigr)
 
-    Each centre is the direction of a running mean of unit embeddings: in training mode, after the weights of a batch are
-    taken, `centre <- unit(momentum * centre + (1 - momentum) * mean)` with the mean of the unit embeddings of that
+    Each centre is the direction of a running mean of unit embeddings: in training mode, after the weights of a batch
+    are taken, `centre <- unit(momentum * centre + (1 - momentum) * mean)` with the mean of the unit embeddings of that
     identity in the batch, however often it occurs; the first time, the mean alone. A sample whose identity is new to
     one of the teachers, or is negative (unknown), gets uniform weights. No gradient flows.
 
     The centres are buffers, made at the first call: `(num_identities, d_k)` float32 for teacher k. They travel in the
-    state dict, and loading one into a fresh module makes them. They are those of one feature: use one weighting for each
-    feature, or let the objective weigh all terms by one. Each process of a distributed run keeps its own centres.
+    state dict, and loading one into a fresh module makes them. They are those of one feature: use one weighting for
+    each feature, or let the objective weigh all terms by one. Each process of a distributed run keeps its own centres.
 
     Args:
         num_identities: identities are 0 to this number less 1.
@@ -150,7 +150,7 @@ class CentreConfidenceWeighting(nn.Module):
             name = key.removeprefix(prefix)
             if key.startswith(prefix) and name.startswith("centres_"):
                 self.register_buffer(name, torch.zeros_like(value))
-        super()._load_from_state_dict(state_dict, prefix, *args)  # type: ignore[no-untyped-call]  # torch has no types
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def __repr__(self) -> str:
         return (
