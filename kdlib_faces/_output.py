@@ -4,12 +4,12 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from kdlib_faces._checks import InputError
 
-__all__ = ["check_output", "staged"]
+__all__ = ["check_output", "staged", "swept"]
 
 
 def check_output(output: Path) -> Path:
@@ -26,6 +26,25 @@ def check_output(output: Path) -> Path:
     if not os.access(parent, os.W_OK | os.X_OK):
         raise InputError(f"the output {output} cannot be made: {parent} is not writable")
     return output
+
+
+@contextmanager
+def swept(output: Path) -> Iterator[None]:
+    """When the block fails, folders that it made and left empty in a new `output` go; results of stages stay."""
+    fresh = not output.exists()
+    try:
+        yield
+    except BaseException:
+        if fresh and output.is_dir():
+            for folder in sorted((each for each in output.rglob("*") if each.is_dir()), reverse=True):
+                _remove_empty(folder)
+            _remove_empty(output)
+        raise
+
+
+def _remove_empty(folder: Path) -> None:
+    with suppress(OSError):
+        folder.rmdir()
 
 
 @contextmanager
@@ -51,7 +70,6 @@ def staged(output: Path) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(stage, ignore_errors=True)
         for folder in made:
-            if not any(folder.iterdir()):
-                folder.rmdir()
+            _remove_empty(folder)
         raise
     shutil.rmtree(stage, ignore_errors=True)

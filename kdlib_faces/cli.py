@@ -4,26 +4,32 @@ Everything a user can cause ends in one line and exit code 2; heavy imports wait
 """
 
 import argparse
+import os
 import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import NoReturn
 
 __all__ = ["main"]
 
 BUDGETS = {"quick": 300, "full": 6000}
 
 
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise argparse.ArgumentTypeError(f"{message}; see {self.prog} --help")
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="kdlib-faces", description="Light age-invariant face recognition.")
+    parser = _Parser(prog="kdlib-faces", description="Light age-invariant face recognition.")
     parser.add_argument("--version", action="store_true", help="print the version and stop")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
-    common = argparse.ArgumentParser(add_help=False)
+    common = _Parser(add_help=False)
     common.add_argument("--threads", type=int, help="threads of torch (default: one a core)")
     common.add_argument("--quiet", action="store_true", help="no progress")
     common.add_argument("--debug", action="store_true", help="show the whole traceback of an error")
-    run = argparse.ArgumentParser(add_help=False)
+    run = _Parser(add_help=False)
     run.add_argument("--seed", type=int, default=0)
     run.add_argument("--config", type=Path, metavar="TOML", help="settings; --set wins over it")
     run.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="settings", help="repeatable")
@@ -52,7 +58,8 @@ def _parser() -> argparse.ArgumentParser:
     report.add_argument("directory", type=Path)
 
     inspect = commands.add_parser("inspect", parents=[common], help="all backbones, or what a file is")
-    inspect.add_argument("file", type=Path, nargs="?")
+    inspect.add_argument("file", type=Path, nargs="?", help=".onnx, .pt, a CSV list or a folder of faces")
+    inspect.add_argument("--tap", action="append", default=[], metavar="NAME", help="shape of this tap; repeatable")
     return parser
 
 
@@ -63,11 +70,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: those after the program's name; `None` for this process's own.
 
     Returns:
-        Exit code: 0, 2 for an error of use, 130 when interrupted.
+        Exit code: 0, 2 for an error of use, 130 when interrupted, 1 for an error of ours.
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
     parser = _parser()
-    options = parser.parse_args(given)
+    try:
+        options = parser.parse_args(given)
+    except argparse.ArgumentTypeError as error:
+        return _fail(str(error))
     if options.version:
         from kdlib import __version__
 
@@ -76,18 +86,33 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.command is None:
         parser.print_help()
         return 2
+    if options.debug:
+        _run(options, given)
+        return 0
     try:
-        _threads(options.threads)
-        _COMMANDS[options.command](options, shlex.join(["kdlib-faces", *given]))
+        _run(options, given)
     except KeyboardInterrupt:
         print("kdlib-faces: interrupted; the same command goes on where it was", file=sys.stderr)
         return 130
+    except BrokenPipeError:  # the reader of our output has gone, as `| head` does; nothing is wrong
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except (ValueError, TypeError, OSError, MemoryError, RuntimeError, ImportError) as error:
-        if options.debug:
-            raise
-        print(f"kdlib-faces: error: {_one_line(error)}", file=sys.stderr)
-        return 2
+        return _fail(_one_line(error))
+    except Exception as error:
+        return _fail(f"unexpected {type(error).__name__}: {_one_line(error)}; --debug shows where", code=1)
     return 0
+
+
+def _run(options: argparse.Namespace, given: Sequence[str]) -> None:
+    _threads(options.threads)
+    _COMMANDS[options.command](options, shlex.join(["kdlib-faces", *given]))
+    sys.stdout.flush()
+
+
+def _fail(message: str, code: int = 2) -> int:
+    print(f"kdlib-faces: error: {message}", file=sys.stderr)
+    return code
 
 
 def _one_line(error: BaseException) -> str:
@@ -110,9 +135,8 @@ def _threads(count: int | None) -> None:
 
 
 def _demo(options: argparse.Namespace, command: str) -> None:
-    from dataclasses import replace
-
     from kdlib_faces._checks import InputError
+    from kdlib_faces._output import swept
     from kdlib_faces.config import load_config
     from kdlib_faces.recipes import demo
 
@@ -123,24 +147,18 @@ def _demo(options: argparse.Namespace, command: str) -> None:
         settings.insert(0, f"student_steps={BUDGETS.get(options.budget, options.budget)}")
     if options.seeds < 1 or options.seed < 0:
         raise InputError(f"--seeds must be at least 1 and --seed at least 0, got {options.seeds} and {options.seed}")
-    config: Any
-    if options.faces:
-        base = demo.faces_config()
-        shown = [f"size={base.size}", f"student_steps={base.student_steps}"]
-        shown += [f"student.{name}={getattr(base.student, name)}" for name in ("embedding_dim", "width", "input_size")]
-        config = load_config(demo.DemoConfig, options.config, [*shown, *settings] if not options.config else settings)
-    else:
-        config = load_config(demo.DemoConfig, options.config, settings)
-    config = replace(config)
-    demo.run(
-        config,
-        output=options.output,
-        faces=options.faces,
-        teachers=options.teacher,
-        seeds=range(options.seed, options.seed + options.seeds),
-        progress=not options.quiet,
-        command=command,
-    )
+    base = demo.faces_config() if options.faces else None
+    config = load_config(demo.DemoConfig, options.config, settings, base=base)
+    with swept(options.output):
+        demo.run(
+            config,
+            output=options.output,
+            faces=options.faces,
+            teachers=options.teacher,
+            seeds=range(options.seed, options.seed + options.seeds),
+            progress=not options.quiet,
+            command=command,
+        )
 
 
 def _train(options: argparse.Namespace, command: str) -> None:
@@ -169,7 +187,7 @@ def _evaluate(options: argparse.Namespace, command: str) -> None:
     if not options.faces:
         raise InputError("evaluate: --faces must be given, a CSV list or a folder")
     evaluate.run(
-        load_config(evaluate.EvaluateConfig, options.config, options.settings),
+        load_config(evaluate.EvaluateConfig, options.config, [f"seed={options.seed}", *options.settings]),
         output=options.output,
         faces=options.faces,
         models=options.model,
@@ -189,7 +207,10 @@ def _report(options: argparse.Namespace, command: str) -> None:
 def _inspect(options: argparse.Namespace, command: str) -> None:
     from kdlib_faces.recipes import inspect
 
-    print(inspect.backbones() if options.file is None else inspect.file(options.file))
+    if options.file is None:
+        print(inspect.backbones())
+    else:
+        print(inspect.taps(options.file, options.tap) if options.tap else inspect.file(options.file))
 
 
 _COMMANDS = {"demo": _demo, "train": _train, "evaluate": _evaluate, "report": _report, "inspect": _inspect}

@@ -18,7 +18,11 @@ MAX_BYTES = 1_000_000
 
 
 def load_config(
-    cls: type[T], path: str | PathLike[str] | None = None, overrides: Sequence[str] | Mapping[str, object] = ()
+    cls: type[T],
+    path: str | PathLike[str] | None = None,
+    overrides: Sequence[str] | Mapping[str, object] = (),
+    *,
+    base: T | None = None,
 ) -> T:
     """Build a config dataclass from its defaults, a TOML file and overrides; later ones win.
 
@@ -30,6 +34,7 @@ def load_config(
         path: a TOML file; tables are nested dataclasses.
         overrides: `"a.b=3"` each, the right side a TOML value, or plain text where it is none; or a mapping from
             `"a.b"` to values.
+        base: a config whose values stand in for the defaults.
 
     Raises:
         InputError: a file that is missing or no TOML, an unknown key (with the nearest), a value of another type, or
@@ -49,7 +54,7 @@ def load_config(
     items = overrides.items() if isinstance(overrides, Mapping) else [_split(text) for text in overrides]
     for key, value in items:
         _place(cls, key, value, f"{key}={_shown(value)}", merged)
-    built: T = _build(cls, "", merged)
+    built: T = _build(cls, "", merged, base)
     return built
 
 

@@ -27,6 +27,7 @@ from kdlib_faces.data.images import load_images, to_float
 from kdlib_faces.data.listing import FaceList, read_faces
 from kdlib_faces.data.pairs import PairList, read_pairs
 from kdlib_faces.progress import progress as show
+from kdlib_faces.progress import say
 
 __all__ = ["EvaluateConfig", "embed", "embed_faces", "load_model", "protocols_for", "read_embeddings", "run"]
 
@@ -111,8 +112,8 @@ def embed(model: Callable[[Tensor], Any], images: Tensor, *, batch_size: int = 6
     """
     parts = []
     with torch.inference_mode():
-        for chunk in images.split(batch_size):
-            inputs = to_float(chunk)
+        for start in range(0, len(images), batch_size):
+            inputs = to_float(images[start : start + batch_size])
             embeddings = _embedding(model(inputs))
             if flip:
                 embeddings = embeddings + _embedding(model(inputs.flip(-1)))
@@ -306,6 +307,7 @@ def run(
     }
     with staged(output) as stage:
         report.write(stage, content)
+    say(f"report: {output / 'report.html'}", quiet=not progress)
     return content
 
 

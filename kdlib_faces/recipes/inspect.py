@@ -1,12 +1,13 @@
 """Recipes room: says in plain text what the backbones cost and what a file is. Reads files; writes none."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
 from kdlib_faces._checks import InputError
 
-__all__ = ["backbones", "file"]
+__all__ = ["backbones", "file", "taps"]
 
 
 def backbones() -> str:
@@ -50,6 +51,32 @@ def file(path: Path) -> str:
         f"{model!r}\nparameters {count_parameters(model):,}\nMACs {count_macs(model, model.input_size):,}\n"
         f"taps {', '.join(model.stages)}"
     )
+
+
+def taps(path: Path, names: Sequence[str]) -> str:
+    """The shapes of taps of a network file, for one image; what a recipe's tap settings may name.
+
+    Raises:
+        InputError: no network, or no tap of that name; the message lists the nearest.
+    """
+    if not path.exists():
+        raise InputError(f"{path}: file not found")
+    wanted = {name: name for name in names}
+    if path.suffix == ".onnx":
+        from kdlib_faces.teachers.onnx import OnnxTeacher
+
+        shapes = OnnxTeacher(path, wanted).shapes
+        return "\n".join(f"{name}  (b, {', '.join(map(str, shape))})" for name, shape in shapes.items())
+    import torch
+
+    from kdlib import StudentAdapter
+    from kdlib_faces.backbones import load_backbone
+
+    model = load_backbone(path)
+    sides = (model.input_size,) * 2 if isinstance(model.input_size, int) else tuple(model.input_size)
+    with torch.inference_mode():
+        features = StudentAdapter(model, wanted)(torch.zeros(1, 3, *sides))
+    return "\n".join(f"{name}  (b, {', '.join(map(str, x.shape[1:]))})" for name, x in features.items())
 
 
 def _onnx(path: Path) -> str:
