@@ -1,1 +1,8 @@
-"""Placeholder."""
+"""kdlib_faces: light age-invariant face recognition by distillation. Imports kdlib, never the reverse.
+
+data, backbones, heads -> teachers -> evaluation -> report -> recipes -> command line
+"""
+
+from kdlib import __version__
+
+__all__ = ["__version__"]

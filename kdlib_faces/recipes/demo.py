@@ -84,8 +84,8 @@ class DemoConfig:
     test_images: int = 8
     teacher_width: float = 0.25
     general_steps: int = 700
-    age_steps: int = 500
-    student_steps: int = 450
+    age_steps: int = 600
+    student_steps: int = 900
     batch_size: int = 64
     lr: float = 0.1
     teacher_lr: float = 0.1

@@ -46,7 +46,9 @@ def drawn_material(config: Any, work: Path, *, seed: int, quiet: bool) -> Materi
     arguments = {"width": config.teacher_width, "embedding_dim": config.student.embedding_dim, "input_size": size}
     network = build_backbone("iresnet18", seed=seed, **arguments)
     curves: dict[str, Any] = {}
-    head = CosFaceHead(config.student.embedding_dim, general.identities, 32.0, 0.2)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed + 2)
+        head = CosFaceHead(config.student.embedding_dim, general.identities, 32.0, 0.2)
     terms = {"identity": Term(head, student="embedding", target="identity")}
     trainee = Distiller(StudentAdapter(network, teacher_taps(network, config.student.stage)), {}, Objective(terms))
     batches = FaceBatches(
@@ -67,7 +69,7 @@ def drawn_material(config: Any, work: Path, *, seed: int, quiet: bool) -> Materi
     start = build_backbone("iresnet18", seed=seed, **arguments)
     start.load_state_dict(network.state_dict())
     with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed + 1)
+        torch.manual_seed(seed + 1)
         factored = AgeInvariantNet(start)
         age_head = CosFaceHead(config.student.embedding_dim, general.identities + aged.identities, 32.0, 0.2)
         age_loss = AgeFactorLoss(config.student.embedding_dim, decorrelation=config.decorrelation)

@@ -92,7 +92,7 @@ class LIAADConfig:
     attention_weight: float = 2.0
     stage: int = 2
     weighting: str = "centre"
-    temperature: float = 0.1
+    temperature: float = 0.05
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -188,7 +188,7 @@ def build(
         size = {"embedding_dim": config.embedding_dim, "width": config.width, "input_size": config.input_size}
         student = build_backbone(config.backbone, seed=config.seed, **size)
     with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(config.seed + 1)
+        torch.manual_seed(config.seed + 1)
         terms = _terms(config, set(teachers))
     weighting: nn.Module = UniformWeighting()
     if config.weighting == "centre" and len(teachers) > 1:

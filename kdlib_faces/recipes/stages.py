@@ -192,6 +192,7 @@ def _shares(distiller: Distiller, batches: FaceBatches, count: int = 8) -> dict[
     names = list(distiller.teachers)
     if not names:
         return {}
+    count = min(count, len(batches))
     total: dict[str, Tensor] = {}
     for _, (inputs, targets) in zip(range(count), batches, strict=False):
         for term, weights in distiller(inputs, targets).weights.items():

@@ -17,7 +17,7 @@ from matplotlib.ticker import FuncFormatter, LogFormatterSciNotation, LogLocator
 from kdlib_faces.report import words
 from kdlib_faces.report.curves import training
 from kdlib_faces.report.theme import Theme, dress, legend, looks, new_figure, plain
-from kdlib_faces.report.view import ALL, View
+from kdlib_faces.report.view import ALL, Estimate, View
 
 __all__ = ["FIGURES", "Plot"]
 
@@ -98,7 +98,7 @@ def ages(view: View, theme: Theme, narrow: bool) -> Figure | None:
             ticks.append(plain(words.bin_name(view, name), 22) + (f"\nn {pairs:,}" if pairs is not None else ""))
         rate = axes.yaxis if upright else axes.xaxis
         if metric.endswith("auc"):
-            rate.set_major_locator(MaxNLocator(6))
+            rate.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10]))
         else:
             rate.set_major_formatter(_PER_CENT)
         if upright:
@@ -110,42 +110,49 @@ def ages(view: View, theme: Theme, narrow: bool) -> Figure | None:
             axes.set_ylim(len(ticks) - 0.4, -0.6)
             for edge in range(1, len(ticks)):
                 axes.axhline(edge - 0.5, color=theme.grid, linewidth=0.8)
-    legend(figure, theme, view, view.names, columns=2 if narrow else 4)
+    legend(figure, theme, view, view.names)
     return figure
 
 
+def _interval_row(axes: Axes, theme: Theme, colour: str, row: int, difference: Estimate) -> None:
+    """One difference in points; the mark is full if its interval leaves zero out."""
+    value, low, high, _ = difference
+    if value is None:
+        return
+    clear = low is not None and high is not None and (low > 0 or high < 0)
+    if low is not None and high is not None:
+        axes.plot([100 * low, 100 * high], [row, row], color=colour, linewidth=2.2, solid_capstyle="round")
+    face = colour if clear else theme.page
+    axes.plot([100 * value], [row], marker="o", color=colour, markerfacecolor=face, markersize=7.5, markeredgewidth=1.8)
+
+
 def differences(view: View, theme: Theme, narrow: bool) -> Figure | None:
-    """Every given comparison as a point and its interval around zero."""
-    rows = [c for c in view.comparisons if c.difference.value is not None][:16]
-    if not rows:
+    """Distilled minus alone (or the first pair compared) by bin, around zero, one panel a metric."""
+    measured = [c for c in view.comparisons if c.difference.value is not None]
+    pair = next(iter([(c.a, c.b) for c in measured if (c.a, c.b) == (view.distilled, view.alone)] or
+                     [(c.a, c.b) for c in measured]), None)  # fmt: skip
+    rows = {(c.metric, c.bin): c.difference for c in measured if (c.a, c.b) == pair}
+    found = list(dict.fromkeys(metric for metric, _ in rows))
+    metrics = [metric for metric in (f"tar@{view.far}", "own_auc") if metric in found] or found[:1]
+    bins = [name for name in (*view.bins, ALL) if any((metric, name) in rows for metric in metrics)]
+    if pair is None or not bins:
         return None
-    figure = new_figure(theme, 5.0 if narrow else 7.4, 1.15 + (0.5 if narrow else 0.34) * len(rows))
-    (axes,) = _grid(figure, 1, narrow)
-    pairs = {(c.a, c.b) for c in rows}
-    one = next(iter(pairs)) if len(pairs) == 1 else None
-    title = f"{plain(view.label(one[0]), 24)} minus {plain(view.label(one[1]), 24)}" if one else "First minus second"
-    dress(axes, theme, title=title, x="difference in points (hundredths)", grid="x")
-    style, labels = looks(view, theme), []
-    for index, row in enumerate(rows):
-        value, low, high, _ = row.difference
-        colour = style[row.a].colour
-        known = value is not None and low is not None and high is not None
-        clear = known and (low > 0 or high < 0)  # type: ignore[operator] # known says that neither is None
-        if known:
-            axes.plot([100 * low, 100 * high], [index, index], color=colour, linewidth=2.2, solid_capstyle="round")  # type: ignore[operator] # as above
-        face = colour if clear else theme.page
-        axes.plot([100 * value], [index], marker="o", color=colour, markerfacecolor=face, markersize=7.5)  # type: ignore[operator] # rows with a value only
-        place = (
-            words.bin_name(view, row.bin)
-            if row.bin == ALL or view.kind != "gap"
-            else f"gap {words.bin_name(view, row.bin)}"
-        )
-        label = f"{plain(place, 24)}{chr(10) if narrow else ', '}{plain(words.metric_name(row.metric), 40)}"
-        labels.append(label if one else f"{plain(view.label(row.a), 14)} − {plain(view.label(row.b), 14)}\n{label}")
-    axes.axvline(0, color=theme.muted, linewidth=1.2)
-    axes.set_yticks(range(len(rows)), labels)
-    axes.set_ylim(len(rows) - 0.5, -0.5)
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:+g}".replace("-", "−") if x else "0"))
+    tall = 1.15 + 0.36 * len(bins)
+    figure = new_figure(theme, *((5.0, tall * len(metrics) + 0.3) if narrow else (5.2 * len(metrics), tall + 0.3)))
+    colour = looks(view, theme)[pair[0]].colour
+    for index, (axes, metric) in enumerate(zip(_grid(figure, len(metrics), narrow), metrics, strict=True)):
+        unit = "hundredths" if metric.endswith("auc") else "points"
+        dress(axes, theme, title=words.metric_name(metric), x=f"difference, {unit}", grid="x")
+        for row, name in enumerate(bins):
+            if (metric, name) in rows:
+                _interval_row(axes, theme, colour, row, rows[metric, name])
+        axes.axvline(0, color=theme.muted, linewidth=1.2)
+        labels = [plain(words.bin_name(view, name), 24) for name in bins]
+        axes.set_yticks(range(len(bins)), labels if index == 0 or narrow else [""] * len(bins))
+        axes.set_ylim(len(bins) - 0.5, -0.5)
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:+g}".replace("-", "−") if x else "0"))
+    first, second = (plain(view.label(name), 24) for name in pair)
+    figure.suptitle(f"{first} minus {second}", x=0.01, ha="left", fontsize=10.5, color=theme.muted)
     return figure
 
 
@@ -185,7 +192,7 @@ def roc(view: View, theme: Theme, narrow: bool) -> Figure | None:
         axes.yaxis.set_major_formatter(_PER_CENT)
         if view.far and smallest < float(view.far) < 1:
             axes.axvline(float(view.far), color=theme.muted, linewidth=1, linestyle=(0, (1, 2)))
-    legend(figure, theme, view, view.names, columns=2 if narrow else 4)
+    legend(figure, theme, view, view.names)
     return figure
 
 
@@ -269,12 +276,13 @@ def cost(view: View, theme: Theme, narrow: bool) -> Figure | None:
     axes.set_xscale("log")
     sizes = [size for _, size, _ in rows]
     axes.set_xlim(min(sizes) / widest**0.15, max(sizes) * widest**0.15)
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: words.count(x)))
+    axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if widest < 1e3 else (1.0,), numticks=12))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: words.count(x).replace(".00", "").replace(".0", "")))
     axes.xaxis.set_minor_formatter(NullFormatter())
     axes.set_ylim(_floor(lowest), 1.01)
     if not metric.endswith("auc"):
         axes.yaxis.set_major_formatter(_PER_CENT)
-    legend(figure, theme, view, [name for name, _, _ in rows], columns=2, lines=False)
+    legend(figure, theme, view, [name for name, _, _ in rows], lines=False)
     return figure
 
 
@@ -297,7 +305,7 @@ FIGURES: tuple[Plot, ...] = (
     Plot(
         "roc",
         "ROC",
-        "True against false accept rate. The dotted line marks the false accept rate of the headline; at the left end "
+        "True against false accept rate; a single bin is drawn against its own impostor pairs. The dotted line marks the false accept rate of the headline; at the left end "
         "a step is a single impostor pair.",
         roc,
     ),

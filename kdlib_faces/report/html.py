@@ -74,7 +74,7 @@ def _table(view: View, table: Table, label: str) -> str:
     )
 
 
-def _figure(images: FigureImages, title: str, caption: str) -> str:
+def _figure(images: FigureImages, title: str, caption: str, kind: str = "plot") -> str:
     sources = (
         ("(prefers-color-scheme: dark) and (max-width: 640px)", images.dark_narrow, 500),
         ("(prefers-color-scheme: dark)", images.dark, images.size),
@@ -82,7 +82,9 @@ def _figure(images: FigureImages, title: str, caption: str) -> str:
     )
     listed = "".join(f'<source media="{media}" srcset="{_uri(png)}" width="{w}">' for media, png, w in sources)
     image = f'<img src="{_uri(images.light)}" width="{images.size}" alt="{escape(title)}">'
-    return f'<figure class="plot"><picture>{listed}{image}</picture><figcaption>{escape(caption)}</figcaption></figure>'
+    return (
+        f'<figure class="{kind}"><picture>{listed}{image}</picture><figcaption>{escape(caption)}</figcaption></figure>'
+    )
 
 
 def _facts(rows: Sequence[tuple[str, str]]) -> str:
@@ -119,14 +121,18 @@ def _colours(view: View) -> str:
 
 
 def _results(view: View, figures: Mapping[str, FigureImages]) -> list[tuple[str, str, str]]:
-    drawn = {p.name: _figure(figures[p.name], p.title, p.caption) for p in FIGURES if p.name in figures}
-    models = _table(view, tables.models_table(view), "Models") + f'<p class="aside">{escape(notes.models(view))}</p>'
-    if "cost" in drawn:
-        models += drawn["cost"]
-    out = [_section("models", "The models", models)]
+    drawn = {
+        p.name: _figure(figures[p.name], p.title, p.caption, "plot side" if p.name == "cost" else "plot")
+        for p in FIGURES
+        if p.name in figures
+    }
+    out = []
     gaps = drawn.get("ages", "")
     by_bin = [
-        _more(words.metric_name(metric), _table(view, tables.bins_table(view, metric), words.metric_name(metric)))
+        _more(
+            f"Table: {words.metric_name(metric)}",
+            _table(view, tables.bins_table(view, metric), words.metric_name(metric)),
+        )
         for metric in view.bin_metrics()
     ]
     if gaps or by_bin:
@@ -134,8 +140,10 @@ def _results(view: View, figures: Mapping[str, FigureImages]) -> list[tuple[str,
         out.append(_section("ages", title, gaps + "".join(by_bin)))
     if view.comparisons:
         table = _table(view, tables.comparisons_table(view), "Comparisons")
-        body = drawn.get("differences", "") + _more("All comparisons", table)
+        body = drawn.get("differences", "") + _more("Table: all comparisons", table)
         out.append(_section("differences", "Is the difference real?", f"<p>{escape(notes.separate(view))}</p>{body}"))
+    models = _table(view, tables.models_table(view), "Models") + f'<p class="aside">{escape(notes.models(view))}</p>'
+    out.append(_section("models", "The models", models + drawn.get("cost", "")))
     seeds = tables.seeds_table(view)
     if seeds is not None:
         out.append(_section("seeds", "Over several seeds", _table(view, seeds, "Seeds")))
@@ -157,7 +165,8 @@ def _training(view: View, figures: Mapping[str, FigureImages]) -> list[tuple[str
 
 def _pictures(shown: Sequence[Shown]) -> list[tuple[str, str, str]]:
     body = "".join(
-        f'<figure class="photo"><h3>{escape(s.title)}</h3><img src="{_uri(s.png)}" alt="{escape(s.title)}">'
+        f'<figure class="photo"><h3>{escape(s.title)}</h3><div class="scroll" role="region" tabindex="0" '
+        f'aria-label="{escape(s.title)}"><img src="{_uri(s.png)}" alt="{escape(s.title)}"></div>'
         f"<figcaption>{escape(s.caption)}</figcaption></figure>"
         for s in shown
     )
@@ -179,7 +188,7 @@ def _reproduce(view: View) -> list[tuple[str, str, str]]:
     for key, title in (("config", "Configuration"), ("environment", "Environment")):
         if run.get(key):
             parts.append(_more(title, _facts(tables.facts(run[key]))))
-    return [_section("reproduce", "Data, and how to run it again", "".join(parts))] if parts else []
+    return [_section("reproduce", "Data and setup", "".join(parts))] if parts else []
 
 
 def page(view: View, figures: Mapping[str, FigureImages], pictures: Sequence[Shown], missing: Sequence[str]) -> str:
@@ -198,7 +207,7 @@ def page(view: View, figures: Mapping[str, FigureImages], pictures: Sequence[Sho
     style = files("kdlib_faces.report").joinpath("style.css").read_text(encoding="utf-8")
     sections = [*_results(view, figures), *_training(view, figures), *_pictures(pictures), *_reproduce(view)]
     limits = "".join(f"<li>{escape(line)}</li>" for line in notes.limits(view, missing))
-    sections.append(_section("limits", "How to read this, and its limits", f"<ul>{limits}</ul>"))
+    sections.append(_section("limits", "How to read this", f"<ul>{limits}</ul>"))
     links = "".join(f'<a href="#{anchor}">{escape(title)}</a>' for anchor, title, _ in sections)
     bodies = "".join(
         f'<section id="{anchor}"><h2>{escape(title)}</h2>{body}</section>' for anchor, title, body in sections

@@ -61,8 +61,6 @@ def page(view: View, drawn: Sequence[str], pictures: Sequence[tuple[str, str, st
     }
     out = [f"# {_text(run['title'])}\n", f"**{_text(found.headline)}**\n"]
     out += [_text(sentence) + "\n" for sentence in found.sentences]
-    out += ["## The models\n", _table(tables.models_table(view)), _text(notes.models(view)) + "\n"]
-    out.append(figures.get("cost", ""))
     if view.bin_metrics():
         out.append("## Accuracy " + ("between age groups\n" if view.kind == "group" else "against age gap\n"))
         out.append(figures.get("ages", ""))
@@ -71,6 +69,8 @@ def page(view: View, drawn: Sequence[str], pictures: Sequence[tuple[str, str, st
     if view.comparisons:
         out += ["## Is the difference real?\n", _text(notes.separate(view)) + "\n", figures.get("differences", "")]
         out.append(_table(tables.comparisons_table(view)))
+    out += ["## The models\n", _table(tables.models_table(view)), _text(notes.models(view)) + "\n"]
+    out.append(figures.get("cost", ""))
     seeds = tables.seeds_table(view)
     if seeds is not None:
         out += ["## Over several seeds\n", _table(seeds)]
@@ -85,7 +85,7 @@ def page(view: View, drawn: Sequence[str], pictures: Sequence[tuple[str, str, st
     if pictures:
         out.append("## Pictures\n")
         out += [f"### {_text(t)}\n\n![{_text(t)}]({path})\n\n{_text(caption)}\n" for t, caption, path in pictures]
-    out.append("## Data, and how to run it again\n")
+    out.append("## Data and setup\n")
     data = run.get("data") or {}
     table = tables.data_table(view)
     out.append(f"Data: {_text(data['name'])}\n" if data.get("name") else "")
@@ -95,7 +95,7 @@ def page(view: View, drawn: Sequence[str], pictures: Sequence[tuple[str, str, st
     for key, title in (("config", "Configuration"), ("environment", "Environment")):
         if run.get(key):
             out += [f"### {title}\n", _facts(run[key])]
-    out.append("## How to read this, and its limits\n")
+    out.append("## How to read this\n")
     out.append("\n".join(f"- {_text(line)}" for line in notes.limits(view, missing)) + "\n")
     out.append(_text(notes.made(view)) + "\n")
     return "\n".join(part for part in out if part)

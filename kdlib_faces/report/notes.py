@@ -62,7 +62,8 @@ def separate(view: View) -> str:
     return (
         "Each line resamples the test identities and recomputes both models on the same ones; the "
         f"{words.level_words(view)} interval of their difference tells whether one is better on these identities. "
-        "That the two models' own intervals are separate is the stricter sign."
+        "That the two models' own intervals are separate is the stricter sign. Many bins and metrics are compared at once, "
+        "so a single interval that just misses zero is not yet news."
     )
 
 
@@ -82,7 +83,8 @@ def limits(view: View, missing: Sequence[str] = ()) -> list[str]:
         "of test identities. They do not cover the luck of one training run; only several seeds do."
     )
     seeds = view.run.get("seeds") or []
-    if len(seeds) <= 1 and len(view.run.get("per_seed") or []) < 2:
+    trained = view.run.get("training") or any(model.get("train_steps") for model in view.models.values())
+    if trained and len(seeds) <= 1 and len(view.run.get("per_seed") or []) < 2:
         out.append("One seed was trained. Another seed would give somewhat different models.")
     if view.far is not None:
         out.append(

@@ -77,20 +77,21 @@ def _font(size: int) -> ImageFont.FreeTypeFont:
 
 
 def _fit(draw: ImageDraw.ImageDraw, text: str, font: ImageFont.FreeTypeFont, width: int, lines: int) -> list[str]:
-    """`text` in at most `lines` lines that fit `width` pixels, cut with an ellipsis."""
+    """`text` in at most `lines` lines that fit `width` pixels, cut with an ellipsis; its own line breaks are kept."""
     out: list[str] = []
-    rest = shorten(text, 400).split()
-    while rest and len(out) < lines:
-        taken = 1
-        while taken < len(rest) and draw.textlength(" ".join(rest[: taken + 1]), font=font) <= width:
-            taken += 1
-        line = " ".join(rest[:taken])
-        rest = rest[taken:]
-        if draw.textlength(line, font=font) > width or (rest and len(out) == lines - 1):
-            while len(line) > 1 and draw.textlength(line + "…", font=font) > width:
-                line = line[:-1]
-            line += "…"
-        out.append(line)
+    parts = [shorten(part, 400).split() for part in text.splitlines()[:lines]]
+    for number, rest in enumerate(parts):
+        while rest and len(out) < lines:
+            taken = 1
+            while taken < len(rest) and draw.textlength(" ".join(rest[: taken + 1]), font=font) <= width:
+                taken += 1
+            line, rest = " ".join(rest[:taken]), rest[taken:]
+            last = len(out) == lines - 1 and (rest or number < len(parts) - 1)
+            if last or draw.textlength(line, font=font) > width:
+                while len(line) > 1 and draw.textlength(line + "…", font=font) > width:
+                    line = line[:-1]
+                line += "…"
+            out.append(line)
     return out
 
 

@@ -69,7 +69,8 @@ def models_table(view: View) -> Table:
     accuracy: list[list[Cell]] = []
     if large is not None:
         for metric in view.bin_metrics():
-            if view.has(metric, [large]):
+            # A bin's own impostors set too few thresholds for a main table; own_tar stands in the tables by bin.
+            if view.has(metric, [large]) and not metric.startswith("own_tar"):
                 name = Cell(words.metric_name(metric), words.large_words(view))
                 accuracy.append([name, *(_estimate(view.estimate(m, large, metric), metric) for m in view.names)])
     for metric in [f"tar@{far}"] * (far is not None) + ["auc"]:

@@ -31,11 +31,12 @@ __all__ = [
 ]
 
 NOTHING = "–"
+_SPACE = "\u00a0"  # no line break between a number and its unit
 
 
 def per_cent(rate: float | None, digits: int = 1) -> str:
-    """0.8123 -> '81.2 %'."""
-    return NOTHING if rate is None else f"{100 * rate:.{digits}f} %"
+    """0.8123 -> '81.2 %', with a space that does not break."""
+    return NOTHING if rate is None else f"{100 * rate:.{digits}f}{_SPACE}%"
 
 
 def points(difference: float | None) -> str:
@@ -44,13 +45,13 @@ def points(difference: float | None) -> str:
 
 
 def count(amount: float | None) -> str:
-    """A large count in three figures: 1003136 -> '1.00 M', 12345 -> '12.3 k', 900 -> '900'."""
+    """A large count in three figures, the unit after a space that does not break: 1003136 -> '1.00 M', 12345 -> '12.3 k', 900 -> '900'."""
     if amount is None:
         return NOTHING
     for size, unit in ((1e9, "G"), (1e6, "M"), (1e4, "k")):
         if abs(amount) >= size:
             scaled = amount / (1e3 if unit == "k" else size)
-            return f"{scaled:.{2 if scaled < 10 else 1 if scaled < 100 else 0}f} {unit}"
+            return f"{scaled:.{2 if scaled < 10 else 1 if scaled < 100 else 0}f}{_SPACE}{unit}"
     return f"{amount:,.0f}"
 
 
@@ -112,7 +113,7 @@ def metric_name(metric: str) -> str:
     names = {"auc": "AUC", "own_auc": "AUC, own impostors", "tar": "TAR", "own_tar": "TAR, own impostors"}
     name = names.get(kind, kind.replace("_", " "))
     try:
-        return f"{name}, FAR {100 * float(far):g} %" if far else name
+        return f"{name}, FAR{_SPACE}{100 * float(far):g}{_SPACE}%" if far else name
     except ValueError:
         return metric
 
@@ -141,7 +142,7 @@ def large_words(view: View) -> str:
 
 def level_words(view: View) -> str:
     """The confidence level of all intervals."""
-    return f"{100 * float(view.run.get('level') or 0.95):g} %"
+    return f"{100 * float(view.run.get('level') or 0.95):g}{_SPACE}%"
 
 
 class Finding(NamedTuple):
@@ -216,7 +217,7 @@ def finding(view: View) -> Finding:
         if kept > 1.0005:
             headline = f"The distilled student finds {kept:.2f} times {name}."
         else:
-            headline = f"The distilled student keeps {100 * kept:.0f} % of {name}."
+            headline = f"The distilled student keeps {per_cent(kept, 0)} of {name}."
     else:
         estimate = view.estimate(view.distilled, large, metric)
         headline = f"The distilled student reaches {value(estimate, metric)} ({metric_name(metric)}) on {pairs}."

@@ -87,7 +87,7 @@ def write(directory: str | os.PathLike[str], run: Mapping[str, Any], *, pictures
     _save(folder / "report.json", (json.dumps(data, indent=1, allow_nan=False, ensure_ascii=False) + "\n").encode())
     for picture in pictures:
         buffer = io.BytesIO()
-        picture.pixels.save(buffer, format="PNG", optimize=True)
+        picture.pixels.save(buffer, format="PNG")
         _save(folder / "figures" / f"{picture.name}.png", buffer.getvalue())
     return render(folder)
 

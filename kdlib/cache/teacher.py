@@ -1,0 +1,68 @@
+"""Cache: a cache in the place of a teacher. Reads the cache; touches no model."""
+
+from typing import Self
+
+import torch
+from torch import Tensor, nn
+
+from kdlib.cache.store import TeacherCache
+
+__all__ = ["CachedTeacher"]
+
+
+class CachedTeacher(nn.Module):
+    """Stands where a `TeacherAdapter` stands and answers from a cache.
+
+    It has no parameters. A `Distiller` calls it with the targets named in `reads` in place of the inputs, so a loader
+    must give each batch the ids of its samples and the views that it drew.
+
+    Args:
+        cache: an open cache.
+        reads: names of the targets that hold sample ids and views, both `(b,)`; the first alone means view 0.
+
+    Raises:
+        TypeError: `cache` is no `TeacherCache`.
+        ValueError: `reads` has not one or two names.
+    """
+
+    def __init__(self, cache: TeacherCache, *, reads: tuple[str, ...] = ("sample", "view")) -> None:
+        super().__init__()
+        if not isinstance(cache, TeacherCache):
+            raise TypeError(f"CachedTeacher: cache must be a TeacherCache, got {type(cache).__name__}")
+        reads = (reads,) if isinstance(reads, str) else tuple(reads)
+        if len(reads) not in (1, 2):
+            raise ValueError(
+                f"CachedTeacher: reads must name the sample and the view, or the sample alone, got {reads}"
+            )
+        self.cache = cache
+        self.reads = reads
+        self.training = False
+
+    @torch.compiler.disable
+    def forward(self, samples: Tensor, views: Tensor | None = None) -> dict[str, Tensor]:
+        """Features of a batch.
+
+        Args:
+            samples: `(b,)` ids.
+            views: `(b,)`; `None` for view 0.
+
+        Returns:
+            Name to `(b, ...)` float32, on the device of `samples`.
+
+        Raises:
+            CacheError: a sample or view that is not in the cache.
+        """
+        features = self.cache.read(samples, 0 if views is None else views)
+        return {name: x.to(samples.device, non_blocking=True) for name, x in features.items()}
+
+    def train(self, mode: bool = True) -> Self:
+        """Stay in eval mode, whatever `mode` is."""
+        return self
+
+    @property
+    def fingerprint(self) -> str:
+        """That of the cache."""
+        return self.cache.fingerprint
+
+    def __repr__(self) -> str:
+        return f"CachedTeacher({self.cache!r}, reads={self.reads!r})"

@@ -1,0 +1,140 @@
+"""The command line: every mistake a user can make is one clear line and exit code 2."""
+
+import errno
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from kdlib_faces.cli import main
+
+
+@pytest.fixture
+def faces(tmp_path: Path) -> Path:
+    rows = ["path,identity,age_group"]
+    for person in range(6):
+        for group in ("young", "adult"):
+            name = f"p{person}_{group}.png"
+            pixels = np.random.default_rng(person).integers(0, 255, (32, 32, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(tmp_path / name)
+            rows.append(f"{name},p{person},{group}")
+    (tmp_path / "faces.csv").write_text("\n".join(rows) + "\n")
+    return tmp_path / "faces.csv"
+
+
+def _fails(capsys: pytest.CaptureFixture[str], *words: object) -> str:
+    assert main([str(word) for word in words]) == 2
+    said = capsys.readouterr().err.strip().splitlines()
+    errors = [line for line in said if line.startswith("kdlib-faces: error: ")]
+    assert len(errors) == 1
+    assert said[-1] == errors[0]
+    assert "Traceback" not in "\n".join(said)
+    return errors[0]
+
+
+def _train(faces: object, output: Path, *more: str) -> list[object]:
+    sizes = ["steps=2", "batch_size=4", "network.input_size=32", "network.width=0.25", "network.embedding_dim=16"]
+    settings = [word for entry in sizes for word in ("--set", entry)]
+    return ["train", "--recipe", "student", "--quiet", "--faces", faces, "--output", output, *settings, *more]
+
+
+def test_a_student_trains_and_its_file_is_inspected_and_evaluated(faces: Path, tmp_path: Path, capsys) -> None:
+    output = tmp_path / "run"
+    assert main([str(word) for word in _train(faces, output)]) == 0
+    assert main(["inspect", str(output / "model.pt")]) == 0
+    assert "MobileFaceNet(embedding_dim=16, width=0.25, input_size=32)" in capsys.readouterr().out
+    report = tmp_path / "report"
+    words = ["evaluate", "--quiet", "--model", output / "model.pt", "--faces", faces, "--output", report]
+    assert main([str(word) for word in words]) == 0
+    assert (report / "report.html").exists()
+    (report / "report.md").unlink()
+    assert main(["report", str(report)]) == 0
+    assert (report / "report.md").exists()
+
+
+def test_an_age_teacher_trains_from_groups(faces: Path, tmp_path: Path) -> None:
+    words = _train(faces, tmp_path / "run")
+    words[words.index("student")] = "age_teacher"
+    assert main([str(word) for word in words]) == 0
+    assert (tmp_path / "run" / "model.pt").exists()
+
+
+def test_inspect_prints_the_published_counts(capsys) -> None:
+    assert main(["inspect"]) == 0
+    table = capsys.readouterr().out
+    for count in ("1,003,136", "1,200,512", "2,059,520", "24,025,600", "34,139,328", "43,590,848", "65,156,160"):
+        assert count in table
+
+
+def test_inspect_counts_a_list(faces: Path, capsys) -> None:
+    assert main(["inspect", str(faces)]) == 0
+    assert "adult 6, young 6" in capsys.readouterr().out
+
+
+def test_missing_files(tmp_path: Path, faces: Path, capsys) -> None:
+    assert "no.csv" in _fails(capsys, *_train(tmp_path / "no.csv", tmp_path / "o"))
+    (tmp_path / "p0_young.png").unlink()
+    assert "p0_young.png" in _fails(capsys, *_train(faces, tmp_path / "o"))
+    assert "no.pt: file not found" in _fails(capsys, "inspect", tmp_path / "no.pt")
+    assert not (tmp_path / "o").exists()
+
+
+def test_an_unreadable_image_is_named(tmp_path: Path, faces: Path, capsys) -> None:
+    (tmp_path / "p3_adult.png").write_bytes(b"not an image")
+    assert "p3_adult.png: not a readable image" in _fails(capsys, *_train(faces, tmp_path / "o"))
+    assert not (tmp_path / "o").exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("path,person\np0_young.png,a\n", "identity"),
+        ("path,identity,age\np0_young.png,a,old\np1_young.png,b,3\n", "old"),
+        ("path,identity\np0_young.png,a\np0_adult.png,a\n", "at least two identities"),
+        ("", "empty"),
+    ],
+)
+def test_broken_lists(tmp_path: Path, faces: Path, capsys, content: str, said: str) -> None:
+    broken = tmp_path / "broken.csv"
+    broken.write_text(content)
+    line = _fails(capsys, *_train(broken, tmp_path / "o"))
+    assert "broken.csv" in line
+    assert said in line
+
+
+def test_a_corrupt_onnx_file(tmp_path: Path, faces: Path, capsys) -> None:
+    pytest.importorskip("onnxruntime")
+    bad = tmp_path / "bad.onnx"
+    bad.write_bytes(b"<html>404</html>")
+    line = _fails(capsys, "demo", "--faces", faces, "--teacher", bad, "--teacher", bad, "--output", tmp_path / "o")
+    assert "bad.onnx" in line
+    assert "bad.onnx" in _fails(capsys, "inspect", bad)
+
+
+def test_wrong_settings_and_flags(tmp_path: Path, faces: Path, capsys) -> None:
+    assert "no setting named 'student_step'" in _fails(capsys, "demo", "--set", "student_step=3")
+    assert "the nearest are 'student_steps'" in _fails(capsys, "demo", "--set", "student_step=3")
+    assert "size" in _fails(capsys, "demo", "--set", "size=3")
+    assert "go together" in _fails(capsys, "demo", "--faces", faces, "--output", tmp_path / "o")
+    assert "--budget must be" in _fails(capsys, "demo", "--budget", "some")
+    assert "--threads must be at least 1" in _fails(capsys, "inspect", "--threads", "0")
+    assert "recipe must be one of" in _fails(capsys, "train", "--recipe", "best", "--faces", faces)
+    assert "two teachers" in _fails(capsys, "train", "--faces", faces)
+    with pytest.raises(SystemExit, match="2"):
+        main(["dance"])
+
+
+def test_a_full_disk_is_one_line_and_leaves_no_model(tmp_path: Path, faces: Path, capsys, monkeypatch) -> None:
+    def full(*_args: object, **_kwargs: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("torch.save", full)
+    assert "space" in _fails(capsys, *_train(faces, tmp_path / "o"))
+    assert not list(tmp_path.rglob("model.pt"))
+
+
+def test_help_and_version(capsys) -> None:
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out.startswith("kdlib-faces 0.")
+    assert main([]) == 2

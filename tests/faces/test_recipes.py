@@ -1,0 +1,162 @@
+"""The recipe and the whole job, small: what is built, what the report holds, what a kill leaves."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from kdlib_faces._checks import InputError
+from kdlib_faces.backbones import load_backbone
+from kdlib_faces.recipes import LIAADConfig, build
+from kdlib_faces.recipes.demo import DemoConfig, run
+
+SMALL = [
+    "general_identities=12",
+    "age_identities=12",
+    "general_images=4",
+    "age_images=4",
+    "test_identities=14",
+    "test_images=6",
+    "general_steps=8",
+    "age_steps=8",
+    "student_steps=24",
+    "batch_size=24",
+    "replicates=20",
+    "size=32",
+    "student.width=0.25",
+    "student.embedding_dim=32",
+]
+
+
+def _features(seed: int) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        "embedding": torch.randn(4, 16, generator=generator),
+        "map": torch.randn(4, 6, 5, 5, generator=generator),
+    }
+
+
+class _Fixed(torch.nn.Module):
+    def __init__(self, seed: int) -> None:
+        super().__init__()
+        self.seed = seed
+
+    def forward(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
+        return _features(self.seed)
+
+
+def _config(**changes: object) -> LIAADConfig:
+    return LIAADConfig(**{"num_identities": 5, "embedding_dim": 16, "width": 0.25, "input_size": 32, **changes})
+
+
+def test_the_recipe_has_its_terms_and_each_teacher_its_part() -> None:
+    distiller = build(_config(), teachers={"general": _Fixed(0), "age": _Fixed(1)})
+    images = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    output = distiller(images, {"identity": torch.tensor([0, 1, 2, 2])})
+    assert list(output.terms) == ["identity", "embedding", "map", "attention"]
+    assert output.weights["embedding"].shape == (2, 4)
+    assert output.weights["map"].shape == output.weights["attention"].shape == (1, 4)
+    output.total.backward()
+    assert all(p.grad is not None for p in distiller.student.parameters())
+
+
+def test_no_target_of_the_recipe_is_an_age() -> None:
+    distiller = build(_config(), teachers={"general": _Fixed(0), "age": _Fixed(1)})
+    assert {term.target for term in distiller.objective.terms.values()} == {None, "identity"}
+
+
+def test_the_same_seed_builds_the_same_student_with_and_without_teachers() -> None:
+    alone = build(_config(), teachers={}).student.state_dict()
+    distilled = build(_config(), teachers={"general": _Fixed(0), "age": _Fixed(1)}).student.state_dict()
+    assert all(torch.equal(value, distilled[name]) for name, value in alone.items())
+
+
+def test_one_teacher_alone_and_a_wrong_name() -> None:
+    assert sorted(build(_config(), teachers={"age": _Fixed(1)}).objective.terms) == [
+        "attention",
+        "embedding",
+        "identity",
+    ]
+    with pytest.raises(InputError, match="must be named 'general' or 'age', got 'other'"):
+        build(_config(), teachers={"other": _Fixed(0)})
+    with pytest.raises(ValueError, match="weighting must be one of 'uniform', 'centre'"):
+        _config(weighting="best")
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from kdlib_faces.config import load_config
+
+    output = tmp_path_factory.mktemp("demo") / "out"
+    run(load_config(DemoConfig, None, SMALL), output=output, progress=False)
+    return output
+
+
+def test_the_report_holds_all_four_models_and_their_protocols(finished: Path) -> None:
+    report = json.loads((finished / "report.json").read_text())
+    assert list(report["models"]) == ["general_teacher", "age_teacher", "student_alone", "student_distilled"]
+    for row in report["models"].values():
+        assert set(row["protocols"]) == {"age_gap", "leave_one_out", "verification"}
+        assert [entry["name"] for entry in row["protocols"]["age_gap"]["bins"]][-1] == "30+"
+        assert row["parameters"] > 0
+        assert row["macs"] > 0
+    assert {entry["bin"] for entry in report["comparisons"]} >= {"0-4", "30+", "all"}
+    assert report["weights"]["embedding"].keys() == {"general", "age"}
+    assert sum(report["weights"]["embedding"].values()) == pytest.approx(1.0, abs=1e-4)
+    page = (finished / "report.html").read_text()
+    assert "student distilled" in page
+    assert "http://" not in page.replace("http://www.w3.org", "")
+    assert (finished / "report.md").exists()
+
+
+def test_the_student_in_the_file_is_the_one_that_was_judged(finished: Path) -> None:
+    model = load_backbone(finished / "work" / "seed0" / "student_distilled" / "student.pt")
+    assert model(torch.zeros(2, 3, 32, 32)).shape == (2, 32)
+
+
+def test_a_second_run_trains_nothing_and_reports_the_same(finished: Path) -> None:
+    from kdlib_faces.config import load_config
+
+    before = json.loads((finished / "report.json").read_text())
+    log = (finished / "work" / "seed0" / "student_distilled" / "log.jsonl").read_bytes()
+    run(load_config(DemoConfig, None, SMALL), output=finished, progress=False)
+    after = json.loads((finished / "report.json").read_text())
+    assert (finished / "work" / "seed0" / "student_distilled" / "log.jsonl").read_bytes() == log
+    for name, row in before["models"].items():
+        assert after["models"][name]["protocols"] == row["protocols"]
+
+
+def test_kills_at_any_moment_leave_the_same_final_weights(finished: Path, tmp_path: Path) -> None:
+    output = tmp_path / "killed"
+    settings = [word for entry in SMALL for word in ("--set", entry)]
+    command = [sys.executable, "-m", "kdlib_faces", "demo", "--quiet", "--threads", "1"]
+    command += ["--output", str(output), *settings]
+    marks = ["general_teacher/log.jsonl", "age_teacher/log.jsonl", "student_distilled/log.jsonl"]
+    kills = 0
+    for mark in marks:
+        process = subprocess.Popen(command, env=os.environ.copy(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        watched = output / "work" / "seed0" / mark
+        deadline = time.monotonic() + 120
+        while process.poll() is None and time.monotonic() < deadline:
+            if watched.exists() and watched.stat().st_size:
+                process.send_signal(signal.SIGKILL)
+                kills += 1
+                break
+            time.sleep(0.005)
+        process.wait()
+    assert kills == 3
+    assert not (output / "report.json").exists()
+    subprocess.run(command, check=True, timeout=300)
+    straight = tmp_path / "straight"
+    subprocess.run([*command[: -len(settings) - 1], str(straight), *settings], check=True, timeout=300)
+    for name in ("student_alone", "student_distilled"):
+        ours, theirs = (
+            load_backbone(each / "work" / "seed0" / name / "student.pt").state_dict() for each in (output, straight)
+        )
+        assert all(torch.equal(value, theirs[key]) for key, value in ours.items()), name
