@@ -73,9 +73,9 @@ def unit_rows(owner: str, name: str, x: Any, *, rows: int | None = None, like: s
         require(
             array.shape[0] == rows, owner, f"{name} must have one row for each of {rows} {like}, got {array.shape[0]}"
         )
-    _first_bad(owner, name, np.isfinite(array).all(axis=1), "finite (no NaN, no infinity)")
+    _first_bad(owner, name, np.asarray(np.isfinite(array).all(axis=1)), "finite (no NaN, no infinity)")
     largest = np.abs(array).max(axis=1, keepdims=True)
-    _first_bad(owner, name, largest[:, 0] > 0, "non-zero in every row")
+    _first_bad(owner, name, np.asarray(largest[:, 0] > 0), "non-zero in every row")
     # By the largest entry first: the squares of 1e200 or 1e-200 would leave float64's range.
     array /= largest
     array /= np.linalg.norm(array, axis=1, keepdims=True)

@@ -37,18 +37,19 @@ OWNER = "AgeGapProtocol"
 class AgeGapProtocol:
     """Verification of every pair of images, broken down by the years between them.
 
-    With ages, a pair is in the bin of its gap |age_i - age_j|: bins (0, 5, 10) are the gaps [0, 5), [5, 10) and from 10 on,
-    named `"0-4"`, `"5-9"`, `"10+"`; a gap of 4.7 years is in `"0-4"`. With age groups alone, there is one bin for each
-    unordered pair of groups, `"adult-young"`. Per bin:
+    With ages, a pair is in the bin of its gap `|age_i - age_j|`: bins (0, 5, 10) are the gaps [0, 5), [5, 10) and from 10
+    on, named `"0-4"`, `"5-9"`, `"10+"`; a gap of 4.7 years is in `"0-4"`. With age groups alone, there is one bin for
+    each unordered pair of groups, `"adult-young"`. Per bin:
 
     - `tar` at each FAR, with one threshold for all bins, set on all impostor pairs by the exact rule of `tar_at_far`
       (FNMR = 1 - TAR), and `auc` against all impostor pairs;
-    - `own_tar` and `own_auc`, against the impostor pairs of the same bin. This is the hard comparison: a gap in age makes
-      two people look less alike too, so a model that only sees age passes the first and fails the second.
+    - `own_tar` and `own_auc`, against the impostor pairs of the same bin. There the gap is the same for both kinds of
+      pair, so age alone cannot tell them apart: the strict comparison at small gaps, and at large ones the one that
+      says whether identity is still in the embedding when a global threshold has lost it.
 
     Intervals come from a bootstrap over identities in which the threshold is set anew in each resample
-    (`identity_bootstrap`, `bootstrap_estimate`). A resample counts a genuine pair m_i times and an impostor pair m_i m_j
-    times; pairs between two copies of one identity are left out.
+    (`identity_bootstrap`, `bootstrap_estimate`). A resample counts a genuine pair m_i times and an impostor pair m_i
+    m_j times; pairs between two copies of one identity are left out.
 
     Args:
         identities: (n,) identity of each image, whole numbers or strings.
@@ -59,12 +60,12 @@ class AgeGapProtocol:
         replicates: bootstrap resamples; 0 for no intervals.
         seed: of the resamples; the same for all models, so that their differences are paired.
         level: confidence of the intervals, in (0, 1).
-        most_impostors: where a set has more impostor pairs, the *resamples* (never the values) run on its most alike pairs
-            and a weighted sample of the others.
+        most_impostors: where a set has more impostor pairs, the *resamples* (never the values) run on its most alike
+            pairs and a weighted sample of the others.
 
     Raises:
-        ValueError: an argument that cannot be used: an age that is NaN (its row is named), one identity only, no identity
-            with two images, bins that do not rise.
+        ValueError: an argument that cannot be used: an age that is NaN (its row is named), one identity only, no
+            identity with two images, bins that do not rise.
 
     Examples:
         >>> protocol = AgeGapProtocol([0, 0, 1, 1], ages=[10.0, 14.7, 20.0, 45.0], fars=(0.5,), replicates=0)
@@ -241,7 +242,7 @@ def _group_bins(labels: list[str]) -> tuple[list[str], npt.NDArray[np.int16]]:
     require(len(labels) <= 64, OWNER, f"age_groups must hold at most 64 groups, got {len(labels)}")
     joint = " / " if any("-" in label for label in labels) else "-"
     table = np.zeros((len(labels), len(labels)), dtype=np.int16)
-    names = []
+    names: list[str] = []
     for a, b in zip(*np.triu_indices(len(labels)), strict=True):
         table[a, b] = table[b, a] = len(names)
         names.append(labels[a] + joint + labels[b])

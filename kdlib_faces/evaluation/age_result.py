@@ -23,7 +23,7 @@ class BinResult:
         impostor: how many impostor pairs.
         auc: its genuine pairs against all impostor pairs.
         tar: by target FAR, the part of its genuine pairs accepted at the one threshold set on all impostor pairs.
-        own_auc: its genuine pairs against its own impostor pairs: the hard comparison.
+        own_auc: its genuine pairs against its own impostor pairs, which have the same gap.
         own_tar: by target FAR, at the threshold set on its own impostor pairs.
     """
 
@@ -67,7 +67,8 @@ class AgeGapResult:
         kind: `"gap"` (bins of years) or `"group"` (pairs of age groups).
         bins: the bins in order.
         all: over all pairs, those in no bin too.
-        operating_points: by target FAR, the global threshold and its counts; its own interval takes pairs as independent.
+        operating_points: by target FAR, the global threshold and its counts; its own interval takes pairs as
+            independent.
         roc: measured FAR and TAR, for `"all"` and for the bin of the largest gap against its own impostor pairs.
         large_gap: name of that bin; None where no bin has both kinds of pair.
         edges: (e + 1,) edges of the histogram's score bins.

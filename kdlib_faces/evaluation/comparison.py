@@ -14,8 +14,8 @@ def compare(results: Mapping[str, AgeGapResult], a: str, b: str) -> list[dict[st
     """Difference a - b of every metric in every bin, with the interval of the paired resamples.
 
     Both models saw the same resamples of identities, so the interval of the difference says whether b would do worse on
-    other people *of this kind*; `separate` is the stricter reading, that the two models' own intervals do not even meet.
-    Many bins and metrics are compared at once: one difference whose interval misses 0 is not yet news.
+    other people *of this kind*; `separate` is the stricter reading, that the two models' own intervals do not even
+    meet. Many bins and metrics are compared at once: one difference whose interval misses 0 is not yet news.
 
     Args:
         results: by model name, results of one protocol.
@@ -23,8 +23,8 @@ def compare(results: Mapping[str, AgeGapResult], a: str, b: str) -> list[dict[st
         b: the name of the other.
 
     Returns:
-        For each bin, then `"all"`, one entry for `auc`, `own_auc`, `tar@far` and `own_tar@far` each: `a`, `b`, `protocol`,
-        `bin`, `metric`, `difference` and `separate`.
+        For each bin, then `"all"`, one entry for `auc`, `own_auc`, `tar@far` and `own_tar@far` each: `a`, `b`,
+        `protocol`, `bin`, `metric`, `difference` and `separate`.
 
     Raises:
         ValueError: an unknown name, or results of two different protocols.

@@ -1,4 +1,4 @@
-"""Evaluation room: the pairs a model fails on, for people to look at. NumPy only; gives row numbers, touches no image."""
+"""Evaluation room: the pairs a model fails on, for people to look at. NumPy only; row numbers, no images."""
 
 from typing import Any
 
@@ -25,8 +25,8 @@ def hardest_pairs(embeddings: Any, protocol: AgeGapProtocol, *, count: int) -> l
         count: how many of each kind; fewer where there are not so many identities.
 
     Returns:
-        (i, j, cosine, same): row numbers i < j; first the genuine pairs from the lowest score up, then the impostor pairs
-        from the highest score down.
+        (i, j, cosine, same): row numbers i < j; first the genuine pairs from the lowest score up, then the impostor
+        pairs from the highest score down.
 
     Raises:
         ValueError: an embedding that is not finite or zero (its row is named), or a wrong number of rows.

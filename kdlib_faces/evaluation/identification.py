@@ -55,17 +55,16 @@ def leave_one_out(embeddings: Any, identities: Any, ranks: Sequence[int] = (1,))
         (len(ranks),) the rate at each rank, in the order asked.
 
     Raises:
-        ValueError: an embedding that is not finite or zero (its row is named), fewer than two identities, no identity with
-            two images, a rank out of range.
+        ValueError: an embedding that is not finite or zero (its row is named), fewer than two identities, no identity
+            with two images, a rank out of range.
 
     Examples:
-        >>> embeddings = [[1.0, 0.0], [1.0, 0.1], [0.0, 1.0], [0.1, 1.0], [1.0, 0.2]]
+        >>> embeddings = [[1.0, 0.0], [1.0, 0.1], [0.0, 1.0], [0.1, 1.0], [1.0, 0.3]]
         >>> leave_one_out(embeddings, ["a", "a", "b", "b", "b"], ranks=(1, 3)).tolist()
         [0.8, 1.0]
 
     References:
-        FG-NET's usual protocol in age-invariant recognition; see e.g. Gong et al., "Hidden factor analysis for age
-        invariant face recognition", ICCV 2013.
+        FG-NET's usual protocol in age-invariant face recognition, with a network that is not adapted between rounds.
     """
     result = leave_one_out_result(embeddings, identities, ranks)
     return np.array([result.rates[rank].value for rank in ranks], dtype=np.float64)

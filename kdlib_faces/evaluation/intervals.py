@@ -1,8 +1,8 @@
 """Evaluation room: how sure a number is. NumPy only.
 
 Two images of one person are not two independent observations, and two pairs that share a person are not either. So a
-rate over pairs gets its interval by resampling *identities* (a cluster bootstrap), and Wilson's interval is kept for rates
-over independent trials.
+rate over pairs gets its interval by resampling *identities* (a cluster bootstrap), and Wilson's interval is kept for
+rates over independent trials.
 """
 
 from collections.abc import Mapping
@@ -94,9 +94,9 @@ class Estimate:
 def identity_bootstrap(identities: Any, *, replicates: int, seed: int) -> IntArray:
     """How often each identity is drawn in each bootstrap resample.
 
-    As many identities are drawn with replacement as there are. In a resample a genuine pair of identity i weighs m_i, an
-    impostor pair of i and j weighs m_i m_j: each copy of an identity brings its own pairs, and a pair *between* two copies
-    of one identity is left out, since it would compare an image with itself.
+    As many identities are drawn with replacement as there are. In a resample a genuine pair of identity i weighs m_i,
+    an impostor pair of i and j weighs m_i m_j: each copy of an identity brings its own pairs, and a pair *between* two
+    copies of one identity is left out, since it would compare an image with itself.
 
     Args:
         identities: (n,) identity of each image, whole numbers or strings.
@@ -104,7 +104,8 @@ def identity_bootstrap(identities: Any, *, replicates: int, seed: int) -> IntArr
         seed: of the draws; the same seed gives the same resamples, so two models can be compared in pairs.
 
     Returns:
-        (replicates, num_identities) counts, columns in the sorted order of the identities; each row sums to their number.
+        (replicates, num_identities) counts, columns in the sorted order of the identities; each row sums to their
+        number.
 
     Raises:
         ValueError: an empty or malformed argument.
@@ -124,8 +125,8 @@ def identity_bootstrap(identities: Any, *, replicates: int, seed: int) -> IntArr
 def bootstrap_estimate(value: float, replicates: FloatArray, *, n: int, clusters: int, level: float = 0.95) -> Estimate:
     """An estimate of a rate with the percentile interval of its bootstrap replicates.
 
-    Where all replicates are equal (a rate of 0 or 1, or a single identity) the bootstrap has no width and would pass for
-    certainty; the interval is then Wilson's, with the number of identities as trials.
+    Where all replicates are equal (a rate of 0 or 1, or a single identity) the bootstrap has no width and would pass
+    for certainty; the interval is then Wilson's, with the number of identities as trials.
 
     Args:
         value: the rate measured on all pairs, in [0, 1], or NaN where there were none.
@@ -158,8 +159,8 @@ def bootstrap_estimate(value: float, replicates: FloatArray, *, n: int, clusters
 def paired_difference(a: Estimate, b: Estimate, *, level: float = 0.95) -> Estimate:
     """The difference a - b with the interval of its paired replicates.
 
-    Both must come from the same resamples (same identities, replicates and seed): what is common to both, such as a hard
-    identity, then cancels, and the interval is narrower than two separate ones suggest.
+    Both must come from the same resamples (same identities, replicates and seed): what is common to both, such as a
+    hard identity, then cancels, and the interval is narrower than two separate ones suggest.
 
     Args:
         a: the first estimate, with replicates.

@@ -1,7 +1,8 @@
 """Evaluation room: all pairs of a set of images, and their rates under identity weights. NumPy only, no intervals here.
 
 A bootstrap resample of identities does not change a score, only how often its pair counts: m_i for a genuine pair of
-identity i, m_i m_j for an impostor pair. So all scores are sorted once, and a resample is one pass of cumulated weights.
+identity i, m_i m_j for an impostor pair. So all scores are sorted once, and a resample is one pass of cumulated
+weights.
 """
 
 from collections.abc import Callable, Sequence
@@ -134,10 +135,10 @@ def score_pairs(
 
 
 def thin(pairs: PairScores, *, most: int, fars: Sequence[float], seed: int) -> PairScores:
-    """At most about `most` impostor pairs for the resamples of a large set: each bin's most alike pairs, and a sample of the rest.
+    """At most about `most` impostor pairs for the resamples: each bin's most alike, and a sample of the rest.
 
-    The pairs that decide a threshold are kept whole (of each bin the `4 max(fars)` part that is most alike, and at least
-    1000); the others are sampled within each bin and weighed by the inverse of the sampled fraction.
+    The pairs that decide a threshold are kept whole (of each bin the `4 max(fars)` part that is most alike, and at
+    least 1000); the others are sampled within each bin and weighed by the inverse of the sampled fraction.
 
     Args:
         pairs: all pairs.

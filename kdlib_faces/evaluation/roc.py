@@ -1,4 +1,4 @@
-"""Evaluation room: one rule for TAR at a FAR, and the curve. NumPy only; takes score vectors, knows nothing of images."""
+"""Evaluation room: one rule for TAR at a FAR, and the curve. NumPy only; takes score vectors."""
 
 from dataclasses import dataclass
 from math import floor
@@ -82,13 +82,13 @@ def tar_at_far(
 ) -> TarAtFar:
     """True accept rate at a target false accept rate.
 
-    `"exact"`: with N impostor scores and k = floor(far N), the threshold is the (k+1)-th largest impostor score and a score
-    is accepted when strictly above it. The measured FAR never exceeds the target, with ties too. When k = 0 the point is
-    not resolvable: the TAR is the one at no false accept, and flagged.
+    `"exact"`: with N impostor scores and k = floor(far N), the threshold is the (k+1)-th largest impostor score and a
+    score is accepted when strictly above it. The measured FAR never exceeds the target, with ties too. When k = 0 the
+    point is not resolvable: the TAR is the one at no false accept, and flagged.
 
-    `"nearest"`: of all points of the ROC curve the one whose FAR is nearest to the target; of two equally near the one of
-    larger FAR, then of larger TAR. It may exceed the target; it is the rule of insightface's IJB scripts, for parity (they
-    drop collinear points of the curve first, here none is dropped).
+    `"nearest"`: of all points of the ROC curve the one whose FAR is nearest to the target; of two equally near the one
+    of larger FAR, then of larger TAR. It may exceed the target; it is the rule of insightface's IJB scripts, for parity
+    (they drop collinear points of the curve first, here none is dropped).
 
     Args:
         genuine: (g,) scores of pairs of one identity, larger is more alike.
@@ -151,7 +151,8 @@ def _nearest_threshold(genuine: FloatArray, impostor: FloatArray, far: float) ->
     thresholds = np.concatenate([[-np.inf], np.unique(np.concatenate([genuine, impostor]))])
     negative = np.sort(impostor)
     rates = (negative.size - np.searchsorted(negative, thresholds, side="right")) / negative.size
-    # Thresholds ascend, so FAR and TAR fall: the first of the nearest has the larger FAR, and at that FAR the larger TAR.
+    # Thresholds ascend, so FAR and TAR fall: the first of the nearest has the larger FAR, and at that FAR the larger
+    # TAR.
     return float(thresholds[np.argmin(np.abs(rates - far))])
 
 

@@ -1,4 +1,4 @@
-"""Evaluation room: are two images of one person? Accuracy over folds, as LFW and its followers publish it. NumPy only."""
+"""Evaluation room: are two images of one person? Accuracy over folds, as LFW publishes it. NumPy only."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -76,17 +76,18 @@ def verify_pairs(
 ) -> VerificationResult:
     """Verification accuracy over folds: the threshold is chosen on the others and applied to the one held out.
 
-    Rows are made unit, d = sum (left - right)² in [0, 4], and a pair is called the same when d < t. For each fold t is the
-    lowest of the best thresholds on the other folds.
+    Rows are made unit, d = sum (left - right)² in [0, 4], and a pair is called the same when d < t. For each fold t is
+    the lowest of the best thresholds on the other folds.
 
     Args:
         left: (n, d) embeddings, normalised or not.
         right: (n, d) embeddings of the pairs' other images.
         same: (n,) whether each pair shows one identity.
-        fold_ids: (n,) fold of each pair, whole numbers or strings; None cuts the order given into 10 contiguous folds, which
-            is right only for a file that is ordered by folds (the `.bin` sets are; positives-first lists are not).
-        threshold: `"grid"` tries 0, 0.01, ... 3.99, as insightface does, for figures that can be compared with published
-            ones; `"exact"` tries the midpoints of the neighbouring distances of the other folds.
+        fold_ids: (n,) fold of each pair, whole numbers or strings; None cuts the order given into 10 contiguous folds,
+            which is right only for a file that is ordered by folds (the `.bin` sets are; positives-first lists are
+            not).
+        threshold: `"grid"` tries 0, 0.01, ... 3.99, as insightface does, for figures that can be compared with
+            published ones; `"exact"` tries the midpoints of the neighbouring distances of the other folds.
 
     Returns:
         The accuracies; they use every pair once.
@@ -101,8 +102,8 @@ def verify_pairs(
         1.0
 
     References:
-        G. B. Huang et al., "Labeled Faces in the Wild", technical report 07-49, 2007. The figures agree with insightface's
-        `verification.py`; FaceX-Zoo picks its threshold and its spread differently.
+        G. B. Huang et al., "Labeled Faces in the Wild", technical report 07-49, 2007. The figures agree with
+        insightface's `verification.py`; FaceX-Zoo picks its threshold and its spread differently.
     """
     owner = "verify_pairs"
     check_choice(owner, "threshold", threshold, ("grid", "exact"))
