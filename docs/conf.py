@@ -1,11 +1,22 @@
 """Documentation build. Needs no network: targets outside this project are named here, not looked up."""
 
+import re
+from typing import Any
+
+from docutils import nodes
+from docutils.utils.math.latex2mathml import tex2mathml
+
 from kdlib import __version__
 
 project = "kdlib"
 author = "the kdlib contributors"
 project_copyright = "the kdlib contributors, Apache-2.0"
 version = release = __version__
+
+# Single backticks are code in every docstring.
+default_role = "code"
+# Formulas become MathML, which browsers draw by themselves: no script is loaded, offline readers see them.
+html_math_renderer = "mathml"
 
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.autosummary", "sphinx.ext.napoleon"]
 exclude_patterns = ["_build", "api/generated"]
@@ -42,5 +53,37 @@ nitpick_ignore_regex = [
     (r"py:exc", r"[A-Z][A-Za-z]*Error"),
     # Private names, and type variables.
     (r"py:.*", r"(.*\.)?_[A-Za-z_.]+"),
-    (r"py:.*", r"kdlib(_faces)?\..*\.(T|P|IntArray|FloatArray|BoolArray|InputSize|Reduction)"),
+    (r"py:.*", r"kdlib(_faces)?\..*\.(T|P|R|Picture|IntArray|FloatArray|BoolArray|InputSize|Reduction)"),
 ]
+
+
+def _prose(app: Any, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:
+    """Keep napoleon from taking prose before a colon for a type: "Returns: The count: a shared parameter ..."."""
+    if what in ("attribute", "data", "property"):
+        lines[:0] = ["..", ""]
+    made: list[str] = []
+    indent: str | None = None
+    for line in lines:
+        if section := re.fullmatch(r"( *)(Returns|Yields):", line):
+            indent = section[1]
+            opening = f"{indent}:{section[2].lower()}: "
+        elif indent is not None and line.startswith(indent + " "):
+            made.append(opening + line.strip() if opening else line)
+            opening = ""
+        else:
+            indent = None if line.strip() else indent
+            made.append(line)
+    lines[:] = made
+
+
+def _mathml(translator: Any, node: nodes.Element, block: bool) -> None:
+    translator.body.append(tex2mathml(node.astext(), as_block=block))
+    raise nodes.SkipNode
+
+
+def setup(app: Any) -> dict[str, bool]:
+    app.connect("autodoc-process-docstring", _prose, priority=400)
+    inline = (lambda translator, node: _mathml(translator, node, False), None)
+    display = (lambda translator, node: _mathml(translator, node, True), None)
+    app.add_html_math_renderer("mathml", inline, display)
+    return {"parallel_read_safe": True, "parallel_write_safe": True}

@@ -13,6 +13,7 @@ from torch import Tensor
 
 __all__ = [
     "check_choice",
+    "check_finite",
     "check_floating",
     "check_grid",
     "check_identities",
@@ -78,7 +79,7 @@ def check_pair(owner: str, student: Tensor, teacher: Tensor, shape: str = "b ...
     check_floating(owner, student=student, teacher=teacher)
     check_rank(owner, "student", student, shape)
     if student.shape != teacher.shape:
-        layout = ", ".join(shape.split())
+        layout = "b, d" if "..." in shape and student.dim() == 2 else ", ".join(shape.split())
         hint = "; project the student first" if student.shape[:1] == teacher.shape[:1] else ""
         raise ValueError(
             f"{owner}: teacher must be ({layout}) like student {show_shape(student)}, got {show_shape(teacher)}{hint}"

@@ -98,7 +98,9 @@ class _Meter:
         self.done = 0
         self.bar = None
         if not quiet and self.stream.isatty():
-            self.bar = tqdm(total=total, desc=label, file=self.stream, leave=False, dynamic_ncols=True)
+            self.bar = tqdm(
+                total=total, desc=label, file=self.stream, leave=False, dynamic_ncols=True, mininterval=min(every, 0.1)
+            )
 
     def to(self, done: int, note: str = "") -> None:
         if self.bar is not None:

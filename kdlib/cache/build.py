@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import sys
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import replace
@@ -14,11 +15,6 @@ import torch
 from torch import Tensor, nn
 
 from kdlib.cache.layout import DTYPES, CacheError, Layout, read_header, shard_path, write_file
-
-try:
-    import fcntl
-except ImportError:  # not on Windows: there two builds of one cache are not kept apart
-    fcntl = None  # type: ignore[assignment]
 
 __all__ = ["build_cache"]
 
@@ -52,8 +48,10 @@ def build_cache(
 
 
 def _lock(directory: Path) -> int | None:
-    if fcntl is None:
-        return None
+    if sys.platform == "win32":
+        return None  # there is no such lock there: two builds of one cache are not kept apart
+    import fcntl
+
     lock = os.open(directory, os.O_RDONLY)
     try:
         # The system lets go of it when the process dies, however it dies.

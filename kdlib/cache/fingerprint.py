@@ -1,12 +1,13 @@
 """Cache: one digest for all that decides a teacher's outputs. Reads weights; touches no file."""
 
 import hashlib
+import re
 from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from kdlib.adapters import TeacherAdapter
 
@@ -46,7 +47,7 @@ def model_fingerprint(module: nn.Module, *, preprocessing: str = "", data: str =
 
 
 def _parts(module: nn.Module, *, described: bool) -> Iterator[str | bytes]:
-    own = getattr(module, "fingerprint", None)
+    own = _own(module)
     if isinstance(own, str):
         yield own
         return
@@ -56,14 +57,21 @@ def _parts(module: nn.Module, *, described: bool) -> Iterator[str | bytes]:
             yield from _callable_parts(module.preprocess, described=described)
         yield from _parts(module.model, described=described)
         return
-    yield f"{type(module).__module__}.{type(module).__qualname__} {module!r}"
-    for name, value in sorted(module.state_dict().items()):
-        yield name
-        if isinstance(value, Tensor):
-            yield f"{value.dtype} {tuple(value.shape)}"
-            yield value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
-        else:
-            yield repr(value)
+    # Addresses in a repr differ from run to run.
+    yield f"{type(module).__module__}.{type(module).__qualname__} {re.sub('0x[0-9a-f]+', '', repr(module))}"
+    tensors = [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]
+    for name, value in sorted(tensors, key=lambda entry: entry[0]):
+        yield f"{name} {value.dtype} {tuple(value.shape)}"
+        yield value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
+    # What keeps its weights to itself must be asked.
+    for name, child in module.named_modules():
+        if child is not module and (isinstance(child, TeacherAdapter) or isinstance(_own(child), str)):
+            yield name
+            yield from _parts(child, described=described)
+
+
+def _own(module: nn.Module) -> object:
+    return getattr(module, "fingerprint", None)
 
 
 def _callable_parts(preprocess: Any, *, described: bool) -> Iterator[str | bytes]:

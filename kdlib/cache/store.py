@@ -63,6 +63,7 @@ class TeacherCache:
         samples: int | Sequence[int] | Tensor,
         views: int = 1,
         fingerprint: str | None = None,
+        preprocessing: str = "",
         data: str = "",
         dtype: str = "float16",
         batch_size: int = 64,
@@ -82,7 +83,8 @@ class TeacherCache:
                 must give the same for the same arguments: draw any augmentation from a seed made of both.
             samples: ids, distinct whole numbers; or n for 0 to n - 1.
             views: number of views of each sample: 2 for an image and its flip, or so many augmentations.
-            fingerprint: what the outputs depend on; `None` computes `model_fingerprint(teacher, data=data)`.
+            fingerprint: what the outputs depend on; `None` computes the `model_fingerprint` of the teacher.
+            preprocessing: description of what happens to the inputs before the teacher, for the fingerprint.
             data: description or digest of the data and of how views are made, for the fingerprint.
             dtype: type on disk, `"float16"` or `"float32"`.
             batch_size: samples in a forward.
@@ -103,7 +105,7 @@ class TeacherCache:
         check_number("TeacherCache", "mark_seconds", mark_seconds, least=0)
         ids = _ids(samples)
         wanted = Layout(
-            fingerprint=model_fingerprint(teacher, data=data) if fingerprint is None else fingerprint,
+            fingerprint=fingerprint or model_fingerprint(teacher, preprocessing=preprocessing, data=data),
             samples=len(ids),
             views=views,
             ids=ids_digest(ids),
@@ -166,10 +168,10 @@ class TeacherCache:
             CacheError: a sample or view that is not there, or a file that is damaged.
         """
         wanted = _whole("samples", samples)
-        views = np.full(len(wanted), views) if isinstance(views, int) else _whole("views", views)
-        if len(views) != len(wanted):
-            raise ValueError(f"TeacherCache: views must be (b,) like samples ({len(wanted)},), got ({len(views)},)")
-        rows = self._rows(wanted, views)
+        seen = np.full(len(wanted), views, np.int64) if isinstance(views, int) else _whole("views", views)
+        if len(seen) != len(wanted):
+            raise ValueError(f"TeacherCache: views must be (b,) like samples ({len(wanted)},), got ({len(seen)},)")
+        rows = self._rows(wanted, seen)
         out = {name: np.empty((len(rows), *shape), np.float32) for name, shape in self.features.items()}
         shards = rows // self._layout.shard_rows
         for shard in np.unique(shards):

@@ -1,5 +1,6 @@
 """Cache: a cache in the place of a teacher. Reads the cache; touches no model."""
 
+from collections.abc import Sequence
 from typing import Self
 
 import torch
@@ -25,20 +26,19 @@ class CachedTeacher(nn.Module):
         ValueError: `reads` has not one or two names.
     """
 
-    def __init__(self, cache: TeacherCache, *, reads: tuple[str, ...] = ("sample", "view")) -> None:
+    def __init__(self, cache: TeacherCache, *, reads: Sequence[str] = ("sample", "view")) -> None:
         super().__init__()
         if not isinstance(cache, TeacherCache):
             raise TypeError(f"CachedTeacher: cache must be a TeacherCache, got {type(cache).__name__}")
-        reads = (reads,) if isinstance(reads, str) else tuple(reads)
-        if len(reads) not in (1, 2):
+        if isinstance(reads, str) or len(reads) not in (1, 2):
             raise ValueError(
-                f"CachedTeacher: reads must name the sample and the view, or the sample alone, got {reads}"
+                f"CachedTeacher: reads must name the sample and the view, or the sample alone, got {reads!r}"
             )
         self.cache = cache
-        self.reads = reads
+        self.reads = tuple(reads)
         self.training = False
 
-    @torch.compiler.disable
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # torch leaves it untyped
     def forward(self, samples: Tensor, views: Tensor | None = None) -> dict[str, Tensor]:
         """Features of a batch.
 

@@ -29,14 +29,14 @@ def angular_distill(
     With :math:`\hat s`, :math:`\hat t` the features of one sample, flattened and divided by their Euclidean length, and
     :math:`\cos = \langle \hat s, \hat t \rangle`:
 
-    ===========  =======================================  ===================================================
-    `form`       loss of one sample                       behaviour
-    ===========  =======================================  ===================================================
-    `"squared"`  :math:`(1 - \cos)^2`, in [0, 4]          lets go of a sample that is nearly aligned
-    `"cosine"`   :math:`1 - \cos`, in [0, 2]              gradient proportional to the sine of the angle
-    `"chord"`    :math:`\|\hat s - \hat t\|^2`, in [0, 4] twice `"cosine"`
-    `"angle"`    the angle in radians, in [0, pi]         gradient of one length at every angle
-    ===========  =======================================  ===================================================
+    ===========  ========================================  ===================================================
+    `form`       loss of one sample                        behaviour
+    ===========  ========================================  ===================================================
+    `"squared"`  :math:`(1 - \cos)^2`, in [0, 4]           lets go of a sample that is nearly aligned
+    `"cosine"`   :math:`1 - \cos`, in [0, 2]               gradient proportional to the sine of the angle
+    `"chord"`    :math:`\|\hat s - \hat t\|^2`, in [0, 4]  twice `"cosine"`
+    `"angle"`    the angle in radians, in [0, pi]          gradient of one length at every angle
+    ===========  ========================================  ===================================================
 
     The loss does not depend on the length of either feature. A feature of zeros has no direction: its cosine to
     anything is taken as 0 (angle pi / 2), its unit vector as 0, and it gets no gradient.
@@ -69,7 +69,7 @@ def angular_distill(
         gradient of the first vanishes as the cube of the angle, that of the second as the angle.
     """
     check_choice("angular_distill", "form", form, FORMS)
-    check_pair("angular_distill", student, teacher, "b d" if student.dim() == 2 else "b d ...")
+    check_pair("angular_distill", student, teacher, "b d ...")
     origin = student.dtype
     with full_precision(student):
         student, teacher = promote(student, teacher)

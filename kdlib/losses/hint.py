@@ -53,7 +53,7 @@ def hint(
         Romero et al., *FitNets: Hints for Thin Deep Nets*, arXiv 1412.6550, equation 3, which takes half the sum of
         squares; the mean is the custom of public code, and does not grow with the feature.
     """
-    check_pair("hint", student, teacher, "b d" if student.dim() == 2 else "b ...")
+    check_pair("hint", student, teacher, "b ...")
     with full_precision(student):
         student, teacher = promote(student, teacher)
         difference = (student - teacher).clamp(-FAR, FAR).unsqueeze(-1).flatten(1)

@@ -195,7 +195,7 @@ class _Run:
         if self.ema is not None:
             self.ema.load_state_dict(state["ema"])
         self.step, self.seconds, self.last = state["step"], state["seconds"], state["last"]
-        if self.step < self.fingerprint["total_steps"]:
+        if self.step < int(self.fingerprint["total_steps"] or 0):
             self.stream.load_state_dict(state["stream"])
             if distributed.rank() == 0:
                 random_state(self.device, state["rng"])
@@ -262,11 +262,11 @@ def _place(distiller: Distiller, config: TrainConfig) -> torch.device:
     """Move the distiller where `config` says; returns the device."""
     found = next((p.device for p in distiller.parameters() if p.requires_grad), torch.device("cpu"))
     device = found if config.device is None else torch.device(config.device)
-    if device.type == "cuda" and device.index is None:
+    if device == torch.device("cuda"):
         device = torch.device("cuda", torch.cuda.current_device())
     distiller.to(device)
     if config.channels_last:
-        distiller.to(memory_format=torch.channels_last)
+        distiller.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stubs lack it
     return device
 
 

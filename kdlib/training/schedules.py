@@ -38,7 +38,8 @@ def lr_factor(step: int, total_steps: int, config: TrainConfig) -> float:
 
 def parameter_groups(parameters: Iterable[nn.Parameter], config: TrainConfig) -> list[dict[str, object]]:
     """Two groups: matrices and kernels with weight decay, 1-d parameters (biases, norm scales, slopes) without."""
-    decayed, plain = [], []
+    decayed: list[nn.Parameter] = []
+    plain: list[nn.Parameter] = []
     for parameter in parameters:
         (decayed if parameter.dim() > 1 else plain).append(parameter)
     groups = [(decayed, config.weight_decay), (plain, 0.0)]

@@ -1,6 +1,6 @@
 """Training room: batches, epoch after epoch, with a position that can be saved. Touches the CPU generators."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sized
 from itertools import islice
 from typing import Any
 
@@ -27,7 +27,7 @@ class BatchStream:
     def __init__(self, loader: Iterable[Batch], accumulate: int) -> None:
         self.loader = loader
         self.accumulate = accumulate
-        self.length: int | None = len(loader) if hasattr(loader, "__len__") else None
+        self.length: int | None = len(loader) if isinstance(loader, Sized) else None
         self.epoch = 0
         self.batch = 0
         self._batches: Iterator[Batch] | None = None
@@ -88,7 +88,8 @@ class BatchStream:
         self._announce(self.epoch)
         self._start = self._random_states()
         if self.batch and hasattr(self.loader, "iter_from"):
-            self._batches = batches = iter(self.loader.iter_from(self.batch))
+            batches: Iterator[Batch] = iter(self.loader.iter_from(self.batch))
+            self._batches = batches
             return batches
         self._batches = batches = iter(self.loader)
         skipped = sum(1 for _ in islice(batches, self.batch))
@@ -97,18 +98,19 @@ class BatchStream:
         return batches
 
     def _announce(self, epoch: int) -> None:
-        for listener in (
+        listeners: tuple[Any, ...] = (
             self.loader,
             getattr(self.loader, "sampler", None),
             getattr(self.loader, "batch_sampler", None),
-        ):
+        )
+        for listener in listeners:
             if hasattr(listener, "set_epoch"):
                 listener.set_epoch(epoch)
 
     def _generators(self) -> list[torch.Generator]:
         owners = (self.loader, getattr(self.loader, "sampler", None))
         found = {id(g): g for owner in owners if isinstance(g := getattr(owner, "generator", None), torch.Generator)}
-        return [torch.random.default_generator, *found.values()]
+        return [torch.default_generator, *found.values()]
 
     def _random_states(self) -> list[torch.Tensor]:
         return [generator.get_state() for generator in self._generators()]

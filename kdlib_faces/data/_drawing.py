@@ -33,7 +33,8 @@ class _Columns:
         """The next column as a number in (0, 1)."""
         column = self._table[:, self._next]
         self._next += 1
-        return torch.special.ndtr(column)[:, None, None]
+        share: Tensor = torch.special.ndtr(column)
+        return share[:, None, None]
 
 
 def _hash_noise(seeds: Tensor, size: int, channel: int) -> Tensor:

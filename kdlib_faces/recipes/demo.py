@@ -5,7 +5,7 @@ stage leaves its result under `OUTPUT/work`, so the same command after a kill go
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -216,7 +216,7 @@ def _students(
         "environment": {"torch": torch.__version__, "threads": torch.get_num_threads(), **_machine()},
         "data": material.data,
         "models": rows,
-        "comparisons": compare(results, DISTILLED, ALONE),
+        "comparisons": sorted(compare(results, DISTILLED, ALONE), key=_telling(results[ALONE])),
         "teachers_kept": _kept(results),
         "weights": shares,
         "training": curves,
@@ -249,6 +249,18 @@ def _fold_pairs(material: Material, seed: int) -> PairProtocol:
             same += [truth] * len(chosen)
             fold += [number] * len(chosen)
     return PairProtocol(left, right, same, fold_ids=fold, threshold="exact")
+
+
+def _telling(result: AgeGapResult) -> Callable[[dict[str, Any]], tuple[int, int]]:
+    """Sort key of comparisons: the rate at the headline's threshold first, and in it the largest gap."""
+    bins = ["all", *(entry.name for entry in result.bins)][::-1]
+    metrics = ["tar@0.01", "own_auc"]
+
+    def key(entry: dict[str, Any]) -> tuple[int, int]:
+        metric = metrics.index(entry["metric"]) if entry["metric"] in metrics else len(metrics)
+        return metric, bins.index(entry["bin"])
+
+    return key
 
 
 def _kept(results: dict[str, AgeGapResult]) -> dict[str, float]:

@@ -5,6 +5,6 @@
 
 from kdlib_faces.report.pictures import Picture, attention_picture, pairs_picture
 from kdlib_faces.report.schema import FORMAT, check_run, to_json
-from kdlib_faces.report.write import render, write
+from kdlib_faces.report.files import render, write
 
 __all__ = ["FORMAT", "Picture", "attention_picture", "check_run", "pairs_picture", "render", "to_json", "write"]

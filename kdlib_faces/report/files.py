@@ -52,7 +52,7 @@ def _folder(directory: str | os.PathLike[str]) -> Path:
 
 
 def write(directory: str | os.PathLike[str], run: Mapping[str, Any], *, pictures: Sequence[Picture] = ()) -> Path:
-    """Write report.json, report.md, report.html and figures/*.png.
+    """Write `report.json`, `report.md`, `report.html` and `figures/*.png`.
 
     Args:
         directory: made if absent; earlier report files in it are replaced.

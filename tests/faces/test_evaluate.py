@@ -1,0 +1,233 @@
+"""The evaluate recipe and what the command line does around it: embeddings, pairs, taps, interrupts, full disks."""
+
+import errno
+import json
+import re
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from kdlib_faces import cli
+from kdlib_faces._output import staged, swept
+from kdlib_faces.backbones import MobileFaceNet, save_backbone
+from kdlib_faces.data.listing import read_faces
+from kdlib_faces.recipes.evaluate import EvaluateConfig, embed, embed_faces, protocols_for, read_embeddings
+
+PEOPLE, EACH = 6, 4
+
+
+@pytest.fixture
+def folder(tmp_path):
+    rows = ["path,identity,age"]
+    rng = np.random.default_rng(0)
+    for person in range(PEOPLE):
+        base = rng.integers(0, 256, (8, 8, 3))
+        for at in range(1, EACH + 1):
+            name = f"P{person}_{at:04d}.png"
+            noisy = np.clip(base + rng.integers(-20, 21, base.shape), 0, 255).astype(np.uint8)
+            Image.fromarray(noisy).resize((32, 32)).save(tmp_path / name)
+            rows.append(f"{name},P{person},{'' if person == 5 else 10 * at}")
+    (tmp_path / "faces.csv").write_text("\n".join(rows) + "\n")
+    pairs = [f"P{person} 1 2" for person in range(PEOPLE)] + [
+        f"P{person} 1 P{person - 1} 2" for person in range(1, PEOPLE)
+    ]
+    (tmp_path / "pairs.txt").write_text("\n".join([*pairs, "Q 1 2"]) + "\n")
+    rng = np.random.default_rng(1)
+    centres = np.repeat(rng.normal(size=(PEOPLE, 16)), EACH, axis=0)
+    np.save(tmp_path / "good.npy", centres + 0.01 * rng.normal(size=centres.shape))
+    return tmp_path
+
+
+def run(*words):
+    return cli.main([str(word) for word in words])
+
+
+def fails(capsys, *words, code=2):
+    assert run(*words) == code
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1
+    assert lines[0].startswith("kdlib-faces: error: ")
+    return lines[0]
+
+
+def evaluate(folder, *more):
+    fast = ["--set", "replicates=20", "--set", "bins=[0, 15]", "--quiet"]
+    return ["evaluate", "--faces", folder / "faces.csv", "--output", folder / "out", *fast, *more]
+
+
+def test_embeddings_of_any_framework_are_evaluated(folder):
+    assert (
+        run(*evaluate(folder, "--embeddings", folder / "good.npy", "--pairs", folder / "pairs.txt", "--seed", 7)) == 0
+    )
+    told = json.loads((folder / "out/report.json").read_text())
+    assert told["seeds"] == [7]
+    assert told["config"]["replicates"] == 20
+    assert (told["data"]["test_images"], told["data"]["test_identities"]) == (PEOPLE * EACH, PEOPLE)
+    notes = " ".join(told["data"]["notes"])
+    assert "20 of 24 images, the others have no known age" in notes
+    assert "1 pairs left out" in notes
+    protocols = told["models"]["good"]["protocols"]
+    assert protocols["leave_one_out"]["rank1"]["value"] == 1.0
+    assert protocols["verification"]["accuracy"] == 1.0
+    assert [(entry["name"], entry["genuine"]) for entry in protocols["age_gap"]["bins"]] == [("0-14", 15), ("15+", 15)]
+    assert sorted(path.name for path in (folder / "out").iterdir()) == [
+        "figures",
+        "report.html",
+        "report.json",
+        "report.md",
+    ]
+    assert not list(folder.glob(".out*"))
+
+
+def test_a_model_file_is_evaluated_with_its_mirror_images(folder):
+    torch.manual_seed(0)
+    network = MobileFaceNet(embedding_dim=16, width=0.25, input_size=32).eval()
+    save_backbone(network, folder / "m.pt")
+    assert run(*evaluate(folder, "--model", folder / "m.pt")) == 0
+    entry = json.loads((folder / "out/report.json").read_text())["models"]["m"]
+    assert entry["backbone"] == "MobileFaceNet"
+    assert entry["parameters"] == sum(p.numel() for p in network.parameters())
+    faces = read_faces(folder / "faces.csv")
+    whole = embed_faces(network, faces, 32, batch_size=5)
+    assert whole.shape == (24, 16)
+    pixels = torch.from_numpy(np.stack([np.asarray(Image.open(path)) for path in faces.paths])).permute(0, 3, 1, 2)
+    with torch.no_grad():
+        x = pixels.float() / 127.5 - 1
+        both = network(x) + network(x.flip(-1))
+    np.testing.assert_allclose(whole, torch.nn.functional.normalize(both).numpy(), atol=1e-5)
+    plain = embed(network, pixels, flip=False)
+    assert not np.allclose(plain.numpy(), whole, atol=1e-3)
+
+
+def test_the_mode_of_a_model_comes_back(folder):
+    network = MobileFaceNet(embedding_dim=16, width=0.25, input_size=32).train()
+    state = {name: value.clone() for name, value in network.state_dict().items()}
+    embed_faces(network, read_faces(folder / "faces.csv"), 32)
+    assert all(module.training for module in network.modules())
+    assert all(torch.equal(value, state[name]) for name, value in network.state_dict().items())
+
+
+def test_groups_decide_where_fewer_images_have_an_age(folder):
+    lines = (folder / "faces.csv").read_text().splitlines()
+    rows = [lines[0] + ",age_group"] + [f"{line},{'young' if at % 2 else 'adult'}" for at, line in enumerate(lines[1:])]
+    (folder / "faces.csv").write_text("\n".join(rows))
+    protocols, notes = protocols_for(read_faces(folder / "faces.csv"), EvaluateConfig(replicates=10))
+    result = protocols["age_gap"][0].evaluate(np.load(folder / "good.npy"))
+    assert [entry.name for entry in result.bins] == ["adult-adult", "adult-young", "young-young"]
+    assert notes == []
+
+
+def test_wrong_embeddings(folder, capsys):
+    good = np.load(folder / "good.npy")
+    bad = folder / "bad.npy"
+    holes = good.copy()
+    holes[3, 2] = np.nan
+    for array, said in (
+        (good[:5], "one row for each of the 24 images, got 5"),
+        (holes, "must be finite, row 3 is not"),
+        (good[0], r"must be \(n, d\) numbers"),
+        (np.array([{"a": 1}] * 24, dtype=object), "not a .npy file of numbers"),
+    ):
+        np.save(bad, array, allow_pickle=True)
+        assert re.search(said, fails(capsys, *evaluate(folder, "--embeddings", bad)))
+    bad.write_bytes(b"\x93NUMPY")
+    assert "not a .npy file" in fails(capsys, *evaluate(folder, "--embeddings", bad))
+    assert "embeddings not found" in fails(capsys, *evaluate(folder, "--embeddings", folder / "no.npy"))
+    assert "at least one model" in fails(capsys, *evaluate(folder))
+    assert "--faces must be given" in fails(capsys, "evaluate", "--embeddings", bad)
+    assert not (folder / "out").exists()
+    np.testing.assert_array_equal(read_embeddings(folder / "good.npy", 24), good.astype(np.float32))
+
+
+def test_a_wrong_tap_names_the_nearest(folder, capsys):
+    save_backbone(MobileFaceNet(embedding_dim=16, width=0.25, input_size=32), folder / "m.pt")
+    stage = MobileFaceNet(embedding_dim=16, width=0.25, input_size=32).stages[2]
+    assert run("inspect", folder / "m.pt", "--tap", stage) == 0
+    assert re.fullmatch(rf"{stage}  \(b, \d+, 2, 2\)", capsys.readouterr().out.strip())
+    line = fails(capsys, "inspect", folder / "m.pt", "--tap", stage + "x")
+    assert stage in line.partition("nearest")[2]
+
+
+def test_a_full_disk_leaves_nothing_behind(folder, capsys, monkeypatch):
+    def full(stage, content):
+        (stage / "report.json").write_text("{")
+        raise OSError(errno.ENOSPC, "No space left on device", str(stage / "report.md"))
+
+    monkeypatch.setattr("kdlib_faces.report.write", full)
+    line = fails(capsys, *evaluate(folder, "--embeddings", folder / "good.npy"))
+    assert line.endswith("report.md: No space left on device")
+    assert sorted(path.name for path in folder.iterdir() if path.suffix != ".png") == [
+        "faces.csv",
+        "good.npy",
+        "pairs.txt",
+    ]
+
+
+def test_interrupts_bugs_and_debug(folder, capsys, monkeypatch):
+    def fail(error):
+        def stop(*_args, **_options):
+            raise error
+
+        monkeypatch.setattr("kdlib_faces.recipes.evaluate.read_faces", stop)
+
+    words = evaluate(folder, "--embeddings", folder / "good.npy")
+    fail(KeyboardInterrupt())
+    assert run(*words) == 130
+    assert capsys.readouterr().err.count("\n") == 1
+    fail(KeyError("stage"))
+    assert "unexpected KeyError: 'stage'; --debug shows where" in fails(capsys, *words, code=1)
+    fail(ModuleNotFoundError("No module named 'PIL'", name="PIL"))
+    assert "pip install 'kdlib-torch[faces" in fails(capsys, *words)
+    fail(ValueError("two\nlines"))
+    assert fails(capsys, *words).endswith("two lines")
+    with pytest.raises(ValueError, match="two"):
+        run(*words, "--debug")
+
+
+def test_wrong_words_are_one_line(capsys):
+    for words in (["dance"], ["evaluate", "--seed", "x"], ["report"]):
+        with pytest.raises(SystemExit, match="2"):
+            run(*words)
+        line = capsys.readouterr().err
+        assert line.startswith("kdlib-faces: error: ")
+        assert line.count("\n") == 1
+
+
+def test_outputs_that_cannot_be_made(folder, capsys):
+    words = [word if word != folder / "out" else folder / "faces.csv" for word in evaluate(folder)]
+    assert "the output must be a folder" in fails(capsys, *words, "--embeddings", folder / "good.npy")
+    words = [word if word != folder / "out" else folder / "faces.csv/x" for word in evaluate(folder)]
+    assert "is no folder" in fails(capsys, *words, "--embeddings", folder / "good.npy")
+
+
+def test_staged_moves_all_or_nothing(tmp_path):
+    output = tmp_path / "a" / "b"
+    with pytest.raises(RuntimeError), staged(output) as stage:
+        (stage / "x").write_text("1")
+        raise RuntimeError
+    assert list(tmp_path.iterdir()) == []
+    for text in ("1", "2"):
+        with staged(output) as stage:
+            (stage / "deep").mkdir()
+            (stage / "deep" / "x").write_text(text)
+        (output / "mine").write_text("kept")
+    assert (output / "deep" / "x").read_text() == "2"
+    assert sorted(path.name for path in output.iterdir()) == ["deep", "mine"]
+    assert [path.name for path in output.parent.iterdir()] == ["b"]
+
+
+def test_swept_removes_empty_folders_of_a_new_output_only(tmp_path):
+    for name, content in (("new", None), ("half", "x")):
+        output = tmp_path / name
+        with pytest.raises(RuntimeError), swept(output):
+            (output / "work" / "seed0").mkdir(parents=True)
+            if content:
+                (output / "work" / "done").write_text(content)
+            raise RuntimeError
+    assert sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")) == [
+        "half",
+        "half/work",
+        "half/work/done",
+    ]

@@ -1,0 +1,103 @@
+"""Leave-one-out identification against sorting each probe's gallery by hand."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kdlib_faces.evaluation import identification, leave_one_out, leave_one_out_result, wilson
+
+
+def by_hand(embeddings: np.ndarray, identities: Any, rank: int) -> float:
+    unit = embeddings / np.linalg.norm(embeddings, axis=1, keepdims=True)
+    correct = 0
+    for probe in range(len(unit)):
+        gallery = [k for k in range(len(unit)) if k != probe]
+        scores = unit @ unit[probe]
+        gallery.sort(key=lambda k: (-scores[k], k))
+        correct += any(identities[k] == identities[probe] for k in gallery[:rank])
+    return correct / len(unit)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_by_hand(seed: int) -> None:
+    generator = np.random.default_rng(seed)
+    identities = generator.integers(0, 9, 40)
+    embeddings = generator.normal(size=(9, 6))[identities] + generator.normal(size=(40, 6))
+    rates = leave_one_out(embeddings, identities, ranks=(5, 1, 39, 2))
+    np.testing.assert_allclose(rates, [by_hand(embeddings, identities, k) for k in (5, 1, 39, 2)], rtol=0, atol=1e-9)
+    assert 0 < rates[1] < 1
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 3)), min_size=4, max_size=14), st.integers(1, 3))
+def test_ties_go_by_row_number(rows: list[tuple[int, int]], rank: int) -> None:
+    # One-hot embeddings: every score is exactly 0 or 1.
+    identities = [identity for identity, _ in rows]
+    embeddings = np.eye(4)[[place for _, place in rows]]
+    if len(set(identities)) < 2 or len(set(identities)) == len(identities):
+        with pytest.raises(ValueError, match="identities must hold"):
+            leave_one_out(embeddings, identities, ranks=(rank,))
+    else:
+        expected = by_hand(embeddings, identities, rank)
+        assert leave_one_out(embeddings, identities, ranks=(rank,))[0] == pytest.approx(expected, abs=1e-12)
+
+
+def test_the_probe_is_left_out_by_row_and_a_duplicate_stays() -> None:
+    embeddings = np.array([[1.0, 0.0], [1.0, 0.0], [0.8, 0.6], [0.0, 1.0]])
+    # Row 1 is the image of row 0 under another name: it beats row 0's true mate.
+    assert leave_one_out(embeddings, ["a", "b", "a", "b"]).tolist() == [0.0]
+
+
+def test_blocks_do_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = np.random.default_rng(0)
+    identities, embeddings = generator.integers(0, 5, 30), generator.normal(size=(30, 4))
+    whole = leave_one_out_result(embeddings, identities, (1, 3))
+    monkeypatch.setattr(identification, "BLOCK", 7)
+    np.testing.assert_array_equal(
+        whole.ranks_of_mates, leave_one_out_result(embeddings, identities, (1, 3)).ranks_of_mates
+    )
+
+
+def test_the_richer_result() -> None:
+    embeddings = torch.tensor([[1.0, 0.0], [1.0, 0.1], [0.0, 1.0], [0.1, 1.0], [1.0, 1.0]])
+    result = leave_one_out_result(embeddings, ["a", "a", "b", "b", "alone"], (1, 4))
+    assert (result.probes, result.mateless) == (5, 1)
+    assert result.ranks_of_mates.tolist() == [1, 1, 1, 1, 0]
+    low, high = wilson(4, 5)
+    assert result.to_dict() == {
+        "rank1": {"value": 0.8, "low": low, "high": high, "n": 5},
+        "rank4": {"value": 0.8, "low": low, "high": high, "n": 5},
+        "probes": 5,
+    }
+
+
+@pytest.mark.parametrize(
+    ("embeddings", "identities", "ranks", "message"),
+    [
+        (np.eye(3), [1, 1], (1,), "embeddings must have one row for each of 2 identities, got 3"),
+        (np.eye(3) * [[1], [np.nan], [1]], [1, 1, 2], (1,), "embeddings must be finite.*got row 0"),
+        (np.diag([1.0, 1.0, 0.0]), [1, 1, 2], (1,), "embeddings must be non-zero.*got row 2"),
+        (np.eye(3), [1, 1, 1], (1,), "at least two identities, got only 1"),
+        (np.eye(3), [1, 2, 3], (1,), "one with two images"),
+        (np.eye(3), [1, 1, 2], (0,), "ranks must be a whole number"),
+        (np.eye(3), [1, 1, 2], (3,), "ranks must be a whole number.*<= 2"),
+        (np.eye(3), [1, 1, 2], (), "ranks must not be empty"),
+        (np.eye(3), [1.0, np.nan, 2.0], (1,), "identities must be whole numbers or strings, got entry 1"),
+    ],
+)
+def test_bad_input_is_named(embeddings: Any, identities: Any, ranks: Any, message: str) -> None:
+    if "got row 0" in message:
+        embeddings = np.array([[np.nan, 1.0], [1.0, 0.0], [0.0, 1.0]])
+    with pytest.raises(ValueError, match=message):
+        leave_one_out(embeddings, identities, ranks)
+
+
+def test_identities_of_the_wrong_kind_are_refused() -> None:
+    with pytest.raises(TypeError, match="identities must be an array of whole numbers or strings"):
+        leave_one_out(np.eye(2), [True, False])
+    with pytest.raises(ValueError, match="got entry 1 that is not"):
+        leave_one_out(np.eye(3), np.array(["a", None, "a"], dtype=object))

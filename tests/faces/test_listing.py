@@ -1,0 +1,266 @@
+"""Face lists, pair lists and images: what is read, and what each kind of broken file says."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from kdlib_faces._checks import InputError
+from kdlib_faces.data import images as images_room
+from kdlib_faces.data.images import load_images, read_image, to_float
+from kdlib_faces.data.listing import FaceList, identity_key, read_faces
+from kdlib_faces.data.pairs import read_pairs
+
+
+def touch(folder, *names):
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(b"")
+
+
+def write(folder, text, name="faces.csv"):
+    path = folder / name
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    return path
+
+
+def picture(path, pixels, mode="RGB", **options):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(np.asarray(pixels, dtype=np.uint8)).convert(mode).save(path, **options)
+    return path
+
+
+@pytest.fixture
+def folder(tmp_path):
+    touch(tmp_path, "a.jpg", "b.jpg", "c.jpg")
+    return tmp_path
+
+
+def test_ages_groups_and_unknown_ones(folder):
+    faces = read_faces(
+        [write(folder, "identity,x,Path,age,age_group\nAnn,1,a.jpg,7.5,Young\nBob,,b.jpg,,\nann,2,c.jpg,40,adult\n")]
+    )
+    assert faces.identities.tolist() == [0, 1, 0]
+    assert faces.identity_names == ("Ann", "Bob")
+    np.testing.assert_array_equal(faces.ages, np.array([7.5, np.nan, 40], np.float32))
+    assert (faces.group_names, faces.age_groups.tolist()) == (("adult", "young"), [1, -1, 0])
+    assert faces.age_known.tolist() == [True, False, True]
+    assert faces.paths[0] == folder / "a.jpg"
+
+
+def test_without_ages_both_columns_are_none(folder):
+    faces = read_faces(write(folder, "\ufeffpath,identity,age\n\na.jpg,Ann,\nb.jpg,Bob,\n"))
+    assert faces.ages is None
+    assert faces.age_groups is None
+
+
+def test_one_person_of_two_lists_is_one_identity(tmp_path):
+    touch(
+        tmp_path, "lfw/Halle_Berry/1.jpg", "lfw/Zed/1.png", "lfw/Zed/notes.txt", "lfw/.hidden/x.jpg", "x.jpg", "y.jpg"
+    )
+    other = write(tmp_path, "path,identity,age\nx.jpg,halle--berry,30\ny.jpg,José,50\n")
+    faces = read_faces([tmp_path / "lfw", other])
+    assert faces.identity_names == ("Halle_Berry", "Zed", "José")
+    assert faces.identities.tolist() == [0, 1, 0, 2]
+    assert np.isnan(faces.ages[:2]).all()
+    assert identity_key("Jose\u0301 ") == identity_key("JOSÉ")
+
+
+def test_two_lists_name_the_same_file(folder):
+    first, second = (write(folder, "path,identity\na.jpg,A\nb.jpg,B\n", name) for name in ("one.csv", "two.csv"))
+    with pytest.raises(InputError, match=r"two\.csv line 2: the image .*a\.jpg' is listed already .*one\.csv line 2"):
+        read_faces([first, second])
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", r"faces\.csv: the face list is empty"),
+        ("path,identity\n", r"a header and no rows"),
+        ("file,identity\na.jpg,A\n", r"line 1: no column named 'path'; .*'file'"),
+        ("path,identty\na.jpg,A\n", r"no column named 'identity'; the nearest are 'identty'"),
+        ("path,identity,path\na.jpg,A,b.jpg\n", r"'path' stands there 2 times"),
+        ("path,identity,age\na.jpg,A,7\nb.jpg,B,old\n", r"line 3: age must be a number from 0 to 130.*got 'old'"),
+        ("path,identity,age\na.jpg,A,-1\n", r"line 2: age must be .*got '-1'"),
+        ("path,identity,age\na.jpg,A,131\n", r"got '131'"),
+        ("path,identity,age\na.jpg,A,nan\n", r"got 'nan'"),
+        ("path,identity\na.jpg,A\nb.jpg,a\n", r"at least two identities are needed, got one \('A'\)"),
+        ("path,identity\na.jpg,A\na.jpg,B\n", r"line 3: the image .* is listed already .*line 2"),
+        ("path,identity\na.jpg,A\nb.jpg\n", r"line 3: the header has 2 columns, this line has 1"),
+        ("path,identity\n,A\n", r"line 2: path is empty"),
+        ("path,identity\na.jpg,--\n", r"identity must hold a letter or a digit, got '--'"),
+        ('path,identity\n"a.jpg,A\n', r"line 2: not a CSV line"),
+        (b"path,identity\na.jpg,\xff\n", r"line 2: byte 0xff is not UTF-8"),
+        (b"path,identity\na.jpg,A\0\n", r"line 2: holds a NUL byte"),
+        (b"path,identity\n" + b"x" * 9000, r"line 2: longer than 8192 bytes"),
+        (b"\x89PNG\r\n\x1a\n", r"line 1: byte 0x89 is not UTF-8"),
+        ("path,identity\nm1.jpg,A\nm2.jpg,B\nm3.jpg,B\nm4.jpg,B\n", r"4 image files not found: .*m3\.jpg and 1 more"),
+    ],
+)
+def test_broken_lists(folder, text, message):
+    with pytest.raises(InputError, match=message) as caught:
+        read_faces(write(folder, text))
+    assert "\n" not in str(caught.value)
+
+
+def test_missing_lists_and_folders(tmp_path):
+    with pytest.raises(InputError, match=r"face list not found: .*nope\.csv"):
+        read_faces(tmp_path / "nope.csv")
+    with pytest.raises(InputError, match="no images found; a folder of faces holds one subfolder"):
+        read_faces(tmp_path)
+    with pytest.raises(InputError, match="at least one face list"):
+        read_faces([])
+
+
+def test_subset_and_filter_number_identities_anew(folder):
+    touch(folder, "d.jpg")
+    faces = read_faces(write(folder, "path,identity,age\na.jpg,A,\nb.jpg,B,4\nc.jpg,C,5\nd.jpg,C,6\n"))
+    part = faces.subset([3, 1])
+    assert (part.identities.tolist(), part.identity_names) == ([1, 0], ("B", "C"))
+    assert part.ages.tolist() == [6, 4]
+    assert faces.filter(min_images=2).identity_names == ("C",)
+    assert faces.filter(max_identities=2).identity_names == ("A", "B")
+    assert len(faces.filter(age_known=True)) == 3
+    assert repr(part) == "<FaceList: 2 images, 2 identities, 2 ages>"
+    for wrong in ([4], [-1], np.zeros(3, bool), [[0]]):
+        with pytest.raises(ValueError, match=r"FaceList\.subset"):
+            faces.subset(wrong)
+    with pytest.raises(ValueError, match=r"FaceList: ages must be \(n,\) = \(1,\)"):
+        FaceList((Path("a"),), np.zeros(1, np.int64), ("A",), ages=np.zeros(2, np.float32))
+
+
+def lfw(folder):
+    touch(folder, *(f"{name}/{name}_{at:04d}.jpg" for name in ("Ann_A", "Bob") for at in (1, 2, 3)), "C D/C D_0001.jpg")
+    return read_faces([folder])
+
+
+def test_pairs_keep_their_folds_when_some_are_missing(tmp_path):
+    faces = lfw(tmp_path / "lfw")
+    text = "2\t2\nAnn_A\t1\t2\nAnn_A\t1\t9\nAnn_A\t1\tBob\t1\nC D\t1\tBob\t2\nBob\t1\t2\nBob\t1\t3\nBob\t2\tAnn_A\t3\nX\t1\tBob\t2\n"
+    pairs = read_pairs(write(tmp_path, text, "pairs.txt"), faces)
+    assert pairs.missing == 2
+    assert pairs.same.tolist() == [True, False, False, True, True, False]
+    assert pairs.fold_ids.tolist() == [0, 0, 0, 1, 1, 1]
+    names = [(faces.paths[i].stem, faces.paths[j].stem) for i, j in zip(pairs.left, pairs.right, strict=True)]
+    assert names[2] == ("C D_0001", "Bob_0002")
+
+
+def test_pairs_without_folds_are_dealt_so_that_each_fold_holds_both_kinds(tmp_path):
+    faces = lfw(tmp_path / "lfw")
+    text = "Ann_A 1 2\nAnn_A 1 3\nBob 1 2\nBob 1 3\n" + "".join(f"Ann_A {i} Bob {j}\n" for i in (1, 2) for j in (1, 2))
+    pairs = read_pairs(write(tmp_path, text, "pairs.txt"), faces)
+    assert len(pairs) == 8
+    for fold in range(4):
+        assert sorted(pairs.same[pairs.fold_ids == fold].tolist()) == [False, True]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("10\t300\n", "holds no pairs"),
+        ("Ann_A 1\n", r"line 1: must be 'name n1 n2'"),
+        ("Ann_A one 2\n", r"line 1: must be 'name n1 n2'"),
+        ("Zoe 1 2\nZoe 1 Ann_A 1\n", r"no pair has both its images in the face list, not even 'Zoe 1'"),
+        ("Ann_A 1 2\n", "one kind only"),
+    ],
+)
+def test_broken_pairs(tmp_path, text, message):
+    with pytest.raises(InputError, match=message):
+        read_pairs(write(tmp_path, text, "pairs.txt"), lfw(tmp_path / "lfw"))
+
+
+def test_images_are_cropped_resized_and_made_rgb(tmp_path):
+    ramp = np.tile(np.arange(0, 240, 10, dtype=np.uint8), (12, 1))
+    wide = read_image(picture(tmp_path / "wide.png", ramp, "L"), 12)
+    np.testing.assert_array_equal(wide, np.broadcast_to(ramp[:, 6:18], (3, 12, 12)))
+    colour = np.random.default_rng(0).integers(0, 256, (8, 8, 3))
+    same = read_image(picture(tmp_path / "p.png", colour), 8)
+    np.testing.assert_array_equal(same, colour.transpose(2, 0, 1))
+    assert read_image(picture(tmp_path / "a.png", colour, "RGBA"), 4).shape == (3, 4, 4)
+    checker = np.indices((64, 64)).sum(0) % 2 * 255
+    small = read_image(picture(tmp_path / "c.png", checker, "L"), 16)
+    assert 100 < small.min() <= small.max() < 155  # antialiased: picking pixels would give 0 or 255
+
+
+def test_exif_rotation_is_ignored(tmp_path):
+    pixels = np.random.default_rng(1).integers(0, 256, (8, 8, 3))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    np.testing.assert_array_equal(
+        read_image(picture(tmp_path / "r.png", pixels, exif=exif), 8), pixels.transpose(2, 0, 1)
+    )
+
+
+def test_unreadable_images_are_named(tmp_path, monkeypatch):
+    good = picture(tmp_path / "good.jpg", np.random.default_rng(0).integers(0, 256, (64, 64, 3)))
+    cut = write(tmp_path, good.read_bytes()[:900], "cut.jpg")
+    text = write(tmp_path, "hello", "text.png")
+    for path in (cut, text):
+        with pytest.raises(InputError, match=rf"{path.name}: not a readable image"):
+            load_images([good, path], 8)
+    with pytest.raises(InputError, match="image file not found"):
+        read_image(tmp_path / "no.jpg", 8)
+    Image.new("I;16", (8, 8)).save(tmp_path / "deep.png")
+    with pytest.raises(InputError, match="images of mode 'I;16' are not read"):
+        read_image(tmp_path / "deep.png", 8)
+    monkeypatch.setattr(images_room, "MAX_PIXELS", 4000)
+    with pytest.raises(InputError, match=r"64 x 64 pixels; images above 4,000 are refused"):
+        read_image(good, 8)
+
+
+def test_load_images_keeps_the_order_and_checks_memory(tmp_path):
+    paths = [picture(tmp_path / f"{value}.png", np.full((4, 4, 3), value)) for value in range(0, 200, 20)]
+    seen = []
+
+    def progress(items, label):
+        seen.append(label)
+        return items
+
+    tensor = load_images(paths, 4, progress=progress)
+    assert tensor.shape == (10, 3, 4, 4)
+    assert tensor.dtype == torch.uint8
+    assert tensor[:, 0, 0, 0].tolist() == list(range(0, 200, 20))
+    assert seen == ["images (10)"]
+    with pytest.raises(InputError, match=r"10 images of 4 x 4 need .* give memory_map="):
+        load_images(paths, 4, memory_limit=100)
+    assert to_float(tensor).aminmax() == (-1.0, pytest.approx(180 / 127.5 - 1))
+
+
+def test_a_memory_map_is_whole_or_not_there_and_goes_on(tmp_path, monkeypatch):
+    monkeypatch.setattr(images_room, "CHUNK", 2)
+    paths = [picture(tmp_path / f"{value}.png", np.full((4, 4, 3), value)) for value in range(7)]
+    target = tmp_path / "cache" / "faces.npy"
+    broken = paths[5].read_bytes()
+    stat = paths[5].stat()
+    decoded, stopping = [], [True]
+    real = read_image
+
+    def counting(path, size):
+        if path == paths[5] and stopping:
+            raise KeyboardInterrupt
+        decoded.append(path)
+        return real(path, size)
+
+    monkeypatch.setattr(images_room, "read_image", counting)
+    with pytest.raises(KeyboardInterrupt):
+        load_images(paths, 4, memory_map=target, workers=1)
+    assert not target.exists()
+    assert json.loads((tmp_path / "cache/faces.npy.json").read_text())["done"] == 4
+    decoded.clear()
+    stopping.clear()
+    tensor = load_images(paths, 4, memory_map=target, workers=1)
+    assert decoded == paths[4:]
+    assert tensor[:, 0, 0, 0].tolist() == list(range(7))
+    assert not target.with_name("faces.npy.part").exists()
+    tensor += 1  # a private copy: the file stays
+    assert load_images(paths, 4, memory_map=target)[:, 0, 0, 0].tolist() == list(range(7))
+    for wrong in (
+        lambda: load_images(paths[:6], 4, memory_map=target),
+        lambda: load_images(paths, 5, memory_map=target),
+    ):
+        with pytest.raises(InputError, match="holds other images, or another size"):
+            wrong()
+    assert (paths[5].read_bytes(), paths[5].stat().st_mtime_ns) == (broken, stat.st_mtime_ns)
