@@ -3,8 +3,8 @@
 `write` stores a run and draws it, `render` draws it again from what is stored. The shape of a run is in `schema`.
 """
 
+from kdlib_faces.report.files import render, write
 from kdlib_faces.report.pictures import Picture, attention_picture, pairs_picture
 from kdlib_faces.report.schema import FORMAT, check_run, to_json
-from kdlib_faces.report.files import render, write
 
 __all__ = ["FORMAT", "Picture", "attention_picture", "check_run", "pairs_picture", "render", "to_json", "write"]
