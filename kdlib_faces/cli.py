@@ -18,7 +18,7 @@ BUDGETS = {"quick": 300, "full": 6000}
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"kdlib-faces: error: {message}; see {self.prog} --help\n")
+        raise argparse.ArgumentTypeError(f"{message}; see {self.prog} --help")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -74,7 +74,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
     parser = _parser()
-    options = parser.parse_args(given)
+    try:
+        options = parser.parse_args(given)
+    except argparse.ArgumentTypeError as error:
+        return _fail(str(error))
     if options.version:
         from kdlib import __version__
 

@@ -1,6 +1,5 @@
 """Data room: lists of image pairs for verification. Touches the file system and NumPy; decodes no image."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from os import PathLike
 
@@ -81,16 +80,17 @@ def read_pairs(path: str | PathLike[str], faces: FaceList) -> PairList:
     found = (table[:, :2] >= 0).all(axis=1)
     if not found.any():
         raise InputError(f"{path}: no pair has both its images in the face list, not even {missing[0]!r}")
-    same = table[:, 2] == 1
-    folds = np.arange(len(table)) // size if size else _dealt(same, lambda kind: int((kind & found).sum()))
-    if len(set(same[found].tolist())) < 2:
+    same = table[found, 2] == 1
+    if same.all() or not same.any():
         raise InputError(f"{path}: both pairs of one person and pairs of two people are needed, got one kind only")
-    return PairList(table[found, 0], table[found, 1], same[found], folds[found].astype(np.int64), int((~found).sum()))
+    folds = np.flatnonzero(found) // size if size else _dealt(same)
+    return PairList(table[found, 0], table[found, 1], same, folds.astype(np.int64), int((~found).sum()))
 
 
-def _dealt(same: NDArray[np.bool_], usable: Callable[[NDArray[np.bool_]], int]) -> NDArray[np.int64]:
+def _dealt(same: NDArray[np.bool_]) -> NDArray[np.int64]:
+    """A fold for each pair: slices of the same pairs, and of the different ones, at most ten and none of one kind."""
     folds = np.zeros(len(same), dtype=np.int64)
-    count = max(min(10, usable(same), usable(~same)), 1)
+    count = min(10, int(same.sum()), int((~same).sum()))
     for kind in (same, ~same):
-        folds[kind] = np.arange(int(kind.sum())) * count // max(int(kind.sum()), 1)
+        folds[kind] = np.arange(int(kind.sum())) * count // int(kind.sum())
     return folds
