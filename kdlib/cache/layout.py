@@ -128,6 +128,8 @@ def read_header(directory: Path) -> Layout | None:
 
 
 def _layout(header: Mapping[str, Any]) -> Layout:
+    if not isinstance(header["features"], dict):
+        raise ValueError(f"features is {header['features']!r}")
     features = {}
     for name, shape in header["features"].items():
         if not isinstance(shape, list) or not shape or len(shape) > 8:

@@ -16,6 +16,7 @@ class DeferredSignals:
     main thread, or with `active=False`, nothing changes.
 
     Examples:
+        >>> before = signal.signal(signal.SIGINT, signal.default_int_handler)
         >>> with DeferredSignals() as signals:
         ...     signal.raise_signal(signal.SIGINT)
         ...     signals.pending
@@ -25,6 +26,7 @@ class DeferredSignals:
         ...         print("served")
         True
         served
+        >>> _ = signal.signal(signal.SIGINT, before)
     """
 
     def __init__(self, *, active: bool = True) -> None:

@@ -88,7 +88,9 @@ class AgeGapProtocol:
         most_impostors: int = 2_000_000,
     ) -> None:
         self.codes, labels = check_labels(OWNER, "identities", identities)
-        require(labels.size >= 2, OWNER, f"identities must hold at least two identities, got only {labels[0]!r}")
+        require(
+            labels.size >= 2, OWNER, f"identities must hold at least two identities, got only {labels.tolist()[0]!r}"
+        )
         require(self.codes.size > labels.size, OWNER, "identities must hold one with two images, got one image of each")
         require(ages is not None or age_groups is not None, OWNER, "ages or age_groups must be given, got neither")
         check_number(OWNER, "replicates", replicates, least=0, integer=True)

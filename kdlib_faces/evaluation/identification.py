@@ -95,7 +95,7 @@ def leave_one_out_result(
     codes, labels = check_labels(owner, "identities", identities)
     unit = unit_rows(owner, "embeddings", embeddings, rows=codes.size)
     sizes = np.bincount(codes)
-    require(labels.size >= 2, owner, f"identities must hold at least two identities, got only {labels[0]!r}")
+    require(labels.size >= 2, owner, f"identities must hold at least two identities, got only {labels.tolist()[0]!r}")
     require(bool((sizes >= 2).any()), owner, "identities must hold one with two images, got one image of each")
     require(len(ranks) > 0, owner, "ranks must not be empty, got ()")
     for rank in ranks:

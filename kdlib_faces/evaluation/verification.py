@@ -157,7 +157,7 @@ def _folds(owner: str, same: BoolArray, fold_ids: Any) -> IntArray:
     else:
         folds, names = check_labels(owner, "fold_ids", fold_ids, rows=same.size, like="the pairs")
         advice = ""
-    require(len(names) >= 2, owner, f"fold_ids must name at least two folds, got only {names[0]!r}")
+    require(len(names) >= 2, owner, f"fold_ids must name at least two folds, got only {names.tolist()[0]!r}")
     genuine, pairs = np.bincount(folds, weights=same), np.bincount(folds)
     for name, positive, count in zip(names.tolist(), genuine, pairs, strict=True):
         kind = "different" if positive == 0 else "same"

@@ -9,6 +9,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.ticker import MaxNLocator
 
 from kdlib_faces.report.theme import Theme, dress, looks, new_figure, plain
 from kdlib_faces.report.view import View
@@ -45,9 +46,10 @@ def _draw(axes: Axes, curves: Mapping[str, tuple[Any, Any, str, Any]], theme: Th
     if together.min() > 0 and together.max() > 20 * together.min():
         axes.set_yscale("log")
     axes.margins(x=0.01)
+    axes.xaxis.set_major_locator(MaxNLocator(8, steps=[1, 2, 5, 10], integer=True))
     axes.legend(
-        handles=handles, loc="upper right", fontsize=8.5, labelcolor=theme.ink, handlelength=2.2,
-        facecolor=theme.page, edgecolor="none", framealpha=0.8,
+        handles=handles, loc="lower left", bbox_to_anchor=(-0.01, 1.0), borderaxespad=0.2, ncols=2, fontsize=8.5,
+        labelcolor=theme.ink, handlelength=2.2, frameon=False,
     )  # fmt: skip
 
 
@@ -82,10 +84,10 @@ def training(view: View, theme: Theme, narrow: bool) -> Figure | None:
     panels = [(title, curves) for title, curves in (("Loss", totals), ("Terms", terms)) if curves]
     if not panels:
         return None
-    figure = new_figure(theme, *((5.0, 3.3 * len(panels)) if narrow else (5.2 * len(panels), 3.4)))
+    figure = new_figure(theme, *((5.0, 3.7 * len(panels)) if narrow else (5.2 * len(panels), 3.8)))
     shape = (len(panels), 1) if narrow else (1, len(panels))
     for axes, (title, curves) in zip(np.asarray(figure.subplots(*shape, squeeze=False)).ravel(), panels, strict=True):
         full = f"Terms of {plain(view.label(owner), 26)}" if title == "Terms" and owner is not None else "Total loss"
-        dress(axes, theme, title=full, x="step", grid="y")
+        dress(axes, theme, title=full, x="step", grid="y", pad=10 + 14 * -(-len(curves) // 2))
         _draw(axes, curves, theme)
     return figure

@@ -45,9 +45,14 @@ def _floor(lowest: float) -> float:
     return max(0.0, math.floor((lowest - 0.02) * 20) / 20)
 
 
+def _ceiling(highest: float) -> float:
+    """The whole range, unless everything lies in its lower part."""
+    return 1.0 if highest > 0.6 else math.ceil((highest + 0.02) * 20) / 20
+
+
 def _points(axes: Axes, view: View, theme: Theme, metric: str, names: Sequence[str], *, upright: bool) -> None:
     """One mark with its interval per model and bin, dodged so that no two intervals cover each other."""
-    style, lowest = looks(view, theme), 1.0
+    style, lowest, highest = looks(view, theme), 1.0, 0.0
     step = _SPAN / max(len(names) - 1, 1)
     for order, name in enumerate(names):
         shift = (order * step - _SPAN / 2) if len(names) > 1 else 0.0
@@ -72,7 +77,11 @@ def _points(axes: Axes, view: View, theme: Theme, metric: str, names: Sequence[s
             markerfacecolor=look.colour, markeredgecolor=theme.page, markeredgewidth=0.8,
         )  # fmt: skip
         lowest = min([lowest, *values, *low[np.isfinite(low)]])
-    limits = (_floor(lowest), 1.0 + 0.03 * (1 - _floor(lowest)))
+        highest = max([highest, *values, *high[np.isfinite(high)]])
+    bottom, top = _floor(lowest), _ceiling(highest)
+    limits = (bottom, top + 0.03 * (top - bottom))
+    if metric.endswith("auc") and bottom < 0.5:
+        (axes.axhline if upright else axes.axvline)(0.5, color=theme.muted, linewidth=1, linestyle=(0, (1, 2)))
     (axes.set_ylim if upright else axes.set_xlim)(*limits)
 
 
@@ -164,7 +173,7 @@ def roc(view: View, theme: Theme, narrow: bool) -> Figure | None:
     figure = new_figure(theme, *((5.0, 3.5 * len(keys) + 0.5) if narrow else (5.2 * len(keys), 3.9)))
     style = looks(view, theme)
     for axes, key in zip(_grid(figure, len(keys), narrow), keys, strict=True):
-        title = "All pairs" if key == ALL else words.pairs_words(view, key).capitalize()
+        title = "All pairs" if key == ALL else words.first_upper(words.pairs_words(view, key))
         dress(axes, theme, title=plain(title, 44), x="false accept rate", y="true accept rate", grid="both")
         lowest, smallest = 1.0, 0.1
         for name in reversed(view.names):
@@ -252,7 +261,7 @@ def cost(view: View, theme: Theme, narrow: bool) -> Figure | None:
     (axes,) = _grid(figure, 1, narrow)
     what = "multiply-adds of one image" if key == "macs" else "parameters"
     dress(axes, theme, title=plain(f"{words.metric_name(metric)}, {words.large_words(view)}", 48), x=what, grid="both")
-    style, lowest, seen = looks(view, theme), 1.0, {}  # type: ignore[var-annotated] # sizes met so far
+    style, lowest, highest, seen = looks(view, theme), 1.0, 0.0, {}  # type: ignore[var-annotated] # sizes met so far
     widest = max(size for _, size, _ in rows) / min(size for _, size, _ in rows)
     for name, size, estimate in rows:
         # Students share one network, so their marks would lie on each other: step aside by a little of the axis.
@@ -262,7 +271,7 @@ def cost(view: View, theme: Theme, narrow: bool) -> Figure | None:
         value = float(estimate.value or 0.0)
         if low is not None and high is not None:
             axes.plot([at, at], [low, high], color=look.colour, linewidth=2.0)
-            lowest = min(lowest, low)
+            lowest, highest = min(lowest, low), max(highest, high)
         axes.plot(
             [at],
             [value],
@@ -272,14 +281,14 @@ def cost(view: View, theme: Theme, narrow: bool) -> Figure | None:
             markeredgecolor=theme.page,
             linestyle="none",
         )
-        lowest = min(lowest, value)
+        lowest, highest = min(lowest, value), max(highest, value)
     axes.set_xscale("log")
     sizes = [size for _, size, _ in rows]
     axes.set_xlim(min(sizes) / widest**0.15, max(sizes) * widest**0.15)
     axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if widest < 1e3 else (1.0,), numticks=12))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: words.count(x).replace(".00", "").replace(".0", "")))
     axes.xaxis.set_minor_formatter(NullFormatter())
-    axes.set_ylim(_floor(lowest), 1.01)
+    axes.set_ylim(_floor(lowest), _ceiling(highest) * 1.01)
     if not metric.endswith("auc"):
         axes.yaxis.set_major_formatter(_PER_CENT)
     legend(figure, theme, view, [name for name, _, _ in rows], lines=False)
@@ -291,8 +300,8 @@ FIGURES: tuple[Plot, ...] = (
         "ages",
         "Accuracy against age gap",
         "TAR: the share of genuine pairs accepted when one threshold, the same for every bin, lets the stated share of "
-        "all impostor pairs through. AUC: against impostor pairs of the same bin only, the harder comparison. Bars are "
-        "intervals over identities; n is the number of genuine pairs.",
+        "all impostor pairs through. AUC: against impostor pairs of the same bin only, so that age alone cannot tell "
+        "the two kinds apart; 0.5 is guessing. Bars are intervals over identities; n is the number of genuine pairs.",
         ages,
     ),
     Plot(

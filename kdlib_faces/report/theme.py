@@ -67,6 +67,11 @@ def looks(view: View, theme: Theme) -> dict[str, Look]:
     """One look for each model of the run."""
     found: dict[str, Look] = {}
     others = [name for name in view.students if name not in (view.alone, view.distilled)]
+    if not view.students:
+        # Nothing to stand back from: teachers alone take the strong colours.
+        strong = (theme.distilled, theme.alone, *theme.others, *theme.teachers)
+        marks = ("o", "s", *_OTHER_MARKS, *_TEACHER_MARKS)
+        return {name: Look(strong[i % 10], marks[i % 10], "-", True) for i, name in enumerate(view.names)}
     for index, name in enumerate(view.teachers):
         dash = ((0, (5, 2)), (0, (2, 1.5)), (0, (6, 2, 1, 2)), (0, (1, 1)))[index % 4]
         found[name] = Look(theme.teachers[index % 4], _TEACHER_MARKS[index % 4], dash, False)
@@ -93,8 +98,10 @@ def new_figure(theme: Theme, width: float, height: float) -> Figure:
     return figure
 
 
-def dress(axes: Axes, theme: Theme, *, title: str = "", x: str = "", y: str = "", grid: str = "y") -> None:
-    """A quiet frame: two spines, light grid, the title at the left."""
+def dress(
+    axes: Axes, theme: Theme, *, title: str = "", x: str = "", y: str = "", grid: str = "y", pad: float = 6.0
+) -> None:
+    """A quiet frame: two spines, light grid, the title at the left, `pad` points above."""
     axes.set_facecolor(theme.page)
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
@@ -104,7 +111,7 @@ def dress(axes: Axes, theme: Theme, *, title: str = "", x: str = "", y: str = ""
     if grid:
         axes.grid(True, axis=grid, color=theme.grid, linewidth=0.8)  # type: ignore[arg-type] # "x", "y" or "both"
     axes.set_axisbelow(True)
-    axes.set_title(title, loc="left", fontsize=10.5, color=theme.ink, fontweight="bold")
+    axes.set_title(title, loc="left", fontsize=10.5, color=theme.ink, fontweight="bold", pad=pad)
     axes.set_xlabel(x, fontsize=9.5, color=theme.muted)
     axes.set_ylabel(y, fontsize=9.5, color=theme.muted)
 

@@ -17,6 +17,7 @@ __all__ = [
     "count",
     "far_words",
     "finding",
+    "first_upper",
     "interval",
     "large_words",
     "level_words",
@@ -72,6 +73,11 @@ def seconds(duration: float | None) -> str:
     if whole < 5400:
         return f"{whole // 60} min {whole % 60} s"
     return f"{whole // 3600} h {whole % 3600 // 60} min"
+
+
+def first_upper(text: str) -> str:
+    """The first letter large, the others as they are."""
+    return text[:1].upper() + text[1:]
 
 
 def shorten(text: str, limit: int = 60) -> str:
@@ -189,6 +195,24 @@ def _judge(view: View, pair: tuple[str, str], metric: str, large: str) -> tuple[
     return ("gain" if better else "loss"), words, said
 
 
+def _without_distillation(view: View, metric: str, large: str) -> Finding:
+    """Of models that are only measured: the best one in the headline bin, then the others."""
+    rates = {name: view.estimate(name, large, metric) for name in view.names}
+    known = sorted((n for n in rates if rates[n].value is not None), key=lambda n: rates[n].value or 0.0, reverse=True)
+    best, pairs = known[0], pairs_words(view, large)
+    if metric.startswith("tar@"):
+        start = f"{view.label(best)} finds {value(rates[best], metric)} of the genuine {pairs}."
+        how = f"At {far_words(metric[4:])}"
+    else:
+        start = f"{view.label(best)} reaches {value(rates[best], metric)} on {pairs}."
+        how = metric_name(metric)
+    said = [
+        f"{view.label(name)} {value(rates[name], metric)} ({interval(rates[name], metric) or NOTHING})"
+        for name in known
+    ]
+    return Finding(start, [f"{how}, with {level_words(view)} intervals: {'; '.join(said)}."], "none", "")
+
+
 def finding(view: View) -> Finding:
     """The headline of a run, from its large-gap bin; falls back by steps as parts of the run are missing.
 
@@ -205,23 +229,27 @@ def finding(view: View) -> Finding:
     pairs = pairs_words(view, large)
     metric = next((name for name in metrics if view.compared(large, name)), metrics[0])
     if view.distilled is None:
-        name = view.names[0]
-        estimate = view.estimate(name, large, metric)
-        spread = f" ({level_words(view)} interval {interval(estimate, metric)})" if interval(estimate, metric) else ""
-        text = f"{view.label(name)}: {value(estimate, metric)} on {pairs}{spread}."
-        return Finding(text, [f"Metric: {metric_name(metric)}."], "none", "")
+        return _without_distillation(view, metric, large)
     kept, teacher = view.kept(large), view.best_teacher(large)
+    verdict, words = "none", ""
+    more: list[str] = []
+    if view.alone is not None:
+        verdict, words, more = _judge(view, (view.distilled, view.alone), metric, large)
     if kept is not None:
         whose = "its teacher's" if len(view.teachers) == 1 else "its best teacher's"
         name = f"{whose} true matches on {pairs}"
-        if kept > 1.0005:
-            headline = f"The distilled student finds {kept:.2f} times {name}."
-        else:
-            headline = f"The distilled student keeps {per_cent(kept, 0)} of {name}."
+        share = f"finds {kept:.2f} times" if kept > 1.0005 else f"keeps {per_cent(kept, 0)} of"
+        start = f"The distilled student {share} {name}"
     else:
-        estimate = view.estimate(view.distilled, large, metric)
-        headline = f"The distilled student reaches {value(estimate, metric)} ({metric_name(metric)}) on {pairs}."
-    sentences = []
+        rate = value(view.estimate(view.distilled, large, metric), metric)
+        start = f"The distilled student reaches {rate} ({metric_name(metric)}) on {pairs}"
+    # What was kept says nothing of what distillation gave: the second half of the sentence does.
+    ends = {"gain": ", more than the student alone", "loss": ", fewer than the student alone"}
+    if not metric.startswith("tar@"):
+        ends = {"gain": "; its AUC is above the student alone's", "loss": "; its AUC is below the student alone's"}
+    ends["unclear"] = ", without a clear gain over the student alone"
+    headline = f"{start}{ends.get(verdict, '')}."
+    sentences: list[str] = []
     shown = [(name, view.estimate(name, large, metric)) for name in (view.distilled, view.alone, teacher) if name]
     said = [
         f"{view.label(name)} {value(estimate, metric)}"
@@ -233,8 +261,4 @@ def finding(view: View) -> Finding:
         sentences.append(f"Genuine pairs found at {far_words(metric[4:])}: {'; '.join(said)}.")
     elif said:
         sentences.append(f"{metric_name(metric)}: {'; '.join(said)}.")
-    verdict, words = "none", ""
-    if view.alone is not None:
-        verdict, words, more = _judge(view, (view.distilled, view.alone), metric, large)
-        sentences += more
-    return Finding(headline, sentences, verdict, words)
+    return Finding(headline, sentences + more, verdict, words)

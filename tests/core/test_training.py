@@ -598,14 +598,17 @@ def test_a_file_that_is_no_log_is_left_alone(tmp_path: Path, content: str) -> No
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_waits_for_the_checkpoint(tmp_path: Path, signum: signal.Signals) -> None:
     config = TrainConfig(epochs=2, checkpoint_dir=tmp_path)
-    previous = signal.getsignal(signal.SIGTERM)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    # A shell starts background jobs with SIGINT ignored, so neither handler is taken for granted.
+    previous = {each: signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)}
+    for each in previous:
+        signal.signal(each, signal.default_int_handler)
     try:
         with pytest.raises(KeyboardInterrupt):
             train(Toy(), batches(), config, hooks=[lambda e: signal.raise_signal(signum) if e.step == 3 else None])
         assert signal.getsignal(signal.SIGTERM) is signal.default_int_handler
     finally:
-        signal.signal(signal.SIGTERM, previous)
+        for each, handler in previous.items():
+            signal.signal(each, handler)
     assert [path.name for path in tmp_path.iterdir()] == ["step-000000004.pt"]
     straight, resumed = Toy(), Toy()
     train(straight, batches(), TrainConfig(epochs=2))

@@ -33,7 +33,9 @@ def test_exact_rule_by_brute_force(genuine: list[float], impostor: list[float], 
 
 
 @given(genuine=scores, impostor=scores, pair=st.tuples(fars, fars))
-def test_a_larger_far_never_lowers_the_tar(genuine: list[float], impostor: list[float], pair: tuple[float, float]) -> None:
+def test_a_larger_far_never_lowers_the_tar(
+    genuine: list[float], impostor: list[float], pair: tuple[float, float]
+) -> None:
     strict, loose_far = sorted(pair)
     assert tar_at_far(genuine, impostor, strict).tar <= tar_at_far(genuine, impostor, loose_far).tar
 

@@ -340,13 +340,38 @@ def test_a_gain_is_claimed_only_when_its_interval_leaves_zero_out(
         row["separate"] = separate
     found = finding(View(run))
     assert found.verdict == verdict
+    ends = {"gain": "more than the student alone.", "loss": "fewer than the student alone."}
+    ends |= {"unclear": "without a clear gain over the student alone.", "none": "30+ years."}
+    assert found.headline.endswith(ends[verdict])
     assert words in " ".join(found.sentences)
+
+
+def test_a_gain_in_auc_alone_is_not_told_as_one_in_matches() -> None:
+    run = a_run()
+    run["comparisons"] = [row for row in run["comparisons"] if row["metric"] == "own_auc"]
+    found = finding(View(run))
+    assert found.headline.endswith("30+ years; its AUC is above the student alone's.")
+    assert "hundredths of AUC" in " ".join(found.sentences)
 
 
 def test_a_student_better_than_its_teachers_is_said_so() -> None:
     run = a_run()
     run["teachers_kept"] = {"30+": 1.25}
     assert finding(View(run)).headline.startswith("The distilled student finds 1.25 times its best teacher's")
+
+
+def test_models_that_are_only_measured_are_ranked() -> None:
+    run = a_run()
+    for name in ("student_alone", "student_distilled"):
+        del run["models"][name]
+    run |= {"comparisons": [], "training": {}, "level": 0.9}
+    found = finding(View(run))
+    best = run["models"]["age_teacher"]["protocols"]["age_gap"]["bins"][-1]["tar"]["0.01"]["value"]
+    start = f"Age teacher finds {100 * best:.1f} % of the genuine pairs with an age gap of 30+ years."
+    assert found.headline.replace("\u00a0", " ") == start
+    assert found.sentences[0].index("Age teacher") < found.sentences[0].index("General teacher")
+    assert "90 % intervals" in found.sentences[0].replace("\u00a0", " ")
+    assert looks(View(run), LIGHT)["age_teacher"].strong
 
 
 def test_the_headline_bin_is_the_one_with_its_own_roc() -> None:

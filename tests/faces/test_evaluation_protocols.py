@@ -1,0 +1,131 @@
+"""`evaluate` over each protocol, and the splits."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kdlib_faces.evaluation import (
+    LeaveOneOutProtocol,
+    PairProtocol,
+    check_identity_disjoint,
+    evaluate,
+    identity_disjoint_split,
+    leave_one_out,
+    tar_at_far,
+    verify_pairs,
+)
+
+
+def make_embeddings(count: int = 40) -> np.ndarray:
+    return np.random.default_rng(0).normal(size=(count, 6))
+
+
+def test_pairs_by_row_numbers_are_pairs_by_arrays() -> None:
+    embeddings, generator = make_embeddings(), np.random.default_rng(1)
+    left, right, same = generator.integers(0, 40, 60), generator.integers(0, 40, 60), np.arange(60) % 2 == 0
+    for threshold in ("grid", "exact"):
+        found = evaluate(embeddings, PairProtocol(left, right, same, threshold=threshold))
+        direct = verify_pairs(embeddings[left], embeddings[right], same, threshold=threshold)
+        np.testing.assert_array_equal(found.fold_accuracies, direct.fold_accuracies)
+        assert found.to_dict() == direct.to_dict()
+
+
+def test_pairs_with_fars_have_operating_points() -> None:
+    embeddings, same = make_embeddings(), np.arange(20) % 2 == 0
+    result = evaluate(embeddings, PairProtocol.interleaved(same, fars=(0.25, 0.01), fold_ids=np.arange(20) // 4))
+    unit = embeddings / np.linalg.norm(embeddings, axis=1, keepdims=True)
+    scores = (unit[0::2] * unit[1::2]).sum(axis=1)
+    expected = tar_at_far(scores[same], scores[~same], 0.25)
+    assert result.tar[0.25].tar == expected.tar
+    assert result.to_dict()["tar"]["0.25"] == expected.estimate.to_dict()
+    assert not result.tar[0.01].resolvable
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: PairProtocol([0, 1], [1], [1, 0]), r"right must be as long as left \(2\), got 1"),
+        (lambda: PairProtocol([0, -1], [1, 2], [1, 0]), "left must be row numbers from 0, got entry 1"),
+        (lambda: PairProtocol([0, 1], [1, 2], [1, 0, 1]), r"same must be as long as the pairs \(2\), got 3"),
+        (lambda: PairProtocol([0, 1], [1, 2], [1, 0], fold_ids=[0]), "fold_ids must be as long as left"),
+        (lambda: PairProtocol([0, 1], [1, 2], [1, 0], threshold="top"), "threshold must be one of"),
+        (lambda: PairProtocol([0, 1], [1, 9], [1, 0]).evaluate(np.eye(3)), "embeddings must hold row 9, got 3 rows"),
+        (lambda: PairProtocol.interleaved([1, 0]).evaluate(np.eye(5)), "each of 4 images of 2 pairs, got 5"),
+        (lambda: LeaveOneOutProtocol([1, 1, 2], ranks=(3,)), "ranks must be"),
+        (lambda: LeaveOneOutProtocol([[1, 1, 2]]), "identities must be"),
+    ],
+)
+def test_bad_protocols_are_refused(call: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+def test_fractional_row_numbers_are_refused() -> None:
+    with pytest.raises(TypeError, match="left must be an array of row numbers"):
+        PairProtocol([0.0, 1.0], [1, 2], [1, 0])
+
+
+def test_leave_one_out_protocol() -> None:
+    identities = np.arange(40) % 7
+    result = evaluate(make_embeddings(), LeaveOneOutProtocol(identities))
+    rates = leave_one_out(make_embeddings(), identities, ranks=(1, 5))
+    assert [result.to_dict()[f"rank{rank}"]["value"] for rank in (1, 5)] == rates.tolist()
+    assert repr(LeaveOneOutProtocol(identities)) == "LeaveOneOutProtocol(<40 images>, ranks=(1, 5))"
+
+
+def test_a_protocol_of_ones_own_is_taken_and_a_stranger_refused() -> None:
+    class Rows:
+        def evaluate(self, embeddings: Any) -> Any:
+            return len(embeddings)
+
+    assert evaluate(make_embeddings(), Rows()) == 40
+    with pytest.raises(TypeError, match=r"protocol must have an evaluate\(embeddings\) method, got str"):
+        evaluate(make_embeddings(), "lfw")  # type: ignore[arg-type]
+
+
+@given(st.lists(st.integers(0, 12), min_size=3, max_size=60), st.integers(0, 99))
+def test_a_split_shares_no_identity_and_loses_no_image(identities: list[int], seed: int) -> None:
+    if len(set(identities)) < 3:
+        with pytest.raises(ValueError, match="leave each part an identity"):
+            identity_disjoint_split(identities, (0.4, 0.3, 0.3), seed=seed)
+        return
+    who = np.array(identities)
+    parts = identity_disjoint_split(who, (0.4, 0.3, 0.3), seed=seed)
+    assert sorted(np.concatenate(parts).tolist()) == list(range(who.size))
+    for a, b in ((0, 1), (0, 2), (1, 2)):
+        check_identity_disjoint(who[parts[a]], who[parts[b]])
+    order = np.random.default_rng(seed).permutation(who.size)
+    moved = identity_disjoint_split(who[order], (0.4, 0.3, 0.3), seed=seed)
+    assert [set(who[part]) for part in parts] == [set(who[order][part]) for part in moved]
+
+
+def test_a_split_keeps_its_fractions_and_depends_on_the_seed() -> None:
+    who = np.arange(100)
+    train, test = identity_disjoint_split(who, (0.8, 0.2), seed=0)
+    assert (train.size, test.size) == (80, 20)
+    assert not np.array_equal(test, identity_disjoint_split(who, (0.8, 0.2), seed=1)[1])
+    np.testing.assert_array_equal(test, identity_disjoint_split(who, (0.8, 0.2), seed=0)[1])
+
+
+@pytest.mark.parametrize(
+    ("fractions", "message"),
+    [
+        ((0.5, 0.4), "fractions must sum to 1"),
+        ((), "fractions must not be empty"),
+        ((1.0, 0.0), "fractions must be"),
+        ((0.999, 0.001), "leave each part an identity, got 3 identities"),
+    ],
+)
+def test_bad_fractions_are_refused(fractions: tuple[float, ...], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        identity_disjoint_split(["a", "b", "c"], fractions, seed=0)
+
+
+def test_shared_identities_are_named() -> None:
+    with pytest.raises(ValueError, match="got 6 in both: 0, 1, 2, 3, 4, [.][.][.]"):
+        check_identity_disjoint(range(6), range(9))
+    with pytest.raises(ValueError, match="name identities alike, got strings and numbers"):
+        check_identity_disjoint(["1"], [1])
