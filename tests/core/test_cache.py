@@ -125,7 +125,16 @@ def test_a_real_kill(tmp_path: Path) -> None:
     assert run(tmp_path / "killed", "12") == -signal.SIGKILL
     assert json.loads((tmp_path / "killed" / "header.json").read_text())["rows"] == 12
     assert run(tmp_path / "killed") == 0
-    assert run(tmp_path / "whole") == 0
+    torch.manual_seed(0)
+    TeacherCache.build(
+        tmp_path / "whole",
+        TeacherAdapter(nn.Linear(3, 4), {"x": OUTPUT}),
+        lambda samples, view: samples[:, None].float().expand(-1, 3),
+        samples=20,
+        batch_size=4,
+        mark_seconds=0,
+        shard_bytes=48,
+    )
     assert contents(tmp_path / "killed") == contents(tmp_path / "whole")
 
 
