@@ -72,10 +72,6 @@ def metrics(result: AgeGapResult) -> dict[str, Any]:
     return {f"{e.name} {key}": value for e in (*result.bins, result.all) for key, value in e.metrics().items()}
 
 
-def rounded(embeddings: Any) -> Any:
-    return torch.tensor(embeddings)
-
-
 @pytest.mark.parametrize("seed", range(3))
 def test_values_by_hand(seed: int) -> None:
     embeddings, who, ages = make_set(seed)
@@ -109,7 +105,7 @@ def test_bootstrap_by_hand(seed: int, tied: bool) -> None:
         expected = by_hand(embeddings, copies, ages, fars)
         for key, estimate in found.items():
             assert estimate.replicates[row] == pytest.approx(expected[key], abs=1e-9, nan_ok=True), (row, key)
-    assert max(np.nanmax(draws), 0) >= 2
+    assert draws.max() >= 2
 
 
 def test_intervals_are_percentiles_of_the_replicates() -> None:
@@ -157,8 +153,9 @@ def test_thinned_resamples_agree_with_whole_ones() -> None:
     for key, estimate in metrics(whole).items():
         other = metrics(thin)[key]
         assert other.value == estimate.value
-        # Exact where the tail decides, close where the sample of the rest does.
-        assert np.abs(other.replicates - estimate.replicates).max() < 0.02, key
+        # The tail is whole; the sample of the rest only shifts, by a pair or so, how many false accepts are allowed.
+        assert np.abs(other.replicates - estimate.replicates).max() < 0.03, key
+        assert np.abs(other.replicates - estimate.replicates).mean() < 0.003, key
         assert not np.array_equal(other.replicates, estimate.replicates) or "auc" not in key
 
 
@@ -356,7 +353,7 @@ def test_hardest_pairs_by_hand(seed: int) -> None:
 def test_hardest_pairs_stop_where_identities_do() -> None:
     pairs = hardest_pairs(np.eye(3) + 0.1, AgeGapProtocol([0, 0, 1], ages=[1, 2, 3]), count=5)
     assert [same for *_, same in pairs] == [True, False]
-    with pytest.raises(ValueError, match="hardest_pairs: embeddings must be finite.*got row 2"):
+    with pytest.raises(ValueError, match=r"hardest_pairs: embeddings must be finite.*got row 2"):
         hardest_pairs(np.diag([1, 1, np.nan]), AgeGapProtocol([0, 0, 1], ages=[1, 2, 3]), count=5)
 
 
@@ -388,9 +385,9 @@ def test_bad_protocols_are_refused(arguments: dict[str, Any], message: str) -> N
 
 def test_bad_embeddings_are_named() -> None:
     protocol = AgeGapProtocol([0, 0, 1], ages=[1, 2, 3])
-    with pytest.raises(ValueError, match="embeddings must be finite.*got row 1 "):
+    with pytest.raises(ValueError, match=r"embeddings must be finite.*got row 1 "):
         protocol.evaluate(torch.tensor([[1.0], [float("nan")], [1.0]]))
-    with pytest.raises(ValueError, match="embeddings must be non-zero.*got row 0 "):
+    with pytest.raises(ValueError, match=r"embeddings must be non-zero.*got row 0 "):
         protocol.evaluate([[0.0], [1.0], [1.0]])
     with pytest.raises(ValueError, match="one row for each of 3 identities, got 2"):
         protocol.evaluate([[1.0], [1.0]])
@@ -401,5 +398,5 @@ def test_repr_and_unknown_bin() -> None:
     assert repr(protocol).startswith(
         "AgeGapProtocol(<3 images of 2 identities>, ages=..., bins=(0.0, 5.0, 10.0, 20.0, 30.0)"
     )
-    with pytest.raises(ValueError, match="name must be one of 0-4, .*all, got '40'"):
+    with pytest.raises(ValueError, match=r"name must be one of 0-4, .*all, got '40'"):
         protocol.evaluate(np.eye(3)).bin("40")

@@ -1,5 +1,6 @@
 """Verification accuracy against the published steps written out plainly."""
 
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -36,7 +37,7 @@ def published(left: np.ndarray, right: np.ndarray, same: np.ndarray, thresholds:
 
 
 def midpoints(known: list[float]) -> list[float]:
-    return [known[0], *((a + b) / 2 for a, b in zip(known[:-1], known[1:], strict=True)), known[-1] + 1]
+    return [known[0], *((a + b) / 2 for a, b in pairwise(known)), known[-1] + 1]
 
 
 @pytest.mark.parametrize("seed", range(3))
