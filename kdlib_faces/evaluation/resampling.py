@@ -138,7 +138,7 @@ def thin(pairs: PairScores, *, most: int, fars: Sequence[float], seed: int) -> P
     """At most about `most` impostor pairs for the resamples: each bin's most alike, and a sample of the rest.
 
     The pairs that decide a threshold are kept whole (of each bin the `4 max(fars)` part that is most alike, and at
-    least 1000); the others are sampled within each bin and weighed by the inverse of the sampled fraction.
+    least 1000); the others are sampled evenly along their scores, and weighed by the inverse of the sampled fraction.
 
     Args:
         pairs: all pairs.
@@ -160,7 +160,9 @@ def thin(pairs: PairScores, *, most: int, fars: Sequence[float], seed: int) -> P
         rest = members[tail:]
         sample = min(rest.size, max(1000, most // (pairs.bins + 1)))
         if sample:
-            weight[generator.choice(rest, sample, replace=False, shuffle=False)] = rest.size / sample
+            # Evenly along the sorted scores from a random start: the sample then has the scores of the whole.
+            step = rest.size / sample
+            weight[rest[((np.arange(sample) + generator.random()) * step).astype(np.int64)]] = step
     kept = np.flatnonzero(weight)
     return PairScores(
         pairs.genuine_cost,

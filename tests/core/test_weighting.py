@@ -1,0 +1,266 @@
+"""Weightings: one contract over every public one, then the centres against a loop over samples."""
+
+import copy
+import inspect
+import pickle
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+import kdlib
+import kdlib.weighting
+from kdlib import CentreConfidenceWeighting, FixedWeighting, UniformWeighting
+
+CASES = {
+    "UniformWeighting": UniformWeighting(),
+    "FixedWeighting": FixedWeighting([1, 0, 2.5]),
+    "CentreConfidenceWeighting": CentreConfidenceWeighting(6, temperature=0.5),
+}
+
+
+def batch(seed: int = 0, b: int = 5) -> tuple[Tensor, dict[str, object]]:
+    """Losses `(3, b)` and the rest of what a weighting is called with."""
+    generator = torch.Generator().manual_seed(seed)
+    losses = torch.rand(3, b, generator=generator)
+    teachers = [torch.randn(b, d, generator=generator) for d in (4, 7, 2)]
+    identities = torch.randint(6, (b,), generator=generator)
+    student = torch.randn(b, 3, generator=generator)
+    return losses, {"student": student, "teachers": teachers, "targets": {"identity": identities}}
+
+
+def test_every_public_weighting_has_a_case() -> None:
+    assert set(kdlib.weighting.__all__) == set(CASES)
+
+
+@pytest.mark.parametrize("name", kdlib.weighting.__all__)
+def test_contract(name: str) -> None:
+    weighting = copy.deepcopy(CASES[name])
+    passed = 0
+    for seed in range(3):
+        losses, rest = batch(seed)
+        losses.requires_grad_()
+        weights = weighting(losses, **rest)
+        assert weights.shape == (3, 5)
+        assert weights.dtype == losses.dtype
+        assert not weights.requires_grad
+        assert (weights >= 0).all()
+        torch.testing.assert_close(weights.sum(0), torch.ones(5))
+        passed += 1
+    losses, rest = batch(9, b=0)
+    assert weighting(losses, **rest).shape == (3, 0)
+    passed += 1
+    losses, rest = batch(10)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        half = copy.deepcopy(weighting)(losses.bfloat16(), **rest)
+    assert half.dtype == torch.bfloat16
+    torch.testing.assert_close(half.float(), copy.deepcopy(weighting)(losses, **rest), rtol=1e-2, atol=1e-2)
+    passed += 1
+    again = eval(repr(weighting), vars(kdlib))
+    assert repr(again) == repr(weighting)
+    again.load_state_dict(weighting.state_dict())
+    for other in (again, copy.deepcopy(weighting), pickle.loads(pickle.dumps(weighting))):
+        assert torch.equal(other.eval()(losses, **rest), copy.deepcopy(weighting).eval()(losses, **rest))
+        passed += 1
+    assert list(inspect.signature(weighting.forward).parameters) == ["losses", "student", "teachers", "targets"]
+    passed += 1
+    with pytest.raises(ValueError, match=rf"^{name}: losses must be \(k, b\), got \(5,\)"):
+        weighting(losses[0], **rest)
+    passed += 1
+    assert passed == 10
+
+
+def test_uniform_and_fixed_values() -> None:
+    losses, rest = batch()
+    assert torch.equal(UniformWeighting()(losses, **rest), torch.full((3, 5), 1 / 3))
+    fixed = FixedWeighting([1, 0, 3])(losses, **rest)
+    assert torch.equal(fixed, torch.tensor([[0.25], [0.0], [0.75]]).expand(3, 5))
+
+
+@pytest.mark.parametrize(
+    ("weights", "error", "message"),
+    [
+        ([], ValueError, r"weights must hold a number > 0, got \[\]"),
+        ([0, 0.0], ValueError, r"weights must hold a number > 0"),
+        ([1, -1], ValueError, r"weights\[1\] must be a finite number and >= 0, got -1"),
+        ([1, float("nan")], TypeError, r"weights\[1\] must be a finite number and >= 0, got nan"),
+        (3, TypeError, r"weights must be a sequence of numbers, got int"),
+        ("12", TypeError, r"weights must be a sequence of numbers, got str"),
+    ],
+)
+def test_fixed_refuses(weights: object, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=f"^FixedWeighting: {message}"):
+        FixedWeighting(weights)
+
+
+def test_fixed_needs_a_weight_for_each_teacher() -> None:
+    losses, rest = batch()
+    with pytest.raises(ValueError, match=r"^FixedWeighting: losses must be \(k, b\) with k = 2, got \(3, 5\)"):
+        FixedWeighting([1, 2])(losses, **rest)
+
+
+# Centres.
+
+
+class Reference:
+    """The definition, one sample at a time in NumPy."""
+
+    def __init__(self, temperature: float, momentum: float) -> None:
+        self.centres: dict[tuple[int, int], np.ndarray] = {}
+        self.temperature, self.momentum = temperature, momentum
+
+    def __call__(self, teachers: list[np.ndarray], identities: list[int]) -> np.ndarray:
+        unit = [f / np.linalg.norm(f, axis=1, keepdims=True) for f in teachers]
+        weights = np.full((len(teachers), len(identities)), 1 / len(teachers))
+        for i, y in enumerate(identities):
+            if all((k, y) in self.centres for k in range(len(teachers))):
+                scores = np.array([unit[k][i] @ self.centres[k, y] for k in range(len(teachers))]) / self.temperature
+                weights[:, i] = np.exp(scores) / np.exp(scores).sum()
+        for k in range(len(teachers)):
+            for y in {y for y in identities if y >= 0}:
+                mean = np.mean([unit[k][i] for i in range(len(identities)) if identities[i] == y], axis=0)
+                if (k, y) in self.centres:
+                    mean = self.momentum * self.centres[k, y] + (1 - self.momentum) * mean
+                self.centres[k, y] = mean / np.linalg.norm(mean)
+        return weights
+
+
+@settings(deadline=None, max_examples=25)
+@given(
+    seed=st.integers(0, 2**31 - 1),
+    batches=st.lists(st.lists(st.integers(-1, 3), min_size=1, max_size=6), min_size=1, max_size=5),
+    temperature=st.sampled_from([0.1, 1.0]),
+    momentum=st.sampled_from([0.0, 0.5, 0.9]),
+)
+def test_centres_follow_the_definition(
+    seed: int, batches: list[list[int]], temperature: float, momentum: float
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    weighting = CentreConfidenceWeighting(4, temperature=temperature, momentum=momentum)
+    reference = Reference(temperature, momentum)
+    for identities in batches:
+        teachers = [torch.randn(len(identities), d, generator=generator) for d in (5, 3)]
+        got = weighting(
+            torch.zeros(2, len(identities)),
+            student=torch.zeros(len(identities), 1),
+            teachers=teachers,
+            targets={"identity": torch.tensor(identities)},
+        )
+        expected = reference([t.double().numpy() for t in teachers], identities)
+        np.testing.assert_allclose(got.numpy(), expected, rtol=2e-3, atol=1e-5)
+        for (k, y), centre in reference.centres.items():
+            np.testing.assert_allclose(weighting.get_buffer(f"centres_{k}")[y].numpy(), centre, rtol=1e-3, atol=1e-4)
+
+
+def call(weighting: nn.Module, embedding: Tensor, identities: list[int]) -> Tensor:
+    k = 2
+    return weighting(
+        torch.zeros(k, len(identities)),
+        student=torch.zeros(len(identities), 1),
+        teachers=[embedding, -embedding],
+        targets=torch.tensor(identities),
+    )
+
+
+def test_a_new_identity_and_an_unknown_one_are_uniform() -> None:
+    weighting = CentreConfidenceWeighting(3)
+    weighting.set_centres(0, torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.0, 0.0]]))
+    weighting.set_centres(1, torch.tensor([[1.0, 0.0], [0.0, 0.0], [0.0, 1.0]]))
+    weights = call(weighting.eval(), torch.tensor([[1.0, 0.0]] * 4), [0, 1, 2, -1])
+    sure = 1 / (1 + np.exp(-2 / 0.1))
+    assert weights[0].tolist() == pytest.approx([sure, 0.5, 0.5, 0.5])
+
+
+def test_weights_are_taken_before_the_centres_move_and_only_training_moves_them() -> None:
+    weighting = CentreConfidenceWeighting(2)
+    embedding = torch.tensor([[0.0, 2.0]])
+    assert call(weighting.eval(), embedding, [1])[:, 0].tolist() == [0.5, 0.5]
+    assert not weighting.get_buffer("centres_0").any()
+    assert call(weighting.train(), embedding, [1])[:, 0].tolist() == [0.5, 0.5]
+    assert weighting.get_buffer("centres_0").tolist() == [[0.0, 0.0], [0.0, 1.0]]
+    assert weighting.get_buffer("centres_1").tolist() == [[0.0, 0.0], [0.0, -1.0]]
+
+
+def test_order_of_repeated_identities_does_not_matter() -> None:
+    embedding = torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 0.0]])
+    forward, backward = CentreConfidenceWeighting(1), CentreConfidenceWeighting(1)
+    call(forward, embedding, [0, 0, 0])
+    call(backward, embedding.flip(0), [0, 0, 0])
+    wanted = torch.tensor([[2.0, 1.0]]) / 5**0.5
+    torch.testing.assert_close(forward.get_buffer("centres_0"), wanted)
+    torch.testing.assert_close(backward.get_buffer("centres_0"), wanted)
+
+
+def test_a_fresh_module_takes_the_centres_of_a_state_dict() -> None:
+    inside = nn.ModuleDict({"weighting": CentreConfidenceWeighting(4)})
+    embedding = torch.randn(4, 3, generator=torch.Generator().manual_seed(0))
+    call(inside["weighting"], embedding, [0, 1, 2, 2])
+    fresh = nn.ModuleDict({"weighting": CentreConfidenceWeighting(4)})
+    assert list(fresh.state_dict()) == []
+    fresh.load_state_dict(inside.state_dict())
+    assert list(fresh.state_dict()) == ["weighting.centres_0", "weighting.centres_1"]
+    assert torch.equal(
+        call(fresh["weighting"], embedding, [2, 2, 1, 3]), call(inside["weighting"], embedding, [2, 2, 1, 3])
+    )
+    assert torch.equal(fresh.state_dict()["weighting.centres_0"], inside.state_dict()["weighting.centres_0"])
+    # What was loaded is a copy: training one does not move the other.
+    call(fresh["weighting"], -embedding, [0, 1, 2, 3])
+    assert not torch.equal(fresh.state_dict()["weighting.centres_0"], inside.state_dict()["weighting.centres_0"])
+
+
+def test_half_precision_features_of_any_size_and_feature_maps() -> None:
+    weighting = CentreConfidenceWeighting(2)
+    teachers = [300 * torch.ones(2, 3, 2, 2, dtype=torch.float16), torch.zeros(2, 5, dtype=torch.bfloat16)]
+    for _ in range(2):
+        weights = weighting(
+            torch.zeros(2, 2), student=torch.zeros(2, 1), teachers=teachers, targets={"identity": torch.tensor([0, 1])}
+        )
+        assert torch.isfinite(weights).all()
+    assert weighting.get_buffer("centres_0").shape == (2, 12)
+    assert weighting.get_buffer("centres_0").dtype == torch.float32
+    assert torch.equal(weights, torch.full((2, 2), 0.5))
+
+
+def test_no_gradient_flows() -> None:
+    weighting = CentreConfidenceWeighting(2)
+    embedding = torch.ones(1, 3, requires_grad=True)
+    for _ in range(2):
+        weights = call(weighting, embedding, [0])
+    assert not weights.requires_grad
+    assert not weighting.get_buffer("centres_0").requires_grad
+
+
+def test_errors_name_what_is_wrong() -> None:
+    weighting = CentreConfidenceWeighting(3)
+    losses, rest = batch()
+    embedding = torch.ones(1, 3)
+    call(weighting, embedding, [0])
+    with pytest.raises(
+        ValueError, match=r"teachers\[0\], flattened, as at the first call, must be \(b, d\) with d = 3"
+    ):
+        call(weighting, torch.ones(1, 4), [0])
+    with pytest.raises(ValueError, match=r"identities must be below num_identities = 3, got 7"):
+        call(weighting, embedding, [7])
+    with pytest.raises(ValueError, match=r"identities must be \(b,\) with b = 1, got \(2,\)"):
+        weighting(losses[:2, :1], student=embedding, teachers=[embedding] * 2, targets=torch.tensor([0, 1]))
+    with pytest.raises(TypeError, match=r"identities must be whole numbers, got torch.float32"):
+        weighting(losses[:2, :1], student=embedding, teachers=[embedding] * 2, targets={"identity": torch.ones(1)})
+    with pytest.raises(ValueError, match=r"no target named 'identity'; the nearest are 'identities'"):
+        weighting(losses[:2, :1], student=embedding, teachers=[embedding] * 2, targets={"identities": torch.ones(1)})
+    with pytest.raises(ValueError, match=r"teachers must be k = 3 tensors, got 2"):
+        weighting(losses, **{**rest, "teachers": [embedding] * 2})
+    with pytest.raises(ValueError, match=r"teachers\[1\] must be \(b, d, ...\) with b = 5, got \(1, 3\)"):
+        weighting(losses, **{**rest, "teachers": [torch.ones(5, 3), embedding, embedding]})
+    with pytest.raises(ValueError, match=r"set_centres: centres must be \(n, d\) with n = 3, got \(2, 3\)"):
+        weighting.set_centres(0, torch.ones(2, 3))
+    with pytest.raises(ValueError, match=r"set_centres: centres must be finite, got 3 NaN or infinite values of 9"):
+        weighting.set_centres(0, torch.eye(3).log() * torch.eye(3))
+    for bad in ({"temperature": 0}, {"momentum": 1.5}, {"momentum": -0.1}):
+        (name,) = bad
+        with pytest.raises(ValueError, match=f"^CentreConfidenceWeighting: {name} must be"):
+            CentreConfidenceWeighting(3, **bad)
+    with pytest.raises(ValueError, match=r"^CentreConfidenceWeighting: num_identities must be a whole number and >= 1"):
+        CentreConfidenceWeighting(0)
