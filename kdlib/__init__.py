@@ -12,6 +12,7 @@ inputs -> adapters     a model and its taps become named features
 """
 
 from kdlib.adapters import OUTPUT, StudentAdapter, Tap, TeacherAdapter
+from kdlib.cache import CachedTeacher, TeacherCache
 from kdlib.distiller import Distiller
 from kdlib.functional import angular_distill, attention_map, attention_transfer, hint, soft_target
 from kdlib.losses import AngularDistillLoss, AttentionTransferLoss, HintLoss, SoftTargetLoss
@@ -27,6 +28,7 @@ __all__ = [
     "OUTPUT",
     "AngularDistillLoss",
     "AttentionTransferLoss",
+    "CachedTeacher",
     "CentreConfidenceWeighting",
     "ConvProjection",
     "Distiller",
@@ -43,6 +45,7 @@ __all__ = [
     "Tap",
     "Targets",
     "TeacherAdapter",
+    "TeacherCache",
     "Term",
     "TrainConfig",
     "TrainResult",

@@ -256,7 +256,7 @@ def test_errors_name_what_is_wrong() -> None:
         weighting(losses, **{**rest, "teachers": [torch.ones(5, 3), embedding, embedding]})
     with pytest.raises(ValueError, match=r"set_centres: centres must be \(n, d\) with n = 3, got \(2, 3\)"):
         weighting.set_centres(0, torch.ones(2, 3))
-    with pytest.raises(ValueError, match=r"set_centres: centres must be finite, got 3 NaN or infinite values of 9"):
+    with pytest.raises(ValueError, match=r"set_centres: centres must be finite, got 6 NaN or infinite values of 9"):
         weighting.set_centres(0, torch.eye(3).log() * torch.eye(3))
     for bad in ({"temperature": 0}, {"momentum": 1.5}, {"momentum": -0.1}):
         (name,) = bad
