@@ -70,7 +70,7 @@ class AgeGapResult:
         operating_points: by target FAR, the global threshold and its counts; its own interval takes pairs as
             independent.
         roc: measured FAR and TAR, for `"all"` and for the bin of the largest gap against its own impostor pairs.
-        large_gap: name of that bin; None where no bin has both kinds of pair.
+        large_gap: name of that bin; None where no bin has a genuine pair. Without impostor pairs it has no `roc`.
         edges: (e + 1,) edges of the histogram's score bins.
         genuine_counts: by bin name, (e,) genuine scores in each score bin.
         impostor_counts: (e,) all impostor scores.

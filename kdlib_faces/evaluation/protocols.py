@@ -115,19 +115,28 @@ class PairProtocol:
         self.images = images
 
     @classmethod
-    def interleaved(cls, same: Any, **options: Any) -> Self:
+    def interleaved(
+        cls,
+        same: Any,
+        fold_ids: Any = None,
+        threshold: Literal["grid", "exact"] = "grid",
+        fars: Sequence[float] = (),
+    ) -> Self:
         """Pair k is rows 2k and 2k + 1, as in the `.bin` sets; exactly 2p embeddings are wanted.
 
         Args:
             same: (p,) whether each pair shows one identity.
-            **options: `fold_ids`, `threshold` and `fars` of the class.
+            fold_ids: as in the class.
+            threshold: as in the class.
+            fars: as in the class.
 
         Examples:
             >>> PairProtocol.interleaved([True, False]).right.tolist()
             [1, 3]
         """
         count = to_numpy(same).size
-        return cls(np.arange(count) * 2, np.arange(count) * 2 + 1, same, images=2 * count, **options)
+        left = np.arange(count) * 2
+        return cls(left, left + 1, same, fold_ids, threshold, fars, images=2 * count)
 
     def __repr__(self) -> str:
         folds = "None" if self.fold_ids is None else "..."

@@ -139,6 +139,7 @@ def thin(pairs: PairScores, *, most: int, fars: Sequence[float], seed: int) -> P
 
     The pairs that decide a threshold are kept whole (of each bin the `4 max(fars)` part that is most alike, and at
     least 1000); the others are sampled evenly along their scores, and weighed by the inverse of the sampled fraction.
+    The width of an interval moves by a per cent or so for it (of 3.4 million pairs thinned to 2 million).
 
     Args:
         pairs: all pairs.

@@ -153,9 +153,9 @@ def test_thinned_resamples_agree_with_whole_ones() -> None:
     for key, estimate in metrics(whole).items():
         other = metrics(thin)[key]
         assert other.value == estimate.value
-        # The tail is whole; the sample of the rest only shifts, by a pair or so, how many false accepts are allowed.
-        assert np.abs(other.replicates - estimate.replicates).max() < 0.03, key
-        assert np.abs(other.replicates - estimate.replicates).mean() < 0.003, key
+        # The tail is whole. The sample of the rest, here 2000 pairs a bin, adds noise well below that of the resamples.
+        error = np.sqrt(np.mean((other.replicates - estimate.replicates) ** 2))
+        assert error < 0.4 * estimate.replicates.std(), key
         assert not np.array_equal(other.replicates, estimate.replicates) or "auc" not in key
 
 
