@@ -6,6 +6,7 @@ from typing import Any, Self
 import torch
 from torch import nn
 
+from kdlib._checks import check_name
 from kdlib.objective import Objective, ObjectiveOutput
 from kdlib.types import Features, Targets
 
@@ -54,6 +55,11 @@ class Distiller(nn.Module):
                     raise ValueError(
                         f"Distiller: term {name!r} reads teacher {who!r}, got {', '.join(teachers) or 'none'}"
                     )
+        for name, term in objective.terms.items():
+            _check_tap(name, "student", student, term.student)
+            if term.teacher is not None:
+                for who in teachers if term.teachers is None else term.teachers:
+                    _check_tap(name, f"teacher {who!r}", teachers[who], term.teacher)
         self.student = student
         self.objective = objective
         # Outside the module tree: a teacher is no part of what is trained, saved or switched to train mode.
@@ -67,6 +73,7 @@ class Distiller(nn.Module):
         """Run the student and every teacher."""
         given = inputs if isinstance(inputs, tuple) else (inputs,)
         student = self.student(*given)
+        _check_features("student", student)
         return student, {
             name: self._ask(name, teacher, given, targets or {}) for name, teacher in self.teachers.items()
         }
@@ -80,8 +87,11 @@ class Distiller(nn.Module):
                     f"Distiller: teacher {name!r} reads the targets {', '.join(reads)}, the batch lacks {', '.join(missing)}"
                 )
             inputs = tuple(targets[key] for key in reads)
+        if teacher.training:  # somebody has called train() on the teacher itself
+            teacher.eval()
         with torch.no_grad():
             features: Features = teacher(*inputs)
+        _check_features(f"teacher {name!r}", features)
         return features
 
     def forward(self, inputs: Any, targets: Targets | None = None) -> ObjectiveOutput:
@@ -119,3 +129,17 @@ class Distiller(nn.Module):
             for teacher in self.teachers.values():
                 teacher._apply(fn)  # type: ignore[no-untyped-call]  # torch leaves _apply untyped
         return self
+
+
+def _check_tap(term: str, owner: str, model: nn.Module, tap: str) -> None:
+    """An adapter and a cache know their names; another module tells with its first features."""
+    known = getattr(model, "taps", None)
+    if isinstance(known, Mapping):
+        check_name(f"Distiller: term {term!r}", f"feature of the {owner}", tap, known)
+
+
+def _check_features(owner: str, features: object) -> None:
+    if not isinstance(features, Mapping):
+        raise TypeError(
+            f"Distiller: the {owner} must return named features, got {type(features).__name__}; wrap it in an adapter"
+        )

@@ -167,7 +167,7 @@ class Objective(nn.Module):
             for who in self._teachers_of(name, teacher_features):
                 teacher = _feature(f"teacher {who!r}", teacher_features[who], str(term.teacher), name)
                 if isinstance(term.project, nn.Module):
-                    made[who] = copy.deepcopy(term.project) if made else term.project
+                    made[who] = (copy.deepcopy(term.project) if made else term.project).to(student.device)
                 else:
                     made[who] = infer_projection(student.detach(), teacher).to(student.device)
             self.projections[name] = nn.ModuleDict(made)
@@ -196,7 +196,9 @@ class Objective(nn.Module):
                 values[name] = loss.mean() if loss.dim() else loss
                 continue
             who = self._teachers_of(name, teacher_features)
-            facing = [_feature(f"teacher {each!r}", teacher_features[each], str(term.teacher), name) for each in who]
+            facing = [
+                _feature(f"teacher {each!r}", teacher_features[each], str(term.teacher), name).detach() for each in who
+            ]
             losses = torch.stack(
                 [self._compare(name, each, student, teacher) for each, teacher in zip(who, facing, strict=True)]
             )

@@ -60,6 +60,11 @@ class CachedTeacher(nn.Module):
         return self
 
     @property
+    def taps(self) -> dict[str, tuple[int, ...]]:
+        """Feature names, and the shape of one sample of each."""
+        return self.cache.features
+
+    @property
     def fingerprint(self) -> str:
         """That of the cache."""
         return self.cache.fingerprint

@@ -1,0 +1,200 @@
+"""The distiller as users run it: alone, compiled, wrapped, copied, and without any teacher."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.parallel import DistributedDataParallel
+
+from kdlib import (
+    OUTPUT,
+    AngularDistillLoss,
+    AttentionTransferLoss,
+    CentreConfidenceWeighting,
+    Distiller,
+    HintLoss,
+    Objective,
+    StudentAdapter,
+    TeacherAdapter,
+    Term,
+)
+
+
+def net(channels: int, seed: int) -> nn.Sequential:
+    torch.manual_seed(seed)
+    return nn.Sequential(
+        nn.Conv2d(3, channels, 3),
+        nn.BatchNorm2d(channels),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(16 * channels, 2 * channels),
+    )
+
+
+class Head(nn.Module):
+    """A classifier as a loss: a scalar from embeddings and identities."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(9)
+        self.weight = nn.Parameter(torch.randn(3, 4))
+
+    def forward(self, embeddings: Tensor, identities: Tensor) -> Tensor:
+        return F.cross_entropy(embeddings @ self.weight.T, identities)
+
+
+TAPS = {"map": "2", "embedding": OUTPUT}
+
+
+def distiller() -> Distiller:
+    terms = {
+        "identity": Term(Head(), student="embedding", target="identity"),
+        "embedding": Term(AngularDistillLoss(), student="embedding", teacher="embedding", project="auto", weight=2.0),
+        "map": Term(AttentionTransferLoss(), student="map", teacher="map", teachers=["age"], weight=lambda step: 0.5),
+    }
+    teachers = {"general": TeacherAdapter(net(5, 1), TAPS), "age": TeacherAdapter(net(3, 2), TAPS)}
+    objective = Objective(terms, CentreConfidenceWeighting(3), weigh_by="embedding")
+    return Distiller(StudentAdapter(net(2, 0), TAPS), teachers, objective)
+
+
+@pytest.fixture
+def batch() -> tuple[Tensor, dict[str, Tensor]]:
+    images = torch.randn(4, 3, 6, 6, generator=torch.Generator().manual_seed(3))
+    return images, {"identity": torch.tensor([0, 2, 1, 0])}
+
+
+def ready(batch: tuple[Tensor, dict[str, Tensor]]) -> Distiller:
+    made = distiller()
+    torch.manual_seed(5)
+    return made.infer(*batch)
+
+
+def test_every_part_learns_and_no_teacher_does(batch) -> None:
+    ours = ready(batch)
+    ours(*batch).total.backward()
+    still = {name for name, p in ours.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0}
+    assert still <= {"student.model.0.bias"}  # batch norm takes it away again, up to rounding
+    assert {name.split(".")[0] for name in ours.state_dict()} == {"student", "objective"}
+    for teacher in ours.teachers.values():
+        assert all(p.grad is None for p in teacher.model.parameters())
+
+
+def test_copies_give_the_same_numbers_and_share_nothing(batch) -> None:
+    terms = {"hint": Term(HintLoss(), student="embedding", teacher="embedding", project=nn.Linear(4, 10))}
+    ours = Distiller(StudentAdapter(net(2, 0), TAPS), {"t": TeacherAdapter(net(5, 1), TAPS)}, Objective(terms))
+    before = copy.deepcopy(ours)  # before its projections are there
+    ours.infer(*batch)
+    before.infer(*batch)
+    total = ours(*batch).total
+    for other in (before, copy.deepcopy(ours), pickle.loads(pickle.dumps(ours))):
+        torch.testing.assert_close(other(*batch).total, total, rtol=0, atol=0)
+        assert not {id(p) for p in other.parameters()} & {id(p) for p in ours.parameters()}
+        other(*batch).total.backward()
+    assert all(p.grad is None for p in ours.parameters())
+
+
+def test_compile_fullgraph(batch) -> None:
+    torch._dynamo.reset()
+    terms = {
+        "identity": Term(Head(), student="embedding", target="identity"),
+        "embedding": Term(AngularDistillLoss(), student="embedding", teacher="embedding", project="auto"),
+        "map": Term(AttentionTransferLoss(), student="map", teacher="map"),
+    }
+    teachers = {"general": TeacherAdapter(net(5, 1), TAPS), "age": TeacherAdapter(net(3, 2), TAPS)}
+    ours = Distiller(StudentAdapter(net(2, 0), TAPS), teachers, Objective(terms)).infer(*batch).eval()
+    compiled = torch.compile(ours, fullgraph=True, backend="eager")
+    for _ in range(2):
+        got, expected = compiled(*batch), ours(*batch)
+        torch.testing.assert_close(got.total, expected.total)
+        torch.testing.assert_close(got.weights, expected.weights)
+    got.total.backward()
+    assert ours.student.model[0].weight.grad.abs().sum() > 0
+
+
+def test_distributed(batch, tmp_path) -> None:
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        plain, wrapped = ready(batch), DistributedDataParallel(ready(batch))
+        for model in (plain, wrapped):
+            model(*batch).total.backward()
+        for ours, theirs in zip(plain.parameters(), wrapped.parameters(), strict=True):
+            torch.testing.assert_close(ours.grad, theirs.grad)
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def test_without_teachers_it_trains_a_network_alone(batch) -> None:
+    objective = Objective({"identity": Term(Head(), student="embedding", target="identity")})
+    alone = Distiller(StudentAdapter(net(2, 0), TAPS), {}, objective)
+    optimizer = torch.optim.SGD(alone.trainable_parameters(), 0.1)
+    losses = []
+    for _ in range(20):
+        output = alone(*batch)
+        optimizer.zero_grad()
+        output.total.backward()
+        optimizer.step()
+        losses.append(output.total.item())
+    assert losses[-1] < 0.2 * losses[0]
+    assert output.weights == {}
+
+
+def test_a_loss_of_the_user_sends_no_gradient_to_a_teacher() -> None:
+    student, teacher = torch.randn(3, 4, requires_grad=True), torch.randn(3, 4, requires_grad=True)
+    objective = Objective({"mse": Term(F.mse_loss, student="x", teacher="x")})
+    objective({"x": student}, {"t": {"x": teacher}}).total.backward()
+    assert student.grad is not None
+    assert teacher.grad is None
+
+
+def test_names_are_checked_before_any_forward() -> None:
+    student, teacher = StudentAdapter(net(2, 0), TAPS), TeacherAdapter(net(3, 1), TAPS)
+    for taps, message in [
+        (
+            {"student": "embeding", "teacher": "map"},
+            "no feature of the student named 'embeding'; the nearest are 'embed",
+        ),
+        ({"student": "map", "teacher": "maps"}, "no feature of the teacher 't' named 'maps'; the nearest are 'map'"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            Distiller(student, {"t": teacher}, Objective({"a": Term(HintLoss(), **taps)}))
+
+
+def test_a_model_without_adapter_is_told_to_take_one(batch) -> None:
+    objective = Objective({"a": Term(Head(), student="embedding", target="identity")})
+    with pytest.raises(TypeError, match="the student must return named features, got Tensor; wrap it in an adapter"):
+        Distiller(net(2, 0), {}, objective)(*batch)
+    with pytest.raises(TypeError, match="the teacher 't' must return named features, got Tensor"):
+        Distiller(StudentAdapter(net(2, 0), TAPS), {"t": net(2, 1)}, objective)(*batch)
+
+
+def test_any_module_as_teacher_is_kept_in_eval_mode(batch) -> None:
+    class Teacher(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = net(2, 1)
+
+        def forward(self, images: Tensor) -> dict[str, Tensor]:
+            return {"embedding": self.net(images)}
+
+    teacher = Teacher()
+    terms = {"a": Term(HintLoss(), student="embedding", teacher="embedding")}
+    ours = Distiller(StudentAdapter(net(2, 0), TAPS), {"t": teacher}, Objective(terms)).train()
+    before = copy.deepcopy(teacher.state_dict())
+    first = ours(*batch).total
+    teacher.train()
+    torch.testing.assert_close(ours(*batch).total, first)
+    first.backward()
+    for name, value in teacher.state_dict().items():
+        torch.testing.assert_close(value, before[name], rtol=0, atol=0)
+    assert all(p.grad is None for p in teacher.parameters())
+    assert not any(name.startswith("teacher") for name in ours.state_dict())
+
+
+def test_moving_the_distiller_moves_its_teachers(batch) -> None:
+    ours = ready(batch).double()
+    output = ours(batch[0].double(), batch[1])
+    assert output.total.dtype == torch.float64
+    assert next(ours.teachers["age"].model.parameters()).dtype == torch.float64
