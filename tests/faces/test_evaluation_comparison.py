@@ -1,0 +1,86 @@
+"""Comparison of two models on one set, and the pairs that a model fails on, against loops over pairs."""
+
+import json
+from itertools import combinations
+from typing import Any
+
+import numpy as np
+import pytest
+
+from kdlib_faces.evaluation import AgeGapProtocol, compare, hardest_pairs
+
+
+def make_set(seed: int, identities: int = 9, images: int = 5) -> tuple[Any, Any, Any]:
+    """Embeddings, identities and ages."""
+    generator = np.random.default_rng(seed)
+    who = generator.permutation(np.repeat(np.arange(identities), images))
+    embeddings = generator.normal(size=(identities, 4))[who] + 0.7 * generator.normal(size=(who.size, 4))
+    return embeddings, who, generator.uniform(1, 60, who.size)
+
+
+def test_compare_pairs_the_resamples() -> None:
+    embeddings, who, ages = make_set(0, identities=20)
+    protocol = AgeGapProtocol(who, ages=ages, fars=(0.1,), replicates=80)
+    noise = np.random.default_rng(1).normal(size=embeddings.shape)
+    good, bad = protocol.evaluate(embeddings), protocol.evaluate(embeddings + 3 * noise)
+    entries = compare({"good": good, "bad": bad}, "good", "bad")
+    assert len(entries) == 6 * 4
+    assert list(entries[0]) == ["a", "b", "protocol", "bin", "metric", "difference", "separate"]
+    assert {entry["metric"] for entry in entries} == {"auc", "own_auc", "tar@0.1", "own_tar@0.1"}
+    by_key = {(entry["bin"], entry["metric"]): entry for entry in entries}
+    clear = by_key["all", "auc"]
+    assert clear["separate"] is True
+    replicates = good.all.auc.replicates - bad.all.auc.replicates
+    assert clear["difference"] == {
+        "value": pytest.approx(good.all.auc.value - bad.all.auc.value),
+        "low": pytest.approx(np.quantile(replicates, 0.025)),
+        "high": pytest.approx(np.quantile(replicates, 0.975)),
+        "n": good.all.genuine,
+    }
+    same = compare({"good": good, "twin": good}, "good", "twin")
+    assert {entry["separate"] for entry in same} == {False}
+    assert {entry["difference"]["value"] for entry in same} == {0.0}
+    json.dumps(entries, allow_nan=False)
+
+
+def test_compare_refuses_unlike_results() -> None:
+    embeddings, who, ages = make_set(0)
+    first, second = (AgeGapProtocol(who, ages=ages, replicates=3, seed=s).evaluate(embeddings) for s in (0, 1))
+    with pytest.raises(ValueError, match="results of one protocol"):
+        compare({"x": first, "y": second}, "x", "y")
+    with pytest.raises(ValueError, match="must be among x, got 'z'"):
+        compare({"x": first}, "x", "z")
+
+
+def test_compare_leaves_empty_bins_null() -> None:
+    protocol = AgeGapProtocol([0, 0, 1, 1], ages=[1, 2, 3, 4], fars=(0.5,), replicates=5)
+    result = protocol.evaluate(np.eye(4) + 1)
+    entries = [entry for entry in compare({"x": result, "y": result}, "x", "y") if entry["bin"] == "30+"]
+    assert [entry["difference"]["value"] for entry in entries] == [None] * 4
+    assert [entry["separate"] for entry in entries] == [False] * 4
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_hardest_pairs_by_hand(seed: int) -> None:
+    embeddings, who, ages = make_set(seed, identities=8)
+    pairs = hardest_pairs(embeddings, AgeGapProtocol(who, ages=ages), count=3)
+    unit = embeddings / np.linalg.norm(embeddings, axis=1, keepdims=True)
+    expected, used = [], set()
+    scored = sorted((float(unit[i] @ unit[j]), i, j) for i, j in combinations(range(who.size), 2))
+    for score, i, j in scored:
+        if who[i] == who[j] and abs(ages[i] - ages[j]) >= 30 and who[i] not in used and len(expected) < 3:
+            used.add(who[i])
+            expected.append((i, j, pytest.approx(score), True))
+    used = set()
+    for score, i, j in reversed(scored):
+        if who[i] != who[j] and not {who[i], who[j]} & used and len(expected) < 6:
+            used |= {who[i], who[j]}
+            expected.append((i, j, pytest.approx(score), False))
+    assert pairs == expected
+
+
+def test_hardest_pairs_stop_where_identities_do() -> None:
+    pairs = hardest_pairs(np.eye(3) + 0.1, AgeGapProtocol([0, 0, 1], ages=[1, 2, 3]), count=5)
+    assert [same for *_, same in pairs] == [True, False]
+    with pytest.raises(ValueError, match=r"hardest_pairs: embeddings must be finite.*got row 2"):
+        hardest_pairs(np.diag([1, 1, np.nan]), AgeGapProtocol([0, 0, 1], ages=[1, 2, 3]), count=5)
