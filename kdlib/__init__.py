@@ -11,8 +11,9 @@ inputs -> adapters     a model and its taps become named features
 `kdlib.functional` holds every loss as a plain function.
 """
 
+from typing import TYPE_CHECKING
+
 from kdlib.adapters import OUTPUT, StudentAdapter, Tap, TeacherAdapter
-from kdlib.cache import CachedTeacher, TeacherCache
 from kdlib.distiller import Distiller
 from kdlib.functional import angular_distill, attention_map, attention_transfer, hint, soft_target
 from kdlib.losses import AngularDistillLoss, AttentionTransferLoss, HintLoss, SoftTargetLoss
@@ -21,6 +22,9 @@ from kdlib.projections import ConvProjection, LinearProjection, infer_projection
 from kdlib.training import TrainConfig, TrainResult, train
 from kdlib.types import Features, Loss, Projection, Targets, Weighting
 from kdlib.weighting import CentreConfidenceWeighting, FixedWeighting, UniformWeighting
+
+if TYPE_CHECKING:
+    from kdlib.cache import CachedTeacher, TeacherCache
 
 __version__ = "0.1.0"
 
@@ -60,3 +64,13 @@ __all__ = [
     "soft_target",
     "train",
 ]
+
+
+def __getattr__(name: str) -> object:
+    # Keeping a cache out of compiled graphs loads torch's compiler, which takes as long as torch itself.
+    if name in ("CachedTeacher", "TeacherCache"):
+        from kdlib import cache
+
+        value: object = getattr(cache, name)
+        return value
+    raise AttributeError(f"module 'kdlib' has no attribute {name!r}")

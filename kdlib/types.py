@@ -32,6 +32,4 @@ class Projection(Protocol):
 class Weighting(Protocol):
     """`(k, b)` losses of k teachers to `(k, b)` weights whose columns sum to one."""
 
-    def __call__(
-        self, losses: Tensor, *, student: Tensor, teachers: Sequence[Tensor], targets: Targets
-    ) -> Tensor: ...
+    def __call__(self, losses: Tensor, *, student: Tensor, teachers: Sequence[Tensor], targets: Targets) -> Tensor: ...

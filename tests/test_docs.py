@@ -1,0 +1,107 @@
+"""The documentation is complete, its code runs, and it loads nothing from outside."""
+
+import importlib
+import re
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+import pytest
+
+import kdlib
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+BLOCK = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+BLOCKS = [(page, number, code) for page in PAGES for number, code in enumerate(BLOCK.findall(page.read_text("utf-8")))]
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    pytest.importorskip("sphinx", reason="the docs extra is absent")
+    target = tmp_path_factory.mktemp("html")
+    command = [sys.executable, "-m", "sphinx", "-q", "-n", "-W", "-b", "html", "-d", str(target / ".trees")]
+    done = subprocess.run([*command, "docs", str(target)], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return target
+
+
+@pytest.mark.parametrize(
+    ("page", "number", "code"), BLOCKS, ids=[f"{page.stem}-{number}" for page, number, _ in BLOCKS]
+)
+def test_code_on_the_pages_runs(page: Path, number: int, code: str, tmp_path: Path) -> None:
+    script = tmp_path / "block.py"
+    script.write_text(code, encoding="utf-8")
+    done = subprocess.run(
+        [sys.executable, "-W", "error", script], capture_output=True, text=True, check=False, cwd=ROOT
+    )
+    assert done.returncode == 0, f"{page.name}, block {number}: {done.stderr}"
+
+
+def test_there_is_code_on_the_pages() -> None:
+    assert len(BLOCKS) >= 8
+    assert sum(page.name == "README.md" for page, _, _ in BLOCKS) >= 2
+
+
+def described(html: Path) -> list[str]:
+    from sphinx.util.inventory import InventoryFile
+
+    inventory = InventoryFile.loads((html / "objects.inv").read_bytes(), uri="")
+    return [name for kind in inventory.data if kind.startswith("py:") for name in inventory.data[kind]]
+
+
+def resolve(name: str) -> object:
+    parts = name.split(".")
+    for cut in range(len(parts), 0, -1):
+        try:
+            found: object = importlib.import_module(".".join(parts[:cut]))
+        except ModuleNotFoundError:
+            continue
+        for part in parts[cut:]:
+            found = getattr(found, part, None)
+        return found
+    return None
+
+
+def missing(names: list[str], package: types.ModuleType, entries: list[str]) -> list[str]:
+    found = [resolve(entry) for entry in entries]
+    return [name for name in names if not any(getattr(package, name) is each for each in found)]
+
+
+def test_every_public_name_is_described(built: Path) -> None:
+    entries = described(built)
+    core = [entry for entry in entries if entry.startswith("kdlib.")]
+    assert missing([name for name in kdlib.__all__ if name != "__version__"], kdlib, core) == []
+    rooms = ["adapters", "cache", "functional", "losses", "objective", "projections", "training", "weighting"]
+    rooms = [f"kdlib.{room}" for room in rooms] + [
+        f"kdlib_faces.{room}" for room in ("evaluation", "heads", "teachers")
+    ]
+    for room in rooms:
+        module = importlib.import_module(room)
+        names = [name for name in module.__all__ if isinstance(getattr(module, name), (type, types.FunctionType))]
+        assert missing(names, module, entries) == [], room
+
+
+def test_the_first_api_page_lists_every_public_name() -> None:
+    page = (ROOT / "docs/api/kdlib.rst").read_text("utf-8")
+    listed = {name.rsplit(".", 1)[-1] for name in re.findall(r"^   ~(\S+)$", page, re.MULTILINE)}
+    assert listed == set(kdlib.__all__) - {"__version__"}
+
+
+def test_pages_load_nothing_from_outside(built: Path) -> None:
+    loads = re.compile(r"""<(?:script|img|iframe)[^>]*\ssrc=["']?(?:https?:)?//|<link[^>]*rel=["']?stylesheet[^>]*//""")
+    pages = sorted(built.rglob("*.html"))
+    assert len(pages) > 20
+    assert [page.name for page in pages if loads.search(page.read_text("utf-8"))] == []
+    assert any("<math" in page.read_text("utf-8") for page in pages)
+
+
+def test_the_version_is_the_same_everywhere() -> None:
+    import tomllib
+
+    import kdlib_faces
+
+    declared = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]["version"]
+    assert kdlib.__version__ == declared == kdlib_faces.__version__
+    assert declared in (ROOT / "CHANGELOG.md").read_text("utf-8")
