@@ -12,6 +12,7 @@ from torch import Tensor
 import kdlib.losses
 from kdlib import AngularDistillLoss, AttentionTransferLoss, HintLoss, SoftTargetLoss
 from kdlib.functional import angular_distill, attention_transfer, hint, soft_target
+from kdlib.losses._maths import full_precision
 
 LOSSES = {
     "squared": AngularDistillLoss(),
@@ -243,3 +244,15 @@ def test_tensors_in_odd_memory_order(name: str) -> None:
     else:
         odd = student.detach().t().contiguous().t(), teacher.detach().repeat_interleave(2, 1)[:, ::2]
     torch.testing.assert_close(LOSSES[name](*odd), expected.detach())
+
+
+def test_full_precision_holds_where_autocast_would_round() -> None:
+    x = noise(0).float()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert (x @ x.T).dtype == torch.bfloat16
+        with full_precision(x):
+            assert torch.equal(x @ x.T, x.matmul(x.T))
+            assert (x @ x.T).dtype == torch.float32
+        assert torch.is_autocast_enabled("cpu")
+    with full_precision(torch.empty(1, device="meta")):  # a device without autocast
+        assert (x @ x.T).dtype == torch.float32

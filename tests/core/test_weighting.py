@@ -264,3 +264,12 @@ def test_errors_name_what_is_wrong() -> None:
             CentreConfidenceWeighting(3, **bad)
     with pytest.raises(ValueError, match=r"^CentreConfidenceWeighting: num_identities must be a whole number and >= 1"):
         CentreConfidenceWeighting(0)
+
+
+def test_centres_under_autocast_are_those_of_float32() -> None:
+    plain, auto = CentreConfidenceWeighting(2), CentreConfidenceWeighting(2)
+    embedding = torch.randn(6, 5, generator=torch.Generator().manual_seed(0))
+    call(plain, embedding, [0, 1, 1, 0, 1, 0])
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        call(auto, embedding, [0, 1, 1, 0, 1, 0])
+    assert torch.equal(auto.get_buffer("centres_0"), plain.get_buffer("centres_0"))
