@@ -1,0 +1,71 @@
+"""Stage 7: is the student like its teacher? Two numbers on embeddings of the same inputs. Touches tensors alone."""
+
+import torch
+from torch import Tensor
+
+from kdlib._checks import check_floating, check_pair, check_rank, check_same_batch
+
+__all__ = ["linear_cka", "mean_cosine"]
+
+
+@torch.no_grad()
+def mean_cosine(student: Tensor, teacher: Tensor) -> Tensor:
+    """Mean cosine of the angle between both embeddings of each input.
+
+    Says how far the student can stand in for its teacher in a gallery of the teacher's embeddings.
+
+    Args:
+        student: `(b, d)`.
+        teacher: `(b, d)`, in the same coordinates.
+
+    Returns:
+        Scalar in [-1, 1]; a zero row counts as 0.
+
+    Raises:
+        TypeError, ValueError: tensors of other kinds or shapes.
+
+    Examples:
+        >>> x = torch.tensor([[1.0, 0.0], [0.0, 2.0]])
+        >>> mean_cosine(x, torch.tensor([[3.0, 0.0], [1.0, 0.0]]))
+        tensor(0.5000)
+    """
+    check_pair("mean_cosine", student, teacher, "b d")
+    first, second = (x.double() for x in (student, teacher))
+    first, second = (x / x.norm(dim=1, keepdim=True).clamp(min=1e-300) for x in (first, second))
+    mean: Tensor = (first * second).sum(1).mean()
+    return mean.to(student.dtype)
+
+
+@torch.no_grad()
+def linear_cka(student: Tensor, teacher: Tensor) -> Tensor:
+    r"""Linear centred kernel alignment: are the two sets of embeddings alike up to rotation and scale?
+
+    `||X^T Y||_F^2 / (||X^T X||_F ||Y^T Y||_F)` with centred columns; needs no common coordinates nor dimensions.
+
+    Args:
+        student: `(b, d)`.
+        teacher: `(b, D)`.
+
+    Returns:
+        Scalar in [0, 1]; 0 where one side does not vary.
+
+    Raises:
+        TypeError, ValueError: tensors of other kinds or shapes.
+
+    Examples:
+        >>> x = torch.randn(20, 4, generator=torch.Generator().manual_seed(0))
+        >>> round(float(linear_cka(x, 3 * x[:, [2, 0, 3, 1]])), 4)
+        1.0
+
+    References:
+        Kornblith, Norouzi, Lee, Hinton: Similarity of Neural Network Representations Revisited, ICML 2019.
+    """
+    check_floating("linear_cka", student=student, teacher=teacher)
+    check_rank("linear_cka", "student", student, "b d")
+    check_rank("linear_cka", "teacher", teacher, "b d")
+    check_same_batch("linear_cka", "student", student, "teacher", teacher)
+    first, second = (x.double() - x.double().mean(0) for x in (student, teacher))
+    cross = (first.T @ second).square().sum()
+    own = (first.T @ first).norm() * (second.T @ second).norm()
+    alike: Tensor = cross / own.clamp(min=1e-300)
+    return alike.to(student.dtype)
