@@ -82,7 +82,8 @@ def train(
             every_steps=config.checkpoint_every_steps,
             every_seconds=config.checkpoint_every_seconds,
         )
-        distiller.infer(*_moved(stream.peek(), device, config))
+        if not distiller.objective.inferred:
+            distiller.infer(*_moved(stream.peek(), device, config))
         distiller.train()
         run = _Run(distiller, stream, config, device, total_steps)
         resumed_from = run.resume(store)

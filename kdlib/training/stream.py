@@ -27,7 +27,7 @@ class BatchStream:
     def __init__(self, loader: Iterable[Batch], accumulate: int) -> None:
         self.loader = loader
         self.accumulate = accumulate
-        self.length: int | None = len(loader) if isinstance(loader, Sized) else None
+        self.length = _length(loader)
         self.epoch = 0
         self.batch = 0
         self._batches: Iterator[Batch] | None = None
@@ -123,3 +123,11 @@ class BatchStream:
             )
         for generator, state in zip(generators, states, strict=True):
             generator.set_state(state)
+
+
+def _length(loader: Iterable[Batch]) -> int | None:
+    """`len(loader)`, or `None`: a DataLoader over an endless dataset has a `__len__` that raises."""
+    try:
+        return len(loader) if isinstance(loader, Sized) else None
+    except TypeError:
+        return None

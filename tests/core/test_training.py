@@ -36,6 +36,7 @@ class Steps:
 
     def __init__(self) -> None:
         self.seen: list[int] = []
+        self.inferred = False
 
     def set_step(self, step: int) -> None:
         self.seen.append(step)
@@ -57,6 +58,7 @@ class Toy(nn.Module):
 
     def infer(self, inputs: Tensor, targets: Any) -> None:
         self.inferred += 1
+        self.objective.inferred = True
 
     def trainable_parameters(self) -> list[nn.Parameter]:
         return list(self.student.parameters())
