@@ -321,6 +321,13 @@ def test_lengths() -> None:
             return iter(batches(3))
 
     assert train(Toy(), Unsized(), TrainConfig(max_steps=7)).epoch == 2
+
+    class Endless(torch.utils.data.IterableDataset[Any]):
+        def __iter__(self) -> Any:
+            while True:
+                yield from batches(3)
+
+    assert train(Toy(), DataLoader(Endless(), batch_size=None), TrainConfig(max_steps=4)).step == 4
     with pytest.raises(ValueError, match="loader must have a length when max_steps is not given"):
         train(Toy(), Unsized(), TrainConfig(epochs=1))
     with pytest.raises(ValueError, match="loader must yield at least one batch"):
