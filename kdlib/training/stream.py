@@ -59,7 +59,7 @@ class BatchStream:
     def take(self) -> tuple[int, int, list[Batch]]:
         """The epoch, the index in it of the first batch, and the next group of batches."""
         for _ in range(2):
-            batches = self._batches or self._open()
+            batches = self._open() if self._batches is None else self._batches
             group = list(islice(batches, self.accumulate))
             epoch, first = self.epoch, self.batch
             self.batch += len(group)
