@@ -13,7 +13,7 @@ from typing import NoReturn
 
 __all__ = ["main"]
 
-BUDGETS = {"quick": 300, "full": 6000}
+QUICK_STEPS = 300
 
 
 class _Parser(argparse.ArgumentParser):
@@ -39,7 +39,7 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--output", type=Path, default=Path("runs/demo"), help="folder of the report (runs/demo)")
     demo.add_argument("--teacher", action="append", default=[], metavar="ONNX", help="general first, then the other")
     demo.add_argument("--seeds", type=int, default=1, metavar="N", help="N runs, from --seed on (1)")
-    demo.add_argument("--budget", metavar="quick|full|STEPS", help="steps of each student")
+    demo.add_argument("--budget", metavar="quick|full|STEPS", help="steps of each student; full is the default")
 
     train = commands.add_parser("train", parents=[common, run], help="train a student or a teacher on your lists")
     train.add_argument("--recipe", default="liaad", metavar="liaad|student|general_teacher|age_teacher")
@@ -141,10 +141,11 @@ def _demo(options: argparse.Namespace, command: str) -> None:
     from kdlib_faces.recipes import demo
 
     settings = list(options.settings)
-    if options.budget is not None:
-        if options.budget not in BUDGETS and not options.budget.isdigit():
-            raise InputError(f"--budget must be quick, full or a number of steps, got {options.budget!r}")
-        settings.insert(0, f"student_steps={BUDGETS.get(options.budget, options.budget)}")
+    if options.budget not in (None, "full"):
+        steps = str(QUICK_STEPS) if options.budget == "quick" else options.budget
+        if not steps.isdigit():
+            raise InputError(f"--budget must be quick, full or a number of steps, got {steps!r}")
+        settings.insert(0, f"student_steps={steps}")
     if options.seeds < 1 or options.seed < 0:
         raise InputError(f"--seeds must be at least 1 and --seed at least 0, got {options.seeds} and {options.seed}")
     base = demo.faces_config() if options.faces else None

@@ -37,7 +37,8 @@ def train(
 
     A run that is killed at any moment and started again ends, on the CPU, with the weights that it would have had, bit
     for bit: the checkpoint holds the weights, the optimizer, the average, the place in the epoch and the random states.
-    For that the batches must be a function of the epoch, their place in it, and torch's randomness alone.
+    For that the batches must be a function of the epoch, their place in it, and torch's randomness alone, and the number
+    of threads the same.
 
     Under `torchrun` (an initialised process group) gradients are averaged over processes, and the first process alone
     writes and calls hooks; the loader must give each process its own part of the data.

@@ -88,12 +88,15 @@ def real_material(
             input_size=TEACHER_SIZE,
             test_images=test_big,
         )
+    mixed = _mixes_gray_and_colour(big)
+    students_see = "luminance" if mixed else "what the files hold"
+    say(f"students see {students_see}, {config.size} pixels", quiet=quiet)
     return Material(
         title="Two teachers, one light student: real faces, young against adult",
-        train_images=_shrunk(big, config.size),
+        train_images=_for_students(big, config.size, luminance=mixed),
         train_identities=codes,
         num_identities=len(people),
-        test_images=_shrunk(test_big, config.size),
+        test_images=_for_students(test_big, config.size, luminance=mixed),
         test_identities=test_list.identities,
         test_ages=None if test_list.age_groups is not None else test_list.ages,
         test_groups=test_list.age_groups,
@@ -110,6 +113,7 @@ def real_material(
                 "People are told apart by name across all lists; no person of the test is in the training.",
                 "The teachers may have seen any of these people: compare the models with each other, not with published tables.",
                 "Ages or age groups are read by the age map of the second teacher alone.",
+                *(["Some lists are gray and some have colour: both students see luminance alone."] if mixed else []),
             ],
         },
     )
@@ -172,13 +176,24 @@ def _sized(images: Tensor, size: int) -> Tensor:
     return F.interpolate(images, (size, size), mode="bilinear", antialias=True, align_corners=False)
 
 
-def _shrunk(images: Tensor, size: int) -> Tensor:
-    """uint8 images at the student's size."""
-    if images.shape[-1] == size:
+def _mixes_gray_and_colour(images: Tensor) -> bool:
+    """Whether colour tells where an image came from: a student would learn that in place of faces."""
+    counted = torch.zeros((), dtype=torch.int64)
+    for part in images.split(512):
+        counted += (part == part[:, :1]).flatten(1).all(dim=1).sum()
+    return 0.02 * len(images) < int(counted) < 0.98 * len(images)
+
+
+def _for_students(images: Tensor, size: int, *, luminance: bool) -> Tensor:
+    """uint8 images at the student's size, their three channels equal where luminance (ITU-R 601) is all it may see."""
+    if images.shape[-1] == size and not luminance:
         return images
     out = torch.empty(len(images), 3, size, size, dtype=torch.uint8)
+    weight = torch.tensor([0.299, 0.587, 0.114]).view(1, 3, 1, 1)
     for start in range(0, len(images), 512):
         part = _sized(images[start : start + 512].float(), size)
+        if luminance:
+            part = (part * weight).sum(1, keepdim=True)
         out[start : start + 512] = part.round_().clamp_(0, 255).to(torch.uint8)
     return out
 
