@@ -2,7 +2,8 @@
 
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sized
+from collections.abc import Callable, Iterable, Iterator, Sized
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, TextIO, TypeVar
 
 from tqdm import tqdm
@@ -10,7 +11,7 @@ from tqdm import tqdm
 if TYPE_CHECKING:
     from kdlib.training.events import TrainEvent
 
-__all__ = ["TrainProgress", "progress", "say"]
+__all__ = ["TrainProgress", "progress", "progress_to", "say"]
 
 T = TypeVar("T")
 EVERY = 10.0
@@ -54,6 +55,36 @@ def progress(
             meter.to(done)
     finally:
         meter.close()
+
+
+@contextmanager
+def progress_to(
+    label: str, *, quiet: bool = False, stream: TextIO | None = None, every: float = EVERY
+) -> Iterator[Callable[[int, int], None]]:
+    """For work that tells how far it is: a function of the number done and the number in all, shown until the block ends.
+
+    Args:
+        label: what is being done.
+        quiet: show nothing.
+        stream: where to; standard error by default.
+        every: seconds between two lines where `stream` is no terminal.
+
+    Examples:
+        >>> with progress_to("rows", quiet=True) as show:
+        ...     show(1, 2)
+    """
+    meter: _Meter | None = None
+
+    def show(done: int, total: int) -> None:
+        nonlocal meter
+        meter = meter or _Meter(label, total, quiet=quiet, stream=stream, every=every)
+        meter.to(done)
+
+    try:
+        yield show
+    finally:
+        if meter is not None:
+            meter.close()
 
 
 class TrainProgress:

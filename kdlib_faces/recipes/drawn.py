@@ -3,8 +3,9 @@
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
+from torch import nn
+from torch.nn import functional as F
 
 from kdlib import OUTPUT, StudentAdapter, TeacherAdapter
 from kdlib.distiller import Distiller
@@ -23,7 +24,7 @@ from kdlib_faces.teachers import (
     MappedTeacher,
     fit_rotation,
     record,
-    weights_fingerprint,
+    said_of_all,
 )
 
 __all__ = ["drawn_material"]
@@ -105,8 +106,8 @@ def drawn_material(config: Any, work: Path, *, seed: int, quiet: bool) -> Materi
             adapter,
             images,
             work / name / "outputs",
-            fingerprint=weights_fingerprint(net),
             label=f"outputs of the {name.replace('_', ' ')}",
+            quiet=quiet,
         )
     return Material(
         title="Two teachers, one light student: drawn faces that age",
@@ -117,7 +118,7 @@ def drawn_material(config: Any, work: Path, *, seed: int, quiet: bool) -> Materi
         test_identities=test.labels.numpy(),
         test_ages=test.ages.numpy(),
         teachers=teachers,
-        recorded={AGE: recorded[AGE], GENERAL: aligned(recorded[GENERAL], recorded[AGE])},
+        recorded={AGE: recorded[AGE], GENERAL: aligned(recorded[GENERAL], recorded[AGE], len(images))},
         curves=curves,
         data={
             "name": "SyntheticFaces",
@@ -134,13 +135,8 @@ def drawn_material(config: Any, work: Path, *, seed: int, quiet: bool) -> Materi
     )
 
 
-def aligned(general: Any, age: Any) -> MappedTeacher:
+def aligned(general: nn.Module, age: nn.Module, count: int) -> MappedTeacher:
     """The general teacher turned onto the age-invariant teacher's sphere; its own cosines stay as they are."""
-    step = max(1, len(general.arrays["embedding"]) // 20_000)
-    first, second = (
-        torch.nn.functional.normalize(
-            torch.from_numpy(np.asarray(each.arrays["embedding"][::step, 0], np.float32)), dim=1
-        )
-        for each in (general, age)
-    )
+    samples = torch.arange(0, count, max(1, count // 20_000))
+    first, second = (F.normalize(said_of_all(each, "embedding", samples), dim=1) for each in (general, age))
     return MappedTeacher(general, {"embedding": fit_rotation(first, second)})

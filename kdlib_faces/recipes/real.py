@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from kdlib import attention_map
@@ -18,7 +18,7 @@ from kdlib_faces.progress import progress, say
 from kdlib_faces.recipes.drawn import aligned
 from kdlib_faces.recipes.liaad import AGE, GENERAL
 from kdlib_faces.recipes.stages import Material, Model
-from kdlib_faces.teachers import MappedTeacher, OnnxTeacher, fit_age_map, record
+from kdlib_faces.teachers import MappedTeacher, OnnxTeacher, fit_age_map, record, said_of_all
 from kdlib_faces.teachers.onnx import describe_graph, suggest_taps
 
 __all__ = ["real_material"]
@@ -47,22 +47,23 @@ def real_material(
     people, codes = np.unique(train_list.identities, return_inverse=True)
     recorded = [
         record(
-            _smaller(graph, attention=number == 1),
+            _Smaller(graph, attention=number == 1),
             big,
             work / f"teacher{number}",
             fingerprint=f"{graph.fingerprint} {number}",
-            progress=shown,
             label=f"outputs of {Path(path).stem}",
+            quiet=quiet,
         )
         for number, (graph, path) in enumerate(zip(graphs, teachers, strict=True))
     ]
     say("fitting the age map", quiet=quiet)
-    embeddings = torch.from_numpy(np.asarray(recorded[1].arrays["embedding"]).astype(np.float32).sum(1))
+    samples = torch.arange(len(big))
+    plain, mirrored = (said_of_all(recorded[1], "embedding", samples, view) for view in (0, 1))
     ages = None if train_list.ages is None else torch.from_numpy(train_list.ages)
     groups = None if train_list.age_groups is None else torch.from_numpy(train_list.age_groups)
-    age_map = fit_age_map(embeddings, torch.from_numpy(codes), ages=ages, age_groups=groups, seed=seed)
+    age_map = fit_age_map(plain + mirrored, torch.from_numpy(codes), ages=ages, age_groups=groups, seed=seed)
     age_teacher = MappedTeacher(recorded[1], {"embedding": age_map})
-    turned = aligned(recorded[0], _mapped_arrays(recorded[1], age_map))
+    turned = aligned(recorded[0], age_teacher, len(big))
 
     def through(matrix: Tensor | None, graph: OnnxTeacher) -> Any:
         def embed(images: Tensor) -> Tensor:
@@ -123,19 +124,21 @@ def _maps(graph: OnnxTeacher) -> Any:
     return lambda images: graph(_sized(images, TEACHER_SIZE))["map"]
 
 
-def _smaller(graph: OnnxTeacher, *, attention: bool) -> Any:
+class _Smaller(nn.Module):
     """What the student's terms read of the middle stage: where the age teacher looks, or the general one's map at 7 x 7."""
 
-    def outputs(images: Tensor) -> dict[str, Tensor]:
-        features = dict(graph(images))
-        if attention:
+    def __init__(self, graph: OnnxTeacher, *, attention: bool) -> None:
+        super().__init__()
+        self.graph, self.attention = graph, attention
+
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        features = dict(self.graph(images))
+        if self.attention:
             looks = attention_map(features["map"])
             features["map"] = looks / looks.amax(dim=(1, 2), keepdim=True).clamp(min=1e-12)
         else:
             features["map"] = F.adaptive_avg_pool2d(features["map"], 7)
         return features
-
-    return outputs
 
 
 def _taps(path: str) -> dict[str, Any]:
@@ -179,7 +182,7 @@ def _sized(images: Tensor, size: int) -> Tensor:
 def _mixes_gray_and_colour(images: Tensor) -> bool:
     """Whether colour tells where an image came from: a student would learn that in place of faces."""
     counted = torch.zeros((), dtype=torch.int64)
-    for part in images.split(512):
+    for part in torch.split(images, 512):
         counted += (part == part[:, :1]).flatten(1).all(dim=1).sum()
     return 0.02 * len(images) < int(counted) < 0.98 * len(images)
 
@@ -196,11 +199,3 @@ def _for_students(images: Tensor, size: int, *, luminance: bool) -> Tensor:
             part = (part * weight).sum(1, keepdim=True)
         out[start : start + 512] = part.round_().clamp_(0, 255).to(torch.uint8)
     return out
-
-
-def _mapped_arrays(recorded: Any, matrix: Tensor) -> Any:
-    """The recorded embeddings behind the age map, for the rotation to aim at."""
-    from kdlib_faces.teachers import RecordedTeacher
-
-    plain = torch.from_numpy(np.asarray(recorded.arrays["embedding"], dtype=np.float32))
-    return RecordedTeacher({"embedding": (F.normalize(plain, dim=2) @ matrix).numpy()})

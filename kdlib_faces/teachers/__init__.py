@@ -3,17 +3,16 @@
 from kdlib_faces.teachers.age_invariant import AgeFactorLoss, AgeInvariantNet, canonical_correlation
 from kdlib_faces.teachers.linear import MappedTeacher, fit_age_map, fit_rotation
 from kdlib_faces.teachers.onnx import OnnxTeacher
-from kdlib_faces.teachers.outputs import RecordedTeacher, record, weights_fingerprint
+from kdlib_faces.teachers.outputs import record, said_of_all
 
 __all__ = [
     "AgeFactorLoss",
     "AgeInvariantNet",
     "MappedTeacher",
     "OnnxTeacher",
-    "RecordedTeacher",
     "canonical_correlation",
     "fit_age_map",
     "fit_rotation",
     "record",
-    "weights_fingerprint",
+    "said_of_all",
 ]
