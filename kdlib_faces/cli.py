@@ -38,6 +38,9 @@ def _parser() -> argparse.ArgumentParser:
     demo = commands.add_parser("demo", parents=[common, run], help="the whole main job, with a report")
     demo.add_argument("--output", type=Path, default=Path("runs/demo"), help="folder of the report (runs/demo)")
     demo.add_argument("--teacher", action="append", default=[], metavar="ONNX", help="general first, then the other")
+    demo.add_argument(
+        "--tap", action="append", default=[], metavar="NAME", help="middle map of each teacher, in their order"
+    )
     demo.add_argument("--seeds", type=int, default=1, metavar="N", help="N runs, from --seed on (1)")
     demo.add_argument("--budget", metavar="quick|full|STEPS", help="steps of each student; full is the default")
 
@@ -156,6 +159,7 @@ def _demo(options: argparse.Namespace, command: str) -> None:
             output=options.output,
             faces=options.faces,
             teachers=options.teacher,
+            taps=options.tap,
             seeds=range(options.seed, options.seed + options.seeds),
             progress=not options.quiet,
             command=command,

@@ -4,6 +4,8 @@
 stage leaves its result under `OUTPUT/work`, so the same command after a kill goes on where it was.
 """
 
+import os
+import shutil
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -120,6 +122,7 @@ def run(
     output: Path,
     faces: Sequence[str] = (),
     teachers: Sequence[str] = (),
+    taps: Sequence[str] = (),
     seeds: Sequence[int] = (0,),
     progress: bool = True,
     command: str = "kdlib-faces demo",
@@ -128,9 +131,10 @@ def run(
 
     Args:
         config: sizes and lengths.
-        output: folder of the report; intermediate results lie in its `work`.
+        output: folder of the report and of the distilled `student.pt`; intermediate results lie in its `work`.
         faces: lists or folders of real faces; none draws faces.
         teachers: two ONNX files, the general teacher and the one that is made age-invariant; with real faces only.
+        taps: the tensor of each teacher that is its middle map; none chooses those whose grid is nearest to 14 x 14.
         seeds: one run for each; the report shows the first and the spread of all.
         progress: show progress.
         command: how this run was started, for the report.
@@ -147,6 +151,10 @@ def run(
     check_output(output)
     if bool(faces) != bool(teachers):
         raise InputError("demo: --faces and --teacher go together; give both, or neither for drawn faces")
+    if taps and len(taps) != len(teachers):
+        raise InputError(
+            f"demo: --tap must be given once for each teacher ({len(teachers)}) or not at all, got {len(taps)}"
+        )
     if not seeds:
         raise InputError("demo: at least one seed must be given, got none")
     began = time.monotonic()
@@ -156,7 +164,7 @@ def run(
         work = output / "work" / f"seed{seed}"
         work.mkdir(parents=True, exist_ok=True)
         if faces:
-            material = real_material(config, work, faces, teachers, seed=seed, quiet=not progress)
+            material = real_material(config, work, faces, teachers, taps, seed=seed, quiet=not progress)
         else:
             material = drawn_material(config, work, seed=seed, quiet=not progress)
         report, shown = _students(config, material, work, seed=seed, quiet=not progress)
@@ -170,6 +178,9 @@ def run(
         ]
     first["environment"]["seconds"] = round(time.monotonic() - began, 1)
     write(output, first, pictures=pictures)
+    part = output / "student.pt.part"
+    shutil.copyfile(output / "work" / f"seed{seeds[0]}" / DISTILLED / "student.pt", part)
+    os.replace(part, output / "student.pt")
     say(f"report: {output / 'report.html'}", quiet=not progress)
     return first
 
@@ -225,7 +236,7 @@ def _students(
 
 
 def _fold_pairs(material: Material, seed: int) -> PairProtocol:
-    """Ten folds of genuine pairs across age and as many impostor pairs, no identity in two folds."""
+    """Ten folds, fewer for few people, of genuine pairs across age and as many impostor pairs; no identity in two folds."""
     rng = np.random.default_rng(seed)
     identities = material.test_identities
     people = rng.permutation(np.unique(identities))
@@ -233,7 +244,7 @@ def _fold_pairs(material: Material, seed: int) -> PairProtocol:
     right: list[int] = []
     same: list[bool] = []
     fold: list[int] = []
-    for number, group in enumerate(np.array_split(people, 10)):
+    for number, group in enumerate(np.array_split(people, min(10, len(people) // 2))):
         rows = np.flatnonzero(np.isin(identities, group))
         i, j = np.triu_indices(len(rows), 1)
         i, j = rows[i], rows[j]

@@ -27,12 +27,20 @@ TEACHER_SIZE = 112
 
 
 def real_material(
-    config: Any, work: Path, faces: Sequence[str], teachers: Sequence[str], *, seed: int, quiet: bool
+    config: Any,
+    work: Path,
+    faces: Sequence[str],
+    teachers: Sequence[str],
+    taps: Sequence[str] = (),
+    *,
+    seed: int,
+    quiet: bool,
 ) -> Material:
     """Read lists, keep some people apart for the test, and let both teachers look at all others once."""
     if len(teachers) != 2:
         raise InputError(f"demo: two teachers must be given, the general one first, got {len(teachers)}")
-    graphs = [OnnxTeacher(path, _taps(path), resize=True) for path in teachers]
+    chosen = [{"embedding": None, "map": tap} for tap in taps] or [_taps(path) for path in teachers]
+    graphs = [OnnxTeacher(path, each, resize=True) for path, each in zip(teachers, chosen, strict=True)]
     everyone = read_faces(faces)
     if everyone.ages is None and everyone.age_groups is None:
         raise InputError(f"demo: the lists {', '.join(faces)} hold neither ages nor age groups; nothing to test by age")
@@ -161,8 +169,11 @@ def _split(everyone: FaceList, fraction: float, seed: int) -> tuple[FaceList, Fa
             far = len(rows) > 1 and bool(np.nanmax(years, initial=0.0) - np.nanmin(years, initial=200.0) >= 10)
         if far:
             spread.append(person)
-    if len(spread) < 4:
-        raise InputError(f"demo: at least 4 people must have images of different ages, got {len(spread)}")
+    tested = round(fraction * len(spread))
+    if tested < 4:
+        raise InputError(
+            f"demo: the test needs at least 4 people with images of different ages, got {tested} of {len(spread)}"
+        )
     kept, _ = identity_disjoint_split(np.asarray(spread), (fraction, 1.0 - fraction), seed=seed)
     chosen = np.asarray(spread)[kept]
     held = np.isin(everyone.identities, chosen)

@@ -112,6 +112,20 @@ def test_a_corrupt_onnx_file(tmp_path: Path, faces: Path, capsys) -> None:
     assert "bad.onnx" in _fails(capsys, "inspect", bad)
 
 
+def test_a_wrong_tap_is_named_with_the_nearest(tmp_path: Path, faces: Path, capsys) -> None:
+    pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnx")
+    from tests.faces.tiny_graph import tiny_graph
+
+    graph = tiny_graph(tmp_path / "net.onnx")
+    command = ["demo", "--faces", faces, "--teacher", graph, "--teacher", graph, "--output", tmp_path / "o"]
+    line = _fails(capsys, *command, "--tap", "middle", "--tap", "midle")
+    assert "midle" in line
+    assert "the nearest are 'middle'" in line
+    assert "once for each teacher (2)" in _fails(capsys, *command, "--tap", "middle")
+    assert not (tmp_path / "o").exists()
+
+
 def test_wrong_settings_and_flags(tmp_path: Path, faces: Path, capsys) -> None:
     assert "no setting named 'student_step'" in _fails(capsys, "demo", "--set", "student_step=3")
     assert "the nearest are 'student_steps'" in _fails(capsys, "demo", "--set", "student_step=3")
