@@ -27,18 +27,26 @@ from kdlib_faces.teachers import (
     said_of_all,
 )
 
-__all__ = ["drawn_material"]
+__all__ = ["drawn_material", "drawn_sets"]
+
+
+def drawn_sets(config: Any, seed: int) -> tuple[SyntheticFaces, SyntheticFaces, SyntheticFaces]:
+    """The general set of small age windows, the set with images from all over a life, and the test set: people apart."""
+    size, base = config.size, 1000 * (seed + 1)
+    return (
+        SyntheticFaces(
+            config.general_identities, config.general_images, size, base + 1, age_window=config.general_window
+        ),
+        SyntheticFaces(config.age_identities, config.age_images, size, base + 2),
+        SyntheticFaces(config.test_identities, config.test_images, size, base + 3),
+    )
 
 
 def drawn_material(config: Any, work: Path, *, seed: int, quiet: bool) -> Material:
     """Draw the sets, train the teachers, record what they say of the students' training images."""
     say(f"drawing faces (seed {seed})", quiet=quiet)
-    size, base = config.size, 1000 * (seed + 1)
-    general = SyntheticFaces(
-        config.general_identities, config.general_images, size, base + 1, age_window=config.general_window
-    )
-    aged = SyntheticFaces(config.age_identities, config.age_images, size, base + 2)
-    test = SyntheticFaces(config.test_identities, config.test_images, size, base + 3)
+    size = config.size
+    general, aged, test = drawn_sets(config, seed)
     general_images, aged_images = general.images(), aged.images()
     images = torch.cat([general_images, aged_images])
     identities = torch.cat([general.labels, aged.labels + general.identities]).numpy()
