@@ -87,7 +87,7 @@ class DemoConfig:
     teacher_width: float = 0.25
     general_steps: int = 700
     age_steps: int = 600
-    student_steps: int = 700
+    student_steps: int = 600
     batch_size: int = 64
     lr: float = 0.1
     teacher_lr: float = 0.1
