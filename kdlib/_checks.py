@@ -15,6 +15,7 @@ __all__ = [
     "check_choice",
     "check_finite",
     "check_floating",
+    "check_gathered_reduction",
     "check_grid",
     "check_identities",
     "check_labels",
@@ -31,6 +32,7 @@ __all__ = [
     "check_shares",
     "check_teachers",
     "check_weight",
+    "check_whole_numbers",
     "nearest",
     "show_shape",
 ]
@@ -101,6 +103,24 @@ def check_weight(owner: str, weight: Tensor | None, batch: int) -> None:
         raise TypeError(f"{owner}: weight must be a torch.Tensor, got {type(weight).__name__}")
     if weight is not None and tuple(weight.shape) != (batch,):
         raise ValueError(f"{owner}: weight must be (b,) = ({batch},), got {show_shape(weight)}")
+
+
+def check_whole_numbers(owner: str, name: str, x: Tensor, size: int) -> None:
+    """`x` must be `(size,)` whole numbers: identities, classes, sample ids."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{owner}: {name} must be a torch.Tensor, got {type(x).__name__}")
+    if x.is_floating_point() or x.is_complex() or x.dtype == torch.bool:
+        raise TypeError(f"{owner}: {name} must be whole numbers, got {x.dtype}")
+    if tuple(x.shape) != (size,):
+        raise ValueError(f"{owner}: {name} must be ({size},), got {show_shape(x)}")
+
+
+def check_gathered_reduction(owner: str, gather: bool, reduction: str) -> None:
+    """A loss over the rows of all processes has one value, which every process gets."""
+    if gather and reduction != "mean":
+        raise ValueError(
+            f"{owner}: reduction must be 'mean' with gather: the processes share one value, got {reduction!r}"
+        )
 
 
 def check_projectable(owner: str, student: Tensor, teacher: Tensor) -> None:
