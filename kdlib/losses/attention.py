@@ -3,14 +3,14 @@
 Zagoruyko and Komodakis, 2017: match the spatial maps of channel energy, each of unit norm.
 """
 
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import Function
 from torch.nn import functional as F
 
 from kdlib._checks import check_choice, check_floating, check_map, check_number, check_rank, check_same_batch
+from kdlib.losses._energy import scaled_energy
 from kdlib.losses._maths import REDUCTIONS, full_precision, hold_short, promote, reduce, rescale, unit_rows
 
 __all__ = ["AttentionTransferLoss", "attention_map", "attention_transfer"]
@@ -156,56 +156,8 @@ class AttentionTransferLoss(nn.Module):
 
 def _scaled_map(features: Tensor, p: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """The attention map `(b, h, w)` of each sample divided by its largest magnitude, and that magnitude `(b,)`."""
-    if p == 2 and features.dim() == 4 and features.numel() and not torch.compiler.is_compiling():
-        energy, largest = _ScaledEnergy.apply(features, dtype)  # type: ignore[no-untyped-call]  # torch has no types here
+    if p == 2 and features.dim() == 4:
+        energy, _, largest = scaled_energy(features, dtype)
         return energy, largest
-    # A compiler fuses these steps by itself.
     scaled, largest = rescale(features.to(dtype))
     return (attention_map(scaled, p) if scaled.dim() == 4 else scaled), largest
-
-
-def _parts(features: Tensor) -> int:
-    """How many samples to take at a time: what fits a processor's cache, or an eighth of a batch elsewhere."""
-    batch = features.shape[0]
-    return max(1, 2**18 * batch // features.numel()) if features.device.type == "cpu" else -(-batch // 8)
-
-
-class _ScaledEnergy(Function):
-    r"""`rescale` and `attention_map` at once: :math:`A = \frac{1}{c} \sum_c (F_c / m)^2` and m, the largest magnitude.
-
-    m is a constant to autograd, so the gradient is :math:`\frac{2}{c} \frac{F}{m} \frac{g}{m}`. It is taken in the
-    two factors, as neither the square of m nor its inverse need be a number in float32.
-    """
-
-    @staticmethod
-    def forward(features: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        energies, sizes = [], []
-        for part in torch.split(features, _parts(features)):
-            scaled, largest = rescale(part.to(dtype))
-            energies.append(scaled.square().mean(1))
-            sizes.append(largest)
-        return torch.cat(energies), torch.cat(sizes)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, torch.dtype], output: tuple[Tensor, Tensor]) -> None:
-        features, _ = inputs
-        _, largest = output
-        ctx.mark_non_differentiable(largest)
-        ctx.save_for_backward(features, largest)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor, _: Tensor) -> tuple[Tensor, None]:
-        features, largest = ctx.saved_tensors
-        divisor = torch.where(largest == 0, 1.0, largest).reshape(-1, 1, 1, 1)
-        factor = (gradient.unsqueeze(1) * (2 / features.shape[1])) / divisor
-        if torch.is_grad_enabled():  # the graph of the gradient is asked for
-            return (features / divisor * factor).to(features.dtype), None
-        out = torch.empty_like(features)
-        for to, part, over, times in zip(
-            *(torch.split(x, _parts(features)) for x in (out, features, divisor, factor)), strict=True
-        ):
-            if part.dtype == times.dtype:
-                torch.div(part, over, out=to).mul_(times)
-            else:
-                to.copy_((part / over).mul_(times))
-        return out, None

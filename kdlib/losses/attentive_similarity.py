@@ -18,7 +18,8 @@ from kdlib._checks import (
     check_same_batch,
     check_shares,
 )
-from kdlib.losses._maths import REDUCTIONS, full_precision, hold_short, promote, reduce, rescale, unit_rows
+from kdlib.losses._energy import scaled_energy
+from kdlib.losses._maths import REDUCTIONS, full_precision, hold_short, promote, reduce, unit_rows
 
 __all__ = ["AttentiveSimilarityLoss", "attentive_similarity", "channel_attention_map"]
 
@@ -111,17 +112,15 @@ def attentive_similarity(
     if channel and student.shape[1] != teacher.shape[1]:
         check_pair("attentive_similarity", student, teacher, "b c h w")
     origin = student.dtype
+    dtype = torch.promote_types(torch.promote_types(origin, teacher.dtype), torch.float32)
     grid = (min(student.shape[2], teacher.shape[2]), min(student.shape[3], teacher.shape[3]))
     with full_precision(student):
-        student, teacher = promote(student, teacher)
-        (student, size), (teacher, _) = rescale(student), rescale(teacher)
-        energy_s, energy_t = student.square(), teacher.square()
-        losses = student.new_zeros(student.shape[0])
-        if channel:
-            losses = losses + channel * _gap(energy_s.mean((2, 3)), energy_t.mean((2, 3)))
+        spatial_s, channel_s, size = scaled_energy(student, dtype, channels=channel > 0)
+        spatial_t, channel_t, _ = scaled_energy(teacher.detach(), dtype, channels=channel > 0)
+        losses = channel * _gap(channel_s, channel_t) if channel else torch.zeros_like(size)
         if spatial:
-            a_s, a_t = energy_s.mean(1, keepdim=True), energy_t.mean(1, keepdim=True)
-            a_s, a_t = F.adaptive_avg_pool2d(a_s, grid), F.adaptive_avg_pool2d(a_t, grid)
+            a_s = F.adaptive_avg_pool2d(spatial_s.unsqueeze(1), grid)
+            a_t = F.adaptive_avg_pool2d(spatial_t.unsqueeze(1), grid)
             losses = losses + spatial * _gap(a_s.flatten(1), a_t.flatten(1))
         return reduce("attentive_similarity", hold_short(losses, size, origin), reduction, weight)
 

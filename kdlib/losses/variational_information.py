@@ -117,9 +117,9 @@ class VariationalInformationLoss(nn.Module):
     Examples:
         >>> import torch
         >>> loss = VariationalInformationLoss(16, 64)
-        >>> loss  # doctest: +ELLIPSIS
+        >>> loss
         VariationalInformationLoss(16, 64, hidden=None, initial_variance=5.0, least_variance=1e-05, reduction='mean')
-        >>> loss.variance()[0].item()
+        >>> round(loss.variance()[0].item(), 4)
         5.0
         >>> loss(torch.rand(2, 16, 14, 14), torch.rand(2, 64, 7, 7)).shape
         torch.Size([])
