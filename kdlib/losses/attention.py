@@ -64,6 +64,10 @@ def attention_transfer(
     grids differ, both maps are average-pooled to the smaller height and the smaller width. A map of zeros (every
     unit dead) counts as a zero vector and gets no gradient. The loss does not depend on the scale of either feature.
 
+    With `p=2` nothing of the size of the features is made besides their gradient, and nothing but the features
+    themselves is kept for it: they are read a part at a time that fits the processor's cache. A gradient of the
+    gradient and `torch.func.grad` work, `torch.func.vmap` does not.
+
     Args:
         student: features `(b, c, h, w)`, or a ready attention map `(b, h, w)` with values of at least 0.
         teacher: likewise, of any number of channels and any grid; never receives a gradient.

@@ -67,7 +67,7 @@ def attentive_similarity(
     `attention_map` (h w numbers); each part is between 0 and its factor, as no map is negative. The loss does not
     depend on the scale of either feature. Features of zeros have no direction: their cosine to anything is taken as
     0, and they get no gradient. Where the grids differ, both spatial maps are average-pooled to the smaller height
-    and the smaller width.
+    and the smaller width. A gradient of the gradient and `torch.func.grad` work, `torch.func.vmap` does not.
 
     Args:
         student: features `(b, c, h, w)`.
