@@ -34,13 +34,15 @@ def run(owner: str, component: object, checks: Mapping[str, Callable[[], None]])
         AssertionError: a check failed, or the component raised an error inside one.
     """
     kind = getattr(component, "__name__", type(component).__name__)
-    for name, check in checks.items():
-        try:
-            check()
-        except AssertionError as error:
-            raise AssertionError(f"{owner}({kind}): {name}: {error}") from error
-        except Exception as error:
-            raise AssertionError(f"{owner}({kind}): {name}: raised {type(error).__name__}: {error}") from error
+    # Dropout, fresh layers and the fast form of gradcheck draw from the global generators: these are put back.
+    with torch.random.fork_rng(devices=[torch.cuda.current_device()] if torch.cuda.is_available() else []):
+        for name, check in checks.items():
+            try:
+                check()
+            except AssertionError as error:
+                raise AssertionError(f"{owner}({kind}): {name}: {error}") from error
+            except Exception as error:
+                raise AssertionError(f"{owner}({kind}): {name}: raised {type(error).__name__}: {error}") from error
     return tuple(checks)
 
 
