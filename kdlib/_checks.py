@@ -145,9 +145,7 @@ def check_relation(owner: str, student: Tensor, teacher: Tensor, reduction: str,
 def check_relation_reduction(owner: str, reduction: str) -> None:
     """A relation has no per-sample form."""
     if reduction != "mean":
-        raise ValueError(
-            f"{owner}: reduction must be 'mean': a relation has no per-sample form, got {reduction!r}"
-        )
+        raise ValueError(f"{owner}: reduction must be 'mean': a relation has no per-sample form, got {reduction!r}")
 
 
 def check_gathered_reduction(owner: str, gather: bool, reduction: str) -> None:
