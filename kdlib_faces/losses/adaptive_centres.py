@@ -1,6 +1,6 @@
 """Faces losses: AdaDistill, class centres that follow the teacher as fast as the student can. Touches tensors only.
 
-Boutros, Struc and Damer, AdaDistill, 2024: a margin softmax on running means of the teacher's embeddings, near the
+Boutros, Štruc and Damer, AdaDistill, 2024: a margin softmax on running means of the teacher's embeddings, near the
 single embedding while the student is far from the teacher, and near the centre once it is close.
 """
 
@@ -107,7 +107,8 @@ class AdaptiveCentresLoss(nn.Module):
 
     The centres live in one teacher's space, which the student's embeddings enter, by a projection if need be: use one
     such term for each teacher. In a `Term` the identities are the `target`: `Term(AdaptiveCentresLoss(n, 512),
-    student="embedding", teacher="embedding", target="identity")`.
+    student="embedding", teacher="embedding", target="identity")`. A term weighs samples after the loss, so one that its
+    `sample_weight` masks still moves the centres; `weight` here does not let it.
 
     Args:
         num_identities: identities n of the training set.
@@ -139,7 +140,7 @@ class AdaptiveCentresLoss(nn.Module):
         tensor([0.0000, 1.0000])
 
     References:
-        Boutros, Struc, Damer, *AdaDistill: Adaptive Knowledge Distillation for Deep Face Recognition*, ECCV 2024, arXiv
+        Boutros, Štruc, Damer, *AdaDistill: Adaptive Knowledge Distillation for Deep Face Recognition*, ECCV 2024, arXiv
         2407.01332. The authors' code writes the centres by index, so that of several samples of one identity in a batch
         one alone counts, and each process keeps centres of its own; here all count, by their mean.
     """

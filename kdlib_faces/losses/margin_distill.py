@@ -158,7 +158,8 @@ class MarginDistillLoss(nn.Module):
     """`margin_distill` with the teacher's centres as a buffer; the formula and the arguments are there.
 
     In a `Term` it reads the identities as `target`: `Term(MarginDistillLoss(n, 512, centres=w), student="embedding",
-    teacher="embedding", target="identity")`. The centres are one teacher's: use one such term for each teacher.
+    teacher="embedding", target="identity")`. The centres are one teacher's: use one such term for each teacher. A term
+    weighs samples after the loss, so one that its `sample_weight` masks still counts in the largest cosine.
 
     Args:
         num_identities: identities n of the training set.

@@ -147,6 +147,8 @@ def _negatives(d_bb: Tensor, other: Tensor, mining: Mining) -> Tensor:
 def _distances(x_bd: Tensor, distance: Distance) -> Tensor:
     """All distances `(b, b)` between rows of length one or zero."""
     if distance == "squared":
+        # What the rows have in common would drown what they differ in; a distance does not see it.
+        x_bd = x_bd - x_bd.detach().mean(0)
         square = x_bd.square().sum(1)
         return square.unsqueeze(1) + square.unsqueeze(0) - 2 * (x_bd @ x_bd.T)
     # Without the expanded form, whose rounding is a wide angle for near rows.
