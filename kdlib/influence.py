@@ -135,10 +135,11 @@ class Comparison(NamedTuple):
 
     Args:
         feature: the student's, `(b, ...)`.
-        losses: `(k, b)`, or `(k,)` without a per-sample form; of a supervised term `(b,)` or a scalar.
+        losses: `(k, b)`, times the sample weights, or `(k,)` without a per-sample form; of a supervised term likewise
+            `(b,)` or a scalar.
         teachers: names of the k teachers.
         weights: `(k, b)`; `None` for a supervised term.
-        sample: `(b,)`, sample weights of mean one.
+        sample: `(b,)`, the sample weights; `None` for all ones.
     """
 
     feature: Tensor
@@ -149,26 +150,41 @@ class Comparison(NamedTuple):
 
     def value(self) -> Tensor:
         """The term before its weight, a scalar."""
-        losses, shares = self.losses, self._shares()
-        if shares is None:
-            return (losses * self.sample if self.sample is not None and losses.dim() else losses).mean()
-        return (shares * losses).sum(0).mean() if losses.dim() == 2 else (shares.mean(1) * losses).sum()
-
-    def parts(self) -> tuple[list[Tensor], list[float]]:
-        """Scalars that sum to the value, one for each teacher, and its mean weight; one alone if supervised."""
-        losses, shares = self.losses, self._shares()
-        if shares is None:
-            return [self.value()], []
-        shares = shares.detach()
-        parts = (shares * losses).mean(1) if losses.dim() == 2 else shares.mean(1) * losses
-        return list(parts), shares.mean(1).tolist()
-
-    def _shares(self) -> Tensor | None:
-        """`(k, b)`: the weights of the teachers times those of the samples."""
         if self.weights is None:
-            return None
-        shares = self.weights.to(self.losses.dtype)
-        return shares if self.sample is None else shares * self.sample.to(shares.dtype)
+            return self._mean(self.losses)
+        if self.losses.dim() == 1:
+            return (self.mean_weights() * self.losses).sum()
+        return self._mean((self.weights.to(self.losses.dtype) * self.losses).sum(0))
+
+    def parts(self) -> list[Tensor]:
+        """Scalars that sum to the value, one for each teacher; the value alone of a supervised term."""
+        if self.weights is None:
+            return [self.value()]
+        if self.losses.dim() == 1:
+            return list(self.mean_weights().detach() * self.losses)
+        return [self._mean(each) for each in self.weights.detach().to(self.losses.dtype) * self.losses]
+
+    def mean_weights(self) -> Tensor:
+        """Each teacher's weight, the sample-weighted mean over the batch: `(k,)`."""
+        if self.weights is None:
+            return self.losses.new_empty(0)
+        weights = self.weights.to(self.losses.dtype)
+        if self.sample is None:
+            return weights.mean(1)
+        share = self.sample.to(weights.dtype)
+        return (weights * share).sum(1) / _divisor(share)
+
+    def _mean(self, losses: Tensor) -> Tensor:
+        """The mean of losses, which hold the sample weights, over the sum of these."""
+        if self.sample is None or not losses.dim():
+            return losses.mean()
+        return losses.sum() / _divisor(self.sample.to(losses.dtype))
+
+
+def _divisor(sample: Tensor) -> Tensor:
+    """The sum of the sample weights, or 1 where all are 0: then so is what it divides."""
+    total = sample.sum()
+    return torch.where(total == 0, 1.0, total)
 
 
 def measure(step: int, compared: Mapping[str, Comparison], terms: Mapping[str, tuple[float, str]]) -> InfluenceReport:
@@ -183,8 +199,8 @@ def measure(step: int, compared: Mapping[str, Comparison], terms: Mapping[str, t
     shares: dict[str, list[float]] = {}
     gradients: dict[str, list[Tensor]] = {}
     for name, each in compared.items():
-        parts, shares[name] = each.parts()
-        parts = [terms[name][0] * part for part in parts]
+        shares[name] = each.mean_weights().tolist()
+        parts = [terms[name][0] * part for part in each.parts()]
         losses[name] = [float(part.detach()) for part in parts]
         gradients[name] = [_gradient(part, each.feature) for part in parts]
     whole = {name: torch.stack(each).sum(0) for name, each in gradients.items()}
@@ -215,32 +231,28 @@ def measure(step: int, compared: Mapping[str, Comparison], terms: Mapping[str, t
 
 @contextmanager
 def unchanged(*modules: nn.Module, device: torch.device) -> Iterator[None]:
-    """Put buffers, plain attributes and torch's random state back afterwards, whatever a forward pass does to them."""
+    """Keep buffers, plain attributes and torch's random state as they are, whatever a forward pass does to them.
+
+    Inside, copies stand in for the buffers: the buffers themselves may be part of a graph that waits for its backward.
+    """
     inside = {each for module in modules for each in module.modules()}
-    kept = [(each, dict(vars(each)), {name: _kept(value) for name, value in each._buffers.items()}) for each in inside]
+    kept = [(each, dict(vars(each)), dict(each._buffers)) for each in inside]
+    copies = {
+        id(buffer): buffer.detach().clone() for _, _, own in kept for buffer in own.values() if buffer is not None
+    }
     others = {"devices": [device], "device_type": device.type} if device.type in ("cuda", "xpu") else {"devices": []}
-    with torch.random.fork_rng(**others):
-        try:
+    try:
+        for each, _, own in kept:
+            each._buffers.update({name: copies.get(id(buffer)) for name, buffer in own.items()})
+        with torch.random.fork_rng(**others):
             yield
-        finally:
-            for each, attributes, buffers in kept:
-                _put_back(each, attributes, buffers)
-
-
-def _kept(buffer: Tensor | None) -> tuple[Tensor, Tensor] | None:
-    return None if buffer is None else (buffer, buffer.detach().clone())
-
-
-@torch.no_grad()
-def _put_back(module: nn.Module, attributes: dict[str, Any], buffers: dict[str, tuple[Tensor, Tensor] | None]) -> None:
-    for name in set(vars(module)) - set(attributes):
-        del vars(module)[name]
-    vars(module).update(attributes)
-    module._buffers.clear()
-    for name, pair in buffers.items():
-        module._buffers[name] = None if pair is None else pair[0]
-        if pair is not None and not torch.equal(*pair):
-            pair[0].copy_(pair[1])
+    finally:
+        for each, attributes, own in kept:
+            for name in set(vars(each)) - set(attributes):
+                del vars(each)[name]
+            vars(each).update(attributes)
+            each._buffers.clear()
+            each._buffers.update(own)
 
 
 def _gradient(loss: Tensor, feature: Tensor) -> Tensor:

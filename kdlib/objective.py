@@ -239,21 +239,18 @@ class Objective(nn.Module):
         for name in sorted(self.terms, key=lambda name: name != self.weigh_by):
             term = self.terms[name]
             student = _feature("student", student_features, term.student, name)
-            given = self._sample_weight(name, student, targets)
-            sample = None if given is None else given * _ratio(given.shape[0], given.sum())
+            sample = self._sample_weight(name, student, targets)
             if term.teacher is None:
-                found[name] = Comparison(student, self._loss(name, student, None, targets, given), sample=sample)
+                found[name] = Comparison(student, self._loss(name, student, None, targets, sample), sample=sample)
                 continue
             who = self._teachers_of(name, teacher_features)
             facing = [
                 _feature(f"teacher {each!r}", teacher_features[each], term.teacher, name).detach() for each in who
             ]
             pairs = [(self._projected(name, each, student), face) for each, face in zip(who, facing, strict=True)]
-            losses = torch.stack([self._loss(name, mine, face, targets, given) for mine, face in pairs])
+            losses = torch.stack([self._loss(name, mine, face, targets, sample) for mine, face in pairs])
             if lead is None:
                 each_sample = losses if losses.dim() == 2 else losses[:, None].expand(-1, student.shape[0])
-                if given is not None and losses.dim() == 2:
-                    each_sample = each_sample * given
                 weights = self._weigh(each_sample, student, facing, targets)
                 if callable(penalty := getattr(self.weighting, "penalty", None)):
                     penalties.append(penalty(each_sample.detach()))
@@ -283,7 +280,7 @@ class Objective(nn.Module):
     def _loss(
         self, name: str, student: Tensor, teacher: Tensor | None, targets: Targets, sample: Tensor | None
     ) -> Tensor:
-        """`(b,)` losses where the loss has a per-sample form, else a scalar."""
+        """`(b,)` losses, times the sample weights, where the loss has a per-sample form; else a scalar."""
         term = self.terms[name]
         per_sample = getattr(term.loss, "per_sample", None)
         options: dict[str, Any] = {}
@@ -295,7 +292,7 @@ class Objective(nn.Module):
                 options["target"] = targets[term.target]
         if per_sample and (term.teacher is not None or sample is not None):
             options["reduction"] = "none"
-        elif per_sample is False and sample is not None:
+        if per_sample is not None and sample is not None:
             options["weight"] = sample
         loss = term.loss(student, teacher, **options)
         each = sample is not None and "weight" not in options
@@ -304,6 +301,8 @@ class Objective(nn.Module):
             raise ValueError(
                 f"Objective: term {name!r} must return {wanted} (b,) = ({student.shape[0]},), got {show_shape(loss)}"
             )
+        if each and sample is not None:
+            loss = loss * sample
         return loss
 
     def _sample_weight(self, name: str, student: Tensor, targets: Targets) -> Tensor | None:
@@ -328,11 +327,6 @@ class Objective(nn.Module):
 def _feature(owner: str, features: Features, tap: str, term: str) -> Tensor:
     check_name(f"Objective: term {term!r}", f"feature of the {owner}", tap, features)
     return features[tap]
-
-
-def _ratio(count: int, total: Tensor) -> Tensor:
-    """`count / total`; 0 where the total is 0."""
-    return torch.where(total > 0, count / torch.where(total > 0, total, 1.0), 0.0)
 
 
 def _rows(lead: tuple[list[str], Tensor], who: list[str], term: str) -> Tensor:

@@ -104,7 +104,7 @@ class GradientWeighting(nn.Module):
             gram: list[list[float]] = (gradients @ gradients.T).tolist()
         if not all(isfinite(value) for row in gram for value in row):
             return uniform
-        return torch.tensor(_min_norm(gram, self.most)).to(losses).unsqueeze(1).expand_as(losses)
+        return torch.tensor(_min_norm(gram, self.most), dtype=torch.float64).to(losses).unsqueeze(1).expand_as(losses)
 
     def extra_repr(self) -> str:
         """Arguments of the call that rebuilds the weighting."""
