@@ -8,7 +8,7 @@ from torch.autograd import Function
 
 from kdlib._checks import check_relation
 from kdlib.losses._gather import gather_rows
-from kdlib.losses._maths import promote, unit_rows
+from kdlib.losses._maths import hold_short, promote, unit_rows
 
 __all__ = [
     "add_distance_gradient",
@@ -17,7 +17,7 @@ __all__ = [
     "known_gradient",
     "one_batch",
     "power_of_two",
-    "present",
+    "scaled_rows",
     "shortest_length",
     "squared_distances",
 ]
@@ -50,9 +50,16 @@ def one_batch(
     return student, teacher, weight / torch.where(weight.sum() == 0, 1.0, weight.sum())
 
 
-def present(x: Tensor, share: Tensor) -> Tensor:
-    """The rows with those of no share set to zero, so that nothing of them, scale or overflow, reaches the others."""
-    return torch.where((share > 0).unsqueeze(1), x, 0.0)
+def scaled_rows(x: Tensor, share: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The rows divided by one number, for squares that neither overflow nor vanish; those of no share set to zero.
+
+    Returns:
+        The rows `(b, d)`, the largest magnitude `(b,)` of each before, and that number, the scale.
+    """
+    rows = x.detach()
+    largest = torch.where(share > 0, torch.maximum(rows.amax(1), -rows.amin(1)), 0.0)
+    scale = power_of_two(largest)
+    return x * torch.where(share > 0, 1 / scale, 0.0).unsqueeze(1), largest, scale
 
 
 def shortest_length(origin: torch.dtype) -> float:
@@ -97,7 +104,7 @@ def gram(x: Tensor) -> Tensor:
 def cosines(x: Tensor, origin: torch.dtype) -> Tensor:
     """The cosines `(b, b)` between the rows; a row of zeros has cosine 0 to all, itself too, and no gradient."""
     unit, size = unit_rows(x)
-    return gram(torch.where((size < shortest_length(origin)).unsqueeze(1), unit.detach(), unit))
+    return gram(hold_short(unit, size.unsqueeze(1), origin))
 
 
 def squared_distances(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -152,7 +159,7 @@ def add_distance_gradient(x: Tensor, slope: Tensor, near: Tensor) -> Tensor:
 
 def _parts(near: Tensor, width: int) -> list[tuple[Tensor, Tensor]]:
     """The near pairs, a few at a time."""
-    parts = near.split(max(1, PAIRS_AT_A_TIME // max(width, 1)), dim=1) if near.shape[1] else ()
+    parts = torch.split(near, max(1, PAIRS_AT_A_TIME // max(width, 1)), dim=1) if near.shape[1] else ()
     return [(part[0], part[1]) for part in parts]
 
 
@@ -179,7 +186,7 @@ class _KnownGradient(Function):
         x, gradient = ctx.saved_tensors
         product = slope * gradient
         if torch.is_grad_enabled():  # the graph of the gradient is asked for
-            product = _NoSecondDerivative.apply(product, x)
+            product = _NoSecondDerivative.apply(product, x)  # type: ignore[no-untyped-call]  # torch has no types here
         return product, None, None
 
 
