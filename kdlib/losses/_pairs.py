@@ -8,18 +8,20 @@ from torch.autograd import Function
 
 from kdlib._checks import check_relation
 from kdlib.losses._gather import gather_rows
-from kdlib.losses._maths import hold_short, promote, unit_rows
+from kdlib.losses._maths import promote
 
 __all__ = [
     "add_distance_gradient",
     "cosines",
-    "gram",
+    "gram_gradient",
     "known_gradient",
     "one_batch",
     "power_of_two",
     "scaled_rows",
     "shortest_length",
     "squared_distances",
+    "unit_gradient_",
+    "unit_rows_",
 ]
 
 PAIRS_AT_A_TIME = 2**22
@@ -53,13 +55,15 @@ def one_batch(
 def scaled_rows(x: Tensor, share: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The rows divided by one number, for squares that neither overflow nor vanish; those of no share set to zero.
 
+    Without a graph.
+
     Returns:
         The rows `(b, d)`, the largest magnitude `(b,)` of each before, and that number, the scale.
     """
     rows = x.detach()
     largest = torch.where(share > 0, torch.maximum(rows.amax(1), -rows.amin(1)), 0.0)
     scale = power_of_two(largest)
-    return x * torch.where(share > 0, 1 / scale, 0.0).unsqueeze(1), largest, scale
+    return rows * torch.where(share > 0, 1 / scale, 0.0).unsqueeze(1), largest, scale
 
 
 def shortest_length(origin: torch.dtype) -> float:
@@ -77,34 +81,30 @@ def power_of_two(x: Tensor) -> Tensor:
     return torch.where(largest < torch.finfo(x.dtype).tiny, 1.0, largest / torch.where(mantissa == 0, 1.0, mantissa))
 
 
-class _Gram(Function):
-    """`x @ x.T`, with one product in place of two on the way back."""
-
-    @staticmethod
-    def forward(x: Tensor) -> Tensor:
-        return x @ x.T
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
-        ctx.save_for_backward(*inputs)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        (x,) = ctx.saved_tensors
-        product: Tensor = (gradient + gradient.T) @ x
-        return product
+def unit_rows_(x: Tensor) -> tuple[Tensor, Tensor]:
+    """`unit_rows` in place of `x`, without a graph: the rows, and their lengths `(b, 1)` before, infinite for none."""
+    largest = torch.maximum(x.amax(1, keepdim=True), -x.amin(1, keepdim=True))
+    x.div_(torch.where(largest == 0, 1.0, largest))
+    length = torch.linalg.vector_norm(x, dim=1, keepdim=True)
+    length = torch.where(length == 0, torch.inf, length)
+    return x.div_(length), length * torch.where(largest == 0, 1.0, largest)
 
 
-def gram(x: Tensor) -> Tensor:
-    """The dot products `(b, b)` of the rows of `x` `(b, d)`."""
-    product: Tensor = _Gram.apply(x)  # type: ignore[no-untyped-call]  # torch has no types here
-    return product
+def cosines(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The cosines `(b, b)` between the rows, and `unit_rows_`; a row of zeros has cosine 0 to all, itself too."""
+    unit, length = unit_rows_(x.detach().clone())
+    return unit @ unit.T, unit, length
 
 
-def cosines(x: Tensor, origin: torch.dtype) -> Tensor:
-    """The cosines `(b, b)` between the rows; a row of zeros has cosine 0 to all, itself too, and no gradient."""
-    unit, size = unit_rows(x)
-    return gram(hold_short(unit, size.unsqueeze(1), origin))
+def unit_gradient_(slope: Tensor, unit: Tensor, length: Tensor, shortest: float = 0.0) -> Tensor:
+    """The gradient of rows from that of their unit rows, in place of it; rows below the shortest length get none."""
+    slope.sub_(unit * torch.linalg.vecdot(slope, unit).unsqueeze(1))
+    return slope.div_(torch.where(length < shortest, torch.inf, length))
+
+
+def gram_gradient(slope: Tensor, x: Tensor) -> Tensor:
+    """The gradient of the rows `x` from that of their dot products."""
+    return (slope + slope.T) @ x
 
 
 def squared_distances(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -203,4 +203,4 @@ class _NoSecondDerivative(Function):
 
     @staticmethod
     def backward(ctx: Any, _: Tensor) -> tuple[None, None]:
-        raise RuntimeError("rkd_distance and rkd_angle have a gradient, but no second derivative")
+        raise RuntimeError("relation losses have a gradient, but no second derivative")

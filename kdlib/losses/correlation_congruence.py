@@ -11,7 +11,14 @@ from torch import Tensor, nn
 
 from kdlib._checks import check_number, check_relation_reduction
 from kdlib.losses._maths import full_precision
-from kdlib.losses._pairs import cosines, one_batch
+from kdlib.losses._pairs import (
+    cosines,
+    gram_gradient,
+    known_gradient,
+    one_batch,
+    shortest_length,
+    unit_gradient_,
+)
 
 __all__ = ["CorrelationCongruenceLoss", "correlation_congruence"]
 
@@ -71,7 +78,8 @@ def correlation_congruence(
     References:
         Peng et al., *Correlation Congruence for Knowledge Distillation*, arXiv 1904.01802. The expanded kernel with
         `gamma=0.4` and `order=2` is the default of public code that has the kernel, which makes it row by row; other
-        code under this name compares neighbours in the batch only.
+        code under this name compares neighbours in the batch only. There is a gradient, but no second derivative, and no
+        rule for `torch.func.vmap`.
     """
     _check_kernel("correlation_congruence", gamma, order)
     origin = student.dtype
@@ -79,20 +87,30 @@ def correlation_congruence(
         student, teacher, share = one_batch("correlation_congruence", student, teacher, reduction, weight, gather)
         if student.numel() * teacher.numel() == 0:
             return student.sum() * 0.0
-        k_s, k_t = (_kernel(cosines(x, origin), gamma, order) for x in (student, teacher))
-        return share @ ((k_s - k_t).square() @ share)
+        cosine, unit, length = cosines(student)
+        k_s, slope = _kernel(cosine, gamma, order)
+        k_t, _ = _kernel(cosines(teacher)[0], gamma, order)
+        gap = k_s.sub_(k_t)
+        slope.mul_(gap).mul_(2 * share.unsqueeze(1)).mul_(share)
+        value = share @ (gap.square_() @ share)
+        if not (student.requires_grad and torch.is_grad_enabled()):
+            return value
+        gradient = unit_gradient_(gram_gradient(slope, unit), unit, length, shortest_length(origin))
+        return known_gradient(student, value, gradient)
 
 
-def _kernel(cosine: Tensor, gamma: float, order: int | None) -> Tensor:
-    """The kernel `(b, b)`; of the series without the constant term, which is the same on both sides."""
+def _kernel(cosine: Tensor, gamma: float, order: int | None) -> tuple[Tensor, Tensor]:
+    """The kernel and its derivative `(b, b)`; the series without the constant term, the same on both sides."""
     if order is None:
-        return torch.exp(2 * gamma * (cosine - 1))
+        kernel = torch.exp(2 * gamma * (cosine - 1))
+        return kernel, 2 * gamma * kernel
     # By logarithms: a power and a factorial may overflow where their ratio does not.
     terms = [math.exp(p * math.log(2 * gamma) - math.lgamma(p + 1) - 2 * gamma) for p in range(1, order + 1)]
-    total = terms[-1] * cosine
-    for term in reversed(terms[:-1]):
-        total = (total + term) * cosine
-    return total
+    kernel, slope = torch.zeros_like(cosine), torch.zeros_like(cosine)
+    for p, term in reversed(list(enumerate(terms, 1))):
+        slope.mul_(cosine).add_(p * term)
+        kernel.add_(term).mul_(cosine)
+    return kernel, slope
 
 
 def _check_kernel(owner: str, gamma: float, order: int | None) -> None:

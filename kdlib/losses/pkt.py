@@ -10,7 +10,14 @@ from torch import Tensor, nn
 
 from kdlib._checks import check_relation_reduction
 from kdlib.losses._maths import full_precision
-from kdlib.losses._pairs import cosines, one_batch
+from kdlib.losses._pairs import (
+    cosines,
+    gram_gradient,
+    known_gradient,
+    one_batch,
+    shortest_length,
+    unit_gradient_,
+)
 
 __all__ = ["PKTLoss", "pkt"]
 
@@ -66,26 +73,44 @@ def pkt(
     References:
         Passalis, Tefas, *Learning Deep Representations with Probabilistic Knowledge Transfer*, arXiv 1803.10837, with
         the cosine kernel. Values are those of the authors' code: the mean is over b * b pairs, so it is a divergence
-        of each row over b.
+        of each row over b. There is a gradient, but no second derivative, and no rule for `torch.func.vmap`.
     """
     origin = student.dtype
     with full_precision(student):
         student, teacher, share = one_batch("pkt", student, teacher, reduction, weight, gather)
         if student.numel() * teacher.numel() == 0:
             return student.sum() * 0.0
-        p_s, p_t = _neighbours(student, share, origin), _neighbours(teacher, share, origin)
-        # By log1p, and with the difference of the two, which sums to zero over a row: then no term is below zero but
-        # for EPS, and nothing cancels.
-        change = p_t - p_s
-        log = torch.log1p((change / (p_s + EPS)).clamp(min=-1 + torch.finfo(p_s.dtype).eps))
-        return share @ ((p_t * log - change) @ share)
+        asked = student.requires_grad and torch.is_grad_enabled()
+        return known_gradient(student, *_with_gradient(student, teacher, share, shortest_length(origin), asked))
 
 
-def _neighbours(x: Tensor, share: Tensor, origin: torch.dtype) -> Tensor:
-    """The probabilities `(b, b)`."""
-    kernel = ((1 + cosines(x, origin)) / 2).clamp(min=0)
+def _with_gradient(
+    student: Tensor, teacher: Tensor, share: Tensor, shortest: float, asked: bool
+) -> tuple[Tensor, Tensor]:
+    """The loss, and its gradient `(b, d)` if asked for."""
+    cosine, unit, length = cosines(student)
+    p_s, factor = _neighbours_(cosine, share)
+    p_t, _ = _neighbours_(cosines(teacher)[0], share)
+    change, below = p_t - p_s, p_s + EPS
+    # By log1p, and with the difference of the two, which sums to zero over a row: then no term is below zero but for
+    # EPS, and nothing cancels.
+    log = (change / below).clamp_(min=-1 + torch.finfo(below.dtype).eps).log1p_()
+    value = share @ (log.mul_(p_t).sub_(change) @ share)
+    if not asked:
+        return value, value
+    # d / d p_s of the terms, then through the sum of a row, then through (1 + cos) / 2 where it is not cut off at 0.
+    slope = p_t.div_(below).neg_().add_(1).mul_(share.unsqueeze(1)).mul_(share)
+    pull = torch.linalg.vecdot(slope, p_s).div_(share.square().sum().clamp(min=torch.finfo(share.dtype).tiny))
+    slope.sub_(torch.outer(pull, share)).mul_(factor / 2).masked_fill_(p_s == 0, 0)
+    return value, unit_gradient_(gram_gradient(slope, unit), unit, length, shortest)
+
+
+def _neighbours_(cosine: Tensor, share: Tensor) -> tuple[Tensor, Tensor]:
+    """The probabilities `(b, b)`, in place of the cosines, and the factor `(b, 1)` of the kernel in them."""
+    kernel = cosine.add_(1).div_(2).clamp_(min=0)
     total = (kernel @ share).unsqueeze(1)
-    return kernel * (share.square().sum() / torch.where(total == 0, 1.0, total))
+    factor = share.square().sum() / torch.where(total == 0, 1.0, total)
+    return kernel.mul_(factor), factor
 
 
 class PKTLoss(nn.Module):

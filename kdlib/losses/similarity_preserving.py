@@ -9,8 +9,16 @@ import torch
 from torch import Tensor, nn
 
 from kdlib._checks import check_relation_reduction
-from kdlib.losses._maths import full_precision, hold_short, unit_rows
-from kdlib.losses._pairs import gram, one_batch, scaled_rows
+from kdlib.losses._maths import full_precision
+from kdlib.losses._pairs import (
+    gram_gradient,
+    known_gradient,
+    one_batch,
+    scaled_rows,
+    shortest_length,
+    unit_gradient_,
+    unit_rows_,
+)
 
 __all__ = ["SimilarityPreservingLoss", "similarity_preserving"]
 
@@ -63,23 +71,37 @@ def similarity_preserving(
 
     References:
         Tung, Mori, *Similarity-Preserving Knowledge Distillation*, arXiv 1907.09682, section 3.1. Values are those of
-        RepDistiller; torchdistill divides each row by the sum of its magnitudes, so its value is another one.
+        RepDistiller; torchdistill divides each row by the sum of its magnitudes, so its value is another one. There is a
+        gradient, but no second derivative, and no rule for `torch.func.vmap`.
     """
     origin = student.dtype
     with full_precision(student):
         student, teacher, share = one_batch("similarity_preserving", student, teacher, reduction, weight, gather)
         if student.numel() * teacher.numel() == 0:
             return student.sum() * 0.0
-        q_s, q_t = _similarities(student, share, origin), _similarities(teacher, share, origin)
-        return share @ (q_s - q_t).square().sum(1) * share.square().sum()
+        asked = student.requires_grad and torch.is_grad_enabled()
+        return known_gradient(student, *_with_gradient(student, teacher, share, shortest_length(origin), asked))
 
 
-def _similarities(x: Tensor, share: Tensor, origin: torch.dtype) -> Tensor:
-    r"""The rows :math:`\sqrt{p_j} G_{ij} / \sqrt{\sum_k p_k G_{ik}^2}` `(b, b)`."""
-    rows, largest, scale = scaled_rows(x, share)
+def _with_gradient(
+    student: Tensor, teacher: Tensor, share: Tensor, shortest: float, asked: bool
+) -> tuple[Tensor, Tensor]:
+    """The loss, and its gradient `(b, d)` if asked for."""
+    root, squares = share.sqrt(), share.square().sum()
+    rows, largest, scale = scaled_rows(student, share)
+    rows_t, _, _ = scaled_rows(teacher, share)
+    # The weights of the columns go into the rows: of unit length by them, they are sqrt(p_j) times those of the formula.
+    q_s, length = unit_rows_((rows @ rows.T).mul_(root))
+    q_t, _ = unit_rows_((rows_t @ rows_t.T).mul_(root))
+    gap = q_t.neg_().add_(q_s)
+    value = share @ torch.linalg.vecdot(gap, gap) * squares
+    if not asked:
+        return value, value
     # A row's slope grows as one over the length of its sample.
-    product = hold_short(gram(rows), torch.where(largest < scale * 1e-30, 0.0, largest).unsqueeze(1), origin)
-    return unit_rows(product * share.sqrt())[0]
+    short = largest < torch.clamp(scale * 1e-30, min=shortest)
+    slope = gap.mul_((2 * squares * torch.where(short, 0.0, share)).unsqueeze(1))
+    slope = unit_gradient_(slope, q_s, length).mul_(root)
+    return value, gram_gradient(slope, rows).div_(scale)
 
 
 class SimilarityPreservingLoss(nn.Module):
