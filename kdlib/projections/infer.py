@@ -15,14 +15,12 @@ __all__ = ["infer_projection"]
 def infer_projection(student: Tensor, teacher: Tensor, *, identity_if_equal: bool = False) -> nn.Module:
     """The projection that brings features like `student` to the shape of features like `teacher`.
 
-    | from | to | projection |
-    |---|---|---|
-    | `(b, d)` vector | `(b, D)` vector | `LinearProjection` |
-    | `(b, c, h, w)` map | `(b, C, H, W)` map | `ConvProjection`, with `size=(H, W)` where the grids differ |
-    | `(b, n, d)` tokens | `(b, N, D)` tokens | `TokenProjection`, with `size=` where the numbers differ |
-    | map | tokens | the map's places as tokens, then `TokenProjection` |
-    | tokens | map | `TokenProjection` onto the grid `(H, W)`, then its tokens as a map |
-    | map | vector | the mean over the map, then `LinearProjection` |
+    - vector `(b, d)` to vector `(b, D)`: `LinearProjection`;
+    - map `(b, c, h, w)` to map `(b, C, H, W)`: `ConvProjection`, with `size=(H, W)` where the grids differ;
+    - tokens `(b, n, d)` to tokens `(b, N, D)`: `TokenProjection`, with `size=` where the numbers differ;
+    - map to tokens: the map's places as tokens, then `TokenProjection`;
+    - tokens to map: `TokenProjection` onto the grid `(H, W)`, then its tokens as a map;
+    - map to vector: the mean over the map, then `LinearProjection`.
 
     Where numbers of tokens differ they must be those of square grids, with or without one class token in front: 49, 50,
     196, 197; against a map, the number of its own places counts first. A class token goes to a class token; one that the teacher lacks is dropped; for one that the student lacks
