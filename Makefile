@@ -36,6 +36,7 @@ docs:
 	$(PY) -m sphinx -q -W -n -b html docs docs/_build/html
 
 bench: $(VENV)/.dev
+	$(VENV)/bin/python -m pip install --quiet --no-deps torchdistill==1.1.5
 	for file in benchmarks/bench_*.py; do $(VENV)/bin/python $$file || exit 1; done
 
 clean:

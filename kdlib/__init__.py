@@ -15,13 +15,57 @@ from typing import TYPE_CHECKING
 
 from kdlib.adapters import OUTPUT, StudentAdapter, Tap, TeacherAdapter
 from kdlib.distiller import Distiller
-from kdlib.functional import angular_distill, attention_map, attention_transfer, hint, soft_target
-from kdlib.losses import AngularDistillLoss, AttentionTransferLoss, HintLoss, SoftTargetLoss
+from kdlib.functional import (
+    angular_distill,
+    attention_map,
+    attention_transfer,
+    attentive_similarity,
+    channel_attention_map,
+    contrastive_representation,
+    correlation_congruence,
+    decoupled_kd,
+    dist,
+    hint,
+    nst,
+    pkt,
+    rkd_angle,
+    rkd_distance,
+    similarity_preserving,
+    soft_target,
+    variational_information,
+)
+from kdlib.influence import InfluenceReport
+from kdlib.losses import (
+    AngularDistillLoss,
+    AttentionTransferLoss,
+    AttentiveSimilarityLoss,
+    ContrastiveRepresentationLoss,
+    CorrelationCongruenceLoss,
+    DecoupledKDLoss,
+    DISTLoss,
+    HintLoss,
+    NSTLoss,
+    PKTLoss,
+    RKDAngleLoss,
+    RKDDistanceLoss,
+    SimilarityPreservingLoss,
+    SoftTargetLoss,
+    VariationalInformationLoss,
+)
 from kdlib.objective import Objective, ObjectiveOutput, Term
-from kdlib.projections import ConvProjection, LinearProjection, infer_projection
+from kdlib.projections import ConvProjection, LinearProjection, TokenProjection, infer_projection
 from kdlib.training import TrainConfig, TrainResult, train
 from kdlib.types import Features, Loss, Projection, Targets, Weighting
-from kdlib.weighting import CentreConfidenceWeighting, FixedWeighting, UniformWeighting
+from kdlib.weighting import (
+    CentreConfidenceWeighting,
+    ConfidenceWeighting,
+    EntropyWeighting,
+    FixedWeighting,
+    GateWeighting,
+    GradientWeighting,
+    UncertaintyWeighting,
+    UniformWeighting,
+)
 
 if TYPE_CHECKING:
     from kdlib.cache import CachedTeacher, TeacherCache
@@ -29,21 +73,36 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
-    "OUTPUT",
     "AngularDistillLoss",
     "AttentionTransferLoss",
+    "AttentiveSimilarityLoss",
     "CachedTeacher",
     "CentreConfidenceWeighting",
+    "ConfidenceWeighting",
+    "ContrastiveRepresentationLoss",
     "ConvProjection",
+    "CorrelationCongruenceLoss",
+    "DISTLoss",
+    "DecoupledKDLoss",
     "Distiller",
+    "EntropyWeighting",
     "Features",
     "FixedWeighting",
+    "GateWeighting",
+    "GradientWeighting",
     "HintLoss",
+    "InfluenceReport",
     "LinearProjection",
     "Loss",
+    "NSTLoss",
+    "OUTPUT",
     "Objective",
     "ObjectiveOutput",
+    "PKTLoss",
     "Projection",
+    "RKDAngleLoss",
+    "RKDDistanceLoss",
+    "SimilarityPreservingLoss",
     "SoftTargetLoss",
     "StudentAdapter",
     "Tap",
@@ -51,18 +110,33 @@ __all__ = [
     "TeacherAdapter",
     "TeacherCache",
     "Term",
+    "TokenProjection",
     "TrainConfig",
     "TrainResult",
+    "UncertaintyWeighting",
     "UniformWeighting",
+    "VariationalInformationLoss",
     "Weighting",
     "__version__",
     "angular_distill",
     "attention_map",
     "attention_transfer",
+    "attentive_similarity",
+    "channel_attention_map",
+    "contrastive_representation",
+    "correlation_congruence",
+    "decoupled_kd",
+    "dist",
     "hint",
     "infer_projection",
+    "nst",
+    "pkt",
+    "rkd_angle",
+    "rkd_distance",
+    "similarity_preserving",
     "soft_target",
     "train",
+    "variational_information",
 ]
 
 

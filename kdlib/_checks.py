@@ -6,6 +6,7 @@ function that the user called, the argument, what was expected and what came.
 
 from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
+from math import isqrt
 from typing import Any
 
 import torch
@@ -15,19 +16,30 @@ __all__ = [
     "check_choice",
     "check_finite",
     "check_floating",
+    "check_gathered",
+    "check_gathered_reduction",
     "check_grid",
     "check_identities",
+    "check_labels",
+    "check_logits",
     "check_map",
+    "check_most",
     "check_name",
     "check_number",
     "check_pair",
     "check_projectable",
     "check_rank",
+    "check_relation",
+    "check_relation_reduction",
     "check_same_batch",
     "check_shape",
     "check_shares",
+    "check_square_tokens",
+    "check_target",
     "check_teachers",
+    "check_token_grid",
     "check_weight",
+    "check_whole_numbers",
     "nearest",
     "show_shape",
 ]
@@ -100,13 +112,88 @@ def check_weight(owner: str, weight: Tensor | None, batch: int) -> None:
         raise ValueError(f"{owner}: weight must be (b,) = ({batch},), got {show_shape(weight)}")
 
 
-def check_projectable(owner: str, student: Tensor, teacher: Tensor) -> None:
-    """A projection can be inferred between two embeddings or between two feature maps."""
-    if student.dim() != teacher.dim() or student.dim() not in (2, 4):
+def check_whole_numbers(owner: str, name: str, x: Tensor, size: int) -> None:
+    """`x` must be `(size,)` whole numbers: identities, classes, sample ids."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{owner}: {name} must be a torch.Tensor, got {type(x).__name__}")
+    if x.is_floating_point() or x.is_complex() or x.dtype == torch.bool:
+        raise TypeError(f"{owner}: {name} must be whole numbers, got {x.dtype}")
+    if tuple(x.shape) != (size,):
+        raise ValueError(f"{owner}: {name} must be ({size},), got {show_shape(x)}")
+
+
+def check_gathered(owner: str, rows: Sequence[tuple[tuple[int, ...], str]]) -> None:
+    """The processes must bring rows of one shape and dtype; `rows` holds both for each process."""
+    for rank, (shape, dtype) in enumerate(rows):
+        if (shape, dtype) != rows[0]:
+            raise ValueError(
+                f"{owner}: all processes must hold rows of one shape and dtype, got {rows[0][0]} {rows[0][1]} in "
+                f"process 0 and {shape} {dtype} in process {rank}"
+            )
+
+
+def check_relation(owner: str, student: Tensor, teacher: Tensor, reduction: str, weight: Tensor | None) -> None:
+    """A relation loss takes two batches of as many samples, of any size each, and has one value for a batch."""
+    check_relation_reduction(owner, reduction)
+    check_floating(owner, student=student, teacher=teacher)
+    check_rank(owner, "student", student, "b d ...")
+    check_rank(owner, "teacher", teacher, "b d ...")
+    check_same_batch(owner, "student", student, "teacher", teacher)
+    check_weight(owner, weight, student.shape[0])
+
+
+def check_relation_reduction(owner: str, reduction: str) -> None:
+    """A relation has no per-sample form."""
+    if reduction != "mean":
+        raise ValueError(f"{owner}: reduction must be 'mean': a relation has no per-sample form, got {reduction!r}")
+
+
+def check_gathered_reduction(owner: str, gather: bool, reduction: str) -> None:
+    """A loss over the rows of all processes has one value, which every process gets."""
+    if gather and reduction != "mean":
         raise ValueError(
-            f"{owner}: student and teacher must be (b, d) and (b, D), or (b, c, h, w) and (b, C, H, W), "
-            f"got {show_shape(student)} and {show_shape(teacher)}; give a projection of your own"
+            f"{owner}: reduction must be 'mean' with gather: the processes share one value, got {reduction!r}"
         )
+
+
+def check_projectable(owner: str, student: Tensor, teacher: Tensor) -> None:
+    """A projection can be inferred between features of one kind, between maps and tokens, and from a map to a vector."""
+    known = {(2, 2), (3, 3), (4, 4), (3, 4), (4, 3), (4, 2)}
+    if (student.dim(), teacher.dim()) not in known:
+        raise ValueError(
+            f"{owner}: student and teacher must be vectors (b, d), tokens (b, n, d) or maps (b, c, h, w), both of one kind, "
+            f"or maps and tokens, or a map and a vector, got {show_shape(student)} and {show_shape(teacher)}; "
+            "give a projection of your own"
+        )
+
+
+def check_square_tokens(owner: str, name: str, x: Tensor) -> tuple[int, bool]:
+    """`x` (b, n, d) must hold the tokens of a square grid, with or without one class token in front.
+
+    Returns:
+        The side of the grid, and whether there is a class token.
+    """
+    for leading in (0, 1):
+        side = isqrt(max(x.shape[1] - leading, 0))
+        if side and side * side == x.shape[1] - leading:
+            return side, leading == 1
+    raise ValueError(
+        f"{owner}: {name} must hold the tokens (b, n, d) of a square grid, or these and one class token, where the other "
+        f"side has another number, got {show_shape(x)}; give a TokenProjection with size= and grid="
+    )
+
+
+def check_token_grid(owner: str, x: Tensor, leading: int, grid: tuple[int, int] | None) -> tuple[int, int]:
+    """`x` (b, n, d) must hold `leading` tokens and those of `grid`, or of a square one; returns it."""
+    tokens = x.shape[1] - leading
+    side = isqrt(max(tokens, 0))
+    height, width = (side, side) if grid is None else grid
+    if tokens < 1 or height * width != tokens:
+        wanted = "a square number" if grid is None else f"{height} x {width}"
+        more = " and a class token" if leading else ""
+        remedy = "; give grid=(h, w)" if grid is None else ""
+        raise ValueError(f"{owner}: student must be (b, n, d) with n = {wanted}{more}, got {show_shape(x)}{remedy}")
+    return height, width
 
 
 def check_grid(owner: str, name: str, size: Any) -> None:
@@ -149,6 +236,44 @@ def check_teachers(owner: str, losses: Tensor, teachers: Sequence[Tensor] | None
             raise ValueError(
                 f"{owner}: teachers[{index}] must be (b, d, ...) with b = {losses.shape[1]}, got {show_shape(teacher)}"
             )
+
+
+def check_labels(owner: str, labels: Tensor, batch: int, classes: int) -> None:
+    """`labels` must be `(b,)` whole numbers below the number of classes; negative ones are unknown."""
+    if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
+        raise TypeError(f"{owner}: labels must be whole numbers, got {labels.dtype}")
+    check_shape(owner, "labels", labels, "b", b=batch)
+    if labels.numel() and int(labels.max()) >= classes:
+        raise ValueError(
+            f"{owner}: labels must be below c = {classes} of the teachers' logits, got {int(labels.max())}"
+        )
+
+
+def check_target(owner: str, target: Tensor, batch: int, classes: int) -> None:
+    """`target` must be `(b,)` classes: whole numbers from 0 to below `classes`."""
+    if not isinstance(target, Tensor):
+        raise TypeError(f"{owner}: target must be a torch.Tensor, got {type(target).__name__}")
+    if target.is_floating_point() or target.is_complex() or target.dtype == torch.bool:
+        raise TypeError(f"{owner}: target must be whole numbers, got {target.dtype}")
+    check_shape(owner, "target", target, "b", b=batch)
+    if torch.compiler.is_compiling() or target.numel() == 0:  # a compiler has no values to look at
+        return
+    least, most = (int(end) for end in torch.aminmax(target))
+    if least < 0 or most >= classes:
+        raise ValueError(f"{owner}: target must be from 0 to below c = {classes}, got {least if least < 0 else most}")
+
+
+def check_logits(owner: str, teachers: Sequence[Tensor]) -> None:
+    """Each teacher must be logits `(b, c)`, all on one set of classes."""
+    if any(teacher.dim() != 2 or teacher.shape[1] != teachers[0].shape[1] for teacher in teachers):
+        shapes = ", ".join(show_shape(teacher) for teacher in teachers)
+        raise ValueError(f"{owner}: teachers must be logits (b, c) on the same c classes, got {shapes}")
+
+
+def check_most(owner: str, most: float, teachers: int) -> None:
+    """Weights of at most `most` each must be able to sum to one."""
+    if teachers and most * teachers < 1 - 1e-9:
+        raise ValueError(f"{owner}: most must be >= 1 / k for k = {teachers} teachers, got {most!r}")
 
 
 def check_choice(owner: str, name: str, value: object, choices: Sequence[str]) -> None:

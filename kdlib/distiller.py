@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from kdlib._checks import check_name
+from kdlib.influence import InfluenceReport, unchanged
 from kdlib.objective import Objective, ObjectiveOutput
 from kdlib.types import Features, Targets
 
@@ -112,6 +113,21 @@ class Distiller(nn.Module):
                 for module, mode in modes.items():
                     module.training = mode
         return self
+
+    @torch.no_grad()
+    def report(self, inputs: Any, targets: Targets | None = None) -> InfluenceReport:
+        """What each term and teacher does to the student on one batch; see `Objective.report`.
+
+        Runs in the mode that the distiller is in, and changes nothing: no weight, statistic, `.grad` or random state.
+        Under several processes every one must call it where losses or norms talk to each other.
+
+        Raises:
+            RuntimeError: projections are still to be inferred.
+        """
+        device = next((parameter.device for parameter in self.parameters()), torch.device("cpu"))
+        with unchanged(self.student, *self.teachers.values(), device=device):
+            student, teachers = self.features(inputs, targets)
+            return self.objective.report(student, teachers, targets)
 
     def trainable_parameters(self) -> Iterator[nn.Parameter]:
         """Parameters of the student, the projections, the heads and the learned weightings; none of a teacher.

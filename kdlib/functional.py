@@ -2,7 +2,35 @@
 
 from kdlib.losses.angular import angular_distill
 from kdlib.losses.attention import attention_map, attention_transfer
+from kdlib.losses.attentive_similarity import attentive_similarity, channel_attention_map
+from kdlib.losses.contrastive_representation import contrastive_representation
+from kdlib.losses.correlation_congruence import correlation_congruence
+from kdlib.losses.decoupled_kd import decoupled_kd
+from kdlib.losses.dist import dist
 from kdlib.losses.hint import hint
+from kdlib.losses.nst import nst
+from kdlib.losses.pkt import pkt
+from kdlib.losses.rkd import rkd_angle, rkd_distance
+from kdlib.losses.similarity_preserving import similarity_preserving
 from kdlib.losses.soft_target import soft_target
+from kdlib.losses.variational_information import variational_information
 
-__all__ = ["angular_distill", "attention_map", "attention_transfer", "hint", "soft_target"]
+__all__ = [
+    "angular_distill",
+    "attention_map",
+    "attention_transfer",
+    "attentive_similarity",
+    "channel_attention_map",
+    "contrastive_representation",
+    "correlation_congruence",
+    "decoupled_kd",
+    "dist",
+    "hint",
+    "nst",
+    "pkt",
+    "rkd_angle",
+    "rkd_distance",
+    "similarity_preserving",
+    "soft_target",
+    "variational_information",
+]

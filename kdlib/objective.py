@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kdlib._checks import check_choice, check_name, check_number, show_shape
+from kdlib._checks import check_choice, check_name, check_number, check_shape, show_shape
+from kdlib.influence import Comparison, InfluenceReport, measure, unchanged
 from kdlib.projections import infer_projection
 from kdlib.types import Features, Targets
 from kdlib.weighting import UniformWeighting
@@ -25,21 +26,24 @@ class ObjectiveOutput:
     """What an objective returns.
 
     Args:
-        total: scalar, the weighted sum.
+        total: scalar, the weighted sum of the terms, plus the penalty.
         terms: name to scalar, each before its weight.
         weights: name of each term with teachers to the `(k, b)` weights of its k teachers.
+        penalty: scalar, what a learned weighting adds to the total; `None` for other weightings.
     """
 
     total: Tensor
     terms: dict[str, Tensor]
     weights: dict[str, Tensor]
+    penalty: Tensor | None = None
 
 
 class Term:
     """One part of the objective.
 
     `Term(loss, student=tap, teacher=tap)` compares a student feature with the same-named feature of each teacher;
-    `Term(loss, student=tap, target=name)` compares it with a target of the batch (a supervised term).
+    `Term(loss, student=tap, target=name)` compares it with a target of the batch (a supervised term). With both, the
+    loss is called as `loss(student, teacher, target=targets[name])`.
 
     Args:
         loss: called as `loss(student, teacher)`; a Module of `kdlib.losses`, a head, or any callable that returns a
@@ -47,9 +51,11 @@ class Term:
         student: feature of the student.
         teacher: feature of the teachers.
         teachers: names of the teachers that take part; `None` for all.
-        target: name of the target, in place of `teacher`.
+        target: name of the target, in place of `teacher` or beside it.
         project: `None`; `"auto"`, one inferred projection for each teacher; or a Module, copied for each further teacher.
         weight: a number, or a schedule `step -> number`.
+        sample_weight: name of a target `(b,)`, at least 0, that weighs the samples within this term; 0 masks one. It
+            needs a loss of `(b,)` values, or one that takes `weight=`, as the losses of `kdlib` do.
 
     Raises:
         TypeError, ValueError: arguments that do not go together.
@@ -70,13 +76,14 @@ class Term:
         target: str | None = None,
         project: str | nn.Module | None = None,
         weight: float | Callable[[int], float] = 1.0,
+        sample_weight: str | None = None,
     ) -> None:
         if not callable(loss):
             raise TypeError(f"Term: loss must be callable, got {type(loss).__name__}")
-        if (teacher is None) == (target is None):
-            raise ValueError(f"Term: one of teacher and target must be given, got {teacher!r} and {target!r}")
-        if target is not None and (teachers is not None or project is not None):
-            raise ValueError("Term: teachers and project go with teacher, got them with target")
+        if teacher is None and target is None:
+            raise ValueError("Term: at least one of teacher and target must be given, got neither")
+        if teacher is None and (teachers is not None or project is not None):
+            raise ValueError("Term: teachers and project go with teacher, got them with target alone")
         if isinstance(teachers, str) or (teachers is not None and not teachers):
             raise ValueError(f"Term: teachers must be a sequence of names or None, got {teachers!r}")
         if isinstance(project, str):
@@ -87,10 +94,12 @@ class Term:
             check_number("Term", "weight", weight, least=0)
         self.loss, self.student, self.teacher, self.target = loss, student, teacher, target
         self.teachers = None if teachers is None else tuple(teachers)
-        self.project, self.weight = project, weight
+        self.project, self.weight, self.sample_weight = project, weight, sample_weight
 
     def __repr__(self) -> str:
-        defaults = {"teacher": None, "teachers": None, "target": None, "project": None, "weight": 1.0}
+        defaults = {
+            "teacher": None, "teachers": None, "target": None, "project": None, "weight": 1.0, "sample_weight": None,
+        }  # fmt: skip
         given = [f"{name}={getattr(self, name)!r}" for name in defaults if getattr(self, name) != defaults[name]]
         return f"Term({', '.join([repr(self.loss), f'student={self.student!r}', *given])})"
 
@@ -104,11 +113,15 @@ class Objective(nn.Module):
     """The weighted sum of named terms.
 
     `total = sum_t weight_t * sum_k mean_i w_tki * loss_t(P_tk s_i, f_ki)` over terms t, their teachers k and samples i;
-    a supervised term has one loss and no w.
+    a supervised term has one loss and no w. Sample weights turn the mean over i into a weighted mean.
 
     Args:
         terms: name to term.
-        weighting: `(k, b)` losses to `(k, b)` weights; `None` for equal weights.
+        weighting: `(k, b)` losses to `(k, b)` weights; `None` for equal weights. It is called for each term with
+            teachers, or once for the term of `weigh_by`, with losses cut from the graph, masked samples at 0. Losses
+            with their graph come to a weighting whose class says `needs_graph = True`; its weights are then detached.
+            Others may learn: a graph in their weights is kept, and where they have a method `penalty(losses)`, what it
+            returns is added to the total for each call.
         weigh_by: a term whose losses and features decide the weights of all terms; a term with fewer teachers takes
             their rows, scaled to sum to one. `None`: each term is weighed by its own.
 
@@ -180,56 +193,126 @@ class Objective(nn.Module):
     ) -> ObjectiveOutput:
         """Compare one batch."""
         teacher_features = {} if teacher_features is None else teacher_features
-        targets = {} if targets is None else targets
         if not self.inferred:
             self.infer(student_features, teacher_features)
-        values: dict[str, Tensor] = {}
-        weights: dict[str, Tensor] = {}
-        order = sorted(self.terms, key=lambda name: name != self.weigh_by)
+        compared, penalties = self._compare(student_features, teacher_features, {} if targets is None else targets)
+        values = {name: each.value() for name, each in compared.items()}
+        parts = [*(self.terms[name].weight_at(self.step) * value for name, value in values.items()), *penalties]
+        total = torch.stack([part.float() if part.dtype != torch.float64 else part for part in parts]).sum()
+        weights = {name: each.weights for name, each in compared.items() if each.weights is not None}
+        return ObjectiveOutput(total, values, weights, torch.stack(penalties).sum() if penalties else None)
+
+    def report(
+        self,
+        student_features: Features,
+        teacher_features: Mapping[str, Features] | None = None,
+        targets: Targets | None = None,
+    ) -> InfluenceReport:
+        """What each term and teacher does to the student on one batch: losses, gradients, and how these agree.
+
+        Gradients are taken at the student's features, through projections and losses alone; the weights count as given,
+        and a weighting's penalty, which does not reach the student, is left out. Nothing is changed: no buffer, no
+        `.grad`, no random state. The modules stay in their mode.
+
+        Raises:
+            RuntimeError: projections are still to be inferred.
+        """
+        if not self.inferred:
+            raise RuntimeError("Objective: projections are not there yet; call infer or forward once")
+        leaves = {
+            name: feature.detach().requires_grad_(feature.is_floating_point())
+            for name, feature in student_features.items()
+        }
+        device = next(iter(leaves.values())).device
+        with unchanged(self, device=device), torch.enable_grad():
+            compared, _ = self._compare(leaves, teacher_features or {}, targets or {})
+            weighed = {name: (term.weight_at(self.step), term.student) for name, term in self.terms.items()}
+            return measure(self.step, compared, weighed)
+
+    def _compare(
+        self, student_features: Features, teacher_features: Mapping[str, Features], targets: Targets
+    ) -> tuple[dict[str, Comparison], list[Tensor]]:
+        """Every term on one batch, in the order of the terms, and the penalties of the weighting."""
+        found: dict[str, Comparison] = {}
+        penalties: list[Tensor] = []
         lead: tuple[list[str], Tensor] | None = None
-        for name in order:
+        for name in sorted(self.terms, key=lambda name: name != self.weigh_by):
             term = self.terms[name]
             student = _feature("student", student_features, term.student, name)
-            if term.target is not None:
-                check_name(f"Objective: term {name!r}", "target", term.target, targets)
-                loss = term.loss(student, targets[term.target])
-                values[name] = loss.mean() if loss.dim() else loss
+            sample = self._sample_weight(name, student, targets)
+            if term.teacher is None:
+                found[name] = Comparison(student, self._loss(name, student, None, targets, sample), sample=sample)
                 continue
             who = self._teachers_of(name, teacher_features)
             facing = [
-                _feature(f"teacher {each!r}", teacher_features[each], str(term.teacher), name).detach() for each in who
+                _feature(f"teacher {each!r}", teacher_features[each], term.teacher, name).detach() for each in who
             ]
-            losses = torch.stack(
-                [self._compare(name, each, student, teacher) for each, teacher in zip(who, facing, strict=True)]
-            )
-            each_sample = losses if losses.dim() == 2 else losses[:, None].expand(-1, student.shape[0])
+            pairs = [(self._projected(name, each, student), face) for each, face in zip(who, facing, strict=True)]
+            losses = torch.stack([self._loss(name, mine, face, targets, sample) for mine, face in pairs])
             if lead is None:
-                share = self.weighting(each_sample.detach(), student=student, teachers=facing, targets=targets)
-                _check_weights(share, each_sample)
-                lead = (who, share) if name == self.weigh_by else None
+                each_sample = losses if losses.dim() == 2 else losses[:, None].expand(-1, student.shape[0])
+                weights = self._weigh(each_sample, student, facing, targets)
+                if callable(penalty := getattr(self.weighting, "penalty", None)):
+                    penalties.append(penalty(each_sample.detach()))
+                lead = (who, weights) if name == self.weigh_by else None
             else:
-                share = _rows(lead, who, name)
-            weights[name] = share
-            share = share.to(losses.dtype)
-            values[name] = (share * losses).sum(0).mean() if losses.dim() == 2 else (share.mean(1) * losses).sum()
-        parts = [self.terms[name].weight_at(self.step) * values[name] for name in self.terms]
-        total = torch.stack([part.float() if part.dtype != torch.float64 else part for part in parts]).sum()
-        return ObjectiveOutput(total, {name: values[name] for name in self.terms}, weights)
+                weights = _rows(lead, who, name)
+            found[name] = Comparison(student, losses, tuple(who), weights, sample)
+        return {name: found[name] for name in self.terms}, penalties
 
-    def _compare(self, name: str, who: str, student: Tensor, teacher: Tensor) -> Tensor:
-        """`(b,)` losses where the loss has a per-sample form, else a scalar."""
+    def _weigh(self, losses: Tensor, student: Tensor, teachers: list[Tensor], targets: Targets) -> Tensor:
+        """What the weighting says of losses `(k, b)`."""
+        live = bool(getattr(self.weighting, "needs_graph", False))
+        weights: Tensor = self.weighting(
+            losses if live else losses.detach(), student=student, teachers=teachers, targets=targets
+        )
+        _check_weights(weights, losses)
+        return weights.detach() if live else weights
+
+    def _projected(self, name: str, who: str, student: Tensor) -> Tensor:
+        if self.terms[name].project is None:
+            return student
+        bank: Any = self.projections[name]
+        check_name(f"Objective: term {name!r}", "projection for teacher", who, bank.keys())
+        projected: Tensor = bank[who](student)
+        return projected
+
+    def _loss(
+        self, name: str, student: Tensor, teacher: Tensor | None, targets: Targets, sample: Tensor | None
+    ) -> Tensor:
+        """`(b,)` losses, times the sample weights, where the loss has a per-sample form; else a scalar."""
         term = self.terms[name]
-        if term.project is not None:
-            bank: Any = self.projections[name]
-            check_name(f"Objective: term {name!r}", "projection for teacher", who, bank.keys())
-            student = bank[who](student)
         per_sample = getattr(term.loss, "per_sample", None)
-        loss = term.loss(student, teacher, reduction="none") if per_sample else term.loss(student, teacher)
-        if loss.dim() and tuple(loss.shape) != (student.shape[0],):
+        options: dict[str, Any] = {}
+        if term.target is not None:
+            check_name(f"Objective: term {name!r}", "target", term.target, targets)
+            if teacher is None:
+                teacher = targets[term.target]
+            else:
+                options["target"] = targets[term.target]
+        if per_sample and (term.teacher is not None or sample is not None):
+            options["reduction"] = "none"
+        if per_sample is not None and sample is not None:
+            options["weight"] = sample
+        loss = term.loss(student, teacher, **options)
+        each = sample is not None and "weight" not in options
+        if tuple(loss.shape) != (student.shape[0],) and (each or (term.teacher is not None and loss.dim())):
+            wanted = "(b,) losses for its sample_weight," if each else "a scalar or"
             raise ValueError(
-                f"Objective: term {name!r} must return a scalar or (b,) = ({student.shape[0]},), got {show_shape(loss)}"
+                f"Objective: term {name!r} must return {wanted} (b,) = ({student.shape[0]},), got {show_shape(loss)}"
             )
+        if each and sample is not None:
+            loss = loss * sample
         return loss
+
+    def _sample_weight(self, name: str, student: Tensor, targets: Targets) -> Tensor | None:
+        """`(b,)` weights in float32 on the student's device."""
+        wanted = self.terms[name].sample_weight
+        if wanted is None:
+            return None
+        check_name(f"Objective: term {name!r}", "target", wanted, targets)
+        check_shape(f"Objective: term {name!r}", f"targets[{wanted!r}]", targets[wanted], "b", b=student.shape[0])
+        return targets[wanted].to(device=student.device, dtype=torch.float32)
 
     def _teachers_of(self, name: str, teacher_features: Mapping[str, Features]) -> list[str]:
         term = self.terms[name]

@@ -1,6 +1,6 @@
 """kdlib_faces: light age-invariant face recognition by distillation. Imports kdlib, never the reverse.
 
-data, backbones, heads -> teachers -> evaluation -> report -> recipes -> command line
+data, backbones, heads -> losses -> teachers -> evaluation -> report -> recipes -> command line
 """
 
 from kdlib import __version__

@@ -4,12 +4,25 @@ Everything a user can cause (a missing file, a wrong column, a corrupt graph) is
 prints it as one line and exits with code 2; a library user catches it as the `ValueError` that it is.
 """
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from kdlib._checks import show_shape
+from kdlib._checks import check_finite, check_floating, check_number, check_shape, check_whole_numbers, show_shape
 
-__all__ = ["InputError", "check_identities", "report_key"]
+__all__ = [
+    "InputError",
+    "check_class_centres",
+    "check_every_identity",
+    "check_identities",
+    "check_identities_or_triplets",
+    "check_rates",
+    "check_relation",
+    "check_set",
+    "report_key",
+]
 
 
 class InputError(ValueError):
@@ -38,3 +51,63 @@ def check_identities(owner: str, identities: Tensor, batch: int, num_identities:
             raise ValueError(
                 f"{owner}: identities must be from 0 to {num_identities - 1}, got {low if low < 0 else high}"
             )
+
+
+def check_class_centres(owner: str, centres: Tensor, num_identities: int, dim: int) -> None:
+    """`centres` must be `(n, d)`, finite, and no row zero: a centre is a direction."""
+    check_floating(owner, centres=centres)
+    check_shape(owner, "centres", centres, "n d", n=num_identities, d=dim)
+    check_finite(owner, centres=centres)
+    empty = (centres == 0).all(1)
+    if empty.any():
+        raise ValueError(f"{owner}: centres must have no row of zeros, got row {int(empty.nonzero()[0])}")
+
+
+def check_every_identity(owner: str, counts: Tensor) -> None:
+    """Each identity must occur: `counts` `(n,)` are at least 1."""
+    missing = (counts == 0).nonzero().flatten()
+    if len(missing):
+        raise ValueError(
+            f"{owner}: every identity from 0 to {len(counts) - 1} must have an embedding of some length, "
+            f"got none of {len(missing)} of them, first of {int(missing[0])}"
+        )
+
+
+def check_set(owner: str, ready: bool) -> None:
+    """The centres must have been given or estimated before a loss can be taken."""
+    if not ready:
+        raise ValueError(
+            f"{owner}: centres must be there before the first loss, got none; "
+            f"give centres=, or call centres_from(embeddings, identities)"
+        )
+
+
+def check_identities_or_triplets(owner: str, target: Tensor, batch: int) -> None:
+    """`target` must be identities `(b,)`, or triplets `(t, 3)` of rows from 0 to b - 1."""
+    if not isinstance(target, Tensor) or target.dim() != 2:
+        check_whole_numbers(owner, "target", target, batch)
+        return
+    if target.is_floating_point() or target.is_complex() or target.dtype == torch.bool:
+        raise TypeError(f"{owner}: target must be whole numbers, got {target.dtype}")
+    if target.shape[1] != 3:
+        raise ValueError(f"{owner}: target must be identities (b,) or triplets (t, 3), got {show_shape(target)}")
+    if len(target) and not torch.compiler.is_compiling():
+        low, high = (int(end) for end in torch.aminmax(target))
+        if low < 0 or high >= batch:
+            raise ValueError(f"{owner}: triplets must be rows from 0 to {batch - 1}, got {low if low < 0 else high}")
+
+
+def check_rates(owner: str, rates: Any) -> None:
+    """`rates` must be a sequence of false positive rates, each above 0 and at most 1."""
+    if isinstance(rates, (str, bytes)) or not isinstance(rates, Sequence):
+        raise TypeError(f"{owner}: rates must be a sequence of numbers, got {type(rates).__name__}")
+    if not rates:
+        raise ValueError(f"{owner}: rates must hold at least one number, got {rates!r}")
+    for index, rate in enumerate(rates):
+        check_number(owner, f"rates[{index}]", rate, above=0, most=1)
+
+
+def check_relation(owner: str, reduction: str) -> None:
+    """A loss over pairs or triples of samples has one value for a batch."""
+    if reduction != "mean":
+        raise ValueError(f"{owner}: reduction must be 'mean': a relation has no per-sample form, got {reduction!r}")

@@ -17,10 +17,12 @@ CORE = [
     {"cache"},
     {"projections", "losses"},
     {"weighting"},
+    {"influence"},
     {"objective"},
     {"distiller"},
     {"training"},
     {"evaluation"},
+    {"testing"},
 ]
 CORE_SHARED = {"types", "_checks"}
 FACES = [
@@ -192,7 +194,9 @@ def test_onnx_waits_until_a_teacher_needs_it() -> None:
 
 def test_nothing_unpickles() -> None:
     unsafe = {"pickle", "cPickle", "dill", "cloudpickle", "marshal", "shelve", "joblib"}
-    assert [(name, target) for name in EVERY for target, _ in imports(name) if target.split(".")[0] in unsafe] == []
+    found = [(name, target) for name in EVERY for target, _ in imports(name) if target.split(".")[0] in unsafe]
+    # The contract checks send a component through bytes of their own making.
+    assert found == [("kdlib.testing._run", "pickle")]
 
 
 def test_files_are_read_without_running_code() -> None:

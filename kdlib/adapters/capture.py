@@ -1,17 +1,23 @@
 """Stage 1, the mechanism: one forward of a model with its taps read. Hooks the model for that one forward alone."""
 
+import sys
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
+from types import FrameType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import CheckpointFunction
 
 from kdlib._checks import nearest
 from kdlib.adapters.tap import Tap, pick
 
-__all__ = ["capture", "find_module"]
+__all__ = ["capture", "find_module", "reentrant_checkpoint"]
+
+# torch counts the handles of hooks without a lock, and two hooks of one number would be one hook.
+_HOOKING = threading.Lock()
 
 # Where DDP and AveragedModel, torch.compile, FSDP and activation checkpointing hold the user's module.
 _WRAPPERS = ("module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
@@ -72,13 +78,14 @@ def capture(owner: str, model: nn.Module, taps: Mapping[str, Tap], inputs: tuple
 
     Raises:
         ValueError: a tap did not fire, fired more than once without saying which call, fired where gradients were
-            switched off, or had its tensor changed in place after it.
+            switched off, so that none could pass, or had its tensor changed in place after it.
     """
     compiling = torch.compiler.is_compiling()
     thread = 0 if compiling else threading.get_ident()
     grad = torch.is_grad_enabled()
     calls: dict[str, int] = {tap.path: 0 for tap in taps.values() if tap.path is not None}
     found: dict[str, tuple[Tensor, int]] = {}
+    without_gradient: list[str] = []
 
     def make_hook(path: str) -> Callable[[nn.Module, Any, Any], None]:
         def hook(module: nn.Module, _: Any, output: Any) -> None:
@@ -87,7 +94,9 @@ def capture(owner: str, model: nn.Module, taps: Mapping[str, Tap], inputs: tuple
             for name, tap in taps.items():
                 if tap.path == path and (tap.call is None or tap.call == calls[path]):
                     if not compiling and grad and not torch.is_grad_enabled():
-                        _check_gradient(owner, name, module)
+                        trained = any(parameter.requires_grad for parameter in module.parameters())
+                        if trained or reentrant_checkpoint() is not None:
+                            without_gradient.append(name)
                     tensor = pick(owner, name, tap, output)
                     found[name] = (tensor, _version(tensor, compiling))
             calls[path] += 1
@@ -98,7 +107,8 @@ def capture(owner: str, model: nn.Module, taps: Mapping[str, Tap], inputs: tuple
     if compiling:
         output = _traced_call(model, inputs, [(module, make_hook(path)) for path, module in modules.items()])
     else:
-        handles = [module.register_forward_hook(make_hook(path)) for path, module in modules.items()]
+        with _HOOKING:
+            handles = [module.register_forward_hook(make_hook(path)) for path, module in modules.items()]
         try:
             output = model(*inputs)
         finally:
@@ -112,6 +122,13 @@ def capture(owner: str, model: nn.Module, taps: Mapping[str, Tap], inputs: tuple
             continue
         _check_calls(owner, name, tap, calls[tap.path])
         tensor, version = found[name]
+        # What a reentrant checkpoint returns is put on the graph after the tap; what is inside of it never is.
+        if name in without_gradient and not tensor.requires_grad:
+            raise ValueError(
+                f"{owner}: tap {name!r} ({tap.path!r}) fired where gradients are switched off, so no gradient could pass "
+                "through it; inside activation checkpointing use checkpoint(..., use_reentrant=False) or tap the "
+                "checkpointed block"
+            )
         if _version(tensor, compiling) != version:
             raise ValueError(
                 f"{owner}: the tensor of tap {name!r} ({tap.path!r}) was changed in place after the tap, as "
@@ -142,12 +159,14 @@ def _version(tensor: Tensor, compiling: bool) -> int:
     return 0 if compiling or tensor.is_inference() else tensor._version
 
 
-def _check_gradient(owner: str, name: str, module: nn.Module) -> None:
-    if any(parameter.requires_grad for parameter in module.parameters()):
-        raise ValueError(
-            f"{owner}: tap {name!r} fired where gradients are switched off, so no gradient could pass through it; "
-            "inside activation checkpointing use checkpoint(..., use_reentrant=False) or tap the checkpointed block"
-        )
+def reentrant_checkpoint() -> Any:
+    """What `checkpoint(..., use_reentrant=True)` is running just now, further up in this thread; None if nothing."""
+    frame: FrameType | None = sys._getframe()
+    while frame is not None:
+        if frame.f_code is CheckpointFunction.forward.__code__:
+            return frame.f_locals.get("run_function")
+        frame = frame.f_back
+    return None
 
 
 def _check_calls(owner: str, name: str, tap: Tap, calls: int) -> None:

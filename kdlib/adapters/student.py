@@ -3,9 +3,10 @@
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from kdlib.adapters.capture import capture, find_module
+from kdlib.adapters.capture import capture, find_module, reentrant_checkpoint
 from kdlib.adapters.tap import Tap, parse_taps
 
 __all__ = ["StudentAdapter"]
@@ -16,7 +17,9 @@ class StudentAdapter(nn.Module):
 
     The model stays the user's own: no hook is on it outside of a forward, `adapter.model` is the very object given, and
     its paths are those of `model.named_modules()`, also when it is wrapped for DDP. To compile, compile the adapter or
-    what holds it, not the model inside.
+    what holds it, not the model inside. Activation checkpointing may go around the adapter or be inside of the model;
+    within a checkpointed block, and around the adapter, it must be the kind without reentry. torch does not compile taps
+    within a checkpointed block into one graph.
 
     Args:
         model: any module.
@@ -54,8 +57,16 @@ class StudentAdapter(nn.Module):
             One tensor `(b, ...)` a tap.
 
         Raises:
-            ValueError: a tap did not fire, or fired more than once without saying which call.
+            ValueError: a tap did not fire, fired more than once without saying which call, lies inside a reentrant
+                activation checkpoint, or had its tensor changed in place by what follows it.
         """
+        if not torch.compiler.is_compiling() and not torch.is_grad_enabled():
+            running = reentrant_checkpoint()
+            if getattr(running, "__self__", running) is self:
+                raise ValueError(
+                    "StudentAdapter: features cannot pass a reentrant checkpoint, which would drop their gradients; "
+                    "use checkpoint(adapter, ..., use_reentrant=False)"
+                )
         return capture("StudentAdapter", self.model, self.taps, inputs)
 
     def extra_repr(self) -> str:

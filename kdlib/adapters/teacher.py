@@ -1,7 +1,9 @@
 """Stage 1: a teacher as named features. Holds the user's model out of reach of training, saving and optimizers."""
 
+import threading
 from collections.abc import Callable, Mapping
 from typing import Any, Self
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -92,19 +94,21 @@ class TeacherAdapter(nn.Module):
             ValueError: a tap did not fire, or fired more than once without saying which call.
         """
         model, preprocess = self._held
-        # Only what somebody set to training since, by way of the model itself.
-        awake = [module for module in model.modules() if module.training]
+        compiling = torch.compiler.is_compiling()  # a trace is of one thread, and knows no lock
+        awake = _sleep(model) if compiling else []
+        if not compiling:
+            _enter(model)
         try:
-            for module in awake:
-                module.training = False
             with torch.no_grad():
                 if preprocess is not None:
                     prepared = preprocess(*inputs)
                     inputs = prepared if isinstance(prepared, tuple) else (prepared,)
                 features = self._features(model, inputs)
         finally:
-            for module in awake:
-                module.training = True
+            if compiling:
+                _wake(awake)
+            else:
+                _leave(model)
         return {name: tensor.detach() for name, tensor in features.items()}
 
     def _features(self, model: nn.Module, inputs: tuple[Any, ...]) -> dict[str, Tensor]:
@@ -130,3 +134,37 @@ class TeacherAdapter(nn.Module):
         preprocess = "" if self.preprocess is None else f", preprocess={self.preprocess!r}"
         dtype = "" if self.dtype is None else f", dtype={self.dtype}"
         return f"{type(self.model).__name__}, taps={self.taps}{preprocess}{dtype}"
+
+
+# Models that some thread is running, how many threads are, and what they will wake.
+_LOCK = threading.Lock()
+_RUNNING: WeakKeyDictionary[nn.Module, tuple[int, list[nn.Module]]] = WeakKeyDictionary()
+
+
+def _sleep(model: nn.Module) -> list[nn.Module]:
+    """Put in eval mode what somebody has set to training since, by way of the model itself; returns that."""
+    awake = [module for module in model.modules() if module.training]
+    for module in awake:
+        module.training = False
+    return awake
+
+
+def _enter(model: nn.Module) -> None:
+    with _LOCK:
+        threads, awake = _RUNNING.get(model, (0, []))
+        _RUNNING[model] = (threads + 1, awake + _sleep(model))
+
+
+def _leave(model: nn.Module) -> None:
+    """The last thread out wakes the model: the first would wake it while another is still running it."""
+    with _LOCK:
+        threads, awake = _RUNNING.pop(model)
+        if threads > 1:
+            _RUNNING[model] = (threads - 1, awake)
+        else:
+            _wake(awake)
+
+
+def _wake(awake: list[nn.Module]) -> None:
+    for module in awake:
+        module.training = True

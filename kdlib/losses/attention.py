@@ -5,10 +5,12 @@ Zagoruyko and Komodakis, 2017: match the spatial maps of channel energy, each of
 
 from typing import ClassVar, Literal
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from kdlib._checks import check_choice, check_floating, check_map, check_number, check_rank, check_same_batch
+from kdlib.losses._energy import scaled_energy
 from kdlib.losses._maths import REDUCTIONS, full_precision, hold_short, promote, reduce, rescale, unit_rows
 
 __all__ = ["AttentionTransferLoss", "attention_map", "attention_transfer"]
@@ -62,6 +64,10 @@ def attention_transfer(
     grids differ, both maps are average-pooled to the smaller height and the smaller width. A map of zeros (every
     unit dead) counts as a zero vector and gets no gradient. The loss does not depend on the scale of either feature.
 
+    With `p=2` nothing of the size of the features is made besides their gradient, and nothing but the features
+    themselves is kept for it: they are read a part at a time that fits the processor's cache. A gradient of the
+    gradient and `torch.func.grad` work, `torch.func.vmap` does not.
+
     Args:
         student: features `(b, c, h, w)`, or a ready attention map `(b, h, w)` with values of at least 0.
         teacher: likewise, of any number of channels and any grid; never receives a gradient.
@@ -96,11 +102,9 @@ def attention_transfer(
     check_map("attention_transfer", student=student, teacher=teacher)
     check_same_batch("attention_transfer", "student", student, "teacher", teacher)
     origin = student.dtype
+    dtype = torch.promote_types(torch.promote_types(origin, teacher.dtype), torch.float32)
     with full_precision(student):
-        student, teacher = promote(student, teacher)
-        (student, size), (teacher, _) = rescale(student), rescale(teacher)
-        a_s = attention_map(student, p) if student.dim() == 4 else student
-        a_t = attention_map(teacher, p) if teacher.dim() == 4 else teacher
+        (a_s, size), (a_t, _) = _scaled_map(student, p, dtype), _scaled_map(teacher.detach(), p, dtype)
         grid = (min(a_s.shape[1], a_t.shape[1]), min(a_s.shape[2], a_t.shape[2]))
         a_s = F.adaptive_avg_pool2d(a_s.unsqueeze(1), grid)
         a_t = F.adaptive_avg_pool2d(a_t.unsqueeze(1), grid)
@@ -152,3 +156,12 @@ class AttentionTransferLoss(nn.Module):
     def extra_repr(self) -> str:
         """Arguments of the call that rebuilds the loss."""
         return f"p={self.p!r}, reduction={self.reduction!r}"
+
+
+def _scaled_map(features: Tensor, p: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """The attention map `(b, h, w)` of each sample divided by its largest magnitude, and that magnitude `(b,)`."""
+    if p == 2 and features.dim() == 4:
+        energy, _, largest = scaled_energy(features, dtype)
+        return energy, largest
+    scaled, largest = rescale(features.to(dtype))
+    return (attention_map(scaled, p) if scaled.dim() == 4 else scaled), largest

@@ -3,17 +3,16 @@
 Hinton, Vinyals and Dean, 2015: match the outputs at a raised temperature.
 """
 
+from functools import partial
 from typing import ClassVar, Literal
 
 from torch import Tensor, nn
 
 from kdlib._checks import check_choice, check_number, check_pair
-from kdlib.losses._maths import REDUCTIONS, full_precision, promote, reduce
+from kdlib.losses._chunked import LEAST_LOG, by_rows, soften
+from kdlib.losses._maths import REDUCTIONS, full_precision, reduce
 
 __all__ = ["SoftTargetLoss", "soft_target"]
-
-LEAST_LOG = -1e30
-"""A smaller log-probability counts as this one: gaps near the end of float32 would make it -inf, and 0 * -inf NaN."""
 
 
 def soft_target(
@@ -60,11 +59,9 @@ def soft_target(
     check_number("soft_target", "temperature", temperature, above=0)
     check_pair("soft_target", student, teacher, "b c")
     with full_precision(student):
-        student, teacher = promote(student, teacher)
-        log_s = (student / temperature).log_softmax(1).clamp(min=LEAST_LOG)
-        log_t = (teacher / temperature).log_softmax(1).clamp(min=LEAST_LOG)
-        divergence = (log_t.exp() * (log_t - log_s)).sum(1)
-        return reduce("soft_target", temperature**2 * divergence, reduction, weight)
+        value, slope = partial(_divergence, temperature=temperature), partial(_slope, temperature=temperature)
+        losses = by_rows(value, slope, student, teacher)
+        return reduce("soft_target", losses, reduction, weight)
 
 
 class SoftTargetLoss(nn.Module):
@@ -111,3 +108,17 @@ class SoftTargetLoss(nn.Module):
     def extra_repr(self) -> str:
         """Arguments of the call that rebuilds the loss."""
         return f"temperature={self.temperature!r}, reduction={self.reduction!r}"
+
+
+def _divergence(student: Tensor, teacher: Tensor, *, temperature: float) -> Tensor:
+    """The loss of each row, `(n, c)` and `(n, c)` to `(n,)`."""
+    # In place wherever nothing is kept for the backward: three matrices at a time rather than five.
+    log_t = soften(teacher, temperature).log_softmax(1).clamp_(min=LEAST_LOG)
+    gap = log_t - soften(student, temperature).log_softmax(1).clamp(min=LEAST_LOG)
+    return temperature**2 * gap.mul_(log_t.exp_()).sum(1)
+
+
+def _slope(student: Tensor, teacher: Tensor, *, temperature: float) -> Tensor:
+    """Its derivative: T (p^s - p^t)."""
+    p_t = soften(teacher, temperature).softmax(1)
+    return p_t.sub_(soften(student, temperature).softmax(1)).mul_(-temperature)

@@ -1,9 +1,9 @@
 """Projections: a 1x1 convolution for feature maps. Touches the student's tensor only."""
 
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from kdlib._checks import check_floating, check_grid, check_number, check_shape
+from kdlib.projections._grid import resize
 
 __all__ = ["ConvProjection"]
 
@@ -52,12 +52,7 @@ class ConvProjection(nn.Module):
         check_floating("ConvProjection", student=student)
         check_shape("ConvProjection", "student", student, "b c h w", c=self.in_channels)
         if self.size is not None:
-            height, width = self.size
-            pooled = (min(student.shape[2], height), min(student.shape[3], width))
-            if pooled != tuple(student.shape[2:]):
-                student = F.adaptive_avg_pool2d(student, pooled)
-            if pooled != self.size:
-                student = F.interpolate(student, self.size, mode="bilinear", align_corners=False)
+            student = resize(student, self.size)
         projected: Tensor = self.norm(self.conv(student))
         return projected
 

@@ -1,11 +1,13 @@
 """Projections: choose the map from one example of each side. Touches shapes only."""
 
 import torch
+from einops.layers.torch import Rearrange, Reduce
 from torch import Tensor, nn
 
-from kdlib._checks import check_floating, check_projectable
+from kdlib._checks import check_floating, check_projectable, check_square_tokens
 from kdlib.projections.conv import ConvProjection
 from kdlib.projections.linear import LinearProjection
+from kdlib.projections.token import TokenProjection
 
 __all__ = ["infer_projection"]
 
@@ -13,19 +15,31 @@ __all__ = ["infer_projection"]
 def infer_projection(student: Tensor, teacher: Tensor, *, identity_if_equal: bool = False) -> nn.Module:
     """The projection that brings features like `student` to the shape of features like `teacher`.
 
+    - vector `(b, d)` to vector `(b, D)`: `LinearProjection`;
+    - map `(b, c, h, w)` to map `(b, C, H, W)`: `ConvProjection`, with `size=(H, W)` where the grids differ;
+    - tokens `(b, n, d)` to tokens `(b, N, D)`: `TokenProjection`, with `size=` where the numbers differ;
+    - map to tokens: the map's places as tokens, then `TokenProjection`;
+    - tokens to map: `TokenProjection` onto the grid `(H, W)`, then its tokens as a map;
+    - map to vector: the mean over the map, then `LinearProjection`.
+
+    Where numbers of tokens differ they must be those of square grids, with or without one class token in front: 49, 50,
+    196, 197; against a map, the number of its own places counts first. A class token goes to a class token; one that the teacher lacks is dropped; for one that the student lacks
+    the mean of its tokens stands in. Anything else does not say what belongs to what and is refused: a vector to a map
+    or to tokens, tokens to a vector (class token or mean?), grids of tokens that are not square.
+
     It stands on the student's device. Its parameters take the student's dtype, except under autocast, where they stay
     float32 as those of the model do. They are drawn from torch's global generator, as those of any layer are.
 
     Args:
-        student: example `(b, d)` or `(b, c, h, w)`; the values do not matter, nor does the batch size.
-        teacher: example `(b, D)` or `(b, C, H, W)`, of the same number of dimensions.
+        student: example `(b, d)`, `(b, n, d)` or `(b, c, h, w)`; the values do not matter, nor does the batch size.
+        teacher: example `(b, D)`, `(b, N, D)` or `(b, C, H, W)`.
         identity_if_equal: return `nn.Identity()` where the shapes already agree, in place of a learned map.
 
     Returns:
-        `LinearProjection(d, D)`; or `ConvProjection(c, C)`, with `size=(H, W)` where the grids differ.
+        The projection; where the kinds differ an `nn.Sequential` of it and a layer of einops.
 
     Raises:
-        ValueError: not both 2-dimensional or both 4-dimensional.
+        ValueError: a pair that the table does not hold.
         TypeError: not floating-point tensors.
 
     Examples:
@@ -34,6 +48,11 @@ def infer_projection(student: Tensor, teacher: Tensor, *, identity_if_equal: boo
         LinearProjection(in_dim=128, out_dim=512, bias=False)
         >>> infer_projection(torch.rand(2, 16, 14, 14), torch.rand(2, 64, 7, 7))
         ConvProjection(in_channels=16, out_channels=64, size=(7, 7))
+        >>> infer_projection(torch.rand(2, 16, 14, 14), torch.rand(2, 197, 384))
+        Sequential(
+          (0): Rearrange('b c h w -> b (h w) c')
+          (1): TokenProjection(in_dim=16, out_dim=384, size=None, grid=None, class_token='mean', bias=False)
+        )
         >>> infer_projection(torch.rand(2, 8), torch.rand(2, 8), identity_if_equal=True)
         Identity()
     """
@@ -41,13 +60,60 @@ def infer_projection(student: Tensor, teacher: Tensor, *, identity_if_equal: boo
     check_projectable("infer_projection", student, teacher)
     if identity_if_equal and student.shape[1:] == teacher.shape[1:]:
         return nn.Identity()
-    projection: nn.Module
-    if student.dim() == 2:
-        projection = LinearProjection(student.shape[1], teacher.shape[1])
-    else:
-        grid = (teacher.shape[2], teacher.shape[3])
-        size = None if tuple(student.shape[2:]) == grid else grid
-        projection = ConvProjection(student.shape[1], teacher.shape[1], size=size)
+    projection = _choose(student, teacher)
     device = student.device.type
     autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
     return projection.to(device=student.device, dtype=torch.float32 if autocast else student.dtype)
+
+
+def _choose(student: Tensor, teacher: Tensor) -> nn.Module:
+    match student.dim(), teacher.dim():
+        case 2, 2:
+            return LinearProjection(student.shape[1], teacher.shape[1])
+        case 4, 2:
+            return nn.Sequential(Reduce("b c h w -> b c", "mean"), LinearProjection(student.shape[1], teacher.shape[1]))
+        case 4, 4:
+            grid = (teacher.shape[2], teacher.shape[3])
+            size = None if tuple(student.shape[2:]) == grid else grid
+            return ConvProjection(student.shape[1], teacher.shape[1], size=size)
+        case 4, 3:
+            return nn.Sequential(Rearrange("b c h w -> b (h w) c"), _from_map(student, teacher))
+        case 3, 4:
+            return nn.Sequential(
+                _to_map(student, teacher), Rearrange("b (h w) c -> b c h w", h=teacher.shape[2], w=teacher.shape[3])
+            )
+        case _:
+            return _between_tokens(student, teacher)
+
+
+def _between_tokens(student: Tensor, teacher: Tensor) -> TokenProjection:
+    dims = student.shape[2], teacher.shape[2]
+    if student.shape[1] == teacher.shape[1]:
+        return TokenProjection(*dims)
+    own, has_class = check_square_tokens("infer_projection", "student", student)
+    its, wants_class = check_square_tokens("infer_projection", "teacher", teacher)
+    size = None if own == its else (its, its)
+    if has_class:
+        return TokenProjection(*dims, size=size, class_token="keep" if wants_class else "drop")
+    return TokenProjection(*dims, size=size, class_token="mean" if wants_class else "none")
+
+
+def _from_map(student: Tensor, teacher: Tensor) -> TokenProjection:
+    dims, (height, width) = (student.shape[1], teacher.shape[2]), student.shape[2:]
+    if teacher.shape[1] == height * width:
+        return TokenProjection(*dims)
+    if teacher.shape[1] == height * width + 1:
+        return TokenProjection(*dims, class_token="mean")
+    its, wants_class = check_square_tokens("infer_projection", "teacher", teacher)
+    grid = None if height == width else (height, width)
+    return TokenProjection(*dims, size=(its, its), grid=grid, class_token="mean" if wants_class else "none")
+
+
+def _to_map(student: Tensor, teacher: Tensor) -> TokenProjection:
+    dims, (height, width) = (student.shape[2], teacher.shape[1]), teacher.shape[2:]
+    if student.shape[1] == height * width:
+        return TokenProjection(*dims)
+    if student.shape[1] == height * width + 1:
+        return TokenProjection(*dims, class_token="drop")
+    _, has_class = check_square_tokens("infer_projection", "student", student)
+    return TokenProjection(*dims, size=(height, width), class_token="drop" if has_class else "none")

@@ -1,7 +1,21 @@
 """Weighting: stage 4, losses of k teachers `(k, b)` to weights `(k, b)`. Imports only the losses' shared maths."""
 
 from kdlib.weighting.centre_confidence import CentreConfidenceWeighting
+from kdlib.weighting.confidence import ConfidenceWeighting
+from kdlib.weighting.entropy import EntropyWeighting
 from kdlib.weighting.fixed import FixedWeighting
+from kdlib.weighting.gate import GateWeighting
+from kdlib.weighting.gradient import GradientWeighting
+from kdlib.weighting.uncertainty import UncertaintyWeighting
 from kdlib.weighting.uniform import UniformWeighting
 
-__all__ = ["CentreConfidenceWeighting", "FixedWeighting", "UniformWeighting"]
+__all__ = [
+    "CentreConfidenceWeighting",
+    "ConfidenceWeighting",
+    "EntropyWeighting",
+    "FixedWeighting",
+    "GateWeighting",
+    "GradientWeighting",
+    "UncertaintyWeighting",
+    "UniformWeighting",
+]

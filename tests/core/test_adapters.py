@@ -4,6 +4,7 @@ import copy
 import io
 import pickle
 import re
+import sys
 import threading
 from collections import OrderedDict, namedtuple
 
@@ -14,6 +15,9 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 from kdlib.adapters import OUTPUT, StudentAdapter, Tap, TeacherAdapter
+from kdlib.distiller import Distiller
+from kdlib.losses import AngularDistillLoss, HintLoss
+from kdlib.objective import Objective, Term
 
 Pair = namedtuple("Pair", ["embedding", "logits"])
 
@@ -329,12 +333,113 @@ def test_activation_checkpointing(images: Tensor) -> None:
     assert hooks_of(around.model) == 0
 
 
-def test_a_tap_in_a_reentrant_checkpoint_is_refused_instead_of_losing_its_gradient(images: Tensor) -> None:
-    adapter = StudentAdapter(Checkpointed(True), {"inner": "block.0"})
+@pytest.mark.parametrize("path", ["block.0", "block.1"])
+def test_a_tap_in_a_reentrant_checkpoint_is_refused_instead_of_losing_its_gradient(images: Tensor, path: str) -> None:
+    adapter = StudentAdapter(Checkpointed(True), {"inner": path})
     with pytest.raises(ValueError, match="use_reentrant=False"):
         adapter(images.clone().requires_grad_())
+    assert hooks_of(adapter.model) == 0
     with torch.no_grad():
         assert adapter(images.clone().requires_grad_())["inner"].shape == (2, 4, 6, 6)
+
+
+@pytest.mark.parametrize("path", ["block", "block.2"])
+def test_what_a_reentrant_checkpoint_returns_can_be_tapped(images: Tensor, path: str) -> None:
+    taps = {"block": path, "out": OUTPUT}
+    expected = gradients(StudentAdapter(Checkpointed(None), taps), images)
+    torch.testing.assert_close(gradients(StudentAdapter(Checkpointed(True), taps), images), expected)
+
+
+def test_an_adapter_in_a_reentrant_checkpoint(images: Tensor) -> None:
+    adapter = StudentAdapter(Checkpointed(None), {"inner": "block.1"})
+    for direct in (adapter, adapter.forward):
+        with pytest.raises(ValueError, match="StudentAdapter: features cannot pass a reentrant checkpoint"):
+            checkpoint(direct, images.clone().requires_grad_(), use_reentrant=True)
+
+    def inner(x: Tensor) -> Tensor:
+        return adapter(x)["inner"]
+
+    given = [images.clone().requires_grad_() for _ in range(2)]
+    checkpoint(inner, given[0], use_reentrant=True).square().sum().backward()
+    inner(given[1]).square().sum().backward()
+    torch.testing.assert_close(given[0].grad, given[1].grad)
+
+
+def test_a_frozen_part_without_gradient_may_be_tapped(images: Tensor) -> None:
+    class Frozen(Checkpointed):
+        def forward(self, x: Tensor) -> Tensor:
+            with torch.no_grad():
+                x = self.block(x)
+            return x.tanh()
+
+    model = Frozen(None)
+    assert not StudentAdapter(model, {"x": "block.1"})(images)["x"].requires_grad
+    with pytest.raises(ValueError, match="gradients are switched off"):
+        StudentAdapter(model, {"x": "block.0"})(images)
+
+
+def test_functional_call_and_transforms(images: Tensor) -> None:
+    model = net().eval()
+    adapter = StudentAdapter(model, TAPS)
+    moved = {name: p.detach() + 0.1 for name, p in adapter.named_parameters()}
+    other = copy.deepcopy(adapter)
+    other.load_state_dict(moved, strict=False)
+    expected = other(images)
+    for name, x in torch.func.functional_call(adapter, moved, (images,)).items():
+        torch.testing.assert_close(x, expected[name])
+
+    def total(parameters: dict[str, Tensor], x: Tensor) -> Tensor:
+        return torch.func.functional_call(adapter, parameters, (x,))["rest"].square().sum()
+
+    gradient = torch.func.grad(total)(moved, images)
+    expected["rest"].square().sum().backward()
+    for name, parameter in other.named_parameters():
+        torch.testing.assert_close(
+            gradient[name], torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+        )
+    single = torch.func.vmap(torch.func.grad(total), (None, 0))(moved, images[:, None])
+    name = "model.encoder.conv.weight"
+    torch.testing.assert_close(single[name].sum(0), gradient[name])
+    # A teacher stands inside a transform too.
+    teacher = TeacherAdapter(net(), TAPS)
+    each = torch.func.vmap(lambda x: teacher(x[None])["map"][0])(images)
+    torch.testing.assert_close(each, teacher(images)["map"])
+    assert hooks_of(model) == 0
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_a_distiller_of_adapters_compiles_whole(backend: str, images: Tensor) -> None:
+    torch._dynamo.reset()
+    terms = {
+        "map": Term(HintLoss(), student="map", teacher="map", project="auto"),
+        "logits": Term(AngularDistillLoss(), student="logits", teacher="logits"),
+    }
+    teachers = {"one": TeacherAdapter(net(), TAPS), "two": TeacherAdapter(net(), TAPS, preprocess=double)}
+    distiller = Distiller(StudentAdapter(net(), TAPS), teachers, Objective(terms)).infer(images)
+    compiled = torch.compile(distiller, fullgraph=True, backend=backend)
+    found = []
+    for run in (distiller, compiled):
+        distiller.zero_grad()
+        run(images).total.backward()
+        found.append([None if p.grad is None else p.grad.clone() for p in distiller.parameters()])
+    assert any(gradient is not None and gradient.any() for gradient in found[0])
+    torch.testing.assert_close(found[1], found[0])
+
+
+def test_strict_load_says_what_differs() -> None:
+    adapter = StudentAdapter(net(), TAPS)
+    state = adapter.state_dict()
+    adapter.load_state_dict(state)
+    state["model.head.wieght"] = state.pop("model.head.weight")
+    state["model.head.bias"] = torch.zeros(7)
+    with pytest.raises(RuntimeError) as caught:
+        adapter.load_state_dict(state)
+    message = str(caught.value)
+    assert re.search(r'Missing key\(s\) in state_dict: "model.head.weight"', message)
+    assert re.search(r'Unexpected key\(s\) in state_dict: "model.head.wieght"', message)
+    assert re.search(r"size mismatch for model.head.bias: .*\[7\].*\[5\]", message)
+    with pytest.raises(RuntimeError, match="Unexpected key"):
+        TeacherAdapter(net(), TAPS).load_state_dict(state)
 
 
 def test_threads_do_not_mix(images: Tensor) -> None:
@@ -357,6 +462,63 @@ def test_threads_do_not_mix(images: Tensor) -> None:
         thread.join()
     assert wrong == []
     assert hooks_of(model) == 0
+
+
+def test_threads_that_switch_often_lose_no_hook(images: Tensor) -> None:
+    adapter = StudentAdapter(nn.Sequential(*[nn.Identity() for _ in range(8)]), {str(n): str(n) for n in range(8)})
+    errors: list[Exception] = []
+
+    def work() -> None:
+        try:
+            for _ in range(50):
+                adapter(images)
+        except Exception as error:
+            errors.append(error)
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        threads = [threading.Thread(target=work) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(interval)
+    assert errors == []
+    assert hooks_of(adapter.model) == 0
+
+
+def test_a_teacher_stays_asleep_until_its_last_thread_is_out(images: Tensor) -> None:
+    inside, leave, seen = threading.Event(), threading.Event(), []
+
+    class Waits(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm = nn.BatchNorm2d(3)
+
+        def forward(self, x: Tensor, wait: bool) -> Tensor:
+            if wait:
+                inside.set()
+                leave.wait(30)
+            seen.append(self.norm.training)
+            return self.norm(x)
+
+    model = Waits()
+    teacher = TeacherAdapter(model, {"x": OUTPUT})
+    model.train()
+    slow = threading.Thread(target=lambda: teacher(images, True))
+    slow.start()
+    assert inside.wait(30)
+    quick = threading.Thread(target=lambda: teacher(images, False))
+    quick.start()
+    quick.join()
+    leave.set()
+    slow.join()
+    assert seen == [False, False]
+    assert int(model.norm.num_batches_tracked) == 0
+    assert model.training
+    assert model.norm.training
 
 
 def test_repr_shows_the_taps() -> None:

@@ -21,6 +21,7 @@ from kdlib import (
     TeacherAdapter,
     Term,
 )
+from kdlib.weighting import GateWeighting, GradientWeighting, UncertaintyWeighting
 
 
 def net(channels: int, seed: int) -> nn.Sequential:
@@ -124,6 +125,70 @@ def test_distributed(batch, tmp_path) -> None:
             torch.testing.assert_close(ours.grad, theirs.grad)
     finally:
         torch.distributed.destroy_process_group()
+
+
+WEIGHTINGS = {
+    "gradient": GradientWeighting(),
+    "gate": GateWeighting(4, 2, hidden=3, floor=0.05),
+    "uncertainty": UncertaintyWeighting(2),
+}
+
+
+def weighed(name: str, batch) -> Distiller:
+    made = ready(batch)
+    made.objective.weighting = copy.deepcopy(WEIGHTINGS[name])
+    for number, parameter in enumerate(made.objective.weighting.parameters()):
+        nn.init.normal_(parameter, generator=torch.Generator().manual_seed(number))
+    return made
+
+
+@pytest.mark.parametrize("name", WEIGHTINGS)
+def test_learned_and_gradient_weightings_distributed_and_copied(name, batch, tmp_path) -> None:
+    plain = weighed(name, batch)
+    output = plain(*batch)
+    torch.testing.assert_close(copy.deepcopy(plain)(*batch).total, output.total, rtol=0, atol=0)
+    output.total.backward()
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        wrapped = DistributedDataParallel(weighed(name, batch))
+        wrapped(*batch).total.backward()
+    finally:
+        torch.distributed.destroy_process_group()
+    for (of, ours), theirs in zip(plain.named_parameters(), wrapped.parameters(), strict=True):
+        assert ours.grad is not None, of
+        torch.testing.assert_close(ours.grad, theirs.grad)
+    trained = {of.split(".")[2] for of, _ in plain.named_parameters() if of.startswith("objective.weighting.")}
+    assert trained == {"gradient": set(), "gate": {"inner", "out"}, "uncertainty": {"log_variances"}}[name]
+
+
+@pytest.mark.parametrize("name", WEIGHTINGS)
+def test_training_with_them_lowers_the_loss_under_autocast(name, batch) -> None:
+    ours = weighed(name, batch).train()
+    optimizer = torch.optim.Adam(ours.trainable_parameters(), 0.01)
+    losses = []
+    for _ in range(25):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            output = ours(*batch)
+        optimizer.zero_grad()
+        output.total.backward()
+        optimizer.step()
+        losses.append(sum(output.terms.values()).item())
+        torch.testing.assert_close(output.weights["embedding"].detach().float().sum(0), torch.ones(4))
+    assert losses[-1] < 0.5 * losses[0]
+
+
+def test_report_names_every_term_and_teacher(batch) -> None:
+    ours = ready(batch)
+    report = ours.report(*batch)
+    assert {name: list(term.teachers) for name, term in report.terms.items()} == {
+        "identity": [],
+        "embedding": ["general", "age"],
+        "map": ["age"],
+    }
+    assert [term.weight for term in report.terms.values()] == [1.0, 2.0, 0.5]
+    assert sum(term.gradient_share for term in report.terms.values()) == pytest.approx(1)
+    with pytest.raises(RuntimeError, match="projections are not there yet"):
+        distiller().report(*batch)
 
 
 def test_without_teachers_it_trains_a_network_alone(batch) -> None:

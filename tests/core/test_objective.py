@@ -19,6 +19,7 @@ from kdlib import (
     Term,
     angular_distill,
 )
+from kdlib.weighting import GateWeighting, GradientWeighting, UncertaintyWeighting
 
 
 @pytest.fixture
@@ -133,6 +134,202 @@ def test_a_missing_target_and_arguments_that_do_not_go_together() -> None:
         Term(HintLoss(), student="x", target="y", project="auto")
     with pytest.raises(ValueError, match="at least one term"):
         Objective({})
+
+
+class Relation(nn.Module):
+    """A loss without a per-sample form: a masked sample is absent."""
+
+    per_sample = False
+
+    def forward(self, student, teacher, *, weight=None):
+        weight = torch.ones(student.shape[0]) if weight is None else weight
+        pairs = weight[:, None] * weight
+        return (pairs * (student @ student.T - teacher @ teacher.T).square()).sum() / pairs.sum().clamp(min=1e-12)
+
+
+def test_a_term_with_teacher_and_target_gives_the_loss_both(features) -> None:
+    student, teachers = features
+    labels = torch.arange(6)
+
+    def loss(s: torch.Tensor, t: torch.Tensor, *, target: torch.Tensor) -> torch.Tensor:
+        return (s - t).square().mean(1) * target
+
+    class PerSample(nn.Module):
+        per_sample = True
+
+        def forward(self, s, t, *, target, reduction="mean", weight=None):
+            each = loss(s, t, target=target)
+            each = each if weight is None else weight * each
+            return each if reduction == "none" else each.mean()
+
+    for each in (loss, PerSample()):
+        term = Term(each, student="embedding", teacher="embedding", target="label")
+        out = Objective({"both": term}, FixedWeighting([1, 3]))(student, teachers, {"label": labels})
+        expected = sum(
+            share * loss(student["embedding"], teachers[name]["embedding"], target=labels).mean()
+            for share, name in zip((0.25, 0.75), teachers, strict=True)
+        )
+        torch.testing.assert_close(out.total, expected)
+        assert out.weights["both"].shape == (2, 6)
+        with pytest.raises(ValueError, match="term 'both': no target named 'label'; there are 'sample'"):
+            Objective({"both": term})(student, teachers, {"sample": labels})
+    term = Term(HintLoss(), student="x", teacher="y", target="label", project="auto", teachers=["a"])
+    assert repr(term) == (
+        "Term(HintLoss(reduction='mean'), student='x', teacher='y', teachers=('a',), target='label', project='auto')"
+    )
+
+
+@pytest.mark.parametrize("kind", ["module", "callable", "relation", "supervised", "supervised callable"])
+def test_sample_weights_mask_samples_of_one_term(features, kind) -> None:
+    student, teachers = features
+    target = torch.randn(6, 8, generator=torch.Generator().manual_seed(1))
+    loss, facing = {
+        "module": (HintLoss(), {"teacher": "embedding"}),
+        "callable": (lambda s, t: (s - t).square().mean(1), {"teacher": "embedding"}),
+        "relation": (Relation(), {"teacher": "embedding"}),
+        "supervised": (HintLoss(), {"target": "goal"}),
+        "supervised callable": (lambda s, t: (s - t).square().mean(1), {"target": "goal"}),
+    }[kind]
+    weighting = FixedWeighting([1, 3])
+    masked = Objective({"a": Term(loss, student="embedding", **facing, sample_weight="known")}, weighting)
+    plain = Objective({"a": Term(loss, student="embedding", **facing)}, weighting)
+    keep = [0, 2, 3]
+    known = torch.tensor([True, False, True, True, False, False])
+    few = {name: value[keep] for name, value in student.items()}
+    facing_few = {who: {name: value[keep] for name, value in each.items()} for who, each in teachers.items()}
+    expected = plain(few, facing_few, {"goal": target[keep]})
+    for weight in (known, known.float() * 0.25, known.long()):
+        out = masked(student, teachers, {"goal": target, "known": weight})
+        torch.testing.assert_close(out.total, expected.total)
+    # Ones are as no weights, and where all are 0 the value is 0 that still has a graph.
+    torch.testing.assert_close(
+        masked(student, teachers, {"goal": target, "known": torch.ones(6)}).total,
+        plain(student, teachers, {"goal": target}).total,
+    )
+    nothing = masked(student, teachers, {"goal": target, "known": torch.zeros(6)}).total
+    assert nothing.item() == 0
+    nothing.backward()
+    assert not student["embedding"].grad.any()
+
+
+def test_masked_samples_do_not_count_among_the_weights_of_a_relation(features) -> None:
+    student, teachers = features
+
+    class FirstRows(nn.Module):
+        def forward(self, losses, *, student, teachers, targets):
+            first = torch.arange(losses.shape[1]) < 3
+            return torch.stack([first, ~first]).to(losses.dtype)
+
+    term = Term(Relation(), student="embedding", teacher="embedding", sample_weight="known")
+    known = torch.tensor([1.0, 1.0, 0.0, 0.0, 0.0, 2.0])
+    out = Objective({"r": term}, FirstRows())(student, teachers, {"known": known})
+    each = [Relation()(student["embedding"], teachers[name]["embedding"], weight=known) for name in teachers]
+    torch.testing.assert_close(out.total, 0.5 * each[0] + 0.5 * each[1])
+
+
+def test_sample_weights_that_do_not_fit(features) -> None:
+    student, teachers = features
+
+    def term(loss, **facing):
+        return Objective({"a": Term(loss, student="embedding", **facing, sample_weight="known")})
+
+    hint = term(HintLoss(), teacher="embedding")
+    with pytest.raises(ValueError, match="term 'a': no target named 'known'; there are none"):
+        hint(student, teachers)
+    with pytest.raises(ValueError, match=r"term 'a': targets\['known'\] must be \(b,\) with b = 6, got \(5,\)"):
+        hint(student, teachers, {"known": torch.ones(5)})
+    scalar = term(lambda s, t: (s - t).mean(), teacher="embedding")
+    with pytest.raises(ValueError, match=r"must return \(b,\) losses for its sample_weight, \(b,\) = \(6,\), got \(\)"):
+        scalar(student, teachers, {"known": torch.ones(6)})
+    assert repr(hint.terms["a"]).endswith("teacher='embedding', sample_weight='known')")
+
+
+def test_gradient_weights_come_from_the_live_graph_and_have_none(features) -> None:
+    student, teachers = features
+    terms = {
+        "map": Term(AttentionTransferLoss(), student="map", teacher="map"),
+        "embedding": Term(HintLoss(), student="embedding", teacher="embedding", project=nn.Linear(8, 8)),
+    }
+    objective = Objective(terms, GradientWeighting(most=0.9), weigh_by="embedding")
+    out = objective(student, teachers)
+    own = student["embedding"]
+    losses = [
+        HintLoss()(objective.projections["embedding"][name](own), teachers[name]["embedding"]) for name in teachers
+    ]
+    g = [torch.autograd.grad(loss, own, retain_graph=True)[0].flatten() for loss in losses]
+    first = ((g[1] - g[0]) @ g[1] / (g[0] - g[1]).square().sum()).clamp(0.1, 0.9)
+    torch.testing.assert_close(out.weights["embedding"][0], first.expand(6), atol=1e-4, rtol=1e-4)
+    assert out.weights["map"] is out.weights["embedding"] or torch.equal(out.weights["map"], out.weights["embedding"])
+    assert not out.weights["embedding"].requires_grad
+    assert out.penalty is None
+    assert own.grad is None
+    out.total.backward()
+    expected = torch.autograd.grad(first * losses[0] + (1 - first) * losses[1], own)[0]
+    torch.testing.assert_close(own.grad, expected, atol=1e-5, rtol=1e-3)
+    with torch.no_grad():
+        assert torch.equal(objective(student, teachers).weights["embedding"], torch.full((2, 6), 0.5))
+
+
+def test_a_scalar_loss_and_a_weighting_that_needs_the_graph(features) -> None:
+    student, teachers = features
+    scalar = Objective({"r": Term(Relation(), student="embedding", teacher="embedding")}, GradientWeighting())
+    out = scalar(student, teachers)
+    torch.testing.assert_close(out.weights["r"].sum(0), torch.ones(6))
+    assert out.weights["r"].std(1).max() == 0
+    out.total.backward()
+    assert student["embedding"].grad.any()
+
+
+def test_the_penalty_of_a_weighting_is_added_to_the_total(features) -> None:
+    student, teachers = features
+    weighting = UncertaintyWeighting(2)
+    with torch.no_grad():
+        weighting.log_variances.copy_(torch.tensor([0.3, -0.2]))
+    terms = {
+        "a": Term(HintLoss(), student="embedding", teacher="embedding", weight=2.0),
+        "b": Term(AngularDistillLoss(), student="embedding", teacher="embedding"),
+    }
+    share = torch.tensor([-0.3, 0.2]).softmax(0)
+    for lead, called in ((None, ("a", "b")), ("b", ("b",))):
+        out = Objective(terms, weighting, weigh_by=lead)(student, teachers)
+        losses = {
+            name: torch.stack([term.loss(student["embedding"], teachers[who]["embedding"]) for who in teachers])
+            for name, term in terms.items()
+        }
+        penalty = sum(
+            (torch.tensor([-0.3, 0.2]).exp() * losses[name] + torch.tensor([0.3, -0.2])).sum() for name in called
+        )
+        torch.testing.assert_close(out.penalty, penalty)
+        torch.testing.assert_close(out.total, 2 * (share @ losses["a"]) + share @ losses["b"] + penalty)
+        weighting.zero_grad()
+        mine = torch.autograd.grad(out.total, [student["embedding"], weighting.log_variances], retain_graph=True)
+        # The student learns from the weighted losses alone, the log-variances from the penalty alone.
+        weighted = 2 * (share @ losses["a"]) + share @ losses["b"]
+        torch.testing.assert_close(mine[0], torch.autograd.grad(weighted, student["embedding"])[0])
+        kendall = sum(1 - torch.tensor([-0.3, 0.2]).exp() * losses[name].detach() for name in called)
+        torch.testing.assert_close(mine[1], kendall)
+
+
+def test_a_gate_learns_through_every_term_that_it_weighs(features) -> None:
+    student, teachers = features
+    gate = GateWeighting(8, 2)
+    terms = {
+        "embedding": Term(HintLoss(), student="embedding", teacher="embedding"),
+        "map": Term(AttentionTransferLoss(), student="map", teacher="map", weight=5.0),
+    }
+    objective = Objective(terms, gate, weigh_by="embedding")
+    assert {name for name, _ in objective.named_parameters()} == {"weighting.out.weight", "weighting.out.bias"}
+    out = objective(student, teachers)
+    assert out.weights["embedding"].requires_grad
+    out.total.backward()
+    hints, maps = (
+        torch.stack([term.loss(student[tap], teachers[who][tap], reduction="none") for who in teachers]).detach()
+        for tap, term in terms.items()
+    )
+    bias = torch.zeros(2, requires_grad=True)
+    share = bias.softmax(0)[:, None]
+    ((share * hints).sum(0).mean() + 5 * (share * maps).sum(0).mean()).backward()
+    torch.testing.assert_close(gate.out.bias.grad, bias.grad)
 
 
 def _distiller() -> Distiller:

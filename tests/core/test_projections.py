@@ -8,8 +8,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-import kdlib
-from kdlib import ConvProjection, LinearProjection, infer_projection
+import kdlib.projections
+from kdlib.projections import ConvProjection, LinearProjection, TokenProjection, infer_projection
+from kdlib.testing import PROJECTION_CHECKS, check_projection
 
 
 def randn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -21,6 +22,10 @@ MODULES = [
     (LinearProjection(3, 5, bias=True), (4, 3), (4, 5)),
     (ConvProjection(3, 5), (2, 3, 4, 6), (2, 5, 4, 6)),
     (ConvProjection(3, 5, size=(2, 9)), (2, 3, 4, 6), (2, 5, 2, 9)),
+    (TokenProjection(3, 5), (2, 7, 3), (2, 7, 5)),
+    (TokenProjection(3, 5, bias=True, class_token="drop"), (2, 7, 3), (2, 6, 5)),
+    (TokenProjection(3, 5, size=(4, 2), class_token="keep"), (2, 10, 3), (2, 9, 5)),
+    (TokenProjection(3, 5, size=(2, 2), grid=(2, 6), class_token="mean"), (2, 12, 3), (2, 5, 5)),
 ]
 
 
@@ -33,7 +38,7 @@ def test_contract(module: nn.Module, given: tuple[int, ...], wanted: tuple[int, 
     assert x.grad is not None
     assert x.grad.any()
     assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in module.parameters())
-    again = eval(repr(module), vars(kdlib))
+    again = eval(repr(module), vars(kdlib.projections))
     assert repr(again) == repr(module)
     again.load_state_dict(module.state_dict())
     for other in (again, copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
@@ -67,6 +72,99 @@ def test_conv_pools_the_larger_side_and_interpolates_the_smaller() -> None:
     torch.testing.assert_close(module(x), wanted, rtol=1e-4, atol=0)
     same = ConvProjection(1, 1, size=(4, 2))
     assert torch.equal(same(x), F.batch_norm(same.conv(x), None, None, training=True))
+
+
+def test_tokens_are_mapped_by_one_matrix() -> None:
+    module = TokenProjection(3, 5)
+    x = randn(2, 7, 3)
+    torch.testing.assert_close(module(x), torch.einsum("od,bnd->bno", module.linear.weight, x))
+    assert TokenProjection(3, 5, bias=True).linear.bias is not None
+
+
+def eye(module: TokenProjection) -> TokenProjection:
+    nn.init.eye_(module.linear.weight)
+    return module
+
+
+def test_tokens_are_resampled_as_the_map_they_came_from() -> None:
+    x = torch.arange(8.0).reshape(1, 8, 1)  # rows of two: (0, 1), (2, 3), (4, 5), (6, 7)
+    resized = eye(TokenProjection(1, 1, size=(2, 4), grid=(4, 2)))(x)
+    # As in the test of maps: rows average in pairs to (1, 2) and (5, 6); two columns spread over four at quarters.
+    assert resized.flatten().tolist() == [1.0, 1.25, 1.75, 2.0, 5.0, 5.25, 5.75, 6.0]
+    same = eye(TokenProjection(1, 1, size=(4, 2), grid=(4, 2)))
+    assert torch.equal(same(x), x)
+
+
+def test_class_token_is_kept_apart() -> None:
+    x = torch.tensor([100.0, 1, 2, 3, 4]).reshape(1, 5, 1)
+    assert eye(TokenProjection(1, 1, size=(1, 1), class_token="keep"))(x).flatten().tolist() == [100, 2.5]
+    assert eye(TokenProjection(1, 1, size=(1, 1), class_token="drop"))(x).flatten().tolist() == [2.5]
+    assert eye(TokenProjection(1, 1, class_token="drop"))(x).flatten().tolist() == [1, 2, 3, 4]
+    # The mean is that of the student's own tokens, before its grid changes.
+    mean = eye(TokenProjection(1, 1, size=(1, 2), class_token="mean"))(x[:, 1:])
+    assert mean.flatten().tolist() == [2.5, 2, 3]
+
+
+KINDS = [
+    ((9, 3), (9, 5), "TokenProjection(3, 5)"),
+    ((7, 3), (7, 5), "TokenProjection(3, 5)"),
+    ((4, 3), (9, 5), "TokenProjection(3, 5, size=(3, 3))"),
+    ((5, 3), (10, 5), "TokenProjection(3, 5, size=(3, 3), class_token='keep')"),
+    ((10, 3), (4, 5), "TokenProjection(3, 5, size=(2, 2), class_token='drop')"),
+    ((10, 3), (9, 5), "TokenProjection(3, 5, class_token='drop')"),
+    ((4, 3), (10, 5), "TokenProjection(3, 5, size=(3, 3), class_token='mean')"),
+    ((4, 3), (5, 5), "TokenProjection(3, 5, class_token='mean')"),
+    ((3, 4, 4), (9, 5), "TokenProjection(3, 5, size=(3, 3))"),
+    ((3, 4, 3), (9, 5), "TokenProjection(3, 5, size=(3, 3), grid=(4, 3))"),
+    ((3, 4, 2), (8, 5), "TokenProjection(3, 5)"),
+    ((3, 4, 2), (9 + 1, 5), "TokenProjection(3, 5, size=(3, 3), grid=(4, 2), class_token='mean')"),
+    ((3, 2, 5), (10 + 1, 5), "TokenProjection(3, 5, class_token='mean')"),
+    ((9, 3), (5, 3, 3), "TokenProjection(3, 5)"),
+    ((10, 3), (5, 3, 3), "TokenProjection(3, 5, class_token='drop')"),
+    ((10, 3), (5, 4, 2), "TokenProjection(3, 5, size=(4, 2), class_token='drop')"),
+    ((9, 3), (5, 4, 3), "TokenProjection(3, 5, size=(4, 3))"),
+    # The places of the map come before a square: 9 is 4 x 2 and a class token here.
+    ((9, 3), (5, 4, 2), "TokenProjection(3, 5, class_token='drop')"),
+    ((3, 4, 2), (9, 5), "TokenProjection(3, 5, class_token='mean')"),
+    ((8, 3), (5, 4, 2), "TokenProjection(3, 5)"),
+    ((3, 4, 2), (5,), "LinearProjection(3, 5)"),
+]
+
+
+@pytest.mark.parametrize(("given", "wanted", "call"), KINDS, ids=str)
+def test_inferred_across_kinds_and_resolutions(given: tuple[int, ...], wanted: tuple[int, ...], call: str) -> None:
+    student, teacher = randn(3, *given), randn(3, *wanted, seed=1)
+    projection = infer_projection(student, teacher)
+    parts = list(projection) if isinstance(projection, nn.Sequential) else [projection]
+    assert repr(eval(call, vars(kdlib.projections))) in [repr(part) for part in parts]
+    ran = check_projection(projection, student, teacher, exclude=["repr"] if len(parts) > 1 else [])
+    assert len(ran) == len(PROJECTION_CHECKS) - (len(parts) > 1)
+
+
+def test_maps_and_tokens_keep_their_places() -> None:
+    x = randn(1, 1, 2, 3)
+    tokens = infer_projection(x, randn(1, 6, 1))
+    back = infer_projection(randn(1, 6, 1), x)
+    eye(tokens[1]), eye(back[0])
+    assert torch.equal(tokens(x)[0, :, 0], x.flatten())
+    assert torch.equal(back(tokens(x)), x)
+    pooled = infer_projection(x, randn(1, 1))
+    torch.testing.assert_close(pooled(x), x.mean((2, 3)) * pooled[1].linear.weight)
+
+
+@pytest.mark.parametrize("resolution", [(4, 4), (6, 6)])
+def test_an_inferred_projection_takes_other_resolutions(resolution: tuple[int, int]) -> None:
+    projection = infer_projection(randn(2, 3, 8, 8), randn(2, 10, 5))
+    assert projection(randn(2, 3, *resolution)).shape == (2, 10, 5)
+
+
+def test_projections_compile_whole() -> None:
+    for given, wanted in [((10, 3), (5, 4, 2)), ((3, 4, 2), (10, 5)), ((3, 4, 2), (5,)), ((3, 4, 4), (5, 2, 2))]:
+        torch._dynamo.reset()
+        student = randn(2, *given)
+        projection = infer_projection(student, randn(2, *wanted)).eval()
+        compiled = torch.compile(projection, fullgraph=True, backend="aot_eager")
+        torch.testing.assert_close(compiled(student), projection(student))
 
 
 def test_inferred_from_examples() -> None:
@@ -130,7 +228,35 @@ def test_inferred_takes_dtype_of_the_student_except_under_autocast() -> None:
             ValueError,
             r"^infer_projection: .* \(2, 8\) and \(2, 3",
         ),
-        (lambda: infer_projection(randn(2, 3, 8), randn(2, 3, 8)), ValueError, r"give a projection of your own"),
+        (lambda: infer_projection(randn(2, 8, 3), randn(2, 3)), ValueError, r"give a projection of your own"),
+        (
+            lambda: infer_projection(randn(2, 7, 3), randn(2, 9, 3)),
+            ValueError,
+            r"^infer_projection: student must hold the tokens \(b, n, d\) of a square grid.*got \(2, 7, 3\)",
+        ),
+        (
+            lambda: infer_projection(randn(2, 3, 2, 2), randn(2, 7, 3)),
+            ValueError,
+            r"^infer_projection: teacher must hold",
+        ),
+        (lambda: TokenProjection(3, 4, class_token="cls"), ValueError, r"^TokenProjection: class_token must be one of"),
+        (lambda: TokenProjection(3, 4, grid=(0, 2)), ValueError, r"^TokenProjection: grid must be \(h, w\) with sides"),
+        (
+            lambda: TokenProjection(3, 4)(randn(2, 3)),
+            ValueError,
+            r"student must be \(b, n, d\) with d = 3, got \(2, 3\)",
+        ),
+        (
+            lambda: TokenProjection(3, 4, size=(2, 2))(randn(2, 8, 3)),
+            ValueError,
+            r"^TokenProjection: .* with n = a square number, got \(2, 8, 3\); give grid=",
+        ),
+        (
+            lambda: TokenProjection(3, 4, size=(2, 2), grid=(2, 3), class_token="keep")(randn(2, 6, 3)),
+            ValueError,
+            r"with n = 2 x 3 and a class token, got \(2, 6, 3\)$",
+        ),
+        (lambda: TokenProjection(3, 4, size=(2, 2))(randn(2, 0, 3)), ValueError, r"with n = a square number"),
         (lambda: infer_projection(randn(2, 8), [1.0]), TypeError, r"teacher must be a torch.Tensor, got list"),
     ],
 )

@@ -11,25 +11,44 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-import kdlib
 import kdlib.weighting
-from kdlib import CentreConfidenceWeighting, FixedWeighting, UniformWeighting
+from kdlib.weighting import (
+    CentreConfidenceWeighting,
+    ConfidenceWeighting,
+    EntropyWeighting,
+    FixedWeighting,
+    GateWeighting,
+    GradientWeighting,
+    UncertaintyWeighting,
+    UniformWeighting,
+)
 
 CASES = {
     "UniformWeighting": UniformWeighting(),
     "FixedWeighting": FixedWeighting([1, 0, 2.5]),
     "CentreConfidenceWeighting": CentreConfidenceWeighting(6, temperature=0.5),
+    "ConfidenceWeighting": ConfidenceWeighting(),
+    "EntropyWeighting": EntropyWeighting(),
+    "UncertaintyWeighting": UncertaintyWeighting(3),
+    "GradientWeighting": GradientWeighting(most=0.8),
+    "GateWeighting": GateWeighting(3, 3, hidden=4, temperature=0.5, floor=0.1),
 }
+ON_CLASSES = {"ConfidenceWeighting", "EntropyWeighting"}
+LEARNED = {"GateWeighting"}  # weights with a graph
 
 
-def batch(seed: int = 0, b: int = 5) -> tuple[Tensor, dict[str, object]]:
+def batch(seed: int = 0, b: int = 5, dims: tuple[int, ...] = (4, 7, 2)) -> tuple[Tensor, dict[str, object]]:
     """Losses `(3, b)` and the rest of what a weighting is called with."""
     generator = torch.Generator().manual_seed(seed)
     losses = torch.rand(3, b, generator=generator)
-    teachers = [torch.randn(b, d, generator=generator) for d in (4, 7, 2)]
+    teachers = [torch.randn(b, d, generator=generator) for d in dims]
     identities = torch.randint(6, (b,), generator=generator)
     student = torch.randn(b, 3, generator=generator)
-    return losses, {"student": student, "teachers": teachers, "targets": {"identity": identities}}
+    return losses, {
+        "student": student,
+        "teachers": teachers,
+        "targets": {"identity": identities, "label": identities},
+    }
 
 
 def test_every_public_weighting_has_a_case() -> None:
@@ -39,27 +58,30 @@ def test_every_public_weighting_has_a_case() -> None:
 @pytest.mark.parametrize("name", kdlib.weighting.__all__)
 def test_contract(name: str) -> None:
     weighting = copy.deepcopy(CASES[name])
+    dims = (6, 6, 6) if name in ON_CLASSES else (4, 7, 2)
+    for parameter in weighting.parameters():
+        nn.init.normal_(parameter, generator=torch.Generator().manual_seed(1))
     passed = 0
     for seed in range(3):
-        losses, rest = batch(seed)
+        losses, rest = batch(seed, dims=dims)
         losses.requires_grad_()
         weights = weighting(losses, **rest)
         assert weights.shape == (3, 5)
         assert weights.dtype == losses.dtype
-        assert not weights.requires_grad
+        assert weights.requires_grad == (name in LEARNED)
         assert (weights >= 0).all()
         torch.testing.assert_close(weights.sum(0), torch.ones(5))
         passed += 1
-    losses, rest = batch(9, b=0)
+    losses, rest = batch(9, 0, dims)
     assert weighting(losses, **rest).shape == (3, 0)
     passed += 1
-    losses, rest = batch(10)
+    losses, rest = batch(10, dims=dims)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         half = copy.deepcopy(weighting)(losses.bfloat16(), **rest)
     assert half.dtype == torch.bfloat16
     torch.testing.assert_close(half.float(), copy.deepcopy(weighting)(losses, **rest), rtol=1e-2, atol=1e-2)
     passed += 1
-    again = eval(repr(weighting), vars(kdlib))
+    again = eval(repr(weighting), vars(kdlib.weighting))
     assert repr(again) == repr(weighting)
     again.load_state_dict(weighting.state_dict())
     for other in (again, copy.deepcopy(weighting), pickle.loads(pickle.dumps(weighting))):

@@ -1,0 +1,274 @@
+"""Losses against their peers: `python benchmarks/bench_losses.py [--only NAME] [--threads 2]`.
+
+Forward and backward of each loss here and of the same loss in torchdistill 1.1.5 (`pip install --no-deps torchdistill==1.1.5`),
+or, where that has none or is not installed, of the form written straight from the formula, as most public code has it. Time:
+the two in turn, median of the pairs. Memory: peak above the inputs, each in a process of its own. Ratios of one run on one
+machine; values are compared first, so that the two do the same. Writes `results/losses.json`.
+"""
+
+import argparse
+import importlib
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+import kdlib.functional as kd
+
+try:
+    mid_level: Any = importlib.import_module("torchdistill.losses.mid_level")
+except ImportError:
+    mid_level = None
+
+Pair = Callable[[Tensor, Tensor], Tensor]
+MIB = 2**20
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table."""
+
+    ours: Pair
+    peer: Pair
+    peer_name: str
+    shape: tuple[int, ...]
+    factor: float = 1.0
+    """Our value over the peer's, where the conventions differ."""
+    rounds: int = 9
+
+
+def naive_angle(student: Tensor, teacher: Tensor) -> Tensor:
+    """The (b, b, d) form that every peer has."""
+    angles = []
+    for x in (student, teacher):
+        e = F.normalize(x.unsqueeze(0) - x.unsqueeze(1), dim=2)
+        angles.append(torch.bmm(e, e.transpose(1, 2)))
+    return F.smooth_l1_loss(angles[0], angles[1].detach())
+
+
+def naive_distance(student: Tensor, teacher: Tensor) -> Tensor:
+    """Expanded squares, as peers have it."""
+    out = []
+    for x in (student, teacher):
+        square = x.pow(2).sum(1)
+        d = (square[:, None] + square - 2 * x @ x.T).clamp(min=1e-12).sqrt()
+        d = d * (1 - torch.eye(len(x)))
+        out.append(d / d[d > 0].mean())
+    return F.smooth_l1_loss(out[0], out[1].detach())
+
+
+def naive_nst(student: Tensor, teacher: Tensor) -> Tensor:
+    """Broadcast over channel pairs, as peers have it."""
+    s, t = F.normalize(student.flatten(2), dim=2), F.normalize(teacher.flatten(2), dim=2)
+
+    def kernel(x: Tensor, y: Tensor) -> Tensor:
+        return (x.unsqueeze(2) * y.unsqueeze(1)).sum(-1).pow(2).mean()
+
+    return kernel(t, t).detach() + kernel(s, s) - 2 * kernel(t.detach(), s)
+
+
+def naive_soft(student: Tensor, teacher: Tensor) -> Tensor:
+    """Two softmaxes and a divergence."""
+    return 16 * F.kl_div((student / 4).log_softmax(1), (teacher / 4).softmax(1), reduction="batchmean")
+
+
+def naive_dkd(student: Tensor, teacher: Tensor, target: Tensor) -> Tensor:
+    """The authors' way: masks of the size of the logits."""
+    mask = torch.zeros_like(student).scatter_(1, target[:, None], 1).bool()
+    p_s, p_t = (student / 4).softmax(1), (teacher / 4).softmax(1)
+
+    def rest(p: Tensor) -> Tensor:
+        return torch.stack([(p * mask).sum(1), (p * ~mask).sum(1)], 1)
+
+    tckd = F.kl_div(rest(p_s).log(), rest(p_t), reduction="batchmean")
+    n_s, n_t = (student / 4 - 1000.0 * mask).log_softmax(1), (teacher / 4 - 1000.0 * mask).softmax(1)
+    return 16 * (tckd + 8 * F.kl_div(n_s, n_t, reduction="batchmean"))
+
+
+def naive_gaussian(student: Tensor, teacher: Tensor) -> Tensor:
+    """Row by row, as peers have it."""
+    out = []
+    for x in (F.normalize(student), F.normalize(teacher.detach())):
+        rows = [sum((0.8**p) / (1, 1, 2)[p] * (row @ x.T) ** p for p in range(3)) for row in x]
+        out.append(torch.exp(torch.tensor(-0.8)) * torch.stack(rows))
+    return (out[0] - out[1]).pow(2).mean()
+
+
+def naive_pkt(student: Tensor, teacher: Tensor) -> Tensor:
+    """Cosine matrices to probabilities."""
+    out = []
+    for x in (student, teacher.detach()):
+        x = x / (x.norm(dim=1, keepdim=True) + 1e-7)
+        p = (x @ x.T + 1) / 2
+        out.append(p / p.sum(1, keepdim=True))
+    return (out[1] * ((out[1] + 1e-7) / (out[0] + 1e-7)).log()).mean()
+
+
+def naive_sp(student: Tensor, teacher: Tensor) -> Tensor:
+    """Gram matrices of unit rows."""
+    g_s, g_t = (F.normalize(x.flatten(1) @ x.flatten(1).T) for x in (student, teacher.detach()))
+    return (g_s - g_t).pow(2).sum() / len(student) ** 2
+
+
+def naive_at(student: Tensor, teacher: Tensor) -> Tensor:
+    """Unit maps of squared activations."""
+    a_s, a_t = (F.normalize(x.pow(2).mean(1).flatten(1)) for x in (student, teacher.detach()))
+    return (a_s - a_t).pow(2).mean()
+
+
+def of_torchdistill(module: Any) -> Pair:
+    """Its losses take dictionaries of dictionaries."""
+    return lambda student, teacher: module({"x": {"output": student}}, {"x": {"output": teacher.detach()}})
+
+
+def rows() -> dict[str, Row]:
+    """The table, with torchdistill where it has the loss."""
+    peers: dict[str, Any] = {}
+    if mid_level is not None:
+        relation = partial(mid_level.RKDLoss, "x", "x", reduction="mean")
+        peers = {
+            "rkd_angle": of_torchdistill(relation(dist_factor=0, angle_factor=1)),
+            "rkd_distance": of_torchdistill(relation(dist_factor=1, angle_factor=0)),
+            "similarity_preserving": of_torchdistill(mid_level.SPKDLoss("x", "x", "batchmean")),
+            "pkt": of_torchdistill(mid_level.PKTLoss("x", "output", "x", "output")),
+            "attention_transfer": of_torchdistill(
+                mid_level.ATLoss({"one": {who: {"io": "output", "path": "x"} for who in ("student", "teacher")}})
+            ),
+        }
+    name = "torchdistill 1.1.5" if peers else "the formula"
+    target = torch.arange(64)
+    dkd_ours: Pair = lambda s, t: kd.decoupled_kd(s, t, target=target)  # noqa: E731
+    dkd_naive: Pair = lambda s, t: naive_dkd(s, t, target)  # noqa: E731
+
+    def with_peer(key: str, ours: Pair, naive: Pair, shape: tuple[int, ...], factor: float = 1.0) -> Row:
+        return Row(ours, peers.get(key, naive), name, shape, factor)
+
+    return {
+        "rkd_angle": with_peer("rkd_angle", kd.rkd_angle, naive_angle, (512, 512)),
+        "rkd_distance": with_peer("rkd_distance", kd.rkd_distance, naive_distance, (512, 512)),
+        "similarity_preserving": with_peer(
+            "similarity_preserving", kd.similarity_preserving, naive_sp, (256, 128, 7, 7)
+        ),
+        "correlation_congruence": Row(kd.correlation_congruence, naive_gaussian, "the formula, row by row", (512, 512)),
+        "pkt": with_peer("pkt", kd.pkt, naive_pkt, (512, 512)),
+        "nst": Row(kd.nst, naive_nst, "the formula", (64, 64, 8, 8)),
+        "attention_transfer": with_peer(
+            "attention_transfer", kd.attention_transfer, naive_at, (64, 256, 28, 28), factor=784.0
+        ),
+        "soft_target": Row(kd.soft_target, naive_soft, "the formula", (64, 1_000_000), rounds=3),
+        "soft_target, 1,000 classes": Row(kd.soft_target, naive_soft, "the formula", (256, 1000)),
+        "decoupled_kd": Row(dkd_ours, dkd_naive, "the formula", (64, 1_000_000), rounds=3),
+    }
+
+
+def inputs(shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    """A student that asks for a gradient, and a teacher."""
+    generator = torch.Generator().manual_seed(0)
+    student = torch.randn(shape, generator=generator).requires_grad_()
+    return student, torch.randn(shape, generator=generator)
+
+
+def once(loss: Pair, student: Tensor, teacher: Tensor) -> float:
+    """Seconds of a forward and backward."""
+    student.grad = None
+    began = time.perf_counter()
+    loss(student, teacher).backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
+    return time.perf_counter() - began
+
+
+def memory(name: str, side: str) -> None:
+    """In a process of its own: print the peak above the inputs and the student's gradient."""
+    row = rows()[name]
+    loss = row.ours if side == "ours" else row.peer
+    small = tuple(min(n, 64) for n in row.shape)
+    once(loss, *inputs(small))
+    student, teacher = inputs(row.shape)
+    student.grad = torch.zeros_like(student)
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+    before = resident("VmRSS")
+    loss(student, teacher).backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
+    print(resident("VmHWM") - before)
+
+
+def resident(field: str) -> int:
+    """A field of this process's status, bytes."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(field):
+            return int(line.split()[1]) * 1024
+    raise RuntimeError(f"no {field} in /proc/self/status")
+
+
+def extra(name: str, side: str, threads: int) -> int:
+    """Peak memory of one side, bytes, least of three processes."""
+    command = [sys.executable, __file__, "--memory", side, "--only", name, "--threads", str(threads)]
+    found = [int(subprocess.run(command, capture_output=True, text=True, check=True).stdout) for _ in range(3)]
+    return max(min(found), 1)
+
+
+def measure(name: str, row: Row, threads: int) -> dict[str, Any]:
+    """Values, times and memory of both."""
+    student, teacher = inputs(row.shape)
+    ours, peer = float(row.ours(student, teacher).detach()), float(row.peer(student, teacher).detach())
+    off = abs(ours - row.factor * peer) / max(abs(ours), 1e-12)
+    if off > 2e-3:
+        raise SystemExit(f"{name}: ours is {ours}, the peer's {peer} times {row.factor}: not the same loss")
+    once(row.ours, student, teacher)
+    once(row.peer, student, teacher)
+    pairs = [(once(row.ours, student, teacher), once(row.peer, student, teacher)) for _ in range(row.rounds)]
+    bytes_ours, bytes_peer = extra(name, "ours", threads), extra(name, "peer", threads)
+    return {
+        "shape": list(row.shape),
+        "peer": row.peer_name,
+        "milliseconds": round(1000 * statistics.median(a for a, _ in pairs), 3),
+        "peer_milliseconds": round(1000 * statistics.median(b for _, b in pairs), 3),
+        "times_faster": round(statistics.median(b / a for a, b in pairs), 2),
+        "extra_mib": round(bytes_ours / MIB, 2),
+        "peer_extra_mib": round(bytes_peer / MIB, 2),
+        "times_less_memory": round(bytes_peer / bytes_ours, 2),
+        "relative_difference": float(f"{off:.2g}"),
+    }
+
+
+def main() -> None:
+    """Print the table, keep it."""
+    parser = argparse.ArgumentParser(description="Losses against their peers.")
+    parser.add_argument("--only", help="one row")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--memory", choices=("ours", "peer"), help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    if options.memory:
+        return memory(options.only, options.memory)
+    table = {}
+    print(f"{'loss':28}{'shape':>22}{'ms':>10}{'peer ms':>10}{'faster':>8}{'MiB':>9}{'peer MiB':>10}{'less':>8}  peer")
+    for name, row in rows().items():
+        if options.only not in (None, name):
+            continue
+        table[name] = found = measure(name, row, options.threads)
+        print(
+            f"{name:28}{'x'.join(map(str, row.shape)):>22}{found['milliseconds']:>10.2f}{found['peer_milliseconds']:>10.2f}"
+            f"{found['times_faster']:>7.1f}x{found['extra_mib']:>9.1f}{found['peer_extra_mib']:>10.1f}"
+            f"{found['times_less_memory']:>7.1f}x  {row.peer_name}",
+            flush=True,
+        )
+    if options.only is None:
+        kept = {"torch": torch.__version__, "threads": options.threads, "cores": os.cpu_count()}
+        kept |= {"platform": platform.machine(), "rows": table}
+        (Path(__file__).parent / "results" / "losses.json").write_text(json.dumps(kept, indent=1) + "\n")
+    return None
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,159 @@
+"""Losses: the two losses of `rkd`, each worked out together with its gradient. Touches tensors only.
+
+Each is one operation to autograd and to a compiler: the pairs that need care are found by looking at the numbers.
+"""
+
+import torch
+from torch import Tensor
+
+from kdlib.losses._pairs import add_distance_gradient, power_of_two, squared_distances
+
+__all__ = ["angle_with_gradient", "distance_with_gradient"]
+
+
+@torch.library.custom_op("kdlib::rkd_distance", mutates_args=())
+def distance_with_gradient(
+    student: Tensor, teacher: Tensor, share: Tensor, chunk: int, shortest: float, asked: bool
+) -> tuple[Tensor, Tensor]:
+    """The loss, and its gradient `(b, d)` if asked for. One operation, opaque to a compiler."""
+    kept = share.nonzero().squeeze(1)
+    batch = kept.shape[0]
+    out = torch.zeros_like(student) if asked else student.new_empty(0)
+    if batch < 2 or student.shape[1] * teacher.shape[1] == 0:
+        return student.new_zeros(()), out
+    student, teacher, share = student[kept], teacher[kept], share[kept]
+    scale = power_of_two(student)
+    student, teacher = student / scale, teacher / power_of_two(teacher)
+    dtype = _safe_dtype(student)
+    (d_s, near), (d_t, _) = squared_distances(student, dtype), squared_distances(teacher, dtype)
+    share = share.to(dtype)
+    d_s, d_t = d_s.sqrt_(), d_t.sqrt_()
+    pairs = torch.outer(share, share).fill_diagonal_(0).sum()  # of two samples
+    pairs = torch.where(pairs > 0, pairs, 1.0)
+    mean_s, mean_t = share @ (d_s @ share) / pairs, share @ (d_t @ share) / pairs
+    divide_s, divide_t = torch.where(mean_s > 0, mean_s, 1.0), torch.where(mean_t > 0, mean_t, 1.0)
+    value, pull = share.new_zeros(()), share.new_zeros(())
+    for start in range(0, batch, chunk or batch):
+        at = slice(start, start + (chunk or batch))
+        gap = (d_s[at] / divide_s).sub_(d_t[at].div_(divide_t))
+        slope = torch.clamp(gap, -1, 1, out=d_t[at])
+        value += share[at] @ (gap.sub_(slope, alpha=0.5).mul_(slope) @ share)
+        if asked:
+            pull += share[at] @ (torch.mul(slope, d_s[at], out=gap) @ share)
+    if not asked or not bool(mean_s * scale >= shortest):
+        return value.to(student.dtype), out
+    # d loss / d distance, over the distance; both orders of a pair are one distance.
+    slope = d_t.sub_(pull / mean_s / pairs).mul_(2 / mean_s)
+    slope.mul_(share.unsqueeze(1)).mul_(share).div_(torch.where(d_s > 0, d_s, torch.inf))
+    gradient = add_distance_gradient(student, slope, near)
+    out[kept] = (gradient / scale).to(student.dtype)
+    return value.to(student.dtype), out
+
+
+@torch.library.custom_op("kdlib::rkd_angle", mutates_args=())
+def angle_with_gradient(
+    student: Tensor, teacher: Tensor, share: Tensor, chunk: int, shortest: float, asked: bool
+) -> tuple[Tensor, Tensor]:
+    """The loss, and its gradient `(b, d)` if asked for. One operation, opaque to a compiler."""
+    kept = share.nonzero().squeeze(1)
+    out = torch.zeros_like(student) if asked else student.new_empty(0)
+    if kept.shape[0] < 2 or student.shape[1] * teacher.shape[1] == 0:
+        return student.new_zeros(()), out
+    student, teacher, share = student[kept], teacher[kept], share[kept]
+    scale = power_of_two(student)
+    student, teacher = student / scale, teacher / power_of_two(teacher)
+    wide = torch.float32 if student.device.type == "mps" else torch.float64  # a Metal device has no float64
+    (squares, near), (squares_t, _) = squared_distances(student, wide), squared_distances(teacher, wide)
+    largest, largest_t = (torch.where(x.amax() > 0, x.amax(), 1.0) for x in (squares, squares_t))
+    squares_t /= largest_t
+    short = squares < (shortest / scale.to(wide)) ** 2
+    squares /= largest
+    # The cosine of a triple rounds by as much as its two sides differ: beyond a thousand, in float64.
+    uneven = any(bool(((x > 0) & (x < 1e-6)).any()) for x in (squares, squares_t))
+    dtype = wide if uneven else student.dtype
+    weight = None if bool((share == share[0]).all()) else share.to(dtype)
+    value, slope = _angles(squares.to(dtype), squares_t.to(dtype), weight, chunk, asked)
+    if asked:
+        slope = slope.to(wide).div_(largest).masked_fill_(short, 0)
+        out[kept] = (add_distance_gradient(student, slope, near) / scale).to(student.dtype)
+    return value.to(student.dtype), out
+
+
+def _angles(
+    squares_s: Tensor, squares_t: Tensor, share: Tensor | None, chunk: int, asked: bool
+) -> tuple[Tensor, Tensor]:
+    """The loss from squared distances `(b, b)`, and twice its symmetric slopes on the student's; no share is all one.
+
+    A matrix of cosines at one vertex is symmetric, so tiles of it on and above the diagonal do, the former by half.
+    """
+    batch = squares_s.shape[0]
+    on_cpu = squares_s.device.type == "cpu"
+    side, room = (64, 2**18) if on_cpu else (256, 2**24)  # tiles that fit a processor's cache, or fill an accelerator
+    chunk = min(batch, chunk or max(1, room // (side * batch)))
+    sides = (_Sides(squares_s), _Sides(squares_t))
+    values = []
+    at_vertex, across = torch.zeros_like(squares_s), torch.zeros_like(squares_s)
+    blocks = [slice(first, min(first + side, batch)) for first in range(0, batch, side)]
+    tiles = [(rows, rows, 0.5) for rows in blocks]
+    tiles += [(rows, slice(rows.stop, batch), 1.0) for rows in blocks if rows.stop < batch]
+    for start in range(0, batch, chunk):
+        i = slice(start, min(start + chunk, batch))
+        value = squares_s.new_zeros(())
+        for j, k, part in tiles:
+            cosine, gap = sides[0].cosines(i, j, k), sides[1].cosines(i, j, k)
+            torch.sub(cosine, gap, out=gap)
+            slope = gap.clamp(-1, 1)
+            gap.sub_(slope, alpha=0.5)
+            if share is not None:
+                slope.mul_(share[i, None, None] * (share[j, None] * share[k]))
+            value += 2 * part * torch.dot(slope.view(-1), gap.view(-1))
+            if not asked:
+                continue
+            if part != 1:
+                slope.mul_(part)
+            inverse = sides[0].inverse[i]
+            cosine.mul_(slope)
+            at_vertex[i, j] -= cosine.sum(2).mul_(inverse[:, j].square())
+            at_vertex[i, k] -= cosine.sum(1).mul_(inverse[:, k].square())
+            slope.mul_(inverse[:, j, None]).mul_(inverse[:, None, k])
+            at_vertex[i, j] += slope.sum(2)
+            at_vertex[i, k] += slope.sum(1)
+            across[j, k] -= slope.sum(0)
+        values.append(value)
+    value = torch.stack(values).sum()
+    if share is None:
+        value, at_vertex, across = value / batch**3, at_vertex.div_(batch**3), across.div_(batch**3)
+    # c = (d_ij^2 + d_ik^2 - d_jk^2) / (2 d_ij d_ik): `at_vertex` is the slope on d_ij^2, `across` half that on d_jk^2.
+    slope = at_vertex.add_(across)
+    return value, 2 * (slope + slope.T)
+
+
+class _Sides:
+    """What the cosines at all vertices are made of: distances, their inverses, and minus half their squares."""
+
+    def __init__(self, squares: Tensor) -> None:
+        self.distance = squares.sqrt()
+        self.inverse = torch.where(squares > 0, 1 / self.distance, 0.0)
+        self.minus_half = squares * -0.5
+        self.half_distance = self.distance * 0.5
+
+    def cosines(self, i: slice, j: slice, k: slice) -> Tensor:
+        """The cosines of the angles between j and k at the vertices i, `(i, j, k)`; 0 where one of the two is at i."""
+        inverse, half = self.inverse[i], self.half_distance[i]
+        out = (self.minus_half[j, k] * inverse[:, j, None]).mul_(inverse[:, None, k])
+        out.addcmul_(half[:, j, None], inverse[:, None, k])
+        return out.addcmul_(inverse[:, j, None], half[:, None, k])
+
+
+def _safe_dtype(x: Tensor) -> torch.dtype:
+    """A dtype whose products are to be trusted: on accelerators those of float32 may be of ten bits."""
+    exact = x.device.type == "mps" or (x.device.type == "cpu" and torch.get_float32_matmul_precision() == "highest")
+    return x.dtype if exact else torch.float64
+
+
+@distance_with_gradient.register_fake
+@angle_with_gradient.register_fake
+def _(
+    student: Tensor, teacher: Tensor, share: Tensor, chunk: int, shortest: float, asked: bool
+) -> tuple[Tensor, Tensor]:
+    return student.new_empty(()), torch.empty_like(student) if asked else student.new_empty(0)

@@ -1,0 +1,157 @@
+"""Losses: probabilistic knowledge transfer, each sample's neighbours as the teacher sees them. Touches two tensors only.
+
+Passalis and Tefas, 2018: match the probabilities with which each sample of a batch picks the others as neighbours.
+"""
+
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from kdlib._checks import check_relation_reduction
+from kdlib.losses._maths import full_precision
+from kdlib.losses._pairs import (
+    cosines,
+    gram_gradient,
+    known_gradient,
+    one_batch,
+    shortest_length,
+    unit_gradient_,
+)
+
+__all__ = ["PKTLoss", "pkt"]
+
+EPS = 1e-7
+"""Added to both probabilities in the logarithm, as in the authors' code."""
+
+
+def pkt(
+    student: Tensor,
+    teacher: Tensor,
+    *,
+    gather: bool = False,
+    reduction: Literal["mean"] = "mean",
+    weight: Tensor | None = None,
+) -> Tensor:
+    r"""Divergence between the student's and the teacher's probabilities that one sample is another's neighbour.
+
+    .. math::
+        \frac{1}{b^2} \sum_{i,j} p^t_{ij} \log \frac{p^t_{ij} + \epsilon}{p^s_{ij} + \epsilon}, \qquad
+        p_{ij} = \frac{k_{ij}}{\sum_l k_{il}}, \qquad k_{ij} = \frac{1 + \cos(x_i, x_j)}{2}
+
+    with :math:`\epsilon = 10^{-7}`; i = j is included. The loss does not depend on the length of any sample, but it does
+    on a common offset. The numbers of features may differ. A sample of zeros has cosine 0 to all, itself too.
+
+    With weights, let :math:`q = w / \sum w` and :math:`n = 1 / \sum q^2`, the effective number of samples (b where all
+    weights are equal). Then :math:`p_{ij} = k_{ij} / (n \sum_l q_l k_{il})`, and the loss is
+    :math:`\sum_{i,j} q_i q_j (\cdot)`. A sample of weight 0 is as if absent.
+
+    Args:
+        student: features `(b, d, ...)`, flattened after the first dimension.
+        teacher: features `(b, D, ...)`, likewise; never receives a gradient.
+        gather: make one batch of the rows of all processes of the default process group, of which each may have
+            another number, none too. Every process gets the same value; the gradients are such that their mean over
+            the processes, as `DistributedDataParallel` takes it, is that of the one batch.
+        reduction: `"mean"` only: a relation has no per-sample form.
+        weight: `(b,)`, at least 0; only its ratios count.
+
+    Returns:
+        A scalar, 0 where no sample has a weight. Float32, or float64 if given float64.
+
+    Raises:
+        ValueError: batch sizes differ, or a `reduction` other than `"mean"`.
+        TypeError: not floating-point tensors.
+
+    Examples:
+        >>> import torch
+        >>> student, teacher = torch.eye(2), torch.tensor([[1.0], [1.0]])
+        >>> round(pkt(student, teacher).item(), 4)
+        0.0294
+        >>> pkt(3 * student, student).item()
+        0.0
+
+    References:
+        Passalis, Tefas, *Learning Deep Representations with Probabilistic Knowledge Transfer*, arXiv 1803.10837, with
+        the cosine kernel. Values are those of the authors' code: the mean is over b * b pairs, so it is a divergence
+        of each row over b. There is a gradient, but no second derivative, and no rule for `torch.func.vmap`.
+    """
+    origin = student.dtype
+    with full_precision(student):
+        student, teacher, share = one_batch("pkt", student, teacher, reduction, weight, gather)
+        if student.numel() * teacher.numel() == 0:
+            return student.sum() * 0.0
+        asked = student.requires_grad and torch.is_grad_enabled()
+        return known_gradient(student, *_with_gradient(student, teacher, share, shortest_length(origin), asked))
+
+
+def _with_gradient(
+    student: Tensor, teacher: Tensor, share: Tensor, shortest: float, asked: bool
+) -> tuple[Tensor, Tensor]:
+    """The loss, and its gradient `(b, d)` if asked for."""
+    cosine, unit, length = cosines(student)
+    p_s, factor = _neighbours_(cosine, share)
+    p_t, _ = _neighbours_(cosines(teacher)[0], share)
+    change, below = p_t - p_s, p_s + EPS
+    # By log1p, and with the difference of the two, which sums to zero over a row: then no term is below zero but for
+    # EPS, and nothing cancels.
+    log = (change / below).clamp_(min=-1 + torch.finfo(below.dtype).eps).log1p_()
+    value = share @ (log.mul_(p_t).sub_(change) @ share)
+    if not asked:
+        return value, value
+    # d / d p_s of the terms, then through the sum of a row, then through (1 + cos) / 2 where it is not cut off at 0.
+    slope = p_t.div_(below).neg_().add_(1).mul_(share.unsqueeze(1)).mul_(share)
+    pull = torch.linalg.vecdot(slope, p_s).div_(share.square().sum().clamp(min=torch.finfo(share.dtype).tiny))
+    slope.sub_(torch.outer(pull, share)).mul_(factor / 2).masked_fill_(p_s == 0, 0)
+    return value, unit_gradient_(gram_gradient(slope, unit), unit, length, shortest)
+
+
+def _neighbours_(cosine: Tensor, share: Tensor) -> tuple[Tensor, Tensor]:
+    """The probabilities `(b, b)`, in place of the cosines, and the factor `(b, 1)` of the kernel in them."""
+    kernel = cosine.add_(1).div_(2).clamp_(min=0)
+    total = (kernel @ share).unsqueeze(1)
+    factor = share.square().sum() / torch.where(total == 0, 1.0, total)
+    return kernel.mul_(factor), factor
+
+
+class PKTLoss(nn.Module):
+    """`pkt` as a Module; the formula and the arguments are there.
+
+    Args:
+        gather: make one batch of the rows of all processes.
+        reduction: `"mean"` only.
+
+    Raises:
+        ValueError: a `reduction` other than `"mean"`.
+
+    Examples:
+        >>> import torch
+        >>> loss = PKTLoss()
+        >>> loss
+        PKTLoss(gather=False, reduction='mean')
+        >>> features = torch.rand(4, 8)
+        >>> loss(features, features).item()
+        0.0
+    """
+
+    per_sample: ClassVar[bool] = False
+
+    def __init__(self, *, gather: bool = False, reduction: Literal["mean"] = "mean") -> None:
+        super().__init__()
+        check_relation_reduction("PKTLoss", reduction)
+        self.gather = gather
+        self.reduction = reduction
+
+    def forward(
+        self,
+        student: Tensor,
+        teacher: Tensor,
+        *,
+        weight: Tensor | None = None,
+        reduction: Literal["mean"] | None = None,
+    ) -> Tensor:
+        """The loss of `student` `(b, d, ...)` against `teacher`; `reduction=None` means the constructor's."""
+        return pkt(student, teacher, gather=self.gather, reduction=reduction or self.reduction, weight=weight)
+
+    def extra_repr(self) -> str:
+        """Arguments of the call that rebuilds the loss."""
+        return f"gather={self.gather!r}, reduction={self.reduction!r}"

@@ -1,0 +1,96 @@
+"""Projections: a linear map for the tokens of transformers. Touches the student's tensor only."""
+
+from typing import Literal
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+
+from kdlib._checks import check_choice, check_floating, check_grid, check_number, check_shape, check_token_grid
+from kdlib.projections._grid import resize
+
+__all__ = ["TokenProjection"]
+
+CLASS_TOKENS = ("none", "keep", "drop", "mean")
+
+
+class TokenProjection(nn.Module):
+    """Tokens of the student into the teacher's width and grid: `y = W x` for each token, and `+ b` if asked.
+
+    With `size`, the tokens are first brought to the teacher's grid, as a map of them would be: along a side where it is
+    larger by average pooling over adaptive windows, along a side where it is smaller by bilinear interpolation. The
+    order is that of rows, as transformers cut an image. A class token is no part of the grid and is kept apart.
+
+    Args:
+        in_dim: width of the student's tokens.
+        out_dim: width of the teacher's.
+        size: `(h, w)` of the teacher's grid; None keeps the student's tokens as they are.
+        grid: `(h, w)` of the student's; None for a square one of any size.
+        class_token: `"none"`, all tokens are on the grid; `"keep"`, the first one is a class token and stays the first;
+            `"drop"`, the first one is a class token that the teacher lacks; `"mean"`, the student has none, and the mean
+            of its tokens stands in for the teacher's, as the first.
+        bias: add a learned offset.
+
+    Raises:
+        ValueError: a dimension or a side below 1, or an unknown `class_token`.
+
+    Examples:
+        >>> project = TokenProjection(192, 384, size=(14, 14), class_token="keep")
+        >>> project
+        TokenProjection(in_dim=192, out_dim=384, size=(14, 14), grid=None, class_token='keep', bias=False)
+        >>> project(torch.rand(2, 1 + 7 * 7, 192)).shape
+        torch.Size([2, 197, 384])
+
+    References:
+        The resampling of the grid is that of position embeddings at another resolution, Dosovitskiy et al., *An Image is
+        Worth 16x16 Words*, arXiv 2010.11929, section 3.2.
+    """
+
+    def __init__(
+        self,
+        in_dim: int,
+        out_dim: int,
+        *,
+        size: tuple[int, int] | None = None,
+        grid: tuple[int, int] | None = None,
+        class_token: Literal["none", "keep", "drop", "mean"] = "none",
+        bias: bool = False,
+    ) -> None:
+        super().__init__()
+        check_number("TokenProjection", "in_dim", in_dim, least=1, integer=True)
+        check_number("TokenProjection", "out_dim", out_dim, least=1, integer=True)
+        for name, sides in [("size", size), ("grid", grid)]:
+            if sides is not None:
+                check_grid("TokenProjection", name, sides)
+        check_choice("TokenProjection", "class_token", class_token, CLASS_TOKENS)
+        self.in_dim = in_dim
+        self.out_dim = out_dim
+        self.size = None if size is None else (size[0], size[1])
+        self.grid = None if grid is None else (grid[0], grid[1])
+        self.class_token = class_token
+        self.bias = bias
+        self.linear = nn.Linear(in_dim, out_dim, bias=bias)
+
+    def forward(self, student: Tensor) -> Tensor:
+        """Project `(b, n, in_dim)` to `(b, N, out_dim)`."""
+        check_floating("TokenProjection", student=student)
+        check_shape("TokenProjection", "student", student, "b n d", d=self.in_dim)
+        leading = 1 if self.class_token in ("keep", "drop") else 0
+        class_token, tokens = student[:, :leading], student[:, leading:]
+        if self.class_token == "mean":
+            class_token = tokens.mean(1, keepdim=True)
+        if self.size is not None:
+            grid = check_token_grid("TokenProjection", student, leading, self.grid)
+            if grid != self.size:
+                resized = resize(rearrange(tokens, "b (h w) d -> b d h w", h=grid[0]), self.size)
+                tokens = rearrange(resized, "b d h w -> b (h w) d")
+        if self.class_token in ("keep", "mean"):
+            tokens = torch.cat([class_token, tokens], 1)
+        projected: Tensor = self.linear(tokens)
+        return projected
+
+    def __repr__(self) -> str:
+        return (
+            f"TokenProjection(in_dim={self.in_dim}, out_dim={self.out_dim}, size={self.size}, grid={self.grid}, "
+            f"class_token={self.class_token!r}, bias={self.bias})"
+        )

@@ -1,0 +1,96 @@
+"""Contracts: what every loss must keep, in words. The checks themselves are in the file beside."""
+
+from collections.abc import Callable, Collection
+
+from torch import Tensor, nn
+
+from kdlib._checks import check_floating, check_number, check_same_batch
+from kdlib.testing._loss_case import LossCase
+from kdlib.testing._run import check_exclude, clone, run
+
+__all__ = ["LOSS_CHECKS", "check_loss"]
+
+LOSS_CHECKS = (
+    "deepcopy", "scalar", "student_gradient", "teacher_gradient", "reduction_none", "mean_of_none", "weighted_mean",
+    "weight_ones", "weight_scale", "weight_zero_masks", "weight_all_zero", "float16", "bfloat16", "float64", "autocast",
+    "zero_rows", "equal_rows", "batch_of_one", "empty_batch", "large_float16", "large_float32", "batch_mismatch",
+    "deterministic", "inputs_unchanged", "pickle", "state_dict", "repr", "gradcheck",
+)  # fmt: skip
+"""Names of all the checks, in the order in which they run."""
+
+_PER_SAMPLE = ("mean_of_none", "weighted_mean")
+_MODULE = ("state_dict", "repr")
+
+
+def check_loss(
+    loss: Callable[..., Tensor],
+    student: Tensor,
+    teacher: Tensor,
+    *,
+    target: Tensor | None = None,
+    per_sample: bool | None = None,
+    exclude: Collection[str] = (),
+) -> tuple[str, ...]:
+    """Hold a loss to the contract of this library.
+
+    - `scalar`, `student_gradient`, `teacher_gradient`: one finite floating-point value; a finite gradient that is not
+      zero for the student and none for the teacher.
+    - `reduction_none`: `(b,)` values, or a `ValueError` where the loss has no per-sample form; `mean_of_none`: their mean
+      is the value.
+    - `weighted_mean`: `sum(w * l) / sum(w)`, and `w * l` for `"none"`; `weight_ones`: the same as no weights;
+      `weight_scale`: a common factor changes nothing; `weight_zero_masks`: as if the sample were absent, with no
+      gradient for it; `weight_all_zero`: 0 that still hangs on the graph.
+    - `float16`, `bfloat16`, `autocast`: the value of the same numbers in float32, in float32; `float64`: in float64.
+    - `zero_rows`, `equal_rows`, `batch_of_one`, `empty_batch`, `large_float16` (values to 300), `large_float32` (to
+      10,000): a finite value and finite gradients.
+    - `batch_mismatch`: a `ValueError` or `TypeError`.
+    - `deterministic`, `inputs_unchanged`, `deepcopy`, `pickle`, `state_dict`: the same value twice, and after a copy;
+      `repr`: the call that rebuilds the object; `gradcheck`: the gradient against differences, in float64.
+
+    Every check works on a copy of the loss, so that one with a memory (a queue, a running mean) is asked anew each time;
+    `deepcopy` alone calls the loss itself.
+
+    Args:
+        loss: called as `loss(student, teacher)`, with `target=` if one is given, and with `reduction=` and `weight=`.
+            Exclude the checks on these for a loss that does not take them.
+        student: `(b, ...)`, at least 4 samples; in general position and small, 8 values a sample or so.
+        teacher: `(b, ...)`.
+        target: `(b, ...)`, for a loss that takes one.
+        per_sample: whether `reduction="none"` must give `(b,)` or be refused; `None` for what the attribute
+            `per_sample` of the loss says, or for either where there is none.
+        exclude: names of checks to leave out.
+
+    Returns:
+        The names of the checks that ran. `mean_of_none` and `weighted_mean` run for losses with a per-sample form,
+        `state_dict` and `repr` for Modules.
+
+    Raises:
+        AssertionError: a check failed.
+        ValueError, TypeError: arguments that no loss could be checked with, or an unknown name in `exclude`.
+
+    Examples:
+        >>> import torch
+        >>> from kdlib import HintLoss
+        >>> generator = torch.Generator().manual_seed(0)
+        >>> student, teacher = torch.randn(2, 4, 6, generator=generator)
+        >>> set(check_loss(HintLoss(), student, teacher)) == set(LOSS_CHECKS)
+        True
+        >>> check_loss(lambda student, teacher: (student - teacher).mean(), student, teacher, exclude=["deepcopy"])
+        Traceback (most recent call last):
+        AssertionError: check_loss(<lambda>): teacher_gradient: no gradient may reach the teacher; detach it
+    """
+    check_exclude("check_loss", exclude, LOSS_CHECKS)
+    check_floating("check_loss", student=student, teacher=teacher)
+    check_same_batch("check_loss", "student", student, "teacher", teacher)
+    check_number("check_loss", "the batch size", student.shape[0], least=4, integer=True)
+    if target is not None:
+        check_same_batch("check_loss", "student", student, "target", target)
+    if per_sample is None:
+        per_sample = getattr(loss, "per_sample", None)
+    tensors = clone(student).float(), clone(teacher).float(), None if target is None else clone(target)
+    case = LossCase(loss, *tensors, per_sample, "deepcopy" not in exclude, "weight_ones" not in exclude)
+    if case.per_sample is None:
+        case.per_sample = case.takes_none()
+    left_out = {*exclude, *(() if case.per_sample else _PER_SAMPLE), *(() if isinstance(loss, nn.Module) else _MODULE)}
+    checks = {name: getattr(case, name) for name in LOSS_CHECKS if name not in left_out}
+    return run("check_loss", loss, checks)

@@ -1,0 +1,336 @@
+"""Faces losses: EKD, the student's errors at fixed false positive rates like the teacher's. Touches tensors only.
+
+Huang et al., Evaluation-oriented Knowledge Distillation for Deep Face Recognition, 2022: match where the similarity of
+a pair stands against the thresholds of an evaluation, and not the similarity itself.
+"""
+
+from collections.abc import Sequence
+from fractions import Fraction
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from kdlib._checks import (
+    check_floating,
+    check_number,
+    check_rank,
+    check_same_batch,
+    check_shape,
+    check_weight,
+    check_whole_numbers,
+)
+from kdlib.losses._maths import full_precision
+from kdlib_faces._checks import check_rates, check_relation
+from kdlib_faces.heads._margin import unit_pair
+from kdlib_faces.losses._whole_batch import whole_batch
+
+__all__ = ["EvaluationOrientedLoss", "evaluation_oriented", "negative_thresholds"]
+
+RATES = (1e-1, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6)
+
+
+def evaluation_oriented(
+    student: Tensor,
+    teacher: Tensor,
+    student_thresholds: Tensor,
+    teacher_thresholds: Tensor,
+    *,
+    target: Tensor,
+    temperature: float = 0.01,
+    hardest: int = 2000,
+    positive_weight: float = 0.02,
+    negative_weight: float = 0.01,
+    gather: bool = False,
+    reduction: Literal["mean"] = "mean",
+    weight: Tensor | None = None,
+) -> Tensor:
+    r"""Match how many thresholds each pair passes, softly, on positive pairs and on the hardest negative ones.
+
+    With :math:`c_{ij}` the cosine of two embeddings of one network and :math:`\tau_k` the threshold of that network at
+    the k-th false positive rate,
+
+    .. math:: r_{ij} = \sum_k \sigma\!\left(\frac{c_{ij} - \tau_k}{T}\right), \qquad
+              L = \lambda_P \operatorname*{mean}_{(i,j) \in P} (r^s_{ij} - r^t_{ij})^2
+                + \lambda_N \operatorname*{mean}_{(i,j) \in N} (r^s_{ij} - r^t_{ij})^2
+
+    P is every pair i < j of one identity, N the `hardest` pairs of two identities with the largest cosine by the
+    student. A mean over no pair is 0, and a batch needs pairs of one identity to teach anything on them: draw it by
+    identity at least in part. Thresholds get no gradient. Embeddings of zeros have a cosine of 0 to all, and get none.
+
+    A sample of weight 0 is in no pair, as if it were absent; otherwise a pair counts :math:`w_i w_j` in its mean,
+    normalised by their sum. Memory is `(b (b - 1) / 2, k)`.
+
+    Args:
+        student: embeddings `(b, d)`, of any length.
+        teacher: embeddings `(b, D)`; never receives a gradient.
+        student_thresholds: cosines `(k,)`, from `negative_thresholds`.
+        teacher_thresholds: likewise.
+        target: identities `(b,)`, any whole numbers.
+        temperature: T, above 0, in the unit of a cosine.
+        hardest: how many negative pairs count, at least 0.
+        positive_weight: :math:`\lambda_P`, at least 0.
+        negative_weight: :math:`\lambda_N`, at least 0.
+        gather: make one batch of the rows of all processes of the default process group, of which each may have
+            another number; every process gets its value.
+        reduction: `"mean"` alone: a relation has no per-sample form.
+        weight: `(b,)`, at least 0, weight of each sample; 0 masks it.
+
+    Returns:
+        A scalar. Float32, or float64 if given float64, under autocast too.
+
+    Raises:
+        ValueError: shapes that do not fit, or an argument out of range.
+        TypeError: embeddings that are not floating point, a target that is not whole numbers.
+
+    Examples:
+        >>> import torch
+        >>> student, teacher = torch.tensor([[1.0, 0.0], [0.6, 0.8]]), torch.tensor([[1.0, 0.0], [1.0, 0.0]])
+        >>> threshold, target = torch.tensor([0.6]), torch.tensor([4, 4])
+        >>> loss = evaluation_oriented(student, teacher, threshold, threshold, target=target)
+        >>> round(loss.item(), 6)  # at its threshold r is 1/2, far over it 1: 0.02 / 4
+        0.005
+
+    References:
+        Huang, Wu, Xu, Ding, *Evaluation-oriented Knowledge Distillation for Deep Face Recognition*, CVPR 2022, arXiv
+        2206.02325. The defaults, the pairs and the thresholds follow the authors' code in TFace, which adds ArcFace
+        and draws half of each batch by identity.
+    """
+    owner = "evaluation_oriented"
+    check_relation(owner, reduction)
+    _check_call(owner, student, teacher, target, weight)
+    _check_arguments(owner, temperature, hardest, positive_weight, negative_weight)
+    check_floating(owner, student_thresholds=student_thresholds, teacher_thresholds=teacher_thresholds)
+    check_rank(owner, "student_thresholds", student_thresholds, "k")
+    check_shape(owner, "teacher_thresholds", teacher_thresholds, "k", k=len(student_thresholds))
+    with full_precision(student):
+        if gather:
+            student, teacher, target, weight = whole_batch(student, teacher, target, weight, grad=True)
+        s_bd, t_bd = unit_pair(student, teacher.detach(), 100 / temperature)
+        share, positive = _pairs(s_bd, target, weight)
+        i, j = _upper(s_bd)
+        c_s, c_t = (s_bd @ s_bd.T)[i, j], (t_bd @ t_bd.T)[i, j]
+        r_s, r_t = (
+            torch.sigmoid((c.unsqueeze(1) - thresholds.detach().to(c)) / temperature).sum(1)
+            for c, thresholds in ((c_s, student_thresholds), (c_t, teacher_thresholds))
+        )
+        gap = (r_s - r_t).square()
+        score = torch.where(~positive & (share > 0), c_s.detach(), -torch.inf)
+        score, chosen = score.topk(min(hardest, len(score)))
+        hard = torch.where(score > -torch.inf, share[chosen], 0.0)
+        return positive_weight * _mean(torch.where(positive, share, 0.0), gap) + negative_weight * _mean(
+            hard, gap[chosen]
+        )
+
+
+def negative_thresholds(
+    embeddings: Tensor, *, target: Tensor, rates: Sequence[float] = RATES, weight: Tensor | None = None
+) -> Tensor:
+    """The cosines that a share of the pairs of two identities exceeds: the thresholds of false positive rates.
+
+    Of n negative pairs, from the largest cosine down, the threshold at rate r is the one of index `floor(n r)`, so
+    that at most that share of them is above it. A rate below 1 / n takes the largest.
+
+    Args:
+        embeddings: `(b, d)`, of any length; no gradient flows.
+        target: identities `(b,)`, any whole numbers.
+        rates: k false positive rates, above 0 and at most 1.
+        weight: `(b,)`; samples of weight 0 are in no pair, others count alike.
+
+    Returns:
+        `(k,)` in the order of the rates, float32 or float64; minus infinity where there is no negative pair.
+
+    Raises:
+        ValueError: shapes that do not fit, or a rate out of range.
+        TypeError: embeddings that are not floating point, a target that is not whole numbers.
+
+    Examples:
+        >>> import torch
+        >>> angles = torch.tensor([0.0, 10.0, 30.0, 60.0]).deg2rad()
+        >>> embeddings = torch.stack([angles.cos(), angles.sin()], 1)
+        >>> negative_thresholds(embeddings, target=torch.arange(4), rates=[0.5, 0.01]).acos().rad2deg()
+        tensor([30.0000, 10.0000])
+    """
+    owner = "negative_thresholds"
+    _check_call(owner, embeddings, embeddings, target, weight)
+    check_rates(owner, rates)
+    with torch.no_grad(), full_precision(embeddings):
+        x_bd, _ = unit_pair(embeddings, embeddings, 1.0)
+        share, positive = _pairs(x_bd, target, weight)
+        i, j = _upper(x_bd)
+        if not len(share):
+            return x_bd.new_full((len(rates),), -torch.inf)
+        negative = ~positive & (share > 0)
+        ordered = torch.where(negative, (x_bd @ x_bd.T)[i, j], -torch.inf).sort(descending=True).values
+        # In whole numbers: 0.1 times 30 is not 3 in floating point.
+        parts = [Fraction(str(rate)) for rate in rates]
+        places = [negative.sum() * part.numerator // part.denominator for part in parts]
+        return ordered[torch.stack(places).clamp(max=len(ordered) - 1)]
+
+
+class EvaluationOrientedLoss(nn.Module):
+    """`evaluation_oriented` with running thresholds; the formula and the arguments are there.
+
+    In training mode each batch moves the thresholds of both networks, before the loss is taken: `(1 - momentum) * old +
+    momentum * new`. The first batch with a negative pair sets them. A batch without one, or whose embeddings are not
+    all finite, leaves them. In evaluation mode nothing moves; where there are none yet, the batch's own serve.
+
+    Thresholds follow one teacher: use one such term for each teacher. In a `Term` the identities are the `target`:
+    `Term(EvaluationOrientedLoss(), student="embedding", teacher="embedding", target="identity")`.
+
+    Args:
+        rates: false positive rates of the thresholds.
+        temperature: above 0, in the unit of a cosine.
+        hardest: how many negative pairs count, at least 0.
+        positive_weight: factor on the positive pairs, at least 0.
+        negative_weight: factor on the negative pairs, at least 0.
+        momentum: share of the new thresholds, above 0 and at most 1.
+        gather: make one batch of the rows of all processes, which then all have the same thresholds; without it each
+            has its own.
+
+    Attributes:
+        student_thresholds: buffer `(k,)`, part of the state dict.
+        teacher_thresholds: likewise.
+        batches: buffer, how many batches have moved them.
+
+    Raises:
+        ValueError: an argument outside its range.
+        TypeError: an argument of a wrong type.
+
+    Examples:
+        >>> import torch
+        >>> loss = EvaluationOrientedLoss(rates=(0.1, 0.01))
+        >>> loss
+        EvaluationOrientedLoss(rates=(0.1, 0.01), temperature=0.01, hardest=2000, positive_weight=0.02,
+        negative_weight=0.01, momentum=0.01, gather=False)
+        >>> embeddings = torch.eye(4)
+        >>> loss(embeddings, embeddings, target=torch.tensor([0, 0, 1, 1])).item()
+        0.0
+
+    References:
+        The authors' code starts the thresholds at 0, from where a momentum of 0.01 takes hundreds of batches to reach
+        their place; here the first batch sets them.
+    """
+
+    per_sample: ClassVar[bool] = False
+    student_thresholds: Tensor
+    teacher_thresholds: Tensor
+    batches: Tensor
+
+    def __init__(
+        self,
+        *,
+        rates: Sequence[float] = RATES,
+        temperature: float = 0.01,
+        hardest: int = 2000,
+        positive_weight: float = 0.02,
+        negative_weight: float = 0.01,
+        momentum: float = 0.01,
+        gather: bool = False,
+    ) -> None:
+        super().__init__()
+        check_rates("EvaluationOrientedLoss", rates)
+        _check_arguments("EvaluationOrientedLoss", temperature, hardest, positive_weight, negative_weight)
+        check_number("EvaluationOrientedLoss", "momentum", momentum, above=0, most=1)
+        self.rates = tuple(float(rate) for rate in rates)
+        self.temperature, self.hardest, self.momentum = float(temperature), hardest, float(momentum)
+        self.gather = gather
+        self.positive_weight, self.negative_weight = float(positive_weight), float(negative_weight)
+        self.register_buffer("student_thresholds", torch.zeros(len(self.rates)))
+        self.register_buffer("teacher_thresholds", torch.zeros(len(self.rates)))
+        self.register_buffer("batches", torch.zeros((), dtype=torch.int64))
+
+    def forward(
+        self,
+        student: Tensor,
+        teacher: Tensor,
+        *,
+        target: Tensor,
+        weight: Tensor | None = None,
+        reduction: Literal["mean"] | None = None,
+    ) -> Tensor:
+        """The loss of `student` `(b, d)` against `teacher` `(b, D)`, of identities `target` `(b,)`."""
+        check_relation("EvaluationOrientedLoss", reduction or "mean")
+        _check_call("EvaluationOrientedLoss", student, teacher, target, weight)
+        if self.gather:
+            student, teacher, target, weight = whole_batch(student, teacher, target, weight, grad=True)
+        student_thresholds, teacher_thresholds = self._thresholds(student, teacher, target, weight)
+        return evaluation_oriented(
+            student,
+            teacher,
+            student_thresholds,
+            teacher_thresholds,
+            target=target,
+            temperature=self.temperature,
+            hardest=self.hardest,
+            positive_weight=self.positive_weight,
+            negative_weight=self.negative_weight,
+            weight=weight,
+        )
+
+    @torch.no_grad()
+    def _thresholds(
+        self, student: Tensor, teacher: Tensor, target: Tensor, weight: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """The thresholds for one batch; in training mode the buffers move to them."""
+        old = torch.stack([self.student_thresholds, self.teacher_thresholds])
+        new = torch.stack(
+            [
+                negative_thresholds(x, target=target, rates=self.rates, weight=weight).to(old)
+                for x in (student.detach(), teacher)
+            ]
+        )
+        known, usable = self.batches > 0, new.isfinite().all()
+        if not self.training:
+            used = torch.where(known, old, new)
+            return used[0], used[1]
+        moved = torch.where(known & usable, old + self.momentum * (new - old), torch.where(known, old, new))
+        kept = torch.where(known | usable, moved, old)
+        self.student_thresholds.copy_(kept[0])
+        self.teacher_thresholds.copy_(kept[1])
+        self.batches += usable
+        return moved[0], moved[1]
+
+    def extra_repr(self) -> str:
+        """Arguments of the call that rebuilds the loss."""
+        return (
+            f"rates={self.rates}, temperature={self.temperature}, hardest={self.hardest}, "
+            f"positive_weight={self.positive_weight}, negative_weight={self.negative_weight}, momentum={self.momentum}, "
+            f"gather={self.gather}"
+        )
+
+
+def _upper(x_bd: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows and columns of the pairs i < j."""
+    i, j = torch.triu_indices(len(x_bd), len(x_bd), 1, device=x_bd.device)
+    return i, j
+
+
+def _pairs(x_bd: Tensor, target: Tensor, weight: Tensor | None) -> tuple[Tensor, Tensor]:
+    """How much each pair i < j counts, and whether it is of one identity."""
+    i, j = _upper(x_bd)
+    w = x_bd.new_ones(len(x_bd)) if weight is None else weight.detach().to(x_bd)
+    target = target.to(x_bd.device)
+    return w[i] * w[j], target[i] == target[j]
+
+
+def _mean(share: Tensor, values: Tensor) -> Tensor:
+    """The weighted mean; 0 with a graph where nothing counts."""
+    total = share.sum()
+    return (share * values).sum() / torch.where(total > 0, total, 1.0)
+
+
+def _check_call(owner: str, student: Tensor, teacher: Tensor, target: Tensor, weight: Tensor | None) -> None:
+    check_floating(owner, student=student, teacher=teacher)
+    check_rank(owner, "student", student, "b d")
+    check_rank(owner, "teacher", teacher, "b d")
+    check_same_batch(owner, "student", student, "teacher", teacher)
+    check_whole_numbers(owner, "target", target, len(student))
+    check_weight(owner, weight, len(student))
+
+
+def _check_arguments(owner: str, temperature: float, hardest: int, positive: float, negative: float) -> None:
+    check_number(owner, "temperature", temperature, above=0)
+    check_number(owner, "hardest", hardest, least=0, integer=True)
+    check_number(owner, "positive_weight", positive, least=0)
+    check_number(owner, "negative_weight", negative, least=0)

@@ -1,0 +1,194 @@
+"""One contract over every component, found by the public names; how many checks ran is part of it.
+
+To add a component: a row in the table of its room. A number of checks below the full one needs a reason in the row.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import kdlib.losses
+import kdlib.projections
+import kdlib.weighting
+from kdlib.adapters import OUTPUT, StudentAdapter, TeacherAdapter
+from kdlib.testing import (
+    ADAPTER_CHECKS,
+    LOSS_CHECKS,
+    PROJECTION_CHECKS,
+    WEIGHTING_CHECKS,
+    check_adapter,
+    check_loss,
+    check_projection,
+    check_weighting,
+)
+
+VECTORS = ((6, 5), (6, 5))
+OTHER_WIDTH = ((6, 5), (6, 7))
+LOGITS = ((6, 4), (6, 4))
+MAPS = ((5, 3, 4, 4), (5, 3, 4, 4))
+OTHER_CHANNELS = ((5, 3, 4, 4), (5, 4, 4, 4))
+OTHER_GRID = ((5, 3, 6, 4), (5, 4, 3, 2))
+
+# A check is one name of LOSS_CHECKS and its kin.
+PER_SAMPLE = 28
+RELATION = 26  # without mean_of_none and weighted_mean
+WEIGHTING = 17
+PER_TEACHER = 15  # without one_teacher and permutation
+PROJECTION = 13
+
+
+@dataclass(frozen=True)
+class Row:
+    """A loss or a projection to try: its arguments, the shapes it is tried on, and how many checks must run."""
+
+    checks: int
+    shapes: tuple[tuple[int, ...], tuple[int, ...]]
+    arguments: tuple[Any, ...] = ()
+    options: dict[str, Any] = field(default_factory=dict)
+    classes: int = 0
+    exclude: dict[str, str] = field(default_factory=dict)  # check: why it is left out
+
+
+@dataclass(frozen=True)
+class Weigh:
+    """A weighting to try."""
+
+    checks: int
+    arguments: tuple[Any, ...] = ()
+    options: dict[str, Any] = field(default_factory=dict)
+    num_teachers: int = 2
+    symmetric: bool = True
+    exclude: dict[str, str] = field(default_factory=dict)
+
+
+LOSSES: dict[str, list[Row]] = {
+    "AngularDistillLoss": [
+        Row(PER_SAMPLE, VECTORS),
+        Row(PER_SAMPLE, MAPS, options={"form": "cosine"}),
+        Row(PER_SAMPLE, VECTORS, options={"form": "chord"}),
+        Row(PER_SAMPLE, VECTORS, options={"form": "angle"}),
+    ],
+    "AttentionTransferLoss": [
+        Row(PER_SAMPLE, MAPS),
+        Row(PER_SAMPLE, OTHER_GRID, options={"p": 1.5}),
+    ],
+    "AttentiveSimilarityLoss": [Row(PER_SAMPLE, MAPS)],
+    "ContrastiveRepresentationLoss": [
+        Row(PER_SAMPLE, OTHER_WIDTH, (5, 7), {"feature_dim": 4}),
+        Row(PER_SAMPLE, OTHER_WIDTH, (5, 7), {"feature_dim": 4, "queue_size": 8}),
+    ],
+    "CorrelationCongruenceLoss": [Row(RELATION, VECTORS)],
+    "DISTLoss": [Row(RELATION, LOGITS)],
+    "DecoupledKDLoss": [Row(PER_SAMPLE, LOGITS, classes=4)],
+    "HintLoss": [Row(PER_SAMPLE, VECTORS), Row(PER_SAMPLE, MAPS)],
+    "NSTLoss": [Row(PER_SAMPLE, OTHER_CHANNELS)],
+    "PKTLoss": [Row(RELATION, OTHER_WIDTH)],
+    "RKDAngleLoss": [Row(RELATION, OTHER_WIDTH)],
+    "RKDDistanceLoss": [Row(RELATION, OTHER_WIDTH)],
+    "SimilarityPreservingLoss": [Row(RELATION, OTHER_WIDTH), Row(RELATION, OTHER_GRID)],
+    "SoftTargetLoss": [Row(PER_SAMPLE, LOGITS), Row(PER_SAMPLE, LOGITS, options={"temperature": 1.0})],
+    "VariationalInformationLoss": [Row(PER_SAMPLE, OTHER_CHANNELS, (3, 4))],
+}
+
+WEIGHTINGS: dict[str, list[Weigh]] = {
+    "CentreConfidenceWeighting": [Weigh(WEIGHTING, (3,)), Weigh(WEIGHTING, (3,), {"temperature": 0.5}, 3)],
+    "ConfidenceWeighting": [Weigh(WEIGHTING), Weigh(WEIGHTING, num_teachers=3)],
+    "EntropyWeighting": [Weigh(WEIGHTING), Weigh(WEIGHTING, num_teachers=3)],
+    "FixedWeighting": [Weigh(PER_TEACHER, ([3, 1],), symmetric=False)],
+    "GateWeighting": [
+        Weigh(PER_TEACHER, (5, 2), symmetric=False),
+        Weigh(PER_TEACHER, (5, 3), {"hidden": 4, "floor": 0.1}, 3, symmetric=False),
+    ],
+    "GradientWeighting": [Weigh(WEIGHTING), Weigh(WEIGHTING, num_teachers=3)],
+    "UncertaintyWeighting": [Weigh(PER_TEACHER, (2,), symmetric=False)],
+    "UniformWeighting": [Weigh(WEIGHTING), Weigh(WEIGHTING, num_teachers=3)],
+}
+
+PROJECTIONS: dict[str, list[Row]] = {
+    "ConvProjection": [
+        Row(PROJECTION, ((3, 3, 4, 4), (3, 5, 4, 4)), (3, 5)),
+        Row(PROJECTION, ((3, 3, 4, 6), (3, 5, 2, 9)), (3, 5), {"size": (2, 9)}),
+    ],
+    "LinearProjection": [
+        Row(PROJECTION, OTHER_WIDTH, (5, 7)),
+        Row(PROJECTION, OTHER_WIDTH, (5, 7), {"bias": True}),
+    ],
+    "TokenProjection": [
+        Row(PROJECTION, ((3, 7, 4), (3, 7, 6)), (4, 6)),
+        Row(PROJECTION, ((3, 5, 4), (3, 10, 6)), (4, 6), {"size": (3, 3), "class_token": "keep"}),
+        Row(PROJECTION, ((3, 6, 4), (3, 5, 6)), (4, 6), {"size": (2, 2), "grid": (3, 2), "class_token": "mean"}),
+    ],
+}
+FUNCTIONS = {"infer_projection"}  # tried in test_projections
+
+
+def rows(room: Any, table: dict[str, list[Any]]) -> list[Any]:
+    return [
+        pytest.param(name, row, id=f"{name}-{index}")
+        for name in room.__all__
+        for index, row in enumerate(table.get(name, []))
+    ]
+
+
+def examples(row: Row) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    student, teacher = row.shapes
+    return torch.randn(student, generator=generator), torch.randn(teacher, generator=generator)
+
+
+def component(room: Any, name: str, row: Any) -> Any:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return getattr(room, name)(*row.arguments, **row.options)
+
+
+@pytest.mark.parametrize(("room", "table"), [(kdlib.losses, LOSSES), (kdlib.weighting, WEIGHTINGS), (kdlib.projections, PROJECTIONS)])  # fmt: skip
+def test_every_public_name_has_a_row(room: Any, table: dict[str, list[Any]]) -> None:
+    assert set(room.__all__) - FUNCTIONS - set(table) == set()
+    assert all(table.values())
+
+
+@pytest.mark.parametrize(("name", "row"), rows(kdlib.losses, LOSSES))
+def test_losses(name: str, row: Row) -> None:
+    student, teacher = examples(row)
+    target = torch.arange(student.shape[0]) % row.classes if row.classes else None
+    loss = component(kdlib.losses, name, row)
+    ran = check_loss(loss, student, teacher, target=target, exclude=row.exclude)
+    assert len(ran) == row.checks
+    full = PER_SAMPLE if type(loss).per_sample else RELATION
+    assert row.checks == full - len(row.exclude)
+
+
+@pytest.mark.parametrize(("name", "row"), rows(kdlib.weighting, WEIGHTINGS))
+def test_weightings(name: str, row: Weigh) -> None:
+    ran = check_weighting(
+        component(kdlib.weighting, name, row),
+        num_teachers=row.num_teachers,
+        symmetric=row.symmetric,
+        exclude=row.exclude,
+    )
+    assert len(ran) == row.checks == (WEIGHTING if row.symmetric else PER_TEACHER) - len(row.exclude)
+
+
+@pytest.mark.parametrize(("name", "row"), rows(kdlib.projections, PROJECTIONS))
+def test_projections(name: str, row: Row) -> None:
+    ran = check_projection(component(kdlib.projections, name, row), *examples(row), exclude=row.exclude)
+    assert len(ran) == row.checks == PROJECTION - len(row.exclude)
+
+
+@pytest.mark.parametrize(("kind", "checks"), [(StudentAdapter, 9), (TeacherAdapter, 11)])
+def test_adapters(kind: Callable[..., torch.nn.Module], checks: int) -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(4, 6), torch.nn.BatchNorm1d(6), torch.nn.Dropout(0.5))
+    ran = check_adapter(kind(model, {"norm": "1", "out": OUTPUT}), torch.ones(3, 4))
+    assert len(ran) == checks
+
+
+def test_the_numbers_are_all_there_are() -> None:
+    assert len(LOSS_CHECKS) == PER_SAMPLE
+    assert len(WEIGHTING_CHECKS) == WEIGHTING
+    assert len(PROJECTION_CHECKS) == PROJECTION
+    assert len(ADAPTER_CHECKS) == 13

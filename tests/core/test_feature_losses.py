@@ -1,0 +1,957 @@
+"""The feature losses: NST, attentive similarity, variational information, contrastive representation, attention transfer.
+
+Three kinds of truth for each: a naive reference, properties, and a number worked out on paper; and the traps that losses
+of this kind fall into.
+"""
+
+import copy
+import inspect
+import math
+import os
+import pickle
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from kdlib.losses import _energy
+from kdlib.losses.attention import AttentionTransferLoss, attention_transfer
+from kdlib.losses.attentive_similarity import AttentiveSimilarityLoss, attentive_similarity, channel_attention_map
+from kdlib.losses.contrastive_representation import ContrastiveRepresentationLoss, contrastive_representation
+from kdlib.losses.nst import NSTLoss, nst
+from kdlib.losses.variational_information import VariationalInformationLoss, variational_information
+from tests.core import reference_features as reference
+from tests.core import reference_losses
+
+DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
+MAP, VECTOR = (5, 3, 4, 4), (5, 6)
+
+
+def pair(shape: tuple[int, ...], seed: int = 0, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    student = torch.randn(shape, generator=generator, dtype=dtype).requires_grad_()
+    return student, torch.randn(shape, generator=generator, dtype=dtype)
+
+
+def seeded(build: Callable[[], nn.Module]) -> Any:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return build()
+
+
+def vid(**given_: Any) -> VariationalInformationLoss:
+    return seeded(lambda: VariationalInformationLoss(3, 3, **given_))
+
+
+def vid_vector(**given_: Any) -> VariationalInformationLoss:
+    return seeded(lambda: VariationalInformationLoss(6, 6, **given_))
+
+
+def crd(**given_: Any) -> ContrastiveRepresentationLoss:
+    return seeded(lambda: ContrastiveRepresentationLoss(6, 6, feature_dim=4, **given_))
+
+
+# Every form: how to build the Module, the shape of its features, and what to call it in messages.
+FORMS: dict[str, tuple[Callable[..., nn.Module], tuple[int, ...], str]] = {
+    "attention": (AttentionTransferLoss, MAP, "attention_transfer"),
+    "nst": (NSTLoss, MAP, "nst"),
+    "attentive_similarity": (AttentiveSimilarityLoss, MAP, "attentive_similarity"),
+    "variational_information": (vid, MAP, "VariationalInformationLoss"),
+    "variational_information of vectors": (vid_vector, VECTOR, "VariationalInformationLoss"),
+    "contrastive_representation": (crd, VECTOR, "ContrastiveRepresentationLoss"),
+}
+LEARNED = [name for name in FORMS if name.startswith(("variational", "contrastive"))]
+every_form = pytest.mark.parametrize("name", FORMS)
+
+
+# The contract of every loss.
+
+
+@every_form
+def test_reductions_weights_and_masks(name: str) -> None:
+    build, shape, _ = FORMS[name]
+    loss = build().double()
+    student, teacher = pair(shape, 1)
+    weight = torch.tensor([0.5, 2.0, 0.25, 3.0, 1.0], dtype=torch.float64)
+    each = loss(student, teacher, reduction="none")
+    assert each.shape == (5,)
+    torch.testing.assert_close(loss(student, teacher), each.mean())
+    torch.testing.assert_close(build(reduction="none").double()(student, teacher), each)
+    torch.testing.assert_close(loss(student, teacher, weight=weight, reduction="none"), weight * each)
+    expected = reference_losses.weighted_mean(each.detach().numpy(), weight.numpy())
+    assert loss(student, teacher, weight=weight).item() == pytest.approx(expected, rel=1e-12)
+    kept = torch.tensor([True, False, True, True, False])
+    masked = loss(student, teacher, weight=kept)
+    torch.testing.assert_close(masked, loss(student[kept], teacher[kept]))
+    masked.backward()
+    assert not student.grad[~kept].any()
+    assert student.grad[kept].flatten(1).any(1).all()
+
+
+@every_form
+def test_nothing_to_average_gives_zero_with_a_graph(name: str) -> None:
+    build, shape, _ = FORMS[name]
+    student, teacher = pair(shape, 2, torch.float32)
+    value = build()(student, teacher, weight=torch.zeros(5))
+    value.backward()
+    assert value.item() == 0.0
+    assert torch.equal(student.grad, torch.zeros_like(student))
+    student, teacher = pair((0, *shape[1:]), dtype=torch.float32)
+    value = build()(student, teacher)
+    value.backward()
+    assert value.item() == 0.0
+    assert student.grad is not None
+
+
+@every_form
+def test_gradients_are_right(name: str) -> None:
+    build, shape, _ = FORMS[name]
+    loss = build().double()
+    student, teacher = pair((3, *shape[1:]), 3)
+    weight = torch.tensor([1.0, 0.5, 2.0], dtype=torch.float64)
+    learned = list(loss.parameters())
+    assert torch.autograd.gradcheck(lambda s, *_: loss(s, teacher, weight=weight), (student, *learned))
+
+
+@every_form
+def test_gradients_of_gradients_are_right(name: str) -> None:
+    build, shape, _ = FORMS[name]
+    loss = build().double()
+    student, teacher = pair((2, shape[1], *[2] * (len(shape) - 2)), 4)
+    assert torch.autograd.gradgradcheck(lambda s: loss(s, teacher), (student,))
+
+
+@every_form
+def test_teacher_gets_no_gradient_and_inputs_are_left_alone(name: str) -> None:
+    build, shape, _ = FORMS[name]
+    student, teacher = pair(shape, 5, torch.float32)
+    teacher.requires_grad_()
+    before = student.detach().clone(), teacher.detach().clone()
+    loss = build()
+    loss(student, teacher).backward()
+    assert teacher.grad is None
+    assert student.grad.any()
+    assert all(p.grad is not None and p.grad.any() for p in loss.parameters())
+    assert torch.equal(student.detach(), before[0])
+    assert torch.equal(teacher.detach(), before[1])
+    with torch.no_grad():
+        assert not loss(student, teacher).requires_grad
+
+
+@every_form
+def test_dtype_is_full(name: str) -> None:
+    build, shape, _ = FORMS[name]
+    for dtype in DTYPES:
+        student, teacher = pair(shape, 6, dtype)
+        expected = torch.float64 if dtype == torch.float64 else torch.float32
+        assert build()(student, teacher).dtype == expected
+        assert build().to(dtype)(student, teacher).dtype == expected
+    assert build()(student, teacher.half()).dtype == torch.float64
+
+
+@every_form
+def test_repr_copies_and_pickles(name: str) -> None:
+    build, shape, _ = FORMS[name]
+    student, teacher = pair(shape, 7, torch.float32)
+    loss = build(reduction="none")
+    again = eval(repr(loss), {type(loss).__name__: type(loss)})
+    assert repr(again) == repr(loss)
+    again.load_state_dict(loss.state_dict())
+    for other in (again, copy.deepcopy(loss), pickle.loads(pickle.dumps(loss))):
+        assert torch.equal(other(student, teacher), loss(student, teacher))
+    assert loss.per_sample is True
+
+
+@every_form
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_compiles_whole(name: str, backend: str) -> None:
+    build, shape, _ = FORMS[name]
+    loss = build()
+    student, teacher = pair(shape, 8, torch.float32)
+    weight = torch.rand(5, generator=torch.Generator().manual_seed(8))
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda s, t: loss(s, t, weight=weight), fullgraph=True, backend=backend)
+    expected, got = loss(student, teacher, weight=weight), compiled(student, teacher)
+    torch.testing.assert_close(got, expected)
+    (gradient,) = torch.autograd.grad(got, student)
+    torch.testing.assert_close(gradient, torch.autograd.grad(expected, student)[0])
+
+
+@every_form
+def test_bad_arguments_are_named(name: str) -> None:
+    build, shape, owner = FORMS[name]
+    module = type(build()).__name__
+    student, teacher = pair(shape, 9)
+    with pytest.raises(ValueError, match=rf"^{module}: reduction must be one of 'mean', 'none', got 'sum'"):
+        build(reduction="sum")
+    with pytest.raises(ValueError, match=r": reduction must be one of 'mean', 'none', got 'sum'"):
+        build()(student, teacher, reduction="sum")
+    with pytest.raises(ValueError, match=r": weight must be \(b,\) = \(5,\), got \(4,\)"):
+        build()(student, teacher, weight=torch.ones(4))
+    with pytest.raises(TypeError, match=rf"^{owner}: teacher must be a floating-point tensor, got torch.int64"):
+        build()(student, teacher.long())
+    with pytest.raises(TypeError, match=rf"^{owner}: student must be a torch.Tensor, got ndarray"):
+        build()(student.detach().numpy(), teacher)
+    with pytest.raises(ValueError, match=rf"^{owner}: teacher must "):
+        build()(student, teacher[:4])
+    with pytest.raises(ValueError, match=rf"^{owner}: student must be "):
+        build()(student[:, :, None], teacher[:, :, None])
+    call = inspect.signature(type(build()).forward).parameters
+    assert list(call)[1:3] == ["student", "teacher"]
+    assert all(p.kind is p.KEYWORD_ONLY and p.default is None for p in list(call.values())[3:])
+
+
+# Traps: zero rows in half precision, overflow, underflow.
+
+TRAPS = [
+    "noise",
+    "zero student rows",
+    "zero teacher rows",
+    "all zero",
+    "equal",
+    "opposite",
+    "dead units",
+    "three hundred",
+    "large",
+    "large and small",
+    "smallest",
+    "both smallest",
+    "offset of a thousand",
+    "one row",
+    "one row of zeros",
+    "constant",
+]
+
+
+def inputs(trap: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Student and teacher `(4, 12)` in float64, to be cast to `dtype`."""
+    s, t = pair((4, 12), 1)[1], pair((4, 12), 2)[1]
+    largest, least = min(1e30, torch.finfo(dtype).max / 4), torch.finfo(dtype).smallest_normal
+    return {
+        "noise": (s, t),
+        "zero student rows": (torch.cat([torch.zeros(2, 12), s[2:]]), t),
+        "zero teacher rows": (s, torch.cat([torch.zeros(2, 12), t[2:]])),
+        "all zero": (torch.zeros(4, 12), torch.zeros(4, 12)),
+        "equal": (s, s.clone()),
+        "opposite": (s, -s),
+        "dead units": (s.clamp(min=0) * (torch.arange(12) % 4 == 0), t.clamp(min=0) * (torch.arange(12) < 4)),
+        "three hundred": (300 * s.sign(), 300 * t),
+        "large": (largest * s / s.abs().max(), largest * t / t.abs().max()),
+        "large and small": (largest * s / s.abs().max(), 1e-6 * t),
+        "smallest": (least * s, t),
+        "both smallest": (least * s, least * t),
+        "offset of a thousand": (s + 1000, t + 1000),
+        "one row": (s[:1], t[:1]),
+        "one row of zeros": (torch.zeros(1, 12), t[:1]),
+        "constant": (torch.ones(4, 12), torch.ones(4, 12)),
+    }[trap]
+
+
+def trapped(shape: tuple[int, ...], trap: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    student, teacher = (x.to(dtype) for x in inputs(trap, dtype))
+    layout = (-1, 3, 2, 2) if len(shape) == 4 else (-1, 12)
+    return student.reshape(layout).requires_grad_(), teacher.reshape(layout).requires_grad_()
+
+
+HARDENED: dict[str, Callable[[], Any]] = {
+    "attention": AttentionTransferLoss,
+    "nst": NSTLoss,
+    "attentive_similarity": AttentiveSimilarityLoss,
+    "attentive_similarity of channels": lambda: AttentiveSimilarityLoss(spatial=0.0),
+    "variational_information": vid,
+    "variational_information of a tiny variance": lambda: vid(initial_variance=1e-9, least_variance=1e-12),
+    "variational_information of a variance of 1000": lambda: vid(initial_variance=1000),
+    "contrastive_representation": lambda: seeded(lambda: ContrastiveRepresentationLoss(12, 12, feature_dim=4)),
+    "contrastive_representation with a queue": lambda: seeded(
+        lambda: ContrastiveRepresentationLoss(12, 12, feature_dim=4, queue_size=6)
+    ),
+}
+
+
+# A gradient of difference over variance that float16 cannot hold is for a loss scaler to see.
+HARDENED_DTYPES = [(n, dtype) for n in HARDENED for dtype in DTYPES if "tiny" not in n or dtype != torch.float16]
+
+
+@pytest.mark.parametrize("autocast", [False, True], ids=["plain", "autocast"])
+@pytest.mark.parametrize(("name", "dtype"), HARDENED_DTYPES, ids=lambda x: str(x).removeprefix("torch."))
+def test_values_and_gradients_are_finite(name: str, dtype: torch.dtype, autocast: bool) -> None:
+    tried = 0
+    for trap in TRAPS:
+        student, teacher = trapped(MAP if "contrastive" not in name else VECTOR, trap, dtype)
+        loss = HARDENED[name]()
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+            value = sum(loss(student, teacher) for _ in range(2))  # the second time against a queue, if there is one
+        value.backward()
+        assert value.dtype == (torch.float64 if dtype == torch.float64 else torch.float32), trap
+        assert math.isfinite(value.item()), trap
+        assert student.grad.dtype == dtype, trap
+        assert torch.isfinite(student.grad).all(), trap
+        assert all(torch.isfinite(p.grad).all() for p in loss.parameters()), trap
+        assert teacher.grad is None, trap
+        tried += 1
+    assert tried == 16
+
+
+@pytest.mark.parametrize("autocast", [False, True], ids=["plain", "autocast"])
+@pytest.mark.parametrize("dtype", DTYPES[:3], ids=lambda dtype: str(dtype).removeprefix("torch."))
+@pytest.mark.parametrize("name", [name for name in HARDENED if "tiny" not in name])
+def test_values_are_those_of_float64(name: str, dtype: torch.dtype, autocast: bool) -> None:
+    """The same stored numbers, once in float64 arithmetic: half precision costs storage, not arithmetic."""
+    for trap in TRAPS:
+        student, teacher = trapped(MAP if "contrastive" not in name else VECTOR, trap, dtype)
+        loss = HARDENED[name]().eval()
+        expected = loss(student.double(), teacher.double(), reduction="none").detach()
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+            got = loss(student, teacher, reduction="none").detach()
+        torch.testing.assert_close(
+            got.double(), expected, rtol=5e-5, atol=2e-5, msg=lambda m, trap=trap: f"{trap}: {m}"
+        )
+
+
+# Attention transfer: the fused map.
+
+
+def peer_attention(student: Tensor, teacher: Tensor) -> Tensor:
+    """The form that public code takes, as a sum over places."""
+    maps = [nn.functional.normalize(f.pow(2).mean(1).flatten(1)) for f in (student, teacher)]
+    return (maps[0] - maps[1]).square().sum(1).mean()
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("batch", [1, 5, 400])
+def test_attention_equals_the_plain_form(batch: int, layout: torch.memory_format, monkeypatch: Any) -> None:
+    """400 samples of 3 * 16 * 16 do not fit one part; the parts must meet without a seam."""
+    shape = (batch, 3, 16, 16)
+    student, teacher = (x.detach().to(memory_format=layout) for x in pair(shape, batch, torch.float32))
+    student.requires_grad_()
+    assert batch < 400 or _energy._parts(student) < batch
+    expected = peer_attention(student, teacher)
+    got = attention_transfer(student, teacher)
+    torch.testing.assert_close(got, expected)
+    torch.testing.assert_close(
+        torch.autograd.grad(got, student)[0], torch.autograd.grad(expected, student)[0], rtol=1e-4, atol=1e-8
+    )
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    torch.testing.assert_close(attention_transfer(student, teacher), got)
+
+
+def test_attention_of_half_features_has_the_gradient_of_float32() -> None:
+    for dtype in (torch.float16, torch.bfloat16):
+        student, teacher = pair((3, 4, 5, 5), 1, dtype)
+        wide = student.detach().float().requires_grad_()
+        value, expected = attention_transfer(student, teacher), attention_transfer(wide, teacher.float())
+        assert value.item() == expected.item()
+        value.backward()
+        expected.backward()
+        assert torch.equal(student.grad, wide.grad.to(dtype))
+
+
+@pytest.mark.parametrize("loss", [attention_transfer, attentive_similarity])
+def test_energies_keep_nothing_but_the_features(loss: Callable[[Tensor, Tensor], Tensor]) -> None:
+    student, teacher = pair((2, 8, 6, 6), 2, torch.float32)
+    kept: list[Tensor] = []
+
+    def pack(x: Tensor) -> Tensor:
+        kept.append(x)
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        loss(student, teacher)
+    large = [x for x in kept if x.numel() >= student.numel()]
+    assert large
+    assert all(x.data_ptr() == student.data_ptr() for x in large)
+
+
+@pytest.mark.parametrize("loss", [attention_transfer, attentive_similarity])
+def test_energies_work_with_function_transforms(loss: Callable[[Tensor, Tensor], Tensor]) -> None:
+    student, teacher = pair((2, 3, 4, 4), 3)
+    expected = torch.autograd.grad(loss(student, teacher), student)[0]
+    torch.testing.assert_close(torch.func.grad(loss)(student.detach(), teacher), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_energies_in_parts_have_the_gradient_of_the_whole(dtype: torch.dtype) -> None:
+    features = pair((400, 3, 16, 16), 1, dtype)[0]
+    plain = _energy._plain(features, torch.float32, True)
+    parts = _energy.scaled_energy(features, torch.float32, channels=True)
+    weights = [pair(tuple(x.shape), 2, torch.float32)[1] for x in plain[:2]]
+    gradients = []
+    for energies in (plain, parts):
+        value = sum((w * x).sum() for w, x in zip(weights, energies, strict=False))
+        gradients.append(torch.autograd.grad(value, features)[0])
+    for got, expected in zip(parts, plain, strict=True):
+        torch.testing.assert_close(got, expected)
+    torch.testing.assert_close(*gradients)
+
+
+# NST.
+
+
+@pytest.mark.parametrize(
+    ("shape", "teacher_shape"),
+    [
+        ((3, 2, 4, 5), (3, 3, 4, 5)),  # fewer channels than places
+        ((3, 9, 2, 2), (3, 7, 2, 2)),  # more
+        ((3, 4, 6, 5), (3, 3, 3, 7)),  # other grids
+        ((3, 12, 2, 3), (3, 5, 4, 4)),
+        ((2, 3, 1, 1), (2, 4, 1, 1)),
+    ],
+)
+def test_nst_equals_the_naive_reference(shape: tuple[int, ...], teacher_shape: tuple[int, ...]) -> None:
+    student, teacher = pair(shape)[0], pair(teacher_shape, 1)[1]
+    got = nst(student, teacher, reduction="none")
+    expected = reference.nst(student.detach().numpy(), teacher.numpy())
+    np.testing.assert_allclose(got.detach().numpy(), expected, rtol=1e-9, atol=1e-13)
+    assert torch.autograd.gradcheck(lambda s: nst(s, teacher), (student,))
+
+
+def test_nst_of_orthogonal_and_half_shared_channels() -> None:
+    """Unit maps a, b at right angles: student (a, b), teacher (a). 1 + 2/4 - 2 * 1/2 = 1/2."""
+    a, b = torch.tensor([[1.0, 0.0, 0.0, 0.0]]), torch.tensor([[0.0, 2.0, 0.0, 0.0]])
+    student = torch.cat([a, b]).reshape(1, 2, 2, 2)
+    assert nst(student, a.reshape(1, 1, 2, 2)).item() == pytest.approx(0.5, rel=1e-6)
+    assert nst(student, student.flip(1)).item() == 0.0
+
+
+def test_nst_of_dead_channels() -> None:
+    """A dead student: its own kernel and the cross one are 0, which leaves the teacher's mean kernel."""
+    dead, alive = torch.zeros(1, 2, 2, 2, requires_grad=True), torch.ones(1, 3, 2, 2)
+    value = nst(dead, alive)
+    value.backward()
+    assert value.item() == pytest.approx(1.0)
+    assert torch.equal(dead.grad, torch.zeros_like(dead))
+    half = torch.cat([torch.zeros(1, 1, 2, 2), torch.ones(1, 1, 2, 2)], dim=1).requires_grad_()
+    assert nst(half, alive).item() == pytest.approx(1 + 1 / 4 - 2 / 2)
+
+
+def test_nst_pools_features_at_the_end_of_float32() -> None:
+    large = torch.full((1, 1, 4, 4), 3e38, requires_grad=True)
+    value = nst(large, torch.ones(1, 1, 2, 2))
+    value.backward()
+    assert value.item() == pytest.approx(0.0, abs=1e-6)
+    assert torch.isfinite(large.grad).all()
+
+
+@settings(deadline=None, max_examples=30)
+@given(seed=st.integers(0, 2**31 - 1), channels=st.integers(1, 6), side=st.integers(1, 4), a=st.floats(1e-6, 1e6))
+def test_nst_ignores_scale_sign_and_channel_order(seed: int, channels: int, side: int, a: float) -> None:
+    student, teacher = pair((2, channels, side, side), seed)
+    value = nst(student, teacher, reduction="none")
+    torch.testing.assert_close(nst(-a * student.flip(1), teacher, reduction="none"), value)
+    torch.testing.assert_close(nst(teacher, student, reduction="none"), value)
+    assert (value > -1e-12).all()
+    assert (value <= 2 + 1e-12).all()
+
+
+# Attentive similarity.
+
+
+@pytest.mark.parametrize("given_", [{}, {"channel": 0.5, "spatial": 2.0}, {"channel": 0.0}, {"spatial": 0}])
+@pytest.mark.parametrize("grid", [(4, 4), (7, 5), (2, 9)])
+def test_attentive_similarity_equals_the_naive_reference(given_: dict[str, float], grid: tuple[int, int]) -> None:
+    student, teacher = pair((3, 4, 4, 4))[0], pair((3, 4, *grid), 1)[1]
+    got = attentive_similarity(student, teacher, **given_, reduction="none")
+    expected = reference.attentive_similarity(student.detach().numpy(), teacher.numpy(), **given_)
+    np.testing.assert_allclose(got.detach().numpy(), expected, rtol=1e-9, atol=1e-13)
+    assert torch.equal(AttentiveSimilarityLoss(**given_)(student, teacher), got.mean())
+    assert torch.autograd.gradcheck(lambda s: attentive_similarity(s, teacher, **given_), (student,))
+
+
+def test_attentive_similarity_of_three_four_five() -> None:
+    """Channel energies (3, 4) against (4, 3), at one place: cosine 24/25; the spatial maps are one number each."""
+    student = torch.tensor([3.0, 4.0], dtype=torch.float64).sqrt().reshape(1, 2, 1, 1)
+    value = attentive_similarity(student, student.flip(1))
+    assert value.item() == pytest.approx(1 / 25, rel=1e-12)
+    spatial = student.reshape(1, 1, 1, 2)
+    assert attentive_similarity(spatial, spatial.flip(3), spatial=0.5).item() == pytest.approx(0.5 / 25, rel=1e-12)
+
+
+def test_attentive_similarity_of_zeros_is_a_right_angle() -> None:
+    dead, alive = torch.zeros(1, 2, 2, 2, requires_grad=True), torch.ones(1, 2, 2, 2)
+    for student, teacher in ((dead, alive), (alive.requires_grad_(), dead.detach()), (dead, dead.detach())):
+        value = attentive_similarity(student, teacher)
+        assert value.item() == 2.0
+        assert not torch.autograd.grad(value, student)[0].any()
+
+
+def test_attentive_similarity_says_to_project() -> None:
+    student, teacher = torch.rand(2, 3, 4, 4), torch.rand(2, 5, 4, 4)
+    with pytest.raises(
+        ValueError, match=r"^attentive_similarity: teacher must be \(b, c, h, w\) like .*; project the student first$"
+    ):
+        attentive_similarity(student, teacher)
+    assert attentive_similarity(student, teacher, channel=0.0).item() > 0
+    for owner, call in (
+        ("attentive_similarity", lambda **given_: attentive_similarity(student, student, **given_)),
+        ("AttentiveSimilarityLoss", AttentiveSimilarityLoss),
+    ):
+        with pytest.raises(ValueError, match=rf"^{owner}: channel must be a finite number and >= 0, got -1"):
+            call(channel=-1)
+        with pytest.raises(TypeError, match=rf"^{owner}: spatial must be a finite number and >= 0, got nan"):
+            call(spatial=math.nan)
+        with pytest.raises(ValueError, match=rf"^{owner}: channel, spatial must hold a number > 0, got \(0, 0\)"):
+            call(channel=0, spatial=0)
+
+
+def test_channel_attention_map_against_reference() -> None:
+    features = pair((2, 3, 4, 5))[1]
+    expected = reference.channel_attention_map(features.numpy())
+    np.testing.assert_allclose(channel_attention_map(features).numpy(), expected, rtol=1e-12)
+    assert channel_attention_map(features.half()).dtype == torch.float32
+    with pytest.raises(ValueError, match=r"^channel_attention_map: features must be \(b, c, h, w\), got \(3, 4, 5\)"):
+        channel_attention_map(features[0])
+
+
+@settings(deadline=None, max_examples=30)
+@given(seed=st.integers(0, 2**31 - 1), a=st.floats(1e-6, 1e6))
+def test_attentive_similarity_ignores_scale_and_sign(seed: int, a: float) -> None:
+    student, teacher = pair((2, 3, 3, 3), seed)
+    value = attentive_similarity(student, teacher, reduction="none")
+    torch.testing.assert_close(attentive_similarity(-a * student, teacher, reduction="none"), value)
+    torch.testing.assert_close(attentive_similarity(teacher, student, reduction="none"), value)
+    assert (value >= 0).all()
+    assert (value <= 2).all()
+
+
+# Variational information.
+
+
+@pytest.mark.parametrize("shape", [(5, 4), (5, 4, 3), (5, 4, 3, 2)])
+def test_variational_information_equals_the_naive_reference(shape: tuple[int, ...]) -> None:
+    mean, teacher = pair(shape)
+    per_channel = torch.tensor([0.1, 1.0, 5.0, 1000.0], dtype=torch.float64)
+    for variance in (1.0, 2.5, torch.tensor(0.3, dtype=torch.float64), per_channel):
+        got = variational_information(mean, teacher, variance=variance, reduction="none")
+        known = variance.numpy() if isinstance(variance, Tensor) else variance
+        expected = reference.variational_information(mean.detach().numpy(), teacher.numpy(), variance=known)
+        np.testing.assert_allclose(got.detach().numpy(), expected, rtol=1e-12)
+    per_channel.requires_grad_()
+    assert torch.autograd.gradcheck(
+        lambda m, v: variational_information(m, teacher, variance=v), (mean, per_channel), atol=1e-6
+    )
+
+
+def test_variational_information_is_gaussian_nll_loss() -> None:
+    """`torch.nn.functional.gaussian_nll_loss` is half of square over variance plus logarithm, mean over all values."""
+    mean, teacher = pair((5, 4))
+    variance = torch.tensor([0.1, 1.0, 5.0, 1000.0], dtype=torch.float64)
+    expected = nn.functional.gaussian_nll_loss(mean, teacher, variance.expand(5, 4))
+    torch.testing.assert_close(variational_information(mean, teacher, variance=variance), expected)
+
+
+def test_variational_information_by_hand() -> None:
+    """Difference 2, variance 4: (4 / 4 + log 4) / 2; the best variance for a difference of 2 is its square."""
+    mean, teacher = torch.tensor([[1.0]], dtype=torch.float64), torch.tensor([[3.0]], dtype=torch.float64)
+    variance = torch.tensor([4.0], dtype=torch.float64, requires_grad=True)
+    value = variational_information(mean, teacher, variance=variance)
+    assert value.item() == pytest.approx(1.1931471805599454, rel=1e-15)
+    value.backward()
+    assert variance.grad.item() == pytest.approx(0.0, abs=1e-15)
+
+
+@pytest.mark.parametrize(("shape", "teacher_shape"), [((4, 3), (4, 5)), ((4, 3, 4, 6), (4, 5, 4, 6))])
+def test_variational_information_of_the_mean_network(shape: tuple[int, ...], teacher_shape: tuple[int, ...]) -> None:
+    loss = seeded(lambda: VariationalInformationLoss(3, 5, hidden=7, initial_variance=2.0)).double()
+    student, teacher = pair(shape)[0], pair(teacher_shape, 1)[1]
+    maps = [layer.weight.detach().numpy() for layer in (loss.first, loss.second, loss.third)]
+    mean = reference.mean_network(student.detach().numpy(), *maps)
+    np.testing.assert_allclose(loss.mean(student).detach().numpy(), mean, rtol=1e-12)
+    expected = reference.variational_information(mean, teacher.numpy(), variance=2.0)
+    got = loss(student, teacher, reduction="none").detach().numpy()
+    np.testing.assert_allclose(got, expected, rtol=1e-6)  # the variance was made in float32
+
+
+def test_variational_information_pools_the_larger_grid() -> None:
+    loss = seeded(lambda: VariationalInformationLoss(3, 5))
+    student, teacher = pair((2, 3, 4, 4), 1, torch.float32)[0], pair((2, 5, 8, 8), 2, torch.float32)[1]
+    pooled = nn.functional.avg_pool2d(teacher, 2)
+    torch.testing.assert_close(loss(student, teacher), loss(student, pooled))
+    pooled = nn.functional.avg_pool2d(student, 2)
+    torch.testing.assert_close(loss(student, teacher[:, :, :2, :2]), loss(pooled, teacher[:, :, :2, :2]))
+
+
+@pytest.mark.parametrize("variance", [1.1e-5, 0.01, 1.0, 5.0, 30.0, 1000.0, 1e6])
+def test_variational_information_starts_from_its_variance(variance: float) -> None:
+    """`log(exp(v) - 1)` is infinite from 710 on in float64, from 89 on in float32."""
+    loss = vid(initial_variance=variance)
+    torch.testing.assert_close(loss.variance(), torch.full((3,), variance), rtol=1e-5, atol=1e-8)
+    student, teacher = pair(MAP, 1, torch.float32)
+    value = loss(student, teacher)
+    value.backward()
+    assert math.isfinite(value.item())
+    assert torch.isfinite(loss.raw_variance.grad).all()
+    assert loss.raw_variance.grad.any()
+
+
+def test_variational_information_learns_what_the_student_knows() -> None:
+    """Teacher = a map of the student plus, in one channel, noise: its variance stays, that of the others falls."""
+    generator = torch.Generator().manual_seed(0)
+    loss = seeded(lambda: VariationalInformationLoss(4, 3, hidden=16, initial_variance=1.0))
+    student = torch.randn(256, 4, generator=generator)
+    teacher = student[:, :3].clone()
+    teacher[:, 2] = torch.randn(256, generator=generator)
+    optimizer = torch.optim.Adam(loss.parameters(), lr=0.02)
+    values = []
+    for _ in range(150):
+        optimizer.zero_grad()
+        value = loss(student, teacher)
+        value.backward()
+        optimizer.step()
+        values.append(value.item())
+    assert values[-1] < values[0] - 0.3
+    learned = loss.variance().tolist()
+    assert max(learned[:2]) < 0.6 * learned[2]
+
+
+def test_variational_information_far_away_has_no_gradient() -> None:
+    mean = torch.tensor([[3e38, 1.0]], requires_grad=True)
+    variance = torch.tensor([1e-38, 1.0], requires_grad=True)
+    value = variational_information(mean, torch.tensor([[-3e38, 0.0]]), variance=variance)
+    value.backward()
+    assert math.isfinite(value.item())
+    assert mean.grad.tolist() == [[0.0, 0.5]]
+    assert torch.isfinite(variance.grad).all()
+
+
+def test_variational_information_names_bad_arguments() -> None:
+    x = torch.rand(2, 3)
+    with pytest.raises(ValueError, match=r"^variational_information: variance must be \(c,\) with c = 3, got \(2,\)"):
+        variational_information(x, x, variance=torch.ones(2))
+    with pytest.raises(ValueError, match=r"^variational_information: variance must be a finite number and > 0, got 0"):
+        variational_information(x, x, variance=0)
+    with pytest.raises(TypeError, match=r"^variational_information: variance must be a floating-point tensor"):
+        variational_information(x, x, variance=torch.ones(3, dtype=torch.int64))
+    with pytest.raises(ValueError, match=r"^variational_information: teacher must be \(b, d\) like student"):
+        variational_information(x, torch.rand(2, 4))
+    owner = "VariationalInformationLoss"
+    for given_, error, message in (
+        ({"hidden": 0}, ValueError, "hidden must be a whole number and >= 1, got 0"),
+        ({"least_variance": 0}, ValueError, "least_variance must be a finite number and > 0, got 0"),
+        ({"initial_variance": 1e-5}, ValueError, "initial_variance must be a finite number and > 1e-05, got 1e-05"),
+        ({"initial_variance": math.inf}, TypeError, "initial_variance must be a finite number"),
+    ):
+        with pytest.raises(error, match=f"^{owner}: {message}"):
+            VariationalInformationLoss(3, 3, **given_)
+    with pytest.raises(TypeError, match=f"^{owner}: student_channels must be a whole number and >= 1, got 1.5"):
+        VariationalInformationLoss(1.5, 3)
+    with pytest.raises(ValueError, match=rf"^{owner}: student must be \(b, d\) with d = 3, got \(2, 4\)"):
+        vid()(torch.rand(2, 4), x)
+    with pytest.raises(ValueError, match=rf"^{owner}: teacher must be \(b, c, h, w\) with c = 3, got \(2, 3\)"):
+        vid()(torch.rand(2, 3, 2, 2), x)
+
+
+# Contrastive representation.
+
+
+@pytest.mark.parametrize("temperature", [0.07, 0.5])
+def test_contrastive_equals_the_naive_reference(temperature: float) -> None:
+    student, teacher = pair(VECTOR)
+    negatives, target = pair((7, 6), 1)[1], torch.tensor([3, 1, 3, -4, 1])
+    negatives_target = torch.tensor([3, 9, 1, -4, -4, 8, 3])
+    for given_ in (
+        {},
+        {"negatives": negatives},
+        {"target": target},
+        {"negatives": negatives, "target": target},
+        {"negatives": negatives, "target": target, "negatives_target": negatives_target},
+    ):
+        got = contrastive_representation(student, teacher, temperature=temperature, **given_, reduction="none")
+        known = {name: x.numpy() for name, x in given_.items()}
+        expected = reference.contrastive_representation(
+            student.detach().numpy(), teacher.numpy(), temperature=temperature, **known
+        )
+        np.testing.assert_allclose(got.detach().numpy(), expected, rtol=1e-10, atol=1e-13)
+        assert torch.autograd.gradcheck(
+            lambda s, given_=given_: contrastive_representation(s, teacher, temperature=temperature, **given_),
+            (student,),
+        )
+
+
+def test_contrastive_weights_mask_negatives_too() -> None:
+    student, teacher = pair(VECTOR)
+    weight = torch.tensor([1.0, 0.0, 0.25, 0.0, 3.0], dtype=torch.float64)
+    each = contrastive_representation(student, teacher, weight=weight, reduction="none")
+    present = (weight != 0).numpy()
+    expected = reference.contrastive_representation(student.detach().numpy(), teacher.numpy(), present=present)
+    np.testing.assert_allclose(each.detach().numpy(), weight.numpy() * expected, rtol=1e-10)
+    mean = contrastive_representation(student, teacher, weight=weight)
+    assert mean.item() == pytest.approx(each.sum().item() / 4.25, rel=1e-12)
+    kept = weight != 0
+    torch.testing.assert_close(
+        mean, contrastive_representation(student[kept], teacher[kept], weight=weight[kept]), rtol=1e-12, atol=0
+    )
+
+
+def test_contrastive_of_basis_vectors() -> None:
+    """b orthonormal pairs at temperature 1: log(1 + (b - 1) / e) in either direction."""
+    for b in (1, 2, 5):
+        value = contrastive_representation(torch.eye(b), 3 * torch.eye(b), temperature=1.0)
+        assert value.item() == pytest.approx(math.log1p((b - 1) / math.e), rel=1e-6)
+    # Two further negatives at right angles to all: they count in one of the two directions.
+    rows = torch.eye(5)
+    value = contrastive_representation(rows[:3], rows[:3], temperature=1.0, negatives=rows[3:])
+    assert value.item() == pytest.approx((math.log1p(4 / math.e) + math.log1p(2 / math.e)) / 2, rel=1e-6)
+
+
+def test_contrastive_is_cross_entropy_both_ways() -> None:
+    student, teacher = pair(VECTOR, 3)
+    logits = nn.functional.normalize(student) @ nn.functional.normalize(teacher).T / 0.07
+    own = torch.arange(5)
+    expected = (nn.functional.cross_entropy(logits, own) + nn.functional.cross_entropy(logits.T, own)) / 2
+    torch.testing.assert_close(contrastive_representation(student, teacher), expected)
+
+
+def test_contrastive_of_one_identity_has_nothing_to_tell_apart() -> None:
+    student, teacher = pair(VECTOR)
+    value = contrastive_representation(student, teacher, target=torch.zeros(5, dtype=torch.int64))
+    value.backward()
+    assert value.item() == 0.0
+    assert torch.equal(student.grad, torch.zeros_like(student))
+
+
+@settings(deadline=None, max_examples=30)
+@given(seed=st.integers(0, 2**31 - 1), a=st.floats(1e-6, 1e6), m=st.integers(0, 4))
+def test_contrastive_ignores_length_and_grows_with_negatives(seed: int, a: float, m: int) -> None:
+    student, teacher = pair(VECTOR, seed)
+    negatives = pair((m, 6), seed)[1]
+    alone = contrastive_representation(student, teacher, reduction="none")
+    value = contrastive_representation(student, teacher, negatives=negatives, reduction="none")
+    scaled = contrastive_representation(a * student, teacher / a, negatives=a * negatives, reduction="none")
+    torch.testing.assert_close(scaled, value)
+    assert (value >= alone - 1e-12).all()
+    assert (alone >= 0).all()
+
+
+def expected_queue(batches: list[tuple[Tensor, Tensor]], size: int) -> Tensor:
+    rows = torch.cat([teacher[keep] for teacher, keep in batches])
+    return rows[max(0, len(rows) - size) :]
+
+
+def in_order(loss: ContrastiveRepresentationLoss) -> Tensor:
+    """What is in the queue, the oldest first."""
+    seen, size = int(loss.queue_seen), loss.queue_size
+    filled = min(seen, size)
+    return loss.queue[[(seen - filled + i) % size for i in range(filled)]]
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    size=st.integers(1, 7),
+    batches=st.lists(st.lists(st.booleans(), max_size=10), max_size=5),
+    weigh=st.booleans(),
+)
+def test_queue_is_first_in_first_out(size: int, batches: list[list[bool]], weigh: bool) -> None:
+    """Batches smaller and larger than the queue, empty ones, masked samples: the last `size` samples, in order."""
+    loss = ContrastiveRepresentationLoss(2, 1, feature_dim=2, queue_size=size)
+    written, counter = [], 1
+    for keep in batches:
+        teacher = torch.arange(counter, counter + len(keep), dtype=torch.float32)[:, None]
+        counter += len(keep)
+        mask = torch.tensor(keep, dtype=torch.bool)
+        value = loss(torch.ones(len(keep), 2), teacher, weight=mask.float() if weigh else None)
+        assert math.isfinite(value.item())
+        written.append((teacher, mask if weigh else torch.ones_like(mask)))
+    expected = expected_queue(written, size) if written else torch.zeros(0, 1)
+    assert torch.equal(in_order(loss), expected)
+    assert int(loss.queue_seen) == sum(int(mask.sum()) for _, mask in written)
+
+
+def test_queue_counts_as_negatives_when_partly_filled_and_when_full() -> None:
+    loss = crd(queue_size=7).double()
+    earlier: list[tuple[Tensor, Tensor]] = []
+    for step in range(4):
+        student, teacher = pair((3, 6), step)
+        kept = torch.tensor([True, True, step != 1])
+        past = [teacher_[mask] for teacher_, mask in earlier]
+        outside = torch.cat(past)[-7:] if past else torch.zeros(0, 6, dtype=torch.float64)
+        expected = contrastive_representation(
+            loss.student_map(student), loss.teacher_map(teacher), negatives=loss.teacher_map(outside), weight=kept
+        )
+        torch.testing.assert_close(loss(student, teacher, weight=kept), expected)
+        earlier.append((teacher, kept))
+    assert int(loss.queue_seen) == 11
+
+
+def test_queue_leaves_out_samples_of_the_same_identity() -> None:
+    loss = crd(queue_size=8).double()
+    first, second = pair((4, 6), 1), pair((4, 6), 2)
+    target = torch.tensor([5, 6, 7, 0])
+    loss(*first, target=target)
+    unknown = pair((2, 6), 3)
+    loss(*unknown)  # no identities: negatives of everyone, of identity 0 too
+    now = torch.tensor([7, 0, 8, 5])
+    expected = contrastive_representation(
+        loss.student_map(second[0]),
+        loss.teacher_map(second[1]),
+        negatives=loss.teacher_map(torch.cat([first[1], unknown[1]])),
+        target=now,
+        negatives_target=torch.tensor([5, 6, 7, 0, -1, -1]),
+    )
+    torch.testing.assert_close(loss.eval()(*second, target=now), expected)
+    assert int(loss.queue_seen) == 6
+
+
+def test_queue_moves_in_training_only_and_is_in_the_state_dict() -> None:
+    loss = crd(queue_size=4)
+    student, teacher = pair((3, 6), 1, torch.float32)
+    loss(student, teacher)
+    loss.eval()
+    before = {name: x.clone() for name, x in loss.state_dict().items()}
+    values = [loss(student, teacher).item() for _ in range(2)]
+    assert values[0] == values[1]
+    assert all(torch.equal(x, before[name]) for name, x in loss.state_dict().items())
+    again = ContrastiveRepresentationLoss(6, 6, feature_dim=4, queue_size=4).eval()
+    again.load_state_dict(before)
+    assert again(student, teacher).item() == values[0]
+    assert {name for name in before if name.startswith("queue")} == {
+        "queue",
+        "queue_target",
+        "queue_known",
+        "queue_seen",
+    }
+
+
+def test_queue_is_mapped_anew_and_its_gradient_reaches_the_map() -> None:
+    """Two forwards before one backward, and the queue written in between: the gradient is that of what was read."""
+    loss = crd(queue_size=5).double()
+    first, second = pair((3, 6), 1), pair((3, 6), 2)
+    (loss(*first) + loss(*second)).backward()
+    got = loss.teacher_map.weight.grad.clone()
+    again = crd().double()
+    s, t = again.student_map, again.teacher_map
+    value = contrastive_of(s(first[0]), t(first[1]), None) + contrastive_of(s(second[0]), t(second[1]), t(first[1]))
+    value.backward()
+    torch.testing.assert_close(got, again.teacher_map.weight.grad)
+
+
+def contrastive_of(student: Tensor, teacher: Tensor, negatives: Tensor | None) -> Tensor:
+    """The loss with a gradient on the teacher's side, by cross entropy."""
+    s, t = nn.functional.normalize(student), nn.functional.normalize(teacher)
+    wide = t if negatives is None else torch.cat([t, nn.functional.normalize(negatives)])
+    own = torch.arange(len(s))
+    forth, back = nn.functional.cross_entropy(s @ wide.T / 0.07, own), nn.functional.cross_entropy(t @ s.T / 0.07, own)
+    return (forth + back) / 2
+
+
+def test_contrastive_with_a_queue_compiles_whole() -> None:
+    torch._dynamo.reset()
+    loss, other = crd(queue_size=4), crd(queue_size=4)
+    compiled = torch.compile(lambda s, t, y: loss(s, t, target=y), fullgraph=True, backend="aot_eager")
+    for step in range(3):
+        student, teacher = pair((3, 6), step, torch.float32)
+        target = torch.tensor([step, 7, 8])
+        torch.testing.assert_close(compiled(student, teacher, target), other(student, teacher, target=target))
+    assert torch.equal(loss.queue, other.queue)
+    assert int(loss.queue_seen) == 9
+
+
+def test_contrastive_names_bad_arguments() -> None:
+    x = torch.rand(3, 4)
+    y = torch.tensor([0, 1, 2])
+    owner = "contrastive_representation"
+    for given_, error, message in (
+        ({"temperature": 0}, ValueError, "temperature must be a finite number and > 0, got 0"),
+        ({"target": y[:2]}, ValueError, r"target must be \(3,\), got \(2,\)"),
+        ({"target": x[:, 0]}, TypeError, "target must be whole numbers, got torch.float32"),
+        ({"target": [0, 1, 2]}, TypeError, "target must be a torch.Tensor, got list"),
+        ({"negatives": torch.rand(2, 5)}, ValueError, r"negatives must be \(m, d\) with d = 4, got \(2, 5\)"),
+        ({"negatives": y}, TypeError, "negatives must be a floating-point tensor, got torch.int64"),
+        ({"negatives_target": y}, ValueError, r"negatives_target must be \(0,\), got \(3,\)"),
+        ({"gather": True, "reduction": "none"}, ValueError, "reduction must be 'mean' with gather"),
+        ({"reduction": "sum"}, ValueError, "reduction must be one of 'mean', 'none', got 'sum'"),
+    ):
+        with pytest.raises(error, match=f"^{owner}: {message}"):
+            contrastive_representation(x, x, **given_)
+    owner = "ContrastiveRepresentationLoss"
+    for given_, error, message in (
+        ({"queue_size": -1}, ValueError, "queue_size must be a whole number and >= 0, got -1"),
+        ({"feature_dim": 0}, ValueError, "feature_dim must be a whole number and >= 1, got 0"),
+        ({"temperature": "0.1"}, TypeError, "temperature must be a finite number and > 0, got '0.1'"),
+        ({"gather": True, "reduction": "none"}, ValueError, "reduction must be 'mean' with gather"),
+    ):
+        with pytest.raises(error, match=f"^{owner}: {message}"):
+            ContrastiveRepresentationLoss(4, 4, **given_)
+    with pytest.raises(ValueError, match=rf"^{owner}: student must be \(b, d\) with d = 6, got \(3, 4\)"):
+        crd()(x, x)
+    with pytest.raises(ValueError, match=rf"^{owner}: reduction must be 'mean' with gather"):
+        crd(gather=True)(torch.rand(3, 6), torch.rand(3, 6), reduction="none")
+
+
+# Gathered over processes.
+
+ROWS = (3, 1, 0)
+
+
+def over_processes(rank: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo",
+        init_method=f"file://{folder}/meeting",
+        rank=rank,
+        world_size=len(ROWS),
+        timeout=timedelta(seconds=60),
+    )
+    try:
+        start = sum(ROWS[:rank])
+        local = slice(start, start + ROWS[rank])
+        loss = crd(queue_size=5, gather=True).double()
+        results = []
+        for step in range(2):
+            (student, teacher), target = pair((4, 6), step), torch.tensor([1, 2, 1, 3])
+            weight = torch.tensor([1.0, 0.5, 0.0, 2.0], dtype=torch.float64)
+            own = student.detach()[local].clone().requires_grad_()
+            value = loss(own, teacher[local], target=target[local], weight=weight[local])
+            loss.zero_grad()
+            value.backward()
+            bare = student.detach()[local].clone().requires_grad_()
+            function = contrastive_representation(bare, teacher[local], target=target[local], gather=True)
+            function.backward()
+            results.append(
+                {
+                    "value": value.detach(),
+                    "student": own.grad,
+                    "parameters": [p.grad.clone() for p in loss.parameters()],
+                    "function": function.detach(),
+                    "bare": bare.grad,
+                }
+            )
+        torch.save((results, loss.queue, loss.queue_seen), f"{folder}/{rank}.pt")
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.mark.skipif(not dist.is_available(), reason="torch without distributed")
+def test_contrastive_over_processes_is_that_of_one(tmp_path: Path) -> None:
+    """Three processes of 3, 1 and 0 rows: the value of one batch of 4, and its gradient after the averaging of DDP."""
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    torch.multiprocessing.spawn(over_processes, args=(str(tmp_path),), nprocs=len(ROWS))
+    saved = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(len(ROWS))]
+    loss = crd(queue_size=5).double()
+    for step in range(2):
+        (student, teacher), target = pair((4, 6), step), torch.tensor([1, 2, 1, 3])
+        weight = torch.tensor([1.0, 0.5, 0.0, 2.0], dtype=torch.float64)
+        value = loss(student, teacher, target=target, weight=weight)
+        loss.zero_grad()
+        value.backward()
+        of_function = contrastive_representation(student, teacher, target=target)
+        (bare,) = torch.autograd.grad(of_function, student)
+        each = [results[step] for results, _, _ in saved]
+        for result in each:
+            torch.testing.assert_close(result["value"], value.detach())
+            torch.testing.assert_close(result["function"], of_function.detach())
+        torch.testing.assert_close(torch.cat([result["student"] for result in each]) / len(ROWS), student.grad)
+        torch.testing.assert_close(torch.cat([result["bare"] for result in each]) / len(ROWS), bare)
+        for index, parameter in enumerate(loss.parameters()):
+            averaged = sum(result["parameters"][index] for result in each) / len(ROWS)
+            torch.testing.assert_close(averaged, parameter.grad)
+    for _, queue, seen in saved:
+        assert torch.equal(queue, loss.queue)
+        assert torch.equal(seen, loss.queue_seen)
