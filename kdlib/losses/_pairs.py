@@ -14,7 +14,6 @@ __all__ = [
     "add_distance_gradient",
     "cosines",
     "gram_gradient",
-    "known_gradient",
     "one_batch",
     "power_of_two",
     "scaled_rows",
@@ -22,6 +21,7 @@ __all__ = [
     "squared_distances",
     "unit_gradient_",
     "unit_rows_",
+    "with_gradient",
 ]
 
 PAIRS_AT_A_TIME = 2**22
@@ -163,31 +163,37 @@ def _parts(near: Tensor, width: int) -> list[tuple[Tensor, Tensor]]:
     return [(part[0], part[1]) for part in parts]
 
 
-def known_gradient(x: Tensor, value: Tensor, gradient: Tensor) -> Tensor:
+def with_gradient(x: Tensor, value: Tensor, gradient: Tensor) -> Tensor:
     """`value`, as a function of `x` that has this gradient."""
-    result: Tensor = _KnownGradient.apply(x, value, gradient)  # type: ignore[no-untyped-call]  # torch has no types here
+    result: Tensor = _with_gradient(x, value, gradient)
     return result
 
 
-class _KnownGradient(Function):
-    """The value as it is; backward the gradient that was worked out with it."""
+@torch.library.custom_op("kdlib::with_gradient", mutates_args=())
+def _with_gradient(x: Tensor, value: Tensor, gradient: Tensor) -> Tensor:
+    """One operation, which a compiler takes as it is."""
+    return value.clone()
 
-    @staticmethod
-    def forward(x: Tensor, value: Tensor, gradient: Tensor) -> Tensor:
-        return value.clone()
 
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
-        x, _, gradient = inputs
-        ctx.save_for_backward(x, gradient)
+@_with_gradient.register_fake
+def _(x: Tensor, value: Tensor, gradient: Tensor) -> Tensor:
+    return torch.empty_like(value)
 
-    @staticmethod
-    def backward(ctx: Any, slope: Tensor) -> tuple[Tensor, None, None]:
-        x, gradient = ctx.saved_tensors
-        product = slope * gradient
-        if torch.is_grad_enabled():  # the graph of the gradient is asked for
-            product = _NoSecondDerivative.apply(product, x)  # type: ignore[no-untyped-call]  # torch has no types here
-        return product, None, None
+
+def _keep(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
+    x, _, gradient = inputs
+    ctx.save_for_backward(x, gradient)
+
+
+def _give(ctx: Any, slope: Tensor) -> tuple[Tensor, None, None]:
+    x, gradient = ctx.saved_tensors
+    product = slope * gradient
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # the graph of the gradient is asked for
+        product = _NoSecondDerivative.apply(product, x)  # type: ignore[no-untyped-call]  # torch has no types here
+    return product, None, None
+
+
+_with_gradient.register_autograd(_give, setup_context=_keep)
 
 
 class _NoSecondDerivative(Function):

@@ -6,6 +6,7 @@ Each is one operation to autograd and to a compiler: the pairs that need care ar
 import torch
 from torch import Tensor
 
+from kdlib.losses._maths import unit_rows
 from kdlib.losses._pairs import add_distance_gradient, power_of_two, squared_distances
 
 __all__ = ["angle_with_gradient", "distance_with_gradient"]
@@ -68,39 +69,47 @@ def angle_with_gradient(
     squares_t /= largest_t
     short = squares < (shortest / scale.to(wide)) ** 2
     squares /= largest
-    # The cosine of a triple rounds by as much as its two sides differ: beyond a thousand, in float64.
-    uneven = any(bool(((x > 0) & (x < 1e-6)).any()) for x in (squares, squares_t))
-    dtype = wide if uneven else student.dtype
+    # The cosine of a triple rounds by as much as its two sides differ: beyond a thousand, in float64; and at vertices
+    # where it is beyond 1e9, by difference vectors.
+    dtype = wide if bool((_uneven(squares, 1e-6) | _uneven(squares_t, 1e-6)).any()) else student.dtype
+    by_vectors = _uneven(squares, 1e-18) | _uneven(squares_t, 1e-18)
     weight = None if bool((share == share[0]).all()) else share.to(dtype)
-    value, slope = _angles(squares.to(dtype), squares_t.to(dtype), weight, chunk, asked)
+    sides = (_Side(squares.to(dtype), student), _Side(squares_t.to(dtype), teacher))
+    value, slope = _angles(*sides, by_vectors, weight, chunk, asked)
     if asked:
         slope = slope.to(wide).div_(largest).masked_fill_(short, 0)
         out[kept] = (add_distance_gradient(student, slope, near) / scale).to(student.dtype)
     return value.to(student.dtype), out
 
 
+def _uneven(squares: Tensor, least: float) -> Tensor:
+    """The vertices `(b,)` that have a neighbour other than at themselves nearer than `least`."""
+    return ((squares > 0) & (squares < least)).any(1)
+
+
 def _angles(
-    squares_s: Tensor, squares_t: Tensor, share: Tensor | None, chunk: int, asked: bool
+    student: "_Side", teacher: "_Side", by_vectors: Tensor, share: Tensor | None, chunk: int, asked: bool
 ) -> tuple[Tensor, Tensor]:
-    """The loss from squared distances `(b, b)`, and twice its symmetric slopes on the student's; no share is all one.
+    """The loss, and twice its symmetric slopes on the student's squared distances `(b, b)`; no share is all one.
 
     A matrix of cosines at one vertex is symmetric, so tiles of it on and above the diagonal do, the former by half.
     """
+    squares_s = student.squares
     batch = squares_s.shape[0]
     on_cpu = squares_s.device.type == "cpu"
     side, room = (64, 2**18) if on_cpu else (256, 2**24)  # tiles that fit a processor's cache, or fill an accelerator
     chunk = min(batch, chunk or max(1, room // (side * batch)))
-    sides = (_Sides(squares_s), _Sides(squares_t))
+    vertices = [(i, False) for i in torch.split((~by_vectors).nonzero().squeeze(1), chunk) if len(i)]
+    vertices += [(i, True) for i in torch.split(by_vectors.nonzero().squeeze(1), 1) if len(i)]
     values = []
     at_vertex, across = torch.zeros_like(squares_s), torch.zeros_like(squares_s)
     blocks = [slice(first, min(first + side, batch)) for first in range(0, batch, side)]
     tiles = [(rows, rows, 0.5) for rows in blocks]
     tiles += [(rows, slice(rows.stop, batch), 1.0) for rows in blocks if rows.stop < batch]
-    for start in range(0, batch, chunk):
-        i = slice(start, min(start + chunk, batch))
+    for i, vectors in vertices:
         value = squares_s.new_zeros(())
         for j, k, part in tiles:
-            cosine, gap = sides[0].cosines(i, j, k), sides[1].cosines(i, j, k)
+            cosine, gap = (x.cosines(i, j, k, by_vectors=vectors) for x in (student, teacher))
             torch.sub(cosine, gap, out=gap)
             slope = gap.clamp(-1, 1)
             gap.sub_(slope, alpha=0.5)
@@ -111,7 +120,7 @@ def _angles(
                 continue
             if part != 1:
                 slope.mul_(part)
-            inverse = sides[0].inverse[i]
+            inverse = student.inverse[i]
             cosine.mul_(slope)
             at_vertex[i, j] -= cosine.sum(2).mul_(inverse[:, j].square())
             at_vertex[i, k] -= cosine.sum(1).mul_(inverse[:, k].square())
@@ -128,17 +137,21 @@ def _angles(
     return value, 2 * (slope + slope.T)
 
 
-class _Sides:
-    """What the cosines at all vertices are made of: distances, their inverses, and minus half their squares."""
+class _Side:
+    """What the cosines at all vertices are made of: distances, their inverses, and minus half their squares; the rows."""
 
-    def __init__(self, squares: Tensor) -> None:
-        self.distance = squares.sqrt()
-        self.inverse = torch.where(squares > 0, 1 / self.distance, 0.0)
+    def __init__(self, squares: Tensor, rows: Tensor) -> None:
+        self.squares, self.rows = squares, rows
+        self.half_distance = squares.sqrt() / 2
+        self.inverse = torch.where(squares > 0, 0.5 / self.half_distance, 0.0)
         self.minus_half = squares * -0.5
-        self.half_distance = self.distance * 0.5
 
-    def cosines(self, i: slice, j: slice, k: slice) -> Tensor:
+    def cosines(self, i: Tensor, j: slice, k: slice, *, by_vectors: bool) -> Tensor:
         """The cosines of the angles between j and k at the vertices i, `(i, j, k)`; 0 where one of the two is at i."""
+        if by_vectors:
+            rows = self.rows.to(self.squares.dtype)
+            first, second = (unit_rows(rows[at] - rows[i])[0] for at in (j, k))  # one vertex at a time
+            return (first @ second.T).unsqueeze(0)
         inverse, half = self.inverse[i], self.half_distance[i]
         out = (self.minus_half[j, k] * inverse[:, j, None]).mul_(inverse[:, None, k])
         out.addcmul_(half[:, j, None], inverse[:, None, k])

@@ -14,10 +14,10 @@ from kdlib.losses._maths import full_precision
 from kdlib.losses._pairs import (
     cosines,
     gram_gradient,
-    known_gradient,
     one_batch,
     shortest_length,
     unit_gradient_,
+    with_gradient,
 )
 
 __all__ = ["CorrelationCongruenceLoss", "correlation_congruence"]
@@ -96,7 +96,7 @@ def correlation_congruence(
         if not (student.requires_grad and torch.is_grad_enabled()):
             return value
         gradient = unit_gradient_(gram_gradient(slope, unit), unit, length, shortest_length(origin))
-        return known_gradient(student, value, gradient)
+        return with_gradient(student, value, gradient)
 
 
 def _kernel(cosine: Tensor, gamma: float, order: int | None) -> tuple[Tensor, Tensor]:

@@ -13,10 +13,10 @@ from kdlib.losses._maths import full_precision
 from kdlib.losses._pairs import (
     cosines,
     gram_gradient,
-    known_gradient,
     one_batch,
     shortest_length,
     unit_gradient_,
+    with_gradient,
 )
 
 __all__ = ["PKTLoss", "pkt"]
@@ -81,7 +81,8 @@ def pkt(
         if student.numel() * teacher.numel() == 0:
             return student.sum() * 0.0
         asked = student.requires_grad and torch.is_grad_enabled()
-        return known_gradient(student, *_with_gradient(student, teacher, share, shortest_length(origin), asked))
+        value, gradient = _with_gradient(student, teacher, share, shortest_length(origin), asked)
+        return with_gradient(student, value, gradient)
 
 
 def _with_gradient(

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from kdlib._checks import check_number, check_relation_reduction
 from kdlib.losses._maths import full_precision
-from kdlib.losses._pairs import known_gradient, one_batch, shortest_length
+from kdlib.losses._pairs import one_batch, shortest_length, with_gradient
 from kdlib.losses._rkd import angle_with_gradient, distance_with_gradient
 
 __all__ = ["RKDAngleLoss", "RKDDistanceLoss", "rkd_angle", "rkd_distance"]
@@ -75,7 +75,7 @@ def rkd_distance(
         student, teacher, share = one_batch("rkd_distance", student, teacher, reduction, weight, gather)
         asked = student.requires_grad and torch.is_grad_enabled()
         arguments = (student.detach(), teacher, share, chunk_size or 0, shortest_length(origin), asked)
-        return known_gradient(student, *distance_with_gradient(*arguments))
+        return with_gradient(student, *distance_with_gradient(*arguments))
 
 
 def rkd_angle(
@@ -140,7 +140,7 @@ def rkd_angle(
         student, teacher, share = one_batch("rkd_angle", student, teacher, reduction, weight, gather)
         asked = student.requires_grad and torch.is_grad_enabled()
         arguments = (student.detach(), teacher, share, chunk_size or 0, shortest_length(origin), asked)
-        return known_gradient(student, *angle_with_gradient(*arguments))
+        return with_gradient(student, *angle_with_gradient(*arguments))
 
 
 def _check_chunk(owner: str, chunk_size: int | None) -> None:

@@ -12,12 +12,12 @@ from kdlib._checks import check_relation_reduction
 from kdlib.losses._maths import full_precision
 from kdlib.losses._pairs import (
     gram_gradient,
-    known_gradient,
     one_batch,
     scaled_rows,
     shortest_length,
     unit_gradient_,
     unit_rows_,
+    with_gradient,
 )
 
 __all__ = ["SimilarityPreservingLoss", "similarity_preserving"]
@@ -80,7 +80,8 @@ def similarity_preserving(
         if student.numel() * teacher.numel() == 0:
             return student.sum() * 0.0
         asked = student.requires_grad and torch.is_grad_enabled()
-        return known_gradient(student, *_with_gradient(student, teacher, share, shortest_length(origin), asked))
+        value, gradient = _with_gradient(student, teacher, share, shortest_length(origin), asked)
+        return with_gradient(student, value, gradient)
 
 
 def _with_gradient(
@@ -100,8 +101,8 @@ def _with_gradient(
     # A row's slope grows as one over the length of its sample.
     short = largest < torch.clamp(scale * 1e-30, min=shortest)
     slope = gap.mul_((2 * squares * torch.where(short, 0.0, share)).unsqueeze(1))
-    slope = unit_gradient_(slope, q_s, length).mul_(root)
-    return value, gram_gradient(slope, rows).div_(scale)
+    slope = unit_gradient_(slope, q_s, length).mul_(root / scale)
+    return value, gram_gradient(slope, rows)
 
 
 class SimilarityPreservingLoss(nn.Module):

@@ -1,0 +1,140 @@
+"""Rows of several processes as one batch: values, and gradients after averaging, are those of a single process."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch import distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+
+from kdlib.losses._gather import gather_rows
+from kdlib.losses.correlation_congruence import correlation_congruence
+from kdlib.losses.pkt import pkt
+from kdlib.losses.rkd import rkd_angle, rkd_distance
+from kdlib.losses.similarity_preserving import similarity_preserving
+
+LOSSES: dict[str, Callable[..., Tensor]] = {
+    loss.__name__: loss for loss in (rkd_distance, rkd_angle, similarity_preserving, pkt, correlation_congruence)
+}
+COUNTS = {"two": (5, 2), "empty": (4, 0), "three": (3, 0, 4), "none": (0, 0)}
+TOTAL = 7
+
+
+def batch() -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn(TOTAL, 6, generator=generator, dtype=torch.float64)
+    teacher = torch.randn(TOTAL, 3, generator=generator, dtype=torch.float64)
+    return images, teacher, torch.tensor([1.0, 0.0, 0.5, 2.0, 1.0, 0.0, 1.0], dtype=torch.float64)
+
+
+def network() -> nn.Module:
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        return nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 4)).double()
+
+
+def outcome(model: nn.Module, loss: Callable[..., Tensor], rows: slice, weighted: bool, gather: bool) -> dict[str, Any]:
+    """The value, and the gradients of the parameters."""
+    images, teacher, weight = batch()
+    model.zero_grad()
+    value = loss(model(images[rows]), teacher[rows], weight=weight[rows] if weighted else None, gather=gather)
+    value.backward()
+    return {"value": value.detach(), "grads": [parameter.grad.clone() for parameter in model.parameters()]}
+
+
+def child(rank: int, task: str, directory: Path) -> None:
+    """One of the processes; it keeps what it saw."""
+    counts = COUNTS[task]
+    world = len(counts)
+    dist.init_process_group("gloo", init_method=f"file://{directory / 'meeting'}", rank=rank, world_size=world)
+    rows = slice(sum(counts[:rank]), sum(counts[: rank + 1]))
+    model = DistributedDataParallel(network())
+    told: dict[str, Any] = {
+        f"{name} {weighted}": outcome(model, loss, rows, weighted, gather=True)
+        for name, loss in LOSSES.items()
+        for weighted in (False, True)
+    }
+    # A weight in one process only counts as ones in the others.
+    images, teacher, weight = batch()
+    mixed = pkt(images[rows], teacher[rows], weight=weight[rows] if rank == 0 else None, gather=True)
+    told["mixed"] = mixed
+    for dtype in (torch.float64, torch.float16, torch.bfloat16, torch.int64, torch.bool):
+        told[str(dtype)] = gather_rows((10 * images).to(dtype)[rows], grad=False)
+    told["labels"] = gather_rows(torch.arange(TOTAL)[rows], grad=False)
+    told["maps"] = gather_rows(images.reshape(TOTAL, 2, 3)[rows], grad=False)
+    leaf = images[rows].clone().requires_grad_()
+    whole = gather_rows(leaf, grad=True)
+    (whole * torch.arange(1.0, len(whole) + 1).unsqueeze(1)).sum().backward()
+    told["own"] = leaf.grad
+    errors = []
+    for wrong in (images[rows, : 6 - rank], images[rows].to([torch.float64, torch.float32, torch.float16][rank])):
+        try:
+            gather_rows(wrong, grad=False)
+        except ValueError as error:
+            errors.append(str(error))
+    told["errors"] = errors
+    torch.save(told, directory / f"rank{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("task", COUNTS)
+def test_processes_are_one(task: str, tmp_path: Path) -> None:
+    counts = COUNTS[task]
+    command = [sys.executable, "-W", "error::UserWarning", __file__]
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": os.pathsep.join(filter(None, [os.getcwd(), os.environ.get("PYTHONPATH")])),
+    }
+    processes = [
+        subprocess.Popen([*command, str(rank), task, str(tmp_path)], stderr=subprocess.PIPE, text=True, env=environment)
+        for rank in range(len(counts))
+    ]
+    for process in processes:
+        _, errors = process.communicate(timeout=120)
+        assert process.returncode == 0, errors
+    told = [torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in range(len(counts))]
+    total = sum(counts)
+    images, teacher, weight = batch()
+    compared = 0
+    for name, loss in LOSSES.items():
+        for weighted in (False, True):
+            alone = outcome(network(), loss, slice(0, total), weighted, gather=False)
+            for each in told:
+                got = each[f"{name} {weighted}"]
+                torch.testing.assert_close(got["value"], alone["value"], rtol=1e-12, atol=1e-15)
+                torch.testing.assert_close(got["grads"], alone["grads"], rtol=1e-9, atol=1e-13)
+                assert torch.equal(got["value"], told[0][f"{name} {weighted}"]["value"])
+                compared += 1
+    assert compared == 10 * len(counts)
+    weight[counts[0] :] = 1
+    for rank, each in enumerate(told):
+        torch.testing.assert_close(each["mixed"], pkt(images[:total], teacher[:total], weight=weight[:total]))
+        for dtype in (torch.float64, torch.float16, torch.bfloat16, torch.int64, torch.bool):
+            assert torch.equal(each[str(dtype)], (10 * images[:total]).to(dtype))
+        assert torch.equal(each["labels"], torch.arange(total))
+        assert torch.equal(each["maps"], images[:total].reshape(total, 2, 3))
+        first = sum(counts[:rank])
+        own = len(counts) * torch.arange(1.0, total + 1)[first : first + counts[rank]].double()
+        assert torch.equal(each["own"], own.unsqueeze(1).expand(-1, 6))
+        assert len(each["errors"]) == 2
+        assert each["errors"][0].startswith(
+            "gather_rows: all processes must hold rows of one shape and dtype, got (6,)"
+        )
+        assert "torch.float32 in process 1" in each["errors"][1]
+
+
+def test_without_a_process_group_nothing_changes() -> None:
+    x = torch.ones(3, 2, requires_grad=True)
+    assert gather_rows(x, grad=True) is x
+    assert not gather_rows(x, grad=False).requires_grad
+
+
+if __name__ == "__main__":
+    child(int(sys.argv[1]), sys.argv[2], Path(sys.argv[3]))

@@ -1,0 +1,402 @@
+"""The relation losses against loops, properties and numbers worked out on their own; and the traps they fall into."""
+
+import copy
+import math
+import pickle
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from kdlib.losses.correlation_congruence import CorrelationCongruenceLoss, correlation_congruence
+from kdlib.losses.pkt import PKTLoss, pkt
+from kdlib.losses.rkd import RKDAngleLoss, RKDDistanceLoss, rkd_angle, rkd_distance
+from kdlib.losses.similarity_preserving import SimilarityPreservingLoss, similarity_preserving
+from tests.core import reference_relations as reference
+
+FUNCTIONS: dict[str, tuple[Callable[..., Tensor], type[nn.Module], tuple[dict[str, Any], ...]]] = {
+    "rkd_distance": (rkd_distance, RKDDistanceLoss, ({}, {"chunk_size": 2})),
+    "rkd_angle": (rkd_angle, RKDAngleLoss, ({}, {"chunk_size": 2})),
+    "similarity_preserving": (similarity_preserving, SimilarityPreservingLoss, ({},)),
+    "pkt": (pkt, PKTLoss, ({},)),
+    "correlation_congruence": (
+        correlation_congruence,
+        CorrelationCongruenceLoss,
+        ({}, {"order": 4, "gamma": 1.5}, {"order": 1}, {"order": None}),
+    ),
+}
+CASES = [(name, kwargs) for name, (_, _, all_kwargs) in FUNCTIONS.items() for kwargs in all_kwargs]
+IDS = [f"{name}{kwargs or ''}" for name, kwargs in CASES]
+DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
+each = pytest.mark.parametrize(("name", "kwargs"), CASES, ids=IDS)
+each_function = pytest.mark.parametrize("name", FUNCTIONS)
+
+
+def noise(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+
+
+def loop(name: str, student: Tensor, teacher: Tensor, weight: Tensor | None = None, **kwargs: Any) -> float:
+    kwargs.pop("chunk_size", None)
+    w = np.ones(len(student)) if weight is None else weight.double().numpy()
+    s, t = (x.detach().double().flatten(1).numpy() for x in (student, teacher))
+    # No loss sees a scale, but squares in the loops do; a power of two leaves each difference what it is.
+    s, t = (np.ldexp(x, -np.frexp(np.abs(x).max(initial=0))[1]) for x in (s, t))
+    return float(getattr(reference, name)(s, t, w, **kwargs))
+
+
+def gradient(loss: Callable[..., Tensor], student: Tensor, *rest: Tensor, **kwargs: Any) -> Tensor:
+    leaf = student.detach().clone().requires_grad_()
+    return torch.autograd.grad(loss(leaf, *rest, **kwargs), leaf)[0]
+
+
+def angle_by_vectors(student: Tensor, teacher: Tensor) -> Tensor:
+    """The form that makes the difference vectors, for its gradient."""
+    cosines = []
+    for x in (student, teacher):
+        e = F.normalize(x.unsqueeze(0) - x.unsqueeze(1), dim=2)
+        cosines.append(e @ e.transpose(1, 2))
+    return F.smooth_l1_loss(*cosines)
+
+
+@each
+def test_equals_the_loops(name: str, kwargs: dict[str, Any]) -> None:
+    loss = FUNCTIONS[name][0]
+    student, teacher = noise(6, 2, 3), noise(6, 4, seed=1)
+    weight = torch.tensor([1.0, 0.0, 0.3, 2.0, 0.7, 0.0], dtype=torch.float64)
+    for w in (None, weight, torch.full((6,), 0.25)):
+        got = loss(student, teacher, weight=w, **kwargs)
+        assert got.dtype == torch.float64
+        assert got.item() == pytest.approx(loop(name, student, teacher, w, **kwargs), rel=1e-10)
+        single = loss(student.float(), teacher.float(), weight=w, **kwargs)
+        assert single.dtype == torch.float32
+        assert single.item() == pytest.approx(got.item(), rel=1e-5)
+
+
+@each
+def test_gradcheck(name: str, kwargs: dict[str, Any]) -> None:
+    loss = FUNCTIONS[name][0]
+    student, teacher = noise(5, 3).requires_grad_(), noise(5, 4, seed=1)
+    for w in (None, torch.tensor([1.0, 0.0, 0.3, 2.0, 0.7])):
+        assert torch.autograd.gradcheck(lambda s, w=w: loss(s, teacher, weight=w, **kwargs), student)
+
+
+def test_tiles_and_chunks_of_any_size_do_the_same() -> None:
+    student, teacher = noise(150, 7), noise(150, 3, seed=1)  # more than two tiles of 64
+    expected = angle_by_vectors(student, teacher)
+    slope = gradient(angle_by_vectors, student, teacher)
+    for chunk_size in (None, 1, 64, 149, 1000):
+        torch.testing.assert_close(rkd_angle(student, teacher, chunk_size=chunk_size), expected, rtol=1e-12, atol=0)
+        torch.testing.assert_close(gradient(rkd_angle, student, teacher, chunk_size=chunk_size), slope)
+        torch.testing.assert_close(
+            rkd_distance(student, teacher, chunk_size=chunk_size), rkd_distance(student, teacher), rtol=1e-12, atol=0
+        )
+    single = gradient(rkd_angle, student.float(), teacher.float())
+    assert (single - slope).norm() / slope.norm() < 1e-6
+    uneven = torch.rand(150, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    twice = torch.tensor([2] * 75 + [1] * 75)
+    torch.testing.assert_close(  # a weight of 2 is to be there twice
+        rkd_angle(student, teacher, weight=twice.double()),
+        rkd_angle(student.repeat_interleave(twice, 0), teacher.repeat_interleave(twice, 0)),
+    )
+    torch.testing.assert_close(rkd_angle(student, teacher, weight=uneven, chunk_size=7).reshape(1), _angle(uneven))
+
+
+def _angle(weight: Tensor) -> Tensor:
+    student, teacher = noise(150, 7), noise(150, 3, seed=1)
+    cosines = []
+    for x in (student, teacher):
+        e = F.normalize(x.unsqueeze(0) - x.unsqueeze(1), dim=2)
+        cosines.append(e @ e.transpose(1, 2))
+    losses = F.smooth_l1_loss(*cosines, reduction="none")
+    return (torch.einsum("ijk,i,j,k->", losses, weight, weight, weight) / weight.sum() ** 3).reshape(1)
+
+
+@pytest.mark.parametrize(
+    ("name", "kwargs", "expected"),
+    [
+        # Right isosceles triangle against three points on a line at 0, 1, 2.
+        # Distances over their mean: 3/(2+r), 3/(2+r), 3r/(2+r) with r = sqrt 2; and 3/4, 3/2, 3/4.
+        (
+            "rkd_distance",
+            {},
+            ((3 / (2 + 2**0.5) - 0.75) ** 2 + (3 / (2 + 2**0.5) - 1.5) ** 2 + (3 * 2**0.5 / (2 + 2**0.5) - 0.75) ** 2)
+            / 9,
+        ),
+        # Cosines 0, r/2, r/2 against 1, -1, 1: h = 1/2, 1/2 + r/2, (1 - r/2)^2 / 2, each twice, over 27.
+        ("rkd_angle", {}, 2 * (0.5 + 0.5 + 2**-0.5 + (1 - 2**-0.5) ** 2 / 2) / 27),
+    ],
+)
+def test_triangles_by_hand(name: str, kwargs: dict[str, Any], expected: float) -> None:
+    student = torch.tensor([[0.0, 0.0], [1.0, 0.0], [0.0, 1.0]], dtype=torch.float64)
+    teacher = torch.tensor([[0.0], [1.0], [2.0]], dtype=torch.float64)
+    assert FUNCTIONS[name][0](student, teacher, **kwargs).item() == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("name", "kwargs", "expected"),
+    [
+        # Rows (1, 0), (0, 1) against (1, 1) / sqrt 2 twice: (4 - 4 / sqrt 2) / 4.
+        ("similarity_preserving", {}, 1 - 2**-0.5),
+        # Each row (2/3, 1/3) against (1/2, 1/2): two divergences ln(3 / (2 sqrt 2)), over 4. EPS moves the 8th digit.
+        ("pkt", {}, math.log(3 / 8**0.5) / 2),
+        # Off the diagonal exp(-0.8) against exp(-0.8) (1 + 0.8 + 0.32): two squares over 4.
+        ("correlation_congruence", {}, (1.12 * math.exp(-0.8)) ** 2 / 2),
+        ("correlation_congruence", {"order": None}, (1 - math.exp(-0.8)) ** 2 / 2),
+    ],
+)
+def test_two_samples_by_hand(name: str, kwargs: dict[str, Any], expected: float) -> None:
+    student, teacher = torch.eye(2, dtype=torch.float64), torch.ones(2, 1, dtype=torch.float64)
+    assert FUNCTIONS[name][0](student, teacher, **kwargs).item() == pytest.approx(expected, rel=1e-6)
+
+
+@each
+@settings(max_examples=15, deadline=None)
+@given(seed=st.integers(0, 10**6), batch=st.integers(2, 7), d_s=st.integers(1, 5), d_t=st.integers(1, 5))
+def test_properties(name: str, kwargs: dict[str, Any], seed: int, batch: int, d_s: int, d_t: int) -> None:
+    loss = FUNCTIONS[name][0]
+    student, teacher = noise(batch, d_s, seed=seed), noise(batch, d_t, seed=seed + 1)
+    value = loss(student, teacher, **kwargs)
+    assert value.item() >= -1e-9
+    assert loss(student, student.clone(), **kwargs).item() == pytest.approx(0, abs=1e-25)
+    order = torch.randperm(batch, generator=torch.Generator().manual_seed(seed))
+    close = {"rtol": 1e-8, "atol": 1e-12}
+    torch.testing.assert_close(loss(student[order], teacher[order], **kwargs), value, **close)
+    torch.testing.assert_close(loss(3 * student, 0.2 * teacher, **kwargs), value, **close)
+    turn = torch.linalg.qr(noise(d_s, d_s, seed=seed + 2))[0]
+    torch.testing.assert_close(loss(student @ turn, teacher, **kwargs), value, **close)
+    if name.startswith("rkd"):
+        torch.testing.assert_close(loss(student + 10, teacher - 5, **kwargs), value, **close)
+    slope = gradient(loss, student, teacher, **kwargs)
+    # Moving along a direction that the loss does not see changes nothing.
+    assert (slope * student).sum().abs() < 1e-9
+    weight = torch.rand(batch, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) + 0.01
+    weighted = loss(student, teacher, weight=weight, **kwargs)
+    torch.testing.assert_close(loss(student, teacher, weight=1e-30 * weight, **kwargs), weighted, **close)
+
+
+@each
+def test_a_mask_equals_leaving_out_whatever_is_there(name: str, kwargs: dict[str, Any]) -> None:
+    loss = FUNCTIONS[name][0]
+    kept = torch.tensor([True, False, True, True, False, True])
+    student, teacher = noise(6, 3, dtype=torch.float32), noise(6, 4, seed=1, dtype=torch.float32)
+    student[~kept] *= 1e30
+    teacher[~kept] *= 1e-30
+    for weight in (kept, kept.float(), 7e20 * kept.double()):
+        masked = loss(student, teacher, weight=weight, **kwargs)
+        torch.testing.assert_close(masked, loss(student[kept], teacher[kept], **kwargs))
+        slope = gradient(loss, student, teacher, weight=weight, **kwargs)
+        torch.testing.assert_close(slope[kept], gradient(loss, student[kept], teacher[kept], **kwargs))
+        assert not slope[~kept].any()
+
+
+@each
+def test_where_there_is_no_relation_the_loss_is_zero_with_a_graph(name: str, kwargs: dict[str, Any]) -> None:
+    loss = FUNCTIONS[name][0]
+    for batch, weight in ((0, None), (1, None), (4, torch.zeros(4)), (4, torch.tensor([0.0, 3.0, 0.0, 0.0]))):
+        student, teacher = noise(batch, 3, dtype=torch.float32).requires_grad_(), noise(batch, 2, seed=1).float()
+        value = loss(student, teacher, weight=weight, **kwargs)
+        assert value.shape == ()
+        assert value.item() == pytest.approx(0, abs=1e-12)
+        value.backward()
+        assert student.grad is not None
+        assert student.grad.abs().sum() < 1e-6
+
+
+def trap(which: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    s, t = noise(8, 6), noise(8, 6, seed=1)
+    limits = torch.finfo(dtype)
+    large = min(1e30, limits.max / 4)
+    first = torch.arange(8).unsqueeze(1) == 0
+    return {
+        "noise": (s, t),
+        "zero rows": (s * (torch.arange(8) > 3).unsqueeze(1), t * (torch.arange(8) > 1).unsqueeze(1)),
+        "all zero": (0 * s, 0 * t),
+        "student all equal": (torch.ones(8, 6), t),
+        "teacher all equal": (s, torch.ones(8, 6)),
+        "equal pairs": (s[[0, 0, 1, 1, 2, 2, 3, 3]], t),
+        "equal to the teacher": (s, s),
+        "opposite": (s, -s),
+        "three hundred": (300 * s.sign(), 300 * t.sign()),
+        "large": (large * s / s.abs().max(), large * t / t.abs().max()),
+        "smallest": (limits.smallest_normal * s, limits.smallest_normal * t),
+        "one large row": (torch.where(first, large * s / s.abs().max(), s), t),
+        "one tiny row": (torch.where(first, limits.smallest_normal * s, s), t),
+        "offset of 1000": (s + 1000, t + 1000),
+        "near": (s[[0, 0, 1, 1, 2, 2, 3, 3]] + limits.eps * t, t),
+        "negative zeros": (-0.0 * s, t),
+    }[which]
+
+
+TRAPS = [
+    *("noise", "zero rows", "all zero", "student all equal", "teacher all equal", "equal pairs"),
+    *("equal to the teacher", "opposite", "three hundred", "large", "smallest", "one large row", "one tiny row"),
+    *("offset of 1000", "near", "negative zeros"),
+]
+
+
+@pytest.mark.parametrize("autocast", [False, True], ids=["plain", "autocast"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
+@each
+def test_values_and_gradients_are_finite(name: str, kwargs: dict[str, Any], dtype: torch.dtype, autocast: bool) -> None:
+    loss = FUNCTIONS[name][0]
+    for which in TRAPS:
+        student, teacher = (x.to(dtype).detach().clone().requires_grad_() for x in trap(which, dtype))
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+            value = loss(student, teacher, **kwargs)
+        value.backward()
+        assert value.dtype == (torch.float64 if dtype == torch.float64 else torch.float32), which
+        assert math.isfinite(value.item()), which
+        assert value.item() >= -1e-6, which
+        assert student.grad is not None, which
+        assert student.grad.dtype == dtype, which
+        assert torch.isfinite(student.grad).all(), which
+        assert teacher.grad is None, which
+        # Half precision costs storage, not arithmetic: the value is that of the same numbers in float64.
+        exact = loop(name, student, teacher, **kwargs)
+        rough = name in ("similarity_preserving", "pkt", "correlation_congruence")  # they see the offset
+        allowed = 1e-5 if rough or dtype != torch.float64 else 1e-9
+        assert value.item() == pytest.approx(exact, rel=1e-3 if rough else 1e-4, abs=allowed), which
+
+
+@pytest.mark.parametrize("name", ["rkd_distance", "rkd_angle"])
+def test_a_common_offset_costs_only_what_storing_it_costs(name: str) -> None:
+    loss = FUNCTIONS[name][0]
+    student, teacher = noise(40, 16, dtype=torch.float32) + 1000, noise(40, 16, seed=1, dtype=torch.float32) + 1000
+    exact = loss(student.double(), teacher.double())
+    assert loss(student, teacher).item() == pytest.approx(exact.item(), rel=2e-5)
+    slope = gradient(loss, student.double(), teacher.double())
+    assert (gradient(loss, student, teacher) - slope).norm() / slope.norm() < 1e-4
+
+
+@pytest.mark.parametrize("apart", [1e-1, 1e-2, 1e-3, 1e-4, 1e-6])
+@pytest.mark.parametrize("name", ["rkd_distance", "rkd_angle"])
+def test_near_rows_are_as_exact_as_others(name: str, apart: float) -> None:
+    loss = FUNCTIONS[name][0]
+    student = noise(24, 16, dtype=torch.float32)
+    student[12:] = student[:12] + apart * noise(12, 16, seed=2, dtype=torch.float32)
+    teacher = noise(24, 16, seed=1, dtype=torch.float32)
+    vectors = angle_by_vectors if name == "rkd_angle" else None
+    exact = loss(student.double(), teacher.double())
+    if vectors is not None:
+        torch.testing.assert_close(exact, vectors(student.double(), teacher.double()), rtol=1e-7, atol=0)
+    assert loss(student, teacher).item() == pytest.approx(exact.item(), rel=1e-5)
+    slope = gradient(loss, student.double(), teacher.double())
+    assert (gradient(loss, student, teacher) - slope).norm() / slope.norm() < 1e-3
+
+
+def test_distances_of_near_rows() -> None:
+    """Four far pairs of rows that nearly touch: the loss is made of the near distances alone."""
+    far = 100 * noise(4, 8, dtype=torch.float32)
+    student = torch.cat([far, far + 1e-2 * noise(4, 8, seed=3, dtype=torch.float32)])
+    weight = torch.tensor([1.0, 0, 0, 0, 1, 0, 0, 0])
+    assert rkd_distance(student, 5 * student, weight=weight).item() == 0.0
+    triple = torch.tensor([1.0, 1, 0, 0, 1, 1, 0, 0])
+    teacher = noise(8, 3, seed=4, dtype=torch.float32)
+    exact = loop("rkd_distance", student, teacher, triple)
+    assert rkd_distance(student, teacher, weight=triple).item() == pytest.approx(exact, rel=1e-5)
+
+
+@each_function
+def test_the_gradient_has_no_graph_and_says_so(name: str) -> None:
+    loss = FUNCTIONS[name][0]
+    student = noise(4, 3).requires_grad_()
+    (slope,) = torch.autograd.grad(loss(student, noise(4, 2, seed=1)), student, create_graph=True)
+    with pytest.raises(RuntimeError, match=r"relation losses have a gradient, but no second derivative"):
+        slope.square().sum().backward()
+
+
+@each
+def test_compiles_as_one_graph(name: str, kwargs: dict[str, Any]) -> None:
+    loss = FUNCTIONS[name][0]
+    torch._dynamo.reset()
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    student, teacher = noise(6, 3, dtype=torch.float32), noise(6, 4, seed=1, dtype=torch.float32)
+    for weight in (None, torch.tensor([1.0, 0.0, 2.0, 0.5, 1.0, 1.0])):
+        torch.testing.assert_close(
+            compiled(student, teacher, weight=weight, **kwargs), loss(student, teacher, weight=weight, **kwargs)
+        )
+        torch.testing.assert_close(
+            gradient(compiled, student, teacher, weight=weight, **kwargs),
+            gradient(loss, student, teacher, weight=weight, **kwargs),
+        )
+
+
+@each
+def test_the_module_is_the_function(name: str, kwargs: dict[str, Any]) -> None:
+    loss, module, _ = FUNCTIONS[name]
+    built = module(**kwargs)
+    student, teacher, weight = noise(5, 3), noise(5, 4, seed=1), torch.tensor([1.0, 0.0, 0.3, 2.0, 0.7])
+    expected = loss(student, teacher, weight=weight, **kwargs)
+    assert torch.equal(built(student, teacher, weight=weight), expected)
+    assert torch.equal(built(student, teacher, weight=weight, reduction="mean"), expected)
+    rebuilt = eval(repr(built), {module.__name__: module})
+    for other in (rebuilt, copy.deepcopy(built), pickle.loads(pickle.dumps(built))):
+        assert torch.equal(other(student, teacher, weight=weight), expected)
+    assert module.per_sample is False
+    assert not list(built.parameters())
+    assert torch.equal(loss(student, teacher, weight=weight, gather=True, **kwargs), expected)  # of one process
+
+
+@each_function
+def test_bad_input_is_named(name: str) -> None:
+    loss, module, _ = FUNCTIONS[name]
+    good = torch.ones(4, 3)
+    refused: list[tuple[Callable[[], object], type[Exception], str]] = [
+        (
+            lambda: loss(good, good, reduction="none"),
+            ValueError,
+            f"{name}: reduction must be 'mean': a relation has no per-sample form, got 'none'",
+        ),
+        (lambda: module(reduction="none"), ValueError, r"reduction must be 'mean': a relation has no per-sample form"),
+        (lambda: module()(good, good, reduction="none"), ValueError, f"{name}: reduction must be 'mean'"),
+        (lambda: loss(good, torch.ones(3, 3)), ValueError, rf"{name}: teacher must have the batch size of student"),
+        (lambda: loss(torch.ones(4), good), ValueError, rf"{name}: student must be \(b, d, ...\), got \(4,\)"),
+        (lambda: loss(good, torch.ones(4)), ValueError, rf"{name}: teacher must be \(b, d, ...\), got \(4,\)"),
+        (lambda: loss(good.int(), good), TypeError, f"{name}: student must be a floating-point tensor"),
+        (lambda: loss(good, good, weight=torch.ones(3)), ValueError, rf"{name}: weight must be \(b,\) = \(4,\)"),
+        (lambda: loss(good, good, weight=[1.0]), TypeError, rf"{name}: weight must be a torch.Tensor, got list"),
+    ]
+    for call, error, message in refused:
+        with pytest.raises(error, match=message):
+            call()
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda: RKDAngleLoss(chunk_size=0), ValueError, r"RKDAngleLoss: chunk_size must be a whole number and >= 1"),
+        (lambda: RKDDistanceLoss(chunk_size=1.5), TypeError, r"chunk_size must be a whole number and >= 1, got 1\.5"),
+        (lambda: CorrelationCongruenceLoss(gamma=0), ValueError, r"gamma must be a finite number and > 0, got 0"),
+        (lambda: CorrelationCongruenceLoss(order=0), ValueError, r"order must be a whole number and >= 1, got 0"),
+        (lambda: CorrelationCongruenceLoss(order=2.0), TypeError, r"order must be a whole number and >= 1, got 2\.0"),
+    ],
+)
+def test_bad_hyper_parameters_are_named(call: Callable[[], object], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        call()
+
+
+def test_angles_take_the_memory_of_a_few_matrices() -> None:
+    """What autograd keeps and what is made at a time, counted by the largest tensor that is ever made."""
+    largest = 0
+
+    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            nonlocal largest
+            out = func(*args, **(kwargs or {}))
+            for x in out if isinstance(out, (tuple, list)) else (out,):
+                if isinstance(x, Tensor):
+                    largest = max(largest, x.untyped_storage().nbytes())
+            return out
+
+    student, teacher = noise(256, 8, dtype=torch.float32).requires_grad_(), noise(256, 8, seed=1, dtype=torch.float32)
+    with Watch():
+        rkd_angle(student, teacher, chunk_size=4).backward()
+    assert 0 < largest <= 256 * 256 * 8
