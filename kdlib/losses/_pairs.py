@@ -41,6 +41,8 @@ def one_batch(
     student, teacher = promote(student.flatten(1), teacher.flatten(1))
     if weight is None:
         weight = student.new_ones(student.shape[0])
+    if weight.dtype == torch.float64:
+        weight = weight.clamp(max=torch.finfo(student.dtype).max)
     weight = weight.detach().to(student)
     if gather:
         student, teacher = gather_rows(student, grad=True), gather_rows(teacher, grad=False)

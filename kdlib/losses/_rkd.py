@@ -138,7 +138,7 @@ def _angles(
 
 
 class _Side:
-    """What the cosines at all vertices are made of: distances, their inverses, and minus half their squares; the rows."""
+    """What the cosines at all vertices are made of: rows, halved distances, their inverses, minus halved squares."""
 
     def __init__(self, squares: Tensor, rows: Tensor) -> None:
         self.squares, self.rows = squares, rows

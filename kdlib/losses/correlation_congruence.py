@@ -78,8 +78,8 @@ def correlation_congruence(
     References:
         Peng et al., *Correlation Congruence for Knowledge Distillation*, arXiv 1904.01802. The expanded kernel with
         `gamma=0.4` and `order=2` is the default of public code that has the kernel, which makes it row by row; other
-        code under this name compares neighbours in the batch only. There is a gradient, but no second derivative, and no
-        rule for `torch.func.vmap`.
+        code under this name compares neighbours in the batch only. There is a gradient, but no second derivative, and
+        no rule for `torch.func.vmap`.
     """
     _check_kernel("correlation_congruence", gamma, order)
     origin = student.dtype

@@ -1,4 +1,4 @@
-"""Losses: probabilistic knowledge transfer, each sample's neighbours as the teacher sees them. Touches two tensors only.
+"""Losses: probabilistic knowledge transfer, each sample's neighbours as the teacher's. Touches two tensors only.
 
 Passalis and Tefas, 2018: match the probabilities with which each sample of a batch picks the others as neighbours.
 """
@@ -39,7 +39,7 @@ def pkt(
         \frac{1}{b^2} \sum_{i,j} p^t_{ij} \log \frac{p^t_{ij} + \epsilon}{p^s_{ij} + \epsilon}, \qquad
         p_{ij} = \frac{k_{ij}}{\sum_l k_{il}}, \qquad k_{ij} = \frac{1 + \cos(x_i, x_j)}{2}
 
-    with :math:`\epsilon = 10^{-7}`; i = j is included. The loss does not depend on the length of any sample, but it does
+    with :math:`\epsilon = 10^{-7}`; i = j is included. The loss does not depend on the length of any sample, but does
     on a common offset. The numbers of features may differ. A sample of zeros has cosine 0 to all, itself too.
 
     With weights, let :math:`q = w / \sum w` and :math:`n = 1 / \sum q^2`, the effective number of samples (b where all

@@ -1,4 +1,4 @@
-r"""Losses: relational knowledge distillation, distances and angles between samples as the teacher's. Touches two tensors.
+"""Losses: relational knowledge distillation, distances and angles as the teacher's. Touches two tensors only.
 
 Park et al., 2019: transfer how the samples of a batch lie to each other, not where each one lies.
 """

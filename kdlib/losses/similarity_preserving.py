@@ -71,8 +71,8 @@ def similarity_preserving(
 
     References:
         Tung, Mori, *Similarity-Preserving Knowledge Distillation*, arXiv 1907.09682, section 3.1. Values are those of
-        RepDistiller; torchdistill divides each row by the sum of its magnitudes, so its value is another one. There is a
-        gradient, but no second derivative, and no rule for `torch.func.vmap`.
+        RepDistiller; torchdistill divides each row by the sum of its magnitudes, so its value is another one. There is
+        a gradient, but no second derivative, and no rule for `torch.func.vmap`.
     """
     origin = student.dtype
     with full_precision(student):
@@ -91,7 +91,7 @@ def _with_gradient(
     root, squares = share.sqrt(), share.square().sum()
     rows, largest, scale = scaled_rows(student, share)
     rows_t, _, _ = scaled_rows(teacher, share)
-    # The weights of the columns go into the rows: of unit length by them, they are sqrt(p_j) times those of the formula.
+    # The weights of the columns go into the rows: these are sqrt(p_j) times those of the formula, of length 1.
     q_s, length = unit_rows_((rows @ rows.T).mul_(root))
     q_t, _ = unit_rows_((rows_t @ rows_t.T).mul_(root))
     gap = q_t.neg_().add_(q_s)

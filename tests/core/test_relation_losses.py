@@ -188,7 +188,7 @@ def test_a_mask_equals_leaving_out_whatever_is_there(name: str, kwargs: dict[str
     student, teacher = noise(6, 3, dtype=torch.float32), noise(6, 4, seed=1, dtype=torch.float32)
     student[~kept] *= 1e30
     teacher[~kept] *= 1e-30
-    for weight in (kept, kept.float(), 7e20 * kept.double()):
+    for weight in (kept, kept.float(), 7e20 * kept.double(), 1e300 * kept.double()):
         masked = loss(student, teacher, weight=weight, **kwargs)
         torch.testing.assert_close(masked, loss(student[kept], teacher[kept], **kwargs))
         slope = gradient(loss, student, teacher, weight=weight, **kwargs)
