@@ -141,7 +141,6 @@ def rows() -> dict[str, Row]:
         peers = {
             "rkd_angle": of_torchdistill(relation(dist_factor=0, angle_factor=1)),
             "rkd_distance": of_torchdistill(relation(dist_factor=1, angle_factor=0)),
-            "similarity_preserving": of_torchdistill(mid_level.SPKDLoss("x", "x", "batchmean")),
             "pkt": of_torchdistill(mid_level.PKTLoss("x", "output", "x", "output")),
             "attention_transfer": of_torchdistill(
                 mid_level.ATLoss({"one": {who: {"io": "output", "path": "x"} for who in ("student", "teacher")}})
@@ -158,9 +157,8 @@ def rows() -> dict[str, Row]:
     return {
         "rkd_angle": with_peer("rkd_angle", kd.rkd_angle, naive_angle, (512, 512)),
         "rkd_distance": with_peer("rkd_distance", kd.rkd_distance, naive_distance, (512, 512)),
-        "similarity_preserving": with_peer(
-            "similarity_preserving", kd.similarity_preserving, naive_sp, (256, 128, 7, 7)
-        ),
+        # torchdistill's rows have unit L1 norm, so it is another loss.
+        "similarity_preserving": Row(kd.similarity_preserving, naive_sp, "the formula", (256, 128, 7, 7)),
         "correlation_congruence": Row(kd.correlation_congruence, naive_gaussian, "the formula, row by row", (512, 512)),
         "pkt": with_peer("pkt", kd.pkt, naive_pkt, (512, 512)),
         "nst": Row(kd.nst, naive_nst, "the formula", (64, 64, 8, 8)),

@@ -53,7 +53,8 @@ def described(html: Path) -> list[str]:
 
 def resolve(name: str) -> object:
     parts = name.split(".")
-    for cut in range(len(parts), 0, -1):
+    # Not the module of that name: a function may be called as its file.
+    for cut in range(len(parts) - 1, 0, -1):
         try:
             found: object = importlib.import_module(".".join(parts[:cut]))
         except ModuleNotFoundError:

@@ -1,5 +1,6 @@
 """Training room: what changes when `torchrun` has started several processes. Touches the default process group."""
 
+import gc
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -9,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-__all__ = ["average", "check_same_step", "rank", "synchronise_if", "world_size", "wrap"]
+__all__ = ["average", "check_same_step", "let_go", "rank", "synchronise_if", "world_size", "wrap"]
 
 
 def _active() -> bool:
@@ -42,6 +43,16 @@ def wrap(distiller: nn.Module, device: torch.device, *, find_unused_parameters: 
     )
     ids = [device] if device.type == "cuda" else None
     return DistributedDataParallel(distiller, device_ids=ids, find_unused_parameters=find_unused_parameters)
+
+
+def let_go() -> None:
+    """Free what `wrap` made, once nothing holds it.
+
+    It lies in reference cycles and holds the process group: left to the end of the interpreter, gloo's threads outlive
+    `destroy_process_group` and abort the process, now and then, after its work is done.
+    """
+    if world_size() > 1:
+        gc.collect()
 
 
 def synchronise_if(last: bool, forward: Callable[..., Any]) -> AbstractContextManager[None]:

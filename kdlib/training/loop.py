@@ -115,6 +115,8 @@ def train(
                         hook(event)
                 if stopping:
                     signals.deliver()
+        del forward
+        distributed.let_go()
     distiller.eval()
     ema = run.ema.state_dict() if run.ema else None
     last = run.last

@@ -5,6 +5,7 @@ of this kind fall into.
 """
 
 import copy
+import gc
 import inspect
 import math
 import os
@@ -925,6 +926,7 @@ def over_processes(rank: int, folder: str) -> None:
             )
         torch.save((results, loss.queue, loss.queue_seen), f"{folder}/{rank}.pt")
     finally:
+        gc.collect()  # no cycle may keep the group's threads until the interpreter dies
         dist.destroy_process_group()
 
 

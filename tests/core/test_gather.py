@@ -1,5 +1,6 @@
 """Rows of several processes as one batch: values, and gradients after averaging, are those of a single process."""
 
+import gc
 import os
 import subprocess
 import sys
@@ -80,6 +81,9 @@ def child(rank: int, task: str, directory: Path) -> None:
             errors.append(str(error))
     told["errors"] = errors
     torch.save(told, directory / f"rank{rank}.pt")
+    # The group outlives its destruction in the reference cycles of DDP, and its threads would meet a dying interpreter.
+    del model
+    gc.collect()
     dist.destroy_process_group()
 
 
@@ -96,8 +100,8 @@ def test_processes_are_one(task: str, tmp_path: Path) -> None:
         subprocess.Popen([*command, str(rank), task, str(tmp_path)], stderr=subprocess.PIPE, text=True, env=environment)
         for rank in range(len(counts))
     ]
-    for process in processes:
-        _, errors = process.communicate(timeout=120)
+    ends = [process.communicate(timeout=120)[1] for process in processes]
+    for process, errors in zip(processes, ends, strict=True):
         assert process.returncode == 0, errors
     told = [torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in range(len(counts))]
     total = sum(counts)

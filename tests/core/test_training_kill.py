@@ -136,8 +136,8 @@ def test_killed_again_and_again_it_ends_with_the_same_weights(tmp_path: Path) ->
 
 def test_two_processes_are_one(tmp_path: Path) -> None:
     processes = [start(f"pair{rank}", tmp_path) for rank in (0, 1)]
-    for process in processes:
-        _, errors = process.communicate(timeout=60)
+    ends = [process.communicate(timeout=60)[1] for process in processes]
+    for process, errors in zip(processes, ends, strict=True):
         assert process.returncode == 0, errors
     first, second = (torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in (0, 1))
     assert same(first, second)
