@@ -1,10 +1,12 @@
 """Data room: image files to one uint8 tensor. Touches Pillow, the file system, NumPy and torch tensors."""
 
 import hashlib
+import io
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -12,16 +14,17 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from kdlib._checks import check_number
 from kdlib_faces._checks import InputError
 from kdlib_faces.data.listing import FaceList
 
-__all__ = ["load_images", "read_image", "to_float"]
+__all__ = ["decode_image", "load_images", "read_image", "to_float"]
 
 FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "TIFF", "PPM")
+RUN_A_PROGRAM = frozenset({"EPS", "WMF", "EMF"})
 MAX_PIXELS = 64_000_000
 CHUNK = 256
 
@@ -60,19 +63,72 @@ def read_image(path: str | PathLike[str], size: int) -> NDArray[np.uint8]:
     """
     try:
         with Image.open(path, formats=FORMATS) as image:
-            width, height = image.size
-            if width * height > MAX_PIXELS:
-                raise InputError(f"{path}: {width} x {height} pixels; images above {MAX_PIXELS:,} are refused")
-            if image.mode.startswith(("I", "F")):
-                raise InputError(f"{path}: images of mode {image.mode!r} are not read, convert to 8 bits a channel")
-            pixels = (image.convert("RGBA") if image.mode == "P" else image).convert("RGB")
-    except InputError:
-        raise
+            pixels = _to_rgb(image, str(path))
     except FileNotFoundError:
         raise InputError(f"{path}: image file not found") from None
-    except Exception as error:  # a broken file can raise nearly anything inside a decoder
-        reason = str(error).replace(str(path), "").strip(" :'\"") or type(error).__name__
-        raise InputError(f"{path}: not a readable image ({reason})") from None
+    except Exception as error:
+        raise _unreadable(error, str(path)) from None
+    return _to_square(pixels, size)
+
+
+def decode_image(data: bytes, size: int, *, name: str = "image") -> NDArray[np.uint8]:
+    """One encoded image as RGB, cropped to its central square and resized with antialiasing; see `read_image`.
+
+    The codec is found from the bytes: any that Pillow reads, except those for which it starts another program (EPS).
+    An image that has the size already is returned pixel for pixel.
+
+    Args:
+        data: the bytes of an image file.
+        size: side of the result, pixels.
+        name: what to call the image in messages.
+
+    Returns:
+        `(3, size, size)` uint8.
+
+    Raises:
+        InputError: no image, broken off, or above 64 million pixels.
+
+    Examples:
+        >>> stream = io.BytesIO()
+        >>> Image.new("RGB", (6, 4), (255, 0, 7)).save(stream, "GIF")
+        >>> decode_image(stream.getvalue(), 2)[:, 0, 0].tolist()
+        [255, 0, 7]
+    """
+    try:
+        with Image.open(io.BytesIO(data), formats=_every_format()) as image:
+            pixels = _to_rgb(image, name)
+    except Exception as error:
+        raise _unreadable(error, name) from None
+    return _to_square(pixels, size)
+
+
+@cache
+def _every_format() -> tuple[str, ...]:
+    Image.init()
+    return tuple(each for each in Image.ID if each in Image.OPEN and each not in RUN_A_PROGRAM)
+
+
+def _to_rgb(image: Image.Image, name: str) -> Image.Image:
+    width, height = image.size
+    if width * height > MAX_PIXELS:
+        raise InputError(f"{name}: {width} x {height} pixels; images above {MAX_PIXELS:,} are refused")
+    if image.mode.startswith(("I", "F")):
+        raise InputError(f"{name}: images of mode {image.mode!r} are not read, convert to 8 bits a channel")
+    return (image.convert("RGBA") if image.mode == "P" else image).convert("RGB")
+
+
+def _unreadable(error: Exception, name: str) -> InputError:
+    """A broken file can raise nearly anything inside a decoder."""
+    if isinstance(error, InputError):
+        return error
+    reason = str(error).replace(name, "").strip(" :'\"") or type(error).__name__
+    if isinstance(error, UnidentifiedImageError):
+        reason = "of no kind that is known here"
+    return InputError(f"{name}: not a readable image ({reason})")
+
+
+def _to_square(pixels: Image.Image, size: int) -> NDArray[np.uint8]:
+    width, height = pixels.size
     side = min(width, height)
     left, top = (width - side) // 2, (height - side) // 2
     box = (left, top, left + side, top + side)
