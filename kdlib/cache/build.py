@@ -1,65 +1,130 @@
-"""Cache: run a teacher over the samples and write what it says. Touches the cache's directory alone."""
+"""Cache: run a teacher over the samples and write what it says. Touches the cache's directory alone.
+
+Several processes may do so at once: each takes blocks that nobody has, writes their rows to where they belong, and marks
+them. Whatever is killed, unmarked blocks are computed again, to the same bytes.
+"""
 
 import hashlib
 import os
 import sys
-from collections.abc import Callable, Mapping
-from contextlib import suppress
-from dataclasses import replace
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
-from time import monotonic
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from kdlib.cache.layout import DTYPES, CacheError, Layout, read_header, shard_path, write_file
+from kdlib.cache.blocks import Blocks
+from kdlib.cache.codec import Errors, pack
+from kdlib.cache.fingerprint import Fingerprint
+from kdlib.cache.layout import CacheError, Layout, read_header, shard_path, write_file, writing
+from kdlib.cache.writer import Writer
 
-__all__ = ["build_cache"]
+__all__ = ["Job", "ask", "build_cache", "ids_digest", "mismatch"]
+
+_BUILDING: set[tuple[int, int]] = set()
+"""Directories that this process builds: its own locks would not keep it from itself."""
+_PATIENCE = 0.05
+"""Seconds between two looks at blocks that other processes compute."""
 
 
-def build_cache(
-    directory: Path,
-    teacher: nn.Module,
-    fetch: Callable[[Tensor, int], Any],
-    ids: np.ndarray[Any, np.dtype[np.int64]],
-    wanted: Layout,
-    *,
-    batch_size: int,
-    shard_bytes: int,
-    mark_seconds: float,
-    progress: Callable[[int, int], None] | None,
-) -> None:
-    """Bring the cache in `directory` to completion; `wanted` is its layout as far as it is known before a forward."""
-    directory.mkdir(parents=True, exist_ok=True)
-    lock = _lock(directory)
+@dataclass
+class Job:
+    """What to compute, and how."""
+
+    directory: Path
+    teacher: nn.Module
+    fetch: Callable[[Tensor, int], Any]
+    ids: NDArray[np.int64]
+    batch_size: int
+    shard_bytes: int
+    mark_seconds: float
+    prefetch: int
+    progress: Callable[[int, int], None] | None
+
+
+def build_cache(job: Job, wanted: Layout, *, shared: bool) -> None:
+    """Bring a cache to completion; `wanted` is its layout as far as it is known before a forward."""
+    with writing(job.directory):
+        job.directory.mkdir(parents=True, exist_ok=True)
+    with _presence(job.directory, shared=shared), _asleep(job.teacher):
+        blocks = Blocks(job.directory)
+        try:
+            with blocks.alone():
+                layout = _continued(job.directory, wanted)
+                if layout is not None and layout.complete:
+                    return
+                first = None
+                if layout is None or not layout.block:
+                    layout, first = _begin(job, wanted, blocks)
+                blocks.prepare(layout)
+                _check_shards(job.directory, layout, blocks)
+            _Run(job, layout, blocks, first).go()
+        finally:
+            blocks.close()
+
+
+@contextmanager
+def _presence(directory: Path, *, shared: bool) -> Iterator[None]:
+    """Keep out who builds the same cache, or with `shared` who does not share it."""
+    found = os.stat(directory)
+    key = (found.st_dev, found.st_ino)
+    if key in _BUILDING:
+        raise CacheError(f"TeacherCache: {directory} is being built by another process or by a thread of this one")
+    lock = _lock(directory, shared=shared)
+    _BUILDING.add(key)
     try:
-        layout = _continued(directory, wanted)
-        if layout is None:
-            # A header comes last, so what lies here without one is the start of a build that never marked a row.
-            write_file(directory / "samples.i64", ids.astype("<i8").tobytes())
-        elif layout.complete:
-            return
-        _write_rows(directory, teacher, fetch, ids, layout or wanted, batch_size, shard_bytes, mark_seconds, progress)
+        yield
     finally:
+        _BUILDING.discard(key)
         if lock is not None:
             os.close(lock)
 
 
-def _lock(directory: Path) -> int | None:
+def _lock(directory: Path, *, shared: bool) -> int | None:
     if sys.platform == "win32":
-        return None  # there is no such lock there: two builds of one cache are not kept apart
+        if shared:
+            raise CacheError("TeacherCache: shared=True needs POSIX locks, which Windows has not")
+        return None  # two builds of one cache are not kept apart there
     import fcntl
 
     lock = os.open(directory, os.O_RDONLY)
     try:
         # The system lets go of it when the process dies, however it dies.
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(lock, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
     except OSError as error:
         os.close(lock)
-        raise CacheError(f"TeacherCache: {directory} is being built by another process") from error
+        hint = "" if shared else "; shared=True in all of them lets several build it together"
+        raise CacheError(f"TeacherCache: {directory} is being built by another process{hint}") from error
     return lock
+
+
+@contextmanager
+def _asleep(teacher: nn.Module) -> Iterator[None]:
+    awake = [module for module in teacher.modules() if module.training]
+    try:
+        for module in awake:
+            module.training = False
+        yield
+    finally:
+        for module in awake:
+            module.training = True
+
+
+def mismatch(found: Layout, wanted: Fingerprint | str) -> str | None:
+    """Words for how the fingerprint of a cache differs from the one asked for."""
+    whole = wanted if isinstance(wanted, str) else wanted.whole
+    if found.fingerprint == whole:
+        return None
+    which = "" if isinstance(wanted, str) or not found.parts else wanted.difference(found.parts)
+    return f"{f'what differs is {which}; ' if which else ''}its fingerprint is {found.fingerprint!r}, asked for is {whole!r}"
 
 
 def _continued(directory: Path, wanted: Layout) -> Layout | None:
@@ -67,112 +132,69 @@ def _continued(directory: Path, wanted: Layout) -> Layout | None:
     found = read_header(directory)
     if found is None:
         return None
-    for name in ("fingerprint", "ids", "views", "dtype"):
-        theirs, ours = getattr(found, name), getattr(wanted, name)
-        if theirs != ours:
-            what = {"fingerprint": "another teacher, preprocessing or data", "ids": "other samples"}.get(name, name)
+    ours = Fingerprint(**wanted.parts, whole=wanted.fingerprint) if wanted.parts else wanted.fingerprint
+    another = mismatch(found, ours)
+    if another:
+        raise CacheError(
+            f"TeacherCache: {directory} holds another teacher, preprocessing or data: {another}; "
+            "give another path, or delete it"
+        )
+    for name in ("ids", "views", "dtype"):
+        theirs, asked = getattr(found, name), getattr(wanted, name)
+        if theirs != asked:
+            what = "other samples" if name == "ids" else f"another {name.removesuffix('s')}"
             raise CacheError(
-                f"TeacherCache: {directory} holds {what}: its {name} is {theirs!r}, asked for is {ours!r}; "
+                f"TeacherCache: {directory} holds {what}: its {name} is {theirs!r}, asked for is {asked!r}; "
                 "give another path, or delete it"
             )
     return found
 
 
-@torch.no_grad()
-def _write_rows(
-    directory: Path,
-    teacher: nn.Module,
-    fetch: Callable[[Tensor, int], Any],
-    ids: np.ndarray[Any, np.dtype[np.int64]],
-    layout: Layout,
-    batch_size: int,
-    shard_bytes: int,
-    mark_seconds: float,
-    progress: Callable[[int, int], None] | None,
-) -> None:
-    writer: _Writer | None = None
-    at, marked = layout.rows, monotonic()
-    awake = [module for module in teacher.modules() if module.training]
-    try:
-        for module in awake:
-            module.training = False
-        while at < layout.total:
-            view, position = divmod(at, layout.samples)
-            batch = ids[position : position + batch_size]
-            features = _ask(teacher, fetch, batch, view)
-            if not layout.features:
-                layout = _with_features(layout, features, shard_bytes)
-            writer = writer or _Writer(directory, layout)
-            writer.write(_pack(layout, features, batch, view))
-            at += len(batch)
-            if monotonic() - marked >= mark_seconds or at == layout.total:
-                writer.mark(at)
-                marked = monotonic()
-            if progress is not None:
-                progress(at, layout.total)
-    finally:
-        for module in awake:
-            module.training = True
-        if writer is not None:
-            writer.close()
+_First = tuple[NDArray[np.uint8], Errors]
 
 
-class _Writer:
-    """Appends rows to the shards, and marks in the header what is on disk for certain."""
+def _begin(job: Job, wanted: Layout, blocks: Blocks) -> tuple[Layout, _First]:
+    """Compute the first block, which tells the shapes, and write the header; what lay here without one goes."""
+    layout = replace(wanted, block=job.batch_size, features={})
+    features = ask(job.teacher, job.fetch, job.ids[: job.batch_size], 0)
+    layout = replace(layout, features={name: tuple(x.shape[1:]) for name, x in features.items()})
+    layout = replace(layout, shard_rows=max(1, job.shard_bytes // layout.row_bytes))
+    if layout.row_bytes >= 2**31:
+        raise ValueError(
+            f"TeacherCache: features of one sample must take less than 2 GiB, got {layout.row_bytes} bytes"
+        )
+    first = _packed(job, layout, features, 0)
+    blocks.forget()
+    with writing(job.directory):
+        for stale in job.directory.glob("shard-*.bin"):
+            stale.unlink()
+    write_file(job.directory / "samples.i64", job.ids.astype("<i8").tobytes())
+    layout.write(job.directory)
+    return layout, first
 
-    def __init__(self, directory: Path, layout: Layout) -> None:
-        self.directory, self.layout, self.at = directory, layout, layout.rows
-        self.file: BinaryIO | None = None
 
-    def write(self, rows: np.ndarray[Any, Any]) -> None:
-        while len(rows):
-            shard, inside = divmod(self.at, self.layout.shard_rows)
-            if self.file is None:
-                self.file = self._open(shard, inside * self.layout.row_bytes)
-            now = rows[: self.layout.shard_rows - inside]
-            self.file.write(now.tobytes())
-            self.at += len(now)
-            rows = rows[len(now) :]
-            if self.at % self.layout.shard_rows == 0:
-                self._sync()
-                self.file.close()
-                self.file = None
-
-    def mark(self, rows: int) -> None:
-        """The rows first, then the word that they are there."""
-        self._sync()
-        self.layout = replace(self.layout, rows=rows)
-        self.layout.write(self.directory)
-
-    def close(self) -> None:
-        if self.file is not None:
-            # After an error, such as a full disk, closing may fail once more; what was marked stays good.
-            with suppress(OSError):
-                self.file.close()
-
-    def _open(self, shard: int, offset: int) -> BinaryIO:
-        path = shard_path(self.directory, shard)
-        path.touch()
-        file = path.open("r+b")
-        if os.fstat(file.fileno()).st_size < offset:
-            file.close()
+def _check_shards(directory: Path, layout: Layout, blocks: Blocks) -> None:
+    """A block that is marked must have its rows: a file that was cut since cannot be completed."""
+    view, number = np.divmod(np.flatnonzero(blocks.refresh()), -(-layout.samples // layout.block))
+    start = view * layout.samples + number * layout.block
+    stop = view * layout.samples + np.minimum((number + 1) * layout.block, layout.samples)
+    opened = np.zeros(layout.shards + 1, np.int64)
+    np.add.at(opened, start // layout.shard_rows, 1)
+    np.add.at(opened, (stop - 1) // layout.shard_rows + 1, -1)
+    for shard in np.flatnonzero(np.cumsum(opened)):
+        path = shard_path(directory, int(shard))
+        if not path.exists() or path.stat().st_size < layout.bytes_of(int(shard)):
             raise CacheError(
                 f"TeacherCache: {path} is shorter than its header says; delete the cache and build it anew"
             )
-        file.truncate(offset)  # rows written but not marked before a kill
-        file.seek(offset)
-        return file
-
-    def _sync(self) -> None:
-        if self.file is not None:
-            self.file.flush()
-            os.fsync(self.file.fileno())
 
 
-def _ask(
-    teacher: nn.Module, fetch: Callable[[Tensor, int], Any], batch: np.ndarray[Any, np.dtype[np.int64]], view: int
+@torch.no_grad()
+def ask(
+    teacher: nn.Module, fetch: Callable[[Tensor, int], Any], batch: NDArray[np.int64], view: int, inputs: Any = None
 ) -> dict[str, Tensor]:
-    inputs = fetch(torch.from_numpy(batch.copy()), view)
+    """What a teacher says of a batch, float32 on the CPU; `inputs` in place of fetching them."""
+    inputs = fetch(torch.from_numpy(batch.copy()), view) if inputs is None else inputs
     features = teacher(*inputs) if isinstance(inputs, (tuple, list)) else teacher(inputs)
     if not isinstance(features, Mapping) or not features:
         raise TypeError(f"TeacherCache: teacher must return named features, got {type(features).__name__}")
@@ -185,33 +207,89 @@ def _ask(
     return {name: x.detach().float().cpu() for name, x in features.items()}
 
 
-def _with_features(layout: Layout, features: Mapping[str, Tensor], shard_bytes: int) -> Layout:
-    layout = replace(layout, features={name: tuple(x.shape[1:]) for name, x in features.items()})
-    return replace(layout, shard_rows=max(1, shard_bytes // layout.row_bytes))
+def _packed(job: Job, layout: Layout, features: Mapping[str, Tensor], start: int) -> _First:
+    view, at = divmod(start, layout.samples)
+    return pack(layout, features, lambda row: f"sample {job.ids[at + row]}, view {view}")
 
 
-def _pack(
-    layout: Layout, features: Mapping[str, Tensor], batch: np.ndarray[Any, np.dtype[np.int64]], view: int
-) -> np.ndarray[Any, Any]:
-    shapes = {name: tuple(x.shape[1:]) for name, x in features.items()}
-    if shapes != layout.features:
-        raise CacheError(f"TeacherCache: features must be {layout.features} as before, got {shapes}")
-    rows = np.empty(len(batch), layout.row)
-    for at, name in enumerate(layout.features):
-        x = features[name].numpy()
-        largest = np.abs(x.reshape(len(batch), -1)).max(axis=1)
-        bad = np.flatnonzero(~(largest <= np.finfo(DTYPES[layout.dtype]).max))
-        if len(bad):
-            value = largest[bad[0]]
-            remedy = '; use dtype="float32"' if np.isfinite(value) else ""
-            raise ValueError(
-                f"TeacherCache: feature {name!r} of sample {batch[bad[0]]}, view {view} must fit {layout.dtype}, "
-                f"got {value:.4g}{remedy}"
-            )
-        rows[f"f{at}"] = x
-    return rows
+class _Run:
+    """One process at work on a cache."""
+
+    def __init__(self, job: Job, layout: Layout, blocks: Blocks, first: _First | None) -> None:
+        self.job, self.layout, self.blocks, self.first = job, layout, blocks, first
+        self.writer = Writer(job.directory, layout, blocks)
+
+    def go(self) -> None:
+        """Compute what nobody else does, until all is there."""
+        pool = ThreadPoolExecutor(1) if self.job.prefetch else None
+        try:
+            self.writer.count(self.blocks.refresh())
+            self._blocks(pool)
+        except BaseException:
+            # What is whole need not be computed again. A disk that is full fails once more here.
+            with suppress(CacheError, OSError):
+                self.writer.mark()
+            raise
+        finally:
+            if pool is not None:
+                pool.shutdown(wait=True, cancel_futures=True)
+            self.writer.close()
+
+    def _blocks(self, pool: ThreadPoolExecutor | None) -> None:
+        ahead: deque[tuple[int, Future[Any] | None]] = deque()
+        marked = time.monotonic()
+        while True:
+            while len(ahead) <= self.job.prefetch and (block := self.blocks.claim()) is not None:
+                ready = self.first is not None and block == 0
+                ahead.append((block, pool.submit(self._fetch, block) if pool and not ready else None))
+            if not ahead:
+                self.writer.mark()
+                if self.writer.count(self.blocks.refresh()) == self.layout.total:
+                    self.writer.complete()
+                    return
+                self._report()
+                time.sleep(_PATIENCE)
+                continue
+            block, inputs = ahead.popleft()
+            self._compute(block, inputs)
+            if time.monotonic() - marked >= self.job.mark_seconds:
+                self.writer.mark()
+                marked = time.monotonic()
+            self._report()
+
+    def _report(self) -> None:
+        if self.job.progress is not None:
+            self.job.progress(self.writer.done, self.layout.total)
+
+    def _parts(self, block: int) -> Iterator[tuple[NDArray[np.int64], int]]:
+        """A block in batches: one, unless it was begun with a larger `batch_size` than ours."""
+        start, stop = self.layout.rows_in(block)
+        view, position = divmod(start, self.layout.samples)
+        for at in range(position, position + stop - start, self.job.batch_size):
+            yield self.job.ids[at : min(at + self.job.batch_size, position + stop - start)], view
+
+    def _fetch(self, block: int) -> list[Any]:
+        return [self.job.fetch(torch.from_numpy(ids.copy()), view) for ids, view in self._parts(block)]
+
+    def _compute(self, block: int, inputs: "Future[list[Any]] | None") -> None:
+        start, stop = self.layout.rows_in(block)
+        if self.first is not None and block == 0:
+            (rows, errors), self.first = self.first, None
+        else:
+            given = inputs.result() if inputs is not None else [None] * -(-(stop - start) // self.job.batch_size)
+            parts = [
+                ask(self.job.teacher, self.job.fetch, ids, view, each)
+                for (ids, view), each in zip(self._parts(block), given, strict=True)
+            ]
+            features = parts[0] if len(parts) == 1 else _joined(parts)
+            rows, errors = _packed(self.job, self.layout, features, start)
+        self.writer.write(block, rows, errors)
 
 
-def ids_digest(ids: np.ndarray[Any, np.dtype[np.int64]]) -> str:
+def _joined(parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+
+def ids_digest(ids: NDArray[np.int64]) -> str:
     """SHA-256 of the ids as they lie on disk."""
     return hashlib.sha256(ids.astype("<i8").tobytes()).hexdigest()

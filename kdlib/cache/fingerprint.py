@@ -1,17 +1,95 @@
-"""Cache: one digest for all that decides a teacher's outputs. Reads weights; touches no file."""
+"""Cache: digests of all that decides a teacher's outputs. Reads weights; touches no file."""
 
 import hashlib
 import re
 from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import nn
 
 from kdlib.adapters import TeacherAdapter
 
-__all__ = ["model_fingerprint"]
+__all__ = ["Fingerprint", "model_fingerprint"]
+
+_WORDS = {"teacher": "the teacher (weights, code or taps)", "preprocessing": "the preprocessing", "data": "the data"}
+
+
+@dataclass(frozen=True)
+class Fingerprint:
+    """What outputs depend on, in three parts, so that a mismatch can say which of them differs.
+
+    Attributes:
+        teacher: text or digest of weights, code and taps.
+        preprocessing: of what happens to the inputs before the teacher.
+        data: of the list of samples and of how views are made.
+        whole: one text for all three; empty makes it from them.
+
+    Examples:
+        >>> one = Fingerprint("weights", "rgb", "list 1")
+        >>> one.difference(Fingerprint("weights", "bgr", "list 1").parts)
+        'the preprocessing'
+        >>> Fingerprint.of(nn.Linear(2, 2)).difference(Fingerprint.of(nn.Linear(2, 2), data="other").parts)
+        'the teacher (weights, code or taps) and the data'
+    """
+
+    teacher: str
+    preprocessing: str
+    data: str
+    whole: str = ""
+
+    def __post_init__(self) -> None:
+        for name in (*_WORDS, "whole"):
+            if not isinstance(getattr(self, name), str):
+                raise TypeError(f"Fingerprint: {name} must be a str, got {type(getattr(self, name)).__name__}")
+        if not self.whole:
+            digest = hashlib.sha256(b"kdlib parts 1")
+            for name in _WORDS:
+                _add(digest, getattr(self, name))
+            object.__setattr__(self, "whole", digest.hexdigest())
+
+    @classmethod
+    def of(cls, module: nn.Module, *, preprocessing: str = "", data: str = "") -> Self:
+        """That of a module; `whole` is its `model_fingerprint`, whose arguments these are.
+
+        Raises:
+            ValueError: `preprocess` cannot be told apart from another, and no description is given.
+        """
+        whole, teacher, before, listed = (hashlib.sha256(b"kdlib teacher 1") for _ in range(4))
+        for digest, part in ((before, preprocessing), (listed, data)):
+            _add(whole, part)
+            _add(digest, part)
+        for each in _parts(module, described=bool(preprocessing)):
+            content = each.text if isinstance(each, _Before) else each
+            _add(whole, content)
+            _add(before if isinstance(each, _Before) else teacher, content)
+        return cls(teacher.hexdigest(), before.hexdigest(), listed.hexdigest(), whole.hexdigest())
+
+    @property
+    def parts(self) -> dict[str, str]:
+        """Name of each part to its text."""
+        return {name: getattr(self, name) for name in _WORDS}
+
+    def difference(self, parts: dict[str, str]) -> str:
+        """Words for the parts that are not those of another, empty where none is known to differ."""
+        return " and ".join(
+            words for name, words in _WORDS.items() if name in parts and parts[name] != getattr(self, name)
+        )
+
+
+@dataclass(frozen=True)
+class _Before:
+    """A part that tells of preprocessing."""
+
+    text: str | bytes
+
+
+def _add(digest: Any, part: str | bytes) -> None:
+    content = part.encode() if isinstance(part, str) else part
+    digest.update(len(content).to_bytes(8, "little"))
+    digest.update(content)
 
 
 def model_fingerprint(module: nn.Module, *, preprocessing: str = "", data: str = "") -> str:
@@ -38,15 +116,10 @@ def model_fingerprint(module: nn.Module, *, preprocessing: str = "", data: str =
         >>> len(before), model_fingerprint(layer) == before, model_fingerprint(layer, data="other") == before
         (64, True, False)
     """
-    digest = hashlib.sha256(b"kdlib teacher 1")
-    for part in (preprocessing, data, *_parts(module, described=bool(preprocessing))):
-        content = part.encode() if isinstance(part, str) else part
-        digest.update(len(content).to_bytes(8, "little"))
-        digest.update(content)
-    return digest.hexdigest()
+    return Fingerprint.of(module, preprocessing=preprocessing, data=data).whole
 
 
-def _parts(module: nn.Module, *, described: bool) -> Iterator[str | bytes]:
+def _parts(module: nn.Module, *, described: bool) -> Iterator[str | bytes | _Before]:
     own = _own(module)
     if isinstance(own, str):
         yield own
@@ -54,7 +127,8 @@ def _parts(module: nn.Module, *, described: bool) -> Iterator[str | bytes]:
     if isinstance(module, TeacherAdapter):
         yield f"{list(module.taps.items())!r} {module.dtype}"
         if module.preprocess is not None:
-            yield from _callable_parts(module.preprocess, described=described)
+            for part in _callable_parts(module.preprocess, described=described):
+                yield part if isinstance(part, _Before) else _Before(part)
         yield from _parts(module.model, described=described)
         return
     # Addresses in a repr differ from run to run.
@@ -74,7 +148,7 @@ def _own(module: nn.Module) -> object:
     return getattr(module, "fingerprint", None)
 
 
-def _callable_parts(preprocess: Any, *, described: bool) -> Iterator[str | bytes]:
+def _callable_parts(preprocess: Any, *, described: bool) -> Iterator[str | bytes | _Before]:
     if isinstance(preprocess, nn.Module):
         yield from _parts(preprocess, described=described)
         return

@@ -4,26 +4,35 @@ A cache is a directory:
 
 - `header.json`: format, fingerprint, shapes, and how many rows are safely on disk; replaced in one step;
 - `samples.i64`: the sample ids, ascending, little-endian;
-- `shard-00000.bin` and on: rows of fixed length, all features of one (sample, view) side by side.
+- `shard-00000.bin` and on: rows of fixed length, all features of one (sample, view) side by side, and at the end a seal of
+  32 bytes that says which cache and which shard this is;
+- `blocks.bin`: for each block of rows that went through the teacher together, whether it is there, its checksum, and how
+  far the rows on disk are from those of the teacher.
 
-Row `view * samples + position` belongs to the sample at `position` of the ascending ids. Rows are written in that order,
-so that one number says how far a build has come.
+Row `view * samples + position` belongs to the sample at `position` of the ascending ids. A block holds `block` rows of one
+view, the last of a view fewer. Nothing in the header names a file: names are made of numbers.
 """
 
+import hashlib
 import json
 import math
 import os
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-__all__ = ["CacheError", "Layout", "read_header", "write_file"]
+__all__ = ["CacheError", "Layout", "read_header", "write_file", "writing"]
 
-DTYPES = {"float16": "<f2", "float32": "<f4"}
+DTYPES = {"float16": "<f2", "float32": "<f4", "int8": "i1"}
+SEAL_BYTES = 32
+NO_LINK = getattr(os, "O_NOFOLLOW", 0)
+"""A link in a directory from elsewhere must not lead our writing out of it."""
 _HEADER_LIMIT = 1 << 20
+_ERRORS = ("max_cosine", "mean_cosine", "max_relative")
 
 
 class CacheError(ValueError):
@@ -41,10 +50,15 @@ class Layout:
         ids: SHA-256 of `samples.i64`.
         first: the smallest id.
         dense: whether the ids are `first`, `first + 1`, ...
-        dtype: `"float16"` or `"float32"`.
+        dtype: `"float16"`, `"float32"` or `"int8"`.
         features: name to shape of one sample.
         shard_rows: rows of a full shard.
         rows: rows that are safely on disk.
+        parts: the fingerprints of teacher, preprocessing and data each by itself, where they are known.
+        block: rows of a full block; 0 in a cache of an earlier version, which has no seals and no `blocks.bin`.
+        checks: SHA-256 of `blocks.bin`, empty until all rows are there.
+        error: for each feature the cosine error (largest and mean over rows) and the largest relative error.
+        notes: what the builder wished to be known of the cache.
     """
 
     fingerprint: str
@@ -57,6 +71,11 @@ class Layout:
     features: dict[str, tuple[int, ...]]
     shard_rows: int
     rows: int = 0
+    parts: dict[str, str] = field(default_factory=dict)
+    block: int = 0
+    checks: str = ""
+    error: dict[str, dict[str, float]] = field(default_factory=dict)
+    notes: dict[str, str] = field(default_factory=dict)
 
     @property
     def total(self) -> int:
@@ -66,22 +85,63 @@ class Layout:
     @property
     def complete(self) -> bool:
         """Whether every row is there."""
-        return self.rows == self.total
+        return self.rows == self.total and (not self.block or bool(self.checks))
+
+    @property
+    def scales(self) -> int:
+        """Bytes at the head of a row that hold the scales of its features."""
+        return 4 * len(self.features) if self.dtype == "int8" else 0
 
     @property
     def row_bytes(self) -> int:
         """Bytes of one row."""
-        return sum(math.prod(shape) for shape in self.features.values()) * int(self.dtype[5:]) // 8
+        return self.scales + sum(map(math.prod, self.features.values())) * np.dtype(DTYPES[self.dtype]).itemsize
 
     @property
-    def row(self) -> np.dtype[Any]:
-        """One row as NumPy reads it; the fields are numbered as the features are."""
-        kind = DTYPES[self.dtype]
-        return np.dtype([(f"f{at}", kind, shape) for at, shape in enumerate(self.features.values())])
+    def places(self) -> dict[str, tuple[int, int]]:
+        """Name to the first byte of a feature in a row, and the byte after its last."""
+        size, at, found = np.dtype(DTYPES[self.dtype]).itemsize, self.scales, {}
+        for name, shape in self.features.items():
+            found[name] = (at, at + size * math.prod(shape))
+            at = found[name][1]
+        return found
+
+    @property
+    def shards(self) -> int:
+        """Number of shards."""
+        return -(-self.total // self.shard_rows)
 
     def rows_of(self, shard: int) -> int:
         """Rows of one shard of the complete cache."""
         return min(self.shard_rows, self.total - shard * self.shard_rows)
+
+    def bytes_of(self, shard: int) -> int:
+        """Size of the file of one shard."""
+        return self.rows_of(shard) * self.row_bytes + (SEAL_BYTES if self.block else 0)
+
+    def seal_of(self, shard: int) -> bytes:
+        """Last bytes of a shard: another cache, another place in it or another header has another seal."""
+        told = {**asdict(self), **dict.fromkeys(("rows", "checks", "error", "notes", "parts"))}
+        return hashlib.sha256(f"{json.dumps(told, sort_keys=True)} {shard}".encode()).digest()
+
+    @property
+    def blocks(self) -> int:
+        """Number of blocks."""
+        return -(-self.samples // self.block) * self.views
+
+    def rows_in(self, block: int) -> tuple[int, int]:
+        """First row of a block, and the row after its last."""
+        view, number = divmod(block, -(-self.samples // self.block))
+        start = view * self.samples
+        return start + number * self.block, start + min((number + 1) * self.block, self.samples)
+
+    def pieces(self, start: int, stop: int) -> Iterator[tuple[int, int, int]]:
+        """Rows `start` to `stop` as they lie in shards: shard, first row in it, and how many."""
+        while start < stop:
+            shard, inside = divmod(start, self.shard_rows)
+            count = min(stop - start, self.shard_rows - inside)
+            yield shard, inside, count
+            start += count
 
     def write(self, directory: Path) -> None:
         """Replace the header in one step."""
@@ -93,14 +153,44 @@ def shard_path(directory: Path, shard: int) -> Path:
     return directory / f"shard-{shard:05d}.bin"
 
 
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """A disk that is full, or a folder that may not be written to, is one clear error."""
+    try:
+        yield
+    except OSError as error:
+        raise CacheError(
+            f"TeacherCache: cannot write {path}: {error.strerror or error}; what was marked before stays, and the same "
+            "build goes on from there"
+        ) from error
+
+
 def write_file(path: Path, content: bytes) -> None:
     """Write a file so that a kill leaves the old one or the new one."""
     part = path.with_name(path.name + ".part")
-    with part.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    part.replace(path)
+    with writing(path):
+        try:
+            part.unlink(missing_ok=True)
+            with os.fdopen(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL | NO_LINK, 0o666), "wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            part.replace(path)
+        except BaseException:
+            with suppress(OSError):
+                part.unlink(missing_ok=True)
+            raise
+    sync_directory(path.parent)
+
+
+def sync_directory(directory: Path) -> None:
+    """Make names in a directory certain, where the system knows how."""
+    with suppress(OSError):
+        opened = os.open(directory, os.O_RDONLY)
+        try:
+            os.fsync(opened)
+        finally:
+            os.close(opened)
 
 
 def read_header(directory: Path) -> Layout | None:
@@ -113,8 +203,10 @@ def read_header(directory: Path) -> Layout | None:
     try:
         with path.open("rb") as file:
             content = file.read(_HEADER_LIMIT + 1)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
+    except OSError as error:
+        raise CacheError(f"TeacherCache: {path} cannot be read: {error.strerror or error}") from error
     try:
         if len(content) > _HEADER_LIMIT:
             raise ValueError("it is too long")
@@ -128,6 +220,9 @@ def read_header(directory: Path) -> Layout | None:
 
 
 def _layout(header: Mapping[str, Any]) -> Layout:
+    unknown = sorted(set(header) - set(Layout.__dataclass_fields__))
+    if unknown:
+        raise ValueError(f"it has the unknown entry {unknown[0]!r}")
     if not isinstance(header["features"], dict):
         raise ValueError(f"features is {header['features']!r}")
     features = {}
@@ -146,11 +241,16 @@ def _layout(header: Mapping[str, Any]) -> Layout:
         features=features,
         shard_rows=_whole("shard_rows", header["shard_rows"], 1, 2**48),
         rows=_whole("rows", header["rows"], 0, 2**63),
+        parts=_texts("parts", header.get("parts", {})),
+        block=_whole("block", header.get("block", 0), 0, 2**31),
+        checks=_text("checks", header.get("checks", "")),
+        error=_errors(header.get("error", {}), features),
+        notes=_texts("notes", header.get("notes", {})),
     )
     if layout.dtype not in DTYPES or not 1 <= len(features) <= 256 or layout.rows > layout.total:
         raise ValueError(f"dtype {layout.dtype!r}, {len(features)} features, {layout.rows} rows of {layout.total}")
-    if layout.row_bytes >= 2**31:
-        raise ValueError(f"a row has {layout.row_bytes} bytes")
+    if layout.total > 2**62 or layout.row_bytes >= 2**31:
+        raise ValueError(f"it has {layout.total} rows of {layout.row_bytes} bytes")
     return layout
 
 
@@ -164,3 +264,19 @@ def _text(name: str, value: Any) -> str:
     if not isinstance(value, str):
         raise ValueError(f"{name} is {value!r}")
     return value
+
+
+def _texts(name: str, value: Any) -> dict[str, str]:
+    if not isinstance(value, dict):
+        raise ValueError(f"{name} is {value!r}")
+    return {key: _text(f"{name}[{key!r}]", entry) for key, entry in value.items()}
+
+
+def _errors(value: Any, features: Mapping[str, Any]) -> dict[str, dict[str, float]]:
+    good = isinstance(value, dict) and set(value) <= set(features)
+    for entry in value.values() if good else ():
+        good = good and isinstance(entry, dict) and set(entry) == set(_ERRORS)
+        good = good and all(type(each) is float and 0 <= each < math.inf for each in entry.values())
+    if not good:
+        raise ValueError(f"error is {value!r}")
+    return {name: dict(entry) for name, entry in value.items()}

@@ -1,6 +1,6 @@
 """Cache: build, open and read teacher outputs by sample and view. Touches the cache's directory alone."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -8,12 +8,16 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from kdlib._checks import check_choice, check_number
-from kdlib.cache.build import build_cache, ids_digest
-from kdlib.cache.fingerprint import model_fingerprint
-from kdlib.cache.layout import DTYPES, CacheError, Layout, read_header, shard_path
+from kdlib._checks import check_choice, check_name, check_number
+from kdlib.cache.build import Job, build_cache, ids_digest, mismatch
+from kdlib.cache.codec import unpack
+from kdlib.cache.fingerprint import Fingerprint
+from kdlib.cache.layout import DTYPES, SEAL_BYTES, CacheError, Layout, read_header, shard_path
 
 __all__ = ["TeacherCache"]
+
+_MAPPED = 256
+"""Shards held mapped at a time: each takes a file descriptor."""
 
 
 class TeacherCache:
@@ -28,7 +32,10 @@ class TeacherCache:
         features: name to shape of one sample, `(d,)` or `(c, h, w)`.
         samples: number of samples.
         views: number of views of each.
-        dtype: type on disk, `"float16"` or `"float32"`.
+        dtype: type on disk, `"float16"`, `"float32"` or `"int8"`.
+        error: for each feature `max_cosine` and `mean_cosine`, the error 1 - cos between a row of the teacher's and that
+            on disk, and `max_relative`, the length of their difference over that of the row.
+        notes: what the builder wished to be known.
 
     Examples:
         >>> import tempfile
@@ -49,6 +56,8 @@ class TeacherCache:
         self.fingerprint = layout.fingerprint
         self.features = dict(layout.features)
         self.samples, self.views, self.dtype = layout.samples, layout.views, layout.dtype
+        self.error = {name: dict(entry) for name, entry in layout.error.items()}
+        self.notes = dict(layout.notes)
         self._layout = layout
         self._shards: dict[int, np.ndarray[Any, Any]] = {}
         self._ids: np.ndarray[Any, Any] | None = None
@@ -62,7 +71,7 @@ class TeacherCache:
         *,
         samples: int | Sequence[int] | Tensor,
         views: int = 1,
-        fingerprint: str | None = None,
+        fingerprint: str | Fingerprint | None = None,
         preprocessing: str = "",
         data: str = "",
         dtype: str = "float16",
@@ -70,11 +79,18 @@ class TeacherCache:
         shard_bytes: int = 1 << 28,
         mark_seconds: float = 5.0,
         progress: Callable[[int, int], None] | None = None,
+        shared: bool = False,
+        prefetch: int = 0,
+        notes: Mapping[str, str] | None = None,
     ) -> Self:
         """Compute the outputs of a teacher for every sample and view, or what is still missing of them.
 
         A build that was killed goes on where it stood when called again, without fetching what is done, and ends with
-        the same bytes, given the same `batch_size`. On a complete cache it returns at once. One process at a time.
+        the same bytes, given the same `batch_size` and number of threads. On a complete cache it returns at once.
+
+        With `shared=True` in each, several processes build one cache at a time: each takes the next block of `batch_size`
+        rows that nobody has, and all return when the last is there. One that is killed loses its unmarked blocks, which the
+        others compute. All must be of one machine, or of machines whose common file system has POSIX locks.
 
         Args:
             path: directory, made if need be.
@@ -83,29 +99,38 @@ class TeacherCache:
                 must give the same for the same arguments: draw any augmentation from a seed made of both.
             samples: ids, distinct whole numbers; or n for 0 to n - 1.
             views: number of views of each sample: 2 for an image and its flip, or so many augmentations.
-            fingerprint: what the outputs depend on; `None` computes the `model_fingerprint` of the teacher.
+            fingerprint: what the outputs depend on, in a text or in its three parts; `None` takes that of the teacher,
+                whose whole is its `model_fingerprint`.
             preprocessing: description of what happens to the inputs before the teacher, for the fingerprint.
             data: description or digest of the data and of how views are made, for the fingerprint.
-            dtype: type on disk, `"float16"` or `"float32"`.
+            dtype: type on disk, `"float16"`, `"float32"`, or `"int8"` with a scale for each row of each feature. What
+                this costs is measured and kept, see `error`.
             batch_size: samples in a forward.
             shard_bytes: largest size of a file; one row at least.
             mark_seconds: how often progress is made certain on disk; a kill loses at most that much work.
             progress: called with rows done and rows in all after each batch.
+            shared: let other processes that say so too build the same cache at the same time. Not on Windows.
+            prefetch: batches that `fetch` prepares ahead, in a thread of its own, while the teacher runs.
+            notes: texts to keep in the header, of whoever begins the cache.
 
         Returns:
             The complete cache, open.
 
         Raises:
-            CacheError: `path` holds the outputs of another teacher, preprocessing or data, or is being built.
+            CacheError: `path` holds the outputs of another teacher, preprocessing or data (which of them, where that is
+                known), is being built, or cannot be written to.
             ValueError: ids that are not distinct, a feature that is not finite or does not fit `dtype`.
         """
         check_choice("TeacherCache", "dtype", dtype, tuple(DTYPES))
         for name, value in (("views", views), ("batch_size", batch_size), ("shard_bytes", shard_bytes)):
             check_number("TeacherCache", name, value, least=1, integer=True)
         check_number("TeacherCache", "mark_seconds", mark_seconds, least=0)
+        check_number("TeacherCache", "prefetch", prefetch, least=0, integer=True)
         ids = _ids(samples)
+        if fingerprint is None or fingerprint == "":
+            fingerprint = Fingerprint.of(teacher, preprocessing=preprocessing, data=data)
         wanted = Layout(
-            fingerprint=fingerprint or model_fingerprint(teacher, preprocessing=preprocessing, data=data),
+            fingerprint=fingerprint.whole if isinstance(fingerprint, Fingerprint) else fingerprint,
             samples=len(ids),
             views=views,
             ids=ids_digest(ids),
@@ -114,27 +139,31 @@ class TeacherCache:
             dtype=dtype,
             features={},
             shard_rows=1,
+            parts=fingerprint.parts if isinstance(fingerprint, Fingerprint) else {},
+            notes=dict(notes or {}),
         )
-        build_cache(
+        job = Job(
             Path(path),
             teacher,
             fetch,
             ids,
-            wanted,
             batch_size=batch_size,
             shard_bytes=shard_bytes,
             mark_seconds=mark_seconds,
+            prefetch=prefetch,
             progress=progress,
         )
-        return cls.open(path, fingerprint=wanted.fingerprint)
+        build_cache(job, wanted, shared=shared)
+        return cls.open(path, fingerprint=fingerprint)
 
     @classmethod
-    def open(cls, path: str | Path, *, fingerprint: str | None = None) -> Self:
+    def open(cls, path: str | Path, *, fingerprint: str | Fingerprint | None = None) -> Self:
         """Open a complete cache.
 
         Args:
             path: its directory.
-            fingerprint: what it must have been computed from; `None` does not ask.
+            fingerprint: what it must have been computed from; `None` does not ask. With a `Fingerprint` the error says
+                which part differs.
 
         Raises:
             CacheError: there is none, it is not complete, or it was computed from something else.
@@ -143,10 +172,10 @@ class TeacherCache:
         layout = read_header(path)
         if layout is None:
             raise CacheError(f"TeacherCache: there is no cache at {path}")
-        if fingerprint is not None and layout.fingerprint != fingerprint:
+        another = None if fingerprint is None else mismatch(layout, fingerprint)
+        if another:
             raise CacheError(
-                f"TeacherCache: {path} was computed from another teacher, preprocessing or data: "
-                f"its fingerprint is {layout.fingerprint!r}, asked for is {fingerprint!r}"
+                f"TeacherCache: {path} was computed from another teacher, preprocessing or data: {another}"
             )
         if not layout.complete:
             raise CacheError(
@@ -154,32 +183,75 @@ class TeacherCache:
             )
         return cls(path, layout)
 
-    def read(self, samples: Tensor | Sequence[int], views: Tensor | Sequence[int] | int = 0) -> dict[str, Tensor]:
+    def read(
+        self,
+        samples: Tensor | Sequence[int],
+        views: Tensor | Sequence[int] | int = 0,
+        features: Sequence[str] | None = None,
+    ) -> dict[str, Tensor]:
         """Features of `b` samples.
 
         Args:
             samples: `(b,)` ids, in any order, repeats allowed.
             views: `(b,)` views, or one for all.
+            features: which ones; `None` for all.
 
         Returns:
             Name to `(b, ...)` float32 on the CPU.
 
         Raises:
             CacheError: a sample or view that is not there, or a file that is damaged.
+            ValueError: a feature that is not there.
         """
         wanted = _whole("samples", samples)
         seen = np.full(len(wanted), views, np.int64) if isinstance(views, int) else _whole("views", views)
         if len(seen) != len(wanted):
             raise ValueError(f"TeacherCache: views must be (b,) like samples ({len(wanted)},), got ({len(seen)},)")
+        for name in features or ():
+            check_name("TeacherCache", "feature", name, self.features)
         rows = self._rows(wanted, seen)
-        out = {name: np.empty((len(rows), *shape), np.float32) for name, shape in self.features.items()}
-        shards = rows // self._layout.shard_rows
-        for shard in np.unique(shards):
-            here = np.flatnonzero(shards == shard)
-            content = self._shard(int(shard))[rows[here] % self._layout.shard_rows]
-            for at, name in enumerate(self.features):
-                out[name][here] = content[f"f{at}"]
-        return {name: torch.from_numpy(x) for name, x in out.items()}
+        out = self._read_rows(rows, list(self.features if features is None else features))
+        self._check_finite(out, rows)
+        return out
+
+    def _check_finite(self, features: Mapping[str, Tensor], rows: np.ndarray[Any, Any]) -> None:
+        for name, x in features.items():
+            # One pass finds most of it; a sum beyond float32 is no fault of its terms.
+            if not torch.isfinite(x.sum()) and not torch.isfinite(x).all():
+                at = int(torch.nonzero(~torch.isfinite(x).reshape(len(x), -1).all(1))[0])
+                view, position = divmod(int(rows[at]), self.samples)
+                raise CacheError(
+                    f"TeacherCache: {self.path} is damaged: feature {name!r} of sample "
+                    f"{self._ids_at(np.asarray([position]))[0]}, view {view} is not finite"
+                )
+
+    def _raw(self, start: int, stop: int) -> np.ndarray[Any, Any]:
+        """Bytes of consecutive rows."""
+        pieces = self._layout.pieces(start, stop)
+        return np.concatenate([self._shard(shard)[at : at + count] for shard, at, count in pieces])
+
+    def _ids_at(self, positions: np.ndarray[Any, Any]) -> np.ndarray[Any, np.dtype[np.int64]]:
+        found = positions + self._layout.first if self._layout.dense else self._mapped_ids()[positions]
+        return np.asarray(found, np.int64)
+
+    def _mapped_ids(self) -> np.ndarray[Any, Any]:
+        if self._ids is None:
+            count = self._layout.samples
+            self._ids = self._map(self.path / "samples.i64", np.dtype("<i8"), (count,), 8 * count)
+        return self._ids
+
+    def _read_rows(self, rows: np.ndarray[Any, Any], names: list[str]) -> dict[str, Tensor]:
+        layout = self._layout
+        shards, inside = np.divmod(rows, layout.shard_rows)
+        if layout.shards == 1 and len(rows):
+            found = np.asarray(self._shard(0)).take(inside, axis=0)
+        else:
+            # Each file is looked at before memory is taken on the word of the header.
+            parts = [(np.flatnonzero(shards == shard), self._shard(int(shard))) for shard in np.unique(shards)]
+            found = np.empty((len(rows), layout.row_bytes), np.uint8)
+            for here, content in parts:
+                found[here] = np.asarray(content).take(inside[here], axis=0)
+        return unpack(layout, found, names)
 
     def _rows(self, samples: np.ndarray[Any, Any], views: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
         layout = self._layout
@@ -187,10 +259,9 @@ class TeacherCache:
             position = samples - layout.first
             known = (samples >= layout.first) & (position < layout.samples)
         else:
-            if self._ids is None:
-                self._ids = self._map(self.path / "samples.i64", np.dtype("<i8"), layout.samples)
-            position = np.searchsorted(self._ids, samples)
-            known = self._ids[np.minimum(position, layout.samples - 1)] == samples
+            ids = self._mapped_ids()
+            position = np.searchsorted(ids, samples)
+            known = ids[np.minimum(position, layout.samples - 1)] == samples
         missing = np.flatnonzero(~known | (views < 0) | (views >= layout.views))
         if len(missing):
             at = missing[0]
@@ -202,16 +273,27 @@ class TeacherCache:
         return rows
 
     def _shard(self, shard: int) -> np.ndarray[Any, Any]:
-        if shard not in self._shards:
-            path = shard_path(self.path, shard)
-            self._shards[shard] = self._map(path, self._layout.row, self._layout.rows_of(shard))
-        return self._shards[shard]
+        """Bytes `(rows, row_bytes)` of one shard."""
+        found = self._shards.get(shard)
+        if found is None:
+            layout, path = self._layout, shard_path(self.path, shard)
+            shape = (layout.rows_of(shard), layout.row_bytes)
+            found = self._map(path, np.dtype(np.uint8), shape, layout.bytes_of(shard))
+            if layout.block:
+                _check_seal(path, layout.seal_of(shard))
+            if len(self._shards) >= _MAPPED:
+                self._shards.pop(next(iter(self._shards)))
+            self._shards[shard] = found
+        return found
 
-    def _map(self, path: Path, dtype: np.dtype[Any], rows: int) -> np.ndarray[Any, Any]:
-        size = path.stat().st_size if path.exists() else -1
-        if size != rows * dtype.itemsize:
-            raise CacheError(f"TeacherCache: {path} must have {rows * dtype.itemsize} bytes, got {max(size, 0)}")
-        return np.memmap(path, dtype, mode="r", shape=(rows,))
+    def _map(self, path: Path, dtype: np.dtype[Any], shape: tuple[int, ...], size: int) -> np.ndarray[Any, Any]:
+        try:
+            got = path.stat().st_size if path.is_file() else 0
+            if got == size:
+                return np.memmap(path, dtype, mode="r", shape=shape)
+        except OSError as error:
+            raise CacheError(f"TeacherCache: {path} cannot be read: {error.strerror or error}") from error
+        raise CacheError(f"TeacherCache: {path} must have {size} bytes, got {got}")
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_shards": {}, "_ids": None}
@@ -221,6 +303,15 @@ class TeacherCache:
 
     def __repr__(self) -> str:
         return f"TeacherCache.open({str(self.path)!r}, fingerprint={self.fingerprint!r})"
+
+
+def _check_seal(path: Path, seal: bytes) -> None:
+    with path.open("rb") as file:
+        file.seek(-SEAL_BYTES, 2)
+        if file.read(SEAL_BYTES) != seal:
+            raise CacheError(
+                f"TeacherCache: {path} does not belong to its header: one of the two is of another cache, or was changed"
+            )
 
 
 def _ids(samples: int | Sequence[int] | Tensor) -> np.ndarray[Any, np.dtype[np.int64]]:

@@ -192,7 +192,7 @@ def test_bad_arguments_and_bad_outputs(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="at least one id"):
         build(tmp_path, Fetch(), samples=[])
     with pytest.raises(ValueError, match="dtype must be one of"):
-        build(tmp_path, Fetch(), dtype="int8")
+        build(tmp_path, Fetch(), dtype="int4")
     with pytest.raises(CacheError, match="there is no cache"):
         TeacherCache.open(tmp_path)
 

@@ -1,0 +1,138 @@
+"""Cache: features to the bytes of rows and back, and how far apart the two are. Touches tensors only.
+
+`float16` and `float32` store what they say. `int8` stores for each row of each feature one scale and whole numbers:
+
+    q = round(127 * x / max |x|),    x' = q * max |x| / 127
+
+The error of a row is 1 - cos(x, x') and |x' - x| / |x|.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from kdlib.cache.layout import CacheError, Layout
+
+__all__ = ["Errors", "pack", "unpack"]
+
+_LARGEST = {"float16": 65504.0, "float32": float(np.finfo(np.float32).max), "int8": float(np.finfo(np.float32).max)}
+_NARROW = 1e-12
+"""Rows with no entry above this are enlarged before they are squared: their squares are no longer exact."""
+
+Errors = tuple[NDArray[np.float32], NDArray[np.float64], NDArray[np.float32]]
+"""For each feature: the largest cosine error of the rows, the sum over them, and the largest relative error."""
+
+
+def pack(
+    layout: Layout, features: Mapping[str, Tensor], name_row: Callable[[int], str]
+) -> tuple[NDArray[np.uint8], Errors]:
+    """Rows as they lie on disk, and their errors.
+
+    Args:
+        layout: of the cache.
+        features: name to `(b, ...)` float32 on the CPU.
+        name_row: words for row i in an error.
+
+    Returns:
+        `(b, row_bytes)` uint8, and the errors.
+
+    Raises:
+        CacheError: other features than before.
+        ValueError: a value that is not finite or does not fit the type on disk.
+    """
+    shapes = {name: tuple(x.shape[1:]) for name, x in features.items()}
+    if shapes != layout.features:
+        raise CacheError(f"TeacherCache: features must be {layout.features} as before, got {shapes}")
+    count = len(next(iter(features.values())))
+    rows = np.empty((count, layout.row_bytes), np.uint8)
+    worst, total, relative = [], [], []
+    for at, (name, (start, stop)) in enumerate(layout.places.items()):
+        x = features[name].reshape(count, -1)
+        largest = x.abs().amax(1)
+        _check(layout.dtype, name, largest, name_row)
+        if layout.dtype == "int8":
+            # The factor may lie beyond float32, as for a row of 1e-40.
+            factor = torch.where(largest > 0, 127.0 / largest.double(), 0.0)[:, None]
+            wide = bool((factor > 1e30).any())
+            x = (x.double() * factor).float() if wide else x * factor.float()
+            stored = x.round()
+            scale = (largest.double() / 127.0).float()
+            rows[:, 4 * at : 4 * at + 4] = scale.numpy().astype("<f4").reshape(-1, 1).view(np.uint8)
+            rows[:, start:stop] = stored.to(torch.int8).numpy().view(np.uint8)
+        elif layout.dtype == "float16":
+            half = x.half()
+            rows[:, start:stop] = half.numpy().view(np.uint8)
+            stored = half.float()
+            narrow = (largest > 0) & (largest < _NARROW)
+            if narrow.any():
+                x, stored = (each / torch.where(narrow, largest, 1.0)[:, None] for each in (x, stored))
+        else:
+            rows[:, start:stop] = x.contiguous().numpy().view(np.uint8)
+            stored = x
+        cosine, apart = _distance(x, stored) if stored is not x else (np.zeros(1), np.zeros(1))
+        worst.append(cosine.max())
+        total.append(cosine.sum())
+        relative.append(apart.max())
+    return rows, (np.asarray(worst, np.float32), np.asarray(total, np.float64), np.asarray(relative, np.float32))
+
+
+def _check(dtype: str, name: str, largest: Tensor, name_row: Callable[[int], str]) -> None:
+    bad = torch.nonzero(~(largest <= _LARGEST[dtype])).flatten()
+    if len(bad):
+        value = float(largest[bad[0]])
+        remedy = '; use dtype="float32"' if math.isfinite(value) else ""
+        raise ValueError(
+            f"TeacherCache: feature {name!r} of {name_row(int(bad[0]))} must fit {dtype}, got {value:.4g}{remedy}"
+        )
+
+
+def _distance(x: Tensor, stored: Tensor) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """1 - cos and the relative length of the difference d, each `(b,)`.
+
+    With p = <x, d> / |x|^2 and q = |d|^2 / |x|^2: cos = (1 + r)^(-1/2), r = (q - p^2) / (1 + p)^2. Nothing nearly equal is
+    subtracted, so that float32 shows errors far below its own precision of 1 - cos.
+    """
+    d = stored - x
+    square, p, q = (torch.linalg.vecdot(a, b).double().numpy() for a, b in ((x, x), (x, d), (d, d)))
+    with np.errstate(all="ignore"):
+        p, q = p / square, q / square
+        r = np.maximum(q - p * p, 0.0) / (1.0 + p) ** 2
+        root = np.sqrt(1.0 + r)
+        cosine = r / (root * (root + 1.0))
+    # A row of zeros is stored without error; one that became zero has lost its direction.
+    cosine, apart = np.where(p > -0.999, cosine, 1.0), np.sqrt(q)
+    return np.where(square > 0, cosine, 0.0), np.where(square > 0, apart, 0.0)
+
+
+def unpack(layout: Layout, rows: NDArray[np.uint8], names: Iterable[str]) -> dict[str, Tensor]:
+    """Features of rows as they lie on disk.
+
+    Args:
+        layout: of the cache.
+        rows: `(b, row_bytes)` uint8, writable, rows contiguous.
+        names: which features.
+
+    Returns:
+        Name to `(b, ...)` float32.
+    """
+    order, places = list(layout.features), layout.places
+    out = {}
+    for name in names:
+        start, stop = places[name]
+        shape = (len(rows), *layout.features[name])
+        if layout.dtype == "int8":
+            at = 4 * order.index(name)
+            scale = np.ascontiguousarray(rows[:, at : at + 4]).view("<f4").astype(np.float32)
+            x = torch.from_numpy(rows[:, start:stop].view(np.int8)).float().mul_(torch.from_numpy(scale))
+        else:
+            kind = np.float16 if layout.dtype == "float16" else np.float32
+            values = rows[:, start:stop]
+            if layout.row_bytes % np.dtype(kind).itemsize or not values.flags.c_contiguous:
+                values = np.ascontiguousarray(values)
+            x = torch.from_numpy(values.view(kind)).to(torch.float32)
+        out[name] = x.reshape(shape)
+    return out
