@@ -16,7 +16,7 @@ from matplotlib.ticker import FuncFormatter, LogFormatterSciNotation, LogLocator
 
 from kdlib_faces.report import words
 from kdlib_faces.report.curves import training
-from kdlib_faces.report.theme import Theme, dress, legend, looks, new_figure, plain
+from kdlib_faces.report.theme import Theme, dress, grid, legend, looks, new_figure, plain
 from kdlib_faces.report.view import ALL, Estimate, View
 
 __all__ = ["FIGURES", "Plot"]
@@ -33,11 +33,6 @@ class Plot(NamedTuple):
     title: str
     caption: str
     draw: Draw
-
-
-def _grid(figure: Figure, panels: int, narrow: bool) -> list[Axes]:
-    shape = (panels, 1) if narrow else (1, panels)
-    return list(np.asarray(figure.subplots(*shape, squeeze=False)).ravel())
 
 
 def _floor(lowest: float) -> float:
@@ -97,7 +92,7 @@ def ages(view: View, theme: Theme, narrow: bool) -> Figure | None:
         figure = new_figure(theme, 5.0, tall * len(metrics) + 0.3 * len(view.names) / 2)
     else:
         figure = new_figure(theme, 10.4, tall + 0.3)
-    for index, (axes, metric) in enumerate(zip(_grid(figure, len(metrics), narrow), metrics, strict=True)):
+    for index, (axes, metric) in enumerate(zip(grid(figure, len(metrics), narrow), metrics, strict=True)):
         title = {"own_auc": "AUC within the bin"}.get(metric, f"Genuine pairs found: {words.metric_name(metric)}")
         dress(axes, theme, title=title, grid="y" if upright else "x")
         _points(axes, view, theme, metric, view.names, upright=upright)
@@ -149,7 +144,7 @@ def differences(view: View, theme: Theme, narrow: bool) -> Figure | None:
     tall = 1.15 + 0.36 * len(bins)
     figure = new_figure(theme, *((5.0, tall * len(metrics) + 0.3) if narrow else (5.2 * len(metrics), tall + 0.3)))
     colour = looks(view, theme)[pair[0]].colour
-    for index, (axes, metric) in enumerate(zip(_grid(figure, len(metrics), narrow), metrics, strict=True)):
+    for index, (axes, metric) in enumerate(zip(grid(figure, len(metrics), narrow), metrics, strict=True)):
         unit = "hundredths" if metric.endswith("auc") else "points"
         dress(axes, theme, title=words.metric_name(metric), x=f"difference, {unit}", grid="x")
         for row, name in enumerate(bins):
@@ -172,7 +167,7 @@ def roc(view: View, theme: Theme, narrow: bool) -> Figure | None:
         return None
     figure = new_figure(theme, *((5.0, 3.5 * len(keys) + 0.5) if narrow else (5.2 * len(keys), 3.9)))
     style = looks(view, theme)
-    for axes, key in zip(_grid(figure, len(keys), narrow), keys, strict=True):
+    for axes, key in zip(grid(figure, len(keys), narrow), keys, strict=True):
         title = "All pairs" if key == ALL else words.first_upper(words.pairs_words(view, key))
         dress(axes, theme, title=plain(title, 44), x="false accept rate", y="true accept rate", grid="both")
         lowest, smallest = 1.0, 0.1
@@ -215,7 +210,7 @@ def scores(view: View, theme: Theme, narrow: bool) -> Figure | None:
     tall = 1.3 + 0.62 * len(bins)
     figure = new_figure(theme, *((5.0, tall * len(chosen)) if narrow else (5.2 * len(chosen), tall)))
     style = looks(view, theme)
-    for index, (axes, name) in enumerate(zip(_grid(figure, len(chosen), narrow), chosen, strict=True)):
+    for index, (axes, name) in enumerate(zip(grid(figure, len(chosen), narrow), chosen, strict=True)):
         histogram = view.age_gap(name)["histogram"]
         edges = np.array(histogram["edges"], dtype=float)
         dress(axes, theme, title=plain(view.label(name)), x="cosine similarity of a pair", grid="x")
@@ -258,7 +253,7 @@ def cost(view: View, theme: Theme, narrow: bool) -> Figure | None:
     if metric is None or len(rows) < 2 or len({size for _, size, _ in rows}) < 2:
         return None
     figure = new_figure(theme, 5.0, 3.6)
-    (axes,) = _grid(figure, 1, narrow)
+    (axes,) = grid(figure, 1, narrow)
     what = "multiply-adds of one image" if key == "macs" else "parameters"
     dress(axes, theme, title=plain(f"{words.metric_name(metric)}, {words.large_words(view)}", 48), x=what, grid="both")
     style, lowest, highest, seen = looks(view, theme), 1.0, 0.0, {}  # type: ignore[var-annotated] # sizes met so far

@@ -9,17 +9,22 @@ import io
 import json
 import os
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from matplotlib.figure import Figure
+
 from kdlib_faces._checks import InputError, report_key
+from kdlib_faces.progress import progress as show
 from kdlib_faces.report import html, markdown
+from kdlib_faces.report.elements import FigureImages, Shown
 from kdlib_faces.report.figures import FIGURES
-from kdlib_faces.report.html import FigureImages, Shown
 from kdlib_faces.report.pictures import Picture
+from kdlib_faces.report.plots import PLOTS
 from kdlib_faces.report.schema import check_run, to_json
-from kdlib_faces.report.theme import DARK, LIGHT, to_png
+from kdlib_faces.report.theme import DARK, LIGHT, Theme, to_png
 from kdlib_faces.report.view import View
 
 __all__ = ["render", "write"]
@@ -51,13 +56,20 @@ def _folder(directory: str | os.PathLike[str]) -> Path:
     return folder
 
 
-def write(directory: str | os.PathLike[str], run: Mapping[str, Any], *, pictures: Sequence[Picture] = ()) -> Path:
+def write(
+    directory: str | os.PathLike[str],
+    run: Mapping[str, Any],
+    *,
+    pictures: Sequence[Picture] = (),
+    progress: bool = False,
+) -> Path:
     """Write `report.json`, `report.md`, `report.html` and `figures/*.png`.
 
     Args:
         directory: made if absent; earlier report files in it are replaced.
         run: the content of report.json (see `check_run`); non-finite numbers become null.
-        pictures: shown at the end of the report, kept as figures/NAME.png.
+        pictures: shown at the end of the report, or with the protocol that names them, and kept as figures/NAME.png.
+        progress: show how many figures are drawn.
 
     Returns:
         The path of report.html.
@@ -73,7 +85,7 @@ def write(directory: str | os.PathLike[str], run: Mapping[str, Any], *, pictures
     """
     data = to_json(run)
     check_run(data)
-    own = {plot.name for plot in FIGURES}
+    own = _own_names(data)
     for index, picture in enumerate(pictures):
         taken = own | {other.name for other in pictures[:index]}
         if picture.name in taken:
@@ -89,7 +101,7 @@ def write(directory: str | os.PathLike[str], run: Mapping[str, Any], *, pictures
         buffer = io.BytesIO()
         picture.pixels.save(buffer, format="PNG")
         _save(folder / "figures" / f"{picture.name}.png", buffer.getvalue())
-    return render(folder)
+    return render(folder, progress=progress)
 
 
 def _read(folder: Path) -> Any:
@@ -111,7 +123,7 @@ def _read(folder: Path) -> Any:
 
 def _find_pictures(folder: Path, run: Mapping[str, Any]) -> tuple[list[Shown], list[str]]:
     """The recorded pictures that are PNG files below `folder`, and the names of the others."""
-    own = {plot.name for plot in FIGURES}
+    own = _own_names(run)
     shown, missing = [], []
     root = folder.resolve()
     for name, relative in (run.get("figures") or {}).items():
@@ -135,11 +147,32 @@ def _find_pictures(folder: Path, run: Mapping[str, Any]) -> tuple[list[Shown], l
     return shown, missing
 
 
-def render(directory: str | os.PathLike[str]) -> Path:
+Job = Callable[[Theme, bool], Figure | None]
+
+
+def _jobs(view: View) -> dict[str, Job]:
+    """File name -> the function of theme and width that draws it. Protocols take the place of the figures by age gap."""
+    kept = FIGURES if not view.evaluations else [plot for plot in FIGURES if plot.name in ("cost", "training")]
+    jobs: dict[str, Job] = {plot.name: partial(plot.draw, view) for plot in kept}
+    for evaluation in view.evaluations:
+        for plot, (_, _, draw) in PLOTS.items():
+            jobs[f"{evaluation.name}-{plot}"] = partial(draw, view, evaluation)
+    return jobs
+
+
+def _own_names(run: Mapping[str, Any]) -> set[str]:
+    """Names that figures of this run take."""
+    return {plot.name for plot in FIGURES} | {
+        f"{evaluation['name']}-{plot}" for evaluation in run.get("evaluations") or () for plot in PLOTS
+    }
+
+
+def render(directory: str | os.PathLike[str], *, progress: bool = False) -> Path:
     """Remake report.md, report.html and the figures from report.json and the pictures on disk.
 
     Args:
         directory: holds report.json.
+        progress: show how many figures are drawn.
 
     Returns:
         The path of report.html.
@@ -153,19 +186,22 @@ def render(directory: str | os.PathLike[str]) -> Path:
     _folder(folder)
     view = View(run)
     figures: dict[str, FigureImages] = {}
-    for plot in FIGURES:
-        wide = plot.draw(view, LIGHT, False)
-        path = folder / "figures" / f"{plot.name}.png"
+    jobs = _jobs(view)
+    for name in {plot.name for plot in FIGURES} - jobs.keys():
+        (folder / "figures" / f"{name}.png").unlink(missing_ok=True)
+    for name, draw in show(jobs.items(), "figures", total=len(jobs), quiet=not progress):
+        path = folder / "figures" / f"{name}.png"
+        wide = draw(LIGHT, False)
         if wide is None:
             path.unlink(missing_ok=True)
             continue
-        others = [plot.draw(view, theme, narrow) for theme, narrow in ((DARK, False), (LIGHT, True), (DARK, True))]
+        others = [draw(theme, narrow) for theme, narrow in ((DARK, False), (LIGHT, True), (DARK, True))]
         light, dark, light_narrow, dark_narrow = (to_png(figure) for figure in (wide, *others) if figure is not None)
         width = round(100 * wide.get_size_inches()[0])
-        figures[plot.name] = FigureImages(light, dark, light_narrow, dark_narrow, width)
+        figures[name] = FigureImages(light, dark, light_narrow, dark_narrow, width)
         _save(path, light)
     shown, missing = _find_pictures(folder, run)
-    listed = [(s.title, s.caption, s.path) for s in shown]
+    listed = {s.name: (s.title, s.caption, s.path) for s in shown}
     _save(folder / "report.md", markdown.page(view, list(figures), listed, missing).encode())
     _save(folder / "report.html", html.page(view, figures, shown, missing).encode())
     return folder / "report.html"

@@ -6,8 +6,12 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from kdlib_faces.report import notes, tables, words
+from kdlib_faces.report import evaluation_tables, notes, tables, words
+from kdlib_faces.report.evaluations import Evaluation
 from kdlib_faces.report.figures import FIGURES
+from kdlib_faces.report.plots import PLOTS
+from kdlib_faces.report.sections import counts_rows
+from kdlib_faces.report.summary import evaluations_finding
 from kdlib_faces.report.tables import Cell, Table
 from kdlib_faces.report.view import View
 
@@ -43,33 +47,69 @@ def _facts(values: Mapping[str, Any]) -> str:
     return "\n".join(["| name | value |", "|---|---|", *lines]) + "\n"
 
 
-def page(view: View, drawn: Sequence[str], pictures: Sequence[tuple[str, str, str]], missing: Sequence[str]) -> str:
+def _evaluation(
+    view: View, evaluation: Evaluation, drawn: Sequence[str], pictures: Mapping[str, tuple[str, str, str]]
+) -> list[str]:
+    """One protocol: measures, convention, figures with their tables, pictures."""
+    out = [f"## {_text(evaluation.title)}\n", _text(evaluation.question) + "\n" if evaluation.question else ""]
+    if evaluation.measures:
+        out.append(_table(evaluation_tables.measures_table(view, evaluation)))
+    rows = [f"| {_text(name)} | {_text(text)} |" for name, text in counts_rows(evaluation)]
+    out.append("\n".join(["| what was measured | and how |", "|---|---|", *rows]) + "\n" if rows else "")
+    for plot, (title, caption, _) in PLOTS.items():
+        if f"{evaluation.name}-{plot}" not in drawn:
+            continue
+        out.append(f"### {title}\n\n![{title}](figures/{evaluation.name}-{plot}.png)\n\n{_text(caption)}\n")
+        if plot == "bins":
+            for bins in evaluation.bins:
+                table = evaluation_tables.bins_table(view, evaluation, bins)
+                out.append(f"{_text(bins.title)}:\n\n{_table(table)}")
+        if plot == "differences":
+            out.append(_text(evaluation.difference_rule) + "\n" if evaluation.difference_rule else "")
+            out.append(_table(evaluation_tables.differences_table(view, evaluation)))
+    for name in evaluation.pictures:
+        if name in pictures:
+            title, caption, path = pictures[name]
+            out.append(f"### {_text(title)}\n\n![{_text(title)}]({path})\n\n{_text(caption)}\n")
+    if evaluation.scores:
+        out.append("Scores: " + ", ".join(f"`{path}`" for path in evaluation.scores.values()) + "\n")
+    out.append("\n".join(f"- {_text(note)}" for note in evaluation.notes) + "\n" if evaluation.notes else "")
+    return out
+
+
+def page(view: View, drawn: Sequence[str], pictures: Mapping[str, tuple[str, str, str]], missing: Sequence[str]) -> str:
     """The whole document.
 
     Args:
         view: the run.
         drawn: names of the figures that are on disk.
-        pictures: (title, caption, relative path) of the caller's pictures.
+        pictures: name -> (title, caption, relative path) of the caller's pictures.
         missing: names of pictures that were recorded and are not on disk.
 
     Returns:
         Markdown text (CommonMark with pipe tables).
     """
-    run, found = view.run, words.finding(view)
+    run, found = view.run, evaluations_finding(view) if view.evaluations else words.finding(view)
     figures = {
         p.name: f"![{p.title}](figures/{p.name}.png)\n\n{_text(p.caption)}\n" for p in FIGURES if p.name in drawn
     }
     out = [f"# {_text(run['title'])}\n", f"**{_text(found.headline)}**\n"]
     out += [_text(sentence) + "\n" for sentence in found.sentences]
-    if view.bin_metrics():
+    placed = {name for evaluation in view.evaluations for name in evaluation.pictures}
+    if len(view.evaluations) > 1:
+        out += ["## Overview\n", _table(evaluation_tables.overview_table(view))]
+    for evaluation in view.evaluations:
+        out += _evaluation(view, evaluation, drawn, pictures)
+    if view.bin_metrics() and not view.evaluations:
         out.append("## Accuracy " + ("between age groups\n" if view.kind == "group" else "against age gap\n"))
         out.append(figures.get("ages", ""))
         for metric in view.bin_metrics():
             out += [f"### {_text(words.metric_name(metric))}\n", _table(tables.bins_table(view, metric))]
-    if view.comparisons:
+    if view.comparisons and not view.evaluations:
         out += ["## Is the difference real?\n", _text(notes.separate(view)) + "\n", figures.get("differences", "")]
         out.append(_table(tables.comparisons_table(view)))
-    out += ["## The models\n", _table(tables.models_table(view)), _text(notes.models(view)) + "\n"]
+    out += ["## The models\n", _table(tables.models_table(view))]
+    out.append("" if view.evaluations else _text(notes.models(view)) + "\n")
     out.append(figures.get("cost", ""))
     seeds = tables.seeds_table(view)
     if seeds is not None:
@@ -82,9 +122,10 @@ def page(view: View, drawn: Sequence[str], pictures: Sequence[tuple[str, str, st
         out += ["## Weight of each teacher\n", _table(weights)]
     if run.get("agreement"):
         out += ["## Agreement with the teachers\n", _facts(run["agreement"])]
-    if pictures:
+    free = [picture for name, picture in pictures.items() if name not in placed]
+    if free:
         out.append("## Pictures\n")
-        out += [f"### {_text(t)}\n\n![{_text(t)}]({path})\n\n{_text(caption)}\n" for t, caption, path in pictures]
+        out += [f"### {_text(t)}\n\n![{_text(t)}]({path})\n\n{_text(caption)}\n" for t, caption, path in free]
     out.append("## Data and setup\n")
     data = run.get("data") or {}
     table = tables.data_table(view)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from kdlib_faces.report import words
+from kdlib_faces.report.summary import evaluations_limits
 from kdlib_faces.report.view import View
 
 __all__ = ["is_synthetic", "limits", "made", "models", "separate", "tiles"]
@@ -20,6 +21,8 @@ def is_synthetic(view: View) -> bool:
 def tiles(view: View, verdict_words: str) -> list[tuple[int, tuple[str, str, str]]]:
     """Up to three (kind, (name, value, note)): kind 0 what was kept, 1 the gain, 2 the size."""
     out: list[tuple[int, tuple[str, str, str]]] = []
+    if view.evaluations:
+        return out
     large = view.large
     teacher = view.best_teacher(large) if large is not None else None
     if large is not None and view.distilled is not None:
@@ -78,21 +81,25 @@ def limits(view: View, missing: Sequence[str] = ()) -> list[str]:
         )
     else:
         out.append("The numbers describe the test images named above, and no other cameras, people or ages.")
-    out.append(
-        f"Intervals are {words.level_words(view)} intervals from resampling whole identities: they cover the choice "
-        "of test identities. They do not cover the luck of one training run; only several seeds do."
-    )
+    if not view.evaluations:
+        out.append(
+            f"Intervals are {words.level_words(view)} intervals from resampling whole identities: they cover the choice "
+            "of test identities. They do not cover the luck of one training run; only several seeds do."
+        )
     seeds = view.run.get("seeds") or []
     trained = view.run.get("training") or any(model.get("train_steps") for model in view.models.values())
     if trained and len(seeds) <= 1 and len(view.run.get("per_seed") or []) < 2:
         out.append("One seed was trained. Another seed would give somewhat different models.")
-    if view.far is not None:
+    out += evaluations_limits(view)
+    if view.far is not None and not view.evaluations:
         out.append(
             "TAR (true accept rate) and FAR (false accept rate): the threshold is set once on all impostor pairs of "
             "the test set, so that no more than the stated share passes, and then used in every bin."
         )
     out.append("AUC is the chance that a genuine pair scores above an impostor pair; 0.5 is guessing.")
-    if any(model["protocols"].get("verification") for model in view.models.values()):
+    if any("verification" in model["protocols"] for model in view.models.values()) or any(
+        measure.title.startswith("Accuracy") for each in view.evaluations for measure in each.measures
+    ):
         out.append(
             "Ten-fold accuracy picks the threshold on nine folds and measures on the tenth; "
             "± is the standard deviation over folds, not an interval."

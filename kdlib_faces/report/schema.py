@@ -7,53 +7,36 @@ refused with its full path.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import PurePath
 from typing import Any
 
 import numpy as np
 
-from kdlib_faces._checks import InputError, report_key
+from kdlib_faces._checks import report_key
+from kdlib_faces.report._shape import (
+    count,
+    each,
+    flag,
+    mapping,
+    number,
+    one_of,
+    or_null,
+    record,
+    same_length,
+    text,
+    values,
+)
+from kdlib_faces.report.evaluations import check_evaluations
 
 __all__ = ["FORMAT", "check_run", "to_json"]
 
 FORMAT = 1
 _DEPTH = 24
 
-Check = Callable[[Any, str], None]
-
-
-def _text(value: Any, path: str) -> None:
-    if not isinstance(value, str):
-        raise report_key(path, "text", value)
-
-
-def _number(value: Any, path: str) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise report_key(path, "a number", value)
-
-
-def _count(value: Any, path: str) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-        raise report_key(path, "a whole number >= 0", value)
-
-
-def _flag(value: Any, path: str) -> None:
-    if not isinstance(value, bool):
-        raise report_key(path, "true or false", value)
-
-
-def _anything(value: Any, path: str) -> None:
-    return None
-
-
-def _mapping(value: Any, path: str) -> None:
-    if not isinstance(value, Mapping):
-        raise report_key(path, "a mapping", value)
-
 
 def _far(value: Any, path: str) -> None:
-    _mapping(value, path)
+    mapping(value, path)
     for key, estimate in value.items():
         try:
             good = 0.0 <= float(key) <= 1.0
@@ -61,73 +44,12 @@ def _far(value: Any, path: str) -> None:
             good = False
         if not good:
             raise report_key(f"{path}[{key!r}]", "keyed by a false accept rate from 0 to 1", key)
-        _or_null(_ESTIMATE)(estimate, f"{path}[{key!r}]")
-
-
-def _one_of(*allowed: str) -> Check:
-    def check(value: Any, path: str) -> None:
-        if value not in allowed:
-            raise report_key(path, "one of " + ", ".join(map(repr, allowed)), value)
-
-    return check
-
-
-def _or_null(inner: Check) -> Check:
-    def check(value: Any, path: str) -> None:
-        if value is not None:
-            inner(value, path)
-
-    return check
-
-
-def _each(inner: Check) -> Check:
-    def check(value: Any, path: str) -> None:
-        if not isinstance(value, list | tuple):
-            raise report_key(path, "a list", value)
-        for index, item in enumerate(value):
-            inner(item, f"{path}[{index}]")
-
-    return check
-
-
-def _values(inner: Check) -> Check:
-    def check(value: Any, path: str) -> None:
-        _mapping(value, path)
-        for key, item in value.items():
-            inner(item, f"{path}[{key!r}]")
-
-    return check
-
-
-def _record(required: Mapping[str, Check], optional: Mapping[str, Check] | None = None) -> Check:
-    def check(value: Any, path: str) -> None:
-        _mapping(value, path)
-        for key, inner in required.items():
-            if key not in value:
-                raise InputError(f"report: {path}.{key} is missing")
-            inner(value[key], f"{path}.{key}")
-        for key, inner in (optional or {}).items():
-            if value.get(key) is not None:
-                inner(value[key], f"{path}.{key}")
-
-    return check
-
-
-def _same_length(inner: Check, first: str, second: str, extra: int = 0) -> Check:
-    """`inner`, and the list under `second` is `extra` shorter than the one under `first`."""
-
-    def check(value: Any, path: str) -> None:
-        inner(value, path)
-        lengths = len(value[first]), len(value[second])
-        if lengths[0] - extra != lengths[1]:
-            raise report_key(f"{path}.{second}", f"{lengths[0] - extra} long to fit {first}", f"{lengths[1]} values")
-
-    return check
+        or_null(_ESTIMATE)(estimate, f"{path}[{key!r}]")
 
 
 def _histogram(value: Any, path: str) -> None:
-    counts = _each(_or_null(_number))
-    _record({"edges": _each(_number), "genuine": _values(counts), "impostor": counts})(value, path)
+    counts = each(or_null(number))
+    record({"edges": each(number), "genuine": values(counts), "impostor": counts})(value, path)
     expected = len(value["edges"]) - 1
     named = {f"genuine[{name!r}]": row for name, row in value["genuine"].items()} | {"impostor": value["impostor"]}
     for name, row in named.items():
@@ -135,73 +57,74 @@ def _histogram(value: Any, path: str) -> None:
             raise report_key(f"{path}.{name}", f"{expected} counts long to fit edges", f"{len(row)} counts")
 
 
-_VALUE = _or_null(_number)
-_ESTIMATE = _record({"value": _VALUE}, {"low": _VALUE, "high": _VALUE, "n": _count})
-_EST = _or_null(_ESTIMATE)
+_VALUE = or_null(number)
+_ESTIMATE = record({"value": _VALUE}, {"low": _VALUE, "high": _VALUE, "n": count})
+_EST = or_null(_ESTIMATE)
 _BIN = {"auc": _EST, "tar": _far, "own_auc": _EST, "own_tar": _far}
-_CURVE = _same_length(_record({"far": _each(_VALUE), "tar": _each(_VALUE)}), "far", "tar")
-_AGE_GAP = _record(
+_CURVE = same_length(record({"far": each(_VALUE), "tar": each(_VALUE)}), "far", "tar")
+_AGE_GAP = record(
     {
-        "kind": _one_of("gap", "group"),
-        "bins": _each(_record({"name": _text, "genuine": _count, "impostor": _count}, _BIN)),
+        "kind": one_of("gap", "group"),
+        "bins": each(record({"name": text, "genuine": count, "impostor": count}, _BIN)),
     },
     {
-        "all": _record({}, {"genuine": _count, "impostor": _count, **_BIN}),
-        "roc": _values(_or_null(_CURVE)),
+        "all": record({}, {"genuine": count, "impostor": count, **_BIN}),
+        "roc": values(or_null(_CURVE)),
         "histogram": _histogram,
     },
 )
-_VERIFICATION = _record(
-    {"accuracy": _VALUE}, {"std": _VALUE, "folds": _each(_VALUE), "threshold_rule": _text, "pairs": _count}
+_VERIFICATION = record(
+    {"accuracy": _VALUE}, {"std": _VALUE, "folds": each(_VALUE), "threshold_rule": text, "pairs": count}
 )
-_PROTOCOLS = _record(
+_PROTOCOLS = record(
     {},
     {
         "age_gap": _AGE_GAP,
         "verification": _VERIFICATION,
-        "leave_one_out": _record({}, {"rank1": _EST, "rank5": _EST, "probes": _count}),
+        "leave_one_out": record({}, {"rank1": _EST, "rank5": _EST, "probes": count}),
     },
 )
-_MODEL = _record(
-    {"role": _one_of("teacher", "student"), "protocols": _PROTOCOLS},
+_MODEL = record(
+    {"role": one_of("teacher", "student"), "protocols": _PROTOCOLS},
     {
-        "label": _text,
-        "backbone": _text,
-        "parameters": _count,
-        "macs": _number,
-        "latency_ms": _number,
-        "input_size": _count,
-        "train_seconds": _number,
-        "train_steps": _count,
+        "label": text,
+        "backbone": text,
+        "parameters": count,
+        "macs": number,
+        "latency_ms": number,
+        "input_size": count,
+        "train_seconds": number,
+        "train_steps": count,
     },
 )
-_TRAINING = _same_length(
-    _record({"step": _each(_number), "loss": _each(_VALUE)}, {"terms": _values(_each(_VALUE))}), "step", "loss"
+_TRAINING = same_length(
+    record({"step": each(number), "loss": each(_VALUE)}, {"terms": values(each(_VALUE))}), "step", "loss"
 )
-_COMPARISON = _record(
-    {"a": _text, "b": _text, "bin": _text, "metric": _text, "difference": _ESTIMATE},
-    {"protocol": _text, "separate": _flag},
+_COMPARISON = record(
+    {"a": text, "b": text, "bin": text, "metric": text, "difference": _ESTIMATE},
+    {"protocol": text, "separate": flag},
 )
-_COUNTS = dict.fromkeys(("train_images", "train_identities", "test_images", "test_identities"), _count)
-_RUN = _record(
-    {"format": _count, "title": _text, "models": _values(_MODEL)},
+_COUNTS = dict.fromkeys(("train_images", "train_identities", "test_images", "test_identities"), count)
+_RUN = record(
+    {"format": count, "title": text, "models": values(_MODEL)},
     {
-        "command": _text,
-        "created": _text,
-        "version": _text,
-        "seeds": _each(_count),
-        "config": _mapping,
-        "environment": _mapping,
-        "data": _record({}, {"name": _text, "notes": _each(_text), "synthetic": _flag, **_COUNTS}),
-        "comparisons": _each(_COMPARISON),
-        "teachers_kept": _values(_VALUE),
-        "weights": _values(_values(_VALUE)),
-        "training": _values(_TRAINING),
-        "agreement": _mapping,
-        "figures": _values(_text),
-        "pictures": _values(_record({}, {"title": _text, "caption": _text})),
-        "per_seed": _each(_record({"seed": _count, "models": _values(_mapping)})),
-        "level": _number,
+        "command": text,
+        "created": text,
+        "version": text,
+        "seeds": each(count),
+        "config": mapping,
+        "environment": mapping,
+        "data": record({}, {"name": text, "notes": each(text), "synthetic": flag, **_COUNTS}),
+        "comparisons": each(_COMPARISON),
+        "teachers_kept": values(_VALUE),
+        "weights": values(values(_VALUE)),
+        "training": values(_TRAINING),
+        "agreement": mapping,
+        "figures": values(text),
+        "pictures": values(record({}, {"title": text, "caption": text})),
+        "per_seed": each(record({"seed": count, "models": values(mapping)})),
+        "level": number,
+        "evaluations": each(mapping),
     },
 )
 
@@ -230,15 +153,16 @@ def check_run(run: Mapping[str, Any]) -> None:
         for side in ("a", "b"):
             if comparison[side] not in run["models"]:
                 raise report_key(f"run.comparisons[{index}].{side}", "a name under models", comparison[side])
+    check_evaluations(run.get("evaluations") or (), run["models"])
     for index, entry in enumerate(run.get("per_seed") or ()):
         for name, model in entry["models"].items():
             if model.get("protocols") is not None:
                 _PROTOCOLS(model["protocols"], f"run.per_seed[{index}].models[{name!r}].protocols")
     for name, curve in (run.get("training") or {}).items():
-        for term, values in (curve.get("terms") or {}).items():
-            if len(values) != len(curve["step"]):
+        for term, logged in (curve.get("terms") or {}).items():
+            if len(logged) != len(curve["step"]):
                 path = f"run.training[{name!r}].terms[{term!r}]"
-                raise report_key(path, f"{len(curve['step'])} long to fit step", f"{len(values)} values")
+                raise report_key(path, f"{len(curve['step'])} long to fit step", f"{len(logged)} values")
 
 
 def to_json(value: Any, path: str = "run", depth: int = 0) -> Any:

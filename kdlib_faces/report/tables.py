@@ -95,6 +95,8 @@ def models_table(view: View) -> Table:
         ],
         [Cell("Training"), *(_trained(model) for model in models)],
     ]
+    if view.evaluations:  # each protocol has its own table of accuracy
+        accuracy = []
     kept = [[row for row in rows if any(cell.text != words.NOTHING for cell in row[1:])] for rows in (accuracy, costs)]
     sections = {0: "Accuracy", len(kept[0]): "Cost"} if kept[0] else {0: "Cost"}
     return Table(["", *map(view.label, view.names)], kept[0] + kept[1], [None, *view.names], sections)

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -21,7 +22,7 @@ from PIL import Image
 from kdlib_faces.report.view import View
 from kdlib_faces.report.words import shorten
 
-__all__ = ["DARK", "LIGHT", "Look", "Theme", "dress", "legend", "looks", "new_figure", "plain", "to_png"]
+__all__ = ["DARK", "LIGHT", "Look", "Theme", "dress", "grid", "legend", "looks", "new_figure", "plain", "to_png"]
 
 _DPI = 150
 _TEACHER_MARKS = ("^", "D", "v", "P")
@@ -67,8 +68,8 @@ def looks(view: View, theme: Theme) -> dict[str, Look]:
     """One look for each model of the run."""
     found: dict[str, Look] = {}
     others = [name for name in view.students if name not in (view.alone, view.distilled)]
-    if not view.students:
-        # Nothing to stand back from: teachers alone take the strong colours.
+    if not view.students or view.evaluations:
+        # Nothing to stand back from: all take the strong colours.
         strong = (theme.distilled, theme.alone, *theme.others, *theme.teachers)
         marks = ("o", "s", *_OTHER_MARKS, *_TEACHER_MARKS)
         return {name: Look(strong[i % 10], marks[i % 10], "-", True) for i, name in enumerate(view.names)}
@@ -96,6 +97,15 @@ def new_figure(theme: Theme, width: float, height: float) -> Figure:
     FigureCanvasAgg(figure)
     figure.get_layout_engine().set(w_pad=0.06, h_pad=0.06, wspace=0.05, hspace=0.08)  # type: ignore[union-attr, call-arg] # the constrained engine takes these
     return figure
+
+
+def grid(figure: Figure, panels: int, narrow: bool, *, across: int | None = None) -> list[Axes]:
+    """Axes for `panels`, beside each other (`across` in a row), or below each other on a narrow figure."""
+    columns = 1 if narrow else min(across or panels, panels)
+    cells = list(np.asarray(figure.subplots(-(-panels // columns), columns, squeeze=False)).ravel())
+    for empty in cells[panels:]:
+        empty.remove()
+    return cells[:panels]
 
 
 def dress(

@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+from kdlib_faces.report.evaluations import Evaluation
+
 __all__ = ["ALL", "Comparison", "Estimate", "View"]
 
 ALL = "all"
@@ -63,6 +65,9 @@ class View:
         self.distilled, self.alone = self._pair()
         first = [name for name in (self.alone, self.distilled) if name is not None]
         self.names = first + [name for name in (*self.students, *self.teachers) if name not in first]
+        if run.get("evaluations"):
+            self.names = list(self.models)  # as they were asked for: no one stands back
+        self.evaluations = [Evaluation(entry, self.names) for entry in run.get("evaluations") or ()]
         self.kind = next((gap["kind"] for gap in map(self.age_gap, self.names) if gap), None)
         self.bins = self._bins()
         self.far = self._far()

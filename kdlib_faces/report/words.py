@@ -40,9 +40,9 @@ def per_cent(rate: float | None, digits: int = 1) -> str:
     return NOTHING if rate is None else f"{100 * rate:.{digits}f}{_SPACE}%"
 
 
-def points(difference: float | None) -> str:
+def points(difference: float | None, digits: int = 1) -> str:
     """0.0123 -> '+1.2', with a real minus sign."""
-    return NOTHING if difference is None else f"{100 * difference:+.1f}".replace("-", "−")
+    return NOTHING if difference is None else f"{100 * difference:+.{digits}f}".replace("-", "−")
 
 
 def count(amount: float | None) -> str:

@@ -258,7 +258,7 @@ def _pages(run: dict[str, Any]) -> tuple[str, str]:
     view, page = View(to_json(run)), _Page()
     page.feed(html.page(view, {}, [], []))
     assert page.open == []
-    return "".join(page.text).replace("\u00a0", " "), markdown.page(view, [], [], []).replace("\\", "")
+    return "".join(page.text).replace("\u00a0", " "), markdown.page(view, [], {}, []).replace("\\", "")
 
 
 @pytest.fixture(scope="module")
