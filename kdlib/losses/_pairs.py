@@ -12,9 +12,10 @@ from kdlib.losses._maths import promote
 
 __all__ = [
     "add_distance_gradient",
-    "cosines",
+    "chord_gradient",
     "gram_gradient",
     "one_batch",
+    "one_minus_cosines",
     "power_of_two",
     "scaled_rows",
     "shortest_length",
@@ -92,10 +93,26 @@ def unit_rows_(x: Tensor) -> tuple[Tensor, Tensor]:
     return x.div_(length), length * torch.where(largest == 0, 1.0, largest)
 
 
-def cosines(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The cosines `(b, b)` between the rows, and `unit_rows_`; a row of zeros has cosine 0 to all, itself too."""
+def one_minus_cosines(x: Tensor, share: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """One minus the cosine of each two rows, to the precision of the smallest ones.
+
+    As half the squared distances between the unit rows, these taken from their mean: what rows share that all point
+    nearly one way, as a common offset makes them, cancels before it is squared. A row of zeros has cosine 0 to all,
+    itself too.
+
+    Args:
+        x: `(b, d)`.
+        share: `(b,)`, of sum 1 or 0.
+
+    Returns:
+        The matrix `(b, b)`; the unit rows less their mean; the unit rows; their lengths before, as of `unit_rows_`.
+    """
     unit, length = unit_rows_(x.detach().clone())
-    return unit @ unit.T, unit, length
+    centred = unit - share @ unit
+    half = torch.linalg.vecdot(centred, centred) / 2
+    gap = (half.unsqueeze(1) + half).addmm_(centred, centred.T, alpha=-1).clamp_(min=0).fill_diagonal_(0)
+    zero = length.isinf()
+    return gap.masked_fill_(zero | zero.T, 1), centred, unit, length
 
 
 def unit_gradient_(slope: Tensor, unit: Tensor, length: Tensor, shortest: float = 0.0) -> Tensor:
@@ -107,6 +124,15 @@ def unit_gradient_(slope: Tensor, unit: Tensor, length: Tensor, shortest: float 
 def gram_gradient(slope: Tensor, x: Tensor) -> Tensor:
     """The gradient of the rows `x` from that of their dot products."""
     return (slope + slope.T) @ x
+
+
+def chord_gradient(slope: Tensor, centred: Tensor) -> Tensor:
+    r"""The gradient :math:`\sum_j (c_{ij} + c_{ji}) (u_j - u_i)` of unit rows from the slopes c on their cosines.
+
+    That of `gram_gradient` but for a part along each row, which a unit row does not feel; of rows less their mean.
+    """
+    both = slope + slope.T
+    return (both @ centred).sub_(both.sum(1, keepdim=True) * centred)
 
 
 def squared_distances(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from kdlib._checks import check_number, check_relation_reduction
 from kdlib.losses._maths import full_precision
 from kdlib.losses._pairs import (
-    cosines,
-    gram_gradient,
+    chord_gradient,
     one_batch,
+    one_minus_cosines,
     shortest_length,
     unit_gradient_,
     with_gradient,
@@ -87,30 +87,35 @@ def correlation_congruence(
         student, teacher, share = one_batch("correlation_congruence", student, teacher, reduction, weight, gather)
         if student.numel() * teacher.numel() == 0:
             return student.sum() * 0.0
-        cosine, unit, length = cosines(student)
-        k_s, slope = _kernel(cosine, gamma, order)
-        k_t, _ = _kernel(cosines(teacher)[0], gamma, order)
+        apart, centred, unit, length = one_minus_cosines(student, share)
+        k_s, slope = _kernel(apart, gamma, order)
+        k_t, _ = _kernel(one_minus_cosines(teacher, share)[0], gamma, order)
         gap = k_s.sub_(k_t)
         slope.mul_(gap).mul_(2 * share.unsqueeze(1)).mul_(share)
         value = share @ (gap.square_() @ share)
         if not (student.requires_grad and torch.is_grad_enabled()):
             return value
-        gradient = unit_gradient_(gram_gradient(slope, unit), unit, length, shortest_length(origin))
+        gradient = unit_gradient_(chord_gradient(slope, centred), unit, length, shortest_length(origin))
         return with_gradient(student, value, gradient)
 
 
-def _kernel(cosine: Tensor, gamma: float, order: int | None) -> tuple[Tensor, Tensor]:
-    """The kernel and its derivative `(b, b)`; the series without the constant term, the same on both sides."""
+def _kernel(apart: Tensor, gamma: float, order: int | None) -> tuple[Tensor, Tensor]:
+    r"""The kernel less that of two equal samples, and its derivative by the cosine, `(b, b)`.
+
+    Of `apart`, one minus the cosine. What is left out is the same on both sides, and would drown small differences. The
+    series is :math:`\sum_p a_p (c^p - 1) = -(1 - c) \sum_{m<P} c^m \sum_{p>m} a_p`.
+    """
     if order is None:
-        kernel = torch.exp(2 * gamma * (cosine - 1))
-        return kernel, 2 * gamma * kernel
+        kernel = torch.expm1(-2 * gamma * apart)
+        return kernel, 2 * gamma * (1 + kernel)
     # By logarithms: a power and a factorial may overflow where their ratio does not.
     terms = [math.exp(p * math.log(2 * gamma) - math.lgamma(p + 1) - 2 * gamma) for p in range(1, order + 1)]
-    kernel, slope = torch.zeros_like(cosine), torch.zeros_like(cosine)
+    cosine, kernel, slope, rest = 1 - apart, torch.zeros_like(apart), torch.zeros_like(apart), 0.0
     for p, term in reversed(list(enumerate(terms, 1))):
+        rest += term
+        kernel.mul_(cosine).add_(rest)
         slope.mul_(cosine).add_(p * term)
-        kernel.add_(term).mul_(cosine)
-    return kernel, slope
+    return kernel.mul_(apart).neg_(), slope
 
 
 def _check_kernel(owner: str, gamma: float, order: int | None) -> None:

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from kdlib._checks import check_relation_reduction
 from kdlib.losses._maths import full_precision
 from kdlib.losses._pairs import (
-    cosines,
-    gram_gradient,
+    chord_gradient,
     one_batch,
+    one_minus_cosines,
     shortest_length,
     unit_gradient_,
     with_gradient,
@@ -89,29 +89,41 @@ def _with_gradient(
     student: Tensor, teacher: Tensor, share: Tensor, shortest: float, asked: bool
 ) -> tuple[Tensor, Tensor]:
     """The loss, and its gradient `(b, d)` if asked for."""
-    cosine, unit, length = cosines(student)
-    p_s, factor = _neighbours_(cosine, share)
-    p_t, _ = _neighbours_(cosines(teacher)[0], share)
-    change, below = p_t - p_s, p_s + EPS
-    # By log1p, and with the difference of the two, which sums to zero over a row: then no term is below zero but for
-    # EPS, and nothing cancels.
-    log = (change / below).clamp_(min=-1 + torch.finfo(below.dtype).eps).log1p_()
-    value = share @ (log.mul_(p_t).sub_(change) @ share)
+    even = share.square().sum()  # the probability of each neighbour where all are as near
+    apart, centred, unit, length = one_minus_cosines(student, share)
+    above_s, factor = _above_even_(apart, share, even)
+    above_t, _ = _above_even_(one_minus_cosines(teacher, share)[0], share, even)
+    # Over a row the differences of the two sum to zero. Taken off each term they leave it no less than zero but for EPS,
+    # and nothing cancels: p^t log(1 + r) - (p^t - p^s) = p^t (log(1 + r) - r) + r (p^t - p^s - EPS).
+    change = above_t - above_s
+    p_s, p_t = above_s.add_(even).clamp_(min=0), above_t.add_(even).clamp_(min=0)
+    below = p_s + EPS
+    ratio = (change / below).clamp_(min=-1 + torch.finfo(below.dtype).eps)
+    value = share @ (_log1p_less(ratio).mul_(p_t).addcmul_(ratio, change.sub_(EPS)) @ share)
     if not asked:
         return value, value
     # d / d p_s of the terms, then through the sum of a row, then through (1 + cos) / 2 where it is not cut off at 0.
-    slope = p_t.div_(below).neg_().add_(1).mul_(share.unsqueeze(1)).mul_(share)
-    pull = torch.linalg.vecdot(slope, p_s).div_(share.square().sum().clamp(min=torch.finfo(share.dtype).tiny))
+    slope = below.reciprocal_().mul_(EPS).sub_(ratio).mul_(share.unsqueeze(1)).mul_(share)
+    pull = torch.linalg.vecdot(slope, p_s).div_(even.clamp(min=torch.finfo(share.dtype).tiny))
     slope.sub_(torch.outer(pull, share)).mul_(factor / 2).masked_fill_(p_s == 0, 0)
-    return value, unit_gradient_(gram_gradient(slope, unit), unit, length, shortest)
+    return value, unit_gradient_(chord_gradient(slope, centred), unit, length, shortest)
 
 
-def _neighbours_(cosine: Tensor, share: Tensor) -> tuple[Tensor, Tensor]:
-    """The probabilities `(b, b)`, in place of the cosines, and the factor `(b, 1)` of the kernel in them."""
-    kernel = cosine.add_(1).div_(2).clamp_(min=0)
-    total = (kernel @ share).unsqueeze(1)
-    factor = share.square().sum() / torch.where(total == 0, 1.0, total)
-    return kernel.mul_(factor), factor
+def _above_even_(apart: Tensor, share: Tensor, even: Tensor) -> tuple[Tensor, Tensor]:
+    """The probabilities `(b, b)` less the even one, in place of one minus the cosines, and the kernel's factor in them.
+
+    Directly, as they may differ by less than what rounding leaves of either.
+    """
+    far = apart.div_(2).clamp_(max=1)  # one minus the kernel
+    mean = (far @ share).unsqueeze(1)
+    factor = even / torch.where(mean < 1, 1 - mean, 1.0)
+    return far.sub_(mean).mul_(-factor), factor
+
+
+def _log1p_less(x: Tensor) -> Tensor:
+    """`log(1 + x) - x`, near 0 by its series, as far as that is the more exact of the two."""
+    near = (x * -0.25).add_(1 / 3).mul_(x).sub_(0.5).mul_(x).mul_(x)
+    return torch.where(x.abs() < torch.finfo(x.dtype).eps ** 0.25, near, x.log1p().sub_(x))
 
 
 class PKTLoss(nn.Module):

@@ -265,14 +265,24 @@ def test_values_and_gradients_are_finite(name: str, kwargs: dict[str, Any], dtyp
         assert value.item() == pytest.approx(exact, rel=1e-3 if rough else 1e-4, abs=allowed), which
 
 
-@pytest.mark.parametrize("name", ["rkd_distance", "rkd_angle"])
-def test_a_common_offset_costs_only_what_storing_it_costs(name: str) -> None:
+@each
+def test_a_common_offset_costs_only_what_storing_it_costs(name: str, kwargs: dict[str, Any]) -> None:
+    """Also where the loss sees the offset, and is then made of the small differences that it leaves."""
     loss = FUNCTIONS[name][0]
-    student, teacher = noise(40, 16, dtype=torch.float32) + 1000, noise(40, 16, seed=1, dtype=torch.float32) + 1000
-    exact = loss(student.double(), teacher.double())
-    assert loss(student, teacher).item() == pytest.approx(exact.item(), rel=2e-5)
-    slope = gradient(loss, student.double(), teacher.double())
-    assert (gradient(loss, student, teacher) - slope).norm() / slope.norm() < 1e-4
+    for weight in (None, torch.linspace(0, 2, 40)):
+        student, teacher = (noise(40, 16, seed=seed, dtype=torch.float32) + 1000 for seed in (0, 1))
+        exact = loss(student.double(), teacher.double(), weight=weight, **kwargs)
+        assert loss(student, teacher, weight=weight, **kwargs).item() == pytest.approx(exact.item(), rel=1e-4)
+        slope = gradient(loss, student.double(), teacher.double(), weight=weight, **kwargs)
+        single = gradient(loss, student, teacher, weight=weight, **kwargs)
+        assert (single - slope).norm() / slope.norm() < 2e-4
+
+
+@pytest.mark.parametrize("offset", [0, 10])
+@pytest.mark.parametrize("name", ["similarity_preserving", "pkt", "correlation_congruence"])
+def test_an_offset_in_float64_is_the_loop(name: str, offset: float) -> None:
+    student, teacher = noise(9, 5) + offset, noise(9, 4, seed=1) + offset
+    assert FUNCTIONS[name][0](student, teacher).item() == pytest.approx(loop(name, student, teacher), rel=1e-9)
 
 
 @pytest.mark.parametrize("apart", [1e-1, 1e-2, 1e-3, 1e-4, 1e-6])
