@@ -24,6 +24,9 @@ from kdlib.losses._maths import REDUCTIONS, full_precision, hold_short, promote,
 
 __all__ = ["ContrastiveRepresentationLoss", "contrastive_representation"]
 
+FAR = 1e15
+"""A larger value counts as this one before a map, without gradient: sums of it would leave float32."""
+
 
 def contrastive_representation(
     student: Tensor,
@@ -325,4 +328,4 @@ class ContrastiveRepresentationLoss(nn.Module):
 
 
 def _affine(linear: nn.Linear, x: Tensor) -> Tensor:
-    return nn.functional.linear(x, linear.weight.to(x.dtype), linear.bias.to(x.dtype))
+    return nn.functional.linear(x.clamp(-FAR, FAR), linear.weight.to(x.dtype), linear.bias.to(x.dtype))

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from kdlib._checks import check_number, check_pair, check_relation_reduction
+from kdlib.losses._chunked import soften
 from kdlib.losses._maths import full_precision
 from kdlib.losses._pairs import one_batch
 
@@ -76,38 +77,44 @@ def dist(
     check_number("dist", "beta", beta, least=0)
     check_number("dist", "gamma", gamma, least=0)
     check_pair("dist", student, teacher, "b c")
+    origin = student.dtype
     with full_precision(student):
         student, teacher, share = one_batch("dist", student, teacher, reduction, weight, gather)
         if student.numel() == 0:
             return student.sum() * 0.0
         # A masked sample has no place in a softmax: nothing of it may reach the others, an overflow neither.
         masked = (share == 0).unsqueeze(1)
-        p_s, p_t = ((x.masked_fill(masked, 0.0) / temperature).softmax(1) for x in (student, teacher))
+        p_s, p_t = (soften(x.masked_fill(masked, 0.0), temperature).softmax(1) for x in (student, teacher))
         even = torch.full_like(p_s[:1], 1 / p_s.shape[1])
-        between_classes = share @ _apart(p_s, p_t, even)
-        between_samples = _apart(p_s.T, p_t.T, share.unsqueeze(0)).mean()
+        least = temperature * torch.finfo(origin).tiny
+        between_classes = share @ _apart(p_s, p_t, even, least)
+        between_samples = _apart(p_s.T, p_t.T, share.unsqueeze(0), least).mean()
         value = temperature**2 * (beta * between_classes + gamma * between_samples)
         return torch.where(share.sum() > 0, value, value * 0.0)
 
 
-def _apart(x: Tensor, y: Tensor, share: Tensor) -> Tensor:
+def _apart(x: Tensor, y: Tensor, share: Tensor, least: float) -> Tensor:
     """One minus the weighted correlation of each row of `x` `(n, d)` with that of `y`; the shares sum to one."""
-    x, x_flat = _standard(x, share)
-    y, y_flat = _standard(y, share)
+    x, x_flat = _standard(x, share, least)
+    y, y_flat = _standard(y, share, least)
     correlation = torch.where(x_flat & y_flat, 1.0, (share * x * y).sum(1))
     return 1 - correlation
 
 
-def _standard(x: Tensor, share: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows of weighted mean 0 and variance 1, and which have no spread: these become zero, without a gradient."""
+def _standard(x: Tensor, share: Tensor, least: float) -> tuple[Tensor, Tensor]:
+    """Rows of weighted mean 0 and variance 1, and which have no spread: these become zero, without a gradient.
+
+    Nor have rows whose spread is below `least` of their size a gradient: it grows as one over the spread.
+    """
     centred = x - (share * x).sum(1, keepdim=True)
     held = torch.where(share > 0, centred, 0.0)
-    largest = held.detach().abs().amax(1, keepdim=True)
+    largest, size = (each.detach().abs().amax(1, keepdim=True) for each in (held, x))
     # What rounding leaves of equal numbers is no spread.
-    flat = largest <= 8 * torch.finfo(x.dtype).eps * x.detach().abs().amax(1, keepdim=True)
+    flat = largest <= 8 * torch.finfo(x.dtype).eps * size
     scaled = held / torch.where(flat, 1.0, largest)
     spread = (share * torch.where(flat, 1.0, scaled).square()).sum(1, keepdim=True).sqrt()
-    return torch.where(flat, 0.0, scaled / torch.where(spread == 0, 1.0, spread)), flat.squeeze(1)
+    standard = torch.where(flat, 0.0, scaled / torch.where(spread == 0, 1.0, spread))
+    return torch.where(largest < least * size, standard.detach(), standard), flat.squeeze(1)
 
 
 class DISTLoss(nn.Module):

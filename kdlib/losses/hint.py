@@ -5,6 +5,7 @@ Romero et al., FitNets, 2015: regress a teacher's intermediate features from the
 
 from typing import ClassVar, Literal
 
+import torch
 from torch import Tensor, nn
 
 from kdlib._checks import check_choice, check_pair
@@ -25,7 +26,8 @@ def hint(
 ) -> Tensor:
     r"""Mean squared error: :math:`\frac{1}{n} \sum_i (s_i - t_i)^2` over the n values of one sample.
 
-    Without weights, the batch mean is the mean over all values. Differences above 1e15 count as 1e15.
+    Without weights, the batch mean is the mean over all values. Differences above 1e15 count as 1e15. A float16 student
+    gets no gradient that float16 cannot hold.
 
     Args:
         student: features `(b, ...)`, already projected into the teacher's space.
@@ -54,9 +56,13 @@ def hint(
         squares; the mean is the custom of public code, and does not grow with the feature.
     """
     check_pair("hint", student, teacher, "b ...")
+    origin = student.dtype
     with full_precision(student):
         student, teacher = promote(student, teacher)
         difference = (student - teacher).clamp(-FAR, FAR).unsqueeze(-1).flatten(1)
+        if origin == torch.float16:
+            steep = difference.abs() > torch.finfo(origin).max / 4 * difference.shape[1]
+            difference = torch.where(steep, difference.detach(), difference)
         return reduce("hint", difference.square().mean(1), reduction, weight)
 
 

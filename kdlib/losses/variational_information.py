@@ -24,7 +24,7 @@ from kdlib.losses._maths import REDUCTIONS, full_precision, promote, reduce
 __all__ = ["VariationalInformationLoss", "variational_information"]
 
 FAR = 1e15
-"""A larger difference counts as this one, without gradient: its square would leave float32."""
+"""A larger difference, or value before the maps, counts as this one, without gradient: its square would leave float32."""
 
 FAR_DEVIATIONS = 1e12
 """So many standard deviations count as more do, without gradient: the gradient of the variance would leave float32."""
@@ -48,7 +48,7 @@ def variational_information(
     over the n values of one sample, with :math:`\mu` the student's prediction and :math:`\sigma^2` its variance.
     The constant :math:`\frac{1}{2} \log 2 \pi` is left out. The loss falls below 0 where a variance below 1 is
     earned. Differences above 1e15, or above 1e12 standard deviations, count as that without gradient; variances below
-    1e-12 count as 1e-12.
+    1e-12 count as 1e-12. A float16 mean gets no gradient that float16 cannot hold.
 
     Args:
         mean: the student's prediction, `(b, c, ...)`.
@@ -84,11 +84,15 @@ def variational_information(
             check_shape("variational_information", "variance", variance, "c", c=mean.shape[1])
     else:
         check_number("variational_information", "variance", variance, above=0)
+    origin = mean.dtype
     with full_precision(mean):
         mean, teacher = promote(mean, teacher)
         spread = torch.as_tensor(variance, dtype=mean.dtype, device=mean.device).clamp(min=LEAST_VARIANCE)
         if spread.dim():
             spread = spread.reshape(-1, *[1] * (mean.dim() - 2))
+        if origin == torch.float16:
+            steep = (teacher - mean).abs() > spread * (torch.finfo(origin).max / 4 * mean[:1].numel())
+            mean = torch.where(steep, mean.detach(), mean)
         deviation = ((teacher - mean).clamp(-FAR, FAR) / spread.sqrt()).clamp(-FAR_DEVIATIONS, FAR_DEVIATIONS)
         losses = 0.5 * (deviation.square() + spread.log()).flatten(1).mean(1)
         return reduce("variational_information", losses, reduction, weight)
@@ -200,7 +204,7 @@ class VariationalInformationLoss(nn.Module):
         check_shape(owner, "teacher", teacher, layout, **{channels: self.teacher_channels})
         check_same_batch(owner, "student", student, "teacher", teacher)
         with full_precision(student):
-            student, teacher = promote(student, teacher)
+            student, teacher = (x.clamp(-FAR, FAR) for x in promote(student, teacher))
             if student.dim() == 4:
                 grid = (min(student.shape[2], teacher.shape[2]), min(student.shape[3], teacher.shape[3]))
                 student, teacher = F.adaptive_avg_pool2d(student, grid), F.adaptive_avg_pool2d(teacher, grid)

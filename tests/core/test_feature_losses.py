@@ -27,6 +27,7 @@ from kdlib.losses import _energy
 from kdlib.losses.attention import AttentionTransferLoss, attention_transfer
 from kdlib.losses.attentive_similarity import AttentiveSimilarityLoss, attentive_similarity, channel_attention_map
 from kdlib.losses.contrastive_representation import ContrastiveRepresentationLoss, contrastive_representation
+from kdlib.losses.hint import hint
 from kdlib.losses.nst import NSTLoss, nst
 from kdlib.losses.variational_information import VariationalInformationLoss, variational_information
 from tests.core import reference_features as reference
@@ -299,6 +300,32 @@ def test_values_and_gradients_are_finite(name: str, dtype: torch.dtype, autocast
         assert teacher.grad is None, trap
         tried += 1
     assert tried == 16
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
+@pytest.mark.parametrize("name", [name for name in HARDENED if "tiny" not in name])
+def test_the_largest_numbers_there_are(name: str, dtype: torch.dtype) -> None:
+    """A map of a network, or a mean over places, sums them: the sum leaves the range."""
+    end = torch.finfo(dtype).max
+    shape = (4, 3, 2, 2) if "contrastive" not in name else (4, 12)
+    for teacher in (torch.full(shape, -end, dtype=dtype), torch.ones(shape, dtype=dtype)):
+        student = torch.full(shape, end, dtype=dtype, requires_grad=True)
+        loss = HARDENED[name]()
+        value = sum(loss(student, teacher) for _ in range(2))
+        value.backward()
+        assert math.isfinite(value.item())
+        assert torch.isfinite(student.grad).all()
+        assert all(torch.isfinite(p.grad).all() for p in loss.parameters())
+
+
+@pytest.mark.parametrize("loss", [hint, lambda s, t: variational_information(s, t, variance=1e-9)])
+def test_few_far_values_give_float16_a_gradient_that_it_holds(loss: Callable[[Tensor, Tensor], Tensor]) -> None:
+    end = torch.finfo(torch.float16).max
+    student = torch.tensor([[end, 1.0]], dtype=torch.float16, requires_grad=True)
+    value = loss(student, torch.tensor([[-end, 1.0]], dtype=torch.float16))
+    value.backward()
+    assert value.item() == pytest.approx(loss(student.detach().float(), torch.tensor([[-end, 1.0]])).item())
+    assert student.grad.tolist() == [[0.0, 0.0]]
 
 
 @pytest.mark.parametrize("autocast", [False, True], ids=["plain", "autocast"])

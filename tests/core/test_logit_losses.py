@@ -156,6 +156,30 @@ def test_values_and_gradients_are_finite(name: str, dtype: torch.dtype, autocast
         assert torch.isfinite(student.grad).all(), loss
 
 
+@pytest.mark.parametrize("temperature", [1e-6, 0.1])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_low_temperature_takes_logits_of_any_size(dtype: torch.dtype, temperature: float) -> None:
+    """A quotient of finite numbers may leave the range."""
+    end = torch.finfo(dtype).max
+    student = (end * torch.eye(4, 6, dtype=dtype)).requires_grad_()
+    teacher = -end * torch.eye(4, 6, dtype=dtype).flip(1)
+    for loss in (soft_target, dist):
+        value = loss(student, teacher, temperature=temperature)
+        (slope,) = torch.autograd.grad(value, student)
+        assert torch.isfinite(value)
+        assert torch.isfinite(slope).all()
+
+
+@pytest.mark.parametrize("temperature", [1.0, 4.0, 20.0])
+def test_dist_of_a_nearly_even_student_has_a_gradient_that_float16_holds(temperature: float) -> None:
+    noise = torch.randn(2, 4, 6, generator=torch.Generator().manual_seed(0))
+    for size in (1e-1, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6):
+        student = (size * noise[0]).half().requires_grad_()
+        dist(student, noise[1].half(), temperature=temperature).backward()
+        assert torch.isfinite(student.grad).all()
+        assert student.grad.any() or size < 1e-3 * temperature
+
+
 def test_decoupled_at_a_gap_where_a_logarithm_of_a_softmax_is_infinite() -> None:
     student = torch.tensor([[120.0, 0.0, 0.0]], requires_grad=True)
     teacher = torch.tensor([[0.0, 120.0, 0.0]])
