@@ -185,6 +185,27 @@ class Objective(nn.Module):
                     made[who] = infer_projection(student.detach(), teacher).to(student.device)
             self.projections[name] = nn.ModuleDict(made)
 
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        heads = {name: f"{prefix}projections.{name}." for name in self.terms if name not in self.projections}
+        late = [name for name, head in heads.items() if any(key.startswith(head) for key in state_dict)]
+        if strict and late:
+            error_msgs.append(
+                f"Objective: the projections of the terms {', '.join(map(repr, late))} are in the state dict and not here "
+                "yet; call infer on one batch before loading"
+            )
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+
     def forward(
         self,
         student_features: Features,

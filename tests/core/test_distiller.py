@@ -84,6 +84,15 @@ def test_every_part_learns_and_no_teacher_does(batch) -> None:
         assert all(p.grad is None for p in teacher.model.parameters())
 
 
+def test_a_load_before_the_projections_are_there_says_what_to_do(batch) -> None:
+    state = ready(batch).state_dict()
+    late = distiller()
+    with pytest.raises(RuntimeError, match=r"projections of the terms .* not here yet; call infer on one batch before"):
+        late.load_state_dict(state)
+    late.infer(*batch).load_state_dict(state)
+    assert all(torch.equal(value, state[name]) for name, value in late.state_dict().items())
+
+
 def test_copies_give_the_same_numbers_and_share_nothing(batch) -> None:
     terms = {"hint": Term(HintLoss(), student="embedding", teacher="embedding", project=nn.Linear(4, 10))}
     ours = Distiller(StudentAdapter(net(2, 0), TAPS), {"t": TeacherAdapter(net(5, 1), TAPS)}, Objective(terms))

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +15,22 @@ from torch import Tensor, nn
 from torch import distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
+import kdlib.functional
 from kdlib.losses._gather import gather_rows
 from kdlib.losses.correlation_congruence import correlation_congruence
+from kdlib.losses.dist import dist as dist_loss
 from kdlib.losses.pkt import pkt
 from kdlib.losses.rkd import rkd_angle, rkd_distance
 from kdlib.losses.similarity_preserving import similarity_preserving
 
-LOSSES: dict[str, Callable[..., Tensor]] = {
-    loss.__name__: loss for loss in (rkd_distance, rkd_angle, similarity_preserving, pkt, correlation_congruence)
-}
+
+def dist_of_three(student: Tensor, teacher: Tensor, **options: Any) -> Tensor:
+    """As many classes of the student as the teacher has."""
+    return dist_loss(student[:, :3], teacher, **options)
+
+
+RELATIONS = (rkd_distance, rkd_angle, similarity_preserving, pkt, correlation_congruence, dist_of_three)
+LOSSES: dict[str, Callable[..., Tensor]] = {loss.__name__: loss for loss in RELATIONS}
 COUNTS = {"two": (5, 2), "empty": (4, 0), "three": (3, 0, 4), "none": (0, 0)}
 TOTAL = 7
 
@@ -116,7 +124,7 @@ def test_processes_are_one(task: str, tmp_path: Path) -> None:
                 torch.testing.assert_close(got["grads"], alone["grads"], rtol=1e-9, atol=1e-13)
                 assert torch.equal(got["value"], told[0][f"{name} {weighted}"]["value"])
                 compared += 1
-    assert compared == 10 * len(counts)
+    assert compared == 12 * len(counts)
     weight[counts[0] :] = 1
     for rank, each in enumerate(told):
         torch.testing.assert_close(each["mixed"], pkt(images[:total], teacher[:total], weight=weight[:total]))
@@ -132,6 +140,13 @@ def test_processes_are_one(task: str, tmp_path: Path) -> None:
             "gather_rows: all processes must hold rows of one shape and dtype, got (6,)"
         )
         assert "torch.float32 in process 1" in each["errors"][1]
+
+
+def test_every_loss_that_gathers_is_here_or_with_the_contrastive_one() -> None:
+    gathering = {
+        name for name in kdlib.functional.__all__ if "gather" in signature(getattr(kdlib.functional, name)).parameters
+    }
+    assert gathering == {*LOSSES} - {"dist_of_three"} | {"dist", "contrastive_representation"}
 
 
 def test_without_a_process_group_nothing_changes() -> None:
