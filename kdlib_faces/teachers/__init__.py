@@ -3,6 +3,7 @@
 from kdlib_faces.teachers.age_invariant import AgeFactorLoss, AgeInvariantNet, canonical_correlation
 from kdlib_faces.teachers.linear import MappedTeacher, fit_age_map, fit_rotation
 from kdlib_faces.teachers.onnx import OnnxTeacher
+from kdlib_faces.teachers.onnx_import import import_onnx, restore_statistics
 from kdlib_faces.teachers.outputs import record, said_of_all
 
 __all__ = [
@@ -13,6 +14,8 @@ __all__ = [
     "canonical_correlation",
     "fit_age_map",
     "fit_rotation",
+    "import_onnx",
     "record",
+    "restore_statistics",
     "said_of_all",
 ]
