@@ -119,13 +119,12 @@ def unpack(layout: Layout, rows: NDArray[np.uint8], names: Iterable[str]) -> dic
     Returns:
         Name to `(b, ...)` float32.
     """
-    order, places = list(layout.features), layout.places
     out = {}
     for name in names:
-        start, stop = places[name]
+        start, stop = layout.places[name]
         shape = (len(rows), *layout.features[name])
         if layout.dtype == "int8":
-            at = 4 * order.index(name)
+            at = 4 * list(layout.features).index(name)
             scale = np.ascontiguousarray(rows[:, at : at + 4]).view("<f4").astype(np.float32)
             x = torch.from_numpy(rows[:, start:stop].view(np.int8)).float().mul_(torch.from_numpy(scale))
         else:
@@ -134,5 +133,5 @@ def unpack(layout: Layout, rows: NDArray[np.uint8], names: Iterable[str]) -> dic
             if layout.row_bytes % np.dtype(kind).itemsize or not values.flags.c_contiguous:
                 values = np.ascontiguousarray(values)
             x = torch.from_numpy(values.view(kind)).to(torch.float32)
-        out[name] = x.reshape(shape)
+        out[name] = x if x.shape == shape else x.reshape(shape)
     return out

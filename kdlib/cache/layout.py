@@ -20,6 +20,7 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -87,17 +88,17 @@ class Layout:
         """Whether every row is there."""
         return self.rows == self.total and (not self.block or bool(self.checks))
 
-    @property
+    @cached_property
     def scales(self) -> int:
         """Bytes at the head of a row that hold the scales of its features."""
         return 4 * len(self.features) if self.dtype == "int8" else 0
 
-    @property
+    @cached_property
     def row_bytes(self) -> int:
         """Bytes of one row."""
         return self.scales + sum(map(math.prod, self.features.values())) * np.dtype(DTYPES[self.dtype]).itemsize
 
-    @property
+    @cached_property
     def places(self) -> dict[str, tuple[int, int]]:
         """Name to the first byte of a feature in a row, and the byte after its last."""
         size, at, found = np.dtype(DTYPES[self.dtype]).itemsize, self.scales, {}
@@ -106,7 +107,7 @@ class Layout:
             at = found[name][1]
         return found
 
-    @property
+    @cached_property
     def shards(self) -> int:
         """Number of shards."""
         return -(-self.total // self.shard_rows)
@@ -202,7 +203,7 @@ def read_header(directory: Path) -> Layout | None:
     path = directory / "header.json"
     try:
         with path.open("rb") as file:
-            content = file.read(_HEADER_LIMIT + 1)
+            content = file.read(min(os.fstat(file.fileno()).st_size, _HEADER_LIMIT) + 1)
     except (FileNotFoundError, NotADirectoryError):
         return None
     except OSError as error:

@@ -1,5 +1,6 @@
 """Cache: build, open and read teacher outputs by sample and view. Touches the cache's directory alone."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
@@ -204,8 +205,8 @@ class TeacherCache:
             ValueError: a feature that is not there.
         """
         wanted = _whole("samples", samples)
-        seen = np.full(len(wanted), views, np.int64) if isinstance(views, int) else _whole("views", views)
-        if len(seen) != len(wanted):
+        seen = views if isinstance(views, int) else _whole("views", views)
+        if not isinstance(seen, int) and len(seen) != len(wanted):
             raise ValueError(f"TeacherCache: views must be (b,) like samples ({len(wanted)},), got ({len(seen)},)")
         for name in features or ():
             check_name("TeacherCache", "feature", name, self.features)
@@ -217,7 +218,7 @@ class TeacherCache:
     def _check_finite(self, features: Mapping[str, Tensor], rows: np.ndarray[Any, Any]) -> None:
         for name, x in features.items():
             # One pass finds most of it; a sum beyond float32 is no fault of its terms.
-            if not torch.isfinite(x.sum()) and not torch.isfinite(x).all():
+            if not math.isfinite(float(x.sum())) and not torch.isfinite(x).all():
                 at = int(torch.nonzero(~torch.isfinite(x).reshape(len(x), -1).all(1))[0])
                 view, position = divmod(int(rows[at]), self.samples)
                 raise CacheError(
@@ -242,31 +243,34 @@ class TeacherCache:
 
     def _read_rows(self, rows: np.ndarray[Any, Any], names: list[str]) -> dict[str, Tensor]:
         layout = self._layout
-        shards, inside = np.divmod(rows, layout.shard_rows)
-        if layout.shards == 1 and len(rows):
-            found = np.asarray(self._shard(0)).take(inside, axis=0)
-        else:
-            # Each file is looked at before memory is taken on the word of the header.
-            parts = [(np.flatnonzero(shards == shard), self._shard(int(shard))) for shard in np.unique(shards)]
-            found = np.empty((len(rows), layout.row_bytes), np.uint8)
-            for here, content in parts:
-                found[here] = np.asarray(content).take(inside[here], axis=0)
+        shards = rows // layout.shard_rows
+        inside = rows - shards * layout.shard_rows
+        one = int(shards[0]) if len(rows) else 0
+        if len(rows) and (layout.shards == 1 or (shards == one).all()):
+            return unpack(layout, np.asarray(self._shard(one)).take(inside, axis=0), names)
+        # Each file is looked at before memory is taken on the word of the header.
+        parts = [((shards == shard).nonzero()[0], self._shard(shard)) for shard in sorted(set(shards.tolist()))]
+        found = np.empty((len(rows), layout.row_bytes), np.uint8)
+        for here, content in parts:
+            found[here] = np.asarray(content).take(inside[here], axis=0)
         return unpack(layout, found, names)
 
-    def _rows(self, samples: np.ndarray[Any, Any], views: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    def _rows(self, samples: np.ndarray[Any, Any], views: np.ndarray[Any, Any] | int) -> np.ndarray[Any, Any]:
         layout = self._layout
         if layout.dense:
             position = samples - layout.first
-            known = (samples >= layout.first) & (position < layout.samples)
+            # Far from a `first` of great size the difference wraps around.
+            known = (samples >= layout.first) & (position >= 0) & (position < layout.samples)
         else:
             ids = self._mapped_ids()
             position = np.searchsorted(ids, samples)
             known = ids[np.minimum(position, layout.samples - 1)] == samples
-        missing = np.flatnonzero(~known | (views < 0) | (views >= layout.views))
-        if len(missing):
-            at = missing[0]
+        known &= (views >= 0) & (views < layout.views)
+        if not known.all():
+            at = int((~known).nonzero()[0][0])
+            view = views if isinstance(views, int) else views[at]
             raise CacheError(
-                f"TeacherCache: {self.path} has no sample {samples[at]}, view {views[at]}; it has {layout.samples} samples"
+                f"TeacherCache: {self.path} has no sample {samples[at]}, view {view}; it has {layout.samples} samples"
                 f"{f' from {layout.first}' if layout.dense else ''}, views 0 to {layout.views - 1}"
             )
         rows: np.ndarray[Any, Any] = views * layout.samples + position
@@ -282,7 +286,7 @@ class TeacherCache:
             if layout.block:
                 _check_seal(path, layout.seal_of(shard))
             if len(self._shards) >= _MAPPED:
-                self._shards.pop(next(iter(self._shards)))
+                self._shards.pop(next(iter(self._shards)), None)  # another thread may do the same
             self._shards[shard] = found
         return found
 
@@ -332,4 +336,4 @@ def _whole(name: str, values: Any) -> np.ndarray[Any, np.dtype[np.int64]]:
     found = values.detach().cpu().numpy() if isinstance(values, Tensor) else np.asarray(values)
     if found.ndim != 1 or (len(found) and found.dtype.kind not in "iu"):
         raise ValueError(f"TeacherCache: {name} must be (b,) whole numbers, got {found.dtype} {found.shape}")
-    return found.astype(np.int64)
+    return found.astype(np.int64, copy=False)

@@ -68,6 +68,7 @@ def verify_cache(
 
     Raises:
         CacheError: the first damage, with the file and the rows; or a sample whose row is not what the teacher says.
+        ValueError: a teacher without `fetch`, or the reverse.
 
     Examples:
         >>> import tempfile
@@ -82,6 +83,8 @@ def verify_cache(
         (5, 1, 5)
     """
     check_number("verify_cache", "recompute", recompute, least=0, integer=True)
+    if (teacher is None) != (fetch is None):
+        raise ValueError("verify_cache: teacher and fetch go together, got one of them")
     layout = cache._layout
     _check_ids(cache.path, layout)
     records = _records(cache.path, layout) if layout.block else None
@@ -155,7 +158,7 @@ def _recompute(
             for name, x in held.items():
                 if name not in said or said[name].shape != x.shape:
                     raise CacheError(
-                        f"TeacherCache: {cache.path} has a feature {name!r} {tuple(x.shape)}, the teacher not"
+                        f"TeacherCache: {cache.path} has a feature {name!r} {tuple(x.shape[1:])}, which the teacher has not"
                     )
                 apart = 1 - F.cosine_similarity(x.flatten(1).double(), said[name].flatten(1).double())
                 # Two rows of zeros have no direction to differ in.
