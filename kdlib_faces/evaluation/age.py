@@ -18,17 +18,19 @@ from kdlib_faces.evaluation._checks import (
     check_ages,
     check_fars,
     check_labels,
+    check_level,
     check_vector,
     require,
     to_numpy,
     unit_rows,
 )
 from kdlib_faces.evaluation.age_result import AgeGapResult, BinResult
+from kdlib_faces.evaluation.bins import GAP_STARTS, bin_names, check_starts, place
 from kdlib_faces.evaluation.intervals import bootstrap_estimate, identity_bootstrap
 from kdlib_faces.evaluation.resampling import PairScores, Rates, genuine_pairs, resampled_rates, score_pairs, thin
 from kdlib_faces.evaluation.roc import curve, tar_at_far
 
-__all__ = ["AgeGapProtocol"]
+__all__ = ["AgeGapProtocol", "group_bins"]
 
 EDGES = np.linspace(-1, 1, 81)
 OWNER = "AgeGapProtocol"
@@ -80,7 +82,7 @@ class AgeGapProtocol:
         *,
         ages: Any = None,
         age_groups: Any = None,
-        bins: Sequence[float] = (0, 5, 10, 20, 30),
+        bins: Sequence[float] = GAP_STARTS,
         fars: Sequence[float] = (1e-2, 1e-3),
         replicates: int = 500,
         seed: int = 0,
@@ -95,8 +97,7 @@ class AgeGapProtocol:
         require(ages is not None or age_groups is not None, OWNER, "ages or age_groups must be given, got neither")
         check_number(OWNER, "replicates", replicates, least=0, integer=True)
         check_number(OWNER, "seed", seed, least=0, integer=True)
-        check_number(OWNER, "level", level, above=0)
-        require(level < 1, OWNER, f"level must be below 1, got {level!r}")
+        check_level(OWNER, level)
         check_number(OWNER, "most_impostors", most_impostors, least=1, integer=True)
         self.fars = check_fars(OWNER, fars)
         self.replicates, self.seed, self.level, self.most_impostors = replicates, seed, float(level), most_impostors
@@ -105,13 +106,13 @@ class AgeGapProtocol:
         if ages is not None:
             self.kind = "gap"
             self.ages = check_ages(OWNER, ages, self.codes.size)
-            self.starts = _starts(bins)
-            self.names = _gap_names(self.starts)
+            self.starts = check_starts(OWNER, "bins", bins)
+            self.names = bin_names(self.starts)
         else:
             self.kind = "group"
             check_vector(OWNER, "age_groups", to_numpy(age_groups), self.codes.size, "identities")
             self.groups, group_labels = check_labels(OWNER, "age_groups", age_groups)
-            self.names, self._table = _group_bins([str(label) for label in group_labels])
+            self.names, self._table = group_bins(OWNER, [str(label) for label in group_labels])
 
     def __repr__(self) -> str:
         by = "ages" if self.kind == "gap" else "age_groups"
@@ -134,9 +135,7 @@ class AgeGapProtocol:
     def bin_of(self, i: IntArray, j: IntArray) -> npt.NDArray[np.int16]:
         """Bin of the pairs of rows i and j (broadcast together), -1 for none."""
         if self.ages is not None:
-            # Ages kept as float32 must not move a gap of 5 years below 5: an hour is neither here nor there.
-            gap = np.round(np.abs(self.ages[i] - self.ages[j]), 4)
-            return (np.searchsorted(self.starts, gap, side="right") - 1).astype(np.int16)
+            return place(self.starts, np.abs(self.ages[i] - self.ages[j])).astype(np.int16)
         assert self.groups is not None
         return self._table[self.groups[i], self.groups[j]]
 
@@ -216,32 +215,9 @@ def _histogram(cost: FloatArray) -> list[int]:
     return counts
 
 
-def _starts(bins: Sequence[float]) -> FloatArray:
-    for start in bins:
-        check_number(OWNER, "bins", start, least=0)
-    starts = np.asarray(tuple(bins), dtype=np.float64)
-    require(
-        starts.size > 0 and bool((np.diff(starts) > 0).all()),
-        OWNER,
-        f"bins must rise from the first, got {tuple(bins)}",
-    )
-    return starts
-
-
-def _gap_names(starts: FloatArray) -> list[str]:
-    """`0-4` for whole years, `0-<0.5` for fractions, `30+` for the last."""
-    names = []
-    for low, high in zip(starts[:-1].tolist(), starts[1:].tolist(), strict=True):
-        if low.is_integer() and high.is_integer():
-            names.append(f"{low:g}" if high == low + 1 else f"{low:g}-{high - 1:g}")
-        else:
-            names.append(f"{low:g}-<{high:g}")
-    return [*names, f"{starts[-1]:g}+"]
-
-
-def _group_bins(labels: list[str]) -> tuple[list[str], npt.NDArray[np.int16]]:
+def group_bins(owner: str, labels: list[str]) -> tuple[list[str], npt.NDArray[np.int16]]:
     """Names of the unordered pairs of groups, and the bin of each pair (groups, groups)."""
-    require(len(labels) <= 64, OWNER, f"age_groups must hold at most 64 groups, got {len(labels)}")
+    require(len(labels) <= 64, owner, f"age_groups must hold at most 64 groups, got {len(labels)}")
     joint = " / " if any("-" in label for label in labels) else "-"
     table = np.zeros((len(labels), len(labels)), dtype=np.int16)
     names: list[str] = []

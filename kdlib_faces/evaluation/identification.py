@@ -1,18 +1,48 @@
 """Evaluation room: who is it? Leave-one-image-out identification, the FG-NET protocol. NumPy only."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
 from kdlib._checks import check_number
-from kdlib_faces.evaluation._checks import FloatArray, IntArray, check_labels, require, unit_rows
+from kdlib_faces.evaluation._checks import (
+    FloatArray,
+    IntArray,
+    check_ages,
+    check_labels,
+    check_level,
+    require,
+    unit_rows,
+)
+from kdlib_faces.evaluation.bins import GAP_STARTS, PROBE_AGE_STARTS, bin_names, check_starts, place
+from kdlib_faces.evaluation.clustered import draws, rate_estimate
 from kdlib_faces.evaluation.intervals import Estimate, wilson
 
-__all__ = ["LeaveOneOutResult", "leave_one_out", "leave_one_out_result"]
+__all__ = ["BinRates", "LeaveOneOutResult", "leave_one_out", "leave_one_out_result"]
 
 BLOCK = 512
+
+
+@dataclass(frozen=True)
+class BinRates:
+    """Rates of the probes of one bin.
+
+    Args:
+        name: of the bin, `"5-10"`.
+        probes: how many it holds.
+        rates: by rank, with intervals over identities; None in an empty bin.
+    """
+
+    name: str
+    probes: int
+    rates: Mapping[int, Estimate]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        entry: dict[str, Any] = {"name": self.name, "probes": self.probes}
+        return entry | {f"rank{rank}": estimate.to_dict() for rank, estimate in self.rates.items()}
 
 
 @dataclass(frozen=True)
@@ -25,17 +55,30 @@ class LeaveOneOutResult:
         ranks_of_mates: (n,) place of each probe's best mate, from 1; 0 for a probe without a mate.
         probes: how many images there are; each is a probe once.
         mateless: how many have no other image of their identity; they count as misses, as the definition has it.
+        by_age: rates by the probe's age; empty without ages.
+        by_gap: rates by the years between the probe and its most alike mate; empty without ages.
     """
 
     rates: Mapping[int, Estimate]
     ranks_of_mates: IntArray
     probes: int
     mateless: int
+    by_age: tuple[BinRates, ...] = ()
+    by_gap: tuple[BinRates, ...] = ()
+
+    def cmc(self, most: int) -> FloatArray:
+        """(most,) rate at ranks 1, 2, ... `most`: the cumulative match characteristic."""
+        check_number("LeaveOneOutResult.cmc", "most", most, least=1, integer=True)
+        counts = np.bincount(np.minimum(self.ranks_of_mates, most + 1), minlength=most + 2)
+        return np.cumsum(counts[1 : most + 1]) / self.probes
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON: `{"rank1": ..., "probes": n}`."""
+        """Plain values for JSON: `{"rank1": ..., "probes": n}`, and the breakdowns where there are ages."""
         entry: dict[str, Any] = {f"rank{rank}": estimate.to_dict() for rank, estimate in self.rates.items()}
         entry["probes"] = self.probes
+        if self.by_age:
+            entry["by_age"] = [rates.to_dict() for rates in self.by_age]
+            entry["by_gap"] = [rates.to_dict() for rates in self.by_gap]
         return entry
 
 
@@ -71,7 +114,16 @@ def leave_one_out(embeddings: Any, identities: Any, ranks: Sequence[int] = (1,))
 
 
 def leave_one_out_result(
-    embeddings: Any, identities: Any, ranks: Sequence[int] = (1,), *, level: float = 0.95
+    embeddings: Any,
+    identities: Any,
+    ranks: Sequence[int] = (1,),
+    *,
+    level: float = 0.95,
+    ages: Any = None,
+    age_bins: Sequence[float] = PROBE_AGE_STARTS,
+    gap_bins: Sequence[float] = GAP_STARTS,
+    replicates: int = 500,
+    seed: int = 0,
 ) -> LeaveOneOutResult:
     """`leave_one_out` with intervals, the place of each probe's mate and the count of probes without one.
 
@@ -80,6 +132,11 @@ def leave_one_out_result(
         identities: (n,) whole numbers or strings.
         ranks: the k's, from 1 to n - 1.
         level: confidence of the intervals.
+        ages: (n,) years; gives the rates by the probe's age and by the gap to its most alike mate.
+        age_bins: rising lower ends of the bins of the probe's age, years.
+        gap_bins: of the bins of the gap.
+        replicates: bootstrap resamples over identities for the bins; 0 for none.
+        seed: of the resamples.
 
     Returns:
         The rates.
@@ -100,17 +157,43 @@ def leave_one_out_result(
     require(len(ranks) > 0, owner, "ranks must not be empty, got ()")
     for rank in ranks:
         check_number(owner, "ranks", rank, least=1, most=codes.size - 1, integer=True)
-    places = np.concatenate([_mate_places(unit, codes, start) for start in range(0, codes.size, BLOCK)])
+    check_level(owner, level)
+    years = None if ages is None else check_ages(owner, ages, codes.size)
+    starts = check_starts(owner, "age_bins", age_bins), check_starts(owner, "gap_bins", gap_bins)
+    found = [_mate_places(unit, codes, start) for start in range(0, codes.size, BLOCK)]
+    places, mates = (np.concatenate(parts) for parts in zip(*found, strict=True))
     rates = {}
     for rank in ranks:
-        found = int(((places >= 1) & (places <= rank)).sum())
-        low, high = wilson(found, codes.size, level=level)
-        rates[int(rank)] = Estimate(found / codes.size, low, high, int(codes.size))
-    return LeaveOneOutResult(rates, places, int(codes.size), int((places == 0).sum()))
+        hits = int(((places >= 1) & (places <= rank)).sum())
+        low, high = wilson(hits, codes.size, level=level)
+        rates[int(rank)] = Estimate(hits / codes.size, low, high, int(codes.size))
+    result = LeaveOneOutResult(rates, places, int(codes.size), int((places == 0).sum()))
+    if years is None:
+        return result
+    multiplicities = draws(labels.size, replicates=replicates, seed=seed)
+
+    def broken_down(bins: FloatArray, of: IntArray) -> tuple[BinRates, ...]:
+        rows = []
+        for number, name in enumerate(bin_names(bins)):
+            inside = of == number
+            each = {
+                rank: rate_estimate(
+                    ((places >= 1) & (places <= rank))[inside].astype(np.float64),
+                    codes[inside],
+                    multiplicities,
+                    level=level,
+                )
+                for rank in rates
+            }
+            rows.append(BinRates(name, int(inside.sum()), each))
+        return tuple(rows)
+
+    gap = np.where(places == 0, -1, place(starts[1], np.abs(years - years[mates])))
+    return replace(result, by_age=broken_down(starts[0], place(starts[0], years)), by_gap=broken_down(starts[1], gap))
 
 
-def _mate_places(unit: FloatArray, codes: IntArray, start: int) -> IntArray:
-    """Place (from 1) of the best mate of each probe of one block of rows, 0 without a mate."""
+def _mate_places(unit: FloatArray, codes: IntArray, start: int) -> tuple[IntArray, IntArray]:
+    """Place (from 1) of the best mate of each probe of one block of rows, 0 without a mate, and that mate's row."""
     rows = np.arange(start, min(start + BLOCK, codes.size))
     scores = unit[rows] @ unit.T
     scores[np.arange(rows.size), rows] = -np.inf
@@ -118,4 +201,4 @@ def _mate_places(unit: FloatArray, codes: IntArray, start: int) -> IntArray:
     first = mates.argmax(axis=1)
     best = np.take_along_axis(mates, first[:, None], axis=1)
     ahead = (scores > best) | ((scores == best) & (np.arange(codes.size) < first[:, None]))
-    return np.where(np.isfinite(best[:, 0]), 1 + ahead.sum(axis=1), 0)
+    return np.where(np.isfinite(best[:, 0]), 1 + ahead.sum(axis=1), 0), first

@@ -15,7 +15,7 @@ import numpy as np
 
 from kdlib._checks import check_number
 from kdlib_faces._checks import InputError
-from kdlib_faces.evaluation._checks import FloatArray, IntArray, check_labels, require
+from kdlib_faces.evaluation._checks import FloatArray, IntArray, check_labels, check_level
 
 __all__ = ["Estimate", "bootstrap_estimate", "identity_bootstrap", "paired_difference", "wilson"]
 
@@ -47,7 +47,7 @@ def wilson(successes: float, trials: float, *, level: float = 0.95) -> tuple[flo
     """
     check_number("wilson", "trials", trials, above=0)
     check_number("wilson", "successes", successes, least=0, most=trials)
-    _check_level("wilson", level)
+    check_level("wilson", level)
     z = NormalDist().inv_cdf(0.5 + level / 2)
     p, n = successes / trials, trials
     centre = (p + z * z / (2 * n)) / (1 + z * z / n)
@@ -143,7 +143,7 @@ def bootstrap_estimate(value: float, replicates: FloatArray, *, n: int, clusters
         >>> round(estimate.low, 3), estimate.high
         (0.722, 1.0)
     """
-    _check_level("bootstrap_estimate", level)
+    check_level("bootstrap_estimate", level)
     if not isfinite(value):
         return Estimate(None, None, None, 0, replicates)
     finite = replicates[np.isfinite(replicates)]
@@ -179,7 +179,7 @@ def paired_difference(a: Estimate, b: Estimate, *, level: float = 0.95) -> Estim
         >>> round(paired_difference(a, b).low, 6)
         0.2
     """
-    _check_level("paired_difference", level)
+    check_level("paired_difference", level)
     first, second = a.replicates, b.replicates
     if first is None or second is None or first.shape != second.shape:
         sizes = " and ".join("none" if x is None else str(x.size) for x in (first, second))
@@ -193,8 +193,3 @@ def paired_difference(a: Estimate, b: Estimate, *, level: float = 0.95) -> Estim
         return Estimate(a.value - b.value, None, None, n, difference)
     low, high = (float(end) for end in np.quantile(finite, [(1 - level) / 2, (1 + level) / 2]))
     return Estimate(a.value - b.value, low, high, n, difference)
-
-
-def _check_level(owner: str, level: float) -> None:
-    check_number(owner, "level", level, above=0)
-    require(level < 1, owner, f"level must be below 1, got {level!r}")

@@ -1,7 +1,7 @@
 """Evaluation room: one rule for TAR at a FAR, and the curve. NumPy only; takes score vectors."""
 
 from dataclasses import dataclass
-from math import floor
+from math import floor, isfinite
 from typing import Any, Literal
 
 import numpy as np
@@ -10,12 +10,21 @@ from kdlib._checks import check_choice, check_number
 from kdlib_faces.evaluation._checks import FloatArray, check_scores
 from kdlib_faces.evaluation.intervals import Estimate, wilson
 
-__all__ = ["TarAtFar", "allowed_false_accepts", "auc", "curve", "far_name", "roc_points", "tar_at_far"]
+__all__ = [
+    "TarAtFar",
+    "allowed_false_accepts",
+    "auc",
+    "curve",
+    "far_name",
+    "operating_point",
+    "roc_points",
+    "tar_at_far",
+]
 
 
 @dataclass(frozen=True)
-class TarAtFar:
-    """One operating point: accept a score strictly above `threshold`.
+class TarAtFar(float):
+    """One operating point: accept a score strictly above `threshold`. As a number it is its TAR.
 
     Args:
         tar: fraction of the genuine scores accepted.
@@ -43,10 +52,28 @@ class TarAtFar:
     false_accepts: int
     mode: str
 
+    def __new__(cls, tar: float, *_: Any, **__: Any) -> "TarAtFar":
+        """A float, so that a TAR can be compared and printed as one."""
+        return super().__new__(cls, tar)
+
+    __hash__ = float.__hash__
+
     @property
     def estimate(self) -> Estimate:
         """The TAR with its interval and the number of genuine scores."""
         return Estimate(self.tar, self.low, self.high, self.genuine)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON: the estimate, and all that says how it was come by."""
+        return {
+            **self.estimate.to_dict(),
+            "threshold": self.threshold if isfinite(self.threshold) else None,
+            "far": self.far,
+            "false_accepts": self.false_accepts,
+            "impostors": self.impostors,
+            "resolvable": self.resolvable,
+            "rule": self.mode,
+        }
 
 
 def allowed_false_accepts(far: float, total: float) -> int:
@@ -116,23 +143,44 @@ def tar_at_far(
     )
     check_number("tar_at_far", "far", far, above=0, most=1)
     check_choice("tar_at_far", "mode", mode, ("exact", "nearest"))
-    k = allowed_false_accepts(far, negative.size)
-    if mode == "exact":
-        threshold = _kth_largest(negative, k)
-    else:
-        threshold = _nearest_threshold(positive, negative, far)
-    accepted, false_accepts = int((positive > threshold).sum()), int((negative > threshold).sum())
-    low, high = wilson(accepted, positive.size, level=level)
+    threshold = _kth_largest(negative, allowed_false_accepts(far, negative.size))
+    if mode == "nearest":
+        threshold = _nearest_threshold(negative, threshold, far)
+    return operating_point(
+        far,
+        threshold,
+        accepted=int((positive > threshold).sum()),
+        genuine=positive.size,
+        false_accepts=int((negative > threshold).sum()),
+        impostors=negative.size,
+        mode=mode,
+        level=level,
+    )
+
+
+def operating_point(
+    far: float,
+    threshold: float,
+    *,
+    accepted: int,
+    genuine: int,
+    false_accepts: int,
+    impostors: int,
+    mode: str = "exact",
+    level: float = 0.95,
+) -> TarAtFar:
+    """The point at a threshold that has been found, from its counts; for callers that do not hold all scores."""
+    low, high = wilson(accepted, genuine, level=level)
     return TarAtFar(
-        tar=accepted / positive.size,
-        threshold=threshold,
-        far=false_accepts / negative.size,
+        tar=accepted / genuine,
+        threshold=float(threshold),
+        far=false_accepts / impostors,
         target=far,
-        resolvable=k >= 1,
+        resolvable=allowed_false_accepts(far, impostors) >= 1,
         low=low,
         high=high,
-        genuine=positive.size,
-        impostors=negative.size,
+        genuine=genuine,
+        impostors=impostors,
         false_accepts=false_accepts,
         mode=mode,
     )
@@ -146,14 +194,18 @@ def _kth_largest(scores: FloatArray, k: int) -> float:
     return float(np.partition(scores, place)[place])
 
 
-def _nearest_threshold(genuine: FloatArray, impostor: FloatArray, far: float) -> float:
-    """Lowest threshold among those whose FAR is nearest; ties go to the larger FAR."""
-    thresholds = np.concatenate([[-np.inf], np.unique(np.concatenate([genuine, impostor]))])
-    negative = np.sort(impostor)
-    rates = (negative.size - np.searchsorted(negative, thresholds, side="right")) / negative.size
-    # Thresholds ascend, so FAR and TAR fall: the first of the nearest has the larger FAR, and at that FAR the larger
-    # TAR.
-    return float(thresholds[np.argmin(np.abs(rates - far))])
+def _nearest_threshold(impostor: FloatArray, exact: float, far: float) -> float:
+    """Of the two neighbouring points of the curve the one of nearer FAR, the larger where both are as near.
+
+    At a FAR the largest TAR is had at the lowest threshold, the largest impostor score that is not accepted.
+    """
+    if exact == -np.inf:
+        return exact
+    fewer, more = int((impostor > exact).sum()), int((impostor >= exact).sum())
+    if abs(fewer / impostor.size - far) < abs(more / impostor.size - far):
+        return exact
+    below = impostor[impostor < exact]
+    return float(below.max()) if below.size else -np.inf
 
 
 def auc(genuine: Any, impostor: Any) -> float:

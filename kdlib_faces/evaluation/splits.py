@@ -1,14 +1,27 @@
-"""Evaluation room: parts that share no identity. NumPy only."""
+"""Evaluation room: folds, and parts that share no identity. NumPy only."""
 
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from kdlib._checks import check_number
-from kdlib_faces.evaluation._checks import IntArray, check_labels, require
+from kdlib_faces.evaluation._checks import IntArray, check_flags, check_labels, require
 
-__all__ = ["check_identity_disjoint", "identity_disjoint_split"]
+__all__ = [
+    "IdentityOverlapWarning",
+    "check_identity_disjoint",
+    "identities_in_several_folds",
+    "identity_disjoint_split",
+    "identity_overlap",
+    "positives_first_folds",
+    "warn_identity_overlap",
+]
+
+
+class IdentityOverlapWarning(UserWarning):
+    """People of the training set are in the test set: the figure flatters the model."""
 
 
 def identity_disjoint_split(identities: Any, fractions: Sequence[float], *, seed: int) -> list[IntArray]:
@@ -69,11 +82,122 @@ def check_identity_disjoint(a: Any, b: Any) -> None:
         ...
         kdlib_faces._checks.InputError: check_identity_disjoint: a and b must share no identity, got 1 in both: 'bob'
     """
+    shared = identity_overlap(a, b)
+    require(
+        not shared,
+        "check_identity_disjoint",
+        f"a and b must share no identity, got {len(shared)} in both: {_listed(shared)}",
+    )
+
+
+def identity_overlap(a: Any, b: Any) -> list[Any]:
+    """The identities that two sets of images share, sorted.
+
+    Args:
+        a: (n,) identities of one set, whole numbers or strings.
+        b: (m,) identities of the other, of the same kind.
+
+    Returns:
+        The shared ones.
+
+    Raises:
+        ValueError: numbers in one and strings in the other, which say nothing of each other.
+
+    Examples:
+        >>> identity_overlap(["ann", "bob"], ["bob", "cy"])
+        ['bob']
+    """
     owner = "check_identity_disjoint"
     _, first = check_labels(owner, "a", a)
     _, second = check_labels(owner, "b", b)
     kinds = ["strings" if labels.dtype.kind == "U" else "numbers" for labels in (first, second)]
     require(kinds[0] == kinds[1], owner, f"a and b must name identities alike, got {kinds[0]} and {kinds[1]}")
-    shared = np.intersect1d(first, second).tolist()
-    listed = ", ".join(repr(label) for label in shared[:5]) + (", ..." if len(shared) > 5 else "")
-    require(not shared, owner, f"a and b must share no identity, got {len(shared)} in both: {listed}")
+    return list(np.intersect1d(first, second).tolist())
+
+
+def warn_identity_overlap(train: Any, test: Any) -> list[Any]:
+    """Warn where people of the training set are in the test set, and name them.
+
+    Args:
+        train: (n,) identities trained on.
+        test: (m,) identities tested on, named alike.
+
+    Returns:
+        The shared ones; a warning of kind `IdentityOverlapWarning` tells them where there are any.
+
+    Examples:
+        >>> warn_identity_overlap(["ann"], ["bob", "cy"])
+        []
+    """
+    shared = identity_overlap(train, test)
+    if shared:
+        _, tested = check_labels("warn_identity_overlap", "test", test)
+        warnings.warn(
+            f"{len(shared)} of {tested.size} identities of the test set were trained on: {_listed(shared)}",
+            IdentityOverlapWarning,
+            stacklevel=2,
+        )
+    return shared
+
+
+def _listed(labels: list[Any]) -> str:
+    return ", ".join(repr(label) for label in labels[:5]) + (", ..." if len(labels) > 5 else "")
+
+
+def positives_first_folds(same: Any, folds: int = 10) -> IntArray:
+    """Folds of a list that holds all pairs of one identity before all others, as CALFW's and CPLFW's do.
+
+    Fold k takes the k-th part of the pairs of one kind and the k-th part of the others. Cutting such a list into
+    contiguous parts gives folds of one kind, and a number that means nothing.
+
+    Args:
+        same: (n,) whether each pair shows one identity, in any order.
+        folds: how many.
+
+    Returns:
+        (n,) fold of each pair, from 0.
+
+    Raises:
+        ValueError: fewer pairs of a kind than folds.
+
+    Examples:
+        >>> positives_first_folds([1, 1, 1, 1, 0, 0], folds=2).tolist()
+        [0, 0, 1, 1, 0, 1]
+    """
+    owner = "positives_first_folds"
+    flags = check_flags(owner, "same", same, np.size(same))
+    check_number(owner, "folds", folds, least=2, integer=True)
+    found = np.empty(flags.size, dtype=np.int64)
+    for kind in (True, False):
+        rows = np.flatnonzero(flags == kind)
+        require(rows.size >= folds, owner, f"same must hold {folds} pairs of each kind, got {rows.size} of {kind}")
+        for fold, part in enumerate(np.array_split(rows, folds)):
+            found[part] = fold
+    return found
+
+
+def identities_in_several_folds(first: Any, second: Any, fold_ids: Any) -> list[Any]:
+    """The people whose pairs stand in more than one fold: then the folds' accuracies are not independent.
+
+    Args:
+        first: (n,) identity of each pair's first image.
+        second: (n,) identity of its second, named alike.
+        fold_ids: (n,) fold of each pair.
+
+    Returns:
+        Those identities, sorted; an empty list for folds that are identity-disjoint.
+
+    Examples:
+        >>> identities_in_several_folds(["ann", "ann", "cy"], ["bob", "ann", "cy"], [0, 1, 1])
+        ['ann']
+    """
+    owner = "identities_in_several_folds"
+    folds, _ = check_labels(owner, "fold_ids", fold_ids)
+    people = [
+        check_labels(owner, name, x, rows=folds.size, like="fold_ids")
+        for name, x in (("first", first), ("second", second))
+    ]
+    names = np.concatenate([labels[codes] for codes, labels in people])
+    codes, labels = check_labels(owner, "first and second", names)
+    seen = np.unique(np.stack([codes, np.concatenate([folds, folds])]), axis=1)
+    return list(labels[np.bincount(seen[0]) > 1].tolist())

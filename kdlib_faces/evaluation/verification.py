@@ -1,28 +1,41 @@
 """Evaluation room: are two images of one person? Accuracy over folds, as LFW publishes it. NumPy only."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from math import sqrt
 from typing import Any, Literal
 
 import numpy as np
 
-from kdlib._checks import check_choice
+from kdlib._checks import check_choice, check_number
 from kdlib_faces.evaluation._checks import (
+    CELLS,
     BoolArray,
     FloatArray,
     IntArray,
+    check_fars,
     check_flags,
     check_labels,
+    gather,
     require,
+    unit_block,
     unit_rows,
 )
-from kdlib_faces.evaluation.roc import TarAtFar, far_name
+from kdlib_faces.evaluation.fold_thresholds import (
+    RULES,
+    FoldTar,
+    best_exact,
+    best_facexzoo,
+    best_grid,
+    exact_at_far,
+    grid_at_far,
+)
+from kdlib_faces.evaluation.roc import TarAtFar, allowed_false_accepts, far_name
 
-__all__ = ["VerificationResult", "verify_pairs"]
+__all__ = ["Rule", "VerificationResult", "contiguous_folds", "verify_pairs"]
 
-GRID = np.arange(0, 4, 0.01)
 FOLDS = 10
+Rule = Literal["grid", "exact", "facexzoo"]
 
 
 @dataclass(frozen=True)
@@ -33,10 +46,15 @@ class VerificationResult:
         accuracy: mean of the folds' accuracies.
         std: their population standard deviation (ddof = 0), as published tables give it.
         fold_accuracies: (f,) accuracy of each held-out fold.
-        thresholds: (f,) squared distance chosen on the other folds; a pair is accepted below it.
-        threshold_rule: `"grid"` or `"exact"`.
+        thresholds: (f,) squared distance chosen on the other folds; a pair is accepted below it. A cosine, accepted
+            above it, where the rule is `"facexzoo"`.
+        threshold_rule: `"grid"`, `"exact"` or `"facexzoo"`.
         pairs: how many pairs there are.
         tar: operating points by target FAR, over all pairs; empty unless asked for.
+        val: TAR over folds by target FAR; empty unless asked for.
+        pca: to how many dimensions the embeddings of each fold were reduced; None for not at all.
+        correct: (n,) whether each pair was judged right when its fold was held out: what `paired_test` compares.
+        notes: what a reader of the number should know, such as identities in more than one fold.
     """
 
     accuracy: float
@@ -46,6 +64,21 @@ class VerificationResult:
     threshold_rule: str
     pairs: int
     tar: Mapping[float, TarAtFar] = field(default_factory=dict)
+    val: Mapping[float, FoldTar] = field(default_factory=dict)
+    pca: int | None = None
+    correct: BoolArray = field(default_factory=lambda: np.empty(0, dtype=np.bool_), repr=False, compare=False)
+    notes: tuple[str, ...] = ()
+
+    @property
+    def convention(self) -> str:
+        """How accuracy and spread are defined, in words."""
+        rule = {
+            "grid": "threshold on the other folds' best of 0, 0.01, ... 3.99 in squared distance, as insightface",
+            "exact": "threshold on the other folds' best midpoint of squared distances",
+            "facexzoo": "cosine threshold of largest TPR - FPR in 1000 steps, a tie is wrong, as FaceX-Zoo",
+        }[self.threshold_rule]
+        reduced = "" if self.pca is None else f"; PCA to {self.pca} dimensions on the other folds"
+        return f"{rule}{reduced}; std is over folds (ddof 0), standard_error is std (ddof 1) / sqrt(folds) as LFW"
 
     @property
     def standard_error(self) -> float:
@@ -53,7 +86,7 @@ class VerificationResult:
         return float(np.std(self.fold_accuracies, ddof=1)) / sqrt(self.fold_accuracies.size)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON; `tar` only where it was asked for."""
+        """Plain values for JSON; `tar`, `val` and `pca` only where asked for, and then the conventions in words."""
         entry: dict[str, Any] = {
             "accuracy": self.accuracy,
             "std": self.std,
@@ -63,6 +96,17 @@ class VerificationResult:
         }
         if self.tar:
             entry["tar"] = {far_name(far): point.estimate.to_dict() for far, point in self.tar.items()}
+            entry["tar_rule"] = next(iter(self.tar.values())).mode
+            entry["tar_unresolvable"] = [far_name(far) for far, point in self.tar.items() if not point.resolvable]
+        if self.val:
+            entry["val"] = {far_name(far): point.to_dict() for far, point in self.val.items()}
+        if self.pca is not None:
+            entry["pca"] = self.pca
+        if self.notes:
+            entry["notes"] = list(self.notes)
+        if len(entry) > 5 or self.threshold_rule == "facexzoo":
+            entry["standard_error"] = self.standard_error
+            entry["convention"] = self.convention
         return entry
 
 
@@ -72,7 +116,9 @@ def verify_pairs(
     same: Any,
     *,
     fold_ids: Any = None,
-    threshold: Literal["grid", "exact"] = "grid",
+    threshold: Rule = "grid",
+    val_fars: Sequence[float] = (),
+    pca: int | None = None,
 ) -> VerificationResult:
     """Verification accuracy over folds: the threshold is chosen on the others and applied to the one held out.
 
@@ -80,14 +126,20 @@ def verify_pairs(
     the lowest of the best thresholds on the other folds.
 
     Args:
-        left: (n, d) embeddings, normalised or not.
+        left: (n, d) embeddings, normalised or not; one array or shards.
         right: (n, d) embeddings of the pairs' other images.
         same: (n,) whether each pair shows one identity.
         fold_ids: (n,) fold of each pair, whole numbers or strings; None cuts the order given into 10 contiguous folds,
             which is right only for a file that is ordered by folds (the `.bin` sets are; positives-first lists are
-            not).
+            not, see `positives_first_folds`).
         threshold: `"grid"` tries 0, 0.01, ... 3.99, as insightface does, for figures that can be compared with
-            published ones; `"exact"` tries the midpoints of the neighbouring distances of the other folds.
+            published ones; `"exact"` tries the midpoints of the neighbouring distances of the other folds;
+            `"facexzoo"` takes the cosine of largest TPR - FPR in 1000 steps, and a score on it is wrong either way.
+        val_fars: false accept rates at which TAR is told over folds too, the threshold of each fold set on the impostor
+            pairs of the others: insightface's `val`. With `"grid"` it is interpolated as published; otherwise it is
+            the exact rule of `tar_at_far`.
+        pca: reduce to so many dimensions by a PCA of the other folds' embeddings before each fold's accuracy, and make
+            rows unit again; as published, `val` does not.
 
     Returns:
         The accuracies; they use every pair once.
@@ -106,21 +158,41 @@ def verify_pairs(
         insightface's `verification.py`; FaceX-Zoo picks its threshold and its spread differently.
     """
     owner = "verify_pairs"
-    check_choice(owner, "threshold", threshold, ("grid", "exact"))
-    first = unit_rows(owner, "left", left)
-    second = unit_rows(owner, "right", right, rows=first.shape[0], like="rows of left")
+    check_choice(owner, "threshold", threshold, RULES)
+    fars = check_fars(owner, val_fars)
+    first, second = gather(owner, "left", left), gather(owner, "right", right)
+    require(
+        first.shape[0] == second.shape[0],
+        owner,
+        f"right must have one row for each of {first.shape[0]} rows of left, got {second.shape[0]}",
+    )
     require(
         first.shape[1] == second.shape[1], owner, f"right must be (n, {first.shape[1]}) like left, got {second.shape}"
     )
+    distances = _squared_distances(owner, first, second)
     truth = check_flags(owner, "same", same, first.shape[0])
     folds = _folds(owner, truth, fold_ids)
-    distances = np.square(first - second).sum(axis=1)
+    reduced = None
+    if pca is not None:
+        check_number(owner, "pca", pca, least=1, most=first.shape[1], integer=True)
+        reduced = unit_rows(owner, "left", first), unit_rows(owner, "right", second)
     accuracies, thresholds = [], []
+    correct = np.zeros(truth.size, dtype=np.bool_)
     for fold in range(int(folds.max()) + 1):
         held = folds == fold
-        limit = _best_threshold(distances[~held], truth[~held], threshold)
+        if reduced is not None and pca is not None:
+            compared = _reduced_distances(owner, *reduced, ~held, pca)
+        else:
+            compared = distances
+        if threshold == "facexzoo":
+            compared = 1 - compared / 2
+            limit = best_facexzoo(compared[~held], truth[~held])
+            correct[held] = np.where(truth[held], compared[held] > limit, compared[held] < limit)
+        else:
+            limit = (best_grid if threshold == "grid" else best_exact)(compared[~held], truth[~held])
+            correct[held] = (compared[held] < limit) == truth[held]
         thresholds.append(limit)
-        accuracies.append(float(np.mean((distances[held] < limit) == truth[held])))
+        accuracies.append(float(np.mean(correct[held])))
     scores = np.asarray(accuracies)
     return VerificationResult(
         accuracy=float(scores.mean()),
@@ -129,30 +201,80 @@ def verify_pairs(
         thresholds=np.asarray(thresholds),
         threshold_rule=threshold,
         pairs=int(truth.size),
+        val={far: _fold_tar(distances, truth, folds, far, "grid" if threshold == "grid" else "exact") for far in fars},
+        pca=pca,
+        correct=correct,
     )
 
 
-def _best_threshold(distances: FloatArray, same: BoolArray, rule: str) -> float:
-    """The lowest threshold of largest accuracy for `distance < threshold`."""
-    if rule == "grid":
-        candidates = GRID
-    else:
-        known = np.unique(distances)
-        # A midpoint of two neighbouring floats can round to the lower one, which must stay accepted.
-        middle = np.maximum((known[:-1] + known[1:]) / 2, np.nextafter(known[:-1], np.inf))
-        candidates = np.concatenate([known[:1], middle, [np.nextafter(known[-1], np.inf)]])
-    hits = np.searchsorted(np.sort(distances[same]), candidates, side="left")
-    false_hits = np.searchsorted(np.sort(distances[~same]), candidates, side="left")
-    return float(candidates[np.argmax(hits - false_hits)])
+def _squared_distances(owner: str, left: Any, right: Any) -> FloatArray:
+    """(n,) of unit rows, a few rows at a time."""
+    out = np.empty(len(left))
+    step = max(1, CELLS // left.shape[1] // 2)
+    for start in range(0, len(left), step):
+        part = slice(start, start + step)
+        try:
+            a, b = unit_block(owner, "left", left[part]), unit_block(owner, "right", right[part])
+        except ValueError:
+            # Once more over all rows, for the number of the bad one and the count.
+            a, b = unit_rows(owner, "left", left)[part], unit_rows(owner, "right", right)[part]
+        a -= b
+        np.einsum("pd,pd->p", a, a, out=out[part])
+    return out
+
+
+def _reduced_distances(owner: str, left: FloatArray, right: FloatArray, train: BoolArray, pca: int) -> FloatArray:
+    """Squared distances after a PCA of the training pairs' embeddings, rows made unit again."""
+    rows = np.concatenate([left[train], right[train]])
+    centre = rows.mean(axis=0)
+    most = min(rows.shape)
+    require(pca <= most, owner, f"pca must be at most {most}, the rank of the other folds' embeddings, got {pca}")
+    rows -= centre
+    _, vectors = np.linalg.eigh(rows.T @ rows / len(rows))
+    axes = vectors[:, ::-1][:, :pca]
+    moved = [unit_rows(owner, "embeddings after PCA", (x - centre) @ axes) for x in (left, right)]
+    return np.asarray(np.square(moved[0] - moved[1]).sum(axis=1))
+
+
+def _fold_tar(distances: FloatArray, same: BoolArray, folds: IntArray, far: float, rule: str) -> FoldTar:
+    tars, fars, thresholds, resolvable = [], [], [], True
+    for fold in range(int(folds.max()) + 1):
+        held = folds == fold
+        impostor = distances[~held & ~same]
+        limit = (grid_at_far if rule == "grid" else exact_at_far)(impostor, far)
+        resolvable &= allowed_false_accepts(far, impostor.size) >= 1
+        accepted = distances[held] < limit
+        tars.append(float(accepted[same[held]].mean()))
+        fars.append(float(accepted[~same[held]].mean()))
+        thresholds.append(limit)
+    values = np.asarray(tars)
+    return FoldTar(
+        tar=float(values.mean()),
+        std=float(values.std()),
+        far=float(np.mean(fars)),
+        fold_tars=values,
+        thresholds=np.asarray(thresholds),
+        target=far,
+        resolvable=resolvable,
+        rule=rule,
+    )
+
+
+def contiguous_folds(count: int, folds: int = FOLDS) -> IntArray:
+    """(count,) fold of each pair in their order; the first take one pair more, as scikit-learn's KFold cuts.
+
+    Examples:
+        >>> contiguous_folds(5, 2).tolist()
+        [0, 0, 0, 1, 1]
+    """
+    return np.repeat(np.arange(folds), [part.size for part in np.array_split(np.arange(count), folds)])
 
 
 def _folds(owner: str, same: BoolArray, fold_ids: Any) -> IntArray:
     """Fold of each pair as 0 ... f-1; every fold must hold both kinds of pair."""
     if fold_ids is None:
         require(same.size >= 2 * FOLDS, owner, f"without fold_ids there must be {2 * FOLDS} pairs, got {same.size}")
-        # The first n mod 10 folds take one pair more, as scikit-learn's KFold cuts.
-        folds = np.repeat(np.arange(FOLDS), [part.size for part in np.array_split(np.arange(same.size), FOLDS)])
-        names = np.arange(FOLDS)
+        folds, names = contiguous_folds(same.size), np.arange(FOLDS)
         advice = "; is the file ordered by folds? If not, pass fold_ids"
     else:
         folds, names = check_labels(owner, "fold_ids", fold_ids, rows=same.size, like="the pairs")

@@ -1,0 +1,60 @@
+"""Evaluation room: bins of ages and of age gaps, one way of cutting and naming them. NumPy only."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from kdlib._checks import check_number
+from kdlib_faces.evaluation._checks import FloatArray, IntArray, require
+
+__all__ = ["AGE_STARTS", "GAP_STARTS", "PROBE_AGE_STARTS", "bin_names", "check_starts", "place"]
+
+GAP_STARTS = (0, 5, 10, 20, 30)
+"""Lower ends of the bins of age gaps, years."""
+AGE_STARTS = (0, 5, 13, 18, 31, 51)
+"""Lower ends of the bins of the younger image's age, years."""
+PROBE_AGE_STARTS = (0, 5, 11, 18, 31, 51)
+"""Lower ends of the bins of FG-NET's probe ages, years."""
+
+
+def check_starts(owner: str, name: str, starts: Sequence[float]) -> FloatArray:
+    """Lower ends of bins: not negative, rising."""
+    for start in starts:
+        check_number(owner, name, start, least=0)
+    array = np.asarray(tuple(starts), dtype=np.float64)
+    require(
+        array.size > 0 and bool((np.diff(array) > 0).all()),
+        owner,
+        f"{name} must rise from the first, got {tuple(starts)}",
+    )
+    return array
+
+
+def bin_names(starts: FloatArray) -> list[str]:
+    """`0-4` for whole years, `0-<0.5` for fractions, `30+` for the last.
+
+    Examples:
+        >>> bin_names(np.array([0.0, 5.0, 6.0, 10.0]))
+        ['0-4', '5', '6-9', '10+']
+    """
+    names = []
+    for low, high in zip(starts[:-1].tolist(), starts[1:].tolist(), strict=True):
+        if low.is_integer() and high.is_integer():
+            names.append(f"{low:g}" if high == low + 1 else f"{low:g}-{high - 1:g}")
+        else:
+            names.append(f"{low:g}-<{high:g}")
+    return [*names, f"{starts[-1]:g}+"]
+
+
+def place(starts: FloatArray, years: Any) -> IntArray:
+    """Bin of each number of years, -1 below the first.
+
+    Years kept as float32 must not move a gap of 5 below 5: an hour is neither here nor there.
+
+    Examples:
+        >>> place(np.array([0.0, 5.0]), [4.9, 4.99999999, 12.0]).tolist()
+        [0, 1, 1]
+    """
+    rounded = np.round(np.asarray(years, dtype=np.float64), 4)
+    return (np.searchsorted(starts, rounded, side="right") - 1).astype(np.int64)

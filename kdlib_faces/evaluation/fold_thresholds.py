@@ -1,0 +1,105 @@
+"""Evaluation room: the threshold that one fold takes from the others, by each published rule. NumPy only."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from kdlib_faces.evaluation._checks import BoolArray, FloatArray
+from kdlib_faces.evaluation.roc import allowed_false_accepts
+
+__all__ = ["RULES", "FoldTar", "best_exact", "best_facexzoo", "best_grid", "exact_at_far", "grid_at_far"]
+
+RULES = ("grid", "exact", "facexzoo")
+GRID = np.arange(0, 4, 0.01)
+FINE_GRID = np.arange(0, 4, 0.001)
+STEPS = 1000
+
+
+@dataclass(frozen=True)
+class FoldTar:
+    """TAR at a FAR over folds: the threshold of each fold comes from the impostor pairs of the others.
+
+    Args:
+        tar: mean of the folds' TARs.
+        std: their population standard deviation.
+        far: mean of the FARs measured on the held-out folds.
+        fold_tars: (f,) TAR of each fold.
+        thresholds: (f,) squared distance below which a pair is accepted.
+        target: the false accept rate asked for.
+        resolvable: whether the impostor pairs of the other folds allow one false accept, in every fold.
+        rule: `"grid"` (interpolated on the published grid) or `"exact"`.
+    """
+
+    tar: float
+    std: float
+    far: float
+    fold_tars: FloatArray
+    thresholds: FloatArray
+    target: float
+    resolvable: bool
+    rule: str
+
+    def to_dict(self) -> dict[str, object]:
+        """Plain values for JSON."""
+        return {
+            "tar": self.tar,
+            "std": self.std,
+            "far": self.far,
+            "folds": self.fold_tars.tolist(),
+            "target": self.target,
+            "resolvable": self.resolvable,
+            "rule": self.rule,
+        }
+
+
+def best_grid(distances: FloatArray, same: BoolArray) -> float:
+    """The lowest of 0, 0.01, ... 3.99 of largest accuracy for `distance < threshold`."""
+    return _best(distances, same, GRID)
+
+
+def best_exact(distances: FloatArray, same: BoolArray) -> float:
+    """The lowest midpoint of neighbouring distances of largest accuracy."""
+    order = np.sort(distances)
+    known = order[np.concatenate([[True], np.diff(order) > 0])]
+    # A midpoint of two neighbouring floats can round to the lower one, which must stay accepted.
+    middle = np.maximum((known[:-1] + known[1:]) / 2, np.nextafter(known[:-1], np.inf))
+    return _best(distances, same, np.concatenate([known[:1], middle, [np.nextafter(known[-1], np.inf)]]))
+
+
+def _best(distances: FloatArray, same: BoolArray, candidates: FloatArray) -> float:
+    hits = np.searchsorted(np.sort(distances[same]), candidates, side="left")
+    false_hits = np.searchsorted(np.sort(distances[~same]), candidates, side="left")
+    return float(candidates[np.argmax(hits - false_hits)])
+
+
+def best_facexzoo(scores: FloatArray, same: BoolArray) -> float:
+    """The lowest cosine of largest TPR - FPR among 1000 steps from the least to the largest score."""
+    least, most = scores.min(), scores.max()
+    candidates = least + (most - least) / STEPS * np.arange(1, STEPS + 1)
+    positive, negative = np.sort(scores[same]), np.sort(scores[~same])
+    tpr = (positive.size - np.searchsorted(positive, candidates, side="right")) / positive.size
+    fpr = (negative.size - np.searchsorted(negative, candidates, side="right")) / negative.size
+    return float(candidates[np.argmax(tpr - fpr)])
+
+
+def grid_at_far(impostor: FloatArray, far: float) -> float:
+    """insightface's threshold for its `val`: linear in the FAR between two points of 0, 0.001, ... 3.999.
+
+    Where the FAR has steps, and it always has, SciPy's `interp1d` used to take the last grid point of at most this FAR
+    and the next one, and refuses since 1.9; this is what it gave. 0, which accepts nothing, where the grid never
+    reaches the FAR.
+    """
+    rates = np.searchsorted(np.sort(impostor), FINE_GRID, side="left") / impostor.size
+    if rates[-1] < far:
+        return 0.0
+    after = int(np.searchsorted(rates, far, side="right"))
+    if after == rates.size:
+        return float(FINE_GRID[-1])
+    low, high = rates[after - 1], rates[after]
+    return float(FINE_GRID[after - 1] + (far - low) / (high - low) * (FINE_GRID[after] - FINE_GRID[after - 1]))
+
+
+def exact_at_far(impostor: FloatArray, far: float) -> float:
+    """The (k+1)-th smallest impostor distance, k = floor(far N): of `distance < threshold` at most k are accepted."""
+    k = allowed_false_accepts(far, impostor.size)
+    return float(np.partition(impostor, k)[k]) if k < impostor.size else np.inf

@@ -1,0 +1,158 @@
+"""Evaluation room: one pass over any number of distractors. NumPy only; memory does not grow with their number.
+
+Scores are float32 matrix products; every score that can decide something is then computed again in float64 from the
+rows themselves, so the result is that of float64 throughout, whatever the size of the blocks.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from kdlib_faces.evaluation._checks import FloatArray, IntArray, unit_block
+
+__all__ = ["Search", "dot_rows", "product_error"]
+
+BLOCK = 4096
+PAIRS = 4096
+MANY = 200_000
+
+
+def product_error(width: int) -> float:
+    """A bound on how far a float32 product of two unit rows of this width is from their cosine, roundings of all kinds.
+
+    Examples:
+        >>> product_error(512) < 1e-4
+        True
+    """
+    return (2 * width + 16) * 2.0**-24
+
+
+def dot_rows(left: FloatArray, i: IntArray, right: FloatArray, j: IntArray) -> FloatArray:
+    """(p,) products of rows i of `left` and j of `right`, the same bits whatever stands beside them."""
+    out = np.empty(i.size)
+    for start in range(0, i.size, PAIRS):
+        part = slice(start, start + PAIRS)
+        out[part] = np.einsum("pd,pd->p", left[i[part]], right[j[part]])
+    return out
+
+
+@dataclass
+class Search:
+    """The best distractor scores of each probe, and the largest of all.
+
+    Args:
+        owner: the function the user called, for errors.
+        probes: (p, d) unit rows, float64.
+        ranks: how many best scores of each probe are kept.
+        top: how many of all scores are kept.
+    """
+
+    owner: str
+    probes: FloatArray
+    ranks: int
+    top: int
+    seen: int = 0
+    best: FloatArray = field(init=False)
+    """(p, ranks) largest scores of each probe, falling; -inf where there were fewer distractors."""
+    largest: FloatArray = field(init=False)
+    """At most `top` of the largest scores, in no order."""
+
+    def __post_init__(self) -> None:
+        self.best = np.full((len(self.probes), self.ranks), -np.inf)
+        self.largest = np.empty(0)
+        self._single = self.probes.astype(np.float32)
+        self._error = product_error(self.probes.shape[1])
+        self._scores = np.empty((0, 0), dtype=np.float32)
+
+    def threshold(self) -> float:
+        """What a score must exceed to be among the `top` largest, -inf while there are fewer."""
+        return float(self.largest.min()) if self.largest.size >= self.top > 0 else -np.inf
+
+    def add(self, rows: npt.NDArray[Any], offset: int) -> None:
+        """Take distractors (m, d) in, none of them zero; `offset` is the number of the first in messages."""
+        for start in range(0, len(rows), BLOCK):
+            self._add(rows[start : start + BLOCK], offset + start)
+
+    def add_zeros(self, count: int) -> None:
+        """Take in distractors that score 0 against every probe."""
+        if count:
+            zeros = np.zeros((len(self.probes), min(count, self.ranks)))
+            self.best = -np.sort(-np.hstack([self.best, zeros]), axis=1)[:, : self.ranks]
+            self._keep(np.zeros(min(count * len(self.probes), self.top)))
+            self.seen += count
+
+    def _add(self, block: npt.NDArray[Any], offset: int) -> None:
+        single = self._unit_single(block, offset)
+        shape = (len(self.probes), len(block))
+        if self._scores.shape != shape:
+            self._scores = np.empty(shape, dtype=np.float32)
+        scores = np.matmul(self._single, single.T, out=self._scores)
+        highest = scores.max(axis=1)
+        self._update_best(block, scores, highest, offset)
+        if self.top:
+            self._update_largest(block, scores, highest, offset)
+        self.seen += len(block)
+
+    def _unit_single(self, block: npt.NDArray[Any], offset: int) -> npt.NDArray[np.float32]:
+        with np.errstate(all="ignore"):
+            single = block.astype(np.float32)
+            square = np.einsum("nd,nd->n", single, single)
+            # Written so that NaN fails too. Rows that float32 cannot square go the long way, which also names bad ones.
+            if not ((square > 1e-30) & (square < 1e30)).all():
+                return unit_block(self.owner, "distractors", block, offset).astype(np.float32)
+        single *= (1 / np.sqrt(square))[:, None]
+        return single
+
+    def _exact(self, block: npt.NDArray[Any], probe: IntArray, row: IntArray, offset: int) -> FloatArray:
+        """(c,) float64 scores of a few pairs."""
+        used, place = np.unique(row, return_inverse=True)
+        unit = unit_block(self.owner, "distractors", block[used], offset)
+        if probe.size > MANY and probe.size * 16 > len(self.probes) * len(block):
+            # The first block of a search for millions, or the near ties of a collapsed model: all at once is cheaper.
+            return np.asarray((self.probes @ unit.T)[probe, place])
+        return dot_rows(self.probes, probe, unit, place)
+
+    def _update_best(
+        self, block: npt.NDArray[Any], scores: npt.NDArray[np.float32], highest: npt.NDArray[np.float32], offset: int
+    ) -> None:
+        moved = np.flatnonzero(highest > self.best[:, -1] - self._error)
+        if not moved.size:
+            return
+        part = scores[moved]
+        floor = self.best[moved, -1] - self._error
+        if self.ranks < part.shape[1]:
+            kth = np.partition(part, -self.ranks, axis=1)[:, -self.ranks]
+            floor = np.maximum(floor, kth - 2 * self._error)
+        where, row = np.nonzero(part >= floor[:, None])
+        exact = self._exact(block, moved[where], row, offset)
+        order = np.lexsort((-exact, where))
+        where, exact = where[order], exact[order]
+        rank = np.arange(where.size) - np.searchsorted(where, where)
+        kept = rank < self.ranks
+        fresh = np.full((moved.size, self.ranks), -np.inf)
+        fresh[where[kept], rank[kept]] = exact[kept]
+        self.best[moved] = -np.sort(-np.hstack([self.best[moved], fresh]), axis=1)[:, : self.ranks]
+
+    def _update_largest(
+        self, block: npt.NDArray[Any], scores: npt.NDArray[np.float32], highest: npt.NDArray[np.float32], offset: int
+    ) -> None:
+        floor = self.threshold() - self._error
+        moved = np.flatnonzero(highest > floor)
+        if not moved.size:
+            return
+        part = scores[moved]
+        good = part > floor
+        values = part[good]
+        if values.size > self.top:
+            kth = float(np.partition(values, -self.top)[-self.top])
+            good &= part >= kth - 2 * self._error
+        where, row = np.nonzero(good)
+        self._keep(self._exact(block, moved[where], row, offset))
+
+    def _keep(self, scores: FloatArray) -> None:
+        merged = np.concatenate([self.largest, scores])
+        if merged.size > self.top:
+            merged = np.partition(merged, -self.top)[-self.top :] if self.top else merged[:0]
+        self.largest = merged
