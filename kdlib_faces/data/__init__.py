@@ -1,21 +1,93 @@
-"""Data room: images, ages and identities, from folders, lists and the drawn set."""
+"""Data room: images, ages and identities, from folders, lists and the drawn set. No image is decoded on import.
 
+load_bin, RecordReader        whole sets in one file: insightface's `.bin`, MXNet's RecordIO
+read_faces                    lists `path,identity,age` and folders of people; young and adult groups too
+read_..._pairs                pairs by name of LFW, CALFW, CPLFW, AgeDB, CFP, CACD-VS: `ImagePairs`
+read_fgnet, read_agedb        folders whose file names tell ages
+read_ijb, FeatureSet          templates, pairs and galleries of IJB-B/C; MegaFace's features in shards
+read_longitudinal             people over years
+"""
+
+from kdlib_faces.data.agedb import AgeDBName, parse_agedb_name, read_agedb, read_agedb_pairs
 from kdlib_faces.data.bin import BinSet, load_bin, save_bin
+from kdlib_faces.data.cacd import cacd_vs_pairs
+from kdlib_faces.data.calfw import read_calfw_pairs, read_cplfw_pairs
+from kdlib_faces.data.cfp import read_cfp_pairs
+from kdlib_faces.data.fgnet import FGNetName, parse_fgnet_name, read_fgnet
+from kdlib_faces.data.ijb import (
+    IJBLandmarks,
+    IJBPairs,
+    IJBSubjects,
+    IJBTemplates,
+    read_ijb_landmarks,
+    read_ijb_pairs,
+    read_ijb_subjects,
+    read_ijb_templates,
+)
+from kdlib_faces.data.ijb_set import IJBSet, read_ijb
+from kdlib_faces.data.image_pairs import ImagePairs, PairList
+from kdlib_faces.data.landmarks import five_points, read_points
+from kdlib_faces.data.listing import FaceList, read_faces
+from kdlib_faces.data.longitudinal import LongitudinalList, read_longitudinal
+from kdlib_faces.data.megaface import (
+    FeatureSet,
+    TemplateList,
+    read_feature_file,
+    read_template_list,
+    write_feature_file,
+)
+from kdlib_faces.data.pairs import read_lfw_pairs, read_pairs
 from kdlib_faces.data.record import RecordReader
 from kdlib_faces.data.record_parts import IdentityRanges, Record, RecordProperties, read_property
 from kdlib_faces.data.record_writer import save_records
 from kdlib_faces.data.synthetic import SyntheticFace, SyntheticFaces
 
 __all__ = [
+    "AgeDBName",
     "BinSet",
+    "FGNetName",
+    "FaceList",
+    "FeatureSet",
+    "IJBLandmarks",
+    "IJBPairs",
+    "IJBSet",
+    "IJBSubjects",
+    "IJBTemplates",
     "IdentityRanges",
+    "ImagePairs",
+    "LongitudinalList",
+    "PairList",
     "Record",
     "RecordProperties",
     "RecordReader",
     "SyntheticFace",
     "SyntheticFaces",
+    "TemplateList",
+    "cacd_vs_pairs",
+    "five_points",
     "load_bin",
+    "parse_agedb_name",
+    "parse_fgnet_name",
+    "read_agedb",
+    "read_agedb_pairs",
+    "read_calfw_pairs",
+    "read_cfp_pairs",
+    "read_cplfw_pairs",
+    "read_faces",
+    "read_feature_file",
+    "read_fgnet",
+    "read_ijb",
+    "read_ijb_landmarks",
+    "read_ijb_pairs",
+    "read_ijb_subjects",
+    "read_ijb_templates",
+    "read_lfw_pairs",
+    "read_longitudinal",
+    "read_pairs",
+    "read_points",
     "read_property",
+    "read_template_list",
     "save_bin",
     "save_records",
+    "write_feature_file",
 ]

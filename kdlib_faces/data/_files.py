@@ -1,5 +1,6 @@
 """Data room: whole files in and out. Files appear under their name only when they are whole. Touches the file system."""
 
+import io
 import mmap
 import os
 import tempfile
@@ -15,7 +16,7 @@ __all__ = ["mapped", "opened", "read_whole", "written"]
 
 
 @contextmanager
-def opened(path: str | PathLike[str], what: str) -> Iterator[BinaryIO]:
+def opened(path: str | PathLike[str], what: str) -> Iterator[io.BufferedReader]:
     """The file, open for reading; what goes wrong with the file itself is an `InputError` that names it."""
     try:
         with Path(path).open("rb") as stream:

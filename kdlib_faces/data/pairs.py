@@ -1,6 +1,5 @@
-"""Data room: lists of image pairs for verification. Touches the file system and NumPy; decodes no image."""
+"""Data room: lists of image pairs in LFW's format. Touches the file system and NumPy; decodes no image."""
 
-from dataclasses import dataclass
 from os import PathLike
 
 import numpy as np
@@ -8,45 +7,101 @@ from numpy.typing import NDArray
 
 from kdlib_faces._checks import InputError
 from kdlib_faces.data._text import read_lines
-from kdlib_faces.data.listing import FaceList, identity_key
+from kdlib_faces.data.image_pairs import ImagePairs, PairList, file_sha256, gather_pairs
+from kdlib_faces.data.listing import FaceList
 
-__all__ = ["PairList", "read_pairs"]
+__all__ = ["PairList", "read_lfw_pairs", "read_pairs"]
+
+PUBLISHED: dict[tuple[int, ...], str] = {
+    (10, 300): "LFW View 2",
+    (1100,): "LFW View 1 training",
+    (500,): "LFW View 1 test",
+}
 
 
-@dataclass(frozen=True, eq=False)
-class PairList:
-    """Pairs of images of one face list.
+def read_lfw_pairs(path: str | PathLike[str]) -> ImagePairs:
+    """Read `pairs.txt`, `pairsDevTrain.txt`, `pairsDevTest.txt` and lists in their format, such as RFW's without a first line.
 
-    Attributes:
-        left: `(p,)` int64, row of the first image in the list.
-        right: `(p,)` int64, row of the second.
-        same: `(p,)` bool, whether both are of one person.
-        fold_ids: `(p,)` int64, the fold of each pair.
-        missing: pairs of the file left out, because one of their images is not in the list.
+    A line of three fields `name n1 n2` is a pair of one person, a line of four `name1 n1 name2 n2` of two people; fields
+    are separated by tabs, or by blanks where a line has no tab. The image is `name/name_%04d.jpg`. A first line `folds n`
+    promises folds of n pairs of one person and n of two, in file order; a first line `n` promises n pairs of each. A
+    file that breaks its promise is cut or edited, and refused. Without folds, a file in even runs of pairs of one person and
+    of two keeps those as its folds, any other is dealt to ten (`dealt_folds`), so that each holds both kinds.
+
+    Args:
+        path: the file.
+
+    Returns:
+        ImagePairs. Its name is `LFW View 2` (the 10 x 600 pairs that are published as LFW), `LFW View 1 training` or
+        `LFW View 1 test` where the first line is theirs, else `LFW-type pairs`.
+
+    Raises:
+        InputError: a line of another form, one person named twice in a line for two, or another number of pairs than
+            the first line promises; the line or fold is named.
     """
+    pairs: list[tuple[str, str, bool]] = []
+    promise: tuple[int, ...] = ()
+    for at, (number, text) in enumerate(read_lines(path, what="pairs file")):
+        fields = [field.strip() for field in (text.strip().split("\t") if "\t" in text else text.split())]
+        where = f"{path} line {number}"
+        if at == 0 and len(fields) in (1, 2) and all(_is_number(field) for field in fields):
+            promise = tuple(int(field) for field in fields)
+            continue
+        if len(fields) not in (3, 4) or not (_is_number(fields[-1]) and _is_number(fields[1])) or not all(fields):
+            raise InputError(f"{where}: must be 'name n1 n2' or 'name1 n1 name2 n2', got {text[:60]!r}")
+        if len(fields) == 4 and fields[0] == fields[2]:
+            raise InputError(f"{where}: four fields are a pair of two people, and both are {fields[0]!r}")
+        other = fields[-2] if len(fields) == 4 else fields[0]
+        pairs.append((_image(fields[0], fields[1]), _image(other, fields[-1]), len(fields) == 3))
+    if not pairs:
+        raise InputError(f"{path}: the pairs file holds no pairs")
+    same = np.array([pair[2] for pair in pairs])
+    folds = _promised(path, same, promise) if promise else _runs(same)
+    return gather_pairs(
+        PUBLISHED.get(promise, "LFW-type pairs"),
+        pairs,
+        folds=folds,
+        identity=lambda image: image.split("/")[0],
+        source=path,
+        sha256=file_sha256(path, "pairs file"),
+    )
 
-    left: NDArray[np.int64]
-    right: NDArray[np.int64]
-    same: NDArray[np.bool_]
-    fold_ids: NDArray[np.int64]
-    missing: int
 
-    def __len__(self) -> int:
-        return len(self.same)
+def _is_number(field: str) -> bool:
+    return field.isascii() and field.isdigit() and len(field) < 10
 
-    def __repr__(self) -> str:
-        return f"<PairList: {len(self)} pairs, {int(self.same.sum())} of one person, {self.missing} left out>"
+
+def _image(name: str, number: str) -> str:
+    return f"{name}/{name}_{int(number):04d}.jpg"
+
+
+def _promised(path: str | PathLike[str], same: NDArray[np.bool_], promise: tuple[int, ...]) -> NDArray[np.int64] | None:
+    """The folds of the first line; None where it only says how many pairs there are of each kind."""
+    folds, each = (1, *promise)[-2:]
+    if len(same) != 2 * folds * each:
+        raise InputError(
+            f"{path}: the first line promises {2 * folds * each:,} pairs, the file holds {len(same):,}; it is cut or edited"
+        )
+    counts = same.reshape(folds, 2 * each).sum(axis=1)
+    if (counts != each).any():
+        fold = int((counts != each).argmax())
+        raise InputError(
+            f"{path}: the first line promises {each} pairs of one person in each fold, fold {fold} has {counts[fold]}"
+        )
+    return np.arange(len(same)) // (2 * each) if len(promise) == 2 else None
+
+
+def _runs(same: NDArray[np.bool_]) -> NDArray[np.int64] | None:
+    """Folds of a list in even runs of one kind and the other, as LFW's are; None for any other."""
+    edges = np.flatnonzero(np.diff(same, prepend=~same[:1], append=~same[-1:]))
+    lengths = np.diff(edges)
+    if len(lengths) < 4 or len(lengths) % 2 or (lengths != lengths[0]).any():
+        return None
+    return np.arange(len(same)) // (2 * int(lengths[0]))
 
 
 def read_pairs(path: str | PathLike[str], faces: FaceList) -> PairList:
-    """Read `pairs.txt` in the format of LFW and find its images in a face list.
-
-    A line of three fields `name n1 n2` is a pair of one person, a line of four `name1 n1 name2 n2` of two people;
-    fields are separated by tabs, or by blanks where a line has no tab. The image is the one whose file is called
-    `name_%04d`, names compared as identities are. A first line `folds pairs` gives folds of `pairs` pairs of one person
-    and `pairs` of two, in file order, and pairs that are left out do not move the others' folds. A file with another
-    first line, or none, holds no folds: its pairs are dealt to ten, in slices of the same pairs and of the different
-    ones, so that each fold holds both kinds also where all pairs of one kind come first.
+    """`read_lfw_pairs`, its images found in a face list by `ImagePairs.locate`.
 
     Args:
         path: the file.
@@ -56,41 +111,9 @@ def read_pairs(path: str | PathLike[str], faces: FaceList) -> PairList:
         PairList with indices into `faces`.
 
     Raises:
-        InputError: a line of another form, both kinds of pair not there, or no pair whose images are both in the list.
+        InputError: as there, both kinds of pair not there, or no pair whose images are both in the list.
     """
-    rows = {identity_key(file.stem): row for row, file in enumerate(faces.paths)}
-    pairs: list[tuple[int, int, bool]] = []
-    size = 0
-    missing: list[str] = []
-    for at, (number, text) in enumerate(read_lines(path, what="pairs file")):
-        fields = [field.strip() for field in (text.strip().split("\t") if "\t" in text else text.split())]
-        where = f"{path} line {number}"
-        if at == 0 and len(fields) in (1, 2) and all(field.isdecimal() for field in fields):
-            size = 2 * int(fields[1]) if len(fields) == 2 else 0
-            continue
-        if len(fields) not in (3, 4) or not (fields[-1].isdecimal() and fields[1].isdecimal()):
-            raise InputError(f"{where}: must be 'name n1 n2' or 'name1 n1 name2 n2', got {text[:60]!r}")
-        ends = (fields[0], fields[1]), (fields[-2] if len(fields) == 4 else fields[0], fields[-1])
-        keys = [identity_key(f"{name}_{int(image):04d}") for name, image in ends]
-        missing += [f"{name} {image}" for (name, image), key in zip(ends, keys, strict=True) if key not in rows][:1]
-        pairs.append((rows.get(keys[0], -1), rows.get(keys[1], -1), len(fields) == 3))
-    if not pairs:
-        raise InputError(f"{path}: the pairs file holds no pairs")
-    table = np.asarray(pairs, dtype=np.int64)
-    found = (table[:, :2] >= 0).all(axis=1)
-    if not found.any():
-        raise InputError(f"{path}: no pair has both its images in the face list, not even {missing[0]!r}")
-    same = table[found, 2] == 1
-    if same.all() or not same.any():
+    pairs = read_lfw_pairs(path).locate(faces)
+    if pairs.same.all() or not pairs.same.any():
         raise InputError(f"{path}: both pairs of one person and pairs of two people are needed, got one kind only")
-    folds = np.flatnonzero(found) // size if size else _dealt(same)
-    return PairList(table[found, 0], table[found, 1], same, folds.astype(np.int64), int((~found).sum()))
-
-
-def _dealt(same: NDArray[np.bool_]) -> NDArray[np.int64]:
-    """A fold for each pair: slices of the same pairs, and of the different ones, at most ten and none of one kind."""
-    folds = np.zeros(len(same), dtype=np.int64)
-    count = min(10, int(same.sum()), int((~same).sum()))
-    for kind in (same, ~same):
-        folds[kind] = np.arange(int(kind.sum())) * count // int(kind.sum())
-    return folds
+    return pairs

@@ -350,7 +350,7 @@ WHOLE = [
 ] + [python2(IMAGES, SAME, protocol) for protocol in range(3)]
 
 
-@settings(max_examples=400, deadline=2000, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=400, deadline=20_000, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.sampled_from(WHOLE), st.data())
 def test_bit_flips_end_in_a_set_or_in_our_error(tmp_path, whole, data):
     broken = bytearray(whole)
@@ -366,7 +366,7 @@ def test_bit_flips_end_in_a_set_or_in_our_error(tmp_path, whole, data):
     assert all(type(image) is bytes for image in found.images)
 
 
-@settings(max_examples=300, deadline=2000, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=300, deadline=20_000, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.binary(max_size=200))
 def test_noise_is_refused(tmp_path, data):
     with pytest.raises(InputError):

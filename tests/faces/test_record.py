@@ -417,7 +417,7 @@ def test_property_files_of_another_form(tmp_path, text):
 WHOLE = b"".join(dmlc_write(data) for _, data in face_set(IMAGES, LABELS))
 
 
-@settings(max_examples=400, deadline=2000, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=400, deadline=20_000, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.data(), st.booleans())
 def test_bit_flips_end_in_records_or_in_our_error(tmp_path, data, indexed):
     path = write(tmp_path, face_set(IMAGES, LABELS), index=indexed)

@@ -1,0 +1,207 @@
+"""Data room: variables of MATLAB 5 files (`.mat`, MATLAB 5 to 7), so far as cells, structs, text and numbers go.
+
+A bounded reader: what is packed is unpacked up to a limit, counts are checked against the bytes there are. Touches memory only.
+"""
+
+import struct
+import zlib
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kdlib_faces._checks import InputError
+
+__all__ = ["Cell", "Struct", "matlab_variable"]
+
+MAX_UNPACKED = 64 * 2**20
+MAX_ITEMS = 2_000_000
+MAX_DEPTH = 32
+_NUMBERS = {1: "i1", 2: "u1", 3: "i2", 4: "u2", 5: "i4", 6: "u4", 7: "f4", 9: "f8", 12: "i8", 13: "u8"}
+_TEXTS = {1: "latin-1", 2: "latin-1", 4: "utf-16", 16: "utf-8", 17: "utf-16", 18: "utf-32"}
+_MATRIX, _COMPRESSED = 14, 15
+_CELL, _STRUCT, _CHAR, _NUMERIC = 1, 2, 4, range(6, 16)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A cell array: its lengths, and its items with the first index running fastest."""
+
+    shape: tuple[int, ...]
+    items: list[Any]
+
+
+@dataclass(frozen=True)
+class Struct:
+    """A struct array: its lengths, and a dict of fields an item, first index fastest."""
+
+    shape: tuple[int, ...]
+    items: list[dict[str, Any]]
+
+
+Value = Cell | Struct | str | NDArray[Any]
+
+
+def matlab_variable(data: bytes, name: str, source: str) -> Value:
+    """The variable `name` of a MATLAB 5 file.
+
+    Args:
+        data: the whole file.
+        name: the variable.
+        source: what to call the file in messages.
+
+    Returns:
+        `Cell`, `Struct`, text, or a numeric array.
+
+    Raises:
+        InputError: a file of MATLAB 4 or 7.3, a broken one, one that unpacks to more than 64 MiB, no such variable, or
+            a variable of another kind (objects, sparse arrays, functions).
+    """
+    if data[:19] == b"MATLAB 7.3 MAT-file" or data[:8] == b"\x89HDF\r\n\x1a\n":
+        raise InputError(
+            f"{source}: a MATLAB 7.3 file (HDF5), which is not read here; in MATLAB, save(file, '-v7') writes one that is"
+        )
+    order = {b"IM": "<", b"MI": ">"}.get(data[126:128])
+    if order is None:
+        raise InputError(f"{source}: no MATLAB 5 file")
+    return _Reader(order, source).find(memoryview(data), name)
+
+
+class _Reader:
+    def __init__(self, order: str, source: str) -> None:
+        self.order, self.source = order, source
+        self.tag = struct.Struct(order + "II")
+        self.unpacked = self.items = 0
+
+    def fail(self, what: str) -> NoReturn:
+        raise InputError(f"{self.source}: not a MATLAB 5 file that can be read here: {what}")
+
+    def element(self, data: memoryview, at: int) -> tuple[int, memoryview, int]:
+        """Type, content, and where the next element starts."""
+        if at + 8 > len(data):
+            self.fail("it ends inside an element")
+        kind, length = self.tag.unpack_from(data, at)
+        if kind >> 16:  # up to four bytes, kept in the tag
+            kind, length, start, end = kind & 0xFFFF, kind >> 16, at + 4, at + 8
+            if length > 4:
+                self.fail(f"a short element of {length} bytes")
+        else:
+            start = at + 8
+            end = start + length + (0 if kind == _COMPRESSED else -length % 8)
+        if start + length > len(data):
+            self.fail(f"an element of {length} bytes, {len(data) - start} are left")
+        return kind, data[start : start + length], end
+
+    def find(self, data: memoryview, name: str) -> Value:
+        at, names = 128, []
+        while at < len(data):
+            kind, content, at = self.element(data, at)
+            if kind == _COMPRESSED:
+                kind, content, _ = self.element(memoryview(self.unpack(content)), 0)
+            if kind != _MATRIX:
+                self.fail(f"a variable of element type {kind}")
+            found = self.parts(content)
+            if found[2] == name:
+                return self.value(content, 0)
+            names.append(found[2])
+        shown = ", ".join(repr(each[:40]) for each in names[:8]) or "none"
+        raise InputError(f"{self.source}: no variable {name!r}; there are {shown}")
+
+    def unpack(self, content: memoryview) -> bytes:
+        stream = zlib.decompressobj()
+        try:
+            out = stream.decompress(content, MAX_UNPACKED - self.unpacked + 1)
+        except zlib.error as error:
+            self.fail(f"packed data that do not unpack ({error})")
+        self.unpacked += len(out)
+        if self.unpacked > MAX_UNPACKED:
+            self.fail(f"it unpacks to more than {MAX_UNPACKED:,} bytes")
+        return out
+
+    def parts(self, content: memoryview) -> tuple[int, tuple[int, ...], str, int]:
+        """Class, lengths, name, and where the data of a matrix start."""
+        kind, flags, at = self.element(content, 0)
+        if kind != 6 or len(flags) != 8:
+            self.fail("a matrix without its flags")
+        kind, lengths, at = self.element(content, at)
+        if kind != 5 or len(lengths) % 4 or not 8 <= len(lengths) <= 32:
+            self.fail("a matrix without its lengths")
+        shape = tuple(struct.unpack(f"{self.order}{len(lengths) // 4}i", lengths))
+        if min(shape) < 0:
+            self.fail(f"a matrix of {shape}")
+        kind, name, at = self.element(content, at)
+        if kind not in (1, 2):
+            self.fail("a matrix without its name")
+        word = self.tag.unpack(flags)[0]
+        if word & 0x0800:
+            self.fail("complex numbers")
+        return word & 0xFF, shape, bytes(name).decode("latin-1"), at
+
+    def value(self, content: memoryview, depth: int) -> Value:
+        if not content:
+            return np.zeros((0, 0))
+        if depth > MAX_DEPTH:
+            self.fail(f"cells more than {MAX_DEPTH} deep")
+        kind, shape, _, at = self.parts(content)
+        count = 1
+        for side in shape:
+            count *= side
+        if kind == _CELL:
+            return Cell(shape, self.values(content, at, count, depth)[0])
+        if kind == _STRUCT:
+            names, at = self.fields(content, at)
+            flat, _ = self.values(content, at, count * len(names), depth)
+            return Struct(
+                shape,
+                [dict(zip(names, flat[n : n + len(names)], strict=True)) for n in range(0, len(flat), len(names))],
+            )
+        if kind == _CHAR:
+            return self.text(*self.element(content, at)[:2], shape)
+        if kind in _NUMERIC:
+            return self.numbers(*self.element(content, at)[:2], shape, count)
+        return self.fail(f"a variable of class {kind}")
+
+    def values(self, content: memoryview, at: int, count: int, depth: int) -> tuple[list[Value], int]:
+        self.items += count
+        if self.items > MAX_ITEMS or count * 8 > len(content):
+            self.fail(f"{count:,} items, more than its bytes can hold or than {MAX_ITEMS:,} in all")
+        found = []
+        for _ in range(count):
+            kind, inner, at = self.element(content, at)
+            if kind != _MATRIX:
+                self.fail(f"an item of element type {kind}")
+            found.append(self.value(inner, depth + 1))
+        return found, at
+
+    def fields(self, content: memoryview, at: int) -> tuple[list[str], int]:
+        kind, width, at = self.element(content, at)
+        if kind != 5 or len(width) != 4:
+            self.fail("a struct without the length of its names")
+        length = struct.unpack(self.order + "i", width)[0]
+        kind, names, at = self.element(content, at)
+        if kind not in (1, 2) or length < 1 or len(names) % length or not names:
+            self.fail("a struct without its names")
+        found = [bytes(names[n : n + length]).split(b"\0")[0].decode("latin-1") for n in range(0, len(names), length)]
+        if len(set(found)) != len(found):
+            self.fail("a struct with a name twice")
+        return found, at
+
+    def text(self, kind: int, raw: memoryview, shape: tuple[int, ...]) -> str:
+        if raw and (kind not in _TEXTS or (len(shape) > 1 and shape[0] > 1)):
+            self.fail("text of more than one row, or of an unknown coding")
+        coding = _TEXTS.get(kind, "latin-1")
+        if coding in ("utf-16", "utf-32"):
+            coding += "-le" if self.order == "<" else "-be"
+        try:
+            return bytes(raw).decode(coding)
+        except UnicodeError:
+            self.fail("text that does not decode")
+
+    def numbers(self, kind: int, raw: memoryview, shape: tuple[int, ...], count: int) -> NDArray[Any]:
+        if kind not in _NUMBERS:
+            self.fail(f"numbers of element type {kind}")
+        dtype = np.dtype(_NUMBERS[kind]).newbyteorder("<" if self.order == "<" else ">")
+        if len(raw) != count * dtype.itemsize:
+            self.fail(f"{shape} numbers in {len(raw)} bytes")
+        return np.frombuffer(raw, dtype).reshape(shape, order="F")

@@ -1,0 +1,615 @@
+"""Pair lists of each face set, on files that these tests make in the published formats: what is read, and what is refused."""
+
+import hashlib
+import struct
+import zlib
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from kdlib_faces._checks import InputError
+from kdlib_faces.data import _matlab as matlab_room
+from kdlib_faces.data import (
+    cacd_vs_pairs,
+    parse_agedb_name,
+    parse_fgnet_name,
+    read_agedb,
+    read_agedb_pairs,
+    read_calfw_pairs,
+    read_cfp_pairs,
+    read_cplfw_pairs,
+    read_faces,
+    read_fgnet,
+    read_lfw_pairs,
+    read_pairs,
+)
+from kdlib_faces.data.image_pairs import dealt_folds, gather_pairs
+from kdlib_faces.evaluation import PairProtocol, evaluate
+from tests.faces.matlab_file import Grid, Record, Writer
+
+FUZZ = settings(max_examples=200, deadline=20_000, suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+
+def put(folder, text, name="pairs.txt"):
+    path = folder / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    return path
+
+
+def touch(folder, *names):
+    for name in names:
+        put(folder, b"", name)
+    return folder
+
+
+def names(pairs):
+    return [(pairs.images[left], pairs.images[right]) for left, right in zip(pairs.left, pairs.right, strict=True)]
+
+
+def flip(data, blob):
+    broken = bytearray(blob)
+    places = st.tuples(st.integers(0, len(blob) - 1), st.integers(0, 7))
+    for at, bit in data.draw(st.lists(places, min_size=1, max_size=4)):
+        broken[at] ^= 1 << bit
+    return bytes(broken)
+
+
+# LFW
+
+
+def lfw_text(folds, each, first, mark="\t"):
+    rows = [first] if first else []
+    for fold in range(folds):
+        rows += [mark.join((f"Same_{fold}", str(pair + 1), str(pair + 2))) for pair in range(each)]
+        rows += [mark.join((f"Left_{fold}", str(pair + 1), f"Right_{fold}", str(pair + 2))) for pair in range(each)]
+    return "\n".join(rows) + "\n"
+
+
+def test_lfw_as_it_is_published(tmp_path):
+    path = put(tmp_path, lfw_text(10, 300, "10\t300"))
+    pairs = read_lfw_pairs(path)
+    assert (pairs.name, len(pairs), int(pairs.same.sum()), pairs.dealt) == ("LFW View 2", 6000, 3000, False)
+    np.testing.assert_array_equal(pairs.fold_ids, np.repeat(np.arange(10), 600))
+    assert pairs.same[:300].all()
+    assert not pairs.same[300:600].any()
+    assert names(pairs)[0] == ("Same_0/Same_0_0001.jpg", "Same_0/Same_0_0002.jpg")
+    assert names(pairs)[300] == ("Left_0/Left_0_0001.jpg", "Right_0/Right_0_0002.jpg")
+    assert pairs.identities[pairs.right[300]] == "Right_0"
+    assert pairs.sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
+    assert repr(pairs) == "<ImagePairs: LFW View 2, 6000 pairs of 9010 images, 3000 of one person, 10 folds>"
+    assert len(set(pairs.images)) == len(pairs.images)
+
+
+@pytest.mark.parametrize(
+    ("each", "name"), [(1100, "LFW View 1 training"), (500, "LFW View 1 test"), (7, "LFW-type pairs")]
+)
+def test_lfw_lists_whose_first_line_is_one_number(tmp_path, each, name):
+    pairs = read_lfw_pairs(put(tmp_path, lfw_text(1, each, str(each))))
+    assert (pairs.name, len(pairs), pairs.dealt) == (name, 2 * each, True)
+    for fold in range(min(10, each)):
+        assert 0 < pairs.same[pairs.fold_ids == fold].mean() < 1
+
+
+@pytest.mark.parametrize("mark", ["\t", " ", "   "])
+def test_lists_without_a_first_line_keep_their_runs_as_folds(tmp_path, mark):
+    """RFW's lists start with the first pair; skipping a line would lose it."""
+    pairs = read_lfw_pairs(put(tmp_path, lfw_text(10, 30, "", mark)))
+    assert (pairs.name, len(pairs), pairs.dealt) == ("LFW-type pairs", 600, False)
+    np.testing.assert_array_equal(pairs.fold_ids, np.repeat(np.arange(10), 60))
+
+
+def test_lists_with_all_of_one_kind_first_get_folds_of_both_kinds(tmp_path):
+    """Contiguous folds of such a list hold one kind each, and a rate over them means nothing."""
+    text = "".join(f"A 1 {n}\n" for n in range(2, 32)) + "".join(f"A {n} B {n}\n" for n in range(1, 31))
+    pairs = read_lfw_pairs(put(tmp_path, text))
+    assert pairs.dealt
+    for fold in range(10):
+        assert np.bincount(pairs.same[pairs.fold_ids == fold]).tolist() == [3, 3]
+
+
+def test_dealt_folds_move_with_what_is_there_and_given_ones_do_not(tmp_path):
+    touch(tmp_path / "lfw", *(f"{who}/{who}_{n:04d}.jpg" for who in ("Same_0", "Left_0", "Right_0") for n in (1, 2, 3)))
+    touch(tmp_path / "lfw", "Same_1/Same_1_0001.jpg", "Same_1/Same_1_0002.jpg")
+    faces = read_faces([tmp_path / "lfw"])
+    given_folds = read_pairs(put(tmp_path, lfw_text(2, 2, "2 2")), faces)
+    assert (given_folds.missing, given_folds.fold_ids.tolist()) == (3, [0, 0, 0, 0, 1])
+    dealt = read_lfw_pairs(
+        put(tmp_path, "Same_1 1 2\nSame_9 1 2\nSame_0 1 2\nLeft_0 1 Right_0 1\nLeft_0 2 Right_0 2\n")
+    )
+    assert dealt.locate(faces).fold_ids.tolist() == [0, 1, 0, 1]
+    assert dealt.paths(tmp_path / "lfw")[0] == tmp_path / "lfw/Same_1/Same_1_0001.jpg"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (
+            lfw_text(10, 3, "10 3").rsplit("\n", 2)[0],
+            r"the first line promises 60 pairs, the file holds 59; it is cut or ed",
+        ),
+        (lfw_text(10, 3, "10 300"), "promises 6,000 pairs, the file holds 60"),
+        (lfw_text(1, 3, "4"), "promises 8 pairs, the file holds 6"),
+        ("2 1\nA 1 2\nA 1 3\nA 1 B 1\nA 1 B 2\n", "promises 1 pairs of one person in each fold, fold 0 has 2"),
+        ("0 0\nA 1 2\n", "promises 0 pairs"),
+        ("A 1 A 2\n", r"line 1: four fields are a pair of two people, and both are 'A'"),
+        ("A 1 -2\n", "line 1: must be 'name n1 n2'"),
+        ("A 1 99999999999999999999\n", "line 1: must be 'name n1 n2'"),
+        ("A 1 \u0663\n", "line 1: must be 'name n1 n2'"),
+        ("A 1 2 B 3\n", "line 1: must be 'name n1 n2'"),
+        ("A\t1\t\t2\n", "line 1: must be 'name n1 n2'"),
+        ("/etc 1 2\n/etc 1 x 2\n", "an image must be named by a path inside the set, got '/etc//etc_0001.jpg'"),
+        ("../x 1 2\n", "path inside the set"),
+        ("", "holds no pairs"),
+    ],
+)
+def test_lfw_lists_that_are_none(tmp_path, text, message):
+    with pytest.raises(InputError, match=message):
+        read_lfw_pairs(put(tmp_path, text))
+
+
+def test_an_image_that_a_face_list_has_twice_is_not_guessed(tmp_path):
+    touch(tmp_path, "a/A/A_0001.jpg", "b/A/A_0001.jpg", "a/A/A_0002.jpg", "a/B/B_0001.jpg")
+    faces = read_faces([tmp_path / "a", tmp_path / "b"])
+    with pytest.raises(InputError, match=r"the face list has more than one image called 'A/A_0001\.jpg'"):
+        read_lfw_pairs(put(tmp_path, "A 1 2\nA 1 B 1\n")).locate(faces)
+
+
+@FUZZ
+@given(st.data())
+def test_bit_flips_of_lfw_lists(tmp_path, data):
+    try:
+        pairs = read_lfw_pairs(
+            put(tmp_path, flip(data, lfw_text(2, 3, data.draw(st.sampled_from(["", "2 3"]))).encode()))
+        )
+    except InputError:
+        return
+    assert len(pairs.left) == len(pairs.right) == len(pairs.same) == len(pairs.fold_ids) > 0
+
+
+@given(st.lists(st.booleans(), max_size=60))
+def test_dealt_folds_hold_both_kinds(same):
+    same = np.array(same, dtype=bool)
+    folds = dealt_folds(same)
+    assert len(folds) == len(same)
+    kinds = min(int(same.sum()), int((~same).sum()))
+    if kinds:
+        assert sorted(set(folds.tolist())) == list(range(min(10, kinds)))
+        for fold in set(folds.tolist()):
+            assert 0 < same[folds == fold].mean() < 1
+
+
+# CALFW and CPLFW
+
+
+def two_lines(same, different, mark=" "):
+    rows = [f"P_{k:04d}.jpg{mark}{k % 9 + 1}\nP_{k + 1:04d}.jpg{mark}{k % 9 + 1}" for k in range(same)]
+    rows += [f"Q_{k:04d}.jpg{mark}0\nR_{k:04d}.jpg{mark}0" for k in range(different)]
+    return "\n".join(rows) + "\n"
+
+
+@pytest.mark.parametrize(("reader", "name"), [(read_calfw_pairs, "CALFW"), (read_cplfw_pairs, "CPLFW")])
+@pytest.mark.parametrize("mark", [" ", "\t"])
+def test_two_lines_are_a_pair_and_folds_take_three_hundred_of_each_kind(tmp_path, reader, name, mark):
+    pairs = reader(put(tmp_path, two_lines(3000, 3000, mark)))
+    assert (pairs.name, len(pairs), int(pairs.same.sum())) == (name, 6000, 3000)
+    assert pairs.same[:3000].all()
+    for fold in (0, 1, 9):
+        rows = np.flatnonzero(pairs.fold_ids == fold)
+        np.testing.assert_array_equal(rows, np.r_[fold * 300 : fold * 300 + 300, 3000 + fold * 300 : 3300 + fold * 300])
+    assert names(pairs)[3001] == ("Q_0001.jpg", "R_0001.jpg")
+    assert (pairs.identities[0], pairs.images[0]) == ("P", "P_0000.jpg")
+
+
+def test_the_list_of_calfw_that_was_replaced_is_told_by_its_checksum(tmp_path):
+    path = put(tmp_path, two_lines(3000, 3000))
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    assert read_calfw_pairs(path, sha256=digest.upper()).sha256 == digest
+    path.write_bytes(path.read_bytes().replace(b"P_0007", b"P_0008", 1))
+    with pytest.raises(InputError, match=r"another version of the pair list of CALFW: .* replaced on 2018-09-19"):
+        read_calfw_pairs(path, sha256=digest)
+
+
+def test_counts_other_than_published_are_an_error_unless_asked_for(tmp_path):
+    path = put(tmp_path, two_lines(2999, 3000))
+    message = (
+        r"published pair list of CALFW has 3,000 pairs of one person, 3,000 pairs of two people; here are 2,999 pairs"
+    )
+    with pytest.raises(InputError, match=message):
+        read_calfw_pairs(path)
+    assert len(read_calfw_pairs(path, published=False)) == 5999
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a.jpg 1\n", "line 1: the last pair has one line only"),
+        ("a.jpg 1\nb.jpg 0\n", "line 2: both lines of a pair must have the same label"),
+        ("a.jpg\nb.jpg\n", "line 1: must be 'image.jpg label'"),
+        ("a.jpg x\nb.jpg x\n", "line 1: must be 'image.jpg label'"),
+        ("a.jpg -1\nb.jpg -1\n", "line 1: must be 'image.jpg label'"),
+        ("../a.jpg 1\nb.jpg 1\n", "path inside the set"),
+        ("", "holds no pairs"),
+    ],
+)
+def test_two_line_lists_that_are_none(tmp_path, text, message):
+    with pytest.raises(InputError, match=message):
+        read_cplfw_pairs(put(tmp_path, text), published=False)
+
+
+@FUZZ
+@given(st.data())
+def test_bit_flips_of_two_line_lists(tmp_path, data):
+    try:
+        pairs = read_calfw_pairs(put(tmp_path, flip(data, two_lines(5, 5).encode())), published=False)
+    except InputError:
+        return
+    assert 0 < len(pairs) <= 10
+
+
+# AgeDB
+
+
+def image(name, age=None, form="struct"):
+    if form == "text":
+        return name
+    fields = {"name": name} if age is None else {"name": name, "age": np.array([[float(age)]])}
+    return Record(fields)
+
+
+def agedb_file(
+    folds=10, each=300, form="struct", name="Name_{p}_x_{k}_{s}", packed=True, order="<", labels=None, **kwargs
+):
+    cells = []
+    for fold in range(folds):
+        left, right, found = [], [], []
+        for k in range(2 * each):
+            same = k < each
+            for side, column in enumerate((left, right)):
+                who = f"{fold}{k}" if same or not side else f"{fold}{k}other"
+                text = name.format(p=who, k=k, s=side, age=20 + 30 * side)
+                column.append(image(text, 20 + 30 * side if form == "aged" else None, form))
+            found.append(1.0 if same else -1.0)
+        flags = np.array([found if labels is None else labels(found)])
+        cells.append([Grid([[Record(pairs=Grid([left, right]), labels=flags)]])])
+    return Writer(order).file(packed=packed, other=np.arange(3.0), splits=Grid(cells), **kwargs)
+
+
+@pytest.mark.parametrize("years", [5, 10, 20, 30])
+@pytest.mark.parametrize("order", ["<", ">"])
+def test_the_four_protocols_of_agedb(tmp_path, years, order):
+    blob = agedb_file(form="aged", name="{p}_a_{k}_{s}_b", order=order, packed=order == "<")
+    path = put(tmp_path, blob, f"04_FINAL_protocol_{years}_years.mat")
+    pairs = read_agedb_pairs(path)
+    assert (pairs.name, len(pairs), int(pairs.same.sum())) == (f"AgeDB-{years}", 6000, 3000)
+    np.testing.assert_array_equal(pairs.fold_ids, np.repeat(np.arange(10), 600))
+    assert names(pairs)[0] == ("00_a_0_0_b.jpg", "00_a_0_1_b.jpg")
+    assert (pairs.ages[pairs.left] == 20).all()
+    assert (pairs.ages[pairs.right] == 50).all()
+    assert pairs.identities[pairs.right[599]] == "0599other"
+
+
+@pytest.mark.parametrize("form", ["text", "struct"])
+def test_agedb_names_tell_ages_where_they_fit(tmp_path, form):
+    path = put(tmp_path, agedb_file(2, 3, form, "7_Who{p}_{age}_m"), "x.mat")
+    pairs = read_agedb_pairs(path, published=False)
+    assert (pairs.name, pairs.ages[pairs.left].tolist()) == ("AgeDB", [20.0] * 12)
+    assert pairs.identities[0] == "Who00"
+    bare = read_agedb_pairs(put(tmp_path, agedb_file(2, 3, form, "{p}{k}{s}"), "y.mat"), published=False)
+    assert bare.ages is None
+    assert bare.identities is None
+
+
+def test_people_are_told_only_where_names_agree_with_every_label(tmp_path):
+    path = put(tmp_path, agedb_file(2, 3, "text", "{p}_{s}_x", labels=lambda found: [-found[0], *found[1:]]), "x.mat")
+    assert read_agedb_pairs(path, published=False).identities is None
+
+
+@pytest.mark.parametrize(
+    ("blob", "message"),
+    [
+        (
+            lambda: agedb_file(10, 299),
+            r"fold 1: the published fold of AgeDB has 300 pairs of one person, .* here are 299",
+        ),
+        (lambda: agedb_file(9, 300), r"the published protocol of AgeDB has 10 folds; here are 9 folds"),
+        (lambda: agedb_file(1, 3, labels=lambda found: [0, *found[1:]]), r"fold 1: labels must be 1 or -1, got 0\.0"),
+        (lambda: agedb_file(1, 3, labels=lambda found: [np.nan, *found[1:]]), "labels must be 1 or -1, got nan"),
+        (
+            lambda: agedb_file(1, 3, labels=lambda found: found[1:]),
+            r"fold 1: must hold a \(2, n\) cell of images and n labels",
+        ),
+        (lambda: agedb_file(1, 3, form="text", name=" "), "fold 1: an image must be a name"),
+        (lambda: Writer().file(splits=np.arange(3.0)), "splits must be a cell of folds"),
+        (lambda: Writer().file(split=np.arange(3.0)), "no variable 'splits'; there are 'split'"),
+        (lambda: Writer().file(splits=Grid([["a"]])), r"fold 1: must hold a \(2, n\) cell"),
+        (lambda: Writer().file(), "no variable 'splits'; there are none"),
+        (
+            lambda: b"MATLAB 7.3 MAT-file, Platform: x".ljust(600),
+            r"a MATLAB 7\.3 file \(HDF5\), .* save\(file, '-v7'\)",
+        ),
+        (lambda: b"\x89HDF\r\n\x1a\n".ljust(600), "MATLAB 7.3"),
+        (lambda: b"not matlab", "no MATLAB 5 file"),
+        (lambda: b"", "the protocol of AgeDB is empty"),
+    ],
+)
+def test_agedb_files_that_are_none(tmp_path, blob, message):
+    with pytest.raises(InputError, match=message):
+        read_agedb_pairs(put(tmp_path, blob(), "04_FINAL_protocol_30_years.mat"))
+
+
+def test_matlab_files_cost_no_more_than_their_limit(tmp_path, monkeypatch):
+    bomb = zlib.compress(bytes(80 * 2**20))
+    path = put(tmp_path, Writer().file() + struct.pack("<II", 15, len(bomb)) + bomb, "x.mat")
+    with pytest.raises(InputError, match="it unpacks to more than 67,108,864 bytes"):
+        read_agedb_pairs(path)
+    deep = "x"
+    for _ in range(40):
+        deep = Grid([[deep]])
+    with pytest.raises(InputError, match="cells more than 32 deep"):
+        read_agedb_pairs(put(tmp_path, Writer().file(splits=deep), "x.mat"))
+    huge = Writer().matrix(1, (2**30, 2**30), b"", "splits")
+    with pytest.raises(InputError, match="1,152,921,504,606,846,976 items, more than its bytes can hold"):
+        read_agedb_pairs(put(tmp_path, Writer().file() + huge, "x.mat"))
+    monkeypatch.setattr(matlab_room, "MAX_ITEMS", 10)
+    with pytest.raises(InputError, match="or than 10 in all"):
+        read_agedb_pairs(put(tmp_path, agedb_file(2, 3), "x.mat"))
+
+
+PLAIN, PACKED = (agedb_file(1, 2, "aged", packed=packed) for packed in (False, True))
+
+
+@settings(max_examples=500, deadline=20_000, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.data(), st.sampled_from([PLAIN, PACKED]))
+def test_bit_flips_of_matlab_files(tmp_path, data, blob):
+    try:
+        pairs = read_agedb_pairs(put(tmp_path, flip(data, blob), "x.mat"), published=False)
+    except InputError as error:
+        message = str(error)
+    else:
+        message = ""
+        assert len(pairs) == 4
+    assert "\n" not in message
+
+
+@FUZZ
+@given(st.integers(0, len(PLAIN) - 1))
+def test_cut_matlab_files(tmp_path, end):
+    with pytest.raises(InputError):
+        read_agedb_pairs(put(tmp_path, PLAIN[:end], "x.mat"), published=False)
+
+
+@FUZZ
+@given(
+    st.recursive(
+        st.text(st.characters(codec="utf-16-le", exclude_categories=["Cs"]), max_size=5) | st.floats(allow_nan=False),
+        lambda inner: st.lists(inner, min_size=1, max_size=3).map(lambda row: Grid([row])),
+        max_leaves=8,
+    ),
+    st.booleans(),
+    st.sampled_from("<>"),
+)
+def test_matlab_values_come_back(value, packed, order):
+    def plain(found):
+        if isinstance(found, matlab_room.Cell):
+            return Grid([[plain(item) for item in found.items]])
+        return found if isinstance(found, str) else float(found[0, 0])
+
+    found = matlab_room.matlab_variable(Writer(order).file(packed, a=1.0, value=value), "value", "x")
+    assert plain(found) == value
+
+
+def test_numbers_of_every_kind_come_back():
+    for code in ("f8", "f4", "i1", "u1", "i2", "u2", "i4", "u4"):
+        for order in "<>":
+            array = np.arange(6).reshape(2, 3).astype(code)
+            np.testing.assert_array_equal(
+                matlab_room.matlab_variable(Writer(order).file(a=array), "a", "x"), array, strict=False
+            )
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("12_Ann-Example_7_f.jpg", (12, "Ann-Example", 7, "f")),
+        ("0_A_B_101_M.JPG", (0, "A_B", 101, "m")),
+        ("12_Ann_7_x.jpg", None),
+        ("12_Ann_131_f.jpg", None),
+        ("Ann_7_f.jpg", None),
+        ("12_Ann_f.jpg", None),
+    ],
+)
+def test_names_of_the_raw_set(name, expected):
+    assert parse_agedb_name(name) == expected
+
+
+def test_the_raw_set_from_a_folder(tmp_path):
+    folder = touch(tmp_path, "1_Ann_30_f.jpg", "2_Ann_60_f.jpg", "sub/3_Bob_40_m.jpg", "other.jpg", "4_Eve_5_f.txt")
+    faces = read_agedb(folder)
+    assert (faces.identity_names, faces.identities.tolist(), faces.ages.tolist()) == (
+        ("Ann", "Bob"),
+        [0, 0, 1],
+        [30, 60, 40],
+    )
+
+
+# CFP
+
+
+def cfp(folder, kind="FP", folds=10, each=350):
+    protocol = folder / "Protocol"
+    for letter, what, count in (("F", "frontal", 10), ("P", "profile", 4)):
+        rows = [
+            f"{person * count + shot + 1} ../Data/Images/{person + 1:03d}/{what}/{shot + 1:02d}.jpg"
+            for person in range(500)
+            for shot in range(count)
+        ]
+        put(protocol, "\n".join(rows) + "\n", f"Pair_list_{letter}.txt")
+    for fold in range(folds):
+        same = [(fold * 500 + k + 1, (fold * 50 + k // 10) * (4 if kind == "FP" else 10) + 1) for k in range(each)]
+        different = [(left, right + 400 if fold < 4 else right - 400) for left, right in same]
+        for name, pairs in (("same", same), ("diff", different)):
+            put(protocol / "Split" / kind / f"{fold + 1:02d}", "".join(f"{a},{b}\n" for a, b in pairs), f"{name}.txt")
+    return folder
+
+
+@pytest.mark.parametrize("kind", ["FP", "FF"])
+def test_cfp_as_it_is_published(tmp_path, kind):
+    pairs = read_cfp_pairs(cfp(tmp_path, kind), kind)
+    assert (pairs.name, len(pairs), int(pairs.same.sum())) == (f"CFP-{kind}", 7000, 3500)
+    np.testing.assert_array_equal(pairs.fold_ids, np.repeat(np.arange(10), 700))
+    what = "profile" if kind == "FP" else "frontal"
+    assert names(pairs)[10] == ("Data/Images/002/frontal/01.jpg", f"Data/Images/002/{what}/01.jpg")
+    people = np.array(pairs.identities)
+    np.testing.assert_array_equal(people[pairs.left] == people[pairs.right], pairs.same)
+
+
+def test_cfp_images_are_found_by_three_parts_of_their_path(tmp_path):
+    pairs = read_cfp_pairs(cfp(tmp_path, folds=1, each=4), published=False)
+    touch(tmp_path / "crops", *(image.removeprefix("Data/Images/") for image in pairs.images))
+    rows = "".join(
+        f"{image.removeprefix('Data/Images/')},{who}\n"
+        for image, who in zip(pairs.images, pairs.identities, strict=True)
+    )
+    faces = read_faces(put(tmp_path / "crops", "path,identity\n" + rows, "faces.csv"))
+    found = pairs.locate(faces)
+    assert (len(found), found.missing) == (8, 0)
+    assert [str(faces.paths[row]).split("/")[-3:] for row in found.right[:1]] == [["001", "profile", "01.jpg"]]
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("Pair_list_F.txt", "1 a/b/c/d.jpg more\n", "must be 'number path'"),
+        ("Pair_list_F.txt", "1 d.jpg\n", "the path must end in 'person/frontal/image'"),
+        ("Pair_list_P.txt", "1 ../../../etc/x/y.jpg\n", "no image has number|path inside the set"),
+        ("Pair_list_F.txt", "1 a/b/c.jpg\n1 a/b/d.jpg\n", "line 2: image 1 stands there twice"),
+        ("Split/FP/01/same.txt", "1,2,3\n", r"same\.txt line 1: must be 'number,number'"),
+        ("Split/FP/01/same.txt", "1,9999\n", "line 1: no image has number 9999; there are 2,000"),
+        (
+            "Split/FP/01/diff.txt",
+            "1,2\n",
+            r"01: the published fold of CFP-FP has 350 .* here are 350 .*, 1 pairs of two",
+        ),
+    ],
+)
+def test_cfp_files_that_are_none(tmp_path, name, text, message):
+    cfp(tmp_path, folds=2)
+    put(tmp_path / "Protocol", text, name)
+    with pytest.raises(InputError, match=message):
+        read_cfp_pairs(tmp_path)
+
+
+def test_cfp_needs_all_its_files(tmp_path):
+    with pytest.raises(InputError, match=r"image list of CFP not found: .*Pair_list_F\.txt"):
+        read_cfp_pairs(tmp_path)
+    cfp(tmp_path, folds=9)
+    with pytest.raises(InputError, match="published protocol of CFP-FP has 10 folds; here are 9 folds"):
+        read_cfp_pairs(tmp_path)
+    with pytest.raises(InputError, match="no folds found; CFP has them in folders 01 to 10"):
+        read_cfp_pairs(tmp_path, "FF")
+    with pytest.raises(ValueError, match="kind must be"):
+        read_cfp_pairs(tmp_path, "PP")
+
+
+# CACD-VS
+
+
+def test_cacd_vs_is_told_by_its_names_and_counts_what_is_missing(tmp_path):
+    pairs = cacd_vs_pairs()
+    assert (len(pairs), int(pairs.same.sum()), len(pairs.images)) == (4000, 2000, 8000)
+    for fold in range(10):
+        rows = np.flatnonzero(pairs.fold_ids == fold)
+        np.testing.assert_array_equal(rows, np.arange(400 * fold, 400 * fold + 400))
+        assert pairs.same[rows].tolist() == [True] * 200 + [False] * 200
+    assert names(pairs)[3999] == ("3999_0.jpg", "3999_1.jpg")
+    touch(tmp_path, *(f"c/{pair:04d}_{side}.png" for pair in (0, 1, 250) for side in (0, 1)), "c/0002_0.png")
+    rows = "".join(f"{file.name},x{at}\n" for at, file in enumerate(sorted((tmp_path / "c").iterdir())))
+    found = pairs.locate(read_faces(put(tmp_path / "c", "path,identity\n" + rows, "faces.csv")))
+    assert (len(found), found.missing, found.same.tolist()) == (3, 3997, [True, True, False])
+
+
+# FG-NET
+
+
+def fgnet(folder, images, subjects=82):
+    touch(folder, *(f"{k % subjects + 1:03d}A{k // subjects:02d}{'a' if k % 2 else ''}.JPG" for k in range(images)))
+    return folder
+
+
+def test_fgnet_as_it_is_published(tmp_path):
+    touch(tmp_path, "points/001a00.pts", "notes.txt", "thumb.jpg", ".001A05.jpg")
+    faces = read_fgnet(fgnet(tmp_path, 1002))
+    assert (len(faces), faces.num_identities) == (1002, 82)
+    assert faces.identity_names[:2] == ("001", "002")
+    for path, who, age in list(zip(faces.paths, faces.identities, faces.ages, strict=True))[::100]:
+        assert parse_fgnet_name(path.name)[:2] == (int(faces.identity_names[who]), age)
+
+
+def test_a_part_of_fgnet_is_no_fgnet_unless_asked_for(tmp_path):
+    with pytest.raises(
+        InputError, match="the published FG-NET has 1,002 images, 82 subjects; here are 1,001 images, 82"
+    ):
+        read_fgnet(fgnet(tmp_path / "a", 1001))
+    assert len(read_fgnet(tmp_path / "a", published=False)) == 1001
+    with pytest.raises(InputError, match="at least two people are needed, got one"):
+        read_fgnet(fgnet(tmp_path / "b", 5, 1), published=False)
+    with pytest.raises(InputError, match=r"no image is called like 001A02\.JPG"):
+        read_fgnet(touch(tmp_path / "c", "x.jpg"))
+    with pytest.raises(InputError, match="folder of images not found"):
+        read_fgnet(tmp_path / "none")
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("001A02.JPG", (1, 2, "")),
+        ("001a43a.jpg", (1, 43, "a")),
+        ("082A69B", (82, 69, "b")),
+        ("01A02.JPG", None),
+        ("001A2.JPG", None),
+        ("001B02.JPG", None),
+        ("001A02ab.JPG", None),
+        ("x001A02.JPG", None),
+    ],
+)
+def test_names_of_fgnet(name, expected):
+    assert parse_fgnet_name(name) == expected
+
+
+# LAG-type lists
+
+
+def test_young_and_adult_lists_are_face_lists(tmp_path):
+    touch(tmp_path, "a.jpg", "b.jpg", "c.jpg")
+    rows = "path,identity,age_group\na.jpg,ann,Young\nb.jpg,ann,adult\nc.jpg,bob,adult\n"
+    faces = read_faces(put(tmp_path, rows, "lag.csv"))
+    assert (faces.group_names, faces.age_groups.tolist(), faces.ages) == (("adult", "young"), [1, 0, 0], None)
+
+
+# Into the protocols
+
+
+def test_pairs_go_into_the_protocol_and_missing_rows_are_an_error(tmp_path):
+    pairs = read_lfw_pairs(put(tmp_path, lfw_text(2, 4, "2 4")))
+    _, people = np.unique(pairs.identities, return_inverse=True)
+    embeddings = np.eye(people.max() + 1)[people]
+    protocol = PairProtocol(pairs.left, pairs.right, pairs.same, pairs.fold_ids, images=len(pairs.images))
+    assert evaluate(embeddings, protocol).accuracy == 1.0
+    with pytest.raises(ValueError, match="images of 16 pairs"):
+        evaluate(embeddings[:-1], protocol)
+
+
+def test_a_list_of_one_kind_is_read_and_its_protocol_says_so(tmp_path):
+    pairs = read_lfw_pairs(put(tmp_path, "A 1 2\nA 1 3\nA 2 3\n"))
+    assert pairs.same.all()
+    touch(tmp_path, "f/A/A_0001.jpg", "f/A/A_0002.jpg", "f/B/B_0001.jpg")
+    with pytest.raises(InputError, match="one kind"):
+        read_pairs(tmp_path / "pairs.txt", read_faces([tmp_path / "f"]))
+
+
+def test_an_image_list_with_no_pair_is_named():
+    with pytest.raises(InputError, match="some: the pairs file holds no pairs"):
+        gather_pairs("x", [], source="some")
