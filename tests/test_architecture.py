@@ -35,7 +35,7 @@ FACES = [
     {"cli"},
     {"__main__"},
 ]
-FACES_SHARED = {"_checks", "_output", "config", "progress"}
+FACES_SHARED = {"_checks", "_output", "_safetensors", "_weights", "config", "progress"}
 # Imports against the order, each with its reason.
 ALLOWED = {
     # `python -m kdlib_faces.recipes.liaad` is the command line's `train` under another name.

@@ -152,7 +152,8 @@ def describe_backbones() -> list[BackboneRow]:
         ('mobilefacenet', 128, 1003136, 220965376)
     """
     rows = []
-    for name, embedding_dim in [("mobilefacenet", 128), *[(name, 512) for name in BACKBONES if name != "iresnet"]]:
+    named = [name for name in BACKBONES if name not in ("iresnet", "ir")]  # these two have no depth of their own
+    for name, embedding_dim in [("mobilefacenet", 128), *[(name, 512) for name in named]]:
         with torch.device("meta"):
             model = build_backbone(name, embedding_dim=embedding_dim)
         rows.append(

@@ -17,6 +17,7 @@ from kdlib_faces.backbones._arguments import (
     height_width,
     show_size,
 )
+from kdlib_faces.backbones.input_spec import InputSpec
 
 __all__ = ["MBF", "mbf"]
 
@@ -112,6 +113,7 @@ class MBF(nn.Module):
     Attributes:
         stages: module paths at the end of each halving, from fine to coarse, for use as taps.
         arguments: the arguments that rebuild this network.
+        input_spec: what its images must be.
 
     Raises:
         ValueError: an argument outside its range, or images of another size than `input_size`.
@@ -145,6 +147,7 @@ class MBF(nn.Module):
         self.scale = scale
         self.blocks = check_blocks("MBF", "blocks", blocks)
         self.input_size: InputSize = show_size(self._size)
+        self.input_spec = InputSpec(size=self.input_size)
 
         c, (first, second, third, fourth) = 64 * scale, self.blocks
         self.layers = nn.ModuleList(

@@ -7,11 +7,12 @@ References:
     2018, arXiv:1804.07573.
 """
 
-from typing import Any
+from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
 
-from kdlib._checks import check_number
+from kdlib._checks import check_choice, check_number
 from kdlib_faces.backbones._arguments import (
     InputSize,
     channels,
@@ -20,8 +21,11 @@ from kdlib_faces.backbones._arguments import (
     height_width,
     show_size,
 )
+from kdlib_faces.backbones.input_spec import InputSpec
 
 __all__ = ["MobileFaceNet"]
+
+TAILS = ("gdc", "gnap")
 
 
 class _ConvBlock(nn.Module):
@@ -78,6 +82,27 @@ class _Residuals(nn.Module):
         return out
 
 
+class _NormAwarePool(nn.Module):
+    """BatchNorm, every cell scaled to the mean length of its image's cells, mean over the grid, BatchNorm. No weights.
+
+    The projects that published it take the mean length over the whole batch, so that an embedding depends on its
+    neighbours; one image at a time gives what they give for a batch of one.
+    """
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.bn1 = nn.BatchNorm2d(channels, affine=False)
+        self.bn2 = nn.BatchNorm1d(channels, affine=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.bn1(x)
+        x = x.to(torch.promote_types(x.dtype, torch.float32))  # a short cell's factor is beyond half precision
+        length = torch.linalg.vector_norm(x, dim=1, keepdim=True)
+        x = x * (length.mean((2, 3), keepdim=True) / length.clamp(min=1e-12))
+        out: Tensor = self.bn2(x.mean((2, 3)))
+        return out
+
+
 class MobileFaceNet(nn.Module):
     """MobileFaceNet: (b, 3, h, w) images to (b, d) embeddings, not normalised.
 
@@ -89,10 +114,14 @@ class MobileFaceNet(nn.Module):
         embedding_dim: dimensions d of the embedding.
         width: factor on every channel count; the first stage has 64 * width rounded to a multiple of 8, at least 8.
         input_size: side of the square images, or (height, width), in pixels. The final grid is a sixteenth, rounded up.
+        affine: whether the last BatchNorm has a weight and a bias; AdaDistill's has none (1,199,488 parameters at 512).
+        tail: `"gdc"` for the global depthwise convolution and linear layer above; `"gnap"` for global norm-aware
+            pooling, which has no weights and embeds in 512 * width dimensions.
 
     Attributes:
         stages: module paths at the end of each halving, from fine to coarse, for use as taps.
         arguments: the arguments that rebuild this network.
+        input_spec: what its images must be.
 
     Raises:
         ValueError: an argument outside its range, or images of another size than `input_size`.
@@ -112,14 +141,30 @@ class MobileFaceNet(nn.Module):
 
     stages: tuple[str, ...] = ("conv2_dw", "conv_3", "conv_4", "conv_5")
 
-    def __init__(self, embedding_dim: int = 512, width: float = 1.0, input_size: InputSize = 112) -> None:
+    def __init__(
+        self,
+        embedding_dim: int = 512,
+        width: float = 1.0,
+        input_size: InputSize = 112,
+        *,
+        affine: bool = True,
+        tail: Literal["gdc", "gnap"] = "gdc",
+    ) -> None:
         super().__init__()
         check_number("MobileFaceNet", "embedding_dim", embedding_dim, least=1, integer=True)
+        check_choice("MobileFaceNet", "tail", tail, TAILS)
         c = channels("MobileFaceNet", width)
+        if tail == "gnap" and (embedding_dim != 8 * c or affine):
+            raise ValueError(
+                f"MobileFaceNet: tail 'gnap' has no weights: embedding_dim must be {8 * c} and affine False, "
+                f"got {embedding_dim} and {affine}"
+            )
         self._size = height_width("MobileFaceNet", input_size)
         self.embedding_dim = embedding_dim
         self.width = float(width)
         self.input_size: InputSize = show_size(self._size)
+        self.affine, self.tail = bool(affine), tail
+        self.input_spec = InputSpec(size=self.input_size)
 
         self.conv1 = _ConvBlock(3, c, kernel=3, stride=2)
         self.conv2_dw = _ConvBlock(c, c, kernel=3, groups=c)
@@ -130,9 +175,12 @@ class MobileFaceNet(nn.Module):
         self.conv_45 = _Bottleneck(2 * c, 2 * c, 8 * c, stride=2)
         self.conv_5 = _Residuals(2 * c, 4 * c, blocks=2)
         self.conv_6_sep = _ConvBlock(2 * c, 8 * c)
-        self.conv_6_dw = _LinearBlock(8 * c, 8 * c, final_grid(self._size), groups=8 * c)
-        self.linear = nn.Linear(8 * c, embedding_dim, bias=False)
-        self.bn = nn.BatchNorm1d(embedding_dim)
+        if tail == "gdc":
+            self.conv_6_dw = _LinearBlock(8 * c, 8 * c, final_grid(self._size), groups=8 * c)
+            self.linear = nn.Linear(8 * c, embedding_dim, bias=False)
+            self.bn = nn.BatchNorm1d(embedding_dim, affine=self.affine)
+        else:
+            self.output_layer = _NormAwarePool(8 * c)
         for module in self.modules():
             if isinstance(module, nn.Conv2d | nn.Linear):
                 nn.init.kaiming_normal_(module.weight, a=0.25)
@@ -144,7 +192,12 @@ class MobileFaceNet(nn.Module):
 
     @property
     def arguments(self) -> dict[str, Any]:
-        return {"embedding_dim": self.embedding_dim, "width": self.width, "input_size": self.input_size}
+        told = {"embedding_dim": self.embedding_dim, "width": self.width, "input_size": self.input_size}
+        return {
+            **told,
+            **({} if self.affine else {"affine": False}),
+            **({} if self.tail == "gdc" else {"tail": self.tail}),
+        }
 
     def forward(self, images: Tensor) -> Tensor:
         check_images("MobileFaceNet", images, self._size)
@@ -152,8 +205,12 @@ class MobileFaceNet(nn.Module):
         x = self.conv_3(self.conv_23(x))
         x = self.conv_4(self.conv_34(x))
         x = self.conv_5(self.conv_45(x))
-        x = self.conv_6_dw(self.conv_6_sep(x))
-        out: Tensor = self.bn(self.linear(x.flatten(1)))
+        x = self.conv_6_sep(x)
+        out: Tensor
+        if self.tail == "gnap":
+            out = self.output_layer(x)
+        else:
+            out = self.bn(self.linear(self.conv_6_dw(x).flatten(1)))
         return out
 
     def __repr__(self) -> str:

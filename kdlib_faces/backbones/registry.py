@@ -8,26 +8,55 @@ import torch
 
 from kdlib._checks import check_name, check_number
 from kdlib_faces._checks import InputError
+from kdlib_faces.backbones.ir import (
+    IRNet,
+    adaface_ir_18,
+    adaface_ir_50,
+    adaface_ir_101,
+    ir_50,
+    ir_101,
+    ir_152,
+    ir_se_50,
+    ir_se_101,
+    ir_se_152,
+)
 from kdlib_faces.backbones.iresnet import IResNet, iresnet18, iresnet34, iresnet50, iresnet100, iresnet200
 from kdlib_faces.backbones.mbf import MBF, mbf
 from kdlib_faces.backbones.mobilefacenet import MobileFaceNet
+from kdlib_faces.backbones.mobilenet_v1 import MobileNetV1, mobilenet_v1, mobilenet_v1_025
+from kdlib_faces.backbones.mobilenet_v2 import MobileNetV2, mobilenet_v2
+from kdlib_faces.backbones.mtlface import MTLFaceNet
 
 __all__ = ["BACKBONES", "Backbone", "build_backbone"]
 
-Backbone: TypeAlias = MobileFaceNet | MBF | IResNet
-"""One of our own networks: has `embedding_dim`, `input_size`, `stages`, `name` and `arguments`."""
+Backbone: TypeAlias = MobileFaceNet | MBF | IResNet | IRNet | MobileNetV1 | MobileNetV2 | MTLFaceNet
+"""One of our own networks: has `embedding_dim`, `input_size`, `input_spec`, `stages`, `name` and `arguments`."""
 
 BACKBONES: dict[str, Callable[..., Backbone]] = {
     "mobilefacenet": MobileFaceNet,
     "mbf": mbf,
+    "mobilenet_v1_025": mobilenet_v1_025,
+    "mobilenet_v1": mobilenet_v1,
+    "mobilenet_v2": mobilenet_v2,
     "iresnet18": iresnet18,
     "iresnet34": iresnet34,
     "iresnet50": iresnet50,
     "iresnet100": iresnet100,
     "iresnet200": iresnet200,
     "iresnet": IResNet,
+    "ir_50": ir_50,
+    "ir_101": ir_101,
+    "ir_152": ir_152,
+    "ir_se_50": ir_se_50,
+    "ir_se_101": ir_se_101,
+    "ir_se_152": ir_se_152,
+    "adaface_ir_18": adaface_ir_18,
+    "adaface_ir_50": adaface_ir_50,
+    "adaface_ir_101": adaface_ir_101,
+    "ir": IRNet,
+    "mtlface": MTLFaceNet,
 }
-"""Every name that a recipe or a saved file may use. `iresnet` takes its depth as `layers`."""
+"""Every name that a recipe or a saved file may use. `iresnet` and `ir` take their depth as `layers`."""
 
 
 def build_backbone(name: str, *, seed: int | None = None, **arguments: Any) -> Backbone:

@@ -6,5 +6,6 @@ stands in a `Term` as its loss: `Term(ArcFaceHead(512, n), student="embedding", 
 
 from kdlib_faces.heads.arcface import ArcFaceHead, arcface_loss
 from kdlib_faces.heads.cosface import CosFaceHead, cosface_loss
+from kdlib_faces.heads.partial_fc import load_partial_fc, merge_partial_fc
 
-__all__ = ["ArcFaceHead", "CosFaceHead", "arcface_loss", "cosface_loss"]
+__all__ = ["ArcFaceHead", "CosFaceHead", "arcface_loss", "cosface_loss", "load_partial_fc", "merge_partial_fc"]

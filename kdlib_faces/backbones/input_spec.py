@@ -1,0 +1,131 @@
+"""Backbones room: what a network wants its images to be. Touches image tensors only."""
+
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from kdlib._checks import check_choice, check_floating, check_number, check_shape
+from kdlib_faces.backbones._arguments import InputSize, height_width
+
+__all__ = ["InputSpec"]
+
+Triple = float | tuple[float, float, float]
+COLOURS = ("rgb", "bgr")
+FIELDS = ("colour", "mean", "scale", "normalised")
+
+
+@dataclass(frozen=True, kw_only=True)
+class InputSpec:
+    """Size, channel order and normalisation of a network's images, and whether its embeddings had unit length.
+
+    With pixels from 0 to 255, the network takes `(pixel - mean) / scale`, channels in the order of `colour`. Calling it
+    makes that of images as this library holds them: RGB, `(pixel - 127.5) / 127.5`.
+
+    Args:
+        size: side of the square images, or (height, width), in pixels.
+        colour: `"rgb"` or `"bgr"`.
+        mean: one value, or one a channel in the order of `colour`.
+        scale: likewise, above 0.
+        normalised: whether the project that published the network divides the embedding by its length; None where files
+            of this layout differ. Ours never does.
+        assumed: those of the fields that the file does not tell and that other files of its layout have otherwise.
+
+    Raises:
+        ValueError: an unknown colour, a size or scale not above 0, or an unknown name in `assumed`.
+        TypeError: a value of a wrong type.
+
+    Examples:
+        >>> import torch
+        >>> spec = InputSpec(size=4, colour="bgr", mean=0.0, scale=255.0)
+        >>> images = torch.tensor([1.0, 0.0, -1.0]).view(1, 3, 1, 1).expand(1, 3, 4, 4)  # red 255, green 127.5, blue 0
+        >>> spec(images)[0, :, 0, 0]
+        tensor([0.0000, 0.5000, 1.0000])
+        >>> InputSpec(size=(112, 96))(torch.zeros(1, 3, 112, 112)).shape
+        torch.Size([1, 3, 112, 96])
+    """
+
+    size: InputSize = 112
+    colour: Literal["rgb", "bgr"] = "rgb"
+    mean: Triple = 127.5
+    scale: Triple = 127.5
+    normalised: bool | None = False
+    assumed: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        height_width("InputSpec", self.size)
+        check_choice("InputSpec", "colour", self.colour, COLOURS)
+        for name in ("mean", "scale"):
+            value: Any = getattr(self, name)
+            if isinstance(value, list | tuple):
+                if len(value) != 3:
+                    raise ValueError(f"InputSpec: {name} must be one number or three, got {value!r}")
+                object.__setattr__(self, name, tuple(value))
+            for each in value if isinstance(value, list | tuple) else (value,):
+                check_number("InputSpec", name, each, above=0 if name == "scale" else None)
+        if self.normalised not in (True, False, None):
+            raise TypeError(f"InputSpec: normalised must be True, False or None, got {self.normalised!r}")
+        object.__setattr__(self, "assumed", tuple(self.assumed))
+        for name in self.assumed:
+            check_choice("InputSpec", "assumed", name, FIELDS)
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """Images as the network wants them.
+
+        Args:
+            images: `(b, 3, h, w)`, RGB, in [-1, 1]. Of another size they are scaled by one factor to cover `size` and
+                cut at the centre: aligned crops of 112 x 112 become the usual 112 x 96 by losing 8 columns a side.
+
+        Returns:
+            `(b, 3, *size)`, of the same dtype; `images` itself where nothing is to do.
+        """
+        check_floating("InputSpec", images=images)
+        check_shape("InputSpec", "images", images, "b c h w", c=3)
+        images = self._sized(images)
+        if self.colour == "bgr":
+            images = images.flip(1)
+        if self.mean == 127.5 and self.scale == 127.5:
+            return images
+        # (127.5 x + 127.5 - mean) / scale
+        scale, mean = (images.new_tensor(value).view(-1, 1, 1) for value in (self.scale, self.mean))
+        return images * (127.5 / scale) + (127.5 - mean) / scale
+
+    def _sized(self, images: Tensor) -> Tensor:
+        height, width = height_width("InputSpec", self.size)
+        rows, columns = images.shape[-2:]
+        if (rows, columns) == (height, width):
+            return images
+        factor = max(height / rows, width / columns)
+        cover = (max(height, round(rows * factor)), max(width, round(columns * factor)))
+        if cover != (rows, columns):
+            images = F.interpolate(images, cover, mode="bilinear", antialias=True, align_corners=False)
+        top, left = (cover[0] - height) // 2, (cover[1] - width) // 2
+        return images[..., top : top + height, left : left + width]
+
+    def changed(self, **fields: Any) -> "InputSpec":
+        """A copy with those of the given fields that are not None; what is given is no longer assumed.
+
+        Raises:
+            ValueError: a value that the field does not take.
+        """
+        given = {name: value for name, value in fields.items() if value is not None}
+        return replace(self, **given, assumed=tuple(name for name in self.assumed if name not in given))
+
+    def describe(self) -> str:
+        """In words, on one line.
+
+        Examples:
+            >>> InputSpec(colour="bgr", assumed=("colour",)).describe()
+            'BGR (assumed), (pixel - 127.5) / 127.5, 112 x 112'
+        """
+
+        def shown(value: Triple) -> str:
+            return f"{value:g}" if not isinstance(value, tuple) else f"({', '.join(f'{each:g}' for each in value)})"
+
+        mark = {name: " (assumed)" if name in self.assumed else "" for name in FIELDS}
+        height, width = height_width("InputSpec", self.size)
+        values = "pixel" if self.mean == 0 else f"(pixel - {shown(self.mean)})"
+        values = f"{values} / {shown(self.scale)}"
+        guessed = mark["mean"] or mark["scale"]
+        return f"{self.colour.upper()}{mark['colour']}, {values}{guessed}, {height} x {width}"

@@ -1,0 +1,217 @@
+"""Backbones room: MobileNet V1 for faces. Imports torch and the argument checks only.
+
+The modules carry yakhyo's names, so that the checkpoints of that project load unchanged; those of bubbliiiing load by a
+table of names.
+
+References:
+    Howard et al., "MobileNets: Efficient Convolutional Neural Networks for Mobile Vision Applications", 2017,
+    arXiv:1704.04861.
+"""
+
+from typing import Any, Literal
+
+from torch import Tensor, nn
+
+from kdlib._checks import check_choice, check_number
+from kdlib_faces.backbones._arguments import InputSize, check_images, final_grid, height_width, show_size
+from kdlib_faces.backbones._precision import in_precision_of
+from kdlib_faces.backbones.input_spec import InputSpec
+
+__all__ = ["GDCTail", "MobileNetV1", "divisible", "mobilenet_v1", "mobilenet_v1_025"]
+
+TAILS = ("gdc", "flat")
+# Pairs of a depthwise and a pointwise convolution: output channels as a power of two of the stem's, stride.
+STAGES = (((1, 1), (2, 2), (2, 1), (3, 2), (3, 1)), ((4, 2), *[(4, 1)] * 5), ((5, 2), (5, 1)))
+
+
+def divisible(channels: float) -> int:
+    """The multiple of 8 nearest to `channels`, at least 8 and not more than a tenth below."""
+    whole = max(8, int(channels + 4) // 8 * 8)
+    return whole + 8 if whole < 0.9 * channels else whole
+
+
+class _Conv(nn.Sequential):
+    """Convolution, BatchNorm, activation."""
+
+    def __init__(
+        self, c_in: int, c_out: int, kernel: int, stride: int = 1, groups: int = 1, *, bias: bool, relu6: bool
+    ) -> None:
+        super().__init__(
+            nn.Conv2d(c_in, c_out, kernel, stride, kernel // 2, groups=groups, bias=bias),
+            nn.BatchNorm2d(c_out),
+            nn.ReLU6() if relu6 else nn.PReLU(c_out),
+        )
+
+
+class _LinearBlock(nn.Module):
+    """Depthwise convolution over the whole grid and BatchNorm."""
+
+    def __init__(self, channels: int, grid: tuple[int, int]) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(
+            nn.Conv2d(channels, channels, grid, groups=channels, bias=False), nn.BatchNorm2d(channels)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.layers(x)
+        return out
+
+
+class GDCTail(nn.Module):
+    """Global depthwise convolution, linear layer, BatchNorm."""
+
+    def __init__(self, channels: int, grid: tuple[int, int], embedding_dim: int, *, affine: bool = True) -> None:
+        super().__init__()
+        self.features = nn.Sequential(_LinearBlock(channels, grid), nn.Flatten(1))
+        self.fc = nn.Sequential(
+            nn.Linear(channels, embedding_dim, bias=False), nn.BatchNorm1d(embedding_dim, affine=affine)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.fc(self.features(x))
+        return out
+
+
+class MobileNetV1(nn.Module):
+    """MobileNet V1 with a stem of stride 1: (b, 3, h, w) images to (b, d) embeddings, not normalised.
+
+    Thirteen pairs of a depthwise and a pointwise convolution; four of them halve the grid. At 112 pixels, 512 dimensions
+    and width 0.25: 360,960 parameters; 363,696 with `bias`, which yakhyo's checkpoints have.
+
+    Args:
+        embedding_dim: dimensions d of the embedding.
+        width: factor on every channel count, rounded to multiples of 8.
+        input_size: side of the square images, or (height, width), in pixels. The final grid is a sixteenth, rounded up.
+        bias: whether convolutions before a BatchNorm have a bias. It adds nothing that the BatchNorm has not.
+        tail: `"gdc"`: global depthwise convolution, linear layer, BatchNorm, and PReLU throughout, as yakhyo's.
+            `"flat"`: 1x1 convolution to 512 * width channels, BatchNorm, one linear layer over the whole grid,
+            BatchNorm, and ReLU6 before, as bubbliiiing's.
+        dropout: probability of dropping a value before the linear layer of the `"flat"` tail.
+
+    Attributes:
+        stages: module paths at the end of each halving, from fine to coarse, for use as taps.
+        arguments: the arguments that rebuild this network.
+        input_spec: what its images must be.
+
+    Raises:
+        ValueError: an argument outside its range, or images of another size than `input_size`.
+        TypeError: an argument of a wrong type.
+
+    Examples:
+        >>> import torch
+        >>> student = MobileNetV1(64, width=0.25, input_size=32).eval()
+        >>> student(torch.zeros(2, 3, 32, 32)).shape
+        torch.Size([2, 64])
+        >>> student.stages
+        ('stage1.3', 'stage1.5', 'stage2.5', 'stage3.1')
+
+    References:
+        yakhyo/face-recognition, models/mobilenetv1.py; bubbliiiing/arcface-pytorch, nets/mobilenet.py: same layers.
+    """
+
+    stages: tuple[str, ...] = ("stage1.3", "stage1.5", "stage2.5", "stage3.1")
+
+    def __init__(
+        self,
+        embedding_dim: int = 512,
+        *,
+        width: float = 1.0,
+        input_size: InputSize = 112,
+        bias: bool = False,
+        tail: Literal["gdc", "flat"] = "gdc",
+        dropout: float = 0.0,
+    ) -> None:
+        super().__init__()
+        check_number("MobileNetV1", "embedding_dim", embedding_dim, least=1, integer=True)
+        check_number("MobileNetV1", "width", width, above=0)
+        check_number("MobileNetV1", "dropout", dropout, least=0, most=1)
+        check_choice("MobileNetV1", "tail", tail, TAILS)
+        self._size = height_width("MobileNetV1", input_size)
+        self.embedding_dim = embedding_dim
+        self.width = float(width)
+        self.input_size: InputSize = show_size(self._size)
+        self.bias, self.tail = bool(bias), tail
+        self.input_spec = InputSpec(size=self.input_size)
+
+        widths = [divisible(32 * 2**power * width) for power in range(6)]
+        kind = {"bias": self.bias, "relu6": tail == "flat"}
+        before = widths[0]
+        parts = []
+        for stage in STAGES:
+            pairs: list[nn.Module] = []
+            for power, stride in stage:
+                pairs.append(
+                    nn.Sequential(
+                        _Conv(before, before, 3, stride, groups=before, **kind), _Conv(before, widths[power], 1, **kind)
+                    )
+                )
+                before = widths[power]
+            parts.append(pairs)
+        self.stage1 = nn.Sequential(_Conv(3, widths[0], 3, **kind), *parts[0])
+        self.stage2 = nn.Sequential(*parts[1])
+        self.stage3 = nn.Sequential(*parts[2])
+        self.dropout = nn.Dropout(dropout)
+        grid = final_grid(self._size)
+        if tail == "gdc":
+            self.output_layer = GDCTail(before, grid, embedding_dim)
+        else:
+            last = widths[4]
+            self.sep = nn.Conv2d(before, last, 1, bias=False)
+            self.sep_bn = nn.BatchNorm2d(last)
+            self.prelu = nn.PReLU(last)
+            self.bn2 = nn.BatchNorm2d(last)
+            self.linear = nn.Linear(last * grid[0] * grid[1], embedding_dim)
+            self.features = nn.BatchNorm1d(embedding_dim)
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out")
+
+    @property
+    def name(self) -> str:
+        """Name in the registry."""
+        return "mobilenet_v1"
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        return {
+            "embedding_dim": self.embedding_dim,
+            "width": self.width,
+            "input_size": self.input_size,
+            "bias": self.bias,
+            "tail": self.tail,
+            "dropout": self.dropout.p,
+        }
+
+    def forward(self, images: Tensor) -> Tensor:
+        check_images("MobileNetV1", images, self._size)
+        x = self.stage3(self.stage2(self.stage1(images)))
+        if self.tail == "gdc":
+            out: Tensor = self.output_layer(x)
+            return out
+        x = self.bn2(self.prelu(self.sep_bn(self.sep(x))))
+        return in_precision_of(self.linear.weight, self._embed, self.dropout(x.flatten(1)))
+
+    def _embed(self, x: Tensor) -> Tensor:
+        out: Tensor = self.features(self.linear(x))
+        return out
+
+    def __repr__(self) -> str:
+        return f"MobileNetV1({', '.join(f'{key}={value!r}' for key, value in self.arguments.items())})"
+
+
+def mobilenet_v1(
+    embedding_dim: int = 512,
+    *,
+    width: float = 1.0,
+    input_size: InputSize = 112,
+    bias: bool = False,
+    tail: Literal["gdc", "flat"] = "gdc",
+    dropout: float = 0.0,
+) -> MobileNetV1:
+    """`MobileNetV1` of full width: 3,795,456 parameters at 112 pixels and 512 dimensions."""
+    return MobileNetV1(embedding_dim, width=width, input_size=input_size, bias=bias, tail=tail, dropout=dropout)
+
+
+def mobilenet_v1_025(embedding_dim: int = 512, *, width: float = 0.25, input_size: InputSize = 112) -> MobileNetV1:
+    """`MobileNetV1` of a quarter of the width: 360,960 parameters at 112 pixels and 512 dimensions."""
+    return MobileNetV1(embedding_dim, width=width, input_size=input_size)

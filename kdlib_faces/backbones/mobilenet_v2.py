@@ -1,0 +1,177 @@
+"""Backbones room: MobileNet V2 for faces. Imports torch and the argument checks only.
+
+The modules carry yakhyo's names, so that the checkpoints of that project load unchanged; those of cavaface load by a
+table of names.
+
+References:
+    Sandler, Howard, Zhu, Zhmoginov, Chen, "MobileNetV2: Inverted Residuals and Linear Bottlenecks", 2018,
+    arXiv:1801.04381.
+"""
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from kdlib._checks import check_number
+from kdlib_faces.backbones._arguments import InputSize, check_images, final_grid, height_width, show_size
+from kdlib_faces.backbones.input_spec import InputSpec
+from kdlib_faces.backbones.mobilenet_v1 import GDCTail, divisible
+
+__all__ = ["MobileNetV2", "mobilenet_v2"]
+
+# Expansion, channels, blocks, stride of the first block.
+ROWS = ((1, 16, 1, 1), (6, 24, 2, 2), (6, 32, 3, 2), (6, 64, 4, 2), (6, 96, 3, 1), (6, 160, 3, 2), (6, 320, 1, 1))
+HALVED_BY_STEM = 24  # the row that a stem of stride 2 stands for
+LAST = 512
+
+
+class _Conv(nn.Sequential):
+    """Convolution, BatchNorm, PReLU."""
+
+    def __init__(
+        self, c_in: int, c_out: int, kernel: int, stride: int = 1, groups: int = 1, *, bias: bool = False
+    ) -> None:
+        super().__init__(
+            nn.Conv2d(c_in, c_out, kernel, stride, kernel // 2, groups=groups, bias=bias),
+            nn.BatchNorm2d(c_out),
+            nn.PReLU(c_out),
+        )
+
+
+class _InvertedResidual(nn.Module):
+    """Widen by 1x1 (unless `expansion` is 1), depthwise 3x3, narrow by a linear 1x1; add the input where shapes allow."""
+
+    def __init__(self, c_in: int, c_out: int, stride: int, expansion: int, *, bias: bool) -> None:
+        super().__init__()
+        self.residual = stride == 1 and c_in == c_out
+        middle = c_in * expansion
+        self.conv = nn.Sequential(
+            *([_Conv(c_in, middle, 1, bias=bias)] if expansion != 1 else []),
+            _Conv(middle, middle, 3, stride, groups=middle, bias=bias),
+            nn.Conv2d(middle, c_out, 1, bias=False),
+            nn.BatchNorm2d(c_out),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.conv(x)
+        return x + out if self.residual else out
+
+
+class MobileNetV2(nn.Module):
+    """MobileNet V2 with PReLU and a global depthwise tail: (b, 3, h, w) to (b, d) embeddings, not normalised.
+
+    At 112 pixels and 512 dimensions: 2,280,640 parameters; 2,295,424 with `bias`, which yakhyo's checkpoints have.
+
+    Args:
+        embedding_dim: dimensions d of the embedding.
+        width: factor on every channel count, rounded to multiples of 8; the last 512 channels never shrink.
+        input_size: side of the square images, or (height, width), in pixels. The final grid is a sixteenth, rounded up.
+        bias: whether convolutions before a PReLU have a bias. It adds nothing that the BatchNorm between has not.
+        stem_stride: 1, with four halvings in the blocks, as yakhyo's; or 2, without the two blocks of 24 channels, as
+            cavaface's.
+        affine: whether the last BatchNorm has a weight and a bias; both are found in cavaface's.
+
+    Attributes:
+        stages: module paths at the end of each halving, from fine to coarse, for use as taps.
+        arguments: the arguments that rebuild this network.
+        input_spec: what its images must be.
+
+    Raises:
+        ValueError: an argument outside its range, or images of another size than `input_size`.
+        TypeError: an argument of a wrong type.
+
+    Examples:
+        >>> import torch
+        >>> student = MobileNetV2(64, width=0.25, input_size=32).eval()
+        >>> student(torch.zeros(2, 3, 32, 32)).shape
+        torch.Size([2, 64])
+        >>> student.stages
+        ('features.3', 'features.6', 'features.13', 'features.17')
+
+    References:
+        yakhyo/face-recognition, models/mobilenetv2.py; cavaface, backbone/mobilenetv2.py: same layers.
+    """
+
+    def __init__(
+        self,
+        embedding_dim: int = 512,
+        *,
+        width: float = 1.0,
+        input_size: InputSize = 112,
+        bias: bool = False,
+        stem_stride: int = 1,
+        affine: bool = True,
+    ) -> None:
+        super().__init__()
+        check_number("MobileNetV2", "embedding_dim", embedding_dim, least=1, integer=True)
+        check_number("MobileNetV2", "width", width, above=0)
+        check_number("MobileNetV2", "stem_stride", stem_stride, least=1, most=2, integer=True)
+        self._size = height_width("MobileNetV2", input_size)
+        self.embedding_dim = embedding_dim
+        self.width = float(width)
+        self.input_size: InputSize = show_size(self._size)
+        self.bias, self.affine = bool(bias), bool(affine)
+        self.stem_stride = stem_stride
+        self.input_spec = InputSpec(size=self.input_size)
+
+        before = divisible(32 * width)
+        features: list[nn.Module] = [_Conv(3, before, 3, stem_stride, bias=self.bias)]
+        ends = []  # the last block before each halving, and before the end
+        for expansion, channels, blocks, stride in ROWS:
+            if stem_stride == 2 and channels == HALVED_BY_STEM:
+                continue
+            if stride == 2:
+                ends.append(len(features) - 1)
+            after = divisible(channels * width)
+            for block in range(blocks):
+                features.append(
+                    _InvertedResidual(before, after, stride if block == 0 else 1, expansion, bias=self.bias)
+                )
+                before = after
+        ends.append(len(features) - 1)
+        self.stages: tuple[str, ...] = tuple(f"features.{end}" for end in ends[-4:])
+        last = divisible(LAST * max(1.0, width))
+        self.features = nn.Sequential(*features, _Conv(before, last, 1, bias=self.bias))
+        self.output_layer = GDCTail(last, final_grid(self._size), embedding_dim, affine=self.affine)
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out")
+
+    @property
+    def name(self) -> str:
+        """Name in the registry."""
+        return "mobilenet_v2"
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        return {
+            "embedding_dim": self.embedding_dim,
+            "width": self.width,
+            "input_size": self.input_size,
+            "bias": self.bias,
+            "stem_stride": self.stem_stride,
+            "affine": self.affine,
+        }
+
+    def forward(self, images: Tensor) -> Tensor:
+        check_images("MobileNetV2", images, self._size)
+        out: Tensor = self.output_layer(self.features(images))
+        return out
+
+    def __repr__(self) -> str:
+        return f"MobileNetV2({', '.join(f'{key}={value!r}' for key, value in self.arguments.items())})"
+
+
+def mobilenet_v2(
+    embedding_dim: int = 512,
+    *,
+    width: float = 1.0,
+    input_size: InputSize = 112,
+    bias: bool = False,
+    stem_stride: int = 1,
+    affine: bool = True,
+) -> MobileNetV2:
+    """`MobileNetV2` of full width: 2,280,640 parameters at 112 pixels and 512 dimensions."""
+    return MobileNetV2(
+        embedding_dim, width=width, input_size=input_size, bias=bias, stem_stride=stem_stride, affine=affine
+    )

@@ -1,0 +1,166 @@
+"""Backbones room: the network of MTLFace, an IR network that takes age out of its last map. Imports torch and checks only.
+
+The modules carry MTLFace's names, so that its `backbone-*` files load unchanged.
+
+References:
+    Huang, Zhang, Shan, "When Age-Invariant Face Recognition Meets Face Age Synthesis: A Multi-Task Learning Framework",
+    CVPR 2021, arXiv:2103.01520.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from kdlib._checks import check_number
+from kdlib_faces.backbones._arguments import (
+    InputSize,
+    channels,
+    check_blocks,
+    check_images,
+    final_grid,
+    height_width,
+    show_size,
+)
+from kdlib_faces.backbones._precision import in_precision_of
+from kdlib_faces.backbones.input_spec import InputSpec
+from kdlib_faces.backbones.ir import IRBlock
+
+__all__ = ["MTLFaceNet"]
+
+POOLED = (1, 2, 3)  # grids of the pyramid that the channels' attention reads
+REDUCTION = 16
+
+
+class _Factorisation(nn.Module):
+    """`x_age = x * (channel attention + spatial attention) / 2`, `x_identity = x - x_age`; returns the latter."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.spatial = nn.Sequential(nn.Conv2d(2, 1, 7, padding=3, bias=False), nn.BatchNorm2d(1), nn.Sigmoid())
+        pooled = channels * sum(side * side for side in POOLED)
+        middle = max(1, pooled // REDUCTION)
+        self.channel = nn.Sequential(
+            nn.Conv2d(pooled, middle, 1, bias=False),
+            nn.ReLU(),
+            nn.Conv2d(middle, channels, 1, bias=False),
+            nn.BatchNorm2d(channels),
+            nn.Sigmoid(),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        pyramid = [F.adaptive_avg_pool2d(x, side) + F.adaptive_max_pool2d(x, side) for side in POOLED]
+        channel = self.channel(torch.cat([level.flatten(1) for level in pyramid], dim=1)[:, :, None, None])
+        spatial = self.spatial(torch.cat([x.amax(1, keepdim=True), x.mean(1, keepdim=True)], dim=1))
+        out: Tensor = x - 0.5 * x * (channel + spatial)
+        return out
+
+
+class MTLFaceNet(nn.Module):
+    """MTLFace's backbone: (b, 3, h, w) images to (b, d) identity embeddings, not normalised.
+
+    An IR network with a BatchNorm inside the blocks; attention over channels and over cells tells which part of the last
+    map speaks of age, and the embedding is made of the rest.
+
+    Args:
+        layers: blocks in each of the four stages.
+        embedding_dim: dimensions d of the embedding.
+        width: factor on every channel count; the first stage has 64 * width rounded to a multiple of 8, at least 8.
+        input_size: side of the square images, or (height, width), in pixels. The final grid is a sixteenth, rounded up.
+        dropout: probability of dropping a value before the linear layer.
+        se: end each block with squeeze-and-excitation.
+
+    Attributes:
+        stages: module paths at the end of each halving, from fine to coarse, for use as taps; `"fsm"` is the last map
+            without age.
+        arguments: the arguments that rebuild this network.
+        input_spec: what its images must be.
+
+    Raises:
+        ValueError: an argument outside its range, or images of another size than `input_size`.
+        TypeError: an argument of a wrong type.
+
+    Examples:
+        >>> import torch
+        >>> teacher = MTLFaceNet((1, 1, 1, 1), embedding_dim=64, width=0.25, input_size=32).eval()
+        >>> teacher(torch.zeros(2, 3, 32, 32)).shape
+        torch.Size([2, 64])
+
+    References:
+        Hzzone/MTLFace, backbone/aifr.py and backbone/irse.py: same layers and names.
+    """
+
+    stages: tuple[str, ...] = ("block1", "block2", "block3", "block4")
+
+    def __init__(
+        self,
+        layers: Sequence[int] = (3, 4, 14, 3),
+        *,
+        embedding_dim: int = 512,
+        width: float = 1.0,
+        input_size: InputSize = 112,
+        dropout: float = 0.0,
+        se: bool = False,
+    ) -> None:
+        super().__init__()
+        check_number("MTLFaceNet", "embedding_dim", embedding_dim, least=1, integer=True)
+        check_number("MTLFaceNet", "dropout", dropout, least=0, most=1)
+        c = channels("MTLFaceNet", width)
+        self._size = height_width("MTLFaceNet", input_size)
+        self.layers = check_blocks("MTLFaceNet", "layers", layers)
+        self.embedding_dim = embedding_dim
+        self.width = float(width)
+        self.input_size: InputSize = show_size(self._size)
+        self.se = bool(se)
+        self.input_spec = InputSpec(size=self.input_size)
+
+        def stage(c_in: int, c_out: int, blocks: int) -> nn.Sequential:
+            kind = {"se": self.se, "mid_norm": True}
+            return nn.Sequential(
+                IRBlock(c_in, c_out, 2, **kind), *[IRBlock(c_out, c_out, 1, **kind) for _ in range(blocks - 1)]
+            )
+
+        rows, columns = final_grid(self._size)
+        self.input_layer = nn.Sequential(nn.Conv2d(3, c, 3, padding=1, bias=False), nn.BatchNorm2d(c), nn.PReLU(c))
+        self.block1 = stage(c, c, self.layers[0])
+        self.block2 = stage(c, 2 * c, self.layers[1])
+        self.block3 = stage(2 * c, 4 * c, self.layers[2])
+        self.block4 = stage(4 * c, 8 * c, self.layers[3])
+        self.fsm = _Factorisation(8 * c)
+        self.output_layer = nn.Sequential(
+            nn.BatchNorm2d(8 * c),
+            nn.Dropout(dropout),
+            nn.Flatten(1),
+            nn.Linear(8 * c * rows * columns, embedding_dim),
+            nn.BatchNorm1d(embedding_dim),
+        )
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d | nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+
+    @property
+    def name(self) -> str:
+        """Name in the registry."""
+        return "mtlface"
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        return {
+            "layers": self.layers,
+            "embedding_dim": self.embedding_dim,
+            "width": self.width,
+            "input_size": self.input_size,
+            "dropout": self.output_layer[1].p,
+            "se": self.se,
+        }
+
+    def forward(self, images: Tensor) -> Tensor:
+        check_images("MTLFaceNet", images, self._size)
+        x = self.block2(self.block1(self.input_layer(images)))
+        x = self.fsm(self.block4(self.block3(x)))
+        return in_precision_of(next(self.output_layer[3].parameters()), self.output_layer[3:], self.output_layer[:3](x))
+
+    def __repr__(self) -> str:
+        return f"MTLFaceNet({', '.join(f'{key}={value!r}' for key, value in self.arguments.items())})"

@@ -1,0 +1,145 @@
+"""Heads room: the class centres of a PartialFC head, one file a process, merged into one head. Reads hostile files.
+
+insightface's PartialFC keeps the centres of n identities on k processes: each has n // k of them, the first n % k one
+more, in the order of identities. A checkpoint holds one shard a process.
+
+References:
+    An et al., "Killing Two Birds with One Stone: Efficient and Robust Training of Face Recognition CNNs by Partial FC",
+    CVPR 2022, arXiv:2203.15565.
+"""
+
+import os
+import re
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from kdlib_faces._checks import InputError
+from kdlib_faces._weights import read_weights
+from kdlib_faces.heads.arcface import ArcFaceHead
+
+__all__ = ["load_partial_fc", "merge_partial_fc"]
+
+WRAPPERS = ("state_dict_softmax_fc", "state_dict", "softmax_fc")
+KEYS = ("weight", "module.weight", "head.weight")
+
+
+class _Head(Protocol):
+    weight: nn.Parameter
+
+
+H = TypeVar("H", bound=_Head)
+
+
+def merge_partial_fc(shards: Sequence[Tensor]) -> Tensor:
+    """Shards of class centres, in the order of ranks, as one tensor.
+
+    Args:
+        shards: one a process, each `(n_r, d)`; the first are at most one row longer than the last.
+
+    Returns:
+        `(n, d)` float32, row i the centre of identity i.
+
+    Raises:
+        ValueError: no shard, shards that are not two-dimensional, finite floating point or of one d, or lengths that
+            no PartialFC has: a shard is missing or the order is not that of ranks.
+
+    Examples:
+        >>> merge_partial_fc([torch.zeros(3, 4), torch.ones(2, 4)])[:, 0]
+        tensor([0., 0., 0., 1., 1.])
+    """
+    if not shards:
+        raise ValueError("merge_partial_fc: shards must hold at least one tensor, got none")
+    for rank, shard in enumerate(shards):
+        if not isinstance(shard, Tensor) or shard.dim() != 2 or not shard.is_floating_point():
+            got = f"{tuple(shard.shape)} {shard.dtype}" if isinstance(shard, Tensor) else type(shard).__name__
+            raise ValueError(f"merge_partial_fc: shard {rank} must be (n, d) of floating point, got {got}")
+        if shard.shape[1] != shards[0].shape[1] or 0 in shard.shape:
+            wanted = f"(n, {shards[0].shape[1]}) like shard 0"
+            raise ValueError(f"merge_partial_fc: shard {rank} must be {wanted}, got {tuple(shard.shape)}")
+    rows = [len(shard) for shard in shards]
+    least, more = divmod(sum(rows), len(rows))
+    if rows != [least + (rank < more) for rank in range(len(rows))]:
+        raise ValueError(
+            f"merge_partial_fc: shards of {sum(rows)} identities on {len(rows)} processes must have "
+            f"{least + bool(more)} rows, and {least} from shard {more} on, got {rows}; one is missing, or they are not "
+            "in the order of ranks"
+        )
+    merged = torch.empty(sum(rows), shards[0].shape[1])
+    begin = 0
+    for rank, shard in enumerate(shards):
+        place = merged[begin : begin + len(shard)]
+        place.copy_(shard.detach())
+        if not torch.isfinite(place).all():
+            raise ValueError(f"merge_partial_fc: shard {rank} must be finite, got NaN or infinite values")
+        begin += len(shard)
+    return merged
+
+
+def load_partial_fc(
+    paths: Sequence[str | os.PathLike[str]],
+    head: Callable[[int, int], H] = ArcFaceHead,  # type: ignore[assignment]  # a constructor is a callable
+) -> H:
+    """The class centres that k processes of a PartialFC saved, as one head.
+
+    Read are insightface's `checkpoint_gpu_{rank}.pt` (of which only `state_dict_softmax_fc` is used), state dicts with a
+    `weight`, and bare tensors; PyTorch files and safetensors.
+
+    Args:
+        paths: one file a process, in the order of ranks.
+        head: makes the head from d and n: a class of this room, or
+            `functools.partial(CosFaceHead, scale=64.0, margin=0.4)`.
+
+    Returns:
+        The head, its `weight` `(n, d)` the merged centres.
+
+    Raises:
+        InputError: a file that is missing, damaged, or holds no centres or more than tensors and plain values; shards
+            that do not belong together; numbers in the file names that say another order.
+
+    Examples:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     paths = [f"{folder}/checkpoint_gpu_{rank}.pt" for rank in range(2)]
+        ...     for rank, path in enumerate(paths):
+        ...         torch.save({"epoch": 3, "state_dict_softmax_fc": {"weight": torch.full((2, 8), rank + 1.0)}}, path)
+        ...     load_partial_fc(paths).weight[:, 0]
+        tensor([1., 1., 2., 2.], grad_fn=<SelectBackward0>)
+    """
+    if isinstance(paths, str | os.PathLike):
+        raise InputError("load_partial_fc: paths must be a sequence of files, one a process, got one path")
+    numbers = [re.findall(r"\d+", Path(path).stem) for path in paths]
+    ranks = [int(found[-1]) for found in numbers if found]
+    # A listing of files puts 10 before 2: names that count are believed.
+    if len(ranks) == len(numbers) and sorted(ranks) == list(range(len(ranks))) and ranks != sorted(ranks):
+        raise InputError(f"load_partial_fc: paths must be in the order of ranks, the file names say {ranks}")
+    try:
+        merged = merge_partial_fc([_centres(path) for path in paths])
+    except InputError:
+        raise
+    except ValueError as error:
+        raise InputError(str(error).replace("merge_partial_fc", "load_partial_fc")) from error
+    made = head(merged.shape[1], merged.shape[0])
+    if tuple(made.weight.shape) != tuple(merged.shape):
+        raise InputError(
+            f"load_partial_fc: head must have a weight of {tuple(merged.shape)}, got {tuple(made.weight.shape)}"
+        )
+    made.weight = nn.Parameter(merged)
+    return made
+
+
+def _centres(path: str | os.PathLike[str]) -> Tensor:
+    owner = f"load_partial_fc: {os.fspath(path)}"
+    weights = read_weights(owner, Path(path))
+    content: Any = weights.content
+    if isinstance(content, Mapping):
+        content = next((content[key] for key in WRAPPERS if isinstance(content.get(key), Mapping)), content)
+        content = next((content[key] for key in KEYS if isinstance(content.get(key), Tensor)), None)
+    if not isinstance(content, Tensor):
+        raise InputError(f"{owner} must hold the class centres of a PartialFC head, a tensor 'weight'")
+    if content.layout != torch.strided or content.device.type != "cpu" or content.nbytes > weights.size:
+        raise InputError(f"{owner} claims more values than its {weights.size} bytes can hold")
+    return content

@@ -1,0 +1,116 @@
+"""Shards of a PartialFC head, merged in the order of ranks."""
+
+import os
+from functools import partial
+
+import pytest
+import torch
+
+from kdlib_faces._checks import InputError
+from kdlib_faces.heads import ArcFaceHead, CosFaceHead, load_partial_fc, merge_partial_fc
+
+
+def shards(identities, processes, dim=8, seed=0):
+    """As the processes of a PartialFC hold them: rank r from `identities // processes * r + min(r, rest)` on."""
+    centres = torch.randn(identities, dim, generator=torch.Generator().manual_seed(seed))
+    starts = [identities // processes * rank + min(rank, identities % processes) for rank in range(processes + 1)]
+    return centres, [centres[starts[rank] : starts[rank + 1]].clone() for rank in range(processes)]
+
+
+def saved(folder, parts, wrap=lambda part: {"epoch": 3, "state_dict_softmax_fc": {"weight": part}}):
+    paths = [folder / f"checkpoint_gpu_{rank}.pt" for rank in range(len(parts))]
+    for path, part in zip(paths, parts, strict=True):
+        torch.save(wrap(part), path)
+    return paths
+
+
+@pytest.mark.parametrize(("identities", "processes"), [(12, 1), (12, 4), (13, 4), (15, 4), (23, 12)])
+def test_merges_what_was_split(identities, processes, tmp_path):
+    centres, parts = shards(identities, processes)
+    assert torch.equal(merge_partial_fc(parts), centres)
+    head = load_partial_fc(saved(tmp_path, parts))
+    assert isinstance(head, ArcFaceHead)
+    assert torch.equal(head.weight, centres)
+    assert head.weight.requires_grad
+    assert (head.num_identities, head.embedding_dim) == (identities, 8)
+    assert torch.isfinite(head(torch.randn(3, 8), torch.tensor([0, 1, identities - 1])))
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda part: part,
+        lambda part: {"weight": part},
+        lambda part: {"state_dict": {"module.weight": part}},
+        lambda part: {"weight": part.half()},
+    ],
+)
+def test_files_of_other_kinds(wrap, tmp_path):
+    centres, parts = shards(9, 2)
+    head = load_partial_fc(saved(tmp_path, parts, wrap), partial(CosFaceHead, scale=32.0, margin=0.2))
+    assert isinstance(head, CosFaceHead)
+    assert (head.scale, head.margin, head.weight.dtype) == (32.0, 0.2, torch.float32)
+    torch.testing.assert_close(head.weight.detach(), centres, rtol=1e-3, atol=1e-3)
+
+
+def test_names_that_count_are_believed(tmp_path):
+    _, parts = shards(24, 12)
+    paths = saved(tmp_path, parts)
+    with pytest.raises(InputError, match=r"in the order of ranks, the file names say \[0, 1, 10, 11, 2"):
+        load_partial_fc(sorted(paths))
+    with pytest.raises(InputError, match="a sequence of files, one a process, got one path"):
+        load_partial_fc(str(paths[0]))
+
+
+def test_lengths_that_no_partial_fc_has(tmp_path):
+    _, parts = shards(13, 4)
+    for wrong in ([parts[1], parts[0]], parts[::-1], [parts[0], parts[3], parts[1]]):
+        if [len(part) for part in wrong] == sorted((len(part) for part in wrong), reverse=True):
+            continue
+        with pytest.raises(ValueError, match="one is missing, or they are not in the order of ranks"):
+            merge_partial_fc(wrong)
+    with pytest.raises(ValueError, match=r"must have 3 rows, and 2 from shard 1 on, got \[2, 3\]"):
+        merge_partial_fc([torch.ones(2, 4), torch.ones(3, 4)])
+    with pytest.raises(ValueError, match=r"shard 1 must be \(n, 4\) like shard 0, got \(2, 5\)"):
+        merge_partial_fc([torch.ones(2, 4), torch.ones(2, 5)])
+    with pytest.raises(ValueError, match=r"shard 0 must be \(n, d\) of floating point, got \(2,\)"):
+        merge_partial_fc([torch.ones(2)])
+    with pytest.raises(ValueError, match="shard 0 must be finite"):
+        merge_partial_fc([torch.full((2, 2), torch.nan)])
+    with pytest.raises(ValueError, match="at least one tensor, got none"):
+        merge_partial_fc([])
+
+
+class _Runs:
+    def __init__(self, path):
+        self.path = str(path)
+
+    def __reduce__(self):
+        return os.mkdir, (self.path,)
+
+
+def test_hostile_files(tmp_path):
+    _, parts = shards(8, 2)
+    good, other = saved(tmp_path, parts)
+    for content, words in [
+        ({"weight": _Runs(tmp_path / "ran")}, "which was refused"),
+        ({"conv1.weight": torch.ones(2, 2)}, "must hold the class centres"),
+        ({"weight": torch.ones(()).expand(4, 10**9)}, "claims more values than its"),
+        ({"weight": torch.ones(4, 8, dtype=torch.int64)}, "floating point"),
+    ]:
+        torch.save(content, other)
+        with pytest.raises(InputError, match=words):
+            load_partial_fc([good, other])
+    assert not (tmp_path / "ran").exists()
+    other.write_bytes(good.read_bytes()[:100])
+    with pytest.raises(InputError, match="damaged"):
+        load_partial_fc([good, other])
+    other.unlink()
+    with pytest.raises(InputError, match="does not exist"):
+        load_partial_fc([good, other])
+
+
+def test_a_head_of_another_size_is_refused(tmp_path):
+    _, parts = shards(8, 2)
+    with pytest.raises(InputError, match=r"head must have a weight of \(8, 8\), got \(9, 8\)"):
+        load_partial_fc(saved(tmp_path, parts), lambda dim, identities: ArcFaceHead(dim, identities + 1))
