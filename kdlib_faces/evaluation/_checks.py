@@ -25,6 +25,7 @@ __all__ = [
     "check_indices",
     "check_labels",
     "check_level",
+    "check_rows",
     "check_scores",
     "check_vector",
     "gather",
@@ -124,6 +125,15 @@ def unit_block(owner: str, name: str, rows: npt.NDArray[Any], offset: int = 0) -
     if not _to_unit(rows, unit):
         _name_bad_rows(owner, name, rows, 0, offset)
     return unit
+
+
+def check_rows(owner: str, name: str, array: npt.NDArray[Any]) -> None:
+    """Name the first row of (n, d) numbers that is not finite or zero; nothing is kept."""
+    step = max(1, CELLS // array.shape[1])
+    for start in range(0, len(array), step):
+        part = array[start : start + step]
+        if not _to_unit(part, np.empty(part.shape, dtype=np.float64)):
+            _name_bad_rows(owner, name, array, start)
 
 
 def _to_unit(rows: npt.NDArray[Any], unit: FloatArray) -> bool:

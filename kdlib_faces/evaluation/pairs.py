@@ -15,6 +15,8 @@ from kdlib_faces.evaluation._checks import (
     check_flags,
     check_indices,
     check_labels,
+    check_rows,
+    gather,
     require,
     to_numpy,
     unit_rows,
@@ -29,7 +31,14 @@ from kdlib_faces.evaluation.splits import (
     identity_overlap,
     positives_first_folds,
 )
-from kdlib_faces.evaluation.verification import Rule, VerificationResult, contiguous_folds, verify_pairs
+from kdlib_faces.evaluation.verification import (
+    Rule,
+    VerificationResult,
+    check_folds,
+    contiguous_folds,
+    judge,
+    pair_distances,
+)
 
 __all__ = ["PAIR_SETS", "PairProtocol", "PairSet", "pair_set"]
 
@@ -171,23 +180,26 @@ class PairProtocol:
     def evaluate(self, embeddings: Any) -> VerificationResult:
         """Measure (n, d) embeddings; see `verify_pairs`."""
         owner = "PairProtocol"
-        unit = unit_rows(owner, "embeddings", embeddings, rows=self.images, like=f"images of {self.same.size} pairs")
+        rows = gather(owner, "embeddings", embeddings)
         require(
-            unit.shape[0] >= self.needed,
+            self.images is None or len(rows) == self.images,
             owner,
-            f"embeddings must hold row {self.needed - 1}, got {unit.shape[0]} rows",
+            f"embeddings must have one row for each of {self.images} images of {self.same.size} pairs, got {len(rows)}",
         )
-        left, right = unit[self.left], unit[self.right]
-        result = verify_pairs(
-            left,
-            right,
+        require(len(rows) >= self.needed, owner, f"embeddings must hold row {self.needed - 1}, got {len(rows)} rows")
+        check_rows(owner, "embeddings", rows)
+        distances, scores = pair_distances(owner, rows, rows, self.left, self.right)
+        unit = None if self.pca is None else unit_rows(owner, "embeddings", rows)
+        result = judge(
+            owner,
+            distances,
             self.same,
-            fold_ids=self.fold_ids,
+            check_folds(owner, self.same, self.fold_ids),
             threshold=self.threshold,
             val_fars=self.val_fars,
             pca=self.pca,
+            reduced=None if unit is None else (unit[self.left], unit[self.right]),
         )
-        scores = np.einsum("pd,pd->p", left, right)
         tar = {far: tar_at_far(scores[self.same], scores[~self.same], far, mode=self.tar_mode) for far in self.fars}
         return replace(result, tar=tar, notes=self.notes)
 

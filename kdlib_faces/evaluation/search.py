@@ -17,6 +17,7 @@ __all__ = ["Search", "dot_rows", "product_error"]
 BLOCK = 4096
 PAIRS = 4096
 MANY = 200_000
+DECIMALS = 12
 
 
 def product_error(width: int) -> float:
@@ -30,12 +31,12 @@ def product_error(width: int) -> float:
 
 
 def dot_rows(left: FloatArray, i: IntArray, right: FloatArray, j: IntArray) -> FloatArray:
-    """(p,) products of rows i of `left` and j of `right`, the same bits whatever stands beside them."""
+    """(p,) products of rows i of `left` and j of `right`, to 12 decimals: equal directions tie, whatever their lengths."""
     out = np.empty(i.size)
     for start in range(0, i.size, PAIRS):
         part = slice(start, start + PAIRS)
         out[part] = np.einsum("pd,pd->p", left[i[part]], right[j[part]])
-    return out
+    return np.round(out, DECIMALS)
 
 
 @dataclass
@@ -111,7 +112,7 @@ class Search:
         unit = unit_block(self.owner, "distractors", block[used], offset)
         if probe.size > MANY and probe.size * 16 > len(self.probes) * len(block):
             # The first block of a search for millions, or the near ties of a collapsed model: all at once is cheaper.
-            return np.asarray((self.probes @ unit.T)[probe, place])
+            return np.asarray(np.round((self.probes @ unit.T)[probe, place], DECIMALS))
         return dot_rows(self.probes, probe, unit, place)
 
     def _update_best(

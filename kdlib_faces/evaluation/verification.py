@@ -16,6 +16,7 @@ from kdlib_faces.evaluation._checks import (
     check_fars,
     check_flags,
     check_labels,
+    check_rows,
     gather,
     require,
     unit_block,
@@ -32,7 +33,15 @@ from kdlib_faces.evaluation.fold_thresholds import (
 )
 from kdlib_faces.evaluation.roc import TarAtFar, allowed_false_accepts, far_name
 
-__all__ = ["Rule", "VerificationResult", "contiguous_folds", "verify_pairs"]
+__all__ = [
+    "Rule",
+    "VerificationResult",
+    "check_folds",
+    "contiguous_folds",
+    "judge",
+    "pair_distances",
+    "verify_pairs",
+]
 
 FOLDS = 10
 Rule = Literal["grid", "exact", "facexzoo"]
@@ -159,6 +168,8 @@ def verify_pairs(
     """
     owner = "verify_pairs"
     check_choice(owner, "threshold", threshold, RULES)
+    if pca is not None:
+        check_number(owner, "pca", pca, least=1, integer=True)
     fars = check_fars(owner, val_fars)
     first, second = gather(owner, "left", left), gather(owner, "right", right)
     require(
@@ -169,21 +180,36 @@ def verify_pairs(
     require(
         first.shape[1] == second.shape[1], owner, f"right must be (n, {first.shape[1]}) like left, got {second.shape}"
     )
-    distances = _squared_distances(owner, first, second)
+    distances, _ = pair_distances(owner, first, second)
     truth = check_flags(owner, "same", same, first.shape[0])
-    folds = _folds(owner, truth, fold_ids)
+    folds = check_folds(owner, truth, fold_ids)
     reduced = None
     if pca is not None:
-        check_number(owner, "pca", pca, least=1, most=first.shape[1], integer=True)
         reduced = unit_rows(owner, "left", first), unit_rows(owner, "right", second)
+    return judge(owner, distances, truth, folds, threshold=threshold, val_fars=fars, pca=pca, reduced=reduced)
+
+
+def judge(
+    owner: str,
+    distances: FloatArray,
+    truth: BoolArray,
+    folds: IntArray,
+    *,
+    threshold: Rule,
+    val_fars: Sequence[float],
+    pca: int | None,
+    reduced: tuple[FloatArray, FloatArray] | None,
+) -> VerificationResult:
+    """`verify_pairs` from squared distances (n,) of unit rows; `reduced` are the unit rows for a PCA."""
+    if reduced is not None:
+        check_number(owner, "pca", pca, least=1, most=reduced[0].shape[1], integer=True)
     accuracies, thresholds = [], []
     correct = np.zeros(truth.size, dtype=np.bool_)
     for fold in range(int(folds.max()) + 1):
         held = folds == fold
+        compared = distances
         if reduced is not None and pca is not None:
             compared = _reduced_distances(owner, *reduced, ~held, pca)
-        else:
-            compared = distances
         if threshold == "facexzoo":
             compared = 1 - compared / 2
             limit = best_facexzoo(compared[~held], truth[~held])
@@ -194,6 +220,7 @@ def verify_pairs(
         thresholds.append(limit)
         accuracies.append(float(np.mean(correct[held])))
     scores = np.asarray(accuracies)
+    rule = "grid" if threshold == "grid" else "exact"
     return VerificationResult(
         accuracy=float(scores.mean()),
         std=float(scores.std()),
@@ -201,26 +228,41 @@ def verify_pairs(
         thresholds=np.asarray(thresholds),
         threshold_rule=threshold,
         pairs=int(truth.size),
-        val={far: _fold_tar(distances, truth, folds, far, "grid" if threshold == "grid" else "exact") for far in fars},
+        val={far: _fold_tar(distances, truth, folds, far, rule) for far in val_fars},
         pca=pca,
         correct=correct,
     )
 
 
-def _squared_distances(owner: str, left: Any, right: Any) -> FloatArray:
-    """(n,) of unit rows, a few rows at a time."""
-    out = np.empty(len(left))
+def pair_distances(
+    owner: str, left: Any, right: Any, i: IntArray | None = None, j: IntArray | None = None
+) -> tuple[FloatArray, FloatArray]:
+    """Squared distances (n,) and cosines (n,) of unit rows, a few rows at a time.
+
+    Args:
+        owner: for errors.
+        left: (n, d); or (m, d), of which the rows `i` are taken.
+        right: (n, d); or (m, d), of which the rows `j` are taken.
+        i: (n,) row numbers into `left`.
+        j: (n,) row numbers into `right`.
+    """
+    count = len(left) if i is None else i.size
+    distances, cosines = np.empty(count), np.empty(count)
     step = max(1, CELLS // left.shape[1] // 2)
-    for start in range(0, len(left), step):
+    for start in range(0, count, step):
         part = slice(start, start + step)
         try:
-            a, b = unit_block(owner, "left", left[part]), unit_block(owner, "right", right[part])
+            a = unit_block(owner, "left", left[part if i is None else i[part]])
+            b = unit_block(owner, "right", right[part if j is None else j[part]])
         except ValueError:
             # Once more over all rows, for the number of the bad one and the count.
-            a, b = unit_rows(owner, "left", left)[part], unit_rows(owner, "right", right)[part]
+            for name, rows in (("left", left), ("right", right)):
+                check_rows(owner, name, rows)
+            raise
+        np.einsum("pd,pd->p", a, b, out=cosines[part])
         a -= b
-        np.einsum("pd,pd->p", a, a, out=out[part])
-    return out
+        np.einsum("pd,pd->p", a, a, out=distances[part])
+    return distances, cosines
 
 
 def _reduced_distances(owner: str, left: FloatArray, right: FloatArray, train: BoolArray, pca: int) -> FloatArray:
@@ -270,7 +312,7 @@ def contiguous_folds(count: int, folds: int = FOLDS) -> IntArray:
     return np.repeat(np.arange(folds), [part.size for part in np.array_split(np.arange(count), folds)])
 
 
-def _folds(owner: str, same: BoolArray, fold_ids: Any) -> IntArray:
+def check_folds(owner: str, same: BoolArray, fold_ids: Any) -> IntArray:
     """Fold of each pair as 0 ... f-1; every fold must hold both kinds of pair."""
     if fold_ids is None:
         require(same.size >= 2 * FOLDS, owner, f"without fold_ids there must be {2 * FOLDS} pairs, got {same.size}")

@@ -1,0 +1,223 @@
+"""Identification among distractors against plain loops over the whole matrix of scores."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from kdlib_faces.evaluation import DistractorProtocol, evaluate, identify_with_distractors, tar_at_far
+from kdlib_faces.evaluation import search as search_module
+
+
+def make(people: int = 12, each: int = 4, distractors: int = 700, width: int = 24) -> tuple[Any, Any, Any]:
+    generator = np.random.default_rng(0)
+    who = np.repeat(np.arange(people), each)
+    probes = generator.normal(size=(people, width))[who] + generator.normal(size=(who.size, width))
+    return probes, who, generator.normal(size=(distractors, width)).astype(np.float32)
+
+
+def unit(x: Any) -> np.ndarray:
+    x = np.asarray(x, dtype=np.float64)
+    return np.array([row / np.sqrt((row * row).sum()) for row in x])
+
+
+def published(probes: Any, who: Any, distractors: Any, rank: int, ties: str = "correct") -> tuple[float, int]:
+    """For each ordered pair of one identity: is the mate at least as alike as the rank-th distractor?"""
+    p, d = unit(probes), unit(distractors)
+    correct = trials = 0
+    for probe in range(len(p)):
+        scores = sorted((float(p[probe] @ row) for row in d), reverse=True)
+        for mate in range(len(p)):
+            if mate != probe and who[mate] == who[probe]:
+                score = float(p[probe] @ p[mate])
+                correct += score >= scores[rank - 1] if ties == "correct" else score > scores[rank - 1]
+                trials += 1
+    return correct / trials, trials
+
+
+def test_rates_are_those_of_plain_loops() -> None:
+    probes, who, distractors = make()
+    result = identify_with_distractors(probes, who, distractors, fars=(1e-4, 1e-2, 0.3), ranks=(1, 5))
+    for rank in (1, 5):
+        expected, trials = published(probes, who, distractors, rank)
+        assert result.rates[rank].value == pytest.approx(expected, abs=1e-12)
+        assert 0.05 < expected < 0.95
+    assert result.rank1 == result.rates[1].value
+    assert (result.trials, result.distractors, result.probes, result.mateless) == (trials, 700, 48, 0)
+    p, d = unit(probes), unit(distractors)
+    genuine = [p[i] @ p[j] for i in range(48) for j in range(i + 1, 48) if who[i] == who[j]]
+    for far, point in result.tar.items():
+        expected_point = tar_at_far(genuine, (p @ d.T).ravel(), far)
+        assert point.tar == expected_point.tar == float(point)
+        assert point.threshold == pytest.approx(expected_point.threshold, abs=1e-12)
+        assert (point.false_accepts, point.impostors) == (expected_point.false_accepts, 48 * 700)
+    assert 0.05 < result.tar[1e-2].tar < 0.95
+
+
+@pytest.mark.parametrize("block", [1, 7, 64, 4096])
+def test_neither_blocks_nor_shards_nor_kind_change_a_number(block: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    probes, who, distractors = make(distractors=150)
+    whole = identify_with_distractors(probes, who, distractors, fars=(1e-3, 0.2), ranks=(1, 3)).to_dict()
+    monkeypatch.setattr(search_module, "BLOCK", block)
+    monkeypatch.setattr("kdlib_faces.evaluation.distractors.BLOCK", block)
+
+    def shards() -> Iterator[np.ndarray]:
+        yield distractors[:50]
+        yield distractors[50:50]
+        yield distractors[50:]
+
+    for given in (distractors, [distractors[:3], distractors[3:]], shards(), torch.from_numpy(distractors)):
+        found = identify_with_distractors(probes, who, given, fars=(1e-3, 0.2), ranks=(1, 3))
+        assert found.to_dict() == whole
+
+
+def test_a_float16_memory_map_is_read_as_it_is(tmp_path: Path) -> None:
+    probes, who, distractors = make()
+    half = distractors.astype(np.float16)
+    half.tofile(tmp_path / "map")
+    mapped = np.memmap(tmp_path / "map", dtype=np.float16, mode="r", shape=half.shape)
+    result = evaluate(probes, DistractorProtocol(who, mapped, fars=(1e-2,)))
+    assert result.rank1 == pytest.approx(published(probes, who, half, 1)[0], abs=1e-12)
+
+
+def test_a_tie_is_correct_as_published_or_wrong() -> None:
+    # Person 0's two images are each other's mate at the very cosine of the one distractor.
+    probes, who = np.array([[3.0, 1.0], [1.0, 3.0], [-1.0, 0.0], [-1.0, 0.0]]), [0, 0, 1, 1]
+    # Of another length: equal directions tie all the same.
+    distractors = np.array([[1.0, 3.0], [3.0, 1.0]]) * 7
+    assert identify_with_distractors(probes, who, distractors[:1]).rank1 == 0.75
+    found = {
+        ties: identify_with_distractors(probes[[0, 1]], [0, 0], distractors[:1], ties=ties).rates[1].value
+        for ties in ("correct", "wrong")
+    }
+    assert found == {"correct": 0.5, "wrong": 0.0}
+
+
+@pytest.mark.parametrize("width", [2, 3, 17, 128, 512])
+def test_a_copy_of_the_mate_ties_to_the_last_bit(width: int) -> None:
+    generator = np.random.default_rng(width)
+    probes = generator.normal(size=(2, width)).astype(np.float32)
+    # The probes' own copies beat any mate, so each is searched with the mate's copy alone.
+    for probe, mate in ((0, 1), (1, 0)):
+        rows = np.vstack([generator.normal(size=(40, width)) * 1e-3 - 5 * probes[probe], 4 * probes[mate]])
+        search = search_module.Search("t", own := unit(probes), 1, 1)
+        search.add(rows, 0)
+        assert search.best[probe, 0] == search_module.dot_rows(own, np.array([0]), own, np.array([1]))[0]
+    both = identify_with_distractors(np.vstack([probes, -probes[:1]]), [0, 0, 1], probes[1:], ties="wrong")
+    assert both.rank1 == 0.0
+
+
+def test_far_never_exceeds_its_target_with_ties_and_unresolvable_points_are_flagged() -> None:
+    probes, who = np.eye(3)[[0, 0, 1, 1]], [0, 0, 1, 1]
+    distractors = np.eye(3)[[0, 0, 0, 2, 2, 2, 2, 2, 2, 2]]
+    result = identify_with_distractors(probes, who, distractors, fars=(0.1, 0.01))
+    assert result.tar[0.1].far <= 0.1
+    assert result.tar[0.1].resolvable
+    assert not result.tar[0.01].resolvable
+    assert result.to_dict()["tar"]["0.01"]["resolvable"] is False
+
+
+def test_sizes_are_prefixes_and_the_number_really_used_is_told() -> None:
+    probes, who, distractors = make(distractors=300)
+    result = identify_with_distractors(probes, who, distractors, sizes=(1, 10, 250, 300))
+    for size, rate in result.by_size.items():
+        assert rate.value == pytest.approx(published(probes, who, distractors[:size], 1)[0], abs=1e-12)
+    assert list(result.by_size) == [1, 10, 250, 300]
+    assert result.to_dict()["distractors"] == 300
+    with pytest.raises(ValueError, match="sizes must be at most the 300 distractors, got"):
+        identify_with_distractors(probes, who, distractors, sizes=(10, 301))
+
+
+def test_gaps_break_rank_one_down_and_empty_bins_are_none() -> None:
+    probes, who, distractors = make()
+    ages = np.tile([5.0, 8.0, 20.0, 30.0], 12)
+    result = identify_with_distractors(probes, who, distractors, ages=ages, gap_bins=(0, 5, 10, 20, 40), fars=(0.01,))
+    assert [row.name for row in result.by_gap] == ["0-4", "5-9", "10-19", "20-39", "40+"]
+    assert sum(row.trials for row in result.by_gap) == result.trials
+    total = sum(row.trials * row.rank1.value for row in result.by_gap if row.rank1.value is not None)
+    assert total / result.trials == pytest.approx(result.rank1)
+    assert result.by_gap[1].rank1.value is None
+    assert result.by_gap[4].tar[0.01].value is None
+    subset = np.flatnonzero(np.isin(ages, (5, 8)))
+    expected, _ = published(probes[subset], who[subset], distractors, 1)
+    assert result.by_gap[0].rank1.value == pytest.approx(expected)
+
+
+def test_cleaning_conventions_are_named_and_differ_as_they_do() -> None:
+    # Every cosine is negative: a zero row that scores 0 beats the mates, one that never matches does not.
+    probes, who = np.array([[1.0, 0.1], [-0.3, 1.0]]), [0, 0]
+    noisy = np.array([[-1.0, -1.0], [0.0, 0.0], [-1.0, -0.9]])
+    with pytest.raises(ValueError, match="distractors must be non-zero in every row, got row 1"):
+        identify_with_distractors(probes, who, noisy)
+    zero = identify_with_distractors(probes, who, noisy, cleaning="zeros_score_0")
+    left_out = identify_with_distractors(probes, who, noisy, cleaning="exclude_zeros")
+    assert (zero.rank1, zero.distractors, zero.cleaned) == (0.0, 3, 0)
+    assert (left_out.rank1, left_out.distractors, left_out.cleaned) == (1.0, 2, 1)
+    extra = np.hstack([noisy + np.array([[0, 0], [9, 9], [0, 0]]), [[0], [100], [0]]])
+    for given in (probes, np.hstack([probes, np.zeros((2, 1))])):
+        dropped = identify_with_distractors(given, who, extra, cleaning="extra_dimension")
+        assert (dropped.rank1, dropped.distractors, dropped.cleaned) == (1.0, 2, 1)
+    assert "1 cleaned away (extra_dimension)" in dropped.convention
+    with pytest.raises(ValueError, match="must hold one that is not cleaned away, got none"):
+        identify_with_distractors(probes, who, np.zeros((3, 2)), cleaning="exclude_zeros")
+
+
+def test_a_model_that_gives_one_embedding_for_all_is_finite_and_told() -> None:
+    probes = np.ones((40, 16)) + 1e-9 * np.random.default_rng(0).normal(size=(40, 16))
+    result = identify_with_distractors(probes, np.arange(40) // 2, np.ones((500, 16)), fars=(1e-3,), ties="wrong")
+    assert 0 <= result.rank1 <= 1
+    assert result.tar[1e-3].far <= 1e-3
+
+
+def test_values_beyond_float32_are_directions_all_the_same() -> None:
+    probes, who, distractors = make(distractors=60)
+    plain = identify_with_distractors(probes, who, distractors.astype(np.float64), fars=(0.05,))
+    for factor in (1e200, 1e-200):
+        scaled = identify_with_distractors(probes, who, distractors.astype(np.float64) * factor, fars=(0.05,))
+        assert scaled.rank1 == plain.rank1
+        assert scaled.tar[0.05].tar == plain.tar[0.05].tar
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"distractors": np.full((5, 4), np.nan)}, "distractors must be finite .*got row 0 that is not"),
+        ({"distractors": [np.ones((3, 4)), np.where(np.eye(3, 4) > 0, np.inf, 1)]}, "got row 3 that is not"),
+        ({"distractors": np.ones((5, 3))}, r"distractors must be \(n, 4\), got \(5, 3\)"),
+        ({"distractors": np.empty((0, 4))}, "distractors must hold one"),
+        ({"distractors": iter(())}, "distractors must hold one"),
+        ({"distractors": (np.ones((9, 4)) for _ in range(3)), "most_distractors": 20}, "must be an upper bound, got 20"),
+        ({"identities": [0, 1, 2, 3]}, "identities must hold one with two images"),
+        ({"identities": [0, 0, 1]}, "probes must have one row for each of 3 identities, got 4"),
+        ({"probes": np.array([[1.0, 0, 0, 0], [0, 0, 0, 0], [1, 1, 0, 0], [0, 1, 0, 0]])}, "probes must be non-zero.*row 1"),
+        ({"fars": (0.0,)}, "fars must be"),
+        ({"fars": (1.0,), "most_distractors": 50_000_000, "distractors": iter(())}, "at most 20000000 false accepts"),
+        ({"ranks": ()}, "ranks must not be empty"),
+        ({"ties": "maybe"}, "ties must be one of 'correct', 'wrong'"),
+        ({"cleaning": "soap"}, "cleaning must be one of"),
+        ({"sizes": (10, 5)}, "sizes must rise"),
+        ({"ages": [1, 2, np.nan, 3]}, "ages must be finite.*row 2"),
+    ],
+)  # fmt: skip
+def test_bad_input_is_named(change: dict[str, Any], message: str) -> None:
+    given: dict[str, Any] = {
+        "probes": np.eye(4) + 1,
+        "identities": [0, 0, 1, 1],
+        "distractors": np.random.default_rng(0).normal(size=(20, 4)),
+    }
+    given |= change
+    with pytest.raises(ValueError, match=message):
+        identify_with_distractors(given.pop("probes"), given.pop("identities"), given.pop("distractors"), **given)
+
+
+def test_operating_points_are_numbers_too() -> None:
+    probes, who, distractors = make(distractors=60)
+    result = identify_with_distractors(probes, who, distractors, fars=(0.1,))
+    point = result.tar[0.1]
+    assert point == point.tar
+    assert hash(point) == hash(point.tar)
+    assert f"{point:.3f}" == f"{point.tar:.3f}"
+    assert "DistractorProtocol(<48 images of 12 identities>" in repr(DistractorProtocol(who, distractors))

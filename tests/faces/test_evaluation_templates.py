@@ -1,0 +1,311 @@
+"""Template pooling, 1:1 and 1:N against the published steps written out plainly."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from kdlib_faces.evaluation import (
+    TemplateIdentificationProtocol,
+    TemplateVerificationProtocol,
+    evaluate,
+    identify_templates,
+    pool_templates,
+    tar_at_far,
+    template_verification,
+    verify_templates,
+)
+from kdlib_faces.evaluation import pair_scores as pair_module
+from kdlib_faces.evaluation import templates as pooling_module
+
+
+def make(images: int = 900, templates: int = 80, width: int = 12, seed: int = 0) -> tuple[Any, Any, Any, Any]:
+    generator = np.random.default_rng(seed)
+    ids = generator.permutation(templates * 3)[:templates] + 5
+    owner = np.concatenate([np.arange(templates), generator.integers(0, templates, images - templates)])
+    media = generator.integers(0, 200, images)
+    people = generator.normal(size=(templates // 2, width))
+    embeddings = people[owner // 2] + generator.normal(size=(images, width))
+    return embeddings * generator.uniform(0.5, 20, size=(images, 1)), ids[owner], media, generator.random(images)
+
+
+def published(embeddings: Any, ids: Any, media: Any, scores: Any, norm: str) -> dict[Any, np.ndarray]:
+    """insightface's image2template_feature: mean over a medium of several images, sum over media, then unit."""
+    pooled = {}
+    for template in sorted(set(ids.tolist())):
+        parts = []
+        for medium in sorted(set(media[ids == template].tolist())):
+            rows = [k for k in range(len(ids)) if ids[k] == template and media[k] == medium]
+            images = []
+            for k in rows:
+                image = np.asarray(embeddings[k], dtype=np.float64)
+                image = image / np.sqrt((image**2).sum()) if norm == "unit" else image
+                images.append(image * (1.0 if scores is None else scores[k]))
+            parts.append(sum(images) / len(images))
+        total = sum(parts)
+        pooled[template] = total / np.sqrt((total**2).sum())
+    return pooled
+
+
+@pytest.mark.parametrize("norm", ["keep", "unit"])
+@pytest.mark.parametrize("scored", [True, False])
+@pytest.mark.parametrize("dtype", [np.float64, np.float32, np.float16])
+def test_pooling_is_the_published_one(norm: Any, scored: bool, dtype: Any) -> None:
+    embeddings, ids, media, scores = make()
+    embeddings = embeddings.astype(dtype)
+    given = scores if scored else None
+    found = pool_templates(embeddings, ids, media, detector_scores=given, feature_norm=norm)
+    expected = published(embeddings, ids, media, given, norm)
+    assert found.ids.tolist() == list(expected)
+    tolerance = 1e-12 if dtype == np.float64 else 1e-6
+    np.testing.assert_allclose(found.features, np.array(list(expected.values())), atol=tolerance)
+    assert (found.feature_norm, found.detector_scores, int(found.images.sum())) == (norm, scored, 900)
+    assert ("lengths kept" in found.convention) == (norm == "keep")
+
+
+def test_the_two_norms_and_the_detector_score_are_different_numbers() -> None:
+    embeddings, ids, media, scores = make()
+    kinds = [
+        pool_templates(embeddings, ids, media, detector_scores=given, feature_norm=norm).features
+        for norm in ("keep", "unit")
+        for given in (None, scores)
+    ]
+    for a in range(4):
+        for b in range(a):
+            assert np.abs(kinds[a] - kinds[b]).max() > 1e-3
+
+
+@pytest.mark.parametrize("block", [3, 64])
+def test_pooling_does_not_depend_on_blocks_shards_or_order(block: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    embeddings, ids, media, scores = make()
+    whole = pool_templates(embeddings, ids, media, detector_scores=scores).features
+    monkeypatch.setattr(pooling_module, "BLOCK", block)
+    order = np.argsort(ids, kind="stable")
+    for given in (slice(None), order):
+        e, i, m, s = embeddings[given], ids[given], media[given], scores[given]
+        for form in (e, [e[:100], e[100:101], e[101:]], iter([e[:899], e[899:]])):
+            np.testing.assert_allclose(pool_templates(form, i, m, detector_scores=s).features, whole, atol=1e-12)
+
+
+def test_string_ids_and_lengths_beyond_float32() -> None:
+    rows = np.array([[1e25, 1e25], [2e25, 0.0], [0.0, 1e-30]], dtype=np.float32)
+    found = pool_templates(rows, ["b", "b", "a"], ["x", "y", "z"], feature_norm="unit")
+    assert found.ids.tolist() == ["a", "b"]
+    np.testing.assert_allclose(
+        found.features[1], np.array([1 + np.sqrt(2), 1]) / np.hypot(1 + np.sqrt(2), 1), atol=1e-7
+    )
+    huge = np.array([[3e38, 3e38], [3e38, 0.0]], dtype=np.float32)
+    np.testing.assert_allclose(
+        pool_templates(huge, [1, 1], [1, 2]).features[0], np.array([2, 1]) / np.sqrt(5), atol=1e-7
+    )
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"embeddings": np.array([[1, 0], [np.nan, 0], [0, 1.0]])}, "embeddings must be finite .*got row 1"),
+        ({"embeddings": [np.eye(2), np.array([[np.inf, 0]])]}, "embeddings must be finite .*got row 2"),
+        ({"embeddings": np.array([[1, 0], [0, 1.0], [0, 0]])}, "embeddings must be non-zero in every row, got row 2"),
+        ({"embeddings": np.array([[1.0, 1], [-1, -1], [0, 1]])}, "every template must have a sum, got zero for template 7"),
+        ({"embeddings": np.eye(2)}, "one row for each of 3 template_ids, got 2"),
+        ({"embeddings": np.ones((4, 2))}, "one row for each of 3 template_ids, got more"),
+        ({"media_ids": [1, 2]}, r"media_ids must be as long as template_ids \(3\), got 2"),
+        ({"detector_scores": [1.0, np.nan, 1]}, "detector_scores must be finite, got entry 1"),
+        ({"detector_scores": [1.0, -1, 1]}, "detector_scores must not be negative"),
+        ({"detector_scores": [0.0, 0, 1]}, "got zero for template 7"),
+        ({"feature_norm": "use"}, "feature_norm must be one of 'keep', 'unit'"),
+    ],
+)  # fmt: skip
+def test_bad_images_are_named(change: dict[str, Any], message: str) -> None:
+    given: dict[str, Any] = {"embeddings": np.ones((3, 2)), "template_ids": [7, 7, 8], "media_ids": [1, 2, 3]}
+    given |= change
+    with pytest.raises(ValueError, match=message):
+        pool_templates(**given)
+
+
+def pairs(ids: Any, count: int, seed: int = 1) -> tuple[Any, Any, Any]:
+    generator = np.random.default_rng(seed)
+    known = np.unique(ids)
+    left = generator.integers(0, known.size, count)
+    right = (left + generator.integers(1, known.size, count)) % known.size
+    near = generator.random(count) < 0.3
+    right = np.where(near, left ^ 1, right)
+    return known[left], known[right], left // 2 == right // 2
+
+
+@pytest.mark.parametrize("rows", [1, 8, 512])
+@pytest.mark.parametrize("mode", ["exact", "nearest"])
+def test_verification_is_that_of_plain_products(rows: int, mode: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pair_module, "ROWS", rows)
+    monkeypatch.setattr(pair_module, "SPARSE", 3 if rows == 8 else 100)
+    embeddings, ids, media, scores = make()
+    order = np.argsort(ids, kind="stable")
+    embeddings, ids, media = embeddings[order], ids[order], media[order]
+    left, right, same = pairs(ids, 4000)
+    fars = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
+    result = template_verification(
+        embeddings, ids, media, left, right, same, detector_scores=scores, fars=fars, mode=mode
+    )
+    pooled = published(embeddings, ids, media, scores, "keep")
+    plain = np.array([pooled[a] @ pooled[b] for a, b in zip(left.tolist(), right.tolist(), strict=True)])
+    for far in fars:
+        expected = tar_at_far(plain[same], plain[~same], far, mode=mode)
+        point = result.tar[far]
+        assert (point.tar, point.false_accepts) == (expected.tar, expected.false_accepts)
+        assert point.resolvable == expected.resolvable
+        assert point.threshold == pytest.approx(expected.threshold, abs=1e-6 if mode == "nearest" else 1e-11)
+    told = result.to_dict()
+    assert (told["feature_norm"], told["mode"], told["genuine"]) == ("keep", mode, int(same.sum()))
+    assert told["tar"]["0.0001"]["resolvable"] is False
+
+
+def test_equal_templates_tie_exactly_whatever_float32_says() -> None:
+    # Template 1 and its copy 2 meet the same others: genuine and impostor scores are equal, none may be above the other.
+    generator = np.random.default_rng(3)
+    rows = generator.normal(size=(60, 128))
+    rows[1] = 3 * rows[0]
+    others = np.arange(2, 60)
+    left = np.concatenate([np.zeros(58, dtype=int), np.ones(58, dtype=int)])
+    right, same = np.concatenate([others, others]), np.arange(116) >= 58
+    result = template_verification(rows, np.arange(60), np.arange(60), left, right, same, fars=(0.25, 0.5))
+    for far, point in result.tar.items():
+        assert point.tar == pytest.approx(np.floor(58 * far) / 58, abs=1e-12)
+
+
+def test_verification_protocol_names_what_it_did() -> None:
+    embeddings, ids, media, _ = make()
+    left, right, same = pairs(ids, 300)
+    protocol = TemplateVerificationProtocol(ids, media, left, right, same, feature_norm="unit", fars=(0.1,))
+    result = evaluate([embeddings[:400], embeddings[400:]], protocol)
+    assert (
+        result.tar[0.1].tar
+        == template_verification(embeddings, ids, media, left, right, same, feature_norm="unit", fars=(0.1,))
+        .tar[0.1]
+        .tar
+    )
+    assert "each image made unit first" in result.pooling
+    assert "feature_norm='unit'" in repr(protocol)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"left": [5, 5, 6]}, r"left must be in template_ids, got 6 in entry 2 that is not \(1 in all\)"),
+        ({"right": [9, 0, 7]}, "right must be in template_ids, got 0 in entry 1"),
+        ({"right": [9, 10**12, 7]}, "right must be in template_ids, got 1000000000000 in entry 1"),
+        ({"left": ["5", "5", "5"]}, "left must be numbers as in template_ids, got strings"),
+        ({"right": [5, 9, 7]}, r"a pair must be of two templates, got pair \[0\]"),
+        ({"right": [9, 7]}, r"right must be as long as left \(3\), got 2"),
+        ({"same": [1, 1, 1]}, "same must hold both kinds of pair, got only True"),
+        ({"same": [1, 0]}, r"same must be as long as the pairs \(3\), got 2"),
+        ({"fars": (2.0,)}, "fars must be"),
+        ({"mode": "roc"}, "mode must be one of"),
+    ],
+)
+def test_bad_pairs_are_named(change: dict[str, Any], message: str) -> None:
+    given: dict[str, Any] = {"left": [5, 5, 7], "right": [9, 7, 9], "same": [1, 0, 0]}
+    given |= change
+    with pytest.raises(ValueError, match=message):
+        template_verification(np.eye(3) + 1, [5, 9, 7], [1, 2, 3], **given)
+
+
+def plain_search(
+    pooled: Any, gallery: Any, probes: Any, fpir: float, ranks: Any
+) -> tuple[float, float, list[int], int]:
+    """One gallery: threshold from the non-mated probes' largest scores, hits of the mated ones."""
+    ids, subjects = gallery
+    non_mated, mated = [], []
+    for template, subject in zip(*probes, strict=True):
+        scores = [float(pooled[template] @ pooled[g]) for g in ids]
+        if subject in subjects:
+            mine = scores[list(subjects).index(subject)]
+            mated.append((mine, 1 + sum(score > mine for score in scores)))
+        else:
+            non_mated.append(max(scores))
+    non_mated.sort(reverse=True)
+    threshold = non_mated[int(np.floor(fpir * len(non_mated) + 1e-9))]
+    tpir = float(np.mean([rank == 1 and score > threshold for score, rank in mated]))
+    return tpir, threshold, [sum(rank <= k for _, rank in mated) for k in ranks], len(mated)
+
+
+def one_to_n(seed: int = 0) -> tuple[Any, Any, Any, Any, Any]:
+    generator = np.random.default_rng(seed)
+    subjects, width = 40, 8
+    people = generator.normal(size=(subjects, width))
+    who = np.concatenate([np.arange(subjects), generator.integers(0, subjects, 90)])
+    ids = generator.permutation(500)[: who.size] + 1
+    embeddings = people[who] + 0.8 * generator.normal(size=(who.size, width))
+    names = np.array([f"s{k}" for k in who])
+    galleries = [(ids[:18], names[:18]), (ids[18:40], names[18:40])]
+    return embeddings, ids, galleries, (ids[40:], names[40:]), names
+
+
+def test_identification_searches_each_gallery_on_its_own() -> None:
+    embeddings, ids, galleries, probes, _ = one_to_n()
+    pooled = pool_templates(embeddings, ids, np.arange(ids.size))
+    result = identify_templates(pooled, galleries, probes, fpirs=(0.05, 0.2), ranks=(1, 3))
+    by_id = dict(zip(pooled.ids.tolist(), pooled.features, strict=True))
+    for fpir in (0.05, 0.2):
+        each = [plain_search(by_id, (g.tolist(), s.tolist()), probes, fpir, (1, 3)) for g, s in galleries]
+        assert result.tpir[fpir].value == pytest.approx(np.mean([tpir for tpir, *_ in each]), abs=1e-12)
+        for point, (tpir, threshold, _, mated) in zip(result.galleries[fpir], each, strict=True):
+            assert (point.tpir, point.mated, point.nonmated) == (pytest.approx(tpir), mated, 90 - mated)
+            assert point.threshold == pytest.approx(threshold, abs=1e-12)
+            assert point.fpir <= fpir
+    for place, rank in enumerate((1, 3)):
+        assert result.rates[rank].value == pytest.approx(sum(each[g][2][place] for g in range(2)) / 90)
+    assert (result.mated, result.probes) == (90, 90)
+    assert 0.1 < result.tpir[0.05].value < 0.95
+    told = evaluate(
+        embeddings,
+        TemplateIdentificationProtocol(ids, np.arange(ids.size), galleries, probes, fpirs=(0.05,), ranks=(1, 3)),
+    ).to_dict()
+    assert told["tpir"]["0.05"]["value"] == result.tpir[0.05].value
+    assert "galleries searched separately" in told["convention"]
+
+
+def test_tpir_wants_the_mate_first_and_above_the_threshold() -> None:
+    eye = np.eye(4)
+    # Probe 10 is nearer to b than to its own a; probe 11 is b; probe 12 is nobody enrolled.
+    rows = np.stack([eye[0], eye[1], 0.6 * eye[0] + 0.8 * eye[1], eye[1], 0.3 * eye[0] + eye[3]])
+    pooled = pool_templates(rows, [1, 2, 10, 11, 12], np.arange(5))
+    result = identify_templates(
+        pooled, [([1, 2], ["a", "b"])], ([10, 11, 12], ["a", "b", "z"]), fpirs=(0.5,), ranks=(1, 2)
+    )
+    assert result.tpir[0.5].value == 0.5
+    assert (result.rates[1].value, result.rates[2].value) == (0.5, 1.0)
+    assert not result.galleries[0.5][0].resolvable
+    assert result.galleries[0.5][0].fpir == 0.0
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"galleries": []}, "galleries must not be empty"),
+        ({"galleries": [([], [])]}, r"template ids of galleries\[0\] must be \(n,\), not empty"),
+        ({"galleries": [([1, 2], ["a", "a"])]}, r"subjects of galleries\[0\] must not come twice, got 'a' in entries 0 and 1"),
+        ({"galleries": [([1, 1], ["a", "b"])]}, r"template ids of galleries\[0\] must not come twice, got 1"),
+        ({"galleries": [([1, 9], ["a", "b"])]}, r"template ids of galleries\[0\] must be in template_ids, got 9 in entry 1"),
+        ({"probes": ([3, 3], ["a", "z"])}, "template ids of probes must not come twice, got 3"),
+        ({"probes": ([3, 77], ["a", "z"])}, "template ids of probes must be in template_ids, got 77 in entry 1"),
+        ({"probes": ([3, 4], ["a", "b"])}, r"galleries\[0\] must have a non-mated probe, got none"),
+        ({"probes": ([3, 4], ["y", "z"])}, r"galleries\[0\] must have a mated probe, got none"),
+        ({"probes": ([3, 4], [1, 2])}, "subjects must be named alike, got numbers and strings"),
+        ({"probes": ([3], ["a", "b"])}, "subjects of probes must be as long as their template ids"),
+        ({"ranks": ()}, "ranks must not be empty"),
+    ],
+)  # fmt: skip
+def test_bad_galleries_are_named(change: dict[str, Any], message: str) -> None:
+    pooled = pool_templates(np.eye(4) + 1, [1, 2, 3, 4], [1, 2, 3, 4])
+    given: dict[str, Any] = {"galleries": [([1, 2], ["a", "b"])], "probes": ([3, 4], ["a", "z"])}
+    given |= change
+    with pytest.raises(ValueError, match=message):
+        identify_templates(pooled, **given)
+
+
+def test_pooled_templates_can_be_verified_again() -> None:
+    embeddings, ids, media, _ = make()
+    left, right, same = pairs(ids, 200)
+    pooled = pool_templates(embeddings, ids, media)
+    first = verify_templates(pooled, left, right, same, fars=(0.1,)).to_dict()
+    assert first == template_verification(embeddings, ids, media, left, right, same, fars=(0.1,)).to_dict()
