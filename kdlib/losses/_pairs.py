@@ -110,9 +110,13 @@ def one_minus_cosines(x: Tensor, share: Tensor) -> tuple[Tensor, Tensor, Tensor,
     unit, length = unit_rows_(x.detach().clone())
     centred = unit - share @ unit
     half = torch.linalg.vecdot(centred, centred) / 2
-    gap = (half.unsqueeze(1) + half).addmm_(centred, centred.T, alpha=-1).clamp_(min=0).fill_diagonal_(0)
+    product = centred @ centred.T  # apart from the sum: addmm takes twice as long on a CPU
+    gap = product.sub_(half).neg_().add_(half.unsqueeze(1)).clamp_(min=0).fill_diagonal_(0)
     zero = length.isinf()
-    return gap.masked_fill_(zero | zero.T, 1), centred, unit, length
+    # On a CPU a pass over the matrix costs more than a look at the rows; elsewhere the look does.
+    if gap.device.type != "cpu" or torch.compiler.is_compiling() or bool(zero.any()):
+        gap.masked_fill_(zero | zero.T, 1)
+    return gap, centred, unit, length
 
 
 def unit_gradient_(slope: Tensor, unit: Tensor, length: Tensor, shortest: float = 0.0) -> Tensor:
@@ -132,7 +136,7 @@ def chord_gradient(slope: Tensor, centred: Tensor) -> Tensor:
     That of `gram_gradient` but for a part along each row, which a unit row does not feel; of rows less their mean.
     """
     both = slope + slope.T
-    return (both @ centred).sub_(both.sum(1, keepdim=True) * centred)
+    return (both @ centred).addcmul_(both.sum(1, keepdim=True), centred, value=-1)
 
 
 def squared_distances(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

@@ -88,34 +88,46 @@ def correlation_congruence(
         if student.numel() * teacher.numel() == 0:
             return student.sum() * 0.0
         apart, centred, unit, length = one_minus_cosines(student, share)
-        k_s, slope = _kernel(apart, gamma, order)
-        k_t, _ = _kernel(one_minus_cosines(teacher, share)[0], gamma, order)
-        gap = k_s.sub_(k_t)
-        slope.mul_(gap).mul_(2 * share.unsqueeze(1)).mul_(share)
-        value = share @ (gap.square_() @ share)
+        gap = _kernel(apart, gamma, order)
+        gap -= _kernel(one_minus_cosines(teacher, share)[0], gamma, order)
+        value = share @ (gap.square() @ share)
         if not (student.requires_grad and torch.is_grad_enabled()):
             return value
+        slope = _slope(apart, gamma, order).mul_(gap).mul_(2 * share.unsqueeze(1)).mul_(share)
         gradient = unit_gradient_(chord_gradient(slope, centred), unit, length, shortest_length(origin))
         return with_gradient(student, value, gradient)
 
 
-def _kernel(apart: Tensor, gamma: float, order: int | None) -> tuple[Tensor, Tensor]:
-    r"""The kernel less that of two equal samples, and its derivative by the cosine, `(b, b)`.
+def _kernel(apart: Tensor, gamma: float, order: int | None) -> Tensor:
+    r"""The kernel less that of two equal samples, `(b, b)`, of `apart`, one minus the cosine.
 
-    Of `apart`, one minus the cosine. What is left out is the same on both sides, and would drown small differences. The
-    series is :math:`\sum_p a_p (c^p - 1) = -(1 - c) \sum_{m<P} c^m \sum_{p>m} a_p`.
+    What is left out is the same on both sides, and would drown small differences. The series is
+    :math:`\sum_p a_p (c^p - 1) = -(1 - c) \sum_{m<P} c^m \sum_{p>m} a_p`.
     """
     if order is None:
-        kernel = torch.expm1(-2 * gamma * apart)
-        return kernel, 2 * gamma * (1 + kernel)
-    # By logarithms: a power and a factorial may overflow where their ratio does not.
-    terms = [math.exp(p * math.log(2 * gamma) - math.lgamma(p + 1) - 2 * gamma) for p in range(1, order + 1)]
-    cosine, kernel, slope, rest = 1 - apart, torch.zeros_like(apart), torch.zeros_like(apart), 0.0
-    for p, term in reversed(list(enumerate(terms, 1))):
+        return torch.expm1(-2 * gamma * apart)
+    terms = _terms(gamma, order)
+    kernel, rest = torch.full_like(apart, terms[-1]), terms[-1]
+    for term in reversed(terms[:-1]):
         rest += term
-        kernel.mul_(cosine).add_(rest)
-        slope.mul_(cosine).add_(p * term)
-    return kernel.mul_(apart).neg_(), slope
+        kernel.addcmul_(kernel, apart, value=-1).add_(rest)
+    return kernel.mul_(apart).neg_()
+
+
+def _slope(apart: Tensor, gamma: float, order: int | None) -> Tensor:
+    """The derivative of the kernel by the cosine."""
+    if order is None:
+        return torch.exp(-2 * gamma * apart).mul_(2 * gamma)
+    terms = _terms(gamma, order)
+    slope = torch.full_like(apart, order * terms[-1])
+    for p, term in reversed(list(enumerate(terms[:-1], 1))):
+        slope.addcmul_(slope, apart, value=-1).add_(p * term)
+    return slope
+
+
+def _terms(gamma: float, order: int) -> list[float]:
+    """The factors of the powers from 1 on; by logarithms: a power and a factorial may overflow where their ratio does not."""
+    return [math.exp(p * math.log(2 * gamma) - math.lgamma(p + 1) - 2 * gamma) for p in range(1, order + 1)]
 
 
 def _check_kernel(owner: str, gamma: float, order: int | None) -> None:

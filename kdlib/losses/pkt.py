@@ -105,7 +105,7 @@ def _with_gradient(
     # d / d p_s of the terms, then through the sum of a row, then through (1 + cos) / 2 where it is not cut off at 0.
     slope = below.reciprocal_().mul_(EPS).sub_(ratio).mul_(share.unsqueeze(1)).mul_(share)
     pull = torch.linalg.vecdot(slope, p_s).div_(even.clamp(min=torch.finfo(share.dtype).tiny))
-    slope.sub_(torch.outer(pull, share)).mul_(factor / 2).masked_fill_(p_s == 0, 0)
+    slope.addcmul_(pull.unsqueeze(1), share, value=-1).mul_(factor / 2).masked_fill_(p_s == 0, 0)
     return value, unit_gradient_(chord_gradient(slope, centred), unit, length, shortest)
 
 
@@ -122,8 +122,10 @@ def _above_even_(apart: Tensor, share: Tensor, even: Tensor) -> tuple[Tensor, Te
 
 def _log1p_less(x: Tensor) -> Tensor:
     """`log(1 + x) - x`, near 0 by its series, as far as that is the more exact of the two."""
-    near = (x * -0.25).add_(1 / 3).mul_(x).sub_(0.5).mul_(x).mul_(x)
-    return torch.where(x.abs() < torch.finfo(x.dtype).eps ** 0.25, near, x.log1p().sub_(x))
+    size, log = x.abs(), x.log1p().sub_(x)
+    near = size < torch.finfo(x.dtype).eps ** 0.25
+    series = torch.mul(x, -0.25, out=size).add_(1 / 3).mul_(x).sub_(0.5).mul_(x).mul_(x)
+    return torch.where(near, series, log, out=log)
 
 
 class PKTLoss(nn.Module):
