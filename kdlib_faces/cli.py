@@ -1,4 +1,4 @@
-"""The command line: `kdlib-faces demo | train | evaluate | report | inspect`. Words go to standard error, results to files.
+"""The command line: `kdlib-faces demo | train | evaluate | cache | report | inspect`. Words go to standard error, results to files.
 
 Everything a user can cause ends in one line and exit code 2; heavy imports wait until a command needs them.
 """
@@ -57,6 +57,8 @@ def _parser() -> argparse.ArgumentParser:
     judge.add_argument("--pairs", metavar="TXT", help="pairs in the format of LFW")
     judge.add_argument("--output", type=Path, default=Path("runs/evaluate"))
 
+    _add_cache(commands.add_parser("cache", help="a teacher's outputs on your lists, computed once"), common, run)
+
     report = commands.add_parser("report", parents=[common], help="draw a report again from its report.json")
     report.add_argument("directory", type=Path)
 
@@ -64,6 +66,28 @@ def _parser() -> argparse.ArgumentParser:
     inspect.add_argument("file", type=Path, nargs="?", help=".onnx, .pt, a CSV list or a folder of faces")
     inspect.add_argument("--tap", action="append", default=[], metavar="NAME", help="shape of this tap; repeatable")
     return parser
+
+
+def _add_cache(parser: argparse.ArgumentParser, common: _Parser, run: _Parser) -> None:
+    actions = parser.add_subparsers(dest="action", metavar="build|verify|info", required=True)
+    make = actions.add_parser("build", parents=[common, run], help="compute what is missing of a cache")
+    make.add_argument("--teacher", type=Path, required=True, metavar="FILE", help=".onnx or a checkpoint")
+    make.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder of the cache")
+    make.add_argument(
+        "--tap", action="append", default=[], metavar="[FEATURE=]NAME", help="a map to keep beside the embedding"
+    )
+    make.add_argument(
+        "--views", type=int, help="1 plain, 2 and mirrored (2); with --set augment... so many random ones"
+    )
+    make.add_argument("--dtype", choices=("float16", "int8", "float32"), help="on disk (float16)")
+    make.add_argument("--workers", type=int, default=1, metavar="N", help="processes; or start the command N times")
+    check = actions.add_parser("verify", parents=[common], help="checksums, finite values, some rows computed again")
+    check.add_argument("directory", type=Path, metavar="DIR")
+    check.add_argument("--faces", action="append", default=[], metavar="PATH", help="the lists it was built from")
+    check.add_argument("--teacher", type=Path, metavar="FILE", help="the file it was built from")
+    check.add_argument("--rows", type=int, default=64, help="how many rows to compute again (64)")
+    show = actions.add_parser("info", parents=[common], help="what a cache is")
+    show.add_argument("directory", type=Path, metavar="DIR")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -203,6 +227,40 @@ def _evaluate(options: argparse.Namespace, command: str) -> None:
     )
 
 
+def _cache(options: argparse.Namespace, command: str) -> None:
+    from kdlib_faces._checks import InputError
+    from kdlib_faces.config import load_config
+    from kdlib_faces.recipes import cache
+
+    if options.action == "info":
+        print(cache.info(options.directory))
+        return
+    if options.action == "verify":
+        found = cache.verify(
+            options.directory,
+            faces=options.faces,
+            teacher=options.teacher,
+            rows=options.rows,
+            progress=not options.quiet,
+        )
+        print(cache.verified(found))
+        return
+    if not options.faces:
+        raise InputError("cache build: --faces must be given, a CSV list or a folder")
+    given = {"view_seed": options.seed, "views": options.views, "dtype": options.dtype}
+    settings = [f"{name}={value}" for name, value in given.items() if value is not None]
+    cache.build(
+        load_config(cache.CacheConfig, options.config, [*settings, *options.settings]),
+        output=options.output,
+        faces=options.faces,
+        teacher=options.teacher,
+        taps=options.tap,
+        workers=options.workers,
+        progress=not options.quiet,
+    )
+    print(cache.info(options.output))
+
+
 def _report(options: argparse.Namespace, command: str) -> None:
     from kdlib_faces.report import render
 
@@ -218,4 +276,11 @@ def _inspect(options: argparse.Namespace, command: str) -> None:
         print(inspect.taps(options.file, options.tap) if options.tap else inspect.file(options.file))
 
 
-_COMMANDS = {"demo": _demo, "train": _train, "evaluate": _evaluate, "report": _report, "inspect": _inspect}
+_COMMANDS = {
+    "demo": _demo,
+    "train": _train,
+    "evaluate": _evaluate,
+    "cache": _cache,
+    "report": _report,
+    "inspect": _inspect,
+}

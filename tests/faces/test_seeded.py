@@ -1,0 +1,89 @@
+"""Seeded views: a function of sample id, view number and seed, and of nothing else."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from kdlib_faces._checks import InputError
+from kdlib_faces.data.images import to_float
+from kdlib_faces.data.seeded import SeededBatches, SeededViews
+from kdlib_faces.data.views import AugmentConfig
+
+STRONG = AugmentConfig(erase=0.5, low_resolution=0.5, grayscale=0.3)
+
+
+def pixels(count: int = 6, size: int = 24) -> Tensor:
+    return torch.randint(0, 256, (count, 3, size, size), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+
+
+def test_neighbours_order_and_global_state_do_not_count() -> None:
+    images, ids = pixels(), torch.tensor([3, 99, -4, 2**40, 0, 7])
+    views = SeededViews(9, seed=5, augment=STRONG)
+    numbers = torch.tensor([0, 8, 3, 1, 4, 2])
+    state = torch.random.get_rng_state()
+    together = views(images, ids, numbers)
+    assert torch.equal(torch.random.get_rng_state(), state)
+    order = torch.tensor([4, 2, 0, 5, 1, 3])
+    assert torch.equal(views(images[order], ids[order], numbers[order]), together[order])
+    for row in range(6):
+        assert torch.equal(views(images[row : row + 1], ids[row : row + 1], int(numbers[row]))[0], together[row])
+    assert together.dtype == torch.float32
+    assert together.abs().max() <= 1
+
+
+def test_sample_view_and_seed_each_count() -> None:
+    images = pixels(1).expand(2, -1, -1, -1)
+    views = SeededViews(9, seed=5, augment=STRONG)
+    one, other = views(images, torch.tensor([1, 2]), 0)
+    assert not torch.equal(one, other)
+    assert not torch.equal(views(images, torch.tensor([1, 1]), 1)[0], one)
+    assert not torch.equal(SeededViews(9, seed=6, augment=STRONG)(images, torch.tensor([1, 1]), 0)[0], one)
+
+
+def test_without_augment_there_are_the_image_and_its_mirror() -> None:
+    images = pixels(2)
+    out = SeededViews()(images, torch.arange(2), torch.tensor([0, 1]))
+    assert torch.equal(out, to_float(torch.stack([images[0], images[1].flip(-1)])))
+
+
+def test_text_and_back() -> None:
+    for views in (SeededViews(), SeededViews(4, 3, AugmentConfig(rotate=7.5)), SeededViews(1, augment=STRONG)):
+        assert SeededViews.from_text(views.to_text()) == views
+    for text in ("", "[]", "{}", "3", '{"count": 2, "seed": 0}', '{"count": 2, "seed": 0, "augment": {"x": 1}}', "[" * 9999,
+                 '{"count": "2", "seed": 0, "augment": null}', '{"count": 9, "seed": 0, "augment": null}',
+                 '{"count": 2, "seed": 0, "augment": null, "path": "/"}'):  # fmt: skip
+        with pytest.raises(InputError, match="does not tell of views"):
+            SeededViews.from_text(text)
+
+
+def test_wrong_arguments() -> None:
+    with pytest.raises(ValueError, match="count must be a whole number and >= 1 and <= 2, got 3"):
+        SeededViews(3)
+    views = SeededViews()
+    with pytest.raises(ValueError, match="views must be from 0 to 1, got 2"):
+        views(pixels(), torch.arange(6), 2)
+    with pytest.raises(TypeError, match=r"images must be uint8, got torch\.float32"):
+        views(pixels().float(), torch.arange(6), 0)
+    with pytest.raises(ValueError, match=r"samples must be \(6,\), got \(5,\)"):
+        views(pixels(), torch.arange(5), 0)
+    with pytest.raises(ValueError, match=r"images must be \(b, 3, s, s\), got \(6, 3, 24\)"):
+        views(pixels()[..., 0], torch.arange(6), 0)
+    with pytest.raises(TypeError, match="views must be SeededViews, got int"):
+        SeededBatches(pixels(), range(6), 2, batch_size=2, seed=0)
+
+
+def test_batches_are_the_same_from_any_step_and_epochs_differ() -> None:
+    views = SeededViews(5, seed=1, augment=STRONG)
+    batches = SeededBatches(pixels(), range(6), views, batch_size=2, seed=0, sample_ids=[10, 20, 30, 40, 50, 60])
+    whole = list(batches)
+    for (inputs, targets), (again, others) in zip(whole[1:], batches.iter_from(1), strict=True):
+        assert torch.equal(inputs, again)
+        assert all(torch.equal(targets[name], others[name]) for name in targets)
+    inputs, targets = whole[0]
+    assert torch.equal(inputs, views(pixels()[targets["identity"]], targets["sample"], targets["view"]))
+    assert torch.equal(targets["sample"], 10 * (targets["identity"] + 1))
+    batches.set_epoch(1)
+    other = list(batches)
+    assert not all(torch.equal(a[1]["view"], b[1]["view"]) for a, b in zip(whole, other, strict=True))
+    assert repr(batches).startswith("SeededBatches(<6 images>")
+    assert repr(views) in repr(batches)
