@@ -1,6 +1,9 @@
 """Evaluation room: many images of one person to one template, as IJB-B and IJB-C pool them. NumPy only."""
 
+import os
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, Literal
 
 import numpy as np
@@ -23,7 +26,8 @@ from kdlib_faces.evaluation._checks import (
 __all__ = ["Templates", "pool_templates"]
 
 OWNER = "pool_templates"
-BLOCK = 8192
+BLOCK = 1024
+THREADS = min(4, os.cpu_count() or 1)
 
 
 @dataclass(frozen=True)
@@ -125,53 +129,70 @@ def pool_templates(
 def _add(
     sums: FloatArray, shard: npt.NDArray[Any], codes: IntArray, weights: FloatArray, feature_norm: str, offset: int
 ) -> None:
-    """Add one shard's rows to the sums of their templates, a block of neighbouring templates at a time."""
-    precise = np.float64 if shard.dtype.itemsize > 4 or shard.dtype.kind != "f" else np.float32
+    """Add one shard's rows to the sums of their templates, some whole templates at a time."""
+    if not codes.size:
+        return
     ordered = bool((codes[1:] >= codes[:-1]).all())
-    order = np.arange(codes.size) if ordered else np.argsort(codes, kind="stable")
-    for start in range(0, codes.size, BLOCK):
-        chosen = order[start : start + BLOCK]
-        rows = (shard[start : start + BLOCK] if ordered else shard[chosen]).astype(precise, copy=False)
-        weight, owner = weights[chosen], codes[chosen]
-        # A zero row starts with a zero; few others do.
-        suspects = np.flatnonzero(rows[:, 0] == 0)
-        zero = suspects[~rows[suspects].any(axis=1)]
-        if zero.size:
-            row = int(chosen[zero].min()) + offset
-            raise InputError(f"{OWNER}: embeddings must be non-zero in every row, got row {row} that is not")
-        with np.errstate(all="ignore"):
-            if feature_norm == "unit":
-                weight = weight / _lengths(rows)
-            segments, first = _segment_sums(rows, weight.astype(precise), owner)
-        good = bool(np.isfinite(segments).all()) and (feature_norm == "keep" or bool(weight[weights[chosen] > 0].all()))
-        if not good:
-            _check_finite(rows, chosen, offset)
-            # Finite, and beyond float32: once more in float64.
-            rows = rows.astype(np.float64)
-            if feature_norm == "unit":
-                rows = unit_block(OWNER, "embeddings", rows, offset)
-            segments, first = _segment_sums(rows, weights[chosen], owner)
-        sums[owner[first]] += segments
+    order = None if ordered else np.argsort(codes, kind="stable")
+    owner = codes if order is None else codes[order]
+    starts = np.flatnonzero(np.concatenate([[True], owner[1:] != owner[:-1]]))
+    ends = np.append(starts[1:], owner.size)
+    # Blocks end where a template does, so that no two threads add to one sum.
+    cuts = np.unique(np.append(np.searchsorted(starts, np.arange(0, owner.size, BLOCK)), starts.size))
+
+    def work(first: int, last: int) -> None:
+        begin, end = int(starts[first]), int(ends[last - 1])
+        chosen = np.arange(begin, end) if order is None else order[begin:end]
+        rows = shard[begin:end] if order is None else shard.take(chosen, axis=0)
+        runs = list(zip((starts[first:last] - begin).tolist(), (ends[first:last] - begin).tolist(), strict=True))
+        sums[owner[starts[first:last]]] += _pooled(rows, chosen, weights[chosen], runs, feature_norm, offset)
+
+    spans = [(int(first), int(last)) for first, last in pairwise(cuts)]
+    if len(spans) == 1:
+        work(*spans[0])
+        return
+    with ThreadPoolExecutor(THREADS) as pool:
+        for done in [pool.submit(work, *span) for span in spans]:
+            done.result()
 
 
-def _lengths(rows: npt.NDArray[Any]) -> FloatArray:
-    return np.asarray(np.sqrt(np.einsum("nd,nd->n", rows, rows)), dtype=np.float64)
-
-
-def _segment_sums(
-    rows: npt.NDArray[Any], weights: npt.NDArray[Any], owner: IntArray
-) -> tuple[npt.NDArray[Any], IntArray]:
-    """Weighted sum of each run of equal owners, and where the runs begin."""
-    first = np.flatnonzero(np.concatenate([[True], owner[1:] != owner[:-1]]))
-    ends = np.append(first[1:], owner.size)
-    segments = np.empty((first.size, rows.shape[1]), dtype=rows.dtype)
-    for number, (a, b) in enumerate(zip(first.tolist(), ends.tolist(), strict=True)):
-        np.dot(weights[a:b], rows[a:b], out=segments[number])
-    return segments, first
-
-
-def _check_finite(rows: npt.NDArray[Any], chosen: IntArray, offset: int) -> None:
+def _pooled(
+    rows: npt.NDArray[Any],
+    chosen: IntArray,
+    weights: FloatArray,
+    runs: list[tuple[int, int]],
+    feature_norm: str,
+    offset: int,
+) -> npt.NDArray[Any]:
+    """Weighted sum of each run of rows; bad rows are named by `chosen` and `offset`."""
+    precise = np.float64 if rows.dtype.itemsize > 4 or rows.dtype.kind != "f" else np.float32
+    rows = rows.astype(precise, copy=False)
+    # A zero row starts with a zero; few others do.
+    suspects = np.flatnonzero(rows[:, 0] == 0)
+    zero = suspects[~rows[suspects].any(axis=1)]
+    if zero.size:
+        row = int(chosen[zero].min()) + offset
+        raise InputError(f"{OWNER}: embeddings must be non-zero in every row, got row {row} that is not")
+    with np.errstate(all="ignore"):
+        scaled = weights / _lengths(rows) if feature_norm == "unit" else weights
+        segments = _run_sums(rows, scaled.astype(precise), runs)
+    if np.isfinite(segments).all() and (feature_norm == "keep" or scaled[weights > 0].all()):
+        return segments
     bad = np.flatnonzero(~np.isfinite(rows).all(axis=1))
     if bad.size:
         row = int(chosen[bad].min()) + offset
         raise InputError(f"{OWNER}: embeddings must be finite (no NaN, no infinity), got row {row} that is not")
+    # Finite, and beyond float32: once more in float64.
+    rows = unit_block(OWNER, "embeddings", rows, offset) if feature_norm == "unit" else rows.astype(np.float64)
+    return _run_sums(rows, weights, runs)
+
+
+def _run_sums(rows: npt.NDArray[Any], weights: npt.NDArray[Any], runs: list[tuple[int, int]]) -> npt.NDArray[Any]:
+    segments = np.empty((len(runs), rows.shape[1]), dtype=rows.dtype)
+    for segment, (a, b) in zip(segments, runs, strict=True):
+        np.dot(weights[a:b], rows[a:b], out=segment)
+    return segments
+
+
+def _lengths(rows: npt.NDArray[Any]) -> FloatArray:
+    return np.asarray(np.sqrt(np.einsum("nd,nd->n", rows, rows)), dtype=np.float64)

@@ -251,17 +251,27 @@ def pair_distances(
     step = max(1, CELLS // left.shape[1] // 2)
     for start in range(0, count, step):
         part = slice(start, start + step)
-        try:
-            a = unit_block(owner, "left", left[part if i is None else i[part]])
-            b = unit_block(owner, "right", right[part if j is None else j[part]])
-        except ValueError:
-            # Once more over all rows, for the number of the bad one and the count.
-            for name, rows in (("left", left), ("right", right)):
-                check_rows(owner, name, rows)
-            raise
-        np.einsum("pd,pd->p", a, b, out=cosines[part])
-        a -= b
-        np.einsum("pd,pd->p", a, a, out=distances[part])
+        a = left[part if i is None else i[part]].astype(np.float64)
+        b = right[part if j is None else j[part]].astype(np.float64)
+        with np.errstate(all="ignore"):
+            square = np.einsum("pd,pd->p", a, a), np.einsum("pd,pd->p", b, b)
+        if not all(((each > 1e-100) & (each < 1e100)).all() for each in square):
+            try:
+                a, b = unit_block(owner, "left", a), unit_block(owner, "right", b)
+            except ValueError:
+                # Once more over all rows, for the number of the bad one and the count.
+                for name, rows in (("left", left), ("right", right)):
+                    check_rows(owner, name, rows)
+                raise
+            square = np.einsum("pd,pd->p", a, a), np.einsum("pd,pd->p", b, b)
+        cosine = np.einsum("pd,pd->p", a, b) / np.sqrt(square[0] * square[1])
+        distance = 2 - 2 * cosine
+        near = np.flatnonzero(distance < 1e-4)
+        if near.size:
+            # Where the two nearly cancel, by the difference of unit rows.
+            unit = [x[near] / np.sqrt(each[near])[:, None] for x, each in zip((a, b), square, strict=True)]
+            distance[near] = np.square(unit[0] - unit[1]).sum(axis=1)
+        distances[part], cosines[part] = distance, cosine
     return distances, cosines
 
 

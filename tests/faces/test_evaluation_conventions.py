@@ -1,0 +1,313 @@
+"""The published ways of judging pairs, written out plainly, and what a number must say of itself."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from kdlib_faces.evaluation import (
+    PAIR_SETS,
+    IdentityOverlapWarning,
+    PairProtocol,
+    evaluate,
+    identities_in_several_folds,
+    identity_overlap,
+    pair_set,
+    paired_test,
+    positives_first_folds,
+    tar_at_far,
+    verify_pairs,
+    warn_identity_overlap,
+)
+from kdlib_faces.evaluation.fold_thresholds import exact_at_far, grid_at_far
+
+
+def make(count: int = 400, seed: int = 0, noise: float = 1.2, width: int = 10) -> tuple[Any, Any, Any]:
+    generator = np.random.default_rng(seed)
+    same = np.tile(np.repeat([True, False], count // 20), 10)
+    left = generator.normal(size=(same.size, width))
+    other = generator.normal(size=left.shape)
+    return left, np.where(same[:, None], left, other) + noise * generator.normal(size=left.shape), same
+
+
+def distances_of(left: Any, right: Any) -> np.ndarray:
+    unit = [x / np.sqrt((x * x).sum(axis=1, keepdims=True)) for x in (left, right)]
+    return np.square(unit[0] - unit[1]).sum(axis=1)
+
+
+def contiguous(count: int) -> list[np.ndarray]:
+    return np.array_split(np.arange(count), 10)
+
+
+def interpolated(rates: list[float], thresholds: Any, target: float) -> float:
+    """What SciPy's linear spline over equal abscissae gave: between the last point at most there and the next."""
+    last = max(k for k in range(len(rates)) if rates[k] <= target)
+    if last == len(rates) - 1:
+        return float(thresholds[last])
+    share = (target - rates[last]) / (rates[last + 1] - rates[last])
+    return float(thresholds[last] + share * (thresholds[last + 1] - thresholds[last]))
+
+
+def published_val(distances: Any, same: Any, target: float) -> tuple[float, float, float]:
+    """insightface's calculate_val: FAR on the other folds at 0, 0.001, ...; interpolate; TAR and FAR on the held-out."""
+    thresholds, vals, fars = np.arange(0, 4, 0.001), [], []
+    for test in contiguous(len(same)):
+        train = np.setdiff1d(np.arange(len(same)), test)
+        negative = distances[train][~same[train]]
+        rates = [float((negative < t).sum()) / negative.size for t in thresholds]
+        limit = interpolated(rates, thresholds, target) if max(rates) >= target else 0.0
+        accepted = distances[test] < limit
+        vals.append(accepted[same[test]].sum() / same[test].sum())
+        fars.append(accepted[~same[test]].sum() / (~same[test]).sum())
+    return float(np.mean(vals)), float(np.std(vals)), float(np.mean(fars))
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("far", [1e-3, 0.02, 0.1])
+def test_val_in_grid_mode_is_the_published_procedure(seed: int, far: float) -> None:
+    left, right, same = make(seed=seed)
+    found = verify_pairs(left, right, same, val_fars=(far,)).val[far]
+    tar, std, measured = published_val(distances_of(left, right), same, far)
+    assert (found.tar, found.std, found.far) == (
+        pytest.approx(tar, abs=1e-9),
+        pytest.approx(std, abs=1e-9),
+        pytest.approx(measured, abs=1e-9),
+    )
+    assert (found.rule, found.target, found.resolvable) == ("grid", far, far > 1e-3)
+
+
+def test_val_where_the_grid_never_reaches_the_far_accepts_nobody_as_published() -> None:
+    assert grid_at_far(np.array([3.9995, 4.0]), 0.5) == 0.0
+    assert grid_at_far(np.array([0.5, 1.5]), 1.0) == pytest.approx(3.999)
+    assert exact_at_far(np.array([0.5, 1.5]), 1.0) == np.inf
+
+
+def test_val_in_exact_mode_is_the_rule_of_tar_at_far() -> None:
+    left, right, same = make()
+    found = verify_pairs(left, right, same, threshold="exact", val_fars=(0.05,)).val[0.05]
+    distances = distances_of(left, right)
+    for fold, test in enumerate(contiguous(same.size)):
+        train = np.setdiff1d(np.arange(same.size), test)
+        point = tar_at_far(-distances[train][same[train]], -distances[train][~same[train]], 0.05)
+        assert found.thresholds[fold] == pytest.approx(-point.threshold, abs=1e-12)
+        assert found.fold_tars[fold] == pytest.approx((distances[test][same[test]] < -point.threshold).mean())
+    assert found.rule == "exact"
+
+
+def published_pca(left: Any, right: Any, same: Any, k: int) -> list[float]:
+    """insightface's calculate_roc with pca: fit on the other folds' left and right, transform, unit, distances."""
+    left, right = (x / np.linalg.norm(x, axis=1, keepdims=True) for x in (left, right))
+    thresholds, accuracies = np.arange(0, 4, 0.01), []
+    for test in contiguous(len(same)):
+        train = np.setdiff1d(np.arange(len(same)), test)
+        both = np.concatenate([left[train], right[train]])
+        centre = both.mean(axis=0)
+        axes = np.linalg.svd(both - centre, full_matrices=False)[2][:k]
+        distances = distances_of((left - centre) @ axes.T, (right - centre) @ axes.T)
+        scores = [float(((distances[train] < t) == same[train]).mean()) for t in thresholds]
+        accuracies.append(float(((distances[test] < thresholds[int(np.argmax(scores))]) == same[test]).mean()))
+    return accuracies
+
+
+@pytest.mark.parametrize("k", [1, 4, 10])
+def test_pca_is_fitted_on_the_other_folds_alone(k: int) -> None:
+    left, right, same = make()
+    found = verify_pairs(left, right, same, pca=k)
+    np.testing.assert_allclose(found.fold_accuracies, published_pca(left, right, same, k), atol=1e-9)
+    assert found.to_dict()["pca"] == k
+    # As published, `val` knows nothing of it.
+    plain = verify_pairs(left, right, same, val_fars=(0.05,)).val[0.05]
+    assert verify_pairs(left, right, same, pca=k, val_fars=(0.05,)).val[0.05].tar == plain.tar
+    with pytest.raises(ValueError, match="pca must be"):
+        verify_pairs(left, right, same, pca=11)
+
+
+def test_facexzoo_takes_a_cosine_and_counts_a_tie_as_wrong_both_ways() -> None:
+    left, right, same = make()
+    scores = 1 - distances_of(left, right) / 2
+    accuracies = []
+    for test in contiguous(same.size):
+        train = np.setdiff1d(np.arange(same.size), test)
+        low, high = scores[train].min(), scores[train].max()
+        steps = [low + (high - low) / 1000 * k for k in range(1, 1001)]
+        gains = [
+            float((scores[train][same[train]] > t).mean() - (scores[train][~same[train]] > t).mean()) for t in steps
+        ]
+        best = steps[int(np.argmax(gains))]
+        right_ones = (scores[test][same[test]] > best).sum() + (scores[test][~same[test]] < best).sum()
+        accuracies.append(right_ones / test.size)
+    found = verify_pairs(left, right, same, threshold="facexzoo")
+    np.testing.assert_allclose(found.fold_accuracies, accuracies, atol=1e-9)
+    assert found.standard_error == pytest.approx(np.std(accuracies, ddof=1) / np.sqrt(10))
+    told = found.to_dict()
+    assert told["standard_error"] == found.standard_error
+    assert "as FaceX-Zoo" in told["convention"]
+    # A held-out pair on the threshold itself is right neither as the same nor as different.
+    eye = np.eye(2)
+    tied = verify_pairs(eye[[0, 0] * 10], eye[[0, 1] * 10], [1, 0] * 10, threshold="facexzoo")
+    assert tied.accuracy == 1.0
+    level = verify_pairs(eye[[0] * 20], eye[[0] * 20], [1, 0] * 10, threshold="facexzoo")
+    assert level.accuracy == 0.0
+
+
+def test_each_convention_is_named_in_words_and_they_differ() -> None:
+    left, right, same = make()
+    named = {rule: verify_pairs(left, right, same, threshold=rule).convention for rule in ("grid", "exact", "facexzoo")}
+    assert len(set(named.values())) == 3
+    assert all("standard_error is std (ddof 1) / sqrt(folds) as LFW" in words for words in named.values())
+    told = evaluate(
+        np.stack([left, right], 1).reshape(-1, 10), PairProtocol.interleaved(same, fars=(0.1, 1e-4))
+    ).to_dict()
+    assert (told["tar_rule"], told["tar_unresolvable"]) == ("exact", ["0.0001"])
+    assert "insightface" in told["convention"]
+
+
+def test_nearest_may_exceed_its_far_and_says_so() -> None:
+    left, right, same = make()
+    rows = np.stack([left, right], 1).reshape(-1, 10)
+    index = np.arange(same.size) * 2
+    found = evaluate(rows, PairProtocol(index, index + 1, same, fars=(0.0127,), tar_mode="nearest"))
+    assert found.to_dict()["tar_rule"] == "nearest"
+    assert found.tar[0.0127].far > 0.0127
+    assert evaluate(rows, PairProtocol(index, index + 1, same, fars=(0.0127,))).tar[0.0127].far <= 0.0127
+
+
+def test_positives_first_lists_get_folds_of_both_kinds() -> None:
+    left, right, same = make()
+    order = np.argsort(~same, kind="stable")
+    with pytest.raises(ValueError, match="every fold must hold both kinds"):
+        verify_pairs(left[order], right[order], same[order])
+    folds = positives_first_folds(same[order])
+    found = verify_pairs(left[order], right[order], same[order], fold_ids=folds)
+    np.testing.assert_allclose(found.fold_accuracies, verify_pairs(left, right, same).fold_accuracies, atol=1e-12)
+    with pytest.raises(ValueError, match="same must hold 10 pairs of each kind, got 3 of True"):
+        positives_first_folds([1] * 3 + [0] * 40)
+
+
+@pytest.mark.parametrize("name", sorted(PAIR_SETS))
+def test_published_sets_have_ten_equal_folds(name: str) -> None:
+    count = PAIR_SETS[name].pairs
+    same = np.tile(np.repeat([True, False], count // 20), 10)
+    generator = np.random.default_rng(0)
+    rows = generator.normal(size=(2 * count, 4))
+    rows[1::2] = np.where(same[:, None], rows[0::2], rows[1::2]) + 0.5 * generator.normal(size=(count, 4))
+    left = np.arange(count) * 2
+    result = evaluate(rows, pair_set(name, left, left + 1, same))
+    assert result.pairs == count
+    assert result.notes[0] == f"{name}: {count} of {count} pairs"
+    order = np.argsort(~same, kind="stable")
+    moved = evaluate(rows, pair_set(name, left[order], left[order] + 1, same[order], order="positives_first"))
+    np.testing.assert_allclose(moved.fold_accuracies, result.fold_accuracies)
+
+
+def test_sets_that_are_not_whole_say_so_and_need_folds() -> None:
+    same = np.tile([True, False], 100)
+    left = np.arange(200) * 2
+    with pytest.raises(ValueError, match="fold_ids must be given where pairs of lfw are missing, got 200 of 6000"):
+        pair_set("lfw", left, left + 1, same)
+    result = evaluate(
+        np.random.default_rng(0).normal(size=(400, 4)),
+        pair_set("lfw", left, left + 1, same, fold_ids=np.arange(200) // 20),
+    )
+    assert result.to_dict()["notes"] == ["lfw: 200 of 6000 pairs"]
+    with pytest.raises(ValueError, match="cacd_vs must have 4000 pairs, got 6000"):
+        pair_set("cacd_vs", np.zeros(6000, int), np.ones(6000, int), np.tile([1, 0], 3000))
+    with pytest.raises(ValueError, match="name must be one of 'lfw'"):
+        pair_set("megaface", left, left + 1, same)
+
+
+def people() -> tuple[Any, Any, Any, Any, Any]:
+    generator = np.random.default_rng(0)
+    who = np.repeat(np.arange(40), 3)
+    rows = generator.normal(size=(40, 6))[who] + 0.8 * generator.normal(size=(120, 6))
+    left = np.arange(0, 120, 3)
+    pairs = np.concatenate([left, left]), np.concatenate([left + 1, (left + 4) % 120])
+    return rows, who, *pairs, np.repeat([True, False], 40)
+
+
+def test_people_in_several_folds_are_noted_and_trained_ones_warned_of() -> None:
+    rows, who, left, right, same = people()
+    folds = positives_first_folds(same)
+    assert identities_in_several_folds(who[left], who[right], folds) == list(range(0, 40, 4))
+    protocol = PairProtocol(left, right, same, folds, identities=who)
+    result = evaluate(rows, protocol)
+    assert result.to_dict()["notes"] == ["10 of 40 identities are in more than one fold"]
+    with pytest.warns(IdentityOverlapWarning, match="3 of 40 identities were trained on"):
+        noted = PairProtocol(left, right, same, folds, identities=who, train_identities=[1, 2, 3, 77])
+    assert "3 of 40 identities were trained on" in evaluate(rows, noted).notes
+    with pytest.warns(IdentityOverlapWarning, match="1 of 2 identities of the test set were trained on: 'bob'"):
+        assert warn_identity_overlap(["ann", "bob"], ["bob", "cy"]) == ["bob"]
+    assert identity_overlap([1, 2], [3]) == []
+    with pytest.raises(ValueError, match=r"same must agree with identities, got pair \[0\]"):
+        PairProtocol(left, right, ~same, folds, identities=who)
+
+
+def test_the_interval_over_identities_is_a_bootstrap_of_the_weighed_pairs() -> None:
+    rows, who, left, right, same = people()
+    protocol = PairProtocol(left, right, same, positives_first_folds(same), identities=who)
+    result = evaluate(rows, protocol)
+    estimate = protocol.accuracy_estimate(result, replicates=50, seed=3)
+    from kdlib_faces.evaluation import identity_bootstrap
+
+    drawn = identity_bootstrap(who, replicates=50, seed=3)
+    for m, replicate in zip(drawn, estimate.replicates, strict=True):
+        weight = [m[who[a]] if who[a] == who[b] else m[who[a]] * m[who[b]] for a, b in zip(left, right, strict=True)]
+        assert replicate == pytest.approx(np.average(result.correct, weights=weight), abs=1e-12)
+    assert estimate.value == pytest.approx(result.correct.mean())
+    with pytest.raises(ValueError, match="must have been given identities, got none"):
+        PairProtocol(left, right, same).accuracy_estimate(result)
+
+
+def test_models_are_compared_on_the_pairs_where_they_differ() -> None:
+    a = np.array([1, 1, 1, 1, 1, 1, 1, 0, 1, 0])
+    b = np.array([0, 0, 0, 0, 1, 1, 1, 1, 1, 0])
+    test = paired_test(a, b, replicates=300, seed=1)
+    # 4 against 1: 2 (C(5,0) + C(5,1)) / 2^5.
+    assert (test.only_a, test.only_b, test.p_value) == (4, 1, 0.375)
+    assert test.difference.value == pytest.approx(0.3)
+    assert test.difference.low <= 0.3 <= test.difference.high
+    assert paired_test(a, a).p_value == 1.0
+    clustered = paired_test(a, b, identities=[0] * 5 + [1] * 5, replicates=300)
+    assert clustered.to_dict()["difference"]["n"] == 10
+    even = paired_test([1, 0], [0, 1])
+    assert even.p_value == 1.0
+    many = paired_test(np.ones(3000), np.zeros(3000), replicates=10)
+    assert 0 <= many.p_value < 1e-12
+    for bad, message in (
+        ({"b": [1]}, r"b must be as long as a \(10\), got 1"),
+        ({"a": a + 1}, "a must be booleans"),
+        ({"other_identities": a}, "identities must be given with other_identities"),
+        ({"identities": [1]}, "identities must be as long as a"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            paired_test(**({"a": a, "b": b} | bad))
+
+
+def test_pairs_come_in_shards_and_unused_bad_rows_are_named_too() -> None:
+    left, right, same = make()
+    whole = verify_pairs(left, right, same)
+    sharded = verify_pairs([left[:33], left[33:]], iter([right[:399], right[399:]]), same)
+    np.testing.assert_array_equal(whole.fold_accuracies, sharded.fold_accuracies)
+    rows = np.stack([left, right], 1).reshape(-1, 10)
+    index = np.arange(same.size) * 2
+    protocol = PairProtocol(index, index + 1, same)
+    found = evaluate((rows[k : k + 100] for k in range(0, 800, 100)), protocol)
+    np.testing.assert_array_equal(found.fold_accuracies, whole.fold_accuracies)
+    bad = np.vstack([rows, np.full((1, 10), np.nan)])
+    with pytest.raises(ValueError, match=r"embeddings must be finite .*got row 800"):
+        evaluate(bad, protocol)
+    with pytest.raises(ValueError, match=r"embeddings, shard 1, must be \(n, 10\), got \(3, 9\)"):
+        evaluate([rows, np.ones((3, 9))], protocol)
+    with pytest.raises(TypeError, match="shard 0, must be an array of numbers, got dtype <U1"):
+        evaluate(iter([np.array([["a"]])]), protocol)
+
+
+def test_half_precision_is_taken_and_nothing_is_changed_in_place() -> None:
+    left, right, same = make()
+    half = [x.astype(np.float16) for x in (left, right)]
+    kept = [x.copy() for x in half]
+    found = verify_pairs(*half, same)
+    wide = verify_pairs(*(x.astype(np.float64) for x in half), same)
+    np.testing.assert_array_equal(found.fold_accuracies, wide.fold_accuracies)
+    for x, y in zip(half, kept, strict=True):
+        np.testing.assert_array_equal(x, y)

@@ -1,0 +1,147 @@
+"""Images to embeddings: the flip test, the model's mode, streams, and memory maps."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from kdlib_faces.evaluation import LeaveOneOutProtocol, embed_images, evaluate_images
+
+
+def pixels(count: int = 23, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, (count, 3, 6, 6), dtype=np.uint8)
+
+
+class Net(nn.Module):
+    """BatchNorm and dropout: a net that tells training from evaluation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.body = nn.Sequential(
+            nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Dropout(0.5), nn.Flatten(), nn.Linear(64, 5)
+        )
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        assert isinstance(x, torch.Tensor)
+        return self.body(x)  # type: ignore[no-any-return]
+
+
+def flipped_sum(model: nn.Module, images: np.ndarray) -> np.ndarray:
+    x = (torch.from_numpy(images).double() - 127.5) / 127.5
+    model = model.double().eval()
+    with torch.no_grad():
+        return (model(x) + model(torch.flip(x, dims=(3,)))).numpy()  # type: ignore[no-any-return]
+
+
+def test_the_flip_test_adds_what_the_model_gives_and_makes_it_unit_once() -> None:
+    images, model = pixels(), Net()
+    raw = embed_images(model, images, normalize=False, batch_size=4)
+    unit = embed_images(model, images, batch_size=4)
+    expected = flipped_sum(Net(), images)
+    np.testing.assert_allclose(raw, expected, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(unit, expected / np.linalg.norm(expected, axis=1, keepdims=True), atol=1e-5)
+    assert unit.dtype == np.float32
+    plain = embed_images(model, images, flip=False, normalize=False)
+    assert np.abs(plain - raw).max() > 1e-3
+
+
+@pytest.mark.parametrize("batch_size", [1, 4, 32])
+def test_fewer_images_than_a_batch_and_any_batch_size_are_one(batch_size: int, tmp_path: Path) -> None:
+    images, model = pixels(10), Net()
+    whole = embed_images(model, images)
+    images.tofile(tmp_path / "map")
+    mapped = np.memmap(tmp_path / "map", dtype=np.uint8, mode="r", shape=images.shape)
+    forms: list[Any] = [
+        images,
+        mapped,
+        torch.from_numpy(images),
+        [images[:3], images[3:]],
+        iter([images[:9], images[9:]]),
+    ]
+    for form in forms:
+        np.testing.assert_allclose(embed_images(model, form, batch_size=batch_size), whole, atol=1e-6)
+
+
+def test_the_model_is_in_eval_mode_inside_and_as_it_was_afterwards() -> None:
+    model = Net().train()
+    model.body[2].eval()
+    before = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    modes = [module.training for module in model.modules()]
+    first, second = embed_images(model, pixels()), embed_images(model, pixels())
+    np.testing.assert_array_equal(first, second)
+    assert [module.training for module in model.modules()] == modes
+    assert all(torch.equal(buffer, before[name]) for name, buffer in model.named_buffers())
+    assert modes[0]
+
+    class Breaks(Net):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            raise RuntimeError("broken")
+
+    broken = Breaks().train()
+    with pytest.raises(RuntimeError, match="broken"):
+        embed_images(broken, pixels())
+    assert all(module.training for module in broken.modules())
+
+
+def test_embeddings_go_to_a_map_and_come_from_named_features(tmp_path: Path) -> None:
+    images, model = pixels(), Net()
+    out = np.memmap(tmp_path / "out", dtype=np.float32, mode="w+", shape=(23, 5))
+    given = embed_images(lambda x: {"embedding": model.eval()(x)}, images, out=out)
+    assert given is out
+    np.testing.assert_array_equal(np.asarray(out), embed_images(model, images))
+
+
+def test_another_scale_or_channel_order_is_said_by_preprocess() -> None:
+    images = pixels()
+    seen: list[torch.Tensor] = []
+
+    def model(x: torch.Tensor) -> torch.Tensor:
+        seen.append(x)
+        return x.flatten(1)
+
+    embed_images(model, images, flip=False, preprocess=lambda x: x[:, [2, 1, 0]].float() / 128 - 1)
+    torch.testing.assert_close(torch.cat(seen), torch.from_numpy(images[:, ::-1].copy()).float() / 128 - 1)
+
+
+def test_a_model_on_images_by_a_protocol() -> None:
+    images = np.repeat(pixels(4), 2, axis=0)
+    result = evaluate_images(Net(), images, LeaveOneOutProtocol(np.arange(8) // 2, ranks=(1,)), batch_size=3)
+    assert result.rates[1].value == 1.0
+
+
+class Nan(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.where(x[:, :1, 0, 0] > 0.9, torch.nan, 3.0) + x.flatten(1)[:, :2]
+
+
+@pytest.mark.parametrize(
+    ("call", "kind", "message"),
+    [
+        (lambda: embed_images(Net(), pixels().astype(np.float32)), TypeError, "images must be uint8, got dtype float32"),
+        (lambda: embed_images(Net(), pixels()[0]), ValueError, r"images, batch 0, must be \(b, c, h, w\), got \(6, 6\)"),
+        (lambda: embed_images(Net(), []), ValueError, "images must hold one, got none"),
+        (lambda: embed_images(Net(), [pixels(), pixels()[:, :, :5]]), ValueError, r"batch 1, must be \(b, 3, 6, 6\)"),
+        (lambda: embed_images(Net(), pixels(), batch_size=0), ValueError, "batch_size must be"),
+        (lambda: embed_images(lambda x: x, pixels()), ValueError, r"must return embeddings \(23, d\), got \(23, 3, 6, 6\)"),
+        (lambda: embed_images(lambda x: x.sum(), pixels()), ValueError, "must return embeddings"),
+        (lambda: embed_images(lambda x: {"logits": x}, pixels()), ValueError, "must return 'embedding', got 'logits'"),
+        (lambda: embed_images(lambda x: x.flatten(1) * 0, pixels()), ValueError, "non-zero to be made unit, got image 0"),
+        (lambda: embed_images(Net(), pixels(), out=np.empty((23, 4))), ValueError, r"out must be \(n, 5\) with a row"),
+        (lambda: embed_images(Net(), pixels(), out=np.empty((30, 5))), ValueError, "out must have one row for each of 23"),
+        (lambda: embed_images(Net(), pixels(), out=np.empty((9, 5)), batch_size=8), ValueError, "with a row for each"),
+    ],
+)  # fmt: skip
+def test_bad_images_and_models_are_named(call: Any, kind: type[Exception], message: str) -> None:
+    with pytest.raises(kind, match=message):
+        call()
+
+
+def test_a_nan_names_its_image() -> None:
+    images = np.zeros((9, 3, 2, 2), dtype=np.uint8)
+    images[6, 0, 0, 0] = 255
+    with pytest.raises(ValueError, match="embeddings must be finite, got image 6 that is not"):
+        embed_images(Nan(), images, batch_size=4, flip=False)
