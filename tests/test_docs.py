@@ -77,7 +77,7 @@ def test_every_public_name_is_described(built: Path) -> None:
     rooms = ["adapters", "cache", "functional", "influence", "losses", "objective"]
     rooms += ["projections", "testing", "training", "weighting"]
     rooms = [f"kdlib.{room}" for room in rooms] + [
-        f"kdlib_faces.{room}" for room in ("evaluation", "heads", "losses", "teachers")
+        f"kdlib_faces.{room}" for room in ("data", "evaluation", "heads", "losses", "teachers")
     ]
     for room in rooms:
         module = importlib.import_module(room)

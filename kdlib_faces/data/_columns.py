@@ -4,7 +4,7 @@ Eight digits are one 64-bit word: the bytes before the end of each number are ta
 out, and three multiplications add the digits up, for all numbers of a block at once.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from os import PathLike
 from pathlib import Path
 from typing import Any, NoReturn
@@ -28,13 +28,42 @@ _SHIFTS = np.array([64 - 8 * min(length, 8) for length in range(PAD + 1)], dtype
 _BLANKS = (9, 10, 13, 32)
 
 
-def read_integers(path: str | PathLike[str], columns: int, *, what: str, most: int) -> NDArray[np.int64]:
-    """All rows of `integer_blocks` as one `(n, columns)` int64 array.
+def read_integers(
+    path: str | PathLike[str],
+    kinds: Sequence[type[np.generic]],
+    *,
+    what: str,
+    most: int,
+    check: Callable[[NDArray[np.int64], int], None] | None = None,
+) -> list[NDArray[Any]]:
+    """All rows of `integer_blocks`, each column an array of its kind, with room made once for the whole file.
+
+    Args:
+        path: the file.
+        kinds: a NumPy scalar type a column.
+        what: what the file is, for the messages.
+        most: rows that are too many.
+        check: called with each block and the number of rows before it; raises where it finds something wrong.
 
     Raises:
-        InputError: as there, or no row at all.
+        InputError: as there.
     """
-    return np.concatenate(list(integer_blocks(path, columns, what=what, most=most)))
+    columns: list[NDArray[Any]] = []
+    rows = 0
+    for block in integer_blocks(path, len(kinds), what=what, most=most):
+        if check is not None:
+            check(block, rows)
+        end = rows + len(block)
+        if not columns:
+            # Lines are about as long throughout; what is not needed is never touched, and so costs nothing.
+            room = int(1.1 * len(block) * max(1.0, Path(path).stat().st_size / BLOCK)) + len(block)
+            columns = [np.empty(min(room, most + len(block)), dtype=kind) for kind in kinds]
+        elif end > len(columns[0]):
+            columns = [np.concatenate([column[:rows], np.empty(end, column.dtype)]) for column in columns]
+        for column, values in zip(columns, block.T, strict=True):
+            column[rows:end] = values
+        rows = end
+    return [column[:rows] for column in columns]
 
 
 def integer_blocks(path: str | PathLike[str], columns: int, *, what: str, most: int) -> Iterator[NDArray[np.int64]]:

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from kdlib._checks import check_choice
 from kdlib_faces._checks import InputError
-from kdlib_faces.data._columns import integer_blocks
+from kdlib_faces.data._columns import read_integers
 from kdlib_faces.data._text import read_lines, split_row
 from kdlib_faces.data.image_pairs import check_published
 
@@ -149,17 +149,16 @@ def read_ijb_pairs(
     """
     _check(published)
     known = None if templates is None else np.unique(templates.template_ids)
-    parts: list[tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.bool_]]] = []
-    row = 0
-    for block in integer_blocks(path, 3, what="list of template pairs", most=MAX_PAIRS):
-        if block[:, 2].max() > 1:
+
+    def check(block: NDArray[np.int64], row: int) -> None:
+        if block[:, 2].max(initial=0) > 1:
             at = int((block[:, 2] > 1).argmax())
             raise InputError(f"{path} pair {row + at + 1}: the label must be 0 or 1, got {block[at, 2]}")
         if known is not None:
             _check_known(path, block[:, :2], known, row)
-        parts.append((block[:, 0].copy(), block[:, 1].copy(), block[:, 2] == 1))
-        row += len(block)
-    left, right, same = (np.concatenate(each) for each in zip(*parts, strict=True))
+
+    kinds = (np.int64, np.int64, np.bool_)
+    left, right, same = read_integers(path, kinds, what="list of template pairs", most=MAX_PAIRS, check=check)
     if published is not None:
         positive = int(same.sum())
         got = [("pairs of one person", positive), ("pairs of two people", len(same) - positive)]

@@ -48,8 +48,16 @@ class LongitudinalList:
         return len(self.paths)
 
     def __repr__(self) -> str:
-        spans = [np.ptp(self.years[self.identities == person]) for person in range(len(self.identity_names))]
-        return f"<LongitudinalList: {len(self)} images, {len(spans)} identities, {max(spans):.1f} years at most>"
+        people = len(self.identity_names)
+        return f"<LongitudinalList: {len(self)} images, {people} identities, {self.elapsed.max():.1f} years at most>"
+
+    @property
+    def elapsed(self) -> NDArray[np.float64]:
+        """`(n,)` float64, the years since the first image of the same person; 0 at that one."""
+        first = np.full(len(self.identity_names), np.inf)
+        np.minimum.at(first, self.identities, self.years)
+        years: NDArray[np.float64] = self.years - first[self.identities]
+        return years
 
 
 def read_longitudinal(path: str | PathLike[str]) -> LongitudinalList:

@@ -114,15 +114,15 @@ class RecordReader(Sequence[Record]):
         return self.__dict__ | {"_map": None, "_process": 0}
 
     def _indexed(self, index: Path) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        table = read_integers(index, 2, what="record index", most=MAX_RECORDS)
+        keys, offsets = read_integers(index, (np.int64, np.int64), what="record index", most=MAX_RECORDS)
         size = len(self._data())
-        bad = (table[:, 1] % 4 != 0) | (table[:, 1] > size - 8)
+        bad = (offsets % 4 != 0) | (offsets > size - 8)
         if bad.any():
             row = int(bad.argmax())
             raise InputError(
-                f"{index} row {row + 1}: no record can start at byte {table[row, 1]} of {self.path.name} ({size} bytes)"
+                f"{index} row {row + 1}: no record can start at byte {offsets[row]} of {self.path.name} ({size} bytes)"
             )
-        return table[:, 0], table[:, 1]
+        return keys, offsets
 
     def _scanned(self, progress: Progress | None) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         data = self._data()
