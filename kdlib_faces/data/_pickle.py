@@ -18,6 +18,7 @@ __all__ = ["PickledArray", "parse_pickle"]
 MAX_OPERATIONS = 4_000_000
 MAX_DIGITS = 20
 MAX_NAME = 256
+MAX_TEXT = 4096
 
 _REFUSED = {b"F": "FLOAT", b"G": "BINFLOAT", b"P": "PERSID", b"Q": "BINPERSID", b"i": "INST", b"o": "OBJ", b"d": "DICT"}
 _REFUSED |= {b"}": "EMPTY_DICT", b"s": "SETITEM", b"u": "SETITEMS", b"\x81": "NEWOBJ", b"\x92": "NEWOBJ_EX"}
@@ -121,9 +122,12 @@ class _Machine:
 
     def text(self, raw: bytes, encoding: str) -> None:
         try:
-            self.stack.append(raw.decode(encoding, "surrogatepass" if encoding == "utf-8" else "strict"))
+            text = raw.decode(encoding, "surrogatepass" if encoding == "utf-8" else "strict")
+            if len(text) > MAX_TEXT:
+                text.encode("latin-1")  # long text is the bytes of an image, a byte a character; other text takes four
         except UnicodeError:
-            self.fail("text that does not decode")
+            self.fail("text that does not decode, or is long and stands for no bytes")
+        self.stack.append(text)
 
     def string_line(self) -> None:
         raw = self.line(self.size)

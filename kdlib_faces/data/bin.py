@@ -67,22 +67,25 @@ class BinSet:
             workers: decoding threads.
             progress: wraps an iterable and a label, as `kdlib_faces.progress.progress` does.
 
-        Yields:
-            `(b, 3, size, size)` uint8, RGB.
+        Returns:
+            Iterator of `(b, 3, size, size)` uint8, RGB.
 
         Raises:
             InputError: an image that does not decode, named by its number.
         """
-        import torch
-
-        from kdlib_faces.data.images import decode_image
-
         check_number("BinSet.batches", "size", size, least=1, most=4096, integer=True)
         check_number("BinSet.batches", "batch_size", batch_size, least=1, integer=True)
         check_number("BinSet.batches", "workers", workers, least=1, integer=True)
         starts: Iterable[int] = range(0, len(self.images), batch_size)
         if progress is not None:
             starts = progress(starts, f"images ({len(self.images)})")
+        return self._decoded(starts, size, batch_size, workers)
+
+    def _decoded(self, starts: Iterable[int], size: int, batch_size: int, workers: int) -> "Iterator[Tensor]":
+        import torch
+
+        from kdlib_faces.data.images import decode_image
+
         with ThreadPoolExecutor(workers) as pool:
             for start in starts:
                 rows = range(start, min(start + batch_size, len(self.images)))

@@ -30,6 +30,10 @@ class Record(NamedTuple):
     """Number that the record gives itself."""
     where: str = "record"
 
+    def __repr__(self) -> str:
+        label = self.labels if len(self.labels) > 1 else self.label
+        return f"<Record: key {self.key}, label {label}, {len(self.image)} bytes>"
+
     @property
     def identity(self) -> int:
         """The label as a whole number; labels are float32, exact below 2^24 only, and refused above."""

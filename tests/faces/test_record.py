@@ -129,6 +129,7 @@ def test_a_face_set_with_its_header(tmp_path, index, header_first):
     )
     assert tuple(reader.properties) == (3, 112, 112)
     assert repr(reader) == "<RecordReader: 6 images of train.rec>"
+    assert repr(reader[0]) == "<Record: key 1, label 0.0, 5 bytes>"
     for wrong in (6, -7):
         with pytest.raises(IndexError, match=r"index must be in \[-6, 6\)"):
             reader[wrong]
