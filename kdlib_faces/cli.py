@@ -7,7 +7,7 @@ import argparse
 import os
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
 
@@ -17,8 +17,21 @@ QUICK_STEPS = 300
 
 
 class _Parser(argparse.ArgumentParser):
+    more: Callable[[], str] | None = None  # text for the end of the help, made only when it is shown
+
+    def format_help(self) -> str:
+        if self.more is not None:
+            self.epilog = self.more()
+        return super().format_help()
+
     def error(self, message: str) -> NoReturn:
         raise argparse.ArgumentTypeError(f"{message}; see {self.prog} --help")
+
+
+def _protocols() -> str:
+    from kdlib_faces.recipes.protocol_names import listing
+
+    return f"protocols:\n{listing()}"
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -51,10 +64,24 @@ def _parser() -> argparse.ArgumentParser:
     )
     train.add_argument("--output", type=Path, default=Path("runs/train"))
 
-    judge = commands.add_parser("evaluate", parents=[common, run], help="evaluate models or embeddings, with a report")
+    judge = commands.add_parser(
+        "evaluate",
+        parents=[common, run],
+        help="evaluate models or embeddings, with a report",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    judge.more = _protocols
     judge.add_argument("--model", action="append", default=[], metavar="FILE", help=".pt or .onnx; repeatable")
-    judge.add_argument("--embeddings", action="append", default=[], metavar="NPY", help="(n, d), rows as in the lists")
-    judge.add_argument("--pairs", metavar="TXT", help="pairs in the format of LFW")
+    judge.add_argument(
+        "--embeddings", action="append", default=[], metavar="NPY",
+        help="(n, d), rows as the images; or a folder with SET.npy for each set of images; repeatable",
+    )  # fmt: skip
+    judge.add_argument(
+        "--protocol", action="append", default=[], metavar="NAME[=PATH]", dest="protocols",
+        help="what to measure, see below; repeatable; by default what --faces can carry",
+    )  # fmt: skip
+    judge.add_argument("--pairs", metavar="TXT", help="pairs in the format of LFW, on --faces")
+    judge.add_argument("--scores", action="store_true", help="write the scores to scores/PROTOCOL-MODEL.csv")
     judge.add_argument("--output", type=Path, default=Path("runs/evaluate"))
 
     _add_cache(commands.add_parser("cache", help="a teacher's outputs on your lists, computed once"), common, run)
@@ -209,12 +236,9 @@ def _train(options: argparse.Namespace, command: str) -> None:
 
 
 def _evaluate(options: argparse.Namespace, command: str) -> None:
-    from kdlib_faces._checks import InputError
     from kdlib_faces.config import load_config
     from kdlib_faces.recipes import evaluate
 
-    if not options.faces:
-        raise InputError("evaluate: --faces must be given, a CSV list or a folder")
     evaluate.run(
         load_config(evaluate.EvaluateConfig, options.config, [f"seed={options.seed}", *options.settings]),
         output=options.output,
@@ -222,6 +246,8 @@ def _evaluate(options: argparse.Namespace, command: str) -> None:
         models=options.model,
         embeddings=options.embeddings,
         pairs=options.pairs,
+        protocols=options.protocols,
+        scores=options.scores,
         progress=not options.quiet,
         command=command,
     )
@@ -264,7 +290,7 @@ def _cache(options: argparse.Namespace, command: str) -> None:
 def _report(options: argparse.Namespace, command: str) -> None:
     from kdlib_faces.report import render
 
-    print(render(options.directory))
+    print(render(options.directory, progress=not options.quiet))
 
 
 def _inspect(options: argparse.Namespace, command: str) -> None:

@@ -82,7 +82,8 @@ def bins_table(view: View, evaluation: Evaluation, bins: Bins) -> Table:
 def differences_table(view: View, evaluation: Evaluation) -> Table:
     """Every pair of models by every measure: the difference, its interval, and what may be said of it."""
     rows = []
-    for told in evaluation.differences:
+    place = {measure.key: at for at, measure in enumerate(evaluation.measures)}
+    for told in sorted(evaluation.differences, key=lambda each: place[each.measure.key]):
         found, rate = told.difference, told.measure.unit in ("rate", "auc")
         amount = words.points(found.value, 2) if rate else words.number(found.value, 3).replace("-", "−")
         spread = ""
@@ -95,5 +96,7 @@ def differences_table(view: View, evaluation: Evaluation) -> Table:
             inside = found.low <= 0 <= found.high
             said = "includes zero" if inside else ("above zero" if found.low > 0 else "below zero")
         pair = f"{view.label(told.a)} − {view.label(told.b)}"
-        rows.append([Cell(pair), Cell(told.measure.title), Cell(amount, spread), Cell(said)])
+        rows.append(
+            [Cell(pair), Cell(told.measure.title, told.measure.note), Cell(amount, spread), Cell(said, found.note)]
+        )
     return Table(["Comparison", "Measure", "Difference, points", "Its interval"], rows, [None] * 4, {})

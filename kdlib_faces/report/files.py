@@ -24,7 +24,7 @@ from kdlib_faces.report.figures import FIGURES
 from kdlib_faces.report.pictures import Picture
 from kdlib_faces.report.plots import PLOTS
 from kdlib_faces.report.schema import check_run, to_json
-from kdlib_faces.report.theme import DARK, LIGHT, Theme, to_png
+from kdlib_faces.report.theme import DARK, LIGHT, Theme, lay_out_like, to_png
 from kdlib_faces.report.view import View
 
 __all__ = ["render", "write"]
@@ -147,6 +147,13 @@ def _find_pictures(folder: Path, run: Mapping[str, Any]) -> tuple[list[Shown], l
     return shown, missing
 
 
+def _both(light: Figure | None, dark: Figure | None) -> tuple[bytes, bytes]:
+    """The same figure on both grounds, in one layout."""
+    assert light is not None  # what can be drawn at one width can be drawn at the other
+    assert dark is not None
+    return to_png(light), to_png(lay_out_like(dark, light))
+
+
 Job = Callable[[Theme, bool], Figure | None]
 
 
@@ -195,8 +202,8 @@ def render(directory: str | os.PathLike[str], *, progress: bool = False) -> Path
         if wide is None:
             path.unlink(missing_ok=True)
             continue
-        others = [draw(theme, narrow) for theme, narrow in ((DARK, False), (LIGHT, True), (DARK, True))]
-        light, dark, light_narrow, dark_narrow = (to_png(figure) for figure in (wide, *others) if figure is not None)
+        light, dark = _both(wide, draw(DARK, False))
+        light_narrow, dark_narrow = _both(draw(LIGHT, True), draw(DARK, True))
         width = round(100 * wide.get_size_inches()[0])
         figures[name] = FigureImages(light, dark, light_narrow, dark_narrow, width)
         _save(path, light)

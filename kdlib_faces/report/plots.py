@@ -21,7 +21,7 @@ from matplotlib.ticker import (
     NullFormatter,
 )
 
-from kdlib_faces.report.evaluations import Bins, Difference, Evaluation, Measured
+from kdlib_faces.report.evaluations import Bins, Difference, Evaluation, Measure, Measured
 from kdlib_faces.report.theme import Look, Theme, dress, grid, legend, looks, new_figure, plain
 from kdlib_faces.report.view import View
 
@@ -33,7 +33,7 @@ Floats = np.ndarray[Any, np.dtype[np.float64]]
 _PER_CENT = FuncFormatter(lambda rate, _: f"{100 * rate:g} %")
 _DET_TICKS = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 0.05, 0.2, 0.4)
 _MOST_PAIRS = 4
-_ROW = 0.34
+_ROW = 0.42
 
 
 def _points(curve: dict[str, Any] | Any, first: str, second: str) -> tuple[Floats, Floats]:
@@ -144,7 +144,9 @@ def ranks(view: View, evaluation: Evaluation, theme: Theme, narrow: bool) -> Fig
             axes.set_xlim(min(ends), 1.0)
         else:
             axes.xaxis.set_major_formatter(FuncFormatter(lambda rank, _: f"{rank:g}"))
-            if max(ends) <= 20:
+            if max(ends) > 20:
+                axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0), numticks=12))
+            else:
                 axes.xaxis.set_major_locator(MaxNLocator(8, integer=True))
         _rates(axes, lowest, 1.0 if highest > 0.97 else highest)
     legend(figure, theme, view, [name for name in evaluation.models if any(evaluation.found(name, k) for k in panels)])
@@ -289,13 +291,20 @@ def differences(view: View, evaluation: Evaluation, theme: Theme, narrow: bool) 
                 _interval(axes, theme, found, row, style[a].colour, style[b].colour)
         axes.axvline(0, color=theme.muted, linewidth=1.2, zorder=1)
         named = place % across == 0
-        axes.set_yticks(range(len(measures)), [plain(m.title, 34) if named else "" for m in measures])
+        axes.set_yticks(range(len(measures)), [_row_name(m, measures) if named else "" for m in measures])
         axes.set_ylim(len(measures) - 0.5, -0.5)
         axes.xaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10]))
         axes.xaxis.set_major_formatter(
             FuncFormatter(lambda x, _: f"{x:+g}".replace("-", "−") if abs(x) > 1e-9 else "0")
         )
     return figure
+
+
+def _row_name(measure: Measure, among: Sequence[Measure]) -> str:
+    """The title, with the note where another measure has the same title."""
+    title = plain(measure.title, 34)
+    alone = sum(other.title == measure.title for other in among) == 1
+    return title if alone or not measure.note else f"{title}\n{plain(measure.note, 34)}"
 
 
 def _interval(axes: Axes, theme: Theme, found: Difference, row: int, ahead: str, behind: str) -> None:

@@ -1,0 +1,92 @@
+"""Recipe: what `evaluate` writes beside the report: pictures of the worst pairs, files of scores."""
+
+import csv
+import re
+from collections.abc import Iterator, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from kdlib_faces.recipes.image_sets import ImageSet
+from kdlib_faces.recipes.panels import Judgement, WorstPair
+from kdlib_faces.recipes.tasks import Task
+
+__all__ = ["worst_pictures", "write_scores"]
+
+
+def worst_pictures(found: Judgement, task: Task, names: Sequence[str]) -> list[Any]:
+    """Two pictures a model: genuine pairs it finds least alike, impostor pairs it finds most alike.
+
+    Args:
+        found: of the task.
+        task: whose first set holds the images.
+        names: the models, in the order of the report.
+
+    Returns:
+        Pictures for the report; none where the set has no images.
+    """
+    from kdlib_faces.report import Picture, pairs_picture
+
+    images = task.images[0]
+    pictures = []
+    for number, name in enumerate(names):
+        for same, kind in ((True, "rejects"), (False, "accepts")):
+            chosen = [pair for pair in found.worst.get(name, ()) if pair.same is same]
+            drawn = [row for pair in chosen if (row := _drawn(images, pair)) is not None]
+            if drawn:
+                title = "One person, least alike" if same else "Different people, most alike"
+                when = (
+                    "the first to be rejected when the threshold rises"
+                    if same
+                    else "the first to be accepted when it falls"
+                )
+                caption = f"As {name} sees them, {when}. A person, or an image, is shown once."
+                pictures.append(
+                    Picture(f"{task.name}_{number}_{kind}", f"{title}: {name}", caption, pairs_picture(drawn))
+                )
+    return pictures
+
+
+def _drawn(images: ImageSet, pair: WorstPair) -> tuple[Any, Any, str] | None:
+    left, right = images.picture(pair.left), images.picture(pair.right)
+    if left is None or right is None:
+        return None
+    named = [Path(images.label(row)).stem for row in (pair.left, pair.right)]
+    score = f"{pair.score:.3f}".replace("-", "−")
+    return left, right, f"{score} · {named[0]}\n{named[1]}"
+
+
+def write_scores(stage: Path, found: Judgement, task: Task, names: Sequence[str], most: int) -> dict[str, str]:
+    """One CSV a model, written row by row; no more than `most` rows.
+
+    Returns:
+        Model -> path below `stage`.
+    """
+    assert found.scores is not None
+    (stage / "scores").mkdir(exist_ok=True)
+    written = {}
+    for name in names:
+        inside = f"scores/{task.name}-{re.sub(r'[^A-Za-z0-9_.-]+', '_', name)}.csv"
+        with (stage / inside).open("w", newline="", encoding="utf-8") as stream:
+            writer = csv.writer(stream, lineterminator="\n")
+            writer.writerow(found.scores.columns)
+            writer.writerows(islice(_safe(found.scores.rows(name)), most))
+        written[name] = inside
+    return written
+
+
+def _safe(rows: Iterator[tuple[Any, ...]]) -> Iterator[tuple[Any, ...]]:
+    """A cell that a spreadsheet would take for a formula gets an apostrophe before it."""
+    for row in rows:
+        yield tuple(
+            f"'{cell}" if isinstance(cell, str) and cell[:1] in "=+-@" and not _is_number(cell) else cell
+            for cell in row
+        )
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True

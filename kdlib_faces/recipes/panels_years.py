@@ -1,0 +1,105 @@
+"""Recipe: a person's score over the years, judged for all models: the longitudinal protocol of this project."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from kdlib_faces.evaluation import Estimate, LongitudinalProtocol, LongitudinalResult
+from kdlib_faces.recipes.panels import PAIRED, Arrays, Judgement, differences, estimate, far_words, measure
+
+__all__ = ["LongitudinalPanel"]
+
+
+@dataclass(frozen=True, eq=False)
+class LongitudinalPanel:
+    """Judges a `LongitudinalProtocol` for several models.
+
+    Attributes:
+        name: of the entry.
+        title: its heading.
+        protocol: says the people and the years.
+        convention: what else a reader must know.
+        notes: what was left out.
+        replicates: of the paired intervals.
+        seed: of the resamples.
+        level: confidence.
+    """
+
+    name: str
+    title: str
+    protocol: LongitudinalProtocol
+    convention: dict[str, str]
+    notes: tuple[str, ...] = ()
+    replicates: int = 500
+    seed: int = 0
+    level: float = 0.95
+
+    def judge(self, embeddings: Arrays) -> Judgement:
+        """All models on the same people."""
+        protocol = self.protocol
+        results = {name: protocol.evaluate(array) for name, array in embeddings.items()}
+        first = next(iter(results.values()))
+        fars = list(first.operating_points)
+        shared = {
+            "axis": "years since the reference, within the window",
+            "labels": [f"{each.years:g}" for each in first.after],
+            "at": [each.years for each in first.after],
+            "counts": [each.pairs for each in first.after],
+        }
+        entry: dict[str, Any] = {
+            "name": self.name,
+            "title": self.title,
+            "question": "Is a person still recognised after so many years? A protocol of this project: no published set "
+            "fixes one, so its numbers compare with each other and with nobody's table.",
+            "convention": {
+                "Definition": first.definition,
+                "Slope": "within persons: each has a level of their own, all share the change over time",
+                "Score": "cosine",
+                **self.convention,
+                "Intervals": "bootstrap over people, thresholds kept as they are; of the FNMR of all pairs Wilson's",
+            },
+            "counts": {
+                "images": protocol.codes.size,
+                "people": int(protocol.codes.max()) + 1,
+                "genuine pairs": first.elapsed.size,
+            },
+            "notes": list(self.notes),
+            "measures": {
+                **{f"fnmr_{far:g}": measure(f"FNMR, {far_words(far, 'FMR')}", better="low") for far in fars},
+                "slope": measure("Slope of the genuine score", "score", "within persons, over ten years"),
+                "falling": measure("People whose score falls", note="of those seen at several ages", better="low"),
+            },
+            "bins": {
+                **{f"fnmr_{far:g}": {"title": f"FNMR, {far_words(far, 'FMR')}", **shared} for far in fars},
+                "score": {"title": "Mean genuine score", "unit": "score", **shared},
+            },
+            "models": {name: self._found(result) for name, result in results.items()},
+        }
+        if len(results) > 1:
+            rows, _ = protocol.pairs()
+            who = protocol.codes[rows]
+            # FNMR is the share refused, so a is better where its difference is below zero.
+            hits = {
+                f"fnmr_{far:g}": {name: r.scores <= r.operating_points[far].threshold for name, r in results.items()}
+                for far in fars
+            }
+            owners = dict.fromkeys(hits, (who, who))
+            entry["differences"] = differences(
+                hits, owners, replicates=self.replicates, seed=self.seed, level=self.level, right="refused"
+            )
+            entry["difference_rule"] = PAIRED.format(" of people")
+        return Judgement(entry, {name: result.to_dict() for name, result in results.items()})
+
+    @staticmethod
+    def _found(result: LongitudinalResult) -> dict[str, Any]:
+        measures: dict[str, Any] = {}
+        bins: dict[str, Any] = {}
+        for far, point in result.operating_points.items():
+            missed = Estimate(1 - point.tar, 1 - point.high, 1 - point.low, point.genuine)
+            measures[f"fnmr_{far:g}"] = estimate(missed, resolvable=point.resolvable)
+            bins[f"fnmr_{far:g}"] = [estimate(each.fnmr[far], resolvable=point.resolvable) for each in result.after]
+        measures["slope"] = estimate(result.slope)
+        measures["falling"] = {"value": result.falling, "n": int(np.isfinite(result.person_slopes).sum())}
+        bins["score"] = [estimate(each.score) for each in result.after]
+        return {"measures": measures, "bins": bins}

@@ -1,0 +1,376 @@
+"""`evaluate --protocol`: every set in its published layout, several models at once, runs that are killed, bad input."""
+
+import json
+import re
+
+import numpy as np
+import pytest
+import torch
+
+from kdlib_faces import cli
+from kdlib_faces._checks import InputError
+from kdlib_faces.backbones import MobileFaceNet, save_backbone
+from kdlib_faces.evaluation import PairProtocol, leave_one_out
+from kdlib_faces.recipes import embedding, evaluate
+from kdlib_faces.recipes.image_sets import images_of_files
+from kdlib_faces.recipes.protocol_names import PROTOCOLS, listing
+from kdlib_faces.recipes.tasks import parse_protocol
+from tests.faces import set_files
+
+FAST = evaluate.EvaluateConfig(replicates=30, worst=2, batch_size=16, fars=(0.1, 0.001))
+
+
+def network(path, seed):
+    torch.manual_seed(seed)
+    save_backbone(MobileFaceNet(embedding_dim=16, width=0.25, input_size=32).eval(), path)
+    return path
+
+
+@pytest.fixture
+def no_figures(monkeypatch):
+    """Drawing is tested elsewhere, and takes most of the time."""
+    monkeypatch.setattr("kdlib_faces.report.files._jobs", lambda view: {})
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """Two models by every protocol at once."""
+    root = tmp_path_factory.mktemp("sets")
+    models = [network(root / name, seed) for seed, name in enumerate(("one.pt", "two.pt"))]
+    protocols = set_files.every_protocol(root)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("kdlib_faces.report.files._jobs", lambda view: {})
+        evaluate.run(FAST, output=root / "out", models=models, protocols=protocols, scores=True)
+    return root, protocols, json.loads((root / "out/report.json").read_text())
+
+
+def test_every_protocol_gives_numbers_of_both_models(whole):
+    _, protocols, told = whole
+    names = [each.split("=")[0] for each in protocols]
+    assert set(names) | {"pairs", "ijbb"} == set(PROTOCOLS)
+    found = {entry["name"]: entry for entry in told["evaluations"]}
+    assert list(found) == [name for each in names for name in ([each, "ijbc_1n"] if each == "ijbc" else [each])]
+    for name, entry in found.items():
+        assert list(entry["models"]) == ["one", "two"], name
+        assert {"Score", "Flip", "Intervals"} <= set(entry["convention"]), name
+        for model in entry["models"].values():
+            assert model["measures"].keys() == entry["measures"].keys(), name
+            first = model["measures"][next(iter(entry["measures"]))]
+            assert first["value"] is not None, name
+        assert told["models"]["one"]["protocols"][name], name
+    assert {measure["better"] for measure in found["age_errors"]["measures"].values()} == {"low", "none"}
+
+
+def test_what_a_number_means_is_named(whole):
+    _, _, told = whole
+    found = {entry["name"]: entry for entry in told["evaluations"]}
+    assert "squared distance, as insightface" in found["lfw"]["convention"]["Accuracy"]
+    assert found["lfw"]["notes"][0] == "1 of 12 pairs left out, their images are not there"
+    assert found["lfw"]["counts"] == {"genuine pairs": 5, "impostor pairs": 6, "images": 17}
+    assert "mirrored image added" in found["calfw"]["convention"]["Flip"]
+    assert found["calfw"]["convention"]["List"].startswith("calfw.txt, SHA-256 ")
+    assert found["calfw"]["convention"]["Folds"].startswith("dealt")
+    assert "mean over the images of a medium, sum over media" in found["ijbc"]["convention"]["Pooling"]
+    assert "times the detector score" in found["ijbc"]["convention"]["Pooling"]
+    assert found["ijbc"]["convention"]["Alignment"] == "by the list's five points"
+    assert "galleries searched separately" in found["ijbc_1n"]["convention"]["Definition"]
+    assert "25 distractors" in found["megaface_fgnet"]["convention"]["Definition"]
+    assert found["megaface_fgnet"]["convention"]["Distractors"] == "25 images of strangers"
+    assert found["fgnet"]["convention"]["Alignment"] == "by five points from the .pts files"
+    assert "longitudinal protocol of this project" in found["longitudinal"]["convention"]["Definition"]
+    assert "names and ages are not in a .bin" in found["bin"]["notes"][0]
+    assert found["lfw"]["models"]["one"]["measures"]["tar_0.001"]["resolvable"] is False
+    assert "resolvable" not in found["between_groups"]["models"]["one"]["measures"]["tar_0.1"]
+
+
+def test_numbers_are_those_of_the_protocols_on_the_same_embeddings(whole):
+    root, _, told = whole
+    found = {entry["name"]: entry for entry in told["evaluations"]}
+    kept = next((root / "out/work").glob("one-grouped-*.npy"))
+    array = np.load(kept)
+    people = np.repeat(np.arange(5), 3)
+    rank1 = found["leave_one_out"]["models"]["one"]["measures"]["rank1"]["value"]
+    assert rank1 == leave_one_out(array, people)[0]
+    groups = found["between_groups"]["models"]["one"]
+    unit = array / np.linalg.norm(array, axis=1, keepdims=True)
+    young = np.arange(15) % 3 == 2
+    cosine = unit[young] @ unit[~young].T
+    nearest = people[~young][cosine.argmax(1)]
+    assert groups["measures"]["rank1"]["value"] == (nearest == people[young]).mean() == groups["cmc"]["rate"][0]
+    pairs = np.load(next((root / "out/work").glob("one-small-*.npy")))
+    expected = PairProtocol.interleaved(np.arange(20) % 2 == 0).evaluate(pairs).accuracy
+    assert found["bin"]["models"]["one"]["measures"]["accuracy"]["value"] == expected
+
+
+def test_two_models_are_compared_on_the_same_pairs(whole):
+    _, _, told = whole
+    for entry in told["evaluations"]:
+        if entry["name"] in ("age_errors", "ijbc_1n", "megaface_fgnet"):
+            continue
+        row = next(row for row in entry["differences"] if row["measure"] == next(iter(entry["measures"])))
+        one, two = (entry["models"][name]["measures"][row["measure"]]["value"] for name in ("one", "two"))
+        assert row["difference"]["value"] == pytest.approx(one - two, abs=0.02), entry["name"]
+        assert "resample" in entry["difference_rule"]
+
+
+def test_curves_are_curves(whole):
+    _, _, told = whole
+    seen = set()
+    for entry in told["evaluations"]:
+        for model in entry["models"].values():
+            for kind, (x, y) in {"roc": ("far", "tar"), "cmc": ("rank", "rate"), "search": ("fpir", "tpir")}.items():
+                if kind in model:
+                    seen.add(kind)
+                    assert (np.diff(model[kind][x]) >= 0).all()
+                    assert (np.diff(model[kind][y]) >= 0).all()
+            if "histogram" in model and entry["name"] == "lfw":
+                assert sum(model["histogram"]["genuine"]) == 5
+    assert seen == {"roc", "cmc", "search"}
+
+
+def test_worst_pairs_are_shown_and_scores_written(whole):
+    root, _, told = whole
+    found = {entry["name"]: entry for entry in told["evaluations"]}
+    for name in ("lfw", "bin", "cacd_vs", "fgnet", "age_gap"):
+        assert f"{name}_0_rejects" in found[name]["pictures"] or name == "fgnet"
+        assert all((root / f"out/figures/{picture}.png").is_file() for picture in found[name]["pictures"])
+    page = (root / "out/report.html").read_text()
+    assert page.count("Different people, most alike: two") >= 5
+    rows = (root / "out/scores/lfw-one.csv").read_text().splitlines()
+    assert rows[0] == "left,right,same,score"
+    assert len(rows) == 12
+    assert re.fullmatch(r"P0/P0_0001\.jpg,P0/P0_0002\.jpg,1,-?\d\.\d{8}", rows[1])
+    assert found["lfw"]["scores"] == {"one": "scores/lfw-one.csv", "two": "scores/lfw-two.csv"}
+    assert len((root / "out/scores/age_gap-one.csv").read_text().splitlines()) == 1 + 20 * 19 // 2
+
+
+def test_embeddings_of_one_set_are_made_once_and_found_again(whole, monkeypatch, no_figures):
+    root, protocols, told = whole
+    kept = sorted(path.name for path in (root / "out/work").iterdir())
+    sets = {
+        "lfw",
+        "small",
+        "agedb",
+        "calfw",
+        "cplfw",
+        "cfp",
+        "cacd_vs",
+        "fgnet",
+        "distractors",
+        "ijbc",
+        "dated",
+        "grouped",
+    }
+    assert {name.split("-")[1] for name in kept if name.startswith("one-")} == sets
+    assert len(kept) == 2 * len(sets)
+    monkeypatch.setattr(embedding, "_embed_to", lambda *_: pytest.fail("made again"))
+    models = [root / "one.pt", root / "two.pt"]
+    again = evaluate.run(FAST, output=root / "out", models=models, protocols=protocols)
+    assert again["evaluations"][0]["models"] == told["evaluations"][0]["models"]
+
+
+def test_a_killed_run_goes_on_where_it_was(tmp_path, monkeypatch, no_figures):
+    model, text = network(tmp_path / "m.pt", 0), f"leave_one_out={set_files.grouped(tmp_path)}"
+    config = evaluate.EvaluateConfig(replicates=10, worst=0, batch_size=4)
+    monkeypatch.setattr(embedding, "KEPT_EVERY", 4)
+    real, counts = embedding.embed, []
+
+    def stops(module, images, **options):
+        if len(counts) == 2:
+            raise KeyboardInterrupt
+        counts.append(len(images))
+        return real(module, images, **options)
+
+    monkeypatch.setattr(embedding, "embed", stops)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate.run(config, output=tmp_path / "out", models=[model], protocols=[text])
+    assert sorted(path.suffix for path in (tmp_path / "out/work").iterdir()) == [".json", ".part"]
+    assert not (tmp_path / "out/report.json").exists()
+    counts.clear()
+    monkeypatch.setattr(
+        embedding, "embed", lambda module, images, **more: (counts.append(len(images)), real(module, images, **more))[1]
+    )
+    evaluate.run(config, output=tmp_path / "out", models=[model], protocols=[text])
+    assert counts == [4, 3]
+    (made,) = (tmp_path / "out/work").iterdir()
+    evaluate.run(config, output=tmp_path / "whole", models=[model], protocols=[text])
+    (straight,) = (tmp_path / "whole/work").iterdir()
+    assert made.read_bytes() == straight.read_bytes()
+    assert made.name == straight.name
+
+
+def test_a_part_that_is_damaged_is_made_anew(tmp_path, monkeypatch):
+    files = [set_files.put_face(tmp_path / f"{number}.png", number, 0) for number in range(6)]
+    images, model = images_of_files("six", files), embedding.open_model(network(tmp_path / "m.pt", 0))
+    whole = np.array(embedding.embed_set(model, images, tmp_path / "a"))
+    (name,) = (path.name for path in (tmp_path / "a").iterdir())
+    notes = ("", "{", '{"format": 1, "done": 4, "width": 16}', '{"format": 9, "done": 1, "width": 16}', "[1]")
+    for number, note in enumerate(notes):
+        folder = tmp_path / f"b{number}"
+        folder.mkdir()
+        (folder / f"{name}.part").write_bytes(b"\x93NUMPY short")
+        (folder / f"{name}.json").write_text(note)
+        np.testing.assert_array_equal(embedding.embed_set(model, images, folder), whole)
+        assert [path.name for path in folder.iterdir()] == [name]
+
+
+def test_what_the_embeddings_depend_on_changes_their_name(tmp_path):
+    files = [set_files.put_face(tmp_path / f"{number}.png", number, 0) for number in range(3)]
+    models = [embedding.open_model(network(tmp_path / f"{seed}.pt", seed)) for seed in (0, 1)]
+    folder = tmp_path / "work"
+    embedding.embed_set(models[0], images_of_files("x", files), folder)
+    embedding.embed_set(models[0], images_of_files("x", files), folder, batch_size=2)
+    assert len(list(folder.iterdir())) == 1
+    embedding.embed_set(models[0], images_of_files("x", files), folder, flip=False)
+    embedding.embed_set(models[1], images_of_files("x", files), folder)
+    set_files.put_face(files[2], 7, 7)
+    embedding.embed_set(models[0], images_of_files("x", files), folder)
+    embedding.embed_set(models[0], images_of_files("x", files[:2]), folder)
+    assert len(list(folder.iterdir())) == 5
+
+
+def test_templates_get_embeddings_whose_length_is_kept(tmp_path):
+    files = [set_files.put_face(tmp_path / f"{number}.png", number, 0) for number in range(3)]
+    model = embedding.open_model(network(tmp_path / "m.pt", 0))
+    kept = embedding.embed_set(model, images_of_files("x", files), tmp_path)
+    assert not np.allclose(np.linalg.norm(kept, axis=1), 1, atol=1e-3)
+    unit = embedding.embed(model.module, images_of_files("x", files).decode(range(3), 32)).numpy()
+    np.testing.assert_allclose(kept / np.linalg.norm(kept, axis=1, keepdims=True), unit, atol=1e-6)
+
+
+def test_the_input_spec_of_a_model_is_respected():
+    spec_calls = []
+
+    class Model(torch.nn.Module):
+        def input_spec(self, images):
+            spec_calls.append(images.shape)
+            return images.flip(1) * 2
+
+        def forward(self, images):
+            return images.flatten(1)
+
+    pixels = torch.randint(0, 256, (5, 3, 4, 4), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    found = embedding.embed(Model(), pixels, batch_size=2, flip=False, normalise=False)
+    torch.testing.assert_close(found, ((pixels.float() / 127.5 - 1).flip(1) * 2).flatten(1))
+    assert len(spec_calls) == 3
+
+
+def test_a_model_that_gives_nan_is_named_with_its_image(tmp_path, monkeypatch):
+    model = network(tmp_path / "m.pt", 0)
+    monkeypatch.setattr(embedding, "embed", lambda module, images, **_: torch.full((len(images), 4), float("nan")))
+    with pytest.raises(InputError, match=r"m\.pt: the model gives NaN or infinity for 0_0\.png of grouped"):
+        evaluate.run(
+            FAST, output=tmp_path / "out", models=[model], protocols=[f"leave_one_out={set_files.grouped(tmp_path)}"]
+        )
+    assert not (tmp_path / "out/report.json").exists()
+
+
+def test_embeddings_of_several_sets_lie_in_a_folder(tmp_path, no_figures):
+    given, rng = tmp_path / "mine", np.random.default_rng(0)
+    given.mkdir()
+    people = np.repeat(rng.normal(size=(5, 8)), 3, axis=0)
+    np.save(given / "grouped.npy", people + 0.01 * rng.normal(size=people.shape))
+    np.save(given / "calfw.npy", rng.normal(size=(8, 8)).astype(np.float16))
+    text = set_files.two_lines(tmp_path, "calfw").replace(f",images={tmp_path / 'calfw'}", "")
+    protocols = [f"leave_one_out={set_files.grouped(tmp_path)}", text]
+    told = evaluate.run(FAST, output=tmp_path / "out", embeddings=[given], protocols=protocols)
+    entries = {entry["name"]: entry for entry in told["evaluations"]}
+    assert entries["leave_one_out"]["models"]["mine"]["measures"]["rank1"]["value"] == 1.0
+    assert entries["calfw"]["counts"]["images"] == 8
+    assert entries["calfw"]["pictures"] == []
+    assert not (tmp_path / "out/work").exists()
+
+
+def test_one_list_serves_several_protocols_and_two_lists_of_one_name_do_not_mix(tmp_path, no_figures):
+    (tmp_path / "b").mkdir()
+    first, second = set_files.grouped(tmp_path), set_files.grouped(tmp_path / "b")
+    protocols = [f"leave_one_out={first}", f"age_group={first}", f"leave_one_out={second}"]
+    told = evaluate.run(FAST, output=tmp_path / "out", models=[network(tmp_path / "m.pt", 0)], protocols=protocols)
+    assert [entry["name"] for entry in told["evaluations"]] == ["leave_one_out", "age_group", "leave_one_out_2"]
+    assert len({path.name.split("-")[1] for path in (tmp_path / "out/work").iterdir()}) == 2
+
+
+@pytest.mark.parametrize(
+    ("protocol", "said"),
+    [
+        ("lwf=x", "--protocol lwf=x: no protocol named 'lwf'; the nearest are 'lfw'"),
+        ("lfw", "--protocol lfw: needs a pairs file, as lfw=PATH"),
+        ("lfw=", "--protocol lfw=: lfw= must be followed by a path"),
+        ("lfw={root}/no.txt", "not found: {root}/no.txt"),
+        ("bin={root}/pairs.txt", "pairs.txt"),
+        ("bin={root}/small.bin,images=x", "no images= here, it takes none"),
+        ("calfw={root}/calfw.txt,images={root}/none,published=no", "folder of images not found: {root}/none"),
+        ("calfw={root}/calfw.txt,images={root}/lfw,published=no", "no pair has both its images in the face list"),
+        (
+            "calfw={root}/calfw.txt,images={root}/calfw",
+            "here are 4 pairs of one person, 4 pairs of two people. The file is cut or another version; published=no",
+        ),
+        ("calfw={root}/calfw.txt,published=perhaps", "published must be yes or no, got 'perhaps'"),
+        ("ijbc={root}/ijbc,published=no,norm=half", "norm must be keep or unit, got 'half'"),
+        ("ijbc={root}/lfw,published=no", "template list not found"),
+        ("fgnet={root}/fgnet", "the published FG-NET has 1,002 images"),
+        ("megaface_fgnet={root}/fgnet,published=no,far=2", "far must be a rate above 0, got '2'"),
+        ("age_gap={root}/grouped.csv", "has an age"),
+        ("longitudinal={root}/grouped.csv", "one of the columns 'age' and 'date' is needed"),
+        ("between_groups={root}/dated.csv", "images of two age groups are needed"),
+        ("leave_one_out", "needs faces: give --faces LIST, or leave_one_out=LIST"),
+    ],
+)
+def test_bad_input_is_one_line(whole, capsys, tmp_path, protocol, said):
+    root = whole[0]
+    words = [
+        "evaluate",
+        "--model",
+        root / "one.pt",
+        "--protocol",
+        protocol.format(root=root),
+        "--output",
+        tmp_path / "o",
+    ]
+    assert cli.main([str(word) for word in words]) == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1
+    assert said.format(root=root) in lines[0]
+    assert not (tmp_path / "o").exists()
+
+
+def test_models_of_sets_without_images_are_an_error(tmp_path, capsys):
+    text = set_files.two_lines(tmp_path, "calfw").replace(f",images={tmp_path / 'calfw'}", "")
+    model = network(tmp_path / "m.pt", 0)
+    assert cli.main(["evaluate", "--model", str(model), "--protocol", text, "--output", str(tmp_path / "o")]) == 2
+    assert "calfw: no images are known, only embeddings can be judged; give images=FOLDER" in capsys.readouterr().err
+
+
+def test_cells_that_a_spreadsheet_would_run_are_quoted_and_files_of_scores_end(tmp_path, no_figures):
+    rows = ["path,identity,age"]
+    for person in range(3):
+        for shot in range(2):
+            name = f"=cmd{person}{shot}.png"
+            set_files.put_face(tmp_path / name, person, shot)
+            rows.append(f"{name},p{person},{10 * shot}")
+    set_files.put_text(tmp_path / "f.csv", rows)
+    config = evaluate.EvaluateConfig(replicates=10, worst=0, score_rows=5)
+    told = evaluate.run(
+        config, output=tmp_path / "out", models=[network(tmp_path / "m.pt", 0)], faces=[tmp_path / "f.csv"], scores=True
+    )
+    lines = (tmp_path / "out/scores/age_gap-m.csv").read_text().splitlines()
+    assert len(lines) == 6
+    assert lines[1].startswith("'=cmd00.png,'=cmd01.png,1,")
+    assert "files of scores hold the first 5 of 15 rows" in " ".join(told["data"]["notes"])
+
+
+def test_paths_with_commas_and_keys():
+    asked = parse_protocol("calfw=a,b.txt,images=c,d,published=no", PROTOCOLS)
+    assert (asked.name, str(asked.path), dict(asked.more)) == (
+        "calfw", "a,b.txt", {"images": "c,d", "published": "no"}
+    )  # fmt: skip
+    with pytest.raises(InputError, match="images= must be given once"):
+        parse_protocol("lfw=a,images=b,images=c", PROTOCOLS)
+
+
+def test_help_lists_every_protocol(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["evaluate", "--help"])
+    said = capsys.readouterr().out
+    assert listing() in said
+    assert all(f"  {name}" in said for name in PROTOCOLS)
