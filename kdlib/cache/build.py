@@ -21,7 +21,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from kdlib.cache.blocks import Blocks
+from kdlib.cache.blocks import NAME, Blocks
 from kdlib.cache.codec import Errors, pack
 from kdlib.cache.fingerprint import Fingerprint
 from kdlib.cache.layout import CacheError, Layout, read_header, shard_path, write_file, writing
@@ -52,6 +52,13 @@ class Job:
 
 def build_cache(job: Job, wanted: Layout, *, shared: bool) -> None:
     """Bring a cache to completion; `wanted` is its layout as far as it is known before a forward."""
+    found = _continued(job.directory, wanted)
+    if found is not None and found.complete:
+        return  # also where nothing may be written
+    if found is None and not (job.directory / NAME).exists() and any(job.directory.glob("shard-*.bin")):
+        raise CacheError(
+            f"TeacherCache: {job.directory} holds shard files that are no part of a cache; give another path"
+        )
     with writing(job.directory):
         job.directory.mkdir(parents=True, exist_ok=True)
     with _presence(job.directory, shared=shared), _asleep(job.teacher):

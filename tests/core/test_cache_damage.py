@@ -221,6 +221,11 @@ def test_links_do_not_lead_a_build_out_of_its_folder(tmp_path: Path) -> None:
     for name in ("shard-00000.bin", "shard-00002.bin", "samples.i64", "header.json.part", "samples.i64.part"):
         path.mkdir()
         (path / name).symlink_to(outside)
+        if name.startswith("shard"):
+            with pytest.raises(CacheError, match="holds shard files that are no part of a cache; give another path"):
+                build(path)
+            assert [file.name for file in path.iterdir()] == [name]
+            (path / "blocks.bin").touch()
         build(path)  # what lies in the way without a header goes; the link, not what it leads to
         assert outside.read_text() == "precious", name
         assert not (path / name).is_symlink()
@@ -256,6 +261,17 @@ def test_a_shard_that_was_cut_cannot_be_completed(tmp_path: Path) -> None:
     shard.write_bytes(shard.read_bytes()[:-50])
     with pytest.raises(CacheError, match=r"shard-00000.bin is shorter than its header says; delete the cache"):
         build(tmp_path)
+
+
+def test_a_complete_cache_needs_no_right_to_write(tmp_path: Path, monkeypatch) -> None:
+    build(tmp_path / "a")
+
+    def refused(*_: object) -> None:
+        raise AssertionError("something was opened for writing")
+
+    monkeypatch.setattr("kdlib.cache.build.Blocks", refused)
+    monkeypatch.setattr("kdlib.cache.build._presence", refused)
+    assert build(tmp_path / "a").samples == 30
 
 
 def test_a_cache_of_the_first_version_is_read(tmp_path: Path) -> None:

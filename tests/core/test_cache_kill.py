@@ -129,18 +129,27 @@ def test_who_shares_and_who_does_not_keep_apart(tmp_path: Path) -> None:
     assert inside.wait(60)
     with pytest.raises(CacheError, match="by a thread of this one"):
         TeacherCache.build(path, Says(), fetch, samples=4, shared=True)
-    code = (
-        "import sys; sys.path.insert(0, sys.argv[2]); from kdlib.cache import TeacherCache, CacheError; from torch import nn\n"
-        "class Says(nn.Module): fingerprint = 'says'\n"
-        "try: TeacherCache.build(sys.argv[1], Says(), None, samples=4, shared=True)\n"
-        "except CacheError as error: print(error)"
-    )
-    root = str(Path(__file__).parents[2])
-    said = subprocess.run([sys.executable, "-c", code, str(path), root], capture_output=True, text=True, check=True)
-    assert "is being built by another process" in said.stdout
     leave.set()
     first.join()
     assert TeacherCache.open(path).read([3])["embedding"].tolist() == [[3, 4]]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="POSIX locks")
+def test_the_lock_of_another_process_is_respected(tmp_path: Path) -> None:
+    import fcntl
+
+    other = os.open(tmp_path, os.O_RDONLY)  # a lock of another opening counts as that of another process
+    try:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        for shared in (False, True):
+            with pytest.raises(CacheError, match="is being built by another process"):
+                TeacherCache.build(tmp_path, Says(), fetch, samples=4, shared=shared)
+        fcntl.flock(other, fcntl.LOCK_SH)
+        with pytest.raises(CacheError, match="by another process; shared=True in all of them lets several build it"):
+            TeacherCache.build(tmp_path, Says(), fetch, samples=4)
+        assert TeacherCache.build(tmp_path, Says(), fetch, samples=4, shared=True).samples == 4
+    finally:
+        os.close(other)
 
 
 def test_one_that_joins_with_another_batch_size_keeps_to_the_blocks(tmp_path: Path) -> None:
