@@ -22,11 +22,19 @@ __all__ = [
     "check_relation",
     "check_set",
     "report_key",
+    "show_name",
 ]
 
 
 class InputError(ValueError):
     """Something that came from outside is not usable; the message says what, where, and what was expected."""
+
+
+def show_name(name: object) -> str:
+    """A name out of a foreign file, fit to be printed on one line: no line breaks, no terminal codes, no megabytes."""
+    text = str(name)
+    text = text if text.isprintable() else repr(text)[1:-1]
+    return text if len(text) <= 120 else f"{text[:117]}..."
 
 
 def report_key(path: str, expected: str, got: object) -> InputError:

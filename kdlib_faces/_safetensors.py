@@ -20,7 +20,7 @@ from typing import IO, Any
 import torch
 from torch import Tensor
 
-from kdlib_faces._checks import InputError
+from kdlib_faces._checks import InputError, show_name
 
 __all__ = ["is_safetensors", "read_safetensors", "write_safetensors"]
 
@@ -82,7 +82,7 @@ def read_safetensors(owner: str, path: str | os.PathLike[str]) -> tuple[dict[str
     for name, _, _, first, last in sorted(entries, key=lambda entry: entry[3:]):
         if first != begin:
             what = "overlaps the tensor before it" if first < begin else f"leaves a gap of {first - begin} bytes"
-            raise InputError(f"{owner}: {name} {what}")
+            raise InputError(f"{owner}: {show_name(name)} {what}")
         begin = last
     there = size - 8 - length
     if begin != there:
@@ -113,10 +113,11 @@ def _header(owner: str, text: bytes) -> dict[str, Any]:
 def _entry(owner: str, name: str, entry: Any) -> tuple[torch.dtype, tuple[int, ...], int, int]:
     """Dtype, shape, first and last byte of one tensor."""
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
-        raise InputError(f"{owner}: {name} must have a dtype, a shape and data_offsets")
+        raise InputError(f"{owner}: {show_name(name)} must have a dtype, a shape and data_offsets")
+    name = show_name(name)
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in DTYPES:
-        raise InputError(f"{owner}: {name} is of dtype {str(dtype)[:20]!r}; read are {', '.join(DTYPES)}")
+        raise InputError(f"{owner}: {name} is of dtype {show_name(dtype)!r}; read are {', '.join(DTYPES)}")
     if not _counts(shape) or len(shape) > MOST_DIMENSIONS:
         raise InputError(f"{owner}: {name} must have a shape of at most {MOST_DIMENSIONS} whole numbers")
     if not _counts(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from kdlib_faces._checks import InputError
+from kdlib_faces._checks import InputError, show_name
 from kdlib_faces._safetensors import is_safetensors, read_safetensors
 
 __all__ = ["Weights", "read_weights"]
@@ -74,7 +74,7 @@ def read_weights(owner: str, path: Path) -> Weights:
         found = re.search(r"GLOBAL (\S+)", str(error))
         if found:
             raise InputError(
-                f"{owner} holds more than tensors: loading it would call {found[1]}, which was refused; "
+                f"{owner} holds more than tensors: loading it would call {show_name(found[1])}, which was refused; "
                 f"{WHOLE_MODULE}, or where you trust the file save its state dict alone: "
                 'torch.save(torch.load(path, weights_only=False)["state_dict"], "weights.pt")'
             ) from error
@@ -109,7 +109,9 @@ def _check_archive(owner: str, path: Path, size: int) -> None:
                     "save torch.jit.load(path).state_dict()"
                 )
             if not pickled and names:
-                raise InputError(f"{owner} is an archive of other files ({names[0]!r} ...), no checkpoint; unpack it")
+                raise InputError(
+                    f"{owner} is an archive of other files ({show_name(names[0])!r} ...), no checkpoint; unpack it"
+                )
             if packed is not None or claimed > size:
                 raise InputError(
                     f"{owner} claims {claimed} bytes of content in a file of {size}; torch.save does not compress"
@@ -120,4 +122,4 @@ def _check_archive(owner: str, path: Path, size: int) -> None:
     except Exception as error:  # as above
         raise InputError(f"{owner} is damaged, cut short, or no PyTorch checkpoint ({type(error).__name__})") from error
     if altered is not None:
-        raise InputError(f"{owner} is damaged: the checksum of {altered!r} differs")
+        raise InputError(f"{owner} is damaged: the checksum of {show_name(altered)!r} differs")

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kdlib_faces._checks import InputError
+from kdlib_faces._checks import InputError, show_name
 from kdlib_faces._weights import Weights, read_weights
 from kdlib_faces.backbones._arguments import InputSize
 from kdlib_faces.backbones.complexity import count_macs, count_parameters
@@ -149,7 +149,7 @@ def describe_checkpoint(path: str | os.PathLike[str], *, input_size: InputSize |
         ...     torch.save({"state_dict": model.state_dict()}, f"{folder}/weights.pt")
         ...     info = describe_checkpoint(f"{folder}/weights.pt")
         >>> info.layout, info.wrappers, info.keys, info.differences
-        ('ir', ('state_dict',), 74, {})
+        ('ir', ('state_dict',), 89, {})
     """
     found = examine(path, input_size=input_size)
     model = found.model
@@ -160,7 +160,7 @@ def describe_checkpoint(path: str | os.PathLike[str], *, input_size: InputSize |
         about=found.about,
         wrappers=found.unwrapped.wrappers,
         prefix=found.unwrapped.prefix,
-        beside=found.unwrapped.beside,
+        beside=tuple(map(show_name, found.unwrapped.beside)),
         backbone=model.name,
         network=repr(model),
         parameters=count_parameters(model),
@@ -188,7 +188,7 @@ def examine(path: str | os.PathLike[str], *, input_size: InputSize | None = None
     else:
         unwrapped = unwrap(content)
         layout, arguments = _recognise(owner, unwrapped.state)
-        name, about = layout.backbone, layout.about
+        name, about = layout.backbone, "; ".join(filter(None, (layout.about, layout.variant(arguments))))
         told = {**layout.input(arguments)}
         origin = _origin(layout, unwrapped)
         if origin is not None:
@@ -205,7 +205,9 @@ def examine(path: str | os.PathLike[str], *, input_size: InputSize | None = None
             model = build_backbone(name, **arguments)
         spec = InputSpec(**{**told, "size": model.input_size})
     except (ValueError, TypeError, RuntimeError) as error:  # RuntimeError: sizes beyond what torch can count
-        raise InputError(f"{owner} does not describe a {name}: {error}") from error
+        raise InputError(
+            f"{owner} does not describe a {show_name(name)}: {' '.join(str(error).split())[:300]}"
+        ) from error
     wanted = model.state_dict()
     if layout is None:
         names = {key: key for key in wanted}
@@ -228,7 +230,9 @@ def _own(owner: str, weights: Weights) -> tuple[str, dict[str, Any], dict[str, A
     elif OURS not in content:
         return None
     if content.get(OURS) not in FORMATS:
-        raise InputError(f"{owner} is of format {content.get(OURS)!r}; this version reads format {FORMATS[-1]}")
+        raise InputError(
+            f"{owner} is of format {show_name(content.get(OURS))}; this version reads format {FORMATS[-1]}"
+        )
     name, arguments, state = (content.get(key) for key in ("backbone", "arguments", "state"))
     images = content.get("input", {})
     if not (
@@ -236,10 +240,12 @@ def _own(owner: str, weights: Weights) -> tuple[str, dict[str, Any], dict[str, A
     ):
         raise InputError(f"{owner} must hold 'backbone' (a name), 'arguments', 'input' and 'state' (dicts)")
     if not all(isinstance(key, str) for key in arguments) or "seed" in arguments:
-        raise InputError(f"{owner} must hold 'arguments' of its backbone, got {list(arguments)}")
+        raise InputError(f"{owner} must hold 'arguments' of its backbone, got {', '.join(map(show_name, arguments))}")
     fields = {"colour", "mean", "scale", "normalised", "assumed"}
     if not set(images) <= fields:
-        raise InputError(f"{owner} must hold 'input' of {', '.join(sorted(fields))}, got {list(images)}")
+        raise InputError(
+            f"{owner} must hold 'input' of {', '.join(sorted(fields))}, got {', '.join(map(show_name, images))}"
+        )
     return name, dict(arguments), dict(images), {str(key): value for key, value in state.items()}
 
 
@@ -254,7 +260,7 @@ def _recognise(owner: str, state: Mapping[str, Any]) -> tuple[Layout, dict[str, 
                 why = f": {error.args[0]}" if isinstance(error, IndexError) and " " in str(error) else ""
                 raise InputError(f"{owner} has the keys of {layout.about}, but not its shapes{why}") from error
     kind = foreign(state, shapes)
-    first = ", ".join(repr(key) for key in list(state)[:5]) or "nothing"
+    first = ", ".join(f"'{show_name(key)}'" for key in list(state)[:5]) or "nothing"
     raise InputError(
         f"{owner} is of no layout that is read ({', '.join(each.name for each in LAYOUTS)})"
         f"{f'; it looks like {kind}' if kind else ''}; it begins with {first}"
@@ -283,7 +289,7 @@ def _differences(
     counters = {key for key in wanted if key.endswith("num_batches_tracked")}  # older files have none
     missing = tuple(names[key] for key in wanted if names[key] not in state and key not in counters)
     known = set(names.values())
-    unexpected = tuple(key for key in state if key not in known)
+    unexpected = tuple(show_name(key) for key in state if key not in known)
     shapes = []
     for key, target in wanted.items():
         name = names[key]

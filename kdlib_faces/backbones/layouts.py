@@ -29,6 +29,7 @@ class Layout:
         arguments: shapes to the arguments of the network.
         theirs: our key to the file's; with the file's shapes, since a layout may have two spellings.
         input: arguments to what is known of the images, in the words of `InputSpec`.
+        variant: arguments to whose kind it is, where one layout has several.
         pointwise: whether the file has 1x1 convolutions where our network has linear layers.
     """
 
@@ -39,6 +40,7 @@ class Layout:
     arguments: Callable[[Shapes], Arguments]
     theirs: Callable[[str, Shapes], str] = field(default=lambda key, _shapes: key)
     input: Callable[[Arguments], dict[str, Any]] = field(default=lambda _arguments: {})
+    variant: Callable[[Arguments], str] = field(default=lambda _arguments: "")
     pointwise: bool = False
 
     def fits(self, shapes: Shapes) -> bool:
@@ -206,6 +208,15 @@ def _ir_input(arguments: Arguments) -> dict[str, Any]:
     return {"normalised": None, "assumed": ("colour", "scale", "normalised")}
 
 
+def _ir_variant(arguments: Arguments) -> str:
+    projects = {
+        (True, False): "AdaFace's or CVLface's kind",
+        (False, True): "face.evoLVe's, TreB1eN's or FaceX-Zoo's kind",
+        (False, False): "CurricularFace's kind",
+    }
+    return projects.get((arguments["mid_norm"], arguments["affine"]), "no known project's kind")
+
+
 def _mtlface(shapes: Shapes) -> Arguments:
     stem, (embedding_dim, inputs) = shapes["input_layer.0.weight"][0], shapes["output_layer.3.weight"]
     return {
@@ -337,12 +348,13 @@ LAYOUTS: tuple[Layout, ...] = (
     ),
     Layout(
         "ir",
-        "IR or IR-SE as in face.evoLVe, TreB1eN, FaceX-Zoo, AdaFace and CVLface",
+        "IR or IR-SE by face.evoLVe's names",
         "ir",
         ("input_layer.0.weight", "body.0.res_layer.1.weight", "output_layer.3.weight"),
         _ir,
         theirs=_ir_names,
         input=_ir_input,
+        variant=_ir_variant,
     ),
     Layout(
         "mtlface",

@@ -31,7 +31,7 @@ class _Head(Protocol):
     weight: nn.Parameter
 
 
-H = TypeVar("H", bound=_Head)
+T = TypeVar("T", bound=_Head)
 
 
 def merge_partial_fc(shards: Sequence[Tensor]) -> Tensor:
@@ -81,8 +81,8 @@ def merge_partial_fc(shards: Sequence[Tensor]) -> Tensor:
 
 def load_partial_fc(
     paths: Sequence[str | os.PathLike[str]],
-    head: Callable[[int, int], H] = ArcFaceHead,  # type: ignore[assignment]  # a constructor is a callable
-) -> H:
+    head: Callable[[int, int], T] = ArcFaceHead,  # type: ignore[assignment]  # a constructor is a callable
+) -> T:
     """The class centres that k processes of a PartialFC saved, as one head.
 
     Read are insightface's `checkpoint_gpu_{rank}.pt` (of which only `state_dict_softmax_fc` is used), state dicts with a

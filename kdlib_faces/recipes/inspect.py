@@ -19,12 +19,12 @@ def backbones() -> str:
     """
     from kdlib_faces.backbones.complexity import describe_backbones
 
-    head = f"{'backbone':<16}{'embedding':>10}{'input':>7}{'parameters':>14}{'trainable':>14}{'MACs':>17}{'keys':>6}"
+    head = f"{'backbone':<18}{'embedding':>10}{'input':>7}{'parameters':>14}{'trainable':>14}{'MACs':>17}{'keys':>6}"
     lines = [head]
     for row in describe_backbones():
         size = row.input_size if isinstance(row.input_size, int) else "x".join(map(str, row.input_size))
         lines.append(
-            f"{row.name:<16}{row.embedding_dim:>10}{size:>7}{row.parameters:>14,}{row.trainable:>14,}"
+            f"{row.name:<18}{row.embedding_dim:>10}{size:>7}{row.parameters:>14,}{row.trainable:>14,}"
             f"{row.macs:>17,}{row.state_keys:>6}"
         )
     lines.append("MACs: multiply-adds of convolutions and linear layers at one image; BatchNorm and PReLU not counted.")
@@ -33,6 +33,8 @@ def backbones() -> str:
 
 def file(path: Path) -> str:
     """What a file is: an ONNX network, our own or a published checkpoint, or a face list.
+
+    Of a checkpoint: layout, wrapping, network, input, output, counts, taps, and every difference where it does not fit.
 
     Raises:
         InputError: none of these, or broken.
@@ -43,14 +45,49 @@ def file(path: Path) -> str:
         return _onnx(path)
     if path.suffix == ".csv" or path.is_dir():
         return _list(path)
-    from kdlib_faces.backbones import load_backbone
-    from kdlib_faces.backbones.complexity import count_macs, count_parameters
+    from kdlib_faces.teachers.files import describe_teacher
 
-    model = load_backbone(path)
-    return (
-        f"{model!r}\nparameters {count_parameters(model):,}\nMACs {count_macs(model, model.input_size):,}\n"
-        f"taps {', '.join(model.stages)}"
-    )
+    return describe_teacher(path) or _weights(path)
+
+
+def _weights(path: Path) -> str:
+    from kdlib_faces.backbones import describe_checkpoint, load_backbone
+
+    info = describe_checkpoint(path)
+    around = [f"opened {' / '.join(info.wrappers)}"] if info.wrappers else []
+    around += [f"stripped {info.prefix!r}"] if info.prefix else []
+    around += [f"left out {', '.join(info.beside)}"] if info.beside else []
+    lengths = {
+        True: "of unit length where it was published, not here",
+        False: "not normalised",
+        None: "not normalised; some projects of this layout do it, some do not",
+    }
+    told = {
+        "file": f"{info.kind}, {info.size:,} bytes",
+        "layout": f"{info.layout}: {info.about}",
+        "wrapping": "; ".join(around) or "none",
+        "network": f"{info.backbone}: {info.network}",
+        "input": info.input_spec.describe(),
+        "output": f"(b, {info.embedding_dim}), {lengths[info.input_spec.normalised]}",
+        "parameters": f"{info.parameters:,}",
+        "MACs": f"{info.macs:,}",
+        "keys": f"{info.keys:,}",
+        "taps": ", ".join(info.stages),
+    }
+    lines = [f"{name:<12}{value}" for name, value in told.items()]
+    if info.differences:
+        lines.append("does not fit the network; differences:")
+        for kind, keys in info.differences.items():
+            lines.append(f"  {kind} ({len(keys)})")
+            lines += [f"    {key}" for key in keys]
+        return "\n".join(lines)
+    try:
+        load_backbone(path)
+    except InputError as error:
+        lines.append(f"{'weights':<12}cannot be used: {error}")
+    else:
+        lines.append(f"{'weights':<12}all there, all finite")
+    return "\n".join(lines)
 
 
 def taps(path: Path, names: Sequence[str]) -> str:
@@ -70,9 +107,9 @@ def taps(path: Path, names: Sequence[str]) -> str:
     import torch
 
     from kdlib import StudentAdapter
-    from kdlib_faces.backbones import load_backbone
+    from kdlib_faces.teachers import load_teacher
 
-    model = load_backbone(path)
+    model = load_teacher(path)
     sides = (model.input_size,) * 2 if isinstance(model.input_size, int) else tuple(model.input_size)
     with torch.inference_mode():
         features = StudentAdapter(model, wanted)(torch.zeros(1, 3, *sides))
