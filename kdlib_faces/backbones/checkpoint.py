@@ -153,6 +153,10 @@ def describe_checkpoint(path: str | os.PathLike[str], *, input_size: InputSize |
     """
     found = examine(path, input_size=input_size)
     model = found.model
+    try:
+        macs = count_macs(model, model.input_size)
+    except (RuntimeError, OverflowError) as error:  # sizes beyond what torch can count
+        raise InputError(f"{found.owner} describes a network of sizes that cannot be: {model!r}") from error
     return CheckpointInfo(
         kind=found.weights.kind,
         size=found.weights.size,
@@ -164,7 +168,7 @@ def describe_checkpoint(path: str | os.PathLike[str], *, input_size: InputSize |
         backbone=model.name,
         network=repr(model),
         parameters=count_parameters(model),
-        macs=count_macs(model, model.input_size),
+        macs=macs,
         keys=len(found.unwrapped.state),
         embedding_dim=model.embedding_dim,
         stages=model.stages,

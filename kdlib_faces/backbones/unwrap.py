@@ -67,8 +67,11 @@ def unwrap(content: Mapping[Any, Any]) -> Unwrapped:
     prefix, beside = "", []
     for _ in range(DEEPEST):
         for candidate in PREFIXES:
+            under = [key.removeprefix(candidate) for key in state if key.startswith(candidate)]
             rest = [key for key in state if not key.startswith(candidate)]
-            if len(rest) < len(state) and all(key.startswith(HEADS) for key in rest):
+            if any(key[:1].isdigit() for key in under):
+                continue  # a numbered part of the network itself, such as MobileNet's `features.0`
+            if under and all(key.startswith(HEADS) for key in rest):
                 state = {key.removeprefix(candidate): value for key, value in state.items() if key not in rest}
                 prefix += candidate
                 beside += rest

@@ -400,6 +400,30 @@ def test_the_recipe_feeds_a_published_teacher_as_it_wants(tmp_path):
     assert loaded.input_spec(images).shape == (2, 3, 48, 32)
 
 
+def test_embeddings_of_a_published_network_are_of_its_own_images(tmp_path):
+    from kdlib_faces.recipes.evaluate import embed, load_model
+
+    model = small(input_size=(32, 16))
+    model.input_spec = InputSpec(size=(32, 16), colour="bgr", mean=0.0, scale=255.0)
+    save_backbone(model, tmp_path / "m.pt")
+    loaded, side = load_model(tmp_path / "m.pt")
+    pixels = torch.randint(0, 256, (3, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    wanted = model(pixels.flip(1)[..., 8:24] / 255)
+    assert side == 32
+    found = embed(loaded, pixels, flip=False)
+    torch.testing.assert_close(found, nn.functional.normalize(wanted, dim=1), rtol=1e-4, atol=1e-5)
+
+
+def test_a_description_of_impossible_sizes_is_refused(tmp_path):
+    content = {"kdlib_faces": 2, "backbone": "mobilefacenet", "input": {}, "state": {}}
+    for arguments in ({"input_size": 2**40}, {"width": 1e12}, {"embedding_dim": 2**62}, {"input_size": [1, 2**62]}):
+        torch.save({**content, "arguments": arguments}, tmp_path / "m")
+        with pytest.raises(InputError):
+            load_backbone(tmp_path / "m")
+        with pytest.raises(InputError):
+            describe_checkpoint(tmp_path / "m")
+
+
 class TestInspect:
     def run(self, capsys, path):
         assert main(["inspect", str(path)]) == 0

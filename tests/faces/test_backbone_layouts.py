@@ -10,8 +10,10 @@ import torch.nn.functional as F
 
 from kdlib_faces._checks import InputError
 from kdlib_faces.backbones import (
+    MBF,
     IResNet,
     IRNet,
+    MBFFlat,
     MobileFaceNet,
     MobileNetV1,
     MobileNetV2,
@@ -155,6 +157,38 @@ def insightface_iresnet(eps=1e-5):
     return run
 
 
+def mbf(blocks, scale, flat=False):
+    def run(w, x):
+        def block(x, name, *args, linear=False, **kwargs):
+            x = w.norm(w.conv(x, f"{name}.layers.0", *args, **kwargs), f"{name}.layers.1")
+            return x if linear else w.prelu(x, f"{name}.layers.2")
+
+        def depthwise(x, name, c_out, middle, stride):
+            y = block(block(x, f"{name}.layers.0", middle), f"{name}.layers.1", middle, 3, stride, groups=middle)
+            y = block(y, f"{name}.layers.2", c_out, linear=True)
+            return x + y if stride == 1 else y
+
+        c = 64 * scale
+        x = block(x, "layers.0", c, 3, 2)
+        if blocks[0] == 1:
+            x = block(x, "layers.1", c, 3, groups=64)  # two channels a group at scale 2
+        else:
+            for turn in range(blocks[0]):
+                x = depthwise(x, f"layers.1.layers.{turn}", c, 128, 1)
+        for at, (c_out, narrow, wide) in enumerate(((c, 128, 128), (2 * c, 256, 256), (2 * c, 512, 256))):
+            x = depthwise(x, f"layers.{2 * at + 2}", c_out, narrow, 2)
+            for turn in range(blocks[at + 1]):
+                x = depthwise(x, f"layers.{2 * at + 3}.layers.{turn}", c_out, wide, 1)
+        x = block(x, "conv_sep", 512)
+        if flat:
+            x = block(x, "features.layers.0", 8).flatten(1)
+        else:
+            x = block(x, "features.layers.0", 512, x.shape[2:], groups=512, pad=0, linear=True).flatten(1)
+        return w.norm(w.linear(x, "features.layers.2", 16, bias=flat), "features.layers.3")
+
+    return run
+
+
 def ir_block(w, x, name, c_out, stride, *, mid_norm, se):
     y = w.conv(w.norm(x, f"{name}.res_layer.0"), f"{name}.res_layer.1", c_out, 3)
     at = 2
@@ -281,6 +315,9 @@ def v2(bias, stem_stride, tail):
 RGB, UNKNOWN = "RGB, (pixel - 127.5) / 127.5", "RGB (assumed), (pixel - 127.5) / 127.5 (assumed)"
 CASES = {
     "insightface_iresnet": (insightface_iresnet(), IResNet, (32, 32), RGB, False),
+    "insightface_mbf": (mbf((1, 1, 2, 1), 2), MBF, (48, 32), RGB, False),
+    "insightface_mbf of depth": (mbf((2, 1, 1, 2), 1), MBF, (32, 32), RGB, False),
+    "insightface_mbf_flat": (mbf((1, 1, 1, 1), 1, flat=True), MBFFlat, (32, 32), RGB, False),
     "mobilefacenet": (mobilefacenet(), MobileFaceNet, (48, 32), UNKNOWN, None),
     "mobilefacenet_output_layer": (mobilefacenet("output_layer.", affine=False), MobileFaceNet, (32, 32), RGB, False),
     "mobilefacenet_output_layer affine": (mobilefacenet("output_layer."), MobileFaceNet, (32, 32), RGB, False),
@@ -425,6 +462,7 @@ def test_blocks_of_three_convolutions_are_named(tmp_path):
         (["body.stage1.0.0.weight"], "RetinaFace"),
         (["patch_embed.proj.weight"], "vision transformer"),
         (["conv1.weight", "layer1.0.bn1.weight", "fc.weight"], "not insightface's IResNet"),
+        (["features.0.0.weight", "classifier.1.weight"], "a MobileNet that is not one of the face variants"),
         (["kernel"], "load_partial_fc"),
         (["weight"], "load_partial_fc"),
     ],
