@@ -19,14 +19,20 @@ __all__ = ["mapped", "opened", "read_whole", "written"]
 def opened(path: str | PathLike[str], what: str) -> Iterator[io.BufferedReader]:
     """The file, open for reading; what goes wrong with the file itself is an `InputError` that names it."""
     try:
-        with Path(path).open("rb") as stream:
-            yield stream
+        stream = Path(path).open("rb")  # noqa: SIM115  # closed by the block below
     except FileNotFoundError:
         raise InputError(f"{what} not found: {path}") from None
     except IsADirectoryError:
         raise InputError(f"{what} must be a file, got the folder {path}") from None
     except OSError as error:
         raise InputError(f"{what} not readable: {path} ({error.strerror or error})") from None
+    except ValueError:
+        raise InputError(f"{what}: no file can be called {str(path)[:80]!r}") from None
+    with stream:
+        try:
+            yield stream
+        except OSError as error:
+            raise InputError(f"{what} not readable: {path} ({error.strerror or error})") from None
 
 
 def _size(stream: BinaryIO, path: str | PathLike[str], what: str, most: int) -> int:

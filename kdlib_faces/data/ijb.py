@@ -40,7 +40,7 @@ class IJBTemplates:
     """Which template and medium (a still, or a video whose frames are pooled) each image belongs to.
 
     Attributes:
-        images: `n` file names.
+        images: `n` file names, in the folder `loose_crop` of the set.
         template_ids: `(n,)` int64; not contiguous, so never an index.
         media_ids: `(n,)` int64.
     """

@@ -191,7 +191,8 @@ def gather_pairs(
 
 def _check_image(image: str, source: str) -> None:
     path = PurePosixPath(image)
-    if not path.parts or path.is_absolute() or ".." in path.parts or "\\" in image or ":" in path.parts[0]:
+    strange = not image.isprintable() or "\\" in image
+    if strange or not path.parts or path.is_absolute() or ".." in path.parts or ":" in path.parts[0]:
         raise InputError(f"{source}: an image must be named by a path inside the set, got {image[:80]!r}")
 
 

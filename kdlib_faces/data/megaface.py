@@ -103,7 +103,7 @@ def read_template_list(path: str | PathLike[str]) -> TemplateList:
     seen: set[str] = set()
     for row, each in enumerate(paths):
         place = PurePosixPath(each)
-        if not place.parts or place.is_absolute() or ".." in place.parts or "\0" in each or "\\" in each:
+        if not place.parts or place.is_absolute() or ".." in place.parts or not each.isprintable() or "\\" in each:
             raise InputError(f"{path}: path {row} must lie inside the set, got {each[:80]!r}")
         if each in seen:
             raise InputError(f"{path}: path {row} stands there twice: {each[:80]!r}")

@@ -238,7 +238,7 @@ class RecordReader(Sequence[Record]):
         if self.header is None or not self._exact or self.header[0] == self.header[1]:
             return None
         a, b = self.header
-        rows = np.flatnonzero((self._keys >= a) & (self._keys < b))
+        rows = self._identity_rows()
         if len(rows) != b - a:
             raise InputError(
                 f"{self.path} record 0: names identities {a} to {b - 1}, {b - a - len(rows)} are not in the index"
@@ -254,14 +254,19 @@ class RecordReader(Sequence[Record]):
             spans[at] = int(start), int(end)
         return IdentityRanges(self._keys[rows], spans[:, 0], spans[:, 1])
 
+    def _identity_rows(self) -> NDArray[np.int64]:
+        a, b = self.header or (0, 0)
+        return np.flatnonzero((self._keys >= a) & (self._keys < b))
+
     def labels(self, *, progress: Progress | None = None) -> NDArray[np.int64]:
-        """`(n,)` int64, the identity of each image; from the identity records where they name every image once.
+        """`(n,)` int64, the identity of each image; by the identity records where they are all there and name every image.
 
         Raises:
             InputError: a label that is no whole number below 2^24, or images of one identity record with different labels.
         """
         out = np.full(len(self), -1, dtype=np.int64)
-        spans = self.ranges()
+        a, b = self.header or (0, 0)
+        spans = self.ranges() if len(self._identity_rows()) == b - a else None
         if spans is not None and int((spans.ends - spans.starts).sum()) == len(self):
             work: Iterable[Any] = list(
                 zip(spans.keys.tolist(), spans.starts.tolist(), spans.ends.tolist(), strict=True)

@@ -404,6 +404,23 @@ def test_any_codec_is_found_from_the_bytes(codec):
     assert np.abs(decoded.astype(int) - pixels.transpose(2, 0, 1)).max() <= (30 if codec in ("JPEG", "WEBP") else 8)
 
 
+@settings(max_examples=300, deadline=20_000)
+@given(st.sampled_from(["PNG", "JPEG", "BMP", "WEBP", "TIFF", "PPM", "GIF", "TGA", "PCX", "ICO"]), st.data())
+def test_bit_flips_of_images_end_in_pixels_or_in_our_error(codec, data):
+    Image.init()
+    whole = encoded(np.random.default_rng(0).integers(0, 256, (12, 12, 3)), codec)
+    broken = bytearray(whole)
+    for at, bit in data.draw(
+        st.lists(st.tuples(st.integers(0, len(whole) - 1), st.integers(0, 7)), min_size=1, max_size=4)
+    ):
+        broken[at] ^= 1 << bit
+    try:
+        found = decode_image(bytes(broken), 12)
+    except InputError:
+        return
+    assert found.shape == (3, 12, 12)
+
+
 def test_a_codec_that_starts_a_program_is_refused():
     stream = io.BytesIO()
     Image.new("RGB", (8, 8)).save(stream, "EPS")

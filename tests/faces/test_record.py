@@ -378,6 +378,7 @@ def test_identity_records_that_disagree_or_lack(tmp_path):
     reader = RecordReader(write(tmp_path, [*records[:2], (0, image_record(b"", [3, 5]))]))
     with pytest.raises(InputError, match="names identities 3 to 4, 2 are not in the index"):
         reader.ranges()
+    assert reader.labels().tolist() == [0, 0]
 
 
 def test_announced_sizes_cost_nothing(tmp_path, monkeypatch):

@@ -322,6 +322,7 @@ def test_people_are_told_only_where_names_agree_with_every_label(tmp_path):
             r"fold 1: must hold a \(2, n\) cell of images and n labels",
         ),
         (lambda: agedb_file(1, 3, form="text", name=" "), "fold 1: an image must be a name"),
+        (lambda: agedb_file(10, 300, form="text", name="a\0b{p}"), "an image must be named by a path inside the set"),
         (lambda: Writer().file(splits=np.arange(3.0)), "splits must be a cell of folds"),
         (lambda: Writer().file(split=np.arange(3.0)), "no variable 'splits'; there are 'split'"),
         (lambda: Writer().file(splits=Grid([["a"]])), r"fold 1: must hold a \(2, n\) cell"),

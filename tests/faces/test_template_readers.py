@@ -382,6 +382,8 @@ def test_template_lists(tmp_path):
         ('{"path": ["../a"]}', "path 0 must lie inside the set"),
         ('{"path": ["/a"]}', "path 0 must lie inside the set"),
         ('{"path": [""]}', "path 0 must lie inside the set"),
+        ('{"path": ["a", "b\\u0000"]}', "path 1 must lie inside the set"),
+        ('{"path": ["\\ud800"]}', "path 0 must lie inside the set"),
         ('{"path": ["a"], "id": ["1", "2"]}', "1 paths and 2 ids; there must be one each"),
         ('{"path": ["a"], "id": [true]}', "'id' must be a list of texts or whole numbers"),
         ('{"path": ["a"], "id": "1"}', "'id' must be a list"),
@@ -508,3 +510,27 @@ def test_ages_and_dates_become_years(tmp_path):
 def test_longitudinal_lists_that_are_none(tmp_path, text, message):
     with pytest.raises(InputError, match=message):
         read_longitudinal(put(tmp_path, text, "people.csv"))
+
+
+# Everything small, with bits turned over
+
+LISTS = {
+    read_template_list: json.dumps({"path": ["001/a.png", "2/c.png"], "id": ["1", "2"]}).encode(),
+    read_feature_file: head(6) + struct.pack("<6f", *range(6)),
+    read_points: points_text([(k, k + 0.5) for k in range(68)]).encode(),
+    read_longitudinal: b"path,identity,date\na.jpg,Ann,1990-07-02\nb.jpg,ann,2010-07-02\nc.jpg,Bob,2010\n",
+    read_ijb_subjects: b"TEMPLATE_ID,SUBJECT_ID,FILENAME\n11,1,img/1.png\n12,2,img/2.png\n",
+}
+
+
+@settings(FUZZ, max_examples=600)
+@given(st.data(), st.sampled_from(list(LISTS)))
+def test_bit_flips_of_small_files(tmp_path, data, reader):
+    try:
+        found = reader(put(tmp_path, flip(data, LISTS[reader])))
+    except InputError as error:
+        text = str(error)
+    else:
+        text = ""
+        assert len(found) > 0
+    assert "\n" not in text
