@@ -72,7 +72,7 @@ def _evaluation(
             title, caption, path = pictures[name]
             out.append(f"### {_text(title)}\n\n![{_text(title)}]({path})\n\n{_text(caption)}\n")
     if evaluation.scores:
-        out.append("Scores: " + ", ".join(f"`{path}`" for path in evaluation.scores.values()) + "\n")
+        out.append("Scores: " + ", ".join(map(_text, evaluation.scores.values())) + "\n")
     out.append("\n".join(f"- {_text(note)}" for note in evaluation.notes) + "\n" if evaluation.notes else "")
     return out
 

@@ -27,13 +27,15 @@ _LOOK = """(async () => {
     const images = [...document.images];
     await Promise.allSettled(images.map((image) => image.decode()));
     const pictures = images.map((image) => {
-        const canvas = document.createElement('canvas');
-        canvas.width = 32; canvas.height = 32;
-        const ink = canvas.getContext('2d');
-        ink.drawImage(image, 0, 0, 32, 32);
-        const pixels = ink.getImageData(0, 0, 32, 32).data;
         const levels = new Set();
-        for (let i = 0; i < pixels.length; i += 4) levels.add(pixels[i] + 256 * pixels[i + 1] + 65536 * pixels[i + 2]);
+        try {
+            const canvas = document.createElement('canvas');
+            canvas.width = 32; canvas.height = 32;
+            const ink = canvas.getContext('2d');
+            ink.drawImage(image, 0, 0, 32, 32);
+            const pixels = ink.getImageData(0, 0, 32, 32).data;
+            for (let i = 0; i < pixels.length; i += 4) levels.add(pixels[i] + 256 * pixels[i + 1] + 65536 * pixels[i + 2]);
+        } catch (error) { }  // a broken image cannot be drawn: no levels
         const box = image.getBoundingClientRect();
         return {alt: image.alt, complete: image.complete, natural: [image.naturalWidth, image.naturalHeight],
                 shown: [box.width, box.height], levels: levels.size};
