@@ -253,6 +253,12 @@ class DistractorProtocol:
                 if self.cleaning == "none":
                     yield block, 0, 0
                     continue
+                # Before rows are left out, so that a bad one has its own number.
+                bad_rows = np.flatnonzero(~np.isfinite(block).all(axis=1))
+                first = total - len(block) + int(bad_rows[:1].sum())
+                require(
+                    bad_rows.size == 0, self.owner, f"distractors must be finite (no NaN, no infinity), got row {first}"
+                )
                 if self.cleaning == "extra_dimension":
                     good = block[:, -1] == 0
                     block = block[:, :-1]

@@ -1,6 +1,6 @@
 """Evaluation room: one rule for TAR at a FAR, and the curve. NumPy only; takes score vectors."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from math import floor, isfinite
 from typing import Any, Literal
 
@@ -52,9 +52,30 @@ class TarAtFar(float):
     false_accepts: int
     mode: str
 
-    def __new__(cls, tar: float, *_: Any, **__: Any) -> "TarAtFar":
+    def __new__(
+        cls,
+        tar: float,
+        threshold: float,
+        far: float,
+        target: float,
+        resolvable: bool,
+        low: float,
+        high: float,
+        genuine: int,
+        impostors: int,
+        false_accepts: int,
+        mode: str,
+    ) -> "TarAtFar":
         """A float, so that a TAR can be compared and printed as one."""
         return super().__new__(cls, tar)
+
+    def __getnewargs__(self) -> tuple[Any, ...]:
+        """What a copy is made of."""
+        return tuple(getattr(self, each.name) for each in fields(self))
+
+    def __ne__(self, other: object) -> bool:
+        """Two points differ where any field does; float alone would look at the TAR."""
+        return not self == other
 
     __hash__ = float.__hash__
 

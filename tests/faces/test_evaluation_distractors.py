@@ -1,5 +1,8 @@
 """Identification among distractors against plain loops over the whole matrix of scores."""
 
+import copy
+import dataclasses
+import pickle
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -161,6 +164,9 @@ def test_cleaning_conventions_are_named_and_differ_as_they_do() -> None:
         dropped = identify_with_distractors(given, who, extra, cleaning="extra_dimension")
         assert (dropped.rank1, dropped.distractors, dropped.cleaned) == (1.0, 2, 1)
     assert "1 cleaned away (extra_dimension)" in dropped.convention
+    extra[2, 0] = np.nan
+    with pytest.raises(ValueError, match=r"distractors must be finite .*, got row 2"):
+        identify_with_distractors(probes, who, [extra[:2], extra[2:]], cleaning="extra_dimension")
     with pytest.raises(ValueError, match="must hold one that is not cleaned away, got none"):
         identify_with_distractors(probes, who, np.zeros((3, 2)), cleaning="exclude_zeros")
 
@@ -220,4 +226,8 @@ def test_operating_points_are_numbers_too() -> None:
     assert point == point.tar
     assert hash(point) == hash(point.tar)
     assert f"{point:.3f}" == f"{point.tar:.3f}"
+    for again in (copy.deepcopy(point), pickle.loads(pickle.dumps(point)), dataclasses.replace(point)):
+        assert (again, again.to_dict(), type(again)) == (point, point.to_dict(), type(point))
+    assert dataclasses.replace(point, tar=0.5) == 0.5
+    assert point != dataclasses.replace(point, far=0.9)
     assert "DistractorProtocol(<48 images of 12 identities>" in repr(DistractorProtocol(who, distractors))
