@@ -82,7 +82,7 @@ def drawn_material(config: Any, work: Path, *, seed: int, quiet: bool) -> Materi
         factored = AgeInvariantNet(start)
         age_head = CosFaceHead(config.student.embedding_dim, general.identities + aged.identities, 32.0, 0.2)
         age_loss = AgeFactorLoss(config.student.embedding_dim, decorrelation=config.decorrelation)
-    taps = {"embedding": OUTPUT["embedding"], "parts": OUTPUT["parts"]}
+    taps: dict[str, Any] = {"embedding": OUTPUT, "parts": "parts"}
     terms = {
         "identity": Term(age_head, student="embedding", target="identity"),
         "age": Term(age_loss, student="parts", target="age", weight=0.1),

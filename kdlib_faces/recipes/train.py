@@ -6,16 +6,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import torch
-from torch import nn
 
-from kdlib import OUTPUT, StudentAdapter
 from kdlib._checks import check_number
-from kdlib.distiller import Distiller
-from kdlib.objective import Objective, Term
 from kdlib_faces._checks import InputError
 from kdlib_faces._output import check_output
-from kdlib_faces.backbones import build_backbone, save_backbone
+from kdlib_faces.backbones import build_backbone
 from kdlib_faces.config import dump_toml
 from kdlib_faces.data.batches import FaceBatches
 from kdlib_faces.data.images import load_images
@@ -23,44 +18,46 @@ from kdlib_faces.data.listing import FaceList, read_faces
 from kdlib_faces.data.views import AugmentConfig
 from kdlib_faces.progress import progress as shown
 from kdlib_faces.progress import say
+from kdlib_faces.recipes.age_teacher import AgeTeacherConfig, PairTargets, SteadyNet, build_age_teacher, tune
 from kdlib_faces.recipes.liaad import LIAADConfig, build
 from kdlib_faces.recipes.stages import fit
+from kdlib_faces.teachers import load_start, save_teacher
 
 __all__ = ["RECIPES", "TrainRecipeConfig", "run"]
+
+STEPS, LR = 10_000, 0.1
+START_STEPS, START_LR = 200, 5e-4
 
 RECIPES = ("liaad", "student", "general_teacher", "age_teacher")
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainRecipeConfig:
-    """What `kdlib-faces train` can be told.
+class TrainRecipeConfig(AgeTeacherConfig):
+    """What `kdlib-faces train` can be told; what it has of `AgeTeacherConfig` is for the recipe `age_teacher` alone.
 
     Attributes:
-        steps: updates of the weights.
-        lr: learning rate.
-        batch_size: images a step.
+        steps: updates of the weights; None: 10,000, or 200 from a loaded start.
+        lr: learning rate; None: 0.1 (SGD), or 0.0005 (AdamW) from a loaded start.
+        batch_size: images a step; from a loaded start, four of each of a quarter as many people.
         amp: `"none"` or `"bfloat16"`.
-        decorrelation: of the age teacher's two parts.
-        age_weight: of the age teacher's age term.
         augment: views of the training images.
         network: the network and the recipe; `num_identities` is taken from the lists.
     """
 
-    steps: int = 10_000
-    lr: float = 0.1
+    steps: int | None = None
+    lr: float | None = None
     batch_size: int = 64
     amp: Literal["none", "bfloat16"] = "none"
-    decorrelation: float = 0.1
-    age_weight: float = 0.1
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     network: LIAADConfig = field(default_factory=LIAADConfig)
 
     def __post_init__(self) -> None:
-        check_number("TrainRecipeConfig", "steps", self.steps, least=1, integer=True)
+        super().__post_init__()
+        if self.steps is not None:
+            check_number("TrainRecipeConfig", "steps", self.steps, least=1, integer=True)
+        if self.lr is not None:
+            check_number("TrainRecipeConfig", "lr", self.lr, above=0)
         check_number("TrainRecipeConfig", "batch_size", self.batch_size, least=2, integer=True)
-        check_number("TrainRecipeConfig", "lr", self.lr, above=0)
-        check_number("TrainRecipeConfig", "decorrelation", self.decorrelation, least=0)
-        check_number("TrainRecipeConfig", "age_weight", self.age_weight, least=0)
 
 
 def run(
@@ -80,7 +77,8 @@ def run(
         output: folder of the run.
         recipe: one of `RECIPES`.
         faces: lists or folders.
-        teachers: for `"liaad"`: the general and the age-invariant teacher, checkpoints or ONNX files.
+        teachers: for `"liaad"`: the general and the age-invariant teacher, checkpoints or ONNX files; for `"age_teacher"`:
+            the network to start from, or none.
         seed: of weights, order and views.
         progress: show progress.
 
@@ -92,28 +90,40 @@ def run(
     """
     if recipe not in RECIPES:
         raise InputError(f"train: recipe must be one of {', '.join(RECIPES)}, got {recipe!r}")
-    if (recipe == "liaad") != (len(teachers) == 2):
-        wanted = "two teachers, the general one first" if recipe == "liaad" else "no teacher"
+    counts = {"liaad": (2,), "age_teacher": (0, 1)}.get(recipe, (0,))
+    if len(teachers) not in counts:
+        asked = {"liaad": "two teachers, the general one first", "age_teacher": "one teacher to start from, or none"}
+        wanted = asked.get(recipe, "no teacher")
         raise InputError(f"train: recipe {recipe!r} takes {wanted}, got {len(teachers)}")
     check_output(output)
     listed = read_faces(faces)
     network = replace(config.network, num_identities=listed.num_identities, seed=seed)
-    if teachers:
+    if recipe == "liaad":
         network = replace(network, general_teacher=teachers[0], age_teacher=teachers[1])
-    distiller = (
-        _age_teacher(config, network, listed)
-        if recipe == "age_teacher"
-        else build(network, teachers=None if recipe == "liaad" else {})
-    )
+    start = load_start(teachers[0]) if recipe == "age_teacher" and teachers else None
+    by_age = _by_age(listed) if recipe == "age_teacher" else ""
+    if recipe == "age_teacher":
+        distiller = build_age_teacher(
+            start if start is not None else _fresh(network),
+            config,
+            num_identities=network.num_identities,
+            groups=None if by_age == "age" else len(listed.group_names),
+            loaded=start is not None,
+            seed=seed,
+        )
+    else:
+        distiller = build(network, teachers=None if recipe == "liaad" else {})
+    size = network.input_size if start is None else _side(start, teachers[0])
 
     def meter(items: Any, label: str) -> Any:
         return shown(items, label, quiet=not progress)
 
-    images = load_images(listed, network.input_size, progress=meter)
+    images = load_images(listed, size, progress=meter)
     if len(images) < config.batch_size:
         raise InputError(f"train: batch_size must be at most the {len(images)} images, got {config.batch_size}")
     ages, groups = listed.ages, listed.age_groups
-    batches = FaceBatches(
+    paired = "pairs" in distiller.objective.terms
+    batches: Any = FaceBatches(
         images,
         listed.identities,
         batch_size=config.batch_size,
@@ -121,46 +131,70 @@ def run(
         augment=config.augment,
         ages=ages,
         age_groups=groups,
+        per_identity=_per_identity(config.batch_size, listed.num_identities) if paired else None,
     )
+    if paired:
+        batches = PairTargets(batches, by_age)
     output.mkdir(parents=True, exist_ok=True)
     (output / "config.toml").write_text(dump_toml(replace(config, network=network)))
-    fit(
-        distiller,
-        batches,
-        output,
-        steps=config.steps,
-        lr=config.lr,
-        seed=seed,
-        label=recipe,
-        quiet=not progress,
-        amp=config.amp,
-    )
+    if start is not None:
+        tune(
+            distiller,
+            batches,
+            output,
+            steps=config.steps or START_STEPS,
+            lr=config.lr or START_LR,
+            seed=seed,
+            label=recipe,
+            quiet=not progress,
+            amp=config.amp,
+        )
+    else:
+        fit(
+            distiller,
+            batches,
+            output,
+            steps=config.steps or STEPS,
+            lr=config.lr or LR,
+            seed=seed,
+            label=recipe,
+            quiet=not progress,
+            amp=config.amp,
+        )
     model: Any = distiller.student.model
     target = output / "model.pt"
-    save_backbone(getattr(model, "backbone", model), target)
+    save_teacher(model.net if isinstance(model, SteadyNet) else model, target)
     say(f"weights: {target}", quiet=not progress)
     return target
 
 
-def _age_teacher(config: TrainRecipeConfig, network: LIAADConfig, listed: FaceList) -> Distiller:
-    """Identity and age, decorrelated; ages where the lists have them, else age groups."""
-    from kdlib_faces.heads import CosFaceHead
-    from kdlib_faces.teachers import AgeFactorLoss, AgeInvariantNet
-
-    years = listed.ages is not None and bool(np.isfinite(listed.ages).any())
-    if not years and listed.age_groups is None:
-        raise InputError("train: recipe 'age_teacher' needs ages or age groups, the lists have neither")
+def _fresh(network: LIAADConfig) -> Any:
+    """The untrained network that the configuration names."""
     size = {"embedding_dim": network.embedding_dim, "width": network.width, "input_size": network.input_size}
-    backbone = build_backbone(network.backbone, seed=network.seed, **size)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(network.seed + 1)
-        net: nn.Module = AgeInvariantNet(backbone)
-        head = CosFaceHead(network.embedding_dim, network.num_identities, network.head_scale, network.head_margin)
-        groups = None if years else len(listed.group_names)
-        age = AgeFactorLoss(network.embedding_dim, groups=groups, decorrelation=config.decorrelation)
-    terms = {
-        "identity": Term(head, student="embedding", target="identity"),
-        "age": Term(age, student="parts", target="age" if years else "age_group", weight=config.age_weight),
-    }
-    taps = {"embedding": OUTPUT["embedding"], "parts": OUTPUT["parts"]}
-    return Distiller(StudentAdapter(net, taps), {}, Objective(terms))
+    return build_backbone(network.backbone, seed=network.seed, **size)
+
+
+def _by_age(listed: FaceList) -> str:
+    """Ages where the lists have them, else age groups."""
+    if listed.ages is not None and bool(np.isfinite(listed.ages).any()):
+        return "age"
+    if listed.age_groups is None:
+        raise InputError("train: recipe 'age_teacher' needs ages or age groups, the lists have neither")
+    return "age_group"
+
+
+def _side(start: Any, path: str) -> int:
+    """The side of the square images that a start is given; its `input_spec` cuts them to what it wants."""
+    size: Any = start.input_size
+    sides: tuple[Any, ...] = tuple(size) if isinstance(size, (tuple, list)) else (size, size)
+    if None in sides or (len(set(sides)) != 1 and getattr(start, "input_spec", None) is None):
+        raise InputError(f"train: {path} takes images of {size}, only square ones are loaded")
+    return int(max(sides))
+
+
+def _per_identity(batch_size: int, identities: int) -> int:
+    """Four images of a person a batch, or as many as the batch and the number of people allow."""
+    for each in (4, 2, *range(3, batch_size + 1)):
+        if batch_size % each == 0 and batch_size // each <= identities:
+            return each
+    raise InputError(f"train: batch_size {batch_size} cannot hold pairs of {identities} people")

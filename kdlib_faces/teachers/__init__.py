@@ -1,21 +1,38 @@
 """Teachers room: heavy networks that know more, general or age-invariant, native or from an ONNX file."""
 
+from kdlib_faces.teachers.age_attention import AgeAttention, AttentiveAgeNet
+from kdlib_faces.teachers.age_estimation import AgeEstimationLoss, reverse_gradient
 from kdlib_faces.teachers.age_invariant import AgeFactorLoss, AgeInvariantNet, canonical_correlation
+from kdlib_faces.teachers.age_pairs import FarPairLoss, PullToStart
+from kdlib_faces.teachers.files import load_start, load_teacher, save_teacher
+from kdlib_faces.teachers.fused import FusedTeacher, fit_fusion, joined
 from kdlib_faces.teachers.linear import MappedTeacher, fit_age_map, fit_rotation
 from kdlib_faces.teachers.onnx import OnnxTeacher
 from kdlib_faces.teachers.onnx_import import import_onnx, restore_statistics
 from kdlib_faces.teachers.outputs import record, said_of_all
 
 __all__ = [
+    "AgeAttention",
+    "AgeEstimationLoss",
     "AgeFactorLoss",
     "AgeInvariantNet",
+    "AttentiveAgeNet",
+    "FarPairLoss",
+    "FusedTeacher",
     "MappedTeacher",
     "OnnxTeacher",
+    "PullToStart",
     "canonical_correlation",
     "fit_age_map",
+    "fit_fusion",
     "fit_rotation",
     "import_onnx",
+    "joined",
+    "load_start",
+    "load_teacher",
     "record",
     "restore_statistics",
+    "reverse_gradient",
     "said_of_all",
+    "save_teacher",
 ]

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from kdlib._checks import check_floating, check_number, check_rank, check_same_batch
+from kdlib_faces.teachers.age_estimation import reverse_gradient
 
 __all__ = ["AgeFactorLoss", "AgeInvariantNet", "canonical_correlation"]
 
@@ -22,47 +23,53 @@ class AgeInvariantNet(nn.Module):
 
     Args:
         backbone: images to embeddings `(b, d)`, with an attribute `embedding_dim`.
+        gain: factor on the first weights of the branch's last layer. With 1, a new branch takes a random third of the
+            embedding away, which a backbone that is trained already has to recover from; 0.01 starts near `x`. Ours.
 
     Shape:
-        images `(b, 3, h, w)`; returns `{"embedding": (b, d), "parts": (b, 2, d)}`, where `embedding` is the identity part
-        and `parts` holds identity and age.
+        images `(b, 3, h, w)`; returns the identity part `(b, d)`. Both parts `(b, 2, d)`, identity and age, pass through
+        the submodule `parts`, for a tap.
 
     Examples:
+        >>> from kdlib import OUTPUT, StudentAdapter
         >>> from kdlib_faces.backbones import MobileFaceNet
         >>> net = AgeInvariantNet(MobileFaceNet(embedding_dim=16, width=0.25, input_size=32)).eval()
-        >>> {name: tuple(value.shape) for name, value in net(torch.zeros(2, 3, 32, 32)).items()}
+        >>> taps = StudentAdapter(net, {"embedding": OUTPUT, "parts": "parts"})
+        >>> {name: tuple(value.shape) for name, value in taps(torch.zeros(2, 3, 32, 32)).items()}
         {'embedding': (2, 16), 'parts': (2, 2, 16)}
 
     References:
         Wang, Gong, Li, Liu: Decorrelated Adversarial Learning for Age-Invariant Face Recognition, CVPR 2019.
     """
 
-    def __init__(self, backbone: nn.Module) -> None:
+    def __init__(self, backbone: nn.Module, *, gain: float = 1.0) -> None:
         super().__init__()
+        check_number("AgeInvariantNet", "gain", gain, above=0)
         dim: Any = getattr(backbone, "embedding_dim", None)
         check_number("AgeInvariantNet", "backbone.embedding_dim", dim, least=1, integer=True)
         self.backbone = backbone
         self.embedding_dim: int = dim
         self.input_size: Any = getattr(backbone, "input_size", None)
         self.stages = tuple(f"backbone.{stage}" for stage in getattr(backbone, "stages", ()))
-        self.age_branch = nn.Sequential(nn.Linear(dim, dim), nn.ReLU(), nn.Linear(dim, dim), nn.ReLU())
+        self.gain = gain
+        last = nn.Linear(dim, dim)
+        with torch.no_grad():
+            last.weight.mul_(gain)
+            last.bias.mul_(gain)
+        self.parts = nn.Identity()
+        self.age_branch = nn.Sequential(nn.Linear(dim, dim), nn.ReLU(), last, nn.ReLU())
 
-    def forward(self, images: Tensor) -> dict[str, Tensor]:
-        """Split the embedding of each image."""
+    @property
+    def input_spec(self) -> Any:
+        """What the backbone wants its images to be; None where it does not say."""
+        return getattr(self.backbone, "input_spec", None)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """The identity part of each image's embedding."""
         embedding = self.backbone(images)
         age = self.age_branch(embedding)
-        identity = embedding - age
-        return {"embedding": identity, "parts": torch.stack([identity, age], dim=1)}
-
-
-class _Reverse(torch.autograd.Function):
-    @staticmethod
-    def forward(_ctx: Any, x: Tensor) -> Tensor:
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(_ctx: Any, *gradients: Tensor) -> Tensor:
-        return -gradients[0]
+        both: Tensor = self.parts(torch.stack([embedding - age, age], dim=1))
+        return both[:, 0]
 
 
 def canonical_correlation(identity: Tensor, age: Tensor, direction: Tensor, *, eps: float = 1e-6) -> Tensor:
@@ -149,5 +156,4 @@ class AgeFactorLoss(nn.Module):
             known, groups = ages >= 0, ages.clamp(min=0)
         each = F.cross_entropy(self.classifier(age), groups, reduction="none")
         reading = (each * known).sum() / known.sum().clamp(min=1)
-        direction: Tensor = _Reverse.apply(self.direction)  # type: ignore[no-untyped-call]  # torch leaves it untyped
-        return reading + self.decorrelation * canonical_correlation(identity, age, direction)
+        return reading + self.decorrelation * canonical_correlation(identity, age, reverse_gradient(self.direction))

@@ -64,7 +64,7 @@ class _Reader:
         self.graph = graph
         to_array: Callable[[Any], np.ndarray] = _library("onnx").numpy_helper.to_array
         proto = graph.model.graph
-        self.constants = {each.name: to_array(each) for each in proto.initializer}
+        self.constants: dict[str, Any] = {each.name: to_array(each) for each in proto.initializer}
         for node in proto.node:
             if node.op_type == "Constant":
                 self.constants[node.output[0]] = next(

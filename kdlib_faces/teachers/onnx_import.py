@@ -297,6 +297,7 @@ def _iresnet(graph: Graph, items: Sequence[Step | Residual], first: Step) -> IRe
     at = _Cursor(items)
     at.conv(net.conv1, net.bn1)
     at.prelu(net.prelu)
+    block: Any
     for stage in (net.layer1, net.layer2, net.layer3, net.layer4):
         for block in stage:
             fork = at.residual()
@@ -335,7 +336,7 @@ def _mobile(graph: Graph, items: Sequence[Step | Residual], first: Step) -> Back
     if c % 64:
         raise _Mismatch(f"{first.node} has {c} channels, an MBF has a multiple of 64")
     flat = any(isinstance(item, Step) and item.kind == "flatten" for item in items) and not _global(items)
-    blocks = {"embedding_dim": dim, "scale": c // 64, "blocks": counts}
+    blocks: dict[str, Any] = {"embedding_dim": dim, "scale": c // 64, "blocks": counts}
     net: MBF
     if flat:
         last = [item for item in items if isinstance(item, Step) and item.kind == "conv"][-1]
