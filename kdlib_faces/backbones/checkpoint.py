@@ -20,6 +20,7 @@ from kdlib_faces.backbones._arguments import InputSize
 from kdlib_faces.backbones.complexity import count_macs, count_parameters
 from kdlib_faces.backbones.input_spec import InputSpec
 from kdlib_faces.backbones.layouts import LAYOUTS, Layout, foreign
+from kdlib_faces.backbones.origins import find_origin
 from kdlib_faces.backbones.registry import Backbone, build_backbone
 from kdlib_faces.backbones.unwrap import Unwrapped, unwrap
 
@@ -98,36 +99,6 @@ class Found:
     differences: dict[str, tuple[str, ...]]
 
 
-@dataclass(frozen=True)
-class _Origin:
-    """A project that shares another's layout but wraps it in a way of its own, and what is known of it alone."""
-
-    about: str
-    layouts: tuple[str, ...]
-    prefixes: tuple[str, ...]
-    wrapper: str = "state_dict"
-    beside: str = ""
-    input: tuple[tuple[str, Any], ...] = ()
-    arguments: tuple[tuple[str, Any], ...] = ()
-
-
-MAGFACE = (("colour", "bgr"), ("mean", 0.0), ("scale", 255.0))
-FACEX_ZOO = (("colour", "bgr"), ("mean", 127.5), ("scale", 128.0))
-ORIGINS = (
-    _Origin(
-        "MagFace",
-        ("insightface_iresnet",),
-        ("features.module.", "module.features."),
-        input=MAGFACE,
-        arguments=(("norm_eps", 2e-5),),
-    ),
-    _Origin("AdaFace", ("ir",), ("model.",), beside="head.kernel", input=(("colour", "bgr"),)),
-    _Origin("FaceX-Zoo", ("mobilefacenet",), ("backbone.",), input=(*FACEX_ZOO, ("normalised", False))),
-    _Origin("FaceX-Zoo", ("ir",), ("backbone.",), input=(*FACEX_ZOO, ("normalised", True))),
-    _Origin("bubbliiiing", ("insightface_iresnet",), ("arcface.",), wrapper="", input=(("normalised", True),)),
-)
-
-
 def describe_checkpoint(path: str | os.PathLike[str], *, input_size: InputSize | None = None) -> CheckpointInfo:
     """What a checkpoint file is: its layout, its network, what wraps it, and every difference from the network.
 
@@ -188,17 +159,18 @@ def examine(path: str | os.PathLike[str], *, input_size: InputSize | None = None
     own = _own(owner, weights)
     if own is not None:
         name, arguments, told, state = own
-        unwrapped, about = Unwrapped(state, (), "", ()), "a file of save_backbone"
+        unwrapped, about = Unwrapped(state, (), (), "", ()), "a file of save_backbone"
     else:
         unwrapped = unwrap(content)
         layout, arguments = _recognise(owner, unwrapped.state)
         name, about = layout.backbone, "; ".join(filter(None, (layout.about, layout.variant(arguments))))
         told = {**layout.input(arguments)}
-        origin = _origin(layout, unwrapped)
+        origin = find_origin(layout.name, arguments, unwrapped)
         if origin is not None:
             about = f"{about}; wrapped as {origin.about} does"
             told.update(origin.input)
-            told["assumed"] = tuple(each for each in told.get("assumed", ()) if each not in dict(origin.input))
+            if origin.certain:
+                told["assumed"] = tuple(each for each in told.get("assumed", ()) if each not in dict(origin.input))
             arguments.update(origin.arguments)
     if input_size is not None:
         arguments["input_size"] = input_size
@@ -268,21 +240,6 @@ def _recognise(owner: str, state: Mapping[str, Any]) -> tuple[Layout, dict[str, 
     raise InputError(
         f"{owner} is of no layout that is read ({', '.join(each.name for each in LAYOUTS)})"
         f"{f'; it looks like {kind}' if kind else ''}; it begins with {first}"
-    )
-
-
-def _origin(layout: Layout, unwrapped: Unwrapped) -> _Origin | None:
-    """The first project that wraps this layout as the file does."""
-    return next(
-        (
-            origin
-            for origin in ORIGINS
-            if layout.name in origin.layouts
-            and unwrapped.prefix in origin.prefixes
-            and (not origin.wrapper or origin.wrapper in unwrapped.wrappers)
-            and (not origin.beside or origin.beside in unwrapped.beside)
-        ),
-        None,
     )
 
 

@@ -34,12 +34,14 @@ class Unwrapped:
     Attributes:
         state: keys to what the file has there.
         wrappers: entries that were opened, outermost first.
+        around: entries that stood beside those.
         prefix: what stood before each key.
         beside: keys of a head that stood beside the network and were left out.
     """
 
     state: dict[str, Any]
     wrappers: tuple[str, ...]
+    around: tuple[str, ...]
     prefix: str
     beside: tuple[str, ...]
 
@@ -57,11 +59,13 @@ def unwrap(content: Mapping[Any, Any]) -> Unwrapped:
         (['conv1.weight'], ('state_dict',), 'model.', ('head.kernel',))
     """
     wrappers: list[str] = []
+    around: list[str] = []
     while len(wrappers) < DEEPEST:
         name = next((key for key in WRAPPERS if _holds_tensors(content.get(key))), None)
         if name is None:
             break
         wrappers.append(name)
+        around += [str(key) for key in content if key != name]
         content = content[name]
     state = {str(key): value for key, value in content.items()}
     prefix, beside = "", []
@@ -78,7 +82,7 @@ def unwrap(content: Mapping[Any, Any]) -> Unwrapped:
                 break
         else:
             break
-    return Unwrapped(state, tuple(wrappers), prefix, tuple(beside))
+    return Unwrapped(state, tuple(wrappers), tuple(around), prefix, tuple(beside))
 
 
 def _holds_tensors(value: Any, depth: int = 0) -> bool:

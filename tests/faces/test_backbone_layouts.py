@@ -508,9 +508,31 @@ WRAPPED = {
     ),
     "FaceX-Zoo": (
         mobilefacenet(),
-        lambda s: {"state_dict": {**{f"backbone.{k}": v for k, v in s.items()}, "head.weight": torch.ones(16, 3)}},
+        lambda s: {
+            "epoch": 3,
+            "batch_id": 9,
+            "state_dict": {**{f"backbone.{k}": v for k, v in s.items()}, "head.weight": torch.ones(16, 3)},
+        },
         ("backbone.", ("head.weight",)),
         "BGR, (pixel - 127.5) / 128, 32 x 32",
+    ),
+    "FaceX-Zoo's ResNet": (
+        ir(se=True),
+        lambda s: {"batch_id": 9, "state_dict": {f"backbone.{k}": v for k, v in s.items()}},
+        ("backbone.", ()),
+        "BGR, (pixel - 127.5) / 128, 32 x 32",
+    ),
+    "AdaFace's wrapping of another network": (
+        ir(),
+        lambda s: {"state_dict": {**{f"model.{k}": v for k, v in s.items()}, "head.kernel": torch.ones(16, 3)}},
+        ("model.", ("head.kernel",)),
+        f"{UNKNOWN}, 32 x 32",
+    ),
+    "likely FaceX-Zoo": (
+        mobilefacenet(),
+        lambda s: {"state_dict": {**{f"backbone.{k}": v for k, v in s.items()}, "head.weight": torch.ones(16, 3)}},
+        ("backbone.", ("head.weight",)),
+        "BGR (assumed), (pixel - 127.5) / 128 (assumed), 32 x 32",
     ),
     "bubbliiiing": (
         bubbliiiing_mobilefacenet,
@@ -553,8 +575,8 @@ def test_wrappings(project, tmp_path):
     if project.startswith("MagFace"):
         assert model.norm_eps == 2e-5
         assert "MagFace" in info.about
-    if project == "FaceX-Zoo":
-        assert model.input_spec.normalised is False
+    if "FaceX-Zoo" in project:
+        assert model.input_spec.normalised is ("ResNet" in project)
 
 
 def test_a_prefix_goes_only_where_a_head_alone_is_left(tmp_path):
