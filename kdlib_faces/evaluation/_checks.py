@@ -215,11 +215,13 @@ def check_labels(
         array = array.astype(np.str_)
     elif array.dtype.kind not in "iuU":
         raise TypeError(f"{owner}: {name} must be an array of whole numbers or strings, got dtype {array.dtype}")
-    if array.dtype.kind in "iu" and 0 <= int(array.max()) - (least := int(array.min())) <= 4 * array.size + 1000:
+    if array.dtype.kind in "iu" and array.dtype != np.uint64:
         # Numbers close together are counted rather than sorted.
-        shifted = array.astype(np.int64) - least
-        present = np.bincount(shifted) > 0
-        return (np.cumsum(present) - 1)[shifted], (np.flatnonzero(present) + least).astype(array.dtype)
+        whole = array.astype(np.int64)
+        least, most = int(whole.min()), int(whole.max())
+        if most - least <= 4 * array.size + 1000:
+            present = np.bincount(whole - least) > 0
+            return (np.cumsum(present) - 1)[whole - least], (np.flatnonzero(present) + least).astype(array.dtype)
     labels, codes = np.unique(array, return_inverse=True)
     return codes.reshape(-1).astype(np.int64), labels
 
@@ -263,13 +265,14 @@ def look_up(owner: str, name: str, x: Any, known: npt.NDArray[Any], where: str) 
     """Place of each label of `x` (m,) in the sorted array `known`; one that is not there is named, never 0."""
     array = to_numpy(x)
     check_vector(owner, name, array)
-    if array.dtype.kind in "iu" and known.dtype.kind in "iu" and int(known[-1]) - int(known[0]) <= SPAN:
+    small = all(each.dtype.kind in "iu" and each.dtype != np.uint64 for each in (array, known))
+    if small and int(known[-1]) - int(known[0]) <= SPAN:
         # A table in place of sorting: pairs come by the ten million.
-        table = np.full(int(known[-1]) - int(known[0]) + 2, -1, dtype=np.int64)
-        table[known - known[0]] = np.arange(known.size)
-        inside = (array >= known[0]) & (array <= known[-1])
-        found = table[np.where(inside, array, known[0]).astype(np.int64) - int(known[0])]
-        found[~inside] = -1
+        whole, least, most = array.astype(np.int64, copy=False), int(known[0]), int(known[-1])
+        table = np.full(most - least + 1, -1, dtype=np.int64)
+        table[known.astype(np.int64) - least] = np.arange(known.size)
+        inside = (whole >= least) & (whole <= most)
+        found = np.where(inside, table[np.where(inside, whole - least, 0)], -1)
     else:
         codes, labels = check_labels(owner, name, array)
         kinds = ["strings" if each.dtype.kind == "U" else "numbers" for each in (labels, known)]

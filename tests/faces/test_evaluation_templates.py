@@ -309,3 +309,17 @@ def test_pooled_templates_can_be_verified_again() -> None:
     pooled = pool_templates(embeddings, ids, media)
     first = verify_templates(pooled, left, right, same, fars=(0.1,)).to_dict()
     assert first == template_verification(embeddings, ids, media, left, right, same, fars=(0.1,)).to_dict()
+
+
+@pytest.mark.parametrize("dtype", [np.int8, np.uint8, np.int16, np.uint32, np.int64, np.uint64])
+def test_ids_of_every_integer_kind_are_told_apart(dtype: Any) -> None:
+    ends = np.iinfo(dtype)
+    ids = np.array([ends.max, ends.min, 7, ends.max, 9], dtype=dtype)
+    pooled = pool_templates(np.eye(5) + 1, ids, np.arange(5))
+    assert pooled.ids.tolist() == sorted({ends.max, ends.min, 7, 9})
+    assert pooled.images.tolist() == [1, 1, 1, 2]
+    left, right = np.array([ends.max, 7, 9], dtype=dtype), np.array([ends.min, 9, ends.max], dtype=dtype)
+    result = verify_templates(pooled, left, right, [1, 0, 0], fars=(0.5,))
+    assert result.impostor == 2
+    with pytest.raises(ValueError, match="left must be in template_ids, got 8 in entry 1"):
+        verify_templates(pooled, np.array([7, 8, 9], dtype=dtype), right, [1, 0, 0])
