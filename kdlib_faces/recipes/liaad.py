@@ -18,8 +18,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import nn
 
 from kdlib import (
     OUTPUT,
@@ -34,7 +33,7 @@ from kdlib._checks import check_choice, check_number
 from kdlib.distiller import Distiller
 from kdlib.objective import Objective, Term
 from kdlib_faces._checks import InputError
-from kdlib_faces.backbones import build_backbone, load_backbone
+from kdlib_faces.backbones import build_backbone
 from kdlib_faces.heads import ArcFaceHead, CosFaceHead
 
 __all__ = ["AGE", "GENERAL", "LIAADConfig", "build", "main", "student_taps", "teacher_taps"]
@@ -112,19 +111,6 @@ class LIAADConfig:
             check_choice(owner, name, getattr(self, name), ("cosine", "squared", "chord", "angle"))
 
 
-class _SizedTo(nn.Module):
-    """Images of any size to the size that a teacher takes."""
-
-    def __init__(self, size: int) -> None:
-        super().__init__()
-        self.size = size
-
-    def forward(self, images: Tensor) -> Tensor:
-        if images.shape[-1] == self.size and images.shape[-2] == self.size:
-            return images
-        return F.interpolate(images, (self.size, self.size), mode="bilinear", antialias=True, align_corners=False)
-
-
 def student_taps(model: Any, stage: int) -> dict[str, Any]:
     """Taps of a student: its embedding and its middle stage."""
     return {"embedding": OUTPUT, "map": model.stages[stage]}
@@ -132,15 +118,12 @@ def student_taps(model: Any, stage: int) -> dict[str, Any]:
 
 def teacher_taps(model: Any, stage: int) -> dict[str, Any]:
     """Taps of a teacher with named stages, an age-invariant one included."""
-    from kdlib_faces.teachers import AgeInvariantNet
-
-    embedding = OUTPUT["embedding"] if isinstance(model, AgeInvariantNet) else OUTPUT
-    return {"embedding": embedding, "map": model.stages[stage]}
+    return {"embedding": OUTPUT, "map": model.stages[stage]}
 
 
 def _teacher(source: str, config: LIAADConfig) -> nn.Module:
     from kdlib_faces.backbones.registry import BACKBONES
-    from kdlib_faces.teachers import OnnxTeacher
+    from kdlib_faces.teachers import OnnxTeacher, load_teacher
 
     if source.endswith(".onnx"):
         return OnnxTeacher(source, resize=True)
@@ -148,9 +131,9 @@ def _teacher(source: str, config: LIAADConfig) -> nn.Module:
         size = {"input_size": config.input_size, "embedding_dim": config.embedding_dim}
         model = build_backbone(source, seed=config.seed, **size)
     else:
-        model = load_backbone(source)
-    size_wanted: Any = model.input_size
-    return TeacherAdapter(model, teacher_taps(model, config.stage), preprocess=_SizedTo(size_wanted))
+        model = load_teacher(source)
+    # The student's images are RGB in [-1, 1]; a published teacher may want another size, channel order and range.
+    return TeacherAdapter(model, teacher_taps(model, config.stage), preprocess=model.input_spec)
 
 
 def build(
