@@ -8,6 +8,7 @@ import json
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
+from math import isfinite
 from pathlib import Path
 from types import CodeType
 from typing import Any
@@ -246,11 +247,14 @@ class OnnxTeacher(nn.Module):
                 raise InputError(f"{error}{where}") from error
             for name, feature in features.items():
                 parts[name].append(feature[:count])
-        return {name: torch.from_numpy(np.concatenate(part)).to(images.device) for name, part in parts.items()}
+        whole = {name: part[0] if len(part) == 1 else np.concatenate(part) for name, part in parts.items()}
+        return {name: torch.from_numpy(array).to(images.device) for name, array in whole.items()}
 
     def _prepared(self, graph: Graph, images: Tensor) -> np.ndarray:
         """Our images as the array that the graph takes."""
-        if images.numel() and not torch.isfinite(images).all():
+        # One pass tells NaN, infinity and range: a teacher should cost what its graph costs.
+        low, high = (float(end) for end in torch.aminmax(images)) if images.numel() else (0.0, 0.0)
+        if not (isfinite(low) and isfinite(high)):
             raise InputError("OnnxTeacher: images must be finite, got NaN or infinity")
         x = images.float()
         if self.resize and self.input_size is not None:
@@ -259,8 +263,8 @@ class OnnxTeacher(nn.Module):
                 x = F.interpolate(x, size=size, mode="bilinear", align_corners=False, antialias=True)
         if not isinstance(self.preprocess, str):
             x = self.preprocess(x)
-        elif x.numel() and float(x.abs().max()) > MOST_CONTRAST:
-            raise InputError(f"OnnxTeacher: images must be in [-1, 1], got values up to {float(x.abs().max()):g}")
+        elif max(-low, high) > MOST_CONTRAST:
+            raise InputError(f"OnnxTeacher: images must be in [-1, 1], got values up to {max(-low, high):g}")
         wanted = (len(images), *graph.shape[1:])
         good = isinstance(x, Tensor) and x.dim() == 4
         if not good or any(want not in (None, got) for want, got in zip(wanted, x.shape, strict=True)):
@@ -269,7 +273,7 @@ class OnnxTeacher(nn.Module):
             after = "" if isinstance(self.preprocess, str) else " after preprocess"
             hint = "" if self.resize or after else "; resize=True resizes them"
             raise InputError(f"OnnxTeacher: images must be (b, {shown}){after} for {self.path}, got {got}{hint}")
-        return np.ascontiguousarray(x.detach().cpu().numpy().astype(graph.dtype))
+        return np.ascontiguousarray(x.detach().cpu().numpy().astype(graph.dtype, copy=False))
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_session": None, "_graph": None, "_process": 0}
