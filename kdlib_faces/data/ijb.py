@@ -28,6 +28,7 @@ __all__ = [
 Published = Literal["IJB-B", "IJB-C"] | None
 MAX_PAIRS = 200_000_000
 MAX_PIXEL = 1e9
+MAX_TABLE = 1_000_000
 IMAGES = {"IJB-B": 227_630, "IJB-C": 469_375}
 # IJB-C's: 15,658,489 lines, 19,557 of them of one person, as several public evaluations print them.
 PAIRS = {"IJB-B": (10_270, 8_000_000), "IJB-C": (19_557, 15_638_932)}
@@ -167,8 +168,13 @@ def read_ijb_pairs(
 
 
 def _check_known(path: str | PathLike[str], ids: NDArray[np.int64], known: NDArray[np.int64], row: int) -> None:
-    at = np.searchsorted(known, ids)
-    unknown = known.take(at, mode="clip") != ids
+    """`known` are sorted ids; a table of them is faster than a search, where it is small enough."""
+    if known[-1] < MAX_TABLE:
+        table = np.zeros(int(known[-1]) + 2, dtype=bool)
+        table[known] = True
+        unknown = ~table.take(ids, mode="clip")  # whatever is above the largest meets the last entry, False
+    else:
+        unknown = known.take(np.searchsorted(known, ids), mode="clip") != ids
     if unknown.any():
         pair, side = (int(each[0]) for each in np.nonzero(unknown))
         raise InputError(f"{path} pair {row + pair + 1}: no image belongs to template {ids[pair, side]}")

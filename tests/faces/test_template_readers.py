@@ -223,11 +223,14 @@ def test_counts_are_the_published_ones(tmp_path):
         read_ijb_pairs(tmp_path / "ijbc_template_pair_label.txt", published="IJB-A")
 
 
-def test_a_pair_with_an_unknown_template_is_named(tmp_path):
+@pytest.mark.parametrize("table", [0, 10**6])
+def test_a_pair_with_an_unknown_template_is_named(tmp_path, monkeypatch, table):
     """A lookup in a table of zeros gives such a pair the first template, and a number comes out."""
+    monkeypatch.setattr(ijb_room, "MAX_TABLE", table)
     ijb_lists(tmp_path)
     templates = read_ijb_templates(tmp_path / "ijbc_face_tid_mid.txt")
     path = tmp_path / "ijbc_template_pair_label.txt"
+    assert len(read_ijb_pairs(path, templates=templates)) == 190
     path.write_text(path.read_text() + "11 12 0\n")
     with pytest.raises(InputError, match=r"label\.txt pair 191: no image belongs to template 12"):
         read_ijb_pairs(path, templates=templates)
