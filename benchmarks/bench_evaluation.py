@@ -1,10 +1,11 @@
 """Evaluation against the published ways: `python benchmarks/bench_evaluation.py [--only NAME] [--scale 0.1] [--threads 2]`.
 
 Random embeddings made on the spot, in the sizes of FG-NET with MegaFace's million, IJB-C, and LFW. The peers are the loops
-that published scripts run, with scikit-learn's roc_curve where it is installed (`pip install --no-deps scikit-learn==1.7.2
-joblib==1.5.2 threadpoolctl==3.6.0 scipy==1.16.3`), else the same curve written out; the output says which. Every row runs in a
-process of its own; results are compared first, so that both sides do the same. Memory is the peak of a process's own pages
-(mapped files left out), read every few milliseconds. Ratios of one run on one machine. Writes `results/evaluation.json`.
+that published scripts run, with scikit-learn's roc_curve where it is installed (`pip install --no-deps scikit-learn==1.9.1
+scipy==1.17.1 joblib==1.5.2 threadpoolctl==3.6.0 narwhals==2.10.0`), else the same curve written out; the output says which.
+Every row runs in a process of its own; results are compared first, so that both sides do the same. Memory is the peak of a
+process's own pages (mapped files left out), read every few milliseconds. Ratios of one run on one machine. Writes
+`results/evaluation.json`.
 """
 
 import argparse

@@ -15,6 +15,8 @@ from kdlib_faces.evaluation._checks import FloatArray, IntArray, unit_block
 __all__ = ["Search", "dot_rows", "product_error"]
 
 BLOCK = 4096
+CELLS = 2**23
+"""Scores held at a time, so that many probes take smaller blocks."""
 PAIRS = 4096
 MANY = 200_000
 DECIMALS = 12
@@ -73,8 +75,9 @@ class Search:
 
     def add(self, rows: npt.NDArray[Any], offset: int) -> None:
         """Take distractors (m, d) in, none of them zero; `offset` is the number of the first in messages."""
-        for start in range(0, len(rows), BLOCK):
-            self._add(rows[start : start + BLOCK], offset + start)
+        step = max(1, min(BLOCK, CELLS // len(self.probes)))
+        for start in range(0, len(rows), step):
+            self._add(rows[start : start + step], offset + start)
 
     def add_zeros(self, count: int) -> None:
         """Take in distractors that score 0 against every probe."""
