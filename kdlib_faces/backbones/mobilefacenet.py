@@ -96,10 +96,10 @@ class _NormAwarePool(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.bn1(x)
-        x = x.to(torch.promote_types(x.dtype, torch.float32))  # a short cell's factor is beyond half precision
-        length = torch.linalg.vector_norm(x, dim=1, keepdim=True)
-        x = x * (length.mean((2, 3), keepdim=True) / length.clamp(min=1e-12))
-        out: Tensor = self.bn2(x.mean((2, 3)))
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))  # a short cell's factor is beyond half precision
+        length = torch.linalg.vector_norm(wide, dim=1, keepdim=True)
+        wide = wide * (length.mean((2, 3), keepdim=True) / length.clamp(min=1e-12))
+        out: Tensor = self.bn2(wide.mean((2, 3)).to(x.dtype))
         return out
 
 

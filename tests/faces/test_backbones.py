@@ -547,6 +547,21 @@ def test_arguments_of_one_family():
     assert build_backbone("iresnet18", width=0.125, input_size=16).name == "iresnet18"
 
 
+def test_norm_aware_pooling():
+    for wrong in ({"affine": True}, {"embedding_dim": 128}, {"tail": "gap"}):
+        with pytest.raises(ValueError, match=r"tail"):
+            MobileFaceNet(**{"embedding_dim": 512, "affine": False, "tail": "gnap", **wrong})
+    model = MobileFaceNet(64, width=0.125, input_size=32, affine=False, tail="gnap").eval()
+    assert count_parameters(model.output_layer) == 0
+    together = model(images(3))
+    torch.testing.assert_close(together, torch.cat([model(each[None]) for each in images(3)]), rtol=1e-4, atol=1e-4)
+    cells = torch.randn(2, 64, 2, 2, generator=torch.Generator().manual_seed(0))
+    cells[0, :, 0, 0] = 0  # a cell without a direction
+    for dtype in (torch.float32, torch.float64, torch.bfloat16):
+        model.output_layer.to(dtype)
+        assert torch.isfinite(model.output_layer(cells.to(dtype))).all()
+
+
 def test_the_frozen_weight_stays_at_one():
     model = small("iresnet")
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1, weight_decay=0.1)
