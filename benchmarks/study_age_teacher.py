@@ -273,9 +273,9 @@ LINEAR: dict[str, Maker] = {
 }
 FUSED: dict[str, Maker] = {
     "joined": lambda faces, _, rows: faces.both(rows),
-    "joined, linear map": _mapped(Faces.both, 30.0),
     "joined, within-class whitening": _white(Faces.both, 0.7),
     "fused teacher": _fusion,
+    "joined, linear map": _mapped(Faces.both, 30.0),
 }
 
 
@@ -330,16 +330,18 @@ def row(mine: dict[str, Any], start: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def study(faces: Faces, replicates: int, only: str, seed: int, keep: Callable[[dict[str, Any]], None]) -> None:
-    """Every way whose name holds one of the words of `only`; prints a line each, and keeps all so far after each."""
+def study(
+    faces: Faces, replicates: int, only: str, seed: int, done: dict[str, Any], keep: Callable[[dict[str, Any]], None]
+) -> None:
+    """Every way whose name holds one of the words of `only` and is not `done`; prints a line and keeps all after each."""
     ways: dict[str, Maker] = dict(LINEAR)
-    ways |= FUSED if faces.second is not None else {}
     for name, way in WAYS.items():
         ways[name] = lambda f, a, b, way=way: adapted(f, a, b, way, seed)  # type: ignore[misc]  # one way each
-    rows: dict[str, Any] = {}
+    ways |= FUSED if faces.second is not None else {}
+    rows = dict(done)
     start: dict[str, Any] = {}
     for name, make in ways.items():
-        if name != "start" and not any(word in name for word in only.split(";")):
+        if name != "start" and (name in done or not any(word in name for word in only.split(";"))):
             continue
         began = time.perf_counter()
         mine = measured(faces, make, replicates)
@@ -438,6 +440,7 @@ def main() -> None:
     parser.add_argument("--drawn", action="store_true", help="drawn faces of exact ages in place of a list")
     parser.add_argument("--cache", default="", help="folder for what is computed once")
     parser.add_argument("--only", default="", help="ways whose names hold one of these words, by ;")
+    parser.add_argument("--go-on", action="store_true", help="leave out the ways whose figures are there already")
     parser.add_argument("--replicates", type=int, default=500)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
@@ -460,7 +463,10 @@ def main() -> None:
             }
             RESULTS.write_text(json.dumps(kept, indent=1) + "\n")
 
-        study(faces, options.replicates, options.only, options.seed, keep)
+        done: dict[str, Any] = {}
+        if options.go_on and RESULTS.exists():
+            done = json.loads(RESULTS.read_text()).get("drawn" if options.drawn else "real", {}).get("ways", {})
+        study(faces, options.replicates, options.only, options.seed, done, keep)
 
 
 if __name__ == "__main__":

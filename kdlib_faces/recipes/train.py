@@ -194,7 +194,8 @@ def _side(start: Any, path: str) -> int:
 
 def _per_identity(batch_size: int, identities: int) -> int:
     """Four images of a person a batch, or as many as the batch and the number of people allow."""
-    for each in (4, 2, *range(3, batch_size + 1)):
-        if batch_size % each == 0 and batch_size // each <= identities:
-            return each
+    wanted: list[int] = [4, 2, *range(3, batch_size + 1)]
+    for images in wanted:
+        if batch_size % images == 0 and batch_size // images <= identities:
+            return images
     raise InputError(f"train: batch_size {batch_size} cannot hold pairs of {identities} people")

@@ -50,7 +50,8 @@ class OnnxTeacher(nn.Module):
             our images `(b, 3, h, w)` to what the graph takes (BGR, other scales, other sizes). Pickling needs a named
             function.
         threads: threads of onnxruntime; None: as many as torch uses when the graph is opened.
-        providers: onnxruntime execution providers, best first; None: the CPU.
+        providers: onnxruntime execution providers, best first, each a name or a pair of name and options, such as
+            `("CUDAExecutionProvider", {"device_id": 1})`; None: the CPU.
         batch: `"auto"`, or the most images in one run.
         resize: resize images to the graph's input size (bilinear, antialiased) before `preprocess`; otherwise another
             size is an error.
@@ -97,7 +98,7 @@ class OnnxTeacher(nn.Module):
         self.path = Path(path)
         self.preprocess = preprocess
         self.threads = threads
-        self.providers = None if providers is None else list(providers)
+        self.providers = providers if providers is None or isinstance(providers, str) else list(providers)
         self.batch = batch
         self.resize = bool(resize)
         self._graph: Graph | None = None

@@ -241,16 +241,22 @@ def make_session(
         graph: from `read_graph`.
         tensors: names of tensors that nodes make, without repetition.
         threads: threads within an operation; None: as many as torch uses.
-        providers: onnxruntime execution providers, best first; None: the CPU.
+        providers: onnxruntime execution providers, best first, each a name or a pair of name and options, such as
+            `("CUDAExecutionProvider", {"device_id": 1})`; None: the CPU.
 
     Raises:
         InputError: an unknown provider, or a graph that onnxruntime refuses.
     """
     onnx, runtime = _library("onnx"), _library("onnxruntime")
+    if isinstance(providers, str) or (providers is not None and not len(providers)):
+        raise InputError(f"providers must be a list of execution providers, got {providers!r}")
     wanted = list(providers) if providers is not None else ["CPUExecutionProvider"]
     known = runtime.get_available_providers()
     for provider in wanted:
-        name = provider if isinstance(provider, str) else provider[0]
+        pair = isinstance(provider, tuple) and len(provider) == 2 and isinstance(provider[1], dict)
+        name = provider[0] if pair else provider
+        if not isinstance(name, str):
+            raise InputError(f"an execution provider must be a name, or a pair of name and options, got {provider!r}")
         if name not in known:
             raise InputError(f"no execution provider {name!r} in this onnxruntime; there are {', '.join(known)}")
     model = onnx.ModelProto()

@@ -539,6 +539,15 @@ def test_unknown_providers_and_thread_counts_are_refused(path):
     with pytest.raises(ValueError, match="threads must be a whole number"):
         OnnxTeacher(path, threads=0)
     assert OnnxTeacher(path, providers=[("CPUExecutionProvider", {})]).run_batch is None
+    kept = [("CPUExecutionProvider", {"arena_extend_strategy": "kSameAsRequested"})]
+    teacher = OnnxTeacher(path, providers=kept)
+    assert pickle.loads(pickle.dumps(teacher)).providers == kept
+    for wrong in ([3], [("CPUExecutionProvider",)], [("CPUExecutionProvider", 1)]):
+        with pytest.raises(InputError, match="a name, or a pair of name and options, got"):
+            OnnxTeacher(path, providers=wrong)
+    for wrong in ([], "CPUExecutionProvider"):
+        with pytest.raises(InputError, match="providers must be a list of execution providers, got"):
+            OnnxTeacher(path, providers=wrong)
 
 
 @pytest.mark.parametrize("library", ["onnx", "onnxruntime"])
