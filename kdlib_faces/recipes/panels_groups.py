@@ -179,7 +179,7 @@ class AgeErrorsPanel:
             for far in fars if rows else ():
                 key = f"{kind}_{far:g}"
                 told: dict[str, Any] = {
-                    "title": f"{rate} {words}, threshold at {far_words(far, 'FMR')}",
+                    "title": f"{rate} {words} at {far_words(far, 'FMR')}",
                     "labels": [row.name for row in rows],
                     "counts": [row.pairs for row in rows],
                 }

@@ -85,6 +85,8 @@ def errors(view: View, evaluation: Evaluation, theme: Theme, narrow: bool) -> Fi
     left.xaxis.set_minor_formatter(NullFormatter())
     _rates(left, min(tar[0] for _, tar in curves.values()))
     missed = np.concatenate([1 - tar[(far < 1) & (tar < 1) & (tar > 0)] for far, tar in curves.values()])
+    if not missed.size:
+        right.text(0.5, 0.5, "no genuine pair is rejected", transform=right.transAxes, ha="center", color=theme.muted)
     _deviates(right, smallest, min(missed, default=0.01), max(missed, default=0.5))
     legend(figure, theme, view, list(curves))
     return figure
