@@ -33,10 +33,10 @@ from kdlib._checks import check_choice, check_number
 from kdlib.distiller import Distiller
 from kdlib.objective import Objective, Term
 from kdlib_faces._checks import InputError
-from kdlib_faces.backbones import build_backbone
+from kdlib_faces.backbones import Backbone, build_backbone
 from kdlib_faces.heads import ArcFaceHead, CosFaceHead
 
-__all__ = ["AGE", "GENERAL", "LIAADConfig", "build", "main", "student_taps", "teacher_taps"]
+__all__ = ["AGE", "GENERAL", "LIAADConfig", "build", "main", "new_backbone", "student_taps", "teacher_taps"]
 
 GENERAL, AGE = "general", "age"
 
@@ -136,6 +136,14 @@ def _teacher(source: str, config: LIAADConfig) -> nn.Module:
     return TeacherAdapter(model, teacher_taps(model, config.stage), preprocess=model.input_spec)
 
 
+def new_backbone(config: LIAADConfig) -> Backbone:
+    """The network that the config names, with fresh weights; one without a `width` is built at 1."""
+    size: dict[str, Any] = {"embedding_dim": config.embedding_dim, "input_size": config.input_size}
+    if config.width != 1.0:
+        size["width"] = config.width
+    return build_backbone(config.backbone, seed=config.seed, **size)
+
+
 def build(
     config: LIAADConfig, *, teachers: Mapping[str, nn.Module] | None = None, student: nn.Module | None = None
 ) -> Distiller:
@@ -168,8 +176,7 @@ def build(
     if unknown:
         raise InputError(f"liaad: teachers must be named {GENERAL!r} or {AGE!r}, got {', '.join(map(repr, unknown))}")
     if student is None:
-        size = {"embedding_dim": config.embedding_dim, "width": config.width, "input_size": config.input_size}
-        student = build_backbone(config.backbone, seed=config.seed, **size)
+        student = new_backbone(config)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed + 1)
         terms = _terms(config, set(teachers))

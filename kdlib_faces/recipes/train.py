@@ -10,7 +10,6 @@ import numpy as np
 from kdlib._checks import check_number
 from kdlib_faces._checks import InputError
 from kdlib_faces._output import check_output
-from kdlib_faces.backbones import build_backbone
 from kdlib_faces.config import dump_toml
 from kdlib_faces.data.batches import FaceBatches
 from kdlib_faces.data.images import load_images
@@ -19,7 +18,7 @@ from kdlib_faces.data.views import AugmentConfig
 from kdlib_faces.progress import progress as shown
 from kdlib_faces.progress import say
 from kdlib_faces.recipes.age_teacher import AgeTeacherConfig, PairTargets, SteadyNet, build_age_teacher, tune
-from kdlib_faces.recipes.liaad import LIAADConfig, build
+from kdlib_faces.recipes.liaad import LIAADConfig, build, new_backbone
 from kdlib_faces.recipes.stages import fit
 from kdlib_faces.teachers import load_start, save_teacher
 
@@ -104,7 +103,7 @@ def run(
     by_age = _by_age(listed) if recipe == "age_teacher" else ""
     if recipe == "age_teacher":
         distiller = build_age_teacher(
-            start if start is not None else _fresh(network),
+            start if start is not None else new_backbone(network),
             config,
             num_identities=network.num_identities,
             groups=None if by_age == "age" else len(listed.group_names),
@@ -166,12 +165,6 @@ def run(
     save_teacher(model.net if isinstance(model, SteadyNet) else model, target)
     say(f"weights: {target}", quiet=not progress)
     return target
-
-
-def _fresh(network: LIAADConfig) -> Any:
-    """The untrained network that the configuration names."""
-    size = {"embedding_dim": network.embedding_dim, "width": network.width, "input_size": network.input_size}
-    return build_backbone(network.backbone, seed=network.seed, **size)
 
 
 def _by_age(listed: FaceList) -> str:

@@ -77,6 +77,20 @@ def test_the_same_seed_builds_the_same_student_with_and_without_teachers() -> No
     assert all(torch.equal(value, distilled[name]) for name, value in alone.items())
 
 
+def test_every_backbone_can_be_the_student() -> None:
+    from kdlib_faces.backbones import BACKBONES
+
+    with torch.device("meta"):
+        for name in sorted(set(BACKBONES) - {"iresnet", "ir"}):  # those two are told their depth
+            distiller = build(LIAADConfig(num_identities=4, backbone=name, embedding_dim=64), teachers={})
+            assert distiller.student.model.embedding_dim == 64, name
+
+
+def test_a_width_is_told_to_networks_that_have_none() -> None:
+    with pytest.raises(ValueError, match="no argument of mbf named 'width'"):
+        build(LIAADConfig(num_identities=4, backbone="mbf", width=0.5), teachers={})
+
+
 def test_one_teacher_alone_and_a_wrong_name() -> None:
     assert sorted(build(_config(), teachers={"age": _Fixed(1)}).objective.terms) == [
         "attention",
