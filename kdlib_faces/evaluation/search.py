@@ -4,6 +4,7 @@ Scores are float32 matrix products; every score that can decide something is the
 rows themselves, so the result is that of float64 throughout, whatever the size of the blocks.
 """
 
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,11 +13,13 @@ import numpy.typing as npt
 
 from kdlib_faces.evaluation._checks import FloatArray, IntArray, unit_block
 
-__all__ = ["Search", "dot_rows", "product_error"]
+__all__ = ["PIECE", "Search", "dot_rows", "product_error"]
 
 BLOCK = 4096
 CELLS = 2**23
 """Scores held at a time, so that many probes take smaller blocks."""
+PIECE = 16 * BLOCK
+"""Distractors that are best given at a time."""
 PAIRS = 4096
 MANY = 200_000
 DECIMALS = 12
@@ -76,8 +79,18 @@ class Search:
     def add(self, rows: npt.NDArray[Any], offset: int) -> None:
         """Take distractors (m, d) in, none of them zero; `offset` is the number of the first in messages."""
         step = max(1, min(BLOCK, CELLS // len(self.probes)))
-        for start in range(0, len(rows), step):
-            self._add(rows[start : start + step], offset + start)
+        if len(rows) <= step:
+            if len(rows):
+                self._add(rows, self._unit_single(rows, offset), offset)
+            return
+        # The next block is read, cast and made unit while this one is multiplied.
+        with ThreadPoolExecutor(1) as ahead:
+            following = ahead.submit(self._unit_single, rows[:step], offset)
+            for start in range(0, len(rows), step):
+                single, after = following.result(), start + step
+                if after < len(rows):
+                    following = ahead.submit(self._unit_single, rows[after : after + step], offset + after)
+                self._add(rows[start:after], single, offset + start)
 
     def add_zeros(self, count: int) -> None:
         """Take in distractors that score 0 against every probe."""
@@ -87,8 +100,7 @@ class Search:
             self._keep(np.zeros(min(count * len(self.probes), self.top)))
             self.seen += count
 
-    def _add(self, block: npt.NDArray[Any], offset: int) -> None:
-        single = self._unit_single(block, offset)
+    def _add(self, block: npt.NDArray[Any], single: npt.NDArray[np.float32], offset: int) -> None:
         shape = (len(self.probes), len(block))
         if self._scores.shape != shape:
             self._scores = np.empty(shape, dtype=np.float32)
@@ -127,7 +139,9 @@ class Search:
         part = scores[moved]
         floor = self.best[moved, -1] - self._error
         if self.ranks < part.shape[1]:
-            kth = np.partition(part, -self.ranks, axis=1)[:, -self.ranks]
+            kth = highest[moved]
+            if self.ranks > 1:
+                kth = np.partition(part, -self.ranks, axis=1)[:, -self.ranks]
             floor = np.maximum(floor, kth - 2 * self._error)
         where, row = np.nonzero(part >= floor[:, None])
         exact = self._exact(block, moved[where], row, offset)

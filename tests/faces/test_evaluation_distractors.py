@@ -65,7 +65,7 @@ def test_neither_blocks_nor_shards_nor_kind_change_a_number(block: int, monkeypa
     probes, who, distractors = make(distractors=150)
     whole = identify_with_distractors(probes, who, distractors, fars=(1e-3, 0.2), ranks=(1, 3)).to_dict()
     monkeypatch.setattr(search_module, "BLOCK", block)
-    monkeypatch.setattr("kdlib_faces.evaluation.distractors.BLOCK", block)
+    monkeypatch.setattr("kdlib_faces.evaluation.distractors.PIECE", 3 * block)
 
     def shards() -> Iterator[np.ndarray]:
         yield distractors[:50]
@@ -217,6 +217,19 @@ def test_bad_input_is_named(change: dict[str, Any], message: str) -> None:
     given |= change
     with pytest.raises(ValueError, match=message):
         identify_with_distractors(given.pop("probes"), given.pop("identities"), given.pop("distractors"), **given)
+
+
+@pytest.mark.parametrize("row", [0, 3, 13, 39])
+@pytest.mark.parametrize("value", [np.nan, np.inf, 0.0])
+def test_a_bad_distractor_has_its_own_number_in_any_block(
+    row: int, value: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    probes, who, distractors = make(distractors=40)
+    distractors[row] = value
+    monkeypatch.setattr(search_module, "BLOCK", 4)
+    for given in (distractors, [distractors[:11], distractors[11:]]):
+        with pytest.raises(ValueError, match=rf"distractors must be .*got row {row} that is not"):
+            identify_with_distractors(probes, who, given)
 
 
 def test_operating_points_are_numbers_too() -> None:
