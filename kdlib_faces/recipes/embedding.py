@@ -172,7 +172,7 @@ def open_model(path: str | os.PathLike[str], size: int | None = None) -> Judged:
     described: dict[str, Any] = module.describe() if onnx else {}  # type: ignore[operator]  # an OnnxTeacher
     facts: dict[str, Any] = {
         "role": "teacher" if onnx else "student",
-        "label": Path(path).name,
+        "label": Path(path).stem,
         "backbone": "ONNX" if onnx else repr(module).split("(", 1)[0],
         "input_size": side,
         "parameters": described.get("parameters") if onnx else sum(p.numel() for p in module.parameters()),

@@ -8,7 +8,7 @@ import os
 import platform
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -88,7 +88,7 @@ class _Source:
 
     name: str
     facts: dict[str, Any]
-    array: Callable[[ImageSet], NDArray[Any]]
+    arrays: Mapping[str, NDArray[Any]]
 
 
 def run(
@@ -189,12 +189,20 @@ def _sources(
     progress: bool,
 ) -> list[_Source]:
     """Models and embeddings under names of their own; every file is opened before any model is run."""
-    sets = {images.name: images for task in tasks for images in task.images}
+    sets: dict[str, ImageSet] = {}
+    for images in (images for task in tasks for images in task.images):
+        if sets.setdefault(images.name, images).fingerprint != images.fingerprint:
+            raise InputError(
+                f"evaluate: two sets of different images are called {images.name!r}; measure one at a time"
+            )
     sources: list[_Source] = []
 
-    def name_of(path: str | os.PathLike[str]) -> str:
-        stem = Path(path).stem
-        return stem if stem not in {source.name for source in sources} else f"{stem} ({len(sources) + 1})"
+    def add(path: str | os.PathLike[str], facts: dict[str, Any], arrays: Mapping[str, NDArray[Any]]) -> None:
+        """Under the file's name, with its folder's where another one is called so."""
+        stem, folder = Path(path).stem, Path(path).absolute().parent.name
+        taken = {source.name for source in sources}
+        name = next(each for each in (stem, f"{folder}/{stem}", f"{stem} ({len(sources) + 1})") if each not in taken)
+        sources.append(_Source(name, {**facts, "label": name}, arrays))
 
     given = [(path, {name: _given(Path(path), images) for name, images in sets.items()}) for path in embeddings]
     opened = [open_model(path, config.input_size) for path in models]
@@ -210,10 +218,9 @@ def _sources(
             for name, images in sets.items()
         }
         facts["embed_seconds"] = time.monotonic() - begin
-        sources.append(_Source(name_of(model.path), facts, lambda images, made=made: made[images.name]))  # type: ignore[misc]
+        add(model.path, facts, made)
     for path, arrays in given:
-        facts = {"role": "student", "label": Path(path).name, "backbone": "embeddings from a file"}
-        sources.append(_Source(name_of(path), facts, lambda images, arrays=arrays: arrays[images.name]))  # type: ignore[misc]
+        add(path, {"role": "student", "backbone": "embeddings from a file"}, arrays)
     return sources
 
 
@@ -242,7 +249,7 @@ def _judge_and_write(
     pictures: list[report.Picture] = []
     with staged(output) as stage:
         for task in show(tasks, "protocols", quiet=not progress):
-            given = {images.name: {s.name: s.array(images) for s in sources} for images in task.images}
+            given = {images.name: {s.name: s.arrays[images.name] for s in sources} for images in task.images}
             found = task.judge(given)
             for name, result in found.results.items():
                 told[name]["protocols"][task.name] = result

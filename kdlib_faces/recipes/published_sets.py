@@ -144,6 +144,7 @@ def task_of_pairs(found: ImagePairs, asked: Asked, settings: Settings, name: str
     }  # fmt: skip
     known = PAIR_SETS.get(PUBLISHED.get(found.name, ""))
     if known is not None and len(found) == known.pairs:
+        options["notes"] = notes[1:] if missing else notes  # the set's own note counts the pairs
         protocol = pair_set(known.name, left, right, same, **options)
     else:
         protocol = PairProtocol(left, right, same, **options)

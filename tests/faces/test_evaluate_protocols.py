@@ -281,6 +281,30 @@ def test_embeddings_of_several_sets_lie_in_a_folder(tmp_path, no_figures):
     assert not (tmp_path / "out/work").exists()
 
 
+def test_files_of_one_name_are_told_apart(tmp_path, no_figures):
+    rng = np.random.default_rng(0)
+    files = [tmp_path / folder / "same.npy" for folder in ("a", "b", "b")]
+    for file in files:
+        file.parent.mkdir(exist_ok=True)
+        np.save(file, rng.normal(size=(15, 4)))
+    told = evaluate.run(
+        FAST, output=tmp_path / "out", embeddings=files, protocols=[f"leave_one_out={set_files.grouped(tmp_path)}"]
+    )
+    assert {name: model["label"] for name, model in told["models"].items()} == {
+        name: name for name in ("same", "b/same", "same (3)")
+    }
+    assert len(told["evaluations"][0]["differences"]) == 6
+
+
+def test_two_sets_of_one_name_never_share_embeddings(tmp_path):
+    first, second = tmp_path / "a", tmp_path / "b"
+    protocols = [set_files.fgnet(first), set_files.fgnet(second)]
+    set_files.put_face(second / "fgnet/001A03.JPG", 9, 9)
+    with pytest.raises(InputError, match="two sets of different images are called 'fgnet'"):
+        evaluate.run(FAST, output=tmp_path / "out", models=[network(tmp_path / "m.pt", 0)], protocols=protocols)
+    assert not (tmp_path / "out").exists()
+
+
 def test_one_list_serves_several_protocols_and_two_lists_of_one_name_do_not_mix(tmp_path, no_figures):
     (tmp_path / "b").mkdir()
     first, second = set_files.grouped(tmp_path), set_files.grouped(tmp_path / "b")
