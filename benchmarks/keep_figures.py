@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-DROPPED = ("roc", "histogram")
+DROPPED = ("roc", "histogram", "cmc", "search")
 
 
 def kept(report: dict[str, Any]) -> dict[str, Any]:
@@ -20,7 +20,12 @@ def kept(report: dict[str, Any]) -> dict[str, Any]:
             for protocol in row["protocols"].values():
                 for name in DROPPED:
                     protocol.pop(name, None)
-    for name in ("training", "figures"):
+    for evaluation in report.get("evaluations", []):
+        for found in evaluation["models"].values():
+            for name in DROPPED:
+                found.pop(name, None)
+        evaluation.pop("pictures", None)
+    for name in ("training", "figures", "pictures"):
         report.pop(name, None)
     report["command"] = re.sub(r"[^\s'\"=]*/", "", report["command"])
     return report

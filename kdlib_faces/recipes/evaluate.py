@@ -7,7 +7,6 @@ models together; the report appears when all is done. A run that was stopped goe
 import os
 import platform
 import sys
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
@@ -211,14 +210,11 @@ def _sources(
             if images.read is None:
                 images.decode([], 112)  # says that there are no images
     for model in opened:
-        facts = dict(model.facts)
-        begin = time.monotonic()
         made = {
             name: embed_set(model, images, work, batch_size=config.batch_size, flip=config.flip, progress=progress)
             for name, images in sets.items()
         }
-        facts["embed_seconds"] = time.monotonic() - begin
-        add(model.path, facts, made)
+        add(model.path, model.facts, made)
     for path, arrays in given:
         add(path, {"role": "student", "backbone": "embeddings from a file"}, arrays)
     return sources
