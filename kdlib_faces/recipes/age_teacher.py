@@ -190,8 +190,11 @@ def trained_parts(backbone: Any, trained: str) -> list[nn.Parameter]:
     """
     named = list(backbone.named_parameters())
     if trained == "tail":
-        last = f"{backbone.stages[-1]}."
-        start = 1 + max((at for at, (name, _) in enumerate(named) if name.startswith(last)), default=len(named))
+        last = backbone.stages[-1]
+        order = [name for name, _ in backbone.named_modules()]
+        inside = max((at for at, name in enumerate(order) if f"{name}.".startswith(f"{last}.")), default=len(order))
+        behind = set(order[inside + 1 :])
+        start = next((at for at, (name, _) in enumerate(named) if name.rpartition(".")[0] in behind), len(named))
     elif trained == "embedding":
         layers = [name for name, module in backbone.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)]
         last = f"{layers[-1]}." if layers else "."

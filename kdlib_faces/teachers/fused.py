@@ -121,7 +121,7 @@ def fit_fusion(
 class FusedTeacher(nn.Module):
     """Several frozen teachers behind one embedding: `normalise(joined(embeddings) W)`.
 
-    Stands where a `kdlib.TeacherAdapter` stands. Its parts may be adapters, `OnnxTeacher`s or recorded teachers, all reading the
+    Stands where a `kdlib.TeacherAdapter` stands. Its parts may be adapters, ONNX teachers or recorded ones, all reading the
     same inputs.
 
     Args:

@@ -209,6 +209,9 @@ def test_the_pull_holds_the_trained_parameters_to_their_start() -> None:
     moved = trained_parts(net, "embedding")
     assert {id(p) for p in moved} == {id(p) for p in (*net.linear.parameters(), *net.bn.parameters())}
     assert [p for p in net.parameters() if p.requires_grad] == moved
+    tail = trained_parts(_backbone(), "tail")
+    assert len(tail) == sum(1 for _ in (*net.conv_6_sep.parameters(), *net.conv_6_dw.parameters())) + len(moved)
+    assert len(trained_parts(_backbone(), "all")) == sum(1 for _ in net.parameters())
     pull = PullToStart(moved)
     assert not list(pull.parameters())
     assert not pull.state_dict()
