@@ -1,13 +1,13 @@
 """Recipe: one age group against another, and errors by age, judged for all models."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from kdlib_faces.evaluation import AgeErrorProtocol, AgeErrorResult, CrossGroupProtocol, ErrorBin, Estimate
+from kdlib_faces.evaluation.resampling import genuine_pairs
 from kdlib_faces.recipes.panels import (
     PAIRED,
     Arrays,
@@ -126,17 +126,17 @@ class AgeErrorsPanel:
         name: of the entry.
         title: its heading.
         protocol: says the ages.
-        labels: what each row is called.
         convention: what else a reader must know.
         notes: what was left out.
+        seed: of the paired resamples.
     """
 
     name: str
     title: str
     protocol: AgeErrorProtocol
-    labels: Callable[[int], str]
     convention: dict[str, str]
     notes: tuple[str, ...] = ()
+    seed: int = 0
 
     def judge(self, embeddings: Arrays) -> Judgement:
         """All models at thresholds of their own for one false accept rate."""
@@ -193,6 +193,20 @@ class AgeErrorsPanel:
                     ]
         for name, result in results.items():
             entry["models"][name]["measures"] = self._measures(result)
+        if len(results) > 1:
+            first_rows, second_rows = genuine_pairs(protocol.codes)
+            refused: dict[str, Any] = {f"fnmr_{far:g}": {} for far in fars}
+            for name, result in results.items():
+                unit = unit_rows(embeddings[name])
+                scores = np.einsum("gd,gd->g", unit[first_rows], unit[second_rows])
+                for far, point in result.operating_points.items():
+                    refused[f"fnmr_{far:g}"][name] = scores <= point.threshold
+            who = protocol.codes[first_rows]
+            entry["differences"] = differences(
+                refused, dict.fromkeys(refused, (who, who)), replicates=len(protocol.draws), seed=self.seed,
+                level=protocol.level, right="refused",
+            )  # fmt: skip
+            entry["difference_rule"] = PAIRED.format(" of identities")
         return Judgement(entry, {name: result.to_dict() for name, result in results.items()})
 
     @staticmethod
@@ -204,8 +218,3 @@ class AgeErrorsPanel:
         if result.kind == "gap":
             found["slope"], found["slope_within"] = estimate(result.slope), estimate(result.slope_within)
         return found
-
-
-def groups_of(group_names: Sequence[str], codes: NDArray[np.int64]) -> NDArray[np.str_]:
-    """The name of each row's age group, empty where unknown."""
-    return np.asarray([*group_names, ""])[codes]

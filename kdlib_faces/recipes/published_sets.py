@@ -23,9 +23,10 @@ from kdlib_faces.data.pairs import read_lfw_pairs
 from kdlib_faces.evaluation import PAIR_SETS, LongitudinalProtocol, PairProtocol, pair_set
 from kdlib_faces.recipes.image_sets import ImageSet, aligned_images, images_of_files, rows_only
 from kdlib_faces.recipes.panels import Arrays, Judgement
-from kdlib_faces.recipes.panels_million import DistractorsPanel, TemplatesPanel
+from kdlib_faces.recipes.panels_distractors import DistractorsPanel
 from kdlib_faces.recipes.panels_pairs import PairsPanel
 from kdlib_faces.recipes.panels_ranks import LeaveOneOutPanel
+from kdlib_faces.recipes.panels_templates import TemplatesPanel
 from kdlib_faces.recipes.panels_years import LongitudinalPanel
 from kdlib_faces.recipes.tasks import Asked, Settings, Task, faces_of
 

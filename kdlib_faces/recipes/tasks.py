@@ -285,7 +285,7 @@ def age_errors_task(asked: Asked, settings: Settings, name: str, title: str) -> 
     protocol = AgeErrorProtocol(faces.identities[rows], fars=settings.fars, **by, **settings.sampling)
     left_out = len(faces) - len(rows)
     notes = (f"{len(rows)} of {len(faces)} images, the others have no known age",) if left_out else ()
-    panel = AgeErrorsPanel(name, title, protocol, images.label, settings.convention, notes)
+    panel = AgeErrorsPanel(name, title, protocol, settings.convention, notes, settings.seed)
 
     def judge(given: Mapping[str, Arrays]) -> Judgement:
         return panel.judge({each: _rows(array, rows) for each, array in given[images.name].items()})

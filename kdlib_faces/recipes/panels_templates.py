@@ -1,4 +1,4 @@
-"""Recipe: identification among distractors and of templates, judged for all models: MegaFace, IJB-B and IJB-C."""
+"""Recipe: templates, 1:1 and 1:N, judged for all models: IJB-B and IJB-C."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -8,9 +8,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kdlib_faces.evaluation import (
-    DistractorResult,
+    Templates,
     identify_templates,
-    identify_with_distractors,
     pool_templates,
     verify_templates,
 )
@@ -28,116 +27,7 @@ from kdlib_faces.recipes.panels import (
     operating_point,
 )
 
-__all__ = ["DistractorsPanel", "TemplatesPanel"]
-
-
-@dataclass(frozen=True, eq=False)
-class DistractorsPanel:
-    """Judges MegaFace's challenge 1 for several models, each with distractors of its own embedding.
-
-    Attributes:
-        name: of the entry.
-        title: its heading.
-        identities: (n,) of the probes.
-        ages: (n,) years of the probes, or None.
-        convention: what else a reader must know: which distractors.
-        fars: target false accept rates.
-        ranks: of the table.
-        sizes: numbers of distractors at which rank 1 is told.
-        bins: lower ends of the bins of gaps.
-        replicates: of the intervals.
-        seed: of the resamples.
-        level: confidence.
-        notes: what was left out.
-        progress: show how far it is.
-    """
-
-    name: str
-    title: str
-    identities: NDArray[Any]
-    ages: NDArray[Any] | None
-    convention: dict[str, str]
-    fars: tuple[float, ...] = (1e-6,)
-    ranks: tuple[int, ...] = (1, 5)
-    sizes: tuple[int, ...] = ()
-    bins: tuple[float, ...] = (0, 5, 10, 20, 30)
-    replicates: int = 500
-    seed: int = 0
-    level: float = 0.95
-    notes: tuple[str, ...] = ()
-    progress: bool = False
-
-    def judge(self, embeddings: Arrays, distractors: Arrays) -> Judgement:
-        """All models; `distractors` are embeddings of the same strangers by each of them."""
-        results: dict[str, DistractorResult] = {}
-        for name, array in embeddings.items():
-            results[name] = identify_with_distractors(
-                array,
-                self.identities,
-                distractors[name],
-                fars=self.fars,
-                ranks=self.ranks,
-                sizes=[size for size in self.sizes if size <= len(distractors[name])],
-                ages=self.ages,
-                gap_bins=self.bins,
-                replicates=self.replicates,
-                seed=self.seed,
-                level=self.level,
-                progress=self.progress,
-            )
-        first = next(iter(results.values()))
-        entry: dict[str, Any] = {
-            "name": self.name,
-            "title": self.title,
-            "question": "Who is it among very many strangers? Each probe with one mate and all distractors.",
-            "convention": {
-                "Definition": first.convention,
-                "Score": "cosine",
-                **self.convention,
-                "Intervals": "bootstrap over identities, thresholds kept as they are",
-            },
-            "counts": {
-                "probes": first.probes, "trials": first.trials, "distractors": first.distractors,
-                "cleaned away": first.cleaned,
-            },
-            "notes": list(self.notes),
-            "measures": {
-                **{f"rank{rank}": measure(f"Rank-{rank}") for rank in first.rates},
-                **{f"tar_{far:g}": measure(f"TAR, {far_words(far)}") for far in first.tar},
-            },
-            "bins": {},
-            "models": {name: self._found(result) for name, result in results.items()},
-        }  # fmt: skip
-        if first.by_gap:
-            entry["bins"]["gap"] = {
-                "title": "Rank-1 by the gap between probe and mate",
-                "axis": "age gap, years",
-                "labels": [each.name for each in first.by_gap],
-                "at": list(range(len(first.by_gap))),
-                "counts": [each.trials for each in first.by_gap],
-            }
-        if first.by_size:
-            entry["bins"]["size"] = {
-                "title": "Rank-1 by the number of distractors",
-                "axis": "distractors",
-                "labels": [f"{size:,}" for size in first.by_size],
-                "at": list(range(len(first.by_size))),
-            }
-        return Judgement(entry, {name: result.to_dict() for name, result in results.items()})
-
-    @staticmethod
-    def _found(result: DistractorResult) -> dict[str, Any]:
-        found: dict[str, Any] = {f"rank{rank}": estimate(each) for rank, each in result.rates.items()}
-        found |= {
-            f"tar_{far:g}": estimate(result.tar_by_identity[far], resolvable=point.resolvable)
-            for far, point in result.tar.items()
-        }
-        bins: dict[str, Any] = {}
-        if result.by_gap:
-            bins["gap"] = [estimate(each.rank1) for each in result.by_gap]
-        if result.by_size:
-            bins["size"] = [estimate(each) for each in result.by_size.values()]
-        return {"measures": found, "bins": bins}
+__all__ = ["TemplatesPanel"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -248,12 +138,13 @@ class TemplatesPanel:
         """1:N: probes searched in each gallery on its own."""
         assert self.galleries is not None
         assert self.probes is not None
+        pooled = {name: self._pooled(array) for name, array in embeddings.items()}
         results = {
             name: identify_templates(
-                self._pooled(array), self.galleries, self.probes, fpirs=self.fpirs, ranks=self.ranks,
+                templates, self.galleries, self.probes, fpirs=self.fpirs, ranks=self.ranks,
                 replicates=self.replicates, seed=self.seed, level=self.level,
             )
-            for name, array in embeddings.items()
+            for name, templates in pooled.items()
         }  # fmt: skip
         first = next(iter(results.values()))
         told = [fpir for fpir in self.fpirs if fpir in (0.01, 0.1)] or list(self.fpirs)
@@ -286,4 +177,26 @@ class TemplatesPanel:
                 "cmc": {"rank": list(self.ranks), "rate": [result.rates[rank].value for rank in self.ranks]},
                 "search": {"fpir": list(self.fpirs), "tpir": [result.tpir[fpir].value for fpir in self.fpirs]},
             }
+        if len(results) > 1:
+            hits = {name: self._first(templates) for name, templates in pooled.items()}
+            who = next(iter(hits.values()))[1]
+            entry["differences"] = differences(
+                {f"rank{self.ranks[0]}": {name: right for name, (right, _) in hits.items()}} if self.ranks[0] == 1 else {},
+                {f"rank{self.ranks[0]}": (who, who)}, replicates=self.replicates, seed=self.seed, level=self.level,
+            )  # fmt: skip
+            entry["difference_rule"] = PAIRED.format(" of subjects")
         return Judgement(entry, {name: result.to_dict() for name, result in results.items()})
+
+    def _first(self, templates: Templates) -> tuple[NDArray[np.bool_], NDArray[Any]]:
+        """Of the mated searches of all galleries: whether the mate comes first, and whose probe it is."""
+        assert self.galleries is not None
+        assert self.probes is not None
+        right, who = [], []
+        subjects = np.asarray(self.probes[1])
+        probes = templates.features[np.searchsorted(templates.ids, self.probes[0])]
+        for ids, people in self.galleries:
+            mated = np.isin(subjects, people)
+            gallery = templates.features[np.searchsorted(templates.ids, ids)]
+            right.append(np.asarray(people)[(probes[mated] @ gallery.T).argmax(axis=1)] == subjects[mated])
+            who.append(subjects[mated])
+        return np.concatenate(right), np.concatenate(who)
