@@ -2,6 +2,9 @@
 
 import json
 import re
+import subprocess
+import sys
+import time
 
 import numpy as np
 import pytest
@@ -197,6 +200,43 @@ def test_a_killed_run_goes_on_where_it_was(tmp_path, monkeypatch, no_figures):
     (straight,) = (tmp_path / "whole/work").iterdir()
     assert made.read_bytes() == straight.read_bytes()
     assert made.name == straight.name
+
+
+_SLOW = """
+import sys, time
+from kdlib_faces import cli
+from kdlib_faces.recipes import embedding
+real = embedding.embed
+def slow(*given, **more):
+    time.sleep(0.2)
+    return real(*given, **more)
+embedding.embed, embedding.KEPT_EVERY = slow, 4
+sys.exit(cli.main(sys.argv[1:]))
+"""
+
+
+def test_a_run_that_the_system_killed_goes_on(tmp_path, monkeypatch, no_figures):
+    model, text = network(tmp_path / "m.pt", 0), f"leave_one_out={set_files.grouped(tmp_path)}"
+    words = ["evaluate", "--model", model, "--protocol", text, "--set", "batch_size=4", "--set", "replicates=10"]
+    words = [str(word) for word in [*words, "--quiet", "--output", tmp_path / "out"]]
+    process = subprocess.Popen([sys.executable, "-c", _SLOW, *words], stderr=subprocess.PIPE)
+    until = time.monotonic() + 60
+    while not list((tmp_path / "out/work").glob("*.json")) and process.poll() is None and time.monotonic() < until:
+        time.sleep(0.02)
+    process.kill()
+    assert process.wait(20) == -9, process.stderr.read()
+    process.stderr.close()
+    assert not (tmp_path / "out/report.json").exists()
+    counts, real = [], embedding.embed
+    monkeypatch.setattr(
+        embedding, "embed", lambda module, images, **more: (counts.append(len(images)), real(module, images, **more))[1]
+    )
+    assert cli.main(words) == 0
+    assert 0 < sum(counts) < 15
+    (made,) = (tmp_path / "out/work").iterdir()
+    assert cli.main([*words[:-1], str(tmp_path / "whole")]) == 0
+    (straight,) = (tmp_path / "whole/work").iterdir()
+    np.testing.assert_allclose(np.load(made), np.load(straight), atol=1e-6)
 
 
 def test_a_part_that_is_damaged_is_made_anew(tmp_path, monkeypatch):
