@@ -99,4 +99,7 @@ def differences_table(view: View, evaluation: Evaluation) -> Table:
         rows.append(
             [Cell(pair), Cell(told.measure.title, told.measure.note), Cell(amount, spread), Cell(said, found.note)]
         )
-    return Table(["Comparison", "Measure", "Difference, points", "Its interval"], rows, [None] * 4, {})
+    columns = ["Comparison", "Measure", "Difference, points", "Its interval"]
+    if len({row[0].text for row in rows}) == 1:  # one pair of models: its name once, above the measures
+        return Table([rows[0][0].text, *columns[2:]], [row[1:] for row in rows], [None] * 3, {})
+    return Table(columns, rows, [None] * 4, {})

@@ -286,7 +286,9 @@ def differences(view: View, evaluation: Evaluation, theme: Theme, narrow: bool) 
     style = looks(view, theme)
     for place, (axes, (a, b)) in enumerate(zip(grid(figure, len(pairs), narrow, across=across), pairs, strict=True)):
         first, second = (plain(view.label(name), 26) for name in (a, b))
-        title = f"{first} minus {second}" if len(first + second) < 34 else f"{first}\nminus {second}"
+        title = (
+            f"{first} minus {second}" if len(first + second) < (20 if narrow else 34) else f"{first}\nminus {second}"
+        )
         dress(axes, theme, title=title, x="difference, points", grid="x")
         for row, measure in enumerate(measures):
             found = next((d for d in told if (d.a, d.b) == (a, b) and d.measure == measure), None)

@@ -115,6 +115,11 @@ def test_tables_hold_what_was_measured(run: Any) -> None:
     assert [row[1].text for row in different.rows[:3]] == ["Accuracy"] * 3
     assert [row[3].text for row in different.rows[:3]] == ["includes zero", "above zero", "above zero"]
     assert different.rows[0][2].text == "+1.00"
+    only = run["evaluations"][0]["differences"]
+    only[:] = [row for row in only if (row["a"], row["b"]) == ("general", "student")]
+    alone = differences_table(View(run), View(run).evaluations[0])
+    assert alone.columns == ["general.onnx − student.onnx", "Difference, points", "Its interval"]
+    assert [row[0].text.replace("\u00a0", " ") for row in alone.rows] == ["Accuracy", "TAR, FAR 1 %", "AUC"]
     overview = overview_table(view)
     assert [row[0].text for row in overview.rows] == ["LFW pairs", "IJB-C 1:N"]
     assert measures_table(view, ijbc).rows[2][1].text == "−0.007"
