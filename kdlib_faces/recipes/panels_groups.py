@@ -1,10 +1,11 @@
 """Recipe: one age group against another, and errors by age, judged for all models."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from kdlib_faces.evaluation import AgeErrorProtocol, AgeErrorResult, CrossGroupProtocol, ErrorBin, Estimate
 from kdlib_faces.evaluation.resampling import genuine_pairs
@@ -12,6 +13,8 @@ from kdlib_faces.recipes.panels import (
     PAIRED,
     Arrays,
     Judgement,
+    ScoreTable,
+    WorstPair,
     curve,
     differences,
     estimate,
@@ -34,19 +37,23 @@ class CrossGroupPanel:
         name: of the entry.
         title: its heading.
         protocol: says the groups.
+        labels: what each row is called.
         convention: what else a reader must know.
         replicates: of the paired intervals.
         seed: of the resamples.
         level: confidence.
+        worst: how many pairs of each kind to show.
     """
 
     name: str
     title: str
     protocol: CrossGroupProtocol
+    labels: Callable[[int], str]
     convention: dict[str, str]
     replicates: int = 500
     seed: int = 0
     level: float = 0.95
+    worst: int = 6
 
     def judge(self, embeddings: Arrays) -> Judgement:
         """All models on all pairs across the groups."""
@@ -83,6 +90,7 @@ class CrossGroupPanel:
             "models": {},
         }
         hits: dict[str, Any] = {key: {} for key in measures if key != "auc"}
+        worst: dict[str, list[WorstPair]] = {}
         rows, columns = np.nonzero(same)
         owners: dict[str, Any] = {f"tar_{far:g}": (who[0][rows], who[1][columns]) for far in first.tar}
         owners |= {f"rank{rank}": (who[0][mated], who[0][mated]) for rank in first.rates}
@@ -106,6 +114,7 @@ class CrossGroupPanel:
                 "cmc": {"rank": list(range(1, most + 1)), "rate": rate.tolist()},
                 "histogram": histogram(scores[same], scores[~same], threshold),
             }
+            worst[name] = self._worst(scores, same)
             for far, point in points.items():
                 hits[f"tar_{far:g}"][name] = scores[same] > point.threshold
             for rank in result.rates:
@@ -115,7 +124,33 @@ class CrossGroupPanel:
                 hits, owners, replicates=self.replicates, seed=self.seed, level=self.level
             )
             entry["difference_rule"] = PAIRED.format(" of identities")
-        return Judgement(entry, {name: result.to_dict() for name, result in results.items()})
+        table = ScoreTable(
+            ("probe", "gallery", "same", "score"), lambda name: self._rows(embeddings[name], same), same.size
+        )
+        return Judgement(entry, {name: result.to_dict() for name, result in results.items()}, worst, table)
+
+    def _worst(self, scores: NDArray[np.float64], same: NDArray[np.bool_]) -> list[WorstPair]:
+        """The least alike genuine pairs, then the most alike impostor pairs; a person is shown once of each kind."""
+        found: list[WorstPair] = []
+        for kind in (True, False):
+            left = np.where(same == kind, scores if kind else -scores, np.inf)
+            for _ in range(self.worst):
+                i, j = np.unravel_index(int(left.argmin()), left.shape)
+                if not np.isfinite(left[i, j]):
+                    break
+                probe, gallery = int(self.protocol.probes[i]), int(self.protocol.gallery[j])
+                found.append(WorstPair(probe, gallery, float(scores[i, j]), kind))
+                people = self.protocol.codes[[probe, gallery]]
+                left[np.isin(self.protocol.codes[self.protocol.probes], people)] = np.inf
+                left[:, np.isin(self.protocol.codes[self.protocol.gallery], people)] = np.inf
+        return found
+
+    def _rows(self, array: NDArray[Any], same: NDArray[np.bool_]) -> Iterator[tuple[Any, ...]]:
+        unit = unit_rows(array)
+        for i, probe in enumerate(self.protocol.probes.tolist()):
+            scores = unit[self.protocol.gallery] @ unit[probe]
+            for j, gallery in enumerate(self.protocol.gallery.tolist()):
+                yield self.labels(probe), self.labels(gallery), int(same[i, j]), f"{scores[j]:.8f}"
 
 
 @dataclass(frozen=True, eq=False)

@@ -262,7 +262,9 @@ def groups_of_faces(faces: FaceList, images: ImageSet, settings: Settings, name:
         faces.identities, groups, probe=there[-1], gallery=there[0], fars=settings.fars,
         ranks=[rank for rank in settings.ranks if rank <= int((groups == there[0]).sum())], **settings.sampling,
     )  # fmt: skip
-    panel = CrossGroupPanel(name, title, protocol, settings.convention, **settings.sampling)
+    panel = CrossGroupPanel(
+        name, title, protocol, images.label, settings.convention, worst=settings.worst, **settings.sampling
+    )
     return Task(name, (images,), lambda given: panel.judge(given[images.name]))
 
 

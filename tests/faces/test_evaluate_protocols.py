@@ -13,9 +13,11 @@ import torch
 from kdlib_faces import cli
 from kdlib_faces._checks import InputError
 from kdlib_faces.backbones import MobileFaceNet, save_backbone
-from kdlib_faces.evaluation import PairProtocol, leave_one_out
+from kdlib_faces.evaluation import CrossGroupProtocol, PairProtocol, leave_one_out
 from kdlib_faces.recipes import embedding, evaluate
 from kdlib_faces.recipes.image_sets import images_of_files
+from kdlib_faces.recipes.panels_groups import CrossGroupPanel
+from kdlib_faces.recipes.panels_pairs import PairsPanel
 from kdlib_faces.recipes.protocol_names import PROTOCOLS, listing
 from kdlib_faces.recipes.tasks import parse_protocol
 from tests.faces import set_files
@@ -134,7 +136,7 @@ def test_curves_are_curves(whole):
 def test_worst_pairs_are_shown_and_scores_written(whole):
     root, _, told = whole
     found = {entry["name"]: entry for entry in told["evaluations"]}
-    for name in ("lfw", "bin", "cacd_vs", "fgnet", "age_gap"):
+    for name in ("lfw", "bin", "cacd_vs", "fgnet", "age_gap", "between_groups"):
         assert f"{name}_0_rejects" in found[name]["pictures"] or name == "fgnet"
         assert all((root / f"out/figures/{picture}.png").is_file() for picture in found[name]["pictures"])
     page = (root / "out/report.html").read_text()
@@ -144,7 +146,41 @@ def test_worst_pairs_are_shown_and_scores_written(whole):
     assert len(rows) == 12
     assert re.fullmatch(r"P0/P0_0001\.jpg,P0/P0_0002\.jpg,1,-?\d\.\d{8}", rows[1])
     assert found["lfw"]["scores"] == {"one": "scores/lfw-one.csv", "two": "scores/lfw-two.csv"}
+    between = (root / "out/scores/between_groups-one.csv").read_text().splitlines()
+    lines = [line.split(",") for line in between[1:]]
+    assert len(lines) == 5 * 10
+    assert sum(line[2] == "1" for line in lines) == 10
     assert len((root / "out/scores/age_gap-one.csv").read_text().splitlines()) == 1 + 20 * 19 // 2
+
+
+def test_the_worst_pairs_are_the_worst():
+    rng = np.random.default_rng(3)
+    people = np.repeat(np.arange(8), 3)
+    array = rng.normal(size=(24, 6)) + 0.8 * rng.normal(size=(8, 6))[people]
+    unit = array / np.linalg.norm(array, axis=1, keepdims=True)
+    cosine = unit @ unit.T
+    groups = np.array(["adult", "adult", "young"] * 8)
+    crossed = CrossGroupPanel("x", "x", CrossGroupProtocol(people, groups, replicates=5), str, {}, 5, worst=3)
+    i, j = (rows.reshape(-1) for rows in np.meshgrid(np.arange(24), np.arange(24), indexing="ij"))
+    across = (groups[i] == "young") & (groups[j] == "adult")
+    given = PairProtocol(i[across], j[across], people[i[across]] == people[j[across]], two_folds(across))
+    paired = PairsPanel("x", "x", given, str, {}, replicates=5, worst=3)
+    for panel in (crossed, paired):
+        found = panel.judge({"m": array}).worst["m"]
+        assert [pair.same for pair in found] == [True] * 3 + [False] * 3
+        for same, best in ((True, min), (False, max)):
+            mine = [pair.score for pair in found if pair.same is same]
+            wanted = cosine[i, j][across & ((people[i] == people[j]) == same)]
+            assert mine[0] == pytest.approx(best(wanted))
+            assert mine == sorted(mine, reverse=not same)
+        for pair in found:
+            assert pair.score == pytest.approx(cosine[pair.left, pair.right])
+            assert (people[pair.left] == people[pair.right]) == pair.same
+
+
+def two_folds(chosen):
+    """Two folds of both kinds."""
+    return np.arange(int(chosen.sum())) % 2
 
 
 def test_embeddings_of_one_set_are_made_once_and_found_again(whole, monkeypatch, no_figures):
