@@ -1,7 +1,5 @@
 """Evaluation room: many images of one person to one template, as IJB-B and IJB-C pool them. NumPy only."""
 
-import os
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, Literal
@@ -27,7 +25,6 @@ __all__ = ["Templates", "pool_templates"]
 
 OWNER = "pool_templates"
 BLOCK = 1024
-THREADS = min(4, os.cpu_count() or 1)
 
 
 @dataclass(frozen=True)
@@ -137,23 +134,19 @@ def _add(
     owner = codes if order is None else codes[order]
     starts = np.flatnonzero(np.concatenate([[True], owner[1:] != owner[:-1]]))
     ends = np.append(starts[1:], owner.size)
-    # Blocks end where a template does, so that no two threads add to one sum.
-    cuts = np.unique(np.append(np.searchsorted(starts, np.arange(0, owner.size, BLOCK)), starts.size))
-
-    def work(first: int, last: int) -> None:
+    # Blocks end where a template does, so that each sum is made in one go.
+    cuts = np.unique(np.append(np.searchsorted(starts, np.arange(0, owner.size, BLOCK)), starts.size)).tolist()
+    longest = max(int(ends[last - 1] - starts[first]) for first, last in pairwise(cuts))
+    buffer = None if order is None else np.empty((longest, shard.shape[1]), dtype=shard.dtype)
+    for first, last in pairwise(cuts):
         begin, end = int(starts[first]), int(ends[last - 1])
-        chosen = np.arange(begin, end) if order is None else order[begin:end]
-        rows = shard[begin:end] if order is None else shard.take(chosen, axis=0)
+        if order is None or buffer is None:
+            chosen, rows = np.arange(begin, end), shard[begin:end]
+        else:
+            chosen = order[begin:end]
+            rows = np.take(shard, chosen, axis=0, out=buffer[: end - begin], mode="clip")
         runs = list(zip((starts[first:last] - begin).tolist(), (ends[first:last] - begin).tolist(), strict=True))
         sums[owner[starts[first:last]]] += _pooled(rows, chosen, weights[chosen], runs, feature_norm, offset)
-
-    spans = [(int(first), int(last)) for first, last in pairwise(cuts)]
-    if len(spans) == 1:
-        work(*spans[0])
-        return
-    with ThreadPoolExecutor(THREADS) as pool:
-        for done in [pool.submit(work, *span) for span in spans]:
-            done.result()
 
 
 def _pooled(
