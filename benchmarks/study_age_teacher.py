@@ -29,7 +29,7 @@ from kdlib_faces.data.listing import read_faces
 from kdlib_faces.evaluation import AgeGapProtocol
 from kdlib_faces.progress import progress
 from kdlib_faces.recipes.age_teacher import AgeTeacherConfig, PairTargets, build_age_teacher
-from kdlib_faces.teachers import OnnxTeacher, fit_age_map, fit_fusion, joined, load_start
+from kdlib_faces.teachers import AttentiveAgeNet, OnnxTeacher, fit_age_map, fit_fusion, joined, load_start
 
 RESULTS = Path(__file__).parent / "results" / "age_teacher.json"
 FAR = 1e-3
@@ -193,7 +193,12 @@ def adapted(faces: Faces, train_rows: np.ndarray, test_rows: np.ndarray, way: Wa
     """Train one way on some people, embed the others."""
     between, behind = cut(faces.network)
     last = way.config.settled(loaded=True)["trained"] == "embedding" and way.config.method != "mtlface"
-    start, fed = Tail(faces.network, copy.deepcopy(behind if last else between + behind)), faces.fed(last)
+    fed = faces.fed(last)
+    start: nn.Module = Tail(faces.network, copy.deepcopy(behind if last else between + behind))
+    if way.config.method == "mtlface":
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            start = AttentiveAgeNet(start, channels=fed.shape[2])
     groups = None if faces.ages is not None else len(faces.names)
     count = len(np.unique(faces.identities[train_rows]))
     distiller = build_age_teacher(start, way.config, num_identities=count, groups=groups, seed=seed)

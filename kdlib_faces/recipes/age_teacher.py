@@ -43,8 +43,8 @@ class AgeTeacherConfig:
     """How an age-invariant teacher is trained. Margins and weights of the two published ways are theirs where known.
 
     What is None depends on the start. From scratch: the whole network, BatchNorm as usual, the margin softmax alone, no pull.
-    From a loaded backbone: the embedding layer (MTLFace: the tail), BatchNorm statistics kept, far pairs in place of the
-    margin softmax, pull 100.
+    From a loaded backbone: the embedding layer and what the method adds, BatchNorm statistics kept, far pairs in place of
+    the margin softmax, pull 100.
 
     Attributes:
         method: `"dal"`, `"mtlface"` or `"pairs"`.
@@ -109,7 +109,7 @@ class AgeTeacherConfig:
             'embedding'
         """
         usual = {
-            "trained": ("tail" if self.method == "mtlface" else "embedding") if loaded else "all",
+            "trained": "embedding" if loaded else "all",
             "steady": loaded,
             "identity_weight": 0.0 if loaded else 1.0,
             "pair_weight": 1.0 if loaded else 0.0,
@@ -315,17 +315,17 @@ def tune(
 
 
 def _moved(net: Any, trained: str) -> list[nn.Parameter]:
-    """The parameters of the start that are trained; what a method adds is new, always trained, and pulled to nothing."""
-    if isinstance(net, AgeInvariantNet):
-        return trained_parts(net.backbone, trained)
-    moved = trained_parts(net.backbone if isinstance(net, AttentiveAgeNet) else net, trained)
-    if isinstance(net, AttentiveAgeNet):
-        split: Any = net.get_submodule(net.identity_tap)
-        new = set(split[1].parameters())
-        for parameter in new:
-            parameter.requires_grad_(True)
-        moved = [parameter for parameter in moved if parameter not in new]
-    return moved
+    """All that is trained: a part of the start, and what the method adds, which is always trained.
+
+    The pull holds both. New parts begin small; let loose, they learn the few training people by heart.
+    """
+    if not isinstance(net, AgeInvariantNet | AttentiveAgeNet):
+        return trained_parts(net, trained)
+    trained_parts(net.backbone, trained)
+    new: Any = net.age_branch if isinstance(net, AgeInvariantNet) else net.get_submodule(f"{net.identity_tap}.1")
+    for parameter in new.parameters():
+        parameter.requires_grad_(True)
+    return [parameter for parameter in net.parameters() if parameter.requires_grad]
 
 
 def _with_parts(backbone: Any, method: str, loaded: bool) -> Any:

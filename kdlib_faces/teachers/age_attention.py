@@ -85,6 +85,7 @@ class AttentiveAgeNet(nn.Module):
     Args:
         backbone: any network with `stages` and `embedding_dim`, `(b, 3, h, w)` to `(b, d)`; a copy of it is used.
         start: as in `AgeAttention`.
+        channels: of the last stage; None asks one blank image.
 
     Attributes:
         stages: the backbone's, the last one now giving the identity part.
@@ -107,7 +108,7 @@ class AttentiveAgeNet(nn.Module):
         {'embedding': (2, 16), 'age_map': (2, 32, 2, 2)}
     """
 
-    def __init__(self, backbone: nn.Module, *, start: float = -4.0) -> None:
+    def __init__(self, backbone: nn.Module, *, start: float = -4.0, channels: int | None = None) -> None:
         super().__init__()
         dim: Any = getattr(backbone, "embedding_dim", None)
         check_number("AttentiveAgeNet", "backbone.embedding_dim", dim, least=1, integer=True)
@@ -119,7 +120,7 @@ class AttentiveAgeNet(nn.Module):
         self.input_size: Any = getattr(backbone, "input_size", None)
         self.start = start
         last = stages[-1]
-        self.channels = _channels(self.backbone, last, self.input_size)
+        self.channels = _channels(self.backbone, last, self.input_size) if channels is None else channels
         owner, _, name = last.rpartition(".")
         split = nn.Sequential(self.backbone.get_submodule(last), AgeAttention(self.channels, start=start))
         setattr(self.backbone.get_submodule(owner), name, split)
