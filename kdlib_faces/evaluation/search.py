@@ -35,12 +35,13 @@ def product_error(width: int) -> float:
     return (2 * width + 16) * 2.0**-24
 
 
-def dot_rows(left: FloatArray, i: IntArray, right: FloatArray, j: IntArray) -> FloatArray:
+def dot_rows(left: npt.NDArray[Any], i: IntArray, right: npt.NDArray[Any], j: IntArray) -> FloatArray:
     """(p,) products of rows i of `left` and j of `right`, to 12 decimals: equal directions tie, whatever their lengths."""
     out = np.empty(i.size)
     for start in range(0, i.size, PAIRS):
         part = slice(start, start + PAIRS)
-        out[part] = np.einsum("pd,pd->p", left[i[part]], right[j[part]])
+        a, b = (rows[at[part]].astype(np.float64, copy=False) for rows, at in ((left, i), (right, j)))
+        out[part] = np.einsum("pd,pd->p", a, b)
     return np.round(out, DECIMALS)
 
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
+import numpy.typing as npt
 
 from kdlib._checks import check_number
 from kdlib_faces.evaluation._checks import (
@@ -194,7 +195,7 @@ def _enrolled(templates: Templates, name: str, given: Enrolled, *, one_each: boo
 
 
 def _search(
-    features: FloatArray, probes: IntArray, codes: IntArray, people: Any, gallery: IntArray, subjects: Any
+    features: npt.NDArray[Any], probes: IntArray, codes: IntArray, people: Any, gallery: IntArray, subjects: Any
 ) -> _Search:
     """Search one gallery, a block of probes at a time."""
     kinds = ["strings" if labels.dtype.kind == "U" else "numbers" for labels in (people, subjects)]
@@ -203,10 +204,10 @@ def _search(
     spot = np.minimum(np.searchsorted(subjects[order], people), subjects.size - 1)
     column = np.where(subjects[order][spot] == people, order[spot], -1)[codes]
     highest, mate, rank = np.empty(probes.size), np.full(probes.size, -np.inf), np.zeros(probes.size, dtype=np.int64)
-    enrolled = features[gallery].T
+    enrolled = features[gallery].astype(np.float64, copy=False).T
     for start in range(0, probes.size, BLOCK):
         part = slice(start, start + BLOCK)
-        scores, own = features[probes[part]] @ enrolled, column[part]
+        scores, own = features[probes[part]].astype(np.float64, copy=False) @ enrolled, column[part]
         highest[part] = scores.max(axis=1)
         score = np.take_along_axis(scores, np.maximum(own, 0)[:, None], axis=1)
         ahead = (scores > score) | ((scores == score) & (np.arange(gallery.size) < own[:, None]))

@@ -154,7 +154,7 @@ def verify_templates(
     def exact(pairs: IntArray) -> FloatArray:
         return dot_rows(features, i[pairs], features, j[pairs])
 
-    scores = pair_cosines(features.astype(np.float32), i, j)
+    scores = pair_cosines(features.astype(np.float32, copy=False), i, j)
     points = operating_points(
         scores, flags, exact, product_error(features.shape[1]), fars, mode=mode, level=float(level)
     )

@@ -25,6 +25,7 @@ __all__ = ["Templates", "pool_templates"]
 
 OWNER = "pool_templates"
 BLOCK = 1024
+LARGE = 1e30
 
 
 @dataclass(frozen=True)
@@ -33,14 +34,14 @@ class Templates:
 
     Args:
         ids: (t,) template ids, sorted.
-        features: (t, d) unit rows, float64.
+        features: (t, d) unit rows, float32 where the embeddings were float32 or float16, else float64.
         images: (t,) how many images each was pooled from.
         feature_norm: `"keep"` or `"unit"`: what was done with the length of an image's embedding.
         detector_scores: whether images were weighed by the detector's score.
     """
 
     ids: npt.NDArray[Any]
-    features: FloatArray
+    features: npt.NDArray[np.floating[Any]]
     images: IntArray
     feature_norm: str
     detector_scores: bool
@@ -97,16 +98,18 @@ def pool_templates(
         require(bool((weights >= 0).all()), OWNER, f"detector_scores must not be negative, got {weights.min()}")
     _, group, counts = np.unique(codes * known.size + media, return_inverse=True, return_counts=True)
     weights = weights / counts[group.reshape(-1)]
-    sums, rows = None, 0
+    sums: npt.NDArray[Any] | None = None
+    rows = 0
     for shard in shards_of(OWNER, "embeddings", embeddings):
         require(
             rows + len(shard) <= codes.size,
             OWNER,
             f"embeddings must have one row for each of {codes.size} template_ids, got more",
         )
-        sums = np.zeros((ids.size, shard.shape[1])) if sums is None else sums
+        precise = _precise(shard)
+        sums = np.zeros((ids.size, shard.shape[1]), dtype=precise) if sums is None else sums
         part = slice(rows, rows + len(shard))
-        _add(sums, shard, codes[part], weights[part], feature_norm, rows)
+        sums = _add(sums, shard, codes[part], weights[part], feature_norm, rows)
         rows += len(shard)
     require(
         sums is not None and rows == codes.size,
@@ -123,12 +126,22 @@ def pool_templates(
     return Templates(ids, sums, np.bincount(codes), feature_norm, detector_scores is not None)
 
 
+def _precise(rows: npt.NDArray[Any]) -> type[np.floating[Any]]:
+    """What rows of this kind are summed in."""
+    return np.float64 if rows.dtype.itemsize > 4 or rows.dtype.kind != "f" else np.float32
+
+
 def _add(
-    sums: FloatArray, shard: npt.NDArray[Any], codes: IntArray, weights: FloatArray, feature_norm: str, offset: int
-) -> None:
-    """Add one shard's rows to the sums of their templates, some whole templates at a time."""
+    sums: npt.NDArray[Any],
+    shard: npt.NDArray[Any],
+    codes: IntArray,
+    weights: FloatArray,
+    feature_norm: str,
+    offset: int,
+) -> npt.NDArray[Any]:
+    """Add one shard's rows to the sums of their templates, some whole templates at a time; the sums, perhaps made wider."""
     if not codes.size:
-        return
+        return sums
     ordered = bool((codes[1:] >= codes[:-1]).all())
     order = None if ordered else np.argsort(codes, kind="stable")
     owner = codes if order is None else codes[order]
@@ -146,7 +159,11 @@ def _add(
             chosen = order[begin:end]
             rows = np.take(shard, chosen, axis=0, out=buffer[: end - begin], mode="clip")
         runs = list(zip((starts[first:last] - begin).tolist(), (ends[first:last] - begin).tolist(), strict=True))
-        sums[owner[starts[first:last]]] += _pooled(rows, chosen, weights[chosen], runs, feature_norm, offset)
+        segments = _pooled(rows, chosen, weights[chosen], runs, feature_norm, offset)
+        if segments.dtype.itemsize > sums.dtype.itemsize:
+            sums = sums.astype(segments.dtype)
+        sums[owner[starts[first:last]]] += segments
+    return sums
 
 
 def _pooled(
@@ -158,7 +175,7 @@ def _pooled(
     offset: int,
 ) -> npt.NDArray[Any]:
     """Weighted sum of each run of rows; bad rows are named by `chosen` and `offset`."""
-    precise = np.float64 if rows.dtype.itemsize > 4 or rows.dtype.kind != "f" else np.float32
+    precise = _precise(rows)
     rows = rows.astype(precise, copy=False)
     # A zero row starts with a zero; few others do.
     suspects = np.flatnonzero(rows[:, 0] == 0)
@@ -169,13 +186,15 @@ def _pooled(
     with np.errstate(all="ignore"):
         scaled = weights / _lengths(rows) if feature_norm == "unit" else weights
         segments = _run_sums(rows, scaled.astype(precise), runs)
-    if np.isfinite(segments).all() and (feature_norm == "keep" or scaled[weights > 0].all()):
+        # Far inside float32, so that sums over shards stay there too; NaN is not.
+        small = max(segments.max(), -segments.min()) < LARGE or precise is np.float64
+    if small and np.isfinite(segments).all() and (feature_norm == "keep" or scaled[weights > 0].all()):
         return segments
     bad = np.flatnonzero(~np.isfinite(rows).all(axis=1))
     if bad.size:
         row = int(chosen[bad].min()) + offset
         raise InputError(f"{OWNER}: embeddings must be finite (no NaN, no infinity), got row {row} that is not")
-    # Finite, and beyond float32: once more in float64.
+    # Finite, and near the end of float32: once more in float64.
     rows = unit_block(OWNER, "embeddings", rows, offset) if feature_norm == "unit" else rows.astype(np.float64)
     return _run_sums(rows, weights, runs)
 

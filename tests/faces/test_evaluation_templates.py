@@ -58,6 +58,7 @@ def test_pooling_is_the_published_one(norm: Any, scored: bool, dtype: Any) -> No
     expected = published(embeddings, ids, media, given, norm)
     assert found.ids.tolist() == list(expected)
     tolerance = 1e-12 if dtype == np.float64 else 1e-6
+    assert found.features.dtype == (np.float64 if dtype == np.float64 else np.float32)
     np.testing.assert_allclose(found.features, np.array(list(expected.values())), atol=tolerance)
     assert (found.feature_norm, found.detector_scores, int(found.images.sum())) == (norm, scored, 900)
     assert ("lengths kept" in found.convention) == (norm == "keep")
@@ -95,6 +96,9 @@ def test_string_ids_and_lengths_beyond_float32() -> None:
         found.features[1], np.array([1 + np.sqrt(2), 1]) / np.hypot(1 + np.sqrt(2), 1), atol=1e-7
     )
     huge = np.array([[3e38, 3e38], [3e38, 0.0]], dtype=np.float32)
+    for shards in ([huge[:1], huge[1:]], iter([huge[:1], huge[1:]])):
+        found = pool_templates(shards, [1, 1], [1, 2])
+        np.testing.assert_allclose(found.features[0], np.array([2, 1]) / np.sqrt(5), atol=1e-7)
     np.testing.assert_allclose(
         pool_templates(huge, [1, 1], [1, 2]).features[0], np.array([2, 1]) / np.sqrt(5), atol=1e-7
     )
