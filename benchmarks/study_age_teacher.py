@@ -262,7 +262,7 @@ def _fusion(faces: Faces, train_rows: np.ndarray, test_rows: np.ndarray) -> Tens
     assert faces.second is not None
     seconds = F.normalize(faces.second[0] + faces.second[1], dim=1)
     who = torch.from_numpy(np.unique(faces.identities[train_rows], return_inverse=True)[1])
-    matrix = fit_fusion([faces.sums(train_rows), seconds[train_rows]], who, dim=512, pull=100.0)
+    matrix = fit_fusion([faces.sums(train_rows), seconds[train_rows]], who, dim=512)
     return faces.both(test_rows) @ matrix
 
 

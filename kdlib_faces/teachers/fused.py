@@ -35,7 +35,7 @@ def fit_fusion(
     identities: Tensor,
     *,
     dim: int = 512,
-    pull: float = 10.0,
+    pull: float = 1.0,
     scale: float = 32.0,
     margin: float = 0.2,
     steps: int = 500,
