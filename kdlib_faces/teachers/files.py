@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from kdlib_faces._checks import InputError
+from kdlib_faces._weights import read_weights
 from kdlib_faces.backbones import Backbone, build_backbone, load_backbone, save_backbone
 from kdlib_faces.teachers.age_attention import AttentiveAgeNet
 from kdlib_faces.teachers.age_invariant import AgeInvariantNet
@@ -100,11 +101,8 @@ def load_teacher(path: str | os.PathLike[str]) -> Any:
         InputError: as `load_backbone`; or a teacher's file whose parts do not fit each other.
     """
     owner = f"load_teacher: {os.fspath(path)}"
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception:  # what cannot be read, or is no PyTorch file, is worded by load_backbone
-        content = None
-    if not isinstance(content, Mapping) or KEY not in content:
+    content = _content(path)
+    if content is None:
         return load_backbone(path)
     if content[KEY] != FORMAT:
         raise InputError(f"{owner} is of format {content[KEY]!r}; this version reads format {FORMAT}")
@@ -142,11 +140,8 @@ def describe_teacher(path: str | os.PathLike[str]) -> str | None:
     Raises:
         InputError: a teacher's file whose parts do not fit each other.
     """
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception:  # other readers word what is wrong with it
-        return None
-    if not isinstance(content, Mapping) or KEY not in content:
+    content = _content(path)
+    if content is None:
         return None
     model = load_teacher(path)
     ways = {
@@ -175,6 +170,15 @@ def load_start(path: str | os.PathLike[str]) -> Any:
 
         return import_onnx(path)
     return load_teacher(path)
+
+
+def _content(path: str | os.PathLike[str]) -> Mapping[str, Any] | None:
+    """What a teacher's file holds; None for any other file, whose faults are worded by those who read such files."""
+    try:
+        content = read_weights("load_teacher", Path(path)).content
+    except InputError:
+        return None
+    return content if isinstance(content, Mapping) and KEY in content else None
 
 
 def _family(backbone: Any) -> str:
