@@ -27,7 +27,7 @@ from kdlib_faces.evaluation.distractor_result import DistractorResult, GapRates
 from kdlib_faces.evaluation.intervals import Estimate
 from kdlib_faces.evaluation.resampling import genuine_pairs
 from kdlib_faces.evaluation.roc import TarAtFar, allowed_false_accepts, operating_point
-from kdlib_faces.evaluation.search import PIECE, Search, dot_rows
+from kdlib_faces.evaluation.search import BLOCK, Search, dot_rows
 from kdlib_faces.progress import progress_to
 
 __all__ = ["DistractorProtocol", "identify_with_distractors"]
@@ -242,7 +242,7 @@ class DistractorProtocol:
             at = 0
             while at < len(shard):
                 following = [size - search.seen for size in self.sizes if size > search.seen]
-                block = shard[at : at + min([PIECE, *following])]
+                block = shard[at : at + min([BLOCK, *following])]
                 at += len(block)
                 total += len(block)
                 require(

@@ -4,7 +4,6 @@ Scores are float32 matrix products; every score that can decide something is the
 rows themselves, so the result is that of float64 throughout, whatever the size of the blocks.
 """
 
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,13 +12,11 @@ import numpy.typing as npt
 
 from kdlib_faces.evaluation._checks import FloatArray, IntArray, unit_block
 
-__all__ = ["PIECE", "Search", "dot_rows", "product_error"]
+__all__ = ["BLOCK", "Search", "dot_rows", "product_error"]
 
 BLOCK = 4096
 CELLS = 2**23
 """Scores held at a time, so that many probes take smaller blocks."""
-PIECE = 16 * BLOCK
-"""Distractors that are best given at a time."""
 PAIRS = 4096
 MANY = 200_000
 DECIMALS = 12
@@ -80,18 +77,8 @@ class Search:
     def add(self, rows: npt.NDArray[Any], offset: int) -> None:
         """Take distractors (m, d) in, none of them zero; `offset` is the number of the first in messages."""
         step = max(1, min(BLOCK, CELLS // len(self.probes)))
-        if len(rows) <= step:
-            if len(rows):
-                self._add(rows, self._unit_single(rows, offset), offset)
-            return
-        # The next block is read, cast and made unit while this one is multiplied.
-        with ThreadPoolExecutor(1) as ahead:
-            following = ahead.submit(self._unit_single, rows[:step], offset)
-            for start in range(0, len(rows), step):
-                single, after = following.result(), start + step
-                if after < len(rows):
-                    following = ahead.submit(self._unit_single, rows[after : after + step], offset + after)
-                self._add(rows[start:after], single, offset + start)
+        for start in range(0, len(rows), step):
+            self._add(rows[start : start + step], offset + start)
 
     def add_zeros(self, count: int) -> None:
         """Take in distractors that score 0 against every probe."""
@@ -101,7 +88,8 @@ class Search:
             self._keep(np.zeros(min(count * len(self.probes), self.top)))
             self.seen += count
 
-    def _add(self, block: npt.NDArray[Any], single: npt.NDArray[np.float32], offset: int) -> None:
+    def _add(self, block: npt.NDArray[Any], offset: int) -> None:
+        single = self._unit_single(block, offset)
         shape = (len(self.probes), len(block))
         if self._scores.shape != shape:
             self._scores = np.empty(shape, dtype=np.float32)

@@ -143,7 +143,9 @@ def _add(
     if not codes.size:
         return sums
     ordered = bool((codes[1:] >= codes[:-1]).all())
-    order = None if ordered else np.argsort(codes, kind="stable")
+    # Sixteen bits are sorted by radix.
+    short = codes.astype(np.uint16) if len(sums) <= 2**16 else codes
+    order = None if ordered else np.argsort(short, kind="stable")
     owner = codes if order is None else codes[order]
     starts = np.flatnonzero(np.concatenate([[True], owner[1:] != owner[:-1]]))
     ends = np.append(starts[1:], owner.size)
