@@ -4,8 +4,8 @@ Every way to adapt a general teacher is trained on some people of the list and t
 been tested (5 folds over identities): TAR at FAR 1e-3 of pairs of an adult and a young image, against impostor pairs of an adult and a
 young image, and of pairs of two adult images against such; flipped image added. Differences to the start have intervals of
 a bootstrap over identities, paired. The network up to its last stage is run once and kept: all ways share it, so that the
-whole study takes half an hour on one core. `--second FILE.onnx` adds the fused teachers. `--drawn` does the same on drawn faces
-of exact ages, from a network that a short training made, by age gap. Writes `results/age_teacher.json`: figures alone.
+whole study takes half an hour on one core. `--second FILE.onnx` adds the fused teachers. The same on drawn faces of exact ages is in
+`study_age_teacher_drawn.py`. Writes `results/age_teacher.json`, part `real`: figures alone.
 """
 
 import argparse
