@@ -29,7 +29,7 @@ SCRIPT = """
     class Slow(nn.Module):
         fingerprint = "slow"
         def forward(self, x):
-            time.sleep(0.002)
+            time.sleep(0.01)  # 50 batches, half a second: however fast the machine, the first deaths come before the end
             return {"map": net(x).reshape(-1, 2, 3), "embedding": net(x).abs()}
 
     def build(path, shared, log=None):
@@ -58,9 +58,10 @@ SCRIPT = """
     moments, kills = random.Random(0), {}
     for name, writers in (("one", 1), ("pair", 2), ("three", 3)):
         kills[name] = 0
-        for _ in range(400):  # each dies at a moment of its own, until one gets to the end before
+        for number in range(400):  # each dies at a moment of its own, ever later, until one gets to the end before
             children = [start(f"{folder}/{name}", writers > 1) for _ in range(writers)]
-            ends = sorted(time.monotonic() + moments.uniform(0.01, 0.15) for _ in children)
+            latest = 0.11 + 0.005 * number
+            ends = sorted(time.monotonic() + moments.uniform(0.01, latest) for _ in children)
             for child, end in zip(children, ends):
                 time.sleep(max(0, end - time.monotonic()))
                 os.kill(child, signal.SIGKILL)
@@ -72,7 +73,7 @@ SCRIPT = """
     kills["left"] = 0
     for number in range(4):  # one dies, the other must take over what it held
         first, second = start(f"{folder}/left{number}", True), start(f"{folder}/left{number}", True)
-        time.sleep(moments.uniform(0.01, 0.15))
+        time.sleep(moments.uniform(0.01, 0.15))  # two need a quarter of a second at least
         os.kill(moments.choice([first, second]), signal.SIGKILL)
         states = sorted(ended([first, second]).values())
         assert states in ([0, 0], [0, signal.SIGKILL]), states
