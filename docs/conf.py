@@ -5,6 +5,8 @@ from typing import Any
 
 from docutils import nodes
 from docutils.utils.math.latex2mathml import tex2mathml
+from sphinx.addnodes import desc
+from sphinx.util.nodes import make_refnode
 
 from kdlib import __version__
 
@@ -20,12 +22,16 @@ html_math_renderer = "mathml"
 
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.autosummary", "sphinx.ext.napoleon"]
 exclude_patterns = ["_build", "api/generated"]
+# A block without a language is text: diagrams and formulas are not Python.
+highlight_language = "none"
 myst_enable_extensions = ["colon_fence", "deflist"]
 myst_heading_anchors = 3
 suppress_warnings = ["myst.header"]
 
 html_theme = "furo"
 html_title = f"kdlib {version}"
+html_static_path = ["_static"]
+html_css_files = ["wide.css"]
 html_copy_source = False
 html_show_sourcelink = False
 pygments_style = "friendly"
@@ -81,8 +87,40 @@ def _mathml(translator: Any, node: nodes.Element, block: bool) -> None:
     raise nodes.SkipNode
 
 
+def _link_names(app: Any, tree: nodes.document, page: str) -> None:
+    """Link code that is a public name, `SoftTargetLoss` or `tar_at_far`, to its entry, unless it stands in that entry.
+
+    Of short words only those are links that a Module's first line names its function by: `train` may be an argument.
+    """
+    entries: dict[str, list[Any]] = {}
+    for full, entry in app.env.get_domain("py").objects.items():
+        if entry.objtype in ("class", "function") and not entry.aliased:
+            entries.setdefault(full.rpartition(".")[2], []).append(entry)
+    for literal in list(tree.findall(nodes.literal)):
+        name = literal.astext().removesuffix("()").rpartition(".")[2]
+        after = literal.next_node(siblings=True, descend=False)
+        named = after is not None and after.astext().startswith(" as a Module")
+        clear = "_" in name.strip("_") or name[:1].isupper() or named
+        found = entries.get(name, [])
+        if not clear or len(found) != 1 or isinstance(literal.parent, nodes.reference):
+            continue
+        if not _within(literal, found[0].node_id):
+            to = make_refnode(app.builder, page, found[0].docname, found[0].node_id, literal.deepcopy(), name)
+            literal.replace_self(to)
+
+
+def _within(node: nodes.Node, anchor: str) -> bool:
+    """Whether the node stands in the entry of that anchor."""
+    while node.parent is not None:
+        node = node.parent
+        if isinstance(node, desc) and anchor in node[0]["ids"]:
+            return True
+    return False
+
+
 def setup(app: Any) -> dict[str, bool]:
     app.connect("autodoc-process-docstring", _prose, priority=400)
+    app.connect("doctree-resolved", _link_names)
     inline = (lambda translator, node: _mathml(translator, node, False), None)
     display = (lambda translator, node: _mathml(translator, node, True), None)
     app.add_html_math_renderer("mathml", inline, display)

@@ -1,5 +1,6 @@
 """The documentation is complete, its code runs, and it loads nothing from outside."""
 
+import hashlib
 import importlib
 import re
 import subprocess
@@ -107,3 +108,17 @@ def test_the_version_is_the_same_everywhere() -> None:
     declared = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]["version"]
     assert kdlib.__version__ == declared == kdlib_faces.__version__
     assert declared in (ROOT / "CHANGELOG.md").read_text("utf-8")
+
+
+def test_the_picture_shows_the_kept_figures() -> None:
+    Image = pytest.importorskip("PIL.Image", reason="the faces extra is absent")
+    kept = hashlib.sha256((ROOT / "benchmarks" / "results" / "drawn.json").read_bytes()).hexdigest()
+    with Image.open(ROOT / "docs" / "_static" / "by_age_gap.png") as picture:
+        assert picture.text["source"] == kept, "run python benchmarks/draw_figures.py"
+
+
+def test_names_in_the_text_lead_to_their_entries(built: Path) -> None:
+    losses = (built / "api" / "losses.html").read_text("utf-8")
+    assert re.search(r'href="functional.html#kdlib[.a-z_]*hint"[^>]*><code', losses)
+    concepts = (built / "concepts.html").read_text("utf-8")
+    assert re.search(r'href="api/[a-z]*.html#kdlib[.a-z_]*TeacherAdapter"[^>]*><code', concepts)
