@@ -8,7 +8,6 @@ changes nothing but the weights. Images of unknown age take part in the identity
 teacher good is the pull to its start and training the end of the network alone: see `benchmarks/study_age_teacher.py`.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -23,6 +22,7 @@ from kdlib.objective import Objective, Term
 from kdlib_faces._checks import InputError
 from kdlib_faces.heads import CosFaceHead
 from kdlib_faces.progress import TrainProgress
+from kdlib_faces.recipes.pair_batches import PairTargets, per_identity
 from kdlib_faces.teachers import (
     AgeEstimationLoss,
     AgeFactorLoss,
@@ -32,7 +32,7 @@ from kdlib_faces.teachers import (
     PullToStart,
 )
 
-__all__ = ["AgeTeacherConfig", "PairTargets", "SteadyNet", "build_age_teacher", "trained_parts", "tune"]
+__all__ = ["AgeTeacherConfig", "PairTargets", "SteadyNet", "build_age_teacher", "per_identity", "trained_parts", "tune"]
 
 METHODS = ("dal", "mtlface", "pairs")
 PARTS = ("all", "tail", "embedding")
@@ -147,34 +147,6 @@ class SteadyNet(nn.Module):
         """What the network gives."""
         spec: Any = getattr(self.net, "input_spec", None)
         return self.net(images if spec is None else spec(images))
-
-
-class PairTargets:
-    """Batches whose targets also hold `"person_age"` `(b, 2)` float64, identity and age, for `FarPairLoss`.
-
-    Args:
-        batches: `(inputs, targets)` with `set_epoch` and `iter_from`; a `FaceBatches`.
-        age: the target that holds ages or groups.
-    """
-
-    def __init__(self, batches: Any, age: str) -> None:
-        self.batches, self.age = batches, age
-
-    def __len__(self) -> int:
-        return len(self.batches)
-
-    def set_epoch(self, epoch: int) -> None:
-        """Which epoch the next iteration gives."""
-        self.batches.set_epoch(epoch)
-
-    def __iter__(self) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
-        return self.iter_from(0)
-
-    def iter_from(self, step: int) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
-        """The batches of the epoch from `step` on."""
-        for inputs, targets in self.batches.iter_from(step):
-            both = torch.stack([targets["identity"].double(), targets[self.age].double()], dim=1)
-            yield inputs, {**targets, "person_age": both}
 
 
 def trained_parts(backbone: Any, trained: str) -> list[nn.Parameter]:

@@ -30,6 +30,7 @@ from kdlib_faces.evaluation import (
     hardest_pairs,
 )
 from kdlib_faces.progress import say
+from kdlib_faces.recipes.age_teacher import AgeTeacherConfig
 from kdlib_faces.recipes.liaad import LIAADConfig, build
 from kdlib_faces.recipes.stages import Material, describe, embed, maps_of, train_student
 from kdlib_faces.report import Picture, attention_picture, pairs_picture, write
@@ -43,6 +44,13 @@ LABELS = {
     ALONE: "student alone",
     DISTILLED: "student distilled",
 }
+
+
+def _drawn_age_teacher() -> AgeTeacherConfig:
+    """DAL's terms on the whole network; the far pairs do most, see `benchmarks/study_age_teacher_drawn.py`."""
+    return AgeTeacherConfig(
+        trained="all", steady=False, identity_weight=1.0, margin_scale=32.0, margin=0.2, pair_weight=1.0, pull=0.0
+    )
 
 
 def _drawn_student() -> LIAADConfig:
@@ -69,7 +77,7 @@ class DemoConfig:
         batch_size: images a step.
         lr: of the students.
         teacher_lr: of the general teacher; the age-invariant one has half.
-        decorrelation: weight of the age teacher's decorrelation.
+        age_teacher: how the drawn set's age-invariant teacher is trained.
         test_fraction: of the people with images in two age groups, how many are kept for the test (real faces).
         replicates: resamples of the identities behind every interval.
         amp: `"none"` or `"bfloat16"`: precision of the students' forward.
@@ -91,7 +99,7 @@ class DemoConfig:
     batch_size: int = 64
     lr: float = 0.1
     teacher_lr: float = 0.1
-    decorrelation: float = 0.1
+    age_teacher: AgeTeacherConfig = field(default_factory=_drawn_age_teacher)
     test_fraction: float = 0.5
     replicates: int = 500
     amp: str = "none"

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from kdlib import OUTPUT, StudentAdapter, TeacherAdapter
+from kdlib import StudentAdapter, TeacherAdapter
 from kdlib.distiller import Distiller
 from kdlib.objective import Objective, Term
 from kdlib_faces.backbones import build_backbone
@@ -16,16 +16,10 @@ from kdlib_faces.data.synthetic import SyntheticFaces
 from kdlib_faces.data.views import AugmentConfig
 from kdlib_faces.heads import CosFaceHead
 from kdlib_faces.progress import say
+from kdlib_faces.recipes.age_teacher import PairTargets, build_age_teacher, per_identity
 from kdlib_faces.recipes.liaad import AGE, GENERAL, teacher_taps
 from kdlib_faces.recipes.stages import Material, fit, native
-from kdlib_faces.teachers import (
-    AgeFactorLoss,
-    AgeInvariantNet,
-    MappedTeacher,
-    fit_rotation,
-    record,
-    said_of_all,
-)
+from kdlib_faces.teachers import MappedTeacher, fit_rotation, record, said_of_all
 
 __all__ = ["drawn_material", "drawn_sets"]
 
@@ -77,22 +71,22 @@ def drawn_material(config: Any, work: Path, *, seed: int, quiet: bool) -> Materi
 
     start = build_backbone("iresnet18", seed=seed, **arguments)
     start.load_state_dict(network.state_dict())
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed + 1)
-        factored = AgeInvariantNet(start)
-        age_head = CosFaceHead(config.student.embedding_dim, general.identities + aged.identities, 32.0, 0.2)
-        age_loss = AgeFactorLoss(config.student.embedding_dim, decorrelation=config.decorrelation)
-    taps: dict[str, Any] = {"embedding": OUTPUT, "parts": "parts"}
-    terms = {
-        "identity": Term(age_head, student="embedding", target="identity"),
-        "age": Term(age_loss, student="parts", target="age", weight=0.1),
-    }
+    # New parts at full size, not small as beside a published network: this start has learnt for a minute.
+    people = general.identities + aged.identities
+    learner = build_age_teacher(start, config.age_teacher, num_identities=people, loaded=False, seed=seed)
     batches = FaceBatches(
-        images, identities, batch_size=config.batch_size, seed=seed + 1, augment=AugmentConfig(), ages=ages
+        images,
+        identities,
+        batch_size=config.batch_size,
+        seed=seed + 1,
+        augment=AugmentConfig(),
+        ages=ages,
+        per_identity=per_identity(config.batch_size, people) if "pairs" in learner.objective.terms else None,
     )
+    pairs: Any = PairTargets(batches, "age")
     curves["age_teacher"], age_seconds = fit(
-        Distiller(StudentAdapter(factored, taps), {}, Objective(terms)),
-        batches,
+        learner,
+        pairs,
         work / "age_teacher",
         steps=config.age_steps,
         lr=config.teacher_lr / 2,
@@ -101,11 +95,12 @@ def drawn_material(config: Any, work: Path, *, seed: int, quiet: bool) -> Materi
         quiet=quiet,
         amp="bfloat16",
     )
+    trained: Any = learner.student.model
 
     teachers, recorded = {}, {}
     for name, key, net, seconds, steps in (
         ("general_teacher", GENERAL, network, general_seconds, config.general_steps),
-        ("age_teacher", AGE, factored, age_seconds, config.age_steps),
+        ("age_teacher", AGE, trained.net, age_seconds, config.age_steps),
     ):
         adapter = TeacherAdapter(net, teacher_taps(net, config.student.stage))
         teachers[name] = native(net, adapter, size, role="teacher")
@@ -121,7 +116,7 @@ def drawn_material(config: Any, work: Path, *, seed: int, quiet: bool) -> Materi
         title="Two teachers, one light student: drawn faces that age",
         train_images=images,
         train_identities=identities,
-        num_identities=general.identities + aged.identities,
+        num_identities=people,
         test_images=test.images(),
         test_identities=test.labels.numpy(),
         test_ages=test.ages.numpy(),
@@ -131,7 +126,7 @@ def drawn_material(config: Any, work: Path, *, seed: int, quiet: bool) -> Materi
         data={
             "name": "SyntheticFaces",
             "train_images": len(images),
-            "train_identities": general.identities + aged.identities,
+            "train_identities": people,
             "test_images": len(test),
             "test_identities": test.identities,
             "notes": [

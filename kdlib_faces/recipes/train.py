@@ -17,7 +17,14 @@ from kdlib_faces.data.listing import FaceList, read_faces
 from kdlib_faces.data.views import AugmentConfig
 from kdlib_faces.progress import progress as shown
 from kdlib_faces.progress import say
-from kdlib_faces.recipes.age_teacher import AgeTeacherConfig, PairTargets, SteadyNet, build_age_teacher, tune
+from kdlib_faces.recipes.age_teacher import (
+    AgeTeacherConfig,
+    PairTargets,
+    SteadyNet,
+    build_age_teacher,
+    per_identity,
+    tune,
+)
 from kdlib_faces.recipes.liaad import LIAADConfig, build, new_backbone
 from kdlib_faces.recipes.stages import fit
 from kdlib_faces.teachers import load_start, save_teacher
@@ -130,7 +137,7 @@ def run(
         augment=config.augment,
         ages=ages,
         age_groups=groups,
-        per_identity=_per_identity(config.batch_size, listed.num_identities) if paired else None,
+        per_identity=per_identity(config.batch_size, listed.num_identities) if paired else None,
     )
     if paired:
         batches = PairTargets(batches, by_age)
@@ -183,12 +190,3 @@ def _side(start: Any, path: str) -> int:
     if None in sides or (len(set(sides)) != 1 and getattr(start, "input_spec", None) is None):
         raise InputError(f"train: {path} takes images of {size}, only square ones are loaded")
     return int(max(sides))
-
-
-def _per_identity(batch_size: int, identities: int) -> int:
-    """Four images of a person a batch, or as many as the batch and the number of people allow."""
-    wanted: list[int] = [4, 2, *range(3, batch_size + 1)]
-    for images in wanted:
-        if batch_size % images == 0 and batch_size // images <= identities:
-            return images
-    raise InputError(f"train: batch_size {batch_size} cannot hold pairs of {identities} people")
