@@ -1,45 +1,44 @@
-"""Shape and value checks: the only place in the core that words an error.
+"""Shape and value checks that rooms share. In the core, errors are worded in files of this name alone.
 
-Each check is one call at the head of a function; it returns nothing, or the value it has checked. A message names the
-function that the user called, the argument, what was expected and what came.
+Each check is one call at the head of a function; it returns nothing, or the value it has checked. A room's own
+`_checks.py` holds what that room alone asks; there a function that is named after a fault returns the error to raise.
+A message names the function that the user called, the argument, what was expected and what came.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from difflib import get_close_matches
-from math import isqrt
 from typing import Any
 
 import torch
 from torch import Tensor
 
 __all__ = [
+    "check_callable",
     "check_choice",
+    "check_features",
     "check_finite",
     "check_floating",
-    "check_gathered",
-    "check_gathered_reduction",
-    "check_grid",
     "check_identities",
-    "check_labels",
-    "check_logits",
-    "check_map",
-    "check_most",
+    "check_inferred",
     "check_name",
     "check_number",
     "check_pair",
-    "check_projectable",
     "check_rank",
+    "check_reads",
     "check_relation",
     "check_relation_reduction",
     "check_same_batch",
     "check_shape",
     "check_shares",
-    "check_square_tokens",
-    "check_target",
-    "check_teachers",
-    "check_token_grid",
+    "check_term",
+    "check_term_loss",
+    "check_term_names",
+    "check_term_teachers",
+    "check_type",
     "check_weight",
+    "check_weights_of",
     "check_whole_numbers",
+    "late_projections",
     "nearest",
     "show_shape",
 ]
@@ -79,13 +78,6 @@ def check_shape(owner: str, name: str, x: Tensor, shape: str, **sizes: int) -> N
         raise ValueError(f"{owner}: {name} must be {layout} with {wanted}, got {show_shape(x)}")
 
 
-def check_map(owner: str, **tensors: Tensor) -> None:
-    """Each named argument must be a feature map `(b, c, h, w)` or an attention map `(b, h, w)`."""
-    for name, x in tensors.items():
-        if x.dim() not in (3, 4):
-            raise ValueError(f"{owner}: {name} must be (b, c, h, w) or (b, h, w), got {show_shape(x)}")
-
-
 def check_pair(owner: str, student: Tensor, teacher: Tensor, shape: str = "b ...") -> None:
     """Student and teacher must be floating point, of the rank `shape` says, and of one shape."""
     check_floating(owner, student=student, teacher=teacher)
@@ -122,16 +114,6 @@ def check_whole_numbers(owner: str, name: str, x: Tensor, size: int) -> None:
         raise ValueError(f"{owner}: {name} must be ({size},), got {show_shape(x)}")
 
 
-def check_gathered(owner: str, rows: Sequence[tuple[tuple[int, ...], str]]) -> None:
-    """The processes must bring rows of one shape and dtype; `rows` holds both for each process."""
-    for rank, (shape, dtype) in enumerate(rows):
-        if (shape, dtype) != rows[0]:
-            raise ValueError(
-                f"{owner}: all processes must hold rows of one shape and dtype, got {rows[0][0]} {rows[0][1]} in "
-                f"process 0 and {shape} {dtype} in process {rank}"
-            )
-
-
 def check_relation(owner: str, student: Tensor, teacher: Tensor, reduction: str, weight: Tensor | None) -> None:
     """A relation loss takes two batches of as many samples, of any size each, and has one value for a batch."""
     check_relation_reduction(owner, reduction)
@@ -146,62 +128,6 @@ def check_relation_reduction(owner: str, reduction: str) -> None:
     """A relation has no per-sample form."""
     if reduction != "mean":
         raise ValueError(f"{owner}: reduction must be 'mean': a relation has no per-sample form, got {reduction!r}")
-
-
-def check_gathered_reduction(owner: str, gather: bool, reduction: str) -> None:
-    """A loss over the rows of all processes has one value, which every process gets."""
-    if gather and reduction != "mean":
-        raise ValueError(
-            f"{owner}: reduction must be 'mean' with gather: the processes share one value, got {reduction!r}"
-        )
-
-
-def check_projectable(owner: str, student: Tensor, teacher: Tensor) -> None:
-    """A projection can be inferred between features of one kind, between maps and tokens, and from a map to a vector."""
-    known = {(2, 2), (3, 3), (4, 4), (3, 4), (4, 3), (4, 2)}
-    if (student.dim(), teacher.dim()) not in known:
-        raise ValueError(
-            f"{owner}: student and teacher must be vectors (b, d), tokens (b, n, d) or maps (b, c, h, w), both of one kind, "
-            f"or maps and tokens, or a map and a vector, got {show_shape(student)} and {show_shape(teacher)}; "
-            "give a projection of your own"
-        )
-
-
-def check_square_tokens(owner: str, name: str, x: Tensor) -> tuple[int, bool]:
-    """`x` (b, n, d) must hold the tokens of a square grid, with or without one class token in front.
-
-    Returns:
-        The side of the grid, and whether there is a class token.
-    """
-    for leading in (0, 1):
-        side = isqrt(max(x.shape[1] - leading, 0))
-        if side and side * side == x.shape[1] - leading:
-            return side, leading == 1
-    raise ValueError(
-        f"{owner}: {name} must hold the tokens (b, n, d) of a square grid, or these and one class token, where the other "
-        f"side has another number, got {show_shape(x)}; give a TokenProjection with size= and grid="
-    )
-
-
-def check_token_grid(owner: str, x: Tensor, leading: int, grid: tuple[int, int] | None) -> tuple[int, int]:
-    """`x` (b, n, d) must hold `leading` tokens and those of `grid`, or of a square one; returns it."""
-    tokens = x.shape[1] - leading
-    side = isqrt(max(tokens, 0))
-    height, width = (side, side) if grid is None else grid
-    if tokens < 1 or height * width != tokens:
-        wanted = "a square number" if grid is None else f"{height} x {width}"
-        more = " and a class token" if leading else ""
-        remedy = "; give grid=(h, w)" if grid is None else ""
-        raise ValueError(f"{owner}: student must be (b, n, d) with n = {wanted}{more}, got {show_shape(x)}{remedy}")
-    return height, width
-
-
-def check_grid(owner: str, name: str, size: Any) -> None:
-    """`size` must be the height and the width of a feature map."""
-    if not isinstance(size, (tuple, list)) or len(size) != 2 or not all(type(side) is int for side in size):
-        raise TypeError(f"{owner}: {name} must be two whole numbers (h, w), got {size!r}")
-    if min(size) < 1:
-        raise ValueError(f"{owner}: {name} must be (h, w) with sides >= 1, got {size!r}")
 
 
 def check_shares(owner: str, name: str, shares: Any) -> None:
@@ -223,57 +149,16 @@ def check_identities(owner: str, identities: Tensor, batch: int, number: int) ->
         raise ValueError(f"{owner}: identities must be below num_identities = {number}, got {int(identities.max())}")
 
 
-def check_teachers(owner: str, losses: Tensor, teachers: Sequence[Tensor] | None = None) -> None:
-    """A weighting takes losses `(k, b)`, and a tensor `(b, ...)` of each of the k teachers if it looks at them."""
-    check_floating(owner, losses=losses)
-    check_rank(owner, "losses", losses, "k b")
-    if teachers is None:
-        return
-    if len(teachers) != losses.shape[0]:
-        raise ValueError(f"{owner}: teachers must be k = {losses.shape[0]} tensors, got {len(teachers)}")
-    for index, teacher in enumerate(teachers):
-        if teacher.dim() < 2 or teacher.shape[0] != losses.shape[1]:
-            raise ValueError(
-                f"{owner}: teachers[{index}] must be (b, d, ...) with b = {losses.shape[1]}, got {show_shape(teacher)}"
-            )
+def check_type(owner: str, name: str, value: object, kind: type | tuple[type, ...], wanted: str) -> None:
+    """`value` must be a `kind`, which the message calls `wanted`: `"a Module"`."""
+    if not isinstance(value, kind):
+        raise TypeError(f"{owner}: {name} must be {wanted}, got {type(value).__name__}")
 
 
-def check_labels(owner: str, labels: Tensor, batch: int, classes: int) -> None:
-    """`labels` must be `(b,)` whole numbers below the number of classes; negative ones are unknown."""
-    if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
-        raise TypeError(f"{owner}: labels must be whole numbers, got {labels.dtype}")
-    check_shape(owner, "labels", labels, "b", b=batch)
-    if labels.numel() and int(labels.max()) >= classes:
-        raise ValueError(
-            f"{owner}: labels must be below c = {classes} of the teachers' logits, got {int(labels.max())}"
-        )
-
-
-def check_target(owner: str, target: Tensor, batch: int, classes: int) -> None:
-    """`target` must be `(b,)` classes: whole numbers from 0 to below `classes`."""
-    if not isinstance(target, Tensor):
-        raise TypeError(f"{owner}: target must be a torch.Tensor, got {type(target).__name__}")
-    if target.is_floating_point() or target.is_complex() or target.dtype == torch.bool:
-        raise TypeError(f"{owner}: target must be whole numbers, got {target.dtype}")
-    check_shape(owner, "target", target, "b", b=batch)
-    if torch.compiler.is_compiling() or target.numel() == 0:  # a compiler has no values to look at
-        return
-    least, most = (int(end) for end in torch.aminmax(target))
-    if least < 0 or most >= classes:
-        raise ValueError(f"{owner}: target must be from 0 to below c = {classes}, got {least if least < 0 else most}")
-
-
-def check_logits(owner: str, teachers: Sequence[Tensor]) -> None:
-    """Each teacher must be logits `(b, c)`, all on one set of classes."""
-    if any(teacher.dim() != 2 or teacher.shape[1] != teachers[0].shape[1] for teacher in teachers):
-        shapes = ", ".join(show_shape(teacher) for teacher in teachers)
-        raise ValueError(f"{owner}: teachers must be logits (b, c) on the same c classes, got {shapes}")
-
-
-def check_most(owner: str, most: float, teachers: int) -> None:
-    """Weights of at most `most` each must be able to sum to one."""
-    if teachers and most * teachers < 1 - 1e-9:
-        raise ValueError(f"{owner}: most must be >= 1 / k for k = {teachers} teachers, got {most!r}")
+def check_callable(owner: str, name: str, value: object) -> None:
+    """`value` must be callable."""
+    if not callable(value):
+        raise TypeError(f"{owner}: {name} must be callable, got {type(value).__name__}")
 
 
 def check_choice(owner: str, name: str, value: object, choices: Sequence[str]) -> None:
@@ -336,3 +221,79 @@ def check_finite(owner: str, **tensors: Tensor) -> None:
         if not torch.isfinite(x).all():
             bad = int((~torch.isfinite(x)).sum())
             raise ValueError(f"{owner}: {name} must be finite, got {bad} NaN or infinite values of {x.numel()}")
+
+
+def check_term(teacher: str | None, target: str | None, teachers: object, project: object) -> None:
+    """A term must compare with a teacher, a target or both, and what belongs to teachers needs one."""
+    if teacher is None and target is None:
+        raise ValueError("Term: at least one of teacher and target must be given, got neither")
+    if teacher is None and (teachers is not None or project is not None):
+        raise ValueError("Term: teachers and project go with teacher, got them with target alone")
+    if isinstance(teachers, str) or (teachers is not None and not teachers):
+        raise ValueError(f"Term: teachers must be a sequence of names or None, got {teachers!r}")
+
+
+def check_term_names(names: Iterable[str]) -> None:
+    """There must be a term, and each name must serve as a key of a state dict."""
+    names = list(names)
+    if not names:
+        raise ValueError("Objective: terms must hold at least one term, got none")
+    for name in names:
+        if not name or "." in name:
+            raise ValueError(f"Objective: a term's name must be text without a dot, got {name!r}")
+
+
+def check_term_teachers(owner: str, term: str, reads: Iterable[str], teachers: Iterable[str]) -> None:
+    """A term that reads teachers must find one, and those that it names."""
+    teachers = list(teachers)
+    if not teachers:
+        raise ValueError(f"{owner}: term {term!r} reads teachers, got none")
+    for who in reads:
+        if who not in teachers:
+            raise ValueError(f"{owner}: term {term!r} reads teacher {who!r}, got {', '.join(teachers)}")
+
+
+def check_term_loss(term: str, loss: Tensor, batch: int, *, each: bool, teacher: bool) -> None:
+    """A term's loss must be `(b,)`, or for want of a per-sample form a scalar where no sample weights need `each`."""
+    if tuple(loss.shape) != (batch,) and (each or (teacher and loss.dim())):
+        wanted = "(b,) losses for its sample_weight," if each else "a scalar or"
+        raise ValueError(f"Objective: term {term!r} must return {wanted} (b,) = ({batch},), got {show_shape(loss)}")
+
+
+def check_weights_of(losses: Tensor, weights: Tensor) -> None:
+    """A weighting must return one weight a teacher and sample."""
+    if weights.shape != losses.shape:
+        raise ValueError(
+            f"Objective: the weighting must return (k, b) = {show_shape(losses)}, got {show_shape(weights)}"
+        )
+
+
+def check_inferred(owner: str, inferred: bool, remedy: str) -> None:
+    """The projections must be there."""
+    if not inferred:
+        raise RuntimeError(f"{owner}: projections are not there yet; call {remedy} once")
+
+
+def check_features(owner: str, features: object) -> None:
+    """A model in a distiller must return named features."""
+    if not isinstance(features, Mapping):
+        raise TypeError(
+            f"Distiller: the {owner} must return named features, got {type(features).__name__}; wrap it in an adapter"
+        )
+
+
+def check_reads(teacher: str, reads: Sequence[str], targets: Container[str]) -> None:
+    """The targets that a teacher is called with must be in the batch."""
+    missing = [key for key in reads if key not in targets]
+    if missing:
+        raise ValueError(
+            f"Distiller: teacher {teacher!r} reads the targets {', '.join(reads)}, the batch lacks {', '.join(missing)}"
+        )
+
+
+def late_projections(terms: Iterable[str]) -> str:
+    """What a strict load says of projections that are in the state dict alone."""
+    return (
+        f"Objective: the projections of the terms {', '.join(map(repr, terms))} are in the state dict and not here "
+        "yet; call infer on one batch before loading"
+    )

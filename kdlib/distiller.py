@@ -6,7 +6,7 @@ from typing import Any, Self
 import torch
 from torch import nn
 
-from kdlib._checks import check_name
+from kdlib._checks import check_features, check_inferred, check_name, check_reads, check_term_teachers, check_type
 from kdlib.influence import InfluenceReport, unchanged
 from kdlib.objective import Objective, ObjectiveOutput
 from kdlib.types import Features, Targets
@@ -43,19 +43,12 @@ class Distiller(nn.Module):
 
     def __init__(self, student: nn.Module, teachers: Mapping[str, nn.Module], objective: Objective) -> None:
         super().__init__()
-        if not isinstance(student, nn.Module):
-            raise TypeError(f"Distiller: student must be a Module, got {type(student).__name__}")
+        check_type("Distiller", "student", student, nn.Module, "a Module")
         for name, teacher in teachers.items():
-            if not isinstance(teacher, nn.Module):
-                raise TypeError(f"Distiller: teachers[{name!r}] must be a Module, got {type(teacher).__name__}")
+            check_type("Distiller", f"teachers[{name!r}]", teacher, nn.Module, "a Module")
         for name, term in objective.terms.items():
-            if term.teacher is not None and not teachers:
-                raise ValueError(f"Distiller: term {name!r} reads teachers, got none")
-            for who in term.teachers or ():
-                if who not in teachers:
-                    raise ValueError(
-                        f"Distiller: term {name!r} reads teacher {who!r}, got {', '.join(teachers) or 'none'}"
-                    )
+            if term.teacher is not None:
+                check_term_teachers("Distiller", name, term.teachers or (), teachers)
         for name, term in objective.terms.items():
             _check_tap(name, "student", student, term.student)
             if term.teacher is not None:
@@ -74,7 +67,7 @@ class Distiller(nn.Module):
         """Run the student and every teacher."""
         given = inputs if isinstance(inputs, tuple) else (inputs,)
         student = self.student(*given)
-        _check_features("student", student)
+        check_features("student", student)
         return student, {
             name: self._ask(name, teacher, given, targets or {}) for name, teacher in self.teachers.items()
         }
@@ -82,17 +75,13 @@ class Distiller(nn.Module):
     def _ask(self, name: str, teacher: nn.Module, inputs: tuple[Any, ...], targets: Targets) -> Features:
         reads = getattr(teacher, "reads", None)
         if reads:
-            missing = [key for key in reads if key not in targets]
-            if missing:
-                raise ValueError(
-                    f"Distiller: teacher {name!r} reads the targets {', '.join(reads)}, the batch lacks {', '.join(missing)}"
-                )
+            check_reads(name, reads, targets)
             inputs = tuple(targets[key] for key in reads)
         if teacher.training:  # somebody has called train() on the teacher itself
             teacher.eval()
         with torch.no_grad():
             features: Features = teacher(*inputs)
-        _check_features(f"teacher {name!r}", features)
+        check_features(f"teacher {name!r}", features)
         return features
 
     def forward(self, inputs: Any, targets: Targets | None = None) -> ObjectiveOutput:
@@ -135,8 +124,7 @@ class Distiller(nn.Module):
         Raises:
             RuntimeError: projections are still to be inferred.
         """
-        if not self.objective.inferred:
-            raise RuntimeError("Distiller: projections are not there yet; call distiller.infer(inputs, targets) once")
+        check_inferred("Distiller", self.objective.inferred, "distiller.infer(inputs, targets)")
         yield from self.parameters()
 
     def _apply(self, fn: Any, recurse: bool = True) -> Self:
@@ -152,10 +140,3 @@ def _check_tap(term: str, owner: str, model: nn.Module, tap: str) -> None:
     known = getattr(model, "taps", None)
     if isinstance(known, Mapping):
         check_name(f"Distiller: term {term!r}", f"feature of the {owner}", tap, known)
-
-
-def _check_features(owner: str, features: object) -> None:
-    if not isinstance(features, Mapping):
-        raise TypeError(
-            f"Distiller: the {owner} must return named features, got {type(features).__name__}; wrap it in an adapter"
-        )

@@ -7,12 +7,27 @@ and where a term has several teachers asks the weighting how far each is to be f
 import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from types import NoneType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from kdlib._checks import check_choice, check_name, check_number, check_shape, show_shape
+from kdlib._checks import (
+    check_callable,
+    check_choice,
+    check_inferred,
+    check_name,
+    check_number,
+    check_shape,
+    check_term,
+    check_term_loss,
+    check_term_names,
+    check_term_teachers,
+    check_type,
+    check_weights_of,
+    late_projections,
+)
 from kdlib.influence import Comparison, InfluenceReport, measure, unchanged
 from kdlib.projections import infer_projection
 from kdlib.types import Features, Targets
@@ -78,18 +93,11 @@ class Term:
         weight: float | Callable[[int], float] = 1.0,
         sample_weight: str | None = None,
     ) -> None:
-        if not callable(loss):
-            raise TypeError(f"Term: loss must be callable, got {type(loss).__name__}")
-        if teacher is None and target is None:
-            raise ValueError("Term: at least one of teacher and target must be given, got neither")
-        if teacher is None and (teachers is not None or project is not None):
-            raise ValueError("Term: teachers and project go with teacher, got them with target alone")
-        if isinstance(teachers, str) or (teachers is not None and not teachers):
-            raise ValueError(f"Term: teachers must be a sequence of names or None, got {teachers!r}")
+        check_callable("Term", "loss", loss)
+        check_term(teacher, target, teachers, project)
         if isinstance(project, str):
             check_choice("Term", "project", project, ("auto",))
-        elif project is not None and not isinstance(project, nn.Module):
-            raise TypeError(f"Term: project must be None, 'auto' or a Module, got {type(project).__name__}")
+        check_type("Term", "project", project, (str, nn.Module, NoneType), "None, 'auto' or a Module")
         if not callable(weight):
             check_number("Term", "weight", weight, least=0)
         self.loss, self.student, self.teacher, self.target = loss, student, teacher, target
@@ -140,13 +148,9 @@ class Objective(nn.Module):
         self, terms: Mapping[str, Term], weighting: nn.Module | None = None, *, weigh_by: str | None = None
     ) -> None:
         super().__init__()
-        if not terms:
-            raise ValueError("Objective: terms must hold at least one term, got none")
+        check_term_names(terms)
         for name, term in terms.items():
-            if not isinstance(term, Term):
-                raise TypeError(f"Objective: terms[{name!r}] must be a Term, got {type(term).__name__}")
-            if not name or "." in name:
-                raise ValueError(f"Objective: a term's name must be text without a dot, got {name!r}")
+            check_type("Objective", f"terms[{name!r}]", term, Term, "a Term")
         if weigh_by is not None:
             check_name(
                 "Objective", "term", weigh_by, [name for name, term in terms.items() if term.teacher is not None]
@@ -198,10 +202,7 @@ class Objective(nn.Module):
         heads = {name: f"{prefix}projections.{name}." for name in self.terms if name not in self.projections}
         late = [name for name, head in heads.items() if any(key.startswith(head) for key in state_dict)]
         if strict and late:
-            error_msgs.append(
-                f"Objective: the projections of the terms {', '.join(map(repr, late))} are in the state dict and not here "
-                "yet; call infer on one batch before loading"
-            )
+            error_msgs.append(late_projections(late))
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
@@ -238,8 +239,7 @@ class Objective(nn.Module):
         Raises:
             RuntimeError: projections are still to be inferred.
         """
-        if not self.inferred:
-            raise RuntimeError("Objective: projections are not there yet; call infer or forward once")
+        check_inferred("Objective", self.inferred, "infer or forward")
         leaves = {
             name: feature.detach().requires_grad_(feature.is_floating_point())
             for name, feature in student_features.items()
@@ -287,7 +287,7 @@ class Objective(nn.Module):
         weights: Tensor = self.weighting(
             losses if live else losses.detach(), student=student, teachers=teachers, targets=targets
         )
-        _check_weights(weights, losses)
+        check_weights_of(losses, weights)
         return weights.detach() if live else weights
 
     def _projected(self, name: str, who: str, student: Tensor) -> Tensor:
@@ -317,11 +317,7 @@ class Objective(nn.Module):
             options["weight"] = sample
         loss = term.loss(student, teacher, **options)
         each = sample is not None and "weight" not in options
-        if tuple(loss.shape) != (student.shape[0],) and (each or (term.teacher is not None and loss.dim())):
-            wanted = "(b,) losses for its sample_weight," if each else "a scalar or"
-            raise ValueError(
-                f"Objective: term {name!r} must return {wanted} (b,) = ({student.shape[0]},), got {show_shape(loss)}"
-            )
+        check_term_loss(name, loss, student.shape[0], each=each, teacher=term.teacher is not None)
         if each and sample is not None:
             loss = loss * sample
         return loss
@@ -340,8 +336,7 @@ class Objective(nn.Module):
         who = list(teacher_features) if term.teachers is None else list(term.teachers)
         for each in who:
             check_name(f"Objective: term {name!r}", "teacher", each, teacher_features)
-        if not who:
-            raise ValueError(f"Objective: term {name!r} reads teachers, got none")
+        check_term_teachers("Objective", name, (), who)
         return who
 
 
@@ -357,8 +352,3 @@ def _rows(lead: tuple[list[str], Tensor], who: list[str], term: str) -> Tensor:
     rows = share[[names.index(each) for each in who]]
     total = rows.sum(0, keepdim=True)
     return torch.where(total > 0, rows / total.clamp(min=1e-12), torch.full_like(rows, 1.0 / len(who)))
-
-
-def _check_weights(share: Tensor, losses: Tensor) -> None:
-    if share.shape != losses.shape:
-        raise ValueError(f"Objective: the weighting must return (k, b) = {show_shape(losses)}, got {show_shape(share)}")

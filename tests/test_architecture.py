@@ -43,6 +43,15 @@ ALLOWED = {
     # The weighting and the heads compute in full precision exactly as losses do.
     ("kdlib.weighting.centre_confidence", "kdlib.losses._maths"),
 }
+# Errors that the core words where they are raised.
+WORDED = {
+    # A failed contract is what the room is for, and each check words its own.
+    ("kdlib.testing._loss_case", "AssertionError"),
+    ("kdlib.testing._run", "AssertionError"),
+    ("kdlib.testing.projection", "AssertionError"),
+    # What Python itself says of a name that a module has not.
+    ("kdlib", "AttributeError"),
+}
 OUTSIDE = {
     "kdlib": {"torch", "einops", "numpy", "typing_extensions"},
     "kdlib_faces": {"torch", "einops", "numpy", "typing_extensions", "PIL", "matplotlib", "tqdm", "kdlib"},
@@ -217,6 +226,55 @@ def test_files_are_read_without_running_code() -> None:
                 assert given.get("allow_pickle", "False") == "False", f"{name}:{node.lineno}: np.load with pickle"
             assert called not in ("eval", "exec"), f"{name}:{node.lineno}: {called}"
     assert loads >= 3
+
+
+def worded(name: str) -> list[tuple[int, str]]:
+    """Where a module raises other than an error that its `_checks.py` made, or one it has caught: line and error."""
+    checks = {
+        alias.asname or alias.name
+        for node in ast.walk(tree(name))
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[-1] == "_checks"
+        for alias in node.names
+        if alias.name.islower()  # a function; an error's class could be given any words
+    }
+    caught = {node.name for node in ast.walk(tree(name)) if isinstance(node, ast.ExceptHandler)}
+    found = []
+    for node in ast.walk(tree(name)):
+        if isinstance(node, ast.Raise) and node.exc is not None:
+            error = node.exc.func if isinstance(node.exc, ast.Call) else node.exc
+            if ast.unparse(error) not in (checks if isinstance(node.exc, ast.Call) else caught):
+                found.append((node.lineno, ast.unparse(error)))
+    return found
+
+
+def test_the_core_words_errors_in_checks_alone() -> None:
+    found = {
+        (name, error) for name in modules("kdlib") if name.split(".")[-1] != "_checks" for _, error in worded(name)
+    }
+    assert found == WORDED
+    raising = [name for name in modules("kdlib") if name.split(".")[-1] == "_checks"]
+    assert len(raising) >= 7  # one for all rooms, and those of rooms
+
+
+def test_a_worded_raise_would_be_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    code = """
+from kdlib._checks import CacheError, check_name, fault
+def raises(x):
+    message = f"{x}"
+    if x == 1: raise ValueError("words")
+    if x == 2: raise TypeError(f"words {x}")
+    if x == 3: raise KeyError(message)
+    if x == 4: raise message
+    if x == 5: raise CacheError("words")
+    if x == 6: raise fault(x)
+    try:
+        check_name(x)
+    except OSError as error:
+        if x: raise
+        raise error
+"""
+    monkeypatch.setattr(f"{__name__}.tree", lambda name: ast.parse(code))
+    assert worded("any") == [(5, "ValueError"), (6, "TypeError"), (7, "KeyError"), (8, "message"), (9, "CacheError")]
 
 
 @pytest.mark.parametrize("name", sorted(EVERY))

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointFunction
 
-from kdlib._checks import nearest
+from kdlib.adapters._checks import check_calls, check_gradient, check_in_place, compiled, no_module, not_there
 from kdlib.adapters.tap import Tap, pick
 
 __all__ = ["capture", "find_module", "reentrant_checkpoint"]
@@ -39,28 +39,21 @@ def find_module(owner: str, model: nn.Module, path: str) -> nn.Module:
             inner = [name for name in _WRAPPERS if name in module._modules]
             if not inner:
                 known = [_unwrapped(name) for name, _ in model.named_modules()]
-                raise ValueError(f"{owner}: no module at path {path!r}{nearest(path, known)}")
+                raise no_module(owner, path, known)
             module = _enter(owner, path, module, inner[0])
         module = _enter(owner, path, module, part)
     if module._compiled_call_impl is not None:
-        _refuse_compiled(owner, path)
+        raise compiled(owner, path)
     return module
 
 
 def _enter(owner: str, path: str, module: nn.Module, name: str) -> nn.Module:
     if name == "_orig_mod" or module._compiled_call_impl is not None:
-        _refuse_compiled(owner, path)
+        raise compiled(owner, path)
     child = module._modules[name]
     if child is None:
-        raise ValueError(f"{owner}: the module at path {path!r} is None")
+        raise not_there(owner, path)
     return child
-
-
-def _refuse_compiled(owner: str, path: str) -> None:
-    raise ValueError(
-        f"{owner}: {path!r} lies in a compiled module, where a tap would not fire; compile the adapter instead: "
-        f"torch.compile({owner}(model, taps))"
-    )
 
 
 def _unwrapped(name: str) -> str:
@@ -120,20 +113,11 @@ def capture(owner: str, model: nn.Module, taps: Mapping[str, Tap], inputs: tuple
         if tap.path is None:
             features[name] = pick(owner, name, tap, output)
             continue
-        _check_calls(owner, name, tap, calls[tap.path])
+        check_calls(owner, name, tap, calls[tap.path])
         tensor, version = found[name]
         # What a reentrant checkpoint returns is put on the graph after the tap; what is inside of it never is.
-        if name in without_gradient and not tensor.requires_grad:
-            raise ValueError(
-                f"{owner}: tap {name!r} ({tap.path!r}) fired where gradients are switched off, so no gradient could pass "
-                "through it; inside activation checkpointing use checkpoint(..., use_reentrant=False) or tap the "
-                "checkpointed block"
-            )
-        if _version(tensor, compiling) != version:
-            raise ValueError(
-                f"{owner}: the tensor of tap {name!r} ({tap.path!r}) was changed in place after the tap, as "
-                "nn.ReLU(inplace=True) does; tap the module that changes it, or set inplace=False there"
-            )
+        check_gradient(owner, name, tap, name not in without_gradient or tensor.requires_grad)
+        check_in_place(owner, name, tap, _version(tensor, compiling) == version)
         features[name] = tensor
     return features
 
@@ -167,21 +151,3 @@ def reentrant_checkpoint() -> Any:
             return frame.f_locals.get("run_function")
         frame = frame.f_back
     return None
-
-
-def _check_calls(owner: str, name: str, tap: Tap, calls: int) -> None:
-    if calls == 0:
-        raise ValueError(
-            f"{owner}: tap {name!r} ({tap.path!r}) did not fire: the forward did not call this module "
-            "(containers such as nn.ModuleList, and modules used by .forward() or by their weights, never fire)"
-        )
-    if tap.call is None and calls > 1:
-        raise ValueError(
-            f"{owner}: tap {name!r} ({tap.path!r}) fired {calls} times in one forward; say which call: "
-            f"{tap.path + '#0'!r} is the first, {tap.path + f'#{calls - 1}'!r} the last"  # type: ignore[operator]
-        )
-    if tap.call is not None and tap.call >= calls:
-        raise ValueError(
-            f"{owner}: tap {name!r} ({tap!r}) asks for call {tap.call}, counted from 0, but the module was called "
-            f"{calls} time{'s' if calls > 1 else ''}"
-        )

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from kdlib.adapters._checks import within_reentrant
 from kdlib.adapters.capture import capture, find_module, reentrant_checkpoint
 from kdlib.adapters.tap import Tap, parse_taps
 
@@ -63,10 +64,7 @@ class StudentAdapter(nn.Module):
         if not torch.compiler.is_compiling() and not torch.is_grad_enabled():
             running = reentrant_checkpoint()
             if getattr(running, "__self__", running) is self:
-                raise ValueError(
-                    "StudentAdapter: features cannot pass a reentrant checkpoint, which would drop their gradients; "
-                    "use checkpoint(adapter, ..., use_reentrant=False)"
-                )
+                raise within_reentrant()
         return capture("StudentAdapter", self.model, self.taps, inputs)
 
     def extra_repr(self) -> str:

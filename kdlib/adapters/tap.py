@@ -7,6 +7,8 @@ from typing import Any
 
 from torch import Tensor
 
+from kdlib.adapters._checks import check_key, check_tap, check_taps, indexed_tensor, no_part, no_tap, no_tensor
+
 __all__ = ["OUTPUT", "Tap", "parse_taps", "pick"]
 
 _SPELLING = re.compile(r"(?P<path>[^#\[\]]+)(?:#(?P<call>\d+))?(?P<index>(?:\[[^\[\]]+\])*)")
@@ -49,18 +51,14 @@ class Tap:
         match = _SPELLING.fullmatch(spelling)
         keys = list(_INDEX.finditer(match["index"])) if match else []
         if match is None or "".join(key[0] for key in keys) != match["index"]:
-            raise ValueError(
-                f"Tap: a tap must be 'path', 'path[0]', 'path[\"key\"]' or 'path#1' (the second call), got {spelling!r}"
-                + ("; the model's return value is kdlib.OUTPUT" if not spelling else "")
-            )
+            raise no_tap(spelling)
         index = tuple(
             int(key["number"]) if key["number"] else (key["single"] or key["double"] or key["bare"]) for key in keys
         )
         return cls(match["path"], int(match["call"]) if match["call"] else None, index)
 
     def __getitem__(self, key: int | str) -> "Tap":
-        if isinstance(key, bool) or not isinstance(key, (int, str)):
-            raise TypeError(f"Tap: an index must be a whole number or a string, got {key!r}")
+        check_key(key)
         return replace(self, index=(*self.index, key))
 
     def __repr__(self) -> str:
@@ -80,14 +78,10 @@ def parse_taps(owner: str, taps: Mapping[str, "str | Tap"]) -> dict[str, Tap]:
         TypeError: `taps` is no mapping, or holds something else than strings and taps.
         ValueError: `taps` is empty, or a string is no tap.
     """
-    if not isinstance(taps, Mapping):
-        raise TypeError(f"{owner}: taps must map feature names to module paths, got {type(taps).__name__}")
-    if not taps:
-        raise ValueError(f"{owner}: taps must name at least one feature, got none")
+    check_taps(owner, taps)
     parsed = {}
     for name, tap in taps.items():
-        if not isinstance(name, str) or not isinstance(tap, (str, Tap)):
-            raise TypeError(f"{owner}: taps must map strings to module paths or kdlib.OUTPUT, got {name!r}: {tap!r}")
+        check_tap(owner, name, tap, (str, Tap))
         parsed[name] = Tap.parse(tap) if isinstance(tap, str) else tap
     return parsed
 
@@ -102,24 +96,12 @@ def pick(owner: str, name: str, tap: Tap, value: Any) -> Tensor:
     for key in tap.index:
         # A tensor could be indexed too, and would silently lose its batch.
         if isinstance(value, Tensor):
-            raise ValueError(f"{owner}: tap {name!r} ({tap!r}) indexes a tensor {tuple(value.shape)}; drop [{key!r}]")
+            raise indexed_tensor(owner, name, tap, value, key)
         try:
             by_name = isinstance(key, str) and not isinstance(value, Mapping)
             value = getattr(value, str(key)) if by_name else value[key]
         except (KeyError, IndexError, TypeError, AttributeError) as error:
-            raise ValueError(
-                f"{owner}: tap {name!r} ({tap!r}) finds no [{key!r}] in what was returned, {_describe(value)}"
-            ) from error
+            raise no_part(owner, name, tap, value, key) from error
     if not isinstance(value, Tensor):
-        raise TypeError(
-            f"{owner}: tap {name!r} ({tap!r}) must lead to a tensor, got {_describe(value)}; "
-            "index it, as in 'path[0]' or OUTPUT['key']"
-        )
+        raise no_tensor(owner, name, tap, value)
     return value
-
-
-def _describe(value: object) -> str:
-    kind = f"a {type(value).__name__}"
-    if isinstance(value, Mapping):
-        return f"{kind} with the keys {list(value)}"
-    return f"{kind} of {len(value)}" if isinstance(value, (tuple, list)) else kind

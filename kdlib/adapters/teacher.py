@@ -8,6 +8,8 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
+from kdlib._checks import check_callable
+from kdlib.adapters._checks import check_dtype
 from kdlib.adapters.capture import capture, find_module
 from kdlib.adapters.tap import Tap, parse_taps
 
@@ -52,10 +54,9 @@ class TeacherAdapter(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
-            raise TypeError(f"TeacherAdapter: dtype must be a floating-point torch.dtype, got {dtype!r}")
-        if preprocess is not None and not callable(preprocess):
-            raise TypeError(f"TeacherAdapter: preprocess must be callable, got {type(preprocess).__name__}")
+        check_dtype("TeacherAdapter", dtype)
+        if preprocess is not None:
+            check_callable("TeacherAdapter", "preprocess", preprocess)
         self.taps = parse_taps("TeacherAdapter", taps)
         for tap in self.taps.values():
             if tap.path is not None:

@@ -16,8 +16,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from kdlib.cache._checks import disk_full, unlockable
 from kdlib.cache.codec import Errors
-from kdlib.cache.layout import NO_LINK, CacheError, Layout, writing
+from kdlib.cache.layout import NO_LINK, Layout, writing
 
 __all__ = ["Blocks", "block_digest", "record_type"]
 
@@ -119,7 +120,7 @@ class Blocks:
                     record[name] = value
                 self.file.seek(block * self.kind.itemsize)
                 if self.file.write(record.tobytes()) != self.kind.itemsize:
-                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+                    raise disk_full()
             os.fsync(self.file.fileno())
         for block in blocks:
             self._unlock(block)
@@ -142,9 +143,7 @@ class Blocks:
         except OSError as error:
             if error.errno in (errno.EACCES, errno.EAGAIN):
                 return False
-            raise CacheError(
-                f"TeacherCache: {self.path} cannot be locked ({error.strerror or error}); build on a disk of this machine"
-            ) from error
+            raise unlockable(self.path, error) from error
         return True
 
     def _unlock(self, at: int) -> None:

@@ -21,13 +21,25 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from kdlib.cache._checks import (
+    CacheError,
+    another_process,
+    another_thread,
+    check_features,
+    check_no_strays,
+    check_row_bytes,
+    check_rows,
+    check_same_job,
+    check_source,
+    no_locks,
+)
 from kdlib.cache.blocks import NAME, Blocks
 from kdlib.cache.codec import Errors, pack
 from kdlib.cache.fingerprint import Fingerprint
-from kdlib.cache.layout import CacheError, Layout, read_header, shard_path, write_file, writing
+from kdlib.cache.layout import Layout, read_header, shard_path, write_file, writing
 from kdlib.cache.writer import Writer
 
-__all__ = ["Job", "ask", "build_cache", "ids_digest", "mismatch"]
+__all__ = ["Job", "ask", "build_cache", "ids_digest"]
 
 _BUILDING: set[tuple[int, int]] = set()
 """Directories that this process builds: its own locks would not keep it from itself."""
@@ -55,10 +67,8 @@ def build_cache(job: Job, wanted: Layout, *, shared: bool) -> None:
     found = _continued(job.directory, wanted)
     if found is not None and found.complete:
         return  # also where nothing may be written
-    if found is None and not (job.directory / NAME).exists() and any(job.directory.glob("shard-*.bin")):
-        raise CacheError(
-            f"TeacherCache: {job.directory} holds shard files that are no part of a cache; give another path"
-        )
+    if found is None and not (job.directory / NAME).exists():
+        check_no_strays(job.directory, any(job.directory.glob("shard-*.bin")))
     with writing(job.directory):
         job.directory.mkdir(parents=True, exist_ok=True)
     with _presence(job.directory, shared=shared), _asleep(job.teacher):
@@ -84,7 +94,7 @@ def _presence(directory: Path, *, shared: bool) -> Iterator[None]:
     found = os.stat(directory)
     key = (found.st_dev, found.st_ino)
     if key in _BUILDING:
-        raise CacheError(f"TeacherCache: {directory} is being built by another process or by a thread of this one")
+        raise another_thread(directory)
     lock = _lock(directory, shared=shared)
     _BUILDING.add(key)
     try:
@@ -98,7 +108,7 @@ def _presence(directory: Path, *, shared: bool) -> Iterator[None]:
 def _lock(directory: Path, *, shared: bool) -> int | None:
     if sys.platform == "win32":
         if shared:
-            raise CacheError("TeacherCache: shared=True needs POSIX locks, which Windows has not")
+            raise no_locks()
         return None  # two builds of one cache are not kept apart there
     import fcntl
 
@@ -108,8 +118,7 @@ def _lock(directory: Path, *, shared: bool) -> int | None:
         fcntl.flock(lock, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
     except OSError as error:
         os.close(lock)
-        hint = "" if shared else "; shared=True in all of them lets several build it together"
-        raise CacheError(f"TeacherCache: {directory} is being built by another process{hint}") from error
+        raise another_process(directory, shared=shared) from error
     return lock
 
 
@@ -125,35 +134,15 @@ def _asleep(teacher: nn.Module) -> Iterator[None]:
             module.training = True
 
 
-def mismatch(found: Layout, wanted: Fingerprint | str) -> str | None:
-    """Words for how the fingerprint of a cache differs from the one asked for."""
-    whole = wanted if isinstance(wanted, str) else wanted.whole
-    if found.fingerprint == whole:
-        return None
-    which = "" if isinstance(wanted, str) or not found.parts else wanted.difference(found.parts)
-    return f"{f'what differs is {which}; ' if which else ''}its fingerprint is {found.fingerprint!r}, asked for is {whole!r}"
-
-
 def _continued(directory: Path, wanted: Layout) -> Layout | None:
     """The layout of an earlier build, if it is the same job."""
     found = read_header(directory)
     if found is None:
         return None
     ours = Fingerprint(**wanted.parts, whole=wanted.fingerprint) if wanted.parts else wanted.fingerprint
-    another = mismatch(found, ours)
-    if another:
-        raise CacheError(
-            f"TeacherCache: {directory} holds another teacher, preprocessing or data: {another}; "
-            "give another path, or delete it"
-        )
+    check_source(directory, found, ours, building=True)
     for name in ("ids", "views", "dtype"):
-        theirs, asked = getattr(found, name), getattr(wanted, name)
-        if theirs != asked:
-            what = "other samples" if name == "ids" else f"another {name.removesuffix('s')}"
-            raise CacheError(
-                f"TeacherCache: {directory} holds {what}: its {name} is {theirs!r}, asked for is {asked!r}; "
-                "give another path, or delete it"
-            )
+        check_same_job(directory, name, getattr(found, name), getattr(wanted, name))
     return found
 
 
@@ -166,10 +155,7 @@ def _begin(job: Job, wanted: Layout, blocks: Blocks) -> tuple[Layout, _First]:
     features = ask(job.teacher, job.fetch, job.ids[: job.batch_size], 0)
     layout = replace(layout, features={name: tuple(x.shape[1:]) for name, x in features.items()})
     layout = replace(layout, shard_rows=max(1, job.shard_bytes // layout.row_bytes))
-    if layout.row_bytes >= 2**31:
-        raise ValueError(
-            f"TeacherCache: features of one sample must take less than 2 GiB, got {layout.row_bytes} bytes"
-        )
+    check_row_bytes(layout.row_bytes)
     first = _packed(job, layout, features, 0)
     blocks.forget()
     with writing(job.directory):
@@ -190,10 +176,7 @@ def _check_shards(directory: Path, layout: Layout, blocks: Blocks) -> None:
     np.add.at(opened, (stop - 1) // layout.shard_rows + 1, -1)
     for shard in np.flatnonzero(np.cumsum(opened)):
         path = shard_path(directory, int(shard))
-        if not path.exists() or path.stat().st_size < layout.bytes_of(int(shard)):
-            raise CacheError(
-                f"TeacherCache: {path} is shorter than its header says; delete the cache and build it anew"
-            )
+        check_rows(path, path.exists() and path.stat().st_size >= layout.bytes_of(int(shard)))
 
 
 @torch.no_grad()
@@ -203,14 +186,7 @@ def ask(
     """What a teacher says of a batch, float32 on the CPU; `inputs` in place of fetching them."""
     inputs = fetch(torch.from_numpy(batch.copy()), view) if inputs is None else inputs
     features = teacher(*inputs) if isinstance(inputs, (tuple, list)) else teacher(inputs)
-    if not isinstance(features, Mapping) or not features:
-        raise TypeError(f"TeacherCache: teacher must return named features, got {type(features).__name__}")
-    for name, x in features.items():
-        if not isinstance(x, Tensor) or x.dim() < 2 or x.shape[0] != len(batch) or not x.is_floating_point():
-            shown = f"{x.dtype} {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
-            raise ValueError(
-                f"TeacherCache: feature {name!r} must be floating point ({len(batch)}, d, ...), got {shown}"
-            )
+    check_features(features, len(batch))
     return {name: x.detach().float().cpu() for name, x in features.items()}
 
 

@@ -7,7 +7,6 @@
 The error of a row is 1 - cos(x, x') and |x' - x| / |x|.
 """
 
-import math
 from collections.abc import Callable, Iterable, Mapping
 
 import numpy as np
@@ -15,7 +14,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from kdlib.cache.layout import CacheError, Layout
+from kdlib.cache._checks import check_fits, check_same_features
+from kdlib.cache.layout import Layout
 
 __all__ = ["Errors", "pack", "unpack"]
 
@@ -45,15 +45,14 @@ def pack(
         ValueError: a value that is not finite or does not fit the type on disk.
     """
     shapes = {name: tuple(x.shape[1:]) for name, x in features.items()}
-    if shapes != layout.features:
-        raise CacheError(f"TeacherCache: features must be {layout.features} as before, got {shapes}")
+    check_same_features(layout.features, shapes)
     count = len(next(iter(features.values())))
     rows = np.empty((count, layout.row_bytes), np.uint8)
     worst, total, relative = [], [], []
     for at, (name, (start, stop)) in enumerate(layout.places.items()):
         x = features[name].reshape(count, -1)
         largest = x.abs().amax(1)
-        _check(layout.dtype, name, largest, name_row)
+        check_fits(layout.dtype, name, largest, _LARGEST[layout.dtype], name_row)
         if layout.dtype == "int8":
             # The factor may lie beyond float32, as for a row of 1e-40.
             factor = torch.where(largest > 0, 127.0 / largest.double(), 0.0)[:, None]
@@ -78,16 +77,6 @@ def pack(
         total.append(cosine.sum())
         relative.append(apart.max())
     return rows, (np.asarray(worst, np.float32), np.asarray(total, np.float64), np.asarray(relative, np.float32))
-
-
-def _check(dtype: str, name: str, largest: Tensor, name_row: Callable[[int], str]) -> None:
-    bad = torch.nonzero(~(largest <= _LARGEST[dtype])).flatten()
-    if len(bad):
-        value = float(largest[bad[0]])
-        remedy = '; use dtype="float32"' if math.isfinite(value) else ""
-        raise ValueError(
-            f"TeacherCache: feature {name!r} of {name_row(int(bad[0]))} must fit {dtype}, got {value:.4g}{remedy}"
-        )
 
 
 def _distance(x: Tensor, stored: Tensor) -> tuple[NDArray[np.float64], NDArray[np.float64]]:

@@ -10,7 +10,9 @@ from typing import Any, Self
 import torch
 from torch import nn
 
+from kdlib._checks import check_type
 from kdlib.adapters import TeacherAdapter
+from kdlib.cache._checks import undescribed
 
 __all__ = ["Fingerprint", "model_fingerprint"]
 
@@ -42,8 +44,7 @@ class Fingerprint:
 
     def __post_init__(self) -> None:
         for name in (*_WORDS, "whole"):
-            if not isinstance(getattr(self, name), str):
-                raise TypeError(f"Fingerprint: {name} must be a str, got {type(getattr(self, name)).__name__}")
+            check_type("Fingerprint", name, getattr(self, name), str, "a str")
         if not self.whole:
             digest = hashlib.sha256(b"kdlib parts 1")
             for name in _WORDS:
@@ -159,7 +160,5 @@ def _callable_parts(preprocess: Any, *, described: bool) -> Iterator[str | bytes
     name = getattr(preprocess, "__qualname__", None)
     shown = f"{preprocess.__module__}.{name}" if name else repr(preprocess)
     if not described and ("<lambda>" in shown or "<locals>" in shown or " at 0x" in shown):
-        raise ValueError(
-            f"model_fingerprint: preprocess {shown} cannot be told apart from another; describe it by preprocessing="
-        )
+        raise undescribed(shown)
     yield "described" if described else shown

@@ -26,18 +26,27 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["CacheError", "Layout", "read_header", "write_file", "writing"]
+from kdlib.cache._checks import (
+    HEADER_LIMIT,
+    bad_header,
+    check_header,
+    check_header_size,
+    check_layout,
+    header_errors,
+    header_shapes,
+    header_text,
+    header_texts,
+    header_whole,
+    unreadable,
+    unwritable,
+)
+
+__all__ = ["Layout", "read_header", "write_file", "writing"]
 
 DTYPES = {"float16": "<f2", "float32": "<f4", "int8": "i1"}
 SEAL_BYTES = 32
 NO_LINK = getattr(os, "O_NOFOLLOW", 0)
 """A link in a directory from elsewhere must not lead our writing out of it."""
-_HEADER_LIMIT = 1 << 20
-_ERRORS = ("max_cosine", "mean_cosine", "max_relative")
-
-
-class CacheError(ValueError):
-    """The cache on disk is not the one asked for, is not complete, or is damaged."""
 
 
 @dataclass(frozen=True)
@@ -160,10 +169,7 @@ def writing(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise CacheError(
-            f"TeacherCache: cannot write {path}: {error.strerror or error}; what was marked before stays, and the same "
-            "build goes on from there"
-        ) from error
+        raise unwritable(path, error) from error
 
 
 def write_file(path: Path, content: bytes) -> None:
@@ -203,81 +209,37 @@ def read_header(directory: Path) -> Layout | None:
     path = directory / "header.json"
     try:
         with path.open("rb") as file:
-            content = file.read(min(os.fstat(file.fileno()).st_size, _HEADER_LIMIT) + 1)
+            content = file.read(min(os.fstat(file.fileno()).st_size, HEADER_LIMIT) + 1)
     except (FileNotFoundError, NotADirectoryError):
         return None
     except OSError as error:
-        raise CacheError(f"TeacherCache: {path} cannot be read: {error.strerror or error}") from error
+        raise unreadable(path, error) from error
     try:
-        if len(content) > _HEADER_LIMIT:
-            raise ValueError("it is too long")
-        header = json.loads(content)
-        if not isinstance(header, dict) or header.pop("format", None) != 1:
-            raise ValueError("its format is not 1")
-        layout = _layout(header)
+        check_header_size(len(content))
+        layout = _layout(check_header(json.loads(content), Layout.__dataclass_fields__))
     except (ValueError, TypeError, KeyError, RecursionError) as error:
-        raise CacheError(f"TeacherCache: {path} is no header of a cache: {error}") from error
+        raise bad_header(path, error) from error
     return layout
 
 
 def _layout(header: Mapping[str, Any]) -> Layout:
-    unknown = sorted(set(header) - set(Layout.__dataclass_fields__))
-    if unknown:
-        raise ValueError(f"it has the unknown entry {unknown[0]!r}")
-    if not isinstance(header["features"], dict):
-        raise ValueError(f"features is {header['features']!r}")
-    features = {}
-    for name, shape in header["features"].items():
-        if not isinstance(shape, list) or not shape or len(shape) > 8:
-            raise ValueError(f"feature {name!r} has the shape {shape!r}")
-        features[name] = tuple(_whole(f"a side of feature {name!r}", side, 1, 2**31) for side in shape)
+    features = header_shapes(header["features"])
     layout = Layout(
-        fingerprint=_text("fingerprint", header["fingerprint"]),
-        samples=_whole("samples", header["samples"], 1, 2**48),
-        views=_whole("views", header["views"], 1, 2**31),
-        ids=_text("ids", header["ids"]),
-        first=_whole("first", header["first"], -(2**63), 2**63 - 1),
+        fingerprint=header_text("fingerprint", header["fingerprint"]),
+        samples=header_whole("samples", header["samples"], 1, 2**48),
+        views=header_whole("views", header["views"], 1, 2**31),
+        ids=header_text("ids", header["ids"]),
+        first=header_whole("first", header["first"], -(2**63), 2**63 - 1),
         dense=header["dense"] is True,
-        dtype=_text("dtype", header["dtype"]),
+        dtype=header_text("dtype", header["dtype"]),
         features=features,
-        shard_rows=_whole("shard_rows", header["shard_rows"], 1, 2**48),
-        rows=_whole("rows", header["rows"], 0, 2**63),
-        parts=_texts("parts", header.get("parts", {})),
-        block=_whole("block", header.get("block", 0), 0, 2**31),
-        checks=_text("checks", header.get("checks", "")),
-        error=_errors(header.get("error", {}), features),
-        notes=_texts("notes", header.get("notes", {})),
+        shard_rows=header_whole("shard_rows", header["shard_rows"], 1, 2**48),
+        rows=header_whole("rows", header["rows"], 0, 2**63),
+        parts=header_texts("parts", header.get("parts", {})),
+        block=header_whole("block", header.get("block", 0), 0, 2**31),
+        checks=header_text("checks", header.get("checks", "")),
+        error=header_errors(header.get("error", {}), features),
+        notes=header_texts("notes", header.get("notes", {})),
     )
-    if layout.dtype not in DTYPES or not 1 <= len(features) <= 256 or layout.rows > layout.total:
-        raise ValueError(f"dtype {layout.dtype!r}, {len(features)} features, {layout.rows} rows of {layout.total}")
-    if layout.total > 2**62 or layout.row_bytes >= 2**31:
-        raise ValueError(f"it has {layout.total} rows of {layout.row_bytes} bytes")
+    check_layout(layout, DTYPES)
     return layout
-
-
-def _whole(name: str, value: Any, least: int, most: int) -> int:
-    if type(value) is not int or not least <= value <= most:
-        raise ValueError(f"{name} is {value!r}")
-    return value
-
-
-def _text(name: str, value: Any) -> str:
-    if not isinstance(value, str):
-        raise ValueError(f"{name} is {value!r}")
-    return value
-
-
-def _texts(name: str, value: Any) -> dict[str, str]:
-    if not isinstance(value, dict):
-        raise ValueError(f"{name} is {value!r}")
-    return {key: _text(f"{name}[{key!r}]", entry) for key, entry in value.items()}
-
-
-def _errors(value: Any, features: Mapping[str, Any]) -> dict[str, dict[str, float]]:
-    good = isinstance(value, dict) and set(value) <= set(features)
-    for entry in value.values() if good else ():
-        good = good and isinstance(entry, dict) and set(entry) == set(_ERRORS)
-        good = good and all(type(each) is float and 0 <= each < math.inf for each in entry.values())
-    if not good:
-        raise ValueError(f"error is {value!r}")
-    return {name: dict(entry) for name, entry in value.items()}

@@ -10,10 +10,23 @@ import torch
 from torch import Tensor, nn
 
 from kdlib._checks import check_choice, check_name, check_number
-from kdlib.cache.build import Job, build_cache, ids_digest, mismatch
+from kdlib.cache._checks import (
+    check_complete,
+    check_distinct,
+    check_seal,
+    check_size,
+    check_source,
+    check_views,
+    check_whole,
+    damaged_value,
+    no_cache,
+    no_row,
+    unreadable,
+)
+from kdlib.cache.build import Job, build_cache, ids_digest
 from kdlib.cache.codec import unpack
 from kdlib.cache.fingerprint import Fingerprint
-from kdlib.cache.layout import DTYPES, SEAL_BYTES, CacheError, Layout, read_header, shard_path
+from kdlib.cache.layout import DTYPES, SEAL_BYTES, Layout, read_header, shard_path
 
 __all__ = ["TeacherCache"]
 
@@ -172,16 +185,10 @@ class TeacherCache:
         path = Path(path)
         layout = read_header(path)
         if layout is None:
-            raise CacheError(f"TeacherCache: there is no cache at {path}")
-        another = None if fingerprint is None else mismatch(layout, fingerprint)
-        if another:
-            raise CacheError(
-                f"TeacherCache: {path} was computed from another teacher, preprocessing or data: {another}"
-            )
-        if not layout.complete:
-            raise CacheError(
-                f"TeacherCache: {path} holds {layout.rows} of {layout.total} rows; run the same build again to complete it"
-            )
+            raise no_cache(path)
+        if fingerprint is not None:
+            check_source(path, layout, fingerprint)
+        check_complete(path, layout.complete, layout.rows, layout.total)
         return cls(path, layout)
 
     def read(
@@ -206,8 +213,8 @@ class TeacherCache:
         """
         wanted = _whole("samples", samples)
         seen = views if isinstance(views, int) else _whole("views", views)
-        if not isinstance(seen, int) and len(seen) != len(wanted):
-            raise ValueError(f"TeacherCache: views must be (b,) like samples ({len(wanted)},), got ({len(seen)},)")
+        if not isinstance(seen, int):
+            check_views(len(seen), len(wanted))
         for name in features or ():
             check_name("TeacherCache", "feature", name, self.features)
         rows = self._rows(wanted, seen)
@@ -221,10 +228,7 @@ class TeacherCache:
             if not math.isfinite(float(x.sum())) and not torch.isfinite(x).all():
                 at = int(torch.nonzero(~torch.isfinite(x).reshape(len(x), -1).all(1))[0])
                 view, position = divmod(int(rows[at]), self.samples)
-                raise CacheError(
-                    f"TeacherCache: {self.path} is damaged: feature {name!r} of sample "
-                    f"{self._ids_at(np.asarray([position]))[0]}, view {view} is not finite"
-                )
+                raise damaged_value(self.path, name, self._ids_at(np.asarray([position]))[0], view)
 
     def _raw(self, start: int, stop: int) -> np.ndarray[Any, Any]:
         """Bytes of consecutive rows."""
@@ -269,10 +273,7 @@ class TeacherCache:
         if not known.all():
             at = int((~known).nonzero()[0][0])
             view = views if isinstance(views, int) else views[at]
-            raise CacheError(
-                f"TeacherCache: {self.path} has no sample {samples[at]}, view {view}; it has {layout.samples} samples"
-                f"{f' from {layout.first}' if layout.dense else ''}, views 0 to {layout.views - 1}"
-            )
+            raise no_row(self.path, samples[at], view, layout)
         rows: np.ndarray[Any, Any] = views * layout.samples + position
         return rows
 
@@ -284,7 +285,7 @@ class TeacherCache:
             shape = (layout.rows_of(shard), layout.row_bytes)
             found = self._map(path, np.dtype(np.uint8), shape, layout.bytes_of(shard))
             if layout.block:
-                _check_seal(path, layout.seal_of(shard))
+                check_seal(path, _last_bytes(path, SEAL_BYTES) == layout.seal_of(shard))
             if len(self._shards) >= _MAPPED:
                 self._shards.pop(next(iter(self._shards)), None)  # another thread may do the same
             self._shards[shard] = found
@@ -292,12 +293,10 @@ class TeacherCache:
 
     def _map(self, path: Path, dtype: np.dtype[Any], shape: tuple[int, ...], size: int) -> np.ndarray[Any, Any]:
         try:
-            got = path.stat().st_size if path.is_file() else 0
-            if got == size:
-                return np.memmap(path, dtype, mode="r", shape=shape)
+            check_size(path, size, path.stat().st_size if path.is_file() else 0)
+            return np.memmap(path, dtype, mode="r", shape=shape)
         except OSError as error:
-            raise CacheError(f"TeacherCache: {path} cannot be read: {error.strerror or error}") from error
-        raise CacheError(f"TeacherCache: {path} must have {size} bytes, got {got}")
+            raise unreadable(path, error) from error
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_shards": {}, "_ids": None}
@@ -309,13 +308,10 @@ class TeacherCache:
         return f"TeacherCache.open({str(self.path)!r}, fingerprint={self.fingerprint!r})"
 
 
-def _check_seal(path: Path, seal: bytes) -> None:
+def _last_bytes(path: Path, count: int) -> bytes:
     with path.open("rb") as file:
-        file.seek(-SEAL_BYTES, 2)
-        if file.read(SEAL_BYTES) != seal:
-            raise CacheError(
-                f"TeacherCache: {path} does not belong to its header: one of the two is of another cache, or was changed"
-            )
+        file.seek(-count, 2)
+        return file.read(count)
 
 
 def _ids(samples: int | Sequence[int] | Tensor) -> np.ndarray[Any, np.dtype[np.int64]]:
@@ -324,16 +320,11 @@ def _ids(samples: int | Sequence[int] | Tensor) -> np.ndarray[Any, np.dtype[np.i
         check_number("TeacherCache", "samples", samples, least=1, integer=True)
         return np.arange(samples, dtype=np.int64)
     ids = np.sort(_whole("samples", samples))
-    if not len(ids):
-        raise ValueError("TeacherCache: samples must hold at least one id, got none")
-    repeated = np.flatnonzero(ids[1:] == ids[:-1])
-    if len(repeated):
-        raise ValueError(f"TeacherCache: samples must be distinct, got {ids[repeated[0]]} twice")
+    check_distinct(ids)
     return ids
 
 
 def _whole(name: str, values: Any) -> np.ndarray[Any, np.dtype[np.int64]]:
     found = values.detach().cpu().numpy() if isinstance(values, Tensor) else np.asarray(values)
-    if found.ndim != 1 or (len(found) and found.dtype.kind not in "iu"):
-        raise ValueError(f"TeacherCache: {name} must be (b,) whole numbers, got {found.dtype} {found.shape}")
+    check_whole(name, found)
     return found.astype(np.int64, copy=False)

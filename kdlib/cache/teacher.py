@@ -6,7 +6,8 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 
-from kdlib._checks import check_name
+from kdlib._checks import check_name, check_type
+from kdlib.cache._checks import check_reads
 from kdlib.cache.store import TeacherCache
 
 __all__ = ["CachedTeacher"]
@@ -49,12 +50,8 @@ class CachedTeacher(nn.Module):
         features: Sequence[str] | None = None,
     ) -> None:
         super().__init__()
-        if not isinstance(cache, TeacherCache):
-            raise TypeError(f"CachedTeacher: cache must be a TeacherCache, got {type(cache).__name__}")
-        if isinstance(reads, str) or len(reads) not in (1, 2):
-            raise ValueError(
-                f"CachedTeacher: reads must name the sample and the view, or the sample alone, got {reads!r}"
-            )
+        check_type("CachedTeacher", "cache", cache, TeacherCache, "a TeacherCache")
+        check_reads(reads)
         for name in features or ():
             check_name("CachedTeacher", "feature", name, cache.features)
         self.cache = cache

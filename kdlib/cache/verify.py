@@ -13,10 +13,20 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from kdlib._checks import check_number
+from kdlib.cache._checks import (
+    check_ascending,
+    check_block,
+    check_checksum,
+    check_close,
+    check_ids_checksum,
+    check_size,
+    check_together,
+    other_feature,
+)
 from kdlib.cache.blocks import NAME, block_digest, record_type
 from kdlib.cache.build import ask
 from kdlib.cache.codec import unpack
-from kdlib.cache.layout import CacheError, Layout, shard_path
+from kdlib.cache.layout import Layout, shard_path
 from kdlib.cache.store import TeacherCache
 
 __all__ = ["CacheCheck", "verify_cache"]
@@ -83,19 +93,16 @@ def verify_cache(
         (5, 1, 5)
     """
     check_number("verify_cache", "recompute", recompute, least=0, integer=True)
-    if (teacher is None) != (fetch is None):
-        raise ValueError("verify_cache: teacher and fetch go together, got one of them")
+    check_together(teacher, fetch)
     layout = cache._layout
     _check_ids(cache.path, layout)
     records = _records(cache.path, layout) if layout.block else None
     for block, (start, stop) in enumerate(_spans(layout)):
         rows = cache._raw(start, stop)
-        if records is not None and not np.array_equal(records["digest"][block], block_digest(rows)):
+        if records is not None:
             files = {shard_path(cache.path, shard).name for shard, _, _ in layout.pieces(start, stop)}
-            raise CacheError(
-                f"TeacherCache: {cache.path / ' or '.join(sorted(files))} is damaged: rows {start} to {stop - 1} do not "
-                "have their checksum; build the cache anew"
-            )
+            good = np.array_equal(records["digest"][block], block_digest(rows))
+            check_block(cache.path, files, good, start, stop)
         cache._check_finite(unpack(layout, rows, layout.features), np.arange(start, stop))
         if progress is not None:
             progress(stop, layout.total)
@@ -109,29 +116,22 @@ def verify_cache(
 
 def _check_ids(path: Path, layout: Layout) -> None:
     file, digest, last = path / "samples.i64", hashlib.sha256(), None
-    size = file.stat().st_size if file.is_file() else 0
-    if size != 8 * layout.samples:
-        raise CacheError(f"TeacherCache: {file} must have {8 * layout.samples} bytes, got {size}")
+    check_size(file, 8 * layout.samples, file.stat().st_size if file.is_file() else 0)
     with file.open("rb") as stream:
         while part := stream.read(1 << 20):
             digest.update(part)
             ids = np.frombuffer(part, "<i8")
             ids = ids if last is None else np.concatenate([[last], ids])
             last = ids[-1]
-            if (ids[1:] <= ids[:-1]).any():
-                raise CacheError(f"TeacherCache: {file} is damaged: its ids do not ascend")
-    if digest.hexdigest() != layout.ids:
-        raise CacheError(f"TeacherCache: {file} is damaged: its ids do not have the checksum of the header")
+            check_ascending(file, ids)
+    check_ids_checksum(file, digest.hexdigest() == layout.ids)
 
 
 def _records(path: Path, layout: Layout) -> np.ndarray[Any, Any]:
     file, kind = path / NAME, record_type(layout)
-    wanted, size = layout.blocks * kind.itemsize, file.stat().st_size if file.is_file() else 0
-    if size != wanted:
-        raise CacheError(f"TeacherCache: {file} must have {wanted} bytes, got {size}")
+    check_size(file, layout.blocks * kind.itemsize, file.stat().st_size if file.is_file() else 0)
     content = file.read_bytes()
-    if hashlib.sha256(content).hexdigest() != layout.checks:
-        raise CacheError(f"TeacherCache: {file} is damaged: it does not have the checksum of the header")
+    check_checksum(file, hashlib.sha256(content).hexdigest() == layout.checks)
     return np.frombuffer(content, kind)
 
 
@@ -157,18 +157,12 @@ def _recompute(
             said, held = ask(teacher, fetch, samples, int(view)), cache.read(torch.from_numpy(samples), int(view))
             for name, x in held.items():
                 if name not in said or said[name].shape != x.shape:
-                    raise CacheError(
-                        f"TeacherCache: {cache.path} has a feature {name!r} {tuple(x.shape[1:])}, which the teacher has not"
-                    )
+                    raise other_feature(cache.path, name, tuple(x.shape[1:]))
                 apart = 1 - F.cosine_similarity(x.flatten(1).double(), said[name].flatten(1).double())
                 # Two rows of zeros have no direction to differ in.
                 apart[(x.flatten(1) == 0).all(1) & (said[name].flatten(1) == 0).all(1)] = 0.0
                 allowed = 2 * layout.error.get(name, {}).get("max_cosine", 0.0) + SLACK
                 at = int(apart.argmax())
-                if not float(apart[at]) <= allowed:
-                    raise CacheError(
-                        f"TeacherCache: {cache.path} is not what the teacher says: feature {name!r} of sample "
-                        f"{samples[at]}, view {view} has a cosine error of {float(apart[at]):.2g}, allowed are {allowed:.2g}"
-                    )
+                check_close(cache.path, name, samples[at], view, apart=float(apart[at]), allowed=allowed)
                 largest[name] = max(largest[name], float(apart[at]))
     return largest

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch import distributed as dist
 from torch.autograd import Function
 
-from kdlib._checks import check_gathered
+from kdlib.losses._checks import check_gathered
 
 __all__ = ["gather_rows"]
 

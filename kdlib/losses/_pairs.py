@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from kdlib._checks import check_relation
+from kdlib.losses._checks import no_second_derivative
 from kdlib.losses._gather import gather_rows
 from kdlib.losses._maths import promote
 
@@ -241,4 +242,4 @@ class _NoSecondDerivative(Function):
 
     @staticmethod
     def backward(ctx: Any, _: Tensor) -> tuple[None, None]:
-        raise RuntimeError("relation losses have a gradient, but no second derivative")
+        raise no_second_derivative()

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from kdlib._checks import (
     check_choice,
     check_floating,
-    check_gathered_reduction,
     check_number,
     check_pair,
     check_same_batch,
@@ -19,6 +18,7 @@ from kdlib._checks import (
     check_weight,
     check_whole_numbers,
 )
+from kdlib.losses._checks import check_gathered_reduction
 from kdlib.losses._gather import gather_rows
 from kdlib.losses._maths import REDUCTIONS, full_precision, hold_short, promote, reduce, unit_rows
 

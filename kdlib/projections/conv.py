@@ -2,7 +2,8 @@
 
 from torch import Tensor, nn
 
-from kdlib._checks import check_floating, check_grid, check_number, check_shape
+from kdlib._checks import check_floating, check_number, check_shape
+from kdlib.projections._checks import check_grid
 from kdlib.projections._grid import resize
 
 __all__ = ["ConvProjection"]

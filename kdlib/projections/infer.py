@@ -4,7 +4,8 @@ import torch
 from einops.layers.torch import Rearrange, Reduce
 from torch import Tensor, nn
 
-from kdlib._checks import check_floating, check_projectable, check_square_tokens
+from kdlib._checks import check_floating
+from kdlib.projections._checks import check_projectable, check_square_tokens
 from kdlib.projections.conv import ConvProjection
 from kdlib.projections.linear import LinearProjection
 from kdlib.projections.token import TokenProjection

@@ -6,7 +6,8 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from kdlib._checks import check_choice, check_floating, check_grid, check_number, check_shape, check_token_grid
+from kdlib._checks import check_choice, check_floating, check_number, check_shape
+from kdlib.projections._checks import check_grid, check_token_grid
 from kdlib.projections._grid import resize
 
 __all__ = ["TokenProjection"]

@@ -3,25 +3,15 @@
 import ast
 import copy
 import pickle
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from kdlib._checks import check_name
-
-__all__ = ["check_exclude", "check_repr", "clone", "expect", "finite", "repickle", "run", "same", "shift_parameters"]
+__all__ = ["check_repr", "clone", "expect", "finite", "repickle", "run", "same", "shift_parameters"]
 
 T = TypeVar("T")
-
-
-def check_exclude(owner: str, exclude: Collection[str], known: Collection[str]) -> None:
-    """A name to leave out must be one of the checks: a misspelt one would leave out nothing."""
-    if isinstance(exclude, str):
-        raise TypeError(f"{owner}: exclude must be a collection of names, got {exclude!r}")
-    for name in exclude:
-        check_name(owner, "check", name, known)
 
 
 def run(owner: str, component: object, checks: Mapping[str, Callable[[], None]]) -> tuple[str, ...]:

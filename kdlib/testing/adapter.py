@@ -9,8 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from kdlib._checks import check_type
 from kdlib.adapters import TeacherAdapter
-from kdlib.testing._run import check_exclude, clone, expect, repickle, run, same, shift_parameters
+from kdlib.testing._checks import check_exclude
+from kdlib.testing._run import clone, expect, repickle, run, same, shift_parameters
 
 __all__ = ["ADAPTER_CHECKS", "check_adapter"]
 
@@ -60,8 +62,7 @@ def check_adapter(
         (True, False)
     """
     check_exclude("check_adapter", exclude, ADAPTER_CHECKS)
-    if not isinstance(adapter, nn.Module):
-        raise TypeError(f"check_adapter: adapter must be a Module, got {type(adapter).__name__}")
+    check_type("check_adapter", "adapter", adapter, nn.Module, "a Module")
     if teacher is None:
         teacher = isinstance(adapter, TeacherAdapter)
     case = _Case(adapter, tuple(clone(x) for x in inputs))

@@ -4,9 +4,10 @@ from collections.abc import Callable, Collection
 
 from torch import Tensor, nn
 
-from kdlib._checks import check_floating, check_number, check_same_batch
+from kdlib._checks import check_callable, check_floating, check_number, check_same_batch
+from kdlib.testing._checks import check_exclude
 from kdlib.testing._loss_case import LossCase
-from kdlib.testing._run import check_exclude, clone, run
+from kdlib.testing._run import clone, run
 
 __all__ = ["LOSS_CHECKS", "check_loss"]
 
@@ -80,6 +81,7 @@ def check_loss(
         AssertionError: check_loss(<lambda>): teacher_gradient: no gradient may reach the teacher; detach it
     """
     check_exclude("check_loss", exclude, LOSS_CHECKS)
+    check_callable("check_loss", "loss", loss)
     check_floating("check_loss", student=student, teacher=teacher)
     check_same_batch("check_loss", "student", student, "teacher", teacher)
     check_number("check_loss", "the batch size", student.shape[0], least=4, integer=True)

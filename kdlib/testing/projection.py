@@ -7,8 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from kdlib._checks import check_floating, check_number, check_same_batch
-from kdlib.testing._run import check_exclude, check_repr, clone, expect, finite, repickle, run, same, shift_parameters
+from kdlib._checks import check_floating, check_number, check_same_batch, check_type
+from kdlib.testing._checks import check_exclude
+from kdlib.testing._run import check_repr, clone, expect, finite, repickle, run, same, shift_parameters
 
 __all__ = ["PROJECTION_CHECKS", "check_projection"]
 
@@ -51,8 +52,7 @@ def check_projection(
         True
     """
     check_exclude("check_projection", exclude, PROJECTION_CHECKS)
-    if not isinstance(projection, nn.Module):
-        raise TypeError(f"check_projection: projection must be a Module, got {type(projection).__name__}")
+    check_type("check_projection", "projection", projection, nn.Module, "a Module")
     check_floating("check_projection", student=student, teacher=teacher)
     check_same_batch("check_projection", "student", student, "teacher", teacher)
     check_number("check_projection", "the batch size", student.shape[0], least=2, integer=True)

@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kdlib._checks import check_floating, check_number, check_same_batch
-from kdlib.testing._run import check_exclude, check_repr, clone, expect, finite, repickle, run, same, shift_parameters
+from kdlib._checks import check_callable, check_floating, check_number, check_same_batch
+from kdlib.testing._checks import check_exclude
+from kdlib.testing._run import check_repr, clone, expect, finite, repickle, run, same, shift_parameters
 
 __all__ = ["WEIGHTING_CHECKS", "check_weighting"]
 
@@ -73,6 +74,7 @@ def check_weighting(
         False
     """
     check_exclude("check_weighting", exclude, WEIGHTING_CHECKS)
+    check_callable("check_weighting", "weighting", weighting)
     check_number("check_weighting", "num_teachers", num_teachers, least=1, integer=True)
     generator = torch.Generator().manual_seed(0)
     if student is None:

@@ -12,9 +12,10 @@ from typing import Any
 
 import torch
 
+from kdlib.training._checks import check_checksum, check_format, none_readable, unreadable, unwritable
 from kdlib.training.events import CheckpointError
 
-__all__ = ["CheckpointStore", "check_fingerprint", "load_checkpoint"]
+__all__ = ["CheckpointStore", "load_checkpoint"]
 
 _log = logging.getLogger("kdlib.training")
 _NAME = re.compile(r"step-(\d{9})\.pt")
@@ -37,30 +38,12 @@ def load_checkpoint(path: str | PathLike[str]) -> dict[str, Any]:
     try:
         # torch.load does not compare the checksums that torch.save wrote: a flipped bit would become a weight.
         with zipfile.ZipFile(path) as archive:
-            altered = archive.testzip()
-        if altered is not None:
-            raise ValueError(f"checksum of {altered} differs")
-        state = torch.load(path, map_location="cpu", weights_only=True)
+            check_checksum(archive.testzip())
+        state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # whatever a damaged file makes the readers raise
-        raise CheckpointError(f"train: checkpoint {path} cannot be read: {error}") from error
-    if not isinstance(state, dict) or state.get("format") != _FORMAT:
-        raise CheckpointError(f"train: checkpoint {path} must be of format {_FORMAT}, got something else")
+        raise unreadable(path, error) from error
+    check_format(path, state, _FORMAT)
     return state
-
-
-def check_fingerprint(saved: Mapping[str, Any], current: Mapping[str, Any], place: object) -> None:
-    """A run goes on only as it began.
-
-    Raises:
-        ValueError: Some fields differ; the message names each with both values.
-    """
-    differing = [name for name in sorted({*saved, *current}) if saved.get(name) != current.get(name)]
-    if differing:
-        pairs = ", ".join(f"{name} (checkpoint {saved.get(name)!r}, now {current.get(name)!r})" for name in differing)
-        raise ValueError(
-            f"train: checkpoint_dir {place} must hold a run of this configuration, got other {pairs}; "
-            "restore these or take another directory"
-        )
 
 
 class CheckpointStore:
@@ -113,10 +96,7 @@ class CheckpointStore:
             self.newest = path
             return state
         if paths:
-            raise CheckpointError(
-                f"train: none of the {len(paths)} checkpoints in {self.directory} can be read; "
-                "remove them to start from the beginning"
-            )
+            raise none_readable(self.directory, len(paths))
         return None
 
     def save(self, step: int, state: Mapping[str, Any]) -> None:
@@ -142,9 +122,7 @@ class CheckpointStore:
                 old.unlink(missing_ok=True)
         except (OSError, RuntimeError) as error:  # torch's archive writer turns some write errors into RuntimeError
             part.unlink(missing_ok=True)
-            kept = f"{self.newest} is kept" if self.newest else "there is none before it"
-            cause = error.__context__ if isinstance(error.__context__, OSError) else error
-            raise CheckpointError(f"train: checkpoint {path} cannot be written: {cause}; {kept}") from error
+            raise unwritable(path, error, self.newest) from error
         self.newest = path
         self._saved_at = monotonic()
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from kdlib._checks import check_choice, check_number
+from kdlib.training._checks import check_flag, check_length, check_path
 
 __all__ = ["OptimizerFactory", "Schedule", "TrainConfig"]
 
@@ -99,8 +100,7 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         owner = "TrainConfig"
-        if self.epochs is None and self.max_steps is None:
-            raise ValueError(f"{owner}: epochs or max_steps must be given, got neither")
+        check_length(owner, self.epochs, self.max_steps)
         for name in ("accumulate", "keep", "log_every"):
             check_number(owner, name, getattr(self, name), least=1, integer=True)
         for name in ("epochs", "max_steps", "checkpoint_every_steps"):
@@ -123,11 +123,9 @@ class TrainConfig:
         if self.amp is not None:
             check_choice(owner, "amp", self.amp, ("bfloat16", "float16"))
         for name in ("channels_last", "find_unused_parameters"):
-            if not isinstance(getattr(self, name), bool):
-                raise TypeError(f"{owner}: {name} must be True or False, got {getattr(self, name)!r}")
+            check_flag(owner, name, getattr(self, name))
         for name in ("checkpoint_dir", "log_path"):
-            if not isinstance(getattr(self, name), (str, PathLike, type(None))):
-                raise TypeError(f"{owner}: {name} must be a path, got {getattr(self, name)!r}")
+            check_path(owner, name, getattr(self, name))
 
     def __repr__(self) -> str:
         given = [

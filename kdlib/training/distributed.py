@@ -10,6 +10,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from kdlib.training._checks import check_same_steps
+
 __all__ = ["average", "check_same_step", "let_go", "rank", "synchronise_if", "world_size", "wrap"]
 
 
@@ -76,6 +78,4 @@ def check_same_step(step: int, device: torch.device) -> None:
         return
     steps = [torch.zeros(1, dtype=torch.int64, device=device) for _ in range(world_size())]
     dist.all_gather(steps, torch.tensor([step], device=device))
-    found = [int(value) for value in steps]
-    if len(set(found)) > 1:
-        raise ValueError(f"train: checkpoint_dir must be one directory that all processes see, got steps {found}")
+    check_same_steps([int(value) for value in steps])

@@ -4,6 +4,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
+from kdlib.training._checks import check_same_names
+
 __all__ = ["EMA"]
 
 
@@ -57,7 +59,6 @@ class EMA:
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Take the averages of a checkpoint."""
-        if state.keys() != self._average.keys():
-            raise ValueError("EMA: state must have the names of the module's state dict, got others")
+        check_same_names(state, self._average)
         for name, value in state.items():
             self._average[name].copy_(value)

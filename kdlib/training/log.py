@@ -6,6 +6,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from kdlib.training._checks import no_row
+
 __all__ = ["JsonLog", "read_log"]
 
 
@@ -81,7 +83,7 @@ def _good_rows(path: Path, *, last_step: int | None) -> tuple[list[dict[str, Any
         except (ValueError, TypeError, KeyError):
             if torn and (rows or line.startswith(b"{")):
                 break
-            raise ValueError(f"train: {path} must be a training log, got something else in line {number}") from None
+            raise no_row(path, number) from None
         if torn or (last_step is not None and step > last_step):
             break
         rows.append(row)

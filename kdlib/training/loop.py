@@ -9,10 +9,11 @@ import torch
 
 from kdlib.distiller import Distiller
 from kdlib.training import distributed
-from kdlib.training.checkpoint import CheckpointStore, check_fingerprint
+from kdlib.training._checks import check_fingerprint, check_finite_weights, diverged
+from kdlib.training.checkpoint import CheckpointStore
 from kdlib.training.config import TrainConfig
 from kdlib.training.ema import EMA
-from kdlib.training.events import Hook, TrainEvent, TrainingDiverged, TrainResult
+from kdlib.training.events import Hook, TrainEvent, TrainResult
 from kdlib.training.log import JsonLog
 from kdlib.training.schedules import build_optimizer, lr_factor, set_lr
 from kdlib.training.signals import DeferredSignals
@@ -98,7 +99,7 @@ def train(
                 epoch, first, group = stream.take()
                 lr = set_lr(run.optimizer, lr_factor(run.step, total_steps, config))
                 total, terms, weights = _accumulate(run, forward, group, config)
-                _check_loss(total, terms, run, store, epoch=epoch, first=first, group=group)
+                _check_loss(total, terms, run, store, group, epoch=epoch, first=first)
                 run.update(epoch, total, terms)
 
                 images += world * sum(batch_size(inputs) for inputs, _ in group)
@@ -164,16 +165,9 @@ class _Run:
     def save(self, store: CheckpointStore, seconds: float) -> None:
         """Write the checkpoint of this step, unless a weight has gone bad."""
         weights = self.distiller.state_dict()
-        bad = not_finite(weights)
-        if bad:
-            # The loss was finite and its gradient was not: the next loss would tell, too late for this checkpoint.
-            raise TrainingDiverged(
-                f"train: weights must be finite at step {self.step}, got NaN or infinity in {', '.join(bad[:4])}; "
-                f"{_kept(store)}",
-                step=self.step,
-                epoch=self.last["epoch"],
-                terms=self.last["terms"],
-            )
+        # A finite loss may have a gradient that is not: the next loss would tell, too late for this checkpoint.
+        bad, last = not_finite(weights), self.last
+        check_finite_weights(bad, last["terms"], step=self.step, epoch=last["epoch"], newest=store.newest)
         state = {
             "distiller": weights,
             "optimizer": self.optimizer.state_dict(),
@@ -236,30 +230,16 @@ def _check_loss(
     terms: dict[str, float],
     run: _Run,
     store: CheckpointStore,
+    group: list[Batch],
     *,
     epoch: int,
     first: int,
-    group: list[Batch],
 ) -> None:
     if isfinite(total):
         return
-    step, samples = run.step + 1, sample_ids(group)
     run.optimizer.zero_grad(set_to_none=True)
-    shown = ", ".join(str(sample) for sample in samples[:32]) + (", ..." if len(samples) > 32 else "")
-    batches = f"batch {first}" if len(group) == 1 else f"batches {first} to {first + len(group) - 1}"
-    values = ", ".join(f"{name}={value:.6g}" for name, value in terms.items())
-    raise TrainingDiverged(
-        f"train: loss must be finite, got {total} at step {step}, epoch {epoch}, {batches} of it"
-        f"{f' (samples {shown})' if samples else ''}; terms {values}; {_kept(store)}",
-        step=step,
-        epoch=epoch,
-        terms=terms,
-        samples=samples,
-    )
-
-
-def _kept(store: CheckpointStore) -> str:
-    return f"the last good checkpoint is {store.newest}" if store.newest else "there is no checkpoint"
+    where = {"step": run.step + 1, "epoch": epoch, "first": first, "batches": len(group)}
+    raise diverged(total, terms, **where, samples=sample_ids(group), newest=store.newest)
 
 
 def _place(distiller: Distiller, config: TrainConfig) -> torch.device:

@@ -6,6 +6,7 @@ from math import cos, pi
 import torch
 from torch import nn
 
+from kdlib.training._checks import check_optimizer, check_parameters
 from kdlib.training.config import TrainConfig
 
 __all__ = ["build_optimizer", "lr_factor", "parameter_groups", "set_lr"]
@@ -49,13 +50,11 @@ def parameter_groups(parameters: Iterable[nn.Parameter], config: TrainConfig) ->
 def build_optimizer(parameters: Iterable[nn.Parameter], config: TrainConfig) -> torch.optim.Optimizer:
     """The optimizer that `config` names, on :func:`parameter_groups`; each group remembers its `initial_lr`."""
     groups = parameter_groups(parameters, config)
-    if not groups:
-        raise ValueError("train: distiller.trainable_parameters() must hold a parameter, got none")
+    check_parameters(groups)
     optimizer: torch.optim.Optimizer
     if callable(config.optimizer):
         optimizer = config.optimizer(groups)
-        if not isinstance(optimizer, torch.optim.Optimizer):
-            raise TypeError(f"train: optimizer must build a torch.optim.Optimizer, got {type(optimizer).__name__}")
+        check_optimizer(optimizer)
     elif config.optimizer == "sgd":
         optimizer = torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum)
     else:

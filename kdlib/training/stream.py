@@ -6,6 +6,15 @@ from typing import Any
 
 import torch
 
+from kdlib.training._checks import (
+    check_generators,
+    check_no_more,
+    check_skipped,
+    empty_epoch,
+    no_batch,
+    no_length,
+)
+
 __all__ = ["Batch", "BatchStream"]
 
 Batch = tuple[Any, Any]
@@ -36,12 +45,12 @@ class BatchStream:
     def steps(self, epochs: int | None, max_steps: int | None) -> int:
         """Steps of the whole run."""
         if self.length == 0:
-            raise ValueError("train: loader must yield at least one batch, got none")
+            raise no_batch()
         if epochs is None:
             return int(max_steps or 0)
         if self.length is None:
             if max_steps is None:
-                raise ValueError("train: loader must have a length when max_steps is not given, got one without")
+                raise no_length()
             return max_steps
         steps = epochs * -(-self.length // self.accumulate)
         return steps if max_steps is None else min(steps, max_steps)
@@ -52,7 +61,7 @@ class BatchStream:
         self._announce(0)
         batch = next(iter(self.loader), None)
         if batch is None:
-            raise ValueError("train: loader must yield at least one batch, got none")
+            raise no_batch()
         self._set_random_states(states)
         return batch
 
@@ -65,12 +74,11 @@ class BatchStream:
             self.batch += len(group)
             # At the end of an epoch the iterator is run out at once: what it still draws belongs to this epoch.
             if not group or self.batch == self.length:
-                if next(batches, None) is not None:
-                    raise ValueError(f"train: loader must yield len(loader) = {self.length} batches, got more")
+                check_no_more(next(batches, None) is not None, self.length)
                 self.epoch, self.batch, self._batches = epoch + 1, 0, None
             if group:
                 return epoch, first, group
-        raise ValueError(f"train: loader must yield batches in every epoch, got none in epoch {self.epoch - 1}")
+        raise empty_epoch(self.epoch - 1)
 
     def state_dict(self) -> dict[str, Any]:
         """The position: the epoch, the batches of it that are taken, and the random states that it began with."""
@@ -93,8 +101,7 @@ class BatchStream:
             return batches
         self._batches = batches = iter(self.loader)
         skipped = sum(1 for _ in islice(batches, self.batch))
-        if skipped < self.batch:
-            raise ValueError(f"train: loader must yield the {self.batch} batches that it had, got {skipped}")
+        check_skipped(self.batch, skipped)
         return batches
 
     def _announce(self, epoch: int) -> None:
@@ -117,10 +124,7 @@ class BatchStream:
 
     def _set_random_states(self, states: list[torch.Tensor]) -> None:
         generators = self._generators()
-        if len(states) != len(generators):
-            raise ValueError(
-                f"train: loader must have {len(states) - 1} generators as before, got {len(generators) - 1}"
-            )
+        check_generators(len(states), len(generators))
         for generator, state in zip(generators, states, strict=True):
             generator.set_state(state)
 

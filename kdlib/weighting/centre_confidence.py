@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kdlib._checks import check_finite, check_identities, check_name, check_number, check_shape, check_teachers
+from kdlib._checks import check_finite, check_identities, check_name, check_number, check_shape
 from kdlib.losses._maths import full_precision, unit_rows
+from kdlib.weighting._checks import check_teachers
 
 __all__ = ["CentreConfidenceWeighting"]
 

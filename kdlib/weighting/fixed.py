@@ -5,7 +5,8 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from kdlib._checks import check_shape, check_shares, check_teachers
+from kdlib._checks import check_shape, check_shares
+from kdlib.weighting._checks import check_teachers
 
 __all__ = ["FixedWeighting"]
 

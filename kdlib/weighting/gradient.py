@@ -10,8 +10,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from kdlib._checks import check_most, check_number, check_teachers
+from kdlib._checks import check_number
 from kdlib.losses._maths import full_precision
+from kdlib.weighting._checks import check_most, check_teachers
 
 __all__ = ["GradientWeighting"]
 

@@ -8,8 +8,9 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from kdlib._checks import check_number, check_shape, check_teachers
+from kdlib._checks import check_number, check_shape
 from kdlib.losses._maths import full_precision
+from kdlib.weighting._checks import check_teachers
 
 __all__ = ["UncertaintyWeighting"]
 

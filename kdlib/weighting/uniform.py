@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from kdlib._checks import check_teachers
+from kdlib.weighting._checks import check_teachers
 
 __all__ = ["UniformWeighting"]
 
