@@ -102,7 +102,7 @@ class GradientWeighting(nn.Module):
             # Squares of the raw values might overflow or vanish; the weights do not depend on the common scale.
             largest = gradients.abs().amax() if gradients.numel() else zero.sum()
             gradients = gradients / torch.where(largest == 0, 1.0, largest)
-            gram: list[list[float]] = (gradients @ gradients.T).tolist()
+            gram = _gram(gradients)
         if not all(isfinite(value) for row in gram for value in row):
             return uniform
         return torch.tensor(_min_norm(gram, self.most), dtype=torch.float64).to(losses).unsqueeze(1).expand_as(losses)
@@ -110,6 +110,16 @@ class GradientWeighting(nn.Module):
     def extra_repr(self) -> str:
         """Arguments of the call that rebuilds the weighting."""
         return f"most={self.most!r}"
+
+
+def _gram(gradients: Tensor) -> list[list[float]]:
+    """Dot products of `(k, n)`, to far below the ridge: a matrix product in float32 would tell equal rows apart."""
+    dtype = torch.float32 if gradients.device.type == "mps" else torch.float64
+    k = len(gradients)
+    pairs = [(i, j) for i in range(k) for j in range(i + 1)]
+    products = torch.stack([(gradients[i] * gradients[j]).sum(dtype=dtype) for i, j in pairs]).tolist()
+    found = dict(zip(pairs, products, strict=True))
+    return [[found[max(i, j), min(i, j)] for j in range(k)] for i in range(k)]
 
 
 def _min_norm(gram: Sequence[Sequence[float]], most: float = 1.0, *, rounds: int = 2000) -> list[float]:

@@ -334,6 +334,18 @@ def test_what_a_useless_and_a_finished_teacher_weigh() -> None:
     assert weigh(GradientWeighting(), same, same, same) == pytest.approx([1 / 3] * 3)
 
 
+@pytest.mark.parametrize("k", [2, 3])
+def test_equal_gradients_of_any_size_share_alike(k: int) -> None:
+    # A matrix product in float32 may round the entries of one row against itself otherwise than against its twin.
+    generator = torch.Generator().manual_seed(3)
+    for size in (7, 33, 512, 3001):
+        student = torch.randn(5, size, generator=generator).requires_grad_()
+        teachers = [torch.randn(5, size, generator=generator)] * k
+        losses = torch.stack([(student - each).square().mean(1) for each in teachers])
+        weights = GradientWeighting()(losses, student=student, teachers=teachers, targets={})
+        torch.testing.assert_close(weights, torch.full((k, 5), 1 / k), rtol=0, atol=1e-6)
+
+
 def test_no_graph_and_gradients_that_are_not_finite_give_uniform_weights() -> None:
     losses, rest = face([torch.zeros(B, D), torch.ones(B, D)])
     even = torch.full((2, B), 0.5)
