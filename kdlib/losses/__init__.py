@@ -4,15 +4,19 @@ One method a file, the function and its Module together. The Modules are gathere
 `kdlib.functional`.
 """
 
+from kdlib.losses.activation_boundary import ActivationBoundaryLoss
 from kdlib.losses.angular import AngularDistillLoss
 from kdlib.losses.attention import AttentionTransferLoss
 from kdlib.losses.attentive_similarity import AttentiveSimilarityLoss
 from kdlib.losses.contrastive_representation import ContrastiveRepresentationLoss
 from kdlib.losses.correlation_congruence import CorrelationCongruenceLoss
+from kdlib.losses.dark_rank import DarkRankLoss
 from kdlib.losses.decoupled_kd import DecoupledKDLoss
 from kdlib.losses.dist import DISTLoss
+from kdlib.losses.hierarchical_context import HierarchicalContextLoss
 from kdlib.losses.hint import HintLoss
 from kdlib.losses.nst import NSTLoss
+from kdlib.losses.overhaul import OverhaulLoss
 from kdlib.losses.pkt import PKTLoss
 from kdlib.losses.rkd import RKDAngleLoss, RKDDistanceLoss
 from kdlib.losses.similarity_preserving import SimilarityPreservingLoss
@@ -20,15 +24,19 @@ from kdlib.losses.soft_target import SoftTargetLoss
 from kdlib.losses.variational_information import VariationalInformationLoss
 
 __all__ = [
+    "ActivationBoundaryLoss",
     "AngularDistillLoss",
     "AttentionTransferLoss",
     "AttentiveSimilarityLoss",
     "ContrastiveRepresentationLoss",
     "CorrelationCongruenceLoss",
     "DISTLoss",
+    "DarkRankLoss",
     "DecoupledKDLoss",
+    "HierarchicalContextLoss",
     "HintLoss",
     "NSTLoss",
+    "OverhaulLoss",
     "PKTLoss",
     "RKDAngleLoss",
     "RKDDistanceLoss",

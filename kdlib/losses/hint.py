@@ -5,16 +5,13 @@ Romero et al., FitNets, 2015: regress a teacher's intermediate features from the
 
 from typing import ClassVar, Literal
 
-import torch
 from torch import Tensor, nn
 
 from kdlib._checks import check_choice, check_pair
 from kdlib.losses._maths import REDUCTIONS, full_precision, promote, reduce
+from kdlib.losses._squares import mean_square
 
 __all__ = ["HintLoss", "hint"]
-
-FAR = 1e15
-"""A larger difference counts as this one, without gradient: its square would leave float32."""
 
 
 def hint(
@@ -59,11 +56,7 @@ def hint(
     origin = student.dtype
     with full_precision(student):
         student, teacher = promote(student, teacher)
-        difference = (student - teacher).clamp(-FAR, FAR).unsqueeze(-1).flatten(1)
-        if origin == torch.float16:
-            steep = difference.abs() > torch.finfo(origin).max / 4 * difference.shape[1]
-            difference = torch.where(steep, difference.detach(), difference)
-        return reduce("hint", difference.square().mean(1), reduction, weight)
+        return reduce("hint", mean_square(student - teacher, origin), reduction, weight)
 
 
 class HintLoss(nn.Module):

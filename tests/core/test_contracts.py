@@ -31,6 +31,7 @@ OTHER_WIDTH = ((6, 5), (6, 7))
 LOGITS = ((6, 4), (6, 4))
 MAPS = ((5, 3, 4, 4), (5, 3, 4, 4))
 OTHER_CHANNELS = ((5, 3, 4, 4), (5, 4, 4, 4))
+SAME_CHANNELS = ((5, 3, 4, 4), (5, 3, 6, 2))
 OTHER_GRID = ((5, 3, 6, 4), (5, 4, 3, 2))
 
 # A check is one name of LOSS_CHECKS and its kin.
@@ -66,6 +67,7 @@ class Weigh:
 
 
 LOSSES: dict[str, list[Row]] = {
+    "ActivationBoundaryLoss": [Row(PER_SAMPLE, VECTORS), Row(PER_SAMPLE, MAPS, options={"margin": 0.5})],
     "AngularDistillLoss": [
         Row(PER_SAMPLE, VECTORS),
         Row(PER_SAMPLE, MAPS, options={"form": "cosine"}),
@@ -83,9 +85,19 @@ LOSSES: dict[str, list[Row]] = {
     ],
     "CorrelationCongruenceLoss": [Row(RELATION, VECTORS)],
     "DISTLoss": [Row(RELATION, LOGITS)],
+    "DarkRankLoss": [
+        Row(RELATION, OTHER_WIDTH, options={"alpha": 0.5, "beta": 1.0}),
+        Row(RELATION, OTHER_GRID, options={"normalize": True, "length": 3}),
+    ],
     "DecoupledKDLoss": [Row(PER_SAMPLE, LOGITS, classes=4)],
+    "HierarchicalContextLoss": [Row(PER_SAMPLE, MAPS), Row(PER_SAMPLE, MAPS, options={"levels": (3, 1)})],
     "HintLoss": [Row(PER_SAMPLE, VECTORS), Row(PER_SAMPLE, MAPS)],
     "NSTLoss": [Row(PER_SAMPLE, OTHER_CHANNELS)],
+    "OverhaulLoss": [
+        Row(PER_SAMPLE, VECTORS, (-0.5,)),
+        Row(PER_SAMPLE, MAPS, (torch.tensor([-0.1, -0.5, -2.0]),)),
+        Row(PER_SAMPLE, SAME_CHANNELS, (-0.5,)),
+    ],
     "PKTLoss": [Row(RELATION, OTHER_WIDTH)],
     "RKDAngleLoss": [Row(RELATION, OTHER_WIDTH)],
     "RKDDistanceLoss": [Row(RELATION, OTHER_WIDTH)],

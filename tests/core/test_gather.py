@@ -18,6 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 import kdlib.functional
 from kdlib.losses._gather import gather_rows
 from kdlib.losses.correlation_congruence import correlation_congruence
+from kdlib.losses.dark_rank import dark_rank
 from kdlib.losses.dist import dist as dist_loss
 from kdlib.losses.pkt import pkt
 from kdlib.losses.rkd import rkd_angle, rkd_distance
@@ -29,7 +30,7 @@ def dist_of_three(student: Tensor, teacher: Tensor, **options: Any) -> Tensor:
     return dist_loss(student[:, :3], teacher, **options)
 
 
-RELATIONS = (rkd_distance, rkd_angle, similarity_preserving, pkt, correlation_congruence, dist_of_three)
+RELATIONS = (rkd_distance, rkd_angle, similarity_preserving, pkt, correlation_congruence, dark_rank, dist_of_three)
 LOSSES: dict[str, Callable[..., Tensor]] = {loss.__name__: loss for loss in RELATIONS}
 COUNTS = {"two": (5, 2), "empty": (4, 0), "three": (3, 0, 4), "none": (0, 0)}
 TOTAL = 7
@@ -124,7 +125,7 @@ def test_processes_are_one(task: str, tmp_path: Path) -> None:
                 torch.testing.assert_close(got["grads"], alone["grads"], rtol=1e-9, atol=1e-13)
                 assert torch.equal(got["value"], told[0][f"{name} {weighted}"]["value"])
                 compared += 1
-    assert compared == 12 * len(counts)
+    assert compared == 14 * len(counts)
     weight[counts[0] :] = 1
     for rank, each in enumerate(told):
         torch.testing.assert_close(each["mixed"], pkt(images[:total], teacher[:total], weight=weight[:total]))
