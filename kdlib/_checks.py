@@ -10,7 +10,7 @@ from difflib import get_close_matches
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 __all__ = [
     "check_callable",
@@ -20,6 +20,7 @@ __all__ = [
     "check_floating",
     "check_identities",
     "check_inferred",
+    "check_key",
     "check_name",
     "check_number",
     "check_pair",
@@ -28,8 +29,10 @@ __all__ = [
     "check_relation",
     "check_relation_reduction",
     "check_same_batch",
+    "check_schedule",
     "check_shape",
     "check_shares",
+    "check_targets",
     "check_term",
     "check_term_loss",
     "check_term_names",
@@ -176,14 +179,16 @@ def check_number(
     above: float | None = None,
     least: float | None = None,
     most: float | None = None,
+    below: float | None = None,
     integer: bool = False,
 ) -> None:
-    """`value` must be a finite number, strictly above `above`, from `least` to `most`, whole when `integer`."""
+    """`value` must be a finite number, strictly between `above` and `below`, from `least` to `most`, or `integer`."""
     kind = "a whole number" if integer else "a finite number"
     bounds = [
         f"> {above}" if above is not None else "",
         f">= {least}" if least is not None else "",
         f"<= {most}" if most is not None else "",
+        f"< {below}" if below is not None else "",
     ]
     wanted = " and ".join([kind, *[bound for bound in bounds if bound]])
     good = isinstance(value, int) if integer else isinstance(value, (int, float))
@@ -194,6 +199,7 @@ def check_number(
         (above is not None and not value > above)
         or (least is not None and value < least)
         or (most is not None and value > most)
+        or (below is not None and value >= below)
     ):
         raise ValueError(f"{owner}: {name} must be {wanted}, got {value!r}")
 
@@ -223,7 +229,7 @@ def check_finite(owner: str, **tensors: Tensor) -> None:
             raise ValueError(f"{owner}: {name} must be finite, got {bad} NaN or infinite values of {x.numel()}")
 
 
-def check_term(teacher: str | None, target: str | None, teachers: object, project: object) -> None:
+def check_term(teacher: str | None, target: str | None, teachers: Sequence[str] | None, project: object) -> None:
     """A term must compare with a teacher, a target or both, and what belongs to teachers needs one."""
     if teacher is None and target is None:
         raise ValueError("Term: at least one of teacher and target must be given, got neither")
@@ -231,16 +237,33 @@ def check_term(teacher: str | None, target: str | None, teachers: object, projec
         raise ValueError("Term: teachers and project go with teacher, got them with target alone")
     if isinstance(teachers, str) or (teachers is not None and not teachers):
         raise ValueError(f"Term: teachers must be a sequence of names or None, got {teachers!r}")
+    for index, name in enumerate(teachers or ()):
+        check_type("Term", f"teachers[{index}]", name, str, "a str")
+    if teachers is not None and len(set(teachers)) < len(teachers):
+        raise ValueError(f"Term: teachers must be distinct, got {tuple(teachers)!r}")
 
 
-def check_term_names(names: Iterable[str]) -> None:
-    """There must be a term, and each name must serve as a key of a state dict."""
-    names = list(names)
+def check_term_names(terms: object) -> None:
+    """There must be a mapping with a term, and each name must serve as a key of a state dict."""
+    check_type("Objective", "terms", terms, Mapping, "a mapping of names to terms")
+    names = list(terms)  # type: ignore[call-overload]  # a mapping, as was just checked
     if not names:
         raise ValueError("Objective: terms must hold at least one term, got none")
     for name in names:
-        if not name or "." in name:
-            raise ValueError(f"Objective: a term's name must be text without a dot, got {name!r}")
+        check_key("Objective", "a term's name", name)
+
+
+def check_key(owner: str, what: str, name: object) -> None:
+    """`name` must serve as a key of an `nn.ModuleDict`, and so of a state dict."""
+    if not isinstance(name, str) or not name or "." in name:
+        raise ValueError(f"{owner}: {what} must be text without a dot, got {name!r}")
+    if hasattr(nn.ModuleDict(), name):
+        raise ValueError(f"{owner}: {what} must not be an attribute of nn.ModuleDict, got {name!r}")
+
+
+def check_schedule(step: int, weight: Any) -> None:
+    """What a schedule returns must be a finite number of at least 0."""
+    check_number("Term", f"weight({step})", weight, least=0)
 
 
 def check_term_teachers(owner: str, term: str, reads: Iterable[str], teachers: Iterable[str]) -> None:
@@ -280,6 +303,12 @@ def check_features(owner: str, features: object) -> None:
         raise TypeError(
             f"Distiller: the {owner} must return named features, got {type(features).__name__}; wrap it in an adapter"
         )
+
+
+def check_targets(owner: str, targets: object) -> None:
+    """Targets are told apart by name."""
+    if targets is not None and not isinstance(targets, Mapping):
+        raise TypeError(f"{owner}: targets must be a mapping of names to tensors or None, got {type(targets).__name__}")
 
 
 def check_reads(teacher: str, reads: Sequence[str], targets: Container[str]) -> None:

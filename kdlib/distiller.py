@@ -6,7 +6,16 @@ from typing import Any, Self
 import torch
 from torch import nn
 
-from kdlib._checks import check_features, check_inferred, check_name, check_reads, check_term_teachers, check_type
+from kdlib._checks import (
+    check_features,
+    check_inferred,
+    check_key,
+    check_name,
+    check_reads,
+    check_targets,
+    check_term_teachers,
+    check_type,
+)
 from kdlib.influence import InfluenceReport, unchanged
 from kdlib.objective import Objective, ObjectiveOutput
 from kdlib.types import Features, Targets
@@ -44,6 +53,8 @@ class Distiller(nn.Module):
     def __init__(self, student: nn.Module, teachers: Mapping[str, nn.Module], objective: Objective) -> None:
         super().__init__()
         check_type("Distiller", "student", student, nn.Module, "a Module")
+        check_type("Distiller", "teachers", teachers, Mapping, "a mapping of names to Modules")
+        check_type("Distiller", "objective", objective, Objective, "an Objective")
         for name, teacher in teachers.items():
             check_type("Distiller", f"teachers[{name!r}]", teacher, nn.Module, "a Module")
         for name, term in objective.terms.items():
@@ -54,6 +65,8 @@ class Distiller(nn.Module):
             if term.teacher is not None:
                 for who in teachers if term.teachers is None else term.teachers:
                     _check_tap(name, f"teacher {who!r}", teachers[who], term.teacher)
+                    if term.project is not None:
+                        check_key("Distiller", f"the name of a teacher that term {name!r} projects to", who)
         self.student = student
         self.objective = objective
         # Outside the module tree: a teacher is no part of what is trained, saved or switched to train mode.
@@ -65,6 +78,7 @@ class Distiller(nn.Module):
 
     def features(self, inputs: Any, targets: Targets | None = None) -> tuple[Features, dict[str, Features]]:
         """Run the student and every teacher."""
+        check_targets("Distiller", targets)
         given = inputs if isinstance(inputs, tuple) else (inputs,)
         student = self.student(*given)
         check_features("student", student)

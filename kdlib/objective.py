@@ -17,9 +17,12 @@ from kdlib._checks import (
     check_callable,
     check_choice,
     check_inferred,
+    check_key,
     check_name,
     check_number,
+    check_schedule,
     check_shape,
+    check_targets,
     check_term,
     check_term_loss,
     check_term_names,
@@ -94,6 +97,9 @@ class Term:
         sample_weight: str | None = None,
     ) -> None:
         check_callable("Term", "loss", loss)
+        check_type("Term", "student", student, str, "a str")
+        for name, value in (("teacher", teacher), ("target", target), ("sample_weight", sample_weight)):
+            check_type("Term", name, value, (str, NoneType), "a str or None")
         check_term(teacher, target, teachers, project)
         if isinstance(project, str):
             check_choice("Term", "project", project, ("auto",))
@@ -113,8 +119,12 @@ class Term:
 
     def weight_at(self, step: int) -> float:
         """The weight at a step."""
-        value = self.weight(step) if callable(self.weight) else self.weight
-        return float(value)
+        if not callable(self.weight):
+            return float(self.weight)
+        value = self.weight(step)
+        value = float(value) if hasattr(value, "__float__") else value  # of NumPy, or a tensor
+        check_schedule(step, value)
+        return value
 
 
 class Objective(nn.Module):
@@ -149,6 +159,8 @@ class Objective(nn.Module):
     ) -> None:
         super().__init__()
         check_term_names(terms)
+        if weighting is not None:
+            check_callable("Objective", "weighting", weighting)
         for name, term in terms.items():
             check_type("Objective", f"terms[{name!r}]", term, Term, "a Term")
         if weigh_by is not None:
@@ -182,6 +194,7 @@ class Objective(nn.Module):
             student = _feature("student", student_features, term.student, name)
             made: dict[str, nn.Module] = {}
             for who in self._teachers_of(name, teacher_features):
+                check_key("Objective", f"the name of a teacher that term {name!r} projects to", who)
                 teacher = _feature(f"teacher {who!r}", teacher_features[who], str(term.teacher), name)
                 if isinstance(term.project, nn.Module):
                     made[who] = (copy.deepcopy(term.project) if made else term.project).to(student.device)
@@ -214,6 +227,7 @@ class Objective(nn.Module):
         targets: Targets | None = None,
     ) -> ObjectiveOutput:
         """Compare one batch."""
+        check_targets("Objective", targets)
         teacher_features = {} if teacher_features is None else teacher_features
         if not self.inferred:
             self.infer(student_features, teacher_features)

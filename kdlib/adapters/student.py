@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from kdlib._checks import check_type
 from kdlib.adapters._checks import within_reentrant
 from kdlib.adapters.capture import capture, find_module, reentrant_checkpoint
 from kdlib.adapters.tap import Tap, parse_taps
@@ -42,6 +43,7 @@ class StudentAdapter(nn.Module):
 
     def __init__(self, model: nn.Module, taps: Mapping[str, str | Tap]) -> None:
         super().__init__()
+        check_type("StudentAdapter", "model", model, nn.Module, "a Module")
         self.taps = parse_taps("StudentAdapter", taps)
         for tap in self.taps.values():
             if tap.path is not None:

@@ -8,7 +8,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from kdlib._checks import check_callable
+from kdlib._checks import check_callable, check_type
 from kdlib.adapters._checks import check_dtype
 from kdlib.adapters.capture import capture, find_module
 from kdlib.adapters.tap import Tap, parse_taps
@@ -54,6 +54,7 @@ class TeacherAdapter(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        check_type("TeacherAdapter", "model", model, nn.Module, "a Module")
         check_dtype("TeacherAdapter", dtype)
         if preprocess is not None:
             check_callable("TeacherAdapter", "preprocess", preprocess)

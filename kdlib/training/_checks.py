@@ -1,21 +1,29 @@
 """Training room: the checks of a run, its loader, its checkpoints and its numbers. Words errors; opens no file."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from os import PathLike
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import nn
 
+from kdlib._checks import check_callable, check_targets, check_type
 from kdlib.training.events import CheckpointError, TrainingDiverged
 
 __all__ = [
+    "check_batch",
     "check_checksum",
+    "check_device",
     "check_fingerprint",
+    "check_distiller",
     "check_finite_weights",
     "check_flag",
     "check_format",
     "check_generators",
+    "check_hooks",
     "check_length",
+    "check_loader",
     "check_no_more",
     "check_optimizer",
     "check_parameters",
@@ -55,6 +63,28 @@ def check_path(owner: str, name: str, value: object) -> None:
         raise TypeError(f"{owner}: {name} must be a path, got {value!r}")
 
 
+def check_distiller(distiller: object) -> None:
+    """What is trained must have the parts of a distiller; a compiled one has them too."""
+    parts = ("student", "teachers", "objective", "trainable_parameters")
+    if not isinstance(distiller, nn.Module) or not all(hasattr(distiller, part) for part in parts):
+        raise TypeError(f"train: distiller must be a Distiller, got {type(distiller).__name__}")
+
+
+def check_device(owner: str, device: Any) -> None:
+    """`device` must be None, or what torch takes for a device."""
+    try:
+        torch.device("cpu" if device is None else device)
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(f"{owner}: device must be a torch.device, its name or None, got {device!r}") from error
+
+
+def check_hooks(hooks: object) -> None:
+    """Hooks must be a sequence of callables."""
+    check_type("train", "hooks", hooks, Sequence, "a sequence of callables")
+    for index, hook in enumerate(hooks):  # type: ignore[arg-type, var-annotated]  # a sequence, as was just checked
+        check_callable("train", f"hooks[{index}]", hook)
+
+
 def check_parameters(groups: Sequence[object]) -> None:
     """There must be something to train."""
     if not groups:
@@ -68,6 +98,21 @@ def check_optimizer(optimizer: object) -> None:
 
 
 # The loader.
+
+
+def check_loader(loader: object) -> None:
+    """A loader must be something to iterate over; Python takes `__getitem__` for that too."""
+    if not isinstance(loader, Iterable) and not hasattr(loader, "__getitem__"):
+        raise TypeError(f"train: loader must be an iterable of batches, got {type(loader).__name__}")
+
+
+def check_batch(batch: object) -> None:
+    """A loader must yield inputs and named targets: a tensor of two images would come apart like a pair."""
+    if not isinstance(batch, (tuple, list)):
+        raise TypeError(f"train: loader must yield (inputs, targets), got a {type(batch).__name__}")
+    if len(batch) != 2:
+        raise ValueError(f"train: loader must yield (inputs, targets), got {len(batch)} items")
+    check_targets("train: loader", batch[1])
 
 
 def no_batch() -> ValueError:

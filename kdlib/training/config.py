@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from kdlib._checks import check_choice, check_number
-from kdlib.training._checks import check_flag, check_length, check_path
+from kdlib.training._checks import check_device, check_flag, check_length, check_path
 
 __all__ = ["OptimizerFactory", "Schedule", "TrainConfig"]
 
@@ -110,7 +110,7 @@ class TrainConfig:
             if getattr(self, name) is not None:
                 check_number(owner, name, getattr(self, name), above=0)
         check_number(owner, "lr", self.lr, above=0)
-        check_number(owner, "momentum", self.momentum, least=0, most=1)
+        check_number(owner, "momentum", self.momentum, least=0, below=1)
         check_number(owner, "weight_decay", self.weight_decay, least=0)
         check_number(owner, "warmup_steps", self.warmup_steps, least=0, integer=True)
         check_number(owner, "seed", self.seed, least=0, most=2**63 - 1, integer=True)
@@ -126,6 +126,7 @@ class TrainConfig:
             check_flag(owner, name, getattr(self, name))
         for name in ("checkpoint_dir", "log_path"):
             check_path(owner, name, getattr(self, name))
+        check_device(owner, self.device)
 
     def __repr__(self) -> str:
         given = [

@@ -7,9 +7,18 @@ from typing import Any
 
 import torch
 
+from kdlib._checks import check_type
 from kdlib.distiller import Distiller
 from kdlib.training import distributed
-from kdlib.training._checks import check_fingerprint, check_finite_weights, diverged
+from kdlib.training._checks import (
+    check_batch,
+    check_distiller,
+    check_fingerprint,
+    check_finite_weights,
+    check_hooks,
+    check_loader,
+    diverged,
+)
 from kdlib.training.checkpoint import CheckpointStore
 from kdlib.training.config import TrainConfig
 from kdlib.training.ema import EMA
@@ -57,9 +66,11 @@ def train(
         same at once.
 
     Raises:
-        TrainingDiverged: The loss is NaN or infinite. The weights are those of the step before, the checkpoints stay.
+        TrainingDiverged: The loss is NaN or infinite. The weights are those of the step before, the checkpoints stay;
+            running statistics, such as those of batch norm, have seen the batch.
         CheckpointError: A checkpoint cannot be written, or none of those there can be read.
         ValueError: The checkpoints belong to another configuration, or the loader is empty.
+        TypeError: An argument, or what the loader yields, is not of its kind.
         KeyboardInterrupt: Ctrl-C, served after the step and a checkpoint; likewise SIGTERM ends the process after one.
 
     Examples:
@@ -72,6 +83,10 @@ def train(
         >>> result.step
         10
     """
+    check_distiller(distiller)
+    check_type("train", "config", config, TrainConfig, "a TrainConfig")
+    check_loader(loader)
+    check_hooks(hooks)
     rank, world = distributed.rank(), distributed.world_size()
     device = _place(distiller, config)
     deferred = DeferredSignals(active=config.checkpoint_dir is not None and world == 1)
@@ -255,6 +270,7 @@ def _place(distiller: Distiller, config: TrainConfig) -> torch.device:
 
 
 def _moved(batch: Batch, device: torch.device, config: TrainConfig) -> Batch:
+    check_batch(batch)
     inputs, targets = batch
     return to_device(inputs, device, channels_last=config.channels_last), to_device(targets, device)
 

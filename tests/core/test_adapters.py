@@ -161,6 +161,9 @@ def test_wrong_path_fails_at_construction_and_names_the_nearest(adapter: type) -
         adapter(net(), ["stem"])
     with pytest.raises(TypeError, match="taps must map strings"):
         adapter(net(), {"map": 3})
+    for tap in ("stem", OUTPUT):
+        with pytest.raises(TypeError, match=f"{adapter.__name__}: model must be a Module, got str"):
+            adapter("resnet50", {"map": tap})
 
 
 def test_a_tap_that_does_not_fire_says_so(images: Tensor) -> None:

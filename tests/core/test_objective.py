@@ -136,6 +136,54 @@ def test_a_missing_target_and_arguments_that_do_not_go_together() -> None:
         Objective({})
 
 
+HINT = {"loss": HintLoss(), "student": "x", "teacher": "x"}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"loss": "hint"}, "Term: loss must be callable, got str"),
+        ({"student": 3}, "Term: student must be a str, got int"),
+        ({"teacher": 3}, "Term: teacher must be a str or None, got int"),
+        ({"target": 3}, "Term: target must be a str or None, got int"),
+        ({"sample_weight": 1.0}, "Term: sample_weight must be a str or None, got float"),
+        ({"teachers": [1]}, r"Term: teachers\[0\] must be a str, got int"),
+        ({"teachers": "big"}, "Term: teachers must be a sequence of names or None, got 'big'"),
+        ({"teachers": ["big", "big"]}, r"Term: teachers must be distinct, got \('big', 'big'\)"),
+        ({"project": 3}, "Term: project must be None, 'auto' or a Module, got int"),
+        ({"project": "linear"}, "Term: project must be one of 'auto', got 'linear'"),
+    ],
+)
+def test_a_term_names_the_argument_that_is_wrong(change, message) -> None:
+    with pytest.raises((TypeError, ValueError), match=message):
+        Term(**{**HINT, **change})
+
+
+@pytest.mark.parametrize("name", ["", "a.b", "type", "training", "keys", 3])
+def test_names_that_no_state_dict_could_hold_are_refused_before_any_forward(name) -> None:
+    wanted = "must not be an attribute of nn.ModuleDict" if str(name).isalpha() else "must be text without a dot"
+    with pytest.raises(ValueError, match=f"Objective: a term's name {wanted}, got {name!r}"):
+        Objective({name: Term(**HINT)})
+    student, teacher = StudentAdapter(nn.Linear(4, 3), {"x": OUTPUT}), TeacherAdapter(nn.Linear(4, 5), {"x": OUTPUT})
+    projected = Objective({"hint": Term(**HINT, project="auto")})
+    with pytest.raises(ValueError, match=f"a teacher that term 'hint' projects to {wanted}, got {name!r}"):
+        Distiller(student, {name: teacher}, projected)
+    with pytest.raises(ValueError, match=f"a teacher that term 'hint' projects to {wanted}, got {name!r}"):
+        projected({"x": torch.zeros(2, 3)}, {name: {"x": torch.zeros(2, 5)}})
+    # Without a projection nothing is kept under the name.
+    plain = Objective({"ce": Term(lambda s, t: (s.mean() - t.mean()).square(), student="x", teacher="x")})
+    assert Distiller(student, {name: teacher}, plain)(torch.zeros(2, 4)).total.requires_grad
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -1.0, "one"])
+def test_a_schedule_must_return_a_number(value) -> None:
+    term = Term(AngularDistillLoss(), student="embedding", teacher="embedding", weight=lambda step: value)
+    with pytest.raises((TypeError, ValueError), match=r"Term: weight\(7\) must be a finite number and >= 0, got "):
+        term.weight_at(7)
+    good = Term(AngularDistillLoss(), student="embedding", teacher="embedding", weight=lambda step: torch.tensor(0.5))
+    assert good.weight_at(7) == 0.5
+
+
 class Relation(nn.Module):
     """A loss without a per-sample form: a masked sample is absent."""
 
@@ -403,3 +451,16 @@ def test_terms_and_teachers_must_fit_at_construction() -> None:
     named = Objective({"hint": Term(HintLoss(), student="out", teacher="out", teachers=["other"])})
     with pytest.raises(ValueError, match="reads teacher 'other', got big"):
         Distiller(student, {"big": nn.Identity()}, named)
+    with pytest.raises(TypeError, match="Distiller: teachers must be a mapping of names to Modules, got list"):
+        Distiller(student, [nn.Identity()], named)
+    with pytest.raises(TypeError, match="Distiller: objective must be an Objective, got dict"):
+        Distiller(student, {"big": nn.Identity()}, {"hint": Term(HintLoss(), student="out", teacher="out")})
+    with pytest.raises(TypeError, match="Objective: terms must be a mapping of names to terms, got list"):
+        Objective([Term(HintLoss(), student="out", teacher="out")])
+    hint = Objective({"hint": Term(HintLoss(), student="out", teacher="out")})
+    with pytest.raises(TypeError, match="Distiller: targets must be a mapping of names to tensors or None, got Tensor"):
+        Distiller(student, {"big": student}, hint)(torch.zeros(2, 4), torch.zeros(2))
+    with pytest.raises(TypeError, match="Objective: targets must be a mapping of names to tensors or None, got Tensor"):
+        hint({"out": torch.zeros(2, 3)}, {"big": {"out": torch.zeros(2, 3)}}, torch.zeros(2))
+    with pytest.raises(TypeError, match="Objective: weighting must be callable, got str"):
+        Objective({"hint": Term(HintLoss(), student="out", teacher="out")}, "uniform")

@@ -116,6 +116,9 @@ class StopAfter:
         ({"epochs": 1, "clip_norm": -1}, "clip_norm must be"),
         ({"epochs": 1, "channels_last": 1}, "channels_last must be True or False"),
         ({"epochs": 1, "checkpoint_dir": 3}, "checkpoint_dir must be a path"),
+        ({"epochs": 1, "momentum": 1.0}, "momentum must be a finite number and >= 0 and < 1, got 1.0"),
+        ({"epochs": 1, "device": "cudda"}, "device must be a torch.device, its name or None, got 'cudda'"),
+        ({"epochs": 1, "device": 3.5}, "device must be a torch.device, its name or None, got 3.5"),
     ],
 )
 def test_config_refuses_bad_values(fields: dict[str, Any], message: str) -> None:
@@ -310,6 +313,30 @@ def test_callers_randomness_is_untouched() -> None:
 
 
 # ----------------------------------------------------------------------------------------------------- loaders
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"distiller": nn.Linear(6, 3)}, "train: distiller must be a Distiller, got Linear"),
+        ({"config": {"epochs": 1}}, "train: config must be a TrainConfig, got dict"),
+        ({"loader": None}, "train: loader must be an iterable of batches, got NoneType"),
+        ({"hooks": print}, "train: hooks must be a sequence of callables, got builtin_function_or_method"),
+        ({"hooks": [3]}, r"train: hooks\[0\] must be callable, got int"),
+        # Two images would come apart into inputs and targets.
+        ({"loader": [torch.zeros(2, 6)]}, r"train: loader must yield \(inputs, targets\), got a Tensor"),
+        ({"loader": [(torch.zeros(2, 6), {}, {})]}, r"train: loader must yield \(inputs, targets\), got 3 items"),
+        # As a loader over a TensorDataset yields.
+        (
+            {"loader": [[torch.zeros(2, 6), torch.zeros(2)]]},
+            "train: loader: targets must be a mapping of names to tensors or None, got Tensor",
+        ),
+    ],
+)
+def test_train_names_the_argument_that_is_wrong(change: dict[str, Any], message: str) -> None:
+    given: dict[str, Any] = {"distiller": Toy(), "loader": batches(1), "config": TrainConfig(epochs=1), **change}
+    with pytest.raises((TypeError, ValueError), match=message):
+        train(given.pop("distiller"), given.pop("loader"), given.pop("config"), **given)
 
 
 def test_lengths() -> None:
