@@ -5,6 +5,7 @@ failed download, a pointer of Git LFS, an archive of other things) is told apart
 """
 
 import re
+import warnings
 import zipfile
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -69,7 +70,9 @@ def read_weights(owner: str, path: Path) -> Weights:
     try:
         # A mapped archive is read only where a tensor is used, so that a head of gigabytes beside the network costs
         # nothing.
-        content = torch.load(str(path), map_location="cpu", weights_only=True, mmap=archive)
+        with warnings.catch_warnings():  # another pickle protocol is either read or refused below
+            warnings.simplefilter("ignore", UserWarning)
+            content = torch.load(str(path), map_location="cpu", weights_only=True, mmap=archive)
     except Exception as error:  # bytes from outside can make the reader raise nearly anything
         found = re.search(r"GLOBAL (\S+)", str(error))
         if found:
@@ -77,6 +80,11 @@ def read_weights(owner: str, path: Path) -> Weights:
                 f"{owner} holds more than tensors: loading it would call {show_name(found[1])}, which was refused; "
                 f"{WHOLE_MODULE}, or where you trust the file save its state dict alone: "
                 'torch.save(torch.load(path, weights_only=False)["state_dict"], "weights.pt")'
+            ) from error
+        if re.search(r"Unsupported operand 1(49|50|51)\b", str(error)):  # opcodes of protocols 4 and 5
+            raise InputError(
+                f"{owner} is pickled by a newer protocol than is read safely; save it again by torch.save without "
+                "pickle_protocol=, or as safetensors"
             ) from error
         raise InputError(f"{owner} is damaged, cut short, or no PyTorch checkpoint ({type(error).__name__})") from error
     return Weights("PyTorch", content, size)

@@ -60,7 +60,11 @@ def _parser() -> argparse.ArgumentParser:
     train = commands.add_parser("train", parents=[common, run], help="train a student or a teacher on your lists")
     train.add_argument("--recipe", default="liaad", metavar="liaad|student|general_teacher|age_teacher")
     train.add_argument(
-        "--teacher", action="append", default=[], metavar="FILE", help="general first, then age-invariant"
+        "--teacher",
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="general first, then age-invariant: a checkpoint, .onnx or a cache",
     )
     train.add_argument("--output", type=Path, default=Path("runs/train"))
 
@@ -92,6 +96,9 @@ def _parser() -> argparse.ArgumentParser:
     inspect = commands.add_parser("inspect", parents=[common], help="all backbones, or what a file is")
     inspect.add_argument("file", type=Path, nargs="?", help=".onnx, .pt, a CSV list or a folder of faces")
     inspect.add_argument("--tap", action="append", default=[], metavar="NAME", help="shape of this tap; repeatable")
+    inspect.add_argument(
+        "--input-size", metavar="N|HxW", help="pixels of the images of a checkpoint that does not tell it, as 112x96"
+    )
     return parser
 
 
@@ -296,10 +303,13 @@ def _report(options: argparse.Namespace, command: str) -> None:
 def _inspect(options: argparse.Namespace, command: str) -> None:
     from kdlib_faces.recipes import inspect
 
+    size = inspect.parse_size(options.input_size)
     if options.file is None:
         print(inspect.backbones())
+    elif options.tap:
+        print(inspect.taps(options.file, options.tap, size))
     else:
-        print(inspect.taps(options.file, options.tap) if options.tap else inspect.file(options.file))
+        print(inspect.file(options.file, size))
 
 
 _COMMANDS = {

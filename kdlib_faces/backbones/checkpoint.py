@@ -233,7 +233,9 @@ def _recognise(owner: str, state: Mapping[str, Any]) -> tuple[Layout, dict[str, 
             try:
                 return layout, layout.arguments(shapes)
             except (LookupError, ValueError, ZeroDivisionError) as error:
-                why = f": {error.args[0]}" if isinstance(error, IndexError) and " " in str(error) else ""
+                # Ours tell what was counted; Python's own tell of an index.
+                ours = isinstance(error, IndexError) and "out of range" not in str(error)
+                why = f": {error.args[0]}" if ours else ""
                 raise InputError(f"{owner} has the keys of {layout.about}, but not its shapes{why}") from error
     kind = foreign(state, shapes)
     first = ", ".join(f"'{show_name(key)}'" for key in list(state)[:5]) or "nothing"

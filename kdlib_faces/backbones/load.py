@@ -87,5 +87,7 @@ def _values(found: Found) -> dict[str, Tensor]:
         value = value.to(target.dtype, copy=True, memory_format=torch.contiguous_format)
         if not torch.isfinite(value).all():
             raise InputError(f"{found.owner} holds NaN or infinite values in {names[key]}")
+        if key.endswith("running_var") and bool((value < 0).any()):  # its root would be NaN
+            raise InputError(f"{found.owner} holds variances below 0 in {names[key]}")
         values[key] = value.reshape(target.shape)
     return values

@@ -2,12 +2,13 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from kdlib_faces._checks import InputError
 
-__all__ = ["backbones", "file", "taps"]
+__all__ = ["backbones", "file", "parse_size", "taps"]
 
 
 def backbones() -> str:
@@ -31,10 +32,14 @@ def backbones() -> str:
     return "\n".join(lines)
 
 
-def file(path: Path) -> str:
+def file(path: Path, input_size: int | tuple[int, int] | None = None) -> str:
     """What a file is: an ONNX network, our own or a published checkpoint, or a face list.
 
     Of a checkpoint: layout, wrapping, network, input, output, counts, taps, and every difference where it does not fit.
+
+    Args:
+        path: the file.
+        input_size: side of a checkpoint's images, or (height, width), where the file does not tell it.
 
     Raises:
         InputError: none of these, or broken.
@@ -47,13 +52,13 @@ def file(path: Path) -> str:
         return _list(path)
     from kdlib_faces.teachers.files import describe_teacher
 
-    return describe_teacher(path) or _weights(path)
+    return describe_teacher(path) or _weights(path, input_size)
 
 
-def _weights(path: Path) -> str:
+def _weights(path: Path, input_size: int | tuple[int, int] | None) -> str:
     from kdlib_faces.backbones import describe_checkpoint, load_backbone
 
-    info = describe_checkpoint(path)
+    info = describe_checkpoint(path, input_size=input_size)
     around = [f"opened {' / '.join(info.wrappers)}"] if info.wrappers else []
     around += [f"stripped {info.prefix!r}"] if info.prefix else []
     around += [f"left out {', '.join(info.beside)}"] if info.beside else []
@@ -82,7 +87,7 @@ def _weights(path: Path) -> str:
             lines += [f"    {key}" for key in keys]
         return "\n".join(lines)
     try:
-        load_backbone(path)
+        load_backbone(path, input_size=input_size)
     except InputError as error:
         lines.append(f"{'weights':<12}cannot be used: {error}")
     else:
@@ -90,8 +95,31 @@ def _weights(path: Path) -> str:
     return "\n".join(lines)
 
 
-def taps(path: Path, names: Sequence[str]) -> str:
+def parse_size(text: str | None) -> int | tuple[int, int] | None:
+    """A side in pixels, or height and width.
+
+    Raises:
+        InputError: neither.
+
+    Examples:
+        >>> parse_size("112x96"), parse_size("112")
+        ((112, 96), 112)
+    """
+    if text is None:
+        return None
+    sides = text.lower().split("x")
+    if len(sides) > 2 or not all(side.isascii() and side.isdigit() and 0 < int(side) < 10_000 for side in sides):
+        raise InputError(f"--input-size must be pixels, as 112 or 112x96 (height x width), got {text!r}")
+    return int(sides[0]) if len(sides) == 1 else (int(sides[0]), int(sides[1]))
+
+
+def taps(path: Path, names: Sequence[str], input_size: int | tuple[int, int] | None = None) -> str:
     """The shapes of taps of a network file, for one image; what a recipe's tap settings may name.
+
+    Args:
+        path: the file.
+        names: of the taps.
+        input_size: as for `file`.
 
     Raises:
         InputError: no network, or no tap of that name; the message lists the nearest.
@@ -107,9 +135,10 @@ def taps(path: Path, names: Sequence[str]) -> str:
     import torch
 
     from kdlib import StudentAdapter
+    from kdlib_faces.backbones import load_backbone
     from kdlib_faces.teachers import load_teacher
 
-    model = load_teacher(path)
+    model: Any = load_teacher(path) if input_size is None else load_backbone(path, input_size=input_size)
     sides = (model.input_size,) * 2 if isinstance(model.input_size, int) else tuple(model.input_size)
     with torch.inference_mode():
         features = StudentAdapter(model, wanted)(torch.zeros(1, 3, *sides))

@@ -148,9 +148,12 @@ def describe_teacher(path: str | os.PathLike[str]) -> str | None:
         "dal": "age branch subtracted from the embedding",
         "mtlface": "attended age part subtracted from the last map",
     }
+    spec = getattr(model, "input_spec", None)
     told = {
+        "file": f"PyTorch, {Path(path).stat().st_size:,} bytes",
         "layout": f"kdlib_faces teacher, {content['kind']}: {ways[content['kind']]}",
         "network": repr(model.backbone) if content["kind"] == "dal" else str(content["backbone"]),
+        "input": "as its backbone's" if spec is None else spec.describe(),
         "output": f"(b, {model.embedding_dim}), not normalised",
         "parameters": f"{sum(each.numel() for each in model.parameters()):,}",
         "taps": ", ".join(model.stages),
@@ -208,6 +211,8 @@ def _check_state(owner: str, wanted: Mapping[str, Tensor], state: Mapping[str, A
             shapes.append(f"{key} must be {tuple(target.shape)} {target.dtype}")
         elif value.is_floating_point() and not bool(torch.isfinite(value).all()):
             shapes.append(f"{key} holds NaN or infinity")
+        elif key.endswith("running_var") and bool((value < 0).any()):
+            shapes.append(f"{key} holds variances below 0")
     kinds = {"missing": missing, "unexpected": unexpected, "unusable": shapes}
     if any(kinds.values()):
         lines = [f"{name} ({len(keys)}): {', '.join(keys[:LISTED])}" for name, keys in kinds.items() if keys]

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from kdlib.cache import CachedTeacher, CacheError, TeacherCache, model_fingerprint
+from kdlib.cache import CachedTeacher, CacheError, Fingerprint, TeacherCache, model_fingerprint
 from kdlib_faces._checks import InputError
 from kdlib_faces.data.images import to_float
 from kdlib_faces.progress import progress_to
@@ -56,7 +56,7 @@ def record(
     """
     digest = hashlib.sha256(str(tuple(images.shape)).encode())
     digest.update(images[:: max(1, len(images) // 512)].contiguous().numpy().tobytes())
-    data = digest.hexdigest()
+    data, weights = digest.hexdigest(), fingerprint or model_fingerprint(teacher)
 
     def fetch(samples: Tensor, view: int) -> Tensor:
         pixels = to_float(images[samples])
@@ -70,7 +70,7 @@ def record(
                 fetch,
                 samples=len(images),
                 views=2,
-                fingerprint=f"{fingerprint or model_fingerprint(teacher)} {data}",
+                fingerprint=Fingerprint(weights, "", data, whole=f"{weights} {data}"),
                 batch_size=_BATCH,
                 progress=show,
             )

@@ -397,7 +397,9 @@ def test_the_command_trains_from_a_start_and_all_commands_take_the_result(
     two = ["--teacher", str(tmp_path / "start.pt"), "--teacher", str(out / "model.pt")]
     liaad = ["train", "--recipe", "liaad", *common, *two, *student, "--set", "steps=2", "--set", "batch_size=8"]
     assert main([*liaad, "--output", str(tmp_path / "student")]) == 0, capsys.readouterr().err
+    capsys.readouterr()
     assert main(["inspect", str(out / "model.pt")]) == 0
+    assert "input       RGB, (pixel - 127.5) / 127.5, 32 x 32\n" in capsys.readouterr().out
 
 
 def test_one_start_at_most_and_ages_at_least(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

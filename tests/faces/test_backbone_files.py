@@ -309,6 +309,49 @@ def test_nothing_is_half_loaded(tmp_path):
     assert all(key in told for key in gone if key not in counters)
 
 
+def test_variances_below_zero_are_no_weights(tmp_path):
+    state = small().state_dict()
+    key = next(key for key in state if key.endswith("running_var"))
+    state[key] = -state[key]
+    torch.save(state, tmp_path / "m")
+    with pytest.raises(InputError, match=f"variances below 0 in {key}"):
+        load_backbone(tmp_path / "m")
+
+
+def test_other_pickle_protocols_are_read_or_named(tmp_path, recwarn):
+    state = small().state_dict()
+    torch.save(state, tmp_path / "m", pickle_protocol=3)
+    loaded = load_backbone(tmp_path / "m").state_dict()
+    assert all(torch.equal(value, loaded[key]) for key, value in state.items())
+    for protocol in (4, 5):
+        torch.save(state, tmp_path / "m", pickle_protocol=protocol)
+        with pytest.raises(InputError, match="by a newer protocol than is read safely; save it again"):
+            load_backbone(tmp_path / "m")
+    assert not recwarn
+
+
+def test_tensors_without_shapes_are_no_indices(tmp_path):
+    torch.save({key: torch.empty(0) for key in small().state_dict()}, tmp_path / "m")
+    with pytest.raises(InputError) as caught:
+        load_backbone(tmp_path / "m")
+    assert str(caught.value).endswith("but not its shapes")
+
+
+def test_a_network_of_narrow_images_is_inspected_at_their_size(tmp_path, capsys):
+    torch.save(small("ir", input_size=(32, 48), layers=(1, 1, 1, 1)).state_dict(), tmp_path / "m")
+    assert main(["inspect", str(tmp_path / "m")]) == 2
+    assert "input_size=(height, width)" in capsys.readouterr().err
+    assert main(["inspect", str(tmp_path / "m"), "--input-size", "32x48"]) == 0
+    said = capsys.readouterr().out
+    assert "32 x 48" in said
+    assert "all there, all finite" in said
+    assert main(["inspect", str(tmp_path / "m"), "--input-size", "32x48", "--tap", "body.1"]) == 0
+    assert capsys.readouterr().out == "body.1  (b, 16, 8, 12)\n"
+    for wrong in ("32by48", "0", "1x2x3", "-4"):
+        assert main(["inspect", str(tmp_path / "m"), f"--input-size={wrong}"]) == 2
+        assert "--input-size must be pixels, as 112 or 112x96" in capsys.readouterr().err
+
+
 class TestInputSpec:
     def test_leaves_usual_images_alone(self):
         images = faces()
