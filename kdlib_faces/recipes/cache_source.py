@@ -13,9 +13,12 @@ from kdlib_faces._checks import InputError
 from kdlib_faces.data.images import load_images
 from kdlib_faces.data.listing import FaceList
 from kdlib_faces.data.seeded import SeededViews
+from kdlib_faces.recipes.teacher_files import onnx_taps
 
-__all__ = ["CacheSource", "data_digest", "parse_taps"]
+__all__ = ["STAGES", "CacheSource", "data_digest", "parse_taps"]
 
+STAGES = ("stage0", "stage1", "stage2", "stage3")
+"""Names that every teacher knows for the ends of its four stages, whatever it calls them itself."""
 _READ_WHOLE = 512
 """Images whose bytes enter the digest of a list, evenly spread; of all others name and size do."""
 
@@ -41,13 +44,13 @@ def data_digest(faces: FaceList, views: SeededViews) -> str:
 
 
 class CacheSource:
-    """A teacher and a list as a cache is made of them."""
+    """A teacher and a list as a cache is made of them; a tap may be one of `STAGES`."""
 
     def __init__(
         self, faces: FaceList, path: Path, taps: Mapping[str, str], views: SeededViews, *, size: int, decoders: int
     ) -> None:
         self.faces, self.views, self.decoders = faces, views, decoders
-        self.model, self.size, parts = _teacher(path, taps, size)
+        self.model, self.size, parts, taps = _teacher(path, taps, size)
         self.fingerprint = Fingerprint(
             teacher=parts.teacher,
             preprocessing=f"{parts.preprocessing}; central square, {self.size} pixels, rgb, (x - 127.5) / 127.5",
@@ -67,30 +70,41 @@ class CacheSource:
         return self.views(pixels, samples, view)
 
 
-def _teacher(path: Path, taps: Mapping[str, str], size: int) -> tuple[nn.Module, int, Fingerprint]:
-    """The teacher, the side of its images, and the first two parts of its fingerprint."""
+def _teacher(path: Path, taps: Mapping[str, str], size: int) -> tuple[nn.Module, int, Fingerprint, dict[str, str]]:
+    """The teacher, the side of its images, the first two parts of its fingerprint, and its taps by their own names."""
     if not path.is_file():
         raise InputError(f"cache: teacher {path} {'is not a file' if path.exists() else 'does not exist'}")
     if path.suffix == ".onnx":
         from kdlib_faces.teachers import OnnxTeacher
 
+        taps = {
+            feature: onnx_taps(str(path), STAGES.index(name))["map"] if name in STAGES else name
+            for feature, name in taps.items()
+        }
         graph = OnnxTeacher(path, {"embedding": None, **taps})
         side = graph.input_size
         if isinstance(side, tuple):
             raise InputError(f"cache: {path} must take square images, it takes {side[0]} x {side[1]}")
-        return graph, size if side is None else side, Fingerprint(graph.fingerprint, "onnx", "")
+        return graph, size if side is None else side, Fingerprint(graph.fingerprint, "onnx", ""), taps
     from kdlib_faces.teachers import load_teacher
 
     network = load_teacher(path)
+    taps = {feature: network.stages[STAGES.index(name)] if name in STAGES else name for feature, name in taps.items()}
     try:
         adapter = TeacherAdapter(network, {"embedding": OUTPUT, **taps}, preprocess=network.input_spec)
     except ValueError as error:
         raise InputError(f"cache: {path}: {error}") from error
     side = network.input_size
-    return adapter, side if isinstance(side, int) else max(side), Fingerprint.of(adapter)
+    return adapter, side if isinstance(side, int) else max(side), Fingerprint.of(adapter), taps
 
 
 def parse_taps(given: Sequence[str]) -> dict[str, str]:
+    """`FEATURE=NAME` to a dict; `NAME` alone is the feature `map`.
+
+    Examples:
+        >>> parse_taps(["stage2", "early=layer1"])
+        {'map': 'stage2', 'early': 'layer1'}
+    """
     found: dict[str, str] = {}
     for text in given:
         feature, equals, name = text.partition("=")

@@ -26,7 +26,6 @@ from kdlib import (
     AttentionTransferLoss,
     CentreConfidenceWeighting,
     StudentAdapter,
-    TeacherAdapter,
     UniformWeighting,
 )
 from kdlib._checks import check_choice, check_number
@@ -35,8 +34,20 @@ from kdlib.objective import Objective, Term
 from kdlib_faces._checks import InputError
 from kdlib_faces.backbones import Backbone, build_backbone
 from kdlib_faces.heads import ArcFaceHead, CosFaceHead
+from kdlib_faces.recipes.teacher_files import open_teacher, teacher_taps
 
-__all__ = ["AGE", "GENERAL", "LIAADConfig", "build", "main", "new_backbone", "student_taps", "teacher_taps"]
+__all__ = [
+    "AGE",
+    "GENERAL",
+    "LIAADConfig",
+    "build",
+    "features_read",
+    "main",
+    "new_backbone",
+    "student_taps",
+    "teacher_from",
+    "teacher_taps",
+]
 
 GENERAL, AGE = "general", "age"
 
@@ -116,24 +127,29 @@ def student_taps(model: Any, stage: int) -> dict[str, Any]:
     return {"embedding": OUTPUT, "map": model.stages[stage]}
 
 
-def teacher_taps(model: Any, stage: int) -> dict[str, Any]:
-    """Taps of a teacher with named stages, an age-invariant one included."""
-    return {"embedding": OUTPUT, "map": model.stages[stage]}
+def features_read(config: LIAADConfig) -> dict[str, dict[str, str]]:
+    """Of each teacher the features that the active terms read, each with the setting that leaves its term out.
+
+    Examples:
+        >>> features_read(LIAADConfig(attention_weight=0.0))
+        {'general': {'embedding': 'embedding_weight', 'map': 'map_weight'}, 'age': {'embedding': 'embedding_weight'}}
+    """
+    general = {"embedding": "embedding_weight", "map": "map_weight"}
+    age = {"embedding": "embedding_weight", "map": "attention_weight"}
+    return {
+        role: {feature: setting for feature, setting in read.items() if getattr(config, setting)}
+        for role, read in ((GENERAL, general), (AGE, age))
+    }
 
 
-def _teacher(source: str, config: LIAADConfig) -> nn.Module:
-    from kdlib_faces.backbones.registry import BACKBONES
-    from kdlib_faces.teachers import OnnxTeacher, load_teacher
+def teacher_from(source: str, role: str, config: LIAADConfig) -> nn.Module:
+    """The frozen teacher of a file or a backbone's name, with the features that the role asks for.
 
-    if source.endswith(".onnx"):
-        return OnnxTeacher(source, resize=True)
-    if source in BACKBONES:
-        size = {"input_size": config.input_size, "embedding_dim": config.embedding_dim}
-        model = build_backbone(source, seed=config.seed, **size)
-    else:
-        model = load_teacher(source)
-    # The student's images are RGB in [-1, 1]; a published teacher may want another size, channel order and range.
-    return TeacherAdapter(model, teacher_taps(model, config.stage), preprocess=model.input_spec)
+    Raises:
+        InputError: a file that cannot be used.
+    """
+    size = {"input_size": config.input_size, "embedding_dim": config.embedding_dim, "seed": config.seed}
+    return open_teacher(source, features_read(config)[role], stage=config.stage, untrained=size)
 
 
 def new_backbone(config: LIAADConfig) -> Backbone:
@@ -171,7 +187,8 @@ def build(
         ['attention', 'embedding', 'identity', 'map']
     """
     if teachers is None:
-        teachers = {GENERAL: _teacher(config.general_teacher, config), AGE: _teacher(config.age_teacher, config)}
+        sources = {GENERAL: config.general_teacher, AGE: config.age_teacher}
+        teachers = {role: teacher_from(source, role, config) for role, source in sources.items()}
     unknown = sorted(set(teachers) - {GENERAL, AGE})
     if unknown:
         raise InputError(f"liaad: teachers must be named {GENERAL!r} or {AGE!r}, got {', '.join(map(repr, unknown))}")

@@ -18,8 +18,9 @@ from kdlib_faces.progress import progress, say
 from kdlib_faces.recipes.drawn import aligned
 from kdlib_faces.recipes.liaad import AGE, GENERAL
 from kdlib_faces.recipes.stages import Material, Model
+from kdlib_faces.recipes.teacher_files import onnx_taps
 from kdlib_faces.teachers import MappedTeacher, OnnxTeacher, fit_age_map, record, said_of_all
-from kdlib_faces.teachers.onnx import describe_graph, suggest_taps
+from kdlib_faces.teachers.onnx import describe_graph
 
 __all__ = ["real_material"]
 
@@ -39,7 +40,7 @@ def real_material(
     """Read lists, keep some people apart for the test, and let both teachers look at all others once."""
     if len(teachers) != 2:
         raise InputError(f"demo: two teachers must be given, the general one first, got {len(teachers)}")
-    chosen = [{"embedding": None, "map": tap} for tap in taps] or [_taps(path) for path in teachers]
+    chosen = [{"embedding": None, "map": tap} for tap in taps] or [onnx_taps(path) for path in teachers]
     graphs = [OnnxTeacher(path, each, resize=True) for path, each in zip(teachers, chosen, strict=True)]
     everyone = read_faces(faces)
     if everyone.ages is None and everyone.age_groups is None:
@@ -147,14 +148,6 @@ class _Smaller(nn.Module):
         else:
             features["map"] = F.adaptive_avg_pool2d(features["map"], 7)
         return features
-
-
-def _taps(path: str) -> dict[str, Any]:
-    """The embedding, and the map whose grid is nearest to 14 x 14."""
-    maps = {int(name[3:]): tensor for name, tensor in suggest_taps(path).items() if name[3:].isdigit()}
-    if not maps:
-        raise InputError(f"{path}: no square feature map to distil from; is it a convolutional network?")
-    return {"embedding": None, "map": maps[min(maps, key=lambda grid: abs(grid - 14))]}
 
 
 def _split(everyone: FaceList, fraction: float, seed: int) -> tuple[FaceList, FaceList]:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+from torch import Tensor
 
 from kdlib._checks import check_number
 from kdlib_faces._checks import InputError
@@ -14,6 +15,7 @@ from kdlib_faces.config import dump_toml
 from kdlib_faces.data.batches import FaceBatches
 from kdlib_faces.data.images import load_images
 from kdlib_faces.data.listing import FaceList, read_faces
+from kdlib_faces.data.seeded import SeededBatches, SeededViews
 from kdlib_faces.data.views import AugmentConfig
 from kdlib_faces.progress import progress as shown
 from kdlib_faces.progress import say
@@ -25,6 +27,7 @@ from kdlib_faces.recipes.age_teacher import (
     per_identity,
     tune,
 )
+from kdlib_faces.recipes.cached_teachers import open_teachers
 from kdlib_faces.recipes.liaad import LIAADConfig, build, new_backbone
 from kdlib_faces.recipes.stages import fit
 from kdlib_faces.teachers import load_start, save_teacher
@@ -33,6 +36,8 @@ __all__ = ["RECIPES", "TrainRecipeConfig", "run"]
 
 STEPS, LR = 10_000, 0.1
 START_STEPS, START_LR = 200, 5e-4
+MEMORY = 8 * 2**30
+"""Bytes of pixels up to which they are held in memory; more are kept in `OUTPUT/images.npy`."""
 
 RECIPES = ("liaad", "student", "general_teacher", "age_teacher")
 
@@ -46,7 +51,7 @@ class TrainRecipeConfig(AgeTeacherConfig):
         lr: learning rate; None: 0.1 (SGD), or 0.0005 (AdamW) from a loaded start.
         batch_size: images a step; from a loaded start, four of each of a quarter as many people.
         amp: `"none"` or `"bfloat16"`.
-        augment: views of the training images.
+        augment: views of the training images; with caches of random views the student is shown those.
         network: the network and the recipe; `num_identities` is taken from the lists.
     """
 
@@ -78,13 +83,15 @@ def run(
 ) -> Path:
     """Train, and write `model.pt` and `config.toml`; the same call after a kill goes on where it was.
 
+    Pixels beyond 8 GiB (228,000 images of 112 pixels) are decoded once to `OUTPUT/images.npy` and read from there.
+
     Args:
         config: how.
         output: folder of the run.
         recipe: one of `RECIPES`.
         faces: lists or folders.
-        teachers: for `"liaad"`: the general and the age-invariant teacher, checkpoints or ONNX files; for `"age_teacher"`:
-            the network to start from, or none.
+        teachers: for `"liaad"`: the general and the age-invariant teacher, each a checkpoint, an ONNX file or the folder of
+            a cache of the same lists; for `"age_teacher"`: the network to start from, or none.
         seed: of weights, order and views.
         progress: show progress.
 
@@ -106,6 +113,9 @@ def run(
     network = replace(config.network, num_identities=listed.num_identities, seed=seed)
     if recipe == "liaad":
         network = replace(network, general_teacher=teachers[0], age_teacher=teachers[1])
+    found = open_teachers(network, listed, mirrored=config.augment.mirror > 0) if recipe == "liaad" else None
+    for line in () if found is None else found.told:
+        say(line, quiet=not progress)
     start = load_start(teachers[0]) if recipe == "age_teacher" and teachers else None
     by_age = _by_age(listed) if recipe == "age_teacher" else ""
     if recipe == "age_teacher":
@@ -118,28 +128,19 @@ def run(
             seed=seed,
         )
     else:
-        distiller = build(network, teachers=None if recipe == "liaad" else {})
+        distiller = build(network, teachers={} if found is None else found.teachers)
     size = network.input_size if start is None else _side(start, teachers[0])
 
     def meter(items: Any, label: str) -> Any:
         return shown(items, label, quiet=not progress)
 
-    images = load_images(listed, size, progress=meter)
-    if len(images) < config.batch_size:
-        raise InputError(f"train: batch_size must be at most the {len(images)} images, got {config.batch_size}")
-    ages, groups = listed.ages, listed.age_groups
-    paired = "pairs" in distiller.objective.terms
-    batches: Any = FaceBatches(
-        images,
-        listed.identities,
-        batch_size=config.batch_size,
-        seed=seed,
-        augment=config.augment,
-        ages=ages,
-        age_groups=groups,
-        per_identity=per_identity(config.batch_size, listed.num_identities) if paired else None,
-    )
-    if paired:
+    if len(listed) < config.batch_size:
+        raise InputError(f"train: batch_size must be at most the {len(listed)} images, got {config.batch_size}")
+    large = len(listed) * 3 * size * size > MEMORY
+    images = load_images(listed, size, progress=meter, memory_map=output / "images.npy" if large else None)
+    views = None if found is None else found.views
+    batches = _batches(config, images, listed, "pairs" in distiller.objective.terms, views, seed)
+    if "pairs" in distiller.objective.terms:
         batches = PairTargets(batches, by_age)
     output.mkdir(parents=True, exist_ok=True)
     (output / "config.toml").write_text(dump_toml(replace(config, network=network)))
@@ -172,6 +173,18 @@ def run(
     save_teacher(model.net if isinstance(model, SteadyNet) else model, target)
     say(f"weights: {target}", quiet=not progress)
     return target
+
+
+def _batches(
+    config: TrainRecipeConfig, images: Tensor, listed: FaceList, paired: bool, views: SeededViews | None, seed: int
+) -> Any:
+    """Batches of random views, or of those that caches hold; for far pairs with several images of each person."""
+    told: dict[str, Any] = {"batch_size": config.batch_size, "seed": seed}
+    told |= {"ages": listed.ages, "age_groups": listed.age_groups}
+    if views is not None:
+        return SeededBatches(images, listed.identities, views, **told)
+    together = per_identity(config.batch_size, listed.num_identities) if paired else None
+    return FaceBatches(images, listed.identities, augment=config.augment, per_identity=together, **told)
 
 
 def _by_age(listed: FaceList) -> str:
