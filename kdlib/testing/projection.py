@@ -25,7 +25,7 @@ def check_projection(
 ) -> tuple[str, ...]:
     """Hold a projection to the contract of this library.
 
-    - `shape`: the teacher's, finite; `batch_of_one`: likewise for one sample in eval mode.
+    - `shape`: the teacher's, finite; `batch_of_one`: likewise for one sample in eval mode, whatever its neighbours.
     - `student_gradient`, `parameter_gradient`: finite gradients for the student and for every parameter.
     - `half` (float16 and bfloat16 throughout), `autocast`, `float64`: still so.
     - `deterministic`, `inputs_unchanged`, `deepcopy`, `pickle`, `state_dict`: the same result twice, and after a copy;
@@ -130,6 +130,11 @@ class _Case:
         wanted = (1, *self.wanted[1:])
         expect(tuple(projected.shape) == wanted, f"one sample must give {wanted}, got {tuple(projected.shape)}")
         expect(finite(projected), "one sample must give finite values")
+        among = self.fresh().eval()(self.student)[:1]
+        expect(
+            same(projected, among, relative=1e-3, absolute=1e-5),
+            "in eval mode a sample must not depend on its neighbours in the batch",
+        )
 
     def deterministic(self) -> None:
         expect(same(self.fresh()(self.student), self.fresh()(self.student)), "must give the same result twice")

@@ -642,6 +642,15 @@ def test_a_projection_broken_in_one_way_fails_that_check(name: str) -> None:
     fails(name, lambda: check_projection(BROKEN_PROJECTIONS[name](), STUDENT, randn(5, 6), exclude=others))
 
 
+def test_a_projection_that_mixes_samples_in_eval_mode_is_found() -> None:
+    class Centred(Project):
+        def forward(self, student: Tensor) -> Tensor:
+            projected = super().forward(student)
+            return projected - projected.mean(0)
+
+    fails("batch_of_one", lambda: check_projection(Centred(), STUDENT, randn(5, 6)))
+
+
 def test_a_sound_projection_runs_every_check() -> None:
     assert check_projection(Project(), STUDENT, randn(5, 6)) == PROJECTION_CHECKS
     assert not STUDENT.requires_grad
