@@ -1,11 +1,12 @@
-"""Stage 7: is the student like its teacher? Two numbers on embeddings of the same inputs. Touches tensors alone."""
+"""Stage 7: is the student like its teacher? Numbers on embeddings and logits of the same inputs. Touches tensors alone."""
 
 import torch
 from torch import Tensor
 
 from kdlib._checks import check_floating, check_pair, check_rank, check_same_batch
+from kdlib.losses._maths import unit_rows
 
-__all__ = ["linear_cka", "mean_cosine"]
+__all__ = ["linear_cka", "mean_cosine", "top_agreement"]
 
 
 @torch.no_grad()
@@ -19,7 +20,7 @@ def mean_cosine(student: Tensor, teacher: Tensor) -> Tensor:
         teacher: `(b, d)`, in the same coordinates.
 
     Returns:
-        Scalar in [-1, 1]; a zero row counts as 0.
+        Scalar in [-1, 1]; a zero row counts as 0, an empty batch too.
 
     Raises:
         TypeError, ValueError: tensors of other kinds or shapes.
@@ -30,10 +31,35 @@ def mean_cosine(student: Tensor, teacher: Tensor) -> Tensor:
         tensor(0.5000)
     """
     check_pair("mean_cosine", student, teacher, "b d")
-    first, second = (x.double() for x in (student, teacher))
-    first, second = (x / x.norm(dim=1, keepdim=True).clamp(min=1e-300) for x in (first, second))
+    if not student.numel():
+        return student.new_zeros(())
+    first, second = (unit_rows(x.double())[0] for x in (student, teacher))
     mean: Tensor = (first * second).sum(1).mean()
     return mean.to(student.dtype)
+
+
+@torch.no_grad()
+def top_agreement(student: Tensor, teacher: Tensor) -> Tensor:
+    """Share of the inputs for which both choose the same class, right or wrong.
+
+    Args:
+        student: logits `(b, c)`.
+        teacher: logits `(b, c)` on the same classes.
+
+    Returns:
+        Scalar in [0, 1]; 0 of an empty batch. Of equal largest logits the first one counts.
+
+    Raises:
+        TypeError, ValueError: tensors of other kinds or shapes.
+
+    Examples:
+        >>> top_agreement(torch.tensor([[2.0, 1.0], [0.0, 3.0]]), torch.tensor([[5.0, 4.0], [1.0, 0.0]]))
+        tensor(0.5000)
+    """
+    check_pair("top_agreement", student, teacher, "b c")
+    if not student.numel():
+        return student.new_zeros(())
+    return (student.argmax(1) == teacher.argmax(1).to(student.device)).to(student.dtype).mean()
 
 
 @torch.no_grad()
@@ -64,8 +90,17 @@ def linear_cka(student: Tensor, teacher: Tensor) -> Tensor:
     check_rank("linear_cka", "student", student, "b d")
     check_rank("linear_cka", "teacher", teacher, "b d")
     check_same_batch("linear_cka", "student", student, "teacher", teacher)
-    first, second = (x.double() - x.double().mean(0) for x in (student, teacher))
+    first, second = (_centred(x.double()) for x in (student, teacher))
     cross = (first.T @ second).square().sum()
     own = (first.T @ first).norm() * (second.T @ second).norm()
     alike: Tensor = cross / own.clamp(min=1e-300)
     return alike.to(student.dtype)
+
+
+def _centred(x_bd: Tensor) -> Tensor:
+    """Columns of mean 0, at a scale whose squares are safe: the alignment does not hang on it."""
+    if not x_bd.numel():
+        return x_bd
+    largest = x_bd.abs().amax()
+    x_bd = x_bd / torch.where(largest == 0, 1.0, largest)
+    return x_bd - x_bd.mean(0)

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from kdlib.evaluation import linear_cka, mean_cosine
+from kdlib.evaluation import calibration_error, linear_cka, mean_cosine, top_agreement
 
 
 def _pair(seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -39,3 +39,71 @@ def test_mean_cosine_is_that_of_torch_and_counts_zero_rows_as_zero() -> None:
         mean_cosine(*_pair())
     with pytest.raises(ValueError, match="linear_cka: teacher must have the batch size of student"):
         linear_cka(_pair()[0], _pair()[1][:4])
+
+
+@pytest.mark.parametrize("size", [1e-300, 1e-30, 1.0, 1e30, 1e150])
+def test_neither_hangs_on_the_size_of_the_values(size: float) -> None:
+    x, y = (each.double() for each in _pair(4))
+    torch.testing.assert_close(linear_cka(size * x, y), linear_cka(x, y))
+    torch.testing.assert_close(linear_cka(x, size * y), linear_cka(x, y))
+    torch.testing.assert_close(mean_cosine(size * x, y[:, :5]), mean_cosine(x, y[:, :5]))
+
+
+def test_empty_batches_count_as_nothing() -> None:
+    empty = torch.zeros(0, 4)
+    for measure in (linear_cka, mean_cosine, top_agreement):
+        assert float(measure(empty, empty)) == 0.0
+    assert float(calibration_error(empty, torch.zeros(0, dtype=torch.int64))) == 0.0
+
+
+def test_top_agreement_counts_equal_choices() -> None:
+    x, y = (torch.randn(200, 5, generator=torch.Generator().manual_seed(seed)) for seed in (5, 6))
+    assert float(top_agreement(x, y)) == pytest.approx(np.mean(x.numpy().argmax(1) == y.numpy().argmax(1)))
+    assert float(top_agreement(x, 3 * x + 1)) == 1.0
+    assert float(top_agreement(x.half(), x)) == 1.0
+    with pytest.raises(ValueError, match=r"top_agreement: teacher must be \(b, c\) like student \(200, 5\)"):
+        top_agreement(x, y[:, :4])
+
+
+def naive_calibration_error(logits: np.ndarray, target: np.ndarray, bins: int) -> float:
+    """Bin by bin from the formula."""
+    shifted = np.exp(logits - logits.max(1, keepdims=True))
+    probability = shifted / shifted.sum(1, keepdims=True)
+    confidence, right = probability.max(1), probability.argmax(1) == target
+    error = 0.0
+    for m in range(bins):
+        inside = (confidence > m / bins) & (confidence <= (m + 1) / bins)
+        if inside.any():
+            error += inside.mean() * abs(right[inside].mean() - confidence[inside].mean())
+    return error
+
+
+@pytest.mark.parametrize("bins", [1, 2, 10, 15, 100])
+def test_calibration_error_is_that_of_the_formula(bins: int) -> None:
+    generator = torch.Generator().manual_seed(bins)
+    logits = 3 * torch.randn(500, 7, generator=generator, dtype=torch.float64)
+    target = torch.randint(0, 7, (500,), generator=generator)
+    expected = naive_calibration_error(logits.numpy(), target.numpy(), bins)
+    assert float(calibration_error(logits, target, bins=bins)) == pytest.approx(expected, rel=1e-9)
+    turn = torch.randperm(500, generator=generator)
+    torch.testing.assert_close(
+        calibration_error(logits[turn] + 5, target[turn], bins=bins), calibration_error(logits, target, bins=bins)
+    )
+
+
+def test_calibration_error_at_the_ends() -> None:
+    target = torch.tensor([0, 1, 1, 1])
+    # A confidence on the edge of a bin belongs to the bin below: 1/2 to the first of two.
+    even = torch.zeros(4, 2)
+    assert float(calibration_error(even, target, bins=2)) == pytest.approx(0.25)
+    for dtype, huge in ((torch.float16, 6e4), (torch.bfloat16, 1e38), (torch.float32, 1e38), (torch.float64, 1e300)):
+        sure = torch.tensor([[huge, -huge]] * 4, dtype=dtype)
+        found = calibration_error(sure, target)
+        assert found.dtype == dtype
+        assert float(found) == 0.75  # sure of the first class, right once in four
+    with pytest.raises(ValueError, match="calibration_error: target must be from 0 to below c = 2, got 2"):
+        calibration_error(even, torch.tensor([0, 1, 2, 0]))
+    with pytest.raises(ValueError, match=r"calibration_error: logits must be \(b, c\), got \(4,\)"):
+        calibration_error(even[:, 0], target)
+    with pytest.raises(ValueError, match="calibration_error: bins must be a whole number and >= 1, got 0"):
+        calibration_error(even, target, bins=0)
