@@ -14,10 +14,11 @@ evaluate(embeddings, LongitudinalProtocol(identities, ages)) a person's score ov
 from kdlib_faces.evaluation.age import AgeGapProtocol
 from kdlib_faces.evaluation.age_errors import AgeErrorProtocol, AgeErrorResult, ErrorBin
 from kdlib_faces.evaluation.age_result import AgeGapResult, BinResult
+from kdlib_faces.evaluation.all_pairs import ScoredPairs
 from kdlib_faces.evaluation.clustered import clustered_rate
 from kdlib_faces.evaluation.comparison import compare
 from kdlib_faces.evaluation.cross_group import CrossGroupProtocol, CrossGroupResult
-from kdlib_faces.evaluation.distractor_result import DistractorResult, GapRates
+from kdlib_faces.evaluation.distractor_result import DistractorResult, DistractorTrials, GapRates
 from kdlib_faces.evaluation.distractors import DistractorProtocol, identify_with_distractors
 from kdlib_faces.evaluation.embedding import embed_images, evaluate_images
 from kdlib_faces.evaluation.fold_thresholds import FoldTar
@@ -40,6 +41,7 @@ from kdlib_faces.evaluation.splits import (
 )
 from kdlib_faces.evaluation.template_identification import (
     GalleryPoint,
+    GallerySearch,
     TemplateIdentificationProtocol,
     TemplateIdentificationResult,
     identify_templates,
@@ -64,12 +66,14 @@ __all__ = [
     "CrossGroupResult",
     "DistractorProtocol",
     "DistractorResult",
+    "DistractorTrials",
     "ElapsedErrors",
     "ErrorBin",
     "Estimate",
     "EvaluationProtocol",
     "FoldTar",
     "GalleryPoint",
+    "GallerySearch",
     "GapRates",
     "IdentityOverlapWarning",
     "LeaveOneOutProtocol",
@@ -81,6 +85,7 @@ __all__ = [
     "PairSet",
     "PairedTest",
     "Result",
+    "ScoredPairs",
     "TarAtFar",
     "TemplateIdentificationProtocol",
     "TemplateIdentificationResult",

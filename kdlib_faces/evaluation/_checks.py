@@ -20,11 +20,13 @@ __all__ = [
     "IntArray",
     "check_ages",
     "check_distinct",
+    "check_each",
     "check_fars",
     "check_flags",
     "check_indices",
     "check_labels",
     "check_level",
+    "check_people",
     "check_rows",
     "check_scores",
     "check_vector",
@@ -88,8 +90,8 @@ def gather(owner: str, name: str, x: Any) -> npt.NDArray[Any]:
     return shards[0] if len(shards) == 1 else np.concatenate(shards)
 
 
-def _first_bad(owner: str, name: str, good: BoolArray, wanted: str, what: str = "row", offset: int = 0) -> None:
-    """Name the first row that is not good, and how many there are."""
+def check_each(owner: str, name: str, good: BoolArray, wanted: str, what: str = "row", offset: int = 0) -> None:
+    """Every entry must be good; the first that is not is named, and how many there are."""
     if not good.all():
         bad = np.flatnonzero(~good)
         first = bad[0] + offset
@@ -158,9 +160,9 @@ def _name_bad_rows(owner: str, name: str, array: npt.NDArray[Any], start: int, o
     parts = [array[at : at + step].astype(np.float64) for at in range(start, len(array), step)]
     before = np.ones(start, dtype=np.bool_)
     finite = np.concatenate([before, *(np.isfinite(part).all(axis=1) for part in parts)])
-    _first_bad(owner, name, finite, "finite (no NaN, no infinity)", offset=offset)
+    check_each(owner, name, finite, "finite (no NaN, no infinity)", offset=offset)
     nonzero = np.concatenate([before, *(np.abs(part).max(axis=1) > 0 for part in parts)])
-    _first_bad(owner, name, nonzero, "non-zero in every row", offset=offset)
+    check_each(owner, name, nonzero, "non-zero in every row", offset=offset)
 
 
 def check_vector(owner: str, name: str, array: npt.NDArray[Any], rows: int | None = None, like: str = "rows") -> None:
@@ -173,7 +175,7 @@ def check_scores(owner: str, name: str, x: Any) -> FloatArray:
     """Scores (n,) as float64, finite, at least one."""
     array = _numbers(owner, name, x)
     check_vector(owner, name, array)
-    _first_bad(owner, name, np.isfinite(array), "finite", "entry")
+    check_each(owner, name, np.isfinite(array), "finite", "entry")
     return array
 
 
@@ -181,7 +183,7 @@ def check_ages(owner: str, x: Any, rows: int) -> FloatArray:
     """Ages in years (n,), finite and not negative."""
     array = _numbers(owner, "ages", x)
     check_vector(owner, "ages", array, rows, "identities")
-    _first_bad(owner, "ages", np.isfinite(array) & (array >= 0), "finite and not negative, in years")
+    check_each(owner, "ages", np.isfinite(array) & (array >= 0), "finite and not negative, in years")
     return array
 
 
@@ -192,7 +194,7 @@ def check_flags(owner: str, name: str, x: Any, rows: int) -> BoolArray:
         raise TypeError(f"{owner}: {name} must be an array of booleans, got dtype {array.dtype}")
     check_vector(owner, name, array, rows, "the pairs")
     if array.dtype.kind != "b":
-        _first_bad(owner, name, np.isin(array, (0, 1)), "boolean (or 0 and 1)", "entry")
+        check_each(owner, name, np.isin(array, (0, 1)), "boolean (or 0 and 1)", "entry")
     flags = array.astype(np.bool_)
     require(
         bool(flags.any() and not flags.all()), owner, f"{name} must hold both kinds of pair, got only {bool(flags[0])}"
@@ -207,11 +209,11 @@ def check_labels(
     array = to_numpy(x)
     check_vector(owner, name, array, rows, like)
     if array.dtype.kind == "f":
-        _first_bad(owner, name, np.isfinite(array) & (array == np.floor(array)), "whole numbers or strings", "entry")
+        check_each(owner, name, np.isfinite(array) & (array == np.floor(array)), "whole numbers or strings", "entry")
         array = array.astype(np.int64)
     elif array.dtype.kind == "O":
         is_text = np.array([isinstance(label, str) for label in array], dtype=np.bool_)
-        _first_bad(owner, name, is_text, "strings, or an array of whole numbers", "entry")
+        check_each(owner, name, is_text, "strings, or an array of whole numbers", "entry")
         array = array.astype(np.str_)
     elif array.dtype.kind not in "iuU":
         raise TypeError(f"{owner}: {name} must be an array of whole numbers or strings, got dtype {array.dtype}")
@@ -226,13 +228,21 @@ def check_labels(
     return codes.reshape(-1).astype(np.int64), labels
 
 
+def check_people(owner: str, x: Any) -> tuple[IntArray, npt.NDArray[Any]]:
+    """Identities (n,) as `check_labels` gives them, of at least two people, one of them with two images."""
+    codes, labels = check_labels(owner, "identities", x)
+    require(labels.size >= 2, owner, f"identities must hold at least two identities, got only {labels.tolist()[0]!r}")
+    require(codes.size > labels.size, owner, "identities must hold one with two images, got one image of each")
+    return codes, labels
+
+
 def check_indices(owner: str, name: str, x: Any) -> IntArray:
     """Row numbers (n,), not negative."""
     array = to_numpy(x)
     if array.dtype.kind not in "iu":
         raise TypeError(f"{owner}: {name} must be an array of row numbers (integers), got dtype {array.dtype}")
     check_vector(owner, name, array)
-    _first_bad(owner, name, array >= 0, "row numbers from 0", "entry")
+    check_each(owner, name, array >= 0, "row numbers from 0", "entry")
     return array.astype(np.int64)
 
 

@@ -19,6 +19,7 @@ from kdlib_faces.evaluation._checks import (
     check_fars,
     check_labels,
     check_level,
+    check_people,
     check_vector,
     require,
     to_numpy,
@@ -89,11 +90,7 @@ class AgeGapProtocol:
         level: float = 0.95,
         most_impostors: int = 2_000_000,
     ) -> None:
-        self.codes, labels = check_labels(OWNER, "identities", identities)
-        require(
-            labels.size >= 2, OWNER, f"identities must hold at least two identities, got only {labels.tolist()[0]!r}"
-        )
-        require(self.codes.size > labels.size, OWNER, "identities must hold one with two images, got one image of each")
+        self.codes, _ = check_people(OWNER, identities)
         require(ages is not None or age_groups is not None, OWNER, "ages or age_groups must be given, got neither")
         check_number(OWNER, "replicates", replicates, least=0, integer=True)
         check_number(OWNER, "seed", seed, least=0, integer=True)

@@ -1,7 +1,7 @@
 """Evaluation room: who is refused and who is taken for whom, by age, at one threshold. NumPy only; any size of set."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -13,16 +13,17 @@ from kdlib_faces.evaluation._checks import (
     check_fars,
     check_labels,
     check_level,
+    check_people,
     require,
     unit_rows,
 )
 from kdlib_faces.evaluation.age import group_bins
-from kdlib_faces.evaluation.all_pairs import count_impostors, hardest_impostors, threshold_at
+from kdlib_faces.evaluation.all_pairs import ScoredPairs, global_points
 from kdlib_faces.evaluation.bins import AGE_STARTS, GAP_STARTS, bin_names, check_starts, place
 from kdlib_faces.evaluation.clustered import draws, rate_estimate
 from kdlib_faces.evaluation.intervals import Estimate, bootstrap_estimate
 from kdlib_faces.evaluation.resampling import genuine_pairs
-from kdlib_faces.evaluation.roc import TarAtFar, far_name, operating_point
+from kdlib_faces.evaluation.roc import TarAtFar, far_name
 from kdlib_faces.evaluation.search import dot_rows
 from kdlib_faces.evaluation.slopes import mean_estimate, pooled_slope, within_slope
 
@@ -67,6 +68,8 @@ class AgeErrorResult:
         slope_within: the same within persons, each at a level of their own.
         operating_points: by target FAR, the global threshold and its counts.
         level: confidence of the intervals, which are over identities at thresholds kept as they are.
+        genuine: every genuine pair with its score; not serialised.
+        false_accepts: the impostor pairs accepted at the loosest of the thresholds, most alike first; not serialised.
     """
 
     kind: str
@@ -77,6 +80,8 @@ class AgeErrorResult:
     slope_within: Estimate | None
     operating_points: Mapping[float, TarAtFar]
     level: float
+    genuine: ScoredPairs = field(repr=False, compare=False)
+    false_accepts: ScoredPairs = field(repr=False, compare=False)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
@@ -133,11 +138,7 @@ class AgeErrorProtocol:
         seed: int = 0,
         level: float = 0.95,
     ) -> None:
-        self.codes, labels = check_labels(OWNER, "identities", identities)
-        require(
-            labels.size >= 2, OWNER, f"identities must hold at least two identities, got only {labels.tolist()[0]!r}"
-        )
-        require(self.codes.size > labels.size, OWNER, "identities must hold one with two images, got one image of each")
+        self.codes, labels = check_people(OWNER, identities)
         require(ages is not None or age_groups is not None, OWNER, "ages or age_groups must be given, got neither")
         self.fars = check_fars(OWNER, fars)
         require(len(self.fars) > 0, OWNER, "fars must not be empty, got ()")
@@ -171,20 +172,7 @@ class AgeErrorProtocol:
         unit = unit_rows(OWNER, "embeddings", embeddings, rows=self.codes.size)
         i, j = genuine_pairs(self.codes)
         scores = dot_rows(unit, i, unit, j)
-        total = count_impostors(self.codes)
-        first, second, falling = hardest_impostors(OWNER, unit, self.codes, max(self.fars))
-        points = {}
-        for far in self.fars:
-            threshold = threshold_at(far, falling, total)
-            points[far] = operating_point(
-                far,
-                threshold,
-                accepted=int((scores > threshold).sum()),
-                genuine=scores.size,
-                false_accepts=int((falling > threshold).sum()),
-                impostors=total,
-                level=self.level,
-            )
+        points, hardest = global_points(OWNER, unit, self.codes, scores, self.fars, self.level)
         who = self.codes[i]
         younger: tuple[ErrorBin, ...] = ()
         slope = within = None
@@ -204,12 +192,14 @@ class AgeErrorProtocol:
             fnmr_by_gap=by_gap,
             fnmr_by_younger_age=younger,
             fmr_same_age=tuple(
-                self._fmr(number, name, first, second, falling, points) for number, name in enumerate(self.image_names)
+                self._fmr(number, name, hardest, points) for number, name in enumerate(self.image_names)
             ),
             slope=slope,
             slope_within=within,
             operating_points=points,
             level=self.level,
+            genuine=ScoredPairs(i, j, scores),
+            false_accepts=_accepted(hardest, min(point.threshold for point in points.values())),
         )
 
     def _fnmr(
@@ -232,12 +222,11 @@ class AgeErrorProtocol:
         self,
         number: int,
         name: str,
-        first: IntArray,
-        second: IntArray,
-        falling: FloatArray,
+        hardest: ScoredPairs,
         points: Mapping[float, TarAtFar],
     ) -> ErrorBin:
         """A resample holds an impostor pair of i and j m_i m_j times, as `identity_bootstrap` has it."""
+        first, second, falling = hardest.left, hardest.right, hardest.scores
         held = np.bincount(self.codes[self.image_bin == number], minlength=self.draws.shape[1]).astype(np.float64)
         pairs = int((held.sum() ** 2 - np.square(held).sum()) // 2)
         drawn = self.draws * held
@@ -254,3 +243,9 @@ class AgeErrorProtocol:
             clusters = int(np.count_nonzero(held)) or 1
             rates[far] = bootstrap_estimate(value, resampled, n=pairs, clusters=clusters, level=self.level)
         return ErrorBin(name, pairs, rates)
+
+
+def _accepted(pairs: ScoredPairs, threshold: float) -> ScoredPairs:
+    """Of pairs of falling scores those above a threshold."""
+    count = int((pairs.scores > threshold).sum())
+    return ScoredPairs(pairs.left[:count], pairs.right[:count], pairs.scores[:count])

@@ -1,16 +1,34 @@
 """Evaluation room: the most alike strangers among all pairs of a set, found in one pass in little memory. NumPy only."""
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+
 import numpy as np
 
 from kdlib_faces.evaluation._checks import FloatArray, IntArray, require
 from kdlib_faces.evaluation.resampling import genuine_pairs
-from kdlib_faces.evaluation.roc import allowed_false_accepts
+from kdlib_faces.evaluation.roc import TarAtFar, allowed_false_accepts, operating_point
 from kdlib_faces.evaluation.search import dot_rows, product_error
 
-__all__ = ["count_impostors", "hardest_impostors", "threshold_at"]
+__all__ = ["ScoredPairs", "count_impostors", "global_points", "hardest_impostors", "threshold_at"]
 
 ROWS = 512
 MOST = 20_000_000
+
+
+@dataclass(frozen=True)
+class ScoredPairs:
+    """Pairs of images with their scores.
+
+    Args:
+        left: (p,) row of one image.
+        right: (p,) row of the other.
+        scores: (p,) cosine.
+    """
+
+    left: IntArray
+    right: IntArray
+    scores: FloatArray
 
 
 def count_impostors(codes: IntArray) -> int:
@@ -72,3 +90,36 @@ def threshold_at(far: float, falling: FloatArray, total: int) -> float:
     """The exact rule's threshold from the largest scores of `total`, falling."""
     k = allowed_false_accepts(far, total)
     return float(falling[k]) if k < total else -np.inf
+
+
+def global_points(
+    owner: str, unit: FloatArray, codes: IntArray, genuine: FloatArray, fars: Sequence[float], level: float
+) -> tuple[dict[float, TarAtFar], ScoredPairs]:
+    """Thresholds set on all impostor pairs of a set, and the impostor pairs that decide them.
+
+    Args:
+        owner: for errors.
+        unit: (n, d) unit rows.
+        codes: (n,) identities.
+        genuine: (g,) scores that are judged at the thresholds.
+        fars: target false accept rates, at least one.
+        level: confidence of Wilson's intervals.
+
+    Returns:
+        By target the operating point, and the most alike impostor pairs, falling, every false accept among them.
+    """
+    total = count_impostors(codes)
+    hardest = ScoredPairs(*hardest_impostors(owner, unit, codes, max(fars)))
+    points = {}
+    for far in fars:
+        threshold = threshold_at(far, hardest.scores, total)
+        points[far] = operating_point(
+            far,
+            threshold,
+            accepted=int((genuine > threshold).sum()),
+            genuine=genuine.size,
+            false_accepts=int((hardest.scores > threshold).sum()),
+            impostors=total,
+            level=level,
+        )
+    return points, hardest

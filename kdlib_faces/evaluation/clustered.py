@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 
 from kdlib._checks import check_number
-from kdlib_faces.evaluation._checks import FloatArray, IntArray, check_labels, check_level, check_scores, require
+from kdlib_faces.evaluation._checks import FloatArray, IntArray, check_each, check_labels, check_level, check_scores
 from kdlib_faces.evaluation.intervals import Estimate, bootstrap_estimate
 
 __all__ = ["clustered_rate", "draws", "pair_rates", "rate_estimate", "weighted_rates"]
@@ -36,7 +36,7 @@ def clustered_rate(
     """
     owner = "clustered_rate"
     values = check_scores(owner, "hits", np.asarray(hits, dtype=np.float64))
-    require(bool(((values >= 0) & (values <= 1)).all()), owner, "hits must be in [0, 1]")
+    check_each(owner, "hits", (values >= 0) & (values <= 1), "in [0, 1]", "entry")
     codes, labels = check_labels(owner, "identities", identities, rows=values.size, like="hits")
     check_level(owner, level)
     return rate_estimate(values, codes, draws(labels.size, replicates=replicates, seed=seed), level=level)

@@ -1,13 +1,37 @@
 """Evaluation room: what a search among distractors found. Plain data and its JSON form."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
+from kdlib_faces.evaluation._checks import FloatArray, IntArray
 from kdlib_faces.evaluation.intervals import Estimate
 from kdlib_faces.evaluation.roc import TarAtFar, far_name
 
-__all__ = ["DistractorResult", "GapRates"]
+__all__ = ["DistractorResult", "DistractorTrials", "GapRates"]
+
+
+@dataclass(frozen=True)
+class DistractorTrials:
+    """Each trial of its own: a probe with one mate among all distractors.
+
+    Args:
+        probe: (t,) row of the probe.
+        mate: (t,) row of its mate.
+        score: (t,) their cosine.
+        place: (t,) place of the mate among the distractors, from 1; one more than the largest rank asked for where it
+            is further behind.
+        distractor: (n,) by probe, the number of its most alike distractor in the order given, the lowest of equal ones;
+            -1 where none is above a zero row that counts as 0.
+        distractor_score: (n,) by probe, that distractor's cosine.
+    """
+
+    probe: IntArray
+    mate: IntArray
+    score: FloatArray
+    place: IntArray
+    distractor: IntArray
+    distractor_score: FloatArray
 
 
 @dataclass(frozen=True)
@@ -49,6 +73,7 @@ class DistractorResult:
         cleaned: how many were left out as noisy.
         cleaning: how noisy ones were marked.
         ties: whether a mate as alike as the distractor is correct.
+        per_trial: every trial of its own: who was missed, and for whom; not serialised.
     """
 
     rates: Mapping[int, Estimate]
@@ -63,6 +88,7 @@ class DistractorResult:
     cleaned: int
     cleaning: str
     ties: str
+    per_trial: DistractorTrials = field(repr=False, compare=False)
 
     @property
     def rank1(self) -> float:

@@ -23,7 +23,7 @@ from kdlib_faces.evaluation._checks import (
 )
 from kdlib_faces.evaluation.bins import GAP_STARTS, bin_names, check_starts, place
 from kdlib_faces.evaluation.clustered import draws, rate_estimate
-from kdlib_faces.evaluation.distractor_result import DistractorResult, GapRates
+from kdlib_faces.evaluation.distractor_result import DistractorResult, DistractorTrials, GapRates
 from kdlib_faces.evaluation.intervals import Estimate
 from kdlib_faces.evaluation.resampling import genuine_pairs
 from kdlib_faces.evaluation.roc import TarAtFar, allowed_false_accepts, operating_point
@@ -196,8 +196,8 @@ class DistractorProtocol:
         search = Search(self.owner, unit, max((1, *self.ranks)), self.top)
         cleaned, by_size = 0, {}
         with progress_to("distractors", quiet=not self.progress) as show:
-            for rows, dropped, zeros in self._cleaned(unit.shape[1] + extra, search):
-                search.add(rows, search.seen + cleaned)
+            for rows, numbers, zeros, dropped in self._cleaned(unit.shape[1] + extra, search):
+                search.add(rows, numbers)
                 search.add_zeros(zeros)
                 cleaned += dropped
                 if search.seen in self.sizes and search.seen not in by_size:
@@ -208,7 +208,8 @@ class DistractorProtocol:
         )
         missing = [size for size in self.sizes if size not in by_size]
         require(not missing, self.owner, f"sizes must be at most the {search.seen} distractors, got {missing[:1]}")
-        hits = {rank: self._hits(scores, probe, search.best[:, rank - 1]) for rank in {1, *self.ranks}}
+        place = self._places(scores, probe, search.best)
+        hits = {rank: (place <= rank).astype(np.float64) for rank in {1, *self.ranks}}
         tar = self._operating_points(scores, search)
         who = self.codes[first]
         counts = np.bincount(self.codes)
@@ -225,6 +226,14 @@ class DistractorProtocol:
             cleaned=cleaned,
             cleaning=self.cleaning,
             ties=self.ties,
+            per_trial=DistractorTrials(
+                probe,
+                np.concatenate([second, first]),
+                np.concatenate([scores, scores]),
+                place,
+                search.nearest,
+                search.best[:, 0],
+            ),
         )
 
     def _probes(self, embeddings: Any) -> tuple[FloatArray, int]:
@@ -235,8 +244,8 @@ class DistractorProtocol:
             array = array[:, :-1]
         return unit_rows(self.owner, "probes", array, rows=self.codes.size), extra
 
-    def _cleaned(self, width: int, search: Search) -> Iterator[tuple[npt.NDArray[Any], int, int]]:
-        """Blocks of distractors to search, how many were left out beside them, and how many score 0."""
+    def _cleaned(self, width: int, search: Search) -> Iterator[tuple[npt.NDArray[Any], IntArray, int, int]]:
+        """Blocks of distractors to search, their numbers, how many beside them score 0, and how many are left out."""
         total = 0
         for shard in shards_of(self.owner, "distractors", self.distractors, width):
             at = 0
@@ -244,6 +253,7 @@ class DistractorProtocol:
                 following = [size - search.seen for size in self.sizes if size > search.seen]
                 block = shard[at : at + min([BLOCK, *following])]
                 at += len(block)
+                numbers = np.arange(total, total + len(block))
                 total += len(block)
                 require(
                     total <= self.most,
@@ -251,11 +261,11 @@ class DistractorProtocol:
                     f"most_distractors must be an upper bound, got {self.most} and a row {self.most}",
                 )
                 if self.cleaning == "none":
-                    yield block, 0, 0
+                    yield block, numbers, 0, 0
                     continue
                 # Before rows are left out, so that a bad one has its own number.
                 bad_rows = np.flatnonzero(~np.isfinite(block).all(axis=1))
-                first = total - len(block) + int(bad_rows[:1].sum())
+                first = int(numbers[bad_rows[:1]].sum())
                 require(
                     bad_rows.size == 0, self.owner, f"distractors must be finite (no NaN, no infinity), got row {first}"
                 )
@@ -265,13 +275,20 @@ class DistractorProtocol:
                 else:
                     good = block.any(axis=1)
                 bad = int(good.size - good.sum())
-                kept = block if not bad else block[good]
-                yield (kept, 0, bad) if self.cleaning == "zeros_score_0" else (kept, bad, 0)
+                kept = (block, numbers) if not bad else (block[good], numbers[good])
+                yield (*kept, bad, 0) if self.cleaning == "zeros_score_0" else (*kept, 0, bad)
 
     def _hits(self, scores: FloatArray, probe: IntArray, limit: FloatArray) -> FloatArray:
+        return (self._places(scores, probe, limit[:, None]) <= 1).astype(np.float64)
+
+    def _places(self, scores: FloatArray, probe: IntArray, best: FloatArray) -> IntArray:
+        """Place of each trial's mate among the (n, k) best distractors of its probe; k + 1 behind all of them."""
         both = np.concatenate([scores, scores])
-        good = both >= limit[probe] if self.ties == "correct" else both > limit[probe]
-        return good.astype(np.float64)
+        beats = np.greater if self.ties == "correct" else np.greater_equal
+        ahead = np.zeros(probe.size, dtype=np.int64)
+        for limit in best.T:
+            ahead += beats(limit[probe], both)
+        return 1 + ahead
 
     def _rate(self, hits: FloatArray, probe: IntArray) -> Estimate:
         return rate_estimate(hits, self.codes[probe], self._draws, level=self.level)

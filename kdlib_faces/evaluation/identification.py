@@ -1,7 +1,7 @@
 """Evaluation room: who is it? Leave-one-image-out identification, the FG-NET protocol. NumPy only."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -11,8 +11,8 @@ from kdlib_faces.evaluation._checks import (
     FloatArray,
     IntArray,
     check_ages,
-    check_labels,
     check_level,
+    check_people,
     require,
     unit_rows,
 )
@@ -45,6 +45,14 @@ class BinRates:
         return entry | {f"rank{rank}": estimate.to_dict() for rank, estimate in self.rates.items()}
 
 
+def _none() -> IntArray:
+    return np.empty(0, dtype=np.int64)
+
+
+def _nothing() -> FloatArray:
+    return np.empty(0)
+
+
 @dataclass(frozen=True)
 class LeaveOneOutResult:
     """Rates of identification by rank.
@@ -57,6 +65,10 @@ class LeaveOneOutResult:
         mateless: how many have no other image of their identity; they count as misses, as the definition has it.
         by_age: rates by the probe's age; empty without ages.
         by_gap: rates by the years between the probe and its most alike mate; empty without ages.
+        mates: (n,) row of each probe's most alike mate, -1 without one.
+        mate_scores: (n,) their cosines, NaN without a mate.
+        strangers: (n,) row of the most alike image of somebody else: who a missed probe was taken for.
+        stranger_scores: (n,) their cosines.
     """
 
     rates: Mapping[int, Estimate]
@@ -65,6 +77,10 @@ class LeaveOneOutResult:
     mateless: int
     by_age: tuple[BinRates, ...] = ()
     by_gap: tuple[BinRates, ...] = ()
+    mates: IntArray = field(default_factory=_none, repr=False, compare=False)
+    mate_scores: FloatArray = field(default_factory=_nothing, repr=False, compare=False)
+    strangers: IntArray = field(default_factory=_none, repr=False, compare=False)
+    stranger_scores: FloatArray = field(default_factory=_nothing, repr=False, compare=False)
 
     def cmc(self, most: int) -> FloatArray:
         """(most,) rate at ranks 1, 2, ... `most`: the cumulative match characteristic."""
@@ -149,25 +165,33 @@ def leave_one_out_result(
         1.0
     """
     owner = "leave_one_out"
-    codes, labels = check_labels(owner, "identities", identities)
+    codes, labels = check_people(owner, identities)
     unit = unit_rows(owner, "embeddings", embeddings, rows=codes.size)
-    sizes = np.bincount(codes)
-    require(labels.size >= 2, owner, f"identities must hold at least two identities, got only {labels.tolist()[0]!r}")
-    require(bool((sizes >= 2).any()), owner, "identities must hold one with two images, got one image of each")
     require(len(ranks) > 0, owner, "ranks must not be empty, got ()")
     for rank in ranks:
         check_number(owner, "ranks", rank, least=1, most=codes.size - 1, integer=True)
     check_level(owner, level)
     years = None if ages is None else check_ages(owner, ages, codes.size)
     starts = check_starts(owner, "age_bins", age_bins), check_starts(owner, "gap_bins", gap_bins)
-    found = [_mate_places(unit, codes, start) for start in range(0, codes.size, BLOCK)]
-    places, mates = (np.concatenate(parts) for parts in zip(*found, strict=True))
+    found = [_nearest(unit, codes, start) for start in range(0, codes.size, BLOCK)]
+    places, mates, mate_scores, strangers, stranger_scores = (
+        np.concatenate(parts) for parts in zip(*found, strict=True)
+    )
     rates = {}
     for rank in ranks:
         hits = int(((places >= 1) & (places <= rank)).sum())
         low, high = wilson(hits, codes.size, level=level)
         rates[int(rank)] = Estimate(hits / codes.size, low, high, int(codes.size))
-    result = LeaveOneOutResult(rates, places, int(codes.size), int((places == 0).sum()))
+    result = LeaveOneOutResult(
+        rates,
+        places,
+        int(codes.size),
+        int((places == 0).sum()),
+        mates=mates,
+        mate_scores=mate_scores,
+        strangers=strangers,
+        stranger_scores=stranger_scores,
+    )
     if years is None:
         return result
     multiplicities = draws(labels.size, replicates=replicates, seed=seed)
@@ -192,13 +216,26 @@ def leave_one_out_result(
     return replace(result, by_age=broken_down(starts[0], place(starts[0], years)), by_gap=broken_down(starts[1], gap))
 
 
-def _mate_places(unit: FloatArray, codes: IntArray, start: int) -> tuple[IntArray, IntArray]:
-    """Place (from 1) of the best mate of each probe of one block of rows, 0 without a mate, and that mate's row."""
+def _nearest(
+    unit: FloatArray, codes: IntArray, start: int
+) -> tuple[IntArray, IntArray, FloatArray, IntArray, FloatArray]:
+    """Of each probe of one block of rows: place of its best mate (from 1, 0 without one), the mate, the best stranger."""
     rows = np.arange(start, min(start + BLOCK, codes.size))
     scores = unit[rows] @ unit.T
     scores[np.arange(rows.size), rows] = -np.inf
-    mates = np.where(codes[rows, None] == codes, scores, -np.inf)
-    first = mates.argmax(axis=1)
-    best = np.take_along_axis(mates, first[:, None], axis=1)
-    ahead = (scores > best) | ((scores == best) & (np.arange(codes.size) < first[:, None]))
-    return np.where(np.isfinite(best[:, 0]), 1 + ahead.sum(axis=1), 0), first
+    same = codes[rows, None] == codes
+    mate_scores = np.where(same, scores, -np.inf)
+    mates = mate_scores.argmax(axis=1)
+    best = np.take_along_axis(mate_scores, mates[:, None], axis=1)
+    ahead = (scores > best) | ((scores == best) & (np.arange(codes.size) < mates[:, None]))
+    mated = np.isfinite(best[:, 0])
+    places = np.where(mated, 1 + ahead.sum(axis=1), 0)
+    scores[same] = -np.inf
+    strangers = scores.argmax(axis=1)
+    return (
+        places,
+        np.where(mated, mates, -1),
+        np.where(mated, best[:, 0], np.nan),
+        strangers,
+        np.take_along_axis(scores, strangers[:, None], axis=1)[:, 0],
+    )

@@ -16,16 +16,16 @@ from kdlib_faces.evaluation._checks import (
     IntArray,
     check_ages,
     check_fars,
-    check_labels,
     check_level,
+    check_people,
     require,
     unit_rows,
 )
-from kdlib_faces.evaluation.all_pairs import count_impostors, hardest_impostors, threshold_at
+from kdlib_faces.evaluation.all_pairs import global_points
 from kdlib_faces.evaluation.clustered import draws, rate_estimate
 from kdlib_faces.evaluation.intervals import Estimate
 from kdlib_faces.evaluation.resampling import genuine_pairs
-from kdlib_faces.evaluation.roc import TarAtFar, far_name, operating_point
+from kdlib_faces.evaluation.roc import TarAtFar, far_name
 from kdlib_faces.evaluation.search import dot_rows
 from kdlib_faces.evaluation.slopes import mean_estimate, person_slopes, within_slope
 
@@ -150,12 +150,8 @@ class LongitudinalProtocol:
         seed: int = 0,
         level: float = 0.95,
     ) -> None:
-        self.codes, labels = check_labels(OWNER, "identities", identities)
+        self.codes, labels = check_people(OWNER, identities)
         self.ages = check_ages(OWNER, ages, self.codes.size)
-        require(
-            labels.size >= 2, OWNER, f"identities must hold at least two identities, got only {labels.tolist()[0]!r}"
-        )
-        require(self.codes.size > labels.size, OWNER, "identities must hold one with two images, got one image of each")
         for year in years:
             check_number(OWNER, "years", year, above=0)
         check_number(OWNER, "window", window, above=0)
@@ -190,20 +186,7 @@ class LongitudinalProtocol:
         unit = unit_rows(OWNER, "embeddings", embeddings, rows=self.codes.size)
         i, j = self.pairs()
         scores, elapsed, who = dot_rows(unit, i, unit, j), np.abs(self.ages[j] - self.ages[i]), self.codes[i]
-        total = count_impostors(self.codes)
-        _, _, falling = hardest_impostors(OWNER, unit, self.codes, max(self.fars))
-        points = {}
-        for far in self.fars:
-            threshold = threshold_at(far, falling, total)
-            points[far] = operating_point(
-                far,
-                threshold,
-                accepted=int((scores > threshold).sum()),
-                genuine=scores.size,
-                false_accepts=int((falling > threshold).sum()),
-                impostors=total,
-                level=self.level,
-            )
+        points, _ = global_points(OWNER, unit, self.codes, scores, self.fars, self.level)
         compared = "the person's first image" if self.reference == "first" else "every other image of the person"
         return LongitudinalResult(
             slope=within_slope(elapsed / 10, scores, who, self.draws, self.level),

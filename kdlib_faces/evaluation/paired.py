@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from kdlib_faces.evaluation._checks import check_labels, check_level, check_vector, require, to_numpy
+from kdlib_faces.evaluation._checks import check_each, check_labels, check_level, check_vector, require, to_numpy
 from kdlib_faces.evaluation.clustered import draws, pair_rates
 from kdlib_faces.evaluation.intervals import Estimate
 
@@ -82,7 +82,7 @@ def paired_test(
     check_vector(OWNER, "a", first)
     check_vector(OWNER, "b", second, first.size, "a")
     for name, array in (("a", first), ("b", second)):
-        require(bool(np.isin(array, (0, 1)).all()), OWNER, f"{name} must be booleans (or 0 and 1)")
+        check_each(OWNER, name, np.isin(array, (0, 1)), "boolean (or 0 and 1)", "entry")
     require(identities is not None or other_identities is None, OWNER, "identities must be given with other_identities")
     gap = first.astype(np.float64) - second.astype(np.float64)
     given = np.arange(gap.size) if identities is None else to_numpy(identities)

@@ -15,6 +15,7 @@ from kdlib_faces.evaluation._checks import (
     check_flags,
     check_indices,
     check_labels,
+    check_level,
     check_rows,
     gather,
     require,
@@ -61,6 +62,7 @@ class PairProtocol:
             `accuracy_estimate` gives the accuracy's interval over identities.
         train_identities: the people the model was trained on, named alike; those tested on are warned of.
         notes: what a reader of the number should know; passed on to the result.
+        level: confidence of the intervals of the TARs.
 
     Raises:
         ValueError: lengths that differ, a negative row number, a pair of one identity that is said not to be one.
@@ -87,6 +89,7 @@ class PairProtocol:
         identities: Any = None,
         train_identities: Any = None,
         notes: Sequence[str] = (),
+        level: float = 0.95,
     ) -> None:
         owner = "PairProtocol"
         self.left, self.right = check_indices(owner, "left", left), check_indices(owner, "right", right)
@@ -111,6 +114,8 @@ class PairProtocol:
             check_number(owner, "images", images, least=self.needed, integer=True)
         self.images = images
         self.notes = tuple(notes)
+        check_level(owner, level)
+        self.level = float(level)
         self.codes: IntArray | None = None
         if identities is not None:
             self._know(identities, train_identities)
@@ -144,6 +149,8 @@ class PairProtocol:
         fold_ids: Any = None,
         threshold: Rule = "grid",
         fars: Sequence[float] = (),
+        *,
+        level: float = 0.95,
     ) -> Self:
         """Pair k is rows 2k and 2k + 1, as in the `.bin` sets; exactly 2p embeddings are wanted.
 
@@ -152,6 +159,7 @@ class PairProtocol:
             fold_ids: as in the class.
             threshold: as in the class.
             fars: as in the class.
+            level: as in the class.
 
         Examples:
             >>> PairProtocol.interleaved([True, False]).right.tolist()
@@ -159,7 +167,7 @@ class PairProtocol:
         """
         count = to_numpy(same).size
         left = np.arange(count) * 2
-        return cls(left, left + 1, same, fold_ids, threshold, fars, images=2 * count)
+        return cls(left, left + 1, same, fold_ids, threshold, fars, images=2 * count, level=level)
 
     def __repr__(self) -> str:
         folds = "None" if self.fold_ids is None else "..."
@@ -169,6 +177,7 @@ class PairProtocol:
                 ("tar_mode", self.tar_mode, "exact"),
                 ("val_fars", self.val_fars, ()),
                 ("pca", self.pca, None),
+                ("level", self.level, 0.95),
             )
             if value != default
         )
@@ -200,7 +209,8 @@ class PairProtocol:
             pca=self.pca,
             reduced=None if unit is None else (unit[self.left], unit[self.right]),
         )
-        tar = {far: tar_at_far(scores[self.same], scores[~self.same], far, mode=self.tar_mode) for far in self.fars}
+        genuine, impostor = scores[self.same], scores[~self.same]
+        tar = {far: tar_at_far(genuine, impostor, far, mode=self.tar_mode, level=self.level) for far in self.fars}
         return replace(result, tar=tar, notes=self.notes)
 
     def accuracy_estimate(

@@ -7,6 +7,7 @@ from kdlib._checks import check_number
 from kdlib_faces.evaluation._checks import (
     check_ages,
     check_labels,
+    check_level,
     to_numpy,
 )
 from kdlib_faces.evaluation.bins import GAP_STARTS, PROBE_AGE_STARTS
@@ -66,6 +67,9 @@ class LeaveOneOutProtocol:
         ages: (n,) years; gives the rates by the probe's age and by the gap to its most alike mate.
         age_bins: rising lower ends of the bins of the probe's age, years.
         gap_bins: of the bins of the gap.
+        replicates: bootstrap resamples over identities for the bins; 0 for none.
+        seed: of the resamples.
+        level: confidence of the intervals.
 
     Raises:
         ValueError: identities or ages that cannot be used.
@@ -85,6 +89,9 @@ class LeaveOneOutProtocol:
         ages: Any = None,
         age_bins: Sequence[float] = PROBE_AGE_STARTS,
         gap_bins: Sequence[float] = GAP_STARTS,
+        replicates: int = 500,
+        seed: int = 0,
+        level: float = 0.95,
     ) -> None:
         self.identities = to_numpy(identities)
         codes, _ = check_labels("LeaveOneOutProtocol", "identities", self.identities)
@@ -93,6 +100,10 @@ class LeaveOneOutProtocol:
         self.ranks = tuple(ranks)
         self.ages = None if ages is None else check_ages("LeaveOneOutProtocol", ages, codes.size)
         self.age_bins, self.gap_bins = tuple(age_bins), tuple(gap_bins)
+        check_number("LeaveOneOutProtocol", "replicates", replicates, least=0, integer=True)
+        check_number("LeaveOneOutProtocol", "seed", seed, least=0, integer=True)
+        check_level("LeaveOneOutProtocol", level)
+        self.replicates, self.seed, self.level = replicates, seed, float(level)
 
     def __repr__(self) -> str:
         return f"LeaveOneOutProtocol(<{self.identities.size} images>, ranks={self.ranks})"
@@ -106,4 +117,7 @@ class LeaveOneOutProtocol:
             ages=self.ages,
             age_bins=self.age_bins,
             gap_bins=self.gap_bins,
+            replicates=self.replicates,
+            seed=self.seed,
+            level=self.level,
         )

@@ -60,11 +60,14 @@ class Search:
     seen: int = 0
     best: FloatArray = field(init=False)
     """(p, ranks) largest scores of each probe, falling; -inf where there were fewer distractors."""
+    nearest: IntArray = field(init=False)
+    """(p,) number of each probe's most alike distractor, the lowest of equal ones; -1 for none, or one that scores 0."""
     largest: FloatArray = field(init=False)
     """At most `top` of the largest scores, in no order."""
 
     def __post_init__(self) -> None:
         self.best = np.full((len(self.probes), self.ranks), -np.inf)
+        self.nearest = np.full(len(self.probes), -1, dtype=np.int64)
         self.largest = np.empty(0)
         self._single = self.probes.astype(np.float32)
         self._error = product_error(self.probes.shape[1])
@@ -74,28 +77,30 @@ class Search:
         """What a score must exceed to be among the `top` largest, -inf while there are fewer."""
         return float(self.largest.min()) if self.largest.size >= self.top > 0 else -np.inf
 
-    def add(self, rows: npt.NDArray[Any], offset: int) -> None:
-        """Take distractors (m, d) in, none of them zero; `offset` is the number of the first in messages."""
+    def add(self, rows: npt.NDArray[Any], numbers: IntArray) -> None:
+        """Take distractors (m, d) in, none of them zero; `numbers` (m,) is what they are called."""
         step = max(1, min(BLOCK, CELLS // len(self.probes)))
         for start in range(0, len(rows), step):
-            self._add(rows[start : start + step], offset + start)
+            self._add(rows[start : start + step], numbers[start : start + step])
 
     def add_zeros(self, count: int) -> None:
         """Take in distractors that score 0 against every probe."""
         if count:
+            self.nearest[self.best[:, 0] < 0] = -1
             zeros = np.zeros((len(self.probes), min(count, self.ranks)))
             self.best = -np.sort(-np.hstack([self.best, zeros]), axis=1)[:, : self.ranks]
             self._keep(np.zeros(min(count * len(self.probes), self.top)))
             self.seen += count
 
-    def _add(self, block: npt.NDArray[Any], offset: int) -> None:
+    def _add(self, block: npt.NDArray[Any], numbers: IntArray) -> None:
+        offset = int(numbers[0])
         single = self._unit_single(block, offset)
         shape = (len(self.probes), len(block))
         if self._scores.shape != shape:
             self._scores = np.empty(shape, dtype=np.float32)
         scores = np.matmul(self._single, single.T, out=self._scores)
         highest = scores.max(axis=1)
-        self._update_best(block, scores, highest, offset)
+        self._update_best(block, scores, highest, numbers)
         if self.top:
             self._update_largest(block, scores, highest, offset)
         self.seen += len(block)
@@ -120,7 +125,11 @@ class Search:
         return dot_rows(self.probes, probe, unit, place)
 
     def _update_best(
-        self, block: npt.NDArray[Any], scores: npt.NDArray[np.float32], highest: npt.NDArray[np.float32], offset: int
+        self,
+        block: npt.NDArray[Any],
+        scores: npt.NDArray[np.float32],
+        highest: npt.NDArray[np.float32],
+        numbers: IntArray,
     ) -> None:
         moved = np.flatnonzero(highest > self.best[:, -1] - self._error)
         if not moved.size:
@@ -133,11 +142,13 @@ class Search:
                 kth = np.partition(part, -self.ranks, axis=1)[:, -self.ranks]
             floor = np.maximum(floor, kth - 2 * self._error)
         where, row = np.nonzero(part >= floor[:, None])
-        exact = self._exact(block, moved[where], row, offset)
+        exact = self._exact(block, moved[where], row, int(numbers[0]))
         order = np.lexsort((-exact, where))
-        where, exact = where[order], exact[order]
+        where, row, exact = where[order], row[order], exact[order]
         rank = np.arange(where.size) - np.searchsorted(where, where)
         kept = rank < self.ranks
+        ahead = np.flatnonzero((rank == 0) & (exact > self.best[moved[where], 0]))
+        self.nearest[moved[where[ahead]]] = numbers[row[ahead]]
         fresh = np.full((moved.size, self.ranks), -np.inf)
         fresh[where[kept], rank[kept]] = exact[kept]
         self.best[moved] = -np.sort(-np.hstack([self.best[moved], fresh]), axis=1)[:, : self.ranks]

@@ -1,13 +1,13 @@
 """Evaluation room: which person is it, if any of these? The 1:N protocol of IJB-B and IJB-C. NumPy only."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 
-from kdlib._checks import check_number
+from kdlib._checks import check_choice, check_number
 from kdlib_faces.evaluation._checks import (
     BoolArray,
     FloatArray,
@@ -26,7 +26,13 @@ from kdlib_faces.evaluation.intervals import Estimate
 from kdlib_faces.evaluation.roc import allowed_false_accepts, far_name
 from kdlib_faces.evaluation.templates import Templates, pool_templates
 
-__all__ = ["GalleryPoint", "TemplateIdentificationProtocol", "TemplateIdentificationResult", "identify_templates"]
+__all__ = [
+    "GalleryPoint",
+    "GallerySearch",
+    "TemplateIdentificationProtocol",
+    "TemplateIdentificationResult",
+    "identify_templates",
+]
 
 OWNER = "identify_templates"
 BLOCK = 1024
@@ -55,6 +61,25 @@ class GalleryPoint:
 
 
 @dataclass(frozen=True)
+class GallerySearch:
+    """What one gallery says of every probe.
+
+    Args:
+        best: (p,) entry of the gallery that is most alike, the first of equal ones.
+        best_scores: (p,) its score.
+        mated: (p,) whether the probe's subject is in the gallery.
+        mate_scores: (p,) score of the mate, -inf without one.
+        places: (p,) place of the mate, from 1; 0 without one.
+    """
+
+    best: IntArray
+    best_scores: FloatArray
+    mated: BoolArray
+    mate_scores: FloatArray
+    places: IntArray
+
+
+@dataclass(frozen=True)
 class TemplateIdentificationResult:
     """The result of `identify_templates`.
 
@@ -65,6 +90,7 @@ class TemplateIdentificationResult:
         probes: how many probe templates there are.
         mated: mated searches in all galleries.
         pooling: how templates were pooled, in words.
+        searches: of each gallery, what it says of every probe; not serialised.
     """
 
     tpir: Mapping[float, Estimate]
@@ -73,6 +99,7 @@ class TemplateIdentificationResult:
     probes: int
     mated: int
     pooling: str
+    searches: tuple[GallerySearch, ...] = field(repr=False, compare=False)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
@@ -87,16 +114,6 @@ class TemplateIdentificationResult:
             "above the threshold; mean over galleries; ranks over all mated searches"
         )
         return entry
-
-
-@dataclass(frozen=True)
-class _Search:
-    """What one gallery says of every probe."""
-
-    highest: FloatArray
-    mated: BoolArray
-    mate: FloatArray
-    rank: IntArray
 
 
 def identify_templates(
@@ -165,7 +182,7 @@ def identify_templates(
             )
     multiplicities = draws(people.size, replicates=replicates, seed=seed)
     who = np.concatenate([codes[search.mated] for search in searches])
-    place = np.concatenate([search.rank[search.mated] for search in searches])
+    place = np.concatenate([search.places[search.mated] for search in searches])
     share = np.concatenate([np.full(int(search.mated.sum()), 1 / search.mated.sum()) for search in searches])
     tpir, points = {}, {}
     for fpir in fpirs:
@@ -176,7 +193,7 @@ def identify_templates(
     rates = {
         int(rank): rate_estimate((place <= rank).astype(np.float64), who, multiplicities, level=level) for rank in ranks
     }
-    return TemplateIdentificationResult(tpir, points, rates, rows.size, who.size, templates.convention)
+    return TemplateIdentificationResult(tpir, points, rates, rows.size, who.size, templates.convention, tuple(searches))
 
 
 def _enrolled(templates: Templates, name: str, given: Enrolled, *, one_each: bool) -> tuple[IntArray, Any]:
@@ -196,32 +213,34 @@ def _enrolled(templates: Templates, name: str, given: Enrolled, *, one_each: boo
 
 def _search(
     features: npt.NDArray[Any], probes: IntArray, codes: IntArray, people: Any, gallery: IntArray, subjects: Any
-) -> _Search:
+) -> GallerySearch:
     """Search one gallery, a block of probes at a time."""
     kinds = ["strings" if labels.dtype.kind == "U" else "numbers" for labels in (people, subjects)]
     require(kinds[0] == kinds[1], OWNER, f"subjects must be named alike, got {kinds[0]} and {kinds[1]}")
     order = np.argsort(subjects, kind="stable")
     spot = np.minimum(np.searchsorted(subjects[order], people), subjects.size - 1)
     column = np.where(subjects[order][spot] == people, order[spot], -1)[codes]
-    highest, mate, rank = np.empty(probes.size), np.full(probes.size, -np.inf), np.zeros(probes.size, dtype=np.int64)
+    best, places = np.empty(probes.size, dtype=np.int64), np.empty(probes.size, dtype=np.int64)
+    best_scores, mate_scores = np.empty(probes.size), np.empty(probes.size)
     enrolled = features[gallery].astype(np.float64, copy=False).T
     for start in range(0, probes.size, BLOCK):
         part = slice(start, start + BLOCK)
         scores, own = features[probes[part]].astype(np.float64, copy=False) @ enrolled, column[part]
-        highest[part] = scores.max(axis=1)
+        best[part] = scores.argmax(axis=1)
+        best_scores[part] = np.take_along_axis(scores, best[part][:, None], axis=1)[:, 0]
         score = np.take_along_axis(scores, np.maximum(own, 0)[:, None], axis=1)
         ahead = (scores > score) | ((scores == score) & (np.arange(gallery.size) < own[:, None]))
-        mate[part] = np.where(own >= 0, score[:, 0], -np.inf)
-        rank[part] = 1 + ahead.sum(axis=1)
-    return _Search(highest, column >= 0, mate, rank)
+        mate_scores[part] = np.where(own >= 0, score[:, 0], -np.inf)
+        places[part] = np.where(own >= 0, 1 + ahead.sum(axis=1), 0)
+    return GallerySearch(best, best_scores, column >= 0, mate_scores, places)
 
 
-def _point(search: _Search, fpir: float) -> tuple[GalleryPoint, FloatArray]:
+def _point(search: GallerySearch, fpir: float) -> tuple[GalleryPoint, FloatArray]:
     """The gallery's point at one FPIR, and which of its mated searches are hits."""
-    others = search.highest[~search.mated]
+    others = search.best_scores[~search.mated]
     k = allowed_false_accepts(fpir, others.size)
     threshold = float(-np.partition(-others, k)[k]) if k < others.size else -np.inf
-    hits = ((search.rank == 1) & (search.mate > threshold))[search.mated].astype(np.float64)
+    hits = ((search.places == 1) & (search.mate_scores > threshold))[search.mated].astype(np.float64)
     point = GalleryPoint(
         tpir=float(hits.mean()),
         fpir=float((others > threshold).mean()),
@@ -245,6 +264,9 @@ class TemplateIdentificationProtocol:
         feature_norm: see `pool_templates`.
         fpirs: see `identify_templates`.
         ranks: see `identify_templates`.
+        replicates: see `identify_templates`.
+        seed: see `identify_templates`.
+        level: see `identify_templates`.
 
     Examples:
         >>> protocol = TemplateIdentificationProtocol(
@@ -265,11 +287,17 @@ class TemplateIdentificationProtocol:
         feature_norm: Literal["keep", "unit"] = "keep",
         fpirs: Sequence[float] = (0.01, 0.1),
         ranks: Sequence[int] = (1, 5, 10),
+        replicates: int = 500,
+        seed: int = 0,
+        level: float = 0.95,
     ) -> None:
+        check_choice("TemplateIdentificationProtocol", "feature_norm", feature_norm, ("keep", "unit"))
+        check_level("TemplateIdentificationProtocol", level)
         self.template_ids, self.media_ids, self.detector_scores = template_ids, media_ids, detector_scores
         self.galleries, self.probes = tuple(galleries), probes
         self.feature_norm: Literal["keep", "unit"] = feature_norm
         self.fpirs, self.ranks = check_fars("TemplateIdentificationProtocol", fpirs), tuple(ranks)
+        self.replicates, self.seed, self.level = replicates, seed, level
 
     def __repr__(self) -> str:
         return (
@@ -286,4 +314,13 @@ class TemplateIdentificationProtocol:
             detector_scores=self.detector_scores,
             feature_norm=self.feature_norm,
         )
-        return identify_templates(templates, self.galleries, self.probes, fpirs=self.fpirs, ranks=self.ranks)
+        return identify_templates(
+            templates,
+            self.galleries,
+            self.probes,
+            fpirs=self.fpirs,
+            ranks=self.ranks,
+            replicates=self.replicates,
+            seed=self.seed,
+            level=self.level,
+        )

@@ -12,6 +12,7 @@ from kdlib_faces._checks import InputError
 from kdlib_faces.evaluation._checks import (
     FloatArray,
     IntArray,
+    check_each,
     check_labels,
     check_scores,
     check_vector,
@@ -95,7 +96,7 @@ def pool_templates(
     if detector_scores is not None:
         check_vector(OWNER, "detector_scores", to_numpy(detector_scores), codes.size, "template_ids")
         weights = check_scores(OWNER, "detector_scores", detector_scores)
-        require(bool((weights >= 0).all()), OWNER, f"detector_scores must not be negative, got {weights.min()}")
+        check_each(OWNER, "detector_scores", weights >= 0, "not negative", "entry")
     _, group, counts = np.unique(codes * known.size + media, return_inverse=True, return_counts=True)
     weights = weights / counts[group.reshape(-1)]
     sums: npt.NDArray[Any] | None = None

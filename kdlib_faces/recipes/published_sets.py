@@ -142,6 +142,7 @@ def task_of_pairs(found: ImagePairs, asked: Asked, settings: Settings, name: str
             notes.append(f"names and labels disagree on {wrong} pairs: intervals take pairs as independent")
     options: dict[str, Any] = {
         "fold_ids": folds, "threshold": settings.threshold, "fars": settings.fars, "identities": who, "notes": notes,
+        "level": settings.level,
     }  # fmt: skip
     known = PAIR_SETS.get(PUBLISHED.get(found.name, ""))
     if known is not None and len(found) == known.pairs:

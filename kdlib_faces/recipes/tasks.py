@@ -187,7 +187,7 @@ def bin_task(asked: Asked, settings: Settings, name: str, title: str) -> Task:
     path = asked.wants("a .bin file")
     found = load_bin(path)
     images = images_of_bytes(path.stem, found.images)
-    protocol = PairProtocol.interleaved(found.same, None, settings.threshold, settings.fars)
+    protocol = PairProtocol.interleaved(found.same, None, settings.threshold, settings.fars, level=settings.level)
     notes = ("names and ages are not in a .bin: intervals take pairs as independent, folds may share people",)
     panel = PairsPanel(
         name, f"{path.stem} (.bin)", protocol, images.label, settings.convention, notes=notes, worst=settings.worst,

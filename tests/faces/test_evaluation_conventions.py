@@ -275,7 +275,7 @@ def test_models_are_compared_on_the_pairs_where_they_differ() -> None:
     assert 0 <= many.p_value < 1e-12
     for bad, message in (
         ({"b": [1]}, r"b must be as long as a \(10\), got 1"),
-        ({"a": a + 1}, "a must be booleans"),
+        ({"a": a + 1}, r"a must be boolean \(or 0 and 1\), got entry 0"),
         ({"other_identities": a}, "identities must be given with other_identities"),
         ({"identities": [1]}, "identities must be as long as a"),
     ):

@@ -107,7 +107,7 @@ def test_a_copy_of_the_mate_ties_to_the_last_bit(width: int) -> None:
     for probe, mate in ((0, 1), (1, 0)):
         rows = np.vstack([generator.normal(size=(40, width)) * 1e-3 - 5 * probes[probe], 4 * probes[mate]])
         search = search_module.Search("t", own := unit(probes), 1, 1)
-        search.add(rows, 0)
+        search.add(rows, np.arange(41))
         assert search.best[probe, 0] == search_module.dot_rows(own, np.array([0]), own, np.array([1]))[0]
     both = identify_with_distractors(np.vstack([probes, -probes[:1]]), [0, 0, 1], probes[1:], ties="wrong")
     assert both.rank1 == 0.0
@@ -244,3 +244,40 @@ def test_operating_points_are_numbers_too() -> None:
     assert dataclasses.replace(point, tar=0.5) == 0.5
     assert point != dataclasses.replace(point, far=0.9)
     assert "DistractorProtocol(<48 images of 12 identities>" in repr(DistractorProtocol(who, distractors))
+
+
+@pytest.mark.parametrize("ties", ["correct", "wrong"])
+@pytest.mark.parametrize("block", [5, 64, 4096])
+def test_every_trial_tells_its_place_and_its_nearest_distractor(
+    ties: Any, block: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    probes, who, distractors = make(distractors=150)
+    distractors[[40, 77, 149]] = 3 * distractors[[12, 12, 5]]  # equal directions: the first of them is told
+    monkeypatch.setattr(search_module, "BLOCK", block)
+    result = identify_with_distractors(probes, who, [distractors[:30], distractors[30:]], ranks=(1, 4), ties=ties)
+    told = result.per_trial
+    p, d = unit(probes), unit(distractors)
+    cosine = np.round(p @ d.T, 12)
+    expected = [(i, j) for i in range(48) for j in range(48) if i != j and who[i] == who[j]]
+    assert sorted(zip(told.probe.tolist(), told.mate.tolist(), strict=True)) == expected
+    for probe, mate, score, place in zip(told.probe, told.mate, told.score, told.place, strict=True):
+        assert score == pytest.approx(p[probe] @ p[mate], abs=1e-11)
+        ahead = cosine[probe] > score if ties == "correct" else cosine[probe] >= score
+        assert place == min(1 + ahead.sum(), 5)
+    np.testing.assert_array_equal(told.distractor, cosine.argmax(axis=1))
+    np.testing.assert_allclose(told.distractor_score, cosine.max(axis=1), atol=1e-11)
+    for rank in (1, 4):
+        assert result.rates[rank].value == (told.place <= rank).mean()
+    assert "per_trial" not in result.to_dict()
+
+
+def test_the_numbers_of_distractors_count_those_that_are_cleaned_away() -> None:
+    probes = [[1.0, 0.0], [1.0, 0.1], [0.0, 1.0], [0.1, 1.0]]
+    noisy = [[0.0, 0.0], [0.0, 0.0], [1.0, 0.2], [-1.0, -1.0]]
+    who = [0, 0, 1, 1]
+    excluded = identify_with_distractors(probes, who, noisy, cleaning="exclude_zeros")
+    assert excluded.per_trial.distractor.tolist() == [2, 2, 2, 2]
+    backwards = [[0.0, 0.0], [-1.0, -1.0]]
+    zeroed = identify_with_distractors(probes, who, backwards, cleaning="zeros_score_0").per_trial
+    assert zeroed.distractor.tolist() == [-1] * 4
+    assert zeroed.distractor_score.tolist() == [0.0] * 4

@@ -80,7 +80,7 @@ def test_the_richer_result() -> None:
 @pytest.mark.parametrize(
     ("embeddings", "identities", "ranks", "message"),
     [
-        (np.eye(3), [1, 1], (1,), "embeddings must have one row for each of 2 identities, got 3"),
+        (np.eye(3), [1, 1, 2, 2], (1,), "embeddings must have one row for each of 4 identities, got 3"),
         ([[1.0, 0.0], [np.nan, 1.0], [0.0, 1.0]], [1, 1, 2], (1,), "embeddings must be finite.*got row 1"),
         (np.diag([1.0, 1.0, 0.0]), [1, 1, 2], (1,), "embeddings must be non-zero.*got row 2"),
         (np.eye(3), [1, 1, 1], (1,), "at least two identities, got only 1"),
@@ -101,3 +101,30 @@ def test_identities_of_the_wrong_kind_are_refused() -> None:
         leave_one_out(np.eye(2), [True, False])
     with pytest.raises(ValueError, match="got entry 1 that is not"):
         leave_one_out(np.eye(3), np.array(["a", None, "a"], dtype=object))
+
+
+def test_each_probe_tells_its_mate_and_who_it_was_taken_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(identification, "BLOCK", 7)
+    generator = np.random.default_rng(5)
+    identities = np.concatenate([generator.integers(0, 8, 38), [90, 91]])
+    rows = generator.normal(size=(40, 5))
+    result = leave_one_out_result(rows, identities, (1,))
+    unit = rows / np.linalg.norm(rows, axis=1, keepdims=True)
+    for probe in range(40):
+        scores = unit @ unit[probe]
+        others = [k for k in range(40) if identities[k] != identities[probe]]
+        mates = [k for k in range(40) if identities[k] == identities[probe] and k != probe]
+        stranger = max(others, key=lambda k: scores[k])
+        assert result.strangers[probe] == stranger
+        assert result.stranger_scores[probe] == pytest.approx(scores[stranger], abs=1e-12)
+        if mates:
+            mate = max(mates, key=lambda k: scores[k])
+            assert result.mates[probe] == mate
+            assert result.mate_scores[probe] == pytest.approx(scores[mate], abs=1e-12)
+            assert (result.ranks_of_mates[probe] == 1) == (scores[mate] > scores[stranger])
+        else:
+            assert result.mates[probe] == -1
+            assert np.isnan(result.mate_scores[probe])
+    assert (result.mates < 0).sum() == result.mateless == 2
+    assert "strangers" not in repr(result)
+    assert set(result.to_dict()) == {"rank1", "probes"}

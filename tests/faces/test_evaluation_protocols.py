@@ -16,6 +16,7 @@ from kdlib_faces.evaluation import (
     leave_one_out,
     tar_at_far,
     verify_pairs,
+    wilson,
 )
 
 
@@ -129,3 +130,17 @@ def test_shared_identities_are_named() -> None:
         check_identity_disjoint(range(6), range(9))
     with pytest.raises(ValueError, match="name identities alike, got strings and numbers"):
         check_identity_disjoint(["1"], [1])
+
+
+def test_the_intervals_of_a_pair_protocol_have_its_confidence() -> None:
+    rng = np.random.default_rng(0)
+    same = np.tile([True, False], 100)
+    rows = rng.normal(size=(400, 4))
+    rows[1::2][same] += 2 * rows[::2][same]
+    for level in (0.5, 0.95, 0.99):
+        protocol = PairProtocol.interleaved(same, fars=(0.1,), level=level)
+        point = protocol.evaluate(rows).tar[0.1]
+        assert (point.low, point.high) == wilson(point.tar * 100, 100, level=level)
+        assert (f"level={level}" in repr(protocol)) == (level != 0.95)
+    with pytest.raises(ValueError, match="PairProtocol: level must be below 1, got 1"):
+        PairProtocol.interleaved(same, level=1)

@@ -115,7 +115,7 @@ def test_string_ids_and_lengths_beyond_float32() -> None:
         ({"embeddings": np.ones((4, 2))}, "one row for each of 3 template_ids, got more"),
         ({"media_ids": [1, 2]}, r"media_ids must be as long as template_ids \(3\), got 2"),
         ({"detector_scores": [1.0, np.nan, 1]}, "detector_scores must be finite, got entry 1"),
-        ({"detector_scores": [1.0, -1, 1]}, "detector_scores must not be negative"),
+        ({"detector_scores": [1.0, -1, 1]}, "detector_scores must be not negative, got entry 1 that is not"),
         ({"detector_scores": [0.0, 0, 1]}, "got zero for template 7"),
         ({"feature_norm": "use"}, "feature_norm must be one of 'keep', 'unit'"),
     ],
@@ -266,6 +266,39 @@ def test_identification_searches_each_gallery_on_its_own() -> None:
     ).to_dict()
     assert told["tpir"]["0.05"]["value"] == result.tpir[0.05].value
     assert "galleries searched separately" in told["convention"]
+
+
+def test_each_search_tells_who_came_first_and_where_the_mate_came() -> None:
+    embeddings, ids, galleries, (probe_ids, names), _ = one_to_n()
+    pooled = pool_templates(embeddings, ids, np.arange(ids.size))
+    by_id = dict(zip(pooled.ids.tolist(), pooled.features, strict=True))
+    searches = identify_templates(pooled, galleries, (probe_ids, names), fpirs=(0.05,)).searches
+    assert len(searches) == len(galleries)
+    for search, (enrolled, subjects) in zip(searches, galleries, strict=True):
+        rows = np.stack([by_id[each] for each in enrolled.tolist()])
+        for k, (probe, name) in enumerate(zip(probe_ids.tolist(), names.tolist(), strict=True)):
+            scores = rows @ by_id[probe]
+            assert search.best[k] == scores.argmax()
+            assert search.best_scores[k] == pytest.approx(scores.max(), abs=1e-12)
+            mate = np.flatnonzero(subjects == name)
+            assert search.mated[k] == (mate.size == 1)
+            assert search.places[k] == (1 + (scores > scores[mate[0]]).sum() if mate.size else 0)
+            assert search.mate_scores[k] == (pytest.approx(scores[mate[0]], abs=1e-12) if mate.size else -np.inf)
+
+
+def test_a_protocol_of_templates_takes_its_resamples_and_confidence() -> None:
+    embeddings, ids, galleries, probes, _ = one_to_n()
+    media = np.arange(ids.size)
+    given = {"fpirs": (0.05,), "ranks": (1,), "replicates": 40, "seed": 3, "level": 0.5}
+    result = evaluate(embeddings, TemplateIdentificationProtocol(ids, media, galleries, probes, **given))
+    direct = identify_templates(pool_templates(embeddings, ids, media), galleries, probes, **given)
+    assert result.to_dict() == direct.to_dict()
+    wide = identify_templates(pool_templates(embeddings, ids, media), galleries, probes, **given | {"level": 0.99})
+    assert wide.rates[1].high - wide.rates[1].low > result.rates[1].high - result.rates[1].low
+    with pytest.raises(ValueError, match="TemplateIdentificationProtocol: level must be below 1"):
+        TemplateIdentificationProtocol(ids, media, galleries, probes, level=1.0)
+    with pytest.raises(ValueError, match="feature_norm must be one of"):
+        TemplateIdentificationProtocol(ids, media, galleries, probes, feature_norm="half")  # type: ignore[arg-type]
 
 
 def test_tpir_wants_the_mate_first_and_above_the_threshold() -> None:

@@ -284,7 +284,36 @@ def test_a_clustered_rate_is_wider_than_counting_pairs_says() -> None:
     clustered, single = clustered_rate(hits, who), clustered_rate(hits, np.arange(300))
     assert clustered.value == single.value == pytest.approx(2 / 3)
     assert clustered.high - clustered.low > 3 * (single.high - single.low)
-    with pytest.raises(ValueError, match=r"hits must be in \[0, 1\]"):
+    with pytest.raises(ValueError, match=r"hits must be in \[0, 1\], got entry 0"):
         clustered_rate([2.0], [0])
     with pytest.raises(ValueError, match="identities must be as long as hits"):
         clustered_rate([1.0, 0.0], [0])
+
+
+def test_the_pairs_behind_the_errors_are_told() -> None:
+    rows, who, ages = make()
+    genuine, impostor = every_pair(rows, who)
+    result = evaluate(rows, AgeErrorProtocol(who, ages=ages, fars=(1e-3, 0.02), replicates=0))
+    found = sorted(zip(result.genuine.left, result.genuine.right, result.genuine.scores, strict=True))
+    np.testing.assert_allclose(found, sorted(genuine), atol=1e-11)
+    threshold = result.operating_points[0.02].threshold
+    wrong = sorted(((i, j, s) for i, j, s in impostor if s > threshold + 1e-9), key=lambda each: -each[2])
+    taken = result.false_accepts
+    assert taken.left.size == len(wrong) == result.operating_points[0.02].false_accepts > 0
+    np.testing.assert_allclose(np.stack([taken.left, taken.right, taken.scores], axis=1), wrong, atol=1e-11)
+    assert not {"genuine", "false_accepts"} & set(result.to_dict())
+
+
+def test_leave_one_out_takes_its_resamples_and_confidence() -> None:
+    rows, who, ages = make()
+    narrow, wide = (
+        evaluate(rows, LeaveOneOutProtocol(who, (1,), ages=ages, replicates=50, seed=1, level=level))
+        for level in (0.5, 0.99)
+    )
+    assert narrow.rates[1].value == wide.rates[1].value
+    for few, many in ((narrow.rates[1], wide.rates[1]), (narrow.by_age[0].rates[1], wide.by_age[0].rates[1])):
+        assert many.high - many.low > few.high - few.low > 0
+    bare = evaluate(rows, LeaveOneOutProtocol(who, (1,), ages=ages, replicates=0))
+    assert bare.by_age[0].rates[1].low is None
+    with pytest.raises(ValueError, match="LeaveOneOutProtocol: level must be below 1"):
+        LeaveOneOutProtocol(who, (1,), level=1.5)
