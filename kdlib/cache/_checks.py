@@ -9,26 +9,25 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
+
+from kdlib._checks import check_callable, check_name, check_type
 
 __all__ = [
-    "HEADER_LIMIT",
     "CacheError",
     "another_process",
     "another_thread",
-    "bad_header",
     "check_ascending",
     "check_block",
+    "check_build",
     "check_checksum",
     "check_close",
     "check_complete",
     "check_distinct",
     "check_features",
     "check_fits",
-    "check_header",
-    "check_header_size",
     "check_ids_checksum",
-    "check_layout",
+    "check_names",
     "check_no_strays",
     "check_reads",
     "check_row_bytes",
@@ -43,11 +42,6 @@ __all__ = [
     "check_whole",
     "damaged_value",
     "disk_full",
-    "header_errors",
-    "header_shapes",
-    "header_text",
-    "header_texts",
-    "header_whole",
     "no_cache",
     "no_locks",
     "no_row",
@@ -57,9 +51,6 @@ __all__ = [
     "unreadable",
     "unwritable",
 ]
-
-HEADER_LIMIT = 1 << 20
-_ERRORS = ("max_cosine", "mean_cosine", "max_relative")
 
 
 class CacheError(ValueError):
@@ -226,10 +217,34 @@ def check_together(teacher: object, fetch: object) -> None:
         raise ValueError(f"verify_cache: teacher and fetch go together, got {given} alone")
 
 
+def check_build(teacher: object, fetch: object, progress: object, notes: object, **texts: object) -> None:
+    """What a build runs, and the texts that it writes: a header with anything else could not be read again."""
+    check_type("TeacherCache", "teacher", teacher, nn.Module, "a Module")
+    check_callable("TeacherCache", "fetch", fetch)
+    if progress is not None:
+        check_callable("TeacherCache", "progress", progress)
+    for name, text in texts.items():
+        check_type("TeacherCache", name, text, str, "a str")
+    check_type("TeacherCache", "notes", notes, Mapping, "a mapping of names to texts")
+    for key, text in dict(notes).items():  # type: ignore[call-overload]  # a mapping, as was just checked
+        check_type("TeacherCache", "a name in notes", key, str, "a str")
+        check_type("TeacherCache", f"notes[{key!r}]", text, str, "a str")
+
+
 def check_reads(reads: Sequence[str]) -> None:
     """Names of one target or two."""
     if isinstance(reads, str) or len(reads) not in (1, 2):
         raise ValueError(f"CachedTeacher: reads must name the sample and the view, or the sample alone, got {reads!r}")
+    for index, name in enumerate(reads):
+        check_type("CachedTeacher", f"reads[{index}]", name, str, "a str")
+
+
+def check_names(owner: str, features: Collection[str], known: Collection[str]) -> None:
+    """Features must be a collection of names that the cache has; a string is one of letters."""
+    if isinstance(features, str):
+        raise TypeError(f"{owner}: features must be a sequence of names, got {features!r}")
+    for name in features:
+        check_name(owner, "feature", name, known)
 
 
 def undescribed(preprocess: str) -> ValueError:
@@ -308,81 +323,3 @@ def check_close(path: Path, feature: str, sample: int, view: int, *, apart: floa
             f"TeacherCache: {path} is not what the teacher says: feature {feature!r} of sample "
             f"{sample}, view {view} has a cosine error of {apart:.2g}, allowed are {allowed:.2g}"
         )
-
-
-# The header: these say what is wrong with it, `bad_header` with which file.
-
-
-def bad_header(path: Path, error: Exception) -> CacheError:
-    """A header that is not one of this format, or promises what cannot be."""
-    return CacheError(f"TeacherCache: {path} is no header of a cache: {error}")
-
-
-def check_header_size(size: int) -> None:
-    """A header is small."""
-    if size > HEADER_LIMIT:
-        raise ValueError("it is too long")
-
-
-def check_header(header: object, known: Collection[str]) -> dict[str, Any]:
-    """The entries of a header of this format, none of them unknown, without the format itself."""
-    if not isinstance(header, dict) or header.get("format") != 1:
-        raise ValueError("its format is not 1")
-    entries = {name: value for name, value in header.items() if name != "format"}
-    unknown = sorted(set(entries) - set(known))
-    if unknown:
-        raise ValueError(f"it has the unknown entry {unknown[0]!r}")
-    return entries
-
-
-def header_shapes(features: Any) -> dict[str, tuple[int, ...]]:
-    """Names to shapes."""
-    if not isinstance(features, dict):
-        raise ValueError(f"features is {features!r}")
-    shapes = {}
-    for name, shape in features.items():
-        if not isinstance(shape, list) or not shape or len(shape) > 8:
-            raise ValueError(f"feature {name!r} has the shape {shape!r}")
-        shapes[name] = tuple(header_whole(f"a side of feature {name!r}", side, 1, 2**31) for side in shape)
-    return shapes
-
-
-def check_layout(layout: Any, dtypes: Collection[str]) -> None:
-    """What a header promises must be possible."""
-    count = len(layout.features)
-    if layout.dtype not in dtypes or not 1 <= count <= 256 or layout.rows > layout.total:
-        raise ValueError(f"dtype {layout.dtype!r}, {count} features, {layout.rows} rows of {layout.total}")
-    if layout.total > 2**62 or layout.row_bytes >= 2**31:
-        raise ValueError(f"it has {layout.total} rows of {layout.row_bytes} bytes")
-
-
-def header_whole(name: str, value: Any, least: int, most: int) -> int:
-    """A whole number within bounds."""
-    if type(value) is not int or not least <= value <= most:
-        raise ValueError(f"{name} is {value!r}")
-    return value
-
-
-def header_text(name: str, value: Any) -> str:
-    """A string."""
-    if not isinstance(value, str):
-        raise ValueError(f"{name} is {value!r}")
-    return value
-
-
-def header_texts(name: str, value: Any) -> dict[str, str]:
-    """A mapping of strings to strings."""
-    if not isinstance(value, dict):
-        raise ValueError(f"{name} is {value!r}")
-    return {key: header_text(f"{name}[{key!r}]", entry) for key, entry in value.items()}
-
-
-def header_errors(value: Any, features: Collection[str]) -> dict[str, dict[str, float]]:
-    """For each feature the errors that its rows have."""
-    good = isinstance(value, dict) and set(value) <= set(features)
-    for entry in value.values() if good else ():
-        good = good and isinstance(entry, dict) and set(entry) == set(_ERRORS)
-        good = good and all(type(each) is float and 0 <= each < math.inf for each in entry.values())
-    if not good:
-        raise ValueError(f"error is {value!r}")
-    return {name: dict(entry) for name, entry in value.items()}

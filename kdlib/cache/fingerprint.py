@@ -58,6 +58,9 @@ class Fingerprint:
         Raises:
             ValueError: `preprocess` cannot be told apart from another, and no description is given.
         """
+        check_type("model_fingerprint", "module", module, nn.Module, "a Module")
+        for name, text in (("preprocessing", preprocessing), ("data", data)):
+            check_type("model_fingerprint", name, text, str, "a str")
         whole, teacher, before, listed = (hashlib.sha256(b"kdlib teacher 1") for _ in range(4))
         for digest, part in ((before, preprocessing), (listed, data)):
             _add(whole, part)

@@ -26,7 +26,8 @@ from typing import Any
 
 import numpy as np
 
-from kdlib.cache._checks import (
+from kdlib.cache._checks import unreadable, unwritable
+from kdlib.cache._header_checks import (
     HEADER_LIMIT,
     bad_header,
     check_header,
@@ -37,8 +38,6 @@ from kdlib.cache._checks import (
     header_text,
     header_texts,
     header_whole,
-    unreadable,
-    unwritable,
 )
 
 __all__ = ["Layout", "read_header", "write_file", "writing"]

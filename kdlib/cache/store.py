@@ -9,10 +9,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from kdlib._checks import check_choice, check_name, check_number
+from kdlib._checks import check_choice, check_number, check_type
 from kdlib.cache._checks import (
+    check_build,
     check_complete,
     check_distinct,
+    check_names,
     check_seal,
     check_size,
     check_source,
@@ -140,6 +142,10 @@ class TeacherCache:
             check_number("TeacherCache", name, value, least=1, integer=True)
         check_number("TeacherCache", "mark_seconds", mark_seconds, least=0)
         check_number("TeacherCache", "prefetch", prefetch, least=0, integer=True)
+        notes = {} if notes is None else notes
+        check_build(teacher, fetch, progress, notes, preprocessing=preprocessing, data=data)
+        if fingerprint is not None:
+            check_type("TeacherCache", "fingerprint", fingerprint, (str, Fingerprint), "a str or a Fingerprint")
         ids = _ids(samples)
         if fingerprint is None or fingerprint == "":
             fingerprint = Fingerprint.of(teacher, preprocessing=preprocessing, data=data)
@@ -154,7 +160,7 @@ class TeacherCache:
             features={},
             shard_rows=1,
             parts=fingerprint.parts if isinstance(fingerprint, Fingerprint) else {},
-            notes=dict(notes or {}),
+            notes=dict(notes),
         )
         job = Job(
             Path(path),
@@ -187,6 +193,7 @@ class TeacherCache:
         if layout is None:
             raise no_cache(path)
         if fingerprint is not None:
+            check_type("TeacherCache", "fingerprint", fingerprint, (str, Fingerprint), "a str or a Fingerprint")
             check_source(path, layout, fingerprint)
         check_complete(path, layout.complete, layout.rows, layout.total)
         return cls(path, layout)
@@ -215,8 +222,7 @@ class TeacherCache:
         seen = views if isinstance(views, int) else _whole("views", views)
         if not isinstance(seen, int):
             check_views(len(seen), len(wanted))
-        for name in features or ():
-            check_name("TeacherCache", "feature", name, self.features)
+        check_names("TeacherCache", features or (), self.features)
         rows = self._rows(wanted, seen)
         out = self._read_rows(rows, list(self.features if features is None else features))
         self._check_finite(out, rows)

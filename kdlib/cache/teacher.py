@@ -6,8 +6,8 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 
-from kdlib._checks import check_name, check_type
-from kdlib.cache._checks import check_reads
+from kdlib._checks import check_type
+from kdlib.cache._checks import check_names, check_reads
 from kdlib.cache.store import TeacherCache
 
 __all__ = ["CachedTeacher"]
@@ -52,11 +52,10 @@ class CachedTeacher(nn.Module):
         super().__init__()
         check_type("CachedTeacher", "cache", cache, TeacherCache, "a TeacherCache")
         check_reads(reads)
-        for name in features or ():
-            check_name("CachedTeacher", "feature", name, cache.features)
+        check_names("CachedTeacher", features or (), cache.features)
         self.cache = cache
         self.reads = tuple(reads)
-        self.features = None if features is None else tuple(features)
+        self.features = tuple(features) if features else None
         self.training = False
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # torch leaves it untyped

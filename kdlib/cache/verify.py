@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from kdlib._checks import check_number
+from kdlib._checks import check_number, check_type
 from kdlib.cache._checks import (
     check_ascending,
     check_block,
@@ -92,6 +92,7 @@ def verify_cache(
         >>> found.rows, found.shards, found.recomputed
         (5, 1, 5)
     """
+    check_type("verify_cache", "cache", cache, TeacherCache, "a TeacherCache")
     check_number("verify_cache", "recompute", recompute, least=0, integer=True)
     check_together(teacher, fetch)
     layout = cache._layout

@@ -9,6 +9,7 @@ import sys
 import textwrap
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from kdlib import OUTPUT, Distiller, HintLoss, Objective, StudentAdapter, TeacherAdapter, Term
-from kdlib.cache import CachedTeacher, CacheError, TeacherCache, model_fingerprint
+from kdlib.cache import CachedTeacher, CacheError, TeacherCache, model_fingerprint, verify_cache
 
 IMAGES = torch.randn(11, 3, 4, 4, generator=torch.Generator().manual_seed(0))
 
@@ -184,6 +185,45 @@ def test_missing_samples_and_views_are_named(tmp_path: Path) -> None:
         dense.read(torch.tensor([0.5]))
     with pytest.raises(ValueError, match="views must be \\(b,\\) like samples"):
         dense.read([0, 1], [0])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"teacher": "resnet"}, "TeacherCache: teacher must be a Module, got str"),
+        ({"fetch": None}, "TeacherCache: fetch must be callable, got NoneType"),
+        ({"progress": 3}, "TeacherCache: progress must be callable, got int"),
+        ({"preprocessing": None}, "TeacherCache: preprocessing must be a str, got NoneType"),
+        ({"data": 3}, "TeacherCache: data must be a str, got int"),
+        ({"fingerprint": 3}, "TeacherCache: fingerprint must be a str or a Fingerprint, got int"),
+        ({"notes": "abc"}, "TeacherCache: notes must be a mapping of names to texts, got str"),
+        ({"notes": {"views": 2}}, r"TeacherCache: notes\['views'\] must be a str, got int"),
+        ({"notes": {2: "views"}}, "TeacherCache: a name in notes must be a str, got int"),
+    ],
+)
+def test_arguments_are_named_before_anything_is_written(tmp_path: Path, change: dict[str, Any], message: str) -> None:
+    # A header with another value in it could not be read again.
+    given = {"teacher": teacher(), "fetch": lambda samples, view: IMAGES[samples], "samples": 5, **change}
+    with pytest.raises(TypeError, match=message):
+        TeacherCache.build(tmp_path / "cache", given.pop("teacher"), given.pop("fetch"), **given)
+    assert not (tmp_path / "cache").exists()
+
+
+def test_what_reads_a_cache_names_the_argument(tmp_path: Path) -> None:
+    cache = TeacherCache.build(tmp_path, teacher(), lambda samples, view: IMAGES[samples], samples=5)
+    (first, *_) = cache.features
+    for call, message in [
+        (lambda: cache.read([0], 0, first), f"TeacherCache: features must be a sequence of names, got {first!r}"),
+        (lambda: CachedTeacher(cache, features=first), "CachedTeacher: features must be a sequence of names"),
+        (lambda: CachedTeacher(cache, reads=(1, 2)), r"CachedTeacher: reads\[0\] must be a str, got int"),
+        (lambda: TeacherCache.open(tmp_path, fingerprint=3), "fingerprint must be a str or a Fingerprint, got int"),
+        (lambda: verify_cache(tmp_path), "verify_cache: cache must be a TeacherCache, got"),
+        (lambda: model_fingerprint("resnet"), "model_fingerprint: module must be a Module, got str"),
+    ]:
+        with pytest.raises(TypeError, match=message):
+            call()
+    none_named = CachedTeacher(cache, features=[], reads=("sample",))
+    assert set(none_named(torch.tensor([1]))) == set(none_named.taps) == set(cache.features)
 
 
 def test_bad_arguments_and_bad_outputs(tmp_path: Path) -> None:
