@@ -3,12 +3,14 @@
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import ArrayLike
 from torch import Tensor
 
 from kdlib_faces._checks import InputError
 
-__all__ = ["PairTargets", "per_identity"]
+__all__ = ["PairTargets", "people_seen_far_apart", "per_identity"]
 
 
 class PairTargets:
@@ -37,6 +39,29 @@ class PairTargets:
         for inputs, targets in self.batches.iter_from(step):
             both = torch.stack([targets["identity"].double(), targets[self.age].double()], dim=1)
             yield inputs, {**targets, "person_age": both}
+
+
+def people_seen_far_apart(identities: ArrayLike, ages: ArrayLike, gap: float) -> int:
+    """How many people have a far pair: two images at least `gap` apart in age.
+
+    Args:
+        identities: `(n,)` whole numbers from 0.
+        ages: `(n,)` years, or age groups with a gap of 1; NaN or below 0 where unknown.
+        gap: least difference.
+
+    Examples:
+        >>> people_seen_far_apart([0, 0, 1, 1, 2, 2], [3, 40, 20, 25, 7, float("nan")], 10.0)
+        1
+    """
+    when = np.asarray(ages, dtype=np.float64)
+    known = when >= 0  # a NaN is not
+    who, when = np.asarray(identities)[known], when[known]
+    if not len(who):
+        return 0
+    youngest, oldest = np.full(who.max() + 1, np.inf), np.full(who.max() + 1, -np.inf)
+    np.minimum.at(youngest, who, when)
+    np.maximum.at(oldest, who, when)
+    return int((oldest - youngest >= gap).sum())
 
 
 def per_identity(batch_size: int, identities: int) -> int:

@@ -29,6 +29,7 @@ from kdlib_faces.recipes.age_teacher import (
 )
 from kdlib_faces.recipes.cached_teachers import open_teachers
 from kdlib_faces.recipes.liaad import LIAADConfig, build, new_backbone
+from kdlib_faces.recipes.pair_batches import people_seen_far_apart
 from kdlib_faces.recipes.stages import fit
 from kdlib_faces.teachers import load_start, save_teacher
 
@@ -129,6 +130,8 @@ def run(
         )
     else:
         distiller = build(network, teachers={} if found is None else found.teachers)
+    if "pairs" in distiller.objective.terms:
+        _check_pairs(config, listed, by_age)
     size = network.input_size if start is None else _side(start, teachers[0])
 
     def meter(items: Any, label: str) -> Any:
@@ -193,7 +196,24 @@ def _by_age(listed: FaceList) -> str:
         return "age"
     if listed.age_groups is None:
         raise InputError("train: recipe 'age_teacher' needs ages or age groups, the lists have neither")
+    if len(listed.group_names) < 2:
+        raise InputError(
+            f"train: recipe 'age_teacher' needs at least two age groups, the lists have {listed.group_names[0]!r} alone"
+        )
     return "age_group"
+
+
+def _check_pairs(config: TrainRecipeConfig, listed: FaceList, by_age: str) -> None:
+    """Without far pairs their loss is 0 at every step, and nothing is learned."""
+    years = by_age == "age"
+    ages: Any = listed.ages if years else listed.age_groups
+    people = people_seen_far_apart(listed.identities, ages, config.gap if years else 1.0)
+    if people < 2:
+        wanted = f"at least {config.gap:g} years apart (gap)" if years else "of two age groups"
+        raise InputError(
+            f"train: far pairs need at least two people with images {wanted}, the lists have {people}; without them: "
+            "--set pair_weight=0 --set identity_weight=1"
+        )
 
 
 def _side(start: Any, path: str) -> int:

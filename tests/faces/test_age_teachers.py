@@ -402,6 +402,35 @@ def test_the_command_trains_from_a_start_and_all_commands_take_the_result(
     assert "input       RGB, (pixel - 127.5) / 127.5, 32 x 32\n" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("column", "values", "words"),
+    [
+        ("age_group", ("young", "young"), "needs at least two age groups, the lists have 'young' alone"),
+        ("age", ("20", "25"), "two people with images at least 10 years apart (gap), the lists have 0; without them"),
+        ("age_group", ("young", ""), "needs at least two age groups"),
+    ],
+)
+def test_lists_that_teach_nothing_of_age_are_refused(
+    tmp_path: Path, column: str, values: tuple[str, str], words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [f"path,identity,{column}"]
+    for number, pixels in enumerate(SyntheticFaces(4, 2, 32, 0).images()):
+        Image.fromarray(pixels.permute(1, 2, 0).numpy()).save(tmp_path / f"{number}.png")
+        rows.append(f"{number}.png,p{number // 2},{values[number % 2]}")
+    (tmp_path / "faces.csv").write_text("\n".join(rows) + "\n")
+    save_backbone(_backbone(), tmp_path / "start.pt")
+    command = ["train", "--recipe", "age_teacher", "--faces", str(tmp_path / "faces.csv"), "--quiet"]
+    command += ["--teacher", str(tmp_path / "start.pt"), "--output", str(tmp_path / "out"), "--set", "steps=1"]
+    command += ["--set", "batch_size=4", "--set", "method=pairs"]
+    assert main(command) == 2
+    assert words in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+    if column == "age":  # another gap, or the margin alone, are the ways out
+        assert main([*command, "--set", "gap=5"]) == 0
+        margin = ["--set", "pair_weight=0", "--set", "identity_weight=1"]
+        assert main([*command[:-6], *margin, "--set", "batch_size=4", "--output", str(tmp_path / "b")]) == 0
+
+
 def test_one_start_at_most_and_ages_at_least(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     listed = _list(tmp_path, ages=True)
     two = ["--teacher", "a.pt", "--teacher", "b.pt"]
