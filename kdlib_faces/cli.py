@@ -108,7 +108,11 @@ def _add_cache(parser: argparse.ArgumentParser, common: _Parser, run: _Parser) -
     make.add_argument("--teacher", type=Path, required=True, metavar="FILE", help=".onnx or a checkpoint")
     make.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder of the cache")
     make.add_argument(
-        "--tap", action="append", default=[], metavar="[FEATURE=]NAME", help="a map to keep beside the embedding"
+        "--tap",
+        action="append",
+        default=[],
+        metavar="[FEATURE=]NAME",
+        help="a map to keep beside the embedding: a name, or stage0 to stage3",
     )
     make.add_argument(
         "--views", type=int, help="1 plain, 2 and mirrored (2); with --set augment... so many random ones"

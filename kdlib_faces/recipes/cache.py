@@ -86,7 +86,8 @@ def build(
         output: folder of the cache.
         faces: lists or folders; an image's id is its row, counted over all of them.
         teacher: a checkpoint or an ONNX file.
-        taps: `FEATURE=NAME` of a module or tensor to keep beside the embedding; `NAME` alone is the feature `map`.
+        taps: `FEATURE=NAME` of a module or tensor to keep beside the embedding, or `stage0` to `stage3`; `NAME` alone is
+            the feature `map`.
         workers: processes.
         progress: show progress.
 
@@ -112,7 +113,9 @@ def _build(
 ) -> TeacherCache:
     views = config.seeded()
     listed = read_faces(faces)
-    source = CacheSource(listed, teacher, parse_taps(taps), views, size=config.size, decoders=config.decoders)
+    source = CacheSource(
+        listed, teacher, parse_taps(taps), views, size=config.size, decoders=config.decoders, quiet=quiet
+    )
     with progress_to(f"outputs of {teacher.stem}", quiet=quiet) as show:
         cache = TeacherCache.build(
             output,
@@ -162,7 +165,7 @@ def verify(
     source = None
     if teacher is not None:
         views, taps, size = _told(cache)
-        source = CacheSource(read_faces(faces), teacher, taps, views, size=size, decoders=decoders)
+        source = CacheSource(read_faces(faces), teacher, taps, views, size=size, decoders=decoders, quiet=not progress)
         TeacherCache.open(path, fingerprint=source.fingerprint)
     with progress_to("checking", quiet=not progress) as show:
         return verify_cache(

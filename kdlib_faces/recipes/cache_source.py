@@ -13,6 +13,7 @@ from kdlib_faces._checks import InputError
 from kdlib_faces.data.images import load_images
 from kdlib_faces.data.listing import FaceList
 from kdlib_faces.data.seeded import SeededViews
+from kdlib_faces.progress import progress
 from kdlib_faces.recipes.teacher_files import onnx_taps
 
 __all__ = ["STAGES", "CacheSource", "data_digest", "parse_taps"]
@@ -23,7 +24,7 @@ _READ_WHOLE = 512
 """Images whose bytes enter the digest of a list, evenly spread; of all others name and size do."""
 
 
-def data_digest(faces: FaceList, views: SeededViews) -> str:
+def data_digest(faces: FaceList, views: SeededViews, *, quiet: bool = True) -> str:
     """SHA-256 of a list's images and of how views are made of them.
 
     Of each image its place in the list, the last two parts of its path and its size in bytes count; of 512 images, evenly
@@ -32,7 +33,7 @@ def data_digest(faces: FaceList, views: SeededViews) -> str:
     seeded = [views.seed, None if views.augment is None else vars(views.augment)]
     digest = hashlib.sha256(json.dumps(["kdlib faces 1", len(faces), seeded]).encode())
     step = max(1, len(faces) // _READ_WHOLE)
-    for row, path in enumerate(faces.paths):
+    for row, path in enumerate(progress(faces.paths, "looking at the list's images", quiet=quiet)):
         try:
             size = path.stat().st_size
             whole = path.read_bytes() if row % step == 0 and size <= 1 << 26 else b""
@@ -47,14 +48,22 @@ class CacheSource:
     """A teacher and a list as a cache is made of them; a tap may be one of `STAGES`."""
 
     def __init__(
-        self, faces: FaceList, path: Path, taps: Mapping[str, str], views: SeededViews, *, size: int, decoders: int
+        self,
+        faces: FaceList,
+        path: Path,
+        taps: Mapping[str, str],
+        views: SeededViews,
+        *,
+        size: int,
+        decoders: int,
+        quiet: bool = True,
     ) -> None:
         self.faces, self.views, self.decoders = faces, views, decoders
         self.model, self.size, parts, taps = _teacher(path, taps, size)
         self.fingerprint = Fingerprint(
             teacher=parts.teacher,
             preprocessing=f"{parts.preprocessing}; central square, {self.size} pixels, rgb, (x - 127.5) / 127.5",
-            data=data_digest(faces, views),
+            data=data_digest(faces, views, quiet=quiet),
         )
         self.notes = {
             "teacher": path.name,

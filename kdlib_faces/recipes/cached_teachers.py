@@ -42,7 +42,7 @@ def is_cache(path: str) -> bool:
     return Path(path).is_dir() and read_header(Path(path)) is not None
 
 
-def open_teachers(config: LIAADConfig, faces: FaceList, *, mirrored: bool) -> OpenTeachers:
+def open_teachers(config: LIAADConfig, faces: FaceList, *, mirrored: bool, quiet: bool = True) -> OpenTeachers:
     """The two teachers that a configuration names; a folder is a cache made by `kdlib-faces cache build` of the same lists.
 
     A cached teacher reads the batch's targets `"sample"`, the image's row over all lists, and `"view"`. It says what it said
@@ -53,6 +53,7 @@ def open_teachers(config: LIAADConfig, faces: FaceList, *, mirrored: bool) -> Op
         config: whose teachers are files, names or folders.
         faces: the training images.
         mirrored: whether the student sees mirrored images.
+        quiet: show no progress.
 
     Raises:
         InputError: a file that cannot be used; a cache of other images, without a feature that the terms read, or of other
@@ -69,7 +70,7 @@ def open_teachers(config: LIAADConfig, faces: FaceList, *, mirrored: bool) -> Op
             continue
         cache = _opened(source)
         views[source] = _views(cache)
-        _check_faces(cache, source, faces, views[source], digests)
+        _check_faces(cache, source, faces, views[source], digests, quiet=quiet)
         reads = features_read(config)[role]
         _check_features(cache, source, role, reads, config.stage)
         both = _both_views(source, views[source], role, reads, mirrored)
@@ -99,7 +100,7 @@ def _views(cache: TeacherCache) -> SeededViews:
 
 
 def _check_faces(
-    cache: TeacherCache, source: str, faces: FaceList, views: SeededViews, digests: dict[str, str]
+    cache: TeacherCache, source: str, faces: FaceList, views: SeededViews, digests: dict[str, str], *, quiet: bool
 ) -> None:
     """Row by row the same images: a cache of other faces would teach each person another's embedding."""
     of = show_name(cache.notes.get("faces", "other lists"))
@@ -116,7 +117,7 @@ def _check_faces(
         )
     key = views.to_text()
     if key not in digests:
-        digests[key] = data_digest(faces, views)
+        digests[key] = data_digest(faces, views, quiet=quiet)
     if held != digests[key]:
         raise InputError(
             f"train: {source} was computed from other images: what differs is the data, their order, names, sizes or "

@@ -114,9 +114,11 @@ def run(
     network = replace(config.network, num_identities=listed.num_identities, seed=seed)
     if recipe == "liaad":
         network = replace(network, general_teacher=teachers[0], age_teacher=teachers[1])
-    found = open_teachers(network, listed, mirrored=config.augment.mirror > 0) if recipe == "liaad" else None
-    for line in () if found is None else found.told:
-        say(line, quiet=not progress)
+    found = None
+    if recipe == "liaad":
+        found = open_teachers(network, listed, mirrored=config.augment.mirror > 0, quiet=not progress)
+        for line in found.told:
+            say(line, quiet=not progress)
     start = load_start(teachers[0]) if recipe == "age_teacher" and teachers else None
     by_age = _by_age(listed) if recipe == "age_teacher" else ""
     if recipe == "age_teacher":
