@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from kdlib._checks import check_number, check_relation_reduction
 from kdlib.losses._maths import full_precision
 from kdlib.losses._pairs import (
-    add_distance_gradient,
     one_batch,
     power_of_two,
     shortest_length,
@@ -26,6 +25,8 @@ __all__ = ["DarkRankLoss", "dark_rank"]
 
 FAR = 1e30
 """A larger score counts as this one, without gradient."""
+PLACES = 2**20
+"""A power of two: the numbers that the last digits of a distance give way to."""
 
 
 def dark_rank(
@@ -47,7 +48,7 @@ def dark_rank(
         \frac{\exp S_{i \pi_i(k)}}{\sum_{l=k}^{L} \exp S_{i \pi_i(l)}}, \qquad
         S_{ij} = -\alpha \|s_i - s_j\|^\beta
 
-    with :math:`\pi_i(1), \dots, \pi_i(L)` the L samples that the teacher has nearest to sample i, from near to far, i
+    with :math:`\pi_i(1)` to :math:`\pi_i(L)` the L samples that the teacher has nearest to sample i, from near to far, i
     itself left out; so there are at most b - 1. Distances that are equal to nine digits are in the order of the batch.
     The numbers of features may differ. The least value is not 0 for a student equal to the teacher, but it falls towards
     0 as the distances in the list grow apart; a student of equal rows has :math:`\log L!`.
@@ -64,7 +65,7 @@ def dark_rank(
         teacher: features `(b, D, ...)`, likewise; never receives a gradient.
         alpha: factor on the scores, above 0; a larger one makes the order sharper.
         beta: exponent of the distances, above 0; a larger one sees the far ones more.
-        length: L, how many neighbours make the list, at least 2.
+        length: L, how many neighbours make the list, at least 2; the time grows with it.
         normalize: divide each row of both sides by its length first; a row of zeros stays one and gets no gradient.
         gather: make one batch of the rows of all processes of the default process group, of which each may have
             another number, none too. Every process gets the same value; the gradients are such that their mean over
@@ -130,8 +131,8 @@ def _with_gradient(
     scale = power_of_two(rows / 2)  # half: that of the largest number there is would be infinite
     rows, rows_t = rows / scale, rows_t / power_of_two(rows_t / 2)
     neighbours = _nearest_others(rows_t, length, wide)
-    squares, near = squared_distances(rows, wide)
-    apart = squares.gather(1, neighbours).sqrt_()
+    # By differences, a place of the lists at a time: exact, and less work than all pairs where lists are short.
+    apart = torch.stack([torch.linalg.vector_norm(rows - rows[of], dim=1) for of in neighbours.unbind(1)], 1)
     # By logarithms, as a power leaves every dtype soon.
     log_distance = apart.log() + scale.log()
     log_size = log_distance * beta + math.log(alpha)
@@ -148,8 +149,10 @@ def _with_gradient(
     log_steep = (log_size - log_distance + math.log(beta)).clamp_(max=math.log(torch.finfo(wide).max) / 2)
     slope = slope.mul_(log_steep.exp_().neg_()).div_(apart)
     slope.masked_fill_((apart == 0) | (log_size >= math.log(FAR)), 0)
-    pairs = torch.zeros_like(squares).scatter_(1, neighbours, slope)
-    gradient = add_distance_gradient(rows, pairs + pairs.T, near)
+    gradient = torch.zeros_like(rows)
+    for of, steep in zip(neighbours.unbind(1), slope.unbind(1), strict=True):
+        pull = (rows - rows[of]).mul_(steep.unsqueeze(1))
+        gradient.add_(pull).index_add_(0, of, pull, alpha=-1)
     if row_length is not None:
         gradient = unit_gradient_(gradient, rows * scale, row_length, limits[0])
     out[kept] = gradient.masked_fill_(~(gradient.abs() <= limits[1]), 0).to(student.dtype)
@@ -173,12 +176,15 @@ def _(
 
 def _nearest_others(rows: Tensor, length: int, dtype: torch.dtype) -> Tensor:
     """`(b, min(length, b - 1))`: the places of each row's nearest other rows, from near to far."""
-    squares, _ = squared_distances(rows, dtype)
-    # To nine digits, so that rounding does not order what is equally far, as all unit rows are from one of zeros.
-    size, exponent = torch.frexp(squares)
-    digits = 2.0 ** (18 if dtype == torch.float32 else 32)
-    squares = torch.ldexp(size.mul_(digits).round_(), exponent).fill_diagonal_(torch.inf)
-    return squares.argsort(dim=1, stable=True)[:, : min(length, rows.shape[0] - 1)]
+    squares = squared_distances(rows, dtype)[0].fill_diagonal_(torch.inf)
+    length = min(length, rows.shape[0] - 1)
+    if dtype != torch.float64 or rows.shape[0] > PLACES:
+        return squares.argsort(dim=1, stable=True)[:, :length]
+    # Numbers of at least 0 are in the order of their bits. The last ones give way to the place, so that rounding does
+    # not order what is equally far, as all unit rows are from one of zeros; and all are different, so no sort is needed.
+    key = (squares.view(torch.int64) + PLACES // 2).bitwise_and_(-PLACES)
+    key.bitwise_or_(torch.arange(rows.shape[0], device=rows.device))
+    return key.topk(length, dim=1, largest=False)[1]
 
 
 def _check_order(owner: str, alpha: float, beta: float, length: int) -> None:
