@@ -252,7 +252,7 @@ def _judge_and_write(
             shown = worst_pictures(found, task, names)
             found.entry["pictures"] = [picture.name for picture in shown]
             if scores and found.scores is not None:
-                found.entry["scores"] = write_scores(stage, found, task, names, config.score_rows)
+                found.entry["scores"] = write_scores(stage, found, task, names, config.score_rows, progress=progress)
                 if found.scores.total > config.score_rows:
                     line = f"files of scores hold the first {config.score_rows:,} of {found.scores.total:,} rows"
                     found.entry.setdefault("notes", []).append(line)

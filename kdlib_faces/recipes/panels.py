@@ -3,7 +3,7 @@
 The form is in `kdlib_faces.report.evaluations`; here are its parts from arrays and estimates.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import combinations
 from typing import Any
@@ -14,8 +14,11 @@ from numpy.typing import NDArray
 from kdlib_faces.evaluation import Estimate, roc_points
 
 __all__ = [
+    "MISSED",
+    "VERIFIED",
     "Judgement",
     "ScoreTable",
+    "Words",
     "WorstPair",
     "curve",
     "differences",
@@ -23,6 +26,8 @@ __all__ = [
     "far_words",
     "histogram",
     "measure",
+    "missed_pairs",
+    "once_each",
     "operating_point",
     "pairs_of_models",
     "unit_rows",
@@ -36,12 +41,41 @@ PAIRED = "Paired bootstrap, both models on the same resamples{}; each model's th
 
 @dataclass(frozen=True)
 class WorstPair:
-    """A pair that a model judges wrong, or nearly so: rows of the set, cosine, and whether it is one person."""
+    """A pair that a model judges wrong, or nearly so.
+
+    Attributes:
+        left: row of the task's first set.
+        right: row of the set `other`.
+        score: cosine.
+        same: whether it is one person.
+        note: what else is said of it, such as the years between.
+        other: which of the task's sets the right image is of.
+    """
 
     left: int
     right: int
     score: float
     same: bool
+    note: str = ""
+    other: int = 0
+
+
+@dataclass(frozen=True)
+class Words:
+    """What the pictures of the worst pairs are called, and why these are shown: of one person, and of different ones."""
+
+    same: tuple[str, str]
+    different: tuple[str, str]
+
+
+VERIFIED = Words(
+    ("One person, least alike", "the first to be rejected when the threshold rises"),
+    ("Different people, most alike", "the first to be accepted when it falls"),
+)
+MISSED = Words(
+    ("Missed, each beside its mate", "the probes whose mate is furthest behind somebody else, that mate on the right"),
+    ("Missed, each beside who was ahead", "the same probes, the most alike stranger on the right"),
+)
 
 
 @dataclass(frozen=True)
@@ -61,12 +95,14 @@ class Judgement:
         entry: of the report's `evaluations`.
         results: model -> what its result writes down, for `protocols` of the report.
         worst: model -> the pairs to look at; empty where there are none.
+        words: what their pictures are called.
         scores: what a file of scores would hold; None where there is none.
     """
 
     entry: dict[str, Any]
     results: dict[str, dict[str, Any]]
     worst: dict[str, list[WorstPair]] = field(default_factory=dict)
+    words: Words = VERIFIED
     scores: ScoreTable | None = None
 
 
@@ -75,6 +111,52 @@ def unit_rows(array: NDArray[Any]) -> NDArray[np.float64]:
     rows = np.asarray(array, dtype=np.float64)
     found: NDArray[np.float64] = rows / np.linalg.norm(rows, axis=1, keepdims=True)
     return found
+
+
+def once_each(order: Iterable[int], ends: Callable[[int], Iterable[Any]], count: int) -> list[int]:
+    """The first `count` items of an order none of whose ends (people, images) has come before.
+
+    Examples:
+        >>> once_each([2, 0, 1], [("ann", "bob"), ("cy", "dan"), ("ann", "eve")].__getitem__, 5)
+        [2, 1]
+    """
+    seen: set[Any] = set()
+    found: list[int] = []
+    for item in order:
+        if len(found) >= count:
+            break
+        mine = set(ends(item))
+        if not seen & mine:
+            seen |= mine
+            found.append(item)
+    return found
+
+
+def missed_pairs(
+    probes: NDArray[Any],
+    mates: tuple[NDArray[Any], NDArray[Any]],
+    strangers: tuple[NDArray[Any], NDArray[Any]],
+    people: NDArray[Any],
+    count: int,
+    other: int = 0,
+) -> list[WorstPair]:
+    """Probes that were taken for somebody else, furthest first, a person once: each beside its mate, then beside the stranger.
+
+    Args:
+        probes: (m,) rows of the missed probes.
+        mates: rows (m,) and scores (m,) of their mates.
+        strangers: likewise of the strangers ahead of them; a row of -1 cannot be shown.
+        people: (m,) identity of each.
+        count: how many.
+        other: which of the task's sets the strangers are of.
+    """
+    order = np.argsort(mates[1] - strangers[1], kind="stable")
+    chosen = once_each(order.tolist(), lambda item: [people[item]], count)
+    pairs = [
+        [WorstPair(int(probes[k]), int(row[k]), float(score[k]), same, other=0 if same else other) for k in chosen]
+        for same, (row, score) in ((True, mates), (False, strangers))
+    ]
+    return pairs[0] + [pair for pair in pairs[1] if pair.right >= 0]
 
 
 def measure(title: str, unit: str = "rate", note: str = "", better: str = "high") -> dict[str, str]:

@@ -81,7 +81,7 @@ class AgesPanel:
             entry,
             {name: result.to_dict() for name, result in results.items()},
             {name: self._worst(array) for name, array in embeddings.items()},
-            ScoreTable(
+            scores=ScoreTable(
                 ("left", "right", "same", "score"),
                 lambda name: every_pair(embeddings[name], protocol.codes, self.labels),
                 protocol.codes.size * (protocol.codes.size - 1) // 2,

@@ -1,25 +1,25 @@
 """Recipe: identification among distractors, judged for all models: MegaFace's challenge 1."""
 
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from kdlib_faces.evaluation import (
-    DistractorResult,
-    identify_with_distractors,
-)
-from kdlib_faces.evaluation.resampling import genuine_pairs
+from kdlib_faces.evaluation import DistractorResult, identify_with_distractors
 from kdlib_faces.recipes.panels import (
+    MISSED,
     PAIRED,
     Arrays,
     Judgement,
+    ScoreTable,
+    WorstPair,
     differences,
     estimate,
     far_words,
     measure,
-    unit_rows,
+    missed_pairs,
 )
 
 __all__ = ["DistractorsPanel"]
@@ -44,6 +44,9 @@ class DistractorsPanel:
         level: confidence.
         notes: what was left out.
         progress: show how far it is.
+        labels: what each probe is called.
+        stranger_labels: what each distractor is called.
+        worst: how many missed probes to show.
     """
 
     name: str
@@ -60,6 +63,9 @@ class DistractorsPanel:
     level: float = 0.95
     notes: tuple[str, ...] = ()
     progress: bool = False
+    labels: Callable[[int], str] = str
+    stranger_labels: Callable[[int], str] = str
+    worst: int = 6
 
     def judge(self, embeddings: Arrays, distractors: Arrays) -> Judgement:
         """All models; `distractors` are embeddings of the same strangers by each of them."""
@@ -118,20 +124,53 @@ class DistractorsPanel:
                 "at": list(range(len(first.by_size))),
             }
         if len(results) > 1:
-            codes = np.unique(self.identities, return_inverse=True)[1].reshape(-1).astype(np.int64)
-            rows, mates = genuine_pairs(codes)
-            accepted: dict[str, Any] = {f"tar_{far:g}": {} for far in first.tar}
-            for name, result in results.items():
-                unit = unit_rows(embeddings[name])
-                scores = np.einsum("gd,gd->g", unit[rows], unit[mates])
-                for far, point in result.tar.items():
-                    accepted[f"tar_{far:g}"][name] = scores > point.threshold
-            entry["differences"] = differences(
-                accepted, dict.fromkeys(accepted, (codes[rows], codes[rows])), replicates=self.replicates,
-                seed=self.seed, level=self.level,
-            )  # fmt: skip
+            entry["differences"] = self._differences(results)
             entry["difference_rule"] = PAIRED.format(" of identities")
-        return Judgement(entry, {name: result.to_dict() for name, result in results.items()})
+        return Judgement(
+            entry,
+            {name: result.to_dict() for name, result in results.items()},
+            {name: self._missed(result) for name, result in results.items()},
+            MISSED,
+            ScoreTable(
+                ("probe", "mate", "score", "place", "distractor", "distractor score"),
+                lambda name: self._rows(results[name]),
+                first.trials,
+            ),
+        )
+
+    def _differences(self, results: dict[str, DistractorResult]) -> list[dict[str, Any]]:
+        first = next(iter(results.values()))
+        trials = {name: result.per_trial for name, result in results.items()}
+        pairs = first.trials // 2  # the same pairs follow with probe and mate changed over
+        hits: dict[str, Any] = {
+            f"rank{rank}": {name: each.place <= rank for name, each in trials.items()} for rank in first.rates
+        }
+        hits |= {
+            f"tar_{far:g}": {
+                name: trials[name].score[:pairs] > result.tar[far].threshold for name, result in results.items()
+            }
+            for far in first.tar
+        }
+        who = self.identities[first.per_trial.probe]
+        owners = {key: (who, who) if key.startswith("rank") else (who[:pairs], who[:pairs]) for key in hits}
+        return differences(hits, owners, replicates=self.replicates, seed=self.seed, level=self.level)
+
+    def _rows(self, result: DistractorResult) -> Iterator[tuple[Any, ...]]:
+        """Every trial; a place beyond the largest rank is known as that only."""
+        most, told = max(result.rates), result.per_trial
+        for probe, mate, score, place in zip(told.probe, told.mate, told.score, told.place, strict=True):
+            stranger, ahead = int(told.distractor[probe]), told.distractor_score[probe]
+            named = self.stranger_labels(stranger) if stranger >= 0 else ""
+            shown = place if place <= most else f">{most}"
+            yield self.labels(int(probe)), self.labels(int(mate)), f"{score:.8f}", shown, named, f"{ahead:.8f}"
+
+    def _missed(self, result: DistractorResult) -> list[WorstPair]:
+        told = result.per_trial
+        missed = np.flatnonzero(told.place > 1)
+        probes = told.probe[missed]
+        mates = told.mate[missed], told.score[missed]
+        strangers = told.distractor[probes], told.distractor_score[probes]
+        return missed_pairs(probes, mates, strangers, self.identities[probes], self.worst, other=1)
 
     @staticmethod
     def _found(result: DistractorResult) -> dict[str, Any]:

@@ -7,8 +7,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from kdlib_faces.evaluation import AgeErrorProtocol, AgeErrorResult, CrossGroupProtocol, ErrorBin, Estimate
-from kdlib_faces.evaluation.resampling import genuine_pairs
+from kdlib_faces.evaluation import (
+    AgeErrorProtocol,
+    AgeErrorResult,
+    CrossGroupProtocol,
+    ErrorBin,
+    Estimate,
+    ScoredPairs,
+)
 from kdlib_faces.recipes.panels import (
     PAIRED,
     Arrays,
@@ -21,6 +27,7 @@ from kdlib_faces.recipes.panels import (
     far_words,
     histogram,
     measure,
+    once_each,
     unit_rows,
 )
 
@@ -127,7 +134,7 @@ class CrossGroupPanel:
         table = ScoreTable(
             ("probe", "gallery", "same", "score"), lambda name: self._rows(embeddings[name], same), same.size
         )
-        return Judgement(entry, {name: result.to_dict() for name, result in results.items()}, worst, table)
+        return Judgement(entry, {name: result.to_dict() for name, result in results.items()}, worst, scores=table)
 
     def _worst(self, scores: NDArray[np.float64], same: NDArray[np.bool_]) -> list[WorstPair]:
         """The least alike genuine pairs, then the most alike impostor pairs; a person is shown once of each kind."""
@@ -164,6 +171,8 @@ class AgeErrorsPanel:
         convention: what else a reader must know.
         notes: what was left out.
         seed: of the paired resamples.
+        labels: what each row is called.
+        worst: how many pairs of each kind to show.
     """
 
     name: str
@@ -172,6 +181,8 @@ class AgeErrorsPanel:
     convention: dict[str, str]
     notes: tuple[str, ...] = ()
     seed: int = 0
+    labels: Callable[[int], str] = str
+    worst: int = 6
 
     def judge(self, embeddings: Arrays) -> Judgement:
         """All models at thresholds of their own for one false accept rate."""
@@ -229,20 +240,58 @@ class AgeErrorsPanel:
         for name, result in results.items():
             entry["models"][name]["measures"] = self._measures(result)
         if len(results) > 1:
-            first_rows, second_rows = genuine_pairs(protocol.codes)
-            refused: dict[str, Any] = {f"fnmr_{far:g}": {} for far in fars}
-            for name, result in results.items():
-                unit = unit_rows(embeddings[name])
-                scores = np.einsum("gd,gd->g", unit[first_rows], unit[second_rows])
-                for far, point in result.operating_points.items():
-                    refused[f"fnmr_{far:g}"][name] = scores <= point.threshold
-            who = protocol.codes[first_rows]
+            refused: dict[str, Any] = {
+                f"fnmr_{far:g}": {
+                    name: result.genuine.scores <= result.operating_points[far].threshold
+                    for name, result in results.items()
+                }
+                for far in fars
+            }
+            who = protocol.codes[first.genuine.left]
             entry["differences"] = differences(
                 refused, dict.fromkeys(refused, (who, who)), replicates=len(protocol.draws), seed=self.seed,
                 level=protocol.level, right="refused",
             )  # fmt: skip
             entry["difference_rule"] = PAIRED.format(" of identities")
-        return Judgement(entry, {name: result.to_dict() for name, result in results.items()})
+        kind = "age" if protocol.ages is not None else "group"
+        return Judgement(
+            entry,
+            {name: result.to_dict() for name, result in results.items()},
+            {name: self._worst(result) for name, result in results.items()},
+            scores=ScoreTable(
+                ("left", "right", "same", "score", f"left {kind}", f"right {kind}"),
+                lambda name: self._rows(results[name]),
+                max(r.genuine.scores.size + r.false_accepts.scores.size for r in results.values()),
+            ),
+        )
+
+    def _rows(self, result: AgeErrorResult) -> Iterator[tuple[Any, ...]]:
+        """What the rates are made of: every genuine pair, then every false accept at the loosest threshold."""
+        protocol = self.protocol
+        names = protocol.image_names
+        for same, pairs in ((1, result.genuine), (0, result.false_accepts)):
+            for ends in zip(pairs.left.tolist(), pairs.right.tolist(), pairs.scores.tolist(), strict=True):
+                left, right, score = ends
+                if protocol.ages is not None:
+                    told = tuple(f"{protocol.ages[row]:g}" for row in (left, right))
+                else:
+                    told = tuple(names[protocol.image_bin[row]] for row in (left, right))
+                yield self.labels(left), self.labels(right), same, f"{score:.8f}", *told
+
+    def _worst(self, result: AgeErrorResult) -> list[WorstPair]:
+        """The least alike genuine pairs, then the most alike false accepts; a person is shown once of each kind."""
+        return self._first(result.genuine, True) + self._first(result.false_accepts, False)
+
+    def _first(self, pairs: ScoredPairs, same: bool) -> list[WorstPair]:
+        protocol = self.protocol
+        order = np.argsort(pairs.scores if same else -pairs.scores, kind="stable").tolist()
+        people = protocol.codes[np.stack([pairs.left, pairs.right], axis=1)]
+        found = []
+        for k in once_each(order, lambda item: people[item].tolist(), self.worst):
+            left, right = int(pairs.left[k]), int(pairs.right[k])
+            ages = "" if protocol.ages is None else f"{protocol.ages[left]:g} and {protocol.ages[right]:g} years"
+            found.append(WorstPair(left, right, float(pairs.scores[k]), same, ages))
+        return found
 
     @staticmethod
     def _measures(result: AgeErrorResult) -> dict[str, Any]:

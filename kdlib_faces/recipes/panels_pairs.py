@@ -1,6 +1,6 @@
 """Recipe: given pairs of images, judged for all models: accuracy, operating points, curves, worst pairs, differences."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +21,7 @@ from kdlib_faces.recipes.panels import (
     far_words,
     histogram,
     measure,
+    once_each,
     operating_point,
 )
 
@@ -102,7 +103,7 @@ class PairsPanel:
             entry,
             {name: result.to_dict() for name, result in results.items()},
             {name: worst_pairs(protocol, scores[name], self.worst) for name in scores},
-            ScoreTable(("left", "right", "same", "score"), lambda name: self._rows(scores[name]), same.size),
+            scores=ScoreTable(("left", "right", "same", "score"), lambda name: self._rows(scores[name]), same.size),
         )
 
     def _convention(self, first: VerificationResult) -> dict[str, str]:
@@ -194,19 +195,9 @@ def _cosines(array: NDArray[Any], protocol: PairProtocol) -> NDArray[np.float64]
 def worst_pairs(protocol: PairProtocol, scores: NDArray[np.float64], count: int) -> list[WorstPair]:
     """The least alike genuine pairs, then the most alike impostor pairs; an image is shown once of each kind."""
     found = []
+    ends = np.stack([protocol.left, protocol.right], axis=1)
     for same, order in ((True, np.argsort(scores, kind="stable")), (False, np.argsort(-scores, kind="stable"))):
-        seen: set[int] = set()
-        for pair in order[protocol.same[order] == same]:
-            ends = {int(protocol.left[pair]), int(protocol.right[pair])}
-            if seen & ends:
-                continue
-            seen |= ends
-            found.append(WorstPair(int(protocol.left[pair]), int(protocol.right[pair]), float(scores[pair]), same))
-            if len(seen) >= 2 * count:
-                break
+        for pair in once_each(order[protocol.same[order] == same].tolist(), lambda item: ends[item].tolist(), count):
+            left, right = ends[pair].tolist()
+            found.append(WorstPair(left, right, float(scores[pair]), same))
     return found
-
-
-def captions(pairs: Sequence[WorstPair], label: Any) -> list[str]:
-    """Two lines for each pair: the score, and what the two images are called."""
-    return [f"cosine {pair.score:.3f}\n{label(pair.left)} | {label(pair.right)}" for pair in pairs]

@@ -7,12 +7,22 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from kdlib_faces.evaluation import leave_one_out_result
-from kdlib_faces.recipes.panels import PAIRED, Arrays, Judgement, ScoreTable, WorstPair, differences, estimate, measure
+from kdlib_faces.evaluation import LeaveOneOutResult, leave_one_out_result
+from kdlib_faces.recipes.panels import (
+    MISSED,
+    PAIRED,
+    Arrays,
+    Judgement,
+    ScoreTable,
+    WorstPair,
+    differences,
+    estimate,
+    measure,
+    missed_pairs,
+)
 
 __all__ = ["LeaveOneOutPanel"]
 
-BLOCK = 512
 MOST_RANKS = 50
 
 
@@ -111,46 +121,23 @@ class LeaveOneOutPanel:
         return Judgement(
             entry,
             {name: result.to_dict() for name, result in results.items()},
-            {
-                name: _confused(array, self.identities, places[name], self.worst)
-                for name, array in embeddings.items()
-                if self.worst
-            },
-            ScoreTable(("probe", "place of mate"), lambda name: self._rows(places[name]), first.probes),
+            {name: self._missed(result) for name, result in results.items()},
+            MISSED,
+            ScoreTable(
+                ("probe", "place of mate", "mate", "mate score", "stranger", "stranger score"),
+                lambda name: self._rows(results[name]),
+                first.probes,
+            ),
         )
 
-    def _rows(self, places: NDArray[np.int64]) -> Iterator[tuple[Any, ...]]:
-        for row, place in enumerate(places.tolist()):
-            yield self.labels(row), place
+    def _rows(self, result: LeaveOneOutResult) -> Iterator[tuple[Any, ...]]:
+        for row, place in enumerate(result.ranks_of_mates.tolist()):
+            mate = (self.labels(int(result.mates[row])), f"{result.mate_scores[row]:.8f}") if place else ("", "")
+            stranger = self.labels(int(result.strangers[row])), f"{result.stranger_scores[row]:.8f}"
+            yield self.labels(row), place, *mate, *stranger
 
-
-def _confused(array: NDArray[Any], identities: NDArray[Any], places: NDArray[np.int64], count: int) -> list[WorstPair]:
-    """Probes whose mates come late, each beside its best mate, then the strangers nearest to a probe that was missed."""
-    missed = np.flatnonzero(places > 1)
-    if not missed.size:
-        return []
-    unit = np.asarray(array, dtype=np.float32)
-    unit = unit / np.linalg.norm(unit, axis=1, keepdims=True)
-    found: list[tuple[float, WorstPair, WorstPair]] = []
-    for start in range(0, missed.size, BLOCK):
-        rows = missed[start : start + BLOCK]
-        scores = unit[rows] @ unit.T
-        same = identities[rows][:, None] == identities
-        scores[np.arange(rows.size), rows] = -np.inf
-        mates, others = np.where(same, scores, -np.inf), np.where(same, -np.inf, scores)
-        for at, row in enumerate(rows.tolist()):
-            mate, other = int(mates[at].argmax()), int(others[at].argmax())
-            pair = (
-                WorstPair(row, mate, float(mates[at, mate]), True),
-                WorstPair(row, other, float(others[at, other]), False),
-            )
-            found.append((pair[1].score - pair[0].score, *pair))
-    found.sort(key=lambda each: -each[0])
-    chosen: list[tuple[WorstPair, WorstPair]] = []
-    seen: set[Any] = set()
-    for _, mate_pair, other_pair in found:
-        person = identities[mate_pair.left]
-        if person not in seen and len(chosen) < count:
-            seen.add(person)
-            chosen.append((mate_pair, other_pair))
-    return [pair for pair, _ in chosen] + [pair for _, pair in chosen]
+    def _missed(self, result: LeaveOneOutResult) -> list[WorstPair]:
+        missed = np.flatnonzero(result.ranks_of_mates > 1)
+        mates = result.mates[missed], result.mate_scores[missed]
+        strangers = result.strangers[missed], result.stranger_scores[missed]
+        return missed_pairs(missed, mates, strangers, self.identities[missed], self.worst)

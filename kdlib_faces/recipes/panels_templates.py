@@ -1,6 +1,6 @@
 """Recipe: templates, 1:1 and 1:N, judged for all models: IJB-B and IJB-C."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -8,26 +8,34 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kdlib_faces.evaluation import (
-    Templates,
+    TemplateIdentificationResult,
     identify_templates,
     pool_templates,
     verify_templates,
 )
 from kdlib_faces.evaluation.pair_scores import pair_cosines
 from kdlib_faces.recipes.panels import (
+    MISSED,
     PAIRED,
     Arrays,
     Judgement,
+    ScoreTable,
+    WorstPair,
     curve,
     differences,
     estimate,
     far_words,
     histogram,
     measure,
+    missed_pairs,
+    once_each,
     operating_point,
 )
 
 __all__ = ["TemplatesPanel"]
+
+BLOCK = 1 << 17
+"""Pairs scored at a time for a file of scores."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,6 +60,7 @@ class TemplatesPanel:
         replicates: of the intervals.
         seed: of the resamples.
         level: confidence.
+        worst: how many of the worst pairs of each kind to show, by the first image of each template.
     """
 
     name: str
@@ -71,6 +80,7 @@ class TemplatesPanel:
     replicates: int = 500
     seed: int = 0
     level: float = 0.95
+    worst: int = 6
 
     def _pooled(self, array: NDArray[Any]) -> Any:
         return pool_templates(
@@ -89,12 +99,13 @@ class TemplatesPanel:
         models: dict[str, Any] = {}
         results: dict[str, dict[str, Any]] = {}
         hits: dict[str, dict[str, NDArray[np.bool_]]] = {f"tar_{far:g}": {} for far in self.fars}
+        worst: dict[str, list[WorstPair]] = {}
         found: Any = None
         for name, array in embeddings.items():
             templates = self._pooled(array)
             found = verify_templates(templates, left, right, same, fars=self.fars, mode=self.mode, level=self.level)
             i, j = (np.searchsorted(templates.ids, ids) for ids in (left, right))
-            scores = pair_cosines(templates.features.astype(np.float32), i, j)
+            scores = pair_cosines(templates.features.astype(np.float32, copy=False), i, j)
             genuine, impostor = scores[flags], scores[~flags]
             threshold = next((point.threshold for point in found.tar.values() if point.resolvable), None)
             models[name] = {
@@ -105,6 +116,7 @@ class TemplatesPanel:
             for far, point in found.tar.items():
                 hits[f"tar_{far:g}"][name] = genuine > point.threshold
             results[name] = found.to_dict()
+            worst[name] = self._worst(scores, flags)
         entry: dict[str, Any] = {
             "name": self.name,
             "title": f"{self.title}, 1:1",
@@ -132,19 +144,57 @@ class TemplatesPanel:
                 hits, owner, replicates=self.replicates, seed=self.seed, level=self.level
             )
             entry["difference_rule"] = PAIRED.format(" of enrolled templates")
-        return Judgement(entry, results)
+        table = ScoreTable(
+            ("left template", "right template", "same", "score"), lambda name: self._pairs(embeddings[name]), flags.size
+        )
+        return Judgement(entry, results, worst, scores=table)
+
+    def _pairs(self, array: NDArray[Any]) -> Iterator[tuple[Any, ...]]:
+        """Scores of all pairs, in their order; pooled and scored again, so that nothing of the pairs' length is kept."""
+        assert self.pairs is not None
+        templates = self._pooled(array)
+        features = templates.features.astype(np.float32, copy=False)
+        for start in range(0, len(self.pairs[0]), BLOCK):
+            left, right, same = (part[start : start + BLOCK] for part in self.pairs)
+            scores = pair_cosines(features, *(np.searchsorted(templates.ids, ids) for ids in (left, right)))
+            for row in zip(left.tolist(), right.tolist(), same.tolist(), scores.tolist(), strict=True):
+                yield row[0], row[1], int(row[2]), f"{row[3]:.8f}"
+
+    def _worst(self, scores: NDArray[np.float32], flags: NDArray[np.bool_]) -> list[WorstPair]:
+        """The least alike genuine pairs, then the most alike impostor pairs; a template is shown once of each kind."""
+        assert self.pairs is not None
+        left, right, _ = self.pairs
+        rows = self._first_rows()
+        found: list[WorstPair] = []
+        for same in (True, False):
+            kind = np.flatnonzero(flags == same)
+            cost = scores[kind] if same else -scores[kind]
+            # More than are shown, as templates come many times.
+            most = min(cost.size, 200 * self.worst + 1)
+            near = np.argpartition(cost, most - 1)[:most]
+            order = kind[near[np.lexsort((near, cost[near]))]].tolist()
+            found += [
+                WorstPair(rows[a], rows[b], float(scores[k]), same, f"templates {a}, {b}")
+                for k in once_each(order, lambda item: (left[item], right[item]), self.worst)
+                for a, b in [(left[k].item(), right[k].item())]
+            ]
+        return found
+
+    def _first_rows(self) -> dict[Any, int]:
+        """The first image of each template."""
+        ids, rows = np.unique(self.template_ids, return_index=True)
+        return dict(zip(ids.tolist(), rows.tolist(), strict=True))
 
     def identify(self, embeddings: Arrays) -> Judgement:
         """1:N: probes searched in each gallery on its own."""
         assert self.galleries is not None
         assert self.probes is not None
-        pooled = {name: self._pooled(array) for name, array in embeddings.items()}
         results = {
             name: identify_templates(
-                templates, self.galleries, self.probes, fpirs=self.fpirs, ranks=self.ranks,
+                self._pooled(array), self.galleries, self.probes, fpirs=self.fpirs, ranks=self.ranks,
                 replicates=self.replicates, seed=self.seed, level=self.level,
             )
-            for name, templates in pooled.items()
+            for name, array in embeddings.items()
         }  # fmt: skip
         first = next(iter(results.values()))
         told = [fpir for fpir in self.fpirs if fpir in (0.01, 0.1)] or list(self.fpirs)
@@ -178,25 +228,58 @@ class TemplatesPanel:
                 "search": {"fpir": list(self.fpirs), "tpir": [result.tpir[fpir].value for fpir in self.fpirs]},
             }
         if len(results) > 1:
-            hits = {name: self._first(templates) for name, templates in pooled.items()}
-            who = next(iter(hits.values()))[1]
+            hits: dict[str, Any] = {f"rank{rank}": {} for rank in self.ranks}
+            for name, result in results.items():
+                places = np.concatenate([search.places[search.mated] for search in result.searches])
+                for rank in self.ranks:
+                    hits[f"rank{rank}"][name] = places <= rank
+            subjects = np.asarray(self.probes[1])
+            who = np.concatenate([subjects[search.mated] for search in first.searches])
             entry["differences"] = differences(
-                {f"rank{self.ranks[0]}": {name: right for name, (right, _) in hits.items()}} if self.ranks[0] == 1 else {},
-                {f"rank{self.ranks[0]}": (who, who)}, replicates=self.replicates, seed=self.seed, level=self.level,
-            )  # fmt: skip
+                hits, dict.fromkeys(hits, (who, who)), replicates=self.replicates, seed=self.seed, level=self.level
+            )
             entry["difference_rule"] = PAIRED.format(" of subjects")
-        return Judgement(entry, {name: result.to_dict() for name, result in results.items()})
+        return Judgement(
+            entry,
+            {name: result.to_dict() for name, result in results.items()},
+            {name: self._missed(result) for name, result in results.items()},
+            MISSED,
+            ScoreTable(
+                (
+                    *("gallery", "probe template", "probe subject", "place of mate", "mate score"),
+                    *("best template", "best subject", "best score"),
+                ),
+                lambda name: self._searches(results[name]),
+                len(self.galleries) * first.probes,
+            ),
+        )
 
-    def _first(self, templates: Templates) -> tuple[NDArray[np.bool_], NDArray[Any]]:
-        """Of the mated searches of all galleries: whether the mate comes first, and whose probe it is."""
+    def _searches(self, result: TemplateIdentificationResult) -> Iterator[tuple[Any, ...]]:
+        """Each probe in each gallery; no place and no score of a mate where it has none there."""
         assert self.galleries is not None
         assert self.probes is not None
-        right, who = [], []
-        subjects = np.asarray(self.probes[1])
-        probes = templates.features[np.searchsorted(templates.ids, self.probes[0])]
-        for ids, people in self.galleries:
-            mated = np.isin(subjects, people)
-            gallery = templates.features[np.searchsorted(templates.ids, ids)]
-            right.append(np.asarray(people)[(probes[mated] @ gallery.T).argmax(axis=1)] == subjects[mated])
-            who.append(subjects[mated])
-        return np.concatenate(right), np.concatenate(who)
+        for number, (search, gallery) in enumerate(zip(result.searches, self.galleries, strict=True), 1):
+            for k, probe in enumerate(zip(*(np.asarray(part).tolist() for part in self.probes), strict=True)):
+                mate = (int(search.places[k]), f"{search.mate_scores[k]:.8f}") if search.mated[k] else ("", "")
+                best = (np.asarray(part)[search.best[k]] for part in gallery)
+                yield number, *probe, *mate, *best, f"{search.best_scores[k]:.8f}"
+
+    def _missed(self, result: TemplateIdentificationResult) -> list[WorstPair]:
+        """The mated searches whose mate was furthest behind, by the first image of each template."""
+        assert self.galleries is not None
+        assert self.probes is not None
+        rows = self._first_rows()
+        probe_ids, subjects = (np.asarray(part) for part in self.probes)
+        parts: list[tuple[NDArray[Any], ...]] = []
+        for search, (ids, people) in zip(result.searches, self.galleries, strict=True):
+            late = np.flatnonzero(search.places > 1)
+            enrolled = dict(zip(np.asarray(people).tolist(), np.asarray(ids).tolist(), strict=True))
+            mates = [rows[enrolled[subject]] for subject in subjects[late].tolist()]
+            ahead = [rows[each] for each in np.asarray(ids)[search.best[late]].tolist()]
+            probes = [rows[each] for each in probe_ids[late].tolist()]
+            row_parts = (np.asarray(each, dtype=np.int64) for each in (probes, mates, ahead))
+            parts.append((*row_parts, search.mate_scores[late], search.best_scores[late], subjects[late]))
+        probe, mate, stranger, mate_score, stranger_score, who = (
+            np.concatenate(part) for part in zip(*parts, strict=True)
+        )
+        return missed_pairs(probe, (mate, mate_score), (stranger, stranger_score), who, self.worst)

@@ -1,12 +1,24 @@
 """Recipe: a person's score over the years, judged for all models: the longitudinal protocol of this project."""
 
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from kdlib_faces.evaluation import Estimate, LongitudinalProtocol, LongitudinalResult
-from kdlib_faces.recipes.panels import PAIRED, Arrays, Judgement, differences, estimate, far_words, measure
+from kdlib_faces.recipes.panels import (
+    PAIRED,
+    Arrays,
+    Judgement,
+    ScoreTable,
+    WorstPair,
+    differences,
+    estimate,
+    far_words,
+    measure,
+    once_each,
+)
 
 __all__ = ["LongitudinalPanel"]
 
@@ -24,6 +36,8 @@ class LongitudinalPanel:
         replicates: of the paired intervals.
         seed: of the resamples.
         level: confidence.
+        labels: what each row is called.
+        worst: how many people to show.
     """
 
     name: str
@@ -34,6 +48,8 @@ class LongitudinalPanel:
     replicates: int = 500
     seed: int = 0
     level: float = 0.95
+    labels: Callable[[int], str] = str
+    worst: int = 6
 
     def judge(self, embeddings: Arrays) -> Judgement:
         """All models on the same people."""
@@ -76,8 +92,8 @@ class LongitudinalPanel:
             },
             "models": {name: self._found(result) for name, result in results.items()},
         }
+        rows, _ = protocol.pairs()
         if len(results) > 1:
-            rows, _ = protocol.pairs()
             who = protocol.codes[rows]
             # FNMR is the share refused, so a is better where its difference is below zero.
             hits = {
@@ -89,7 +105,28 @@ class LongitudinalPanel:
                 hits, owners, replicates=self.replicates, seed=self.seed, level=self.level, right="refused"
             )
             entry["difference_rule"] = PAIRED.format(" of people")
-        return Judgement(entry, {name: result.to_dict() for name, result in results.items()})
+        return Judgement(
+            entry,
+            {name: result.to_dict() for name, result in results.items()},
+            {name: self._worst(result) for name, result in results.items()},
+            scores=ScoreTable(
+                ("reference", "image", "years", "score"), lambda name: self._rows(results[name]), rows.size
+            ),
+        )
+
+    def _rows(self, result: LongitudinalResult) -> Iterator[tuple[Any, ...]]:
+        pairs = (part.tolist() for part in (*self.protocol.pairs(), result.elapsed, result.scores))
+        for reference, image, years, score in zip(*pairs, strict=True):
+            yield self.labels(reference), self.labels(image), f"{years:.6g}", f"{score:.8f}"
+
+    def _worst(self, result: LongitudinalResult) -> list[WorstPair]:
+        """The least alike pairs, a person once."""
+        rows, later = self.protocol.pairs()
+        order = np.argsort(result.scores, kind="stable").tolist()
+        return [
+            WorstPair(int(rows[k]), int(later[k]), float(result.scores[k]), True, f"{result.elapsed[k]:.3g} years")
+            for k in once_each(order, lambda item: [self.protocol.codes[rows[item]]], self.worst)
+        ]
 
     @staticmethod
     def _found(result: LongitudinalResult) -> dict[str, Any]:

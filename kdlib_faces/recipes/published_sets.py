@@ -28,7 +28,7 @@ from kdlib_faces.recipes.panels_pairs import PairsPanel
 from kdlib_faces.recipes.panels_ranks import LeaveOneOutPanel
 from kdlib_faces.recipes.panels_templates import TemplatesPanel
 from kdlib_faces.recipes.panels_years import LongitudinalPanel
-from kdlib_faces.recipes.tasks import Asked, Settings, Task, faces_of
+from kdlib_faces.recipes.tasks import Asked, Settings, Task, faces_of, of_rows
 
 __all__ = [
     "agedb_task",
@@ -223,7 +223,7 @@ def distractors_task(asked: Asked, settings: Settings, name: str, title: str) ->
         name, title, faces.identities, faces.ages.astype(np.float64),
         {"Distractors": told, "Alignment": alignment, **settings.convention}, fars=(far,), ranks=settings.ranks,
         sizes=tuple(10**power for power in range(1, 7)), bins=settings.bins, progress=settings.progress,
-        **settings.sampling,
+        labels=images.label, stranger_labels=strangers.label, worst=settings.worst, **settings.sampling,
     )  # fmt: skip
 
     def judge(given: Mapping[str, Arrays]) -> Judgement:
@@ -261,7 +261,7 @@ def ijb_task(asked: Asked, settings: Settings, name: str, title: str) -> list[Ta
         galleries=None if found.galleries is None else [(g.template_ids, g.subject_ids) for g in found.galleries],
         probes=None if found.probes is None else (found.probes.template_ids, found.probes.subject_ids),
         detector_scores=found.landmarks.scores if weighed and found.landmarks is not None else None,
-        feature_norm=norm, mode=rule, **settings.sampling,
+        feature_norm=norm, mode=rule, worst=settings.worst, **settings.sampling,
     )  # fmt: skip
     tasks = []
     if panel.pairs is not None:
@@ -294,10 +294,15 @@ def longitudinal_task(asked: Asked, settings: Settings, name: str, title: str) -
     if reference not in ("first", "all"):
         raise InputError(f"--protocol {asked.text}: reference must be first or all, got {reference!r}")
     protocol = LongitudinalProtocol(identities, years, reference=reference, fars=settings.fars, **settings.sampling)
-    panel = LongitudinalPanel(name, title, protocol, settings.convention, notes, **settings.sampling)
+    known = np.arange(len(identities)) if rows is None else rows
+    panel = LongitudinalPanel(
+        name, title, protocol, settings.convention, notes, **settings.sampling,
+        labels=lambda row: images.label(int(known[row])), worst=settings.worst,
+    )  # fmt: skip
 
     def judge(given: Mapping[str, Arrays]) -> Judgement:
         arrays = given[images.name]
-        return panel.judge(arrays if rows is None else {each: array[rows] for each, array in arrays.items()})
+        found = panel.judge(arrays if rows is None else {each: array[rows] for each, array in arrays.items()})
+        return of_rows(found, known)
 
     return Task(name, (images,), judge)

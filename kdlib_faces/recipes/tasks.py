@@ -6,7 +6,7 @@ A task knows its images and judges the embeddings of all models at once. The set
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from kdlib_faces.recipes.panels_groups import AgeErrorsPanel, CrossGroupPanel
 from kdlib_faces.recipes.panels_pairs import PairsPanel
 from kdlib_faces.recipes.panels_ranks import LeaveOneOutPanel
 
-__all__ = ["Asked", "Settings", "Task", "parse_protocol", "tasks_of_faces"]
+__all__ = ["Asked", "Settings", "Task", "of_rows", "parse_protocol", "tasks_of_faces"]
 
 Judge = Callable[[Mapping[str, Arrays]], Judgement]
 KEYS = ("images", "faces", "distractors", "norm", "scores", "rule", "kind", "published", "far", "reference")
@@ -233,11 +233,16 @@ def ages_of_faces(
     def judge(given: Mapping[str, Arrays]) -> Judgement:
         arrays = given[images.name]
         found = panel.judge({name: _rows(array, known) for name, array in arrays.items()})
-        for pairs in found.worst.values():
-            pairs[:] = [type(p)(int(known[p.left]), int(known[p.right]), p.score, p.same) for p in pairs]
-        return found
+        return of_rows(found, known)
 
     return Task(name, (images,), judge)
+
+
+def of_rows(found: Judgement, rows: NDArray[np.int64]) -> Judgement:
+    """The worst pairs of a judgement of some rows of a set, by the rows of the whole set."""
+    for pairs in found.worst.values():
+        pairs[:] = [replace(pair, left=int(rows[pair.left]), right=int(rows[pair.right])) for pair in pairs]
+    return found
 
 
 def _rows(array: NDArray[Any], rows: NDArray[np.int64]) -> NDArray[Any]:
@@ -287,10 +292,13 @@ def age_errors_task(asked: Asked, settings: Settings, name: str, title: str) -> 
     protocol = AgeErrorProtocol(faces.identities[rows], fars=settings.fars, **by, **settings.sampling)
     left_out = len(faces) - len(rows)
     notes = (f"{len(rows)} of {len(faces)} images, the others have no known age",) if left_out else ()
-    panel = AgeErrorsPanel(name, title, protocol, settings.convention, notes, settings.seed)
+    panel = AgeErrorsPanel(
+        name, title, protocol, settings.convention, notes, settings.seed, lambda row: images.label(int(rows[row])),
+        settings.worst,
+    )  # fmt: skip
 
     def judge(given: Mapping[str, Arrays]) -> Judgement:
-        return panel.judge({each: _rows(array, rows) for each, array in given[images.name].items()})
+        return of_rows(panel.judge({each: _rows(array, rows) for each, array in given[images.name].items()}), rows)
 
     return Task(name, (images,), judge)
 

@@ -1,10 +1,12 @@
 """`evaluate --protocol`: every set in its published layout, several models at once, runs that are killed, bad input."""
 
+import csv
 import json
 import re
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -13,11 +15,14 @@ import torch
 from kdlib_faces import cli
 from kdlib_faces._checks import InputError
 from kdlib_faces.backbones import MobileFaceNet, save_backbone
-from kdlib_faces.evaluation import CrossGroupProtocol, PairProtocol, leave_one_out
-from kdlib_faces.recipes import embedding, evaluate
+from kdlib_faces.evaluation import CrossGroupProtocol, PairProtocol, leave_one_out, pool_templates, tar_at_far
+from kdlib_faces.recipes import embedding, evaluate, panels_templates
 from kdlib_faces.recipes.image_sets import images_of_files
+from kdlib_faces.recipes.panels_distractors import DistractorsPanel
 from kdlib_faces.recipes.panels_groups import CrossGroupPanel
 from kdlib_faces.recipes.panels_pairs import PairsPanel
+from kdlib_faces.recipes.panels_ranks import LeaveOneOutPanel
+from kdlib_faces.recipes.panels_templates import TemplatesPanel
 from kdlib_faces.recipes.protocol_names import PROTOCOLS, listing
 from kdlib_faces.recipes.tasks import parse_protocol
 from tests.faces import set_files
@@ -109,7 +114,7 @@ def test_numbers_are_those_of_the_protocols_on_the_same_embeddings(whole):
 
 def test_two_models_are_compared_on_the_same_pairs(whole):
     _, _, told = whole
-    first = {"megaface_fgnet": "tar_0.02", "ijbc_1n": "rank1"}
+    first = {"ijbc_1n": "rank1"}
     for entry in told["evaluations"]:
         key = first.get(entry["name"], next(iter(entry["measures"])))
         row = next(row for row in entry["differences"] if row["measure"] == key)
@@ -151,6 +156,172 @@ def test_worst_pairs_are_shown_and_scores_written(whole):
     assert len(lines) == 5 * 10
     assert sum(line[2] == "1" for line in lines) == 10
     assert len((root / "out/scores/age_gap-one.csv").read_text().splitlines()) == 1 + 20 * 19 // 2
+
+
+def table(root, name, model="one"):
+    with (root / f"out/scores/{name}-{model}.csv").open(newline="") as stream:
+        return list(csv.DictReader(stream))
+
+
+def told_of(whole, name, model="one"):
+    return next(entry for entry in whole[2]["evaluations"] if entry["name"] == name)["models"][model]["measures"]
+
+
+def test_every_protocol_has_a_file_of_scores(whole):
+    root, _, told = whole
+    for entry in told["evaluations"]:
+        assert entry["scores"] == {each: f"scores/{entry['name']}-{each}.csv" for each in ("one", "two")}
+        assert all((root / "out" / path).stat().st_size > 50 for path in entry["scores"].values())
+
+
+@pytest.mark.parametrize("model", ["one", "two"])
+def test_files_of_scores_hold_what_the_rates_are_made_of(whole, model):
+    root = whole[0]
+    for name in ("fgnet", "leave_one_out"):
+        rows = table(root, name, model)
+        assert told_of(whole, name, model)["rank1"]["value"] == np.mean([row["place of mate"] == "1" for row in rows])
+        for row in rows:
+            ahead = float(row["stranger score"]) >= float(row["mate score"])
+            assert (row["place of mate"] == "1") != ahead
+            assert row["probe"] not in (row["mate"], row["stranger"])
+    rows = table(root, "megaface_fgnet", model)
+    assert len(rows) == 3 * 4 * 3
+    assert told_of(whole, "megaface_fgnet", model)["rank1"]["value"] == np.mean([row["place"] == "1" for row in rows])
+    assert {row["place"] for row in rows} <= {"1", "2", "3", "4", "5", ">5"}
+    assert all(
+        (row["place"] == "1") == (row["score"] >= row["distractor score"]) for row in rows if row["score"][0] == "0"
+    )
+    assert all(re.fullmatch(r"0\d\d\.png", row["distractor"]) for row in rows)
+    rows = table(root, "ijbc", model)
+    assert len(rows) == 28
+    genuine, impostor = ([float(row["score"]) for row in rows if row["same"] == kind] for kind in "10")
+    told = told_of(whole, "ijbc", model)["tar_0.1"]["value"]
+    assert told == pytest.approx(tar_at_far(genuine, impostor, 0.1).tar)
+    rows = table(root, "ijbc_1n", model)
+    assert len(rows) == 2 * 4
+    mated = [row for row in rows if row["place of mate"]]
+    assert len(mated) == 4
+    assert told_of(whole, "ijbc_1n", model)["rank1"]["value"] == np.mean([row["place of mate"] == "1" for row in mated])
+    assert all((row["best subject"] == row["probe subject"]) == (row["place of mate"] == "1") for row in mated)
+    rows = table(root, "longitudinal", model)
+    assert len(rows) == 5 * 3
+    assert {float(row["years"]) for row in rows} == {6, 20, 37}
+    told = whole[2]["models"][model]["protocols"]
+    point = told["longitudinal"]["operating_points"]["0.1"]
+    kept = [float(row["score"]) > point["threshold"] for row in rows]
+    assert point["value"] == pytest.approx(np.mean(kept))
+    rows = table(root, "age_errors", model)
+    point = told["age_errors"]["operating_points"]["0.1"]
+    genuine = [row for row in rows if row["same"] == "1"]
+    assert len(genuine) == 5 * 6
+    assert len(rows) - len(genuine) == point["false_accepts"]
+    assert point["value"] == pytest.approx(np.mean([float(row["score"]) > point["threshold"] for row in genuine]))
+    gaps = [abs(float(row["left age"]) - float(row["right age"])) for row in genuine]
+    assert sum(gap >= 30 for gap in gaps) == told["age_errors"]["fnmr_by_gap"][-1]["pairs"]
+
+
+def test_missed_probes_and_old_pairs_are_shown(whole):
+    root, _, told = whole
+    found = {entry["name"]: entry for entry in told["evaluations"]}
+    page = (root / "out/report.html").read_text()
+    for name, shown in (
+        ("megaface_fgnet", ("rejects", "accepts")), ("longitudinal", ("rejects",)),
+        ("age_errors", ("rejects", "accepts")), ("ijbc", ("rejects", "accepts")),
+    ):  # fmt: skip
+        assert found[name]["pictures"] == [f"{name}_{model}_{kind}" for model in (0, 1) for kind in shown], name
+        for picture in found[name]["pictures"]:
+            assert (root / f"out/figures/{picture}.png").stat().st_size > 500
+    for number, model in enumerate(("one", "two")):
+        missed = told_of(whole, "fgnet", model)["rank1"]["value"] < 1
+        assert [f"fgnet_{number}_{kind}" in found["fgnet"]["pictures"] for kind in ("rejects", "accepts")] == [
+            missed
+        ] * 2
+    assert "Missed, each beside its mate: one" in page
+    assert "Missed, each beside who was ahead: two" in page
+    assert told["pictures"]["fgnet_0_rejects"]["caption"].startswith(
+        "As one sees them, the probes whose mate is furthest"
+    )
+    assert "the first to be rejected" in told["pictures"]["longitudinal_0_rejects"]["caption"]
+
+
+def judged(panel, *arrays):
+    found = panel.judge(*({"m": array} for array in arrays))
+    return found, list(found.scores.rows("m"))
+
+
+def test_missed_probes_are_those_furthest_behind():
+    rng = np.random.default_rng(1)
+    people, strangers = np.repeat(np.arange(9), 4), rng.normal(size=(60, 8))
+    array = rng.normal(size=(36, 8)) + 0.9 * rng.normal(size=(9, 8))[people]
+    unit, other = (x / np.linalg.norm(x, axis=1, keepdims=True) for x in (array, strangers))
+    panel = DistractorsPanel("x", "x", people, None, {}, (0.1,), (1,), replicates=5, worst=3)
+    found, rows = judged(panel, array, strangers)
+    assert found.scores.total == len(rows) == 9 * 4 * 3
+    nearest = (unit @ other.T).max(axis=1)
+    behind = {
+        (i, j): nearest[i] - unit[i] @ unit[j]
+        for i in range(36) for j in range(36) if i != j and people[i] == people[j]
+    }  # fmt: skip
+    mates, taken = found.worst["m"][:3], found.worst["m"][3:]
+    assert (mates[0].left, mates[0].right) == max(behind, key=behind.get)
+    assert len({people[pair.left] for pair in mates}) == 3
+    for mate, stranger in zip(mates, taken, strict=True):
+        assert (mate.same, stranger.same, mate.other, stranger.other) == (True, False, 0, 1)
+        assert mate.left == stranger.left
+        assert stranger.right == (unit[mate.left] @ other.T).argmax()
+        assert stranger.score == pytest.approx(nearest[mate.left])
+        assert mate.score == pytest.approx(unit[mate.left] @ unit[mate.right])
+        assert mate.score < stranger.score
+    one_out, _ = judged(LeaveOneOutPanel("x", "x", people, str, {}, replicates=5, worst=2), array)
+    cosine = np.where(np.eye(36, dtype=bool), -2, unit @ unit.T)
+    same = people[:, None] == people
+    margin = np.where(same, -2, cosine).max(1) - np.where(same, cosine, -2).max(1)
+    assert one_out.worst["m"][0].left == margin.argmax()
+    assert one_out.worst["m"][2].right == np.where(same, -2, cosine)[margin.argmax()].argmax()
+
+
+def test_scores_of_templates_are_streamed_in_blocks(monkeypatch):
+    rng = np.random.default_rng(0)
+    ids = np.repeat(np.arange(30) * 3 + 1, 2)
+    array = rng.normal(size=(60, 8))
+    left, right = (ids[::2][rows] for rows in np.triu_indices(30, 1))
+    same = rng.random(left.size) < 0.2
+    panel = TemplatesPanel("x", "x", ids, np.arange(60), {}, (left, right, same), replicates=5, worst=2, fars=(0.1,))
+    found = panel.verify({"m": array})
+    sizes, real = [], panels_templates.pair_cosines
+    monkeypatch.setattr(panels_templates, "BLOCK", 64)
+    monkeypatch.setattr(
+        panels_templates, "pair_cosines", lambda unit, i, j: (sizes.append(i.size), real(unit, i, j))[1]
+    )
+    rows = list(found.scores.rows("m"))
+    assert found.scores.total == len(rows) == left.size == sum(sizes)
+    assert max(sizes) == 64
+    pooled = pool_templates(array, ids, np.arange(60))
+    unit = dict(zip(pooled.ids.tolist(), pooled.features, strict=True))
+    for k, (a, b, kind, score) in enumerate(rows):
+        assert (a, b, kind) == (left[k], right[k], int(same[k]))
+        assert float(score) == pytest.approx(unit[a] @ unit[b], abs=1e-6)
+    scores = np.array([float(row[3]) for row in rows])
+    least, most = found.worst["m"][0], found.worst["m"][2]
+    assert least.score == pytest.approx(scores[same].min(), abs=1e-7)
+    assert most.score == pytest.approx(scores[~same].max(), abs=1e-7)
+    k = np.flatnonzero(~same)[scores[~same].argmax()]
+    assert (ids[most.left], ids[most.right]) == (left[k], right[k])
+    assert most.note == f"templates {left[k]}, {right[k]}"
+
+
+def test_the_confidence_asked_for_is_that_of_every_interval(tmp_path, no_figures):
+    rng = np.random.default_rng(0)
+    np.save(tmp_path / "e.npy", rng.normal(size=(40, 4)))
+    wide, narrow = (
+        evaluate.run(
+            replace(FAST, level=level), output=tmp_path / f"{level}", embeddings=[tmp_path / "e.npy"],
+            protocols=[set_files.bin_set(tmp_path)],
+        )["evaluations"][0]["models"]["e"]["measures"]
+        for level in (0.99, 0.5)
+    )  # fmt: skip
+    for key in ("accuracy", "tar_0.1"):
+        assert wide[key]["high"] - wide[key]["low"] > narrow[key]["high"] - narrow[key]["low"] > 0
 
 
 def test_the_worst_pairs_are_the_worst():
