@@ -9,7 +9,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from kdlib._checks import check_number, check_relation_reduction
+from kdlib._checks import check_floating, check_number, check_relation_reduction
 from kdlib.losses._maths import full_precision
 from kdlib.losses._pairs import (
     chord_gradient,
@@ -82,6 +82,7 @@ def correlation_congruence(
         no rule for `torch.func.vmap`.
     """
     _check_kernel("correlation_congruence", gamma, order)
+    check_floating("correlation_congruence", student=student)
     origin = student.dtype
     with full_precision(student):
         student, teacher, share = one_batch("correlation_congruence", student, teacher, reduction, weight, gather)

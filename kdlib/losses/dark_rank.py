@@ -9,7 +9,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from kdlib._checks import check_number, check_relation_reduction
+from kdlib._checks import check_floating, check_number, check_relation_reduction
 from kdlib.losses._maths import full_precision
 from kdlib.losses._pairs import (
     one_batch,
@@ -97,6 +97,7 @@ def dark_rank(
         derivative, and no rule for `torch.func.vmap`.
     """
     _check_order("dark_rank", alpha, beta, length)
+    check_floating("dark_rank", student=student)
     origin = student.dtype
     with full_precision(student):
         student, teacher, share = one_batch("dark_rank", student, teacher, reduction, weight, gather)

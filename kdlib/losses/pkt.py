@@ -8,7 +8,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from kdlib._checks import check_relation_reduction
+from kdlib._checks import check_floating, check_relation_reduction
 from kdlib.losses._maths import full_precision
 from kdlib.losses._pairs import (
     chord_gradient,
@@ -75,6 +75,7 @@ def pkt(
         the cosine kernel. Values are those of the authors' code: the mean is over b * b pairs, so it is a divergence
         of each row over b. There is a gradient, but no second derivative, and no rule for `torch.func.vmap`.
     """
+    check_floating("pkt", student=student)
     origin = student.dtype
     with full_precision(student):
         student, teacher, share = one_batch("pkt", student, teacher, reduction, weight, gather)

@@ -8,7 +8,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from kdlib._checks import check_number, check_relation_reduction
+from kdlib._checks import check_floating, check_number, check_relation_reduction
 from kdlib.losses._maths import full_precision
 from kdlib.losses._pairs import one_batch, shortest_length, with_gradient
 from kdlib.losses._rkd import angle_with_gradient, distance_with_gradient
@@ -70,6 +70,7 @@ def rkd_distance(
         second derivative, and no rule for `torch.func.vmap`.
     """
     _check_chunk("rkd_distance", chunk_size)
+    check_floating("rkd_distance", student=student)
     origin = student.dtype
     with full_precision(student):
         student, teacher, share = one_batch("rkd_distance", student, teacher, reduction, weight, gather)
@@ -135,6 +136,7 @@ def rkd_angle(
         for `torch.func.vmap`.
     """
     _check_chunk("rkd_angle", chunk_size)
+    check_floating("rkd_angle", student=student)
     origin = student.dtype
     with full_precision(student):
         student, teacher, share = one_batch("rkd_angle", student, teacher, reduction, weight, gather)

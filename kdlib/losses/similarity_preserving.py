@@ -8,7 +8,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from kdlib._checks import check_relation_reduction
+from kdlib._checks import check_floating, check_relation_reduction
 from kdlib.losses._maths import full_precision
 from kdlib.losses._pairs import (
     gram_gradient,
@@ -74,6 +74,7 @@ def similarity_preserving(
         RepDistiller; torchdistill divides each row by the sum of its magnitudes, so its value is another one. There is
         a gradient, but no second derivative, and no rule for `torch.func.vmap`.
     """
+    check_floating("similarity_preserving", student=student)
     origin = student.dtype
     with full_precision(student):
         student, teacher, share = one_batch("similarity_preserving", student, teacher, reduction, weight, gather)

@@ -5,12 +5,14 @@ To add a component: a row in the table of its room. A number of checks below the
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from inspect import signature
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+import kdlib.functional
 import kdlib.losses
 import kdlib.projections
 import kdlib.weighting
@@ -173,6 +175,22 @@ def test_losses(name: str, row: Row) -> None:
     assert len(ran) == row.checks
     full = PER_SAMPLE if type(loss).per_sample else RELATION
     assert row.checks == full - len(row.exclude)
+
+
+def test_a_student_or_teacher_that_is_no_tensor_is_named() -> None:
+    needed = {"decoupled_kd": {"target": torch.zeros(4, dtype=torch.long)}, "overhaul": {"margin": 0.0}}
+    good, tried = torch.ones(4, 3), 0
+    for name in kdlib.functional.__all__:
+        function = getattr(kdlib.functional, name)
+        if list(signature(function).parameters)[:2] != ["student", "teacher"]:
+            continue
+        for wrong in ([[1.0] * 3] * 4, good.numpy(), 3.0, None):
+            for side, given in (("student", (wrong, good)), ("teacher", (good, wrong))):
+                message = rf"^{name}: {side} must be a torch.Tensor, got {type(wrong).__name__}$"
+                with pytest.raises(TypeError, match=message):
+                    function(*given, **needed.get(name, {}))
+        tried += 1
+    assert tried == 18
 
 
 @pytest.mark.parametrize(("name", "row"), rows(kdlib.weighting, WEIGHTINGS))
