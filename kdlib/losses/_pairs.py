@@ -198,13 +198,29 @@ def _parts(near: Tensor, width: int) -> list[tuple[Tensor, Tensor]]:
 
 def with_gradient(x: Tensor, value: Tensor, gradient: Tensor) -> Tensor:
     """`value`, as a function of `x` that has this gradient."""
-    result: Tensor = _with_gradient(x, value, gradient)
+    # An operation of the library is what a compiler takes as it is, a Function what `torch.func.grad` takes.
+    given = _with_gradient if torch.compiler.is_compiling() else _WithGradient.apply
+    result: Tensor = given(x, value, gradient)  # type: ignore[no-untyped-call]  # torch has no types here
     return result
+
+
+class _WithGradient(Function):
+    @staticmethod
+    def forward(x: Tensor, value: Tensor, gradient: Tensor) -> Tensor:
+        return value.clone()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
+        _keep(ctx, inputs, output)
+
+    @staticmethod
+    def backward(ctx: Any, slope: Tensor) -> tuple[Tensor, None, None]:
+        return _give(ctx, slope)
 
 
 @torch.library.custom_op("kdlib::with_gradient", mutates_args=())
 def _with_gradient(x: Tensor, value: Tensor, gradient: Tensor) -> Tensor:
-    """One operation, which a compiler takes as it is."""
+    """`_WithGradient` as one operation."""
     return value.clone()
 
 

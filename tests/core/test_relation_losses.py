@@ -313,6 +313,19 @@ def test_distances_of_near_rows() -> None:
     assert rkd_distance(student, teacher, weight=triple).item() == pytest.approx(exact, rel=1e-5)
 
 
+@each
+def test_functional_gradients_are_those_of_autograd(name: str, kwargs: dict[str, Any]) -> None:
+    student, teacher = noise(7, 5, seed=1), noise(7, 4, seed=2)
+    weight = noise(7, seed=3).abs()
+
+    def loss(x: Tensor) -> Tensor:
+        return FUNCTIONS[name][0](x, teacher, weight=weight, **kwargs)
+
+    found, value = torch.func.grad_and_value(loss)(student)
+    torch.testing.assert_close(value, loss(student), rtol=0, atol=0)
+    torch.testing.assert_close(found, gradient(loss, student), rtol=1e-12, atol=1e-15)
+
+
 @each_function
 def test_the_gradient_has_no_graph_and_says_so(name: str) -> None:
     loss = FUNCTIONS[name][0]
