@@ -1,5 +1,6 @@
 """Training room: the checks of a run, its loader, its checkpoints and its numbers. Words errors; opens no file."""
 
+import zipfile
 from collections.abc import Iterable, Mapping, Sequence
 from os import PathLike
 from pathlib import Path
@@ -31,6 +32,7 @@ __all__ = [
     "check_same_names",
     "check_same_steps",
     "check_skipped",
+    "check_stored",
     "diverged",
     "empty_epoch",
     "no_batch",
@@ -149,6 +151,13 @@ def check_generators(wanted: int, found: int) -> None:
 
 
 # Files.
+
+
+def check_stored(archive: zipfile.ZipFile, size: int) -> None:
+    """What an archive unpacks to must not be larger than itself: torch compresses nothing."""
+    unpacked = sum(entry.file_size for entry in archive.infolist())
+    if unpacked > size:
+        raise ValueError(f"it would unpack {unpacked} bytes out of {size}")
 
 
 def check_checksum(altered: str | None) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from kdlib.training._checks import check_checksum, check_format, none_readable, unreadable, unwritable
+from kdlib.training._checks import check_checksum, check_format, check_stored, none_readable, unreadable, unwritable
 from kdlib.training.events import CheckpointError
 
 __all__ = ["CheckpointStore", "load_checkpoint"]
@@ -38,6 +38,7 @@ def load_checkpoint(path: str | PathLike[str]) -> dict[str, Any]:
     try:
         # torch.load does not compare the checksums that torch.save wrote: a flipped bit would become a weight.
         with zipfile.ZipFile(path) as archive:
+            check_stored(archive, os.path.getsize(path))
             check_checksum(archive.testzip())
         state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # whatever a damaged file makes the readers raise

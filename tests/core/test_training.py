@@ -518,6 +518,18 @@ def test_no_readable_checkpoint_is_an_error(tmp_path: Path) -> None:
         train(Toy(), batches(), TrainConfig(epochs=1, checkpoint_dir=tmp_path))
 
 
+def test_an_archive_that_unpacks_to_more_than_itself_is_refused(tmp_path: Path) -> None:
+    good, bomb = tmp_path / "good.pt", tmp_path / "bomb.pt"
+    torch.save({"format": 1, "weights": torch.zeros(1 << 20)}, good)
+    assert load_checkpoint(good)["weights"].numel() == 1 << 20
+    with zipfile.ZipFile(good) as stored, zipfile.ZipFile(bomb, "w", zipfile.ZIP_DEFLATED) as packed:
+        for entry in stored.infolist():
+            packed.writestr(entry.filename, stored.read(entry))
+    assert bomb.stat().st_size < good.stat().st_size / 100
+    with pytest.raises(CheckpointError, match=r"bomb.pt cannot be read: it would unpack \d+ bytes out of \d+"):
+        load_checkpoint(bomb)
+
+
 def test_pickled_code_is_never_run(tmp_path: Path) -> None:
     class Evil:
         def __reduce__(self) -> Any:
