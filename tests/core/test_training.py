@@ -3,6 +3,7 @@
 import os
 import resource
 import signal
+import zipfile
 from pathlib import Path
 from typing import Any, NamedTuple
 
