@@ -15,7 +15,7 @@ from kdlib_faces.progress import progress as show
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["embed_images", "evaluate_images"]
+__all__ = ["embed_batch", "embed_images", "eval_mode", "evaluate_images"]
 
 OWNER = "embed_images"
 
@@ -39,13 +39,15 @@ def embed_images(
     while it runs, each of its modules back into its own afterwards.
 
     Args:
-        model: (b, c, h, w) tensor to (b, d) tensor, or to named features with one `"embedding"`.
+        model: (b, c, h, w) tensor to (b, d) tensor, or to named features with one `"embedding"`. One with an
+            `input_spec`, as backbones have, gets its images by it.
         images: (n, c, h, w) uint8 array, memory map or tensor; or a sequence or iterator of such batches, of any sizes.
         flip: add the mirrored image's embedding before the norm.
         normalize: make rows unit at the end; templates want False.
         batch_size: images in one forward.
-        preprocess: (b, c, h, w) uint8 tensor to what the model takes; (x - 127.5) / 127.5 by default. Some weights want
-            BGR (AdaFace) or another scale: then it is said here.
+        preprocess: (b, c, h, w) uint8 tensor to what the model takes, in place of (x - 127.5) / 127.5 and its
+            `input_spec`. Some weights want BGR (AdaFace) or another scale: where the model does not say so itself, it
+            is said here.
         device: where the model is.
         out: (n, d) array or memory map to write into, in place of a new float32 array.
         progress: show how far it is.
@@ -67,21 +69,18 @@ def embed_images(
 
     check_number(OWNER, "batch_size", batch_size, least=1, integer=True)
     parts: list[npt.NDArray[np.float32]] = []
-    done = 0
+    given, done = out, 0
     total = getattr(images, "shape", (None,))[0]
     batches = None if total is None else -(-total // batch_size)
     label = "embeddings" if total is None else f"embeddings of {total} images, batches"
-    with _eval_mode(model), torch.inference_mode():
+    with eval_mode(model):
         for batch in show(_batches(images, batch_size), label, total=batches, quiet=not progress):
-            pixels = torch.from_numpy(batch).to(device)
-            inputs = pixels.float().sub_(127.5).div_(127.5) if preprocess is None else preprocess(pixels)
-            rows = _rows(model(inputs), len(batch))
-            if flip:
-                rows = rows + _rows(model(inputs.flip(-1)), len(batch))
-            block = rows.float().cpu().numpy()
+            block = embed_batch(model, torch.from_numpy(batch).to(device), flip=flip, preprocess=preprocess)
             _check(block, done, normalize)
             if normalize:
                 block = (block / np.linalg.norm(block.astype(np.float64), axis=1, keepdims=True)).astype(np.float32)
+            if out is None and total is not None:
+                out = np.empty((total, block.shape[1]), dtype=np.float32)
             if out is None:
                 parts.append(block)
             else:
@@ -95,8 +94,44 @@ def embed_images(
     require(done > 0, OWNER, "images must hold one, got none")
     if out is None:
         return np.concatenate(parts)
+    if given is None:
+        return out
     require(done == out.shape[0], OWNER, f"out must have one row for each of {done} images, got {out.shape[0]}")
     return out
+
+
+def embed_batch(
+    model: Callable[..., Any],
+    pixels: "Tensor",
+    *,
+    flip: bool = True,
+    preprocess: "Callable[[Tensor], Tensor] | None" = None,
+) -> npt.NDArray[np.float32]:
+    """What `embed_images` makes of one batch before the norm; the model's mode is left as it is.
+
+    Args:
+        model: see `embed_images`.
+        pixels: (b, c, h, w) uint8, where the model is.
+        flip: see `embed_images`.
+        preprocess: see `embed_images`.
+
+    Returns:
+        (b, d) float32.
+    """
+    import torch
+
+    with torch.inference_mode():
+        if preprocess is None:
+            inputs = pixels.float().sub_(127.5).div_(127.5)
+            spec = getattr(model, "input_spec", None)
+            inputs = inputs if spec is None else spec(inputs)
+        else:
+            inputs = preprocess(pixels)
+        rows = _rows(model(inputs), len(pixels))
+        if flip:
+            rows = rows + _rows(model(inputs.flip(-1)), len(pixels))
+        found: npt.NDArray[np.float32] = rows.float().cpu().numpy()
+        return found
 
 
 def evaluate_images(model: Callable[..., Any], images: Any, protocol: EvaluationProtocol[R], **options: Any) -> R:
@@ -163,7 +198,7 @@ def _check(block: npt.NDArray[np.float32], offset: int, normalize: bool) -> None
 
 
 @contextmanager
-def _eval_mode(model: Any) -> Iterator[None]:
+def eval_mode(model: Any) -> Iterator[None]:
     """Every module in eval mode inside, and as it was afterwards, also after an error."""
     modules = list(model.modules()) if hasattr(model, "modules") else []
     modes = [(module, module.training) for module in modules]

@@ -20,8 +20,9 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from kdlib_faces._checks import InputError
-from kdlib_faces.data.images import load_images, to_float
+from kdlib_faces.data.images import load_images
 from kdlib_faces.data.listing import FaceList
+from kdlib_faces.evaluation.embedding import embed_batch, embed_images, eval_mode
 from kdlib_faces.progress import progress as show
 from kdlib_faces.recipes.image_sets import ImageSet, check_array
 
@@ -67,8 +68,7 @@ def embed(
 ) -> Tensor:
     """Unit embeddings of images; with `flip`, of the sum of the plain and the mirrored image's embeddings.
 
-    The sum is of embeddings as the model gives them, normalised once at the end, as published figures have it. A model
-    with an `input_spec` gets its images by it: other channel orders and normalisations.
+    `kdlib_faces.evaluation.embed_images` for tensors.
 
     Args:
         model: `(b, 3, s, s)` in `[-1, 1]` to `(b, d)`, or to named features with one `"embedding"`.
@@ -85,26 +85,8 @@ def embed(
         >>> embed(lambda x: x.flatten(1), pixels, batch_size=2).norm(dim=1).round(decimals=3)
         tensor([1., 1., 1., 1., 1.])
     """
-    spec = getattr(model, "input_spec", None)
-    parts = []
-    with torch.inference_mode():
-        for start in range(0, len(images), batch_size):
-            inputs = to_float(images[start : start + batch_size])
-            inputs = inputs if spec is None else spec(inputs)
-            embeddings = _embedding(model(inputs))
-            if flip:
-                embeddings = embeddings + _embedding(model(inputs.flip(-1)))
-            parts.append(nn.functional.normalize(embeddings.float(), dim=1) if normalise else embeddings.float())
-    return torch.cat(parts)
-
-
-def _embedding(output: Any) -> Tensor:
-    if isinstance(output, dict):
-        output = output["embedding"]
-    if not isinstance(output, Tensor) or output.dim() != 2:
-        shape = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
-        raise InputError(f"embed: the model must return embeddings (b, d), got {shape}")
-    return output
+    rows = embed_images(model, images, batch_size=batch_size, flip=flip, normalize=normalise, device=images.device)
+    return torch.from_numpy(rows)
 
 
 def embed_faces(
@@ -117,27 +99,12 @@ def embed_faces(
     progress: bool = False,
 ) -> NDArray[np.float32]:
     """Unit embeddings `(n, d)` of a face list, decoded as they are needed, so that memory does not grow with the list."""
-    parts = []
     starts = range(0, len(faces), max(batch_size, 64))
-    with _eval_mode(model):
-        for start in show(starts, f"embeddings of {len(faces)} images, batches", quiet=not progress):
-            images = load_images(faces.paths[start : start + starts.step], size)
-            parts.append(embed(model, images, batch_size=batch_size, flip=flip).numpy())
-    return np.concatenate(parts)
-
-
-class _eval_mode:  # reads as a function
-    def __init__(self, model: object) -> None:
-        modules = list(model.modules()) if isinstance(model, nn.Module) else []
-        self.modes = [(module, module.training) for module in modules]
-
-    def __enter__(self) -> None:
-        for module, _ in self.modes:
-            module.training = False
-
-    def __exit__(self, *_: object) -> None:
-        for module, mode in self.modes:
-            module.training = mode
+    label = f"embeddings of {len(faces)} images, batches"
+    batches = (
+        load_images(faces.paths[start : start + starts.step], size) for start in show(starts, label, quiet=not progress)
+    )
+    return embed_images(model, batches, batch_size=batch_size, flip=flip)
 
 
 @dataclass(frozen=True, eq=False)
@@ -209,7 +176,7 @@ def embed_set(
         A read-only memory map.
 
     Raises:
-        InputError: an image is not readable, or the model gives NaN or infinity for one (it is named).
+        InputError: an image is not readable, or the model gives NaN, infinity or zero for one (it is named).
     """
     parts = [str(FORMAT), model.fingerprint, str(model.size), str(flip), images.fingerprint]
     key = hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
@@ -236,18 +203,18 @@ def _embed_to(target: Path, model: Judged, images: ImageSet, batch_size: int, fl
     starts = range(done, count, batch)
     label = f"{model.path.name} on {images.name}, {count:,} images from {done:,}, batches of {batch}"
     last, begin = done, time.monotonic()
-    with part.open("r+b" if done else "wb") as stream, _eval_mode(model.module):
+    with part.open("r+b" if done else "wb") as stream, eval_mode(model.module):
         if done:
             stream.seek(_header(width, count)[1] + done * width * 4)
             stream.truncate()
         for start in show(starts, label, quiet=not progress):
             rows = range(start, min(start + batch, count))
-            found = embed(model.module, images.decode(rows, model.size), batch_size=batch, flip=flip, normalise=False)
-            array = found.numpy().astype("<f4", copy=False)
-            bad = np.flatnonzero(~np.isfinite(array).all(axis=1))
-            if bad.size:
-                name = images.label(rows[int(bad[0])])
-                raise InputError(f"{model.path}: the model gives NaN or infinity for {name} of {images.name}")
+            found = embed_batch(model.module, images.decode(rows, model.size), flip=flip)
+            array = found.astype("<f4", copy=False)
+            for what, good in (("NaN or infinity", np.isfinite(array).all(axis=1)), ("zero", array.any(axis=1))):
+                if not good.all():
+                    name = images.label(rows[int(good.argmin())])
+                    raise InputError(f"{model.path}: the model gives {what} for {name} of {images.name}")
             if not start:
                 width = array.shape[1]
                 stream.write(_header(width, count)[0])
@@ -293,7 +260,7 @@ def read_embeddings(path: str | os.PathLike[str], count: int | None) -> NDArray[
 
     Raises:
         InputError: no such file, no array of numbers, pickled objects, another number of rows, or a row that is not
-            finite.
+            finite or zero.
     """
     try:
         array = np.load(path, mmap_mode="r", allow_pickle=False)
@@ -302,14 +269,10 @@ def read_embeddings(path: str | os.PathLike[str], count: int | None) -> NDArray[
     except (ValueError, EOFError, OSError) as error:
         raise InputError(f"{path}: not a .npy file of numbers ({str(error).splitlines()[0]})") from None
     check_array(str(path), array, count)
-    bad = np.concatenate(
-        [
-            start + np.flatnonzero(~np.isfinite(array[start : start + 4096]).all(axis=1))
-            for start in range(0, len(array), 4096)
-        ]
-        or [np.zeros(0, dtype=np.int64)]
-    )
-    if bad.size:
-        raise InputError(f"{path}: embeddings must be finite, row {bad[0]} is not ({bad.size} rows in all)")
+    for start in range(0, len(array), 4096):
+        rows = array[start : start + 4096]
+        for what, good in (("finite", np.isfinite(rows).all(axis=1)), ("non-zero in every row", rows.any(axis=1))):
+            if not good.all():
+                raise InputError(f"{path}: embeddings must be {what}, row {start + int(good.argmin())} is not")
     found: NDArray[Any] = array if array.dtype.kind == "f" else array.astype(np.float32)
     return found

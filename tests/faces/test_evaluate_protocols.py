@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 import time
+import tracemalloc
 from dataclasses import replace
 
 import numpy as np
@@ -17,7 +18,7 @@ from kdlib_faces._checks import InputError
 from kdlib_faces.backbones import MobileFaceNet, save_backbone
 from kdlib_faces.evaluation import CrossGroupProtocol, PairProtocol, leave_one_out, pool_templates, tar_at_far
 from kdlib_faces.recipes import embedding, evaluate, panels_templates
-from kdlib_faces.recipes.image_sets import images_of_files
+from kdlib_faces.recipes.image_sets import ImageSet, images_of_files
 from kdlib_faces.recipes.panels_distractors import DistractorsPanel
 from kdlib_faces.recipes.panels_groups import CrossGroupPanel
 from kdlib_faces.recipes.panels_pairs import PairsPanel
@@ -383,7 +384,7 @@ def test_a_killed_run_goes_on_where_it_was(tmp_path, monkeypatch, no_figures):
     model, text = network(tmp_path / "m.pt", 0), f"leave_one_out={set_files.grouped(tmp_path)}"
     config = evaluate.EvaluateConfig(replicates=10, worst=0, batch_size=4)
     monkeypatch.setattr(embedding, "KEPT_EVERY", 4)
-    real, counts = embedding.embed, []
+    real, counts = embedding.embed_batch, []
 
     def stops(module, images, **options):
         if len(counts) == 2:
@@ -391,14 +392,16 @@ def test_a_killed_run_goes_on_where_it_was(tmp_path, monkeypatch, no_figures):
         counts.append(len(images))
         return real(module, images, **options)
 
-    monkeypatch.setattr(embedding, "embed", stops)
+    monkeypatch.setattr(embedding, "embed_batch", stops)
     with pytest.raises(KeyboardInterrupt):
         evaluate.run(config, output=tmp_path / "out", models=[model], protocols=[text])
     assert sorted(path.suffix for path in (tmp_path / "out/work").iterdir()) == [".json", ".part"]
     assert not (tmp_path / "out/report.json").exists()
     counts.clear()
     monkeypatch.setattr(
-        embedding, "embed", lambda module, images, **more: (counts.append(len(images)), real(module, images, **more))[1]
+        embedding,
+        "embed_batch",
+        lambda module, images, **more: (counts.append(len(images)), real(module, images, **more))[1],
     )
     evaluate.run(config, output=tmp_path / "out", models=[model], protocols=[text])
     assert counts == [4, 3]
@@ -413,11 +416,11 @@ _SLOW = """
 import sys, time
 from kdlib_faces import cli
 from kdlib_faces.recipes import embedding
-real = embedding.embed
+real = embedding.embed_batch
 def slow(*given, **more):
     time.sleep(0.2)
     return real(*given, **more)
-embedding.embed, embedding.KEPT_EVERY = slow, 4
+embedding.embed_batch, embedding.KEPT_EVERY = slow, 4
 sys.exit(cli.main(sys.argv[1:]))
 """
 
@@ -434,9 +437,11 @@ def test_a_run_that_the_system_killed_goes_on(tmp_path, monkeypatch, no_figures)
     assert process.wait(20) == -9, process.stderr.read()
     process.stderr.close()
     assert not (tmp_path / "out/report.json").exists()
-    counts, real = [], embedding.embed
+    counts, real = [], embedding.embed_batch
     monkeypatch.setattr(
-        embedding, "embed", lambda module, images, **more: (counts.append(len(images)), real(module, images, **more))[1]
+        embedding,
+        "embed_batch",
+        lambda module, images, **more: (counts.append(len(images)), real(module, images, **more))[1],
     )
     assert cli.main(words) == 0
     assert 0 < sum(counts) < 15
@@ -502,14 +507,54 @@ def test_the_input_spec_of_a_model_is_respected():
     assert len(spec_calls) == 3
 
 
-def test_a_model_that_gives_nan_is_named_with_its_image(tmp_path, monkeypatch):
+@pytest.mark.parametrize(("value", "what"), [(np.nan, "NaN or infinity"), (0.0, "zero")])
+def test_a_model_that_gives_no_direction_is_named_with_its_image(tmp_path, monkeypatch, value, what):
     model = network(tmp_path / "m.pt", 0)
-    monkeypatch.setattr(embedding, "embed", lambda module, images, **_: torch.full((len(images), 4), float("nan")))
-    with pytest.raises(InputError, match=r"m\.pt: the model gives NaN or infinity for 0_0\.png of grouped"):
+
+    def third(module, images, **_):
+        rows = np.ones((len(images), 4), np.float32)
+        rows[2] = value
+        return rows
+
+    monkeypatch.setattr(embedding, "embed_batch", third)
+    with pytest.raises(InputError, match=rf"m\.pt: the model gives {what} for 0_2\.png of grouped"):
         evaluate.run(
             FAST, output=tmp_path / "out", models=[model], protocols=[f"leave_one_out={set_files.grouped(tmp_path)}"]
         )
     assert not (tmp_path / "out/report.json").exists()
+
+
+@pytest.mark.parametrize(("value", "what"), [(np.nan, "finite"), (0.0, "non-zero in every row")])
+def test_a_row_without_direction_names_its_file(tmp_path, value, what):
+    rows = np.ones((15, 4))
+    rows[11] = value
+    np.save(tmp_path / "good.npy", np.ones((15, 4)))
+    np.save(tmp_path / "bad.npy", rows)
+    with pytest.raises(InputError, match=rf"bad\.npy: embeddings must be {what}, row 11 is not"):
+        evaluate.run(
+            FAST, output=tmp_path / "out", embeddings=[tmp_path / "good.npy", tmp_path / "bad.npy"],
+            protocols=[f"leave_one_out={set_files.grouped(tmp_path)}"],
+        )  # fmt: skip
+
+
+def test_memory_of_the_command_does_not_grow_with_the_set(tmp_path):
+    model = embedding.open_model(network(tmp_path / "m.pt", 0))
+
+    def peak(count):
+        def read(row, size):
+            return np.random.default_rng(row).integers(0, 256, (3, size, size), dtype=np.uint8)
+
+        images = ImageSet(f"n{count}", count, f"n{count}", read, str)
+        tracemalloc.start()
+        try:
+            embedding.embed_set(model, images, tmp_path / "work", batch_size=8)
+            return tracemalloc.get_traced_memory()[1]
+        finally:
+            tracemalloc.stop()
+
+    peak(16)  # what the first forward takes once
+    small, large = peak(64), peak(640)
+    assert large < small + 60_000 < 640 * 3 * 32 * 32
 
 
 def test_embeddings_of_several_sets_lie_in_a_folder(tmp_path, no_figures):

@@ -1,5 +1,8 @@
 """Images to embeddings: the flip test, the model's mode, streams, and memory maps."""
 
+import tracemalloc
+import weakref
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -145,3 +148,52 @@ def test_a_nan_names_its_image() -> None:
     images[6, 0, 0, 0] = 255
     with pytest.raises(ValueError, match="embeddings must be finite, got image 6 that is not"):
         embed_images(Nan(), images, batch_size=4, flip=False)
+
+
+def test_the_input_spec_of_a_model_is_respected_unless_preprocess_is_given() -> None:
+    class Blue(nn.Module):
+        def input_spec(self, x: torch.Tensor) -> torch.Tensor:
+            return x.flip(1) * 3
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x.flatten(1)
+
+    images = pixels(5)
+    plain = (torch.from_numpy(images).float() - 127.5) / 127.5
+    found = embed_images(Blue(), images, flip=False, normalize=False, batch_size=2)
+    np.testing.assert_allclose(found, (plain.flip(1) * 3).flatten(1).numpy(), atol=1e-6)
+    own = embed_images(Blue(), images, flip=False, normalize=False, preprocess=lambda x: x.float())
+    np.testing.assert_array_equal(own, images.reshape(5, -1))
+
+
+def test_memory_does_not_grow_with_the_number_of_images(tmp_path: Path) -> None:
+    model, side, batch = Net(), 6, 8
+    alive, most = 0, 0
+
+    def gone() -> None:
+        nonlocal alive
+        alive -= 1
+
+    def stream(count: int) -> Iterator[np.ndarray]:
+        nonlocal alive, most
+        for number in range(count // batch):
+            images = np.random.default_rng(number).integers(0, 256, (batch, 3, side, side), dtype=np.uint8)
+            weakref.finalize(images, gone)
+            alive += 1
+            most = max(most, alive)
+            yield images
+            del images
+
+    def peak(count: int) -> int:
+        out = np.memmap(tmp_path / f"{count}", dtype=np.float32, mode="w+", shape=(count, 5))
+        tracemalloc.start()
+        try:
+            embed_images(model, stream(count), out=out, batch_size=batch)
+            return tracemalloc.get_traced_memory()[1]
+        finally:
+            tracemalloc.stop()
+
+    peak(16)
+    small, large = peak(64), peak(1280)
+    assert most <= 2
+    assert large < small + 60_000 < 1280 * 3 * side * side
