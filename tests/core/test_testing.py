@@ -817,6 +817,8 @@ def test_nothing_given_is_changed_and_no_random_number_is_drawn() -> None:
         (lambda: check_weighting(Weigh(), student=STUDENT, teachers=[randn(2, 4)]), ValueError, r"teachers\[0\] must"),
         (lambda: check_weighting(Weigh(), targets={"label": torch.ones(2)}), ValueError, r"targets\['label'\] must"),
         (lambda: check_projection(torch.tanh, STUDENT, TEACHER), TypeError, "projection must be a Module"),
+        (lambda: check_loss("hint", STUDENT, TEACHER), TypeError, "check_loss: loss must be callable, got str"),
+        (lambda: check_weighting(None), TypeError, "check_weighting: weighting must be callable, got NoneType"),
         (lambda: check_projection(Project(), STUDENT[:1], TEACHER[:1]), ValueError, "the batch size must be"),
         (lambda: check_adapter(torch.tanh, STUDENT), TypeError, "adapter must be a Module"),
     ],
