@@ -102,6 +102,25 @@ def test_the_age_map_brings_unseen_people_together_across_age() -> None:
         fit_age_map(rows, who, age_groups=torch.zeros(400, dtype=torch.int64))
 
 
+def test_where_nothing_speaks_of_age_the_map_leaves_unseen_people_where_they_were() -> None:
+    """Two hundred people, no direction of age: what such a map learns is those people by heart."""
+    generator = torch.Generator().manual_seed(0)
+
+    def seen(count: int) -> torch.Tensor:
+        person = torch.randn(count, 128, generator=generator).repeat_interleave(2, 0)
+        return torch.nn.functional.normalize(person + 1.3 * torch.randn(2 * count, 128, generator=generator), dim=1)
+
+    def found(rows: torch.Tensor) -> float:
+        unit = torch.nn.functional.normalize(rows, dim=1)
+        scores = unit[::2] @ unit[1::2].T
+        strangers = scores[~torch.eye(len(scores), dtype=torch.bool)]
+        return float((scores.diagonal() > strangers.quantile(0.999)).float().mean())
+
+    train, test = seen(200), seen(600)
+    matrix = fit_age_map(train, torch.arange(400) // 2, age_groups=torch.arange(400) % 2)
+    assert found(test @ matrix) > found(test) - 0.01
+
+
 class _Flat(nn.Module):
     def __init__(self) -> None:
         super().__init__()
