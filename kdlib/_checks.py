@@ -279,8 +279,9 @@ def check_term_teachers(owner: str, term: str, reads: Iterable[str], teachers: I
 def check_term_loss(term: str, loss: Tensor, batch: int, *, each: bool, teacher: bool) -> None:
     """A term's loss must be `(b,)`, or for want of a per-sample form a scalar where no sample weights need `each`."""
     if tuple(loss.shape) != (batch,) and (each or (teacher and loss.dim())):
-        wanted = "(b,) losses for its sample_weight," if each else "a scalar or"
-        raise ValueError(f"Objective: term {term!r} must return {wanted} (b,) = ({batch},), got {show_shape(loss)}")
+        wanted = f"(b,) = ({batch},)"
+        wanted = f"{wanted} losses for its sample_weight" if each else f"a scalar or {wanted}"
+        raise ValueError(f"Objective: term {term!r} must return {wanted}, got {show_shape(loss)}")
 
 
 def check_weights_of(losses: Tensor, weights: Tensor) -> None:

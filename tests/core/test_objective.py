@@ -287,7 +287,7 @@ def test_sample_weights_that_do_not_fit(features) -> None:
     with pytest.raises(ValueError, match=r"term 'a': targets\['known'\] must be \(b,\) with b = 6, got \(5,\)"):
         hint(student, teachers, {"known": torch.ones(5)})
     scalar = term(lambda s, t: (s - t).mean(), teacher="embedding")
-    with pytest.raises(ValueError, match=r"must return \(b,\) losses for its sample_weight, \(b,\) = \(6,\), got \(\)"):
+    with pytest.raises(ValueError, match=r"must return \(b,\) = \(6,\) losses for its sample_weight, got \(\)"):
         scalar(student, teachers, {"known": torch.ones(6)})
     assert repr(hint.terms["a"]).endswith("teacher='embedding', sample_weight='known')")
 
