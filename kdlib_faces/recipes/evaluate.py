@@ -34,9 +34,10 @@ from kdlib_faces.recipes.embedding import (
 )
 from kdlib_faces.recipes.evaluate_files import worst_pictures, write_scores
 from kdlib_faces.recipes.image_sets import ImageSet, images_of_files
+from kdlib_faces.recipes.list_tasks import tasks_of_faces
 from kdlib_faces.recipes.protocol_names import PROTOCOLS
 from kdlib_faces.recipes.published_sets import pairs_task
-from kdlib_faces.recipes.tasks import Asked, Settings, Task, parse_protocol, tasks_of_faces
+from kdlib_faces.recipes.tasks import Asked, Settings, Task, parse_protocol
 
 __all__ = ["EvaluateConfig", "embed", "embed_faces", "load_model", "read_embeddings", "run"]
 
@@ -77,6 +78,20 @@ class EvaluateConfig:
         check_number("EvaluateConfig", "batch_size", self.batch_size, least=1, integer=True)
         check_number("EvaluateConfig", "worst", self.worst, least=0, most=24, integer=True)
         check_number("EvaluateConfig", "score_rows", self.score_rows, least=1, integer=True)
+        check_number("EvaluateConfig", "replicates", self.replicates, least=0, integer=True)
+        check_number("EvaluateConfig", "seed", self.seed, least=0, integer=True)
+        check_number("EvaluateConfig", "level", self.level, above=0)
+        if self.level >= 1:
+            raise InputError(f"EvaluateConfig: level must be below 1, got {self.level!r}")
+        for name, least in (("bins", 0), ("ranks", 1)):
+            if not getattr(self, name):
+                raise InputError(f"EvaluateConfig: {name} must not be empty, got ()")
+            for each in getattr(self, name):
+                check_number("EvaluateConfig", name, each, least=least, integer=name == "ranks")
+        if list(self.bins) != sorted(set(self.bins)):
+            raise InputError(f"EvaluateConfig: bins must rise from the first, got {self.bins}")
+        for far in self.fars:
+            check_number("EvaluateConfig", "fars", far, above=0, most=1)
         if self.input_size is not None:
             check_number("EvaluateConfig", "input_size", self.input_size, least=8, integer=True)
 

@@ -5,16 +5,8 @@ from dataclasses import dataclass
 
 from kdlib_faces._checks import InputError
 from kdlib_faces.recipes import published_sets as sets
-from kdlib_faces.recipes.tasks import (
-    Asked,
-    Settings,
-    Task,
-    age_errors_task,
-    ages_task,
-    bin_task,
-    groups_task,
-    leave_one_out_task,
-)
+from kdlib_faces.recipes.list_tasks import age_errors_task, ages_task, groups_task, leave_one_out_task
+from kdlib_faces.recipes.tasks import Asked, Settings, Task
 
 __all__ = ["PROTOCOLS", "Known", "listing"]
 
@@ -42,7 +34,7 @@ class Known:
 PROTOCOLS: dict[str, Known] = {
     "pairs": Known("Given pairs", "pairs=FILE[,images=FOLDER]", "pairs in LFW's format: accuracy over folds", sets.pairs_task),
     "lfw": Known("LFW", "lfw=pairs.txt[,images=FOLDER]", "LFW's pairs", sets.pairs_task),
-    "bin": Known("A .bin set", "bin=FILE", "a .bin verification set, its images inside", bin_task),
+    "bin": Known("A .bin set", "bin=FILE", "a .bin verification set, its images inside", sets.bin_task),
     "agedb": Known("AgeDB", "agedb=FILE.mat,images=FOLDER", "AgeDB's pairs 5, 10, 20 or 30 years apart", sets.agedb_task),
     "calfw": Known("CALFW", "calfw=FILE,images=FOLDER", "CALFW's pairs, across age", sets.calfw_task),
     "cplfw": Known("CPLFW", "cplfw=FILE,images=FOLDER", "CPLFW's pairs, across pose", sets.cplfw_task),

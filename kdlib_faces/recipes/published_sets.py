@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from kdlib_faces._checks import InputError
 from kdlib_faces.data.agedb import read_agedb_pairs
+from kdlib_faces.data.bin import load_bin
 from kdlib_faces.data.cacd import cacd_vs_pairs
 from kdlib_faces.data.calfw import read_calfw_pairs, read_cplfw_pairs
 from kdlib_faces.data.cfp import read_cfp_pairs
@@ -21,17 +21,18 @@ from kdlib_faces.data.listing import IMAGE_SUFFIXES, FaceList
 from kdlib_faces.data.longitudinal import read_longitudinal
 from kdlib_faces.data.pairs import read_lfw_pairs
 from kdlib_faces.evaluation import PAIR_SETS, LongitudinalProtocol, PairProtocol, pair_set
-from kdlib_faces.recipes.image_sets import ImageSet, aligned_images, images_of_files, rows_only
+from kdlib_faces.recipes.image_sets import ImageSet, aligned_images, images_of_bytes, images_of_files, rows_only
 from kdlib_faces.recipes.panels import Arrays, Judgement
 from kdlib_faces.recipes.panels_distractors import DistractorsPanel
 from kdlib_faces.recipes.panels_pairs import PairsPanel
 from kdlib_faces.recipes.panels_ranks import LeaveOneOutPanel
 from kdlib_faces.recipes.panels_templates import TemplatesPanel
 from kdlib_faces.recipes.panels_years import LongitudinalPanel
-from kdlib_faces.recipes.tasks import Asked, Settings, Task, faces_of, of_rows
+from kdlib_faces.recipes.tasks import Asked, Settings, Task, faces_of, on_rows
 
 __all__ = [
     "agedb_task",
+    "bin_task",
     "cacd_task",
     "calfw_task",
     "cfp_task",
@@ -59,6 +60,21 @@ def pairs_task(asked: Asked, settings: Settings, name: str, title: str) -> Task:
 
 
 lfw_task = pairs_task
+
+
+def bin_task(asked: Asked, settings: Settings, name: str, title: str) -> Task:
+    """A `.bin` set: its images are inside."""
+    asked.known()
+    path = asked.wants("a .bin file")
+    found = load_bin(path)
+    images = images_of_bytes(path.stem, found.images)
+    protocol = PairProtocol.interleaved(found.same, None, settings.threshold, settings.fars, level=settings.level)
+    notes = ("names and ages are not in a .bin: intervals take pairs as independent, folds may share people",)
+    panel = PairsPanel(
+        name, f"{path.stem} (.bin)", protocol, images.label, settings.convention, notes=notes, worst=settings.worst,
+        **settings.sampling,
+    )  # fmt: skip
+    return Task(name, (images,), lambda given: panel.judge(given[images.name]))
 
 
 def agedb_task(asked: Asked, settings: Settings, name: str, title: str) -> Task:
@@ -277,11 +293,11 @@ def longitudinal_task(asked: Asked, settings: Settings, name: str, title: str) -
     """People over years: a list with ages or dates, or `--faces` with ages."""
     asked.known("reference")
     notes: tuple[str, ...] = ()
-    rows: NDArray[np.int64] | None = None
     if asked.path is not None:
         listed = read_longitudinal(asked.path)
         identities, years = listed.identities, listed.years
         images = settings.set_of(asked.path, listed.paths)
+        rows = np.arange(len(identities))
     else:
         faces, images = faces_of(asked, settings, path_is_list=True)
         if faces.ages is None:
@@ -294,15 +310,9 @@ def longitudinal_task(asked: Asked, settings: Settings, name: str, title: str) -
     if reference not in ("first", "all"):
         raise InputError(f"--protocol {asked.text}: reference must be first or all, got {reference!r}")
     protocol = LongitudinalProtocol(identities, years, reference=reference, fars=settings.fars, **settings.sampling)
-    known = np.arange(len(identities)) if rows is None else rows
     panel = LongitudinalPanel(
         name, title, protocol, settings.convention, notes, **settings.sampling,
-        labels=lambda row: images.label(int(known[row])), worst=settings.worst,
+        labels=lambda row: images.label(int(rows[row])), worst=settings.worst,
     )  # fmt: skip
 
-    def judge(given: Mapping[str, Arrays]) -> Judgement:
-        arrays = given[images.name]
-        found = panel.judge(arrays if rows is None else {each: array[rows] for each, array in arrays.items()})
-        return of_rows(found, known)
-
-    return Task(name, (images,), judge)
+    return Task(name, (images,), on_rows(images, rows, panel.judge))

@@ -52,7 +52,7 @@ def _rates(axes: Axes, low: float, high: float = 1.0, *, which: str = "y") -> No
     bottom = max(0.0, np.floor((low - 0.02) * 20) / 20)
     if high - low < 0.04:  # models that nearly agree: a scale on which they differ
         bottom = max(0.0, low - 0.35 * max(high - low, 2e-3))
-    top = high + 0.03 * (high - bottom)
+    top = max(high + 0.03 * (high - bottom), bottom + 0.01)
     (axes.set_ylim if which == "y" else axes.set_xlim)(bottom, top)
     axis = axes.yaxis if which == "y" else axes.xaxis
     axis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10]))

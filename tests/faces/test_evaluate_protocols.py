@@ -690,3 +690,37 @@ def test_help_lists_every_protocol(capsys):
     said = capsys.readouterr().out
     assert listing() in said
     assert all(f"  {name}" in said for name in PROTOCOLS)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ({"level": 1.0}, "level must be below 1, got 1.0"),
+        ({"level": 0.0}, "level must be"),
+        ({"fars": (2.0,)}, "fars must be .* <= 1, got 2.0"),
+        ({"bins": (5, 1)}, r"bins must rise from the first, got \(5, 1\)"),
+        ({"bins": ()}, "bins must not be empty"),
+        ({"ranks": ()}, "ranks must not be empty"),
+        ({"ranks": (0,)}, "ranks must be"),
+        ({"replicates": -1}, "replicates must be"),
+        ({"seed": -1}, "seed must be"),
+    ],
+)
+def test_settings_are_refused_before_anything_runs(wrong, said):
+    with pytest.raises(ValueError, match=f"EvaluateConfig: {said}"):
+        evaluate.EvaluateConfig(**wrong)
+
+
+def test_a_rank_beyond_a_small_list_is_left_out_and_said(tmp_path, no_figures):
+    rows = ["path,identity"]
+    for person in range(2):
+        for shot in range(2):
+            set_files.put_face(tmp_path / f"{person}_{shot}.png", person, shot)
+            rows.append(f"{person}_{shot}.png,p{person}")
+    faces = set_files.put_text(tmp_path / "f.csv", rows)
+    np.save(tmp_path / "e.npy", np.random.default_rng(0).normal(size=(4, 8)))
+    config = evaluate.EvaluateConfig(replicates=10, worst=0)
+    told = evaluate.run(config, output=tmp_path / "out", embeddings=[tmp_path / "e.npy"], faces=[faces])
+    (entry,) = told["evaluations"]
+    assert list(entry["measures"]) == ["rank1"]
+    assert "no rank 5: the gallery has 3 images" in entry["notes"]

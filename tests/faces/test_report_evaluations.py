@@ -11,9 +11,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 
 from kdlib_faces._checks import InputError
-from kdlib_faces.report import Picture, check_run, html, markdown, to_json, write
+from kdlib_faces.report import Picture, check_run, html, markdown, plots, to_json, write
 from kdlib_faces.report.evaluation_tables import (
     bins_table,
     differences_table,
@@ -305,3 +306,14 @@ def test_pictures_take_no_figures_name(tmp_path: Path) -> None:
     picture = Picture("lfw-errors", "t", "c", np.zeros((4, 4, 3), np.uint8))
     with pytest.raises(InputError, match=r"pictures\[0\]\.name"):
         write(tmp_path / "out", a_run_of_protocols(), pictures=[picture])
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.5, 1.0])
+def test_rates_that_are_all_alike_have_an_axis(rate: float) -> None:
+    figure = Figure()
+    for which in "xy":
+        axes = figure.add_subplot()
+        plots._rates(axes, rate, rate, which=which)
+        low, high = axes.get_ylim() if which == "y" else axes.get_xlim()
+        assert 0 <= low <= rate <= high
+        assert high - low > 1e-4
