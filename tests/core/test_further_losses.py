@@ -637,6 +637,14 @@ def test_function_transforms(name: str) -> None:
     )
 
 
+@each_rank
+def test_functional_gradient_of_dark_rank(kwargs: dict[str, Any]) -> None:
+    student, teacher = noise(6, 3), noise(6, 4, seed=1)
+    found, value = torch.func.grad_and_value(lambda s: dark_rank(s, teacher, **kwargs))(student)
+    assert value.item() == dark_rank(student, teacher, **kwargs).item()
+    torch.testing.assert_close(found, gradient(dark_rank, student, teacher, **kwargs), rtol=1e-12, atol=1e-15)
+
+
 def test_the_gradient_of_dark_rank_has_no_graph_and_says_so() -> None:
     student = noise(4, 3).requires_grad_()
     (slope,) = torch.autograd.grad(dark_rank(student, noise(4, 2, seed=1)), student, create_graph=True)
