@@ -30,6 +30,7 @@ from kdlib_faces.recipes.age_teacher import (
 from kdlib_faces.recipes.cached_teachers import open_teachers
 from kdlib_faces.recipes.liaad import LIAADConfig, build, new_backbone
 from kdlib_faces.recipes.pair_batches import people_seen_far_apart
+from kdlib_faces.recipes.same_run import check_same_run, describe_run, note_run
 from kdlib_faces.recipes.stages import fit
 from kdlib_faces.teachers import load_start, save_teacher
 
@@ -100,7 +101,7 @@ def run(
         The weights, `OUTPUT/model.pt`.
 
     Raises:
-        InputError: lists, teachers or an output that cannot be used.
+        InputError: lists, teachers or an output that cannot be used, or an output that holds another run.
     """
     if recipe not in RECIPES:
         raise InputError(f"train: recipe must be one of {', '.join(RECIPES)}, got {recipe!r}")
@@ -120,6 +121,9 @@ def run(
         for line in found.told:
             say(line, quiet=not progress)
     start = load_start(teachers[0]) if recipe == "age_teacher" and teachers else None
+    frozen = {} if found is None else found.teachers
+    here = describe_run(replace(config, network=network), recipe, listed, frozen if start is None else {"first": start})
+    check_same_run(output, here)
     by_age = _by_age(listed) if recipe == "age_teacher" else ""
     if recipe == "age_teacher":
         distiller = build_age_teacher(
@@ -131,7 +135,7 @@ def run(
             seed=seed,
         )
     else:
-        distiller = build(network, teachers={} if found is None else found.teachers)
+        distiller = build(network, teachers=frozen)
     if "pairs" in distiller.objective.terms:
         _check_pairs(config, listed, by_age)
     size = network.input_size if start is None else _side(start, teachers[0])
@@ -148,6 +152,7 @@ def run(
     if "pairs" in distiller.objective.terms:
         batches = PairTargets(batches, by_age)
     output.mkdir(parents=True, exist_ok=True)
+    note_run(output, here)
     (output / "config.toml").write_text(dump_toml(replace(config, network=network)))
     if start is not None:
         tune(

@@ -257,6 +257,34 @@ def test_a_kill_and_an_interrupt_leave_the_same_student(material: Path, tmp_path
     assert all(torch.equal(value, wanted[name]) for name, value in weights(tmp_path / "killed").items())
 
 
+def test_a_folder_of_another_run_is_not_gone_on_with(material: Path, tmp_path: Path, capsys) -> None:
+    output = tmp_path / "run"
+    assert train(material, output, "general", "age") == 0
+    kept = (output / "config.toml").read_text()
+    before = weights(output)
+    assert train(material, output, "general", "age") == 0  # the same again: nothing to do
+    capsys.readouterr()
+    for teachers, more, words in (
+        (("age", "general"), (), "what differs is general teacher ("),
+        (("general.pt", "age"), (), "what differs is general teacher ("),
+        (("general", "age"), ("augment.rotate=1",), "what differs is augment.rotate (5.0, now 1.0); restore it"),
+        (("general", "age"), ("network.map_weight=3", "steps=6"), "network.map_weight (2.0, now 3.0)"),
+    ):
+        said = fails(capsys, train(material, output, *teachers, more=more))
+        assert f"{output} holds another run" in said
+        assert words in said
+    said = fails(capsys, train(material, output, "general.pt", "age.pt", faces="turned.csv"))
+    assert "what differs is faces (" in said
+    assert (output / "config.toml").read_text() == kept
+    assert all(torch.equal(value, before[name]) for name, value in weights(output).items())
+    # Files that lie elsewhere now are the same run; a folder of an earlier version has no note.
+    folder = tmp_path / material.name
+    shutil.copytree(material, folder)
+    assert train(folder, output, "general", "age") == 0
+    (output / "run.json").unlink()
+    assert train(material, output, "general", "age") == 0
+
+
 def test_an_onnx_teacher_needs_no_tap_to_be_named(material: Path, tmp_path: Path, capsys) -> None:
     pytest.importorskip("onnxruntime")
     pytest.importorskip("onnx")
