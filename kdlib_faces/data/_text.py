@@ -1,13 +1,14 @@
 """Data room: bounded reading of text files from outside. Touches the file system; imports nothing heavy."""
 
 import csv
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from os import PathLike
 from pathlib import Path
 
+from kdlib._checks import nearest
 from kdlib_faces._checks import InputError
 
-__all__ = ["read_lines", "split_row"]
+__all__ = ["read_lines", "read_table", "split_row"]
 
 MAX_LINE = 8192
 MAX_LINES = 20_000_000
@@ -64,3 +65,47 @@ def split_row(text: str, where: str) -> list[str]:
     except csv.Error as error:
         raise InputError(f"{where}: not a CSV line ({error}), got {text[:60]!r}") from None
     return [field.strip() for field in row]
+
+
+def read_table(
+    path: Path, *, what: str, known: Sequence[str], needed: Sequence[str]
+) -> tuple[str, list[str], Iterator[tuple[int, str, dict[str, str]]]]:
+    """A CSV file with a header, row by row.
+
+    Args:
+        path: the file.
+        what: it is, for errors.
+        known: columns that are read, however they are cased; others are passed over.
+        needed: those that must be there.
+
+    Returns:
+        Where the header stands, which known columns it has, and an iterator of line number, `"PATH line N"` and the
+        cells of the known columns.
+
+    Raises:
+        InputError: an empty file, a needed column that is not there, a known one twice, a row of another width.
+    """
+    lines = read_lines(path, what=what)
+    number, text = next(lines, (0, ""))
+    head = f"{path} line {number}"
+    header = [name.casefold() for name in split_row(text, head)] if number else []
+    columns: dict[str, int] = {}
+    for name in known if number else ():
+        if header.count(name) > 1:
+            raise InputError(f"{head}: the column {name!r} stands there {header.count(name)} times")
+        if name in header:
+            columns[name] = header.index(name)
+        elif name in needed:
+            raise InputError(f"{head}: no column named {name!r}{nearest(name, header)}")
+
+    def rows() -> Iterator[tuple[int, str, dict[str, str]]]:
+        for number, text in lines:
+            where = f"{path} line {number}"
+            row = split_row(text, where)
+            if len(row) != len(header):
+                raise InputError(
+                    f"{where}: the header has {len(header)} columns, this line has {len(row)}: {text[:60]!r}"
+                )
+            yield number, where, {name: row[at] for name, at in columns.items()}
+
+    return head, list(columns), rows()

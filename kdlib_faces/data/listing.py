@@ -12,9 +12,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from kdlib._checks import nearest
 from kdlib_faces._checks import InputError
-from kdlib_faces.data._text import read_lines, split_row
+from kdlib_faces.data._text import read_table
 
 __all__ = ["FaceList", "identity_key", "read_faces"]
 
@@ -202,19 +201,13 @@ Row = tuple[str, Path, str, float, str]
 
 
 def _csv_rows(path: Path) -> Iterator[Row]:
-    lines = read_lines(path, what="face list")
-    number, text = next(lines, (0, ""))
-    if not number:
+    _, columns, rows = read_table(
+        path, what="face list", known=("path", "identity", "age", "age_group"), needed=("path", "identity")
+    )
+    if not columns:
         raise InputError(f"{path}: the face list is empty; its first line must be path,identity[,age][,age_group]")
-    columns = _columns(f"{path} line {number}", split_row(text, f"{path} line {number}"))
-    width = columns.pop("")
     empty = True
-    for number, text in lines:
-        where = f"{path} line {number}"
-        row = split_row(text, where)
-        if len(row) != width:
-            raise InputError(f"{where}: the header has {width} columns, this line has {len(row)}: {text[:60]!r}")
-        cell = {name: row[at] for name, at in columns.items()}
+    for _, where, cell in rows:
         for name in ("path", "identity"):
             if not cell[name]:
                 raise InputError(f"{where}: {name} is empty")
@@ -222,19 +215,6 @@ def _csv_rows(path: Path) -> Iterator[Row]:
         empty = False
     if empty:
         raise InputError(f"{path}: the face list has a header and no rows")
-
-
-def _columns(where: str, header: list[str]) -> dict[str, int]:
-    found = [name.casefold() for name in header]
-    columns = {"": len(found)}
-    for name in ("path", "identity", "age", "age_group"):
-        if found.count(name) > 1:
-            raise InputError(f"{where}: the column {name!r} stands there {found.count(name)} times")
-        if name in found:
-            columns[name] = found.index(name)
-        elif name in ("path", "identity"):
-            raise InputError(f"{where}: no column named {name!r}{nearest(name, found)}")
-    return columns
 
 
 def _age(text: str, where: str) -> float:

@@ -14,9 +14,8 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from kdlib._checks import nearest
 from kdlib_faces._checks import InputError
-from kdlib_faces.data._text import read_lines, split_row
+from kdlib_faces.data._text import read_table
 from kdlib_faces.data.listing import MAX_AGE, identity_key
 
 __all__ = ["LongitudinalList", "read_longitudinal"]
@@ -84,24 +83,23 @@ def read_longitudinal(path: str | PathLike[str]) -> LongitudinalList:
         >>> read_longitudinal(file)
         <LongitudinalList: 2 images, 1 identities, 20.0 years at most>
     """
-    lines = read_lines(path, what="longitudinal list")
-    number, text = next(lines, (0, ""))
-    if not number:
+    head, columns, rows = read_table(
+        Path(path), what="longitudinal list", known=("path", "identity", "age", "date"), needed=("path", "identity")
+    )
+    if not columns:
         raise InputError(f"{path}: the list is empty; its first line must be path,identity,age or path,identity,date")
-    columns, kind = _header(f"{path} line {number}", split_row(text, f"{path} line {number}"))
+    if ("age" in columns) == ("date" in columns):
+        both = "both are" if "age" in columns else "neither is"
+        raise InputError(f"{head}: one of the columns 'age' and 'date' is needed, {both} there")
+    kind: Literal["age", "date"] = "age" if "age" in columns else "date"
     files: list[Path] = []
     seen: dict[str, int] = {}
     numbers: dict[str, int] = {}
     names: list[str] = []
     identities: list[int] = []
     years: list[float] = []
-    width = columns.pop("")
-    for number, text in lines:
-        where = f"{path} line {number}"
-        row = split_row(text, where)
-        if len(row) != width:
-            raise InputError(f"{where}: the header has {width} columns, this line has {len(row)}: {text[:60]!r}")
-        file, identity = row[columns["path"]], row[columns["identity"]]
+    for number, where, cell in rows:
+        file, identity = cell["path"], cell["identity"]
         if not file:
             raise InputError(f"{where}: path is empty")
         if seen.setdefault(file, number) != number:
@@ -114,29 +112,13 @@ def read_longitudinal(path: str | PathLike[str]) -> LongitudinalList:
             names.append(identity)
         files.append(Path(path).parent / file)
         identities.append(numbers[key])
-        years.append(_age(row[columns[kind]], where) if kind == "age" else _year(row[columns[kind]], where))
+        years.append(_age(cell["age"], where) if kind == "age" else _year(cell["date"], where))
     if not files:
         raise InputError(f"{path}: the list has a header and no rows")
     people = np.asarray(identities, dtype=np.int64)
     if np.bincount(people).max() < 2:
         raise InputError(f"{path}: nobody has two images; a longitudinal list needs people over years")
     return LongitudinalList(tuple(files), people, tuple(names), np.asarray(years), kind, str(path))
-
-
-def _header(where: str, header: list[str]) -> tuple[dict[str, int], Literal["age", "date"]]:
-    found = [name.casefold() for name in header]
-    columns = {"": len(found)}
-    for name in ("path", "identity", "age", "date"):
-        if found.count(name) > 1:
-            raise InputError(f"{where}: the column {name!r} stands there {found.count(name)} times")
-        if name in found:
-            columns[name] = found.index(name)
-        elif name in ("path", "identity"):
-            raise InputError(f"{where}: no column named {name!r}{nearest(name, found)}")
-    if ("age" in columns) == ("date" in columns):
-        both = "both are" if "age" in columns else "neither is"
-        raise InputError(f"{where}: one of the columns 'age' and 'date' is needed, {both} there")
-    return columns, "age" if "age" in columns else "date"
 
 
 def _age(text: str, where: str) -> float:
