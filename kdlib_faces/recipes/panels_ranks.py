@@ -81,7 +81,7 @@ class LeaveOneOutPanel:
             "convention": {
                 "Gallery": "all other images; the probe is left out by its row, not by its score",
                 "Ties": "the lower row first",
-                "Without a mate": f"{first.mateless} probes, counted as misses",
+                "Without a mate": f"{first.mateless} {'probe' if first.mateless == 1 else 'probes'}, counted as misses",
                 "Network": "as it is: not adapted to the gallery between rounds",
                 "Score": "cosine",
                 **self.convention,

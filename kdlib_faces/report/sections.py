@@ -74,7 +74,7 @@ def _body(view: View, evaluation: Evaluation, figures: Mapping[str, FigureImages
     parts.append(photos([picture for picture in shown if picture.name in evaluation.pictures]))
     if evaluation.scores:
         files = ", ".join(f"<code>{escape(path)}</code>" for path in evaluation.scores.values())
-        parts.append(f'<p class="aside">The score of each pair: {files}.</p>')
+        parts.append(f'<p class="aside">The scores behind these numbers, row by row: {files}.</p>')
     if evaluation.notes:
         parts.append("<ul>" + "".join(f"<li>{escape(note)}</li>" for note in evaluation.notes) + "</ul>")
     return "".join(parts)
