@@ -50,21 +50,24 @@ def _settings(config: Any, before: str = "") -> dict[str, str]:
     return found
 
 
-def check_same_run(output: Path, now: Mapping[str, str]) -> None:
+def check_same_run(output: Path, now: Mapping[str, str]) -> bool:
     """Checkpoints in `output` must be of this run; a folder without, or one of an earlier version, may be gone on with.
+
+    Returns:
+        Whether that is certain; what an earlier version left is not noted as ours.
 
     Raises:
         InputError: they are of another run; the message says what differs.
     """
     if not (output / "checkpoints").is_dir() or not any((output / "checkpoints").iterdir()):
-        return
+        return True
     try:
         with (output / NOTE).open("rb") as file:
             then = json.loads(file.read(LARGEST))
     except (OSError, ValueError, RecursionError):
-        return
+        return False
     if not isinstance(then, dict):
-        return
+        return False
     apart = [name for name in {**then, **now} if then.get(name) != now.get(name)]
     if apart:
         shown = [f"{show_name(name)} ({_shown(then.get(name))}, now {_shown(now.get(name))})" for name in apart]
@@ -72,6 +75,7 @@ def check_same_run(output: Path, now: Mapping[str, str]) -> None:
             f"train: {output} holds another run: what differs is {', '.join(shown[:5])}"
             f"{f' and {len(shown) - 5} more' if len(shown) > 5 else ''}; restore it, or take another output"
         )
+    return True
 
 
 def _shown(value: object) -> str:

@@ -123,7 +123,7 @@ def run(
     start = load_start(teachers[0]) if recipe == "age_teacher" and teachers else None
     frozen = {} if found is None else found.teachers
     here = describe_run(replace(config, network=network), recipe, listed, frozen if start is None else {"first": start})
-    check_same_run(output, here)
+    certain = check_same_run(output, here)
     by_age = _by_age(listed) if recipe == "age_teacher" else ""
     if recipe == "age_teacher":
         distiller = build_age_teacher(
@@ -152,8 +152,9 @@ def run(
     if "pairs" in distiller.objective.terms:
         batches = PairTargets(batches, by_age)
     output.mkdir(parents=True, exist_ok=True)
-    note_run(output, here)
-    (output / "config.toml").write_text(dump_toml(replace(config, network=network)))
+    if certain:
+        note_run(output, here)
+        (output / "config.toml").write_text(dump_toml(replace(config, network=network)))
     if start is not None:
         tune(
             distiller,

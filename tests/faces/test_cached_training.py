@@ -281,8 +281,13 @@ def test_a_folder_of_another_run_is_not_gone_on_with(material: Path, tmp_path: P
     folder = tmp_path / material.name
     shutil.copytree(material, folder)
     assert train(folder, output, "general", "age") == 0
+    kept = (output / "config.toml").read_text()
+    capsys.readouterr()
     (output / "run.json").unlink()
+    assert "got other lr" in fails(capsys, train(material, output, "general", "age", more=("lr=0.5",)))
+    assert (output / "config.toml").read_text() == kept
     assert train(material, output, "general", "age") == 0
+    assert not (output / "run.json").exists()
 
 
 def test_an_onnx_teacher_needs_no_tap_to_be_named(material: Path, tmp_path: Path, capsys) -> None:
