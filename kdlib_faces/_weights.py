@@ -81,7 +81,7 @@ def read_weights(owner: str, path: Path) -> Weights:
                 f"{WHOLE_MODULE}, or where you trust the file save its state dict alone: "
                 'torch.save(torch.load(path, weights_only=False)["state_dict"], "weights.pt")'
             ) from error
-        if re.search(r"Unsupported operand 1(49|50|51)\b", str(error)):  # opcodes of protocols 4 and 5
+        if archive and re.search(r"Unsupported operand 1(49|50|51)\b", str(error)):  # opcodes of protocols 4 and 5
             raise InputError(
                 f"{owner} is pickled by a newer protocol than is read safely; save it again by torch.save without "
                 "pickle_protocol=, or as safetensors"
