@@ -62,6 +62,21 @@ def test_exact_takes_midpoints(seed: int) -> None:
     np.testing.assert_allclose(result.fold_accuracies, expected, rtol=0, atol=1e-9)
 
 
+def test_the_published_grid_is_the_default_and_may_differ_from_exact_thresholds() -> None:
+    differs = []
+    for seed in range(6):
+        left, right, same = make_pairs(2000, seed)
+        default, grid, exact = (
+            verify_pairs(left, right, same, **more) for more in ({}, {"threshold": "grid"}, {"threshold": "exact"})
+        )
+        assert default.accuracy == grid.accuracy
+        assert (default.threshold_rule, exact.threshold_rule) == ("grid", "exact")
+        assert set(np.round(grid.thresholds * 100, 9) % 1) == {0.0}
+        assert abs(grid.accuracy - exact.accuracy) < 5e-3
+        differs.append(grid.accuracy != exact.accuracy)
+    assert any(differs)
+
+
 def test_exact_handles_ties_and_neighbouring_floats() -> None:
     # Distances 0 and 2 only: the midpoint 1 separates them.
     left, right = np.eye(2)[[0, 0] * 10], np.eye(2)[[0, 1] * 10]
