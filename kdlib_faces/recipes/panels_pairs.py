@@ -7,7 +7,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from kdlib_faces.evaluation import Estimate, PairProtocol, VerificationResult, auc, wilson
+from kdlib_faces.evaluation import (
+    Estimate,
+    PairProtocol,
+    TarAtFar,
+    VerificationResult,
+    auc,
+    clustered_rate,
+    wilson,
+)
 from kdlib_faces.evaluation.bins import bin_names, check_starts, place
 from kdlib_faces.recipes.panels import (
     PAIRED,
@@ -112,14 +120,14 @@ class PairsPanel:
             "nearest": "the point of the curve whose FAR is nearest, as insightface's scripts; it may exceed the target",
         }[self.protocol.tar_mode]
         over = (
-            "accuracy: bootstrap over identities"
+            "bootstrap over identities, of TAR at thresholds kept as they are"
             if self.protocol.codes is not None
-            else "accuracy: Wilson's, over pairs"
+            else "accuracy: Wilson's, over pairs; TAR: Wilson's, over genuine pairs"
         )
         found = {"Accuracy": first.convention}
         if self.protocol.fars:
             found["TAR at FAR"] = rule
-        return found | {"Score": "cosine", **self.convention, "Intervals": f"{over}; TAR: Wilson's, over genuine pairs"}
+        return found | {"Score": "cosine", **self.convention, "Intervals": over}
 
     def _found(self, result: VerificationResult, scores: NDArray[np.float64]) -> dict[str, Any]:
         same = self.protocol.same
@@ -132,7 +140,7 @@ class PairsPanel:
                 result.accuracy, *wilson(result.accuracy * result.pairs, result.pairs, level=self.level), result.pairs
             )
         found = {"accuracy": estimate(interval, note=f"± {100 * result.std:.2f} over folds")}
-        found |= {f"tar_{far:g}": operating_point(point) for far, point in result.tar.items()}
+        found |= {f"tar_{far:g}": self._tar(point, genuine) for far, point in result.tar.items()}
         for far, fold in result.val.items():
             found[f"val_{far:g}"] = {"value": fold.tar, "note": f"± {100 * fold.std:.2f} over folds"}
         found["auc"] = {"value": auc(genuine, impostor), "n": int(same.sum())}
@@ -142,6 +150,17 @@ class PairsPanel:
             "roc": curve(genuine, impostor),
             "histogram": histogram(genuine, impostor, threshold),
         }
+
+    def _tar(self, point: TarAtFar, genuine: NDArray[np.float64]) -> dict[str, Any]:
+        """An operating point, with its interval over identities where they are known."""
+        protocol = self.protocol
+        if protocol.codes is None:
+            return operating_point(point)
+        who = protocol.codes[protocol.left[protocol.same]]
+        told = clustered_rate(
+            genuine > point.threshold, who, replicates=self.replicates, seed=self.seed, level=self.level
+        )
+        return estimate(told, resolvable=point.resolvable)
 
     def _by_gap(self, entry: dict[str, Any], accepted: dict[str, NDArray[np.bool_]]) -> None:
         """FNMR of the genuine pairs whose two ages are known, at the first FAR's threshold."""

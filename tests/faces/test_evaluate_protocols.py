@@ -724,3 +724,26 @@ def test_a_rank_beyond_a_small_list_is_left_out_and_said(tmp_path, no_figures):
     (entry,) = told["evaluations"]
     assert list(entry["measures"]) == ["rank1"]
     assert "no rank 5: the gallery has 3 images" in entry["notes"]
+
+
+def test_pairs_of_known_people_have_intervals_over_people():
+    rng = np.random.default_rng(0)
+    people = np.repeat(np.arange(10), 6)
+    array = rng.normal(size=(60, 6)) + 1.5 * rng.normal(size=(10, 6))[people]
+    left, right = np.triu_indices(60, 1)
+    same = people[left] == people[right]
+    folds = np.where(same, np.cumsum(same), np.cumsum(~same)) % 2
+    known, unknown = (
+        PairsPanel(
+            "x", "x", PairProtocol(left, right, same, folds, fars=(0.1,), identities=who), str, {}, replicates=200
+        )
+        .judge({"m": array})
+        .entry
+        for who in (people, None)
+    )
+    by_people, by_pairs = (entry["models"]["m"]["measures"]["tar_0.1"] for entry in (known, unknown))
+    assert by_people["value"] == by_pairs["value"]
+    assert by_people["n"] == by_pairs["n"] == same.sum()
+    assert by_people["high"] - by_people["low"] > 1.3 * (by_pairs["high"] - by_pairs["low"])
+    assert known["convention"]["Intervals"].startswith("bootstrap over identities")
+    assert "Wilson's, over genuine pairs" in unknown["convention"]["Intervals"]
