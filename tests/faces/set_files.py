@@ -6,8 +6,10 @@ import io
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image
 
+from kdlib_faces.backbones import MobileFaceNet, save_backbone
 from kdlib_faces.data.bin import save_bin
 from tests.faces.matlab_file import Grid, Record, Writer
 
@@ -172,6 +174,13 @@ def bin_set(root: Path) -> str:
         same.append(pair % 2 == 0)
     save_bin(root / "small.bin", images, same)
     return f"bin={root / 'small.bin'}"
+
+
+def network(path: Path, seed: int) -> Path:
+    """A small network's weights."""
+    torch.manual_seed(seed)
+    save_backbone(MobileFaceNet(embedding_dim=16, width=0.25, input_size=32).eval(), path)
+    return path
 
 
 def every_protocol(root: Path) -> list[str]:

@@ -3,38 +3,20 @@
 import csv
 import json
 import re
-import subprocess
-import sys
-import time
-import tracemalloc
-from dataclasses import replace
 
 import numpy as np
 import pytest
-import torch
 
 from kdlib_faces import cli
 from kdlib_faces._checks import InputError
-from kdlib_faces.backbones import MobileFaceNet, save_backbone
-from kdlib_faces.evaluation import CrossGroupProtocol, PairProtocol, leave_one_out, pool_templates, tar_at_far
-from kdlib_faces.recipes import embedding, evaluate, panels_templates
-from kdlib_faces.recipes.image_sets import ImageSet, images_of_files
-from kdlib_faces.recipes.panels_distractors import DistractorsPanel
-from kdlib_faces.recipes.panels_groups import CrossGroupPanel
-from kdlib_faces.recipes.panels_pairs import PairsPanel
-from kdlib_faces.recipes.panels_ranks import LeaveOneOutPanel
-from kdlib_faces.recipes.panels_templates import TemplatesPanel
+from kdlib_faces.evaluation import PairProtocol, leave_one_out, tar_at_far
+from kdlib_faces.recipes import embedding, evaluate
 from kdlib_faces.recipes.protocol_names import PROTOCOLS, listing
 from kdlib_faces.recipes.tasks import parse_protocol
 from tests.faces import set_files
+from tests.faces.set_files import network
 
 FAST = evaluate.EvaluateConfig(replicates=30, worst=2, batch_size=16, fars=(0.1, 0.001))
-
-
-def network(path, seed):
-    torch.manual_seed(seed)
-    save_backbone(MobileFaceNet(embedding_dim=16, width=0.25, input_size=32).eval(), path)
-    return path
 
 
 @pytest.fixture
@@ -245,116 +227,6 @@ def test_missed_probes_and_old_pairs_are_shown(whole):
     assert "the first to be rejected" in told["pictures"]["longitudinal_0_rejects"]["caption"]
 
 
-def judged(panel, *arrays):
-    found = panel.judge(*({"m": array} for array in arrays))
-    return found, list(found.scores.rows("m"))
-
-
-def test_missed_probes_are_those_furthest_behind():
-    rng = np.random.default_rng(1)
-    people, strangers = np.repeat(np.arange(9), 4), rng.normal(size=(60, 8))
-    array = rng.normal(size=(36, 8)) + 0.9 * rng.normal(size=(9, 8))[people]
-    unit, other = (x / np.linalg.norm(x, axis=1, keepdims=True) for x in (array, strangers))
-    panel = DistractorsPanel("x", "x", people, None, {}, (0.1,), (1,), replicates=5, worst=3)
-    found, rows = judged(panel, array, strangers)
-    assert found.scores.total == len(rows) == 9 * 4 * 3
-    nearest = (unit @ other.T).max(axis=1)
-    behind = {
-        (i, j): nearest[i] - unit[i] @ unit[j]
-        for i in range(36) for j in range(36) if i != j and people[i] == people[j]
-    }  # fmt: skip
-    mates, taken = found.worst["m"][:3], found.worst["m"][3:]
-    assert (mates[0].left, mates[0].right) == max(behind, key=behind.get)
-    assert len({people[pair.left] for pair in mates}) == 3
-    for mate, stranger in zip(mates, taken, strict=True):
-        assert (mate.same, stranger.same, mate.other, stranger.other) == (True, False, 0, 1)
-        assert mate.left == stranger.left
-        assert stranger.right == (unit[mate.left] @ other.T).argmax()
-        assert stranger.score == pytest.approx(nearest[mate.left])
-        assert mate.score == pytest.approx(unit[mate.left] @ unit[mate.right])
-        assert mate.score < stranger.score
-    one_out, _ = judged(LeaveOneOutPanel("x", "x", people, str, {}, replicates=5, worst=2), array)
-    cosine = np.where(np.eye(36, dtype=bool), -2, unit @ unit.T)
-    same = people[:, None] == people
-    margin = np.where(same, -2, cosine).max(1) - np.where(same, cosine, -2).max(1)
-    assert one_out.worst["m"][0].left == margin.argmax()
-    assert one_out.worst["m"][2].right == np.where(same, -2, cosine)[margin.argmax()].argmax()
-
-
-def test_scores_of_templates_are_streamed_in_blocks(monkeypatch):
-    rng = np.random.default_rng(0)
-    ids = np.repeat(np.arange(30) * 3 + 1, 2)
-    array = rng.normal(size=(60, 8))
-    left, right = (ids[::2][rows] for rows in np.triu_indices(30, 1))
-    same = rng.random(left.size) < 0.2
-    panel = TemplatesPanel("x", "x", ids, np.arange(60), {}, (left, right, same), replicates=5, worst=2, fars=(0.1,))
-    found = panel.verify({"m": array})
-    sizes, real = [], panels_templates.pair_cosines
-    monkeypatch.setattr(panels_templates, "BLOCK", 64)
-    monkeypatch.setattr(
-        panels_templates, "pair_cosines", lambda unit, i, j: (sizes.append(i.size), real(unit, i, j))[1]
-    )
-    rows = list(found.scores.rows("m"))
-    assert found.scores.total == len(rows) == left.size == sum(sizes)
-    assert max(sizes) == 64
-    pooled = pool_templates(array, ids, np.arange(60))
-    unit = dict(zip(pooled.ids.tolist(), pooled.features, strict=True))
-    for k, (a, b, kind, score) in enumerate(rows):
-        assert (a, b, kind) == (left[k], right[k], int(same[k]))
-        assert float(score) == pytest.approx(unit[a] @ unit[b], abs=1e-6)
-    scores = np.array([float(row[3]) for row in rows])
-    least, most = found.worst["m"][0], found.worst["m"][2]
-    assert least.score == pytest.approx(scores[same].min(), abs=1e-7)
-    assert most.score == pytest.approx(scores[~same].max(), abs=1e-7)
-    k = np.flatnonzero(~same)[scores[~same].argmax()]
-    assert (ids[most.left], ids[most.right]) == (left[k], right[k])
-    assert most.note == f"templates {left[k]}, {right[k]}"
-
-
-def test_the_confidence_asked_for_is_that_of_every_interval(tmp_path, no_figures):
-    rng = np.random.default_rng(0)
-    np.save(tmp_path / "e.npy", rng.normal(size=(40, 4)))
-    wide, narrow = (
-        evaluate.run(
-            replace(FAST, level=level), output=tmp_path / f"{level}", embeddings=[tmp_path / "e.npy"],
-            protocols=[set_files.bin_set(tmp_path)],
-        )["evaluations"][0]["models"]["e"]["measures"]
-        for level in (0.99, 0.5)
-    )  # fmt: skip
-    for key in ("accuracy", "tar_0.1"):
-        assert wide[key]["high"] - wide[key]["low"] > narrow[key]["high"] - narrow[key]["low"] > 0
-
-
-def test_the_worst_pairs_are_the_worst():
-    rng = np.random.default_rng(3)
-    people = np.repeat(np.arange(8), 3)
-    array = rng.normal(size=(24, 6)) + 0.8 * rng.normal(size=(8, 6))[people]
-    unit = array / np.linalg.norm(array, axis=1, keepdims=True)
-    cosine = unit @ unit.T
-    groups = np.array(["adult", "adult", "young"] * 8)
-    crossed = CrossGroupPanel("x", "x", CrossGroupProtocol(people, groups, replicates=5), str, {}, 5, worst=3)
-    i, j = (rows.reshape(-1) for rows in np.meshgrid(np.arange(24), np.arange(24), indexing="ij"))
-    across = (groups[i] == "young") & (groups[j] == "adult")
-    given = PairProtocol(i[across], j[across], people[i[across]] == people[j[across]], two_folds(across))
-    paired = PairsPanel("x", "x", given, str, {}, replicates=5, worst=3)
-    for panel in (crossed, paired):
-        found = panel.judge({"m": array}).worst["m"]
-        assert [pair.same for pair in found] == [True] * 3 + [False] * 3
-        for same, best in ((True, min), (False, max)):
-            mine = [pair.score for pair in found if pair.same is same]
-            wanted = cosine[i, j][across & ((people[i] == people[j]) == same)]
-            assert mine[0] == pytest.approx(best(wanted))
-            assert mine == sorted(mine, reverse=not same)
-        for pair in found:
-            assert pair.score == pytest.approx(cosine[pair.left, pair.right])
-            assert (people[pair.left] == people[pair.right]) == pair.same
-
-
-def two_folds(chosen):
-    """Two folds of both kinds."""
-    return np.arange(int(chosen.sum())) % 2
-
-
 def test_embeddings_of_one_set_are_made_once_and_found_again(whole, monkeypatch, no_figures):
     root, protocols, told = whole
     kept = sorted(path.name for path in (root / "out/work").iterdir())
@@ -378,223 +250,6 @@ def test_embeddings_of_one_set_are_made_once_and_found_again(whole, monkeypatch,
     models = [root / "one.pt", root / "two.pt"]
     again = evaluate.run(FAST, output=root / "out", models=models, protocols=protocols)
     assert again["evaluations"][0]["models"] == told["evaluations"][0]["models"]
-
-
-def test_a_killed_run_goes_on_where_it_was(tmp_path, monkeypatch, no_figures):
-    model, text = network(tmp_path / "m.pt", 0), f"leave_one_out={set_files.grouped(tmp_path)}"
-    config = evaluate.EvaluateConfig(replicates=10, worst=0, batch_size=4)
-    monkeypatch.setattr(embedding, "KEPT_EVERY", 4)
-    real, counts = embedding.embed_batch, []
-
-    def stops(module, images, **options):
-        if len(counts) == 2:
-            raise KeyboardInterrupt
-        counts.append(len(images))
-        return real(module, images, **options)
-
-    monkeypatch.setattr(embedding, "embed_batch", stops)
-    with pytest.raises(KeyboardInterrupt):
-        evaluate.run(config, output=tmp_path / "out", models=[model], protocols=[text])
-    assert sorted(path.suffix for path in (tmp_path / "out/work").iterdir()) == [".json", ".part"]
-    assert not (tmp_path / "out/report.json").exists()
-    counts.clear()
-    monkeypatch.setattr(
-        embedding,
-        "embed_batch",
-        lambda module, images, **more: (counts.append(len(images)), real(module, images, **more))[1],
-    )
-    evaluate.run(config, output=tmp_path / "out", models=[model], protocols=[text])
-    assert counts == [4, 3]
-    (made,) = (tmp_path / "out/work").iterdir()
-    evaluate.run(config, output=tmp_path / "whole", models=[model], protocols=[text])
-    (straight,) = (tmp_path / "whole/work").iterdir()
-    assert made.read_bytes() == straight.read_bytes()
-    assert made.name == straight.name
-
-
-_SLOW = """
-import sys, time
-from kdlib_faces import cli
-from kdlib_faces.recipes import embedding
-real = embedding.embed_batch
-def slow(*given, **more):
-    time.sleep(0.2)
-    return real(*given, **more)
-embedding.embed_batch, embedding.KEPT_EVERY = slow, 4
-sys.exit(cli.main(sys.argv[1:]))
-"""
-
-
-def test_a_run_that_the_system_killed_goes_on(tmp_path, monkeypatch, no_figures):
-    model, text = network(tmp_path / "m.pt", 0), f"leave_one_out={set_files.grouped(tmp_path)}"
-    words = ["evaluate", "--model", model, "--protocol", text, "--set", "batch_size=4", "--set", "replicates=10"]
-    words = [str(word) for word in [*words, "--quiet", "--output", tmp_path / "out"]]
-    process = subprocess.Popen([sys.executable, "-c", _SLOW, *words], stderr=subprocess.PIPE)
-    until = time.monotonic() + 60
-    while not list((tmp_path / "out/work").glob("*.json")) and process.poll() is None and time.monotonic() < until:
-        time.sleep(0.02)
-    process.kill()
-    assert process.wait(20) == -9, process.stderr.read()
-    process.stderr.close()
-    assert not (tmp_path / "out/report.json").exists()
-    counts, real = [], embedding.embed_batch
-    monkeypatch.setattr(
-        embedding,
-        "embed_batch",
-        lambda module, images, **more: (counts.append(len(images)), real(module, images, **more))[1],
-    )
-    assert cli.main(words) == 0
-    assert 0 < sum(counts) < 15
-    (made,) = (tmp_path / "out/work").iterdir()
-    assert cli.main([*words[:-1], str(tmp_path / "whole")]) == 0
-    (straight,) = (tmp_path / "whole/work").iterdir()
-    np.testing.assert_allclose(np.load(made), np.load(straight), atol=1e-6)
-
-
-def test_a_part_that_is_damaged_is_made_anew(tmp_path, monkeypatch):
-    files = [set_files.put_face(tmp_path / f"{number}.png", number, 0) for number in range(6)]
-    images, model = images_of_files("six", files), embedding.open_model(network(tmp_path / "m.pt", 0))
-    whole = np.array(embedding.embed_set(model, images, tmp_path / "a"))
-    (name,) = (path.name for path in (tmp_path / "a").iterdir())
-    notes = ("", "{", '{"format": 1, "done": 4, "width": 16}', '{"format": 9, "done": 1, "width": 16}', "[1]")
-    for number, note in enumerate(notes):
-        folder = tmp_path / f"b{number}"
-        folder.mkdir()
-        (folder / f"{name}.part").write_bytes(b"\x93NUMPY short")
-        (folder / f"{name}.json").write_text(note)
-        np.testing.assert_array_equal(embedding.embed_set(model, images, folder), whole)
-        assert [path.name for path in folder.iterdir()] == [name]
-
-
-def test_what_the_embeddings_depend_on_changes_their_name(tmp_path):
-    files = [set_files.put_face(tmp_path / f"{number}.png", number, 0) for number in range(3)]
-    models = [embedding.open_model(network(tmp_path / f"{seed}.pt", seed)) for seed in (0, 1)]
-    folder = tmp_path / "work"
-    embedding.embed_set(models[0], images_of_files("x", files), folder)
-    embedding.embed_set(models[0], images_of_files("x", files), folder, batch_size=2)
-    assert len(list(folder.iterdir())) == 1
-    embedding.embed_set(models[0], images_of_files("x", files), folder, flip=False)
-    embedding.embed_set(models[1], images_of_files("x", files), folder)
-    set_files.put_face(files[2], 7, 7)
-    embedding.embed_set(models[0], images_of_files("x", files), folder)
-    embedding.embed_set(models[0], images_of_files("x", files[:2]), folder)
-    assert len(list(folder.iterdir())) == 5
-
-
-def test_templates_get_embeddings_whose_length_is_kept(tmp_path):
-    files = [set_files.put_face(tmp_path / f"{number}.png", number, 0) for number in range(3)]
-    model = embedding.open_model(network(tmp_path / "m.pt", 0))
-    kept = embedding.embed_set(model, images_of_files("x", files), tmp_path)
-    assert not np.allclose(np.linalg.norm(kept, axis=1), 1, atol=1e-3)
-    unit = embedding.embed(model.module, images_of_files("x", files).decode(range(3), 32)).numpy()
-    np.testing.assert_allclose(kept / np.linalg.norm(kept, axis=1, keepdims=True), unit, atol=1e-6)
-
-
-def test_the_input_spec_of_a_model_is_respected():
-    spec_calls = []
-
-    class Model(torch.nn.Module):
-        def input_spec(self, images):
-            spec_calls.append(images.shape)
-            return images.flip(1) * 2
-
-        def forward(self, images):
-            return images.flatten(1)
-
-    pixels = torch.randint(0, 256, (5, 3, 4, 4), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    found = embedding.embed(Model(), pixels, batch_size=2, flip=False, normalise=False)
-    torch.testing.assert_close(found, ((pixels.float() / 127.5 - 1).flip(1) * 2).flatten(1))
-    assert len(spec_calls) == 3
-
-
-@pytest.mark.parametrize(("value", "what"), [(np.nan, "NaN or infinity"), (0.0, "zero")])
-def test_a_model_that_gives_no_direction_is_named_with_its_image(tmp_path, monkeypatch, value, what):
-    model = network(tmp_path / "m.pt", 0)
-
-    def third(module, images, **_):
-        rows = np.ones((len(images), 4), np.float32)
-        rows[2] = value
-        return rows
-
-    monkeypatch.setattr(embedding, "embed_batch", third)
-    with pytest.raises(InputError, match=rf"m\.pt: the model gives {what} for 0_2\.png of grouped"):
-        evaluate.run(
-            FAST, output=tmp_path / "out", models=[model], protocols=[f"leave_one_out={set_files.grouped(tmp_path)}"]
-        )
-    assert not (tmp_path / "out/report.json").exists()
-
-
-@pytest.mark.parametrize(("value", "what"), [(np.nan, "finite"), (0.0, "non-zero in every row")])
-def test_a_row_without_direction_names_its_file(tmp_path, value, what):
-    rows = np.ones((15, 4))
-    rows[11] = value
-    np.save(tmp_path / "good.npy", np.ones((15, 4)))
-    np.save(tmp_path / "bad.npy", rows)
-    with pytest.raises(InputError, match=rf"bad\.npy: embeddings must be {what}, row 11 is not"):
-        evaluate.run(
-            FAST, output=tmp_path / "out", embeddings=[tmp_path / "good.npy", tmp_path / "bad.npy"],
-            protocols=[f"leave_one_out={set_files.grouped(tmp_path)}"],
-        )  # fmt: skip
-
-
-def test_memory_of_the_command_does_not_grow_with_the_set(tmp_path):
-    model = embedding.open_model(network(tmp_path / "m.pt", 0))
-
-    def peak(count):
-        def read(row, size):
-            return np.random.default_rng(row).integers(0, 256, (3, size, size), dtype=np.uint8)
-
-        images = ImageSet(f"n{count}", count, f"n{count}", read, str)
-        tracemalloc.start()
-        try:
-            embedding.embed_set(model, images, tmp_path / "work", batch_size=8)
-            return tracemalloc.get_traced_memory()[1]
-        finally:
-            tracemalloc.stop()
-
-    peak(16)  # what the first forward takes once
-    small, large = peak(64), peak(640)
-    assert large < small + 60_000 < 640 * 3 * 32 * 32
-
-
-def test_embeddings_of_several_sets_lie_in_a_folder(tmp_path, no_figures):
-    given, rng = tmp_path / "mine", np.random.default_rng(0)
-    given.mkdir()
-    people = np.repeat(rng.normal(size=(5, 8)), 3, axis=0)
-    np.save(given / "grouped.npy", people + 0.01 * rng.normal(size=people.shape))
-    np.save(given / "calfw.npy", rng.normal(size=(8, 8)).astype(np.float16))
-    text = set_files.two_lines(tmp_path, "calfw").replace(f",images={tmp_path / 'calfw'}", "")
-    protocols = [f"leave_one_out={set_files.grouped(tmp_path)}", text]
-    told = evaluate.run(FAST, output=tmp_path / "out", embeddings=[given], protocols=protocols)
-    entries = {entry["name"]: entry for entry in told["evaluations"]}
-    assert entries["leave_one_out"]["models"]["mine"]["measures"]["rank1"]["value"] == 1.0
-    assert entries["calfw"]["counts"]["images"] == 8
-    assert entries["calfw"]["pictures"] == []
-    assert not (tmp_path / "out/work").exists()
-
-
-def test_files_of_one_name_are_told_apart(tmp_path, no_figures):
-    rng = np.random.default_rng(0)
-    files = [tmp_path / folder / "same.npy" for folder in ("a", "b", "b")]
-    for file in files:
-        file.parent.mkdir(exist_ok=True)
-        np.save(file, rng.normal(size=(15, 4)))
-    told = evaluate.run(
-        FAST, output=tmp_path / "out", embeddings=files, protocols=[f"leave_one_out={set_files.grouped(tmp_path)}"]
-    )
-    assert {name: model["label"] for name, model in told["models"].items()} == {
-        name: name for name in ("same", "b/same", "same (3)")
-    }
-    assert len(told["evaluations"][0]["differences"]) == 6
-
-
-def test_two_sets_of_one_name_never_share_embeddings(tmp_path):
-    first, second = tmp_path / "a", tmp_path / "b"
-    protocols = [set_files.fgnet(first), set_files.fgnet(second)]
-    set_files.put_face(second / "fgnet/001A03.JPG", 9, 9)
-    with pytest.raises(InputError, match="two sets of different images are called 'fgnet'"):
-        evaluate.run(FAST, output=tmp_path / "out", models=[network(tmp_path / "m.pt", 0)], protocols=protocols)
-    assert not (tmp_path / "out").exists()
 
 
 def test_one_list_serves_several_protocols_and_two_lists_of_one_name_do_not_mix(tmp_path, no_figures):
@@ -657,24 +312,6 @@ def test_models_of_sets_without_images_are_an_error(tmp_path, capsys):
     assert "calfw: no images are known, only embeddings can be judged; give images=FOLDER" in capsys.readouterr().err
 
 
-def test_cells_that_a_spreadsheet_would_run_are_quoted_and_files_of_scores_end(tmp_path, no_figures):
-    rows = ["path,identity,age"]
-    for person in range(3):
-        for shot in range(2):
-            name = f"=cmd{person}{shot}.png"
-            set_files.put_face(tmp_path / name, person, shot)
-            rows.append(f"{name},p{person},{10 * shot}")
-    set_files.put_text(tmp_path / "f.csv", rows)
-    config = evaluate.EvaluateConfig(replicates=10, worst=0, score_rows=5)
-    told = evaluate.run(
-        config, output=tmp_path / "out", models=[network(tmp_path / "m.pt", 0)], faces=[tmp_path / "f.csv"], scores=True
-    )
-    lines = (tmp_path / "out/scores/age_gap-m.csv").read_text().splitlines()
-    assert len(lines) == 6
-    assert lines[1].startswith("'=cmd00.png,'=cmd01.png,1,")
-    assert "files of scores hold the first 5 of 15 rows" in " ".join(told["data"]["notes"])
-
-
 def test_paths_with_commas_and_keys():
     asked = parse_protocol("calfw=a,b.txt,images=c,d,published=no", PROTOCOLS)
     assert (asked.name, str(asked.path), dict(asked.more)) == (
@@ -724,26 +361,3 @@ def test_a_rank_beyond_a_small_list_is_left_out_and_said(tmp_path, no_figures):
     (entry,) = told["evaluations"]
     assert list(entry["measures"]) == ["rank1"]
     assert "no rank 5: the gallery has 3 images" in entry["notes"]
-
-
-def test_pairs_of_known_people_have_intervals_over_people():
-    rng = np.random.default_rng(0)
-    people = np.repeat(np.arange(10), 6)
-    array = rng.normal(size=(60, 6)) + 1.5 * rng.normal(size=(10, 6))[people]
-    left, right = np.triu_indices(60, 1)
-    same = people[left] == people[right]
-    folds = np.where(same, np.cumsum(same), np.cumsum(~same)) % 2
-    known, unknown = (
-        PairsPanel(
-            "x", "x", PairProtocol(left, right, same, folds, fars=(0.1,), identities=who), str, {}, replicates=200
-        )
-        .judge({"m": array})
-        .entry
-        for who in (people, None)
-    )
-    by_people, by_pairs = (entry["models"]["m"]["measures"]["tar_0.1"] for entry in (known, unknown))
-    assert by_people["value"] == by_pairs["value"]
-    assert by_people["n"] == by_pairs["n"] == same.sum()
-    assert by_people["high"] - by_people["low"] > 1.3 * (by_pairs["high"] - by_pairs["low"])
-    assert known["convention"]["Intervals"].startswith("bootstrap over identities")
-    assert "Wilson's, over genuine pairs" in unknown["convention"]["Intervals"]

@@ -1,0 +1,242 @@
+"""Embeddings that `evaluate` makes and is given: kept as they are made, found again, named where they are wrong."""
+
+import subprocess
+import sys
+import time
+import tracemalloc
+
+import numpy as np
+import pytest
+import torch
+
+from kdlib_faces import cli
+from kdlib_faces._checks import InputError
+from kdlib_faces.recipes import embedding, evaluate
+from kdlib_faces.recipes.image_sets import ImageSet, images_of_files
+from tests.faces import set_files
+from tests.faces.set_files import network
+
+FAST = evaluate.EvaluateConfig(replicates=30, worst=2, batch_size=16, fars=(0.1, 0.001))
+
+
+@pytest.fixture
+def no_figures(monkeypatch):
+    """Drawing is tested elsewhere, and takes most of the time."""
+    monkeypatch.setattr("kdlib_faces.report.files._jobs", lambda view: {})
+
+
+def test_a_killed_run_goes_on_where_it_was(tmp_path, monkeypatch, no_figures):
+    model, text = network(tmp_path / "m.pt", 0), f"leave_one_out={set_files.grouped(tmp_path)}"
+    config = evaluate.EvaluateConfig(replicates=10, worst=0, batch_size=4)
+    monkeypatch.setattr(embedding, "KEPT_EVERY", 4)
+    real, counts = embedding.embed_batch, []
+
+    def stops(module, images, **options):
+        if len(counts) == 2:
+            raise KeyboardInterrupt
+        counts.append(len(images))
+        return real(module, images, **options)
+
+    monkeypatch.setattr(embedding, "embed_batch", stops)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate.run(config, output=tmp_path / "out", models=[model], protocols=[text])
+    assert sorted(path.suffix for path in (tmp_path / "out/work").iterdir()) == [".json", ".part"]
+    assert not (tmp_path / "out/report.json").exists()
+    counts.clear()
+    monkeypatch.setattr(
+        embedding,
+        "embed_batch",
+        lambda module, images, **more: (counts.append(len(images)), real(module, images, **more))[1],
+    )
+    evaluate.run(config, output=tmp_path / "out", models=[model], protocols=[text])
+    assert counts == [4, 3]
+    (made,) = (tmp_path / "out/work").iterdir()
+    evaluate.run(config, output=tmp_path / "whole", models=[model], protocols=[text])
+    (straight,) = (tmp_path / "whole/work").iterdir()
+    assert made.read_bytes() == straight.read_bytes()
+    assert made.name == straight.name
+
+
+_SLOW = """
+import sys, time
+from kdlib_faces import cli
+from kdlib_faces.recipes import embedding
+real = embedding.embed_batch
+def slow(*given, **more):
+    time.sleep(0.2)
+    return real(*given, **more)
+embedding.embed_batch, embedding.KEPT_EVERY = slow, 4
+sys.exit(cli.main(sys.argv[1:]))
+"""
+
+
+def test_a_run_that_the_system_killed_goes_on(tmp_path, monkeypatch, no_figures):
+    model, text = network(tmp_path / "m.pt", 0), f"leave_one_out={set_files.grouped(tmp_path)}"
+    words = ["evaluate", "--model", model, "--protocol", text, "--set", "batch_size=4", "--set", "replicates=10"]
+    words = [str(word) for word in [*words, "--quiet", "--output", tmp_path / "out"]]
+    process = subprocess.Popen([sys.executable, "-c", _SLOW, *words], stderr=subprocess.PIPE)
+    until = time.monotonic() + 60
+    while not list((tmp_path / "out/work").glob("*.json")) and process.poll() is None and time.monotonic() < until:
+        time.sleep(0.02)
+    process.kill()
+    assert process.wait(20) == -9, process.stderr.read()
+    process.stderr.close()
+    assert not (tmp_path / "out/report.json").exists()
+    counts, real = [], embedding.embed_batch
+    monkeypatch.setattr(
+        embedding,
+        "embed_batch",
+        lambda module, images, **more: (counts.append(len(images)), real(module, images, **more))[1],
+    )
+    assert cli.main(words) == 0
+    assert 0 < sum(counts) < 15
+    (made,) = (tmp_path / "out/work").iterdir()
+    assert cli.main([*words[:-1], str(tmp_path / "whole")]) == 0
+    (straight,) = (tmp_path / "whole/work").iterdir()
+    np.testing.assert_allclose(np.load(made), np.load(straight), atol=1e-6)
+
+
+def test_a_part_that_is_damaged_is_made_anew(tmp_path, monkeypatch):
+    files = [set_files.put_face(tmp_path / f"{number}.png", number, 0) for number in range(6)]
+    images, model = images_of_files("six", files), embedding.open_model(network(tmp_path / "m.pt", 0))
+    whole = np.array(embedding.embed_set(model, images, tmp_path / "a"))
+    (name,) = (path.name for path in (tmp_path / "a").iterdir())
+    notes = ("", "{", '{"format": 1, "done": 4, "width": 16}', '{"format": 9, "done": 1, "width": 16}', "[1]")
+    for number, note in enumerate(notes):
+        folder = tmp_path / f"b{number}"
+        folder.mkdir()
+        (folder / f"{name}.part").write_bytes(b"\x93NUMPY short")
+        (folder / f"{name}.json").write_text(note)
+        np.testing.assert_array_equal(embedding.embed_set(model, images, folder), whole)
+        assert [path.name for path in folder.iterdir()] == [name]
+
+
+def test_what_the_embeddings_depend_on_changes_their_name(tmp_path):
+    files = [set_files.put_face(tmp_path / f"{number}.png", number, 0) for number in range(3)]
+    models = [embedding.open_model(network(tmp_path / f"{seed}.pt", seed)) for seed in (0, 1)]
+    folder = tmp_path / "work"
+    embedding.embed_set(models[0], images_of_files("x", files), folder)
+    embedding.embed_set(models[0], images_of_files("x", files), folder, batch_size=2)
+    assert len(list(folder.iterdir())) == 1
+    embedding.embed_set(models[0], images_of_files("x", files), folder, flip=False)
+    embedding.embed_set(models[1], images_of_files("x", files), folder)
+    set_files.put_face(files[2], 7, 7)
+    embedding.embed_set(models[0], images_of_files("x", files), folder)
+    embedding.embed_set(models[0], images_of_files("x", files[:2]), folder)
+    assert len(list(folder.iterdir())) == 5
+
+
+def test_templates_get_embeddings_whose_length_is_kept(tmp_path):
+    files = [set_files.put_face(tmp_path / f"{number}.png", number, 0) for number in range(3)]
+    model = embedding.open_model(network(tmp_path / "m.pt", 0))
+    kept = embedding.embed_set(model, images_of_files("x", files), tmp_path)
+    assert not np.allclose(np.linalg.norm(kept, axis=1), 1, atol=1e-3)
+    unit = embedding.embed(model.module, images_of_files("x", files).decode(range(3), 32)).numpy()
+    np.testing.assert_allclose(kept / np.linalg.norm(kept, axis=1, keepdims=True), unit, atol=1e-6)
+
+
+def test_the_input_spec_of_a_model_is_respected():
+    spec_calls = []
+
+    class Model(torch.nn.Module):
+        def input_spec(self, images):
+            spec_calls.append(images.shape)
+            return images.flip(1) * 2
+
+        def forward(self, images):
+            return images.flatten(1)
+
+    pixels = torch.randint(0, 256, (5, 3, 4, 4), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    found = embedding.embed(Model(), pixels, batch_size=2, flip=False, normalise=False)
+    torch.testing.assert_close(found, ((pixels.float() / 127.5 - 1).flip(1) * 2).flatten(1))
+    assert len(spec_calls) == 3
+
+
+@pytest.mark.parametrize(("value", "what"), [(np.nan, "NaN or infinity"), (0.0, "zero")])
+def test_a_model_that_gives_no_direction_is_named_with_its_image(tmp_path, monkeypatch, value, what):
+    model = network(tmp_path / "m.pt", 0)
+
+    def third(module, images, **_):
+        rows = np.ones((len(images), 4), np.float32)
+        rows[2] = value
+        return rows
+
+    monkeypatch.setattr(embedding, "embed_batch", third)
+    with pytest.raises(InputError, match=rf"m\.pt: the model gives {what} for 0_2\.png of grouped"):
+        evaluate.run(
+            FAST, output=tmp_path / "out", models=[model], protocols=[f"leave_one_out={set_files.grouped(tmp_path)}"]
+        )
+    assert not (tmp_path / "out/report.json").exists()
+
+
+@pytest.mark.parametrize(("value", "what"), [(np.nan, "finite"), (0.0, "non-zero in every row")])
+def test_a_row_without_direction_names_its_file(tmp_path, value, what):
+    rows = np.ones((15, 4))
+    rows[11] = value
+    np.save(tmp_path / "good.npy", np.ones((15, 4)))
+    np.save(tmp_path / "bad.npy", rows)
+    with pytest.raises(InputError, match=rf"bad\.npy: embeddings must be {what}, row 11 is not"):
+        evaluate.run(
+            FAST, output=tmp_path / "out", embeddings=[tmp_path / "good.npy", tmp_path / "bad.npy"],
+            protocols=[f"leave_one_out={set_files.grouped(tmp_path)}"],
+        )  # fmt: skip
+
+
+def test_memory_of_the_command_does_not_grow_with_the_set(tmp_path):
+    model = embedding.open_model(network(tmp_path / "m.pt", 0))
+
+    def peak(count):
+        def read(row, size):
+            return np.random.default_rng(row).integers(0, 256, (3, size, size), dtype=np.uint8)
+
+        images = ImageSet(f"n{count}", count, f"n{count}", read, str)
+        tracemalloc.start()
+        try:
+            embedding.embed_set(model, images, tmp_path / "work", batch_size=8)
+            return tracemalloc.get_traced_memory()[1]
+        finally:
+            tracemalloc.stop()
+
+    peak(16)  # what the first forward takes once
+    small, large = peak(64), peak(640)
+    assert large < small + 60_000 < 640 * 3 * 32 * 32
+
+
+def test_embeddings_of_several_sets_lie_in_a_folder(tmp_path, no_figures):
+    given, rng = tmp_path / "mine", np.random.default_rng(0)
+    given.mkdir()
+    people = np.repeat(rng.normal(size=(5, 8)), 3, axis=0)
+    np.save(given / "grouped.npy", people + 0.01 * rng.normal(size=people.shape))
+    np.save(given / "calfw.npy", rng.normal(size=(8, 8)).astype(np.float16))
+    text = set_files.two_lines(tmp_path, "calfw").replace(f",images={tmp_path / 'calfw'}", "")
+    protocols = [f"leave_one_out={set_files.grouped(tmp_path)}", text]
+    told = evaluate.run(FAST, output=tmp_path / "out", embeddings=[given], protocols=protocols)
+    entries = {entry["name"]: entry for entry in told["evaluations"]}
+    assert entries["leave_one_out"]["models"]["mine"]["measures"]["rank1"]["value"] == 1.0
+    assert entries["calfw"]["counts"]["images"] == 8
+    assert entries["calfw"]["pictures"] == []
+    assert not (tmp_path / "out/work").exists()
+
+
+def test_files_of_one_name_are_told_apart(tmp_path, no_figures):
+    rng = np.random.default_rng(0)
+    files = [tmp_path / folder / "same.npy" for folder in ("a", "b", "b")]
+    for file in files:
+        file.parent.mkdir(exist_ok=True)
+        np.save(file, rng.normal(size=(15, 4)))
+    told = evaluate.run(
+        FAST, output=tmp_path / "out", embeddings=files, protocols=[f"leave_one_out={set_files.grouped(tmp_path)}"]
+    )
+    assert {name: model["label"] for name, model in told["models"].items()} == {
+        name: name for name in ("same", "b/same", "same (3)")
+    }
+    assert len(told["evaluations"][0]["differences"]) == 6
+
+
+def test_two_sets_of_one_name_never_share_embeddings(tmp_path):
+    first, second = tmp_path / "a", tmp_path / "b"
+    protocols = [set_files.fgnet(first), set_files.fgnet(second)]
+    set_files.put_face(second / "fgnet/001A03.JPG", 9, 9)
+    with pytest.raises(InputError, match="two sets of different images are called 'fgnet'"):
+        evaluate.run(FAST, output=tmp_path / "out", models=[network(tmp_path / "m.pt", 0)], protocols=protocols)
+    assert not (tmp_path / "out").exists()
