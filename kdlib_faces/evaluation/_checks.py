@@ -77,6 +77,7 @@ def shards_of(owner: str, name: str, x: Any, width: int | None = None) -> Iterat
         array, what = to_numpy(shard), f"{name}, shard {number}," if is_shards(x) else name
         if array.dtype.kind not in "fiu":
             raise TypeError(f"{owner}: {what} must be an array of numbers, got dtype {array.dtype}")
+        _unmasked(owner, what, shard)
         require(array.ndim == 2 and array.shape[1] > 0, owner, f"{what} must be (n, d), not empty, got {array.shape}")
         width = array.shape[1] if width is None else width
         require(array.shape[1] == width, owner, f"{what} must be (n, {width}), got {array.shape}")
@@ -98,7 +99,14 @@ def check_each(owner: str, name: str, good: BoolArray, wanted: str, what: str = 
         raise InputError(f"{owner}: {name} must be {wanted}, got {what} {first} that is not ({bad.size} in all)")
 
 
+def _unmasked(owner: str, name: str, x: Any) -> None:
+    """A masked entry is a hole: what lies under it is no number."""
+    if isinstance(x, np.ma.MaskedArray) and np.ma.is_masked(x):
+        raise InputError(f"{owner}: {name} must have no masked entries, got {int(np.ma.getmaskarray(x).sum())}")
+
+
 def _numbers(owner: str, name: str, x: Any) -> FloatArray:
+    _unmasked(owner, name, x)
     array = to_numpy(x)
     if array.dtype.kind not in "fiu":
         raise TypeError(f"{owner}: {name} must be an array of numbers, got dtype {array.dtype}")

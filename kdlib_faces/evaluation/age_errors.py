@@ -148,7 +148,7 @@ class AgeErrorProtocol:
             check_starts(OWNER, "gap_bins", gap_bins),
             check_starts(OWNER, "age_bins", age_bins),
         )
-        self.draws = draws(labels.size, replicates=replicates, seed=seed)
+        self.draws = draws(OWNER, labels.size, replicates=replicates, seed=seed)
         self.ages = None if ages is None else check_ages(OWNER, ages, self.codes.size)
         if self.ages is not None:
             self.image_bin, self.image_names = place(self.age_starts, self.ages), bin_names(self.age_starts)

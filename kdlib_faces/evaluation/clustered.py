@@ -39,13 +39,13 @@ def clustered_rate(
     check_each(owner, "hits", (values >= 0) & (values <= 1), "in [0, 1]", "entry")
     codes, labels = check_labels(owner, "identities", identities, rows=values.size, like="hits")
     check_level(owner, level)
-    return rate_estimate(values, codes, draws(labels.size, replicates=replicates, seed=seed), level=level)
+    return rate_estimate(values, codes, draws(owner, labels.size, replicates=replicates, seed=seed), level=level)
 
 
-def draws(identities: int, *, replicates: int, seed: int) -> IntArray:
-    """(replicates, identities) how often each identity is drawn: as `identity_bootstrap`, for codes."""
-    check_number("draws", "replicates", replicates, least=0, integer=True)
-    check_number("draws", "seed", seed, least=0, integer=True)
+def draws(owner: str, identities: int, *, replicates: int, seed: int) -> IntArray:
+    """(replicates, identities) how often each identity is drawn: as `identity_bootstrap`, for codes; `owner` for errors."""
+    check_number(owner, "replicates", replicates, least=0, integer=True)
+    check_number(owner, "seed", seed, least=0, integer=True)
     return np.random.default_rng(seed).multinomial(identities, np.full(identities, 1 / identities), size=replicates)
 
 

@@ -118,7 +118,7 @@ class CrossGroupProtocol:
         check_number(OWNER, "most_impostors", most_impostors, least=1, integer=True)
         self.fars, self.ranks, self.level, self.seed = check_fars(OWNER, fars), tuple(ranks), float(level), seed
         self.most_impostors = most_impostors
-        self.draws = draws(labels.size, replicates=replicates, seed=seed)
+        self.draws = draws(OWNER, labels.size, replicates=replicates, seed=seed)
 
     def __repr__(self) -> str:
         return (

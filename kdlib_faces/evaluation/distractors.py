@@ -179,7 +179,7 @@ class DistractorProtocol:
         )
         self.distractors, self.ranks, self.sizes = distractors, tuple(ranks), tuple(sizes)
         self.ties, self.cleaning, self.level, self.progress = ties, cleaning, float(level), progress
-        self._draws = draws(labels.size, replicates=replicates, seed=seed)
+        self._draws = draws(owner, labels.size, replicates=replicates, seed=seed)
 
     def __repr__(self) -> str:
         return (
@@ -335,7 +335,9 @@ class DistractorProtocol:
 def _known_size(distractors: Any) -> int:
     """How many there are, MegaFace's million where an iterator does not say."""
     if not is_shards(distractors):
-        return max(1, len(to_numpy(distractors)))
+        array = to_numpy(distractors)
+        require(array.ndim == 2, DistractorProtocol.owner, f"distractors must be (m, d), or shards, got {array.shape}")
+        return max(1, len(array))
     if isinstance(distractors, (list, tuple)):
         return max(1, sum(len(shard) for shard in distractors))
     return MEGAFACE

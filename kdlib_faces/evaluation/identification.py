@@ -194,7 +194,7 @@ def leave_one_out_result(
     )
     if years is None:
         return result
-    multiplicities = draws(labels.size, replicates=replicates, seed=seed)
+    multiplicities = draws(owner, labels.size, replicates=replicates, seed=seed)
 
     def broken_down(bins: FloatArray, of: IntArray) -> tuple[BinRates, ...]:
         rows = []

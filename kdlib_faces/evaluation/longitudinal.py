@@ -160,7 +160,7 @@ class LongitudinalProtocol:
         self.fars = check_fars(OWNER, fars)
         require(len(self.fars) > 0, OWNER, "fars must not be empty, got ()")
         self.years, self.window, self.reference, self.level = tuple(years), window, reference, float(level)
-        self.draws = draws(labels.size, replicates=replicates, seed=seed)
+        self.draws = draws(OWNER, labels.size, replicates=replicates, seed=seed)
 
     def __repr__(self) -> str:
         return (

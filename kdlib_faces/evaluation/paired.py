@@ -91,7 +91,7 @@ def paired_test(
     check_vector(OWNER, "other_identities", others, gap.size, "a")
     codes, labels = check_labels(OWNER, "identities", np.concatenate([given, others]))
     resampled = pair_rates(
-        gap, codes[: gap.size], codes[gap.size :], draws(labels.size, replicates=replicates, seed=seed)
+        gap, codes[: gap.size], codes[gap.size :], draws(OWNER, labels.size, replicates=replicates, seed=seed)
     )
     finite = resampled[np.isfinite(resampled)]
     low, high = (

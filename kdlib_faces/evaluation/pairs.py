@@ -230,7 +230,9 @@ class PairProtocol:
             raise InputError(f"{owner}: the protocol must have been given identities, got none")
         first, second = self.codes[self.left], self.codes[self.right]
         hits = result.correct.astype(np.float64)
-        resampled = pair_rates(hits, first, second, draws(int(self.codes.max()) + 1, replicates=replicates, seed=seed))
+        resampled = pair_rates(
+            hits, first, second, draws(owner, int(self.codes.max()) + 1, replicates=replicates, seed=seed)
+        )
         clusters = np.unique(np.concatenate([first, second])).size
         return bootstrap_estimate(float(hits.mean()), resampled, n=hits.size, clusters=clusters, level=level)
 

@@ -180,7 +180,7 @@ def identify_templates(
                 OWNER,
                 f"galleries[{number}] must have a {kind} probe, got none",
             )
-    multiplicities = draws(people.size, replicates=replicates, seed=seed)
+    multiplicities = draws(OWNER, people.size, replicates=replicates, seed=seed)
     who = np.concatenate([codes[search.mated] for search in searches])
     place = np.concatenate([search.places[search.mated] for search in searches])
     share = np.concatenate([np.full(int(search.mated.sum()), 1 / search.mated.sum()) for search in searches])

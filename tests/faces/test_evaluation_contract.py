@@ -132,3 +132,31 @@ def test_embeddings_are_not_changed_and_a_second_run_gives_the_same(name: str) -
     assert evaluate(ROWS, protocol).to_dict() == first
     np.testing.assert_array_equal(kept, ROWS)
     assert repr(protocol).startswith(f"{name}(")
+
+
+@pytest.mark.parametrize("name", PROTOCOLS)
+def test_what_lies_under_a_mask_is_no_number(name: str) -> None:
+    masked = np.ma.masked_array(ROWS, mask=np.zeros(ROWS.shape, dtype=bool))
+    assert approximately(evaluate(masked, PROTOCOLS[name]()).to_dict(), evaluate(ROWS, PROTOCOLS[name]()).to_dict())
+    masked[3, 2] = np.ma.masked
+    with pytest.raises(ValueError, match="must have no masked entries, got 1"):
+        evaluate(masked, PROTOCOLS[name]())
+
+
+def test_errors_name_the_protocol_that_was_called() -> None:
+    for make in (
+        lambda **more: room.AgeErrorProtocol(WHO, ages=AGES, **more),
+        lambda **more: room.LongitudinalProtocol(WHO, AGES, **more),
+        lambda **more: room.CrossGroupProtocol(WHO, GROUPS, **more),
+        lambda **more: room.DistractorProtocol(WHO, OTHERS, **more),
+        lambda **more: room.LeaveOneOutProtocol(WHO, **more),
+        lambda **more: room.AgeGapProtocol(WHO, ages=AGES, **more),
+    ):
+        owner = getattr(made := make(), "owner", type(made).__name__)
+        with pytest.raises(ValueError, match=f"^{owner}: replicates must be"):
+            make(replicates=-1)
+    for given in ("abc", 3, 2.5, np.zeros(4)):
+        with pytest.raises((ValueError, TypeError), match=r"^identify_with_distractors: distractors must be"):
+            room.identify_with_distractors(ROWS, WHO, given)
+    with pytest.raises(ValueError, match="genuine must have no masked entries, got 1"):
+        room.tar_at_far(np.ma.masked_array([0.1, 0.2], mask=[0, 1]), [0.0], 0.5)
