@@ -399,10 +399,13 @@ def tenfold(scale: float) -> dict[str, Any]:
 # ---- Sets of images -------------------------------------------------------------------------------------------------
 
 
-def images_once(scale: float, times: int) -> dict[str, Any]:
+def images_once(scale: float, times: int, *, command: bool = False) -> dict[str, Any]:
+    """A set from images, by the function or as the command line does it, which also keeps the embeddings as it goes."""
     import torch
 
-    from kdlib_faces.evaluation import PairProtocol, evaluate_images
+    from kdlib_faces.evaluation import PairProtocol, evaluate, evaluate_images
+    from kdlib_faces.recipes.embedding import Judged, embed_set
+    from kdlib_faces.recipes.image_sets import ImageSet
 
     torch.set_num_threads(2)
     rng = np.random.default_rng(4)
@@ -419,15 +422,26 @@ def images_once(scale: float, times: int) -> dict[str, Any]:
         protocol = PairProtocol.interleaved(np.tile([True, False], count // 4))
         small = PairProtocol.interleaved(np.tile([True, False], 20))
         evaluate_images(model, images[:80], small)  # what the first forward takes once
+
+        def by_command() -> Any:
+            found = embed_set(judged, ImageSet("set", count, "set", lambda row, _: images[row], str), Path(folder))
+            return evaluate(found, protocol)
+
+        judged = Judged(Path("model"), model, 112, {}, "model")
         with Peak() as memory:
-            seconds, result = timed(lambda: evaluate_images(model, images, protocol, out=out))
+            seconds, result = timed(
+                by_command if command else lambda: evaluate_images(model, images, protocol, out=out)
+            )
         assert result.pairs == count // 2
     return {"images": count, "seconds": seconds, "start_mb": memory.start / MB, "peak_mb": memory.peak / MB}
 
 
 def images(scale: float) -> dict[str, Any]:
     """Peak of own memory at n and at 4n images, each in a process of its own."""
-    once, four = (apart(name, scale) for name in ("images_n", "images_4n"))
+    once, four, command, command_four = (
+        apart(name, scale) for name in ("images_n", "images_4n", "command_n", "command_4n")
+    )
+    own = [each["peak_mb"] - each["start_mb"] for each in (command, command_four)]
     return {
         "n": once["images"],
         "4n": four["images"],
@@ -436,6 +450,10 @@ def images(scale: float) -> dict[str, Any]:
         "growth_mb": four["peak_mb"] - four["start_mb"] - once["peak_mb"] + once["start_mb"],
         "images_as_float32_twice_mb_4n": four["images"] * 3 * 112 * 112 * 4 * 2 / MB,
         "seconds_4n": four["seconds"],
+        "command_peak_above_start_mb_n": own[0],
+        "command_peak_above_start_mb_4n": own[1],
+        "command_growth_mb": own[1] - own[0],
+        "command_seconds_4n": command_four["seconds"],
     }
 
 
@@ -451,6 +469,8 @@ PARTS: dict[str, Callable[[float], dict[str, Any]]] = {
     "pairs_peer": pairs_peer,
     "images_n": lambda scale: images_once(scale, 1),
     "images_4n": lambda scale: images_once(scale, 4),
+    "command_n": lambda scale: images_once(scale, 1, command=True),
+    "command_4n": lambda scale: images_once(scale, 4, command=True),
 }
 
 

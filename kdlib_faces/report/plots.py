@@ -336,8 +336,8 @@ PLOTS: dict[str, tuple[str, str, Draw]] = {
     ),
     "ranks": (
         "Ranks",
-        "CMC: the share of probes whose mate is among the first k. Open-set search: the mate must come first and above "
-        "the threshold; the axis is the share of probes without a mate that raise a false alarm.",
+        "CMC: the share of probes whose mate is among the first k. Open-set search, where shown: the mate must come first "
+        "and above the threshold; the axis is the share of probes without a mate that raise a false alarm.",
         ranks,
     ),
     "bins": (
