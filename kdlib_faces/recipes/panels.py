@@ -151,7 +151,7 @@ def missed_pairs(
         other: which of the task's sets the strangers are of.
     """
     order = np.argsort(mates[1] - strangers[1], kind="stable")
-    chosen = once_each(order.tolist(), lambda item: [people[item]], count)
+    chosen = once_each(order, lambda item: [people[item]], count)
     pairs = [
         [WorstPair(int(probes[k]), int(row[k]), float(score[k]), same, other=0 if same else other) for k in chosen]
         for same, (row, score) in ((True, mates), (False, strangers))

@@ -270,13 +270,12 @@ class AgeErrorsPanel:
         protocol = self.protocol
         names = protocol.image_names
         for same, pairs in ((1, result.genuine), (0, result.false_accepts)):
-            for ends in zip(pairs.left.tolist(), pairs.right.tolist(), pairs.scores.tolist(), strict=True):
-                left, right, score = ends
+            for left, right, score in zip(pairs.left, pairs.right, pairs.scores, strict=True):
                 if protocol.ages is not None:
                     told = tuple(f"{protocol.ages[row]:g}" for row in (left, right))
                 else:
                     told = tuple(names[protocol.image_bin[row]] for row in (left, right))
-                yield self.labels(left), self.labels(right), same, f"{score:.8f}", *told
+                yield self.labels(int(left)), self.labels(int(right)), same, f"{score:.8f}", *told
 
     def _worst(self, result: AgeErrorResult) -> list[WorstPair]:
         """The least alike genuine pairs, then the most alike false accepts; a person is shown once of each kind."""
@@ -284,7 +283,7 @@ class AgeErrorsPanel:
 
     def _first(self, pairs: ScoredPairs, same: bool) -> list[WorstPair]:
         protocol = self.protocol
-        order = np.argsort(pairs.scores if same else -pairs.scores, kind="stable").tolist()
+        order = np.argsort(pairs.scores if same else -pairs.scores, kind="stable")
         people = protocol.codes[np.stack([pairs.left, pairs.right], axis=1)]
         found = []
         for k in once_each(order, lambda item: people[item].tolist(), self.worst):

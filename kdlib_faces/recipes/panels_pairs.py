@@ -216,7 +216,7 @@ def worst_pairs(protocol: PairProtocol, scores: NDArray[np.float64], count: int)
     found = []
     ends = np.stack([protocol.left, protocol.right], axis=1)
     for same, order in ((True, np.argsort(scores, kind="stable")), (False, np.argsort(-scores, kind="stable"))):
-        for pair in once_each(order[protocol.same[order] == same].tolist(), lambda item: ends[item].tolist(), count):
+        for pair in once_each(order[protocol.same[order] == same], lambda item: ends[item].tolist(), count):
             left, right = ends[pair].tolist()
             found.append(WorstPair(left, right, float(scores[pair]), same))
     return found

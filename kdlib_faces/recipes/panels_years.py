@@ -122,7 +122,7 @@ class LongitudinalPanel:
     def _worst(self, result: LongitudinalResult) -> list[WorstPair]:
         """The least alike pairs, a person once."""
         rows, later = self.protocol.pairs()
-        order = np.argsort(result.scores, kind="stable").tolist()
+        order = np.argsort(result.scores, kind="stable")
         return [
             WorstPair(int(rows[k]), int(later[k]), float(result.scores[k]), True, f"{result.elapsed[k]:.3g} years")
             for k in once_each(order, lambda item: [self.protocol.codes[rows[item]]], self.worst)
