@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import numpy as np
+
 from kdlib_faces.report.evaluation_tables import measured_words
 from kdlib_faces.report.evaluations import Evaluation
 from kdlib_faces.report.view import View
@@ -58,17 +60,22 @@ def _leader(evaluation: Evaluation) -> str | None:
 def _clear(told: list[Evaluation], best: str) -> str:
     """Whether paired intervals carry the lead: all differences of the headline measures that concern `best`."""
     paired = [
-        (d.a == best, d.difference)
+        # Positive where `best` is the better one.
+        (1 if d.a == best else -1)
+        * (-1 if d.measure.better == "low" else 1)
+        * np.array([d.difference.low, d.difference.high])
         for evaluation in told
         for d in evaluation.differences
-        if d.measure == evaluation.measures[0] and best in (d.a, d.b) and d.difference.low is not None
+        if d.measure == evaluation.measures[0] and best in (d.a, d.b)
+        if d.difference.low is not None and d.difference.high is not None
     ]
     if not paired:
         return "."
-    clear = sum((d.low or 0.0) > 0 if first else (d.high or 0.0) < 0 for first, d in paired)
+    clear = sum(bool((ends > 0).all()) for ends in paired)
+    of = "that measure" if len(told) == 1 else "the first measures"
     if clear == len(paired):
-        return ", and every paired interval leaves zero out."
-    return f"; {clear} of {len(paired)} paired differences leave zero out."
+        return f", and every paired interval of {of} leaves zero out."
+    return f"; {clear} of {len(paired)} paired differences of {of} leave zero out in its favour."
 
 
 def _sentence(view: View, evaluation: Evaluation) -> str:

@@ -144,7 +144,8 @@ def test_numbers_in_words(found: Measured, unit: str, value: str, spread: str) -
 
 def test_the_headline_says_who_is_ahead_and_how_surely(run: Any) -> None:
     assert evaluations_finding(View(run)).headline == (
-        "general.onnx is ahead on 1 of 2 protocols; 1 of 2 paired differences leave zero out."
+        "general.onnx is ahead on 1 of 2 protocols; "
+        "1 of 2 paired differences of the first measures leave zero out in its favour."
     )
     accuracy = {
         name: run["evaluations"][0]["models"][name]["measures"]["accuracy"] for name in ("general", "second", "student")
@@ -157,7 +158,7 @@ def test_the_headline_says_who_is_ahead_and_how_surely(run: Any) -> None:
         row["difference"]["low"] = 0.001
     finding = evaluations_finding(View(run))
     assert finding.headline == (
-        "general.onnx has the best Accuracy on LFW pairs, and every paired interval leaves zero out."
+        "general.onnx has the best Accuracy on LFW pairs, and every paired interval of that measure leaves zero out."
     )
     assert finding.sentences == [
         "LFW pairs, Accuracy: general.onnx 90.00\u00a0%; second.onnx 80.00\u00a0%; student.onnx 70.00\u00a0%."
@@ -169,6 +170,26 @@ def test_the_headline_says_who_is_ahead_and_how_surely(run: Any) -> None:
         model["measures"] = {}
     run["evaluations"][0]["differences"] = []
     assert evaluations_finding(View(run)).headline == "3 models, without a number."
+
+
+def test_a_lower_error_rate_is_a_lead_and_a_higher_one_is_none(run: Any) -> None:
+    del run["evaluations"][1]
+    (entry,) = run["evaluations"]
+    entry["measures"]["accuracy"]["better"] = "low"
+    measured = {name: entry["models"][name]["measures"]["accuracy"] for name in entry["models"]}
+    for rank, name in enumerate(("second", "general", "student")):
+        measured[name]["value"] = 0.1 + 0.1 * rank
+    row = entry["differences"][0]
+    entry["differences"] = [row | {"a": "second", "b": "general", "measure": "accuracy"}]
+    for low, high, said in (
+        (-0.12, -0.08, "and every paired interval of that measure leaves zero out."),
+        (0.08, 0.12, "0 of 1 paired differences of that measure leave zero out in its favour."),
+        (-0.12, 0.01, "0 of 1 paired differences of that measure leave zero out in its favour."),
+    ):
+        entry["differences"][0]["difference"] = {"value": (low + high) / 2, "low": low, "high": high, "n": 100}
+        headline = evaluations_finding(View(run)).headline
+        assert headline.startswith("second.onnx has the best Accuracy")
+        assert headline.endswith(said)
 
 
 def test_det_axes_are_normal_deviates_with_rates_for_labels(run: Any) -> None:
