@@ -38,6 +38,11 @@ BLOCK = 1 << 17
 """Pairs scored at a time for a file of scores."""
 
 
+def _headline_first(far: float) -> tuple[bool, float]:
+    """The FAR that tables of IJB-B and IJB-C are compared at, then the others, falling."""
+    return far != 1e-4, -far
+
+
 @dataclass(frozen=True, eq=False)
 class TemplatesPanel:
     """Judges IJB's 1:1 and 1:N for several models.
@@ -135,7 +140,7 @@ class TemplatesPanel:
                 "images": len(self.template_ids), "templates": found.templates, "genuine pairs": found.genuine,
                 "impostor pairs": found.impostor,
             },
-            "measures": {f"tar_{far:g}": measure(f"TAR, {far_words(far)}") for far in sorted(self.fars, reverse=True)},
+            "measures": {f"tar_{far:g}": measure(f"TAR, {far_words(far)}") for far in sorted(self.fars, key=_headline_first)},
             "models": models,
         }  # fmt: skip
         if len(embeddings) > 1:

@@ -76,6 +76,8 @@ def test_scores_of_templates_are_streamed_in_blocks(monkeypatch):
     rows = list(found.scores.rows("m"))
     assert found.scores.total == len(rows) == left.size == sum(sizes)
     assert max(sizes) == 64
+    default = TemplatesPanel("x", "x", ids, np.arange(60), {}, (left, right, same), replicates=5, worst=0)
+    assert list(default.verify({"m": array}).entry["measures"])[:3] == ["tar_0.0001", "tar_0.1", "tar_0.01"]
     pooled = pool_templates(array, ids, np.arange(60))
     unit = dict(zip(pooled.ids.tolist(), pooled.features, strict=True))
     for k, (a, b, kind, score) in enumerate(rows):
