@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from kdlib_faces.evaluation import (
     TemplateIdentificationResult,
     identify_templates,
+    paired_difference,
     pool_templates,
     verify_templates,
 )
@@ -30,6 +31,7 @@ from kdlib_faces.recipes.panels import (
     missed_pairs,
     once_each,
     operating_point,
+    pairs_of_models,
 )
 
 __all__ = ["TemplatesPanel"]
@@ -240,7 +242,19 @@ class TemplatesPanel:
                     hits[f"rank{rank}"][name] = places <= rank
             subjects = np.asarray(self.probes[1])
             who = np.concatenate([subjects[search.mated] for search in first.searches])
-            entry["differences"] = differences(
+            entry["differences"] = [
+                {
+                    "a": a,
+                    "b": b,
+                    "measure": f"tpir_{fpir:g}",
+                    "difference": estimate(
+                        paired_difference(results[a].tpir[fpir], results[b].tpir[fpir], level=self.level)
+                    ),
+                }
+                for fpir in told
+                for a, b in pairs_of_models(list(results))
+            ]
+            entry["differences"] += differences(
                 hits, dict.fromkeys(hits, (who, who)), replicates=self.replicates, seed=self.seed, level=self.level
             )
             entry["difference_rule"] = PAIRED.format(" of subjects")
