@@ -2,6 +2,7 @@
 
 import hashlib
 import importlib
+import json
 import re
 import subprocess
 import sys
@@ -122,3 +123,17 @@ def test_names_in_the_text_lead_to_their_entries(built: Path) -> None:
     assert re.search(r'href="functional.html#kdlib[.a-z_]*hint"[^>]*><code', losses)
     concepts = (built / "concepts.html").read_text("utf-8")
     assert re.search(r'href="api/[a-z]*.html#kdlib[.a-z_]*TeacherAdapter"[^>]*><code', concepts)
+
+
+def test_the_table_of_losses_shows_the_kept_figures() -> None:
+    rows = json.loads((ROOT / "benchmarks" / "results" / "losses_drawn.json").read_text("utf-8"))["runs"][0]["rows"]
+    page = (ROOT / "docs" / "which_loss.md").read_text("utf-8")
+    shown = {cells[1].strip("` "): cells[3:7] for line in page.splitlines() if len(cells := line.split("|")) == 8}
+    helpers = {"attention_map", "channel_attention_map", "overhaul_margin"}
+    for name in set(kdlib.functional.__all__) - helpers:
+        row = rows[name]
+        for at, (kind, gap, sign) in enumerate(
+            [("tar", "all", ""), ("over_alone", "all", "+"), ("tar", "30+", ""), ("over_alone", "30+", "+")]
+        ):
+            value, low, high = (format(100 * row[kind][gap][key], f"{sign}.1f") for key in ("value", "low", "high"))
+            assert shown[name][at].strip() == f"{value} ({low} to {high})", (name, kind, gap)
