@@ -76,13 +76,16 @@ def shortest_length(origin: torch.dtype) -> float:
 
 
 def power_of_two(x: Tensor) -> Tensor:
-    """The largest power of two of at most the largest magnitude times two: dividing `x` by it is exact.
+    """The power of two above the largest magnitude, or below it where that is infinite: dividing `x` by it is exact.
 
     For rows whose squares must neither overflow nor vanish, and whose small differences must stay.
     """
     largest = x.abs().amax()
     mantissa = torch.frexp(largest)[0]
-    return torch.where(largest < torch.finfo(x.dtype).tiny, 1.0, largest / torch.where(mantissa == 0, 1.0, mantissa))
+    mantissa = torch.where(mantissa == 0, 1.0, mantissa)
+    scale = largest / mantissa
+    scale = torch.where(scale.isfinite(), scale, largest / 2 / mantissa)
+    return torch.where(largest < torch.finfo(x.dtype).tiny, 1.0, scale)
 
 
 def unit_rows_(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -91,7 +94,10 @@ def unit_rows_(x: Tensor) -> tuple[Tensor, Tensor]:
     x.div_(torch.where(largest == 0, 1.0, largest))
     length = torch.linalg.vector_norm(x, dim=1, keepdim=True)
     length = torch.where(length == 0, torch.inf, length)
-    return x.div_(length), length * torch.where(largest == 0, 1.0, largest)
+    x.div_(length)
+    # A length beyond the end of the dtype is no row of zeros.
+    whole = (length * torch.where(largest == 0, 1.0, largest)).clamp(max=torch.finfo(x.dtype).max)
+    return x, torch.where(largest == 0, torch.inf, whole)
 
 
 def one_minus_cosines(x: Tensor, share: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:

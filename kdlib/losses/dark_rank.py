@@ -129,8 +129,8 @@ def _with_gradient(
     row_length = None
     if normalize:
         (rows, row_length), (rows_t, _) = unit_rows_(rows), unit_rows_(rows_t)
-    scale = power_of_two(rows / 2)  # half: that of the largest number there is would be infinite
-    rows, rows_t = rows / scale, rows_t / power_of_two(rows_t / 2)
+    scale = power_of_two(rows)
+    rows, rows_t = rows / scale, rows_t / power_of_two(rows_t)
     neighbours = _nearest_others(rows_t, length, wide)
     # By differences, a place of the lists at a time: exact, and less work than all pairs where lists are short.
     apart = torch.stack([torch.linalg.vector_norm(rows - rows[of], dim=1) for of in neighbours.unbind(1)], 1)

@@ -4,6 +4,7 @@ import copy
 import math
 import pickle
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+import kdlib.functional
 from kdlib.losses.correlation_congruence import CorrelationCongruenceLoss, correlation_congruence
 from kdlib.losses.pkt import PKTLoss, pkt
 from kdlib.losses.rkd import RKDAngleLoss, RKDDistanceLoss, rkd_angle, rkd_distance
@@ -423,3 +425,21 @@ def test_angles_take_the_memory_of_a_few_matrices() -> None:
     with Watch():
         rkd_angle(student, teacher, chunk_size=4).backward()
     assert 0 < largest <= 256 * 256 * 8
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("name", ["rkd_distance", "rkd_angle", "similarity_preserving", "pkt", "dark_rank"])
+def test_the_largest_numbers_there_are_keep_their_relations(name: str, dtype: torch.dtype) -> None:
+    """A common factor of a side changes none of these relations, up to where the dtype ends."""
+    loss = getattr(kdlib.functional, name)
+    if name == "dark_rank":
+        loss = partial(loss, normalize=True)
+    rng = torch.Generator().manual_seed(3)
+    student, teacher = (torch.randn(6, 5, generator=rng).clamp(-1, 1).to(dtype) for _ in range(2))
+    student[0, 0], teacher[1, 2] = 1.0, -1.0
+    largest = torch.tensor(torch.finfo(dtype).max, dtype=dtype)
+    far = (student * largest).requires_grad_()
+    value = loss(far, teacher * largest)
+    torch.testing.assert_close(value, loss(student, teacher), rtol=2e-2 if dtype == torch.bfloat16 else 1e-5, atol=1e-7)
+    value.backward()
+    assert bool(far.grad.isfinite().all())
