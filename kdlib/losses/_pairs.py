@@ -118,7 +118,7 @@ def one_minus_cosines(x: Tensor, share: Tensor) -> tuple[Tensor, Tensor, Tensor,
     centred = unit - share @ unit
     half = torch.linalg.vecdot(centred, centred) / 2
     product = centred @ centred.T  # apart from the sum: addmm takes twice as long on a CPU
-    gap = product.sub_(half).neg_().add_(half.unsqueeze(1)).clamp_(min=0).fill_diagonal_(0)
+    gap = (half - product).add_(half.unsqueeze(1)).clamp_(0, 2).fill_diagonal_(0)
     zero = length.isinf()
     # On a CPU a pass over the matrix costs more than a look at the rows; elsewhere the look does.
     if gap.device.type != "cpu" or torch.compiler.is_compiling() or bool(zero.any()):

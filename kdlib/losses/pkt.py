@@ -115,10 +115,9 @@ def _above_even_(apart: Tensor, share: Tensor, even: Tensor) -> tuple[Tensor, Te
 
     Directly, as they may differ by less than what rounding leaves of either.
     """
-    far = apart.div_(2).clamp_(max=1)  # one minus the kernel
-    mean = (far @ share).unsqueeze(1)
-    factor = even / torch.where(mean < 1, 1 - mean, 1.0)
-    return far.sub_(mean).mul_(-factor), factor
+    mean = (apart @ share).unsqueeze(1)  # of twice one minus the kernel
+    factor = even / torch.where(mean < 2, 1 - mean / 2, 1.0)
+    return apart.sub_(mean).mul_(factor / -2), factor
 
 
 def _log1p_less(x: Tensor) -> Tensor:
