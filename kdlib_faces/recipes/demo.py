@@ -5,35 +5,35 @@ stage leaves its result under `OUTPUT/work`, so the same command after a kill go
 """
 
 import os
+import platform
 import shutil
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from kdlib import attention_map
+from kdlib import __version__
 from kdlib._checks import check_number
 from kdlib_faces._checks import InputError
 from kdlib_faces._output import check_output
 from kdlib_faces.backbones import save_backbone
 from kdlib_faces.evaluation import (
-    AgeGapProtocol,
     AgeGapResult,
     LeaveOneOutProtocol,
     PairProtocol,
     compare,
     evaluate,
-    hardest_pairs,
 )
 from kdlib_faces.progress import say
 from kdlib_faces.recipes.age_teacher import AgeTeacherConfig
+from kdlib_faces.recipes.demo_pictures import pictures_of
 from kdlib_faces.recipes.liaad import LIAADConfig, build
-from kdlib_faces.recipes.stages import Material, describe, embed, maps_of, train_student
-from kdlib_faces.report import Picture, attention_picture, pairs_picture, write
+from kdlib_faces.recipes.stages import Material, describe, embed, train_student
+from kdlib_faces.report import Picture, write
 
 __all__ = ["DemoConfig", "faces_config", "run"]
 
@@ -230,8 +230,8 @@ def _students(
         "format": 1,
         "title": material.title,
         "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "version": _version(),
-        "config": _plain(config),
+        "version": __version__,
+        "config": asdict(config),
         "environment": {"torch": torch.__version__, "threads": torch.get_num_threads(), **_machine()},
         "data": material.data,
         "models": rows,
@@ -240,7 +240,7 @@ def _students(
         "weights": shares,
         "training": curves,
     }
-    return report, _pictures(material, models, embeddings, protocol)
+    return report, pictures_of(material, models, embeddings, protocol, distilled=DISTILLED, labels=LABELS)
 
 
 def _fold_pairs(material: Material, seed: int) -> PairProtocol:
@@ -295,58 +295,5 @@ def _kept(results: dict[str, AgeGapResult]) -> dict[str, float]:
     return kept
 
 
-def _pictures(
-    material: Material, models: dict[str, Any], embeddings: dict[str, np.ndarray], protocol: AgeGapProtocol
-) -> list[Picture]:
-    """What a person would rather see: the faces, the pairs that fail, where each model looks."""
-
-    def pixels(row: int) -> np.ndarray:
-        return np.ascontiguousarray(material.test_images[row].permute(1, 2, 0).numpy())
-
-    pictures = []
-    hard = hardest_pairs(embeddings[DISTILLED], protocol, count=9)
-    for kind, truth in (("missed", True), ("confused", False)):
-        chosen = [
-            (pixels(i), pixels(j), f"{material.caption(i, j)}\ncosine {score:.2f}")
-            for i, j, score, same in hard
-            if same is truth
-        ]
-        if chosen:
-            title = "Same person, least alike" if truth else "Different people, most alike"
-            pictures.append(
-                Picture(f"pairs_{kind}", title, "As the distilled student sees them.", pairs_picture(chosen))
-            )
-    order = np.argsort(material.test_identities, kind="stable")
-    rows = order[:: max(1, len(order) // 8)][:8]
-    looks = {}
-    for name, model in models.items():
-        own = material.test_images if model.test_images is None else model.test_images
-        looks[LABELS.get(name, name)] = attention_map(maps_of(model, own[torch.as_tensor(rows.copy())])).numpy()
-    pictures.append(
-        Picture(
-            "attention",
-            "Where each model looks",
-            "Mean squared activation of the middle stage, each map scaled to its own range.",
-            attention_picture([pixels(int(row)) for row in rows], looks),
-        )
-    )
-    return pictures
-
-
-def _plain(config: Any) -> dict[str, Any]:
-    from dataclasses import asdict
-
-    return asdict(config)
-
-
 def _machine() -> dict[str, Any]:
-    import os
-    import platform
-
     return {"python": platform.python_version(), "platform": platform.machine(), "cores": os.cpu_count() or 1}
-
-
-def _version() -> str:
-    from kdlib import __version__
-
-    return __version__
