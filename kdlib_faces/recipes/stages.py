@@ -168,6 +168,8 @@ def train_student(
     student = distiller.student.eval()
     model = native(student.model, student, config.size, role="student")
     model.train_seconds, model.train_steps = round(seconds, 1), config.student_steps
+    # The epoch that the training ended in, where a run that was finished before has not been.
+    batches.set_epoch((config.student_steps - 1) // len(batches))
     return Trained(model, curve, _shares(distiller, batches))
 
 

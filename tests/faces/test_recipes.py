@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -144,6 +145,19 @@ def test_a_second_run_trains_nothing_and_reports_the_same(finished: Path) -> Non
     assert (finished / "work" / "seed0" / "student_distilled" / "log.jsonl").read_bytes() == log
     for name, row in before["models"].items():
         assert after["models"][name]["protocols"] == row["protocols"]
+
+
+def test_a_finished_run_says_the_same_when_it_is_asked_again(finished: Path, tmp_path: Path) -> None:
+    from kdlib_faces.config import load_config
+
+    again = tmp_path / "again"
+    shutil.copytree(finished, again)
+    report = run(load_config(DemoConfig, None, SMALL), output=again, progress=False)
+    first = json.loads((finished / "report.json").read_text())
+    assert report["weights"] == first["weights"]
+    assert report["training"] == first["training"]
+    for name, row in first["models"].items():
+        assert report["models"][name]["protocols"] == row["protocols"]
 
 
 def test_kills_at_any_moment_leave_the_same_final_weights(finished: Path, tmp_path: Path) -> None:
