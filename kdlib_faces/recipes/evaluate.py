@@ -22,6 +22,7 @@ from kdlib._checks import check_number
 from kdlib_faces._checks import InputError
 from kdlib_faces._output import check_output, staged, swept
 from kdlib_faces.data.listing import FaceList, read_faces
+from kdlib_faces.evaluation._checks import check_level
 from kdlib_faces.progress import progress as show
 from kdlib_faces.progress import say
 from kdlib_faces.recipes.embedding import (
@@ -80,9 +81,7 @@ class EvaluateConfig:
         check_number("EvaluateConfig", "score_rows", self.score_rows, least=1, integer=True)
         check_number("EvaluateConfig", "replicates", self.replicates, least=0, integer=True)
         check_number("EvaluateConfig", "seed", self.seed, least=0, integer=True)
-        check_number("EvaluateConfig", "level", self.level, above=0)
-        if self.level >= 1:
-            raise InputError(f"EvaluateConfig: level must be below 1, got {self.level!r}")
+        check_level("EvaluateConfig", self.level)
         for name, least in (("bins", 0), ("ranks", 1)):
             if not getattr(self, name):
                 raise InputError(f"EvaluateConfig: {name} must not be empty, got ()")

@@ -136,7 +136,8 @@ def run(
         )
     else:
         distiller = build(network, teachers=frozen)
-    if "pairs" in distiller.objective.terms:
+    paired = "pairs" in distiller.objective.terms
+    if paired:
         _check_pairs(config, listed, by_age)
     size = network.input_size if start is None else _side(start, teachers[0])
 
@@ -148,37 +149,25 @@ def run(
     large = len(listed) * 3 * size * size > MEMORY
     images = load_images(listed, size, progress=meter, memory_map=output / "images.npy" if large else None)
     views = None if found is None else found.views
-    batches = _batches(config, images, listed, "pairs" in distiller.objective.terms, views, seed)
-    if "pairs" in distiller.objective.terms:
+    batches = _batches(config, images, listed, paired, views, seed)
+    if paired:
         batches = PairTargets(batches, by_age)
     output.mkdir(parents=True, exist_ok=True)
     if certain:
         note_run(output, here)
         (output / "config.toml").write_text(dump_toml(replace(config, network=network)))
-    if start is not None:
-        tune(
-            distiller,
-            batches,
-            output,
-            steps=config.steps or START_STEPS,
-            lr=config.lr or START_LR,
-            seed=seed,
-            label=recipe,
-            quiet=not progress,
-            amp=config.amp,
-        )
-    else:
-        fit(
-            distiller,
-            batches,
-            output,
-            steps=config.steps or STEPS,
-            lr=config.lr or LR,
-            seed=seed,
-            label=recipe,
-            quiet=not progress,
-            amp=config.amp,
-        )
+    go, steps, lr = (fit, STEPS, LR) if start is None else (tune, START_STEPS, START_LR)
+    go(
+        distiller,
+        batches,
+        output,
+        steps=config.steps or steps,
+        lr=config.lr or lr,
+        seed=seed,
+        label=recipe,
+        quiet=not progress,
+        amp=config.amp,
+    )
     model: Any = distiller.student.model
     target = output / "model.pt"
     save_teacher(model.net if isinstance(model, SteadyNet) else model, target)

@@ -24,6 +24,7 @@ from kdlib_faces._checks import InputError
 from kdlib_faces.backbones import MBF, Backbone, IResNet, MobileFaceNet
 from kdlib_faces.backbones.mbf_flat import MBFFlat
 from kdlib_faces.teachers.onnx_chain import Residual, Step, read_chain
+from kdlib_faces.teachers.onnx_cursor import Cursor, Mismatch
 from kdlib_faces.teachers.onnx_graph import Graph, make_session, read_graph, run_session
 
 __all__ = ["import_onnx", "restore_statistics"]
@@ -63,7 +64,7 @@ def import_onnx(path: str | os.PathLike[str], *, verify: bool = True) -> Backbon
     items = read_chain(graph)
     try:
         model = _build(graph, items)
-    except _Mismatch as error:
+    except Mismatch as error:
         raise _unknown(graph, str(error)) from error
     except (TypeError, ValueError, RuntimeError) as error:  # sizes that no network of ours can have
         raise _unknown(graph, str(error).splitlines()[0]) from error
@@ -125,10 +126,6 @@ def restore_statistics(model: nn.Module, images: Tensor, *, batch: int = 64) -> 
                 norm.running_var.copy_(var)
 
 
-class _Mismatch(Exception):
-    """The graph is not the network that it was taken for; says where."""
-
-
 def _unknown(graph: Graph, why: str) -> InputError:
     return InputError(
         f"{graph.path} is no IResNet, MBF or MobileFaceNet that can be imported: {why}; "
@@ -136,125 +133,11 @@ def _unknown(graph: Graph, why: str) -> InputError:
     )
 
 
-class _Cursor:
-    """Walks a chain of layers and moves their weights into native modules, or says what does not fit."""
-
-    def __init__(self, items: Sequence[Step | Residual]) -> None:
-        self.items, self.at = items, 0
-
-    def peek(self, kind: str, ahead: int = 0) -> Step | None:
-        at = self.at + ahead
-        item = self.items[at] if at < len(self.items) else None
-        return item if isinstance(item, Step) and item.kind == kind else None
-
-    def take(self, kind: str) -> Step:
-        found = self.peek(kind)
-        if found is None:
-            raise _Mismatch(f"{self.where()} where a {kind} should be")
-        self.at += 1
-        return found
-
-    def where(self) -> str:
-        if self.at >= len(self.items):
-            return "the chain ends"
-        item = self.items[self.at]
-        return item.node if isinstance(item, Step) else f"a residual sum ({item.node})"
-
-    def residual(self) -> Residual:
-        item = self.items[self.at] if self.at < len(self.items) else None
-        if not isinstance(item, Residual):
-            raise _Mismatch(f"{self.where()} where a residual sum should be")
-        self.at += 1
-        return item
-
-    def end(self) -> None:
-        if self.at < len(self.items):
-            raise _Mismatch(f"{self.where()} where the chain should end")
-
-    def conv(self, conv: nn.Conv2d, norm: nn.BatchNorm2d) -> None:
-        """A convolution and its BatchNorm, folded into it or not."""
-        step = self.take("conv")
-        wanted = (conv.stride[0], conv.padding[0], conv.groups)
-        if (step.stride, step.padding, step.groups) != wanted:
-            got = (step.stride, step.padding, step.groups)
-            raise _Mismatch(f"{step.node} has stride, padding and groups {got}, not {wanted}")
-        _copy(step, conv.weight, step.weights["weight"])
-        self._norm_of(step, norm)
-
-    def linear(self, linear: nn.Linear, norm: nn.BatchNorm1d) -> None:
-        """The embedding layer and its BatchNorm."""
-        step = self.take("linear")
-        _copy(step, linear.weight, step.weights["weight"])
-        if linear.bias is not None:
-            bias = step.weights.pop("bias", None)
-            _copy(step, linear.bias, torch.zeros_like(linear.bias) if bias is None else bias)
-        self._norm_of(step, norm)
-
-    def _norm_of(self, step: Step, norm: nn.BatchNorm1d | nn.BatchNorm2d) -> None:
-        bias = step.weights.get("bias", torch.zeros(norm.num_features))
-        if self.peek("norm"):
-            _set_norm(norm, self.take("norm"), bias)
-            return
-        ones, zeros = torch.ones(norm.num_features), torch.zeros(norm.num_features)
-        plain = {"weight": ones, "bias": bias, "mean": zeros, "var": ones - norm.eps}
-        _set_norm(norm, Step("norm", step.node, plain, eps=norm.eps), zeros)
-
-    def norm(self, norm: nn.BatchNorm2d) -> None:
-        _set_norm(norm, self.take("norm"), torch.zeros(norm.num_features))
-
-    def prelu(self, prelu: nn.PReLU) -> None:
-        step = self.take("prelu")
-        slope = step.weights["weight"]
-        _copy(step, prelu.weight, slope.expand(prelu.num_parameters) if len(slope) == 1 else slope)
-
-    def block(self, block: Any) -> None:
-        """Convolution, BatchNorm, PReLU of `MBF` or `MobileFaceNet`."""
-        conv, norm, prelu = block.layers if hasattr(block, "layers") else (block.conv, block.bn, block.prelu)
-        self.conv(conv, norm)
-        self.prelu(prelu)
-
-    def bottleneck(self, unit: Any) -> None:
-        """1x1, depthwise, linear 1x1, in a residual sum where the unit is one."""
-        first, second, last = unit.layers if hasattr(unit, "layers") else (unit.conv, unit.conv_dw, unit.project)
-        inside = self
-        if unit.residual:
-            fork = self.residual()
-            _Cursor(fork.shortcut).end()
-            inside = _Cursor(fork.body)
-        inside.block(first)
-        inside.block(second)
-        inside.conv(*(last.layers if hasattr(last, "layers") else (last.conv, last.bn)))
-        if unit.residual:
-            inside.end()
-
-
-def _copy(step: Step, target: Tensor, value: Tensor) -> None:
-    if value.shape != target.shape:
-        raise _Mismatch(f"{step.node} has weights {tuple(value.shape)}, not {tuple(target.shape)}")
-    with torch.no_grad():
-        target.copy_(value)
-
-
-def _set_norm(norm: nn.BatchNorm1d | nn.BatchNorm2d, step: Step, bias: Tensor) -> None:
-    """A BatchNorm behind a shift by `bias`; another eps than ours goes into the weight."""
-    mean, var = norm.running_mean, norm.running_var
-    if mean is None or var is None:
-        raise _Mismatch(f"{step.node} has statistics, the network's BatchNorm has none")
-    weights = step.weights
-    if not bool((weights["var"] >= 0).all()):
-        raise _Mismatch(f"{step.node} has a negative variance")
-    factor = ((weights["var"].double() + norm.eps) / (weights["var"].double() + step.eps)).sqrt().float()
-    _copy(step, mean, weights["mean"] - bias)
-    _copy(step, var, weights["var"])
-    _copy(step, norm.weight, weights["weight"] * factor)
-    _copy(step, norm.bias, weights["bias"])
-
-
 def _build(graph: Graph, items: Sequence[Step | Residual]) -> Backbone:
     """The native network of the graph's family, filled."""
     first = items[0] if items else None
     if not isinstance(first, Step) or first.kind != "conv":
-        raise _Mismatch(f"its first layer is {first.node if first else 'missing'}, not a convolution on the images")
+        raise Mismatch(f"its first layer is {first.node if first else 'missing'}, not a convolution on the images")
     return _iresnet(graph, items, first) if first.stride == 1 else _mobile(graph, items, first)
 
 
@@ -264,7 +147,7 @@ def _size(graph: Graph, cells: int | None = None) -> int | tuple[int, int]:
         return graph.input_size
     side = isqrt(cells or 49)
     if side * side != (cells or 49):
-        raise _Mismatch(f"its input size is free and its final grid of {cells} cells is not square")
+        raise Mismatch(f"its input size is free and its final grid of {cells} cells is not square")
     return 16 * side
 
 
@@ -275,7 +158,7 @@ def _channels(step: Step) -> int:
 def _embedding(items: Sequence[Step | Residual]) -> Step:
     last = next((item for item in reversed(items) if isinstance(item, Step) and item.kind == "linear"), None)
     if last is None:
-        raise _Mismatch("it has no linear layer that makes the embedding")
+        raise Mismatch("it has no linear layer that makes the embedding")
     return last
 
 
@@ -286,22 +169,22 @@ def _iresnet(graph: Graph, items: Sequence[Step | Residual], first: Step) -> IRe
             if item.shortcut:
                 stages.append(0)
             if not stages:
-                raise _Mismatch(f"a residual sum ({item.node}) before the first stage")
+                raise Mismatch(f"a residual sum ({item.node}) before the first stage")
             stages[-1] += 1
     if len(stages) != 4:
-        raise _Mismatch(f"it has {len(stages)} stages with a convolution beside the sum, not 4")
+        raise Mismatch(f"it has {len(stages)} stages with a convolution beside the sum, not 4")
     width, last = _channels(first), _embedding(items)
     dim, inputs = last.weights["weight"].shape
     size = _size(graph, inputs // (8 * width))
     net = IResNet(stages, embedding_dim=dim, width=width / 64, input_size=size)
-    at = _Cursor(items)
+    at = Cursor(items)
     at.conv(net.conv1, net.bn1)
     at.prelu(net.prelu)
     block: Any
     for stage in (net.layer1, net.layer2, net.layer3, net.layer4):
         for block in stage:
             fork = at.residual()
-            body, beside = _Cursor(fork.body), _Cursor(fork.shortcut)
+            body, beside = Cursor(fork.body), Cursor(fork.shortcut)
             body.norm(block.bn1)
             body.conv(block.conv1, block.bn2)
             body.prelu(block.prelu)
@@ -328,13 +211,13 @@ def _mobile(graph: Graph, items: Sequence[Step | Residual], first: Step) -> Back
     c, dim = _channels(first), _embedding(items).weights["weight"].shape[0]
     head = [item for item in items[:5] if not isinstance(item, Step) or item.kind == "conv"]
     if len(runs) != 5:
-        raise _Mismatch(f"it halves the grid {len(runs) - 1} times, not 4")
+        raise Mismatch(f"it halves the grid {len(runs) - 1} times, not 4")
     counts = (runs[1] or 1, *runs[2:])
     depthwise = len(head) > 1 and isinstance(head[1], Step) and head[1].groups == c
     if depthwise and counts == (1, 4, 6, 2):
         return _mobilefacenet(graph, items, c, dim)
     if c % 64:
-        raise _Mismatch(f"{first.node} has {c} channels, an MBF has a multiple of 64")
+        raise Mismatch(f"{first.node} has {c} channels, an MBF has a multiple of 64")
     flat = any(isinstance(item, Step) and item.kind == "flatten" for item in items) and not _global(items)
     blocks: dict[str, Any] = {"embedding_dim": dim, "scale": c // 64, "blocks": counts}
     net: MBF
@@ -344,7 +227,7 @@ def _mobile(graph: Graph, items: Sequence[Step | Residual], first: Step) -> Back
         net = MBFFlat(**blocks, input_size=_size(graph, cells), tail_channels=_channels(last))
     else:
         net = MBF(**blocks, input_size=_size(graph, _global(items)))
-    walk = _Cursor(items)
+    walk = Cursor(items)
     layer: Any
     for layer in net.layers:
         if isinstance(layer.layers[0], nn.Conv2d):
@@ -375,7 +258,7 @@ def _global(items: Sequence[Step | Residual]) -> int | None:
 
 def _mobilefacenet(graph: Graph, items: Sequence[Step | Residual], c: int, dim: int) -> MobileFaceNet:
     net = MobileFaceNet(dim, width=c / 64, input_size=_size(graph, _global(items)))
-    at = _Cursor(items)
+    at = Cursor(items)
     at.block(net.conv1)
     at.block(net.conv2_dw)
     for halving, run in ((net.conv_23, net.conv_3), (net.conv_34, net.conv_4), (net.conv_45, net.conv_5)):
