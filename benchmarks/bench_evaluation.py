@@ -404,8 +404,8 @@ def images_once(scale: float, times: int, *, command: bool = False) -> dict[str,
     import torch
 
     from kdlib_faces.evaluation import PairProtocol, evaluate, evaluate_images
-    from kdlib_faces.recipes.embedding import Judged, embed_set
-    from kdlib_faces.recipes.image_sets import ImageSet
+    from kdlib_faces.harness.embeddings import Judged, embed_set
+    from kdlib_faces.harness.image_sets import ImageSet
 
     torch.set_num_threads(2)
     rng = np.random.default_rng(4)

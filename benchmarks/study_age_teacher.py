@@ -25,7 +25,7 @@ from torch.nn import functional as F
 
 from kdlib import OUTPUT, StudentAdapter, TrainConfig, train
 from kdlib_faces.data.images import load_images, to_float
-from kdlib_faces.data.listing import read_faces
+from kdlib_faces.data.lists import read_faces
 from kdlib_faces.evaluation import AgeGapProtocol
 from kdlib_faces.progress import progress
 from kdlib_faces.recipes.age_teacher import AgeTeacherConfig, PairTargets, build_age_teacher

@@ -26,7 +26,7 @@ from kdlib_faces.evaluation import AgeGapProtocol
 from kdlib_faces.heads import CosFaceHead
 from kdlib_faces.progress import TrainProgress
 from kdlib_faces.recipes.age_teacher import AgeTeacherConfig, PairTargets, build_age_teacher
-from kdlib_faces.recipes.stages import embed
+from kdlib_faces.demo.stages import embed
 
 FAR = 1e-2
 SIZE = 40

@@ -38,10 +38,10 @@ from kdlib_faces.data.views import AugmentConfig
 from kdlib_faces.evaluation import AgeGapProtocol, compare
 from kdlib_faces.heads import CosFaceHead
 from kdlib_faces.progress import say
-from kdlib_faces.recipes.demo import DemoConfig
-from kdlib_faces.recipes.drawn import drawn_sets
+from kdlib_faces.demo.run import DemoConfig
+from kdlib_faces.demo.synthetic import drawn_sets
 from kdlib_faces.recipes.liaad import build, teacher_taps
-from kdlib_faces.recipes.stages import embed, fit
+from kdlib_faces.demo.stages import embed, fit
 from kdlib_faces.teachers import record, said_of_all
 
 RESULTS = Path(__file__).parent / "results" / "losses_drawn.json"

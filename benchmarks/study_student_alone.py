@@ -16,10 +16,10 @@ from typing import Any
 import torch
 
 from kdlib_faces.evaluation import evaluate
-from kdlib_faces.recipes.demo import DemoConfig
-from kdlib_faces.recipes.drawn import drawn_sets
+from kdlib_faces.demo.run import DemoConfig
+from kdlib_faces.demo.synthetic import drawn_sets
 from kdlib_faces.recipes.liaad import build
-from kdlib_faces.recipes.stages import Material, embed, train_student
+from kdlib_faces.demo.stages import Material, embed, train_student
 
 RESULTS = Path(__file__).parent / "results"
 SETTINGS: dict[str, dict[str, Any]] = {

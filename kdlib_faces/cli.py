@@ -29,7 +29,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _protocols() -> str:
-    from kdlib_faces.recipes.protocol_names import listing
+    from kdlib_faces.harness.registry import listing
 
     return f"protocols:\n{listing()}"
 
@@ -203,7 +203,7 @@ def _demo(options: argparse.Namespace, command: str) -> None:
     from kdlib_faces._checks import InputError
     from kdlib_faces._output import swept
     from kdlib_faces.config import load_config
-    from kdlib_faces.recipes import demo
+    from kdlib_faces.demo import run as demo
 
     settings = list(options.settings)
     if options.budget not in (None, "full"):
@@ -231,7 +231,7 @@ def _demo(options: argparse.Namespace, command: str) -> None:
 def _train(options: argparse.Namespace, command: str) -> None:
     from kdlib_faces._checks import InputError
     from kdlib_faces.config import load_config
-    from kdlib_faces.recipes import train
+    from kdlib_faces.commands import train
 
     if not options.faces:
         raise InputError("train: --faces must be given, a CSV list or a folder")
@@ -248,7 +248,7 @@ def _train(options: argparse.Namespace, command: str) -> None:
 
 def _evaluate(options: argparse.Namespace, command: str) -> None:
     from kdlib_faces.config import load_config
-    from kdlib_faces.recipes import evaluate
+    from kdlib_faces.harness import run as evaluate
 
     evaluate.run(
         load_config(evaluate.EvaluateConfig, options.config, [f"seed={options.seed}", *options.settings]),
@@ -267,7 +267,7 @@ def _evaluate(options: argparse.Namespace, command: str) -> None:
 def _cache(options: argparse.Namespace, command: str) -> None:
     from kdlib_faces._checks import InputError
     from kdlib_faces.config import load_config
-    from kdlib_faces.recipes import cache
+    from kdlib_faces.caching import build as cache
 
     if options.action == "info":
         print(cache.info(options.directory))
@@ -305,7 +305,7 @@ def _report(options: argparse.Namespace, command: str) -> None:
 
 
 def _inspect(options: argparse.Namespace, command: str) -> None:
-    from kdlib_faces.recipes import inspect
+    from kdlib_faces.commands import inspect
 
     size = inspect.parse_size(options.input_size)
     if options.file is None:

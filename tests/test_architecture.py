@@ -41,7 +41,7 @@ ALLOWED = {
     # `python -m kdlib_faces.recipes.liaad` is the command line's `train` under another name.
     ("kdlib_faces.recipes.liaad", "kdlib_faces.cli"),
     # The weighting and the heads compute in full precision exactly as losses do.
-    ("kdlib.weighting.centre_confidence", "kdlib.losses._maths"),
+    ("kdlib.weighting.center_confidence", "kdlib._maths"),
 }
 # Errors that the core words where they are raised.
 WORDED = {
@@ -192,7 +192,7 @@ def test_onnx_waits_until_a_teacher_needs_it() -> None:
         for node in ast.walk(tree(name))
         if isinstance(node, ast.Call) and ast.unparse(node.func).endswith(("import_module", "__import__"))
     }
-    assert {name for name, _ in dynamic} == {"kdlib_faces.teachers.onnx_graph"}
+    assert {name for name, _ in dynamic} == {"kdlib_faces.teachers.onnx.graph"}
     assert len(dynamic) == 1
     code = (
         "import kdlib_faces.teachers, kdlib_faces.cli, sys; print('onnx' in sys.modules, 'onnxruntime' in sys.modules)"

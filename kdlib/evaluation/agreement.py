@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from kdlib._checks import check_floating, check_pair, check_rank, check_same_batch
-from kdlib.losses._maths import unit_rows
+from kdlib._maths import unit_rows
 
 __all__ = ["linear_cka", "mean_cosine", "top_agreement"]
 

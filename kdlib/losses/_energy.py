@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from kdlib.losses._maths import rescale
+from kdlib._maths import rescale
 
 __all__ = ["scaled_energy"]
 

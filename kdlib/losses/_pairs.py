@@ -8,8 +8,8 @@ from torch.autograd import Function
 
 from kdlib._checks import check_relation
 from kdlib.losses._checks import no_second_derivative
-from kdlib.losses._gather import gather_rows
-from kdlib.losses._maths import promote
+from kdlib._gather import gather_rows
+from kdlib._maths import promote
 
 __all__ = [
     "add_distance_gradient",

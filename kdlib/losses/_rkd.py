@@ -6,7 +6,7 @@ Each is one operation to autograd and to a compiler: the pairs that need care ar
 import torch
 from torch import Tensor
 
-from kdlib.losses._maths import unit_rows
+from kdlib._maths import unit_rows
 from kdlib.losses._pairs import add_distance_gradient, power_of_two, squared_distances
 
 __all__ = ["angle_with_gradient", "distance_with_gradient"]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from kdlib._checks import check_choice, check_pair
-from kdlib.losses._maths import REDUCTIONS, full_precision, hold_short, promote, reduce, unit_rows
+from kdlib._maths import REDUCTIONS, full_precision, hold_short, promote, reduce, unit_rows
 
 __all__ = ["AngularDistillLoss", "angular_distill"]
 

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from kdlib._checks import check_choice, check_floating, check_number, check_rank, check_same_batch
 from kdlib.losses._checks import check_map
 from kdlib.losses._energy import scaled_energy
-from kdlib.losses._maths import REDUCTIONS, full_precision, hold_short, promote, reduce, rescale, unit_rows
+from kdlib._maths import REDUCTIONS, full_precision, hold_short, promote, reduce, rescale, unit_rows
 
 __all__ = ["AttentionTransferLoss", "attention_map", "attention_transfer"]
 

@@ -19,7 +19,7 @@ from kdlib._checks import (
     check_shares,
 )
 from kdlib.losses._energy import scaled_energy
-from kdlib.losses._maths import REDUCTIONS, full_precision, hold_short, promote, reduce, unit_rows
+from kdlib._maths import REDUCTIONS, full_precision, hold_short, promote, reduce, unit_rows
 
 __all__ = ["AttentiveSimilarityLoss", "attentive_similarity", "channel_attention_map"]
 

@@ -19,8 +19,8 @@ from kdlib._checks import (
     check_whole_numbers,
 )
 from kdlib.losses._checks import check_gathered_reduction
-from kdlib.losses._gather import gather_rows
-from kdlib.losses._maths import REDUCTIONS, full_precision, hold_short, promote, reduce, unit_rows
+from kdlib._gather import gather_rows
+from kdlib._maths import REDUCTIONS, full_precision, hold_short, promote, reduce, unit_rows
 
 __all__ = ["ContrastiveRepresentationLoss", "contrastive_representation"]
 

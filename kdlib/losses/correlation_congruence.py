@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from kdlib._checks import check_floating, check_number, check_relation_reduction
-from kdlib.losses._maths import full_precision
+from kdlib._maths import full_precision
 from kdlib.losses._pairs import (
     chord_gradient,
     one_batch,

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from kdlib._checks import check_choice, check_number, check_pair
 from kdlib.losses._checks import check_target
 from kdlib.losses._chunked import LEAST_LOG, by_rows, soften
-from kdlib.losses._maths import REDUCTIONS, full_precision, promote, reduce
+from kdlib._maths import REDUCTIONS, full_precision, promote, reduce
 
 __all__ = ["DecoupledKDLoss", "decoupled_kd"]
 

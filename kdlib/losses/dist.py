@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from kdlib._checks import check_number, check_pair, check_relation_reduction
 from kdlib.losses._chunked import soften
-from kdlib.losses._maths import full_precision
+from kdlib._maths import full_precision
 from kdlib.losses._pairs import one_batch
 
 __all__ = ["DISTLoss", "dist"]

@@ -8,7 +8,7 @@ from typing import ClassVar, Literal
 from torch import Tensor, nn
 
 from kdlib._checks import check_choice, check_pair
-from kdlib.losses._maths import REDUCTIONS, full_precision, promote, reduce
+from kdlib._maths import REDUCTIONS, full_precision, promote, reduce
 from kdlib.losses._squares import mean_square
 
 __all__ = ["HintLoss", "hint"]

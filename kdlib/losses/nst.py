@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from kdlib._checks import check_choice, check_floating, check_rank, check_same_batch
-from kdlib.losses._maths import REDUCTIONS, full_precision, hold_short, promote, reduce, rescale, unit_rows
+from kdlib._maths import REDUCTIONS, full_precision, hold_short, promote, reduce, rescale, unit_rows
 
 __all__ = ["NSTLoss", "nst"]
 

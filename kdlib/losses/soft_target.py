@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from kdlib._checks import check_choice, check_number, check_pair
 from kdlib.losses._chunked import LEAST_LOG, by_rows, soften
-from kdlib.losses._maths import REDUCTIONS, full_precision, reduce
+from kdlib._maths import REDUCTIONS, full_precision, reduce
 
 __all__ = ["SoftTargetLoss", "soft_target"]
 

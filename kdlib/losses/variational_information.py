@@ -19,7 +19,7 @@ from kdlib._checks import (
     check_same_batch,
     check_shape,
 )
-from kdlib.losses._maths import REDUCTIONS, full_precision, promote, reduce
+from kdlib._maths import REDUCTIONS, full_precision, promote, reduce
 
 __all__ = ["VariationalInformationLoss", "variational_information"]
 

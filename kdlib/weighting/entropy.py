@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from kdlib.losses._maths import full_precision
+from kdlib._maths import full_precision
 from kdlib.weighting._checks import check_logits, check_teachers
 
 __all__ = ["EntropyWeighting"]

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from kdlib._checks import check_floating, check_number, check_shape
-from kdlib.losses._maths import full_precision, rescale, unit_rows
+from kdlib._maths import full_precision, rescale, unit_rows
 from kdlib.weighting._checks import check_teachers
 
 __all__ = ["GateWeighting"]

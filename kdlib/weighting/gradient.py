@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from kdlib._checks import check_number
-from kdlib.losses._maths import full_precision
+from kdlib._maths import full_precision
 from kdlib.weighting._checks import check_most, check_teachers
 
 __all__ = ["GradientWeighting"]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from kdlib._checks import check_number, check_shape
-from kdlib.losses._maths import full_precision
+from kdlib._maths import full_precision
 from kdlib.weighting._checks import check_teachers
 
 __all__ = ["UncertaintyWeighting"]

@@ -8,13 +8,13 @@ read_ijb, FeatureSet          templates, pairs and galleries of IJB-B/C; MegaFac
 read_longitudinal             people over years
 """
 
-from kdlib_faces.data.agedb import AgeDBName, parse_agedb_name, read_agedb, read_agedb_pairs
-from kdlib_faces.data.bin import BinSet, load_bin, save_bin
-from kdlib_faces.data.cacd import cacd_vs_pairs
-from kdlib_faces.data.calfw import read_calfw_pairs, read_cplfw_pairs
-from kdlib_faces.data.cfp import read_cfp_pairs
-from kdlib_faces.data.fgnet import FGNetName, parse_fgnet_name, read_fgnet
-from kdlib_faces.data.ijb import (
+from kdlib_faces.data.sets.agedb import AgeDBName, parse_agedb_name, read_agedb, read_agedb_pairs
+from kdlib_faces.data.formats.bin import BinSet, load_bin, save_bin
+from kdlib_faces.data.sets.cacd import cacd_vs_pairs
+from kdlib_faces.data.sets.calfw import read_calfw_pairs, read_cplfw_pairs
+from kdlib_faces.data.sets.cfp import read_cfp_pairs
+from kdlib_faces.data.sets.fgnet import FGNetName, parse_fgnet_name, read_fgnet
+from kdlib_faces.data.sets.ijb_lists import (
     IJBLandmarks,
     IJBPairs,
     IJBSubjects,
@@ -24,22 +24,22 @@ from kdlib_faces.data.ijb import (
     read_ijb_subjects,
     read_ijb_templates,
 )
-from kdlib_faces.data.ijb_set import IJBSet, read_ijb
+from kdlib_faces.data.sets.ijb import IJBSet, read_ijb
 from kdlib_faces.data.image_pairs import ImagePairs, PairList
 from kdlib_faces.data.landmarks import five_points, read_points
-from kdlib_faces.data.listing import FaceList, read_faces
-from kdlib_faces.data.longitudinal import LongitudinalList, read_longitudinal
-from kdlib_faces.data.megaface import (
+from kdlib_faces.data.lists import FaceList, read_faces
+from kdlib_faces.data.sets.longitudinal import LongitudinalList, read_longitudinal
+from kdlib_faces.data.sets.megaface import (
     FeatureSet,
     TemplateList,
     read_feature_file,
     read_template_list,
     write_feature_file,
 )
-from kdlib_faces.data.pairs import read_lfw_pairs, read_pairs
-from kdlib_faces.data.record import RecordReader
-from kdlib_faces.data.record_parts import IdentityRanges, Record, RecordProperties, read_property
-from kdlib_faces.data.record_writer import save_records
+from kdlib_faces.data.sets.lfw import read_lfw_pairs, read_pairs
+from kdlib_faces.data.formats.record_reader import RecordReader
+from kdlib_faces.data.formats.record_parts import IdentityRanges, Record, RecordProperties, read_property
+from kdlib_faces.data.formats.record_writer import save_records
 from kdlib_faces.data.synthetic import SyntheticFace, SyntheticFaces
 
 __all__ = [

@@ -10,8 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kdlib_faces._checks import InputError
-from kdlib_faces.data._files import opened
-from kdlib_faces.data.listing import FaceList, identity_key
+from kdlib_faces.data.formats.files import opened
+from kdlib_faces.data.lists import FaceList, identity_key
 
 __all__ = ["ImagePairs", "PairList", "check_published", "dealt_folds", "file_sha256", "gather_pairs"]
 

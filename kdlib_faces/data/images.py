@@ -19,7 +19,7 @@ from torch import Tensor
 
 from kdlib._checks import check_number
 from kdlib_faces._checks import InputError
-from kdlib_faces.data.listing import FaceList
+from kdlib_faces.data.lists import FaceList
 
 __all__ = ["decode_image", "load_images", "read_image", "to_float"]
 

@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from kdlib_faces._checks import InputError
-from kdlib_faces.data._text import read_lines
+from kdlib_faces.data.formats.text import read_lines
 
 __all__ = ["five_points", "read_points"]
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from kdlib._checks import check_number
-from kdlib_faces.data._drawing import IDENTITY_TRAITS, NUISANCES, draw_faces
+from kdlib_faces.data.synthetic_drawing import IDENTITY_TRAITS, NUISANCES, draw_faces
 
 __all__ = ["SyntheticFace", "SyntheticFaces"]
 

@@ -4,8 +4,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from kdlib_faces.evaluation._checks import require
-from kdlib_faces.evaluation.age_result import AgeGapResult
-from kdlib_faces.evaluation.intervals import paired_difference
+from kdlib_faces.evaluation.protocols.age_gap_result import AgeGapResult
+from kdlib_faces.evaluation.statistics.intervals import paired_difference
 
 __all__ = ["compare"]
 

@@ -9,7 +9,7 @@ import numpy.typing as npt
 
 from kdlib._checks import check_number
 from kdlib_faces.evaluation._checks import require, to_numpy
-from kdlib_faces.evaluation.protocols import EvaluationProtocol, R, evaluate
+from kdlib_faces.evaluation.protocol import EvaluationProtocol, R, evaluate
 from kdlib_faces.progress import progress as show
 
 if TYPE_CHECKING:

@@ -6,8 +6,8 @@ import numpy as np
 
 from kdlib._checks import check_number
 from kdlib_faces.evaluation._checks import FloatArray, IntArray, unit_rows
-from kdlib_faces.evaluation.age import AgeGapProtocol
-from kdlib_faces.evaluation.resampling import genuine_pairs
+from kdlib_faces.evaluation.protocols.age_gap import AgeGapProtocol
+from kdlib_faces.evaluation.statistics.resampling import genuine_pairs
 
 __all__ = ["hardest_pairs"]
 

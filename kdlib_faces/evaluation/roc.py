@@ -8,7 +8,7 @@ import numpy as np
 
 from kdlib._checks import check_choice, check_number
 from kdlib_faces.evaluation._checks import FloatArray, check_scores
-from kdlib_faces.evaluation.intervals import Estimate, wilson
+from kdlib_faces.evaluation.statistics.intervals import Estimate, wilson
 
 __all__ = [
     "TarAtFar",

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kdlib._checks import check_choice, check_floating, check_number, check_rank, show_shape
-from kdlib.losses._maths import REDUCTIONS, reduce, unit_rows
+from kdlib._maths import REDUCTIONS, reduce, unit_rows
 from kdlib_faces._checks import check_identities
 
 __all__ = ["Reduction", "check_call", "check_head", "softmax_loss", "unit_pair"]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from kdlib._checks import check_number
-from kdlib.losses._maths import full_precision
+from kdlib._maths import full_precision
 from kdlib_faces.heads._margin import Reduction, check_call, check_head, softmax_loss, unit_pair
 
 __all__ = ["ArcFaceHead", "arcface_loss"]

@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from kdlib.losses._gather import gather_rows
+from kdlib._gather import gather_rows
 
 __all__ = ["whole_batch"]
 

@@ -20,7 +20,7 @@ from kdlib._checks import (
     check_weight,
     check_whole_numbers,
 )
-from kdlib.losses._maths import full_precision
+from kdlib._maths import full_precision
 from kdlib_faces._checks import check_rates, check_relation
 from kdlib_faces.heads._margin import unit_pair
 from kdlib_faces.losses._whole_batch import whole_batch

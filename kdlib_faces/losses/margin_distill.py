@@ -20,7 +20,7 @@ from kdlib._checks import (
     check_weight,
     check_whole_numbers,
 )
-from kdlib.losses._maths import REDUCTIONS, full_precision, unit_rows
+from kdlib._maths import REDUCTIONS, full_precision, unit_rows
 from kdlib_faces._checks import check_class_centres, check_every_identity, check_identities, check_set
 from kdlib_faces.heads._margin import Reduction, softmax_loss, unit_pair
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from kdlib._checks import check_choice, check_floating, check_number, check_rank, check_same_batch, check_weight
-from kdlib.losses._maths import full_precision
+from kdlib._maths import full_precision
 from kdlib_faces._checks import check_identities_or_triplets, check_relation
 from kdlib_faces.heads._margin import unit_pair
 from kdlib_faces.losses._whole_batch import whole_batch

@@ -22,7 +22,7 @@ from kdlib.objective import Objective, Term
 from kdlib_faces._checks import InputError
 from kdlib_faces.heads import CosFaceHead
 from kdlib_faces.progress import TrainProgress
-from kdlib_faces.recipes.pair_batches import PairTargets, per_identity
+from kdlib_faces.data.samplers import PairTargets, per_identity
 from kdlib_faces.teachers import (
     AgeEstimationLoss,
     AgeFactorLoss,

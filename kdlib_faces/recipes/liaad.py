@@ -34,7 +34,7 @@ from kdlib.objective import Objective, Term
 from kdlib_faces._checks import InputError
 from kdlib_faces.backbones import Backbone, build_backbone
 from kdlib_faces.heads import ArcFaceHead, CosFaceHead
-from kdlib_faces.recipes.teacher_files import open_teacher, teacher_taps
+from kdlib_faces.teachers.open import open_teacher, teacher_taps
 
 __all__ = [
     "AGE",

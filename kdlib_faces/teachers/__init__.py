@@ -6,9 +6,9 @@ from kdlib_faces.teachers.age_invariant import AgeFactorLoss, AgeInvariantNet, c
 from kdlib_faces.teachers.age_pairs import FarPairLoss, PullToStart
 from kdlib_faces.teachers.files import load_start, load_teacher, save_teacher
 from kdlib_faces.teachers.fused import FusedTeacher, fit_fusion, joined
-from kdlib_faces.teachers.linear import MappedTeacher, fit_age_map, fit_rotation
-from kdlib_faces.teachers.onnx import OnnxTeacher
-from kdlib_faces.teachers.onnx_import import import_onnx, restore_statistics
+from kdlib_faces.teachers.mapped import MappedTeacher, fit_age_map, fit_rotation
+from kdlib_faces.teachers.onnx.session import OnnxTeacher
+from kdlib_faces.teachers.onnx.import_graph import import_onnx, restore_statistics
 from kdlib_faces.teachers.outputs import record, said_of_all
 
 __all__ = [

@@ -169,7 +169,7 @@ def load_start(path: str | os.PathLike[str]) -> Any:
         InputError: as `import_onnx` and `load_teacher`.
     """
     if Path(path).suffix.lower() == ".onnx":
-        from kdlib_faces.teachers.onnx_import import import_onnx
+        from kdlib_faces.teachers.onnx.import_graph import import_onnx
 
         return import_onnx(path)
     return load_teacher(path)

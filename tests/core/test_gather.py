@@ -16,7 +16,7 @@ from torch import distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 import kdlib.functional
-from kdlib.losses._gather import gather_rows
+from kdlib._gather import gather_rows
 from kdlib.losses.correlation_congruence import correlation_congruence
 from kdlib.losses.dark_rank import dark_rank
 from kdlib.losses.dist import dist as dist_loss

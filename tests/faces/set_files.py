@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from kdlib_faces.backbones import MobileFaceNet, save_backbone
-from kdlib_faces.data.bin import save_bin
+from kdlib_faces.data.formats.bin import save_bin
 from tests.faces.matlab_file import Grid, Record, Writer
 
 SIDE = 32

@@ -17,7 +17,7 @@ from kdlib_faces.backbones import MBF, IResNet, MobileFaceNet, build_backbone, s
 from kdlib_faces.cli import main
 from kdlib_faces.data.synthetic import SyntheticFaces
 from kdlib_faces.recipes.age_teacher import AgeTeacherConfig, PairTargets, build_age_teacher, trained_parts
-from kdlib_faces.recipes.evaluate import embed, load_model
+from kdlib_faces.harness.run import embed, load_model
 from kdlib_faces.teachers import (
     AgeAttention,
     AgeEstimationLoss,

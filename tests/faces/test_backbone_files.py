@@ -444,7 +444,7 @@ def test_the_recipe_feeds_a_published_teacher_as_it_wants(tmp_path):
 
 
 def test_embeddings_of_a_published_network_are_of_its_own_images(tmp_path):
-    from kdlib_faces.recipes.evaluate import embed, load_model
+    from kdlib_faces.harness.run import embed, load_model
 
     model = small(input_size=(32, 16))
     model.input_spec = InputSpec(size=(32, 16), colour="bgr", mean=0.0, scale=255.0)

@@ -15,9 +15,9 @@ from kdlib_faces._checks import InputError
 from kdlib_faces.backbones import build_backbone, load_backbone, save_backbone
 from kdlib_faces.cli import main
 from kdlib_faces.data.images import load_images
-from kdlib_faces.data.listing import read_faces
-from kdlib_faces.data.seeded import SeededBatches, SeededViews
-from kdlib_faces.recipes import cache as recipe
+from kdlib_faces.data.lists import read_faces
+from kdlib_faces.data.seeded_views import SeededBatches, SeededViews
+from kdlib_faces.caching import build as recipe
 
 COUNT = 10
 
@@ -116,7 +116,7 @@ def test_an_interrupted_command_goes_on(material: Path, tmp_path: Path, capsys, 
         return load_images(paths, size, **options)
 
     with monkeypatch.context() as patch:
-        patch.setattr("kdlib_faces.recipes.cache_source.load_images", stops)
+        patch.setattr("kdlib_faces.caching.source.load_images", stops)
         assert run(*build(material, tmp_path / "part", *options)) == 130
     capsys.readouterr()
     assert run("cache", "info", tmp_path / "part") == 0

@@ -18,10 +18,10 @@ from kdlib.cache import CachedTeacher, TeacherCache
 from kdlib_faces._checks import InputError
 from kdlib_faces.backbones import build_backbone, load_backbone, save_backbone
 from kdlib_faces.cli import main
-from kdlib_faces.data.listing import read_faces
+from kdlib_faces.data.lists import read_faces
 from kdlib_faces.recipes import LIAADConfig
 from kdlib_faces.recipes import build as build_recipe
-from kdlib_faces.recipes.cached_teachers import is_cache, open_teachers
+from kdlib_faces.caching.teachers import is_cache, open_teachers
 
 COUNT, SIZE = 16, 32
 PLAIN = [f"augment.{name}=0" for name in ["mirror", "brightness", "contrast", "gamma", "shift", "scale", "rotate"]]
@@ -311,7 +311,7 @@ def test_a_network_without_maps_names_the_setting(material: Path, tmp_path: Path
     from tests.faces.tiny_graph import tiny_graph
 
     graph = tiny_graph(tmp_path / "net.onnx")
-    monkeypatch.setattr("kdlib_faces.teachers.onnx.suggest_taps", lambda path: {})
+    monkeypatch.setattr("kdlib_faces.teachers.onnx.session.suggest_taps", lambda path: {})
     said = fails(capsys, train(material, tmp_path / "run", "general", graph))
     assert "no square feature map to distil from; is it a convolutional network? attention_weight=0 leaves out" in said
     assert train(material, tmp_path / "run", "general", graph, more=("network.attention_weight=0",)) == 0
@@ -320,7 +320,7 @@ def test_a_network_without_maps_names_the_setting(material: Path, tmp_path: Path
 def test_many_images_are_read_from_a_file_in_place_of_memory(material: Path, tmp_path: Path, monkeypatch) -> None:
     assert train(material, tmp_path / "memory", "general", "age") == 0
     assert not (tmp_path / "memory" / "images.npy").exists()
-    monkeypatch.setattr("kdlib_faces.recipes.train.MEMORY", 1000)
+    monkeypatch.setattr("kdlib_faces.commands.train.MEMORY", 1000)
     assert train(material, tmp_path / "file", "general", "age") == 0
     assert np.load(tmp_path / "file" / "images.npy", mmap_mode="r").shape == (COUNT, 3, SIZE, SIZE)
     wanted = weights(tmp_path / "memory")

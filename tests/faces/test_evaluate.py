@@ -12,8 +12,8 @@ from PIL import Image
 from kdlib_faces import cli
 from kdlib_faces._output import staged, swept
 from kdlib_faces.backbones import MobileFaceNet, save_backbone
-from kdlib_faces.data.listing import read_faces
-from kdlib_faces.recipes.evaluate import embed, embed_faces, read_embeddings
+from kdlib_faces.data.lists import read_faces
+from kdlib_faces.harness.run import embed, embed_faces, read_embeddings
 
 PEOPLE, EACH = 6, 4
 
@@ -179,7 +179,7 @@ def test_interrupts_bugs_and_debug(folder, capsys, monkeypatch):
         def stop(*_args, **_options):
             raise error
 
-        monkeypatch.setattr("kdlib_faces.recipes.evaluate.read_faces", stop)
+        monkeypatch.setattr("kdlib_faces.harness.run.read_faces", stop)
 
     words = evaluate(folder, "--embeddings", folder / "good.npy")
     fail(KeyboardInterrupt())

@@ -11,8 +11,9 @@ import torch
 
 from kdlib_faces import cli
 from kdlib_faces._checks import InputError
-from kdlib_faces.recipes import embedding, evaluate
-from kdlib_faces.recipes.image_sets import ImageSet, images_of_files
+from kdlib_faces.harness import embeddings as embedding
+from kdlib_faces.harness import run as evaluate
+from kdlib_faces.harness.image_sets import ImageSet, images_of_files
 from tests.faces import set_files
 from tests.faces.set_files import network
 
@@ -60,7 +61,7 @@ def test_a_killed_run_goes_on_where_it_was(tmp_path, monkeypatch, no_figures):
 _SLOW = """
 import sys, time
 from kdlib_faces import cli
-from kdlib_faces.recipes import embedding
+from kdlib_faces.harness import embeddings as embedding
 real = embedding.embed_batch
 def slow(*given, **more):
     time.sleep(0.2)

@@ -6,12 +6,13 @@ import numpy as np
 import pytest
 
 from kdlib_faces.evaluation import CrossGroupProtocol, PairProtocol, pool_templates
-from kdlib_faces.recipes import evaluate, panels_templates
-from kdlib_faces.recipes.panels_distractors import DistractorsPanel
-from kdlib_faces.recipes.panels_groups import CrossGroupPanel
-from kdlib_faces.recipes.panels_pairs import PairsPanel
-from kdlib_faces.recipes.panels_ranks import LeaveOneOutPanel
-from kdlib_faces.recipes.panels_templates import TemplatesPanel
+from kdlib_faces.harness import run as evaluate
+from kdlib_faces.harness import panels_templates
+from kdlib_faces.harness.panels_distractors import DistractorsPanel
+from kdlib_faces.harness.panels_groups import CrossGroupPanel
+from kdlib_faces.harness.panels_pairs import PairsPanel
+from kdlib_faces.harness.panels_ranks import LeaveOneOutPanel
+from kdlib_faces.harness.panels_templates import TemplatesPanel
 from tests.faces import set_files
 from tests.faces.set_files import network
 

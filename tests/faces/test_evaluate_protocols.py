@@ -10,9 +10,10 @@ import pytest
 from kdlib_faces import cli
 from kdlib_faces._checks import InputError
 from kdlib_faces.evaluation import PairProtocol, leave_one_out, tar_at_far
-from kdlib_faces.recipes import embedding, evaluate
-from kdlib_faces.recipes.protocol_names import PROTOCOLS, listing
-from kdlib_faces.recipes.tasks import parse_protocol
+from kdlib_faces.harness import embeddings as embedding
+from kdlib_faces.harness import run as evaluate
+from kdlib_faces.harness.registry import PROTOCOLS, listing
+from kdlib_faces.harness.tasks import parse_protocol
 from tests.faces import set_files
 from tests.faces.set_files import network
 

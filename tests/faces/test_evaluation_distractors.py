@@ -65,7 +65,7 @@ def test_neither_blocks_nor_shards_nor_kind_change_a_number(block: int, monkeypa
     probes, who, distractors = make(distractors=150)
     whole = identify_with_distractors(probes, who, distractors, fars=(1e-3, 0.2), ranks=(1, 3)).to_dict()
     monkeypatch.setattr(search_module, "BLOCK", block)
-    monkeypatch.setattr("kdlib_faces.evaluation.distractors.BLOCK", 3 * block)
+    monkeypatch.setattr("kdlib_faces.evaluation.protocols.distractors.BLOCK", 3 * block)
 
     def shards() -> Iterator[np.ndarray]:
         yield distractors[:50]

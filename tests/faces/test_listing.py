@@ -11,8 +11,8 @@ from PIL import Image
 from kdlib_faces._checks import InputError
 from kdlib_faces.data import images as images_room
 from kdlib_faces.data.images import load_images, read_image, to_float
-from kdlib_faces.data.listing import FaceList, identity_key, read_faces
-from kdlib_faces.data.pairs import read_pairs
+from kdlib_faces.data.lists import FaceList, identity_key, read_faces
+from kdlib_faces.data.sets.lfw import read_pairs
 
 
 def touch(folder, *names):

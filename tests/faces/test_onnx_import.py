@@ -152,7 +152,7 @@ def test_hostile_graphs_end_in_one_line(tmp_path: Path) -> None:
 
 def test_a_network_that_does_not_give_the_files_outputs_is_refused(tmp_path: Path, monkeypatch) -> None:
     path = write(scramble(NETWORKS["mbf"]()), tmp_path / "a.onnx", fold=True)
-    monkeypatch.setattr("kdlib_faces.teachers.onnx_cursor.Cursor.prelu", lambda self, _: self.take("prelu"))
+    monkeypatch.setattr("kdlib_faces.teachers.onnx.cursor.Cursor.prelu", lambda self, _: self.take("prelu"))
     with pytest.raises(InputError, match="outputs differ from those of the network by"):
         import_onnx(path)
     assert isinstance(import_onnx(path, verify=False), nn.Module)

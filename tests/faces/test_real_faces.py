@@ -13,7 +13,7 @@ pytest.importorskip("onnxruntime")
 
 from kdlib_faces.backbones import load_backbone
 from kdlib_faces.cli import main
-from kdlib_faces.recipes.real import _for_students, _mixes_gray_and_colour
+from kdlib_faces.demo.real_faces import _for_students, _mixes_gray_and_colour
 from tests.faces.tiny_graph import tiny_graph
 
 SETTINGS = ["student_steps=6", "batch_size=8", "replicates=20", "size=32", "lr=0.05"]
@@ -75,7 +75,7 @@ def test_a_second_run_asks_no_teacher_and_changes_no_student(
     folder, command = finished
     before = load_backbone(folder / "out" / "student.pt").state_dict()
     first = json.loads((folder / "out" / "report.json").read_text())
-    monkeypatch.setattr("kdlib_faces.recipes.real._Smaller.forward", lambda *_: pytest.fail("a teacher was asked"))
+    monkeypatch.setattr("kdlib_faces.demo.real_faces._Smaller.forward", lambda *_: pytest.fail("a teacher was asked"))
     assert main(command) == 0
     second = json.loads((folder / "out" / "report.json").read_text())
     assert [m["protocols"] for m in first["models"].values()] == [m["protocols"] for m in second["models"].values()]

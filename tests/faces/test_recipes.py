@@ -15,7 +15,7 @@ import torch
 from kdlib_faces._checks import InputError
 from kdlib_faces.backbones import load_backbone
 from kdlib_faces.recipes import LIAADConfig, build
-from kdlib_faces.recipes.demo import DemoConfig, run
+from kdlib_faces.demo.run import DemoConfig, run
 
 SMALL = [
     "general_identities=12",

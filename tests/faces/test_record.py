@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 
 from kdlib_faces._checks import InputError
 from kdlib_faces.data import Record, RecordReader, read_property, save_records
-from kdlib_faces.data import _record_format as format_room
-from kdlib_faces.data import record as record_room
-from kdlib_faces.data._record_format import frame, pack, payload
+from kdlib_faces.data.formats import record_format as format_room
+from kdlib_faces.data.formats import record_reader as record_room
+from kdlib_faces.data.formats.record_format import frame, pack, payload
 
 MAGIC = bytes.fromhex("0a23d7ce")
 QUIET = settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

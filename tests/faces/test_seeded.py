@@ -6,7 +6,7 @@ from torch import Tensor
 
 from kdlib_faces._checks import InputError
 from kdlib_faces.data.images import to_float
-from kdlib_faces.data.seeded import SeededBatches, SeededViews
+from kdlib_faces.data.seeded_views import SeededBatches, SeededViews
 from kdlib_faces.data.views import AugmentConfig
 
 STRONG = AugmentConfig(erase=0.5, low_resolution=0.5, grayscale=0.3)

@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from kdlib_faces._checks import InputError
-from kdlib_faces.data import _matlab as matlab_room
+from kdlib_faces.data.formats import matlab as matlab_room
 from kdlib_faces.data import (
     cacd_vs_pairs,
     parse_agedb_name,

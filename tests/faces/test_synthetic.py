@@ -30,7 +30,7 @@ def test_labels_and_ages_are_exact_and_cover_a_life_or_a_window() -> None:
 
 def test_a_face_of_another_age_is_further_away_than_one_of_the_same_age() -> None:
     """Same person, same pose and light, older: the distance grows with the gap, and stays below another person's."""
-    from kdlib_faces.data._drawing import IDENTITY_TRAITS, NUISANCES, draw_faces
+    from kdlib_faces.data.synthetic_drawing import IDENTITY_TRAITS, NUISANCES, draw_faces
 
     generator = torch.Generator().manual_seed(1)
     people, ages = 60, torch.tensor([25.0, 30.0, 45.0, 60.0, 75.0])
@@ -45,7 +45,7 @@ def test_a_face_of_another_age_is_further_away_than_one_of_the_same_age() -> Non
 
 
 def test_a_child_differs_less_from_other_children_than_adults_from_adults() -> None:
-    from kdlib_faces.data._drawing import IDENTITY_TRAITS, NUISANCES, draw_faces
+    from kdlib_faces.data.synthetic_drawing import IDENTITY_TRAITS, NUISANCES, draw_faces
 
     generator = torch.Generator().manual_seed(2)
     traits = torch.randn(80, IDENTITY_TRAITS, generator=generator)

@@ -25,9 +25,9 @@ from kdlib_faces.data import (
     read_template_list,
     write_feature_file,
 )
-from kdlib_faces.data import _columns as columns_room
-from kdlib_faces.data import ijb as ijb_room
-from kdlib_faces.data._columns import read_integers
+from kdlib_faces.data.formats import columns as columns_room
+from kdlib_faces.data.sets import ijb_lists as ijb_room
+from kdlib_faces.data.formats.columns import read_integers
 
 THREE = (np.int64,) * 3
 QUIET = [HealthCheck.function_scoped_fixture]

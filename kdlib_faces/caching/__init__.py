@@ -1,0 +1,1 @@
+"""Caches of teacher outputs for face lists."""

@@ -1,0 +1,1 @@
+"""Parsers of untrusted files: RecordIO, pickled sets, MATLAB, tables and text."""

@@ -1,0 +1,1 @@
+"""Readers of published face sets, one file per set."""

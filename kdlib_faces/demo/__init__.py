@@ -1,0 +1,1 @@
+"""The demo: train the recipe, evaluate all models, write the report."""

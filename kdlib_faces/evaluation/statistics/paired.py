@@ -1,0 +1,109 @@
+"""Evaluation room: two models on the same pairs or probes, judged where they differ. NumPy only."""
+
+from dataclasses import dataclass
+from math import exp, lgamma, log
+from typing import Any
+
+import numpy as np
+
+from kdlib_faces.evaluation._checks import check_each, check_labels, check_level, check_vector, require, to_numpy
+from kdlib_faces.evaluation.statistics.clustered import draws, pair_rates
+from kdlib_faces.evaluation.statistics.intervals import Estimate
+
+__all__ = ["PairedTest", "paired_test"]
+
+OWNER = "paired_test"
+
+
+@dataclass(frozen=True)
+class PairedTest:
+    """Whether a is right more often than b.
+
+    Args:
+        difference: rate of a minus rate of b, with the interval of paired resamples.
+        only_a: how many observations a alone has right.
+        only_b: how many b alone has right.
+        p_value: McNemar's exact two-sided p: the chance of a split at least as uneven between equals. It takes
+            observations as independent; where people come many times, trust the interval.
+    """
+
+    difference: Estimate
+    only_a: int
+    only_b: int
+    p_value: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return {
+            "difference": self.difference.to_dict(),
+            "only_a": self.only_a,
+            "only_b": self.only_b,
+            "p_value": self.p_value,
+        }
+
+
+def paired_test(
+    a: Any,
+    b: Any,
+    *,
+    identities: Any = None,
+    other_identities: Any = None,
+    replicates: int = 1000,
+    seed: int = 0,
+    level: float = 0.95,
+) -> PairedTest:
+    """Compare two models on the same observations: pairs judged right, mates accepted, probes identified.
+
+    Args:
+        a: (n,) booleans of one model, such as `VerificationResult.correct`.
+        b: (n,) booleans of the other, in the same order.
+        identities: (n,) identity of each observation, or of each pair's first image; None resamples observations.
+        other_identities: (n,) identity of each pair's second image.
+        replicates: bootstrap resamples.
+        seed: of the resamples.
+        level: the confidence.
+
+    Returns:
+        The difference and the exact test.
+
+    Raises:
+        ValueError: lengths that differ, values that are not booleans.
+
+    Examples:
+        >>> test = paired_test([1, 1, 1, 1, 1, 0], [0, 0, 0, 0, 0, 1])
+        >>> test.only_a, test.only_b, test.p_value
+        (5, 1, 0.21875)
+
+    References:
+        Q. McNemar, "Note on the sampling error of the difference between correlated proportions", Psychometrika 12, 1947.
+    """
+    check_level(OWNER, level)
+    first, second = to_numpy(a), to_numpy(b)
+    check_vector(OWNER, "a", first)
+    check_vector(OWNER, "b", second, first.size, "a")
+    for name, array in (("a", first), ("b", second)):
+        check_each(OWNER, name, np.isin(array, (0, 1)), "boolean (or 0 and 1)", "entry")
+    require(identities is not None or other_identities is None, OWNER, "identities must be given with other_identities")
+    gap = first.astype(np.float64) - second.astype(np.float64)
+    given = np.arange(gap.size) if identities is None else to_numpy(identities)
+    check_vector(OWNER, "identities", given, gap.size, "a")
+    others = given if other_identities is None else to_numpy(other_identities)
+    check_vector(OWNER, "other_identities", others, gap.size, "a")
+    codes, labels = check_labels(OWNER, "identities", np.concatenate([given, others]))
+    resampled = pair_rates(
+        gap, codes[: gap.size], codes[gap.size :], draws(OWNER, labels.size, replicates=replicates, seed=seed)
+    )
+    finite = resampled[np.isfinite(resampled)]
+    low, high = (
+        (float(end) for end in np.quantile(finite, [(1 - level) / 2, (1 + level) / 2])) if finite.size else (None, None)
+    )
+    only_a, only_b = int((gap > 0).sum()), int((gap < 0).sum())
+    difference = Estimate(float(gap.mean()), low, high, gap.size, resampled)
+    return PairedTest(difference, only_a, only_b, _exact_binomial(only_a, only_b))
+
+
+def _exact_binomial(a: int, b: int) -> float:
+    """Two-sided: twice the lower tail of Binomial(a + b, 1/2) at the smaller count, at most 1."""
+    n = a + b
+    tail = sum(exp(lgamma(n + 1) - lgamma(k + 1) - lgamma(n - k + 1) - n * log(2)) for k in range(min(a, b) + 1))
+    return min(1.0, round(2 * tail, 15))

@@ -1,0 +1,1 @@
+"""Evaluation of models by protocols: images to embeddings to results."""

@@ -1,0 +1,1 @@
+"""Training of the recipes on face lists."""
