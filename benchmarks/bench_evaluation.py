@@ -75,8 +75,8 @@ def in_turn(ours: Callable[[], Any], peer: Callable[[], Any], rounds: int) -> tu
 def faces(rng: np.random.Generator, count: int, people: int, noise: float, width: int = 512) -> tuple[Array, Array]:
     """Embeddings (count, width) float32 of so many people, and who they are."""
     who = np.sort(np.concatenate([np.arange(people), rng.integers(0, people, count - people)]))
-    centre = rng.standard_normal((people, width), dtype=np.float32)
-    return centre[who] + np.float32(noise) * rng.standard_normal((count, width), dtype=np.float32), who
+    center = rng.standard_normal((people, width), dtype=np.float32)
+    return center[who] + np.float32(noise) * rng.standard_normal((count, width), dtype=np.float32), who
 
 
 # ---- FG-NET among a million -----------------------------------------------------------------------------------------
@@ -174,7 +174,7 @@ def ijbc_pairs(scale: float) -> tuple[Array, Array, Array, Array, Array]:
     features, who = faces(rng, templates, max(8, round(3531 * scale)), 2.2)
     ids = rng.permutation(templates * 2)[:templates] + 1
     left, right = (rng.integers(0, templates, pairs, dtype=np.int64) for _ in range(2))
-    # Genuine pairs: neighbours in the list of people.
+    # Genuine pairs: neighbors in the list of people.
     left[:genuine] = rng.integers(0, templates - 1, genuine)
     right[:genuine] = left[:genuine] + 1
     right = np.where(left == right, (right + 1) % templates, right)
@@ -325,7 +325,7 @@ def published_folds(left: Array, right: Array, same: Array, thresholds: Any) -> 
 
 
 def published_val(left: Array, right: Array, same: Array, target: float) -> tuple[float, float, float]:
-    """insightface's calculate_val, its interpolation by the two neighbouring points of the grid."""
+    """insightface's calculate_val, its interpolation by the two neighboring points of the grid."""
     distance = np.sum(np.square(np.subtract(left, right)), 1)
     grid = np.arange(0, 4, 0.001)
     vals, fars = [], []

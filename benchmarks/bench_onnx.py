@@ -65,7 +65,7 @@ def made(folder: Path) -> Path:
 
 
 def paired(ours: Callable[[], object], bare: Callable[[], object], rounds: int, label: str) -> dict[str, float]:
-    """Median milliseconds of each, median and quartiles of the ratios of neighbours, and the ratio of the processor's time."""
+    """Median milliseconds of each, median and quartiles of the ratios of neighbors, and the ratio of the processor's time."""
     ours(), bare()
     times, spent = [], [0.0, 0.0]
     for number in progress(range(rounds), label):

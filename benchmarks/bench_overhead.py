@@ -59,7 +59,7 @@ def resnet(width: int) -> nn.Sequential:
 
 
 def paired(one: Callable[[], object], other: Callable[[], object], rounds: int) -> dict[str, float]:
-    """Median milliseconds of each, and median of the ratios of neighbours."""
+    """Median milliseconds of each, and median of the ratios of neighbors."""
     one(), other()
     times = []
     for number in range(rounds):

@@ -22,11 +22,11 @@ from kdlib_faces.backbones import build_backbone
 from kdlib_faces.data.batches import FaceBatches
 from kdlib_faces.data.synthetic import SyntheticFaces
 from kdlib_faces.data.views import AugmentConfig
+from kdlib_faces.demo.stages import embed
 from kdlib_faces.evaluation import AgeGapProtocol
 from kdlib_faces.heads import CosFaceHead
 from kdlib_faces.progress import TrainProgress
 from kdlib_faces.recipes.age_teacher import AgeTeacherConfig, PairTargets, build_age_teacher
-from kdlib_faces.demo.stages import embed
 
 FAR = 1e-2
 SIZE = 40
@@ -118,7 +118,7 @@ def main() -> None:
         total = narrow.identities + wide.identities
         distiller = build_age_teacher(copy.deepcopy(start), config, num_identities=total, seed=seed)
         batches = FaceBatches(
-            images, people, batch_size=64, seed=seed + 1, augment=AugmentConfig(), ages=ages, per_identity=4
+            images, people, batch_size=64, seed=seed + 1, augment=AugmentConfig(), ages=ages, samples_per_identity=4
         )
         run(distiller, PairTargets(batches, "age"), asked.steps, 0.05, seed, name)
         model: Any = distiller.student.model

@@ -2,9 +2,9 @@
 
 The demo's student learns from the demo's general teacher on the demo's drawn faces: identities, and one loss of `kdlib` beside
 them, where that loss belongs: the embedding, the middle stage's map, the pre-activation of the teacher's last block of that stage,
-or the logits (cosines to the head's class centres, of the teacher to its mean embedding of each identity). All see the same
+or the logits (cosines to the head's class centers, of the teacher to its mean embedding of each identity). All see the same
 batches and start from the same weights; what the teacher says is computed once. Every loss has its defaults, but that `dark_rank`
-normalises its rows.
+normalizes its rows.
 
 The rule of the weights, the same for all: on the student that was trained alone, over the first batches, the gradient of the
 term with respect to the network's parameters is `--share` times as long as that of the identities. No weight was searched for.
@@ -35,14 +35,14 @@ from kdlib.influence import unchanged
 from kdlib_faces.backbones import build_backbone
 from kdlib_faces.data.batches import FaceBatches
 from kdlib_faces.data.views import AugmentConfig
+from kdlib_faces.demo.run import DemoConfig
+from kdlib_faces.demo.stages import embed, fit
+from kdlib_faces.demo.synthetic import drawn_sets
 from kdlib_faces.evaluation import AgeGapProtocol, compare
 from kdlib_faces.heads import CosFaceHead
 from kdlib_faces.progress import say
-from kdlib_faces.demo.run import DemoConfig
-from kdlib_faces.demo.synthetic import drawn_sets
 from kdlib_faces.recipes.liaad import build, teacher_taps
-from kdlib_faces.demo.stages import embed, fit
-from kdlib_faces.teachers import record, said_of_all
+from kdlib_faces.teachers import read_outputs, record
 
 RESULTS = Path(__file__).parent / "results" / "losses_drawn.json"
 ALONE, TEACHER, FAR, METRIC = "alone", "general teacher", 1e-2, "tar@0.01"
@@ -87,36 +87,36 @@ WAYS: dict[str, Way] = {
 
 
 class Classifier(nn.Module):
-    """A student's network with its head's class centres: an embedding, and the logits that soft targets read."""
+    """A student's network with its head's class centers: an embedding, and the logits that soft targets read."""
 
     def __init__(self, network: nn.Module, head: Any) -> None:
         super().__init__()
-        self.network, self.centres, self.scale = network, head.weight, head.scale
+        self.network, self.centers, self.scale = network, head.weight, head.scale
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
         """Images `(b, 3, h, w)` to `(b, d)` and `(b, identities)`."""
         embedding = self.network(images)
         return {
             "embedding": embedding,
-            "logits": self.scale * F.normalize(embedding, dim=1) @ F.normalize(self.centres, dim=1).T,
+            "logits": self.scale * F.normalize(embedding, dim=1) @ F.normalize(self.centers, dim=1).T,
         }
 
 
 class Said(nn.Module):
-    """What the teacher has said, one feature of it; its logits are cosines to its own class centres, times the scale."""
+    """What the teacher has said, one feature of it; its logits are cosines to its own class centers, times the scale."""
 
-    def __init__(self, recorded: CachedTeacher, feature: str, centres: Tensor, scale: float) -> None:
+    def __init__(self, recorded: CachedTeacher, feature: str, centers: Tensor, scale: float) -> None:
         super().__init__()
         source = "embedding" if feature == "logits" else feature
         self.recorded = CachedTeacher(recorded.cache, features=[source])
-        self.feature, self.centres, self.scale = feature, centres, scale
+        self.feature, self.centers, self.scale = feature, centers, scale
         self.reads = self.recorded.reads
 
     def forward(self, *targets: Tensor) -> dict[str, Tensor]:
         """The feature of these samples and views."""
         features = self.recorded(*targets)
         if self.feature == "logits":
-            return {"logits": self.scale * F.normalize(features["embedding"].float(), dim=1) @ self.centres.T}
+            return {"logits": self.scale * F.normalize(features["embedding"].float(), dim=1) @ self.centers.T}
         return dict(features)
 
 
@@ -156,9 +156,9 @@ class Faces:
         self.margin = kdlib.overhaul_margin(network.get_submodule(before))
         self.teacher = TeacherAdapter(network, {**taps, "before": before})
         self.recorded = record(self.teacher, self.images, work / "outputs", label="the teacher's outputs", quiet=False)
-        said = F.normalize(said_of_all(self.recorded, "embedding", torch.arange(len(self.images))), dim=1)
+        said = F.normalize(read_outputs(self.recorded, "embedding", torch.arange(len(self.images))), dim=1)
         sums = torch.zeros(self.people, self.dim).index_add_(0, self.identities, said)
-        self.centres = F.normalize(sums, dim=1)
+        self.centers = F.normalize(sums, dim=1)
         student = self.student().student(torch.zeros(2, 3, config.size, config.size))
         self.channels = student["map"].shape[1], self.recorded(*torch.zeros(2, 1).long())["map"].shape[1]
 
@@ -182,7 +182,7 @@ class Faces:
                 way = WAYS[name]
                 places = {"student": way.student, "teacher": way.teacher, "target": way.target, "project": way.project}
                 terms[name] = Term(way.loss(self), **places)
-                teachers = {"general": Said(self.recorded, way.teacher, self.centres, head.scale)}
+                teachers = {"general": Said(self.recorded, way.teacher, self.centers, head.scale)}
             distiller = Distiller(adapter, teachers, Objective(terms))
             return distiller.infer(*next(iter(self.batches(self.images, self.identities))))
 

@@ -15,11 +15,11 @@ from typing import Any
 
 import torch
 
-from kdlib_faces.evaluation import evaluate
 from kdlib_faces.demo.run import DemoConfig
+from kdlib_faces.demo.stages import DemoData, embed, train_student
 from kdlib_faces.demo.synthetic import drawn_sets
+from kdlib_faces.evaluation import evaluate
 from kdlib_faces.recipes.liaad import build
-from kdlib_faces.demo.stages import Material, embed, train_student
 
 RESULTS = Path(__file__).parent / "results"
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -37,11 +37,11 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 
 
-def material(config: DemoConfig, seed: int) -> Material:
+def material(config: DemoConfig, seed: int) -> DemoData:
     """The demo's training and test faces, without teachers."""
     general, aged, test = drawn_sets(config, seed)
     identities = torch.cat([general.labels, aged.labels + general.identities]).numpy()
-    return Material(
+    return DemoData(
         title="",
         train_images=torch.cat([general.images(), aged.images()]),
         train_identities=identities,
@@ -55,7 +55,7 @@ def material(config: DemoConfig, seed: int) -> Material:
     )
 
 
-def alone(faces: Material, config: DemoConfig, seed: int, changes: dict[str, Any]) -> dict[str, Any]:
+def alone(faces: DemoData, config: DemoConfig, seed: int, changes: dict[str, Any]) -> dict[str, Any]:
     """TAR at FAR 1 % by age gap of one setting."""
     changes = dict(changes)
     steps = config.student_steps * changes.pop("longer", 1)

@@ -15,30 +15,6 @@ from typing import TYPE_CHECKING
 
 from kdlib.adapters import OUTPUT, StudentAdapter, Tap, TeacherAdapter
 from kdlib.distiller import Distiller
-from kdlib.functional import (
-    activation_boundary,
-    angular_distill,
-    attention_map,
-    attention_transfer,
-    attentive_similarity,
-    channel_attention_map,
-    contrastive_representation,
-    correlation_congruence,
-    dark_rank,
-    decoupled_kd,
-    dist,
-    hierarchical_context,
-    hint,
-    nst,
-    overhaul,
-    overhaul_margin,
-    pkt,
-    rkd_angle,
-    rkd_distance,
-    similarity_preserving,
-    soft_target,
-    variational_information,
-)
 from kdlib.influence import InfluenceReport
 from kdlib.losses import (
     ActivationBoundaryLoss,
@@ -66,7 +42,7 @@ from kdlib.projections import ConvProjection, LinearProjection, TokenProjection,
 from kdlib.training import TrainConfig, TrainResult, train
 from kdlib.types import Features, Loss, Projection, Targets, Weighting
 from kdlib.weighting import (
-    CentreConfidenceWeighting,
+    CenterConfidenceWeighting,
     ConfidenceWeighting,
     EntropyWeighting,
     FixedWeighting,
@@ -87,7 +63,7 @@ __all__ = [
     "AttentionTransferLoss",
     "AttentiveSimilarityLoss",
     "CachedTeacher",
-    "CentreConfidenceWeighting",
+    "CenterConfidenceWeighting",
     "ConfidenceWeighting",
     "ContrastiveRepresentationLoss",
     "ConvProjection",
@@ -131,30 +107,8 @@ __all__ = [
     "VariationalInformationLoss",
     "Weighting",
     "__version__",
-    "activation_boundary",
-    "angular_distill",
-    "attention_map",
-    "attention_transfer",
-    "attentive_similarity",
-    "channel_attention_map",
-    "contrastive_representation",
-    "correlation_congruence",
-    "dark_rank",
-    "decoupled_kd",
-    "dist",
-    "hierarchical_context",
-    "hint",
     "infer_projection",
-    "nst",
-    "overhaul",
-    "overhaul_margin",
-    "pkt",
-    "rkd_angle",
-    "rkd_distance",
-    "similarity_preserving",
-    "soft_target",
     "train",
-    "variational_information",
 ]
 
 

@@ -138,7 +138,7 @@ def check_shares(owner: str, name: str, shares: Any) -> None:
     if isinstance(shares, (str, bytes)) or not isinstance(shares, Sequence):
         raise TypeError(f"{owner}: {name} must be a sequence of numbers, got {type(shares).__name__}")
     for index, share in enumerate(shares):
-        check_number(owner, f"{name}[{index}]", share, least=0)
+        check_number(owner, f"{name}[{index}]", share, min=0)
     if not any(shares):
         raise ValueError(f"{owner}: {name} must hold a number > 0, got {shares!r}")
 
@@ -177,17 +177,17 @@ def check_number(
     value: Any,
     *,
     above: float | None = None,
-    least: float | None = None,
-    most: float | None = None,
+    min: float | None = None,
+    max: float | None = None,
     below: float | None = None,
     integer: bool = False,
 ) -> None:
-    """`value` must be a finite number, strictly between `above` and `below`, from `least` to `most`, or `integer`."""
+    """`value` must be a finite number, strictly between `above` and `below`, from `min` to `max`, or `integer`."""
     kind = "a whole number" if integer else "a finite number"
     bounds = [
         f"> {above}" if above is not None else "",
-        f">= {least}" if least is not None else "",
-        f"<= {most}" if most is not None else "",
+        f">= {min}" if min is not None else "",
+        f"<= {max}" if max is not None else "",
         f"< {below}" if below is not None else "",
     ]
     wanted = " and ".join([kind, *[bound for bound in bounds if bound]])
@@ -197,8 +197,8 @@ def check_number(
         raise TypeError(f"{owner}: {name} must be {wanted}, got {value!r}")
     if (
         (above is not None and not value > above)
-        or (least is not None and value < least)
-        or (most is not None and value > most)
+        or (min is not None and value < min)
+        or (max is not None and value > max)
         or (below is not None and value >= below)
     ):
         raise ValueError(f"{owner}: {name} must be {wanted}, got {value!r}")
@@ -263,7 +263,7 @@ def check_key(owner: str, what: str, name: object) -> None:
 
 def check_schedule(step: int, weight: Any) -> None:
     """What a schedule returns must be a finite number of at least 0."""
-    check_number("Term", f"weight({step})", weight, least=0)
+    check_number("Term", f"weight({step})", weight, min=0)
 
 
 def check_term_teachers(owner: str, term: str, reads: Iterable[str], teachers: Iterable[str]) -> None:

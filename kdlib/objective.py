@@ -105,7 +105,7 @@ class Term:
             check_choice("Term", "project", project, ("auto",))
         check_type("Term", "project", project, (str, nn.Module, NoneType), "None, 'auto' or a Module")
         if not callable(weight):
-            check_number("Term", "weight", weight, least=0)
+            check_number("Term", "weight", weight, min=0)
         self.loss, self.student, self.teacher, self.target = loss, student, teacher, target
         self.teachers = None if teachers is None else tuple(teachers)
         self.project, self.weight, self.sample_weight = project, weight, sample_weight

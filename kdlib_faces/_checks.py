@@ -14,7 +14,7 @@ from kdlib._checks import check_finite, check_floating, check_number, check_shap
 
 __all__ = [
     "InputError",
-    "check_class_centres",
+    "check_class_centers",
     "check_every_identity",
     "check_identities",
     "check_identities_or_triplets",
@@ -61,14 +61,14 @@ def check_identities(owner: str, identities: Tensor, batch: int, num_identities:
             )
 
 
-def check_class_centres(owner: str, centres: Tensor, num_identities: int, dim: int) -> None:
-    """`centres` must be `(n, d)`, finite, and no row zero: a centre is a direction."""
-    check_floating(owner, centres=centres)
-    check_shape(owner, "centres", centres, "n d", n=num_identities, d=dim)
-    check_finite(owner, centres=centres)
-    empty = (centres == 0).all(1)
+def check_class_centers(owner: str, centers: Tensor, num_identities: int, dim: int) -> None:
+    """`centers` must be `(n, d)`, finite, and no row zero: a center is a direction."""
+    check_floating(owner, centers=centers)
+    check_shape(owner, "centers", centers, "n d", n=num_identities, d=dim)
+    check_finite(owner, centers=centers)
+    empty = (centers == 0).all(1)
     if empty.any():
-        raise ValueError(f"{owner}: centres must have no row of zeros, got row {int(empty.nonzero()[0])}")
+        raise ValueError(f"{owner}: centers must have no row of zeros, got row {int(empty.nonzero()[0])}")
 
 
 def check_every_identity(owner: str, counts: Tensor) -> None:
@@ -82,11 +82,11 @@ def check_every_identity(owner: str, counts: Tensor) -> None:
 
 
 def check_set(owner: str, ready: bool) -> None:
-    """The centres must have been given or estimated before a loss can be taken."""
+    """The centers must have been given or estimated before a loss can be taken."""
     if not ready:
         raise ValueError(
-            f"{owner}: centres must be there before the first loss, got none; "
-            f"give centres=, or call centres_from(embeddings, identities)"
+            f"{owner}: centers must be there before the first loss, got none; "
+            f"give centers=, or call centers_from(embeddings, identities)"
         )
 
 
@@ -112,7 +112,7 @@ def check_rates(owner: str, rates: Any) -> None:
     if not rates:
         raise ValueError(f"{owner}: rates must hold at least one number, got {rates!r}")
     for index, rate in enumerate(rates):
-        check_number(owner, f"rates[{index}]", rate, above=0, most=1)
+        check_number(owner, f"rates[{index}]", rate, above=0, max=1)
 
 
 def check_relation(owner: str, reduction: str) -> None:

@@ -230,8 +230,8 @@ def _demo(options: argparse.Namespace, command: str) -> None:
 
 def _train(options: argparse.Namespace, command: str) -> None:
     from kdlib_faces._checks import InputError
-    from kdlib_faces.config import load_config
     from kdlib_faces.commands import train
+    from kdlib_faces.config import load_config
 
     if not options.faces:
         raise InputError("train: --faces must be given, a CSV list or a folder")
@@ -266,8 +266,8 @@ def _evaluate(options: argparse.Namespace, command: str) -> None:
 
 def _cache(options: argparse.Namespace, command: str) -> None:
     from kdlib_faces._checks import InputError
-    from kdlib_faces.config import load_config
     from kdlib_faces.caching import build as cache
+    from kdlib_faces.config import load_config
 
     if options.action == "info":
         print(cache.info(options.directory))

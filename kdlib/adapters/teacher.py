@@ -30,7 +30,7 @@ class TeacherAdapter(nn.Module):
         model: any module; put in eval mode here.
         taps: as in `StudentAdapter`.
         preprocess: called first, on what the student sees, to give the teacher its own size, channel order and
-            normalisation. Returns one tensor or a tuple. A module or a named function can be pickled, a lambda cannot.
+            normalization. Returns one tensor or a tuple. A module or a named function can be pickled, a lambda cannot.
         dtype: floating-point type to convert the model and its inputs to; autocast is then off inside. `None`
             leaves both as they are.
 
@@ -63,7 +63,7 @@ class TeacherAdapter(nn.Module):
             if tap.path is not None:
                 find_module("TeacherAdapter", model, tap.path)
         self.dtype = dtype
-        # In a tuple nn.Module does not see them, so parents neither train, save nor optimise them.
+        # In a tuple nn.Module does not see them, so parents neither train, save nor optimize them.
         if isinstance(preprocess, nn.Module):
             preprocess.eval()
         self._held = (model.eval() if dtype is None else model.eval().to(dtype), preprocess)

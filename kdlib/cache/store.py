@@ -139,9 +139,9 @@ class TeacherCache:
         """
         check_choice("TeacherCache", "dtype", dtype, tuple(DTYPES))
         for name, value in (("views", views), ("batch_size", batch_size), ("shard_bytes", shard_bytes)):
-            check_number("TeacherCache", name, value, least=1, integer=True)
-        check_number("TeacherCache", "mark_seconds", mark_seconds, least=0)
-        check_number("TeacherCache", "prefetch", prefetch, least=0, integer=True)
+            check_number("TeacherCache", name, value, min=1, integer=True)
+        check_number("TeacherCache", "mark_seconds", mark_seconds, min=0)
+        check_number("TeacherCache", "prefetch", prefetch, min=0, integer=True)
         notes = {} if notes is None else notes
         check_build(teacher, fetch, progress, notes, preprocessing=preprocessing, data=data)
         if fingerprint is not None:
@@ -323,7 +323,7 @@ def _last_bytes(path: Path, count: int) -> bytes:
 def _ids(samples: int | Sequence[int] | Tensor) -> np.ndarray[Any, np.dtype[np.int64]]:
     """The ids, ascending."""
     if isinstance(samples, int):
-        check_number("TeacherCache", "samples", samples, least=1, integer=True)
+        check_number("TeacherCache", "samples", samples, min=1, integer=True)
         return np.arange(samples, dtype=np.int64)
     ids = np.sort(_whole("samples", samples))
     check_distinct(ids)

@@ -32,7 +32,7 @@ from kdlib.cache.store import TeacherCache
 __all__ = ["CacheCheck", "verify_cache"]
 
 SLACK = 1e-4
-"""Cosine error that a teacher may make on another machine, or with other neighbours in a batch, over that on disk."""
+"""Cosine error that a teacher may make on another machine, or with other neighbors in a batch, over that on disk."""
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ def verify_cache(
         (5, 1, 5)
     """
     check_type("verify_cache", "cache", cache, TeacherCache, "a TeacherCache")
-    check_number("verify_cache", "recompute", recompute, least=0, integer=True)
+    check_number("verify_cache", "recompute", recompute, min=0, integer=True)
     check_together(teacher, fetch)
     layout = cache._layout
     _check_ids(cache.path, layout)

@@ -64,9 +64,9 @@ def top_agreement(student: Tensor, teacher: Tensor) -> Tensor:
 
 @torch.no_grad()
 def linear_cka(student: Tensor, teacher: Tensor) -> Tensor:
-    r"""Linear centred kernel alignment: are the two sets of embeddings alike up to rotation and scale?
+    r"""Linear centerd kernel alignment: are the two sets of embeddings alike up to rotation and scale?
 
-    `||X^T Y||_F^2 / (||X^T X||_F ||Y^T Y||_F)` with centred columns; needs no common coordinates nor dimensions.
+    `||X^T Y||_F^2 / (||X^T X||_F ||Y^T Y||_F)` with centerd columns; needs no common coordinates nor dimensions.
 
     Args:
         student: `(b, d)`.
@@ -90,14 +90,14 @@ def linear_cka(student: Tensor, teacher: Tensor) -> Tensor:
     check_rank("linear_cka", "student", student, "b d")
     check_rank("linear_cka", "teacher", teacher, "b d")
     check_same_batch("linear_cka", "student", student, "teacher", teacher)
-    first, second = (_centred(x.double()) for x in (student, teacher))
+    first, second = (_centerd(x.double()) for x in (student, teacher))
     cross = (first.T @ second).square().sum()
     own = (first.T @ first).norm() * (second.T @ second).norm()
     alike: Tensor = cross / own.clamp(min=1e-300)
     return alike.to(student.dtype)
 
 
-def _centred(x_bd: Tensor) -> Tensor:
+def _centerd(x_bd: Tensor) -> Tensor:
     """Columns of mean 0, at a scale whose squares are safe: the alignment does not hang on it."""
     if not x_bd.numel():
         return x_bd

@@ -64,7 +64,7 @@ def check_levels(owner: str, levels: Any) -> None:
     if isinstance(levels, (str, bytes)) or not isinstance(levels, Sequence):
         raise TypeError(f"{owner}: levels must be a sequence of whole numbers, got {type(levels).__name__}")
     for index, level in enumerate(levels):
-        check_number(owner, f"levels[{index}]", level, least=1, integer=True)
+        check_number(owner, f"levels[{index}]", level, min=1, integer=True)
 
 
 def check_affine(owner: str, norm: Any) -> None:
@@ -78,7 +78,7 @@ def check_affine(owner: str, norm: Any) -> None:
 def check_margin(owner: str, margin: Any, channels: int | None) -> None:
     """`margin` must be a number of at most 0, or a tensor `(c,)` of such."""
     if not isinstance(margin, Tensor):
-        check_number(owner, "margin", margin, most=0)
+        check_number(owner, "margin", margin, max=0)
         return
     check_floating(owner, margin=margin)
     if margin.dim() > 1 or (margin.dim() == 1 and channels is not None and margin.shape[0] != channels):

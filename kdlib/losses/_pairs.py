@@ -7,9 +7,9 @@ from torch import Tensor
 from torch.autograd import Function
 
 from kdlib._checks import check_relation
-from kdlib.losses._checks import no_second_derivative
 from kdlib._gather import gather_rows
 from kdlib._maths import promote
+from kdlib.losses._checks import no_second_derivative
 
 __all__ = [
     "add_distance_gradient",
@@ -115,15 +115,15 @@ def one_minus_cosines(x: Tensor, share: Tensor) -> tuple[Tensor, Tensor, Tensor,
         The matrix `(b, b)`; the unit rows less their mean; the unit rows; their lengths before, as of `unit_rows_`.
     """
     unit, length = unit_rows_(x.detach().clone())
-    centred = unit - share @ unit
-    half = torch.linalg.vecdot(centred, centred) / 2
-    product = centred @ centred.T  # apart from the sum: addmm takes twice as long on a CPU
+    centerd = unit - share @ unit
+    half = torch.linalg.vecdot(centerd, centerd) / 2
+    product = centerd @ centerd.T  # apart from the sum: addmm takes twice as long on a CPU
     gap = (half - product).add_(half.unsqueeze(1)).clamp_(0, 2).fill_diagonal_(0)
     zero = length.isinf()
     # On a CPU a pass over the matrix costs more than a look at the rows; elsewhere the look does.
     if gap.device.type != "cpu" or torch.compiler.is_compiling() or bool(zero.any()):
         gap.masked_fill_(zero | zero.T, 1)
-    return gap, centred, unit, length
+    return gap, centerd, unit, length
 
 
 def unit_gradient_(slope: Tensor, unit: Tensor, length: Tensor, shortest: float = 0.0) -> Tensor:
@@ -137,19 +137,19 @@ def gram_gradient(slope: Tensor, x: Tensor) -> Tensor:
     return (slope + slope.T) @ x
 
 
-def chord_gradient(slope: Tensor, centred: Tensor) -> Tensor:
+def chord_gradient(slope: Tensor, centerd: Tensor) -> Tensor:
     r"""The gradient :math:`\sum_j (c_{ij} + c_{ji}) (u_j - u_i)` of unit rows from the slopes c on their cosines.
 
     That of `gram_gradient` but for a part along each row, which a unit row does not feel; of rows less their mean.
     """
     both = slope + slope.T
-    return (both @ centred).addcmul_(both.sum(1, keepdim=True), centred, value=-1)
+    return (both @ centerd).addcmul_(both.sum(1, keepdim=True), centerd, value=-1)
 
 
 def squared_distances(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Squared distances between the rows, each exact to about the square root of `dtype`'s precision, or better.
 
-    By dot products of the centred rows, where that is safe, and by differences, where two rows are too near each
+    By dot products of the centerd rows, where that is safe, and by differences, where two rows are too near each
     other for it; so a common offset does no harm, and equal rows are at distance 0.
 
     Args:

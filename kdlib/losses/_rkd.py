@@ -83,7 +83,7 @@ def angle_with_gradient(
 
 
 def _uneven(squares: Tensor, least: float) -> Tensor:
-    """The vertices `(b,)` that have a neighbour other than at themselves nearer than `least`."""
+    """The vertices `(b,)` that have a neighbor other than at themselves nearer than `least`."""
     return ((squares > 0) & (squares < least)).any(1)
 
 

@@ -63,7 +63,7 @@ def activation_boundary(
         it for each stage before the last: its number is ours times `3 n / 1000` at the last stage. The paper trains on
         this loss alone first, and on the task after; here it is a term like any other.
     """
-    check_number("activation_boundary", "margin", margin, least=0)
+    check_number("activation_boundary", "margin", margin, min=0)
     check_pair("activation_boundary", student, teacher, "b ...")
     origin = student.dtype
     with full_precision(student):
@@ -95,7 +95,7 @@ class ActivationBoundaryLoss(nn.Module):
 
     def __init__(self, *, margin: float = 1.0, reduction: Literal["mean", "none"] = "mean") -> None:
         super().__init__()
-        check_number("ActivationBoundaryLoss", "margin", margin, least=0)
+        check_number("ActivationBoundaryLoss", "margin", margin, min=0)
         check_choice("ActivationBoundaryLoss", "reduction", reduction, REDUCTIONS)
         self.margin = margin
         self.reduction = reduction

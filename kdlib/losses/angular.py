@@ -30,7 +30,7 @@ def angular_distill(
     :math:`\cos = \langle \hat s, \hat t \rangle`:
 
     ===========  ========================================  ===================================================
-    `form`       loss of one sample                        behaviour
+    `form`       loss of one sample                        behavior
     ===========  ========================================  ===================================================
     `"squared"`  :math:`(1 - \cos)^2`, in [0, 4]           lets go of a sample that is nearly aligned
     `"cosine"`   :math:`1 - \cos`, in [0, 2]               gradient proportional to the sine of the angle

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from kdlib._checks import check_choice, check_floating, check_number, check_rank, check_same_batch
+from kdlib._maths import REDUCTIONS, full_precision, hold_short, promote, reduce, rescale, unit_rows
 from kdlib.losses._checks import check_map
 from kdlib.losses._energy import scaled_energy
-from kdlib._maths import REDUCTIONS, full_precision, hold_short, promote, reduce, rescale, unit_rows
 
 __all__ = ["AttentionTransferLoss", "attention_map", "attention_transfer"]
 
@@ -25,7 +25,7 @@ def attention_map(features: Tensor, p: float = 2) -> Tensor:
         p: exponent, at least 1; a larger one looks more at the strongest channel.
 
     Returns:
-        `(b, h, w)`, at least 0, not normalised. Float32, or float64 if given float64.
+        `(b, h, w)`, at least 0, not normalized. Float32, or float64 if given float64.
 
     Raises:
         ValueError: `features` is not `(b, c, h, w)`, or `p` is below 1.
@@ -39,7 +39,7 @@ def attention_map(features: Tensor, p: float = 2) -> Tensor:
     References:
         Zagoruyko, Komodakis, *Paying More Attention to Attention*, arXiv 1612.03928, section 3.1.
     """
-    check_number("attention_map", "p", p, least=1)
+    check_number("attention_map", "p", p, min=1)
     check_floating("attention_map", features=features)
     check_rank("attention_map", "features", features, "b c h w")
     with full_precision(features):
@@ -98,7 +98,7 @@ def attention_transfer(
         the `h * w` places where we take the sum, so our value is theirs times `h * w` and does not shrink with the
         grid; and it pools signed features, which may cancel, where we pool the maps.
     """
-    check_number("attention_transfer", "p", p, least=1)
+    check_number("attention_transfer", "p", p, min=1)
     check_floating("attention_transfer", student=student, teacher=teacher)
     check_map("attention_transfer", student=student, teacher=teacher)
     check_same_batch("attention_transfer", "student", student, "teacher", teacher)
@@ -138,7 +138,7 @@ class AttentionTransferLoss(nn.Module):
 
     def __init__(self, *, p: float = 2, reduction: Literal["mean", "none"] = "mean") -> None:
         super().__init__()
-        check_number("AttentionTransferLoss", "p", p, least=1)
+        check_number("AttentionTransferLoss", "p", p, min=1)
         check_choice("AttentionTransferLoss", "reduction", reduction, REDUCTIONS)
         self.p = p
         self.reduction = reduction

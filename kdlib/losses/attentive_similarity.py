@@ -18,8 +18,8 @@ from kdlib._checks import (
     check_same_batch,
     check_shares,
 )
-from kdlib.losses._energy import scaled_energy
 from kdlib._maths import REDUCTIONS, full_precision, hold_short, promote, reduce, unit_rows
+from kdlib.losses._energy import scaled_energy
 
 __all__ = ["AttentiveSimilarityLoss", "attentive_similarity", "channel_attention_map"]
 
@@ -33,7 +33,7 @@ def channel_attention_map(features: Tensor) -> Tensor:
         features: `(b, c, h, w)`.
 
     Returns:
-        `(b, c)`, at least 0, not normalised. Float32, or float64 if given float64.
+        `(b, c)`, at least 0, not normalized. Float32, or float64 if given float64.
 
     Raises:
         ValueError: `features` is not `(b, c, h, w)`.
@@ -102,8 +102,8 @@ def attentive_similarity(
         learned maps, tap them and use `angular_distill` with `form="cosine"` on each. Its code weighs the sum over
         all blocks by 5.
     """
-    check_number("attentive_similarity", "channel", channel, least=0)
-    check_number("attentive_similarity", "spatial", spatial, least=0)
+    check_number("attentive_similarity", "channel", channel, min=0)
+    check_number("attentive_similarity", "spatial", spatial, min=0)
     check_shares("attentive_similarity", "channel, spatial", (channel, spatial))
     check_floating("attentive_similarity", student=student, teacher=teacher)
     check_rank("attentive_similarity", "student", student, "b c h w")
@@ -158,8 +158,8 @@ class AttentiveSimilarityLoss(nn.Module):
         self, *, channel: float = 1.0, spatial: float = 1.0, reduction: Literal["mean", "none"] = "mean"
     ) -> None:
         super().__init__()
-        check_number("AttentiveSimilarityLoss", "channel", channel, least=0)
-        check_number("AttentiveSimilarityLoss", "spatial", spatial, least=0)
+        check_number("AttentiveSimilarityLoss", "channel", channel, min=0)
+        check_number("AttentiveSimilarityLoss", "spatial", spatial, min=0)
         check_shares("AttentiveSimilarityLoss", "channel, spatial", (channel, spatial))
         check_choice("AttentiveSimilarityLoss", "reduction", reduction, REDUCTIONS)
         self.channel = channel

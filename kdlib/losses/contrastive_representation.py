@@ -18,9 +18,9 @@ from kdlib._checks import (
     check_weight,
     check_whole_numbers,
 )
-from kdlib.losses._checks import check_gathered_reduction
 from kdlib._gather import gather_rows
 from kdlib._maths import REDUCTIONS, full_precision, hold_short, promote, reduce, unit_rows
+from kdlib.losses._checks import check_gathered_reduction
 
 __all__ = ["ContrastiveRepresentationLoss", "contrastive_representation"]
 
@@ -94,7 +94,7 @@ def contrastive_representation(
         van den Oord et al., *Representation Learning with Contrastive Predictive Coding*, arXiv 1807.03748, in the two
         directions of the paper, whose own objective is a binary one (noise-contrastive estimation) against 16384
         negatives out of a memory that holds both embeddings of every training sample. That memory does not fit
-        millions of faces, follows its sources with a delay, and its normaliser is set by the first batch; here the
+        millions of faces, follows its sources with a delay, and its normalizer is set by the first batch; here the
         negatives are the batch and, for the student's direction, a queue. So values and a good weight of the term
         (0.8 in the paper's code) are not those of the paper.
     """
@@ -188,7 +188,7 @@ class ContrastiveRepresentationLoss(nn.Module):
     own embedding there as a negative, so keep the queue shorter than an epoch. With `gather`, every process writes the samples of all.
 
     The maps and the queue belong to one teacher: a term with several teachers needs one loss for each. The maps'
-    weights are parameters, which the optimiser must be given; they are no part of the student that is deployed. The
+    weights are parameters, which the optimizer must be given; they are no part of the student that is deployed. The
     maths is float32 also where the parameters are half precision.
 
     Args:
@@ -238,11 +238,11 @@ class ContrastiveRepresentationLoss(nn.Module):
     ) -> None:
         super().__init__()
         owner = "ContrastiveRepresentationLoss"
-        check_number(owner, "student_dim", student_dim, least=1, integer=True)
-        check_number(owner, "teacher_dim", teacher_dim, least=1, integer=True)
-        check_number(owner, "feature_dim", feature_dim, least=1, integer=True)
+        check_number(owner, "student_dim", student_dim, min=1, integer=True)
+        check_number(owner, "teacher_dim", teacher_dim, min=1, integer=True)
+        check_number(owner, "feature_dim", feature_dim, min=1, integer=True)
         check_number(owner, "temperature", temperature, above=0)
-        check_number(owner, "queue_size", queue_size, least=0, integer=True)
+        check_number(owner, "queue_size", queue_size, min=0, integer=True)
         check_choice(owner, "reduction", reduction, REDUCTIONS)
         check_gathered_reduction(owner, gather, reduction)
         self.student_dim = student_dim

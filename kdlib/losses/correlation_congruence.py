@@ -78,7 +78,7 @@ def correlation_congruence(
     References:
         Peng et al., *Correlation Congruence for Knowledge Distillation*, arXiv 1904.01802. The expanded kernel with
         `gamma=0.4` and `order=2` is the default of public code that has the kernel, which makes it row by row; other
-        code under this name compares neighbours in the batch only. There is a gradient, but no second derivative, and
+        code under this name compares neighbors in the batch only. There is a gradient, but no second derivative, and
         no rule for `torch.func.vmap`.
     """
     _check_kernel("correlation_congruence", gamma, order)
@@ -88,14 +88,14 @@ def correlation_congruence(
         student, teacher, share = one_batch("correlation_congruence", student, teacher, reduction, weight, gather)
         if student.numel() * teacher.numel() == 0:
             return student.sum() * 0.0
-        apart, centred, unit, length = one_minus_cosines(student, share)
+        apart, centerd, unit, length = one_minus_cosines(student, share)
         gap = _kernel(apart, gamma, order)
         gap -= _kernel(one_minus_cosines(teacher, share)[0], gamma, order)
         value = share @ (gap.square() @ share)
         if not (student.requires_grad and torch.is_grad_enabled()):
             return value
         slope = _slope(apart, gamma, order).mul_(gap).mul_(2 * share.unsqueeze(1)).mul_(share)
-        gradient = unit_gradient_(chord_gradient(slope, centred), unit, length, shortest_length(origin))
+        gradient = unit_gradient_(chord_gradient(slope, centerd), unit, length, shortest_length(origin))
         return with_gradient(student, value, gradient)
 
 
@@ -134,7 +134,7 @@ def _terms(gamma: float, order: int) -> list[float]:
 def _check_kernel(owner: str, gamma: float, order: int | None) -> None:
     check_number(owner, "gamma", gamma, above=0)
     if order is not None:
-        check_number(owner, "order", order, least=1, integer=True)
+        check_number(owner, "order", order, min=1, integer=True)
 
 
 class CorrelationCongruenceLoss(nn.Module):

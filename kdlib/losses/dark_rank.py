@@ -1,4 +1,4 @@
-"""Losses: DarkRank, each sample's nearest neighbours in the teacher's order. Touches two tensors only.
+"""Losses: DarkRank, each sample's nearest neighbors in the teacher's order. Touches two tensors only.
 
 Chen, Wang and Zhang, 2018: transfer how the other samples of a batch rank by their similarity to each one.
 """
@@ -41,7 +41,7 @@ def dark_rank(
     reduction: Literal["mean"] = "mean",
     weight: Tensor | None = None,
 ) -> Tensor:
-    r"""How unlikely the student finds the teacher's order of each sample's nearest neighbours.
+    r"""How unlikely the student finds the teacher's order of each sample's nearest neighbors.
 
     .. math::
         -\frac{1}{b} \sum_i \sum_{k=1}^{L} \log
@@ -65,7 +65,7 @@ def dark_rank(
         teacher: features `(b, D, ...)`, likewise; never receives a gradient.
         alpha: factor on the scores, above 0; a larger one makes the order sharper.
         beta: exponent of the distances, above 0; a larger one sees the far ones more.
-        length: L, how many neighbours make the list, at least 2; the time grows with it.
+        length: L, how many neighbors make the list, at least 2; the time grows with it.
         normalize: divide each row of both sides by its length first; a row of zeros stays one and gets no gradient.
         gather: make one batch of the rows of all processes of the default process group, of which each may have
             another number, none too. Every process gets the same value; the gradients are such that their mean over
@@ -131,9 +131,9 @@ def _with_gradient(
         (rows, row_length), (rows_t, _) = unit_rows_(rows), unit_rows_(rows_t)
     scale = power_of_two(rows)
     rows, rows_t = rows / scale, rows_t / power_of_two(rows_t)
-    neighbours = _nearest_others(rows_t, length, wide)
+    neighbors = _nearest_others(rows_t, length, wide)
     # By differences, a place of the lists at a time: exact, and less work than all pairs where lists are short.
-    apart = torch.stack([torch.linalg.vector_norm(rows - rows[of], dim=1) for of in neighbours.unbind(1)], 1)
+    apart = torch.stack([torch.linalg.vector_norm(rows - rows[of], dim=1) for of in neighbors.unbind(1)], 1)
     # By logarithms, as a power leaves every dtype soon.
     log_distance = apart.log() + scale.log()
     log_size = log_distance * beta + math.log(alpha)
@@ -151,7 +151,7 @@ def _with_gradient(
     slope = slope.mul_(log_steep.exp_().neg_()).div_(apart)
     slope.masked_fill_((apart == 0) | (log_size >= math.log(FAR)), 0)
     gradient = torch.zeros_like(rows)
-    for of, steep in zip(neighbours.unbind(1), slope.unbind(1), strict=True):
+    for of, steep in zip(neighbors.unbind(1), slope.unbind(1), strict=True):
         pull = (rows - rows[of]).mul_(steep.unsqueeze(1))
         gradient.add_(pull).index_add_(0, of, pull, alpha=-1)
     if row_length is not None:
@@ -191,7 +191,7 @@ def _nearest_others(rows: Tensor, length: int, dtype: torch.dtype) -> Tensor:
 def _check_order(owner: str, alpha: float, beta: float, length: int) -> None:
     check_number(owner, "alpha", alpha, above=0)
     check_number(owner, "beta", beta, above=0)
-    check_number(owner, "length", length, least=2, integer=True)
+    check_number(owner, "length", length, min=2, integer=True)
 
 
 class DarkRankLoss(nn.Module):
@@ -200,7 +200,7 @@ class DarkRankLoss(nn.Module):
     Args:
         alpha: factor on the scores, above 0.
         beta: exponent of the distances, above 0.
-        length: how many neighbours make the list, at least 2.
+        length: how many neighbors make the list, at least 2.
         normalize: divide each row of both sides by its length first.
         gather: make one batch of the rows of all processes.
         reduction: `"mean"` only.

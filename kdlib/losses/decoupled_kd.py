@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from kdlib._checks import check_choice, check_number, check_pair
+from kdlib._maths import REDUCTIONS, full_precision, promote, reduce
 from kdlib.losses._checks import check_target
 from kdlib.losses._chunked import LEAST_LOG, by_rows, soften
-from kdlib._maths import REDUCTIONS, full_precision, promote, reduce
 
 __all__ = ["DecoupledKDLoss", "decoupled_kd"]
 
@@ -79,8 +79,8 @@ def decoupled_kd(
         may have to be smaller.
     """
     owner = "decoupled_kd"
-    check_number(owner, "alpha", alpha, least=0)
-    check_number(owner, "beta", beta, least=0)
+    check_number(owner, "alpha", alpha, min=0)
+    check_number(owner, "beta", beta, min=0)
     check_number(owner, "temperature", temperature, above=0)
     check_pair(owner, student, teacher, "b c")
     check_target(owner, target, *student.shape)
@@ -126,8 +126,8 @@ class DecoupledKDLoss(nn.Module):
         reduction: Literal["mean", "none"] = "mean",
     ) -> None:
         super().__init__()
-        check_number("DecoupledKDLoss", "alpha", alpha, least=0)
-        check_number("DecoupledKDLoss", "beta", beta, least=0)
+        check_number("DecoupledKDLoss", "alpha", alpha, min=0)
+        check_number("DecoupledKDLoss", "beta", beta, min=0)
         check_number("DecoupledKDLoss", "temperature", temperature, above=0)
         check_choice("DecoupledKDLoss", "reduction", reduction, REDUCTIONS)
         self.alpha = alpha

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from kdlib._checks import check_number, check_pair, check_relation_reduction
-from kdlib.losses._chunked import soften
 from kdlib._maths import full_precision
+from kdlib.losses._chunked import soften
 from kdlib.losses._pairs import one_batch
 
 __all__ = ["DISTLoss", "dist"]
@@ -74,8 +74,8 @@ def dist(
         public code that takes a temperature and 1 at the default.
     """
     check_number("dist", "temperature", temperature, above=0)
-    check_number("dist", "beta", beta, least=0)
-    check_number("dist", "gamma", gamma, least=0)
+    check_number("dist", "beta", beta, min=0)
+    check_number("dist", "gamma", gamma, min=0)
     check_pair("dist", student, teacher, "b c")
     origin = student.dtype
     with full_precision(student):
@@ -106,8 +106,8 @@ def _standard(x: Tensor, share: Tensor, least: float) -> tuple[Tensor, Tensor]:
 
     Nor have rows whose spread is below `least` of their size a gradient: it grows as one over the spread.
     """
-    centred = x - (share * x).sum(1, keepdim=True)
-    held = torch.where(share > 0, centred, 0.0)
+    centerd = x - (share * x).sum(1, keepdim=True)
+    held = torch.where(share > 0, centerd, 0.0)
     largest, size = (each.detach().abs().amax(1, keepdim=True) for each in (held, x))
     # What rounding leaves of equal numbers is no spread.
     flat = largest <= 8 * torch.finfo(x.dtype).eps * size
@@ -152,8 +152,8 @@ class DISTLoss(nn.Module):
     ) -> None:
         super().__init__()
         check_number("DISTLoss", "temperature", temperature, above=0)
-        check_number("DISTLoss", "beta", beta, least=0)
-        check_number("DISTLoss", "gamma", gamma, least=0)
+        check_number("DISTLoss", "beta", beta, min=0)
+        check_number("DISTLoss", "gamma", gamma, min=0)
         check_relation_reduction("DISTLoss", reduction)
         self.beta = beta
         self.gamma = gamma

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from kdlib._checks import check_choice, check_pair
-from kdlib.losses._checks import check_levels
 from kdlib._maths import REDUCTIONS, full_precision, promote, reduce
+from kdlib.losses._checks import check_levels
 from kdlib.losses._squares import hold_steep
 
 __all__ = ["HierarchicalContextLoss", "hierarchical_context"]

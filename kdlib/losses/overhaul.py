@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from kdlib._checks import check_choice, check_floating, check_rank, check_same_batch, check_shape
-from kdlib.losses._checks import check_affine, check_margin
 from kdlib._maths import REDUCTIONS, full_precision, promote, reduce
+from kdlib.losses._checks import check_affine, check_margin
 from kdlib.losses._squares import mean_square
 
 __all__ = ["OverhaulLoss", "overhaul", "overhaul_margin"]

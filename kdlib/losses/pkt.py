@@ -1,6 +1,6 @@
-"""Losses: probabilistic knowledge transfer, each sample's neighbours as the teacher's. Touches two tensors only.
+"""Losses: probabilistic knowledge transfer, each sample's neighbors as the teacher's. Touches two tensors only.
 
-Passalis and Tefas, 2018: match the probabilities with which each sample of a batch picks the others as neighbours.
+Passalis and Tefas, 2018: match the probabilities with which each sample of a batch picks the others as neighbors.
 """
 
 from typing import ClassVar, Literal
@@ -33,7 +33,7 @@ def pkt(
     reduction: Literal["mean"] = "mean",
     weight: Tensor | None = None,
 ) -> Tensor:
-    r"""Divergence between the student's and the teacher's probabilities that one sample is another's neighbour.
+    r"""Divergence between the student's and the teacher's probabilities that one sample is another's neighbor.
 
     .. math::
         \frac{1}{b^2} \sum_{i,j} p^t_{ij} \log \frac{p^t_{ij} + \epsilon}{p^s_{ij} + \epsilon}, \qquad
@@ -90,8 +90,8 @@ def _with_gradient(
     student: Tensor, teacher: Tensor, share: Tensor, shortest: float, asked: bool
 ) -> tuple[Tensor, Tensor]:
     """The loss, and its gradient `(b, d)` if asked for."""
-    even = share.square().sum()  # the probability of each neighbour where all are as near
-    apart, centred, unit, length = one_minus_cosines(student, share)
+    even = share.square().sum()  # the probability of each neighbor where all are as near
+    apart, centerd, unit, length = one_minus_cosines(student, share)
     above_s, factor = _above_even_(apart, share, even)
     above_t, _ = _above_even_(one_minus_cosines(teacher, share)[0], share, even)
     # Over a row the differences of the two sum to zero. Taken off each term they leave it no less than zero but for EPS,
@@ -107,7 +107,7 @@ def _with_gradient(
     slope = below.reciprocal_().mul_(EPS).sub_(ratio).mul_(share.unsqueeze(1)).mul_(share)
     pull = torch.linalg.vecdot(slope, p_s).div_(even.clamp(min=torch.finfo(share.dtype).tiny))
     slope.addcmul_(pull.unsqueeze(1), share, value=-1).mul_(factor / 2).masked_fill_(p_s == 0, 0)
-    return value, unit_gradient_(chord_gradient(slope, centred), unit, length, shortest)
+    return value, unit_gradient_(chord_gradient(slope, centerd), unit, length, shortest)
 
 
 def _above_even_(apart: Tensor, share: Tensor, even: Tensor) -> tuple[Tensor, Tensor]:

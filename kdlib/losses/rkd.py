@@ -147,7 +147,7 @@ def rkd_angle(
 
 def _check_chunk(owner: str, chunk_size: int | None) -> None:
     if chunk_size is not None:
-        check_number(owner, "chunk_size", chunk_size, least=1, integer=True)
+        check_number(owner, "chunk_size", chunk_size, min=1, integer=True)
 
 
 class RKDDistanceLoss(nn.Module):

@@ -9,8 +9,8 @@ from typing import ClassVar, Literal
 from torch import Tensor, nn
 
 from kdlib._checks import check_choice, check_number, check_pair
-from kdlib.losses._chunked import LEAST_LOG, by_rows, soften
 from kdlib._maths import REDUCTIONS, full_precision, reduce
+from kdlib.losses._chunked import LEAST_LOG, by_rows, soften
 
 __all__ = ["SoftTargetLoss", "soft_target"]
 

@@ -1,6 +1,6 @@
 """Losses: variational information distillation, the student can tell the teacher's features. Touches tensors only.
 
-Ahn et al., VID, 2019: maximise a lower bound of the mutual information, a Gaussian with a learned mean and variance.
+Ahn et al., VID, 2019: maximize a lower bound of the mutual information, a Gaussian with a learned mean and variance.
 """
 
 import math
@@ -103,7 +103,7 @@ class VariationalInformationLoss(nn.Module):
 
     The mean is a network of three linear maps over the channels with ReLU between them, without bias: 1x1
     convolutions for feature maps. The variance is one for each channel of the teacher,
-    :math:`\sigma^2_c = \mathrm{softplus}(\rho_c) + \epsilon`. Both are parameters, which the optimiser must be given;
+    :math:`\sigma^2_c = \mathrm{softplus}(\rho_c) + \epsilon`. Both are parameters, which the optimizer must be given;
     they are no part of the student that is deployed. Where the grids differ, the larger feature is average-pooled to
     the smaller height and the smaller width. The maths is float32 also where the parameters are half precision.
 
@@ -149,10 +149,10 @@ class VariationalInformationLoss(nn.Module):
     ) -> None:
         super().__init__()
         owner = "VariationalInformationLoss"
-        check_number(owner, "student_channels", student_channels, least=1, integer=True)
-        check_number(owner, "teacher_channels", teacher_channels, least=1, integer=True)
+        check_number(owner, "student_channels", student_channels, min=1, integer=True)
+        check_number(owner, "teacher_channels", teacher_channels, min=1, integer=True)
         if hidden is not None:
-            check_number(owner, "hidden", hidden, least=1, integer=True)
+            check_number(owner, "hidden", hidden, min=1, integer=True)
         check_number(owner, "least_variance", least_variance, above=0)
         check_number(owner, "initial_variance", initial_variance, above=least_variance)
         check_choice(owner, "reduction", reduction, REDUCTIONS)

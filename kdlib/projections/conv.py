@@ -38,8 +38,8 @@ class ConvProjection(nn.Module):
 
     def __init__(self, in_channels: int, out_channels: int, *, size: tuple[int, int] | None = None) -> None:
         super().__init__()
-        check_number("ConvProjection", "in_channels", in_channels, least=1, integer=True)
-        check_number("ConvProjection", "out_channels", out_channels, least=1, integer=True)
+        check_number("ConvProjection", "in_channels", in_channels, min=1, integer=True)
+        check_number("ConvProjection", "out_channels", out_channels, min=1, integer=True)
         if size is not None:
             check_grid("ConvProjection", "size", size)
         self.in_channels = in_channels

@@ -32,8 +32,8 @@ class LinearProjection(nn.Module):
 
     def __init__(self, in_dim: int, out_dim: int, *, bias: bool = False) -> None:
         super().__init__()
-        check_number("LinearProjection", "in_dim", in_dim, least=1, integer=True)
-        check_number("LinearProjection", "out_dim", out_dim, least=1, integer=True)
+        check_number("LinearProjection", "in_dim", in_dim, min=1, integer=True)
+        check_number("LinearProjection", "out_dim", out_dim, min=1, integer=True)
         self.in_dim = in_dim
         self.out_dim = out_dim
         self.bias = bias

@@ -58,8 +58,8 @@ class TokenProjection(nn.Module):
         bias: bool = False,
     ) -> None:
         super().__init__()
-        check_number("TokenProjection", "in_dim", in_dim, least=1, integer=True)
-        check_number("TokenProjection", "out_dim", out_dim, least=1, integer=True)
+        check_number("TokenProjection", "in_dim", in_dim, min=1, integer=True)
+        check_number("TokenProjection", "out_dim", out_dim, min=1, integer=True)
         for name, sides in [("size", size), ("grid", grid)]:
             if sides is not None:
                 check_grid("TokenProjection", name, sides)

@@ -84,7 +84,7 @@ def check_loss(
     check_callable("check_loss", "loss", loss)
     check_floating("check_loss", student=student, teacher=teacher)
     check_same_batch("check_loss", "student", student, "teacher", teacher)
-    check_number("check_loss", "the batch size", student.shape[0], least=4, integer=True)
+    check_number("check_loss", "the batch size", student.shape[0], min=4, integer=True)
     if target is not None:
         check_same_batch("check_loss", "student", student, "target", target)
     if per_sample is None:

@@ -25,7 +25,7 @@ def check_projection(
 ) -> tuple[str, ...]:
     """Hold a projection to the contract of this library.
 
-    - `shape`: the teacher's, finite; `batch_of_one`: likewise for one sample in eval mode, whatever its neighbours.
+    - `shape`: the teacher's, finite; `batch_of_one`: likewise for one sample in eval mode, whatever its neighbors.
     - `student_gradient`, `parameter_gradient`: finite gradients for the student and for every parameter.
     - `half` (float16 and bfloat16 throughout), `autocast`, `float64`: still so.
     - `deterministic`, `inputs_unchanged`, `deepcopy`, `pickle`, `state_dict`: the same result twice, and after a copy;
@@ -55,7 +55,7 @@ def check_projection(
     check_type("check_projection", "projection", projection, nn.Module, "a Module")
     check_floating("check_projection", student=student, teacher=teacher)
     check_same_batch("check_projection", "student", student, "teacher", teacher)
-    check_number("check_projection", "the batch size", student.shape[0], least=2, integer=True)
+    check_number("check_projection", "the batch size", student.shape[0], min=2, integer=True)
     case = _Case(projection, clone(student).float(), tuple(teacher.shape))
     checks = {name: getattr(case, name) for name in PROJECTION_CHECKS if name not in exclude}
     return run("check_projection", projection, checks)
@@ -78,7 +78,7 @@ class _Case:
         projected = projection(student)
         expect(finite(projected), f"{what}: the projection must be finite")
         expect(projected.requires_grad, f"{what}: the projection must hang on the graph of the student")
-        # Different shares: their plain sum would be blind behind a normalisation.
+        # Different shares: their plain sum would be blind behind a normalization.
         (projected.float() * torch.linspace(-1, 1, projected.numel(), device=student.device).view_as(projected)).sum(
         ).backward()  # fmt: skip
         if student.grad is None:
@@ -133,7 +133,7 @@ class _Case:
         among = self.fresh().eval()(self.student)[:1]
         expect(
             same(projected, among, relative=1e-3, absolute=1e-5),
-            "in eval mode a sample must not depend on its neighbours in the batch",
+            "in eval mode a sample must not depend on its neighbors in the batch",
         )
 
     def deterministic(self) -> None:

@@ -75,7 +75,7 @@ def check_weighting(
     """
     check_exclude("check_weighting", exclude, WEIGHTING_CHECKS)
     check_callable("check_weighting", "weighting", weighting)
-    check_number("check_weighting", "num_teachers", num_teachers, least=1, integer=True)
+    check_number("check_weighting", "num_teachers", num_teachers, min=1, integer=True)
     generator = torch.Generator().manual_seed(0)
     if student is None:
         batch = teachers[0].shape[0] if teachers else 6
@@ -86,9 +86,9 @@ def check_weighting(
     if targets is None:
         labels = torch.arange(student.shape[0], device=student.device) % 3
         targets = {"identity": labels, "label": labels}
-    check_number("check_weighting", "the number of teachers", len(teachers), least=1, integer=True)
+    check_number("check_weighting", "the number of teachers", len(teachers), min=1, integer=True)
     check_floating("check_weighting", student=student, **{f"teachers[{k}]": x for k, x in enumerate(teachers)})
-    check_number("check_weighting", "the batch size", student.shape[0], least=2, integer=True)
+    check_number("check_weighting", "the batch size", student.shape[0], min=2, integer=True)
     for k, teacher in enumerate(teachers):
         check_same_batch("check_weighting", "student", student, f"teachers[{k}]", teacher)
     for name, each in targets.items():

@@ -102,20 +102,20 @@ class TrainConfig:
         owner = "TrainConfig"
         check_length(owner, self.epochs, self.max_steps)
         for name in ("accumulate", "keep", "log_every"):
-            check_number(owner, name, getattr(self, name), least=1, integer=True)
+            check_number(owner, name, getattr(self, name), min=1, integer=True)
         for name in ("epochs", "max_steps", "checkpoint_every_steps"):
             if getattr(self, name) is not None:
-                check_number(owner, name, getattr(self, name), least=1, integer=True)
+                check_number(owner, name, getattr(self, name), min=1, integer=True)
         for name in ("clip_norm", "checkpoint_every_seconds"):
             if getattr(self, name) is not None:
                 check_number(owner, name, getattr(self, name), above=0)
         check_number(owner, "lr", self.lr, above=0)
-        check_number(owner, "momentum", self.momentum, least=0, below=1)
-        check_number(owner, "weight_decay", self.weight_decay, least=0)
-        check_number(owner, "warmup_steps", self.warmup_steps, least=0, integer=True)
-        check_number(owner, "seed", self.seed, least=0, most=2**63 - 1, integer=True)
+        check_number(owner, "momentum", self.momentum, min=0, below=1)
+        check_number(owner, "weight_decay", self.weight_decay, min=0)
+        check_number(owner, "warmup_steps", self.warmup_steps, min=0, integer=True)
+        check_number(owner, "seed", self.seed, min=0, max=2**63 - 1, integer=True)
         if self.ema_decay is not None:
-            check_number(owner, "ema_decay", self.ema_decay, least=0, most=1)
+            check_number(owner, "ema_decay", self.ema_decay, min=0, max=1)
         if not callable(self.optimizer):
             check_choice(owner, "optimizer", self.optimizer, ("sgd", "adamw"))
         if not callable(self.schedule):

@@ -12,7 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from kdlib.training._checks import check_same_steps
 
-__all__ = ["average", "check_same_step", "let_go", "rank", "synchronise_if", "world_size", "wrap"]
+__all__ = ["average", "check_same_step", "let_go", "rank", "synchronize_if", "world_size", "wrap"]
 
 
 def _active() -> bool:
@@ -57,7 +57,7 @@ def let_go() -> None:
         gc.collect()
 
 
-def synchronise_if(last: bool, forward: Callable[..., Any]) -> AbstractContextManager[None]:
+def synchronize_if(last: bool, forward: Callable[..., Any]) -> AbstractContextManager[None]:
     """Gradients are averaged over processes in the last backward of a step only."""
     if last or not isinstance(forward, DistributedDataParallel):
         return nullcontext()

@@ -50,7 +50,7 @@ def train(
     For that the batches must be a function of the epoch, their place in it, and torch's randomness alone, and the number
     of threads the same.
 
-    Under `torchrun` (an initialised process group) gradients are averaged over processes, and the first process alone
+    Under `torchrun` (an initialized process group) gradients are averaged over processes, and the first process alone
     writes and calls hooks; the loader must give each process its own part of the data.
 
     Args:
@@ -227,13 +227,13 @@ def _accumulate(
     for index, batch in enumerate(group):
         last = index == len(group) - 1
         inputs, targets = _moved(batch, run.device, config)
-        with distributed.synchronise_if(last, forward):
+        with distributed.synchronize_if(last, forward):
             with torch.autocast(run.device.type, dtype=dtype, enabled=dtype is not None):
                 output = forward(inputs, targets)
             packed, layout = Readings.pack(output)
             values = packed if values is None else values + packed
             if last:
-                # Asked for before the backward and read after it, so that the device never waits for the host.
+                # ProtocolSpec for before the backward and read after it, so that the device never waits for the host.
                 readings = Readings(distributed.average(values / len(group)), layout)
             run.scaler.scale(output.total / len(group)).backward()
     assert readings is not None

@@ -1,6 +1,6 @@
 """Weighting: stage 4, losses of k teachers `(k, b)` to weights `(k, b)`. Imports only the losses' shared maths."""
 
-from kdlib.weighting.center_confidence import CentreConfidenceWeighting
+from kdlib.weighting.center_confidence import CenterConfidenceWeighting
 from kdlib.weighting.confidence import ConfidenceWeighting
 from kdlib.weighting.entropy import EntropyWeighting
 from kdlib.weighting.fixed import FixedWeighting
@@ -10,7 +10,7 @@ from kdlib.weighting.uncertainty import UncertaintyWeighting
 from kdlib.weighting.uniform import UniformWeighting
 
 __all__ = [
-    "CentreConfidenceWeighting",
+    "CenterConfidenceWeighting",
     "ConfidenceWeighting",
     "EntropyWeighting",
     "FixedWeighting",

@@ -25,7 +25,7 @@ class ConfidenceWeighting(nn.Module):
 
     .. math:: w_{k,i} = \frac{1 - \mathrm{softmax}_k \bigl( \mathrm{CE}(z_{k,i}, y_i) \bigr)}{K - 1}
 
-    The teachers are logits on the student's classes; for embeddings see `CentreConfidenceWeighting`. No gradient flows.
+    The teachers are logits on the student's classes; for embeddings see `CenterConfidenceWeighting`. No gradient flows.
 
     One teacher weighs 1. Equal teachers weigh 1 / K. No teacher weighs more than 1 / (K - 1), so of three or more
     teachers a useless one is left out and the rest become nearly equal; of two, the better one takes nearly all. A

@@ -69,12 +69,12 @@ class GateWeighting(nn.Module):
         floor: float = 0.0,
     ) -> None:
         super().__init__()
-        check_number("GateWeighting", "student_dim", student_dim, least=1, integer=True)
-        check_number("GateWeighting", "num_teachers", num_teachers, least=1, integer=True)
+        check_number("GateWeighting", "student_dim", student_dim, min=1, integer=True)
+        check_number("GateWeighting", "num_teachers", num_teachers, min=1, integer=True)
         if hidden is not None:
-            check_number("GateWeighting", "hidden", hidden, least=1, integer=True)
+            check_number("GateWeighting", "hidden", hidden, min=1, integer=True)
         check_number("GateWeighting", "temperature", temperature, above=0)
-        check_number("GateWeighting", "floor", floor, least=0, most=1 / num_teachers)
+        check_number("GateWeighting", "floor", floor, min=0, max=1 / num_teachers)
         self.student_dim = student_dim
         self.num_teachers = num_teachers
         self.hidden = hidden

@@ -70,7 +70,7 @@ class GradientWeighting(nn.Module):
 
     def __init__(self, *, most: float = 1.0) -> None:
         super().__init__()
-        check_number("GradientWeighting", "most", most, above=0, most=1)
+        check_number("GradientWeighting", "most", most, above=0, max=1)
         self.most = most
 
     def forward(
@@ -123,7 +123,7 @@ def _gram(gradients: Tensor) -> list[list[float]]:
 
 
 def _min_norm(gram: Sequence[Sequence[float]], most: float = 1.0, *, rounds: int = 2000) -> list[float]:
-    """The weights a, from 0 to `most` and of sum 1, that minimise `a G a` of a Gram matrix `(k, k)`.
+    """The weights a, from 0 to `most` and of sum 1, that minimize `a G a` of a Gram matrix `(k, k)`.
 
     Moves weight between the two entries that most want it, by the exact amount, until no pair gains: sequential minimal
     optimization, which for two entries is the closed form. From equal weights, so a tie leaves them equal.

@@ -68,7 +68,7 @@ class UncertaintyWeighting(nn.Module):
 
     def __init__(self, num_teachers: int) -> None:
         super().__init__()
-        check_number("UncertaintyWeighting", "num_teachers", num_teachers, least=1, integer=True)
+        check_number("UncertaintyWeighting", "num_teachers", num_teachers, min=1, integer=True)
         self.num_teachers = num_teachers
         self.log_variances = nn.Parameter(torch.zeros(num_teachers))
 

@@ -22,7 +22,7 @@ def height_width(owner: str, input_size: Any) -> tuple[int, int]:
     if len(pair) != 2:
         raise ValueError(f"{owner}: input_size must be a side or (height, width) in pixels, got {input_size!r}")
     for side in pair:
-        check_number(owner, "input_size", side, least=1, integer=True)
+        check_number(owner, "input_size", side, min=1, integer=True)
     return pair[0], pair[1]
 
 
@@ -47,7 +47,7 @@ def check_blocks(owner: str, name: str, blocks: Any) -> tuple[int, int, int, int
     if not isinstance(blocks, list | tuple) or len(blocks) != 4:
         raise ValueError(f"{owner}: {name} must be four block counts, got {blocks!r}")
     for count in blocks:
-        check_number(owner, name, count, least=1, most=MOST_BLOCKS, integer=True)
+        check_number(owner, name, count, min=1, max=MOST_BLOCKS, integer=True)
     return blocks[0], blocks[1], blocks[2], blocks[3]
 
 

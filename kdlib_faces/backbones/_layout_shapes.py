@@ -193,10 +193,10 @@ def ir_names(key: str, shapes: Shapes) -> str:
 
 def ir_input(arguments: Arguments) -> dict[str, Any]:
     if arguments["mid_norm"] and not arguments["affine"]:
-        return {"colour": "bgr", "assumed": ("colour",)}  # CVLface trained some of its own on RGB
+        return {"color": "bgr", "assumed": ("color",)}  # CVLface trained some of its own on RGB
     if not arguments["affine"]:
-        return {"assumed": ("colour",)}
-    return {"normalised": None, "assumed": ("colour", "scale", "normalised")}
+        return {"assumed": ("color",)}
+    return {"normalized": None, "assumed": ("color", "scale", "normalized")}
 
 
 def ir_variant(arguments: Arguments) -> str:

@@ -74,7 +74,7 @@ class CheckpointInfo:
 
 @dataclass(frozen=True)
 class Found:
-    """A file that was recognised, before its values are taken.
+    """A file that was recognized, before its values are taken.
 
     Attributes:
         owner: the error's first words.
@@ -149,7 +149,7 @@ def describe_checkpoint(path: str | os.PathLike[str], *, input_size: InputSize |
 
 
 def examine(path: str | os.PathLike[str], *, input_size: InputSize | None = None) -> Found:
-    """Recognise a file and compare its keys and shapes with the network's."""
+    """Recognize a file and compare its keys and shapes with the network's."""
     owner = f"load_backbone: {os.fspath(path)}"
     weights = read_weights(owner, Path(path))
     content = weights.content
@@ -162,7 +162,7 @@ def examine(path: str | os.PathLike[str], *, input_size: InputSize | None = None
         unwrapped, about = Unwrapped(state, (), (), "", ()), "a file of save_backbone"
     else:
         unwrapped = unwrap(content)
-        layout, arguments = _recognise(owner, unwrapped.state)
+        layout, arguments = _recognize(owner, unwrapped.state)
         name, about = layout.backbone, "; ".join(filter(None, (layout.about, layout.variant(arguments))))
         told = {**layout.input(arguments)}
         origin = find_origin(layout.name, arguments, unwrapped)
@@ -217,7 +217,7 @@ def _own(owner: str, weights: Weights) -> tuple[str, dict[str, Any], dict[str, A
         raise InputError(f"{owner} must hold 'backbone' (a name), 'arguments', 'input' and 'state' (dicts)")
     if not all(isinstance(key, str) for key in arguments) or "seed" in arguments:
         raise InputError(f"{owner} must hold 'arguments' of its backbone, got {', '.join(map(show_name, arguments))}")
-    fields = {"colour", "mean", "scale", "normalised", "assumed"}
+    fields = {"color", "mean", "scale", "normalized", "assumed"}
     if not set(images) <= fields:
         raise InputError(
             f"{owner} must hold 'input' of {', '.join(sorted(fields))}, got {', '.join(map(show_name, images))}"
@@ -225,7 +225,7 @@ def _own(owner: str, weights: Weights) -> tuple[str, dict[str, Any], dict[str, A
     return name, dict(arguments), dict(images), {str(key): value for key, value in state.items()}
 
 
-def _recognise(owner: str, state: Mapping[str, Any]) -> tuple[Layout, dict[str, Any]]:
+def _recognize(owner: str, state: Mapping[str, Any]) -> tuple[Layout, dict[str, Any]]:
     """Layout and arguments from keys and shapes."""
     shapes = {key: tuple(value.shape) for key, value in state.items() if isinstance(value, Tensor)}
     for layout in LAYOUTS:

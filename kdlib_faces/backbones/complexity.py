@@ -102,9 +102,9 @@ def latency_ms(model: nn.Module, input_size: InputSize, *, batch: int = 1, repea
         True
     """
     height, width = height_width("latency_ms", input_size)
-    check_number("latency_ms", "batch", batch, least=1, integer=True)
-    check_number("latency_ms", "repeats", repeats, least=1, integer=True)
-    check_number("latency_ms", "warmup", warmup, least=0, integer=True)
+    check_number("latency_ms", "batch", batch, min=1, integer=True)
+    check_number("latency_ms", "repeats", repeats, min=1, integer=True)
+    check_number("latency_ms", "warmup", warmup, min=0, integer=True)
     first = next(model.parameters(), torch.zeros(0))
     images = torch.rand(batch, 3, height, width, generator=torch.Generator().manual_seed(0))
     images = images.to(first.device, first.dtype)

@@ -12,33 +12,33 @@ from kdlib_faces.backbones._arguments import InputSize, height_width
 __all__ = ["InputSpec"]
 
 Triple = float | tuple[float, float, float]
-COLOURS = ("rgb", "bgr")
-FIELDS = ("colour", "mean", "scale", "normalised")
+COLORS = ("rgb", "bgr")
+FIELDS = ("color", "mean", "scale", "normalized")
 
 
 @dataclass(frozen=True, kw_only=True)
 class InputSpec:
-    """Size, channel order and normalisation of a network's images, and whether its embeddings had unit length.
+    """Size, channel order and normalization of a network's images, and whether its embeddings had unit length.
 
-    With pixels from 0 to 255, the network takes `(pixel - mean) / scale`, channels in the order of `colour`. Calling it
+    With pixels from 0 to 255, the network takes `(pixel - mean) / scale`, channels in the order of `color`. Calling it
     makes that of images as this library holds them: RGB, `(pixel - 127.5) / 127.5`.
 
     Args:
         size: side of the square images, or (height, width), in pixels.
-        colour: `"rgb"` or `"bgr"`.
-        mean: one value, or one a channel in the order of `colour`.
+        color: `"rgb"` or `"bgr"`.
+        mean: one value, or one a channel in the order of `color`.
         scale: likewise, above 0.
-        normalised: whether the project that published the network divides the embedding by its length; None where files
+        normalized: whether the project that published the network divides the embedding by its length; None where files
             of this layout differ. Ours never does.
         assumed: those of the fields that the file does not tell and that other files of its layout have otherwise.
 
     Raises:
-        ValueError: an unknown colour, a size or scale not above 0, or an unknown name in `assumed`.
+        ValueError: an unknown color, a size or scale not above 0, or an unknown name in `assumed`.
         TypeError: a value of a wrong type.
 
     Examples:
         >>> import torch
-        >>> spec = InputSpec(size=4, colour="bgr", mean=0.0, scale=255.0)
+        >>> spec = InputSpec(size=4, color="bgr", mean=0.0, scale=255.0)
         >>> images = torch.tensor([1.0, 0.0, -1.0]).view(1, 3, 1, 1).expand(1, 3, 4, 4)  # red 255, green 127.5, blue 0
         >>> spec(images)[0, :, 0, 0]
         tensor([0.0000, 0.5000, 1.0000])
@@ -47,15 +47,15 @@ class InputSpec:
     """
 
     size: InputSize = 112
-    colour: Literal["rgb", "bgr"] = "rgb"
+    color: Literal["rgb", "bgr"] = "rgb"
     mean: Triple = 127.5
     scale: Triple = 127.5
-    normalised: bool | None = False
+    normalized: bool | None = False
     assumed: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         height_width("InputSpec", self.size)
-        check_choice("InputSpec", "colour", self.colour, COLOURS)
+        check_choice("InputSpec", "color", self.color, COLORS)
         for name in ("mean", "scale"):
             value: Any = getattr(self, name)
             if isinstance(value, list | tuple):
@@ -64,8 +64,8 @@ class InputSpec:
                 object.__setattr__(self, name, tuple(value))
             for each in value if isinstance(value, list | tuple) else (value,):
                 check_number("InputSpec", name, each, above=0 if name == "scale" else None)
-        if self.normalised not in (True, False, None):
-            raise TypeError(f"InputSpec: normalised must be True, False or None, got {self.normalised!r}")
+        if self.normalized not in (True, False, None):
+            raise TypeError(f"InputSpec: normalized must be True, False or None, got {self.normalized!r}")
         object.__setattr__(self, "assumed", tuple(self.assumed))
         for name in self.assumed:
             check_choice("InputSpec", "assumed", name, FIELDS)
@@ -75,7 +75,7 @@ class InputSpec:
 
         Args:
             images: `(b, 3, h, w)`, RGB, in [-1, 1]. Of another size they are scaled by one factor to cover `size` and
-                cut at the centre: aligned crops of 112 x 112 become the usual 112 x 96 by losing 8 columns a side.
+                cut at the center: aligned crops of 112 x 112 become the usual 112 x 96 by losing 8 columns a side.
 
         Returns:
             `(b, 3, *size)`, of the same dtype; `images` itself where nothing is to do.
@@ -83,7 +83,7 @@ class InputSpec:
         check_floating("InputSpec", images=images)
         check_shape("InputSpec", "images", images, "b c h w", c=3)
         images = self._sized(images)
-        if self.colour == "bgr":
+        if self.color == "bgr":
             images = images.flip(1)
         if self.mean == 127.5 and self.scale == 127.5:
             return images
@@ -116,7 +116,7 @@ class InputSpec:
         """In words, on one line.
 
         Examples:
-            >>> InputSpec(colour="bgr", assumed=("colour",)).describe()
+            >>> InputSpec(color="bgr", assumed=("color",)).describe()
             'BGR (assumed), (pixel - 127.5) / 127.5, 112 x 112'
         """
 
@@ -128,4 +128,4 @@ class InputSpec:
         values = "pixel" if self.mean == 0 else f"(pixel - {shown(self.mean)})"
         values = f"{values} / {shown(self.scale)}"
         guessed = mark["mean"] or mark["scale"]
-        return f"{self.colour.upper()}{mark['colour']}, {values}{guessed}, {height} x {width}"
+        return f"{self.color.upper()}{mark['color']}, {values}{guessed}, {height} x {width}"

@@ -88,7 +88,7 @@ class IRBlock(nn.Module):
 
 
 class IRNet(nn.Module):
-    """The IR networks of face.evoLVe, TreB1eN, AdaFace and their kin: (b, 3, h, w) to (b, d), not normalised.
+    """The IR networks of face.evoLVe, TreB1eN, AdaFace and their kin: (b, 3, h, w) to (b, d), not normalized.
 
     A stem of stride 1, four stages of 64, 128, 256, 512 channels that each halve the grid, BatchNorm, one linear layer
     over the whole final grid, BatchNorm. Three networks are called "IR-50"; they differ in a BatchNorm inside the
@@ -149,8 +149,8 @@ class IRNet(nn.Module):
         affine: bool = True,
     ) -> None:
         super().__init__()
-        check_number("IRNet", "embedding_dim", embedding_dim, least=1, integer=True)
-        check_number("IRNet", "dropout", dropout, least=0, most=1)
+        check_number("IRNet", "embedding_dim", embedding_dim, min=1, integer=True)
+        check_number("IRNet", "dropout", dropout, min=0, max=1)
         c = channels("IRNet", width)
         self._size = height_width("IRNet", input_size)
         self.layers = check_blocks("IRNet", "layers", layers)

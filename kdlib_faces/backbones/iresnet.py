@@ -63,7 +63,7 @@ def _stage(c_in: int, c_out: int, blocks: int, eps: float) -> nn.Sequential:
 
 
 class IResNet(nn.Module):
-    """insightface's residual network: (b, 3, h, w) images to (b, d) embeddings, not normalised.
+    """insightface's residual network: (b, 3, h, w) images to (b, d) embeddings, not normalized.
 
     A stem of stride 1, four stages of 64, 128, 256, 512 channels that each halve the grid, BatchNorm, one linear layer
     over the whole final grid, and a BatchNorm whose weight is frozen at 1. Under autocast the linear layer and the last
@@ -113,8 +113,8 @@ class IResNet(nn.Module):
         norm_eps: float = NORM_EPS,
     ) -> None:
         super().__init__()
-        check_number("IResNet", "embedding_dim", embedding_dim, least=1, integer=True)
-        check_number("IResNet", "dropout", dropout, least=0, most=1)
+        check_number("IResNet", "embedding_dim", embedding_dim, min=1, integer=True)
+        check_number("IResNet", "dropout", dropout, min=0, max=1)
         check_number("IResNet", "norm_eps", norm_eps, above=0)
         c = channels("IResNet", width)
         self._size = height_width("IResNet", input_size)

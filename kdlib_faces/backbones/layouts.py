@@ -1,6 +1,6 @@
 """Backbones room: how public projects name the weights of these networks. Reads names and shapes, never a value.
 
-A layout is recognised by keys that no other has; its arguments are read from shapes. Where a project's network is one of
+A layout is recognized by keys that no other has; its arguments are read from shapes. Where a project's network is one of
 ours under other names, a table says which is which. What is not known of a layout is not here: an unknown one is refused.
 """
 
@@ -95,7 +95,7 @@ LAYOUTS: tuple[Layout, ...] = (
         "mobilefacenet",
         ("conv1.conv.weight", "conv_45.conv_dw.conv.weight", "conv_6_dw.conv.weight", "linear.weight"),
         mobilefacenet("bn", "linear.weight", "conv_6_dw.conv.weight"),
-        input=known(normalised=None, assumed=("colour", "scale", "normalised")),
+        input=known(normalized=None, assumed=("color", "scale", "normalized")),
     ),
     Layout(
         "mobilefacenet_output_layer",
@@ -129,7 +129,7 @@ LAYOUTS: tuple[Layout, ...] = (
         ("conv_45.conv_dw.conv.weight", "sep.weight", "GDC_dw.weight", "features.weight", "last_bn.running_mean"),
         mobilefacenet("last_bn", "features.weight", "GDC_dw.weight"),
         theirs=renamed(BUBBLIIIING_MOBILEFACENET),
-        input=known(normalised=True),
+        input=known(normalized=True),
         pointwise=True,
     ),
     Layout(
@@ -163,7 +163,7 @@ LAYOUTS: tuple[Layout, ...] = (
         ("stage1.1.3.weight", "stage3.1.3.weight", "sep.weight", "linear.weight"),
         v1_flat,
         theirs=renamed(v1_flat_names()),
-        input=known(normalised=True),
+        input=known(normalized=True),
     ),
     Layout(
         "yakhyo_mobilenet_v2",
@@ -195,12 +195,12 @@ FOREIGN = (
     ("conv_45.conv_dw.conv.weight", "a MobileFaceNet without the usual tail"),
     ("features.0.0.weight", "a MobileNet that is not one of the face variants that are read"),
 )
-CENTRES = ("weight", "kernel", "head.kernel", "head.weight")
+CENTERS = ("weight", "kernel", "head.kernel", "head.weight")
 
 
 def foreign(state: Mapping[str, Any], shapes: Shapes) -> str | None:
     """What a file that fits no layout looks like, if it is a known kind."""
     known = next((text for key, text in FOREIGN if key in state), None)
-    if known is None and shapes and all(key in CENTRES for key in shapes):
-        return "the class centres of a margin head, not a backbone; load_partial_fc of kdlib_faces.heads reads those"
+    if known is None and shapes and all(key in CENTERS for key in shapes):
+        return "the class centers of a margin head, not a backbone; load_partial_fc of kdlib_faces.heads reads those"
     return known

@@ -19,10 +19,10 @@ def load_backbone(
     path: str | os.PathLike[str],
     *,
     input_size: InputSize | None = None,
-    colour: Literal["rgb", "bgr"] | None = None,
+    color: Literal["rgb", "bgr"] | None = None,
     mean: Triple | None = None,
     scale: Triple | None = None,
-    normalised: bool | None = None,
+    normalized: bool | None = None,
 ) -> Backbone:
     """Read a backbone from a file of `save_backbone`, or from a checkpoint of a public face-recognition project.
 
@@ -39,13 +39,13 @@ def load_backbone(
         path: the file.
         input_size: side of the square images, or (height, width), in pixels. None reads it from the file: a state dict
             tells the final grid only, so sixteen times that; 112 for a grid of 7.
-        colour: order of the channels, `"rgb"` or `"bgr"`.
+        color: order of the channels, `"rgb"` or `"bgr"`.
         mean: what is taken from pixels of 0 to 255, one value or one a channel.
         scale: what they are then divided by.
-        normalised: whether the project divides its embeddings by their length; kept as a note, ours never does.
+        normalized: whether the project divides its embeddings by their length; kept as a note, ours never does.
 
     Returns:
-        The network on the CPU, (b, 3, h, w) to (b, d), not normalised.
+        The network on the CPU, (b, 3, h, w) to (b, d), not normalized.
 
     Raises:
         InputError: no such file; a truncated one; one that holds other things than tensors and plain values (nothing
@@ -65,7 +65,7 @@ def load_backbone(
     """
     found = examine(path, input_size=input_size)
     try:
-        spec = found.spec.changed(colour=colour, mean=mean, scale=scale, normalised=normalised)
+        spec = found.spec.changed(color=color, mean=mean, scale=scale, normalized=normalized)
     except (ValueError, TypeError) as error:
         raise InputError(f"{found.owner}: {error}") from error
     if found.differences:

@@ -97,7 +97,7 @@ class _GDC(nn.Module):
 
 
 class MBF(nn.Module):
-    """insightface's MobileFaceNet: (b, 3, h, w) images to (b, d) embeddings, not normalised.
+    """insightface's MobileFaceNet: (b, 3, h, w) images to (b, d) embeddings, not normalized.
 
     `scale` multiplies the channels between blocks and leaves the widths inside them at 128, 256 and 512. Its second
     convolution keeps 64 groups whatever the scale: depthwise only at scale 1, where the network is `MobileFaceNet`
@@ -140,8 +140,8 @@ class MBF(nn.Module):
         input_size: InputSize = 112,
     ) -> None:
         super().__init__()
-        check_number("MBF", "embedding_dim", embedding_dim, least=1, integer=True)
-        check_number("MBF", "scale", scale, least=1, integer=True)
+        check_number("MBF", "embedding_dim", embedding_dim, min=1, integer=True)
+        check_number("MBF", "scale", scale, min=1, integer=True)
         self._size = height_width("MBF", input_size)
         self.embedding_dim = embedding_dim
         self.scale = scale

@@ -44,7 +44,7 @@ class MBFFlat(MBF):
         tail_channels: channels before the grid is flattened.
 
     Shape:
-        images `(b, 3, h, w)`; returns `(b, d)`, not normalised.
+        images `(b, 3, h, w)`; returns `(b, d)`, not normalized.
 
     Examples:
         >>> import torch
@@ -66,7 +66,7 @@ class MBFFlat(MBF):
         input_size: InputSize = 112,
         tail_channels: int = 64,
     ) -> None:
-        check_number("MBFFlat", "tail_channels", tail_channels, least=1, integer=True)
+        check_number("MBFFlat", "tail_channels", tail_channels, min=1, integer=True)
         super().__init__(embedding_dim, scale=scale, blocks=blocks, input_size=input_size)
         self.tail_channels = tail_channels
         grid = final_grid(height_width("MBFFlat", input_size))

@@ -86,7 +86,7 @@ class _NormAwarePool(nn.Module):
     """BatchNorm, every cell scaled to the mean length of its image's cells, mean over the grid, BatchNorm. No weights.
 
     The projects that published it take the mean length over the whole batch, so that an embedding depends on its
-    neighbours; one image at a time gives what they give for a batch of one.
+    neighbors; one image at a time gives what they give for a batch of one.
     """
 
     def __init__(self, channels: int) -> None:
@@ -104,7 +104,7 @@ class _NormAwarePool(nn.Module):
 
 
 class MobileFaceNet(nn.Module):
-    """MobileFaceNet: (b, 3, h, w) images to (b, d) embeddings, not normalised.
+    """MobileFaceNet: (b, 3, h, w) images to (b, d) embeddings, not normalized.
 
     Four halvings (64, 64, 128, 128 channels at width 1), a 1x1 convolution to 512, a global depthwise convolution whose
     kernel is the whole final grid (7x7 at 112 pixels), a linear layer and BatchNorm. At 112 pixels and 128 dimensions:
@@ -151,7 +151,7 @@ class MobileFaceNet(nn.Module):
         tail: Literal["gdc", "gnap"] = "gdc",
     ) -> None:
         super().__init__()
-        check_number("MobileFaceNet", "embedding_dim", embedding_dim, least=1, integer=True)
+        check_number("MobileFaceNet", "embedding_dim", embedding_dim, min=1, integer=True)
         check_choice("MobileFaceNet", "tail", tail, TAILS)
         c = channels("MobileFaceNet", width)
         if tail == "gnap" and (embedding_dim != 8 * c or affine):

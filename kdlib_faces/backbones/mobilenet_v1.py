@@ -73,7 +73,7 @@ class GDCTail(nn.Module):
 
 
 class MobileNetV1(nn.Module):
-    """MobileNet V1 with a stem of stride 1: (b, 3, h, w) images to (b, d) embeddings, not normalised.
+    """MobileNet V1 with a stem of stride 1: (b, 3, h, w) images to (b, d) embeddings, not normalized.
 
     Thirteen pairs of a depthwise and a pointwise convolution; four of them halve the grid. At 112 pixels, 512 dimensions
     and width 0.25: 360,960 parameters; 363,696 with `bias`, which yakhyo's checkpoints have.
@@ -122,9 +122,9 @@ class MobileNetV1(nn.Module):
         dropout: float = 0.0,
     ) -> None:
         super().__init__()
-        check_number("MobileNetV1", "embedding_dim", embedding_dim, least=1, integer=True)
+        check_number("MobileNetV1", "embedding_dim", embedding_dim, min=1, integer=True)
         check_number("MobileNetV1", "width", width, above=0)
-        check_number("MobileNetV1", "dropout", dropout, least=0, most=1)
+        check_number("MobileNetV1", "dropout", dropout, min=0, max=1)
         check_choice("MobileNetV1", "tail", tail, TAILS)
         self._size = height_width("MobileNetV1", input_size)
         self.embedding_dim = embedding_dim

@@ -58,7 +58,7 @@ class _InvertedResidual(nn.Module):
 
 
 class MobileNetV2(nn.Module):
-    """MobileNet V2 with PReLU and a global depthwise tail: (b, 3, h, w) to (b, d) embeddings, not normalised.
+    """MobileNet V2 with PReLU and a global depthwise tail: (b, 3, h, w) to (b, d) embeddings, not normalized.
 
     At 112 pixels and 512 dimensions: 2,280,640 parameters; 2,295,424 with `bias`, which yakhyo's checkpoints have.
 
@@ -103,9 +103,9 @@ class MobileNetV2(nn.Module):
         affine: bool = True,
     ) -> None:
         super().__init__()
-        check_number("MobileNetV2", "embedding_dim", embedding_dim, least=1, integer=True)
+        check_number("MobileNetV2", "embedding_dim", embedding_dim, min=1, integer=True)
         check_number("MobileNetV2", "width", width, above=0)
-        check_number("MobileNetV2", "stem_stride", stem_stride, least=1, most=2, integer=True)
+        check_number("MobileNetV2", "stem_stride", stem_stride, min=1, max=2, integer=True)
         self._size = height_width("MobileNetV2", input_size)
         self.embedding_dim = embedding_dim
         self.width = float(width)

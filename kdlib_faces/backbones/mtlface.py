@@ -34,7 +34,7 @@ POOLED = (1, 2, 3)  # grids of the pyramid that the channels' attention reads
 REDUCTION = 16
 
 
-class _Factorisation(nn.Module):
+class _Factorization(nn.Module):
     """`x_age = x * (channel attention + spatial attention) / 2`, `x_identity = x - x_age`; returns the latter."""
 
     def __init__(self, channels: int) -> None:
@@ -59,7 +59,7 @@ class _Factorisation(nn.Module):
 
 
 class MTLFaceNet(nn.Module):
-    """MTLFace's backbone: (b, 3, h, w) images to (b, d) identity embeddings, not normalised.
+    """MTLFace's backbone: (b, 3, h, w) images to (b, d) identity embeddings, not normalized.
 
     An IR network with a BatchNorm inside the blocks; attention over channels and over cells tells which part of the last
     map speaks of age, and the embedding is made of the rest.
@@ -105,8 +105,8 @@ class MTLFaceNet(nn.Module):
         se: bool = False,
     ) -> None:
         super().__init__()
-        check_number("MTLFaceNet", "embedding_dim", embedding_dim, least=1, integer=True)
-        check_number("MTLFaceNet", "dropout", dropout, least=0, most=1)
+        check_number("MTLFaceNet", "embedding_dim", embedding_dim, min=1, integer=True)
+        check_number("MTLFaceNet", "dropout", dropout, min=0, max=1)
         c = channels("MTLFaceNet", width)
         self._size = height_width("MTLFaceNet", input_size)
         self.layers = check_blocks("MTLFaceNet", "layers", layers)
@@ -128,7 +128,7 @@ class MTLFaceNet(nn.Module):
         self.block2 = stage(c, 2 * c, self.layers[1])
         self.block3 = stage(2 * c, 4 * c, self.layers[2])
         self.block4 = stage(4 * c, 8 * c, self.layers[3])
-        self.fsm = _Factorisation(8 * c)
+        self.fsm = _Factorization(8 * c)
         self.output_layer = nn.Sequential(
             nn.BatchNorm2d(8 * c),
             nn.Dropout(dropout),

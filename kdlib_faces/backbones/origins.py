@@ -38,15 +38,15 @@ class Origin:
     certain: bool = True
 
 
-MAGFACE = (("colour", "bgr"), ("mean", 0.0), ("scale", 255.0))
-FACEX_ZOO = (("colour", "bgr"), ("mean", 127.5), ("scale", 128.0))
+MAGFACE = (("color", "bgr"), ("mean", 0.0), ("scale", 255.0))
+FACEX_ZOO = (("color", "bgr"), ("mean", 127.5), ("scale", 128.0))
 EVOLVE_KIND = (("mid_norm", False), ("affine", True))
 ADAFACE_KIND = (("mid_norm", True), ("affine", False))
 
 
-def _facex_zoo(layout: str, when: tuple[tuple[str, Any], ...], normalised: bool) -> tuple[Origin, Origin]:
+def _facex_zoo(layout: str, when: tuple[tuple[str, Any], ...], normalized: bool) -> tuple[Origin, Origin]:
     """Its own entry `batch_id` makes certain what `backbone.` alone leaves likely."""
-    told = (*FACEX_ZOO, ("normalised", normalised))
+    told = (*FACEX_ZOO, ("normalized", normalized))
     return (
         Origin("FaceX-Zoo", (layout,), ("backbone.",), when=when, around="batch_id", input=told),
         Origin("FaceX-Zoo", (layout,), ("backbone.",), when=when, input=told, certain=False),
@@ -61,10 +61,10 @@ ORIGINS = (
         input=MAGFACE,
         arguments=(("norm_eps", 2e-5),),
     ),
-    Origin("AdaFace", ("ir",), ("model.",), when=ADAFACE_KIND, beside="head.kernel", input=(("colour", "bgr"),)),
-    *_facex_zoo("mobilefacenet", (), normalised=False),
-    *_facex_zoo("ir", EVOLVE_KIND, normalised=True),
-    Origin("bubbliiiing", ("insightface_iresnet",), ("arcface.",), wrapper="", input=(("normalised", True),)),
+    Origin("AdaFace", ("ir",), ("model.",), when=ADAFACE_KIND, beside="head.kernel", input=(("color", "bgr"),)),
+    *_facex_zoo("mobilefacenet", (), normalized=False),
+    *_facex_zoo("ir", EVOLVE_KIND, normalized=True),
+    Origin("bubbliiiing", ("insightface_iresnet",), ("arcface.",), wrapper="", input=(("normalized", True),)),
 )
 
 

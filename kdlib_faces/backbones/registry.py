@@ -87,7 +87,7 @@ def build_backbone(name: str, *, seed: int | None = None, **arguments: Any) -> B
             check_name("build_backbone", f"argument of {name}", argument, inspect.signature(construct).parameters)
         if seed is None:
             return construct(**arguments)
-        check_number("build_backbone", "seed", seed, least=0, integer=True)
+        check_number("build_backbone", "seed", seed, min=0, integer=True)
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)
             return construct(**arguments)

@@ -56,10 +56,10 @@ def save_backbone(
         "backbone": getattr(model, "family", model.name),
         "arguments": model.arguments,
         "input": {
-            "colour": spec.colour,
+            "color": spec.color,
             "mean": spec.mean,
             "scale": spec.scale,
-            "normalised": spec.normalised,
+            "normalized": spec.normalized,
             "assumed": list(spec.assumed),
         },
     }

@@ -17,11 +17,11 @@ from kdlib.cache import CacheCheck, CacheError, TeacherCache, verify_cache
 from kdlib.cache.layout import Layout, read_header
 from kdlib_faces._checks import InputError
 from kdlib_faces._output import check_output
+from kdlib_faces.caching.source import CacheSource, parse_taps
 from kdlib_faces.data.lists import read_faces
 from kdlib_faces.data.seeded_views import SeededViews
 from kdlib_faces.data.views import AugmentConfig
 from kdlib_faces.progress import progress_to, say
-from kdlib_faces.caching.source import CacheSource, parse_taps
 
 __all__ = ["CacheConfig", "build", "info", "verified", "verify"]
 
@@ -53,10 +53,10 @@ class CacheConfig:
     mark_seconds: float = 5.0
 
     def __post_init__(self) -> None:
-        check_number("CacheConfig", "size", self.size, least=1, most=4096, integer=True)
+        check_number("CacheConfig", "size", self.size, min=1, max=4096, integer=True)
         for name in ("views", "batch_size", "decoders", "shard_bytes"):
-            check_number("CacheConfig", name, getattr(self, name), least=1, integer=True)
-        check_number("CacheConfig", "mark_seconds", self.mark_seconds, least=0)
+            check_number("CacheConfig", name, getattr(self, name), min=1, integer=True)
+        check_number("CacheConfig", "mark_seconds", self.mark_seconds, min=0)
         self.seeded()
 
     def seeded(self) -> SeededViews:
@@ -98,7 +98,7 @@ def build(
         InputError: lists, teacher or output that cannot be used.
         CacheError: the folder holds another cache, or cannot be written to.
     """
-    check_number("cache", "workers", workers, least=1, integer=True)
+    check_number("cache", "workers", workers, min=1, integer=True)
     check_output(output)
     if workers > 1 and sys.platform == "win32":
         raise InputError("cache: workers must be 1 on Windows, which has no POSIX locks")

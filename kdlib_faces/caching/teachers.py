@@ -9,10 +9,10 @@ from torch import nn
 from kdlib.cache import CachedTeacher, TeacherCache
 from kdlib.cache.layout import read_header
 from kdlib_faces._checks import InputError, show_name
+from kdlib_faces.caching.source import data_digest
 from kdlib_faces.data.lists import FaceList
 from kdlib_faces.data.seeded_views import SeededViews
 from kdlib_faces.data.views import AugmentConfig
-from kdlib_faces.caching.source import data_digest
 from kdlib_faces.recipes.liaad import AGE, GENERAL, LIAADConfig, features_read, teacher_from
 
 __all__ = ["OpenTeachers", "is_cache", "open_teachers"]

@@ -64,8 +64,8 @@ def _weights(path: Path, input_size: int | tuple[int, int] | None) -> str:
     around += [f"left out {', '.join(info.beside)}"] if info.beside else []
     lengths = {
         True: "of unit length where it was published, not here",
-        False: "not normalised",
-        None: "not normalised; some projects of this layout do it, some do not",
+        False: "not normalized",
+        None: "not normalized; some projects of this layout do it, some do not",
     }
     told = {
         "file": f"{info.kind}, {info.size:,} bytes",
@@ -73,7 +73,7 @@ def _weights(path: Path, input_size: int | tuple[int, int] | None) -> str:
         "wrapping": "; ".join(around) or "none",
         "network": f"{info.backbone}: {info.network}",
         "input": info.input_spec.describe(),
-        "output": f"(b, {info.embedding_dim}), {lengths[info.input_spec.normalised]}",
+        "output": f"(b, {info.embedding_dim}), {lengths[info.input_spec.normalized]}",
         "parameters": f"{info.parameters:,}",
         "MACs": f"{info.macs:,}",
         "keys": f"{info.keys:,}",

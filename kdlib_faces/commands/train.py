@@ -11,28 +11,28 @@ from torch import Tensor
 from kdlib._checks import check_number
 from kdlib_faces._checks import InputError
 from kdlib_faces._output import check_output
+from kdlib_faces.caching.teachers import open_teachers
 from kdlib_faces.config import dump_toml
 from kdlib_faces.data.batches import FaceBatches
 from kdlib_faces.data.images import load_images
 from kdlib_faces.data.lists import FaceList, read_faces
+from kdlib_faces.data.samplers import count_cross_age_identities
 from kdlib_faces.data.seeded_views import SeededBatches, SeededViews
 from kdlib_faces.data.views import AugmentConfig
+from kdlib_faces.demo.stages import fit
 from kdlib_faces.progress import progress as shown
 from kdlib_faces.progress import say
 from kdlib_faces.recipes.age_teacher import (
     AgeTeacherConfig,
+    FrozenBatchNorm,
     PairTargets,
-    SteadyNet,
     build_age_teacher,
-    per_identity,
+    samples_per_identity,
     tune,
 )
-from kdlib_faces.caching.teachers import open_teachers
 from kdlib_faces.recipes.liaad import LIAADConfig, build, new_backbone
-from kdlib_faces.data.samplers import people_seen_far_apart
-from kdlib_faces.training.run_record import check_same_run, describe_run, note_run
-from kdlib_faces.demo.stages import fit
 from kdlib_faces.teachers import load_start, save_teacher
+from kdlib_faces.training.run_record import check_same_run, describe_run, note_run
 
 __all__ = ["RECIPES", "TrainRecipeConfig", "run"]
 
@@ -67,10 +67,10 @@ class TrainRecipeConfig(AgeTeacherConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.steps is not None:
-            check_number("TrainRecipeConfig", "steps", self.steps, least=1, integer=True)
+            check_number("TrainRecipeConfig", "steps", self.steps, min=1, integer=True)
         if self.lr is not None:
             check_number("TrainRecipeConfig", "lr", self.lr, above=0)
-        check_number("TrainRecipeConfig", "batch_size", self.batch_size, least=2, integer=True)
+        check_number("TrainRecipeConfig", "batch_size", self.batch_size, min=2, integer=True)
 
 
 def run(
@@ -170,7 +170,7 @@ def run(
     )
     model: Any = distiller.student.model
     target = output / "model.pt"
-    save_teacher(model.net if isinstance(model, SteadyNet) else model, target)
+    save_teacher(model.net if isinstance(model, FrozenBatchNorm) else model, target)
     say(f"weights: {target}", quiet=not progress)
     return target
 
@@ -183,8 +183,8 @@ def _batches(
     told |= {"ages": listed.ages, "age_groups": listed.age_groups}
     if views is not None:
         return SeededBatches(images, listed.identities, views, **told)
-    together = per_identity(config.batch_size, listed.num_identities) if paired else None
-    return FaceBatches(images, listed.identities, augment=config.augment, per_identity=together, **told)
+    together = samples_per_identity(config.batch_size, listed.num_identities) if paired else None
+    return FaceBatches(images, listed.identities, augment=config.augment, samples_per_identity=together, **told)
 
 
 def _by_age(listed: FaceList) -> str:
@@ -204,7 +204,7 @@ def _check_pairs(config: TrainRecipeConfig, listed: FaceList, by_age: str) -> No
     """Without far pairs their loss is 0 at every step, and nothing is learned."""
     years = by_age == "age"
     ages: Any = listed.ages if years else listed.age_groups
-    people = people_seen_far_apart(listed.identities, ages, config.gap if years else 1.0)
+    people = count_cross_age_identities(listed.identities, ages, config.gap if years else 1.0)
     if people < 2:
         wanted = f"at least {config.gap:g} years apart (gap)" if years else "of two age groups"
         raise InputError(

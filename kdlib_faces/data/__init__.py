@@ -8,12 +8,19 @@ read_ijb, FeatureSet          templates, pairs and galleries of IJB-B/C; MegaFac
 read_longitudinal             people over years
 """
 
-from kdlib_faces.data.sets.agedb import AgeDBName, parse_agedb_name, read_agedb, read_agedb_pairs
 from kdlib_faces.data.formats.bin import BinSet, load_bin, save_bin
+from kdlib_faces.data.formats.record_parts import IdentityRanges, Record, RecordProperties, read_property
+from kdlib_faces.data.formats.record_reader import RecordReader
+from kdlib_faces.data.formats.record_writer import save_records
+from kdlib_faces.data.image_pairs import ImagePairs, PairList
+from kdlib_faces.data.landmarks import five_points, read_points
+from kdlib_faces.data.lists import FaceList, read_faces
+from kdlib_faces.data.sets.agedb import AgeDBName, parse_agedb_name, read_agedb, read_agedb_pairs
 from kdlib_faces.data.sets.cacd import cacd_vs_pairs
 from kdlib_faces.data.sets.calfw import read_calfw_pairs, read_cplfw_pairs
 from kdlib_faces.data.sets.cfp import read_cfp_pairs
 from kdlib_faces.data.sets.fgnet import FGNetName, parse_fgnet_name, read_fgnet
+from kdlib_faces.data.sets.ijb import IJBSet, read_ijb
 from kdlib_faces.data.sets.ijb_lists import (
     IJBLandmarks,
     IJBPairs,
@@ -24,10 +31,7 @@ from kdlib_faces.data.sets.ijb_lists import (
     read_ijb_subjects,
     read_ijb_templates,
 )
-from kdlib_faces.data.sets.ijb import IJBSet, read_ijb
-from kdlib_faces.data.image_pairs import ImagePairs, PairList
-from kdlib_faces.data.landmarks import five_points, read_points
-from kdlib_faces.data.lists import FaceList, read_faces
+from kdlib_faces.data.sets.lfw import read_lfw_pairs, read_pairs
 from kdlib_faces.data.sets.longitudinal import LongitudinalList, read_longitudinal
 from kdlib_faces.data.sets.megaface import (
     FeatureSet,
@@ -36,10 +40,6 @@ from kdlib_faces.data.sets.megaface import (
     read_template_list,
     write_feature_file,
 )
-from kdlib_faces.data.sets.lfw import read_lfw_pairs, read_pairs
-from kdlib_faces.data.formats.record_reader import RecordReader
-from kdlib_faces.data.formats.record_parts import IdentityRanges, Record, RecordProperties, read_property
-from kdlib_faces.data.formats.record_writer import save_records
 from kdlib_faces.data.synthetic import SyntheticFace, SyntheticFaces
 
 __all__ = [

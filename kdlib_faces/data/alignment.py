@@ -43,7 +43,7 @@ def template_for(size: int | tuple[int, int]) -> Array:
     Args:
         size: side in pixels, or (h, w). A square multiple of 128 that is none of 112 keeps the margin that networks for
             128 pixels expect: scaled by size / 128 after 8 pixels are added to x. The 112 x 96 crop, (112, 96), loses 8
-            pixels on either side. Any other size scales the 112 x 112 template by its height and keeps it centred.
+            pixels on either side. Any other size scales the 112 x 112 template by its height and keeps it centerd.
 
     Returns:
         (5, 2) points (x, y) in pixels.
@@ -72,7 +72,7 @@ def template_for(size: int | tuple[int, int]) -> Array:
 def similarity_transform(landmarks: ArrayLike, template: ArrayLike = ARCFACE_TEMPLATE) -> Array:
     """The similarity that brings landmarks nearest to a template, in least squares.
 
-    In the plane, scale and rotation are one complex factor `a`: with `z` and `t` the centred landmarks and template as
+    In the plane, scale and rotation are one complex factor `a`: with `z` and `t` the centerd landmarks and template as
     complex numbers, `a = sum(conj(z) t) / sum(|z|^2)`. That is Umeyama's solution with a proper rotation.
 
     Args:

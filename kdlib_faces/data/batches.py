@@ -33,7 +33,7 @@ class FaceBatches:
         ages: `(n,)` years or None.
         age_groups: `(n,)` whole numbers or None.
         augment: views of the training images; None gives them plain.
-        per_identity: with `k`, each batch holds `k` images of each of `batch_size / k` identities, all different;
+        samples_per_identity: with `k`, each batch holds `k` images of each of `batch_size / k` identities, all different;
             an identity with fewer than `k` images repeats them. None draws images alone.
         sample_ids: `(n,)` ids of the images; None numbers them from 0.
 
@@ -59,7 +59,7 @@ class FaceBatches:
         ages: ArrayLike | Tensor | None = None,
         age_groups: ArrayLike | Tensor | None = None,
         augment: AugmentConfig | None = None,
-        per_identity: int | None = None,
+        samples_per_identity: int | None = None,
         sample_ids: ArrayLike | Tensor | None = None,
     ) -> None:
         pixels = images if isinstance(images, Tensor) else torch.from_numpy(images)
@@ -67,13 +67,18 @@ class FaceBatches:
             raise TypeError(f"FaceBatches: images must be uint8, got {pixels.dtype}")
         if pixels.dim() != 4 or pixels.shape[1] != 3:
             raise ValueError(f"FaceBatches: images must be (n, 3, s, s), got {tuple(pixels.shape)}")
-        check_number("FaceBatches", "batch_size", batch_size, least=1, integer=True)
-        check_number("FaceBatches", "seed", seed, least=0, integer=True)
+        check_number("FaceBatches", "batch_size", batch_size, min=1, integer=True)
+        check_number("FaceBatches", "seed", seed, min=0, integer=True)
         count = len(pixels)
         if batch_size > count:
             raise ValueError(f"FaceBatches: batch_size must be at most the {count} images, got {batch_size}")
         self.images = pixels
-        self.batch_size, self.seed, self.augment, self.per_identity = batch_size, seed, augment, per_identity
+        self.batch_size, self.seed, self.augment, self.samples_per_identity = (
+            batch_size,
+            seed,
+            augment,
+            samples_per_identity,
+        )
         self.epoch = 0
         columns: dict[str, tuple[Any, torch.dtype]] = {
             "identity": (identities, torch.int64),
@@ -88,27 +93,27 @@ class FaceBatches:
             if tuple(column.shape) != (count,):
                 raise ValueError(f"FaceBatches: {name} must be (n,) = ({count},), got {tuple(column.shape)}")
         self._who = self.columns["identity"].numpy()
-        if per_identity is not None:
-            self._check_per_identity(per_identity)
+        if samples_per_identity is not None:
+            self._check_per_identity(samples_per_identity)
 
-    def _check_per_identity(self, per_identity: int) -> None:
-        check_number("FaceBatches", "per_identity", per_identity, least=1, integer=True)
+    def _check_per_identity(self, samples_per_identity: int) -> None:
+        check_number("FaceBatches", "samples_per_identity", samples_per_identity, min=1, integer=True)
         people = len(np.unique(self._who))
-        if self.batch_size % per_identity:
+        if self.batch_size % samples_per_identity:
             raise ValueError(
-                f"FaceBatches: batch_size must be a multiple of per_identity {per_identity}, got {self.batch_size}"
+                f"FaceBatches: batch_size must be a multiple of samples_per_identity {samples_per_identity}, got {self.batch_size}"
             )
-        if self.batch_size // per_identity > people:
+        if self.batch_size // samples_per_identity > people:
             raise ValueError(
-                f"FaceBatches: batch_size / per_identity must be at most the {people} identities, "
-                f"got {self.batch_size // per_identity}"
+                f"FaceBatches: batch_size / samples_per_identity must be at most the {people} identities, "
+                f"got {self.batch_size // samples_per_identity}"
             )
 
     def __repr__(self) -> str:
         return (
             f"FaceBatches(<{len(self.images)} images>, <{len(np.unique(self._who))} identities>, "
             f"batch_size={self.batch_size}, seed={self.seed}, augment={self.augment!r}, "
-            f"per_identity={self.per_identity})"
+            f"samples_per_identity={self.samples_per_identity})"
         )
 
     def __len__(self) -> int:
@@ -116,7 +121,7 @@ class FaceBatches:
 
     def set_epoch(self, epoch: int) -> None:
         """Which epoch the next iteration gives."""
-        check_number("FaceBatches.set_epoch", "epoch", epoch, least=0, integer=True)
+        check_number("FaceBatches.set_epoch", "epoch", epoch, min=0, integer=True)
         self.epoch = epoch
 
     def __iter__(self) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
@@ -124,7 +129,7 @@ class FaceBatches:
 
     def iter_from(self, step: int) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
         """The batches of the epoch from `step` on, those before it not made."""
-        check_number("FaceBatches.iter_from", "step", step, least=0, integer=True)
+        check_number("FaceBatches.iter_from", "step", step, min=0, integer=True)
         epoch = self.epoch
         order = self._order(epoch)
         for at in range(step, len(self)):
@@ -143,9 +148,9 @@ class FaceBatches:
 
     def _order(self, epoch: int) -> NDArray[np.int64]:
         rng = np.random.Generator(np.random.PCG64(np.random.SeedSequence([self.seed, epoch, 0])))
-        if self.per_identity is None:
+        if self.samples_per_identity is None:
             return rng.permutation(len(self.images)).astype(np.int64)
-        return self._balanced_order(rng, self.per_identity)
+        return self._balanced_order(rng, self.samples_per_identity)
 
     def _balanced_order(self, rng: np.random.Generator, k: int) -> NDArray[np.int64]:
         """Rounds over all identities, `k` images of each; a round's rest smaller than a batch is dropped."""

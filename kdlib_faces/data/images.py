@@ -164,8 +164,8 @@ def load_images(
     Raises:
         InputError: an unreadable image (named), too many images for memory, or a memory map of something else.
     """
-    check_number("load_images", "size", size, least=1, most=4096, integer=True)
-    check_number("load_images", "workers", workers, least=1, integer=True)
+    check_number("load_images", "size", size, min=1, max=4096, integer=True)
+    check_number("load_images", "workers", workers, min=1, integer=True)
     paths = [Path(path) for path in (face_list.paths if isinstance(face_list, FaceList) else face_list)]
     needed = len(paths) * 3 * size * size
     if memory_map is not None:

@@ -10,11 +10,11 @@ from torch import Tensor
 
 from kdlib_faces._checks import InputError
 
-__all__ = ["PairTargets", "people_seen_far_apart", "per_identity"]
+__all__ = ["PairTargets", "count_cross_age_identities", "samples_per_identity"]
 
 
 class PairTargets:
-    """Batches whose targets also hold `"person_age"` `(b, 2)` float64, identity and age, for `FarPairLoss`.
+    """Batches whose targets also hold `"person_age"` `(b, 2)` float64, identity and age, for `CrossAgePairLoss`.
 
     Args:
         batches: `(inputs, targets)` with `set_epoch` and `iter_from`; a `FaceBatches`.
@@ -41,7 +41,7 @@ class PairTargets:
             yield inputs, {**targets, "person_age": both}
 
 
-def people_seen_far_apart(identities: ArrayLike, ages: ArrayLike, gap: float) -> int:
+def count_cross_age_identities(identities: ArrayLike, ages: ArrayLike, gap: float) -> int:
     """How many people have a far pair: two images at least `gap` apart in age.
 
     Args:
@@ -50,7 +50,7 @@ def people_seen_far_apart(identities: ArrayLike, ages: ArrayLike, gap: float) ->
         gap: least difference.
 
     Examples:
-        >>> people_seen_far_apart([0, 0, 1, 1, 2, 2], [3, 40, 20, 25, 7, float("nan")], 10.0)
+        >>> count_cross_age_identities([0, 0, 1, 1, 2, 2], [3, 40, 20, 25, 7, float("nan")], 10.0)
         1
     """
     when = np.asarray(ages, dtype=np.float64)
@@ -64,14 +64,14 @@ def people_seen_far_apart(identities: ArrayLike, ages: ArrayLike, gap: float) ->
     return int((oldest - youngest >= gap).sum())
 
 
-def per_identity(batch_size: int, identities: int) -> int:
+def samples_per_identity(batch_size: int, identities: int) -> int:
     """Images of one person in a batch of far pairs: four, or what the batch and the number of people allow.
 
     Raises:
         InputError: no number does.
 
     Examples:
-        >>> per_identity(64, 100), per_identity(6, 2)
+        >>> samples_per_identity(64, 100), samples_per_identity(6, 2)
         (4, 3)
     """
     wanted: list[int] = [4, 2, *range(3, batch_size + 1)]

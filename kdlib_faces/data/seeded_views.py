@@ -27,7 +27,7 @@ class SeededViews:
     """A number of views of each image.
 
     Without `augment` view 0 is the image and view 1 its mirror image. With it every view is a random one, drawn from
-    (seed, sample id, view number) for each image by itself: neighbours in the batch, order and epoch do not count.
+    (seed, sample id, view number) for each image by itself: neighbors in the batch, order and epoch do not count.
 
     Attributes:
         count: views of each image; at most 2 without `augment`.
@@ -51,8 +51,8 @@ class SeededViews:
 
     def __post_init__(self) -> None:
         most = 2 if self.augment is None else 2**31 - 1
-        check_number("SeededViews", "count", self.count, least=1, most=most, integer=True)
-        check_number("SeededViews", "seed", self.seed, least=0, most=2**63 - 1, integer=True)
+        check_number("SeededViews", "count", self.count, min=1, max=most, integer=True)
+        check_number("SeededViews", "seed", self.seed, min=0, max=2**63 - 1, integer=True)
 
     def __call__(self, images: Tensor, samples: Tensor, views: Tensor | int) -> Tensor:
         """The views of a batch.
@@ -129,7 +129,7 @@ class SeededBatches(FaceBatches):
         sample_ids: `(n,)` ids of the images in the cache; None numbers them from 0.
         ages: `(n,)` years or None.
         age_groups: `(n,)` whole numbers or None.
-        per_identity: images of each identity in a batch, or None.
+        samples_per_identity: images of each identity in a batch, or None.
 
     Examples:
         >>> pixels = torch.zeros(8, 3, 4, 4, dtype=torch.uint8)
@@ -150,7 +150,7 @@ class SeededBatches(FaceBatches):
         sample_ids: ArrayLike | Tensor | None = None,
         ages: ArrayLike | Tensor | None = None,
         age_groups: ArrayLike | Tensor | None = None,
-        per_identity: int | None = None,
+        samples_per_identity: int | None = None,
     ) -> None:
         if not isinstance(views, SeededViews):
             raise TypeError(f"SeededBatches: views must be SeededViews, got {type(views).__name__}")
@@ -161,7 +161,7 @@ class SeededBatches(FaceBatches):
             seed=seed,
             ages=ages,
             age_groups=age_groups,
-            per_identity=per_identity,
+            samples_per_identity=samples_per_identity,
             sample_ids=sample_ids,
         )
         self.views = views

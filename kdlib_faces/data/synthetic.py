@@ -1,7 +1,7 @@
 """Data room: a set of drawn faces that age, so that everything can be run and checked without a photograph.
 
-Each identity is a vector of shape, colour and texture that never changes. Age changes how that vector shows: a child has
-rounder, smoother, less distinct features; with the years hair greys and recedes, skin wrinkles, spots and sags, each at a
+Each identity is a vector of shape, color and texture that never changes. Age changes how that vector shows: a child has
+rounder, smoother, less distinct features; with the years hair grays and recedes, skin wrinkles, spots and sags, each at a
 pace and in a pattern of the identity's own. Pose, light, expression, occlusion, blur and noise are drawn anew for each image.
 The faces are drawings: they carry the structure of the problem, and no claim about people.
 """
@@ -66,13 +66,13 @@ class SyntheticFaces:
     age_window: float | None = None
 
     def __post_init__(self) -> None:
-        check_number("SyntheticFaces", "identities", self.identities, least=1, integer=True)
-        check_number("SyntheticFaces", "images_per_identity", self.images_per_identity, least=1, integer=True)
-        check_number("SyntheticFaces", "size", self.size, least=16, most=1024, integer=True)
-        check_number("SyntheticFaces", "seed", self.seed, least=0, integer=True)
+        check_number("SyntheticFaces", "identities", self.identities, min=1, integer=True)
+        check_number("SyntheticFaces", "images_per_identity", self.images_per_identity, min=1, integer=True)
+        check_number("SyntheticFaces", "size", self.size, min=16, max=1024, integer=True)
+        check_number("SyntheticFaces", "seed", self.seed, min=0, integer=True)
         low, high = self.age_range
-        check_number("SyntheticFaces", "age_range[0]", low, least=0)
-        check_number("SyntheticFaces", "age_range[1]", high, above=low, most=110)
+        check_number("SyntheticFaces", "age_range[0]", low, min=0)
+        check_number("SyntheticFaces", "age_range[1]", high, above=low, max=110)
         if self.age_window is not None:
             check_number("SyntheticFaces", "age_window", self.age_window, above=0)
         traits, nuisances, ages = self._cast()

@@ -53,9 +53,9 @@ def _ellipse(x: Tensor, y: Tensor, width: Tensor | float, height: Tensor | float
     return (radius - 1.0) * torch.minimum(torch.as_tensor(width), torch.as_tensor(height))
 
 
-def _mix(canvas: Tensor, colour: Tensor, cover: Tensor) -> Tensor:
-    """Paint `colour` (n 3 1 1 or n 3 h w) over `canvas` (n 3 h w) where `cover` (n h w) is one."""
-    return canvas + (colour - canvas) * cover[:, None]
+def _mix(canvas: Tensor, color: Tensor, cover: Tensor) -> Tensor:
+    """Paint `color` (n 3 1 1 or n 3 h w) over `canvas` (n 3 h w) where `cover` (n h w) is one."""
+    return canvas + (color - canvas) * cover[:, None]
 
 
 def _rgb(red: Tensor, green: Tensor, blue: Tensor) -> Tensor:
@@ -82,9 +82,9 @@ def draw_faces(traits: Tensor, ages: Tensor, nuisances: Tensor, noise_seeds: Ten
     worn = ((age - 28.0) / 52.0).clamp(0, 1.2)
     # Features of children differ less from one another.
     spread = 0.45 + 0.55 * grown
-    # How this person ages: weight, sagging, greying, balding, lines. Stable within a person, different between people.
+    # How this person ages: weight, sagging, graying, balding, lines. Stable within a person, different between people.
     gain, sag, thinning = t(0.5), t(0.35, 0.8), t(0.35, 0.7)
-    grey_at, bald_at = t(9.0, 52.0), t(14.0, 58.0)
+    gray_at, bald_at = t(9.0, 52.0), t(14.0, 58.0)
     lined = t(0.3, 0.9)
     pace = worn * (1.0 + 0.3 * t())
 
@@ -107,15 +107,15 @@ def draw_faces(traits: Tensor, ages: Tensor, nuisances: Tensor, noise_seeds: Ten
         """Pixel coordinates relative to a point of the head that stands `depth` before its axis."""
         return (cx - torch.sin(yaw) * depth) / squeeze - x, cy - torch.sin(pitch) * depth - y
 
-    # Colours.
+    # Colors.
     tone, warm = t(0.16), t(0.05)
     base = (0.66 + tone).clamp(0.22, 0.9)
     sallow = 0.05 * pace
     skin = _rgb(base + 0.10 + warm, base - 0.04 - sallow * 0.4, base - 0.14 - warm - sallow)
     dark, red = t(0.15, 0.24).clamp(0.04, 0.7), t(0.06)
     hair_rgb = _rgb(dark + 0.06 + red.abs(), dark, dark * 0.7)
-    grey = torch.sigmoid((age - grey_at) / 5.0)
-    hair = hair_rgb + (0.74 - hair_rgb) * grey[:, None]
+    gray = torch.sigmoid((age - gray_at) / 5.0)
+    hair = hair_rgb + (0.74 - hair_rgb) * gray[:, None]
     # Fair hair of children darkens.
     hair = hair + (1.0 - grown)[:, None] * (0.16 + 0.10 * t().tanh()[:, None])
     iris_hue = t.uniform()
@@ -293,7 +293,7 @@ def draw_faces(traits: Tensor, ages: Tensor, nuisances: Tensor, noise_seeds: Ten
     blob = _ellipse(grid_x - ox, grid_y - oy, 0.30 + v(0.05), 0.26 + v(0.05), 3.0)
     canvas = _mix(canvas, _rgb(v(0.2, 0.5), v(0.2, 0.4), v(0.2, 0.4)).clamp(0, 1), cover(blob) * hidden)
 
-    # Light, exposure, colour cast, blur, noise.
+    # Light, exposure, color cast, blur, noise.
     light_x, light_y = v(0.26), v(0.16, -0.08)
     canvas = canvas * (1.0 + light_x * grid_x + light_y * grid_y)[:, None].clamp(0.3, 1.8)
     exposure, contrast, cast = 1.0 + v(0.13), 1.0 + v(0.14), v(0.03)

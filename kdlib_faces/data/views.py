@@ -1,4 +1,4 @@
-"""Data room: random views of a batch of images, vectorised. Touches torch tensors only; randomness by a Generator."""
+"""Data room: random views of a batch of images, vectorized. Touches torch tensors only; randomness by a Generator."""
 
 import math
 from dataclasses import dataclass
@@ -28,7 +28,7 @@ class AugmentConfig:
         erase_area: largest area of that rectangle, as a part of the image.
         low_resolution: probability of being shrunk and enlarged again.
         low_resolution_factor: smallest factor of that shrinking.
-        grayscale: probability of losing colour.
+        grayscale: probability of losing color.
     """
 
     mirror: float = 0.5
@@ -47,9 +47,9 @@ class AugmentConfig:
     def __post_init__(self) -> None:
         limits = {"gamma": 4.0, "rotate": 180.0}
         for name in self.__dataclass_fields__:
-            check_number("AugmentConfig", name, getattr(self, name), least=0.0, most=limits.get(name, 1.0))
+            check_number("AugmentConfig", name, getattr(self, name), min=0.0, max=limits.get(name, 1.0))
         for name in ("scale", "contrast"):
-            check_number("AugmentConfig", name, getattr(self, name), most=0.9)
+            check_number("AugmentConfig", name, getattr(self, name), max=0.9)
         check_number("AugmentConfig", "low_resolution_factor", self.low_resolution_factor, above=0.0)
 
     @classmethod

@@ -6,16 +6,16 @@ from typing import Any
 import numpy as np
 import torch
 
-from kdlib import attention_map
+from kdlib.functional import attention_map
+from kdlib_faces.demo.stages import DemoData, maps_of
 from kdlib_faces.evaluation import AgeGapProtocol, hardest_pairs
-from kdlib_faces.demo.stages import Material, maps_of
 from kdlib_faces.report import Picture, attention_picture, pairs_picture
 
 __all__ = ["pictures_of"]
 
 
 def pictures_of(
-    material: Material,
+    material: DemoData,
     models: dict[str, Any],
     embeddings: dict[str, np.ndarray],
     protocol: AgeGapProtocol,

@@ -9,25 +9,25 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from kdlib import attention_map
+from kdlib.functional import attention_map
 from kdlib_faces._checks import InputError
 from kdlib_faces.data.images import load_images
 from kdlib_faces.data.lists import FaceList, read_faces
+from kdlib_faces.demo.stages import DemoData, Model
+from kdlib_faces.demo.synthetic import aligned
 from kdlib_faces.evaluation import check_identity_disjoint, identity_disjoint_split
 from kdlib_faces.progress import progress, say
-from kdlib_faces.demo.synthetic import aligned
 from kdlib_faces.recipes.liaad import AGE, GENERAL
-from kdlib_faces.demo.stages import Material, Model
-from kdlib_faces.teachers.open import onnx_taps
-from kdlib_faces.teachers import MappedTeacher, OnnxTeacher, fit_age_map, record, said_of_all
+from kdlib_faces.teachers import MappedTeacher, OnnxTeacher, fit_age_map, read_outputs, record
 from kdlib_faces.teachers.onnx.session import describe_graph
+from kdlib_faces.teachers.open import onnx_taps
 
-__all__ = ["real_material"]
+__all__ = ["real_data"]
 
 TEACHER_SIZE = 112
 
 
-def real_material(
+def real_data(
     config: Any,
     work: Path,
     faces: Sequence[str],
@@ -36,7 +36,7 @@ def real_material(
     *,
     seed: int,
     quiet: bool,
-) -> Material:
+) -> DemoData:
     """Read lists, keep some people apart for the test, and let both teachers look at all others once."""
     if len(teachers) != 2:
         raise InputError(f"demo: two teachers must be given, the general one first, got {len(teachers)}")
@@ -67,7 +67,7 @@ def real_material(
     ]
     say("fitting the age map", quiet=quiet)
     samples = torch.arange(len(big))
-    plain, mirrored = (said_of_all(recorded[1], "embedding", samples, view) for view in (0, 1))
+    plain, mirrored = (read_outputs(recorded[1], "embedding", samples, view) for view in (0, 1))
     ages = None if train_list.ages is None else torch.from_numpy(train_list.ages)
     groups = None if train_list.age_groups is None else torch.from_numpy(train_list.age_groups)
     age_map = fit_age_map(plain + mirrored, torch.from_numpy(codes), ages=ages, age_groups=groups, seed=seed)
@@ -98,10 +98,10 @@ def real_material(
             input_size=TEACHER_SIZE,
             test_images=test_big,
         )
-    mixed = _mixes_gray_and_colour(big)
+    mixed = _mixes_gray_and_color(big)
     students_see = "luminance" if mixed else "what the files hold"
     say(f"students see {students_see}, {config.size} pixels", quiet=quiet)
-    return Material(
+    return DemoData(
         title="Two teachers, one light student: real faces, young against adult",
         train_images=_for_students(big, config.size, luminance=mixed),
         train_identities=codes,
@@ -123,7 +123,7 @@ def real_material(
                 "People are told apart by name across all lists; no person of the test is in the training.",
                 "The teachers may have seen any of these people: compare the models with each other, not with published tables.",
                 "Ages or age groups are read by the age map of the second teacher alone.",
-                *(["Some lists are gray and some have colour: both students see luminance alone."] if mixed else []),
+                *(["Some lists are gray and some have color: both students see luminance alone."] if mixed else []),
             ],
         },
     )
@@ -183,8 +183,8 @@ def _sized(images: Tensor, size: int) -> Tensor:
     return F.interpolate(images, (size, size), mode="bilinear", antialias=True, align_corners=False)
 
 
-def _mixes_gray_and_colour(images: Tensor) -> bool:
-    """Whether colour tells where an image came from: a student would learn that in place of faces."""
+def _mixes_gray_and_color(images: Tensor) -> bool:
+    """Whether color tells where an image came from: a student would learn that in place of faces."""
     counted = torch.zeros((), dtype=torch.int64)
     for part in torch.split(images, 512):
         counted += (part == part[:, :1]).flatten(1).all(dim=1).sum()

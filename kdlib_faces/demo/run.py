@@ -21,6 +21,8 @@ from kdlib._checks import check_number
 from kdlib_faces._checks import InputError
 from kdlib_faces._output import check_output
 from kdlib_faces.backbones import save_backbone
+from kdlib_faces.demo.pictures import pictures_of
+from kdlib_faces.demo.stages import DemoData, describe, embed, train_student
 from kdlib_faces.evaluation import (
     AgeGapResult,
     LeaveOneOutProtocol,
@@ -30,9 +32,7 @@ from kdlib_faces.evaluation import (
 )
 from kdlib_faces.progress import say
 from kdlib_faces.recipes.age_teacher import AgeTeacherConfig
-from kdlib_faces.demo.pictures import pictures_of
 from kdlib_faces.recipes.liaad import LIAADConfig, build
-from kdlib_faces.demo.stages import Material, describe, embed, train_student
 from kdlib_faces.report import Picture, write
 
 __all__ = ["DemoConfig", "faces_config", "run"]
@@ -107,13 +107,13 @@ class DemoConfig:
 
     def __post_init__(self) -> None:
         for name in ("general_identities", "age_identities", "test_identities"):
-            check_number("DemoConfig", name, getattr(self, name), least=2, integer=True)
+            check_number("DemoConfig", name, getattr(self, name), min=2, integer=True)
         for name in ("general_images", "age_images", "test_images"):
-            check_number("DemoConfig", name, getattr(self, name), least=2, integer=True)
+            check_number("DemoConfig", name, getattr(self, name), min=2, integer=True)
         for name in ("general_steps", "age_steps", "student_steps", "batch_size"):
-            check_number("DemoConfig", name, getattr(self, name), least=1, integer=True)
-        check_number("DemoConfig", "size", self.size, least=16, most=512, integer=True)
-        check_number("DemoConfig", "test_fraction", self.test_fraction, above=0, most=0.9)
+            check_number("DemoConfig", name, getattr(self, name), min=1, integer=True)
+        check_number("DemoConfig", "size", self.size, min=16, max=512, integer=True)
+        check_number("DemoConfig", "test_fraction", self.test_fraction, above=0, max=0.9)
         if self.amp not in ("none", "bfloat16"):
             raise ValueError(f"DemoConfig: amp must be 'none' or 'bfloat16', got {self.amp!r}")
 
@@ -153,8 +153,8 @@ def run(
     Raises:
         InputError: lists, teachers or an output that cannot be used.
     """
-    from kdlib_faces.demo.synthetic import drawn_material
-    from kdlib_faces.demo.real_faces import real_material
+    from kdlib_faces.demo.real_faces import real_data
+    from kdlib_faces.demo.synthetic import synthetic_data
 
     check_output(output)
     if bool(faces) != bool(teachers):
@@ -172,9 +172,9 @@ def run(
         work = output / "work" / f"seed{seed}"
         work.mkdir(parents=True, exist_ok=True)
         if faces:
-            material = real_material(config, work, faces, teachers, taps, seed=seed, quiet=not progress)
+            material = real_data(config, work, faces, teachers, taps, seed=seed, quiet=not progress)
         else:
-            material = drawn_material(config, work, seed=seed, quiet=not progress)
+            material = synthetic_data(config, work, seed=seed, quiet=not progress)
         report, shown = _students(config, material, work, seed=seed, quiet=not progress)
         reports.append(report)
         pictures = pictures or shown
@@ -194,7 +194,7 @@ def run(
 
 
 def _students(
-    config: DemoConfig, material: Material, work: Path, *, seed: int, quiet: bool
+    config: DemoConfig, material: DemoData, work: Path, *, seed: int, quiet: bool
 ) -> tuple[dict[str, Any], list[Picture]]:
     """Train the student twice on the same batches, evaluate all models, assemble the report."""
     recipe = replace(config.student, num_identities=material.num_identities, input_size=config.size, seed=seed)
@@ -243,7 +243,7 @@ def _students(
     return report, pictures_of(material, models, embeddings, protocol, distilled=DISTILLED, labels=LABELS)
 
 
-def _fold_pairs(material: Material, seed: int) -> PairProtocol:
+def _fold_pairs(material: DemoData, seed: int) -> PairProtocol:
     """Ten folds, fewer for few people, of genuine pairs across age and as many impostor pairs; no identity in two folds."""
     rng = np.random.default_rng(seed)
     identities = material.test_identities
@@ -257,7 +257,7 @@ def _fold_pairs(material: Material, seed: int) -> PairProtocol:
         i, j = np.triu_indices(len(rows), 1)
         i, j = rows[i], rows[j]
         equal = identities[i] == identities[j]
-        genuine = np.flatnonzero(equal & material.far_apart(i, j))
+        genuine = np.flatnonzero(equal & material.is_cross_age(i, j))
         if not len(genuine):
             genuine = np.flatnonzero(equal)
         impostor = np.flatnonzero(~equal)

@@ -1,4 +1,4 @@
-"""Recipes room: the steps that all recipes share. What a run trains on (`Material`), one training, one pass over images."""
+"""Recipes room: the steps that all recipes share. What a run trains on (`DemoData`), one training, one pass over images."""
 
 import time
 from collections.abc import Callable
@@ -20,7 +20,7 @@ from kdlib_faces.data.views import AugmentConfig
 from kdlib_faces.evaluation import AgeGapProtocol
 from kdlib_faces.progress import TrainProgress
 
-__all__ = ["Material", "Model", "Trained", "describe", "embed", "fit", "maps_of", "train_student"]
+__all__ = ["DemoData", "Model", "Trained", "describe", "embed", "fit", "maps_of", "train_student"]
 
 Embed = Callable[[Tensor], Tensor]
 
@@ -46,7 +46,7 @@ class Model:
 
 
 @dataclass
-class Material:
+class DemoData:
     """What both students are trained and tested on."""
 
     title: str
@@ -70,7 +70,7 @@ class Material:
         names = np.asarray(self.group_names)[np.asarray(self.test_groups)]
         return AgeGapProtocol(self.test_identities, age_groups=names, replicates=replicates)
 
-    def far_apart(self, i: np.ndarray, j: np.ndarray) -> np.ndarray:
+    def is_cross_age(self, i: np.ndarray, j: np.ndarray) -> np.ndarray:
         """Which pairs of test images lie far apart in age."""
         if self.test_ages is not None:
             return np.asarray(np.abs(self.test_ages[i] - self.test_ages[j]) >= 30)
@@ -144,7 +144,7 @@ def _curve(path: Path) -> dict[str, Any]:
 
 
 def train_student(
-    distiller: Distiller, material: Material, config: Any, folder: Path, *, label: str, seed: int, quiet: bool
+    distiller: Distiller, material: DemoData, config: Any, folder: Path, *, label: str, seed: int, quiet: bool
 ) -> Trained:
     """One student on the material; alone and distilled see the very same batches."""
     batches = FaceBatches(
@@ -208,7 +208,7 @@ def _shares(distiller: Distiller, batches: FaceBatches, count: int = 8) -> dict[
 
 @torch.no_grad()
 def embed(model: Embed, images: Tensor, *, batch: int = 128) -> np.ndarray:
-    """Embeddings with the flip test: plain plus mirrored, not normalised before the sum, unit length after.
+    """Embeddings with the flip test: plain plus mirrored, not normalized before the sum, unit length after.
 
     Args:
         model: images in [-1, 1] to embeddings.

@@ -14,14 +14,14 @@ from kdlib_faces.backbones import build_backbone
 from kdlib_faces.data.batches import FaceBatches
 from kdlib_faces.data.synthetic import SyntheticFaces
 from kdlib_faces.data.views import AugmentConfig
+from kdlib_faces.demo.stages import DemoData, fit, native
 from kdlib_faces.heads import CosFaceHead
 from kdlib_faces.progress import say
-from kdlib_faces.recipes.age_teacher import PairTargets, build_age_teacher, per_identity
+from kdlib_faces.recipes.age_teacher import PairTargets, build_age_teacher, samples_per_identity
 from kdlib_faces.recipes.liaad import AGE, GENERAL, teacher_taps
-from kdlib_faces.demo.stages import Material, fit, native
-from kdlib_faces.teachers import MappedTeacher, fit_rotation, record, said_of_all
+from kdlib_faces.teachers import MappedTeacher, fit_rotation, read_outputs, record
 
-__all__ = ["drawn_material", "drawn_sets"]
+__all__ = ["synthetic_data", "drawn_sets"]
 
 
 def drawn_sets(config: Any, seed: int) -> tuple[SyntheticFaces, SyntheticFaces, SyntheticFaces]:
@@ -36,7 +36,7 @@ def drawn_sets(config: Any, seed: int) -> tuple[SyntheticFaces, SyntheticFaces, 
     )
 
 
-def drawn_material(config: Any, work: Path, *, seed: int, quiet: bool) -> Material:
+def synthetic_data(config: Any, work: Path, *, seed: int, quiet: bool) -> DemoData:
     """Draw the sets, train the teachers, record what they say of the students' training images."""
     say(f"drawing faces (seed {seed})", quiet=quiet)
     size = config.size
@@ -81,7 +81,9 @@ def drawn_material(config: Any, work: Path, *, seed: int, quiet: bool) -> Materi
         seed=seed + 1,
         augment=AugmentConfig(),
         ages=ages,
-        per_identity=per_identity(config.batch_size, people) if "pairs" in learner.objective.terms else None,
+        samples_per_identity=samples_per_identity(config.batch_size, people)
+        if "pairs" in learner.objective.terms
+        else None,
     )
     pairs: Any = PairTargets(batches, "age")
     curves["age_teacher"], age_seconds = fit(
@@ -112,7 +114,7 @@ def drawn_material(config: Any, work: Path, *, seed: int, quiet: bool) -> Materi
             label=f"outputs of the {name.replace('_', ' ')}",
             quiet=quiet,
         )
-    return Material(
+    return DemoData(
         title="Two teachers, one light student: drawn faces that age",
         train_images=images,
         train_identities=identities,
@@ -141,5 +143,5 @@ def drawn_material(config: Any, work: Path, *, seed: int, quiet: bool) -> Materi
 def aligned(general: nn.Module, age: nn.Module, count: int) -> MappedTeacher:
     """The general teacher turned onto the age-invariant teacher's sphere; its own cosines stay as they are."""
     samples = torch.arange(0, count, max(1, count // 20_000))
-    first, second = (F.normalize(said_of_all(each, "embedding", samples), dim=1) for each in (general, age))
+    first, second = (F.normalize(read_outputs(each, "embedding", samples), dim=1) for each in (general, age))
     return MappedTeacher(general, {"embedding": fit_rotation(first, second)})

@@ -258,7 +258,7 @@ def check_fars(owner: str, fars: Any) -> tuple[float, ...]:
     """Target false accept rates, each in (0, 1], no two alike."""
     fars = tuple(fars)
     for far in fars:
-        check_number(owner, "fars", far, above=0.0, most=1.0)
+        check_number(owner, "fars", far, above=0.0, max=1.0)
     require(len(set(fars)) == len(fars), owner, f"fars must differ from each other, got {fars}")
     return tuple(float(far) for far in fars)
 

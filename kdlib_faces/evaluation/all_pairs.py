@@ -6,9 +6,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from kdlib_faces.evaluation._checks import FloatArray, IntArray, require
-from kdlib_faces.evaluation.statistics.resampling import genuine_pairs
 from kdlib_faces.evaluation.roc import TarAtFar, allowed_false_accepts, operating_point
 from kdlib_faces.evaluation.search import dot_rows, product_error
+from kdlib_faces.evaluation.statistics.resampling import genuine_pairs
 
 __all__ = ["ScoredPairs", "count_impostors", "global_points", "hardest_impostors", "threshold_at"]
 

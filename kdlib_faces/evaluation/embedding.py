@@ -67,7 +67,7 @@ def embed_images(
     """
     import torch
 
-    check_number(OWNER, "batch_size", batch_size, least=1, integer=True)
+    check_number(OWNER, "batch_size", batch_size, min=1, integer=True)
     parts: list[npt.NDArray[np.float32]] = []
     given, done = out, 0
     total = getattr(images, "shape", (None,))[0]

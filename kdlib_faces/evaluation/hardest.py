@@ -20,7 +20,7 @@ def hardest_pairs(embeddings: Any, protocol: AgeGapProtocol, *, count: int) -> l
     At most one genuine and one impostor pair of an identity is given, so that one odd image does not fill the picture.
 
     Args:
-        embeddings: (n, d), normalised or not, in the order of the protocol's identities.
+        embeddings: (n, d), normalized or not, in the order of the protocol's identities.
         protocol: says which pairs are genuine, and which bin has the largest gap (`AgeGapProtocol.large_gap`).
         count: how many of each kind; fewer where there are not so many identities.
 
@@ -37,7 +37,7 @@ def hardest_pairs(embeddings: Any, protocol: AgeGapProtocol, *, count: int) -> l
         >>> [(i, j, round(score, 3), same) for i, j, score, same in pairs]
         [(0, 1, 0.6, True), (1, 2, 0.8, False)]
     """
-    check_number("hardest_pairs", "count", count, least=1, integer=True)
+    check_number("hardest_pairs", "count", count, min=1, integer=True)
     unit = unit_rows("hardest_pairs", "embeddings", embeddings, rows=protocol.codes.size)
     return _genuine(unit, protocol, count) + _impostors(unit, protocol.codes, count)
 

@@ -10,8 +10,8 @@ from kdlib_faces.evaluation._checks import (
     check_level,
     to_numpy,
 )
-from kdlib_faces.evaluation.statistics.bins import GAP_STARTS, PROBE_AGE_STARTS
 from kdlib_faces.evaluation.protocols.leave_one_out import LeaveOneOutResult, leave_one_out_result
+from kdlib_faces.evaluation.statistics.bins import GAP_STARTS, PROBE_AGE_STARTS
 
 __all__ = ["EvaluationProtocol", "LeaveOneOutProtocol", "Result", "evaluate"]
 
@@ -39,7 +39,7 @@ def evaluate(embeddings: Any, protocol: EvaluationProtocol[R]) -> R:
     """Evaluate embeddings by a protocol.
 
     Args:
-        embeddings: (n, d) array, memory map or tensor, normalised or not, in the order of the protocol's images; or
+        embeddings: (n, d) array, memory map or tensor, normalized or not, in the order of the protocol's images; or
             shards of it, a sequence or an iterator of (m, d) arrays.
         protocol: any `...Protocol` of this room, or an object of yours with the same method.
 
@@ -96,12 +96,12 @@ class LeaveOneOutProtocol:
         self.identities = to_numpy(identities)
         codes, _ = check_labels("LeaveOneOutProtocol", "identities", self.identities)
         for rank in ranks:
-            check_number("LeaveOneOutProtocol", "ranks", rank, least=1, most=codes.size - 1, integer=True)
+            check_number("LeaveOneOutProtocol", "ranks", rank, min=1, max=codes.size - 1, integer=True)
         self.ranks = tuple(ranks)
         self.ages = None if ages is None else check_ages("LeaveOneOutProtocol", ages, codes.size)
         self.age_bins, self.gap_bins = tuple(age_bins), tuple(gap_bins)
-        check_number("LeaveOneOutProtocol", "replicates", replicates, least=0, integer=True)
-        check_number("LeaveOneOutProtocol", "seed", seed, least=0, integer=True)
+        check_number("LeaveOneOutProtocol", "replicates", replicates, min=0, integer=True)
+        check_number("LeaveOneOutProtocol", "seed", seed, min=0, integer=True)
         check_level("LeaveOneOutProtocol", level)
         self.replicates, self.seed, self.level = replicates, seed, float(level)
 

@@ -162,7 +162,7 @@ def tar_at_far(
         check_scores("tar_at_far", "genuine", genuine),
         check_scores("tar_at_far", "impostor", impostor),
     )
-    check_number("tar_at_far", "far", far, above=0, most=1)
+    check_number("tar_at_far", "far", far, above=0, max=1)
     check_choice("tar_at_far", "mode", mode, ("exact", "nearest"))
     threshold = _kth_largest(negative, allowed_false_accepts(far, negative.size))
     if mode == "nearest":
@@ -216,7 +216,7 @@ def _kth_largest(scores: FloatArray, k: int) -> float:
 
 
 def _nearest_threshold(impostor: FloatArray, exact: float, far: float) -> float:
-    """Of the two neighbouring points of the curve the one of nearer FAR, the larger where both are as near.
+    """Of the two neighboring points of the curve the one of nearer FAR, the larger where both are as near.
 
     At a FAR the largest TAR is had at the lowest threshold, the largest impostor score that is not accepted.
     """
@@ -275,7 +275,7 @@ def roc_points(genuine: Any, impostor: Any, points: int = 200) -> tuple[FloatArr
         check_scores("roc_points", "genuine", genuine),
         check_scores("roc_points", "impostor", impostor),
     )
-    check_number("roc_points", "points", points, least=2, integer=True)
+    check_number("roc_points", "points", points, min=2, integer=True)
     return curve(np.sort(-positive), np.sort(-negative), points)
 
 

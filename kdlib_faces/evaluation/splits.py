@@ -50,9 +50,9 @@ def identity_disjoint_split(identities: Any, fractions: Sequence[float], *, seed
     codes, labels = check_labels(owner, "identities", identities)
     require(len(fractions) > 0, owner, "fractions must not be empty, got ()")
     for fraction in fractions:
-        check_number(owner, "fractions", fraction, above=0, most=1)
+        check_number(owner, "fractions", fraction, above=0, max=1)
     require(abs(sum(fractions) - 1) < 1e-6, owner, f"fractions must sum to 1, got {tuple(fractions)}")
-    check_number(owner, "seed", seed, least=0, integer=True)
+    check_number(owner, "seed", seed, min=0, integer=True)
     cuts = np.rint(np.cumsum(fractions)[:-1] * labels.size).astype(np.int64)
     sizes = np.diff(cuts, prepend=0, append=labels.size)
     short = np.flatnonzero(sizes < 1)
@@ -166,7 +166,7 @@ def positives_first_folds(same: Any, folds: int = 10) -> IntArray:
     """
     owner = "positives_first_folds"
     flags = check_flags(owner, "same", same, np.size(same))
-    check_number(owner, "folds", folds, least=2, integer=True)
+    check_number(owner, "folds", folds, min=2, integer=True)
     found = np.empty(flags.size, dtype=np.int64)
     for kind in (True, False):
         rows = np.flatnonzero(flags == kind)

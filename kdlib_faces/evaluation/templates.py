@@ -70,7 +70,7 @@ def pool_templates(
     least float32.
 
     Args:
-        embeddings: (n, d), of images not normalised (the sum of the plain and the mirrored one); one array or shards.
+        embeddings: (n, d), of images not normalized (the sum of the plain and the mirrored one); one array or shards.
         template_ids: (n,) whole numbers or strings, of each row; an image in two templates has two rows.
         media_ids: (n,) whole numbers or strings; the frames of one video share one.
         detector_scores: (n,) not negative, weighs each image; None for no weight.

@@ -135,14 +135,14 @@ def verify_pairs(
     the lowest of the best thresholds on the other folds.
 
     Args:
-        left: (n, d) embeddings, normalised or not; one array or shards.
+        left: (n, d) embeddings, normalized or not; one array or shards.
         right: (n, d) embeddings of the pairs' other images.
         same: (n,) whether each pair shows one identity.
         fold_ids: (n,) fold of each pair, whole numbers or strings; None cuts the order given into 10 contiguous folds,
             which is right only for a file that is ordered by folds (the `.bin` sets are; positives-first lists are
             not, see `positives_first_folds`).
         threshold: `"grid"` tries 0, 0.01, ... 3.99, as insightface does, for figures that can be compared with
-            published ones; `"exact"` tries the midpoints of the neighbouring distances of the other folds;
+            published ones; `"exact"` tries the midpoints of the neighboring distances of the other folds;
             `"facexzoo"` takes the cosine of largest TPR - FPR in 1000 steps, and a score on it is wrong either way.
         val_fars: false accept rates at which TAR is told over folds too, the threshold of each fold set on the impostor
             pairs of the others: insightface's `val`. With `"grid"` it is interpolated as published; otherwise it is
@@ -169,7 +169,7 @@ def verify_pairs(
     owner = "verify_pairs"
     check_choice(owner, "threshold", threshold, RULES)
     if pca is not None:
-        check_number(owner, "pca", pca, least=1, integer=True)
+        check_number(owner, "pca", pca, min=1, integer=True)
     fars = check_fars(owner, val_fars)
     first, second = gather(owner, "left", left), gather(owner, "right", right)
     require(
@@ -202,7 +202,7 @@ def judge(
 ) -> VerificationResult:
     """`verify_pairs` from squared distances (n,) of unit rows; `reduced` are the unit rows for a PCA."""
     if reduced is not None:
-        check_number(owner, "pca", pca, least=1, most=reduced[0].shape[1], integer=True)
+        check_number(owner, "pca", pca, min=1, max=reduced[0].shape[1], integer=True)
     accuracies, thresholds = [], []
     correct = np.zeros(truth.size, dtype=np.bool_)
     for fold in range(int(folds.max()) + 1):
@@ -278,13 +278,13 @@ def pair_distances(
 def _reduced_distances(owner: str, left: FloatArray, right: FloatArray, train: BoolArray, pca: int) -> FloatArray:
     """Squared distances after a PCA of the training pairs' embeddings, rows made unit again."""
     rows = np.concatenate([left[train], right[train]])
-    centre = rows.mean(axis=0)
+    center = rows.mean(axis=0)
     most = min(rows.shape)
     require(pca <= most, owner, f"pca must be at most {most}, the rank of the other folds' embeddings, got {pca}")
-    rows -= centre
+    rows -= center
     _, vectors = np.linalg.eigh(rows.T @ rows / len(rows))
     axes = vectors[:, ::-1][:, :pca]
-    moved = [unit_rows(owner, "embeddings after PCA", (x - centre) @ axes) for x in (left, right)]
+    moved = [unit_rows(owner, "embeddings after PCA", (x - center) @ axes) for x in (left, right)]
     return np.asarray(np.square(moved[0] - moved[1]).sum(axis=1))
 
 

@@ -7,17 +7,17 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from kdlib_faces.progress import progress as show
 from kdlib_faces.harness.image_sets import ImageSet
-from kdlib_faces.harness.panels import Judgement, WorstPair
-from kdlib_faces.harness.tasks import Task
+from kdlib_faces.harness.panels import HardPair, ProtocolResult
+from kdlib_faces.harness.tasks import EvaluationTask
+from kdlib_faces.progress import progress as show
 
-__all__ = ["worst_pictures", "write_scores"]
+__all__ = ["failure_pictures", "write_scores"]
 
 FORMULA = ("=", "+", "-", "@", "\t", "\r")
 
 
-def worst_pictures(found: Judgement, task: Task, names: Sequence[str]) -> list[Any]:
+def failure_pictures(found: ProtocolResult, task: EvaluationTask, names: Sequence[str]) -> list[Any]:
     """Two pictures a model: pairs of one person that it tells apart, and different people it takes for one.
 
     Args:
@@ -46,7 +46,7 @@ def worst_pictures(found: Judgement, task: Task, names: Sequence[str]) -> list[A
     return pictures
 
 
-def _drawn(sets: Sequence[ImageSet], pair: WorstPair) -> tuple[Any, Any, str] | None:
+def _drawn(sets: Sequence[ImageSet], pair: HardPair) -> tuple[Any, Any, str] | None:
     ends = ((sets[0], pair.left), (sets[pair.other], pair.right))
     left, right = (images.picture(row) for images, row in ends)
     if left is None or right is None:
@@ -58,7 +58,7 @@ def _drawn(sets: Sequence[ImageSet], pair: WorstPair) -> tuple[Any, Any, str] | 
 
 
 def write_scores(
-    stage: Path, found: Judgement, task: Task, names: Sequence[str], most: int, *, progress: bool = False
+    stage: Path, found: ProtocolResult, task: EvaluationTask, names: Sequence[str], most: int, *, progress: bool = False
 ) -> dict[str, str]:
     """One CSV a model, written row by row; no more than `most` rows.
 

@@ -23,8 +23,8 @@ from kdlib_faces._checks import InputError
 from kdlib_faces.data.images import load_images
 from kdlib_faces.data.lists import FaceList
 from kdlib_faces.evaluation.embedding import embed_batch, embed_images, eval_mode
-from kdlib_faces.progress import progress as show
 from kdlib_faces.harness.image_sets import ImageSet, check_array
+from kdlib_faces.progress import progress as show
 
 __all__ = ["Judged", "embed", "embed_faces", "embed_set", "load_model", "open_model", "read_embeddings"]
 
@@ -64,7 +64,7 @@ def embed(
     *,
     batch_size: int = 64,
     flip: bool = True,
-    normalise: bool = True,
+    normalize: bool = True,
 ) -> Tensor:
     """Unit embeddings of images; with `flip`, of the sum of the plain and the mirrored image's embeddings.
 
@@ -75,7 +75,7 @@ def embed(
         images: `(n, 3, s, s)` uint8.
         batch_size: images in one forward.
         flip: whether to add the mirrored image.
-        normalise: whether to divide by the length in the end; templates want it kept.
+        normalize: whether to divide by the length in the end; templates want it kept.
 
     Returns:
         `(n, d)` float32.
@@ -85,7 +85,7 @@ def embed(
         >>> embed(lambda x: x.flatten(1), pixels, batch_size=2).norm(dim=1).round(decimals=3)
         tensor([1., 1., 1., 1., 1.])
     """
-    rows = embed_images(model, images, batch_size=batch_size, flip=flip, normalize=normalise, device=images.device)
+    rows = embed_images(model, images, batch_size=batch_size, flip=flip, normalize=normalize, device=images.device)
     return torch.from_numpy(rows)
 
 
@@ -162,7 +162,7 @@ def _file_digest(path: Path) -> str:
 def embed_set(
     model: Judged, images: ImageSet, folder: Path, *, batch_size: int = 64, flip: bool = True, progress: bool = False
 ) -> NDArray[np.float32]:
-    """Embeddings `(n, d)` of a set as the model gives them (not normalised), from the folder or made and kept there.
+    """Embeddings `(n, d)` of a set as the model gives them (not normalized), from the folder or made and kept there.
 
     Args:
         model: opened by `open_model`.

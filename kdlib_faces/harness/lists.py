@@ -12,12 +12,12 @@ from kdlib_faces.harness.image_sets import ImageSet
 from kdlib_faces.harness.panels_ages import AgesPanel
 from kdlib_faces.harness.panels_groups import AgeErrorsPanel, CrossGroupPanel
 from kdlib_faces.harness.panels_ranks import LeaveOneOutPanel
-from kdlib_faces.harness.tasks import Asked, Settings, Task, faces_of, on_rows
+from kdlib_faces.harness.tasks import EvaluationTask, ProtocolSpec, Settings, faces_of, on_rows
 
 __all__ = ["age_errors_task", "ages_task", "groups_task", "leave_one_out_task", "tasks_of_faces"]
 
 
-def ages_task(asked: Asked, settings: Settings, name: str, title: str) -> Task:
+def ages_task(asked: ProtocolSpec, settings: Settings, name: str, title: str) -> EvaluationTask:
     """All pairs by age gap, or by age groups."""
     asked.known("faces", "images")
     faces, images = faces_of(asked, settings, path_is_list=True)
@@ -55,7 +55,7 @@ def _left_out(faces: FaceList, rows: NDArray[np.int64]) -> tuple[str, ...]:
 
 def ages_of_faces(
     faces: FaceList, images: ImageSet, settings: Settings, name: str, title: str, kind: str = "either"
-) -> Task | None:
+) -> EvaluationTask | None:
     """By exact ages or by groups, see `aged_rows`; None where no image has any."""
     found = aged_rows(faces, kind)
     if found is None:
@@ -67,10 +67,10 @@ def ages_of_faces(
         name, title, protocol, lambda row: images.label(int(rows[row])), settings.convention, _left_out(faces, rows),
         settings.worst,
     )  # fmt: skip
-    return Task(name, (images,), on_rows(images, rows, panel.judge))
+    return EvaluationTask(name, (images,), on_rows(images, rows, panel.judge))
 
 
-def groups_task(asked: Asked, settings: Settings, name: str, title: str) -> Task:
+def groups_task(asked: ProtocolSpec, settings: Settings, name: str, title: str) -> EvaluationTask:
     """One age group against another: young faces among adult ones, as LAG has them."""
     asked.known("faces", "images")
     faces, images = faces_of(asked, settings, path_is_list=True)
@@ -79,7 +79,7 @@ def groups_task(asked: Asked, settings: Settings, name: str, title: str) -> Task
     return groups_of_faces(faces, images, settings, name, title)
 
 
-def groups_of_faces(faces: FaceList, images: ImageSet, settings: Settings, name: str, title: str) -> Task:
+def groups_of_faces(faces: FaceList, images: ImageSet, settings: Settings, name: str, title: str) -> EvaluationTask:
     """The last group in the alphabet against the first: young against adult."""
     assert faces.age_groups is not None
     groups = np.asarray([*faces.group_names, ""])[faces.age_groups]
@@ -91,10 +91,10 @@ def groups_of_faces(faces: FaceList, images: ImageSet, settings: Settings, name:
     panel = CrossGroupPanel(
         name, title, protocol, images.label, settings.convention, worst=settings.worst, **settings.sampling
     )
-    return Task(name, (images,), lambda given: panel.judge(given[images.name]))
+    return EvaluationTask(name, (images,), lambda given: panel.judge(given[images.name]))
 
 
-def age_errors_task(asked: Asked, settings: Settings, name: str, title: str) -> Task:
+def age_errors_task(asked: ProtocolSpec, settings: Settings, name: str, title: str) -> EvaluationTask:
     """FNMR by gap and by the younger age, FMR among people of one age, slopes."""
     asked.known("faces", "images")
     faces, images = faces_of(asked, settings, path_is_list=True)
@@ -109,10 +109,10 @@ def age_errors_task(asked: Asked, settings: Settings, name: str, title: str) -> 
         name, title, protocol, settings.convention, _left_out(faces, rows), settings.seed,
         lambda row: images.label(int(rows[row])), settings.worst,
     )  # fmt: skip
-    return Task(name, (images,), on_rows(images, rows, panel.judge))
+    return EvaluationTask(name, (images,), on_rows(images, rows, panel.judge))
 
 
-def leave_one_out_task(asked: Asked, settings: Settings, name: str, title: str) -> Task:
+def leave_one_out_task(asked: ProtocolSpec, settings: Settings, name: str, title: str) -> EvaluationTask:
     """Each image of a list against all the others."""
     asked.known("faces", "images")
     faces, images = faces_of(asked, settings, path_is_list=True)
@@ -121,7 +121,9 @@ def leave_one_out_task(asked: Asked, settings: Settings, name: str, title: str) 
     return leave_one_out_of_faces(faces, images, settings, name, title)
 
 
-def leave_one_out_of_faces(faces: FaceList, images: ImageSet, settings: Settings, name: str, title: str) -> Task:
+def leave_one_out_of_faces(
+    faces: FaceList, images: ImageSet, settings: Settings, name: str, title: str
+) -> EvaluationTask:
     """Each of these faces against all the others."""
     ages = _any_age(faces)
     ranks = tuple(rank for rank in settings.ranks if rank < len(faces)) or (1,)
@@ -132,19 +134,19 @@ def leave_one_out_of_faces(faces: FaceList, images: ImageSet, settings: Settings
         ages=ages if ages is not None and bool(np.isfinite(ages).all()) else None,
         ranks=ranks, notes=notes, worst=settings.worst, **settings.sampling,
     )  # fmt: skip
-    return Task(name, (images,), lambda given: panel.judge(given[images.name]))
+    return EvaluationTask(name, (images,), lambda given: panel.judge(given[images.name]))
 
 
 def _any_age(faces: FaceList) -> NDArray[np.float64] | None:
     return None if faces.ages is None else faces.ages.astype(np.float64)
 
 
-def tasks_of_faces(settings: Settings) -> tuple[list[Task], list[str]]:
+def tasks_of_faces(settings: Settings) -> tuple[list[EvaluationTask], list[str]]:
     """What a face list can carry where no protocol is named, and notes on what it cannot."""
     faces, images = settings.faces, settings.face_images
     assert faces is not None
     assert images is not None
-    tasks: list[Task] = []
+    tasks: list[EvaluationTask] = []
     notes: list[str] = []
     by_age = ages_of_faces(faces, images, settings, "age_gap", "By age")
     if by_age is not None:

@@ -16,10 +16,10 @@ from kdlib_faces.evaluation import Estimate, roc_points
 __all__ = [
     "MISSED",
     "VERIFIED",
-    "Judgement",
+    "ProtocolResult",
     "ScoreTable",
     "Words",
-    "WorstPair",
+    "HardPair",
     "curve",
     "differences",
     "estimate",
@@ -40,7 +40,7 @@ PAIRED = "Paired bootstrap, both models on the same resamples{}; each model's th
 
 
 @dataclass(frozen=True)
-class WorstPair:
+class HardPair:
     """A pair that a model judges wrong, or nearly so.
 
     Attributes:
@@ -88,7 +88,7 @@ class ScoreTable:
 
 
 @dataclass
-class Judgement:
+class ProtocolResult:
     """What a protocol found for all models.
 
     Attributes:
@@ -101,7 +101,7 @@ class Judgement:
 
     entry: dict[str, Any]
     results: dict[str, dict[str, Any]]
-    worst: dict[str, list[WorstPair]] = field(default_factory=dict)
+    worst: dict[str, list[HardPair]] = field(default_factory=dict)
     words: Words = VERIFIED
     scores: ScoreTable | None = None
 
@@ -139,7 +139,7 @@ def missed_pairs(
     people: NDArray[Any],
     count: int,
     other: int = 0,
-) -> list[WorstPair]:
+) -> list[HardPair]:
     """Probes that were taken for somebody else, furthest first, a person once: each beside its mate, then beside the stranger.
 
     Args:
@@ -153,7 +153,7 @@ def missed_pairs(
     order = np.argsort(mates[1] - strangers[1], kind="stable")
     chosen = once_each(order, lambda item: [people[item]], count)
     pairs = [
-        [WorstPair(int(probes[k]), int(row[k]), float(score[k]), same, other=0 if same else other) for k in chosen]
+        [HardPair(int(probes[k]), int(row[k]), float(score[k]), same, other=0 if same else other) for k in chosen]
         for same, (row, score) in ((True, mates), (False, strangers))
     ]
     return pairs[0] + [pair for pair in pairs[1] if pair.right >= 0]

@@ -11,9 +11,9 @@ from kdlib_faces.evaluation import AgeGapProtocol, AgeGapResult, BinResult, comp
 from kdlib_faces.evaluation.roc import allowed_false_accepts
 from kdlib_faces.harness.panels import (
     Arrays,
-    Judgement,
+    HardPair,
+    ProtocolResult,
     ScoreTable,
-    WorstPair,
     estimate,
     far_words,
     measure,
@@ -47,7 +47,7 @@ class AgesPanel:
     notes: tuple[str, ...] = ()
     worst: int = 6
 
-    def judge(self, embeddings: Arrays) -> Judgement:
+    def judge(self, embeddings: Arrays) -> ProtocolResult:
         """All models on all pairs."""
         protocol = self.protocol
         results = {name: evaluate(array, protocol) for name, array in embeddings.items()}
@@ -77,10 +77,10 @@ class AgesPanel:
         if len(results) > 1:
             entry["differences"] = list(self._differences(results, large))
             entry["difference_rule"] = "Paired bootstrap over identities; the threshold is set anew in each resample."
-        return Judgement(
+        return ProtocolResult(
             entry,
             {name: result.to_dict() for name, result in results.items()},
-            {name: self._worst(array) for name, array in embeddings.items()},
+            {name: self._hardest(array) for name, array in embeddings.items()},
             scores=ScoreTable(
                 ("left", "right", "same", "score"),
                 lambda name: every_pair(embeddings[name], protocol.codes, self.labels),
@@ -170,10 +170,10 @@ class AgesPanel:
                 if key is not None:
                     yield {"a": a, "b": b, "measure": key, "difference": dict(row["difference"])}
 
-    def _worst(self, array: NDArray[Any]) -> list[WorstPair]:
+    def _hardest(self, array: NDArray[Any]) -> list[HardPair]:
         if not self.worst:
             return []
-        return [WorstPair(*pair) for pair in hardest_pairs(array, self.protocol, count=self.worst)]
+        return [HardPair(*pair) for pair in hardest_pairs(array, self.protocol, count=self.worst)]
 
 
 def _resolves(far: float, found: BinResult) -> bool:

@@ -12,9 +12,9 @@ from kdlib_faces.harness.panels import (
     MISSED,
     PAIRED,
     Arrays,
-    Judgement,
+    HardPair,
+    ProtocolResult,
     ScoreTable,
-    WorstPair,
     differences,
     estimate,
     far_words,
@@ -67,7 +67,7 @@ class DistractorsPanel:
     stranger_labels: Callable[[int], str] = str
     worst: int = 6
 
-    def judge(self, embeddings: Arrays, distractors: Arrays) -> Judgement:
+    def judge(self, embeddings: Arrays, distractors: Arrays) -> ProtocolResult:
         """All models; `distractors` are embeddings of the same strangers by each of them."""
         results: dict[str, DistractorResult] = {}
         for name, array in embeddings.items():
@@ -126,7 +126,7 @@ class DistractorsPanel:
         if len(results) > 1:
             entry["differences"] = self._differences(results)
             entry["difference_rule"] = PAIRED.format(" of identities")
-        return Judgement(
+        return ProtocolResult(
             entry,
             {name: result.to_dict() for name, result in results.items()},
             {name: self._missed(result) for name, result in results.items()},
@@ -164,7 +164,7 @@ class DistractorsPanel:
             shown = place if place <= most else f">{most}"
             yield self.labels(int(probe)), self.labels(int(mate)), f"{score:.8f}", shown, named, f"{ahead:.8f}"
 
-    def _missed(self, result: DistractorResult) -> list[WorstPair]:
+    def _missed(self, result: DistractorResult) -> list[HardPair]:
         told = result.per_trial
         missed = np.flatnonzero(told.place > 1)
         probes = told.probe[missed]

@@ -18,9 +18,9 @@ from kdlib_faces.evaluation import (
 from kdlib_faces.harness.panels import (
     PAIRED,
     Arrays,
-    Judgement,
+    HardPair,
+    ProtocolResult,
     ScoreTable,
-    WorstPair,
     curve,
     differences,
     estimate,
@@ -62,7 +62,7 @@ class CrossGroupPanel:
     level: float = 0.95
     worst: int = 6
 
-    def judge(self, embeddings: Arrays) -> Judgement:
+    def judge(self, embeddings: Arrays) -> ProtocolResult:
         """All models on all pairs across the groups."""
         protocol = self.protocol
         results = {name: protocol.evaluate(array) for name, array in embeddings.items()}
@@ -77,7 +77,7 @@ class CrossGroupPanel:
         entry: dict[str, Any] = {
             "name": self.name,
             "title": self.title,
-            "question": f"Is a {probe} face recognised among {gallery} ones? Every {probe} image against every {gallery} "
+            "question": f"Is a {probe} face recognized among {gallery} ones? Every {probe} image against every {gallery} "
             "one, all impostor pairs across the groups too.",
             "convention": {
                 "Threshold": "the (k+1)-th largest score of impostor pairs across the groups, k = floor(FAR x impostors)",
@@ -97,7 +97,7 @@ class CrossGroupPanel:
             "models": {},
         }
         hits: dict[str, Any] = {key: {} for key in measures if key != "auc"}
-        worst: dict[str, list[WorstPair]] = {}
+        worst: dict[str, list[HardPair]] = {}
         rows, columns = np.nonzero(same)
         owners: dict[str, Any] = {f"tar_{far:g}": (who[0][rows], who[1][columns]) for far in first.tar}
         owners |= {f"rank{rank}": (who[0][mated], who[0][mated]) for rank in first.rates}
@@ -121,7 +121,7 @@ class CrossGroupPanel:
                 "cmc": {"rank": list(range(1, most + 1)), "rate": rate.tolist()},
                 "histogram": histogram(scores[same], scores[~same], threshold),
             }
-            worst[name] = self._worst(scores, same)
+            worst[name] = self._hardest(scores, same)
             for far, point in points.items():
                 hits[f"tar_{far:g}"][name] = scores[same] > point.threshold
             for rank in result.rates:
@@ -134,11 +134,11 @@ class CrossGroupPanel:
         table = ScoreTable(
             ("probe", "gallery", "same", "score"), lambda name: self._rows(embeddings[name], same), same.size
         )
-        return Judgement(entry, {name: result.to_dict() for name, result in results.items()}, worst, scores=table)
+        return ProtocolResult(entry, {name: result.to_dict() for name, result in results.items()}, worst, scores=table)
 
-    def _worst(self, scores: NDArray[np.float64], same: NDArray[np.bool_]) -> list[WorstPair]:
+    def _hardest(self, scores: NDArray[np.float64], same: NDArray[np.bool_]) -> list[HardPair]:
         """The least alike genuine pairs, then the most alike impostor pairs; a person is shown once of each kind."""
-        found: list[WorstPair] = []
+        found: list[HardPair] = []
         for kind in (True, False):
             left = np.where(same == kind, scores if kind else -scores, np.inf)
             for _ in range(self.worst):
@@ -146,7 +146,7 @@ class CrossGroupPanel:
                 if not np.isfinite(left[i, j]):
                     break
                 probe, gallery = int(self.protocol.probes[i]), int(self.protocol.gallery[j])
-                found.append(WorstPair(probe, gallery, float(scores[i, j]), kind))
+                found.append(HardPair(probe, gallery, float(scores[i, j]), kind))
                 people = self.protocol.codes[[probe, gallery]]
                 left[np.isin(self.protocol.codes[self.protocol.probes], people)] = np.inf
                 left[:, np.isin(self.protocol.codes[self.protocol.gallery], people)] = np.inf
@@ -184,7 +184,7 @@ class AgeErrorsPanel:
     labels: Callable[[int], str] = str
     worst: int = 6
 
-    def judge(self, embeddings: Arrays) -> Judgement:
+    def judge(self, embeddings: Arrays) -> ProtocolResult:
         """All models at thresholds of their own for one false accept rate."""
         protocol = self.protocol
         results = {name: protocol.evaluate(array) for name, array in embeddings.items()}
@@ -254,10 +254,10 @@ class AgeErrorsPanel:
             )  # fmt: skip
             entry["difference_rule"] = PAIRED.format(" of identities")
         kind = "age" if protocol.ages is not None else "group"
-        return Judgement(
+        return ProtocolResult(
             entry,
             {name: result.to_dict() for name, result in results.items()},
-            {name: self._worst(result) for name, result in results.items()},
+            {name: self._hardest(result) for name, result in results.items()},
             scores=ScoreTable(
                 ("left", "right", "same", "score", f"left {kind}", f"right {kind}"),
                 lambda name: self._rows(results[name]),
@@ -277,11 +277,11 @@ class AgeErrorsPanel:
                     told = tuple(names[protocol.image_bin[row]] for row in (left, right))
                 yield self.labels(int(left)), self.labels(int(right)), same, f"{score:.8f}", *told
 
-    def _worst(self, result: AgeErrorResult) -> list[WorstPair]:
+    def _hardest(self, result: AgeErrorResult) -> list[HardPair]:
         """The least alike genuine pairs, then the most alike false accepts; a person is shown once of each kind."""
         return self._first(result.genuine, True) + self._first(result.false_accepts, False)
 
-    def _first(self, pairs: ScoredPairs, same: bool) -> list[WorstPair]:
+    def _first(self, pairs: ScoredPairs, same: bool) -> list[HardPair]:
         protocol = self.protocol
         order = np.argsort(pairs.scores if same else -pairs.scores, kind="stable")
         people = protocol.codes[np.stack([pairs.left, pairs.right], axis=1)]
@@ -289,7 +289,7 @@ class AgeErrorsPanel:
         for k in once_each(order, lambda item: people[item].tolist(), self.worst):
             left, right = int(pairs.left[k]), int(pairs.right[k])
             ages = "" if protocol.ages is None else f"{protocol.ages[left]:g} and {protocol.ages[right]:g} years"
-            found.append(WorstPair(left, right, float(pairs.scores[k]), same, ages))
+            found.append(HardPair(left, right, float(pairs.scores[k]), same, ages))
         return found
 
     @staticmethod

@@ -20,9 +20,9 @@ from kdlib_faces.evaluation.statistics.bins import bin_names, check_starts, plac
 from kdlib_faces.harness.panels import (
     PAIRED,
     Arrays,
-    Judgement,
+    HardPair,
+    ProtocolResult,
     ScoreTable,
-    WorstPair,
     curve,
     differences,
     estimate,
@@ -68,7 +68,7 @@ class PairsPanel:
     notes: tuple[str, ...] = ()
     worst: int = 6
 
-    def judge(self, embeddings: Arrays) -> Judgement:
+    def judge(self, embeddings: Arrays) -> ProtocolResult:
         """All models on the same pairs."""
         protocol, same = self.protocol, self.protocol.same
         results = {name: protocol.evaluate(array) for name, array in embeddings.items()}
@@ -107,7 +107,7 @@ class PairsPanel:
             entry["difference_rule"] = PAIRED.format(over)
         if self.ages is not None and protocol.fars:
             self._by_gap(entry, {name: hits[f"tar_{protocol.fars[0]:g}"][name] for name in results})
-        return Judgement(
+        return ProtocolResult(
             entry,
             {name: result.to_dict() for name, result in results.items()},
             {name: worst_pairs(protocol, scores[name], self.worst) for name in scores},
@@ -211,12 +211,12 @@ def _cosines(array: NDArray[Any], protocol: PairProtocol) -> NDArray[np.float64]
     return np.concatenate(parts)
 
 
-def worst_pairs(protocol: PairProtocol, scores: NDArray[np.float64], count: int) -> list[WorstPair]:
+def worst_pairs(protocol: PairProtocol, scores: NDArray[np.float64], count: int) -> list[HardPair]:
     """The least alike genuine pairs, then the most alike impostor pairs; an image is shown once of each kind."""
     found = []
     ends = np.stack([protocol.left, protocol.right], axis=1)
     for same, order in ((True, np.argsort(scores, kind="stable")), (False, np.argsort(-scores, kind="stable"))):
         for pair in once_each(order[protocol.same[order] == same], lambda item: ends[item].tolist(), count):
             left, right = ends[pair].tolist()
-            found.append(WorstPair(left, right, float(scores[pair]), same))
+            found.append(HardPair(left, right, float(scores[pair]), same))
     return found

@@ -12,9 +12,9 @@ from kdlib_faces.harness.panels import (
     MISSED,
     PAIRED,
     Arrays,
-    Judgement,
+    HardPair,
+    ProtocolResult,
     ScoreTable,
-    WorstPair,
     differences,
     estimate,
     measure,
@@ -58,7 +58,7 @@ class LeaveOneOutPanel:
     notes: tuple[str, ...] = ()
     worst: int = 6
 
-    def judge(self, embeddings: Arrays) -> Judgement:
+    def judge(self, embeddings: Arrays) -> ProtocolResult:
         """All models on the same probes."""
         results = {
             name: leave_one_out_result(
@@ -118,7 +118,7 @@ class LeaveOneOutPanel:
                 hits, owners, replicates=self.replicates, seed=self.seed, level=self.level
             )
             entry["difference_rule"] = PAIRED.format(" of identities")
-        return Judgement(
+        return ProtocolResult(
             entry,
             {name: result.to_dict() for name, result in results.items()},
             {name: self._missed(result) for name, result in results.items()},
@@ -136,7 +136,7 @@ class LeaveOneOutPanel:
             stranger = self.labels(int(result.strangers[row])), f"{result.stranger_scores[row]:.8f}"
             yield self.labels(row), place, *mate, *stranger
 
-    def _missed(self, result: LeaveOneOutResult) -> list[WorstPair]:
+    def _missed(self, result: LeaveOneOutResult) -> list[HardPair]:
         missed = np.flatnonzero(result.ranks_of_mates > 1)
         mates = result.mates[missed], result.mate_scores[missed]
         strangers = result.strangers[missed], result.stranger_scores[missed]

@@ -19,9 +19,9 @@ from kdlib_faces.harness.panels import (
     MISSED,
     PAIRED,
     Arrays,
-    Judgement,
+    HardPair,
+    ProtocolResult,
     ScoreTable,
-    WorstPair,
     curve,
     differences,
     estimate,
@@ -98,7 +98,7 @@ class TemplatesPanel:
             feature_norm=self.feature_norm,
         )
 
-    def verify(self, embeddings: Arrays) -> Judgement:
+    def verify(self, embeddings: Arrays) -> ProtocolResult:
         """1:1: given pairs of templates."""
         assert self.pairs is not None
         left, right, same = self.pairs
@@ -106,7 +106,7 @@ class TemplatesPanel:
         models: dict[str, Any] = {}
         results: dict[str, dict[str, Any]] = {}
         hits: dict[str, dict[str, NDArray[np.bool_]]] = {f"tar_{far:g}": {} for far in self.fars}
-        worst: dict[str, list[WorstPair]] = {}
+        worst: dict[str, list[HardPair]] = {}
         found: Any = None
         for name, array in embeddings.items():
             templates = self._pooled(array)
@@ -123,7 +123,7 @@ class TemplatesPanel:
             for far, point in found.tar.items():
                 hits[f"tar_{far:g}"][name] = genuine > point.threshold
             results[name] = found.to_dict()
-            worst[name] = self._worst(scores, flags)
+            worst[name] = self._hardest(scores, flags)
         entry: dict[str, Any] = {
             "name": self.name,
             "title": f"{self.title}, 1:1",
@@ -154,7 +154,7 @@ class TemplatesPanel:
         table = ScoreTable(
             ("left template", "right template", "same", "score"), lambda name: self._pairs(embeddings[name]), flags.size
         )
-        return Judgement(entry, results, worst, scores=table)
+        return ProtocolResult(entry, results, worst, scores=table)
 
     def _pairs(self, array: NDArray[Any]) -> Iterator[tuple[Any, ...]]:
         """Scores of all pairs, in their order; pooled and scored again, so that nothing of the pairs' length is kept."""
@@ -167,12 +167,12 @@ class TemplatesPanel:
             for row in zip(left.tolist(), right.tolist(), same.tolist(), scores.tolist(), strict=True):
                 yield row[0], row[1], int(row[2]), f"{row[3]:.8f}"
 
-    def _worst(self, scores: NDArray[np.float32], flags: NDArray[np.bool_]) -> list[WorstPair]:
+    def _hardest(self, scores: NDArray[np.float32], flags: NDArray[np.bool_]) -> list[HardPair]:
         """The least alike genuine pairs, then the most alike impostor pairs; a template is shown once of each kind."""
         assert self.pairs is not None
         left, right, _ = self.pairs
         rows = self._first_rows()
-        found: list[WorstPair] = []
+        found: list[HardPair] = []
         for same in (True, False):
             kind = np.flatnonzero(flags == same)
             cost = scores[kind] if same else -scores[kind]
@@ -181,7 +181,7 @@ class TemplatesPanel:
             near = np.argpartition(cost, most - 1)[:most]
             order = kind[near[np.lexsort((near, cost[near]))]].tolist()
             found += [
-                WorstPair(rows[a], rows[b], float(scores[k]), same, f"templates {a}, {b}")
+                HardPair(rows[a], rows[b], float(scores[k]), same, f"templates {a}, {b}")
                 for k in once_each(order, lambda item: (left[item], right[item]), self.worst)
                 for a, b in [(left[k].item(), right[k].item())]
             ]
@@ -192,7 +192,7 @@ class TemplatesPanel:
         ids, rows = np.unique(self.template_ids, return_index=True)
         return dict(zip(ids.tolist(), rows.tolist(), strict=True))
 
-    def identify(self, embeddings: Arrays) -> Judgement:
+    def identify(self, embeddings: Arrays) -> ProtocolResult:
         """1:N: probes searched in each gallery on its own."""
         assert self.galleries is not None
         assert self.probes is not None
@@ -258,7 +258,7 @@ class TemplatesPanel:
                 hits, dict.fromkeys(hits, (who, who)), replicates=self.replicates, seed=self.seed, level=self.level
             )
             entry["difference_rule"] = PAIRED.format(" of subjects")
-        return Judgement(
+        return ProtocolResult(
             entry,
             {name: result.to_dict() for name, result in results.items()},
             {name: self._missed(result) for name, result in results.items()},
@@ -283,7 +283,7 @@ class TemplatesPanel:
                 best = (np.asarray(part)[search.best[k]] for part in gallery)
                 yield number, *probe, *mate, *best, f"{search.best_scores[k]:.8f}"
 
-    def _missed(self, result: TemplateIdentificationResult) -> list[WorstPair]:
+    def _missed(self, result: TemplateIdentificationResult) -> list[HardPair]:
         """The mated searches whose mate was furthest behind, by the first image of each template."""
         assert self.galleries is not None
         assert self.probes is not None

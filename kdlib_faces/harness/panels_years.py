@@ -10,9 +10,9 @@ from kdlib_faces.evaluation import Estimate, LongitudinalProtocol, LongitudinalR
 from kdlib_faces.harness.panels import (
     PAIRED,
     Arrays,
-    Judgement,
+    HardPair,
+    ProtocolResult,
     ScoreTable,
-    WorstPair,
     differences,
     estimate,
     far_words,
@@ -51,7 +51,7 @@ class LongitudinalPanel:
     labels: Callable[[int], str] = str
     worst: int = 6
 
-    def judge(self, embeddings: Arrays) -> Judgement:
+    def judge(self, embeddings: Arrays) -> ProtocolResult:
         """All models on the same people."""
         protocol = self.protocol
         results = {name: protocol.evaluate(array) for name, array in embeddings.items()}
@@ -66,7 +66,7 @@ class LongitudinalPanel:
         entry: dict[str, Any] = {
             "name": self.name,
             "title": self.title,
-            "question": "Is a person still recognised after so many years? A protocol of this project: no published set "
+            "question": "Is a person still recognized after so many years? A protocol of this project: no published set "
             "fixes one, so its numbers compare with each other and with nobody's table.",
             "convention": {
                 "Definition": first.definition,
@@ -105,10 +105,10 @@ class LongitudinalPanel:
                 hits, owners, replicates=self.replicates, seed=self.seed, level=self.level, right="refused"
             )
             entry["difference_rule"] = PAIRED.format(" of people")
-        return Judgement(
+        return ProtocolResult(
             entry,
             {name: result.to_dict() for name, result in results.items()},
-            {name: self._worst(result) for name, result in results.items()},
+            {name: self._hardest(result) for name, result in results.items()},
             scores=ScoreTable(
                 ("reference", "image", "years", "score"), lambda name: self._rows(results[name]), rows.size
             ),
@@ -119,12 +119,12 @@ class LongitudinalPanel:
         for reference, image, years, score in zip(*pairs, strict=True):
             yield self.labels(reference), self.labels(image), f"{years:.6g}", f"{score:.8f}"
 
-    def _worst(self, result: LongitudinalResult) -> list[WorstPair]:
+    def _hardest(self, result: LongitudinalResult) -> list[HardPair]:
         """The least alike pairs, a person once."""
         rows, later = self.protocol.pairs()
         order = np.argsort(result.scores, kind="stable")
         return [
-            WorstPair(int(rows[k]), int(later[k]), float(result.scores[k]), True, f"{result.elapsed[k]:.3g} years")
+            HardPair(int(rows[k]), int(later[k]), float(result.scores[k]), True, f"{result.elapsed[k]:.3g} years")
             for k in once_each(order, lambda item: [self.protocol.codes[rows[item]]], self.worst)
         ]
 

@@ -9,26 +9,26 @@ from typing import Any
 import numpy as np
 
 from kdlib_faces._checks import InputError
-from kdlib_faces.data.sets.agedb import read_agedb_pairs
 from kdlib_faces.data.formats.bin import load_bin
+from kdlib_faces.data.image_pairs import ImagePairs
+from kdlib_faces.data.lists import IMAGE_SUFFIXES, FaceList
+from kdlib_faces.data.sets.agedb import read_agedb_pairs
 from kdlib_faces.data.sets.cacd import cacd_vs_pairs
 from kdlib_faces.data.sets.calfw import read_calfw_pairs, read_cplfw_pairs
 from kdlib_faces.data.sets.cfp import read_cfp_pairs
 from kdlib_faces.data.sets.fgnet import read_fgnet
 from kdlib_faces.data.sets.ijb import read_ijb
-from kdlib_faces.data.image_pairs import ImagePairs
-from kdlib_faces.data.lists import IMAGE_SUFFIXES, FaceList
-from kdlib_faces.data.sets.longitudinal import read_longitudinal
 from kdlib_faces.data.sets.lfw import read_lfw_pairs
+from kdlib_faces.data.sets.longitudinal import read_longitudinal
 from kdlib_faces.evaluation import PAIR_SETS, LongitudinalProtocol, PairProtocol, pair_set
 from kdlib_faces.harness.image_sets import ImageSet, aligned_images, images_of_bytes, images_of_files, rows_only
-from kdlib_faces.harness.panels import Arrays, Judgement
+from kdlib_faces.harness.panels import Arrays, ProtocolResult
 from kdlib_faces.harness.panels_distractors import DistractorsPanel
 from kdlib_faces.harness.panels_pairs import PairsPanel
 from kdlib_faces.harness.panels_ranks import LeaveOneOutPanel
 from kdlib_faces.harness.panels_templates import TemplatesPanel
 from kdlib_faces.harness.panels_years import LongitudinalPanel
-from kdlib_faces.harness.tasks import Asked, Settings, Task, faces_of, on_rows
+from kdlib_faces.harness.tasks import EvaluationTask, ProtocolSpec, Settings, faces_of, on_rows
 
 __all__ = [
     "agedb_task",
@@ -52,7 +52,7 @@ PUBLISHED = {
 }  # fmt: skip
 
 
-def pairs_task(asked: Asked, settings: Settings, name: str, title: str) -> Task:
+def pairs_task(asked: ProtocolSpec, settings: Settings, name: str, title: str) -> EvaluationTask:
     """Pairs in LFW's format."""
     asked.known("images", "faces")
     found = read_lfw_pairs(asked.wants("a pairs file"))
@@ -62,7 +62,7 @@ def pairs_task(asked: Asked, settings: Settings, name: str, title: str) -> Task:
 lfw_task = pairs_task
 
 
-def bin_task(asked: Asked, settings: Settings, name: str, title: str) -> Task:
+def bin_task(asked: ProtocolSpec, settings: Settings, name: str, title: str) -> EvaluationTask:
     """A `.bin` set: its images are inside."""
     asked.known()
     path = asked.wants("a .bin file")
@@ -74,33 +74,33 @@ def bin_task(asked: Asked, settings: Settings, name: str, title: str) -> Task:
         name, f"{path.stem} (.bin)", protocol, images.label, settings.convention, notes=notes, worst=settings.worst,
         **settings.sampling,
     )  # fmt: skip
-    return Task(name, (images,), lambda given: panel.judge(given[images.name]))
+    return EvaluationTask(name, (images,), lambda given: panel.judge(given[images.name]))
 
 
-def agedb_task(asked: Asked, settings: Settings, name: str, title: str) -> Task:
+def agedb_task(asked: ProtocolSpec, settings: Settings, name: str, title: str) -> EvaluationTask:
     """A protocol of AgeDB."""
     asked.known("images", "published")
     found = read_agedb_pairs(asked.wants("a protocol file (.mat)"), published=asked.flag("published"))
     return task_of_pairs(found, asked, settings, name, found.name)
 
 
-def calfw_task(asked: Asked, settings: Settings, name: str, title: str) -> Task:
+def calfw_task(asked: ProtocolSpec, settings: Settings, name: str, title: str) -> EvaluationTask:
     """CALFW's pairs."""
     return _two_lines(read_calfw_pairs, asked, settings, name)
 
 
-def cplfw_task(asked: Asked, settings: Settings, name: str, title: str) -> Task:
+def cplfw_task(asked: ProtocolSpec, settings: Settings, name: str, title: str) -> EvaluationTask:
     """CPLFW's pairs."""
     return _two_lines(read_cplfw_pairs, asked, settings, name)
 
 
-def _two_lines(read: Callable[..., ImagePairs], asked: Asked, settings: Settings, name: str) -> Task:
+def _two_lines(read: Callable[..., ImagePairs], asked: ProtocolSpec, settings: Settings, name: str) -> EvaluationTask:
     asked.known("images", "published")
     found = read(asked.wants("a pairs file"), published=asked.flag("published"))
     return task_of_pairs(found, asked, settings, name, found.name)
 
 
-def cfp_task(asked: Asked, settings: Settings, name: str, title: str) -> Task:
+def cfp_task(asked: ProtocolSpec, settings: Settings, name: str, title: str) -> EvaluationTask:
     """CFP, frontal against profile or frontal against frontal."""
     asked.known("images", "published", "kind")
     kind: Any = asked.more.get("kind", "FP").upper()
@@ -110,14 +110,14 @@ def cfp_task(asked: Asked, settings: Settings, name: str, title: str) -> Task:
     return task_of_pairs(found, asked, settings, name, found.name)
 
 
-def cacd_task(asked: Asked, settings: Settings, name: str, title: str) -> Task:
+def cacd_task(asked: ProtocolSpec, settings: Settings, name: str, title: str) -> EvaluationTask:
     """CACD-VS, whose pairs are told by its images' names."""
     asked.known()
     asked = replace(asked, more={"images": str(asked.wants("the folder of images"))})
     return task_of_pairs(cacd_vs_pairs(), asked, settings, name, title)
 
 
-def task_of_pairs(found: ImagePairs, asked: Asked, settings: Settings, name: str, title: str) -> Task:
+def task_of_pairs(found: ImagePairs, asked: ProtocolSpec, settings: Settings, name: str, title: str) -> EvaluationTask:
     """Named pairs with the images of `images=`, of a face list, or with embeddings alone, rows in the order of the names."""
     notes: list[str] = []
     who: Any = found.identities
@@ -175,7 +175,7 @@ def task_of_pairs(found: ImagePairs, asked: Asked, settings: Settings, name: str
         name, title, protocol, images.label, convention, ages=None if ages is None else ages.astype(np.float64),
         bins=settings.bins, worst=settings.worst, **settings.sampling,
     )  # fmt: skip
-    return Task(name, (images,), lambda given: panel.judge(given[images.name]))
+    return EvaluationTask(name, (images,), lambda given: panel.judge(given[images.name]))
 
 
 def files_below(folder: Path) -> list[Path]:
@@ -197,7 +197,7 @@ def files_below(folder: Path) -> list[Path]:
     return files
 
 
-def _fgnet(asked: Asked) -> tuple[FaceList, ImageSet, str]:
+def _fgnet(asked: ProtocolSpec) -> tuple[FaceList, ImageSet, str]:
     """FG-NET's images, aligned by their landmarks where every image has a `.pts` file."""
     from kdlib_faces.data.landmarks import five_points, read_points
 
@@ -210,7 +210,7 @@ def _fgnet(asked: Asked) -> tuple[FaceList, ImageSet, str]:
     return faces, images_of_files("fgnet", faces.paths), "none: images as they are, cut to their central square"
 
 
-def fgnet_task(asked: Asked, settings: Settings, name: str, title: str) -> Task:
+def fgnet_task(asked: ProtocolSpec, settings: Settings, name: str, title: str) -> EvaluationTask:
     """Leave one image out on FG-NET, by the probe's age and by the gap."""
     asked.known("published")
     faces, images, alignment = _fgnet(asked)
@@ -219,10 +219,10 @@ def fgnet_task(asked: Asked, settings: Settings, name: str, title: str) -> Task:
         name, title, faces.identities, images.label, {"Alignment": alignment, **settings.convention},
         ages=faces.ages.astype(np.float64), ranks=settings.ranks, worst=settings.worst, **settings.sampling,
     )  # fmt: skip
-    return Task(name, (images,), lambda given: panel.judge(given[images.name]))
+    return EvaluationTask(name, (images,), lambda given: panel.judge(given[images.name]))
 
 
-def distractors_task(asked: Asked, settings: Settings, name: str, title: str) -> Task:
+def distractors_task(asked: ProtocolSpec, settings: Settings, name: str, title: str) -> EvaluationTask:
     """FG-NET's probes among distractors: a folder of images, or the file `distractors.npy` of a folder of embeddings."""
     asked.known("distractors", "published", "far")
     faces, images, alignment = _fgnet(asked)
@@ -242,13 +242,13 @@ def distractors_task(asked: Asked, settings: Settings, name: str, title: str) ->
         labels=images.label, stranger_labels=strangers.label, worst=settings.worst, **settings.sampling,
     )  # fmt: skip
 
-    def judge(given: Mapping[str, Arrays]) -> Judgement:
+    def judge(given: Mapping[str, Arrays]) -> ProtocolResult:
         return panel.judge(given[images.name], given[strangers.name])
 
-    return Task(name, (images, strangers), judge)
+    return EvaluationTask(name, (images, strangers), judge)
 
 
-def ijb_task(asked: Asked, settings: Settings, name: str, title: str) -> list[Task]:
+def ijb_task(asked: ProtocolSpec, settings: Settings, name: str, title: str) -> list[EvaluationTask]:
     """IJB-B or IJB-C: 1:1 where its pairs are there, 1:N where its galleries and probes are."""
     asked.known("images", "published", "norm", "scores", "rule")
     which: Any = "IJB-B" if asked.name == "ijbb" else "IJB-C"
@@ -281,15 +281,15 @@ def ijb_task(asked: Asked, settings: Settings, name: str, title: str) -> list[Ta
     )  # fmt: skip
     tasks = []
     if panel.pairs is not None:
-        tasks.append(Task(name, (images,), lambda given: panel.verify(given[images.name])))
+        tasks.append(EvaluationTask(name, (images,), lambda given: panel.verify(given[images.name])))
     if panel.galleries is not None and panel.probes is not None:
-        tasks.append(Task(f"{name}_1n", (images,), lambda given: panel.identify(given[images.name])))
+        tasks.append(EvaluationTask(f"{name}_1n", (images,), lambda given: panel.identify(given[images.name])))
     if not tasks:
         raise InputError(f"--protocol {asked.text}: neither pairs nor galleries and probes of {which} are there")
     return tasks
 
 
-def longitudinal_task(asked: Asked, settings: Settings, name: str, title: str) -> Task:
+def longitudinal_task(asked: ProtocolSpec, settings: Settings, name: str, title: str) -> EvaluationTask:
     """People over years: a list with ages or dates, or `--faces` with ages."""
     asked.known("reference")
     notes: tuple[str, ...] = ()
@@ -315,4 +315,4 @@ def longitudinal_task(asked: Asked, settings: Settings, name: str, title: str) -
         labels=lambda row: images.label(int(rows[row])), worst=settings.worst,
     )  # fmt: skip
 
-    return Task(name, (images,), on_rows(images, rows, panel.judge))
+    return EvaluationTask(name, (images,), on_rows(images, rows, panel.judge))

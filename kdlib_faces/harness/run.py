@@ -23,8 +23,7 @@ from kdlib_faces._checks import InputError
 from kdlib_faces._output import check_output, staged, swept
 from kdlib_faces.data.lists import FaceList, read_faces
 from kdlib_faces.evaluation._checks import check_level
-from kdlib_faces.progress import progress as show
-from kdlib_faces.progress import say
+from kdlib_faces.harness.artifacts import failure_pictures, write_scores
 from kdlib_faces.harness.embeddings import (
     embed,
     embed_faces,
@@ -33,12 +32,13 @@ from kdlib_faces.harness.embeddings import (
     open_model,
     read_embeddings,
 )
-from kdlib_faces.harness.artifacts import worst_pictures, write_scores
 from kdlib_faces.harness.image_sets import ImageSet, images_of_files
 from kdlib_faces.harness.lists import tasks_of_faces
-from kdlib_faces.harness.registry import PROTOCOLS
 from kdlib_faces.harness.published import pairs_task
-from kdlib_faces.harness.tasks import Asked, Settings, Task, parse_protocol
+from kdlib_faces.harness.registry import PROTOCOLS
+from kdlib_faces.harness.tasks import EvaluationTask, ProtocolSpec, Settings, parse_protocol
+from kdlib_faces.progress import progress as show
+from kdlib_faces.progress import say
 
 __all__ = ["EvaluateConfig", "embed", "embed_faces", "load_model", "read_embeddings", "run"]
 
@@ -50,7 +50,7 @@ class EvaluateConfig:
     Attributes:
         batch_size: images in one forward.
         input_size: side of the images, pixels; None takes the model's own.
-        flip: add the embedding of the mirrored image before normalising.
+        flip: add the embedding of the mirrored image before normalizing.
         bins: lower edges of the bins of age gaps, years; the last is open.
         fars: false accept rates that TAR is told at.
         ranks: ranks of identification.
@@ -76,23 +76,23 @@ class EvaluateConfig:
     score_rows: int = 1_000_000
 
     def __post_init__(self) -> None:
-        check_number("EvaluateConfig", "batch_size", self.batch_size, least=1, integer=True)
-        check_number("EvaluateConfig", "worst", self.worst, least=0, most=24, integer=True)
-        check_number("EvaluateConfig", "score_rows", self.score_rows, least=1, integer=True)
-        check_number("EvaluateConfig", "replicates", self.replicates, least=0, integer=True)
-        check_number("EvaluateConfig", "seed", self.seed, least=0, integer=True)
+        check_number("EvaluateConfig", "batch_size", self.batch_size, min=1, integer=True)
+        check_number("EvaluateConfig", "worst", self.worst, min=0, max=24, integer=True)
+        check_number("EvaluateConfig", "score_rows", self.score_rows, min=1, integer=True)
+        check_number("EvaluateConfig", "replicates", self.replicates, min=0, integer=True)
+        check_number("EvaluateConfig", "seed", self.seed, min=0, integer=True)
         check_level("EvaluateConfig", self.level)
         for name, least in (("bins", 0), ("ranks", 1)):
             if not getattr(self, name):
                 raise InputError(f"EvaluateConfig: {name} must not be empty, got ()")
             for each in getattr(self, name):
-                check_number("EvaluateConfig", name, each, least=least, integer=name == "ranks")
+                check_number("EvaluateConfig", name, each, min=least, integer=name == "ranks")
         if list(self.bins) != sorted(set(self.bins)):
             raise InputError(f"EvaluateConfig: bins must rise from the first, got {self.bins}")
         for far in self.fars:
-            check_number("EvaluateConfig", "fars", far, above=0, most=1)
+            check_number("EvaluateConfig", "fars", far, above=0, max=1)
         if self.input_size is not None:
-            check_number("EvaluateConfig", "input_size", self.input_size, least=8, integer=True)
+            check_number("EvaluateConfig", "input_size", self.input_size, min=8, integer=True)
 
 
 @dataclass(frozen=True, eq=False)
@@ -155,7 +155,7 @@ def run(
 
 
 def _settings(config: EvaluateConfig, listed: FaceList | None, progress: bool) -> Settings:
-    flip = "embedding of the mirrored image added before normalising" if config.flip else "plain image only"
+    flip = "embedding of the mirrored image added before normalizing" if config.flip else "plain image only"
     return Settings(
         faces=listed,
         face_images=None if listed is None else images_of_files("faces", listed.paths),
@@ -174,15 +174,15 @@ def _settings(config: EvaluateConfig, listed: FaceList | None, progress: bool) -
 
 def _tasks(
     settings: Settings, protocols: Sequence[str], pairs: str | os.PathLike[str] | None
-) -> tuple[list[Task], list[str]]:
+) -> tuple[list[EvaluationTask], list[str]]:
     """Every protocol asked for, under a name of its own."""
-    tasks: list[Task] = []
+    tasks: list[EvaluationTask] = []
     notes: list[str] = []
     if settings.faces is not None and not protocols:
         tasks, notes = tasks_of_faces(settings)
     asked = [parse_protocol(text, PROTOCOLS) for text in protocols]
     if pairs is not None:
-        given = Asked("pairs", Path(pairs), {}, f"pairs={os.fspath(pairs)}")
+        given = ProtocolSpec("pairs", Path(pairs), {}, f"pairs={os.fspath(pairs)}")
         tasks.append(pairs_task(given, settings, "verification", "Given pairs"))
     taken: dict[str, int] = {}
     for each in asked:
@@ -197,7 +197,7 @@ def _sources(
     config: EvaluateConfig,
     models: Sequence[str | os.PathLike[str]],
     embeddings: Sequence[str | os.PathLike[str]],
-    tasks: Sequence[Task],
+    tasks: Sequence[EvaluationTask],
     work: Path,
     progress: bool,
 ) -> list[_Source]:
@@ -243,7 +243,7 @@ def _judge_and_write(
     config: EvaluateConfig,
     output: Path,
     settings: Settings,
-    tasks: Sequence[Task],
+    tasks: Sequence[EvaluationTask],
     sources: Sequence[_Source],
     notes: list[str],
     scores: bool,
@@ -263,7 +263,7 @@ def _judge_and_write(
             found = task.judge(given)
             for name, result in found.results.items():
                 told[name]["protocols"][task.name] = result
-            shown = worst_pictures(found, task, names)
+            shown = failure_pictures(found, task, names)
             found.entry["pictures"] = [picture.name for picture in shown]
             if scores and found.scores is not None:
                 found.entry["scores"] = write_scores(stage, found, task, names, config.score_rows, progress=progress)
@@ -295,7 +295,7 @@ def _entry_notes(evaluations: Sequence[Mapping[str, Any]]) -> list[str]:
     return [f"{entry['title']}: {note}" for entry in evaluations for note in entry.get("notes") or ()]
 
 
-def _data(settings: Settings, tasks: Sequence[Task], notes: list[str]) -> dict[str, Any]:
+def _data(settings: Settings, tasks: Sequence[EvaluationTask], notes: list[str]) -> dict[str, Any]:
     data: dict[str, Any] = {"notes": notes}
     names = dict.fromkeys(images.name for task in tasks for images in task.images)
     if settings.faces is not None:

@@ -17,16 +17,16 @@ from kdlib._checks import nearest
 from kdlib_faces._checks import InputError
 from kdlib_faces.data.lists import FaceList, read_faces
 from kdlib_faces.harness.image_sets import ImageSet, images_of_files
-from kdlib_faces.harness.panels import Arrays, Judgement
+from kdlib_faces.harness.panels import Arrays, ProtocolResult
 
-__all__ = ["Asked", "Settings", "Task", "faces_of", "on_rows", "parse_protocol"]
+__all__ = ["ProtocolSpec", "Settings", "EvaluationTask", "faces_of", "on_rows", "parse_protocol"]
 
-Judge = Callable[[Mapping[str, Arrays]], Judgement]
+Judge = Callable[[Mapping[str, Arrays]], ProtocolResult]
 KEYS = ("images", "faces", "distractors", "norm", "scores", "rule", "kind", "published", "far", "reference")
 
 
 @dataclass(frozen=True)
-class Asked:
+class ProtocolSpec:
     """One `--protocol`: its name, the path behind the `=`, and further ones by key."""
 
     name: str
@@ -124,7 +124,7 @@ class Settings:
 
 
 @dataclass(frozen=True, eq=False)
-class Task:
+class EvaluationTask:
     """A protocol with its images.
 
     Attributes:
@@ -138,7 +138,7 @@ class Task:
     judge: Judge
 
 
-def parse_protocol(text: str, names: Mapping[str, Any]) -> Asked:
+def parse_protocol(text: str, names: Mapping[str, Any]) -> ProtocolSpec:
     """`NAME`, `NAME=PATH` or `NAME=PATH,key=PATH`; a comma is part of a path unless a known key follows it.
 
     Raises:
@@ -161,10 +161,10 @@ def parse_protocol(text: str, names: Mapping[str, Any]) -> Asked:
         more[key] = value
     if equals and not path:
         raise InputError(f"--protocol {text}: {name}= must be followed by a path")
-    return Asked(name, Path(path) if path else None, more, text)
+    return ProtocolSpec(name, Path(path) if path else None, more, text)
 
 
-def faces_of(asked: Asked, settings: Settings, *, path_is_list: bool) -> tuple[FaceList, ImageSet]:
+def faces_of(asked: ProtocolSpec, settings: Settings, *, path_is_list: bool) -> tuple[FaceList, ImageSet]:
     """The face list of a task: its own (`faces=`, `images=`, or the path), else that of `--faces`."""
     given = asked.more.get("faces") or asked.more.get("images") or (asked.path if path_is_list else None)
     if given is not None:
@@ -175,10 +175,10 @@ def faces_of(asked: Asked, settings: Settings, *, path_is_list: bool) -> tuple[F
     return settings.faces, settings.face_images
 
 
-def on_rows(images: ImageSet, rows: NDArray[np.int64], judge: Callable[[Arrays], Judgement]) -> Judge:
+def on_rows(images: ImageSet, rows: NDArray[np.int64], judge: Callable[[Arrays], ProtocolResult]) -> Judge:
     """A judge of some rows of a set: it gets their embeddings, and its worst pairs are told by the rows of the whole set."""
 
-    def judged(given: Mapping[str, Arrays]) -> Judgement:
+    def judged(given: Mapping[str, Arrays]) -> ProtocolResult:
         arrays = given[images.name]
         found = judge({name: array if len(rows) == len(array) else array[rows] for name, array in arrays.items()})
         for pairs in found.worst.values():

@@ -1,6 +1,6 @@
 """Heads room: margin heads, embeddings and identities to a classification loss. Imports the core's checks and maths.
 
-A head holds the class centres and is part of training only; it is not exported. Each is a function and a Module, and
+A head holds the class centers and is part of training only; it is not exported. Each is a function and a Module, and
 stands in a `Term` as its loss: `Term(ArcFaceHead(512, n), student="embedding", target="identity")`.
 """
 

@@ -17,37 +17,37 @@ Reduction = Literal["mean", "none"]
 
 def check_head(owner: str, embedding_dim: int, num_identities: int, scale: float, reduction: str) -> None:
     """Constructor arguments that every head has."""
-    check_number(owner, "embedding_dim", embedding_dim, least=1, integer=True)
-    check_number(owner, "num_identities", num_identities, least=1, integer=True)
+    check_number(owner, "embedding_dim", embedding_dim, min=1, integer=True)
+    check_number(owner, "num_identities", num_identities, min=1, integer=True)
     check_number(owner, "scale", scale, above=0)
     check_choice(owner, "reduction", reduction, REDUCTIONS)
 
 
-def check_call(owner: str, embeddings: Tensor, centres: Tensor, identities: Tensor) -> None:
-    """Embeddings `(b, d)`, one centre `(d,)` an identity, identities `(b,)` in range."""
-    check_floating(owner, embeddings=embeddings, centres=centres)
+def check_call(owner: str, embeddings: Tensor, centers: Tensor, identities: Tensor) -> None:
+    """Embeddings `(b, d)`, one center `(d,)` an identity, identities `(b,)` in range."""
+    check_floating(owner, embeddings=embeddings, centers=centers)
     check_rank(owner, "embeddings", embeddings, "b d")
-    check_rank(owner, "centres", centres, "n d")
-    if embeddings.shape[1] != centres.shape[1]:
-        wanted = f"(b, {centres.shape[1]}) like centres {show_shape(centres)}"
+    check_rank(owner, "centers", centers, "n d")
+    if embeddings.shape[1] != centers.shape[1]:
+        wanted = f"(b, {centers.shape[1]}) like centers {show_shape(centers)}"
         raise ValueError(f"{owner}: embeddings must be {wanted}, got {show_shape(embeddings)}")
-    check_identities(owner, identities, embeddings.shape[0], centres.shape[0])
+    check_identities(owner, identities, embeddings.shape[0], centers.shape[0])
 
 
-def unit_pair(embeddings: Tensor, centres: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+def unit_pair(embeddings: Tensor, centers: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """Both with rows of length one, in float32, or in float64 if either is.
 
     A row too short for its gradient, at most 2 * scale / length, to be a number in the dtype it came in gets none; a
     zero row stays zero.
     """
-    dtype = torch.promote_types(torch.promote_types(embeddings.dtype, centres.dtype), torch.float32)
+    dtype = torch.promote_types(torch.promote_types(embeddings.dtype, centers.dtype), torch.float32)
 
     def unit(x: Tensor) -> Tensor:
         rows, largest = unit_rows(x.to(dtype))
         shortest = max(1e-12, 4 * scale / torch.finfo(x.dtype).max)
         return torch.where((largest < shortest).unsqueeze(1), rows.detach(), rows)
 
-    return unit(embeddings), unit(centres)
+    return unit(embeddings), unit(centers)
 
 
 def softmax_loss(

@@ -1,6 +1,6 @@
-"""Heads room: ArcFace, an additive angular margin. Touches embeddings, class centres and identities only.
+"""Heads room: ArcFace, an additive angular margin. Touches embeddings, class centers and identities only.
 
-Deng et al., ArcFace, 2019: turn each embedding away from its class centre by an angle before the softmax.
+Deng et al., ArcFace, 2019: turn each embedding away from its class center by an angle before the softmax.
 """
 
 import math
@@ -18,7 +18,7 @@ __all__ = ["ArcFaceHead", "arcface_loss"]
 
 def arcface_loss(
     embeddings: Tensor,
-    centres: Tensor,
+    centers: Tensor,
     identities: Tensor,
     *,
     scale: float = 64.0,
@@ -28,7 +28,7 @@ def arcface_loss(
 ) -> Tensor:
     r"""Softmax cross-entropy over cosines, the own identity's angle enlarged by a margin.
 
-    With :math:`\theta_j` the angle between an embedding and the centre of identity j, y its own identity, s the scale
+    With :math:`\theta_j` the angle between an embedding and the center of identity j, y its own identity, s the scale
     and m the margin, the loss of one sample is
 
     .. math:: -\log \frac{e^{s\,\psi(\theta_y)}}{e^{s\,\psi(\theta_y)} + \sum_{j \ne y} e^{s \cos\theta_j}}, \qquad
@@ -37,13 +37,13 @@ def arcface_loss(
 
     Beyond :math:`\pi - m` the first form would rise again and reward a worse embedding; the second one falls on, and
     meets the first without a jump. :math:`\cos(\theta + m)` is taken as :math:`\cos\theta \cos m - \sin\theta \sin m`
-    with the sine as the length of the embedding's part across the centre. So no arc cosine and no root of
+    with the sine as the length of the embedding's part across the center. So no arc cosine and no root of
     :math:`1 - \cos^2` is differentiated: the gradient is the exact one and is finite at every angle.
 
     Args:
-        embeddings: `(b, d)`, of any length. One of zeros counts as at a right angle to every centre, and gets no
+        embeddings: `(b, d)`, of any length. One of zeros counts as at a right angle to every center, and gets no
             gradient.
-        centres: `(n, d)`, one row an identity, of any length.
+        centers: `(n, d)`, one row an identity, of any length.
         identities: `(b,)`, whole numbers from 0 to n - 1.
         scale: s, factor on the cosines.
         margin: m, in radians, from 0 to pi.
@@ -60,10 +60,10 @@ def arcface_loss(
 
     Examples:
         >>> import torch
-        >>> centres = torch.eye(2)
+        >>> centers = torch.eye(2)
         >>> identities = torch.tensor([0, 1])
-        >>> plain = arcface_loss(centres, centres, identities, scale=4.0, margin=0.0)
-        >>> hard = arcface_loss(centres, centres, identities, scale=4.0, margin=0.5)
+        >>> plain = arcface_loss(centers, centers, identities, scale=4.0, margin=0.0)
+        >>> hard = arcface_loss(centers, centers, identities, scale=4.0, margin=0.5)
         >>> round(plain.item(), 4), round(hard.item(), 4)
         (0.0181, 0.0294)
 
@@ -73,10 +73,10 @@ def arcface_loss(
         :math:`\pi - m` and passes the gradient straight through the margin, so with factor s whatever the angle; heads
         that differentiate an arc cosine have an infinite gradient at 0 and pi.
     """
-    check_call("arcface_loss", embeddings, centres, identities)
+    check_call("arcface_loss", embeddings, centers, identities)
     identities = identities.long()
     with full_precision(embeddings):
-        e_bd, c_nd = unit_pair(embeddings, centres, scale)
+        e_bd, c_nd = unit_pair(embeddings, centers, scale)
         own_bd = c_nd[identities]
         cosine = (e_bd * own_bd).sum(1)
         across_bd = e_bd - cosine.unsqueeze(1) * own_bd
@@ -89,7 +89,7 @@ def arcface_loss(
 
 
 class ArcFaceHead(nn.Module):
-    """`arcface_loss` with learned class centres; the formula and the arguments are there.
+    """`arcface_loss` with learned class centers; the formula and the arguments are there.
 
     Args:
         embedding_dim: dimensions d of the embeddings.
@@ -97,10 +97,10 @@ class ArcFaceHead(nn.Module):
         scale: factor on the cosines.
         margin: in radians, from 0 to pi. The attribute is a plain float and may be set by a schedule.
         reduction: `"mean"` or `"none"`; `forward` may override it.
-        generator: draws the first centres; None uses torch's global generator.
+        generator: draws the first centers; None uses torch's global generator.
 
     Attributes:
-        weight: centres `(n, d)`, at first normal with an expected squared length of one.
+        weight: centers `(n, d)`, at first normal with an expected squared length of one.
 
     Raises:
         ValueError: an argument outside its range.
@@ -129,7 +129,7 @@ class ArcFaceHead(nn.Module):
     ) -> None:
         super().__init__()
         check_head("ArcFaceHead", embedding_dim, num_identities, scale, reduction)
-        check_number("ArcFaceHead", "margin", margin, least=0, most=math.pi)
+        check_number("ArcFaceHead", "margin", margin, min=0, max=math.pi)
         self.embedding_dim = embedding_dim
         self.num_identities = num_identities
         self.scale = float(scale)

@@ -1,6 +1,6 @@
-"""Heads room: CosFace, an additive cosine margin. Touches embeddings, class centres and identities only.
+"""Heads room: CosFace, an additive cosine margin. Touches embeddings, class centers and identities only.
 
-Wang et al., CosFace, 2018: lower the cosine to the own class centre by a constant before the softmax.
+Wang et al., CosFace, 2018: lower the cosine to the own class center by a constant before the softmax.
 """
 
 from typing import ClassVar
@@ -17,7 +17,7 @@ __all__ = ["CosFaceHead", "cosface_loss"]
 
 def cosface_loss(
     embeddings: Tensor,
-    centres: Tensor,
+    centers: Tensor,
     identities: Tensor,
     *,
     scale: float = 64.0,
@@ -27,15 +27,15 @@ def cosface_loss(
 ) -> Tensor:
     r"""Softmax cross-entropy over cosines, the own identity's cosine lowered by a margin.
 
-    With :math:`\theta_j` the angle between an embedding and the centre of identity j, y its own identity, s the scale
+    With :math:`\theta_j` the angle between an embedding and the center of identity j, y its own identity, s the scale
     and m the margin, the loss of one sample is
 
     .. math:: -\log \frac{e^{s(\cos\theta_y - m)}}{e^{s(\cos\theta_y - m)} + \sum_{j \ne y} e^{s \cos\theta_j}}
 
     Args:
-        embeddings: `(b, d)`, of any length. One of zeros counts as at a right angle to every centre, and gets no
+        embeddings: `(b, d)`, of any length. One of zeros counts as at a right angle to every center, and gets no
             gradient.
-        centres: `(n, d)`, one row an identity, of any length.
+        centers: `(n, d)`, one row an identity, of any length.
         identities: `(b,)`, whole numbers from 0 to n - 1.
         scale: s, factor on the cosines.
         margin: m, subtracted from the own cosine, at least 0.
@@ -52,8 +52,8 @@ def cosface_loss(
 
     Examples:
         >>> import torch
-        >>> centres = torch.eye(2)
-        >>> loss = cosface_loss(centres, centres, torch.tensor([0, 1]), scale=4.0, margin=0.25)
+        >>> centers = torch.eye(2)
+        >>> loss = cosface_loss(centers, centers, torch.tensor([0, 1]), scale=4.0, margin=0.25)
         >>> round(loss.item(), 4)  # log(1 + exp(-4 * (1 - 0.25)))
         0.0486
 
@@ -61,17 +61,17 @@ def cosface_loss(
         Wang, Wang, Zhou, Ji, Gong, Zhou, Li, Liu, "CosFace: Large Margin Cosine Loss for Deep Face Recognition", 2018,
         arXiv:1801.09414. insightface trains with a margin of 0.4.
     """
-    check_call("cosface_loss", embeddings, centres, identities)
+    check_call("cosface_loss", embeddings, centers, identities)
     identities = identities.long()
     with full_precision(embeddings):
-        e_bd, c_nd = unit_pair(embeddings, centres, scale)
+        e_bd, c_nd = unit_pair(embeddings, centers, scale)
         cosines = e_bd @ c_nd.T
         moved = cosines.gather(1, identities.unsqueeze(1)).squeeze(1) - margin
         return softmax_loss("cosface_loss", cosines, moved, identities, scale, reduction, weight)
 
 
 class CosFaceHead(nn.Module):
-    """`cosface_loss` with learned class centres; the formula and the arguments are there.
+    """`cosface_loss` with learned class centers; the formula and the arguments are there.
 
     Args:
         embedding_dim: dimensions d of the embeddings.
@@ -79,10 +79,10 @@ class CosFaceHead(nn.Module):
         scale: factor on the cosines.
         margin: subtracted from the own cosine, at least 0. The attribute is a plain float and may be set by a schedule.
         reduction: `"mean"` or `"none"`; `forward` may override it.
-        generator: draws the first centres; None uses torch's global generator.
+        generator: draws the first centers; None uses torch's global generator.
 
     Attributes:
-        weight: centres `(n, d)`, at first normal with an expected squared length of one.
+        weight: centers `(n, d)`, at first normal with an expected squared length of one.
 
     Raises:
         ValueError: an argument outside its range.
@@ -111,7 +111,7 @@ class CosFaceHead(nn.Module):
     ) -> None:
         super().__init__()
         check_head("CosFaceHead", embedding_dim, num_identities, scale, reduction)
-        check_number("CosFaceHead", "margin", margin, least=0)
+        check_number("CosFaceHead", "margin", margin, min=0)
         self.embedding_dim = embedding_dim
         self.num_identities = num_identities
         self.scale = float(scale)

@@ -1,6 +1,6 @@
-"""Heads room: the class centres of a PartialFC head, one file a process, merged into one head. Reads hostile files.
+"""Heads room: the class centers of a PartialFC head, one file a process, merged into one head. Reads hostile files.
 
-insightface's PartialFC keeps the centres of n identities on k processes: each has n // k of them, the first n % k one
+insightface's PartialFC keeps the centers of n identities on k processes: each has n // k of them, the first n % k one
 more, in the order of identities. A checkpoint holds one shard a process.
 
 References:
@@ -35,13 +35,13 @@ T = TypeVar("T", bound=_Head)
 
 
 def merge_partial_fc(shards: Sequence[Tensor]) -> Tensor:
-    """Shards of class centres, in the order of ranks, as one tensor.
+    """Shards of class centers, in the order of ranks, as one tensor.
 
     Args:
         shards: one a process, each `(n_r, d)`; the first are at most one row longer than the last.
 
     Returns:
-        `(n, d)` float32, row i the centre of identity i.
+        `(n, d)` float32, row i the center of identity i.
 
     Raises:
         ValueError: no shard, shards that are not two-dimensional, finite floating point or of one d, or lengths that
@@ -83,7 +83,7 @@ def load_partial_fc(
     paths: Sequence[str | os.PathLike[str]],
     head: Callable[[int, int], T] = ArcFaceHead,  # type: ignore[assignment]  # a constructor is a callable
 ) -> T:
-    """The class centres that k processes of a PartialFC saved, as one head.
+    """The class centers that k processes of a PartialFC saved, as one head.
 
     Read are insightface's `checkpoint_gpu_{rank}.pt` (of which only `state_dict_softmax_fc` is used), state dicts with a
     `weight`, and bare tensors; PyTorch files and safetensors.
@@ -94,10 +94,10 @@ def load_partial_fc(
             `functools.partial(CosFaceHead, scale=64.0, margin=0.4)`.
 
     Returns:
-        The head, its `weight` `(n, d)` the merged centres.
+        The head, its `weight` `(n, d)` the merged centers.
 
     Raises:
-        InputError: a file that is missing, damaged, or holds no centres or more than tensors and plain values; shards
+        InputError: a file that is missing, damaged, or holds no centers or more than tensors and plain values; shards
             that do not belong together; numbers in the file names that say another order.
 
     Examples:
@@ -117,7 +117,7 @@ def load_partial_fc(
     if len(ranks) == len(numbers) and sorted(ranks) == list(range(len(ranks))) and ranks != sorted(ranks):
         raise InputError(f"load_partial_fc: paths must be in the order of ranks, the file names say {ranks}")
     try:
-        merged = merge_partial_fc([_centres(path) for path in paths])
+        merged = merge_partial_fc([_centers(path) for path in paths])
     except InputError:
         raise
     except ValueError as error:
@@ -131,7 +131,7 @@ def load_partial_fc(
     return made
 
 
-def _centres(path: str | os.PathLike[str]) -> Tensor:
+def _centers(path: str | os.PathLike[str]) -> Tensor:
     owner = f"load_partial_fc: {os.fspath(path)}"
     weights = read_weights(owner, Path(path))
     content: Any = weights.content
@@ -139,7 +139,7 @@ def _centres(path: str | os.PathLike[str]) -> Tensor:
         content = next((content[key] for key in WRAPPERS if isinstance(content.get(key), Mapping)), content)
         content = next((content[key] for key in KEYS if isinstance(content.get(key), Tensor)), None)
     if not isinstance(content, Tensor):
-        raise InputError(f"{owner} must hold the class centres of a PartialFC head, a tensor 'weight'")
+        raise InputError(f"{owner} must hold the class centers of a PartialFC head, a tensor 'weight'")
     if content.layout != torch.strided or content.device.type != "cpu" or content.nbytes > weights.size:
         raise InputError(f"{owner} claims more values than its {weights.size} bytes can hold")
     return content

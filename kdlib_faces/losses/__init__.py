@@ -4,18 +4,18 @@ Each takes the student's and a teacher's embeddings and, as `target`, the identi
 and its Module together.
 """
 
-from kdlib_faces.losses.adaptive_centers import AdaptiveCentresLoss, adapted_centres
+from kdlib_faces.losses.adaptive_centers import AdaptiveCentersLoss, adapted_centers
 from kdlib_faces.losses.evaluation_oriented import EvaluationOrientedLoss, evaluation_oriented, negative_thresholds
-from kdlib_faces.losses.margin_distill import MarginDistillLoss, centres_from, margin_distill
+from kdlib_faces.losses.margin_distill import MarginDistillLoss, centers_from, margin_distill
 from kdlib_faces.losses.triplet_distill import TripletDistillLoss, triplet_distill
 
 __all__ = [
-    "AdaptiveCentresLoss",
+    "AdaptiveCentersLoss",
     "EvaluationOrientedLoss",
     "MarginDistillLoss",
     "TripletDistillLoss",
-    "adapted_centres",
-    "centres_from",
+    "adapted_centers",
+    "centers_from",
     "evaluation_oriented",
     "margin_distill",
     "negative_thresholds",

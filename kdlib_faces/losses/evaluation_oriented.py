@@ -59,7 +59,7 @@ def evaluation_oriented(
     identity at least in part. Thresholds get no gradient. Embeddings of zeros have a cosine of 0 to all, and get none.
 
     A sample of weight 0 is in no pair, as if it were absent; otherwise a pair counts :math:`w_i w_j` in its mean,
-    normalised by their sum. Memory is `(b (b - 1) / 2, k)`.
+    normalized by their sum. Memory is `(b (b - 1) / 2, k)`.
 
     Args:
         student: embeddings `(b, d)`, of any length.
@@ -231,7 +231,7 @@ class EvaluationOrientedLoss(nn.Module):
         super().__init__()
         check_rates("EvaluationOrientedLoss", rates)
         _check_arguments("EvaluationOrientedLoss", temperature, hardest, positive_weight, negative_weight)
-        check_number("EvaluationOrientedLoss", "momentum", momentum, above=0, most=1)
+        check_number("EvaluationOrientedLoss", "momentum", momentum, above=0, max=1)
         self.rates = tuple(float(rate) for rate in rates)
         self.temperature, self.hardest, self.momentum = float(temperature), hardest, float(momentum)
         self.gather = gather
@@ -331,6 +331,6 @@ def _check_call(owner: str, student: Tensor, teacher: Tensor, target: Tensor, we
 
 def _check_arguments(owner: str, temperature: float, hardest: int, positive: float, negative: float) -> None:
     check_number(owner, "temperature", temperature, above=0)
-    check_number(owner, "hardest", hardest, least=0, integer=True)
-    check_number(owner, "positive_weight", positive, least=0)
-    check_number(owner, "negative_weight", negative, least=0)
+    check_number(owner, "hardest", hardest, min=0, integer=True)
+    check_number(owner, "positive_weight", positive, min=0)
+    check_number(owner, "negative_weight", negative, min=0)

@@ -238,5 +238,5 @@ def _check_arguments(owner: str, least: float, most: float, distance: str, minin
     largest = math.pi if distance == "angle" else 4
     check_choice(owner, "distance", distance, DISTANCES)
     check_choice(owner, "mining", mining, MININGS)
-    check_number(owner, "least_margin", least, least=0, most=largest)
-    check_number(owner, "most_margin", most, least=least, most=largest)
+    check_number(owner, "least_margin", least, min=0, max=largest)
+    check_number(owner, "most_margin", most, min=least, max=largest)

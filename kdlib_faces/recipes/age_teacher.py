@@ -20,19 +20,27 @@ from kdlib._checks import check_choice, check_number
 from kdlib.distiller import Distiller
 from kdlib.objective import Objective, Term
 from kdlib_faces._checks import InputError
+from kdlib_faces.data.samplers import PairTargets, samples_per_identity
 from kdlib_faces.heads import CosFaceHead
 from kdlib_faces.progress import TrainProgress
-from kdlib_faces.data.samplers import PairTargets, per_identity
 from kdlib_faces.teachers import (
     AgeEstimationLoss,
     AgeFactorLoss,
     AgeInvariantNet,
     AttentiveAgeNet,
-    FarPairLoss,
-    PullToStart,
+    CrossAgePairLoss,
+    L2SPLoss,
 )
 
-__all__ = ["AgeTeacherConfig", "PairTargets", "SteadyNet", "build_age_teacher", "per_identity", "trained_parts", "tune"]
+__all__ = [
+    "AgeTeacherConfig",
+    "PairTargets",
+    "FrozenBatchNorm",
+    "build_age_teacher",
+    "samples_per_identity",
+    "trained_parts",
+    "tune",
+]
 
 METHODS = ("dal", "mtlface", "pairs")
 PARTS = ("all", "tail", "embedding")
@@ -97,7 +105,7 @@ class AgeTeacherConfig:
             "adversary_weight",
         ):
             if getattr(self, name) is not None:
-                check_number(owner, name, getattr(self, name), least=0)
+                check_number(owner, name, getattr(self, name), min=0)
         for name in ("margin_scale", "pair_scale", "age_scale"):
             check_number(owner, name, getattr(self, name), above=0)
 
@@ -122,7 +130,7 @@ class AgeTeacherConfig:
         return chosen
 
 
-class SteadyNet(nn.Module):
+class FrozenBatchNorm(nn.Module):
     """A network whose BatchNorms stay in eval mode while the rest trains; it gets the images as its `input_spec` wants them.
 
     Args:
@@ -134,7 +142,7 @@ class SteadyNet(nn.Module):
         super().__init__()
         self.net, self.steady = net, steady
 
-    def train(self, mode: bool = True) -> "SteadyNet":
+    def train(self, mode: bool = True) -> "FrozenBatchNorm":
         """Train mode for all but the BatchNorms."""
         super().train(mode)
         if self.steady:
@@ -226,7 +234,7 @@ def build_age_teacher(
             head = CosFaceHead(net.embedding_dim, num_identities, config.margin_scale, config.margin)
             terms["identity"] = Term(head, student="embedding", target="identity", weight=told["identity_weight"])
         if told["pair_weight"]:
-            pairs = FarPairLoss(gap=config.gap, scale=config.pair_scale, groups=groups is not None)
+            pairs = CrossAgePairLoss(gap=config.gap, scale=config.pair_scale, groups=groups is not None)
             terms["pairs"] = Term(pairs, student="embedding", target="person_age", weight=told["pair_weight"])
         if isinstance(net, AgeInvariantNet):
             taps["parts"] = "net.parts"
@@ -242,8 +250,8 @@ def build_age_teacher(
             weight = config.adversary_weight
             terms["adversary"] = Term(adversary, student="identity_map", target=by_age, weight=weight)
         if told["pull"]:
-            terms["pull"] = Term(PullToStart(moved), student="embedding", target="identity", weight=told["pull"])
-    return Distiller(StudentAdapter(SteadyNet(net, steady=told["steady"]), taps), {}, Objective(terms))
+            terms["pull"] = Term(L2SPLoss(moved), student="embedding", target="identity", weight=told["pull"])
+    return Distiller(StudentAdapter(FrozenBatchNorm(net, steady=told["steady"]), taps), {}, Objective(terms))
 
 
 def tune(

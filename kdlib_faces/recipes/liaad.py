@@ -24,7 +24,7 @@ from kdlib import (
     OUTPUT,
     AngularDistillLoss,
     AttentionTransferLoss,
-    CentreConfidenceWeighting,
+    CenterConfidenceWeighting,
     StudentAdapter,
     UniformWeighting,
 )
@@ -75,8 +75,8 @@ class LIAADConfig:
         map_form: form of `ang` at the middle stage.
         attention_weight: w_att.
         stage: which of the four stages is the middle one, from 0.
-        weighting: `"uniform"`, or `"centre"`: by each teacher's cosine to its own centre of the sample's identity.
-        temperature: of the `"centre"` weighting.
+        weighting: `"uniform"`, or `"center"`: by each teacher's cosine to its own center of the sample's identity.
+        temperature: of the `"center"` weighting.
         seed: of the initial weights.
 
     Raises:
@@ -101,22 +101,22 @@ class LIAADConfig:
     map_form: Literal["squared", "cosine", "chord", "angle"] = "cosine"
     attention_weight: float = 2.0
     stage: int = 2
-    weighting: str = "centre"
+    weighting: str = "center"
     temperature: float = 0.05
     seed: int = 0
 
     def __post_init__(self) -> None:
         owner = "LIAADConfig"
         for name in ("num_identities", "embedding_dim", "input_size"):
-            check_number(owner, name, getattr(self, name), least=1, integer=True)
+            check_number(owner, name, getattr(self, name), min=1, integer=True)
         for name in ("identity_weight", "embedding_weight", "map_weight", "attention_weight", "head_margin"):
-            check_number(owner, name, getattr(self, name), least=0)
+            check_number(owner, name, getattr(self, name), min=0)
         for name in ("width", "head_scale", "temperature"):
             check_number(owner, name, getattr(self, name), above=0)
-        check_number(owner, "stage", self.stage, least=0, most=3, integer=True)
-        check_number(owner, "seed", self.seed, least=0, integer=True)
+        check_number(owner, "stage", self.stage, min=0, max=3, integer=True)
+        check_number(owner, "seed", self.seed, min=0, integer=True)
         check_choice(owner, "head", self.head, ("cosface", "arcface"))
-        check_choice(owner, "weighting", self.weighting, ("uniform", "centre"))
+        check_choice(owner, "weighting", self.weighting, ("uniform", "center"))
         check_choice(owner, "embedding_projection", self.embedding_projection, ("none", "linear"))
         for name in ("embedding_form", "map_form"):
             check_choice(owner, name, getattr(self, name), ("cosine", "squared", "chord", "angle"))
@@ -198,8 +198,8 @@ def build(
         torch.manual_seed(config.seed + 1)
         terms = _terms(config, set(teachers))
     weighting: nn.Module = UniformWeighting()
-    if config.weighting == "centre" and len(teachers) > 1:
-        weighting = CentreConfidenceWeighting(config.num_identities, temperature=config.temperature)
+    if config.weighting == "center" and len(teachers) > 1:
+        weighting = CenterConfidenceWeighting(config.num_identities, temperature=config.temperature)
     lead = "embedding" if "embedding" in terms else None
     objective = Objective(terms, weighting if lead else None, weigh_by=lead)
     return Distiller(StudentAdapter(student, student_taps(student, config.stage)), teachers, objective)

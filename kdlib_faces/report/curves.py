@@ -24,7 +24,7 @@ def _clean(steps: Sequence[float], values: Sequence[float | None]) -> tuple[np.n
 
 
 def _smooth(values: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-    """A centred running mean over about a twentieth of the run, shorter at both ends."""
+    """A centerd running mean over about a twentieth of the run, shorter at both ends."""
     half = len(values) // 40
     if half < 1:
         return values
@@ -37,10 +37,10 @@ def _smooth(values: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
 
 def _draw(axes: Axes, curves: Mapping[str, tuple[Any, Any, str, Any]], theme: Theme) -> None:
     handles, every = [], []
-    for label, (steps, values, colour, dash) in curves.items():
-        axes.plot(steps, values, color=colour, linewidth=0.8, alpha=0.28)
-        axes.plot(steps, _smooth(values), color=colour, linewidth=1.9, linestyle=dash)
-        handles.append(Line2D([], [], color=colour, linewidth=1.9, linestyle=dash, label=label))
+    for label, (steps, values, color, dash) in curves.items():
+        axes.plot(steps, values, color=color, linewidth=0.8, alpha=0.28)
+        axes.plot(steps, _smooth(values), color=color, linewidth=1.9, linestyle=dash)
+        handles.append(Line2D([], [], color=color, linewidth=1.9, linestyle=dash, label=label))
         every.append(values)
     together = np.concatenate(every)
     if together.min() > 0 and together.max() > 20 * together.min():
@@ -63,7 +63,7 @@ def training(view: View, theme: Theme, narrow: bool) -> Figure | None:
         if len(steps):
             look = style.get(name)
             label = plain(view.label(name), 26)
-            totals[label] = (steps, values, look.colour if look else theme.muted, look.dash if look else "-")
+            totals[label] = (steps, values, look.color if look else theme.muted, look.dash if look else "-")
     owner = next(
         (
             n

@@ -63,13 +63,13 @@ def _points(axes: Axes, view: View, theme: Theme, metric: str, names: Sequence[s
         x, y = (at, values) if upright else (values, at)
         up, along = (spread, None) if upright else (None, spread)
         axes.errorbar(
-            x, y, yerr=up, xerr=along, fmt="none", ecolor=look.colour, elinewidth=width, capsize=2.5, alpha=alpha
+            x, y, yerr=up, xerr=along, fmt="none", ecolor=look.color, elinewidth=width, capsize=2.5, alpha=alpha
         )
         if upright:
-            axes.plot(x, y, color=look.colour, linestyle=look.dash, linewidth=1.1, alpha=0.45)
+            axes.plot(x, y, color=look.color, linestyle=look.dash, linewidth=1.1, alpha=0.45)
         axes.plot(
             x, y, linestyle="none", marker=look.mark, markersize=7.5 if look.strong else 6,
-            markerfacecolor=look.colour, markeredgecolor=theme.page, markeredgewidth=0.8,
+            markerfacecolor=look.color, markeredgecolor=theme.page, markeredgewidth=0.8,
         )  # fmt: skip
         lowest = min([lowest, *values, *low[np.isfinite(low)]])
         highest = max([highest, *values, *high[np.isfinite(high)]])
@@ -118,16 +118,16 @@ def ages(view: View, theme: Theme, narrow: bool) -> Figure | None:
     return figure
 
 
-def _interval_row(axes: Axes, theme: Theme, colour: str, row: int, difference: Estimate) -> None:
+def _interval_row(axes: Axes, theme: Theme, color: str, row: int, difference: Estimate) -> None:
     """One difference in points; the mark is full if its interval leaves zero out."""
     value, low, high, _ = difference
     if value is None:
         return
     clear = low is not None and high is not None and (low > 0 or high < 0)
     if low is not None and high is not None:
-        axes.plot([100 * low, 100 * high], [row, row], color=colour, linewidth=2.2, solid_capstyle="round")
-    face = colour if clear else theme.page
-    axes.plot([100 * value], [row], marker="o", color=colour, markerfacecolor=face, markersize=7.5, markeredgewidth=1.8)
+        axes.plot([100 * low, 100 * high], [row, row], color=color, linewidth=2.2, solid_capstyle="round")
+    face = color if clear else theme.page
+    axes.plot([100 * value], [row], marker="o", color=color, markerfacecolor=face, markersize=7.5, markeredgewidth=1.8)
 
 
 def differences(view: View, theme: Theme, narrow: bool) -> Figure | None:
@@ -143,13 +143,13 @@ def differences(view: View, theme: Theme, narrow: bool) -> Figure | None:
         return None
     tall = 1.15 + 0.36 * len(bins)
     figure = new_figure(theme, *((5.0, tall * len(metrics) + 0.3) if narrow else (5.2 * len(metrics), tall + 0.3)))
-    colour = looks(view, theme)[pair[0]].colour
+    color = looks(view, theme)[pair[0]].color
     for index, (axes, metric) in enumerate(zip(grid(figure, len(metrics), narrow), metrics, strict=True)):
         unit = "hundredths" if metric.endswith("auc") else "points"
         dress(axes, theme, title=words.metric_name(metric), x=f"difference, {unit}", grid="x")
         for row, name in enumerate(bins):
             if (metric, name) in rows:
-                _interval_row(axes, theme, colour, row, rows[metric, name])
+                _interval_row(axes, theme, color, row, rows[metric, name])
         axes.axvline(0, color=theme.muted, linewidth=1.2)
         labels = [plain(words.bin_name(view, name), 24) for name in bins]
         axes.set_yticks(range(len(bins)), labels if index == 0 or narrow else [""] * len(bins))
@@ -183,7 +183,7 @@ def roc(view: View, theme: Theme, narrow: bool) -> Figure | None:
             far, tar = np.array(sorted(kept), dtype=float).T
             look = style[name]
             axes.plot(
-                far, tar, color=look.colour, linestyle=look.dash, linewidth=2.2 if look.strong else 1.6,
+                far, tar, color=look.color, linestyle=look.dash, linewidth=2.2 if look.strong else 1.6,
                 drawstyle="steps-post", zorder=3 if look.strong else 2,
             )  # fmt: skip
             lowest, smallest = min(lowest, tar[0]), min(smallest, far[0])
@@ -217,16 +217,16 @@ def scores(view: View, theme: Theme, narrow: bool) -> Figure | None:
         for row, bin_name in enumerate(bins):
             base = float(len(bins) - 1 - row)
             counts = histogram["genuine"].get(bin_name) or []
-            for heights, colour, alpha in (
+            for heights, color, alpha in (
                 (histogram["impostor"], theme.muted, 0.28),
-                (counts, style[name].colour, 0.62),
+                (counts, style[name].color, 0.62),
             ):
                 density = np.array([h or 0 for h in heights], dtype=float)
                 if density.size == 0 or density.max() <= 0:
                     continue
                 top = base + 0.86 * density / density.max()
-                axes.stairs(top, edges, baseline=base, fill=True, color=colour, alpha=alpha, linewidth=0)
-                axes.stairs(top, edges, baseline=None, color=colour, linewidth=1.1)
+                axes.stairs(top, edges, baseline=base, fill=True, color=color, alpha=alpha, linewidth=0)
+                axes.stairs(top, edges, baseline=None, color=color, linewidth=1.1)
             axes.axhline(base, color=theme.grid, linewidth=0.8)
         labels = [plain(words.bin_name(view, b), 22) if index == 0 or narrow else "" for b in bins]
         axes.set_yticks([len(bins) - 1 - row + 0.2 for row in range(len(bins))], labels)
@@ -265,13 +265,13 @@ def cost(view: View, theme: Theme, narrow: bool) -> Figure | None:
         look, (_, low, high, _) = style[name], estimate
         value = float(estimate.value or 0.0)
         if low is not None and high is not None:
-            axes.plot([at, at], [low, high], color=look.colour, linewidth=2.0)
+            axes.plot([at, at], [low, high], color=look.color, linewidth=2.0)
             lowest, highest = min(lowest, low), max(highest, high)
         axes.plot(
             [at],
             [value],
             marker=look.mark,
-            color=look.colour,
+            color=look.color,
             markersize=9,
             markeredgecolor=theme.page,
             linestyle="none",
@@ -316,7 +316,7 @@ FIGURES: tuple[Plot, ...] = (
     Plot(
         "scores",
         "Scores",
-        "Coloured: genuine pairs of each bin. Grey: all impostor pairs, the same in each row. The less they overlap, "
+        "Colored: genuine pairs of each bin. Gray: all impostor pairs, the same in each row. The less they overlap, "
         "the better; each shape is scaled to its own peak.",
         scores,
     ),

@@ -25,10 +25,10 @@ def _tiles(view: View, verdict: str, verdict_words: str) -> str:
     return f'<div class="tiles">{"".join(tiles)}</div>' if tiles else ""
 
 
-def _colours(view: View) -> str:
+def _colors(view: View) -> str:
     def rules(theme: object) -> str:
         style = looks(view, LIGHT if theme is LIGHT else DARK)
-        return "".join(f".m{index}{{background:{style[name].colour}}}" for index, name in enumerate(view.names))
+        return "".join(f".m{index}{{background:{style[name].color}}}" for index, name in enumerate(view.names))
 
     return f"{rules(LIGHT)}@media (prefers-color-scheme:dark){{{rules(DARK)}}}"
 
@@ -137,7 +137,7 @@ def page(view: View, figures: Mapping[str, FigureImages], pictures: Sequence[Sho
         '<meta name="color-scheme" content="light dark">'
         '<meta http-equiv="Content-Security-Policy" content="default-src \'none\'; img-src data:; '
         "style-src 'unsafe-inline'\">"
-        f"<title>{escape(run['title'])}</title><style>{style}{_colours(view)}</style></head>\n"
+        f"<title>{escape(run['title'])}</title><style>{style}{_colors(view)}</style></head>\n"
         f'<body><header><p class="over">{escape(run["title"])}</p><h1>{escape(found.headline)}</h1>'
         f'<div class="said">{said}</div>{_tiles(view, found.verdict, found.verdict_words)}</header>'
         f'<nav aria-label="Sections">{links}</nav>\n<main>{bodies}</main>\n<footer>{foot}</footer></body></html>\n'

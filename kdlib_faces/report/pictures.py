@@ -24,7 +24,7 @@ _PAPER, _INK, _MUTED = (255, 255, 255), (27, 35, 48), (90, 102, 117)
 _SIDE = 112
 _SCALE = 2
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
-# Black, violet, red, orange, pale yellow: rises evenly in lightness, so that it reads in grey as well.
+# Black, violet, red, orange, pale yellow: rises evenly in lightness, so that it reads in gray as well.
 _HEAT = np.array([(0, 0, 4), (81, 18, 124), (183, 55, 121), (252, 137, 97), (252, 253, 191)], dtype=np.float64)
 
 
@@ -51,7 +51,7 @@ class Picture:
         InputError: an unusable name or image.
 
     Examples:
-        >>> Picture("faces", "Faces", "Two grey squares.", np.full((8, 16, 3), 128, np.uint8)).pixels.size
+        >>> Picture("faces", "Faces", "Two gray squares.", np.full((8, 16, 3), 128, np.uint8)).pixels.size
         (16, 8)
     """
 
@@ -147,9 +147,9 @@ def _overlay(image: Image.Image, attention: np.ndarray[Any, Any]) -> Image.Image
     levels = (attention - low) / (high - low) if high > low else np.zeros_like(attention)
     big = Image.fromarray(levels.astype(np.float32)).resize(image.size, Image.Resampling.BICUBIC)
     level = np.clip(np.asarray(big, dtype=np.float64), 0.0, 1.0)
-    grey = np.asarray(image.convert("L"), dtype=np.float64)[..., None].repeat(3, axis=-1)
+    gray = np.asarray(image.convert("L"), dtype=np.float64)[..., None].repeat(3, axis=-1)
     share = (0.25 + 0.5 * level)[..., None]
-    return Image.fromarray(np.clip((1 - share) * grey + share * _heat(level), 0, 255).astype(np.uint8))
+    return Image.fromarray(np.clip((1 - share) * gray + share * _heat(level), 0, 255).astype(np.uint8))
 
 
 def attention_picture(images: Sequence[Any], maps: Mapping[str, Any]) -> Image.Image:
@@ -160,7 +160,7 @@ def attention_picture(images: Sequence[Any], maps: Mapping[str, Any]) -> Image.I
         maps: model name -> attention maps (n, h, w), finite; each map is scaled to its own range.
 
     Returns:
-        An RGB image: the faces in the first row, then each model's maps over the faces in grey.
+        An RGB image: the faces in the first row, then each model's maps over the faces in gray.
 
     Raises:
         InputError: no image, or maps that do not fit the images.

@@ -44,7 +44,7 @@ def _points(curve: dict[str, Any] | Any, first: str, second: str) -> tuple[Float
 
 
 def _stroke(look: Look) -> dict[str, Any]:
-    return {"color": look.colour, "linestyle": look.dash, "linewidth": 2.2 if look.strong else 1.6}
+    return {"color": look.color, "linestyle": look.dash, "linewidth": 2.2 if look.strong else 1.6}
 
 
 def _rates(axes: Axes, low: float, high: float = 1.0, *, which: str = "y") -> None:
@@ -205,9 +205,9 @@ def _band(axes: Axes, view: View, evaluation: Evaluation, bins: Bins, theme: The
             continue
         value, low, high = _ends(found)
         look = style[name]
-        axes.fill_between(at, low, high, color=look.colour, alpha=0.14, linewidth=0, zorder=1)
+        axes.fill_between(at, low, high, color=look.color, alpha=0.14, linewidth=0, zorder=1)
         alone = np.isfinite(low) & ~np.isfinite(np.r_[np.nan, value[:-1]]) & ~np.isfinite(np.r_[value[1:], np.nan])
-        axes.vlines(at[alone], low[alone], high[alone], color=look.colour, linewidth=2, alpha=0.5)
+        axes.vlines(at[alone], low[alone], high[alone], color=look.color, linewidth=2, alpha=0.5)
         axes.plot(at, value, marker=look.mark, markersize=6.5, markeredgecolor=theme.page, zorder=3, **_stroke(look))
         seen += [*value, *low, *high]
     axes.set_xticks(at, _labels(bins))
@@ -227,8 +227,8 @@ def _bars(axes: Axes, view: View, evaluation: Evaluation, bins: Bins, theme: The
         value, low, high = _ends(found)
         at = np.arange(len(value)) + ((order * step - 0.28) if len(evaluation.models) > 1 else 0.0)
         look = style[name]
-        axes.hlines(at, low, high, color=look.colour, linewidth=2.2)
-        axes.plot(value, at, linestyle="none", marker=look.mark, markersize=7, color=look.colour, markeredgecolor=theme.page)  # fmt: skip
+        axes.hlines(at, low, high, color=look.color, linewidth=2.2)
+        axes.plot(value, at, linestyle="none", marker=look.mark, markersize=7, color=look.color, markeredgecolor=theme.page)  # fmt: skip
         seen += [*value, *low, *high]
     axes.set_yticks(range(len(bins.labels)), _labels(bins))
     axes.set_ylim(len(bins.labels) - 0.4, -0.6)
@@ -251,16 +251,16 @@ def scores(view: View, evaluation: Evaluation, theme: Theme, narrow: bool) -> Fi
         edges = np.array(histogram["edges"], dtype=np.float64)
         dress(axes, theme, title=plain(view.label(name)), x="score of a pair", grid="x")
         filled = []
-        for heights, colour, alpha in (
+        for heights, color, alpha in (
             (histogram["impostor"], theme.muted, 0.3),
-            (histogram["genuine"], style[name].colour, 0.6),
+            (histogram["genuine"], style[name].color, 0.6),
         ):
             density = np.array(heights, dtype=np.float64)
             if density.max(initial=0) <= 0:
                 continue
             filled += np.flatnonzero(density).tolist()
-            axes.stairs(density / density.max(), edges, fill=True, color=colour, alpha=alpha, linewidth=0)
-            axes.stairs(density / density.max(), edges, color=colour, linewidth=1.2)
+            axes.stairs(density / density.max(), edges, fill=True, color=color, alpha=alpha, linewidth=0)
+            axes.stairs(density / density.max(), edges, color=color, linewidth=1.2)
         if filled:
             axes.set_xlim(edges[min(filled)], edges[max(filled) + 1])
         if histogram.get("threshold") is not None:
@@ -293,7 +293,7 @@ def differences(view: View, evaluation: Evaluation, theme: Theme, narrow: bool) 
         for row, measure in enumerate(measures):
             found = next((d for d in told if (d.a, d.b) == (a, b) and d.measure == measure), None)
             if found is not None:
-                _interval(axes, theme, found, row, style[a].colour, style[b].colour)
+                _interval(axes, theme, found, row, style[a].color, style[b].color)
         axes.axvline(0, color=theme.muted, linewidth=1.2, zorder=1)
         named = place % across == 0
         axes.set_yticks(range(len(measures)), [_row_name(m, measures) if named else "" for m in measures])
@@ -313,15 +313,15 @@ def _row_name(measure: Measure, among: Sequence[Measure]) -> str:
 
 
 def _interval(axes: Axes, theme: Theme, found: Difference, row: int, ahead: str, behind: str) -> None:
-    """The colour is the better model's where the interval leaves zero out; a hollow grey mark where it does not."""
+    """The color is the better model's where the interval leaves zero out; a hollow gray mark where it does not."""
     value, low, high = found.difference.value or 0.0, found.difference.low, found.difference.high
     sign = -1 if found.measure.better == "low" else 1
     clear = low is not None and high is not None and (low > 0 or high < 0)
-    colour = (ahead if sign * value > 0 else behind) if clear else theme.muted
+    color = (ahead if sign * value > 0 else behind) if clear else theme.muted
     if low is not None and high is not None:
-        axes.plot([100 * low, 100 * high], [row, row], color=colour, linewidth=2.2, solid_capstyle="round", zorder=2)
+        axes.plot([100 * low, 100 * high], [row, row], color=color, linewidth=2.2, solid_capstyle="round", zorder=2)
     axes.plot(
-        [100 * value], [row], marker="o", color=colour, markerfacecolor=colour if clear else theme.page, markersize=7.5,
+        [100 * value], [row], marker="o", color=color, markerfacecolor=color if clear else theme.page, markersize=7.5,
         markeredgewidth=1.8, zorder=3,
     )  # fmt: skip
 
@@ -347,13 +347,13 @@ PLOTS: dict[str, tuple[str, str, Draw]] = {
     ),
     "scores": (
         "Scores",
-        "Grey: impostor pairs. Coloured: genuine pairs. Each shape is scaled to its own peak; the dashed line is the "
+        "Gray: impostor pairs. Colored: genuine pairs. Each shape is scaled to its own peak; the dashed line is the "
         "threshold of the first TAR in the table.",
         scores,
     ),
     "differences": (
         "Model against model",
-        "The same pairs, resampled alike for both models. A full mark, in the colour of the better model: the interval "
+        "The same pairs, resampled alike for both models. A full mark, in the color of the better model: the interval "
         "leaves zero out. A hollow one: it does not.",
         differences,
     ),

@@ -75,7 +75,7 @@ def _clear(told: list[Evaluation], best: str) -> str:
     of = "that measure" if len(told) == 1 else "the first measures"
     if clear == len(paired):
         return f", and every paired interval of {of} leaves zero out."
-    return f"; {clear} of {len(paired)} paired differences of {of} leave zero out in its favour."
+    return f"; {clear} of {len(paired)} paired differences of {of} leave zero out in its favor."
 
 
 def _sentence(view: View, evaluation: Evaluation) -> str:

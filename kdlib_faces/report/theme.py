@@ -1,7 +1,7 @@
-"""Room: report. Colours, marks and the plain axes of every figure. Matplotlib by its object interface: no global state.
+"""Room: report. Colors, marks and the plain axes of every figure. Matplotlib by its object interface: no global state.
 
-A model has one colour, mark and dash everywhere. The student alone is vermilion and the distilled one blue (told apart
-under every common colour blindness); teachers are muted and dashed.
+A model has one color, mark and dash everywhere. The student alone is vermilion and the distilled one blue (told apart
+under every common color blindness); teachers are muted and dashed.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ _OTHER_MARKS = ("X", "p", "h", "*")
 
 @dataclass(frozen=True)
 class Theme:
-    """One colour scheme, the same as the page's."""
+    """One color scheme, the same as the page's."""
 
     name: str
     page: str
@@ -71,7 +71,7 @@ DARK = Theme(
 class Look:
     """How one model is drawn."""
 
-    colour: str
+    color: str
     mark: str
     dash: Any
     strong: bool
@@ -82,7 +82,7 @@ def looks(view: View, theme: Theme) -> dict[str, Look]:
     found: dict[str, Look] = {}
     others = [name for name in view.students if name not in (view.alone, view.distilled)]
     if not view.students or view.evaluations:
-        # Nothing to stand back from: all take the strong colours.
+        # Nothing to stand back from: all take the strong colors.
         strong = (theme.distilled, theme.alone, *theme.others, *theme.teachers)
         marks = ("o", "s", *_OTHER_MARKS, *_TEACHER_MARKS)
         return {name: Look(strong[i % 10], marks[i % 10], "-", True) for i, name in enumerate(view.names)}
@@ -144,7 +144,7 @@ def legend(figure: Figure, theme: Theme, view: View, names: Sequence[str], *, li
     style = looks(view, theme)
     handles = [
         Line2D(
-            [], [], color=style[name].colour, marker=style[name].mark, markersize=6,
+            [], [], color=style[name].color, marker=style[name].mark, markersize=6,
             linestyle=style[name].dash if lines else "none", linewidth=2.0,
         )
         for name in names
@@ -159,7 +159,7 @@ def legend(figure: Figure, theme: Theme, view: View, names: Sequence[str], *, li
 
 
 def lay_out_like(figure: Figure, model: Figure) -> Figure:
-    """Give a figure the layout of another one that differs in colours alone and was drawn: finding it takes most time."""
+    """Give a figure the layout of another one that differs in colors alone and was drawn: finding it takes most time."""
     figure.set_layout_engine("none")
     for axes, other in zip(figure.axes, model.axes, strict=True):
         axes.set_position(other.get_position())
@@ -177,7 +177,7 @@ def to_png(figure: Figure) -> bytes:
         warnings.filterwarnings("ignore", message=".*[Gg]lyph.*missing")
         figure.savefig(buffer, format="rgba", facecolor=figure.get_facecolor())
     pixels = Image.frombytes("RGBA", figure.canvas.get_width_height(physical=True), buffer.getvalue()).convert("RGB")
-    # A palette makes the file a third of its size; flat colours lose nothing that an eye could see.
+    # A palette makes the file a third of its size; flat colors lose nothing that an eye could see.
     small = pixels.quantize(192, method=Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
     packed = io.BytesIO()
     small.save(packed, format="PNG", compress_level=9)

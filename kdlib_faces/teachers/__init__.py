@@ -3,13 +3,13 @@
 from kdlib_faces.teachers.age_attention import AgeAttention, AttentiveAgeNet
 from kdlib_faces.teachers.age_estimation import AgeEstimationLoss, reverse_gradient
 from kdlib_faces.teachers.age_invariant import AgeFactorLoss, AgeInvariantNet, canonical_correlation
-from kdlib_faces.teachers.age_pairs import FarPairLoss, PullToStart
+from kdlib_faces.teachers.age_pairs import CrossAgePairLoss, L2SPLoss
 from kdlib_faces.teachers.files import load_start, load_teacher, save_teacher
 from kdlib_faces.teachers.fused import FusedTeacher, fit_fusion, joined
 from kdlib_faces.teachers.mapped import MappedTeacher, fit_age_map, fit_rotation
-from kdlib_faces.teachers.onnx.session import OnnxTeacher
 from kdlib_faces.teachers.onnx.import_graph import import_onnx, restore_statistics
-from kdlib_faces.teachers.outputs import record, said_of_all
+from kdlib_faces.teachers.onnx.session import OnnxTeacher
+from kdlib_faces.teachers.outputs import read_outputs, record
 
 __all__ = [
     "AgeAttention",
@@ -17,11 +17,11 @@ __all__ = [
     "AgeFactorLoss",
     "AgeInvariantNet",
     "AttentiveAgeNet",
-    "FarPairLoss",
+    "CrossAgePairLoss",
     "FusedTeacher",
     "MappedTeacher",
     "OnnxTeacher",
-    "PullToStart",
+    "L2SPLoss",
     "canonical_correlation",
     "fit_age_map",
     "fit_fusion",
@@ -33,6 +33,6 @@ __all__ = [
     "record",
     "restore_statistics",
     "reverse_gradient",
-    "said_of_all",
+    "read_outputs",
     "save_teacher",
 ]

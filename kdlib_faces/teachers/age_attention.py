@@ -46,7 +46,7 @@ class AgeAttention(nn.Module):
 
     def __init__(self, channels: int, *, start: float = -4.0) -> None:
         super().__init__()
-        check_number("AgeAttention", "channels", channels, least=1, integer=True)
+        check_number("AgeAttention", "channels", channels, min=1, integer=True)
         check_number("AgeAttention", "start", start)
         cells = sum(grid * grid for grid in PYRAMID)
         hidden = max(1, channels // REDUCTION)
@@ -94,7 +94,7 @@ class AttentiveAgeNet(nn.Module):
         channels: c of both.
 
     Shape:
-        images `(b, 3, h, w)`; returns `(b, d)`, not normalised.
+        images `(b, 3, h, w)`; returns `(b, d)`, not normalized.
 
     Raises:
         InputError: a backbone without stages, or whose last stage gives no map.
@@ -111,7 +111,7 @@ class AttentiveAgeNet(nn.Module):
     def __init__(self, backbone: nn.Module, *, start: float = -4.0, channels: int | None = None) -> None:
         super().__init__()
         dim: Any = getattr(backbone, "embedding_dim", None)
-        check_number("AttentiveAgeNet", "backbone.embedding_dim", dim, least=1, integer=True)
+        check_number("AttentiveAgeNet", "backbone.embedding_dim", dim, min=1, integer=True)
         stages = tuple(getattr(backbone, "stages", ()))
         if not stages:
             raise InputError(f"AttentiveAgeNet: backbone must have stages, {type(backbone).__name__} has none")

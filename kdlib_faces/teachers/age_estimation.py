@@ -86,11 +86,11 @@ class AgeEstimationLoss(nn.Module):
     ) -> None:
         super().__init__()
         owner = "AgeEstimationLoss"
-        check_number(owner, "channels", channels, least=1, integer=True)
-        check_number(owner, "hidden", hidden, least=1, integer=True)
+        check_number(owner, "channels", channels, min=1, integer=True)
+        check_number(owner, "hidden", hidden, min=1, integer=True)
         check_number(owner, "scale", scale, above=0)
         if groups is not None:
-            check_number(owner, "groups", groups, least=2, integer=True)
+            check_number(owner, "groups", groups, min=2, integer=True)
         self.reverse, self.scale, self.by_group = reverse, scale, groups is not None
         self.register_buffer("boundaries", torch.tensor([float(edge) for edge in boundaries]))
         self.register_buffer("years", torch.arange(float(YEARS)))

@@ -46,7 +46,7 @@ class AgeInvariantNet(nn.Module):
         super().__init__()
         check_number("AgeInvariantNet", "gain", gain, above=0)
         dim: Any = getattr(backbone, "embedding_dim", None)
-        check_number("AgeInvariantNet", "backbone.embedding_dim", dim, least=1, integer=True)
+        check_number("AgeInvariantNet", "backbone.embedding_dim", dim, min=1, integer=True)
         self.backbone = backbone
         self.embedding_dim: int = dim
         self.input_size: Any = getattr(backbone, "input_size", None)
@@ -134,10 +134,10 @@ class AgeFactorLoss(nn.Module):
         decorrelation: float = 0.1,
     ) -> None:
         super().__init__()
-        check_number("AgeFactorLoss", "embedding_dim", embedding_dim, least=1, integer=True)
-        check_number("AgeFactorLoss", "decorrelation", decorrelation, least=0)
+        check_number("AgeFactorLoss", "embedding_dim", embedding_dim, min=1, integer=True)
+        check_number("AgeFactorLoss", "decorrelation", decorrelation, min=0)
         if groups is not None:
-            check_number("AgeFactorLoss", "groups", groups, least=2, integer=True)
+            check_number("AgeFactorLoss", "groups", groups, min=2, integer=True)
         self.decorrelation = decorrelation
         self.register_buffer("boundaries", torch.tensor([float(edge) for edge in boundaries]))
         self.classifier = nn.Linear(embedding_dim, len(boundaries) + 1 if groups is None else groups)

@@ -13,10 +13,10 @@ from torch.nn import functional as F
 
 from kdlib._checks import check_floating, check_number, check_rank, check_same_batch
 
-__all__ = ["FarPairLoss", "PullToStart"]
+__all__ = ["CrossAgePairLoss", "L2SPLoss"]
 
 
-class FarPairLoss(nn.Module):
+class CrossAgePairLoss(nn.Module):
     """`-log exp(s cos(x_i, x_j)) / (exp(s cos(x_i, x_j)) + sum_k exp(s cos(x_i, x_k)))`, mean over all far pairs.
 
     A far pair `(i, j)` is of one identity and of two age groups, or at least `gap` years apart; `k` runs over all images of
@@ -38,24 +38,24 @@ class FarPairLoss(nn.Module):
     Examples:
         >>> embeddings = torch.eye(4)[[0, 0, 1, 2]].requires_grad_()
         >>> target = torch.tensor([[0.0, 0.0], [0.0, 1.0], [1.0, 1.0], [1.0, 0.0]])
-        >>> far = FarPairLoss(groups=True)(embeddings, target)
+        >>> far = CrossAgePairLoss(groups=True)(embeddings, target)
         >>> bool(far > 0)
         True
     """
 
     def __init__(self, *, gap: float = 10.0, scale: float = 16.0, groups: bool = False) -> None:
         super().__init__()
-        check_number("FarPairLoss", "gap", gap, least=0)
-        check_number("FarPairLoss", "scale", scale, above=0)
+        check_number("CrossAgePairLoss", "gap", gap, min=0)
+        check_number("CrossAgePairLoss", "scale", scale, above=0)
         self.gap, self.scale, self.groups = gap, scale, groups
 
     def forward(self, embeddings: Tensor, target: Tensor) -> Tensor:
         """One loss for the batch."""
-        check_floating("FarPairLoss", embeddings=embeddings, target=target)
-        check_rank("FarPairLoss", "embeddings", embeddings, "b d")
-        check_same_batch("FarPairLoss", "embeddings", embeddings, "target", target)
+        check_floating("CrossAgePairLoss", embeddings=embeddings, target=target)
+        check_rank("CrossAgePairLoss", "embeddings", embeddings, "b d")
+        check_same_batch("CrossAgePairLoss", "embeddings", embeddings, "target", target)
         if target.dim() != 2 or target.shape[1] != 2:
-            raise ValueError(f"FarPairLoss: target must be (b, 2), identity and age, got {tuple(target.shape)}")
+            raise ValueError(f"CrossAgePairLoss: target must be (b, 2), identity and age, got {tuple(target.shape)}")
         who, when = target.unbind(1)
         known = (when >= 0) & when.isfinite()
         apart = (when[:, None] - when[None]).abs()
@@ -74,10 +74,10 @@ class FarPairLoss(nn.Module):
         return F.softplus(strangers - positive).mean()
 
     def __repr__(self) -> str:
-        return f"FarPairLoss(gap={self.gap!r}, scale={self.scale!r}, groups={self.groups!r})"
+        return f"CrossAgePairLoss(gap={self.gap!r}, scale={self.scale!r}, groups={self.groups!r})"
 
 
-class PullToStart(nn.Module):
+class L2SPLoss(nn.Module):
     """`sum_p ||p - p_0||^2 / sum_p ||p_0||^2` over parameters and their values when this was made (L2-SP).
 
     A loss that reads neither embeddings nor targets: as a `Term`, it holds a fine-tuned network to its start.
@@ -87,7 +87,7 @@ class PullToStart(nn.Module):
 
     Examples:
         >>> layer = nn.Linear(2, 2)
-        >>> pull = PullToStart(layer.parameters())
+        >>> pull = L2SPLoss(layer.parameters())
         >>> with torch.no_grad():
         ...     _ = layer.weight.mul_(2), layer.bias.mul_(2)
         >>> round(float(pull().detach()), 4)

@@ -154,7 +154,7 @@ def describe_teacher(path: str | os.PathLike[str]) -> str | None:
         "layout": f"kdlib_faces teacher, {content['kind']}: {ways[content['kind']]}",
         "network": repr(model.backbone) if content["kind"] == "dal" else str(content["backbone"]),
         "input": "as its backbone's" if spec is None else spec.describe(),
-        "output": f"(b, {model.embedding_dim}), not normalised",
+        "output": f"(b, {model.embedding_dim}), not normalized",
         "parameters": f"{sum(each.numel() for each in model.parameters()):,}",
         "taps": ", ".join(model.stages),
         "weights": "all there, all finite",

@@ -45,7 +45,7 @@ def fit_fusion(
 ) -> Tensor:
     """Learn the projection of joined embeddings: `min_W CosFace(joined W, identity) + pull * ||W - W_0||^2 * d / ||W_0||^2`.
 
-    `W_0` holds the `dim` principal directions of the joined embeddings (uncentred): it keeps their cosines as well as `dim`
+    `W_0` holds the `dim` principal directions of the joined embeddings (uncenterd): it keeps their cosines as well as `dim`
     numbers can, so that the projection is of use from the first step, and few identities cannot lead it far away.
 
     Args:
@@ -85,11 +85,11 @@ def fit_fusion(
         check_rank(owner, f"embeddings[{number}]", each, "n d")
         check_same_batch(owner, f"embeddings[{number}]", each, "identities", identities)
     for name, value in {"pull": pull, "margin": margin}.items():
-        check_number(owner, name, value, least=0)
+        check_number(owner, name, value, min=0)
     for name, value in {"scale": scale, "lr": lr}.items():
         check_number(owner, name, value, above=0)
     for name, whole in {"steps": steps, "batch": batch, "dim": dim}.items():
-        check_number(owner, name, whole, least=1, integer=True)
+        check_number(owner, name, whole, min=1, integer=True)
     rows = joined([each.detach() for each in embeddings])
     if dim > rows.shape[1]:
         raise InputError(f"{owner}: dim must be at most the {rows.shape[1]} dimensions of all teachers, got {dim}")
@@ -101,7 +101,7 @@ def fit_fusion(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         head = CosFaceHead(dim, len(people), scale, margin)
-    with torch.no_grad():  # centres begin where the images are, not at random
+    with torch.no_grad():  # centers begin where the images are, not at random
         for weight in head.parameters():
             sums = torch.zeros(len(people), dim).index_add_(0, who, rows @ start)
             weight.copy_(F.normalize(sums, dim=1, eps=1e-6))
@@ -119,7 +119,7 @@ def fit_fusion(
 
 
 class FusedTeacher(nn.Module):
-    """Several frozen teachers behind one embedding: `normalise(joined(embeddings) W)`.
+    """Several frozen teachers behind one embedding: `normalize(joined(embeddings) W)`.
 
     Stands where a `kdlib.TeacherAdapter` stands. Its parts may be adapters, ONNX teachers or recorded ones, all reading the
     same inputs.

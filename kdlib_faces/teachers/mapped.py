@@ -17,7 +17,7 @@ __all__ = ["MappedTeacher", "fit_age_map", "fit_rotation"]
 
 
 def fit_rotation(source: Tensor, target: Tensor) -> Tensor:
-    """The orthogonal matrix `R` that minimises the squared distance of `source R` and `target` (Procrustes).
+    """The orthogonal matrix `R` that minimizes the squared distance of `source R` and `target` (Procrustes).
 
     A rotation leaves every cosine within `source` as it was: the teacher says the same, in the other's coordinates. Where
     the source has fewer dimensions than the target, the matrix has orthonormal rows.
@@ -74,7 +74,7 @@ def fit_age_map(
     from different age groups (or at least `gap` years apart) and the other people of the batch are the wrong answers.
 
     Args:
-        embeddings: `(n, d)`; rows are normalised here.
+        embeddings: `(n, d)`; rows are normalized here.
         identities: `(n,)` int64.
         ages: `(n,)` years, NaN where unknown; or
         age_groups: `(n,)` int64, -1 where unknown.
@@ -102,10 +102,10 @@ def fit_age_map(
     check_floating("fit_age_map", embeddings=embeddings)
     check_rank("fit_age_map", "embeddings", embeddings, "n d")
     check_same_batch("fit_age_map", "embeddings", embeddings, "identities", identities)
-    check_number("fit_age_map", "steps", steps, least=1, integer=True)
+    check_number("fit_age_map", "steps", steps, min=1, integer=True)
     if ages is None and age_groups is None:
         raise InputError("fit_age_map: ages or age_groups must be given, got neither")
-    pairs = _far_pairs(identities, ages, age_groups, gap)
+    pairs = _cross_age_pairs(identities, ages, age_groups, gap)
     if len(pairs) < 2:
         raise InputError(
             f"fit_age_map: at least two people must have images of different ages, got {len(pairs)}; "
@@ -131,7 +131,7 @@ def fit_age_map(
     return matrix.detach()
 
 
-def _far_pairs(
+def _cross_age_pairs(
     identities: Tensor, ages: Tensor | None, age_groups: Tensor | None, gap: float
 ) -> list[list[tuple[int, int]]]:
     """For each person who has some, the pairs of rows that lie far apart in age."""
@@ -155,7 +155,7 @@ class MappedTeacher(nn.Module):
 
     Args:
         teacher: images to named features.
-        matrices: feature name to `(d, D)`; the feature's rows are normalised, then multiplied.
+        matrices: feature name to `(d, D)`; the feature's rows are normalized, then multiplied.
 
     Examples:
         >>> class Plain(nn.Module):

@@ -13,7 +13,7 @@ from kdlib_faces._checks import InputError
 from kdlib_faces.data.images import to_float
 from kdlib_faces.progress import progress_to
 
-__all__ = ["record", "said_of_all"]
+__all__ = ["record", "read_outputs"]
 
 _BATCH = 128
 
@@ -81,7 +81,7 @@ def record(
     return CachedTeacher(cache)
 
 
-def said_of_all(
+def read_outputs(
     teacher: Callable[[Tensor, Tensor], dict[str, Tensor]], name: str, samples: Tensor, view: int = 0
 ) -> Tensor:
     """One feature of many recorded images at once, read block by block.

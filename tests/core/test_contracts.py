@@ -109,7 +109,7 @@ LOSSES: dict[str, list[Row]] = {
 }
 
 WEIGHTINGS: dict[str, list[Weigh]] = {
-    "CentreConfidenceWeighting": [Weigh(WEIGHTING, (3,)), Weigh(WEIGHTING, (3,), {"temperature": 0.5}, 3)],
+    "CenterConfidenceWeighting": [Weigh(WEIGHTING, (3,)), Weigh(WEIGHTING, (3,), {"temperature": 0.5}, 3)],
     "ConfidenceWeighting": [Weigh(WEIGHTING), Weigh(WEIGHTING, num_teachers=3)],
     "EntropyWeighting": [Weigh(WEIGHTING), Weigh(WEIGHTING, num_teachers=3)],
     "FixedWeighting": [Weigh(PER_TEACHER, ([3, 1],), symmetric=False)],

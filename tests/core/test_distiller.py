@@ -14,7 +14,7 @@ from kdlib import (
     OUTPUT,
     AngularDistillLoss,
     AttentionTransferLoss,
-    CentreConfidenceWeighting,
+    CenterConfidenceWeighting,
     Distiller,
     HintLoss,
     Objective,
@@ -58,7 +58,7 @@ def distiller() -> Distiller:
         "map": Term(AttentionTransferLoss(), student="map", teacher="map", teachers=["age"], weight=lambda step: 0.5),
     }
     teachers = {"general": TeacherAdapter(net(5, 1), TAPS), "age": TeacherAdapter(net(3, 2), TAPS)}
-    objective = Objective(terms, CentreConfidenceWeighting(3), weigh_by="embedding")
+    objective = Objective(terms, CenterConfidenceWeighting(3), weigh_by="embedding")
     return Distiller(StudentAdapter(net(2, 0), TAPS), teachers, objective)
 
 

@@ -12,10 +12,10 @@ def _pair(seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.randn(30, 5, generator=generator), torch.randn(30, 7, generator=generator)
 
 
-def test_cka_is_that_of_the_centred_gram_matrices() -> None:
+def test_cka_is_that_of_the_centerd_gram_matrices() -> None:
     x, y = (each.double().numpy() for each in _pair())
-    centre = np.eye(30) - 1 / 30
-    k, m = centre @ x @ x.T @ centre, centre @ y @ y.T @ centre
+    center = np.eye(30) - 1 / 30
+    k, m = center @ x @ x.T @ center, center @ y @ y.T @ center
     expected = (k * m).sum() / np.sqrt((k * k).sum() * (m * m).sum())
     assert float(linear_cka(torch.from_numpy(x), torch.from_numpy(y))) == pytest.approx(expected, rel=1e-10)
 

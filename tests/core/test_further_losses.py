@@ -16,18 +16,8 @@ from torch.nn import functional as F
 
 import kdlib
 import kdlib.losses
-from kdlib import (
-    ActivationBoundaryLoss,
-    DarkRankLoss,
-    HierarchicalContextLoss,
-    HintLoss,
-    OverhaulLoss,
-    activation_boundary,
-    dark_rank,
-    hierarchical_context,
-    overhaul,
-    overhaul_margin,
-)
+from kdlib import ActivationBoundaryLoss, DarkRankLoss, HierarchicalContextLoss, HintLoss, OverhaulLoss
+from kdlib.functional import activation_boundary, dark_rank, hierarchical_context, overhaul, overhaul_margin
 from tests.core import reference_further as reference
 
 MARGIN = torch.tensor([-0.1, -0.5, -2.0], dtype=torch.float64)
@@ -540,7 +530,7 @@ def test_float16_passes_on_no_gradient_that_it_cannot_hold() -> None:
         assert slope[0, 3] > 0
     grid = torch.zeros(1, 1, 4, 4, dtype=torch.float16)
     teacher = torch.zeros(1, 1, 4, 4)
-    teacher[0, 0, 0, 0] = 1e9  # its share in the pooled gaps would leave float16 at its neighbours
+    teacher[0, 0, 0, 0] = 1e9  # its share in the pooled gaps would leave float16 at its neighbors
     slope = gradient(hierarchical_context, grid, teacher)
     assert torch.isfinite(slope).all()
     apart = 300 * noise(6, 32).sign().half()

@@ -11,7 +11,7 @@ from kdlib import (
     OUTPUT,
     AngularDistillLoss,
     AttentionTransferLoss,
-    CentreConfidenceWeighting,
+    CenterConfidenceWeighting,
     Distiller,
     FixedWeighting,
     HintLoss,
@@ -218,7 +218,7 @@ def state(ours: Distiller) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize(
     "weighting",
-    [CentreConfidenceWeighting(4), GradientWeighting(), GateWeighting(6, 2), UncertaintyWeighting(2)],
+    [CenterConfidenceWeighting(4), GradientWeighting(), GateWeighting(6, 2), UncertaintyWeighting(2)],
     ids=lambda weighting: type(weighting).__name__,
 )
 @pytest.mark.parametrize("training", [True, False])
@@ -227,7 +227,7 @@ def test_looking_changes_nothing(weighting: nn.Module, training: bool, used: boo
     inputs, targets = draw(1, 8, 5), {"identity": torch.arange(8) % 4}
     ours = distiller(copy.deepcopy(weighting)).infer(inputs, targets)
     ours.train(training)
-    if used:  # gradients and centres are there
+    if used:  # gradients and centers are there
         ours(inputs, targets).total.backward()
     twin = copy.deepcopy(ours)
     loss = ours.objective.terms["embedding"].loss

@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from kdlib import DecoupledKDLoss, DISTLoss, decoupled_kd, dist, soft_target
+from kdlib import DecoupledKDLoss, DISTLoss
+from kdlib.functional import decoupled_kd, dist, soft_target
 from kdlib.losses import _chunked
 from tests.core import reference_logits as reference
 
@@ -216,7 +217,7 @@ def test_a_big_matrix_takes_the_memory_of_its_gradient_and_little_more() -> None
     code = """
 import torch
 from pathlib import Path
-from kdlib import soft_target, decoupled_kd
+from kdlib.functional import soft_target, decoupled_kd
 def resident(field):
     return next(int(line.split()[1]) for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
 student, teacher = torch.randn(32, 200_000, requires_grad=True), torch.randn(32, 200_000)

@@ -11,8 +11,8 @@ from torch import Tensor
 
 import kdlib.losses
 from kdlib import AngularDistillLoss, AttentionTransferLoss, HintLoss, SoftTargetLoss
-from kdlib.functional import angular_distill, attention_transfer, hint, soft_target
 from kdlib._maths import full_precision
+from kdlib.functional import angular_distill, attention_transfer, hint, soft_target
 
 LOSSES = {
     "squared": AngularDistillLoss(),

@@ -17,8 +17,8 @@ from kdlib import (
     StudentAdapter,
     TeacherAdapter,
     Term,
-    angular_distill,
 )
+from kdlib.functional import angular_distill
 from kdlib.weighting import GateWeighting, GradientWeighting, UncertaintyWeighting
 
 

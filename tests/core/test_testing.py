@@ -398,7 +398,7 @@ class Overflows(Weigh):
         return (-losses).exp().log()
 
 
-class Normalises(Weigh):
+class Normalizes(Weigh):
     def forward(self, losses: Tensor, *, student: Tensor, teachers: list[Tensor], targets: Any) -> Tensor:
         lengths = torch.stack([x.norm(dim=1) for x in teachers])
         return lengths / lengths.sum(0)
@@ -488,7 +488,7 @@ BROKEN_WEIGHTINGS = {
     "columns_sum_to_one": NotOne,
     "not_negative": Negative,
     "extreme_losses": Overflows,
-    "extreme_features": Normalises,
+    "extreme_features": Normalizes,
     "half": HalfSums,
     "batch_of_one": OverBatch,
     "empty_batch": NeedsSamples,
@@ -643,12 +643,12 @@ def test_a_projection_broken_in_one_way_fails_that_check(name: str) -> None:
 
 
 def test_a_projection_that_mixes_samples_in_eval_mode_is_found() -> None:
-    class Centred(Project):
+    class Centerd(Project):
         def forward(self, student: Tensor) -> Tensor:
             projected = super().forward(student)
             return projected - projected.mean(0)
 
-    fails("batch_of_one", lambda: check_projection(Centred(), STUDENT, randn(5, 6)))
+    fails("batch_of_one", lambda: check_projection(Centerd(), STUDENT, randn(5, 6)))
 
 
 def test_a_sound_projection_runs_every_check() -> None:

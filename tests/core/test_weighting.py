@@ -1,4 +1,4 @@
-"""Weightings: one contract over every public one, then the centres against a loop over samples."""
+"""Weightings: one contract over every public one, then the centers against a loop over samples."""
 
 import copy
 import inspect
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import kdlib.weighting
 from kdlib.weighting import (
-    CentreConfidenceWeighting,
+    CenterConfidenceWeighting,
     ConfidenceWeighting,
     EntropyWeighting,
     FixedWeighting,
@@ -26,7 +26,7 @@ from kdlib.weighting import (
 CASES = {
     "UniformWeighting": UniformWeighting(),
     "FixedWeighting": FixedWeighting([1, 0, 2.5]),
-    "CentreConfidenceWeighting": CentreConfidenceWeighting(6, temperature=0.5),
+    "CenterConfidenceWeighting": CenterConfidenceWeighting(6, temperature=0.5),
     "ConfidenceWeighting": ConfidenceWeighting(),
     "EntropyWeighting": EntropyWeighting(),
     "UncertaintyWeighting": UncertaintyWeighting(3),
@@ -124,29 +124,29 @@ def test_fixed_needs_a_weight_for_each_teacher() -> None:
         FixedWeighting([1, 2])(losses, **rest)
 
 
-# Centres.
+# Centers.
 
 
 class Reference:
     """The definition, one sample at a time in NumPy."""
 
     def __init__(self, temperature: float, momentum: float) -> None:
-        self.centres: dict[tuple[int, int], np.ndarray] = {}
+        self.centers: dict[tuple[int, int], np.ndarray] = {}
         self.temperature, self.momentum = temperature, momentum
 
     def __call__(self, teachers: list[np.ndarray], identities: list[int]) -> np.ndarray:
         unit = [f / np.linalg.norm(f, axis=1, keepdims=True) for f in teachers]
         weights = np.full((len(teachers), len(identities)), 1 / len(teachers))
         for i, y in enumerate(identities):
-            if all((k, y) in self.centres for k in range(len(teachers))):
-                scores = np.array([unit[k][i] @ self.centres[k, y] for k in range(len(teachers))]) / self.temperature
+            if all((k, y) in self.centers for k in range(len(teachers))):
+                scores = np.array([unit[k][i] @ self.centers[k, y] for k in range(len(teachers))]) / self.temperature
                 weights[:, i] = np.exp(scores) / np.exp(scores).sum()
         for k in range(len(teachers)):
             for y in {y for y in identities if y >= 0}:
                 mean = np.mean([unit[k][i] for i in range(len(identities)) if identities[i] == y], axis=0)
-                if (k, y) in self.centres:
-                    mean = self.momentum * self.centres[k, y] + (1 - self.momentum) * mean
-                self.centres[k, y] = mean / np.linalg.norm(mean)
+                if (k, y) in self.centers:
+                    mean = self.momentum * self.centers[k, y] + (1 - self.momentum) * mean
+                self.centers[k, y] = mean / np.linalg.norm(mean)
         return weights
 
 
@@ -157,11 +157,11 @@ class Reference:
     temperature=st.sampled_from([0.1, 1.0]),
     momentum=st.sampled_from([0.0, 0.5, 0.9]),
 )
-def test_centres_follow_the_definition(
+def test_centers_follow_the_definition(
     seed: int, batches: list[list[int]], temperature: float, momentum: float
 ) -> None:
     generator = torch.Generator().manual_seed(seed)
-    weighting = CentreConfidenceWeighting(4, temperature=temperature, momentum=momentum)
+    weighting = CenterConfidenceWeighting(4, temperature=temperature, momentum=momentum)
     reference = Reference(temperature, momentum)
     for identities in batches:
         teachers = [torch.randn(len(identities), d, generator=generator) for d in (5, 3)]
@@ -173,8 +173,8 @@ def test_centres_follow_the_definition(
         )
         expected = reference([t.double().numpy() for t in teachers], identities)
         np.testing.assert_allclose(got.numpy(), expected, rtol=2e-3, atol=1e-5)
-        for (k, y), centre in reference.centres.items():
-            np.testing.assert_allclose(weighting.get_buffer(f"centres_{k}")[y].numpy(), centre, rtol=1e-3, atol=1e-4)
+        for (k, y), center in reference.centers.items():
+            np.testing.assert_allclose(weighting.get_buffer(f"centers_{k}")[y].numpy(), center, rtol=1e-3, atol=1e-4)
 
 
 def call(weighting: nn.Module, embedding: Tensor, identities: list[int]) -> Tensor:
@@ -188,75 +188,75 @@ def call(weighting: nn.Module, embedding: Tensor, identities: list[int]) -> Tens
 
 
 def test_a_new_identity_and_an_unknown_one_are_uniform() -> None:
-    weighting = CentreConfidenceWeighting(3)
-    weighting.set_centres(0, torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.0, 0.0]]))
-    weighting.set_centres(1, torch.tensor([[1.0, 0.0], [0.0, 0.0], [0.0, 1.0]]))
+    weighting = CenterConfidenceWeighting(3)
+    weighting.set_centers(0, torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.0, 0.0]]))
+    weighting.set_centers(1, torch.tensor([[1.0, 0.0], [0.0, 0.0], [0.0, 1.0]]))
     weights = call(weighting.eval(), torch.tensor([[1.0, 0.0]] * 4), [0, 1, 2, -1])
     sure = 1 / (1 + np.exp(-2 / 0.1))
     assert weights[0].tolist() == pytest.approx([sure, 0.5, 0.5, 0.5])
 
 
-def test_weights_are_taken_before_the_centres_move_and_only_training_moves_them() -> None:
-    weighting = CentreConfidenceWeighting(2)
+def test_weights_are_taken_before_the_centers_move_and_only_training_moves_them() -> None:
+    weighting = CenterConfidenceWeighting(2)
     embedding = torch.tensor([[0.0, 2.0]])
     assert call(weighting.eval(), embedding, [1])[:, 0].tolist() == [0.5, 0.5]
-    assert not weighting.get_buffer("centres_0").any()
+    assert not weighting.get_buffer("centers_0").any()
     assert call(weighting.train(), embedding, [1])[:, 0].tolist() == [0.5, 0.5]
-    assert weighting.get_buffer("centres_0").tolist() == [[0.0, 0.0], [0.0, 1.0]]
-    assert weighting.get_buffer("centres_1").tolist() == [[0.0, 0.0], [0.0, -1.0]]
+    assert weighting.get_buffer("centers_0").tolist() == [[0.0, 0.0], [0.0, 1.0]]
+    assert weighting.get_buffer("centers_1").tolist() == [[0.0, 0.0], [0.0, -1.0]]
 
 
 def test_order_of_repeated_identities_does_not_matter() -> None:
     embedding = torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 0.0]])
-    forward, backward = CentreConfidenceWeighting(1), CentreConfidenceWeighting(1)
+    forward, backward = CenterConfidenceWeighting(1), CenterConfidenceWeighting(1)
     call(forward, embedding, [0, 0, 0])
     call(backward, embedding.flip(0), [0, 0, 0])
     wanted = torch.tensor([[2.0, 1.0]]) / 5**0.5
-    torch.testing.assert_close(forward.get_buffer("centres_0"), wanted)
-    torch.testing.assert_close(backward.get_buffer("centres_0"), wanted)
+    torch.testing.assert_close(forward.get_buffer("centers_0"), wanted)
+    torch.testing.assert_close(backward.get_buffer("centers_0"), wanted)
 
 
-def test_a_fresh_module_takes_the_centres_of_a_state_dict() -> None:
-    inside = nn.ModuleDict({"weighting": CentreConfidenceWeighting(4)})
+def test_a_fresh_module_takes_the_centers_of_a_state_dict() -> None:
+    inside = nn.ModuleDict({"weighting": CenterConfidenceWeighting(4)})
     embedding = torch.randn(4, 3, generator=torch.Generator().manual_seed(0))
     call(inside["weighting"], embedding, [0, 1, 2, 2])
-    fresh = nn.ModuleDict({"weighting": CentreConfidenceWeighting(4)})
+    fresh = nn.ModuleDict({"weighting": CenterConfidenceWeighting(4)})
     assert list(fresh.state_dict()) == []
     fresh.load_state_dict(inside.state_dict())
-    assert list(fresh.state_dict()) == ["weighting.centres_0", "weighting.centres_1"]
+    assert list(fresh.state_dict()) == ["weighting.centers_0", "weighting.centers_1"]
     assert torch.equal(
         call(fresh["weighting"], embedding, [2, 2, 1, 3]), call(inside["weighting"], embedding, [2, 2, 1, 3])
     )
-    assert torch.equal(fresh.state_dict()["weighting.centres_0"], inside.state_dict()["weighting.centres_0"])
+    assert torch.equal(fresh.state_dict()["weighting.centers_0"], inside.state_dict()["weighting.centers_0"])
     # What was loaded is a copy: training one does not move the other.
     call(fresh["weighting"], -embedding, [0, 1, 2, 3])
-    assert not torch.equal(fresh.state_dict()["weighting.centres_0"], inside.state_dict()["weighting.centres_0"])
+    assert not torch.equal(fresh.state_dict()["weighting.centers_0"], inside.state_dict()["weighting.centers_0"])
 
 
 def test_half_precision_features_of_any_size_and_feature_maps() -> None:
-    weighting = CentreConfidenceWeighting(2)
+    weighting = CenterConfidenceWeighting(2)
     teachers = [300 * torch.ones(2, 3, 2, 2, dtype=torch.float16), torch.zeros(2, 5, dtype=torch.bfloat16)]
     for _ in range(2):
         weights = weighting(
             torch.zeros(2, 2), student=torch.zeros(2, 1), teachers=teachers, targets={"identity": torch.tensor([0, 1])}
         )
         assert torch.isfinite(weights).all()
-    assert weighting.get_buffer("centres_0").shape == (2, 12)
-    assert weighting.get_buffer("centres_0").dtype == torch.float32
+    assert weighting.get_buffer("centers_0").shape == (2, 12)
+    assert weighting.get_buffer("centers_0").dtype == torch.float32
     assert torch.equal(weights, torch.full((2, 2), 0.5))
 
 
 def test_no_gradient_flows() -> None:
-    weighting = CentreConfidenceWeighting(2)
+    weighting = CenterConfidenceWeighting(2)
     embedding = torch.ones(1, 3, requires_grad=True)
     for _ in range(2):
         weights = call(weighting, embedding, [0])
     assert not weights.requires_grad
-    assert not weighting.get_buffer("centres_0").requires_grad
+    assert not weighting.get_buffer("centers_0").requires_grad
 
 
 def test_errors_name_what_is_wrong() -> None:
-    weighting = CentreConfidenceWeighting(3)
+    weighting = CenterConfidenceWeighting(3)
     losses, rest = batch()
     embedding = torch.ones(1, 3)
     call(weighting, embedding, [0])
@@ -276,22 +276,22 @@ def test_errors_name_what_is_wrong() -> None:
         weighting(losses, **{**rest, "teachers": [embedding] * 2})
     with pytest.raises(ValueError, match=r"teachers\[1\] must be \(b, d, ...\) with b = 5, got \(1, 3\)"):
         weighting(losses, **{**rest, "teachers": [torch.ones(5, 3), embedding, embedding]})
-    with pytest.raises(ValueError, match=r"set_centres: centres must be \(n, d\) with n = 3, got \(2, 3\)"):
-        weighting.set_centres(0, torch.ones(2, 3))
-    with pytest.raises(ValueError, match=r"set_centres: centres must be finite, got 6 NaN or infinite values of 9"):
-        weighting.set_centres(0, torch.eye(3).log() * torch.eye(3))
+    with pytest.raises(ValueError, match=r"set_centers: centers must be \(n, d\) with n = 3, got \(2, 3\)"):
+        weighting.set_centers(0, torch.ones(2, 3))
+    with pytest.raises(ValueError, match=r"set_centers: centers must be finite, got 6 NaN or infinite values of 9"):
+        weighting.set_centers(0, torch.eye(3).log() * torch.eye(3))
     for bad in ({"temperature": 0}, {"momentum": 1.5}, {"momentum": -0.1}):
         (name,) = bad
-        with pytest.raises(ValueError, match=f"^CentreConfidenceWeighting: {name} must be"):
-            CentreConfidenceWeighting(3, **bad)
-    with pytest.raises(ValueError, match=r"^CentreConfidenceWeighting: num_identities must be a whole number and >= 1"):
-        CentreConfidenceWeighting(0)
+        with pytest.raises(ValueError, match=f"^CenterConfidenceWeighting: {name} must be"):
+            CenterConfidenceWeighting(3, **bad)
+    with pytest.raises(ValueError, match=r"^CenterConfidenceWeighting: num_identities must be a whole number and >= 1"):
+        CenterConfidenceWeighting(0)
 
 
-def test_centres_under_autocast_are_those_of_float32() -> None:
-    plain, auto = CentreConfidenceWeighting(2), CentreConfidenceWeighting(2)
+def test_centers_under_autocast_are_those_of_float32() -> None:
+    plain, auto = CenterConfidenceWeighting(2), CenterConfidenceWeighting(2)
     embedding = torch.randn(6, 5, generator=torch.Generator().manual_seed(0))
     call(plain, embedding, [0, 1, 1, 0, 1, 0])
     with torch.autocast("cpu", dtype=torch.bfloat16):
         call(auto, embedding, [0, 1, 1, 0, 1, 0])
-    assert torch.equal(auto.get_buffer("centres_0"), plain.get_buffer("centres_0"))
+    assert torch.equal(auto.get_buffer("centers_0"), plain.get_buffer("centers_0"))

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import kdlib.weighting
 from kdlib.weighting import (
-    CentreConfidenceWeighting,
+    CenterConfidenceWeighting,
     ConfidenceWeighting,
     EntropyWeighting,
     FixedWeighting,
@@ -30,7 +30,7 @@ def made(k: int) -> dict[str, nn.Module]:
     return {
         "UniformWeighting": UniformWeighting(),
         "FixedWeighting": FixedWeighting([1.0] * k),
-        "CentreConfidenceWeighting": CentreConfidenceWeighting(D),
+        "CenterConfidenceWeighting": CenterConfidenceWeighting(D),
         "ConfidenceWeighting": ConfidenceWeighting(),
         "EntropyWeighting": EntropyWeighting(),
         "UncertaintyWeighting": UncertaintyWeighting(k),
@@ -58,7 +58,7 @@ def test_one_teacher_weighs_one_and_equal_teachers_weigh_the_same(name: str) -> 
     teacher = torch.randn(B, D, generator=torch.Generator().manual_seed(7))
     for k in (1, 2, 3):
         weighting = made(k)[name]
-        for _ in range(2):  # centres are there the second time
+        for _ in range(2):  # centers are there the second time
             losses, rest = face([teacher] * k)
             weights = weighting(losses, **rest)
             torch.testing.assert_close(weights, torch.full((k, B), 1 / k), rtol=0, atol=1e-6)
@@ -87,7 +87,7 @@ def test_values_at_the_ends_give_finite_weights_that_sum_to_one(name: str, dtype
                 assert student.grad is None
 
 
-@pytest.mark.parametrize("name", ["ConfidenceWeighting", "CentreConfidenceWeighting"])
+@pytest.mark.parametrize("name", ["ConfidenceWeighting", "CenterConfidenceWeighting"])
 def test_a_missing_target_is_named(name: str) -> None:
     losses, rest = face([torch.zeros(B, D)] * 2)
     with pytest.raises(ValueError, match=f"^{name}: no target named .*; there are 'sample'"):

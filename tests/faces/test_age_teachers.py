@@ -16,17 +16,17 @@ from kdlib_faces._checks import InputError
 from kdlib_faces.backbones import MBF, IResNet, MobileFaceNet, build_backbone, save_backbone
 from kdlib_faces.cli import main
 from kdlib_faces.data.synthetic import SyntheticFaces
-from kdlib_faces.recipes.age_teacher import AgeTeacherConfig, PairTargets, build_age_teacher, trained_parts
 from kdlib_faces.harness.run import embed, load_model
+from kdlib_faces.recipes.age_teacher import AgeTeacherConfig, PairTargets, build_age_teacher, trained_parts
 from kdlib_faces.teachers import (
     AgeAttention,
     AgeEstimationLoss,
     AgeFactorLoss,
     AgeInvariantNet,
     AttentiveAgeNet,
-    FarPairLoss,
+    CrossAgePairLoss,
     FusedTeacher,
-    PullToStart,
+    L2SPLoss,
     fit_fusion,
     joined,
     load_teacher,
@@ -174,7 +174,7 @@ def test_dal_is_a_min_max_over_one_linear_map() -> None:
     assert float(value.detach()) < 0.1
 
 
-def test_far_pairs_are_told_from_all_strangers() -> None:
+def test_cross_age_pairs_are_told_from_all_strangers() -> None:
     x = torch.randn(6, 5, generator=_rng())
     target = torch.tensor([[0, 0], [0, 1], [1, 0], [1, 1], [2, 1], [2, -1]], dtype=torch.float64)
     unit = F.normalize(x, dim=1)
@@ -183,25 +183,25 @@ def test_far_pairs_are_told_from_all_strangers() -> None:
     for i, j in ((0, 1), (1, 0), (2, 3), (3, 2)):
         strangers = [k for k in range(6) if target[k, 0] != target[i, 0]]
         each.append(-torch.log_softmax(cosine[i, [j, *strangers]], 0)[0])
-    torch.testing.assert_close(FarPairLoss(groups=True)(x, target), torch.stack(each).mean())
+    torch.testing.assert_close(CrossAgePairLoss(groups=True)(x, target), torch.stack(each).mean())
     years = target.clone()
     years[:, 1] = torch.tensor([4, 40, 10, 15, 50, float("nan")])
-    by_years = FarPairLoss(gap=20)(x, years)
+    by_years = CrossAgePairLoss(gap=20)(x, years)
     torch.testing.assert_close(by_years, torch.stack(each[:2]).mean())
 
 
 @pytest.mark.parametrize("ages", [[1.0, 1.0, 1.0], [float("nan"), -1.0, 3.0]])
-def test_without_a_far_pair_the_loss_is_zero_with_a_graph(ages) -> None:
+def test_without_a_cross_age_pair_the_loss_is_zero_with_a_graph(ages) -> None:
     x = torch.zeros(3, 4, requires_grad=True)
     target = torch.stack([torch.zeros(3), torch.tensor(ages)], 1)
-    loss = FarPairLoss(gap=1)(x, target)
+    loss = CrossAgePairLoss(gap=1)(x, target)
     loss.backward()
     assert float(loss.detach()) == 0.0
     assert torch.isfinite(x.grad).all()
-    lonely = FarPairLoss(gap=1)(x, torch.tensor([[0.0, 1.0], [0.0, 9.0], [0.0, 5.0]]))  # no stranger
+    lonely = CrossAgePairLoss(gap=1)(x, torch.tensor([[0.0, 1.0], [0.0, 9.0], [0.0, 5.0]]))  # no stranger
     assert float(lonely.detach()) == 0.0
     with pytest.raises(ValueError, match=r"target must be \(b, 2\)"):
-        FarPairLoss()(x, torch.zeros(3, 3))
+        CrossAgePairLoss()(x, torch.zeros(3, 3))
 
 
 def test_the_pull_holds_the_trained_parameters_to_their_start() -> None:
@@ -212,7 +212,7 @@ def test_the_pull_holds_the_trained_parameters_to_their_start() -> None:
     tail = trained_parts(_backbone(), "tail")
     assert len(tail) == sum(1 for _ in (*net.conv_6_sep.parameters(), *net.conv_6_dw.parameters())) + len(moved)
     assert len(trained_parts(_backbone(), "all")) == sum(1 for _ in net.parameters())
-    pull = PullToStart(moved)
+    pull = L2SPLoss(moved)
     assert not list(pull.parameters())
     assert not pull.state_dict()
     assert float(pull().detach()) == 0.0
@@ -232,7 +232,7 @@ def _batches(faces: SyntheticFaces, by: str) -> PairTargets:
     ages[::5] = float("nan")  # only some images have ages
     groups = torch.where(ages.isnan(), -1, (ages > 40).long())
     both = {"ages": ages} if by == "age" else {"age_groups": groups}
-    batches = FaceBatches(faces.images(), faces.labels, batch_size=16, seed=0, per_identity=4, **both)
+    batches = FaceBatches(faces.images(), faces.labels, batch_size=16, seed=0, samples_per_identity=4, **both)
     return PairTargets(batches, by)
 
 
@@ -277,7 +277,7 @@ def test_from_scratch_the_whole_network_and_its_statistics_are_trained() -> None
         build_age_teacher(_backbone(), AgeTeacherConfig(identity_weight=0.0), num_identities=8, loaded=False)
 
 
-def test_far_pairs_bring_unseen_people_together_across_age() -> None:
+def test_cross_age_pairs_bring_unseen_people_together_across_age() -> None:
     """A network that reads people and, three times as loud, age: trained on some people, tested on others."""
     generator = _rng()
     people, age = torch.randn(120, 12, generator=generator), 3 * torch.randn(12, generator=generator)
@@ -288,7 +288,7 @@ def test_far_pairs_bring_unseen_people_together_across_age() -> None:
     with torch.no_grad():
         layer.weight.copy_(torch.eye(12))
         layer.bias.zero_()
-    loss, pull = FarPairLoss(groups=True), PullToStart(layer.parameters())
+    loss, pull = CrossAgePairLoss(groups=True), L2SPLoss(layer.parameters())
     rows = who < 80
 
     def rank1() -> float:

@@ -138,7 +138,7 @@ def test_every_truncation_of_safetensors_is_refused(tmp_path):
 def test_our_safetensors_bring_a_network_back(name, tmp_path):
     layers = {"layers": (1, 1, 1, 1)} if name in ("iresnet", "ir") else {}
     model = small(name, **layers)
-    model.input_spec = InputSpec(size=32, colour="bgr", mean=(1.0, 2.0, 3.0), scale=255.0, normalised=None)
+    model.input_spec = InputSpec(size=32, color="bgr", mean=(1.0, 2.0, 3.0), scale=255.0, normalized=None)
     for kind in ("torch", "safetensors"):
         save_backbone(model, tmp_path / "m", format=kind)
         again = load_backbone(tmp_path / "m")
@@ -171,7 +171,7 @@ def test_a_public_layout_in_safetensors(tmp_path):
     "told",
     ["[]", "{", '{"kdlib_faces": 2}', '{"kdlib_faces": 2, "backbone": "mbf", "arguments": [], "input": {}}',
      '{"kdlib_faces": 2, "backbone": "mobilefacenet", "arguments": {}, "input": {"code": 1}}',
-     '{"kdlib_faces": 2, "backbone": "mobilefacenet", "arguments": {}, "input": {"colour": "cmyk"}}',
+     '{"kdlib_faces": 2, "backbone": "mobilefacenet", "arguments": {}, "input": {"color": "cmyk"}}',
      '{"kdlib_faces": 2, "backbone": "mobilefacenet", "arguments": {}, "input": {"mean": "NaN"}}',
      '{"kdlib_faces": 2, "backbone": "mobilefacenet", "arguments": {}, "input": {"mean": NaN}}',
      '{"kdlib_faces": 2, "backbone": "mobilefacenet", "arguments": {}, "input": {"scale": [1, 2]}}',
@@ -360,7 +360,7 @@ class TestInputSpec:
     def test_pixels_become_what_a_network_takes(self):
         pixels = torch.randint(0, 256, (2, 3, 8, 8), generator=torch.Generator().manual_seed(0)).double()
         images = (pixels - 127.5) / 127.5
-        spec = InputSpec(size=8, colour="bgr", mean=(104.0, 117.0, 123.0), scale=(1.0, 2.0, 4.0))
+        spec = InputSpec(size=8, color="bgr", mean=(104.0, 117.0, 123.0), scale=(1.0, 2.0, 4.0))
         wanted = (pixels.flip(1) - torch.tensor([104.0, 117.0, 123.0]).view(3, 1, 1)) / torch.tensor(
             [1.0, 2.0, 4.0]
         ).view(3, 1, 1)
@@ -376,20 +376,20 @@ class TestInputSpec:
 
     def test_gradients_pass(self):
         images = faces().requires_grad_()
-        InputSpec(size=16, colour="bgr", scale=128.0)(images).sum().backward()
+        InputSpec(size=16, color="bgr", scale=128.0)(images).sum().backward()
         assert images.grad is not None
         assert bool(torch.isfinite(images.grad).all())
 
     @pytest.mark.parametrize(
         ("fields", "words"),
         [
-            ({"colour": "gbr"}, "colour must be one of 'rgb', 'bgr'"),
+            ({"color": "gbr"}, "color must be one of 'rgb', 'bgr'"),
             ({"size": 0}, "input_size"),
             ({"scale": 0}, "scale"),
             ({"scale": (1.0, 1.0)}, "scale must be one number or three"),
             ({"mean": float("nan")}, "mean"),
             ({"mean": "127"}, "mean"),
-            ({"normalised": "yes"}, "normalised must be True, False or None"),
+            ({"normalized": "yes"}, "normalized must be True, False or None"),
             ({"assumed": ("size",)}, "assumed"),
         ],
     )
@@ -405,18 +405,18 @@ class TestInputSpec:
     def test_the_caller_has_the_last_word(self, tmp_path):
         torch.save(small().state_dict(), tmp_path / "m")
         model = load_backbone(tmp_path / "m")
-        assert model.input_spec == InputSpec(size=32, normalised=None, assumed=("colour", "scale", "normalised"))
-        model = load_backbone(tmp_path / "m", colour="bgr", scale=128.0, normalised=True)
-        assert model.input_spec == InputSpec(size=32, colour="bgr", scale=128.0, normalised=True)
+        assert model.input_spec == InputSpec(size=32, normalized=None, assumed=("color", "scale", "normalized"))
+        model = load_backbone(tmp_path / "m", color="bgr", scale=128.0, normalized=True)
+        assert model.input_spec == InputSpec(size=32, color="bgr", scale=128.0, normalized=True)
         save_backbone(model, tmp_path / "n")
         assert load_backbone(tmp_path / "n").input_spec == model.input_spec
-        assert load_backbone(tmp_path / "n", colour="rgb").input_spec.colour == "rgb"
-        with pytest.raises(InputError, match="colour must be one of"):
-            load_backbone(tmp_path / "m", colour="yuv")
+        assert load_backbone(tmp_path / "n", color="rgb").input_spec.color == "rgb"
+        with pytest.raises(InputError, match="color must be one of"):
+            load_backbone(tmp_path / "m", color="yuv")
 
     def test_a_teacher_gets_its_own_images_and_its_own_fingerprint(self):
         model = small()
-        plain, turned = InputSpec(size=32), InputSpec(size=32, colour="bgr")
+        plain, turned = InputSpec(size=32), InputSpec(size=32, color="bgr")
         adapters = [TeacherAdapter(model, {"embedding": OUTPUT}, preprocess=spec) for spec in (plain, turned)]
         images = faces()
         assert torch.equal(adapters[1](images)["embedding"], adapters[0](images.flip(1))["embedding"])
@@ -439,7 +439,7 @@ def test_the_recipe_feeds_a_published_teacher_as_it_wants(tmp_path):
     images = faces()
     found = distiller.teachers["general"](images)["embedding"]
     torch.testing.assert_close(found, teacher(loaded.input_spec(images)))
-    assert loaded.input_spec.colour == "bgr"
+    assert loaded.input_spec.color == "bgr"
     assert loaded.input_spec(images).shape == (2, 3, 48, 32)
 
 
@@ -447,7 +447,7 @@ def test_embeddings_of_a_published_network_are_of_its_own_images(tmp_path):
     from kdlib_faces.harness.run import embed, load_model
 
     model = small(input_size=(32, 16))
-    model.input_spec = InputSpec(size=(32, 16), colour="bgr", mean=0.0, scale=255.0)
+    model.input_spec = InputSpec(size=(32, 16), color="bgr", mean=0.0, scale=255.0)
     save_backbone(model, tmp_path / "m.pt")
     loaded, side = load_model(tmp_path / "m.pt")
     pixels = torch.randint(0, 256, (3, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
@@ -481,7 +481,7 @@ class TestInspect:
             "layout      ir: IR or IR-SE by face.evoLVe's names; AdaFace's or CVLface's kind; wrapped as AdaFace does",
             "wrapping    opened state_dict; stripped 'model.'; left out head.kernel",
             "input       BGR, (pixel - 127.5) / 127.5, 32 x 32",
-            "output      (b, 16), not normalised",
+            "output      (b, 16), not normalized",
             f"parameters  {sum(p.numel() for p in model.parameters()):,}",
             f"keys        {len(model.state_dict())}",
             "taps        body.0, body.1, body.2, body.3",

@@ -363,7 +363,7 @@ def drawn(reference, size=(32, 32), seed=0):
 
 @pytest.mark.parametrize("case", CASES)
 def test_reads_what_the_project_wrote(case, tmp_path):
-    reference, kind, size, words, normalised = CASES[case]
+    reference, kind, size, words, normalized = CASES[case]
     state, images, expected = drawn(reference, size)
     torch.save(dict(state), tmp_path / "any name")
     info = describe_checkpoint(tmp_path / "any name")
@@ -378,7 +378,7 @@ def test_reads_what_the_project_wrote(case, tmp_path):
     assert info.parameters == count_parameters(model)
     assert model.input_spec == info.input_spec
     assert model.input_spec.describe() == f"{words}, {size[0]} x {size[1]}"
-    assert model.input_spec.normalised is normalised
+    assert model.input_spec.normalized is normalized
     stages = []
     hooks = [
         model.get_submodule(path).register_forward_hook(lambda m, i, o: stages.append(o.shape[2]))
@@ -576,7 +576,7 @@ def test_wrappings(project, tmp_path):
         assert model.norm_eps == 2e-5
         assert "MagFace" in info.about
     if "FaceX-Zoo" in project:
-        assert model.input_spec.normalised is ("ResNet" in project)
+        assert model.input_spec.normalized is ("ResNet" in project)
 
 
 def test_a_prefix_goes_only_where_a_head_alone_is_left(tmp_path):

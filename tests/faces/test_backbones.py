@@ -243,7 +243,7 @@ class TestEveryBackbone:
         embeddings = model(images(3))
         assert embeddings.shape == (3, model.embedding_dim)
         assert embeddings.dtype == torch.float32
-        assert (embeddings.norm(dim=1) - 1).abs().max() > 1e-3  # not normalised
+        assert (embeddings.norm(dim=1) - 1).abs().max() > 1e-3  # not normalized
         torch.testing.assert_close(model(images(3)[:1]), embeddings[:1], rtol=1e-4, atol=1e-4)
 
     def test_stages_are_taps_that_halve_the_grid(self, name):

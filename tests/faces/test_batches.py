@@ -56,11 +56,16 @@ def test_batches_carry_the_rows_that_they_say():
     assert len(set(seen)) == 9
 
 
-@pytest.mark.parametrize("per_identity", [None, 2])
-def test_any_step_of_any_epoch_comes_again(per_identity):
+@pytest.mark.parametrize("samples_per_identity", [None, 2])
+def test_any_step_of_any_epoch_comes_again(samples_per_identity):
     def make(seed=3):
         return FaceBatches(
-            pixels(24), np.arange(24) % 6, batch_size=4, seed=seed, augment=ALL, per_identity=per_identity
+            pixels(24),
+            np.arange(24) % 6,
+            batch_size=4,
+            seed=seed,
+            augment=ALL,
+            samples_per_identity=samples_per_identity,
         )
 
     batches = make()
@@ -82,7 +87,7 @@ def test_any_step_of_any_epoch_comes_again(per_identity):
 
 def test_each_batch_holds_k_images_of_different_identities():
     identities = np.array([0] * 9 + [1] * 3 + [2] * 2 + [7] * 1 + [9] * 5)
-    batches = FaceBatches(pixels(20), identities, batch_size=6, seed=0, per_identity=2)
+    batches = FaceBatches(pixels(20), identities, batch_size=6, seed=0, samples_per_identity=2)
     people = set()
     for epoch in range(8):
         batches.set_epoch(epoch)
@@ -104,10 +109,10 @@ def test_each_batch_holds_k_images_of_different_identities():
         ({"identities": np.zeros(9)}, r"identity must be \(n,\) = \(10,\), got \(9,\)"),
         ({"ages": [1.0]}, r"age must be \(n,\)"),
         ({"images": torch.zeros(10, 1, 4, 4, dtype=torch.uint8)}, r"images must be \(n, 3, s, s\)"),
-        ({"per_identity": 3}, "batch_size must be a multiple of per_identity 3, got 4"),
+        ({"samples_per_identity": 3}, "batch_size must be a multiple of samples_per_identity 3, got 4"),
         (
-            {"per_identity": 1, "identities": np.arange(10) % 3},
-            "batch_size / per_identity must be at most the 3 identities, got 4",
+            {"samples_per_identity": 1, "identities": np.arange(10) % 3},
+            "batch_size / samples_per_identity must be at most the 3 identities, got 4",
         ),
         ({"seed": -1}, "seed must be a whole number"),
     ],

@@ -16,8 +16,8 @@ from PIL import Image
 
 from kdlib_faces._checks import InputError
 from kdlib_faces.data import BinSet, load_bin, save_bin
-from kdlib_faces.data.formats import pickle as pickle_room
 from kdlib_faces.data.formats import bin as bin_room
+from kdlib_faces.data.formats import pickle as pickle_room
 from kdlib_faces.data.formats.pickle import parse_pickle
 from kdlib_faces.data.images import decode_image
 from kdlib_faces.evaluation import PairProtocol, evaluate

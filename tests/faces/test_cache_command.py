@@ -13,11 +13,11 @@ from kdlib import OUTPUT, TeacherAdapter
 from kdlib.cache import CachedTeacher, CacheError, TeacherCache
 from kdlib_faces._checks import InputError
 from kdlib_faces.backbones import build_backbone, load_backbone, save_backbone
+from kdlib_faces.caching import build as recipe
 from kdlib_faces.cli import main
 from kdlib_faces.data.images import load_images
 from kdlib_faces.data.lists import read_faces
 from kdlib_faces.data.seeded_views import SeededBatches, SeededViews
-from kdlib_faces.caching import build as recipe
 
 COUNT = 10
 

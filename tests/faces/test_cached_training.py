@@ -17,11 +17,11 @@ from PIL import Image
 from kdlib.cache import CachedTeacher, TeacherCache
 from kdlib_faces._checks import InputError
 from kdlib_faces.backbones import build_backbone, load_backbone, save_backbone
+from kdlib_faces.caching.teachers import is_cache, open_teachers
 from kdlib_faces.cli import main
 from kdlib_faces.data.lists import read_faces
 from kdlib_faces.recipes import LIAADConfig
 from kdlib_faces.recipes import build as build_recipe
-from kdlib_faces.caching.teachers import is_cache, open_teachers
 
 COUNT, SIZE = 16, 32
 PLAIN = [f"augment.{name}=0" for name in ["mirror", "brightness", "contrast", "gamma", "shift", "scale", "rotate"]]

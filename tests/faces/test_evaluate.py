@@ -41,8 +41,8 @@ def folder(tmp_path):
     ]
     (tmp_path / "pairs.txt").write_text("\n".join([*pairs, "Q 1 2"]) + "\n")
     rng = np.random.default_rng(1)
-    centres = np.repeat(rng.normal(size=(PEOPLE, 16)), EACH, axis=0)
-    np.save(tmp_path / "good.npy", centres + 0.01 * rng.normal(size=centres.shape))
+    centers = np.repeat(rng.normal(size=(PEOPLE, 16)), EACH, axis=0)
+    np.save(tmp_path / "good.npy", centers + 0.01 * rng.normal(size=centers.shape))
     return tmp_path
 
 

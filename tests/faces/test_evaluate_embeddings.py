@@ -148,7 +148,7 @@ def test_the_input_spec_of_a_model_is_respected():
             return images.flatten(1)
 
     pixels = torch.randint(0, 256, (5, 3, 4, 4), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    found = embedding.embed(Model(), pixels, batch_size=2, flip=False, normalise=False)
+    found = embedding.embed(Model(), pixels, batch_size=2, flip=False, normalize=False)
     torch.testing.assert_close(found, ((pixels.float() / 127.5 - 1).flip(1) * 2).flatten(1))
     assert len(spec_calls) == 3
 

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from kdlib_faces.evaluation import CrossGroupProtocol, PairProtocol, pool_templates
-from kdlib_faces.harness import run as evaluate
 from kdlib_faces.harness import panels_templates
+from kdlib_faces.harness import run as evaluate
 from kdlib_faces.harness.panels_distractors import DistractorsPanel
 from kdlib_faces.harness.panels_groups import CrossGroupPanel
 from kdlib_faces.harness.panels_pairs import PairsPanel
@@ -107,7 +107,7 @@ def test_the_confidence_asked_for_is_that_of_every_interval(tmp_path, no_figures
         assert wide[key]["high"] - wide[key]["low"] > narrow[key]["high"] - narrow[key]["low"] > 0
 
 
-def test_the_worst_pairs_are_the_worst():
+def test_the_worst_pairs_are_the_hardest():
     rng = np.random.default_rng(3)
     people = np.repeat(np.arange(8), 3)
     array = rng.normal(size=(24, 6)) + 0.8 * rng.normal(size=(8, 6))[people]

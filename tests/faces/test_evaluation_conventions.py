@@ -101,9 +101,9 @@ def published_pca(left: Any, right: Any, same: Any, k: int) -> list[float]:
     for test in contiguous(len(same)):
         train = np.setdiff1d(np.arange(len(same)), test)
         both = np.concatenate([left[train], right[train]])
-        centre = both.mean(axis=0)
-        axes = np.linalg.svd(both - centre, full_matrices=False)[2][:k]
-        distances = distances_of((left - centre) @ axes.T, (right - centre) @ axes.T)
+        center = both.mean(axis=0)
+        axes = np.linalg.svd(both - center, full_matrices=False)[2][:k]
+        distances = distances_of((left - center) @ axes.T, (right - center) @ axes.T)
         scores = [float(((distances[train] < t) == same[train]).mean()) for t in thresholds]
         accuracies.append(float(((distances[test] < thresholds[int(np.argmax(scores))]) == same[test]).mean()))
     return accuracies

@@ -8,8 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kdlib_faces.evaluation.protocols import leave_one_out as identification
 from kdlib_faces.evaluation import leave_one_out, leave_one_out_result, wilson
+from kdlib_faces.evaluation.protocols import leave_one_out as identification
 
 
 def by_hand(embeddings: np.ndarray, identities: Any, rank: int) -> float:

@@ -21,7 +21,7 @@ def make_pairs(count: int, seed: int, noise: float = 1.0) -> tuple[np.ndarray, n
 
 
 def published(left: np.ndarray, right: np.ndarray, same: np.ndarray, thresholds: Any, folds: Any) -> list[float]:
-    """Normalise, squared distance, and per fold the first threshold of best accuracy on the other folds."""
+    """Normalize, squared distance, and per fold the first threshold of best accuracy on the other folds."""
     left = np.array([row / np.sqrt((row * row).sum()) for row in left])
     right = np.array([row / np.sqrt((row * row).sum()) for row in right])
     distances = [float(sum((a - b) ** 2)) for a, b in zip(left, right, strict=True)]
@@ -77,7 +77,7 @@ def test_the_published_grid_is_the_default_and_may_differ_from_exact_thresholds(
     assert any(differs)
 
 
-def test_exact_handles_ties_and_neighbouring_floats() -> None:
+def test_exact_handles_ties_and_neighboring_floats() -> None:
     # Distances 0 and 2 only: the midpoint 1 separates them.
     left, right = np.eye(2)[[0, 0] * 10], np.eye(2)[[0, 1] * 10]
     result = verify_pairs(left, right, [1, 0] * 10, threshold="exact")

@@ -27,8 +27,8 @@ def make(people: int = 25, seed: int = 0, width: int = 16) -> tuple[Any, Any, An
     generator = np.random.default_rng(seed)
     who = np.repeat(np.arange(people), generator.integers(2, 8, people))
     ages = np.round(generator.uniform(0, 60, who.size), 1)
-    centre, drift = generator.normal(size=(2, people, width))
-    rows = centre[who] + drift[who] * ages[:, None] / 40 + 0.7 * generator.normal(size=(who.size, width))
+    center, drift = generator.normal(size=(2, people, width))
+    rows = center[who] + drift[who] * ages[:, None] / 40 + 0.7 * generator.normal(size=(who.size, width))
     return rows, who, ages
 
 

@@ -22,12 +22,12 @@ from kdlib.testing import check_loss
 from kdlib_faces import losses as room
 from kdlib_faces.heads import arcface_loss, cosface_loss
 from kdlib_faces.losses import (
-    AdaptiveCentresLoss,
+    AdaptiveCentersLoss,
     EvaluationOrientedLoss,
     MarginDistillLoss,
     TripletDistillLoss,
-    adapted_centres,
-    centres_from,
+    adapted_centers,
+    centers_from,
     evaluation_oriented,
     margin_distill,
     negative_thresholds,
@@ -42,7 +42,7 @@ def draw(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tens
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
 
 
-STUDENT, TEACHER, CENTRES = draw(B, D, seed=1), draw(B, D, seed=2), draw(N, D, seed=3)
+STUDENT, TEACHER, CENTERS = draw(B, D, seed=1), draw(B, D, seed=2), draw(N, D, seed=3)
 
 
 def warm(loss: nn.Module) -> nn.Module:
@@ -52,15 +52,15 @@ def warm(loss: nn.Module) -> nn.Module:
 
 
 MAKERS = {
-    "margin": lambda: MarginDistillLoss(N, D, scale=8.0, centres=CENTRES),
+    "margin": lambda: MarginDistillLoss(N, D, scale=8.0, centers=CENTERS),
     "triplet": lambda: TripletDistillLoss(),
     "triplet angle": lambda: TripletDistillLoss(distance="angle"),
     "triplet semihard": lambda: TripletDistillLoss(mining="semihard"),
     "evaluation": lambda: EvaluationOrientedLoss(temperature=0.2, hardest=10),
-    "adaptive arc": lambda: AdaptiveCentresLoss(N, D, scale=8.0),
-    "adaptive cos": lambda: AdaptiveCentresLoss(N, D, scale=8.0, head="cosface", centres=CENTRES),
+    "adaptive arc": lambda: AdaptiveCentersLoss(N, D, scale=8.0),
+    "adaptive cos": lambda: AdaptiveCentersLoss(N, D, scale=8.0, head="cosface", centers=CENTERS),
 }
-# Their constants (thresholds, centres) move with the student in training mode, and so in differences.
+# Their constants (thresholds, centers) move with the student in training mode, and so in differences.
 REMEMBERS = {"evaluation", "adaptive arc", "adaptive cos"}
 
 
@@ -84,7 +84,7 @@ def reference_margin(s, t, w, y, scale, least, most, keep=None):
     losses = []
     for i in keep:
         margin = (most - least) * d[i] / top + least if top else least
-        cosines = [float(unit(s[i]) @ unit(centre)) for centre in w]
+        cosines = [float(unit(s[i]) @ unit(center)) for center in w]
         angle = math.acos(min(1.0, max(-1.0, cosines[y[i]])))
         own = math.cos(angle + margin) if angle <= math.pi - margin else math.cos(angle) + math.cos(margin) - 1
         cosines[y[i]] = own
@@ -153,8 +153,8 @@ def reference_evaluation(s, t, y, tau_s, tau_t, temperature, hardest, w):
     return loss
 
 
-def reference_centres(s, t, w, y, keep=None):
-    """Each sample's step from the centre as it was; their mean."""
+def reference_centers(s, t, w, y, keep=None):
+    """Each sample's step from the center as it was; their mean."""
 
     def held(x: float) -> float:
         return min(1.0, max(1e-6, x))
@@ -179,7 +179,7 @@ def test_the_room_has_these_losses() -> None:
     modules = {name for name in room.__all__ if inspect.isclass(getattr(room, name))}
     assert modules == {type(make()).__name__ for make in MAKERS.values()}
     assert set(room.__all__) - modules == {
-        "adapted_centres", "centres_from", "evaluation_oriented", "margin_distill", "negative_thresholds",
+        "adapted_centers", "centers_from", "evaluation_oriented", "margin_distill", "negative_thresholds",
         "triplet_distill",
     }  # fmt: skip
 
@@ -298,7 +298,7 @@ class TestEveryLoss:
             loss(student, teacher, target=target)
         assert type(loss).__name__.removesuffix("Loss").lower()[:6] in str(caught.value).split(":")[0].replace(
             "_", ""
-        ).lower().replace("adaptedcentres", "adaptivecentres")
+        ).lower().replace("adaptedcenters", "adaptivecenters")
         with pytest.raises(ValueError, match=r"weight must be \(b,\) = \(12,\), got \(3,\)"):
             loss(STUDENT, TEACHER, target=IDENTITIES, weight=torch.ones(3))
         with pytest.raises(ValueError, match=r"reduction must be .*got 'sum'"):
@@ -314,9 +314,9 @@ class TestEveryLoss:
         (lambda: MarginDistillLoss(4, 4, least_margin=-0.1), "MarginDistillLoss: least_margin must be"),
         (lambda: MarginDistillLoss(4, 4, most_margin=0.1), "MarginDistillLoss: most_margin must be .* >= 0.2"),
         (lambda: MarginDistillLoss(4, 4, reduction="sum"), "MarginDistillLoss: reduction must be one of"),
-        (lambda: MarginDistillLoss(4, 4, centres=torch.ones(4, 5)), r"centres must be \(n, d\) with n = 4 and d = 4"),
-        (lambda: MarginDistillLoss(2, 2, centres=torch.eye(2) * torch.inf), "centres must be finite"),
-        (lambda: MarginDistillLoss(2, 2, centres=torch.tensor([[1.0, 0], [0, 0]])), "no row of zeros, got row 1"),
+        (lambda: MarginDistillLoss(4, 4, centers=torch.ones(4, 5)), r"centers must be \(n, d\) with n = 4 and d = 4"),
+        (lambda: MarginDistillLoss(2, 2, centers=torch.eye(2) * torch.inf), "centers must be finite"),
+        (lambda: MarginDistillLoss(2, 2, centers=torch.tensor([[1.0, 0], [0, 0]])), "no row of zeros, got row 1"),
         (lambda: TripletDistillLoss(distance="l1"), "TripletDistillLoss: distance must be one of 'squared', 'angle'"),
         (lambda: TripletDistillLoss(mining="all"), "TripletDistillLoss: mining must be one of 'hardest', 'semihard'"),
         (lambda: TripletDistillLoss(most_margin=0.1), "TripletDistillLoss: most_margin must be .* >= 0.2"),
@@ -328,10 +328,10 @@ class TestEveryLoss:
         (lambda: EvaluationOrientedLoss(hardest=2.0), "EvaluationOrientedLoss: hardest must be a whole number"),
         (lambda: EvaluationOrientedLoss(positive_weight=-1.0), "EvaluationOrientedLoss: positive_weight must be"),
         (lambda: EvaluationOrientedLoss(momentum=0.0), "EvaluationOrientedLoss: momentum must be"),
-        (lambda: AdaptiveCentresLoss(0, 4), "AdaptiveCentresLoss: num_identities must be"),
-        (lambda: AdaptiveCentresLoss(4, 4, head="adaface"), "AdaptiveCentresLoss: head must be one of 'arcface'"),
-        (lambda: AdaptiveCentresLoss(4, 4, margin=3.2), "AdaptiveCentresLoss: margin must be .*3.14"),
-        (lambda: AdaptiveCentresLoss(4, 4, centres=torch.ones(3, 4)), "AdaptiveCentresLoss: centres must be"),
+        (lambda: AdaptiveCentersLoss(0, 4), "AdaptiveCentersLoss: num_identities must be"),
+        (lambda: AdaptiveCentersLoss(4, 4, head="adaface"), "AdaptiveCentersLoss: head must be one of 'arcface'"),
+        (lambda: AdaptiveCentersLoss(4, 4, margin=3.2), "AdaptiveCentersLoss: margin must be .*3.14"),
+        (lambda: AdaptiveCentersLoss(4, 4, centers=torch.ones(3, 4)), "AdaptiveCentersLoss: centers must be"),
     ],
 )
 def test_wrong_arguments(make: Any, words: str) -> None:
@@ -345,24 +345,24 @@ def test_wrong_arguments(make: Any, words: str) -> None:
 @pytest.mark.parametrize(("scale", "least", "most"), [(64.0, 0.2, 0.5), (8.0, 0.0, 1.4), (4.0, 0.3, 0.3)])
 def test_margin_formula(scale: float, least: float, most: float) -> None:
     options = {"scale": scale, "least_margin": least, "most_margin": most}
-    got = margin_distill(STUDENT, TEACHER, CENTRES, target=IDENTITIES, reduction="none", **options)
-    arrays = [x.numpy() for x in (STUDENT, TEACHER, CENTRES, IDENTITIES)]
+    got = margin_distill(STUDENT, TEACHER, CENTERS, target=IDENTITIES, reduction="none", **options)
+    arrays = [x.numpy() for x in (STUDENT, TEACHER, CENTERS, IDENTITIES)]
     np.testing.assert_allclose(got.numpy(), reference_margin(*arrays, scale, least, most), rtol=1e-9)
     # Masked samples have no say in the largest cosine.
-    own = torch.nn.functional.cosine_similarity(TEACHER, CENTRES[IDENTITIES])
+    own = torch.nn.functional.cosine_similarity(TEACHER, CENTERS[IDENTITIES])
     weight = torch.where(own == own.max(), 0.0, 1.0)
     keep = weight.nonzero().flatten().tolist()
-    got = margin_distill(STUDENT, TEACHER, CENTRES, target=IDENTITIES, weight=weight, **options)
+    got = margin_distill(STUDENT, TEACHER, CENTERS, target=IDENTITIES, weight=weight, **options)
     assert got.item() == pytest.approx(reference_margin(*arrays, scale, least, most, keep).mean(), rel=1e-9)
 
 
 def test_margin_defaults_are_the_papers() -> None:
-    loss = MarginDistillLoss(N, D, centres=CENTRES)
+    loss = MarginDistillLoss(N, D, centers=CENTERS)
     assert (loss.scale, loss.least_margin, loss.most_margin) == (64.0, 0.2, 0.5)
 
 
 def test_margin_numbers() -> None:
-    """Student on its centre, the others at a right angle: log(1 + e^(-s cos m)); m = .5 at most, .2 + .3 * .6 = .38."""
+    """Student on its center, the others at a right angle: log(1 + e^(-s cos m)); m = .5 at most, .2 + .3 * .6 = .38."""
     teacher = torch.tensor([[2.0, 0.0], [0.8, 0.6]], dtype=torch.float64)
     eye = torch.eye(2, dtype=torch.float64)
     got = margin_distill(eye, teacher, eye, target=torch.arange(2), scale=5.0, reduction="none")
@@ -371,75 +371,75 @@ def test_margin_numbers() -> None:
 
 
 def test_margins_stay_in_their_bounds_where_the_teacher_is_wrong() -> None:
-    centres = torch.eye(3, dtype=torch.float64)
-    student = centres + 0.1
-    plain = arcface_loss(student, centres, torch.arange(3), scale=8.0, margin=0.2, reduction="none")
-    away = margin_distill(student, -centres, centres, target=torch.arange(3), scale=8.0, reduction="none")
+    centers = torch.eye(3, dtype=torch.float64)
+    student = centers + 0.1
+    plain = arcface_loss(student, centers, torch.arange(3), scale=8.0, margin=0.2, reduction="none")
+    away = margin_distill(student, -centers, centers, target=torch.arange(3), scale=8.0, reduction="none")
     torch.testing.assert_close(away, plain)
-    teacher = torch.stack([centres[0], -centres[1], 1e-9 * centres[2]])
-    mixed = margin_distill(student, teacher, centres, target=torch.arange(3), scale=8.0, reduction="none")
+    teacher = torch.stack([centers[0], -centers[1], 1e-9 * centers[2]])
+    mixed = margin_distill(student, teacher, centers, target=torch.arange(3), scale=8.0, reduction="none")
     torch.testing.assert_close(mixed[1], plain[1])
-    wide = arcface_loss(student, centres, torch.arange(3), scale=8.0, margin=0.5, reduction="none")
+    wide = arcface_loss(student, centers, torch.arange(3), scale=8.0, margin=0.5, reduction="none")
     torch.testing.assert_close(mixed[[0, 2]], wide[[0, 2]])
 
 
 @settings(max_examples=40, deadline=None)
 @given(margin=st.floats(0, math.pi), scale=st.floats(1, 64))
-def test_equal_margins_are_arcface_on_frozen_centres(margin: float, scale: float) -> None:
-    centres = CENTRES.clone().requires_grad_()
+def test_equal_margins_are_arcface_on_frozen_centers(margin: float, scale: float) -> None:
+    centers = CENTERS.clone().requires_grad_()
     options = {"scale": scale, "least_margin": margin, "most_margin": margin}
-    got = margin_distill(STUDENT.clone().requires_grad_(), TEACHER, centres, target=IDENTITIES, **options)
+    got = margin_distill(STUDENT.clone().requires_grad_(), TEACHER, centers, target=IDENTITIES, **options)
     got.backward()
     torch.testing.assert_close(
-        got.detach(), arcface_loss(STUDENT, CENTRES, IDENTITIES, scale=scale, margin=margin), rtol=1e-9, atol=1e-12
+        got.detach(), arcface_loss(STUDENT, CENTERS, IDENTITIES, scale=scale, margin=margin), rtol=1e-9, atol=1e-12
     )
-    assert centres.grad is None
+    assert centers.grad is None
 
 
 @pytest.mark.parametrize("sign", [1, -1])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_margin_on_the_centre_and_opposite_to_it(sign: int, dtype: torch.dtype) -> None:
-    student = (sign * 7 * CENTRES).to(dtype).requires_grad_()
-    margin_distill(student, TEACHER[:N].to(dtype), CENTRES.to(dtype), target=torch.arange(N)).backward()
+def test_margin_on_the_center_and_opposite_to_it(sign: int, dtype: torch.dtype) -> None:
+    student = (sign * 7 * CENTERS).to(dtype).requires_grad_()
+    margin_distill(student, TEACHER[:N].to(dtype), CENTERS.to(dtype), target=torch.arange(N)).backward()
     assert torch.isfinite(student.grad).all()
     assert (student.grad.norm(dim=1) <= 2 * 64 / student.detach().norm(dim=1)).all()
 
 
-def test_margin_needs_centres() -> None:
+def test_margin_needs_centers() -> None:
     loss = MarginDistillLoss(N, D)
-    with pytest.raises(ValueError, match=r"centres must be there before the first loss.*centres_from"):
+    with pytest.raises(ValueError, match=r"centers must be there before the first loss.*centers_from"):
         loss(STUDENT, TEACHER, target=IDENTITIES)
-    loss.centres_from(TEACHER, IDENTITIES)
+    loss.centers_from(TEACHER, IDENTITIES)
     value = loss(STUDENT, TEACHER, target=IDENTITIES)
     other = MarginDistillLoss(N, D)
     other.load_state_dict(loss.state_dict())
     assert torch.equal(other(STUDENT, TEACHER, target=IDENTITIES), value)
     unset = MarginDistillLoss(N, D)
     other.load_state_dict(unset.state_dict())
-    with pytest.raises(ValueError, match="centres must be there"):
+    with pytest.raises(ValueError, match="centers must be there"):
         other(STUDENT, TEACHER, target=IDENTITIES)
     assert torch.equal(copy.deepcopy(loss)(STUDENT, TEACHER, target=IDENTITIES), value)
 
 
-def test_centres_from_embeddings() -> None:
-    got = centres_from(TEACHER, IDENTITIES)
+def test_centers_from_embeddings() -> None:
+    got = centers_from(TEACHER, IDENTITIES)
     for identity in range(N):
         rows = [unit(row) for row, own in zip(TEACHER.numpy(), IDENTITIES, strict=True) if own == identity]
         np.testing.assert_allclose(got[identity].numpy(), unit(sum(rows)), rtol=1e-12)
-    assert centres_from(TEACHER.half(), IDENTITIES).dtype == torch.float32
+    assert centers_from(TEACHER.half(), IDENTITIES).dtype == torch.float32
     many = draw(2**15 + 3, 2)
     own = torch.arange(len(many)) % 2
-    got = centres_from(many, own)
+    got = centers_from(many, own)
     wanted = torch.nn.functional.normalize(many)[own == 1].mean(0)
     torch.testing.assert_close(got[1], wanted / wanted.norm())
     with pytest.raises(ValueError, match=r"every identity from 0 to 5 must have .*none of 2 of them, first of 4"):
-        centres_from(TEACHER, IDENTITIES, num_identities=6)
+        centers_from(TEACHER, IDENTITIES, num_identities=6)
     with pytest.raises(ValueError, match="none of 1 of them, first of 0"):
-        centres_from(torch.zeros(1, 3), torch.tensor([0]))
+        centers_from(torch.zeros(1, 3), torch.tensor([0]))
     with pytest.raises(ValueError, match="identities must be from 0 to 1, got 3"):
-        centres_from(TEACHER, IDENTITIES, num_identities=2)
+        centers_from(TEACHER, IDENTITIES, num_identities=2)
     with pytest.raises(ValueError, match=r"embeddings must be \(n, d\), got \(6,\)"):
-        centres_from(TEACHER[0], IDENTITIES)
+        centers_from(TEACHER[0], IDENTITIES)
 
 
 # --- triplet distillation --------------------------------------------------------------------------------------------
@@ -684,92 +684,92 @@ def test_evaluation_pulls_a_positive_pair_that_the_teacher_accepts() -> None:
     assert values[-1] < 0.05 * values[0]
 
 
-# --- adaptive centres ------------------------------------------------------------------------------------------------
+# --- adaptive centers ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("start", ["given", "zeros"])
-def test_centres_formula(start: str) -> None:
-    centres = CENTRES.clone() if start == "given" else torch.zeros_like(CENTRES)
+def test_centers_formula(start: str) -> None:
+    centers = CENTERS.clone() if start == "given" else torch.zeros_like(CENTERS)
     teacher = TEACHER.clone()
     teacher[4:] = 0.5 * STUDENT[4:] + teacher[4:]  # some near the student, so that alpha is not all at its bound
-    wanted = reference_centres(STUDENT.numpy(), teacher.numpy(), centres.numpy(), IDENTITIES.numpy())
-    moved = adapted_centres(STUDENT, teacher, centres, target=IDENTITIES)
+    wanted = reference_centers(STUDENT.numpy(), teacher.numpy(), centers.numpy(), IDENTITIES.numpy())
+    moved = adapted_centers(STUDENT, teacher, centers, target=IDENTITIES)
     np.testing.assert_allclose(moved.numpy(), wanted[IDENTITIES.numpy()], rtol=1e-9, atol=1e-12)
     weight = torch.tensor([1.0, 0, 2, 0.5, 0, 0, 1, 1, 0.1, 0, 1, 0])
     keep = weight.nonzero().flatten().tolist()
-    wanted = reference_centres(STUDENT.numpy(), teacher.numpy(), centres.numpy(), IDENTITIES.numpy(), keep)
-    moved = adapted_centres(STUDENT, teacher, centres, target=IDENTITIES, weight=weight)
+    wanted = reference_centers(STUDENT.numpy(), teacher.numpy(), centers.numpy(), IDENTITIES.numpy(), keep)
+    moved = adapted_centers(STUDENT, teacher, centers, target=IDENTITIES, weight=weight)
     np.testing.assert_allclose(moved.numpy(), wanted[IDENTITIES.numpy()], rtol=1e-9, atol=1e-12)
 
 
-def test_centres_numbers() -> None:
+def test_centers_numbers() -> None:
     """cos(s, t) = 0.8, cos(w, t) = 0.6: alpha = 0.48, and w = 0.48 * (2, 0) + 0.52 * (0.6, 0.8) = (1.272, 0.416).
 
     A second sample with t = (0, 1) at a right angle to w and along s has alpha = 1e-6: its step alone gives (2e-6,
     1 - 1e-6); the mean of the two is (0.636001, 0.7079995).
     """
-    centres = torch.tensor([[2.0, 0.0]], dtype=torch.float64)
+    centers = torch.tensor([[2.0, 0.0]], dtype=torch.float64)
     student, teacher = torch.tensor([[0.0, 2.0], [0.0, 1.0]]).double(), torch.tensor([[3.0, 4.0], [0.0, 5.0]]).double()
-    one = adapted_centres(student[:1], teacher[:1], centres, target=torch.tensor([0]))
+    one = adapted_centers(student[:1], teacher[:1], centers, target=torch.tensor([0]))
     assert one[0].tolist() == pytest.approx([1.272, 0.416], rel=1e-12)
-    both = adapted_centres(student, teacher, centres, target=torch.tensor([0, 0]))
+    both = adapted_centers(student, teacher, centers, target=torch.tensor([0, 0]))
     assert both[0].tolist() == pytest.approx([0.636001, 0.7079995], rel=1e-9)
     assert torch.equal(both[0], both[1])
 
 
 @pytest.mark.parametrize(("head", "margin"), [("arcface", 0.45), ("cosface", 0.35)])
-def test_adaptive_loss_is_the_head_on_the_moved_centres(head: str, margin: float) -> None:
-    loss = AdaptiveCentresLoss(N, D, head=head, centres=CENTRES).double()
+def test_adaptive_loss_is_the_head_on_the_moved_centers(head: str, margin: float) -> None:
+    loss = AdaptiveCentersLoss(N, D, head=head, centers=CENTERS).double()
     assert (loss.scale, loss.margin) == (64.0, margin)
-    np.testing.assert_allclose(loss.centres.norm(dim=1), 1, rtol=1e-6)
+    np.testing.assert_allclose(loss.centers.norm(dim=1), 1, rtol=1e-6)
     face = arcface_loss if head == "arcface" else cosface_loss
     for step in range(3):
         student, teacher = draw(B, D, seed=step), draw(B, D, seed=step + 50)
-        wanted = reference_centres(student.numpy(), teacher.numpy(), loss.centres.numpy(), IDENTITIES.numpy())
+        wanted = reference_centers(student.numpy(), teacher.numpy(), loss.centers.numpy(), IDENTITIES.numpy())
         got = loss(student, teacher, target=IDENTITIES, reduction="none")
-        np.testing.assert_allclose(loss.centres.numpy(), wanted, rtol=1e-9)
+        np.testing.assert_allclose(loss.centers.numpy(), wanted, rtol=1e-9)
         torch.testing.assert_close(
             got, face(student, torch.tensor(wanted), IDENTITIES, scale=64.0, margin=margin, reduction="none")
         )
 
 
-def test_centres_move_in_training_alone() -> None:
-    loss = AdaptiveCentresLoss(N + 1, D)
+def test_centers_move_in_training_alone() -> None:
+    loss = AdaptiveCentersLoss(N + 1, D)
     loss(STUDENT.float(), TEACHER.float(), target=IDENTITIES)
-    assert not loss.centres[N].any()  # not seen yet
-    before = loss.centres.clone()
+    assert not loss.centers[N].any()  # not seen yet
+    before = loss.centers.clone()
     value = loss.eval()(STUDENT.float(), -TEACHER.float(), target=IDENTITIES)
-    assert torch.equal(loss.centres, before)
-    other = AdaptiveCentresLoss(N + 1, D).eval()
+    assert torch.equal(loss.centers, before)
+    other = AdaptiveCentersLoss(N + 1, D).eval()
     other.load_state_dict(loss.state_dict())
     assert torch.equal(other(STUDENT.float(), TEACHER.float(), target=IDENTITIES), value)
-    assert set(loss.state_dict()) == {"centres"}
+    assert set(loss.state_dict()) == {"centers"}
 
 
-def test_the_first_samples_of_an_identity_become_its_centre() -> None:
-    loss = AdaptiveCentresLoss(N, D).double()
+def test_the_first_samples_of_an_identity_become_its_center() -> None:
+    loss = AdaptiveCentersLoss(N, D).double()
     loss(STUDENT, TEACHER, target=IDENTITIES)
     units = torch.nn.functional.normalize(TEACHER)
     for identity in range(N):
-        torch.testing.assert_close(loss.centres[identity], units[identity == IDENTITIES].mean(0), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(loss.centers[identity], units[identity == IDENTITIES].mean(0), rtol=1e-5, atol=1e-5)
 
 
-def test_samples_that_are_no_embeddings_leave_the_centres() -> None:
-    loss = AdaptiveCentresLoss(N, D, centres=CENTRES)
-    before = loss.centres.clone()
+def test_samples_that_are_no_embeddings_leave_the_centers() -> None:
+    loss = AdaptiveCentersLoss(N, D, centers=CENTERS)
+    before = loss.centers.clone()
     student, teacher = STUDENT.float(), TEACHER.float()
     teacher[IDENTITIES == 0] = 0
     teacher[IDENTITIES == 1] = torch.nan
     student[IDENTITIES == 2] = torch.inf
     loss(student, teacher, target=IDENTITIES)
-    assert torch.equal(loss.centres[:3], before[:3])
-    assert not torch.equal(loss.centres[3], before[3])
+    assert torch.equal(loss.centers[:3], before[:3])
+    assert not torch.equal(loss.centers[3], before[3])
     # Beside a good sample of the same identity a broken one counts as absent.
-    one, two = AdaptiveCentresLoss(N, D, centres=CENTRES), AdaptiveCentresLoss(N, D, centres=CENTRES)
+    one, two = AdaptiveCentersLoss(N, D, centers=CENTERS), AdaptiveCentersLoss(N, D, centers=CENTERS)
     pair = torch.stack([TEACHER[0], TEACHER[0] * torch.nan]).float()
     one(STUDENT[:2].float(), pair, target=torch.tensor([1, 1]))
     two(STUDENT[:1].float(), pair[:1], target=torch.tensor([1]))
-    assert torch.equal(one.centres, two.centres)
+    assert torch.equal(one.centers, two.centers)
 
 
 @settings(max_examples=30, deadline=None)
@@ -778,42 +778,42 @@ def test_duplicates_count_in_any_order(order: list[int], seed: int, count: int) 
     student, teacher = draw(B, D, seed=seed), draw(B, D, seed=seed + 1000)
     target = torch.randint(0, 3, (B,), generator=torch.Generator().manual_seed(seed))
     order = order[:count]
-    moved = adapted_centres(student[order], teacher[order], CENTRES, target=target[order])
+    moved = adapted_centers(student[order], teacher[order], CENTERS, target=target[order])
     back = sorted(range(count), key=lambda place: order[place])
     same = [order[place] for place in back]
-    straight = adapted_centres(student[same], teacher[same], CENTRES, target=target[same])
+    straight = adapted_centers(student[same], teacher[same], CENTERS, target=target[same])
     torch.testing.assert_close(moved[back], straight, rtol=1e-12, atol=1e-12)
     for identity in target[order].unique():
         rows = moved[target[order] == identity]
         assert torch.equal(rows, rows[:1].expand_as(rows))
     # A sample twice is the same as once.
-    twice = adapted_centres(student[[0, 0]], teacher[[0, 0]], CENTRES, target=target[[0, 0]])
-    once = adapted_centres(student[:1], teacher[:1], CENTRES, target=target[:1])
+    twice = adapted_centers(student[[0, 0]], teacher[[0, 0]], CENTERS, target=target[[0, 0]])
+    once = adapted_centers(student[:1], teacher[:1], CENTERS, target=target[:1])
     torch.testing.assert_close(twice[:1], once, rtol=1e-12, atol=1e-12)
 
 
-def test_a_student_like_its_teacher_moves_a_fitting_centre_little() -> None:
-    centre = torch.nn.functional.normalize(CENTRES[:1])
-    teacher = centre + 0.1 * draw(1, D, seed=4)
+def test_a_student_like_its_teacher_moves_a_fitting_center_little() -> None:
+    center = torch.nn.functional.normalize(CENTERS[:1])
+    teacher = center + 0.1 * draw(1, D, seed=4)
     near, far = (
-        adapted_centres(student, teacher, centre, target=torch.tensor([0])) - centre for student in (teacher, -teacher)
+        adapted_centers(student, teacher, center, target=torch.tensor([0])) - center for student in (teacher, -teacher)
     )
     assert near.norm() < 0.2 * far.norm()
 
 
-def test_centres_keep_no_graph_and_no_half_precision() -> None:
-    loss = AdaptiveCentresLoss(N, D)
+def test_centers_keep_no_graph_and_no_half_precision() -> None:
+    loss = AdaptiveCentersLoss(N, D)
     student = STUDENT.half().requires_grad_()
     loss(student, TEACHER.half().requires_grad_(), target=IDENTITIES).backward()
-    assert not loss.centres.requires_grad
-    assert loss.centres.dtype == torch.float32
-    assert loss.centres.any(1).all()
-    rows = adapted_centres(student, TEACHER.half(), CENTRES.float(), target=IDENTITIES)
+    assert not loss.centers.requires_grad
+    assert loss.centers.dtype == torch.float32
+    assert loss.centers.any(1).all()
+    rows = adapted_centers(student, TEACHER.half(), CENTERS.float(), target=IDENTITIES)
     assert not rows.requires_grad
     assert rows.dtype == torch.float32
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        low = adapted_centres(STUDENT.float(), TEACHER.float(), CENTRES.float(), target=IDENTITIES)
-    assert torch.equal(low, adapted_centres(STUDENT.float(), TEACHER.float(), CENTRES.float(), target=IDENTITIES))
+        low = adapted_centers(STUDENT.float(), TEACHER.float(), CENTERS.float(), target=IDENTITIES)
+    assert torch.equal(low, adapted_centers(STUDENT.float(), TEACHER.float(), CENTERS.float(), target=IDENTITIES))
 
 
 # --- two processes ---------------------------------------------------------------------------------------------------
@@ -823,7 +823,7 @@ GATHERED = {
     "triplet": lambda: TripletDistillLoss(gather=True),
     "triplet angle": lambda: TripletDistillLoss(distance="angle", mining="semihard", gather=True),
     "evaluation": lambda: EvaluationOrientedLoss(temperature=0.2, hardest=10, gather=True),
-    "adaptive": lambda: AdaptiveCentresLoss(N, D, scale=8.0),
+    "adaptive": lambda: AdaptiveCentersLoss(N, D, scale=8.0),
 }
 WEIGHT = torch.linspace(0.0, 2.0, B, dtype=torch.float64)
 
@@ -892,7 +892,7 @@ def test_gather_changes_nothing_without_processes() -> None:
     for make, plain in [
         (GATHERED["triplet"], TripletDistillLoss()),
         (GATHERED["evaluation"], EvaluationOrientedLoss(temperature=0.2, hardest=10)),
-        (GATHERED["adaptive"], AdaptiveCentresLoss(N, D, scale=8.0, gather=False)),
+        (GATHERED["adaptive"], AdaptiveCentersLoss(N, D, scale=8.0, gather=False)),
     ]:
         one, two = make().double(), plain.double()
         assert torch.equal(one(STUDENT, TEACHER, target=IDENTITIES), two(STUDENT, TEACHER, target=IDENTITIES))

@@ -21,14 +21,14 @@ def draw(*shape, seed=0, dtype=torch.float64):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
 
 
-def reference(kind, embeddings, centres, identities, scale, margin):
+def reference(kind, embeddings, centers, identities, scale, margin):
     """Naive, from the formula: angles by arc cosine, one sample at a time."""
     losses = []
     for embedding, own in zip(embeddings, identities, strict=True):
         logits = []
-        for j, centre in enumerate(centres):
-            lengths = np.linalg.norm(embedding) * np.linalg.norm(centre)
-            cosine = np.clip(embedding @ centre / lengths, -1, 1) if lengths else 0.0
+        for j, center in enumerate(centers):
+            lengths = np.linalg.norm(embedding) * np.linalg.norm(center)
+            cosine = np.clip(embedding @ center / lengths, -1, 1) if lengths else 0.0
             if j == own and kind is ArcFaceHead:
                 angle = np.arccos(cosine)
                 beyond = angle > np.pi - margin
@@ -43,7 +43,7 @@ def reference(kind, embeddings, centres, identities, scale, margin):
 
 
 def at_angle(angle, d=4, length=3.0):
-    """One embedding at `angle` from the first of three orthogonal centres, in the plane of it and an unused axis."""
+    """One embedding at `angle` from the first of three orthogonal centers, in the plane of it and an unused axis."""
     embedding = torch.zeros(1, d, dtype=torch.float64)
     embedding[0, 0], embedding[0, 3] = math.cos(angle), math.sin(angle)
     return length * embedding, torch.eye(3, d, dtype=torch.float64)
@@ -58,10 +58,10 @@ class TestEveryHead:
     @pytest.mark.parametrize(("scale", "margin"), [(64.0, None), (8.0, 0.0), (16.0, 1.2)])
     def test_formula(self, kind, scale, margin):
         margin = MARGINS[kind] if margin is None else margin
-        embeddings, centres, identities = draw(40, 3), draw(7, 3, seed=1), torch.arange(40) % 7
+        embeddings, centers, identities = draw(40, 3), draw(7, 3, seed=1), torch.arange(40) % 7
         embeddings[5] = 0
-        got = FUNCTIONS[kind](embeddings, centres, identities, scale=scale, margin=margin, reduction="none")
-        wanted = reference(kind, embeddings.numpy(), centres.numpy(), identities.numpy(), scale, margin)
+        got = FUNCTIONS[kind](embeddings, centers, identities, scale=scale, margin=margin, reduction="none")
+        wanted = reference(kind, embeddings.numpy(), centers.numpy(), identities.numpy(), scale, margin)
         np.testing.assert_allclose(got.numpy(), wanted, rtol=1e-9, atol=1e-9)
 
     def test_defaults_are_the_papers(self, kind):
@@ -84,31 +84,31 @@ class TestEveryHead:
         assert kind(4, 3, reduction="none")(embeddings, identities).shape == (5,)
 
     def test_gradient(self, kind):
-        embeddings, centres = draw(6, 4).requires_grad_(), draw(3, 4, seed=1).requires_grad_()
-        identities = torch.tensor([0, 1, 2, 0, 0, 1])  # duplicates, so that gathered centres add up
+        embeddings, centers = draw(6, 4).requires_grad_(), draw(3, 4, seed=1).requires_grad_()
+        identities = torch.tensor([0, 1, 2, 0, 0, 1])  # duplicates, so that gathered centers add up
 
         def loss(e, c):
             return FUNCTIONS[kind](e, c, identities, scale=4.0, reduction="none")
 
-        assert torch.autograd.gradcheck(loss, (embeddings, centres))
+        assert torch.autograd.gradcheck(loss, (embeddings, centers))
 
     def test_gradient_beyond_pi_less_margin(self, kind):
-        centres = draw(3, 4, seed=1)
-        embeddings = (0.05 * draw(3, 4) - centres / centres.norm(dim=1, keepdim=True)).requires_grad_()
+        centers = draw(3, 4, seed=1)
+        embeddings = (0.05 * draw(3, 4) - centers / centers.norm(dim=1, keepdim=True)).requires_grad_()
 
         def loss(e):
-            return FUNCTIONS[kind](e, centres, torch.arange(3), scale=4.0, reduction="none")
+            return FUNCTIONS[kind](e, centers, torch.arange(3), scale=4.0, reduction="none")
 
         assert torch.autograd.gradcheck(loss, (embeddings,))
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
     @pytest.mark.parametrize("sign", [1, -1])
-    def test_on_the_centre_and_opposite_to_it(self, kind, sign, dtype):
-        centres = draw(5, 16, dtype=dtype).requires_grad_()
-        embeddings = (sign * 7 * centres.detach()).requires_grad_()
-        loss = FUNCTIONS[kind](embeddings, centres, torch.arange(5))
+    def test_on_the_center_and_opposite_to_it(self, kind, sign, dtype):
+        centers = draw(5, 16, dtype=dtype).requires_grad_()
+        embeddings = (sign * 7 * centers.detach()).requires_grad_()
+        loss = FUNCTIONS[kind](embeddings, centers, torch.arange(5))
         loss.backward()
-        for x in (embeddings, centres):
+        for x in (embeddings, centers):
             assert torch.isfinite(x.grad).all()
             assert (x.grad.norm(dim=1) <= 2 * 64 / x.detach().norm(dim=1)).all()
 
@@ -139,7 +139,7 @@ class TestEveryHead:
         if value < 1e-12:
             assert not embeddings.grad.any()
 
-    def test_zero_centre(self, kind):
+    def test_zero_center(self, kind):
         head = kind(4, 3)
         with torch.no_grad():
             head.weight[1] = 0
@@ -198,7 +198,7 @@ class TestEveryHead:
     @pytest.mark.parametrize(
         ("embeddings", "identities", "error", "words"),
         [
-            (torch.ones(2, 5), torch.arange(2), ValueError, r"embeddings must be \(b, 4\) like centres \(3, 4\)"),
+            (torch.ones(2, 5), torch.arange(2), ValueError, r"embeddings must be \(b, 4\) like centers \(3, 4\)"),
             (torch.ones(2, 4, 1), torch.arange(2), ValueError, r"embeddings must be \(b, d\), got \(2, 4, 1\)"),
             (torch.ones(2, 4).long(), torch.arange(2), TypeError, "embeddings must be a floating-point tensor"),
             (torch.ones(2, 4), torch.tensor([0, 3]), ValueError, "identities must be from 0 to 2, got 3"),
@@ -241,7 +241,7 @@ class TestEveryHead:
         assert repr(eval(repr(head), {kind.__name__: kind})) == repr(head)
         assert f"margin={head.margin}" in repr(head)
 
-    def test_first_centres(self, kind):
+    def test_first_centers(self, kind):
         a, b = (kind(256, 50, generator=torch.Generator().manual_seed(3)).weight for _ in range(2))
         before = torch.get_rng_state()
         kind(4, 3, generator=torch.Generator().manual_seed(3))
@@ -266,7 +266,7 @@ class TestEveryHead:
         head = kind(4, 3, 16.0, generator=torch.Generator().manual_seed(0))
         embeddings, identities = draw(3, 4, dtype=torch.float32), torch.arange(3)
         with torch.no_grad():
-            head.weight.copy_(embeddings.roll(1, 0))  # each centre on another identity
+            head.weight.copy_(embeddings.roll(1, 0))  # each center on another identity
         optimizer = torch.optim.SGD(head.parameters(), lr=0.1)
         losses = []
         for _ in range(60):
@@ -303,9 +303,9 @@ def test_arcface_meets_its_continuation_without_a_jump(margin):
 def test_arcface_gradient_is_the_analytic_one(degrees):
     """The own logit falls by scale * sin(theta + m) a radian: turning the embedding by 1 radian moves it `length`."""
     angle, scale, margin, length = math.radians(degrees), 64.0, 0.5, 3.0
-    embedding, centres = at_angle(angle, length=length)
+    embedding, centers = at_angle(angle, length=length)
     embedding.requires_grad_()
-    loss = arcface_loss(embedding, centres, torch.tensor([0]), scale=scale, margin=margin)
+    loss = arcface_loss(embedding, centers, torch.tensor([0]), scale=scale, margin=margin)
     loss.backward()
     logits = torch.tensor([scale * math.cos(angle + margin), 0, 0], dtype=torch.float64)
     share = 1 - logits.softmax(0)[0].item()
@@ -318,10 +318,10 @@ def test_arcface_at_60_degrees_has_the_known_factor():
     """d cos(theta + m) / d cos(theta) = sin(theta + m) / sin(theta); times 64 it is 73.9 at 60 degrees and m = 0.5."""
     angle, margin = math.radians(60), 0.5
     assert 64 * math.sin(angle + margin) / math.sin(angle) == pytest.approx(73.9, abs=0.05)
-    embedding, centres = at_angle(angle, length=1.0)
+    embedding, centers = at_angle(angle, length=1.0)
     embedding.requires_grad_()
     # With 1e-3 of the scale the softmax is flat: the own identity's share of the gradient is 2 / 3.
-    arcface_loss(embedding, centres, torch.tensor([0]), scale=64e-3, margin=margin).backward()
+    arcface_loss(embedding, centers, torch.tensor([0]), scale=64e-3, margin=margin).backward()
     logits = torch.tensor([64e-3 * math.cos(angle + margin), 0, 0], dtype=torch.float64)
     turn = torch.tensor([-math.sin(angle), 0, 0, math.cos(angle)], dtype=torch.float64)
     factor = (embedding.grad[0] @ turn).item() / (1 - logits.softmax(0)[0].item()) / math.sin(angle)
@@ -333,10 +333,10 @@ def test_arcface_refuses_a_margin_over_pi():
         ArcFaceHead(4, 3, margin=3.2)
 
 
-def test_float32_is_close_to_float64_near_the_centre():
+def test_float32_is_close_to_float64_near_the_center():
     """A root of 1 - cos^2 in float32 is wrong by whole factors at these angles: 4e-5 in this loss."""
     for angle in (1e-5, 1e-4, 1e-3):
-        embedding, centres = at_angle(angle)
-        exact = arcface_loss(embedding, centres, torch.tensor([0]), scale=8.0, margin=1.0)
-        short = arcface_loss(embedding.float(), centres.float(), torch.tensor([0]), scale=8.0, margin=1.0)
+        embedding, centers = at_angle(angle)
+        exact = arcface_loss(embedding, centers, torch.tensor([0]), scale=8.0, margin=1.0)
+        short = arcface_loss(embedding.float(), centers.float(), torch.tensor([0]), scale=8.0, margin=1.0)
         assert short.item() == pytest.approx(exact.item(), abs=1e-6)

@@ -176,10 +176,10 @@ def test_images_are_cropped_resized_and_made_rgb(tmp_path):
     ramp = np.tile(np.arange(0, 240, 10, dtype=np.uint8), (12, 1))
     wide = read_image(picture(tmp_path / "wide.png", ramp, "L"), 12)
     np.testing.assert_array_equal(wide, np.broadcast_to(ramp[:, 6:18], (3, 12, 12)))
-    colour = np.random.default_rng(0).integers(0, 256, (8, 8, 3))
-    same = read_image(picture(tmp_path / "p.png", colour), 8)
-    np.testing.assert_array_equal(same, colour.transpose(2, 0, 1))
-    assert read_image(picture(tmp_path / "a.png", colour, "RGBA"), 4).shape == (3, 4, 4)
+    color = np.random.default_rng(0).integers(0, 256, (8, 8, 3))
+    same = read_image(picture(tmp_path / "p.png", color), 8)
+    np.testing.assert_array_equal(same, color.transpose(2, 0, 1))
+    assert read_image(picture(tmp_path / "a.png", color, "RGBA"), 4).shape == (3, 4, 4)
     checker = np.indices((64, 64)).sum(0) % 2 * 255
     small = read_image(picture(tmp_path / "c.png", checker, "L"), 16)
     assert 100 < small.min() <= small.max() < 155  # antialiased: picking pixels would give 0 or 255

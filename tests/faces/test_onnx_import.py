@@ -1,4 +1,4 @@
-"""ONNX files as native backbones: recognised by their layers, equal to the file, trainable, saved and loaded."""
+"""ONNX files as native backbones: recognized by their layers, equal to the file, trainable, saved and loaded."""
 
 import os
 import re

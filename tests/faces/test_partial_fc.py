@@ -12,9 +12,9 @@ from kdlib_faces.heads import ArcFaceHead, CosFaceHead, load_partial_fc, merge_p
 
 def shards(identities, processes, dim=8, seed=0):
     """As the processes of a PartialFC hold them: rank r from `identities // processes * r + min(r, rest)` on."""
-    centres = torch.randn(identities, dim, generator=torch.Generator().manual_seed(seed))
+    centers = torch.randn(identities, dim, generator=torch.Generator().manual_seed(seed))
     starts = [identities // processes * rank + min(rank, identities % processes) for rank in range(processes + 1)]
-    return centres, [centres[starts[rank] : starts[rank + 1]].clone() for rank in range(processes)]
+    return centers, [centers[starts[rank] : starts[rank + 1]].clone() for rank in range(processes)]
 
 
 def saved(folder, parts, wrap=lambda part: {"epoch": 3, "state_dict_softmax_fc": {"weight": part}}):
@@ -26,11 +26,11 @@ def saved(folder, parts, wrap=lambda part: {"epoch": 3, "state_dict_softmax_fc":
 
 @pytest.mark.parametrize(("identities", "processes"), [(12, 1), (12, 4), (13, 4), (15, 4), (23, 12)])
 def test_merges_what_was_split(identities, processes, tmp_path):
-    centres, parts = shards(identities, processes)
-    assert torch.equal(merge_partial_fc(parts), centres)
+    centers, parts = shards(identities, processes)
+    assert torch.equal(merge_partial_fc(parts), centers)
     head = load_partial_fc(saved(tmp_path, parts))
     assert isinstance(head, ArcFaceHead)
-    assert torch.equal(head.weight, centres)
+    assert torch.equal(head.weight, centers)
     assert head.weight.requires_grad
     assert (head.num_identities, head.embedding_dim) == (identities, 8)
     assert torch.isfinite(head(torch.randn(3, 8), torch.tensor([0, 1, identities - 1])))
@@ -46,11 +46,11 @@ def test_merges_what_was_split(identities, processes, tmp_path):
     ],
 )
 def test_files_of_other_kinds(wrap, tmp_path):
-    centres, parts = shards(9, 2)
+    centers, parts = shards(9, 2)
     head = load_partial_fc(saved(tmp_path, parts, wrap), partial(CosFaceHead, scale=32.0, margin=0.2))
     assert isinstance(head, CosFaceHead)
     assert (head.scale, head.margin, head.weight.dtype) == (32.0, 0.2, torch.float32)
-    torch.testing.assert_close(head.weight.detach(), centres, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(head.weight.detach(), centers, rtol=1e-3, atol=1e-3)
 
 
 def test_names_that_count_are_believed(tmp_path):
@@ -94,7 +94,7 @@ def test_hostile_files(tmp_path):
     good, other = saved(tmp_path, parts)
     for content, words in [
         ({"weight": _Runs(tmp_path / "ran")}, "which was refused"),
-        ({"conv1.weight": torch.ones(2, 2)}, "must hold the class centres"),
+        ({"conv1.weight": torch.ones(2, 2)}, "must hold the class centers"),
         ({"weight": torch.ones(()).expand(4, 10**9)}, "claims more values than its"),
         ({"weight": torch.ones(4, 8, dtype=torch.int64)}, "floating point"),
     ]:

@@ -1,4 +1,4 @@
-"""The whole job on image files and ONNX teachers: people kept apart, gray and colour lists, outputs computed once."""
+"""The whole job on image files and ONNX teachers: people kept apart, gray and color lists, outputs computed once."""
 
 import json
 from pathlib import Path
@@ -13,7 +13,7 @@ pytest.importorskip("onnxruntime")
 
 from kdlib_faces.backbones import load_backbone
 from kdlib_faces.cli import main
-from kdlib_faces.demo.real_faces import _for_students, _mixes_gray_and_colour
+from kdlib_faces.demo.real_faces import _for_students, _mixes_gray_and_color
 from tests.faces.tiny_graph import tiny_graph
 
 SETTINGS = ["student_steps=6", "batch_size=8", "replicates=20", "size=32", "lr=0.05"]
@@ -21,7 +21,7 @@ STUDENT = ["student.width=0.25", "student.embedding_dim=16"]
 
 
 def _faces(folder: Path) -> tuple[Path, Path]:
-    """A colour list with two age groups of each person, and a gray list of people of unknown age."""
+    """A color list with two age groups of each person, and a gray list of people of unknown age."""
     rng = np.random.default_rng(0)
     aged, plain = ["path,identity,age_group"], ["path,identity"]
     for person in range(8):
@@ -92,15 +92,15 @@ def test_other_lists_do_not_pass_for_the_recorded_ones(
     assert "another teacher, preprocessing or data" in capsys.readouterr().err
 
 
-def test_students_see_luminance_where_gray_and_colour_are_mixed() -> None:
-    colour = torch.randint(0, 256, (6, 3, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    gray = colour[:, :1].expand(-1, 3, -1, -1)
-    assert _mixes_gray_and_colour(torch.cat([colour, gray]))
-    assert not _mixes_gray_and_colour(colour)
-    assert not _mixes_gray_and_colour(gray)
-    seen = _for_students(colour, 8, luminance=True)
-    expected = 0.299 * colour[:, 0].float() + 0.587 * colour[:, 1].float() + 0.114 * colour[:, 2].float()
+def test_students_see_luminance_where_gray_and_color_are_mixed() -> None:
+    color = torch.randint(0, 256, (6, 3, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    gray = color[:, :1].expand(-1, 3, -1, -1)
+    assert _mixes_gray_and_color(torch.cat([color, gray]))
+    assert not _mixes_gray_and_color(color)
+    assert not _mixes_gray_and_color(gray)
+    seen = _for_students(color, 8, luminance=True)
+    expected = 0.299 * color[:, 0].float() + 0.587 * color[:, 1].float() + 0.114 * color[:, 2].float()
     for channel in range(3):
         assert (seen[:, channel].float() - expected).abs().max() <= 0.5
-    assert torch.equal(_for_students(colour, 8, luminance=False), colour)
+    assert torch.equal(_for_students(color, 8, luminance=False), color)
     assert torch.equal(_for_students(gray, 8, luminance=True), gray)

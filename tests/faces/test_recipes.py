@@ -14,8 +14,8 @@ import torch
 
 from kdlib_faces._checks import InputError
 from kdlib_faces.backbones import load_backbone
-from kdlib_faces.recipes import LIAADConfig, build
 from kdlib_faces.demo.run import DemoConfig, run
+from kdlib_faces.recipes import LIAADConfig, build
 
 SMALL = [
     "general_identities=12",
@@ -100,7 +100,7 @@ def test_one_teacher_alone_and_a_wrong_name() -> None:
     ]
     with pytest.raises(InputError, match="must be named 'general' or 'age', got 'other'"):
         build(_config(), teachers={"other": _Fixed(0)})
-    with pytest.raises(ValueError, match="weighting must be one of 'uniform', 'centre'"):
+    with pytest.raises(ValueError, match="weighting must be one of 'uniform', 'center'"):
         _config(weighting="best")
 
 

@@ -68,10 +68,10 @@ def _age_gap(model: str, bins: tuple[str, ...], kind: str) -> dict[str, Any]:
     distance = [1.4 * (_SKILL[model] - _FADE[model] * order) for order in range(len(bins))]
     far = [0.0, *np.logspace(-4, 0, 80)]
     edges = np.linspace(-1, 1, 61)
-    centres = (edges[1:] + edges[:-1]) / 2
+    centers = (edges[1:] + edges[:-1]) / 2
     rng = np.random.default_rng(7)
     genuine = {
-        name: rng.poisson(pairs * 0.05 * np.exp(-(((centres - 0.17 * d) / 0.17) ** 2))).tolist()
+        name: rng.poisson(pairs * 0.05 * np.exp(-(((centers - 0.17 * d) / 0.17) ** 2))).tolist()
         for name, pairs, d in zip(bins, _PAIRS, distance, strict=False)
     }
 
@@ -86,7 +86,7 @@ def _age_gap(model: str, bins: tuple[str, ...], kind: str) -> dict[str, Any]:
         "histogram": {
             "edges": edges.tolist(),
             "genuine": genuine,
-            "impostor": rng.poisson(9e3 * np.exp(-((centres / 0.2) ** 2))).tolist(),
+            "impostor": rng.poisson(9e3 * np.exp(-((centers / 0.2) ** 2))).tolist(),
         },
     }
 
@@ -653,9 +653,9 @@ def test_models_look_alike_in_every_figure_and_unlike_each_other() -> None:
     assert view.names[:2] == ["student_alone", "student_distilled"]
     for theme in (LIGHT, DARK):
         style = looks(view, theme)
-        assert style["student_alone"].colour == theme.alone
-        assert style["student_distilled"].colour == theme.distilled
-        assert len({look.colour for look in style.values()}) == len(style)
+        assert style["student_alone"].color == theme.alone
+        assert style["student_distilled"].color == theme.distilled
+        assert len({look.color for look in style.values()}) == len(style)
         assert len({look.mark for look in style.values()}) == len(style)
     many = {"format": 1, "title": "t", "models": {f"m{i}": {"role": "student", "protocols": {}} for i in range(9)}}
     assert len(looks(View(many), LIGHT)) == 9
@@ -672,7 +672,7 @@ def test_intervals_of_one_bin_never_cover_each_other() -> None:
     assert gaps.min() > 0.1
 
 
-def test_a_figure_has_the_colour_of_the_page() -> None:
+def test_a_figure_has_the_color_of_the_page() -> None:
     for theme in (LIGHT, DARK):
         figure = FIGURES[1].draw(View(a_run()), theme, True)
         assert figure is not None

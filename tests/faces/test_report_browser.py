@@ -56,7 +56,7 @@ def test_a_report_is_whole_in_a_browser(browser: Browser, report: Path, width: i
         assert picture["complete"], picture
         assert min(picture["natural"]) >= 200, picture
         assert min(picture["shown"]) >= 90, picture
-        assert picture["levels"] > 8, picture  # not one colour
+        assert picture["levels"] > 8, picture  # not one color
         assert width < 600 or picture["shown"][0] <= 1104
 
 

@@ -145,7 +145,7 @@ def test_numbers_in_words(found: Measured, unit: str, value: str, spread: str) -
 def test_the_headline_says_who_is_ahead_and_how_surely(run: Any) -> None:
     assert evaluations_finding(View(run)).headline == (
         "general.onnx is ahead on 1 of 2 protocols; "
-        "1 of 2 paired differences of the first measures leave zero out in its favour."
+        "1 of 2 paired differences of the first measures leave zero out in its favor."
     )
     accuracy = {
         name: run["evaluations"][0]["models"][name]["measures"]["accuracy"] for name in ("general", "second", "student")
@@ -183,8 +183,8 @@ def test_a_lower_error_rate_is_a_lead_and_a_higher_one_is_none(run: Any) -> None
     entry["differences"] = [row | {"a": "second", "b": "general", "measure": "accuracy"}]
     for low, high, said in (
         (-0.12, -0.08, "and every paired interval of that measure leaves zero out."),
-        (0.08, 0.12, "0 of 1 paired differences of that measure leave zero out in its favour."),
-        (-0.12, 0.01, "0 of 1 paired differences of that measure leave zero out in its favour."),
+        (0.08, 0.12, "0 of 1 paired differences of that measure leave zero out in its favor."),
+        (-0.12, 0.01, "0 of 1 paired differences of that measure leave zero out in its favor."),
     ):
         entry["differences"][0]["difference"] = {"value": (low + high) / 2, "low": low, "high": high, "n": 100}
         headline = evaluations_finding(View(run)).headline
@@ -205,7 +205,7 @@ def test_det_axes_are_normal_deviates_with_rates_for_labels(run: Any) -> None:
     curve = run["evaluations"][0]["models"]["general"]["roc"]
     inside = [(f, t) for f, t in zip(curve["far"], curve["tar"], strict=True) if f < 1 and 0 < t < 1]
     assert len(line.get_xdata()) == len(inside)
-    assert line.get_color() == looks(View(run), LIGHT)["general"].colour
+    assert line.get_color() == looks(View(run), LIGHT)["general"].color
 
 
 def test_bands_leave_out_empty_bins_and_break_there(run: Any) -> None:
@@ -220,7 +220,7 @@ def test_bands_leave_out_empty_bins_and_break_there(run: Any) -> None:
     assert drawn(View(run), "lfw", "bins") is None
 
 
-def test_differences_take_the_colour_of_the_better_model(run: Any) -> None:
+def test_differences_take_the_color_of_the_better_model(run: Any) -> None:
     view = View(run)
     style = looks(view, LIGHT)
     figure = drawn(view, "lfw", "differences")
@@ -230,12 +230,12 @@ def test_differences_take_the_colour_of_the_better_model(run: Any) -> None:
         faces[axes.get_title(loc="left")] = {mark.get_markerfacecolor() for mark in marks}
     assert faces == {
         "general.onnx minus second.onnx": {LIGHT.page},
-        "general.onnx minus student.onnx": {style["general"].colour},
-        "second.onnx minus student.onnx": {style["second"].colour},
+        "general.onnx minus student.onnx": {style["general"].color},
+        "second.onnx minus student.onnx": {style["second"].color},
     }
     run["evaluations"][0]["measures"]["accuracy"]["better"] = "low"
     first = drawn(View(run), "lfw", "differences").axes[1].lines
-    assert next(line for line in first if line.get_marker() == "o").get_color() == style["student"].colour
+    assert next(line for line in first if line.get_marker() == "o").get_color() == style["student"].color
 
 
 def test_rows_of_one_title_are_told_apart(run: Any) -> None:

@@ -16,7 +16,7 @@ def pixels(count: int = 6, size: int = 24) -> Tensor:
     return torch.randint(0, 256, (count, 3, size, size), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
 
 
-def test_neighbours_order_and_global_state_do_not_count() -> None:
+def test_neighbors_order_and_global_state_do_not_count() -> None:
     images, ids = pixels(), torch.tensor([3, 99, -4, 2**40, 0, 7])
     views = SeededViews(9, seed=5, augment=STRONG)
     numbers = torch.tensor([0, 8, 3, 1, 4, 2])

@@ -10,7 +10,6 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from kdlib_faces._checks import InputError
-from kdlib_faces.data.formats import matlab as matlab_room
 from kdlib_faces.data import (
     cacd_vs_pairs,
     parse_agedb_name,
@@ -25,6 +24,7 @@ from kdlib_faces.data import (
     read_lfw_pairs,
     read_pairs,
 )
+from kdlib_faces.data.formats import matlab as matlab_room
 from kdlib_faces.data.image_pairs import dealt_folds, gather_pairs
 from kdlib_faces.evaluation import PairProtocol, evaluate
 from tests.faces.matlab_file import Grid, Record, Writer

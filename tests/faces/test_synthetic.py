@@ -13,7 +13,7 @@ def test_the_same_arguments_give_the_same_faces_one_by_one_or_all_at_once() -> N
     assert images.shape == (12, 3, 32, 32)
     assert torch.equal(images, SyntheticFaces(4, 3, 32, 5).images())
     single = torch.stack([(faces[i].image + 1) * 127.5 for i in range(12)])
-    assert float((single - images).abs().max()) <= 1.01  # vectorised maths may differ in the last bit of a pixel
+    assert float((single - images).abs().max()) <= 1.01  # vectorized maths may differ in the last bit of a pixel
     assert not torch.equal(images, SyntheticFaces(4, 3, 32, 6).images())
 
 

@@ -16,8 +16,8 @@ from kdlib_faces.teachers import (
     canonical_correlation,
     fit_age_map,
     fit_rotation,
+    read_outputs,
     record,
-    said_of_all,
 )
 
 
@@ -184,8 +184,8 @@ def test_all_that_was_said_is_read_in_order(tmp_path) -> None:
     images = torch.randint(0, 256, (300, 3, 4, 4), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     recorded = record(_Flat(), images, tmp_path)
     mirrored = images[torch.tensor([290, 1])].float().flip(3) / 127.5 - 1
-    torch.testing.assert_close(said_of_all(recorded, "map", torch.tensor([290, 1]), 1), mirrored, atol=1e-3, rtol=1e-3)
-    assert said_of_all(recorded, "embedding", torch.arange(300)).shape == (300, 4)
+    torch.testing.assert_close(read_outputs(recorded, "map", torch.tensor([290, 1]), 1), mirrored, atol=1e-3, rtol=1e-3)
+    assert read_outputs(recorded, "embedding", torch.arange(300)).shape == (300, 4)
 
 
 def test_a_mapped_teacher_passes_other_features_through() -> None:

@@ -26,8 +26,8 @@ from kdlib_faces.data import (
     write_feature_file,
 )
 from kdlib_faces.data.formats import columns as columns_room
-from kdlib_faces.data.sets import ijb_lists as ijb_room
 from kdlib_faces.data.formats.columns import read_integers
+from kdlib_faces.data.sets import ijb_lists as ijb_room
 
 THREE = (np.int64,) * 3
 QUIET = [HealthCheck.function_scoped_fixture]

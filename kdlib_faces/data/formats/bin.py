@@ -73,9 +73,9 @@ class BinSet:
         Raises:
             InputError: an image that does not decode, named by its number.
         """
-        check_number("BinSet.batches", "size", size, least=1, most=4096, integer=True)
-        check_number("BinSet.batches", "batch_size", batch_size, least=1, integer=True)
-        check_number("BinSet.batches", "workers", workers, least=1, integer=True)
+        check_number("BinSet.batches", "size", size, min=1, max=4096, integer=True)
+        check_number("BinSet.batches", "batch_size", batch_size, min=1, integer=True)
+        check_number("BinSet.batches", "workers", workers, min=1, integer=True)
         starts: Iterable[int] = range(0, len(self.images), batch_size)
         if progress is not None:
             starts = progress(starts, f"images ({len(self.images)})")

@@ -54,7 +54,7 @@ def read_feature_file(path: str | PathLike[str]) -> NDArray[np.float32]:
 
 
 def write_feature_file(path: str | PathLike[str], feature: ArrayLike) -> None:
-    """Write one image's feature as the development kit reads it. It compares by distance, so normalise features first.
+    """Write one image's feature as the development kit reads it. It compares by distance, so normalize features first.
 
     Raises:
         ValueError: not (d,), or not finite.
@@ -143,7 +143,7 @@ class FeatureSet:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "folder", Path(self.folder))
-        check_number("FeatureSet", "rows", self.rows, least=1, integer=True)
+        check_number("FeatureSet", "rows", self.rows, min=1, integer=True)
         check_choice("FeatureSet", "missing", self.missing, ("error", "skip"))
 
     def file(self, image: str) -> Path:

@@ -17,14 +17,14 @@ from kdlib_faces.evaluation._checks import (
     require,
     unit_rows,
 )
-from kdlib_faces.evaluation.protocols.age_gap import group_bins
 from kdlib_faces.evaluation.all_pairs import ScoredPairs, global_points
+from kdlib_faces.evaluation.protocols.age_gap import group_bins
+from kdlib_faces.evaluation.roc import TarAtFar, far_name
+from kdlib_faces.evaluation.search import dot_rows
 from kdlib_faces.evaluation.statistics.bins import AGE_STARTS, GAP_STARTS, bin_names, check_starts, place
 from kdlib_faces.evaluation.statistics.clustered import draws, rate_estimate
 from kdlib_faces.evaluation.statistics.intervals import Estimate, bootstrap_estimate
 from kdlib_faces.evaluation.statistics.resampling import genuine_pairs
-from kdlib_faces.evaluation.roc import TarAtFar, far_name
-from kdlib_faces.evaluation.search import dot_rows
 from kdlib_faces.evaluation.statistics.slopes import mean_estimate, pooled_slope, within_slope
 
 __all__ = ["AgeErrorProtocol", "AgeErrorResult", "ErrorBin"]
@@ -68,8 +68,8 @@ class AgeErrorResult:
         slope_within: the same within persons, each at a level of their own.
         operating_points: by target FAR, the global threshold and its counts.
         level: confidence of the intervals, which are over identities at thresholds kept as they are.
-        genuine: every genuine pair with its score; not serialised.
-        false_accepts: the impostor pairs accepted at the loosest of the thresholds, most alike first; not serialised.
+        genuine: every genuine pair with its score; not serialized.
+        false_accepts: the impostor pairs accepted at the loosest of the thresholds, most alike first; not serialized.
     """
 
     kind: str

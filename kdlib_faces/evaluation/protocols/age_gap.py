@@ -26,10 +26,17 @@ from kdlib_faces.evaluation._checks import (
     unit_rows,
 )
 from kdlib_faces.evaluation.protocols.age_gap_result import AgeGapResult, BinResult
+from kdlib_faces.evaluation.roc import curve, tar_at_far
 from kdlib_faces.evaluation.statistics.bins import GAP_STARTS, bin_names, check_starts, place
 from kdlib_faces.evaluation.statistics.intervals import bootstrap_estimate, identity_bootstrap
-from kdlib_faces.evaluation.statistics.resampling import PairScores, Rates, genuine_pairs, resampled_rates, score_pairs, thin
-from kdlib_faces.evaluation.roc import curve, tar_at_far
+from kdlib_faces.evaluation.statistics.resampling import (
+    PairScores,
+    Rates,
+    genuine_pairs,
+    resampled_rates,
+    score_pairs,
+    thin,
+)
 
 __all__ = ["AgeGapProtocol", "group_bins"]
 
@@ -92,10 +99,10 @@ class AgeGapProtocol:
     ) -> None:
         self.codes, _ = check_people(OWNER, identities)
         require(ages is not None or age_groups is not None, OWNER, "ages or age_groups must be given, got neither")
-        check_number(OWNER, "replicates", replicates, least=0, integer=True)
-        check_number(OWNER, "seed", seed, least=0, integer=True)
+        check_number(OWNER, "replicates", replicates, min=0, integer=True)
+        check_number(OWNER, "seed", seed, min=0, integer=True)
         check_level(OWNER, level)
-        check_number(OWNER, "most_impostors", most_impostors, least=1, integer=True)
+        check_number(OWNER, "most_impostors", most_impostors, min=1, integer=True)
         self.fars = check_fars(OWNER, fars)
         self.replicates, self.seed, self.level, self.most_impostors = replicates, seed, float(level), most_impostors
         self.ages: FloatArray | None = None
@@ -146,7 +153,7 @@ class AgeGapProtocol:
         return self.names[int(np.flatnonzero(held)[-1])] if held.any() else None
 
     def evaluate(self, embeddings: Any) -> AgeGapResult:
-        """Measure (n, d) embeddings, normalised or not, in the order of the identities.
+        """Measure (n, d) embeddings, normalized or not, in the order of the identities.
 
         Raises:
             ValueError: an embedding that is not finite or zero (its row is named), or a wrong number of rows.

@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 
 from kdlib_faces.evaluation._checks import FloatArray, require
-from kdlib_faces.evaluation.statistics.intervals import Estimate
 from kdlib_faces.evaluation.roc import TarAtFar, allowed_false_accepts, far_name
+from kdlib_faces.evaluation.statistics.intervals import Estimate
 
 __all__ = ["AgeGapResult", "BinResult"]
 

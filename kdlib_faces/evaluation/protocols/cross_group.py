@@ -8,10 +8,10 @@ import numpy as np
 
 from kdlib._checks import check_number
 from kdlib_faces.evaluation._checks import IntArray, check_fars, check_labels, check_level, require, unit_rows
+from kdlib_faces.evaluation.roc import TarAtFar, far_name, tar_at_far
 from kdlib_faces.evaluation.statistics.clustered import draws, rate_estimate
 from kdlib_faces.evaluation.statistics.intervals import Estimate, bootstrap_estimate
 from kdlib_faces.evaluation.statistics.resampling import PairScores, resampled_rates, thin
-from kdlib_faces.evaluation.roc import TarAtFar, far_name, tar_at_far
 
 __all__ = ["CrossGroupProtocol", "CrossGroupResult"]
 
@@ -113,9 +113,9 @@ class CrossGroupProtocol:
             labels.size > 1, OWNER, f"identities must hold at least two identities, got only {labels.tolist()[0]!r}"
         )
         for rank in ranks:
-            check_number(OWNER, "ranks", rank, least=1, most=self.gallery.size, integer=True)
+            check_number(OWNER, "ranks", rank, min=1, max=self.gallery.size, integer=True)
         check_level(OWNER, level)
-        check_number(OWNER, "most_impostors", most_impostors, least=1, integer=True)
+        check_number(OWNER, "most_impostors", most_impostors, min=1, integer=True)
         self.fars, self.ranks, self.level, self.seed = check_fars(OWNER, fars), tuple(ranks), float(level), seed
         self.most_impostors = most_impostors
         self.draws = draws(OWNER, labels.size, replicates=replicates, seed=seed)

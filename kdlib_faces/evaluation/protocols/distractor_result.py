@@ -5,8 +5,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from kdlib_faces.evaluation._checks import FloatArray, IntArray
-from kdlib_faces.evaluation.statistics.intervals import Estimate
 from kdlib_faces.evaluation.roc import TarAtFar, far_name
+from kdlib_faces.evaluation.statistics.intervals import Estimate
 
 __all__ = ["DistractorResult", "DistractorTrials", "GapRates"]
 
@@ -73,7 +73,7 @@ class DistractorResult:
         cleaned: how many were left out as noisy.
         cleaning: how noisy ones were marked.
         ties: whether a mate as alike as the distractor is correct.
-        per_trial: every trial of its own: who was missed, and for whom; not serialised.
+        per_trial: every trial of its own: who was missed, and for whom; not serialized.
     """
 
     rates: Mapping[int, Estimate]

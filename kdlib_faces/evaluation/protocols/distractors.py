@@ -21,13 +21,13 @@ from kdlib_faces.evaluation._checks import (
     to_numpy,
     unit_rows,
 )
-from kdlib_faces.evaluation.statistics.bins import GAP_STARTS, bin_names, check_starts, place
-from kdlib_faces.evaluation.statistics.clustered import draws, rate_estimate
 from kdlib_faces.evaluation.protocols.distractor_result import DistractorResult, DistractorTrials, GapRates
-from kdlib_faces.evaluation.statistics.intervals import Estimate
-from kdlib_faces.evaluation.statistics.resampling import genuine_pairs
 from kdlib_faces.evaluation.roc import TarAtFar, allowed_false_accepts, operating_point
 from kdlib_faces.evaluation.search import BLOCK, Search, dot_rows
+from kdlib_faces.evaluation.statistics.bins import GAP_STARTS, bin_names, check_starts, place
+from kdlib_faces.evaluation.statistics.clustered import draws, rate_estimate
+from kdlib_faces.evaluation.statistics.intervals import Estimate
+from kdlib_faces.evaluation.statistics.resampling import genuine_pairs
 from kdlib_faces.progress import progress_to
 
 __all__ = ["DistractorProtocol", "identify_with_distractors"]
@@ -67,7 +67,7 @@ def identify_with_distractors(
     that can decide something is taken again in float64, so neither blocks nor shards change a result.
 
     Args:
-        probes: (n, d) embeddings, normalised or not, several of each identity.
+        probes: (n, d) embeddings, normalized or not, several of each identity.
         identities: (n,) whole numbers or strings.
         distractors: (m, d) array, memory map or tensor, or shards of it: a sequence or an iterator of arrays.
         fars: target false accept rates, each allowing at most 20 million false accepts.
@@ -159,17 +159,17 @@ class DistractorProtocol:
         self.fars = check_fars(owner, fars)
         require(len(ranks) > 0, owner, "ranks must not be empty, got ()")
         for rank in ranks:
-            check_number(owner, "ranks", rank, least=1, most=100_000, integer=True)
+            check_number(owner, "ranks", rank, min=1, max=100_000, integer=True)
         check_choice(owner, "ties", ties, ("correct", "wrong"))
         check_choice(owner, "cleaning", cleaning, CLEANING)
         for size in sizes:
-            check_number(owner, "sizes", size, least=1, integer=True)
+            check_number(owner, "sizes", size, min=1, integer=True)
         require(list(sizes) == sorted(set(sizes)), owner, f"sizes must rise from the first, got {tuple(sizes)}")
         check_level(owner, level)
         self.ages = None if ages is None else check_ages(owner, ages, self.codes.size)
         self.starts = check_starts(owner, "gap_bins", gap_bins)
         self.most = _known_size(distractors) if most_distractors is None else most_distractors
-        check_number(owner, "most_distractors", self.most, least=1, integer=True)
+        check_number(owner, "most_distractors", self.most, min=1, integer=True)
         self.top = 1 + max((allowed_false_accepts(far, self.codes.size * self.most) for far in self.fars), default=-1)
         require(
             self.top <= MOST_FALSE_ACCEPTS,

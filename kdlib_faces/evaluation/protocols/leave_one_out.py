@@ -84,7 +84,7 @@ class LeaveOneOutResult:
 
     def cmc(self, most: int) -> FloatArray:
         """(most,) rate at ranks 1, 2, ... `most`: the cumulative match characteristic."""
-        check_number("LeaveOneOutResult.cmc", "most", most, least=1, integer=True)
+        check_number("LeaveOneOutResult.cmc", "most", most, min=1, integer=True)
         counts = np.bincount(np.minimum(self.ranks_of_mates, most + 1), minlength=most + 2)
         return np.cumsum(counts[1 : most + 1]) / self.probes
 
@@ -106,7 +106,7 @@ def leave_one_out(embeddings: Any, identities: Any, ranks: Sequence[int] = (1,))
     image stays in the gallery. A probe without a mate is a miss.
 
     Args:
-        embeddings: (n, d), normalised or not.
+        embeddings: (n, d), normalized or not.
         identities: (n,) whole numbers or strings.
         ranks: the k's, from 1 to n - 1.
 
@@ -144,7 +144,7 @@ def leave_one_out_result(
     """`leave_one_out` with intervals, the place of each probe's mate and the count of probes without one.
 
     Args:
-        embeddings: (n, d), normalised or not.
+        embeddings: (n, d), normalized or not.
         identities: (n,) whole numbers or strings.
         ranks: the k's, from 1 to n - 1.
         level: confidence of the intervals.
@@ -169,7 +169,7 @@ def leave_one_out_result(
     unit = unit_rows(owner, "embeddings", embeddings, rows=codes.size)
     require(len(ranks) > 0, owner, "ranks must not be empty, got ()")
     for rank in ranks:
-        check_number(owner, "ranks", rank, least=1, most=codes.size - 1, integer=True)
+        check_number(owner, "ranks", rank, min=1, max=codes.size - 1, integer=True)
     check_level(owner, level)
     years = None if ages is None else check_ages(owner, ages, codes.size)
     starts = check_starts(owner, "age_bins", age_bins), check_starts(owner, "gap_bins", gap_bins)

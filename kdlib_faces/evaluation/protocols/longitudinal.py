@@ -1,4 +1,4 @@
-"""Evaluation room: is a person still recognised after 5, 10, 20, 30 years? A protocol of our own. NumPy only.
+"""Evaluation room: is a person still recognized after 5, 10, 20, 30 years? A protocol of our own. NumPy only.
 
 Sets followed over years, such as LogiFace of the LIAAD paper, have no public release and no published protocol; this is
 one that any set of dated images can carry. Its numbers are comparable with each other, not with anybody's table.
@@ -22,11 +22,11 @@ from kdlib_faces.evaluation._checks import (
     unit_rows,
 )
 from kdlib_faces.evaluation.all_pairs import global_points
+from kdlib_faces.evaluation.roc import TarAtFar, far_name
+from kdlib_faces.evaluation.search import dot_rows
 from kdlib_faces.evaluation.statistics.clustered import draws, rate_estimate
 from kdlib_faces.evaluation.statistics.intervals import Estimate
 from kdlib_faces.evaluation.statistics.resampling import genuine_pairs
-from kdlib_faces.evaluation.roc import TarAtFar, far_name
-from kdlib_faces.evaluation.search import dot_rows
 from kdlib_faces.evaluation.statistics.slopes import mean_estimate, person_slopes, within_slope
 
 __all__ = ["ElapsedErrors", "LongitudinalProtocol", "LongitudinalResult"]

@@ -22,9 +22,7 @@ from kdlib_faces.evaluation._checks import (
     to_numpy,
     unit_rows,
 )
-from kdlib_faces.evaluation.statistics.clustered import draws, pair_rates
 from kdlib_faces.evaluation.fold_thresholds import RULES
-from kdlib_faces.evaluation.statistics.intervals import Estimate, bootstrap_estimate
 from kdlib_faces.evaluation.roc import tar_at_far
 from kdlib_faces.evaluation.splits import (
     IdentityOverlapWarning,
@@ -32,6 +30,8 @@ from kdlib_faces.evaluation.splits import (
     identity_overlap,
     positives_first_folds,
 )
+from kdlib_faces.evaluation.statistics.clustered import draws, pair_rates
+from kdlib_faces.evaluation.statistics.intervals import Estimate, bootstrap_estimate
 from kdlib_faces.evaluation.verification import (
     Rule,
     VerificationResult,
@@ -104,14 +104,14 @@ class PairProtocol:
         check_choice(owner, "threshold", threshold, RULES)
         check_choice(owner, "tar_mode", tar_mode, ("exact", "nearest"))
         if pca is not None:
-            check_number(owner, "pca", pca, least=1, integer=True)
+            check_number(owner, "pca", pca, min=1, integer=True)
         self.fold_ids = None if fold_ids is None else to_numpy(fold_ids)
         self.threshold: Rule = threshold
         self.tar_mode: Literal["exact", "nearest"] = tar_mode
         self.fars, self.val_fars, self.pca = check_fars(owner, fars), check_fars(owner, val_fars), pca
         self.needed = int(max(self.left.max(), self.right.max())) + 1
         if images is not None:
-            check_number(owner, "images", images, least=self.needed, integer=True)
+            check_number(owner, "images", images, min=self.needed, integer=True)
         self.images = images
         self.notes = tuple(notes)
         check_level(owner, level)

@@ -21,9 +21,9 @@ from kdlib_faces.evaluation._checks import (
     require,
     to_numpy,
 )
+from kdlib_faces.evaluation.roc import allowed_false_accepts, far_name
 from kdlib_faces.evaluation.statistics.clustered import draws, rate_estimate
 from kdlib_faces.evaluation.statistics.intervals import Estimate
-from kdlib_faces.evaluation.roc import allowed_false_accepts, far_name
 from kdlib_faces.evaluation.templates import Templates, pool_templates
 
 __all__ = [
@@ -90,7 +90,7 @@ class TemplateIdentificationResult:
         probes: how many probe templates there are.
         mated: mated searches in all galleries.
         pooling: how templates were pooled, in words.
-        searches: of each gallery, what it says of every probe; not serialised.
+        searches: of each gallery, what it says of every probe; not serialized.
     """
 
     tpir: Mapping[float, Estimate]
@@ -165,7 +165,7 @@ def identify_templates(
     check_level(OWNER, level)
     require(len(ranks) > 0, OWNER, "ranks must not be empty, got ()")
     for rank in ranks:
-        check_number(OWNER, "ranks", rank, least=1, integer=True)
+        check_number(OWNER, "ranks", rank, min=1, integer=True)
     require(len(galleries) > 0, OWNER, "galleries must not be empty, got none")
     rows, subjects = _enrolled(templates, "probes", probes, one_each=False)
     enrolled = [
@@ -306,7 +306,7 @@ class TemplateIdentificationProtocol:
         )
 
     def evaluate(self, embeddings: Any) -> TemplateIdentificationResult:
-        """Measure the images' embeddings (n, d), not normalised."""
+        """Measure the images' embeddings (n, d), not normalized."""
         templates = pool_templates(
             embeddings,
             self.template_ids,

@@ -77,7 +77,7 @@ def template_verification(
     """Pool images into templates and verify given pairs of them: IJB-B's and IJB-C's 1:1.
 
     Args:
-        embeddings: (n, d) of images, not normalised; one array or shards.
+        embeddings: (n, d) of images, not normalized; one array or shards.
         template_ids: (n,) whole numbers or strings.
         media_ids: (n,) whole numbers or strings.
         left: (p,) template id of each pair's first template.
@@ -209,7 +209,7 @@ class TemplateVerificationProtocol:
         )
 
     def evaluate(self, embeddings: Any) -> TemplateVerificationResult:
-        """Measure the images' embeddings (n, d), not normalised."""
+        """Measure the images' embeddings (n, d), not normalized."""
         return template_verification(
             embeddings,
             self.template_ids,

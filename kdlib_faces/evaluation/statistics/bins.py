@@ -21,7 +21,7 @@ PROBE_AGE_STARTS = (0, 5, 11, 18, 31, 51)
 def check_starts(owner: str, name: str, starts: Sequence[float]) -> FloatArray:
     """Lower ends of bins: not negative, rising."""
     for start in starts:
-        check_number(owner, name, start, least=0)
+        check_number(owner, name, start, min=0)
     array = np.asarray(tuple(starts), dtype=np.float64)
     require(
         array.size > 0 and bool((np.diff(array) > 0).all()),

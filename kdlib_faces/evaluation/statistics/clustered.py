@@ -44,8 +44,8 @@ def clustered_rate(
 
 def draws(owner: str, identities: int, *, replicates: int, seed: int) -> IntArray:
     """(replicates, identities) how often each identity is drawn: as `identity_bootstrap`, for codes; `owner` for errors."""
-    check_number(owner, "replicates", replicates, least=0, integer=True)
-    check_number(owner, "seed", seed, least=0, integer=True)
+    check_number(owner, "replicates", replicates, min=0, integer=True)
+    check_number(owner, "seed", seed, min=0, integer=True)
     return np.random.default_rng(seed).multinomial(identities, np.full(identities, 1 / identities), size=replicates)
 
 

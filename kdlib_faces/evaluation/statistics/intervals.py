@@ -46,15 +46,15 @@ def wilson(successes: float, trials: float, *, level: float = 0.95) -> tuple[flo
         E. B. Wilson, "Probable inference, the law of succession, and statistical inference", JASA 22, 1927.
     """
     check_number("wilson", "trials", trials, above=0)
-    check_number("wilson", "successes", successes, least=0, most=trials)
+    check_number("wilson", "successes", successes, min=0, max=trials)
     check_level("wilson", level)
     z = NormalDist().inv_cdf(0.5 + level / 2)
     p, n = successes / trials, trials
-    centre = (p + z * z / (2 * n)) / (1 + z * z / n)
+    center = (p + z * z / (2 * n)) / (1 + z * z / n)
     half = z * sqrt(p * (1 - p) / n + z * z / (4 * n * n)) / (1 + z * z / n)
     # The ends are 0 and 1 there by algebra; rounding must not say otherwise.
-    low = 0.0 if successes == 0 else max(0.0, centre - half)
-    high = 1.0 if successes == trials else min(1.0, centre + half)
+    low = 0.0 if successes == 0 else max(0.0, center - half)
+    high = 1.0 if successes == trials else min(1.0, center + half)
     return low, high
 
 
@@ -67,7 +67,7 @@ class Estimate:
         low: lower end of the interval, or None.
         high: upper end, or None.
         n: how many pairs (or probes) it rests on; 0 with a value of None.
-        replicates: its bootstrap replicates (r,), NaN where a resample held no pair; not serialised.
+        replicates: its bootstrap replicates (r,), NaN where a resample held no pair; not serialized.
 
     Examples:
         >>> Estimate(0.5, 0.25, 0.75, 12).to_dict()
@@ -116,8 +116,8 @@ def identity_bootstrap(identities: Any, *, replicates: int, seed: int) -> IntArr
         ((4, 3), [3, 3, 3, 3])
     """
     _, labels = check_labels("identity_bootstrap", "identities", identities)
-    check_number("identity_bootstrap", "replicates", replicates, least=0, integer=True)
-    check_number("identity_bootstrap", "seed", seed, least=0, integer=True)
+    check_number("identity_bootstrap", "replicates", replicates, min=0, integer=True)
+    check_number("identity_bootstrap", "seed", seed, min=0, integer=True)
     count = labels.size
     return np.random.default_rng(seed).multinomial(count, np.full(count, 1 / count), size=replicates)
 

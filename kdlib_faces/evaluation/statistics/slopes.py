@@ -17,7 +17,7 @@ def pooled_slope(x: FloatArray, y: FloatArray, codes: IntArray, multiplicities: 
 
 def within_slope(x: FloatArray, y: FloatArray, codes: IntArray, multiplicities: IntArray, level: float) -> Estimate:
     """The slope that all persons share when each may have a level of their own: sum of Cxy over sum of Cxx."""
-    xy, xx = _centred(*_sums(x, y, codes, multiplicities.shape[1]))
+    xy, xx = _centerd(*_sums(x, y, codes, multiplicities.shape[1]))
     value = _divided(xy.sum(), xx.sum())
     used = int((np.bincount(codes, minlength=xx.size)[xx > 0]).sum()) if x.size else 0
     return _estimate(value, _divided(multiplicities @ xy, multiplicities @ xx), used, level)
@@ -25,7 +25,7 @@ def within_slope(x: FloatArray, y: FloatArray, codes: IntArray, multiplicities: 
 
 def person_slopes(x: FloatArray, y: FloatArray, codes: IntArray, people: int) -> FloatArray:
     """(people,) least-squares slope of each, NaN where a person's x does not vary."""
-    return _divided(*_centred(*_sums(x, y, codes, people)))
+    return _divided(*_centerd(*_sums(x, y, codes, people)))
 
 
 def mean_estimate(y: FloatArray, codes: IntArray, multiplicities: IntArray, level: float) -> Estimate:
@@ -45,7 +45,7 @@ def _sums(x: FloatArray, y: FloatArray, codes: IntArray, people: int) -> tuple[F
     )
 
 
-def _centred(
+def _centerd(
     n: FloatArray, x: FloatArray, y: FloatArray, xx: FloatArray, xy: FloatArray
 ) -> tuple[FloatArray, FloatArray]:
     """Sums of products of deviations from each person's own means; a variance that is rounding is 0."""
@@ -55,7 +55,7 @@ def _centred(
 
 
 def _slope(n: FloatArray, x: FloatArray, y: FloatArray, xx: FloatArray, xy: FloatArray) -> FloatArray:
-    return _divided(*_centred(n, x, y, xx, xy))
+    return _divided(*_centerd(n, x, y, xx, xy))
 
 
 def _divided(top: FloatArray, bottom: FloatArray) -> FloatArray:

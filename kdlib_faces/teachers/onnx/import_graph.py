@@ -90,7 +90,7 @@ def restore_statistics(model: nn.Module, images: Tensor, *, batch: int = 64) -> 
     """
     check_floating("restore_statistics", images=images)
     check_rank("restore_statistics", "images", images, "b 3 h w")
-    check_number("restore_statistics", "number of images", len(images), least=2, integer=True)
+    check_number("restore_statistics", "number of images", len(images), min=2, integer=True)
     sums: dict[nn.Module, list[Tensor]] = {}
 
     def look(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:

@@ -92,9 +92,9 @@ class OnnxTeacher(nn.Module):
         if not (callable(preprocess) or preprocess == "symmetric"):
             raise InputError(f"OnnxTeacher: preprocess must be 'symmetric' or a callable, got {preprocess!r}")
         if threads is not None:
-            check_number("OnnxTeacher", "threads", threads, least=1, integer=True)
+            check_number("OnnxTeacher", "threads", threads, min=1, integer=True)
         if batch != "auto":
-            check_number("OnnxTeacher", "batch", batch, least=1, integer=True)
+            check_number("OnnxTeacher", "batch", batch, min=1, integer=True)
         self.path = Path(path)
         self.preprocess = preprocess
         self.threads = threads

@@ -1,0 +1,51 @@
+"""Atomic file writing, shared by both packages."""
+
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from os import PathLike
+from pathlib import Path
+from typing import BinaryIO
+
+__all__ = ["atomic_write"]
+
+
+@contextmanager
+def atomic_write(path: str | PathLike[str], *, durable: bool = False) -> Iterator[BinaryIO]:
+    """Open a temporary file that replaces `path` when the block succeeds and is removed when it fails.
+
+    Args:
+        path: The file to write. Missing parent folders are created; a symbolic link is replaced, not followed.
+        durable: Flush the file to disk before it is renamed, so that it also survives a power failure.
+
+    Yields:
+        A binary stream.
+
+    Raises:
+        OSError: The file cannot be written. An earlier file at `path` is left unchanged.
+
+    Examples:
+        >>> folder = tempfile.mkdtemp()
+        >>> with atomic_write(Path(folder) / "note.txt") as stream:
+        ...     _ = stream.write(b"done")
+        >>> (Path(folder) / "note.txt").read_text()
+        'done'
+    """
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(prefix=f".{target.name}.", suffix=".part", dir=target.parent)
+    try:
+        with os.fdopen(handle, "wb") as stream:
+            yield stream
+            if durable:
+                stream.flush()
+                os.fsync(stream.fileno())
+        umask = os.umask(0)
+        os.umask(umask)
+        os.chmod(temporary, 0o666 & ~umask)
+        os.replace(temporary, target)
+    except BaseException:
+        with suppress(OSError):
+            os.unlink(temporary)
+        raise
