@@ -1,0 +1,212 @@
+"""Dataclasses for the results of one protocol on several models, as stored in report.json."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Literal
+
+__all__ = [
+    "Bins",
+    "CmcCurve",
+    "Difference",
+    "HardPair",
+    "Histogram",
+    "Measure",
+    "MeasuredValue",
+    "ModelSummary",
+    "ProtocolSummary",
+    "RocCurve",
+    "ScoreTable",
+    "SearchCurve",
+    "Unit",
+]
+
+Unit = Literal["rate", "auc", "score", "number"]
+
+
+@dataclass(frozen=True)
+class Measure:
+    """One measure of a protocol: a row of the report's table.
+
+    Attributes:
+        title: Heading of the row.
+        unit: `"rate"` (shown in per cent), `"auc"`, `"score"` (a cosine) or `"number"`.
+        note: Addition to the heading.
+        better: Which direction is better, `"none"` for neither.
+    """
+
+    title: str
+    unit: Unit = "rate"
+    note: str = ""
+    better: Literal["high", "low", "none"] = "high"
+
+
+@dataclass(frozen=True)
+class MeasuredValue:
+    """A value with its confidence interval.
+
+    Attributes:
+        value: The estimate; None if it could not be computed.
+        low: Lower end of the interval.
+        high: Upper end of the interval.
+        n: Number of observations.
+        resolvable: Whether there were enough impostors for the false accept rate.
+        note: Addition to the value.
+    """
+
+    value: float | None = None
+    low: float | None = None
+    high: float | None = None
+    n: int | None = None
+    resolvable: bool = True
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Bins:
+    """An axis of bins, such as age gaps.
+
+    Attributes:
+        title: Heading of the table and the plot.
+        labels: Name of each bin.
+        axis: Label of the axis.
+        at: Position of each bin on the axis; None for bins without an order.
+        counts: Observations in each bin.
+        unit: Unit of the values.
+    """
+
+    title: str
+    labels: list[str]
+    axis: str = ""
+    at: list[float] | None = None
+    counts: list[int | None] | None = None
+    unit: Unit = "rate"
+
+
+@dataclass(frozen=True)
+class RocCurve:
+    """Points of a ROC curve: false accept rates and true accept rates."""
+
+    far: list[float | None]
+    tar: list[float | None]
+
+
+@dataclass(frozen=True)
+class CmcCurve:
+    """Points of a cumulative match characteristic: ranks and identification rates."""
+
+    rank: list[float | None]
+    rate: list[float | None]
+
+
+@dataclass(frozen=True)
+class SearchCurve:
+    """Points of an open-set search: false and true positive identification rates."""
+
+    fpir: list[float | None]
+    tpir: list[float | None]
+
+
+@dataclass(frozen=True)
+class Histogram:
+    """Counts of genuine and impostor scores between n + 1 edges, and the threshold to draw."""
+
+    edges: list[float]
+    genuine: list[float]
+    impostor: list[float]
+    threshold: float | None = None
+
+
+@dataclass
+class ModelSummary:
+    """What a protocol measured for one model.
+
+    Attributes:
+        measures: Measure key to its value.
+        bins: Key of an axis of bins to one value per bin.
+        roc: ROC curve over all pairs.
+        cmc: Closed-set identification rates by rank.
+        search: Open-set search.
+        histogram: Distribution of the scores.
+    """
+
+    measures: dict[str, MeasuredValue] = field(default_factory=dict)
+    bins: dict[str, list[MeasuredValue]] = field(default_factory=dict)
+    roc: RocCurve | None = None
+    cmc: CmcCurve | None = None
+    search: SearchCurve | None = None
+    histogram: Histogram | None = None
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Model `a` minus model `b` in one measure, with a paired interval."""
+
+    a: str
+    b: str
+    measure: str
+    difference: MeasuredValue
+
+
+@dataclass
+class ProtocolSummary:
+    """Results of one protocol for all models: an entry of `evaluations` in report.json.
+
+    Attributes:
+        name: Identifier, 1 to 48 letters, digits or `_`.
+        title: Heading.
+        question: The question that the protocol answers, one sentence.
+        convention: Name to text: threshold rule, pooling, alignment, intervals ...
+        counts: Name to number: images, identities, pairs ...
+        notes: Remarks on the data, such as left-out images.
+        measures: Measure key to its description, the headline measure first.
+        bins: Key of an axis of bins to its description.
+        models: Model name to its results.
+        differences: Paired differences between models.
+        difference_rule: How the paired intervals were computed.
+        pictures: Names of the pictures that belong to this protocol.
+        scores: Model name to the path of its file of scores, relative to the report.
+    """
+
+    name: str
+    title: str
+    question: str = ""
+    convention: dict[str, str] = field(default_factory=dict)
+    counts: dict[str, float] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    measures: dict[str, Measure] = field(default_factory=dict)
+    bins: dict[str, Bins] = field(default_factory=dict)
+    models: dict[str, ModelSummary] = field(default_factory=dict)
+    differences: list[Difference] = field(default_factory=list)
+    difference_rule: str = ""
+    pictures: list[str] = field(default_factory=list)
+    scores: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class HardPair:
+    """A pair that a model scores wrongly, or nearly so.
+
+    Attributes:
+        left: Row of the left image.
+        right: Row of the right image.
+        score: Cosine.
+        same: Whether the pair is genuine.
+        note: Addition to the caption, such as the ages.
+        right_set: Index of the image set that `right` refers to (1 for a distractor).
+    """
+
+    left: int
+    right: int
+    score: float
+    same: bool
+    note: str = ""
+    right_set: int = 0
+
+
+@dataclass(frozen=True)
+class ScoreTable:
+    """Scores to be written to a CSV file: column names, rows made one by one, and their number."""
+
+    columns: tuple[str, ...]
+    rows: Iterator[tuple[str | int | float, ...]]
+    total: int
