@@ -1,8 +1,8 @@
 """Dataclasses for the results of one protocol on several models, as stored in report.json."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
-from typing import Literal
+from dataclasses import MISSING, dataclass, field, fields, is_dataclass
+from typing import Any, Literal
 
 __all__ = [
     "Bins",
@@ -181,6 +181,17 @@ class ProtocolSummary:
     pictures: list[str] = field(default_factory=list)
     scores: dict[str, str] = field(default_factory=dict)
 
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON. Fields that hold their default are left out.
+
+        Examples:
+            >>> measures = {"auc": Measure("AUC", "auc")}
+            >>> models = {"a": ModelSummary({"auc": MeasuredValue(0.9)})}
+            >>> ProtocolSummary("lfw", "LFW", measures=measures, models=models).to_dict()["models"]
+            {'a': {'measures': {'auc': {'value': 0.9}}}}
+        """
+        return {name: _plain(value) for name, value in _given(self)}
+
 
 @dataclass(frozen=True)
 class HardPair:
@@ -210,3 +221,22 @@ class ScoreTable:
     columns: tuple[str, ...]
     rows: Iterator[tuple[str | int | float, ...]]
     total: int
+
+
+def _given(value: Any) -> Iterator[tuple[str, object]]:
+    """Names and values of the fields of a dataclass that are required or differ from their default."""
+    for each in fields(value):
+        content = getattr(value, each.name)
+        default = each.default if each.default_factory is MISSING else each.default_factory()
+        if content != default or each.name == "value":
+            yield each.name, content
+
+
+def _plain(value: object) -> object:
+    if is_dataclass(value):
+        return {name: _plain(content) for name, content in _given(value)}
+    if isinstance(value, dict):
+        return {key: _plain(content) for key, content in value.items()}
+    if isinstance(value, list):
+        return [_plain(content) for content in value]
+    return value

@@ -3,21 +3,42 @@
 import csv
 import re
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from kdlib_faces.harness.image_sets import ImageSet
 from kdlib_faces.harness.panels import HardPair, ProtocolResult
 from kdlib_faces.harness.tasks import EvaluationTask
 from kdlib_faces.progress import progress as show
 
-__all__ = ["failure_pictures", "write_scores"]
+__all__ = ["FailurePicture", "failure_pictures", "write_scores"]
 
 FORMULA = ("=", "+", "-", "@", "\t", "\r")
 
 
-def failure_pictures(found: ProtocolResult, task: EvaluationTask, names: Sequence[str]) -> list[Any]:
+@dataclass(frozen=True, eq=False)
+class FailurePicture:
+    """Pairs of images on which a model fails.
+
+    Attributes:
+        name: File name without suffix.
+        title: Heading.
+        caption: Text below it.
+        pairs: Left image, right image (h, w, 3) uint8, and the text below the pair.
+    """
+
+    name: str
+    title: str
+    caption: str
+    pairs: list[tuple[NDArray[np.uint8], NDArray[np.uint8], str]]
+
+
+def failure_pictures(found: ProtocolResult, task: EvaluationTask, names: Sequence[str]) -> list[FailurePicture]:
     """Two pictures a model: pairs of one person that it tells apart, and different people it takes for one.
 
     Args:
@@ -28,8 +49,6 @@ def failure_pictures(found: ProtocolResult, task: EvaluationTask, names: Sequenc
     Returns:
         Pictures for the report; none where the set has no images.
     """
-    from kdlib_faces.report import Picture, pairs_picture
-
     pictures = []
     for number, name in enumerate(names):
         for same, kind, (title, why) in (
@@ -40,9 +59,7 @@ def failure_pictures(found: ProtocolResult, task: EvaluationTask, names: Sequenc
             drawn = [row for pair in chosen if (row := _drawn(task.images, pair)) is not None]
             if drawn:
                 caption = f"As {name} sees them, {why}. A person, or an image, is shown once."
-                pictures.append(
-                    Picture(f"{task.name}_{number}_{kind}", f"{title}: {name}", caption, pairs_picture(drawn))
-                )
+                pictures.append(FailurePicture(f"{task.name}_{number}_{kind}", f"{title}: {name}", caption, drawn))
     return pictures
 
 

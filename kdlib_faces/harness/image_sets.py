@@ -21,7 +21,15 @@ from kdlib_faces._checks import InputError
 from kdlib_faces.data.alignment import align_face
 from kdlib_faces.data.images import FORMATS, MAX_PIXELS, decode_image, read_image
 
-__all__ = ["ImageSet", "aligned_images", "check_array", "images_of_bytes", "images_of_files", "rows_only"]
+__all__ = [
+    "ImageSet",
+    "aligned_images",
+    "check_array",
+    "images_of_bytes",
+    "images_of_files",
+    "images_of_tensor",
+    "rows_only",
+]
 
 WORKERS = 2
 
@@ -111,6 +119,30 @@ def images_of_bytes(name: str, images: Sequence[bytes]) -> ImageSet:
         lambda row, size: decode_image(images[row], size, name=f"{name}: image {row}"),
         lambda row: f"image {row}",
     )
+
+
+def images_of_tensor(name: str, images: Tensor, labels: Sequence[str] = ()) -> ImageSet:
+    """An image set in memory.
+
+    Args:
+        name: Name of the set.
+        images: (n, 3, h, w) uint8, RGB.
+        labels: Name of each image; by default its row number.
+
+    Examples:
+        >>> images_of_tensor("test", torch.zeros(2, 3, 8, 8, dtype=torch.uint8)).decode([1], 8).shape
+        torch.Size([1, 3, 8, 8])
+    """
+    pixels = images.cpu().numpy()
+
+    def read(row: int, size: int) -> NDArray[np.uint8]:
+        if pixels.shape[2:] == (size, size):
+            return np.ascontiguousarray(pixels[row])
+        image = Image.fromarray(np.ascontiguousarray(pixels[row].transpose(1, 2, 0)))
+        return np.ascontiguousarray(np.asarray(image.resize((size, size))).transpose(2, 0, 1))
+
+    fingerprint = hashlib.sha256(repr(pixels.shape).encode() + pixels.tobytes()).hexdigest()
+    return ImageSet(name, len(pixels), fingerprint, read, labels.__getitem__ if labels else str)
 
 
 def rows_only(name: str, count: int | None, label: Callable[[int], str] = str) -> ImageSet:

@@ -65,7 +65,7 @@ def ages_of_faces(
     protocol = AgeGapProtocol(faces.identities[rows], fars=settings.fars, **settings.sampling, **by, **bins)
     panel = AgesPanel(
         name, title, protocol, lambda row: images.label(int(rows[row])), settings.convention, _left_out(faces, rows),
-        settings.worst,
+        settings.num_failures,
     )  # fmt: skip
     return EvaluationTask(name, (images,), on_rows(images, rows, panel.judge))
 
@@ -89,7 +89,13 @@ def groups_of_faces(faces: FaceList, images: ImageSet, settings: Settings, name:
         ranks=[rank for rank in settings.ranks if rank <= int((groups == there[0]).sum())], **settings.sampling,
     )  # fmt: skip
     panel = CrossGroupPanel(
-        name, title, protocol, images.label, settings.convention, worst=settings.worst, **settings.sampling
+        name,
+        title,
+        protocol,
+        images.label,
+        settings.convention,
+        num_failures=settings.num_failures,
+        **settings.sampling,
     )
     return EvaluationTask(name, (images,), lambda given: panel.judge(given[images.name]))
 
@@ -107,7 +113,7 @@ def age_errors_task(asked: ProtocolSpec, settings: Settings, name: str, title: s
     )
     panel = AgeErrorsPanel(
         name, title, protocol, settings.convention, _left_out(faces, rows), settings.seed,
-        lambda row: images.label(int(rows[row])), settings.worst,
+        lambda row: images.label(int(rows[row])), settings.num_failures,
     )  # fmt: skip
     return EvaluationTask(name, (images,), on_rows(images, rows, panel.judge))
 
@@ -132,7 +138,7 @@ def leave_one_out_of_faces(
     panel = LeaveOneOutPanel(
         name, title, faces.identities, images.label, settings.convention,
         ages=ages if ages is not None and bool(np.isfinite(ages).all()) else None,
-        ranks=ranks, notes=notes, worst=settings.worst, **settings.sampling,
+        ranks=ranks, notes=notes, num_failures=settings.num_failures, **settings.sampling,
     )  # fmt: skip
     return EvaluationTask(name, (images,), lambda given: panel.judge(given[images.name]))
 

@@ -94,7 +94,7 @@ class ProtocolResult:
     Attributes:
         entry: of the report's `evaluations`.
         results: model -> what its result writes down, for `protocols` of the report.
-        worst: model -> the pairs to look at; empty where there are none.
+        num_failures: model -> the pairs to look at; empty where there are none.
         words: what their pictures are called.
         scores: what a file of scores would hold; None where there is none.
     """

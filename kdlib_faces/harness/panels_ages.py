@@ -36,7 +36,7 @@ class AgesPanel:
         labels: what each row is called.
         convention: what else a reader must know.
         notes: what was left out.
-        worst: how many pairs of each kind to show.
+        num_failures: how many pairs of each kind to show.
     """
 
     name: str
@@ -45,7 +45,7 @@ class AgesPanel:
     labels: Callable[[int], str]
     convention: dict[str, str]
     notes: tuple[str, ...] = ()
-    worst: int = 6
+    num_failures: int = 6
 
     def judge(self, embeddings: Arrays) -> ProtocolResult:
         """All models on all pairs."""
@@ -171,9 +171,9 @@ class AgesPanel:
                     yield {"a": a, "b": b, "measure": key, "difference": dict(row["difference"])}
 
     def _hardest(self, array: NDArray[Any]) -> list[HardPair]:
-        if not self.worst:
+        if not self.num_failures:
             return []
-        return [HardPair(*pair) for pair in hardest_pairs(array, self.protocol, count=self.worst)]
+        return [HardPair(*pair) for pair in hardest_pairs(array, self.protocol, count=self.num_failures)]
 
 
 def _resolves(far: float, found: BinResult) -> bool:

@@ -46,7 +46,7 @@ class DistractorsPanel:
         progress: show how far it is.
         labels: what each probe is called.
         stranger_labels: what each distractor is called.
-        worst: how many missed probes to show.
+        num_failures: how many missed probes to show.
     """
 
     name: str
@@ -65,7 +65,7 @@ class DistractorsPanel:
     progress: bool = False
     labels: Callable[[int], str] = str
     stranger_labels: Callable[[int], str] = str
-    worst: int = 6
+    num_failures: int = 6
 
     def judge(self, embeddings: Arrays, distractors: Arrays) -> ProtocolResult:
         """All models; `distractors` are embeddings of the same strangers by each of them."""
@@ -170,7 +170,7 @@ class DistractorsPanel:
         probes = told.probe[missed]
         mates = told.mate[missed], told.score[missed]
         strangers = told.distractor[probes], told.distractor_score[probes]
-        return missed_pairs(probes, mates, strangers, self.identities[probes], self.worst, other=1)
+        return missed_pairs(probes, mates, strangers, self.identities[probes], self.num_failures, other=1)
 
     @staticmethod
     def _found(result: DistractorResult) -> dict[str, Any]:

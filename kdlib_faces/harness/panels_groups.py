@@ -49,7 +49,7 @@ class CrossGroupPanel:
         replicates: of the paired intervals.
         seed: of the resamples.
         level: confidence.
-        worst: how many pairs of each kind to show.
+        num_failures: how many pairs of each kind to show.
     """
 
     name: str
@@ -60,7 +60,7 @@ class CrossGroupPanel:
     replicates: int = 500
     seed: int = 0
     level: float = 0.95
-    worst: int = 6
+    num_failures: int = 6
 
     def judge(self, embeddings: Arrays) -> ProtocolResult:
         """All models on all pairs across the groups."""
@@ -97,7 +97,7 @@ class CrossGroupPanel:
             "models": {},
         }
         hits: dict[str, Any] = {key: {} for key in measures if key != "auc"}
-        worst: dict[str, list[HardPair]] = {}
+        num_failures: dict[str, list[HardPair]] = {}
         rows, columns = np.nonzero(same)
         owners: dict[str, Any] = {f"tar_{far:g}": (who[0][rows], who[1][columns]) for far in first.tar}
         owners |= {f"rank{rank}": (who[0][mated], who[0][mated]) for rank in first.rates}
@@ -121,7 +121,7 @@ class CrossGroupPanel:
                 "cmc": {"rank": list(range(1, most + 1)), "rate": rate.tolist()},
                 "histogram": histogram(scores[same], scores[~same], threshold),
             }
-            worst[name] = self._hardest(scores, same)
+            num_failures[name] = self._hardest(scores, same)
             for far, point in points.items():
                 hits[f"tar_{far:g}"][name] = scores[same] > point.threshold
             for rank in result.rates:
@@ -134,14 +134,16 @@ class CrossGroupPanel:
         table = ScoreTable(
             ("probe", "gallery", "same", "score"), lambda name: self._rows(embeddings[name], same), same.size
         )
-        return ProtocolResult(entry, {name: result.to_dict() for name, result in results.items()}, worst, scores=table)
+        return ProtocolResult(
+            entry, {name: result.to_dict() for name, result in results.items()}, num_failures, scores=table
+        )
 
     def _hardest(self, scores: NDArray[np.float64], same: NDArray[np.bool_]) -> list[HardPair]:
         """The least alike genuine pairs, then the most alike impostor pairs; a person is shown once of each kind."""
         found: list[HardPair] = []
         for kind in (True, False):
             left = np.where(same == kind, scores if kind else -scores, np.inf)
-            for _ in range(self.worst):
+            for _ in range(self.num_failures):
                 i, j = np.unravel_index(int(left.argmin()), left.shape)
                 if not np.isfinite(left[i, j]):
                     break
@@ -172,7 +174,7 @@ class AgeErrorsPanel:
         notes: what was left out.
         seed: of the paired resamples.
         labels: what each row is called.
-        worst: how many pairs of each kind to show.
+        num_failures: how many pairs of each kind to show.
     """
 
     name: str
@@ -182,7 +184,7 @@ class AgeErrorsPanel:
     notes: tuple[str, ...] = ()
     seed: int = 0
     labels: Callable[[int], str] = str
-    worst: int = 6
+    num_failures: int = 6
 
     def judge(self, embeddings: Arrays) -> ProtocolResult:
         """All models at thresholds of their own for one false accept rate."""
@@ -286,7 +288,7 @@ class AgeErrorsPanel:
         order = np.argsort(pairs.scores if same else -pairs.scores, kind="stable")
         people = protocol.codes[np.stack([pairs.left, pairs.right], axis=1)]
         found = []
-        for k in once_each(order, lambda item: people[item].tolist(), self.worst):
+        for k in once_each(order, lambda item: people[item].tolist(), self.num_failures):
             left, right = int(pairs.left[k]), int(pairs.right[k])
             ages = "" if protocol.ages is None else f"{protocol.ages[left]:g} and {protocol.ages[right]:g} years"
             found.append(HardPair(left, right, float(pairs.scores[k]), same, ages))

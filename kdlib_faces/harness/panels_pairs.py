@@ -52,7 +52,7 @@ class PairsPanel:
         seed: of the resamples.
         level: confidence.
         notes: what was left out.
-        worst: how many pairs of each kind to show.
+        num_failures: how many pairs of each kind to show.
     """
 
     name: str
@@ -66,7 +66,7 @@ class PairsPanel:
     seed: int = 0
     level: float = 0.95
     notes: tuple[str, ...] = ()
-    worst: int = 6
+    num_failures: int = 6
 
     def judge(self, embeddings: Arrays) -> ProtocolResult:
         """All models on the same pairs."""
@@ -110,7 +110,7 @@ class PairsPanel:
         return ProtocolResult(
             entry,
             {name: result.to_dict() for name, result in results.items()},
-            {name: worst_pairs(protocol, scores[name], self.worst) for name in scores},
+            {name: worst_pairs(protocol, scores[name], self.num_failures) for name in scores},
             scores=ScoreTable(("left", "right", "same", "score"), lambda name: self._rows(scores[name]), same.size),
         )
 

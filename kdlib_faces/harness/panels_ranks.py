@@ -42,7 +42,7 @@ class LeaveOneOutPanel:
         seed: of the resamples.
         level: confidence.
         notes: what was left out.
-        worst: how many probes to show.
+        num_failures: how many probes to show.
     """
 
     name: str
@@ -56,7 +56,7 @@ class LeaveOneOutPanel:
     seed: int = 0
     level: float = 0.95
     notes: tuple[str, ...] = ()
-    worst: int = 6
+    num_failures: int = 6
 
     def judge(self, embeddings: Arrays) -> ProtocolResult:
         """All models on the same probes."""
@@ -140,4 +140,4 @@ class LeaveOneOutPanel:
         missed = np.flatnonzero(result.ranks_of_mates > 1)
         mates = result.mates[missed], result.mate_scores[missed]
         strangers = result.strangers[missed], result.stranger_scores[missed]
-        return missed_pairs(missed, mates, strangers, self.identities[missed], self.worst)
+        return missed_pairs(missed, mates, strangers, self.identities[missed], self.num_failures)

@@ -67,7 +67,7 @@ class TemplatesPanel:
         replicates: of the intervals.
         seed: of the resamples.
         level: confidence.
-        worst: how many of the worst pairs of each kind to show, by the first image of each template.
+        num_failures: how many of the num_failures pairs of each kind to show, by the first image of each template.
     """
 
     name: str
@@ -87,7 +87,7 @@ class TemplatesPanel:
     replicates: int = 500
     seed: int = 0
     level: float = 0.95
-    worst: int = 6
+    num_failures: int = 6
 
     def _pooled(self, array: NDArray[Any]) -> Any:
         return pool_templates(
@@ -106,7 +106,7 @@ class TemplatesPanel:
         models: dict[str, Any] = {}
         results: dict[str, dict[str, Any]] = {}
         hits: dict[str, dict[str, NDArray[np.bool_]]] = {f"tar_{far:g}": {} for far in self.fars}
-        worst: dict[str, list[HardPair]] = {}
+        num_failures: dict[str, list[HardPair]] = {}
         found: Any = None
         for name, array in embeddings.items():
             templates = self._pooled(array)
@@ -123,7 +123,7 @@ class TemplatesPanel:
             for far, point in found.tar.items():
                 hits[f"tar_{far:g}"][name] = genuine > point.threshold
             results[name] = found.to_dict()
-            worst[name] = self._hardest(scores, flags)
+            num_failures[name] = self._hardest(scores, flags)
         entry: dict[str, Any] = {
             "name": self.name,
             "title": f"{self.title}, 1:1",
@@ -154,7 +154,7 @@ class TemplatesPanel:
         table = ScoreTable(
             ("left template", "right template", "same", "score"), lambda name: self._pairs(embeddings[name]), flags.size
         )
-        return ProtocolResult(entry, results, worst, scores=table)
+        return ProtocolResult(entry, results, num_failures, scores=table)
 
     def _pairs(self, array: NDArray[Any]) -> Iterator[tuple[Any, ...]]:
         """Scores of all pairs, in their order; pooled and scored again, so that nothing of the pairs' length is kept."""
@@ -177,12 +177,12 @@ class TemplatesPanel:
             kind = np.flatnonzero(flags == same)
             cost = scores[kind] if same else -scores[kind]
             # More than are shown, as templates come many times.
-            most = min(cost.size, 200 * self.worst + 1)
+            most = min(cost.size, 200 * self.num_failures + 1)
             near = np.argpartition(cost, most - 1)[:most]
             order = kind[near[np.lexsort((near, cost[near]))]].tolist()
             found += [
                 HardPair(rows[a], rows[b], float(scores[k]), same, f"templates {a}, {b}")
-                for k in once_each(order, lambda item: (left[item], right[item]), self.worst)
+                for k in once_each(order, lambda item: (left[item], right[item]), self.num_failures)
                 for a, b in [(left[k].item(), right[k].item())]
             ]
         return found
@@ -301,4 +301,4 @@ class TemplatesPanel:
         probe, mate, stranger, mate_score, stranger_score, who = (
             np.concatenate(part) for part in zip(*parts, strict=True)
         )
-        return missed_pairs(probe, (mate, mate_score), (stranger, stranger_score), who, self.worst)
+        return missed_pairs(probe, (mate, mate_score), (stranger, stranger_score), who, self.num_failures)

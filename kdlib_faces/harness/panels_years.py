@@ -37,7 +37,7 @@ class LongitudinalPanel:
         seed: of the resamples.
         level: confidence.
         labels: what each row is called.
-        worst: how many people to show.
+        num_failures: how many people to show.
     """
 
     name: str
@@ -49,7 +49,7 @@ class LongitudinalPanel:
     seed: int = 0
     level: float = 0.95
     labels: Callable[[int], str] = str
-    worst: int = 6
+    num_failures: int = 6
 
     def judge(self, embeddings: Arrays) -> ProtocolResult:
         """All models on the same people."""
@@ -125,7 +125,7 @@ class LongitudinalPanel:
         order = np.argsort(result.scores, kind="stable")
         return [
             HardPair(int(rows[k]), int(later[k]), float(result.scores[k]), True, f"{result.elapsed[k]:.3g} years")
-            for k in once_each(order, lambda item: [self.protocol.codes[rows[item]]], self.worst)
+            for k in once_each(order, lambda item: [self.protocol.codes[rows[item]]], self.num_failures)
         ]
 
     @staticmethod

@@ -71,7 +71,7 @@ def bin_task(asked: ProtocolSpec, settings: Settings, name: str, title: str) -> 
     protocol = PairProtocol.interleaved(found.same, None, settings.threshold, settings.fars, level=settings.level)
     notes = ("names and ages are not in a .bin: intervals take pairs as independent, folds may share people",)
     panel = PairsPanel(
-        name, f"{path.stem} (.bin)", protocol, images.label, settings.convention, notes=notes, worst=settings.worst,
+        name, f"{path.stem} (.bin)", protocol, images.label, settings.convention, notes=notes, num_failures=settings.num_failures,
         **settings.sampling,
     )  # fmt: skip
     return EvaluationTask(name, (images,), lambda given: panel.judge(given[images.name]))
@@ -173,7 +173,7 @@ def task_of_pairs(found: ImagePairs, asked: ProtocolSpec, settings: Settings, na
         convention["Folds"] = "dealt: slices of the pairs of one person and of those of two"
     panel = PairsPanel(
         name, title, protocol, images.label, convention, ages=None if ages is None else ages.astype(np.float64),
-        bins=settings.bins, worst=settings.worst, **settings.sampling,
+        bins=settings.bins, num_failures=settings.num_failures, **settings.sampling,
     )  # fmt: skip
     return EvaluationTask(name, (images,), lambda given: panel.judge(given[images.name]))
 
@@ -217,7 +217,7 @@ def fgnet_task(asked: ProtocolSpec, settings: Settings, name: str, title: str) -
     assert faces.ages is not None
     panel = LeaveOneOutPanel(
         name, title, faces.identities, images.label, {"Alignment": alignment, **settings.convention},
-        ages=faces.ages.astype(np.float64), ranks=settings.ranks, worst=settings.worst, **settings.sampling,
+        ages=faces.ages.astype(np.float64), ranks=settings.ranks, num_failures=settings.num_failures, **settings.sampling,
     )  # fmt: skip
     return EvaluationTask(name, (images,), lambda given: panel.judge(given[images.name]))
 
@@ -239,7 +239,7 @@ def distractors_task(asked: ProtocolSpec, settings: Settings, name: str, title: 
         name, title, faces.identities, faces.ages.astype(np.float64),
         {"Distractors": told, "Alignment": alignment, **settings.convention}, fars=(far,), ranks=settings.ranks,
         sizes=tuple(10**power for power in range(1, 7)), bins=settings.bins, progress=settings.progress,
-        labels=images.label, stranger_labels=strangers.label, worst=settings.worst, **settings.sampling,
+        labels=images.label, stranger_labels=strangers.label, num_failures=settings.num_failures, **settings.sampling,
     )  # fmt: skip
 
     def judge(given: Mapping[str, Arrays]) -> ProtocolResult:
@@ -277,7 +277,7 @@ def ijb_task(asked: ProtocolSpec, settings: Settings, name: str, title: str) -> 
         galleries=None if found.galleries is None else [(g.template_ids, g.subject_ids) for g in found.galleries],
         probes=None if found.probes is None else (found.probes.template_ids, found.probes.subject_ids),
         detector_scores=found.landmarks.scores if weighed and found.landmarks is not None else None,
-        feature_norm=norm, mode=rule, worst=settings.worst, **settings.sampling,
+        feature_norm=norm, mode=rule, num_failures=settings.num_failures, **settings.sampling,
     )  # fmt: skip
     tasks = []
     if panel.pairs is not None:
@@ -312,7 +312,7 @@ def longitudinal_task(asked: ProtocolSpec, settings: Settings, name: str, title:
     protocol = LongitudinalProtocol(identities, years, reference=reference, fars=settings.fars, **settings.sampling)
     panel = LongitudinalPanel(
         name, title, protocol, settings.convention, notes, **settings.sampling,
-        labels=lambda row: images.label(int(rows[row])), worst=settings.worst,
+        labels=lambda row: images.label(int(rows[row])), num_failures=settings.num_failures,
     )  # fmt: skip
 
     return EvaluationTask(name, (images,), on_rows(images, rows, panel.judge))

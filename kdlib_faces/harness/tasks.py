@@ -19,7 +19,7 @@ from kdlib_faces.data.lists import FaceList, read_faces
 from kdlib_faces.harness.image_sets import ImageSet, images_of_files
 from kdlib_faces.harness.panels import Arrays, ProtocolResult
 
-__all__ = ["ProtocolSpec", "Settings", "EvaluationTask", "faces_of", "on_rows", "parse_protocol"]
+__all__ = ["EvaluationTask", "ProtocolSpec", "Settings", "faces_of", "on_rows", "parse_protocol", "task_of_protocol"]
 
 Judge = Callable[[Mapping[str, Arrays]], ProtocolResult]
 KEYS = ("images", "faces", "distractors", "norm", "scores", "rule", "kind", "published", "far", "reference")
@@ -80,7 +80,7 @@ class Settings:
         replicates: of the intervals.
         seed: of the resamples.
         level: confidence.
-        worst: pairs of each kind to show.
+        num_failures: pairs of each kind to show.
         progress: whether long protocols show how far they are.
     """
 
@@ -94,7 +94,7 @@ class Settings:
     replicates: int = 500
     seed: int = 0
     level: float = 0.95
-    worst: int = 6
+    num_failures: int = 6
     progress: bool = False
     lists: dict[Path, tuple[FaceList, ImageSet]] = field(default_factory=dict)
     sets: list[ImageSet] = field(default_factory=list)
@@ -186,3 +186,52 @@ def on_rows(images: ImageSet, rows: NDArray[np.int64], judge: Callable[[Arrays],
         return found
 
     return judged
+
+
+def task_of_protocol(
+    name: str,
+    title: str,
+    protocol: Any,
+    images: ImageSet,
+    *,
+    rows: NDArray[np.int64] | None = None,
+    convention: Mapping[str, str] | None = None,
+    notes: Sequence[str] = (),
+    num_failures: int = 6,
+) -> EvaluationTask:
+    """A protocol of `kdlib_faces.evaluation` with its images, as `evaluate_models` takes it.
+
+    Args:
+        name: Key of the results: letters, digits, `_`.
+        title: Heading.
+        protocol: The protocol; its rows are those of `images`, or `rows` of them.
+        images: The image set.
+        rows: Rows of the set that the protocol uses; None for all.
+        convention: Further conventions for the report, such as the alignment.
+        notes: Remarks for the report, such as left-out images.
+        num_failures: Number of the hardest pairs of each kind to show.
+    """
+    from kdlib_faces.evaluation import AgeGapProtocol, LeaveOneOutProtocol, PairProtocol
+    from kdlib_faces.harness.panels_ages import AgesPanel
+    from kdlib_faces.harness.panels_pairs import PairsPanel
+    from kdlib_faces.harness.panels_ranks import LeaveOneOutPanel
+
+    used = np.arange(images.count or 0) if rows is None else rows
+    words, remarks = dict(convention or {}), tuple(notes)
+
+    def label(row: int) -> str:
+        return images.label(int(used[row]))
+
+    panel: Any
+    if isinstance(protocol, AgeGapProtocol):
+        panel = AgesPanel(name, title, protocol, label, words, remarks, num_failures)
+    elif isinstance(protocol, PairProtocol):
+        panel = PairsPanel(name, title, protocol, label, words, notes=remarks, num_failures=num_failures)
+    elif isinstance(protocol, LeaveOneOutProtocol):
+        panel = LeaveOneOutPanel(
+            name, title, protocol.identities, label, words, protocol.ages, protocol.ranks, notes=remarks,
+            num_failures=num_failures,
+        )  # fmt: skip
+    else:
+        raise TypeError(f"task_of_protocol: no panel for {type(protocol).__name__}")
+    return EvaluationTask(name, (images,), on_rows(images, used, panel.judge))

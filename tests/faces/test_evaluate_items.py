@@ -5,9 +5,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from kdlib_faces.commands import evaluate
 from kdlib_faces.evaluation import CrossGroupProtocol, PairProtocol, pool_templates
 from kdlib_faces.harness import panels_templates
-from kdlib_faces.harness import run as evaluate
 from kdlib_faces.harness.panels_distractors import DistractorsPanel
 from kdlib_faces.harness.panels_groups import CrossGroupPanel
 from kdlib_faces.harness.panels_pairs import PairsPanel
@@ -16,7 +16,7 @@ from kdlib_faces.harness.panels_templates import TemplatesPanel
 from tests.faces import set_files
 from tests.faces.set_files import network
 
-FAST = evaluate.EvaluateConfig(replicates=30, worst=2, batch_size=16, fars=(0.1, 0.001))
+FAST = evaluate.EvaluateConfig(replicates=30, num_failures=2, batch_size=16, fars=(0.1, 0.001))
 
 
 @pytest.fixture
@@ -35,7 +35,7 @@ def test_missed_probes_are_those_furthest_behind():
     people, strangers = np.repeat(np.arange(9), 4), rng.normal(size=(60, 8))
     array = rng.normal(size=(36, 8)) + 0.9 * rng.normal(size=(9, 8))[people]
     unit, other = (x / np.linalg.norm(x, axis=1, keepdims=True) for x in (array, strangers))
-    panel = DistractorsPanel("x", "x", people, None, {}, (0.1,), (1,), replicates=5, worst=3)
+    panel = DistractorsPanel("x", "x", people, None, {}, (0.1,), (1,), replicates=5, num_failures=3)
     found, rows = judged(panel, array, strangers)
     assert found.scores.total == len(rows) == 9 * 4 * 3
     nearest = (unit @ other.T).max(axis=1)
@@ -43,7 +43,7 @@ def test_missed_probes_are_those_furthest_behind():
         (i, j): nearest[i] - unit[i] @ unit[j]
         for i in range(36) for j in range(36) if i != j and people[i] == people[j]
     }  # fmt: skip
-    mates, taken = found.worst["m"][:3], found.worst["m"][3:]
+    mates, taken = found.num_failures["m"][:3], found.num_failures["m"][3:]
     assert (mates[0].left, mates[0].right) == max(behind, key=behind.get)
     assert len({people[pair.left] for pair in mates}) == 3
     for mate, stranger in zip(mates, taken, strict=True):
@@ -53,12 +53,12 @@ def test_missed_probes_are_those_furthest_behind():
         assert stranger.score == pytest.approx(nearest[mate.left])
         assert mate.score == pytest.approx(unit[mate.left] @ unit[mate.right])
         assert mate.score < stranger.score
-    one_out, _ = judged(LeaveOneOutPanel("x", "x", people, str, {}, replicates=5, worst=2), array)
+    one_out, _ = judged(LeaveOneOutPanel("x", "x", people, str, {}, replicates=5, num_failures=2), array)
     cosine = np.where(np.eye(36, dtype=bool), -2, unit @ unit.T)
     same = people[:, None] == people
     margin = np.where(same, -2, cosine).max(1) - np.where(same, cosine, -2).max(1)
-    assert one_out.worst["m"][0].left == margin.argmax()
-    assert one_out.worst["m"][2].right == np.where(same, -2, cosine)[margin.argmax()].argmax()
+    assert one_out.num_failures["m"][0].left == margin.argmax()
+    assert one_out.num_failures["m"][2].right == np.where(same, -2, cosine)[margin.argmax()].argmax()
 
 
 def test_scores_of_templates_are_streamed_in_blocks(monkeypatch):
@@ -67,7 +67,7 @@ def test_scores_of_templates_are_streamed_in_blocks(monkeypatch):
     array = rng.normal(size=(60, 8))
     left, right = (ids[::2][rows] for rows in np.triu_indices(30, 1))
     same = rng.random(left.size) < 0.2
-    panel = TemplatesPanel("x", "x", ids, np.arange(60), {}, (left, right, same), replicates=5, worst=2, fars=(0.1,))
+    panel = TemplatesPanel("x", "x", ids, np.arange(60), {}, (left, right, same), replicates=5, num_failures=2, fars=(0.1,))
     found = panel.verify({"m": array})
     sizes, real = [], panels_templates.pair_cosines
     monkeypatch.setattr(panels_templates, "BLOCK", 64)
@@ -77,7 +77,7 @@ def test_scores_of_templates_are_streamed_in_blocks(monkeypatch):
     rows = list(found.scores.rows("m"))
     assert found.scores.total == len(rows) == left.size == sum(sizes)
     assert max(sizes) == 64
-    default = TemplatesPanel("x", "x", ids, np.arange(60), {}, (left, right, same), replicates=5, worst=0)
+    default = TemplatesPanel("x", "x", ids, np.arange(60), {}, (left, right, same), replicates=5, num_failures=0)
     assert list(default.verify({"m": array}).entry["measures"])[:3] == ["tar_0.0001", "tar_0.1", "tar_0.01"]
     pooled = pool_templates(array, ids, np.arange(60))
     unit = dict(zip(pooled.ids.tolist(), pooled.features, strict=True))
@@ -85,7 +85,7 @@ def test_scores_of_templates_are_streamed_in_blocks(monkeypatch):
         assert (a, b, kind) == (left[k], right[k], int(same[k]))
         assert float(score) == pytest.approx(unit[a] @ unit[b], abs=1e-6)
     scores = np.array([float(row[3]) for row in rows])
-    least, most = found.worst["m"][0], found.worst["m"][2]
+    least, most = found.num_failures["m"][0], found.num_failures["m"][2]
     assert least.score == pytest.approx(scores[same].min(), abs=1e-7)
     assert most.score == pytest.approx(scores[~same].max(), abs=1e-7)
     k = np.flatnonzero(~same)[scores[~same].argmax()]
@@ -114,13 +114,13 @@ def test_the_worst_pairs_are_the_hardest():
     unit = array / np.linalg.norm(array, axis=1, keepdims=True)
     cosine = unit @ unit.T
     groups = np.array(["adult", "adult", "young"] * 8)
-    crossed = CrossGroupPanel("x", "x", CrossGroupProtocol(people, groups, replicates=5), str, {}, 5, worst=3)
+    crossed = CrossGroupPanel("x", "x", CrossGroupProtocol(people, groups, replicates=5), str, {}, 5, num_failures=3)
     i, j = (rows.reshape(-1) for rows in np.meshgrid(np.arange(24), np.arange(24), indexing="ij"))
     across = (groups[i] == "young") & (groups[j] == "adult")
     given = PairProtocol(i[across], j[across], people[i[across]] == people[j[across]], two_folds(across))
-    paired = PairsPanel("x", "x", given, str, {}, replicates=5, worst=3)
+    paired = PairsPanel("x", "x", given, str, {}, replicates=5, num_failures=3)
     for panel in (crossed, paired):
-        found = panel.judge({"m": array}).worst["m"]
+        found = panel.judge({"m": array}).num_failures["m"]
         assert [pair.same for pair in found] == [True] * 3 + [False] * 3
         for same, best in ((True, min), (False, max)):
             mine = [pair.score for pair in found if pair.same is same]
@@ -145,7 +145,7 @@ def test_cells_that_a_spreadsheet_would_run_are_quoted_and_files_of_scores_end(t
             set_files.put_face(tmp_path / name, person, shot)
             rows.append(f"{name},p{person},{10 * shot}")
     set_files.put_text(tmp_path / "f.csv", rows)
-    config = evaluate.EvaluateConfig(replicates=10, worst=0, score_rows=5)
+    config = evaluate.EvaluateConfig(replicates=10, num_failures=0, score_rows=5)
     told = evaluate.run(
         config, output=tmp_path / "out", models=[network(tmp_path / "m.pt", 0)], faces=[tmp_path / "f.csv"], scores=True
     )

@@ -9,15 +9,15 @@ import pytest
 
 from kdlib_faces import cli
 from kdlib_faces._checks import InputError
+from kdlib_faces.commands import evaluate
 from kdlib_faces.evaluation import PairProtocol, leave_one_out, tar_at_far
 from kdlib_faces.harness import embeddings as embedding
-from kdlib_faces.harness import run as evaluate
 from kdlib_faces.harness.registry import PROTOCOLS, listing
 from kdlib_faces.harness.tasks import parse_protocol
 from tests.faces import set_files
 from tests.faces.set_files import network
 
-FAST = evaluate.EvaluateConfig(replicates=30, worst=2, batch_size=16, fars=(0.1, 0.001))
+FAST = evaluate.EvaluateConfig(replicates=30, num_failures=2, batch_size=16, fars=(0.1, 0.001))
 
 
 @pytest.fixture
@@ -356,7 +356,7 @@ def test_a_rank_beyond_a_small_list_is_left_out_and_said(tmp_path, no_figures):
             rows.append(f"{person}_{shot}.png,p{person}")
     faces = set_files.put_text(tmp_path / "f.csv", rows)
     np.save(tmp_path / "e.npy", np.random.default_rng(0).normal(size=(4, 8)))
-    config = evaluate.EvaluateConfig(replicates=10, worst=0)
+    config = evaluate.EvaluateConfig(replicates=10, num_failures=0)
     told = evaluate.run(config, output=tmp_path / "out", embeddings=[tmp_path / "e.npy"], faces=[faces])
     (entry,) = told["evaluations"]
     assert list(entry["measures"]) == ["rank1"]
