@@ -65,8 +65,8 @@ def run(
         started = datetime.now(UTC)
         with staged(output) as stage:
             result = evaluate_models(
-                prepared.tasks, prepared.models, score_folder=stage if scores else None,
-                max_score_rows=config.score_rows, progress=progress,
+                prepared.tasks, prepared.models, sampling=config.sampling, num_failures=config.num_failures,
+                score_folder=stage if scores else None, max_score_rows=config.score_rows, progress=progress,
             )  # fmt: skip
             data = prepared.data
             data["notes"] = [*data["notes"], *(f"{s.title}: {note}" for s in result.summaries for note in s.notes)]

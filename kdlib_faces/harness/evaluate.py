@@ -5,23 +5,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
-from kdlib_faces.evaluation.summary import (
-    Bins,
-    CmcCurve,
-    Difference,
-    Histogram,
-    Measure,
-    MeasuredValue,
-    ModelSummary,
-    ProtocolSummary,
-    RocCurve,
-    SearchCurve,
-)
+from kdlib_faces.evaluation.summary import ProtocolSummary
 from kdlib_faces.harness.artifacts import FailurePicture, failure_pictures, write_scores
-from kdlib_faces.harness.tasks import EvaluationTask
+from kdlib_faces.harness.image_sets import Embeddings
+from kdlib_faces.harness.panel import summarize
+from kdlib_faces.harness.tasks import EvaluationTask, Sampling
 from kdlib_faces.progress import progress as show
 
 __all__ = ["EvaluatedModel", "EvaluationOutput", "evaluate_models"]
@@ -38,8 +26,8 @@ class EvaluatedModel:
     """
 
     name: str
-    facts: dict[str, Any]
-    embeddings: Mapping[str, NDArray[np.floating[Any]]]
+    facts: Mapping[str, Any]
+    embeddings: Mapping[str, Embeddings]
 
 
 @dataclass
@@ -61,6 +49,8 @@ def evaluate_models(
     tasks: Sequence[EvaluationTask],
     models: Sequence[EvaluatedModel],
     *,
+    sampling: Sampling | None = None,
+    num_failures: int = 6,
     score_folder: Path | None = None,
     max_score_rows: int = 1_000_000,
     progress: bool = False,
@@ -71,6 +61,8 @@ def evaluate_models(
         tasks: Protocols with their images, see `task_of_protocol`.
         models: Models with their embeddings of every image set of the tasks. For images in memory, make them with
             `kdlib_faces.evaluation.embed_images(model, images)` and describe the images by `images_of_tensor`.
+        sampling: Resamples of the paired differences; `Sampling()` by default.
+        num_failures: Maximal number of the hardest pairs of each kind to show; 0 for none.
         score_folder: Folder below which the files `scores/TASK-MODEL.csv` are written; None for no files.
         max_score_rows: Maximal number of rows of such a file.
         progress: Show progress.
@@ -78,46 +70,18 @@ def evaluate_models(
     Returns:
         The results.
     """
-    names = [model.name for model in models]
     output = EvaluationOutput({model.name: {**model.facts, "protocols": {}} for model in models})
     for task in show(tasks, "protocols", quiet=not progress):
-        given = {images.name: {model.name: model.embeddings[images.name] for model in models} for images in task.images}
-        result = task.judge(given)
-        for name, entry in result.results.items():
-            output.models[name]["protocols"][task.name] = entry
-        pictures = failure_pictures(result, task, names)
-        summary = _summary(result.entry)
+        results = {model.name: task.evaluate(model.embeddings) for model in models}
+        for name, result in results.items():
+            output.models[name]["protocols"][task.name] = result.to_dict()
+        summary = summarize(task, results, sampling or Sampling())
+        pictures = failure_pictures(task, results, num_failures)
         summary.pictures = [picture.name for picture in pictures]
-        if score_folder is not None and result.scores is not None:
-            summary.scores = write_scores(score_folder, result, task, names, max_score_rows, progress=progress)
-            if result.scores.total > max_score_rows:
-                summary.notes.append(
-                    f"files of scores hold the first {max_score_rows:,} of {result.scores.total:,} rows"
-                )
+        if score_folder is not None:
+            summary.scores, total = write_scores(score_folder, task, results, max_score_rows, progress=progress)
+            if total > max_score_rows:
+                summary.notes.append(f"files of scores hold the first {max_score_rows:,} of {total:,} rows")
         output.pictures += pictures
         output.summaries.append(summary)
     return output
-
-
-def _summary(entry: dict[str, Any]) -> ProtocolSummary:
-    kinds: dict[str, Any] = {"roc": RocCurve, "cmc": CmcCurve, "search": SearchCurve, "histogram": Histogram}
-    return ProtocolSummary(
-        **{key: entry[key] for key in ("name", "title", "question", "convention", "counts", "notes") if key in entry},
-        measures={key: Measure(**each) for key, each in entry.get("measures", {}).items()},
-        bins={key: Bins(**each) for key, each in entry.get("bins", {}).items()},
-        models={
-            name: ModelSummary(
-                measures={key: MeasuredValue(**each) for key, each in model.get("measures", {}).items()},
-                bins={
-                    key: [MeasuredValue(**(row or {})) for row in rows] for key, rows in model.get("bins", {}).items()
-                },
-                **{key: kind(**model[key]) for key, kind in kinds.items() if key in model},
-            )
-            for name, model in entry["models"].items()
-        },
-        differences=[
-            Difference(row["a"], row["b"], row["measure"], MeasuredValue(**row["difference"]))
-            for row in entry.get("differences", ())
-        ],
-        difference_rule=entry.get("difference_rule", ""),
-    )
