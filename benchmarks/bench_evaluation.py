@@ -236,11 +236,7 @@ def pairs(scale: float) -> dict[str, Any]:
     # At 1e-6 the published curve has its collinear points dropped, so only the well-filled ones must agree.
     for far, a, b in zip(FARS, row["tar_nearest"], row["peer_tar"], strict=True):
         assert abs(a - b) < 2e-3 or far * row["pairs"] < 20, (far, a, b)
-    return row | {
-        "times_faster": row["peer_s"] / row["ours_s"],
-        "wanted_at_least": 3,
-        "wanted_below_mb": 2000,
-    }
+    return row | {"times_faster": row["peer_s"] / row["ours_s"], "wanted_at_least": 3, "wanted_below_mb": 2000}
 
 
 # ---- Template pooling -----------------------------------------------------------------------------------------------

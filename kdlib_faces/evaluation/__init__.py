@@ -36,7 +36,6 @@ from kdlib_faces.evaluation.protocols.template_verification import (
     TemplateVerificationProtocol,
     TemplateVerificationResult,
     template_verification,
-    verify_templates,
 )
 from kdlib_faces.evaluation.roc import TarAtFar, auc, roc_points, tar_at_far
 from kdlib_faces.evaluation.splits import (
@@ -46,12 +45,12 @@ from kdlib_faces.evaluation.splits import (
     identity_disjoint_split,
     identity_overlap,
     positives_first_folds,
-    warn_identity_overlap,
 )
 from kdlib_faces.evaluation.statistics.bin_rates import BinResult
 from kdlib_faces.evaluation.statistics.clustered import clustered_rate
 from kdlib_faces.evaluation.statistics.intervals import (
     Estimate,
+    Sampling,
     bootstrap_estimate,
     identity_bootstrap,
     paired_difference,
@@ -95,6 +94,7 @@ __all__ = [
     "PairedTest",
     "ProtocolResult",
     "Result",
+    "Sampling",
     "ScoredPairs",
     "TarAtFar",
     "TemplateIdentificationProtocol",
@@ -127,7 +127,5 @@ __all__ = [
     "tar_at_far",
     "template_verification",
     "verify_pairs",
-    "verify_templates",
-    "warn_identity_overlap",
     "wilson",
 ]

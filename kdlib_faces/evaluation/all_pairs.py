@@ -1,19 +1,19 @@
 """Thresholds on all impostor pairs of a set, found in one pass with little memory."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from kdlib_faces.evaluation._checks import require
-from kdlib_faces.evaluation._types import FloatArray, IntArray
+from kdlib_faces.evaluation._types import AnyArray, FloatArray, IntArray, SingleArray
 from kdlib_faces.evaluation.roc import TarAtFar, allowed_false_accepts, operating_point
 from kdlib_faces.evaluation.search import dot_rows, product_error
 from kdlib_faces.evaluation.statistics.clustered import rate_estimate
 from kdlib_faces.evaluation.statistics.intervals import Estimate
 from kdlib_faces.evaluation.statistics.resampling import genuine_pairs
 
-__all__ = ["ScoredPairs", "count_impostors", "global_points", "most_similar_pairs", "rejection_rates"]
+__all__ = ["ScoredPairs", "count_impostors", "global_points", "most_similar_pairs", "rejection_rates", "rows_of_scores"]
 
 ROWS = 512
 MAX_FALSE_ACCEPTS = 20_000_000
@@ -43,6 +43,16 @@ def count_impostors(codes: IntArray) -> int:
     """Number of impostor pairs of a set."""
     sizes = np.bincount(codes)
     return int((codes.size**2 - int((sizes.astype(object) ** 2).sum())) // 2)
+
+
+def rows_of_scores(embeddings: AnyArray) -> Iterator[tuple[int, SingleArray]]:
+    """Each row i of (n, d) embeddings with its float32 cosines with the rows after it, computed in blocks."""
+    unit = np.asarray(embeddings, dtype=np.float32)
+    unit = unit / np.linalg.norm(unit, axis=1, keepdims=True)
+    for start in range(0, len(unit), ROWS):
+        scores = unit[start : start + ROWS] @ unit[start:].T
+        for i, row in enumerate(scores):
+            yield start + i, row[i + 1 :]
 
 
 def most_similar_pairs(owner: str, unit: FloatArray, codes: IntArray, far: float) -> ScoredPairs:

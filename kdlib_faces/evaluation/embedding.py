@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Protocol, TypeAlias, runtime_checkable
+from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 import numpy as np
 import torch
@@ -128,30 +128,14 @@ def embed_batch(
         return embeddings
 
 
-def evaluate_images(
-    model: EmbeddingModel,
-    images: Images,
-    protocol: EvaluationProtocol[R],
-    *,
-    flip: bool = True,
-    normalize: bool = True,
-    batch_size: int = 64,
-    preprocess: Preprocess | None = None,
-    device: torch.device | str = "cpu",
-    progress: bool = False,
-) -> R:
+def evaluate_images(model: EmbeddingModel, images: Images, protocol: EvaluationProtocol[R], **options: Any) -> R:
     """Evaluate a model on images by a protocol: `evaluate(embed_images(model, images, ...), protocol)`.
 
     Args:
-        model: See `embed_images`, as for the other arguments.
+        model: See `embed_images`.
         images: See `embed_images`.
         protocol: See `evaluate`.
-        flip: See `embed_images`.
-        normalize: See `embed_images`.
-        batch_size: See `embed_images`.
-        preprocess: See `embed_images`.
-        device: See `embed_images`.
-        progress: See `embed_images`.
+        options: Options of `embed_images`.
 
     Returns:
         The protocol's result.
@@ -163,17 +147,7 @@ def evaluate_images(
         >>> evaluate_images(lambda x: x.flatten(1), pixels, LeaveOneOutProtocol([0, 0, 1, 1], ranks=(1,))).rates[1].value
         1.0
     """
-    embeddings = embed_images(
-        model,
-        images,
-        flip=flip,
-        normalize=normalize,
-        batch_size=batch_size,
-        preprocess=preprocess,
-        device=device,
-        progress=progress,
-    )
-    return evaluate(embeddings, protocol)
+    return evaluate(embed_images(model, images, **options), protocol)
 
 
 def _batches(images: Images, batch_size: int) -> Iterator[AnyArray]:

@@ -34,11 +34,7 @@ def first_disjoint(order: Iterable[int], ends: Callable[[int], Iterable[Hashable
 
 
 def hardest_pairs(
-    scores: AnyArray,
-    same: BoolArray,
-    ends: tuple[LabelArray, LabelArray],
-    count: int,
-    make: Callable[[int], HardPair],
+    scores: AnyArray, same: BoolArray, ends: tuple[LabelArray, LabelArray], count: int, make: Callable[[int], HardPair]
 ) -> list[HardPair]:
     """The genuine pairs of lowest score, then the impostor pairs of highest score.
 

@@ -123,13 +123,7 @@ class Search:
             return np.asarray(np.round((self.probes @ unit.T)[probe, place], DECIMALS))
         return dot_rows(self.probes, probe, unit, place)
 
-    def _update_best(
-        self,
-        block: AnyArray,
-        scores: SingleArray,
-        highest: SingleArray,
-        numbers: IntArray,
-    ) -> None:
+    def _update_best(self, block: AnyArray, scores: SingleArray, highest: SingleArray, numbers: IntArray) -> None:
         moved = np.flatnonzero(highest > self.best[:, -1] - self._error)
         if not moved.size:
             return

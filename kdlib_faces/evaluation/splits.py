@@ -1,6 +1,5 @@
 """Folds of pairs, and splits of images that share no identity."""
 
-import warnings
 from collections.abc import Sequence
 
 import numpy as np
@@ -16,7 +15,6 @@ __all__ = [
     "identity_disjoint_split",
     "identity_overlap",
     "positives_first_folds",
-    "warn_identity_overlap",
 ]
 
 
@@ -113,31 +111,6 @@ def identity_overlap(a: ArrayLike, b: ArrayLike) -> list[str | int]:
     kinds = ["strings" if labels.dtype.kind == "U" else "numbers" for labels in (first, second)]
     require(kinds[0] == kinds[1], owner, f"a and b must name identities alike, got {kinds[0]} and {kinds[1]}")
     return list(np.intersect1d(first, second).tolist())
-
-
-def warn_identity_overlap(train: ArrayLike, test: ArrayLike) -> list[str | int]:
-    """Warn if identities of the training set are in the test set, and name them.
-
-    Args:
-        train: (n,) identities of the training set.
-        test: (m,) identities of the test set, named in the same way.
-
-    Returns:
-        The shared identities; if there are any, an `IdentityOverlapWarning` names them.
-
-    Examples:
-        >>> warn_identity_overlap(["ann"], ["bob", "cy"])
-        []
-    """
-    shared = identity_overlap(train, test)
-    if shared:
-        _, tested = check_labels("warn_identity_overlap", "test", test)
-        warnings.warn(
-            f"{len(shared)} of {tested.size} identities of the test set were trained on: {_listed(shared)}",
-            IdentityOverlapWarning,
-            stacklevel=2,
-        )
-    return shared
 
 
 def _listed(labels: list[str | int]) -> str:

@@ -1,6 +1,6 @@
 """Dataclasses for the results of one protocol on several models, as stored in report.json."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from typing import Any, Literal, Self
 
@@ -26,6 +26,7 @@ __all__ = [
     "ScoreTable",
     "SearchCurve",
     "Unit",
+    "far_measures",
     "far_text",
 ]
 
@@ -57,6 +58,14 @@ class Measure:
     unit: Unit = "rate"
     note: str = ""
     better: Literal["high", "low", "none"] = "high"
+
+
+def far_measures(
+    prefix: str, title: str, fars: Iterable[float], *, rate: str = "FAR", note: str = "", lower_is_better: bool = False
+) -> dict[str, Measure]:
+    """The measures of a rate at several false accept rates, with the keys `PREFIX_FAR`."""
+    better: Literal["high", "low"] = "low" if lower_is_better else "high"
+    return {f"{prefix}_{far:g}": Measure(f"{title}, {far_text(far, rate)}", "rate", note, better) for far in fars}
 
 
 @dataclass(frozen=True)

@@ -125,12 +125,7 @@ def _precise(rows: AnyArray) -> type[np.float32] | type[np.float64]:
 
 
 def _add(
-    sums: AnyArray,
-    shard: AnyArray,
-    codes: IntArray,
-    weights: FloatArray,
-    feature_norm: str,
-    offset: int,
+    sums: AnyArray, shard: AnyArray, codes: IntArray, weights: FloatArray, feature_norm: str, offset: int
 ) -> AnyArray:
     """Add the rows of one shard to the sums of their templates; the sums become float64 if float32 overflows."""
     if not codes.size:
@@ -162,12 +157,7 @@ def _add(
 
 
 def _pooled(
-    rows: AnyArray,
-    chosen: IntArray,
-    weights: FloatArray,
-    runs: list[tuple[int, int]],
-    feature_norm: str,
-    offset: int,
+    rows: AnyArray, chosen: IntArray, weights: FloatArray, runs: list[tuple[int, int]], feature_norm: str, offset: int
 ) -> AnyArray:
     """Weighted sum of each run of rows; errors give bad rows by `chosen` and `offset`."""
     precise = _precise(rows)

@@ -19,15 +19,7 @@ from kdlib_faces.evaluation._checks import (
     unit_block,
     unit_rows,
 )
-from kdlib_faces.evaluation._types import (
-    AnyArray,
-    ArrayLike,
-    BoolArray,
-    Embeddings,
-    FloatArray,
-    IntArray,
-    JsonDict,
-)
+from kdlib_faces.evaluation._types import AnyArray, ArrayLike, BoolArray, Embeddings, FloatArray, IntArray, JsonDict
 from kdlib_faces.evaluation.fold_thresholds import (
     RULES,
     FoldTar,

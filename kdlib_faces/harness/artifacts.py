@@ -84,12 +84,7 @@ def _shown(task: EvaluationTask, pair: HardPair) -> tuple[NDArray[np.uint8], NDA
 
 
 def write_scores(
-    folder: Path,
-    task: EvaluationTask,
-    results: Mapping[str, ProtocolResult],
-    max_rows: int,
-    *,
-    progress: bool = False,
+    folder: Path, task: EvaluationTask, results: Mapping[str, ProtocolResult], max_rows: int, *, progress: bool = False
 ) -> tuple[dict[str, str], int]:
     """Write one CSV file of scores per model, row by row, with at most `max_rows` rows.
 

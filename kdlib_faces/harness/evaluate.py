@@ -5,11 +5,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from kdlib_faces.evaluation import Sampling
 from kdlib_faces.evaluation.summary import ProtocolSummary
 from kdlib_faces.harness.artifacts import FailurePicture, failure_pictures, write_scores
 from kdlib_faces.harness.image_sets import Embeddings
 from kdlib_faces.harness.panel import summarize
-from kdlib_faces.harness.tasks import EvaluationTask, Sampling
+from kdlib_faces.harness.tasks import EvaluationTask
 from kdlib_faces.progress import progress as show
 
 __all__ = ["EvaluatedModel", "EvaluationOutput", "evaluate_models"]

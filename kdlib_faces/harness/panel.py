@@ -3,9 +3,9 @@
 from collections.abc import Mapping, Sequence
 from itertools import combinations
 
-from kdlib_faces.evaluation import Estimate, Outcomes, ProtocolResult, paired_difference, paired_test
+from kdlib_faces.evaluation import Estimate, Outcomes, ProtocolResult, Sampling, paired_difference, paired_test
 from kdlib_faces.evaluation.summary import Difference, MeasuredValue, ProtocolSummary
-from kdlib_faces.harness.tasks import EvaluationTask, Sampling
+from kdlib_faces.harness.tasks import EvaluationTask
 
 __all__ = ["summarize"]
 

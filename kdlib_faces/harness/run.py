@@ -9,6 +9,7 @@ from typing import Any
 from kdlib._checks import check_number
 from kdlib_faces._checks import InputError
 from kdlib_faces.data.lists import FaceList, read_faces
+from kdlib_faces.evaluation import Sampling
 from kdlib_faces.evaluation._checks import check_level
 from kdlib_faces.evaluation.verification import Rule
 from kdlib_faces.harness.embeddings import embed_set, open_model, read_embeddings
@@ -16,7 +17,7 @@ from kdlib_faces.harness.evaluate import EvaluatedModel
 from kdlib_faces.harness.image_sets import Embeddings, ImageSet, images_of_files
 from kdlib_faces.harness.lists import tasks_of_faces
 from kdlib_faces.harness.registry import PROTOCOLS
-from kdlib_faces.harness.tasks import EvaluationTask, ProtocolSpec, Sampling, Settings, parse_protocol
+from kdlib_faces.harness.tasks import EvaluationTask, ProtocolSpec, Settings, parse_protocol
 
 __all__ = ["EvaluateConfig", "PreparedEvaluation", "prepare"]
 

@@ -11,28 +11,13 @@ from numpy.typing import NDArray
 from kdlib._checks import nearest
 from kdlib_faces._checks import InputError
 from kdlib_faces.data.lists import FaceList, read_faces
-from kdlib_faces.evaluation import EvaluationProtocol, ProtocolResult
+from kdlib_faces.evaluation import EvaluationProtocol, ProtocolResult, Sampling
 from kdlib_faces.evaluation.verification import Rule
 from kdlib_faces.harness.image_sets import Embeddings, ImageSet, images_of_files
 
-__all__ = ["EvaluationTask", "ProtocolSpec", "Sampling", "Settings", "faces_of", "parse_protocol", "task_of_protocol"]
+__all__ = ["EvaluationTask", "ProtocolSpec", "Settings", "faces_of", "parse_protocol", "task_of_protocol"]
 
 KEYS = ("images", "faces", "distractors", "norm", "scores", "rule", "kind", "published", "far", "reference")
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """Resamples behind the intervals.
-
-    Attributes:
-        replicates: Bootstrap resamples.
-        seed: Seed of the resamples.
-        level: Confidence of the intervals.
-    """
-
-    replicates: int = 500
-    seed: int = 0
-    level: float = 0.95
 
 
 @dataclass(frozen=True, eq=False)

@@ -174,14 +174,14 @@ def test_global_threshold_is_that_of_all_impostors() -> None:
 )
 def test_gaps_are_floored(gap: float, name: str) -> None:
     protocol = AgeGapProtocol([0, 0, 1], ages=np.array([20.3 + gap, 20.3, 1.0]))
-    assert protocol.names[int(protocol.bin_of(np.array([0]), np.array([1]))[0])] == name
+    assert protocol.bins.names[int(protocol.bins.of(np.array([0]), np.array([1]))[0])] == name
     half = AgeGapProtocol([0, 0, 1], ages=np.array([20.3 + gap, 20.3, 1.0], dtype=np.float32))
-    assert half.names[int(half.bin_of(np.array([1]), np.array([0]))[0])] == name
+    assert half.bins.names[int(half.bins.of(np.array([1]), np.array([0]))[0])] == name
 
 
 def test_other_bins_and_gaps_below_the_first() -> None:
     protocol = AgeGapProtocol([0, 0, 1, 1], ages=[1, 2, 3, 6.5], bins=(2, 3, 3.5, 10), fars=(0.5,), replicates=0)
-    assert protocol.names == ["2", "3-<3.5", "3.5-<10", "10+"]
+    assert protocol.bins.names == ["2", "3-<3.5", "3.5-<10", "10+"]
     result = protocol.evaluate(np.eye(4) + 0.1)
     assert [entry.genuine for entry in result.bins] == [0, 0, 1, 0]
     assert result.all.genuine == 2
@@ -206,8 +206,8 @@ def test_groups_make_one_bin_for_each_pair() -> None:
         assert (entry.genuine, entry.impostor) == (len(genuine), len(impostor))
         assert entry.own_auc.value == pytest.approx(auc(genuine, impostor), abs=1e-9)
     assert result.large_gap == "adult-young"
-    assert AgeGapProtocol(who, age_groups=who % 2).names == ["0-0", "0-1", "1-1"]
-    assert AgeGapProtocol([0, 0, 1], age_groups=["0-9", "10+", "0-9"]).names == ["0-9 / 0-9", "0-9 / 10+", "10+ / 10+"]
+    assert AgeGapProtocol(who, age_groups=who % 2).bins.names == ["0-0", "0-1", "1-1"]
+    assert AgeGapProtocol([0, 0, 1], age_groups=["0-9", "10+", "0-9"]).bins.names == ["0-9 / 0-9", "0-9 / 10+", "10+ / 10+"]
 
 
 def test_an_empty_bin_is_null_and_nothing_else() -> None:

@@ -17,7 +17,6 @@ from kdlib_faces.evaluation import (
     positives_first_folds,
     tar_at_far,
     verify_pairs,
-    warn_identity_overlap,
     wilson,
 )
 from kdlib_faces.evaluation.fold_thresholds import exact_at_far, grid_at_far
@@ -236,8 +235,6 @@ def test_people_in_several_folds_are_noted_and_trained_ones_warned_of() -> None:
     with pytest.warns(IdentityOverlapWarning, match="3 of 40 identities were trained on"):
         noted = PairProtocol(left, right, same, folds, identities=who, train_identities=[1, 2, 3, 77])
     assert "3 of 40 identities were trained on" in evaluate(rows, noted).notes
-    with pytest.warns(IdentityOverlapWarning, match="1 of 2 identities of the test set were trained on: 'bob'"):
-        assert warn_identity_overlap(["ann", "bob"], ["bob", "cy"]) == ["bob"]
     assert identity_overlap([1, 2], [3]) == []
     with pytest.raises(ValueError, match=r"same must agree with identities, got pair \[0\]"):
         PairProtocol(left, right, ~same, folds, identities=who)

@@ -20,14 +20,7 @@ from kdlib_faces.evaluation.all_pairs import ScoredPairs, global_points, rejecti
 from kdlib_faces.evaluation.hardest import hardest_pairs
 from kdlib_faces.evaluation.roc import TarAtFar, by_far
 from kdlib_faces.evaluation.search import dot_rows
-from kdlib_faces.evaluation.statistics.bins import (
-    AGE_STARTS,
-    GAP_STARTS,
-    bin_names,
-    check_starts,
-    group_bins,
-    place,
-)
+from kdlib_faces.evaluation.statistics.bins import AGE_STARTS, GAP_STARTS, bin_names, check_starts, group_bins, place
 from kdlib_faces.evaluation.statistics.intervals import Estimate, bootstrap_estimate, resample_counts
 from kdlib_faces.evaluation.statistics.paired import Outcomes
 from kdlib_faces.evaluation.statistics.resampling import genuine_pairs
@@ -40,6 +33,7 @@ from kdlib_faces.evaluation.summary import (
     MeasuredValue,
     ModelSummary,
     ScoreTable,
+    far_measures,
     far_text,
 )
 
@@ -118,7 +112,7 @@ class AgeErrorResult:
             for far in protocol.fars if rows else ():
                 title, axis = f"{texts[key][0]} at {far_text(far, 'FMR')}", texts[key][1] if by_age else ""
                 bins[f"{key}_{far:g}"] = Bins(title, names, axis, at, list(counts))
-        measures = {f"fnmr_{far:g}": Measure(f"FNMR, {far_text(far, 'FMR')}", better="low") for far in protocol.fars}
+        measures = far_measures("fnmr", "FNMR", protocol.fars, rate="FMR", lower_is_better=True)
         if by_age:
             slope = "Slope of the genuine score"
             measures["slope"] = Measure(slope, "score", "over ten years of gap, all pairs", "none")

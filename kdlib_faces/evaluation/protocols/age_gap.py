@@ -5,28 +5,24 @@ from dataclasses import dataclass, field
 from hashlib import sha256
 
 import numpy as np
-import numpy.typing as npt
 
 from kdlib._checks import check_number
-from kdlib_faces._checks import InputError
 from kdlib_faces.evaluation._checks import (
-    check_ages,
     check_fars,
     check_identities,
-    check_labels,
     check_level,
-    check_vector,
     gather,
     require,
-    to_numpy,
     unit_rows,
 )
-from kdlib_faces.evaluation._types import AnyArray, ArrayLike, Embeddings, FloatArray, IntArray, JsonDict, Label
+from kdlib_faces.evaluation._types import AnyArray, ArrayLike, Embeddings, FloatArray, JsonDict, Label
+from kdlib_faces.evaluation.all_pairs import rows_of_scores
 from kdlib_faces.evaluation.hardest import first_disjoint, most_similar_impostors
 from kdlib_faces.evaluation.roc import TarAtFar, curve, tar_at_far
 from kdlib_faces.evaluation.statistics.bin_rates import BinResult, bin_results
-from kdlib_faces.evaluation.statistics.bins import GAP_STARTS, bin_names, check_starts, group_bins, place
+from kdlib_faces.evaluation.statistics.bins import GAP_STARTS
 from kdlib_faces.evaluation.statistics.intervals import Estimate, resample_counts
+from kdlib_faces.evaluation.statistics.pair_bins import PairBins
 from kdlib_faces.evaluation.statistics.resampling import genuine_pairs, score_pairs, thin
 from kdlib_faces.evaluation.summary import (
     Bins,
@@ -38,6 +34,7 @@ from kdlib_faces.evaluation.summary import (
     ModelSummary,
     RocCurve,
     ScoreTable,
+    far_measures,
     far_text,
 )
 
@@ -45,7 +42,6 @@ __all__ = ["AgeGapProtocol", "AgeGapResult"]
 
 EDGES = np.linspace(-1, 1, 81)
 OWNER = "AgeGapProtocol"
-BLOCK = 512
 
 
 @dataclass(frozen=True)
@@ -104,20 +100,18 @@ class AgeGapResult:
     def describe(self) -> Description:
         """What the protocol measures and how."""
         protocol, large = self.protocol, self.large_gap
-        gap = "age gap" if protocol.ages is not None else "age groups"
+        gap = "age gap" if protocol.bins.kind == "gap" else "age groups"
         measures: dict[str, Measure] = {}
         if large is not None:
             note = f"{gap} {large}"
-            measures |= {f"large_tar_{far:g}": Measure(f"TAR, {far_text(far)}", note=note) for far in protocol.fars}
+            measures |= far_measures("large_tar", "TAR", protocol.fars, note=note)
             measures["large_own_auc"] = Measure("AUC, own impostors", "auc", note)
-            measures |= {
-                f"large_own_{far:g}": Measure(f"TAR, {far_text(far)}, own", note=note) for far in protocol.fars
-            }
-        measures |= {f"tar_{far:g}": Measure(f"TAR, {far_text(far)}", note="all pairs") for far in protocol.fars}
+            measures |= far_measures("large_own", "TAR, own impostors", protocol.fars, note=note)
+        measures |= far_measures("tar", "TAR", protocol.fars, note="all pairs")
         measures["auc"] = Measure("AUC", "auc", "all pairs")
         names, counts = [entry.name for entry in self.bins], [entry.genuine for entry in self.bins]
-        at = protocol.starts.tolist() if protocol.ages is not None else None
-        axis = "age gap, years" if protocol.ages is not None else ""
+        at = protocol.bins.starts.tolist() if protocol.bins.kind == "gap" else None
+        axis = "age gap, years" if protocol.bins.kind == "gap" else ""
         bins = {
             f"fnmr_{far:g}": Bins(f"FNMR at {far_text(far, 'FMR')}", names, axis, at, list(counts))
             for far in protocol.fars
@@ -129,9 +123,7 @@ class AgeGapResult:
             convention={
                 "Threshold": "one for all bins, the (k+1)-th largest of all impostor scores, k = floor(FAR x impostors)",
                 "Own impostors": "impostor pairs in the same bin, with a threshold of their own",
-                "Curves drawn": "all pairs"
-                if large is None
-                else f"{large} pairs against impostor pairs of the same kind",
+                "Curves drawn": f"{large} pairs against impostor pairs of the same kind" if large else "all pairs",
                 "Score": "cosine",
             },
             intervals="bootstrap over identities, threshold set anew in each resample",
@@ -199,7 +191,7 @@ class AgeGapResult:
         pairs = []
         if self.large_gap is not None:
             i, j = genuine_pairs(protocol.codes)
-            inside = protocol.bin_of(i, j) == protocol.names.index(self.large_gap)
+            inside = protocol.bins.of(i, j) == protocol.bins.names.index(self.large_gap)
             i, j = i[inside], j[inside]
             scores = np.einsum("gd,gd->g", unit[i], unit[j])
             order = np.argsort(scores, kind="stable").tolist()
@@ -213,22 +205,17 @@ class AgeGapResult:
         codes = self.protocol.codes
 
         def rows() -> Iterator[tuple[str | int, ...]]:
-            unit = np.asarray(self.embeddings, dtype=np.float32)
-            unit = unit / np.linalg.norm(unit, axis=1, keepdims=True)
-            for start in range(0, len(unit), BLOCK):
-                scores = unit[start : start + BLOCK] @ unit[start:].T
-                for i in range(len(scores)):
-                    row = start + i
-                    left = label(row)
-                    for j in range(row + 1, len(unit)):
-                        yield left, label(j), int(codes[row] == codes[j]), f"{scores[i, j - start]:.8f}"
+            for i, scores in rows_of_scores(self.embeddings):
+                left = label(i)
+                for j, score in enumerate(scores, i + 1):
+                    yield left, label(j), int(codes[i] == codes[j]), f"{score:.8f}"
 
         return ScoreTable(("left", "right", "same", "score"), rows(), codes.size * (codes.size - 1) // 2)
 
     def to_dict(self) -> JsonDict:
         """Plain values for JSON: the `age_gap` entry of a report."""
         return {
-            "kind": self.protocol.kind,
+            "kind": self.protocol.bins.kind,
             "bins": [entry.to_dict() for entry in self.bins],
             "all": self.all.to_dict(),
             "roc": {name: {"far": far.tolist(), "tar": tar.tolist()} for name, (far, tar) in self.roc.items()},
@@ -300,25 +287,13 @@ class AgeGapProtocol:
         self.fars = check_fars(OWNER, fars)
         self.seed, self.level, self.max_impostors = seed, float(level), max_impostors
         self.resamples = resample_counts(OWNER, labels.size, replicates=replicates, seed=seed)
-        self.ages: FloatArray | None = None
-        if ages is not None:
-            self.kind = "gap"
-            self.ages = check_ages(OWNER, ages, self.codes.size)
-            self.starts = check_starts(OWNER, "bins", bins)
-            self.names = bin_names(self.starts)
-        else:
-            if age_groups is None:
-                raise InputError(f"{OWNER}: ages or age_groups must be given, got neither")
-            self.kind = "group"
-            check_vector(OWNER, "age_groups", to_numpy(age_groups), self.codes.size, "identities")
-            self.groups, groups = check_labels(OWNER, "age_groups", age_groups)
-            self.names, self.group_bin = group_bins(OWNER, [str(label) for label in groups])
+        self.bins = PairBins(OWNER, self.codes, ages, age_groups, bins)
 
     def __repr__(self) -> str:
-        by = "ages" if self.kind == "gap" else "age_groups"
-        bins = f", bins={tuple(self.starts.tolist())}" if self.kind == "gap" else ""
+        gaps = self.bins.kind == "gap"
+        by = f"ages=..., bins={tuple(self.bins.starts.tolist())}" if gaps else "age_groups=..."
         return (
-            f"AgeGapProtocol(<{self.codes.size} images of {self.num_identities} identities>, {by}=...{bins}, "
+            f"AgeGapProtocol(<{self.codes.size} images of {self.num_identities} identities>, {by}, "
             f"fars={self.fars}, replicates={len(self.resamples)}, seed={self.seed}, level={self.level}, "
             f"max_impostors={self.max_impostors})"
         )
@@ -326,29 +301,11 @@ class AgeGapProtocol:
     @property
     def fingerprint(self) -> str:
         """Digest of the identities and ages of the images in their order, and of all settings."""
-        settings = (self.kind, self.names, self.fars, len(self.resamples), self.seed, self.level, self.max_impostors)
-        digest = sha256(repr(settings).encode())
-        for array in (self.codes, self.ages if self.ages is not None else self.groups):
+        settings = (self.bins.names, self.fars, len(self.resamples), self.seed, self.level, self.max_impostors)
+        digest = sha256(repr((self.bins.kind, *settings)).encode())
+        for array in (self.codes, self.bins.values):
             digest.update(np.ascontiguousarray(array).tobytes())
         return digest.hexdigest()
-
-    def bin_of(self, i: IntArray, j: IntArray) -> npt.NDArray[np.int16]:
-        """Bin of the pairs of rows i and j (broadcast together), -1 for none."""
-        if self.ages is not None:
-            return place(self.starts, np.abs(self.ages[i] - self.ages[j])).astype(np.int16)
-        return self.group_bin[self.groups[i], self.groups[j]]
-
-    def large_gap(self) -> str | None:
-        """Name of the bin of the largest gap with genuine pairs; of groups, the mixed bin with the most of them."""
-        counts = np.bincount(
-            self.bin_of(*genuine_pairs(self.codes)).astype(np.int64) + 1, minlength=len(self.names) + 1
-        )
-        held = counts[1:]
-        if self.kind == "group":
-            held = np.where(np.isin(np.arange(held.size), np.diag(self.group_bin)), 0, held)
-        if not held.any():
-            return None
-        return self.names[int(held.argmax() if self.kind == "group" else np.flatnonzero(held)[-1])]
 
     def evaluate(self, embeddings: Embeddings) -> AgeGapResult:
         """Measure embeddings (n, d), normalized or not, in the order of the identities.
@@ -356,14 +313,14 @@ class AgeGapProtocol:
         Raises:
             ValueError: An embedding is not finite or zero (the message gives its row), or the number of rows is wrong.
         """
-        rows = gather(OWNER, "embeddings", embeddings)
+        rows, names = gather(OWNER, "embeddings", embeddings), self.bins.names
         unit = unit_rows(OWNER, "embeddings", rows, rows=self.codes.size)
-        pairs = score_pairs(unit, self.codes, self.bin_of, len(self.names))
+        pairs = score_pairs(unit, self.codes, self.bins.of, len(names))
         thinned = thin(pairs, max_pairs=self.max_impostors, fars=self.fars, seed=self.seed)
-        results = bin_results(pairs, thinned, self.names, self.fars, self.resamples, self.level)
-        large = self.large_gap()
+        results = bin_results(pairs, thinned, names, self.fars, self.resamples, self.level)
+        large = self.bins.largest()
         roc = {"all": curve(pairs.genuine_cost, pairs.impostor_cost)}
-        if large is not None and results[number := self.names.index(large)].impostor:
+        if large is not None and results[number := names.index(large)].impostor:
             own = pairs.impostor_cost[pairs.impostors_in(number)]
             roc[large] = curve(pairs.genuine_cost[pairs.genuine_in(number)], own)
         genuine, impostor = -pairs.genuine_cost, -pairs.impostor_cost
@@ -374,9 +331,7 @@ class AgeGapProtocol:
             roc=roc,
             large_gap=large,
             edges=EDGES,
-            genuine_counts={
-                name: _histogram(genuine[pairs.genuine_in(number)]) for number, name in enumerate(self.names)
-            },
+            genuine_counts={name: _histogram(genuine[pairs.genuine_in(number)]) for number, name in enumerate(names)},
             impostor_counts=_histogram(impostor),
             protocol=self,
             embeddings=rows,

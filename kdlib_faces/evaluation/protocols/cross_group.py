@@ -24,7 +24,7 @@ from kdlib_faces.evaluation.summary import (
     ModelSummary,
     RocCurve,
     ScoreTable,
-    far_text,
+    far_measures,
 )
 
 __all__ = ["CrossGroupProtocol", "CrossGroupResult"]
@@ -63,7 +63,7 @@ class CrossGroupResult:
         """What the protocol measures and how."""
         protocol = self.protocol
         probe, gallery = protocol.groups
-        measures = {f"tar_{far:g}": Measure(f"TAR, {far_text(far)}") for far in protocol.fars}
+        measures = far_measures("tar", "TAR", protocol.fars)
         measures["auc"] = Measure("AUC", "auc")
         measures |= {f"rank{rank}": Measure(f"Rank-{rank}", note=f"{probe} among {gallery}") for rank in protocol.ranks}
         return Description(

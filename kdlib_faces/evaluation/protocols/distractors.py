@@ -7,15 +7,7 @@ from typing import Literal
 import numpy as np
 
 from kdlib._checks import check_choice, check_number
-from kdlib_faces.evaluation._checks import (
-    check_ages,
-    check_fars,
-    check_labels,
-    check_level,
-    gather,
-    require,
-    unit_rows,
-)
+from kdlib_faces.evaluation._checks import check_ages, check_fars, check_labels, check_level, gather, require, unit_rows
 from kdlib_faces.evaluation._types import ArrayLike, BoolArray, Embeddings, FloatArray, IntArray, JsonDict, Label
 from kdlib_faces.evaluation.distractors import (
     CLEANING,
@@ -41,7 +33,7 @@ from kdlib_faces.evaluation.summary import (
     MeasuredValue,
     ModelSummary,
     ScoreTable,
-    far_text,
+    far_measures,
 )
 from kdlib_faces.progress import progress_to
 
@@ -115,7 +107,7 @@ class DistractorResult:
                 "distractors": self.distractors,
                 "cleaned away": self.cleaned,
             },
-            measures=measures | {f"tar_{far:g}": Measure(f"TAR, {far_text(far)}") for far in self.tar},
+            measures=measures | far_measures("tar", "TAR", self.tar),
             bins=bins,
             failures="identification",
         )

@@ -11,7 +11,7 @@ from kdlib_faces.evaluation._types import ArrayLike, Embeddings, FloatArray, Int
 from kdlib_faces.evaluation.hardest import missed_probes
 from kdlib_faces.evaluation.statistics.bins import GAP_STARTS, PROBE_AGE_STARTS, bin_names, check_starts, place
 from kdlib_faces.evaluation.statistics.clustered import rate_estimate
-from kdlib_faces.evaluation.statistics.intervals import Estimate, resample_counts, wilson
+from kdlib_faces.evaluation.statistics.intervals import Estimate, resample_counts, wilson_estimate
 from kdlib_faces.evaluation.statistics.paired import Outcomes
 from kdlib_faces.evaluation.summary import (
     Bins,
@@ -230,10 +230,7 @@ class LeaveOneOutProtocol:
         unit = unit_rows(OWNER, "embeddings", embeddings, rows=count)
         parts = [_nearest(unit, codes, start) for start in range(0, count, BLOCK)]
         ranks, mates, mate_scores, impostors, impostor_scores = map(np.concatenate, zip(*parts, strict=True))
-        rates = {}
-        for rank in self.ranks:
-            hits = int(((ranks >= 1) & (ranks <= rank)).sum())
-            rates[rank] = Estimate(hits / count, *wilson(hits, count, level=self.level), count)
+        rates = {rank: wilson_estimate((ranks >= 1) & (ranks <= rank), level=self.level) for rank in self.ranks}
         by_age: tuple[BinRates, ...] = ()
         by_gap: tuple[BinRates, ...] = ()
         if self.ages is not None:

@@ -25,6 +25,7 @@ from kdlib_faces.evaluation.summary import (
     MeasuredValue,
     ModelSummary,
     ScoreTable,
+    far_measures,
     far_text,
 )
 
@@ -95,7 +96,7 @@ class LongitudinalResult:
             for far in protocol.fars
         }
         bins["score"] = Bins("Mean genuine score", labels, axis, at, list(counts), "score")
-        measures = {f"fnmr_{far:g}": Measure(f"FNMR, {far_text(far, 'FMR')}", better="low") for far in protocol.fars}
+        measures = far_measures("fnmr", "FNMR", protocol.fars, rate="FMR", lower_is_better=True)
         measures["slope"] = Measure("Slope of the genuine score", "score", "within identities, over ten years")
         measures["falling"] = Measure(
             "Identities whose score falls", note="of those seen at several ages", better="low"

@@ -1,8 +1,8 @@
 """Verification of given pairs of images: accuracy over folds, and TAR at FAR over all pairs."""
 
 import warnings
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from typing import Literal, Self
 
 import numpy as np
@@ -20,14 +20,14 @@ from kdlib_faces.evaluation._checks import (
     to_numpy,
     unit_rows,
 )
-from kdlib_faces.evaluation._types import ArrayLike, BoolArray, Embeddings, FloatArray, IntArray, JsonDict, Label
+from kdlib_faces.evaluation._types import ArrayLike, Embeddings, FloatArray, IntArray, JsonDict, Label
 from kdlib_faces.evaluation.fold_thresholds import RULES
 from kdlib_faces.evaluation.hardest import hardest_pairs
 from kdlib_faces.evaluation.roc import TarAtFar, auc, far_name, tar_at_far
 from kdlib_faces.evaluation.splits import IdentityOverlapWarning, identities_in_several_folds, identity_overlap
 from kdlib_faces.evaluation.statistics.bins import GAP_STARTS, bin_names, check_starts, place
-from kdlib_faces.evaluation.statistics.clustered import clustered_rate, pair_rates
-from kdlib_faces.evaluation.statistics.intervals import Estimate, bootstrap_estimate, resample_counts, wilson
+from kdlib_faces.evaluation.statistics.clustered import clustered_pair_rate, clustered_rate
+from kdlib_faces.evaluation.statistics.intervals import Estimate, Sampling, wilson, wilson_estimate
 from kdlib_faces.evaluation.statistics.paired import Outcomes
 from kdlib_faces.evaluation.summary import (
     KEPT_THRESHOLDS,
@@ -40,6 +40,7 @@ from kdlib_faces.evaluation.summary import (
     ModelSummary,
     RocCurve,
     ScoreTable,
+    far_measures,
     far_text,
 )
 from kdlib_faces.evaluation.verification import (
@@ -70,7 +71,7 @@ class PairResult(VerificationResult):
         protocol: The protocol.
     """
 
-    tar: dict[float, TarAtFar]
+    tar: Mapping[float, TarAtFar]
     scores: FloatArray = field(repr=False, compare=False)
     protocol: "PairProtocol" = field(repr=False, compare=False)
 
@@ -86,26 +87,22 @@ class PairResult(VerificationResult):
         if identities is None:
             interval = wilson(self.accuracy * self.pairs, self.pairs, level=protocol.level)
             return Estimate(float(hits.mean()), *interval, self.pairs)
-        counts = resample_counts(OWNER, protocol.num_identities, replicates=protocol.replicates, seed=protocol.seed)
-        resampled = pair_rates(hits, *identities, counts)
-        clusters = np.unique(np.concatenate(identities)).size
-        return bootstrap_estimate(float(hits.mean()), resampled, n=hits.size, clusters=clusters, level=protocol.level)
+        return clustered_pair_rate(hits, *identities, protocol.num_identities, **asdict(protocol.sampling))
 
     def _tar_value(self, point: TarAtFar) -> MeasuredValue:
         protocol = self.protocol
         if protocol.pair_identities is None:
             return MeasuredValue.of(point)
         accepted, identities = self.scores[protocol.same] > point.threshold, protocol.pair_identities[0][protocol.same]
-        sampling = {"replicates": protocol.replicates, "seed": protocol.seed}
-        estimate = clustered_rate(accepted, identities, level=protocol.level, **sampling)
+        estimate = clustered_rate(accepted, identities, **asdict(protocol.sampling))
         return MeasuredValue.of(estimate, resolvable=point.resolvable)
 
     def describe(self) -> Description:
         """What the protocol measures and how."""
         protocol, same = self.protocol, self.protocol.same
         measures = {"accuracy": Measure("Accuracy", note=f"over {len(self.fold_accuracies)} folds")}
-        measures |= {f"tar_{far:g}": Measure(f"TAR, {far_text(far)}") for far in protocol.fars}
-        measures |= {f"val_{far:g}": Measure(f"TAR, {far_text(far)}", note="over folds") for far in protocol.val_fars}
+        measures |= far_measures("tar", "TAR", protocol.fars)
+        measures |= far_measures("val", "TAR", protocol.val_fars, note="over folds")
         bins = {}
         if protocol.gap_bin is not None and protocol.fars:
             bins["fnmr"] = Bins(
@@ -152,7 +149,7 @@ class PairResult(VerificationResult):
         bins = {}
         if protocol.gap_bin is not None and threshold is not None:
             rejected = [genuine[protocol.gap_bin == number] <= threshold for number in range(protocol.gap_starts.size)]
-            bins["fnmr"] = [MeasuredValue.of(_wilson_rate(each, protocol.level)) for each in rejected]
+            bins["fnmr"] = [MeasuredValue.of(wilson_estimate(each, level=protocol.level)) for each in rejected]
         curves = RocCurve.of(genuine, impostor), Histogram.of(genuine, impostor, threshold)
         return ModelSummary(measures, bins, roc=curves[0], histogram=curves[1])
 
@@ -191,13 +188,6 @@ class PairResult(VerificationResult):
             entry["tar_rule"] = self.protocol.tar_mode
             entry["tar_unresolvable"] = [far_name(far) for far, point in self.tar.items() if not point.resolvable]
         return entry | ({"notes": list(self.notes)} if self.notes else {})
-
-
-def _wilson_rate(hits: BoolArray, level: float) -> Estimate | None:
-    if not hits.size:
-        return None
-    count = int(hits.sum())
-    return Estimate(count / hits.size, *wilson(count, hits.size, level=level), hits.size)
 
 
 class PairProtocol:
@@ -277,12 +267,17 @@ class PairProtocol:
         self.tar_mode: Literal["exact", "nearest"] = tar_mode
         self.fars, self.val_fars, self.pca = check_fars(OWNER, fars), check_fars(OWNER, val_fars), pca
         self.images, self.notes, self.level = images, tuple(notes), float(level)
-        self.replicates, self.seed = replicates, seed
+        self.sampling = Sampling(replicates, seed, self.level)
         self.gap_starts = check_starts(OWNER, "gap_bins", gap_bins)
         self.num_identities, self.pair_identities = 0, None
         if identities is not None:
             self._set_identities(identities, train_identities)
-        self.gap_bin = None if ages is None else self._gap_bins(to_numpy(ages).astype(np.float64))
+        self.gap_bin: IntArray | None = None
+        if ages is not None:
+            years = to_numpy(ages).astype(np.float64)
+            require(years.size >= self.needed, OWNER, f"ages must hold row {self.needed - 1}, got {years.size} rows")
+            gaps = np.abs(years[self.left[self.same]] - years[self.right[self.same]])
+            self.gap_bin = place(self.gap_starts, gaps) if np.isfinite(gaps).any() else None
 
     def _set_identities(self, identities: ArrayLike, train_identities: ArrayLike | None) -> None:
         """Check the pairs against the identities, and note which of them the folds or the training set share."""
@@ -291,11 +286,8 @@ class PairProtocol:
         self.num_identities = labels.size
         first, second = self.pair_identities = codes[self.left], codes[self.right]
         wrong = np.flatnonzero((first == second) != self.same)
-        require(
-            wrong.size == 0,
-            OWNER,
-            f"same must agree with identities, got pair {wrong[:1].tolist()} that does not ({wrong.size} in all)",
-        )
+        message = f"got pair {wrong[:1].tolist()} that does not ({wrong.size} in all)"
+        require(wrong.size == 0, OWNER, f"same must agree with identities, {message}")
         folds = contiguous_folds(self.same.size) if self.fold_ids is None else self.fold_ids
         shared = identities_in_several_folds(first, second, folds)
         if shared:
@@ -304,13 +296,6 @@ class PairProtocol:
         if trained:
             self.notes += (f"{len(trained)} of {labels.size} identities were trained on",)
             warnings.warn(self.notes[-1], IdentityOverlapWarning, stacklevel=3)
-
-    def _gap_bins(self, ages: FloatArray) -> IntArray | None:
-        """(g,) bin of each genuine pair, -1 if an age is not known; None if no pair has two ages."""
-        require(ages.size >= self.needed, OWNER, f"ages must hold row {self.needed - 1}, got {ages.size} rows")
-        gap = np.abs(ages[self.left[self.same]] - ages[self.right[self.same]])
-        known = np.isfinite(gap)
-        return np.where(known, place(self.gap_starts, np.where(known, gap, 0)), -1) if known.any() else None
 
     @classmethod
     def interleaved(
@@ -322,12 +307,7 @@ class PairProtocol:
         *,
         level: float = 0.95,
     ) -> Self:
-        """Pair k is rows 2k and 2k + 1, as in the `.bin` sets; the arguments are those of the class.
-
-        Examples:
-            >>> PairProtocol.interleaved([True, False]).right.tolist()
-            [1, 3]
-        """
+        """Pair k is rows 2k and 2k + 1, as in the `.bin` sets; the arguments are those of the class."""
         count = to_numpy(same).size
         left = np.arange(count) * 2
         return cls(left, left + 1, same, fold_ids, threshold, fars, images=2 * count, level=level)
@@ -345,11 +325,8 @@ class PairProtocol:
     def evaluate(self, embeddings: Embeddings) -> PairResult:
         """Measure embeddings (n, d); see `verify_pairs`."""
         rows, images = gather(OWNER, "embeddings", embeddings), self.images
-        require(
-            images is None or len(rows) == images,
-            OWNER,
-            f"embeddings must have one row for each of {images} images of {self.same.size} pairs, got {len(rows)}",
-        )
+        wanted = f"one row for each of {images} images of {self.same.size} pairs"
+        require(images is None or len(rows) == images, OWNER, f"embeddings must have {wanted}, got {len(rows)}")
         require(len(rows) >= self.needed, OWNER, f"embeddings must hold row {self.needed - 1}, got {len(rows)} rows")
         check_rows(OWNER, "embeddings", rows)
         distances, scores = pair_distances(OWNER, rows, rows, self.left, self.right)

@@ -25,7 +25,7 @@ from kdlib_faces.evaluation.summary import (
     ModelSummary,
     ScoreTable,
     SearchCurve,
-    far_text,
+    far_measures,
 )
 from kdlib_faces.evaluation.templates import Templates, pool_templates
 
@@ -78,7 +78,7 @@ class TemplateIdentificationResult:
 
     def describe(self) -> Description:
         """What the protocol measures and how."""
-        measures = {f"tpir_{fpir:g}": Measure(f"TPIR, {far_text(fpir, 'FPIR')}") for fpir in self._headlines()}
+        measures = far_measures("tpir", "TPIR", self._headlines(), rate="FPIR")
         return Description(
             question="Which identity is it, if it is in the gallery at all? Probes are searched in each gallery separately.",
             convention={

@@ -36,16 +36,15 @@ from kdlib_faces.evaluation.summary import (
     Description,
     HardPair,
     Histogram,
-    Measure,
     MeasuredValue,
     ModelSummary,
     RocCurve,
     ScoreTable,
-    far_text,
+    far_measures,
 )
 from kdlib_faces.evaluation.templates import Templates, pool_templates
 
-__all__ = ["TemplateVerificationProtocol", "TemplateVerificationResult", "template_verification", "verify_templates"]
+__all__ = ["TemplateVerificationProtocol", "TemplateVerificationResult", "template_verification"]
 
 OWNER = "template_verification"
 FARS = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
@@ -106,7 +105,7 @@ class TemplateVerificationResult:
                 "genuine pairs": self.genuine,
                 "impostor pairs": self.impostor,
             },
-            measures={f"tar_{far:g}": Measure(f"TAR, {far_text(far)}") for far in fars},
+            measures=far_measures("tar", "TAR", fars),
             difference_rule=KEPT_THRESHOLDS.format("enrolled templates"),
         )
 
@@ -166,6 +165,76 @@ class TemplateVerificationResult:
         }
 
 
+class TemplateVerificationProtocol:
+    """`template_verification` as a protocol for `evaluate`; the arguments after `embeddings` are the same.
+
+    Examples:
+        >>> protocol = TemplateVerificationProtocol([5, 9, 7], [1, 2, 3], [5, 5], [9, 7], [True, False], fars=(0.1,))
+        >>> protocol.evaluate([[1.0, 0.0], [1.0, 0.2], [0.0, 1.0]]).impostor
+        1
+    """
+
+    def __init__(
+        self,
+        template_ids: ArrayLike,
+        media_ids: ArrayLike,
+        left: ArrayLike,
+        right: ArrayLike,
+        same: ArrayLike,
+        *,
+        detector_scores: ArrayLike | None = None,
+        feature_norm: Literal["keep", "unit"] = "keep",
+        fars: Sequence[float] = FARS,
+        mode: Literal["exact", "nearest"] = "exact",
+        level: float = 0.95,
+    ) -> None:
+        check_choice(OWNER, "feature_norm", feature_norm, ("keep", "unit"))
+        check_choice(OWNER, "mode", mode, tuple(POINT_RULES))
+        check_level(OWNER, level)
+        self.template_ids, self.media_ids = to_numpy(template_ids), to_numpy(media_ids)
+        self.left, self.right, self.same = to_numpy(left), to_numpy(right), to_numpy(same)
+        self.detector_scores = None if detector_scores is None else to_numpy(detector_scores)
+        self.feature_norm: Literal["keep", "unit"] = feature_norm
+        self.mode: Literal["exact", "nearest"] = mode
+        self.fars, self.level = check_fars(OWNER, fars), float(level)
+
+    def __repr__(self) -> str:
+        return (
+            f"TemplateVerificationProtocol(<{self.template_ids.size} images>, <{self.left.size} pairs>, "
+            f"feature_norm={self.feature_norm!r}, fars={self.fars}, mode={self.mode!r})"
+        )
+
+    def evaluate(self, embeddings: Embeddings) -> TemplateVerificationResult:
+        """Measure the images' embeddings (n, d), not normalized."""
+        templates = pool_templates(
+            embeddings,
+            self.template_ids,
+            self.media_ids,
+            detector_scores=self.detector_scores,
+            feature_norm=self.feature_norm,
+        )
+        return self.verify(templates)
+
+    def verify(self, templates: Templates) -> TemplateVerificationResult:
+        """Measure pooled templates."""
+        i = look_up(OWNER, "left", self.left, templates.ids, "template_ids")
+        check_vector(OWNER, "right", self.right, i.size, "left")
+        j = look_up(OWNER, "right", self.right, templates.ids, "template_ids")
+        same = check_flags(OWNER, "same", self.same, i.size)
+        equal = np.flatnonzero(i == j)
+        message = f"a pair must be of two templates, got pair {equal[:1].tolist()} of one and the same"
+        require(equal.size == 0, OWNER, message)
+        features = templates.features
+
+        def exact(pairs: IntArray) -> FloatArray:
+            return dot_rows(features, i[pairs], features, j[pairs])
+
+        scores = pair_cosines(features.astype(np.float32, copy=False), i, j)
+        error = product_error(features.shape[1])
+        points = operating_points(scores, same, exact, error, self.fars, mode=self.mode, level=self.level)
+        return TemplateVerificationResult(points, self.mode, templates, i, j, same, scores)
+
+
 def template_verification(
     embeddings: Embeddings,
     template_ids: ArrayLike,
@@ -212,95 +281,16 @@ def template_verification(
     References:
         B. Maze et al., "IARPA Janus Benchmark - C", ICB 2018. Pooling as in insightface's `eval_ijbc.py`.
     """
-    templates = pool_templates(
-        embeddings, template_ids, media_ids, detector_scores=detector_scores, feature_norm=feature_norm
+    protocol = TemplateVerificationProtocol(
+        template_ids,
+        media_ids,
+        left,
+        right,
+        same,
+        detector_scores=detector_scores,
+        feature_norm=feature_norm,
+        fars=fars,
+        mode=mode,
+        level=level,
     )
-    return verify_templates(templates, left, right, same, fars=fars, mode=mode, level=level)
-
-
-def verify_templates(
-    templates: Templates,
-    left: ArrayLike,
-    right: ArrayLike,
-    same: ArrayLike,
-    *,
-    fars: Sequence[float] = FARS,
-    mode: Literal["exact", "nearest"] = "exact",
-    level: float = 0.95,
-) -> TemplateVerificationResult:
-    """`template_verification` of pooled templates; the arguments have the same meaning.
-
-    Examples:
-        >>> pooled = pool_templates([[1.0, 0.0], [1.0, 0.2], [0.0, 1.0]], [5, 9, 7], [1, 2, 3])
-        >>> float(verify_templates(pooled, [5, 5], [9, 7], [True, False], fars=(0.1,)).tar[0.1])
-        1.0
-    """
-    fars = check_fars(OWNER, fars)
-    check_choice(OWNER, "mode", mode, tuple(POINT_RULES))
-    check_level(OWNER, level)
-    i = look_up(OWNER, "left", left, templates.ids, "template_ids")
-    check_vector(OWNER, "right", to_numpy(right), i.size, "left")
-    j = look_up(OWNER, "right", right, templates.ids, "template_ids")
-    flags = check_flags(OWNER, "same", same, i.size)
-    equal = np.flatnonzero(i == j)
-    message = f"a pair must be of two templates, got pair {equal[:1].tolist()} of one and the same"
-    require(equal.size == 0, OWNER, message)
-    features = templates.features
-
-    def exact(pairs: IntArray) -> FloatArray:
-        return dot_rows(features, i[pairs], features, j[pairs])
-
-    scores = pair_cosines(features.astype(np.float32, copy=False), i, j)
-    error = product_error(features.shape[1])
-    points = operating_points(scores, flags, exact, error, fars, mode=mode, level=float(level))
-    return TemplateVerificationResult(points, mode, templates, i, j, flags, scores)
-
-
-class TemplateVerificationProtocol:
-    """`template_verification` as a protocol for `evaluate`; the arguments after `embeddings` are the same.
-
-    Examples:
-        >>> protocol = TemplateVerificationProtocol([5, 9, 7], [1, 2, 3], [5, 5], [9, 7], [True, False], fars=(0.1,))
-        >>> protocol.evaluate([[1.0, 0.0], [1.0, 0.2], [0.0, 1.0]]).impostor
-        1
-    """
-
-    def __init__(
-        self,
-        template_ids: ArrayLike,
-        media_ids: ArrayLike,
-        left: ArrayLike,
-        right: ArrayLike,
-        same: ArrayLike,
-        *,
-        detector_scores: ArrayLike | None = None,
-        feature_norm: Literal["keep", "unit"] = "keep",
-        fars: Sequence[float] = FARS,
-        mode: Literal["exact", "nearest"] = "exact",
-        level: float = 0.95,
-    ) -> None:
-        check_choice("TemplateVerificationProtocol", "feature_norm", feature_norm, ("keep", "unit"))
-        self.template_ids, self.media_ids = to_numpy(template_ids), to_numpy(media_ids)
-        self.left, self.right, self.same = to_numpy(left), to_numpy(right), to_numpy(same)
-        self.detector_scores = None if detector_scores is None else to_numpy(detector_scores)
-        self.feature_norm: Literal["keep", "unit"] = feature_norm
-        self.fars, self.level = check_fars("TemplateVerificationProtocol", fars), level
-        self.mode: Literal["exact", "nearest"] = mode
-
-    def __repr__(self) -> str:
-        return (
-            f"TemplateVerificationProtocol(<{self.template_ids.size} images>, <{self.left.size} pairs>, "
-            f"feature_norm={self.feature_norm!r}, fars={self.fars}, mode={self.mode!r})"
-        )
-
-    def evaluate(self, embeddings: Embeddings) -> TemplateVerificationResult:
-        """Measure the images' embeddings (n, d), not normalized."""
-        templates = pool_templates(
-            embeddings,
-            self.template_ids,
-            self.media_ids,
-            detector_scores=self.detector_scores,
-            feature_norm=self.feature_norm,
-        )
-        pairs = self.left, self.right, self.same
-        return verify_templates(templates, *pairs, fars=self.fars, mode=self.mode, level=self.level)
+    return protocol.evaluate(embeddings)

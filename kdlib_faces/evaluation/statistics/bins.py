@@ -46,7 +46,7 @@ def bin_names(starts: FloatArray) -> list[str]:
 
 
 def place(starts: FloatArray, years: AnyArray | Sequence[float]) -> IntArray:
-    """Bin of each number of years, -1 below the first.
+    """Bin of each number of years, -1 below the first and for NaN.
 
     Years are rounded to 4 decimals, so that float32 rounding does not move a gap of 5 below 5.
 
@@ -55,7 +55,8 @@ def place(starts: FloatArray, years: AnyArray | Sequence[float]) -> IntArray:
         [0, 1, 1]
     """
     rounded = np.round(np.asarray(years, dtype=np.float64), 4)
-    return (np.searchsorted(starts, rounded, side="right") - 1).astype(np.int64)
+    bins = (np.searchsorted(starts, rounded, side="right") - 1).astype(np.int64)
+    return np.where(np.isnan(rounded), -1, bins)
 
 
 def group_bins(owner: str, labels: list[str]) -> tuple[list[str], npt.NDArray[np.int16]]:

@@ -6,7 +6,7 @@ from kdlib_faces.evaluation._checks import check_each, check_labels, check_level
 from kdlib_faces.evaluation._types import AnyArray, ArrayLike, FloatArray, IntArray
 from kdlib_faces.evaluation.statistics.intervals import Estimate, bootstrap_estimate, resample_counts
 
-__all__ = ["clustered_rate", "pair_rates", "rate_estimate"]
+__all__ = ["clustered_pair_rate", "clustered_rate", "pair_rates", "rate_estimate"]
 
 ROWS = 64
 
@@ -64,6 +64,22 @@ def rate_estimate(
     rates = np.full(len(resamples), np.nan)
     np.divide(resamples @ won, bottom := resamples @ held, out=rates, where=bottom > 0)
     return bootstrap_estimate(value, rates, n=int(hits.size), clusters=int(np.count_nonzero(held)) or 1, level=level)
+
+
+def clustered_pair_rate(
+    hits: FloatArray,
+    first: IntArray,
+    second: IntArray,
+    num_identities: int,
+    *,
+    replicates: int,
+    seed: int,
+    level: float,
+) -> Estimate:
+    """A rate over pairs (n,) with an interval over identities; `first` and `second` are the identities of each pair."""
+    resamples = resample_counts("clustered_pair_rate", num_identities, replicates=replicates, seed=seed)
+    rates, clusters = pair_rates(hits, first, second, resamples), np.unique(np.concatenate([first, second])).size
+    return bootstrap_estimate(float(hits.mean()), rates, n=hits.size, clusters=clusters, level=level)
 
 
 def pair_rates(hits: FloatArray, first: IntArray, second: IntArray, resamples: IntArray) -> FloatArray:

@@ -14,16 +14,18 @@ import numpy as np
 from kdlib._checks import check_number
 from kdlib_faces._checks import InputError
 from kdlib_faces.evaluation._checks import check_labels, check_level
-from kdlib_faces.evaluation._types import ArrayLike, FloatArray, IntArray, JsonDict
+from kdlib_faces.evaluation._types import ArrayLike, BoolArray, FloatArray, IntArray, JsonDict
 
 __all__ = [
     "Estimate",
+    "Sampling",
     "bootstrap_estimate",
     "identity_bootstrap",
     "paired_difference",
     "percentiles",
     "resample_counts",
     "wilson",
+    "wilson_estimate",
 ]
 
 
@@ -63,6 +65,29 @@ def wilson(successes: float, trials: float, *, level: float = 0.95) -> tuple[flo
     low = 0.0 if successes == 0 else max(0.0, center - half)
     high = 1.0 if successes == trials else min(1.0, center + half)
     return low, high
+
+
+def wilson_estimate(hits: BoolArray, *, level: float = 0.95) -> "Estimate":
+    """The rate of hits (n,) with Wilson's interval; None without observations."""
+    if not hits.size:
+        return Estimate(None, None, None, 0)
+    count = int(hits.sum())
+    return Estimate(count / hits.size, *wilson(count, hits.size, level=level), hits.size)
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """Resamples behind the intervals.
+
+    Attributes:
+        replicates: Bootstrap resamples.
+        seed: Seed of the resamples.
+        level: Confidence of the intervals.
+    """
+
+    replicates: int = 500
+    seed: int = 0
+    level: float = 0.95
 
 
 @dataclass(frozen=True)

@@ -86,10 +86,7 @@ def genuine_pairs(identities: IntArray) -> tuple[IntArray, IntArray]:
 
 
 def score_pairs(
-    unit: FloatArray,
-    identities: IntArray,
-    bin_of: Callable[[IntArray, IntArray], AnyArray],
-    bins: int,
+    unit: FloatArray, identities: IntArray, bin_of: Callable[[IntArray, IntArray], AnyArray], bins: int
 ) -> PairScores:
     """Cosine of every pair of images, in blocks of rows; the peak is about 35 bytes per pair.
 
