@@ -13,8 +13,7 @@ from typing import Any, Literal
 import torch
 
 from kdlib._checks import check_number
-from kdlib.cache import CacheCheck, CacheError, TeacherCache, verify_cache
-from kdlib.cache.layout import Layout, read_header
+from kdlib.cache import CacheCheck, CacheError, Layout, TeacherCache, read_header, verify_cache
 from kdlib_faces._checks import InputError
 from kdlib_faces._output import check_output
 from kdlib_faces.caching.source import CacheSource, parse_taps
@@ -39,7 +38,7 @@ class CacheConfig:
         batch_size: images in a forward; also the rows that a process takes and that a checksum covers.
         decoders: threads that read images ahead of the teacher.
         shard_bytes: largest size of a file.
-        mark_seconds: how often progress is made certain on disk.
+        sync_seconds: how often progress is made certain on disk.
     """
 
     dtype: Literal["float16", "int8", "float32"] = "float16"
@@ -50,13 +49,13 @@ class CacheConfig:
     batch_size: int = 64
     decoders: int = 2
     shard_bytes: int = 1 << 28
-    mark_seconds: float = 5.0
+    sync_seconds: float = 5.0
 
     def __post_init__(self) -> None:
         check_number("CacheConfig", "size", self.size, min=1, max=4096, integer=True)
         for name in ("views", "batch_size", "decoders", "shard_bytes"):
             check_number("CacheConfig", name, getattr(self, name), min=1, integer=True)
-        check_number("CacheConfig", "mark_seconds", self.mark_seconds, min=0)
+        check_number("CacheConfig", "sync_seconds", self.sync_seconds, min=0)
         self.seeded()
 
     def seeded(self) -> SeededViews:
@@ -127,7 +126,7 @@ def _build(
             dtype=config.dtype,
             batch_size=config.batch_size,
             shard_bytes=config.shard_bytes,
-            mark_seconds=config.mark_seconds,
+            sync_seconds=config.sync_seconds,
             progress=show,
             shared=sys.platform != "win32",
             prefetch=2,
@@ -212,14 +211,13 @@ def verified(found: CacheCheck) -> str:
     """What `verify` has found good, on one line.
 
     Examples:
-        >>> verified(CacheCheck(100, 2, True, 64, {"embedding": 2e-8}))
-        'good: 100 rows in 2 files have their checksums and are finite; 64 rows computed again, 1 - cos at most 2e-08'
+        >>> verified(CacheCheck(100, 2, 64, {"embedding": 2e-8}))
+        'good: 100 rows in 2 files have correct checksums and finite values; 64 rows computed again, 1 - cos at most 2e-08'
     """
-    checked = "have their checksums and are finite" if found.checksums else "are finite; there are no checksums"
     again = ""
     if found.recomputed:
         again = f"; {found.recomputed} rows computed again, 1 - cos at most {max(found.max_cosine.values()):.2g}"
-    return f"good: {found.rows:,} rows in {found.shards:,} files {checked}{again}"
+    return f"good: {found.rows:,} rows in {found.shards:,} files have correct checksums and finite values{again}"
 
 
 def _told(cache: TeacherCache) -> tuple[SeededViews, dict[str, str], int]:

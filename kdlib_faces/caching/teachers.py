@@ -6,8 +6,7 @@ from pathlib import Path
 
 from torch import nn
 
-from kdlib.cache import CachedTeacher, TeacherCache
-from kdlib.cache.layout import read_header
+from kdlib.cache import CachedTeacher, TeacherCache, read_header
 from kdlib_faces._checks import InputError, show_name
 from kdlib_faces.caching.source import data_digest
 from kdlib_faces.data.lists import FaceList

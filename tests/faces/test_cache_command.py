@@ -86,7 +86,7 @@ def test_a_cache_holds_what_the_teacher_says_of_both_views(material: Path, tmp_p
     assert capsys.readouterr().out == shown
     assert run("cache", "verify", "--quiet", tmp_path / "c") == 0
     assert capsys.readouterr().out.startswith(
-        f"good: {2 * COUNT} rows in 1 files have their checksums and are finite\n"
+        f"good: {2 * COUNT} rows in 1 files have correct checksums and finite values\n"
     )
     faces, teacher = material / "faces.csv", material / "teacher.pt"
     assert run("cache", "verify", "--quiet", tmp_path / "c", "--faces", faces, "--teacher", teacher, "--rows", 7) == 0
@@ -146,7 +146,7 @@ def test_an_onnx_teacher(tmp_path: Path, material: Path, capsys) -> None:
     other = tiny_graph(tmp_path / "other.onnx", seed=1)
     verify = ["cache", "verify", "--quiet", tmp_path / "c", "--faces", material / "faces.csv", "--teacher"]
     assert run(*verify, graph) == 0
-    assert "what differs is the teacher (weights, code or taps); its" in fails(capsys, *verify, other)
+    assert "the difference is the teacher (weights, code or taps); its" in fails(capsys, *verify, other)
 
 
 def test_what_differs_is_said(material: Path, tmp_path: Path, capsys) -> None:
@@ -157,23 +157,23 @@ def test_what_differs_is_said(material: Path, tmp_path: Path, capsys) -> None:
     assert run(*build(moved, tmp_path / "c")) == 0
     lines = (moved / "faces.csv").read_text().splitlines()
     (moved / "faces.csv").write_text("\n".join([lines[0], lines[2], lines[1], *lines[3:]]) + "\n")
-    assert "what differs is the data; its fingerprint" in fails(capsys, *build(moved, tmp_path / "c"))
+    assert "the difference is the data; its fingerprint" in fails(capsys, *build(moved, tmp_path / "c"))
     (moved / "faces.csv").write_text("\n".join(lines) + "\n")
     shutil.copy(moved / "2.png", moved / "3.png")
-    assert "what differs is the data; its fingerprint" in fails(capsys, *build(moved, tmp_path / "c"))
+    assert "the difference is the data; its fingerprint" in fails(capsys, *build(moved, tmp_path / "c"))
     network = build_backbone("mobilefacenet", seed=1, embedding_dim=16, width=0.25, input_size=32)
     shutil.copytree(material, tmp_path / "others")
     save_backbone(network, tmp_path / "others" / "teacher.pt")
-    assert "another teacher, preprocessing or data: what differs is the teacher" in fails(
+    assert "another teacher, preprocessing or data: the difference is the teacher" in fails(
         capsys, *build(tmp_path / "others", tmp_path / "c")
     )
-    assert "its views is 2, asked for is 1" in fails(capsys, *build(material, tmp_path / "c", "--views", 1))
-    assert "its dtype is 'float16', asked for is 'int8'" in fails(
+    assert "its views is 2, expected 1" in fails(capsys, *build(material, tmp_path / "c", "--views", 1))
+    assert "its dtype is 'float16', expected 'int8'" in fails(
         capsys, *build(material, tmp_path / "c", "--dtype", "int8")
     )
     random = ["--set", "augment.rotate=5", "--seed"]
     assert run(*build(material, tmp_path / "r", *random, 1)) == 0
-    assert "what differs is the data; " in fails(capsys, *build(material, tmp_path / "r", *random, 2))
+    assert "the difference is the data; " in fails(capsys, *build(material, tmp_path / "r", *random, 2))
 
 
 def test_the_student_sees_the_view_whose_output_is_cached(material: Path, tmp_path: Path) -> None:
@@ -254,7 +254,7 @@ def test_damage_is_found_by_the_command(material: Path, tmp_path: Path, capsys) 
     content = bytearray(shard.read_bytes())
     content[100] ^= 4
     shard.write_bytes(content)
-    assert "shard-00000.bin is damaged: rows 0 to 9 do not have" in fails(capsys, "cache", "verify", tmp_path / "c")
+    assert "shard-00000.bin is damaged: the checksum of rows 0 to 9 does not match" in fails(capsys, "cache", "verify", tmp_path / "c")
     shard.write_bytes(content[:-1])
     with pytest.raises(CacheError, match="must have"):
         recipe.verify(tmp_path / "c", progress=False)

@@ -148,8 +148,8 @@ def test_random_views_are_those_that_the_student_is_shown(material: Path, tmp_pa
 @pytest.mark.parametrize(
     ("faces", "words"),
     [
-        ("turned.csv", "what differs is the data, their order, names, sizes or content, though there are 16 in both"),
-        ("fewer.csv", "what differs is their number, 16 of faces.csv, 12 here"),
+        ("turned.csv", "the difference is the data, their order, names, sizes or content, though there are 16 in both"),
+        ("fewer.csv", "the difference is their number, 16 of faces.csv, 12 here"),
     ],
 )
 def test_a_cache_of_other_faces_is_refused(material: Path, tmp_path: Path, capsys, faces: str, words: str) -> None:
@@ -165,7 +165,7 @@ def test_an_image_that_was_aligned_anew_is_another(material: Path, tmp_path: Pat
     assert train(folder, tmp_path / "moved", "general", "age") == 0  # a list may move
     Image.new("RGB", (SIZE, SIZE)).save(folder / "7.png")
     capsys.readouterr()
-    assert "what differs is the data" in fails(capsys, train(folder, tmp_path / "run", "general", "age"))
+    assert "the difference is the data" in fails(capsys, train(folder, tmp_path / "run", "general", "age"))
 
 
 def test_a_missing_map_is_told_with_the_ways_out(material: Path, tmp_path: Path, capsys) -> None:
@@ -228,7 +228,7 @@ def test_folders_that_are_no_caches_and_caches_that_tell_nothing(material: Path,
     assert "run the same build again to complete it" in told(checks="", rows=3)
     assert "do not tell its views" in told(notes={})
     assert "does not tell what images it is of" in told(parts={})
-    assert "is no header of a cache" in told(dtype=3)
+    assert "is not a valid cache header" in told(dtype=3)
     with pytest.raises(InputError, match="taken by `kdlib-faces train`"):
         build_recipe(LIAADConfig(general_teacher=str(material / "general"), input_size=SIZE))
 
@@ -239,9 +239,9 @@ def test_a_kill_and_an_interrupt_leave_the_same_student(material: Path, tmp_path
         "--faces", material / "faces.csv", "--teacher", material / "general", "--teacher", material / "age"
     )
     command += settings(*SETTINGS[1:], "steps=80", "augment.rotate=10")
-    log = tmp_path / "killed" / "log.jsonl"
+    log = tmp_path / "interrupted" / "log.jsonl"
     for sent in (signal.SIGTERM, signal.SIGKILL):
-        process = subprocess.Popen([*command, "--output", str(tmp_path / "killed")], env=os.environ.copy())
+        process = subprocess.Popen([*command, "--output", str(tmp_path / "interrupted")], env=os.environ.copy())
         before, deadline = log.stat().st_size if log.exists() else 0, time.monotonic() + 120
         while process.poll() is None and time.monotonic() < deadline:
             if log.exists() and log.stat().st_size > before:
@@ -249,12 +249,12 @@ def test_a_kill_and_an_interrupt_leave_the_same_student(material: Path, tmp_path
                 break
             time.sleep(0.002)
         assert process.wait(60) != 0
-    assert list((tmp_path / "killed" / "checkpoints").iterdir())
-    assert not (tmp_path / "killed" / "model.pt").exists()
-    for name in ("killed", "straight"):
+    assert list((tmp_path / "interrupted" / "checkpoints").iterdir())
+    assert not (tmp_path / "interrupted" / "model.pt").exists()
+    for name in ("interrupted", "straight"):
         subprocess.run([*command, "--output", str(tmp_path / name)], check=True, timeout=300)
     wanted = weights(tmp_path / "straight")
-    assert all(torch.equal(value, wanted[name]) for name, value in weights(tmp_path / "killed").items())
+    assert all(torch.equal(value, wanted[name]) for name, value in weights(tmp_path / "interrupted").items())
 
 
 def test_a_folder_of_another_run_is_not_gone_on_with(material: Path, tmp_path: Path, capsys) -> None:
@@ -265,16 +265,16 @@ def test_a_folder_of_another_run_is_not_gone_on_with(material: Path, tmp_path: P
     assert train(material, output, "general", "age") == 0  # the same again: nothing to do
     capsys.readouterr()
     for teachers, more, words in (
-        (("age", "general"), (), "what differs is general teacher ("),
-        (("general.pt", "age"), (), "what differs is general teacher ("),
-        (("general", "age"), ("augment.rotate=1",), "what differs is augment.rotate (5.0, now 1.0); restore it"),
+        (("age", "general"), (), "the difference is general teacher ("),
+        (("general.pt", "age"), (), "the difference is general teacher ("),
+        (("general", "age"), ("augment.rotate=1",), "the difference is augment.rotate (5.0, now 1.0); restore it"),
         (("general", "age"), ("network.map_weight=3", "steps=6"), "network.map_weight (2.0, now 3.0)"),
     ):
         said = fails(capsys, train(material, output, *teachers, more=more))
         assert f"{output} holds another run" in said
         assert words in said
     said = fails(capsys, train(material, output, "general.pt", "age.pt", faces="turned.csv"))
-    assert "what differs is faces (" in said
+    assert "the difference is faces (" in said
     assert (output / "config.toml").read_text() == kept
     assert all(torch.equal(value, before[name]) for name, value in weights(output).items())
     # Files that lie elsewhere now are the same run; a folder of an earlier version has no note.
