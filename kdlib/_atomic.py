@@ -12,9 +12,7 @@ __all__ = ["atomic_write"]
 
 
 @contextmanager
-def atomic_write(
-    path: str | PathLike[str], *, durable: bool = False, sole_writer: bool = False
-) -> Iterator[BinaryIO]:
+def atomic_write(path: str | PathLike[str], *, durable: bool = False, sole_writer: bool = False) -> Iterator[BinaryIO]:
     """Open a temporary file that replaces `path` when the block succeeds and is removed when it fails.
 
     Args:

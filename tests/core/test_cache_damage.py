@@ -75,7 +75,9 @@ def test_the_error_says_what_differs(tmp_path: Path) -> None:
             lambda made=made, data=data: build(tmp_path, made, data=data),
             lambda made=made, data=data: TeacherCache.open(tmp_path, fingerprint=Fingerprint.of(made, data=data)),
         ):
-            with pytest.raises(CacheError, match="another teacher, preprocessing or data: the difference is ") as caught:
+            with pytest.raises(
+                CacheError, match="another teacher, preprocessing or data: the difference is "
+            ) as caught:
                 attempt()
             assert f"the difference is {words}its fingerprint is" in str(caught.value)
     same = Fingerprint.of(teacher(), data="list 1")
@@ -93,7 +95,11 @@ def test_every_changed_byte_is_found(tmp_path: Path) -> None:
     layout = TeacherCache.open(tmp_path / "good")._layout
     for name, at, message in [
         ("shard-00000.bin", 0, r"shard-00000.bin is damaged: the checksum of rows 0 to 7 does not match"),
-        ("shard-00001.bin", 13, r"shard-00001.bin( or shard-00002.bin)? is damaged: the checksum of rows 24 to 29 does not"),
+        (
+            "shard-00001.bin",
+            13,
+            r"shard-00001.bin( or shard-00002.bin)? is damaged: the checksum of rows 24 to 29 does not",
+        ),
         ("shard-00002.bin", -40, r"shard-00002.bin is damaged: the checksum of rows 54 to 59 does not match"),
         ("shard-00001.bin", -1, "does not match the header"),
         ("samples.i64", 0, "samples.i64 is damaged: its ids do not"),

@@ -146,7 +146,9 @@ def test_the_lock_of_another_process_is_respected(tmp_path: Path) -> None:
             with pytest.raises(CacheError, match="is being built by another process"):
                 TeacherCache.build(tmp_path, Says(), fetch, samples=4, shared=shared)
         fcntl.flock(other, fcntl.LOCK_SH)
-        with pytest.raises(CacheError, match="by another process; several processes can build it together with shared=True"):
+        with pytest.raises(
+            CacheError, match="by another process; several processes can build it together with shared=True"
+        ):
             TeacherCache.build(tmp_path, Says(), fetch, samples=4)
         assert TeacherCache.build(tmp_path, Says(), fetch, samples=4, shared=True).samples == 4
     finally:

@@ -579,7 +579,9 @@ def test_refused_write_is_a_clear_error(tmp_path: Path) -> None:
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (2000, limits[1]))
     try:
-        with pytest.raises(CheckpointError, match=r"cannot be written: .*File too large; there is no earlier checkpoint"):
+        with pytest.raises(
+            CheckpointError, match=r"cannot be written: .*File too large; there is no earlier checkpoint"
+        ):
             train(Toy(), batches(), TrainConfig(epochs=1, checkpoint_dir=tmp_path))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)

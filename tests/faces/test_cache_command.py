@@ -254,7 +254,9 @@ def test_damage_is_found_by_the_command(material: Path, tmp_path: Path, capsys) 
     content = bytearray(shard.read_bytes())
     content[100] ^= 4
     shard.write_bytes(content)
-    assert "shard-00000.bin is damaged: the checksum of rows 0 to 9 does not match" in fails(capsys, "cache", "verify", tmp_path / "c")
+    assert "shard-00000.bin is damaged: the checksum of rows 0 to 9 does not match" in fails(
+        capsys, "cache", "verify", tmp_path / "c"
+    )
     shard.write_bytes(content[:-1])
     with pytest.raises(CacheError, match="must have"):
         recipe.verify(tmp_path / "c", progress=False)
