@@ -69,7 +69,7 @@ def test_conventions_and_counts_are_reported(whole):
     assert found["ijbc"]["convention"]["Alignment"] == "by the list's five points"
     assert "galleries searched separately" in found["ijbc_1n"]["convention"]["Definition"]
     assert "25 distractors" in found["megaface_fgnet"]["convention"]["Definition"]
-    assert found["megaface_fgnet"]["convention"]["Distractors"] == "25 images of strangers"
+    assert found["megaface_fgnet"]["convention"]["Distractors"] == "25 images of others"
     assert found["fgnet"]["convention"]["Alignment"] == "by five points from the .pts files"
     assert "longitudinal protocol of this project" in found["longitudinal"]["convention"]["Definition"]
     assert "names and ages are not in a .bin" in found["bin"]["notes"][0]

@@ -157,17 +157,6 @@ def test_thinned_resamples_agree_with_whole_ones() -> None:
         assert not np.array_equal(other.replicates, estimate.replicates) or "auc" not in key
 
 
-def test_global_threshold_is_that_of_all_impostors() -> None:
-    embeddings, who, ages = make_set(1)
-    result = AgeGapProtocol(who, ages=ages, fars=(0.1,), replicates=0).evaluate(embeddings)
-    point = result.operating_points[0.1]
-    unit = embeddings / np.linalg.norm(embeddings, axis=1, keepdims=True)
-    pairs = [(i, j) for i, j in combinations(range(45), 2) if who[i] == who[j] and 10 <= abs(ages[i] - ages[j]) < 20]
-    accepted = np.mean([unit[i] @ unit[j] > point.threshold for i, j in pairs])
-    assert result.bin("10-19").tar[0.1].value == pytest.approx(accepted, abs=1e-12)
-    assert point.far <= 0.1
-
-
 @pytest.mark.parametrize(
     ("gap", "name"),
     [(0, "0-4"), (4.7, "0-4"), (4.999, "0-4"), (5, "5-9"), (9.99, "5-9"), (19.9, "10-19"), (30, "30+"), (80, "30+")],
@@ -207,7 +196,11 @@ def test_groups_make_one_bin_for_each_pair() -> None:
         assert entry.own_auc.value == pytest.approx(auc(genuine, impostor), abs=1e-9)
     assert result.large_gap == "adult-young"
     assert AgeGapProtocol(who, age_groups=who % 2).bins.names == ["0-0", "0-1", "1-1"]
-    assert AgeGapProtocol([0, 0, 1], age_groups=["0-9", "10+", "0-9"]).bins.names == ["0-9 / 0-9", "0-9 / 10+", "10+ / 10+"]
+    assert AgeGapProtocol([0, 0, 1], age_groups=["0-9", "10+", "0-9"]).bins.names == [
+        "0-9 / 0-9",
+        "0-9 / 10+",
+        "10+ / 10+",
+    ]
 
 
 def test_an_empty_bin_is_null_and_nothing_else() -> None:
@@ -290,20 +283,11 @@ def test_row_order_names_and_scale_do_not_matter(seed: int, scale: float) -> Non
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"ages": [1, 2, np.nan]}, "ages must be finite and not negative, in years, got row 2"),
-        ({"ages": [1, -2, 3]}, "ages must be finite and not negative, in years, got row 1"),
-        ({"ages": [1, 2]}, r"ages must be as long as identities \(3\), got 2"),
         ({"age_groups": ["a", "b"]}, r"age_groups must be as long as identities \(3\), got 2"),
         ({}, "ages or age_groups must be given, got neither"),
         ({"ages": [1, 2, 3], "bins": (0, 5, 5)}, r"bins must rise from the first, got \(0, 5, 5\)"),
         ({"ages": [1, 2, 3], "bins": ()}, "bins must rise"),
         ({"ages": [1, 2, 3], "bins": (-1, 5)}, "bins must be a finite number and >= 0"),
-        ({"ages": [1, 2, 3], "fars": (0.0,)}, "fars must be"),
-        ({"ages": [1, 2, 3], "fars": (0.1, 0.1)}, "fars must differ"),
-        ({"ages": [1, 2, 3], "replicates": -1}, "replicates must be"),
-        ({"ages": [1, 2, 3], "level": 1.0}, "level must be below 1"),
-        ({"ages": [1, 2, 3], "identities": [4, 4, 4]}, "at least two identities, got only 4"),
-        ({"ages": [1, 2, 3], "identities": [1, 2, 3]}, "one with two images"),
         ({"ages": [], "identities": []}, "identities must be .n,., not empty"),
     ],
 )
@@ -311,16 +295,6 @@ def test_bad_protocols_are_refused(arguments: dict[str, Any], message: str) -> N
     identities = arguments.pop("identities", [0, 0, 1])
     with pytest.raises(ValueError, match=f"AgeGapProtocol: .*{message}|AgeGapProtocol: {message}"):
         AgeGapProtocol(identities, **arguments)
-
-
-def test_bad_embeddings_are_named() -> None:
-    protocol = AgeGapProtocol([0, 0, 1], ages=[1, 2, 3])
-    with pytest.raises(ValueError, match=r"embeddings must be finite.*got row 1 "):
-        protocol.evaluate(torch.tensor([[1.0], [float("nan")], [1.0]]))
-    with pytest.raises(ValueError, match=r"embeddings must be non-zero.*got row 0 "):
-        protocol.evaluate([[0.0], [1.0], [1.0]])
-    with pytest.raises(ValueError, match="one row for each of 3 identities, got 2"):
-        protocol.evaluate([[1.0], [1.0]])
 
 
 def test_repr_and_unknown_bin() -> None:

@@ -1,4 +1,4 @@
-"""What every protocol owes its user, checked of each that the evaluation shows."""
+"""The contract of every protocol."""
 
 import json
 from collections.abc import Callable
@@ -53,7 +53,7 @@ def test_every_public_protocol_is_tested() -> None:
 
 
 @pytest.mark.parametrize("name", PROTOCOLS)
-def test_a_result_is_json_and_the_same_for_every_kind_of_embeddings(name: str, tmp_path: Path) -> None:
+def test_a_result_is_json_and_equal_for_every_type_of_embeddings(name: str, tmp_path: Path) -> None:
     whole = evaluate(ROWS, PROTOCOLS[name]()).to_dict()
     assert json.loads(json.dumps(whole, allow_nan=False)) == whole
     single = evaluate(ROWS.astype(np.float32), PROTOCOLS[name]()).to_dict()
@@ -101,7 +101,7 @@ def test_the_length_of_all_embeddings_does_not_matter(name: str, scale: float) -
         (0.0, 17, "non-zero.*row 17"),
     ],
 )
-def test_a_bad_row_is_named_and_never_a_number(name: str, value: float, row: int, message: str) -> None:
+def test_a_bad_row_is_reported(name: str, value: float, row: int, message: str) -> None:
     bad = ROWS.copy()
     bad[row] = value
     with pytest.raises(ValueError, match=message):
@@ -118,7 +118,7 @@ def test_a_wrong_shape_is_refused(name: str, rows: Any) -> None:
 
 
 @pytest.mark.parametrize("name", PROTOCOLS)
-def test_embeddings_that_are_no_numbers_are_refused(name: str) -> None:
+def test_embeddings_must_be_numbers(name: str) -> None:
     with pytest.raises((TypeError, ValueError), match="numbers"):
         evaluate(np.full((32, 6), "x"), PROTOCOLS[name]())
     with pytest.raises((TypeError, ValueError), match="numbers"):
@@ -135,7 +135,7 @@ def test_embeddings_are_not_changed_and_a_second_run_gives_the_same(name: str) -
 
 
 @pytest.mark.parametrize("name", PROTOCOLS)
-def test_what_lies_under_a_mask_is_no_number(name: str) -> None:
+def test_masked_entries_are_refused(name: str) -> None:
     masked = np.ma.masked_array(ROWS, mask=np.zeros(ROWS.shape, dtype=bool))
     assert approximately(evaluate(masked, PROTOCOLS[name]()).to_dict(), evaluate(ROWS, PROTOCOLS[name]()).to_dict())
     masked[3, 2] = np.ma.masked
@@ -143,18 +143,45 @@ def test_what_lies_under_a_mask_is_no_number(name: str) -> None:
         evaluate(masked, PROTOCOLS[name]())
 
 
-def test_errors_name_the_protocol_that_was_called() -> None:
-    for make in (
-        lambda **more: evaluation.AgeErrorProtocol(WHO, ages=AGES, **more),
-        lambda **more: evaluation.LongitudinalProtocol(WHO, AGES, **more),
-        lambda **more: evaluation.CrossGroupProtocol(WHO, GROUPS, **more),
-        lambda **more: evaluation.DistractorProtocol(WHO, OTHERS, **more),
-        lambda **more: evaluation.LeaveOneOutProtocol(WHO, **more),
-        lambda **more: evaluation.AgeGapProtocol(WHO, ages=AGES, **more),
-    ):
-        name = type(make()).__name__.replace("DistractorProtocol", "identify_with_distractors")
-        with pytest.raises(ValueError, match=f"^{name}: replicates must be"):
-            make(replicates=-1)
+MAKES: dict[str, Callable[..., Any]] = {
+    "AgeErrorProtocol": lambda who=WHO, ages=AGES, **more: evaluation.AgeErrorProtocol(who, ages=ages, **more),
+    "AgeGapProtocol": lambda who=WHO, ages=AGES, **more: evaluation.AgeGapProtocol(who, ages=ages, **more),
+    "LongitudinalProtocol": lambda who=WHO, ages=AGES, **more: evaluation.LongitudinalProtocol(who, ages, **more),
+    "LeaveOneOutProtocol": lambda who=WHO, ages=AGES, **more: evaluation.LeaveOneOutProtocol(who, ages=ages, **more),
+    "identify_with_distractors": lambda who=WHO, ages=AGES, **more: evaluation.DistractorProtocol(
+        who, OTHERS, ages=ages, **more
+    ),
+    "CrossGroupProtocol": lambda who=WHO, **more: evaluation.CrossGroupProtocol(who, GROUPS, **more),
+}
+
+
+@pytest.mark.parametrize("owner", MAKES)
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"replicates": -1}, "replicates must be"),
+        ({"seed": -1}, "seed must be"),
+        ({"level": 1.0}, "level must be below 1"),
+        ({"fars": (0.0,)}, "fars must be"),
+        ({"fars": (0.1, 0.1)}, "fars must differ"),
+        ({"who": np.arange(32)}, "identities must hold one with"),
+        ({"who": [1.5] * 32}, "identities must be whole numbers or strings, got entry 0"),
+        ({"ages": AGES[:5]}, r"ages must be as long as identities \(32\), got 5"),
+        ({"ages": np.where(np.arange(32) == 2, np.nan, AGES)}, "ages must be finite .*row 2"),
+        ({"ages": -AGES}, "ages must be finite and not negative, in years, got row 0"),
+    ],
+)
+def test_bad_arguments_are_reported_with_the_protocol(owner: str, change: dict[str, Any], message: str) -> None:
+    if owner == "CrossGroupProtocol" and "ages" in change:
+        change = {"level": 0.0}
+        message = "level must be"
+    if owner == "LeaveOneOutProtocol" and "fars" in change:
+        change, message = {"ranks": (99,)}, "ranks must be"
+    with pytest.raises(ValueError, match=f"^{owner}: {message}"):
+        MAKES[owner](**change)
+
+
+def test_distractors_and_scores_are_checked() -> None:
     for given in ("abc", 3, 2.5, np.zeros(4)):
         with pytest.raises((ValueError, TypeError), match=r"^identify_with_distractors: distractors must be"):
             evaluation.identify_with_distractors(ROWS, WHO, given)

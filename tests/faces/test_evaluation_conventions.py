@@ -298,14 +298,3 @@ def test_pairs_come_in_shards_and_unused_bad_rows_are_named_too() -> None:
         evaluate([rows, np.ones((3, 9))], protocol)
     with pytest.raises(TypeError, match="shard 0, must be an array of numbers, got dtype <U1"):
         evaluate(iter([np.array([["a"]])]), protocol)
-
-
-def test_half_precision_is_taken_and_nothing_is_changed_in_place() -> None:
-    left, right, same = make()
-    half = [x.astype(np.float16) for x in (left, right)]
-    kept = [x.copy() for x in half]
-    found = verify_pairs(*half, same)
-    wide = verify_pairs(*(x.astype(np.float64) for x in half), same)
-    np.testing.assert_array_equal(found.fold_accuracies, wide.fold_accuracies)
-    for x, y in zip(half, kept, strict=True):
-        np.testing.assert_array_equal(x, y)

@@ -4,21 +4,20 @@ import copy
 import dataclasses
 import pickle
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from kdlib_faces.evaluation import DistractorProtocol, evaluate, identify_with_distractors, tar_at_far
+from kdlib_faces.evaluation import DistractorProtocol, identify_with_distractors, tar_at_far
 from kdlib_faces.evaluation import search as search_module
 
 
-def make(people: int = 12, each: int = 4, distractors: int = 700, width: int = 24) -> tuple[Any, Any, Any]:
+def make(identities: int = 12, each: int = 4, distractors: int = 700, width: int = 24) -> tuple[Any, Any, Any]:
     generator = np.random.default_rng(0)
-    who = np.repeat(np.arange(people), each)
-    probes = generator.normal(size=(people, width))[who] + generator.normal(size=(who.size, width))
+    who = np.repeat(np.arange(identities), each)
+    probes = generator.normal(size=(identities, width))[who] + generator.normal(size=(who.size, width))
     return probes, who, generator.normal(size=(distractors, width)).astype(np.float32)
 
 
@@ -28,7 +27,7 @@ def unit(x: Any) -> np.ndarray:
 
 
 def published(probes: Any, who: Any, distractors: Any, rank: int, ties: str = "correct") -> tuple[float, int]:
-    """For each ordered pair of one identity: is the mate at least as alike as the rank-th distractor?"""
+    """For each ordered pair of one identity: is the mate at least as similar as the rank-th distractor?"""
     p, d = unit(probes), unit(distractors)
     correct = trials = 0
     for probe in range(len(p)):
@@ -41,7 +40,7 @@ def published(probes: Any, who: Any, distractors: Any, rank: int, ties: str = "c
     return correct / trials, trials
 
 
-def test_rates_are_those_of_plain_loops() -> None:
+def test_rates_equal_plain_loops() -> None:
     probes, who, distractors = make()
     result = identify_with_distractors(probes, who, distractors, fars=(1e-4, 1e-2, 0.3), ranks=(1, 5))
     for rank in (1, 5):
@@ -61,7 +60,7 @@ def test_rates_are_those_of_plain_loops() -> None:
 
 
 @pytest.mark.parametrize("block", [1, 7, 64, 4096])
-def test_neither_blocks_nor_shards_nor_kind_change_a_number(block: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_blocks_shards_and_types_do_not_change_the_result(block: int, monkeypatch: pytest.MonkeyPatch) -> None:
     probes, who, distractors = make(distractors=150)
     whole = identify_with_distractors(probes, who, distractors, fars=(1e-3, 0.2), ranks=(1, 3)).to_dict()
     monkeypatch.setattr(search_module, "BLOCK", block)
@@ -77,19 +76,10 @@ def test_neither_blocks_nor_shards_nor_kind_change_a_number(block: int, monkeypa
         assert found.to_dict() == whole
 
 
-def test_a_float16_memory_map_is_read_as_it_is(tmp_path: Path) -> None:
-    probes, who, distractors = make()
-    half = distractors.astype(np.float16)
-    half.tofile(tmp_path / "map")
-    mapped = np.memmap(tmp_path / "map", dtype=np.float16, mode="r", shape=half.shape)
-    result = evaluate(probes, DistractorProtocol(who, mapped, fars=(1e-2,)))
-    assert result.rank1 == pytest.approx(published(probes, who, half, 1)[0], abs=1e-12)
-
-
 def test_a_tie_is_correct_as_published_or_wrong() -> None:
-    # Person 0's two images are each other's mate at the very cosine of the one distractor.
+    # The two images of identity 0 have the same cosine with each other as with the one distractor.
     probes, who = np.array([[3.0, 1.0], [1.0, 3.0], [-1.0, 0.0], [-1.0, 0.0]]), [0, 0, 1, 1]
-    # Of another length: equal directions tie all the same.
+    # Of another length: equal directions still tie.
     distractors = np.array([[1.0, 3.0], [3.0, 1.0]]) * 7
     assert identify_with_distractors(probes, who, distractors[:1]).rank1 == 0.75
     found = {
@@ -113,17 +103,7 @@ def test_a_copy_of_the_mate_ties_to_the_last_bit(width: int) -> None:
     assert both.rank1 == 0.0
 
 
-def test_far_never_exceeds_its_target_with_ties_and_unresolvable_points_are_flagged() -> None:
-    probes, who = np.eye(3)[[0, 0, 1, 1]], [0, 0, 1, 1]
-    distractors = np.eye(3)[[0, 0, 0, 2, 2, 2, 2, 2, 2, 2]]
-    result = identify_with_distractors(probes, who, distractors, fars=(0.1, 0.01))
-    assert result.tar[0.1].far <= 0.1
-    assert result.tar[0.1].resolvable
-    assert not result.tar[0.01].resolvable
-    assert result.to_dict()["tar"]["0.01"]["resolvable"] is False
-
-
-def test_sizes_are_prefixes_and_the_number_really_used_is_told() -> None:
+def test_sizes_are_prefixes_and_the_number_used_is_reported() -> None:
     probes, who, distractors = make(distractors=300)
     result = identify_with_distractors(probes, who, distractors, sizes=(1, 10, 250, 300))
     for size, rate in result.by_size.items():
@@ -134,7 +114,7 @@ def test_sizes_are_prefixes_and_the_number_really_used_is_told() -> None:
         identify_with_distractors(probes, who, distractors, sizes=(10, 301))
 
 
-def test_gaps_break_rank_one_down_and_empty_bins_are_none() -> None:
+def test_rank_1_by_gap() -> None:
     probes, who, distractors = make()
     ages = np.tile([5.0, 8.0, 20.0, 30.0], 12)
     result = identify_with_distractors(probes, who, distractors, ages=ages, gap_bins=(0, 5, 10, 20, 40), fars=(0.01,))
@@ -149,7 +129,7 @@ def test_gaps_break_rank_one_down_and_empty_bins_are_none() -> None:
     assert result.by_gap[0].rank1.value == pytest.approx(expected)
 
 
-def test_cleaning_conventions_are_named_and_differ_as_they_do() -> None:
+def test_cleaning_conventions() -> None:
     # Every cosine is negative: a zero row that scores 0 beats the mates, one that never matches does not.
     probes, who = np.array([[1.0, 0.1], [-0.3, 1.0]]), [0, 0]
     noisy = np.array([[-1.0, -1.0], [0.0, 0.0], [-1.0, -0.9]])
@@ -171,14 +151,14 @@ def test_cleaning_conventions_are_named_and_differ_as_they_do() -> None:
         identify_with_distractors(probes, who, np.zeros((3, 2)), cleaning="exclude_zeros")
 
 
-def test_a_model_that_gives_one_embedding_for_all_is_finite_and_told() -> None:
+def test_a_collapsed_model_has_finite_rates() -> None:
     probes = np.ones((40, 16)) + 1e-9 * np.random.default_rng(0).normal(size=(40, 16))
     result = identify_with_distractors(probes, np.arange(40) // 2, np.ones((500, 16)), fars=(1e-3,), ties="wrong")
     assert 0 <= result.rank1 <= 1
     assert result.tar[1e-3].far <= 1e-3
 
 
-def test_values_beyond_float32_are_directions_all_the_same() -> None:
+def test_values_beyond_float32() -> None:
     probes, who, distractors = make(distractors=60)
     plain = identify_with_distractors(probes, who, distractors.astype(np.float64), fars=(0.05,))
     for factor in (1e200, 1e-200):
@@ -199,16 +179,14 @@ def test_values_beyond_float32_are_directions_all_the_same() -> None:
         ({"identities": [0, 1, 2, 3]}, "identities must hold one with two images"),
         ({"identities": [0, 0, 1]}, "probes must have one row for each of 3 identities, got 4"),
         ({"probes": np.array([[1.0, 0, 0, 0], [0, 0, 0, 0], [1, 1, 0, 0], [0, 1, 0, 0]])}, "probes must be non-zero.*row 1"),
-        ({"fars": (0.0,)}, "fars must be"),
         ({"fars": (1.0,), "max_distractors": 50_000_000, "distractors": iter(())}, "at most 20000000 false accepts"),
         ({"ranks": ()}, "ranks must not be empty"),
         ({"ties": "maybe"}, "ties must be one of 'correct', 'wrong'"),
         ({"cleaning": "soap"}, "cleaning must be one of"),
         ({"sizes": (10, 5)}, "sizes must rise"),
-        ({"ages": [1, 2, np.nan, 3]}, "ages must be finite.*row 2"),
     ],
 )  # fmt: skip
-def test_bad_input_is_named(change: dict[str, Any], message: str) -> None:
+def test_bad_input_is_reported(change: dict[str, Any], message: str) -> None:
     given: dict[str, Any] = {
         "probes": np.eye(4) + 1,
         "identities": [0, 0, 1, 1],
@@ -248,30 +226,28 @@ def test_operating_points_are_numbers_too() -> None:
 
 @pytest.mark.parametrize("ties", ["correct", "wrong"])
 @pytest.mark.parametrize("block", [5, 64, 4096])
-def test_every_trial_tells_its_place_and_its_nearest_distractor(
-    ties: Any, block: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_rank_and_nearest_distractor_of_every_trial(ties: Any, block: int, monkeypatch: pytest.MonkeyPatch) -> None:
     probes, who, distractors = make(distractors=150)
-    distractors[[40, 77, 149]] = 3 * distractors[[12, 12, 5]]  # equal directions: the first of them is told
+    distractors[[40, 77, 149]] = 3 * distractors[[12, 12, 5]]  # equal directions: the first one is reported
     monkeypatch.setattr(search_module, "BLOCK", block)
     result = identify_with_distractors(probes, who, [distractors[:30], distractors[30:]], ranks=(1, 4), ties=ties)
-    told = result.trials
+    trials = result.trials
     p, d = unit(probes), unit(distractors)
     cosine = np.round(p @ d.T, 12)
     expected = [(i, j) for i in range(48) for j in range(48) if i != j and who[i] == who[j]]
-    assert sorted(zip(told.probe.tolist(), told.mate.tolist(), strict=True)) == expected
-    for probe, mate, score, place in zip(told.probe, told.mate, told.score, told.rank, strict=True):
+    assert sorted(zip(trials.probe.tolist(), trials.mate.tolist(), strict=True)) == expected
+    for probe, mate, score, place in zip(trials.probe, trials.mate, trials.score, trials.rank, strict=True):
         assert score == pytest.approx(p[probe] @ p[mate], abs=1e-11)
         ahead = cosine[probe] > score if ties == "correct" else cosine[probe] >= score
         assert place == min(1 + ahead.sum(), 5)
-    np.testing.assert_array_equal(told.distractor, cosine.argmax(axis=1))
-    np.testing.assert_allclose(told.distractor_score, cosine.max(axis=1), atol=1e-11)
+    np.testing.assert_array_equal(trials.distractor, cosine.argmax(axis=1))
+    np.testing.assert_allclose(trials.distractor_score, cosine.max(axis=1), atol=1e-11)
     for rank in (1, 4):
-        assert result.rates[rank].value == (told.rank <= rank).mean()
+        assert result.rates[rank].value == (trials.rank <= rank).mean()
     assert result.to_dict()["trials"] == len(expected)
 
 
-def test_the_numbers_of_distractors_count_those_that_are_cleaned_away() -> None:
+def test_distractor_numbers_count_cleaned_ones() -> None:
     probes = [[1.0, 0.0], [1.0, 0.1], [0.0, 1.0], [0.1, 1.0]]
     noisy = [[0.0, 0.0], [0.0, 0.0], [1.0, 0.2], [-1.0, -1.0]]
     who = [0, 0, 1, 1]

@@ -13,7 +13,6 @@ from kdlib_faces.evaluation import (
     check_identity_disjoint,
     evaluate,
     identity_disjoint_split,
-    leave_one_out,
     tar_at_far,
     verify_pairs,
     wilson,
@@ -67,14 +66,6 @@ def test_bad_protocols_are_refused(call: Any, message: str) -> None:
 def test_fractional_row_numbers_are_refused() -> None:
     with pytest.raises(TypeError, match="left must be an array of row numbers"):
         PairProtocol([0.0, 1.0], [1, 2], [1, 0])
-
-
-def test_leave_one_out_protocol() -> None:
-    identities = np.arange(40) % 7
-    result = evaluate(make_embeddings(), LeaveOneOutProtocol(identities))
-    rates = leave_one_out(make_embeddings(), identities, ranks=(1, 5))
-    assert [result.to_dict()[f"rank{rank}"]["value"] for rank in (1, 5)] == rates.tolist()
-    assert repr(LeaveOneOutProtocol(identities)) == "LeaveOneOutProtocol(<40 images>, ranks=(1, 5))"
 
 
 def test_a_protocol_of_ones_own_is_taken_and_a_stranger_refused() -> None:
