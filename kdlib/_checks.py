@@ -80,6 +80,30 @@ def check_whole_numbers(owner: str, name: str, x: Tensor, size: int) -> None:
         raise ValueError(f"{owner}: {name} must be ({size},), got {show_shape(x)}")
 
 
+def check_gathered(owner: str, rows: Sequence[tuple[tuple[int, ...], str]]) -> None:
+    """All processes must have rows of the same shape and dtype; `rows` contains both for each process."""
+    for rank, (shape, dtype) in enumerate(rows):
+        if (shape, dtype) != rows[0]:
+            raise ValueError(
+                f"{owner}: all processes must hold rows of one shape and dtype, got {rows[0][0]} {rows[0][1]} in "
+                f"process 0 and {shape} {dtype} in process {rank}"
+            )
+
+
+def check_target(owner: str, target: Tensor, batch: int, classes: int) -> None:
+    """`target` must be `(b,)` classes: whole numbers from 0 to below `classes`."""
+    check_type(owner, "target", target, Tensor, "a torch.Tensor")
+    if target.is_floating_point() or target.is_complex() or target.dtype == torch.bool:
+        raise TypeError(f"{owner}: target must be whole numbers, got {target.dtype}")
+    check_shape(owner, "target", target, "b", b=batch)
+    if torch.compiler.is_compiling() or target.numel() == 0:  # values cannot be read while compiling
+        return
+    lowest, highest = (int(end) for end in torch.aminmax(target))
+    if lowest < 0 or highest >= classes:
+        value = lowest if lowest < 0 else highest
+        raise ValueError(f"{owner}: target must be from 0 to below c = {classes}, got {value}")
+
+
 def check_relation(owner: str, student: Tensor, teacher: Tensor, reduction: str, weight: Tensor | None) -> None:
     """A relation loss compares two batches of equal length, of any feature shape, and returns one value per batch."""
     check_relation_reduction(owner, reduction)

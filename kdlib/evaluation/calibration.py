@@ -3,8 +3,7 @@
 import torch
 from torch import Tensor
 
-from kdlib._checks import check_floating, check_number, check_rank
-from kdlib.losses._checks import check_target
+from kdlib._checks import check_floating, check_number, check_rank, check_target
 
 __all__ = ["calibration_error"]
 
