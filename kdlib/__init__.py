@@ -6,7 +6,8 @@ Data flows through the packages in this order, and each package imports only pac
 - `kdlib.projections`: map student features into the teacher's feature space;
 - `kdlib.losses`: compare a student tensor with a teacher tensor; `kdlib.functional` has the same losses as functions;
 - `kdlib.weighting`: compute one weight per teacher and sample from the losses of several teachers;
-- `kdlib.objective`: add named terms up to one scalar (`Objective`); `kdlib.distiller` runs all of the above (`Distiller`);
+- `kdlib.objective`: add named terms up to one scalar (`Objective`);
+- `kdlib.distiller`: run student, teachers and objective on a batch (`Distiller`);
 - `kdlib.training`: a training loop with exact resume after interruption (`train`);
 - `kdlib.evaluation`: measure how similar student and teacher are.
 """

@@ -215,7 +215,7 @@ def check_finite(owner: str, **tensors: Tensor) -> None:
 def check_term(
     student: object, teacher: object, teachers: Sequence[str] | None, target: object, project: object, sample: object
 ) -> None:
-    """Names must be text; a term needs a teacher feature, a target or both; `teachers` and `project` need the former."""
+    """A term needs a teacher feature, a target or both; `teachers` and `project` need a teacher feature."""
     check_type("Term", "student", student, str, "a str")
     for name, value in (("teacher", teacher), ("target", target), ("sample_weight", sample)):
         check_type("Term", name, value, (str, NoneType), "a str or None")
@@ -309,6 +309,6 @@ def check_reads(teacher: str, reads: Sequence[str], targets: Container[str]) -> 
 def late_projections(terms: Iterable[str]) -> str:
     """Return the message of a strict load whose state dict holds projections that the module has not created yet."""
     return (
-        f"Objective: the state dict holds projections of the terms {', '.join(map(repr, terms))}, which are not created "
-        "yet; call infer on one batch before loading"
+        f"Objective: the state dict holds projections of the terms {', '.join(map(repr, terms))}, which are not "
+        "created yet; call infer on one batch before loading"
     )

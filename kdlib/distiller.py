@@ -30,8 +30,8 @@ class Distiller(nn.Module):
 
     Args:
         student: maps inputs to named features; usually a `StudentAdapter`.
-        teachers: name to teacher: a `TeacherAdapter`, a `CachedTeacher`, or any other `Teacher`. A teacher whose `reads`
-            names targets is called with those targets in place of the inputs.
+        teachers: name to teacher: a `TeacherAdapter`, a `CachedTeacher` or any other `Teacher`. If its `reads` names
+            targets, a teacher is called with those targets in place of the inputs.
         objective: the terms that are compared.
 
     Raises:

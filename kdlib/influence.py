@@ -129,8 +129,8 @@ class Comparison(NamedTuple):
 
     Args:
         feature: the student's feature, `(b, ...)`.
-        losses: `(k, b)`, times the sample weights, or `(k,)` without a per-sample form; for a supervised term `(b,)` or a
-            scalar.
+        losses: `(k, b)`, times the sample weights, or `(k,)` without a per-sample form; for a supervised term `(b,)` or
+            a scalar.
         teachers: names of the k teachers.
         weights: `(k, b)`; `None` for a supervised term.
         sample: sample weights `(b,)`; `None` for all ones.

@@ -6,9 +6,9 @@ from typing import Any, Protocol, TypeAlias, runtime_checkable
 from torch import Tensor
 
 __all__ = [
-    *("Features", "GraphWeighting", "HasTaps", "Loss", "PenalizedWeighting", "Projection", "Targets", "Teacher"),
-    *("WeightedLoss", "Weighting"),
-]
+    "Features", "GraphWeighting", "HasTaps", "Loss", "PenalizedWeighting", "Projection", "Targets", "Teacher",
+    "WeightedLoss", "Weighting",
+]  # fmt: skip
 
 Features: TypeAlias = Mapping[str, Tensor]
 """Output of an adapter: one tensor `(b, ...)` for each feature name."""

@@ -327,7 +327,7 @@ def test_no_per_sample_form_must_be_refused() -> None:
 
 def test_weights_changed_in_place_are_found() -> None:
     only = [name for name in LOSS_CHECKS if name not in ("inputs_unchanged", "weight_ones")]
-    with pytest.raises(AssertionError, match="inputs_unchanged: must leave its arguments alone, changed weight"):
+    with pytest.raises(AssertionError, match="inputs_unchanged: must not change its arguments, changed weight"):
         check_loss(InPlaceWeight(), STUDENT, TEACHER, exclude=only)
 
 
