@@ -22,8 +22,7 @@ def show_shape(x: Tensor) -> str:
 def check_floating(owner: str, **tensors: Tensor) -> None:
     """Each named argument must be a floating-point tensor."""
     for name, x in tensors.items():
-        if not isinstance(x, Tensor):
-            raise TypeError(f"{owner}: {name} must be a torch.Tensor, got {type(x).__name__}")
+        check_type(owner, name, x, Tensor, "a torch.Tensor")
         if not x.is_floating_point():
             raise TypeError(f"{owner}: {name} must be a floating-point tensor, got {x.dtype}")
 
@@ -64,18 +63,22 @@ def check_same_batch(owner: str, first: str, a: Tensor, second: str, b: Tensor) 
 
 def check_weight(owner: str, weight: Tensor | None, batch: int) -> None:
     """Per-sample weights must be a tensor `(b,)`."""
-    if weight is not None and not isinstance(weight, Tensor):
-        raise TypeError(f"{owner}: weight must be a torch.Tensor, got {type(weight).__name__}")
+    if weight is not None:
+        check_type(owner, "weight", weight, Tensor, "a torch.Tensor")
     if weight is not None and tuple(weight.shape) != (batch,):
         raise ValueError(f"{owner}: weight must be (b,) = ({batch},), got {show_shape(weight)}")
 
 
-def check_whole_numbers(owner: str, name: str, x: Tensor, size: int) -> None:
-    """`x` must be an integer tensor `(size,)`, such as identities, classes or sample ids."""
-    if not isinstance(x, Tensor):
-        raise TypeError(f"{owner}: {name} must be a torch.Tensor, got {type(x).__name__}")
+def check_dtype_whole(owner: str, name: str, x: Tensor) -> None:
+    """`x` must be a tensor of an integer dtype."""
+    check_type(owner, name, x, Tensor, "a torch.Tensor")
     if x.is_floating_point() or x.is_complex() or x.dtype == torch.bool:
         raise TypeError(f"{owner}: {name} must be whole numbers, got {x.dtype}")
+
+
+def check_whole_numbers(owner: str, name: str, x: Tensor, size: int) -> None:
+    """`x` must be an integer tensor `(size,)`, such as identities, classes or sample ids."""
+    check_dtype_whole(owner, name, x)
     if tuple(x.shape) != (size,):
         raise ValueError(f"{owner}: {name} must be ({size},), got {show_shape(x)}")
 
@@ -92,9 +95,7 @@ def check_gathered(owner: str, rows: Sequence[tuple[tuple[int, ...], str]]) -> N
 
 def check_target(owner: str, target: Tensor, batch: int, classes: int) -> None:
     """`target` must be `(b,)` classes: whole numbers from 0 to below `classes`."""
-    check_type(owner, "target", target, Tensor, "a torch.Tensor")
-    if target.is_floating_point() or target.is_complex() or target.dtype == torch.bool:
-        raise TypeError(f"{owner}: target must be whole numbers, got {target.dtype}")
+    check_dtype_whole(owner, "target", target)
     check_shape(owner, "target", target, "b", b=batch)
     if torch.compiler.is_compiling() or target.numel() == 0:  # values cannot be read while compiling
         return
@@ -130,13 +131,18 @@ def check_shares(owner: str, name: str, shares: object) -> None:
         raise ValueError(f"{owner}: {name} must hold a number > 0, got {shares!r}")
 
 
+def check_below(owner: str, name: str, x: Tensor, batch: int, **limit: int) -> None:
+    """`x` must be `(b,)` whole numbers below a named limit, as in `c=10`; negative numbers stand for unknown."""
+    ((what, size),) = limit.items()
+    check_dtype_whole(owner, name, x)
+    check_shape(owner, name, x, "b", b=batch)
+    if x.numel() and int(x.max()) >= size:
+        raise ValueError(f"{owner}: {name} must be below {what} = {size}, got {int(x.max())}")
+
+
 def check_identities(owner: str, identities: Tensor, batch: int, number: int) -> None:
     """`identities` must be `(b,)` whole numbers below `number`."""
-    if identities.is_floating_point() or identities.is_complex() or identities.dtype == torch.bool:
-        raise TypeError(f"{owner}: identities must be whole numbers, got {identities.dtype}")
-    check_shape(owner, "identities", identities, "b", b=batch)
-    if identities.numel() and int(identities.max()) >= number:
-        raise ValueError(f"{owner}: identities must be below num_identities = {number}, got {int(identities.max())}")
+    check_below(owner, "identities", identities, batch, num_identities=number)
 
 
 def check_type(owner: str, name: str, value: object, kind: type | tuple[type, ...], wanted: str) -> None:

@@ -182,13 +182,7 @@ def _divisor(sample: Tensor) -> Tensor:
 
 
 def measure(step: int, compared: Mapping[str, Comparison], terms: Mapping[str, tuple[float, str]]) -> InfluenceReport:
-    """Measure losses, gradients and their shares for the terms of one batch.
-
-    Args:
-        step: the step at which the schedules of the weights were evaluated.
-        compared: term name to comparison, whose feature is a leaf of the graph.
-        terms: term name to weight and name of the student feature.
-    """
+    """Measure the terms of one batch: `compared` by name, and the weight and student feature of each name in `terms`."""
     losses: dict[str, list[float]] = {}
     shares: dict[str, list[float]] = {}
     gradients: dict[str, list[Tensor]] = {}

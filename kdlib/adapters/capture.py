@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from kdlib._checks import check_type
 from kdlib.adapters._checks import (
     check_calls,
     check_gradient,
@@ -16,9 +17,9 @@ from kdlib.adapters._checks import (
     module_is_none,
     no_module,
 )
-from kdlib.adapters.tap import Tap, pick
+from kdlib.adapters.tap import Tap, parse_taps, pick
 
-__all__ = ["capture", "find_module"]
+__all__ = ["capture", "find_taps"]
 
 # torch numbers hook handles without a lock; two hooks with the same number would overwrite each other.
 _HOOKING = threading.Lock()
@@ -27,12 +28,18 @@ _HOOKING = threading.Lock()
 _WRAPPERS = ("module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 
 
-def find_module(owner: str, model: nn.Module, path: str) -> nn.Module:
-    """Return the module at `path`, ignoring the wrappers of DDP, FSDP, `torch.compile` and checkpointing.
+def find_taps(owner: str, model: nn.Module, taps: Mapping[str, str | Tap]) -> dict[str, Tap]:
+    """Convert the user's strings and taps to taps, and check that their modules exist in `model`."""
+    check_type(owner, "model", model, nn.Module, "a Module")
+    parsed = parse_taps(owner, taps)
+    for tap in parsed.values():
+        if tap.path is not None:
+            find_module(owner, model, tap.path)
+    return parsed
 
-    Raises:
-        ValueError: no such module (the nearest are named), or it lies inside a compiled module, where taps do not fire.
-    """
+
+def find_module(owner: str, model: nn.Module, path: str) -> nn.Module:
+    """Return the module at `path`, ignoring the wrappers of DDP, FSDP, `torch.compile` and checkpointing."""
     module = model
     parts = path.split(".")
     # A path written down under DDP begins with "module." and must be valid without DDP too.
@@ -42,10 +49,8 @@ def find_module(owner: str, model: nn.Module, path: str) -> nn.Module:
         while part not in module._modules:
             inner = [name for name in _WRAPPERS if name in module._modules]
             if not inner:
-                names = [name.split(".") for name, _ in model.named_modules()]
-                raise no_module(
-                    owner, path, [".".join(step for step in name if step not in _WRAPPERS) for name in names]
-                )
+                steps = [name.split(".") for name, _ in model.named_modules()]
+                raise no_module(owner, path, [".".join(x for x in each if x not in _WRAPPERS) for each in steps])
             module = _child(owner, path, module, inner[0])
         module = _child(owner, path, module, part)
     if module._compiled_call_impl is not None:
@@ -67,10 +72,6 @@ def capture(owner: str, model: nn.Module, taps: Mapping[str, Tap], inputs: tuple
 
     The hooks exist during the call only. They ignore other threads, so that several threads can run one model and the
     recomputation of a checkpointed block in the backward pass is not recorded.
-
-    Raises:
-        ValueError: a tap did not fire, fired more than once without choosing a call, fired where gradients were
-            disabled inside a trainable model, or its tensor was changed in place afterwards.
     """
     compiling = torch.compiler.is_compiling()
     thread = 0 if compiling else threading.get_ident()

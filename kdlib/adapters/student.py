@@ -5,9 +5,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from kdlib._checks import check_type
-from kdlib.adapters.capture import capture, find_module
-from kdlib.adapters.tap import Tap, parse_taps
+from kdlib.adapters.capture import capture, find_taps
+from kdlib.adapters.tap import Tap
 
 __all__ = ["StudentAdapter"]
 
@@ -41,11 +40,7 @@ class StudentAdapter(nn.Module):
 
     def __init__(self, model: nn.Module, taps: Mapping[str, str | Tap]) -> None:
         super().__init__()
-        check_type("StudentAdapter", "model", model, nn.Module, "a Module")
-        self.taps = parse_taps("StudentAdapter", taps)
-        for tap in self.taps.values():
-            if tap.path is not None:
-                find_module("StudentAdapter", model, tap.path)
+        self.taps = find_taps("StudentAdapter", model, taps)
         self.model = model
 
     def forward(self, *inputs: Any) -> dict[str, Tensor]:

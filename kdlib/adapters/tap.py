@@ -72,23 +72,13 @@ OUTPUT = Tap(None)
 
 
 def parse_taps(owner: str, taps: Mapping[str, "str | Tap"]) -> dict[str, Tap]:
-    """Convert the user's strings and taps to taps.
-
-    Raises:
-        TypeError: `taps` is not a mapping of strings to strings or taps.
-        ValueError: `taps` is empty, or a string is not a tap.
-    """
+    """Convert the user's strings and taps to taps."""
     check_taps(owner, taps, (str, Tap))
     return {name: Tap.parse(tap) if isinstance(tap, str) else tap for name, tap in taps.items()}
 
 
 def pick(owner: str, name: str, tap: Tap, value: Any) -> Tensor:
-    """Apply `tap.index` to `value`, the return value of a module.
-
-    Raises:
-        ValueError: an index does not exist in `value`.
-        TypeError: the result is not a tensor.
-    """
+    """Apply `tap.index` to `value`, the return value of a module; the result must be a tensor."""
     for key in tap.index:
         # A tensor can be indexed too, but would silently lose its batch dimension.
         if isinstance(value, Tensor):

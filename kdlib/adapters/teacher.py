@@ -8,10 +8,10 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from kdlib._checks import check_callable, check_type
+from kdlib._checks import check_callable
 from kdlib.adapters._checks import check_dtype
-from kdlib.adapters.capture import capture, find_module
-from kdlib.adapters.tap import Tap, parse_taps
+from kdlib.adapters.capture import capture, find_taps
+from kdlib.adapters.tap import Tap
 
 __all__ = ["TeacherAdapter"]
 
@@ -58,14 +58,10 @@ class TeacherAdapter(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        check_type("TeacherAdapter", "model", model, nn.Module, "a Module")
+        self.taps = find_taps("TeacherAdapter", model, taps)
         check_dtype("TeacherAdapter", dtype)
         if preprocess is not None:
             check_callable("TeacherAdapter", "preprocess", preprocess)
-        self.taps = parse_taps("TeacherAdapter", taps)
-        for tap in self.taps.values():
-            if tap.path is not None:
-                find_module("TeacherAdapter", model, tap.path)
         self.dtype = dtype
         # nn.Module does not register the contents of a tuple, so parents neither train, save nor optimize them.
         if isinstance(preprocess, nn.Module):
@@ -100,10 +96,7 @@ class TeacherAdapter(nn.Module):
             ValueError: a tap did not fire, or fired more than once without choosing a call.
         """
         model, preprocess = self._held
-        compiling = torch.compiler.is_compiling()  # torch.compile traces one thread and cannot trace a lock
-        training = _set_eval(model) if compiling else []
-        if not compiling:
-            _enter(model)
+        training = _enter(model)
         try:
             with torch.no_grad():
                 if preprocess is not None:
@@ -111,10 +104,7 @@ class TeacherAdapter(nn.Module):
                     inputs = prepared if isinstance(prepared, tuple) else (prepared,)
                 features = self._features(model, inputs)
         finally:
-            if compiling:
-                _set_training(training)
-            else:
-                _leave(model)
+            _leave(model, training)
         return {name: tensor.detach() for name, tensor in features.items()}
 
     def _features(self, model: nn.Module, inputs: tuple[Any, ...]) -> dict[str, Tensor]:
@@ -155,22 +145,23 @@ def _set_eval(model: nn.Module) -> list[nn.Module]:
     return training
 
 
-def _enter(model: nn.Module) -> None:
+def _enter(model: nn.Module) -> list[nn.Module]:
+    if torch.compiler.is_compiling():  # torch.compile traces one thread and cannot trace a lock
+        return _set_eval(model)
     with _LOCK:
         threads, training = _RUNNING.get(model, (0, []))
         _RUNNING[model] = (threads + 1, training + _set_eval(model))
+    return []
 
 
-def _leave(model: nn.Module) -> None:
+def _leave(model: nn.Module, training: list[nn.Module]) -> None:
     """Restore the training flags when the last thread leaves: another thread may still be running the model."""
-    with _LOCK:
-        threads, training = _RUNNING.pop(model)
-        if threads > 1:
-            _RUNNING[model] = (threads - 1, training)
-        else:
-            _set_training(training)
-
-
-def _set_training(modules: list[nn.Module]) -> None:
-    for module in modules:
+    if not torch.compiler.is_compiling():
+        with _LOCK:
+            threads, held = _RUNNING.pop(model)
+            if threads > 1:
+                _RUNNING[model] = (threads - 1, held)
+            else:
+                training = held
+    for module in training:
         module.training = True

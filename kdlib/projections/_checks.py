@@ -27,11 +27,7 @@ def check_projectable(owner: str, student: Tensor, teacher: Tensor) -> None:
 
 
 def check_square_tokens(owner: str, name: str, x: Tensor) -> tuple[int, bool]:
-    """`x` (b, n, d) must hold the tokens of a square grid, optionally after a class token.
-
-    Returns:
-        The side of the grid, and whether there is a class token.
-    """
+    """`x` (b, n, d) must hold a square grid of tokens, optionally after a class token; returns side and class token."""
     for leading in (0, 1):
         side = isqrt(max(x.shape[1] - leading, 0))
         if side and side * side == x.shape[1] - leading:

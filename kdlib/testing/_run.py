@@ -85,14 +85,7 @@ class Case:
 
 
 def run(owner: str, case: Case, names: Iterable[str], left_out: Collection[str]) -> tuple[str, ...]:
-    """Run the checks `names` without those in `left_out`; stop at the first failure.
-
-    Returns:
-        The names of the checks that ran.
-
-    Raises:
-        AssertionError: a check failed, or the component raised an error inside a check.
-    """
+    """Run the checks `names` without those in `left_out`, until the first failure; return the names that ran."""
     kind = getattr(case.component, "__name__", type(case.component).__name__)
     names = tuple(name for name in names if name not in left_out)
     # Dropout, new layers and the fast form of gradcheck use the global generators, whose states are restored.

@@ -2,21 +2,9 @@
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
-from kdlib._checks import check_floating, check_rank, check_shape, show_shape
-
-
-def check_labels(owner: str, labels: Tensor, batch: int, classes: int) -> None:
-    """`labels` must be `(b,)` whole numbers below `classes`; negative labels are unknown."""
-    if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
-        raise TypeError(f"{owner}: labels must be whole numbers, got {labels.dtype}")
-    check_shape(owner, "labels", labels, "b", b=batch)
-    if labels.numel() and int(labels.max()) >= classes:
-        raise ValueError(
-            f"{owner}: labels must be below c = {classes} of the teachers' logits, got {int(labels.max())}"
-        )
+from kdlib._checks import check_floating, check_rank, show_shape
 
 
 def check_logits(owner: str, teachers: Sequence[Tensor]) -> None:

@@ -74,11 +74,10 @@ class CenterConfidenceWeighting(nn.Module):
     def forward(
         self, losses: Tensor, *, student: Tensor, teachers: Sequence[Tensor], targets: Targets | Tensor
     ) -> Tensor:
-        """Return weights `(k, b)`; in training mode, then update the centers.
+        """Return weights `(k, b)`, then, in training mode, update the centers; `student` is ignored.
 
         Args:
             losses: `(k, b)`; only the shape is used.
-            student: ignored.
             teachers: k tensors `(b, ...)`, flattened after the first dimension.
             targets: identities `(b,)`, whole numbers, under the name `target`; or that tensor itself.
         """

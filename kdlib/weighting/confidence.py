@@ -5,10 +5,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from kdlib._checks import check_name
+from kdlib._checks import check_below, check_name
 from kdlib._maths import full_precision
 from kdlib.types import Targets
-from kdlib.weighting._checks import check_labels, check_logits, check_teachers
+from kdlib.weighting._checks import check_logits, check_teachers
 
 __all__ = ["ConfidenceWeighting"]
 
@@ -58,11 +58,10 @@ class ConfidenceWeighting(nn.Module):
     def forward(
         self, losses: Tensor, *, student: Tensor, teachers: Sequence[Tensor], targets: Targets | Tensor
     ) -> Tensor:
-        """Return weights `(k, b)`.
+        """Return weights `(k, b)`; `student` is ignored.
 
         Args:
             losses: `(k, b)`; only the shape is used.
-            student: ignored.
             teachers: k tensors of logits `(b, c)`.
             targets: labels `(b,)`, whole numbers below c, under the name `target`; or that tensor itself.
 
@@ -77,7 +76,7 @@ class ConfidenceWeighting(nn.Module):
         k, b = losses.shape
         if k < 2:
             return torch.ones_like(losses)
-        check_labels("ConfidenceWeighting", targets, b, teachers[0].shape[1])
+        check_below("ConfidenceWeighting", "labels", targets, b, c=teachers[0].shape[1])
         with full_precision(losses):
             labels = targets.to(losses.device).long()
             at_label = labels.clamp(min=0).unsqueeze(1)

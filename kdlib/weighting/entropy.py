@@ -46,13 +46,11 @@ class EntropyWeighting(nn.Module):
 
     @torch.no_grad()
     def forward(self, losses: Tensor, *, student: Tensor, teachers: Sequence[Tensor], targets: Targets) -> Tensor:
-        """Return weights `(k, b)`.
+        """Return weights `(k, b)`; `student` and `targets` are ignored.
 
         Args:
             losses: `(k, b)`; only the shape is used.
-            student: ignored.
             teachers: k tensors of logits `(b, c)`.
-            targets: ignored.
 
         Raises:
             ValueError: the teachers are not logits on the same classes.

@@ -87,13 +87,11 @@ class GateWeighting(nn.Module):
         nn.init.zeros_(self.out.bias)
 
     def forward(self, losses: Tensor, *, student: Tensor, teachers: Sequence[Tensor], targets: Targets) -> Tensor:
-        """Return weights `(k, b)`, with a graph to the parameters of the gate.
+        """Return weights `(k, b)`, with a graph to the parameters of the gate; `teachers` and `targets` are ignored.
 
         Args:
             losses: `(k, b)`; only the shape is used.
             student: `(b, d)`, or `(b, d, ...)`, which is averaged over the dimensions after the second.
-            teachers: ignored.
-            targets: ignored.
 
         Raises:
             ValueError: the number of teachers or the dimension of the student's feature differs.

@@ -73,13 +73,11 @@ class GradientWeighting(nn.Module):
         self.max_weight = max_weight
 
     def forward(self, losses: Tensor, *, student: Tensor, teachers: Sequence[Tensor], targets: Targets) -> Tensor:
-        """Return weights `(k, b)`; the graph of the losses is kept for the backward pass.
+        """Return weights `(k, b)` and keep the graph of the losses; `teachers` and `targets` are ignored.
 
         Args:
             losses: `(k, b)`, with their graph.
             student: the feature `(b, ...)` from which the losses were computed.
-            teachers: ignored.
-            targets: ignored.
 
         Raises:
             ValueError: `max_weight` is below 1 / k.
