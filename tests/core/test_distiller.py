@@ -116,24 +116,6 @@ def test_copies_give_the_same_numbers_and_share_nothing(batch) -> None:
     assert all(p.grad is None for p in ours.parameters())
 
 
-def test_compile_fullgraph(batch) -> None:
-    torch._dynamo.reset()
-    terms = {
-        "identity": Term(Head(), student="embedding", target="identity"),
-        "embedding": Term(AngularDistillLoss(), student="embedding", teacher="embedding", project="auto"),
-        "map": Term(AttentionTransferLoss(), student="map", teacher="map"),
-    }
-    teachers = {"general": TeacherAdapter(net(5, 1), TAPS), "age": TeacherAdapter(net(3, 2), TAPS)}
-    ours = Distiller(StudentAdapter(net(2, 0), TAPS), teachers, Objective(terms)).infer(*batch).eval()
-    compiled = torch.compile(ours, fullgraph=True, backend="eager")
-    for _ in range(2):
-        got, expected = compiled(*batch), ours(*batch)
-        torch.testing.assert_close(got.total, expected.total)
-        torch.testing.assert_close(got.weights, expected.weights)
-    got.total.backward()
-    assert ours.student.model[0].weight.grad.abs().sum() > 0
-
-
 WEIGHTINGS = {
     "center": CenterConfidenceWeighting(3),
     "gradient": GradientWeighting(),

@@ -144,30 +144,6 @@ def test_confidence_and_entropy_by_hand() -> None:
     assert weights.tolist() == [[0.0], [1.0]]
 
 
-def test_a_teacher_with_random_logits() -> None:
-    generator = torch.Generator().manual_seed(1)
-    labels = torch.randint(10, (64,), generator=generator)
-    good = [8 * nn.functional.one_hot(labels, 10).float() + torch.randn(64, 10, generator=generator) for _ in range(2)]
-    rest = {"student": good[0], "targets": {"label": labels}}
-    confident = 20 * torch.randn(64, 10, generator=generator)  # random and confident
-    uncertain = 0.1 * torch.randn(64, 10, generator=generator)  # random and nearly constant
-    losses = torch.zeros(3, 64)
-    for useless in (confident, uncertain):
-        weights = ConfidenceWeighting()(losses, teachers=[*good, useless], **rest).mean(1)
-        assert weights[2] < 0.15
-        assert weights[:2].min() > 0.4
-    assert EntropyWeighting()(losses, teachers=[*good, uncertain], **rest).mean(1)[2] < 0.05
-    # As documented, the entropy does not detect a teacher that is confident and wrong.
-    assert EntropyWeighting()(losses, teachers=[*good, confident], **rest).mean(1)[2] > 0.25
-
-
-def test_no_weight_exceeds_its_bound() -> None:
-    teachers = [torch.eye(4) * 100, -torch.eye(4) * 100, torch.zeros(4, 4)]
-    rest = {"student": teachers[0], "teachers": teachers, "targets": {"label": torch.arange(4)}}
-    for weighting in (ConfidenceWeighting(), EntropyWeighting()):
-        assert weighting(torch.zeros(3, 4), **rest).max() <= 0.5 + 1e-6
-
-
 @pytest.mark.parametrize(
     ("targets", "error", "message"),
     [
@@ -209,20 +185,6 @@ def test_the_penalty_is_kendalls_objective() -> None:
     torch.testing.assert_close(weights[:, 0], torch.tensor([-0.5, 1.0]).softmax(0))
     assert not weights.requires_grad
     assert weighting.penalty(losses[:, :0]).item() == -0.5
-
-
-def test_log_variances_converge_to_the_losses_and_weights_to_their_inverse() -> None:
-    weighting = UncertaintyWeighting(3)
-    losses = torch.tensor([[0.5, 1.5], [4.0, 4.0], [0.05, 0.15]])
-    optimizer = torch.optim.Adam(weighting.parameters(), 0.05)
-    for _ in range(400):
-        optimizer.zero_grad()
-        weighting.penalty(losses).backward()
-        optimizer.step()
-    torch.testing.assert_close(weighting.log_variances.detach(), losses.mean(1).log(), rtol=1e-3, atol=1e-3)
-    inverse = 1 / losses.mean(1)
-    weights = weighting(losses, student=torch.zeros(2, 1), teachers=[], targets={})
-    torch.testing.assert_close(weights[:, 0], inverse / inverse.sum(), rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.Adam])
@@ -271,16 +233,6 @@ def shortest(gram: np.ndarray, bound: float) -> float:
 
 
 vectors = st.integers(0, 2**31 - 1).map(lambda seed: np.random.default_rng(seed))
-
-
-@settings(deadline=None, max_examples=50)
-@given(rng=vectors, bound=st.sampled_from([1.0, 0.75, 0.5]))
-def test_two_teachers_have_the_closed_form(rng: np.random.Generator, bound: float) -> None:
-    g = rng.normal(size=(2, 3)) * np.exp(rng.normal(size=(2, 1)))
-    losses, rest = losses_with_gradients(g)
-    first = np.clip((g[1] - g[0]) @ g[1] / np.square(g[0] - g[1]).sum(), 1 - bound, bound)
-    weights = GradientWeighting(max_weight=bound)(losses, **rest)
-    np.testing.assert_allclose(weights[:, 0].numpy(), [first, 1 - first], atol=1e-4)
 
 
 @settings(deadline=None, max_examples=30)
