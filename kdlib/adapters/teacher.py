@@ -108,8 +108,7 @@ class TeacherAdapter(nn.Module):
         return {name: tensor.detach() for name, tensor in features.items()}
 
     def _features(self, model: nn.Module, inputs: tuple[Any, ...]) -> dict[str, Tensor]:
-        dtype = self.dtype
-        if dtype is None:
+        if (dtype := self.dtype) is None:
             return capture("TeacherAdapter", model, self.taps, inputs)
         inputs = tuple(x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x for x in inputs)
         device = next((x.device.type for x in inputs if isinstance(x, Tensor)), "cpu")
