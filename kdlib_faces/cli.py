@@ -280,7 +280,7 @@ def _cache(options: argparse.Namespace, command: str) -> None:
             rows=options.rows,
             progress=not options.quiet,
         )
-        print(cache.verified(found))
+        print(cache.describe_check(found))
         return
     if not options.faces:
         raise InputError("cache build: --faces must be given, a CSV list or a folder")

@@ -11,7 +11,7 @@ from torch import Tensor
 from kdlib._checks import check_number
 from kdlib_faces._checks import InputError
 from kdlib_faces._output import check_output
-from kdlib_faces.caching.teachers import open_teachers
+from kdlib_faces.caching.teachers import TeacherSource, open_teachers
 from kdlib_faces.config import dump_toml
 from kdlib_faces.data.batches import FaceBatches
 from kdlib_faces.data.images import load_images
@@ -30,7 +30,7 @@ from kdlib_faces.recipes.age_teacher import (
     samples_per_identity,
     tune,
 )
-from kdlib_faces.recipes.liaad import LIAADConfig, build, new_backbone
+from kdlib_faces.recipes.liaad import LIAADConfig, build, features_read, new_backbone, teacher_from
 from kdlib_faces.teachers import load_start, save_teacher
 from kdlib_faces.training.run_record import check_same_run, describe_run, note_run
 
@@ -117,8 +117,18 @@ def run(
         network = replace(network, general_teacher=teachers[0], age_teacher=teachers[1])
     found = None
     if recipe == "liaad":
-        found = open_teachers(network, listed, mirrored=config.augment.mirror > 0, quiet=not progress)
-        for line in found.told:
+        sources = [
+            TeacherSource(role, path, {key: f"network.{name}" for key, name in reads.items()}, network.stage)
+            for (role, reads), path in zip(features_read(network).items(), teachers, strict=True)
+        ]
+        found = open_teachers(
+            sources,
+            listed,
+            open_file=lambda source: teacher_from(source.path, source.role, network),
+            mirrored=config.augment.mirror > 0,
+            quiet=not progress,
+        )
+        for line in found.messages:
             say(line, quiet=not progress)
     start = load_start(teachers[0]) if recipe == "age_teacher" and teachers else None
     frozen = {} if found is None else found.teachers
