@@ -1,13 +1,14 @@
 """Types shared by all packages: named features and targets, and the Protocols of the parts of a distillation."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol, TypeAlias, runtime_checkable
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 __all__ = [
-    "Features", "GraphWeighting", "HasTaps", "Loss", "PenalizedWeighting", "Projection", "Targets", "Teacher",
-    "WeightedLoss", "Weighting",
+    "Features", "FrozenModel", "GraphWeighting", "HasFingerprint", "HasTaps", "Loss", "PenalizedWeighting", "Projection",
+    "Targets", "Teacher", "WeightedLoss", "Weighting",
 ]  # fmt: skip
 
 Features: TypeAlias = Mapping[str, Tensor]
@@ -81,6 +82,36 @@ class HasTaps(Protocol):
     @property
     def taps(self) -> Mapping[str, object]:
         """Mapping whose keys are the names of the features."""
+        ...
+
+
+@runtime_checkable
+class FrozenModel(HasTaps, Protocol):
+    """An adapter around a frozen model that it does not register, such as `TeacherAdapter`."""
+
+    @property
+    def model(self) -> nn.Module:
+        """The frozen model."""
+        ...
+
+    @property
+    def preprocess(self) -> Callable[..., Any] | None:
+        """The function that is called on the inputs first."""
+        ...
+
+    @property
+    def dtype(self) -> torch.dtype | None:
+        """Floating-point type of the model, if it is fixed."""
+        ...
+
+
+@runtime_checkable
+class HasFingerprint(Protocol):
+    """A module that identifies its weights and settings by a text of its own, which caches store and compare."""
+
+    @property
+    def fingerprint(self) -> str:
+        """Text that differs whenever the outputs may differ."""
         ...
 
 

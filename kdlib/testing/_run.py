@@ -3,6 +3,7 @@
 import ast
 import copy
 import pickle
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import Any, TypeVar
 
@@ -14,7 +15,7 @@ __all__ = ["Case", "clone", "expect", "finite", "repickle", "run", "same"]
 T = TypeVar("T")
 
 
-class Case:
+class Case(ABC):
     """A component and the checks that all kinds of components share; one method per check."""
 
     component: Callable[..., Any]
@@ -23,9 +24,9 @@ class Case:
         """Return a copy of the component: a component with a state starts anew in each check."""
         return copy.deepcopy(self.component)
 
+    @abstractmethod
     def output(self, component: Any) -> Mapping[str, Tensor]:
         """Return named tensors of one deterministic call."""
-        raise NotImplementedError
 
     def use(self, component: Any) -> None:
         """Call the component so that it changes its state."""
