@@ -1,4 +1,4 @@
-"""Losses: the rows of all processes as one batch, with the gradient kept. Touches tensors and the process group."""
+"""Gathering of rows from all processes, with gradient: a private module that kdlib and kdlib_faces share on purpose."""
 
 from math import prod
 from typing import Any
@@ -8,7 +8,7 @@ from torch import Tensor
 from torch import distributed as dist
 from torch.autograd import Function
 
-from kdlib.losses._checks import check_gathered
+from kdlib._checks import check_gathered
 
 __all__ = ["gather_rows"]
 

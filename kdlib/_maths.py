@@ -1,4 +1,4 @@
-"""Losses: the steps that they share: precision, direction, reduction. Touches tensors only."""
+"""Precision, normalization and reduction of losses: a private module that kdlib and kdlib_faces share on purpose."""
 
 from contextlib import AbstractContextManager, nullcontext
 

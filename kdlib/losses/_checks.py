@@ -6,28 +6,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kdlib._checks import check_finite, check_floating, check_number, check_shape, show_shape
+from kdlib._checks import check_finite, check_floating, check_number, show_shape
 
 __all__ = [
     "check_affine",
-    "check_gathered",
     "check_gathered_reduction",
     "check_levels",
     "check_map",
     "check_margin",
-    "check_target",
     "no_second_derivative",
 ]
-
-
-def check_gathered(owner: str, rows: Sequence[tuple[tuple[int, ...], str]]) -> None:
-    """The processes must bring rows of one shape and dtype; `rows` holds both for each process."""
-    for rank, (shape, dtype) in enumerate(rows):
-        if (shape, dtype) != rows[0]:
-            raise ValueError(
-                f"{owner}: all processes must hold rows of one shape and dtype, got {rows[0][0]} {rows[0][1]} in "
-                f"process 0 and {shape} {dtype} in process {rank}"
-            )
 
 
 def check_gathered_reduction(owner: str, gather: bool, reduction: str) -> None:
@@ -43,20 +31,6 @@ def check_map(owner: str, **tensors: Tensor) -> None:
     for name, x in tensors.items():
         if x.dim() not in (3, 4):
             raise ValueError(f"{owner}: {name} must be (b, c, h, w) or (b, h, w), got {show_shape(x)}")
-
-
-def check_target(owner: str, target: Tensor, batch: int, classes: int) -> None:
-    """`target` must be `(b,)` classes: whole numbers from 0 to below `classes`."""
-    if not isinstance(target, Tensor):
-        raise TypeError(f"{owner}: target must be a torch.Tensor, got {type(target).__name__}")
-    if target.is_floating_point() or target.is_complex() or target.dtype == torch.bool:
-        raise TypeError(f"{owner}: target must be whole numbers, got {target.dtype}")
-    check_shape(owner, "target", target, "b", b=batch)
-    if torch.compiler.is_compiling() or target.numel() == 0:  # a compiler has no values to look at
-        return
-    least, most = (int(end) for end in torch.aminmax(target))
-    if least < 0 or most >= classes:
-        raise ValueError(f"{owner}: target must be from 0 to below c = {classes}, got {least if least < 0 else most}")
 
 
 def check_levels(owner: str, levels: Any) -> None:

@@ -10,9 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from kdlib._checks import check_choice, check_number, check_pair
+from kdlib._checks import check_choice, check_number, check_pair, check_target
 from kdlib._maths import REDUCTIONS, full_precision, promote, reduce
-from kdlib.losses._checks import check_target
 from kdlib.losses._chunked import LEAST_LOG, by_rows, soften
 
 __all__ = ["DecoupledKDLoss", "decoupled_kd"]

@@ -76,10 +76,7 @@ LOSSES: dict[str, list[Row]] = {
         Row(PER_SAMPLE, VECTORS, options={"form": "chord"}),
         Row(PER_SAMPLE, VECTORS, options={"form": "angle"}),
     ],
-    "AttentionTransferLoss": [
-        Row(PER_SAMPLE, MAPS),
-        Row(PER_SAMPLE, OTHER_GRID, options={"p": 1.5}),
-    ],
+    "AttentionTransferLoss": [Row(PER_SAMPLE, MAPS), Row(PER_SAMPLE, OTHER_GRID, options={"p": 1.5})],
     "AttentiveSimilarityLoss": [Row(PER_SAMPLE, MAPS)],
     "ContrastiveRepresentationLoss": [
         Row(PER_SAMPLE, OTHER_WIDTH, (5, 7), {"feature_dim": 4}),
@@ -127,10 +124,7 @@ PROJECTIONS: dict[str, list[Row]] = {
         Row(PROJECTION, ((3, 3, 4, 4), (3, 5, 4, 4)), (3, 5)),
         Row(PROJECTION, ((3, 3, 4, 6), (3, 5, 2, 9)), (3, 5), {"size": (2, 9)}),
     ],
-    "LinearProjection": [
-        Row(PROJECTION, OTHER_WIDTH, (5, 7)),
-        Row(PROJECTION, OTHER_WIDTH, (5, 7), {"bias": True}),
-    ],
+    "LinearProjection": [Row(PROJECTION, OTHER_WIDTH, (5, 7)), Row(PROJECTION, OTHER_WIDTH, (5, 7), {"bias": True})],
     "TokenProjection": [
         Row(PROJECTION, ((3, 7, 4), (3, 7, 6)), (4, 6)),
         Row(PROJECTION, ((3, 5, 4), (3, 10, 6)), (4, 6), {"size": (3, 3), "class_token": "keep"}),

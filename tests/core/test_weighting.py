@@ -44,11 +44,7 @@ def batch(seed: int = 0, b: int = 5, dims: tuple[int, ...] = (4, 7, 2)) -> tuple
     teachers = [torch.randn(b, d, generator=generator) for d in dims]
     identities = torch.randint(6, (b,), generator=generator)
     student = torch.randn(b, 3, generator=generator)
-    return losses, {
-        "student": student,
-        "teachers": teachers,
-        "targets": {"identity": identities, "label": identities},
-    }
+    return losses, {"student": student, "teachers": teachers, "targets": {"identity": identities, "label": identities}}
 
 
 def test_every_public_weighting_has_a_case() -> None:
