@@ -15,7 +15,7 @@ knowledge; which layer, which transform and every number here are our definition
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import nn
@@ -31,6 +31,7 @@ from kdlib import (
 from kdlib._checks import check_choice, check_number
 from kdlib.distiller import Distiller
 from kdlib.objective import Objective, Term
+from kdlib.types import Teacher
 from kdlib_faces._checks import InputError
 from kdlib_faces.backbones import Backbone, build_backbone
 from kdlib_faces.heads import ArcFaceHead, CosFaceHead
@@ -202,7 +203,9 @@ def build(
         weighting = CenterConfidenceWeighting(config.num_identities, temperature=config.temperature)
     lead = "embedding" if "embedding" in terms else None
     objective = Objective(terms, weighting if lead else None, weigh_by=lead)
-    return Distiller(StudentAdapter(student, student_taps(student, config.stage)), teachers, objective)
+    return Distiller(
+        StudentAdapter(student, student_taps(student, config.stage)), cast(Mapping[str, Teacher], teachers), objective
+    )
 
 
 def _terms(config: LIAADConfig, teachers: set[str]) -> dict[str, Term]:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from kdlib import Teacher
 from kdlib._checks import check_floating, check_number, check_rank, check_same_batch
 from kdlib_faces._checks import InputError
 from kdlib_faces.heads import CosFaceHead
@@ -156,10 +157,10 @@ class FusedTeacher(nn.Module):
         if passed is not None and passed not in teachers:
             raise InputError(f"FusedTeacher: passed must be one of {', '.join(teachers)}, got {passed!r}")
         check_rank("FusedTeacher", "matrix", matrix, "d e")
-        reads = {getattr(teacher, "reads", None) for teacher in teachers.values()}
+        reads = {teacher.reads if isinstance(teacher, Teacher) else () for teacher in teachers.values()}
         if len(reads) != 1:
             raise InputError("FusedTeacher: teachers must read the same inputs: all images, or all recorded samples")
-        self.reads: tuple[str, ...] | None = reads.pop()
+        self.reads: tuple[str, ...] = reads.pop()
         self.teachers = nn.ModuleDict(dict(teachers)).requires_grad_(False)
         self.register_buffer("matrix", matrix.detach().clone(), persistent=True)
         self.feature, self.passed = feature, passed

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from math import isfinite
 from pathlib import Path
 from types import CodeType
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -76,6 +76,9 @@ class OnnxTeacher(nn.Module):
         Traceback (most recent call last):
         kdlib_faces._checks.InputError: the ONNX file no_such.onnx does not exist
     """
+
+    reads: ClassVar[tuple[str, ...]] = ()
+    """Names of the targets passed in place of the inputs: none."""
 
     def __init__(
         self,
