@@ -13,10 +13,10 @@ import kdlib_faces.evaluation as evaluation
 from kdlib_faces.evaluation import evaluate
 
 GENERATOR = np.random.default_rng(0)
-WHO = np.repeat(np.arange(8), 4)
+IDENTITIES = np.repeat(np.arange(8), 4)
 AGES = np.tile([3.0, 10.0, 31.0, 62.0], 8)
 GROUPS = np.tile(["young", "young", "adult", "adult"], 8)
-ROWS = GENERATOR.normal(size=(8, 6))[WHO] + 0.6 * GENERATOR.normal(size=(32, 6))
+ROWS = GENERATOR.normal(size=(8, 6))[IDENTITIES] + 0.6 * GENERATOR.normal(size=(32, 6))
 OTHERS = GENERATOR.normal(size=(50, 6))
 LEFT = np.arange(32)
 RIGHT = np.where(LEFT % 2 == 0, LEFT + 1, (LEFT + 8) % 32)
@@ -24,14 +24,16 @@ TEMPLATES = np.arange(32) // 2
 
 PROTOCOLS: dict[str, Callable[[], Any]] = {
     "PairProtocol": lambda: evaluation.PairProtocol(
-        LEFT, RIGHT, LEFT % 2 == 0, LEFT // 8, fars=(0.1,), val_fars=(0.1,), pca=3, identities=WHO
+        LEFT, RIGHT, LEFT % 2 == 0, LEFT // 8, fars=(0.1,), val_fars=(0.1,), pca=3, identities=IDENTITIES
     ),
-    "LeaveOneOutProtocol": lambda: evaluation.LeaveOneOutProtocol(WHO, ages=AGES),
-    "AgeGapProtocol": lambda: evaluation.AgeGapProtocol(WHO, ages=AGES, replicates=5),
-    "AgeErrorProtocol": lambda: evaluation.AgeErrorProtocol(WHO, ages=AGES, replicates=5),
-    "LongitudinalProtocol": lambda: evaluation.LongitudinalProtocol(WHO, AGES, replicates=5),
-    "CrossGroupProtocol": lambda: evaluation.CrossGroupProtocol(WHO, GROUPS, replicates=5),
-    "DistractorProtocol": lambda: evaluation.DistractorProtocol(WHO, OTHERS, fars=(0.01,), ages=AGES, sizes=(10,)),
+    "LeaveOneOutProtocol": lambda: evaluation.LeaveOneOutProtocol(IDENTITIES, ages=AGES),
+    "AgeGapProtocol": lambda: evaluation.AgeGapProtocol(IDENTITIES, ages=AGES, replicates=5),
+    "AgeErrorProtocol": lambda: evaluation.AgeErrorProtocol(IDENTITIES, ages=AGES, replicates=5),
+    "LongitudinalProtocol": lambda: evaluation.LongitudinalProtocol(IDENTITIES, AGES, replicates=5),
+    "CrossGroupProtocol": lambda: evaluation.CrossGroupProtocol(IDENTITIES, GROUPS, replicates=5),
+    "DistractorProtocol": lambda: evaluation.DistractorProtocol(
+        IDENTITIES, OTHERS, fars=(0.01,), ages=AGES, sizes=(10,)
+    ),
     "TemplateVerificationProtocol": lambda: evaluation.TemplateVerificationProtocol(
         TEMPLATES, np.arange(32), [0, 2, 4, 0, 1], [1, 3, 5, 2, 9], [1, 1, 1, 0, 0], fars=(0.5,)
     ),
@@ -144,14 +146,20 @@ def test_masked_entries_are_refused(name: str) -> None:
 
 
 MAKES: dict[str, Callable[..., Any]] = {
-    "AgeErrorProtocol": lambda who=WHO, ages=AGES, **more: evaluation.AgeErrorProtocol(who, ages=ages, **more),
-    "AgeGapProtocol": lambda who=WHO, ages=AGES, **more: evaluation.AgeGapProtocol(who, ages=ages, **more),
-    "LongitudinalProtocol": lambda who=WHO, ages=AGES, **more: evaluation.LongitudinalProtocol(who, ages, **more),
-    "LeaveOneOutProtocol": lambda who=WHO, ages=AGES, **more: evaluation.LeaveOneOutProtocol(who, ages=ages, **more),
-    "identify_with_distractors": lambda who=WHO, ages=AGES, **more: evaluation.DistractorProtocol(
-        who, OTHERS, ages=ages, **more
+    "AgeErrorProtocol": lambda codes=IDENTITIES, ages=AGES, **more: evaluation.AgeErrorProtocol(
+        codes, ages=ages, **more
     ),
-    "CrossGroupProtocol": lambda who=WHO, **more: evaluation.CrossGroupProtocol(who, GROUPS, **more),
+    "AgeGapProtocol": lambda codes=IDENTITIES, ages=AGES, **more: evaluation.AgeGapProtocol(codes, ages=ages, **more),
+    "LongitudinalProtocol": lambda codes=IDENTITIES, ages=AGES, **more: evaluation.LongitudinalProtocol(
+        codes, ages, **more
+    ),
+    "LeaveOneOutProtocol": lambda codes=IDENTITIES, ages=AGES, **more: evaluation.LeaveOneOutProtocol(
+        codes, ages=ages, **more
+    ),
+    "identify_with_distractors": lambda codes=IDENTITIES, ages=AGES, **more: evaluation.DistractorProtocol(
+        codes, OTHERS, ages=ages, **more
+    ),
+    "CrossGroupProtocol": lambda codes=IDENTITIES, **more: evaluation.CrossGroupProtocol(codes, GROUPS, **more),
 }
 
 
@@ -164,8 +172,8 @@ MAKES: dict[str, Callable[..., Any]] = {
         ({"level": 1.0}, "level must be below 1"),
         ({"fars": (0.0,)}, "fars must be"),
         ({"fars": (0.1, 0.1)}, "fars must differ"),
-        ({"who": np.arange(32)}, "identities must hold one with"),
-        ({"who": [1.5] * 32}, "identities must be whole numbers or strings, got entry 0"),
+        ({"codes": np.arange(32)}, "identities must hold one with"),
+        ({"codes": [1.5] * 32}, "identities must be whole numbers or strings, got entry 0"),
         ({"ages": AGES[:5]}, r"ages must be as long as identities \(32\), got 5"),
         ({"ages": np.where(np.arange(32) == 2, np.nan, AGES)}, "ages must be finite .*row 2"),
         ({"ages": -AGES}, "ages must be finite and not negative, in years, got row 0"),
@@ -184,6 +192,6 @@ def test_bad_arguments_are_reported_with_the_protocol(owner: str, change: dict[s
 def test_distractors_and_scores_are_checked() -> None:
     for given in ("abc", 3, 2.5, np.zeros(4)):
         with pytest.raises((ValueError, TypeError), match=r"^identify_with_distractors: distractors must be"):
-            evaluation.identify_with_distractors(ROWS, WHO, given)
+            evaluation.identify_with_distractors(ROWS, IDENTITIES, given)
     with pytest.raises(ValueError, match="genuine must have no masked entries, got 1"):
         evaluation.tar_at_far(np.ma.masked_array([0.1, 0.2], mask=[0, 1]), [0.0], 0.5)

@@ -157,9 +157,9 @@ def test_verification_equals_plain_products(rows: int, mode: Any, monkeypatch: p
         assert (point.tar, point.false_accepts) == (expected.tar, expected.false_accepts)
         assert point.resolvable == expected.resolvable
         assert point.threshold == pytest.approx(expected.threshold, abs=1e-6 if mode == "nearest" else 1e-11)
-    told = result.to_dict()
-    assert (told["feature_norm"], told["mode"], told["genuine"]) == ("keep", mode, int(same.sum()))
-    assert told["tar"]["0.0001"]["resolvable"] is False
+    entry = result.to_dict()
+    assert (entry["feature_norm"], entry["mode"], entry["genuine"]) == ("keep", mode, int(same.sum()))
+    assert entry["tar"]["0.0001"]["resolvable"] is False
 
 
 def test_equal_templates_tie_despite_float32_rounding() -> None:
@@ -235,10 +235,10 @@ def one_to_n(seed: int = 0) -> tuple[Any, Any, Any, Any, Any]:
     generator = np.random.default_rng(seed)
     subjects, width = 40, 8
     centers = generator.normal(size=(subjects, width))
-    who = np.concatenate([np.arange(subjects), generator.integers(0, subjects, 90)])
-    ids = generator.permutation(500)[: who.size] + 1
-    embeddings = centers[who] + 0.8 * generator.normal(size=(who.size, width))
-    names = np.array([f"s{k}" for k in who])
+    codes = np.concatenate([np.arange(subjects), generator.integers(0, subjects, 90)])
+    ids = generator.permutation(500)[: codes.size] + 1
+    embeddings = centers[codes] + 0.8 * generator.normal(size=(codes.size, width))
+    names = np.array([f"s{k}" for k in codes])
     galleries = [(ids[:18], names[:18]), (ids[18:40], names[18:40])]
     return embeddings, ids, galleries, (ids[40:], names[40:]), names
 
@@ -259,12 +259,12 @@ def test_galleries_are_searched_separately() -> None:
         assert result.rates[rank].value == pytest.approx(sum(each[g][2][place] for g in range(2)) / 90)
     assert (result.mated, result.probes.rows.size) == (90, 90)
     assert 0.1 < result.tpir[0.05].value < 0.95
-    told = evaluate(
+    entry = evaluate(
         embeddings,
         TemplateIdentificationProtocol(ids, np.arange(ids.size), galleries, probes, fpirs=(0.05,), ranks=(1, 3)),
     ).to_dict()
-    assert told["tpir"]["0.05"]["value"] == result.tpir[0.05].value
-    assert "galleries searched separately" in told["convention"]
+    assert entry["tpir"]["0.05"]["value"] == result.tpir[0.05].value
+    assert "galleries searched separately" in entry["convention"]
 
 
 def test_best_match_and_rank_of_the_mate_of_each_search() -> None:

@@ -82,7 +82,7 @@ def test_exact_handles_ties_and_neighboring_floats() -> None:
     assert (result.accuracy, result.thresholds.tolist()) == (1.0, [1.0] * 10)
 
 
-def test_uneven_contiguous_folds_are_those_of_kfold() -> None:
+def test_uneven_contiguous_folds_equal_those_of_kfold() -> None:
     left, right, _ = make_pairs(200, 0)
     same = np.tile([True, False], 100)[:47]
     # 47 pairs: seven folds of five pairs, then three of four.
@@ -118,7 +118,7 @@ def test_perfect_and_tensor_input() -> None:
         (lambda left, right, same: (left[:, 0], right, same), r"left must be \(n, d\), not empty, got \(40,\)"),
     ],
 )
-def test_bad_pairs_are_named(change: Any, message: str) -> None:
+def test_bad_pairs_are_reported(change: Any, message: str) -> None:
     class Rows(np.ndarray):
         def at(self, row: int, value: float) -> "Rows":
             self[row] = value
@@ -129,7 +129,7 @@ def test_bad_pairs_are_named(change: Any, message: str) -> None:
         verify_pairs(*change(left.view(Rows), right.view(Rows), same))
 
 
-def test_bad_folds_are_named() -> None:
+def test_bad_folds_are_reported() -> None:
     left, right, same = make_pairs(40, 0)
     with pytest.raises(ValueError, match="fold 'b' with only impostor pairs"):
         verify_pairs(left, right, same, fold_ids=np.where(same, "a", np.where(np.arange(40) < 20, "a", "b")))

@@ -25,33 +25,33 @@ from kdlib_faces.evaluation import all_pairs as all_pairs_module
 def make(identities: int = 25, seed: int = 0, width: int = 16) -> tuple[Any, Any, Any]:
     """Embeddings that drift with the years, two to seven images per identity."""
     generator = np.random.default_rng(seed)
-    who = np.repeat(np.arange(identities), generator.integers(2, 8, identities))
-    ages = np.round(generator.uniform(0, 60, who.size), 1)
+    codes = np.repeat(np.arange(identities), generator.integers(2, 8, identities))
+    ages = np.round(generator.uniform(0, 60, codes.size), 1)
     center, drift = generator.normal(size=(2, identities, width))
-    rows = center[who] + drift[who] * ages[:, None] / 40 + 0.7 * generator.normal(size=(who.size, width))
-    return rows, who, ages
+    rows = center[codes] + drift[codes] * ages[:, None] / 40 + 0.7 * generator.normal(size=(codes.size, width))
+    return rows, codes, ages
 
 
 def unit(x: Any) -> np.ndarray:
     return np.array([row / np.sqrt((row * row).sum()) for row in x])
 
 
-def every_pair(rows: Any, who: Any) -> tuple[list[tuple[int, int, float]], list[tuple[int, int, float]]]:
+def every_pair(rows: Any, codes: Any) -> tuple[list[tuple[int, int, float]], list[tuple[int, int, float]]]:
     u = unit(rows)
     kinds: tuple[list[Any], list[Any]] = ([], [])
     for i in range(len(u)):
         for j in range(i + 1, len(u)):
-            kinds[int(who[i] != who[j])].append((i, j, float(u[i] @ u[j])))
+            kinds[int(codes[i] != codes[j])].append((i, j, float(u[i] @ u[j])))
     return kinds
 
 
 @pytest.mark.parametrize("rows_at_a_time", [4, 33, 512])
 def test_age_errors_equal_plain_loops(rows_at_a_time: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(all_pairs_module, "ROWS", rows_at_a_time)
-    rows, who, ages = make()
-    genuine, impostor = every_pair(rows, who)
+    rows, codes, ages = make()
+    genuine, impostor = every_pair(rows, codes)
     fars = (0.1, 1e-2, 1e-3)
-    result = evaluate(rows, AgeErrorProtocol(who, ages=ages, fars=fars, replicates=20))
+    result = evaluate(rows, AgeErrorProtocol(codes, ages=ages, fars=fars, replicates=20))
     for far in fars:
         point = tar_at_far([s for *_, s in genuine], [s for *_, s in impostor], far)
         found = result.operating_points[far]
@@ -76,11 +76,11 @@ def test_age_errors_equal_plain_loops(rows_at_a_time: int, monkeypatch: pytest.M
 
 
 def test_slopes_are_least_squares_over_pairs_and_within_identities() -> None:
-    rows, who, ages = make()
-    genuine, _ = every_pair(rows, who)
-    result = evaluate(rows, AgeErrorProtocol(who, ages=ages, replicates=50))
+    rows, codes, ages = make()
+    genuine, _ = every_pair(rows, codes)
+    result = evaluate(rows, AgeErrorProtocol(codes, ages=ages, replicates=50))
     gap = np.array([abs(ages[i] - ages[j]) / 10 for i, j, _ in genuine])
-    score, owner = np.array([s for *_, s in genuine]), np.array([who[i] for i, *_ in genuine])
+    score, owner = np.array([s for *_, s in genuine]), np.array([codes[i] for i, *_ in genuine])
     assert result.slope.value == pytest.approx(np.polyfit(gap, score, 1)[0], abs=1e-10)
     levels = np.eye(25)[owner]
     assert result.slope_within.value == pytest.approx(
@@ -90,28 +90,28 @@ def test_slopes_are_least_squares_over_pairs_and_within_identities() -> None:
 
 
 def test_false_match_rates_are_resampled_by_the_identity_bootstrap() -> None:
-    rows, who, ages = make(identities=12)
-    _, impostor = every_pair(rows, who)
-    result = evaluate(rows, AgeErrorProtocol(who, ages=ages, fars=(0.1,), age_bins=(0, 30), replicates=15, seed=4))
+    rows, codes, ages = make(identities=12)
+    _, impostor = every_pair(rows, codes)
+    result = evaluate(rows, AgeErrorProtocol(codes, ages=ages, fars=(0.1,), age_bins=(0, 30), replicates=15, seed=4))
     threshold = result.operating_points[0.1].threshold
     for m, replicate in zip(
-        identity_bootstrap(who, replicates=15, seed=4), result.fmr_same_age[1].rates[0.1].replicates, strict=True
+        identity_bootstrap(codes, replicates=15, seed=4), result.fmr_same_age[1].rates[0.1].replicates, strict=True
     ):
-        old = [(m[who[i]] * m[who[j]], s > threshold) for i, j, s in impostor if ages[i] >= 30 and ages[j] >= 30]
+        old = [(m[codes[i]] * m[codes[j]], s > threshold) for i, j, s in impostor if ages[i] >= 30 and ages[j] >= 30]
         assert replicate == pytest.approx(np.average([hit for _, hit in old], weights=[w for w, _ in old]), abs=1e-12)
 
 
 def test_empty_bins_are_none_and_groups_replace_ages() -> None:
-    rows, who, ages = make()
-    result = evaluate(rows, AgeErrorProtocol(who, ages=ages, gap_bins=(0, 70), age_bins=(0, 61), replicates=10))
+    rows, codes, ages = make()
+    result = evaluate(rows, AgeErrorProtocol(codes, ages=ages, gap_bins=(0, 70), age_bins=(0, 61), replicates=10))
     for table in (result.fnmr_by_gap, result.fnmr_by_younger_age, result.fmr_same_age):
         assert table[1].pairs == 0
         assert table[1].to_dict()["rates"]["0.01"] == {"value": None, "low": None, "high": None, "n": 0}
     groups = np.where(ages < 18, "young", "adult")
-    grouped = evaluate(rows, AgeErrorProtocol(who, age_groups=groups, replicates=10))
+    grouped = evaluate(rows, AgeErrorProtocol(codes, age_groups=groups, replicates=10))
     assert [row.name for row in grouped.fnmr_by_gap] == ["adult-adult", "adult-young", "young-young"]
     assert [row.name for row in grouped.fmr_same_age] == ["adult", "young"]
-    by_gap = evaluate(rows, AgeGapProtocol(who, age_groups=groups, replicates=0))
+    by_gap = evaluate(rows, AgeGapProtocol(codes, age_groups=groups, replicates=0))
     for row in grouped.fnmr_by_gap:
         assert row.rates[1e-2].value == pytest.approx(by_gap.bin(row.name).fnmr[1e-2].value)
     entry = grouped.to_dict()
@@ -120,19 +120,21 @@ def test_empty_bins_are_none_and_groups_replace_ages() -> None:
 
 @pytest.mark.parametrize("reference", ["first", "all"])
 def test_longitudinal_errors_and_slopes_equal_plain_loops(reference: Any) -> None:
-    rows, who, ages = make(identities=30, seed=2)
+    rows, codes, ages = make(identities=30, seed=2)
     u = unit(rows)
     pairs = []
     for identity in range(30):
-        mine = sorted(np.flatnonzero(who == identity), key=lambda row: (ages[row], row))
+        mine = sorted(np.flatnonzero(codes == identity), key=lambda row: (ages[row], row))
         if reference == "first":
             pairs += [(mine[0], row) for row in mine[1:]]
         else:
             pairs += [(mine[a], mine[b]) for a in range(len(mine)) for b in range(a + 1, len(mine))]
     elapsed = np.array([abs(ages[j] - ages[i]) for i, j in pairs])
-    scores, owner = np.array([u[i] @ u[j] for i, j in pairs]), np.array([who[i] for i, _ in pairs])
-    _, impostor = every_pair(rows, who)
-    result = evaluate(rows, LongitudinalProtocol(who, ages, reference=reference, fars=(0.05,), replicates=30, window=3))
+    scores, owner = np.array([u[i] @ u[j] for i, j in pairs]), np.array([codes[i] for i, _ in pairs])
+    _, impostor = every_pair(rows, codes)
+    result = evaluate(
+        rows, LongitudinalProtocol(codes, ages, reference=reference, fars=(0.05,), replicates=30, window=3)
+    )
     point = tar_at_far(scores, [s for *_, s in impostor], 0.05)
     assert result.operating_points[0.05].tar == pytest.approx(point.tar)
     for row in result.after:
@@ -156,8 +158,8 @@ def test_longitudinal_errors_and_slopes_equal_plain_loops(reference: Any) -> Non
 
 
 def test_no_slope_without_elapsed_time() -> None:
-    rows, who, _ = make(identities=5)
-    still = evaluate(rows, LongitudinalProtocol(who, np.full(who.size, 30.0), replicates=5))
+    rows, codes, _ = make(identities=5)
+    still = evaluate(rows, LongitudinalProtocol(codes, np.full(codes.size, 30.0), replicates=5))
     assert (still.slope.value, still.falling) == (None, None)
     assert all(row.pairs == 0 and row.fnmr[1e-2].value is None for row in still.after)
     assert still.to_dict()["identity_slopes"] == {"identities": 0, "quartiles": None, "falling": None}
@@ -168,13 +170,13 @@ def test_no_slope_without_elapsed_time() -> None:
 
 
 def test_cross_group_rates_equal_loops_over_all_cross_pairs() -> None:
-    rows, who, ages = make(identities=20, seed=3)
+    rows, codes, ages = make(identities=20, seed=3)
     groups = np.where(ages < 20, "young", np.where(ages < 50, "adult", "old"))
     u = unit(rows)
     young, adult = np.flatnonzero(groups == "young"), np.flatnonzero(groups == "adult")
-    genuine = [u[i] @ u[j] for i in young for j in adult if who[i] == who[j]]
-    impostor = [u[i] @ u[j] for i in young for j in adult if who[i] != who[j]]
-    result = evaluate(rows, CrossGroupProtocol(who, groups, fars=(0.1, 0.01), ranks=(1, 3), replicates=20))
+    genuine = [u[i] @ u[j] for i in young for j in adult if codes[i] == codes[j]]
+    impostor = [u[i] @ u[j] for i in young for j in adult if codes[i] != codes[j]]
+    result = evaluate(rows, CrossGroupProtocol(codes, groups, fars=(0.1, 0.01), ranks=(1, 3), replicates=20))
     assert int(result.protocol.same.sum()) == len(genuine)
     assert result.auc.value == pytest.approx(auc(genuine, impostor))
     for far in (0.1, 0.01):
@@ -183,9 +185,9 @@ def test_cross_group_rates_equal_loops_over_all_cross_pairs() -> None:
     trials = {1: [], 3: []}  # type: dict[int, list[bool]]
     for i in young:
         order = sorted(adult, key=lambda j: -float(u[i] @ u[j]))
-        if any(who[j] == who[i] for j in adult):
+        if any(codes[j] == codes[i] for j in adult):
             for rank, hits in trials.items():
-                hits.append(any(who[j] == who[i] for j in order[:rank]))
+                hits.append(any(codes[j] == codes[i] for j in order[:rank]))
     for rank, hits in trials.items():
         assert result.rates[rank].value == pytest.approx(np.mean(hits))
     assert (result.protocol.probes.size, result.protocol.gallery.size, result.protocol.mateless) == (
@@ -214,8 +216,8 @@ def test_bad_groups_are_reported(change: dict[str, Any], message: str) -> None:
 
 
 def test_leave_one_out_by_probe_age_gap_and_rank() -> None:
-    rows, who, ages = make()
-    result = evaluate(rows, LeaveOneOutProtocol(who, ranks=(1, 4), ages=ages))
+    rows, codes, ages = make()
+    result = evaluate(rows, LeaveOneOutProtocol(codes, ranks=(1, 4), ages=ages))
     u = unit(rows)
     scores = u @ u.T
     np.fill_diagonal(scores, -9)
@@ -224,8 +226,8 @@ def test_leave_one_out_by_probe_age_gap_and_rank() -> None:
     for probe in range(len(u)):
         order = sorted(range(len(u)), key=lambda row: -scores[probe, row])
         for rank, outcomes in hits.items():
-            outcomes.append(any(who[row] == who[probe] for row in order[:rank]))
-        best = next(row for row in order if who[row] == who[probe])
+            outcomes.append(any(codes[row] == codes[probe] for row in order[:rank]))
+        best = next(row for row in order if codes[row] == codes[probe])
         gaps.append(abs(ages[probe] - ages[best]))
     assert [row.name for row in result.by_age] == ["0-4", "5-10", "11-17", "18-30", "31-50", "51+"]
     edges = (0, 5, 11, 18, 31, 51, 999)
@@ -237,7 +239,7 @@ def test_leave_one_out_by_probe_age_gap_and_rank() -> None:
     wide = [hit for hit, gap in zip(hits[1], gaps, strict=True) if gap >= 30]
     assert result.by_gap[-1].probes == len(wide)
     assert result.by_gap[-1].rates[1].value == pytest.approx(np.mean(wide))
-    np.testing.assert_allclose(result.cmc(6), leave_one_out(rows, who, ranks=(1, 2, 3, 4, 5, 6)))
+    np.testing.assert_allclose(result.cmc(6), leave_one_out(rows, codes, ranks=(1, 2, 3, 4, 5, 6)))
     assert set(result.to_dict()) == {"rank1", "rank4", "probes", "by_age", "by_gap"}
 
 
@@ -251,8 +253,8 @@ def test_a_probe_without_a_mate_is_in_no_gap_bin() -> None:
 
 def test_a_clustered_interval_is_wider_than_over_pairs() -> None:
     hits = np.repeat([1.0, 0.0, 1.0, 1.0, 0.0, 1.0], 50)
-    who = np.repeat(np.arange(6), 50)
-    clustered, single = clustered_rate(hits, who), clustered_rate(hits, np.arange(300))
+    codes = np.repeat(np.arange(6), 50)
+    clustered, single = clustered_rate(hits, codes), clustered_rate(hits, np.arange(300))
     assert clustered.value == single.value == pytest.approx(2 / 3)
     assert clustered.high - clustered.low > 3 * (single.high - single.low)
     with pytest.raises(ValueError, match=r"hits must be in \[0, 1\], got entry 0"):
@@ -262,9 +264,9 @@ def test_a_clustered_interval_is_wider_than_over_pairs() -> None:
 
 
 def test_pairs_behind_the_errors() -> None:
-    rows, who, ages = make()
-    genuine, impostor = every_pair(rows, who)
-    result = evaluate(rows, AgeErrorProtocol(who, ages=ages, fars=(1e-3, 0.02), replicates=0))
+    rows, codes, ages = make()
+    genuine, impostor = every_pair(rows, codes)
+    result = evaluate(rows, AgeErrorProtocol(codes, ages=ages, fars=(1e-3, 0.02), replicates=0))
     found = sorted(zip(result.genuine.left, result.genuine.right, result.genuine.scores, strict=True))
     np.testing.assert_allclose(found, sorted(genuine), atol=1e-11)
     threshold = result.operating_points[0.02].threshold
@@ -276,15 +278,15 @@ def test_pairs_behind_the_errors() -> None:
 
 
 def test_leave_one_out_uses_its_resamples_and_confidence() -> None:
-    rows, who, ages = make()
+    rows, codes, ages = make()
     narrow, wide = (
-        evaluate(rows, LeaveOneOutProtocol(who, (1,), ages=ages, replicates=50, seed=1, level=level))
+        evaluate(rows, LeaveOneOutProtocol(codes, (1,), ages=ages, replicates=50, seed=1, level=level))
         for level in (0.5, 0.99)
     )
     assert narrow.rates[1].value == wide.rates[1].value
     for few, many in ((narrow.rates[1], wide.rates[1]), (narrow.by_age[0].rates[1], wide.by_age[0].rates[1])):
         assert many.high - many.low > few.high - few.low > 0
-    bare = evaluate(rows, LeaveOneOutProtocol(who, (1,), ages=ages, replicates=0))
+    bare = evaluate(rows, LeaveOneOutProtocol(codes, (1,), ages=ages, replicates=0))
     assert bare.by_age[0].rates[1].low is None
     with pytest.raises(ValueError, match="LeaveOneOutProtocol: level must be below 1"):
-        LeaveOneOutProtocol(who, (1,), level=1.5)
+        LeaveOneOutProtocol(codes, (1,), level=1.5)
