@@ -36,13 +36,14 @@ from kdlib_faces.backbones import build_backbone
 from kdlib_faces.data.batches import FaceBatches
 from kdlib_faces.data.views import AugmentConfig
 from kdlib_faces.demo.run import DemoConfig
-from kdlib_faces.demo.stages import embed, fit
+from kdlib_faces.demo.stages import embed
 from kdlib_faces.demo.synthetic import drawn_sets
 from kdlib_faces.evaluation import AgeGapProtocol, compare
 from kdlib_faces.heads import CosFaceHead
 from kdlib_faces.progress import say
 from kdlib_faces.recipes.liaad import build, teacher_taps
 from kdlib_faces.teachers import read_outputs, record
+from kdlib_faces.training import fit
 
 RESULTS = Path(__file__).parent / "results" / "losses_drawn.json"
 ALONE, TEACHER, FAR, METRIC = "alone", "general teacher", 1e-2, "tar@0.01"
@@ -208,9 +209,9 @@ class Faces:
             distiller.objective.terms[name].weight = weight
         batches = self.batches(self.images, self.identities)
         settings = {"steps": steps, "lr": self.config.lr, "seed": self.seed, "label": name, "amp": self.config.amp}
-        curve, seconds = fit(distiller, batches, folder, quiet=False, **settings)
-        last = {term: round(values[-1], 5) for term, values in curve["terms"].items()}
-        return distiller.student.eval(), {"seconds": round(seconds, 1), "losses": last}
+        fitted = fit(distiller, batches, folder, quiet=False, **settings)
+        last = {term: round(values[-1], 5) for term, values in fitted.curve["terms"].items()}
+        return distiller.student.eval(), {"seconds": round(fitted.seconds, 1), "losses": last}
 
     def told(self, name: str, steps: int, share: float) -> tuple[np.ndarray, dict[str, Any]]:
         """A student's embeddings of the test set, and how they came to be; from `work` if they are there."""

@@ -19,7 +19,6 @@ from kdlib_faces.data.lists import FaceList, read_faces
 from kdlib_faces.data.samplers import count_cross_age_identities
 from kdlib_faces.data.seeded_views import SeededBatches, SeededViews
 from kdlib_faces.data.views import AugmentConfig
-from kdlib_faces.demo.stages import fit
 from kdlib_faces.progress import progress as shown
 from kdlib_faces.progress import say
 from kdlib_faces.recipes.age_teacher import (
@@ -28,10 +27,10 @@ from kdlib_faces.recipes.age_teacher import (
     PairTargets,
     build_age_teacher,
     samples_per_identity,
-    tune,
 )
 from kdlib_faces.recipes.liaad import LIAADConfig, build, new_backbone
 from kdlib_faces.teachers import load_start, save_teacher
+from kdlib_faces.training import fit
 from kdlib_faces.training.run_record import check_same_run, describe_run, note_run
 
 __all__ = ["RECIPES", "TrainRecipeConfig", "run"]
@@ -156,8 +155,8 @@ def run(
     if certain:
         note_run(output, here)
         (output / "config.toml").write_text(dump_toml(replace(config, network=network)))
-    go, steps, lr = (fit, STEPS, LR) if start is None else (tune, START_STEPS, START_LR)
-    go(
+    steps, lr = (STEPS, LR) if start is None else (START_STEPS, START_LR)
+    fit(
         distiller,
         batches,
         output,
@@ -167,6 +166,7 @@ def run(
         label=recipe,
         quiet=not progress,
         amp=config.amp,
+        optimizer="sgd" if start is None else "adamw",
     )
     model: Any = distiller.student.model
     target = output / "model.pt"

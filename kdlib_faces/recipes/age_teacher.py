@@ -9,20 +9,18 @@ teacher good is the pull to its start and training the end of the network alone:
 """
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from kdlib import OUTPUT, StudentAdapter, TrainConfig, train
+from kdlib import OUTPUT, StudentAdapter
 from kdlib._checks import check_choice, check_number
 from kdlib.distiller import Distiller
 from kdlib.objective import Objective, Term
 from kdlib_faces._checks import InputError
 from kdlib_faces.data.samplers import PairTargets, samples_per_identity
 from kdlib_faces.heads import CosFaceHead
-from kdlib_faces.progress import TrainProgress
 from kdlib_faces.teachers import (
     AgeEstimationLoss,
     AgeFactorLoss,
@@ -39,7 +37,6 @@ __all__ = [
     "build_age_teacher",
     "samples_per_identity",
     "trained_parts",
-    "tune",
 ]
 
 METHODS = ("dal", "mtlface", "pairs")
@@ -252,46 +249,6 @@ def build_age_teacher(
         if told["pull"]:
             terms["pull"] = Term(L2SPLoss(moved), student="embedding", target="identity", weight=told["pull"])
     return Distiller(StudentAdapter(FrozenBatchNorm(net, steady=told["steady"]), taps), {}, Objective(terms))
-
-
-def tune(
-    distiller: Distiller,
-    batches: Any,
-    folder: Path,
-    *,
-    steps: int,
-    lr: float,
-    seed: int,
-    label: str,
-    quiet: bool,
-    amp: str = "none",
-) -> float:
-    """Train from a loaded start, by AdamW without decay, which the pull replaces; goes on from a checkpoint in `folder`.
-
-    Returns:
-        The seconds it took in all.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    meter = TrainProgress(label, quiet=quiet)
-    config = TrainConfig(
-        max_steps=steps,
-        lr=lr,
-        optimizer="adamw",
-        weight_decay=0.0,
-        warmup_steps=max(1, steps // 20),
-        clip_norm=5.0,
-        amp=None if amp == "none" else amp,
-        channels_last=True,
-        seed=seed,
-        checkpoint_dir=folder / "checkpoints",
-        checkpoint_every_seconds=60.0,
-        log_path=folder / "log.jsonl",
-        log_every=max(1, steps // 100),
-    )
-    try:
-        return train(distiller, batches, config, hooks=[meter]).seconds
-    finally:
-        meter.close()
 
 
 def _moved(net: Any, trained: str) -> list[nn.Parameter]:
