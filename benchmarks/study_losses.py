@@ -42,7 +42,7 @@ from kdlib_faces.evaluation import AgeGapProtocol, compare
 from kdlib_faces.heads import CosFaceHead
 from kdlib_faces.progress import say
 from kdlib_faces.recipes.liaad import build, teacher_taps
-from kdlib_faces.teachers import read_outputs, record
+from kdlib_faces.teachers import cache_outputs, read_outputs
 from kdlib_faces.training import fit
 
 RESULTS = Path(__file__).parent / "results" / "losses_drawn.json"
@@ -156,7 +156,9 @@ class Faces:
         before = f"{taps['map']}.{last}.bn2"
         self.margin = kdlib.overhaul_margin(network.get_submodule(before))
         self.teacher = TeacherAdapter(network, {**taps, "before": before})
-        self.recorded = record(self.teacher, self.images, work / "outputs", label="the teacher's outputs", quiet=False)
+        self.recorded = cache_outputs(
+            self.teacher, self.images, work / "outputs", label="the teacher's outputs", quiet=False
+        )
         said = F.normalize(read_outputs(self.recorded, "embedding", torch.arange(len(self.images))), dim=1)
         sums = torch.zeros(self.people, self.dim).index_add_(0, self.identities, said)
         self.centers = F.normalize(sums, dim=1)

@@ -29,7 +29,7 @@ from kdlib_faces.recipes.age_teacher import (
     samples_per_identity,
 )
 from kdlib_faces.recipes.liaad import LIAADConfig, build, new_backbone
-from kdlib_faces.teachers import load_start, save_teacher
+from kdlib_faces.teachers import load_pretrained, save_teacher
 from kdlib_faces.training import fit
 from kdlib_faces.training.run_record import check_same_run, describe_run, note_run
 
@@ -119,7 +119,7 @@ def run(
         found = open_teachers(network, listed, mirrored=config.augment.mirror > 0, quiet=not progress)
         for line in found.told:
             say(line, quiet=not progress)
-    start = load_start(teachers[0]) if recipe == "age_teacher" and teachers else None
+    start = load_pretrained(teachers[0]) if recipe == "age_teacher" and teachers else None
     frozen = {} if found is None else found.teachers
     here = describe_run(replace(config, network=network), recipe, listed, frozen if start is None else {"first": start})
     certain = check_same_run(output, here)
@@ -204,9 +204,9 @@ def _check_pairs(config: TrainRecipeConfig, listed: FaceList, by_age: str) -> No
     """Without far pairs their loss is 0 at every step, and nothing is learned."""
     years = by_age == "age"
     ages: Any = listed.ages if years else listed.age_groups
-    people = count_cross_age_identities(listed.identities, ages, config.gap if years else 1.0)
+    people = count_cross_age_identities(listed.identities, ages, config.min_age_gap if years else 1.0)
     if people < 2:
-        wanted = f"at least {config.gap:g} years apart (gap)" if years else "of two age groups"
+        wanted = f"at least {config.min_age_gap:g} years apart (min_age_gap)" if years else "of two age groups"
         raise InputError(
             f"train: far pairs need at least two people with images {wanted}, the lists have {people}; without them: "
             "--set pair_weight=0 --set identity_weight=1"

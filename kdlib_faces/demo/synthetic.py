@@ -19,7 +19,7 @@ from kdlib_faces.heads import CosFaceHead
 from kdlib_faces.progress import say
 from kdlib_faces.recipes.age_teacher import PairTargets, build_age_teacher, samples_per_identity
 from kdlib_faces.recipes.liaad import AGE, GENERAL, teacher_taps
-from kdlib_faces.teachers import MappedTeacher, fit_rotation, read_outputs, record
+from kdlib_faces.teachers import MappedTeacher, cache_outputs, fit_rotation, read_outputs
 from kdlib_faces.training import fit
 
 __all__ = ["synthetic_data", "drawn_sets"]
@@ -107,7 +107,7 @@ def synthetic_data(config: Any, work: Path, *, seed: int, quiet: bool) -> DemoDa
         adapter = TeacherAdapter(net, teacher_taps(net, config.student.stage))
         teachers[name] = native(net, adapter, size, role="teacher")
         teachers[name].train_seconds, teachers[name].train_steps = round(seconds, 1), steps
-        recorded[key] = record(
+        recorded[key] = cache_outputs(
             adapter,
             images,
             work / name / "outputs",

@@ -5,7 +5,7 @@
 `method` says how age is taken out: `"dal"` subtracts a branch that reads age from the embedding and is decorrelated from the rest;
 `"mtlface"` subtracts an attended part of the last map, which estimates age, while what remains must not be able to; `"pairs"`
 changes nothing but the weights. Images of unknown age take part in the identity terms alone. With few images, what keeps the
-teacher good is the pull to its start and training the end of the network alone: see `benchmarks/study_age_teacher.py`.
+teacher good is the l2_sp_weight to its start and training the end of the network alone: see `benchmarks/study_age_teacher.py`.
 """
 
 from dataclasses import dataclass
@@ -45,23 +45,23 @@ PARTS = ("all", "tail", "embedding")
 
 @dataclass(frozen=True, kw_only=True)
 class AgeTeacherConfig:
-    """How an age-invariant teacher is trained. Margins and weights of the two published ways are theirs where known.
+    """How an age-invariant teacher is trainable. Margins and weights of the two published ways are theirs where known.
 
-    What is None depends on the start. From scratch: the whole network, BatchNorm as usual, the margin softmax alone, no pull.
+    What is None depends on the start. From scratch: the whole network, BatchNorm as usual, the margin softmax alone, no l2_sp_weight.
     From a loaded backbone: the embedding layer and what the method adds, BatchNorm statistics kept, far pairs in place of
-    the margin softmax, pull 100.
+    the margin softmax, l2_sp_weight 100.
 
     Attributes:
         method: `"dal"`, `"mtlface"` or `"pairs"`.
-        trained: which part: `"all"`, the `"tail"` behind the last stage, or the `"embedding"` layer.
-        steady: keep BatchNorm statistics as they are, which a backbone with folded BatchNorm needs.
+        trainable: which part: `"all"`, the `"tail"` behind the last stage, or the `"embedding"` layer.
+        freeze_batch_norm: keep BatchNorm statistics as they are, which a backbone with folded BatchNorm needs.
         identity_weight: w_id; 0 leaves the margin softmax out.
         margin_scale: its s.
         margin: its m (CosFace).
         pair_weight: w_pair; 0 leaves the far pairs out.
         pair_scale: inverse temperature of the far pairs.
-        gap: least years between the images of a far pair, where ages are years.
-        pull: w_pull, on the relative squared distance of the trained weights from the start.
+        min_age_gap: least years between the images of a far pair, where ages are years.
+        l2_sp_weight: w_pull, on the relative squared distance of the trainable weights from the start.
         age_weight: w_age; None takes 0.1 for `"dal"` and MTLFace's 0.001 for `"mtlface"`.
         decorrelation: of DAL's two parts, within the age terms.
         adversary_weight: of MTLFace's reversed age estimation on the identity part.
@@ -72,15 +72,15 @@ class AgeTeacherConfig:
     """
 
     method: Literal["dal", "mtlface", "pairs"] = "dal"
-    trained: Literal["all", "tail", "embedding"] | None = None
-    steady: bool | None = None
+    trainable: Literal["all", "tail", "embedding"] | None = None
+    freeze_batch_norm: bool | None = None
     identity_weight: float | None = None
     margin_scale: float = 64.0
     margin: float = 0.35
     pair_weight: float | None = None
     pair_scale: float = 16.0
-    gap: float = 10.0
-    pull: float | None = None
+    min_age_gap: float = 10.0
+    l2_sp_weight: float | None = None
     age_weight: float | None = None
     decorrelation: float = 0.1
     adversary_weight: float = 0.002
@@ -89,15 +89,15 @@ class AgeTeacherConfig:
     def __post_init__(self) -> None:
         owner = "AgeTeacherConfig"
         check_choice(owner, "method", self.method, METHODS)
-        if self.trained is not None:
-            check_choice(owner, "trained", self.trained, PARTS)
+        if self.trainable is not None:
+            check_choice(owner, "trainable", self.trainable, PARTS)
         for name in (
             "identity_weight",
             "pair_weight",
-            "pull",
+            "l2_sp_weight",
             "age_weight",
             "margin",
-            "gap",
+            "min_age_gap",
             "decorrelation",
             "adversary_weight",
         ):
@@ -110,15 +110,15 @@ class AgeTeacherConfig:
         """What each None stands for, from a loaded backbone or from scratch.
 
         Examples:
-            >>> AgeTeacherConfig().settled(loaded=True)["trained"]
+            >>> AgeTeacherConfig().settled(loaded=True)["trainable"]
             'embedding'
         """
         usual = {
-            "trained": "embedding" if loaded else "all",
-            "steady": loaded,
+            "trainable": "embedding" if loaded else "all",
+            "freeze_batch_norm": loaded,
             "identity_weight": 0.0 if loaded else 1.0,
             "pair_weight": 1.0 if loaded else 0.0,
-            "pull": 100.0 if loaded else 0.0,
+            "l2_sp_weight": 100.0 if loaded else 0.0,
             "age_weight": 0.001 if self.method == "mtlface" else 0.1,
         }
         chosen = {name: value if getattr(self, name) is None else getattr(self, name) for name, value in usual.items()}
@@ -132,17 +132,17 @@ class FrozenBatchNorm(nn.Module):
 
     Args:
         net: the network; its own paths get `net.` before them.
-        steady: whether to hold them.
+        freeze_batch_norm: whether to hold them.
     """
 
-    def __init__(self, net: nn.Module, *, steady: bool = True) -> None:
+    def __init__(self, net: nn.Module, *, freeze_batch_norm: bool = True) -> None:
         super().__init__()
-        self.net, self.steady = net, steady
+        self.net, self.freeze_batch_norm = net, freeze_batch_norm
 
     def train(self, mode: bool = True) -> "FrozenBatchNorm":
         """Train mode for all but the BatchNorms."""
         super().train(mode)
-        if self.steady:
+        if self.freeze_batch_norm:
             for module in self.net.modules():
                 if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d):
                     module.eval()
@@ -154,32 +154,32 @@ class FrozenBatchNorm(nn.Module):
         return self.net(images if spec is None else spec(images))
 
 
-def trained_parts(backbone: Any, trained: str) -> list[nn.Parameter]:
+def trained_parts(backbone: Any, trainable: str) -> list[nn.Parameter]:
     """The parameters of a backbone that `trained` means; all others are frozen here.
 
     Args:
         backbone: a network with `stages`; modules must be registered in the order in which they run.
-        trained: `"all"`, `"tail"` (behind the last stage) or `"embedding"` (the last linear or convolutional layer and
+        trainable: `"all"`, `"tail"` (behind the last stage) or `"embedding"` (the last linear or convolutional layer and
             what comes behind it).
 
     Raises:
         InputError: there is no such part.
     """
     named = list(backbone.named_parameters())
-    if trained == "tail":
+    if trainable == "tail":
         last = backbone.stages[-1]
         order = [name for name, _ in backbone.named_modules()]
         inside = max((at for at, name in enumerate(order) if f"{name}.".startswith(f"{last}.")), default=len(order))
         behind = set(order[inside + 1 :])
         start = next((at for at, (name, _) in enumerate(named) if name.rpartition(".")[0] in behind), len(named))
-    elif trained == "embedding":
+    elif trainable == "embedding":
         layers = [name for name, module in backbone.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)]
         last = f"{layers[-1]}." if layers else "."
         start = next((at for at, (name, _) in enumerate(named) if name.startswith(last)), len(named))
     else:
         start = 0
     if start >= len(named):
-        raise InputError(f"age teacher: {type(backbone).__name__} has no parameters in its part {trained!r}")
+        raise InputError(f"age teacher: {type(backbone).__name__} has no parameters in its part {trainable!r}")
     for at, (_, parameter) in enumerate(named):
         if at < start:
             parameter.requires_grad_(False)
@@ -198,12 +198,12 @@ def build_age_teacher(
     """Assemble the training of an age-invariant teacher.
 
     Args:
-        backbone: the start, `(b, 3, h, w)` to `(b, d)`, with `stages` and `embedding_dim`; trained in place, or, if it
+        backbone: the start, `(b, 3, h, w)` to `(b, d)`, with `stages` and `embedding_dim`; trainable in place, or, if it
             is an `AgeInvariantNet` or `AttentiveAgeNet` already, gone on with.
         config: how.
         num_identities: identities of the training images.
         groups: number of age groups, where ages are groups; None where they are years.
-        loaded: whether the backbone is trained already; new parts then begin small.
+        loaded: whether the backbone is trainable already; new parts then begin small.
         seed: of new parts and heads.
 
     Returns:
@@ -217,13 +217,13 @@ def build_age_teacher(
         >>> from kdlib_faces.backbones import MobileFaceNet
         >>> start = MobileFaceNet(embedding_dim=8, width=0.25, input_size=32)
         >>> sorted(build_age_teacher(start, AgeTeacherConfig(method="mtlface"), num_identities=3).objective.terms)
-        ['adversary', 'age', 'pairs', 'pull']
+        ['adversary', 'age', 'l2_sp', 'pairs']
     """
     told = config.settled(loaded=loaded)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed + 1)
         net = _with_parts(backbone, config.method, loaded)
-        moved = _moved(net, told["trained"])
+        moved = _moved(net, told["trainable"])
         by_age = "age" if groups is None else "age_group"
         terms: dict[str, Term] = {}
         taps: dict[str, Any] = {"embedding": OUTPUT}
@@ -231,7 +231,7 @@ def build_age_teacher(
             head = CosFaceHead(net.embedding_dim, num_identities, config.margin_scale, config.margin)
             terms["identity"] = Term(head, student="embedding", target="identity", weight=told["identity_weight"])
         if told["pair_weight"]:
-            pairs = CrossAgePairLoss(gap=config.gap, scale=config.pair_scale, groups=groups is not None)
+            pairs = CrossAgePairLoss(min_age_gap=config.min_age_gap, scale=config.pair_scale, groups=groups is not None)
             terms["pairs"] = Term(pairs, student="embedding", target="person_age", weight=told["pair_weight"])
         if isinstance(net, AgeInvariantNet):
             taps["parts"] = "net.parts"
@@ -246,19 +246,21 @@ def build_age_teacher(
             terms["age"] = Term(reading, student="age_map", target=by_age, weight=told["age_weight"])
             weight = config.adversary_weight
             terms["adversary"] = Term(adversary, student="identity_map", target=by_age, weight=weight)
-        if told["pull"]:
-            terms["pull"] = Term(L2SPLoss(moved), student="embedding", target="identity", weight=told["pull"])
-    return Distiller(StudentAdapter(FrozenBatchNorm(net, steady=told["steady"]), taps), {}, Objective(terms))
+        if told["l2_sp_weight"]:
+            terms["l2_sp"] = Term(L2SPLoss(moved), student="embedding", target="identity", weight=told["l2_sp_weight"])
+    return Distiller(
+        StudentAdapter(FrozenBatchNorm(net, freeze_batch_norm=told["freeze_batch_norm"]), taps), {}, Objective(terms)
+    )
 
 
-def _moved(net: Any, trained: str) -> list[nn.Parameter]:
-    """All that is trained: a part of the start, and what the method adds, which is always trained.
+def _moved(net: Any, trainable: str) -> list[nn.Parameter]:
+    """All that is trainable: a part of the start, and what the method adds, which is always trainable.
 
-    The pull holds both. New parts begin small; let loose, they learn the few training people by heart.
+    The l2_sp_weight holds both. New parts begin small; let loose, they learn the few training people by heart.
     """
     if not isinstance(net, AgeInvariantNet | AttentiveAgeNet):
-        return trained_parts(net, trained)
-    trained_parts(net.backbone, trained)
+        return trained_parts(net, trainable)
+    trained_parts(net.backbone, trainable)
     new: Any = net.age_branch if isinstance(net, AgeInvariantNet) else net.get_submodule(f"{net.identity_tap}.1")
     for parameter in new.parameters():
         parameter.requires_grad_(True)

@@ -19,12 +19,12 @@ __all__ = ["CrossAgePairLoss", "L2SPLoss"]
 class CrossAgePairLoss(nn.Module):
     """`-log exp(s cos(x_i, x_j)) / (exp(s cos(x_i, x_j)) + sum_k exp(s cos(x_i, x_k)))`, mean over all far pairs.
 
-    A far pair `(i, j)` is of one identity and of two age groups, or at least `gap` years apart; `k` runs over all images of
+    A far pair `(i, j)` is of one identity and of two age groups, or at least `min_age_gap` years apart; `k` runs over all images of
     other identities, of any age and of unknown age too: those as old as `i` look most like it. A batch without a far pair
     gives 0 with a graph.
 
     Args:
-        gap: least years between the images of a far pair, where ages are years.
+        min_age_gap: least years between the images of a far pair, where ages are years.
         scale: s, the inverse temperature.
         groups: the target holds age groups in place of years.
 
@@ -43,11 +43,11 @@ class CrossAgePairLoss(nn.Module):
         True
     """
 
-    def __init__(self, *, gap: float = 10.0, scale: float = 16.0, groups: bool = False) -> None:
+    def __init__(self, *, min_age_gap: float = 10.0, scale: float = 16.0, groups: bool = False) -> None:
         super().__init__()
-        check_number("CrossAgePairLoss", "gap", gap, min=0)
+        check_number("CrossAgePairLoss", "min_age_gap", min_age_gap, min=0)
         check_number("CrossAgePairLoss", "scale", scale, above=0)
-        self.gap, self.scale, self.groups = gap, scale, groups
+        self.min_age_gap, self.scale, self.groups = min_age_gap, scale, groups
 
     def forward(self, embeddings: Tensor, target: Tensor) -> Tensor:
         """One loss for the batch."""
@@ -59,7 +59,7 @@ class CrossAgePairLoss(nn.Module):
         who, when = target.unbind(1)
         known = (when >= 0) & when.isfinite()
         apart = (when[:, None] - when[None]).abs()
-        far = (apart > 0.5 if self.groups else apart >= self.gap) & known[:, None] & known[None]
+        far = (apart > 0.5 if self.groups else apart >= self.min_age_gap) & known[:, None] & known[None]
         same = who[:, None] == who[None]
         unit = F.normalize(embeddings.float(), dim=1, eps=1e-6)
         logits = self.scale * unit @ unit.T
@@ -74,7 +74,7 @@ class CrossAgePairLoss(nn.Module):
         return F.softplus(strangers - positive).mean()
 
     def __repr__(self) -> str:
-        return f"CrossAgePairLoss(gap={self.gap!r}, scale={self.scale!r}, groups={self.groups!r})"
+        return f"CrossAgePairLoss(min_age_gap={self.min_age_gap!r}, scale={self.scale!r}, groups={self.groups!r})"
 
 
 class L2SPLoss(nn.Module):

@@ -19,7 +19,7 @@ from kdlib_faces.backbones import Backbone, build_backbone, load_backbone, save_
 from kdlib_faces.teachers.age_attention import AttentiveAgeNet
 from kdlib_faces.teachers.age_invariant import AgeInvariantNet
 
-__all__ = ["describe_teacher", "load_start", "load_teacher", "save_teacher"]
+__all__ = ["describe_teacher", "load_pretrained", "load_teacher", "save_teacher"]
 
 FORMAT = 1
 KEY = "kdlib_faces_teacher"
@@ -162,7 +162,7 @@ def describe_teacher(path: str | os.PathLike[str]) -> str | None:
     return "\n".join(f"{name:<12}{value}" for name, value in told.items())
 
 
-def load_start(path: str | os.PathLike[str]) -> Any:
+def load_pretrained(path: str | os.PathLike[str]) -> Any:
     """A network to go on training from: an `.onnx` file of a known family, a teacher's file, or a checkpoint.
 
     Raises:

@@ -15,14 +15,14 @@ from kdlib._checks import check_floating, check_number, check_rank, check_same_b
 from kdlib_faces._checks import InputError
 from kdlib_faces.heads import CosFaceHead
 
-__all__ = ["FusedTeacher", "fit_fusion", "joined"]
+__all__ = ["FusedTeacher", "fit_fusion", "join_embeddings"]
 
 
-def joined(embeddings: Sequence[Tensor]) -> Tensor:
+def join_embeddings(embeddings: Sequence[Tensor]) -> Tensor:
     """Unit rows of each teacher side by side, `(n, d_1 + ... + d_k)`, of length 1: a cosine is the mean of theirs.
 
     Examples:
-        >>> joined([torch.tensor([[3.0, 4.0]]), torch.tensor([[2.0]])]).round(decimals=3)
+        >>> join_embeddings([torch.tensor([[3.0, 4.0]]), torch.tensor([[2.0]])]).round(decimals=3)
         tensor([[0.4240, 0.5660, 0.7070]])
     """
     rows = torch.cat([F.normalize(each.float(), dim=1, eps=1e-6) for each in embeddings], dim=1)
@@ -35,7 +35,7 @@ def fit_fusion(
     identities: Tensor,
     *,
     dim: int = 512,
-    pull: float = 1.0,
+    l2_sp_weight: float = 1.0,
     scale: float = 32.0,
     margin: float = 0.2,
     steps: int = 500,
@@ -43,7 +43,7 @@ def fit_fusion(
     lr: float = 1e-3,
     seed: int = 0,
 ) -> Tensor:
-    """Learn the projection of joined embeddings: `min_W CosFace(joined W, identity) + pull * ||W - W_0||^2 * d / ||W_0||^2`.
+    """Learn the projection of joined embeddings: `min_W CosFace(joined W, identity) + l2_sp_weight * ||W - W_0||^2 * d / ||W_0||^2`.
 
     `W_0` holds the `dim` principal directions of the joined embeddings (uncenterd): it keeps their cosines as well as `dim`
     numbers can, so that the projection is of use from the first step, and few identities cannot lead it far away.
@@ -52,7 +52,7 @@ def fit_fusion(
         embeddings: of each teacher, `(n, d_k)`, row i of the same image; recorded ones, for example.
         identities: `(n,)` int64 from 0.
         dim: d, dimensions of the fused embedding; at most the sum of the d_k.
-        pull: how strongly the projection is held to its start; 0 lets it go where the identities lead.
+        l2_sp_weight: how strongly the projection is held to its start; 0 lets it go where the identities lead.
         scale: s of the margin softmax.
         margin: its margin m.
         steps: of Adam.
@@ -75,7 +75,7 @@ def fit_fusion(
 
     References:
         Caldeira et al.: MST-KD: Multiple Specialized Teachers Knowledge Distillation for Fair Face Recognition, 2024, which
-        trains one layer with ElasticArcFace on the concatenation; start, pull and head are ours.
+        trains one layer with ElasticArcFace on the concatenation; start, l2_sp_weight and head are ours.
     """
     owner = "fit_fusion"
     if not embeddings:
@@ -84,13 +84,13 @@ def fit_fusion(
         check_floating(owner, **{f"embeddings[{number}]": each})
         check_rank(owner, f"embeddings[{number}]", each, "n d")
         check_same_batch(owner, f"embeddings[{number}]", each, "identities", identities)
-    for name, value in {"pull": pull, "margin": margin}.items():
+    for name, value in {"l2_sp_weight": l2_sp_weight, "margin": margin}.items():
         check_number(owner, name, value, min=0)
     for name, value in {"scale": scale, "lr": lr}.items():
         check_number(owner, name, value, above=0)
     for name, whole in {"steps": steps, "batch": batch, "dim": dim}.items():
         check_number(owner, name, whole, min=1, integer=True)
-    rows = joined([each.detach() for each in embeddings])
+    rows = join_embeddings([each.detach() for each in embeddings])
     if dim > rows.shape[1]:
         raise InputError(f"{owner}: dim must be at most the {rows.shape[1]} dimensions of all teachers, got {dim}")
     people, who = torch.unique(identities, return_inverse=True)
@@ -110,7 +110,7 @@ def fit_fusion(
     for _ in range(steps):
         chosen = torch.randperm(len(rows), generator=generator)[:batch]
         held = (matrix - start).square().sum() / start.square().sum()
-        loss = head(rows[chosen] @ matrix, who[chosen]) + pull * held
+        loss = head(rows[chosen] @ matrix, who[chosen]) + l2_sp_weight * held
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()
@@ -119,7 +119,7 @@ def fit_fusion(
 
 
 class FusedTeacher(nn.Module):
-    """Several frozen teachers behind one embedding: `normalize(joined(embeddings) W)`.
+    """Several frozen teachers behind one embedding: `normalize(join_embeddings(embeddings) W)`.
 
     Stands where a `kdlib.TeacherAdapter` stands. Its parts may be adapters, ONNX teachers or recorded ones, all reading the
     same inputs.
@@ -128,7 +128,7 @@ class FusedTeacher(nn.Module):
         teachers: name to teacher, inputs to named features with an embedding; the order is that of `fit_fusion`.
         matrix: from `fit_fusion`, `(d_1 + ... + d_k, d)`.
         feature: name of the embedding in each.
-        passed: name of the teacher whose other features pass through; `None` passes none.
+        pass_through: name of the teacher whose other features pass through; `None` passes none.
 
     Raises:
         InputError: no teacher, an unknown name, teachers that read different inputs.
@@ -148,13 +148,13 @@ class FusedTeacher(nn.Module):
         matrix: Tensor,
         *,
         feature: str = "embedding",
-        passed: str | None = None,
+        pass_through: str | None = None,
     ) -> None:
         super().__init__()
         if not teachers:
             raise InputError("FusedTeacher: teachers must hold at least one, got none")
-        if passed is not None and passed not in teachers:
-            raise InputError(f"FusedTeacher: passed must be one of {', '.join(teachers)}, got {passed!r}")
+        if pass_through is not None and pass_through not in teachers:
+            raise InputError(f"FusedTeacher: pass_through must be one of {', '.join(teachers)}, got {pass_through!r}")
         check_rank("FusedTeacher", "matrix", matrix, "d e")
         reads = {getattr(teacher, "reads", None) for teacher in teachers.values()}
         if len(reads) != 1:
@@ -162,7 +162,7 @@ class FusedTeacher(nn.Module):
         self.reads: tuple[str, ...] | None = reads.pop()
         self.teachers = nn.ModuleDict(dict(teachers)).requires_grad_(False)
         self.register_buffer("matrix", matrix.detach().clone(), persistent=True)
-        self.feature, self.passed = feature, passed
+        self.feature, self.pass_through = feature, pass_through
         self.embedding_dim = matrix.shape[1]
         super().train(False)
 
@@ -175,12 +175,12 @@ class FusedTeacher(nn.Module):
     def forward(self, *inputs: Tensor) -> dict[str, Tensor]:
         """The fused embedding `(b, d)` of unit length, and what passes through."""
         said = {name: teacher(*inputs) for name, teacher in self.teachers.items()}
-        rows = joined([features[self.feature] for features in said.values()])
+        rows = join_embeddings([features[self.feature] for features in said.values()])
         matrix = self.get_buffer("matrix")
         if rows.shape[1] != len(matrix):
             raise InputError(
                 f"FusedTeacher: matrix must have the {rows.shape[1]} rows of the joined embeddings, got {len(matrix)}"
             )
-        features = dict(said[self.passed]) if self.passed is not None else {}
+        features = dict(said[self.pass_through]) if self.pass_through is not None else {}
         features[self.feature] = F.normalize(rows @ matrix.to(rows.device), dim=1, eps=1e-6)
         return features

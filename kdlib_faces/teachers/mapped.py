@@ -60,8 +60,8 @@ def fit_age_map(
     *,
     ages: Tensor | None = None,
     age_groups: Tensor | None = None,
-    gap: float = 10.0,
-    pull: float = 100.0,
+    min_age_gap: float = 10.0,
+    l2_sp_weight: float = 100.0,
     scale: float = 16.0,
     steps: int = 300,
     batch: int = 256,
@@ -70,16 +70,16 @@ def fit_age_map(
 ) -> Tensor:
     """Learn a linear map of frozen embeddings that brings a person's far ages together and keeps all else near.
 
-    `min_W CE(scale * cos(a_i W, b_j W), i = j) + pull * mean (W - 1)^2 * d`, where `a_i`, `b_i` are two images of person i
-    from different age groups (or at least `gap` years apart) and the other people of the batch are the wrong answers.
+    `min_W CE(scale * cos(a_i W, b_j W), i = j) + l2_sp_weight * mean (W - 1)^2 * d`, where `a_i`, `b_i` are two images of person i
+    from different age groups (or at least `min_age_gap` years apart) and the other people of the batch are the wrong answers.
 
     Args:
         embeddings: `(n, d)`; rows are normalized here.
         identities: `(n,)` int64.
         ages: `(n,)` years, NaN where unknown; or
         age_groups: `(n,)` int64, -1 where unknown.
-        gap: least years between the two images of a pair.
-        pull: how strongly the map is held to the identity matrix. On a few hundred people 100 was best or next to it for
+        min_age_gap: least years between the two images of a pair.
+        l2_sp_weight: how strongly the map is held to the identity matrix. On a few hundred people 100 was best or next to it for
             two teachers; at 10 one of them was worse on unseen people than without a map (`benchmarks/study_age_map.py`).
         scale: inverse temperature.
         steps: of Adam.
@@ -105,7 +105,7 @@ def fit_age_map(
     check_number("fit_age_map", "steps", steps, min=1, integer=True)
     if ages is None and age_groups is None:
         raise InputError("fit_age_map: ages or age_groups must be given, got neither")
-    pairs = _cross_age_pairs(identities, ages, age_groups, gap)
+    pairs = _cross_age_pairs(identities, ages, age_groups, min_age_gap)
     if len(pairs) < 2:
         raise InputError(
             f"fit_age_map: at least two people must have images of different ages, got {len(pairs)}; "
@@ -124,7 +124,7 @@ def fit_age_map(
         logits = scale * first @ second.T
         truth = torch.arange(len(rows))
         contrast = 0.5 * (F.cross_entropy(logits, truth) + F.cross_entropy(logits.T, truth))
-        loss = contrast + pull * (matrix - eye).square().sum() / len(eye)
+        loss = contrast + l2_sp_weight * (matrix - eye).square().sum() / len(eye)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
         optimizer.step()
@@ -132,7 +132,7 @@ def fit_age_map(
 
 
 def _cross_age_pairs(
-    identities: Tensor, ages: Tensor | None, age_groups: Tensor | None, gap: float
+    identities: Tensor, ages: Tensor | None, age_groups: Tensor | None, min_age_gap: float
 ) -> list[list[tuple[int, int]]]:
     """For each person who has some, the pairs of rows that lie far apart in age."""
     rows: dict[int, list[int]] = {}
@@ -142,7 +142,7 @@ def _cross_age_pairs(
     years = None if ages is None else ages.tolist()
 
     def far(i: int, j: int) -> bool:
-        if years is not None and abs(years[i] - years[j]) >= gap:  # a NaN compares as not far
+        if years is not None and abs(years[i] - years[j]) >= min_age_gap:  # a NaN compares as not far
             return True
         return groups is not None and min(groups[i], groups[j]) >= 0 and groups[i] != groups[j]
 

@@ -13,12 +13,12 @@ from kdlib_faces._checks import InputError
 from kdlib_faces.data.images import to_float
 from kdlib_faces.progress import progress_to
 
-__all__ = ["record", "read_outputs"]
+__all__ = ["cache_outputs", "read_outputs"]
 
 _BATCH = 128
 
 
-def record(
+def cache_outputs(
     teacher: nn.Module,
     images: Tensor,
     folder: str | os.PathLike[str],
@@ -51,7 +51,7 @@ def record(
         ...         return {"embedding": images.mean((2, 3))}
         >>> images = torch.full((2, 3, 4, 4), 255, dtype=torch.uint8)
         >>> with tempfile.TemporaryDirectory() as folder:
-        ...     record(Mean(), images, folder)(torch.tensor([1]), torch.tensor([0]))["embedding"]
+        ...     cache_outputs(Mean(), images, folder)(torch.tensor([1]), torch.tensor([0]))["embedding"]
         tensor([[1., 1., 1.]])
     """
     digest = hashlib.sha256(str(tuple(images.shape)).encode())

@@ -28,7 +28,7 @@ from kdlib_faces.teachers import (
     FusedTeacher,
     L2SPLoss,
     fit_fusion,
-    joined,
+    join_embeddings,
     load_teacher,
     reverse_gradient,
     save_teacher,
@@ -186,7 +186,7 @@ def test_cross_age_pairs_are_told_from_all_strangers() -> None:
     torch.testing.assert_close(CrossAgePairLoss(groups=True)(x, target), torch.stack(each).mean())
     years = target.clone()
     years[:, 1] = torch.tensor([4, 40, 10, 15, 50, float("nan")])
-    by_years = CrossAgePairLoss(gap=20)(x, years)
+    by_years = CrossAgePairLoss(min_age_gap=20)(x, years)
     torch.testing.assert_close(by_years, torch.stack(each[:2]).mean())
 
 
@@ -194,11 +194,11 @@ def test_cross_age_pairs_are_told_from_all_strangers() -> None:
 def test_without_a_cross_age_pair_the_loss_is_zero_with_a_graph(ages) -> None:
     x = torch.zeros(3, 4, requires_grad=True)
     target = torch.stack([torch.zeros(3), torch.tensor(ages)], 1)
-    loss = CrossAgePairLoss(gap=1)(x, target)
+    loss = CrossAgePairLoss(min_age_gap=1)(x, target)
     loss.backward()
     assert float(loss.detach()) == 0.0
     assert torch.isfinite(x.grad).all()
-    lonely = CrossAgePairLoss(gap=1)(x, torch.tensor([[0.0, 1.0], [0.0, 9.0], [0.0, 5.0]]))  # no stranger
+    lonely = CrossAgePairLoss(min_age_gap=1)(x, torch.tensor([[0.0, 1.0], [0.0, 9.0], [0.0, 5.0]]))  # no stranger
     assert float(lonely.detach()) == 0.0
     with pytest.raises(ValueError, match=r"target must be \(b, 2\)"):
         CrossAgePairLoss()(x, torch.zeros(3, 3))
@@ -248,7 +248,7 @@ def test_each_way_trains_from_a_loaded_backbone_and_its_file_says_the_same(
     config = AgeTeacherConfig(method=method, identity_weight=0.5)
     distiller = build_age_teacher(start, config, num_identities=8, groups=None if by == "age" else 2)
     wanted = {"dal": ["age"], "mtlface": ["adversary", "age"], "pairs": []}[method]
-    assert sorted(distiller.objective.terms) == sorted(["identity", "pairs", "pull", *wanted])
+    assert sorted(distiller.objective.terms) == sorted(["identity", "pairs", "l2_sp", *wanted])
     assert distiller.student.train().model.net.training
     before = {name: value.clone() for name, value in distiller.student.state_dict().items()}
     result = train(distiller, _batches(faces, by), TrainConfig(max_steps=4, lr=1e-2, optimizer="adamw"))
@@ -406,7 +406,11 @@ def test_the_command_trains_from_a_start_and_all_commands_take_the_result(
     ("column", "values", "words"),
     [
         ("age_group", ("young", "young"), "needs at least two age groups, the lists have 'young' alone"),
-        ("age", ("20", "25"), "two people with images at least 10 years apart (gap), the lists have 0; without them"),
+        (
+            "age",
+            ("20", "25"),
+            "two people with images at least 10 years apart (min_age_gap), the lists have 0; without them",
+        ),
         ("age_group", ("young", ""), "needs at least two age groups"),
     ],
 )
@@ -426,7 +430,7 @@ def test_lists_that_teach_nothing_of_age_are_refused(
     assert words in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
     if column == "age":  # another gap, or the margin alone, are the ways out
-        assert main([*command, "--set", "gap=5"]) == 0
+        assert main([*command, "--set", "min_age_gap=5"]) == 0
         margin = ["--set", "pair_weight=0", "--set", "identity_weight=1"]
         assert main([*command[:-6], *margin, "--set", "batch_size=4", "--output", str(tmp_path / "b")]) == 0
 
@@ -470,8 +474,10 @@ def test_two_views_of_a_person_are_more_than_either() -> None:
     teachers = {"a": _Says(keep), "b": _Says(other @ turn)}
     said = [each(x)["embedding"].detach() for each in teachers.values()]
     seen = who < 100
-    matrix = fit_fusion([each[seen] for each in said], who[seen], dim=24, pull=0.1, steps=300, lr=1e-2, batch=128)
-    fused = FusedTeacher(teachers, matrix, passed="a")
+    matrix = fit_fusion(
+        [each[seen] for each in said], who[seen], dim=24, l2_sp_weight=0.1, steps=300, lr=1e-2, batch=128
+    )
+    fused = FusedTeacher(teachers, matrix, pass_through="a")
 
     def auc(rows: torch.Tensor) -> float:
         unit = F.normalize(rows[~seen], dim=1)
@@ -482,7 +488,7 @@ def test_two_views_of_a_person_are_more_than_either() -> None:
 
     parts = [auc(each) for each in said]
     out = fused(x)
-    assert auc(out["embedding"]) > max(*parts, auc(joined(said))) + 0.03
+    assert auc(out["embedding"]) > max(*parts, auc(join_embeddings(said))) + 0.03
     torch.testing.assert_close(out["embedding"].norm(dim=1), torch.ones(900))
     assert torch.equal(out["map"], x[:, :, None, None])
 
@@ -510,8 +516,8 @@ def test_a_fused_teacher_is_frozen_and_stands_where_a_teacher_stands() -> None:
 def test_the_projection_begins_with_the_directions_that_keep_most() -> None:
     generator = _rng()
     said = [torch.randn(60, 5, generator=generator), torch.randn(60, 3, generator=generator)]
-    rows = joined(said)
-    held = fit_fusion(said, torch.arange(60) // 2, dim=8, pull=1e6, steps=1, lr=1e-9)
+    rows = join_embeddings(said)
+    held = fit_fusion(said, torch.arange(60) // 2, dim=8, l2_sp_weight=1e6, steps=1, lr=1e-9)
     torch.testing.assert_close((rows @ held) @ (rows @ held).T, rows @ rows.T, atol=1e-4, rtol=1e-4)
     cosines = sum(F.normalize(each, dim=1) @ F.normalize(each, dim=1).T for each in said) / 2
     torch.testing.assert_close(rows @ rows.T, cosines, atol=1e-5, rtol=1e-5)
@@ -529,8 +535,8 @@ def test_what_cannot_be_fused_is_said() -> None:
             fit_fusion(*arguments, dim=2, steps=1)
     with pytest.raises(InputError, match="dim must be at most the 8"):
         fit_fusion([x, x], who, dim=9)
-    with pytest.raises(InputError, match="passed must be one of a"):
-        FusedTeacher({"a": _Says(torch.eye(2))}, torch.eye(2), passed="c")
+    with pytest.raises(InputError, match="pass_through must be one of a"):
+        FusedTeacher({"a": _Says(torch.eye(2))}, torch.eye(2), pass_through="c")
     with pytest.raises(InputError, match="must hold at least one"):
         FusedTeacher({}, torch.eye(2))
     recorded = _Says(torch.eye(2))
