@@ -192,7 +192,7 @@ def _embed(network: nn.Module, fed: Tensor, rows: np.ndarray) -> Tensor:
 def adapted(faces: Faces, train_rows: np.ndarray, test_rows: np.ndarray, way: Way, seed: int) -> Tensor:
     """Train one way on some people, embed the others."""
     between, behind = cut(faces.network)
-    last = way.config.settled(loaded=True)["trained"] == "embedding" and way.config.method != "mtlface"
+    last = way.config.trainable in (None, "embedding") and way.config.method != "mtlface"
     fed = faces.fed(last)
     start: nn.Module = Tail(faces.network, copy.deepcopy(behind if last else between + behind))
     if way.config.method == "mtlface":

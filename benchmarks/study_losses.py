@@ -41,8 +41,9 @@ from kdlib_faces.demo.synthetic import drawn_sets
 from kdlib_faces.evaluation import AgeGapProtocol, compare
 from kdlib_faces.heads import CosFaceHead
 from kdlib_faces.progress import say
-from kdlib_faces.recipes.liaad import build, teacher_taps
+from kdlib_faces.recipes.liaad import build
 from kdlib_faces.teachers import cache_outputs, read_outputs
+from kdlib_faces.teachers.open import stage_taps
 from kdlib_faces.training import fit
 
 RESULTS = Path(__file__).parent / "results" / "losses_drawn.json"
@@ -139,7 +140,7 @@ class Faces:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed + 2)
             head = CosFaceHead(self.dim, general.identities, 32.0, 0.2)
-        taps = teacher_taps(network, config.student.stage)
+        taps = stage_taps(network, config.student.stage)
         identity = Objective({"identity": Term(head, student="embedding", target="identity")})
         fit(
             Distiller(StudentAdapter(network, taps), {}, identity),

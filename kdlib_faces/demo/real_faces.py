@@ -19,7 +19,7 @@ from kdlib_faces.evaluation import check_identity_disjoint, identity_disjoint_sp
 from kdlib_faces.progress import progress, say
 from kdlib_faces.recipes.liaad import AGE, GENERAL
 from kdlib_faces.teachers import MappedTeacher, OnnxTeacher, cache_outputs, fit_age_map, read_outputs
-from kdlib_faces.teachers.onnx.session import describe_graph
+from kdlib_faces.teachers.onnx.inspect import describe_graph
 from kdlib_faces.teachers.open import onnx_taps
 
 __all__ = ["real_data"]

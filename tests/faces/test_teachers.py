@@ -98,7 +98,7 @@ def test_the_age_map_brings_unseen_people_together_across_age() -> None:
     assert after > before + 0.1
     with pytest.raises(InputError, match="ages or age_groups must be given"):
         fit_age_map(rows, who)
-    with pytest.raises(InputError, match="at least two people"):
+    with pytest.raises(InputError, match="at least two identities"):
         fit_age_map(rows, who, age_groups=torch.zeros(400, dtype=torch.int64))
 
 
