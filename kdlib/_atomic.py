@@ -12,12 +12,15 @@ __all__ = ["atomic_write"]
 
 
 @contextmanager
-def atomic_write(path: str | PathLike[str], *, durable: bool = False) -> Iterator[BinaryIO]:
+def atomic_write(path: str | PathLike[str], *, durable: bool = False, sole_writer: bool = False) -> Iterator[BinaryIO]:
     """Open a temporary file that replaces `path` when the block succeeds and is removed when it fails.
 
     Args:
         path: The file to write. Missing parent folders are created; a symbolic link is replaced, not followed.
-        durable: Flush the file to disk before it is renamed, so that it also survives a power failure.
+        durable: Flush the file and its folder to disk, so that the new file also survives a power failure.
+
+        sole_writer: No other process writes `path`. The temporary file then has a fixed name, so that a file left by an
+            interrupted process is replaced instead of being left behind.
 
     Yields:
         A binary stream.
@@ -34,7 +37,13 @@ def atomic_write(path: str | PathLike[str], *, durable: bool = False) -> Iterato
     """
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(prefix=f".{target.name}.", suffix=".part", dir=target.parent)
+    if sole_writer:
+        temporary = str(target.with_name(f".{target.name}.part"))
+        with suppress(FileNotFoundError):
+            os.unlink(temporary)
+        handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    else:
+        handle, temporary = tempfile.mkstemp(prefix=f".{target.name}.", suffix=".part", dir=target.parent)
     try:
         with os.fdopen(handle, "wb") as stream:
             yield stream
@@ -45,6 +54,12 @@ def atomic_write(path: str | PathLike[str], *, durable: bool = False) -> Iterato
         os.umask(umask)
         os.chmod(temporary, 0o666 & ~umask)
         os.replace(temporary, target)
+        if durable and os.name == "posix":  # a folder cannot be opened on every system
+            folder = os.open(target.parent, os.O_RDONLY)
+            try:
+                os.fsync(folder)
+            finally:
+                os.close(folder)
     except BaseException:
         with suppress(OSError):
             os.unlink(temporary)

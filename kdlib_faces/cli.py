@@ -231,16 +231,14 @@ def _demo(options: argparse.Namespace, command: str) -> None:
 def _train(options: argparse.Namespace, command: str) -> None:
     from kdlib_faces.commands import train
 
-    train.run(
-        options.recipe,
+    run = train.RunOptions(
         output=options.output,
         faces=options.faces,
         teachers=options.teacher,
-        config=options.config,
-        settings=options.settings,
         seed=options.seed,
         progress=not options.quiet,
     )
+    train.run(options.recipe, run, config=options.config, settings=options.settings)
 
 
 def _evaluate(options: argparse.Namespace, command: str) -> None:
@@ -277,7 +275,7 @@ def _cache(options: argparse.Namespace, command: str) -> None:
             rows=options.rows,
             progress=not options.quiet,
         )
-        print(cache.verified(found))
+        print(cache.describe_check(found))
         return
     if not options.faces:
         raise InputError("cache build: --faces must be given, a CSV list or a folder")

@@ -1,4 +1,4 @@
-"""Progress: bars on a terminal, an occasional line elsewhere. Touches tqdm and standard error only."""
+"""Progress bars on a terminal, and periodic lines elsewhere."""
 
 import sys
 import time
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, TextIO, TypeVar
 from tqdm import tqdm
 
 if TYPE_CHECKING:
-    from kdlib.training.events import TrainEvent
+    from kdlib.training import TrainEvent
 
 __all__ = ["TrainProgress", "progress", "progress_to", "say"]
 
@@ -18,7 +18,7 @@ EVERY = 10.0
 
 
 def say(text: str, *, quiet: bool = False) -> None:
-    """One line to standard error, past any bar that is shown."""
+    """Print one line to standard error without breaking a progress bar."""
     if not quiet:
         tqdm.write(text, file=sys.stderr)
 
@@ -32,15 +32,15 @@ def progress(
     stream: TextIO | None = None,
     every: float = EVERY,
 ) -> Iterator[T]:
-    """Pass the items on, and show how far they are.
+    """Iterate over items and show the progress.
 
     Args:
         iterable: the items.
-        label: what is being done.
-        total: how many there are; by default `len(iterable)` where it has one.
+        label: description of the work.
+        total: number of items; by default `len(iterable)` if it has a length.
         quiet: show nothing.
-        stream: where to; standard error by default.
-        every: seconds between two lines where `stream` is no terminal.
+        stream: output stream, by default standard error.
+        every: seconds between two lines if `stream` is not a terminal.
 
     Examples:
         >>> list(progress([1, 2], "numbers", quiet=True))
@@ -61,13 +61,13 @@ def progress(
 def progress_to(
     label: str, *, quiet: bool = False, stream: TextIO | None = None, every: float = EVERY
 ) -> Iterator[Callable[[int, int], None]]:
-    """For work that tells how far it is: a function of the number done and the number in all, shown until the block ends.
+    """Yield a callback `(done, total)` that shows the progress until the block ends.
 
     Args:
-        label: what is being done.
+        label: description of the work.
         quiet: show nothing.
-        stream: where to; standard error by default.
-        every: seconds between two lines where `stream` is no terminal.
+        stream: output stream, by default standard error.
+        every: seconds between two lines if `stream` is not a terminal.
 
     Examples:
         >>> with progress_to("rows", quiet=True) as show:
@@ -88,13 +88,13 @@ def progress_to(
 
 
 class TrainProgress:
-    """A hook for `kdlib.training.train`: shows step and loss as they come.
+    """A hook for `kdlib.training.train` that shows the step and the loss.
 
     Args:
-        label: what is being trained.
+        label: name of the model.
         quiet: show nothing.
-        stream: where to; standard error by default.
-        every: seconds between two lines where `stream` is no terminal.
+        stream: output stream, by default standard error.
+        every: seconds between two lines if `stream` is not a terminal.
     """
 
     def __init__(self, label: str, *, quiet: bool = False, stream: TextIO | None = None, every: float = EVERY) -> None:
@@ -105,7 +105,7 @@ class TrainProgress:
         return f"TrainProgress({self.label!r}, quiet={self.quiet}, every={self.every})"
 
     def __call__(self, event: "TrainEvent") -> None:
-        """Show a step, and its loss; the last step takes the bar away."""
+        """Show a step and its loss; the last step closes the bar."""
         if self._meter is None:
             self._meter = _Meter(self.label, event.total_steps, quiet=self.quiet, stream=self.stream, every=self.every)
         self._meter.to(event.step, f"loss {event.total:.4g}, {event.images_per_second:.0f} images/s")
@@ -113,14 +113,14 @@ class TrainProgress:
             self.close()
 
     def close(self) -> None:
-        """Take the bar away; also when training stopped early."""
+        """Close the bar, also if training stopped early."""
         if self._meter is not None:
             self._meter.close()
             self._meter = None
 
 
 class _Meter:
-    """A tqdm bar on a terminal; elsewhere a line when `every` seconds have passed."""
+    """A tqdm bar on a terminal, otherwise one line every `every` seconds."""
 
     def __init__(self, label: str, total: int | None, *, quiet: bool, stream: TextIO | None, every: float) -> None:
         self.label, self.total, self.quiet, self.every = label, total, quiet, every

@@ -1,7 +1,4 @@
-"""Cache: the checks of a header, which may be hostile. Words errors; opens no file.
-
-Each says what is wrong with the header, `bad_header` with which file.
-"""
+"""Checks of a cache header, which is untrusted input."""
 
 import math
 from collections.abc import Collection
@@ -20,27 +17,27 @@ __all__ = [
     "header_shapes",
     "header_text",
     "header_texts",
-    "header_whole",
+    "header_integer",
 ]
 
 HEADER_LIMIT = 1 << 20
-"""Bytes of a header at most."""
+"""Maximum size of a header in bytes."""
 _ERRORS = ("max_cosine", "mean_cosine", "max_relative")
 
 
 def bad_header(path: Path, error: Exception) -> CacheError:
-    """A header that is not one of this format, or promises what cannot be."""
-    return CacheError(f"TeacherCache: {path} is no header of a cache: {error}")
+    """Error for a header of another format or with impossible values."""
+    return CacheError(f"TeacherCache: {path} is not a valid cache header: {error}")
 
 
 def check_header_size(size: int) -> None:
-    """A header is small."""
+    """A header must not exceed `HEADER_LIMIT`."""
     if size > HEADER_LIMIT:
         raise ValueError("it is too long")
 
 
 def check_header(header: object, known: Collection[str]) -> dict[str, Any]:
-    """The entries of a header of this format, none of them unknown, without the format itself."""
+    """Return the entries of a header, except the format, after checking that all are known."""
     if not isinstance(header, dict) or header.get("format") != 1:
         raise ValueError("its format is not 1")
     entries = {name: value for name, value in header.items() if name != "format"}
@@ -51,19 +48,19 @@ def check_header(header: object, known: Collection[str]) -> dict[str, Any]:
 
 
 def header_shapes(features: Any) -> dict[str, tuple[int, ...]]:
-    """Names to shapes."""
+    """Return the shapes of the features."""
     if not isinstance(features, dict):
         raise ValueError(f"features is {features!r}")
     shapes = {}
     for name, shape in features.items():
         if not isinstance(shape, list) or not shape or len(shape) > 8:
             raise ValueError(f"feature {name!r} has the shape {shape!r}")
-        shapes[name] = tuple(header_whole(f"a side of feature {name!r}", side, 1, 2**31) for side in shape)
+        shapes[name] = tuple(header_integer(f"a side of feature {name!r}", side, 1, 2**31) for side in shape)
     return shapes
 
 
 def check_layout(layout: Any, dtypes: Collection[str]) -> None:
-    """What a header promises must be possible."""
+    """The values of a header must be possible."""
     count = len(layout.features)
     if layout.dtype not in dtypes or not 1 <= count <= 256 or layout.rows > layout.total:
         raise ValueError(f"dtype {layout.dtype!r}, {count} features, {layout.rows} rows of {layout.total}")
@@ -71,29 +68,29 @@ def check_layout(layout: Any, dtypes: Collection[str]) -> None:
         raise ValueError(f"it has {layout.total} rows of {layout.row_bytes} bytes")
 
 
-def header_whole(name: str, value: Any, least: int, most: int) -> int:
-    """A whole number within bounds."""
-    if type(value) is not int or not least <= value <= most:
+def header_integer(name: str, value: Any, low: int, high: int) -> int:
+    """Return an integer within bounds."""
+    if type(value) is not int or not low <= value <= high:
         raise ValueError(f"{name} is {value!r}")
     return value
 
 
 def header_text(name: str, value: Any) -> str:
-    """A string."""
+    """Return a string."""
     if not isinstance(value, str):
         raise ValueError(f"{name} is {value!r}")
     return value
 
 
 def header_texts(name: str, value: Any) -> dict[str, str]:
-    """A mapping of strings to strings."""
+    """Return a mapping of strings to strings."""
     if not isinstance(value, dict):
         raise ValueError(f"{name} is {value!r}")
     return {key: header_text(f"{name}[{key!r}]", entry) for key, entry in value.items()}
 
 
 def header_errors(value: Any, features: Collection[str]) -> dict[str, dict[str, float]]:
-    """For each feature the errors that its rows have."""
+    """Return the errors of each feature."""
     good = isinstance(value, dict) and set(value) <= set(features)
     for entry in value.values() if good else ():
         good = good and isinstance(entry, dict) and set(entry) == set(_ERRORS)

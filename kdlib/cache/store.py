@@ -1,4 +1,4 @@
-"""Cache: build, open and read teacher outputs by sample and view. Touches the cache's directory alone."""
+"""Build, open and read a cache of teacher outputs."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -32,26 +32,26 @@ from kdlib.cache.layout import DTYPES, SEAL_BYTES, Layout, read_header, shard_pa
 
 __all__ = ["TeacherCache"]
 
-_MAPPED = 256
-"""Shards held mapped at a time: each takes a file descriptor."""
+_MAX_MAPPED = 256
+"""Maximum number of memory-mapped shards, since each uses a file descriptor."""
 
 
 class TeacherCache:
     """Teacher outputs on disk, read through memory maps.
 
-    Made by `TeacherCache.build` and `TeacherCache.open`. Opening reads one small file, however large the cache; reading
-    touches the rows asked for. Can be pickled to the workers of a data loader, which map the files anew.
+    Use `TeacherCache.build` or `TeacherCache.open`. Opening reads only the header; reading accesses only the requested
+    rows. A cache can be pickled to the workers of a data loader, which map the files themselves.
 
     Attributes:
         path: directory of the cache.
-        fingerprint: what the outputs were computed from.
+        fingerprint: fingerprint of teacher, preprocessing and data.
         features: name to shape of one sample, `(d,)` or `(c, h, w)`.
         samples: number of samples.
-        views: number of views of each.
+        views: number of views per sample.
         dtype: type on disk, `"float16"`, `"float32"` or `"int8"`.
-        error: for each feature `max_cosine` and `mean_cosine`, the error 1 - cos between a row of the teacher's and that
-            on disk, and `max_relative`, the length of their difference over that of the row.
-        notes: what the builder wished to be known.
+        error: for each feature `max_cosine` and `mean_cosine`, the error 1 - cos between the teacher's row and the stored
+            row, and `max_relative`, the L2 norm of their difference divided by that of the row.
+        notes: texts given by the builder.
 
     Examples:
         >>> import tempfile
@@ -93,54 +93,54 @@ class TeacherCache:
         dtype: str = "float16",
         batch_size: int = 64,
         shard_bytes: int = 1 << 28,
-        mark_seconds: float = 5.0,
+        sync_seconds: float = 5.0,
         progress: Callable[[int, int], None] | None = None,
         shared: bool = False,
         prefetch: int = 0,
         notes: Mapping[str, str] | None = None,
     ) -> Self:
-        """Compute the outputs of a teacher for every sample and view, or what is still missing of them.
+        """Compute the outputs of a teacher for all samples and views, or those that are missing.
 
-        A build that was killed goes on where it stood when called again, without fetching what is done, and ends with
-        the same bytes, given the same `batch_size` and number of threads. On a complete cache it returns at once.
+        An interrupted build resumes when it is called again, without fetching complete rows again, and gives the same
+        bytes, provided that `batch_size` and the number of threads are the same. A complete cache is returned immediately.
 
-        With `shared=True` in each, several processes build one cache at a time: each takes the next block of `batch_size`
-        rows that nobody has, and all return when the last is there. One that is killed loses its unmarked blocks, which the
-        others compute. All must be of one machine, or of machines whose common file system has POSIX locks.
+        With `shared=True`, several processes can build one cache together: each takes the next free block of `batch_size`
+        rows, and all return when the last block is complete. Unsynchronized blocks of an interrupted process are computed
+        again by the others. The processes must run on one machine or share a file system with POSIX locks.
 
         Args:
-            path: directory, made if need be.
-            teacher: inputs to named features; run in eval mode and without gradient.
-            fetch: `fetch(samples, view)` with samples `(b,)` int64 gives the teacher's inputs, a tensor or a tuple. It
-                must give the same for the same arguments: draw any augmentation from a seed made of both.
-            samples: ids, distinct whole numbers; or n for 0 to n - 1.
-            views: number of views of each sample: 2 for an image and its flip, or so many augmentations.
-            fingerprint: what the outputs depend on, in a text or in its three parts; `None` takes that of the teacher,
-                whose whole is its `model_fingerprint`.
-            preprocessing: description of what happens to the inputs before the teacher, for the fingerprint.
-            data: description or digest of the data and of how views are made, for the fingerprint.
-            dtype: type on disk, `"float16"`, `"float32"`, or `"int8"` with a scale for each row of each feature. What
-                this costs is measured and kept, see `error`.
-            batch_size: samples in a forward.
-            shard_bytes: largest size of a file; one row at least.
-            mark_seconds: how often progress is made certain on disk; a kill loses at most that much work.
-            progress: called with rows done and rows in all after each batch.
-            shared: let other processes that say so too build the same cache at the same time. Not on Windows.
-            prefetch: batches that `fetch` prepares ahead, in a thread of its own, while the teacher runs.
-            notes: texts to keep in the header, of whoever begins the cache.
+            path: directory, created if missing.
+            teacher: maps inputs to named features; run in eval mode without gradient.
+            fetch: `fetch(samples, view)` with samples `(b,)` int64 returns the teacher's inputs, a tensor or a tuple. It
+                must be deterministic: seed any augmentation from both arguments.
+            samples: distinct integer ids, or n for 0 to n - 1.
+            views: number of views per sample: 2 for an image and its mirror image, or the number of augmentations.
+            fingerprint: everything the outputs depend on, as a text or as three parts; `None` computes it from the
+                teacher by `model_fingerprint`.
+            preprocessing: description of the preprocessing before the teacher, for the fingerprint.
+            data: description or digest of the data and the views, for the fingerprint.
+            dtype: type on disk: `"float16"`, `"float32"`, or `"int8"` with one scale per row and feature. The error is
+                measured, see `error`.
+            batch_size: samples per forward pass.
+            shard_bytes: maximum size of a file; a shard has at least one row.
+            sync_seconds: seconds between flushes to disk; an interruption loses at most this much work.
+            progress: called with the number of complete rows and all rows after each batch.
+            shared: allow other processes with `shared=True` to build the same cache. Not available on Windows.
+            prefetch: number of batches that `fetch` prepares in a separate thread while the teacher runs.
+            notes: texts to store in the header; those of the process that starts the cache are kept.
 
         Returns:
-            The complete cache, open.
+            The complete cache.
 
         Raises:
-            CacheError: `path` holds the outputs of another teacher, preprocessing or data (which of them, where that is
-                known), is being built, or cannot be written to.
-            ValueError: ids that are not distinct, a feature that is not finite or does not fit `dtype`.
+            CacheError: `path` contains outputs of another teacher, preprocessing or data (the message says which, if
+                known), is being built by another process, or cannot be written.
+            ValueError: ids are not distinct, or a feature is not finite or does not fit `dtype`.
         """
         check_choice("TeacherCache", "dtype", dtype, tuple(DTYPES))
         for name, value in (("views", views), ("batch_size", batch_size), ("shard_bytes", shard_bytes)):
             check_number("TeacherCache", name, value, min=1, integer=True)
-        check_number("TeacherCache", "mark_seconds", mark_seconds, min=0)
+        check_number("TeacherCache", "sync_seconds", sync_seconds, min=0)
         check_number("TeacherCache", "prefetch", prefetch, min=0, integer=True)
         notes = {} if notes is None else notes
         check_build(teacher, fetch, progress, notes, preprocessing=preprocessing, data=data)
@@ -159,20 +159,11 @@ class TeacherCache:
             dtype=dtype,
             features={},
             shard_rows=1,
+            block=batch_size,
             parts=fingerprint.parts if isinstance(fingerprint, Fingerprint) else {},
             notes=dict(notes),
         )
-        job = Job(
-            Path(path),
-            teacher,
-            fetch,
-            ids,
-            batch_size=batch_size,
-            shard_bytes=shard_bytes,
-            mark_seconds=mark_seconds,
-            prefetch=prefetch,
-            progress=progress,
-        )
+        job = Job(Path(path), teacher, fetch, ids, batch_size, shard_bytes, sync_seconds, prefetch, progress)
         build_cache(job, wanted, shared=shared)
         return cls.open(path, fingerprint=fingerprint)
 
@@ -181,12 +172,12 @@ class TeacherCache:
         """Open a complete cache.
 
         Args:
-            path: its directory.
-            fingerprint: what it must have been computed from; `None` does not ask. With a `Fingerprint` the error says
-                which part differs.
+            path: directory of the cache.
+            fingerprint: the expected fingerprint; `None` skips the check. With a `Fingerprint` the error names the part
+                that differs.
 
         Raises:
-            CacheError: there is none, it is not complete, or it was computed from something else.
+            CacheError: there is no cache, it is incomplete, or it has another fingerprint.
         """
         path = Path(path)
         layout = read_header(path)
@@ -204,19 +195,19 @@ class TeacherCache:
         views: Tensor | Sequence[int] | int = 0,
         features: Sequence[str] | None = None,
     ) -> dict[str, Tensor]:
-        """Features of `b` samples.
+        """Read the features of `b` samples.
 
         Args:
-            samples: `(b,)` ids, in any order, repeats allowed.
-            views: `(b,)` views, or one for all.
-            features: which ones; `None` for all.
+            samples: `(b,)` ids, in any order, possibly repeated.
+            views: `(b,)` views, or one view for all samples.
+            features: names of features; `None` for all.
 
         Returns:
-            Name to `(b, ...)` float32 on the CPU.
+            Feature name to `(b, ...)` float32 on the CPU.
 
         Raises:
-            CacheError: a sample or view that is not there, or a file that is damaged.
-            ValueError: a feature that is not there.
+            CacheError: a sample or view is not in the cache, or a file is damaged.
+            ValueError: a feature is not in the cache.
         """
         wanted = _whole("samples", samples)
         seen = views if isinstance(views, int) else _whole("views", views)
@@ -258,18 +249,18 @@ class TeacherCache:
         one = int(shards[0]) if len(rows) else 0
         if len(rows) and (layout.shards == 1 or (shards == one).all()):
             return unpack(layout, np.asarray(self._shard(one)).take(inside, axis=0), names)
-        # Each file is looked at before memory is taken on the word of the header.
+        # All files are checked before memory is allocated according to the header.
         parts = [((shards == shard).nonzero()[0], self._shard(shard)) for shard in sorted(set(shards.tolist()))]
-        found = np.empty((len(rows), layout.row_bytes), np.uint8)
-        for here, content in parts:
-            found[here] = np.asarray(content).take(inside[here], axis=0)
-        return unpack(layout, found, names)
+        content = np.empty((len(rows), layout.row_bytes), np.uint8)
+        for here, shard_rows in parts:
+            content[here] = np.asarray(shard_rows).take(inside[here], axis=0)
+        return unpack(layout, content, names)
 
     def _rows(self, samples: np.ndarray[Any, Any], views: np.ndarray[Any, Any] | int) -> np.ndarray[Any, Any]:
         layout = self._layout
         if layout.dense:
             position = samples - layout.first
-            # Far from a `first` of great size the difference wraps around.
+            # The difference can wrap around if `first` is very large.
             known = (samples >= layout.first) & (position >= 0) & (position < layout.samples)
         else:
             ids = self._mapped_ids()
@@ -284,18 +275,17 @@ class TeacherCache:
         return rows
 
     def _shard(self, shard: int) -> np.ndarray[Any, Any]:
-        """Bytes `(rows, row_bytes)` of one shard."""
-        found = self._shards.get(shard)
-        if found is None:
+        """Return the bytes `(rows, row_bytes)` of one shard."""
+        content = self._shards.get(shard)
+        if content is None:
             layout, path = self._layout, shard_path(self.path, shard)
             shape = (layout.rows_of(shard), layout.row_bytes)
-            found = self._map(path, np.dtype(np.uint8), shape, layout.bytes_of(shard))
-            if layout.block:
-                check_seal(path, _last_bytes(path, SEAL_BYTES) == layout.seal_of(shard))
-            if len(self._shards) >= _MAPPED:
-                self._shards.pop(next(iter(self._shards)), None)  # another thread may do the same
-            self._shards[shard] = found
-        return found
+            content = self._map(path, np.dtype(np.uint8), shape, layout.bytes_of(shard))
+            check_seal(path, _last_bytes(path, SEAL_BYTES) == layout.seal_of(shard))
+            if len(self._shards) >= _MAX_MAPPED:
+                self._shards.pop(next(iter(self._shards)), None)  # another thread may remove the same entry
+            self._shards[shard] = content
+        return content
 
     def _map(self, path: Path, dtype: np.dtype[Any], shape: tuple[int, ...], size: int) -> np.ndarray[Any, Any]:
         try:
@@ -321,7 +311,7 @@ def _last_bytes(path: Path, count: int) -> bytes:
 
 
 def _ids(samples: int | Sequence[int] | Tensor) -> np.ndarray[Any, np.dtype[np.int64]]:
-    """The ids, ascending."""
+    """Return the ids in ascending order."""
     if isinstance(samples, int):
         check_number("TeacherCache", "samples", samples, min=1, integer=True)
         return np.arange(samples, dtype=np.int64)

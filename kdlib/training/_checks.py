@@ -1,4 +1,4 @@
-"""Training room: the checks of a run, its loader, its checkpoints and its numbers. Words errors; opens no file."""
+"""Checks and error messages of the training package."""
 
 import zipfile
 from collections.abc import Iterable, Mapping, Sequence
@@ -44,11 +44,11 @@ __all__ = [
 ]
 
 
-# The configuration and what it is applied to.
+# Configuration and arguments of `train`.
 
 
 def check_length(owner: str, epochs: int | None, max_steps: int | None) -> None:
-    """A run must have an end."""
+    """`epochs` or `max_steps` must be given."""
     if epochs is None and max_steps is None:
         raise ValueError(f"{owner}: epochs or max_steps must be given, got neither")
 
@@ -66,14 +66,14 @@ def check_path(owner: str, name: str, value: object) -> None:
 
 
 def check_distiller(distiller: object) -> None:
-    """What is trained must have the parts of a distiller; a compiled one has them too."""
+    """`distiller` must have the attributes of a `Distiller`, which a compiled one also has."""
     parts = ("student", "teachers", "objective", "trainable_parameters")
     if not isinstance(distiller, nn.Module) or not all(hasattr(distiller, part) for part in parts):
         raise TypeError(f"train: distiller must be a Distiller, got {type(distiller).__name__}")
 
 
 def check_device(owner: str, device: Any) -> None:
-    """`device` must be None, or what torch takes for a device."""
+    """`device` must be None or valid for `torch.device`."""
     try:
         torch.device("cpu" if device is None else device)
     except (RuntimeError, TypeError) as error:
@@ -83,33 +83,33 @@ def check_device(owner: str, device: Any) -> None:
 def check_hooks(hooks: object) -> None:
     """Hooks must be a sequence of callables."""
     check_type("train", "hooks", hooks, Sequence, "a sequence of callables")
-    for index, hook in enumerate(hooks):  # type: ignore[arg-type, var-annotated]  # a sequence, as was just checked
+    for index, hook in enumerate(hooks):  # type: ignore[arg-type, var-annotated]  # checked in the line before
         check_callable("train", f"hooks[{index}]", hook)
 
 
 def check_parameters(groups: Sequence[object]) -> None:
-    """There must be something to train."""
+    """There must be trainable parameters."""
     if not groups:
-        raise ValueError("train: distiller.trainable_parameters() must hold a parameter, got none")
+        raise ValueError("train: distiller.trainable_parameters() must return at least one parameter, got none")
 
 
 def check_optimizer(optimizer: object) -> None:
-    """What a callable has built must be an optimizer."""
+    """A callable `optimizer` must return an optimizer."""
     if not isinstance(optimizer, torch.optim.Optimizer):
-        raise TypeError(f"train: optimizer must build a torch.optim.Optimizer, got {type(optimizer).__name__}")
+        raise TypeError(f"train: optimizer must return a torch.optim.Optimizer, got {type(optimizer).__name__}")
 
 
-# The loader.
+# Loader.
 
 
 def check_loader(loader: object) -> None:
-    """A loader must be something to iterate over; Python takes `__getitem__` for that too."""
+    """A loader must be iterable, possibly by `__getitem__`."""
     if not isinstance(loader, Iterable) and not hasattr(loader, "__getitem__"):
         raise TypeError(f"train: loader must be an iterable of batches, got {type(loader).__name__}")
 
 
 def check_batch(batch: object) -> None:
-    """A loader must yield inputs and named targets: a tensor of two images would come apart like a pair."""
+    """A loader must yield `(inputs, targets)` as a tuple or list: a tensor of two images would also unpack to a pair."""
     if not isinstance(batch, (tuple, list)):
         raise TypeError(f"train: loader must yield (inputs, targets), got a {type(batch).__name__}")
     if len(batch) != 2:
@@ -118,34 +118,34 @@ def check_batch(batch: object) -> None:
 
 
 def no_batch() -> ValueError:
-    """A loader that yields nothing."""
+    """Error for a loader that yields nothing."""
     return ValueError("train: loader must yield at least one batch, got none")
 
 
 def no_length() -> ValueError:
-    """A loader that does not say how many batches an epoch has, where the length of the run hangs on it."""
+    """Error for a loader without a length if only `epochs` is given."""
     return ValueError("train: loader must have a length when max_steps is not given, got one without")
 
 
 def check_no_more(more: bool, length: int | None) -> None:
-    """A loader must not yield more batches than it says."""
+    """A loader must not yield more batches than its length."""
     if more:
         raise ValueError(f"train: loader must yield len(loader) = {length} batches, got more")
 
 
 def empty_epoch(epoch: int) -> ValueError:
-    """A loader that is run out after its first epoch."""
+    """Error for a loader that can only be iterated once."""
     return ValueError(f"train: loader must yield batches in every epoch, got none in epoch {epoch}")
 
 
 def check_skipped(wanted: int, skipped: int) -> None:
-    """A run that goes on in mid-epoch must find the batches that it had taken."""
+    """A run that resumes within an epoch must be able to skip the batches taken before."""
     if skipped < wanted:
-        raise ValueError(f"train: loader must yield the {wanted} batches that it had, got {skipped}")
+        raise ValueError(f"train: loader must yield the {wanted} batches of the interrupted epoch again, got {skipped}")
 
 
 def check_generators(wanted: int, found: int) -> None:
-    """A saved position has the state of each generator of the loader, besides that of torch's own."""
+    """A saved position contains the state of torch's generator and of each generator of the loader."""
     if wanted != found:
         raise ValueError(f"train: loader must have {wanted - 1} generators as before, got {found - 1}")
 
@@ -154,82 +154,80 @@ def check_generators(wanted: int, found: int) -> None:
 
 
 def check_stored(archive: zipfile.ZipFile, size: int) -> None:
-    """What an archive unpacks to must not be larger than itself: torch compresses nothing."""
+    """The uncompressed size must not exceed the file size, because torch.save does not compress."""
     unpacked = sum(entry.file_size for entry in archive.infolist())
     if unpacked > size:
-        raise ValueError(f"it would unpack {unpacked} bytes out of {size}")
+        raise ValueError(f"it would unpack to {unpacked} bytes from {size}")
 
 
 def check_checksum(altered: str | None) -> None:
-    """No part of a checkpoint must differ from its checksum; `altered` names one that does."""
+    """All parts of a checkpoint must match their checksums; `altered` names one that does not."""
     if altered is not None:
-        raise ValueError(f"checksum of {altered} differs")
+        raise ValueError(f"the checksum of {altered} does not match")
 
 
 def unreadable(path: object, error: Exception) -> CheckpointError:
-    """A file that is cut short, altered, or of another kind."""
+    """Error for a file that is truncated, damaged, or not a checkpoint."""
     return CheckpointError(f"train: checkpoint {path} cannot be read: {error}")
 
 
 def check_format(path: object, state: object, number: int) -> None:
-    """A checkpoint must be of the one format that there is."""
+    """A checkpoint must have the current format."""
     if not isinstance(state, dict) or state.get("format") != number:
         got = f"format {state.get('format')!r}" if isinstance(state, dict) else f"a {type(state).__name__}"
-        raise CheckpointError(f"train: checkpoint {path} must be of format {number}, got {got}")
+        raise CheckpointError(f"train: checkpoint {path} must have format {number}, got {got}")
 
 
 def none_readable(directory: Path | None, count: int) -> CheckpointError:
-    """Checkpoints of which none can be read: a run must not begin anew over them."""
+    """Error if no checkpoint is readable: a new run must not overwrite them."""
     return CheckpointError(
         f"train: none of the {count} checkpoints in {directory} can be read; remove them to start from the beginning"
     )
 
 
 def unwritable(path: Path, error: Exception, newest: Path | None) -> CheckpointError:
-    """A full disk, or a directory without leave to write."""
-    kept = f"{newest} is kept" if newest else "there is none before it"
-    # torch's archive writer hides the system's word behind its own.
+    """Error for a full disk or a missing permission."""
+    kept = f"{newest} is kept" if newest else "there is no earlier checkpoint"
+    # torch's archive writer hides the system's error in the context.
     cause = error.__context__ if isinstance(error.__context__, OSError) else error
     return CheckpointError(f"train: checkpoint {path} cannot be written: {cause}; {kept}")
 
 
 def check_fingerprint(saved: Mapping[str, object], current: Mapping[str, object], place: object) -> None:
-    """A run goes on only as it began.
-
-    Raises:
-        ValueError: Some fields differ; the message names each with both values.
-    """
+    """A resumed run must have the same fingerprint; the error names each differing field with both values."""
     differing = [name for name in sorted({*saved, *current}) if saved.get(name) != current.get(name)]
     if differing:
         pairs = ", ".join(f"{name} (checkpoint {saved.get(name)!r}, now {current.get(name)!r})" for name in differing)
         raise ValueError(
-            f"train: checkpoint_dir {place} must hold a run of this configuration, got other {pairs}; "
-            "restore these or take another directory"
+            f"train: checkpoint_dir {place} must contain a run of this configuration, got different {pairs}; "
+            "restore these settings or use another directory"
         )
 
 
 def check_same_steps(steps: Sequence[int]) -> None:
-    """All processes must have found the same checkpoint."""
+    """All processes must resume from the same step."""
     if len(set(steps)) > 1:
-        raise ValueError(f"train: checkpoint_dir must be one directory that all processes see, got steps {list(steps)}")
+        raise ValueError(
+            f"train: checkpoint_dir must be one directory shared by all processes, got steps {list(steps)}"
+        )
 
 
 def check_same_names(saved: Mapping[str, object], own: Mapping[str, object]) -> None:
-    """An average belongs to the module that it was taken of."""
+    """The names of an average must match the module's state dict."""
     missing, unknown = (sorted({*a} - {*b}) for a, b in ((own, saved), (saved, own)))
     if missing or unknown:
         raise ValueError(
-            "EMA: state must have the names of the module's state dict, got one without "
-            f"{missing[:4] or 'nothing'} and with {unknown[:4] or 'nothing'} besides"
+            "EMA: state must have the names of the module's state dict, got missing "
+            f"{missing[:4] or 'none'} and unexpected {unknown[:4] or 'none'}"
         )
 
 
 def no_row(path: Path, line: int) -> ValueError:
-    """A line that is no row of a log."""
+    """Error for a line that is not a row of a log."""
     return ValueError(f"train: {path} must be a training log, got something else in line {line}")
 
 
-# The numbers of a run.
+# Values of a run.
 
 
 def diverged(
@@ -243,12 +241,12 @@ def diverged(
     samples: tuple[int, ...],
     newest: Path | None,
 ) -> TrainingDiverged:
-    """A loss that is no number: in which batches, and in which samples where these are known."""
+    """Error for a non-finite loss, with the batches and, if known, the sample ids."""
     shown = ", ".join(str(sample) for sample in samples[:32]) + (", ..." if len(samples) > 32 else "")
     which = f"batch {first}" if batches == 1 else f"batches {first} to {first + batches - 1}"
     values = ", ".join(f"{name}={value:.6g}" for name, value in terms.items())
     return TrainingDiverged(
-        f"train: loss must be finite, got {total} at step {step}, epoch {epoch}, {which} of it"
+        f"train: loss must be finite, got {total} at step {step}, epoch {epoch}, {which} of the epoch"
         f"{f' (samples {shown})' if samples else ''}; terms {values}; {_kept(newest)}",
         step=step,
         epoch=epoch,
@@ -260,7 +258,7 @@ def diverged(
 def check_finite_weights(
     bad: Sequence[str], terms: Mapping[str, float], *, step: int, epoch: int, newest: Path | None
 ) -> None:
-    """No weight may be NaN or infinite; `bad` names those that are."""
+    """All weights must be finite; `bad` names those that are not."""
     if bad:
         raise TrainingDiverged(
             f"train: weights must be finite at step {step}, got NaN or infinity in {', '.join(bad[:4])}; {_kept(newest)}",

@@ -1,4 +1,4 @@
-"""Training room: checkpoints on disk, written whole or not at all. Touches one directory."""
+"""Atomic checkpoints on disk."""
 
 import logging
 import os
@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from kdlib._atomic import atomic_write
 from kdlib.training._checks import check_checksum, check_format, check_stored, none_readable, unreadable, unwritable
 from kdlib.training.events import CheckpointError
 
@@ -23,38 +24,38 @@ _FORMAT = 1
 
 
 def load_checkpoint(path: str | PathLike[str]) -> dict[str, Any]:
-    """Read one checkpoint, whole and with tensors and plain containers alone.
+    """Read one checkpoint; only tensors and plain containers are accepted.
 
     Args:
-        path: A file that `train` has written.
+        path: A checkpoint of `train`.
 
     Returns:
         `format`, `step`, `distiller` (its state dict), `optimizer`, `scaler`, `ema`, `stream`, `rng`, `last`, `seconds`
-        and `fingerprint`; all tensors on the CPU.
+        and `fingerprint`, with all tensors on the CPU.
 
     Raises:
-        CheckpointError: The file is cut short, altered, or no checkpoint of this format.
+        CheckpointError: The file is truncated, damaged, or not a checkpoint of this format.
     """
     try:
-        # torch.load does not compare the checksums that torch.save wrote: a flipped bit would become a weight.
+        # torch.load ignores the checksums of the archive, so a flipped bit would change a weight silently.
         with zipfile.ZipFile(path) as archive:
             check_stored(archive, os.path.getsize(path))
             check_checksum(archive.testzip())
         state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # whatever a damaged file makes the readers raise
+    except Exception as error:  # a damaged file can raise almost any exception in the readers
         raise unreadable(path, error) from error
     check_format(path, state, _FORMAT)
     return state
 
 
 class CheckpointStore:
-    """The checkpoints of one run: `step-000000120.pt` and the like in a directory of its own.
+    """Checkpoints of one run, such as `step-000000120.pt`, in their own directory.
 
     Args:
-        directory: Made if absent; `None` for a store that keeps nothing.
-        keep: How many stay.
-        every_steps: Steps from one to the next, or `None`.
-        every_seconds: Seconds from one to the next, or `None`.
+        directory: Created if missing; `None` stores nothing.
+        keep: Number of checkpoints to keep.
+        every_steps: Steps between checkpoints, or `None`.
+        every_seconds: Seconds between checkpoints, or `None`.
     """
 
     def __init__(
@@ -73,26 +74,26 @@ class CheckpointStore:
         self._saved_at = monotonic()
 
     def due(self, step: int) -> bool:
-        """Is it time, after `step` steps?"""
+        """Return whether a checkpoint is due after `step` steps."""
         if self.directory is None:
             return False
         by_step = self.every_steps is not None and step % self.every_steps == 0
         return by_step or (self.every_seconds is not None and monotonic() - self._saved_at >= self.every_seconds)
 
     def load(self) -> dict[str, Any] | None:
-        """The newest checkpoint that can be read, or `None` where there is none.
+        """Return the newest readable checkpoint, or `None` if there are no checkpoints.
 
-        An unreadable one is passed over with a warning to the logger `kdlib.training`.
+        An unreadable checkpoint is skipped with a warning to the logger `kdlib.training`.
 
         Raises:
-            CheckpointError: There are checkpoints and none can be read.
+            CheckpointError: There are checkpoints, but none can be read.
         """
         paths = self._paths()
         for path in reversed(paths):
             try:
                 state = load_checkpoint(path)
             except CheckpointError as error:
-                _log.warning("%s; going back to the one before", error)
+                _log.warning("%s; using the previous checkpoint", error)
                 continue
             self.newest = path
             return state
@@ -101,44 +102,26 @@ class CheckpointStore:
         return None
 
     def save(self, step: int, state: Mapping[str, Any]) -> None:
-        """Write `state` as the checkpoint of `step`; a reader sees it whole or does not see it.
+        """Write `state` atomically as the checkpoint of `step`.
 
         Raises:
-            CheckpointError: It cannot be written (a full disk, a directory without leave to write). What had been
-                written before stays.
+            CheckpointError: The checkpoint cannot be written (full disk, missing permission). Earlier checkpoints are kept.
         """
         if self.directory is None:
             return
         path = self.directory / f"step-{step:09d}.pt"
-        part = self.directory / "step.part"
         try:
-            self.directory.mkdir(parents=True, exist_ok=True)
-            with part.open("wb") as file:
+            with atomic_write(path, durable=True, sole_writer=True) as file:
                 torch.save({"format": _FORMAT, "step": step, **state}, file)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(part, path)
-            _sync_directory(self.directory)
             for old in [old for old in self._paths() if old <= path][: -self.keep]:
                 old.unlink(missing_ok=True)
-        except (OSError, RuntimeError) as error:  # torch's archive writer turns some write errors into RuntimeError
-            part.unlink(missing_ok=True)
+        except (OSError, RuntimeError) as error:  # torch's archive writer raises RuntimeError for some write errors
             raise unwritable(path, error, self.newest) from error
         self.newest = path
         self._saved_at = monotonic()
 
     def _paths(self) -> list[Path]:
-        """Oldest first."""
+        """Return the paths of all checkpoints, oldest first."""
         if self.directory is None or not self.directory.is_dir():
             return []
         return sorted(path for path in self.directory.iterdir() if _NAME.fullmatch(path.name))
-
-
-def _sync_directory(directory: Path) -> None:
-    """Make the new name itself outlive a power cut; not every system lets a directory be opened."""
-    if os.name == "posix":
-        handle = os.open(directory, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)

@@ -1,4 +1,4 @@
-"""Training room: learning-rate factors by step and the optimizer that they drive. Touches parameters, no file."""
+"""Learning-rate schedules and the optimizer."""
 
 from collections.abc import Iterable
 from math import cos, pi
@@ -13,10 +13,10 @@ __all__ = ["build_optimizer", "lr_factor", "parameter_groups", "set_lr"]
 
 
 def lr_factor(step: int, total_steps: int, config: TrainConfig) -> float:
-    """The factor on the learning rate of step `step`, counted from 0.
+    """Return the learning-rate factor of step `step`, counted from 0.
 
-    With w warm-up steps, n steps in all and progress p = (step - w) / (n - w): a step below w has (step + 1) / w,
-    the others `"cosine"` (1 + cos(pi p)) / 2, `"poly"` (1 - p)^2, `"constant"` 1.
+    With w warm-up steps, n total steps and progress p = (step - w) / (n - w), the factor is (step + 1) / w below step w,
+    afterwards `"cosine"` (1 + cos(pi p)) / 2, `"poly"` (1 - p)^2, `"constant"` 1.
 
     Examples:
         >>> config = TrainConfig(max_steps=6, warmup_steps=2)
@@ -38,7 +38,7 @@ def lr_factor(step: int, total_steps: int, config: TrainConfig) -> float:
 
 
 def parameter_groups(parameters: Iterable[nn.Parameter], config: TrainConfig) -> list[dict[str, object]]:
-    """Two groups: matrices and kernels with weight decay, 1-d parameters (biases, norm scales, slopes) without."""
+    """Return two groups: matrices and kernels with weight decay, 1-d parameters (biases, norm scales, slopes) without."""
     decayed: list[nn.Parameter] = []
     plain: list[nn.Parameter] = []
     for parameter in parameters:
@@ -48,7 +48,7 @@ def parameter_groups(parameters: Iterable[nn.Parameter], config: TrainConfig) ->
 
 
 def build_optimizer(parameters: Iterable[nn.Parameter], config: TrainConfig) -> torch.optim.Optimizer:
-    """The optimizer that `config` names, on :func:`parameter_groups`; each group remembers its `initial_lr`."""
+    """Build the optimizer of `config` on :func:`parameter_groups`; each group stores its `initial_lr`."""
     groups = parameter_groups(parameters, config)
     check_parameters(groups)
     optimizer: torch.optim.Optimizer
@@ -65,7 +65,7 @@ def build_optimizer(parameters: Iterable[nn.Parameter], config: TrainConfig) -> 
 
 
 def set_lr(optimizer: torch.optim.Optimizer, factor: float) -> float:
-    """Put `factor` on the initial learning rate of each group; returns the first group's."""
+    """Multiply the initial learning rate of each group by `factor`; return that of the first group."""
     for group in optimizer.param_groups:
         group["lr"] = group["initial_lr"] * factor
     return float(optimizer.param_groups[0]["lr"])

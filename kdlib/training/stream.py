@@ -1,4 +1,4 @@
-"""Training room: batches, epoch after epoch, with a position that can be saved. Touches the CPU generators."""
+"""Batches over all epochs, with a position that can be saved and restored."""
 
 from collections.abc import Iterable, Iterator, Sized
 from itertools import islice
@@ -18,19 +18,19 @@ from kdlib.training._checks import (
 __all__ = ["Batch", "BatchStream"]
 
 Batch = tuple[Any, Any]
-"""`(inputs, targets)`, as the loader yields it."""
+"""`(inputs, targets)` as yielded by the loader."""
 
 
 class BatchStream:
     """Groups of `accumulate` batches, epoch after epoch.
 
-    A saved position is found again exactly: the order of an epoch comes from the random states at its beginning, so
-    these are saved with it, and the batches already taken are skipped. A loader with `iter_from(batch)` is asked to
-    begin in mid-epoch instead. `set_epoch(epoch)` is called on the loader and on its samplers, where they have it.
+    A saved position is restored exactly: the random states at the beginning of the epoch determine its order, so they
+    are part of the position, and the batches already taken are skipped. If the loader has `iter_from(batch)`, it is
+    called instead of skipping. `set_epoch(epoch)` is called on the loader and its samplers if they have it.
 
     Args:
-        loader: An iterable of batches that can be iterated once an epoch.
-        accumulate: Batches a group; the last group of an epoch takes what is left.
+        loader: An iterable of batches, iterated once per epoch.
+        accumulate: Batches per group; the last group of an epoch contains the remaining batches.
     """
 
     def __init__(self, loader: Iterable[Batch], accumulate: int) -> None:
@@ -43,7 +43,7 @@ class BatchStream:
         self._start: list[torch.Tensor] = []
 
     def steps(self, epochs: int | None, max_steps: int | None) -> int:
-        """Steps of the whole run."""
+        """Return the number of steps of the run."""
         if self.length == 0:
             raise no_batch()
         if epochs is None:
@@ -56,9 +56,9 @@ class BatchStream:
         return steps if max_steps is None else min(steps, max_steps)
 
     def peek(self) -> Batch:
-        """The first batch of the first epoch; the stream and the randomness stay where they are."""
+        """Return the first batch of the first epoch without changing the position or the random states."""
         states = self._random_states()
-        self._announce(0)
+        self._set_epoch(0)
         batch = next(iter(self.loader), None)
         if batch is None:
             raise no_batch()
@@ -66,13 +66,13 @@ class BatchStream:
         return batch
 
     def take(self) -> tuple[int, int, list[Batch]]:
-        """The epoch, the index in it of the first batch, and the next group of batches."""
+        """Return the epoch, the index of the first batch within it, and the next group of batches."""
         for _ in range(2):
             batches = self._open() if self._batches is None else self._batches
             group = list(islice(batches, self.accumulate))
             epoch, first = self.epoch, self.batch
             self.batch += len(group)
-            # At the end of an epoch the iterator is run out at once: what it still draws belongs to this epoch.
+            # The iterator is exhausted at the end of an epoch, so that its last random draws belong to this epoch.
             if not group or self.batch == self.length:
                 check_no_more(next(batches, None) is not None, self.length)
                 self.epoch, self.batch, self._batches = epoch + 1, 0, None
@@ -81,19 +81,19 @@ class BatchStream:
         raise empty_epoch(self.epoch - 1)
 
     def state_dict(self) -> dict[str, Any]:
-        """The position: the epoch, the batches of it that are taken, and the random states that it began with."""
+        """Return the position: the epoch, the number of batches taken, and the random states at the start of the epoch."""
         return {"epoch": self.epoch, "batch": self.batch, "start": self._start if self.batch else self._random_states()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go to a saved position. The random states are then where skipping has left them."""
+        """Restore a saved position, including the random states after the skipped batches."""
         self.epoch, self.batch = state["epoch"], state["batch"]
         self._set_random_states(state["start"])
         if self.batch:
             self._open()
 
     def _open(self) -> Iterator[Batch]:
-        """Begin the epoch, at `self.batch`."""
-        self._announce(self.epoch)
+        """Start the epoch at `self.batch`."""
+        self._set_epoch(self.epoch)
         self._start = self._random_states()
         if self.batch and hasattr(self.loader, "iter_from"):
             batches: Iterator[Batch] = iter(self.loader.iter_from(self.batch))
@@ -104,7 +104,7 @@ class BatchStream:
         check_skipped(self.batch, skipped)
         return batches
 
-    def _announce(self, epoch: int) -> None:
+    def _set_epoch(self, epoch: int) -> None:
         listeners: tuple[Any, ...] = (
             self.loader,
             getattr(self.loader, "sampler", None),
@@ -116,8 +116,10 @@ class BatchStream:
 
     def _generators(self) -> list[torch.Generator]:
         owners = (self.loader, getattr(self.loader, "sampler", None))
-        found = {id(g): g for owner in owners if isinstance(g := getattr(owner, "generator", None), torch.Generator)}
-        return [torch.default_generator, *found.values()]
+        generators = {
+            id(g): g for owner in owners if isinstance(g := getattr(owner, "generator", None), torch.Generator)
+        }
+        return [torch.default_generator, *generators.values()]
 
     def _random_states(self) -> list[torch.Tensor]:
         return [generator.get_state() for generator in self._generators()]
@@ -130,7 +132,7 @@ class BatchStream:
 
 
 def _length(loader: Iterable[Batch]) -> int | None:
-    """`len(loader)`, or `None`: a DataLoader over an endless dataset has a `__len__` that raises."""
+    """Return `len(loader)`, or `None`: `__len__` of a DataLoader over an iterable dataset raises TypeError."""
     try:
         return len(loader) if isinstance(loader, Sized) else None
     except TypeError:

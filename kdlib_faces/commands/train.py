@@ -6,42 +6,27 @@ from pathlib import Path
 from kdlib_faces._checks import InputError
 from kdlib_faces.config import load_config
 from kdlib_faces.recipes import age_teacher, liaad
+from kdlib_faces.training import RunOptions
 
-__all__ = ["RECIPES", "run"]
+__all__ = ["RECIPES", "RunOptions", "run"]
 
 RECIPES = {
-    "liaad": "two teachers, the general one first",
-    "student": "no teacher",
-    "general_teacher": "no teacher",
-    "age_teacher": "one pretrained network, or none",
+    "liaad": ((2,), "two teachers, the general one first"),
+    "student": ((0,), "no teacher"),
+    "general_teacher": ((0,), "no teacher"),
+    "age_teacher": ((0, 1), "one pretrained network, or none"),
 }
-"""Names of the recipes, and the teachers that each takes."""
-
-_COUNTS = {"liaad": (2,), "age_teacher": (0, 1)}
+"""Names of the recipes, and the teachers that each takes: their possible numbers, and a description."""
 
 
-def run(
-    recipe: str,
-    *,
-    output: Path,
-    faces: Sequence[str],
-    teachers: Sequence[str] = (),
-    config: Path | None = None,
-    settings: Sequence[str] = (),
-    seed: int = 0,
-    progress: bool = True,
-) -> Path:
+def run(recipe: str, options: RunOptions, *, config: Path | None = None, settings: Sequence[str] = ()) -> Path:
     """Train by a recipe.
 
     Args:
         recipe: A name of `RECIPES`.
-        output: Folder of the run.
-        faces: Lists or folders.
-        teachers: Files of the teachers.
+        options: Inputs and outputs.
         config: A TOML file of settings.
         settings: `KEY=VALUE` each; they override the file.
-        seed: Seed of weights, order and views.
-        progress: Show progress.
 
     Returns:
         The file of the trained network.
@@ -51,14 +36,9 @@ def run(
     """
     if recipe not in RECIPES:
         raise InputError(f"train: recipe must be one of {', '.join(RECIPES)}, got {recipe!r}")
-    if len(teachers) not in _COUNTS.get(recipe, (0,)):
-        raise InputError(f"train: recipe {recipe!r} takes {RECIPES[recipe]}, got {len(teachers)}")
+    counts, description = RECIPES[recipe]
+    if len(options.teachers) not in counts:
+        raise InputError(f"train: recipe {recipe!r} takes {description}, got {len(options.teachers)}")
     if recipe == "age_teacher":
-        age_config = load_config(age_teacher.AgeTeacherRunConfig, config, settings)
-        return age_teacher.train(
-            age_config, output=output, faces=faces, teachers=teachers, seed=seed, progress=progress
-        )
-    liaad_config = load_config(liaad.LIAADRunConfig, config, settings)
-    return liaad.train(
-        liaad_config, output=output, faces=faces, teachers=teachers, seed=seed, progress=progress, name=recipe
-    )
+        return age_teacher.train(load_config(age_teacher.AgeTeacherRunConfig, config, settings), options)
+    return liaad.train(load_config(liaad.LIAADRunConfig, config, settings), options, name=recipe)

@@ -1,6 +1,5 @@
 """Recipe of an age-invariant teacher, fine-tuned from a pretrained network or trained from scratch."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -18,7 +17,6 @@ from kdlib_faces._checks import InputError
 from kdlib_faces.backbones import Backbone
 from kdlib_faces.data.lists import FaceList
 from kdlib_faces.data.samplers import PairTargets, count_cross_age_identities, samples_per_identity
-from kdlib_faces.data.views import AugmentConfig
 from kdlib_faces.heads import CosFaceHead
 from kdlib_faces.recipes.network import NetworkConfig
 from kdlib_faces.teachers import (
@@ -31,7 +29,7 @@ from kdlib_faces.teachers import (
     TeacherNet,
     load_pretrained,
 )
-from kdlib_faces.training import TrainingConfig, TrainingSetup, train_on_faces
+from kdlib_faces.training import RunConfig, RunOptions, TrainingSetup, train_on_faces
 
 __all__ = [
     "AgeTeacherConfig",
@@ -113,18 +111,14 @@ class AgeTeacherConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class AgeTeacherRunConfig:
+class AgeTeacherRunConfig(RunConfig):
     """Settings of `kdlib-faces train --recipe age_teacher`.
 
     Attributes:
-        training: Length, learning rate, batches and precision.
-        augment: Views of the training images.
         age_teacher: The recipe.
         network: The network to train from scratch, where no pretrained one is given.
     """
 
-    training: TrainingConfig = field(default_factory=TrainingConfig)
-    augment: AugmentConfig = field(default_factory=AugmentConfig)
     age_teacher: AgeTeacherConfig = field(default_factory=AgeTeacherConfig)
     network: NetworkConfig = field(default_factory=NetworkConfig)
 
@@ -288,24 +282,13 @@ def _add_parts(network: TeacherNet, method: str, pretrained: bool) -> TeacherNet
     return AttentiveAgeNet(network, initial_bias=-4.0 if pretrained else 0.0)
 
 
-def train(
-    config: AgeTeacherRunConfig,
-    *,
-    output: Path,
-    faces: Sequence[str],
-    teachers: Sequence[str] = (),
-    seed: int = 0,
-    progress: bool = True,
-) -> Path:
+def train(config: AgeTeacherRunConfig, options: RunOptions) -> Path:
     """Train an age-invariant teacher on face lists with ages or age groups.
 
     Args:
         config: The settings.
-        output: Folder of the run.
-        faces: Lists or folders.
-        teachers: A pretrained network to start from: a checkpoint, a teacher file or an `.onnx` file; or none.
-        seed: Seed of weights, order and views.
-        progress: Show progress.
+        options: Inputs and outputs. At most one teacher: the pretrained network to start from, a checkpoint, a teacher file or
+            an `.onnx` file.
 
     Returns:
         The file of the teacher, `OUTPUT/model.pt`.
@@ -313,20 +296,22 @@ def train(
     Raises:
         InputError: A list, file or folder cannot be used, or the lists hold too few ages.
     """
-    if len(teachers) > 1:
-        raise InputError(f"train: recipe 'age_teacher' takes one pretrained network or none, got {len(teachers)}")
+    if len(options.teachers) > 1:
+        raise InputError(
+            f"train: recipe 'age_teacher' takes one pretrained network or none, got {len(options.teachers)}"
+        )
 
     def build(listed: FaceList) -> TrainingSetup:
-        start = load_pretrained(teachers[0]) if teachers else None
+        start = load_pretrained(options.teachers[0]) if options.teachers else None
         fingerprints = {} if start is None else {"pretrained network": model_fingerprint(start)}
         pair_ages = _age_target(listed)
         distiller = build_age_teacher(
-            config.network.build(seed) if start is None else start,
+            config.network.build(options.seed) if start is None else start,
             config.age_teacher,
             num_identities=listed.num_identities,
             groups=None if pair_ages == "age" else len(listed.group_names),
             pretrained=start is not None,
-            seed=seed,
+            seed=options.seed,
         )
         pairs = "pairs" in distiller.objective.terms
         if pairs:
@@ -343,16 +328,7 @@ def train(
             optimizer="sgd" if start is None else "adamw",
         )
 
-    return train_on_faces(
-        build,
-        config.training,
-        config.augment,
-        recipe="age_teacher",
-        output=output,
-        faces=faces,
-        seed=seed,
-        progress=progress,
-    )
+    return train_on_faces(build, options, recipe="age_teacher")
 
 
 def _age_target(faces: FaceList) -> Literal["age", "age_group"]:

@@ -9,39 +9,23 @@ from typing import Literal
 import torch
 from torch import nn
 
-from kdlib import (
-    AngularDistillLoss,
-    AttentionTransferLoss,
-    CenterConfidenceWeighting,
-    StudentAdapter,
-    UniformWeighting,
-)
+from kdlib import AngularDistillLoss, AttentionTransferLoss, CenterConfidenceWeighting, StudentAdapter, UniformWeighting
 from kdlib._checks import check_choice, check_number
 from kdlib.cache import model_fingerprint
 from kdlib.distiller import Distiller
 from kdlib.objective import Objective, Term
 from kdlib_faces._checks import InputError
 from kdlib_faces.backbones import Backbone
-from kdlib_faces.caching.teachers import open_teachers
+from kdlib_faces.caching.teachers import OpenTeachers, TeacherSource, open_teachers
 from kdlib_faces.config import load_config
 from kdlib_faces.data.lists import FaceList
-from kdlib_faces.data.views import AugmentConfig
 from kdlib_faces.heads import ArcFaceHead, CosFaceHead
 from kdlib_faces.progress import say
 from kdlib_faces.recipes.network import NetworkConfig
 from kdlib_faces.teachers.open import open_teacher, stage_taps
-from kdlib_faces.training import TrainingConfig, TrainingSetup, train_on_faces
+from kdlib_faces.training import RunConfig, RunOptions, TrainingSetup, train_on_faces
 
-__all__ = [
-    "AGE",
-    "GENERAL",
-    "LIAADConfig",
-    "LIAADRunConfig",
-    "build",
-    "features_read",
-    "main",
-    "train",
-]
+__all__ = ["AGE", "GENERAL", "LIAADConfig", "LIAADRunConfig", "build", "features_read", "main", "train"]
 
 GENERAL, AGE = "general", "age"
 
@@ -130,17 +114,13 @@ class LIAADConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class LIAADRunConfig:
+class LIAADRunConfig(RunConfig):
     """Settings of `kdlib-faces train` for the recipes `liaad`, `student` and `general_teacher`.
 
     Attributes:
-        training: Length, learning rate, batches and precision.
-        augment: Views of the training images. Caches of random views replace them.
         recipe: The recipe. The run sets `num_identities`, `seed` and the teachers.
     """
 
-    training: TrainingConfig = field(default_factory=TrainingConfig)
-    augment: AugmentConfig = field(default_factory=AugmentConfig)
     recipe: LIAADConfig = field(default_factory=LIAADConfig)
 
 
@@ -148,29 +128,17 @@ def features_read(config: LIAADConfig) -> dict[str, dict[str, str]]:
     """Return the features of each teacher that the active terms read, each with the setting that removes its term.
 
     Examples:
-        >>> features_read(LIAADConfig(attention_weight=0.0))
-        {'general': {'embedding': 'embedding_weight', 'map': 'map_weight'}, 'age': {'embedding': 'embedding_weight'}}
+        >>> features_read(LIAADConfig(attention_weight=0.0))["age"]
+        {'embedding': 'recipe.embedding_weight'}
     """
-    settings = {
+    weights = {
         GENERAL: {"embedding": "embedding_weight", "map": "map_weight"},
         AGE: {"embedding": "embedding_weight", "map": "attention_weight"},
     }
     return {
-        role: {feature: setting for feature, setting in features.items() if getattr(config, setting)}
-        for role, features in settings.items()
+        role: {feature: f"recipe.{name}" for feature, name in names.items() if getattr(config, name)}
+        for role, names in weights.items()
     }
-
-
-def _open(config: LIAADConfig, source: str, role: str) -> nn.Module:
-    """The frozen teacher of a file or backbone name, with the features that its terms read."""
-    return open_teacher(
-        source,
-        features_read(config)[role],
-        stage=config.stage,
-        input_size=config.input_size,
-        embedding_dim=config.embedding_dim,
-        seed=config.seed,
-    )
 
 
 def build(
@@ -200,10 +168,8 @@ def build(
         ['attention', 'embedding', 'identity', 'map']
     """
     if teachers is None:
-        teachers = {
-            GENERAL: _open(config, config.general_teacher, GENERAL),
-            AGE: _open(config, config.age_teacher, AGE),
-        }
+        sources = _sources(config, config.general_teacher, config.age_teacher)
+        teachers = {source.role: _open(source, config) for source in sources}
     unknown = sorted(set(teachers) - {GENERAL, AGE})
     if unknown:
         raise InputError(f"liaad: teachers must be named {GENERAL!r} or {AGE!r}, got {', '.join(map(repr, unknown))}")
@@ -249,75 +215,60 @@ def _terms(config: LIAADConfig, teachers: set[str]) -> dict[str, Term]:
     return terms
 
 
-def train(
-    config: LIAADRunConfig,
-    *,
-    output: Path,
-    faces: Sequence[str],
-    teachers: Sequence[str] = (),
-    seed: int = 0,
-    progress: bool = True,
-    name: str = "liaad",
-) -> Path:
+def _sources(config: LIAADConfig, general: str, age: str) -> list[TeacherSource]:
+    reads = features_read(config)
+    return [TeacherSource(role, path, reads[role], config.stage) for role, path in ((GENERAL, general), (AGE, age))]
+
+
+def _open(source: TeacherSource, config: LIAADConfig) -> nn.Module:
+    untrained = {"input_size": config.input_size, "embedding_dim": config.embedding_dim, "seed": config.seed}
+    return open_teacher(source.path, source.reads, stage=source.stage, **untrained)
+
+
+def train(config: LIAADRunConfig, options: RunOptions, *, name: str = "liaad") -> Path:
     """Train a student on face lists, distilled from two teachers or alone.
 
     Args:
         config: The settings.
-        output: Folder of the run.
-        faces: Lists or folders.
-        teachers: The general and the age-invariant teacher: each a checkpoint, an ONNX file or the folder of a cache of the
-            same lists. None trains on identities alone.
-        seed: Seed of weights, order and views.
-        progress: Show progress.
+        options: Inputs and outputs. The teachers are the general and the age-invariant one: each a checkpoint, an ONNX file
+            or the folder of a cache of the same lists. Without teachers the student is trained on identities alone.
         name: Name of the recipe in the record of the run.
 
     Returns:
         The file of the student, `OUTPUT/model.pt`.
 
     Raises:
-        InputError: A list, file or folder cannot be used.
+        InputError: A list, file or folder cannot be used, or there is one teacher, or more than two.
     """
-    if len(teachers) not in (0, 2):
-        raise InputError(f"train: teachers must be two, the general one first, or none, got {len(teachers)}")
+    if len(options.teachers) not in (0, 2):
+        raise InputError(f"train: teachers must be two, the general one first, or none, got {len(options.teachers)}")
 
-    def build_run(listed: FaceList) -> TrainingSetup:
-        recipe = replace(config.recipe, num_identities=listed.num_identities, seed=seed)
-        frozen: dict[str, nn.Module] = {}
-        views = None
-        if teachers:
-            recipe = replace(recipe, general_teacher=teachers[0], age_teacher=teachers[1])
+    def build_run(faces: FaceList) -> TrainingSetup:
+        recipe = replace(config.recipe, num_identities=faces.num_identities, seed=options.seed)
+        opened = OpenTeachers({}, None, ())
+        if options.teachers:
+            general, age = options.teachers
+            recipe = replace(recipe, general_teacher=general, age_teacher=age)
             opened = open_teachers(
-                {GENERAL: teachers[0], AGE: teachers[1]},
-                listed,
-                features=features_read(recipe),
-                stage=recipe.stage,
-                open_file=lambda source, role: _open(recipe, source, role),
+                _sources(recipe, general, age),
+                faces,
+                open_file=lambda source: _open(source, recipe),
                 mirrored=config.augment.mirror > 0,
-                quiet=not progress,
+                quiet=not options.progress,
             )
-            frozen, views = opened.teachers, opened.views
-            for line in opened.messages:
-                say(line, quiet=not progress)
+        for line in opened.messages:
+            say(line, quiet=not options.progress)
         student = _new_student(recipe)
         return TrainingSetup(
             config=replace(config, recipe=recipe),
-            distiller=build(recipe, teachers=frozen, student=student),
+            distiller=build(recipe, teachers=opened.teachers, student=student),
             network=student,
             input_size=recipe.input_size,
-            fingerprints={f"{role} teacher": model_fingerprint(each) for role, each in frozen.items()},
-            views=views,
+            fingerprints={f"{role} teacher": model_fingerprint(each) for role, each in opened.teachers.items()},
+            views=opened.views,
         )
 
-    return train_on_faces(
-        build_run,
-        config.training,
-        config.augment,
-        recipe=name,
-        output=output,
-        faces=faces,
-        seed=seed,
-        progress=progress,
-    )
+    return train_on_faces(build_run, options, recipe=name)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -345,14 +296,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if len(options.teacher) != 2:
             raise InputError(f"--teacher must be given twice, got {len(options.teacher)}")
-        train(
-            load_config(LIAADRunConfig, options.config, options.settings),
+        run = RunOptions(
             output=options.output,
             faces=options.faces,
             teachers=options.teacher,
             seed=options.seed,
             progress=not options.quiet,
         )
+        train(load_config(LIAADRunConfig, options.config, options.settings), run)
     except (ValueError, OSError) as error:
         parser.exit(2, f"{parser.prog}: error: {error}\n")
     return 0

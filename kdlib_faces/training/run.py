@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, TypeVar
+from typing import Literal, TypeVar
 
 from torch import Tensor
 
@@ -23,10 +23,7 @@ from kdlib_faces.teachers import TeacherNet, save_teacher
 from kdlib_faces.training.fit import Amp, Batches, Optimizer, fit
 from kdlib_faces.training.run_record import check_same_run, describe_run, write_run_record
 
-if TYPE_CHECKING:
-    from _typeshed import DataclassInstance
-
-__all__ = ["TrainingConfig", "TrainingSetup", "train_on_faces"]
+__all__ = ["RunConfig", "RunOptions", "TrainingConfig", "TrainingSetup", "train_on_faces"]
 
 T = TypeVar("T")
 
@@ -62,8 +59,40 @@ class TrainingConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """Settings that every recipe has; each recipe adds its own.
+
+    Attributes:
+        training: Length, learning rate, batches and precision.
+        augment: Views of the training images. Caches of random views replace them.
+    """
+
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunOptions:
+    """Inputs and outputs of a training run.
+
+    Attributes:
+        output: Folder of the run.
+        faces: Lists or folders of training images.
+        teachers: Files of the teachers, in the order of the recipe.
+        seed: Seed of weights, order and views.
+        progress: Show progress.
+    """
+
+    output: Path
+    faces: Sequence[str]
+    teachers: Sequence[str] = ()
+    seed: int = 0
+    progress: bool = True
+
+
+@dataclass(frozen=True, kw_only=True)
 class TrainingSetup:
-    """What a recipe makes of its configuration and the face lists.
+    """What a recipe makes of its settings and the face lists.
 
     Attributes:
         config: All settings of the run, as they are recorded and written to `config.toml`.
@@ -76,7 +105,7 @@ class TrainingSetup:
         optimizer: `"sgd"` from scratch, `"adamw"` for fine-tuning.
     """
 
-    config: "DataclassInstance"
+    config: RunConfig
     distiller: Distiller
     network: TeacherNet
     input_size: int
@@ -86,30 +115,15 @@ class TrainingSetup:
     optimizer: Optimizer = "sgd"
 
 
-def train_on_faces(
-    build: Callable[[FaceList], TrainingSetup],
-    training: TrainingConfig,
-    augment: AugmentConfig,
-    *,
-    recipe: str,
-    output: Path,
-    faces: Sequence[str],
-    seed: int = 0,
-    progress: bool = True,
-) -> Path:
+def train_on_faces(build: Callable[[FaceList], TrainingSetup], options: RunOptions, *, recipe: str) -> Path:
     """Train on face lists and write `model.pt` and `config.toml`; the same call resumes an interrupted run.
 
     Pixels beyond 8 GiB (228,000 images of 112 pixels) are decoded once to `OUTPUT/images.npy` and read from there.
 
     Args:
         build: The recipe: face lists to everything that it decides.
-        training: Length, learning rate, batches and precision.
-        augment: Views of the training images.
-        recipe: Name of the recipe.
-        output: Folder of the run.
-        faces: Lists or folders.
-        seed: Seed of weights, order and views.
-        progress: Show progress.
+        options: Inputs and outputs.
+        recipe: Name of the recipe in the record of the run.
 
     Returns:
         The file of the trained network, `OUTPUT/model.pt`.
@@ -117,12 +131,13 @@ def train_on_faces(
     Raises:
         InputError: Lists, teachers or output cannot be used, or the output holds another run.
     """
-    quiet = not progress
-    if not faces:
+    quiet, output = not options.progress, options.output
+    if not options.faces:
         raise InputError("train: --faces must be given, a CSV list or a folder")
     check_output(output)
-    listed = read_faces(faces)
+    listed = read_faces(options.faces)
     setup = build(listed)
+    training = setup.config.training
     record = describe_run(setup.config, recipe, listed, setup.fingerprints)
     check_same_run(output, record)
     if len(listed) < training.batch_size:
@@ -134,7 +149,7 @@ def train_on_faces(
     large = len(listed) * 3 * setup.input_size**2 > MAX_MEMORY
     pixels = output / "images.npy" if large else None
     images = load_images(listed, setup.input_size, progress=bar, memory_map=pixels)
-    batches = _batches(setup, training, augment, images, listed, seed)
+    batches = _batches(setup, images, listed, options.seed)
     output.mkdir(parents=True, exist_ok=True)
     write_run_record(output, record)
     (output / "config.toml").write_text(dump_toml(setup.config))
@@ -145,7 +160,7 @@ def train_on_faces(
         output,
         steps=training.steps or (200 if fine_tuning else 10_000),
         lr=training.lr or (5e-4 if fine_tuning else 0.1),
-        seed=seed,
+        seed=options.seed,
         label=recipe,
         quiet=quiet,
         amp=training.amp,
@@ -157,29 +172,21 @@ def train_on_faces(
     return target
 
 
-def _batches(
-    setup: TrainingSetup, training: TrainingConfig, augment: AugmentConfig, images: Tensor, faces: FaceList, seed: int
-) -> Batches:
+def _batches(setup: TrainingSetup, images: Tensor, faces: FaceList, seed: int) -> Batches:
     """Batches of random views, of cached views, or with several images of each identity for cross-age pairs."""
+    size, ages, groups = setup.config.training.batch_size, faces.ages, faces.age_groups
     if setup.views is not None:
         return SeededBatches(
-            images,
-            faces.identities,
-            setup.views,
-            batch_size=training.batch_size,
-            seed=seed,
-            ages=faces.ages,
-            age_groups=faces.age_groups,
+            images, faces.identities, setup.views, batch_size=size, seed=seed, ages=ages, age_groups=groups
         )
-    samples = samples_per_identity(training.batch_size, faces.num_identities) if setup.pair_ages else None
     batches = FaceBatches(
         images,
         faces.identities,
-        batch_size=training.batch_size,
+        batch_size=size,
         seed=seed,
-        ages=faces.ages,
-        age_groups=faces.age_groups,
-        augment=augment,
-        samples_per_identity=samples,
+        ages=ages,
+        age_groups=groups,
+        augment=setup.config.augment,
+        samples_per_identity=samples_per_identity(size, faces.num_identities) if setup.pair_ages else None,
     )
     return PairTargets(batches, setup.pair_ages) if setup.pair_ages else batches

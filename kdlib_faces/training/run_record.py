@@ -5,14 +5,11 @@ import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 from kdlib._atomic import atomic_write
 from kdlib_faces._checks import InputError, show_name
 from kdlib_faces.data.lists import FaceList
-
-if TYPE_CHECKING:
-    from _typeshed import DataclassInstance
 
 __all__ = ["check_same_run", "describe_run", "write_run_record"]
 
@@ -21,13 +18,11 @@ MAX_BYTES = 1 << 20
 SHOWN = 5
 
 
-def describe_run(
-    config: "DataclassInstance", recipe: str, faces: FaceList, fingerprints: Mapping[str, str]
-) -> dict[str, str]:
+def describe_run(config: Any, recipe: str, faces: FaceList, fingerprints: Mapping[str, str]) -> dict[str, str]:
     """Describe everything that determines a run as short texts: recipe, lists, source networks and settings.
 
     Args:
-        config: The settings. Paths of teachers are left out, since their fingerprints count.
+        config: The settings, a dataclass. Paths of teachers are left out, since their fingerprints count.
         recipe: Name of the recipe.
         faces: The training images.
         fingerprints: Names of the teachers, or of the pretrained network, to their fingerprints.
@@ -41,7 +36,7 @@ def describe_run(
     return {"recipe": recipe, "faces": digest.hexdigest()[:16], **values, **_settings(config)}
 
 
-def _settings(config: "DataclassInstance", prefix: str = "") -> dict[str, str]:
+def _settings(config: Any, prefix: str = "") -> dict[str, str]:
     values: dict[str, str] = {}
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)

@@ -17,15 +17,7 @@ from torch.nn import functional as F
 
 from kdlib._checks import check_floating, check_number, check_rank
 from kdlib_faces._checks import InputError
-from kdlib_faces.teachers.onnx.graph import (
-    Graph,
-    OnnxTap,
-    Provider,
-    Session,
-    find_tensor,
-    make_session,
-    read_graph,
-)
+from kdlib_faces.teachers.onnx.graph import Graph, OnnxTap, Provider, Session, find_tensor, make_session, read_graph
 from kdlib_faces.teachers.onnx.inspect import describe_graph
 
 __all__ = ["OnnxTeacher"]

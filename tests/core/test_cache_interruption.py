@@ -40,7 +40,7 @@ SCRIPT = """
             return samples[:, None].float().expand(-1, 3) * (1 - 2 * view)
         TeacherCache.build(
             path, Slow(), fetch, samples=range(5, 600, 3), views=2, dtype="int8", batch_size=8,
-            mark_seconds=0.01, shard_bytes=700, shared=shared, prefetch=1 if shared else 0)
+            sync_seconds=0.01, shard_bytes=700, shared=shared, prefetch=1 if shared else 0)
 
     def start(*arguments):
         child = os.fork()
@@ -128,7 +128,7 @@ def test_who_shares_and_who_does_not_keep_apart(tmp_path: Path) -> None:
     first = threading.Thread(target=TeacherCache.build, args=(path, Says(), waits), kwargs={"samples": 4})
     first.start()
     assert inside.wait(60)
-    with pytest.raises(CacheError, match="by a thread of this one"):
+    with pytest.raises(CacheError, match="another thread of this process"):
         TeacherCache.build(path, Says(), fetch, samples=4, shared=True)
     leave.set()
     first.join()
@@ -146,7 +146,9 @@ def test_the_lock_of_another_process_is_respected(tmp_path: Path) -> None:
             with pytest.raises(CacheError, match="is being built by another process"):
                 TeacherCache.build(tmp_path, Says(), fetch, samples=4, shared=shared)
         fcntl.flock(other, fcntl.LOCK_SH)
-        with pytest.raises(CacheError, match="by another process; shared=True in all of them lets several build it"):
+        with pytest.raises(
+            CacheError, match="by another process; several processes can build it together with shared=True"
+        ):
             TeacherCache.build(tmp_path, Says(), fetch, samples=4)
         assert TeacherCache.build(tmp_path, Says(), fetch, samples=4, shared=True).samples == 4
     finally:
@@ -210,7 +212,7 @@ def test_a_full_disk_is_one_error_and_the_same_build_goes_on(tmp_path: Path, mon
     with monkeypatch.context() as patch:
         patch.setattr(Writer, "_open", full)
         with pytest.raises(
-            CacheError, match=r"cannot write .*shard-00003.bin: No space left on device; what was marked"
+            CacheError, match=r"cannot write .*shard-00003.bin: No space left on device; complete blocks are kept"
         ):
             TeacherCache.build(tmp_path / "part", Says(), fetch, **options)
     with pytest.raises(CacheError, match="of 20 rows"):
