@@ -195,12 +195,6 @@ class OnnxTeacher(nn.Module):
         return None if independent else 1, shapes
 
     @property
-    def embedding_dim(self) -> int | None:
-        """Length of the feature named "embedding", or of the last vector among the features; None without one."""
-        vectors = {name: shape[0] for name, shape in self.shapes.items() if len(shape) == 1}
-        return vectors.get("embedding", next(reversed(vectors.values()), None))
-
-    @property
     def fingerprint(self) -> str:
         """SHA-256 of everything that cached features depend on: the file, tapped tensors and preprocessing."""
         parts = [self._sha256, self._tensors, _callable_id(self.preprocess), self.resize]
