@@ -16,7 +16,8 @@ from kdlib_faces._checks import InputError
 from kdlib_faces.backbones import MBF, IResNet, MobileFaceNet, build_backbone, save_backbone
 from kdlib_faces.cli import main
 from kdlib_faces.data.synthetic import SyntheticFaces
-from kdlib_faces.harness.run import embed, load_model
+from kdlib_faces.evaluation import embed_images
+from kdlib_faces.harness.embeddings import load_model
 from kdlib_faces.recipes.age_teacher import AgeTeacherConfig, PairTargets, build_age_teacher, trained_parts
 from kdlib_faces.teachers import (
     AgeAttention,
@@ -386,11 +387,11 @@ def test_the_command_trains_from_a_start_and_all_commands_take_the_result(
     model, size = load_model(out / "model.pt")
     assert size == 32
     pixels = SyntheticFaces(2, 2, 32, 0).images()
-    first = embed(model, pixels)
+    first = torch.from_numpy(embed_images(model, pixels))
     assert first.shape == (4, 16)
     # the recorded run, loaded again from its checkpoint, is the very network
     assert main(command) == 0
-    assert torch.equal(embed(load_model(out / "model.pt")[0], pixels), first)
+    assert torch.equal(torch.from_numpy(embed_images(load_model(out / "model.pt")[0], pixels)), first)
     report = ["evaluate", *common, "--model", str(out / "model.pt"), "--output", str(tmp_path / "report")]
     assert main([*report, "--set", "replicates=5"]) == 0, capsys.readouterr().err
     student = ["--set", "network.width=0.25", "--set", "network.embedding_dim=16", "--set", "network.input_size=32"]

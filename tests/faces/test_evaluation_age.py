@@ -145,7 +145,7 @@ def test_intervals_cover_the_truth_about_as_often_as_they_say() -> None:
 def test_thinned_resamples_agree_with_whole_ones() -> None:
     embeddings, who, ages = make_set(0, identities=40, images=8)
     whole, thin = (
-        AgeGapProtocol(who, ages=ages, fars=(0.01,), replicates=40, most_impostors=most).evaluate(embeddings)
+        AgeGapProtocol(who, ages=ages, fars=(0.01,), replicates=40, max_impostors=most).evaluate(embeddings)
         for most in (10**9, 12_000)
     )
     for key, estimate in metrics(whole).items():

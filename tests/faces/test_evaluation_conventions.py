@@ -18,6 +18,7 @@ from kdlib_faces.evaluation import (
     tar_at_far,
     verify_pairs,
     warn_identity_overlap,
+    wilson,
 )
 from kdlib_faces.evaluation.fold_thresholds import exact_at_far, grid_at_far
 
@@ -244,9 +245,9 @@ def test_people_in_several_folds_are_noted_and_trained_ones_warned_of() -> None:
 
 def test_the_interval_over_identities_is_a_bootstrap_of_the_weighed_pairs() -> None:
     rows, who, left, right, same = people()
-    protocol = PairProtocol(left, right, same, positives_first_folds(same), identities=who)
+    protocol = PairProtocol(left, right, same, positives_first_folds(same), identities=who, replicates=50, seed=3)
     result = evaluate(rows, protocol)
-    estimate = protocol.accuracy_estimate(result, replicates=50, seed=3)
+    estimate = result.accuracy_estimate()
     from kdlib_faces.evaluation import identity_bootstrap
 
     drawn = identity_bootstrap(who, replicates=50, seed=3)
@@ -254,8 +255,8 @@ def test_the_interval_over_identities_is_a_bootstrap_of_the_weighed_pairs() -> N
         weight = [m[who[a]] if who[a] == who[b] else m[who[a]] * m[who[b]] for a, b in zip(left, right, strict=True)]
         assert replicate == pytest.approx(np.average(result.correct, weights=weight), abs=1e-12)
     assert estimate.value == pytest.approx(result.correct.mean())
-    with pytest.raises(ValueError, match="must have been given identities, got none"):
-        PairProtocol(left, right, same).accuracy_estimate(result)
+    independent = evaluate(rows, PairProtocol(left, right, same, positives_first_folds(same))).accuracy_estimate()
+    assert (independent.low, independent.high) == wilson(result.accuracy * same.size, same.size)
 
 
 def test_models_are_compared_on_the_pairs_where_they_differ() -> None:

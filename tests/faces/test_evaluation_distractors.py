@@ -49,7 +49,7 @@ def test_rates_are_those_of_plain_loops() -> None:
         assert result.rates[rank].value == pytest.approx(expected, abs=1e-12)
         assert 0.05 < expected < 0.95
     assert result.rank1 == result.rates[1].value
-    assert (result.trials, result.distractors, result.probes, result.mateless) == (trials, 700, 48, 0)
+    assert (result.trials.rank.size, result.distractors, result.protocol.mateless) == (trials, 700, 0)
     p, d = unit(probes), unit(distractors)
     genuine = [p[i] @ p[j] for i in range(48) for j in range(i + 1, 48) if who[i] == who[j]]
     for far, point in result.tar.items():
@@ -139,9 +139,9 @@ def test_gaps_break_rank_one_down_and_empty_bins_are_none() -> None:
     ages = np.tile([5.0, 8.0, 20.0, 30.0], 12)
     result = identify_with_distractors(probes, who, distractors, ages=ages, gap_bins=(0, 5, 10, 20, 40), fars=(0.01,))
     assert [row.name for row in result.by_gap] == ["0-4", "5-9", "10-19", "20-39", "40+"]
-    assert sum(row.trials for row in result.by_gap) == result.trials
+    assert sum(row.trials for row in result.by_gap) == result.trials.rank.size
     total = sum(row.trials * row.rank1.value for row in result.by_gap if row.rank1.value is not None)
-    assert total / result.trials == pytest.approx(result.rank1)
+    assert total / result.trials.rank.size == pytest.approx(result.rank1)
     assert result.by_gap[1].rank1.value is None
     assert result.by_gap[4].tar[0.01].value is None
     subset = np.flatnonzero(np.isin(ages, (5, 8)))
@@ -195,12 +195,12 @@ def test_values_beyond_float32_are_directions_all_the_same() -> None:
         ({"distractors": np.ones((5, 3))}, r"distractors must be \(n, 4\), got \(5, 3\)"),
         ({"distractors": np.empty((0, 4))}, "distractors must hold one"),
         ({"distractors": iter(())}, "distractors must hold one"),
-        ({"distractors": (np.ones((9, 4)) for _ in range(3)), "most_distractors": 20}, "must be an upper bound, got 20"),
+        ({"distractors": (np.ones((9, 4)) for _ in range(3)), "max_distractors": 20}, "must be an upper bound, got 20"),
         ({"identities": [0, 1, 2, 3]}, "identities must hold one with two images"),
         ({"identities": [0, 0, 1]}, "probes must have one row for each of 3 identities, got 4"),
         ({"probes": np.array([[1.0, 0, 0, 0], [0, 0, 0, 0], [1, 1, 0, 0], [0, 1, 0, 0]])}, "probes must be non-zero.*row 1"),
         ({"fars": (0.0,)}, "fars must be"),
-        ({"fars": (1.0,), "most_distractors": 50_000_000, "distractors": iter(())}, "at most 20000000 false accepts"),
+        ({"fars": (1.0,), "max_distractors": 50_000_000, "distractors": iter(())}, "at most 20000000 false accepts"),
         ({"ranks": ()}, "ranks must not be empty"),
         ({"ties": "maybe"}, "ties must be one of 'correct', 'wrong'"),
         ({"cleaning": "soap"}, "cleaning must be one of"),
@@ -255,20 +255,20 @@ def test_every_trial_tells_its_place_and_its_nearest_distractor(
     distractors[[40, 77, 149]] = 3 * distractors[[12, 12, 5]]  # equal directions: the first of them is told
     monkeypatch.setattr(search_module, "BLOCK", block)
     result = identify_with_distractors(probes, who, [distractors[:30], distractors[30:]], ranks=(1, 4), ties=ties)
-    told = result.per_trial
+    told = result.trials
     p, d = unit(probes), unit(distractors)
     cosine = np.round(p @ d.T, 12)
     expected = [(i, j) for i in range(48) for j in range(48) if i != j and who[i] == who[j]]
     assert sorted(zip(told.probe.tolist(), told.mate.tolist(), strict=True)) == expected
-    for probe, mate, score, place in zip(told.probe, told.mate, told.score, told.place, strict=True):
+    for probe, mate, score, place in zip(told.probe, told.mate, told.score, told.rank, strict=True):
         assert score == pytest.approx(p[probe] @ p[mate], abs=1e-11)
         ahead = cosine[probe] > score if ties == "correct" else cosine[probe] >= score
         assert place == min(1 + ahead.sum(), 5)
     np.testing.assert_array_equal(told.distractor, cosine.argmax(axis=1))
     np.testing.assert_allclose(told.distractor_score, cosine.max(axis=1), atol=1e-11)
     for rank in (1, 4):
-        assert result.rates[rank].value == (told.place <= rank).mean()
-    assert "per_trial" not in result.to_dict()
+        assert result.rates[rank].value == (told.rank <= rank).mean()
+    assert result.to_dict()["trials"] == len(expected)
 
 
 def test_the_numbers_of_distractors_count_those_that_are_cleaned_away() -> None:
@@ -276,8 +276,8 @@ def test_the_numbers_of_distractors_count_those_that_are_cleaned_away() -> None:
     noisy = [[0.0, 0.0], [0.0, 0.0], [1.0, 0.2], [-1.0, -1.0]]
     who = [0, 0, 1, 1]
     excluded = identify_with_distractors(probes, who, noisy, cleaning="exclude_zeros")
-    assert excluded.per_trial.distractor.tolist() == [2, 2, 2, 2]
+    assert excluded.trials.distractor.tolist() == [2, 2, 2, 2]
     backwards = [[0.0, 0.0], [-1.0, -1.0]]
-    zeroed = identify_with_distractors(probes, who, backwards, cleaning="zeros_score_0").per_trial
+    zeroed = identify_with_distractors(probes, who, backwards, cleaning="zeros_score_0").trials
     assert zeroed.distractor.tolist() == [-1] * 4
     assert zeroed.distractor_score.tolist() == [0.0] * 4

@@ -132,7 +132,7 @@ class Nan(nn.Module):
         (lambda: embed_images(lambda x: x, pixels()), ValueError, r"must return embeddings \(23, d\), got \(23, 3, 6, 6\)"),
         (lambda: embed_images(lambda x: x.sum(), pixels()), ValueError, "must return embeddings"),
         (lambda: embed_images(lambda x: {"logits": x}, pixels()), ValueError, "must return 'embedding', got 'logits'"),
-        (lambda: embed_images(lambda x: x.flatten(1) * 0, pixels()), ValueError, "non-zero to be made unit, got image 0"),
+        (lambda: embed_images(lambda x: x.flatten(1) * 0, pixels()), ValueError, "non-zero to be normalized, got image 0"),
         (lambda: embed_images(Net(), pixels(), out=np.empty((23, 4))), ValueError, r"out must be \(n, 5\) with a row"),
         (lambda: embed_images(Net(), pixels(), out=np.empty((30, 5))), ValueError, "out must have one row for each of 23"),
         (lambda: embed_images(Net(), pixels(), out=np.empty((9, 5)), batch_size=8), ValueError, "with a row for each"),

@@ -187,7 +187,7 @@ def test_verification_protocol_names_what_it_did() -> None:
         .tar[0.1]
         .tar
     )
-    assert "each image made unit first" in result.pooling
+    assert "each image normalized first" in result.templates.convention
     assert "feature_norm='unit'" in repr(protocol)
 
 
@@ -252,13 +252,13 @@ def test_identification_searches_each_gallery_on_its_own() -> None:
     for fpir in (0.05, 0.2):
         each = [plain_search(by_id, (g.tolist(), s.tolist()), probes, fpir, (1, 3)) for g, s in galleries]
         assert result.tpir[fpir].value == pytest.approx(np.mean([tpir for tpir, *_ in each]), abs=1e-12)
-        for point, (tpir, threshold, _, mated) in zip(result.galleries[fpir], each, strict=True):
+        for point, (tpir, threshold, _, mated) in zip(result.points[fpir], each, strict=True):
             assert (point.tpir, point.mated, point.nonmated) == (pytest.approx(tpir), mated, 90 - mated)
             assert point.threshold == pytest.approx(threshold, abs=1e-12)
             assert point.fpir <= fpir
     for place, rank in enumerate((1, 3)):
         assert result.rates[rank].value == pytest.approx(sum(each[g][2][place] for g in range(2)) / 90)
-    assert (result.mated, result.probes) == (90, 90)
+    assert (result.mated, result.probes.rows.size) == (90, 90)
     assert 0.1 < result.tpir[0.05].value < 0.95
     told = evaluate(
         embeddings,
@@ -282,7 +282,7 @@ def test_each_search_tells_who_came_first_and_where_the_mate_came() -> None:
             assert search.best_scores[k] == pytest.approx(scores.max(), abs=1e-12)
             mate = np.flatnonzero(subjects == name)
             assert search.mated[k] == (mate.size == 1)
-            assert search.places[k] == (1 + (scores > scores[mate[0]]).sum() if mate.size else 0)
+            assert search.ranks[k] == (1 + (scores > scores[mate[0]]).sum() if mate.size else 0)
             assert search.mate_scores[k] == (pytest.approx(scores[mate[0]], abs=1e-12) if mate.size else -np.inf)
 
 
@@ -311,8 +311,8 @@ def test_tpir_wants_the_mate_first_and_above_the_threshold() -> None:
     )
     assert result.tpir[0.5].value == 0.5
     assert (result.rates[1].value, result.rates[2].value) == (0.5, 1.0)
-    assert not result.galleries[0.5][0].resolvable
-    assert result.galleries[0.5][0].fpir == 0.0
+    assert not result.points[0.5][0].resolvable
+    assert result.points[0.5][0].fpir == 0.0
 
 
 @pytest.mark.parametrize(
@@ -320,10 +320,10 @@ def test_tpir_wants_the_mate_first_and_above_the_threshold() -> None:
     [
         ({"galleries": []}, "galleries must not be empty"),
         ({"galleries": [([], [])]}, r"template ids of galleries\[0\] must be \(n,\), not empty"),
-        ({"galleries": [([1, 2], ["a", "a"])]}, r"subjects of galleries\[0\] must not come twice, got 'a' in entries 0 and 1"),
-        ({"galleries": [([1, 1], ["a", "b"])]}, r"template ids of galleries\[0\] must not come twice, got 1"),
+        ({"galleries": [([1, 2], ["a", "a"])]}, r"subjects of galleries\[0\] must not occur twice, got 'a' in entries 0 and 1"),
+        ({"galleries": [([1, 1], ["a", "b"])]}, r"template ids of galleries\[0\] must not occur twice, got 1"),
         ({"galleries": [([1, 9], ["a", "b"])]}, r"template ids of galleries\[0\] must be in template_ids, got 9 in entry 1"),
-        ({"probes": ([3, 3], ["a", "z"])}, "template ids of probes must not come twice, got 3"),
+        ({"probes": ([3, 3], ["a", "z"])}, "template ids of probes must not occur twice, got 3"),
         ({"probes": ([3, 77], ["a", "z"])}, "template ids of probes must be in template_ids, got 77 in entry 1"),
         ({"probes": ([3, 4], ["a", "b"])}, r"galleries\[0\] must have a non-mated probe, got none"),
         ({"probes": ([3, 4], ["y", "z"])}, r"galleries\[0\] must have a mated probe, got none"),

@@ -126,7 +126,7 @@ def test_perfect_and_tensor_input() -> None:
         (lambda left, right, same: (left, right, same | True), "both kinds of pair, got only True"),
         (lambda left, right, same: (left, right, same & False), "both kinds of pair, got only False"),
         (lambda left, right, same: (left, right, same + 1), "same must be boolean"),
-        (lambda left, right, same: (left, right, np.sort(same)), "fold 0 with only different pairs; is the file"),
+        (lambda left, right, same: (left, right, np.sort(same)), "fold 0 with only impostor pairs; is the file"),
         (lambda left, right, same: (left[:12], right[:12], np.tile([0, 1], 6)), "must be 20 pairs, got 12"),
         (lambda left, right, same: (left[:, 0], right, same), r"left must be \(n, d\), not empty, got \(40,\)"),
     ],
@@ -144,7 +144,7 @@ def test_bad_pairs_are_named(change: Any, message: str) -> None:
 
 def test_bad_folds_are_named() -> None:
     left, right, same = make_pairs(40, 0)
-    with pytest.raises(ValueError, match="fold 'b' with only different pairs"):
+    with pytest.raises(ValueError, match="fold 'b' with only impostor pairs"):
         verify_pairs(left, right, same, fold_ids=np.where(same, "a", np.where(np.arange(40) < 20, "a", "b")))
     with pytest.raises(ValueError, match="at least two folds"):
         verify_pairs(left, right, same, fold_ids=np.zeros(40, dtype=int))

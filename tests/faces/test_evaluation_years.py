@@ -168,13 +168,13 @@ def test_longitudinal_errors_and_slopes_are_those_of_plain_loops(reference: Any)
     assert result.operating_points[0.05].tar == pytest.approx(point.tar)
     for row in result.after:
         inside = np.round(np.abs(elapsed - row.years), 4) <= 3
-        assert (row.pairs, row.people) == (inside.sum(), np.unique(person[inside]).size)
+        assert (row.pairs, row.identities) == (inside.sum(), np.unique(person[inside]).size)
         assert row.fnmr[0.05].value == pytest.approx((scores[inside] <= point.threshold).mean())
         assert row.score.value == pytest.approx(scores[inside].mean(), abs=1e-11)
     levels = np.eye(30)[person]
     slope = np.linalg.lstsq(np.column_stack([elapsed / 10, levels]), scores, rcond=None)[0][0]
     assert result.slope.value == pytest.approx(slope, abs=1e-10)
-    for number, own in enumerate(result.person_slopes):
+    for number, own in enumerate(result.identity_slopes):
         mine = person == number
         if np.unique(elapsed[mine]).size > 1:
             assert own == pytest.approx(np.polyfit(elapsed[mine] / 10, scores[mine], 1)[0], abs=1e-8)
@@ -182,7 +182,7 @@ def test_longitudinal_errors_and_slopes_are_those_of_plain_loops(reference: Any)
             assert np.isnan(own)
     told = result.to_dict()
     assert "protocol of this project" in told["definition"]
-    assert 0.5 < told["person_slopes"]["falling"] <= 1
+    assert 0.5 < told["identity_slopes"]["falling"] <= 1
     assert [row["years"] for row in told["after"]] == [5, 10, 20, 30]
 
 
@@ -191,7 +191,7 @@ def test_a_person_seen_at_one_time_only_has_no_slope_and_no_window_is_empty_by_m
     still = evaluate(rows, LongitudinalProtocol(who, np.full(who.size, 30.0), replicates=5))
     assert (still.slope.value, still.falling) == (None, None)
     assert all(row.pairs == 0 and row.fnmr[1e-2].value is None for row in still.after)
-    assert still.to_dict()["person_slopes"] == {"people": 0, "quartiles": None, "falling": None}
+    assert still.to_dict()["identity_slopes"] == {"identities": 0, "quartiles": None, "falling": None}
     with pytest.raises(ValueError, match=r"ages must be finite .*row 1"):
         LongitudinalProtocol([0, 0, 1], [1, np.inf, 3])
     with pytest.raises(ValueError, match="reference must be one of 'first', 'all'"):
@@ -208,7 +208,7 @@ def test_young_against_adult_is_every_cross_pair() -> None:
     genuine = [u[i] @ u[j] for i in young for j in adult if who[i] == who[j]]
     impostor = [u[i] @ u[j] for i in young for j in adult if who[i] != who[j]]
     result = evaluate(rows, CrossGroupProtocol(who, groups, fars=(0.1, 0.01), ranks=(1, 3), replicates=20))
-    assert result.genuine == len(genuine)
+    assert int(result.protocol.same.sum()) == len(genuine)
     assert result.auc.value == pytest.approx(auc(genuine, impostor))
     for far in (0.1, 0.01):
         assert result.tar[far].value == pytest.approx(tar_at_far(genuine, impostor, far).tar)
@@ -221,7 +221,11 @@ def test_young_against_adult_is_every_cross_pair() -> None:
                 hits.append(any(who[j] == who[i] for j in order[:rank]))
     for rank, hits in trials.items():
         assert result.rates[rank].value == pytest.approx(np.mean(hits))
-    assert (result.probes, result.gallery, result.mateless) == (young.size, adult.size, young.size - len(trials[1]))
+    assert (result.protocol.probes.size, result.protocol.gallery.size, result.protocol.mateless) == (
+        young.size,
+        adult.size,
+        young.size - len(trials[1]),
+    )
     assert result.auc.low <= result.auc.value <= result.auc.high
     assert result.to_dict()["groups"] == ["young", "adult"]
 
