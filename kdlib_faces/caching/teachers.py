@@ -1,6 +1,6 @@
 """Recipes room: teachers of the LIAAD recipe as caches of their outputs on the very images of the training. Reads both."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,7 +13,6 @@ from kdlib_faces.caching.source import data_digest
 from kdlib_faces.data.lists import FaceList
 from kdlib_faces.data.seeded_views import SeededViews
 from kdlib_faces.data.views import AugmentConfig
-from kdlib_faces.recipes.liaad import AGE, GENERAL, LIAADConfig, features_read, teacher_from
 
 __all__ = ["OpenTeachers", "is_cache", "open_teachers"]
 
@@ -25,12 +24,12 @@ class OpenTeachers:
     Attributes:
         teachers: for `kdlib_faces.recipes.liaad.build`.
         views: the random views that caches hold, which the student must be shown; None leaves its images free.
-        told: a line on each teacher that is a cache.
+        messages: a line on each teacher that is a cache.
     """
 
     teachers: dict[str, nn.Module]
     views: SeededViews | None
-    told: tuple[str, ...]
+    messages: tuple[str, ...]
 
 
 def is_cache(path: str) -> bool:
@@ -42,45 +41,57 @@ def is_cache(path: str) -> bool:
     return Path(path).is_dir() and read_header(Path(path)) is not None
 
 
-def open_teachers(config: LIAADConfig, faces: FaceList, *, mirrored: bool, quiet: bool = True) -> OpenTeachers:
-    """The two teachers that a configuration names; a folder is a cache made by `kdlib-faces cache build` of the same lists.
+def open_teachers(
+    sources: Mapping[str, str],
+    faces: FaceList,
+    *,
+    features: Mapping[str, Mapping[str, str]],
+    stage: int,
+    open_file: Callable[[str, str], nn.Module],
+    mirrored: bool,
+    quiet: bool = True,
+) -> OpenTeachers:
+    """Open the teachers of a recipe. A folder is a cache that `kdlib-faces cache build` has made of the same lists.
 
-    A cached teacher reads the batch's targets `"sample"`, the image's row over all lists, and `"view"`. It says what it said
-    of the plain image, or of the mirrored one where the student sees that and the cache holds it; with a cache of random
+    A cached teacher reads the batch's targets `"sample"`, the image's row over all lists, and `"view"`. It returns the outputs
+    for the plain image, or for the mirrored one where the student sees that and the cache holds it; with a cache of random
     views both see the same one.
 
     Args:
-        config: whose teachers are files, names or folders.
-        faces: the training images.
-        mirrored: whether the student sees mirrored images.
-        quiet: show no progress.
+        sources: Role of each teacher to its file, backbone name or folder.
+        faces: The training images.
+        features: Role to the features that are read, each with the setting that removes its term.
+        stage: Number of the stage whose map is read.
+        open_file: Source and role to a frozen teacher, for sources that are no folders.
+        mirrored: Whether the student sees mirrored images.
+        quiet: Show no progress.
 
     Raises:
-        InputError: a file that cannot be used; a cache of other images, without a feature that the terms read, or of other
-            views than the other cache or than the terms ask for.
-        CacheError: a cache that is not complete, or damaged.
+        InputError: A file that cannot be used; a cache of other images, without a feature that the terms read, or of other
+            views than the other cache or than the terms require.
+        CacheError: A cache is incomplete or damaged.
     """
     teachers: dict[str, nn.Module] = {}
     views: dict[str, SeededViews] = {}
-    told = []
+    messages = []
     digests: dict[str, str] = {}
-    for role, source in ((GENERAL, config.general_teacher), (AGE, config.age_teacher)):
+    for role, source in sources.items():
         if not Path(source).is_dir():
-            teachers[role] = teacher_from(source, role, config)
+            teachers[role] = open_file(source, role)
             continue
         cache = _opened(source)
         views[source] = _views(cache)
         _check_faces(cache, source, faces, views[source], digests, quiet=quiet)
-        reads = features_read(config)[role]
-        _check_features(cache, source, role, reads, config.stage)
+        reads = features[role]
+        _check_features(cache, source, role, reads, stage)
         both = _both_views(source, views[source], role, reads, mirrored)
         teachers[role] = CachedTeacher(
             cache, reads=("sample", "view") if both else ("sample",), features=tuple(reads) or None
         )
-        told.append(
+        messages.append(
             f"{role} teacher: {show_name(cache.notes.get('teacher', '?'))} from {source}, {_said_of(views[source])}"
         )
-    return OpenTeachers(teachers, _common(views), tuple(told))
+    return OpenTeachers(teachers, _common(views), tuple(messages))
 
 
 def _opened(source: str) -> TeacherCache:
@@ -132,7 +143,7 @@ def _check_features(cache: TeacherCache, source: str, role: str, reads: Mapping[
             way = f"build another cache with --tap {feature}=stage{stage}, or " if feature != "embedding" else ""
             raise InputError(
                 f"train: {source} holds no {feature!r}, which a term reads of the {role} teacher; there is {held}; "
-                f"{way}leave the term out by --set network.{setting}=0"
+                f"{way}leave the term out by --set recipe.{setting}=0"
             )
 
 
@@ -143,7 +154,7 @@ def _both_views(source: str, views: SeededViews, role: str, reads: Mapping[str, 
     if mirrored and "map" in reads:
         raise InputError(
             f"train: {source} holds plain views alone, and a map of the {role} teacher says nothing of a mirrored image; "
-            f"build another cache with --views 2, or --set augment.mirror=0, or --set network.{reads['map']}=0"
+            f"build another cache with --views 2, or --set augment.mirror=0, or --set recipe.{reads['map']}=0"
         )
     return False
 

@@ -18,7 +18,7 @@ from kdlib_faces.cli import main
 from kdlib_faces.data.synthetic import SyntheticFaces
 from kdlib_faces.evaluation import embed_images
 from kdlib_faces.harness.embeddings import load_model
-from kdlib_faces.recipes.age_teacher import AgeTeacherConfig, PairTargets, build_age_teacher, trained_parts
+from kdlib_faces.recipes.age_teacher import AgeTeacherConfig, PairTargets, build_age_teacher, freeze_all_but
 from kdlib_faces.teachers import (
     AgeAttention,
     AgeEstimationLoss,
@@ -29,7 +29,7 @@ from kdlib_faces.teachers import (
     FusedTeacher,
     L2SPLoss,
     fit_fusion,
-    joined,
+    join_embeddings,
     load_teacher,
     reverse_gradient,
     save_teacher,
@@ -51,7 +51,7 @@ IMAGES = torch.randn(4, 3, 32, 32, generator=_rng())
 
 
 def test_attention_splits_a_map_as_published() -> None:
-    split = AgeAttention(32, start=0.0)
+    split = AgeAttention(32, initial_bias=0.0)
     maps = torch.randn(2, 32, 5, 6, generator=_rng())
     tapped = StudentAdapter(split, {"identity": OUTPUT, "age": "age"})(maps)
     torch.testing.assert_close(tapped["identity"] + tapped["age"], maps)
@@ -111,13 +111,12 @@ def test_age_estimation_is_expected_age_and_groups() -> None:
     loss = AgeEstimationLoss(6, hidden=8, scale=10.0)
     features = torch.randn(4, 6, generator=_rng())
     ages = torch.tensor([5.0, 33.0, float("nan"), 60.0])
-    logits = loss.reader(features)
+    logits = loss.estimator(features)
     years = logits.softmax(1) @ torch.arange(101.0)
     groups = torch.tensor([0, 3, 6])
     rows = [0, 1, 3]
-    want = ((years[rows] - ages[rows]) / 10).square().mean() + F.cross_entropy(loss.grouper(logits[rows]), groups)
+    want = ((years[rows] - ages[rows]) / 10).square().mean() + F.cross_entropy(loss.classifier(logits[rows]), groups)
     torch.testing.assert_close(loss(features, ages), want)
-    torch.testing.assert_close(loss.years_of(features), years.detach())
     # maps are averaged over their grid
     torch.testing.assert_close(loss(features[:, :, None, None].expand(-1, -1, 3, 3), ages), want)
 
@@ -125,7 +124,7 @@ def test_age_estimation_is_expected_age_and_groups() -> None:
 def test_with_groups_alone_the_cross_entropy_alone_counts() -> None:
     loss = AgeEstimationLoss(6, groups=2, hidden=8)
     features = torch.randn(3, 6, generator=_rng())
-    want = F.cross_entropy(loss.grouper(loss.reader(features[:2])), torch.tensor([1, 0]))
+    want = F.cross_entropy(loss.classifier(loss.estimator(features[:2])), torch.tensor([1, 0]))
     torch.testing.assert_close(loss(features, torch.tensor([1, 0, -1])), want)
     nothing = loss(features.requires_grad_(), torch.tensor([-1, -1, -1]))
     nothing.backward()
@@ -187,7 +186,7 @@ def test_cross_age_pairs_are_told_from_all_strangers() -> None:
     torch.testing.assert_close(CrossAgePairLoss(groups=True)(x, target), torch.stack(each).mean())
     years = target.clone()
     years[:, 1] = torch.tensor([4, 40, 10, 15, 50, float("nan")])
-    by_years = CrossAgePairLoss(gap=20)(x, years)
+    by_years = CrossAgePairLoss(min_age_gap=20)(x, years)
     torch.testing.assert_close(by_years, torch.stack(each[:2]).mean())
 
 
@@ -195,11 +194,11 @@ def test_cross_age_pairs_are_told_from_all_strangers() -> None:
 def test_without_a_cross_age_pair_the_loss_is_zero_with_a_graph(ages) -> None:
     x = torch.zeros(3, 4, requires_grad=True)
     target = torch.stack([torch.zeros(3), torch.tensor(ages)], 1)
-    loss = CrossAgePairLoss(gap=1)(x, target)
+    loss = CrossAgePairLoss(min_age_gap=1)(x, target)
     loss.backward()
     assert float(loss.detach()) == 0.0
     assert torch.isfinite(x.grad).all()
-    lonely = CrossAgePairLoss(gap=1)(x, torch.tensor([[0.0, 1.0], [0.0, 9.0], [0.0, 5.0]]))  # no stranger
+    lonely = CrossAgePairLoss(min_age_gap=1)(x, torch.tensor([[0.0, 1.0], [0.0, 9.0], [0.0, 5.0]]))  # no stranger
     assert float(lonely.detach()) == 0.0
     with pytest.raises(ValueError, match=r"target must be \(b, 2\)"):
         CrossAgePairLoss()(x, torch.zeros(3, 3))
@@ -207,12 +206,12 @@ def test_without_a_cross_age_pair_the_loss_is_zero_with_a_graph(ages) -> None:
 
 def test_the_pull_holds_the_trained_parameters_to_their_start() -> None:
     net = _backbone()
-    moved = trained_parts(net, "embedding")
+    moved = freeze_all_but(net, "embedding")
     assert {id(p) for p in moved} == {id(p) for p in (*net.linear.parameters(), *net.bn.parameters())}
     assert [p for p in net.parameters() if p.requires_grad] == moved
-    tail = trained_parts(_backbone(), "tail")
+    tail = freeze_all_but(_backbone(), "tail")
     assert len(tail) == sum(1 for _ in (*net.conv_6_sep.parameters(), *net.conv_6_dw.parameters())) + len(moved)
-    assert len(trained_parts(_backbone(), "all")) == sum(1 for _ in net.parameters())
+    assert len(freeze_all_but(_backbone(), "all")) == sum(1 for _ in net.parameters())
     pull = L2SPLoss(moved)
     assert not list(pull.parameters())
     assert not pull.state_dict()
@@ -249,7 +248,7 @@ def test_each_way_trains_from_a_loaded_backbone_and_its_file_says_the_same(
     config = AgeTeacherConfig(method=method, identity_weight=0.5)
     distiller = build_age_teacher(start, config, num_identities=8, groups=None if by == "age" else 2)
     wanted = {"dal": ["age"], "mtlface": ["adversary", "age"], "pairs": []}[method]
-    assert sorted(distiller.objective.terms) == sorted(["identity", "pairs", "pull", *wanted])
+    assert sorted(distiller.objective.terms) == sorted(["identity", "pairs", "l2_sp", *wanted])
     assert distiller.student.train().model.net.training
     before = {name: value.clone() for name, value in distiller.student.state_dict().items()}
     result = train(distiller, _batches(faces, by), TrainConfig(max_steps=4, lr=1e-2, optimizer="adamw"))
@@ -269,13 +268,13 @@ def test_each_way_trains_from_a_loaded_backbone_and_its_file_says_the_same(
 
 def test_from_scratch_the_whole_network_and_its_statistics_are_trained() -> None:
     config = AgeTeacherConfig(method="mtlface")
-    distiller = build_age_teacher(_backbone(), config, num_identities=8, loaded=False)
+    distiller = build_age_teacher(_backbone(), config, num_identities=8, pretrained=False)
     assert sorted(distiller.objective.terms) == ["adversary", "age", "identity"]
     assert all(p.requires_grad for p in distiller.student.parameters())
     assert distiller.train().student.model.net.backbone.bn.training
     assert [distiller.objective.terms[name].weight for name in ("age", "adversary")] == [0.001, 0.002]
     with pytest.raises(InputError, match="identity_weight or pair_weight must be above 0"):
-        build_age_teacher(_backbone(), AgeTeacherConfig(identity_weight=0.0), num_identities=8, loaded=False)
+        build_age_teacher(_backbone(), AgeTeacherConfig(identity_weight=0.0), num_identities=8, pretrained=False)
 
 
 def test_cross_age_pairs_bring_unseen_people_together_across_age() -> None:
@@ -332,7 +331,7 @@ def test_a_plain_backbone_is_saved_as_one(tmp_path: Path) -> None:
         (lambda c: c["state"]["age_branch.0.bias"].fill_(float("nan")), "age_branch.0.bias holds NaN"),
         (lambda c: c.update(kind="gan"), "teacher of kind 'gan'"),
         (lambda c: c.update(backbone="mbfx"), "does not describe a teacher"),
-        (lambda c: c["options"].update(more=1), "says too much"),
+        (lambda c: c["options"].update(more=1), "unknown arguments"),
         (lambda c: c["arguments"].update(embedding_dim=10**9), "does not"),
         (lambda c: c.update(state=[1]), "must hold 'kind'"),
         (lambda c: c.update(kdlib_faces_teacher=9), "of format 9"),
@@ -380,7 +379,7 @@ def test_the_command_trains_from_a_start_and_all_commands_take_the_result(
     save_backbone(_backbone(), tmp_path / "start.pt")
     out = tmp_path / "age"
     common = ["--faces", str(listed), "--quiet"]
-    settings = ["--set", "steps=3", "--set", "batch_size=16", "--set", f"method={method}"]
+    settings = ["--set", "training.steps=3", "--set", "training.batch_size=16", "--set", f"age_teacher.method={method}"]
     start = ["--teacher", str(tmp_path / "start.pt")]
     command = ["train", "--recipe", "age_teacher", *common, *start, *settings, "--output", str(out)]
     assert main(command) == 0, capsys.readouterr().err
@@ -394,9 +393,20 @@ def test_the_command_trains_from_a_start_and_all_commands_take_the_result(
     assert torch.equal(torch.from_numpy(embed_images(load_model(out / "model.pt")[0], pixels)), first)
     report = ["evaluate", *common, "--model", str(out / "model.pt"), "--output", str(tmp_path / "report")]
     assert main([*report, "--set", "replicates=5"]) == 0, capsys.readouterr().err
-    student = ["--set", "network.width=0.25", "--set", "network.embedding_dim=16", "--set", "network.input_size=32"]
+    student = ["--set", "recipe.width=0.25", "--set", "recipe.embedding_dim=16", "--set", "recipe.input_size=32"]
     two = ["--teacher", str(tmp_path / "start.pt"), "--teacher", str(out / "model.pt")]
-    liaad = ["train", "--recipe", "liaad", *common, *two, *student, "--set", "steps=2", "--set", "batch_size=8"]
+    liaad = [
+        "train",
+        "--recipe",
+        "liaad",
+        *common,
+        *two,
+        *student,
+        "--set",
+        "training.steps=2",
+        "--set",
+        "training.batch_size=8",
+    ]
     assert main([*liaad, "--output", str(tmp_path / "student")]) == 0, capsys.readouterr().err
     capsys.readouterr()
     assert main(["inspect", str(out / "model.pt")]) == 0
@@ -407,7 +417,11 @@ def test_the_command_trains_from_a_start_and_all_commands_take_the_result(
     ("column", "values", "words"),
     [
         ("age_group", ("young", "young"), "needs at least two age groups, the lists have 'young' alone"),
-        ("age", ("20", "25"), "two people with images at least 10 years apart (gap), the lists have 0; without them"),
+        (
+            "age",
+            ("20", "25"),
+            "two identities with images at least 10 years apart (min_age_gap), the lists have 0; without them",
+        ),
         ("age_group", ("young", ""), "needs at least two age groups"),
     ],
 )
@@ -421,22 +435,22 @@ def test_lists_that_teach_nothing_of_age_are_refused(
     (tmp_path / "faces.csv").write_text("\n".join(rows) + "\n")
     save_backbone(_backbone(), tmp_path / "start.pt")
     command = ["train", "--recipe", "age_teacher", "--faces", str(tmp_path / "faces.csv"), "--quiet"]
-    command += ["--teacher", str(tmp_path / "start.pt"), "--output", str(tmp_path / "out"), "--set", "steps=1"]
-    command += ["--set", "batch_size=4", "--set", "method=pairs"]
+    command += ["--teacher", str(tmp_path / "start.pt"), "--output", str(tmp_path / "out"), "--set", "training.steps=1"]
+    command += ["--set", "training.batch_size=4", "--set", "age_teacher.method=pairs"]
     assert main(command) == 2
     assert words in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
     if column == "age":  # another gap, or the margin alone, are the ways out
-        assert main([*command, "--set", "gap=5"]) == 0
-        margin = ["--set", "pair_weight=0", "--set", "identity_weight=1"]
-        assert main([*command[:-6], *margin, "--set", "batch_size=4", "--output", str(tmp_path / "b")]) == 0
+        assert main([*command, "--set", "age_teacher.min_age_gap=5"]) == 0
+        margin = ["--set", "age_teacher.pair_weight=0", "--set", "age_teacher.identity_weight=1"]
+        assert main([*command[:-6], *margin, "--set", "training.batch_size=4", "--output", str(tmp_path / "b")]) == 0
 
 
 def test_one_start_at_most_and_ages_at_least(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     listed = _list(tmp_path, ages=True)
     two = ["--teacher", "a.pt", "--teacher", "b.pt"]
     assert main(["train", "--recipe", "age_teacher", "--faces", str(listed), *two]) == 2
-    assert "takes one teacher to start from, or none, got 2" in capsys.readouterr().err
+    assert "takes one pretrained network, or none, got 2" in capsys.readouterr().err
     text = listed.read_text().splitlines()
     listed.write_text("\n".join(",".join(line.split(",")[:2]) for line in text) + "\n")
     assert main(["train", "--recipe", "age_teacher", "--faces", str(listed), "--output", str(tmp_path / "o")]) == 2
@@ -471,8 +485,10 @@ def test_two_views_of_a_person_are_more_than_either() -> None:
     teachers = {"a": _Says(keep), "b": _Says(other @ turn)}
     said = [each(x)["embedding"].detach() for each in teachers.values()]
     seen = who < 100
-    matrix = fit_fusion([each[seen] for each in said], who[seen], dim=24, pull=0.1, steps=300, lr=1e-2, batch=128)
-    fused = FusedTeacher(teachers, matrix, passed="a")
+    matrix = fit_fusion(
+        [each[seen] for each in said], who[seen], dim=24, l2_sp_weight=0.1, steps=300, lr=1e-2, batch=128
+    )
+    fused = FusedTeacher(teachers, matrix, pass_through="a")
 
     def auc(rows: torch.Tensor) -> float:
         unit = F.normalize(rows[~seen], dim=1)
@@ -483,7 +499,7 @@ def test_two_views_of_a_person_are_more_than_either() -> None:
 
     parts = [auc(each) for each in said]
     out = fused(x)
-    assert auc(out["embedding"]) > max(*parts, auc(joined(said))) + 0.03
+    assert auc(out["embedding"]) > max(*parts, auc(join_embeddings(said))) + 0.03
     torch.testing.assert_close(out["embedding"].norm(dim=1), torch.ones(900))
     assert torch.equal(out["map"], x[:, :, None, None])
 
@@ -511,8 +527,8 @@ def test_a_fused_teacher_is_frozen_and_stands_where_a_teacher_stands() -> None:
 def test_the_projection_begins_with_the_directions_that_keep_most() -> None:
     generator = _rng()
     said = [torch.randn(60, 5, generator=generator), torch.randn(60, 3, generator=generator)]
-    rows = joined(said)
-    held = fit_fusion(said, torch.arange(60) // 2, dim=8, pull=1e6, steps=1, lr=1e-9)
+    rows = join_embeddings(said)
+    held = fit_fusion(said, torch.arange(60) // 2, dim=8, l2_sp_weight=1e6, steps=1, lr=1e-9)
     torch.testing.assert_close((rows @ held) @ (rows @ held).T, rows @ rows.T, atol=1e-4, rtol=1e-4)
     cosines = sum(F.normalize(each, dim=1) @ F.normalize(each, dim=1).T for each in said) / 2
     torch.testing.assert_close(rows @ rows.T, cosines, atol=1e-5, rtol=1e-5)
@@ -530,13 +546,13 @@ def test_what_cannot_be_fused_is_said() -> None:
             fit_fusion(*arguments, dim=2, steps=1)
     with pytest.raises(InputError, match="dim must be at most the 8"):
         fit_fusion([x, x], who, dim=9)
-    with pytest.raises(InputError, match="passed must be one of a"):
-        FusedTeacher({"a": _Says(torch.eye(2))}, torch.eye(2), passed="c")
+    with pytest.raises(InputError, match="pass_through must be one of a"):
+        FusedTeacher({"a": _Says(torch.eye(2))}, torch.eye(2), pass_through="c")
     with pytest.raises(InputError, match="must hold at least one"):
         FusedTeacher({}, torch.eye(2))
     recorded = _Says(torch.eye(2))
     recorded.reads = ("sample", "view")
-    with pytest.raises(InputError, match="read the same inputs"):
+    with pytest.raises(InputError, match="all read images"):
         FusedTeacher({"a": _Says(torch.eye(2)), "b": recorded}, torch.eye(2))
 
 

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch import nn
 
 from kdlib.cache import CachedTeacher, TeacherCache
 from kdlib_faces._checks import InputError
@@ -22,12 +23,19 @@ from kdlib_faces.cli import main
 from kdlib_faces.data.lists import read_faces
 from kdlib_faces.recipes import LIAADConfig
 from kdlib_faces.recipes import build as build_recipe
+from kdlib_faces.recipes.liaad import features_read
 
 COUNT, SIZE = 16, 32
 PLAIN = [f"augment.{name}=0" for name in ["mirror", "brightness", "contrast", "gamma", "shift", "scale", "rotate"]]
 PLAIN += ["augment.low_resolution=0", "augment.grayscale=0"]
-SETTINGS = ["steps=5", "batch_size=8", "lr=0.02", "network.input_size=32", "network.width=0.25"]
-SETTINGS += ["network.embedding_dim=16"]
+SETTINGS = [
+    "training.steps=5",
+    "training.batch_size=8",
+    "training.lr=0.02",
+    "recipe.input_size=32",
+    "recipe.width=0.25",
+]
+SETTINGS += ["recipe.embedding_dim=16"]
 
 
 def words(*given: object) -> list[str]:
@@ -116,7 +124,7 @@ def test_the_student_is_the_one_of_the_live_teachers(material: Path, tmp_path: P
     # A view that does not follow the student's is seen in the losses at once.
     if mirror != "0":
         plain = build(material, "general.pt", tmp_path / "plain", "--views", "1", "--dtype", "float32")
-        assert train(material, tmp_path / "other", plain, "age.pt", more=(*more, "network.map_weight=0")) == 0
+        assert train(material, tmp_path / "other", plain, "age.pt", more=(*more, "recipe.map_weight=0")) == 0
         apart = [
             a["embedding"] - b["embedding"]
             for a, b in zip(losses(tmp_path / "other"), losses(tmp_path / "live"), strict=True)
@@ -174,10 +182,10 @@ def test_a_missing_map_is_told_with_the_ways_out(material: Path, tmp_path: Path,
     said = fails(capsys, train(material, tmp_path / "run", "general", bare))
     assert said.endswith(
         f"train: {bare} holds no 'map', which a term reads of the age teacher; there is 'embedding'; build another cache "
-        "with --tap map=stage2, or leave the term out by --set network.attention_weight=0"
+        "with --tap map=stage2, or leave the term out by --set recipe.attention_weight=0"
     )
     # Both ways hold what they promise.
-    assert train(material, tmp_path / "run", "general", bare, more=("network.attention_weight=0",)) == 0
+    assert train(material, tmp_path / "run", "general", bare, more=("recipe.attention_weight=0",)) == 0
     assert sorted(losses(tmp_path / "run")[0]) == ["embedding", "identity", "map"]
     other = build(material, "age.pt", tmp_path / "mapped", "--tap", "map=stage2")
     assert train(material, tmp_path / "run2", "general", other) == 0
@@ -188,23 +196,24 @@ def test_plain_views_alone_do_for_the_embedding_and_not_for_a_map(material: Path
     capsys.readouterr()
     said = fails(capsys, train(material, tmp_path / "run", "general", plain))
     assert "holds plain views alone" in said
-    assert "--views 2, or --set augment.mirror=0, or --set network.attention_weight=0" in said
-    for setting in ("augment.mirror=0", "network.attention_weight=0"):
+    assert "--views 2, or --set augment.mirror=0, or --set recipe.attention_weight=0" in said
+    for setting in ("augment.mirror=0", "recipe.attention_weight=0"):
         assert train(material, tmp_path / setting, "general", plain, more=(setting,)) == 0
 
 
 def test_only_what_the_terms_read_is_read(material: Path) -> None:
     listed = read_faces([material / "faces.csv"])
-    config = LIAADConfig(
-        general_teacher=str(material / "general"), age_teacher=str(material / "age"), input_size=SIZE, map_weight=0.0
+    features = features_read(LIAADConfig(map_weight=0.0))
+    sources = {role: str(material / role) for role in ("general", "age")}
+    found = open_teachers(
+        sources, listed, features=features, stage=2, open_file=lambda *_: nn.Identity(), mirrored=True
     )
-    found = open_teachers(config, listed, mirrored=True)
     general, age = (found.teachers[role] for role in ("general", "age"))
     assert isinstance(general, CachedTeacher)
     assert isinstance(age, CachedTeacher)
     assert (sorted(general.taps), sorted(age.taps)) == (["embedding"], ["embedding", "map"])
     assert found.views is None
-    assert found.told == (
+    assert found.messages == (
         f"general teacher: general.pt from {material / 'general'}, asked for the plain image, mirrored where the student's is",
         f"age teacher: age.pt from {material / 'age'}, asked for the plain image, mirrored where the student's is",
     )
@@ -229,7 +238,7 @@ def test_folders_that_are_no_caches_and_caches_that_tell_nothing(material: Path,
     assert "do not tell its views" in told(notes={})
     assert "does not tell what images it is of" in told(parts={})
     assert "is no header of a cache" in told(dtype=3)
-    with pytest.raises(InputError, match="taken by `kdlib-faces train`"):
+    with pytest.raises(InputError, match="only `kdlib-faces train`"):
         build_recipe(LIAADConfig(general_teacher=str(material / "general"), input_size=SIZE))
 
 
@@ -238,7 +247,7 @@ def test_a_kill_and_an_interrupt_leave_the_same_student(material: Path, tmp_path
     command += words(
         "--faces", material / "faces.csv", "--teacher", material / "general", "--teacher", material / "age"
     )
-    command += settings(*SETTINGS[1:], "steps=80", "augment.rotate=10")
+    command += settings(*SETTINGS[1:], "training.steps=80", "augment.rotate=10")
     log = tmp_path / "killed" / "log.jsonl"
     for sent in (signal.SIGTERM, signal.SIGKILL):
         process = subprocess.Popen([*command, "--output", str(tmp_path / "killed")], env=os.environ.copy())
@@ -267,8 +276,12 @@ def test_a_folder_of_another_run_is_not_gone_on_with(material: Path, tmp_path: P
     for teachers, more, words in (
         (("age", "general"), (), "what differs is general teacher ("),
         (("general.pt", "age"), (), "what differs is general teacher ("),
-        (("general", "age"), ("augment.rotate=1",), "what differs is augment.rotate (5.0, now 1.0); restore it"),
-        (("general", "age"), ("network.map_weight=3", "steps=6"), "network.map_weight (2.0, now 3.0)"),
+        (
+            ("general", "age"),
+            ("augment.rotate=1",),
+            "what differs is augment.rotate (5.0, now 1.0); restore the settings",
+        ),
+        (("general", "age"), ("recipe.map_weight=3", "training.steps=6"), "recipe.map_weight (2.0, now 3.0)"),
     ):
         said = fails(capsys, train(material, output, *teachers, more=more))
         assert f"{output} holds another run" in said
@@ -277,17 +290,14 @@ def test_a_folder_of_another_run_is_not_gone_on_with(material: Path, tmp_path: P
     assert "what differs is faces (" in said
     assert (output / "config.toml").read_text() == kept
     assert all(torch.equal(value, before[name]) for name, value in weights(output).items())
-    # Files that lie elsewhere now are the same run; a folder of an earlier version has no note.
+    # Files that were moved are the same run.
     folder = tmp_path / material.name
     shutil.copytree(material, folder)
     assert train(folder, output, "general", "age") == 0
-    kept = (output / "config.toml").read_text()
     capsys.readouterr()
-    (output / "run.json").unlink()
-    assert "got other lr" in fails(capsys, train(material, output, "general", "age", more=("lr=0.5",)))
-    assert (output / "config.toml").read_text() == kept
-    assert train(material, output, "general", "age") == 0
-    assert not (output / "run.json").exists()
+    (output / "run.json").write_text("[]")
+    said = fails(capsys, train(material, output, "general", "age"))
+    assert "holds checkpoints without a readable run.json" in said
 
 
 def test_an_onnx_teacher_needs_no_tap_to_be_named(material: Path, tmp_path: Path, capsys) -> None:
@@ -311,16 +321,19 @@ def test_a_network_without_maps_names_the_setting(material: Path, tmp_path: Path
     from tests.faces.tiny_graph import tiny_graph
 
     graph = tiny_graph(tmp_path / "net.onnx")
-    monkeypatch.setattr("kdlib_faces.teachers.onnx.session.suggest_taps", lambda path: {})
+    monkeypatch.setattr("kdlib_faces.teachers.open.suggest_taps", lambda path: {})
     said = fails(capsys, train(material, tmp_path / "run", "general", graph))
-    assert "no square feature map to distil from; is it a convolutional network? attention_weight=0 leaves out" in said
-    assert train(material, tmp_path / "run", "general", graph, more=("network.attention_weight=0",)) == 0
+    assert (
+        "no square feature map to distill from; is it a convolutional network? attention_weight=0 removes the term"
+        in said
+    )
+    assert train(material, tmp_path / "run", "general", graph, more=("recipe.attention_weight=0",)) == 0
 
 
 def test_many_images_are_read_from_a_file_in_place_of_memory(material: Path, tmp_path: Path, monkeypatch) -> None:
     assert train(material, tmp_path / "memory", "general", "age") == 0
     assert not (tmp_path / "memory" / "images.npy").exists()
-    monkeypatch.setattr("kdlib_faces.commands.train.MEMORY", 1000)
+    monkeypatch.setattr("kdlib_faces.training.run.MAX_MEMORY", 1000)
     assert train(material, tmp_path / "file", "general", "age") == 0
     assert np.load(tmp_path / "file" / "images.npy", mmap_mode="r").shape == (COUNT, 3, SIZE, SIZE)
     wanted = weights(tmp_path / "memory")

@@ -22,7 +22,8 @@ pytest.importorskip("onnxruntime")
 
 from onnx import TensorProto, helper, numpy_helper  # noqa: E402
 
-from kdlib_faces.teachers.onnx.session import OnnxTeacher, describe_graph, list_taps, suggest_taps  # noqa: E402
+from kdlib_faces.teachers.onnx.inspect import describe_graph, list_taps, suggest_taps  # noqa: E402
+from kdlib_faces.teachers.onnx.session import OnnxTeacher  # noqa: E402
 
 RNG = np.random.default_rng(0)
 KERNEL = RNG.normal(0, 0.3, (4, 3, 3, 3)).astype(np.float32)

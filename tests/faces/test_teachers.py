@@ -13,11 +13,11 @@ from kdlib_faces.teachers import (
     AgeFactorLoss,
     AgeInvariantNet,
     MappedTeacher,
+    cache_outputs,
     canonical_correlation,
     fit_age_map,
     fit_rotation,
     read_outputs,
-    record,
 )
 
 
@@ -86,7 +86,7 @@ def test_the_age_map_brings_unseen_people_together_across_age() -> None:
     rows = torch.cat([young[:200], adult[:200]])
     who = torch.arange(200).repeat(2)
     groups = torch.arange(2).repeat_interleave(200)
-    matrix = fit_age_map(rows, who, age_groups=groups, pull=0.1, steps=200, lr=1e-2)
+    matrix = fit_age_map(rows, who, age_groups=groups, l2_sp_weight=0.1, steps=200, lr=1e-2)
 
     def rank1(a: torch.Tensor, b: torch.Tensor) -> float:
         a, b = torch.nn.functional.normalize(a, dim=1), torch.nn.functional.normalize(b, dim=1)
@@ -98,7 +98,7 @@ def test_the_age_map_brings_unseen_people_together_across_age() -> None:
     assert after > before + 0.1
     with pytest.raises(InputError, match="ages or age_groups must be given"):
         fit_age_map(rows, who)
-    with pytest.raises(InputError, match="at least two people"):
+    with pytest.raises(InputError, match="at least two identities"):
         fit_age_map(rows, who, age_groups=torch.zeros(400, dtype=torch.int64))
 
 
@@ -134,18 +134,18 @@ class _Flat(nn.Module):
 def test_outputs_are_recorded_once_for_both_views_and_looked_up(tmp_path) -> None:
     images = torch.randint(0, 256, (600, 3, 4, 4), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     teacher = _Flat()
-    recorded = record(teacher, images, tmp_path, fingerprint="a")
+    recorded = cache_outputs(teacher, images, tmp_path, fingerprint="a")
     assert teacher.calls == 10
     pixels = images.float() / 127.5 - 1
     got = recorded(torch.tensor([599, 0]), torch.tensor([1, 0]))
     torch.testing.assert_close(got["embedding"][0], pixels[599].flip(2).mean((0, 1)), atol=1e-3, rtol=1e-3)
     torch.testing.assert_close(got["map"][1], pixels[0], atol=1e-3, rtol=1e-3)
-    record(teacher, images, tmp_path, fingerprint="a")
+    cache_outputs(teacher, images, tmp_path, fingerprint="a")
     assert teacher.calls == 10
     with pytest.raises(InputError, match=r"what differs is the teacher .weights, code or taps.; its"):
-        record(teacher, images, tmp_path, fingerprint="b")
+        cache_outputs(teacher, images, tmp_path, fingerprint="b")
     with pytest.raises(InputError, match="what differs is the data; its"):
-        record(teacher, images.flip(0), tmp_path, fingerprint="a")
+        cache_outputs(teacher, images.flip(0), tmp_path, fingerprint="a")
     with pytest.raises(CacheError, match="no sample 600"):
         recorded(torch.tensor([600]), torch.tensor([0]))
 
@@ -160,11 +160,11 @@ def test_a_stopped_recording_goes_on_and_gives_the_same_bytes(tmp_path) -> None:
             return super().forward(images)
 
     with pytest.raises(KeyboardInterrupt):
-        record(Stops(), images, tmp_path / "a", fingerprint="x")
+        cache_outputs(Stops(), images, tmp_path / "a", fingerprint="x")
     later = _Flat()
-    record(later, images, tmp_path / "a", fingerprint="x")
+    cache_outputs(later, images, tmp_path / "a", fingerprint="x")
     assert later.calls <= 12
-    record(_Flat(), images, tmp_path / "b", fingerprint="x")
+    cache_outputs(_Flat(), images, tmp_path / "b", fingerprint="x")
     files = sorted(path.name for path in (tmp_path / "b").iterdir())
     assert files == sorted(path.name for path in (tmp_path / "a").iterdir())
     for name in files:
@@ -177,12 +177,14 @@ def test_nan_outputs_are_refused_by_name(tmp_path) -> None:
             return {"embedding": images.mean((1, 2)) / 0}
 
     with pytest.raises(InputError, match=r"outputs of it: .*'embedding' of sample 0, view 0 must fit float16, got"):
-        record(Broken(), torch.zeros(4, 3, 4, 4, dtype=torch.uint8), tmp_path, fingerprint="x", label="outputs of it")
+        cache_outputs(
+            Broken(), torch.zeros(4, 3, 4, 4, dtype=torch.uint8), tmp_path, fingerprint="x", label="outputs of it"
+        )
 
 
 def test_all_that_was_said_is_read_in_order(tmp_path) -> None:
     images = torch.randint(0, 256, (300, 3, 4, 4), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    recorded = record(_Flat(), images, tmp_path)
+    recorded = cache_outputs(_Flat(), images, tmp_path)
     mirrored = images[torch.tensor([290, 1])].float().flip(3) / 127.5 - 1
     torch.testing.assert_close(read_outputs(recorded, "map", torch.tensor([290, 1]), 1), mirrored, atol=1e-3, rtol=1e-3)
     assert read_outputs(recorded, "embedding", torch.arange(300)).shape == (300, 4)
