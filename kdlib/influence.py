@@ -182,7 +182,7 @@ def _divisor(sample: Tensor) -> Tensor:
 
 
 def measure(step: int, compared: Mapping[str, Comparison], terms: Mapping[str, tuple[float, str]]) -> InfluenceReport:
-    """Measure the terms of one batch: `compared` by name, and the weight and student feature of each name in `terms`."""
+    """Measure the terms of one batch; `terms` holds the weight and the student feature of each."""
     losses: dict[str, list[float]] = {}
     shares: dict[str, list[float]] = {}
     gradients: dict[str, list[Tensor]] = {}

@@ -329,7 +329,7 @@ def test_the_penalty_of_a_weighting_is_added_to_the_total(features) -> None:
     for lead, called in ((None, ("a", "b")), ("b", ("b",))):
         out = Objective(terms, weighting, weigh_by=lead)(student, teachers)
         losses = {
-            name: torch.stack([term.loss(student["embedding"], teachers[who]["embedding"]) for who in teachers])
+            name: torch.stack([term.loss(student["embedding"], teachers[key]["embedding"]) for key in teachers])
             for name, term in terms.items()
         }
         penalty = sum(
@@ -359,7 +359,7 @@ def test_a_gate_is_trained_by_every_term_that_it_weights(features) -> None:
     assert out.weights["embedding"].requires_grad
     out.total.backward()
     hints, maps = (
-        torch.stack([term.loss(student[tap], teachers[who][tap], reduction="none") for who in teachers]).detach()
+        torch.stack([term.loss(student[tap], teachers[key][tap], reduction="none") for key in teachers]).detach()
         for tap, term in terms.items()
     )
     bias = torch.zeros(2, requires_grad=True)
