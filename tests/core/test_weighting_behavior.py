@@ -61,6 +61,23 @@ def test_equal_teachers_have_equal_weights(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", kdlib.weighting.__all__)
+def test_dtype_graph_and_rank(name: str) -> None:
+    weighting = made(3)[name]
+    for parameter in weighting.parameters():
+        nn.init.normal_(parameter, generator=torch.Generator().manual_seed(1))
+    losses, rest = batch([torch.randn(B, D, generator=torch.Generator().manual_seed(seed)) for seed in (7, 8, 9)])
+    weighting(losses, **rest)  # creates the centers
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        half = copy.deepcopy(weighting)(losses.bfloat16(), **rest)
+    weights = weighting(losses, **rest)
+    assert (weights.dtype, half.dtype) == (torch.float32, torch.bfloat16)
+    torch.testing.assert_close(half.float(), weights, rtol=1e-2, atol=1e-2)
+    assert weights.requires_grad == (name == "GateWeighting")
+    with pytest.raises(ValueError, match=rf"^{name}: losses must be \(k, b\), got \({B},\)"):
+        weighting(losses[0], **rest)
+
+
+@pytest.mark.parametrize("name", kdlib.weighting.__all__)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
 def test_extreme_values_give_finite_weights_that_sum_to_one(name: str, dtype: torch.dtype) -> None:
     huge = {torch.float16: 6e4, torch.bfloat16: 1e38, torch.float32: 1e38, torch.float64: 1e38}[dtype]
