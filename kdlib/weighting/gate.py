@@ -57,8 +57,8 @@ class GateWeighting(nn.Module):
         True
 
     References:
-        Jacobs et al., *Adaptive Mixtures of Local Experts*, Neural Computation 3(1), 1991, for gates;
-        this form is ours.
+        Jacobs et al., *Adaptive Mixtures of Local Experts*, Neural Computation 3(1), 1991, introduced
+        gates; this form is ours.
     """
 
     def __init__(

@@ -100,12 +100,8 @@ class GradientWeighting(nn.Module):
             gram = _gram(gradients)
         if not all(isfinite(value) for row in gram for value in row):
             return uniform
-        return (
-            torch.tensor(_min_norm(gram, self.max_weight), dtype=torch.float64)
-            .to(losses)
-            .unsqueeze(1)
-            .expand_as(losses)
-        )
+        weights = torch.tensor(_min_norm(gram, self.max_weight), dtype=torch.float64)
+        return weights.to(losses).unsqueeze(1).expand_as(losses)
 
     def extra_repr(self) -> str:
         return f"max_weight={self.max_weight!r}"
