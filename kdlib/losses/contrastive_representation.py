@@ -4,7 +4,6 @@ import torch
 from torch import Tensor, nn
 
 from kdlib._checks import (
-    check_choice,
     check_floating,
     check_number,
     check_pair,
@@ -14,7 +13,7 @@ from kdlib._checks import (
     check_whole_numbers,
 )  # fmt: skip
 from kdlib._gather import gather_rows
-from kdlib._maths import FAR, REDUCTIONS, Reduction, directions, full_precision, promote, reduce
+from kdlib._maths import FAR, Reduction, directions, full_precision, promote, reduce
 from kdlib.losses._checks import check_gathered_reduction
 from kdlib.losses._module import LossModule
 
@@ -33,7 +32,7 @@ def contrastive_representation(
     weight: Tensor | None = None,
     gather: bool = False,
 ) -> Tensor:
-    r"""Compute InfoNCE in both directions: each embedding must identify its counterpart among those of other samples.
+    r"""Compute InfoNCE in both directions: each embedding must identify its counterpart among other samples.
 
     .. math::
         \ell_i = - \frac{1}{2} \log \frac{e^{\langle s_i, t_i \rangle / \tau}}
@@ -213,14 +212,13 @@ class ContrastiveRepresentationLoss(LossModule):
         gather: bool = False,
         reduction: Reduction = "mean",
     ) -> None:
-        super().__init__()
+        super().__init__(reduction=reduction)
         owner = "ContrastiveRepresentationLoss"
         check_number(owner, "student_dim", student_dim, min=1, integer=True)
         check_number(owner, "teacher_dim", teacher_dim, min=1, integer=True)
         check_number(owner, "feature_dim", feature_dim, min=1, integer=True)
         check_number(owner, "temperature", temperature, above=0)
         check_number(owner, "queue_size", queue_size, min=0, integer=True)
-        check_choice(owner, "reduction", reduction, REDUCTIONS)
         check_gathered_reduction(owner, gather, reduction)
         self.student_dim = student_dim
         self.teacher_dim = teacher_dim
@@ -228,7 +226,6 @@ class ContrastiveRepresentationLoss(LossModule):
         self.temperature = temperature
         self.queue_size = queue_size
         self.gather = gather
-        self.reduction = reduction
         self.per_sample = not gather
         self.student_map = nn.Linear(student_dim, feature_dim)
         self.teacher_map = nn.Linear(teacher_dim, feature_dim)
@@ -248,7 +245,7 @@ class ContrastiveRepresentationLoss(LossModule):
     ) -> Tensor:
         """Compare `student` `(b, student_dim)` with `teacher` `(b, teacher_dim)`.
 
-        `target` `(b,)` are the identities, if given; `reduction=None` uses that of the constructor.
+        `target` `(b,)` are the identities, if given; `reduction=None` uses the constructor's.
         """
         owner = "ContrastiveRepresentationLoss"
         reduction = reduction or self.reduction

@@ -1,14 +1,14 @@
 """DarkRank: the order of each sample's nearest neighbors as the teacher's."""
 
 import math
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from kdlib._checks import check_floating, check_number, check_relation_reduction
-from kdlib._maths import directions, full_precision, unit_rows
-from kdlib.losses._module import LossModule
+from kdlib._checks import check_floating, check_number
+from kdlib._maths import MeanOnly, directions, full_precision, unit_rows
+from kdlib.losses._module import RelationModule
 from kdlib.losses._relations import one_batch, power_of_two, squared_distances
 
 __all__ = ["DarkRankLoss", "dark_rank"]
@@ -28,7 +28,7 @@ def dark_rank(
     length: int = 4,
     normalize: bool = False,
     gather: bool = False,
-    reduction: Literal["mean"] = "mean",
+    reduction: MeanOnly = "mean",
     weight: Tensor | None = None,
 ) -> Tensor:
     r"""Compute the negative log-likelihood of the teacher's order of each sample's nearest neighbors for the student.
@@ -159,16 +159,8 @@ def _check_order(owner: str, alpha: float, beta: float, length: int) -> None:
     check_number(owner, "length", length, min=2, integer=True)
 
 
-class DarkRankLoss(LossModule):
-    """`dark_rank` as a Module; see there for the formula and the errors.
-
-    Args:
-        alpha: factor of the scores, above 0.
-        beta: exponent of the distances, above 0.
-        length: number of neighbors in a list, at least 2.
-        normalize: divide each row of both sides by its length first.
-        gather: use the rows of all processes as one batch.
-        reduction: `"mean"` only.
+class DarkRankLoss(RelationModule):
+    """`dark_rank` as a Module: the constructor takes its hyper-parameters, `forward` its tensors.
 
     Examples:
         >>> import torch
@@ -179,8 +171,6 @@ class DarkRankLoss(LossModule):
         3.1781
     """
 
-    per_sample = False
-
     def __init__(
         self,
         *,
@@ -189,27 +179,19 @@ class DarkRankLoss(LossModule):
         length: int = 4,
         normalize: bool = False,
         gather: bool = False,
-        reduction: Literal["mean"] = "mean",
+        reduction: MeanOnly = "mean",
     ) -> None:
-        super().__init__()
+        super().__init__(gather=gather, reduction=reduction)
         _check_order("DarkRankLoss", alpha, beta, length)
-        check_relation_reduction("DarkRankLoss", reduction)
         self.alpha = alpha
         self.beta = beta
         self.length = length
         self.normalize = normalize
-        self.gather = gather
-        self.reduction = reduction
 
     def forward(
-        self,
-        student: Tensor,
-        teacher: Tensor,
-        *,
-        weight: Tensor | None = None,
-        reduction: Literal["mean"] | None = None,
+        self, student: Tensor, teacher: Tensor, *, weight: Tensor | None = None, reduction: MeanOnly | None = None
     ) -> Tensor:
-        """Compare `student` `(b, d, ...)` with `teacher`; `reduction=None` uses that of the constructor."""
+        """Compare `student` `(b, d, ...)` with `teacher`; `reduction=None` uses the constructor's."""
         return dark_rank(
             student,
             teacher,
