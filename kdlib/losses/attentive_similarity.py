@@ -90,9 +90,9 @@ def attentive_similarity(
 
     References:
         Shin et al., *Teaching Where to Look: Attention Similarity Knowledge Distillation for Low Resolution Face
-        Recognition*, arXiv 2209.14498. The paper compares maps that are learned by CBAM modules inside both networks. Ours
-        are the energies of any features, which is our definition, so that networks without such modules can be used.
-        To compare learned maps, tap them and use `angular_distill` with `form="cosine"` on each. The paper's code
+        Recognition*, arXiv 2209.14498. The paper compares maps that are learned by CBAM modules inside both networks.
+        Ours are the energies of any features, which is our definition, so that networks without such modules can be
+        used. To compare learned maps, tap them and use `angular_distill` with `form="cosine"` on each. The paper's code
         multiplies the sum over all blocks by 5.
     """
     check_number("attentive_similarity", "channel", channel, min=0)

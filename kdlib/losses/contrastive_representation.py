@@ -40,8 +40,8 @@ def contrastive_representation(
         - \frac{1}{2} \log \frac{e^{\langle s_i, t_i \rangle / \tau}}{\sum_{j \in N_i} e^{\langle s_j, t_i \rangle / \tau}}
 
     for sample i, with s and t the embeddings of the student and of the teacher, and q those of the teacher for samples
-    outside the batch, each divided by its Euclidean length. :math:`N_i` holds i itself and the samples of the batch with
-    another identity than i, :math:`Q_i` the negatives with another identity. Without `target`, all samples have
+    outside the batch, each divided by its Euclidean length. :math:`N_i` holds i itself and the samples of the batch
+    with another identity than i, :math:`Q_i` the negatives with another identity. Without `target`, all samples have
     different identities. The loss is at least 0, and 0 for an embedding without negatives. Zero embeddings are treated
     as orthogonal to everything (cosine 0) and get no gradient.
 
@@ -66,8 +66,8 @@ def contrastive_representation(
         multiplied by `weight` if given. Float32, or float64 if an input is float64.
 
     Raises:
-        ValueError: The shapes differ, `temperature` is not above 0, `reduction` is unknown or `"none"` with `gather`, or
-            `negatives_target` comes without `negatives` and `target`.
+        ValueError: The shapes differ, `temperature` is not above 0, `reduction` is unknown or `"none"` with `gather`,
+            or `negatives_target` comes without `negatives` and `target`.
         TypeError: The embeddings are not floating-point tensors, or the identities are not whole numbers.
 
     Examples:

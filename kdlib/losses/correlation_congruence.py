@@ -29,10 +29,10 @@ def correlation_congruence(
         \frac{1}{b^2} \sum_{i,j} \left(K^s_{ij} - K^t_{ij}\right)^2, \qquad
         K_{ij} = e^{-2 \gamma} \sum_{p=0}^{P} \frac{(2 \gamma)^p}{p!} \cos(x_i, x_j)^p
 
-    which is the Taylor series to order P of the Gaussian kernel :math:`e^{-\gamma \|u_i - u_j\|^2}` between the
-    samples divided by their lengths. `order=None` uses the kernel itself, :math:`K = e^{-2 \gamma (1 - \cos)}`. The loss
-    does not depend on the length of any sample, but it depends on a common offset. The numbers of features may differ.
-    A zero sample has cosine 0 to all, including itself.
+    which is the Taylor series to order P of the Gaussian kernel :math:`e^{-\gamma \|u_i - u_j\|^2}` between the samples
+    divided by their lengths. `order=None` uses the kernel itself, :math:`K = e^{-2 \gamma (1 - \cos)}`. The loss does
+    not depend on the length of any sample, but it depends on a common offset. The numbers of features may differ. A
+    zero sample has cosine 0 to all, including itself.
 
     With weights, a pair has the weight :math:`w_i w_j`, and the mean is :math:`\sum w_i w_j (\cdot) / (\sum w)^2`. A
     sample of weight 0 has no influence.

@@ -39,8 +39,8 @@ def dark_rank(
         S_{ij} = -\alpha \|s_i - s_j\|^\beta
 
     with :math:`\pi_i(1)` to :math:`\pi_i(L)` the L samples that are nearest to sample i for the teacher, near to far,
-    without i itself; at most b - 1. Distances that are equal to nine digits keep the order of the batch. The numbers
-    of features may differ. The loss of a student equal to the teacher is not 0, but approaches 0 as the distances in the
+    without i itself; at most b - 1. Distances that are equal to nine digits keep the order of the batch. The numbers of
+    features may differ. The loss of a student equal to the teacher is not 0, but approaches 0 as the distances in the
     list differ more; that of a student of equal rows is :math:`\log L!`.
 
     The loss depends on the scale of the student, not on that of the teacher. The published constants are for embeddings

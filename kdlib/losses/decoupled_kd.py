@@ -122,7 +122,7 @@ class DecoupledKDLoss(LossModule):
         weight: Tensor | None = None,
         reduction: Reduction | None = None,
     ) -> Tensor:
-        """Compare `student` logits `(b, c)` with `teacher` for `target` `(b,)`; `reduction=None` uses the constructor's."""
+        """Compare `student` logits `(b, c)` with `teacher`, `target` `(b,)`; `reduction=None` uses the constructor's."""
         return decoupled_kd(
             student,
             teacher,

@@ -23,15 +23,15 @@ def dist(
     reduction: MeanOnly = "mean",
     weight: Tensor | None = None,
 ) -> Tensor:
-    r"""Compute one minus the correlation of the probabilities, by sample over the classes and by class over the samples.
+    r"""Compute one minus the correlation of the probabilities over the classes of a sample and the samples of a class.
 
     .. math::
         T^2 \left[ \frac{\beta}{b} \sum_i \bigl(1 - \rho(p^s_{i \cdot}, p^t_{i \cdot})\bigr)
         + \frac{\gamma}{c} \sum_j \bigl(1 - \rho(p^s_{\cdot j}, p^t_{\cdot j})\bigr) \right], \qquad
         p = \mathrm{softmax}(z / T)
 
-    with :math:`\rho` Pearson's correlation. If one side has no spread, as with one class, one sample or equal logits, the
-    correlation counts as 0, or as 1 if neither side has any, and there is no gradient.
+    with :math:`\rho` Pearson's correlation. If one side has no spread, as with one class, one sample or equal logits,
+    the correlation counts as 0, or as 1 if neither side has any, and there is no gradient.
 
     With weights, the first mean and the correlations over samples are weighted by :math:`w / \sum w`. A sample of
     weight 0 has no influence.
@@ -65,8 +65,8 @@ def dist(
         3.648
 
     References:
-        Huang et al., *Knowledge Distillation from A Stronger Teacher*, arXiv 2205.10536. The factor T squared is that of
-        public code with a temperature, and 1 at the default.
+        Huang et al., *Knowledge Distillation from A Stronger Teacher*, arXiv 2205.10536. The factor T squared is that
+        of public code with a temperature, and 1 at the default.
     """
     check_number("dist", "temperature", temperature, above=0)
     check_number("dist", "beta", beta, min=0)

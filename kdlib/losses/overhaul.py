@@ -27,8 +27,8 @@ def overhaul_margin(norm: nn.Module) -> Tensor:
         E[x \mid x < 0] = \beta - |\gamma| \, \frac{\varphi(\beta / |\gamma|)}{\Phi(-\beta / |\gamma|)}
 
     for a normal :math:`x` with mean :math:`\beta`, the bias of the layer, and standard deviation :math:`|\gamma|`, from
-    its weight. :math:`\varphi` and :math:`\Phi` are the density and the distribution function of the standard normal. If
-    x is negative with a probability of at most 0.001, the margin is :math:`-3 |\gamma|`.
+    its weight. :math:`\varphi` and :math:`\Phi` are the density and the distribution function of the standard normal.
+    If x is negative with a probability of at most 0.001, the margin is :math:`-3 |\gamma|`.
 
     Args:
         norm: the teacher's BatchNorm before the activation whose input `overhaul` compares, or any module with a

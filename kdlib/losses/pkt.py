@@ -61,8 +61,8 @@ def pkt(
 
     References:
         Passalis, Tefas, *Learning Deep Representations with Probabilistic Knowledge Transfer*, arXiv 1803.10837, with
-        the cosine kernel. Values equal those of the authors' code: the mean is over b * b pairs, so it is the divergence
-        of each row divided by b. The gradient is hand-written, which halves the time. Second derivatives and
+        the cosine kernel. Values equal those of the authors' code: the mean is over b * b pairs, so it is the
+        divergence of each row divided by b. The gradient is hand-written, which halves the time. Second derivatives and
         `torch.func.vmap` raise an error.
     """
     check_floating("pkt", student=student)
