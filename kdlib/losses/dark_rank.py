@@ -100,9 +100,10 @@ def dark_rank(
         scale = power_of_two(rows.detach())
         rows, rows_t = rows / scale, rows_t / power_of_two(rows_t)
         neighbors = _nearest_rows(rows_t, absent, length)
-        missing = torch.arange(neighbors.shape[1], device=rows.device) >= (~absent).sum() - 1
-        # Differences instead of dot products: exact, and less work than all pairs if the lists are short.
-        distance = torch.stack([torch.linalg.vector_norm(rows - rows[k], dim=1) for k in neighbors.unbind(1)], 1)
+        others = (~absent).sum() - 1
+        # Lists of a single neighbor have no order and count as empty.
+        missing = torch.arange(neighbors.shape[1], device=rows.device) >= torch.where(others > 1, others, 0)
+        distance = torch.stack([_distances(rows, rows[k]) for k in neighbors.unbind(1)], 1)
         # Logarithms, because powers overflow easily.
         log_distance = torch.where(distance == 0, 1.0, distance).log()
         log_size = (log_distance + scale.log()) * beta + math.log(alpha)
@@ -112,11 +113,21 @@ def dark_rank(
         steep = steep | (log_slope > math.log(torch.finfo(wide).max) / 2) | (log_size > math.log(MAX_SCORE))
         log_size = torch.where(steep, log_size.detach(), log_size)
         scores = -log_size.clamp(max=math.log(MAX_SCORE)).exp()
-        # Equal rows have no direction between them, so they get no gradient.
         scores = torch.where(missing, -4 * MAX_SCORE, torch.where(distance == 0, 0.0, scores))
-        rest = scores.flip(1).logcumsumexp(1).flip(1)  # over a position and those after it
+        rest = torch.stack([scores[:, k:].logsumexp(1) for k in range(scores.shape[1])], 1)
         losses = torch.where(missing, 0.0, rest - scores).sum(1)
         return (share.to(wide) @ losses).to(dtype)
+
+
+def _distances(x: Tensor, y: Tensor) -> Tensor:
+    """Return the distances of corresponding rows `(b,)`; equal rows have no direction and get no gradient.
+
+    Differences are exact, and for short lists they are less work than the dot products of all pairs.
+    """
+    difference = x - y
+    equal = (difference == 0).all(1, keepdim=True)
+    length = torch.linalg.vector_norm(torch.where(equal, 1.0, difference), dim=1)
+    return torch.where(equal.squeeze(1), 0.0, length)
 
 
 @torch.library.custom_op("kdlib::nearest_rows", mutates_args=())

@@ -77,10 +77,10 @@ def _unit_similarities(x: Tensor, share: Tensor, origin: torch.dtype) -> Tensor:
     largest = torch.where(share > 0, torch.maximum(magnitudes.amax(1), -magnitudes.amin(1)), 0.0)
     scale = power_of_two(largest)
     x = x * torch.where(share > 0, 1 / scale, 0.0).unsqueeze(1)
-    unit, _ = unit_rows(x @ x.T * share.sqrt())
+    similarities = x @ x.T * share.sqrt()
     # The gradient of a row grows as 1 / length of its sample.
-    short = largest < torch.clamp(scale * 1e-30, min=shortest_length(origin))
-    return torch.where(short.unsqueeze(1), unit.detach(), unit)
+    short = (largest < torch.clamp(scale * 1e-30, min=shortest_length(origin))).unsqueeze(1)
+    return torch.where(short, unit_rows(similarities.detach())[0], unit_rows(similarities.masked_fill(short, 1))[0])
 
 
 class SimilarityPreservingLoss(RelationModule):

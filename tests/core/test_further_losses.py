@@ -638,7 +638,7 @@ def test_functional_gradient_of_dark_rank(kwargs: dict[str, Any]) -> None:
 def test_the_gradient_of_dark_rank_has_no_graph_and_says_so() -> None:
     student = noise(4, 3).requires_grad_()
     (slope,) = torch.autograd.grad(dark_rank(student, noise(4, 2, seed=1)), student, create_graph=True)
-    with pytest.raises(RuntimeError, match=r"relation losses have a gradient, but no second derivative"):
+    with pytest.raises(RuntimeError, match=r"this relation loss has a gradient, but no second derivative"):
         slope.square().sum().backward()
 
 

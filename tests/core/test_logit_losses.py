@@ -197,10 +197,10 @@ def test_parts_of_a_big_matrix_give_what_the_whole_gives(dtype: torch.dtype, mon
         lambda s: soft_target(s, teacher, weight=weight),
         lambda s: decoupled_kd(s, teacher, target=target, weight=weight),
     ):
-        monkeypatch.setattr(_chunked, "CACHED", 2**17)
+        monkeypatch.setattr(_chunked, "CHUNK", 2**17)
         whole = loss(student)
         (expected,) = torch.autograd.grad(whole, student)
-        monkeypatch.setattr(_chunked, "CACHED", 35)  # a row at a time
+        monkeypatch.setattr(_chunked, "CHUNK", 35)  # a row at a time
         parts = loss(student)
         (got,) = torch.autograd.grad(parts, student, create_graph=True)
         torch.testing.assert_close(parts, whole)
