@@ -3,19 +3,14 @@
 Naive references, properties, values by hand and numerical edge cases. The shared contract is in `test_contracts`.
 """
 
-import gc
 import inspect
 import math
-import os
-from collections.abc import Callable
-from datetime import timedelta
-from pathlib import Path
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -28,8 +23,8 @@ from kdlib.losses.hint import hint
 from kdlib.losses.nst import NSTLoss, nst
 from kdlib.losses.variational_information import VariationalInformationLoss, variational_information
 from tests.core import reference_features as reference
+from tests.core.loss_inputs import DTYPES, each_dtype, each_mode, few_edge_cases
 
-DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 MAP, VECTOR = (5, 3, 4, 4), (5, 6)
 
 
@@ -141,30 +136,10 @@ def test_bad_arguments_are_named(name: str) -> None:
 # Numerical edge cases: zero rows in half precision, overflow, underflow.
 
 
-def edge_cases(dtype: torch.dtype, vectors: bool) -> list[tuple[str, Tensor, Tensor]]:
-    """Names, students and teachers, as vectors or as maps."""
-    s, t = pair((4, 12), 1)[1], pair((4, 12), 2)[1]
-    largest, smallest = min(1e30, torch.finfo(dtype).max / 4), torch.finfo(dtype).smallest_normal
-    cases = {
-        "noise": (s, t),
-        "zero student rows": (torch.cat([torch.zeros(2, 12), s[2:]]), t),
-        "zero teacher rows": (s, torch.cat([torch.zeros(2, 12), t[2:]])),
-        "all zero": (torch.zeros(4, 12), torch.zeros(4, 12)),
-        "equal": (s, s.clone()),
-        "opposite": (s, -s),
-        "dead units": (s.clamp(min=0) * (torch.arange(12) % 4 == 0), t.clamp(min=0) * (torch.arange(12) < 4)),
-        "three hundred": (300 * s.sign(), 300 * t),
-        "large": (largest * s / s.abs().max(), largest * t / t.abs().max()),
-        "large and small": (largest * s / s.abs().max(), 1e-6 * t),
-        "smallest": (smallest * s, t),
-        "both smallest": (smallest * s, smallest * t),
-        "offset of a thousand": (s + 1000, t + 1000),
-        "one row": (s[:1], t[:1]),
-        "one row of zeros": (torch.zeros(1, 12), t[:1]),
-        "constant": (torch.ones(4, 12), torch.ones(4, 12)),
-    }
-    layout = (-1, 12) if vectors else (-1, 3, 2, 2)
-    return [(name, *(x.to(dtype).reshape(layout).requires_grad_() for x in sides)) for name, sides in cases.items()]
+def edge_cases(dtype: torch.dtype, *, vectors: bool) -> Iterator[tuple[str, Tensor, Tensor]]:
+    for name, sides in few_edge_cases(dtype).items():
+        student, teacher = (x.to(dtype).reshape((-1, 12) if vectors else (-1, 3, 2, 2)) for x in sides)
+        yield name, student.requires_grad_(), teacher.requires_grad_()
 
 
 HARDENED: dict[str, Callable[[], Any]] = {
@@ -186,11 +161,11 @@ HARDENED: dict[str, Callable[[], Any]] = {
 HARDENED_DTYPES = [(n, dtype) for n in HARDENED for dtype in DTYPES if "tiny" not in n or dtype != torch.float16]
 
 
-@pytest.mark.parametrize("autocast", [False, True], ids=["plain", "autocast"])
+@each_mode
 @pytest.mark.parametrize(("name", "dtype"), HARDENED_DTYPES, ids=lambda x: str(x).removeprefix("torch."))
 def test_values_and_gradients_are_finite(name: str, dtype: torch.dtype, autocast: bool) -> None:
     tried = 0
-    for trap, student, teacher in edge_cases(dtype, "contrastive" in name):
+    for trap, student, teacher in edge_cases(dtype, vectors="contrastive" in name):
         loss = HARDENED[name]()
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
             value = sum(loss(student, teacher) for _ in range(2))  # the second time against a queue, if there is one
@@ -202,10 +177,10 @@ def test_values_and_gradients_are_finite(name: str, dtype: torch.dtype, autocast
         assert all(torch.isfinite(p.grad).all() for p in loss.parameters()), trap
         assert teacher.grad is None, trap
         tried += 1
-    assert tried == 16
+    assert tried == 19
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
+@each_dtype
 @pytest.mark.parametrize("name", [name for name in HARDENED if "tiny" not in name])
 def test_the_largest_numbers_there_are(name: str, dtype: torch.dtype) -> None:
     """Sums in the mean network and in means over positions would overflow."""
@@ -231,12 +206,12 @@ def test_few_far_values_give_float16_a_gradient_that_it_holds(loss: Callable[[Te
     assert student.grad.tolist() == [[0.0, 0.0]]
 
 
-@pytest.mark.parametrize("autocast", [False, True], ids=["plain", "autocast"])
+@each_mode
 @pytest.mark.parametrize("dtype", DTYPES[:3], ids=lambda dtype: str(dtype).removeprefix("torch."))
 @pytest.mark.parametrize("name", [name for name in HARDENED if "tiny" not in name])
 def test_values_are_those_of_float64(name: str, dtype: torch.dtype, autocast: bool) -> None:
     """Half-precision inputs give the value of float64 arithmetic on the same numbers."""
-    for trap, student, teacher in edge_cases(dtype, "contrastive" in name):
+    for trap, student, teacher in edge_cases(dtype, vectors="contrastive" in name):
         loss = HARDENED[name]().eval()
         expected = loss(student.double(), teacher.double(), reduction="none").detach()
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
@@ -786,76 +761,3 @@ def test_contrastive_names_bad_arguments() -> None:
         crd()(x, x)
     with pytest.raises(ValueError, match=rf"^{owner}: reduction must be 'mean' with gather"):
         crd(gather=True)(torch.rand(3, 6), torch.rand(3, 6), reduction="none")
-
-
-# Gathered over processes.
-
-ROWS = (3, 1, 0)
-
-
-def over_processes(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo",
-        init_method=f"file://{folder}/rendezvous",
-        rank=rank,
-        world_size=len(ROWS),
-        timeout=timedelta(seconds=60),
-    )
-    try:
-        start = sum(ROWS[:rank])
-        local = slice(start, start + ROWS[rank])
-        loss = crd(queue_size=5, gather=True).double()
-        results = []
-        for step in range(2):
-            (student, teacher), target = pair((4, 6), step), torch.tensor([1, 2, 1, 3])
-            weight = torch.tensor([1.0, 0.5, 0.0, 2.0], dtype=torch.float64)
-            own = student.detach()[local].clone().requires_grad_()
-            value = loss(own, teacher[local], target=target[local], weight=weight[local])
-            loss.zero_grad()
-            value.backward()
-            bare = student.detach()[local].clone().requires_grad_()
-            function = contrastive_representation(bare, teacher[local], target=target[local], gather=True)
-            function.backward()
-            results.append(
-                {
-                    "value": value.detach(),
-                    "student": own.grad,
-                    "parameters": [p.grad.clone() for p in loss.parameters()],
-                    "function": function.detach(),
-                    "bare": bare.grad,
-                }
-            )
-        torch.save((results, loss.queue, loss.queue_seen), f"{folder}/{rank}.pt")
-    finally:
-        gc.collect()  # reference cycles would keep the threads of the group until the interpreter exits
-        dist.destroy_process_group()
-
-
-@pytest.mark.skipif(not dist.is_available(), reason="torch without distributed")
-def test_contrastive_over_processes_is_that_of_one(tmp_path: Path) -> None:
-    """Processes of 3, 1 and 0 rows give the value and the averaged gradient of one batch of 4."""
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
-    torch.multiprocessing.spawn(over_processes, args=(str(tmp_path),), nprocs=len(ROWS))
-    saved = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(len(ROWS))]
-    loss = crd(queue_size=5).double()
-    for step in range(2):
-        (student, teacher), target = pair((4, 6), step), torch.tensor([1, 2, 1, 3])
-        weight = torch.tensor([1.0, 0.5, 0.0, 2.0], dtype=torch.float64)
-        value = loss(student, teacher, target=target, weight=weight)
-        loss.zero_grad()
-        value.backward()
-        of_function = contrastive_representation(student, teacher, target=target)
-        (bare,) = torch.autograd.grad(of_function, student)
-        each = [results[step] for results, _, _ in saved]
-        for result in each:
-            torch.testing.assert_close(result["value"], value.detach())
-            torch.testing.assert_close(result["function"], of_function.detach())
-        torch.testing.assert_close(torch.cat([result["student"] for result in each]) / len(ROWS), student.grad)
-        torch.testing.assert_close(torch.cat([result["bare"] for result in each]) / len(ROWS), bare)
-        for index, parameter in enumerate(loss.parameters()):
-            averaged = sum(result["parameters"][index] for result in each) / len(ROWS)
-            torch.testing.assert_close(averaged, parameter.grad)
-    for _, queue, seen in saved:
-        assert torch.equal(queue, loss.queue)
-        assert torch.equal(seen, loss.queue_seen)

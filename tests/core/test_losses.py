@@ -36,13 +36,7 @@ CASES = {
         "angular_distill",
         (5, 6),
         ({}, {"form": "cosine"}, {"form": "chord"}, {"form": "angle"}),
-        (
-            (
-                {"form": "sine"},
-                ValueError,
-                r"form must be one of 'squared', 'cosine', 'chord', 'angle', got 'sine'",
-            ),
-        ),
+        (({"form": "sine"}, ValueError, r"form must be one of 'squared', 'cosine', 'chord', 'angle', got 'sine'"),),
     ),
     "AttentionTransferLoss": Case(
         "attention_transfer",
