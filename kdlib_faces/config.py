@@ -56,7 +56,8 @@ def load_config(
     items = overrides.items() if isinstance(overrides, Mapping) else map(_split, overrides)
     for key, value in items:
         _set(cls, key, value, f"{key}={_show(value)}", settings)
-    return _build(cls, "", settings, base)
+    config: T = _build(cls, "", settings, base)
+    return config
 
 
 def dump_toml(config: object) -> str:
@@ -121,7 +122,7 @@ def _split(text: str) -> tuple[str, object]:
 
 
 def _set(
-    cls: type, key: str, value: object, source: str, settings: dict[str, tuple[object, str]], prefix: str = ""
+    cls: Any, key: str, value: Any, source: str, settings: dict[str, tuple[object, str]], prefix: str = ""
 ) -> None:
     """Convert the value of the field with the dotted name `key`; a table sets the fields of a nested dataclass."""
     from kdlib._checks import nearest  # imports torch, which a valid configuration does not need
@@ -144,7 +145,7 @@ def _set(
         raise InputError(f"{source}: {full!r} is a group of settings, got {_show(value)}")
 
 
-def _build(cls: type[T], prefix: str, settings: Mapping[str, tuple[object, str]], base: T | None = None) -> T:
+def _build(cls: Any, prefix: str, settings: Mapping[str, tuple[object, str]], base: Any = None) -> Any:
     """Return `base`, or the defaults of `cls`, with the fields of `settings` below `prefix` changed."""
     values: dict[str, Any] = {}
     hints = get_type_hints(cls)

@@ -42,10 +42,7 @@ SMALL = {
     "mobilenet_v2": {"width": 0.25, **SIZE},
 }
 VARIANTS = {
-    "mobilefacenet": [
-        {"affine": False},
-        {"affine": False, "tail": "gnap", "embedding_dim": 64, "width": 0.125},
-    ],
+    "mobilefacenet": [{"affine": False}, {"affine": False, "tail": "gnap", "embedding_dim": 64, "width": 0.125}],
     "ir": [{"se": False, "affine": False}, {"mid_norm": False}],
     "iresnet": [{"norm_eps": 2e-5}],
     "mtlface": [{"se": True}],

@@ -226,12 +226,7 @@ def v1(shapes: Shapes) -> Arguments:
 
 def v1_flat(shapes: Shapes) -> Arguments:
     last, (embedding_dim, inputs) = shapes["sep.weight"][0], shapes["linear.weight"]
-    return {
-        "embedding_dim": embedding_dim,
-        "width": last / 512,
-        "input_size": _square(inputs, last),
-        "tail": "flat",
-    }
+    return {"embedding_dim": embedding_dim, "width": last / 512, "input_size": _square(inputs, last), "tail": "flat"}
 
 
 def v1_flat_names() -> list[tuple[str, str]]:

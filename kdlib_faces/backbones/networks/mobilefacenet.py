@@ -7,15 +7,15 @@ References:
     2018, arXiv:1804.07573.
 """
 
-from typing import Any, Literal
+from collections.abc import Mapping
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
 from kdlib._checks import check_choice
 from kdlib_faces.backbones.input_spec import InputSize
-from kdlib_faces.backbones.networks.arguments import channels, check_images, final_grid
-from kdlib_faces.backbones.networks.base import Backbone
+from kdlib_faces.backbones.networks.base import Backbone, channels, final_grid
 
 __all__ = ["MobileFaceNet"]
 
@@ -109,7 +109,8 @@ class MobileFaceNet(Backbone):
     Args:
         embedding_dim: dimensions d of the embedding.
         width: factor of every channel count; the first stage has 64 * width rounded to a multiple of 8, at least 8.
-        input_size: side of the square images, or (height, width), in pixels. The final grid has a sixteenth of the size, rounded up.
+        input_size: side of the square images, or (height, width), in pixels. The final grid has a
+            sixteenth of the size, rounded up.
         affine: whether the last BatchNorm has weight and bias; AdaDistill's has none (1,199,488 parameters at 512).
         tail: `"gdc"` for the global depthwise convolution and linear layer above; `"gnap"` for global norm-aware
             pooling, which has no weights and gives 512 * width dimensions.
@@ -131,6 +132,9 @@ class MobileFaceNet(Backbone):
     """
 
     stages: tuple[str, ...] = ("conv2_dw", "conv_3", "conv_4", "conv_5")
+    family: ClassVar[str] = "mobilefacenet"
+    _names: ClassVar[tuple[str, ...]] = ("embedding_dim", "width", "input_size", "affine", "tail")
+    _defaults: ClassVar[Mapping[str, object]] = {"affine": True, "tail": "gdc"}
 
     def __init__(
         self,
@@ -171,22 +175,8 @@ class MobileFaceNet(Backbone):
             if isinstance(module, nn.Conv2d | nn.Linear):
                 nn.init.kaiming_normal_(module.weight, a=0.25)
 
-    @property
-    def name(self) -> str:
-        return "mobilefacenet"
-
-    @property
-    def arguments(self) -> dict[str, Any]:
-        return {
-            "embedding_dim": self.embedding_dim,
-            "width": self.width,
-            "input_size": self.input_size,
-            **({} if self.affine else {"affine": False}),
-            **({} if self.tail == "gdc" else {"tail": self.tail}),
-        }
-
     def forward(self, images: Tensor) -> Tensor:
-        check_images("MobileFaceNet", images, self._size)
+        self._check_images(images)
         x = self.conv2_dw(self.conv1(images))
         x = self.conv_3(self.conv_23(x))
         x = self.conv_4(self.conv_34(x))

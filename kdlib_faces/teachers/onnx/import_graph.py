@@ -21,8 +21,7 @@ from torch import Tensor, nn
 
 from kdlib._checks import check_floating, check_number, check_rank
 from kdlib_faces._checks import InputError
-from kdlib_faces.backbones import MBF, Backbone, IResNet, MobileFaceNet
-from kdlib_faces.backbones.networks.mbf_flat import MBFFlat
+from kdlib_faces.backbones import MBF, Backbone, IResNet, MBFFlat, MobileFaceNet
 from kdlib_faces.teachers.onnx.chain import Residual, Step, read_chain
 from kdlib_faces.teachers.onnx.cursor import Cursor, Mismatch
 from kdlib_faces.teachers.onnx.graph import Graph, make_session, read_graph, run_session
