@@ -54,7 +54,7 @@ def fold(faces: Faces, test: np.ndarray, pull: float | None, replicates: int) ->
     embeddings = faces.sums(rows)
     if pull is not None:
         who = torch.from_numpy(np.unique(faces.identities[train], return_inverse=True)[1])
-        embeddings = embeddings @ fit_age_map(faces.sums(train), who, **faces.far(train), pull=pull)
+        embeddings = embeddings @ fit_age_map(faces.sums(train), who, **faces.far(train), l2_sp_weight=pull)
     result = protocol(faces, rows, replicates).evaluate(F.normalize(embeddings, dim=1).double().numpy())
     found = {}
     for entry in result.bins:

@@ -29,7 +29,7 @@ from kdlib_faces.data.lists import read_faces
 from kdlib_faces.evaluation import AgeGapProtocol
 from kdlib_faces.progress import progress
 from kdlib_faces.recipes.age_teacher import AgeTeacherConfig, PairTargets, build_age_teacher
-from kdlib_faces.teachers import AttentiveAgeNet, OnnxTeacher, fit_age_map, fit_fusion, joined, load_start
+from kdlib_faces.teachers import AttentiveAgeNet, OnnxTeacher, fit_age_map, fit_fusion, join_embeddings, load_pretrained
 
 RESULTS = Path(__file__).parent / "results" / "age_teacher.json"
 FAR = 1e-3
@@ -70,7 +70,7 @@ class Faces:
     def both(self, rows: np.ndarray) -> Tensor:
         """Unit embeddings of both teachers, joined."""
         assert self.second is not None
-        return joined([self.sums(rows), F.normalize(self.second[0, rows] + self.second[1, rows], dim=1)])
+        return join_embeddings([self.sums(rows), F.normalize(self.second[0, rows] + self.second[1, rows], dim=1)])
 
     def far(self, rows: np.ndarray) -> dict[str, Tensor]:
         """Ages or groups as `fit_age_map` takes them."""
@@ -155,24 +155,24 @@ def _way(**options: Any) -> Way:
     return Way(AgeTeacherConfig(**options), **own)
 
 
-PAIRS: dict[str, Any] = {"identity_weight": 0.0, "pair_weight": 1.0, "pull": 100.0}
+PAIRS: dict[str, Any] = {"identity_weight": 0.0, "pair_weight": 1.0, "l2_sp_weight": 100.0}
 SHORT: dict[str, Any] = {"steps": 60, "people": 32}
 MARGIN: dict[str, Any] = {"identity_weight": 1.0, "pair_weight": 0.0}
 WAYS: dict[str, Way] = {
-    "pairs, embedding layer": _way(method="pairs", trained="embedding", **PAIRS),
-    "pairs, embedding layer, scale 32": _way(method="pairs", trained="embedding", **{**PAIRS, "pair_scale": 32.0}),
+    "pairs, embedding layer": _way(method="pairs", trainable="embedding", **PAIRS),
+    "pairs, embedding layer, scale 32": _way(method="pairs", trainable="embedding", **{**PAIRS, "pair_scale": 32.0}),
     "pairs, scale 32, then linear map": _way(
-        method="pairs", trained="embedding", then_map=100.0, **{**PAIRS, "pair_scale": 32.0}
+        method="pairs", trainable="embedding", then_map=100.0, **{**PAIRS, "pair_scale": 32.0}
     ),
-    "pairs, tail": _way(method="pairs", trained="tail", **PAIRS, **SHORT),
-    "margin, embedding layer": _way(method="pairs", trained="embedding", pull=100.0, **MARGIN),
-    "dal, published terms": _way(method="dal", trained="embedding", pull=0.0, **MARGIN),
-    "dal, pulled": _way(method="dal", trained="embedding", pull=100.0, **MARGIN),
-    "dal and pairs": _way(method="dal", trained="embedding", **PAIRS),
-    "mtlface, published terms": _way(method="mtlface", trained="tail", pull=0.0, **MARGIN, **SHORT),
-    "mtlface, pulled": _way(method="mtlface", trained="tail", pull=100.0, **MARGIN, **SHORT),
-    "mtlface and pairs": _way(method="mtlface", trained="tail", **PAIRS, **SHORT),
-    "mtlface and pairs, embedding layer": _way(method="mtlface", trained="embedding", **PAIRS, people=48),
+    "pairs, tail": _way(method="pairs", trainable="tail", **PAIRS, **SHORT),
+    "margin, embedding layer": _way(method="pairs", trainable="embedding", l2_sp_weight=100.0, **MARGIN),
+    "dal, published terms": _way(method="dal", trainable="embedding", l2_sp_weight=0.0, **MARGIN),
+    "dal, pulled": _way(method="dal", trainable="embedding", l2_sp_weight=100.0, **MARGIN),
+    "dal and pairs": _way(method="dal", trainable="embedding", **PAIRS),
+    "mtlface, published terms": _way(method="mtlface", trainable="tail", l2_sp_weight=0.0, **MARGIN, **SHORT),
+    "mtlface, pulled": _way(method="mtlface", trainable="tail", l2_sp_weight=100.0, **MARGIN, **SHORT),
+    "mtlface and pairs": _way(method="mtlface", trainable="tail", **PAIRS, **SHORT),
+    "mtlface and pairs, embedding layer": _way(method="mtlface", trainable="embedding", **PAIRS, people=48),
 }
 
 
@@ -192,7 +192,7 @@ def _embed(network: nn.Module, fed: Tensor, rows: np.ndarray) -> Tensor:
 def adapted(faces: Faces, train_rows: np.ndarray, test_rows: np.ndarray, way: Way, seed: int) -> Tensor:
     """Train one way on some people, embed the others."""
     between, behind = cut(faces.network)
-    last = way.config.settled(loaded=True)["trained"] == "embedding" and way.config.method != "mtlface"
+    last = way.config.trainable in (None, "embedding") and way.config.method != "mtlface"
     fed = faces.fed(last)
     start: nn.Module = Tail(faces.network, copy.deepcopy(behind if last else between + behind))
     if way.config.method == "mtlface":
@@ -223,7 +223,7 @@ def adapted(faces: Faces, train_rows: np.ndarray, test_rows: np.ndarray, way: Wa
     if way.then_map is not None:
         own, other = (_embed(network, fed, rows) for rows in (train_rows, test_rows))
         who = torch.from_numpy(np.unique(faces.identities[train_rows], return_inverse=True)[1])
-        return other @ fit_age_map(own, who, **faces.far(train_rows), pull=way.then_map, seed=seed)
+        return other @ fit_age_map(own, who, **faces.far(train_rows), l2_sp_weight=way.then_map, seed=seed)
     return _embed(network, fed, test_rows)
 
 
@@ -244,7 +244,7 @@ Maker = Callable[[Faces, np.ndarray, np.ndarray], Tensor]
 def _mapped(rows_of: Callable[[Faces, np.ndarray], Tensor], pull: float) -> Maker:
     def make(faces: Faces, train_rows: np.ndarray, test_rows: np.ndarray) -> Tensor:
         who = torch.from_numpy(np.unique(faces.identities[train_rows], return_inverse=True)[1])
-        matrix = fit_age_map(rows_of(faces, train_rows), who, **faces.far(train_rows), pull=pull)
+        matrix = fit_age_map(rows_of(faces, train_rows), who, **faces.far(train_rows), l2_sp_weight=pull)
         return rows_of(faces, test_rows) @ matrix
 
     return make
@@ -274,9 +274,9 @@ LINEAR: dict[str, Maker] = {
 }
 FUSED: dict[str, Maker] = {
     "joined": lambda faces, _, rows: faces.both(rows),
-    "joined, within-class whitening": _white(Faces.both, 0.7),
+    "join_embeddings, within-class whitening": _white(Faces.both, 0.7),
     "fused teacher": _fusion,
-    "joined, linear map": _mapped(Faces.both, 30.0),
+    "join_embeddings, linear map": _mapped(Faces.both, 30.0),
 }
 
 
@@ -378,7 +378,7 @@ def real(options: argparse.Namespace) -> Faces:
     listed = read_faces([options.faces])
     if listed.age_groups is None:
         raise SystemExit("the list must have age groups")
-    network = load_start(options.start)
+    network = load_pretrained(options.start)
     kept = Path(options.cache) / "seen.pt"
     if kept.exists():
         held = torch.load(kept, weights_only=True)

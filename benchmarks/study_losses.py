@@ -36,13 +36,15 @@ from kdlib_faces.backbones import build_backbone
 from kdlib_faces.data.batches import FaceBatches
 from kdlib_faces.data.views import AugmentConfig
 from kdlib_faces.demo.run import DemoConfig
-from kdlib_faces.demo.stages import embed, fit
+from kdlib_faces.demo.stages import embed
 from kdlib_faces.demo.synthetic import drawn_sets
 from kdlib_faces.evaluation import AgeGapProtocol, compare
 from kdlib_faces.heads import CosFaceHead
 from kdlib_faces.progress import say
-from kdlib_faces.recipes.liaad import build, teacher_taps
-from kdlib_faces.teachers import read_outputs, record
+from kdlib_faces.recipes.liaad import build
+from kdlib_faces.teachers import cache_outputs, read_outputs
+from kdlib_faces.teachers.open import stage_taps
+from kdlib_faces.training import fit
 
 RESULTS = Path(__file__).parent / "results" / "losses_synthetic.json"
 ALONE, TEACHER, FAR, METRIC = "alone", "general teacher", 1e-2, "tar@0.01"
@@ -138,7 +140,7 @@ class Faces:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed + 2)
             head = CosFaceHead(self.dim, general.identities, 32.0, 0.2)
-        taps = teacher_taps(network, config.student.stage)
+        taps = stage_taps(network, config.student.stage)
         identity = Objective({"identity": Term(head, student="embedding", target="identity")})
         fit(
             Distiller(StudentAdapter(network, taps), {}, identity),
@@ -155,7 +157,9 @@ class Faces:
         before = f"{taps['map']}.{last}.bn2"
         self.margin = overhaul_margin(network.get_submodule(before))
         self.teacher = TeacherAdapter(network, {**taps, "before": before})
-        self.cached = record(self.teacher, self.images, work / "outputs", label="the teacher's outputs", quiet=False)
+        self.cached = cache_outputs(
+            self.teacher, self.images, work / "outputs", label="the teacher's outputs", quiet=False
+        )
         outputs = F.normalize(read_outputs(self.cached, "embedding", torch.arange(len(self.images))), dim=1)
         sums = torch.zeros(self.num_identities, self.dim).index_add_(0, self.identities, outputs)
         self.centers = F.normalize(sums, dim=1)
@@ -213,9 +217,9 @@ class Faces:
             distiller.objective.terms[name].weight = weight
         batches = self.batches(self.images, self.identities)
         settings = {"steps": steps, "lr": self.config.lr, "seed": self.seed, "label": name, "amp": self.config.amp}
-        curve, seconds = fit(distiller, batches, folder, quiet=False, **settings)
-        last = {term: round(values[-1], 5) for term, values in curve["terms"].items()}
-        return distiller.student.eval(), {"seconds": round(seconds, 1), "losses": last}
+        fitted = fit(distiller, batches, folder, quiet=False, **settings)
+        last = {term: round(values[-1], 5) for term, values in fitted.curve["terms"].items()}
+        return distiller.student.eval(), {"seconds": round(fitted.seconds, 1), "losses": last}
 
     def embeddings(self, name: str, steps: int, share: float) -> tuple[np.ndarray, dict[str, Any]]:
         """Return a student's embeddings of the test set and its training facts; both are stored in `work`."""

@@ -229,26 +229,21 @@ def _demo(options: argparse.Namespace, command: str) -> None:
 
 
 def _train(options: argparse.Namespace, command: str) -> None:
-    from kdlib_faces._checks import InputError
     from kdlib_faces.commands import train
-    from kdlib_faces.config import load_config
 
-    if not options.faces:
-        raise InputError("train: --faces must be given, a CSV list or a folder")
-    train.run(
-        load_config(train.TrainRecipeConfig, options.config, options.settings),
+    run = train.RunOptions(
         output=options.output,
-        recipe=options.recipe,
         faces=options.faces,
         teachers=options.teacher,
         seed=options.seed,
         progress=not options.quiet,
     )
+    train.run(options.recipe, run, config=options.config, settings=options.settings)
 
 
 def _evaluate(options: argparse.Namespace, command: str) -> None:
+    from kdlib_faces.commands import evaluate
     from kdlib_faces.config import load_config
-    from kdlib_faces.harness import run as evaluate
 
     evaluate.run(
         load_config(evaluate.EvaluateConfig, options.config, [f"seed={options.seed}", *options.settings]),

@@ -87,7 +87,7 @@ def _teacher(path: Path, taps: Mapping[str, str], size: int) -> tuple[nn.Module,
         from kdlib_faces.teachers import OnnxTeacher
 
         taps = {
-            feature: onnx_taps(str(path), STAGES.index(name))["map"] if name in STAGES else name
+            feature: str(onnx_taps(str(path), STAGES.index(name))["map"]) if name in STAGES else name
             for feature, name in taps.items()
         }
         graph = OnnxTeacher(path, {"embedding": None, **taps})

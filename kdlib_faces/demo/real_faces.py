@@ -18,8 +18,8 @@ from kdlib_faces.demo.synthetic import aligned
 from kdlib_faces.evaluation import check_identity_disjoint, identity_disjoint_split
 from kdlib_faces.progress import progress, say
 from kdlib_faces.recipes.liaad import AGE, GENERAL
-from kdlib_faces.teachers import MappedTeacher, OnnxTeacher, fit_age_map, read_outputs, record
-from kdlib_faces.teachers.onnx.session import describe_graph
+from kdlib_faces.teachers import MappedTeacher, OnnxTeacher, cache_outputs, fit_age_map, read_outputs
+from kdlib_faces.teachers.onnx.inspect import describe_graph
 from kdlib_faces.teachers.open import onnx_taps
 
 __all__ = ["real_data"]
@@ -55,7 +55,7 @@ def real_data(
     test_big = load_images(test_list, TEACHER_SIZE, progress=shown)
     people, codes = np.unique(train_list.identities, return_inverse=True)
     recorded = [
-        record(
+        cache_outputs(
             _Smaller(graph, attention=number == 1),
             big,
             work / f"teacher{number}",

@@ -49,7 +49,13 @@ LABELS = {
 def _drawn_age_teacher() -> AgeTeacherConfig:
     """DAL's terms on the whole network; the far pairs do most, see `benchmarks/study_age_teacher_drawn.py`."""
     return AgeTeacherConfig(
-        trained="all", steady=False, identity_weight=1.0, margin_scale=32.0, margin=0.2, pair_weight=1.0, pull=0.0
+        trainable="all",
+        freeze_batch_norm=False,
+        identity_weight=1.0,
+        margin_scale=32.0,
+        margin=0.2,
+        pair_weight=1.0,
+        l2_sp_weight=0.0,
     )
 
 

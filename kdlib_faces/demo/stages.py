@@ -10,17 +10,15 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from kdlib import TrainConfig, train
 from kdlib.distiller import Distiller
-from kdlib.training import read_log
 from kdlib_faces.backbones import complexity
 from kdlib_faces.data.batches import FaceBatches
 from kdlib_faces.data.images import to_float
 from kdlib_faces.data.views import AugmentConfig
 from kdlib_faces.evaluation import AgeGapProtocol
-from kdlib_faces.progress import TrainProgress
+from kdlib_faces.training import LossCurve, fit
 
-__all__ = ["DemoData", "Model", "Trained", "describe", "embed", "fit", "maps_of", "train_student"]
+__all__ = ["DemoData", "Model", "Trained", "describe", "embed", "maps_of", "train_student"]
 
 Embed = Callable[[Tensor], Tensor]
 
@@ -90,57 +88,8 @@ class Trained:
     """What a training leaves."""
 
     model: Model
-    curve: dict[str, Any]
+    curve: LossCurve
     shares: dict[str, Any]
-
-
-def fit(
-    distiller: Distiller,
-    batches: FaceBatches,
-    folder: Path,
-    *,
-    steps: int,
-    lr: float,
-    seed: int,
-    label: str,
-    quiet: bool,
-    amp: str = "none",
-) -> tuple[dict[str, Any], float]:
-    """Train to the end, from the newest checkpoint in `folder` if there is one.
-
-    Returns:
-        The loss curve, and the seconds it took in all.
-    """
-    config = TrainConfig(
-        max_steps=steps,
-        lr=lr,
-        warmup_steps=min(50, max(1, steps // 10)),
-        clip_norm=5.0,
-        amp=None if amp == "none" else amp,
-        channels_last=True,
-        seed=seed,
-        checkpoint_dir=folder / "checkpoints",
-        checkpoint_every_seconds=60.0,
-        log_path=folder / "log.jsonl",
-        log_every=max(1, steps // 100),
-    )
-    folder.mkdir(parents=True, exist_ok=True)
-    meter = TrainProgress(label, quiet=quiet)
-    try:
-        result = train(distiller, batches, config, hooks=[meter])
-    finally:
-        meter.close()
-    return _curve(folder / "log.jsonl"), result.seconds
-
-
-def _curve(path: Path) -> dict[str, Any]:
-    rows = list(read_log(path)) if path.exists() else []
-    names = list(rows[0]["terms"]) if rows else []
-    return {
-        "step": [row["step"] for row in rows],
-        "loss": [row["total"] for row in rows],
-        "terms": {name: [row["terms"][name] for row in rows] for name in names},
-    }
 
 
 def train_student(
@@ -154,7 +103,7 @@ def train_student(
         seed=seed,
         augment=AugmentConfig(),
     )
-    curve, seconds = fit(
+    fitted = fit(
         distiller,
         batches,
         folder,
@@ -167,10 +116,10 @@ def train_student(
     )
     student = distiller.student.eval()
     model = native(student.model, student, config.size, role="student")
-    model.train_seconds, model.train_steps = round(seconds, 1), config.student_steps
+    model.train_seconds, model.train_steps = round(fitted.seconds, 1), config.student_steps
     # The epoch that the training ended in, where a run that was finished before has not been.
     batches.set_epoch((config.student_steps - 1) // len(batches))
-    return Trained(model, curve, _shares(distiller, batches))
+    return Trained(model, fitted.curve, _shares(distiller, batches))
 
 
 def native(network: Any, adapter: nn.Module, size: int, *, role: str) -> Model:

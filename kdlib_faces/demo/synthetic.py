@@ -14,12 +14,14 @@ from kdlib_faces.backbones import build_backbone
 from kdlib_faces.data.batches import FaceBatches
 from kdlib_faces.data.synthetic import SyntheticFaces
 from kdlib_faces.data.views import AugmentConfig
-from kdlib_faces.demo.stages import DemoData, fit, native
+from kdlib_faces.demo.stages import DemoData, native
 from kdlib_faces.heads import CosFaceHead
 from kdlib_faces.progress import say
 from kdlib_faces.recipes.age_teacher import PairTargets, build_age_teacher, samples_per_identity
-from kdlib_faces.recipes.liaad import AGE, GENERAL, teacher_taps
-from kdlib_faces.teachers import MappedTeacher, fit_rotation, read_outputs, record
+from kdlib_faces.recipes.liaad import AGE, GENERAL
+from kdlib_faces.teachers import MappedTeacher, cache_outputs, fit_rotation, read_outputs
+from kdlib_faces.teachers.open import stage_taps
+from kdlib_faces.training import fit
 
 __all__ = ["synthetic_data", "drawn_sets"]
 
@@ -48,16 +50,15 @@ def synthetic_data(config: Any, work: Path, *, seed: int, quiet: bool) -> DemoDa
 
     arguments = {"width": config.teacher_width, "embedding_dim": config.student.embedding_dim, "input_size": size}
     network = build_backbone("iresnet18", seed=seed, **arguments)
-    curves: dict[str, Any] = {}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed + 2)
         head = CosFaceHead(config.student.embedding_dim, general.identities, 32.0, 0.2)
     terms = {"identity": Term(head, student="embedding", target="identity")}
-    trainee = Distiller(StudentAdapter(network, teacher_taps(network, config.student.stage)), {}, Objective(terms))
+    trainee = Distiller(StudentAdapter(network, stage_taps(network, config.student.stage)), {}, Objective(terms))
     batches = FaceBatches(
         general_images, general.labels, batch_size=config.batch_size, seed=seed, augment=AugmentConfig()
     )
-    curves["general_teacher"], general_seconds = fit(
+    general_fit = fit(
         trainee,
         batches,
         work / "general_teacher",
@@ -73,7 +74,7 @@ def synthetic_data(config: Any, work: Path, *, seed: int, quiet: bool) -> DemoDa
     start.load_state_dict(network.state_dict())
     # New parts at full size, not small as beside a published network: this start has learnt for a minute.
     people = general.identities + aged.identities
-    learner = build_age_teacher(start, config.age_teacher, num_identities=people, loaded=False, seed=seed)
+    learner = build_age_teacher(start, config.age_teacher, num_identities=people, pretrained=False, seed=seed)
     batches = FaceBatches(
         images,
         identities,
@@ -86,7 +87,7 @@ def synthetic_data(config: Any, work: Path, *, seed: int, quiet: bool) -> DemoDa
         else None,
     )
     pairs: Any = PairTargets(batches, "age")
-    curves["age_teacher"], age_seconds = fit(
+    age_fit = fit(
         learner,
         pairs,
         work / "age_teacher",
@@ -101,13 +102,13 @@ def synthetic_data(config: Any, work: Path, *, seed: int, quiet: bool) -> DemoDa
 
     teachers, recorded = {}, {}
     for name, key, net, seconds, steps in (
-        ("general_teacher", GENERAL, network, general_seconds, config.general_steps),
-        ("age_teacher", AGE, trained.net, age_seconds, config.age_steps),
+        ("general_teacher", GENERAL, network, general_fit.seconds, config.general_steps),
+        ("age_teacher", AGE, trained.net, age_fit.seconds, config.age_steps),
     ):
-        adapter = TeacherAdapter(net, teacher_taps(net, config.student.stage))
+        adapter = TeacherAdapter(net, stage_taps(net, config.student.stage))
         teachers[name] = native(net, adapter, size, role="teacher")
         teachers[name].train_seconds, teachers[name].train_steps = round(seconds, 1), steps
-        recorded[key] = record(
+        recorded[key] = cache_outputs(
             adapter,
             images,
             work / name / "outputs",
@@ -124,7 +125,7 @@ def synthetic_data(config: Any, work: Path, *, seed: int, quiet: bool) -> DemoDa
         test_ages=test.ages.numpy(),
         teachers=teachers,
         recorded={AGE: recorded[AGE], GENERAL: aligned(recorded[GENERAL], recorded[AGE], len(images))},
-        curves=curves,
+        curves={"general_teacher": general_fit.curve, "age_teacher": age_fit.curve},
         data={
             "name": "SyntheticFaces",
             "train_images": len(images),

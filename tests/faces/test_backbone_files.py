@@ -229,7 +229,7 @@ def test_inspect_with_an_input_size(tmp_path, capsys):
     assert main(["inspect", str(tmp_path / "m"), "--input-size", "32x48"]) == 0
     out = capsys.readouterr().out
     assert "32 x 48" in out
-    assert "all there, all finite" in out
+    assert "complete, all finite" in out
     assert main(["inspect", str(tmp_path / "m"), "--input-size", "32x48", "--tap", "body.1"]) == 0
     assert capsys.readouterr().out == "body.1  (b, 16, 8, 12)\n"
     for wrong in ("32by48", "0", "1x2x3", "-4"):
@@ -327,7 +327,8 @@ def test_the_recipe_converts_images_for_a_published_teacher(tmp_path):
 
 
 def test_the_evaluation_converts_images_for_a_published_network(tmp_path):
-    from kdlib_faces.harness.run import embed, load_model
+    from kdlib_faces.evaluation import embed_images
+    from kdlib_faces.harness.embeddings import load_model
 
     model = small(input_size=(32, 16))
     model.input_spec = InputSpec(size=(32, 16), color="bgr", mean=0.0, scale=255.0)
@@ -336,7 +337,8 @@ def test_the_evaluation_converts_images_for_a_published_network(tmp_path):
     pixels = torch.randint(0, 256, (3, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     expected = nn.functional.normalize(model(pixels.flip(1)[..., 8:24] / 255), dim=1)
     assert side == 32
-    torch.testing.assert_close(embed(loaded, pixels, flip=False), expected, rtol=1e-4, atol=1e-5)
+    embeddings = torch.from_numpy(embed_images(loaded, pixels, flip=False))
+    torch.testing.assert_close(embeddings, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_files_that_declare_impossible_sizes(tmp_path):
@@ -367,7 +369,7 @@ class TestInspect:
             f"parameters  {sum(p.numel() for p in model.parameters()):,}",
             f"keys        {len(model.state_dict())}",
             "taps        body.0, body.1, body.2, body.3",
-            "weights     all there, all finite",
+            "weights     complete, all finite",
         ):
             assert part in out
 
