@@ -1,14 +1,14 @@
 """Input specification of a network: size, channel order and normalization of its images."""
 
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, TypedDict, Unpack
 
 import torch.nn.functional as F
 from torch import Tensor
 
 from kdlib._checks import check_choice, check_floating, check_number, check_shape
 
-__all__ = ["InputSize", "InputSpec", "Triple", "height_width"]
+__all__ = ["InputSize", "InputSpec", "SpecFields", "Triple", "height_width"]
 
 InputSize = int | tuple[int, int]
 """Side of square images, or (height, width), in pixels."""
@@ -16,6 +16,16 @@ InputSize = int | tuple[int, int]
 Triple = float | tuple[float, float, float]
 COLORS = ("rgb", "bgr")
 FIELDS = ("color", "mean", "scale", "normalized")
+
+
+class SpecFields(TypedDict, total=False):
+    """Fields of `InputSpec` without the size."""
+
+    color: Literal["rgb", "bgr"] | None
+    mean: Triple | None
+    scale: Triple | None
+    normalized: bool | None
+    assumed: tuple[str, ...]
 
 
 def height_width(owner: str, input_size: InputSize) -> tuple[int, int]:
@@ -115,13 +125,13 @@ class InputSpec:
         top, left = (cover[0] - height) // 2, (cover[1] - width) // 2
         return images[..., top : top + height, left : left + width]
 
-    def changed(self, **fields: Any) -> "InputSpec":
+    def changed(self, **fields: Unpack[SpecFields]) -> "InputSpec":
         """Return a copy with the given fields that are not None, which are then no longer assumed.
 
         Raises:
             ValueError: a value is invalid.
         """
-        given = {name: value for name, value in fields.items() if value is not None}
+        given: dict[str, Any] = {name: value for name, value in fields.items() if value is not None}
         return replace(self, **given, assumed=tuple(name for name in self.assumed if name not in given))
 
     def describe(self) -> str:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from kdlib._maths import full_precision
-from kdlib_faces.heads._margin import MarginHead, Reduction, check_call, softmax_loss, unit_pair
+from kdlib_faces.heads._margin import MarginHead, Reduction, add_angular_margin, check_call, softmax_loss, unit_pair
 
 __all__ = ["ArcFaceHead", "arcface_loss"]
 
@@ -72,14 +72,7 @@ def arcface_loss(
     identities = identities.long()
     with full_precision(embeddings):
         e_bd, c_nd = unit_pair(embeddings, centers, scale)
-        center_bd = c_nd[identities]
-        cosine = (e_bd * center_bd).sum(1)
-        orthogonal_bd = e_bd - cosine.unsqueeze(1) * center_bd
-        nonzero = (e_bd.detach() != 0).any(1)
-        sine = torch.where(nonzero, torch.linalg.vector_norm(orthogonal_bd, dim=1), 1.0)
-        inside = cosine * math.cos(margin) - sine * math.sin(margin)
-        beyond = cosine + math.cos(margin) - 1
-        target_cosine = torch.where(cosine >= -math.cos(margin), inside, beyond)
+        target_cosine = add_angular_margin(e_bd, c_nd[identities], math.cos(margin), math.sin(margin))
         return softmax_loss("arcface_loss", e_bd @ c_nd.T, target_cosine, identities, scale, reduction, weight)
 
 

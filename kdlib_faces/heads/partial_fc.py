@@ -12,13 +12,14 @@ import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from kdlib_faces._checks import InputError
 from kdlib_faces._weights import read_weights
+from kdlib_faces.heads._margin import MarginHead
 from kdlib_faces.heads.arcface import ArcFaceHead
 
 __all__ = ["load_partial_fc", "merge_partial_fc"]
@@ -27,11 +28,7 @@ WRAPPERS = ("state_dict_softmax_fc", "state_dict", "softmax_fc")
 KEYS = ("weight", "module.weight", "head.weight")
 
 
-class _Head(Protocol):
-    weight: nn.Parameter
-
-
-T = TypeVar("T", bound=_Head)
+T = TypeVar("T", bound=MarginHead)
 
 
 def merge_partial_fc(shards: Sequence[Tensor]) -> Tensor:
@@ -69,13 +66,10 @@ def merge_partial_fc(shards: Sequence[Tensor]) -> Tensor:
             "the order is not that of ranks"
         )
     merged = torch.empty(sum(rows), shards[0].shape[1])
-    begin = 0
-    for rank, shard in enumerate(shards):
-        target = merged[begin : begin + len(shard)]
-        target.copy_(shard.detach())
-        if not torch.isfinite(target).all():
+    for rank, (shard, part) in enumerate(zip(shards, torch.split(merged, rows), strict=True)):
+        part.copy_(shard.detach())
+        if not torch.isfinite(part).all():
             raise ValueError(f"merge_partial_fc: shard {rank} must be finite, got NaN or infinite values")
-        begin += len(shard)
     return merged
 
 

@@ -85,7 +85,7 @@ def unwrap(content: Mapping[Any, Any]) -> Unwrapped:
     return Unwrapped(state, tuple(wrappers), tuple(around), prefix, tuple(beside))
 
 
-def _holds_tensors(value: Any, depth: int = 0) -> bool:
+def _holds_tensors(value: object, depth: int = 0) -> bool:
     if not isinstance(value, Mapping):
         return False
     if any(isinstance(each, Tensor) for each in value.values()):
