@@ -42,16 +42,16 @@ def height_width(owner: str, input_size: InputSize) -> tuple[int, int]:
 class InputSpec:
     """Size, channel order and normalization of a network's images, and whether the original normalized its embeddings.
 
-    For pixels from 0 to 255, the network expects `(pixel - mean) / scale` with channels in the order of `color`. Calling
-    the specification converts images in the convention of this library, RGB and `(pixel - 127.5) / 127.5`.
+    For pixels from 0 to 255, the network expects `(pixel - mean) / scale` with channels in the order of `color`.
+    Calling the specification converts images in the convention of this library, RGB and `(pixel - 127.5) / 127.5`.
 
     Args:
         size: side of the square images, or (height, width), in pixels.
         color: `"rgb"` or `"bgr"`.
         mean: one value, or one per channel in the order of `color`.
         scale: one value, or one per channel, above 0.
-        normalized: whether the project that published the network normalizes the embedding; None if files of this layout
-            differ. The networks of this library never do.
+        normalized: whether the project that published the network normalizes the embedding; None if files of this
+            layout differ. The networks of this library never do.
         assumed: names of fields that the file does not determine and that differ between files of its layout.
 
     Raises:

@@ -82,8 +82,8 @@ def check_call(owner: str, embeddings: Tensor, centers: Tensor, identities: Tens
 def unit_pair(embeddings: Tensor, centers: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """Normalize the rows of both, in float32, or in float64 if either is float64.
 
-    The gradient of a row is at most 2 * scale / norm. A row whose norm is too small for this to be finite in its original
-    dtype gets no gradient; a zero row stays zero.
+    The gradient of a row is at most 2 * scale / norm. A row whose norm is too small for this to be finite in its
+    original dtype gets no gradient; a zero row stays zero.
     """
     dtype = torch.promote_types(torch.promote_types(embeddings.dtype, centers.dtype), torch.float32)
 

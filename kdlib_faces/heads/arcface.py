@@ -23,17 +23,17 @@ def arcface_loss(
 ) -> Tensor:
     r"""Softmax cross-entropy over cosines, with a margin added to the angle of the target identity.
 
-    With :math:`\theta_j` the angle between an embedding and the center of identity j, y the target identity, s the scale and
-    m the margin, the loss of one sample is
+    With :math:`\theta_j` the angle between an embedding and the center of identity j, y the target identity, s the
+    scale and m the margin, the loss of one sample is
 
     .. math:: -\log \frac{e^{s\,\psi(\theta_y)}}{e^{s\,\psi(\theta_y)} + \sum_{j \ne y} e^{s \cos\theta_j}}, \qquad
               \psi(\theta) = \begin{cases} \cos(\theta + m) & \theta \le \pi - m \\
               \cos\theta + \cos m - 1 & \theta > \pi - m \end{cases}
 
-    Beyond :math:`\pi - m` the first form would increase again and reward a worse embedding; the second form keeps decreasing
-    and is continuous with the first. :math:`\cos(\theta + m)` is computed as :math:`\cos\theta \cos m - \sin\theta \sin m`,
-    where the sine is the norm of the component orthogonal to the center. Neither an arc cosine nor a root of
-    :math:`1 - \cos^2` is differentiated, so the gradient is exact and finite at every angle.
+    Beyond :math:`\pi - m` the first form would increase again and reward a worse embedding; the second form keeps
+    decreasing and is continuous with the first. :math:`\cos(\theta + m)` is computed as :math:`\cos\theta \cos m -
+    \sin\theta \sin m`, where the sine is the norm of the component orthogonal to the center. Neither an arc cosine nor
+    a root of :math:`1 - \cos^2` is differentiated, so the gradient is exact and finite at every angle.
 
     Args:
         embeddings: `(b, d)`, not necessarily normalized. A zero embedding has cosine 0 to every center and gets no

@@ -1,7 +1,7 @@
 """Loading of the class centers of a PartialFC head, which are stored in one file per process.
 
-insightface's PartialFC distributes the centers of n identities over k processes: each has n // k of them, the first n % k
-one more, in the order of identities.
+insightface's PartialFC distributes the centers of n identities over k processes: each has n // k of them, the first n %
+k one more, in the order of identities.
 
 References:
     An et al., "Killing Two Birds with One Stone: Efficient and Robust Training of Face Recognition CNNs by Partial FC",
@@ -41,8 +41,8 @@ def merge_partial_fc(shards: Sequence[Tensor]) -> Tensor:
         `(n, d)` float32; row i is the center of identity i.
 
     Raises:
-        ValueError: there is no shard; shards are not two-dimensional, finite, floating point and of the same d; or their
-            lengths are impossible for PartialFC, because a shard is missing or the order is wrong.
+        ValueError: there is no shard; shards are not two-dimensional, finite, floating point and of the same d; or
+            their lengths are impossible for PartialFC, because a shard is missing or the order is wrong.
 
     Examples:
         >>> merge_partial_fc([torch.zeros(3, 4), torch.ones(2, 4)])[:, 0]

@@ -46,9 +46,9 @@ def margin_distill(
               \cos\theta_j}}
 
     with :math:`\psi(\theta, m) = \cos(\theta + m)`, and its linear continuation beyond :math:`\pi - m`, as in
-    `kdlib_faces.heads.arcface_loss`. The maximum is over the samples of the call with a weight above 0. The loss of a sample
-    therefore depends on its batch, and each process of a distributed run uses its own maximum. If no teacher cosine is
-    above 0, all margins are the minimum. Equal margins give ArcFace on frozen centers.
+    `kdlib_faces.heads.arcface_loss`. The maximum is over the samples of the call with a weight above 0. The loss of a
+    sample therefore depends on its batch, and each process of a distributed run uses its own maximum. If no teacher
+    cosine is above 0, all margins are the minimum. Equal margins give ArcFace on frozen centers.
 
     Args:
         student: embeddings `(b, d)`, not necessarily normalized. A zero embedding has cosine 0 to every center and gets

@@ -102,10 +102,12 @@ def describe_checkpoint(path: str | os.PathLike[str], *, input_size: InputSize |
         input_size: side of the square images, or (height, width), in pixels, if the file does not determine it.
 
     Returns:
-        The description. A file of a known layout that does not fit is described with its differences. Values are not read.
+        The description. A file of a known layout that does not fit is described with its differences. Values are not
+        read.
 
     Raises:
-        InputError: the file is missing, damaged, contains anything but tensors and plain values, or has no known layout.
+        InputError: the file is missing, damaged, contains anything but tensors and plain values, or has no known
+            layout.
 
     Examples:
         >>> import tempfile

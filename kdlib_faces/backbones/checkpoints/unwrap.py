@@ -49,7 +49,8 @@ class Unwrapped:
 def unwrap(content: Mapping[Any, Any]) -> Unwrapped:
     """Remove wrappers and prefixes.
 
-    A prefix is removed only if all other keys belong to a margin head, so that no part of a network is dropped silently.
+    A prefix is removed only if all other keys belong to a margin head, so that no part of a network is dropped
+    silently.
 
     Examples:
         >>> import torch

@@ -1,8 +1,8 @@
 """IR and IR-SE, residual teachers that differ from `IResNet`.
 
-Module names follow face.evoLVe, like the checkpoints of TreB1eN, FaceX-Zoo, CurricularFace, AdaFace and CVLface, so that
-all of them load unchanged. The projects differ in two switches: a BatchNorm between the first convolution of a block and
-its PReLU, and weights of the last BatchNorm.
+Module names follow face.evoLVe, like the checkpoints of TreB1eN, FaceX-Zoo, CurricularFace, AdaFace and CVLface, so
+that all of them load unchanged. The projects differ in two switches: a BatchNorm between the first convolution of a
+block and its PReLU, and weights of the last BatchNorm.
 
 References:
     Deng, Guo, Xue, Zafeiriou, "ArcFace: Additive Angular Margin Loss for Deep Face Recognition", 2019,

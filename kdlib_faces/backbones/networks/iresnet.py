@@ -55,8 +55,8 @@ class IResNet(Backbone):
     """insightface's residual network: (b, 3, h, w) images to (b, d) embeddings, not normalized.
 
     A stem of stride 1, four stages of 64, 128, 256, 512 channels that each halve the grid, BatchNorm, one linear layer
-    over the whole final grid, and a BatchNorm whose weight is frozen at 1. Under autocast, the linear layer and the last
-    BatchNorm compute in the precision of their weights.
+    over the whole final grid, and a BatchNorm whose weight is frozen at 1. Under autocast, the linear layer and the
+    last BatchNorm compute in the precision of their weights.
 
     Args:
         layers: blocks in each of the four stages; (3, 4, 14, 3) is iresnet50.

@@ -79,8 +79,8 @@ class _Residuals(nn.Module):
 class _NormAwarePool(nn.Module):
     """BatchNorm, scaling of every cell to the mean norm of the image's cells, mean over the grid, BatchNorm; no weights.
 
-    The original implementations use the mean norm over the whole batch, so that an embedding depends on the other images
-    of its batch. For a batch of one the results are equal.
+    The original implementations use the mean norm over the whole batch, so that an embedding depends on the other
+    images of its batch. For a batch of one the results are equal.
     """
 
     def __init__(self, channels: int) -> None:
@@ -103,8 +103,8 @@ class MobileFaceNet(Backbone):
     """MobileFaceNet: (b, 3, h, w) images to (b, d) embeddings, not normalized.
 
     Four halvings of the grid (64, 64, 128, 128 channels at width 1), a 1x1 convolution to 512 channels, a depthwise
-    convolution over the whole final grid (7x7 at 112 pixels), a linear layer and BatchNorm. At 112 pixels and 128 dimensions:
-    1,003,136 parameters and 220.97 M multiply-adds; at 512 dimensions 1,200,512 and 221.16 M.
+    convolution over the whole final grid (7x7 at 112 pixels), a linear layer and BatchNorm. At 112 pixels and 128
+    dimensions: 1,003,136 parameters and 220.97 M multiply-adds; at 512 dimensions 1,200,512 and 221.16 M.
 
     Args:
         embedding_dim: dimensions d of the embedding.
@@ -128,7 +128,8 @@ class MobileFaceNet(Backbone):
         ('conv2_dw', 'conv_3', 'conv_4', 'conv_5')
 
     References:
-        arXiv:1804.07573, table 1. Weights are initialized from He's normal distribution (the paper does not specify it).
+        arXiv:1804.07573, table 1. Weights are initialized from He's normal distribution (the paper does not specify
+        it).
     """
 
     stages: tuple[str, ...] = ("conv2_dw", "conv_3", "conv_4", "conv_5")

@@ -1,6 +1,7 @@
 """MobileNet V1 for faces.
 
-Module names follow yakhyo's project, so that its checkpoints load unchanged; those of bubbliiiing load by a table of names.
+Module names follow yakhyo's project, so that its checkpoints load unchanged; those of bubbliiiing load by a table of
+names.
 
 References:
     Howard et al., "MobileNets: Efficient Convolutional Neural Networks for Mobile Vision Applications", 2017,
@@ -60,8 +61,8 @@ class GDCTail(nn.Module):
 class MobileNetV1(Backbone):
     """MobileNet V1 with a stem of stride 1: (b, 3, h, w) images to (b, d) embeddings, not normalized.
 
-    Thirteen pairs of a depthwise and a pointwise convolution; four of them halve the grid. At 112 pixels, 512 dimensions
-    and width 0.25: 360,960 parameters; 363,696 with `bias`, which yakhyo's checkpoints have.
+    Thirteen pairs of a depthwise and a pointwise convolution; four of them halve the grid. At 112 pixels, 512
+    dimensions and width 0.25: 360,960 parameters; 363,696 with `bias`, which yakhyo's checkpoints have.
 
     Args:
         embedding_dim: dimensions d of the embedding.

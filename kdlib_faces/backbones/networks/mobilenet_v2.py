@@ -1,6 +1,7 @@
 """MobileNet V2 for faces.
 
-Module names follow yakhyo's project, so that its checkpoints load unchanged; those of cavaface load by a table of names.
+Module names follow yakhyo's project, so that its checkpoints load unchanged; those of cavaface load by a table of
+names.
 
 References:
     Sandler, Howard, Zhu, Zhmoginov, Chen, "MobileNetV2: Inverted Residuals and Linear Bottlenecks", 2018,
@@ -67,8 +68,8 @@ class MobileNetV2(Backbone):
         input_size: side of the square images, or (height, width), in pixels. The final grid has a
             sixteenth of the size, rounded up.
         bias: whether convolutions before a PReLU have a bias. It is redundant with the BatchNorm.
-        stem_stride: 1, with four halvings in the blocks, as in yakhyo's; or 2, without the two blocks of 24 channels, as in
-            cavaface's.
+        stem_stride: 1, with four halvings in the blocks, as in yakhyo's; or 2, without the two blocks of 24 channels,
+            as in cavaface's.
         affine: whether the last BatchNorm has weight and bias; cavaface has both variants.
 
     Raises:

@@ -52,8 +52,8 @@ class _Factorization(nn.Module):
 class MTLFaceNet(Backbone):
     """MTLFace's backbone: (b, 3, h, w) images to (b, d) identity embeddings, not normalized.
 
-    An IR network with a BatchNorm inside the blocks. Channel and spatial attention estimate the age-related part of the last
-    feature map, and the embedding is computed from the rest.
+    An IR network with a BatchNorm inside the blocks. Channel and spatial attention estimate the age-related part of the
+    last feature map, and the embedding is computed from the rest.
 
     Args:
         layers: blocks in each of the four stages.
