@@ -69,6 +69,8 @@ def open_model(path: str | os.PathLike[str], size: int | None = None) -> OpenedM
         InputError: The file is missing, corrupt, of no known layout, or its images are not square.
     """
     facts: dict[str, Any] = {"label": Path(path).stem}
+    module: nn.Module
+    own: int | tuple[int, int] | None
     if Path(path).suffix.lower() == ".onnx":
         from kdlib_faces.teachers.onnx.session import OnnxTeacher
 
