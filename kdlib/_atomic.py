@@ -8,7 +8,7 @@ from os import PathLike
 from pathlib import Path
 from typing import BinaryIO
 
-__all__ = ["atomic_write"]
+__all__ = ["atomic_write", "sync_folder"]
 
 
 @contextmanager
@@ -18,7 +18,6 @@ def atomic_write(path: str | PathLike[str], *, durable: bool = False, sole_write
     Args:
         path: The file to write. Missing parent folders are created; a symbolic link is replaced, not followed.
         durable: Flush the file and its folder to disk, so that the new file also survives a power failure.
-
         sole_writer: No other process writes `path`. The temporary file then has a fixed name, so that a file left by an
             interrupted process is replaced instead of being left behind.
 
@@ -54,13 +53,19 @@ def atomic_write(path: str | PathLike[str], *, durable: bool = False, sole_write
         os.umask(umask)
         os.chmod(temporary, 0o666 & ~umask)
         os.replace(temporary, target)
-        if durable and os.name == "posix":  # a folder cannot be opened on every system
-            folder = os.open(target.parent, os.O_RDONLY)
-            try:
-                os.fsync(folder)
-            finally:
-                os.close(folder)
+        if durable:
+            sync_folder(target.parent)
     except BaseException:
         with suppress(OSError):
             os.unlink(temporary)
         raise
+
+
+def sync_folder(folder: Path) -> None:
+    """Flush the entries of a folder to disk; only POSIX systems can open a folder for this."""
+    if os.name == "posix":
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from kdlib.cache._checks import disk_full, unlockable
+from kdlib.cache._checks import cache_error, check_cache
 from kdlib.cache.codec import Errors
 from kdlib.cache.layout import NO_LINK, Layout, writing
 
@@ -119,8 +119,8 @@ class Blocks:
                 for name, value in zip(record.dtype.names or (), (1, digest, *errors), strict=True):
                     record[name] = value
                 self.file.seek(block * self.kind.itemsize)
-                if self.file.write(record.tobytes()) != self.kind.itemsize:
-                    raise disk_full()
+                written = self.file.write(record.tobytes())
+                check_cache(written == self.kind.itemsize, f"cannot write {self.path}: {os.strerror(errno.ENOSPC)}")
             os.fsync(self.file.fileno())
         for block in blocks:
             self._unlock(block)
@@ -135,7 +135,7 @@ class Blocks:
 
     def _lock(self, at: int, *, wait: bool) -> bool:
         if sys.platform == "win32":
-            return True  # Windows has no such locks; only one process can build a cache there
+            return True  # there are no such locks, so only one process may build a cache
         import fcntl
 
         try:
@@ -143,7 +143,8 @@ class Blocks:
         except OSError as error:
             if error.errno in (errno.EACCES, errno.EAGAIN):
                 return False
-            raise unlockable(self.path, error) from error
+            reason = error.strerror or error
+            raise cache_error(f"{self.path} cannot be locked ({reason}); build on a local disk") from error
         return True
 
     def _unlock(self, at: int) -> None:

@@ -6,7 +6,6 @@ record are computed again and give the same bytes.
 
 import hashlib
 import os
-import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
@@ -21,18 +20,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from kdlib.cache._checks import (
-    CacheError,
-    another_process,
-    another_thread,
-    check_features,
-    check_no_strays,
-    check_row_bytes,
-    check_rows,
-    check_same_job,
-    check_source,
-    no_locks,
-)
+from kdlib.cache._checks import CacheError, cache_error, check_argument, check_cache, check_features, check_source
 from kdlib.cache.blocks import NAME, Blocks
 from kdlib.cache.codec import Errors, pack
 from kdlib.cache.fingerprint import Fingerprint
@@ -42,7 +30,7 @@ from kdlib.cache.writer import Writer
 __all__ = ["Job", "teacher_outputs", "build_cache", "ids_digest"]
 
 _BUILDING: set[tuple[int, int]] = set()
-"""Directories that this process is building, since a process is not blocked by its own locks."""
+"""Directories that this process is building."""
 _POLL_SECONDS = 0.05
 """Seconds between checks for blocks that other processes compute."""
 
@@ -62,16 +50,18 @@ class Job:
     progress: Callable[[int, int], None] | None
 
 
-def build_cache(job: Job, wanted: Layout, *, shared: bool) -> None:
+def build_cache(job: Job, wanted: Layout) -> None:
     """Complete a cache; `wanted` is the part of its layout that is known before the first forward pass."""
     header = _existing(job.directory, wanted)
     if header is not None and header.complete:
         return  # before anything is written: the directory may be read-only
     if header is None and not (job.directory / NAME).exists():
-        check_no_strays(job.directory, any(job.directory.glob("shard-*.bin")))
+        # Such files are not ours to delete.
+        stray = any(job.directory.glob("shard-*.bin"))
+        check_cache(not stray, f"{job.directory} contains shard files without a header; use another path")
     with writing(job.directory):
         job.directory.mkdir(parents=True, exist_ok=True)
-    with _directory_lock(job.directory, shared=shared), _eval_mode(job.teacher):
+    with _only_builder(job.directory), _eval_mode(job.teacher):
         blocks = Blocks(job.directory)
         try:
             with blocks.header_lock():
@@ -89,37 +79,17 @@ def build_cache(job: Job, wanted: Layout, *, shared: bool) -> None:
 
 
 @contextmanager
-def _directory_lock(directory: Path, *, shared: bool) -> Iterator[None]:
-    """Exclude other builds of the same cache, or with `shared` only builds that are not shared."""
+def _only_builder(directory: Path) -> Iterator[None]:
+    """Exclude a second build in this process, which the locks of blocks do not: they belong to the process."""
     status = os.stat(directory)
     key = (status.st_dev, status.st_ino)
     if key in _BUILDING:
-        raise another_thread(directory)
-    lock = _lock(directory, shared=shared)
+        raise cache_error(f"{directory} is being built by another thread of this process")
     _BUILDING.add(key)
     try:
         yield
     finally:
         _BUILDING.discard(key)
-        if lock is not None:
-            os.close(lock)
-
-
-def _lock(directory: Path, *, shared: bool) -> int | None:
-    if sys.platform == "win32":
-        if shared:
-            raise no_locks()
-        return None  # there is no such lock on Windows
-    import fcntl
-
-    lock = os.open(directory, os.O_RDONLY)
-    try:
-        # The operating system releases the lock when the process ends.
-        fcntl.flock(lock, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
-    except OSError as error:
-        os.close(lock)
-        raise another_process(directory, shared=shared) from error
-    return lock
 
 
 @contextmanager
@@ -142,7 +112,12 @@ def _existing(directory: Path, wanted: Layout) -> Layout | None:
     fingerprint = Fingerprint(**wanted.parts, whole=wanted.fingerprint) if wanted.parts else wanted.fingerprint
     check_source(directory, header, fingerprint, building=True)
     for name in ("ids", "views", "dtype"):
-        check_same_job(directory, name, getattr(header, name), getattr(wanted, name))
+        stored, expected = getattr(header, name), getattr(wanted, name)
+        what = "other samples" if name == "ids" else f"another {name.removesuffix('s')}"
+        check_cache(
+            stored == expected,
+            f"{directory} contains {what}: its {name} is {stored!r}, expected {expected!r}; use another path, or delete it",
+        )
     return header
 
 
@@ -154,7 +129,8 @@ def _start(job: Job, wanted: Layout, blocks: Blocks) -> tuple[Layout, _First]:
     features = teacher_outputs(job.teacher, job.fetch, job.ids[: job.batch_size], 0)
     layout = replace(wanted, features={name: tuple(x.shape[1:]) for name, x in features.items()})
     layout = replace(layout, shard_rows=max(1, job.shard_bytes // layout.row_bytes))
-    check_row_bytes(layout.row_bytes)
+    size = layout.row_bytes
+    check_argument(size < 2**31, f"TeacherCache: features of one sample must take less than 2 GiB, got {size} bytes")
     first = _packed(job, layout, features, 0)
     blocks.clear()
     with writing(job.directory):
@@ -167,15 +143,13 @@ def _start(job: Job, wanted: Layout, blocks: Blocks) -> tuple[Layout, _First]:
 
 def _check_shards(directory: Path, layout: Layout, blocks: Blocks) -> None:
     """Check that the shards of all complete blocks have their full size."""
-    view, number = np.divmod(np.flatnonzero(blocks.refresh()), -(-layout.samples // layout.block))
-    start = view * layout.samples + number * layout.block
-    stop = view * layout.samples + np.minimum((number + 1) * layout.block, layout.samples)
-    opened = np.zeros(layout.shards + 1, np.int64)
-    np.add.at(opened, start // layout.shard_rows, 1)
-    np.add.at(opened, (stop - 1) // layout.shard_rows + 1, -1)
-    for shard in np.flatnonzero(np.cumsum(opened)):
-        path = shard_path(directory, int(shard))
-        check_rows(path, path.exists() and path.stat().st_size >= layout.bytes_of(int(shard)))
+    complete = (layout.rows_in(int(block)) for block in np.flatnonzero(blocks.refresh()))
+    for shard in {shard for start, stop in complete for shard, _, _ in layout.pieces(start, stop)}:
+        path = shard_path(directory, shard)
+        check_cache(
+            path.exists() and path.stat().st_size >= layout.bytes_of(shard),
+            f"{path} is shorter than its header states; delete the cache and build it again",
+        )
 
 
 @torch.no_grad()

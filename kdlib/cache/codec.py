@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from kdlib.cache._checks import check_fits, check_same_features
+from kdlib.cache._checks import check_cache, check_fits
 from kdlib.cache.layout import Layout
 
 __all__ = ["Errors", "pack", "unpack"]
@@ -45,7 +45,7 @@ def pack(
         ValueError: a value is not finite or does not fit the type on disk.
     """
     shapes = {name: tuple(x.shape[1:]) for name, x in features.items()}
-    check_same_features(layout.features, shapes)
+    check_cache(shapes == layout.features, f"features must be {layout.features} as in earlier batches, got {shapes}")
     count = len(next(iter(features.values())))
     rows = np.empty((count, layout.row_bytes), np.uint8)
     maxima, sums, relative = [], [], []

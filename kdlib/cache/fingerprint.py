@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from kdlib._checks import check_type
-from kdlib.cache._checks import undescribed
+from kdlib.cache._checks import check_argument
 from kdlib.types import FrozenModel, HasFingerprint
 
 __all__ = ["Fingerprint", "model_fingerprint"]
@@ -61,15 +61,15 @@ class Fingerprint:
         check_type("model_fingerprint", "module", module, nn.Module, "a Module")
         for name, text in (("preprocessing", preprocessing), ("data", data)):
             check_type("model_fingerprint", name, text, str, "a str")
-        whole, teacher, before, listed = (hashlib.sha256(b"kdlib teacher 1") for _ in range(4))
-        for digest, part in ((before, preprocessing), (listed, data)):
-            _add(whole, part)
-            _add(digest, part)
-        for each in _parts(module, described=bool(preprocessing)):
-            content = each.text if isinstance(each, _Preprocessing) else each
+        whole, digests = (
+            hashlib.sha256(b"kdlib teacher 1"),
+            {name: hashlib.sha256(b"kdlib teacher 1") for name in _PARTS},
+        )
+        given = [("preprocessing", preprocessing), ("data", data)]
+        for name, content in (*given, *_parts(module, described=bool(preprocessing))):
             _add(whole, content)
-            _add(before if isinstance(each, _Preprocessing) else teacher, content)
-        return cls(teacher.hexdigest(), before.hexdigest(), listed.hexdigest(), whole.hexdigest())
+            _add(digests[name], content)
+        return cls(**{name: digest.hexdigest() for name, digest in digests.items()}, whole=whole.hexdigest())
 
     @property
     def parts(self) -> dict[str, str]:
@@ -81,13 +81,6 @@ class Fingerprint:
         return " and ".join(
             text for name, text in _PARTS.items() if name in parts and parts[name] != getattr(self, name)
         )
-
-
-@dataclass(frozen=True)
-class _Preprocessing:
-    """A piece of the fingerprint that belongs to the preprocessing."""
-
-    text: str | bytes
 
 
 def _add(digest: Any, part: str | bytes) -> None:
@@ -123,34 +116,35 @@ def model_fingerprint(module: nn.Module, *, preprocessing: str = "", data: str =
     return Fingerprint.of(module, preprocessing=preprocessing, data=data).whole
 
 
-def _parts(module: nn.Module, *, described: bool) -> Iterator[str | bytes | _Preprocessing]:
+def _parts(module: nn.Module, *, described: bool) -> Iterator[tuple[str, str | bytes]]:
+    """Yield the part of the fingerprint, `"teacher"` or `"preprocessing"`, and each text or tensor that belongs to it."""
     if isinstance(module, HasFingerprint):
-        yield module.fingerprint
+        yield "teacher", module.fingerprint
         return
     if isinstance(module, FrozenModel):
-        yield f"{list(module.taps.items())!r} {module.dtype}"
+        yield "teacher", f"{list(module.taps.items())!r} {module.dtype}"
         if module.preprocess is not None:
-            for part in _callable_parts(module.preprocess, described=described):
-                yield part if isinstance(part, _Preprocessing) else _Preprocessing(part)
+            for content in _callable_parts(module.preprocess, described=described):
+                yield "preprocessing", content
         yield from _parts(module.model, described=described)
         return
     # Memory addresses in a repr differ between runs.
-    yield f"{type(module).__module__}.{type(module).__qualname__} {re.sub('0x[0-9a-f]+', '', repr(module))}"
+    yield "teacher", f"{type(module).__module__}.{type(module).__qualname__} {re.sub('0x[0-9a-f]+', '', repr(module))}"
     tensors = [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]
     for name, value in sorted(tensors, key=lambda entry: entry[0]):
-        yield f"{name} {value.dtype} {tuple(value.shape)}"
-        yield value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
+        yield "teacher", f"{name} {value.dtype} {tuple(value.shape)}"
+        yield "teacher", value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
     # Children with a fingerprint of their own do not list their weights as parameters.
     for name, child in module.named_modules():
         separate = isinstance(child, (FrozenModel, HasFingerprint))
         if separate and child is not module:
-            yield name
+            yield "teacher", name
             yield from _parts(child, described=described)
 
 
-def _callable_parts(preprocess: Any, *, described: bool) -> Iterator[str | bytes | _Preprocessing]:
+def _callable_parts(preprocess: object, *, described: bool) -> Iterator[str | bytes]:
     if isinstance(preprocess, nn.Module):
-        yield from _parts(preprocess, described=described)
+        yield from (content for _, content in _parts(preprocess, described=described))
         return
     if isinstance(preprocess, partial):
         yield f"partial {preprocess.args!r} {sorted(preprocess.keywords.items())!r}"
@@ -158,6 +152,8 @@ def _callable_parts(preprocess: Any, *, described: bool) -> Iterator[str | bytes
         return
     name = getattr(preprocess, "__qualname__", None)
     text = f"{preprocess.__module__}.{name}" if name else repr(preprocess)
-    if not described and ("<lambda>" in text or "<locals>" in text or " at 0x" in text):
-        raise undescribed(text)
+    check_argument(
+        described or not any(unclear in text for unclear in ("<lambda>", "<locals>", " at 0x")),
+        f"model_fingerprint: preprocess {text} cannot be identified; describe it by preprocessing=",
+    )
     yield "described" if described else text

@@ -4,8 +4,8 @@ A cache is a directory:
 
 - `header.json`: format, fingerprint, shapes and the number of complete rows; written atomically;
 - `samples.i64`: the sample ids, ascending, little-endian;
-- `shard-00000.bin` ...: rows of fixed length, each with all features of one (sample, view); the last 32 bytes are a seal
-  that identifies the cache and the shard;
+- `shard-00000.bin` ...: rows of fixed length, each with all features of one (sample, view); the last 32 bytes, the
+  trailer, identify the cache and the shard;
 - `blocks.bin`: for each block of rows, whether it is complete, its checksum, and the error of the stored rows.
 
 Row `view * samples + position` belongs to the sample at `position` of the ascending ids. A block contains `block` rows of
@@ -17,36 +17,28 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from kdlib._atomic import atomic_write
-from kdlib.cache._checks import unreadable, unwritable
-from kdlib.cache._header_checks import (
-    HEADER_LIMIT,
-    bad_header,
-    check_header,
-    check_header_size,
-    check_layout,
-    header_errors,
-    header_integer,
-    header_shapes,
-    header_text,
-    header_texts,
-)
+from kdlib.cache._checks import cache_error, check_argument, check_cache
 
 __all__ = ["Layout", "read_header", "write_file", "writing"]
 
 DTYPES = {"float16": "<f2", "float32": "<f4", "int8": "i1"}
-SEAL_BYTES = 32
+TRAILER_BYTES = 32
+_HEADER_LIMIT = 1 << 20
+"""Maximum size of a header in bytes."""
+_ERROR_NAMES = {"max_cosine", "mean_cosine", "max_relative"}
 NO_LINK = getattr(os, "O_NOFOLLOW", 0)
-"""Symbolic links are not followed, so that a foreign directory cannot redirect writing."""
+"""Symbolic links are not followed, so that a prepared directory cannot redirect writing."""
 
 
 @dataclass(frozen=True)
@@ -127,9 +119,9 @@ class Layout:
 
     def bytes_of(self, shard: int) -> int:
         """File size of a shard in bytes."""
-        return self.rows_of(shard) * self.row_bytes + SEAL_BYTES
+        return self.rows_of(shard) * self.row_bytes + TRAILER_BYTES
 
-    def seal_of(self, shard: int) -> bytes:
+    def trailer_of(self, shard: int) -> bytes:
         """The last bytes of a shard, which depend on the header and the number of the shard."""
         header = {**asdict(self), **dict.fromkeys(("rows", "checks", "error", "notes", "parts"))}
         return hashlib.sha256(f"{json.dumps(header, sort_keys=True)} {shard}".encode()).digest()
@@ -138,6 +130,12 @@ class Layout:
     def blocks(self) -> int:
         """Number of blocks."""
         return -(-self.samples // self.block) * self.views
+
+    @cached_property
+    def block_rows(self) -> NDArray[np.int64]:
+        """Number of rows of each block."""
+        starts = np.arange(0, self.samples, self.block)
+        return np.tile(np.minimum(self.block, self.samples - starts), self.views)
 
     def rows_in(self, block: int) -> tuple[int, int]:
         """First row of a block and the row after its last."""
@@ -163,29 +161,28 @@ def shard_path(directory: Path, shard: int) -> Path:
     return directory / f"shard-{shard:05d}.bin"
 
 
+def check_size(path: Path, size: int) -> None:
+    """A file must exist with the size that follows from the header."""
+    got = path.stat().st_size if path.is_file() else 0
+    check_cache(got == size, f"{path} must have {size} bytes, got {got}")
+
+
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
     """Convert an OSError while writing `path` to a CacheError."""
     try:
         yield
     except OSError as error:
-        raise unwritable(path, error) from error
+        reason = error.strerror or error
+        raise cache_error(
+            f"cannot write {path}: {reason}; complete blocks are kept, and the same build resumes from there"
+        ) from error
 
 
 def write_file(path: Path, content: bytes) -> None:
     """Write a file atomically and durably."""
     with writing(path), atomic_write(path, durable=True, sole_writer=True) as file:
         file.write(content)
-
-
-def sync_directory(directory: Path) -> None:
-    """Flush the directory entries to disk where the system supports it."""
-    with suppress(OSError):
-        handle = os.open(directory, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
 
 
 def read_header(directory: Path) -> Layout | None:
@@ -197,37 +194,86 @@ def read_header(directory: Path) -> Layout | None:
     path = directory / "header.json"
     try:
         with path.open("rb") as file:
-            content = file.read(min(os.fstat(file.fileno()).st_size, HEADER_LIMIT) + 1)
+            content = file.read(min(os.fstat(file.fileno()).st_size, _HEADER_LIMIT) + 1)
     except (FileNotFoundError, NotADirectoryError):
         return None
     except OSError as error:
-        raise unreadable(path, error) from error
+        raise cache_error(f"{path} cannot be read: {error.strerror or error}") from error
     try:
-        check_header_size(len(content))
-        layout = _layout(check_header(json.loads(content), Layout.__dataclass_fields__))
+        check_argument(len(content) <= _HEADER_LIMIT, "it is too long")
+        layout = _layout(_entries(json.loads(content), Layout.__dataclass_fields__))
     except (ValueError, TypeError, KeyError, RecursionError) as error:
-        raise bad_header(path, error) from error
+        raise cache_error(f"{path} is not a valid cache header: {error}") from error
     return layout
 
 
 def _layout(header: Mapping[str, Any]) -> Layout:
-    features = header_shapes(header["features"])
+    features = _shapes(header["features"])
     layout = Layout(
-        fingerprint=header_text("fingerprint", header["fingerprint"]),
-        samples=header_integer("samples", header["samples"], 1, 2**48),
-        views=header_integer("views", header["views"], 1, 2**31),
-        ids=header_text("ids", header["ids"]),
-        first=header_integer("first", header["first"], -(2**63), 2**63 - 1),
+        fingerprint=_text("fingerprint", header["fingerprint"]),
+        samples=_integer("samples", header["samples"], 1, 2**48),
+        views=_integer("views", header["views"], 1, 2**31),
+        ids=_text("ids", header["ids"]),
+        first=_integer("first", header["first"], -(2**63), 2**63 - 1),
         dense=header["dense"] is True,
-        dtype=header_text("dtype", header["dtype"]),
+        dtype=_text("dtype", header["dtype"]),
         features=features,
-        shard_rows=header_integer("shard_rows", header["shard_rows"], 1, 2**48),
-        rows=header_integer("rows", header["rows"], 0, 2**63),
-        parts=header_texts("parts", header["parts"]),
-        block=header_integer("block", header["block"], 1, 2**31),
-        checks=header_text("checks", header["checks"]),
-        error=header_errors(header["error"], features),
-        notes=header_texts("notes", header["notes"]),
+        shard_rows=_integer("shard_rows", header["shard_rows"], 1, 2**48),
+        rows=_integer("rows", header["rows"], 0, 2**63),
+        parts=_texts("parts", header["parts"]),
+        block=_integer("block", header["block"], 1, 2**31),
+        checks=_text("checks", header["checks"]),
+        error=_errors(header["error"], features),
+        notes=_texts("notes", header["notes"]),
     )
-    check_layout(layout, DTYPES)
+    possible = layout.dtype in DTYPES and layout.rows <= layout.total <= 2**62 and layout.row_bytes < 2**31
+    check_argument(possible, f"dtype {layout.dtype!r}, {layout.rows} rows of {layout.total}")
     return layout
+
+
+def _entries(header: Any, known: Collection[str]) -> dict[str, Any]:
+    """Return the entries of a header, except the format, after checking that all are known."""
+    check_argument(isinstance(header, dict) and header.get("format") == 1, "its format is not 1")
+    entries = {name: value for name, value in header.items() if name != "format"}
+    unknown = sorted(set(entries) - set(known))
+    check_argument(not unknown, f"it has the unknown entries {unknown[:4]}")
+    return entries
+
+
+def _shapes(features: Any) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of the features."""
+    check_argument(isinstance(features, dict) and 1 <= len(features) <= 256, f"features is {features!r}")
+    shapes = {}
+    for name, shape in features.items():
+        good = isinstance(shape, list) and 1 <= len(shape) <= 8
+        check_argument(good, f"feature {name!r} has the shape {shape!r}")
+        shapes[name] = tuple(_integer(f"a side of feature {name!r}", side, 1, 2**31) for side in shape)
+    return shapes
+
+
+def _integer(name: str, value: Any, low: int, high: int) -> int:
+    """Return an integer within bounds."""
+    check_argument(type(value) is int and low <= value <= high, f"{name} is {value!r}")
+    return int(value)
+
+
+def _text(name: str, value: Any) -> str:
+    """Return a string."""
+    check_argument(isinstance(value, str), f"{name} is {value!r}")
+    return str(value)
+
+
+def _texts(name: str, value: Any) -> dict[str, str]:
+    """Return a mapping of strings to strings."""
+    check_argument(isinstance(value, dict), f"{name} is {value!r}")
+    return {key: _text(f"{name}[{key!r}]", entry) for key, entry in value.items()}
+
+
+def _errors(value: Any, features: Collection[str]) -> dict[str, dict[str, float]]:
+    """Return the errors of each feature."""
+    good = isinstance(value, dict) and set(value) <= set(features)
+    for entry in value.values() if good else ():
+        good = good and isinstance(entry, dict) and set(entry) == _ERROR_NAMES
+        good = good and all(type(each) is float and 0 <= each < math.inf for each in entry.values())
+    check_argument(good, f"error is {value!r}")
+    return {name: dict(entry) for name, entry in value.items()}

@@ -1,6 +1,7 @@
 """Build, open and read a cache of teacher outputs."""
 
 import math
+import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
@@ -10,25 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from kdlib._checks import check_choice, check_number, check_type
-from kdlib.cache._checks import (
-    check_build,
-    check_complete,
-    check_distinct,
-    check_names,
-    check_seal,
-    check_size,
-    check_source,
-    check_views,
-    check_whole,
-    damaged_value,
-    no_cache,
-    no_row,
-    unreadable,
-)
+from kdlib.cache._checks import cache_error, check_argument, check_build, check_cache, check_names, check_source
 from kdlib.cache.build import Job, build_cache, ids_digest
 from kdlib.cache.codec import unpack
 from kdlib.cache.fingerprint import Fingerprint
-from kdlib.cache.layout import DTYPES, SEAL_BYTES, Layout, read_header, shard_path
+from kdlib.cache.layout import DTYPES, TRAILER_BYTES, Layout, check_size, read_header, shard_path
 
 __all__ = ["TeacherCache"]
 
@@ -52,6 +39,7 @@ class TeacherCache:
         error: for each feature `max_cosine` and `mean_cosine`, the error 1 - cos between the teacher's row and the stored
             row, and `max_relative`, the L2 norm of their difference divided by that of the row.
         notes: texts given by the builder.
+        parts: separate fingerprints of teacher, preprocessing and data, if known.
 
     Examples:
         >>> import tempfile
@@ -73,7 +61,7 @@ class TeacherCache:
         self.features = dict(layout.features)
         self.samples, self.views, self.dtype = layout.samples, layout.views, layout.dtype
         self.error = {name: dict(entry) for name, entry in layout.error.items()}
-        self.notes = dict(layout.notes)
+        self.notes, self.parts = dict(layout.notes), dict(layout.parts)
         self._layout = layout
         self._shards: dict[int, np.ndarray[Any, Any]] = {}
         self._ids: np.ndarray[Any, Any] | None = None
@@ -95,7 +83,6 @@ class TeacherCache:
         shard_bytes: int = 1 << 28,
         sync_seconds: float = 5.0,
         progress: Callable[[int, int], None] | None = None,
-        shared: bool = False,
         prefetch: int = 0,
         notes: Mapping[str, str] | None = None,
     ) -> Self:
@@ -104,9 +91,10 @@ class TeacherCache:
         An interrupted build resumes when it is called again, without fetching complete rows again, and gives the same
         bytes, provided that `batch_size` and the number of threads are the same. A complete cache is returned immediately.
 
-        With `shared=True`, several processes can build one cache together: each takes the next free block of `batch_size`
+        Processes that build the same cache at the same time share the work: each takes the next free block of `batch_size`
         rows, and all return when the last block is complete. Unsynchronized blocks of an interrupted process are computed
-        again by the others. The processes must run on one machine or share a file system with POSIX locks.
+        again by the others. The processes must run on one machine or share a file system with POSIX locks. On Windows,
+        which has no such locks, only one process may build a cache.
 
         Args:
             path: directory, created if missing.
@@ -125,7 +113,6 @@ class TeacherCache:
             shard_bytes: maximum size of a file; a shard has at least one row.
             sync_seconds: seconds between flushes to disk; an interruption loses at most this much work.
             progress: called with the number of complete rows and all rows after each batch.
-            shared: allow other processes with `shared=True` to build the same cache. Not available on Windows.
             prefetch: number of batches that `fetch` prepares in a separate thread while the teacher runs.
             notes: texts to store in the header; those of the process that starts the cache are kept.
 
@@ -134,7 +121,7 @@ class TeacherCache:
 
         Raises:
             CacheError: `path` contains outputs of another teacher, preprocessing or data (the message says which, if
-                known), is being built by another process, or cannot be written.
+                known), is being built by another thread, or cannot be written.
             ValueError: ids are not distinct, or a feature is not finite or does not fit `dtype`.
         """
         check_choice("TeacherCache", "dtype", dtype, tuple(DTYPES))
@@ -164,7 +151,7 @@ class TeacherCache:
             notes=dict(notes),
         )
         job = Job(Path(path), teacher, fetch, ids, batch_size, shard_bytes, sync_seconds, prefetch, progress)
-        build_cache(job, wanted, shared=shared)
+        build_cache(job, wanted)
         return cls.open(path, fingerprint=fingerprint)
 
     @classmethod
@@ -182,11 +169,14 @@ class TeacherCache:
         path = Path(path)
         layout = read_header(path)
         if layout is None:
-            raise no_cache(path)
+            raise cache_error(f"there is no cache at {path}")
         if fingerprint is not None:
             check_type("TeacherCache", "fingerprint", fingerprint, (str, Fingerprint), "a str or a Fingerprint")
             check_source(path, layout, fingerprint)
-        check_complete(path, layout.complete, layout.rows, layout.total)
+        check_cache(
+            layout.complete,
+            f"{path} contains {layout.rows} of {layout.total} rows; run the same build again to complete it",
+        )
         return cls(path, layout)
 
     def read(
@@ -212,7 +202,10 @@ class TeacherCache:
         wanted = _whole("samples", samples)
         seen = views if isinstance(views, int) else _whole("views", views)
         if not isinstance(seen, int):
-            check_views(len(seen), len(wanted))
+            check_argument(
+                len(seen) == len(wanted),
+                f"TeacherCache: views must be (b,) like samples ({len(wanted)},), got ({len(seen)},)",
+            )
         check_names("TeacherCache", features or (), self.features)
         rows = self._rows(wanted, seen)
         out = self._read_rows(rows, list(self.features if features is None else features))
@@ -221,11 +214,14 @@ class TeacherCache:
 
     def _check_finite(self, features: Mapping[str, Tensor], rows: np.ndarray[Any, Any]) -> None:
         for name, x in features.items():
-            # One pass finds most of it; a sum beyond float32 is no fault of its terms.
+            # The sum of finite values can overflow, so the values are checked only if the sum is not finite.
             if not math.isfinite(float(x.sum())) and not torch.isfinite(x).all():
                 at = int(torch.nonzero(~torch.isfinite(x).reshape(len(x), -1).all(1))[0])
                 view, position = divmod(int(rows[at]), self.samples)
-                raise damaged_value(self.path, name, self._ids_at(np.asarray([position]))[0], view)
+                sample = self._ids_at(np.asarray([position]))[0]
+                raise cache_error(
+                    f"{self.path} is damaged: feature {name!r} of sample {sample}, view {view} is not finite"
+                )
 
     def _raw(self, start: int, stop: int) -> np.ndarray[Any, Any]:
         """Bytes of consecutive rows."""
@@ -270,7 +266,10 @@ class TeacherCache:
         if not known.all():
             at = int((~known).nonzero()[0][0])
             view = views if isinstance(views, int) else views[at]
-            raise no_row(self.path, samples[at], view, layout)
+            raise cache_error(
+                f"{self.path} has no sample {samples[at]}, view {view}; it has {layout.samples} samples"
+                f"{f' from {layout.first}' if layout.dense else ''}, views 0 to {layout.views - 1}"
+            )
         rows: np.ndarray[Any, Any] = views * layout.samples + position
         return rows
 
@@ -281,7 +280,12 @@ class TeacherCache:
             layout, path = self._layout, shard_path(self.path, shard)
             shape = (layout.rows_of(shard), layout.row_bytes)
             content = self._map(path, np.dtype(np.uint8), shape, layout.bytes_of(shard))
-            check_seal(path, _last_bytes(path, SEAL_BYTES) == layout.seal_of(shard))
+            with path.open("rb") as file:
+                file.seek(-TRAILER_BYTES, os.SEEK_END)
+                check_cache(
+                    file.read() == layout.trailer_of(shard),
+                    f"{path} does not match the header: one of them belongs to another cache or was changed",
+                )
             if len(self._shards) >= _MAX_MAPPED:
                 self._shards.pop(next(iter(self._shards)), None)  # another thread may remove the same entry
             self._shards[shard] = content
@@ -289,10 +293,10 @@ class TeacherCache:
 
     def _map(self, path: Path, dtype: np.dtype[Any], shape: tuple[int, ...], size: int) -> np.ndarray[Any, Any]:
         try:
-            check_size(path, size, path.stat().st_size if path.is_file() else 0)
+            check_size(path, size)
             return np.memmap(path, dtype, mode="r", shape=shape)
         except OSError as error:
-            raise unreadable(path, error) from error
+            raise cache_error(f"{path} cannot be read: {error.strerror or error}") from error
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_shards": {}, "_ids": None}
@@ -304,23 +308,22 @@ class TeacherCache:
         return f"TeacherCache.open({str(self.path)!r}, fingerprint={self.fingerprint!r})"
 
 
-def _last_bytes(path: Path, count: int) -> bytes:
-    with path.open("rb") as file:
-        file.seek(-count, 2)
-        return file.read(count)
-
-
 def _ids(samples: int | Sequence[int] | Tensor) -> np.ndarray[Any, np.dtype[np.int64]]:
     """Return the ids in ascending order."""
     if isinstance(samples, int):
         check_number("TeacherCache", "samples", samples, min=1, integer=True)
         return np.arange(samples, dtype=np.int64)
     ids = np.sort(_whole("samples", samples))
-    check_distinct(ids)
+    check_argument(len(ids) > 0, "TeacherCache: samples must contain at least one id, got none")
+    repeated = ids[1:][ids[1:] == ids[:-1]].tolist()
+    check_argument(not repeated, f"TeacherCache: samples must be distinct, got repeated ids {repeated[:4]}")
     return ids
 
 
 def _whole(name: str, values: Any) -> np.ndarray[Any, np.dtype[np.int64]]:
-    found = values.detach().cpu().numpy() if isinstance(values, Tensor) else np.asarray(values)
-    check_whole(name, found)
-    return found.astype(np.int64, copy=False)
+    array = values.detach().cpu().numpy() if isinstance(values, Tensor) else np.asarray(values)
+    check_argument(
+        array.ndim == 1 and (not len(array) or array.dtype.kind in "iu"),
+        f"TeacherCache: {name} must be (b,) integers, got {array.dtype} {array.shape}",
+    )
+    return array.astype(np.int64, copy=False)

@@ -42,11 +42,7 @@ class CachedTeacher(nn.Module):
     """
 
     def __init__(
-        self,
-        cache: TeacherCache,
-        *,
-        reads: Sequence[str] = ("sample", "view"),
-        features: Sequence[str] | None = None,
+        self, cache: TeacherCache, *, reads: Sequence[str] = ("sample", "view"), features: Sequence[str] | None = None
     ) -> None:
         super().__init__()
         check_type("CachedTeacher", "cache", cache, TeacherCache, "a TeacherCache")

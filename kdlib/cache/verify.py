@@ -13,20 +13,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from kdlib._checks import check_number, check_type
-from kdlib.cache._checks import (
-    check_ascending,
-    check_block,
-    check_checksum,
-    check_close,
-    check_ids_checksum,
-    check_size,
-    check_together,
-    other_feature,
-)
+from kdlib.cache._checks import cache_error, check_argument, check_cache
 from kdlib.cache.blocks import NAME, block_digest, record_type
-from kdlib.cache.build import teacher_outputs
+from kdlib.cache.build import ids_digest, teacher_outputs
 from kdlib.cache.codec import unpack
-from kdlib.cache.layout import Layout, shard_path
+from kdlib.cache.layout import Layout, check_size, shard_path
 from kdlib.cache.store import TeacherCache
 
 __all__ = ["CacheCheck", "verify_cache"]
@@ -92,16 +83,25 @@ def verify_cache(
     """
     check_type("verify_cache", "cache", cache, TeacherCache, "a TeacherCache")
     check_number("verify_cache", "recompute", recompute, min=0, integer=True)
-    check_together(teacher, fetch)
+    given = "fetch" if teacher is None else "teacher"
+    check_argument(
+        (teacher is None) == (fetch is None),
+        f"verify_cache: teacher and fetch must be given together, got only {given}",
+    )
     layout = cache._layout
-    _check_ids(cache.path, layout)
+    ids, file = cache._mapped_ids(), cache.path / "samples.i64"
+    check_cache(not (ids[1:] <= ids[:-1]).any(), f"{file} is damaged: its ids are not ascending")
+    check_cache(ids_digest(ids) == layout.ids, f"{file} is damaged: its ids do not match the checksum in the header")
     records = _records(cache.path, layout)
     for block in range(layout.blocks):
         start, stop = layout.rows_in(block)
         rows = cache._raw(start, stop)
         files = {shard_path(cache.path, shard).name for shard, _, _ in layout.pieces(start, stop)}
-        good = np.array_equal(records["digest"][block], block_digest(rows))
-        check_block(cache.path, files, good, start, stop)
+        check_cache(
+            np.array_equal(records["digest"][block], block_digest(rows)),
+            f"{cache.path / ' or '.join(sorted(files))} is damaged: the checksum of rows {start} to {stop - 1} does not "
+            "match; build the cache again",
+        )
         cache._check_finite(unpack(layout, rows, layout.features), np.arange(start, stop))
         if progress is not None:
             progress(stop, layout.total)
@@ -113,24 +113,12 @@ def verify_cache(
     return CacheCheck(layout.total, layout.shards, count, distances)
 
 
-def _check_ids(path: Path, layout: Layout) -> None:
-    file, digest, last = path / "samples.i64", hashlib.sha256(), None
-    check_size(file, 8 * layout.samples, file.stat().st_size if file.is_file() else 0)
-    with file.open("rb") as stream:
-        while part := stream.read(1 << 20):
-            digest.update(part)
-            ids = np.frombuffer(part, "<i8")
-            ids = ids if last is None else np.concatenate([[last], ids])
-            last = ids[-1]
-            check_ascending(file, ids)
-    check_ids_checksum(file, digest.hexdigest() == layout.ids)
-
-
 def _records(path: Path, layout: Layout) -> np.ndarray[Any, Any]:
     file, kind = path / NAME, record_type(layout)
-    check_size(file, layout.blocks * kind.itemsize, file.stat().st_size if file.is_file() else 0)
+    check_size(file, layout.blocks * kind.itemsize)
     content = file.read_bytes()
-    check_checksum(file, hashlib.sha256(content).hexdigest() == layout.checks)
+    good = hashlib.sha256(content).hexdigest() == layout.checks
+    check_cache(good, f"{file} is damaged: it does not match the checksum in the header")
     return np.frombuffer(content, kind)
 
 
@@ -148,12 +136,17 @@ def _recompute(
             stored = cache.read(torch.from_numpy(samples), int(view))
             for name, x in stored.items():
                 if name not in outputs or outputs[name].shape != x.shape:
-                    raise other_feature(cache.path, name, tuple(x.shape[1:]))
+                    shape = tuple(x.shape[1:])
+                    raise cache_error(f"{cache.path} has a feature {name!r} {shape}, which the teacher does not return")
                 error = 1 - F.cosine_similarity(x.flatten(1).double(), outputs[name].flatten(1).double())
                 # Two zero rows are equal.
                 error[(x.flatten(1) == 0).all(1) & (outputs[name].flatten(1) == 0).all(1)] = 0.0
                 allowed = 2 * layout.error.get(name, {}).get("max_cosine", 0.0) + TOLERANCE
                 at = int(error.argmax())
-                check_close(cache.path, name, samples[at], view, error=float(error[at]), allowed=allowed)
+                check_cache(
+                    float(error[at]) <= allowed,
+                    f"{cache.path} differs from the teacher's output: feature {name!r} of sample {samples[at]}, view "
+                    f"{view} has a cosine error of {error[at]:.2g}, allowed is {allowed:.2g}",
+                )
                 largest[name] = max(largest[name], float(error[at]))
     return largest

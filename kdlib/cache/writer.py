@@ -10,9 +10,10 @@ from typing import BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
+from kdlib._atomic import sync_folder
 from kdlib.cache.blocks import Blocks, block_digest
 from kdlib.cache.codec import Errors
-from kdlib.cache.layout import NO_LINK, Layout, read_header, shard_path, sync_directory, writing
+from kdlib.cache.layout import NO_LINK, Layout, read_header, shard_path, writing
 
 __all__ = ["Writer"]
 
@@ -48,7 +49,7 @@ class Writer:
         if os.fstat(file.fileno()).st_size != self.layout.bytes_of(shard):
             file.truncate(self.layout.bytes_of(shard))
         file.seek(self.layout.rows_of(shard) * self.layout.row_bytes)
-        file.write(self.layout.seal_of(shard))
+        file.write(self.layout.trailer_of(shard))
         return file
 
     def sync(self) -> None:
@@ -61,7 +62,8 @@ class Writer:
                 os.fsync(file.fileno())
                 file.close()
             del self.files[shard]
-        sync_directory(self.directory)
+        with writing(self.directory):
+            sync_folder(self.directory)
         self.blocks.mark(self.pending)
         self.pending = {}
         with self.blocks.header_lock():
@@ -90,11 +92,7 @@ class Writer:
 
     def count(self, done: NDArray[np.bool_]) -> int:
         """Return the number of rows in complete blocks, and continue counting from there."""
-        layout = self.layout
-        per_view = -(-layout.samples // layout.block)
-        short = layout.samples - (per_view - 1) * layout.block
-        views = done.reshape(layout.views, per_view)
-        self.done = int(views[:, :-1].sum()) * layout.block + int(views[:, -1].sum()) * short
+        self.done = int(self.layout.block_rows[done].sum())
         return self.done
 
     def close(self) -> None:

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 
 from kdlib._atomic import atomic_write
-from kdlib.training._checks import check_checksum, check_format, check_stored, none_readable, unreadable, unwritable
+from kdlib.training._checks import check_archive, checkpoint_error
+from kdlib.training.config import TrainConfig
 from kdlib.training.events import CheckpointError
 
 __all__ = ["CheckpointStore", "load_checkpoint"]
@@ -39,37 +40,22 @@ def load_checkpoint(path: str | PathLike[str]) -> dict[str, Any]:
     try:
         # torch.load ignores the checksums of the archive, so a flipped bit would change a weight silently.
         with zipfile.ZipFile(path) as archive:
-            check_stored(archive, os.path.getsize(path))
-            check_checksum(archive.testzip())
+            check_archive(archive, os.path.getsize(path))
         state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged file can raise almost any exception in the readers
-        raise unreadable(path, error) from error
-    check_format(path, state, _FORMAT)
+        raise checkpoint_error(f"checkpoint {path} cannot be read: {error}") from error
+    if not isinstance(state, dict) or state.get("format") != _FORMAT:
+        got = f"format {state.get('format')!r}" if isinstance(state, dict) else f"a {type(state).__name__}"
+        raise checkpoint_error(f"checkpoint {path} must have format {_FORMAT}, got {got}")
     return state
 
 
 class CheckpointStore:
-    """Checkpoints of one run, such as `step-000000120.pt`, in their own directory.
+    """Checkpoints of one run, such as `step-000000120.pt`, in `checkpoint_dir`, or nowhere if that is `None`."""
 
-    Args:
-        directory: Created if missing; `None` stores nothing.
-        keep: Number of checkpoints to keep.
-        every_steps: Steps between checkpoints, or `None`.
-        every_seconds: Seconds between checkpoints, or `None`.
-    """
-
-    def __init__(
-        self,
-        directory: str | PathLike[str] | None,
-        *,
-        keep: int,
-        every_steps: int | None = None,
-        every_seconds: float | None = None,
-    ) -> None:
-        self.directory = None if directory is None else Path(directory)
-        self.keep = keep
-        self.every_steps = every_steps
-        self.every_seconds = every_seconds
+    def __init__(self, config: TrainConfig) -> None:
+        self.config = config
+        self.directory = None if config.checkpoint_dir is None else Path(config.checkpoint_dir)
         self.newest: Path | None = None
         self._saved_at = monotonic()
 
@@ -77,8 +63,9 @@ class CheckpointStore:
         """Return whether a checkpoint is due after `step` steps."""
         if self.directory is None:
             return False
-        by_step = self.every_steps is not None and step % self.every_steps == 0
-        return by_step or (self.every_seconds is not None and monotonic() - self._saved_at >= self.every_seconds)
+        steps, seconds = self.config.checkpoint_every_steps, self.config.checkpoint_every_seconds
+        by_step = steps is not None and step % steps == 0
+        return by_step or (seconds is not None and monotonic() - self._saved_at >= seconds)
 
     def load(self) -> dict[str, Any] | None:
         """Return the newest readable checkpoint, or `None` if there are no checkpoints.
@@ -98,7 +85,10 @@ class CheckpointStore:
             self.newest = path
             return state
         if paths:
-            raise none_readable(self.directory, len(paths))
+            # A new run must not overwrite them.
+            raise checkpoint_error(
+                f"none of the {len(paths)} checkpoints in {self.directory} can be read; remove them to start from the beginning"
+            )
         return None
 
     def save(self, step: int, state: Mapping[str, Any]) -> None:
@@ -113,10 +103,13 @@ class CheckpointStore:
         try:
             with atomic_write(path, durable=True, sole_writer=True) as file:
                 torch.save({"format": _FORMAT, "step": step, **state}, file)
-            for old in [old for old in self._paths() if old <= path][: -self.keep]:
+            for old in [old for old in self._paths() if old <= path][: -self.config.keep]:
                 old.unlink(missing_ok=True)
         except (OSError, RuntimeError) as error:  # torch's archive writer raises RuntimeError for some write errors
-            raise unwritable(path, error, self.newest) from error
+            # The archive writer hides the system's error in the context.
+            cause = error.__context__ if isinstance(error.__context__, OSError) else error
+            kept = f"{self.newest} is kept" if self.newest else "there is no earlier checkpoint"
+            raise checkpoint_error(f"checkpoint {path} cannot be written: {cause}; {kept}") from error
         self.newest = path
         self._saved_at = monotonic()
 

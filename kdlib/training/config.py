@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from kdlib._checks import check_choice, check_number
-from kdlib.training._checks import check_device, check_flag, check_length, check_path
+from kdlib._checks import check_choice, check_number, check_type
+from kdlib.training._checks import check_argument, check_device
 
 __all__ = ["OptimizerFactory", "Schedule", "TrainConfig"]
 
@@ -94,7 +94,8 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         owner = "TrainConfig"
-        check_length(owner, self.epochs, self.max_steps)
+        given = self.epochs is not None or self.max_steps is not None
+        check_argument(given, "epochs or max_steps must be given, got neither", owner=owner)
         for name in ("accumulate", "keep", "log_every"):
             check_number(owner, name, getattr(self, name), min=1, integer=True)
         for name in ("epochs", "max_steps", "checkpoint_every_steps"):
@@ -117,9 +118,9 @@ class TrainConfig:
         if self.amp is not None:
             check_choice(owner, "amp", self.amp, ("bfloat16", "float16"))
         for name in ("channels_last", "find_unused_parameters"):
-            check_flag(owner, name, getattr(self, name))
+            check_type(owner, name, getattr(self, name), bool, "True or False")
         for name in ("checkpoint_dir", "log_path"):
-            check_path(owner, name, getattr(self, name))
+            check_type(owner, name, getattr(self, name), (str, PathLike, type(None)), "a path or None")
         check_device(owner, self.device)
 
     def __repr__(self) -> str:

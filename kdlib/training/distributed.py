@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from kdlib.training._checks import check_same_steps
+from kdlib.training._checks import check_argument
 
 __all__ = ["average", "check_same_step", "free_wrapper", "rank", "synchronize_if", "world_size", "wrap"]
 
@@ -77,4 +77,7 @@ def check_same_step(step: int, device: torch.device) -> None:
         return
     steps = [torch.zeros(1, dtype=torch.int64, device=device) for _ in range(world_size())]
     dist.all_gather(steps, torch.tensor([step], device=device))
-    check_same_steps([int(value) for value in steps])
+    values = [int(value) for value in steps]
+    check_argument(
+        len(set(values)) == 1, f"checkpoint_dir must be one directory shared by all processes, got steps {values}"
+    )

@@ -3,10 +3,9 @@
 import json
 from os import PathLike
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self
 
-from kdlib.training._checks import no_row
+from kdlib.training._checks import check_argument
 
 __all__ = ["JsonLog", "read_log"]
 
@@ -62,9 +61,7 @@ class JsonLog:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: object, error: object, trace: object) -> None:
         if self._file is not None:
             self._file.close()
 
@@ -83,7 +80,7 @@ def _good_rows(path: Path, *, last_step: int | None) -> tuple[list[dict[str, Any
         except (ValueError, TypeError, KeyError):
             if incomplete and (rows or line.startswith(b"{")):
                 break
-            raise no_row(path, number) from None
+            check_argument(False, f"{path} must be a training log, got something else in line {number}")
         if incomplete or (last_step is not None and step > last_step):
             break
         rows.append(row)

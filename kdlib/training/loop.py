@@ -6,19 +6,12 @@ from time import monotonic
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from kdlib._checks import check_type
 from kdlib.distiller import Distiller
 from kdlib.training import distributed
-from kdlib.training._checks import (
-    check_batch,
-    check_distiller,
-    check_fingerprint,
-    check_finite_weights,
-    check_hooks,
-    check_loader,
-    diverged,
-)
+from kdlib.training._checks import check_batch, check_distiller, check_fingerprint, check_hooks, check_loader, diverged
 from kdlib.training.checkpoint import CheckpointStore
 from kdlib.training.config import TrainConfig
 from kdlib.training.ema import EMA
@@ -29,7 +22,6 @@ from kdlib.training.signals import DeferredSignals
 from kdlib.training.step import (
     Readings,
     batch_size,
-    not_finite,
     private_randomness,
     random_state,
     sample_ids,
@@ -93,12 +85,7 @@ def train(
     with private_randomness(device, config.seed + rank), deferred as signals:
         stream = BatchStream(loader, config.accumulate)
         total_steps = stream.steps(config.epochs, config.max_steps)
-        store = CheckpointStore(
-            config.checkpoint_dir,
-            keep=config.keep,
-            every_steps=config.checkpoint_every_steps,
-            every_seconds=config.checkpoint_every_seconds,
-        )
+        store = CheckpointStore(config)
         if not distiller.objective.inferred:
             distiller.infer(*_moved(stream.peek(), device, config))
         distiller.train()
@@ -181,8 +168,11 @@ class _Run:
         """Write the checkpoint of this step unless a weight is NaN or infinite."""
         weights = self.distiller.state_dict()
         # A finite loss can have a non-finite gradient, which the loss would only show after this checkpoint.
-        bad, last = not_finite(weights), self.last
-        check_finite_weights(bad, last["terms"], step=self.step, epoch=last["epoch"], newest=store.newest)
+        bad = [name for name, x in weights.items() if isinstance(x, Tensor) and not torch.isfinite(x).all()]
+        if bad:
+            problem = f"weights must be finite at step {self.step}, got NaN or infinity in {', '.join(bad[:4])}"
+            last = self.last
+            raise diverged(problem, last["terms"], step=self.step, epoch=last["epoch"], newest=store.newest)
         state = {
             "distiller": weights,
             "optimizer": self.optimizer.state_dict(),
@@ -250,11 +240,18 @@ def _check_loss(
     epoch: int,
     first: int,
 ) -> None:
+    """Require a finite loss; the error names the batches and, if the targets contain them, the sample ids."""
     if isfinite(total):
         return
     run.optimizer.zero_grad(set_to_none=True)
-    where = {"step": run.step + 1, "epoch": epoch, "first": first, "batches": len(group)}
-    raise diverged(total, terms, **where, samples=sample_ids(group), newest=store.newest)
+    step, samples = run.step + 1, sample_ids(group)
+    ids = ", ".join(map(str, samples[:32])) + (", ..." if len(samples) > 32 else "")
+    batches = f"batch {first}" if len(group) == 1 else f"batches {first} to {first + len(group) - 1}"
+    problem = (
+        f"loss must be finite, got {total} at step {step}, epoch {epoch}, {batches} of the epoch"
+        f"{f' (samples {ids})' if samples else ''}; terms {', '.join(f'{name}={x:.6g}' for name, x in terms.items())}"
+    )
+    raise diverged(problem, terms, step=step, epoch=epoch, newest=store.newest, samples=samples)
 
 
 def _place(distiller: Distiller, config: TrainConfig) -> torch.device:

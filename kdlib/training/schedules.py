@@ -6,7 +6,8 @@ from math import cos, pi
 import torch
 from torch import nn
 
-from kdlib.training._checks import check_optimizer, check_parameters
+from kdlib._checks import check_type
+from kdlib.training._checks import check_argument
 from kdlib.training.config import TrainConfig
 
 __all__ = ["build_optimizer", "lr_factor", "parameter_groups", "set_lr"]
@@ -50,11 +51,11 @@ def parameter_groups(parameters: Iterable[nn.Parameter], config: TrainConfig) ->
 def build_optimizer(parameters: Iterable[nn.Parameter], config: TrainConfig) -> torch.optim.Optimizer:
     """Build the optimizer of `config` on :func:`parameter_groups`; each group stores its `initial_lr`."""
     groups = parameter_groups(parameters, config)
-    check_parameters(groups)
+    check_argument(bool(groups), "distiller.trainable_parameters() must return at least one parameter, got none")
     optimizer: torch.optim.Optimizer
     if callable(config.optimizer):
         optimizer = config.optimizer(groups)
-        check_optimizer(optimizer)
+        check_type("train", "the result of optimizer", optimizer, torch.optim.Optimizer, "a torch.optim.Optimizer")
     elif config.optimizer == "sgd":
         optimizer = torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum)
     else:

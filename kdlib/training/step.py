@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["Readings", "batch_size", "not_finite", "private_randomness", "random_state", "sample_ids", "to_device"]
+__all__ = ["Readings", "batch_size", "private_randomness", "random_state", "sample_ids", "to_device"]
 
 
 class Readings:
@@ -79,12 +79,6 @@ def sample_ids(group: list[tuple[Any, Any]]) -> tuple[int, ...]:
         if isinstance(ids, Tensor):
             samples += [int(value) for value in ids.flatten().tolist()]
     return tuple(samples)
-
-
-def not_finite(state: Mapping[str, Any]) -> list[str]:
-    """Return the names of the tensors that contain NaN or infinity."""
-    floats = [(name, x) for name, x in state.items() if isinstance(x, Tensor) and x.is_floating_point()]
-    return [name for name, x in floats if not torch.isfinite(x).all()]
 
 
 @contextmanager

@@ -2,20 +2,15 @@
 
 from collections.abc import Iterable, Iterator, Sized
 from itertools import islice
-from typing import Any
+from typing import Any, cast
 
 import torch
 
-from kdlib.training._checks import (
-    check_generators,
-    check_no_more,
-    check_skipped,
-    empty_epoch,
-    no_batch,
-    no_length,
-)
+from kdlib.training._checks import check_argument
 
 __all__ = ["Batch", "BatchStream"]
+
+_EMPTY = "loader must yield at least one batch, got none"
 
 Batch = tuple[Any, Any]
 """`(inputs, targets)` as yielded by the loader."""
@@ -44,14 +39,12 @@ class BatchStream:
 
     def steps(self, epochs: int | None, max_steps: int | None) -> int:
         """Return the number of steps of the run."""
-        if self.length == 0:
-            raise no_batch()
-        if epochs is None:
+        check_argument(self.length != 0, _EMPTY)
+        if epochs is None or self.length is None:
+            check_argument(
+                max_steps is not None, "loader must have a length when max_steps is not given, got one without"
+            )
             return int(max_steps or 0)
-        if self.length is None:
-            if max_steps is None:
-                raise no_length()
-            return max_steps
         steps = epochs * -(-self.length // self.accumulate)
         return steps if max_steps is None else min(steps, max_steps)
 
@@ -60,10 +53,9 @@ class BatchStream:
         states = self._random_states()
         self._set_epoch(0)
         batch = next(iter(self.loader), None)
-        if batch is None:
-            raise no_batch()
+        check_argument(batch is not None, _EMPTY)
         self._set_random_states(states)
-        return batch
+        return cast(Batch, batch)
 
     def take(self) -> tuple[int, int, list[Batch]]:
         """Return the epoch, the index of the first batch within it, and the next group of batches."""
@@ -74,11 +66,14 @@ class BatchStream:
             self.batch += len(group)
             # The iterator is exhausted at the end of an epoch, so that its last random draws belong to this epoch.
             if not group or self.batch == self.length:
-                check_no_more(next(batches, None) is not None, self.length)
+                check_argument(
+                    next(batches, None) is None, f"loader must yield len(loader) = {self.length} batches, got more"
+                )
                 self.epoch, self.batch, self._batches = epoch + 1, 0, None
             if group:
-                return epoch, first, group
-        raise empty_epoch(self.epoch - 1)
+                break
+        check_argument(bool(group), f"loader must yield batches in every epoch, got none in epoch {epoch}")
+        return epoch, first, group
 
     def state_dict(self) -> dict[str, Any]:
         """Return the position: the epoch, the number of batches taken, and the random states at the start of the epoch."""
@@ -101,7 +96,10 @@ class BatchStream:
             return batches
         self._batches = batches = iter(self.loader)
         skipped = sum(1 for _ in islice(batches, self.batch))
-        check_skipped(self.batch, skipped)
+        check_argument(
+            skipped == self.batch,
+            f"loader must yield the {self.batch} batches of the interrupted epoch again, got {skipped}",
+        )
         return batches
 
     def _set_epoch(self, epoch: int) -> None:
@@ -126,7 +124,10 @@ class BatchStream:
 
     def _set_random_states(self, states: list[torch.Tensor]) -> None:
         generators = self._generators()
-        check_generators(len(states), len(generators))
+        check_argument(
+            len(states) == len(generators),
+            f"loader must have {len(states) - 1} generators as before, got {len(generators) - 1}",
+        )
         for generator, state in zip(generators, states, strict=True):
             generator.set_state(state)
 

@@ -8,7 +8,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 
@@ -102,22 +102,36 @@ def build(
     if workers > 1 and sys.platform == "win32":
         raise InputError("cache: workers must be 1 on Windows, which does not support POSIX locks")
     threads = max(1, torch.get_num_threads() // workers)
-    work = (config, output, list(faces), teacher, list(taps), threads)
-    with _threads(threads), _workers(workers - 1, work, quiet=not progress):
-        return _build(config, output, faces, teacher, taps, quiet=not progress)
+    job = _Job(config, output, tuple(faces), teacher, tuple(taps))
+    with _threads(threads), _workers(workers - 1, job, threads, quiet=not progress):
+        return _build(job, quiet=not progress)
 
 
-def _build(
-    config: CacheConfig, output: Path, faces: Sequence[str], teacher: Path, taps: Sequence[str], *, quiet: bool
-) -> TeacherCache:
-    views = config.seeded()
-    listed = read_faces(faces)
+@dataclass(frozen=True)
+class _Job:
+    """Arguments of a build that are sent to the worker processes."""
+
+    config: CacheConfig
+    output: Path
+    faces: Sequence[str]
+    teacher: Path
+    taps: Sequence[str]
+
+
+def _build(job: _Job, *, quiet: bool) -> TeacherCache:
+    config, views = job.config, job.config.seeded()
     source = CacheSource(
-        listed, teacher, parse_taps(taps), views, size=config.size, decoders=config.decoders, quiet=quiet
+        read_faces(job.faces),
+        job.teacher,
+        parse_taps(job.taps),
+        views,
+        size=config.size,
+        decoders=config.decoders,
+        quiet=quiet,
     )
-    with progress_to(f"outputs of {teacher.stem}", quiet=quiet) as show:
-        cache = TeacherCache.build(
-            output,
+    with progress_to(f"outputs of {job.teacher.stem}", quiet=quiet) as show:
+        return TeacherCache.build(
+            job.output,
             source.model,
             source.fetch,
             samples=len(source.faces),
@@ -128,11 +142,9 @@ def _build(
             shard_bytes=config.shard_bytes,
             sync_seconds=config.sync_seconds,
             progress=show,
-            shared=sys.platform != "win32",
             prefetch=2,
             notes=source.notes,
         )
-    return cache
 
 
 def verify(
@@ -161,19 +173,13 @@ def verify(
     if bool(faces) != (teacher is not None):
         raise InputError("cache verify: --faces and --teacher must be given together, to recompute some rows")
     cache = TeacherCache.open(path)
-    source = None
-    if teacher is not None:
+    with progress_to("checking", quiet=not progress) as show:
+        if teacher is None:
+            return verify_cache(cache, progress=show)
         views, taps, size = _build_options(cache)
         source = CacheSource(read_faces(faces), teacher, taps, views, size=size, decoders=decoders, quiet=not progress)
         TeacherCache.open(path, fingerprint=source.fingerprint)
-    with progress_to("checking", quiet=not progress) as show:
-        return verify_cache(
-            cache,
-            teacher=None if source is None else source.model,
-            fetch=None if source is None else source.fetch,
-            recompute=rows,
-            progress=show,
-        )
+        return verify_cache(cache, teacher=source.model, fetch=source.fetch, recompute=rows, progress=show)
 
 
 def info(path: Path) -> str:
@@ -225,11 +231,8 @@ def _build_options(cache: TeacherCache) -> tuple[SeededViews, dict[str, str], in
     notes = cache.notes
     try:
         taps, size = json.loads(notes["taps"]), int(notes["size"])
-        if (
-            not isinstance(taps, dict)
-            or not all(isinstance(tap, str) for tap in taps.values())
-            or not 1 <= size <= 4096
-        ):
+        named = isinstance(taps, dict) and all(isinstance(tap, str) for tap in taps.values())
+        if not named or not 1 <= size <= 4096:
             raise ValueError("taps or size have a wrong type")
         return SeededViews.from_text(notes["views"]), taps, size
     except (KeyError, ValueError, RecursionError) as error:
@@ -265,7 +268,7 @@ def _threads(count: int) -> Iterator[None]:
 
 
 @contextmanager
-def _workers(count: int, work: tuple[Any, ...], *, quiet: bool) -> Iterator[None]:
+def _workers(count: int, job: _Job, threads: int, *, quiet: bool) -> Iterator[None]:
     """Run other processes that build the same cache within the block; the work of a failed process is done by the others.
 
     When the block ends, the cache is complete or an error was raised, so running processes can be terminated.
@@ -275,7 +278,7 @@ def _workers(count: int, work: tuple[Any, ...], *, quiet: bool) -> Iterator[None
     try:
         for _ in range(count):
             ours, theirs = context.Pipe(duplex=False)
-            process = context.Process(target=_worker, args=(theirs, *work), daemon=True)
+            process = context.Process(target=_worker, args=(theirs, job, threads), daemon=True)
             process.start()
             theirs.close()
             running.append((process, ours))
@@ -293,18 +296,10 @@ def _workers(count: int, work: tuple[Any, ...], *, quiet: bool) -> Iterator[None
             ours.close()
 
 
-def _worker(
-    connection: Connection,
-    config: CacheConfig,
-    output: Path,
-    faces: Sequence[str],
-    teacher: Path,
-    taps: Sequence[str],
-    threads: int,
-) -> None:
+def _worker(connection: Connection, job: _Job, threads: int) -> None:
     torch.set_num_threads(threads)
     try:
-        _build(config, output, faces, teacher, taps, quiet=True)
+        _build(job, quiet=True)
     except KeyboardInterrupt:
         sys.exit(130)
     except Exception as error:

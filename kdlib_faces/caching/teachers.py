@@ -125,12 +125,10 @@ def _check_faces(
             f"train: {source} was computed from other images: it has {cache.samples} images of {lists}, the lists have "
             f"{len(faces)}; give the same lists in the same order"
         )
-    header = read_header(Path(source))
-    stored = "" if header is None else header.parts.get("data", "")
+    stored = cache.parts.get("data", "")
     if not stored:
         raise InputError(f"train: {source} does not identify its images; use a cache of `kdlib-faces cache build`")
-    key = views.to_text()
-    if key not in digests:
+    if (key := views.to_text()) not in digests:
         digests[key] = data_digest(faces, views, quiet=quiet)
     if stored != digests[key]:
         raise InputError(

@@ -12,15 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from kdlib.training import (
-    CheckpointError,
-    TrainConfig,
-    TrainEvent,
-    TrainingDiverged,
-    load_checkpoint,
-    read_log,
-    train,
-)
+from kdlib.training import CheckpointError, TrainConfig, TrainEvent, TrainingDiverged, load_checkpoint, read_log, train
 from kdlib.training.ema import EMA
 from kdlib.training.log import JsonLog
 from kdlib.training.schedules import lr_factor, parameter_groups
