@@ -1,4 +1,4 @@
-"""Atomic file writing, shared by both packages."""
+"""Atomic file writing: a private module that kdlib and kdlib_faces share on purpose."""
 
 import os
 import tempfile

@@ -27,10 +27,10 @@ CORE = {
     "weighting": set(),
     "influence": set(),
     "objective": {"influence", "projections", "weighting"},
-    "distiller": {"adapters", "influence", "objective"},
+    "distiller": {"influence", "objective"},
     "training": {"distiller"},
     "evaluation": set(),
-    "testing": {"adapters", "losses", "projections", "weighting"},
+    "testing": {"adapters"},
 }
 FACES = {
     "data": set(),

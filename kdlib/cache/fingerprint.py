@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 from kdlib._checks import check_type
-from kdlib.adapters import TeacherAdapter
 from kdlib.cache._checks import undescribed
+from kdlib.types import FrozenModel, HasFingerprint
 
 __all__ = ["Fingerprint", "model_fingerprint"]
 
@@ -99,8 +99,8 @@ def _add(digest: Any, part: str | bytes) -> None:
 def model_fingerprint(module: nn.Module, *, preprocessing: str = "", data: str = "") -> str:
     """Compute a SHA-256 over a model's weights, buffers, taps and preprocessing, and the caller's description of the data.
 
-    The result does not depend on the device. Of the code, only the class and its `repr` are included. If a module has a
-    string attribute `fingerprint`, it is used instead.
+    The result does not depend on the device. Of the code, only the class and its `repr` are included. The
+    text of a module with a `fingerprint` of its own (`HasFingerprint`) is used instead.
 
     Args:
         module: a `TeacherAdapter`, or any module.
@@ -124,11 +124,10 @@ def model_fingerprint(module: nn.Module, *, preprocessing: str = "", data: str =
 
 
 def _parts(module: nn.Module, *, described: bool) -> Iterator[str | bytes | _Preprocessing]:
-    own = _own(module)
-    if isinstance(own, str):
-        yield own
+    if isinstance(module, HasFingerprint):
+        yield module.fingerprint
         return
-    if isinstance(module, TeacherAdapter):
+    if isinstance(module, FrozenModel):
         yield f"{list(module.taps.items())!r} {module.dtype}"
         if module.preprocess is not None:
             for part in _callable_parts(module.preprocess, described=described):
@@ -143,13 +142,10 @@ def _parts(module: nn.Module, *, described: bool) -> Iterator[str | bytes | _Pre
         yield value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
     # Children with a fingerprint of their own do not list their weights as parameters.
     for name, child in module.named_modules():
-        if child is not module and (isinstance(child, TeacherAdapter) or isinstance(_own(child), str)):
+        separate = isinstance(child, (FrozenModel, HasFingerprint))
+        if separate and child is not module:
             yield name
             yield from _parts(child, described=described)
-
-
-def _own(module: nn.Module) -> object:
-    return getattr(module, "fingerprint", None)
 
 
 def _callable_parts(preprocess: Any, *, described: bool) -> Iterator[str | bytes | _Preprocessing]:

@@ -4,7 +4,7 @@ import argparse
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 from torch import nn
@@ -14,6 +14,7 @@ from kdlib._checks import check_choice, check_number
 from kdlib.cache import model_fingerprint
 from kdlib.distiller import Distiller
 from kdlib.objective import Objective, Term
+from kdlib.types import Teacher
 from kdlib_faces._checks import InputError
 from kdlib_faces.backbones import Backbone
 from kdlib_faces.caching.teachers import OpenTeachers, TeacherSource, open_teachers
@@ -183,7 +184,8 @@ def build(
         weighting = CenterConfidenceWeighting(config.num_identities, temperature=config.temperature)
     lead = "embedding" if "embedding" in terms else None
     objective = Objective(terms, weighting if lead else None, weigh_by=lead)
-    return Distiller(StudentAdapter(student, stage_taps(student, config.stage)), teachers, objective)
+    adapter = StudentAdapter(student, stage_taps(student, config.stage))
+    return Distiller(adapter, cast(Mapping[str, Teacher], teachers), objective)
 
 
 def _new_student(config: LIAADConfig) -> Backbone:

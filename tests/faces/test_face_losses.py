@@ -56,7 +56,7 @@ MAKERS = {
     "triplet": lambda: TripletDistillLoss(),
     "triplet angle": lambda: TripletDistillLoss(distance="angle"),
     "triplet semihard": lambda: TripletDistillLoss(mining="semihard"),
-    "evaluation": lambda: EvaluationOrientedLoss(temperature=0.2, hardest=10),
+    "evaluation": lambda: EvaluationOrientedLoss(temperature=0.2, num_hard_negatives=10),
     "adaptive arc": lambda: AdaptiveCentersLoss(N, D, scale=8.0),
     "adaptive cos": lambda: AdaptiveCentersLoss(N, D, scale=8.0, head="cosface", centers=CENTERS),
 }
@@ -311,21 +311,24 @@ class TestEveryLoss:
         (lambda: MarginDistillLoss(0, 4), "MarginDistillLoss: num_identities must be"),
         (lambda: MarginDistillLoss(4, 2.5), "MarginDistillLoss: embedding_dim must be"),
         (lambda: MarginDistillLoss(4, 4, scale=0.0), "MarginDistillLoss: scale must be"),
-        (lambda: MarginDistillLoss(4, 4, least_margin=-0.1), "MarginDistillLoss: least_margin must be"),
-        (lambda: MarginDistillLoss(4, 4, most_margin=0.1), "MarginDistillLoss: most_margin must be .* >= 0.2"),
+        (lambda: MarginDistillLoss(4, 4, min_margin=-0.1), "MarginDistillLoss: min_margin must be"),
+        (lambda: MarginDistillLoss(4, 4, max_margin=0.1), "MarginDistillLoss: max_margin must be .* >= 0.2"),
         (lambda: MarginDistillLoss(4, 4, reduction="sum"), "MarginDistillLoss: reduction must be one of"),
         (lambda: MarginDistillLoss(4, 4, centers=torch.ones(4, 5)), r"centers must be \(n, d\) with n = 4 and d = 4"),
         (lambda: MarginDistillLoss(2, 2, centers=torch.eye(2) * torch.inf), "centers must be finite"),
         (lambda: MarginDistillLoss(2, 2, centers=torch.tensor([[1.0, 0], [0, 0]])), "no row of zeros, got row 1"),
         (lambda: TripletDistillLoss(distance="l1"), "TripletDistillLoss: distance must be one of 'squared', 'angle'"),
         (lambda: TripletDistillLoss(mining="all"), "TripletDistillLoss: mining must be one of 'hardest', 'semihard'"),
-        (lambda: TripletDistillLoss(most_margin=0.1), "TripletDistillLoss: most_margin must be .* >= 0.2"),
-        (lambda: TripletDistillLoss(least_margin=4, most_margin=4, distance="angle"), "least_margin must be .*3.14"),
+        (lambda: TripletDistillLoss(max_margin=0.1), "TripletDistillLoss: max_margin must be .* >= 0.2"),
+        (lambda: TripletDistillLoss(min_margin=4, max_margin=4, distance="angle"), "min_margin must be .*3.14"),
         (lambda: EvaluationOrientedLoss(rates=()), "EvaluationOrientedLoss: rates must hold at least one number"),
         (lambda: EvaluationOrientedLoss(rates=(0.0,)), r"EvaluationOrientedLoss: rates\[0\] must be .* > 0"),
         (lambda: EvaluationOrientedLoss(rates="0.1"), "EvaluationOrientedLoss: rates must be a sequence"),
         (lambda: EvaluationOrientedLoss(temperature=0.0), "EvaluationOrientedLoss: temperature must be"),
-        (lambda: EvaluationOrientedLoss(hardest=2.0), "EvaluationOrientedLoss: hardest must be a whole number"),
+        (
+            lambda: EvaluationOrientedLoss(num_hard_negatives=2.0),
+            "EvaluationOrientedLoss: num_hard_negatives must be a whole number",
+        ),
         (lambda: EvaluationOrientedLoss(positive_weight=-1.0), "EvaluationOrientedLoss: positive_weight must be"),
         (lambda: EvaluationOrientedLoss(momentum=0.0), "EvaluationOrientedLoss: momentum must be"),
         (lambda: AdaptiveCentersLoss(0, 4), "AdaptiveCentersLoss: num_identities must be"),
@@ -344,7 +347,7 @@ def test_wrong_arguments(make: Any, words: str) -> None:
 
 @pytest.mark.parametrize(("scale", "least", "most"), [(64.0, 0.2, 0.5), (8.0, 0.0, 1.4), (4.0, 0.3, 0.3)])
 def test_margin_formula(scale: float, least: float, most: float) -> None:
-    options = {"scale": scale, "least_margin": least, "most_margin": most}
+    options = {"scale": scale, "min_margin": least, "max_margin": most}
     got = margin_distill(STUDENT, TEACHER, CENTERS, target=IDENTITIES, reduction="none", **options)
     arrays = [x.numpy() for x in (STUDENT, TEACHER, CENTERS, IDENTITIES)]
     np.testing.assert_allclose(got.numpy(), reference_margin(*arrays, scale, least, most), rtol=1e-9)
@@ -358,7 +361,7 @@ def test_margin_formula(scale: float, least: float, most: float) -> None:
 
 def test_margin_defaults_are_the_papers() -> None:
     loss = MarginDistillLoss(N, D, centers=CENTERS)
-    assert (loss.scale, loss.least_margin, loss.most_margin) == (64.0, 0.2, 0.5)
+    assert (loss.scale, loss.min_margin, loss.max_margin) == (64.0, 0.2, 0.5)
 
 
 def test_margin_numbers() -> None:
@@ -387,7 +390,7 @@ def test_margins_stay_in_their_bounds_where_the_teacher_is_wrong() -> None:
 @given(margin=st.floats(0, math.pi), scale=st.floats(1, 64))
 def test_equal_margins_are_arcface_on_frozen_centers(margin: float, scale: float) -> None:
     centers = CENTERS.clone().requires_grad_()
-    options = {"scale": scale, "least_margin": margin, "most_margin": margin}
+    options = {"scale": scale, "min_margin": margin, "max_margin": margin}
     got = margin_distill(STUDENT.clone().requires_grad_(), TEACHER, centers, target=IDENTITIES, **options)
     got.backward()
     torch.testing.assert_close(
@@ -467,7 +470,7 @@ def test_triplet_of_given_triplets(distance: str) -> None:
     wanted = reference_triplet_loss(
         STUDENT.numpy(), TEACHER.numpy(), triplets.tolist(), DISTANCES[distance], 0.1, 0.9, np.ones(B)
     )
-    got = triplet_distill(STUDENT, TEACHER, target=triplets, distance=distance, least_margin=0.1, most_margin=0.9)
+    got = triplet_distill(STUDENT, TEACHER, target=triplets, distance=distance, min_margin=0.1, max_margin=0.9)
     assert got.item() == pytest.approx(wanted, rel=1e-7)
     student = STUDENT.clone().requires_grad_()
     assert torch.autograd.gradcheck(lambda x: triplet_distill(x, TEACHER, target=triplets, distance=distance), student)
@@ -487,10 +490,10 @@ def test_triplet_numbers() -> None:
     student, teacher = torch.stack([degrees.cos(), degrees.sin()], 2)
     target = torch.tensor([5, 5, -1])
     assert triplet_distill(student, teacher, target=target, distance="angle").item() == 0
-    got = triplet_distill(student, teacher, target=target, distance="angle", most_margin=2.0)
+    got = triplet_distill(student, teacher, target=target, distance="angle", max_margin=2.0)
     assert got.item() == pytest.approx((4 - math.pi / 2) / 2, rel=1e-12)
     # Squared distances are 2 - 2 cos: 2 - sqrt 3 to the positive, 2 and 1 to the negative.
-    got = triplet_distill(student, teacher, target=target, most_margin=2.0)
+    got = triplet_distill(student, teacher, target=target, max_margin=2.0)
     assert got.item() == pytest.approx((2 - math.sqrt(3) + 2 - math.sqrt(3) - 3 + 4) / 2, rel=1e-12)
     assert got.item() == pytest.approx(0.767949, abs=1e-6)
 
@@ -499,7 +502,7 @@ def test_semihard_takes_the_nearest_beyond_the_positive() -> None:
     degrees = torch.tensor([0.0, 40.0, 20.0, 50.0, 80.0], dtype=torch.float64).deg2rad()
     student = torch.stack([degrees.cos(), degrees.sin()], 1)
     target, weight = torch.tensor([0, 0, 1, 2, 3]), torch.ones(5)
-    options = {"least_margin": 1.0, "most_margin": 1.0, "distance": "angle"}
+    options = {"min_margin": 1.0, "max_margin": 1.0, "distance": "angle"}
     rad = math.radians
     hard = triplet_distill(student, student, target=target, weight=weight, **options)
     assert hard.item() == pytest.approx(1 + ((rad(40) - rad(20)) + (rad(40) - rad(10))) / 2, rel=1e-9)
@@ -524,7 +527,7 @@ def test_triplet_angle_of_near_and_opposite_rows(gap: float, dtype: torch.dtype)
     """An arc cosine would give NaN at 0 and pi, and in float32 be wrong by whole factors next to them."""
     degrees = torch.tensor([0.0, gap, math.pi], dtype=torch.float64)
     rows = torch.stack([degrees.cos(), degrees.sin()], 1).to(dtype).requires_grad_()
-    options = {"least_margin": math.pi, "most_margin": math.pi, "distance": "angle"}
+    options = {"min_margin": math.pi, "max_margin": math.pi, "distance": "angle"}
     got = triplet_distill(rows, TEACHER[:3].to(dtype), target=torch.tensor([[0, 1, 2]]), **options)
     got.backward()
     assert got.item() == pytest.approx(gap, rel=1e-2, abs=4e-7)  # the angle to the positive, pi less, and pi more
@@ -574,19 +577,19 @@ def test_evaluation_formula(hardest: int, weighted: bool) -> None:
     for got, x in zip(tau, (s, t), strict=True):
         np.testing.assert_allclose(got.numpy(), reference_thresholds(x, y, exponents, w), rtol=1e-12)
     got = evaluation_oriented(
-        STUDENT, TEACHER[:, :5], *tau, target=IDENTITIES, temperature=0.1, hardest=hardest, weight=weight
+        STUDENT, TEACHER[:, :5], *tau, target=IDENTITIES, temperature=0.1, num_hard_negatives=hardest, weight=weight
     )
     wanted = reference_evaluation(s, t, y, tau[0].tolist(), tau[1].tolist(), 0.1, hardest, w)
     assert got.item() == pytest.approx(wanted, rel=1e-9)
     assert wanted > 0
-    loss = EvaluationOrientedLoss(temperature=0.1, hardest=hardest).double()
+    loss = EvaluationOrientedLoss(temperature=0.1, num_hard_negatives=hardest).double()
     assert loss(STUDENT, TEACHER[:, :5], target=IDENTITIES, weight=weight).item() == pytest.approx(wanted, rel=1e-6)
 
 
 def test_evaluation_defaults_are_the_authors() -> None:
     loss = EvaluationOrientedLoss()
     assert loss.rates == (1e-1, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6)
-    assert (loss.temperature, loss.hardest, loss.momentum) == (0.01, 2000, 0.01)
+    assert (loss.temperature, loss.num_hard_negatives, loss.momentum) == (0.01, 2000, 0.01)
     assert (loss.positive_weight, loss.negative_weight) == (0.02, 0.01)
 
 
@@ -822,7 +825,7 @@ SPLITS = {"uneven": [5, 7], "one empty": [0, 12]}
 GATHERED = {
     "triplet": lambda: TripletDistillLoss(gather=True),
     "triplet angle": lambda: TripletDistillLoss(distance="angle", mining="semihard", gather=True),
-    "evaluation": lambda: EvaluationOrientedLoss(temperature=0.2, hardest=10, gather=True),
+    "evaluation": lambda: EvaluationOrientedLoss(temperature=0.2, num_hard_negatives=10, gather=True),
     "adaptive": lambda: AdaptiveCentersLoss(N, D, scale=8.0),
 }
 WEIGHT = torch.linspace(0.0, 2.0, B, dtype=torch.float64)
@@ -891,7 +894,7 @@ def test_two_processes_are_one(tmp_path: Path) -> None:
 def test_gather_changes_nothing_without_processes() -> None:
     for make, plain in [
         (GATHERED["triplet"], TripletDistillLoss()),
-        (GATHERED["evaluation"], EvaluationOrientedLoss(temperature=0.2, hardest=10)),
+        (GATHERED["evaluation"], EvaluationOrientedLoss(temperature=0.2, num_hard_negatives=10)),
         (GATHERED["adaptive"], AdaptiveCentersLoss(N, D, scale=8.0, gather=False)),
     ]:
         one, two = make().double(), plain.double()

@@ -56,7 +56,7 @@ def test_files_of_other_kinds(wrap, tmp_path):
 def test_names_that_count_are_believed(tmp_path):
     _, parts = shards(24, 12)
     paths = saved(tmp_path, parts)
-    with pytest.raises(InputError, match=r"in the order of ranks, the file names say \[0, 1, 10, 11, 2"):
+    with pytest.raises(InputError, match=r"in the order of ranks, the file names give \[0, 1, 10, 11, 2"):
         load_partial_fc(sorted(paths))
     with pytest.raises(InputError, match="a sequence of files, one a process, got one path"):
         load_partial_fc(str(paths[0]))
@@ -67,7 +67,7 @@ def test_lengths_that_no_partial_fc_has(tmp_path):
     for wrong in ([parts[1], parts[0]], parts[::-1], [parts[0], parts[3], parts[1]]):
         if [len(part) for part in wrong] == sorted((len(part) for part in wrong), reverse=True):
             continue
-        with pytest.raises(ValueError, match="one is missing, or they are not in the order of ranks"):
+        with pytest.raises(ValueError, match="a shard is missing, or the order is not that of ranks"):
             merge_partial_fc(wrong)
     with pytest.raises(ValueError, match=r"must have 3 rows, and 2 from shard 1 on, got \[2, 3\]"):
         merge_partial_fc([torch.ones(2, 4), torch.ones(3, 4)])
@@ -94,7 +94,7 @@ def test_hostile_files(tmp_path):
     good, other = saved(tmp_path, parts)
     for content, words in [
         ({"weight": _Runs(tmp_path / "ran")}, "which was refused"),
-        ({"conv1.weight": torch.ones(2, 2)}, "must hold the class centers"),
+        ({"conv1.weight": torch.ones(2, 2)}, "must contain the class centers"),
         ({"weight": torch.ones(()).expand(4, 10**9)}, "claims more values than its"),
         ({"weight": torch.ones(4, 8, dtype=torch.int64)}, "floating point"),
     ]:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from math import isfinite
 from pathlib import Path
 from types import CodeType, FunctionType, MethodType
-from typing import TypeAlias
+from typing import ClassVar, TypeAlias
 
 import numpy as np
 import torch
@@ -78,7 +78,7 @@ class OnnxTeacher(nn.Module):
         kdlib_faces._checks.InputError: the ONNX file no_such.onnx does not exist
     """
 
-    reads: tuple[str, ...] = ()
+    reads: ClassVar[tuple[str, ...]] = ()
 
     def __init__(
         self,

@@ -1,29 +1,29 @@
-"""Backbones room, private: projects that share a layout and wrap it in a way of their own. Touches names only."""
+"""Projects that share a layout but are identified by their wrappers."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from kdlib_faces.backbones.unwrap import Unwrapped
+from kdlib_faces.backbones.checkpoints.unwrap import Unwrapped
 
 __all__ = ["Origin", "find_origin"]
 
 
 @dataclass(frozen=True)
 class Origin:
-    """A project that shares another's layout but wraps it in a way of its own, and what is known of it alone.
+    """A project that is identified by how it wraps a shared layout.
 
     Attributes:
-        about: whose.
-        layouts: those it shares.
-        prefixes: what it puts before each key, one of these.
+        about: name of the project.
+        layouts: names of the layouts.
+        prefixes: possible prefixes of the keys.
         when: arguments that its networks have.
-        wrapper: the entry that holds the state dict, if any.
-        around: an entry beside that.
-        beside: a key of the head that it keeps beside the network.
-        input: what its images are, in the words of `InputSpec`.
-        arguments: those of the network that no key or shape tells.
-        certain: whether no other project is known to wrap the layout so.
+        wrapper: the entry with the state dict, if any.
+        around: another entry of the wrapper.
+        beside: a key of its margin head.
+        input: fields of `InputSpec`.
+        arguments: arguments of the network that keys and shapes do not determine.
+        certain: whether no other known project uses the same wrapper.
     """
 
     about: str
@@ -45,11 +45,11 @@ ADAFACE_KIND = (("mid_norm", True), ("affine", False))
 
 
 def _facex_zoo(layout: str, when: tuple[tuple[str, Any], ...], normalized: bool) -> tuple[Origin, Origin]:
-    """Its own entry `batch_id` makes certain what `backbone.` alone leaves likely."""
-    told = (*FACEX_ZOO, ("normalized", normalized))
+    """Return the origins with and without the entry `batch_id`, which identifies FaceX-Zoo with certainty."""
+    fields = (*FACEX_ZOO, ("normalized", normalized))
     return (
-        Origin("FaceX-Zoo", (layout,), ("backbone.",), when=when, around="batch_id", input=told),
-        Origin("FaceX-Zoo", (layout,), ("backbone.",), when=when, input=told, certain=False),
+        Origin("FaceX-Zoo", (layout,), ("backbone.",), when=when, around="batch_id", input=fields),
+        Origin("FaceX-Zoo", (layout,), ("backbone.",), when=when, input=fields, certain=False),
     )
 
 
@@ -69,7 +69,7 @@ ORIGINS = (
 
 
 def find_origin(layout: str, arguments: Mapping[str, Any], unwrapped: Unwrapped) -> Origin | None:
-    """The first project that wraps this layout as the file does."""
+    """Return the first project whose wrappers match the file."""
     return next(
         (
             origin

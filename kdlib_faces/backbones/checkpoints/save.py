@@ -1,4 +1,4 @@
-"""Backbones room: networks to files. Writes one file, whole or not at all."""
+"""Saving of backbones to files."""
 
 import json
 import os
@@ -6,11 +6,12 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+from safetensors.torch import save as to_safetensors
 
+from kdlib._atomic import atomic_write
 from kdlib._checks import check_choice
 from kdlib_faces._checks import InputError
-from kdlib_faces._safetensors import write_safetensors
-from kdlib_faces.backbones.registry import Backbone
+from kdlib_faces.backbones.networks.base import Backbone
 
 __all__ = ["save_backbone"]
 
@@ -20,18 +21,16 @@ FORMAT = 2
 def save_backbone(
     model: Backbone, path: str | os.PathLike[str], *, format: Literal["torch", "safetensors"] = "torch"
 ) -> None:
-    """Write a backbone with its name, arguments and `input_spec`, so that `load_backbone` needs the file alone.
-
-    The file appears whole or not at all: it is written beside its place and moved there.
+    """Write a backbone with its name, arguments and `input_spec`, atomically, to a file for `load_backbone`.
 
     Args:
-        model: one of our own backbones.
-        path: the file; its folder must exist.
+        model: a backbone of this package.
+        path: the file.
         format: `"torch"`, or `"safetensors"` for readers without PyTorch.
 
     Raises:
-        TypeError: another kind of module; save its `state_dict()` with torch.
-        ValueError: an unknown format.
+        TypeError: `model` is another kind of module; save its `state_dict()` with torch instead.
+        ValueError: unknown format.
         InputError: the file cannot be written.
 
     Examples:
@@ -47,13 +46,11 @@ def save_backbone(
         raise TypeError(f"save_backbone: model must be a kdlib_faces backbone, got {type(model).__name__}")
     check_choice("save_backbone", "format", format, ("torch", "safetensors"))
     target = Path(path)
-    part = target.with_name(f".{target.name}.{os.getpid()}.part")
-    state = {key: value.detach().cpu() for key, value in model.state_dict().items()}
+    state = {key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}
     spec = model.input_spec
-    told = {
+    header = {
         "kdlib_faces": FORMAT,
-        # A name for one depth does not take the depth as an argument.
-        "backbone": getattr(model, "family", model.name),
+        "backbone": model.family,
         "arguments": model.arguments,
         "input": {
             "color": spec.color,
@@ -64,15 +61,10 @@ def save_backbone(
         },
     }
     try:
-        with part.open("wb") as file:
+        with atomic_write(target, durable=True) as file:
             if format == "torch":
-                torch.save({**told, "state": state}, file)
+                torch.save({**header, "state": state}, file)
             else:
-                write_safetensors(file, state, {"kdlib_faces": json.dumps(told)})
-            file.flush()
-            os.fsync(file.fileno())
-        part.replace(target)
+                file.write(to_safetensors(state, {"kdlib_faces": json.dumps(header)}))
     except OSError as error:
         raise InputError(f"save_backbone: cannot write {target}: {error.strerror or error}") from error
-    finally:
-        part.unlink(missing_ok=True)

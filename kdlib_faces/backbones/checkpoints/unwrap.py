@@ -1,4 +1,4 @@
-"""Backbones room, private: the state dict inside a training checkpoint. Touches dicts only."""
+"""Extraction of the state dict from a training checkpoint."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -8,7 +8,7 @@ from torch import Tensor
 
 __all__ = ["Unwrapped", "unwrap"]
 
-# Entries of a checkpoint that hold the network, in the order they are looked for.
+# Entries of a checkpoint that may contain the network, in order of priority.
 WRAPPERS = (
     "state_dict",
     "state_dict_backbone",
@@ -20,23 +20,23 @@ WRAPPERS = (
     "net",
     "network",
 )
-# What wrapping modules put before each key: DistributedDataParallel, torch.compile, and projects' own containers.
+# Prefixes of wrapping modules: DistributedDataParallel, torch.compile, and containers of the projects.
 PREFIXES = ("module.", "_orig_mod.", "backbone.", "model.", "features.", "arcface.", "net.", "network.", "feat_net.")
-# A margin head, saved beside a network that has a prefix.
+# Prefixes of a margin head that is saved together with the network.
 HEADS = ("head.", "fc.", "parallel_fc.", "classifier.", "softmax_fc.", "margin.", "loss.", "criterion.")
-DEEPEST = 4
+MAX_DEPTH = 4
 
 
 @dataclass(frozen=True)
 class Unwrapped:
-    """A state dict without its wrapping.
+    """A state dict without its wrappers.
 
     Attributes:
-        state: keys to what the file has there.
-        wrappers: entries that were opened, outermost first.
-        around: entries that stood beside those.
-        prefix: what stood before each key.
-        beside: keys of a head that stood beside the network and were left out.
+        state: key to value.
+        wrappers: unwrapped entries, outermost first.
+        around: other entries of the wrappers.
+        prefix: removed prefix.
+        beside: ignored keys of a head.
     """
 
     state: dict[str, Any]
@@ -47,20 +47,20 @@ class Unwrapped:
 
 
 def unwrap(content: Mapping[Any, Any]) -> Unwrapped:
-    """Open the wrappers and strip the prefixes.
+    """Remove wrappers and prefixes.
 
-    A prefix goes only if every other key is one of a margin head, so that no part of a network is dropped unseen.
+    A prefix is removed only if all other keys belong to a margin head, so that no part of a network is dropped silently.
 
     Examples:
         >>> import torch
         >>> content = {"epoch": 3, "state_dict": {"model.conv1.weight": torch.ones(1), "head.kernel": torch.ones(2)}}
-        >>> found = unwrap(content)
-        >>> list(found.state), found.wrappers, found.prefix, found.beside
+        >>> result = unwrap(content)
+        >>> list(result.state), result.wrappers, result.prefix, result.beside
         (['conv1.weight'], ('state_dict',), 'model.', ('head.kernel',))
     """
     wrappers: list[str] = []
     around: list[str] = []
-    while len(wrappers) < DEEPEST:
+    while len(wrappers) < MAX_DEPTH:
         name = next((key for key in WRAPPERS if _holds_tensors(content.get(key))), None)
         if name is None:
             break
@@ -69,7 +69,7 @@ def unwrap(content: Mapping[Any, Any]) -> Unwrapped:
         content = content[name]
     state = {str(key): value for key, value in content.items()}
     prefix, beside = "", []
-    for _ in range(DEEPEST):
+    for _ in range(MAX_DEPTH):
         for candidate in PREFIXES:
             under = [key.removeprefix(candidate) for key in state if key.startswith(candidate)]
             rest = [key for key in state if not key.startswith(candidate)]
@@ -90,4 +90,4 @@ def _holds_tensors(value: Any, depth: int = 0) -> bool:
         return False
     if any(isinstance(each, Tensor) for each in value.values()):
         return True
-    return depth < DEEPEST and any(_holds_tensors(value.get(key), depth + 1) for key in WRAPPERS)
+    return depth < MAX_DEPTH and any(_holds_tensors(value.get(key), depth + 1) for key in WRAPPERS)

@@ -1,7 +1,4 @@
-"""Backbones room: MBF, insightface's wider MobileFaceNet. Imports torch and the argument checks only.
-
-The modules carry insightface's names, so that its published `mbf` checkpoints load unchanged.
-"""
+"""MBF, insightface's wider MobileFaceNet, with insightface's module names so that its checkpoints load unchanged."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -9,15 +6,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from kdlib._checks import check_number
-from kdlib_faces.backbones._arguments import (
-    InputSize,
-    check_blocks,
-    check_images,
-    final_grid,
-    height_width,
-    show_size,
-)
-from kdlib_faces.backbones.input_spec import InputSpec
+from kdlib_faces.backbones.input_spec import InputSize
+from kdlib_faces.backbones.networks.arguments import check_blocks, check_images, final_grid
+from kdlib_faces.backbones.networks.base import Backbone
 
 __all__ = ["MBF", "mbf"]
 
@@ -39,7 +30,7 @@ class _ConvBlock(nn.Module):
 
 
 class _LinearBlock(nn.Module):
-    """Convolution and BatchNorm, no activation."""
+    """Convolution and BatchNorm without activation."""
 
     def __init__(self, c_in: int, c_out: int, kernel: tuple[int, int] = (1, 1), groups: int = 1) -> None:
         super().__init__()
@@ -51,7 +42,7 @@ class _LinearBlock(nn.Module):
 
 
 class _DepthWise(nn.Module):
-    """1x1 to `c_mid`, depthwise 3x3, linear 1x1; add the input if `residual`."""
+    """1x1 to `c_mid` channels, depthwise 3x3, linear 1x1; adds the input if `residual`."""
 
     def __init__(self, c_in: int, c_out: int, c_mid: int, stride: int = 2, residual: bool = False) -> None:
         super().__init__()
@@ -68,7 +59,7 @@ class _DepthWise(nn.Module):
 
 
 class _Residual(nn.Module):
-    """A run of residual depthwise blocks of stride 1."""
+    """Residual depthwise blocks of stride 1."""
 
     def __init__(self, channels: int, blocks: int, c_mid: int) -> None:
         super().__init__()
@@ -96,28 +87,22 @@ class _GDC(nn.Module):
         return out
 
 
-class MBF(nn.Module):
+class MBF(Backbone):
     """insightface's MobileFaceNet: (b, 3, h, w) images to (b, d) embeddings, not normalized.
 
-    `scale` multiplies the channels between blocks and leaves the widths inside them at 128, 256 and 512. Its second
-    convolution keeps 64 groups whatever the scale: depthwise only at scale 1, where the network is `MobileFaceNet`
-    layer for layer. Scale 2 with blocks (1, 4, 6, 2) is `mbf`: 2,059,520 parameters, 437.5 M multiply-adds; scale 4
+    `scale` multiplies the channels between blocks; the widths inside the blocks stay 128, 256 and 512. The second
+    convolution has 64 groups at any scale: it is depthwise only at scale 1, where the network equals `MobileFaceNet`. Scale 2 with blocks (1, 4, 6, 2) is `mbf`: 2,059,520 parameters, 437.5 M multiply-adds; scale 4
     with blocks (2, 8, 12, 4) is `mbf_large`: 6,314,880 and 1816 M.
 
     Args:
         embedding_dim: dimensions d of the embedding.
-        scale: whole factor on the channels between blocks.
-        blocks: residual blocks in each of the four stages; a first count of 1 stands for the grouped convolution.
+        scale: integer factor of the channels between blocks.
+        blocks: residual blocks in each of the four stages; a first count of 1 means the grouped convolution.
         input_size: side of the square images, or (height, width), in pixels.
 
-    Attributes:
-        stages: module paths at the end of each halving, from fine to coarse, for use as taps.
-        arguments: the arguments that rebuild this network.
-        input_spec: what its images must be.
-
     Raises:
-        ValueError: an argument outside its range, or images of another size than `input_size`.
-        TypeError: an argument of a wrong type.
+        ValueError: an argument is out of range, or images have another size than `input_size`.
+        TypeError: an argument has the wrong type.
 
     Examples:
         >>> import torch
@@ -125,8 +110,8 @@ class MBF(nn.Module):
         torch.Size([2, 64])
 
     References:
-        insightface, recognition/arcface_torch/backbones/mobilefacenet.py. Its `view(x.size(0), -1)`, which a tracer
-        freezes at the batch size of the example, is `flatten(1)` here.
+        insightface, recognition/arcface_torch/backbones/mobilefacenet.py. Its `view(x.size(0), -1)`, which tracing
+        fixes to the batch size of the example, is `flatten(1)` here.
     """
 
     stages: tuple[str, ...] = ("layers.1", "layers.3", "layers.5", "layers.7")
@@ -139,15 +124,10 @@ class MBF(nn.Module):
         blocks: Sequence[int] = (1, 4, 6, 2),
         input_size: InputSize = 112,
     ) -> None:
-        super().__init__()
-        check_number("MBF", "embedding_dim", embedding_dim, min=1, integer=True)
+        super().__init__(embedding_dim, input_size)
         check_number("MBF", "scale", scale, min=1, integer=True)
-        self._size = height_width("MBF", input_size)
-        self.embedding_dim = embedding_dim
         self.scale = scale
         self.blocks = check_blocks("MBF", "blocks", blocks)
-        self.input_size: InputSize = show_size(self._size)
-        self.input_spec = InputSpec(size=self.input_size)
 
         c, (first, second, third, fourth) = 64 * scale, self.blocks
         self.layers = nn.ModuleList(
@@ -170,7 +150,6 @@ class MBF(nn.Module):
 
     @property
     def name(self) -> str:
-        """Name in the registry."""
         return "mbf"
 
     @property
@@ -190,9 +169,6 @@ class MBF(nn.Module):
         out: Tensor = self.features(self.conv_sep(x))
         return out
 
-    def __repr__(self) -> str:
-        return f"MBF({', '.join(f'{key}={value!r}' for key, value in self.arguments.items())})"
-
 
 def mbf(
     embedding_dim: int = 512,
@@ -201,7 +177,7 @@ def mbf(
     blocks: Sequence[int] = (1, 4, 6, 2),
     input_size: InputSize = 112,
 ) -> MBF:
-    """insightface's `mbf`: `MBF` of scale 2, 2,059,520 parameters at 112 pixels and 512 dimensions.
+    """insightface's `mbf`: `MBF` with scale 2, 2,059,520 parameters at 112 pixels and 512 dimensions.
 
     Args:
         embedding_dim: dimensions d of the embedding.

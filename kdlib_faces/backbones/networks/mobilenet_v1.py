@@ -1,7 +1,6 @@
-"""Backbones room: MobileNet V1 for faces. Imports torch and the argument checks only.
+"""MobileNet V1 for faces.
 
-The modules carry yakhyo's names, so that the checkpoints of that project load unchanged; those of bubbliiiing load by a
-table of names.
+Module names follow yakhyo's project, so that its checkpoints load unchanged; those of bubbliiiing load by a table of names.
 
 References:
     Howard et al., "MobileNets: Efficient Convolutional Neural Networks for Mobile Vision Applications", 2017,
@@ -13,9 +12,10 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 from kdlib._checks import check_choice, check_number
-from kdlib_faces.backbones._arguments import InputSize, check_images, final_grid, height_width, show_size
-from kdlib_faces.backbones._precision import in_precision_of
-from kdlib_faces.backbones.input_spec import InputSpec
+from kdlib_faces.backbones.input_spec import InputSize
+from kdlib_faces.backbones.networks.arguments import check_images, final_grid
+from kdlib_faces.backbones.networks.base import Backbone
+from kdlib_faces.backbones.networks.precision import in_precision_of
 
 __all__ = ["GDCTail", "MobileNetV1", "divisible", "mobilenet_v1", "mobilenet_v1_025"]
 
@@ -25,7 +25,7 @@ STAGES = (((1, 1), (2, 2), (2, 1), (3, 2), (3, 1)), ((4, 2), *[(4, 1)] * 5), ((5
 
 
 def divisible(channels: float) -> int:
-    """The multiple of 8 nearest to `channels`, at least 8 and not more than a tenth below."""
+    """Return the multiple of 8 nearest to `channels`, at least 8 and at most a tenth below."""
     whole = max(8, int(channels + 4) // 8 * 8)
     return whole + 8 if whole < 0.9 * channels else whole
 
@@ -72,7 +72,7 @@ class GDCTail(nn.Module):
         return out
 
 
-class MobileNetV1(nn.Module):
+class MobileNetV1(Backbone):
     """MobileNet V1 with a stem of stride 1: (b, 3, h, w) images to (b, d) embeddings, not normalized.
 
     Thirteen pairs of a depthwise and a pointwise convolution; four of them halve the grid. At 112 pixels, 512 dimensions
@@ -81,21 +81,16 @@ class MobileNetV1(nn.Module):
     Args:
         embedding_dim: dimensions d of the embedding.
         width: factor on every channel count, rounded to multiples of 8.
-        input_size: side of the square images, or (height, width), in pixels. The final grid is a sixteenth, rounded up.
-        bias: whether convolutions before a BatchNorm have a bias. It adds nothing that the BatchNorm has not.
-        tail: `"gdc"`: global depthwise convolution, linear layer, BatchNorm, and PReLU throughout, as yakhyo's.
+        input_size: side of the square images, or (height, width), in pixels. The final grid has a sixteenth of the size, rounded up.
+        bias: whether convolutions before a BatchNorm have a bias. It is redundant with the BatchNorm.
+        tail: `"gdc"`: global depthwise convolution, linear layer, BatchNorm, and PReLU throughout, as in yakhyo's.
             `"flat"`: 1x1 convolution to 512 * width channels, BatchNorm, one linear layer over the whole grid,
-            BatchNorm, and ReLU6 before, as bubbliiiing's.
-        dropout: probability of dropping a value before the linear layer of the `"flat"` tail.
-
-    Attributes:
-        stages: module paths at the end of each halving, from fine to coarse, for use as taps.
-        arguments: the arguments that rebuild this network.
-        input_spec: what its images must be.
+            BatchNorm, and ReLU6 before, as in bubbliiiing's.
+        dropout: dropout probability before the linear layer of the `"flat"` tail.
 
     Raises:
-        ValueError: an argument outside its range, or images of another size than `input_size`.
-        TypeError: an argument of a wrong type.
+        ValueError: an argument is out of range, or images have another size than `input_size`.
+        TypeError: an argument has the wrong type.
 
     Examples:
         >>> import torch
@@ -121,17 +116,12 @@ class MobileNetV1(nn.Module):
         tail: Literal["gdc", "flat"] = "gdc",
         dropout: float = 0.0,
     ) -> None:
-        super().__init__()
-        check_number("MobileNetV1", "embedding_dim", embedding_dim, min=1, integer=True)
+        super().__init__(embedding_dim, input_size)
         check_number("MobileNetV1", "width", width, above=0)
         check_number("MobileNetV1", "dropout", dropout, min=0, max=1)
         check_choice("MobileNetV1", "tail", tail, TAILS)
-        self._size = height_width("MobileNetV1", input_size)
-        self.embedding_dim = embedding_dim
         self.width = float(width)
-        self.input_size: InputSize = show_size(self._size)
         self.bias, self.tail = bool(bias), tail
-        self.input_spec = InputSpec(size=self.input_size)
 
         widths = [divisible(32 * 2**power * width) for power in range(6)]
         kind = {"bias": self.bias, "relu6": tail == "flat"}
@@ -168,7 +158,6 @@ class MobileNetV1(nn.Module):
 
     @property
     def name(self) -> str:
-        """Name in the registry."""
         return "mobilenet_v1"
 
     @property
@@ -195,9 +184,6 @@ class MobileNetV1(nn.Module):
         out: Tensor = self.features(self.linear(x))
         return out
 
-    def __repr__(self) -> str:
-        return f"MobileNetV1({', '.join(f'{key}={value!r}' for key, value in self.arguments.items())})"
-
 
 def mobilenet_v1(
     embedding_dim: int = 512,
@@ -208,10 +194,10 @@ def mobilenet_v1(
     tail: Literal["gdc", "flat"] = "gdc",
     dropout: float = 0.0,
 ) -> MobileNetV1:
-    """`MobileNetV1` of full width: 3,795,456 parameters at 112 pixels and 512 dimensions."""
+    """`MobileNetV1` with full width: 3,795,456 parameters at 112 pixels and 512 dimensions."""
     return MobileNetV1(embedding_dim, width=width, input_size=input_size, bias=bias, tail=tail, dropout=dropout)
 
 
 def mobilenet_v1_025(embedding_dim: int = 512, *, width: float = 0.25, input_size: InputSize = 112) -> MobileNetV1:
-    """`MobileNetV1` of a quarter of the width: 360,960 parameters at 112 pixels and 512 dimensions."""
+    """`MobileNetV1` with a quarter of the width: 360,960 parameters at 112 pixels and 512 dimensions."""
     return MobileNetV1(embedding_dim, width=width, input_size=input_size)

@@ -1,6 +1,6 @@
-"""Backbones room: MobileFaceNet, the light student. Imports torch and the argument checks only.
+"""MobileFaceNet, a lightweight student.
 
-The modules carry the names of the PyTorch port that most published checkpoints follow, so that those load unchanged.
+Module names follow the PyTorch port that most published checkpoints use, so that those load unchanged.
 
 References:
     Chen, Liu, Gao, Han, "MobileFaceNets: Efficient CNNs for Accurate Real-Time Face Verification on Mobile Devices",
@@ -12,16 +12,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from kdlib._checks import check_choice, check_number
-from kdlib_faces.backbones._arguments import (
-    InputSize,
-    channels,
-    check_images,
-    final_grid,
-    height_width,
-    show_size,
-)
-from kdlib_faces.backbones.input_spec import InputSpec
+from kdlib._checks import check_choice
+from kdlib_faces.backbones.input_spec import InputSize
+from kdlib_faces.backbones.networks.arguments import channels, check_images, final_grid
+from kdlib_faces.backbones.networks.base import Backbone
 
 __all__ = ["MobileFaceNet"]
 
@@ -43,7 +37,7 @@ class _ConvBlock(nn.Module):
 
 
 class _LinearBlock(nn.Module):
-    """Convolution and BatchNorm, no activation."""
+    """Convolution and BatchNorm without activation."""
 
     def __init__(self, c_in: int, c_out: int, kernel: tuple[int, int] = (1, 1), groups: int = 1) -> None:
         super().__init__()
@@ -56,7 +50,7 @@ class _LinearBlock(nn.Module):
 
 
 class _Bottleneck(nn.Module):
-    """Widen by 1x1, depthwise 3x3, narrow by a linear 1x1; add the input if `residual`."""
+    """1x1 expansion, depthwise 3x3, linear 1x1 projection; adds the input if `residual`."""
 
     def __init__(self, c_in: int, c_out: int, c_mid: int, stride: int, residual: bool = False) -> None:
         super().__init__()
@@ -71,7 +65,7 @@ class _Bottleneck(nn.Module):
 
 
 class _Residuals(nn.Module):
-    """A run of residual bottlenecks of stride 1."""
+    """Residual bottlenecks of stride 1."""
 
     def __init__(self, channels: int, c_mid: int, blocks: int) -> None:
         super().__init__()
@@ -83,10 +77,10 @@ class _Residuals(nn.Module):
 
 
 class _NormAwarePool(nn.Module):
-    """BatchNorm, every cell scaled to the mean length of its image's cells, mean over the grid, BatchNorm. No weights.
+    """BatchNorm, scaling of every cell to the mean norm of the image's cells, mean over the grid, BatchNorm; no weights.
 
-    The projects that published it take the mean length over the whole batch, so that an embedding depends on its
-    neighbors; one image at a time gives what they give for a batch of one.
+    The original implementations use the mean norm over the whole batch, so that an embedding depends on the other images
+    of its batch. For a batch of one the results are equal.
     """
 
     def __init__(self, channels: int) -> None:
@@ -96,36 +90,33 @@ class _NormAwarePool(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.bn1(x)
-        wide = x.to(torch.promote_types(x.dtype, torch.float32))  # a short cell's factor is beyond half precision
-        length = torch.linalg.vector_norm(wide, dim=1, keepdim=True)
-        wide = wide * (length.mean((2, 3), keepdim=True) / length.clamp(min=1e-12))
+        wide = x.to(
+            torch.promote_types(x.dtype, torch.float32)
+        )  # the factor of a cell with a small norm exceeds half precision
+        norm = torch.linalg.vector_norm(wide, dim=1, keepdim=True)
+        wide = wide * (norm.mean((2, 3), keepdim=True) / norm.clamp(min=1e-12))
         out: Tensor = self.bn2(wide.mean((2, 3)).to(x.dtype))
         return out
 
 
-class MobileFaceNet(nn.Module):
+class MobileFaceNet(Backbone):
     """MobileFaceNet: (b, 3, h, w) images to (b, d) embeddings, not normalized.
 
-    Four halvings (64, 64, 128, 128 channels at width 1), a 1x1 convolution to 512, a global depthwise convolution whose
-    kernel is the whole final grid (7x7 at 112 pixels), a linear layer and BatchNorm. At 112 pixels and 128 dimensions:
+    Four halvings of the grid (64, 64, 128, 128 channels at width 1), a 1x1 convolution to 512 channels, a depthwise
+    convolution over the whole final grid (7x7 at 112 pixels), a linear layer and BatchNorm. At 112 pixels and 128 dimensions:
     1,003,136 parameters and 220.97 M multiply-adds; at 512 dimensions 1,200,512 and 221.16 M.
 
     Args:
         embedding_dim: dimensions d of the embedding.
-        width: factor on every channel count; the first stage has 64 * width rounded to a multiple of 8, at least 8.
-        input_size: side of the square images, or (height, width), in pixels. The final grid is a sixteenth, rounded up.
-        affine: whether the last BatchNorm has a weight and a bias; AdaDistill's has none (1,199,488 parameters at 512).
+        width: factor of every channel count; the first stage has 64 * width rounded to a multiple of 8, at least 8.
+        input_size: side of the square images, or (height, width), in pixels. The final grid has a sixteenth of the size, rounded up.
+        affine: whether the last BatchNorm has weight and bias; AdaDistill's has none (1,199,488 parameters at 512).
         tail: `"gdc"` for the global depthwise convolution and linear layer above; `"gnap"` for global norm-aware
-            pooling, which has no weights and embeds in 512 * width dimensions.
-
-    Attributes:
-        stages: module paths at the end of each halving, from fine to coarse, for use as taps.
-        arguments: the arguments that rebuild this network.
-        input_spec: what its images must be.
+            pooling, which has no weights and gives 512 * width dimensions.
 
     Raises:
-        ValueError: an argument outside its range, or images of another size than `input_size`.
-        TypeError: an argument of a wrong type.
+        ValueError: an argument is out of range, or images have another size than `input_size`.
+        TypeError: an argument has the wrong type.
 
     Examples:
         >>> import torch
@@ -136,7 +127,7 @@ class MobileFaceNet(nn.Module):
         ('conv2_dw', 'conv_3', 'conv_4', 'conv_5')
 
     References:
-        arXiv:1804.07573, table 1. Convolutions start from He's normal distribution (the paper does not say).
+        arXiv:1804.07573, table 1. Weights are initialized from He's normal distribution (the paper does not specify it).
     """
 
     stages: tuple[str, ...] = ("conv2_dw", "conv_3", "conv_4", "conv_5")
@@ -150,21 +141,16 @@ class MobileFaceNet(nn.Module):
         affine: bool = True,
         tail: Literal["gdc", "gnap"] = "gdc",
     ) -> None:
-        super().__init__()
-        check_number("MobileFaceNet", "embedding_dim", embedding_dim, min=1, integer=True)
+        super().__init__(embedding_dim, input_size)
         check_choice("MobileFaceNet", "tail", tail, TAILS)
         c = channels("MobileFaceNet", width)
         if tail == "gnap" and (embedding_dim != 8 * c or affine):
             raise ValueError(
-                f"MobileFaceNet: tail 'gnap' has no weights: embedding_dim must be {8 * c} and affine False, "
+                f"MobileFaceNet: tail 'gnap' requires embedding_dim {8 * c} and affine False, "
                 f"got {embedding_dim} and {affine}"
             )
-        self._size = height_width("MobileFaceNet", input_size)
-        self.embedding_dim = embedding_dim
         self.width = float(width)
-        self.input_size: InputSize = show_size(self._size)
         self.affine, self.tail = bool(affine), tail
-        self.input_spec = InputSpec(size=self.input_size)
 
         self.conv1 = _ConvBlock(3, c, kernel=3, stride=2)
         self.conv2_dw = _ConvBlock(c, c, kernel=3, groups=c)
@@ -187,14 +173,14 @@ class MobileFaceNet(nn.Module):
 
     @property
     def name(self) -> str:
-        """Name in the registry."""
         return "mobilefacenet"
 
     @property
     def arguments(self) -> dict[str, Any]:
-        told = {"embedding_dim": self.embedding_dim, "width": self.width, "input_size": self.input_size}
         return {
-            **told,
+            "embedding_dim": self.embedding_dim,
+            "width": self.width,
+            "input_size": self.input_size,
             **({} if self.affine else {"affine": False}),
             **({} if self.tail == "gdc" else {"tail": self.tail}),
         }
@@ -212,6 +198,3 @@ class MobileFaceNet(nn.Module):
         else:
             out = self.bn(self.linear(self.conv_6_dw(x).flatten(1)))
         return out
-
-    def __repr__(self) -> str:
-        return f"MobileFaceNet({', '.join(f'{key}={value!r}' for key, value in self.arguments.items())})"

@@ -1,4 +1,4 @@
-"""Backbones room: MBF with the tail of insightface's published ONNX files. Imports torch and the argument checks only."""
+"""MBF with the tail of insightface's published ONNX files."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -6,15 +6,15 @@ from typing import Any
 from torch import Tensor, nn
 
 from kdlib._checks import check_number
-from kdlib_faces.backbones._arguments import InputSize, final_grid, height_width
-from kdlib_faces.backbones.mbf import MBF, _ConvBlock
-from kdlib_faces.backbones.registry import BACKBONES
+from kdlib_faces.backbones.input_spec import InputSize
+from kdlib_faces.backbones.networks.arguments import final_grid
+from kdlib_faces.backbones.networks.mbf import MBF, _ConvBlock
 
 __all__ = ["MBFFlat"]
 
 
 class _FlatTail(nn.Module):
-    """1x1 convolution to few channels, the whole grid as one vector, linear layer, BatchNorm."""
+    """1x1 convolution to few channels, flattening of the grid, linear layer, BatchNorm."""
 
     def __init__(self, tail_channels: int, grid: tuple[int, int], embedding_dim: int) -> None:
         super().__init__()
@@ -31,10 +31,10 @@ class _FlatTail(nn.Module):
 
 
 class MBFFlat(MBF):
-    """`MBF` whose tail is 1x1 convolution to 64 channels, flatten, linear layer, BatchNorm.
+    """`MBF` with the tail 1x1 convolution to 64 channels, flattening, linear layer, BatchNorm.
 
-    The trunk is that of `MBF`; in place of the global depthwise convolution, every cell of the final grid has weights of
-    its own in the linear layer: 3,410,368 parameters at 112 pixels and 512 dimensions, scale 2.
+    The trunk is that of `MBF`. Instead of the global depthwise convolution, the linear layer has separate weights for
+    every cell of the final grid: 3,410,368 parameters at 112 pixels and 512 dimensions, scale 2.
 
     Args:
         embedding_dim: dimensions d of the embedding.
@@ -69,23 +69,16 @@ class MBFFlat(MBF):
         check_number("MBFFlat", "tail_channels", tail_channels, min=1, integer=True)
         super().__init__(embedding_dim, scale=scale, blocks=blocks, input_size=input_size)
         self.tail_channels = tail_channels
-        grid = final_grid(height_width("MBFFlat", input_size))
-        self.features = _FlatTail(tail_channels, grid, embedding_dim)  # type: ignore[assignment]  # another tail
+        grid = final_grid(self._size)
+        self.features = _FlatTail(tail_channels, grid, embedding_dim)  # type: ignore[assignment]  # replaces the tail of MBF
         for module in self.features.modules():
             if isinstance(module, nn.Conv2d | nn.Linear):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
     @property
     def name(self) -> str:
-        """Name in the registry."""
         return "mbf_flat"
 
     @property
     def arguments(self) -> dict[str, Any]:
         return {**super().arguments, "tail_channels": self.tail_channels}
-
-    def __repr__(self) -> str:
-        return f"MBFFlat({', '.join(f'{key}={value!r}' for key, value in self.arguments.items())})"
-
-
-BACKBONES["mbf_flat"] = MBFFlat

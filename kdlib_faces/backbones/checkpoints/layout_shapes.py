@@ -1,8 +1,4 @@
-"""Backbones room, private: what names and shapes of a state dict say of the network. Reads no value.
-
-One function a family: shapes to the arguments of our network. Where a project names the parts of one of our networks
-otherwise, a table of beginnings, ours to theirs.
-"""
+"""Functions that derive the arguments of a network from the shapes of a state dict, and tables of key prefixes."""
 
 import math
 import re
@@ -36,28 +32,28 @@ __all__ = [
 
 Shapes = Mapping[str, tuple[int, ...]]
 Arguments = dict[str, Any]
-MOST_BLOCKS = 1024  # more is no network
+MAX_BLOCKS = 1024  # more is not a network
 
 
 def _blocks(shapes: Shapes, prefix: str, part: str) -> int:
-    """How many numbered modules with a tensor `part` there are below `prefix`."""
+    """Count the numbered modules with a tensor `part` below `prefix`."""
     pattern = re.compile(re.escape(prefix) + r"\.(\d{1,4})\." + re.escape(part))
-    return 1 + max((int(found[1]) for key in shapes if (found := pattern.fullmatch(key))), default=-1)
+    return 1 + max((int(match[1]) for key in shapes if (match := pattern.fullmatch(key))), default=-1)
 
 
 def _square(inputs: int, channels: int) -> tuple[int, int] | None:
-    """Input size of a linear layer over a square final grid; a grid of 7 by 6 has the weights of one of 6 by 7."""
+    """Input size for a linear layer over a square final grid; None for other grids, whose sides are ambiguous."""
     side = math.isqrt(inputs // channels)
     return (16 * side, 16 * side) if side * side == inputs // channels else None
 
 
 def _kernel(shapes: Shapes, key: str) -> tuple[int, int]:
-    """Input size of a convolution over the whole final grid."""
+    """Input size for a convolution over the whole final grid."""
     return 16 * shapes[key][2], 16 * shapes[key][3]
 
 
 def renamed(pairs: Sequence[tuple[str, str]]) -> Callable[[str, Shapes], str]:
-    """Names by a table of beginnings, ours to theirs."""
+    """Return a function that renames keys by a table of prefixes (network, file)."""
 
     def theirs(key: str, _shapes: Shapes) -> str:
         return next((their + key[len(our) :] for our, their in pairs if key.startswith(our)), key)
@@ -117,7 +113,7 @@ def mobilefacenet(tail: str, linear: str, kernel: str) -> Callable[[Shapes], Arg
 
 
 def gnap(shapes: Shapes) -> Arguments:
-    # The pooling has no weights, so the file does not tell the grid.
+    # The pooling has no weights, so the grid is unknown.
     return {
         "embedding_dim": shapes["output_layer.bn2.running_mean"][0],
         "width": shapes["conv1.conv.weight"][0] / 64,
@@ -153,19 +149,19 @@ BUBBLIIIING_MOBILEFACENET = (
 
 
 def _ir_layers(shapes: Shapes, stem: int) -> tuple[int, ...]:
-    """Blocks of each width; a stage is as wide as the one before, or twice."""
+    """Count the blocks of each width; a stage is as wide as the previous one, or twice as wide."""
     part = "res_layer.1.weight"
     blocks = _blocks(shapes, "body", part)
-    if blocks > MOST_BLOCKS:
+    if blocks > MAX_BLOCKS:
         raise IndexError(f"{blocks} blocks")
-    found: list[int] = []
+    widths: list[int] = []
     for block in range(blocks):
-        # A block that is missing counts as one like the block before it: the differences will name it.
-        shape = shapes.get(f"body.{block}.{part}", (*found[-1:], 0, 3, 3))
+        # A missing block is counted like the block before it; the differences will name it.
+        shape = shapes.get(f"body.{block}.{part}", (*widths[-1:], 0, 3, 3))
         if shape[2:] != (3, 3):
-            raise IndexError("blocks of three convolutions, which are not read")
-        found.append(shape[0])
-    return tuple(found.count(stem * factor) for factor in (1, 2, 4, 8))
+            raise IndexError("blocks of three convolutions, which are not supported")
+        widths.append(shape[0])
+    return tuple(widths.count(stem * factor) for factor in (1, 2, 4, 8))
 
 
 def ir(shapes: Shapes) -> Arguments:
@@ -187,13 +183,13 @@ SE_BY_NAME = "body.0.res_layer.se_block.fc1.weight"
 
 
 def ir_names(key: str, shapes: Shapes) -> str:
-    # AdaFace and CVLface add squeeze-and-excitation by name, the others by number.
+    # AdaFace and CVLface name the squeeze-and-excitation, other projects number it.
     return re.sub(r"\.res_layer\.[56]\.fc", ".res_layer.se_block.fc", key) if SE_BY_NAME in shapes else key
 
 
 def ir_input(arguments: Arguments) -> dict[str, Any]:
     if arguments["mid_norm"] and not arguments["affine"]:
-        return {"color": "bgr", "assumed": ("color",)}  # CVLface trained some of its own on RGB
+        return {"color": "bgr", "assumed": ("color",)}  # some networks of CVLface were trained on RGB
     if not arguments["affine"]:
         return {"assumed": ("color",)}
     return {"normalized": None, "assumed": ("color", "scale", "normalized")}
@@ -201,11 +197,11 @@ def ir_input(arguments: Arguments) -> dict[str, Any]:
 
 def ir_variant(arguments: Arguments) -> str:
     projects = {
-        (True, False): "AdaFace's or CVLface's kind",
-        (False, True): "face.evoLVe's, TreB1eN's or FaceX-Zoo's kind",
-        (False, False): "CurricularFace's kind",
+        (True, False): "as in AdaFace or CVLface",
+        (False, True): "as in face.evoLVe, TreB1eN or FaceX-Zoo",
+        (False, False): "as in CurricularFace",
     }
-    return projects.get((arguments["mid_norm"], arguments["affine"]), "no known project's kind")
+    return projects.get((arguments["mid_norm"], arguments["affine"]), "of no known project")
 
 
 def mtlface(shapes: Shapes) -> Arguments:
@@ -239,7 +235,7 @@ def v1_flat(shapes: Shapes) -> Arguments:
 
 
 def v1_flat_names() -> list[tuple[str, str]]:
-    """Both convolutions of a pair stand in one sequence there, with an activation at 2 and 5."""
+    """Both convolutions of a pair are in one sequence, with activations at 2 and 5."""
     return [
         (f"stage{stage}.{pair}.{half}.{at}.", f"stage{stage}.{pair}.{3 * half + at}.")
         for stage, pairs in ((1, range(1, 6)), (2, range(6)), (3, range(2)))
@@ -257,7 +253,7 @@ def v2(tail: str, linear: str, kernel: str) -> Callable[[Shapes], Arguments]:
             "width": shapes[f"features.{last}.0.weight"][1] / 320,
             "input_size": _kernel(shapes, kernel),
             "bias": "features.0.0.bias" in shapes,
-            "stem_stride": 1 if last == 18 else 2,  # two blocks fewer where the stem halves the grid
+            "stem_stride": 1 if last == 18 else 2,  # two blocks fewer if the stem halves the grid
             "affine": f"{tail}.weight" in shapes,
         }
 

@@ -1,8 +1,8 @@
-"""Backbones room: IR and IR-SE, residual teachers that look like `IResNet` and are not. Imports torch and checks only.
+"""IR and IR-SE, residual teachers that differ from `IResNet`.
 
-The modules carry face.evoLVe's names, which TreB1eN's, FaceX-Zoo's, CurricularFace's, AdaFace's and CVLface's
-checkpoints share, so that all of them load unchanged. Two switches tell the projects apart: whether a block has a
-BatchNorm between its first convolution and its PReLU, and whether the last BatchNorm has weights.
+Module names follow face.evoLVe, like the checkpoints of TreB1eN, FaceX-Zoo, CurricularFace, AdaFace and CVLface, so that
+all of them load unchanged. The projects differ in two switches: a BatchNorm between the first convolution of a block and
+its PReLU, and weights of the last BatchNorm.
 
 References:
     Deng, Guo, Xue, Zafeiriou, "ArcFace: Additive Angular Margin Loss for Deep Face Recognition", 2019,
@@ -12,22 +12,15 @@ References:
 
 from collections.abc import Sequence
 from itertools import accumulate
-from typing import Any, ClassVar
+from typing import Any
 
 from torch import Tensor, nn
 
 from kdlib._checks import check_number
-from kdlib_faces.backbones._arguments import (
-    InputSize,
-    channels,
-    check_blocks,
-    check_images,
-    final_grid,
-    height_width,
-    show_size,
-)
-from kdlib_faces.backbones._precision import in_precision_of
-from kdlib_faces.backbones.input_spec import InputSpec
+from kdlib_faces.backbones.input_spec import InputSize
+from kdlib_faces.backbones.networks.arguments import channels, check_blocks, check_images, final_grid
+from kdlib_faces.backbones.networks.base import Backbone
+from kdlib_faces.backbones.networks.precision import in_precision_of
 
 __all__ = [
     "IRBlock",
@@ -48,7 +41,7 @@ REDUCTION = 16
 
 
 class _SqueezeExcitation(nn.Module):
-    """Scale each channel by what its mean and the others' say of it."""
+    """Scale each channel by a function of the means of all channels."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -64,7 +57,7 @@ class _SqueezeExcitation(nn.Module):
 class IRBlock(nn.Module):
     """BN, conv 3x3, [BN,] PReLU, conv 3x3 (stride), BN [, squeeze-and-excitation]; plus the shortcut.
 
-    Where the width does not change, the shortcut has no weights: every `stride`-th pixel.
+    If the number of channels does not change, the shortcut takes every `stride`-th pixel and has no weights.
     """
 
     def __init__(self, c_in: int, c_out: int, stride: int, *, se: bool, mid_norm: bool) -> None:
@@ -87,12 +80,12 @@ class IRBlock(nn.Module):
         return out
 
 
-class IRNet(nn.Module):
-    """The IR networks of face.evoLVe, TreB1eN, AdaFace and their kin: (b, 3, h, w) to (b, d), not normalized.
+class IRNet(Backbone):
+    """The IR networks of face.evoLVe, TreB1eN, AdaFace and related projects: (b, 3, h, w) to (b, d), not normalized.
 
     A stem of stride 1, four stages of 64, 128, 256, 512 channels that each halve the grid, BatchNorm, one linear layer
-    over the whole final grid, BatchNorm. Three networks are called "IR-50"; they differ in a BatchNorm inside the
-    blocks, in the shortcuts and in the last BatchNorm, and the weights of one mean nothing in another.
+    over the whole final grid, BatchNorm. Three networks are called "IR-50". They differ in a BatchNorm inside the
+    blocks, in the shortcuts and in the last BatchNorm, so their weights are not interchangeable.
 
     ================================================ ========= ======== ==========
     network                                           mid_norm  affine   parameters
@@ -105,21 +98,16 @@ class IRNet(nn.Module):
     Args:
         layers: blocks in each of the four stages; (3, 4, 14, 3) is the 50-layer network.
         embedding_dim: dimensions d of the embedding.
-        width: factor on every channel count; the first stage has 64 * width rounded to a multiple of 8, at least 8.
-        input_size: side of the square images, or (height, width), in pixels. The final grid is a sixteenth, rounded up.
-        dropout: probability of dropping a value before the linear layer.
-        se: end each block with squeeze-and-excitation of reduction 16: the IR-SE networks.
-        mid_norm: BatchNorm between a block's first convolution and its PReLU.
-        affine: whether the last BatchNorm has a weight and a bias.
-
-    Attributes:
-        stages: module paths at the end of each halving, from fine to coarse, for use as taps.
-        arguments: the arguments that rebuild this network.
-        input_spec: what its images must be.
+        width: factor of every channel count; the first stage has 64 * width rounded to a multiple of 8, at least 8.
+        input_size: side of the square images, or (height, width), in pixels. The final grid has a sixteenth of the size, rounded up.
+        dropout: dropout probability before the linear layer.
+        se: add squeeze-and-excitation with reduction 16 to each block (the IR-SE networks).
+        mid_norm: BatchNorm between the first convolution of a block and its PReLU.
+        affine: whether the last BatchNorm has weight and bias.
 
     Raises:
-        ValueError: an argument outside its range, or images of another size than `input_size`.
-        TypeError: an argument of a wrong type.
+        ValueError: an argument is out of range, or images have another size than `input_size`.
+        TypeError: an argument has the wrong type.
 
     Examples:
         >>> import torch
@@ -130,11 +118,9 @@ class IRNet(nn.Module):
         ('body.0', 'body.2', 'body.3', 'body.4')
 
     References:
-        face.evoLVe, backbone/model_irse.py; CVLface, models/iresnet/model.py: same layers and names. Initial values are
-        He's normal distribution over the outputs, as there.
+        face.evoLVe, backbone/model_irse.py; CVLface, models/iresnet/model.py: same layers and names, and the same
+        initialization from He's normal distribution over the outputs.
     """
-
-    family: ClassVar[str] = "ir"
 
     def __init__(
         self,
@@ -148,17 +134,12 @@ class IRNet(nn.Module):
         mid_norm: bool = False,
         affine: bool = True,
     ) -> None:
-        super().__init__()
-        check_number("IRNet", "embedding_dim", embedding_dim, min=1, integer=True)
+        super().__init__(embedding_dim, input_size)
         check_number("IRNet", "dropout", dropout, min=0, max=1)
         c = channels("IRNet", width)
-        self._size = height_width("IRNet", input_size)
         self.layers = check_blocks("IRNet", "layers", layers)
-        self.embedding_dim = embedding_dim
         self.width = float(width)
-        self.input_size: InputSize = show_size(self._size)
         self.se, self.mid_norm, self.affine = bool(se), bool(mid_norm), bool(affine)
-        self.input_spec = InputSpec(size=self.input_size)
         self.stages: tuple[str, ...] = tuple(f"body.{end - 1}" for end in accumulate(self.layers))
 
         rows, columns = final_grid(self._size)
@@ -190,13 +171,17 @@ class IRNet(nn.Module):
 
     @property
     def name(self) -> str:
-        """Name in the registry: `ir_50`, `ir_se_50`, `adaface_ir_50` and the like for a published one, else `ir`."""
+        """`ir_50`, `ir_se_50`, `adaface_ir_50` or similar for a published network, otherwise `ir`."""
         depth = next((depth for depth, layers in DEPTHS.items() if layers == self.layers), None)
         if depth is None or self.mid_norm == self.affine:
             return "ir"
         if self.mid_norm:
             return f"adaface_ir_{depth}" if depth < 152 and not self.se else "ir"
         return f"ir_{'se_' * self.se}{depth}" if depth > 18 else "ir"
+
+    @property
+    def family(self) -> str:
+        return "ir"
 
     @property
     def arguments(self) -> dict[str, Any]:
@@ -217,9 +202,6 @@ class IRNet(nn.Module):
         x = self.output_layer[:3](x)
         return in_precision_of(next(self.output_layer[3].parameters()), self.output_layer[3:], x)
 
-    def __repr__(self) -> str:
-        return f"IRNet({', '.join(f'{key}={value!r}' for key, value in self.arguments.items())})"
-
 
 def _ir(
     depth: int, embedding_dim: int, width: float, input_size: InputSize, dropout: float, *, se: bool, adaface: bool
@@ -237,17 +219,17 @@ def _ir(
 
 
 def ir_50(embedding_dim: int = 512, *, width: float = 1.0, input_size: InputSize = 112, dropout: float = 0.0) -> IRNet:
-    """`IRNet` of blocks (3, 4, 14, 3) as in face.evoLVe: 43,574,976 parameters."""
+    """`IRNet` with blocks (3, 4, 14, 3) as in face.evoLVe: 43,574,976 parameters."""
     return _ir(50, embedding_dim, width, input_size, dropout, se=False, adaface=False)
 
 
 def ir_101(embedding_dim: int = 512, *, width: float = 1.0, input_size: InputSize = 112, dropout: float = 0.0) -> IRNet:
-    """`IRNet` of blocks (3, 13, 30, 3) as in face.evoLVe: 65,129,792 parameters."""
+    """`IRNet` with blocks (3, 13, 30, 3) as in face.evoLVe: 65,129,792 parameters."""
     return _ir(101, embedding_dim, width, input_size, dropout, se=False, adaface=False)
 
 
 def ir_152(embedding_dim: int = 512, *, width: float = 1.0, input_size: InputSize = 112, dropout: float = 0.0) -> IRNet:
-    """`IRNet` of blocks (3, 8, 36, 3) as in face.evoLVe: 70,737,600 parameters."""
+    """`IRNet` with blocks (3, 8, 36, 3) as in face.evoLVe: 70,737,600 parameters."""
     return _ir(152, embedding_dim, width, input_size, dropout, se=False, adaface=False)
 
 
@@ -275,19 +257,19 @@ def ir_se_152(
 def adaface_ir_18(
     embedding_dim: int = 512, *, width: float = 1.0, input_size: InputSize = 112, dropout: float = 0.0
 ) -> IRNet:
-    """`IRNet` of blocks (2, 2, 2, 2) as in AdaFace: 24,020,352 parameters."""
+    """`IRNet` with blocks (2, 2, 2, 2) as in AdaFace: 24,020,352 parameters."""
     return _ir(18, embedding_dim, width, input_size, dropout, se=False, adaface=True)
 
 
 def adaface_ir_50(
     embedding_dim: int = 512, *, width: float = 1.0, input_size: InputSize = 112, dropout: float = 0.0
 ) -> IRNet:
-    """`IRNet` of blocks (3, 4, 14, 3) as in AdaFace: 43,585,600 parameters."""
+    """`IRNet` with blocks (3, 4, 14, 3) as in AdaFace: 43,585,600 parameters."""
     return _ir(50, embedding_dim, width, input_size, dropout, se=False, adaface=True)
 
 
 def adaface_ir_101(
     embedding_dim: int = 512, *, width: float = 1.0, input_size: InputSize = 112, dropout: float = 0.0
 ) -> IRNet:
-    """`IRNet` of blocks (3, 13, 30, 3) as in AdaFace: 65,150,912 parameters."""
+    """`IRNet` with blocks (3, 13, 30, 3) as in AdaFace: 65,150,912 parameters."""
     return _ir(101, embedding_dim, width, input_size, dropout, se=False, adaface=True)

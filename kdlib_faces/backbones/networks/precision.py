@@ -1,4 +1,4 @@
-"""Backbones room, private: the last layers in the precision of their weights. Touches tensors only."""
+"""Last layers of a network in the precision of their weights."""
 
 from collections.abc import Callable
 
@@ -9,7 +9,7 @@ __all__ = ["in_precision_of"]
 
 
 def in_precision_of(weight: Tensor, layers: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """`layers(x)`, outside autocast: a sum over a whole grid of 25,088 products loses too much in half precision."""
+    """Apply layers without autocast, because a sum of 25,088 products is too inaccurate in half precision."""
     device = x.device.type
     if not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)):
         return layers(x)

@@ -1,6 +1,6 @@
-"""Backbones room: the network of MTLFace, an IR network that takes age out of its last map. Imports torch and checks only.
+"""The backbone of MTLFace, an IR network that removes age information from its last feature map.
 
-The modules carry MTLFace's names, so that its `backbone-*` files load unchanged.
+Module names follow MTLFace, so that its `backbone-*` files load unchanged.
 
 References:
     Huang, Zhang, Shan, "When Age-Invariant Face Recognition Meets Face Age Synthesis: A Multi-Task Learning Framework",
@@ -15,22 +15,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kdlib._checks import check_number
-from kdlib_faces.backbones._arguments import (
-    InputSize,
-    channels,
-    check_blocks,
-    check_images,
-    final_grid,
-    height_width,
-    show_size,
-)
-from kdlib_faces.backbones._precision import in_precision_of
-from kdlib_faces.backbones.input_spec import InputSpec
-from kdlib_faces.backbones.ir import IRBlock
+from kdlib_faces.backbones.input_spec import InputSize
+from kdlib_faces.backbones.networks.arguments import channels, check_blocks, check_images, final_grid
+from kdlib_faces.backbones.networks.base import Backbone
+from kdlib_faces.backbones.networks.ir import IRBlock
+from kdlib_faces.backbones.networks.precision import in_precision_of
 
 __all__ = ["MTLFaceNet"]
 
-POOLED = (1, 2, 3)  # grids of the pyramid that the channels' attention reads
+POOLED = (1, 2, 3)  # grids of the pooling pyramid of the channel attention
 REDUCTION = 16
 
 
@@ -58,29 +51,26 @@ class _Factorization(nn.Module):
         return out
 
 
-class MTLFaceNet(nn.Module):
+class MTLFaceNet(Backbone):
     """MTLFace's backbone: (b, 3, h, w) images to (b, d) identity embeddings, not normalized.
 
-    An IR network with a BatchNorm inside the blocks; attention over channels and over cells tells which part of the last
-    map speaks of age, and the embedding is made of the rest.
+    An IR network with a BatchNorm inside the blocks. Channel and spatial attention estimate the age-related part of the last
+    feature map, and the embedding is computed from the rest.
 
     Args:
         layers: blocks in each of the four stages.
         embedding_dim: dimensions d of the embedding.
-        width: factor on every channel count; the first stage has 64 * width rounded to a multiple of 8, at least 8.
-        input_size: side of the square images, or (height, width), in pixels. The final grid is a sixteenth, rounded up.
-        dropout: probability of dropping a value before the linear layer.
-        se: end each block with squeeze-and-excitation.
+        width: factor of every channel count; the first stage has 64 * width rounded to a multiple of 8, at least 8.
+        input_size: side of the square images, or (height, width), in pixels. The final grid has a sixteenth of the size, rounded up.
+        dropout: dropout probability before the linear layer.
+        se: add squeeze-and-excitation to each block.
 
     Attributes:
-        stages: module paths at the end of each halving, from fine to coarse, for use as taps; `"fsm"` is the last map
-            without age.
-        arguments: the arguments that rebuild this network.
-        input_spec: what its images must be.
+        stages: module paths at the end of each halving, for use as taps; `"fsm"` is the last map without age.
 
     Raises:
-        ValueError: an argument outside its range, or images of another size than `input_size`.
-        TypeError: an argument of a wrong type.
+        ValueError: an argument is out of range, or images have another size than `input_size`.
+        TypeError: an argument has the wrong type.
 
     Examples:
         >>> import torch
@@ -104,17 +94,12 @@ class MTLFaceNet(nn.Module):
         dropout: float = 0.0,
         se: bool = False,
     ) -> None:
-        super().__init__()
-        check_number("MTLFaceNet", "embedding_dim", embedding_dim, min=1, integer=True)
+        super().__init__(embedding_dim, input_size)
         check_number("MTLFaceNet", "dropout", dropout, min=0, max=1)
         c = channels("MTLFaceNet", width)
-        self._size = height_width("MTLFaceNet", input_size)
         self.layers = check_blocks("MTLFaceNet", "layers", layers)
-        self.embedding_dim = embedding_dim
         self.width = float(width)
-        self.input_size: InputSize = show_size(self._size)
         self.se = bool(se)
-        self.input_spec = InputSpec(size=self.input_size)
 
         def stage(c_in: int, c_out: int, blocks: int) -> nn.Sequential:
             kind = {"se": self.se, "mid_norm": True}
@@ -142,7 +127,6 @@ class MTLFaceNet(nn.Module):
 
     @property
     def name(self) -> str:
-        """Name in the registry."""
         return "mtlface"
 
     @property
@@ -161,6 +145,3 @@ class MTLFaceNet(nn.Module):
         x = self.block2(self.block1(self.input_layer(images)))
         x = self.fsm(self.block4(self.block3(x)))
         return in_precision_of(next(self.output_layer[3].parameters()), self.output_layer[3:], self.output_layer[:3](x))
-
-    def __repr__(self) -> str:
-        return f"MTLFaceNet({', '.join(f'{key}={value!r}' for key, value in self.arguments.items())})"

@@ -1,4 +1,4 @@
-"""What each weighting makes of one teacher, equal ones, a useless one, and values at the ends of what floats hold."""
+"""Weightings for one teacher, equal teachers, useless teachers and extreme values, and against reference formulas."""
 
 import copy
 import itertools
@@ -39,8 +39,8 @@ def made(k: int) -> dict[str, nn.Module]:
     }
 
 
-def face(teachers: list[Tensor], seed: int = 0) -> tuple[Tensor, dict[str, object]]:
-    """Losses of a student against these teachers, with their graph, and the rest of a call."""
+def batch(teachers: list[Tensor], seed: int = 0) -> tuple[Tensor, dict[str, object]]:
+    """Losses of a student against these teachers, with their graph, and the other arguments of a weighting."""
     generator = torch.Generator().manual_seed(seed)
     b = teachers[0].shape[0]
     student = torch.randn(b, D, generator=generator).requires_grad_()
@@ -49,49 +49,39 @@ def face(teachers: list[Tensor], seed: int = 0) -> tuple[Tensor, dict[str, objec
     return losses, {"student": student, "teachers": teachers, "targets": targets}
 
 
-def test_every_weighting_is_here() -> None:
-    assert set(made(2)) == set(kdlib.weighting.__all__)
-
-
 @pytest.mark.parametrize("name", kdlib.weighting.__all__)
-def test_one_teacher_weighs_one_and_equal_teachers_weigh_the_same(name: str) -> None:
+def test_equal_teachers_have_equal_weights(name: str) -> None:
     teacher = torch.randn(B, D, generator=torch.Generator().manual_seed(7))
     for k in (1, 2, 3):
         weighting = made(k)[name]
-        for _ in range(2):  # centers are there the second time
-            losses, rest = face([teacher] * k)
+        for _ in range(2):  # the second call uses the centers of the first
+            losses, rest = batch([teacher] * k)
             weights = weighting(losses, **rest)
             torch.testing.assert_close(weights, torch.full((k, B), 1 / k), rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", kdlib.weighting.__all__)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
-def test_values_at_the_ends_give_finite_weights_that_sum_to_one(name: str, dtype: torch.dtype) -> None:
+def test_extreme_values_give_finite_weights_that_sum_to_one(name: str, dtype: torch.dtype) -> None:
     huge = {torch.float16: 6e4, torch.bfloat16: 1e38, torch.float32: 1e38, torch.float64: 1e38}[dtype]
     signs = torch.tensor([[1.0, -1.0, 1.0], [-1.0, 1.0, 1.0], [0.0, 0.0, 0.0], [1.0, 0.0, 0.0]], dtype=torch.float64)
     teachers = [(huge * signs).to(dtype), torch.zeros(B, D, dtype=dtype), (1e-7 * signs).to(dtype)]
-    for losses in (torch.zeros(3, B), torch.full((3, B), 1e38), torch.tensor([[0.0], [1e-38], [1e38]]).expand(3, B)):
-        for student in (teachers[0], teachers[1], teachers[2]):
-            student = student.clone().requires_grad_()
-            live = (losses + 0 * student.float().sum()) if name == "GradientWeighting" else losses
-            weighting = made(3)[name]
-            targets = {"label": torch.tensor([0, 1, 2, -1]), "identity": torch.tensor([0, 1, 2, -1])}
-            for _ in range(2):
-                weights = weighting(live, student=student, teachers=teachers, targets=targets)
-                assert torch.isfinite(weights).all()
-                assert (weights >= 0).all()
-                torch.testing.assert_close(weights.sum(0), torch.ones(B), rtol=0, atol=1e-5)
-            if weights.requires_grad:
-                weights[0].sum().backward()
-                assert all(torch.isfinite(parameter.grad).all() for parameter in weighting.parameters())
-                assert student.grad is None
-
-
-@pytest.mark.parametrize("name", ["ConfidenceWeighting", "CenterConfidenceWeighting"])
-def test_a_missing_target_is_named(name: str) -> None:
-    losses, rest = face([torch.zeros(B, D)] * 2)
-    with pytest.raises(ValueError, match=f"^{name}: no target named .*; there are 'sample'"):
-        made(2)[name](losses, **{**rest, "targets": {"sample": torch.arange(B)}})
+    labels = torch.tensor([0, 1, 2, -1])
+    rest = {"teachers": teachers, "targets": {"label": labels, "identity": labels}}
+    all_losses = torch.zeros(3, B), torch.full((3, B), 1e38), torch.tensor([[0.0], [1e-38], [1e38]]).expand(3, B)
+    for losses, feature in itertools.product(all_losses, teachers):
+        student = feature.clone().requires_grad_()
+        live = (losses + 0 * student.float().sum()) if name == "GradientWeighting" else losses
+        weighting = made(3)[name]
+        for _ in range(2):
+            weights = weighting(live, student=student, **rest)
+            assert torch.isfinite(weights).all()
+            assert (weights >= 0).all()
+            torch.testing.assert_close(weights.sum(0), torch.ones(B), rtol=0, atol=1e-5)
+        if weights.requires_grad:
+            weights[0].sum().backward()
+            assert all(torch.isfinite(parameter.grad).all() for parameter in weighting.parameters())
+            assert student.grad is None
 
 
 # Confidence and entropy, against loops.
@@ -142,7 +132,7 @@ def test_confidence_and_entropy_follow_their_formulas(
         np.testing.assert_allclose(weights.numpy(), expected, rtol=1e-9, atol=1e-12)
 
 
-def test_two_numbers_by_hand() -> None:
+def test_confidence_and_entropy_by_hand() -> None:
     # Cross-entropies log 2 and log 4 make a softmax of 1/3 and 2/3; entropies log 2 and 0 make shares of 1 and 0.
     half, quarter = torch.tensor([[0.5, 0.5]]).log(), torch.tensor([[0.25, 0.75]]).log()
     weights = ConfidenceWeighting(target="y")(
@@ -154,44 +144,27 @@ def test_two_numbers_by_hand() -> None:
     assert weights.tolist() == [[0.0], [1.0]]
 
 
-def test_a_useless_teacher_by_its_logits() -> None:
-    generator = torch.Generator().manual_seed(1)
-    labels = torch.randint(10, (64,), generator=generator)
-    good = [8 * nn.functional.one_hot(labels, 10).float() + torch.randn(64, 10, generator=generator) for _ in range(2)]
-    rest = {"student": good[0], "targets": {"label": labels}}
-    shouting = 20 * torch.randn(64, 10, generator=generator)  # random and sure
-    whispering = 0.1 * torch.randn(64, 10, generator=generator)  # random and unsure, nearly constant
-    losses = torch.zeros(3, 64)
-    for useless in (shouting, whispering):
-        weights = ConfidenceWeighting()(losses, teachers=[*good, useless], **rest).mean(1)
-        assert weights[2] < 0.15
-        assert weights[:2].min() > 0.4
-    assert EntropyWeighting()(losses, teachers=[*good, whispering], **rest).mean(1)[2] < 0.05
-    # Entropy does not find out the one that is sure and wrong; this is what the page says.
-    assert EntropyWeighting()(losses, teachers=[*good, shouting], **rest).mean(1)[2] > 0.25
+@pytest.mark.parametrize(
+    ("targets", "error", "message"),
+    [
+        ({"label": torch.arange(4)}, ValueError, "labels must be below c = 3, got 3"),
+        (torch.ones(4), TypeError, "labels must be whole numbers, got torch.float32"),
+        (torch.tensor([0, 1]), ValueError, r"labels must be \(b,\) with b = 4, got \(2,\)"),
+        ({"sample": torch.arange(4)}, ValueError, "no target named 'label'; there are 'sample'"),
+    ],
+)
+def test_invalid_labels_are_errors(targets: object, error: type[Exception], message: str) -> None:
+    losses, rest = batch([torch.zeros(B, D)] * 2)
+    with pytest.raises(error, match=f"^ConfidenceWeighting: {message}"):
+        ConfidenceWeighting()(losses, **{**rest, "targets": targets})
 
 
-def test_no_teacher_gets_more_than_its_bound() -> None:
-    teachers = [torch.eye(4) * 100, -torch.eye(4) * 100, torch.zeros(4, 4)]
-    rest = {"student": teachers[0], "teachers": teachers, "targets": {"label": torch.arange(4)}}
-    for weighting in (ConfidenceWeighting(), EntropyWeighting()):
-        assert weighting(torch.zeros(3, 4), **rest).max() <= 0.5 + 1e-6
-
-
-def test_logits_and_labels_must_fit() -> None:
-    losses, rest = face([torch.zeros(B, D)] * 2)
-    wrong = {**rest, "teachers": [torch.zeros(B, D), torch.zeros(B, D + 1)]}
-    for weighting in (ConfidenceWeighting(), EntropyWeighting()):
-        name = type(weighting).__name__
-        with pytest.raises(ValueError, match=rf"^{name}: teachers must be logits \(b, c\) .* got \(4, 3\), \(4, 4\)"):
-            weighting(losses, **wrong)
-    confident = ConfidenceWeighting()
-    with pytest.raises(ValueError, match=r"labels must be below c = 3 of the teachers' logits, got 3"):
-        confident(losses, **{**rest, "targets": {"label": torch.arange(4)}})
-    with pytest.raises(TypeError, match=r"labels must be whole numbers, got torch.float32"):
-        confident(losses, **{**rest, "targets": torch.ones(4)})
-    with pytest.raises(ValueError, match=r"labels must be \(b,\) with b = 4, got \(2,\)"):
-        confident(losses, **{**rest, "targets": torch.tensor([0, 1])})
+@pytest.mark.parametrize("weighting", [ConfidenceWeighting(), EntropyWeighting()], ids=repr)
+def test_teachers_must_be_logits_on_the_same_classes(weighting: nn.Module) -> None:
+    losses, rest = batch([torch.zeros(B, D)] * 2)
+    rest["teachers"] = [torch.zeros(B, D), torch.zeros(B, D + 1)]
+    with pytest.raises(ValueError, match=r": teachers must be logits \(b, c\) .* got \(4, 3\), \(4, 4\)"):
+        weighting(losses, **rest)
 
 
 # Uncertainty.
@@ -214,95 +187,71 @@ def test_the_penalty_is_kendalls_objective() -> None:
     assert weighting.penalty(losses[:, :0]).item() == -0.5
 
 
-def test_log_variances_settle_at_the_losses_and_weights_at_their_inverse() -> None:
-    weighting = UncertaintyWeighting(3)
-    losses = torch.tensor([[0.5, 1.5], [4.0, 4.0], [0.05, 0.15]])
-    optimizer = torch.optim.Adam(weighting.parameters(), 0.05)
-    for _ in range(400):
-        optimizer.zero_grad()
-        weighting.penalty(losses).backward()
-        optimizer.step()
-    torch.testing.assert_close(weighting.log_variances.detach(), losses.mean(1).log(), rtol=1e-3, atol=1e-3)
-    inverse = 1 / losses.mean(1)
-    weights = weighting(losses, student=torch.zeros(2, 1), teachers=[], targets={})
-    torch.testing.assert_close(weights[:, 0], inverse / inverse.sum(), rtol=1e-3, atol=1e-3)
-
-
 @pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.Adam])
-def test_a_loss_of_zero_does_not_run_away_and_comes_back(kind: type[torch.optim.Optimizer]) -> None:
+def test_a_loss_of_zero_keeps_the_log_variances_bounded(kind: type[torch.optim.Optimizer]) -> None:
     weighting = UncertaintyWeighting(2)
     optimizer = kind(weighting.parameters(), lr=0.1)
 
-    def settle(losses: Tensor, steps: int) -> Tensor:
+    def train(losses: Tensor, steps: int) -> Tensor:
         for _ in range(steps):
             optimizer.zero_grad()
             weighting.penalty(losses).backward()
             optimizer.step()
         return weighting.log_variances.detach().clone()
 
-    found = settle(torch.tensor([[0.0], [1.0]]), 1000)
-    assert -17 < float(found[0]) < -15
-    assert abs(float(found[1])) < 0.1
-    if kind is torch.optim.Adam:  # a plain gradient step from there is as long as exp(16) times the loss
-        rising = settle(torch.tensor([[1e-4], [1.0]]), 500)
+    bounded = train(torch.tensor([[0.0], [1.0]]), 1000)
+    assert -17 < float(bounded[0]) < -15
+    assert abs(float(bounded[1])) < 0.1
+    if kind is torch.optim.Adam:  # a plain gradient step from there has the length exp(16) times the loss
+        rising = train(torch.tensor([[1e-4], [1.0]]), 500)
         assert float(rising[0]) == pytest.approx(math.log(1e-4), abs=0.3)
 
 
 # Gradients.
 
 
-def at(vectors: np.ndarray) -> tuple[Tensor, dict[str, object]]:
+def losses_with_gradients(vectors: np.ndarray) -> tuple[Tensor, dict[str, object]]:
     """Losses whose gradients at the student are these vectors, `(k, d)`."""
     student = torch.zeros(1, vectors.shape[1], dtype=torch.float64, requires_grad=True)
     losses = torch.stack([(student * torch.from_numpy(each)).sum(1) for each in vectors])
     return losses, {"student": student, "teachers": [], "targets": {}}
 
 
-def shortest(gram: np.ndarray, most: float) -> float:
-    """The least `a G a` there is, by trying each entry at 0, at `most`, and free: the optimum solves one of these."""
-    k, found = len(gram), math.inf
-    for kinds in itertools.product((0.0, most, None), repeat=k):
+def shortest(gram: np.ndarray, bound: float) -> float:
+    """The minimum of `a G a`: each entry is tried at 0, at the bound, and free, and the optimum is among these."""
+    k, minimum = len(gram), math.inf
+    for kinds in itertools.product((0.0, bound, None), repeat=k):
         a = np.array([kind or 0.0 for kind in kinds])
         free = [i for i, kind in enumerate(kinds) if kind is None]
         if free:
             system = np.ones((len(free) + 1, len(free) + 1))
             system[:-1, :-1], system[-1, -1] = gram[np.ix_(free, free)], 0
             a[free] = np.linalg.lstsq(system, np.r_[-gram[free] @ a, 1 - a.sum()], rcond=None)[0][:-1]
-        if abs(a.sum() - 1) < 1e-8 and a.min() > -1e-8 and a.max() < most + 1e-8:
-            found = min(found, float(a @ gram @ a))
-    return found
+        if abs(a.sum() - 1) < 1e-8 and a.min() > -1e-8 and a.max() < bound + 1e-8:
+            minimum = min(minimum, float(a @ gram @ a))
+    return minimum
 
 
 vectors = st.integers(0, 2**31 - 1).map(lambda seed: np.random.default_rng(seed))
 
 
-@settings(deadline=None, max_examples=50)
-@given(rng=vectors, most=st.sampled_from([1.0, 0.75, 0.5]))
-def test_two_teachers_have_the_closed_form(rng: np.random.Generator, most: float) -> None:
-    g = rng.normal(size=(2, 3)) * np.exp(rng.normal(size=(2, 1)))
-    losses, rest = at(g)
-    first = np.clip((g[1] - g[0]) @ g[1] / np.square(g[0] - g[1]).sum(), 1 - most, most)
-    weights = GradientWeighting(most=most)(losses, **rest)
-    np.testing.assert_allclose(weights[:, 0].numpy(), [first, 1 - first], atol=1e-4)
-
-
 @settings(deadline=None, max_examples=30)
-@given(rng=vectors, k=st.integers(2, 5), most=st.sampled_from([1.0, 0.6]))
-def test_the_mix_is_the_shortest_there_is(rng: np.random.Generator, k: int, most: float) -> None:
+@given(rng=vectors, k=st.integers(2, 5), bound=st.sampled_from([1.0, 0.6]))
+def test_the_combined_gradient_has_minimum_norm(rng: np.random.Generator, k: int, bound: float) -> None:
     g = rng.normal(size=(k, 4)) + rng.normal(size=4)
-    losses, rest = at(g)
-    weights = GradientWeighting(most=most)(losses, **rest)[:, 0].numpy()
+    losses, rest = losses_with_gradients(g)
+    weights = GradientWeighting(max_weight=bound)(losses, **rest)[:, 0].numpy()
     assert weights.sum() == pytest.approx(1)
     assert weights.min() >= 0
-    assert weights.max() <= most
+    assert weights.max() <= bound
     gram = g @ g.T
-    assert weights @ gram @ weights <= shortest(gram, most) + 1e-6 * np.trace(gram)
-    if most == 1:  # a step along the mix serves every teacher
-        mix = weights @ g
-        assert (g @ mix >= mix @ mix - 1e-4 * np.trace(gram)).all()
+    assert weights @ gram @ weights <= shortest(gram, bound) + 1e-6 * np.trace(gram)
+    if bound == 1:  # a step along the combined gradient lowers every loss
+        combined = weights @ g
+        assert (g @ combined >= combined @ combined - 1e-4 * np.trace(gram)).all()
 
 
-def test_gradients_are_taken_at_the_feature_before_the_projection_and_the_graph_stays() -> None:
+def test_gradients_are_taken_before_the_projection_and_the_graph_is_kept() -> None:
     generator = torch.Generator().manual_seed(0)
     student = torch.randn(5, 4, generator=generator, requires_grad=True)
     bank = [torch.randn(4, d, generator=generator, requires_grad=True) for d in (3, 6)]
@@ -318,25 +267,25 @@ def test_gradients_are_taken_at_the_feature_before_the_projection_and_the_graph_
     assert bank[0].grad.abs().sum() > 0
 
 
-def test_what_a_useless_and_a_finished_teacher_weigh() -> None:
+def test_a_useless_teacher_and_one_that_the_student_matches() -> None:
     near, far, same = torch.full((B, D), 0.5), torch.full((B, D), -9.0), torch.zeros(B, D)
     student = torch.zeros(B, D, requires_grad=True)
 
     def weigh(weighting: GradientWeighting, *teachers: Tensor) -> list[float]:
         losses = torch.stack([(student - each).square().mean(1) for each in teachers])
-        found: list[float] = weighting(losses, student=student, teachers=teachers, targets={})[:, 0].tolist()
-        return found
+        weights: list[float] = weighting(losses, student=student, teachers=teachers, targets={})[:, 0].tolist()
+        return weights
 
     assert weigh(GradientWeighting(), near, far)[1] < 0.1
-    # The student equals the second: nothing is left to gain there, and it takes all unless it is bounded.
+    # The student matches the second teacher, which gets all the weight unless it is bounded.
     assert weigh(GradientWeighting(), near, same) == pytest.approx([0.0, 1.0], abs=1e-6)
-    assert weigh(GradientWeighting(most=0.6), near, same) == pytest.approx([0.4, 0.6])
+    assert weigh(GradientWeighting(max_weight=0.6), near, same) == pytest.approx([0.4, 0.6])
     assert weigh(GradientWeighting(), same, same, same) == pytest.approx([1 / 3] * 3)
 
 
 @pytest.mark.parametrize("k", [2, 3])
-def test_equal_gradients_of_any_size_share_alike(k: int) -> None:
-    # A matrix product in float32 may round the entries of one row against itself otherwise than against its twin.
+def test_equal_gradients_of_any_size_have_equal_weights(k: int) -> None:
+    # A matrix product in float32 can round the dot products of equal rows differently.
     generator = torch.Generator().manual_seed(3)
     for size in (7, 33, 512, 3001):
         student = torch.randn(5, size, generator=generator).requires_grad_()
@@ -347,7 +296,7 @@ def test_equal_gradients_of_any_size_share_alike(k: int) -> None:
 
 
 def test_no_graph_and_gradients_that_are_not_finite_give_uniform_weights() -> None:
-    losses, rest = face([torch.zeros(B, D), torch.ones(B, D)])
+    losses, rest = batch([torch.zeros(B, D), torch.ones(B, D)])
     even = torch.full((2, B), 0.5)
     weighting = GradientWeighting()
     assert not torch.equal(weighting(losses, **rest), even)
@@ -358,18 +307,20 @@ def test_no_graph_and_gradients_that_are_not_finite_give_uniform_weights() -> No
     assert torch.equal(weighting(losses * torch.tensor([[1.0], [math.inf]]), **rest), even)
     far = torch.tensor([[1e30], [2e30]])
     assert torch.isfinite(weighting(losses * far, **rest)).all()
-    # Losses that do not hang on the student have no gradient there: as a teacher that the student equals.
-    apart = torch.stack([losses[0], torch.ones(B, requires_grad=True) * 2])
-    assert weighting(apart, **rest)[:, 0].tolist() == pytest.approx([0.0, 1.0], abs=1e-6)
+    # Losses that do not depend on the student have no gradient, as with a teacher that the student matches.
+    independent = torch.stack([losses[0], torch.ones(B, requires_grad=True) * 2])
+    assert weighting(independent, **rest)[:, 0].tolist() == pytest.approx([0.0, 1.0], abs=1e-6)
 
 
-def test_most_must_leave_room() -> None:
-    losses, rest = face([torch.zeros(B, D), torch.ones(B, D)])
-    with pytest.raises(ValueError, match=r"^GradientWeighting: most must be >= 1 / k for k = 2 teachers, got 0.4"):
-        GradientWeighting(most=0.4)(losses, **rest)
-    for most in (0, 1.5):
-        with pytest.raises(ValueError, match=r"^GradientWeighting: most must be a finite number and > 0 and <= 1"):
-            GradientWeighting(most=most)
+def test_max_weight_must_be_at_least_one_over_k() -> None:
+    losses, rest = batch([torch.zeros(B, D), torch.ones(B, D)])
+    with pytest.raises(ValueError, match=r"^GradientWeighting: max_weight must be >= 1 / k for k = 2 .* got 0.4"):
+        GradientWeighting(max_weight=0.4)(losses, **rest)
+    for bound in (0, 1.5):
+        with pytest.raises(
+            ValueError, match=r"^GradientWeighting: max_weight must be a finite number and > 0 and <= 1"
+        ):
+            GradientWeighting(max_weight=bound)
 
 
 # Gates.
@@ -382,12 +333,12 @@ def learn(gate: GateWeighting, losses: Tensor, student: Tensor, steps: int = 200
         optimizer.zero_grad()
         (weights * losses).sum(0).mean().backward()
         optimizer.step()
-    found: Tensor = gate(losses, student=student, teachers=[], targets={}).detach()
-    return found
+    weights: Tensor = gate(losses, student=student, teachers=[], targets={})
+    return weights.detach()
 
 
 @pytest.mark.parametrize("hidden", [None, 8])
-def test_a_gate_follows_another_teacher_in_another_place(hidden: int | None) -> None:
+def test_a_gate_learns_different_teachers_in_different_regions(hidden: int | None) -> None:
     torch.manual_seed(0)
     student = torch.randn(32, 5, generator=torch.Generator().manual_seed(0))
     left = student[:, 0] < 0
@@ -398,7 +349,7 @@ def test_a_gate_follows_another_teacher_in_another_place(hidden: int | None) -> 
     assert weights[2].mean() < 0.05
 
 
-def test_the_floor_holds_and_the_temperature_slows() -> None:
+def test_the_floor_bounds_the_weights_and_the_temperature_slows_training() -> None:
     student = torch.ones(2, 3)
     losses = torch.tensor([[0.0, 0.0], [5.0, 5.0]])
     floored = learn(GateWeighting(3, 2, floor=0.2), losses, student)
@@ -410,7 +361,7 @@ def test_the_floor_holds_and_the_temperature_slows() -> None:
     torch.testing.assert_close(even, torch.full((2, 2), 0.5))
 
 
-def test_the_gate_is_gradchecked_and_sends_nothing_to_the_student() -> None:
+def test_the_gate_passes_gradcheck_and_gives_the_student_no_gradient() -> None:
     gate = GateWeighting(3, 2, hidden=4, temperature=0.7, floor=0.1).double()
     for parameter in gate.parameters():
         nn.init.normal_(parameter, generator=torch.Generator().manual_seed(3))
@@ -427,7 +378,7 @@ def test_the_gate_is_gradchecked_and_sends_nothing_to_the_student() -> None:
     assert student.grad is None
 
 
-def test_a_gate_reads_maps_by_their_mean_and_nothing_of_their_length() -> None:
+def test_a_gate_uses_the_direction_of_the_mean_of_a_map() -> None:
     gate = GateWeighting(3, 2)
     nn.init.normal_(gate.out.weight, generator=torch.Generator().manual_seed(3))
     maps = torch.randn(4, 3, 2, 5, generator=torch.Generator().manual_seed(4))
@@ -450,13 +401,15 @@ def test_a_gate_reads_maps_by_their_mean_and_nothing_of_their_length() -> None:
         ((3, 2), {"floor": 0.6}, r"floor must be a finite number and >= 0 and <= 0.5, got 0.6"),
     ],
 )
-def test_a_gate_refuses(arguments: tuple[int, int], options: dict[str, float], message: str) -> None:
+def test_invalid_arguments_of_a_gate_are_errors(
+    arguments: tuple[int, int], options: dict[str, float], message: str
+) -> None:
     with pytest.raises(ValueError, match=f"^GateWeighting: {message}"):
         GateWeighting(*arguments, **options)
 
 
-def test_learned_weightings_name_what_does_not_fit() -> None:
-    losses, rest = face([torch.zeros(B, D)] * 2)
+def test_inputs_of_other_sizes_are_errors() -> None:
+    losses, rest = batch([torch.zeros(B, D)] * 2)
     for weighting in (GateWeighting(D, 3), UncertaintyWeighting(3)):
         with pytest.raises(ValueError, match=r"losses must be \(k, b\) with k = 3, got \(2, 4\)"):
             weighting(losses, **rest)

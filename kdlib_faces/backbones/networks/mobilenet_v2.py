@@ -1,7 +1,6 @@
-"""Backbones room: MobileNet V2 for faces. Imports torch and the argument checks only.
+"""MobileNet V2 for faces.
 
-The modules carry yakhyo's names, so that the checkpoints of that project load unchanged; those of cavaface load by a
-table of names.
+Module names follow yakhyo's project, so that its checkpoints load unchanged; those of cavaface load by a table of names.
 
 References:
     Sandler, Howard, Zhu, Zhmoginov, Chen, "MobileNetV2: Inverted Residuals and Linear Bottlenecks", 2018,
@@ -13,15 +12,16 @@ from typing import Any
 from torch import Tensor, nn
 
 from kdlib._checks import check_number
-from kdlib_faces.backbones._arguments import InputSize, check_images, final_grid, height_width, show_size
-from kdlib_faces.backbones.input_spec import InputSpec
-from kdlib_faces.backbones.mobilenet_v1 import GDCTail, divisible
+from kdlib_faces.backbones.input_spec import InputSize
+from kdlib_faces.backbones.networks.arguments import check_images, final_grid
+from kdlib_faces.backbones.networks.base import Backbone
+from kdlib_faces.backbones.networks.mobilenet_v1 import GDCTail, divisible
 
 __all__ = ["MobileNetV2", "mobilenet_v2"]
 
 # Expansion, channels, blocks, stride of the first block.
 ROWS = ((1, 16, 1, 1), (6, 24, 2, 2), (6, 32, 3, 2), (6, 64, 4, 2), (6, 96, 3, 1), (6, 160, 3, 2), (6, 320, 1, 1))
-HALVED_BY_STEM = 24  # the row that a stem of stride 2 stands for
+HALVED_BY_STEM = 24  # the row that a stem of stride 2 replaces
 LAST = 512
 
 
@@ -39,7 +39,7 @@ class _Conv(nn.Sequential):
 
 
 class _InvertedResidual(nn.Module):
-    """Widen by 1x1 (unless `expansion` is 1), depthwise 3x3, narrow by a linear 1x1; add the input where shapes allow."""
+    """1x1 expansion (unless `expansion` is 1), depthwise 3x3, linear 1x1 projection; adds the input if shapes allow."""
 
     def __init__(self, c_in: int, c_out: int, stride: int, expansion: int, *, bias: bool) -> None:
         super().__init__()
@@ -57,28 +57,23 @@ class _InvertedResidual(nn.Module):
         return x + out if self.residual else out
 
 
-class MobileNetV2(nn.Module):
+class MobileNetV2(Backbone):
     """MobileNet V2 with PReLU and a global depthwise tail: (b, 3, h, w) to (b, d) embeddings, not normalized.
 
     At 112 pixels and 512 dimensions: 2,280,640 parameters; 2,295,424 with `bias`, which yakhyo's checkpoints have.
 
     Args:
         embedding_dim: dimensions d of the embedding.
-        width: factor on every channel count, rounded to multiples of 8; the last 512 channels never shrink.
-        input_size: side of the square images, or (height, width), in pixels. The final grid is a sixteenth, rounded up.
-        bias: whether convolutions before a PReLU have a bias. It adds nothing that the BatchNorm between has not.
-        stem_stride: 1, with four halvings in the blocks, as yakhyo's; or 2, without the two blocks of 24 channels, as
+        width: factor on every channel count, rounded to multiples of 8; the last 512 channels are never reduced.
+        input_size: side of the square images, or (height, width), in pixels. The final grid has a sixteenth of the size, rounded up.
+        bias: whether convolutions before a PReLU have a bias. It is redundant with the BatchNorm.
+        stem_stride: 1, with four halvings in the blocks, as in yakhyo's; or 2, without the two blocks of 24 channels, as in
             cavaface's.
-        affine: whether the last BatchNorm has a weight and a bias; both are found in cavaface's.
-
-    Attributes:
-        stages: module paths at the end of each halving, from fine to coarse, for use as taps.
-        arguments: the arguments that rebuild this network.
-        input_spec: what its images must be.
+        affine: whether the last BatchNorm has weight and bias; cavaface has both variants.
 
     Raises:
-        ValueError: an argument outside its range, or images of another size than `input_size`.
-        TypeError: an argument of a wrong type.
+        ValueError: an argument is out of range, or images have another size than `input_size`.
+        TypeError: an argument has the wrong type.
 
     Examples:
         >>> import torch
@@ -102,21 +97,16 @@ class MobileNetV2(nn.Module):
         stem_stride: int = 1,
         affine: bool = True,
     ) -> None:
-        super().__init__()
-        check_number("MobileNetV2", "embedding_dim", embedding_dim, min=1, integer=True)
+        super().__init__(embedding_dim, input_size)
         check_number("MobileNetV2", "width", width, above=0)
         check_number("MobileNetV2", "stem_stride", stem_stride, min=1, max=2, integer=True)
-        self._size = height_width("MobileNetV2", input_size)
-        self.embedding_dim = embedding_dim
         self.width = float(width)
-        self.input_size: InputSize = show_size(self._size)
         self.bias, self.affine = bool(bias), bool(affine)
         self.stem_stride = stem_stride
-        self.input_spec = InputSpec(size=self.input_size)
 
         before = divisible(32 * width)
         features: list[nn.Module] = [_Conv(3, before, 3, stem_stride, bias=self.bias)]
-        ends = []  # the last block before each halving, and before the end
+        ends = []  # the last block before each halving and before the end
         for expansion, channels, blocks, stride in ROWS:
             if stem_stride == 2 and channels == HALVED_BY_STEM:
                 continue
@@ -139,7 +129,6 @@ class MobileNetV2(nn.Module):
 
     @property
     def name(self) -> str:
-        """Name in the registry."""
         return "mobilenet_v2"
 
     @property
@@ -158,9 +147,6 @@ class MobileNetV2(nn.Module):
         out: Tensor = self.output_layer(self.features(images))
         return out
 
-    def __repr__(self) -> str:
-        return f"MobileNetV2({', '.join(f'{key}={value!r}' for key, value in self.arguments.items())})"
-
 
 def mobilenet_v2(
     embedding_dim: int = 512,
@@ -171,7 +157,7 @@ def mobilenet_v2(
     stem_stride: int = 1,
     affine: bool = True,
 ) -> MobileNetV2:
-    """`MobileNetV2` of full width: 2,280,640 parameters at 112 pixels and 512 dimensions."""
+    """`MobileNetV2` with full width: 2,280,640 parameters at 112 pixels and 512 dimensions."""
     return MobileNetV2(
         embedding_dim, width=width, input_size=input_size, bias=bias, stem_stride=stem_stride, affine=affine
     )

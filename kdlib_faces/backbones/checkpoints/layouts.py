@@ -1,14 +1,10 @@
-"""Backbones room: how public projects name the weights of these networks. Reads names and shapes, never a value.
-
-A layout is recognized by keys that no other has; its arguments are read from shapes. Where a project's network is one of
-ours under other names, a table says which is which. What is not known of a layout is not here: an unknown one is refused.
-"""
+"""Checkpoint layouts of public projects, recognized by keys that no other layout has."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from kdlib_faces.backbones._layout_shapes import (
+from kdlib_faces.backbones.checkpoints.layout_shapes import (
     BUBBLIIIING_MOBILEFACENET,
     CAVAFACE_V2,
     V2_BODY,
@@ -38,18 +34,18 @@ __all__ = ["LAYOUTS", "Layout", "foreign"]
 
 @dataclass(frozen=True)
 class Layout:
-    """One way to name the weights of one of our networks.
+    """Naming of the weights of a network in a public project.
 
     Attributes:
         name: a word for it.
-        about: whose it is, for people.
+        about: description for messages.
         backbone: the network's name in the registry.
-        keys: keys that a file of this layout has, and one of another has not.
-        arguments: shapes to the arguments of the network.
-        theirs: our key to the file's; with the file's shapes, since a layout may have two spellings.
-        input: arguments to what is known of the images, in the words of `InputSpec`.
-        variant: arguments to whose kind it is, where one layout has several.
-        pointwise: whether the file has 1x1 convolutions where our network has linear layers.
+        keys: keys that only files of this layout have.
+        arguments: maps shapes to the arguments of the network.
+        theirs: maps a key of the network and the shapes of the file to the key of the file.
+        input: maps arguments to known fields of `InputSpec`.
+        variant: maps arguments to the name of a variant of the layout.
+        pointwise: whether the file has 1x1 convolutions in place of linear layers.
     """
 
     name: str
@@ -63,7 +59,7 @@ class Layout:
     pointwise: bool = False
 
     def fits(self, shapes: Shapes) -> bool:
-        """Whether a file with tensors of these shapes is of this layout."""
+        """Return whether a file with these shapes has this layout."""
         return all(key in shapes for key in self.keys)
 
 
@@ -134,7 +130,7 @@ LAYOUTS: tuple[Layout, ...] = (
     ),
     Layout(
         "ir",
-        "IR or IR-SE by face.evoLVe's names",
+        "IR or IR-SE with face.evoLVe's names",
         "ir",
         ("input_layer.0.weight", "body.0.res_layer.1.weight", "output_layer.3.weight"),
         ir,
@@ -181,25 +177,25 @@ LAYOUTS: tuple[Layout, ...] = (
         theirs=renamed(CAVAFACE_V2),
     ),
 )
-"""Every layout that is read; the first that fits is taken."""
+"""All supported layouts; the first match is used."""
 
-# A key, and what has it. Each is a file that people take for a face backbone of ours.
+# Keys of files that are commonly mistaken for a supported backbone.
 FOREIGN = (
     ("param_groups", "the state of an optimizer, not a network"),
-    ("conv2d_1a.conv.weight", "facenet-pytorch's InceptionResnetV1, which is not read"),
+    ("conv2d_1a.conv.weight", "facenet-pytorch's InceptionResnetV1, which is not supported"),
     ("body.stage1.0.0.weight", "a RetinaFace detector, not a recognition network"),
-    ("patch_embed.proj.weight", "a vision transformer, which is not read"),
-    ("conv_23.attention_layer.conv.weight", "cavaface's MobileFaceNet with attention, which is not read"),
+    ("patch_embed.proj.weight", "a vision transformer, which is not supported"),
+    ("conv_23.attention_layer.conv.weight", "cavaface's MobileFaceNet with attention, which is not supported"),
     ("layer1.0.bn1.weight", "a ResNet that is not insightface's IResNet"),
     ("input_layer.0.weight", "an IR network without the usual blocks or tail"),
     ("conv_45.conv_dw.conv.weight", "a MobileFaceNet without the usual tail"),
-    ("features.0.0.weight", "a MobileNet that is not one of the face variants that are read"),
+    ("features.0.0.weight", "a MobileNet other than the supported face variants"),
 )
 CENTERS = ("weight", "kernel", "head.kernel", "head.weight")
 
 
 def foreign(state: Mapping[str, Any], shapes: Shapes) -> str | None:
-    """What a file that fits no layout looks like, if it is a known kind."""
+    """Describe a file without a known layout, if its kind is known."""
     known = next((text for key, text in FOREIGN if key in state), None)
     if known is None and shapes and all(key in CENTERS for key in shapes):
         return "the class centers of a margin head, not a backbone; load_partial_fc of kdlib_faces.heads reads those"

@@ -1,6 +1,4 @@
-"""Backbones room: IResNet, the heavy teacher family. Imports torch and the argument checks only.
-
-The modules carry insightface's names, so that its published `iresnet` checkpoints load unchanged.
+"""IResNet, insightface's residual teachers, with its module names so that its checkpoints load unchanged.
 
 References:
     Deng, Guo, Xue, Zafeiriou, "ArcFace: Additive Angular Margin Loss for Deep Face Recognition", 2019,
@@ -8,22 +6,15 @@ References:
 """
 
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 from torch import Tensor, nn
 
 from kdlib._checks import check_number
-from kdlib_faces.backbones._arguments import (
-    InputSize,
-    channels,
-    check_blocks,
-    check_images,
-    final_grid,
-    height_width,
-    show_size,
-)
-from kdlib_faces.backbones._precision import in_precision_of
-from kdlib_faces.backbones.input_spec import InputSpec
+from kdlib_faces.backbones.input_spec import InputSize
+from kdlib_faces.backbones.networks.arguments import channels, check_blocks, check_images, final_grid
+from kdlib_faces.backbones.networks.base import Backbone
+from kdlib_faces.backbones.networks.precision import in_precision_of
 
 __all__ = ["IResNet", "iresnet18", "iresnet34", "iresnet50", "iresnet100", "iresnet200"]
 
@@ -38,7 +29,7 @@ DEPTHS: dict[tuple[int, int, int, int], str] = {
 
 
 class _Block(nn.Module):
-    """BN, conv 3x3, BN, PReLU, conv 3x3 (stride), BN; plus the shortcut; nothing after the sum."""
+    """BN, conv 3x3, BN, PReLU, conv 3x3 (stride), BN; plus the shortcut, without activation after the sum."""
 
     def __init__(self, c_in: int, c_out: int, stride: int, eps: float) -> None:
         super().__init__()
@@ -58,33 +49,28 @@ class _Block(nn.Module):
 
 
 def _stage(c_in: int, c_out: int, blocks: int, eps: float) -> nn.Sequential:
-    """`blocks` blocks, the first of stride 2."""
+    """Return `blocks` blocks, the first with stride 2."""
     return nn.Sequential(_Block(c_in, c_out, 2, eps), *[_Block(c_out, c_out, 1, eps) for _ in range(blocks - 1)])
 
 
-class IResNet(nn.Module):
+class IResNet(Backbone):
     """insightface's residual network: (b, 3, h, w) images to (b, d) embeddings, not normalized.
 
     A stem of stride 1, four stages of 64, 128, 256, 512 channels that each halve the grid, BatchNorm, one linear layer
-    over the whole final grid, and a BatchNorm whose weight is frozen at 1. Under autocast the linear layer and the last
-    BatchNorm run in the precision of their weights.
+    over the whole final grid, and a BatchNorm whose weight is frozen at 1. Under autocast, the linear layer and the last
+    BatchNorm compute in the precision of their weights.
 
     Args:
         layers: blocks in each of the four stages; (3, 4, 14, 3) is iresnet50.
         embedding_dim: dimensions d of the embedding.
-        width: factor on every channel count; the first stage has 64 * width rounded to a multiple of 8, at least 8.
-        input_size: side of the square images, or (height, width), in pixels. The final grid is a sixteenth, rounded up.
-        dropout: probability of dropping a value before the linear layer.
-        norm_eps: what every BatchNorm adds to its variance; MagFace's copies of these networks have 2e-5.
-
-    Attributes:
-        stages: module paths at the end of each halving, from fine to coarse, for use as taps.
-        arguments: the arguments that rebuild this network.
-        input_spec: what its images must be.
+        width: factor of every channel count; the first stage has 64 * width rounded to a multiple of 8, at least 8.
+        input_size: side of the square images, or (height, width), in pixels. The final grid has a sixteenth of the size, rounded up.
+        dropout: dropout probability before the linear layer.
+        norm_eps: epsilon of every BatchNorm; MagFace's copies of these networks use 2e-5.
 
     Raises:
-        ValueError: an argument outside its range, or images of another size than `input_size`.
-        TypeError: an argument of a wrong type.
+        ValueError: an argument is out of range, or images have another size than `input_size`.
+        TypeError: an argument has the wrong type.
 
     Examples:
         >>> import torch
@@ -95,11 +81,10 @@ class IResNet(nn.Module):
         ('layer1', 'layer2', 'layer3', 'layer4')
 
     References:
-        insightface, recognition/arcface_torch/backbones/iresnet.py: same layers, names and initial values
+        insightface, recognition/arcface_torch/backbones/iresnet.py: same layers, names and initialization
         (convolutions from N(0, 0.1)).
     """
 
-    family: ClassVar[str] = "iresnet"
     stages: tuple[str, ...] = ("layer1", "layer2", "layer3", "layer4")
 
     def __init__(
@@ -112,18 +97,13 @@ class IResNet(nn.Module):
         dropout: float = 0.0,
         norm_eps: float = NORM_EPS,
     ) -> None:
-        super().__init__()
-        check_number("IResNet", "embedding_dim", embedding_dim, min=1, integer=True)
+        super().__init__(embedding_dim, input_size)
         check_number("IResNet", "dropout", dropout, min=0, max=1)
         check_number("IResNet", "norm_eps", norm_eps, above=0)
         c = channels("IResNet", width)
-        self._size = height_width("IResNet", input_size)
         self.layers = check_blocks("IResNet", "layers", layers)
-        self.embedding_dim = embedding_dim
         self.width = float(width)
-        self.input_size: InputSize = show_size(self._size)
         self.norm_eps = float(norm_eps)
-        self.input_spec = InputSpec(size=self.input_size)
 
         rows, columns = final_grid(self._size)
         self.conv1 = nn.Conv2d(3, c, 3, padding=1, bias=False)
@@ -144,8 +124,11 @@ class IResNet(nn.Module):
 
     @property
     def name(self) -> str:
-        """Name in the registry: `iresnet50` for a published depth, else `iresnet`."""
         return DEPTHS.get(self.layers, "iresnet")
+
+    @property
+    def family(self) -> str:
+        return "iresnet"
 
     @property
     def arguments(self) -> dict[str, Any]:
@@ -169,40 +152,37 @@ class IResNet(nn.Module):
         out: Tensor = self.features(self.fc(x))
         return out
 
-    def __repr__(self) -> str:
-        return f"IResNet({', '.join(f'{key}={value!r}' for key, value in self.arguments.items())})"
-
 
 def iresnet18(
     embedding_dim: int = 512, *, width: float = 1.0, input_size: InputSize = 112, dropout: float = 0.0
 ) -> IResNet:
-    """`IResNet` of blocks (2, 2, 2, 2): 24,025,600 parameters, 2.61 G multiply-adds."""
+    """`IResNet` with blocks (2, 2, 2, 2): 24,025,600 parameters, 2.61 G multiply-adds."""
     return IResNet((2, 2, 2, 2), embedding_dim=embedding_dim, width=width, input_size=input_size, dropout=dropout)
 
 
 def iresnet34(
     embedding_dim: int = 512, *, width: float = 1.0, input_size: InputSize = 112, dropout: float = 0.0
 ) -> IResNet:
-    """`IResNet` of blocks (3, 4, 6, 3): 34,139,328 parameters, 4.46 G multiply-adds."""
+    """`IResNet` with blocks (3, 4, 6, 3): 34,139,328 parameters, 4.46 G multiply-adds."""
     return IResNet((3, 4, 6, 3), embedding_dim=embedding_dim, width=width, input_size=input_size, dropout=dropout)
 
 
 def iresnet50(
     embedding_dim: int = 512, *, width: float = 1.0, input_size: InputSize = 112, dropout: float = 0.0
 ) -> IResNet:
-    """`IResNet` of blocks (3, 4, 14, 3): 43,590,848 parameters, 6.31 G multiply-adds."""
+    """`IResNet` with blocks (3, 4, 14, 3): 43,590,848 parameters, 6.31 G multiply-adds."""
     return IResNet((3, 4, 14, 3), embedding_dim=embedding_dim, width=width, input_size=input_size, dropout=dropout)
 
 
 def iresnet100(
     embedding_dim: int = 512, *, width: float = 1.0, input_size: InputSize = 112, dropout: float = 0.0
 ) -> IResNet:
-    """`IResNet` of blocks (3, 13, 30, 3): 65,156,160 parameters, 12.09 G multiply-adds."""
+    """`IResNet` with blocks (3, 13, 30, 3): 65,156,160 parameters, 12.09 G multiply-adds."""
     return IResNet((3, 13, 30, 3), embedding_dim=embedding_dim, width=width, input_size=input_size, dropout=dropout)
 
 
 def iresnet200(
     embedding_dim: int = 512, *, width: float = 1.0, input_size: InputSize = 112, dropout: float = 0.0
 ) -> IResNet:
-    """`IResNet` of blocks (6, 26, 60, 6): 118,833,920 parameters, 23.42 G multiply-adds."""
+    """`IResNet` with blocks (6, 26, 60, 6): 118,833,920 parameters, 23.42 G multiply-adds."""
     return IResNet((6, 26, 60, 6), embedding_dim=embedding_dim, width=width, input_size=input_size, dropout=dropout)
