@@ -242,8 +242,8 @@ def _train(options: argparse.Namespace, command: str) -> None:
 
 
 def _evaluate(options: argparse.Namespace, command: str) -> None:
+    from kdlib_faces.commands import evaluate
     from kdlib_faces.config import load_config
-    from kdlib_faces.harness import run as evaluate
 
     evaluate.run(
         load_config(evaluate.EvaluateConfig, options.config, [f"seed={options.seed}", *options.settings]),

@@ -8,7 +8,7 @@ import torch
 
 from kdlib.functional import attention_map
 from kdlib_faces.demo.stages import DemoData, maps_of
-from kdlib_faces.evaluation import AgeGapProtocol, hardest_pairs
+from kdlib_faces.evaluation import AgeGapProtocol
 from kdlib_faces.report import Picture, attention_picture, pairs_picture
 
 __all__ = ["pictures_of"]
@@ -29,12 +29,12 @@ def pictures_of(
         return np.ascontiguousarray(material.test_images[row].permute(1, 2, 0).numpy())
 
     pictures = []
-    hard = hardest_pairs(embeddings[distilled], protocol, count=9)
+    hard = protocol.evaluate(embeddings[distilled]).hardest(9)
     for kind, truth in (("missed", True), ("confused", False)):
         chosen = [
-            (pixels(i), pixels(j), f"{material.caption(i, j)}\ncosine {score:.2f}")
-            for i, j, score, same in hard
-            if same is truth
+            (pixels(p.left), pixels(p.right), f"{material.caption(p.left, p.right)}\ncosine {p.score:.2f}")
+            for p in hard
+            if p.same is truth
         ]
         if chosen:
             title = "Same person, least alike" if truth else "Different people, most alike"

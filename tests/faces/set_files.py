@@ -118,9 +118,9 @@ def fgnet(root: Path, name: str = "fgnet") -> str:
 
 
 def megaface(root: Path) -> str:
-    for stranger in range(25):
-        put_face(root / f"strangers/{stranger:03d}.png", stranger % 30, 50 + stranger)
-    return f"{fgnet(root, 'megaface_fgnet')},distractors={root / 'strangers'},far=0.02"
+    for number in range(25):
+        put_face(root / f"others/{number:03d}.png", number % 30, 50 + number)
+    return f"{fgnet(root, 'megaface_fgnet')},distractors={root / 'others'},far=0.02"
 
 
 def ijbc(root: Path) -> str:

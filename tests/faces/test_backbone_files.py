@@ -444,7 +444,8 @@ def test_the_recipe_feeds_a_published_teacher_as_it_wants(tmp_path):
 
 
 def test_embeddings_of_a_published_network_are_of_its_own_images(tmp_path):
-    from kdlib_faces.harness.run import embed, load_model
+    from kdlib_faces.evaluation import embed_images
+    from kdlib_faces.harness.embeddings import load_model
 
     model = small(input_size=(32, 16))
     model.input_spec = InputSpec(size=(32, 16), color="bgr", mean=0.0, scale=255.0)
@@ -453,7 +454,7 @@ def test_embeddings_of_a_published_network_are_of_its_own_images(tmp_path):
     pixels = torch.randint(0, 256, (3, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     wanted = model(pixels.flip(1)[..., 8:24] / 255)
     assert side == 32
-    found = embed(loaded, pixels, flip=False)
+    found = torch.from_numpy(embed_images(loaded, pixels, flip=False))
     torch.testing.assert_close(found, nn.functional.normalize(wanted, dim=1), rtol=1e-4, atol=1e-5)
 
 

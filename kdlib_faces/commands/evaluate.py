@@ -1,0 +1,103 @@
+"""The `evaluate` command: models and embeddings, measured by protocols, to a report."""
+
+import os
+import platform
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from kdlib_faces import report
+from kdlib_faces._output import check_output, staged, swept
+from kdlib_faces.harness.evaluate import evaluate_models
+from kdlib_faces.harness.run import EvaluateConfig, prepare
+from kdlib_faces.progress import say
+
+__all__ = ["EvaluateConfig", "run"]
+
+
+def run(
+    config: EvaluateConfig,
+    *,
+    output: Path,
+    faces: Sequence[str | os.PathLike[str]] = (),
+    models: Sequence[str | os.PathLike[str]] = (),
+    embeddings: Sequence[str | os.PathLike[str]] = (),
+    pairs: str | os.PathLike[str] | None = None,
+    protocols: Sequence[str] = (),
+    scores: bool = False,
+    progress: bool = False,
+    command: str = "",
+) -> dict[str, Any]:
+    """Evaluate model files and embedding files by protocols, and write a report.
+
+    Args:
+        config: Settings.
+        output: Folder for report.json, report.md, report.html and figures, written when everything is done. Embeddings of
+            model files are kept in its folder `work`; an interrupted run continues from them.
+        faces: See `kdlib_faces.harness.run.prepare`.
+        models: See `prepare`.
+        embeddings: See `prepare`.
+        pairs: See `prepare`.
+        protocols: See `prepare`.
+        scores: Write the scores of each protocol and model to `scores/PROTOCOL-MODEL.csv`.
+        progress: Show progress.
+        command: The command line, noted in the report.
+
+    Returns:
+        The content of report.json.
+
+    Raises:
+        InputError: A file is not usable, or there is nothing to evaluate.
+    """
+    check_output(output)
+    with swept(output):
+        prepared = prepare(
+            config, work=output / "work", faces=faces, models=models, embeddings=embeddings, pairs=pairs,
+            protocols=protocols, progress=progress,
+        )  # fmt: skip
+        started = datetime.now(UTC)
+        with staged(output) as stage:
+            result = evaluate_models(
+                prepared.tasks, prepared.models, sampling=config.sampling, num_failures=config.num_failures,
+                score_folder=stage if scores else None, max_score_rows=config.score_rows, progress=progress,
+            )  # fmt: skip
+            data = prepared.data
+            data["notes"] = [*data["notes"], *(f"{s.title}: {note}" for s in result.summaries for note in s.notes)]
+            content = {
+                "format": 1,
+                "title": "Evaluation",
+                "command": command,
+                "created": started.isoformat(timespec="seconds"),
+                "version": version("kdlib-torch"),
+                "seeds": [config.seed],
+                "config": asdict(config),
+                "environment": _environment(),
+                "data": data,
+                "level": config.level,
+                "models": result.models,
+                "evaluations": [summary.to_dict() for summary in result.summaries],
+            }
+            pictures = [
+                report.Picture(each.name, each.title, each.caption, report.pairs_picture(each.pairs))
+                for each in result.pictures
+            ]
+            report.write(stage, content, pictures=pictures, progress=progress)
+    say(f"report: {output / 'report.html'}", quiet=not progress)
+    return content
+
+
+def _environment() -> dict[str, Any]:
+    return {
+        "torch": str(torch.__version__),
+        "numpy": np.__version__,
+        "python": sys.version.split()[0],
+        "threads": torch.get_num_threads(),
+        "platform": platform.platform(),
+    }
