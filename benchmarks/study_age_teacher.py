@@ -27,9 +27,10 @@ from kdlib import OUTPUT, StudentAdapter, TrainConfig, train
 from kdlib_faces.backbones import MBF, Backbone, InputSpec, IResNet
 from kdlib_faces.data.images import load_images, to_float
 from kdlib_faces.data.lists import read_faces
+from kdlib_faces.data.samplers import PairTargets
 from kdlib_faces.evaluation import AgeGapProtocol
 from kdlib_faces.progress import progress
-from kdlib_faces.recipes.age_teacher import AgeTeacherConfig, PairTargets, build_age_teacher
+from kdlib_faces.recipes.age_teacher import AgeTeacherConfig, build_age_teacher
 from kdlib_faces.teachers import AttentiveAgeNet, OnnxTeacher, fit_age_map, fit_fusion, join_embeddings, load_pretrained
 
 RESULTS = Path(__file__).parent / "results" / "age_teacher.json"

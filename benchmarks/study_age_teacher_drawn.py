@@ -20,13 +20,14 @@ from study_age_teacher import keep_part, row
 from kdlib import OUTPUT, Distiller, Objective, StudentAdapter, Term, TrainConfig, train
 from kdlib_faces.backbones import build_backbone
 from kdlib_faces.data.batches import FaceBatches
+from kdlib_faces.data.samplers import PairTargets
 from kdlib_faces.data.synthetic import SyntheticFaces
 from kdlib_faces.data.views import AugmentConfig
 from kdlib_faces.demo.stages import embed
 from kdlib_faces.evaluation import AgeGapProtocol
 from kdlib_faces.heads import CosFaceHead
 from kdlib_faces.progress import TrainProgress
-from kdlib_faces.recipes.age_teacher import AgeTeacherConfig, PairTargets, build_age_teacher
+from kdlib_faces.recipes.age_teacher import AgeTeacherConfig, build_age_teacher
 
 FAR = 1e-2
 SIZE = 40
