@@ -12,12 +12,13 @@ from kdlib.distiller import Distiller
 from kdlib.objective import Objective, Term
 from kdlib_faces.backbones import build_backbone
 from kdlib_faces.data.batches import FaceBatches
+from kdlib_faces.data.samplers import PairTargets, samples_per_identity
 from kdlib_faces.data.synthetic import SyntheticFaces
 from kdlib_faces.data.views import AugmentConfig
 from kdlib_faces.demo.stages import DemoData, native
 from kdlib_faces.heads import CosFaceHead
 from kdlib_faces.progress import say
-from kdlib_faces.recipes.age_teacher import PairTargets, build_age_teacher, samples_per_identity
+from kdlib_faces.recipes.age_teacher import build_age_teacher
 from kdlib_faces.recipes.liaad import AGE, GENERAL
 from kdlib_faces.teachers import MappedTeacher, cache_outputs, fit_rotation, read_outputs
 from kdlib_faces.teachers.open import stage_taps

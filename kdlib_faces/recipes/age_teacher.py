@@ -16,7 +16,7 @@ from kdlib.objective import Objective, Term
 from kdlib_faces._checks import InputError
 from kdlib_faces.backbones import Backbone
 from kdlib_faces.data.lists import FaceList
-from kdlib_faces.data.samplers import PairTargets, count_cross_age_identities, samples_per_identity
+from kdlib_faces.data.samplers import count_cross_age_identities
 from kdlib_faces.heads import CosFaceHead
 from kdlib_faces.recipes.network import NetworkConfig
 from kdlib_faces.teachers import (
@@ -35,10 +35,8 @@ __all__ = [
     "AgeTeacherConfig",
     "AgeTeacherRunConfig",
     "FrozenBatchNorm",
-    "PairTargets",
     "build_age_teacher",
     "freeze_all_but",
-    "samples_per_identity",
     "train",
 ]
 

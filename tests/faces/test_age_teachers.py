@@ -17,8 +17,9 @@ from kdlib_faces._checks import InputError
 from kdlib_faces.backbones import MBF, IResNet, MobileFaceNet, build_backbone, save_backbone
 from kdlib_faces.cli import main
 from kdlib_faces.data.batches import FaceBatches
+from kdlib_faces.data.samplers import PairTargets
 from kdlib_faces.data.synthetic import SyntheticFaces
-from kdlib_faces.recipes.age_teacher import AgeTeacherConfig, PairTargets, build_age_teacher, freeze_all_but
+from kdlib_faces.recipes.age_teacher import AgeTeacherConfig, build_age_teacher, freeze_all_but
 from kdlib_faces.teachers import (
     AgeAttention,
     AgeEstimationLoss,
