@@ -28,7 +28,7 @@ from kdlib_faces.data.images import load_images, to_float
 from kdlib_faces.data.lists import read_faces
 from kdlib_faces.evaluation import AgeGapProtocol
 from kdlib_faces.progress import progress
-from kdlib_faces.recipes.age_teacher import AgeTeacherConfig, PairTargets, build_age_teacher
+from kdlib_faces.recipes.age_teacher import AgeTeacherConfig, build_age_teacher
 from kdlib_faces.teachers import AttentiveAgeNet, OnnxTeacher, fit_age_map, fit_fusion, joined, load_start
 
 RESULTS = Path(__file__).parent / "results" / "age_teacher.json"
@@ -136,6 +136,8 @@ class MapBatches:
                 targets["age"] = torch.from_numpy(self.faces.ages[rows]).float()
             else:
                 targets["age_group"] = torch.from_numpy(np.asarray(self.faces.groups)[rows])
+            age = targets["age_group"] if self.faces.ages is None else targets["age"]
+            targets["identity_age"] = torch.stack([targets["identity"].double(), age.double()], dim=1)
             yield self.fed[view, torch.from_numpy(rows)].float(), targets
 
 
@@ -202,10 +204,7 @@ def adapted(faces: Faces, train_rows: np.ndarray, test_rows: np.ndarray, way: Wa
     groups = None if faces.ages is not None else len(faces.names)
     count = len(np.unique(faces.identities[train_rows]))
     distiller = build_age_teacher(start, way.config, num_identities=count, groups=groups, seed=seed)
-    batches = PairTargets(
-        MapBatches(faces, fed, train_rows, people=min(way.people, count), seed=seed),
-        "age" if groups is None else "age_group",
-    )
+    batches = MapBatches(faces, fed, train_rows, people=min(way.people, count), seed=seed)
     train(
         distiller,
         batches,

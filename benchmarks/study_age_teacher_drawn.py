@@ -26,7 +26,7 @@ from kdlib_faces.demo.stages import embed
 from kdlib_faces.evaluation import AgeGapProtocol
 from kdlib_faces.heads import CosFaceHead
 from kdlib_faces.progress import TrainProgress
-from kdlib_faces.recipes.age_teacher import AgeTeacherConfig, PairTargets, build_age_teacher
+from kdlib_faces.recipes.age_teacher import AgeTeacherConfig, build_age_teacher
 
 FAR = 1e-2
 SIZE = 40
@@ -118,9 +118,9 @@ def main() -> None:
         total = narrow.identities + wide.identities
         distiller = build_age_teacher(copy.deepcopy(start), config, num_identities=total, seed=seed)
         batches = FaceBatches(
-            images, people, batch_size=64, seed=seed + 1, augment=AugmentConfig(), ages=ages, samples_per_identity=4
+            images, people, batch_size=64, seed=seed + 1, augment=AugmentConfig(), ages=ages, samples_per_identity=4, identity_age="age"
         )
-        run(distiller, PairTargets(batches, "age"), asked.steps, 0.05, seed, name)
+        run(distiller, batches, asked.steps, 0.05, seed, name)
         model: Any = distiller.student.model
         rows[name] = {"seconds": round(time.perf_counter() - began, 1), "bins": row(measured(model.net), first)}
         cells = [

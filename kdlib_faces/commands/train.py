@@ -16,8 +16,8 @@ from kdlib_faces.config import dump_toml
 from kdlib_faces.data.batches import FaceBatches
 from kdlib_faces.data.images import load_images
 from kdlib_faces.data.lists import FaceList, read_faces
-from kdlib_faces.data.samplers import count_cross_age_identities
-from kdlib_faces.data.seeded_views import SeededBatches, SeededViews
+from kdlib_faces.data.samplers import choose_samples_per_identity, count_cross_age_identities
+from kdlib_faces.data.seeded_views import SeededViews
 from kdlib_faces.data.views import AugmentConfig
 from kdlib_faces.demo.stages import fit
 from kdlib_faces.progress import progress as shown
@@ -25,9 +25,7 @@ from kdlib_faces.progress import say
 from kdlib_faces.recipes.age_teacher import (
     AgeTeacherConfig,
     FrozenBatchNorm,
-    PairTargets,
     build_age_teacher,
-    samples_per_identity,
     tune,
 )
 from kdlib_faces.recipes.liaad import LIAADConfig, build, new_backbone
@@ -149,9 +147,7 @@ def run(
     large = len(listed) * 3 * size * size > MEMORY
     images = load_images(listed, size, progress=meter, memory_map=output / "images.npy" if large else None)
     views = None if found is None else found.views
-    batches = _batches(config, images, listed, paired, views, seed)
-    if paired:
-        batches = PairTargets(batches, by_age)
+    batches = _batches(config, images, listed, by_age if paired else None, views, seed)
     output.mkdir(parents=True, exist_ok=True)
     if certain:
         note_run(output, here)
@@ -176,15 +172,27 @@ def run(
 
 
 def _batches(
-    config: TrainRecipeConfig, images: Tensor, listed: FaceList, paired: bool, views: SeededViews | None, seed: int
-) -> Any:
+    config: TrainRecipeConfig,
+    images: Tensor,
+    listed: FaceList,
+    identity_age: Any,
+    views: SeededViews | None,
+    seed: int,
+) -> FaceBatches:
     """Batches of random views, or of those that caches hold; for far pairs with several images of each person."""
-    told: dict[str, Any] = {"batch_size": config.batch_size, "seed": seed}
-    told |= {"ages": listed.ages, "age_groups": listed.age_groups}
-    if views is not None:
-        return SeededBatches(images, listed.identities, views, **told)
-    together = samples_per_identity(config.batch_size, listed.num_identities) if paired else None
-    return FaceBatches(images, listed.identities, augment=config.augment, samples_per_identity=together, **told)
+    samples = choose_samples_per_identity(config.batch_size, listed.num_identities) if identity_age else None
+    return FaceBatches(
+        images,
+        listed.identities,
+        batch_size=config.batch_size,
+        seed=seed,
+        ages=listed.ages,
+        age_groups=listed.age_groups,
+        augment=config.augment if views is None else None,
+        views=views,
+        samples_per_identity=samples,
+        identity_age=identity_age,
+    )
 
 
 def _by_age(listed: FaceList) -> str:

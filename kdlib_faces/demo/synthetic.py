@@ -12,12 +12,13 @@ from kdlib.distiller import Distiller
 from kdlib.objective import Objective, Term
 from kdlib_faces.backbones import build_backbone
 from kdlib_faces.data.batches import FaceBatches
+from kdlib_faces.data.samplers import choose_samples_per_identity
 from kdlib_faces.data.synthetic import SyntheticFaces
 from kdlib_faces.data.views import AugmentConfig
 from kdlib_faces.demo.stages import DemoData, fit, native
 from kdlib_faces.heads import CosFaceHead
 from kdlib_faces.progress import say
-from kdlib_faces.recipes.age_teacher import PairTargets, build_age_teacher, samples_per_identity
+from kdlib_faces.recipes.age_teacher import build_age_teacher
 from kdlib_faces.recipes.liaad import AGE, GENERAL, teacher_taps
 from kdlib_faces.teachers import MappedTeacher, fit_rotation, read_outputs, record
 
@@ -81,14 +82,14 @@ def synthetic_data(config: Any, work: Path, *, seed: int, quiet: bool) -> DemoDa
         seed=seed + 1,
         augment=AugmentConfig(),
         ages=ages,
-        samples_per_identity=samples_per_identity(config.batch_size, people)
+        samples_per_identity=choose_samples_per_identity(config.batch_size, people)
         if "pairs" in learner.objective.terms
         else None,
+        identity_age="age",
     )
-    pairs: Any = PairTargets(batches, "age")
     curves["age_teacher"], age_seconds = fit(
         learner,
-        pairs,
+        batches,
         work / "age_teacher",
         steps=config.age_steps,
         lr=config.teacher_lr / 2,

@@ -20,7 +20,6 @@ from kdlib._checks import check_choice, check_number
 from kdlib.distiller import Distiller
 from kdlib.objective import Objective, Term
 from kdlib_faces._checks import InputError
-from kdlib_faces.data.samplers import PairTargets, samples_per_identity
 from kdlib_faces.heads import CosFaceHead
 from kdlib_faces.progress import TrainProgress
 from kdlib_faces.teachers import (
@@ -34,10 +33,8 @@ from kdlib_faces.teachers import (
 
 __all__ = [
     "AgeTeacherConfig",
-    "PairTargets",
     "FrozenBatchNorm",
     "build_age_teacher",
-    "samples_per_identity",
     "trained_parts",
     "tune",
 ]
@@ -210,7 +207,7 @@ def build_age_teacher(
         seed: of new parts and heads.
 
     Returns:
-        A distiller without teachers. Its targets: `"identity"`; `"age"` or `"age_group"`; `"person_age"` with far pairs.
+        A distiller without teachers. Its targets: `"identity"`; `"age"` or `"age_group"`; `"identity_age"` with far pairs.
         `distiller.student.model.net` is the network for `save_teacher`.
 
     Raises:
@@ -235,7 +232,7 @@ def build_age_teacher(
             terms["identity"] = Term(head, student="embedding", target="identity", weight=told["identity_weight"])
         if told["pair_weight"]:
             pairs = CrossAgePairLoss(gap=config.gap, scale=config.pair_scale, groups=groups is not None)
-            terms["pairs"] = Term(pairs, student="embedding", target="person_age", weight=told["pair_weight"])
+            terms["pairs"] = Term(pairs, student="embedding", target="identity_age", weight=told["pair_weight"])
         if isinstance(net, AgeInvariantNet):
             taps["parts"] = "net.parts"
             factors = AgeFactorLoss(net.embedding_dim, groups=groups, decorrelation=config.decorrelation)

@@ -15,9 +15,10 @@ from kdlib.distiller import Distiller
 from kdlib_faces._checks import InputError
 from kdlib_faces.backbones import MBF, IResNet, MobileFaceNet, build_backbone, save_backbone
 from kdlib_faces.cli import main
+from kdlib_faces.data.batches import FaceBatches
 from kdlib_faces.data.synthetic import SyntheticFaces
 from kdlib_faces.harness.run import embed, load_model
-from kdlib_faces.recipes.age_teacher import AgeTeacherConfig, PairTargets, build_age_teacher, trained_parts
+from kdlib_faces.recipes.age_teacher import AgeTeacherConfig, build_age_teacher, trained_parts
 from kdlib_faces.teachers import (
     AgeAttention,
     AgeEstimationLoss,
@@ -225,15 +226,13 @@ def test_the_pull_holds_the_trained_parameters_to_their_start() -> None:
 # Training
 
 
-def _batches(faces: SyntheticFaces, by: str) -> PairTargets:
-    from kdlib_faces.data.batches import FaceBatches
-
+def _batches(faces: SyntheticFaces, by: str) -> FaceBatches:
     ages = faces.ages.clone()
     ages[::5] = float("nan")  # only some images have ages
     groups = torch.where(ages.isnan(), -1, (ages > 40).long())
     both = {"ages": ages} if by == "age" else {"age_groups": groups}
-    batches = FaceBatches(faces.images(), faces.labels, batch_size=16, seed=0, samples_per_identity=4, **both)
-    return PairTargets(batches, by)
+    options = {"batch_size": 16, "seed": 0, "samples_per_identity": 4, "identity_age": by}
+    return FaceBatches(faces.images(), faces.labels, **options, **both)
 
 
 @pytest.mark.parametrize("by", ["age", "age_group"])
