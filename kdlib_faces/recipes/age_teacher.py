@@ -6,7 +6,7 @@ from typing import Literal
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from kdlib import OUTPUT, StudentAdapter, Tap
 from kdlib._checks import check_choice, check_number
@@ -14,7 +14,6 @@ from kdlib.cache import model_fingerprint
 from kdlib.distiller import Distiller
 from kdlib.objective import Objective, Term
 from kdlib_faces._checks import InputError
-from kdlib_faces.backbones import Backbone
 from kdlib_faces.data.lists import FaceList
 from kdlib_faces.data.samplers import count_cross_age_identities
 from kdlib_faces.heads import CosFaceHead
@@ -29,18 +28,10 @@ from kdlib_faces.teachers import (
     TeacherNet,
     load_pretrained,
 )
+from kdlib_faces.teachers.fine_tuning import FrozenBatchNorm, Part, freeze_all_but
 from kdlib_faces.training import RunConfig, RunOptions, TrainingSetup, train_on_faces
 
-__all__ = [
-    "AgeTeacherConfig",
-    "AgeTeacherRunConfig",
-    "FrozenBatchNorm",
-    "build_age_teacher",
-    "freeze_all_but",
-    "train",
-]
-
-Part = Literal["all", "tail", "embedding"]
+__all__ = ["AgeTeacherConfig", "AgeTeacherRunConfig", "build_age_teacher", "train"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,62 +110,6 @@ class AgeTeacherRunConfig(RunConfig):
 
     age_teacher: AgeTeacherConfig = field(default_factory=AgeTeacherConfig)
     network: NetworkConfig = field(default_factory=NetworkConfig)
-
-
-class FrozenBatchNorm(nn.Module):
-    """A network whose BatchNorm layers stay in eval mode during training, and which converts images to its own format.
-
-    Args:
-        net: The network. Its tap paths get the prefix `net.`.
-        frozen: Whether BatchNorm layers stay in eval mode.
-    """
-
-    def __init__(self, net: TeacherNet, *, frozen: bool = True) -> None:
-        super().__init__()
-        self.net, self.frozen = net, frozen
-
-    def train(self, mode: bool = True) -> "FrozenBatchNorm":
-        """Set the mode of all layers but the frozen ones."""
-        super().train(mode)
-        if self.frozen:
-            for module in self.net.modules():
-                if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d):
-                    module.eval()
-        return self
-
-    def forward(self, images: Tensor) -> Tensor:
-        """Return the embeddings of images in [-1, 1], RGB."""
-        embeddings: Tensor = self.net(self.net.input_spec(images))
-        return embeddings
-
-
-def freeze_all_but(backbone: Backbone, part: Part) -> list[nn.Parameter]:
-    """Freeze all parameters of a backbone except one part, and return the trainable ones.
-
-    Args:
-        backbone: A backbone whose modules are registered in the order in which they run.
-        part: `"all"`, `"tail"` (behind the last stage) or `"embedding"` (the last linear or convolutional layer and what is
-            behind it).
-
-    Raises:
-        InputError: The backbone has no such part.
-    """
-    named = list(backbone.named_parameters())
-    start = 0
-    if part == "tail":
-        last = f"{backbone.stages[-1]}."
-        order = [name for name, _ in backbone.named_modules()]
-        inside = max((at for at, name in enumerate(order) if f"{name}.".startswith(last)), default=len(order))
-        behind = set(order[inside + 1 :])
-        start = next((at for at, (name, _) in enumerate(named) if name.rpartition(".")[0] in behind), len(named))
-    elif part == "embedding":
-        layers = [name for name, module in backbone.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)]
-        start = next((at for at, (name, _) in enumerate(named) if name.startswith(f"{layers[-1]}.")), len(named))
-    if start >= len(named):
-        raise InputError(f"age teacher: {type(backbone).__name__} has no parameters in its part {part!r}")
-    for _, parameter in named[:start]:
-        parameter.requires_grad_(False)
-    return [parameter for _, parameter in named[start:] if parameter.requires_grad]
 
 
 def build_age_teacher(

@@ -19,7 +19,7 @@ from kdlib_faces.cli import main
 from kdlib_faces.data.batches import FaceBatches
 from kdlib_faces.data.samplers import PairTargets
 from kdlib_faces.data.synthetic import SyntheticFaces
-from kdlib_faces.recipes.age_teacher import AgeTeacherConfig, build_age_teacher, freeze_all_but
+from kdlib_faces.recipes.age_teacher import AgeTeacherConfig, build_age_teacher
 from kdlib_faces.teachers import (
     AgeAttention,
     AgeEstimationLoss,
@@ -35,6 +35,7 @@ from kdlib_faces.teachers import (
     reverse_gradient,
     save_teacher,
 )
+from kdlib_faces.teachers.fine_tuning import freeze_all_but
 
 NAN = float("nan")
 

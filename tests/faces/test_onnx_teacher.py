@@ -106,14 +106,7 @@ TAPS = {"map": "map", "embedding": None}
 
 @pytest.mark.parametrize(
     ("model", "run_batch"),
-    [
-        (network(), None),
-        (network(1), 1),
-        (network(2), 2),
-        (network(7), 7),
-        (reshaped(), 1),
-        (reshaped((-1, 4)), None),
-    ],
+    [(network(), None), (network(1), 1), (network(2), 2), (network(7), 7), (reshaped(), 1), (reshaped((-1, 4)), None)],
     ids=["free", "fixed1", "fixed2", "fixed7", "reshape of one image", "reshape of any batch"],
 )
 def test_features_are_those_of_the_network_for_every_kind_of_batch(tmp_path, images, model, run_batch):
