@@ -8,7 +8,6 @@ from dataclasses import asdict
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -34,7 +33,7 @@ def run(
     scores: bool = False,
     progress: bool = False,
     command: str = "",
-) -> dict[str, Any]:
+) -> report.Report:
     """Evaluate model files and embedding files by protocols, and write a report.
 
     Args:
@@ -51,7 +50,7 @@ def run(
         command: The command line, noted in the report.
 
     Returns:
-        The content of report.json.
+        The report.
 
     Raises:
         InputError: A file is not usable, or there is nothing to evaluate.
@@ -68,22 +67,22 @@ def run(
                 prepared.tasks, prepared.models, sampling=config.sampling, num_failures=config.num_failures,
                 score_folder=stage if scores else None, max_score_rows=config.score_rows, progress=progress,
             )  # fmt: skip
-            data = prepared.data
-            data["notes"] = [*data["notes"], *(f"{s.title}: {note}" for s in result.summaries for note in s.notes)]
-            content = {
-                "format": 1,
-                "title": "Evaluation",
-                "command": command,
-                "created": started.isoformat(timespec="seconds"),
-                "version": version("kdlib-torch"),
-                "seeds": [config.seed],
-                "config": asdict(config),
-                "environment": _environment(),
-                "data": data,
-                "level": config.level,
-                "models": result.models,
-                "evaluations": [summary.to_dict() for summary in result.summaries],
-            }
+            notes = [f"{summary.title}: {note}" for summary in result.summaries for note in summary.notes]
+            data = report.DataSummary(**prepared.data)
+            data.notes += notes
+            content = report.Report(
+                title="Evaluation",
+                models={name: report.ModelEntry(**entry) for name, entry in result.models.items()},
+                command=command,
+                created=started.isoformat(timespec="seconds"),
+                version=version("kdlib-torch"),
+                seeds=[config.seed],
+                config=asdict(config),
+                environment=_environment(),
+                data=data,
+                level=config.level,
+                evaluations=result.summaries,
+            )
             pictures = [
                 report.Picture(each.name, each.title, each.caption, report.pairs_picture(each.pairs))
                 for each in result.pictures
@@ -93,7 +92,7 @@ def run(
     return content
 
 
-def _environment() -> dict[str, Any]:
+def _environment() -> dict[str, object]:
     return {
         "torch": str(torch.__version__),
         "numpy": np.__version__,
