@@ -4,7 +4,7 @@ Each method adapts a general teacher on some identities of the list and is teste
 The metric is TAR at FAR 1e-3 of pairs of an adult and a young image, and of pairs of two adult images, against impostor pairs of
 the same kind, with flip test. Differences from the start have paired bootstrap intervals over identities. The network up to its
 last stage is run once for all methods, so that the study takes half an hour on one core. `--second FILE.onnx` adds the fused
-teachers. `study_age_teacher_drawn.py` is the same study on synthetic faces of exact ages. Writes `results/age_teacher.json`, part
+teachers. `study_age_teacher_synthetic.py` is the same study on synthetic faces of exact ages. Writes `results/age_teacher.json`, part
 `real`, which holds no images.
 """
 
@@ -27,7 +27,6 @@ from kdlib import OUTPUT, StudentAdapter, TrainConfig, train
 from kdlib_faces.backbones import MBF, Backbone, InputSpec, IResNet
 from kdlib_faces.data.images import load_images, to_float
 from kdlib_faces.data.lists import read_faces
-from kdlib_faces.data.samplers import PairTargets
 from kdlib_faces.evaluation import AgeGapProtocol
 from kdlib_faces.progress import progress
 from kdlib_faces.recipes.age_teacher import AgeTeacherConfig, build_age_teacher
@@ -155,6 +154,8 @@ class MapBatches:
                 targets["age"] = torch.from_numpy(self.faces.ages[rows]).float()
             else:
                 targets["age_group"] = torch.from_numpy(np.asarray(self.faces.groups)[rows])
+            age = targets["age_group"] if self.faces.ages is None else targets["age"]
+            targets["identity_age"] = torch.stack([targets["identity"].double(), age.double()], dim=1)
             yield self.inputs[view, torch.from_numpy(rows)].float(), targets
 
 
@@ -222,10 +223,7 @@ def adapted(faces: Faces, train_rows: np.ndarray, test_rows: np.ndarray, method:
     groups = None if faces.ages is not None else len(faces.names)
     count = len(np.unique(faces.identities[train_rows]))
     distiller = build_age_teacher(start, method.config, num_identities=count, groups=groups, seed=seed)
-    batches = PairTargets(
-        MapBatches(faces, inputs, train_rows, num_identities=min(method.num_identities, count), seed=seed),
-        "age" if groups is None else "age_group",
-    )
+    batches = MapBatches(faces, inputs, train_rows, num_identities=min(method.num_identities, count), seed=seed)
     train(
         distiller,
         batches,

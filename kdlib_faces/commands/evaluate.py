@@ -14,11 +14,18 @@ import torch
 
 from kdlib_faces import report
 from kdlib_faces._output import check_output, staged, swept
+from kdlib_faces.config import load_config
 from kdlib_faces.harness.evaluate import evaluate_models
+from kdlib_faces.harness.registry import listing as list_protocols
 from kdlib_faces.harness.run import EvaluateConfig, prepare
 from kdlib_faces.progress import say
 
-__all__ = ["EvaluateConfig", "run"]
+__all__ = ["EvaluateConfig", "list_protocols", "load_settings", "run"]
+
+
+def load_settings(config: Path | None, settings: Sequence[str]) -> EvaluateConfig:
+    """Load the settings of an evaluation from a TOML file and `KEY=VALUE` overrides."""
+    return load_config(EvaluateConfig, config, settings)
 
 
 def run(

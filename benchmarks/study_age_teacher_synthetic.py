@@ -1,4 +1,4 @@
-"""Compare methods for an age-invariant teacher on synthetic faces: `python benchmarks/study_age_teacher_drawn.py [--seed 0]`.
+"""Compare methods for an age-invariant teacher on synthetic faces: `python benchmarks/study_age_teacher_synthetic.py [--seed 0]`.
 
 A general teacher is trained on identities whose images are at most 12 years apart. Each method continues from it on these
 identities, without their ages, and on others with ages from 2 to 80 years. "margin alone" uses the same images without any ages. The
@@ -20,7 +20,6 @@ from study_age_teacher import keep_part, row
 from kdlib import OUTPUT, Distiller, Objective, StudentAdapter, Term, TrainConfig, train
 from kdlib_faces.backbones import build_backbone
 from kdlib_faces.data.batches import FaceBatches
-from kdlib_faces.data.samplers import PairTargets
 from kdlib_faces.data.synthetic import SyntheticFaces
 from kdlib_faces.data.views import AugmentConfig
 from kdlib_faces.demo.stages import embed
@@ -121,9 +120,16 @@ def main() -> None:
         total = narrow.identities + wide.identities
         distiller = build_age_teacher(copy.deepcopy(start), config, num_identities=total, seed=seed)
         batches = FaceBatches(
-            images, identities, batch_size=64, seed=seed + 1, augment=AugmentConfig(), ages=ages, samples_per_identity=4
+            images,
+            identities,
+            batch_size=64,
+            seed=seed + 1,
+            augment=AugmentConfig(),
+            ages=ages,
+            samples_per_identity=4,
+            identity_age="age",
         )
-        run(distiller, PairTargets(batches, "age"), options.steps, 0.05, seed, name)
+        run(distiller, batches, options.steps, 0.05, seed, name)
         model: Any = distiller.student.model
         rows[name] = {"seconds": round(time.perf_counter() - began, 1), "bins": row(measured(model.net), first)}
         cells = [
