@@ -1,7 +1,4 @@
-"""kdlib_faces: light age-invariant face recognition by distillation. Imports kdlib, never the reverse.
-
-data, backbones, heads -> losses -> teachers -> evaluation -> report -> recipes -> command line
-"""
+"""Lightweight age-invariant face recognition by distillation, built on kdlib."""
 
 from kdlib import __version__
 

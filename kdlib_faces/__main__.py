@@ -1,4 +1,4 @@
-"""`python -m kdlib_faces`: the command line."""
+"""`python -m kdlib_faces` runs the command line."""
 
 from kdlib_faces.cli import main
 

@@ -38,13 +38,13 @@ FACES = {
     "heads": set(),
     "evaluation": set(),
     "losses": {"heads"},
-    "teachers": {"data", "backbones", "heads", "losses"},
+    "teachers": {"data", "backbones", "heads"},
     "training": {"data", "teachers"},
     "caching": {"data", "teachers"},
     "harness": {"data", "evaluation", "teachers"},
     "report": {"evaluation"},
-    "recipes": {"backbones", "heads", "losses", "teachers", "data", "training", "caching"},
-    "demo": {"data", "backbones", "teachers", "evaluation", "recipes", "training", "caching", "harness", "report"},
+    "recipes": {"backbones", "heads", "teachers", "data", "training", "caching"},
+    "demo": {"data", "backbones", "heads", "teachers", "evaluation", "recipes", "training", "harness", "report"},
     "commands": {"data", "backbones", "teachers", "recipes", "training", "caching", "harness", "report", "demo"},
     "cli": {"commands"},
     "__main__": {"cli"},
@@ -63,7 +63,7 @@ OUTSIDE = {
     "kdlib": {"torch", "einops", "numpy", "typing_extensions"},
     "kdlib_faces": {
         "torch", "einops", "numpy", "typing_extensions", "PIL", "matplotlib", "tqdm", "safetensors", "tomli_w", "jinja2",
-        "kdlib",
+        "markupsafe", "kdlib",
     },
 }  # fmt: skip
 LAZY = {"onnx", "onnxruntime"}

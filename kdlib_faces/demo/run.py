@@ -223,7 +223,12 @@ def _evaluate(
     # The failures of the distilled student by age gap are shown, those of the other models and protocols are left out.
     kept = {f"age_gap_{list(models).index(DISTILLED)}_{kind}" for kind in ("rejects", "accepts")}
     pictures = [
-        Picture(each.name, each.title, each.caption, pairs_picture(each.pairs))
+        Picture(
+            each.name,
+            each.title.replace(DISTILLED, LABELS[DISTILLED]),
+            each.caption.replace(DISTILLED, f"the {LABELS[DISTILLED]}"),
+            pairs_picture(each.pairs),
+        )
         for each in result.pictures
         if each.name in kept
     ]

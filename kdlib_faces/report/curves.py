@@ -57,11 +57,11 @@ def draw_cost(report: Report) -> Figure | None:
         axes, title=plain(what, 48), x="multiply-adds for one image" if title == "multiply-adds" else title, grid="both"
     )
     smallest, largest = min(sizes[name] for name in names), max(sizes[name] for name in names)
-    styles, placed, ends = looks(report), dict.fromkeys(sizes.values(), 0), []
-    for name in names:
-        # Models of one size would cover each other, so each is moved by a little of the axis.
-        at = sizes[name] * (largest / smallest) ** (0.035 * placed[sizes[name]])
-        placed[sizes[name]] += 1
+    styles, ends = looks(report), []
+    for index, name in enumerate(names):
+        # Models of about the same size would cover each other, so each is moved by a little of the axis.
+        similar = sum(0.95 < sizes[name] / sizes[other] < 1.05 for other in names[:index])
+        at = sizes[name] * (largest / smallest) ** (0.035 * similar)
         value = values[name]
         center = float("nan") if value.value is None else value.value
         low, high = (center if end is None else end for end in (value.low, value.high))

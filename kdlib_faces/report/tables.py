@@ -60,7 +60,8 @@ def overview_table(report: Report) -> Table:
     rows = []
     for summary in report.evaluations:
         for key, measure in list(summary.measures.items())[:1]:
-            cells = [_cell(measured(summary, name, key), measure.unit) for name in report.models]
+            values = [measured(summary, name, key) for name in report.models]
+            cells = [Cell(numbers.amount(each, measure.unit), numbers.interval(each, measure.unit)) for each in values]
             title = f"{measure.title}, {measure.note}" if measure.note else measure.title
             rows.append([Cell(summary.title, title), *cells])
     return _by_model(report, list(report.models), rows)

@@ -128,7 +128,7 @@ def inline_svg(svg: str, title: str) -> str:
     width, height = (float(value) for value in re.findall(r'\b(?:width|height)="([\d.]+)pt"', body[:600]))
     body = body[body.index(">") + 1 :]
     body = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>|<!--.*?-->", "", body, flags=re.DOTALL)
-    body = re.sub(r' id="[a-zA-Z0-9]+_\d+"', "", body)  # names of groups; hashed names of marks and clips stay
+    body = re.sub(r' id="[\w.]+_\d+"', "", body)  # names of groups; hashed names of marks and clips stay
     body = re.sub(r"(?<=: )#[0-9a-f]{6}(?=[;\"])", lambda match: _variable(match[0]), body)
     size = f'viewBox="0 0 {width:g} {height:g}" style="--width:{width * 100 / 72:.0f}px"'
     return f'<svg {size} role="img" aria-label="{escape(title)}">{body}'

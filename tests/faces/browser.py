@@ -1,9 +1,7 @@
-"""A headless Chromium driven over a pipe with the standard library: for tests that must look at a page.
+"""A headless Chromium driven over a pipe, for tests of pages.
 
-Its protocol is JSON with a zero byte behind each message, read from descriptor 3 and written to descriptor 4.
+The protocol is JSON with a zero byte after each message, read from descriptor 3 and written to descriptor 4.
 """
-
-from __future__ import annotations
 
 import base64
 import json
@@ -22,7 +20,7 @@ _FLAGS = (
     "--disable-component-update", "--disable-sync", "--disable-dev-shm-usage", "--hide-scrollbars",
     "--remote-debugging-pipe",
 )  # fmt: skip
-_LOOK = """(async () => {
+_INSPECT = """(async () => {
     document.querySelectorAll('details').forEach((each) => { each.open = true; });
     const images = [...document.images];
     await Promise.allSettled(images.map((image) => image.decode()));
@@ -31,18 +29,23 @@ _LOOK = """(async () => {
         try {
             const canvas = document.createElement('canvas');
             canvas.width = 32; canvas.height = 32;
-            const ink = canvas.getContext('2d');
-            ink.drawImage(image, 0, 0, 32, 32);
-            const pixels = ink.getImageData(0, 0, 32, 32).data;
+            const context = canvas.getContext('2d');
+            context.drawImage(image, 0, 0, 32, 32);
+            const pixels = context.getImageData(0, 0, 32, 32).data;
             for (let i = 0; i < pixels.length; i += 4) levels.add(pixels[i] + 256 * pixels[i + 1] + 65536 * pixels[i + 2]);
-        } catch (error) { }  // a broken image cannot be drawn: no levels
-        const box = image.getBoundingClientRect();
-        return {alt: image.alt, complete: image.complete, natural: [image.naturalWidth, image.naturalHeight],
-                shown: [box.width, box.height], levels: levels.size};
+        } catch (error) { }  // a broken image cannot be drawn and has no levels
+        return {natural: [image.naturalWidth, image.naturalHeight], levels: levels.size};
+    });
+    const figures = [...document.querySelectorAll('svg')].map((svg) => {
+        const box = svg.getBoundingClientRect();
+        const title = [...svg.querySelectorAll('text')].find((text) => /--ink/.test(text.getAttribute('style')));
+        return {label: svg.getAttribute('aria-label'), shown: [box.width, box.height], ink: title && getComputedStyle(title).fill};
     });
     const root = document.documentElement;
-    return JSON.stringify({pictures, width: root.clientWidth, scroll: Math.max(root.scrollWidth, document.body.scrollWidth),
-                           background: getComputedStyle(document.body).backgroundColor, sections: document.querySelectorAll('section').length});
+    return JSON.stringify({pictures, figures, width: root.clientWidth,
+                           scroll: Math.max(root.scrollWidth, document.body.scrollWidth),
+                           background: getComputedStyle(document.body).backgroundColor,
+                           sections: document.querySelectorAll('section').length});
 })()"""
 
 
@@ -50,9 +53,9 @@ class Browser:
     """One page of a running Chromium.
 
     Args:
-        to_browser: descriptor that it reads.
-        from_browser: descriptor that it writes.
-        seconds: how long any single answer may take.
+        to_browser: Descriptor that the browser reads.
+        from_browser: Descriptor that the browser writes.
+        seconds: Time limit of a single answer.
     """
 
     def __init__(self, to_browser: int, from_browser: int, seconds: float) -> None:
@@ -76,16 +79,16 @@ class Browser:
                 raise ConnectionError("the browser has ended")
             self._buffer += part
         message, _, self._buffer = self._buffer.partition(b"\0")
-        found: dict[str, Any] = json.loads(message)
-        return found
+        parsed: dict[str, Any] = json.loads(message)
+        return parsed
 
     def call(self, method: str, parameters: dict[str, Any] | None = None) -> dict[str, Any]:
-        """One command and its result; events that come meanwhile are kept."""
+        """Send one command and return its result; events that arrive meanwhile are stored."""
         self._number += 1
-        wanted: dict[str, Any] = {"id": self._number, "method": method, "params": parameters or {}}
+        command: dict[str, Any] = {"id": self._number, "method": method, "params": parameters or {}}
         if self._session is not None:
-            wanted["sessionId"] = self._session
-        data = json.dumps(wanted).encode() + b"\0"
+            command["sessionId"] = self._session
+        data = json.dumps(command).encode() + b"\0"
         while data:
             data = data[os.write(self._out, data) :]
         until = time.monotonic() + self._seconds
@@ -99,7 +102,7 @@ class Browser:
             self.events.append(message)
 
     def open(self, page: Path, width: int, *, dark: bool = False, height: int = 1000) -> dict[str, Any]:
-        """Load a file at a width in CSS pixels, open every fold, and tell what is there."""
+        """Load a file at a width in CSS pixels, open all details, and describe the page."""
         self.events.clear()
         size = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 600}
         self.call("Emulation.setDeviceMetricsOverride", size)
@@ -109,41 +112,43 @@ class Browser:
         until = time.monotonic() + self._seconds
         while not any(event.get("method") == "Page.loadEventFired" for event in self.events):
             self.events.append(self._message(until))
-        wanted = {"expression": _LOOK, "awaitPromise": True, "returnByValue": True}
-        found: dict[str, Any] = json.loads(self.call("Runtime.evaluate", wanted)["result"]["value"])
-        return found
+        parameters = {"expression": _INSPECT, "awaitPromise": True, "returnByValue": True}
+        described: dict[str, Any] = json.loads(self.call("Runtime.evaluate", parameters)["result"]["value"])
+        return described
 
     def screenshot(self, target: Path) -> None:
-        """The whole page as PNG."""
-        wanted = {"format": "png", "captureBeyondViewport": True}
-        target.write_bytes(base64.b64decode(self.call("Page.captureScreenshot", wanted)["data"]))
+        """Write the whole page as PNG."""
+        parameters = {"format": "png", "captureBeyondViewport": True}
+        target.write_bytes(base64.b64decode(self.call("Page.captureScreenshot", parameters)["data"]))
 
-    def complaints(self) -> list[str]:
-        """Errors and warnings of the console, uncaught exceptions, and anything the browser logged."""
-        said = []
+    def errors(self) -> list[str]:
+        """Errors and warnings of the console, uncaught exceptions and log entries of the browser."""
+        messages = []
         for event in self.events:
             method, parameters = event.get("method"), event.get("params", {})
             if method == "Runtime.exceptionThrown":
-                said.append(str(parameters["exceptionDetails"].get("text")))
+                messages.append(str(parameters["exceptionDetails"].get("text")))
             elif method == "Runtime.consoleAPICalled" and parameters["type"] in ("error", "warning", "assert"):
-                said.append(str(parameters["args"]))
+                messages.append(str(parameters["args"]))
             elif method == "Log.entryAdded":
-                said.append(str(parameters["entry"]["text"]))
-        return said
+                messages.append(str(parameters["entry"]["text"]))
+        return messages
 
     def requests(self) -> list[str]:
-        """Addresses asked for, without the pictures inside the page."""
-        asked = [e["params"]["request"]["url"] for e in self.events if e.get("method") == "Network.requestWillBeSent"]
-        return [address for address in asked if not address.startswith("data:")]
+        """Requested addresses, without the pictures inside the page."""
+        addresses = [
+            e["params"]["request"]["url"] for e in self.events if e.get("method") == "Network.requestWillBeSent"
+        ]
+        return [address for address in addresses if not address.startswith("data:")]
 
 
 @contextmanager
 def chromium(profile: Path, *, seconds: float = 30.0) -> Iterator[Browser]:
-    """A browser with a profile of its own; it has ended when the block ends."""
+    """A browser with its own profile, stopped at the end of the block."""
     their_in, to_browser = os.pipe()
     from_browser, their_out = os.pipe()
     command = [str(CHROMIUM), *_FLAGS, f"--user-data-dir={profile}", "about:blank"]
-    # The shell puts the two ends where the browser looks for them, whatever their numbers are here.
+    # The browser uses descriptors 3 and 4, so the shell moves the two ends there.
     script = f'exec "$@" 3<&{their_in} 4>&{their_out}'
     process = subprocess.Popen(
         ["/bin/bash", "-c", script, "bash", *command], pass_fds=(their_in, their_out),

@@ -1,4 +1,4 @@
-"""The command line: every mistake a user can make is one clear line and exit code 2."""
+"""The command line: every user error is one line and exit code 2."""
 
 import errno
 from pathlib import Path
@@ -13,23 +13,23 @@ from kdlib_faces.cli import main
 @pytest.fixture
 def faces(tmp_path: Path) -> Path:
     rows = ["path,identity,age_group"]
-    for person in range(6):
+    for identity in range(6):
         for group in ("young", "adult"):
-            name = f"p{person}_{group}.png"
-            pixels = np.random.default_rng(person).integers(0, 255, (32, 32, 3), dtype=np.uint8)
+            name = f"p{identity}_{group}.png"
+            pixels = np.random.default_rng(identity).integers(0, 255, (32, 32, 3), dtype=np.uint8)
             Image.fromarray(pixels).save(tmp_path / name)
-            rows.append(f"{name},p{person},{group}")
+            rows.append(f"{name},p{identity},{group}")
     (tmp_path / "faces.csv").write_text("\n".join(rows) + "\n")
     return tmp_path / "faces.csv"
 
 
 def _fails(capsys: pytest.CaptureFixture[str], *words: object) -> str:
     assert main([str(word) for word in words]) == 2
-    said = capsys.readouterr().err.strip().splitlines()
-    errors = [line for line in said if line.startswith("kdlib-faces: error: ")]
+    lines = capsys.readouterr().err.strip().splitlines()
+    errors = [line for line in lines if line.startswith("kdlib-faces: error: ")]
     assert len(errors) == 1
-    assert said[-1] == errors[0]
-    assert "Traceback" not in "\n".join(said)
+    assert lines[-1] == errors[0]
+    assert "Traceback" not in "\n".join(lines)
     return errors[0]
 
 
@@ -93,7 +93,7 @@ def test_an_unreadable_image_is_named(tmp_path: Path, faces: Path, capsys) -> No
 
 
 @pytest.mark.parametrize(
-    ("content", "said"),
+    ("content", "message"),
     [
         ("path,person\np0_young.png,a\n", "identity"),
         ("path,identity,age\np0_young.png,a,old\np1_young.png,b,3\n", "old"),
@@ -101,12 +101,12 @@ def test_an_unreadable_image_is_named(tmp_path: Path, faces: Path, capsys) -> No
         ("", "empty"),
     ],
 )
-def test_broken_lists(tmp_path: Path, faces: Path, capsys, content: str, said: str) -> None:
+def test_broken_lists(tmp_path: Path, faces: Path, capsys, content: str, message: str) -> None:
     broken = tmp_path / "broken.csv"
     broken.write_text(content)
     line = _fails(capsys, *_train(broken, tmp_path / "o"))
     assert "broken.csv" in line
-    assert said in line
+    assert message in line
 
 
 def test_a_corrupt_onnx_file(tmp_path: Path, faces: Path, capsys) -> None:
@@ -136,8 +136,8 @@ def test_wrong_settings_and_flags(tmp_path: Path, faces: Path, capsys) -> None:
     assert "no setting named 'student_step'" in _fails(capsys, "demo", "--set", "student_step=3")
     assert "the nearest are 'student_steps'" in _fails(capsys, "demo", "--set", "student_step=3")
     assert "size" in _fails(capsys, "demo", "--set", "size=3")
-    assert "go together" in _fails(capsys, "demo", "--faces", faces, "--output", tmp_path / "o")
-    assert "--budget must be" in _fails(capsys, "demo", "--budget", "some")
+    assert "must be given together" in _fails(capsys, "demo", "--faces", faces, "--output", tmp_path / "o")
+    assert "--steps must be" in _fails(capsys, "demo", "--steps", "some")
     assert "--threads must be at least 1" in _fails(capsys, "inspect", "--threads", "0")
     assert "recipe must be one of" in _fails(capsys, "train", "--recipe", "best", "--faces", faces)
     assert "two teachers" in _fails(capsys, "train", "--faces", faces)

@@ -1,4 +1,4 @@
-"""The whole job on image files and ONNX teachers: people kept apart, gray and color lists, outputs computed once."""
+"""The demo on image files and ONNX teachers: disjoint identities, gray and color lists, teacher outputs cached once."""
 
 import json
 from pathlib import Path
@@ -21,18 +21,18 @@ STUDENT = ["student.width=0.25", "student.embedding_dim=16"]
 
 
 def _faces(folder: Path) -> tuple[Path, Path]:
-    """A color list with two age groups of each person, and a gray list of people of unknown age."""
+    """A color list with two age groups per identity, and a gray list of identities of unknown age."""
     rng = np.random.default_rng(0)
     aged, plain = ["path,identity,age_group"], ["path,identity"]
-    for person in range(8):
+    for identity in range(8):
         for number in range(4):
             group = "young" if number < 2 else "adult"
-            name = f"a{person}_{number}.png"
+            name = f"a{identity}_{number}.png"
             Image.fromarray(rng.integers(0, 255, (48, 48, 3), dtype=np.uint8)).save(folder / name)
-            aged.append(f"{name},aged {person},{group}")
-    for person in range(12):
-        Image.fromarray(rng.integers(0, 255, (48, 48), dtype=np.uint8)).save(folder / f"g{person}.png")
-        plain.append(f"g{person}.png,plain {person}")
+            aged.append(f"{name},aged {identity},{group}")
+    for identity in range(12):
+        Image.fromarray(rng.integers(0, 255, (48, 48), dtype=np.uint8)).save(folder / f"g{identity}.png")
+        plain.append(f"g{identity}.png,plain {identity}")
     (folder / "aged.csv").write_text("\n".join(aged) + "\n")
     (folder / "plain.csv").write_text("\n".join(plain) + "\n")
     return folder / "aged.csv", folder / "plain.csv"
@@ -56,7 +56,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]
 def test_the_report_of_real_faces_holds_four_models_and_their_age_groups(finished: tuple[Path, list[str]]) -> None:
     folder, _ = finished
     report = json.loads((folder / "out" / "report.json").read_text())
-    assert list(report["models"]) == ["general_teacher", "age_teacher", "student_alone", "student_distilled"]
+    assert list(report["models"]) == ["student_distilled", "student_alone", "general_teacher", "age_teacher"]
     for model in report["models"].values():
         names = [entry["name"] for entry in model["protocols"]["age_gap"]["bins"]]
         assert sorted(names) == ["adult-adult", "adult-young", "young-young"]
@@ -69,13 +69,13 @@ def test_the_report_of_real_faces_holds_four_models_and_their_age_groups(finishe
     assert (folder / "out" / "report.html").stat().st_size > 50_000
 
 
-def test_a_second_run_asks_no_teacher_and_changes_no_student(
+def test_a_second_run_uses_the_cached_outputs_and_keeps_the_students(
     finished: tuple[Path, list[str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder, command = finished
     before = load_backbone(folder / "out" / "student.pt").state_dict()
     first = json.loads((folder / "out" / "report.json").read_text())
-    monkeypatch.setattr("kdlib_faces.demo.real_faces._Smaller.forward", lambda *_: pytest.fail("a teacher was asked"))
+    monkeypatch.setattr("kdlib_faces.demo.real_faces._StudentTargets.forward", lambda *_: pytest.fail("not cached"))
     assert main(command) == 0
     second = json.loads((folder / "out" / "report.json").read_text())
     assert [m["protocols"] for m in first["models"].values()] == [m["protocols"] for m in second["models"].values()]
@@ -83,7 +83,7 @@ def test_a_second_run_asks_no_teacher_and_changes_no_student(
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
-def test_other_lists_do_not_pass_for_the_recorded_ones(
+def test_cached_outputs_of_other_lists_are_refused(
     finished: tuple[Path, list[str]], capsys: pytest.CaptureFixture[str]
 ) -> None:
     _, command = finished

@@ -27,6 +27,8 @@ SMALL = [
 class _Fixed(torch.nn.Module):
     """A teacher with random features that do not depend on the images."""
 
+    reads = ()
+
     def __init__(self, seed: int) -> None:
         super().__init__()
         generator = torch.Generator().manual_seed(seed)
@@ -103,13 +105,16 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_the_report_holds_all_four_models_and_their_protocols(finished: Path) -> None:
     report = json.loads((finished / "report.json").read_text())
-    assert list(report["models"]) == ["general_teacher", "age_teacher", "student_alone", "student_distilled"]
+    assert list(report["models"]) == ["student_distilled", "student_alone", "general_teacher", "age_teacher"]
     for row in report["models"].values():
         assert set(row["protocols"]) == {"age_gap", "leave_one_out", "verification"}
         assert [entry["name"] for entry in row["protocols"]["age_gap"]["bins"]][-1] == "30+"
         assert row["parameters"] > 0
         assert row["macs"] > 0
-    assert {entry["bin"] for entry in report["comparisons"]} >= {"0-4", "30+", "all"}
+    assert [entry["name"] for entry in report["evaluations"]] == ["age_gap", "leave_one_out", "verification"]
+    first = report["evaluations"][0]["differences"][0]
+    assert (first["a"], first["b"], first["measure"]) == ("student_distilled", "student_alone", "large_tar_0.01")
+    assert first["difference"].keys() >= {"value", "low", "high"}
     assert report["weights"]["embedding"].keys() == {"general", "age"}
     assert sum(report["weights"]["embedding"].values()) == pytest.approx(1.0, abs=1e-4)
     page = (finished / "report.html").read_text()
@@ -127,12 +132,15 @@ def test_a_second_run_trains_nothing_and_reports_the_same(finished: Path) -> Non
     before = json.loads((finished / "report.json").read_text())
     log = finished / "work" / "seed0" / "student_distilled" / "log.jsonl"
     rows = log.read_bytes()
-    run(load_config(DemoConfig, None, SMALL), output=finished, progress=False)
+    run(load_config(DemoConfig, None, SMALL), output=finished, progress=False, seeds=(0, 1))
     after = json.loads((finished / "report.json").read_text())
     assert log.read_bytes() == rows
     assert (after["weights"], after["training"]) == (before["weights"], before["training"])
     for name, row in before["models"].items():
         assert after["models"][name]["protocols"] == row["protocols"]
+    assert [entry["seed"] for entry in after["per_seed"]] == [0, 1]
+    rank1 = before["evaluations"][1]["models"]["student_alone"]["measures"]["rank1"]["value"]
+    assert after["per_seed"][0]["models"]["student_alone"]["leave_one_out"]["rank1"] == rank1
 
 
 def test_interruptions_at_any_moment_leave_the_same_final_weights(tmp_path: Path) -> None:
