@@ -118,7 +118,14 @@ def main() -> None:
         total = narrow.identities + wide.identities
         distiller = build_age_teacher(copy.deepcopy(start), config, num_identities=total, seed=seed)
         batches = FaceBatches(
-            images, people, batch_size=64, seed=seed + 1, augment=AugmentConfig(), ages=ages, samples_per_identity=4, identity_age="age"
+            images,
+            people,
+            batch_size=64,
+            seed=seed + 1,
+            augment=AugmentConfig(),
+            ages=ages,
+            samples_per_identity=4,
+            identity_age="age",
         )
         run(distiller, batches, asked.steps, 0.05, seed, name)
         model: Any = distiller.student.model

@@ -29,7 +29,7 @@ def balanced_order(
     Examples:
         >>> rows = balanced_order([5, 5, 8, 8, 9, 9], 4, 2, 3, np.random.default_rng(0))
         >>> [sorted(set(np.array([5, 5, 8, 8, 9, 9])[batch].tolist())) for batch in rows.reshape(3, 4)]
-        [[5, 9], [8, 9], [5, 9]]
+        [[5, 9], [5, 9], [8, 9]]
     """
     _, labels = np.unique(np.asarray(identities), return_inverse=True)
     counts = np.bincount(labels)
@@ -56,7 +56,8 @@ def choose_samples_per_identity(batch_size: int, num_identities: int) -> int:
         >>> choose_samples_per_identity(64, 100), choose_samples_per_identity(6, 2)
         (4, 3)
     """
-    for samples in (4, 2, *range(3, batch_size + 1)):
+    candidates: list[int] = [4, 2, *range(3, batch_size + 1)]
+    for samples in candidates:
         if batch_size % samples == 0 and batch_size // samples <= num_identities:
             return samples
     raise InputError(f"batch_size {batch_size} cannot hold cross-age pairs of {num_identities} identities")

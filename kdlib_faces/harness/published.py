@@ -127,7 +127,7 @@ def task_of_pairs(found: ImagePairs, asked: ProtocolSpec, settings: Settings, na
         listed = FaceList(tuple(files), np.zeros(len(files), np.int64), ("",))
         present = np.arange(len(found.images))
         each = replace(
-            found, left=present, right=present, same=np.ones(len(present), bool), fold_ids=present, dealt=False
+            found, left=present, right=present, same=np.ones(len(present), bool), fold_ids=present, assigned_folds=False
         ).locate(listed)
         where = np.full(len(present), -1)
         where[each.fold_ids] = np.arange(len(each.left))
@@ -169,7 +169,7 @@ def task_of_pairs(found: ImagePairs, asked: ProtocolSpec, settings: Settings, na
     convention = dict(settings.convention)
     if found.sha256:
         convention["List"] = f"{Path(found.source).name}, SHA-256 {found.sha256[:16]}…"
-    if found.dealt:
+    if found.assigned_folds:
         convention["Folds"] = "dealt: slices of the pairs of one person and of those of two"
     panel = PairsPanel(
         name, title, protocol, images.label, convention, ages=None if ages is None else ages.astype(np.float64),

@@ -274,7 +274,7 @@ def test_one_list_serves_several_protocols_and_two_lists_of_one_name_do_not_mix(
         ("calfw={root}/calfw.txt,images={root}/lfw,published=no", "no pair has both its images in the face list"),
         (
             "calfw={root}/calfw.txt,images={root}/calfw",
-            "here are 4 pairs of one person, 4 pairs of two people. The file is cut or another version; published=no",
+            "got 4 genuine pairs, 4 impostor pairs. The file is truncated or another version; published=no",
         ),
         ("calfw={root}/calfw.txt,published=perhaps", "published must be yes or no, got 'perhaps'"),
         ("ijbc={root}/ijbc,published=no,norm=half", "norm must be keep or unit, got 'half'"),

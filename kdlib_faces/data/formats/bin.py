@@ -162,7 +162,8 @@ def _images(name: str, value: object) -> list[bytes]:
 
 def _same(name: str, value: object) -> NDArray[np.bool_]:
     if isinstance(value, PickledArray) and isinstance(value.data, bytes):
-        wrong = [label not in (0, 1) for label in (labels := _numbers(f"{name}: the labels", value))]
+        labels = _numbers(f"{name}: the labels", value)
+        wrong = [label not in (0, 1) for label in labels]
         if any(wrong):
             raise InputError(f"{name}: label {wrong.index(True)} must be 0 or 1")
         return np.asarray(labels, dtype=bool)
