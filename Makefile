@@ -1,4 +1,4 @@
-# Two commands do everything: `make demo` and `make test`. Both make a virtual environment of their own first.
+# The two main targets are `make demo` and `make test`. Both create a virtual environment first.
 PYTHON ?= python3
 VENV := .venv
 PY ?= $(VENV)/bin/python
@@ -23,8 +23,8 @@ demo: $(VENV)/.user
 test: $(VENV)/.dev
 	$(MAKE) --no-print-directory check
 
-# What `make test` runs, with any Python that has the package and its extras: make check PY=/path/to/python
-check: lint docs
+# The checks of `make test` with an existing environment: make check PY=/path/to/python. The tests build the documentation.
+check: lint
 	$(PY) -m pytest
 
 lint:

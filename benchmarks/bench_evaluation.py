@@ -1,10 +1,10 @@
-"""Evaluation against the published ways: `python benchmarks/bench_evaluation.py [--only NAME] [--scale 0.1] [--threads 2]`.
+"""Evaluation against published scripts: `python benchmarks/bench_evaluation.py [--only NAME] [--scale 0.1] [--threads 2]`.
 
-Random embeddings made on the spot, in the sizes of FG-NET with MegaFace's million, IJB-C, and LFW. The peers are the loops
-that published scripts run, with scikit-learn's roc_curve where it is installed (`pip install --no-deps scikit-learn==1.9.1
-scipy==1.17.1 joblib==1.5.2 threadpoolctl==3.6.0 narwhals==2.10.0`), else the same curve written out; the output says which.
-Every row runs in a process of its own; results are compared first, so that both sides do the same. Memory is the peak of a
-process's own pages (mapped files left out), read every few milliseconds. Ratios of one run on one machine. Writes
+Random embeddings in the sizes of FG-NET with MegaFace's million distractors, IJB-C, and LFW. The peers are the loops of
+published scripts, with scikit-learn's roc_curve if it is installed (`pip install --no-deps scikit-learn==1.9.1
+scipy==1.17.1 joblib==1.5.2 threadpoolctl==3.6.0 narwhals==2.10.0`), else the same curve in NumPy; the output names it.
+Every row runs in its own process. Results are compared first, so that both sides compute the same. Memory is the peak of
+the process's own pages (without mapped files), read every few milliseconds. Ratios are of one run on one machine. Writes
 `results/evaluation.json`.
 """
 
@@ -21,7 +21,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -31,7 +31,7 @@ Array = npt.NDArray[Any]
 
 
 class Peak:
-    """Peak of this process's own memory (bytes) while the block runs, and what it was at the start."""
+    """Peak of this process's own memory (bytes) while the block runs, and its memory at the start."""
 
     def __enter__(self) -> "Peak":
         self.start = self.peak = own_memory()
@@ -52,7 +52,7 @@ class Peak:
 
 
 def own_memory() -> int:
-    """Bytes of pages that belong to this process alone."""
+    """Bytes of the pages of this process alone."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith("RssAnon"):
             return int(line.split()[1]) * 1024
@@ -67,16 +67,16 @@ def timed(call: Callable[[], Any]) -> tuple[float, Any]:
 
 
 def in_turn(ours: Callable[[], Any], peer: Callable[[], Any], rounds: int) -> tuple[float, float]:
-    """Median seconds of each, taken in turn."""
+    """Median seconds of each side, run alternately."""
     times = [(timed(ours)[0], timed(peer)[0]) for _ in range(rounds)]
     return statistics.median(a for a, _ in times), statistics.median(b for _, b in times)
 
 
-def faces(rng: np.random.Generator, count: int, people: int, noise: float, width: int = 512) -> tuple[Array, Array]:
-    """Embeddings (count, width) float32 of so many people, and who they are."""
-    who = np.sort(np.concatenate([np.arange(people), rng.integers(0, people, count - people)]))
-    center = rng.standard_normal((people, width), dtype=np.float32)
-    return center[who] + np.float32(noise) * rng.standard_normal((count, width), dtype=np.float32), who
+def faces(rng: np.random.Generator, count: int, identities: int, noise: float, width: int = 512) -> tuple[Array, Array]:
+    """Embeddings (count, width) float32 and their identities (count,)."""
+    codes = np.sort(np.concatenate([np.arange(identities), rng.integers(0, identities, count - identities)]))
+    center = rng.standard_normal((identities, width), dtype=np.float32)
+    return center[codes] + np.float32(noise) * rng.standard_normal((count, width), dtype=np.float32), codes
 
 
 # ---- FG-NET among a million -----------------------------------------------------------------------------------------
@@ -87,7 +87,7 @@ def distractors(scale: float) -> dict[str, Any]:
 
     rng = np.random.default_rng(0)
     count, block = max(8192, round(1_000_000 * scale)), 4096
-    probes, who = faces(rng, 1002, 82, 1.9)
+    probes, identities = faces(rng, 1002, 82, 1.9)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "distractors.f16"
         writing = np.memmap(path, dtype=np.float16, mode="w+", shape=(count, 512))
@@ -100,7 +100,7 @@ def distractors(scale: float) -> dict[str, Any]:
         bare: list[float] = []
 
         def products() -> None:
-            """The float16 shards as float32, times the probes; the products alone are timed within."""
+            """The float16 shards as float32, times the probes; `bare` holds the seconds of the products alone."""
             out, spent = np.empty((len(single), block), dtype=np.float32), 0.0
             for start in range(0, count, block):
                 shard = mapped[start : start + block].astype(np.float32)
@@ -110,20 +110,20 @@ def distractors(scale: float) -> dict[str, Any]:
             bare.append(spent)
 
         def ours() -> Any:
-            return identify_with_distractors(probes, who, mapped, fars=(1e-6,))
+            return identify_with_distractors(probes, identities, mapped, fars=(1e-6,))
 
-        # The same figures from a plain loop over part of the set.
+        # The same figures from a plain computation on part of the set.
         part = mapped[:8192].astype(np.float64)
         part /= np.linalg.norm(part, axis=1, keepdims=True)
         unit = probes.astype(np.float64)
         unit /= np.linalg.norm(unit, axis=1, keepdims=True)
         scores, mates = unit @ part.T, unit @ unit.T
-        pair = (who[:, None] == who) & ~np.eye(len(who), dtype=bool)
+        pair = (identities[:, None] == identities) & ~np.eye(len(identities), dtype=bool)
         rank1 = float((mates >= scores.max(axis=1)[:, None])[pair].mean())
         k = int(1e-6 * scores.size)
         tar = float((mates[np.triu(pair)] > np.sort(scores.ravel())[-1 - k]).mean())
         del scores, mates
-        small = identify_with_distractors(probes, who, mapped[:8192], fars=(1e-6,))
+        small = identify_with_distractors(probes, identities, mapped[:8192], fars=(1e-6,))
         assert (small.rank1, float(small.tar[1e-6])) == (rank1, tar), (small.rank1, rank1, float(small.tar[1e-6]), tar)
 
         products()
@@ -152,7 +152,7 @@ def distractors(scale: float) -> dict[str, Any]:
 
 
 def roc_of(labels: Array, scores: Array) -> tuple[Array, Array, str]:
-    """False and true positive rates as scikit-learn gives them, and who gave them."""
+    """False and true positive rates of scikit-learn's roc_curve, and the name of the implementation."""
     try:
         metrics = importlib.import_module("sklearn.metrics")
         fpr, tpr, _ = metrics.roc_curve(labels, scores)
@@ -171,14 +171,14 @@ def roc_of(labels: Array, scores: Array) -> tuple[Array, Array, str]:
 def ijbc_pairs(scale: float) -> tuple[Array, Array, Array, Array, Array]:
     rng = np.random.default_rng(1)
     templates, pairs, genuine = (max(64, round(x * scale)) for x in (23_124, 15_658_489, 19_557))
-    features, who = faces(rng, templates, max(8, round(3531 * scale)), 2.2)
+    features, identities = faces(rng, templates, max(8, round(3531 * scale)), 2.2)
     ids = rng.permutation(templates * 2)[:templates] + 1
     left, right = (rng.integers(0, templates, pairs, dtype=np.int64) for _ in range(2))
     # Genuine pairs: neighbors in the list of people.
     left[:genuine] = rng.integers(0, templates - 1, genuine)
     right[:genuine] = left[:genuine] + 1
     right = np.where(left == right, (right + 1) % templates, right)
-    same = who[left] == who[right]
+    same = identities[left] == identities[right]
     order = rng.permutation(pairs)
     return features, ids, ids[left[order]], ids[right[order]], same[order]
 
@@ -187,7 +187,7 @@ FARS = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
 
 
 def published_pairs(features: Array, ids: Array, left: Array, right: Array, same: Array) -> tuple[list[float], str]:
-    """insightface's way: a table of ids, products in chunks of 100,000 pairs, roc_curve, the nearest point."""
+    """insightface's procedure: a table of ids, products in chunks of 100,000 pairs, roc_curve, the nearest point."""
     table = np.zeros((int(ids.max()) + 1, 1), dtype=int)
     table[ids, 0] = np.arange(len(ids))
     score = np.zeros((len(left),))
@@ -195,21 +195,27 @@ def published_pairs(features: Array, ids: Array, left: Array, right: Array, same
         chunk = slice(start, start + 100_000)
         first, second = features[table[left[chunk], 0]], features[table[right[chunk], 0]]
         score[chunk] = np.sum(first * second, -1)
-    fpr, tpr, who = roc_of(same.astype(int), score)
+    fpr, tpr, library = roc_of(same.astype(int), score)
     fpr, tpr = np.flipud(fpr), np.flipud(tpr)
-    return [float(tpr[np.argmin(abs(fpr - far))]) for far in FARS], who
+    return [float(tpr[np.argmin(abs(fpr - far))]) for far in FARS], library
 
 
 def pairs_ours(scale: float) -> dict[str, Any]:
-    from kdlib_faces.evaluation import pool_templates, verify_templates
+    from kdlib_faces.evaluation import TemplateVerificationProtocol, pool_templates
 
     features, ids, left, right, same = ijbc_pairs(scale)
-    templates = pool_templates(features, ids, np.arange(len(ids)))
+    media = np.arange(len(ids))
+    templates = pool_templates(features, ids, media)
+
+    def verify(mode: Literal["exact", "nearest"]) -> Any:
+        protocol = TemplateVerificationProtocol(ids, media, left, right, same, fars=FARS, mode=mode)
+        return protocol.verify(templates)
+
     with Peak() as memory:
-        seconds, result = timed(lambda: verify_templates(templates, left, right, same, fars=FARS))
-    nearest = verify_templates(templates, left, right, same, fars=FARS, mode="nearest")
+        seconds, result = timed(lambda: verify("exact"))
+    nearest = verify("nearest")
     return {
-        "templates": result.templates,
+        "templates": templates.ids.size,
         "pairs": int(left.size),
         "ours_s": seconds,
         "ours_peak_mb": memory.peak / MB,
@@ -223,24 +229,20 @@ def pairs_peer(scale: float) -> dict[str, Any]:
     features, ids, left, right, same = ijbc_pairs(scale)
     features /= np.linalg.norm(features, axis=1, keepdims=True)
     with Peak() as memory:
-        seconds, (tar, who) = timed(lambda: published_pairs(features, ids, left, right, same))
-    return {"peer_s": seconds, "peer_peak_mb": memory.peak / MB, "peer_tar": tar, "peer": who}
+        seconds, (tar, library) = timed(lambda: published_pairs(features, ids, left, right, same))
+    return {"peer_s": seconds, "peer_peak_mb": memory.peak / MB, "peer_tar": tar, "peer": library}
 
 
 def pairs(scale: float) -> dict[str, Any]:
-    """Each side in a process of its own, so that neither's memory is the other's."""
+    """Each side in its own process, so that memory is measured separately."""
     rounds = [apart("pairs_ours", scale) | apart("pairs_peer", scale) for _ in range(1 if scale > 0.5 else 3)]
     row = rounds[-1]
     for name in ("ours_s", "peer_s"):
         row[name] = statistics.median(each[name] for each in rounds)
-    # At 1e-6 the published curve has its collinear points dropped, so only the well-filled ones must agree.
+    # At 1e-6 the published curve drops collinear points, so only FARs with enough impostors must agree.
     for far, a, b in zip(FARS, row["tar_nearest"], row["peer_tar"], strict=True):
         assert abs(a - b) < 2e-3 or far * row["pairs"] < 20, (far, a, b)
-    return row | {
-        "times_faster": row["peer_s"] / row["ours_s"],
-        "wanted_at_least": 3,
-        "wanted_below_mb": 2000,
-    }
+    return row | {"times_faster": row["peer_s"] / row["ours_s"], "wanted_at_least": 3, "wanted_below_mb": 2000}
 
 
 # ---- Template pooling -----------------------------------------------------------------------------------------------
@@ -400,11 +402,11 @@ def tenfold(scale: float) -> dict[str, Any]:
 
 
 def images_once(scale: float, times: int, *, command: bool = False) -> dict[str, Any]:
-    """A set from images, by the function or as the command line does it, which also keeps the embeddings as it goes."""
+    """Evaluation of images, by the function or by the command, which also keeps the embeddings on disk."""
     import torch
 
     from kdlib_faces.evaluation import PairProtocol, evaluate, evaluate_images
-    from kdlib_faces.harness.embeddings import Judged, embed_set
+    from kdlib_faces.harness.embeddings import OpenedModel, embed_set
     from kdlib_faces.harness.image_sets import ImageSet
 
     torch.set_num_threads(2)
@@ -421,13 +423,13 @@ def images_once(scale: float, times: int, *, command: bool = False) -> dict[str,
         out = np.memmap(Path(folder) / "embeddings.f32", dtype=np.float32, mode="w+", shape=(count, 512))
         protocol = PairProtocol.interleaved(np.tile([True, False], count // 4))
         small = PairProtocol.interleaved(np.tile([True, False], 20))
-        evaluate_images(model, images[:80], small)  # what the first forward takes once
+        evaluate_images(model, images[:80], small)  # one-time allocations of the first forward
 
         def by_command() -> Any:
-            found = embed_set(judged, ImageSet("set", count, "set", lambda row, _: images[row], str), Path(folder))
-            return evaluate(found, protocol)
+            embeddings = embed_set(opened, ImageSet("set", count, "set", lambda row, _: images[row], str), Path(folder))
+            return evaluate(embeddings, protocol)
 
-        judged = Judged(Path("model"), model, 112, {}, "model")
+        opened = OpenedModel(Path("model"), model, 112, {}, "model")
         with Peak() as memory:
             seconds, result = timed(
                 by_command if command else lambda: evaluate_images(model, images, protocol, out=out)
@@ -437,7 +439,7 @@ def images_once(scale: float, times: int, *, command: bool = False) -> dict[str,
 
 
 def images(scale: float) -> dict[str, Any]:
-    """Peak of own memory at n and at 4n images, each in a process of its own."""
+    """Peak of own memory at n and at 4n images, each in its own process."""
     once, four, command, command_four = (
         apart(name, scale) for name in ("images_n", "images_4n", "command_n", "command_4n")
     )
@@ -475,7 +477,7 @@ PARTS: dict[str, Callable[[float], dict[str, Any]]] = {
 
 
 def apart(name: str, scale: float) -> dict[str, Any]:
-    """One part in a process of its own."""
+    """One part in its own process."""
     command = [sys.executable, __file__, "--part", name, "--scale", str(scale)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
@@ -485,10 +487,10 @@ def apart(name: str, scale: float) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Run the rows, print and keep them."""
+    """Run the rows, print and save them."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", choices=tuple(ROWS), action="append", help="these rows alone")
-    parser.add_argument("--scale", type=float, default=1.0, help="sizes times this: 0.05 for a quick look")
+    parser.add_argument("--only", choices=tuple(ROWS), action="append", help="only these rows")
+    parser.add_argument("--scale", type=float, default=1.0, help="factor on the sizes: 0.05 for a quick run")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--part", choices=(*ROWS, *PARTS), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -517,7 +519,7 @@ def main() -> None:
         target.write_text(json.dumps({**about, "rows": results}, indent=1) + "\n")
         print(target.name)
     else:
-        print("nothing kept: a part, or a smaller scale")
+        print("not saved: some rows only, or a smaller scale")
 
 
 if __name__ == "__main__":

@@ -1,8 +1,9 @@
-"""Reading the lists and sets of face evaluation: `python benchmarks/bench_readers.py [--rows 15658489]`.
+"""Readers of lists and sets of face evaluation: `python benchmarks/bench_readers.py [--rows 15658489]`.
 
-The pair list of IJB-C's size by `read_ijb_pairs` against `numpy.loadtxt`, as text and then numbers (as evaluations of IJB
-were published) and as numbers at once; a `.bin` set of LFW's size by `load_bin` against `pickle.load`; a RecordIO file read by key
-in random order. The two sides in turn, ratio of medians; peak memory as Python traces it. Writes `results/readers.json`.
+A pair list of IJB-C's size by `read_ijb_pairs` and by `numpy.loadtxt`, as text converted to numbers (as in published
+evaluations of IJB) and as numbers directly; a `.bin` set of LFW's size by `load_bin` and by `pickle.load`; a RecordIO file
+read by key in random order. Both sides run alternately, ratios are of medians, peak memory is that of tracemalloc. Writes
+`results/readers.json`.
 """
 
 import argparse
@@ -23,7 +24,7 @@ from kdlib_faces.data import RecordReader, load_bin, read_ijb_pairs, save_bin, s
 
 
 def pair_file(path: Path, rows: int) -> None:
-    """A list of pairs of templates with the length of lines that IJB-C's has."""
+    """Write a list of pairs of templates with lines as long as those of IJB-C."""
     rng = np.random.default_rng(0)
     with path.open("w") as stream:
         for start in range(0, rows, 500_000):
@@ -34,24 +35,24 @@ def pair_file(path: Path, rows: int) -> None:
 
 
 def seconds(call: Callable[[], Any]) -> float:
-    """Of one call."""
+    """Seconds of one call."""
     began = time.perf_counter()
     call()
     return time.perf_counter() - began
 
 
 def in_turn(sides: dict[str, Callable[[], Any]], rounds: int) -> dict[str, float]:
-    """Median seconds of each side, a different one first in each round."""
+    """Median seconds of each side; each round starts with another side."""
     times: dict[str, list[float]] = {name: [] for name in sides}
     names = list(sides)
     for number in range(rounds):
         for name in names[number % len(names) :] + names[: number % len(names)]:
             times[name].append(seconds(sides[name]))
-    return {name: statistics.median(found) for name, found in times.items()}
+    return {name: statistics.median(values) for name, values in times.items()}
 
 
 def peak(call: Callable[[], Any]) -> int:
-    """Megabytes that a call allocated at most, what it returns among them."""
+    """Peak of the megabytes allocated by a call, including its result."""
     tracemalloc.start()
     kept = call()
     found = tracemalloc.get_traced_memory()[1]
@@ -61,7 +62,7 @@ def peak(call: Callable[[], Any]) -> int:
 
 
 def pairs(folder: Path, rows: int, rounds: int) -> dict[str, Any]:
-    """The pair list, whole by our reader and by loadtxt as numbers; by loadtxt as text on a tenth, for its memory."""
+    """The pair list by our reader and by loadtxt as numbers; by loadtxt as text on a tenth, because of its memory."""
     path, part = folder / "pairs.txt", folder / "part.txt"
     pair_file(path, rows)
     pair_file(part, max(1, rows // 10))
@@ -92,8 +93,8 @@ def bins(folder: Path, rounds: int) -> dict[str, Any]:
         with path.open("rb") as stream:
             return pickle.load(stream)
 
-    found = in_turn({"ours": lambda: load_bin(path), "pickle": unrestricted}, rounds)
-    return {"seconds": round(found["ours"], 4), "over_pickle": round(found["ours"] / found["pickle"], 2)}
+    medians = in_turn({"ours": lambda: load_bin(path), "pickle": unrestricted}, rounds)
+    return {"seconds": round(medians["ours"], 4), "over_pickle": round(medians["ours"] / medians["pickle"], 2)}
 
 
 def records(folder: Path, rounds: int) -> dict[str, Any]:
@@ -104,7 +105,7 @@ def records(folder: Path, rounds: int) -> dict[str, Any]:
     save_records(path, (rng.bytes(5000) for _ in range(count)), (at // 10 for at in range(count)))
     reader = RecordReader(path)
     order = rng.permutation(count).tolist()
-    found = in_turn(
+    medians = in_turn(
         {
             "read": lambda: [reader[at].image for at in order],
             "open": lambda: RecordReader(path),
@@ -114,9 +115,9 @@ def records(folder: Path, rounds: int) -> dict[str, Any]:
     )
     path.with_suffix(".idx").unlink()
     return {
-        "images_per_second": round(count / found["read"]),
-        "open_seconds": round(found["open"], 4),
-        "labels_seconds": round(found["labels"], 4),
+        "images_per_second": round(count / medians["read"]),
+        "open_seconds": round(medians["open"], 4),
+        "labels_seconds": round(medians["labels"], 4),
         "records_per_second_without_index": round(22_001 / seconds(lambda: RecordReader(path))),
     }
 
@@ -126,19 +127,19 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=15_658_489, help="rows of the pair list")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "readers.json")
-    given = parser.parse_args()
+    options = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         result = {
-            "pairs": pairs(folder, given.rows, given.rounds),
-            "bin": bins(folder, max(5, given.rounds)),
-            "record": records(folder, given.rounds),
+            "pairs": pairs(folder, options.rows, options.rounds),
+            "bin": bins(folder, max(5, options.rounds)),
+            "record": records(folder, options.rounds),
             "numpy": np.__version__,
             "python": platform.python_version(),
             "machine": platform.machine(),
         }
-    given.output.parent.mkdir(parents=True, exist_ok=True)
-    given.output.write_text(json.dumps(result, indent=1) + "\n", "utf-8")
+    options.output.parent.mkdir(parents=True, exist_ok=True)
+    options.output.write_text(json.dumps(result, indent=1) + "\n", "utf-8")
     print(json.dumps(result, indent=1))
 
 

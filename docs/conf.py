@@ -1,4 +1,4 @@
-"""Documentation build. Needs no network: targets outside this project are named here, not looked up."""
+"""Sphinx configuration. The build needs no network: no inventory of another project is downloaded."""
 
 import re
 from typing import Any
@@ -15,14 +15,14 @@ author = "the kdlib contributors"
 project_copyright = "the kdlib contributors, Apache-2.0"
 version = release = __version__
 
-# Single backticks are code in every docstring.
+# Single backticks mark code in all docstrings.
 default_role = "code"
-# Formulas become MathML, which browsers draw by themselves: no script is loaded, offline readers see them.
+# Formulas become MathML, which browsers render without a script, also offline.
 html_math_renderer = "mathml"
 
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.autosummary", "sphinx.ext.napoleon"]
 exclude_patterns = ["_build", "api/generated"]
-# A block without a language is text: diagrams and formulas are not Python.
+# Blocks without a language are plain text.
 highlight_language = "none"
 myst_enable_extensions = ["colon_fence", "deflist"]
 myst_heading_anchors = 3
@@ -36,7 +36,7 @@ html_copy_source = False
 html_show_sourcelink = False
 pygments_style = "friendly"
 
-# The tables on the API pages only point to entries that stand elsewhere, so no stub pages are made.
+# The tables on the API pages link to entries on other pages, so no stub pages are needed.
 autosummary_generate = False
 autodoc_typehints = "description"
 autodoc_typehints_description_target = "documented_params"
@@ -49,7 +49,7 @@ napoleon_use_ivar = True
 python_maximum_signature_line_length = 88
 
 nitpick_ignore_regex = [
-    # Other projects' names: no inventory is downloaded, so these stay plain text.
+    # Names of other projects, which stay plain text.
     (r"py:.*", r"(torch|nn|F|np|npt|numpy|einops|PIL|Image|matplotlib|onnx|onnxruntime|tqdm)(\..*)?"),
     (r"py:.*", r"(Tensor|Module|NDArray|ArrayLike|Generator|Parameter|ImageFile)"),
     # The standard library.
@@ -64,7 +64,7 @@ nitpick_ignore_regex = [
 
 
 def _prose(app: Any, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:
-    """Keep napoleon from taking prose before a colon for a type: "Returns: The count: a shared parameter ..."."""
+    """Keep napoleon from parsing prose before a colon as a type: "Returns: The count: a shared parameter ..."."""
     if what in ("attribute", "data", "property"):
         lines[:0] = ["..", ""]
     made: list[str] = []
@@ -88,9 +88,9 @@ def _mathml(translator: Any, node: nodes.Element, block: bool) -> None:
 
 
 def _link_names(app: Any, tree: nodes.document, page: str) -> None:
-    """Link code that is a public name, `SoftTargetLoss` or `tar_at_far`, to its entry, unless it stands in that entry.
+    """Link code that is a public name, such as `SoftTargetLoss` or `tar_at_far`, to its entry, except within that entry.
 
-    Of short words only those are links that a Module's first line names its function by: `train` may be an argument.
+    A short word such as `train` may be an argument. It is linked only where a Module's first line names its function.
     """
     entries: dict[str, list[Any]] = {}
     for full, entry in app.env.get_domain("py").objects.items():
@@ -110,7 +110,7 @@ def _link_names(app: Any, tree: nodes.document, page: str) -> None:
 
 
 def _within(node: nodes.Node, anchor: str) -> bool:
-    """Whether the node stands in the entry of that anchor."""
+    """Return whether the node is inside the entry of the anchor."""
     while node.parent is not None:
         node = node.parent
         if isinstance(node, desc) and anchor in node[0]["ids"]:

@@ -1,14 +1,15 @@
-"""kdlib: knowledge distillation as composable Modules. Data flows one way:
+"""Knowledge distillation as composable PyTorch Modules.
 
-inputs -> adapters     a model and its taps become named features
-       -> projections  student features enter the teacher's space
-       -> losses       (student, teacher) tensors become a value a sample
-       -> weighting    k teachers become one weight a teacher and sample
-       -> objective    named terms become one scalar; Distiller runs it all
-       -> training     one loop that survives kills
-       -> evaluation   is the student like its teacher?
+Data flows through the packages in this order, and each package imports only packages above it:
 
-`kdlib.functional` holds every loss as a plain function.
+- `kdlib.adapters`, `kdlib.cache`: turn a model and its taps, or stored teacher outputs, into named features;
+- `kdlib.projections`: map student features into the teacher's feature space;
+- `kdlib.losses`: compare a student tensor with a teacher tensor; `kdlib.functional` has the same losses as functions;
+- `kdlib.weighting`: compute one weight per teacher and sample from the losses of several teachers;
+- `kdlib.objective`: add named terms up to one scalar (`Objective`);
+- `kdlib.distiller`: run student, teachers and objective on a batch (`Distiller`);
+- `kdlib.training`: a training loop with exact resume after interruption (`train`);
+- `kdlib.evaluation`: measure how similar student and teacher are.
 """
 
 from typing import TYPE_CHECKING
@@ -40,7 +41,7 @@ from kdlib.losses import (
 from kdlib.objective import Objective, ObjectiveOutput, Term
 from kdlib.projections import ConvProjection, LinearProjection, TokenProjection, infer_projection
 from kdlib.training import TrainConfig, TrainResult, train
-from kdlib.types import Features, Loss, Projection, Targets, Weighting
+from kdlib.types import Features, Loss, Projection, Targets, Teacher, Weighting
 from kdlib.weighting import (
     CenterConfidenceWeighting,
     ConfidenceWeighting,
@@ -58,58 +59,16 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
-    "ActivationBoundaryLoss",
-    "AngularDistillLoss",
-    "AttentionTransferLoss",
-    "AttentiveSimilarityLoss",
-    "CachedTeacher",
-    "CenterConfidenceWeighting",
-    "ConfidenceWeighting",
-    "ContrastiveRepresentationLoss",
-    "ConvProjection",
-    "CorrelationCongruenceLoss",
-    "DISTLoss",
-    "DarkRankLoss",
-    "DecoupledKDLoss",
-    "Distiller",
-    "EntropyWeighting",
-    "Features",
-    "FixedWeighting",
-    "GateWeighting",
-    "GradientWeighting",
-    "HierarchicalContextLoss",
-    "HintLoss",
-    "InfluenceReport",
-    "LinearProjection",
-    "Loss",
-    "NSTLoss",
-    "OUTPUT",
-    "Objective",
-    "ObjectiveOutput",
-    "OverhaulLoss",
-    "PKTLoss",
-    "Projection",
-    "RKDAngleLoss",
-    "RKDDistanceLoss",
-    "SimilarityPreservingLoss",
-    "SoftTargetLoss",
-    "StudentAdapter",
-    "Tap",
-    "Targets",
-    "TeacherAdapter",
-    "TeacherCache",
-    "Term",
-    "TokenProjection",
-    "TrainConfig",
-    "TrainResult",
-    "UncertaintyWeighting",
-    "UniformWeighting",
-    "VariationalInformationLoss",
-    "Weighting",
-    "__version__",
-    "infer_projection",
-    "train",
-]
+    "ActivationBoundaryLoss", "AngularDistillLoss", "AttentionTransferLoss", "AttentiveSimilarityLoss", "CachedTeacher",
+    "CenterConfidenceWeighting", "ConfidenceWeighting", "ContrastiveRepresentationLoss", "ConvProjection",
+    "CorrelationCongruenceLoss", "DISTLoss", "DarkRankLoss", "DecoupledKDLoss", "Distiller", "EntropyWeighting",
+    "Features", "FixedWeighting", "GateWeighting", "GradientWeighting", "HierarchicalContextLoss", "HintLoss",
+    "InfluenceReport", "LinearProjection", "Loss", "NSTLoss", "OUTPUT", "Objective", "ObjectiveOutput", "OverhaulLoss",
+    "PKTLoss", "Projection", "RKDAngleLoss", "RKDDistanceLoss", "SimilarityPreservingLoss", "SoftTargetLoss",
+    "StudentAdapter", "Tap", "Targets", "Teacher", "TeacherAdapter", "TeacherCache", "Term", "TokenProjection",
+    "TrainConfig", "TrainResult", "UncertaintyWeighting", "UniformWeighting", "VariationalInformationLoss", "Weighting",
+    "__version__", "infer_projection", "train",
+]  # fmt: skip
 
 
 def __getattr__(name: str) -> object:

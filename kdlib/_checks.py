@@ -1,79 +1,41 @@
-"""Shape and value checks that rooms share. In the core, errors are worded in files of this name alone.
+"""Argument checks shared by kdlib and kdlib_faces: a private module that both packages import on purpose.
 
-Each check is one call at the head of a function; it returns nothing, or the value it has checked. A room's own
-`_checks.py` holds what that room alone asks; there a function that is named after a fault returns the error to raise.
-A message names the function that the user called, the argument, what was expected and what came.
+Each check is one call at the head of a function. It returns nothing, or the checked value. A message names the function
+that the user called, the argument, what was expected and what was received. The other `_checks.py` modules hold the
+checks of one package; there, a function named after a fault returns the error to raise.
 """
 
 from collections.abc import Container, Iterable, Mapping, Sequence
 from difflib import get_close_matches
-from typing import Any
+from math import inf
+from types import NoneType
 
 import torch
 from torch import Tensor, nn
 
-__all__ = [
-    "check_callable",
-    "check_choice",
-    "check_features",
-    "check_finite",
-    "check_floating",
-    "check_identities",
-    "check_inferred",
-    "check_key",
-    "check_name",
-    "check_number",
-    "check_pair",
-    "check_rank",
-    "check_reads",
-    "check_relation",
-    "check_relation_reduction",
-    "check_same_batch",
-    "check_schedule",
-    "check_shape",
-    "check_shares",
-    "check_targets",
-    "check_term",
-    "check_term_loss",
-    "check_term_names",
-    "check_term_teachers",
-    "check_type",
-    "check_weight",
-    "check_weights_of",
-    "check_whole_numbers",
-    "late_projections",
-    "nearest",
-    "show_shape",
-]
-
 
 def show_shape(x: Tensor) -> str:
-    """Shape as users write it: `(4, 128)`."""
+    """Return the shape as users write it: `(4, 128)`."""
     return str(tuple(x.shape))
 
 
 def check_floating(owner: str, **tensors: Tensor) -> None:
     """Each named argument must be a floating-point tensor."""
     for name, x in tensors.items():
-        if not isinstance(x, Tensor):
-            raise TypeError(f"{owner}: {name} must be a torch.Tensor, got {type(x).__name__}")
+        check_type(owner, name, x, Tensor, "a torch.Tensor")
         if not x.is_floating_point():
             raise TypeError(f"{owner}: {name} must be a floating-point tensor, got {x.dtype}")
 
 
 def check_rank(owner: str, name: str, x: Tensor, shape: str) -> None:
-    """`x` must have as many dimensions as `shape` has words, `"b c h w"` for one; a trailing `...` admits more."""
+    """`x` must have as many dimensions as `shape` has words, as in `"b c h w"`; a trailing `...` allows more."""
     words = shape.split()
-    if words[-1] == "...":
-        good, words = x.dim() >= len(words) - 1, words
-    else:
-        good = x.dim() == len(words)
-    if not good:
+    if x.dim() < len(words) - 1 if words[-1] == "..." else x.dim() != len(words):
         raise ValueError(f"{owner}: {name} must be ({', '.join(words)}), got {show_shape(x)}")
 
 
 def check_shape(owner: str, name: str, x: Tensor, shape: str, **sizes: int) -> None:
-    """`x` must be laid out as `shape`, with the given sizes: `check_shape(..., "b c h w", c=16)`."""
+    """`x` must have the layout `shape` and the given sizes, as in `check_shape(..., "b c h w", c=16)`."""
     words = shape.split()
     if x.dim() != len(words) or any(x.shape[words.index(word)] != size for word, size in sizes.items()):
         wanted = " and ".join(f"{word} = {size}" for word, size in sizes.items())
@@ -82,7 +44,7 @@ def check_shape(owner: str, name: str, x: Tensor, shape: str, **sizes: int) -> N
 
 
 def check_pair(owner: str, student: Tensor, teacher: Tensor, shape: str = "b ...") -> None:
-    """Student and teacher must be floating point, of the rank `shape` says, and of one shape."""
+    """Student and teacher must be floating-point tensors of the same shape, with the rank of `shape`."""
     check_floating(owner, student=student, teacher=teacher)
     check_rank(owner, "student", student, shape)
     if student.shape != teacher.shape:
@@ -94,31 +56,57 @@ def check_pair(owner: str, student: Tensor, teacher: Tensor, shape: str = "b ...
 
 
 def check_same_batch(owner: str, first: str, a: Tensor, second: str, b: Tensor) -> None:
-    """Two arguments must agree on their batch size."""
+    """Two arguments must have the same batch size."""
     if a.dim() == 0 or b.dim() == 0 or a.shape[0] != b.shape[0]:
         raise ValueError(f"{owner}: {second} must have the batch size of {first} {show_shape(a)}, got {show_shape(b)}")
 
 
 def check_weight(owner: str, weight: Tensor | None, batch: int) -> None:
     """Per-sample weights must be a tensor `(b,)`."""
-    if weight is not None and not isinstance(weight, Tensor):
-        raise TypeError(f"{owner}: weight must be a torch.Tensor, got {type(weight).__name__}")
+    if weight is not None:
+        check_type(owner, "weight", weight, Tensor, "a torch.Tensor")
     if weight is not None and tuple(weight.shape) != (batch,):
         raise ValueError(f"{owner}: weight must be (b,) = ({batch},), got {show_shape(weight)}")
 
 
-def check_whole_numbers(owner: str, name: str, x: Tensor, size: int) -> None:
-    """`x` must be `(size,)` whole numbers: identities, classes, sample ids."""
-    if not isinstance(x, Tensor):
-        raise TypeError(f"{owner}: {name} must be a torch.Tensor, got {type(x).__name__}")
+def check_dtype_whole(owner: str, name: str, x: Tensor) -> None:
+    """`x` must be a tensor of an integer dtype."""
+    check_type(owner, name, x, Tensor, "a torch.Tensor")
     if x.is_floating_point() or x.is_complex() or x.dtype == torch.bool:
         raise TypeError(f"{owner}: {name} must be whole numbers, got {x.dtype}")
+
+
+def check_whole_numbers(owner: str, name: str, x: Tensor, size: int) -> None:
+    """`x` must be an integer tensor `(size,)`, such as identities, classes or sample ids."""
+    check_dtype_whole(owner, name, x)
     if tuple(x.shape) != (size,):
         raise ValueError(f"{owner}: {name} must be ({size},), got {show_shape(x)}")
 
 
+def check_gathered(owner: str, rows: Sequence[tuple[tuple[int, ...], str]]) -> None:
+    """All processes must have rows of the same shape and dtype; `rows` contains both for each process."""
+    for rank, (shape, dtype) in enumerate(rows):
+        if (shape, dtype) != rows[0]:
+            raise ValueError(
+                f"{owner}: all processes must hold rows of one shape and dtype, got {rows[0][0]} {rows[0][1]} in "
+                f"process 0 and {shape} {dtype} in process {rank}"
+            )
+
+
+def check_target(owner: str, target: Tensor, batch: int, classes: int) -> None:
+    """`target` must be `(b,)` classes: whole numbers from 0 to below `classes`."""
+    check_dtype_whole(owner, "target", target)
+    check_shape(owner, "target", target, "b", b=batch)
+    if torch.compiler.is_compiling() or target.numel() == 0:  # values cannot be read while compiling
+        return
+    lowest, highest = (int(end) for end in torch.aminmax(target))
+    if lowest < 0 or highest >= classes:
+        value = lowest if lowest < 0 else highest
+        raise ValueError(f"{owner}: target must be from 0 to below c = {classes}, got {value}")
+
+
 def check_relation(owner: str, student: Tensor, teacher: Tensor, reduction: str, weight: Tensor | None) -> None:
-    """A relation loss takes two batches of as many samples, of any size each, and has one value for a batch."""
+    """A relation loss compares two batches of equal length, of any feature shape, and returns one value per batch."""
     check_relation_reduction(owner, reduction)
     check_floating(owner, student=student, teacher=teacher)
     check_rank(owner, "student", student, "b d ...")
@@ -128,13 +116,13 @@ def check_relation(owner: str, student: Tensor, teacher: Tensor, reduction: str,
 
 
 def check_relation_reduction(owner: str, reduction: str) -> None:
-    """A relation has no per-sample form."""
+    """A relation loss has no per-sample form."""
     if reduction != "mean":
         raise ValueError(f"{owner}: reduction must be 'mean': a relation has no per-sample form, got {reduction!r}")
 
 
-def check_shares(owner: str, name: str, shares: Any) -> None:
-    """`shares` must be a sequence of finite numbers of at least 0, not all of them 0."""
+def check_shares(owner: str, name: str, shares: object) -> None:
+    """`shares` must be a sequence of finite numbers >= 0, of which at least one is above 0."""
     if isinstance(shares, (str, bytes)) or not isinstance(shares, Sequence):
         raise TypeError(f"{owner}: {name} must be a sequence of numbers, got {type(shares).__name__}")
     for index, share in enumerate(shares):
@@ -143,17 +131,22 @@ def check_shares(owner: str, name: str, shares: Any) -> None:
         raise ValueError(f"{owner}: {name} must hold a number > 0, got {shares!r}")
 
 
+def check_below(owner: str, name: str, x: Tensor, batch: int, **limit: int) -> None:
+    """`x` must be `(b,)` whole numbers below a named limit, as in `c=10`; negative numbers stand for unknown."""
+    ((what, size),) = limit.items()
+    check_dtype_whole(owner, name, x)
+    check_shape(owner, name, x, "b", b=batch)
+    if x.numel() and int(x.max()) >= size:
+        raise ValueError(f"{owner}: {name} must be below {what} = {size}, got {int(x.max())}")
+
+
 def check_identities(owner: str, identities: Tensor, batch: int, number: int) -> None:
     """`identities` must be `(b,)` whole numbers below `number`."""
-    if identities.is_floating_point() or identities.is_complex() or identities.dtype == torch.bool:
-        raise TypeError(f"{owner}: identities must be whole numbers, got {identities.dtype}")
-    check_shape(owner, "identities", identities, "b", b=batch)
-    if identities.numel() and int(identities.max()) >= number:
-        raise ValueError(f"{owner}: identities must be below num_identities = {number}, got {int(identities.max())}")
+    check_below(owner, "identities", identities, batch, num_identities=number)
 
 
 def check_type(owner: str, name: str, value: object, kind: type | tuple[type, ...], wanted: str) -> None:
-    """`value` must be a `kind`, which the message calls `wanted`: `"a Module"`."""
+    """`value` must be an instance of `kind`, which the message calls `wanted`, as in `"a Module"`."""
     if not isinstance(value, kind):
         raise TypeError(f"{owner}: {name} must be {wanted}, got {type(value).__name__}")
 
@@ -174,7 +167,7 @@ def check_choice(owner: str, name: str, value: object, choices: Sequence[str]) -
 def check_number(
     owner: str,
     name: str,
-    value: Any,
+    value: object,
     *,
     above: float | None = None,
     min: float | None = None,
@@ -182,18 +175,14 @@ def check_number(
     below: float | None = None,
     integer: bool = False,
 ) -> None:
-    """`value` must be a finite number, strictly between `above` and `below`, from `min` to `max`, or `integer`."""
-    kind = "a whole number" if integer else "a finite number"
+    """`value` must be a finite number (whole if `integer`) with `above < value < below` and `min <= value <= max`."""
     bounds = [
-        f"> {above}" if above is not None else "",
-        f">= {min}" if min is not None else "",
-        f"<= {max}" if max is not None else "",
-        f"< {below}" if below is not None else "",
+        f"{sign} {bound}" for sign, bound in ((">", above), (">=", min), ("<=", max), ("<", below)) if bound is not None
     ]
-    wanted = " and ".join([kind, *[bound for bound in bounds if bound]])
-    good = isinstance(value, int) if integer else isinstance(value, (int, float))
-    good = good and not isinstance(value, bool) and value == value and abs(value) != float("inf")
-    if not good:
+    wanted = " and ".join(["a whole number" if integer else "a finite number", *bounds])
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or (integer and not isinstance(value, int)):
+        raise TypeError(f"{owner}: {name} must be {wanted}, got {value!r}")
+    if not -inf < value < inf:
         raise TypeError(f"{owner}: {name} must be {wanted}, got {value!r}")
     if (
         (above is not None and not value > above)
@@ -205,7 +194,7 @@ def check_number(
 
 
 def nearest(name: str, known: Iterable[str], count: int = 3) -> str:
-    """`"; the nearest are 'a', 'b'"` for a name that is not among `known`, or what there is if nothing is near."""
+    """Return `"; the nearest are 'a', 'b'"` for an unknown name, or the list of known names if none is close."""
     known = [entry for entry in known if entry]
     close = get_close_matches(name, known, n=count, cutoff=0.5)
     if close:
@@ -215,38 +204,46 @@ def nearest(name: str, known: Iterable[str], count: int = 3) -> str:
 
 
 def check_name(owner: str, what: str, name: str, known: Iterable[str]) -> None:
-    """`name` must be among `known`; otherwise the error lists the nearest."""
+    """`name` must be among `known`; the error lists the nearest names."""
     known = list(known)
     if name not in known:
         raise ValueError(f"{owner}: no {what} named {name!r}{nearest(name, known)}")
 
 
 def check_finite(owner: str, **tensors: Tensor) -> None:
-    """Each named tensor must be free of NaN and infinity."""
+    """Each named tensor must hold finite values only."""
     for name, x in tensors.items():
         if not torch.isfinite(x).all():
             bad = int((~torch.isfinite(x)).sum())
             raise ValueError(f"{owner}: {name} must be finite, got {bad} NaN or infinite values of {x.numel()}")
 
 
-def check_term(teacher: str | None, target: str | None, teachers: Sequence[str] | None, project: object) -> None:
-    """A term must compare with a teacher, a target or both, and what belongs to teachers needs one."""
+def check_term(
+    student: object, teacher: object, teachers: Sequence[str] | None, target: object, project: object, sample: object
+) -> None:
+    """A term needs a teacher feature, a target or both; `teachers` and `project` need a teacher feature."""
+    check_type("Term", "student", student, str, "a str")
+    for name, value in (("teacher", teacher), ("target", target), ("sample_weight", sample)):
+        check_type("Term", name, value, (str, NoneType), "a str or None")
     if teacher is None and target is None:
         raise ValueError("Term: at least one of teacher and target must be given, got neither")
     if teacher is None and (teachers is not None or project is not None):
-        raise ValueError("Term: teachers and project go with teacher, got them with target alone")
+        raise ValueError("Term: teachers and project need a teacher feature, got them with target alone")
     if isinstance(teachers, str) or (teachers is not None and not teachers):
         raise ValueError(f"Term: teachers must be a sequence of names or None, got {teachers!r}")
     for index, name in enumerate(teachers or ()):
         check_type("Term", f"teachers[{index}]", name, str, "a str")
     if teachers is not None and len(set(teachers)) < len(teachers):
         raise ValueError(f"Term: teachers must be distinct, got {tuple(teachers)!r}")
+    if isinstance(project, str):
+        check_choice("Term", "project", project, ("auto",))
+    check_type("Term", "project", project, (str, nn.Module, NoneType), "None, 'auto' or a Module")
 
 
 def check_term_names(terms: object) -> None:
-    """There must be a mapping with a term, and each name must serve as a key of a state dict."""
+    """`terms` must be a mapping with at least one entry, and each name must be a valid state-dict key."""
     check_type("Objective", "terms", terms, Mapping, "a mapping of names to terms")
-    names = list(terms)  # type: ignore[call-overload]  # a mapping, as was just checked
+    names = list(terms)  # type: ignore[call-overload]  # a mapping, as checked above
     if not names:
         raise ValueError("Objective: terms must hold at least one term, got none")
     for name in names:
@@ -254,38 +251,32 @@ def check_term_names(terms: object) -> None:
 
 
 def check_key(owner: str, what: str, name: object) -> None:
-    """`name` must serve as a key of an `nn.ModuleDict`, and so of a state dict."""
+    """`name` must be a valid key of an `nn.ModuleDict`, and so of a state dict."""
     if not isinstance(name, str) or not name or "." in name:
         raise ValueError(f"{owner}: {what} must be text without a dot, got {name!r}")
     if hasattr(nn.ModuleDict(), name):
         raise ValueError(f"{owner}: {what} must not be an attribute of nn.ModuleDict, got {name!r}")
 
 
-def check_schedule(step: int, weight: Any) -> None:
-    """What a schedule returns must be a finite number of at least 0."""
-    check_number("Term", f"weight({step})", weight, min=0)
-
-
-def check_term_teachers(owner: str, term: str, reads: Iterable[str], teachers: Iterable[str]) -> None:
-    """A term that reads teachers must find one, and those that it names."""
+def check_term_teachers(owner: str, term: str, names: Iterable[str], teachers: Iterable[str]) -> None:
+    """A term with a teacher feature needs at least one teacher, and each of `names` must be among `teachers`."""
     teachers = list(teachers)
     if not teachers:
-        raise ValueError(f"{owner}: term {term!r} reads teachers, got none")
-    for who in reads:
-        if who not in teachers:
-            raise ValueError(f"{owner}: term {term!r} reads teacher {who!r}, got {', '.join(teachers)}")
+        raise ValueError(f"{owner}: term {term!r} needs a teacher, got none")
+    for name in names:
+        check_name(f"{owner}: term {term!r}", "teacher", name, teachers)
 
 
-def check_term_loss(term: str, loss: Tensor, batch: int, *, each: bool, teacher: bool) -> None:
-    """A term's loss must be `(b,)`, or for want of a per-sample form a scalar where no sample weights need `each`."""
-    if tuple(loss.shape) != (batch,) and (each or (teacher and loss.dim())):
+def check_term_loss(term: str, loss: Tensor, batch: int, *, weighted: bool, teacher: bool) -> None:
+    """A term's loss must be `(b,)`; it may be a scalar unless the objective has to apply sample weights to it."""
+    if tuple(loss.shape) != (batch,) and (weighted or (teacher and loss.dim())):
         wanted = f"(b,) = ({batch},)"
-        wanted = f"{wanted} losses for its sample_weight" if each else f"a scalar or {wanted}"
+        wanted = f"{wanted} losses for its sample_weight" if weighted else f"a scalar or {wanted}"
         raise ValueError(f"Objective: term {term!r} must return {wanted}, got {show_shape(loss)}")
 
 
 def check_weights_of(losses: Tensor, weights: Tensor) -> None:
-    """A weighting must return one weight a teacher and sample."""
+    """A weighting must return one weight per teacher and sample."""
     if weights.shape != losses.shape:
         raise ValueError(
             f"Objective: the weighting must return (k, b) = {show_shape(losses)}, got {show_shape(weights)}"
@@ -293,9 +284,9 @@ def check_weights_of(losses: Tensor, weights: Tensor) -> None:
 
 
 def check_inferred(owner: str, inferred: bool, remedy: str) -> None:
-    """The projections must be there."""
+    """All projections must have been created."""
     if not inferred:
-        raise RuntimeError(f"{owner}: projections are not there yet; call {remedy} once")
+        raise RuntimeError(f"{owner}: projections are not created yet; call {remedy} once")
 
 
 def check_features(owner: str, features: object) -> None:
@@ -307,23 +298,23 @@ def check_features(owner: str, features: object) -> None:
 
 
 def check_targets(owner: str, targets: object) -> None:
-    """Targets are told apart by name."""
+    """Targets must be named."""
     if targets is not None and not isinstance(targets, Mapping):
         raise TypeError(f"{owner}: targets must be a mapping of names to tensors or None, got {type(targets).__name__}")
 
 
 def check_reads(teacher: str, reads: Sequence[str], targets: Container[str]) -> None:
-    """The targets that a teacher is called with must be in the batch."""
+    """The targets that a teacher reads must be in the batch."""
     missing = [key for key in reads if key not in targets]
     if missing:
         raise ValueError(
-            f"Distiller: teacher {teacher!r} reads the targets {', '.join(reads)}, the batch lacks {', '.join(missing)}"
+            f"Distiller: teacher {teacher!r} reads the targets {', '.join(reads)}; the batch lacks {', '.join(missing)}"
         )
 
 
 def late_projections(terms: Iterable[str]) -> str:
-    """What a strict load says of projections that are in the state dict alone."""
+    """Return the message of a strict load whose state dict holds projections that the module has not created yet."""
     return (
-        f"Objective: the projections of the terms {', '.join(map(repr, terms))} are in the state dict and not here "
-        "yet; call infer on one batch before loading"
+        f"Objective: the state dict holds projections of the terms {', '.join(map(repr, terms))}, which are not "
+        "created yet; call infer on one batch before loading"
     )

@@ -1,4 +1,4 @@
-"""Losses: the rows of all processes as one batch, with the gradient kept. Touches tensors and the process group."""
+"""Gathering of rows from all processes, with gradient: a private module that kdlib and kdlib_faces share on purpose."""
 
 from math import prod
 from typing import Any
@@ -8,7 +8,7 @@ from torch import Tensor
 from torch import distributed as dist
 from torch.autograd import Function
 
-from kdlib.losses._checks import check_gathered
+from kdlib._checks import check_gathered
 
 __all__ = ["gather_rows"]
 
@@ -16,29 +16,29 @@ DTYPES = (
     *(torch.float64, torch.float32, torch.float16, torch.bfloat16),
     *(torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool),
 )
-"""Their places are their names between processes."""
+"""Processes send the index of their dtype in this list."""
 
 
 def gather_rows(x: Tensor, *, grad: bool) -> Tensor:
-    """The rows of all processes of the default process group, in the order of their ranks.
+    """Gather the rows of all processes of the default process group, in the order of their ranks.
 
-    The processes may hold different numbers of rows, zero too; all must call, with rows of one shape and one dtype.
-    Without a process group, or in one of a single process, `x` is returned as it is.
+    Processes may hold different numbers of rows, including none. All of them must call this function, with rows of the
+    same shape and dtype. Without a process group, or with a single process, `x` is returned unchanged.
 
-    With `grad`, the gradient of `x` is that of its own rows in the gathered batch, times the number of processes.
-    Where every process computes the same loss from the gathered rows, the mean of the processes' gradients, which is
-    what `DistributedDataParallel` takes, then is the gradient of that one loss. Nothing is sent on the way back, so a
-    process may leave it out.
+    With `grad`, the gradient of `x` is that of its own rows in the gathered batch, times the number of processes. If
+    every process computes the same loss from the gathered rows, the mean of the gradients over the processes, as
+    computed by `DistributedDataParallel`, is the gradient of that loss. The backward pass does not communicate, so a
+    process may omit it.
 
     Args:
         x: `(b, ...)`, of any floating-point or whole-number dtype or bool.
-        grad: whether the rows of `x` are to receive a gradient; otherwise the result is cut from the graph.
+        grad: whether the rows of `x` receive a gradient; otherwise the result is detached.
 
     Returns:
         `(sum of b, ...)`, the same in every process.
 
     Raises:
-        ValueError: in every process, where the rows of two differ in shape or dtype.
+        ValueError: The rows of two processes differ in shape or dtype; raised in every process.
     """
     if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
         return x if grad else x.detach()
@@ -49,16 +49,16 @@ def gather_rows(x: Tensor, *, grad: bool) -> Tensor:
 
 
 def _all_rows(x: Tensor) -> tuple[Tensor, int]:
-    """The rows of all processes, and the place of the first one of ours."""
+    """Return the rows of all processes and the index of our first row."""
     world, rank = dist.get_world_size(), dist.get_rank()
     shape = (list(x.shape[1:]) + [0] * 6)[:6]
     header = torch.tensor([x.shape[0], DTYPES.index(x.dtype), x.dim(), *shape], device=x.device)
     headers = [torch.empty_like(header) for _ in range(world)]
     dist.all_gather(headers, header)
-    told = torch.stack(headers).tolist()
-    check_gathered("gather_rows", [(tuple(row[3 : 2 + row[2]]), str(DTYPES[row[1]])) for row in told])
-    counts = [row[0] for row in told]
-    # Bytes: not every backend sends every dtype. Blocks of one size: nor does every one send uneven blocks.
+    sizes = torch.stack(headers).tolist()
+    check_gathered("gather_rows", [(tuple(row[3 : 2 + row[2]]), str(DTYPES[row[1]])) for row in sizes])
+    counts = [row[0] for row in sizes]
+    # Bytes in blocks of equal size, because not every backend supports all dtypes and uneven blocks.
     width = prod(x.shape[1:]) * x.element_size()
     block = torch.zeros(max(counts), width, dtype=torch.uint8, device=x.device)
     block[: x.shape[0]] = x.contiguous().view(-1).view(torch.uint8).reshape(x.shape[0], width)
@@ -69,7 +69,7 @@ def _all_rows(x: Tensor) -> tuple[Tensor, int]:
 
 
 class _GatherRows(Function):
-    """All rows forward; backward the gradient of our own, times the number of processes."""
+    """Returns all rows; the gradient is that of our own rows, times the number of processes."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Stage 5, put together: student, teachers and objective as one Module. Runs models; touches no file and no optimizer."""
+"""The Module that runs a student, its teachers and an objective on a batch."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any, Self
@@ -18,24 +18,24 @@ from kdlib._checks import (
 )
 from kdlib.influence import InfluenceReport, unchanged
 from kdlib.objective import Objective, ObjectiveOutput
-from kdlib.types import Features, Targets
+from kdlib.types import Features, HasTaps, Targets, Teacher
 
 __all__ = ["Distiller"]
 
 
 class Distiller(nn.Module):
-    """Runs the student and its teachers on a batch and compares them.
+    """Runs the student and its teachers on a batch and compares their features.
 
-    Works without teachers too: then the same training loop trains a network on supervised terms alone.
+    Without teachers it trains a network on supervised terms alone.
 
     Args:
-        student: inputs to named features; a `StudentAdapter`.
-        teachers: name to teacher: a `TeacherAdapter`, or anything that maps inputs to named features and is frozen. A
-            teacher with an attribute `reads`, a tuple of target names, is called with those targets in place of inputs.
-        objective: what is compared.
+        student: maps inputs to named features; usually a `StudentAdapter`.
+        teachers: name to teacher: a `TeacherAdapter`, a `CachedTeacher` or any other `Teacher`. If its `reads` names
+            targets, a teacher is called with those targets in place of the inputs.
+        objective: the terms that are compared.
 
     Raises:
-        TypeError, ValueError: something that is no Module, or a term that reads a teacher that is not there.
+        TypeError, ValueError: an argument of the wrong type, or a term that names an unknown teacher or feature.
 
     Examples:
         >>> from kdlib import OUTPUT, HintLoss, StudentAdapter, TeacherAdapter
@@ -50,53 +50,51 @@ class Distiller(nn.Module):
         ['student.model.bias', 'student.model.weight']
     """
 
-    def __init__(self, student: nn.Module, teachers: Mapping[str, nn.Module], objective: Objective) -> None:
+    teachers: dict[str, Teacher]
+
+    def __init__(self, student: nn.Module, teachers: Mapping[str, Teacher], objective: Objective) -> None:
         super().__init__()
         check_type("Distiller", "student", student, nn.Module, "a Module")
-        check_type("Distiller", "teachers", teachers, Mapping, "a mapping of names to Modules")
+        check_type("Distiller", "teachers", teachers, Mapping, "a mapping of names to teachers")
         check_type("Distiller", "objective", objective, Objective, "an Objective")
         for name, teacher in teachers.items():
-            check_type("Distiller", f"teachers[{name!r}]", teacher, nn.Module, "a Module")
-        for name, term in objective.terms.items():
-            if term.teacher is not None:
-                check_term_teachers("Distiller", name, term.teachers or (), teachers)
+            wanted = "a Teacher, such as a TeacherAdapter around a model"
+            check_type("Distiller", f"teachers[{name!r}]", teacher, Teacher, wanted)
         for name, term in objective.terms.items():
             _check_tap(name, "student", student, term.student)
-            if term.teacher is not None:
-                for who in teachers if term.teachers is None else term.teachers:
-                    _check_tap(name, f"teacher {who!r}", teachers[who], term.teacher)
-                    if term.project is not None:
-                        check_key("Distiller", f"the name of a teacher that term {name!r} projects to", who)
+            if term.teacher is None:
+                continue
+            check_term_teachers("Distiller", name, term.teachers or (), teachers)
+            for key in term.teachers or teachers:
+                _check_tap(name, f"teacher {key!r}", teachers[key], term.teacher)
+                if term.project is not None:
+                    check_key("Distiller", f"the name of a teacher that term {name!r} projects to", key)
         self.student = student
         self.objective = objective
-        # Outside the module tree: a teacher is no part of what is trained, saved or switched to train mode.
+        # Not registered as submodules: teachers are neither trained, saved nor switched to training mode.
         object.__setattr__(self, "teachers", dict(teachers))
-        for teacher in teachers.values():
-            teacher.eval()
+        for module in self._teacher_modules():
+            module.eval()
 
-    teachers: dict[str, nn.Module]
+    def _teacher_modules(self) -> list[nn.Module]:
+        return [teacher for teacher in self.teachers.values() if isinstance(teacher, nn.Module)]
 
     def features(self, inputs: Any, targets: Targets | None = None) -> tuple[Features, dict[str, Features]]:
-        """Run the student and every teacher."""
+        """Run the student and every teacher; return the student's features and those of each teacher."""
         check_targets("Distiller", targets)
-        given = inputs if isinstance(inputs, tuple) else (inputs,)
-        student = self.student(*given)
+        arguments = inputs if isinstance(inputs, tuple) else (inputs,)
+        student = self.student(*arguments)
         check_features("student", student)
-        return student, {
-            name: self._ask(name, teacher, given, targets or {}) for name, teacher in self.teachers.items()
-        }
-
-    def _ask(self, name: str, teacher: nn.Module, inputs: tuple[Any, ...], targets: Targets) -> Features:
-        reads = getattr(teacher, "reads", None)
-        if reads:
-            check_reads(name, reads, targets)
-            inputs = tuple(targets[key] for key in reads)
-        if teacher.training:  # somebody has called train() on the teacher itself
-            teacher.eval()
-        with torch.no_grad():
-            features: Features = teacher(*inputs)
-        check_features(f"teacher {name!r}", features)
-        return features
+        for module in self._teacher_modules():
+            if module.training:  # train() was called on the teacher itself
+                module.eval()
+        teachers: dict[str, Features] = {}
+        for name, teacher in self.teachers.items():
+            check_reads(name, teacher.reads, targets or {})
+            with torch.no_grad():
+                teachers[name] = teacher(*([(targets or {})[key] for key in teacher.reads] or arguments))
+            check_features(f"teacher {name!r}", teachers[name])
+        return student, teachers
 
     def forward(self, inputs: Any, targets: Targets | None = None) -> ObjectiveOutput:
         """Compare one batch; `inputs` is a tensor or a tuple of the models' arguments."""
@@ -106,7 +104,7 @@ class Distiller(nn.Module):
 
     @torch.no_grad()
     def infer(self, inputs: Any, targets: Targets | None = None) -> Self:
-        """Make the projections that are inferred, from one batch; changes no weight and no statistic."""
+        """Create the inferred projections from one batch; changes no weight and no statistic."""
         if not self.objective.inferred:
             modes = {module: module.training for module in self.student.modules()}
             self.student.eval()
@@ -119,38 +117,36 @@ class Distiller(nn.Module):
 
     @torch.no_grad()
     def report(self, inputs: Any, targets: Targets | None = None) -> InfluenceReport:
-        """What each term and teacher does to the student on one batch; see `Objective.report`.
+        """Measure the influence of each term and teacher on the student, on one batch; see `Objective.report`.
 
-        Runs in the mode that the distiller is in, and changes nothing: no weight, statistic, `.grad` or random state.
-        Under several processes every one must call it where losses or norms talk to each other.
+        Runs in the current mode of the distiller. Weights, statistics, `.grad` and the random state are unchanged
+        afterwards. In a distributed run all processes must call it if a loss or norm communicates.
 
         Raises:
-            RuntimeError: projections are still to be inferred.
+            RuntimeError: a projection is not inferred yet.
         """
         device = next((parameter.device for parameter in self.parameters()), torch.device("cpu"))
-        with unchanged(self.student, *self.teachers.values(), device=device):
+        with unchanged(self.student, *self._teacher_modules(), device=device):
             student, teachers = self.features(inputs, targets)
             return self.objective.report(student, teachers, targets)
 
     def trainable_parameters(self) -> Iterator[nn.Parameter]:
-        """Parameters of the student, the projections, the heads and the learned weightings; none of a teacher.
+        """Yield the parameters of the student, projections, heads and learned weightings; none of a teacher.
 
         Raises:
-            RuntimeError: projections are still to be inferred.
+            RuntimeError: a projection is not inferred yet.
         """
         check_inferred("Distiller", self.objective.inferred, "distiller.infer(inputs, targets)")
         yield from self.parameters()
 
     def _apply(self, fn: Any, recurse: bool = True) -> Self:
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]  # likewise
-        if recurse:
-            for teacher in self.teachers.values():
-                teacher._apply(fn)  # type: ignore[no-untyped-call]  # torch leaves _apply untyped
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]  # torch leaves _apply untyped
+        for module in self._teacher_modules() if recurse else ():
+            module._apply(fn)  # type: ignore[no-untyped-call]
         return self
 
 
-def _check_tap(term: str, owner: str, model: nn.Module, tap: str) -> None:
-    """An adapter and a cache know their names; another module tells with its first features."""
-    known = getattr(model, "taps", None)
-    if isinstance(known, Mapping):
-        check_name(f"Distiller: term {term!r}", f"feature of the {owner}", tap, known)
+def _check_tap(term: str, owner: str, model: object, tap: str) -> None:
+    """Check a feature name where the model declares its taps; other models are checked in the first forward."""
+    if isinstance(model, HasTaps):
+        check_name(f"Distiller: term {term!r}", f"feature of the {owner}", tap, model.taps)

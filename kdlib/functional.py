@@ -1,4 +1,4 @@
-"""Losses: every loss as a function of tensors. Touches nothing but `kdlib.losses`, where each is defined."""
+"""Every loss as a function of tensors."""
 
 from kdlib.losses.activation_boundary import activation_boundary
 from kdlib.losses.angular import angular_distill
@@ -20,26 +20,8 @@ from kdlib.losses.soft_target import soft_target
 from kdlib.losses.variational_information import variational_information
 
 __all__ = [
-    "activation_boundary",
-    "angular_distill",
-    "attention_map",
-    "attention_transfer",
-    "attentive_similarity",
-    "channel_attention_map",
-    "contrastive_representation",
-    "correlation_congruence",
-    "dark_rank",
-    "decoupled_kd",
-    "dist",
-    "hierarchical_context",
-    "hint",
-    "nst",
-    "overhaul",
-    "overhaul_margin",
-    "pkt",
-    "rkd_angle",
-    "rkd_distance",
-    "similarity_preserving",
-    "soft_target",
-    "variational_information",
-]
+    "activation_boundary", "angular_distill", "attention_map", "attention_transfer", "attentive_similarity",
+    "channel_attention_map", "contrastive_representation", "correlation_congruence", "dark_rank", "decoupled_kd",
+    "dist", "hierarchical_context", "hint", "nst", "overhaul", "overhaul_margin", "pkt", "rkd_angle", "rkd_distance",
+    "similarity_preserving", "soft_target", "variational_information",
+]  # fmt: skip

@@ -1,13 +1,9 @@
-"""Influence: what each term and teacher of an objective does to the student. Touches tensors and module state only.
-
-A weight says how a term was meant; its loss and its gradient say what it does. `Objective.report` and
-`Distiller.report` measure them on one batch, and leave everything as it was.
-"""
+"""The influence report: loss and gradient of each term and teacher of an objective, measured on one batch."""
 
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import combinations
 from typing import Any, NamedTuple
 
@@ -19,14 +15,14 @@ __all__ = ["Comparison", "InfluenceReport", "TeacherInfluence", "TermInfluence",
 
 @dataclass(frozen=True)
 class TeacherInfluence:
-    """What one teacher does within a term.
+    """Influence of one teacher within a term.
 
     Args:
-        weight: its mean weight over the batch.
-        loss: its weighted loss, times the term's weight; the teachers' losses sum to the term's.
-        loss_share: of the term, by magnitude.
+        weight: mean weight of the teacher over the batch.
+        loss: weighted loss of the teacher, times the term's weight; the teachers' losses sum to the term's.
+        loss_share: share of the term's loss, by magnitude.
         gradient: Euclidean length of the gradient of `loss` with respect to the student's feature, over the batch.
-        gradient_share: of the sum over the term's teachers.
+        gradient_share: share of the sum of the gradient lengths of the term's teachers.
     """
 
     weight: float
@@ -38,17 +34,18 @@ class TeacherInfluence:
 
 @dataclass(frozen=True)
 class TermInfluence:
-    """What one term does.
+    """Influence of one term.
 
     Args:
-        student: the feature that it reads, where its gradient is taken.
+        student: name of the student feature that the term compares, at which its gradient is taken.
         weight: the term's weight at this step.
         loss: the term's value times its weight.
-        loss_share: of all terms, by magnitude.
+        loss_share: share of the losses of all terms, by magnitude.
         gradient: Euclidean length of the gradient of `loss` with respect to the student's feature, over the batch.
-        gradient_share: of the sum over all terms. Terms of different features compare by order of magnitude only.
-        teachers: name to what that teacher does; empty for a supervised term.
-        cosines: pair of teachers to the cosine of their gradients; `None` where one is zero.
+        gradient_share: share of the sum of the gradient lengths of all terms. Only the order of magnitude is comparable
+            between terms of different features.
+        teachers: teacher name to influence; empty for a supervised term.
+        cosines: pair of teachers to the cosine between their gradients; `None` where one is zero.
     """
 
     student: str
@@ -63,12 +60,13 @@ class TermInfluence:
 
 @dataclass(frozen=True)
 class InfluenceReport:
-    """What each term and teacher does to the student, on one batch.
+    """Influence of each term and teacher on the student, on one batch.
 
     Args:
-        step: where the schedules of the weights stand.
-        terms: name to what that term does.
-        cosines: pair of terms that read the same feature to the cosine of their gradients; `None` where one is zero.
+        step: the step at which the schedules of the weights were evaluated.
+        terms: term name to influence.
+        cosines: pair of terms on the same student feature to the cosine between their gradients; `None` where one is
+            zero.
 
     Examples:
         >>> from kdlib.losses import HintLoss
@@ -91,55 +89,49 @@ class InfluenceReport:
     cosines: dict[tuple[str, str], float | None]
 
     def table(self) -> str:
-        """The report as plain text, in columns."""
+        """Return the report as plain text in columns."""
         title = f"influence at step {self.step}"
         rows: list[tuple[str, TermInfluence | TeacherInfluence]] = []
         for name, term in self.terms.items():
             rows.append((f"{name} ({term.student})", term))
-            rows += [(f"  {who}", teacher) for who, teacher in term.teachers.items()]
-        wide = max(len(title), *(len(label) for label, _ in rows)) if rows else len(title)
-        lines = [f"{title:<{wide}} {'weight':>8} {'loss':>9} {'share':>7} {'gradient':>9} {'share':>7}"]
+            rows += [(f"  {key}", teacher) for key, teacher in term.teachers.items()]
+        width = max(len(title), *(len(label) for label, _ in rows)) if rows else len(title)
+        lines = [f"{title:<{width}} {'weight':>8} {'loss':>9} {'share':>7} {'gradient':>9} {'share':>7}"]
         for label, row in rows:
             numbers = (f"{row.weight:8.3f} {row.loss:#9.4g}", f"{row.loss_share:7.1%} {row.gradient:#9.4g}")
-            lines.append(f"{label:<{wide}} {' '.join(numbers)} {row.gradient_share:7.1%}")
-        pairs = [(f"{name}: ", term.cosines) for name, term in self.terms.items()]
-        shown = [
-            f"cosine of gradients: {prefix}{a}, {b} {'none' if cosine is None else f'{cosine:.2f}'}"
-            for prefix, cosines in [*pairs, ("", self.cosines)]
-            for (a, b), cosine in cosines.items()
-        ]
-        return "\n".join(lines + shown)
+            lines.append(f"{label:<{width}} {' '.join(numbers)} {row.gradient_share:7.1%}")
+        within_terms = [(f"{name}: ", term.cosines) for name, term in self.terms.items()]
+        for prefix, cosines in [*within_terms, ("", self.cosines)]:
+            for (a, b), cosine in cosines.items():
+                value = "none" if cosine is None else f"{cosine:.2f}"
+                lines.append(f"cosine of gradients: {prefix}{a}, {b} {value}")
+        return "\n".join(lines)
 
     def to_dict(self) -> dict[str, Any]:
-        """The report as plain values for JSON; a number that is not finite becomes `None`."""
+        """Return the report as plain values for JSON; a number that is not finite becomes `None`."""
 
         def plain(value: Any) -> Any:
+            if isinstance(value, dict):
+                return {key: plain(each) for key, each in value.items()}
             return None if isinstance(value, float) and not math.isfinite(value) else value
 
         def pairs(cosines: Mapping[tuple[str, str], float | None]) -> list[dict[str, Any]]:
             return [{"a": a, "b": b, "cosine": plain(cosine)} for (a, b), cosine in cosines.items()]
 
-        terms = {}
-        for name, term in self.terms.items():
-            row = {key: plain(value) for key, value in vars(term).items() if key not in ("teachers", "cosines")}
-            row["teachers"] = {
-                who: {key: plain(value) for key, value in vars(teacher).items()}
-                for who, teacher in term.teachers.items()
-            }
-            terms[name] = row | {"cosines": pairs(term.cosines)}
+        terms = {name: {**plain(asdict(term)), "cosines": pairs(term.cosines)} for name, term in self.terms.items()}
         return {"step": self.step, "terms": terms, "cosines": pairs(self.cosines)}
 
 
 class Comparison(NamedTuple):
-    """One term on one batch, as an objective compares it.
+    """Result of an objective for one term and batch.
 
     Args:
-        feature: the student's, `(b, ...)`.
-        losses: `(k, b)`, times the sample weights, or `(k,)` without a per-sample form; of a supervised term likewise
-            `(b,)` or a scalar.
+        feature: the student's feature, `(b, ...)`.
+        losses: `(k, b)`, times the sample weights, or `(k,)` without a per-sample form; for a supervised term `(b,)` or
+            a scalar.
         teachers: names of the k teachers.
         weights: `(k, b)`; `None` for a supervised term.
-        sample: `(b,)`, the sample weights; `None` for all ones.
+        sample: sample weights `(b,)`; `None` for all ones.
     """
 
     feature: Tensor
@@ -149,7 +141,7 @@ class Comparison(NamedTuple):
     sample: Tensor | None = None
 
     def value(self) -> Tensor:
-        """The term before its weight, a scalar."""
+        """Return the scalar value of the term, before its weight."""
         if self.weights is None:
             return self._mean(self.losses)
         if self.losses.dim() == 1:
@@ -157,7 +149,7 @@ class Comparison(NamedTuple):
         return self._mean((self.weights.to(self.losses.dtype) * self.losses).sum(0))
 
     def parts(self) -> list[Tensor]:
-        """Scalars that sum to the value, one for each teacher; the value alone of a supervised term."""
+        """Return one scalar per teacher, which sum to the value; for a supervised term the value alone."""
         if self.weights is None:
             return [self.value()]
         if self.losses.dim() == 1:
@@ -165,7 +157,7 @@ class Comparison(NamedTuple):
         return [self._mean(each) for each in self.weights.detach().to(self.losses.dtype) * self.losses]
 
     def mean_weights(self) -> Tensor:
-        """Each teacher's weight, the sample-weighted mean over the batch: `(k,)`."""
+        """Return the weight `(k,)` of each teacher, the sample-weighted mean over the batch."""
         if self.weights is None:
             return self.losses.new_empty(0)
         weights = self.weights.to(self.losses.dtype)
@@ -175,26 +167,20 @@ class Comparison(NamedTuple):
         return (weights * share).sum(1) / _divisor(share)
 
     def _mean(self, losses: Tensor) -> Tensor:
-        """The mean of losses, which hold the sample weights, over the sum of these."""
+        """Divide the sum of the losses, already times the sample weights, by the sum of the sample weights."""
         if self.sample is None or not losses.dim():
             return losses.mean()
         return losses.sum() / _divisor(self.sample.to(losses.dtype))
 
 
 def _divisor(sample: Tensor) -> Tensor:
-    """The sum of the sample weights, or 1 where all are 0: then so is what it divides."""
+    """Return the sum of the sample weights, or 1 where all are 0: the numerator is then 0 too."""
     total = sample.sum()
     return torch.where(total == 0, 1.0, total)
 
 
 def measure(step: int, compared: Mapping[str, Comparison], terms: Mapping[str, tuple[float, str]]) -> InfluenceReport:
-    """Losses, gradients and their shares of the terms of one batch.
-
-    Args:
-        step: where the schedules of the weights stand.
-        compared: name of each term to its comparison, whose feature is a leaf of the graph.
-        terms: name of each term to its weight and the name of its feature.
-    """
+    """Measure the terms of one batch; `terms` holds the weight and the student feature of each."""
     losses: dict[str, list[float]] = {}
     shares: dict[str, list[float]] = {}
     gradients: dict[str, list[Tensor]] = {}
@@ -206,7 +192,7 @@ def measure(step: int, compared: Mapping[str, Comparison], terms: Mapping[str, t
     whole = {name: torch.stack(each).sum(0) for name, each in gradients.items()}
     norms = [_norm(gradient) for gradient in whole.values()]
     rows = zip(_portions([sum(each) for each in losses.values()]), norms, _portions(norms), strict=True)
-    found = {}
+    result = {}
     for (name, each), (loss_share, norm, norm_share) in zip(compared.items(), rows, strict=True):
         lengths = [_norm(gradient) for gradient in gradients[name]]
         columns = (losses[name], _portions(losses[name]), lengths, _portions(lengths))
@@ -215,39 +201,40 @@ def measure(step: int, compared: Mapping[str, Comparison], terms: Mapping[str, t
             (each.teachers[i], each.teachers[j]): _cosine(gradients[name][i], gradients[name][j])
             for i, j in combinations(range(len(each.teachers)), 2)
         }
-        found[name] = TermInfluence(
+        result[name] = TermInfluence(
             student=terms[name][1],
             weight=terms[name][0],
             loss=sum(losses[name]),
             loss_share=loss_share,
             gradient=norm,
             gradient_share=norm_share,
-            teachers={who: TeacherInfluence(*values) for who, *values in numbers},
+            teachers={key: TeacherInfluence(*values) for key, *values in numbers},
             cosines=cosines,
         )
     same = [(a, b) for a, b in combinations(compared, 2) if terms[a][1] == terms[b][1]]
-    return InfluenceReport(step, found, {(a, b): _cosine(whole[a], whole[b]) for a, b in same})
+    return InfluenceReport(step, result, {(a, b): _cosine(whole[a], whole[b]) for a, b in same})
 
 
 @contextmanager
 def unchanged(*modules: nn.Module, device: torch.device) -> Iterator[None]:
-    """Keep buffers, plain attributes and torch's random state as they are, whatever a forward pass does to them.
+    """Restore buffers, plain attributes and torch's random state after the block.
 
-    Inside, copies stand in for the buffers: the buffers themselves may be part of a graph that waits for its backward.
+    Inside, the buffers are replaced by copies, because the originals may belong to a graph whose backward is still to
+    run.
     """
     inside = {each for module in modules for each in module.modules()}
-    kept = [(each, dict(vars(each)), dict(each._buffers)) for each in inside]
+    saved = [(each, dict(vars(each)), dict(each._buffers)) for each in inside]
     copies = {
-        id(buffer): buffer.detach().clone() for _, _, own in kept for buffer in own.values() if buffer is not None
+        id(buffer): buffer.detach().clone() for _, _, own in saved for buffer in own.values() if buffer is not None
     }
-    others = {"devices": [device], "device_type": device.type} if device.type in ("cuda", "xpu") else {"devices": []}
+    devices = {"devices": [device], "device_type": device.type} if device.type in ("cuda", "xpu") else {"devices": []}
     try:
-        for each, _, own in kept:
+        for each, _, own in saved:
             each._buffers.update({name: copies.get(id(buffer)) for name, buffer in own.items()})
-        with torch.random.fork_rng(**others):
+        with torch.random.fork_rng(**devices):
             yield
     finally:
-        for each, attributes, own in kept:
+        for each, attributes, own in saved:
             for name in set(vars(each)) - set(attributes):
                 del vars(each)[name]
             vars(each).update(attributes)
@@ -256,15 +243,16 @@ def unchanged(*modules: nn.Module, device: torch.device) -> Iterator[None]:
 
 
 def _gradient(loss: Tensor, feature: Tensor) -> Tensor:
-    """`d loss / d feature`, flat, in float32 or float64; zero where the loss does not hang on the feature."""
+    """Return `d loss / d feature`, flat, in float32 or float64; zero where the loss does not depend on the feature."""
     dtype = torch.promote_types(feature.dtype, torch.float32)
-    found: Tensor | None = None
+    gradient: Tensor | None = None
+    # A mean over the batch has small gradients, which would underflow in a half-precision feature.
+    scale = max(feature.shape[0], 1)
     if loss.requires_grad and feature.requires_grad:
-        # A mean over the batch has small gradients: a half-precision feature would lose them on the way back.
-        scale = max(feature.shape[0], 1)
-        found = torch.autograd.grad(loss * scale, feature, retain_graph=True, allow_unused=True)[0]
-        found = None if found is None else found.to(dtype) / scale
-    return (torch.zeros(feature.numel(), dtype=dtype, device=feature.device) if found is None else found).flatten()
+        gradient = torch.autograd.grad(loss * scale, feature, retain_graph=True, allow_unused=True)[0]
+    if gradient is None:
+        return torch.zeros(feature.numel(), dtype=dtype, device=feature.device)
+    return (gradient.to(dtype) / scale).flatten()
 
 
 def _norm(gradient: Tensor) -> float:
@@ -282,6 +270,6 @@ def _cosine(a: Tensor, b: Tensor) -> float | None:
 
 
 def _portions(values: list[float]) -> list[float]:
-    """Each magnitude as a share of their sum; 0 where all are 0."""
+    """Return each magnitude as a share of their sum; 0 where all are 0."""
     total = sum(abs(value) for value in values)
     return [abs(value) / total if total else 0.0 for value in values]

@@ -1,8 +1,4 @@
-"""Weight files from outside, read without running anything in them: PyTorch archives, old pickles, safetensors.
-
-What a file is shows in its first bytes, never in its name. Everything that is no weight file (a web page saved by a
-failed download, a pointer of Git LFS, an archive of other things) is told apart and named.
-"""
+"""Reading of untrusted weight files, identified by their first bytes: PyTorch archives, old pickles and safetensors."""
 
 import re
 import warnings
@@ -12,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
 
 from kdlib_faces._checks import InputError, show_name
-from kdlib_faces._safetensors import is_safetensors, read_safetensors
 
 __all__ = ["Weights", "read_weights"]
 
@@ -27,9 +24,9 @@ class Weights:
 
     Attributes:
         kind: `"PyTorch"` or `"safetensors"`.
-        content: what was saved; for safetensors the dict of its tensors.
-        metadata: the strings of a safetensors file.
-        size: of the file, in bytes.
+        content: the saved object; for safetensors the dict of its tensors.
+        size: file size in bytes.
+        metadata: the metadata of a safetensors file.
     """
 
     kind: str
@@ -39,18 +36,17 @@ class Weights:
 
 
 def read_weights(owner: str, path: Path) -> Weights:
-    """The content of the file: tensors and plain values only.
+    """Read a file that contains only tensors and plain values.
 
     Args:
-        owner: who asks and for which file, for the error's first words.
+        owner: beginning of the error messages: the caller and the file.
         path: the file.
 
     Returns:
-        The content; tensors on the CPU, which may view the file.
+        The content, with tensors on the CPU, which may be views of the file.
 
     Raises:
-        InputError: no such file, a damaged one, one that holds other things than tensors and plain values, or that
-            claims more than it has.
+        InputError: the file is missing or damaged, contains anything else, or declares more than its size.
     """
     if not path.is_file():
         raise InputError(f"{owner} {'is not a file' if path.exists() else 'does not exist'}")
@@ -58,9 +54,10 @@ def read_weights(owner: str, path: Path) -> Weights:
         size = path.stat().st_size
         with path.open("rb") as file:
             head = file.read(256)
-        _refuse_what_is_no_weights(owner, head)
-        if is_safetensors(head):
-            tensors, metadata = read_safetensors(owner, path)
+        _check_first_bytes(owner, head)
+        # A safetensors file starts with the length of its JSON header.
+        if head[8:9] == b"{" and not head.startswith((b"PK\x03\x04", b"\x80\x02\x8a")):
+            tensors, metadata = _read_safetensors(owner, path)
             return Weights("safetensors", tensors, size, metadata)
         archive = head.startswith(b"PK\x03\x04")
         if archive:
@@ -68,66 +65,78 @@ def read_weights(owner: str, path: Path) -> Weights:
     except OSError as error:
         raise InputError(f"{owner} cannot be read: {error.strerror or error}") from error
     try:
-        # A mapped archive is read only where a tensor is used, so that a head of gigabytes beside the network costs
-        # nothing.
-        with warnings.catch_warnings():  # another pickle protocol is either read or refused below
+        # With a memory-mapped archive, a margin head of gigabytes next to the network is never read.
+        with warnings.catch_warnings():  # other pickle protocols are either read or refused below
             warnings.simplefilter("ignore", UserWarning)
             content = torch.load(str(path), map_location="cpu", weights_only=True, mmap=archive)
-    except Exception as error:  # bytes from outside can make the reader raise nearly anything
-        found = re.search(r"GLOBAL (\S+)", str(error))
-        if found:
+    except Exception as error:  # damaged bytes can raise almost any exception in the reader
+        call = re.search(r"GLOBAL (\S+)", str(error))
+        if call:
             raise InputError(
-                f"{owner} holds more than tensors: loading it would call {show_name(found[1])}, which was refused; "
-                f"{WHOLE_MODULE}, or where you trust the file save its state dict alone: "
+                f"{owner} contains more than tensors: loading it would call {show_name(call[1])}, which was refused; "
+                f"{WHOLE_MODULE}, or, if you trust the file, save only its state dict: "
                 'torch.save(torch.load(path, weights_only=False)["state_dict"], "weights.pt")'
             ) from error
         if archive and re.search(r"Unsupported operand 1(49|50|51)\b", str(error)):  # opcodes of protocols 4 and 5
             raise InputError(
-                f"{owner} is pickled by a newer protocol than is read safely; save it again by torch.save without "
+                f"{owner} uses a pickle protocol that cannot be read safely; save it again with torch.save without "
                 "pickle_protocol=, or as safetensors"
             ) from error
-        raise InputError(f"{owner} is damaged, cut short, or no PyTorch checkpoint ({type(error).__name__})") from error
+        raise InputError(
+            f"{owner} is damaged, truncated, or not a PyTorch checkpoint ({type(error).__name__})"
+        ) from error
     return Weights("PyTorch", content, size)
 
 
-def _refuse_what_is_no_weights(owner: str, head: bytes) -> None:
+def _check_first_bytes(owner: str, head: bytes) -> None:
     text = head.lstrip()
     if not text:
         raise InputError(f"{owner} is empty")
     if text[:1] == b"<":
-        raise InputError(f"{owner} is a web page, not a checkpoint; the download was answered by an HTML or XML text")
+        raise InputError(f"{owner} is a web page, not a checkpoint; the download returned HTML or XML")
     if text.startswith(b"version https://git-lfs"):
-        raise InputError(f"{owner} is a Git LFS pointer, not a checkpoint; fetch the file itself")
+        raise InputError(f"{owner} is a Git LFS pointer, not a checkpoint; fetch the actual file")
     if head[:2] == b"\x1f\x8b":
-        raise InputError(f"{owner} is compressed by gzip; unpack it first")
+        raise InputError(f"{owner} is compressed with gzip; decompress it first")
+
+
+def _read_safetensors(owner: str, path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    try:
+        with safe_open(path, framework="pt", device="cpu") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
+    except (SafetensorError, ValueError, TypeError, RuntimeError) as error:
+        detail = show_name(" ".join(str(error).split()))
+        raise InputError(f"{owner} is damaged, truncated, or not a safetensors file: {detail}") from error
 
 
 def _check_archive(owner: str, path: Path, size: int) -> None:
-    """`torch.save` stores its entries as they are, so an archive never holds more than its file is long."""
+    """Check an archive: `torch.save` does not compress, so its content is never larger than the file."""
     try:
         with zipfile.ZipFile(path) as archive:
             entries = archive.infolist()
             names = [entry.filename for entry in entries]
-            packed = next((entry for entry in entries if entry.compress_type != zipfile.ZIP_STORED), None)
+            compressed = next((entry for entry in entries if entry.compress_type != zipfile.ZIP_STORED), None)
             claimed = sum(entry.file_size for entry in entries)
             pickled = any(name.endswith("data.pkl") for name in names)
             if any(name.endswith("constants.pkl") for name in names):
                 raise InputError(
-                    f"{owner} is a TorchScript program, which runs code when it is loaded; where you trust it, "
+                    f"{owner} is a TorchScript program, which executes code when it is loaded; if you trust it, "
                     "save torch.jit.load(path).state_dict()"
                 )
             if not pickled and names:
                 raise InputError(
-                    f"{owner} is an archive of other files ({show_name(names[0])!r} ...), no checkpoint; unpack it"
+                    f"{owner} is an archive of other files ({show_name(names[0])!r} ...), not a checkpoint; unpack it"
                 )
-            if packed is not None or claimed > size:
+            if compressed is not None or claimed > size:
                 raise InputError(
-                    f"{owner} claims {claimed} bytes of content in a file of {size}; torch.save does not compress"
+                    f"{owner} declares {claimed} bytes of content in a file of {size}; torch.save does not compress"
                 )
-            altered = archive.testzip()  # torch.load compares no checksums: a flipped bit would become a weight
+            altered = archive.testzip()  # torch.load ignores checksums, so a flipped bit would change a weight
     except InputError:
         raise
-    except Exception as error:  # as above
-        raise InputError(f"{owner} is damaged, cut short, or no PyTorch checkpoint ({type(error).__name__})") from error
+    except Exception as error:  # see above
+        raise InputError(
+            f"{owner} is damaged, truncated, or not a PyTorch checkpoint ({type(error).__name__})"
+        ) from error
     if altered is not None:
-        raise InputError(f"{owner} is damaged: the checksum of {show_name(altered)!r} differs")
+        raise InputError(f"{owner} is damaged: the checksum of {show_name(altered)!r} does not match")

@@ -1,4 +1,4 @@
-"""The documentation is complete, its code runs, and it loads nothing from outside."""
+"""The documentation builds without warnings, is complete and offline, and its code runs."""
 
 import hashlib
 import importlib
@@ -21,7 +21,7 @@ BLOCKS = [(page, number, code) for page in PAGES for number, code in enumerate(B
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    pytest.importorskip("sphinx", reason="the docs extra is absent")
+    pytest.importorskip("sphinx", reason="the docs extra is not installed")
     target = tmp_path_factory.mktemp("html")
     command = [sys.executable, "-m", "sphinx", "-q", "-n", "-W", "-b", "html", "-d", str(target / ".trees")]
     done = subprocess.run([*command, "docs", str(target)], cwd=ROOT, capture_output=True, text=True, check=False)
@@ -41,12 +41,12 @@ def test_code_on_the_pages_runs(page: Path, number: int, code: str, tmp_path: Pa
     assert done.returncode == 0, f"{page.name}, block {number}: {done.stderr}"
 
 
-def test_there_is_code_on_the_pages() -> None:
+def test_the_pages_contain_code() -> None:
     assert len(BLOCKS) >= 8
     assert sum(page.name == "README.md" for page, _, _ in BLOCKS) >= 2
 
 
-def described(html: Path) -> list[str]:
+def documented_names(html: Path) -> list[str]:
     from sphinx.util.inventory import InventoryFile
 
     inventory = InventoryFile.loads((html / "objects.inv").read_bytes(), uri="")
@@ -55,15 +55,15 @@ def described(html: Path) -> list[str]:
 
 def resolve(name: str) -> object:
     parts = name.split(".")
-    # Not the module of that name: a function may be called as its file.
+    # Skip the module of that name: a function may have the name of its file.
     for cut in range(len(parts) - 1, 0, -1):
         try:
-            found: object = importlib.import_module(".".join(parts[:cut]))
+            value: object = importlib.import_module(".".join(parts[:cut]))
         except ModuleNotFoundError:
             continue
         for part in parts[cut:]:
-            found = getattr(found, part, None)
-        return found
+            value = getattr(value, part, None)
+        return value
     return None
 
 
@@ -72,19 +72,18 @@ def missing(names: list[str], package: types.ModuleType, entries: list[str]) -> 
     return [name for name in names if not any(getattr(package, name) is each for each in found)]
 
 
-def test_every_public_name_is_described(built: Path) -> None:
-    entries = described(built)
+def test_every_public_name_is_documented(built: Path) -> None:
+    entries = documented_names(built)
     core = [entry for entry in entries if entry.startswith("kdlib.")]
     assert missing([name for name in kdlib.__all__ if name != "__version__"], kdlib, core) == []
-    rooms = ["adapters", "cache", "functional", "influence", "losses", "objective"]
-    rooms += ["projections", "testing", "training", "weighting"]
-    rooms = [f"kdlib.{room}" for room in rooms] + [
-        f"kdlib_faces.{room}" for room in ("data", "evaluation", "heads", "losses", "teachers")
-    ]
-    for room in rooms:
-        module = importlib.import_module(room)
+    packages = ["adapters", "cache", "functional", "influence", "losses", "objective"]
+    packages += ["projections", "testing", "training", "weighting"]
+    packages = [f"kdlib.{name}" for name in packages]
+    packages += [f"kdlib_faces.{name}" for name in ("data", "evaluation", "heads", "losses", "teachers")]
+    for package in packages:
+        module = importlib.import_module(package)
         names = [name for name in module.__all__ if isinstance(getattr(module, name), (type, types.FunctionType))]
-        assert missing(names, module, entries) == [], room
+        assert missing(names, module, entries) == [], package
 
 
 def test_the_first_api_page_lists_every_public_name() -> None:
@@ -111,22 +110,22 @@ def test_the_version_is_the_same_everywhere() -> None:
     assert declared in (ROOT / "CHANGELOG.md").read_text("utf-8")
 
 
-def test_the_picture_shows_the_kept_figures() -> None:
-    Image = pytest.importorskip("PIL.Image", reason="the faces extra is absent")
-    kept = hashlib.sha256((ROOT / "benchmarks" / "results" / "drawn.json").read_bytes()).hexdigest()
+def test_the_picture_shows_the_stored_figures() -> None:
+    Image = pytest.importorskip("PIL.Image", reason="the faces extra is not installed")
+    digest = hashlib.sha256((ROOT / "benchmarks" / "results" / "synthetic.json").read_bytes()).hexdigest()
     with Image.open(ROOT / "docs" / "_static" / "by_age_gap.png") as picture:
-        assert picture.text["source"] == kept, "run python benchmarks/draw_figures.py"
+        assert picture.text["source"] == digest, "run python benchmarks/draw_figures.py"
 
 
-def test_names_in_the_text_lead_to_their_entries(built: Path) -> None:
+def test_names_in_the_text_are_linked(built: Path) -> None:
     losses = (built / "api" / "losses.html").read_text("utf-8")
     assert re.search(r'href="functional.html#kdlib[.a-z_]*hint"[^>]*><code', losses)
     concepts = (built / "concepts.html").read_text("utf-8")
     assert re.search(r'href="api/[a-z]*.html#kdlib[.a-z_]*TeacherAdapter"[^>]*><code', concepts)
 
 
-def test_the_table_of_losses_shows_the_kept_figures() -> None:
-    rows = json.loads((ROOT / "benchmarks" / "results" / "losses_drawn.json").read_text("utf-8"))["runs"][0]["rows"]
+def test_the_table_of_losses_shows_the_stored_figures() -> None:
+    rows = json.loads((ROOT / "benchmarks" / "results" / "losses_synthetic.json").read_text("utf-8"))["runs"][0]["rows"]
     page = (ROOT / "docs" / "which_loss.md").read_text("utf-8")
     shown = {cells[1].strip("` "): cells[3:7] for line in page.splitlines() if len(cells := line.split("|")) == 8}
     helpers = {"attention_map", "channel_attention_map", "overhaul_margin"}

@@ -1,4 +1,4 @@
-"""Stage 1: a model and its taps to named features. Imports torch and the shared vocabulary alone."""
+"""Adapters that turn a model and its taps into named features."""
 
 from kdlib.adapters.student import StudentAdapter
 from kdlib.adapters.tap import OUTPUT, Tap

@@ -1,4 +1,4 @@
-"""Stage 1, the spelling of a tap: which module, which of its calls, which part of its return. Imports torch alone."""
+"""Taps: which module of a model is read, which of its calls, and which part of its return value."""
 
 import re
 from collections.abc import Mapping
@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from kdlib.adapters._checks import check_key, check_tap, check_taps, indexed_tensor, no_part, no_tap, no_tensor
+from kdlib.adapters._checks import bad_spelling, check_index, check_taps, indexed_tensor, no_part, no_tensor
 
 __all__ = ["OUTPUT", "Tap", "parse_taps", "pick"]
 
@@ -19,16 +19,16 @@ _INDEX = re.compile(r"""\[(?:(?P<number>-?\d+)|'(?P<single>[^']+)'|"(?P<double>[
 class Tap:
     """A place in a model where a feature is read.
 
-    Most taps are written as strings, and `Tap.parse` reads them:
+    Most taps are written as strings, which `Tap.parse` reads:
 
-    - `"layer3"`: what the module at that path returns;
+    - `"layer3"`: the return value of the module at that path;
     - `"encoder[0]"`, `"encoder['hidden']"`: one part of a tuple, list, mapping or named output;
-    - `"block#1"`: the second call, counted from 0, of a module that the model calls more than once in a forward.
+    - `"block#1"`: the second call (counted from 0) of a module that is called more than once per forward.
 
     Args:
         path: module path as in `named_modules()`; `None` for the return value of the model itself (`OUTPUT`).
         call: which call of the module, from 0; `None` for a module that is called once.
-        index: keys applied one after another to what the module returned.
+        index: keys applied one after another to the return value.
 
     Examples:
         >>> Tap.parse("encoder#1[0]")
@@ -46,19 +46,19 @@ class Tap:
         """Read a tap from its string form.
 
         Raises:
-            ValueError: the string is no tap.
+            ValueError: the string is not a tap.
         """
         match = _SPELLING.fullmatch(spelling)
         keys = list(_INDEX.finditer(match["index"])) if match else []
         if match is None or "".join(key[0] for key in keys) != match["index"]:
-            raise no_tap(spelling)
+            raise bad_spelling(spelling)
         index = tuple(
             int(key["number"]) if key["number"] else (key["single"] or key["double"] or key["bare"]) for key in keys
         )
         return cls(match["path"], int(match["call"]) if match["call"] else None, index)
 
     def __getitem__(self, key: int | str) -> "Tap":
-        check_key(key)
+        check_index(key)
         return replace(self, index=(*self.index, key))
 
     def __repr__(self) -> str:
@@ -72,29 +72,15 @@ OUTPUT = Tap(None)
 
 
 def parse_taps(owner: str, taps: Mapping[str, "str | Tap"]) -> dict[str, Tap]:
-    """Feature names to taps, from the strings and taps that a user gave.
-
-    Raises:
-        TypeError: `taps` is no mapping, or holds something else than strings and taps.
-        ValueError: `taps` is empty, or a string is no tap.
-    """
-    check_taps(owner, taps)
-    parsed = {}
-    for name, tap in taps.items():
-        check_tap(owner, name, tap, (str, Tap))
-        parsed[name] = Tap.parse(tap) if isinstance(tap, str) else tap
-    return parsed
+    """Convert the user's strings and taps to taps."""
+    check_taps(owner, taps, (str, Tap))
+    return {name: Tap.parse(tap) if isinstance(tap, str) else tap for name, tap in taps.items()}
 
 
 def pick(owner: str, name: str, tap: Tap, value: Any) -> Tensor:
-    """The tensor that `tap.index` points at in `value`, what a module returned.
-
-    Raises:
-        ValueError: an index does not exist in `value`.
-        TypeError: what it leads to is no tensor.
-    """
+    """Apply `tap.index` to `value`, the return value of a module; the result must be a tensor."""
     for key in tap.index:
-        # A tensor could be indexed too, and would silently lose its batch.
+        # A tensor can be indexed too, but would silently lose its batch dimension.
         if isinstance(value, Tensor):
             raise indexed_tensor(owner, name, tap, value, key)
         try:

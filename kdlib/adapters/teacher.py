@@ -1,42 +1,43 @@
-"""Stage 1: a teacher as named features. Holds the user's model out of reach of training, saving and optimizers."""
+"""A frozen teacher model that returns named features."""
 
 import threading
 from collections.abc import Callable, Mapping
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
-from kdlib._checks import check_callable, check_type
+from kdlib._checks import check_callable
 from kdlib.adapters._checks import check_dtype
-from kdlib.adapters.capture import capture, find_module
-from kdlib.adapters.tap import Tap, parse_taps
+from kdlib.adapters.capture import capture, find_taps
+from kdlib.adapters.tap import Tap
 
 __all__ = ["TeacherAdapter"]
 
 
 class TeacherAdapter(nn.Module):
-    """A frozen model and its taps: a forward returns one detached tensor a tap.
+    """A frozen model and its taps: a forward returns one detached tensor per tap.
 
-    Frozen for good: every forward runs in eval mode and without gradient whatever `.train()` was called on, so
-    that no BatchNorm statistic moves. The model is held, not registered: a parent's `parameters()` and `state_dict()`
-    do not contain it, while `.to()`, `.cuda()` and their kin on a parent still move it.
+    Every forward runs in eval mode and without gradient, whichever module `.train()` was called on, so BatchNorm
+    statistics never change. The model is not registered as a submodule: a parent's `parameters()` and `state_dict()` do
+    not contain it, but `.to()`, `.cuda()` and similar calls on a parent still move it.
 
-    Nothing of the model but its training flags (and its type, with `dtype`) is changed; `requires_grad` is left alone.
-    So one model may serve several adapters, or be teacher and student at once: a forward puts back the flags it found.
+    The adapter changes only the training flags of the model (and its type, with `dtype`); `requires_grad` is not
+    touched. One model can therefore be used by several adapters, or as teacher and student at once: each forward
+    restores the training flags afterwards.
 
     Args:
-        model: any module; put in eval mode here.
+        model: any module; set to eval mode here.
         taps: as in `StudentAdapter`.
-        preprocess: called first, on what the student sees, to give the teacher its own size, channel order and
+        preprocess: called first, on the student's inputs, to convert them to the teacher's size, channel order and
             normalization. Returns one tensor or a tuple. A module or a named function can be pickled, a lambda cannot.
-        dtype: floating-point type to convert the model and its inputs to; autocast is then off inside. `None`
-            leaves both as they are.
+        dtype: floating-point type to which the model and its inputs are converted; autocast is then disabled inside.
+            `None` keeps both types.
 
     Raises:
         ValueError: a path does not exist; the nearest ones are named.
-        TypeError: `dtype` is no floating-point type, or `preprocess` is not callable.
+        TypeError: `dtype` is not a floating-point type, or `preprocess` is not callable.
 
     Examples:
         >>> model = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8))
@@ -44,6 +45,9 @@ class TeacherAdapter(nn.Module):
         >>> teacher.train()(torch.ones(2, 4))["embedding"].requires_grad, list(teacher.state_dict())
         (False, [])
     """
+
+    reads: ClassVar[tuple[str, ...]] = ()
+    """Names of the targets passed in place of the inputs: none."""
 
     def __init__(
         self,
@@ -54,16 +58,12 @@ class TeacherAdapter(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        check_type("TeacherAdapter", "model", model, nn.Module, "a Module")
+        self.taps = find_taps("TeacherAdapter", model, taps)
         check_dtype("TeacherAdapter", dtype)
         if preprocess is not None:
             check_callable("TeacherAdapter", "preprocess", preprocess)
-        self.taps = parse_taps("TeacherAdapter", taps)
-        for tap in self.taps.values():
-            if tap.path is not None:
-                find_module("TeacherAdapter", model, tap.path)
         self.dtype = dtype
-        # In a tuple nn.Module does not see them, so parents neither train, save nor optimize them.
+        # nn.Module does not register the contents of a tuple, so parents neither train, save nor optimize them.
         if isinstance(preprocess, nn.Module):
             preprocess.eval()
         self._held = (model.eval() if dtype is None else model.eval().to(dtype), preprocess)
@@ -71,35 +71,32 @@ class TeacherAdapter(nn.Module):
 
     @property
     def model(self) -> nn.Module:
-        """The user's model, the very object given."""
+        """The model that was passed in."""
         return self._held[0]
 
     @property
     def preprocess(self) -> Callable[..., Any] | None:
-        """What is called on the inputs first."""
+        """The function that is called on the inputs first."""
         return self._held[1]
 
     def train(self, mode: bool = True) -> Self:
-        """Stay in eval mode, whatever `mode` is."""
+        """Stay in eval mode and ignore `mode`."""
         return self
 
     def forward(self, *inputs: Any) -> dict[str, Tensor]:
-        """Features of one batch, detached.
+        """Compute the features of one batch, detached.
 
         Args:
-            inputs: what `preprocess` takes, or the model if there is none.
+            inputs: the inputs of `preprocess`, or of the model if there is none.
 
         Returns:
-            One tensor `(b, ...)` a tap, without gradient.
+            One tensor `(b, ...)` per tap, without gradient.
 
         Raises:
-            ValueError: a tap did not fire, or fired more than once without saying which call.
+            ValueError: a tap did not fire, or fired more than once without choosing a call.
         """
         model, preprocess = self._held
-        compiling = torch.compiler.is_compiling()  # a trace is of one thread, and knows no lock
-        awake = _sleep(model) if compiling else []
-        if not compiling:
-            _enter(model)
+        training = _enter(model)
         try:
             with torch.no_grad():
                 if preprocess is not None:
@@ -107,15 +104,11 @@ class TeacherAdapter(nn.Module):
                     inputs = prepared if isinstance(prepared, tuple) else (prepared,)
                 features = self._features(model, inputs)
         finally:
-            if compiling:
-                _wake(awake)
-            else:
-                _leave(model)
+            _leave(model, training)
         return {name: tensor.detach() for name, tensor in features.items()}
 
     def _features(self, model: nn.Module, inputs: tuple[Any, ...]) -> dict[str, Tensor]:
-        dtype = self.dtype
-        if dtype is None:
+        if (dtype := self.dtype) is None:
             return capture("TeacherAdapter", model, self.taps, inputs)
         inputs = tuple(x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x for x in inputs)
         device = next((x.device.type for x in inputs if isinstance(x, Tensor)), "cpu")
@@ -138,35 +131,36 @@ class TeacherAdapter(nn.Module):
         return f"{type(self.model).__name__}, taps={self.taps}{preprocess}{dtype}"
 
 
-# Models that some thread is running, how many threads are, and what they will wake.
+# For each model that some thread is running: the number of threads, and the modules to set back to training mode.
 _LOCK = threading.Lock()
 _RUNNING: WeakKeyDictionary[nn.Module, tuple[int, list[nn.Module]]] = WeakKeyDictionary()
 
 
-def _sleep(model: nn.Module) -> list[nn.Module]:
-    """Put in eval mode what somebody has set to training since, by way of the model itself; returns that."""
-    awake = [module for module in model.modules() if module.training]
-    for module in awake:
+def _set_eval(model: nn.Module) -> list[nn.Module]:
+    """Set training submodules to eval mode and return them."""
+    training = [module for module in model.modules() if module.training]
+    for module in training:
         module.training = False
-    return awake
+    return training
 
 
-def _enter(model: nn.Module) -> None:
+def _enter(model: nn.Module) -> list[nn.Module]:
+    if torch.compiler.is_compiling():  # torch.compile traces one thread and cannot trace a lock
+        return _set_eval(model)
     with _LOCK:
-        threads, awake = _RUNNING.get(model, (0, []))
-        _RUNNING[model] = (threads + 1, awake + _sleep(model))
+        threads, training = _RUNNING.get(model, (0, []))
+        _RUNNING[model] = (threads + 1, training + _set_eval(model))
+    return []
 
 
-def _leave(model: nn.Module) -> None:
-    """The last thread out wakes the model: the first would wake it while another is still running it."""
-    with _LOCK:
-        threads, awake = _RUNNING.pop(model)
-        if threads > 1:
-            _RUNNING[model] = (threads - 1, awake)
-        else:
-            _wake(awake)
-
-
-def _wake(awake: list[nn.Module]) -> None:
-    for module in awake:
+def _leave(model: nn.Module, training: list[nn.Module]) -> None:
+    """Restore the training flags when the last thread leaves: another thread may still be running the model."""
+    if not torch.compiler.is_compiling():
+        with _LOCK:
+            threads, held = _RUNNING.pop(model)
+            if threads > 1:
+                _RUNNING[model] = (threads - 1, held)
+            else:
+                training = held
+    for module in training:
         module.training = True

@@ -1,7 +1,8 @@
-"""Stage 1's stand-in: teacher outputs computed once, on disk. Imports torch and NumPy; reads the adapters' taps."""
+"""Teacher outputs that are computed once and stored on disk."""
 
 from kdlib.cache._checks import CacheError
 from kdlib.cache.fingerprint import Fingerprint, model_fingerprint
+from kdlib.cache.layout import Layout, read_header
 from kdlib.cache.store import TeacherCache
 from kdlib.cache.teacher import CachedTeacher
 from kdlib.cache.verify import CacheCheck, verify_cache
@@ -11,7 +12,9 @@ __all__ = [
     "CacheError",
     "CachedTeacher",
     "Fingerprint",
+    "Layout",
     "TeacherCache",
     "model_fingerprint",
+    "read_header",
     "verify_cache",
 ]

@@ -1,12 +1,11 @@
-"""Cache: run a teacher over the samples and write what it says. Touches the cache's directory alone.
+"""Run a teacher over all samples and write its outputs, in one or several processes.
 
-Several processes may do so at once: each takes blocks that nobody has, writes their rows to where they belong, and marks
-them. Whatever is killed, unmarked blocks are computed again, to the same bytes.
+Each process locks free blocks, writes their rows and records them as complete. After an interruption, blocks without a
+record are computed again and give the same bytes.
 """
 
 import hashlib
 import os
-import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
@@ -21,35 +20,24 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from kdlib.cache._checks import (
-    CacheError,
-    another_process,
-    another_thread,
-    check_features,
-    check_no_strays,
-    check_row_bytes,
-    check_rows,
-    check_same_job,
-    check_source,
-    no_locks,
-)
+from kdlib.cache._checks import CacheError, cache_error, check_argument, check_cache, check_features, check_source
 from kdlib.cache.blocks import NAME, Blocks
 from kdlib.cache.codec import Errors, pack
 from kdlib.cache.fingerprint import Fingerprint
 from kdlib.cache.layout import Layout, read_header, shard_path, write_file, writing
 from kdlib.cache.writer import Writer
 
-__all__ = ["Job", "ask", "build_cache", "ids_digest"]
+__all__ = ["Job", "teacher_outputs", "build_cache", "ids_digest"]
 
 _BUILDING: set[tuple[int, int]] = set()
-"""Directories that this process builds: its own locks would not keep it from itself."""
-_PATIENCE = 0.05
-"""Seconds between two looks at blocks that other processes compute."""
+"""Directories that this process is building."""
+_POLL_SECONDS = 0.05
+"""Seconds between checks for blocks that other processes compute."""
 
 
 @dataclass
 class Job:
-    """What to compute, and how."""
+    """Arguments of a build."""
 
     directory: Path
     teacher: nn.Module
@@ -57,30 +45,32 @@ class Job:
     ids: NDArray[np.int64]
     batch_size: int
     shard_bytes: int
-    mark_seconds: float
+    sync_seconds: float
     prefetch: int
     progress: Callable[[int, int], None] | None
 
 
-def build_cache(job: Job, wanted: Layout, *, shared: bool) -> None:
-    """Bring a cache to completion; `wanted` is its layout as far as it is known before a forward."""
-    found = _continued(job.directory, wanted)
-    if found is not None and found.complete:
-        return  # also where nothing may be written
-    if found is None and not (job.directory / NAME).exists():
-        check_no_strays(job.directory, any(job.directory.glob("shard-*.bin")))
+def build_cache(job: Job, wanted: Layout) -> None:
+    """Complete a cache; `wanted` is the part of its layout that is known before the first forward pass."""
+    header = _existing(job.directory, wanted)
+    if header is not None and header.complete:
+        return  # before anything is written: the directory may be read-only
+    if header is None and not (job.directory / NAME).exists():
+        # Such files are not ours to delete.
+        stray = any(job.directory.glob("shard-*.bin"))
+        check_cache(not stray, f"{job.directory} contains shard files without a header; use another path")
     with writing(job.directory):
         job.directory.mkdir(parents=True, exist_ok=True)
-    with _presence(job.directory, shared=shared), _asleep(job.teacher):
+    with _only_builder(job.directory), _eval_mode(job.teacher):
         blocks = Blocks(job.directory)
         try:
-            with blocks.alone():
-                layout = _continued(job.directory, wanted)
+            with blocks.header_lock():
+                layout = _existing(job.directory, wanted)
                 if layout is not None and layout.complete:
                     return
                 first = None
-                if layout is None or not layout.block:
-                    layout, first = _begin(job, wanted, blocks)
+                if layout is None:
+                    layout, first = _start(job, wanted, blocks)
                 blocks.prepare(layout)
                 _check_shards(job.directory, layout, blocks)
             _Run(job, layout, blocks, first).go()
@@ -89,75 +79,60 @@ def build_cache(job: Job, wanted: Layout, *, shared: bool) -> None:
 
 
 @contextmanager
-def _presence(directory: Path, *, shared: bool) -> Iterator[None]:
-    """Keep out who builds the same cache, or with `shared` who does not share it."""
-    found = os.stat(directory)
-    key = (found.st_dev, found.st_ino)
+def _only_builder(directory: Path) -> Iterator[None]:
+    """Exclude a second build in this process, which the locks of blocks do not: they belong to the process."""
+    status = os.stat(directory)
+    key = (status.st_dev, status.st_ino)
     if key in _BUILDING:
-        raise another_thread(directory)
-    lock = _lock(directory, shared=shared)
+        raise cache_error(f"{directory} is being built by another thread of this process")
     _BUILDING.add(key)
     try:
         yield
     finally:
         _BUILDING.discard(key)
-        if lock is not None:
-            os.close(lock)
-
-
-def _lock(directory: Path, *, shared: bool) -> int | None:
-    if sys.platform == "win32":
-        if shared:
-            raise no_locks()
-        return None  # two builds of one cache are not kept apart there
-    import fcntl
-
-    lock = os.open(directory, os.O_RDONLY)
-    try:
-        # The system lets go of it when the process dies, however it dies.
-        fcntl.flock(lock, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
-    except OSError as error:
-        os.close(lock)
-        raise another_process(directory, shared=shared) from error
-    return lock
 
 
 @contextmanager
-def _asleep(teacher: nn.Module) -> Iterator[None]:
-    awake = [module for module in teacher.modules() if module.training]
+def _eval_mode(teacher: nn.Module) -> Iterator[None]:
+    training = [module for module in teacher.modules() if module.training]
     try:
-        for module in awake:
+        for module in training:
             module.training = False
         yield
     finally:
-        for module in awake:
+        for module in training:
             module.training = True
 
 
-def _continued(directory: Path, wanted: Layout) -> Layout | None:
-    """The layout of an earlier build, if it is the same job."""
-    found = read_header(directory)
-    if found is None:
+def _existing(directory: Path, wanted: Layout) -> Layout | None:
+    """Return the layout of an existing cache after checking that it belongs to this build."""
+    header = read_header(directory)
+    if header is None:
         return None
-    ours = Fingerprint(**wanted.parts, whole=wanted.fingerprint) if wanted.parts else wanted.fingerprint
-    check_source(directory, found, ours, building=True)
+    fingerprint = Fingerprint(**wanted.parts, whole=wanted.fingerprint) if wanted.parts else wanted.fingerprint
+    check_source(directory, header, fingerprint, building=True)
     for name in ("ids", "views", "dtype"):
-        check_same_job(directory, name, getattr(found, name), getattr(wanted, name))
-    return found
+        stored, expected = getattr(header, name), getattr(wanted, name)
+        what = "other samples" if name == "ids" else f"another {name.removesuffix('s')}"
+        check_cache(
+            stored == expected,
+            f"{directory} contains {what}: its {name} is {stored!r}, expected {expected!r}; use another path, or delete it",
+        )
+    return header
 
 
 _First = tuple[NDArray[np.uint8], Errors]
 
 
-def _begin(job: Job, wanted: Layout, blocks: Blocks) -> tuple[Layout, _First]:
-    """Compute the first block, which tells the shapes, and write the header; what lay here without one goes."""
-    layout = replace(wanted, block=job.batch_size, features={})
-    features = ask(job.teacher, job.fetch, job.ids[: job.batch_size], 0)
-    layout = replace(layout, features={name: tuple(x.shape[1:]) for name, x in features.items()})
+def _start(job: Job, wanted: Layout, blocks: Blocks) -> tuple[Layout, _First]:
+    """Compute the first block to get the shapes, and write the header; shards without a header are removed."""
+    features = teacher_outputs(job.teacher, job.fetch, job.ids[: job.batch_size], 0)
+    layout = replace(wanted, features={name: tuple(x.shape[1:]) for name, x in features.items()})
     layout = replace(layout, shard_rows=max(1, job.shard_bytes // layout.row_bytes))
-    check_row_bytes(layout.row_bytes)
+    size = layout.row_bytes
+    check_argument(size < 2**31, f"TeacherCache: features of one sample must take less than 2 GiB, got {size} bytes")
     first = _packed(job, layout, features, 0)
-    blocks.forget()
+    blocks.clear()
     with writing(job.directory):
         for stale in job.directory.glob("shard-*.bin"):
             stale.unlink()
@@ -167,23 +142,21 @@ def _begin(job: Job, wanted: Layout, blocks: Blocks) -> tuple[Layout, _First]:
 
 
 def _check_shards(directory: Path, layout: Layout, blocks: Blocks) -> None:
-    """A block that is marked must have its rows: a file that was cut since cannot be completed."""
-    view, number = np.divmod(np.flatnonzero(blocks.refresh()), -(-layout.samples // layout.block))
-    start = view * layout.samples + number * layout.block
-    stop = view * layout.samples + np.minimum((number + 1) * layout.block, layout.samples)
-    opened = np.zeros(layout.shards + 1, np.int64)
-    np.add.at(opened, start // layout.shard_rows, 1)
-    np.add.at(opened, (stop - 1) // layout.shard_rows + 1, -1)
-    for shard in np.flatnonzero(np.cumsum(opened)):
-        path = shard_path(directory, int(shard))
-        check_rows(path, path.exists() and path.stat().st_size >= layout.bytes_of(int(shard)))
+    """Check that the shards of all complete blocks have their full size."""
+    complete = (layout.rows_in(int(block)) for block in np.flatnonzero(blocks.refresh()))
+    for shard in {shard for start, stop in complete for shard, _, _ in layout.pieces(start, stop)}:
+        path = shard_path(directory, shard)
+        check_cache(
+            path.exists() and path.stat().st_size >= layout.bytes_of(shard),
+            f"{path} is shorter than its header states; delete the cache and build it again",
+        )
 
 
 @torch.no_grad()
-def ask(
+def teacher_outputs(
     teacher: nn.Module, fetch: Callable[[Tensor, int], Any], batch: NDArray[np.int64], view: int, inputs: Any = None
 ) -> dict[str, Tensor]:
-    """What a teacher says of a batch, float32 on the CPU; `inputs` in place of fetching them."""
+    """Return the outputs of a teacher for a batch, float32 on the CPU; `inputs` replaces fetching."""
     inputs = fetch(torch.from_numpy(batch.copy()), view) if inputs is None else inputs
     features = teacher(*inputs) if isinstance(inputs, (tuple, list)) else teacher(inputs)
     check_features(features, len(batch))
@@ -196,22 +169,22 @@ def _packed(job: Job, layout: Layout, features: Mapping[str, Tensor], start: int
 
 
 class _Run:
-    """One process at work on a cache."""
+    """The work of one process on a cache."""
 
     def __init__(self, job: Job, layout: Layout, blocks: Blocks, first: _First | None) -> None:
         self.job, self.layout, self.blocks, self.first = job, layout, blocks, first
         self.writer = Writer(job.directory, layout, blocks)
 
     def go(self) -> None:
-        """Compute what nobody else does, until all is there."""
+        """Compute free blocks until all blocks are complete."""
         pool = ThreadPoolExecutor(1) if self.job.prefetch else None
         try:
             self.writer.count(self.blocks.refresh())
             self._blocks(pool)
         except BaseException:
-            # What is whole need not be computed again. A disk that is full fails once more here.
+            # Keep the complete blocks. On a full disk this fails again.
             with suppress(CacheError, OSError):
-                self.writer.mark()
+                self.writer.sync()
             raise
         finally:
             if pool is not None:
@@ -220,24 +193,24 @@ class _Run:
 
     def _blocks(self, pool: ThreadPoolExecutor | None) -> None:
         ahead: deque[tuple[int, Future[Any] | None]] = deque()
-        marked = time.monotonic()
+        synced = time.monotonic()
         while True:
             while len(ahead) <= self.job.prefetch and (block := self.blocks.claim()) is not None:
                 ready = self.first is not None and block == 0
                 ahead.append((block, pool.submit(self._fetch, block) if pool and not ready else None))
             if not ahead:
-                self.writer.mark()
+                self.writer.sync()
                 if self.writer.count(self.blocks.refresh()) == self.layout.total:
                     self.writer.complete()
                     return
                 self._report()
-                time.sleep(_PATIENCE)
+                time.sleep(_POLL_SECONDS)
                 continue
             block, inputs = ahead.popleft()
             self._compute(block, inputs)
-            if time.monotonic() - marked >= self.job.mark_seconds:
-                self.writer.mark()
-                marked = time.monotonic()
+            if time.monotonic() - synced >= self.job.sync_seconds:
+                self.writer.sync()
+                synced = time.monotonic()
             self._report()
 
     def _report(self) -> None:
@@ -245,7 +218,7 @@ class _Run:
             self.job.progress(self.writer.done, self.layout.total)
 
     def _parts(self, block: int) -> Iterator[tuple[NDArray[np.int64], int]]:
-        """A block in batches: one, unless it was begun with a larger `batch_size` than ours."""
+        """Split a block into batches: one, unless the cache was started with a larger `batch_size`."""
         start, stop = self.layout.rows_in(block)
         view, position = divmod(start, self.layout.samples)
         for at in range(position, position + stop - start, self.job.batch_size):
@@ -259,20 +232,16 @@ class _Run:
         if self.first is not None and block == 0:
             (rows, errors), self.first = self.first, None
         else:
-            given = inputs.result() if inputs is not None else [None] * -(-(stop - start) // self.job.batch_size)
+            batches = inputs.result() if inputs is not None else [None] * -(-(stop - start) // self.job.batch_size)
             parts = [
-                ask(self.job.teacher, self.job.fetch, ids, view, each)
-                for (ids, view), each in zip(self._parts(block), given, strict=True)
+                teacher_outputs(self.job.teacher, self.job.fetch, ids, view, batch)
+                for (ids, view), batch in zip(self._parts(block), batches, strict=True)
             ]
-            features = parts[0] if len(parts) == 1 else _joined(parts)
+            features = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
             rows, errors = _packed(self.job, self.layout, features, start)
         self.writer.write(block, rows, errors)
 
 
-def _joined(parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-
-
 def ids_digest(ids: NDArray[np.int64]) -> str:
-    """SHA-256 of the ids as they lie on disk."""
+    """Return the SHA-256 of the ids in their format on disk."""
     return hashlib.sha256(ids.astype("<i8").tobytes()).hexdigest()

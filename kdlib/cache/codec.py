@@ -1,6 +1,6 @@
-"""Cache: features to the bytes of rows and back, and how far apart the two are. Touches tensors only.
+"""Conversion between features and the bytes of rows, and the error of the conversion.
 
-`float16` and `float32` store what they say. `int8` stores for each row of each feature one scale and whole numbers:
+`float16` and `float32` store the values in that type. `int8` stores one scale per row and feature, and integers:
 
     q = round(127 * x / max |x|),    x' = q * max |x| / 127
 
@@ -14,47 +14,47 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from kdlib.cache._checks import check_fits, check_same_features
+from kdlib.cache._checks import check_cache, check_fits
 from kdlib.cache.layout import Layout
 
 __all__ = ["Errors", "pack", "unpack"]
 
 _LARGEST = {"float16": 65504.0, "float32": float(np.finfo(np.float32).max), "int8": float(np.finfo(np.float32).max)}
 _NARROW = 1e-12
-"""Rows with no entry above this are enlarged before they are squared: their squares are no longer exact."""
+"""Rows whose largest entry is below this are scaled up before squaring, since their squares would underflow."""
 
 Errors = tuple[NDArray[np.float32], NDArray[np.float64], NDArray[np.float32]]
-"""For each feature: the largest cosine error of the rows, the sum over them, and the largest relative error."""
+"""For each feature: maximum and sum of the cosine error over rows, and maximum relative error."""
 
 
 def pack(
     layout: Layout, features: Mapping[str, Tensor], name_row: Callable[[int], str]
 ) -> tuple[NDArray[np.uint8], Errors]:
-    """Rows as they lie on disk, and their errors.
+    """Convert features to rows and measure the errors.
 
     Args:
-        layout: of the cache.
+        layout: layout of the cache.
         features: name to `(b, ...)` float32 on the CPU.
-        name_row: words for row i in an error.
+        name_row: describes row i in an error message.
 
     Returns:
         `(b, row_bytes)` uint8, and the errors.
 
     Raises:
-        CacheError: other features than before.
-        ValueError: a value that is not finite or does not fit the type on disk.
+        CacheError: the features differ from those of earlier batches.
+        ValueError: a value is not finite or does not fit the type on disk.
     """
     shapes = {name: tuple(x.shape[1:]) for name, x in features.items()}
-    check_same_features(layout.features, shapes)
+    check_cache(shapes == layout.features, f"features must be {layout.features} as in earlier batches, got {shapes}")
     count = len(next(iter(features.values())))
     rows = np.empty((count, layout.row_bytes), np.uint8)
-    worst, total, relative = [], [], []
+    maxima, sums, relative = [], [], []
     for at, (name, (start, stop)) in enumerate(layout.places.items()):
         x = features[name].reshape(count, -1)
         largest = x.abs().amax(1)
         check_fits(layout.dtype, name, largest, _LARGEST[layout.dtype], name_row)
         if layout.dtype == "int8":
-            # The factor may lie beyond float32, as for a row of 1e-40.
+            # The factor can exceed float32, for example for a row of 1e-40.
             factor = torch.where(largest > 0, 127.0 / largest.double(), 0.0)[:, None]
             wide = bool((factor > 1e30).any())
             x = (x.double() * factor).float() if wide else x * factor.float()
@@ -72,18 +72,18 @@ def pack(
         else:
             rows[:, start:stop] = x.contiguous().numpy().view(np.uint8)
             stored = x
-        cosine, apart = _distance(x, stored) if stored is not x else (np.zeros(1), np.zeros(1))
-        worst.append(cosine.max())
-        total.append(cosine.sum())
-        relative.append(apart.max())
-    return rows, (np.asarray(worst, np.float32), np.asarray(total, np.float64), np.asarray(relative, np.float32))
+        cosine, distance = _row_errors(x, stored) if stored is not x else (np.zeros(1), np.zeros(1))
+        maxima.append(cosine.max())
+        sums.append(cosine.sum())
+        relative.append(distance.max())
+    return rows, (np.asarray(maxima, np.float32), np.asarray(sums, np.float64), np.asarray(relative, np.float32))
 
 
-def _distance(x: Tensor, stored: Tensor) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """1 - cos and the relative length of the difference d, each `(b,)`.
+def _row_errors(x: Tensor, stored: Tensor) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Return 1 - cos and the relative L2 norm of the difference d, each `(b,)`.
 
-    With p = <x, d> / |x|^2 and q = |d|^2 / |x|^2: cos = (1 + r)^(-1/2), r = (q - p^2) / (1 + p)^2. Nothing nearly equal is
-    subtracted, so that float32 shows errors far below its own precision of 1 - cos.
+    With p = <x, d> / |x|^2 and q = |d|^2 / |x|^2: cos = (1 + r)^(-1/2), r = (q - p^2) / (1 + p)^2. No nearly equal
+    numbers are subtracted, so errors far below the float32 precision of 1 - cos are resolved.
     """
     d = stored - x
     square, p, q = (torch.linalg.vecdot(a, b).double().numpy() for a, b in ((x, x), (x, d), (d, d)))
@@ -92,18 +92,18 @@ def _distance(x: Tensor, stored: Tensor) -> tuple[NDArray[np.float64], NDArray[n
         r = np.maximum(q - p * p, 0.0) / (1.0 + p) ** 2
         root = np.sqrt(1.0 + r)
         cosine = r / (root * (root + 1.0))
-    # A row of zeros is stored without error; one that became zero has lost its direction.
-    cosine, apart = np.where(p > -0.999, cosine, 1.0), np.sqrt(q)
-    return np.where(square > 0, cosine, 0.0), np.where(square > 0, apart, 0.0)
+    # A zero row is stored without error; a row that became zero has cosine error 1.
+    cosine, distance = np.where(p > -0.999, cosine, 1.0), np.sqrt(q)
+    return np.where(square > 0, cosine, 0.0), np.where(square > 0, distance, 0.0)
 
 
 def unpack(layout: Layout, rows: NDArray[np.uint8], names: Iterable[str]) -> dict[str, Tensor]:
-    """Features of rows as they lie on disk.
+    """Convert rows to features.
 
     Args:
-        layout: of the cache.
+        layout: layout of the cache.
         rows: `(b, row_bytes)` uint8, writable, rows contiguous.
-        names: which features.
+        names: names of the features.
 
     Returns:
         Name to `(b, ...)` float32.

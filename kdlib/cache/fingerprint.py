@@ -1,4 +1,4 @@
-"""Cache: digests of all that decides a teacher's outputs. Reads weights; touches no file."""
+"""Fingerprints of everything that determines a teacher's outputs."""
 
 import hashlib
 import re
@@ -11,23 +11,23 @@ import torch
 from torch import nn
 
 from kdlib._checks import check_type
-from kdlib.adapters import TeacherAdapter
-from kdlib.cache._checks import undescribed
+from kdlib.cache._checks import check_argument
+from kdlib.types import FrozenModel, HasFingerprint
 
 __all__ = ["Fingerprint", "model_fingerprint"]
 
-_WORDS = {"teacher": "the teacher (weights, code or taps)", "preprocessing": "the preprocessing", "data": "the data"}
+_PARTS = {"teacher": "the teacher (weights, code or taps)", "preprocessing": "the preprocessing", "data": "the data"}
 
 
 @dataclass(frozen=True)
 class Fingerprint:
-    """What outputs depend on, in three parts, so that a mismatch can say which of them differs.
+    """Fingerprint in three parts, so that a mismatch can name the part that differs.
 
     Attributes:
         teacher: text or digest of weights, code and taps.
-        preprocessing: of what happens to the inputs before the teacher.
-        data: of the list of samples and of how views are made.
-        whole: one text for all three; empty makes it from them.
+        preprocessing: text or digest of the preprocessing before the teacher.
+        data: text or digest of the list of samples and the definition of the views.
+        whole: one text for all three; computed from them if empty.
 
     Examples:
         >>> one = Fingerprint("weights", "rgb", "list 1")
@@ -43,51 +43,44 @@ class Fingerprint:
     whole: str = ""
 
     def __post_init__(self) -> None:
-        for name in (*_WORDS, "whole"):
+        for name in (*_PARTS, "whole"):
             check_type("Fingerprint", name, getattr(self, name), str, "a str")
         if not self.whole:
             digest = hashlib.sha256(b"kdlib parts 1")
-            for name in _WORDS:
+            for name in _PARTS:
                 _add(digest, getattr(self, name))
             object.__setattr__(self, "whole", digest.hexdigest())
 
     @classmethod
     def of(cls, module: nn.Module, *, preprocessing: str = "", data: str = "") -> Self:
-        """That of a module; `whole` is its `model_fingerprint`, whose arguments these are.
+        """Compute the fingerprint of a module; see `model_fingerprint` for the arguments.
 
         Raises:
-            ValueError: `preprocess` cannot be told apart from another, and no description is given.
+            ValueError: `preprocess` cannot be identified and no description is given.
         """
         check_type("model_fingerprint", "module", module, nn.Module, "a Module")
         for name, text in (("preprocessing", preprocessing), ("data", data)):
             check_type("model_fingerprint", name, text, str, "a str")
-        whole, teacher, before, listed = (hashlib.sha256(b"kdlib teacher 1") for _ in range(4))
-        for digest, part in ((before, preprocessing), (listed, data)):
-            _add(whole, part)
-            _add(digest, part)
-        for each in _parts(module, described=bool(preprocessing)):
-            content = each.text if isinstance(each, _Before) else each
+        whole, digests = (
+            hashlib.sha256(b"kdlib teacher 1"),
+            {name: hashlib.sha256(b"kdlib teacher 1") for name in _PARTS},
+        )
+        given = [("preprocessing", preprocessing), ("data", data)]
+        for name, content in (*given, *_parts(module, described=bool(preprocessing))):
             _add(whole, content)
-            _add(before if isinstance(each, _Before) else teacher, content)
-        return cls(teacher.hexdigest(), before.hexdigest(), listed.hexdigest(), whole.hexdigest())
+            _add(digests[name], content)
+        return cls(**{name: digest.hexdigest() for name, digest in digests.items()}, whole=whole.hexdigest())
 
     @property
     def parts(self) -> dict[str, str]:
-        """Name of each part to its text."""
-        return {name: getattr(self, name) for name in _WORDS}
+        """Name to text of each part."""
+        return {name: getattr(self, name) for name in _PARTS}
 
     def difference(self, parts: dict[str, str]) -> str:
-        """Words for the parts that are not those of another, empty where none is known to differ."""
+        """Describe the parts that differ from those of another fingerprint; empty if none is known to differ."""
         return " and ".join(
-            words for name, words in _WORDS.items() if name in parts and parts[name] != getattr(self, name)
+            text for name, text in _PARTS.items() if name in parts and parts[name] != getattr(self, name)
         )
-
-
-@dataclass(frozen=True)
-class _Before:
-    """A part that tells of preprocessing."""
-
-    text: str | bytes
 
 
 def _add(digest: Any, part: str | bytes) -> None:
@@ -97,22 +90,22 @@ def _add(digest: Any, part: str | bytes) -> None:
 
 
 def model_fingerprint(module: nn.Module, *, preprocessing: str = "", data: str = "") -> str:
-    """SHA-256 over a model's weights and buffers, its taps and preprocessing, and what the caller says of the data.
+    """Compute a SHA-256 over a model's weights, buffers, taps and preprocessing, and the caller's description of the data.
 
-    Equal for equal weights, whatever the device. Of the code it sees the class and its `repr` alone. A module with an
-    attribute `fingerprint`, a string, answers for itself with that.
+    The result does not depend on the device. Of the code, only the class and its `repr` are included. The
+    text of a module with a `fingerprint` of its own (`HasFingerprint`) is used instead.
 
     Args:
         module: a `TeacherAdapter`, or any module.
-        preprocessing: description of what happens to the inputs before the model, such as `"bgr, 112, -1 to 1"`.
-            Needed where the adapter's `preprocess` is a lambda or an object that does not describe itself.
+        preprocessing: description of the preprocessing before the model, such as `"bgr, 112, -1 to 1"`. Required if the
+            adapter's `preprocess` is a lambda or an object without a descriptive `repr`.
         data: description or digest of the data and its augmentation.
 
     Returns:
         64 hexadecimal digits.
 
     Raises:
-        ValueError: `preprocess` cannot be told apart from another, and no description is given.
+        ValueError: `preprocess` cannot be identified and no description is given.
 
     Examples:
         >>> layer = nn.Linear(2, 2)
@@ -123,45 +116,44 @@ def model_fingerprint(module: nn.Module, *, preprocessing: str = "", data: str =
     return Fingerprint.of(module, preprocessing=preprocessing, data=data).whole
 
 
-def _parts(module: nn.Module, *, described: bool) -> Iterator[str | bytes | _Before]:
-    own = _own(module)
-    if isinstance(own, str):
-        yield own
+def _parts(module: nn.Module, *, described: bool) -> Iterator[tuple[str, str | bytes]]:
+    """Yield the part of the fingerprint, `"teacher"` or `"preprocessing"`, and each text or tensor that belongs to it."""
+    if isinstance(module, HasFingerprint):
+        yield "teacher", module.fingerprint
         return
-    if isinstance(module, TeacherAdapter):
-        yield f"{list(module.taps.items())!r} {module.dtype}"
+    if isinstance(module, FrozenModel):
+        yield "teacher", f"{list(module.taps.items())!r} {module.dtype}"
         if module.preprocess is not None:
-            for part in _callable_parts(module.preprocess, described=described):
-                yield part if isinstance(part, _Before) else _Before(part)
+            for content in _callable_parts(module.preprocess, described=described):
+                yield "preprocessing", content
         yield from _parts(module.model, described=described)
         return
-    # Addresses in a repr differ from run to run.
-    yield f"{type(module).__module__}.{type(module).__qualname__} {re.sub('0x[0-9a-f]+', '', repr(module))}"
+    # Memory addresses in a repr differ between runs.
+    yield "teacher", f"{type(module).__module__}.{type(module).__qualname__} {re.sub('0x[0-9a-f]+', '', repr(module))}"
     tensors = [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]
     for name, value in sorted(tensors, key=lambda entry: entry[0]):
-        yield f"{name} {value.dtype} {tuple(value.shape)}"
-        yield value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
-    # What keeps its weights to itself must be asked.
+        yield "teacher", f"{name} {value.dtype} {tuple(value.shape)}"
+        yield "teacher", value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
+    # Children with a fingerprint of their own do not list their weights as parameters.
     for name, child in module.named_modules():
-        if child is not module and (isinstance(child, TeacherAdapter) or isinstance(_own(child), str)):
-            yield name
+        separate = isinstance(child, (FrozenModel, HasFingerprint))
+        if separate and child is not module:
+            yield "teacher", name
             yield from _parts(child, described=described)
 
 
-def _own(module: nn.Module) -> object:
-    return getattr(module, "fingerprint", None)
-
-
-def _callable_parts(preprocess: Any, *, described: bool) -> Iterator[str | bytes | _Before]:
+def _callable_parts(preprocess: object, *, described: bool) -> Iterator[str | bytes]:
     if isinstance(preprocess, nn.Module):
-        yield from _parts(preprocess, described=described)
+        yield from (content for _, content in _parts(preprocess, described=described))
         return
     if isinstance(preprocess, partial):
         yield f"partial {preprocess.args!r} {sorted(preprocess.keywords.items())!r}"
         yield from _callable_parts(preprocess.func, described=described)
         return
     name = getattr(preprocess, "__qualname__", None)
-    shown = f"{preprocess.__module__}.{name}" if name else repr(preprocess)
-    if not described and ("<lambda>" in shown or "<locals>" in shown or " at 0x" in shown):
-        raise undescribed(shown)
-    yield "described" if described else shown
+    text = f"{preprocess.__module__}.{name}" if name else repr(preprocess)
+    check_argument(
+        described or not any(unclear in text for unclear in ("<lambda>", "<locals>", " at 0x")),
+        f"model_fingerprint: preprocess {text} cannot be identified; describe it by preprocessing=",
+    )
+    yield "described" if described else text

@@ -1,51 +1,44 @@
-"""Cache: how outputs lie on disk, and the header that says so. Touches the header file; the header may be hostile.
+"""File layout of a cache and its header.
 
 A cache is a directory:
 
-- `header.json`: format, fingerprint, shapes, and how many rows are safely on disk; replaced in one step;
+- `header.json`: format, fingerprint, shapes and the number of complete rows; written atomically;
 - `samples.i64`: the sample ids, ascending, little-endian;
-- `shard-00000.bin` and on: rows of fixed length, all features of one (sample, view) side by side, and at the end a seal of
-  32 bytes that says which cache and which shard this is;
-- `blocks.bin`: for each block of rows that went through the teacher together, whether it is there, its checksum, and how
-  far the rows on disk are from those of the teacher.
+- `shard-00000.bin` ...: rows of fixed length, each with all features of one (sample, view); the last 32 bytes, the
+  trailer, identify the cache and the shard;
+- `blocks.bin`: for each block of rows, whether it is complete, its checksum, and the error of the stored rows.
 
-Row `view * samples + position` belongs to the sample at `position` of the ascending ids. A block holds `block` rows of one
-view, the last of a view fewer. Nothing in the header names a file: names are made of numbers.
+Row `view * samples + position` belongs to the sample at `position` of the ascending ids. A block contains `block` rows of
+one view; the last block of a view may be shorter. The header is untrusted input and contains no file names: file names
+are derived from numbers.
 """
 
 import hashlib
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
-from kdlib.cache._checks import unreadable, unwritable
-from kdlib.cache._header_checks import (
-    HEADER_LIMIT,
-    bad_header,
-    check_header,
-    check_header_size,
-    check_layout,
-    header_errors,
-    header_shapes,
-    header_text,
-    header_texts,
-    header_whole,
-)
+from kdlib._atomic import atomic_write
+from kdlib.cache._checks import cache_error, check_argument, check_cache
 
 __all__ = ["Layout", "read_header", "write_file", "writing"]
 
 DTYPES = {"float16": "<f2", "float32": "<f4", "int8": "i1"}
-SEAL_BYTES = 32
+TRAILER_BYTES = 32
+_HEADER_LIMIT = 1 << 20
+"""Maximum size of a header in bytes."""
+_ERROR_NAMES = {"max_cosine", "mean_cosine", "max_relative"}
 NO_LINK = getattr(os, "O_NOFOLLOW", 0)
-"""A link in a directory from elsewhere must not lead our writing out of it."""
+"""Symbolic links are not followed, so that a prepared directory cannot redirect writing."""
 
 
 @dataclass(frozen=True)
@@ -53,21 +46,21 @@ class Layout:
     """Content of the header.
 
     Args:
-        fingerprint: what the outputs were computed from.
+        fingerprint: fingerprint of teacher, preprocessing and data.
         samples: number of sample ids.
-        views: number of views of each sample.
+        views: number of views per sample.
         ids: SHA-256 of `samples.i64`.
         first: the smallest id.
         dense: whether the ids are `first`, `first + 1`, ...
         dtype: `"float16"`, `"float32"` or `"int8"`.
         features: name to shape of one sample.
         shard_rows: rows of a full shard.
-        rows: rows that are safely on disk.
-        parts: the fingerprints of teacher, preprocessing and data each by itself, where they are known.
-        block: rows of a full block; 0 in a cache of an earlier version, which has no seals and no `blocks.bin`.
-        checks: SHA-256 of `blocks.bin`, empty until all rows are there.
-        error: for each feature the cosine error (largest and mean over rows) and the largest relative error.
-        notes: what the builder wished to be known of the cache.
+        rows: number of complete rows.
+        parts: separate fingerprints of teacher, preprocessing and data, if known.
+        block: rows of a full block.
+        checks: SHA-256 of `blocks.bin`, empty until all rows are complete.
+        error: for each feature the cosine error (maximum and mean over rows) and the maximum relative error.
+        notes: texts given by the builder.
     """
 
     fingerprint: str
@@ -79,41 +72,41 @@ class Layout:
     dtype: str
     features: dict[str, tuple[int, ...]]
     shard_rows: int
+    block: int
     rows: int = 0
     parts: dict[str, str] = field(default_factory=dict)
-    block: int = 0
     checks: str = ""
     error: dict[str, dict[str, float]] = field(default_factory=dict)
     notes: dict[str, str] = field(default_factory=dict)
 
     @property
     def total(self) -> int:
-        """Rows of the complete cache."""
+        """Number of rows of the complete cache."""
         return self.samples * self.views
 
     @property
     def complete(self) -> bool:
-        """Whether every row is there."""
-        return self.rows == self.total and (not self.block or bool(self.checks))
+        """Whether all rows are complete."""
+        return self.rows == self.total and bool(self.checks)
 
     @cached_property
     def scales(self) -> int:
-        """Bytes at the head of a row that hold the scales of its features."""
+        """Number of bytes at the start of a row that contain the scales of its features."""
         return 4 * len(self.features) if self.dtype == "int8" else 0
 
     @cached_property
     def row_bytes(self) -> int:
-        """Bytes of one row."""
+        """Size of one row in bytes."""
         return self.scales + sum(map(math.prod, self.features.values())) * np.dtype(DTYPES[self.dtype]).itemsize
 
     @cached_property
     def places(self) -> dict[str, tuple[int, int]]:
-        """Name to the first byte of a feature in a row, and the byte after its last."""
-        size, at, found = np.dtype(DTYPES[self.dtype]).itemsize, self.scales, {}
+        """Feature name to its first byte in a row and the byte after its last."""
+        size, start, places = np.dtype(DTYPES[self.dtype]).itemsize, self.scales, {}
         for name, shape in self.features.items():
-            found[name] = (at, at + size * math.prod(shape))
-            at = found[name][1]
-        return found
+            places[name] = (start, start + size * math.prod(shape))
+            start = places[name][1]
+        return places
 
     @cached_property
     def shards(self) -> int:
@@ -121,31 +114,37 @@ class Layout:
         return -(-self.total // self.shard_rows)
 
     def rows_of(self, shard: int) -> int:
-        """Rows of one shard of the complete cache."""
+        """Number of rows of a shard of the complete cache."""
         return min(self.shard_rows, self.total - shard * self.shard_rows)
 
     def bytes_of(self, shard: int) -> int:
-        """Size of the file of one shard."""
-        return self.rows_of(shard) * self.row_bytes + (SEAL_BYTES if self.block else 0)
+        """File size of a shard in bytes."""
+        return self.rows_of(shard) * self.row_bytes + TRAILER_BYTES
 
-    def seal_of(self, shard: int) -> bytes:
-        """Last bytes of a shard: another cache, another place in it or another header has another seal."""
-        told = {**asdict(self), **dict.fromkeys(("rows", "checks", "error", "notes", "parts"))}
-        return hashlib.sha256(f"{json.dumps(told, sort_keys=True)} {shard}".encode()).digest()
+    def trailer_of(self, shard: int) -> bytes:
+        """The last bytes of a shard, which depend on the header and the number of the shard."""
+        header = {**asdict(self), **dict.fromkeys(("rows", "checks", "error", "notes", "parts"))}
+        return hashlib.sha256(f"{json.dumps(header, sort_keys=True)} {shard}".encode()).digest()
 
     @property
     def blocks(self) -> int:
         """Number of blocks."""
         return -(-self.samples // self.block) * self.views
 
+    @cached_property
+    def block_rows(self) -> NDArray[np.int64]:
+        """Number of rows of each block."""
+        starts = np.arange(0, self.samples, self.block)
+        return np.tile(np.minimum(self.block, self.samples - starts), self.views)
+
     def rows_in(self, block: int) -> tuple[int, int]:
-        """First row of a block, and the row after its last."""
+        """First row of a block and the row after its last."""
         view, number = divmod(block, -(-self.samples // self.block))
         start = view * self.samples
         return start + number * self.block, start + min((number + 1) * self.block, self.samples)
 
     def pieces(self, start: int, stop: int) -> Iterator[tuple[int, int, int]]:
-        """Rows `start` to `stop` as they lie in shards: shard, first row in it, and how many."""
+        """Split rows `start` to `stop` by shard: shard, first row within it, number of rows."""
         while start < stop:
             shard, inside = divmod(start, self.shard_rows)
             count = min(stop - start, self.shard_rows - inside)
@@ -153,92 +152,128 @@ class Layout:
             start += count
 
     def write(self, directory: Path) -> None:
-        """Replace the header in one step."""
+        """Write the header atomically."""
         write_file(directory / "header.json", (json.dumps({"format": 1, **asdict(self)}, indent=1) + "\n").encode())
 
 
 def shard_path(directory: Path, shard: int) -> Path:
-    """File of one shard."""
+    """Path of a shard."""
     return directory / f"shard-{shard:05d}.bin"
+
+
+def check_size(path: Path, size: int) -> None:
+    """A file must exist with the size that follows from the header."""
+    got = path.stat().st_size if path.is_file() else 0
+    check_cache(got == size, f"{path} must have {size} bytes, got {got}")
 
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """A disk that is full, or a folder that may not be written to, is one clear error."""
+    """Convert an OSError while writing `path` to a CacheError."""
     try:
         yield
     except OSError as error:
-        raise unwritable(path, error) from error
+        reason = error.strerror or error
+        raise cache_error(
+            f"cannot write {path}: {reason}; complete blocks are kept, and the same build resumes from there"
+        ) from error
 
 
 def write_file(path: Path, content: bytes) -> None:
-    """Write a file so that a kill leaves the old one or the new one."""
-    part = path.with_name(path.name + ".part")
-    with writing(path):
-        try:
-            part.unlink(missing_ok=True)
-            with os.fdopen(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL | NO_LINK, 0o666), "wb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-            part.replace(path)
-        except BaseException:
-            with suppress(OSError):
-                part.unlink(missing_ok=True)
-            raise
-    sync_directory(path.parent)
-
-
-def sync_directory(directory: Path) -> None:
-    """Make names in a directory certain, where the system knows how."""
-    with suppress(OSError):
-        opened = os.open(directory, os.O_RDONLY)
-        try:
-            os.fsync(opened)
-        finally:
-            os.close(opened)
+    """Write a file atomically and durably."""
+    with writing(path), atomic_write(path, durable=True, sole_writer=True) as file:
+        file.write(content)
 
 
 def read_header(directory: Path) -> Layout | None:
-    """The header of a cache, checked; `None` where there is none.
+    """Read and check the header of a cache; return `None` if there is no header.
 
     Raises:
-        CacheError: the header is not one of this format, or promises what cannot be.
+        CacheError: the header has another format or impossible values.
     """
     path = directory / "header.json"
     try:
         with path.open("rb") as file:
-            content = file.read(min(os.fstat(file.fileno()).st_size, HEADER_LIMIT) + 1)
+            content = file.read(min(os.fstat(file.fileno()).st_size, _HEADER_LIMIT) + 1)
     except (FileNotFoundError, NotADirectoryError):
         return None
     except OSError as error:
-        raise unreadable(path, error) from error
+        raise cache_error(f"{path} cannot be read: {error.strerror or error}") from error
     try:
-        check_header_size(len(content))
-        layout = _layout(check_header(json.loads(content), Layout.__dataclass_fields__))
+        check_argument(len(content) <= _HEADER_LIMIT, "it is too long")
+        layout = _layout(_entries(json.loads(content), Layout.__dataclass_fields__))
     except (ValueError, TypeError, KeyError, RecursionError) as error:
-        raise bad_header(path, error) from error
+        raise cache_error(f"{path} is not a valid cache header: {error}") from error
     return layout
 
 
 def _layout(header: Mapping[str, Any]) -> Layout:
-    features = header_shapes(header["features"])
+    features = _shapes(header["features"])
     layout = Layout(
-        fingerprint=header_text("fingerprint", header["fingerprint"]),
-        samples=header_whole("samples", header["samples"], 1, 2**48),
-        views=header_whole("views", header["views"], 1, 2**31),
-        ids=header_text("ids", header["ids"]),
-        first=header_whole("first", header["first"], -(2**63), 2**63 - 1),
+        fingerprint=_text("fingerprint", header["fingerprint"]),
+        samples=_integer("samples", header["samples"], 1, 2**48),
+        views=_integer("views", header["views"], 1, 2**31),
+        ids=_text("ids", header["ids"]),
+        first=_integer("first", header["first"], -(2**63), 2**63 - 1),
         dense=header["dense"] is True,
-        dtype=header_text("dtype", header["dtype"]),
+        dtype=_text("dtype", header["dtype"]),
         features=features,
-        shard_rows=header_whole("shard_rows", header["shard_rows"], 1, 2**48),
-        rows=header_whole("rows", header["rows"], 0, 2**63),
-        parts=header_texts("parts", header.get("parts", {})),
-        block=header_whole("block", header.get("block", 0), 0, 2**31),
-        checks=header_text("checks", header.get("checks", "")),
-        error=header_errors(header.get("error", {}), features),
-        notes=header_texts("notes", header.get("notes", {})),
+        shard_rows=_integer("shard_rows", header["shard_rows"], 1, 2**48),
+        rows=_integer("rows", header["rows"], 0, 2**63),
+        parts=_texts("parts", header["parts"]),
+        block=_integer("block", header["block"], 1, 2**31),
+        checks=_text("checks", header["checks"]),
+        error=_errors(header["error"], features),
+        notes=_texts("notes", header["notes"]),
     )
-    check_layout(layout, DTYPES)
+    possible = layout.dtype in DTYPES and layout.rows <= layout.total <= 2**62 and layout.row_bytes < 2**31
+    check_argument(possible, f"dtype {layout.dtype!r}, {layout.rows} rows of {layout.total}")
     return layout
+
+
+def _entries(header: Any, known: Collection[str]) -> dict[str, Any]:
+    """Return the entries of a header, except the format, after checking that all are known."""
+    check_argument(isinstance(header, dict) and header.get("format") == 1, "its format is not 1")
+    entries = {name: value for name, value in header.items() if name != "format"}
+    unknown = sorted(set(entries) - set(known))
+    check_argument(not unknown, f"it has the unknown entries {unknown[:4]}")
+    return entries
+
+
+def _shapes(features: Any) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of the features."""
+    check_argument(isinstance(features, dict) and 1 <= len(features) <= 256, f"features is {features!r}")
+    shapes = {}
+    for name, shape in features.items():
+        good = isinstance(shape, list) and 1 <= len(shape) <= 8
+        check_argument(good, f"feature {name!r} has the shape {shape!r}")
+        shapes[name] = tuple(_integer(f"a side of feature {name!r}", side, 1, 2**31) for side in shape)
+    return shapes
+
+
+def _integer(name: str, value: Any, low: int, high: int) -> int:
+    """Return an integer within bounds."""
+    check_argument(type(value) is int and low <= value <= high, f"{name} is {value!r}")
+    return int(value)
+
+
+def _text(name: str, value: Any) -> str:
+    """Return a string."""
+    check_argument(isinstance(value, str), f"{name} is {value!r}")
+    return str(value)
+
+
+def _texts(name: str, value: Any) -> dict[str, str]:
+    """Return a mapping of strings to strings."""
+    check_argument(isinstance(value, dict), f"{name} is {value!r}")
+    return {key: _text(f"{name}[{key!r}]", entry) for key, entry in value.items()}
+
+
+def _errors(value: Any, features: Collection[str]) -> dict[str, dict[str, float]]:
+    """Return the errors of each feature."""
+    good = isinstance(value, dict) and set(value) <= set(features)
+    for entry in value.values() if good else ():
+        good = good and isinstance(entry, dict) and set(entry) == _ERROR_NAMES
+        good = good and all(type(each) is float and 0 <= each < math.inf for each in entry.values())
+    check_argument(good, f"error is {value!r}")
+    return {name: dict(entry) for name, entry in value.items()}

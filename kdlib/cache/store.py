@@ -1,6 +1,7 @@
-"""Cache: build, open and read teacher outputs by sample and view. Touches the cache's directory alone."""
+"""Build, open and read a cache of teacher outputs."""
 
 import math
+import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
@@ -10,48 +11,35 @@ import torch
 from torch import Tensor, nn
 
 from kdlib._checks import check_choice, check_number, check_type
-from kdlib.cache._checks import (
-    check_build,
-    check_complete,
-    check_distinct,
-    check_names,
-    check_seal,
-    check_size,
-    check_source,
-    check_views,
-    check_whole,
-    damaged_value,
-    no_cache,
-    no_row,
-    unreadable,
-)
+from kdlib.cache._checks import cache_error, check_argument, check_build, check_cache, check_names, check_source
 from kdlib.cache.build import Job, build_cache, ids_digest
 from kdlib.cache.codec import unpack
 from kdlib.cache.fingerprint import Fingerprint
-from kdlib.cache.layout import DTYPES, SEAL_BYTES, Layout, read_header, shard_path
+from kdlib.cache.layout import DTYPES, TRAILER_BYTES, Layout, check_size, read_header, shard_path
 
 __all__ = ["TeacherCache"]
 
-_MAPPED = 256
-"""Shards held mapped at a time: each takes a file descriptor."""
+_MAX_MAPPED = 256
+"""Maximum number of memory-mapped shards, since each uses a file descriptor."""
 
 
 class TeacherCache:
     """Teacher outputs on disk, read through memory maps.
 
-    Made by `TeacherCache.build` and `TeacherCache.open`. Opening reads one small file, however large the cache; reading
-    touches the rows asked for. Can be pickled to the workers of a data loader, which map the files anew.
+    Use `TeacherCache.build` or `TeacherCache.open`. Opening reads only the header; reading accesses only the requested
+    rows. A cache can be pickled to the workers of a data loader, which map the files themselves.
 
     Attributes:
         path: directory of the cache.
-        fingerprint: what the outputs were computed from.
+        fingerprint: fingerprint of teacher, preprocessing and data.
         features: name to shape of one sample, `(d,)` or `(c, h, w)`.
         samples: number of samples.
-        views: number of views of each.
+        views: number of views per sample.
         dtype: type on disk, `"float16"`, `"float32"` or `"int8"`.
-        error: for each feature `max_cosine` and `mean_cosine`, the error 1 - cos between a row of the teacher's and that
-            on disk, and `max_relative`, the length of their difference over that of the row.
-        notes: what the builder wished to be known.
+        error: for each feature `max_cosine` and `mean_cosine`, the error 1 - cos between the teacher's row and the stored
+            row, and `max_relative`, the L2 norm of their difference divided by that of the row.
+        notes: texts given by the builder.
+        parts: separate fingerprints of teacher, preprocessing and data, if known.
 
     Examples:
         >>> import tempfile
@@ -73,7 +61,7 @@ class TeacherCache:
         self.features = dict(layout.features)
         self.samples, self.views, self.dtype = layout.samples, layout.views, layout.dtype
         self.error = {name: dict(entry) for name, entry in layout.error.items()}
-        self.notes = dict(layout.notes)
+        self.notes, self.parts = dict(layout.notes), dict(layout.parts)
         self._layout = layout
         self._shards: dict[int, np.ndarray[Any, Any]] = {}
         self._ids: np.ndarray[Any, Any] | None = None
@@ -93,54 +81,53 @@ class TeacherCache:
         dtype: str = "float16",
         batch_size: int = 64,
         shard_bytes: int = 1 << 28,
-        mark_seconds: float = 5.0,
+        sync_seconds: float = 5.0,
         progress: Callable[[int, int], None] | None = None,
-        shared: bool = False,
         prefetch: int = 0,
         notes: Mapping[str, str] | None = None,
     ) -> Self:
-        """Compute the outputs of a teacher for every sample and view, or what is still missing of them.
+        """Compute the outputs of a teacher for all samples and views, or those that are missing.
 
-        A build that was killed goes on where it stood when called again, without fetching what is done, and ends with
-        the same bytes, given the same `batch_size` and number of threads. On a complete cache it returns at once.
+        An interrupted build resumes when it is called again, without fetching complete rows again, and gives the same
+        bytes, provided that `batch_size` and the number of threads are the same. A complete cache is returned immediately.
 
-        With `shared=True` in each, several processes build one cache at a time: each takes the next block of `batch_size`
-        rows that nobody has, and all return when the last is there. One that is killed loses its unmarked blocks, which the
-        others compute. All must be of one machine, or of machines whose common file system has POSIX locks.
+        Processes that build the same cache at the same time share the work: each takes the next free block of `batch_size`
+        rows, and all return when the last block is complete. Unsynchronized blocks of an interrupted process are computed
+        again by the others. The processes must run on one machine or share a file system with POSIX locks. On Windows,
+        which has no such locks, only one process may build a cache.
 
         Args:
-            path: directory, made if need be.
-            teacher: inputs to named features; run in eval mode and without gradient.
-            fetch: `fetch(samples, view)` with samples `(b,)` int64 gives the teacher's inputs, a tensor or a tuple. It
-                must give the same for the same arguments: draw any augmentation from a seed made of both.
-            samples: ids, distinct whole numbers; or n for 0 to n - 1.
-            views: number of views of each sample: 2 for an image and its flip, or so many augmentations.
-            fingerprint: what the outputs depend on, in a text or in its three parts; `None` takes that of the teacher,
-                whose whole is its `model_fingerprint`.
-            preprocessing: description of what happens to the inputs before the teacher, for the fingerprint.
-            data: description or digest of the data and of how views are made, for the fingerprint.
-            dtype: type on disk, `"float16"`, `"float32"`, or `"int8"` with a scale for each row of each feature. What
-                this costs is measured and kept, see `error`.
-            batch_size: samples in a forward.
-            shard_bytes: largest size of a file; one row at least.
-            mark_seconds: how often progress is made certain on disk; a kill loses at most that much work.
-            progress: called with rows done and rows in all after each batch.
-            shared: let other processes that say so too build the same cache at the same time. Not on Windows.
-            prefetch: batches that `fetch` prepares ahead, in a thread of its own, while the teacher runs.
-            notes: texts to keep in the header, of whoever begins the cache.
+            path: directory, created if missing.
+            teacher: maps inputs to named features; run in eval mode without gradient.
+            fetch: `fetch(samples, view)` with samples `(b,)` int64 returns the teacher's inputs, a tensor or a tuple. It
+                must be deterministic: seed any augmentation from both arguments.
+            samples: distinct integer ids, or n for 0 to n - 1.
+            views: number of views per sample: 2 for an image and its mirror image, or the number of augmentations.
+            fingerprint: everything the outputs depend on, as a text or as three parts; `None` computes it from the
+                teacher by `model_fingerprint`.
+            preprocessing: description of the preprocessing before the teacher, for the fingerprint.
+            data: description or digest of the data and the views, for the fingerprint.
+            dtype: type on disk: `"float16"`, `"float32"`, or `"int8"` with one scale per row and feature. The error is
+                measured, see `error`.
+            batch_size: samples per forward pass.
+            shard_bytes: maximum size of a file; a shard has at least one row.
+            sync_seconds: seconds between flushes to disk; an interruption loses at most this much work.
+            progress: called with the number of complete rows and all rows after each batch.
+            prefetch: number of batches that `fetch` prepares in a separate thread while the teacher runs.
+            notes: texts to store in the header; those of the process that starts the cache are kept.
 
         Returns:
-            The complete cache, open.
+            The complete cache.
 
         Raises:
-            CacheError: `path` holds the outputs of another teacher, preprocessing or data (which of them, where that is
-                known), is being built, or cannot be written to.
-            ValueError: ids that are not distinct, a feature that is not finite or does not fit `dtype`.
+            CacheError: `path` contains outputs of another teacher, preprocessing or data (the message says which, if
+                known), is being built by another thread, or cannot be written.
+            ValueError: ids are not distinct, or a feature is not finite or does not fit `dtype`.
         """
         check_choice("TeacherCache", "dtype", dtype, tuple(DTYPES))
         for name, value in (("views", views), ("batch_size", batch_size), ("shard_bytes", shard_bytes)):
             check_number("TeacherCache", name, value, min=1, integer=True)
-        check_number("TeacherCache", "mark_seconds", mark_seconds, min=0)
+        check_number("TeacherCache", "sync_seconds", sync_seconds, min=0)
         check_number("TeacherCache", "prefetch", prefetch, min=0, integer=True)
         notes = {} if notes is None else notes
         check_build(teacher, fetch, progress, notes, preprocessing=preprocessing, data=data)
@@ -159,21 +146,12 @@ class TeacherCache:
             dtype=dtype,
             features={},
             shard_rows=1,
+            block=batch_size,
             parts=fingerprint.parts if isinstance(fingerprint, Fingerprint) else {},
             notes=dict(notes),
         )
-        job = Job(
-            Path(path),
-            teacher,
-            fetch,
-            ids,
-            batch_size=batch_size,
-            shard_bytes=shard_bytes,
-            mark_seconds=mark_seconds,
-            prefetch=prefetch,
-            progress=progress,
-        )
-        build_cache(job, wanted, shared=shared)
+        job = Job(Path(path), teacher, fetch, ids, batch_size, shard_bytes, sync_seconds, prefetch, progress)
+        build_cache(job, wanted)
         return cls.open(path, fingerprint=fingerprint)
 
     @classmethod
@@ -181,21 +159,24 @@ class TeacherCache:
         """Open a complete cache.
 
         Args:
-            path: its directory.
-            fingerprint: what it must have been computed from; `None` does not ask. With a `Fingerprint` the error says
-                which part differs.
+            path: directory of the cache.
+            fingerprint: the expected fingerprint; `None` skips the check. With a `Fingerprint` the error names the part
+                that differs.
 
         Raises:
-            CacheError: there is none, it is not complete, or it was computed from something else.
+            CacheError: there is no cache, it is incomplete, or it has another fingerprint.
         """
         path = Path(path)
         layout = read_header(path)
         if layout is None:
-            raise no_cache(path)
+            raise cache_error(f"there is no cache at {path}")
         if fingerprint is not None:
             check_type("TeacherCache", "fingerprint", fingerprint, (str, Fingerprint), "a str or a Fingerprint")
             check_source(path, layout, fingerprint)
-        check_complete(path, layout.complete, layout.rows, layout.total)
+        check_cache(
+            layout.complete,
+            f"{path} contains {layout.rows} of {layout.total} rows; run the same build again to complete it",
+        )
         return cls(path, layout)
 
     def read(
@@ -204,24 +185,27 @@ class TeacherCache:
         views: Tensor | Sequence[int] | int = 0,
         features: Sequence[str] | None = None,
     ) -> dict[str, Tensor]:
-        """Features of `b` samples.
+        """Read the features of `b` samples.
 
         Args:
-            samples: `(b,)` ids, in any order, repeats allowed.
-            views: `(b,)` views, or one for all.
-            features: which ones; `None` for all.
+            samples: `(b,)` ids, in any order, possibly repeated.
+            views: `(b,)` views, or one view for all samples.
+            features: names of features; `None` for all.
 
         Returns:
-            Name to `(b, ...)` float32 on the CPU.
+            Feature name to `(b, ...)` float32 on the CPU.
 
         Raises:
-            CacheError: a sample or view that is not there, or a file that is damaged.
-            ValueError: a feature that is not there.
+            CacheError: a sample or view is not in the cache, or a file is damaged.
+            ValueError: a feature is not in the cache.
         """
         wanted = _whole("samples", samples)
         seen = views if isinstance(views, int) else _whole("views", views)
         if not isinstance(seen, int):
-            check_views(len(seen), len(wanted))
+            check_argument(
+                len(seen) == len(wanted),
+                f"TeacherCache: views must be (b,) like samples ({len(wanted)},), got ({len(seen)},)",
+            )
         check_names("TeacherCache", features or (), self.features)
         rows = self._rows(wanted, seen)
         out = self._read_rows(rows, list(self.features if features is None else features))
@@ -230,11 +214,14 @@ class TeacherCache:
 
     def _check_finite(self, features: Mapping[str, Tensor], rows: np.ndarray[Any, Any]) -> None:
         for name, x in features.items():
-            # One pass finds most of it; a sum beyond float32 is no fault of its terms.
+            # The sum of finite values can overflow, so the values are checked only if the sum is not finite.
             if not math.isfinite(float(x.sum())) and not torch.isfinite(x).all():
                 at = int(torch.nonzero(~torch.isfinite(x).reshape(len(x), -1).all(1))[0])
                 view, position = divmod(int(rows[at]), self.samples)
-                raise damaged_value(self.path, name, self._ids_at(np.asarray([position]))[0], view)
+                sample = self._ids_at(np.asarray([position]))[0]
+                raise cache_error(
+                    f"{self.path} is damaged: feature {name!r} of sample {sample}, view {view} is not finite"
+                )
 
     def _raw(self, start: int, stop: int) -> np.ndarray[Any, Any]:
         """Bytes of consecutive rows."""
@@ -258,18 +245,18 @@ class TeacherCache:
         one = int(shards[0]) if len(rows) else 0
         if len(rows) and (layout.shards == 1 or (shards == one).all()):
             return unpack(layout, np.asarray(self._shard(one)).take(inside, axis=0), names)
-        # Each file is looked at before memory is taken on the word of the header.
+        # All files are checked before memory is allocated according to the header.
         parts = [((shards == shard).nonzero()[0], self._shard(shard)) for shard in sorted(set(shards.tolist()))]
-        found = np.empty((len(rows), layout.row_bytes), np.uint8)
-        for here, content in parts:
-            found[here] = np.asarray(content).take(inside[here], axis=0)
-        return unpack(layout, found, names)
+        content = np.empty((len(rows), layout.row_bytes), np.uint8)
+        for here, shard_rows in parts:
+            content[here] = np.asarray(shard_rows).take(inside[here], axis=0)
+        return unpack(layout, content, names)
 
     def _rows(self, samples: np.ndarray[Any, Any], views: np.ndarray[Any, Any] | int) -> np.ndarray[Any, Any]:
         layout = self._layout
         if layout.dense:
             position = samples - layout.first
-            # Far from a `first` of great size the difference wraps around.
+            # The difference can wrap around if `first` is very large.
             known = (samples >= layout.first) & (position >= 0) & (position < layout.samples)
         else:
             ids = self._mapped_ids()
@@ -279,30 +266,37 @@ class TeacherCache:
         if not known.all():
             at = int((~known).nonzero()[0][0])
             view = views if isinstance(views, int) else views[at]
-            raise no_row(self.path, samples[at], view, layout)
+            raise cache_error(
+                f"{self.path} has no sample {samples[at]}, view {view}; it has {layout.samples} samples"
+                f"{f' from {layout.first}' if layout.dense else ''}, views 0 to {layout.views - 1}"
+            )
         rows: np.ndarray[Any, Any] = views * layout.samples + position
         return rows
 
     def _shard(self, shard: int) -> np.ndarray[Any, Any]:
-        """Bytes `(rows, row_bytes)` of one shard."""
-        found = self._shards.get(shard)
-        if found is None:
+        """Return the bytes `(rows, row_bytes)` of one shard."""
+        content = self._shards.get(shard)
+        if content is None:
             layout, path = self._layout, shard_path(self.path, shard)
             shape = (layout.rows_of(shard), layout.row_bytes)
-            found = self._map(path, np.dtype(np.uint8), shape, layout.bytes_of(shard))
-            if layout.block:
-                check_seal(path, _last_bytes(path, SEAL_BYTES) == layout.seal_of(shard))
-            if len(self._shards) >= _MAPPED:
-                self._shards.pop(next(iter(self._shards)), None)  # another thread may do the same
-            self._shards[shard] = found
-        return found
+            content = self._map(path, np.dtype(np.uint8), shape, layout.bytes_of(shard))
+            with path.open("rb") as file:
+                file.seek(-TRAILER_BYTES, os.SEEK_END)
+                check_cache(
+                    file.read() == layout.trailer_of(shard),
+                    f"{path} does not match the header: one of them belongs to another cache or was changed",
+                )
+            if len(self._shards) >= _MAX_MAPPED:
+                self._shards.pop(next(iter(self._shards)), None)  # another thread may remove the same entry
+            self._shards[shard] = content
+        return content
 
     def _map(self, path: Path, dtype: np.dtype[Any], shape: tuple[int, ...], size: int) -> np.ndarray[Any, Any]:
         try:
-            check_size(path, size, path.stat().st_size if path.is_file() else 0)
+            check_size(path, size)
             return np.memmap(path, dtype, mode="r", shape=shape)
         except OSError as error:
-            raise unreadable(path, error) from error
+            raise cache_error(f"{path} cannot be read: {error.strerror or error}") from error
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_shards": {}, "_ids": None}
@@ -314,23 +308,22 @@ class TeacherCache:
         return f"TeacherCache.open({str(self.path)!r}, fingerprint={self.fingerprint!r})"
 
 
-def _last_bytes(path: Path, count: int) -> bytes:
-    with path.open("rb") as file:
-        file.seek(-count, 2)
-        return file.read(count)
-
-
 def _ids(samples: int | Sequence[int] | Tensor) -> np.ndarray[Any, np.dtype[np.int64]]:
-    """The ids, ascending."""
+    """Return the ids in ascending order."""
     if isinstance(samples, int):
         check_number("TeacherCache", "samples", samples, min=1, integer=True)
         return np.arange(samples, dtype=np.int64)
     ids = np.sort(_whole("samples", samples))
-    check_distinct(ids)
+    check_argument(len(ids) > 0, "TeacherCache: samples must contain at least one id, got none")
+    repeated = ids[1:][ids[1:] == ids[:-1]].tolist()
+    check_argument(not repeated, f"TeacherCache: samples must be distinct, got repeated ids {repeated[:4]}")
     return ids
 
 
 def _whole(name: str, values: Any) -> np.ndarray[Any, np.dtype[np.int64]]:
-    found = values.detach().cpu().numpy() if isinstance(values, Tensor) else np.asarray(values)
-    check_whole(name, found)
-    return found.astype(np.int64, copy=False)
+    array = values.detach().cpu().numpy() if isinstance(values, Tensor) else np.asarray(values)
+    check_argument(
+        array.ndim == 1 and (not len(array) or array.dtype.kind in "iu"),
+        f"TeacherCache: {name} must be (b,) integers, got {array.dtype} {array.shape}",
+    )
+    return array.astype(np.int64, copy=False)

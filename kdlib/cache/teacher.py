@@ -1,4 +1,4 @@
-"""Cache: a cache in the place of a teacher. Reads the cache; touches no model."""
+"""A teacher whose outputs are read from a cache."""
 
 from collections.abc import Sequence
 from typing import Self
@@ -14,20 +14,19 @@ __all__ = ["CachedTeacher"]
 
 
 class CachedTeacher(nn.Module):
-    """Stands where a `TeacherAdapter` stands and answers from a cache.
+    """Replacement of a `TeacherAdapter` that reads the features from a cache.
 
-    Give it what `TeacherAdapter` takes images for: the same features come, of the same samples and views. It has no
-    parameters. A `Distiller` calls it with the targets named in `reads` in place of the inputs, so a loader
-    must give each batch the ids of its samples and the views that it drew.
+    It has no parameters. A `Distiller` calls it with the targets named in `reads` instead of the inputs, so the targets of
+    each batch must contain the sample ids and, if there are several, the views.
 
     Args:
         cache: an open cache.
-        reads: names of the targets that hold sample ids and views, both `(b,)`; the first alone means view 0.
-        features: which features of the cache to give; `None` for all. Maps that no term reads cost time.
+        reads: names of the targets with sample ids and views, both `(b,)`; one name means view 0.
+        features: names of the features to return; `None` for all. Reading maps that no term uses costs time.
 
     Raises:
-        TypeError: `cache` is no `TeacherCache`.
-        ValueError: `reads` has not one or two names, or the cache has no such feature.
+        TypeError: `cache` is not a `TeacherCache`.
+        ValueError: `reads` does not have one or two names, or the cache does not contain a feature.
 
     Examples:
         >>> import tempfile
@@ -37,17 +36,13 @@ class CachedTeacher(nn.Module):
         >>> folder = tempfile.TemporaryDirectory()
         >>> cache = TeacherCache.build(folder.name, online, lambda samples, view: images[samples], samples=5)
         >>> teacher = CachedTeacher(cache, reads=("sample",))
-        >>> said = teacher(torch.tensor([4, 1]))["embedding"]
-        >>> torch.testing.assert_close(said, online(images[[4, 1]])["embedding"], atol=2e-3, rtol=2e-3)
+        >>> embedding = teacher(torch.tensor([4, 1]))["embedding"]
+        >>> torch.testing.assert_close(embedding, online(images[[4, 1]])["embedding"], atol=2e-3, rtol=2e-3)
         >>> folder.cleanup()
     """
 
     def __init__(
-        self,
-        cache: TeacherCache,
-        *,
-        reads: Sequence[str] = ("sample", "view"),
-        features: Sequence[str] | None = None,
+        self, cache: TeacherCache, *, reads: Sequence[str] = ("sample", "view"), features: Sequence[str] | None = None
     ) -> None:
         super().__init__()
         check_type("CachedTeacher", "cache", cache, TeacherCache, "a TeacherCache")
@@ -60,33 +55,33 @@ class CachedTeacher(nn.Module):
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # torch leaves it untyped
     def forward(self, samples: Tensor, views: Tensor | None = None) -> dict[str, Tensor]:
-        """Features of a batch.
+        """Return the features of a batch.
 
         Args:
             samples: `(b,)` ids.
             views: `(b,)`; `None` for view 0.
 
         Returns:
-            Name to `(b, ...)` float32, on the device of `samples`.
+            Feature name to `(b, ...)` float32, on the device of `samples`.
 
         Raises:
-            CacheError: a sample or view that is not in the cache.
+            CacheError: a sample or view is not in the cache.
         """
         features = self.cache.read(samples, 0 if views is None else views, self.features)
         return {name: x.to(samples.device, non_blocking=True) for name, x in features.items()}
 
     def train(self, mode: bool = True) -> Self:
-        """Stay in eval mode, whatever `mode` is."""
+        """Stay in eval mode for any `mode`."""
         return self
 
     @property
     def taps(self) -> dict[str, tuple[int, ...]]:
-        """Feature names, and the shape of one sample of each."""
+        """Feature name to the shape of one sample."""
         return {name: self.cache.features[name] for name in self.features or self.cache.features}
 
     @property
     def fingerprint(self) -> str:
-        """That of the cache."""
+        """Fingerprint of the cache."""
         return self.cache.fingerprint
 
     def __repr__(self) -> str:

@@ -1,7 +1,7 @@
-"""Cache: is every byte as it was written, and is it what the teacher says? Reads the cache's directory alone."""
+"""Verification of the checksums of a cache and of its rows against the teacher."""
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,43 +13,32 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from kdlib._checks import check_number, check_type
-from kdlib.cache._checks import (
-    check_ascending,
-    check_block,
-    check_checksum,
-    check_close,
-    check_ids_checksum,
-    check_size,
-    check_together,
-    other_feature,
-)
+from kdlib.cache._checks import cache_error, check_argument, check_cache
 from kdlib.cache.blocks import NAME, block_digest, record_type
-from kdlib.cache.build import ask
+from kdlib.cache.build import ids_digest, teacher_outputs
 from kdlib.cache.codec import unpack
-from kdlib.cache.layout import Layout, shard_path
+from kdlib.cache.layout import Layout, check_size, shard_path
 from kdlib.cache.store import TeacherCache
 
 __all__ = ["CacheCheck", "verify_cache"]
 
-SLACK = 1e-4
-"""Cosine error that a teacher may make on another machine, or with other neighbors in a batch, over that on disk."""
+TOLERANCE = 1e-4
+"""Cosine error allowed in addition to the storage error, for another machine or another batch composition."""
 
 
 @dataclass(frozen=True)
 class CacheCheck:
-    """What `verify_cache` has looked at and found good.
+    """Result of `verify_cache` for an intact cache.
 
     Attributes:
-        rows: rows whose checksums and values are good.
-        shards: files they lie in.
-        checksums: whether there were any: caches of the first version have none.
-        recomputed: rows that the teacher was asked for again.
-        max_cosine: for each feature the largest 1 - cos between those and the rows on disk.
+        rows: number of rows with correct checksums and finite values.
+        shards: number of files.
+        recomputed: number of rows that the teacher computed again.
+        max_cosine: for each feature the maximum 1 - cos between recomputed and stored rows.
     """
 
     rows: int
     shards: int
-    checksums: bool
     recomputed: int
     max_cosine: dict[str, float]
 
@@ -63,22 +52,22 @@ def verify_cache(
     seed: int = 0,
     progress: Callable[[int, int], None] | None = None,
 ) -> CacheCheck:
-    """Read a whole cache: ids, the checksum of every block in every shard, finite values; and ask the teacher again.
+    """Check the ids, the checksums of all blocks and the finiteness of all values; recompute some rows by the teacher.
 
     Args:
         cache: an open cache.
-        teacher: asked again for some rows; `None` for none.
+        teacher: recomputes some rows; `None` skips this.
         fetch: as in `TeacherCache.build`.
-        recompute: how many rows, drawn from `seed`.
-        seed: of that draw.
-        progress: called with rows done and rows in all.
+        recompute: number of random rows to recompute.
+        seed: seed of the random rows.
+        progress: called with the number of checked rows and all rows.
 
     Returns:
-        What was looked at.
+        Counts of the checked rows and files.
 
     Raises:
-        CacheError: the first damage, with the file and the rows; or a sample whose row is not what the teacher says.
-        ValueError: a teacher without `fetch`, or the reverse.
+        CacheError: a file is damaged (the message names the file and the rows), or a row differs from the teacher's.
+        ValueError: only one of `teacher` and `fetch` is given.
 
     Examples:
         >>> import tempfile
@@ -88,22 +77,31 @@ def verify_cache(
         >>> fetch = lambda samples, view: images[samples]
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     cache = TeacherCache.build(folder, teacher, fetch, samples=5)
-        ...     found = verify_cache(cache, teacher=teacher, fetch=fetch)
-        >>> found.rows, found.shards, found.recomputed
+        ...     check = verify_cache(cache, teacher=teacher, fetch=fetch)
+        >>> check.rows, check.shards, check.recomputed
         (5, 1, 5)
     """
     check_type("verify_cache", "cache", cache, TeacherCache, "a TeacherCache")
     check_number("verify_cache", "recompute", recompute, min=0, integer=True)
-    check_together(teacher, fetch)
+    given = "fetch" if teacher is None else "teacher"
+    check_argument(
+        (teacher is None) == (fetch is None),
+        f"verify_cache: teacher and fetch must be given together, got only {given}",
+    )
     layout = cache._layout
-    _check_ids(cache.path, layout)
-    records = _records(cache.path, layout) if layout.block else None
-    for block, (start, stop) in enumerate(_spans(layout)):
+    ids, file = cache._mapped_ids(), cache.path / "samples.i64"
+    check_cache(not (ids[1:] <= ids[:-1]).any(), f"{file} is damaged: its ids are not ascending")
+    check_cache(ids_digest(ids) == layout.ids, f"{file} is damaged: its ids do not match the checksum in the header")
+    records = _records(cache.path, layout)
+    for block in range(layout.blocks):
+        start, stop = layout.rows_in(block)
         rows = cache._raw(start, stop)
-        if records is not None:
-            files = {shard_path(cache.path, shard).name for shard, _, _ in layout.pieces(start, stop)}
-            good = np.array_equal(records["digest"][block], block_digest(rows))
-            check_block(cache.path, files, good, start, stop)
+        files = {shard_path(cache.path, shard).name for shard, _, _ in layout.pieces(start, stop)}
+        check_cache(
+            np.array_equal(records["digest"][block], block_digest(rows)),
+            f"{cache.path / ' or '.join(sorted(files))} is damaged: the checksum of rows {start} to {stop - 1} does not "
+            "match; build the cache again",
+        )
         cache._check_finite(unpack(layout, rows, layout.features), np.arange(start, stop))
         if progress is not None:
             progress(stop, layout.total)
@@ -112,37 +110,16 @@ def verify_cache(
         count = min(recompute, layout.total)
         rows = np.sort(np.random.default_rng(seed).choice(layout.total, count, replace=False))
         distances = _recompute(cache, teacher, fetch, rows)
-    return CacheCheck(layout.total, layout.shards, records is not None, count, distances)
-
-
-def _check_ids(path: Path, layout: Layout) -> None:
-    file, digest, last = path / "samples.i64", hashlib.sha256(), None
-    check_size(file, 8 * layout.samples, file.stat().st_size if file.is_file() else 0)
-    with file.open("rb") as stream:
-        while part := stream.read(1 << 20):
-            digest.update(part)
-            ids = np.frombuffer(part, "<i8")
-            ids = ids if last is None else np.concatenate([[last], ids])
-            last = ids[-1]
-            check_ascending(file, ids)
-    check_ids_checksum(file, digest.hexdigest() == layout.ids)
+    return CacheCheck(layout.total, layout.shards, count, distances)
 
 
 def _records(path: Path, layout: Layout) -> np.ndarray[Any, Any]:
     file, kind = path / NAME, record_type(layout)
-    check_size(file, layout.blocks * kind.itemsize, file.stat().st_size if file.is_file() else 0)
+    check_size(file, layout.blocks * kind.itemsize)
     content = file.read_bytes()
-    check_checksum(file, hashlib.sha256(content).hexdigest() == layout.checks)
+    good = hashlib.sha256(content).hexdigest() == layout.checks
+    check_cache(good, f"{file} is damaged: it does not match the checksum in the header")
     return np.frombuffer(content, kind)
-
-
-def _spans(layout: Layout) -> Iterator[tuple[int, int]]:
-    if layout.block:
-        yield from map(layout.rows_in, range(layout.blocks))
-        return
-    step = max(1, (1 << 22) // layout.row_bytes)
-    for start in range(0, layout.total, step):
-        yield start, min(start + step, layout.total)
 
 
 def _recompute(
@@ -153,17 +130,23 @@ def _recompute(
     views, positions = np.divmod(rows, layout.samples)
     for view in np.unique(views):
         here = positions[views == view]
-        for start in range(0, len(here), layout.block or 64):
-            samples = cache._ids_at(here[start : start + (layout.block or 64)])
-            said, held = ask(teacher, fetch, samples, int(view)), cache.read(torch.from_numpy(samples), int(view))
-            for name, x in held.items():
-                if name not in said or said[name].shape != x.shape:
-                    raise other_feature(cache.path, name, tuple(x.shape[1:]))
-                apart = 1 - F.cosine_similarity(x.flatten(1).double(), said[name].flatten(1).double())
-                # Two rows of zeros have no direction to differ in.
-                apart[(x.flatten(1) == 0).all(1) & (said[name].flatten(1) == 0).all(1)] = 0.0
-                allowed = 2 * layout.error.get(name, {}).get("max_cosine", 0.0) + SLACK
-                at = int(apart.argmax())
-                check_close(cache.path, name, samples[at], view, apart=float(apart[at]), allowed=allowed)
-                largest[name] = max(largest[name], float(apart[at]))
+        for start in range(0, len(here), layout.block):
+            samples = cache._ids_at(here[start : start + layout.block])
+            outputs = teacher_outputs(teacher, fetch, samples, int(view))
+            stored = cache.read(torch.from_numpy(samples), int(view))
+            for name, x in stored.items():
+                if name not in outputs or outputs[name].shape != x.shape:
+                    shape = tuple(x.shape[1:])
+                    raise cache_error(f"{cache.path} has a feature {name!r} {shape}, which the teacher does not return")
+                error = 1 - F.cosine_similarity(x.flatten(1).double(), outputs[name].flatten(1).double())
+                # Two zero rows are equal.
+                error[(x.flatten(1) == 0).all(1) & (outputs[name].flatten(1) == 0).all(1)] = 0.0
+                allowed = 2 * layout.error.get(name, {}).get("max_cosine", 0.0) + TOLERANCE
+                at = int(error.argmax())
+                check_cache(
+                    float(error[at]) <= allowed,
+                    f"{cache.path} differs from the teacher's output: feature {name!r} of sample {samples[at]}, view "
+                    f"{view} has a cosine error of {error[at]:.2g}, allowed is {allowed:.2g}",
+                )
+                largest[name] = max(largest[name], float(error[at]))
     return largest

@@ -1,4 +1,4 @@
-"""Cache: rows to their places in the shards, and the word that they are there. Touches the cache's directory alone."""
+"""Writer of rows into the shards of a cache."""
 
 import hashlib
 import os
@@ -10,15 +10,16 @@ from typing import BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
+from kdlib._atomic import sync_folder
 from kdlib.cache.blocks import Blocks, block_digest
 from kdlib.cache.codec import Errors
-from kdlib.cache.layout import NO_LINK, Layout, read_header, shard_path, sync_directory, writing
+from kdlib.cache.layout import NO_LINK, Layout, read_header, shard_path, writing
 
 __all__ = ["Writer"]
 
 
 class Writer:
-    """Writes blocks of one process, among others that write blocks of their own."""
+    """Writes the blocks of one process; other processes may write other blocks."""
 
     def __init__(self, directory: Path, layout: Layout, blocks: Blocks) -> None:
         self.directory, self.layout, self.blocks = directory, layout, blocks
@@ -27,7 +28,7 @@ class Writer:
         self.done = 0
 
     def write(self, block: int, rows: NDArray[np.uint8], errors: Errors) -> None:
-        """Put the rows of a block where they belong; `mark` makes that certain."""
+        """Write the rows of a block; `sync` makes them durable."""
         start, stop = self.layout.rows_in(block)
         digest = block_digest(rows)
         for shard, inside, count in self.layout.pieces(start, start + len(rows)):
@@ -42,17 +43,17 @@ class Writer:
         self.done += stop - start
 
     def _open(self, shard: int, path: Path) -> BinaryIO:
-        """A shard has its full size from the start, and holes where nothing was written yet."""
+        """Open a shard, which is created at full size with holes for missing rows."""
         file: BinaryIO = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | NO_LINK, 0o666), "r+b")
         self.files[shard] = file
         if os.fstat(file.fileno()).st_size != self.layout.bytes_of(shard):
             file.truncate(self.layout.bytes_of(shard))
         file.seek(self.layout.rows_of(shard) * self.layout.row_bytes)
-        file.write(self.layout.seal_of(shard))
+        file.write(self.layout.trailer_of(shard))
         return file
 
-    def mark(self) -> None:
-        """The rows first, then the word that they are there, then the count in the header."""
+    def sync(self) -> None:
+        """Sync the rows to disk, then record their blocks, then update the header."""
         if not self.pending:
             return
         for shard, file in list(self.files.items()):
@@ -61,48 +62,41 @@ class Writer:
                 os.fsync(file.fileno())
                 file.close()
             del self.files[shard]
-        sync_directory(self.directory)
+        with writing(self.directory):
+            sync_folder(self.directory)
         self.blocks.mark(self.pending)
         self.pending = {}
-        with self.blocks.alone():
+        with self.blocks.header_lock():
             rows = self.count(self.blocks.records()["done"] == 1)
-            found = read_header(self.directory)
-            if found is not None and not found.complete:
+            header = read_header(self.directory)
+            if header is not None and not header.complete:
                 replace(self.layout, rows=rows).write(self.directory)
 
     def complete(self) -> None:
-        """Once all is there: the checksum of the checksums, and the errors of the whole."""
-        with self.blocks.alone():
-            found = read_header(self.directory)
-            if found is not None and found.complete:
+        """Write the checksum of the records and the errors of the whole cache into the header."""
+        with self.blocks.header_lock():
+            header = read_header(self.directory)
+            if header is not None and header.complete:
                 return
             records = self.blocks.records()
             error = {
                 name: {
-                    "max_cosine": float(records["worst"][:, at].max()),
-                    "mean_cosine": float(records["total"][:, at].sum() / self.layout.total),
-                    "max_relative": float(records["relative"][:, at].max()),
+                    "max_cosine": float(records["max_cosine"][:, at].max()),
+                    "mean_cosine": float(records["sum_cosine"][:, at].sum() / self.layout.total),
+                    "max_relative": float(records["max_relative"][:, at].max()),
                 }
                 for at, name in enumerate(self.layout.features)
             }
             checks = hashlib.sha256(records.tobytes()).hexdigest()
             replace(self.layout, rows=self.layout.total, checks=checks, error=error).write(self.directory)
 
-    def _rows(self, done: NDArray[np.bool_]) -> int:
-        """How many rows blocks hold."""
-        layout = self.layout
-        per_view = -(-layout.samples // layout.block)
-        short = layout.samples - (per_view - 1) * layout.block
-        views = done.reshape(layout.views, per_view)
-        return int(views[:, :-1].sum()) * layout.block + int(views[:, -1].sum()) * short
-
     def count(self, done: NDArray[np.bool_]) -> int:
-        """How many rows there are, of us and of others."""
-        self.done = self._rows(done)
+        """Return the number of rows in complete blocks, and continue counting from there."""
+        self.done = int(self.layout.block_rows[done].sum())
         return self.done
 
     def close(self) -> None:
-        """Let go of the files; what was not marked may be lost."""
+        """Close the files; rows that were not synced may be lost."""
         for file in self.files.values():
             with suppress(OSError):
                 file.close()

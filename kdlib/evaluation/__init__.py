@@ -1,4 +1,4 @@
-"""Stage 7: is the student like its teacher? Reads tensors, returns numbers; knows no model and no file."""
+"""Measures of how similar student and teacher outputs are, and of calibration."""
 
 from kdlib.evaluation.agreement import linear_cka, mean_cosine, top_agreement
 from kdlib.evaluation.calibration import calibration_error

@@ -1,4 +1,4 @@
-"""Stage 7: is the student like its teacher? Numbers on embeddings and logits of the same inputs. Touches tensors alone."""
+"""Similarity of student and teacher embeddings or logits on the same inputs."""
 
 import torch
 from torch import Tensor
@@ -11,19 +11,19 @@ __all__ = ["linear_cka", "mean_cosine", "top_agreement"]
 
 @torch.no_grad()
 def mean_cosine(student: Tensor, teacher: Tensor) -> Tensor:
-    """Mean cosine of the angle between both embeddings of each input.
+    """Compute the mean cosine similarity between both embeddings of each input.
 
-    Says how far the student can stand in for its teacher in a gallery of the teacher's embeddings.
+    A high value means that student embeddings can be searched in a gallery of teacher embeddings.
 
     Args:
         student: `(b, d)`.
         teacher: `(b, d)`, in the same coordinates.
 
     Returns:
-        Scalar in [-1, 1]; a zero row counts as 0, an empty batch too.
+        Scalar in [-1, 1]; 0 for an empty batch. Zero rows are treated as orthogonal to everything (cosine 0).
 
     Raises:
-        TypeError, ValueError: tensors of other kinds or shapes.
+        TypeError, ValueError: wrong dtypes or shapes.
 
     Examples:
         >>> x = torch.tensor([[1.0, 0.0], [0.0, 2.0]])
@@ -40,17 +40,17 @@ def mean_cosine(student: Tensor, teacher: Tensor) -> Tensor:
 
 @torch.no_grad()
 def top_agreement(student: Tensor, teacher: Tensor) -> Tensor:
-    """Share of the inputs for which both choose the same class, right or wrong.
+    """Compute the share of inputs for which student and teacher predict the same class, right or wrong.
 
     Args:
         student: logits `(b, c)`.
         teacher: logits `(b, c)` on the same classes.
 
     Returns:
-        Scalar in [0, 1]; 0 of an empty batch. Of equal largest logits the first one counts.
+        Scalar in [0, 1]; 0 for an empty batch. Ties are broken by the first of the largest logits.
 
     Raises:
-        TypeError, ValueError: tensors of other kinds or shapes.
+        TypeError, ValueError: wrong dtypes or shapes.
 
     Examples:
         >>> top_agreement(torch.tensor([[2.0, 1.0], [0.0, 3.0]]), torch.tensor([[5.0, 4.0], [1.0, 0.0]]))
@@ -64,19 +64,20 @@ def top_agreement(student: Tensor, teacher: Tensor) -> Tensor:
 
 @torch.no_grad()
 def linear_cka(student: Tensor, teacher: Tensor) -> Tensor:
-    r"""Linear centerd kernel alignment: are the two sets of embeddings alike up to rotation and scale?
+    """Compute the linear centered kernel alignment of two sets of embeddings.
 
-    `||X^T Y||_F^2 / (||X^T X||_F ||Y^T Y||_F)` with centerd columns; needs no common coordinates nor dimensions.
+    `||X^T Y||_F^2 / (||X^T X||_F ||Y^T Y||_F)` with centered columns. It is invariant to rotation and scale, and the
+    dimensions may differ.
 
     Args:
         student: `(b, d)`.
         teacher: `(b, D)`.
 
     Returns:
-        Scalar in [0, 1]; 0 where one side does not vary.
+        Scalar in [0, 1]; 0 where one side is constant.
 
     Raises:
-        TypeError, ValueError: tensors of other kinds or shapes.
+        TypeError, ValueError: wrong dtypes or shapes.
 
     Examples:
         >>> x = torch.randn(20, 4, generator=torch.Generator().manual_seed(0))
@@ -90,15 +91,15 @@ def linear_cka(student: Tensor, teacher: Tensor) -> Tensor:
     check_rank("linear_cka", "student", student, "b d")
     check_rank("linear_cka", "teacher", teacher, "b d")
     check_same_batch("linear_cka", "student", student, "teacher", teacher)
-    first, second = (_centerd(x.double()) for x in (student, teacher))
+    first, second = (_centered(x.double()) for x in (student, teacher))
     cross = (first.T @ second).square().sum()
     own = (first.T @ first).norm() * (second.T @ second).norm()
-    alike: Tensor = cross / own.clamp(min=1e-300)
-    return alike.to(student.dtype)
+    alignment: Tensor = cross / own.clamp(min=1e-300)
+    return alignment.to(student.dtype)
 
 
-def _centerd(x_bd: Tensor) -> Tensor:
-    """Columns of mean 0, at a scale whose squares are safe: the alignment does not hang on it."""
+def _centered(x_bd: Tensor) -> Tensor:
+    """Center the columns at a scale whose squares neither overflow nor underflow; the scale cancels."""
     if not x_bd.numel():
         return x_bd
     largest = x_bd.abs().amax()

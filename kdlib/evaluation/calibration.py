@@ -1,27 +1,26 @@
-"""Stage 7: does a network know how often it is right? One number on logits and classes. Touches tensors alone."""
+"""Expected calibration error."""
 
 import torch
 from torch import Tensor
 
-from kdlib._checks import check_floating, check_number, check_rank
-from kdlib.losses._checks import check_target
+from kdlib._checks import check_floating, check_number, check_rank, check_target
 
 __all__ = ["calibration_error"]
 
 
 @torch.no_grad()
 def calibration_error(logits: Tensor, target: Tensor, *, bins: int = 15) -> Tensor:
-    r"""How far the confidence of the chosen class is from the share of right choices (expected calibration error).
+    r"""Compute the expected calibration error: the difference between confidence and accuracy, averaged over bins.
 
-    With the samples in M bins of equal width by their confidence :math:`c_i`, the largest probability of
-    softmax(logits), bin m holding those in :math:`((m - 1) / M, m / M]`, and :math:`a_i` 1 where the class of the largest
-    logit is the target and else 0,
+    The confidence :math:`c_i` of a sample is the largest probability of softmax(logits). Bin m of M contains the
+    samples with a confidence in :math:`((m - 1) / M, m / M]`. With :math:`a_i` 1 where the class of the largest logit
+    is the target, else 0,
 
     .. math:: \sum_m \frac{|B_m|}{b} \Bigl| \operatorname*{mean}_{i \in B_m} a_i - \operatorname*{mean}_{i \in B_m} c_i
               \Bigr|
 
-    Ask it of the student and of its teacher: a student may choose as its teacher does and be far surer of it. The
-    number hangs on how many samples and bins there are; compare like with like.
+    Compute it for the student and for the teacher: a student can predict the same classes with a much higher
+    confidence. The value depends on the numbers of samples and bins; compare only values with equal numbers.
 
     Args:
         logits: `(b, c)`.
@@ -29,10 +28,10 @@ def calibration_error(logits: Tensor, target: Tensor, *, bins: int = 15) -> Tens
         bins: M, at least 1.
 
     Returns:
-        Scalar in [0, 1]; 0 of an empty batch. In the dtype of the logits, computed in float64.
+        Scalar in [0, 1], in the dtype of the logits, computed in float64; 0 for an empty batch.
 
     Raises:
-        TypeError, ValueError: tensors of other kinds or shapes, a class out of range, no bin.
+        TypeError, ValueError: wrong dtypes or shapes, a class out of range, or `bins` below 1.
 
     Examples:
         >>> logits = torch.tensor([[0.0, 0.0], [0.0, 0.0], [9.0, -9.0]])  # confidence 1/2, 1/2, 1
@@ -52,9 +51,9 @@ def calibration_error(logits: Tensor, target: Tensor, *, bins: int = 15) -> Tens
     if not logits.numel():
         return logits.new_zeros(())
     confidence, choice = logits.double().softmax(1).max(1)
-    right = (choice == target.to(choice.device)).double()
-    place = (confidence * bins).ceil().long().clamp(1, bins) - 1
-    # The bin's share times the difference of its means is the difference of its sums over b.
-    gaps = torch.zeros(bins, dtype=torch.float64, device=logits.device).index_add_(0, place, right - confidence)
+    correct = (choice == target.to(choice.device)).double()
+    index = (confidence * bins).ceil().long().clamp(1, bins) - 1
+    # A bin's share times the difference between its means equals the difference between its sums, divided by b.
+    gaps = torch.zeros(bins, dtype=torch.float64, device=logits.device).index_add_(0, index, correct - confidence)
     error: Tensor = gaps.abs().sum() / len(logits)
     return error.to(logits.dtype)

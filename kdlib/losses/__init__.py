@@ -1,8 +1,4 @@
-"""Losses: stage 3, `(student, teacher)` tensors to a scalar or `(b,)`. Imports only the shared checks.
-
-One method a file, the function and its Module together. The Modules are gathered here; the functions in
-`kdlib.functional`.
-"""
+"""Distillation losses as Modules; the functions are in `kdlib.functional`."""
 
 from kdlib.losses.activation_boundary import ActivationBoundaryLoss
 from kdlib.losses.angular import AngularDistillLoss
@@ -24,23 +20,8 @@ from kdlib.losses.soft_target import SoftTargetLoss
 from kdlib.losses.variational_information import VariationalInformationLoss
 
 __all__ = [
-    "ActivationBoundaryLoss",
-    "AngularDistillLoss",
-    "AttentionTransferLoss",
-    "AttentiveSimilarityLoss",
-    "ContrastiveRepresentationLoss",
-    "CorrelationCongruenceLoss",
-    "DISTLoss",
-    "DarkRankLoss",
-    "DecoupledKDLoss",
-    "HierarchicalContextLoss",
-    "HintLoss",
-    "NSTLoss",
-    "OverhaulLoss",
-    "PKTLoss",
-    "RKDAngleLoss",
-    "RKDDistanceLoss",
-    "SimilarityPreservingLoss",
-    "SoftTargetLoss",
-    "VariationalInformationLoss",
-]
+    "ActivationBoundaryLoss", "AngularDistillLoss", "AttentionTransferLoss", "AttentiveSimilarityLoss",
+    "ContrastiveRepresentationLoss", "CorrelationCongruenceLoss", "DISTLoss", "DarkRankLoss", "DecoupledKDLoss",
+    "HierarchicalContextLoss", "HintLoss", "NSTLoss", "OverhaulLoss", "PKTLoss", "RKDAngleLoss", "RKDDistanceLoss",
+    "SimilarityPreservingLoss", "SoftTargetLoss", "VariationalInformationLoss",
+]  # fmt: skip

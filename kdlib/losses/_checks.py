@@ -1,37 +1,19 @@
-"""Losses: the checks that only losses make. Words errors; touches shapes and targets."""
+"""Argument checks that only losses use."""
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from kdlib._checks import check_finite, check_floating, check_number, check_shape, show_shape
+from kdlib._checks import check_finite, check_floating, check_number, show_shape
 
 __all__ = [
-    "check_affine",
-    "check_gathered",
-    "check_gathered_reduction",
-    "check_levels",
-    "check_map",
-    "check_margin",
-    "check_target",
-    "no_second_derivative",
-]
-
-
-def check_gathered(owner: str, rows: Sequence[tuple[tuple[int, ...], str]]) -> None:
-    """The processes must bring rows of one shape and dtype; `rows` holds both for each process."""
-    for rank, (shape, dtype) in enumerate(rows):
-        if (shape, dtype) != rows[0]:
-            raise ValueError(
-                f"{owner}: all processes must hold rows of one shape and dtype, got {rows[0][0]} {rows[0][1]} in "
-                f"process 0 and {shape} {dtype} in process {rank}"
-            )
+    "check_affine", "check_gathered_reduction", "check_levels", "check_map", "check_margin", "no_second_derivative"
+]  # fmt: skip
 
 
 def check_gathered_reduction(owner: str, gather: bool, reduction: str) -> None:
-    """A loss over the rows of all processes has one value, which every process gets."""
+    """With `gather` all processes return the same single value, so `reduction` must be `"mean"`."""
     if gather and reduction != "mean":
         raise ValueError(
             f"{owner}: reduction must be 'mean' with gather: the processes share one value, got {reduction!r}"
@@ -45,21 +27,7 @@ def check_map(owner: str, **tensors: Tensor) -> None:
             raise ValueError(f"{owner}: {name} must be (b, c, h, w) or (b, h, w), got {show_shape(x)}")
 
 
-def check_target(owner: str, target: Tensor, batch: int, classes: int) -> None:
-    """`target` must be `(b,)` classes: whole numbers from 0 to below `classes`."""
-    if not isinstance(target, Tensor):
-        raise TypeError(f"{owner}: target must be a torch.Tensor, got {type(target).__name__}")
-    if target.is_floating_point() or target.is_complex() or target.dtype == torch.bool:
-        raise TypeError(f"{owner}: target must be whole numbers, got {target.dtype}")
-    check_shape(owner, "target", target, "b", b=batch)
-    if torch.compiler.is_compiling() or target.numel() == 0:  # a compiler has no values to look at
-        return
-    least, most = (int(end) for end in torch.aminmax(target))
-    if least < 0 or most >= classes:
-        raise ValueError(f"{owner}: target must be from 0 to below c = {classes}, got {least if least < 0 else most}")
-
-
-def check_levels(owner: str, levels: Any) -> None:
+def check_levels(owner: str, levels: object) -> None:
     """`levels` must be a sequence of whole numbers of at least 1."""
     if isinstance(levels, (str, bytes)) or not isinstance(levels, Sequence):
         raise TypeError(f"{owner}: levels must be a sequence of whole numbers, got {type(levels).__name__}")
@@ -67,24 +35,24 @@ def check_levels(owner: str, levels: Any) -> None:
         check_number(owner, f"levels[{index}]", level, min=1, integer=True)
 
 
-def check_affine(owner: str, norm: Any) -> None:
-    """`norm` must have a weight and a bias of one length, as BatchNorm with `affine=True`."""
+def check_affine(owner: str, norm: object) -> None:
+    """`norm` must have a weight and a bias of the same length, as BatchNorm with `affine=True`."""
     weight, bias = getattr(norm, "weight", None), getattr(norm, "bias", None)
     good = isinstance(weight, Tensor) and isinstance(bias, Tensor) and weight.dim() == 1 and weight.shape == bias.shape
     if not good:
         raise TypeError(f"{owner}: norm must have a weight and a bias (c,), as BatchNorm2d(c), got {norm!r}")
 
 
-def check_margin(owner: str, margin: Any, channels: int | None) -> None:
-    """`margin` must be a number of at most 0, or a tensor `(c,)` of such."""
+def check_margin(owner: str, margin: object, channels: int | None) -> None:
+    """`margin` must be a number of at most 0, or a tensor `(c,)` of such numbers."""
     if not isinstance(margin, Tensor):
         check_number(owner, "margin", margin, max=0)
         return
     check_floating(owner, margin=margin)
     if margin.dim() > 1 or (margin.dim() == 1 and channels is not None and margin.shape[0] != channels):
-        wanted = "(c,)" if channels is None else f"(c,) = ({channels},)"
-        raise ValueError(f"{owner}: margin must be {wanted} or a number, got {show_shape(margin)}")
-    if torch.compiler.is_compiling() or margin.numel() == 0:  # a compiler has no values to look at
+        expected = "(c,)" if channels is None else f"(c,) = ({channels},)"
+        raise ValueError(f"{owner}: margin must be {expected} or a number, got {show_shape(margin)}")
+    if torch.compiler.is_compiling() or margin.numel() == 0:  # values are not available during compilation
         return
     check_finite(owner, margin=margin)
     if margin.amax() > 0:
@@ -92,5 +60,5 @@ def check_margin(owner: str, margin: Any, channels: int | None) -> None:
 
 
 def no_second_derivative() -> RuntimeError:
-    """A gradient that is differentiated again."""
-    return RuntimeError("relation losses have a gradient, but no second derivative")
+    """Return the error of a gradient that is differentiated again."""
+    return RuntimeError("this relation loss has a gradient, but no second derivative")

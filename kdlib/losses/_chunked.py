@@ -1,8 +1,8 @@
-"""Losses: a few rows of two big matrices at a time, so that no third matrix of their size is held. Touches tensors only.
+"""Losses of large logits, computed a few rows at a time so that no further matrix of their size is held.
 
-Logits of a million classes are large: every step of a formula that is written for the whole batch, and kept for the
-backward, costs another matrix of their size. Here the loss and its gradient are both computed a few rows at a time;
-between forward and backward only the two inputs are kept, and the only new matrix is the gradient itself.
+With a million classes, each step of a formula that is applied to the whole batch and saved for the backward pass takes
+the memory of another matrix of logits. Here the loss and its gradient are computed a few rows at a time; only the two
+inputs are saved, and the only new matrix is the gradient.
 """
 
 from collections.abc import Callable, Iterator
@@ -12,44 +12,45 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-__all__ = ["LEAST_LOG", "by_rows", "soften"]
+from kdlib._maths import promote, promoted_dtype
 
-LEAST_LOG = -1e30
-"""A smaller log-probability counts as this one: gaps near the end of float32 would make it -inf, and 0 * -inf NaN."""
+__all__ = ["MIN_LOG", "by_rows", "soften"]
 
-CACHED = 2**17
-"""Numbers of one matrix to work on at a time: what fits the cache of a processor's core, with what is made of them."""
+MIN_LOG = -1e30
+"""Smaller log-probabilities count as this one, because differences could overflow to -inf, and 0 * -inf is NaN."""
+
+CHUNK = 2**17
+"""Values of a matrix per chunk and core: with the intermediate results they fit the cache of a processor's core."""
 
 
 def by_rows(
     value: Callable[..., Tensor], slope: Callable[..., Tensor], student: Tensor, teacher: Tensor, *others: Tensor
 ) -> Tensor:
-    """`value(student, teacher, *others)`, computed and differentiated a few rows at a time.
+    """Compute `value(student, teacher, *others)` and its gradient a few rows at a time.
 
-    Neither function sees a half-precision number: rows come to them in float32, or float64 if either matrix is. What
-    is small is left to autograd whole, without `slope`; and so is all inside `torch.compile`, which fuses the steps
-    itself. The gradient of the gradient works, and takes the memory of the formula as written. Where there are parts,
-    `torch.func.grad` works and `torch.func.vmap` says that it has no rule.
+    Both functions receive float32 rows, or float64 if either matrix is float64. Small matrices use plain autograd on
+    `value`, as does `torch.compile`, which fuses the steps itself. Second derivatives work and take the memory of the
+    plain formula. For large matrices `torch.func.grad` works and `torch.func.vmap` raises an error.
 
     Args:
-        value: `(n, c)`, `(n, c)` and n rows of each of `others` to the losses `(n,)`.
-        slope: of the same arguments, the derivative of each loss with respect to its row of the student, `(n, c)`.
-            Both functions are written in operations that autograd can differentiate.
+        value: maps `(n, c)`, `(n, c)` and n rows of each of `others` to the losses `(n,)`.
+        slope: maps the same arguments to the derivative of each loss by its row of the student, `(n, c)`. Both
+            functions must consist of differentiable operations.
         student: `(b, c)`.
         teacher: `(b, c)`; receives no gradient.
-        others: tensors `(b, ...)` that need no gradient either.
+        others: tensors `(b, ...)` that need no gradient.
 
     Returns:
         `(b,)`, float32 or float64.
     """
-    if torch.compiler.is_compiling() or student.numel() <= CACHED:
-        return value(*_promoted(student, teacher.detach()), *others)
+    if torch.compiler.is_compiling() or student.numel() <= CHUNK:
+        return value(*promote(student, teacher), *others)
     losses: Tensor = _ByRows.apply(value, slope, student, teacher.detach(), *others)  # type: ignore[no-untyped-call]  # torch has no types here
     return losses
 
 
 def soften(logits: Tensor, temperature: float) -> Tensor:
-    """`logits / temperature` `(n, c)`, up to a constant of each row where the quotient could leave the float range."""
+    """Return `logits / temperature` `(n, c)`, minus a constant of each row if the quotient could overflow."""
     if temperature >= 1:
         return logits / temperature
     shifted = (logits - logits.amax(1, keepdim=True)) / temperature
@@ -61,11 +62,11 @@ class _ByRows(Function):
     def forward(
         value: Callable[..., Tensor], slope: Callable[..., Tensor], student: Tensor, teacher: Tensor, *others: Tensor
     ) -> Tensor:
-        # Not a list of small results: among the big ones they would leave gaps that the allocator cannot use again.
-        out = student.new_empty(student.shape[0], dtype=_dtype(student, teacher))
-        for to, s, t, *rest in _split(student, out, student, teacher, *others):
-            to.copy_(value(*_promoted(s, t), *rest))
-        return out
+        # Allocated first: small results between large ones would fragment the memory of the allocator.
+        losses = student.new_empty(student.shape[0], dtype=promoted_dtype(student, teacher))
+        for out, s, t, *rest in _chunks(student, losses, student, teacher, *others):
+            out.copy_(value(*promote(s, t), *rest))
+        return losses
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -77,32 +78,17 @@ class _ByRows(Function):
         student, teacher, *others = ctx.saved_tensors
         none = (None,) * (1 + len(others))
         scale = gradient.unsqueeze(1)
-        if torch.is_grad_enabled():  # the graph of the gradient is asked for
-            slope = ctx.slope(*_promoted(student, teacher), *others)
+        if torch.is_grad_enabled():  # with create_graph=True
+            slope = ctx.slope(*promote(student, teacher), *others)
             return None, None, (slope * scale).to(student.dtype), *none
-        out = torch.empty_like(student)
-        for to, by, s, t, *rest in _split(student, out, scale, student, teacher, *others):
-            torch.mul(ctx.slope(*_promoted(s, t), *rest), by, out=to)
-        return None, None, out, *none
+        result = torch.empty_like(student)
+        for out, factor, s, t, *rest in _chunks(student, result, scale, student, teacher, *others):
+            torch.mul(ctx.slope(*promote(s, t), *rest), factor, out=out)
+        return None, None, result, *none
 
 
-def _dtype(student: Tensor, teacher: Tensor) -> torch.dtype:
-    """Float32, or float64 if either is."""
-    return torch.promote_types(torch.promote_types(student.dtype, teacher.dtype), torch.float32)
-
-
-def _promoted(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
-    dtype = _dtype(student, teacher)
-    return student.to(dtype), teacher.to(dtype)
-
-
-def _rows_at_once(x_bc: Tensor) -> int:
-    """As many rows as fit the caches of the cores at work; elsewhere, enough to keep an accelerator busy."""
+def _chunks(x_bc: Tensor, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Split tensors `(b, ...)` into chunks whose size fits the caches of all cores, or keeps an accelerator busy."""
     cores = torch.get_num_threads() if x_bc.device.type == "cpu" else 32
-    return max(1, cores * CACHED // max(x_bc.shape[1], 1))
-
-
-def _split(x_bc: Tensor, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """The tensors `(b, ...)` in parts of as many rows as `x_bc` may be worked on at once."""
-    rows = _rows_at_once(x_bc)
+    rows = max(1, cores * CHUNK // max(x_bc.shape[1], 1))
     return zip(*(torch.split(x, rows) for x in tensors), strict=True)

@@ -1,4 +1,4 @@
-"""Losses: the energy of a feature map by place and by channel, without a copy of the map. Touches tensors only."""
+"""Energy of feature maps by position and by channel, computed without a copy of the map."""
 
 from typing import Any
 
@@ -12,21 +12,21 @@ __all__ = ["scaled_energy"]
 
 
 def scaled_energy(features: Tensor, dtype: torch.dtype, *, channels: bool = False) -> tuple[Tensor, Tensor, Tensor]:
-    """Mean squares of each sample after division by its largest magnitude, for losses that do not depend on scale.
+    """Compute mean squares after division of each sample by its largest magnitude, for losses independent of scale.
 
     Args:
         features: `(b, c, h, w)`, of any floating-point dtype.
         dtype: of the arithmetic and of the result.
-        channels: whether the means over places are wanted too.
+        channels: whether to compute the means over positions too.
 
     Returns:
-        Means over the channels `(b, h, w)`; means over the places `(b, c)`, or `(b, 0)` if not wanted; the largest
-        magnitudes `(b,)`, a constant to autograd.
+        Means over the channels `(b, h, w)`; means over the positions `(b, c)`, or `(b, 0)` without `channels`; and the
+        largest magnitudes `(b,)`, which are constants to autograd.
     """
     if features.numel() and not torch.compiler.is_compiling():
         spatial, channel, largest = _ScaledEnergy.apply(features, dtype, channels)  # type: ignore[no-untyped-call]  # torch has no types here
         return spatial, channel, largest
-    # A compiler fuses these steps by itself.
+    # A compiler fuses these steps itself.
     return _plain(features, dtype, channels)
 
 
@@ -36,24 +36,23 @@ def _plain(features: Tensor, dtype: torch.dtype, channels: bool) -> tuple[Tensor
     return squares.mean(1), squares.mean((2, 3)) if channels else squares.new_zeros(len(squares), 0), largest
 
 
-def _parts(features: Tensor) -> int:
-    """How many samples to take at a time: what fits a processor's cache, or an eighth of the batch elsewhere."""
+def _chunk_size(features: Tensor) -> int:
+    """Return the samples per chunk: as many as fit a processor's cache, or an eighth of the batch on other devices."""
     batch = features.shape[0]
     return max(1, 2**18 * batch // features.numel()) if features.device.type == "cpu" else -(-batch // 8)
 
 
 class _ScaledEnergy(Function):
-    r"""A few samples at a time, so that what is made on the way stays in the cache; keeps the features, which live anyway.
+    r"""Works on a few samples at a time, so that intermediate results stay in the cache; saves only the features.
 
     With m the largest magnitude, a constant to autograd, the gradient of a mean of :math:`(F / m)^2` over n values is
-    :math:`\frac{2}{n} \frac{F}{m} \frac{g}{m}`, taken in two factors: neither the square of m nor its inverse need be
-    a number in float32.
+    :math:`\frac{2}{n} \frac{F}{m} \frac{g}{m}`. The two factors avoid the square of m, which may overflow.
     """
 
     @staticmethod
     def forward(features: Tensor, dtype: torch.dtype, channels: bool) -> tuple[Tensor, Tensor, Tensor]:
-        parts = [_plain(part, dtype, channels) for part in torch.split(features, _parts(features))]
-        spatial, channel, largest = (torch.cat(each) for each in zip(*parts, strict=True))
+        chunks = [_plain(chunk, dtype, channels) for chunk in torch.split(features, _chunk_size(features))]
+        spatial, channel, largest = (torch.cat(each) for each in zip(*chunks, strict=True))
         return spatial, channel, largest
 
     @staticmethod
@@ -66,22 +65,20 @@ class _ScaledEnergy(Function):
         ctx.save_for_backward(features, largest)
 
     @staticmethod
-    def backward(ctx: Any, by_place: Tensor, by_channel: Tensor, _: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, by_position: Tensor, by_channel: Tensor, _: Tensor) -> tuple[Tensor, None, None]:
         features, largest = ctx.saved_tensors
         divisor = torch.where(largest == 0, 1.0, largest).reshape(-1, 1, 1, 1)
-        factor = by_place[:, None] * (2 / features.shape[1]) / divisor
-        more = by_channel[:, :, None, None] * (2 / (features.shape[2] * features.shape[3])) / divisor
-        if torch.is_grad_enabled():  # the gradient is to have a graph itself
-            both = factor + more if ctx.channels else factor
-            return (features / divisor * both).to(features.dtype), None, None
+        spatial = by_position[:, None] * (2 / features.shape[1]) / divisor
+        channel = by_channel[:, :, None, None] * (2 / (features.shape[2] * features.shape[3])) / divisor
+        if torch.is_grad_enabled():  # with create_graph=True
+            slope = spatial + channel if ctx.channels else spatial
+            return (features / divisor * slope).to(features.dtype), None, None
         gradient = torch.empty_like(features)
-        split = zip(
-            *(torch.split(x, _parts(features)) for x in (gradient, features, divisor, factor, more)), strict=True
-        )
-        for to, part, over, times, plus in split:
-            both = times + plus if ctx.channels else times
-            if part.dtype == both.dtype:
-                torch.div(part, over, out=to).mul_(both)
+        tensors = (gradient, features, divisor, spatial, channel)
+        for out, f, m, s, c in zip(*(torch.split(x, _chunk_size(features)) for x in tensors), strict=True):
+            slope = s + c if ctx.channels else s
+            if f.dtype == slope.dtype:
+                torch.div(f, m, out=out).mul_(slope)
             else:
-                to.copy_((part / over).mul_(both))
+                out.copy_((f / m).mul_(slope))
         return gradient, None, None

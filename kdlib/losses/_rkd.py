@@ -1,25 +1,25 @@
-"""Losses: the two losses of `rkd`, each worked out together with its gradient. Touches tensors only.
+"""The two losses of `rkd`, each computed together with its gradient.
 
-Each is one operation to autograd and to a compiler: the pairs that need care are found by looking at the numbers.
+Each is one operation to autograd and to a compiler, because which pairs need care depends on the values.
 """
 
 import torch
 from torch import Tensor
 
 from kdlib._maths import unit_rows
-from kdlib.losses._pairs import add_distance_gradient, power_of_two, squared_distances
+from kdlib.losses._relations import add_distance_gradient, power_of_two, squared_distances
 
 __all__ = ["angle_with_gradient", "distance_with_gradient"]
 
 
 @torch.library.custom_op("kdlib::rkd_distance", mutates_args=())
 def distance_with_gradient(
-    student: Tensor, teacher: Tensor, share: Tensor, chunk: int, shortest: float, asked: bool
+    student: Tensor, teacher: Tensor, share: Tensor, chunk: int, shortest: float, needs_grad: bool
 ) -> tuple[Tensor, Tensor]:
-    """The loss, and its gradient `(b, d)` if asked for. One operation, opaque to a compiler."""
+    """Return the loss and, if needed, its gradient `(b, d)`."""
     kept = share.nonzero().squeeze(1)
     batch = kept.shape[0]
-    out = torch.zeros_like(student) if asked else student.new_empty(0)
+    out = torch.zeros_like(student) if needs_grad else student.new_empty(0)
     if batch < 2 or student.shape[1] * teacher.shape[1] == 0:
         return student.new_zeros(()), out
     student, teacher, share = student[kept], teacher[kept], share[kept]
@@ -29,22 +29,22 @@ def distance_with_gradient(
     (d_s, near), (d_t, _) = squared_distances(student, dtype), squared_distances(teacher, dtype)
     share = share.to(dtype)
     d_s, d_t = d_s.sqrt_(), d_t.sqrt_()
-    pairs = torch.outer(share, share).fill_diagonal_(0).sum()  # of two samples
+    pairs = torch.outer(share, share).fill_diagonal_(0).sum()  # of two different samples
     pairs = torch.where(pairs > 0, pairs, 1.0)
     mean_s, mean_t = share @ (d_s @ share) / pairs, share @ (d_t @ share) / pairs
     divide_s, divide_t = torch.where(mean_s > 0, mean_s, 1.0), torch.where(mean_t > 0, mean_t, 1.0)
-    value, pull = share.new_zeros(()), share.new_zeros(())
+    value, mean_slope = share.new_zeros(()), share.new_zeros(())
     for start in range(0, batch, chunk or batch):
         at = slice(start, start + (chunk or batch))
-        gap = (d_s[at] / divide_s).sub_(d_t[at].div_(divide_t))
-        slope = torch.clamp(gap, -1, 1, out=d_t[at])
-        value += share[at] @ (gap.sub_(slope, alpha=0.5).mul_(slope) @ share)
-        if asked:
-            pull += share[at] @ (torch.mul(slope, d_s[at], out=gap) @ share)
-    if not asked or not bool(mean_s * scale >= shortest):
+        difference = (d_s[at] / divide_s).sub_(d_t[at].div_(divide_t))
+        slope = torch.clamp(difference, -1, 1, out=d_t[at])
+        value += share[at] @ (difference.sub_(slope, alpha=0.5).mul_(slope) @ share)
+        if needs_grad:
+            mean_slope += share[at] @ (torch.mul(slope, d_s[at], out=difference) @ share)
+    if not needs_grad or not bool(mean_s * scale >= shortest):
         return value.to(student.dtype), out
-    # d loss / d distance, over the distance; both orders of a pair are one distance.
-    slope = d_t.sub_(pull / mean_s / pairs).mul_(2 / mean_s)
+    # The derivative by the distance, divided by the distance; both orders of a pair are the same distance.
+    slope = d_t.sub_(mean_slope / mean_s / pairs).mul_(2 / mean_s)
     slope.mul_(share.unsqueeze(1)).mul_(share).div_(torch.where(d_s > 0, d_s, torch.inf))
     gradient = add_distance_gradient(student, slope, near)
     out[kept] = (gradient / scale).to(student.dtype)
@@ -53,52 +53,53 @@ def distance_with_gradient(
 
 @torch.library.custom_op("kdlib::rkd_angle", mutates_args=())
 def angle_with_gradient(
-    student: Tensor, teacher: Tensor, share: Tensor, chunk: int, shortest: float, asked: bool
+    student: Tensor, teacher: Tensor, share: Tensor, chunk: int, shortest: float, needs_grad: bool
 ) -> tuple[Tensor, Tensor]:
-    """The loss, and its gradient `(b, d)` if asked for. One operation, opaque to a compiler."""
+    """Return the loss and, if needed, its gradient `(b, d)`."""
     kept = share.nonzero().squeeze(1)
-    out = torch.zeros_like(student) if asked else student.new_empty(0)
+    out = torch.zeros_like(student) if needs_grad else student.new_empty(0)
     if kept.shape[0] < 2 or student.shape[1] * teacher.shape[1] == 0:
         return student.new_zeros(()), out
     student, teacher, share = student[kept], teacher[kept], share[kept]
     scale = power_of_two(student)
     student, teacher = student / scale, teacher / power_of_two(teacher)
-    wide = torch.float32 if student.device.type == "mps" else torch.float64  # a Metal device has no float64
+    wide = torch.float32 if student.device.type == "mps" else torch.float64  # Metal devices have no float64
     (squares, near), (squares_t, _) = squared_distances(student, wide), squared_distances(teacher, wide)
     largest, largest_t = (torch.where(x.amax() > 0, x.amax(), 1.0) for x in (squares, squares_t))
     squares_t /= largest_t
     short = squares < (shortest / scale.to(wide)) ** 2
     squares /= largest
-    # The cosine of a triple rounds by as much as its two sides differ: beyond a thousand, in float64; and at vertices
-    # where it is beyond 1e9, by difference vectors.
+    # The rounding error of a cosine grows with the ratio of its two sides. Above a ratio of 1e3 float64 is used, and
+    # difference vectors at vertices where it is above 1e9.
     dtype = wide if bool((_uneven(squares, 1e-6) | _uneven(squares_t, 1e-6)).any()) else student.dtype
     by_vectors = _uneven(squares, 1e-18) | _uneven(squares_t, 1e-18)
     weight = None if bool((share == share[0]).all()) else share.to(dtype)
     sides = (_Side(squares.to(dtype), student), _Side(squares_t.to(dtype), teacher))
-    value, slope = _angles(*sides, by_vectors, weight, chunk, asked)
-    if asked:
+    value, slope = _angles(*sides, by_vectors, weight, chunk, needs_grad)
+    if needs_grad:
         slope = slope.to(wide).div_(largest).masked_fill_(short, 0)
         out[kept] = (add_distance_gradient(student, slope, near) / scale).to(student.dtype)
     return value.to(student.dtype), out
 
 
-def _uneven(squares: Tensor, least: float) -> Tensor:
-    """The vertices `(b,)` that have a neighbor other than at themselves nearer than `least`."""
-    return ((squares > 0) & (squares < least)).any(1)
+def _uneven(squares: Tensor, limit: float) -> Tensor:
+    """Return which vertices `(b,)` have a neighbor nearer than `limit` that does not coincide with them."""
+    return ((squares > 0) & (squares < limit)).any(1)
 
 
 def _angles(
-    student: "_Side", teacher: "_Side", by_vectors: Tensor, share: Tensor | None, chunk: int, asked: bool
+    student: "_Side", teacher: "_Side", by_vectors: Tensor, share: Tensor | None, chunk: int, needs_grad: bool
 ) -> tuple[Tensor, Tensor]:
-    """The loss, and twice its symmetric slopes on the student's squared distances `(b, b)`; no share is all one.
+    """Return the loss, and twice its symmetric slopes on the student's squared distances `(b, b)`.
 
-    A matrix of cosines at one vertex is symmetric, so tiles of it on and above the diagonal do, the former by half.
+    `share=None` means equal shares. The matrix of cosines at a vertex is symmetric, so only tiles on and above the
+    diagonal are computed, those on it with factor 1/2.
     """
     squares_s = student.squares
     batch = squares_s.shape[0]
     on_cpu = squares_s.device.type == "cpu"
-    side, room = (64, 2**18) if on_cpu else (256, 2**24)  # tiles that fit a processor's cache, or fill an accelerator
-    chunk = min(batch, chunk or max(1, room // (side * batch)))
+    side, capacity = (64, 2**18) if on_cpu else (256, 2**24)  # tiles fit a processor's cache or fill an accelerator
+    chunk = min(batch, chunk or max(1, capacity // (side * batch)))
     vertices = [(i, False) for i in torch.split((~by_vectors).nonzero().squeeze(1), chunk) if len(i)]
     vertices += [(i, True) for i in torch.split(by_vectors.nonzero().squeeze(1), 1) if len(i)]
     values = []
@@ -108,18 +109,18 @@ def _angles(
     tiles += [(rows, slice(rows.stop, batch), 1.0) for rows in blocks if rows.stop < batch]
     for i, vectors in vertices:
         value = squares_s.new_zeros(())
-        for j, k, part in tiles:
-            cosine, gap = (x.cosines(i, j, k, by_vectors=vectors) for x in (student, teacher))
-            torch.sub(cosine, gap, out=gap)
-            slope = gap.clamp(-1, 1)
-            gap.sub_(slope, alpha=0.5)
+        for j, k, factor in tiles:
+            cosine, difference = (x.cosines(i, j, k, by_vectors=vectors) for x in (student, teacher))
+            torch.sub(cosine, difference, out=difference)
+            slope = difference.clamp(-1, 1)
+            difference.sub_(slope, alpha=0.5)
             if share is not None:
                 slope.mul_(share[i, None, None] * (share[j, None] * share[k]))
-            value += 2 * part * torch.dot(slope.view(-1), gap.view(-1))
-            if not asked:
+            value += 2 * factor * torch.dot(slope.view(-1), difference.view(-1))
+            if not needs_grad:
                 continue
-            if part != 1:
-                slope.mul_(part)
+            if factor != 1:
+                slope.mul_(factor)
             inverse = student.inverse[i]
             cosine.mul_(slope)
             at_vertex[i, j] -= cosine.sum(2).mul_(inverse[:, j].square())
@@ -138,7 +139,7 @@ def _angles(
 
 
 class _Side:
-    """What the cosines at all vertices are made of: rows, halved distances, their inverses, minus halved squares."""
+    """Rows and pairwise terms of one side, from which the cosines at all vertices are computed."""
 
     def __init__(self, squares: Tensor, rows: Tensor) -> None:
         self.squares, self.rows = squares, rows
@@ -147,7 +148,7 @@ class _Side:
         self.minus_half = squares * -0.5
 
     def cosines(self, i: Tensor, j: slice, k: slice, *, by_vectors: bool) -> Tensor:
-        """The cosines of the angles between j and k at the vertices i, `(i, j, k)`; 0 where one of the two is at i."""
+        """Return the cosines of the angles between j and k at the vertices i, `(i, j, k)`; 0 where j or k is at i."""
         if by_vectors:
             rows = self.rows.to(self.squares.dtype)
             first, second = (unit_rows(rows[at] - rows[i])[0] for at in (j, k))  # one vertex at a time
@@ -159,7 +160,7 @@ class _Side:
 
 
 def _safe_dtype(x: Tensor) -> torch.dtype:
-    """A dtype whose products are to be trusted: on accelerators those of float32 may be of ten bits."""
+    """Return a dtype with exact products: on accelerators, float32 products may have a precision of ten bits."""
     exact = x.device.type == "mps" or (x.device.type == "cpu" and torch.get_float32_matmul_precision() == "highest")
     return x.dtype if exact else torch.float64
 
@@ -167,6 +168,6 @@ def _safe_dtype(x: Tensor) -> torch.dtype:
 @distance_with_gradient.register_fake
 @angle_with_gradient.register_fake
 def _(
-    student: Tensor, teacher: Tensor, share: Tensor, chunk: int, shortest: float, asked: bool
+    student: Tensor, teacher: Tensor, share: Tensor, chunk: int, shortest: float, needs_grad: bool
 ) -> tuple[Tensor, Tensor]:
-    return student.new_empty(()), torch.empty_like(student) if asked else student.new_empty(0)
+    return student.new_empty(()), torch.empty_like(student) if needs_grad else student.new_empty(0)

@@ -1,16 +1,11 @@
-"""Losses: activation boundaries, the student's neurons on or off where the teacher's are. Touches two tensors only.
-
-Heo et al., 2019: before the activation, only on which side of zero a value lies is to be the teacher's.
-"""
-
-from typing import ClassVar, Literal
+"""Activation boundaries: the sign of each pre-activation of the student as that of the teacher's, with a margin."""
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from kdlib._checks import check_choice, check_number, check_pair
-from kdlib._maths import REDUCTIONS, full_precision, promote, reduce
-from kdlib.losses._squares import mean_square
+from kdlib._checks import check_number, check_pair
+from kdlib._maths import Reduction, full_precision, mean_square, promote, reduce
+from kdlib.losses._module import LossModule
 
 __all__ = ["ActivationBoundaryLoss", "activation_boundary"]
 
@@ -20,10 +15,10 @@ def activation_boundary(
     teacher: Tensor,
     *,
     margin: float = 1.0,
-    reduction: Literal["mean", "none"] = "mean",
+    reduction: Reduction = "mean",
     weight: Tensor | None = None,
 ) -> Tensor:
-    r"""How far the student's pre-activations are from the teacher's side of zero, and from a margin beyond it.
+    r"""Compute the squared distance of the student's pre-activations from a margin on the teacher's side of zero.
 
     .. math::
         \frac{1}{n} \sum_i \begin{cases}
@@ -31,25 +26,24 @@ def activation_boundary(
             \max(0, \mu + s_i)^2 & \text{elsewhere}
         \end{cases}
 
-    over the n values of one sample, with :math:`\mu` the margin. How large the teacher's values are does not matter.
-    Both sides are features before the activation, the output of a convolution or its BatchNorm: after a ReLU nothing
-    is below zero. A value further than 1e15 from its margin counts as that far. A float16 student gets no gradient that
-    float16 cannot hold.
+    over the n values of a sample, with :math:`\mu` the margin. Only the signs of the teacher's values matter. Both
+    sides are features before the activation, the output of a convolution or of its BatchNorm, because a ReLU removes
+    the negative values. Distances above 1e15 count as 1e15. A float16 student gets no gradient that overflows float16.
 
     Args:
         student: pre-activations `(b, ...)`, already projected into the teacher's space.
-        teacher: pre-activations of the same shape; never receives a gradient. Only their signs are read.
-        margin: how far beyond zero the student is to go, at least 0, in units of its features.
+        teacher: pre-activations of the same shape; never receives a gradient.
+        margin: required distance from zero, at least 0, in units of the student's features.
         reduction: `"mean"` over the batch, or `"none"`.
         weight: `(b,)`, at least 0, weight of each sample; 0 masks it.
 
     Returns:
-        A scalar for `"mean"`: `sum(weight * loss) / sum(weight)`, and 0 if all weights are 0. `(b,)` for `"none"`,
-        times `weight` if given. Float32, or float64 if given float64.
+        A scalar for `"mean"`: `sum(weight * loss) / sum(weight)`, or 0 if all weights are 0. `(b,)` for `"none"`,
+        multiplied by `weight` if given. Float32, or float64 if an input is float64.
 
     Raises:
-        ValueError: shapes differ, `margin` below 0, or an unknown `reduction`.
-        TypeError: not floating-point tensors.
+        ValueError: The shapes differ, `margin` is below 0, or `reduction` is unknown.
+        TypeError: An input is not a floating-point tensor.
 
     Examples:
         >>> import torch
@@ -59,28 +53,21 @@ def activation_boundary(
 
     References:
         Heo, Lee, Yun, Choi, *Knowledge Transfer via Distillation of Activation Boundaries Formed by Hidden Neurons*,
-        arXiv 1811.03233. RepDistiller takes the sum over the values where we take the mean, times 3 / 1000, and halves
-        it for each stage before the last: its number is ours times `3 n / 1000` at the last stage. The paper trains on
-        this loss alone first, and on the task after; here it is a term like any other.
+        arXiv 1811.03233. RepDistiller uses the sum over the values instead of the mean, times 3 / 1000, and halves it
+        for each stage before the last: its value is ours times `3 n / 1000` at the last stage. The paper first trains
+        with this loss alone and then on the task; here it is a term like any other.
     """
     check_number("activation_boundary", "margin", margin, min=0)
     check_pair("activation_boundary", student, teacher, "b ...")
     origin = student.dtype
     with full_precision(student):
         student, teacher = promote(student, teacher)
-        gap = (margin - torch.where(teacher > 0, student, -student)).clamp(min=0)
-        return reduce("activation_boundary", mean_square(gap, origin), reduction, weight)
+        shortfall = (margin - torch.where(teacher > 0, student, -student)).clamp(min=0)
+        return reduce("activation_boundary", mean_square(shortfall, origin), reduction, weight)
 
 
-class ActivationBoundaryLoss(nn.Module):
-    """`activation_boundary` as a Module; the formula and the arguments are there.
-
-    Args:
-        margin: how far beyond zero the student is to go, at least 0.
-        reduction: `"mean"` or `"none"`; `forward` may override it.
-
-    Raises:
-        ValueError: `margin` below 0, or an unknown `reduction`.
+class ActivationBoundaryLoss(LossModule):
+    """`activation_boundary` as a Module: the constructor takes its hyper-parameters, `forward` its tensors.
 
     Examples:
         >>> import torch
@@ -91,28 +78,15 @@ class ActivationBoundaryLoss(nn.Module):
         1.0
     """
 
-    per_sample: ClassVar[bool] = True
-
-    def __init__(self, *, margin: float = 1.0, reduction: Literal["mean", "none"] = "mean") -> None:
-        super().__init__()
+    def __init__(self, *, margin: float = 1.0, reduction: Reduction = "mean") -> None:
+        super().__init__(reduction=reduction)
         check_number("ActivationBoundaryLoss", "margin", margin, min=0)
-        check_choice("ActivationBoundaryLoss", "reduction", reduction, REDUCTIONS)
         self.margin = margin
-        self.reduction = reduction
 
     def forward(
-        self,
-        student: Tensor,
-        teacher: Tensor,
-        *,
-        weight: Tensor | None = None,
-        reduction: Literal["mean", "none"] | None = None,
+        self, student: Tensor, teacher: Tensor, *, weight: Tensor | None = None, reduction: Reduction | None = None
     ) -> Tensor:
-        """The loss of `student` `(b, ...)` against `teacher`; `reduction=None` means the constructor's."""
+        """Compare `student` `(b, ...)` with `teacher`; `reduction=None` uses the constructor's."""
         return activation_boundary(
             student, teacher, margin=self.margin, reduction=reduction or self.reduction, weight=weight
         )
-
-    def extra_repr(self) -> str:
-        """Arguments of the call that rebuilds the loss."""
-        return f"margin={self.margin!r}, reduction={self.reduction!r}"

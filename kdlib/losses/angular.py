@@ -1,18 +1,17 @@
-"""Losses: angular distillation, the student's features in the teacher's direction. Touches two tensors only.
+"""Angular distillation: the direction of the student's features as that of the teacher's."""
 
-Duong et al., ShrinkTeaNet, 2019: distil the direction of a feature and leave its length free.
-"""
-
-from typing import ClassVar, Literal
+from typing import Literal, TypeAlias
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from kdlib._checks import check_choice, check_pair
-from kdlib._maths import REDUCTIONS, full_precision, hold_short, promote, reduce, unit_rows
+from kdlib._maths import Reduction, full_precision, hold_short, promote, reduce, unit_rows
+from kdlib.losses._module import LossModule
 
 __all__ = ["AngularDistillLoss", "angular_distill"]
 
+Form: TypeAlias = Literal["squared", "cosine", "chord", "angle"]
 FORMS = ("squared", "cosine", "chord", "angle")
 
 
@@ -20,41 +19,41 @@ def angular_distill(
     student: Tensor,
     teacher: Tensor,
     *,
-    form: Literal["squared", "cosine", "chord", "angle"] = "squared",
-    reduction: Literal["mean", "none"] = "mean",
+    form: Form = "squared",
+    reduction: Reduction = "mean",
     weight: Tensor | None = None,
 ) -> Tensor:
-    r"""How far the student's features point away from the teacher's.
+    r"""Compare the directions of the student's and the teacher's features.
 
-    With :math:`\hat s`, :math:`\hat t` the features of one sample, flattened and divided by their Euclidean length, and
+    With :math:`\hat s`, :math:`\hat t` the features of a sample, flattened and divided by their Euclidean length, and
     :math:`\cos = \langle \hat s, \hat t \rangle`:
 
     ===========  ========================================  ===================================================
-    `form`       loss of one sample                        behavior
+    `form`       loss of a sample                          behavior
     ===========  ========================================  ===================================================
-    `"squared"`  :math:`(1 - \cos)^2`, in [0, 4]           lets go of a sample that is nearly aligned
+    `"squared"`  :math:`(1 - \cos)^2`, in [0, 4]           gradient vanishes quickly near alignment
     `"cosine"`   :math:`1 - \cos`, in [0, 2]               gradient proportional to the sine of the angle
     `"chord"`    :math:`\|\hat s - \hat t\|^2`, in [0, 4]  twice `"cosine"`
-    `"angle"`    the angle in radians, in [0, pi]          gradient of one length at every angle
+    `"angle"`    the angle in radians, in [0, pi]          gradient of the same length at every angle
     ===========  ========================================  ===================================================
 
-    The loss does not depend on the length of either feature. A feature of zeros has no direction: its cosine to
-    anything is taken as 0 (angle pi / 2), its unit vector as 0, and it gets no gradient.
+    The loss does not depend on the length of either feature. Zero features are treated as orthogonal to everything
+    (cosine 0, angle pi / 2, unit vector 0) and get no gradient.
 
     Args:
         student: features `(b, d, ...)`, flattened after the first dimension.
         teacher: features of the same shape; never receives a gradient.
-        form: which function of the angle, see the table.
+        form: function of the angle, see the table.
         reduction: `"mean"` over the batch, or `"none"`.
         weight: `(b,)`, at least 0, weight of each sample; 0 masks it.
 
     Returns:
-        A scalar for `"mean"`: `sum(weight * loss) / sum(weight)`, and 0 if all weights are 0. `(b,)` for `"none"`,
-        times `weight` if given. Float32, or float64 if given float64.
+        A scalar for `"mean"`: `sum(weight * loss) / sum(weight)`, or 0 if all weights are 0. `(b,)` for `"none"`,
+        multiplied by `weight` if given. Float32, or float64 if an input is float64.
 
     Raises:
-        ValueError: shapes differ, or an unknown `form` or `reduction`.
-        TypeError: not floating-point tensors.
+        ValueError: The shapes differ, or `form` or `reduction` is unknown.
+        TypeError: An input is not a floating-point tensor.
 
     Examples:
         >>> import torch
@@ -64,9 +63,9 @@ def angular_distill(
 
     References:
         Duong et al., *ShrinkTeaNet: Million-scale Lightweight Face Recognition via Shrinking Teacher-Student
-        Networks*, arXiv 1905.10620. The squared form is the one that Yan et al., *VarGFaceNet*, arXiv 1910.04985,
-        equation 4, quotes from it; the chord form is their equation 5. The two are not equal: near alignment the
-        gradient of the first vanishes as the cube of the angle, that of the second as the angle.
+        Networks*, arXiv 1905.10620. Yan et al., *VarGFaceNet*, arXiv 1910.04985, quote the squared form from it in
+        equation 4; the chord form is their equation 5. The two differ: near alignment the gradient of the first
+        vanishes as the cube of the angle, that of the second as the angle.
     """
     check_choice("angular_distill", "form", form, FORMS)
     check_pair("angular_distill", student, teacher, "b d ...")
@@ -75,30 +74,22 @@ def angular_distill(
         student, teacher = promote(student, teacher)
         s, size = unit_rows(student.flatten(1))
         t, teacher_size = unit_rows(teacher.flatten(1))
-        # A row without a direction stands at a right angle to every other.
-        directed = (size > 0) & (teacher_size > 0)
+        nonzero = (size > 0) & (teacher_size > 0)
         if form == "angle":
             # acos has an infinite slope at 0 and at pi; the ratio of the two diagonals is exact at both.
-            difference = torch.where(directed, torch.linalg.vector_norm(s - t, dim=1), 1.0)
-            total = torch.where(directed, torch.linalg.vector_norm(s + t, dim=1), 1.0)
+            difference = torch.where(nonzero, torch.linalg.vector_norm(s - t, dim=1), 1.0)
+            total = torch.where(nonzero, torch.linalg.vector_norm(s + t, dim=1), 1.0)
             losses = 2 * torch.atan2(difference, total)
         else:
-            # |s - t|^2 / 2 is 1 - cos without its cancellation: never negative, and exactly 0 for equal rows.
+            # |s - t|^2 / 2 is 1 - cos without cancellation: never negative, and exactly 0 for equal rows.
             chord = (s - t).square().sum(1)
-            gap = torch.where(directed, chord / 2, 1.0)
-            losses = {"chord": chord, "cosine": gap, "squared": gap.square()}[form]
+            cosine = torch.where(nonzero, chord / 2, 1.0)
+            losses = {"chord": chord, "cosine": cosine, "squared": cosine.square()}[form]
         return reduce("angular_distill", hold_short(losses, size, origin), reduction, weight)
 
 
-class AngularDistillLoss(nn.Module):
-    """`angular_distill` as a Module; the formula and the arguments are there.
-
-    Args:
-        form: `"squared"`, `"cosine"`, `"chord"` or `"angle"`.
-        reduction: `"mean"` or `"none"`; `forward` may override it.
-
-    Raises:
-        ValueError: an unknown `form` or `reduction`.
+class AngularDistillLoss(LossModule):
+    """`angular_distill` as a Module: the constructor takes its hyper-parameters, `forward` its tensors.
 
     Examples:
         >>> import torch
@@ -109,31 +100,13 @@ class AngularDistillLoss(nn.Module):
         1.0
     """
 
-    per_sample: ClassVar[bool] = True
-
-    def __init__(
-        self,
-        *,
-        form: Literal["squared", "cosine", "chord", "angle"] = "squared",
-        reduction: Literal["mean", "none"] = "mean",
-    ) -> None:
-        super().__init__()
+    def __init__(self, *, form: Form = "squared", reduction: Reduction = "mean") -> None:
+        super().__init__(reduction=reduction)
         check_choice("AngularDistillLoss", "form", form, FORMS)
-        check_choice("AngularDistillLoss", "reduction", reduction, REDUCTIONS)
         self.form = form
-        self.reduction = reduction
 
     def forward(
-        self,
-        student: Tensor,
-        teacher: Tensor,
-        *,
-        weight: Tensor | None = None,
-        reduction: Literal["mean", "none"] | None = None,
+        self, student: Tensor, teacher: Tensor, *, weight: Tensor | None = None, reduction: Reduction | None = None
     ) -> Tensor:
-        """The loss of `student` `(b, d, ...)` against `teacher`; `reduction=None` means the constructor's."""
+        """Compare `student` `(b, d, ...)` with `teacher`; `reduction=None` uses the constructor's."""
         return angular_distill(student, teacher, form=self.form, reduction=reduction or self.reduction, weight=weight)
-
-    def extra_repr(self) -> str:
-        """Arguments of the call that rebuilds the loss."""
-        return f"form={self.form!r}, reduction={self.reduction!r}"

@@ -1,35 +1,40 @@
-"""Losses: attention transfer, the student looks where the teacher looks. Touches two tensors only.
-
-Zagoruyko and Komodakis, 2017: match the spatial maps of channel energy, each of unit norm.
-"""
-
-from typing import ClassVar, Literal
+"""Attention transfer: the spatial attention maps of the student as those of the teacher."""
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
-from kdlib._checks import check_choice, check_floating, check_number, check_rank, check_same_batch
-from kdlib._maths import REDUCTIONS, full_precision, hold_short, promote, reduce, rescale, unit_rows
+from kdlib._checks import check_floating, check_number, check_rank, check_same_batch
+from kdlib._maths import (
+    Reduction,
+    full_precision,
+    hold_short,
+    promote,
+    promoted_dtype,
+    reduce,
+    rescale,
+    unit_rows,
+)  # fmt: skip
 from kdlib.losses._checks import check_map
 from kdlib.losses._energy import scaled_energy
+from kdlib.losses._module import LossModule
 
 __all__ = ["AttentionTransferLoss", "attention_map", "attention_transfer"]
 
 
 def attention_map(features: Tensor, p: float = 2) -> Tensor:
-    r"""Where a feature map carries energy: :math:`A = \frac{1}{c} \sum_c |F_c|^p` at every place.
+    r"""Compute the spatial attention map :math:`A = \frac{1}{c} \sum_c |F_c|^p` of features.
 
     Args:
         features: `(b, c, h, w)`.
-        p: exponent, at least 1; a larger one looks more at the strongest channel.
+        p: exponent, at least 1; a larger one gives more weight to the strongest channel.
 
     Returns:
         `(b, h, w)`, at least 0, not normalized. Float32, or float64 if given float64.
 
     Raises:
         ValueError: `features` is not `(b, c, h, w)`, or `p` is below 1.
-        TypeError: not a floating-point tensor.
+        TypeError: `features` is not a floating-point tensor.
 
     Examples:
         >>> import torch
@@ -44,45 +49,39 @@ def attention_map(features: Tensor, p: float = 2) -> Tensor:
     check_rank("attention_map", "features", features, "b c h w")
     with full_precision(features):
         features = promote(features, features)[0]
-        # The even powers need no absolute value, and squares are what nearly everyone asks for.
-        energy = features.square() if p == 2 else features.abs().pow(p)
-        return energy.mean(1)
+        return (features.square() if p == 2 else features.abs().pow(p)).mean(1)
 
 
 def attention_transfer(
-    student: Tensor,
-    teacher: Tensor,
-    *,
-    p: float = 2,
-    reduction: Literal["mean", "none"] = "mean",
-    weight: Tensor | None = None,
+    student: Tensor, teacher: Tensor, *, p: float = 2, reduction: Reduction = "mean", weight: Tensor | None = None
 ) -> Tensor:
-    r"""Squared distance of the student's and the teacher's attention maps, each flattened and of unit norm.
+    r"""Compute the squared distance of the student's and the teacher's attention maps, each flattened and of unit norm.
 
     .. math:: \left\| \frac{\mathrm{vec} A_s}{\|A_s\|} - \frac{\mathrm{vec} A_t}{\|A_t\|} \right\|^2
 
-    with :math:`A` the `attention_map` of one sample; between 0 and 2. The numbers of channels may differ. Where the
-    grids differ, both maps are average-pooled to the smaller height and the smaller width. A map of zeros (every
-    unit dead) counts as a zero vector and gets no gradient. The loss does not depend on the scale of either feature.
+    with :math:`A` the `attention_map` of a sample; between 0 and 2. The numbers of channels may differ. If the grids
+    differ, both maps are average-pooled to the smaller height and the smaller width. A map of zeros, where every unit
+    is dead, counts as a zero vector and gets no gradient. The loss does not depend on the scale of either feature.
 
-    With `p=2` nothing of the size of the features is made besides their gradient, and nothing but the features
-    themselves is kept for it: they are read a part at a time that fits the processor's cache. A gradient of the
-    gradient and `torch.func.grad` work, `torch.func.vmap` does not.
+    With `p=2`, only the gradient takes memory of the size of the features: they are processed in chunks that fit the
+    processor's cache, and nothing else is saved for the backward pass. Second derivatives and `torch.func.grad` are
+    supported, `torch.func.vmap` is not.
 
     Args:
-        student: features `(b, c, h, w)`, or a ready attention map `(b, h, w)` with values of at least 0.
-        teacher: likewise, of any number of channels and any grid; never receives a gradient.
-        p: exponent of the attention maps, at least 1; ready maps are taken as they are.
+        student: features `(b, c, h, w)`, or an attention map `(b, h, w)` with values of at least 0.
+        teacher: the same, with any number of channels and any grid; never receives a gradient.
+        p: exponent of the attention maps, at least 1; does not apply to inputs that are attention maps.
         reduction: `"mean"` over the batch, or `"none"`.
         weight: `(b,)`, at least 0, weight of each sample; 0 masks it.
 
     Returns:
-        A scalar for `"mean"`: `sum(weight * loss) / sum(weight)`, and 0 if all weights are 0. `(b,)` for `"none"`,
-        times `weight` if given. Float32, or float64 if given float64.
+        A scalar for `"mean"`: `sum(weight * loss) / sum(weight)`, or 0 if all weights are 0. `(b,)` for `"none"`,
+        multiplied by `weight` if given. Float32, or float64 if an input is float64.
 
     Raises:
-        ValueError: not `(b, c, h, w)` or `(b, h, w)`, batch sizes differ, `p` below 1, or an unknown `reduction`.
-        TypeError: not floating-point tensors.
+        ValueError: An input is neither `(b, c, h, w)` nor `(b, h, w)`, batch sizes differ, `p` is below 1, or
+            `reduction` is unknown.
+        TypeError: An input is not a floating-point tensor.
 
     Examples:
         >>> import torch
@@ -95,15 +94,15 @@ def attention_transfer(
 
     References:
         Zagoruyko, Komodakis, *Paying More Attention to Attention*, arXiv 1612.03928. Public code takes the mean over
-        the `h * w` places where we take the sum, so our value is theirs times `h * w` and does not shrink with the
-        grid; and it pools signed features, which may cancel, where we pool the maps.
+        the `h * w` positions instead of the sum, so our value is theirs times `h * w` and does not shrink with the
+        grid. It also pools signed features, which may cancel, where we pool the maps.
     """
     check_number("attention_transfer", "p", p, min=1)
     check_floating("attention_transfer", student=student, teacher=teacher)
     check_map("attention_transfer", student=student, teacher=teacher)
     check_same_batch("attention_transfer", "student", student, "teacher", teacher)
     origin = student.dtype
-    dtype = torch.promote_types(torch.promote_types(origin, teacher.dtype), torch.float32)
+    dtype = promoted_dtype(student, teacher)
     with full_precision(student):
         (a_s, size), (a_t, _) = _scaled_map(student, p, dtype), _scaled_map(teacher.detach(), p, dtype)
         grid = (min(a_s.shape[1], a_t.shape[1]), min(a_s.shape[2], a_t.shape[2]))
@@ -114,15 +113,8 @@ def attention_transfer(
         return reduce("attention_transfer", hold_short(losses, size, origin), reduction, weight)
 
 
-class AttentionTransferLoss(nn.Module):
-    """`attention_transfer` as a Module; the formula and the arguments are there.
-
-    Args:
-        p: exponent of the attention maps, at least 1.
-        reduction: `"mean"` or `"none"`; `forward` may override it.
-
-    Raises:
-        ValueError: `p` below 1, or an unknown `reduction`.
+class AttentionTransferLoss(LossModule):
+    """`attention_transfer` as a Module: the constructor takes its hyper-parameters, `forward` its tensors.
 
     Examples:
         >>> import torch
@@ -134,33 +126,20 @@ class AttentionTransferLoss(nn.Module):
         True
     """
 
-    per_sample: ClassVar[bool] = True
-
-    def __init__(self, *, p: float = 2, reduction: Literal["mean", "none"] = "mean") -> None:
-        super().__init__()
+    def __init__(self, *, p: float = 2, reduction: Reduction = "mean") -> None:
+        super().__init__(reduction=reduction)
         check_number("AttentionTransferLoss", "p", p, min=1)
-        check_choice("AttentionTransferLoss", "reduction", reduction, REDUCTIONS)
         self.p = p
-        self.reduction = reduction
 
     def forward(
-        self,
-        student: Tensor,
-        teacher: Tensor,
-        *,
-        weight: Tensor | None = None,
-        reduction: Literal["mean", "none"] | None = None,
+        self, student: Tensor, teacher: Tensor, *, weight: Tensor | None = None, reduction: Reduction | None = None
     ) -> Tensor:
-        """The loss of `student` `(b, c, h, w)` against `teacher`; `reduction=None` means the constructor's."""
+        """Compare `student` `(b, c, h, w)` with `teacher`; `reduction=None` uses the constructor's."""
         return attention_transfer(student, teacher, p=self.p, reduction=reduction or self.reduction, weight=weight)
-
-    def extra_repr(self) -> str:
-        """Arguments of the call that rebuilds the loss."""
-        return f"p={self.p!r}, reduction={self.reduction!r}"
 
 
 def _scaled_map(features: Tensor, p: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """The attention map `(b, h, w)` of each sample divided by its largest magnitude, and that magnitude `(b,)`."""
+    """Return the attention map `(b, h, w)` of the samples divided by their largest magnitudes, and these `(b,)`."""
     if p == 2 and features.dim() == 4:
         energy, _, largest = scaled_energy(features, dtype)
         return energy, largest

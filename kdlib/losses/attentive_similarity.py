@@ -1,33 +1,26 @@
-"""Losses: attentive similarity, the student attends to the teacher's channels and places. Touches two tensors only.
-
-After Shin et al., A-SKD, 2022: match channel and spatial attention maps of a face network by their cosine.
-"""
-
-from typing import ClassVar, Literal
+"""Attentive similarity: cosine of the channel and spatial attention maps of student and teacher."""
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from kdlib._checks import (
-    check_choice,
     check_floating,
     check_number,
     check_pair,
     check_rank,
     check_same_batch,
     check_shares,
-)
-from kdlib._maths import REDUCTIONS, full_precision, hold_short, promote, reduce, unit_rows
+)  # fmt: skip
+from kdlib._maths import Reduction, full_precision, hold_short, promote, promoted_dtype, reduce, unit_rows
 from kdlib.losses._energy import scaled_energy
+from kdlib.losses._module import LossModule
 
 __all__ = ["AttentiveSimilarityLoss", "attentive_similarity", "channel_attention_map"]
 
 
 def channel_attention_map(features: Tensor) -> Tensor:
-    r"""Which channels of a feature map carry energy: :math:`A_c = \frac{1}{h w} \sum_{y,x} F_{c,y,x}^2`.
-
-    The counterpart of `attention_map`, which says at which places.
+    r"""Compute the channel attention map :math:`A_c = \frac{1}{h w} \sum_{y,x} F_{c,y,x}^2` of features.
 
     Args:
         features: `(b, c, h, w)`.
@@ -37,7 +30,7 @@ def channel_attention_map(features: Tensor) -> Tensor:
 
     Raises:
         ValueError: `features` is not `(b, c, h, w)`.
-        TypeError: not a floating-point tensor.
+        TypeError: `features` is not a floating-point tensor.
 
     Examples:
         >>> import torch
@@ -56,35 +49,35 @@ def attentive_similarity(
     *,
     channel: float = 1.0,
     spatial: float = 1.0,
-    reduction: Literal["mean", "none"] = "mean",
+    reduction: Reduction = "mean",
     weight: Tensor | None = None,
 ) -> Tensor:
-    r"""How far the student's channel and spatial attention point away from the teacher's.
+    r"""Compute one minus the cosine of the student's and the teacher's channel and spatial attention maps.
 
     .. math:: \lambda_c \, (1 - \cos(A^c_s, A^c_t)) + \lambda_s \, (1 - \cos(A^s_s, A^s_t))
 
-    for one sample, with :math:`A^c` the `channel_attention_map` of its features (c numbers) and :math:`A^s` their
-    `attention_map` (h w numbers); each part is between 0 and its factor, as no map is negative. The loss does not
-    depend on the scale of either feature. Features of zeros have no direction: their cosine to anything is taken as
-    0, and they get no gradient. Where the grids differ, both spatial maps are average-pooled to the smaller height
-    and the smaller width. A gradient of the gradient and `torch.func.grad` work, `torch.func.vmap` does not.
+    for a sample, with :math:`A^c` the `channel_attention_map` of its features (c values) and :math:`A^s` their
+    `attention_map` (h w values). Each part is between 0 and its factor, because the maps are not negative. The loss
+    does not depend on the scale of either feature. Zero features are treated as orthogonal to everything (cosine 0) and
+    get no gradient. If the grids differ, both spatial maps are average-pooled to the smaller height and the smaller
+    width. Second derivatives and `torch.func.grad` are supported, `torch.func.vmap` is not.
 
     Args:
         student: features `(b, c, h, w)`.
-        teacher: features `(b, c, H, W)`, of as many channels and any grid; never receives a gradient.
-        channel: factor :math:`\lambda_c`, at least 0; 0 leaves the part out, and the numbers of channels may differ.
-        spatial: factor :math:`\lambda_s`, at least 0; 0 leaves the part out.
+        teacher: features `(b, c, H, W)`, with the same number of channels and any grid; never receives a gradient.
+        channel: factor :math:`\lambda_c`, at least 0. 0 omits the part, and the numbers of channels may differ.
+        spatial: factor :math:`\lambda_s`, at least 0. 0 omits the part.
         reduction: `"mean"` over the batch, or `"none"`.
         weight: `(b,)`, at least 0, weight of each sample; 0 masks it.
 
     Returns:
-        A scalar for `"mean"`: `sum(weight * loss) / sum(weight)`, and 0 if all weights are 0. `(b,)` for `"none"`,
-        times `weight` if given. Float32, or float64 if given float64.
+        A scalar for `"mean"`: `sum(weight * loss) / sum(weight)`, or 0 if all weights are 0. `(b,)` for `"none"`,
+        multiplied by `weight` if given. Float32, or float64 if an input is float64.
 
     Raises:
-        ValueError: not `(b, c, h, w)`, batch sizes or numbers of channels differ, a factor below 0, both 0, or an
-            unknown `reduction`.
-        TypeError: not floating-point tensors.
+        ValueError: An input is not `(b, c, h, w)`, batch sizes or numbers of channels differ, a factor is below 0, both
+            are 0, or `reduction` is unknown.
+        TypeError: An input is not a floating-point tensor.
 
     Examples:
         >>> import torch
@@ -97,10 +90,10 @@ def attentive_similarity(
 
     References:
         Shin et al., *Teaching Where to Look: Attention Similarity Knowledge Distillation for Low Resolution Face
-        Recognition*, arXiv 2209.14498. Its maps are those that CBAM modules inside both networks learn; ours are the
-        energies of any features, so that networks without such modules can take part: our definition. To compare
-        learned maps, tap them and use `angular_distill` with `form="cosine"` on each. Its code weighs the sum over
-        all blocks by 5.
+        Recognition*, arXiv 2209.14498. The paper compares maps that are learned by CBAM modules inside both networks.
+        Ours are the energies of any features, which is our definition, so that networks without such modules can be
+        used. To compare learned maps, tap them and use `angular_distill` with `form="cosine"` on each. The paper's code
+        multiplies the sum over all blocks by 5.
     """
     check_number("attentive_similarity", "channel", channel, min=0)
     check_number("attentive_similarity", "spatial", spatial, min=0)
@@ -112,35 +105,27 @@ def attentive_similarity(
     if channel and student.shape[1] != teacher.shape[1]:
         check_pair("attentive_similarity", student, teacher, "b c h w")
     origin = student.dtype
-    dtype = torch.promote_types(torch.promote_types(origin, teacher.dtype), torch.float32)
+    dtype = promoted_dtype(student, teacher)
     grid = (min(student.shape[2], teacher.shape[2]), min(student.shape[3], teacher.shape[3]))
     with full_precision(student):
         spatial_s, channel_s, size = scaled_energy(student, dtype, channels=channel > 0)
         spatial_t, channel_t, _ = scaled_energy(teacher.detach(), dtype, channels=channel > 0)
-        losses = channel * _gap(channel_s, channel_t) if channel else torch.zeros_like(size)
+        losses = channel * _one_minus_cosine(channel_s, channel_t) if channel else torch.zeros_like(size)
         if spatial:
             a_s = F.adaptive_avg_pool2d(spatial_s.unsqueeze(1), grid)
             a_t = F.adaptive_avg_pool2d(spatial_t.unsqueeze(1), grid)
-            losses = losses + spatial * _gap(a_s.flatten(1), a_t.flatten(1))
+            losses = losses + spatial * _one_minus_cosine(a_s.flatten(1), a_t.flatten(1))
         return reduce("attentive_similarity", hold_short(losses, size, origin), reduction, weight)
 
 
-def _gap(a: Tensor, b: Tensor) -> Tensor:
-    """`(b,)`: one minus the cosine of each pair of rows, as half the squared chord, which has no cancellation."""
+def _one_minus_cosine(a: Tensor, b: Tensor) -> Tensor:
+    """Return one minus the cosine of each pair of rows, `(b,)`, as half the squared chord, which does not cancel."""
     (unit_a, size_a), (unit_b, size_b) = unit_rows(a), unit_rows(b)
     return torch.where((size_a > 0) & (size_b > 0), (unit_a - unit_b).square().sum(1) / 2, 1.0)
 
 
-class AttentiveSimilarityLoss(nn.Module):
-    """`attentive_similarity` as a Module; the formula and the arguments are there.
-
-    Args:
-        channel: factor of the channel part, at least 0.
-        spatial: factor of the spatial part, at least 0.
-        reduction: `"mean"` or `"none"`; `forward` may override it.
-
-    Raises:
-        ValueError: a factor below 0, both 0, or an unknown `reduction`.
+class AttentiveSimilarityLoss(LossModule):
+    """`attentive_similarity` as a Module: the constructor takes its hyper-parameters, `forward` its tensors.
 
     Examples:
         >>> import torch
@@ -152,29 +137,18 @@ class AttentiveSimilarityLoss(nn.Module):
         True
     """
 
-    per_sample: ClassVar[bool] = True
-
-    def __init__(
-        self, *, channel: float = 1.0, spatial: float = 1.0, reduction: Literal["mean", "none"] = "mean"
-    ) -> None:
-        super().__init__()
+    def __init__(self, *, channel: float = 1.0, spatial: float = 1.0, reduction: Reduction = "mean") -> None:
+        super().__init__(reduction=reduction)
         check_number("AttentiveSimilarityLoss", "channel", channel, min=0)
         check_number("AttentiveSimilarityLoss", "spatial", spatial, min=0)
         check_shares("AttentiveSimilarityLoss", "channel, spatial", (channel, spatial))
-        check_choice("AttentiveSimilarityLoss", "reduction", reduction, REDUCTIONS)
         self.channel = channel
         self.spatial = spatial
-        self.reduction = reduction
 
     def forward(
-        self,
-        student: Tensor,
-        teacher: Tensor,
-        *,
-        weight: Tensor | None = None,
-        reduction: Literal["mean", "none"] | None = None,
+        self, student: Tensor, teacher: Tensor, *, weight: Tensor | None = None, reduction: Reduction | None = None
     ) -> Tensor:
-        """The loss of `student` `(b, c, h, w)` against `teacher`; `reduction=None` means the constructor's."""
+        """Compare `student` `(b, c, h, w)` with `teacher`; `reduction=None` uses the constructor's."""
         return attentive_similarity(
             student,
             teacher,
@@ -183,7 +157,3 @@ class AttentiveSimilarityLoss(nn.Module):
             reduction=reduction or self.reduction,
             weight=weight,
         )
-
-    def extra_repr(self) -> str:
-        """Arguments of the call that rebuilds the loss."""
-        return f"channel={self.channel!r}, spatial={self.spatial!r}, reduction={self.reduction!r}"

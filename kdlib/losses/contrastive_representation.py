@@ -1,15 +1,9 @@
-"""Losses: contrastive representation distillation, to tell one's own teacher's embedding from others. Touches tensors only.
-
-After Tian et al., CRD, 2020: raise the mutual information of the student's and the teacher's embeddings of one sample.
-"""
-
-from typing import Literal
+"""Contrastive representation distillation: InfoNCE between the student's and the teacher's embeddings."""
 
 import torch
 from torch import Tensor, nn
 
 from kdlib._checks import (
-    check_choice,
     check_floating,
     check_number,
     check_pair,
@@ -17,15 +11,13 @@ from kdlib._checks import (
     check_shape,
     check_weight,
     check_whole_numbers,
-)
+)  # fmt: skip
 from kdlib._gather import gather_rows
-from kdlib._maths import REDUCTIONS, full_precision, hold_short, promote, reduce, unit_rows
+from kdlib._maths import FAR, Reduction, directions, full_precision, promote, reduce
 from kdlib.losses._checks import check_gathered_reduction
+from kdlib.losses._module import LossModule
 
 __all__ = ["ContrastiveRepresentationLoss", "contrastive_representation"]
-
-FAR = 1e15
-"""A larger value counts as this one before a map, without gradient: sums of it would leave float32."""
 
 
 def contrastive_representation(
@@ -36,47 +28,47 @@ def contrastive_representation(
     negatives: Tensor | None = None,
     target: Tensor | None = None,
     negatives_target: Tensor | None = None,
-    reduction: Literal["mean", "none"] = "mean",
+    reduction: Reduction = "mean",
     weight: Tensor | None = None,
     gather: bool = False,
 ) -> Tensor:
-    r"""InfoNCE in both directions: each sample's two embeddings find one another among those of the other samples.
+    r"""Compute InfoNCE in both directions: each embedding must identify its counterpart among other samples.
 
     .. math::
         \ell_i = - \frac{1}{2} \log \frac{e^{\langle s_i, t_i \rangle / \tau}}
         {\sum_{j \in N_i} e^{\langle s_i, t_j \rangle / \tau} + \sum_{k \in Q_i} e^{\langle s_i, q_k \rangle / \tau}}
         - \frac{1}{2} \log \frac{e^{\langle s_i, t_i \rangle / \tau}}{\sum_{j \in N_i} e^{\langle s_j, t_i \rangle / \tau}}
 
-    for sample i, with s, t and q the embeddings of the student, of the teacher, and of the teacher for samples outside
-    the batch, each divided by its Euclidean length. :math:`N_i` is i itself and the samples of the batch of another
-    identity than i, :math:`Q_i` the negatives of another identity. Without `target`, every other sample is of another
-    identity. At least 0; an embedding without others to be told from has a loss of 0. An embedding of zeros has a
-    cosine of 0 to anything and gets no gradient.
+    for sample i, with s and t the embeddings of the student and of the teacher, and q those of the teacher for samples
+    outside the batch, each divided by its Euclidean length. :math:`N_i` holds i itself and the samples of the batch
+    with another identity than i, :math:`Q_i` the negatives with another identity. Without `target`, all samples have
+    different identities. The loss is at least 0, and 0 for an embedding without negatives. Zero embeddings are treated
+    as orthogonal to everything (cosine 0) and get no gradient.
 
     Args:
         student: embeddings `(b, d)`, already projected into the teacher's space.
         teacher: embeddings `(b, d)`; never receives a gradient.
-        temperature: :math:`\tau`, above 0; smaller looks more at the nearest of the others.
-        negatives: further embeddings of the teacher `(m, d)`, never with a gradient; with `gather`, to be given the
-            same on every process.
-        target: `(b,)` whole numbers, the identity of each sample: samples of one identity are no negatives of one
-            another, nor positives.
-        negatives_target: `(m,)`, the identities of `negatives`; None takes all as of identities outside the batch.
+        temperature: :math:`\tau`, above 0; smaller values give more weight to the nearest negatives.
+        negatives: further embeddings of the teacher `(m, d)`, without a gradient; with `gather`, the same on all
+            processes.
+        target: `(b,)` whole numbers, the identity of each sample. Samples of the same identity are neither negatives
+            nor positives of each other.
+        negatives_target: `(m,)`, the identities of `negatives`; `None` if none of them is in the batch.
         reduction: `"mean"` over the batch, or `"none"`.
-        weight: `(b,)`, at least 0, weight of each sample's loss. A sample of weight 0 is as if it were not in the
-            batch: no negative of the others either. Any other weight leaves it a full negative.
-        gather: make one batch of the rows of all processes of the default process group, of which each may have
-            another number. Every process gets the same value, and a gradient that averages over the processes to
-            that of one process with the whole batch. Without a process group it changes nothing.
+        weight: `(b,)`, at least 0, weight of each sample's loss. A sample of weight 0 is not a negative of the others
+            either. With any other weight it is a full negative.
+        gather: use the rows of all processes of the default process group as one batch. Processes may hold different
+            numbers of rows. Every process gets the same value, and the mean of the gradients over the processes is
+            that of this batch. Without a process group it has no effect.
 
     Returns:
-        A scalar for `"mean"`: `sum(weight * loss) / sum(weight)`, and 0 if all weights are 0. `(b,)` for `"none"`,
-        times `weight` if given. Float32, or float64 if given float64.
+        A scalar for `"mean"`: `sum(weight * loss) / sum(weight)`, or 0 if all weights are 0. `(b,)` for `"none"`,
+        multiplied by `weight` if given. Float32, or float64 if an input is float64.
 
     Raises:
-        ValueError: shapes differ, `temperature` not above 0, an unknown `reduction`, `"none"` with `gather`, or
-            `negatives_target` without `negatives` and `target`.
-        TypeError: embeddings that are not floating point, or identities that are not whole numbers.
+        ValueError: The shapes differ, `temperature` is not above 0, `reduction` is unknown or `"none"` with `gather`,
+            or `negatives_target` comes without `negatives` and `target`.
+        TypeError: The embeddings are not floating-point tensors, or the identities are not whole numbers.
 
     Examples:
         >>> import torch
@@ -92,11 +84,11 @@ def contrastive_representation(
     References:
         Tian, Krishnan, Isola, *Contrastive Representation Distillation*, arXiv 1910.10699. Ours is the objective of
         van den Oord et al., *Representation Learning with Contrastive Predictive Coding*, arXiv 1807.03748, in the two
-        directions of the paper, whose own objective is a binary one (noise-contrastive estimation) against 16384
-        negatives out of a memory that holds both embeddings of every training sample. That memory does not fit
-        millions of faces, follows its sources with a delay, and its normalizer is set by the first batch; here the
-        negatives are the batch and, for the student's direction, a queue. So values and a good weight of the term
-        (0.8 in the paper's code) are not those of the paper.
+        directions of the paper. The paper's own objective is binary (noise-contrastive estimation), with 16384
+        negatives from a memory of both embeddings of every training sample. That memory is too large for millions of
+        faces, its embeddings are out of date, and the first batch sets its normalizer. Here the negatives are the batch
+        and, for the direction of the student, a queue. Values and a good weight of the term (0.8 in the paper's code)
+        therefore differ from the paper.
     """
     check_number("contrastive_representation", "temperature", temperature, above=0)
     check_pair("contrastive_representation", student, teacher, "b d")
@@ -118,7 +110,7 @@ def contrastive_representation(
             student, teacher = gather_rows(student, grad=True), gather_rows(teacher, grad=False)
             weight, target = _gathered(weight), _gathered(target)
         other = None if target is None or negatives_target is None else target[:, None] != negatives_target
-        losses = _info_nce(student, teacher, outside, temperature, _apart(target, weight), other, origin)
+        losses = _info_nce(student, teacher, outside, temperature, _negatives(target, weight), other, origin)
         return reduce("contrastive_representation", losses, reduction, weight)
 
 
@@ -126,14 +118,14 @@ def _gathered(x: Tensor | None) -> Tensor | None:
     return None if x is None else gather_rows(x, grad=False)
 
 
-def _apart(target: Tensor | None, weight: Tensor | None) -> Tensor | None:
-    """`(b, b)`: which samples are negatives of which; None for all of all."""
-    apart = None if target is None else target[:, None] != target
+def _negatives(target: Tensor | None, weight: Tensor | None) -> Tensor | None:
+    """Return which samples are negatives of which, `(b, b)`; `None` means all."""
+    negatives = None if target is None else target[:, None] != target
     if weight is not None:
         present = weight != 0
         both = present[:, None] & present
-        apart = both if apart is None else apart & both
-    return apart
+        negatives = both if negatives is None else negatives & both
+    return negatives
 
 
 def _info_nce(
@@ -141,68 +133,53 @@ def _info_nce(
     teacher: Tensor,
     outside: Tensor | None,
     temperature: float,
-    apart: Tensor | None,
-    outside_apart: Tensor | None,
+    negatives: Tensor | None,
+    outside_negatives: Tensor | None,
     origin: torch.dtype,
 ) -> Tensor:
-    """The losses `(b,)` of `contrastive_representation`, without a cut of the teacher's side from the graph.
+    """Return the losses `(b,)` of `contrastive_representation`; the teacher `(b, d)` may have a graph.
 
-    Args:
-        student, teacher: `(b, d)`.
-        outside: `(m, d)` or None.
-        temperature: above 0.
-        apart: `(b, b)`, which samples are negatives of which, or None for all; a sample always meets itself.
-        outside_apart: `(b, m)` likewise.
-        origin: dtype that the student came in.
+    `outside` is `(m, d)`. `negatives` `(b, b)` and `outside_negatives` `(b, m)` select the negatives, `None` means all.
     """
     batch = student.shape[0]
     if batch == 0:
         return student.sum(1)
-    s, t = _directions(student, origin), _directions(teacher, origin)
+    (s, _), (t, _) = directions(student, origin), directions(teacher, origin)
     logits = s @ t.T / temperature
-    if apart is not None:
+    if negatives is not None:
         itself = torch.eye(batch, dtype=torch.bool, device=logits.device)
-        logits = logits.masked_fill(~(apart | itself), -torch.inf)
+        logits = logits.masked_fill(~(negatives | itself), -torch.inf)
     wide = logits
     if outside is not None:
-        further = s @ _directions(outside, origin).T / temperature
-        if outside_apart is not None:
-            further = further.masked_fill(~outside_apart, -torch.inf)
+        further = s @ directions(outside, origin)[0].T / temperature
+        if outside_negatives is not None:
+            further = further.masked_fill(~outside_negatives, -torch.inf)
         wide = torch.cat([logits, further], dim=1)
     return -0.5 * (wide.log_softmax(1)[:, :batch].diagonal() + logits.log_softmax(0).diagonal())
 
 
-def _directions(x_bd: Tensor, origin: torch.dtype) -> Tensor:
-    unit, size = unit_rows(x_bd)
-    return hold_short(unit, size.unsqueeze(1), origin)
+class ContrastiveRepresentationLoss(LossModule):
+    """`contrastive_representation` after a learned linear map on each side, with an optional queue of negatives.
 
+    The queue stores the teacher's embeddings of the last `queue_size` samples before the map, which is applied in every
+    call. So its entries are never out of date, because the teacher is frozen. The queue is part of the state dict. It
+    is updated only in training mode, after the loss is computed, in the order of the samples and without samples of
+    weight 0; with `gather`, each process adds the samples of all. A partly filled queue is used as far as it is filled.
+    Samples with a `target` are not negatives of later samples of the same identity. Without `target`, a sample that
+    returns while it is in the queue has its own embedding as a negative, so keep the queue shorter than an epoch.
 
-class ContrastiveRepresentationLoss(nn.Module):
-    """`contrastive_representation` after a learned linear map on either side, with a queue of negatives if asked.
-
-    The queue holds the teacher's embeddings of the last `queue_size` samples as they came, before the map, which is
-    applied anew in every call: they never lag behind it, as the teacher does not move. It is part of the state dict, is
-    written in training mode only, after the loss of the batch is computed, and in the order of the samples; samples of
-    weight 0 stay out. Until it is full, what there is of it counts. Samples that came with a `target` are no negatives
-    of later samples of the same identity; without one, a sample that returns while it is still in the queue meets its
-    own embedding there as a negative, so keep the queue shorter than an epoch. With `gather`, every process writes the samples of all.
-
-    The maps and the queue belong to one teacher: a term with several teachers needs one loss for each. The maps'
-    weights are parameters, which the optimizer must be given; they are no part of the student that is deployed. The
-    maths is float32 also where the parameters are half precision.
+    The maps and the queue belong to one teacher: a term with several teachers needs one loss for each. The weights of
+    the maps are parameters, which the optimizer must receive; they are not part of the deployed student. Computations
+    use float32 even if the parameters have half precision.
 
     Args:
         student_dim: dimensions of the student's embedding.
-        teacher_dim: dimensions of the teacher's.
+        teacher_dim: dimensions of the teacher's embedding.
         feature_dim: dimensions of the space in which they are compared.
         temperature: above 0.
-        queue_size: number of embeddings in the queue; 0 for negatives from the batch alone.
-        gather: make one batch of the rows of all processes; then there is no `"none"`, and `per_sample` is False.
+        queue_size: number of embeddings in the queue; 0 for negatives from the batch only.
+        gather: use the rows of all processes as one batch; `"none"` is then not accepted and `per_sample` is False.
         reduction: `"mean"` or `"none"`; `forward` may override it.
-
-    Raises:
-        ValueError: a dimension below 1, `queue_size` below 0, `temperature` not above 0, an unknown `reduction`, or
-            `"none"` with `gather`.
 
     Examples:
         >>> import torch
@@ -219,7 +196,6 @@ class ContrastiveRepresentationLoss(nn.Module):
         See `contrastive_representation`. The linear maps to 128 dimensions are those of the paper's code.
     """
 
-    per_sample: bool = True
     queue: Tensor
     queue_target: Tensor
     queue_known: Tensor
@@ -234,16 +210,15 @@ class ContrastiveRepresentationLoss(nn.Module):
         temperature: float = 0.07,
         queue_size: int = 0,
         gather: bool = False,
-        reduction: Literal["mean", "none"] = "mean",
+        reduction: Reduction = "mean",
     ) -> None:
-        super().__init__()
+        super().__init__(reduction=reduction)
         owner = "ContrastiveRepresentationLoss"
         check_number(owner, "student_dim", student_dim, min=1, integer=True)
         check_number(owner, "teacher_dim", teacher_dim, min=1, integer=True)
         check_number(owner, "feature_dim", feature_dim, min=1, integer=True)
         check_number(owner, "temperature", temperature, above=0)
         check_number(owner, "queue_size", queue_size, min=0, integer=True)
-        check_choice(owner, "reduction", reduction, REDUCTIONS)
         check_gathered_reduction(owner, gather, reduction)
         self.student_dim = student_dim
         self.teacher_dim = teacher_dim
@@ -251,7 +226,6 @@ class ContrastiveRepresentationLoss(nn.Module):
         self.temperature = temperature
         self.queue_size = queue_size
         self.gather = gather
-        self.reduction = reduction
         self.per_sample = not gather
         self.student_map = nn.Linear(student_dim, feature_dim)
         self.teacher_map = nn.Linear(teacher_dim, feature_dim)
@@ -267,11 +241,11 @@ class ContrastiveRepresentationLoss(nn.Module):
         *,
         target: Tensor | None = None,
         weight: Tensor | None = None,
-        reduction: Literal["mean", "none"] | None = None,
+        reduction: Reduction | None = None,
     ) -> Tensor:
-        """The loss of `student` `(b, student_dim)` against `teacher` `(b, teacher_dim)`.
+        """Compare `student` `(b, student_dim)` with `teacher` `(b, teacher_dim)`.
 
-        `target` `(b,)` holds the identities, if given; `reduction=None` means the constructor's.
+        `target` `(b,)` are the identities, if given; `reduction=None` uses the constructor's.
         """
         owner = "ContrastiveRepresentationLoss"
         reduction = reduction or self.reduction
@@ -293,39 +267,33 @@ class ContrastiveRepresentationLoss(nn.Module):
             t = _affine(self.teacher_map, teacher)
             outside, other = None, None
             if self.queue_size:
-                # A copy, as the gradient of the map needs what the queue held before this batch is written to it.
+                # A copy, because the gradient of the map needs the queue as it was before this batch is added.
                 outside = _affine(self.teacher_map, self.queue.to(t.dtype, copy=True))
                 other = (torch.arange(self.queue_size, device=t.device) < self.queue_seen).expand(len(s), -1)
                 if target is not None:
                     other = other & ~(self.queue_known & (target[:, None] == self.queue_target))
-            losses = _info_nce(s, t, outside, self.temperature, _apart(target, weight), other, origin)
+            losses = _info_nce(s, t, outside, self.temperature, _negatives(target, weight), other, origin)
             if self.training and self.queue_size:
                 self._enqueue(teacher, target, weight)
             return reduce(owner, losses, reduction, weight)
 
     @torch.no_grad()
     def _enqueue(self, teacher: Tensor, target: Tensor | None, weight: Tensor | None) -> None:
-        """Write the samples of weight above 0 over the oldest of the queue; shapes do not depend on the weights."""
+        """Replace the oldest entries by the samples of weight above 0; shapes do not depend on the weights."""
         keep = torch.ones(len(teacher), dtype=torch.bool, device=teacher.device) if weight is None else weight != 0
-        # Samples that stay out come first, so that those that go in are the end of the batch, in their order.
+        # Omitted samples are sorted first, so that the others are the end of the batch, in their order.
         order = keep.to(torch.uint8).argsort(stable=True)[-self.queue_size :]
-        after = self.queue_seen + keep.sum()
+        seen = self.queue_seen + keep.sum()
         keep = keep[order]
-        slots = (after - len(order) + torch.arange(len(order), device=teacher.device)) % self.queue_size
+        slots = (seen - len(order) + torch.arange(len(order), device=teacher.device)) % self.queue_size
         known = torch.full_like(keep, target is not None)
         target = torch.zeros_like(order) if target is None else target[order]
         for buffer, new in ((self.queue, teacher[order]), (self.queue_target, target), (self.queue_known, known)):
             chosen = keep.reshape(-1, *[1] * (new.dim() - 1))
             buffer[slots] = torch.where(chosen, new.to(buffer.dtype), buffer[slots])
-        self.queue_seen.copy_(after)
-
-    def __repr__(self) -> str:
-        return (
-            f"ContrastiveRepresentationLoss({self.student_dim}, {self.teacher_dim}, feature_dim={self.feature_dim}, "
-            f"temperature={self.temperature!r}, queue_size={self.queue_size}, gather={self.gather}, "
-            f"reduction={self.reduction!r})"
-        )
+        self.queue_seen.copy_(seen)
 
 
 def _affine(linear: nn.Linear, x: Tensor) -> Tensor:
+    """Apply the layer in the dtype of `x`; larger values than `FAR` are clamped, because their sums could overflow."""
     return nn.functional.linear(x.clamp(-FAR, FAR), linear.weight.to(x.dtype), linear.bias.to(x.dtype))

@@ -1,24 +1,14 @@
-"""Losses: correlation congruence, the kernel matrix of a batch as the teacher's. Touches two tensors only.
-
-Peng et al., 2019: match the correlations between samples, by a Gaussian kernel expanded in a Taylor series.
-"""
+"""Correlation congruence: the Gaussian kernel matrix of a batch as the teacher's."""
 
 import math
-from typing import ClassVar, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from kdlib._checks import check_floating, check_number, check_relation_reduction
-from kdlib._maths import full_precision
-from kdlib.losses._pairs import (
-    chord_gradient,
-    one_batch,
-    one_minus_cosines,
-    shortest_length,
-    unit_gradient_,
-    with_gradient,
-)
+from kdlib._checks import check_floating, check_number
+from kdlib._maths import MeanOnly, full_precision, shortest_length
+from kdlib.losses._module import RelationModule
+from kdlib.losses._relations import cosine_distances, cosine_gradient, one_batch, with_gradient
 
 __all__ = ["CorrelationCongruenceLoss", "correlation_congruence"]
 
@@ -30,40 +20,40 @@ def correlation_congruence(
     gamma: float = 0.4,
     order: int | None = 2,
     gather: bool = False,
-    reduction: Literal["mean"] = "mean",
+    reduction: MeanOnly = "mean",
     weight: Tensor | None = None,
 ) -> Tensor:
-    r"""Mean squared difference of the student's and the teacher's Gaussian kernels between samples.
+    r"""Compute the mean squared difference of the student's and the teacher's Gaussian kernels between samples.
 
     .. math::
         \frac{1}{b^2} \sum_{i,j} \left(K^s_{ij} - K^t_{ij}\right)^2, \qquad
         K_{ij} = e^{-2 \gamma} \sum_{p=0}^{P} \frac{(2 \gamma)^p}{p!} \cos(x_i, x_j)^p
 
-    which is the Taylor series, to the order P, of the Gaussian kernel :math:`e^{-\gamma \|u_i - u_j\|^2}` between the
-    samples divided by their lengths; `order=None` takes that kernel itself, :math:`K = e^{-2 \gamma (1 - \cos)}`. The
-    loss does not depend on the length of any sample, but it does on a common offset. The numbers of features may
-    differ. A sample of zeros has cosine 0 to all, itself too.
+    which is the Taylor series to order P of the Gaussian kernel :math:`e^{-\gamma \|u_i - u_j\|^2}` between the samples
+    divided by their lengths. `order=None` uses the kernel itself, :math:`K = e^{-2 \gamma (1 - \cos)}`. The loss does
+    not depend on the length of any sample, but it depends on a common offset. The numbers of features may differ. A
+    zero sample has cosine 0 to all, including itself.
 
-    With weights, a pair counts :math:`w_i w_j`: the mean is :math:`\sum w_i w_j (\cdot) / (\sum w)^2`. A sample of
-    weight 0 is as if absent.
+    With weights, a pair has the weight :math:`w_i w_j`, and the mean is :math:`\sum w_i w_j (\cdot) / (\sum w)^2`. A
+    sample of weight 0 has no influence.
 
     Args:
         student: features `(b, d, ...)`, flattened after the first dimension.
-        teacher: features `(b, D, ...)`, likewise; never receives a gradient.
-        gamma: above 0; a larger one looks at nearer samples only.
+        teacher: features `(b, D, ...)`, the same; never receives a gradient.
+        gamma: above 0; a larger one restricts the kernel to nearer samples.
         order: P, at least 1, or `None` for the Gaussian kernel without expansion.
-        gather: make one batch of the rows of all processes of the default process group, of which each may have
-            another number, none too. Every process gets the same value; the gradients are such that their mean over
-            the processes, as `DistributedDataParallel` takes it, is that of the one batch.
-        reduction: `"mean"` only: a relation has no per-sample form.
-        weight: `(b,)`, at least 0; only its ratios count.
+        gather: use the rows of all processes of the default process group as one batch. Every process gets the same
+            value. The mean of the gradients over the processes, as computed by `DistributedDataParallel`, is that of
+            this batch. Processes may hold different numbers of rows, including none.
+        reduction: `"mean"` only, because a relation has no per-sample form.
+        weight: `(b,)`, at least 0; only the ratios matter.
 
     Returns:
-        A scalar, 0 where no sample has a weight. Float32, or float64 if given float64.
+        A scalar, 0 if all weights are 0. Float32, or float64 if an input is float64.
 
     Raises:
-        ValueError: batch sizes differ, `gamma` not above 0, `order` below 1, or a `reduction` other than `"mean"`.
-        TypeError: not floating-point tensors.
+        ValueError: The batch sizes differ, `gamma` is not above 0, `order` is below 1, or `reduction` is not `"mean"`.
+        TypeError: An input is not a floating-point tensor.
 
     Examples:
         >>> import torch
@@ -77,9 +67,9 @@ def correlation_congruence(
 
     References:
         Peng et al., *Correlation Congruence for Knowledge Distillation*, arXiv 1904.01802. The expanded kernel with
-        `gamma=0.4` and `order=2` is the default of public code that has the kernel, which makes it row by row; other
-        code under this name compares neighbors in the batch only. There is a gradient, but no second derivative, and
-        no rule for `torch.func.vmap`.
+        `gamma=0.4` and `order=2` is the default of public code with a kernel, which computes it row by row; other code
+        under this name compares only neighbors in the batch. The gradient is hand-written, which saves time. Second
+        derivatives and `torch.func.vmap` raise an error.
     """
     _check_kernel("correlation_congruence", gamma, order)
     check_floating("correlation_congruence", student=student)
@@ -88,46 +78,46 @@ def correlation_congruence(
         student, teacher, share = one_batch("correlation_congruence", student, teacher, reduction, weight, gather)
         if student.numel() * teacher.numel() == 0:
             return student.sum() * 0.0
-        apart, centerd, unit, length = one_minus_cosines(student, share)
-        gap = _kernel(apart, gamma, order)
-        gap -= _kernel(one_minus_cosines(teacher, share)[0], gamma, order)
-        value = share @ (gap.square() @ share)
+        distances, centered, unit, length = cosine_distances(student, share)
+        difference = _kernel(distances, gamma, order)
+        difference -= _kernel(cosine_distances(teacher, share)[0], gamma, order)
+        value = share @ (difference.square() @ share)
         if not (student.requires_grad and torch.is_grad_enabled()):
             return value
-        slope = _slope(apart, gamma, order).mul_(gap).mul_(2 * share.unsqueeze(1)).mul_(share)
-        gradient = unit_gradient_(chord_gradient(slope, centerd), unit, length, shortest_length(origin))
+        slope = _slope(distances, gamma, order).mul_(difference).mul_(2 * share.unsqueeze(1)).mul_(share)
+        gradient = cosine_gradient(slope, centered, unit, length, shortest_length(origin))
         return with_gradient(student, value, gradient)
 
 
-def _kernel(apart: Tensor, gamma: float, order: int | None) -> Tensor:
-    r"""The kernel less that of two equal samples, `(b, b)`, of `apart`, one minus the cosine.
+def _kernel(distances: Tensor, gamma: float, order: int | None) -> Tensor:
+    r"""Return the kernel minus its value for equal samples, `(b, b)`, from the cosine distances.
 
-    What is left out is the same on both sides, and would drown small differences. The series is
+    The subtracted value is the same on both sides, and rounding it would hide small differences. The series is
     :math:`\sum_p a_p (c^p - 1) = -(1 - c) \sum_{m<P} c^m \sum_{p>m} a_p`.
     """
     if order is None:
-        return torch.expm1(-2 * gamma * apart)
+        return torch.expm1(-2 * gamma * distances)
     terms = _terms(gamma, order)
-    kernel, rest = torch.full_like(apart, terms[-1]), terms[-1]
+    kernel, rest = torch.full_like(distances, terms[-1]), terms[-1]
     for term in reversed(terms[:-1]):
         rest += term
-        kernel.addcmul_(kernel, apart, value=-1).add_(rest)
-    return kernel.mul_(apart).neg_()
+        kernel.addcmul_(kernel, distances, value=-1).add_(rest)
+    return kernel.mul_(distances).neg_()
 
 
-def _slope(apart: Tensor, gamma: float, order: int | None) -> Tensor:
-    """The derivative of the kernel by the cosine."""
+def _slope(distances: Tensor, gamma: float, order: int | None) -> Tensor:
+    """Return the derivative of the kernel by the cosine."""
     if order is None:
-        return torch.exp(-2 * gamma * apart).mul_(2 * gamma)
+        return torch.exp(-2 * gamma * distances).mul_(2 * gamma)
     terms = _terms(gamma, order)
-    slope = torch.full_like(apart, order * terms[-1])
+    slope = torch.full_like(distances, order * terms[-1])
     for p, term in reversed(list(enumerate(terms[:-1], 1))):
-        slope.addcmul_(slope, apart, value=-1).add_(p * term)
+        slope.addcmul_(slope, distances, value=-1).add_(p * term)
     return slope
 
 
 def _terms(gamma: float, order: int) -> list[float]:
-    """The factors of the powers from 1 on; by logarithms: a power and a factorial may overflow where their ratio does not."""
+    """Return the coefficients of the powers from 1 on, by logarithms, because powers and factorials may overflow."""
     return [math.exp(p * math.log(2 * gamma) - math.lgamma(p + 1) - 2 * gamma) for p in range(1, order + 1)]
 
 
@@ -137,17 +127,8 @@ def _check_kernel(owner: str, gamma: float, order: int | None) -> None:
         check_number(owner, "order", order, min=1, integer=True)
 
 
-class CorrelationCongruenceLoss(nn.Module):
-    """`correlation_congruence` as a Module; the formula and the arguments are there.
-
-    Args:
-        gamma: above 0; a larger one looks at nearer samples only.
-        order: of the Taylor series, at least 1, or `None` for the Gaussian kernel itself.
-        gather: make one batch of the rows of all processes.
-        reduction: `"mean"` only.
-
-    Raises:
-        ValueError: `gamma` not above 0, `order` below 1, or a `reduction` other than `"mean"`.
+class CorrelationCongruenceLoss(RelationModule):
+    """`correlation_congruence` as a Module: the constructor takes its hyper-parameters, `forward` its tensors.
 
     Examples:
         >>> import torch
@@ -159,28 +140,18 @@ class CorrelationCongruenceLoss(nn.Module):
         0.0
     """
 
-    per_sample: ClassVar[bool] = False
-
     def __init__(
-        self, *, gamma: float = 0.4, order: int | None = 2, gather: bool = False, reduction: Literal["mean"] = "mean"
+        self, *, gamma: float = 0.4, order: int | None = 2, gather: bool = False, reduction: MeanOnly = "mean"
     ) -> None:
-        super().__init__()
+        super().__init__(gather=gather, reduction=reduction)
         _check_kernel("CorrelationCongruenceLoss", gamma, order)
-        check_relation_reduction("CorrelationCongruenceLoss", reduction)
         self.gamma = gamma
         self.order = order
-        self.gather = gather
-        self.reduction = reduction
 
     def forward(
-        self,
-        student: Tensor,
-        teacher: Tensor,
-        *,
-        weight: Tensor | None = None,
-        reduction: Literal["mean"] | None = None,
+        self, student: Tensor, teacher: Tensor, *, weight: Tensor | None = None, reduction: MeanOnly | None = None
     ) -> Tensor:
-        """The loss of `student` `(b, d, ...)` against `teacher`; `reduction=None` means the constructor's."""
+        """Compare `student` `(b, d, ...)` with `teacher`; `reduction=None` uses the constructor's."""
         return correlation_congruence(
             student,
             teacher,
@@ -190,7 +161,3 @@ class CorrelationCongruenceLoss(nn.Module):
             reduction=reduction or self.reduction,
             weight=weight,
         )
-
-    def extra_repr(self) -> str:
-        """Arguments of the call that rebuilds the loss."""
-        return f"gamma={self.gamma!r}, order={self.order!r}, gather={self.gather!r}, reduction={self.reduction!r}"

@@ -1,32 +1,22 @@
-"""Losses: DarkRank, each sample's nearest neighbors in the teacher's order. Touches two tensors only.
-
-Chen, Wang and Zhang, 2018: transfer how the other samples of a batch rank by their similarity to each one.
-"""
+"""DarkRank: the order of each sample's nearest neighbors as the teacher's."""
 
 import math
-from typing import ClassVar, Literal
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from kdlib._checks import check_floating, check_number, check_relation_reduction
-from kdlib._maths import full_precision
-from kdlib.losses._pairs import (
-    one_batch,
-    power_of_two,
-    shortest_length,
-    squared_distances,
-    unit_gradient_,
-    unit_rows_,
-    with_gradient,
-)
+from kdlib._checks import check_floating, check_number
+from kdlib._maths import MeanOnly, directions, full_precision, unit_rows
+from kdlib.losses._module import RelationModule
+from kdlib.losses._relations import one_batch, power_of_two, squared_distances
 
 __all__ = ["DarkRankLoss", "dark_rank"]
 
-FAR = 1e30
-"""A larger score counts as this one, without gradient."""
-PLACES = 2**20
-"""A power of two: the numbers that the last digits of a distance give way to."""
+MAX_SCORE = 1e30
+"""Scores of a larger magnitude count as this one and get no gradient."""
+MAX_BATCH = 2**20
+"""A power of two: the lowest bits of a distance are replaced by an index below this number, to break ties."""
 
 
 def dark_rank(
@@ -38,154 +28,140 @@ def dark_rank(
     length: int = 4,
     normalize: bool = False,
     gather: bool = False,
-    reduction: Literal["mean"] = "mean",
+    reduction: MeanOnly = "mean",
     weight: Tensor | None = None,
 ) -> Tensor:
-    r"""How unlikely the student finds the teacher's order of each sample's nearest neighbors.
+    r"""Compute the negative log-likelihood of the teacher's order of each sample's nearest neighbors for the student.
 
     .. math::
         -\frac{1}{b} \sum_i \sum_{k=1}^{L} \log
         \frac{\exp S_{i \pi_i(k)}}{\sum_{l=k}^{L} \exp S_{i \pi_i(l)}}, \qquad
         S_{ij} = -\alpha \|s_i - s_j\|^\beta
 
-    with :math:`\pi_i(1)` to :math:`\pi_i(L)` the L samples that the teacher has nearest to sample i, from near to far, i
-    itself left out; so there are at most b - 1. Distances that are equal to nine digits are in the order of the batch.
-    The numbers of features may differ. The least value is not 0 for a student equal to the teacher, but it falls towards
-    0 as the distances in the list grow apart; a student of equal rows has :math:`\log L!`.
+    with :math:`\pi_i(1)` to :math:`\pi_i(L)` the L samples that are nearest to sample i for the teacher, near to far,
+    without i itself; at most b - 1. Distances that are equal to nine digits keep the order of the batch. The numbers of
+    features may differ. The loss of a student equal to the teacher is not 0, but approaches 0 as the distances in the
+    list differ more; that of a student of equal rows is :math:`\log L!`.
 
     The loss depends on the scale of the student, not on that of the teacher. The published constants are for embeddings
-    of unit length, whose distances are up to 2: give such ones, or `normalize=True`. Scores below -1e30 count as -1e30.
-    A student in half precision gets no gradient that its dtype cannot hold.
+    of unit length, whose distances are at most 2: pass such embeddings, or `normalize=True`. Scores below -1e30 count
+    as -1e30. A float16 student gets no gradient that overflows float16.
 
-    With weights, the mean over the samples i is the weighted one, and a sample of weight 0 is as if absent: it is in
-    nobody's list either.
+    With weights, the mean over the samples i is weighted. A sample of weight 0 has no influence and is in no list.
 
     Args:
         student: features `(b, d, ...)`, flattened after the first dimension.
-        teacher: features `(b, D, ...)`, likewise; never receives a gradient.
-        alpha: factor on the scores, above 0; a larger one makes the order sharper.
-        beta: exponent of the distances, above 0; a larger one sees the far ones more.
-        length: L, how many neighbors make the list, at least 2; the time grows with it.
-        normalize: divide each row of both sides by its length first; a row of zeros stays one and gets no gradient.
-        gather: make one batch of the rows of all processes of the default process group, of which each may have
-            another number, none too. Every process gets the same value; the gradients are such that their mean over
-            the processes, as `DistributedDataParallel` takes it, is that of the one batch.
-        reduction: `"mean"` only: a relation has no per-sample form.
-        weight: `(b,)`, at least 0; only its ratios count.
+        teacher: features `(b, D, ...)`, the same; never receives a gradient.
+        alpha: factor of the scores, above 0; a larger one makes the order sharper.
+        beta: exponent of the distances, above 0; a larger one gives more weight to far samples.
+        length: L, the number of neighbors in a list, at least 2; the time grows with it.
+        normalize: divide each row of both sides by its length first; zero rows stay zero and get no gradient.
+        gather: use the rows of all processes of the default process group as one batch. Every process gets the same
+            value. The mean of the gradients over the processes, as computed by `DistributedDataParallel`, is that of
+            this batch. Processes may hold different numbers of rows, including none.
+        reduction: `"mean"` only, because a relation has no per-sample form.
+        weight: `(b,)`, at least 0; only the ratios matter.
 
     Returns:
-        A scalar, 0 where there are not three samples with a weight. Float32, or float64 if given float64.
+        A scalar, 0 if fewer than three samples have a weight. Float32, or float64 if an input is float64.
 
     Raises:
-        ValueError: batch sizes differ, `alpha` or `beta` not above 0, `length` below 2, or a `reduction` other than
+        ValueError: The batch sizes differ, `alpha` or `beta` is not above 0, `length` is below 2, or `reduction` is not
             `"mean"`.
-        TypeError: not floating-point tensors.
+        TypeError: An input is not a floating-point tensor.
 
     Examples:
         >>> import torch
         >>> student, teacher = torch.zeros(3, 2), torch.tensor([[0.0], [1.0], [3.0]])
-        >>> round(dark_rank(student, teacher).item(), 4)  # each of three orders one of two
+        >>> round(dark_rank(student, teacher).item(), 4)  # log 2 for each of the three lists
         0.6931
         >>> dark_rank(teacher, teacher, alpha=1.0, beta=1.0).item() < 0.6931
         True
 
     References:
         Chen, Wang, Zhang, *DarkRank: Accelerating Deep Metric Learning via Cross Sample Similarities Transfer*, arXiv
-        1707.01220, the hard form, by the likelihood of one order (ListMLE). Values are those of public code (the
-        authors of RKD), which sorts with the sample itself and drops the first place: where another sample has the same
-        row it may drop that one. The soft form, over all L! orders, is not here. There is a gradient, but no second
-        derivative, and no rule for `torch.func.vmap`.
+        1707.01220, the hard form, by the likelihood of one order (ListMLE). Values equal those of public code (by the
+        authors of RKD), which sorts all samples and drops the first place: if another sample has the same row, it may
+        drop that one instead of the sample itself. The soft form, over all L! orders, is not available.
     """
     _check_order("dark_rank", alpha, beta, length)
     check_floating("dark_rank", student=student)
     origin = student.dtype
     with full_precision(student):
         student, teacher, share = one_batch("dark_rank", student, teacher, reduction, weight, gather)
-        asked = student.requires_grad and torch.is_grad_enabled()
-        limits = [shortest_length(origin), torch.finfo(origin).max / 4]
-        arguments = (share, float(alpha), float(beta), length, normalize, limits, asked)
-        return with_gradient(student, *_with_gradient(student.detach(), teacher, *arguments))
+        if student.shape[0] < 3 or student.numel() * teacher.numel() == 0:
+            return student.sum() * 0.0
+        dtype = student.dtype
+        wide = torch.float32 if student.device.type == "mps" else torch.float64  # Metal devices have no float64
+        absent = share == 0
+        rows, rows_t = (x.to(wide).masked_fill(absent.unsqueeze(1), 0) for x in (student, teacher))
+        if normalize:
+            (rows, _), (rows_t, _) = directions(rows, origin), unit_rows(rows_t)
+        scale = power_of_two(rows.detach())
+        rows, rows_t = rows / scale, rows_t / power_of_two(rows_t)
+        neighbors = _nearest_rows(rows_t, absent, length)
+        others = (~absent).sum() - 1
+        # Lists of a single neighbor have no order and count as empty.
+        missing = torch.arange(neighbors.shape[1], device=rows.device) >= torch.where(others > 1, others, 0)
+        distance = torch.stack([_distances(rows, rows[k]) for k in neighbors.unbind(1)], 1)
+        # Logarithms, because powers overflow easily.
+        log_distance = torch.where(distance == 0, 1.0, distance).log()
+        log_size = (log_distance + scale.log()) * beta + math.log(alpha)
+        log_slope = log_size - log_distance + math.log(beta)
+        # With these limits the gradient of a row fits the student's dtype, and that of a scaled row fits `wide`.
+        steep = log_slope - scale.log() > math.log(torch.finfo(origin).max / (4 * length))
+        steep = steep | (log_slope > math.log(torch.finfo(wide).max) / 2) | (log_size > math.log(MAX_SCORE))
+        log_size = torch.where(steep, log_size.detach(), log_size)
+        scores = -log_size.clamp(max=math.log(MAX_SCORE)).exp()
+        scores = torch.where(missing, -4 * MAX_SCORE, torch.where(distance == 0, 0.0, scores))
+        rest = torch.stack([scores[:, k:].logsumexp(1) for k in range(scores.shape[1])], 1)
+        losses = torch.where(missing, 0.0, rest - scores).sum(1)
+        return (share.to(wide) @ losses).to(dtype)
 
 
-@torch.library.custom_op("kdlib::dark_rank", mutates_args=())
-def _with_gradient(
-    student: Tensor,
-    teacher: Tensor,
-    share: Tensor,
-    alpha: float,
-    beta: float,
-    length: int,
-    normalize: bool,
-    limits: list[float],
-    asked: bool,
-) -> tuple[Tensor, Tensor]:
-    """The loss, and its gradient `(b, d)` if asked for. One operation, opaque to a compiler."""
-    kept = share.nonzero().squeeze(1)
-    out = torch.zeros_like(student) if asked else student.new_empty(0)
-    if kept.shape[0] < 3 or student.shape[1] * teacher.shape[1] == 0:
-        return student.new_zeros(()), out
-    wide = torch.float32 if student.device.type == "mps" else torch.float64  # a Metal device has no float64
-    rows, rows_t, share = (x[kept].to(wide) for x in (student, teacher, share))
-    row_length = None
-    if normalize:
-        (rows, row_length), (rows_t, _) = unit_rows_(rows), unit_rows_(rows_t)
-    scale = power_of_two(rows)
-    rows, rows_t = rows / scale, rows_t / power_of_two(rows_t)
-    neighbors = _nearest_others(rows_t, length, wide)
-    # By differences, a place of the lists at a time: exact, and less work than all pairs where lists are short.
-    apart = torch.stack([torch.linalg.vector_norm(rows - rows[of], dim=1) for of in neighbors.unbind(1)], 1)
-    # By logarithms, as a power leaves every dtype soon.
-    log_distance = apart.log() + scale.log()
-    log_size = log_distance * beta + math.log(alpha)
-    scores = log_size.clamp(max=math.log(FAR)).exp_().neg_()
-    rest = scores.flip(1).logcumsumexp(1).flip(1)  # of the place and those behind it
-    value = share @ (rest - scores).sum(1)
-    if not asked:
-        return value.to(student.dtype), out
-    # Every place up to its own draws a sample with its probability there, and its own place has drawn it.
-    places = torch.arange(1, scores.shape[1] + 1, device=scores.device).log().to(wide)
-    slope = (scores + (-rest).logcumsumexp(1)).minimum(places).exp_().sub_(1).mul_(share.unsqueeze(1))
-    # d score / d distance, over the scaled distance, which leaves unit vectors between the rows. Those at one place have
-    # no direction from each other.
-    log_steep = (log_size - log_distance + math.log(beta)).clamp_(max=math.log(torch.finfo(wide).max) / 2)
-    slope = slope.mul_(log_steep.exp_().neg_()).div_(apart)
-    slope.masked_fill_((apart == 0) | (log_size >= math.log(FAR)), 0)
-    gradient = torch.zeros_like(rows)
-    for of, steep in zip(neighbors.unbind(1), slope.unbind(1), strict=True):
-        pull = (rows - rows[of]).mul_(steep.unsqueeze(1))
-        gradient.add_(pull).index_add_(0, of, pull, alpha=-1)
-    if row_length is not None:
-        gradient = unit_gradient_(gradient, rows * scale, row_length, limits[0])
-    out[kept] = gradient.masked_fill_(~(gradient.abs() <= limits[1]), 0).to(student.dtype)
-    return value.to(student.dtype), out
+def _distances(x: Tensor, y: Tensor) -> Tensor:
+    """Return the distances of corresponding rows `(b,)`; equal rows have no direction and get no gradient.
+
+    Differences are exact, and for short lists they are less work than the dot products of all pairs.
+    """
+    difference = x - y
+    equal = (difference == 0).all(1, keepdim=True)
+    length = torch.linalg.vector_norm(torch.where(equal, 1.0, difference), dim=1)
+    return torch.where(equal.squeeze(1), 0.0, length)
 
 
-@_with_gradient.register_fake
-def _(
-    student: Tensor,
-    teacher: Tensor,
-    share: Tensor,
-    alpha: float,
-    beta: float,
-    length: int,
-    normalize: bool,
-    limits: list[float],
-    asked: bool,
-) -> tuple[Tensor, Tensor]:
-    return student.new_empty(()), torch.empty_like(student) if asked else student.new_empty(0)
+@torch.library.custom_op("kdlib::nearest_rows", mutates_args=())
+def _nearest_rows(rows: Tensor, absent: Tensor, length: int) -> Tensor:
+    """Return the indices of the nearest other rows that are not absent, near to far, `(b, min(length, b - 1))`.
 
-
-def _nearest_others(rows: Tensor, length: int, dtype: torch.dtype) -> Tensor:
-    """`(b, min(length, b - 1))`: the places of each row's nearest other rows, from near to far."""
-    squares = squared_distances(rows, dtype)[0].fill_diagonal_(torch.inf)
+    This is an operation of the library, because which pairs need differences depends on the values.
+    """
+    present = (~absent).nonzero().squeeze(1)
+    squares = torch.full((len(rows), len(rows)), torch.inf, dtype=rows.dtype, device=rows.device)
+    squares[present.unsqueeze(1), present] = squared_distances(rows[present], rows.dtype)[0]
+    squares.fill_diagonal_(torch.inf)
     length = min(length, rows.shape[0] - 1)
-    if dtype != torch.float64 or rows.shape[0] > PLACES:
-        return squares.argsort(dim=1, stable=True)[:, :length]
-    # Numbers of at least 0 are in the order of their bits. The last ones give way to the place, so that rounding does
-    # not order what is equally far, as all unit rows are from one of zeros; and all are different, so no sort is needed.
-    key = (squares.view(torch.int64) + PLACES // 2).bitwise_and_(-PLACES)
+    if rows.dtype != torch.float64 or rows.shape[0] > MAX_BATCH:
+        return squares.argsort(dim=1, stable=True)[:, :length].contiguous()
+    # Numbers of at least 0 have the order of their bits. The lowest bits are replaced by the index, so that rounding
+    # does not order equal distances. All keys then differ, so an unstable selection is sufficient.
+    key = (squares.view(torch.int64) + MAX_BATCH // 2).bitwise_and_(-MAX_BATCH)
     key.bitwise_or_(torch.arange(rows.shape[0], device=rows.device))
     return key.topk(length, dim=1, largest=False)[1]
+
+
+@_nearest_rows.register_fake
+def _(rows: Tensor, absent: Tensor, length: int) -> Tensor:
+    return rows.new_empty((rows.shape[0], min(length, rows.shape[0] - 1)), dtype=torch.int64)
+
+
+@_nearest_rows.register_vmap
+def _(info: Any, in_dims: tuple[int | None, ...], rows: Tensor, absent: Tensor, length: int) -> tuple[Tensor, int]:
+    rows, absent = (
+        x.expand(info.batch_size, *x.shape) if dim is None else x.movedim(dim, 0)
+        for x, dim in zip((rows, absent), in_dims[:2], strict=True)
+    )
+    return torch.stack([_nearest_rows(*pair, length) for pair in zip(rows, absent, strict=True)]), 0
 
 
 def _check_order(owner: str, alpha: float, beta: float, length: int) -> None:
@@ -194,19 +170,8 @@ def _check_order(owner: str, alpha: float, beta: float, length: int) -> None:
     check_number(owner, "length", length, min=2, integer=True)
 
 
-class DarkRankLoss(nn.Module):
-    """`dark_rank` as a Module; the formula and the arguments are there.
-
-    Args:
-        alpha: factor on the scores, above 0.
-        beta: exponent of the distances, above 0.
-        length: how many neighbors make the list, at least 2.
-        normalize: divide each row of both sides by its length first.
-        gather: make one batch of the rows of all processes.
-        reduction: `"mean"` only.
-
-    Raises:
-        ValueError: `alpha` or `beta` not above 0, `length` below 2, or a `reduction` other than `"mean"`.
+class DarkRankLoss(RelationModule):
+    """`dark_rank` as a Module: the constructor takes its hyper-parameters, `forward` its tensors.
 
     Examples:
         >>> import torch
@@ -217,8 +182,6 @@ class DarkRankLoss(nn.Module):
         3.1781
     """
 
-    per_sample: ClassVar[bool] = False
-
     def __init__(
         self,
         *,
@@ -227,27 +190,19 @@ class DarkRankLoss(nn.Module):
         length: int = 4,
         normalize: bool = False,
         gather: bool = False,
-        reduction: Literal["mean"] = "mean",
+        reduction: MeanOnly = "mean",
     ) -> None:
-        super().__init__()
+        super().__init__(gather=gather, reduction=reduction)
         _check_order("DarkRankLoss", alpha, beta, length)
-        check_relation_reduction("DarkRankLoss", reduction)
         self.alpha = alpha
         self.beta = beta
         self.length = length
         self.normalize = normalize
-        self.gather = gather
-        self.reduction = reduction
 
     def forward(
-        self,
-        student: Tensor,
-        teacher: Tensor,
-        *,
-        weight: Tensor | None = None,
-        reduction: Literal["mean"] | None = None,
+        self, student: Tensor, teacher: Tensor, *, weight: Tensor | None = None, reduction: MeanOnly | None = None
     ) -> Tensor:
-        """The loss of `student` `(b, d, ...)` against `teacher`; `reduction=None` means the constructor's."""
+        """Compare `student` `(b, d, ...)` with `teacher`; `reduction=None` uses the constructor's."""
         return dark_rank(
             student,
             teacher,
@@ -258,11 +213,4 @@ class DarkRankLoss(nn.Module):
             gather=self.gather,
             reduction=reduction or self.reduction,
             weight=weight,
-        )
-
-    def extra_repr(self) -> str:
-        """Arguments of the call that rebuilds the loss."""
-        return (
-            f"alpha={self.alpha!r}, beta={self.beta!r}, length={self.length!r}, normalize={self.normalize!r}, "
-            f"gather={self.gather!r}, reduction={self.reduction!r}"
         )

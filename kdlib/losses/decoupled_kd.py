@@ -1,19 +1,15 @@
-"""Losses: decoupled distillation, soft targets in two parts of their own weight. Touches tensors only.
-
-Zhao et al., 2022: what the teacher says of the target class, and how it spreads the rest over the other classes.
-"""
+"""Decoupled distillation: soft targets in two parts, target class against the rest and within the rest."""
 
 from functools import partial
-from typing import ClassVar, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
-from kdlib._checks import check_choice, check_number, check_pair
-from kdlib._maths import REDUCTIONS, full_precision, promote, reduce
-from kdlib.losses._checks import check_target
-from kdlib.losses._chunked import LEAST_LOG, by_rows, soften
+from kdlib._checks import check_number, check_pair, check_target
+from kdlib._maths import Reduction, full_precision, promote, reduce
+from kdlib.losses._chunked import MIN_LOG, by_rows, soften
+from kdlib.losses._module import LossModule
 
 __all__ = ["DecoupledKDLoss", "decoupled_kd"]
 
@@ -26,20 +22,21 @@ def decoupled_kd(
     alpha: float = 1.0,
     beta: float = 8.0,
     temperature: float = 4.0,
-    reduction: Literal["mean", "none"] = "mean",
+    reduction: Reduction = "mean",
     weight: Tensor | None = None,
 ) -> Tensor:
-    r"""Divergence of target against rest, plus the divergence within the rest.
+    r"""Compute the divergence of target class against the rest, plus the divergence within the rest.
 
     .. math:: T^2 \left[ \alpha \, \mathrm{KL}(b^t \,\|\, b^s) + \beta \, \mathrm{KL}(\hat p^t \,\|\, \hat p^s) \right]
 
-    of one sample with target class y: :math:`p = \mathrm{softmax}(z / T)`, :math:`b = (p_y, 1 - p_y)`, and
-    :math:`\hat p` the softmax over all classes but y. With :math:`\alpha = 1` and :math:`\beta = 1 - p^t_y` this is
-    `soft_target`; the second part no longer vanishes where the teacher is sure.
+    for a sample of target class y, with :math:`p = \mathrm{softmax}(z / T)`, :math:`b = (p_y, 1 - p_y)`, and
+    :math:`\hat p` the softmax over all classes except y. With :math:`\alpha = 1` and :math:`\beta = 1 - p^t_y` this is
+    `soft_target`. With a constant :math:`\beta`, the second part does not vanish where the teacher is confident.
 
-    :math:`1 - p_y` is never computed: with :math:`u = z_y / T - \log \sum_{c \ne y} e^{z_c / T}` the logarithms are
+    :math:`1 - p_y` is never computed. With :math:`u = z_y / T - \log \sum_{c \ne y} e^{z_c / T}` the logarithms are
     those of the sigmoid of u and of -u, so the loss is exact where the target's probability rounds to 1. With two
-    classes the rest is one class, and the second part 0. With one class there is no rest, and the loss is 0.
+    classes the second part is 0; with one class the loss is 0. Logits of many classes are processed a few rows at a
+    time: only the gradient takes memory of their size.
 
     Args:
         student: logits `(b, c)`.
@@ -47,18 +44,18 @@ def decoupled_kd(
         target: class `(b,)`, whole numbers from 0 to c - 1.
         alpha: weight of target against rest, at least 0.
         beta: weight of the divergence within the rest, at least 0.
-        temperature: T, above 0; larger is softer.
+        temperature: T, above 0; larger values give softer probabilities.
         reduction: `"mean"` over the batch, or `"none"`.
         weight: `(b,)`, at least 0, weight of each sample; 0 masks it.
 
     Returns:
-        A scalar for `"mean"`: `sum(weight * loss) / sum(weight)`, and 0 if all weights are 0. `(b,)` for `"none"`,
-        times `weight` if given. Float32, or float64 if given float64.
+        A scalar for `"mean"`: `sum(weight * loss) / sum(weight)`, or 0 if all weights are 0. `(b,)` for `"none"`,
+        multiplied by `weight` if given. Float32, or float64 if an input is float64.
 
     Raises:
-        ValueError: shapes differ, a target is not a class, a number is out of its range, or an unknown `reduction`.
-            Inside `torch.compile` targets are not looked at.
-        TypeError: logits that are not floating-point tensors, or targets that are not whole numbers.
+        ValueError: The shapes differ, a target is not a class, a number is out of range, or `reduction` is unknown.
+            Inside `torch.compile` the values of the targets are not checked.
+        TypeError: The logits are not floating-point tensors, or the targets are not whole numbers.
 
     Examples:
         >>> import torch
@@ -73,10 +70,10 @@ def decoupled_kd(
 
     References:
         Zhao, Cui, Song, Qiu, Liang, *Decoupled Knowledge Distillation*, arXiv 2203.08679, equation 7. The authors' code
-        takes the logarithm of a softmax, infinite from a gap of about 100 on, and hides the target behind a logit
-        lowered by 1000. Their training raises the weight of the loss from 0 over the first 20 epochs; a schedule of
-        the weight of a term does that here. They choose beta between 1 and 10 on up to 1000 classes; with many more it
-        may have to be smaller.
+        takes the logarithm of a softmax, which is infinite from a difference of about 100 on, and lowers the logit of
+        the target by 1000 to exclude it. Their training raises the weight of the loss from 0 over the first 20 epochs;
+        here the weight of a term can be a schedule. They use beta between 1 and 10 for up to 1000 classes; with many
+        more classes it may have to be smaller.
     """
     owner = "decoupled_kd"
     check_number(owner, "alpha", alpha, min=0)
@@ -93,17 +90,8 @@ def decoupled_kd(
         return reduce(owner, losses, reduction, weight)
 
 
-class DecoupledKDLoss(nn.Module):
-    """`decoupled_kd` as a Module; the formula and the arguments are there.
-
-    Args:
-        alpha: weight of target against rest, at least 0.
-        beta: weight of the divergence within the rest, at least 0.
-        temperature: above 0; larger is softer.
-        reduction: `"mean"` or `"none"`; `forward` may override it.
-
-    Raises:
-        ValueError: a number out of its range, or an unknown `reduction`.
+class DecoupledKDLoss(LossModule):
+    """`decoupled_kd` as a Module: the constructor takes its hyper-parameters, `forward` its tensors.
 
     Examples:
         >>> import torch
@@ -114,26 +102,16 @@ class DecoupledKDLoss(nn.Module):
         0.0
     """
 
-    per_sample: ClassVar[bool] = True
-    needs_target: ClassVar[bool] = True
-
     def __init__(
-        self,
-        *,
-        alpha: float = 1.0,
-        beta: float = 8.0,
-        temperature: float = 4.0,
-        reduction: Literal["mean", "none"] = "mean",
+        self, *, alpha: float = 1.0, beta: float = 8.0, temperature: float = 4.0, reduction: Reduction = "mean"
     ) -> None:
-        super().__init__()
+        super().__init__(reduction=reduction)
         check_number("DecoupledKDLoss", "alpha", alpha, min=0)
         check_number("DecoupledKDLoss", "beta", beta, min=0)
         check_number("DecoupledKDLoss", "temperature", temperature, above=0)
-        check_choice("DecoupledKDLoss", "reduction", reduction, REDUCTIONS)
         self.alpha = alpha
         self.beta = beta
         self.temperature = temperature
-        self.reduction = reduction
 
     def forward(
         self,
@@ -142,9 +120,9 @@ class DecoupledKDLoss(nn.Module):
         *,
         target: Tensor,
         weight: Tensor | None = None,
-        reduction: Literal["mean", "none"] | None = None,
+        reduction: Reduction | None = None,
     ) -> Tensor:
-        """The loss of `student` logits `(b, c)` against `teacher`, `target` `(b,)`; `reduction=None`: the constructor's."""
+        """Compare `student` logits `(b, c)` with `teacher`, `target` `(b,)`; `reduction=None` uses the constructor's."""
         return decoupled_kd(
             student,
             teacher,
@@ -156,45 +134,39 @@ class DecoupledKDLoss(nn.Module):
             weight=weight,
         )
 
-    def extra_repr(self) -> str:
-        """Arguments of the call that rebuilds the loss."""
-        return (
-            f"alpha={self.alpha!r}, beta={self.beta!r}, temperature={self.temperature!r}, reduction={self.reduction!r}"
-        )
 
-
-def _parted(logits: Tensor, target_n1: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """The log-odds u of the target `(n, 1)`, and the log-probabilities of the rest `(n, c)`, minus infinity at y."""
+def _split_target(logits: Tensor, target_n1: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """Return the log-odds u of the target `(n, 1)` and the log-probabilities of the rest `(n, c)`, -inf at y."""
     softened = soften(logits, temperature)
     own = softened.gather(1, target_n1)
     rest = softened.scatter(1, target_n1, -torch.inf)
     log_rest = rest.log_softmax(1)
-    # log sum exp of the rest, read off its largest entry rather than summed again.
+    # log sum exp of the rest follows from its largest entry, without a second sum.
     odds = (own - rest.amax(1, keepdim=True)) + log_rest.amax(1, keepdim=True)
-    return odds.clamp(LEAST_LOG, -LEAST_LOG), log_rest
+    return odds.clamp(MIN_LOG, -MIN_LOG), log_rest
 
 
 def _divergence(
     student: Tensor, teacher: Tensor, target_n1: Tensor, *, alpha: float, beta: float, temperature: float
 ) -> Tensor:
-    """The loss of each row, `(n, c)` and `(n, c)` to `(n,)`."""
-    u_s, log_s = _parted(student, target_n1, temperature)
-    u_t, log_t = _parted(teacher, target_n1, temperature)
+    """Return the loss of each row, `(n, c)` and `(n, c)` to `(n,)`."""
+    u_s, log_s = _split_target(student, target_n1, temperature)
+    u_t, log_t = _split_target(teacher, target_n1, temperature)
     binary = u_t.sigmoid() * (F.logsigmoid(u_t) - F.logsigmoid(u_s))
     binary = binary + (-u_t).sigmoid() * (F.logsigmoid(-u_t) - F.logsigmoid(-u_s))
-    # In place wherever nothing is kept for the backward, so that fewer matrices are held at a time.
-    log_t = log_t.clamp_(min=LEAST_LOG)
-    within = (log_t - log_s.clamp(min=LEAST_LOG)).mul_(log_t.exp_()).sum(1)
+    # In-place operations reduce the number of matrices that are held at a time.
+    log_t = log_t.clamp_(min=MIN_LOG)
+    within = (log_t - log_s.clamp(min=MIN_LOG)).mul_(log_t.exp_()).sum(1)
     return temperature**2 * (alpha * binary.squeeze(1) + beta * within)
 
 
 def _slope(
     student: Tensor, teacher: Tensor, target_n1: Tensor, *, alpha: float, beta: float, temperature: float
 ) -> Tensor:
-    """Its derivative: T alpha d at the target, T (beta (q^s - q^t) - alpha d q^s) at the rest, with d = p^s_y - p^t_y."""
-    u_s, log_s = _parted(student, target_n1, temperature)
-    u_t, log_t = _parted(teacher, target_n1, temperature)
-    # Of two probabilities near 1 take the distance of their complements.
+    """Return the derivative: T alpha d at y, T (beta (q^s - q^t) - alpha d q^s) elsewhere, with d = p^s_y - p^t_y."""
+    u_s, log_s = _split_target(student, target_n1, temperature)
+    u_t, log_t = _split_target(teacher, target_n1, temperature)
+    # For two probabilities near 1, the difference of their complements is exact.
     d = torch.where(u_s > 0, (-u_t).sigmoid() - (-u_s).sigmoid(), u_s.sigmoid() - u_t.sigmoid())
     q_t = log_t.exp_().mul_(-temperature * beta)
     rest = q_t.addcmul_(log_s.exp(), temperature * (beta - alpha * d))

@@ -1,17 +1,13 @@
-"""Losses: DIST, probabilities that correlate with the teacher's, by sample and by class. Touches two tensors only.
-
-Huang et al., 2022: match the relations between the classes of a sample, and between the samples for a class.
-"""
-
-from typing import ClassVar, Literal
+"""DIST: correlation of the class probabilities of student and teacher, by sample and by class."""
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from kdlib._checks import check_number, check_pair, check_relation_reduction
-from kdlib._maths import full_precision
+from kdlib._checks import check_number, check_pair
+from kdlib._maths import MeanOnly, full_precision
 from kdlib.losses._chunked import soften
-from kdlib.losses._pairs import one_batch
+from kdlib.losses._module import RelationModule
+from kdlib.losses._relations import one_batch
 
 __all__ = ["DISTLoss", "dist"]
 
@@ -24,42 +20,41 @@ def dist(
     gamma: float = 1.0,
     temperature: float = 1.0,
     gather: bool = False,
-    reduction: Literal["mean"] = "mean",
+    reduction: MeanOnly = "mean",
     weight: Tensor | None = None,
 ) -> Tensor:
-    r"""One minus the correlation of the probabilities, over the classes of each sample and over the samples for each class.
+    r"""Compute one minus the correlation of the probabilities over the classes of a sample and the samples of a class.
 
     .. math::
         T^2 \left[ \frac{\beta}{b} \sum_i \bigl(1 - \rho(p^s_{i \cdot}, p^t_{i \cdot})\bigr)
         + \frac{\gamma}{c} \sum_j \bigl(1 - \rho(p^s_{\cdot j}, p^t_{\cdot j})\bigr) \right], \qquad
         p = \mathrm{softmax}(z / T)
 
-    with :math:`\rho` Pearson's correlation. Where one side has no spread at all, as with one class, one sample or equal
-    logits, there is nothing to correlate: the two count as correlated by 0, or by 1 where neither has any, and no
-    gradient comes from there.
+    with :math:`\rho` Pearson's correlation. If one side has no spread, as with one class, one sample or equal logits,
+    the correlation counts as 0, or as 1 if neither side has any, and there is no gradient.
 
     With weights, the first mean and the correlations over samples are weighted by :math:`w / \sum w`. A sample of
-    weight 0 is as if absent.
+    weight 0 has no influence.
 
     Args:
         student: logits `(b, c)`.
         teacher: logits of the same shape; never receives a gradient.
         beta: weight of the relations between classes, at least 0.
         gamma: weight of the relations between samples, at least 0.
-        temperature: T, above 0; larger is softer.
-        gather: make one batch of the rows of all processes of the default process group, of which each may have
-            another number, none too. Every process gets the same value; the gradients are such that their mean over
-            the processes, as `DistributedDataParallel` takes it, is that of the one batch.
-        reduction: `"mean"` only: the relations between samples have no per-sample form.
-        weight: `(b,)`, at least 0; only its ratios count.
+        temperature: T, above 0; larger values give softer probabilities.
+        gather: use the rows of all processes of the default process group as one batch. Every process gets the same
+            value. The mean of the gradients over the processes, as computed by `DistributedDataParallel`, is that of
+            this batch. Processes may hold different numbers of rows, including none.
+        reduction: `"mean"` only, because the relations between samples have no per-sample form.
+        weight: `(b,)`, at least 0; only the ratios matter.
 
     Returns:
-        A scalar, 0 where no sample has a weight. Float32, or float64 if given float64.
+        A scalar, 0 if all weights are 0. Float32, or float64 if an input is float64.
 
     Raises:
-        ValueError: shapes differ, `temperature` not above 0, `beta` or `gamma` below 0, or a `reduction` other than
+        ValueError: The shapes differ, `temperature` is not above 0, `beta` or `gamma` is below 0, or `reduction` is not
             `"mean"`.
-        TypeError: not floating-point tensors.
+        TypeError: An input is not a floating-point tensor.
 
     Examples:
         >>> import torch
@@ -70,8 +65,8 @@ def dist(
         3.648
 
     References:
-        Huang et al., *Knowledge Distillation from A Stronger Teacher*, arXiv 2205.10536. The factor T squared is in
-        public code that takes a temperature and 1 at the default.
+        Huang et al., *Knowledge Distillation from A Stronger Teacher*, arXiv 2205.10536. The factor T squared is that
+        of public code with a temperature, and 1 at the default.
     """
     check_number("dist", "temperature", temperature, above=0)
     check_number("dist", "beta", beta, min=0)
@@ -82,53 +77,43 @@ def dist(
         student, teacher, share = one_batch("dist", student, teacher, reduction, weight, gather)
         if student.numel() == 0:
             return student.sum() * 0.0
-        # A masked sample has no place in a softmax: nothing of it may reach the others, an overflow neither.
+        # An overflow in the softmax of a masked sample must not reach the others.
         masked = (share == 0).unsqueeze(1)
         p_s, p_t = (soften(x.masked_fill(masked, 0.0), temperature).softmax(1) for x in (student, teacher))
         even = torch.full_like(p_s[:1], 1 / p_s.shape[1])
-        least = temperature * torch.finfo(origin).tiny
-        between_classes = share @ _apart(p_s, p_t, even, least)
-        between_samples = _apart(p_s.T, p_t.T, share.unsqueeze(0), least).mean()
+        min_spread = temperature * torch.finfo(origin).tiny
+        between_classes = share @ _one_minus_correlation(p_s, p_t, even, min_spread)
+        between_samples = _one_minus_correlation(p_s.T, p_t.T, share.unsqueeze(0), min_spread).mean()
         value = temperature**2 * (beta * between_classes + gamma * between_samples)
         return torch.where(share.sum() > 0, value, value * 0.0)
 
 
-def _apart(x: Tensor, y: Tensor, share: Tensor, least: float) -> Tensor:
-    """One minus the weighted correlation of each row of `x` `(n, d)` with that of `y`; the shares sum to one."""
-    x, x_flat = _standard(x, share, least)
-    y, y_flat = _standard(y, share, least)
+def _one_minus_correlation(x: Tensor, y: Tensor, share: Tensor, min_spread: float) -> Tensor:
+    """Return one minus the weighted correlation of each row of `x` `(n, d)` with that of `y`; the shares sum to 1."""
+    x, x_flat = _standardize(x, share, min_spread)
+    y, y_flat = _standardize(y, share, min_spread)
     correlation = torch.where(x_flat & y_flat, 1.0, (share * x * y).sum(1))
     return 1 - correlation
 
 
-def _standard(x: Tensor, share: Tensor, least: float) -> tuple[Tensor, Tensor]:
-    """Rows of weighted mean 0 and variance 1, and which have no spread: these become zero, without a gradient.
+def _standardize(x: Tensor, share: Tensor, min_spread: float) -> tuple[Tensor, Tensor]:
+    """Scale rows to weighted mean 0 and variance 1; also return which rows have no spread: they become zero.
 
-    Nor have rows whose spread is below `least` of their size a gradient: it grows as one over the spread.
+    Rows with a relative spread below `min_spread` get no gradient, because it grows as 1 / spread.
     """
-    centerd = x - (share * x).sum(1, keepdim=True)
-    held = torch.where(share > 0, centerd, 0.0)
-    largest, size = (each.detach().abs().amax(1, keepdim=True) for each in (held, x))
-    # What rounding leaves of equal numbers is no spread.
+    centered = x - (share * x).sum(1, keepdim=True)
+    present = torch.where(share > 0, centered, 0.0)
+    largest, size = (each.detach().abs().amax(1, keepdim=True) for each in (present, x))
+    # Rounding differences between equal numbers do not count as spread.
     flat = largest <= 8 * torch.finfo(x.dtype).eps * size
-    scaled = held / torch.where(flat, 1.0, largest)
+    scaled = present / torch.where(flat, 1.0, largest)
     spread = (share * torch.where(flat, 1.0, scaled).square()).sum(1, keepdim=True).sqrt()
     standard = torch.where(flat, 0.0, scaled / torch.where(spread == 0, 1.0, spread))
-    return torch.where(largest < least * size, standard.detach(), standard), flat.squeeze(1)
+    return torch.where(largest < min_spread * size, standard.detach(), standard), flat.squeeze(1)
 
 
-class DISTLoss(nn.Module):
-    """`dist` as a Module; the formula and the arguments are there.
-
-    Args:
-        beta: weight of the relations between classes, at least 0.
-        gamma: weight of the relations between samples, at least 0.
-        temperature: above 0; larger is softer.
-        gather: make one batch of the rows of all processes.
-        reduction: `"mean"` only.
-
-    Raises:
-        ValueError: a number out of range, or a `reduction` other than `"mean"`.
+class DISTLoss(RelationModule):
+    """`dist` as a Module: the constructor takes its hyper-parameters, `forward` its tensors.
 
     Examples:
         >>> import torch
@@ -139,8 +124,6 @@ class DISTLoss(nn.Module):
         True
     """
 
-    per_sample: ClassVar[bool] = False
-
     def __init__(
         self,
         *,
@@ -148,28 +131,20 @@ class DISTLoss(nn.Module):
         gamma: float = 1.0,
         temperature: float = 1.0,
         gather: bool = False,
-        reduction: Literal["mean"] = "mean",
+        reduction: MeanOnly = "mean",
     ) -> None:
-        super().__init__()
+        super().__init__(gather=gather, reduction=reduction)
         check_number("DISTLoss", "temperature", temperature, above=0)
         check_number("DISTLoss", "beta", beta, min=0)
         check_number("DISTLoss", "gamma", gamma, min=0)
-        check_relation_reduction("DISTLoss", reduction)
         self.beta = beta
         self.gamma = gamma
         self.temperature = temperature
-        self.gather = gather
-        self.reduction = reduction
 
     def forward(
-        self,
-        student: Tensor,
-        teacher: Tensor,
-        *,
-        weight: Tensor | None = None,
-        reduction: Literal["mean"] | None = None,
+        self, student: Tensor, teacher: Tensor, *, weight: Tensor | None = None, reduction: MeanOnly | None = None
     ) -> Tensor:
-        """The loss of `student` logits `(b, c)` against `teacher`; `reduction=None` means the constructor's."""
+        """Compare `student` logits `(b, c)` with `teacher`; `reduction=None` uses the constructor's."""
         return dist(
             student,
             teacher,
@@ -179,11 +154,4 @@ class DISTLoss(nn.Module):
             gather=self.gather,
             reduction=reduction or self.reduction,
             weight=weight,
-        )
-
-    def extra_repr(self) -> str:
-        """Arguments of the call that rebuilds the loss."""
-        return (
-            f"beta={self.beta!r}, gamma={self.gamma!r}, temperature={self.temperature!r}, gather={self.gather!r}, "
-            f"reduction={self.reduction!r}"
         )

@@ -1,19 +1,15 @@
-"""Losses: hierarchical context, feature maps equal at full resolution and at coarser grids. Touches two tensors only.
-
-Chen et al., 2021: the loss of ReviewKD, which compares maps at several levels of average pooling.
-"""
+"""Hierarchical context: mean squared error of feature maps at several levels of average pooling."""
 
 from collections.abc import Sequence
 from math import prod
-from typing import ClassVar, Literal
 
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
-from kdlib._checks import check_choice, check_pair
-from kdlib._maths import REDUCTIONS, full_precision, promote, reduce
+from kdlib._checks import check_pair
+from kdlib._maths import Reduction, full_precision, hold_steep, promote, reduce
 from kdlib.losses._checks import check_levels
-from kdlib.losses._squares import hold_steep
+from kdlib.losses._module import LossModule
 
 __all__ = ["HierarchicalContextLoss", "hierarchical_context"]
 
@@ -23,33 +19,33 @@ def hierarchical_context(
     teacher: Tensor,
     *,
     levels: Sequence[int] = (4, 2, 1),
-    reduction: Literal["mean", "none"] = "mean",
+    reduction: Reduction = "mean",
     weight: Tensor | None = None,
 ) -> Tensor:
-    r"""Mean squared error of two feature maps, at full resolution and average-pooled to coarser grids.
+    r"""Compute the mean squared error of two feature maps at full resolution and average-pooled to coarser grids.
 
     .. math::
         \frac{\sum_{k=0}^{K} 2^{-k} \, \mathrm{mse}(P_k s, P_k t)}{\sum_{k=0}^{K} 2^{-k}}
 
-    for one sample, with :math:`P_0` the identity and :math:`P_k` average pooling to the k-th grid: level l makes the grid
-    (min(l, h), min(l, w)), and a level that would leave the map as it is is left out. So every coarser level counts half
-    of the one before, and a map of one place is compared once. Differences above 1e15 count as 1e15. A float16 student
-    gets no gradient that float16 cannot hold.
+    for a sample, with :math:`P_0` the identity and :math:`P_k` average pooling to the k-th grid. Level l has the grid
+    (min(l, h), min(l, w)); levels with the grid of the map itself are omitted. Each coarser level has half the weight
+    of the one before. Differences above 1e15 count as 1e15. A float16 student gets no gradient that overflows float16.
 
     Args:
         student: features `(b, c, h, w)`, already projected into the teacher's space.
         teacher: features of the same shape; never receives a gradient.
-        levels: sides of the coarser grids in the order of their weights, each at least 1; none leaves `hint`.
+        levels: sides of the coarser grids in the order of their weights, each at least 1; an empty sequence gives
+            `hint`.
         reduction: `"mean"` over the batch, or `"none"`.
         weight: `(b,)`, at least 0, weight of each sample; 0 masks it.
 
     Returns:
-        A scalar for `"mean"`: `sum(weight * loss) / sum(weight)`, and 0 if all weights are 0. `(b,)` for `"none"`,
-        times `weight` if given. Float32, or float64 if given float64.
+        A scalar for `"mean"`: `sum(weight * loss) / sum(weight)`, or 0 if all weights are 0. `(b,)` for `"none"`,
+        multiplied by `weight` if given. Float32, or float64 if an input is float64.
 
     Raises:
-        ValueError: not `(b, c, h, w)`, shapes differ, a level below 1, or an unknown `reduction`.
-        TypeError: not floating-point tensors, or `levels` that are no whole numbers.
+        ValueError: An input is not `(b, c, h, w)`, shapes differ, a level is below 1, or `reduction` is unknown.
+        TypeError: An input is not a floating-point tensor, or a level is not a whole number.
 
     Examples:
         >>> import torch
@@ -59,10 +55,10 @@ def hierarchical_context(
 
     References:
         Chen, Liu, Zhao, Jia, *Distilling Knowledge via Knowledge Review*, arXiv 2104.09044, the hierarchical context
-        loss; values are those of mdistiller for square maps. There a level is left out by the height alone, and a map
-        narrower than it is stretched. The pooling is done once, on the difference. The paper's other half, the fusion
-        of each student stage with the deeper ones, is no loss: such a network is a projection (`project=` of a `Term`)
-        where it reads one stage.
+        loss of ReviewKD. Values equal those of mdistiller for square maps; there only the height decides whether a
+        level is omitted, and narrower maps are stretched. The pooling is done once, on the difference. The fusion of
+        each student stage with the deeper ones, the other half of the paper, is a network and not a loss; if it reads a
+        single stage, it can be the projection of a `Term` (`project=`).
     """
     check_levels("hierarchical_context", levels)
     check_pair("hierarchical_context", student, teacher, "b c h w")
@@ -71,30 +67,22 @@ def hierarchical_context(
     with full_precision(student):
         student, teacher = promote(student, teacher)
         count = max(prod(student.shape[1:]), 1)
-        gap = hold_steep(student - teacher, count, origin)
-        losses, part, whole = gap.square().sum((1, 2, 3)) / count, 1.0, 1.0
+        difference = hold_steep(student - teacher, count, origin)
+        losses, factor, total = difference.square().sum((1, 2, 3)) / count, 1.0, 1.0
         for level in levels:
             grid = (min(level, height), min(level, width))
             if grid == (height, width) or 0 in grid:
                 continue
-            part /= 2
-            whole += part
-            # Uneven windows overlap: a value may lie in four of them.
-            pooled = hold_steep(F.adaptive_avg_pool2d(gap, grid), count / 4, origin)
-            losses = losses + part * pooled.square().mean((1, 2, 3))
-        return reduce("hierarchical_context", losses / whole, reduction, weight)
+            factor /= 2
+            total += factor
+            # Uneven windows overlap: a value may be in four of them.
+            pooled = hold_steep(F.adaptive_avg_pool2d(difference, grid), count / 4, origin)
+            losses = losses + factor * pooled.square().mean((1, 2, 3))
+        return reduce("hierarchical_context", losses / total, reduction, weight)
 
 
-class HierarchicalContextLoss(nn.Module):
-    """`hierarchical_context` as a Module; the formula and the arguments are there.
-
-    Args:
-        levels: sides of the coarser grids, each at least 1.
-        reduction: `"mean"` or `"none"`; `forward` may override it.
-
-    Raises:
-        ValueError: a level below 1, or an unknown `reduction`.
-        TypeError: `levels` that are no whole numbers.
+class HierarchicalContextLoss(LossModule):
+    """`hierarchical_context` as a Module: the constructor takes its hyper-parameters, `forward` its tensors.
 
     Examples:
         >>> import torch
@@ -105,28 +93,15 @@ class HierarchicalContextLoss(nn.Module):
         1.0
     """
 
-    per_sample: ClassVar[bool] = True
-
-    def __init__(self, *, levels: Sequence[int] = (4, 2, 1), reduction: Literal["mean", "none"] = "mean") -> None:
-        super().__init__()
+    def __init__(self, *, levels: Sequence[int] = (4, 2, 1), reduction: Reduction = "mean") -> None:
+        super().__init__(reduction=reduction)
         check_levels("HierarchicalContextLoss", levels)
-        check_choice("HierarchicalContextLoss", "reduction", reduction, REDUCTIONS)
         self.levels = tuple(levels)
-        self.reduction = reduction
 
     def forward(
-        self,
-        student: Tensor,
-        teacher: Tensor,
-        *,
-        weight: Tensor | None = None,
-        reduction: Literal["mean", "none"] | None = None,
+        self, student: Tensor, teacher: Tensor, *, weight: Tensor | None = None, reduction: Reduction | None = None
     ) -> Tensor:
-        """The loss of `student` `(b, c, h, w)` against `teacher`; `reduction=None` means the constructor's."""
+        """Compare `student` `(b, c, h, w)` with `teacher`; `reduction=None` uses the constructor's."""
         return hierarchical_context(
             student, teacher, levels=self.levels, reduction=reduction or self.reduction, weight=weight
         )
-
-    def extra_repr(self) -> str:
-        """Arguments of the call that rebuilds the loss."""
-        return f"levels={self.levels!r}, reduction={self.reduction!r}"

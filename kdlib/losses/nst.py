@@ -1,56 +1,46 @@
-"""Losses: neuron selectivity transfer, the student's channels fire where the teacher's do. Touches two tensors only.
-
-Huang and Wang, 2017: match the distribution of the channels' activation maps, by maximum mean discrepancy.
-"""
-
-from typing import ClassVar, Literal
+"""Neuron selectivity transfer: maximum mean discrepancy between the channels of student and teacher."""
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
-from kdlib._checks import check_choice, check_floating, check_rank, check_same_batch
-from kdlib._maths import REDUCTIONS, full_precision, hold_short, promote, reduce, rescale, unit_rows
+from kdlib._checks import check_floating, check_rank, check_same_batch
+from kdlib._maths import Reduction, full_precision, hold_short, promote, reduce, rescale, unit_rows
+from kdlib.losses._module import LossModule
 
 __all__ = ["NSTLoss", "nst"]
 
 
-def nst(
-    student: Tensor,
-    teacher: Tensor,
-    *,
-    reduction: Literal["mean", "none"] = "mean",
-    weight: Tensor | None = None,
-) -> Tensor:
-    r"""Squared maximum mean discrepancy of the student's and the teacher's channels, with the kernel :math:`(x^T y)^2`.
+def nst(student: Tensor, teacher: Tensor, *, reduction: Reduction = "mean", weight: Tensor | None = None) -> Tensor:
+    r"""Compute the squared maximum mean discrepancy of the two sets of channels, with the kernel :math:`(x^T y)^2`.
 
     .. math::
         \frac{1}{C^2} \sum_{k,l} \langle t_k, t_l \rangle^2 + \frac{1}{c^2} \sum_{i,j} \langle s_i, s_j \rangle^2
         - \frac{2}{c\,C} \sum_{i,k} \langle s_i, t_k \rangle^2
 
-    for one sample, with :math:`s_i` the map of the student's channel i of c, flattened and divided by its Euclidean
-    length, and :math:`t_k` that of the teacher's channel k of C. Between 0 and 2. The order and the number of
-    channels do not matter, nor does the scale of any of them. A channel of zeros (a dead unit) counts as a zero vector
-    and gets no gradient. Where the grids differ, both features are average-pooled to the smaller height and width.
+    for a sample, with :math:`s_i` the map of the student's channel i of c, flattened and divided by its Euclidean
+    length, and :math:`t_k` that of the teacher's channel k of C. Between 0 and 2. The loss does not depend on the order
+    and the scale of the channels, and their numbers may differ. A channel of zeros, a dead unit, counts as a zero
+    vector and gets no gradient. If the grids differ, both features are average-pooled to the smaller height and width.
 
-    The same value is :math:`\left\| \frac{1}{c} \sum_i s_i s_i^T - \frac{1}{C} \sum_k t_k t_k^T \right\|_F^2`, which
-    is what is computed where it takes fewer multiplications: for n = h w places `n (c + C)` of them against
-    `c^2 + C^2 + c C`. Neither form makes a tensor larger than `(b, n, n)` or `(b, c, C)`. The first form rounds: in
-    float32 its value is exact to about 1e-7, and may be as far below 0.
+    An equal form is :math:`\left\| \frac{1}{c} \sum_i s_i s_i^T - \frac{1}{C} \sum_k t_k t_k^T \right\|_F^2`. It is
+    used where it needs fewer multiplications: with n = h w positions, `n (c + C)` instead of `c^2 + C^2 + c C`. No
+    tensor is larger than `(b, n, n)` or `(b, c, C)`. The value of the first form has a rounding error of about 1e-7 in
+    float32 and may be that far below 0.
 
     Args:
         student: features `(b, c, h, w)`.
-        teacher: features `(b, C, H, W)`, of any number of channels and any grid; never receives a gradient.
+        teacher: features `(b, C, H, W)`, with any number of channels and any grid; never receives a gradient.
         reduction: `"mean"` over the batch, or `"none"`.
         weight: `(b,)`, at least 0, weight of each sample; 0 masks it.
 
     Returns:
-        A scalar for `"mean"`: `sum(weight * loss) / sum(weight)`, and 0 if all weights are 0. `(b,)` for `"none"`,
-        times `weight` if given. Float32, or float64 if given float64.
+        A scalar for `"mean"`: `sum(weight * loss) / sum(weight)`, or 0 if all weights are 0. `(b,)` for `"none"`,
+        multiplied by `weight` if given. Float32, or float64 if an input is float64.
 
     Raises:
-        ValueError: not `(b, c, h, w)`, batch sizes differ, or an unknown `reduction`.
-        TypeError: not floating-point tensors.
+        ValueError: An input is not `(b, c, h, w)`, batch sizes differ, or `reduction` is unknown.
+        TypeError: An input is not a floating-point tensor.
 
     Examples:
         >>> import torch
@@ -64,8 +54,8 @@ def nst(
 
     References:
         Huang, Wang, *Like What You Like: Knowledge Distill via Neuron Selectivity Transfer*, arXiv 1707.01219, with
-        the polynomial kernel of degree 2 without offset. Values are those of RepDistiller; public code makes the
-        products by broadcasting to `(b, c, C, h w)`, which takes 48 times as long.
+        the polynomial kernel of degree 2 without offset. Values equal those of RepDistiller. Public code broadcasts to
+        `(b, c, C, h w)`, which takes 40 times as long.
     """
     check_floating("nst", student=student, teacher=teacher)
     check_rank("nst", "student", student, "b c h w")
@@ -87,12 +77,11 @@ def nst(
 
 
 def _unit_channels(features: Tensor, grid: tuple[int, int], origin: torch.dtype) -> Tensor:
-    """Each channel's map on the grid, flattened and of unit length: `(b, c, n)`."""
+    """Return the channel maps on the grid, flattened and with unit length, `(b, c, n)`."""
     batch, channels, height, width = features.shape
     rows, size = features.reshape(batch * channels, height * width), None
     if (height, width) != grid:
-        # The mean of values near the end of float32 must not leave it.
-        rows, size = rescale(rows)
+        rows, size = rescale(rows)  # the mean of large values could overflow
         rows = F.adaptive_avg_pool2d(rows.reshape(batch, channels, height, width), grid)
         rows = rows.reshape(batch * channels, grid[0] * grid[1])
     unit, length = unit_rows(rows)
@@ -101,18 +90,12 @@ def _unit_channels(features: Tensor, grid: tuple[int, int], origin: torch.dtype)
 
 
 def _mean_kernel(x_bcn: Tensor, y_bcn: Tensor) -> Tensor:
-    """`(b,)`: the mean of the squared dot products between the channels of x and those of y."""
+    """Return the mean squared dot product between the channels of x and those of y, `(b,)`."""
     return (x_bcn @ y_bcn.transpose(1, 2)).square().mean((1, 2))
 
 
-class NSTLoss(nn.Module):
-    """`nst` as a Module; the formula and the arguments are there.
-
-    Args:
-        reduction: `"mean"` or `"none"`; `forward` may override it.
-
-    Raises:
-        ValueError: an unknown `reduction`.
+class NSTLoss(LossModule):
+    """`nst` as a Module: the constructor takes its hyper-parameters, `forward` its tensors.
 
     Examples:
         >>> import torch
@@ -123,24 +106,8 @@ class NSTLoss(nn.Module):
         0.0
     """
 
-    per_sample: ClassVar[bool] = True
-
-    def __init__(self, *, reduction: Literal["mean", "none"] = "mean") -> None:
-        super().__init__()
-        check_choice("NSTLoss", "reduction", reduction, REDUCTIONS)
-        self.reduction = reduction
-
     def forward(
-        self,
-        student: Tensor,
-        teacher: Tensor,
-        *,
-        weight: Tensor | None = None,
-        reduction: Literal["mean", "none"] | None = None,
+        self, student: Tensor, teacher: Tensor, *, weight: Tensor | None = None, reduction: Reduction | None = None
     ) -> Tensor:
-        """The loss of `student` `(b, c, h, w)` against `teacher`; `reduction=None` means the constructor's."""
+        """Compare `student` `(b, c, h, w)` with `teacher`; `reduction=None` uses the constructor's."""
         return nst(student, teacher, reduction=reduction or self.reduction, weight=weight)
-
-    def extra_repr(self) -> str:
-        """Arguments of the call that rebuilds the loss."""
-        return f"reduction={self.reduction!r}"

@@ -1,47 +1,44 @@
-"""Losses: overhaul of feature distillation, pre-activations as the teacher's where it fires. Touches tensors only.
-
-Heo et al., 2019: a ReLU with a margin on the teacher, and a squared distance that leaves alone what is below it already.
-"""
+"""Overhaul of feature distillation: a squared distance of pre-activations with a margin below zero."""
 
 import math
-from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from typing_extensions import override
 
-from kdlib._checks import check_choice, check_floating, check_rank, check_same_batch, check_shape
-from kdlib._maths import REDUCTIONS, full_precision, promote, reduce
+from kdlib._checks import check_floating, check_rank, check_same_batch, check_shape
+from kdlib._maths import Reduction, full_precision, mean_square, promote, reduce
 from kdlib.losses._checks import check_affine, check_margin
-from kdlib.losses._squares import mean_square
+from kdlib.losses._module import LossModule
 
 __all__ = ["OverhaulLoss", "overhaul", "overhaul_margin"]
 
 RARE = 1e-3
-"""Where a value is negative with a smaller probability, its mean below zero is not taken, as in the authors' code."""
+"""If negative values have at most this probability, their mean is not used, as in the authors' code."""
 HUGE = 1e30
-"""A larger value counts as this one before a mean over places, which must not leave float32."""
+"""Values are clamped to this magnitude before a mean over positions, which could overflow float32."""
 
 
 def overhaul_margin(norm: nn.Module) -> Tensor:
-    r"""The margin of each channel for `overhaul`: the mean of a BatchNorm's output where it is negative.
+    r"""Compute the margin of each channel for `overhaul`: the mean of a BatchNorm's output where it is negative.
 
     .. math::
         E[x \mid x < 0] = \beta - |\gamma| \, \frac{\varphi(\beta / |\gamma|)}{\Phi(-\beta / |\gamma|)}
 
-    for a normal :math:`x` with mean :math:`\beta` and standard deviation :math:`|\gamma|`, the bias and the weight of the
-    layer, with :math:`\varphi` the density and :math:`\Phi` the distribution function of the standard normal. Where x is
-    negative with a probability of 0.001 or less, the margin is :math:`-3 |\gamma|`.
+    for a normal :math:`x` with mean :math:`\beta`, the bias of the layer, and standard deviation :math:`|\gamma|`, from
+    its weight. :math:`\varphi` and :math:`\Phi` are the density and the distribution function of the standard normal.
+    If x is negative with a probability of at most 0.001, the margin is :math:`-3 |\gamma|`.
 
     Args:
-        norm: the teacher's BatchNorm before the activation whose input `overhaul` compares; anything with a `weight`
-            and a `bias` `(c,)`.
+        norm: the teacher's BatchNorm before the activation whose input `overhaul` compares, or any module with a
+            `weight` and a `bias` `(c,)`.
 
     Returns:
         `(c,)`, at most 0, without a graph, on the layer's device. Float32, or float64 if the layer is.
 
     Raises:
-        TypeError: a layer without a weight and a bias of one length, as BatchNorm with `affine=False` is.
+        TypeError: The layer has no weight and bias of the same length, as BatchNorm with `affine=False`.
 
     Examples:
         >>> norm = nn.BatchNorm2d(3)
@@ -50,13 +47,13 @@ def overhaul_margin(norm: nn.Module) -> Tensor:
         tensor([-0.7979, -1.2876, -3.0000])
 
     References:
-        See `overhaul`; values are those of the authors' code. A layer of weight 0 divides by it there; here such a
-        channel has its constant, where that is negative.
+        See `overhaul`; values equal those of the authors' code. For a weight of 0, their code divides by zero; here the
+        margin of such a channel is its constant output if that is negative, otherwise 0.
     """
     check_affine("overhaul_margin", norm)
     weight, bias = (getattr(norm, name).detach() for name in ("weight", "bias"))
     dtype = torch.promote_types(weight.dtype, torch.float32)
-    wide = torch.float32 if weight.device.type == "mps" else torch.float64  # a Metal device has no float64
+    wide = torch.float32 if weight.device.type == "mps" else torch.float64  # Metal devices have no float64
     with full_precision(weight):
         deviation, mean = weight.to(wide).abs(), bias.to(wide)
         ratio = mean / torch.where(deviation > 0, deviation, 1.0)
@@ -71,10 +68,10 @@ def overhaul(
     teacher: Tensor,
     *,
     margin: float | Tensor,
-    reduction: Literal["mean", "none"] = "mean",
+    reduction: Reduction = "mean",
     weight: Tensor | None = None,
 ) -> Tensor:
-    r"""Squared distance of pre-activations where the teacher fires or the student does and the teacher does not.
+    r"""Compute the squared distance of pre-activations, except where both sides are inactive.
 
     .. math::
         \frac{1}{n} \sum_i \begin{cases}
@@ -82,27 +79,27 @@ def overhaul(
             (s_i - t'_i)^2 & \text{elsewhere}
         \end{cases}, \qquad t'_i = \max(t_i, m_{c(i)})
 
-    over the n values of one sample, with :math:`m_c \le 0` the margin of value i's channel. Both sides are features
-    before the activation. Where the teacher is silent, the student only has to be silent too. Where the grids differ,
-    the larger map is average-pooled to the smaller height and width, before the margin. Differences above 1e15 count as
-    1e15. A float16 student gets no gradient that float16 cannot hold.
+    over the n values of a sample, with :math:`m_c \le 0` the margin of the channel of value i. Both sides are features
+    before the activation. Where the teacher is not active, the loss is 0 for all student values up to
+    :math:`t'_i`. If the grids differ, the larger map is average-pooled to the smaller height and width before the
+    margin is applied. Differences above 1e15 count as 1e15. A float16 student gets no gradient that overflows float16.
 
     Args:
         student: pre-activations `(b, c, h, w)` or `(b, d)`, already projected onto the teacher's channels.
-        teacher: likewise, of as many channels, on any grid; never receives a gradient.
+        teacher: the same, with as many channels and any grid; never receives a gradient.
         margin: `(c,)` or one number for all channels, at most 0, in units of the teacher's features;
-            `overhaul_margin` gives that of a BatchNorm.
+            `overhaul_margin` computes it from a BatchNorm.
         reduction: `"mean"` over the batch, or `"none"`.
         weight: `(b,)`, at least 0, weight of each sample; 0 masks it.
 
     Returns:
-        A scalar for `"mean"`: `sum(weight * loss) / sum(weight)`, and 0 if all weights are 0. `(b,)` for `"none"`,
-        times `weight` if given. Float32, or float64 if given float64.
+        A scalar for `"mean"`: `sum(weight * loss) / sum(weight)`, or 0 if all weights are 0. `(b,)` for `"none"`,
+        multiplied by `weight` if given. Float32, or float64 if an input is float64.
 
     Raises:
-        ValueError: not `(b, c, h, w)` or `(b, d)`, batch sizes or channels differ, a `margin` above 0 or of another
-            length, or an unknown `reduction`.
-        TypeError: not floating-point tensors, or a `margin` that is neither a number nor a tensor.
+        ValueError: An input is neither `(b, c, h, w)` nor `(b, d)`, batch sizes or channels differ, `margin` is above 0
+            or has another length, or `reduction` is unknown.
+        TypeError: An input is not a floating-point tensor, or `margin` is neither a number nor a tensor.
 
     Examples:
         >>> import torch
@@ -114,10 +111,10 @@ def overhaul(
 
     References:
         Heo, Kim, Yun, Park, Kwak, Choi, *A Comprehensive Overhaul of Feature Distillation*, arXiv 1904.01866. Public
-        code (mdistiller) takes the sum over the values where we take the mean, and halves it for each stage before the
-        last: its number is ours times n at the last stage. It resamples the teacher to the student's grid also where
-        the teacher's is the smaller, which repeats its values; here the student is pooled instead, as in our other
-        losses of maps. The paper projects by a 1x1 convolution and BatchNorm, which is what `project="auto"` makes.
+        code (mdistiller) uses the sum over the values instead of the mean, and halves it for each stage before the
+        last: its value is ours times n at the last stage. It always resamples the teacher to the student's grid, which
+        repeats values if the teacher's grid is smaller; here the student is pooled instead, as in our other losses of
+        maps. The paper projects by a 1x1 convolution and BatchNorm, which is the projection of `project="auto"`.
     """
     check_floating("overhaul", student=student, teacher=teacher)
     layout = "b d" if student.dim() == 2 else "b c h w"
@@ -135,24 +132,19 @@ def overhaul(
         if isinstance(margin, Tensor):
             margin = margin.detach().to(teacher).reshape(-1, *[1] * (teacher.dim() - 2))
         target = torch.clamp(teacher, min=margin)
-        gap = student - target
-        silent = (target <= 0) & (gap <= 0)
-        return reduce("overhaul", mean_square(torch.where(silent, 0.0, gap), origin), reduction, weight)
+        difference = student - target
+        inactive = (target <= 0) & (difference <= 0)
+        return reduce("overhaul", mean_square(torch.where(inactive, 0.0, difference), origin), reduction, weight)
 
 
-class OverhaulLoss(nn.Module):
-    """`overhaul` as a Module; the formula and the arguments are there.
+class OverhaulLoss(LossModule):
+    """`overhaul` as a Module; see there for the formula and the errors.
 
-    A margin of many channels moves with the Module to a device. It is an argument as others are, not a part of the
-    state dict.
+    A margin `(c,)` moves with the Module to a device. It is a constructor argument and not part of the state dict.
 
     Args:
         margin: `(c,)` or a number, at most 0; `overhaul_margin(norm)` of the teacher's BatchNorm.
         reduction: `"mean"` or `"none"`; `forward` may override it.
-
-    Raises:
-        ValueError: a `margin` above 0 or of another shape, or an unknown `reduction`.
-        TypeError: a `margin` that is neither a number nor a floating-point tensor.
 
     Examples:
         >>> import torch
@@ -163,35 +155,28 @@ class OverhaulLoss(nn.Module):
         OverhaulLoss(margin=-0.5, reduction='mean')
     """
 
-    per_sample: ClassVar[bool] = True
     margin: float | Tensor
 
-    def __init__(self, margin: float | Tensor, *, reduction: Literal["mean", "none"] = "mean") -> None:
-        super().__init__()
+    def __init__(self, margin: float | Tensor, *, reduction: Reduction = "mean") -> None:
+        super().__init__(reduction=reduction)
         check_margin("OverhaulLoss", margin, None)
-        check_choice("OverhaulLoss", "reduction", reduction, REDUCTIONS)
         if isinstance(margin, Tensor):
             self.register_buffer("margin", margin.detach().clone(), persistent=False)
         else:
             self.margin = margin
-        self.reduction = reduction
 
     def forward(
-        self,
-        student: Tensor,
-        teacher: Tensor,
-        *,
-        weight: Tensor | None = None,
-        reduction: Literal["mean", "none"] | None = None,
+        self, student: Tensor, teacher: Tensor, *, weight: Tensor | None = None, reduction: Reduction | None = None
     ) -> Tensor:
-        """The loss of `student` `(b, c, h, w)` or `(b, d)` against `teacher`; `reduction=None`: the constructor's."""
+        """Compare `student` `(b, c, h, w)` or `(b, d)` with `teacher`; `reduction=None` uses the constructor's."""
         return overhaul(student, teacher, margin=self.margin, reduction=reduction or self.reduction, weight=weight)
 
+    @override
     def extra_repr(self) -> str:
-        """Arguments of the call that rebuilds the loss; margins to six digits, of many channels the first and the last."""
-        shown = repr(self.margin)
+        """Return the arguments; margins have six digits, and only the first and the last of many channels are shown."""
+        margin = repr(self.margin)
         if isinstance(self.margin, Tensor):
             values = [repr(float(f"{value:.6g}")) for value in self.margin.flatten().tolist()]
             values = values if len(values) <= 6 else [*values[:2], "...", values[-1]]
-            shown = f"torch.tensor([{', '.join(values)}])"
-        return f"margin={shown}, reduction={self.reduction!r}"
+            margin = f"torch.tensor([{', '.join(values)}])"
+        return f"margin={margin}, reduction={self.reduction!r}"

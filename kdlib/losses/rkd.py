@@ -1,16 +1,12 @@
-"""Losses: relational knowledge distillation, distances and angles as the teacher's. Touches two tensors only.
-
-Park et al., 2019: transfer how the samples of a batch lie to each other, not where each one lies.
-"""
-
-from typing import ClassVar, Literal
+"""Relational knowledge distillation: distances and angles between samples as the teacher's."""
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from kdlib._checks import check_floating, check_number, check_relation_reduction
-from kdlib._maths import full_precision
-from kdlib.losses._pairs import one_batch, shortest_length, with_gradient
+from kdlib._checks import check_floating, check_number
+from kdlib._maths import MeanOnly, full_precision, shortest_length
+from kdlib.losses._module import RelationModule
+from kdlib.losses._relations import one_batch, with_gradient
 from kdlib.losses._rkd import angle_with_gradient, distance_with_gradient
 
 __all__ = ["RKDAngleLoss", "RKDDistanceLoss", "rkd_angle", "rkd_distance"]
@@ -22,38 +18,39 @@ def rkd_distance(
     *,
     chunk_size: int | None = None,
     gather: bool = False,
-    reduction: Literal["mean"] = "mean",
+    reduction: MeanOnly = "mean",
     weight: Tensor | None = None,
 ) -> Tensor:
-    r"""How far the distances between the student's samples are from those between the teacher's.
+    r"""Compare the distances between the student's samples with those between the teacher's.
 
     .. math::
         \frac{1}{b^2} \sum_{i,j} h\left(\frac{d^s_{ij}}{\mu_s} - \frac{d^t_{ij}}{\mu_t}\right), \qquad
         d_{ij} = \|x_i - x_j\|, \qquad \mu = \frac{1}{b (b - 1)} \sum_{i \ne j} d_{ij}
 
     with h the smooth absolute value, :math:`h(u) = u^2 / 2` up to 1 and :math:`|u| - 1/2` beyond. The loss does not
-    depend on the scale or the place of either side, and the numbers of features may differ. Where all rows of a side
+    depend on the scale and the position of either side, and the numbers of features may differ. If all rows of a side
     are equal, its distances count as 0.
 
-    With weights, a pair counts :math:`w_i w_j`: both means become :math:`\sum w_i w_j (\cdot) / \sum w_i w_j`, the
-    first over all pairs, :math:`\mu` over those of two samples. A sample of weight 0 is as if absent.
+    With weights, a pair has the weight :math:`w_i w_j`. Both means become
+    :math:`\sum w_i w_j (\cdot) / \sum w_i w_j`, the first over all pairs, :math:`\mu` over pairs of two different
+    samples. A sample of weight 0 has no influence.
 
     Args:
         student: features `(b, d, ...)`, flattened after the first dimension.
-        teacher: features `(b, D, ...)`, likewise; never receives a gradient.
-        chunk_size: rows of the distance matrices compared at a time; `None` is all. The value is the same.
-        gather: make one batch of the rows of all processes of the default process group, of which each may have
-            another number, none too. Every process gets the same value; the gradients are such that their mean over
-            the processes, as `DistributedDataParallel` takes it, is that of the one batch.
-        reduction: `"mean"` only: a relation has no per-sample form.
-        weight: `(b,)`, at least 0; only its ratios count.
+        teacher: features `(b, D, ...)`, the same; never receives a gradient.
+        chunk_size: rows of the distance matrices that are compared at a time; `None` is all. The value is the same.
+        gather: use the rows of all processes of the default process group as one batch. Every process gets the same
+            value. The mean of the gradients over the processes, as computed by `DistributedDataParallel`, is that of
+            this batch. Processes may hold different numbers of rows, including none.
+        reduction: `"mean"` only, because a relation has no per-sample form.
+        weight: `(b,)`, at least 0; only the ratios matter.
 
     Returns:
-        A scalar, 0 where there are not two samples with a weight. Float32, or float64 if given float64.
+        A scalar, 0 if fewer than two samples have a weight. Float32, or float64 if an input is float64.
 
     Raises:
-        ValueError: batch sizes differ, `chunk_size` below 1, or a `reduction` other than `"mean"`.
-        TypeError: not floating-point tensors.
+        ValueError: The batch sizes differ, `chunk_size` is below 1, or `reduction` is not `"mean"`.
+        TypeError: An input is not a floating-point tensor.
 
     Examples:
         >>> import torch
@@ -65,17 +62,17 @@ def rkd_distance(
 
     References:
         Park, Kim, Lu, Cho, *Relational Knowledge Distillation*, arXiv 1904.05068, section 3.2.1. Public code often
-        takes distances by expanded squares, which a common offset of 100 puts off by a third, and lets the square
-        root of what rounding leaves on the diagonal enter the mean; here neither does. There is a gradient, but no
-        second derivative, and no rule for `torch.func.vmap`.
+        computes distances by expanded squares, which a common offset of 100 changes by a third, and includes rounding
+        errors of the diagonal in the mean; this function does neither. The gradient is hand-written, because pairs of
+        near rows need differences. Second derivatives and `torch.func.vmap` raise an error.
     """
     _check_chunk("rkd_distance", chunk_size)
     check_floating("rkd_distance", student=student)
     origin = student.dtype
     with full_precision(student):
         student, teacher, share = one_batch("rkd_distance", student, teacher, reduction, weight, gather)
-        asked = student.requires_grad and torch.is_grad_enabled()
-        arguments = (student.detach(), teacher, share, chunk_size or 0, shortest_length(origin), asked)
+        needs_grad = student.requires_grad and torch.is_grad_enabled()
+        arguments = (student.detach(), teacher, share, chunk_size or 0, shortest_length(origin), needs_grad)
         return with_gradient(student, *distance_with_gradient(*arguments))
 
 
@@ -85,10 +82,10 @@ def rkd_angle(
     *,
     chunk_size: int | None = None,
     gather: bool = False,
-    reduction: Literal["mean"] = "mean",
+    reduction: MeanOnly = "mean",
     weight: Tensor | None = None,
 ) -> Tensor:
-    r"""How far the angles that the student's samples form are from those that the teacher's form.
+    r"""Compare the angles between the student's samples with those between the teacher's.
 
     .. math::
         \frac{1}{b^3} \sum_{i,j,k} h\left(c^s_{ijk} - c^t_{ijk}\right), \qquad
@@ -97,29 +94,29 @@ def rkd_angle(
 
     with :math:`d_{ij} = \|x_i - x_j\|` and h the smooth absolute value, :math:`h(u) = u^2 / 2` up to 1 and
     :math:`|u| - 1/2` beyond. A cosine at a vertex that coincides with one of the other two points is 0. The loss does
-    not depend on the scale, the place or the turn of either side, and the numbers of features may differ.
+    not depend on the scale, the position and the rotation of either side, and the numbers of features may differ.
 
-    With weights, a triple counts :math:`w_i w_j w_k`, and the mean is :math:`\sum w_i w_j w_k (\cdot) / (\sum w)^3`.
-    A sample of weight 0 is as if absent.
+    With weights, a triple has the weight :math:`w_i w_j w_k`, and the mean is
+    :math:`\sum w_i w_j w_k (\cdot) / (\sum w)^3`. A sample of weight 0 has no influence.
 
-    The cosines are taken from the distances, so no difference vectors `(b, b, d)` are made, and the gradient with
-    them, a few vertices at a time, so the memory is that of a few matrices `(b, b)`. It is exact: nothing is sampled.
+    The cosines are computed from the distances without difference vectors `(b, b, d)`, together with the gradient and
+    a few vertices at a time. The memory is that of a few matrices `(b, b)`. The result is exact: no triple is skipped.
 
     Args:
         student: features `(b, d, ...)`, flattened after the first dimension.
-        teacher: features `(b, D, ...)`, likewise; never receives a gradient.
-        chunk_size: vertices i taken at a time; `None` picks what suits the device. The value is the same up to
+        teacher: features `(b, D, ...)`, the same; never receives a gradient.
+        chunk_size: vertices i that are processed at a time; `None` chooses by device. The value is the same up to
             rounding.
-        gather: make one batch of the rows of all processes, as in `rkd_distance`.
-        reduction: `"mean"` only: a relation has no per-sample form.
-        weight: `(b,)`, at least 0; only its ratios count.
+        gather: use the rows of all processes as one batch, as in `rkd_distance`.
+        reduction: `"mean"` only, because a relation has no per-sample form.
+        weight: `(b,)`, at least 0; only the ratios matter.
 
     Returns:
-        A scalar, 0 where there are not two samples with a weight. Float32, or float64 if given float64.
+        A scalar, 0 if fewer than two samples have a weight. Float32, or float64 if an input is float64.
 
     Raises:
-        ValueError: batch sizes differ, `chunk_size` below 1, or a `reduction` other than `"mean"`.
-        TypeError: not floating-point tensors.
+        ValueError: The batch sizes differ, `chunk_size` is below 1, or `reduction` is not `"mean"`.
+        TypeError: An input is not a floating-point tensor.
 
     Examples:
         >>> import torch
@@ -131,17 +128,17 @@ def rkd_angle(
         True
 
     References:
-        Park, Kim, Lu, Cho, *Relational Knowledge Distillation*, arXiv 1904.05068, section 3.2.2; values are those of
-        public code, which makes the difference vectors. There is a gradient, but no second derivative, and no rule
-        for `torch.func.vmap`.
+        Park, Kim, Lu, Cho, *Relational Knowledge Distillation*, arXiv 1904.05068, section 3.2.2; values equal those of
+        public code, which computes the difference vectors. The gradient is hand-written, which saves time and memory.
+        Second derivatives and `torch.func.vmap` raise an error.
     """
     _check_chunk("rkd_angle", chunk_size)
     check_floating("rkd_angle", student=student)
     origin = student.dtype
     with full_precision(student):
         student, teacher, share = one_batch("rkd_angle", student, teacher, reduction, weight, gather)
-        asked = student.requires_grad and torch.is_grad_enabled()
-        arguments = (student.detach(), teacher, share, chunk_size or 0, shortest_length(origin), asked)
+        needs_grad = student.requires_grad and torch.is_grad_enabled()
+        arguments = (student.detach(), teacher, share, chunk_size or 0, shortest_length(origin), needs_grad)
         return with_gradient(student, *angle_with_gradient(*arguments))
 
 
@@ -150,16 +147,8 @@ def _check_chunk(owner: str, chunk_size: int | None) -> None:
         check_number(owner, "chunk_size", chunk_size, min=1, integer=True)
 
 
-class RKDDistanceLoss(nn.Module):
-    """`rkd_distance` as a Module; the formula and the arguments are there.
-
-    Args:
-        chunk_size: rows compared at a time; `None` is all.
-        gather: make one batch of the rows of all processes.
-        reduction: `"mean"` only.
-
-    Raises:
-        ValueError: `chunk_size` below 1, or a `reduction` other than `"mean"`.
+class RKDDistanceLoss(RelationModule):
+    """`rkd_distance` as a Module: the constructor takes its hyper-parameters, `forward` its tensors.
 
     Examples:
         >>> import torch
@@ -171,51 +160,23 @@ class RKDDistanceLoss(nn.Module):
         0.0
     """
 
-    per_sample: ClassVar[bool] = False
-
-    def __init__(
-        self, *, chunk_size: int | None = None, gather: bool = False, reduction: Literal["mean"] = "mean"
-    ) -> None:
-        super().__init__()
+    def __init__(self, *, chunk_size: int | None = None, gather: bool = False, reduction: MeanOnly = "mean") -> None:
+        super().__init__(gather=gather, reduction=reduction)
         _check_chunk("RKDDistanceLoss", chunk_size)
-        check_relation_reduction("RKDDistanceLoss", reduction)
         self.chunk_size = chunk_size
-        self.gather = gather
-        self.reduction = reduction
 
     def forward(
-        self,
-        student: Tensor,
-        teacher: Tensor,
-        *,
-        weight: Tensor | None = None,
-        reduction: Literal["mean"] | None = None,
+        self, student: Tensor, teacher: Tensor, *, weight: Tensor | None = None, reduction: MeanOnly | None = None
     ) -> Tensor:
-        """The loss of `student` `(b, d, ...)` against `teacher`; `reduction=None` means the constructor's."""
+        """Compare `student` `(b, d, ...)` with `teacher`; `reduction=None` uses the constructor's."""
+        reduction = reduction or self.reduction
         return rkd_distance(
-            student,
-            teacher,
-            chunk_size=self.chunk_size,
-            gather=self.gather,
-            reduction=reduction or self.reduction,
-            weight=weight,
+            student, teacher, chunk_size=self.chunk_size, gather=self.gather, reduction=reduction, weight=weight
         )
 
-    def extra_repr(self) -> str:
-        """Arguments of the call that rebuilds the loss."""
-        return f"chunk_size={self.chunk_size!r}, gather={self.gather!r}, reduction={self.reduction!r}"
 
-
-class RKDAngleLoss(nn.Module):
-    """`rkd_angle` as a Module; the formula and the arguments are there.
-
-    Args:
-        chunk_size: vertices taken at a time; `None` picks what suits the device.
-        gather: make one batch of the rows of all processes.
-        reduction: `"mean"` only.
-
-    Raises:
-        ValueError: `chunk_size` below 1, or a `reduction` other than `"mean"`.
+class RKDAngleLoss(RelationModule):
+    """`rkd_angle` as a Module: the constructor takes its hyper-parameters, `forward` its tensors.
 
     Examples:
         >>> import torch
@@ -227,36 +188,16 @@ class RKDAngleLoss(nn.Module):
         0.0
     """
 
-    per_sample: ClassVar[bool] = False
-
-    def __init__(
-        self, *, chunk_size: int | None = None, gather: bool = False, reduction: Literal["mean"] = "mean"
-    ) -> None:
-        super().__init__()
+    def __init__(self, *, chunk_size: int | None = None, gather: bool = False, reduction: MeanOnly = "mean") -> None:
+        super().__init__(gather=gather, reduction=reduction)
         _check_chunk("RKDAngleLoss", chunk_size)
-        check_relation_reduction("RKDAngleLoss", reduction)
         self.chunk_size = chunk_size
-        self.gather = gather
-        self.reduction = reduction
 
     def forward(
-        self,
-        student: Tensor,
-        teacher: Tensor,
-        *,
-        weight: Tensor | None = None,
-        reduction: Literal["mean"] | None = None,
+        self, student: Tensor, teacher: Tensor, *, weight: Tensor | None = None, reduction: MeanOnly | None = None
     ) -> Tensor:
-        """The loss of `student` `(b, d, ...)` against `teacher`; `reduction=None` means the constructor's."""
+        """Compare `student` `(b, d, ...)` with `teacher`; `reduction=None` uses the constructor's."""
+        reduction = reduction or self.reduction
         return rkd_angle(
-            student,
-            teacher,
-            chunk_size=self.chunk_size,
-            gather=self.gather,
-            reduction=reduction or self.reduction,
-            weight=weight,
+            student, teacher, chunk_size=self.chunk_size, gather=self.gather, reduction=reduction, weight=weight
         )
-
-    def extra_repr(self) -> str:
-        """Arguments of the call that rebuilds the loss."""
-        return f"chunk_size={self.chunk_size!r}, gather={self.gather!r}, reduction={self.reduction!r}"

@@ -1,4 +1,4 @@
-"""Projections: stage 2, the student's features into the teacher's space. Imports only the shared checks."""
+"""Projections that map student features into the teacher's feature space."""
 
 from kdlib.projections.conv import ConvProjection
 from kdlib.projections.infer import infer_projection

@@ -1,22 +1,14 @@
-"""Projections: the checks of shapes that only projections make. Words errors; touches no tensor."""
+"""Shape checks of projections."""
 
 from math import isqrt
-from typing import Any
 
 from torch import Tensor
 
 from kdlib._checks import show_shape
 
-__all__ = [
-    "check_grid",
-    "check_projectable",
-    "check_square_tokens",
-    "check_token_grid",
-]
 
-
-def check_grid(owner: str, name: str, size: Any) -> None:
-    """`size` must be the height and the width of a feature map."""
+def check_grid(owner: str, name: str, size: object) -> None:
+    """`size` must be the height and width of a feature map."""
     if not isinstance(size, (tuple, list)) or len(size) != 2 or not all(type(side) is int for side in size):
         raise TypeError(f"{owner}: {name} must be two whole numbers (h, w), got {size!r}")
     if min(size) < 1:
@@ -24,34 +16,30 @@ def check_grid(owner: str, name: str, size: Any) -> None:
 
 
 def check_projectable(owner: str, student: Tensor, teacher: Tensor) -> None:
-    """A projection can be inferred between features of one kind, between maps and tokens, and from a map to a vector."""
+    """Features must be of the same kind, a map and tokens in either order, or a map and a vector."""
     known = {(2, 2), (3, 3), (4, 4), (3, 4), (4, 3), (4, 2)}
     if (student.dim(), teacher.dim()) not in known:
         raise ValueError(
-            f"{owner}: student and teacher must be vectors (b, d), tokens (b, n, d) or maps (b, c, h, w), both of one kind, "
-            f"or maps and tokens, or a map and a vector, got {show_shape(student)} and {show_shape(teacher)}; "
+            f"{owner}: student and teacher must be vectors (b, d), tokens (b, n, d) or maps (b, c, h, w): both of the "
+            f"same kind, a map and tokens, or a map and a vector; got {show_shape(student)} and {show_shape(teacher)}; "
             "give a projection of your own"
         )
 
 
 def check_square_tokens(owner: str, name: str, x: Tensor) -> tuple[int, bool]:
-    """`x` (b, n, d) must hold the tokens of a square grid, with or without one class token in front.
-
-    Returns:
-        The side of the grid, and whether there is a class token.
-    """
+    """`x` (b, n, d) must hold a square grid of tokens, optionally after a class token; returns side and class token."""
     for leading in (0, 1):
         side = isqrt(max(x.shape[1] - leading, 0))
         if side and side * side == x.shape[1] - leading:
             return side, leading == 1
     raise ValueError(
-        f"{owner}: {name} must hold the tokens (b, n, d) of a square grid, or these and one class token, where the other "
-        f"side has another number, got {show_shape(x)}; give a TokenProjection with size= and grid="
+        f"{owner}: {name} must hold the tokens (b, n, d) of a square grid, with or without a class token, because the "
+        f"numbers of tokens differ, got {show_shape(x)}; give a TokenProjection with size= and grid="
     )
 
 
 def check_token_grid(owner: str, x: Tensor, leading: int, grid: tuple[int, int] | None) -> tuple[int, int]:
-    """`x` (b, n, d) must hold `leading` tokens and those of `grid`, or of a square one; returns it."""
+    """`x` (b, n, d) must hold `leading` tokens and those of `grid` (a square grid if None); returns the grid."""
     tokens = x.shape[1] - leading
     side = isqrt(max(tokens, 0))
     height, width = (side, side) if grid is None else grid

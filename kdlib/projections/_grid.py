@@ -1,4 +1,4 @@
-"""Projections: another resolution for maps and grids of tokens. Touches the student's tensor only."""
+"""Resampling of feature maps and token grids."""
 
 from torch import Tensor
 from torch.nn import functional as F
@@ -7,11 +7,7 @@ __all__ = ["resize"]
 
 
 def resize(x_bchw: Tensor, size: tuple[int, int]) -> Tensor:
-    """Bring a map to the grid `size`.
-
-    Along a side where it is larger by average pooling over adaptive windows, along a side where it is smaller by
-    bilinear interpolation.
-    """
+    """Resize a map: adaptive average pooling along a side that shrinks, bilinear interpolation along one that grows."""
     height, width = size
     pooled = (min(x_bchw.shape[2], height), min(x_bchw.shape[3], width))
     if pooled != tuple(x_bchw.shape[2:]):

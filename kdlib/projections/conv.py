@@ -1,4 +1,4 @@
-"""Projections: a 1x1 convolution for feature maps. Touches the student's tensor only."""
+"""Projection of feature maps by a 1x1 convolution."""
 
 from torch import Tensor, nn
 
@@ -10,18 +10,18 @@ __all__ = ["ConvProjection"]
 
 
 class ConvProjection(nn.Module):
-    """Feature maps of the student into the teacher's channels and grid: a 1x1 convolution, then batch norm.
+    """Maps the student's feature maps to the teacher's channels and size: a 1x1 convolution, then batch norm.
 
-    With `size`, the map is first brought to the teacher's grid: along a side where it is larger by average pooling
-    over adaptive windows, along a side where it is smaller by bilinear interpolation.
+    With `size`, the map is resized first: adaptive average pooling along a side that shrinks, bilinear interpolation
+    along a side that grows.
 
     Args:
         in_channels: channels of the student's map.
-        out_channels: channels of the teacher's.
-        size: `(h, w)` of the teacher's map; None keeps the student's.
+        out_channels: channels of the teacher's map.
+        size: `(h, w)` of the teacher's map; None keeps the student's size.
 
     Raises:
-        ValueError: a number of channels or a side below 1.
+        ValueError: a number of channels or a side is below 1.
 
     Examples:
         >>> import torch
@@ -33,7 +33,7 @@ class ConvProjection(nn.Module):
 
     References:
         Romero et al., *FitNets: Hints for Thin Deep Nets*, arXiv 1412.6550, whose regressor is a larger convolution
-        without batch norm; 1x1 with batch norm is the custom of later code.
+        without batch norm; later code commonly uses 1x1 with batch norm.
     """
 
     def __init__(self, in_channels: int, out_channels: int, *, size: tuple[int, int] | None = None) -> None:
@@ -49,7 +49,7 @@ class ConvProjection(nn.Module):
         self.norm = nn.BatchNorm2d(out_channels)
 
     def forward(self, student: Tensor) -> Tensor:
-        """Project `(b, in_channels, h, w)` to `(b, out_channels, H, W)`."""
+        """Map `(b, in_channels, h, w)` to `(b, out_channels, H, W)`."""
         check_floating("ConvProjection", student=student)
         check_shape("ConvProjection", "student", student, "b c h w", c=self.in_channels)
         if self.size is not None:

@@ -1,4 +1,4 @@
-"""Projections: choose the map from one example of each side. Touches shapes only."""
+"""Choice of a projection from one example of each side."""
 
 import torch
 from einops.layers.torch import Rearrange, Reduce
@@ -14,34 +14,35 @@ __all__ = ["infer_projection"]
 
 
 def infer_projection(student: Tensor, teacher: Tensor, *, identity_if_equal: bool = False) -> nn.Module:
-    """The projection that brings features like `student` to the shape of features like `teacher`.
+    """Create the projection that maps features like `student` to the shape of features like `teacher`.
 
     - vector `(b, d)` to vector `(b, D)`: `LinearProjection`;
     - map `(b, c, h, w)` to map `(b, C, H, W)`: `ConvProjection`, with `size=(H, W)` where the grids differ;
-    - tokens `(b, n, d)` to tokens `(b, N, D)`: `TokenProjection`, with `size=` where the numbers differ;
-    - map to tokens: the map's places as tokens, then `TokenProjection`;
+    - tokens `(b, n, d)` to tokens `(b, N, D)`: `TokenProjection`, with `size=` where the numbers of tokens differ;
+    - map to tokens: the positions of the map as tokens, then `TokenProjection`;
     - tokens to map: `TokenProjection` onto the grid `(H, W)`, then its tokens as a map;
     - map to vector: the mean over the map, then `LinearProjection`.
 
-    Where numbers of tokens differ they must be those of square grids, with or without one class token in front: 49, 50,
-    196, 197; against a map, the number of its own places counts first. A class token goes to a class token; one that the teacher lacks is dropped; for one that the student lacks
-    the mean of its tokens stands in. Anything else does not say what belongs to what and is refused: a vector to a map
-    or to tokens, tokens to a vector (class token or mean?), grids of tokens that are not square.
+    Where the numbers of tokens differ, they must be those of square grids, with or without a leading class token, such
+    as 49, 50, 196 or 197; against a map, the number of its positions is tried first. A class token is mapped to a class
+    token, dropped if the teacher has none, and replaced by the mean token if the student has none. Ambiguous pairs are
+    errors: a vector to a map or to tokens, tokens to a vector (class token or mean?), token grids that are not square.
 
-    It stands on the student's device. Its parameters take the student's dtype, except under autocast, where they stay
-    float32 as those of the model do. They are drawn from torch's global generator, as those of any layer are.
+    The projection is created on the student's device. Its parameters have the student's dtype, except under autocast,
+    where they stay float32 like those of the model. They are initialized with torch's global generator, as in any
+    layer.
 
     Args:
-        student: example `(b, d)`, `(b, n, d)` or `(b, c, h, w)`; the values do not matter, nor does the batch size.
+        student: example `(b, d)`, `(b, n, d)` or `(b, c, h, w)`; its values and batch size do not matter.
         teacher: example `(b, D)`, `(b, N, D)` or `(b, C, H, W)`.
-        identity_if_equal: return `nn.Identity()` where the shapes already agree, in place of a learned map.
+        identity_if_equal: return `nn.Identity()` instead of a learned map where the shapes already agree.
 
     Returns:
-        The projection; where the kinds differ an `nn.Sequential` of it and a layer of einops.
+        The projection; where the kinds differ, an `nn.Sequential` of it and an einops layer.
 
     Raises:
-        ValueError: a pair that the table does not hold.
-        TypeError: not floating-point tensors.
+        ValueError: a pair of shapes that is not in the list.
+        TypeError: an argument that is not a floating-point tensor.
 
     Examples:
         >>> import torch
@@ -91,9 +92,9 @@ def _between_tokens(student: Tensor, teacher: Tensor) -> TokenProjection:
     dims = student.shape[2], teacher.shape[2]
     if student.shape[1] == teacher.shape[1]:
         return TokenProjection(*dims)
-    own, has_class = check_square_tokens("infer_projection", "student", student)
-    its, wants_class = check_square_tokens("infer_projection", "teacher", teacher)
-    size = None if own == its else (its, its)
+    student_side, has_class = check_square_tokens("infer_projection", "student", student)
+    side, wants_class = check_square_tokens("infer_projection", "teacher", teacher)
+    size = None if student_side == side else (side, side)
     if has_class:
         return TokenProjection(*dims, size=size, class_token="keep" if wants_class else "drop")
     return TokenProjection(*dims, size=size, class_token="mean" if wants_class else "none")
@@ -105,9 +106,9 @@ def _from_map(student: Tensor, teacher: Tensor) -> TokenProjection:
         return TokenProjection(*dims)
     if teacher.shape[1] == height * width + 1:
         return TokenProjection(*dims, class_token="mean")
-    its, wants_class = check_square_tokens("infer_projection", "teacher", teacher)
+    side, wants_class = check_square_tokens("infer_projection", "teacher", teacher)
     grid = None if height == width else (height, width)
-    return TokenProjection(*dims, size=(its, its), grid=grid, class_token="mean" if wants_class else "none")
+    return TokenProjection(*dims, size=(side, side), grid=grid, class_token="mean" if wants_class else "none")
 
 
 def _to_map(student: Tensor, teacher: Tensor) -> TokenProjection:

@@ -1,4 +1,4 @@
-"""Projections: a linear map for embeddings. Touches the student's tensor only."""
+"""Projection of embeddings by a linear map."""
 
 from torch import Tensor, nn
 
@@ -8,18 +8,18 @@ __all__ = ["LinearProjection"]
 
 
 class LinearProjection(nn.Module):
-    """Embeddings of the student into the teacher's space: `y = W x`, and `+ b` if asked.
+    """Maps the student's embeddings to the teacher's dimension: `y = W x`, or `y = W x + b` with `bias`.
 
-    Without a bias, the default, the map keeps the origin, so that a direction in the student's space stays a
-    direction: what angular losses and margin heads compare.
+    Without a bias, the default, the origin is mapped to the origin, so directions are mapped to directions. Angular
+    losses and margin heads compare directions.
 
     Args:
-        in_dim: dimensions of the student's embedding.
-        out_dim: dimensions of the teacher's.
+        in_dim: dimension of the student's embedding.
+        out_dim: dimension of the teacher's embedding.
         bias: add a learned offset.
 
     Raises:
-        ValueError: a dimension below 1.
+        ValueError: a dimension is below 1.
 
     Examples:
         >>> import torch
@@ -40,7 +40,7 @@ class LinearProjection(nn.Module):
         self.linear = nn.Linear(in_dim, out_dim, bias=bias)
 
     def forward(self, student: Tensor) -> Tensor:
-        """Project `(b, in_dim)` to `(b, out_dim)`."""
+        """Map `(b, in_dim)` to `(b, out_dim)`."""
         check_floating("LinearProjection", student=student)
         check_shape("LinearProjection", "student", student, "b d", d=self.in_dim)
         projected: Tensor = self.linear(student)

@@ -1,4 +1,4 @@
-"""Projections: a linear map for the tokens of transformers. Touches the student's tensor only."""
+"""Projection of transformer tokens by a linear map."""
 
 from typing import Literal
 
@@ -16,24 +16,24 @@ CLASS_TOKENS = ("none", "keep", "drop", "mean")
 
 
 class TokenProjection(nn.Module):
-    """Tokens of the student into the teacher's width and grid: `y = W x` for each token, and `+ b` if asked.
+    """Maps the student's tokens to the teacher's width and grid: `y = W x` per token, or `y = W x + b` with `bias`.
 
-    With `size`, the tokens are first brought to the teacher's grid, as a map of them would be: along a side where it is
-    larger by average pooling over adaptive windows, along a side where it is smaller by bilinear interpolation. The
-    order is that of rows, as transformers cut an image. A class token is no part of the grid and is kept apart.
+    With `size`, the grid of tokens is resized first, like a map: adaptive average pooling along a side that shrinks,
+    bilinear interpolation along a side that grows. Tokens are in row-major order, as in vision transformers. A class
+    token is not part of the grid.
 
     Args:
         in_dim: width of the student's tokens.
-        out_dim: width of the teacher's.
-        size: `(h, w)` of the teacher's grid; None keeps the student's tokens as they are.
-        grid: `(h, w)` of the student's; None for a square one of any size.
-        class_token: `"none"`, all tokens are on the grid; `"keep"`, the first one is a class token and stays the first;
-            `"drop"`, the first one is a class token that the teacher lacks; `"mean"`, the student has none, and the mean
-            of its tokens stands in for the teacher's, as the first.
+        out_dim: width of the teacher's tokens.
+        size: `(h, w)` of the teacher's grid; None keeps the student's grid.
+        grid: `(h, w)` of the student's grid; None for a square grid of any size.
+        class_token: `"none"`, all tokens are on the grid; `"keep"`, the first token is a class token and stays first;
+            `"drop"`, the first token is a class token that the teacher does not have; `"mean"`, the student has no
+            class token, and the mean of its tokens becomes the first token.
         bias: add a learned offset.
 
     Raises:
-        ValueError: a dimension or a side below 1, or an unknown `class_token`.
+        ValueError: a dimension or a side is below 1, or `class_token` is unknown.
 
     Examples:
         >>> project = TokenProjection(192, 384, size=(14, 14), class_token="keep")
@@ -43,8 +43,8 @@ class TokenProjection(nn.Module):
         torch.Size([2, 197, 384])
 
     References:
-        The resampling of the grid is that of position embeddings at another resolution, Dosovitskiy et al., *An Image is
-        Worth 16x16 Words*, arXiv 2010.11929, section 3.2.
+        The resampling of the grid is that of position embeddings at another resolution, Dosovitskiy et al., *An Image
+        is Worth 16x16 Words*, arXiv 2010.11929, section 3.2.
     """
 
     def __init__(
@@ -73,7 +73,7 @@ class TokenProjection(nn.Module):
         self.linear = nn.Linear(in_dim, out_dim, bias=bias)
 
     def forward(self, student: Tensor) -> Tensor:
-        """Project `(b, n, in_dim)` to `(b, N, out_dim)`."""
+        """Map `(b, n, in_dim)` to `(b, N, out_dim)`."""
         check_floating("TokenProjection", student=student)
         check_shape("TokenProjection", "student", student, "b n d", d=self.in_dim)
         leading = 1 if self.class_token in ("keep", "drop") else 0

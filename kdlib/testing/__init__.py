@@ -1,15 +1,13 @@
-"""Contracts: what a loss, a weighting, a projection and an adapter must keep. Runs a component; needs no test framework.
-
-For a component of your own, inside or outside of a test:
+"""Contract checks for losses, weightings, projections and adapters, independent of a test framework.
 
     from kdlib.testing import check_loss
 
     ran = check_loss(MyLoss(), torch.randn(6, 8), torch.randn(6, 8))
 
-Each function returns the names of the checks that ran and raises `AssertionError` at the first that fails; it tells the
-component, the check and what came. A check is left out only where it cannot apply (a plain function has no state dict) or
-where `exclude` names it: compare the returned names with what you expect, so that nothing passes by not being run. The
-components of this library are held to the same checks.
+Each function returns the names of the checks that ran and raises `AssertionError` at the first failure, with the
+component, the check and the received values. A check is skipped only if it cannot apply (a plain function has no state
+dict) or if `exclude` names it. Compare the returned names with the expected ones, so that no test passes by skipping.
+The components of this library pass the same checks.
 """
 
 from kdlib.testing.adapter import ADAPTER_CHECKS, check_adapter
@@ -18,12 +16,6 @@ from kdlib.testing.projection import PROJECTION_CHECKS, check_projection
 from kdlib.testing.weighting import WEIGHTING_CHECKS, check_weighting
 
 __all__ = [
-    "ADAPTER_CHECKS",
-    "LOSS_CHECKS",
-    "PROJECTION_CHECKS",
-    "WEIGHTING_CHECKS",
-    "check_adapter",
-    "check_loss",
-    "check_projection",
-    "check_weighting",
-]
+    "ADAPTER_CHECKS", "LOSS_CHECKS", "PROJECTION_CHECKS", "WEIGHTING_CHECKS",
+    "check_adapter", "check_loss", "check_projection", "check_weighting",
+]  # fmt: skip

@@ -1,101 +1,137 @@
-"""Contracts, the mechanism: run named checks one after another and word what failed. Touches no tensor of the user."""
+"""Running of contract checks, and the checks that all components share."""
 
 import ast
 import copy
 import pickle
-from collections.abc import Callable, Iterator, Mapping
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["check_repr", "clone", "expect", "finite", "repickle", "run", "same", "shift_parameters"]
+__all__ = ["Case", "clone", "expect", "finite", "repickle", "run", "same"]
 
 T = TypeVar("T")
 
 
-def run(owner: str, component: object, checks: Mapping[str, Callable[[], None]]) -> tuple[str, ...]:
-    """Run every check; the first that fails ends it.
+class Case(ABC):
+    """A component and the checks that all kinds of components share; one method per check."""
 
-    Returns:
-        The names of the checks that ran: all of them.
+    component: Callable[..., Any]
 
-    Raises:
-        AssertionError: a check failed, or the component raised an error inside one.
-    """
-    kind = getattr(component, "__name__", type(component).__name__)
-    # Dropout, fresh layers and the fast form of gradcheck draw from the global generators: these are put back.
+    def fresh(self) -> Any:
+        """Return a copy of the component: a component with a state starts anew in each check."""
+        return copy.deepcopy(self.component)
+
+    @abstractmethod
+    def output(self, component: Any) -> Mapping[str, Tensor]:
+        """Return named tensors of one deterministic call."""
+
+    def use(self, component: Any) -> None:
+        """Call the component so that it changes its state."""
+        self.output(component)
+
+    def parameters(self, component: Any) -> Iterable[nn.Parameter]:
+        """Return the parameters that a deepcopy must not share."""
+        return component.parameters() if isinstance(component, nn.Module) else ()
+
+    def expect_equal(self, what: str, one: Mapping[str, Tensor], two: Mapping[str, Tensor]) -> None:
+        """Compare the outputs of two calls bit by bit."""
+        expect(list(one) == list(two), f"{what} must return {list(one)}, got {list(two)}")
+        for name, x in one.items():
+            expect(same(x, two[name]), f"{what} must return the same {name}, got {two[name]} for {x}")
+
+    def deepcopy(self) -> None:
+        one, two = self.fresh(), self.fresh()
+        shared = {id(x) for x in self.parameters(self.component)} & {id(x) for x in self.parameters(one)}
+        expect(not shared, "a deepcopy must not share its parameters")
+        for _ in range(3):
+            self.expect_equal("a deepcopy", self.output(one), self.output(two))
+
+    def deterministic(self) -> None:
+        self.expect_equal("a second call", self.output(self.fresh()), self.output(self.fresh()))
+
+    def pickle(self) -> None:
+        used = self.fresh()
+        self.use(used)
+        self.expect_equal("a pickled copy", self.output(repickle(used)), self.output(used))
+
+    def state_dict(self) -> None:
+        used, other = self.fresh(), self.fresh()
+        self.use(used)
+        with torch.no_grad():
+            for parameter in other.parameters():
+                parameter.add_(1)  # so that loading has something to restore
+        other.load_state_dict(copy.deepcopy(used.state_dict()))
+        self.expect_equal("a component with a loaded state dict", self.output(used), self.output(other))
+
+    def repr(self) -> None:
+        """`repr` must be a call of the class; if all arguments are literals, the call must rebuild the same `repr`."""
+        text = repr(self.component)
+        kind: type[Any] = type(self.component)
+        try:
+            call = ast.parse(text, mode="eval").body
+        except SyntaxError:
+            call = None
+        if not isinstance(call, ast.Call):
+            raise AssertionError(f"repr must be the call that rebuilds the object, got {text!r}")
+        named = isinstance(call.func, ast.Name) and call.func.id == kind.__name__
+        expect(named, f"repr must call {kind.__name__}, got {text!r}")
+        literals = list(_literals(call))
+        if len(literals) == len(call.args) + len(call.keywords):
+            positional = [value for name, value in literals if name is None]
+            again = kind(*positional, **{name: value for name, value in literals if name is not None})
+            expect(repr(again) == text, f"repr must rebuild the object, {text!r} makes {again!r}")
+
+
+def run(owner: str, case: Case, names: Iterable[str], left_out: Collection[str]) -> tuple[str, ...]:
+    """Run the checks `names` without those in `left_out`, until the first failure; return the names that ran."""
+    kind = getattr(case.component, "__name__", type(case.component).__name__)
+    names = tuple(name for name in names if name not in left_out)
+    # Dropout, new layers and the fast form of gradcheck use the global generators, whose states are restored.
     with torch.random.fork_rng(devices=[torch.cuda.current_device()] if torch.cuda.is_available() else []):
-        for name, check in checks.items():
+        for name in names:
             try:
-                check()
+                getattr(case, name)()
             except AssertionError as error:
                 raise AssertionError(f"{owner}({kind}): {name}: {error}") from error
             except Exception as error:
                 raise AssertionError(f"{owner}({kind}): {name}: raised {type(error).__name__}: {error}") from error
-    return tuple(checks)
+    return names
 
 
-def expect(good: bool | Tensor, message: str) -> None:
-    """Unlike `assert`, not switched off by `python -O`."""
-    if not bool(good):
+def expect(condition: bool | Tensor, message: str) -> None:
+    """Raise `AssertionError` unless `condition` holds; unlike `assert`, also under `python -O`."""
+    if not bool(condition):
         raise AssertionError(message)
 
 
 def finite(x: Tensor) -> bool:
-    """No NaN and no infinity."""
+    """Return whether all values are finite."""
     return bool(torch.isfinite(x).all())
 
 
 def same(a: Tensor, b: Tensor, *, relative: float = 0.0, absolute: float = 0.0) -> bool:
-    """Equal shapes, and values equal to within the tolerance; bit by bit without one."""
+    """Return whether shapes are equal and values are equal within the tolerance, by default exactly."""
     return a.shape == b.shape and bool(torch.allclose(a.double(), b.double(), rtol=relative, atol=absolute))
 
 
 def clone(value: T) -> T:
-    """A copy that shares nothing, cut from the graph; takes tensors, and mappings and sequences of them."""
+    """Return a detached copy of a tensor, or a deep copy of another value."""
     if isinstance(value, Tensor):
         return value.detach().clone()  # type: ignore[return-value]  # a Tensor in, a Tensor out
     return copy.deepcopy(value)
 
 
 def repickle(component: T) -> T:
-    """Through bytes and back; the bytes never leave this function."""
+    """Return the component after pickling and unpickling; the bytes come from this process only."""
     again: T = pickle.loads(pickle.dumps(component))
     return again
 
 
-def shift_parameters(module: nn.Module) -> None:
-    """Move every parameter, so that loading a state dict has something to put right."""
-    with torch.no_grad():
-        for parameter in module.parameters():
-            parameter.add_(1)
-
-
-def check_repr(component: nn.Module) -> None:
-    """`repr` must be a call of the class, and rebuild an object of the same `repr` where its arguments are literals."""
-    kind, shown = type(component), repr(component)
-    try:
-        call = ast.parse(shown, mode="eval").body
-    except SyntaxError:
-        call = None
-    if not isinstance(call, ast.Call):
-        raise AssertionError(f"repr must be the call that rebuilds the object, got {shown!r}")
-    expect(
-        isinstance(call.func, ast.Name) and call.func.id == kind.__name__,
-        f"repr must call {kind.__name__}, got {shown!r}",
-    )
-    literals = list(_literals(call))
-    if len(literals) == len(call.args) + len(call.keywords):
-        again: Any = kind(
-            *[value for name, value in literals if name is None],
-            **{name: value for name, value in literals if name is not None},
-        )
-        expect(repr(again) == shown, f"repr must rebuild the object, {shown!r} makes {again!r}")
-
-
 def _literals(call: ast.Call) -> Iterator[tuple[str | None, Any]]:
-    """Arguments that are plain numbers, strings, tuples and the like."""
+    """Yield the name and value of each argument that is a literal."""
     for name, node in [*[(None, each) for each in call.args], *[(each.arg, each.value) for each in call.keywords]]:
         try:
             yield name, ast.literal_eval(node)

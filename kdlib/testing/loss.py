@@ -1,4 +1,4 @@
-"""Contracts: what every loss must keep, in words. The checks themselves are in the file beside."""
+"""Contract checks of a loss."""
 
 from collections.abc import Callable, Collection
 
@@ -8,6 +8,7 @@ from kdlib._checks import check_callable, check_floating, check_number, check_sa
 from kdlib.testing._checks import check_exclude
 from kdlib.testing._loss_case import LossCase
 from kdlib.testing._run import clone, run
+from kdlib.types import WeightedLoss
 
 __all__ = ["LOSS_CHECKS", "check_loss"]
 
@@ -32,34 +33,35 @@ def check_loss(
     per_sample: bool | None = None,
     exclude: Collection[str] = (),
 ) -> tuple[str, ...]:
-    """Hold a loss to the contract of this library.
+    """Check a loss against the contract of this library.
 
-    - `scalar`, `student_gradient`, `teacher_gradient`: one finite floating-point value; a finite gradient that is not
-      zero for the student and none for the teacher.
-    - `reduction_none`: `(b,)` values, or a `ValueError` where the loss has no per-sample form; `mean_of_none`: their mean
-      is the value.
-    - `weighted_mean`: `sum(w * l) / sum(w)`, and `w * l` for `"none"`; `weight_ones`: the same as no weights;
-      `weight_scale`: a common factor changes nothing; `weight_zero_masks`: as if the sample were absent, with no
-      gradient for it; `weight_all_zero`: 0 that still hangs on the graph.
-    - `float16`, `bfloat16`, `autocast`: the value of the same numbers in float32, in float32; `float64`: in float64.
+    - `scalar`, `student_gradient`, `teacher_gradient`: one finite floating-point value; a finite nonzero gradient for
+      the student and none for the teacher.
+    - `reduction_none`: `(b,)` values, or a `ValueError` where the loss has no per-sample form; `mean_of_none`: their
+      mean equals the value.
+    - `weighted_mean`: `sum(w * l) / sum(w)`, and `w * l` for `"none"`; `weight_ones`: the same as without weights;
+      `weight_scale`: a common factor has no effect; `weight_zero_masks`: the same as without the sample, which gets no
+      gradient; `weight_all_zero`: 0 with a graph.
+    - `float16`, `bfloat16`, `autocast`: the result is float32 and equals that of the same numbers in float32;
+      `float64`: the result is float64.
     - `zero_rows`, `equal_rows`, `batch_of_one`, `empty_batch`, `large_float16` (values to 300), `large_float32` (to
       10,000): a finite value and finite gradients.
     - `batch_mismatch`: a `ValueError` or `TypeError`.
     - `deterministic`, `inputs_unchanged`, `deepcopy`, `pickle`, `state_dict`: the same value twice, and after a copy;
       `repr`: the call that rebuilds the object; `gradcheck`: the gradient against differences, in float64.
 
-    Every check works on a copy of the loss, so that one with a memory (a queue, a running mean) is asked anew each time;
-    `deepcopy` alone calls the loss itself.
+    Every check works on a copy of the loss, so that a loss with a state (a queue, a running mean) starts anew each
+    time; only `deepcopy` calls the loss itself.
 
     Args:
         loss: called as `loss(student, teacher)`, with `target=` if one is given, and with `reduction=` and `weight=`.
-            Exclude the checks on these for a loss that does not take them.
-        student: `(b, ...)`, at least 4 samples; in general position and small, 8 values a sample or so.
+            Exclude the checks on these for a loss that does not accept them.
+        student: `(b, ...)`, at least 4 samples, without special values, and small: about 8 values per sample.
         teacher: `(b, ...)`.
-        target: `(b, ...)`, for a loss that takes one.
-        per_sample: whether `reduction="none"` must give `(b,)` or be refused; `None` for what the attribute
-            `per_sample` of the loss says, or for either where there is none.
-        exclude: names of checks to leave out.
+        target: `(b, ...)`, for a loss that needs one.
+        per_sample: whether `reduction="none"` must return `(b,)` or be an error; `None` for the value that a
+            `WeightedLoss` declares, or for either with other losses.
+        exclude: names of checks to skip.
 
     Returns:
         The names of the checks that ran. `mean_of_none` and `weighted_mean` run for losses with a per-sample form,
@@ -67,7 +69,7 @@ def check_loss(
 
     Raises:
         AssertionError: a check failed.
-        ValueError, TypeError: arguments that no loss could be checked with, or an unknown name in `exclude`.
+        ValueError, TypeError: invalid arguments, or an unknown name in `exclude`.
 
     Examples:
         >>> import torch
@@ -87,12 +89,11 @@ def check_loss(
     check_number("check_loss", "the batch size", student.shape[0], min=4, integer=True)
     if target is not None:
         check_same_batch("check_loss", "student", student, "target", target)
-    if per_sample is None:
-        per_sample = getattr(loss, "per_sample", None)
+    if per_sample is None and isinstance(loss, WeightedLoss):
+        per_sample = loss.per_sample
     tensors = clone(student).float(), clone(teacher).float(), None if target is None else clone(target)
     case = LossCase(loss, *tensors, per_sample, "deepcopy" not in exclude, "weight_ones" not in exclude)
     if case.per_sample is None:
-        case.per_sample = case.takes_none()
+        case.per_sample = case.accepts_none()
     left_out = {*exclude, *(() if case.per_sample else _PER_SAMPLE), *(() if isinstance(loss, nn.Module) else _MODULE)}
-    checks = {name: getattr(case, name) for name in LOSS_CHECKS if name not in left_out}
-    return run("check_loss", loss, checks)
+    return run("check_loss", case, LOSS_CHECKS, left_out)

@@ -1,15 +1,16 @@
-"""Contracts: what every projection must keep. Calls the projection on copies of the tensors that the user gives."""
+"""Contract checks of a projection."""
 
 import copy
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from kdlib._checks import check_floating, check_number, check_same_batch, check_type
 from kdlib.testing._checks import check_exclude
-from kdlib.testing._run import check_repr, clone, expect, finite, repickle, run, same, shift_parameters
+from kdlib.testing._run import Case, clone, expect, finite, run, same
 
 __all__ = ["PROJECTION_CHECKS", "check_projection"]
 
@@ -23,11 +24,12 @@ PROJECTION_CHECKS = (
 def check_projection(
     projection: nn.Module, student: Tensor, teacher: Tensor, *, exclude: Collection[str] = ()
 ) -> tuple[str, ...]:
-    """Hold a projection to the contract of this library.
+    """Check a projection against the contract of this library.
 
-    - `shape`: the teacher's, finite; `batch_of_one`: likewise for one sample in eval mode, whatever its neighbors.
+    - `shape`: the output is finite and has the teacher's shape; `batch_of_one`: also for one sample in eval mode, with
+      the same result as within a batch.
     - `student_gradient`, `parameter_gradient`: finite gradients for the student and for every parameter.
-    - `half` (float16 and bfloat16 throughout), `autocast`, `float64`: still so.
+    - `half` (float16 and bfloat16 throughout), `autocast`, `float64`: the same for these dtypes.
     - `deterministic`, `inputs_unchanged`, `deepcopy`, `pickle`, `state_dict`: the same result twice, and after a copy;
       `repr`: the call that rebuilds the object.
 
@@ -36,15 +38,15 @@ def check_projection(
     Args:
         projection: called as `projection(student)`.
         student: example `(b, ...)`, at least 2 samples.
-        teacher: example `(b, ...)` of what it must look like; the values do not matter.
-        exclude: names of checks to leave out; `["repr"]` for a container of torch, which shows its parts.
+        teacher: example `(b, ...)` of the expected shape; its values do not matter.
+        exclude: names of checks to skip, such as `["repr"]` for a torch container, whose `repr` is not a call.
 
     Returns:
         The names of the checks that ran.
 
     Raises:
         AssertionError: a check failed.
-        ValueError, TypeError: arguments that no projection could be checked with, or an unknown name in `exclude`.
+        ValueError, TypeError: invalid arguments, or an unknown name in `exclude`.
 
     Examples:
         >>> from kdlib import LinearProjection
@@ -56,73 +58,69 @@ def check_projection(
     check_floating("check_projection", student=student, teacher=teacher)
     check_same_batch("check_projection", "student", student, "teacher", teacher)
     check_number("check_projection", "the batch size", student.shape[0], min=2, integer=True)
-    case = _Case(projection, clone(student).float(), tuple(teacher.shape))
-    checks = {name: getattr(case, name) for name in PROJECTION_CHECKS if name not in exclude}
-    return run("check_projection", projection, checks)
+    case = _ProjectionCase(projection, clone(student).float(), tuple(teacher.shape))
+    return run("check_projection", case, PROJECTION_CHECKS, exclude)
 
 
 @dataclass
-class _Case:
-    """A projection and the tensor it is tried on; one method a check."""
-
-    projection: nn.Module
+class _ProjectionCase(Case):
+    component: nn.Module
     student: Tensor
     wanted: tuple[int, ...]
 
-    def fresh(self, dtype: torch.dtype = torch.float32) -> nn.Module:
-        return copy.deepcopy(self.projection).to(dtype)
+    def cast(self, dtype: torch.dtype) -> nn.Module:
+        return copy.deepcopy(self.component).to(dtype)
 
-    def tried(self, what: str, dtype: torch.dtype) -> tuple[Tensor, nn.Module]:
-        """The gradient of the student and the projection, value and gradients found finite."""
-        projection, student = self.fresh(dtype), clone(self.student).to(dtype).requires_grad_()
+    def output(self, component: Any) -> Mapping[str, Tensor]:
+        return {"result": component.eval()(self.student)}
+
+    def use(self, component: Any) -> None:
+        component.train()(self.student)
+
+    def gradient(self, what: str, dtype: torch.dtype) -> tuple[Tensor, nn.Module]:
+        """Run forward and backward; return the student's gradient, checked to be finite, and the projection."""
+        projection, student = self.cast(dtype), clone(self.student).to(dtype).requires_grad_()
         projected = projection(student)
         expect(finite(projected), f"{what}: the projection must be finite")
-        expect(projected.requires_grad, f"{what}: the projection must hang on the graph of the student")
-        # Different shares: their plain sum would be blind behind a normalization.
-        (projected.float() * torch.linspace(-1, 1, projected.numel(), device=student.device).view_as(projected)).sum(
-        ).backward()  # fmt: skip
+        expect(projected.requires_grad, f"{what}: the projection must be on the graph of the student")
+        # Unequal coefficients: the gradient of a plain sum would vanish behind a normalization.
+        coefficients = torch.linspace(-1, 1, projected.numel(), device=student.device).view_as(projected)
+        (projected.float() * coefficients).sum().backward()
         if student.grad is None:
             raise AssertionError(f"{what}: a gradient must reach the student, got none")
         expect(finite(student.grad), f"{what}: the gradient of the student must be finite")
         return student.grad, projection
 
-    def deepcopy(self) -> None:
-        other = self.fresh()
-        shared = {id(x) for x in self.projection.parameters()} & {id(x) for x in other.parameters()}
-        expect(not shared, "a deepcopy must not share its parameters")
-        one, two = other.eval()(self.student), copy.deepcopy(other).eval()(self.student)
-        expect(same(one, two), "a deepcopy must give the same result")
-
     def shape(self) -> None:
         projected = self.fresh()(self.student)
         expect(isinstance(projected, Tensor), f"must return a tensor, got {type(projected).__name__}")
         got = tuple(projected.shape)
-        expect(got == self.wanted, f"must be shaped as the teacher {self.wanted}, got {got}")
+        expect(got == self.wanted, f"must have the teacher's shape {self.wanted}, got {got}")
         expect(finite(projected), "must be finite")
 
     def student_gradient(self) -> None:
-        gradient, _ = self.tried("float32", torch.float32)
+        gradient, _ = self.gradient("float32", torch.float32)
         expect(gradient.any(), "a gradient must reach the student, got zeros")
 
     def parameter_gradient(self) -> None:
-        _, projection = self.tried("float32", torch.float32)
+        _, projection = self.gradient("float32", torch.float32)
         for name, parameter in projection.named_parameters():
             expect(not parameter.requires_grad or parameter.grad is not None, f"parameter {name!r} gets no gradient")
             expect(parameter.grad is None or finite(parameter.grad), f"the gradient of {name!r} must be finite")
 
     def half(self) -> None:
         for dtype in (torch.float16, torch.bfloat16):
-            self.tried(str(dtype), dtype)
-            got = tuple(self.fresh(dtype)(self.student.to(dtype)).shape)
-            expect(got == self.wanted, f"{dtype}: must be shaped as the teacher {self.wanted}, got {got}")
+            self.gradient(str(dtype), dtype)
+            got = tuple(self.cast(dtype)(self.student.to(dtype)).shape)
+            expect(got == self.wanted, f"{dtype}: must have the teacher's shape {self.wanted}, got {got}")
 
     def autocast(self) -> None:
         with torch.autocast(self.student.device.type, dtype=torch.bfloat16):
-            self.tried("under autocast", torch.float32)
+            self.gradient("under autocast", torch.float32)
 
     def float64(self) -> None:
-        self.tried("float64", torch.float64)
-        got = self.fresh(torch.float64)(self.student.double()).dtype
+        self.gradient("float64", torch.float64)
+        got = self.cast(torch.float64)(self.student.double()).dtype
         expect(got == torch.float64, f"must be float64 for float64, got {got}")
 
     def batch_of_one(self) -> None:
@@ -131,31 +129,10 @@ class _Case:
         expect(tuple(projected.shape) == wanted, f"one sample must give {wanted}, got {tuple(projected.shape)}")
         expect(finite(projected), "one sample must give finite values")
         among = self.fresh().eval()(self.student)[:1]
-        expect(
-            same(projected, among, relative=1e-3, absolute=1e-5),
-            "in eval mode a sample must not depend on its neighbors in the batch",
-        )
-
-    def deterministic(self) -> None:
-        expect(same(self.fresh()(self.student), self.fresh()(self.student)), "must give the same result twice")
+        close = same(projected, among, relative=1e-3, absolute=1e-5)
+        expect(close, "in eval mode a sample must not depend on the other samples of the batch")
 
     def inputs_unchanged(self) -> None:
         student = clone(self.student)
         self.fresh()(student)
-        expect(torch.equal(student, self.student), "must leave its argument alone, changed student")
-
-    def pickle(self) -> None:
-        projection = self.fresh()
-        one, two = projection.eval()(self.student), repickle(projection).eval()(self.student)
-        expect(same(one, two), "through pickle it must stay the same")
-
-    def state_dict(self) -> None:
-        used, other = self.fresh(), self.fresh()
-        used.train()(self.student)
-        shift_parameters(other)
-        other.load_state_dict(copy.deepcopy(used.state_dict()))
-        one, two = used.eval()(self.student), other.eval()(self.student)
-        expect(same(one, two), "its state dict must hold all it remembers")
-
-    def repr(self) -> None:
-        check_repr(self.projection)
+        expect(torch.equal(student, self.student), "must not change its arguments, changed student")

@@ -1,7 +1,6 @@
-"""Contracts: what every weighting must keep. Calls the weighting on copies of the tensors that the user gives."""
+"""Contract checks of a weighting."""
 
-import copy
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -10,7 +9,8 @@ from torch import Tensor, nn
 
 from kdlib._checks import check_callable, check_floating, check_number, check_same_batch
 from kdlib.testing._checks import check_exclude
-from kdlib.testing._run import check_repr, clone, expect, finite, repickle, run, same, shift_parameters
+from kdlib.testing._run import Case, clone, expect, finite, run, same
+from kdlib.types import Weighting
 
 __all__ = ["WEIGHTING_CHECKS", "check_weighting"]
 
@@ -23,11 +23,10 @@ WEIGHTING_CHECKS = (
 
 _SYMMETRIC = ("one_teacher", "permutation")
 _MODULE = ("state_dict", "repr")
-_CALLS = 3
 
 
 def check_weighting(
-    weighting: Callable[..., Tensor],
+    weighting: Weighting,
     *,
     num_teachers: int = 2,
     student: Tensor | None = None,
@@ -36,35 +35,35 @@ def check_weighting(
     symmetric: bool = True,
     exclude: Collection[str] = (),
 ) -> tuple[str, ...]:
-    """Hold a weighting to the contract of this library.
+    """Check a weighting against the contract of this library.
 
-    - `shape`, `columns_sum_to_one`, `not_negative`: `(k, b)` finite weights of at least 0, each column of sum 1, at the
-      first calls and after them, where it may have learned something.
+    - `shape`, `columns_sum_to_one`, `not_negative`: weights `(k, b)`, finite and at least 0, whose columns sum to 1; in
+      the first call and in later ones, when its state may have changed.
     - `extreme_losses` (all 0; from 1e-30 to 1e30; one teacher far off), `extreme_features` (zeros; 10,000), `half`
-      (features in float16), `batch_of_one`, `empty_batch`: still so.
-    - `one_teacher`: all ones; `permutation`: teachers in another order give the same weights in that order.
-    - `teacher_gradient`: none; `deterministic`, `inputs_unchanged`, `deepcopy`, `pickle`, `state_dict`: the same weights
-      twice, and after a copy, with all that it remembers; `repr`: the call that rebuilds the object.
+      (features in float16), `batch_of_one`, `empty_batch`: the same for these inputs.
+    - `one_teacher`: all ones; `permutation`: teachers in another order have the same weights in that order.
+    - `teacher_gradient`: none; `deterministic`, `inputs_unchanged`, `deepcopy`, `pickle`, `state_dict`: the same
+      weights twice, and after a copy with its state; `repr`: the call that rebuilds the object.
 
-    Losses are computed from the student and the teachers and hang on the student's graph. Every check works on a copy of
-    the weighting.
+    Losses are computed from the student and the teachers, on the student's graph. Every check works on a copy of the
+    weighting.
 
     Args:
         weighting: called as `weighting(losses, student=, teachers=, targets=)`.
-        num_teachers: k, where `teachers` does not say it.
+        num_teachers: k, if `teachers` is not given.
         student: `(b, ...)`, at least 2 samples; `None` for `(6, 5)`.
         teachers: k tensors `(b, ...)`; `None` for `(6, 5)` each.
         targets: name to `(b, ...)`; `None` for `"identity"` and `"label"`, whole numbers below 3.
-        symmetric: whether it treats all teachers alike and takes any number of them. False, for fixed and for learned
-            weights, leaves out `one_teacher` and `permutation`.
-        exclude: names of checks to leave out.
+        symmetric: whether it treats all teachers alike and accepts any number of them. False, for constant and learned
+            weights, skips `one_teacher` and `permutation`.
+        exclude: names of checks to skip.
 
     Returns:
         The names of the checks that ran; `state_dict` and `repr` run for Modules.
 
     Raises:
         AssertionError: a check failed.
-        ValueError, TypeError: arguments that no weighting could be checked with, or an unknown name in `exclude`.
+        ValueError, TypeError: invalid arguments, or an unknown name in `exclude`.
 
     Examples:
         >>> from kdlib import FixedWeighting, UniformWeighting
@@ -93,41 +92,38 @@ def check_weighting(
         check_same_batch("check_weighting", "student", student, f"teachers[{k}]", teacher)
     for name, each in targets.items():
         check_same_batch("check_weighting", "student", student, f"targets[{name!r}]", each)
-    case = _Case(weighting, clone(student), [clone(x) for x in teachers], {n: clone(x) for n, x in targets.items()})
-    left_out = {*exclude, *(() if symmetric else _SYMMETRIC), *(() if isinstance(weighting, nn.Module) else _MODULE)}
-    checks = {name: getattr(case, name) for name in WEIGHTING_CHECKS if name not in left_out}
-    return run("check_weighting", weighting, checks)
+    copies = clone(student), [clone(x) for x in teachers], {name: clone(x) for name, x in targets.items()}
+    module = isinstance(weighting, nn.Module)
+    left_out = {*exclude, *(() if symmetric else _SYMMETRIC), *(() if module else _MODULE)}
+    return run("check_weighting", _WeightingCase(weighting, *copies), WEIGHTING_CHECKS, left_out)
 
 
 @dataclass
-class _Case:
-    """A weighting and the tensors it is tried on; one method a check."""
-
-    weighting: Callable[..., Tensor]
+class _WeightingCase(Case):
+    component: Weighting
     student: Tensor
     teachers: list[Tensor]
     targets: dict[str, Tensor]
 
-    def fresh(self) -> Any:
-        return copy.deepcopy(self.weighting)
+    def output(self, component: Any) -> Mapping[str, Tensor]:
+        return {"weights": self.weights(component)}
 
-    def weights(self, weighting: Any = None, *, scale: Tensor | float = 1.0) -> Tensor:
-        """Weights for losses that hang on the student, times `scale`."""
+    def weights(self, weighting: Weighting | None = None, *, scale: Tensor | float = 1.0) -> Tensor:
+        """Return the weights for losses on the student's graph, times `scale`."""
         student = clone(self.student).requires_grad_()
         losses = scale * torch.stack([_distance(student, teacher) for teacher in self.teachers])
         weighting = self.fresh() if weighting is None else weighting
         weights = weighting(losses, student=student, teachers=list(self.teachers), targets=dict(self.targets))
         expect(isinstance(weights, Tensor), f"must return a tensor, got {type(weights).__name__}")
-        return weights.detach()  # type: ignore[no-any-return]
+        return weights.detach()
 
-    def settled(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Weights of calls one after another: the first may start what later ones use."""
+    def successive(self) -> list[Tensor]:
+        """Return the weights of three successive calls: the first may create state that later ones use."""
         weighting = self.fresh()
-        first, second, third = (self.weights(weighting) for _ in range(_CALLS))
-        return first, second, third
+        return [self.weights(weighting) for _ in range(3)]
 
-    def sound(self, what: str, weights: Tensor) -> None:
-        """Of the right shape, finite, not negative, of sum one."""
+    def expect_valid(self, what: str, weights: Tensor) -> None:
+        """Check shape, finite values, sign and column sums."""
         wanted = (len(self.teachers), self.student.shape[0])
         expect(tuple(weights.shape) == wanted, f"{what}: must be (k, b) = {wanted}, got {tuple(weights.shape)}")
         expect(finite(weights), f"{what}: weights must be finite, got {weights.tolist()}")
@@ -135,131 +131,88 @@ class _Case:
         sums = weights.double().sum(0)
         expect(same(sums, torch.ones_like(sums), absolute=1e-4), f"{what}: columns must sum to 1, got {sums.tolist()}")
 
-    def deepcopy(self) -> None:
-        copies = self.fresh(), self.fresh()
-        for turn in range(_CALLS):
-            one, two = (self.weights(each) for each in copies)
-            expect(same(one, two), f"two copies must give the same weights at call {turn}, got {one} and {two}")
-        if isinstance(self.weighting, nn.Module):
-            shared = {id(x) for x in self.weighting.parameters()} & {id(x) for x in copies[0].parameters()}
-            expect(not shared, "a deepcopy must not share its parameters")
-
     def shape(self) -> None:
         wanted = (len(self.teachers), self.student.shape[0])
-        for weights in self.settled():
+        for weights in self.successive():
             expect(tuple(weights.shape) == wanted, f"must be (k, b) = {wanted}, got {tuple(weights.shape)}")
             expect(weights.is_floating_point(), f"must be floating point, got {weights.dtype}")
 
     def columns_sum_to_one(self) -> None:
-        for weights in self.settled():
+        for weights in self.successive():
             sums = weights.double().sum(0)
             expect(same(sums, torch.ones_like(sums), absolute=1e-5), f"columns must sum to 1, got {sums.tolist()}")
 
     def not_negative(self) -> None:
-        for weights in self.settled():
+        for weights in self.successive():
             expect((weights >= 0).all(), f"weights must be >= 0, got {weights.tolist()}")
 
     def extreme_losses(self) -> None:
         one, first = torch.ones(2, len(self.teachers), 1, device=self.student.device)
         first[1:] = 0
         scales: list[tuple[str, Tensor | float]] = [("0", 0.0), ("1e-30", 1e-30), ("1e4", 1e4), ("1e30", 1e30)]
-        for what, scale in [
-            *scales,
-            ("1e30 for the first teacher", one + 1e30 * first),
-            ("0 for the first teacher", one - first),
-        ]:
+        scales += [("1e30 for the first teacher", one + 1e30 * first), ("0 for the first teacher", one - first)]
+        for what, scale in scales:
             weighting = self.fresh()
-            for _ in range(_CALLS):
-                self.sound(f"losses times {what}", self.weights(weighting, scale=scale))
+            for _ in range(3):
+                self.expect_valid(f"losses times {what}", self.weights(weighting, scale=scale))
 
     def extreme_features(self) -> None:
         for what, factor in [("zeros", 0.0), ("values times 10,000", 1e4)]:
             case = replace(self, student=factor * self.student, teachers=[factor * x for x in self.teachers])
-            case.sound(what, case.weights())
-        one = [0 * self.teachers[0], *self.teachers[1:]]
-        self.sound("zeros of the first teacher", replace(self, teachers=one).weights())
+            case.expect_valid(what, case.weights())
+        first_zero = [0 * self.teachers[0], *self.teachers[1:]]
+        self.expect_valid("zeros of the first teacher", replace(self, teachers=first_zero).weights())
 
     def half(self) -> None:
         case = replace(self, student=self.student.half(), teachers=[x.half() for x in self.teachers])
-        case.sound("features in float16", case.weights())
+        case.expect_valid("features in float16", case.weights())
 
     def batch_of_one(self) -> None:
-        case = self._rows(slice(0, 1))
-        case.sound("a batch of one", case.weights())
+        self._check_rows("a batch of one", slice(0, 1))
 
     def empty_batch(self) -> None:
-        case = self._rows(slice(0, 0))
-        case.sound("an empty batch", case.weights())
+        self._check_rows("an empty batch", slice(0, 0))
 
-    def _rows(self, rows: slice) -> "_Case":
+    def _check_rows(self, what: str, rows: slice) -> None:
         targets = {name: each[rows] for name, each in self.targets.items()}
-        return replace(self, student=self.student[rows], teachers=[x[rows] for x in self.teachers], targets=targets)
+        case = replace(self, student=self.student[rows], teachers=[x[rows] for x in self.teachers], targets=targets)
+        case.expect_valid(what, case.weights())
 
     def one_teacher(self) -> None:
-        case = replace(self, teachers=self.teachers[:1])
-        weights = case.weights()
-        expect(
-            same(weights, torch.ones_like(weights), absolute=1e-6) and weights.shape[0] == 1,
-            f"one teacher must weigh 1, got {weights.tolist()}",
-        )
+        weights = replace(self, teachers=self.teachers[:1]).weights()
+        all_ones = weights.shape[0] == 1 and same(weights, torch.ones_like(weights), absolute=1e-6)
+        expect(all_ones, f"a single teacher must have weight 1, got {weights.tolist()}")
 
     def permutation(self) -> None:
-        turned = replace(self, teachers=self.teachers[::-1])
-        for weights, other in zip(self.settled(), turned.settled(), strict=True):
-            expect(
-                same(weights.flip(0), other, absolute=1e-4),
-                f"teachers in reverse must give weights in reverse, {weights.flip(0).tolist()}, got {other.tolist()}",
-            )
+        reverse = replace(self, teachers=self.teachers[::-1])
+        for weights, other in zip(self.successive(), reverse.successive(), strict=True):
+            wanted = weights.flip(0)
+            message = f"teachers in reverse must have weights in reverse, {wanted.tolist()}, got {other.tolist()}"
+            expect(same(wanted, other, absolute=1e-4), message)
 
     def teacher_gradient(self) -> None:
-        case = replace(self, teachers=[clone(x).requires_grad_() for x in self.teachers])
-        weighting = self.fresh()
+        teachers = [clone(x).requires_grad_() for x in self.teachers]
         student = clone(self.student).requires_grad_()
-        losses = torch.stack([_distance(student, x.detach()) for x in case.teachers])
-        weights = weighting(losses, student=student, teachers=case.teachers, targets=dict(self.targets))
+        losses = torch.stack([_distance(student, x.detach()) for x in teachers])
+        weights = self.fresh()(losses, student=student, teachers=teachers, targets=dict(self.targets))
         if weights.requires_grad:
             (weights * torch.arange(weights.numel(), device=weights.device).view_as(weights)).sum().backward()
-        expect(all(x.grad is None for x in case.teachers), "no gradient may reach a teacher; detach them")
-
-    def deterministic(self) -> None:
-        one, two = self.weights(), self.weights()
-        expect(same(one, two), f"must give the same weights twice, got {one.tolist()} and {two.tolist()}")
+        expect(all(x.grad is None for x in teachers), "no gradient may reach a teacher; detach them")
 
     def inputs_unchanged(self) -> None:
-        student = clone(self.student)
-        losses = torch.stack([_distance(student, x) for x in self.teachers])
-        teachers, targets = [clone(x) for x in self.teachers], {name: clone(x) for name, x in self.targets.items()}
-        before = clone(losses)
+        losses = torch.stack([_distance(self.student, x) for x in self.teachers])
+        student, targets = clone(self.student), {name: clone(x) for name, x in self.targets.items()}
+        before, teachers = clone(losses), [clone(x) for x in self.teachers]
         self.fresh()(losses, student=student, teachers=teachers, targets=targets)
-        expect(torch.equal(losses, before), "must leave its arguments alone, changed losses")
-        expect(torch.equal(student, self.student), "must leave its arguments alone, changed student")
-        for k, (x, kept) in enumerate(zip(teachers, self.teachers, strict=True)):
-            expect(torch.equal(x, kept), f"must leave its arguments alone, changed teachers[{k}]")
-        for name, kept in self.targets.items():
-            expect(torch.equal(targets[name], kept), f"must leave its arguments alone, changed targets[{name!r}]")
-
-    def pickle(self) -> None:
-        weighting = self.fresh()
-        self.weights(weighting)
-        other = repickle(weighting)
-        value, wanted = self.weights(other), self.weights(weighting)
-        expect(same(value, wanted), f"through pickle it must stay the same, got {value} for {wanted}")
-
-    def state_dict(self) -> None:
-        used, other = self.fresh(), self.fresh()
-        self.weights(used)
-        shift_parameters(other)
-        other.load_state_dict(copy.deepcopy(used.state_dict()))
-        value, wanted = self.weights(other), self.weights(used)
-        expect(same(value, wanted), f"its state dict must hold all it remembers, got {value} for {wanted}")
-
-    def repr(self) -> None:
-        if isinstance(self.weighting, nn.Module):
-            check_repr(self.weighting)
+        pairs = [("losses", before, losses), ("student", self.student, student)]
+        pairs += [(f"teachers[{k}]", x, teachers[k]) for k, x in enumerate(self.teachers)]
+        pairs += [(f"targets[{name!r}]", x, targets[name]) for name, x in self.targets.items()]
+        for name, original, x in pairs:
+            expect(torch.equal(x, original), f"must not change its arguments, changed {name}")
 
 
 def _distance(student: Tensor, teacher: Tensor) -> Tensor:
-    """`(b,)` losses of the kind that features give: squared distances, of means where the shapes differ."""
+    """Return `(b,)` squared distances, of the means where the shapes differ."""
     s, t = (x.float().unsqueeze(-1).flatten(1) for x in (student, teacher))
     if s.shape != t.shape:
         s, t = s.mean(1, keepdim=True), t.mean(1, keepdim=True)

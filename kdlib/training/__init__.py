@@ -1,4 +1,4 @@
-"""Training room: one readable loop, checkpoints that survive a kill, a log. Touches what `TrainConfig` names."""
+"""A training loop with exact resume after interruption."""
 
 from kdlib.training.checkpoint import load_checkpoint
 from kdlib.training.config import OptimizerFactory, Schedule, TrainConfig

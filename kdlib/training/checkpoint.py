@@ -1,4 +1,4 @@
-"""Training room: checkpoints on disk, written whole or not at all. Touches one directory."""
+"""Atomic checkpoints on disk."""
 
 import logging
 import os
@@ -12,7 +12,9 @@ from typing import Any
 
 import torch
 
-from kdlib.training._checks import check_checksum, check_format, check_stored, none_readable, unreadable, unwritable
+from kdlib._atomic import atomic_write
+from kdlib.training._checks import check_archive, checkpoint_error
+from kdlib.training.config import TrainConfig
 from kdlib.training.events import CheckpointError
 
 __all__ = ["CheckpointStore", "load_checkpoint"]
@@ -23,122 +25,96 @@ _FORMAT = 1
 
 
 def load_checkpoint(path: str | PathLike[str]) -> dict[str, Any]:
-    """Read one checkpoint, whole and with tensors and plain containers alone.
+    """Read one checkpoint; only tensors and plain containers are accepted.
 
     Args:
-        path: A file that `train` has written.
+        path: A checkpoint of `train`.
 
     Returns:
         `format`, `step`, `distiller` (its state dict), `optimizer`, `scaler`, `ema`, `stream`, `rng`, `last`, `seconds`
-        and `fingerprint`; all tensors on the CPU.
+        and `fingerprint`, with all tensors on the CPU.
 
     Raises:
-        CheckpointError: The file is cut short, altered, or no checkpoint of this format.
+        CheckpointError: The file is truncated, damaged, or not a checkpoint of this format.
     """
     try:
-        # torch.load does not compare the checksums that torch.save wrote: a flipped bit would become a weight.
+        # torch.load ignores the checksums of the archive, so a flipped bit would change a weight silently.
         with zipfile.ZipFile(path) as archive:
-            check_stored(archive, os.path.getsize(path))
-            check_checksum(archive.testzip())
+            check_archive(archive, os.path.getsize(path))
         state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # whatever a damaged file makes the readers raise
-        raise unreadable(path, error) from error
-    check_format(path, state, _FORMAT)
+    except Exception as error:  # a damaged file can raise almost any exception in the readers
+        raise checkpoint_error(f"checkpoint {path} cannot be read: {error}") from error
+    if not isinstance(state, dict) or state.get("format") != _FORMAT:
+        got = f"format {state.get('format')!r}" if isinstance(state, dict) else f"a {type(state).__name__}"
+        raise checkpoint_error(f"checkpoint {path} must have format {_FORMAT}, got {got}")
     return state
 
 
 class CheckpointStore:
-    """The checkpoints of one run: `step-000000120.pt` and the like in a directory of its own.
+    """Checkpoints of one run, such as `step-000000120.pt`, in `checkpoint_dir`, or nowhere if that is `None`."""
 
-    Args:
-        directory: Made if absent; `None` for a store that keeps nothing.
-        keep: How many stay.
-        every_steps: Steps from one to the next, or `None`.
-        every_seconds: Seconds from one to the next, or `None`.
-    """
-
-    def __init__(
-        self,
-        directory: str | PathLike[str] | None,
-        *,
-        keep: int,
-        every_steps: int | None = None,
-        every_seconds: float | None = None,
-    ) -> None:
-        self.directory = None if directory is None else Path(directory)
-        self.keep = keep
-        self.every_steps = every_steps
-        self.every_seconds = every_seconds
+    def __init__(self, config: TrainConfig) -> None:
+        self.config = config
+        self.directory = None if config.checkpoint_dir is None else Path(config.checkpoint_dir)
         self.newest: Path | None = None
         self._saved_at = monotonic()
 
     def due(self, step: int) -> bool:
-        """Is it time, after `step` steps?"""
+        """Return whether a checkpoint is due after `step` steps."""
         if self.directory is None:
             return False
-        by_step = self.every_steps is not None and step % self.every_steps == 0
-        return by_step or (self.every_seconds is not None and monotonic() - self._saved_at >= self.every_seconds)
+        steps, seconds = self.config.checkpoint_every_steps, self.config.checkpoint_every_seconds
+        by_step = steps is not None and step % steps == 0
+        return by_step or (seconds is not None and monotonic() - self._saved_at >= seconds)
 
     def load(self) -> dict[str, Any] | None:
-        """The newest checkpoint that can be read, or `None` where there is none.
+        """Return the newest readable checkpoint, or `None` if there are no checkpoints.
 
-        An unreadable one is passed over with a warning to the logger `kdlib.training`.
+        An unreadable checkpoint is skipped with a warning to the logger `kdlib.training`.
 
         Raises:
-            CheckpointError: There are checkpoints and none can be read.
+            CheckpointError: There are checkpoints, but none can be read.
         """
         paths = self._paths()
         for path in reversed(paths):
             try:
                 state = load_checkpoint(path)
             except CheckpointError as error:
-                _log.warning("%s; going back to the one before", error)
+                _log.warning("%s; using the previous checkpoint", error)
                 continue
             self.newest = path
             return state
         if paths:
-            raise none_readable(self.directory, len(paths))
+            # A new run must not overwrite them.
+            raise checkpoint_error(
+                f"none of the {len(paths)} checkpoints in {self.directory} can be read; remove them to start from the beginning"
+            )
         return None
 
     def save(self, step: int, state: Mapping[str, Any]) -> None:
-        """Write `state` as the checkpoint of `step`; a reader sees it whole or does not see it.
+        """Write `state` atomically as the checkpoint of `step`.
 
         Raises:
-            CheckpointError: It cannot be written (a full disk, a directory without leave to write). What had been
-                written before stays.
+            CheckpointError: The checkpoint cannot be written (full disk, missing permission). Earlier checkpoints are kept.
         """
         if self.directory is None:
             return
         path = self.directory / f"step-{step:09d}.pt"
-        part = self.directory / "step.part"
         try:
-            self.directory.mkdir(parents=True, exist_ok=True)
-            with part.open("wb") as file:
+            with atomic_write(path, durable=True, sole_writer=True) as file:
                 torch.save({"format": _FORMAT, "step": step, **state}, file)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(part, path)
-            _sync_directory(self.directory)
-            for old in [old for old in self._paths() if old <= path][: -self.keep]:
+            for old in [old for old in self._paths() if old <= path][: -self.config.keep]:
                 old.unlink(missing_ok=True)
-        except (OSError, RuntimeError) as error:  # torch's archive writer turns some write errors into RuntimeError
-            part.unlink(missing_ok=True)
-            raise unwritable(path, error, self.newest) from error
+        except (OSError, RuntimeError) as error:  # torch's archive writer raises RuntimeError for some write errors
+            # The archive writer hides the system's error in the context.
+            cause = error.__context__ if isinstance(error.__context__, OSError) else error
+            kept = f"{self.newest} is kept" if self.newest else "there is no earlier checkpoint"
+            raise checkpoint_error(f"checkpoint {path} cannot be written: {cause}; {kept}") from error
         self.newest = path
         self._saved_at = monotonic()
 
     def _paths(self) -> list[Path]:
-        """Oldest first."""
+        """Return the paths of all checkpoints, oldest first."""
         if self.directory is None or not self.directory.is_dir():
             return []
         return sorted(path for path in self.directory.iterdir() if _NAME.fullmatch(path.name))
-
-
-def _sync_directory(directory: Path) -> None:
-    """Make the new name itself outlive a power cut; not every system lets a directory be opened."""
-    if os.name == "posix":
-        handle = os.open(directory, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)

@@ -1,4 +1,4 @@
-"""Training room: the one dataclass that says how a run goes. Touches no tensor and no file."""
+"""Configuration of the training loop."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields
@@ -7,64 +7,58 @@ from typing import Any
 
 import torch
 
-from kdlib._checks import check_choice, check_number
-from kdlib.training._checks import check_device, check_flag, check_length, check_path
+from kdlib._checks import check_choice, check_number, check_type
+from kdlib.training._checks import check_argument, check_device
 
 __all__ = ["OptimizerFactory", "Schedule", "TrainConfig"]
 
 OptimizerFactory = Callable[[list[dict[str, Any]]], torch.optim.Optimizer]
-"""Parameter groups (each with `params`, `lr`, `weight_decay`) to an optimizer."""
+"""Builds an optimizer from parameter groups, each with `params`, `lr` and `weight_decay`."""
 
 Schedule = Callable[[int, int], float]
-"""`(step, total_steps)` to the factor on the learning rate."""
+"""Maps `(step, total_steps)` to the factor of the learning rate."""
 
-# Where and how often to write says nothing about the weights that come out, so a run may be resumed with other values.
-_FREE = (
-    "device",
-    "checkpoint_dir",
-    "checkpoint_every_steps",
-    "checkpoint_every_seconds",
-    "keep",
-    "log_path",
-    "log_every",
-)
+# These fields do not change the resulting weights, so a run may be resumed with other values.
+_NOT_FINGERPRINTED = {"device", "checkpoint_dir", "checkpoint_every_steps", "checkpoint_every_seconds", "keep"} | {
+    "log_path", "log_every",
+}  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """How a run goes: its length, optimizer, schedule, precision, checkpoints and log.
+    """Length, optimizer, schedule, precision, checkpoints and log of a training run.
 
-    A *step* is one update of the weights: `accumulate` batches, forward and backward. The length is `epochs`,
-    `max_steps`, or whichever ends first.
+    A *step* is one update of the weights, from the gradients of `accumulate` batches. The run ends after `epochs` or
+    `max_steps`, whichever comes first.
 
     Args:
-        epochs: Passes over the loader.
-        max_steps: Steps.
-        lr: Learning rate at factor 1.
+        epochs: Number of passes over the loader.
+        max_steps: Number of steps.
+        lr: Base learning rate, which the schedule multiplies by a factor.
         optimizer: `"sgd"`, `"adamw"`, or a callable from parameter groups to an optimizer.
-        momentum: Of `"sgd"`, and the first beta of `"adamw"`.
-        weight_decay: On parameters of two or more dimensions; biases and norm scales (1-d) have none.
-        warmup_steps: The factor rises linearly to 1 over that many steps.
+        momentum: Momentum of `"sgd"`, and the first beta of `"adamw"`.
+        weight_decay: Weight decay of parameters with two or more dimensions; biases and norm scales (1-d) have none.
+        warmup_steps: Number of steps over which the factor rises linearly to 1.
         schedule: `"cosine"` to 0, `"poly"` (1 - progress)^2, `"constant"`, or a callable `(step, total_steps)` to the
             factor. The named ones count from the end of the warm-up; a callable is multiplied by the warm-up.
-        accumulate: Batches a step. The last step of an epoch takes the batches that are left.
-        clip_norm: Largest L2 norm of all gradients together; `None` leaves them.
-        amp: `None`, `"bfloat16"` or `"float16"` (with loss scaling): autocast of the forward.
-        channels_last: Keep 4-d weights and images in channels-last memory.
-        ema_decay: Keep an exponential moving average of the student, with decay min(ema_decay, (1 + n) / (10 + n)) at
-            the n-th step; `None` keeps none.
-        find_unused_parameters: DDP only: look for parameters that no term reaches in a step.
-        seed: Of dropout, shuffling and the initial value of inferred projections.
-        device: Where to train; `None` stays where the trainable parameters are.
-        checkpoint_dir: A directory of this run alone. A run that finds a checkpoint there goes on from it.
-        checkpoint_every_steps: Steps from one checkpoint to the next; `None` counts seconds only.
-        checkpoint_every_seconds: Seconds from one to the next; `None` counts steps only. The end always writes one.
-        keep: How many checkpoints stay on disk.
-        log_path: JSON-lines file, a row every `log_every` steps.
-        log_every: Steps from row to row; the first and the last step are always written.
+        accumulate: Batches per step. The last step of an epoch uses the remaining batches.
+        clip_norm: Maximum L2 norm of all gradients together; `None` disables clipping.
+        amp: `None`, `"bfloat16"` or `"float16"` (with loss scaling): autocast dtype of the forward pass.
+        channels_last: Use the channels-last memory format for 4-d weights and images.
+        ema_decay: Decay of an exponential moving average of the student; at step n, min(ema_decay, (1 + n) / (10 + n)).
+            `None` disables it.
+        find_unused_parameters: DDP only: detect parameters that receive no gradient in a step.
+        seed: Seed of dropout, shuffling and the initialization of inferred projections.
+        device: Device to train on; `None` uses the device of the trainable parameters.
+        checkpoint_dir: Directory for the checkpoints of this run only. If it contains a checkpoint, the run resumes from it.
+        checkpoint_every_steps: Steps between checkpoints; `None` uses only the seconds.
+        checkpoint_every_seconds: Seconds between checkpoints; `None` uses only the steps. The last step always writes one.
+        keep: Number of checkpoints kept on disk.
+        log_path: JSON-lines file with one row per `log_every` steps.
+        log_every: Steps between rows; the first and the last step are always written.
 
     Raises:
-        TypeError: An argument is not of its kind.
+        TypeError: An argument has the wrong type.
         ValueError: An argument is out of range, or neither `epochs` nor `max_steps` is given.
 
     Examples:
@@ -100,7 +94,8 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         owner = "TrainConfig"
-        check_length(owner, self.epochs, self.max_steps)
+        given = self.epochs is not None or self.max_steps is not None
+        check_argument(given, "epochs or max_steps must be given, got neither", owner=owner)
         for name in ("accumulate", "keep", "log_every"):
             check_number(owner, name, getattr(self, name), min=1, integer=True)
         for name in ("epochs", "max_steps", "checkpoint_every_steps"):
@@ -123,20 +118,25 @@ class TrainConfig:
         if self.amp is not None:
             check_choice(owner, "amp", self.amp, ("bfloat16", "float16"))
         for name in ("channels_last", "find_unused_parameters"):
-            check_flag(owner, name, getattr(self, name))
+            check_type(owner, name, getattr(self, name), bool, "True or False")
         for name in ("checkpoint_dir", "log_path"):
-            check_path(owner, name, getattr(self, name))
+            check_type(owner, name, getattr(self, name), (str, PathLike, type(None)), "a path or None")
         check_device(owner, self.device)
 
     def __repr__(self) -> str:
-        given = [
-            f"{field.name}={value!r}" for field in fields(self) if (value := getattr(self, field.name)) != field.default
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        changed = [
+            f"{field.name}={values[field.name]!r}" for field in fields(self) if values[field.name] != field.default
         ]
-        return f"TrainConfig({', '.join(given)})"
+        return f"TrainConfig({', '.join(changed)})"
 
     def fingerprint(self) -> dict[str, int | float | str | bool | None]:
-        """The fields that decide the weights that come out, as plain values; callables by their name."""
-        return {field.name: _plain(getattr(self, field.name)) for field in fields(self) if field.name not in _FREE}
+        """Return the fields that determine the resulting weights, as plain values; callables by their name."""
+        return {
+            field.name: _plain(getattr(self, field.name))
+            for field in fields(self)
+            if field.name not in _NOT_FINGERPRINTED
+        }
 
 
 def _plain(value: Any) -> int | float | str | bool | None:

@@ -1,4 +1,4 @@
-"""Training room: what changes when `torchrun` has started several processes. Touches the default process group."""
+"""Training with several processes started by `torchrun`."""
 
 import gc
 from collections.abc import Callable
@@ -10,9 +10,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from kdlib.training._checks import check_same_steps
+from kdlib.training._checks import check_argument
 
-__all__ = ["average", "check_same_step", "let_go", "rank", "synchronize_if", "world_size", "wrap"]
+__all__ = ["average", "check_same_step", "free_wrapper", "rank", "synchronize_if", "world_size", "wrap"]
 
 
 def _active() -> bool:
@@ -20,26 +20,25 @@ def _active() -> bool:
 
 
 def rank() -> int:
-    """This process's number; 0 without a process group."""
+    """Return the rank of this process; 0 without a process group."""
     return dist.get_rank() if _active() else 0
 
 
 def world_size() -> int:
-    """How many processes train together; 1 without a process group."""
+    """Return the number of processes; 1 without a process group."""
     return dist.get_world_size() if _active() else 1
 
 
 def wrap(distiller: nn.Module, device: torch.device, *, find_unused_parameters: bool = False) -> Callable[..., Any]:
-    """The distiller itself, or the same under `DistributedDataParallel`.
+    """Return the distiller, wrapped in `DistributedDataParallel` if there are several processes.
 
-    Teachers are frozen and the same everywhere: what is not in the distiller's state dict is neither broadcast nor
-    watched.
+    Teachers are frozen and identical on all processes, so tensors outside the distiller's state dict are not synchronized.
     """
     if world_size() == 1:
         return distiller
-    kept = set(distiller.state_dict())
+    trained = set(distiller.state_dict())
     names = [name for name, _ in (*distiller.named_parameters(), *distiller.named_buffers())]
-    ignored = [name for name in names if name not in kept]
+    ignored = [name for name in names if name not in trained]
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(  # type: ignore[no-untyped-call]  # torch's own
         distiller, ignored
     )
@@ -47,25 +46,25 @@ def wrap(distiller: nn.Module, device: torch.device, *, find_unused_parameters: 
     return DistributedDataParallel(distiller, device_ids=ids, find_unused_parameters=find_unused_parameters)
 
 
-def let_go() -> None:
-    """Free what `wrap` made, once nothing holds it.
+def free_wrapper() -> None:
+    """Free the unreferenced result of `wrap`.
 
-    It lies in reference cycles and holds the process group: left to the end of the interpreter, gloo's threads outlive
-    `destroy_process_group` and abort the process, now and then, after its work is done.
+    DDP is part of reference cycles and keeps the process group alive. If it is only freed at interpreter exit, gloo's
+    threads outlive `destroy_process_group` and occasionally abort the finished process.
     """
     if world_size() > 1:
         gc.collect()
 
 
 def synchronize_if(last: bool, forward: Callable[..., Any]) -> AbstractContextManager[None]:
-    """Gradients are averaged over processes in the last backward of a step only."""
+    """Average gradients over processes only in the last backward pass of a step."""
     if last or not isinstance(forward, DistributedDataParallel):
         return nullcontext()
     return forward.no_sync()
 
 
 def average(values: Tensor) -> Tensor:
-    """The mean over processes, so that all of them see one loss and stop together."""
+    """Return the mean over processes, so that all processes see the same loss and stop together."""
     if world_size() > 1:
         dist.all_reduce(values)
         values /= world_size()
@@ -73,9 +72,12 @@ def average(values: Tensor) -> Tensor:
 
 
 def check_same_step(step: int, device: torch.device) -> None:
-    """All processes must have found the same checkpoint; also the moment from which the first may write."""
+    """Require that all processes resumed from the same step; afterwards the first process may write."""
     if world_size() == 1:
         return
     steps = [torch.zeros(1, dtype=torch.int64, device=device) for _ in range(world_size())]
     dist.all_gather(steps, torch.tensor([step], device=device))
-    check_same_steps([int(value) for value in steps])
+    values = [int(value) for value in steps]
+    check_argument(
+        len(set(values)) == 1, f"checkpoint_dir must be one directory shared by all processes, got steps {values}"
+    )

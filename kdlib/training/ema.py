@@ -1,10 +1,10 @@
-"""Training room: the moving average of the student's weights. Touches a state dict, no file."""
+"""Exponential moving average of the student's weights."""
 
 import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from kdlib.training._checks import check_same_names
+from kdlib.training._checks import check_argument
 
 __all__ = ["EMA"]
 
@@ -12,11 +12,11 @@ __all__ = ["EMA"]
 class EMA:
     """Exponential moving average of a module's weights and floating-point buffers.
 
-    At step n (from 0) e <- d e + (1 - d) w with d = min(decay, (1 + n) / (10 + n)), so that the random start is soon
-    forgotten. Whole-number buffers are copied.
+    At step n (from 0), e <- d e + (1 - d) w with d = min(decay, (1 + n) / (10 + n)), so that the random initial values
+    have little influence. Integer buffers are copied.
 
     Args:
-        module: Its state dict is followed; its tensors must stay where they are (load in place, no `.to()`).
+        module: The module to average. Its tensors must not be replaced (load in place, no `.to()`).
         decay: From 0 (the weights themselves) to 1.
 
     Examples:
@@ -31,7 +31,7 @@ class EMA:
         self.decay = decay
         live = {name: value for name, value in module.state_dict().items() if isinstance(value, Tensor)}
         self._average = {name: value.detach().clone() for name, value in live.items()}
-        # One fused call a dtype and device: thousands of small tensors would cost a kernel each.
+        # One fused call per dtype and device avoids one kernel launch per tensor.
         self._floats: dict[tuple[torch.dtype, torch.device], tuple[list[Tensor], list[Tensor]]] = {}
         self._others: list[tuple[Tensor, Tensor]] = []
         for name, value in live.items():
@@ -44,7 +44,7 @@ class EMA:
 
     @torch.no_grad()
     def update(self, *, step: int) -> None:
-        """Follow the weights after step `step`, counted from 0."""
+        """Update the averages after step `step`, counted from 0."""
         decay = min(self.decay, (1 + step) / (10 + step))
         average = get_ema_multi_avg_fn(decay)  # type: ignore[no-untyped-call]  # torch leaves it untyped
         for averages, weights in self._floats.values():
@@ -53,12 +53,17 @@ class EMA:
             copy.copy_(value)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The averages, under the module's own names."""
+        """Return the averages under the names of the module's state dict."""
         return dict(self._average)
 
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Take the averages of a checkpoint."""
-        check_same_names(state, self._average)
+        """Load the averages of a checkpoint."""
+        different = sorted({*state} ^ {*self._average})
+        check_argument(
+            not different,
+            f"the averages of a checkpoint must have the names of the student's state dict, got {different[:4]} in one of "
+            "them only",
+        )
         for name, value in state.items():
             self._average[name].copy_(value)

@@ -1,4 +1,4 @@
-"""Training room: what a run tells (event, result) and how it fails. Touches nothing."""
+"""Event, result and exceptions of a training run."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -11,18 +11,18 @@ __all__ = ["CheckpointError", "Hook", "TrainEvent", "TrainResult", "TrainingDive
 
 @dataclass(frozen=True)
 class TrainEvent:
-    """One step, as a hook sees it.
+    """Numbers of one step, passed to hooks.
 
     Args:
-        step: Steps done, this one included: 1 to `total_steps`.
-        total_steps: Steps of the whole run.
-        epoch: Of this step's batches, from 0.
-        total: The loss.
-        terms: The value of each term, before its weight.
-        weights: For each term with teachers, the mean weight of each teacher.
+        step: Completed steps, including this one: 1 to `total_steps`.
+        total_steps: Number of steps of the run.
+        epoch: Epoch of the batches of this step, from 0.
+        total: Loss.
+        terms: Value of each term before its weight is applied.
+        weights: Mean weight of each teacher, for each term with teachers.
         lr: Learning rate of the first parameter group.
-        images_per_second: Since this process began to train; of all processes under DDP.
-        seconds: Since the run began, those of earlier processes included.
+        images_per_second: Throughput since this process started training, summed over processes under DDP.
+        seconds: Training time of the run, including earlier processes.
     """
 
     step: int
@@ -37,22 +37,22 @@ class TrainEvent:
 
 
 Hook = Callable[[TrainEvent], object]
-"""Called after every step on the first process."""
+"""A callable that is called after every step on the first process."""
 
 
 @dataclass(frozen=True)
 class TrainResult:
-    """What a finished run leaves; the distiller itself holds the final weights.
+    """Result of a finished run; the distiller contains the final weights.
 
     Args:
-        step: Steps done.
-        epoch: Of the last step, from 0.
-        total: The last step's loss.
-        terms: The last step's terms.
-        ema: The averaged student, a state dict for `distiller.student`; `None` without `ema_decay`.
-        seconds: Of the whole run, those of earlier processes included.
-        resumed_from: The step of the checkpoint that this call began from; `None` for a fresh start.
-        checkpoint: The newest checkpoint; `None` without `checkpoint_dir`.
+        step: Completed steps.
+        epoch: Epoch of the last step, from 0.
+        total: Loss of the last step.
+        terms: Value of each term in the last step.
+        ema: State dict of the averaged student, for `distiller.student`; `None` without `ema_decay`.
+        seconds: Training time of the run, including earlier processes.
+        resumed_from: Step of the checkpoint that this call resumed from; `None` for a new run.
+        checkpoint: Path of the newest checkpoint; `None` without `checkpoint_dir`.
     """
 
     step: int
@@ -66,18 +66,18 @@ class TrainResult:
 
 
 class CheckpointError(RuntimeError):
-    """A checkpoint cannot be written, or none of those there can be read."""
+    """A checkpoint cannot be written, or no existing checkpoint can be read."""
 
 
 class TrainingDiverged(RuntimeError):
-    """The loss, or a weight, is NaN or infinite.
+    """The loss or a weight is NaN or infinite.
 
     Args:
-        message: The whole story.
-        step: The step that failed, from 1.
-        epoch: From 0.
-        terms: The value of each term.
-        samples: The sample ids of the step's batches, where the targets have `"sample"`.
+        message: Full error message.
+        step: Failed step, from 1.
+        epoch: Epoch of the step, from 0.
+        terms: Value of each term.
+        samples: Sample ids of the step's batches, if the targets contain `"sample"`.
     """
 
     def __init__(

@@ -1,60 +1,59 @@
-"""Training room: the JSON-lines log of a run. Touches one file, no tensor."""
+"""JSON-lines log of a training run."""
 
 import json
 from os import PathLike
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self
 
-from kdlib.training._checks import no_row
+from kdlib.training._checks import check_argument
 
 __all__ = ["JsonLog", "read_log"]
 
 
 def read_log(path: str | PathLike[str]) -> list[dict[str, Any]]:
-    """The rows of a log; a last line that a kill has torn is left out.
+    """Read the rows of a log; an incomplete last line is skipped.
 
     Args:
-        path: A file that `train` has written, with keys step, epoch, lr, total, terms, weights and seconds.
+        path: A log of `train`, with keys step, epoch, lr, total, terms, weights and seconds.
 
     Returns:
-        One dict a row, in the order of the file.
+        One dict per row, in the order of the file.
 
     Raises:
-        ValueError: A line other than the last is no row of a training log.
+        ValueError: A line other than the last is not a row of a training log.
     """
     rows, _ = _good_rows(Path(path), last_step=None)
     return rows
 
 
 class JsonLog:
-    """Appends one JSON object a line, and gives each line to the system at once.
+    """Appends one JSON object per line and flushes each line.
 
-    Opening drops the rows after `last_step`: the steps that a killed run had logged and its checkpoint does not hold
-    are taken again, and each must stand in the log once.
+    Opening removes the rows after `last_step`: an interrupted run may have logged steps that its checkpoint does not
+    contain, which are repeated and must appear only once.
 
     Args:
-        path: The file; made with its directory if absent; `None` for a log that keeps nothing.
-        last_step: The last step that stays. 0 empties a log of an earlier run.
+        path: The file, created with its directory if missing; `None` writes nothing.
+        last_step: The last step to keep. 0 empties the log of an earlier run.
 
     Raises:
-        ValueError: The file exists and is no training log; it is left as it is.
+        ValueError: The file exists and is not a training log; it is left unchanged.
     """
 
     def __init__(self, path: str | PathLike[str] | None, *, last_step: int) -> None:
         self._file = None
         if path is None:
             return
-        place = Path(path)
-        place.parent.mkdir(parents=True, exist_ok=True)
-        if place.exists():
-            _, size = _good_rows(place, last_step=last_step)
-            with place.open("r+b") as file:
+        target = Path(path)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if target.exists():
+            _, size = _good_rows(target, last_step=last_step)
+            with target.open("r+b") as file:
                 file.truncate(size)
-        self._file = place.open("a", encoding="utf-8")
+        self._file = target.open("a", encoding="utf-8")
 
     def write(self, row: dict[str, Any]) -> None:
-        """Append one row, flushed."""
+        """Append and flush one row."""
         if self._file is not None:
             self._file.write(json.dumps(row, allow_nan=False) + "\n")
             self._file.flush()
@@ -62,29 +61,27 @@ class JsonLog:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: object, error: object, trace: object) -> None:
         if self._file is not None:
             self._file.close()
 
 
 def _good_rows(path: Path, *, last_step: int | None) -> tuple[list[dict[str, Any]], int]:
-    """The rows up to `last_step`, and the size in bytes of the lines that hold them."""
+    """Return the rows up to `last_step`, and the size in bytes of their lines."""
     rows: list[dict[str, Any]] = []
     size = 0
     with path.open("rb") as file:
         lines = file.read().splitlines(keepends=True)
     for number, line in enumerate(lines, start=1):
-        torn = number == len(lines) and not line.endswith(b"\n")
+        incomplete = number == len(lines) and not line.endswith(b"\n")
         try:
             row = json.loads(line)
             step = row["step"]
         except (ValueError, TypeError, KeyError):
-            if torn and (rows or line.startswith(b"{")):
+            if incomplete and (rows or line.startswith(b"{")):
                 break
-            raise no_row(path, number) from None
-        if torn or (last_step is not None and step > last_step):
+            check_argument(False, f"{path} must be a training log, got something else in line {number}")
+        if incomplete or (last_step is not None and step > last_step):
             break
         rows.append(row)
         size += len(line)

@@ -1,4 +1,4 @@
-"""Training room: the loop. Touches the distiller, its checkpoints and its log, and not the caller's randomness."""
+"""The training loop."""
 
 from collections.abc import Callable, Iterable, Sequence
 from math import isfinite
@@ -6,19 +6,12 @@ from time import monotonic
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from kdlib._checks import check_type
 from kdlib.distiller import Distiller
 from kdlib.training import distributed
-from kdlib.training._checks import (
-    check_batch,
-    check_distiller,
-    check_fingerprint,
-    check_finite_weights,
-    check_hooks,
-    check_loader,
-    diverged,
-)
+from kdlib.training._checks import check_batch, check_distiller, check_fingerprint, check_hooks, check_loader, diverged
 from kdlib.training.checkpoint import CheckpointStore
 from kdlib.training.config import TrainConfig
 from kdlib.training.ema import EMA
@@ -29,7 +22,6 @@ from kdlib.training.signals import DeferredSignals
 from kdlib.training.step import (
     Readings,
     batch_size,
-    not_finite,
     private_randomness,
     random_state,
     sample_ids,
@@ -43,35 +35,35 @@ __all__ = ["train"]
 def train(
     distiller: Distiller, loader: Iterable[Batch], config: TrainConfig, *, hooks: Sequence[Hook] = ()
 ) -> TrainResult:
-    """Train a distiller to the end of its run, from its newest checkpoint if there is one.
+    """Train a distiller, resuming from its newest checkpoint if there is one.
 
-    A run that is killed at any moment and started again ends, on the CPU, with the weights that it would have had, bit
-    for bit: the checkpoint holds the weights, the optimizer, the average, the place in the epoch and the random states.
-    For that the batches must be a function of the epoch, their place in it, and torch's randomness alone, and the number
-    of threads the same.
+    On the CPU, an interrupted and resumed run gives bit-identical weights: a checkpoint contains the weights, the
+    optimizer, the average, the position in the epoch and the random states. This requires batches that depend only on the
+    epoch, their position in it and torch's random state, and the same number of threads. The global random state of the
+    caller is not changed.
 
-    Under `torchrun` (an initialized process group) gradients are averaged over processes, and the first process alone
-    writes and calls hooks; the loader must give each process its own part of the data.
+    Under `torchrun` (with an initialized process group) gradients are averaged over processes, and only the first process
+    writes files and calls hooks. The loader must give each process its own part of the data.
 
     Args:
         distiller: Student, teachers and objective; trained in place.
-        loader: Yields `(inputs, targets)`, once through an epoch: inputs a tensor or a tuple of tensors, targets a
-            mapping of tensors or `None`. With a length if `max_steps` is not given. `set_epoch(epoch)` is called where
-            it exists; `iter_from(batch)` spares skipping when a run goes on in mid-epoch.
-        config: How the run goes.
-        hooks: Called with a :class:`TrainEvent` after every step.
+        loader: Yields `(inputs, targets)` for one epoch: inputs is a tensor or a tuple of tensors, targets a mapping of
+            tensors or `None`. It must have a length if `max_steps` is not given. `set_epoch(epoch)` is called if it
+            exists; `iter_from(batch)`, if it exists, avoids skipping batches when a run resumes within an epoch.
+        config: Configuration of the run.
+        hooks: Callables that receive a :class:`TrainEvent` after every step.
 
     Returns:
-        The result; the distiller holds the final weights and is in eval mode. Called on a finished run, it returns the
-        same at once.
+        The result. The distiller contains the final weights and is in eval mode. For a finished run, the same result is
+        returned immediately.
 
     Raises:
-        TrainingDiverged: The loss is NaN or infinite. The weights are those of the step before, the checkpoints stay;
-            running statistics, such as those of batch norm, have seen the batch.
-        CheckpointError: A checkpoint cannot be written, or none of those there can be read.
+        TrainingDiverged: The loss is NaN or infinite. The weights are those before the step, and checkpoints are kept;
+            running statistics, such as those of BatchNorm, include the batch.
+        CheckpointError: A checkpoint cannot be written, or no existing checkpoint can be read.
         ValueError: The checkpoints belong to another configuration, or the loader is empty.
-        TypeError: An argument, or what the loader yields, is not of its kind.
-        KeyboardInterrupt: Ctrl-C, served after the step and a checkpoint; likewise SIGTERM ends the process after one.
+        TypeError: An argument or a batch has the wrong type.
+        KeyboardInterrupt: Ctrl-C, after the current step and a checkpoint. SIGTERM likewise ends the process.
 
     Examples:
         >>> from kdlib import HintLoss, Objective, OUTPUT, StudentAdapter, TeacherAdapter, Term
@@ -93,12 +85,7 @@ def train(
     with private_randomness(device, config.seed + rank), deferred as signals:
         stream = BatchStream(loader, config.accumulate)
         total_steps = stream.steps(config.epochs, config.max_steps)
-        store = CheckpointStore(
-            config.checkpoint_dir,
-            keep=config.keep,
-            every_steps=config.checkpoint_every_steps,
-            every_seconds=config.checkpoint_every_seconds,
-        )
+        store = CheckpointStore(config)
         if not distiller.objective.inferred:
             distiller.infer(*_moved(stream.peek(), device, config))
         distiller.train()
@@ -107,7 +94,7 @@ def train(
         distributed.check_same_step(run.step, device)
         forward = distributed.wrap(distiller, device, find_unused_parameters=config.find_unused_parameters)
         logging = config.log_path if rank == 0 and run.step < total_steps else None
-        began, images, seconds = monotonic(), 0, run.seconds
+        start, images, seconds = monotonic(), 0, run.seconds
 
         with JsonLog(logging, last_step=run.step) as log:
             while run.step < total_steps:
@@ -118,12 +105,12 @@ def train(
                 run.update(epoch, total, terms)
 
                 images += world * sum(batch_size(inputs) for inputs, _ in group)
-                elapsed = monotonic() - began
+                elapsed = monotonic() - start
                 seconds = run.seconds + elapsed
                 event = TrainEvent(run.step, total_steps, epoch, total, terms, weights, lr, images / elapsed, seconds)
                 if run.step == 1 or run.step % config.log_every == 0 or run.step == total_steps:
                     log.write(_row(event))
-                stopping = signals.pending  # asked once: a signal that comes after it waits for the next step
+                stopping = signals.pending  # read once: a later signal is handled after the next step
                 if rank == 0:
                     if store.due(run.step) or run.step == total_steps or stopping:
                         run.save(store, seconds)
@@ -132,7 +119,7 @@ def train(
                 if stopping:
                     signals.deliver()
         del forward
-        distributed.let_go()
+        distributed.free_wrapper()
     distiller.eval()
     ema = run.ema.state_dict() if run.ema else None
     last = run.last
@@ -140,7 +127,7 @@ def train(
 
 
 class _Run:
-    """What a checkpoint holds: everything that a step changes."""
+    """The state of a run that checkpoints contain."""
 
     def __init__(
         self, distiller: Distiller, stream: BatchStream, config: TrainConfig, device: torch.device, total_steps: int
@@ -159,13 +146,13 @@ class _Run:
         self.fingerprint = {
             **config.fingerprint(),
             "total_steps": total_steps,
-            "batches_an_epoch": stream.length,
+            "batches_per_epoch": stream.length,
             "processes": distributed.world_size(),
             "parameters": sum(p.numel() for p in self.parameters),
         }
 
     def update(self, epoch: int, total: float, terms: dict[str, float]) -> None:
-        """The optimizer's step on the gradients that are there."""
+        """Apply the accumulated gradients."""
         if self.config.clip_norm is not None:
             self.scaler.unscale_(self.optimizer)
             torch.nn.utils.clip_grad_norm_(self.parameters, self.config.clip_norm)
@@ -178,11 +165,14 @@ class _Run:
         self.last = {"epoch": epoch, "total": total, "terms": terms}
 
     def save(self, store: CheckpointStore, seconds: float) -> None:
-        """Write the checkpoint of this step, unless a weight has gone bad."""
+        """Write the checkpoint of this step unless a weight is NaN or infinite."""
         weights = self.distiller.state_dict()
-        # A finite loss may have a gradient that is not: the next loss would tell, too late for this checkpoint.
-        bad, last = not_finite(weights), self.last
-        check_finite_weights(bad, last["terms"], step=self.step, epoch=last["epoch"], newest=store.newest)
+        # A finite loss can have a non-finite gradient, which the loss would only show after this checkpoint.
+        bad = [name for name, x in weights.items() if isinstance(x, Tensor) and not torch.isfinite(x).all()]
+        if bad:
+            problem = f"weights must be finite at step {self.step}, got NaN or infinity in {', '.join(bad[:4])}"
+            last = self.last
+            raise diverged(problem, last["terms"], step=self.step, epoch=last["epoch"], newest=store.newest)
         state = {
             "distiller": weights,
             "optimizer": self.optimizer.state_dict(),
@@ -197,7 +187,7 @@ class _Run:
         store.save(self.step, state)
 
     def resume(self, store: CheckpointStore) -> int | None:
-        """Take the newest checkpoint's place; returns its step, or `None` where there is none."""
+        """Load the newest checkpoint and return its step, or `None` without a checkpoint."""
         state = store.load()
         if state is None:
             return None
@@ -218,10 +208,10 @@ class _Run:
 def _accumulate(
     run: _Run, forward: Callable[..., Any], group: list[Batch], config: TrainConfig
 ) -> tuple[float, dict[str, float], dict[str, tuple[float, ...]]]:
-    """Gradients of the mean loss of a group of batches; returns the mean total, terms and weights."""
+    """Accumulate the gradients of the mean loss over a group of batches; return the mean total, terms and weights."""
     dtype = {"bfloat16": torch.bfloat16, "float16": torch.float16}.get(config.amp or "")
     run.distiller.objective.set_step(run.step)
-    if not run.distiller.training:  # a hook has evaluated it
+    if not run.distiller.training:  # a hook may have switched to eval mode
         run.distiller.train()
     values, readings = None, None
     for index, batch in enumerate(group):
@@ -233,7 +223,7 @@ def _accumulate(
             packed, layout = Readings.pack(output)
             values = packed if values is None else values + packed
             if last:
-                # ProtocolSpec for before the backward and read after it, so that the device never waits for the host.
+                # Copied before the backward pass and read after it, so that the device never waits for the host.
                 readings = Readings(distributed.average(values / len(group)), layout)
             run.scaler.scale(output.total / len(group)).backward()
     assert readings is not None
@@ -250,17 +240,24 @@ def _check_loss(
     epoch: int,
     first: int,
 ) -> None:
+    """Require a finite loss; the error names the batches and, if the targets contain them, the sample ids."""
     if isfinite(total):
         return
     run.optimizer.zero_grad(set_to_none=True)
-    where = {"step": run.step + 1, "epoch": epoch, "first": first, "batches": len(group)}
-    raise diverged(total, terms, **where, samples=sample_ids(group), newest=store.newest)
+    step, samples = run.step + 1, sample_ids(group)
+    ids = ", ".join(map(str, samples[:32])) + (", ..." if len(samples) > 32 else "")
+    batches = f"batch {first}" if len(group) == 1 else f"batches {first} to {first + len(group) - 1}"
+    problem = (
+        f"loss must be finite, got {total} at step {step}, epoch {epoch}, {batches} of the epoch"
+        f"{f' (samples {ids})' if samples else ''}; terms {', '.join(f'{name}={x:.6g}' for name, x in terms.items())}"
+    )
+    raise diverged(problem, terms, step=step, epoch=epoch, newest=store.newest, samples=samples)
 
 
 def _place(distiller: Distiller, config: TrainConfig) -> torch.device:
-    """Move the distiller where `config` says; returns the device."""
-    found = next((p.device for p in distiller.parameters() if p.requires_grad), torch.device("cpu"))
-    device = found if config.device is None else torch.device(config.device)
+    """Move the distiller to the device of `config`; return the device."""
+    current = next((p.device for p in distiller.parameters() if p.requires_grad), torch.device("cpu"))
+    device = current if config.device is None else torch.device(config.device)
     if device == torch.device("cuda"):
         device = torch.device("cuda", torch.cuda.current_device())
     distiller.to(device)

@@ -1,4 +1,4 @@
-"""Training room: learning-rate factors by step and the optimizer that they drive. Touches parameters, no file."""
+"""Learning-rate schedules and the optimizer."""
 
 from collections.abc import Iterable
 from math import cos, pi
@@ -6,17 +6,18 @@ from math import cos, pi
 import torch
 from torch import nn
 
-from kdlib.training._checks import check_optimizer, check_parameters
+from kdlib._checks import check_type
+from kdlib.training._checks import check_argument
 from kdlib.training.config import TrainConfig
 
 __all__ = ["build_optimizer", "lr_factor", "parameter_groups", "set_lr"]
 
 
 def lr_factor(step: int, total_steps: int, config: TrainConfig) -> float:
-    """The factor on the learning rate of step `step`, counted from 0.
+    """Return the learning-rate factor of step `step`, counted from 0.
 
-    With w warm-up steps, n steps in all and progress p = (step - w) / (n - w): a step below w has (step + 1) / w,
-    the others `"cosine"` (1 + cos(pi p)) / 2, `"poly"` (1 - p)^2, `"constant"` 1.
+    With w warm-up steps, n total steps and progress p = (step - w) / (n - w), the factor is (step + 1) / w below step w,
+    afterwards `"cosine"` (1 + cos(pi p)) / 2, `"poly"` (1 - p)^2, `"constant"` 1.
 
     Examples:
         >>> config = TrainConfig(max_steps=6, warmup_steps=2)
@@ -38,7 +39,7 @@ def lr_factor(step: int, total_steps: int, config: TrainConfig) -> float:
 
 
 def parameter_groups(parameters: Iterable[nn.Parameter], config: TrainConfig) -> list[dict[str, object]]:
-    """Two groups: matrices and kernels with weight decay, 1-d parameters (biases, norm scales, slopes) without."""
+    """Return two groups: matrices and kernels with weight decay, 1-d parameters (biases, norm scales, slopes) without."""
     decayed: list[nn.Parameter] = []
     plain: list[nn.Parameter] = []
     for parameter in parameters:
@@ -48,13 +49,13 @@ def parameter_groups(parameters: Iterable[nn.Parameter], config: TrainConfig) ->
 
 
 def build_optimizer(parameters: Iterable[nn.Parameter], config: TrainConfig) -> torch.optim.Optimizer:
-    """The optimizer that `config` names, on :func:`parameter_groups`; each group remembers its `initial_lr`."""
+    """Build the optimizer of `config` on :func:`parameter_groups`; each group stores its `initial_lr`."""
     groups = parameter_groups(parameters, config)
-    check_parameters(groups)
+    check_argument(bool(groups), "distiller.trainable_parameters() must return at least one parameter, got none")
     optimizer: torch.optim.Optimizer
     if callable(config.optimizer):
         optimizer = config.optimizer(groups)
-        check_optimizer(optimizer)
+        check_type("train", "the result of optimizer", optimizer, torch.optim.Optimizer, "a torch.optim.Optimizer")
     elif config.optimizer == "sgd":
         optimizer = torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum)
     else:
@@ -65,7 +66,7 @@ def build_optimizer(parameters: Iterable[nn.Parameter], config: TrainConfig) -> 
 
 
 def set_lr(optimizer: torch.optim.Optimizer, factor: float) -> float:
-    """Put `factor` on the initial learning rate of each group; returns the first group's."""
+    """Multiply the initial learning rate of each group by `factor`; return that of the first group."""
     for group in optimizer.param_groups:
         group["lr"] = group["initial_lr"] * factor
     return float(optimizer.param_groups[0]["lr"])

@@ -1,19 +1,19 @@
-"""Training room: Ctrl-C and SIGTERM wait for the end of a step. Touches the signal handlers of the main thread."""
+"""Deferred handling of Ctrl-C and SIGTERM until the end of a training step."""
 
 import os
 import signal
 import threading
-from types import FrameType, TracebackType
+from types import FrameType
 from typing import Any, Self
 
 __all__ = ["DeferredSignals"]
 
 
 class DeferredSignals:
-    """Within the block SIGINT and SIGTERM are noted, not served; `deliver` serves a noted one as it would have been.
+    """Context manager that records SIGINT and SIGTERM; `deliver` passes the recorded signal to the original handler.
 
-    A second signal of the same kind is served at once, a noted one at the latest at the end of the block. Outside the
-    main thread, or with `active=False`, nothing changes.
+    A second signal of the same kind is handled immediately, a recorded one at the end of the block at the latest. Outside
+    the main thread, or with `active=False`, signals are handled as usual.
 
     Examples:
         >>> before = signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -23,37 +23,37 @@ class DeferredSignals:
         ...     try:
         ...         signals.deliver()
         ...     except KeyboardInterrupt:
-        ...         print("served")
+        ...         print("handled")
         True
-        served
+        handled
         >>> _ = signal.signal(signal.SIGINT, before)
     """
 
     def __init__(self, *, active: bool = True) -> None:
         self._active = active and threading.current_thread() is threading.main_thread()
         self._previous: dict[int, Any] = {}
-        self._noted: int | None = None
+        self._recorded: int | None = None
         self._process = os.getpid()
 
     @property
     def pending(self) -> bool:
-        """Has a signal come?"""
-        return self._noted is not None
+        """Whether a signal was recorded."""
+        return self._recorded is not None
 
     def deliver(self) -> None:
-        """Serve the signal that has come, by the handler that stood before the block."""
-        if self._noted is not None:
-            noted, self._noted = self._noted, None
+        """Pass the recorded signal to the handler that was installed before the block."""
+        if self._recorded is not None:
+            signum, self._recorded = self._recorded, None
             self._restore()
-            signal.raise_signal(noted)
+            signal.raise_signal(signum)
 
-    def _note(self, signum: int, frame: FrameType | None) -> None:
-        # A loader's worker inherits this handler by fork and has no loop that would ever look at the note.
-        if self._noted == signum or os.getpid() != self._process:
+    def _record(self, signum: int, frame: FrameType | None) -> None:
+        # A loader worker inherits this handler by fork, but has no loop that would deliver the signal.
+        if self._recorded == signum or os.getpid() != self._process:
             signal.signal(signum, self._previous[signum])
             signal.raise_signal(signum)
             return
-        self._noted = signum
+        self._recorded = signum
 
     def _restore(self) -> None:
         for signum, handler in self._previous.items():
@@ -65,12 +65,10 @@ class DeferredSignals:
                 handler = signal.getsignal(signum)
                 if handler is not None and handler is not signal.SIG_IGN:
                     self._previous[signum] = handler
-                    signal.signal(signum, self._note)
+                    signal.signal(signum, self._record)
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: object, error: object, trace: object) -> None:
         self._restore()
         if error is None:
             self.deliver()

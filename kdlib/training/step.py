@@ -1,4 +1,4 @@
-"""Training room: the small things that one step needs: batches to the device, numbers back, randomness apart."""
+"""Helpers of a training step: device transfer, reading of values, random state."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -7,15 +7,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["Readings", "batch_size", "not_finite", "private_randomness", "random_state", "sample_ids", "to_device"]
+__all__ = ["Readings", "batch_size", "private_randomness", "random_state", "sample_ids", "to_device"]
 
 
 class Readings:
-    """The numbers of one step, fetched from the device in one copy that nothing waits for until `fetch`.
+    """The values of one step, copied from the device asynchronously and read by `fetch`.
 
     Args:
-        values: 1-d: the total, the terms, the mean weights.
-        layout: The names of the terms, and for each weighed term its name and how many teachers it has.
+        values: 1-d tensor: the total, the terms, the mean weights.
+        layout: Names of the terms; name and number of teachers of each weighted term.
     """
 
     def __init__(self, values: Tensor, layout: tuple[list[str], list[tuple[str, int]]]) -> None:
@@ -31,28 +31,28 @@ class Readings:
 
     @staticmethod
     def pack(output: Any) -> tuple[Tensor, tuple[list[str], list[tuple[str, int]]]]:
-        """An `ObjectiveOutput` as one 1-d tensor and the layout that reads it."""
+        """Pack an `ObjectiveOutput` into one 1-d tensor and its layout."""
         scalars = torch.stack([output.total, *output.terms.values()]).detach()
         means = [weight.detach().to(scalars).mean(dim=1) for weight in output.weights.values()]
         layout = (list(output.terms), [(name, weight.shape[0]) for name, weight in output.weights.items()])
         return (torch.cat([scalars, *means]) if means else scalars), layout
 
     def fetch(self) -> tuple[float, dict[str, float], dict[str, tuple[float, ...]]]:
-        """Total, terms, and mean weight of each teacher by term."""
+        """Return the total, the terms, and the mean weight of each teacher by term."""
         if self._copied is not None:
             self._copied.synchronize()
         total, *rest = self._values.tolist()
-        names, weighed = self._layout
+        names, weighted = self._layout
         terms = dict(zip(names, rest, strict=False))
         weights, at = {}, len(names)
-        for name, count in weighed:
+        for name, count in weighted:
             weights[name] = tuple(rest[at : at + count])
             at += count
         return total, terms, weights
 
 
 def to_device(value: Any, device: torch.device, *, channels_last: bool = False) -> Any:
-    """Tensors of a batch to the device, through tuples, lists and mappings; anything else as it is."""
+    """Move the tensors of a batch to the device, through tuples, lists and mappings."""
     if isinstance(value, Tensor):
         if channels_last and value.dim() == 4 and value.is_floating_point():
             return value.to(device, non_blocking=True, memory_format=torch.channels_last)
@@ -65,31 +65,25 @@ def to_device(value: Any, device: torch.device, *, channels_last: bool = False) 
 
 
 def batch_size(inputs: Any) -> int:
-    """Images of a batch: the first dimension of its first tensor."""
+    """Return the batch size: the first dimension of the first tensor."""
     if isinstance(inputs, (tuple, list)):
         inputs = inputs[0]
     return int(inputs.shape[0])
 
 
 def sample_ids(group: list[tuple[Any, Any]]) -> tuple[int, ...]:
-    """The sample ids of a group of batches, where their targets have them."""
-    found: list[int] = []
+    """Return the sample ids of a group of batches, if their targets contain them."""
+    samples: list[int] = []
     for _, targets in group:
         ids = targets.get("sample") if isinstance(targets, Mapping) else None
         if isinstance(ids, Tensor):
-            found += [int(value) for value in ids.flatten().tolist()]
-    return tuple(found)
-
-
-def not_finite(state: Mapping[str, Any]) -> list[str]:
-    """The names of the tensors that hold NaN or infinity."""
-    floats = [(name, x) for name, x in state.items() if isinstance(x, Tensor) and x.is_floating_point()]
-    return [name for name, x in floats if not torch.isfinite(x).all()]
+            samples += [int(value) for value in ids.flatten().tolist()]
+    return tuple(samples)
 
 
 @contextmanager
 def private_randomness(device: torch.device, seed: int) -> Iterator[None]:
-    """Within the block the default generators start from `seed`; after it they are where the caller had them."""
+    """Seed the default generators within the block and restore their state afterwards."""
     cuda = device.type == "cuda"
     with torch.random.fork_rng(devices=[device] if cuda else []):
         torch.default_generator.manual_seed(seed)
@@ -100,11 +94,11 @@ def private_randomness(device: torch.device, seed: int) -> Iterator[None]:
 
 
 def random_state(device: torch.device, state: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
-    """The state of the default generators, after setting it to `state` if given."""
+    """Return the state of the default generators, after setting it to `state` if given."""
     cuda = device.type == "cuda"
     if state is not None:
         torch.default_generator.set_state(state["cpu"])
         if cuda and "cuda" in state:
             torch.cuda.set_rng_state(state["cuda"], device)
-    found = {"cpu": torch.default_generator.get_state()}
-    return {**found, "cuda": torch.cuda.get_rng_state(device)} if cuda else found
+    current = {"cpu": torch.default_generator.get_state()}
+    return {**current, "cuda": torch.cuda.get_rng_state(device)} if cuda else current

@@ -1,36 +1,31 @@
-"""Training room: batches, epoch after epoch, with a position that can be saved. Touches the CPU generators."""
+"""Batches over all epochs, with a position that can be saved and restored."""
 
 from collections.abc import Iterable, Iterator, Sized
 from itertools import islice
-from typing import Any
+from typing import Any, cast
 
 import torch
 
-from kdlib.training._checks import (
-    check_generators,
-    check_no_more,
-    check_skipped,
-    empty_epoch,
-    no_batch,
-    no_length,
-)
+from kdlib.training._checks import check_argument
 
 __all__ = ["Batch", "BatchStream"]
 
+_EMPTY = "loader must yield at least one batch, got none"
+
 Batch = tuple[Any, Any]
-"""`(inputs, targets)`, as the loader yields it."""
+"""`(inputs, targets)` as yielded by the loader."""
 
 
 class BatchStream:
     """Groups of `accumulate` batches, epoch after epoch.
 
-    A saved position is found again exactly: the order of an epoch comes from the random states at its beginning, so
-    these are saved with it, and the batches already taken are skipped. A loader with `iter_from(batch)` is asked to
-    begin in mid-epoch instead. `set_epoch(epoch)` is called on the loader and on its samplers, where they have it.
+    A saved position is restored exactly: the random states at the beginning of the epoch determine its order, so they
+    are part of the position, and the batches already taken are skipped. If the loader has `iter_from(batch)`, it is
+    called instead of skipping. `set_epoch(epoch)` is called on the loader and its samplers if they have it.
 
     Args:
-        loader: An iterable of batches that can be iterated once an epoch.
-        accumulate: Batches a group; the last group of an epoch takes what is left.
+        loader: An iterable of batches, iterated once per epoch.
+        accumulate: Batches per group; the last group of an epoch contains the remaining batches.
     """
 
     def __init__(self, loader: Iterable[Batch], accumulate: int) -> None:
@@ -43,57 +38,57 @@ class BatchStream:
         self._start: list[torch.Tensor] = []
 
     def steps(self, epochs: int | None, max_steps: int | None) -> int:
-        """Steps of the whole run."""
-        if self.length == 0:
-            raise no_batch()
-        if epochs is None:
+        """Return the number of steps of the run."""
+        check_argument(self.length != 0, _EMPTY)
+        if epochs is None or self.length is None:
+            check_argument(
+                max_steps is not None, "loader must have a length when max_steps is not given, got one without"
+            )
             return int(max_steps or 0)
-        if self.length is None:
-            if max_steps is None:
-                raise no_length()
-            return max_steps
         steps = epochs * -(-self.length // self.accumulate)
         return steps if max_steps is None else min(steps, max_steps)
 
     def peek(self) -> Batch:
-        """The first batch of the first epoch; the stream and the randomness stay where they are."""
+        """Return the first batch of the first epoch without changing the position or the random states."""
         states = self._random_states()
-        self._announce(0)
+        self._set_epoch(0)
         batch = next(iter(self.loader), None)
-        if batch is None:
-            raise no_batch()
+        check_argument(batch is not None, _EMPTY)
         self._set_random_states(states)
-        return batch
+        return cast(Batch, batch)
 
     def take(self) -> tuple[int, int, list[Batch]]:
-        """The epoch, the index in it of the first batch, and the next group of batches."""
+        """Return the epoch, the index of the first batch within it, and the next group of batches."""
         for _ in range(2):
             batches = self._open() if self._batches is None else self._batches
             group = list(islice(batches, self.accumulate))
             epoch, first = self.epoch, self.batch
             self.batch += len(group)
-            # At the end of an epoch the iterator is run out at once: what it still draws belongs to this epoch.
+            # The iterator is exhausted at the end of an epoch, so that its last random draws belong to this epoch.
             if not group or self.batch == self.length:
-                check_no_more(next(batches, None) is not None, self.length)
+                check_argument(
+                    next(batches, None) is None, f"loader must yield len(loader) = {self.length} batches, got more"
+                )
                 self.epoch, self.batch, self._batches = epoch + 1, 0, None
             if group:
-                return epoch, first, group
-        raise empty_epoch(self.epoch - 1)
+                break
+        check_argument(bool(group), f"loader must yield batches in every epoch, got none in epoch {epoch}")
+        return epoch, first, group
 
     def state_dict(self) -> dict[str, Any]:
-        """The position: the epoch, the batches of it that are taken, and the random states that it began with."""
+        """Return the position: the epoch, the number of batches taken, and the random states at the start of the epoch."""
         return {"epoch": self.epoch, "batch": self.batch, "start": self._start if self.batch else self._random_states()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go to a saved position. The random states are then where skipping has left them."""
+        """Restore a saved position, including the random states after the skipped batches."""
         self.epoch, self.batch = state["epoch"], state["batch"]
         self._set_random_states(state["start"])
         if self.batch:
             self._open()
 
     def _open(self) -> Iterator[Batch]:
-        """Begin the epoch, at `self.batch`."""
-        self._announce(self.epoch)
+        """Start the epoch at `self.batch`."""
+        self._set_epoch(self.epoch)
         self._start = self._random_states()
         if self.batch and hasattr(self.loader, "iter_from"):
             batches: Iterator[Batch] = iter(self.loader.iter_from(self.batch))
@@ -101,10 +96,13 @@ class BatchStream:
             return batches
         self._batches = batches = iter(self.loader)
         skipped = sum(1 for _ in islice(batches, self.batch))
-        check_skipped(self.batch, skipped)
+        check_argument(
+            skipped == self.batch,
+            f"loader must yield the {self.batch} batches of the interrupted epoch again, got {skipped}",
+        )
         return batches
 
-    def _announce(self, epoch: int) -> None:
+    def _set_epoch(self, epoch: int) -> None:
         listeners: tuple[Any, ...] = (
             self.loader,
             getattr(self.loader, "sampler", None),
@@ -116,21 +114,26 @@ class BatchStream:
 
     def _generators(self) -> list[torch.Generator]:
         owners = (self.loader, getattr(self.loader, "sampler", None))
-        found = {id(g): g for owner in owners if isinstance(g := getattr(owner, "generator", None), torch.Generator)}
-        return [torch.default_generator, *found.values()]
+        generators = {
+            id(g): g for owner in owners if isinstance(g := getattr(owner, "generator", None), torch.Generator)
+        }
+        return [torch.default_generator, *generators.values()]
 
     def _random_states(self) -> list[torch.Tensor]:
         return [generator.get_state() for generator in self._generators()]
 
     def _set_random_states(self, states: list[torch.Tensor]) -> None:
         generators = self._generators()
-        check_generators(len(states), len(generators))
+        check_argument(
+            len(states) == len(generators),
+            f"loader must have {len(states) - 1} generators as before, got {len(generators) - 1}",
+        )
         for generator, state in zip(generators, states, strict=True):
             generator.set_state(state)
 
 
 def _length(loader: Iterable[Batch]) -> int | None:
-    """`len(loader)`, or `None`: a DataLoader over an endless dataset has a `__len__` that raises."""
+    """Return `len(loader)`, or `None`: `__len__` of a DataLoader over an iterable dataset raises TypeError."""
     try:
         return len(loader) if isinstance(loader, Sized) else None
     except TypeError:

@@ -1,4 +1,4 @@
-"""Weighting: stage 4, losses of k teachers `(k, b)` to weights `(k, b)`. Imports only the losses' shared maths."""
+"""Weightings: modules that map the losses `(k, b)` of k teachers to weights `(k, b)`."""
 
 from kdlib.weighting.center_confidence import CenterConfidenceWeighting
 from kdlib.weighting.confidence import ConfidenceWeighting

@@ -1,46 +1,27 @@
-"""Weighting: the checks that only weightings make. Words errors; touches shapes and labels."""
+"""Checks of the arguments of weightings."""
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
-from kdlib._checks import check_floating, check_rank, check_shape, show_shape
-
-__all__ = [
-    "check_labels",
-    "check_logits",
-    "check_most",
-    "check_teachers",
-]
-
-
-def check_labels(owner: str, labels: Tensor, batch: int, classes: int) -> None:
-    """`labels` must be `(b,)` whole numbers below the number of classes; negative ones are unknown."""
-    if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
-        raise TypeError(f"{owner}: labels must be whole numbers, got {labels.dtype}")
-    check_shape(owner, "labels", labels, "b", b=batch)
-    if labels.numel() and int(labels.max()) >= classes:
-        raise ValueError(
-            f"{owner}: labels must be below c = {classes} of the teachers' logits, got {int(labels.max())}"
-        )
+from kdlib._checks import check_floating, check_rank, show_shape
 
 
 def check_logits(owner: str, teachers: Sequence[Tensor]) -> None:
-    """Each teacher must be logits `(b, c)`, all on one set of classes."""
+    """Each teacher must be logits `(b, c)` on the same classes."""
     if any(teacher.dim() != 2 or teacher.shape[1] != teachers[0].shape[1] for teacher in teachers):
         shapes = ", ".join(show_shape(teacher) for teacher in teachers)
         raise ValueError(f"{owner}: teachers must be logits (b, c) on the same c classes, got {shapes}")
 
 
-def check_most(owner: str, most: float, teachers: int) -> None:
-    """Weights of at most `most` each must be able to sum to one."""
-    if teachers and most * teachers < 1 - 1e-9:
-        raise ValueError(f"{owner}: most must be >= 1 / k for k = {teachers} teachers, got {most!r}")
+def check_max_weight(owner: str, max_weight: float, teachers: int) -> None:
+    """Weights of at most `max_weight` each must be able to sum to one."""
+    if teachers and max_weight * teachers < 1 - 1e-9:
+        raise ValueError(f"{owner}: max_weight must be >= 1 / k for k = {teachers} teachers, got {max_weight!r}")
 
 
 def check_teachers(owner: str, losses: Tensor, teachers: Sequence[Tensor] | None = None) -> None:
-    """A weighting takes losses `(k, b)`, and a tensor `(b, ...)` of each of the k teachers if it looks at them."""
+    """`losses` must be `(k, b)`; `teachers`, if given, must be k tensors `(b, d, ...)`."""
     check_floating(owner, losses=losses)
     check_rank(owner, "losses", losses, "k b")
     if teachers is None:

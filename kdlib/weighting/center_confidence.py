@@ -1,9 +1,6 @@
-"""Weighting: trust the teacher that places a sample near its identity's center. Touches teacher tensors and targets.
+"""Weights from the cosine between each teacher's embedding and the center of the sample's identity."""
 
-A form of confidence weighting for embeddings: teachers of open-set recognition have no logits on the student's classes.
-"""
-
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -11,36 +8,38 @@ from torch import Tensor, nn
 
 from kdlib._checks import check_finite, check_identities, check_name, check_number, check_shape
 from kdlib._maths import full_precision, unit_rows
+from kdlib.types import Targets
 from kdlib.weighting._checks import check_teachers
 
 __all__ = ["CenterConfidenceWeighting"]
 
 
 class CenterConfidenceWeighting(nn.Module):
-    r"""Weights from how close each teacher puts a sample to the center of its identity.
+    r"""Assigns larger weights to teachers that embed a sample closer to the center of its identity.
 
-    With :math:`f_{k,i}` the embedding of sample i by teacher k and :math:`c_{k,y}` the center of identity y in the
-    space of teacher k,
+    This is confidence weighting for embeddings, for teachers that have no logits on the student's classes. With
+    :math:`f_{k,i}` the embedding of sample i by teacher k and :math:`c_{k,y}` the center of identity y in the space of
+    teacher k,
 
     .. math:: w_{k,i} = \mathrm{softmax}_k \bigl( \cos(f_{k,i}, c_{k,y_i}) / \tau \bigr)
 
-    Each center is the direction of a running mean of unit embeddings: in training mode, after the weights of a batch
-    are taken, `center <- unit(momentum * center + (1 - momentum) * mean)` with the mean of the unit embeddings of that
-    identity in the batch, however often it occurs; the first time, the mean alone. A sample whose identity is new to
-    one of the teachers, or is negative (unknown), gets uniform weights. No gradient flows.
+    Each center is the direction of a running mean of unit embeddings. In training mode, after the weights of a batch
+    are computed, `center <- unit(momentum * center + (1 - momentum) * mean)`, where the mean is that of all unit
+    embeddings of the identity in the batch; the first time, `center <- unit(mean)`. A sample whose identity has no
+    center yet for one of the teachers, or is negative (unknown), has uniform weights. The weights carry no gradient.
 
-    The centers are buffers, made at the first call: `(num_identities, d_k)` float32 for teacher k. They travel in the
-    state dict, and loading one into a fresh module makes them. They are those of one feature: use one weighting for
-    each feature, or let the objective weigh all terms by one. Each process of a distributed run keeps its own centers.
+    The centers are buffers, created in the first call: `(num_identities, d_k)` float32 for teacher k. They are part of
+    the state dict, and loading it into a new module creates them. They belong to one feature: use one weighting per
+    feature, or `weigh_by` in the objective. Each process of a distributed run has its own centers.
 
     Args:
-        num_identities: identities are 0 to this number less 1.
+        num_identities: identities are below this number.
         target: name of the identities in the targets.
-        temperature: tau, above 0; smaller prefers the better teacher more sharply.
-        momentum: share of the old center that is kept, from 0 to 1.
+        temperature: tau, above 0; smaller values give sharper weights.
+        momentum: share of the old center in the running mean, from 0 to 1.
 
     Raises:
-        ValueError: an argument out of its range.
+        ValueError: an argument is out of range.
 
     Examples:
         >>> import torch
@@ -56,7 +55,7 @@ class CenterConfidenceWeighting(nn.Module):
                 [0.2689]])
 
     References:
-        Zhang et al., *Confidence-Aware Multi-Teacher Knowledge Distillation*, arXiv 2201.00007, weighs teachers by the
+        Zhang et al., *Confidence-Aware Multi-Teacher Knowledge Distillation*, arXiv 2201.00007, weight teachers by the
         cross-entropy of their logits; the cosine to a center, the softmax over it and the defaults are our definition.
     """
 
@@ -74,13 +73,12 @@ class CenterConfidenceWeighting(nn.Module):
 
     @torch.no_grad()
     def forward(
-        self, losses: Tensor, *, student: Tensor, teachers: Sequence[Tensor], targets: Mapping[str, Tensor] | Tensor
+        self, losses: Tensor, *, student: Tensor, teachers: Sequence[Tensor], targets: Targets | Tensor
     ) -> Tensor:
-        """Weights `(k, b)` for losses `(k, b)`; then, in training mode, the centers move.
+        """Return weights `(k, b)`, then, in training mode, update the centers; `student` is ignored.
 
         Args:
-            losses: `(k, b)`; only the shape is looked at.
-            student: not looked at.
+            losses: `(k, b)`; only the shape is used.
             teachers: k tensors `(b, ...)`, flattened after the first dimension.
             targets: identities `(b,)`, whole numbers, under the name `target`; or that tensor itself.
         """
@@ -103,18 +101,18 @@ class CenterConfidenceWeighting(nn.Module):
             weights = torch.where(known, weights, 1 / len(teachers))
             if self.training:
                 for index, embedding in enumerate(embeddings):
-                    self._move(index, embedding, targets.to(losses.device).long())
+                    self._update(index, embedding, targets.to(losses.device).long())
             return weights.to(losses.dtype)
 
     def set_centers(self, k_index: int, centers: Tensor) -> None:
-        """Set the centers of teacher `k_index`, from its classifier or from a pass over the data.
+        """Set the centers of teacher `k_index`, for example from its classifier or from a pass over the data.
 
         Args:
             k_index: position of the teacher, from 0.
-            centers: `(num_identities, d)`, of any length; a row of zeros is an identity not seen yet.
+            centers: `(num_identities, d)`, of any norm; a row of zeros means that the identity has no center yet.
 
         Raises:
-            ValueError: another shape, or a value that is not finite.
+            ValueError: wrong shape, or a value that is not finite.
         """
         check_number("CenterConfidenceWeighting.set_centers", "k_index", k_index, min=0, integer=True)
         check_shape("CenterConfidenceWeighting.set_centers", "centers", centers, "n d", n=self.num_identities)
@@ -122,7 +120,7 @@ class CenterConfidenceWeighting(nn.Module):
         self.register_buffer(f"centers_{k_index}", unit_rows(centers.detach().float())[0])
 
     def _centers(self, index: int, embedding: Tensor) -> Tensor:
-        """Centers of one teacher `(num_identities, d)` on the device of `embedding`, zeros at first."""
+        """Return the centers `(num_identities, d)` of one teacher on the device of `embedding`; zeros at first."""
         name = f"centers_{index}"
         if name not in self._buffers:
             self.register_buffer(name, embedding.new_zeros(self.num_identities, embedding.shape[1]))
@@ -134,11 +132,10 @@ class CenterConfidenceWeighting(nn.Module):
             self.register_buffer(f"centers_{index}", centers)
         return centers
 
-    def _move(self, index: int, embedding: Tensor, identities: Tensor) -> None:
-        """One step of the running mean for the identities of this batch."""
+    def _update(self, index: int, embedding: Tensor, identities: Tensor) -> None:
+        """Update the running mean of the identities in the batch."""
         embedding, identities = embedding[identities >= 0], identities[identities >= 0]
-        # Every sample takes the mean of all samples of its identity: a repeated identity writes the same row again, so
-        # the result does not depend on the order of the writes.
+        # All samples of an identity write the same row, so the result does not depend on the order of the writes.
         same = (identities[:, None] == identities[None, :]).to(embedding.dtype)
         mean = same @ embedding / same.sum(1, keepdim=True)
         centers = self._centers(index, embedding)

@@ -1,35 +1,35 @@
-"""Weighting: trust the teacher whose logits agree with the label. Touches teachers' logits and targets.
+"""Weights from the cross-entropy between each teacher's logits and the label (CA-MKD)."""
 
-Zhang et al., CA-MKD, 2022: the lower a teacher's cross-entropy on a sample, the more it weighs there.
-"""
-
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
-from kdlib._checks import check_name
+from kdlib._checks import check_below, check_name
 from kdlib._maths import full_precision
-from kdlib.weighting._checks import check_labels, check_logits, check_teachers
+from kdlib.types import Targets
+from kdlib.weighting._checks import check_logits, check_teachers
 
 __all__ = ["ConfidenceWeighting"]
 
-LEAST_LOG = -1e30
-"""A smaller log-probability counts as this one: gaps near the end of float32 would make it -inf."""
+MIN_LOG = -1e30
+"""Smaller log-probabilities are clamped to this one: very large logit gaps would make them -inf in float32."""
 
 
 class ConfidenceWeighting(nn.Module):
-    r"""Weights from each teacher's cross-entropy with the label.
+    r"""Assigns larger weights to teachers whose logits have a lower cross-entropy with the label.
 
     With :math:`z_{k,i}` the logits of sample i by teacher k and :math:`y_i` its label,
 
     .. math:: w_{k,i} = \frac{1 - \mathrm{softmax}_k \bigl( \mathrm{CE}(z_{k,i}, y_i) \bigr)}{K - 1}
 
-    The teachers are logits on the student's classes; for embeddings see `CenterConfidenceWeighting`. No gradient flows.
+    The teachers must be logits on the student's classes; for embeddings see `CenterConfidenceWeighting`. The weights
+    carry no gradient.
 
-    One teacher weighs 1. Equal teachers weigh 1 / K. No teacher weighs more than 1 / (K - 1), so of three or more
-    teachers a useless one is left out and the rest become nearly equal; of two, the better one takes nearly all. A
-    sample whose label is negative (unknown) gets uniform weights. Finite logits of any size give finite weights.
+    A single teacher has weight 1. Equal teachers have weight 1 / K. No weight exceeds 1 / (K - 1): with three or more
+    teachers, a useless one gets almost no weight and the others nearly equal weights; with two, the better one gets
+    nearly all. A sample with a negative (unknown) label has uniform weights. Finite logits of any size give finite
+    weights.
 
     Args:
         target: name of the labels in the targets.
@@ -46,8 +46,8 @@ class ConfidenceWeighting(nn.Module):
                 [0.3334]])
 
     References:
-        Zhang, Chen, Wang, *Confidence-Aware Multi-Teacher Knowledge Distillation*, arXiv 2201.00007. Their code weighs
-        the logit and the feature loss of a teacher so, and divides by K once more; here the columns sum to one.
+        Zhang, Chen, Wang, *Confidence-Aware Multi-Teacher Knowledge Distillation*, arXiv 2201.00007. Their code
+        weights the logit and the feature loss of a teacher, and divides by K once more; here the columns sum to one.
     """
 
     def __init__(self, *, target: str = "label") -> None:
@@ -56,18 +56,17 @@ class ConfidenceWeighting(nn.Module):
 
     @torch.no_grad()
     def forward(
-        self, losses: Tensor, *, student: Tensor, teachers: Sequence[Tensor], targets: Mapping[str, Tensor] | Tensor
+        self, losses: Tensor, *, student: Tensor, teachers: Sequence[Tensor], targets: Targets | Tensor
     ) -> Tensor:
-        """Weights `(k, b)` for losses `(k, b)`.
+        """Return weights `(k, b)`; `student` is ignored.
 
         Args:
-            losses: `(k, b)`; only the shape is looked at.
-            student: not looked at.
+            losses: `(k, b)`; only the shape is used.
             teachers: k tensors of logits `(b, c)`.
             targets: labels `(b,)`, whole numbers below c, under the name `target`; or that tensor itself.
 
         Raises:
-            ValueError: no such target, teachers that are no logits on one set of classes, or labels out of range.
+            ValueError: the target is missing, the teachers are not logits on the same classes, or a label is too large.
         """
         check_teachers("ConfidenceWeighting", losses, teachers)
         check_logits("ConfidenceWeighting", teachers)
@@ -77,15 +76,14 @@ class ConfidenceWeighting(nn.Module):
         k, b = losses.shape
         if k < 2:
             return torch.ones_like(losses)
-        check_labels("ConfidenceWeighting", targets, b, teachers[0].shape[1])
+        check_below("ConfidenceWeighting", "labels", targets, b, c=teachers[0].shape[1])
         with full_precision(losses):
             labels = targets.to(losses.device).long()
             at_label = labels.clamp(min=0).unsqueeze(1)
             logits = [teacher.to(torch.promote_types(teacher.dtype, torch.float32)) for teacher in teachers]
             log_p = torch.stack([each.log_softmax(1).gather(1, at_label).squeeze(1) for each in logits])
-            weights = (1 - (-log_p.clamp(min=LEAST_LOG)).softmax(0)) / (k - 1)
+            weights = (1 - (-log_p.clamp(min=MIN_LOG)).softmax(0)) / (k - 1)
             return torch.where(labels >= 0, weights, 1 / k).to(losses.dtype)
 
     def extra_repr(self) -> str:
-        """Arguments of the call that rebuilds the weighting."""
         return f"target={self.target!r}"

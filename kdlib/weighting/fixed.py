@@ -1,25 +1,26 @@
-"""Weighting: shares that the user sets. Touches the shape of the losses only."""
+"""Constant weights chosen by the user."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
 from kdlib._checks import check_shape, check_shares
+from kdlib.types import Targets
 from kdlib.weighting._checks import check_teachers
 
 __all__ = ["FixedWeighting"]
 
 
 class FixedWeighting(nn.Module):
-    """Teacher k weighs `weights[k] / sum(weights)` for every sample.
+    """Assigns weight `weights[k] / sum(weights)` to teacher k, for every sample.
 
     Args:
-        weights: one number of at least 0 for each teacher, in the order of the teachers; not all 0.
+        weights: one number >= 0 per teacher, in the order of the teachers; at least one must be above 0.
 
     Raises:
-        ValueError: no weight, one below 0, or all 0.
-        TypeError: not a sequence of finite numbers.
+        ValueError: no weight, a negative weight, or all weights 0.
+        TypeError: `weights` is not a sequence of finite numbers.
 
     Examples:
         >>> import torch
@@ -36,15 +37,12 @@ class FixedWeighting(nn.Module):
         check_shares("FixedWeighting", "weights", weights)
         self.weights = tuple(weights)
 
-    def forward(
-        self, losses: Tensor, *, student: Tensor, teachers: Sequence[Tensor], targets: Mapping[str, Tensor] | Tensor
-    ) -> Tensor:
-        """Weights `(k, b)` for losses `(k, b)`; nothing else is looked at."""
+    def forward(self, losses: Tensor, *, student: Tensor, teachers: Sequence[Tensor], targets: Targets) -> Tensor:
+        """Return weights `(k, b)` for losses `(k, b)`; the other arguments are ignored."""
         check_teachers("FixedWeighting", losses)
         check_shape("FixedWeighting", "losses", losses, "k b", k=len(self.weights))
         shares = torch.tensor(self.weights, dtype=torch.float64) / sum(self.weights)
         return shares.to(losses).unsqueeze(1).expand_as(losses)
 
     def extra_repr(self) -> str:
-        """Arguments of the call that rebuilds the weighting."""
         return f"weights={self.weights}"

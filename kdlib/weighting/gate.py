@@ -1,46 +1,47 @@
-"""Weighting: a small network on the student's feature says whom to follow. Touches the student's feature only."""
+"""Weights from a learned gate on the student's feature."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
 from kdlib._checks import check_floating, check_number, check_shape
 from kdlib._maths import full_precision, rescale, unit_rows
+from kdlib.types import Targets
 from kdlib.weighting._checks import check_teachers
 
 __all__ = ["GateWeighting"]
 
 
 class GateWeighting(nn.Module):
-    r"""Weights from a learned gate, sample by sample.
+    r"""Computes the weights of each sample with a learned gate.
 
-    With x the direction of the student's feature, scaled to length :math:`\sqrt d`,
+    With x the student's feature scaled to length :math:`\sqrt d`,
 
     .. math:: w_i = f + (1 - K f) \, \mathrm{softmax}\bigl( g(x_i) / \tau \bigr)
 
-    where g is linear, or has one hidden layer with ReLU, and f is the floor. The gate learns through the weighted loss:
-    the weights keep their graph. It starts uniform (its last layer is zero). The student gets no gradient through the
-    gate, so that it cannot lower its loss by looking like a sample that asks for little.
+    where g is linear, or has one hidden layer with ReLU, and f is the floor. The weights keep their graph, so the gate
+    is trained by the weighted loss. The weights are uniform at first, because its last layer is initialized to zero.
+    The student receives no gradient through the gate, so it cannot lower its loss by changing the weights.
 
-    What the weighted loss teaches the gate is to follow, for each sample, the teacher that is easiest to follow. A
-    useless teacher with noise for features is hard to follow and weighs ever less; one with constant features is easy,
-    and the gate would fall for it wholly. `floor` keeps at least that weight for every teacher, and a higher
-    `temperature` slows the fall; where the losses do not measure what a teacher is worth, a gate is the wrong weighting.
+    The weighted loss trains the gate to prefer, for each sample, the teacher with the smallest loss. A useless teacher
+    with random features has a large loss, and its weight decreases; one with constant features has a small loss and
+    would get all the weight. `floor` is a lower bound of every weight, and a higher `temperature` slows the change. If
+    the losses do not measure the quality of the teachers, do not use a gate.
 
-    One teacher weighs 1. Teachers of equal losses keep their weights as they are, uniform from the start. Finite
-    features of any size give finite weights and gradients; a zero feature gets what the biases say. Terms that read
-    other features of the student need an objective's `weigh_by`, so do terms with fewer teachers.
+    A single teacher has weight 1. Teachers with equal losses keep their weights, which are uniform at first. Finite
+    features of any size give finite weights and gradients; for a zero feature the biases decide. Terms on other student
+    features, or with fewer teachers, need `weigh_by` in the objective.
 
     Args:
-        student_dim: d, the student's features or channels.
+        student_dim: d, dimension or channels of the student's feature.
         num_teachers: K, at least 1.
         hidden: width of the hidden layer; `None` for none.
-        temperature: tau, above 0; smaller follows the gate's choice more sharply.
-        floor: f, least weight of each teacher, from 0 to 1 / K.
+        temperature: tau, above 0; smaller values give sharper weights.
+        floor: f, minimum weight of each teacher, from 0 to 1 / K.
 
     Raises:
-        ValueError: an argument out of its range.
+        ValueError: an argument is out of range.
 
     Examples:
         >>> import torch
@@ -56,7 +57,8 @@ class GateWeighting(nn.Module):
         True
 
     References:
-        Jacobs et al., *Adaptive Mixtures of Local Experts*, Neural Computation 3(1), 1991, for gates; this form is ours.
+        Jacobs et al., *Adaptive Mixtures of Local Experts*, Neural Computation 3(1), 1991, introduced
+        gates; this form is ours.
     """
 
     def __init__(
@@ -85,29 +87,25 @@ class GateWeighting(nn.Module):
         nn.init.zeros_(self.out.weight)
         nn.init.zeros_(self.out.bias)
 
-    def forward(
-        self, losses: Tensor, *, student: Tensor, teachers: Sequence[Tensor], targets: Mapping[str, Tensor] | Tensor
-    ) -> Tensor:
-        """Weights `(k, b)` for losses `(k, b)`, with a gradient to the gate.
+    def forward(self, losses: Tensor, *, student: Tensor, teachers: Sequence[Tensor], targets: Targets) -> Tensor:
+        """Return weights `(k, b)`, with a graph to the parameters of the gate; `teachers` and `targets` are ignored.
 
         Args:
-            losses: `(k, b)`; only the shape is looked at.
-            student: `(b, d)`, or `(b, d, ...)`: averaged over the dimensions after the second.
-            teachers: not looked at.
-            targets: not looked at.
+            losses: `(k, b)`; only the shape is used.
+            student: `(b, d)`, or `(b, d, ...)`, which is averaged over the dimensions after the second.
 
         Raises:
-            ValueError: another number of teachers, or another width of the student's feature.
+            ValueError: the number of teachers or the dimension of the student's feature differs.
         """
         check_teachers("GateWeighting", losses)
         check_shape("GateWeighting", "losses", losses, "k b", k=self.num_teachers)
         check_floating("GateWeighting", student=student)
-        wide = student.detach()
+        feature = student.detach()
         with full_precision(losses):
-            if wide.dim() > 2:
-                wide = rescale(wide.float().flatten(2))[0].mean(2)
-            check_shape("GateWeighting", "student", wide, "b d", b=losses.shape[1], d=self.student_dim)
-            x = unit_rows(wide.float())[0] * self.student_dim**0.5
+            if feature.dim() > 2:
+                feature = rescale(feature.float().flatten(2))[0].mean(2)
+            check_shape("GateWeighting", "student", feature, "b d", b=losses.shape[1], d=self.student_dim)
+            x = unit_rows(feature.float())[0] * self.student_dim**0.5
             scores: Tensor = self.out(self.inner(x.to(self.out.weight.dtype)))
             gate = (scores.to(torch.promote_types(scores.dtype, torch.float32)) / self.temperature).softmax(1)
             weights = self.floor + (1 - self.num_teachers * self.floor) * gate

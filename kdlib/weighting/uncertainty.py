@@ -1,48 +1,46 @@
-"""Weighting: learn one uncertainty for each teacher. Touches the losses only.
+"""Weights from one learned uncertainty per teacher (Kendall et al.)."""
 
-Kendall, Gal and Cipolla, 2018: a loss that stays large is one to be less sure of, and so weighs less.
-"""
-
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
 from kdlib._checks import check_number, check_shape
 from kdlib._maths import full_precision
+from kdlib.types import Targets
 from kdlib.weighting._checks import check_teachers
 
 __all__ = ["UncertaintyWeighting"]
 
-LEAST = -16.0
-"""The smallest log-variance that counts, that of a loss of 1e-7: below, a loss of 0 would draw it on for ever."""
+MIN_LOG_VARIANCE = -16.0
+"""Smaller log-variances are clamped to this one (a loss of 1e-7): a loss of 0 would otherwise lower them forever."""
 
 
 class UncertaintyWeighting(nn.Module):
-    r"""Weights from a learned log-variance :math:`s_k` for each teacher, the same for every sample.
+    r"""Computes weights from a learned log-variance :math:`s_k` per teacher, the same for every sample.
 
     .. math:: w_k = \frac{e^{-s_k}}{\sum_j e^{-s_j}}, \qquad J(s, L) = \sum_k e^{-s_k} L_k + s_k
 
-    with :math:`L_k` the batch mean of teacher k's losses. The weights alone would drive s to the teacher that is
-    easiest to follow, so they carry no gradient; `s` learns from J, which is `penalty(losses)`. An `Objective` adds it
-    to its total with the losses cut from the graph, once for each time that it asks for weights. So s moves exactly as
-    in Kendall's objective, whose minimum is :math:`e^{-s_k} = 1 / L_k`, and cannot run away: J is convex and grows in
-    either direction. At the minimum the weights are inverse to the losses. The student follows
-    :math:`\sum_k w_k L_k`, Kendall's gradient divided by :math:`\sum_j e^{-s_j}`: the sizes of terms still compare.
+    with :math:`L_k` the batch mean of teacher k's losses. Gradients through the weights would favor the easiest
+    teacher, so the weights carry none; `s` is trained by J, which is `penalty(losses)`. An `Objective` adds J to its
+    total each time it computes weights, with detached losses. So s is trained exactly as in Kendall's objective, whose
+    minimum is :math:`e^{-s_k} = 1 / L_k`, and cannot diverge, because J is convex and grows in either direction. At the
+    minimum the weights are inversely proportional to the losses. The student minimizes :math:`\sum_k w_k L_k`, which is
+    Kendall's objective divided by :math:`\sum_j e^{-s_j}`, so the scales of terms stay comparable.
 
-    In a loop of one's own, `weighting.penalty(losses)` on losses with their graph is Kendall's whole objective, for the
-    student too; then no weights are needed.
+    In your own loop, `weighting.penalty(losses)` on losses with their graph is Kendall's whole objective, for the
+    student too; no weights are needed then.
 
-    One teacher weighs 1. Equal losses weigh 1 / K from the start on (s begins at 0). A useless teacher, whose loss
-    stays large, weighs little: 1/L against the others. A loss of 0 does not take everything: log-variances count
-    from -16 upwards, where J turns back. J is steep where a loss is far above :math:`e^{s_k}`: use an optimizer that
-    bounds its steps (Adam), clip gradients, or scale losses to about 1.
+    A single teacher has weight 1. Equal losses have weight 1 / K from the start (s is initialized to 0). A useless
+    teacher, whose loss stays large, gets a small weight, proportional to 1/L. A loss of 0 does not get all the weight:
+    log-variances are clamped at -16, where J increases again. J is steep where a loss is far above :math:`e^{s_k}`: use
+    an optimizer with bounded steps (Adam), clip gradients, or scale losses to about 1.
 
     Args:
-        num_teachers: K, at least 1; every call must have as many. Terms with fewer need an objective's `weigh_by`.
+        num_teachers: K, at least 1, the same in every call. Terms with fewer teachers need `weigh_by` in the objective.
 
     Raises:
-        ValueError: `num_teachers` below 1.
+        ValueError: `num_teachers` is below 1.
 
     Examples:
         >>> import torch
@@ -63,7 +61,8 @@ class UncertaintyWeighting(nn.Module):
 
     References:
         Kendall, Gal, Cipolla, *Multi-Task Learning Using Uncertainty to Weigh Losses for Scene Geometry and Semantics*,
-        arXiv 1705.07115, weigh tasks so; here the teachers of a term, and without their factor 1/2 of a regression.
+        arXiv 1705.07115, weight tasks; here the teachers of a term are weighted, without their factor 1/2 for
+        regression.
     """
 
     def __init__(self, num_teachers: int) -> None:
@@ -72,30 +71,27 @@ class UncertaintyWeighting(nn.Module):
         self.num_teachers = num_teachers
         self.log_variances = nn.Parameter(torch.zeros(num_teachers))
 
-    def forward(
-        self, losses: Tensor, *, student: Tensor, teachers: Sequence[Tensor], targets: Mapping[str, Tensor] | Tensor
-    ) -> Tensor:
-        """Weights `(k, b)` for losses `(k, b)`, without a gradient; nothing else is looked at."""
+    def forward(self, losses: Tensor, *, student: Tensor, teachers: Sequence[Tensor], targets: Targets) -> Tensor:
+        """Return weights `(k, b)` for losses `(k, b)`, without gradient; the other arguments are ignored."""
         self._check(losses)
         with full_precision(losses):
-            share = (-self.log_variances.detach().clamp(min=LEAST)).softmax(0)
+            share = (-self.log_variances.detach().clamp(min=MIN_LOG_VARIANCE)).softmax(0)
             return share.to(losses).unsqueeze(1).expand_as(losses)
 
     def penalty(self, losses: Tensor) -> Tensor:
-        """The scalar J of these losses `(k, b)`, Kendall's objective; losses without a graph train s alone."""
+        """Return the scalar J of losses `(k, b)`, Kendall's objective; detached losses train s alone."""
         self._check(losses)
         with full_precision(losses):
             dtype = torch.promote_types(losses.dtype, torch.float32)
             s = self.log_variances.to(device=losses.device, dtype=dtype)
-            held = s.clamp(min=LEAST)
+            clamped = s.clamp(min=MIN_LOG_VARIANCE)
             mean = losses.to(dtype).sum(1) / max(losses.shape[1], 1)
-            # Below the least, where `held` passes no gradient, the distance to it leads back.
-            return ((-held).exp() * mean + held + (held - s).relu()).sum()
+            # Below the minimum, where the clamp passes no gradient, the last term pulls s back.
+            return ((-clamped).exp() * mean + clamped + (clamped - s).relu()).sum()
 
     def _check(self, losses: Tensor) -> None:
         check_teachers("UncertaintyWeighting", losses)
         check_shape("UncertaintyWeighting", "losses", losses, "k b", k=self.num_teachers)
 
     def extra_repr(self) -> str:
-        """Arguments of the call that rebuilds the weighting."""
         return f"num_teachers={self.num_teachers}"

@@ -1,17 +1,18 @@
-"""Weighting: every teacher the same. Touches the shape of the losses only."""
+"""Equal weights for all teachers."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
+from kdlib.types import Targets
 from kdlib.weighting._checks import check_teachers
 
 __all__ = ["UniformWeighting"]
 
 
 class UniformWeighting(nn.Module):
-    """Each of k teachers weighs 1 / k for every sample.
+    """Assigns weight 1 / k to each of k teachers, for every sample.
 
     Examples:
         >>> import torch
@@ -20,9 +21,7 @@ class UniformWeighting(nn.Module):
                 [0.5000, 0.5000, 0.5000]])
     """
 
-    def forward(
-        self, losses: Tensor, *, student: Tensor, teachers: Sequence[Tensor], targets: Mapping[str, Tensor] | Tensor
-    ) -> Tensor:
-        """Weights `(k, b)` for losses `(k, b)`; nothing else is looked at."""
+    def forward(self, losses: Tensor, *, student: Tensor, teachers: Sequence[Tensor], targets: Targets) -> Tensor:
+        """Return weights `(k, b)` for losses `(k, b)`; the other arguments are ignored."""
         check_teachers("UniformWeighting", losses)
         return torch.full_like(losses, 1 / max(losses.shape[0], 1), requires_grad=False)

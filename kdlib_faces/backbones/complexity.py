@@ -1,36 +1,35 @@
-"""Backbones room: what a network costs. Reads a model, changes nothing in it.
+"""Parameters, multiply-adds and latency of a network.
 
-The convention of multiply-adds: convolutions and linear layers only, one multiply-add each, no factor 2. BatchNorm
-(which folds into the convolution before it), PReLU and additions are not counted. Published figures that count them
-are higher: MobileFaceNet of 512 dimensions is 221.16 M here and 227.6 M where BatchNorm is counted.
+Multiply-adds count convolutions and linear layers only, one per product, without a factor of 2. BatchNorm (which can be
+folded into the preceding convolution), PReLU and additions are not counted. Published figures that include them are
+higher: MobileFaceNet with 512 dimensions has 221.16 M here, and 227.6 M with BatchNorm.
 """
 
 import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
 from kdlib._checks import check_number
-from kdlib_faces.backbones._arguments import InputSize, height_width
+from kdlib_faces.backbones.input_spec import InputSize, height_width
 from kdlib_faces.backbones.registry import BACKBONES, build_backbone
 
 __all__ = ["BackboneRow", "count_macs", "count_parameters", "describe_backbones", "latency_ms"]
 
 
 def count_parameters(model: nn.Module, *, trainable: bool = False) -> int:
-    """Number of parameter values; with `trainable`, of those that get a gradient only.
+    """Count the parameters; with `trainable`, only those that require a gradient.
 
     Args:
         model: any module.
-        trainable: leave frozen parameters out.
+        trainable: exclude frozen parameters.
 
     Returns:
-        The count; a shared parameter counts once.
+        The count; a shared parameter is counted once.
 
     Examples:
         >>> count_parameters(nn.Linear(3, 2))
@@ -40,19 +39,19 @@ def count_parameters(model: nn.Module, *, trainable: bool = False) -> int:
 
 
 def count_macs(model: nn.Module, input_size: InputSize) -> int:
-    """Multiply-adds of one image through the convolutions and linear layers of `model`.
+    """Count the multiply-adds of one image in the convolutions and linear layers of `model`.
 
-    Runs on the meta device, so nothing is computed and no weight is copied; the model is left as it was.
+    Runs on the meta device: nothing is computed, no weight is copied, and the model is not changed.
 
     Args:
-        model: a module that takes (b, 3, h, w).
+        model: a module that accepts (b, 3, h, w).
         input_size: side of a square image, or (height, width), in pixels.
 
     Returns:
         The count for a batch of one.
 
     Raises:
-        ValueError: `input_size` is no size, or not the one that the model was built for.
+        ValueError: `input_size` is invalid or not the size of the model.
 
     Examples:
         >>> count_macs(nn.Conv2d(3, 8, 3, padding=1), 10)  # 8 * 10 * 10 outputs of 3 * 3 * 3 products
@@ -61,7 +60,7 @@ def count_macs(model: nn.Module, input_size: InputSize) -> int:
     height, width = height_width("count_macs", input_size)
     total = 0
 
-    def count(module: nn.Module, _inputs: Any, output: Tensor) -> None:
+    def count(module: nn.Module, _inputs: object, output: Tensor) -> None:
         nonlocal total
         total += output.numel() * (module.weight[0].numel() if isinstance(module.weight, Tensor) else 0)
 
@@ -70,7 +69,7 @@ def count_macs(model: nn.Module, input_size: InputSize) -> int:
     modes = {module: module.training for module in model.modules()}
     hooks = [m.register_forward_hook(count) for m in modes if isinstance(m, nn.Conv2d | nn.Linear)]
     try:
-        model.eval()  # BatchNorm refuses to train on a batch of one
+        model.eval()  # BatchNorm cannot train on a batch of one
         with torch.no_grad():
             functional_call(model, state, torch.zeros(1, 3, height, width, dtype=dtype, device="meta"))
     finally:
@@ -82,20 +81,20 @@ def count_macs(model: nn.Module, input_size: InputSize) -> int:
 
 
 def latency_ms(model: nn.Module, input_size: InputSize, *, batch: int = 1, repeats: int = 20, warmup: int = 3) -> float:
-    """Median time of one forward in milliseconds, on the device and with the threads that are set.
+    """Measure the median time of a forward pass in milliseconds, on the model's device with the current threads.
 
     Args:
-        model: a module that takes (b, 3, h, w); run in eval mode and put back as it was.
+        model: a module that accepts (b, 3, h, w); run in eval mode, and restored to its mode.
         input_size: side of a square image, or (height, width), in pixels.
-        batch: images in one forward.
-        repeats: timed forwards.
-        warmup: forwards before the clock starts.
+        batch: images per forward pass.
+        repeats: timed forward passes.
+        warmup: forward passes before the measurement.
 
     Returns:
-        Milliseconds a forward of the whole batch.
+        Milliseconds per forward pass of the whole batch.
 
     Raises:
-        ValueError: a count below one.
+        ValueError: a count is below one.
 
     Examples:
         >>> latency_ms(nn.Conv2d(3, 4, 3), 16, repeats=3) > 0
@@ -108,17 +107,17 @@ def latency_ms(model: nn.Module, input_size: InputSize, *, batch: int = 1, repea
     first = next(model.parameters(), torch.zeros(0))
     images = torch.rand(batch, 3, height, width, generator=torch.Generator().manual_seed(0))
     images = images.to(first.device, first.dtype)
-    wait: Callable[[], None] = torch.cuda.synchronize if first.device.type == "cuda" else lambda: None
+    synchronize: Callable[[], None] = torch.cuda.synchronize if first.device.type == "cuda" else lambda: None
     modes = {module: module.training for module in model.modules()}
     times = []
     try:
         model.eval()
         with torch.inference_mode():
             for turn in range(warmup + repeats):
-                wait()
+                synchronize()
                 start = time.perf_counter()
                 model(images)
-                wait()
+                synchronize()
                 if turn >= warmup:
                     times.append(time.perf_counter() - start)
     finally:
@@ -129,7 +128,7 @@ def latency_ms(model: nn.Module, input_size: InputSize, *, batch: int = 1, repea
 
 @dataclass(frozen=True)
 class BackboneRow:
-    """One line of the table of backbones: counts at 112 pixels."""
+    """One row of the table of backbones: counts at 112 pixels."""
 
     name: str
     embedding_dim: int
@@ -141,10 +140,12 @@ class BackboneRow:
 
 
 def describe_backbones() -> list[BackboneRow]:
-    """Every backbone of the registry at 112 pixels and 512 dimensions, and the paper's MobileFaceNet of 128.
+    """Describe every backbone of the registry at 112 pixels and 512 dimensions, and the paper's MobileFaceNet with 128.
+
+    The networks are built on the meta device, so no weight is allocated.
 
     Returns:
-        One row each. Built on the meta device: no weight is allocated.
+        One row per network.
 
     Examples:
         >>> row = describe_backbones()[0]
@@ -152,7 +153,7 @@ def describe_backbones() -> list[BackboneRow]:
         ('mobilefacenet', 128, 1003136, 220965376)
     """
     rows = []
-    named = [name for name in BACKBONES if name not in ("iresnet", "ir")]  # these two have no depth of their own
+    named = [name for name in BACKBONES if name not in ("iresnet", "ir")]  # these two require a depth
     for name, embedding_dim in [("mobilefacenet", 128), *[(name, 512) for name in named]]:
         with torch.device("meta"):
             model = build_backbone(name, embedding_dim=embedding_dim)

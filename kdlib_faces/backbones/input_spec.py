@@ -1,40 +1,62 @@
-"""Backbones room: what a network wants its images to be. Touches image tensors only."""
+"""Input specification of a network: size, channel order and normalization of its images."""
 
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, TypedDict, Unpack
 
 import torch.nn.functional as F
 from torch import Tensor
 
 from kdlib._checks import check_choice, check_floating, check_number, check_shape
-from kdlib_faces.backbones._arguments import InputSize, height_width
 
-__all__ = ["InputSpec"]
+__all__ = ["InputSize", "InputSpec", "SpecFields", "Triple", "height_width"]
+
+InputSize = int | tuple[int, int]
+"""Side of square images, or (height, width), in pixels."""
 
 Triple = float | tuple[float, float, float]
 COLORS = ("rgb", "bgr")
 FIELDS = ("color", "mean", "scale", "normalized")
 
 
+class SpecFields(TypedDict, total=False):
+    """Fields of `InputSpec` without the size."""
+
+    color: Literal["rgb", "bgr"] | None
+    mean: Triple | None
+    scale: Triple | None
+    normalized: bool | None
+    assumed: tuple[str, ...]
+
+
+def height_width(owner: str, input_size: InputSize) -> tuple[int, int]:
+    """Return a size as (height, width), both at least one pixel."""
+    pair = tuple(input_size) if isinstance(input_size, list | tuple) else (input_size, input_size)
+    if len(pair) != 2:
+        raise ValueError(f"{owner}: input_size must be a side or (height, width) in pixels, got {input_size!r}")
+    for side in pair:
+        check_number(owner, "input_size", side, min=1, integer=True)
+    return pair[0], pair[1]
+
+
 @dataclass(frozen=True, kw_only=True)
 class InputSpec:
-    """Size, channel order and normalization of a network's images, and whether its embeddings had unit length.
+    """Size, channel order and normalization of a network's images, and whether the original normalized its embeddings.
 
-    With pixels from 0 to 255, the network takes `(pixel - mean) / scale`, channels in the order of `color`. Calling it
-    makes that of images as this library holds them: RGB, `(pixel - 127.5) / 127.5`.
+    For pixels from 0 to 255, the network expects `(pixel - mean) / scale` with channels in the order of `color`.
+    Calling the specification converts images in the convention of this library, RGB and `(pixel - 127.5) / 127.5`.
 
     Args:
         size: side of the square images, or (height, width), in pixels.
         color: `"rgb"` or `"bgr"`.
-        mean: one value, or one a channel in the order of `color`.
-        scale: likewise, above 0.
-        normalized: whether the project that published the network divides the embedding by its length; None where files
-            of this layout differ. Ours never does.
-        assumed: those of the fields that the file does not tell and that other files of its layout have otherwise.
+        mean: one value, or one per channel in the order of `color`.
+        scale: one value, or one per channel, above 0.
+        normalized: whether the project that published the network normalizes the embedding; None if files of this
+            layout differ. The networks of this library never do.
+        assumed: names of fields that the file does not determine and that differ between files of its layout.
 
     Raises:
-        ValueError: an unknown color, a size or scale not above 0, or an unknown name in `assumed`.
-        TypeError: a value of a wrong type.
+        ValueError: unknown color, size or scale not above 0, or unknown name in `assumed`.
+        TypeError: a value has the wrong type.
 
     Examples:
         >>> import torch
@@ -71,14 +93,14 @@ class InputSpec:
             check_choice("InputSpec", "assumed", name, FIELDS)
 
     def __call__(self, images: Tensor) -> Tensor:
-        """Images as the network wants them.
+        """Convert images to the input of the network.
 
         Args:
-            images: `(b, 3, h, w)`, RGB, in [-1, 1]. Of another size they are scaled by one factor to cover `size` and
-                cut at the center: aligned crops of 112 x 112 become the usual 112 x 96 by losing 8 columns a side.
+            images: `(b, 3, h, w)`, RGB, in [-1, 1]. Images of another size are scaled by one factor to cover `size` and
+                center-cropped: aligned crops of 112 x 112 lose 8 columns on each side to become 112 x 96.
 
         Returns:
-            `(b, 3, *size)`, of the same dtype; `images` itself where nothing is to do.
+            `(b, 3, *size)` with the same dtype; `images` itself if nothing changes.
         """
         check_floating("InputSpec", images=images)
         check_shape("InputSpec", "images", images, "b c h w", c=3)
@@ -103,29 +125,29 @@ class InputSpec:
         top, left = (cover[0] - height) // 2, (cover[1] - width) // 2
         return images[..., top : top + height, left : left + width]
 
-    def changed(self, **fields: Any) -> "InputSpec":
-        """A copy with those of the given fields that are not None; what is given is no longer assumed.
+    def changed(self, **fields: Unpack[SpecFields]) -> "InputSpec":
+        """Return a copy with the given fields that are not None, which are then no longer assumed.
 
         Raises:
-            ValueError: a value that the field does not take.
+            ValueError: a value is invalid.
         """
-        given = {name: value for name, value in fields.items() if value is not None}
+        given: dict[str, Any] = {name: value for name, value in fields.items() if value is not None}
         return replace(self, **given, assumed=tuple(name for name in self.assumed if name not in given))
 
     def describe(self) -> str:
-        """In words, on one line.
+        """Describe the specification on one line.
 
         Examples:
             >>> InputSpec(color="bgr", assumed=("color",)).describe()
             'BGR (assumed), (pixel - 127.5) / 127.5, 112 x 112'
         """
 
-        def shown(value: Triple) -> str:
+        def text(value: Triple) -> str:
             return f"{value:g}" if not isinstance(value, tuple) else f"({', '.join(f'{each:g}' for each in value)})"
 
         mark = {name: " (assumed)" if name in self.assumed else "" for name in FIELDS}
         height, width = height_width("InputSpec", self.size)
-        values = "pixel" if self.mean == 0 else f"(pixel - {shown(self.mean)})"
-        values = f"{values} / {shown(self.scale)}"
-        guessed = mark["mean"] or mark["scale"]
-        return f"{self.color.upper()}{mark['color']}, {values}{guessed}, {height} x {width}"
+        values = "pixel" if self.mean == 0 else f"(pixel - {text(self.mean)})"
+        values = f"{values} / {text(self.scale)}"
+        assumed = mark["mean"] or mark["scale"]
+        return f"{self.color.upper()}{mark['color']}, {values}{assumed}, {height} x {width}"

@@ -1,14 +1,15 @@
-"""Backbones room: names to constructors, for recipes and files that know a network by its name."""
+"""Registry of backbones by name."""
 
 import inspect
 from collections.abc import Callable
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 
 from kdlib._checks import check_name, check_number
 from kdlib_faces._checks import InputError
-from kdlib_faces.backbones.ir import (
+from kdlib_faces.backbones.networks.base import Backbone
+from kdlib_faces.backbones.networks.ir import (
     IRNet,
     adaface_ir_18,
     adaface_ir_50,
@@ -20,21 +21,19 @@ from kdlib_faces.backbones.ir import (
     ir_se_101,
     ir_se_152,
 )
-from kdlib_faces.backbones.iresnet import IResNet, iresnet18, iresnet34, iresnet50, iresnet100, iresnet200
-from kdlib_faces.backbones.mbf import MBF, mbf
-from kdlib_faces.backbones.mobilefacenet import MobileFaceNet
-from kdlib_faces.backbones.mobilenet_v1 import MobileNetV1, mobilenet_v1, mobilenet_v1_025
-from kdlib_faces.backbones.mobilenet_v2 import MobileNetV2, mobilenet_v2
-from kdlib_faces.backbones.mtlface import MTLFaceNet
+from kdlib_faces.backbones.networks.iresnet import IResNet, iresnet18, iresnet34, iresnet50, iresnet100, iresnet200
+from kdlib_faces.backbones.networks.mbf import MBFFlat, mbf
+from kdlib_faces.backbones.networks.mobilefacenet import MobileFaceNet
+from kdlib_faces.backbones.networks.mobilenet_v1 import mobilenet_v1, mobilenet_v1_025
+from kdlib_faces.backbones.networks.mobilenet_v2 import mobilenet_v2
+from kdlib_faces.backbones.networks.mtlface import MTLFaceNet
 
-__all__ = ["BACKBONES", "Backbone", "build_backbone"]
-
-Backbone: TypeAlias = MobileFaceNet | MBF | IResNet | IRNet | MobileNetV1 | MobileNetV2 | MTLFaceNet
-"""One of our own networks: has `embedding_dim`, `input_size`, `input_spec`, `stages`, `name` and `arguments`."""
+__all__ = ["BACKBONES", "build_backbone"]
 
 BACKBONES: dict[str, Callable[..., Backbone]] = {
     "mobilefacenet": MobileFaceNet,
     "mbf": mbf,
+    "mbf_flat": MBFFlat,
     "mobilenet_v1_025": mobilenet_v1_025,
     "mobilenet_v1": mobilenet_v1,
     "mobilenet_v2": mobilenet_v2,
@@ -56,7 +55,7 @@ BACKBONES: dict[str, Callable[..., Backbone]] = {
     "ir": IRNet,
     "mtlface": MTLFaceNet,
 }
-"""Every name that a recipe or a saved file may use. `iresnet` and `ir` take their depth as `layers`."""
+"""Names of backbones for recipes and saved files. `iresnet` and `ir` require the argument `layers`."""
 
 
 def build_backbone(name: str, *, seed: int | None = None, **arguments: Any) -> Backbone:
@@ -64,15 +63,14 @@ def build_backbone(name: str, *, seed: int | None = None, **arguments: Any) -> B
 
     Args:
         name: a key of `BACKBONES`.
-        seed: draw the initial weights from this seed and leave torch's global generator as it was; None draws them
-            from the global generator, as every torch module does.
-        arguments: those of the constructor.
+        seed: seed of the initial weights, without changing torch's global generator; None uses the global generator.
+        arguments: arguments of the constructor.
 
     Returns:
         The network, (b, 3, h, w) to (b, d).
 
     Raises:
-        InputError: an unknown name or argument, or a value that the constructor refuses.
+        InputError: unknown name or argument, or an invalid value.
 
     Examples:
         >>> build_backbone("mobilefacenet", embedding_dim=64, width=0.25, input_size=32)

@@ -1,4 +1,4 @@
-"""Recipes room: a teacher's outputs on a list of faces, computed once, by one process or several; looked at and checked."""
+"""Build, describe and verify caches of teacher outputs for face lists."""
 
 import json
 import multiprocessing
@@ -8,13 +8,12 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 
 from kdlib._checks import check_number
-from kdlib.cache import CacheCheck, CacheError, TeacherCache, verify_cache
-from kdlib.cache.layout import Layout, read_header
+from kdlib.cache import CacheCheck, CacheError, Layout, TeacherCache, read_header, verify_cache
 from kdlib_faces._checks import InputError
 from kdlib_faces._output import check_output
 from kdlib_faces.caching.source import CacheSource, parse_taps
@@ -23,23 +22,23 @@ from kdlib_faces.data.seeded_views import SeededViews
 from kdlib_faces.data.views import AugmentConfig
 from kdlib_faces.progress import progress_to, say
 
-__all__ = ["CacheConfig", "build", "info", "verified", "verify"]
+__all__ = ["CacheConfig", "build", "info", "describe_check", "verify"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class CacheConfig:
-    """How `kdlib-faces cache build` computes and keeps the outputs.
+    """Configuration of `kdlib-faces cache build`.
 
     Attributes:
         dtype: type on disk: `"float16"`, `"int8"` or `"float32"`.
-        views: views of each image: 1 plain, 2 plain and mirrored; with `augment` so many random ones.
-        view_seed: what random views are drawn from.
-        augment: random views; all off by default.
-        size: side of the images in pixels, where the teacher leaves it free.
-        batch_size: images in a forward; also the rows that a process takes and that a checksum covers.
-        decoders: threads that read images ahead of the teacher.
-        shard_bytes: largest size of a file.
-        mark_seconds: how often progress is made certain on disk.
+        views: views per image: 1 plain, 2 plain and mirrored; with `augment`, the number of random views.
+        view_seed: seed of the random views.
+        augment: random augmentation; off by default.
+        size: side of the images in pixels, if the teacher accepts any size.
+        batch_size: images per forward pass, also the rows per block and checksum.
+        decoders: threads that decode images.
+        shard_bytes: maximum size of a file.
+        sync_seconds: seconds between flushes to disk.
     """
 
     dtype: Literal["float16", "int8", "float32"] = "float16"
@@ -50,21 +49,21 @@ class CacheConfig:
     batch_size: int = 64
     decoders: int = 2
     shard_bytes: int = 1 << 28
-    mark_seconds: float = 5.0
+    sync_seconds: float = 5.0
 
     def __post_init__(self) -> None:
         check_number("CacheConfig", "size", self.size, min=1, max=4096, integer=True)
         for name in ("views", "batch_size", "decoders", "shard_bytes"):
             check_number("CacheConfig", name, getattr(self, name), min=1, integer=True)
-        check_number("CacheConfig", "mark_seconds", self.mark_seconds, min=0)
+        check_number("CacheConfig", "sync_seconds", self.sync_seconds, min=0)
         self.seeded()
 
     def seeded(self) -> SeededViews:
-        """The views as a function of sample id and number."""
+        """Return the views as a function of sample id and view number."""
         plain = self.augment == AugmentConfig.none()
         if plain and self.views > 2:
             raise ValueError(
-                f"CacheConfig: views must be 1 (plain) or 2 (plain and mirrored) where augment is off, got {self.views}"
+                f"CacheConfig: views must be 1 (plain) or 2 (plain and mirrored) if augment is off, got {self.views}"
             )
         return SeededViews(self.views, self.view_seed, None if plain else self.augment)
 
@@ -79,46 +78,60 @@ def build(
     workers: int = 1,
     progress: bool = True,
 ) -> TeacherCache:
-    """Compute what is missing of a cache; the same call after a kill goes on where it was, several at once share the work.
+    """Compute the missing rows of a cache; an interrupted build resumes, and several processes share the work.
 
     Args:
-        config: how.
+        config: configuration of the build.
         output: folder of the cache.
-        faces: lists or folders; an image's id is its row, counted over all of them.
+        faces: lists or folders; the id of an image is its row, counted over all lists.
         teacher: a checkpoint or an ONNX file.
-        taps: `FEATURE=NAME` of a module or tensor to keep beside the embedding, or `stage0` to `stage3`; `NAME` alone is
-            the feature `map`.
-        workers: processes.
+        taps: `FEATURE=NAME` of a module or tensor to store in addition to the embedding, or `stage0` to `stage3`; `NAME`
+            alone means the feature `map`.
+        workers: number of processes.
         progress: show progress.
 
     Returns:
-        The complete cache, open. Its notes say how it was made.
+        The complete cache. Its notes describe the build.
 
     Raises:
-        InputError: lists, teacher or output that cannot be used.
-        CacheError: the folder holds another cache, or cannot be written to.
+        InputError: the lists, the teacher or the output cannot be used.
+        CacheError: the folder contains another cache, or cannot be written.
     """
     check_number("cache", "workers", workers, min=1, integer=True)
     check_output(output)
     if workers > 1 and sys.platform == "win32":
-        raise InputError("cache: workers must be 1 on Windows, which has no POSIX locks")
+        raise InputError("cache: workers must be 1 on Windows, which does not support POSIX locks")
     threads = max(1, torch.get_num_threads() // workers)
-    work = (config, output, list(faces), teacher, list(taps), threads)
-    with _threads(threads), _helpers(workers - 1, work, quiet=not progress):
-        return _build(config, output, faces, teacher, taps, quiet=not progress)
+    job = _Job(config, output, tuple(faces), teacher, tuple(taps))
+    with _threads(threads), _workers(workers - 1, job, threads, quiet=not progress):
+        return _build(job, quiet=not progress)
 
 
-def _build(
-    config: CacheConfig, output: Path, faces: Sequence[str], teacher: Path, taps: Sequence[str], *, quiet: bool
-) -> TeacherCache:
-    views = config.seeded()
-    listed = read_faces(faces)
+@dataclass(frozen=True)
+class _Job:
+    """Arguments of a build that are sent to the worker processes."""
+
+    config: CacheConfig
+    output: Path
+    faces: Sequence[str]
+    teacher: Path
+    taps: Sequence[str]
+
+
+def _build(job: _Job, *, quiet: bool) -> TeacherCache:
+    config, views = job.config, job.config.seeded()
     source = CacheSource(
-        listed, teacher, parse_taps(taps), views, size=config.size, decoders=config.decoders, quiet=quiet
+        read_faces(job.faces),
+        job.teacher,
+        parse_taps(job.taps),
+        views,
+        size=config.size,
+        decoders=config.decoders,
+        quiet=quiet,
     )
-    with progress_to(f"outputs of {teacher.stem}", quiet=quiet) as show:
-        cache = TeacherCache.build(
-            output,
+    with progress_to(f"outputs of {job.teacher.stem}", quiet=quiet) as show:
+        return TeacherCache.build(
+            job.output,
             source.model,
             source.fetch,
             samples=len(source.faces),
@@ -127,13 +140,11 @@ def _build(
             dtype=config.dtype,
             batch_size=config.batch_size,
             shard_bytes=config.shard_bytes,
-            mark_seconds=config.mark_seconds,
+            sync_seconds=config.sync_seconds,
             progress=show,
-            shared=sys.platform != "win32",
             prefetch=2,
             notes=source.notes,
         )
-    return cache
 
 
 def verify(
@@ -145,60 +156,54 @@ def verify(
     decoders: int = 2,
     progress: bool = True,
 ) -> CacheCheck:
-    """Check every byte of a cache; with lists and teacher also that it is theirs, and some rows against the teacher.
+    """Check every byte of a cache; with lists and teacher, also its fingerprint and some recomputed rows.
 
     Args:
         path: folder of the cache.
-        faces: the lists it was built from.
-        teacher: the file it was built from.
-        rows: how many rows to compute again.
-        decoders: threads that read images.
+        faces: the lists that it was built from.
+        teacher: the file that it was built from.
+        rows: number of rows to recompute.
+        decoders: threads that decode images.
         progress: show progress.
 
     Raises:
-        InputError: lists or teacher that cannot be used, or one without the other.
-        CacheError: the cache is not complete, is damaged, or is of something else; the message says what.
+        InputError: the lists or the teacher cannot be used, or only one of them is given.
+        CacheError: the cache is incomplete, damaged, or belongs to something else.
     """
     if bool(faces) != (teacher is not None):
-        raise InputError("cache verify: --faces and --teacher go together, to compute some rows again")
+        raise InputError("cache verify: --faces and --teacher must be given together, to recompute some rows")
     cache = TeacherCache.open(path)
-    source = None
-    if teacher is not None:
-        views, taps, size = _told(cache)
+    with progress_to("checking", quiet=not progress) as show:
+        if teacher is None:
+            return verify_cache(cache, progress=show)
+        views, taps, size = _build_options(cache)
         source = CacheSource(read_faces(faces), teacher, taps, views, size=size, decoders=decoders, quiet=not progress)
         TeacherCache.open(path, fingerprint=source.fingerprint)
-    with progress_to("checking", quiet=not progress) as show:
-        return verify_cache(
-            cache,
-            teacher=None if source is None else source.model,
-            fetch=None if source is None else source.fetch,
-            recompute=rows,
-            progress=show,
-        )
+        return verify_cache(cache, teacher=source.model, fetch=source.fetch, recompute=rows, progress=show)
 
 
 def info(path: Path) -> str:
-    """What a cache is, in plain text; also one that is not complete.
+    """Describe a cache, complete or not, in plain text.
 
     Raises:
-        CacheError: there is none, or its header is damaged.
+        CacheError: there is no cache, or its header is damaged.
     """
     layout = read_header(path)
     if layout is None:
         raise CacheError(f"TeacherCache: there is no cache at {path}")
-    kept = f"{layout.rows:,} of {layout.total:,} rows"
-    ids = f"ids {layout.first} to {layout.first + layout.samples - 1}" if layout.dense else "ids of their own"
+    stored = f"{layout.rows:,} of {layout.total:,} rows"
+    ids = f"ids {layout.first} to {layout.first + layout.samples - 1}" if layout.dense else "arbitrary ids"
     size = sum(file.stat().st_size for file in path.iterdir() if file.is_file())
     rows = [
         ("cache", str(path)),
-        ("state", f"complete, {layout.rows:,} rows" if layout.complete else f"{kept}; the same build completes it"),
+        ("state", f"complete, {layout.rows:,} rows" if layout.complete else f"{stored}; run the same build again to complete it"),
         ("samples", f"{layout.samples:,}, {ids}"),
-        ("views", f"{layout.views}{_views_in_words(layout)}"),
+        ("views", f"{layout.views}{_describe_views(layout)}"),
         *(("feature", f"{name!r} {shape}") for name, shape in layout.features.items()),
-        ("on disk", f"{layout.dtype}, {layout.row_bytes:,} bytes a row, {layout.shards} files, {size / 1e6:,.1f} MB"),
+        ("on disk", f"{layout.dtype}, {layout.row_bytes:,} bytes per row, {layout.shards} files, {size / 1e6:,.1f} MB"),
         *(
-            ("error", f"{name!r}: 1 - cos {each['mean_cosine']:.2g} in the mean, {each['max_cosine']:.2g} at most; "
-                      f"relative {each['max_relative']:.2g} at most")
+            ("error", f"{name!r}: 1 - cos mean {each['mean_cosine']:.2g}, max {each['max_cosine']:.2g}; "
+                      f"relative max {each['max_relative']:.2g}")
             for name, each in layout.error.items()
         ),
         ("fingerprint", layout.fingerprint),
@@ -208,39 +213,35 @@ def info(path: Path) -> str:
     return "\n".join(f"{_plain(name):<16}{_plain(text)}" for name, text in rows)
 
 
-def verified(found: CacheCheck) -> str:
-    """What `verify` has found good, on one line.
+def describe_check(check: CacheCheck) -> str:
+    """Describe the result of `verify` on one line.
 
     Examples:
-        >>> verified(CacheCheck(100, 2, True, 64, {"embedding": 2e-8}))
-        'good: 100 rows in 2 files have their checksums and are finite; 64 rows computed again, 1 - cos at most 2e-08'
+        >>> describe_check(CacheCheck(100, 2, 64, {"embedding": 2e-8}))
+        'good: 100 rows in 2 files have correct checksums and finite values; 64 rows recomputed, maximum 1 - cos 2e-08'
     """
-    checked = "have their checksums and are finite" if found.checksums else "are finite; there are no checksums"
     again = ""
-    if found.recomputed:
-        again = f"; {found.recomputed} rows computed again, 1 - cos at most {max(found.max_cosine.values()):.2g}"
-    return f"good: {found.rows:,} rows in {found.shards:,} files {checked}{again}"
+    if check.recomputed:
+        again = f"; {check.recomputed} rows recomputed, maximum 1 - cos {max(check.max_cosine.values()):.2g}"
+    return f"good: {check.rows:,} rows in {check.shards:,} files have correct checksums and finite values{again}"
 
 
-def _told(cache: TeacherCache) -> tuple[SeededViews, dict[str, str], int]:
-    """What the notes of a cache say of how it was made."""
+def _build_options(cache: TeacherCache) -> tuple[SeededViews, dict[str, str], int]:
+    """Return views, taps and image size from the notes of a cache."""
     notes = cache.notes
     try:
         taps, size = json.loads(notes["taps"]), int(notes["size"])
-        if (
-            not isinstance(taps, dict)
-            or not all(isinstance(tap, str) for tap in taps.values())
-            or not 1 <= size <= 4096
-        ):
-            raise ValueError("taps or size are of another kind")
+        named = isinstance(taps, dict) and all(isinstance(tap, str) for tap in taps.values())
+        if not named or not 1 <= size <= 4096:
+            raise ValueError("taps or size have a wrong type")
         return SeededViews.from_text(notes["views"]), taps, size
     except (KeyError, ValueError, RecursionError) as error:
         raise InputError(
-            f"cache: the notes of {cache.path} do not tell how it was made ({error}); check it without --teacher"
+            f"cache: the notes of {cache.path} do not describe the build ({error}); verify it without --teacher"
         ) from error
 
 
-def _views_in_words(layout: Layout) -> str:
+def _describe_views(layout: Layout) -> str:
     with suppress(InputError, KeyError):
         views = SeededViews.from_text(layout.notes["views"])
         if views.augment is not None:
@@ -250,14 +251,14 @@ def _views_in_words(layout: Layout) -> str:
 
 
 def _plain(text: str) -> str:
-    """Text from a header that cannot steer a terminal."""
+    """Escape unprintable characters of a header, which could control the terminal."""
     shown = "".join(each if each.isprintable() else f"\\x{ord(each):02x}" for each in text[:400])
     return shown + ("..." if len(text) > 400 else "")
 
 
 @contextmanager
 def _threads(count: int) -> Iterator[None]:
-    """Threads of torch for one of several processes, and of those runtimes that ask torch."""
+    """Set the number of torch threads within the block."""
     before = torch.get_num_threads()
     torch.set_num_threads(count)
     try:
@@ -267,27 +268,27 @@ def _threads(count: int) -> Iterator[None]:
 
 
 @contextmanager
-def _helpers(count: int, work: tuple[Any, ...], *, quiet: bool) -> Iterator[None]:
-    """Other processes at the same work. One that fails or is killed leaves its part to the others.
+def _workers(count: int, job: _Job, threads: int, *, quiet: bool) -> Iterator[None]:
+    """Run other processes that build the same cache within the block; the work of a failed process is done by the others.
 
-    When the block ends the cache is complete, or there was an error here: nothing is lost with those that still run.
+    When the block ends, the cache is complete or an error was raised, so running processes can be terminated.
     """
     context = multiprocessing.get_context("spawn")
     running = []
     try:
         for _ in range(count):
             ours, theirs = context.Pipe(duplex=False)
-            process = context.Process(target=_help, args=(theirs, *work), daemon=True)
+            process = context.Process(target=_worker, args=(theirs, job, threads), daemon=True)
             process.start()
             theirs.close()
             running.append((process, ours))
         yield
         for process, ours in running:
             if process.exitcode:
-                said = f"it was killed (exit code {process.exitcode})"
+                reason = f"terminated (exit code {process.exitcode})"
                 with suppress(EOFError):
-                    said = ours.recv_bytes(1 << 16).decode()
-                say(f"cache: a worker ended early, the others did its part: {said}", quiet=quiet)
+                    reason = ours.recv_bytes(1 << 16).decode()
+                say(f"cache: a worker failed and the others did its work: {reason}", quiet=quiet)
     finally:
         for process, ours in running:
             process.terminate()
@@ -295,20 +296,12 @@ def _helpers(count: int, work: tuple[Any, ...], *, quiet: bool) -> Iterator[None
             ours.close()
 
 
-def _help(
-    answer: Connection,
-    config: CacheConfig,
-    output: Path,
-    faces: Sequence[str],
-    teacher: Path,
-    taps: Sequence[str],
-    threads: int,
-) -> None:
+def _worker(connection: Connection, job: _Job, threads: int) -> None:
     torch.set_num_threads(threads)
     try:
-        _build(config, output, faces, teacher, taps, quiet=True)
+        _build(job, quiet=True)
     except KeyboardInterrupt:
         sys.exit(130)
     except Exception as error:
-        answer.send_bytes(f"{type(error).__name__}: {error}".encode()[:4096])
+        connection.send_bytes(f"{type(error).__name__}: {error}".encode()[:4096])
         sys.exit(1)

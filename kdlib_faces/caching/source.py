@@ -1,4 +1,4 @@
-"""Recipes room: a teacher and a list of faces as a cache is made of them. Reads images, lists and weights."""
+"""Teacher and face list as input of a cache build."""
 
 import hashlib
 import json
@@ -19,21 +19,21 @@ from kdlib_faces.teachers.open import onnx_taps
 __all__ = ["STAGES", "CacheSource", "data_digest", "parse_taps"]
 
 STAGES = ("stage0", "stage1", "stage2", "stage3")
-"""Names that every teacher knows for the ends of its four stages, whatever it calls them itself."""
-_READ_WHOLE = 512
-"""Images whose bytes enter the digest of a list, evenly spread; of all others name and size do."""
+"""Names of the ends of the four stages, which every teacher accepts as taps."""
+_FULLY_HASHED = 512
+"""Number of evenly spaced images whose bytes are part of the digest; for all others only name and size are."""
 
 
 def data_digest(faces: FaceList, views: SeededViews, *, quiet: bool = True) -> str:
-    """SHA-256 of a list's images and of how views are made of them.
+    """Return the SHA-256 of the images of a list and of the definition of their views.
 
-    Of each image its place in the list, the last two parts of its path and its size in bytes count; of 512 images, evenly
-    spread, every byte. So a list may move to another folder or machine, and a list that was aligned anew is another one.
+    It covers the order, the last two components of each path, each file size, and every byte of 512 evenly spaced images.
+    A list can therefore be moved to another folder or machine, and a list that was aligned again has another digest.
     """
     seeded = [views.seed, None if views.augment is None else vars(views.augment)]
     digest = hashlib.sha256(json.dumps(["kdlib faces 1", len(faces), seeded]).encode())
-    step = max(1, len(faces) // _READ_WHOLE)
-    for row, path in enumerate(progress(faces.paths, "looking at the list's images", quiet=quiet)):
+    step = max(1, len(faces) // _FULLY_HASHED)
+    for row, path in enumerate(progress(faces.paths, "reading the images of the list", quiet=quiet)):
         try:
             size = path.stat().st_size
             whole = path.read_bytes() if row % step == 0 and size <= 1 << 26 else b""
@@ -45,7 +45,7 @@ def data_digest(faces: FaceList, views: SeededViews, *, quiet: bool = True) -> s
 
 
 class CacheSource:
-    """A teacher and a list as a cache is made of them; a tap may be one of `STAGES`."""
+    """A teacher and a face list for a cache build; a tap may be one of `STAGES`."""
 
     def __init__(
         self,
@@ -74,26 +74,26 @@ class CacheSource:
         }
 
     def fetch(self, samples: Tensor, view: int) -> Tensor:
-        """The teacher's images of some rows of the list."""
+        """Return the teacher's inputs for some rows of the list."""
         pixels = load_images([self.faces.paths[row] for row in samples.tolist()], self.size, workers=self.decoders)
         return self.views(pixels, samples, view)
 
 
 def _teacher(path: Path, taps: Mapping[str, str], size: int) -> tuple[nn.Module, int, Fingerprint, dict[str, str]]:
-    """The teacher, the side of its images, the first two parts of its fingerprint, and its taps by their own names."""
+    """Return the teacher, its input size, the first two parts of its fingerprint, and its resolved taps."""
     if not path.is_file():
         raise InputError(f"cache: teacher {path} {'is not a file' if path.exists() else 'does not exist'}")
     if path.suffix == ".onnx":
         from kdlib_faces.teachers import OnnxTeacher
 
         taps = {
-            feature: onnx_taps(str(path), STAGES.index(name))["map"] if name in STAGES else name
+            feature: str(onnx_taps(str(path), STAGES.index(name))["map"]) if name in STAGES else name
             for feature, name in taps.items()
         }
         graph = OnnxTeacher(path, {"embedding": None, **taps})
         side = graph.input_size
         if isinstance(side, tuple):
-            raise InputError(f"cache: {path} must take square images, it takes {side[0]} x {side[1]}")
+            raise InputError(f"cache: {path} must have a square input, got {side[0]} x {side[1]}")
         return graph, size if side is None else side, Fingerprint(graph.fingerprint, "onnx", ""), taps
     from kdlib_faces.teachers import load_teacher
 
@@ -108,17 +108,19 @@ def _teacher(path: Path, taps: Mapping[str, str], size: int) -> tuple[nn.Module,
 
 
 def parse_taps(given: Sequence[str]) -> dict[str, str]:
-    """`FEATURE=NAME` to a dict; `NAME` alone is the feature `map`.
+    """Parse `FEATURE=NAME` options; `NAME` alone means the feature `map`.
 
     Examples:
         >>> parse_taps(["stage2", "early=layer1"])
         {'map': 'stage2', 'early': 'layer1'}
     """
-    found: dict[str, str] = {}
+    taps: dict[str, str] = {}
     for text in given:
         feature, equals, name = text.partition("=")
         feature, name = (feature, name) if equals else ("map", text)
-        if not feature or not name or feature in found or feature == "embedding":
-            raise InputError(f"cache: --tap must be FEATURE=NAME, each feature once and none 'embedding', got {text!r}")
-        found[feature] = name
-    return found
+        if not feature or not name or feature in taps or feature == "embedding":
+            raise InputError(
+                f"cache: --tap must be FEATURE=NAME with distinct features other than 'embedding', got {text!r}"
+            )
+        taps[feature] = name
+    return taps

@@ -1,40 +1,55 @@
-"""Recipes room: teachers of the LIAAD recipe as caches of their outputs on the very images of the training. Reads both."""
+"""Teachers of a recipe from model files or from caches of their outputs on the training images."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from torch import nn
 
-from kdlib.cache import CachedTeacher, TeacherCache
-from kdlib.cache.layout import read_header
+from kdlib.cache import CachedTeacher, TeacherCache, read_header
 from kdlib_faces._checks import InputError, show_name
 from kdlib_faces.caching.source import data_digest
 from kdlib_faces.data.lists import FaceList
 from kdlib_faces.data.seeded_views import SeededViews
 from kdlib_faces.data.views import AugmentConfig
-from kdlib_faces.recipes.liaad import AGE, GENERAL, LIAADConfig, features_read, teacher_from
 
-__all__ = ["OpenTeachers", "is_cache", "open_teachers"]
+__all__ = ["OpenTeachers", "TeacherSource", "is_cache", "open_teachers"]
+
+
+@dataclass(frozen=True)
+class TeacherSource:
+    """Where a teacher comes from and what a recipe reads of it.
+
+    Attributes:
+        role: name of the teacher in the recipe.
+        path: a model file, the name of a backbone, or the folder of a cache.
+        reads: feature to the setting whose value 0 removes the term that reads it.
+        stage: number of the stage that is the feature `map`.
+    """
+
+    role: str
+    path: str
+    reads: Mapping[str, str]
+    stage: int
 
 
 @dataclass(frozen=True)
 class OpenTeachers:
-    """Both teachers, and what they want of the batches.
+    """Opened teachers and the views that they require.
 
     Attributes:
-        teachers: for `kdlib_faces.recipes.liaad.build`.
-        views: the random views that caches hold, which the student must be shown; None leaves its images free.
-        told: a line on each teacher that is a cache.
+        teachers: role to teacher.
+        views: the random views of the caches, which the student must use; None if there are none.
+        messages: one line for each teacher that is a cache.
     """
 
     teachers: dict[str, nn.Module]
     views: SeededViews | None
-    told: tuple[str, ...]
+    messages: tuple[str, ...]
 
 
 def is_cache(path: str) -> bool:
-    """Whether a path is the folder of a cache, complete or not.
+    """Return whether a path is the folder of a cache, complete or not.
 
     Raises:
         CacheError: the header is damaged.
@@ -42,51 +57,52 @@ def is_cache(path: str) -> bool:
     return Path(path).is_dir() and read_header(Path(path)) is not None
 
 
-def open_teachers(config: LIAADConfig, faces: FaceList, *, mirrored: bool, quiet: bool = True) -> OpenTeachers:
-    """The two teachers that a configuration names; a folder is a cache made by `kdlib-faces cache build` of the same lists.
+def open_teachers(
+    sources: Sequence[TeacherSource],
+    faces: FaceList,
+    *,
+    open_file: Callable[[TeacherSource], nn.Module],
+    mirrored: bool,
+    quiet: bool = True,
+) -> OpenTeachers:
+    """Open the teachers of a recipe; a folder is a cache that `kdlib-faces cache build` made of the same lists.
 
-    A cached teacher reads the batch's targets `"sample"`, the image's row over all lists, and `"view"`. It says what it said
-    of the plain image, or of the mirrored one where the student sees that and the cache holds it; with a cache of random
-    views both see the same one.
+    A cached teacher reads the targets `"sample"`, the row of the image over all lists, and `"view"`. It returns the outputs
+    for the plain image, or for the mirrored one if the student's image is mirrored and the cache contains it. With a cache
+    of random views, both use the same view.
 
     Args:
-        config: whose teachers are files, names or folders.
+        sources: the teachers.
         faces: the training images.
-        mirrored: whether the student sees mirrored images.
+        open_file: opens a source that is not a cache.
+        mirrored: whether the student's images may be mirrored.
         quiet: show no progress.
 
     Raises:
-        InputError: a file that cannot be used; a cache of other images, without a feature that the terms read, or of other
-            views than the other cache or than the terms ask for.
-        CacheError: a cache that is not complete, or damaged.
+        InputError: a file cannot be used, or a cache has other images, lacks a feature, or has unsuitable views.
+        CacheError: a cache is incomplete or damaged.
     """
     teachers: dict[str, nn.Module] = {}
     views: dict[str, SeededViews] = {}
-    told = []
+    messages = []
     digests: dict[str, str] = {}
-    for role, source in ((GENERAL, config.general_teacher), (AGE, config.age_teacher)):
-        if not Path(source).is_dir():
-            teachers[role] = teacher_from(source, role, config)
+    for source in sources:
+        if not Path(source.path).is_dir():
+            teachers[source.role] = open_file(source)
             continue
-        cache = _opened(source)
-        views[source] = _views(cache)
-        _check_faces(cache, source, faces, views[source], digests, quiet=quiet)
-        reads = features_read(config)[role]
-        _check_features(cache, source, role, reads, config.stage)
-        both = _both_views(source, views[source], role, reads, mirrored)
-        teachers[role] = CachedTeacher(
-            cache, reads=("sample", "view") if both else ("sample",), features=tuple(reads) or None
-        )
-        told.append(
-            f"{role} teacher: {show_name(cache.notes.get('teacher', '?'))} from {source}, {_said_of(views[source])}"
-        )
-    return OpenTeachers(teachers, _common(views), tuple(told))
-
-
-def _opened(source: str) -> TeacherCache:
-    if not is_cache(source):
-        raise InputError(f"train: the folder {source} is no cache of a teacher's outputs: it has no header.json")
-    return TeacherCache.open(source)
+        if not is_cache(source.path):
+            raise InputError(
+                f"train: the folder {source.path} is not a cache of teacher outputs: it has no header.json"
+            )
+        cache = TeacherCache.open(source.path)
+        views[source.path] = _views(cache)
+        _check_faces(cache, source.path, faces, views[source.path], digests, quiet=quiet)
+        _check_features(cache, source)
+        reads = ("sample", "view") if _uses_views(source, views[source.path], mirrored) else ("sample",)
+        teachers[source.role] = CachedTeacher(cache, reads=reads, features=tuple(source.reads) or None)
+        name = show_name(cache.notes.get("teacher", "?"))
+        messages.append(f"{source.role} teacher: {name} from {source.path}, {_describe_use(views[source.path])}")
+    return OpenTeachers(teachers, _common_views(views), tuple(messages))
 
 
 def _views(cache: TeacherCache) -> SeededViews:
@@ -94,82 +110,76 @@ def _views(cache: TeacherCache) -> SeededViews:
         return SeededViews.from_text(cache.notes["views"])
     except (KeyError, InputError) as error:
         raise InputError(
-            f"train: the notes of {cache.path} do not tell its views ({show_name(str(error))}); "
-            "take one that `kdlib-faces cache build` has made"
+            f"train: the notes of {cache.path} do not describe its views ({show_name(str(error))}); "
+            "use a cache of `kdlib-faces cache build`"
         ) from error
 
 
 def _check_faces(
     cache: TeacherCache, source: str, faces: FaceList, views: SeededViews, digests: dict[str, str], *, quiet: bool
 ) -> None:
-    """Row by row the same images: a cache of other faces would teach each person another's embedding."""
-    of = show_name(cache.notes.get("faces", "other lists"))
+    """Require the same images row by row; otherwise a student would learn the embedding of another identity."""
+    lists = show_name(cache.notes.get("faces", "other lists"))
     if cache.samples != len(faces):
         raise InputError(
-            f"train: {source} was computed from other images: what differs is their number, {cache.samples} of {of}, "
-            f"{len(faces)} here; give the same lists in the same order"
+            f"train: {source} was computed from other images: it has {cache.samples} images of {lists}, the lists have "
+            f"{len(faces)}; give the same lists in the same order"
         )
-    header = read_header(Path(source))
-    held = "" if header is None else header.parts.get("data", "")
-    if not held:
-        raise InputError(
-            f"train: {source} does not tell what images it is of; take one that `kdlib-faces cache build` has made"
-        )
-    key = views.to_text()
-    if key not in digests:
+    stored = cache.parts.get("data", "")
+    if not stored:
+        raise InputError(f"train: {source} does not identify its images; use a cache of `kdlib-faces cache build`")
+    if (key := views.to_text()) not in digests:
         digests[key] = data_digest(faces, views, quiet=quiet)
-    if held != digests[key]:
+    if stored != digests[key]:
         raise InputError(
-            f"train: {source} was computed from other images: what differs is the data, their order, names, sizes or "
-            f"content, though there are {len(faces)} in both; it is of {of}; give the same lists in the same order"
+            f"train: {source} was computed from other images: order, names, sizes or content differ, although both have "
+            f"{len(faces)} images; it belongs to {lists}; give the same lists in the same order"
         )
 
 
-def _check_features(cache: TeacherCache, source: str, role: str, reads: Mapping[str, str], stage: int) -> None:
-    for feature, setting in reads.items():
+def _check_features(cache: TeacherCache, source: TeacherSource) -> None:
+    for feature, setting in source.reads.items():
         if feature not in cache.features:
-            held = ", ".join(repr(show_name(name)) for name in cache.features)
-            way = f"build another cache with --tap {feature}=stage{stage}, or " if feature != "embedding" else ""
+            stored = ", ".join(repr(show_name(name)) for name in cache.features)
+            remedy = (
+                f"build another cache with --tap {feature}=stage{source.stage}, or " if feature != "embedding" else ""
+            )
             raise InputError(
-                f"train: {source} holds no {feature!r}, which a term reads of the {role} teacher; there is {held}; "
-                f"{way}leave the term out by --set network.{setting}=0"
+                f"train: {source.path} has no feature {feature!r}, which a term of the {source.role} teacher needs; it has "
+                f"{stored}; {remedy}remove the term by --set {setting}=0"
             )
 
 
-def _both_views(source: str, views: SeededViews, role: str, reads: Mapping[str, str], mirrored: bool) -> bool:
-    """Whether the batch's views are asked for; a cache of plain images alone answers with these."""
+def _uses_views(source: TeacherSource, views: SeededViews, mirrored: bool) -> bool:
+    """Whether the teacher reads the view of the batch; a cache of plain images always returns these."""
     if views.augment is not None or views.count == 2:
         return True
-    if mirrored and "map" in reads:
+    if mirrored and "map" in source.reads:
         raise InputError(
-            f"train: {source} holds plain views alone, and a map of the {role} teacher says nothing of a mirrored image; "
-            f"build another cache with --views 2, or --set augment.mirror=0, or --set network.{reads['map']}=0"
+            f"train: {source.path} has plain views only, and a map of the {source.role} teacher does not fit a mirrored "
+            f"image; build another cache with --views 2, or --set augment.mirror=0, or --set {source.reads['map']}=0"
         )
     return False
 
 
-def _common(views: Mapping[str, SeededViews]) -> SeededViews | None:
-    """The random views of the caches, where they hold such."""
+def _common_views(views: Mapping[str, SeededViews]) -> SeededViews | None:
+    """The random views of the caches, which must agree."""
     random = [each for each in views.values() if each.augment is not None]
     if random and any(each != random[0] for each in views.values()):
-        held = " and ".join(f"{source} holds {_shown(each)}" for source, each in views.items())
-        raise InputError(f"train: both caches must hold the same views, but {held}")
+        found = " and ".join(f"{source} has {_describe(each)}" for source, each in views.items())
+        raise InputError(f"train: both caches must have the same views, but {found}")
     return random[0] if random else None
 
 
-def _shown(views: SeededViews) -> str:
+def _describe(views: SeededViews) -> str:
     if views.augment is None:
-        return "plain ones"
+        return "plain views"
     off = vars(AugmentConfig.none())
     on = ", ".join(f"{name} {value:g}" for name, value in vars(views.augment).items() if value != off[name])
-    return f"{views.count} random ones by seed {views.seed} ({on})"
+    return f"{views.count} random views with seed {views.seed} ({on})"
 
 
-def _said_of(views: SeededViews) -> str:
+def _describe_use(views: SeededViews) -> str:
     if views.augment is not None:
-        return f"asked for the {views.count} random views that the student is shown"
-    return (
-        "asked for the plain image, mirrored where the student's is"
-        if views.count == 2
-        else "asked for the plain image"
-    )
+        return f"outputs for the student's {views.count} random views"
+    return "outputs for the plain image" + (", mirrored like the student's" if views.count == 2 else "")

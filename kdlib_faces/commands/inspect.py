@@ -1,8 +1,8 @@
-"""Recipes room: says in plain text what the backbones cost and what a file is. Reads files; writes none."""
+"""The command `kdlib-faces inspect`: the costs of all backbones, or the contents of a file, as text."""
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TypeAlias
 
 import numpy as np
 
@@ -10,15 +10,23 @@ from kdlib_faces._checks import InputError
 
 __all__ = ["backbones", "file", "parse_size", "taps"]
 
+ImageSize: TypeAlias = int | tuple[int, int]
+
+LENGTHS = {
+    True: "of unit length where it was published, not here",
+    False: "not normalized",
+    None: "not normalized; some projects of this layout normalize, some do not",
+}
+
 
 def backbones() -> str:
-    """The table of all backbones: parameters, trainable ones, multiply-adds, entries of the state dict.
+    """Return a table of all backbones: parameters, trainable parameters, multiply-adds, entries of the state dict.
 
     Examples:
         >>> print(backbones().splitlines()[0].split()[:3])
         ['backbone', 'embedding', 'input']
     """
-    from kdlib_faces.backbones.complexity import describe_backbones
+    from kdlib_faces.backbones import describe_backbones
 
     head = f"{'backbone':<18}{'embedding':>10}{'input':>7}{'parameters':>14}{'trainable':>14}{'MACs':>17}{'keys':>6}"
     lines = [head]
@@ -28,78 +36,74 @@ def backbones() -> str:
             f"{row.name:<18}{row.embedding_dim:>10}{size:>7}{row.parameters:>14,}{row.trainable:>14,}"
             f"{row.macs:>17,}{row.state_keys:>6}"
         )
-    lines.append("MACs: multiply-adds of convolutions and linear layers at one image; BatchNorm and PReLU not counted.")
+    lines.append(
+        "MACs: multiply-adds of convolutions and linear layers for one image; BatchNorm and PReLU not counted."
+    )
     return "\n".join(lines)
 
 
-def file(path: Path, input_size: int | tuple[int, int] | None = None) -> str:
-    """What a file is: an ONNX network, our own or a published checkpoint, or a face list.
+def file(path: Path, input_size: ImageSize | None = None) -> str:
+    """Describe a file: an ONNX network, a checkpoint of ours or of a public project, or a face list.
 
-    Of a checkpoint: layout, wrapping, network, input, output, counts, taps, and every difference where it does not fit.
+    For a checkpoint: layout, wrapping, network, input, output, counts, taps, and all differences from the network.
 
     Args:
-        path: the file.
-        input_size: side of a checkpoint's images, or (height, width), where the file does not tell it.
+        path: The file.
+        input_size: Side of a checkpoint's images, or (height, width), where the file does not contain it.
 
     Raises:
-        InputError: none of these, or broken.
+        InputError: The file is none of these, or damaged.
     """
     if not path.exists():
         raise InputError(f"{path}: file not found")
     if path.suffix == ".onnx":
-        return _onnx(path)
+        return _describe_onnx(path)
     if path.suffix == ".csv" or path.is_dir():
-        return _list(path)
+        return _describe_list(path)
     from kdlib_faces.teachers.files import describe_teacher
 
-    return describe_teacher(path) or _weights(path, input_size)
+    return describe_teacher(path) or _describe_checkpoint(path, input_size)
 
 
-def _weights(path: Path, input_size: int | tuple[int, int] | None) -> str:
+def _describe_checkpoint(path: Path, input_size: ImageSize | None) -> str:
     from kdlib_faces.backbones import describe_checkpoint, load_backbone
 
     info = describe_checkpoint(path, input_size=input_size)
-    around = [f"opened {' / '.join(info.wrappers)}"] if info.wrappers else []
-    around += [f"stripped {info.prefix!r}"] if info.prefix else []
-    around += [f"left out {', '.join(info.beside)}"] if info.beside else []
-    lengths = {
-        True: "of unit length where it was published, not here",
-        False: "not normalized",
-        None: "not normalized; some projects of this layout do it, some do not",
-    }
-    told = {
+    wrapping = [f"opened {' / '.join(info.wrappers)}"] if info.wrappers else []
+    wrapping += [f"stripped {info.prefix!r}"] if info.prefix else []
+    wrapping += [f"left out {', '.join(info.beside)}"] if info.beside else []
+    rows = {
         "file": f"{info.kind}, {info.size:,} bytes",
         "layout": f"{info.layout}: {info.about}",
-        "wrapping": "; ".join(around) or "none",
+        "wrapping": "; ".join(wrapping) or "none",
         "network": f"{info.backbone}: {info.network}",
         "input": info.input_spec.describe(),
-        "output": f"(b, {info.embedding_dim}), {lengths[info.input_spec.normalized]}",
+        "output": f"(b, {info.embedding_dim}), {LENGTHS[info.input_spec.normalized]}",
         "parameters": f"{info.parameters:,}",
         "MACs": f"{info.macs:,}",
         "keys": f"{info.keys:,}",
         "taps": ", ".join(info.stages),
     }
-    lines = [f"{name:<12}{value}" for name, value in told.items()]
+    lines = [f"{name:<12}{value}" for name, value in rows.items()]
     if info.differences:
         lines.append("does not fit the network; differences:")
         for kind, keys in info.differences.items():
-            lines.append(f"  {kind} ({len(keys)})")
-            lines += [f"    {key}" for key in keys]
+            lines += [f"  {kind} ({len(keys)})", *(f"    {key}" for key in keys)]
         return "\n".join(lines)
     try:
         load_backbone(path, input_size=input_size)
     except InputError as error:
         lines.append(f"{'weights':<12}cannot be used: {error}")
     else:
-        lines.append(f"{'weights':<12}all there, all finite")
+        lines.append(f"{'weights':<12}complete, all finite")
     return "\n".join(lines)
 
 
-def parse_size(text: str | None) -> int | tuple[int, int] | None:
-    """A side in pixels, or height and width.
+def parse_size(text: str | None) -> ImageSize | None:
+    """Parse a side in pixels, or height and width.
 
     Raises:
-        InputError: neither.
+        InputError: The text is neither.
 
     Examples:
         >>> parse_size("112x96"), parse_size("112")
@@ -113,53 +117,62 @@ def parse_size(text: str | None) -> int | tuple[int, int] | None:
     return int(sides[0]) if len(sides) == 1 else (int(sides[0]), int(sides[1]))
 
 
-def taps(path: Path, names: Sequence[str], input_size: int | tuple[int, int] | None = None) -> str:
-    """The shapes of taps of a network file, for one image; what a recipe's tap settings may name.
+def taps(path: Path, names: Sequence[str], input_size: ImageSize | None = None) -> str:
+    """Return the shapes of taps of a network file for one image, one line each.
 
     Args:
-        path: the file.
-        names: of the taps.
-        input_size: as for `file`.
+        path: The file.
+        names: Names of the taps.
+        input_size: See `file`.
 
     Raises:
-        InputError: no network, or no tap of that name; the message lists the nearest.
+        InputError: The file is not a network, or has no tap of that name; the message lists the nearest.
     """
     if not path.exists():
         raise InputError(f"{path}: file not found")
-    wanted = {name: name for name in names}
     if path.suffix == ".onnx":
-        from kdlib_faces.teachers.onnx.session import OnnxTeacher
+        from kdlib_faces.teachers import OnnxTeacher
 
-        shapes = OnnxTeacher(path, wanted).shapes
-        return "\n".join(f"{name}  (b, {', '.join(map(str, shape))})" for name, shape in shapes.items())
-    import torch
+        shapes = OnnxTeacher(path, {name: name for name in names}).shapes
+    else:
+        import torch
 
-    from kdlib import StudentAdapter
-    from kdlib_faces.backbones import load_backbone
-    from kdlib_faces.teachers import load_teacher
+        from kdlib import StudentAdapter
+        from kdlib_faces.backbones import load_backbone
+        from kdlib_faces.teachers import load_teacher
 
-    model: Any = load_teacher(path) if input_size is None else load_backbone(path, input_size=input_size)
-    sides = (model.input_size,) * 2 if isinstance(model.input_size, int) else tuple(model.input_size)
-    with torch.inference_mode():
-        features = StudentAdapter(model, wanted)(torch.zeros(1, 3, *sides))
-    return "\n".join(f"{name}  (b, {', '.join(map(str, x.shape[1:]))})" for name, x in features.items())
+        model = load_teacher(path) if input_size is None else load_backbone(path, input_size=input_size)
+        size = model.input_size if isinstance(model.input_size, tuple) else (model.input_size, model.input_size)
+        with torch.inference_mode():
+            features = StudentAdapter(model, {name: name for name in names})(torch.zeros(1, 3, *size))
+        shapes = {name: tuple(feature.shape[1:]) for name, feature in features.items()}
+    return "\n".join(f"{name}  (b, {', '.join(map(str, shape))})" for name, shape in shapes.items())
 
 
-def _onnx(path: Path) -> str:
-    from kdlib_faces.teachers.onnx.session import describe_graph, list_taps, suggest_taps
+def _describe_onnx(path: Path) -> str:
+    from kdlib_faces.teachers.onnx.inspect import describe_graph, list_taps, suggest_taps
 
-    about = describe_graph(path)
-    lines = [f"{name:<14}{about[name]}" for name in ("inputs", "outputs", "opset", "embedding_dim", "input_size")]
-    lines += [f"{'parameters':<14}{about['parameters']:,}"]
-    lines += [f"{'MACs':<14}{about['macs']:,}" if about["macs"] else f"{'MACs':<14}not countable"]
-    best = {tensor: name for name, tensor in suggest_taps(path).items()}
+    info = describe_graph(path)
+    rows = {
+        "inputs": info["inputs"],
+        "outputs": info["outputs"],
+        "opset": info["opset"],
+        "embedding_dim": info["embedding_dim"],
+        "input_size": info["input_size"],
+        "parameters": f"{info['parameters']:,}",
+        "MACs": f"{info['macs']:,}" if info["macs"] else "not countable",
+    }
+    lines = [f"{name:<14}{value}" for name, value in rows.items()]
+    suggested = set(suggest_taps(path).values())
     lines.append("taps (shape for one image; a * marks the last sum at its resolution):")
-    for tap in list_taps(path):
-        lines.append(f"  {'*' if tap.name in best else ' '} {tuple(tap.shape)!s:<20}{tap.op:<20}{tap.name}")
+    lines += [
+        f"  {'*' if tap.name in suggested else ' '} {tuple(tap.shape)!s:<20}{tap.op:<20}{tap.name}"
+        for tap in list_taps(path)
+    ]
     return "\n".join(lines)
 
 
-def _list(path: Path) -> str:
+def _describe_list(path: Path) -> str:
     from kdlib_faces.data.lists import read_faces
 
     faces = read_faces([path])

@@ -1,4 +1,4 @@
-"""Images, ages and identities from files, folders and the synthetic set, and batches of them for training."""
+"""Images, ages and identities from folders, lists and face sets; image files are decoded on demand."""
 
 from kdlib_faces.data.formats.bin import BinSet, load_bin, save_bin
 from kdlib_faces.data.formats.record_format import IdentityRanges, Record, RecordProperties, read_property

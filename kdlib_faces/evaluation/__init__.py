@@ -1,39 +1,33 @@
-"""Evaluation room: embeddings in, numbers with intervals out. NumPy only, and torch where a model is to be run; reads no file.
+"""Evaluation of face embeddings: verification, identification and breakdowns by age, with confidence intervals.
 
 evaluate(embeddings, PairProtocol(left, right, same))        accuracy over folds, as LFW and the `.bin` sets publish it
 evaluate(embeddings, LeaveOneOutProtocol(identities))        identification, as FG-NET publishes it
-evaluate(embeddings, DistractorProtocol(identities, others)) among a million strangers, as MegaFace publishes it
+evaluate(embeddings, DistractorProtocol(identities, others)) identification among a million distractors, as MegaFace
 evaluate(embeddings, TemplateVerificationProtocol(...))      templates 1:1, as IJB-B and IJB-C publish it
 evaluate(embeddings, TemplateIdentificationProtocol(...))    templates 1:N over galleries, likewise
 evaluate(embeddings, AgeGapProtocol(identities, ages=ages))  TAR and AUC by the years between two images
 evaluate(embeddings, AgeErrorProtocol(identities, ages=...)) FNMR and FMR by gap, by the younger age, and the slope
-evaluate(embeddings, CrossGroupProtocol(identities, groups)) young against adult, as LAG
-evaluate(embeddings, LongitudinalProtocol(identities, ages)) a person's score over the years; a protocol of our own
+evaluate(embeddings, CrossGroupProtocol(identities, groups)) one age group against another, as LAG publishes it
+evaluate(embeddings, LongitudinalProtocol(identities, ages)) scores of an identity over the years, defined here
 """
 
 from kdlib_faces.evaluation.all_pairs import ScoredPairs
 from kdlib_faces.evaluation.comparison import compare
+from kdlib_faces.evaluation.distractors import DistractorTrials, GapRates
 from kdlib_faces.evaluation.embedding import embed_images, evaluate_images
 from kdlib_faces.evaluation.fold_thresholds import FoldTar
-from kdlib_faces.evaluation.hardest import hardest_pairs
-from kdlib_faces.evaluation.protocol import EvaluationProtocol, LeaveOneOutProtocol, Result, evaluate
+from kdlib_faces.evaluation.galleries import Gallery, GalleryPoint, GallerySearch
+from kdlib_faces.evaluation.identification import identify_with_distractors, leave_one_out
+from kdlib_faces.evaluation.protocol import EvaluationProtocol, ProtocolResult, Result, evaluate
 from kdlib_faces.evaluation.protocols.age_errors import AgeErrorProtocol, AgeErrorResult, ErrorBin
-from kdlib_faces.evaluation.protocols.age_gap import AgeGapProtocol
-from kdlib_faces.evaluation.protocols.age_gap_result import AgeGapResult, BinResult
+from kdlib_faces.evaluation.protocols.age_gap import AgeGapProtocol, AgeGapResult
 from kdlib_faces.evaluation.protocols.cross_group import CrossGroupProtocol, CrossGroupResult
-from kdlib_faces.evaluation.protocols.distractor_result import DistractorResult, DistractorTrials, GapRates
-from kdlib_faces.evaluation.protocols.distractors import DistractorProtocol, identify_with_distractors
-from kdlib_faces.evaluation.protocols.leave_one_out import (
-    BinRates,
-    LeaveOneOutResult,
-    leave_one_out,
-    leave_one_out_result,
-)
+from kdlib_faces.evaluation.protocols.distractors import DistractorProtocol, DistractorResult
+from kdlib_faces.evaluation.protocols.leave_one_out import BinRates, LeaveOneOutProtocol, LeaveOneOutResult
 from kdlib_faces.evaluation.protocols.longitudinal import ElapsedErrors, LongitudinalProtocol, LongitudinalResult
-from kdlib_faces.evaluation.protocols.pairs import PAIR_SETS, PairProtocol, PairSet, pair_set
+from kdlib_faces.evaluation.protocols.pair_sets import PAIR_SETS, PairSet, pair_set
+from kdlib_faces.evaluation.protocols.pairs import PairProtocol, PairResult
 from kdlib_faces.evaluation.protocols.template_identification import (
-    GalleryPoint,
-    GallerySearch,
     TemplateIdentificationProtocol,
     TemplateIdentificationResult,
     identify_templates,
@@ -42,7 +36,6 @@ from kdlib_faces.evaluation.protocols.template_verification import (
     TemplateVerificationProtocol,
     TemplateVerificationResult,
     template_verification,
-    verify_templates,
 )
 from kdlib_faces.evaluation.roc import TarAtFar, auc, roc_points, tar_at_far
 from kdlib_faces.evaluation.splits import (
@@ -52,17 +45,18 @@ from kdlib_faces.evaluation.splits import (
     identity_disjoint_split,
     identity_overlap,
     positives_first_folds,
-    warn_identity_overlap,
 )
+from kdlib_faces.evaluation.statistics.bin_rates import BinResult
 from kdlib_faces.evaluation.statistics.clustered import clustered_rate
 from kdlib_faces.evaluation.statistics.intervals import (
     Estimate,
+    Sampling,
     bootstrap_estimate,
     identity_bootstrap,
     paired_difference,
     wilson,
 )
-from kdlib_faces.evaluation.statistics.paired import PairedTest, paired_test
+from kdlib_faces.evaluation.statistics.paired import Outcomes, PairedTest, paired_test
 from kdlib_faces.evaluation.templates import Templates, pool_templates
 from kdlib_faces.evaluation.verification import VerificationResult, verify_pairs
 
@@ -83,6 +77,7 @@ __all__ = [
     "Estimate",
     "EvaluationProtocol",
     "FoldTar",
+    "Gallery",
     "GalleryPoint",
     "GallerySearch",
     "GapRates",
@@ -91,11 +86,15 @@ __all__ = [
     "LeaveOneOutResult",
     "LongitudinalProtocol",
     "LongitudinalResult",
+    "Outcomes",
     "PAIR_SETS",
     "PairProtocol",
+    "PairResult",
     "PairSet",
     "PairedTest",
+    "ProtocolResult",
     "Result",
+    "Sampling",
     "ScoredPairs",
     "TarAtFar",
     "TemplateIdentificationProtocol",
@@ -112,7 +111,6 @@ __all__ = [
     "embed_images",
     "evaluate",
     "evaluate_images",
-    "hardest_pairs",
     "identify_templates",
     "identify_with_distractors",
     "identities_in_several_folds",
@@ -120,7 +118,6 @@ __all__ = [
     "identity_disjoint_split",
     "identity_overlap",
     "leave_one_out",
-    "leave_one_out_result",
     "pair_set",
     "paired_difference",
     "paired_test",
@@ -130,7 +127,5 @@ __all__ = [
     "tar_at_far",
     "template_verification",
     "verify_pairs",
-    "verify_templates",
-    "warn_identity_overlap",
     "wilson",
 ]

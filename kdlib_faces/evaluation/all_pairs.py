@@ -1,28 +1,31 @@
-"""Evaluation room: the most alike strangers among all pairs of a set, found in one pass in little memory. NumPy only."""
+"""Thresholds on all impostor pairs of a set, found in one pass with little memory."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from kdlib_faces.evaluation._checks import FloatArray, IntArray, require
+from kdlib_faces.evaluation._checks import require
+from kdlib_faces.evaluation._types import AnyArray, FloatArray, IntArray, SingleArray
 from kdlib_faces.evaluation.roc import TarAtFar, allowed_false_accepts, operating_point
 from kdlib_faces.evaluation.search import dot_rows, product_error
+from kdlib_faces.evaluation.statistics.clustered import rate_estimate
+from kdlib_faces.evaluation.statistics.intervals import Estimate
 from kdlib_faces.evaluation.statistics.resampling import genuine_pairs
 
-__all__ = ["ScoredPairs", "count_impostors", "global_points", "hardest_impostors", "threshold_at"]
+__all__ = ["ScoredPairs", "count_impostors", "global_points", "most_similar_pairs", "rejection_rates", "rows_of_scores"]
 
 ROWS = 512
-MOST = 20_000_000
+MAX_FALSE_ACCEPTS = 20_000_000
 
 
 @dataclass(frozen=True)
 class ScoredPairs:
     """Pairs of images with their scores.
 
-    Args:
+    Attributes:
         left: (p,) row of one image.
-        right: (p,) row of the other.
+        right: (p,) row of the other image.
         scores: (p,) cosine.
     """
 
@@ -30,33 +33,48 @@ class ScoredPairs:
     right: IntArray
     scores: FloatArray
 
+    @property
+    def arrays(self) -> tuple[IntArray, IntArray, FloatArray]:
+        """The three arrays."""
+        return self.left, self.right, self.scores
+
 
 def count_impostors(codes: IntArray) -> int:
-    """How many pairs of images are of two identities."""
+    """Number of impostor pairs of a set."""
     sizes = np.bincount(codes)
     return int((codes.size**2 - int((sizes.astype(object) ** 2).sum())) // 2)
 
 
-def hardest_impostors(
-    owner: str, unit: FloatArray, codes: IntArray, far: float
-) -> tuple[IntArray, IntArray, FloatArray]:
+def rows_of_scores(embeddings: AnyArray) -> Iterator[tuple[int, SingleArray]]:
+    """Each row i of (n, d) embeddings with its float32 cosines with the rows after it, computed in blocks."""
+    unit = np.asarray(embeddings, dtype=np.float32)
+    unit = unit / np.linalg.norm(unit, axis=1, keepdims=True)
+    for start in range(0, len(unit), ROWS):
+        scores = unit[start : start + ROWS] @ unit[start:].T
+        for i, row in enumerate(scores):
+            yield start + i, row[i + 1 :]
+
+
+def most_similar_pairs(owner: str, unit: FloatArray, codes: IntArray, far: float) -> ScoredPairs:
     """The impostor pairs that decide every threshold of a FAR up to `far`.
 
-    Products are float32; what could be among the largest is taken again in float64.
+    Products are float32; those that could be among the largest are computed again in float64.
 
     Args:
-        owner: for errors.
+        owner: Name for errors.
         unit: (n, d) unit rows.
         codes: (n,) identities.
-        far: the largest target.
+        far: The largest target.
 
     Returns:
-        Rows i < j and the scores of the floor(far N) + 1 most alike pairs (all N where there are not more), falling.
+        The floor(far N) + 1 impostor pairs of highest score (all N if there are no more), rows i < j, falling.
     """
     total = count_impostors(codes)
     count = min(allowed_false_accepts(far, total) + 1, total)
     require(
-        count <= MOST, owner, f"fars must allow at most {MOST} false accepts, got {count - 1} of {total} impostor pairs"
+        count <= MAX_FALSE_ACCEPTS,
+        owner,
+        f"fars must allow at most {MAX_FALSE_ACCEPTS} false accepts, got {count - 1} of {total} impostor pairs",
     )
     error = product_error(unit.shape[1])
     single = unit.astype(np.float32)
@@ -83,13 +101,7 @@ def hardest_impostors(
             kept = np.argpartition(-best, count - 1)[:count]
             i, j, best = i[kept], j[kept], best[kept]
     order = np.argsort(-best, kind="stable")
-    return i[order], j[order], best[order]
-
-
-def threshold_at(far: float, falling: FloatArray, total: int) -> float:
-    """The exact rule's threshold from the largest scores of `total`, falling."""
-    k = allowed_false_accepts(far, total)
-    return float(falling[k]) if k < total else -np.inf
+    return ScoredPairs(i[order], j[order], best[order])
 
 
 def global_points(
@@ -98,28 +110,38 @@ def global_points(
     """Thresholds set on all impostor pairs of a set, and the impostor pairs that decide them.
 
     Args:
-        owner: for errors.
+        owner: Name for errors.
         unit: (n, d) unit rows.
         codes: (n,) identities.
-        genuine: (g,) scores that are judged at the thresholds.
-        fars: target false accept rates, at least one.
-        level: confidence of Wilson's intervals.
+        genuine: (g,) genuine scores that are compared with the thresholds.
+        fars: Target false accept rates, at least one.
+        level: Confidence of Wilson's intervals.
 
     Returns:
-        By target the operating point, and the most alike impostor pairs, falling, every false accept among them.
+        Target to operating point, and the impostor pairs of highest score, falling, with every false accept.
     """
     total = count_impostors(codes)
-    hardest = ScoredPairs(*hardest_impostors(owner, unit, codes, max(fars)))
+    pairs = most_similar_pairs(owner, unit, codes, max(fars))
     points = {}
     for far in fars:
-        threshold = threshold_at(far, hardest.scores, total)
+        k = allowed_false_accepts(far, total)
+        threshold = float(pairs.scores[k]) if k < total else -np.inf
         points[far] = operating_point(
             far,
             threshold,
             accepted=int((genuine > threshold).sum()),
             genuine=genuine.size,
-            false_accepts=int((hardest.scores > threshold).sum()),
+            false_accepts=int((pairs.scores > threshold).sum()),
             impostors=total,
             level=level,
         )
-    return points, hardest
+    return points, pairs
+
+
+def rejection_rates(
+    scores: FloatArray, codes: IntArray, points: Mapping[float, TarAtFar], resamples: IntArray, level: float
+) -> dict[float, Estimate]:
+    """Target FAR to the part of genuine scores (g,) rejected at its threshold, with intervals over identities."""
+    return {
+        far: rate_estimate(scores <= point.threshold, codes, resamples, level=level) for far, point in points.items()
+    }

@@ -1,33 +1,33 @@
-"""Evaluation room: is one model better than another on the same images? Takes results by age gap, gives differences."""
+"""Paired differences of two models in every bin of an age-gap protocol."""
 
 from collections.abc import Mapping
-from typing import Any
 
 from kdlib_faces.evaluation._checks import require
-from kdlib_faces.evaluation.protocols.age_gap_result import AgeGapResult
+from kdlib_faces.evaluation._types import JsonDict
+from kdlib_faces.evaluation.protocols.age_gap import AgeGapResult
 from kdlib_faces.evaluation.statistics.intervals import paired_difference
 
 __all__ = ["compare"]
 
 
-def compare(results: Mapping[str, AgeGapResult], a: str, b: str) -> list[dict[str, Any]]:
+def compare(results: Mapping[str, AgeGapResult], a: str, b: str) -> list[JsonDict]:
     """Difference a - b of every metric in every bin, with the interval of the paired resamples.
 
-    Both models saw the same resamples of identities, so the interval of the difference says whether b would do worse on
-    other people *of this kind*; `separate` is the stricter reading, that the two models' own intervals do not even
-    meet. Many bins and metrics are compared at once: one difference whose interval misses 0 is not yet news.
+    Both models use the same resamples of identities, so the interval of the difference shows whether b would also be worse
+    on other identities of this kind. `separate` is stricter: the models' own intervals do not overlap. Many bins and
+    metrics are compared at once, so a single difference whose interval excludes 0 is weak evidence.
 
     Args:
-        results: by model name, results of one protocol.
-        a: the name of one model.
-        b: the name of the other.
+        results: Model name to the result of the same protocol.
+        a: Name of one model.
+        b: Name of the other model.
 
     Returns:
-        For each bin, then `"all"`, one entry for `auc`, `own_auc`, `tar@far` and `own_tar@far` each: `a`, `b`,
+        For each bin, then `"all"`, one entry for each of `auc`, `own_auc`, `tar@far` and `own_tar@far`: `a`, `b`,
         `protocol`, `bin`, `metric`, `difference` and `separate`.
 
     Raises:
-        ValueError: an unknown name, or results of two different protocols.
+        ValueError: A name is unknown, or the results are of two different protocols.
 
     Examples:
         >>> import numpy as np
@@ -41,7 +41,7 @@ def compare(results: Mapping[str, AgeGapResult], a: str, b: str) -> list[dict[st
         require(name in results, "compare", f"a and b must be among {', '.join(results)}, got {name!r}")
     first, second = results[a], results[b]
     require(
-        first.fingerprint == second.fingerprint,
+        first.protocol.fingerprint == second.protocol.fingerprint,
         "compare",
         f"a and b must be results of one protocol (same images, bins, fars, replicates and seed), "
         f"got two for {a!r} and {b!r}",
@@ -50,7 +50,7 @@ def compare(results: Mapping[str, AgeGapResult], a: str, b: str) -> list[dict[st
     for left, right in zip((*first.bins, first.all), (*second.bins, second.all), strict=True):
         others = right.metrics()
         for metric, estimate in left.metrics().items():
-            difference = paired_difference(estimate, others[metric], level=first.level)
+            difference = paired_difference(estimate, others[metric], level=first.protocol.level)
             entries.append(
                 {
                     "a": a,

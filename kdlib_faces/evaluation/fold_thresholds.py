@@ -1,10 +1,10 @@
-"""Evaluation room: the threshold that one fold takes from the others, by each published rule. NumPy only."""
+"""Rules that choose the threshold of a fold on the other folds."""
 
 from dataclasses import dataclass
 
 import numpy as np
 
-from kdlib_faces.evaluation._checks import BoolArray, FloatArray
+from kdlib_faces.evaluation._types import BoolArray, FloatArray, JsonDict
 from kdlib_faces.evaluation.roc import allowed_false_accepts
 
 __all__ = ["RULES", "FoldTar", "best_exact", "best_facexzoo", "best_grid", "exact_at_far", "grid_at_far"]
@@ -17,16 +17,16 @@ STEPS = 1000
 
 @dataclass(frozen=True)
 class FoldTar:
-    """TAR at a FAR over folds: the threshold of each fold comes from the impostor pairs of the others.
+    """TAR at a FAR over folds: the threshold of each fold comes from the impostor pairs of the other folds.
 
-    Args:
-        tar: mean of the folds' TARs.
-        std: their population standard deviation.
-        far: mean of the FARs measured on the held-out folds.
+    Attributes:
+        tar: Mean of the folds' TARs.
+        std: Their population standard deviation.
+        far: Mean of the FARs measured on the held-out folds.
         fold_tars: (f,) TAR of each fold.
         thresholds: (f,) squared distance below which a pair is accepted.
-        target: the false accept rate asked for.
-        resolvable: whether the impostor pairs of the other folds allow one false accept, in every fold.
+        target: Target false accept rate.
+        resolvable: Whether the impostor pairs of the other folds allow one false accept, in every fold.
         rule: `"grid"` (interpolated on the published grid) or `"exact"`.
     """
 
@@ -39,26 +39,19 @@ class FoldTar:
     resolvable: bool
     rule: str
 
-    def to_dict(self) -> dict[str, object]:
+    def to_dict(self) -> JsonDict:
         """Plain values for JSON."""
-        return {
-            "tar": self.tar,
-            "std": self.std,
-            "far": self.far,
-            "folds": self.fold_tars.tolist(),
-            "target": self.target,
-            "resolvable": self.resolvable,
-            "rule": self.rule,
-        }
+        names = ("tar", "std", "far", "target", "resolvable", "rule")
+        return {name: getattr(self, name) for name in names} | {"folds": self.fold_tars.tolist()}
 
 
 def best_grid(distances: FloatArray, same: BoolArray) -> float:
-    """The lowest of 0, 0.01, ... 3.99 of largest accuracy for `distance < threshold`."""
+    """The lowest of 0, 0.01, ... 3.99 with the largest accuracy of `distance < threshold`."""
     return _best(distances, same, GRID)
 
 
 def best_exact(distances: FloatArray, same: BoolArray) -> float:
-    """The lowest midpoint of neighboring distances of largest accuracy."""
+    """The lowest midpoint of neighboring distances with the largest accuracy."""
     order = np.sort(distances)
     known = order[np.concatenate([[True], np.diff(order) > 0])]
     # A midpoint of two neighboring floats can round to the lower one, which must stay accepted.
@@ -73,9 +66,9 @@ def _best(distances: FloatArray, same: BoolArray, candidates: FloatArray) -> flo
 
 
 def best_facexzoo(scores: FloatArray, same: BoolArray) -> float:
-    """The lowest cosine of largest TPR - FPR among 1000 steps from the least to the largest score."""
-    least, most = scores.min(), scores.max()
-    candidates = least + (most - least) / STEPS * np.arange(1, STEPS + 1)
+    """The lowest cosine with the largest TPR - FPR in 1000 steps from the smallest to the largest score."""
+    low, high = scores.min(), scores.max()
+    candidates = low + (high - low) / STEPS * np.arange(1, STEPS + 1)
     positive, negative = np.sort(scores[same]), np.sort(scores[~same])
     tpr = (positive.size - np.searchsorted(positive, candidates, side="right")) / positive.size
     fpr = (negative.size - np.searchsorted(negative, candidates, side="right")) / negative.size
@@ -85,9 +78,9 @@ def best_facexzoo(scores: FloatArray, same: BoolArray) -> float:
 def grid_at_far(impostor: FloatArray, far: float) -> float:
     """insightface's threshold for its `val`: linear in the FAR between two points of 0, 0.001, ... 3.999.
 
-    Where the FAR has steps, and it always has, SciPy's `interp1d` used to take the last grid point of at most this FAR
-    and the next one, and refuses since 1.9; this is what it gave. 0, which accepts nothing, where the grid never
-    reaches the FAR.
+    The FAR is a step function, which SciPy's `interp1d` rejects since version 1.9. Before, it interpolated between the
+    last grid point of at most this FAR and the next one, as this function does. It returns 0, which accepts nothing, if
+    the grid never reaches the FAR.
     """
     rates = np.searchsorted(np.sort(impostor), FINE_GRID, side="left") / impostor.size
     if rates[-1] < far:
@@ -100,6 +93,6 @@ def grid_at_far(impostor: FloatArray, far: float) -> float:
 
 
 def exact_at_far(impostor: FloatArray, far: float) -> float:
-    """The (k+1)-th smallest impostor distance, k = floor(far N): of `distance < threshold` at most k are accepted."""
+    """The (k+1)-th smallest impostor distance, k = floor(far N): `distance < threshold` accepts at most k of them."""
     k = allowed_false_accepts(far, impostor.size)
     return float(np.partition(impostor, k)[k]) if k < impostor.size else np.inf

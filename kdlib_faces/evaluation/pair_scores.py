@@ -1,33 +1,32 @@
-"""Evaluation room: scores of millions of given pairs, and exact operating points from them. NumPy only.
+"""Scores of millions of given pairs, and exact operating points from them.
 
-Pairs are given by row numbers and dense among their rows (IJB-C: 15.7 million pairs of 23 thousand templates), so a
-matrix product of blocks of rows, of which the pairs' entries are picked, beats going pair by pair.
+Pairs are given by row numbers and are dense among their rows (IJB-C: 15.7 million pairs of 23 thousand templates), so
+matrix products of blocks of rows, from which the entries of the pairs are taken, are faster than single dot products.
 """
 
 from collections.abc import Callable, Sequence
 
 import numpy as np
-import numpy.typing as npt
 
-from kdlib_faces.evaluation._checks import BoolArray, FloatArray, IntArray
-from kdlib_faces.evaluation.roc import TarAtFar, allowed_false_accepts, operating_point
+from kdlib_faces.evaluation._types import BoolArray, FloatArray, IntArray, SingleArray
+from kdlib_faces.evaluation.roc import TarAtFar, allowed_false_accepts, nearest_threshold, operating_point
 
 __all__ = ["operating_points", "pair_cosines"]
 
 ROWS = 512
 PAIRS = 8192
 SPARSE = 100
-"""A block with more cells than this for each pair goes pair by pair."""
+"""A block with more cells per pair than this is computed pair by pair."""
 
 
-def pair_cosines(unit: npt.NDArray[np.float32], i: IntArray, j: IntArray) -> npt.NDArray[np.float32]:
+def pair_cosines(unit: SingleArray, i: IntArray, j: IntArray) -> SingleArray:
     """(p,) float32 products of rows i and j of `unit` (n, d)."""
     out = np.empty(i.size, dtype=np.float32)
     low, high = np.minimum(i, j), np.maximum(i, j)
     used = np.zeros(len(unit), dtype=np.bool_)
     used[low] = True
     rows = np.flatnonzero(used)
-    # Blocks of used rows: 16 bits sort by radix.
+    # Blocks of used rows; NumPy sorts 16-bit numbers by radix.
     number = np.zeros(len(unit), dtype=np.int64)
     number[rows] = np.arange(rows.size)
     blocks = -(-rows.size // ROWS)
@@ -53,7 +52,7 @@ def pair_cosines(unit: npt.NDArray[np.float32], i: IntArray, j: IntArray) -> npt
     return out
 
 
-def _one_by_one(unit: npt.NDArray[np.float32], i: IntArray, j: IntArray) -> npt.NDArray[np.float32]:
+def _one_by_one(unit: SingleArray, i: IntArray, j: IntArray) -> SingleArray:
     out = np.empty(i.size, dtype=np.float32)
     for start in range(0, i.size, PAIRS):
         part = slice(start, start + PAIRS)
@@ -62,7 +61,7 @@ def _one_by_one(unit: npt.NDArray[np.float32], i: IntArray, j: IntArray) -> npt.
 
 
 def operating_points(
-    scores: npt.NDArray[np.float32],
+    scores: SingleArray,
     same: BoolArray,
     exact: Callable[[IntArray], FloatArray],
     error: float,
@@ -71,25 +70,24 @@ def operating_points(
     mode: str,
     level: float,
 ) -> dict[float, TarAtFar]:
-    """The rule of `tar_at_far` at each FAR, from float32 scores, settled in float64 where rounding could decide.
+    """The rule of `tar_at_far` at each FAR from float32 scores, with float64 scores where rounding could decide.
 
     Args:
         scores: (p,) rounded scores.
-        same: (p,) which are genuine.
-        exact: the float64 scores of some pairs, by their number.
-        error: a bound on how far a rounded score is off.
-        fars: the targets.
-        mode: `"exact"`; or `"nearest"`, which takes the rounded scores as they are.
-        level: confidence of the intervals.
+        same: (p,) which pairs are genuine.
+        exact: Numbers of some pairs to their float64 scores.
+        error: Bound on the error of a rounded score.
+        fars: Target false accept rates.
+        mode: `"exact"`; or `"nearest"`, which uses the rounded scores as they are.
+        level: Confidence of the intervals.
     """
     impostor, genuine = scores[~same], scores[same]
     numbers: dict[bool, IntArray] = {}
-    most = max((allowed_false_accepts(far, impostor.size) for far in fars), default=0)
-    most = min(most, impostor.size - 1)
-    tail = -np.sort(-np.partition(impostor, impostor.size - 1 - most)[impostor.size - 1 - most :])
+    allowed = min(max((allowed_false_accepts(far, impostor.size) for far in fars), default=0), impostor.size - 1)
+    tail = -np.sort(-np.partition(impostor, impostor.size - 1 - allowed)[impostor.size - 1 - allowed :])
 
-    def unsure(kind: bool, values: npt.NDArray[np.float32], limit: float) -> tuple[int, FloatArray]:
-        """How many are above the limit for certain, and the float64 scores of those that may be."""
+    def unsure(kind: bool, values: SingleArray, limit: float) -> tuple[int, FloatArray]:
+        """The number of scores certainly above the limit, and the float64 scores of those near it."""
         near = np.flatnonzero((values >= limit - 3 * error) & (values <= limit + 3 * error))
         if near.size and kind not in numbers:
             numbers[kind] = np.flatnonzero(same == kind)
@@ -101,7 +99,7 @@ def operating_points(
         k = allowed_false_accepts(far, impostor.size)
         threshold = float(tail[k]) if k < impostor.size else -np.inf
         if mode == "nearest" or k >= impostor.size:
-            threshold = threshold if k >= impostor.size else _nearest(impostor, threshold, far)
+            threshold = threshold if k >= impostor.size else nearest_threshold(impostor, threshold, far)
             accepted, false_accepts = (int(np.count_nonzero(x > threshold)) for x in (genuine, impostor))
         else:
             above, near = unsure(False, impostor, threshold)
@@ -120,12 +118,3 @@ def operating_points(
             level=level,
         )
     return points
-
-
-def _nearest(impostor: npt.NDArray[np.float32], exact: float, far: float) -> float:
-    """As `tar_at_far`'s rule of the same name."""
-    fewer, more = int(np.count_nonzero(impostor > exact)), int(np.count_nonzero(impostor >= exact))
-    if abs(fewer / impostor.size - far) < abs(more / impostor.size - far):
-        return exact
-    below = impostor[impostor < exact]
-    return float(below.max()) if below.size else -np.inf

@@ -1,21 +1,25 @@
-"""Evaluation room: one rule for TAR at a FAR, and the curve. NumPy only; takes score vectors."""
+"""TAR at FAR, AUC and ROC curves of score vectors."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from math import floor, isfinite
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 
 from kdlib._checks import check_choice, check_number
-from kdlib_faces.evaluation._checks import FloatArray, check_scores
+from kdlib_faces.evaluation._checks import check_scores
+from kdlib_faces.evaluation._types import AnyArray, ArrayLike, FloatArray, JsonDict
 from kdlib_faces.evaluation.statistics.intervals import Estimate, wilson
 
 __all__ = [
     "TarAtFar",
     "allowed_false_accepts",
     "auc",
+    "by_far",
     "curve",
     "far_name",
+    "nearest_threshold",
     "operating_point",
     "roc_points",
     "tar_at_far",
@@ -24,19 +28,19 @@ __all__ = [
 
 @dataclass(frozen=True)
 class TarAtFar(float):
-    """One operating point: accept a score strictly above `threshold`. As a number it is its TAR.
+    """One operating point: a score strictly above `threshold` is accepted. As a number it is its TAR.
 
-    Args:
-        tar: fraction of the genuine scores accepted.
-        threshold: the score that must be exceeded; -inf where all are accepted.
-        far: the measured fraction of impostor scores accepted.
-        target: the false accept rate asked for.
-        resolvable: whether the target allows at least one false accept; where it does not, `tar` is measured at none.
-        low: lower end of Wilson's interval of `tar`.
-        high: its upper end.
-        genuine: number of genuine scores.
-        impostors: number of impostor scores.
-        false_accepts: number of impostor scores accepted.
+    Attributes:
+        tar: Fraction of the genuine scores accepted.
+        threshold: The score that must be exceeded; -inf if all are accepted.
+        far: Measured fraction of the impostor scores accepted.
+        target: Target false accept rate.
+        resolvable: Whether the target allows at least one false accept; otherwise `tar` is measured without any.
+        low: Lower end of Wilson's interval of `tar`.
+        high: Upper end.
+        genuine: Number of genuine scores.
+        impostors: Number of impostor scores.
+        false_accepts: Number of impostor scores accepted.
         mode: `"exact"` or `"nearest"`.
     """
 
@@ -52,29 +56,16 @@ class TarAtFar(float):
     false_accepts: int
     mode: str
 
-    def __new__(
-        cls,
-        tar: float,
-        threshold: float,
-        far: float,
-        target: float,
-        resolvable: bool,
-        low: float,
-        high: float,
-        genuine: int,
-        impostors: int,
-        false_accepts: int,
-        mode: str,
-    ) -> "TarAtFar":
-        """A float, so that a TAR can be compared and printed as one."""
+    def __new__(cls, tar: float, *_: object, **__: object) -> "TarAtFar":
+        """A float of the TAR, so that operating points can be compared and printed as numbers."""
         return super().__new__(cls, tar)
 
-    def __getnewargs__(self) -> tuple[Any, ...]:
-        """What a copy is made of."""
+    def __getnewargs__(self) -> tuple[float, ...]:  # type: ignore[override]  # all fields, not the TAR alone
+        """Arguments of a copy."""
         return tuple(getattr(self, each.name) for each in fields(self))
 
     def __ne__(self, other: object) -> bool:
-        """Two points differ where any field does; float alone would look at the TAR."""
+        """Two points differ if any field does; float would compare the TAR only."""
         return not self == other
 
     __hash__ = float.__hash__
@@ -84,8 +75,8 @@ class TarAtFar(float):
         """The TAR with its interval and the number of genuine scores."""
         return Estimate(self.tar, self.low, self.high, self.genuine)
 
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON: the estimate, and all that says how it was come by."""
+    def to_dict(self) -> JsonDict:
+        """Plain values for JSON: the estimate, the threshold and the counts."""
         return {
             **self.estimate.to_dict(),
             "threshold": self.threshold if isfinite(self.threshold) else None,
@@ -120,9 +111,14 @@ def far_name(far: float) -> str:
     return f"{far:g}"
 
 
+def by_far(values: "Mapping[float, Estimate | TarAtFar]") -> JsonDict:
+    """Name of each FAR to the plain values of its estimate or operating point."""
+    return {far_name(far): value.to_dict() for far, value in values.items()}
+
+
 def tar_at_far(
-    genuine: Any,
-    impostor: Any,
+    genuine: ArrayLike,
+    impostor: ArrayLike,
     far: float,
     *,
     mode: Literal["exact", "nearest"] = "exact",
@@ -130,26 +126,26 @@ def tar_at_far(
 ) -> TarAtFar:
     """True accept rate at a target false accept rate.
 
-    `"exact"`: with N impostor scores and k = floor(far N), the threshold is the (k+1)-th largest impostor score and a
-    score is accepted when strictly above it. The measured FAR never exceeds the target, with ties too. When k = 0 the
-    point is not resolvable: the TAR is the one at no false accept, and flagged.
+    `"exact"`: with N impostor scores and k = floor(far N), the threshold is the (k+1)-th largest impostor score, and a
+    score is accepted if strictly above it. The measured FAR never exceeds the target, also with ties. With k = 0 the
+    point is flagged as not resolvable: the TAR is the one without a false accept.
 
-    `"nearest"`: of all points of the ROC curve the one whose FAR is nearest to the target; of two equally near the one
-    of larger FAR, then of larger TAR. It may exceed the target; it is the rule of insightface's IJB scripts, for parity
-    (they drop collinear points of the curve first, here none is dropped).
+    `"nearest"`: the point of the ROC curve whose FAR is nearest to the target; of two equally near points the one of
+    larger FAR, then of larger TAR. It may exceed the target. It is the rule of insightface's IJB scripts, for parity
+    (they drop collinear points of the curve first, this function does not).
 
     Args:
-        genuine: (g,) scores of pairs of one identity, larger is more alike.
-        impostor: (N,) scores of pairs of two identities.
-        far: the target, in (0, 1].
-        mode: the rule.
-        level: confidence of the Wilson interval, which takes pairs as independent.
+        genuine: (g,) scores of genuine pairs, larger is more similar.
+        impostor: (N,) scores of impostor pairs.
+        far: The target, in (0, 1].
+        mode: The rule.
+        level: Confidence of the Wilson interval, which takes pairs as independent.
 
     Returns:
         The operating point.
 
     Raises:
-        ValueError: an empty vector, a score that is not finite, a target out of range.
+        ValueError: A vector is empty, a score is not finite, or the target is out of range.
 
     Examples:
         >>> point = tar_at_far([0.9, 0.8, 0.3], [0.5, 0.2, 0.1, 0.0], 0.25)
@@ -158,15 +154,13 @@ def tar_at_far(
         >>> tar_at_far([0.9, 0.8, 0.3], [0.5, 0.2, 0.1, 0.0], 0.01).resolvable
         False
     """
-    positive, negative = (
-        check_scores("tar_at_far", "genuine", genuine),
-        check_scores("tar_at_far", "impostor", impostor),
-    )
+    positive = check_scores("tar_at_far", "genuine", genuine)
+    negative = check_scores("tar_at_far", "impostor", impostor)
     check_number("tar_at_far", "far", far, above=0, max=1)
     check_choice("tar_at_far", "mode", mode, ("exact", "nearest"))
     threshold = _kth_largest(negative, allowed_false_accepts(far, negative.size))
     if mode == "nearest":
-        threshold = _nearest_threshold(negative, threshold, far)
+        threshold = nearest_threshold(negative, threshold, far)
     return operating_point(
         far,
         threshold,
@@ -190,7 +184,7 @@ def operating_point(
     mode: str = "exact",
     level: float = 0.95,
 ) -> TarAtFar:
-    """The point at a threshold that has been found, from its counts; for callers that do not hold all scores."""
+    """The operating point at a threshold from its counts, for callers that do not hold all scores."""
     low, high = wilson(accepted, genuine, level=level)
     return TarAtFar(
         tar=accepted / genuine,
@@ -208,17 +202,17 @@ def operating_point(
 
 
 def _kth_largest(scores: FloatArray, k: int) -> float:
-    """The (k+1)-th largest score, -inf when there are only k."""
+    """The (k+1)-th largest score, -inf if there are only k."""
     if k >= scores.size:
         return -np.inf
     place = scores.size - 1 - k
     return float(np.partition(scores, place)[place])
 
 
-def _nearest_threshold(impostor: FloatArray, exact: float, far: float) -> float:
-    """Of the two neighboring points of the curve the one of nearer FAR, the larger where both are as near.
+def nearest_threshold(impostor: AnyArray, exact: float, far: float) -> float:
+    """The threshold of `"nearest"`: of the two points around the target the one of nearer FAR, else the larger FAR.
 
-    At a FAR the largest TAR is had at the lowest threshold, the largest impostor score that is not accepted.
+    At one FAR the largest TAR belongs to the lowest threshold, the largest impostor score that is not accepted.
     """
     if exact == -np.inf:
         return exact
@@ -229,8 +223,8 @@ def _nearest_threshold(impostor: FloatArray, exact: float, far: float) -> float:
     return float(below.max()) if below.size else -np.inf
 
 
-def auc(genuine: Any, impostor: Any) -> float:
-    """Area under the ROC curve: the chance that a genuine score exceeds an impostor score, ties counting one half.
+def auc(genuine: ArrayLike, impostor: ArrayLike) -> float:
+    """Area under the ROC curve: the probability that a genuine score exceeds an impostor score, ties counting one half.
 
     Args:
         genuine: (g,) scores.
@@ -240,7 +234,7 @@ def auc(genuine: Any, impostor: Any) -> float:
         The area, in [0, 1].
 
     Raises:
-        ValueError: an empty vector or a score that is not finite.
+        ValueError: A vector is empty, or a score is not finite.
 
     Examples:
         >>> auc([0.9, 0.5], [0.5, 0.1])
@@ -252,35 +246,33 @@ def auc(genuine: Any, impostor: Any) -> float:
     return float((below.sum() + upto.sum()) / (2 * positive.size * negative.size))
 
 
-def roc_points(genuine: Any, impostor: Any, points: int = 200) -> tuple[FloatArray, FloatArray]:
-    """The ROC curve at FARs spread evenly on a log axis, from one false accept to all, each by the exact rule.
+def roc_points(genuine: ArrayLike, impostor: ArrayLike, points: int = 200) -> tuple[FloatArray, FloatArray]:
+    """The ROC curve at FARs evenly spaced on a log axis, from one false accept to all, each by the exact rule.
 
     Args:
         genuine: (g,) scores.
         impostor: (N,) scores.
-        points: at most how many; fewer where N is small.
+        points: Maximal number of points; fewer if N is small.
 
     Returns:
         Measured FAR (p,) and TAR (p,), both rising.
 
     Raises:
-        ValueError: an empty vector or a score that is not finite.
+        ValueError: A vector is empty, or a score is not finite.
 
     Examples:
         >>> far, tar = roc_points([0.9, 0.3], [0.5, 0.2, 0.1, 0.0])
         >>> far.tolist(), tar.tolist()
         ([0.25, 0.5, 0.75, 1.0], [1.0, 1.0, 1.0, 1.0])
     """
-    positive, negative = (
-        check_scores("roc_points", "genuine", genuine),
-        check_scores("roc_points", "impostor", impostor),
-    )
+    positive = check_scores("roc_points", "genuine", genuine)
+    negative = check_scores("roc_points", "impostor", impostor)
     check_number("roc_points", "points", points, min=2, integer=True)
     return curve(np.sort(-positive), np.sort(-negative), points)
 
 
 def curve(genuine_cost: FloatArray, impostor_cost: FloatArray, points: int = 200) -> tuple[FloatArray, FloatArray]:
-    """`roc_points` of negated scores that are sorted upwards already; for callers that hold millions of them."""
+    """`roc_points` of negated scores in rising order, for callers with millions of them."""
     count = impostor_cost.size
     allowed = np.unique(np.floor(np.geomspace(1, count, points)).astype(np.int64))
     allowed[-1] = count

@@ -1,29 +1,28 @@
-"""Evaluation room: one pass over any number of distractors. NumPy only; memory does not grow with their number.
+"""Search among any number of distractors in one pass.
 
-Scores are float32 matrix products; every score that can decide something is then computed again in float64 from the
-rows themselves, so the result is that of float64 throughout, whatever the size of the blocks.
+Scores are float32 matrix products; every score that can decide something is computed again in float64 from the rows
+themselves, so the result is that of float64 throughout, for any block size.
 """
 
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
-from kdlib_faces.evaluation._checks import FloatArray, IntArray, unit_block
+from kdlib_faces.evaluation._checks import unit_block
+from kdlib_faces.evaluation._types import AnyArray, FloatArray, IntArray, SingleArray
 
 __all__ = ["BLOCK", "Search", "dot_rows", "product_error"]
 
 BLOCK = 4096
 CELLS = 2**23
-"""Scores held at a time, so that many probes take smaller blocks."""
+"""Number of scores in memory; with many probes, blocks become smaller."""
 PAIRS = 4096
 MANY = 200_000
 DECIMALS = 12
 
 
 def product_error(width: int) -> float:
-    """A bound on how far a float32 product of two unit rows of this width is from their cosine, roundings of all kinds.
+    """Bound on the error of a float32 product of two unit rows of this width, with all roundings.
 
     Examples:
         >>> product_error(512) < 1e-4
@@ -32,8 +31,8 @@ def product_error(width: int) -> float:
     return (2 * width + 16) * 2.0**-24
 
 
-def dot_rows(left: npt.NDArray[Any], i: IntArray, right: npt.NDArray[Any], j: IntArray) -> FloatArray:
-    """(p,) products of rows i of `left` and j of `right`, to 12 decimals: equal directions tie, whatever their lengths."""
+def dot_rows(left: AnyArray, i: IntArray, right: AnyArray, j: IntArray) -> FloatArray:
+    """(p,) products of rows i of `left` and j of `right`, rounded to 12 decimals, so that rows of equal direction tie."""
     out = np.empty(i.size)
     for start in range(0, i.size, PAIRS):
         part = slice(start, start + PAIRS)
@@ -44,13 +43,13 @@ def dot_rows(left: npt.NDArray[Any], i: IntArray, right: npt.NDArray[Any], j: In
 
 @dataclass
 class Search:
-    """The best distractor scores of each probe, and the largest of all.
+    """The largest distractor scores of each probe, and the largest of all.
 
     Args:
-        owner: the function the user called, for errors.
+        owner: Name for errors.
         probes: (p, d) unit rows, float64.
-        ranks: how many best scores of each probe are kept.
-        top: how many of all scores are kept.
+        ranks: Number of scores to keep for each probe.
+        top: Number of scores to keep of all.
     """
 
     owner: str
@@ -59,11 +58,11 @@ class Search:
     top: int
     seen: int = 0
     best: FloatArray = field(init=False)
-    """(p, ranks) largest scores of each probe, falling; -inf where there were fewer distractors."""
+    """(p, ranks) largest scores of each probe, falling; -inf for missing ones."""
     nearest: IntArray = field(init=False)
-    """(p,) number of each probe's most alike distractor, the lowest of equal ones; -1 for none, or one that scores 0."""
+    """(p,) number of each probe's most similar distractor, the lowest of equal ones; -1 for none, or one that scores 0."""
     largest: FloatArray = field(init=False)
-    """At most `top` of the largest scores, in no order."""
+    """At most `top` of the largest scores, unordered."""
 
     def __post_init__(self) -> None:
         self.best = np.full((len(self.probes), self.ranks), -np.inf)
@@ -74,17 +73,17 @@ class Search:
         self._scores = np.empty((0, 0), dtype=np.float32)
 
     def threshold(self) -> float:
-        """What a score must exceed to be among the `top` largest, -inf while there are fewer."""
+        """Lower bound of the `top` largest scores, -inf while there are fewer."""
         return float(self.largest.min()) if self.largest.size >= self.top > 0 else -np.inf
 
-    def add(self, rows: npt.NDArray[Any], numbers: IntArray) -> None:
-        """Take distractors (m, d) in, none of them zero; `numbers` (m,) is what they are called."""
+    def add(self, rows: AnyArray, numbers: IntArray) -> None:
+        """Add distractors (m, d), none of them zero, with their numbers (m,)."""
         step = max(1, min(BLOCK, CELLS // len(self.probes)))
         for start in range(0, len(rows), step):
             self._add(rows[start : start + step], numbers[start : start + step])
 
     def add_zeros(self, count: int) -> None:
-        """Take in distractors that score 0 against every probe."""
+        """Add distractors that score 0 against every probe."""
         if count:
             self.nearest[self.best[:, 0] < 0] = -1
             zeros = np.zeros((len(self.probes), min(count, self.ranks)))
@@ -92,7 +91,7 @@ class Search:
             self._keep(np.zeros(min(count * len(self.probes), self.top)))
             self.seen += count
 
-    def _add(self, block: npt.NDArray[Any], numbers: IntArray) -> None:
+    def _add(self, block: AnyArray, numbers: IntArray) -> None:
         offset = int(numbers[0])
         single = self._unit_single(block, offset)
         shape = (len(self.probes), len(block))
@@ -105,32 +104,26 @@ class Search:
             self._update_largest(block, scores, highest, offset)
         self.seen += len(block)
 
-    def _unit_single(self, block: npt.NDArray[Any], offset: int) -> npt.NDArray[np.float32]:
+    def _unit_single(self, block: AnyArray, offset: int) -> SingleArray:
         with np.errstate(all="ignore"):
             single = block.astype(np.float32)
             square = np.einsum("nd,nd->n", single, single)
-            # Written so that NaN fails too. Rows that float32 cannot square go the long way, which also names bad ones.
+            # Also False for NaN. The float64 path normalizes rows that float32 cannot square, and raises for bad rows.
             if not ((square > 1e-30) & (square < 1e30)).all():
                 return unit_block(self.owner, "distractors", block, offset).astype(np.float32)
         single *= (1 / np.sqrt(square))[:, None]
         return single
 
-    def _exact(self, block: npt.NDArray[Any], probe: IntArray, row: IntArray, offset: int) -> FloatArray:
+    def _exact(self, block: AnyArray, probe: IntArray, row: IntArray, offset: int) -> FloatArray:
         """(c,) float64 scores of a few pairs."""
         used, place = np.unique(row, return_inverse=True)
         unit = unit_block(self.owner, "distractors", block[used], offset)
         if probe.size > MANY and probe.size * 16 > len(self.probes) * len(block):
-            # The first block of a search for millions, or the near ties of a collapsed model: all at once is cheaper.
+            # In the first block of a search for millions, or with the many ties of a collapsed model, one product is faster.
             return np.asarray(np.round((self.probes @ unit.T)[probe, place], DECIMALS))
         return dot_rows(self.probes, probe, unit, place)
 
-    def _update_best(
-        self,
-        block: npt.NDArray[Any],
-        scores: npt.NDArray[np.float32],
-        highest: npt.NDArray[np.float32],
-        numbers: IntArray,
-    ) -> None:
+    def _update_best(self, block: AnyArray, scores: SingleArray, highest: SingleArray, numbers: IntArray) -> None:
         moved = np.flatnonzero(highest > self.best[:, -1] - self._error)
         if not moved.size:
             return
@@ -153,9 +146,7 @@ class Search:
         fresh[where[kept], rank[kept]] = exact[kept]
         self.best[moved] = -np.sort(-np.hstack([self.best[moved], fresh]), axis=1)[:, : self.ranks]
 
-    def _update_largest(
-        self, block: npt.NDArray[Any], scores: npt.NDArray[np.float32], highest: npt.NDArray[np.float32], offset: int
-    ) -> None:
+    def _update_largest(self, block: AnyArray, scores: SingleArray, highest: SingleArray, offset: int) -> None:
         floor = self.threshold() - self._error
         moved = np.flatnonzero(highest > floor)
         if not moved.size:

@@ -1,13 +1,12 @@
-"""Evaluation room: folds, and parts that share no identity. NumPy only."""
+"""Folds of pairs, and splits of images that share no identity."""
 
-import warnings
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 
 from kdlib._checks import check_number
-from kdlib_faces.evaluation._checks import IntArray, check_flags, check_labels, require
+from kdlib_faces.evaluation._checks import check_flags, check_labels, require
+from kdlib_faces.evaluation._types import ArrayLike, IntArray
 
 __all__ = [
     "IdentityOverlapWarning",
@@ -16,30 +15,29 @@ __all__ = [
     "identity_disjoint_split",
     "identity_overlap",
     "positives_first_folds",
-    "warn_identity_overlap",
 ]
 
 
 class IdentityOverlapWarning(UserWarning):
-    """People of the training set are in the test set: the figure flatters the model."""
+    """Identities of the training set are in the test set: the figure is too good."""
 
 
-def identity_disjoint_split(identities: Any, fractions: Sequence[float], *, seed: int) -> list[IntArray]:
+def identity_disjoint_split(identities: ArrayLike, fractions: Sequence[float], *, seed: int) -> list[IntArray]:
     """Split images into parts that share no identity.
 
-    Identities, not images, are dealt: they are shuffled by the seed and cut at the cumulated fractions. Nothing is
-    stratified. The order of the rows does not change which identity falls into which part.
+    Identities, not images, are assigned: they are shuffled by the seed and cut at the cumulated fractions, without
+    stratification. The order of the rows does not change the part of an identity.
 
     Args:
         identities: (n,) whole numbers or strings.
-        fractions: the share of identities in each part, above 0, summing to 1.
-        seed: of the shuffle.
+        fractions: Share of identities in each part, above 0, summing to 1.
+        seed: Seed of the shuffle.
 
     Returns:
         For each part its row numbers, rising; together they are all rows.
 
     Raises:
-        ValueError: fractions that do not sum to 1, or a part that would get no identity.
+        ValueError: The fractions do not sum to 1, or a part would get no identity.
 
     Examples:
         >>> train, test = identity_disjoint_split(["a", "a", "b", "c", "c"], (0.67, 0.33), seed=0)
@@ -66,15 +64,15 @@ def identity_disjoint_split(identities: Any, fractions: Sequence[float], *, seed
     return [np.flatnonzero(part_of[codes] == part) for part in range(len(fractions))]
 
 
-def check_identity_disjoint(a: Any, b: Any) -> None:
-    """Refuse two sets of images that share an identity: a test on people of the training set flatters the model.
+def check_identity_disjoint(a: ArrayLike, b: ArrayLike) -> None:
+    """Raise an error if two sets of images share an identity: a test on training identities gives too good a figure.
 
     Args:
         a: (n,) identities of one set, whole numbers or strings.
-        b: (m,) identities of the other, of the same kind.
+        b: (m,) identities of the other set, of the same type.
 
     Raises:
-        ValueError: an identity in both, or numbers in one and strings in the other, which say nothing of each other.
+        ValueError: An identity is in both, or one holds numbers and the other strings, which cannot be compared.
 
     Examples:
         >>> check_identity_disjoint(["ann", "bob"], ["bob", "cy"])
@@ -90,18 +88,18 @@ def check_identity_disjoint(a: Any, b: Any) -> None:
     )
 
 
-def identity_overlap(a: Any, b: Any) -> list[Any]:
+def identity_overlap(a: ArrayLike, b: ArrayLike) -> list[str | int]:
     """The identities that two sets of images share, sorted.
 
     Args:
         a: (n,) identities of one set, whole numbers or strings.
-        b: (m,) identities of the other, of the same kind.
+        b: (m,) identities of the other set, of the same type.
 
     Returns:
-        The shared ones.
+        The shared identities.
 
     Raises:
-        ValueError: numbers in one and strings in the other, which say nothing of each other.
+        ValueError: One holds numbers and the other strings, which cannot be compared.
 
     Examples:
         >>> identity_overlap(["ann", "bob"], ["bob", "cy"])
@@ -115,50 +113,25 @@ def identity_overlap(a: Any, b: Any) -> list[Any]:
     return list(np.intersect1d(first, second).tolist())
 
 
-def warn_identity_overlap(train: Any, test: Any) -> list[Any]:
-    """Warn where people of the training set are in the test set, and name them.
-
-    Args:
-        train: (n,) identities trained on.
-        test: (m,) identities tested on, named alike.
-
-    Returns:
-        The shared ones; a warning of kind `IdentityOverlapWarning` tells them where there are any.
-
-    Examples:
-        >>> warn_identity_overlap(["ann"], ["bob", "cy"])
-        []
-    """
-    shared = identity_overlap(train, test)
-    if shared:
-        _, tested = check_labels("warn_identity_overlap", "test", test)
-        warnings.warn(
-            f"{len(shared)} of {tested.size} identities of the test set were trained on: {_listed(shared)}",
-            IdentityOverlapWarning,
-            stacklevel=2,
-        )
-    return shared
-
-
-def _listed(labels: list[Any]) -> str:
+def _listed(labels: list[str | int]) -> str:
     return ", ".join(repr(label) for label in labels[:5]) + (", ..." if len(labels) > 5 else "")
 
 
-def positives_first_folds(same: Any, folds: int = 10) -> IntArray:
-    """Folds of a list that holds all pairs of one identity before all others, as CALFW's and CPLFW's do.
+def positives_first_folds(same: ArrayLike, folds: int = 10) -> IntArray:
+    """Folds of a list with all genuine pairs first, as those of CALFW and CPLFW.
 
-    Fold k takes the k-th part of the pairs of one kind and the k-th part of the others. Cutting such a list into
-    contiguous parts gives folds of one kind, and a number that means nothing.
+    Fold k takes the k-th part of the genuine pairs and the k-th part of the impostor pairs. Contiguous parts of such a
+    list would be folds of one kind, and their accuracy would be meaningless.
 
     Args:
-        same: (n,) whether each pair shows one identity, in any order.
-        folds: how many.
+        same: (n,) whether each pair is genuine, in any order.
+        folds: Number of folds.
 
     Returns:
         (n,) fold of each pair, from 0.
 
     Raises:
-        ValueError: fewer pairs of a kind than folds.
+        ValueError: There are fewer pairs of a kind than folds.
 
     Examples:
         >>> positives_first_folds([1, 1, 1, 1, 0, 0], folds=2).tolist()
@@ -167,25 +140,25 @@ def positives_first_folds(same: Any, folds: int = 10) -> IntArray:
     owner = "positives_first_folds"
     flags = check_flags(owner, "same", same, np.size(same))
     check_number(owner, "folds", folds, min=2, integer=True)
-    found = np.empty(flags.size, dtype=np.int64)
+    fold_ids = np.empty(flags.size, dtype=np.int64)
     for kind in (True, False):
         rows = np.flatnonzero(flags == kind)
         require(rows.size >= folds, owner, f"same must hold {folds} pairs of each kind, got {rows.size} of {kind}")
         for fold, part in enumerate(np.array_split(rows, folds)):
-            found[part] = fold
-    return found
+            fold_ids[part] = fold
+    return fold_ids
 
 
-def identities_in_several_folds(first: Any, second: Any, fold_ids: Any) -> list[Any]:
-    """The people whose pairs stand in more than one fold: then the folds' accuracies are not independent.
+def identities_in_several_folds(first: ArrayLike, second: ArrayLike, fold_ids: ArrayLike) -> list[str | int]:
+    """Identities with pairs in more than one fold: the folds' accuracies are then not independent.
 
     Args:
         first: (n,) identity of each pair's first image.
-        second: (n,) identity of its second, named alike.
+        second: (n,) identity of its second image, named in the same way.
         fold_ids: (n,) fold of each pair.
 
     Returns:
-        Those identities, sorted; an empty list for folds that are identity-disjoint.
+        These identities, sorted; an empty list for identity-disjoint folds.
 
     Examples:
         >>> identities_in_several_folds(["ann", "ann", "cy"], ["bob", "ann", "cy"], [0, 1, 1])
@@ -193,11 +166,11 @@ def identities_in_several_folds(first: Any, second: Any, fold_ids: Any) -> list[
     """
     owner = "identities_in_several_folds"
     folds, _ = check_labels(owner, "fold_ids", fold_ids)
-    people = [
+    sides = [
         check_labels(owner, name, x, rows=folds.size, like="fold_ids")
         for name, x in (("first", first), ("second", second))
     ]
-    names = np.concatenate([labels[codes] for codes, labels in people])
+    names = np.concatenate([labels[codes] for codes, labels in sides])
     codes, labels = check_labels(owner, "first and second", names)
     seen = np.unique(np.stack([codes, np.concatenate([folds, folds])]), axis=1)
     return list(labels[np.bincount(seen[0]) > 1].tolist())

@@ -1,12 +1,20 @@
 """Dataclasses for the results of one protocol on several models, as stored in report.json."""
 
-from collections.abc import Iterator
-from dataclasses import dataclass, field
-from typing import Literal
+from collections.abc import Iterable, Iterator
+from dataclasses import MISSING, dataclass, field, fields, is_dataclass
+from typing import Any, Literal, Self
+
+import numpy as np
+
+from kdlib_faces.evaluation._types import AnyArray, JsonDict
+from kdlib_faces.evaluation.roc import TarAtFar, roc_points
+from kdlib_faces.evaluation.statistics.intervals import Estimate
 
 __all__ = [
+    "KEPT_THRESHOLDS",
     "Bins",
     "CmcCurve",
+    "Description",
     "Difference",
     "HardPair",
     "Histogram",
@@ -18,9 +26,21 @@ __all__ = [
     "ScoreTable",
     "SearchCurve",
     "Unit",
+    "far_measures",
+    "far_text",
 ]
 
 Unit = Literal["rate", "auc", "score", "number"]
+EDGES = np.linspace(-1, 1, 101)
+KEPT_THRESHOLDS = (
+    "Paired bootstrap, both models on the same resamples of {}; each model's thresholds are kept as they are."
+)
+"""Rule of paired differences, with what is resampled."""
+
+
+def far_text(far: float, rate: str = "FAR") -> str:
+    """A false accept rate for a heading: `FAR 0.1 %`, and `FAR 1e-06` below 0.01 %."""
+    return f"{rate}\u00a0{100 * far:g}\u00a0%" if far >= 1e-4 else f"{rate}\u00a0{far:g}"
 
 
 @dataclass(frozen=True)
@@ -38,6 +58,14 @@ class Measure:
     unit: Unit = "rate"
     note: str = ""
     better: Literal["high", "low", "none"] = "high"
+
+
+def far_measures(
+    prefix: str, title: str, fars: Iterable[float], *, rate: str = "FAR", note: str = "", lower_is_better: bool = False
+) -> dict[str, Measure]:
+    """The measures of a rate at several false accept rates, with the keys `PREFIX_FAR`."""
+    better: Literal["high", "low"] = "low" if lower_is_better else "high"
+    return {f"{prefix}_{far:g}": Measure(f"{title}, {far_text(far, rate)}", "rate", note, better) for far in fars}
 
 
 @dataclass(frozen=True)
@@ -59,6 +87,15 @@ class MeasuredValue:
     n: int | None = None
     resolvable: bool = True
     note: str = ""
+
+    @classmethod
+    def of(cls, estimate: Estimate | TarAtFar | None, *, resolvable: bool = True, note: str = "") -> Self:
+        """The value of an estimate or of an operating point; of None, a value that could not be computed."""
+        if estimate is None:
+            return cls()
+        if isinstance(estimate, TarAtFar):
+            return cls(estimate.tar, estimate.low, estimate.high, estimate.genuine, estimate.resolvable, note)
+        return cls(estimate.value, estimate.low, estimate.high, estimate.n, resolvable, note)
 
 
 @dataclass(frozen=True)
@@ -89,6 +126,12 @@ class RocCurve:
     far: list[float | None]
     tar: list[float | None]
 
+    @classmethod
+    def of(cls, genuine: AnyArray, impostor: AnyArray) -> Self:
+        """The curve of two score vectors."""
+        far, tar = roc_points(genuine, impostor)
+        return cls(far.tolist(), tar.tolist())
+
 
 @dataclass(frozen=True)
 class CmcCurve:
@@ -115,6 +158,13 @@ class Histogram:
     impostor: list[float]
     threshold: float | None = None
 
+    @classmethod
+    def of(cls, genuine: AnyArray, impostor: AnyArray, threshold: float | None = None) -> Self:
+        """Counts of two score vectors in 100 bins from -1 to 1; a threshold that is not finite is left out."""
+        same, other = (np.histogram(np.clip(scores, -1, 1), EDGES)[0].tolist() for scores in (genuine, impostor))
+        finite = threshold is not None and np.isfinite(threshold)
+        return cls(EDGES.tolist(), same, other, threshold if finite else None)
+
 
 @dataclass
 class ModelSummary:
@@ -135,6 +185,33 @@ class ModelSummary:
     cmc: CmcCurve | None = None
     search: SearchCurve | None = None
     histogram: Histogram | None = None
+
+
+@dataclass(frozen=True)
+class Description:
+    """What a protocol measures and how: everything of a `ProtocolSummary` that does not depend on the model.
+
+    Attributes:
+        question: The question that the protocol answers, one sentence.
+        convention: Name to text: threshold rule, pooling ...
+        intervals: How the intervals were computed.
+        counts: Name to number: images, identities, pairs ...
+        measures: Measure key to its description, the headline measure first.
+        bins: Key of an axis of bins to its description.
+        notes: Remarks on the data.
+        difference_rule: How the paired intervals of the differences are computed.
+        failures: Whether the hardest pairs are pairs to verify, or missed probes with the images ranked first.
+    """
+
+    question: str
+    convention: dict[str, str]
+    intervals: str
+    counts: dict[str, int]
+    measures: dict[str, Measure]
+    bins: dict[str, Bins] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+    difference_rule: str = KEPT_THRESHOLDS.format("identities")
+    failures: Literal["verification", "identification"] = "verification"
 
 
 @dataclass(frozen=True)
@@ -181,6 +258,17 @@ class ProtocolSummary:
     pictures: list[str] = field(default_factory=list)
     scores: dict[str, str] = field(default_factory=dict)
 
+    def to_dict(self) -> JsonDict:
+        """Plain values for JSON. Fields that hold their default are left out.
+
+        Examples:
+            >>> measures = {"auc": Measure("AUC", "auc")}
+            >>> models = {"a": ModelSummary({"auc": MeasuredValue(0.9)})}
+            >>> ProtocolSummary("lfw", "LFW", measures=measures, models=models).to_dict()["models"]
+            {'a': {'measures': {'auc': {'value': 0.9}}}}
+        """
+        return {name: _plain(value) for name, value in _given(self)}
+
 
 @dataclass(frozen=True)
 class HardPair:
@@ -210,3 +298,22 @@ class ScoreTable:
     columns: tuple[str, ...]
     rows: Iterator[tuple[str | int | float, ...]]
     total: int
+
+
+def _given(value: Any) -> Iterator[tuple[str, object]]:
+    """Names and values of the fields of a dataclass that are required or differ from their default."""
+    for each in fields(value):
+        content = getattr(value, each.name)
+        default = each.default if each.default_factory is MISSING else each.default_factory()
+        if content != default or each.name == "value":
+            yield each.name, content
+
+
+def _plain(value: object) -> object:
+    if is_dataclass(value):
+        return {name: _plain(content) for name, content in _given(value)}
+    if isinstance(value, dict):
+        return {key: _plain(content) for key, content in value.items()}
+    if isinstance(value, list):
+        return [_plain(content) for content in value]
+    return value

@@ -1,17 +1,14 @@
-"""Evaluation room: many images of one person to one template, as IJB-B and IJB-C pool them. NumPy only."""
+"""Pooling of the images of an identity to a template, as in IJB-B and IJB-C."""
 
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
-import numpy.typing as npt
 
 from kdlib._checks import check_choice
 from kdlib_faces._checks import InputError
 from kdlib_faces.evaluation._checks import (
-    FloatArray,
-    IntArray,
     check_each,
     check_labels,
     check_scores,
@@ -21,6 +18,7 @@ from kdlib_faces.evaluation._checks import (
     to_numpy,
     unit_block,
 )
+from kdlib_faces.evaluation._types import AnyArray, ArrayLike, Embeddings, FloatArray, IntArray, LabelArray
 
 __all__ = ["Templates", "pool_templates"]
 
@@ -33,56 +31,57 @@ LARGE = 1e30
 class Templates:
     """Pooled templates.
 
-    Args:
+    Attributes:
         ids: (t,) template ids, sorted.
-        features: (t, d) unit rows, float32 where the embeddings were float32 or float16, else float64.
-        images: (t,) how many images each was pooled from.
-        feature_norm: `"keep"` or `"unit"`: what was done with the length of an image's embedding.
-        detector_scores: whether images were weighed by the detector's score.
+        features: (t, d) unit rows, float32 if the embeddings were float32 or float16, else float64.
+        images: (t,) number of images of each template.
+        first_rows: (t,) row of its first image.
+        feature_norm: `"keep"` or `"unit"`: whether the length of an image's embedding was kept.
+        detector_scores: Whether images were weighted by the detector's score.
     """
 
-    ids: npt.NDArray[Any]
-    features: npt.NDArray[np.floating[Any]]
+    ids: LabelArray
+    features: AnyArray
     images: IntArray
+    first_rows: IntArray
     feature_norm: str
     detector_scores: bool
 
     @property
     def convention(self) -> str:
-        """How they were pooled, in words."""
-        norm = "lengths kept" if self.feature_norm == "keep" else "each image made unit first"
+        """How the templates were pooled, in words."""
+        norm = "lengths kept" if self.feature_norm == "keep" else "each image normalized first"
         score = "times the detector score" if self.detector_scores else "no detector score"
         return f"mean over the images of a medium, sum over media, then unit; {norm}; {score}"
 
 
 def pool_templates(
-    embeddings: Any,
-    template_ids: Any,
-    media_ids: Any,
+    embeddings: Embeddings,
+    template_ids: ArrayLike,
+    media_ids: ArrayLike,
     *,
-    detector_scores: Any = None,
+    detector_scores: ArrayLike | None = None,
     feature_norm: Literal["keep", "unit"] = "keep",
 ) -> Templates:
-    """Pool images into templates: mean over the images of one medium, sum over media, then one L2 norm.
+    """Pool images into templates: mean over the images of one medium, sum over media, then L2 normalization.
 
     A template is the weighted sum of its images, with weights detector score / (images of that medium in it), so it
-    takes one pass over the embeddings, in shards or mapped from a file. Sums are in the embeddings' own precision, at
+    takes one pass over the embeddings, in shards or mapped from a file. Sums have the precision of the embeddings, at
     least float32.
 
     Args:
-        embeddings: (n, d), of images not normalized (the sum of the plain and the mirrored one); one array or shards.
+        embeddings: (n, d), of images, not normalized (the sum of the plain and the mirrored one); one array or shards.
         template_ids: (n,) whole numbers or strings, of each row; an image in two templates has two rows.
         media_ids: (n,) whole numbers or strings; the frames of one video share one.
-        detector_scores: (n,) not negative, weighs each image; None for no weight.
-        feature_norm: `"keep"` lets an embedding's length count as a quality weight (insightface's N1), `"unit"` makes
-            each embedding unit first (its N0). insightface's own flag `use_norm_score` means the one in one script and
-            the other in another.
+        detector_scores: (n,) not negative, the weight of each image; None for equal weights.
+        feature_norm: `"keep"` uses an embedding's length as a quality weight (insightface's N1), `"unit"` normalizes
+            each embedding first (its N0). insightface's own flag `use_norm_score` has opposite meanings in two scripts.
 
     Returns:
         The templates, sorted by id.
 
     Raises:
-        ValueError: lengths that differ, a row that is not finite or zero, a template that sums to zero; it is named.
+        ValueError: Lengths differ, a row is not finite or zero, or a template sums to zero; the message gives it.
 
     Examples:
         >>> pooled = pool_templates([[3.0, 0.0], [1.0, 0.0], [0.0, 2.0]], [7, 7, 7], [1, 1, 2])
@@ -99,24 +98,16 @@ def pool_templates(
         check_each(OWNER, "detector_scores", weights >= 0, "not negative", "entry")
     _, group, counts = np.unique(codes * known.size + media, return_inverse=True, return_counts=True)
     weights = weights / counts[group.reshape(-1)]
-    sums: npt.NDArray[Any] | None = None
-    rows = 0
+    sums: AnyArray | None = None
+    rows, wanted = 0, f"embeddings must have one row for each of {codes.size} template_ids"
     for shard in shards_of(OWNER, "embeddings", embeddings):
-        require(
-            rows + len(shard) <= codes.size,
-            OWNER,
-            f"embeddings must have one row for each of {codes.size} template_ids, got more",
-        )
+        require(rows + len(shard) <= codes.size, OWNER, f"{wanted}, got more")
         precise = _precise(shard)
         sums = np.zeros((ids.size, shard.shape[1]), dtype=precise) if sums is None else sums
         part = slice(rows, rows + len(shard))
         sums = _add(sums, shard, codes[part], weights[part], feature_norm, rows)
         rows += len(shard)
-    require(
-        sums is not None and rows == codes.size,
-        OWNER,
-        f"embeddings must have one row for each of {codes.size} template_ids, got {rows}",
-    )
+    require(rows == codes.size, OWNER, f"{wanted}, got {rows}")
     assert sums is not None
     empty = np.flatnonzero(~sums.any(axis=1))
     if empty.size:
@@ -124,33 +115,29 @@ def pool_templates(
     step = max(1, 2**17 // sums.shape[1])
     for start in range(0, len(sums), step):
         sums[start : start + step] = unit_block(OWNER, "templates", sums[start : start + step], start)
-    return Templates(ids, sums, np.bincount(codes), feature_norm, detector_scores is not None)
+    first_rows = np.unique(codes, return_index=True)[1]
+    return Templates(ids, sums, np.bincount(codes), first_rows, feature_norm, detector_scores is not None)
 
 
-def _precise(rows: npt.NDArray[Any]) -> type[np.floating[Any]]:
-    """What rows of this kind are summed in."""
+def _precise(rows: AnyArray) -> type[np.float32] | type[np.float64]:
+    """The precision in which rows of this type are summed."""
     return np.float64 if rows.dtype.itemsize > 4 or rows.dtype.kind != "f" else np.float32
 
 
 def _add(
-    sums: npt.NDArray[Any],
-    shard: npt.NDArray[Any],
-    codes: IntArray,
-    weights: FloatArray,
-    feature_norm: str,
-    offset: int,
-) -> npt.NDArray[Any]:
-    """Add one shard's rows to the sums of their templates, some whole templates at a time; the sums, perhaps made wider."""
+    sums: AnyArray, shard: AnyArray, codes: IntArray, weights: FloatArray, feature_norm: str, offset: int
+) -> AnyArray:
+    """Add the rows of one shard to the sums of their templates; the sums become float64 if float32 overflows."""
     if not codes.size:
         return sums
     ordered = bool((codes[1:] >= codes[:-1]).all())
-    # Sixteen bits are sorted by radix.
+    # NumPy sorts 16-bit numbers by radix.
     short = codes.astype(np.uint16) if len(sums) <= 2**16 else codes
     order = None if ordered else np.argsort(short, kind="stable")
     owner = codes if order is None else codes[order]
     starts = np.flatnonzero(np.concatenate([[True], owner[1:] != owner[:-1]]))
     ends = np.append(starts[1:], owner.size)
-    # Blocks end where a template does, so that each sum is made in one go.
+    # Blocks end at the end of a template, so that each sum is computed at once.
     cuts = np.unique(np.append(np.searchsorted(starts, np.arange(0, owner.size, BLOCK)), starts.size)).tolist()
     longest = max(int(ends[last - 1] - starts[first]) for first, last in pairwise(cuts))
     buffer = None if order is None else np.empty((longest, shard.shape[1]), dtype=shard.dtype)
@@ -170,17 +157,12 @@ def _add(
 
 
 def _pooled(
-    rows: npt.NDArray[Any],
-    chosen: IntArray,
-    weights: FloatArray,
-    runs: list[tuple[int, int]],
-    feature_norm: str,
-    offset: int,
-) -> npt.NDArray[Any]:
-    """Weighted sum of each run of rows; bad rows are named by `chosen` and `offset`."""
+    rows: AnyArray, chosen: IntArray, weights: FloatArray, runs: list[tuple[int, int]], feature_norm: str, offset: int
+) -> AnyArray:
+    """Weighted sum of each run of rows; errors give bad rows by `chosen` and `offset`."""
     precise = _precise(rows)
     rows = rows.astype(precise, copy=False)
-    # A zero row starts with a zero; few others do.
+    # Few rows besides zero rows start with a zero, so that only those are compared in full.
     suspects = np.flatnonzero(rows[:, 0] == 0)
     zero = suspects[~rows[suspects].any(axis=1)]
     if zero.size:
@@ -189,7 +171,7 @@ def _pooled(
     with np.errstate(all="ignore"):
         scaled = weights / _lengths(rows) if feature_norm == "unit" else weights
         segments = _run_sums(rows, scaled.astype(precise), runs)
-        # Far inside float32, so that sums over shards stay there too; NaN is not.
+        # Well inside the range of float32, so that sums over shards are too; False for NaN.
         small = max(segments.max(), -segments.min()) < LARGE or precise is np.float64
     if small and np.isfinite(segments).all() and (feature_norm == "keep" or scaled[weights > 0].all()):
         return segments
@@ -197,17 +179,17 @@ def _pooled(
     if bad.size:
         row = int(chosen[bad].min()) + offset
         raise InputError(f"{OWNER}: embeddings must be finite (no NaN, no infinity), got row {row} that is not")
-    # Finite, and near the end of float32: once more in float64.
+    # Finite, but near the limit of float32: computed again in float64.
     rows = unit_block(OWNER, "embeddings", rows, offset) if feature_norm == "unit" else rows.astype(np.float64)
     return _run_sums(rows, weights, runs)
 
 
-def _run_sums(rows: npt.NDArray[Any], weights: npt.NDArray[Any], runs: list[tuple[int, int]]) -> npt.NDArray[Any]:
+def _run_sums(rows: AnyArray, weights: AnyArray, runs: list[tuple[int, int]]) -> AnyArray:
     segments = np.empty((len(runs), rows.shape[1]), dtype=rows.dtype)
     for segment, (a, b) in zip(segments, runs, strict=True):
         np.dot(weights[a:b], rows[a:b], out=segment)
     return segments
 
 
-def _lengths(rows: npt.NDArray[Any]) -> FloatArray:
+def _lengths(rows: AnyArray) -> FloatArray:
     return np.asarray(np.sqrt(np.einsum("nd,nd->n", rows, rows)), dtype=np.float64)

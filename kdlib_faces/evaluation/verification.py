@@ -1,18 +1,15 @@
-"""Evaluation room: are two images of one person? Accuracy over folds, as LFW publishes it. NumPy only."""
+"""Verification accuracy over folds, as LFW publishes it."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from math import sqrt
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 
 from kdlib._checks import check_choice, check_number
 from kdlib_faces.evaluation._checks import (
     CELLS,
-    BoolArray,
-    FloatArray,
-    IntArray,
     check_fars,
     check_flags,
     check_labels,
@@ -22,6 +19,7 @@ from kdlib_faces.evaluation._checks import (
     unit_block,
     unit_rows,
 )
+from kdlib_faces.evaluation._types import AnyArray, ArrayLike, BoolArray, Embeddings, FloatArray, IntArray, JsonDict
 from kdlib_faces.evaluation.fold_thresholds import (
     RULES,
     FoldTar,
@@ -31,14 +29,14 @@ from kdlib_faces.evaluation.fold_thresholds import (
     exact_at_far,
     grid_at_far,
 )
-from kdlib_faces.evaluation.roc import TarAtFar, allowed_false_accepts, far_name
+from kdlib_faces.evaluation.roc import allowed_false_accepts, far_name
 
 __all__ = [
     "Rule",
     "VerificationResult",
     "check_folds",
     "contiguous_folds",
-    "judge",
+    "fold_accuracy",
     "pair_distances",
     "verify_pairs",
 ]
@@ -51,19 +49,17 @@ Rule = Literal["grid", "exact", "facexzoo"]
 class VerificationResult:
     """Accuracy over folds.
 
-    Args:
-        accuracy: mean of the folds' accuracies.
-        std: their population standard deviation (ddof = 0), as published tables give it.
+    Attributes:
+        accuracy: Mean of the folds' accuracies.
+        std: Their population standard deviation (ddof = 0), as in published tables.
         fold_accuracies: (f,) accuracy of each held-out fold.
-        thresholds: (f,) squared distance chosen on the other folds; a pair is accepted below it. A cosine, accepted
-            above it, where the rule is `"facexzoo"`.
+        thresholds: (f,) squared distance chosen on the other folds; a pair is accepted below it. With the rule
+            `"facexzoo"` a cosine; a pair is accepted above it.
         threshold_rule: `"grid"`, `"exact"` or `"facexzoo"`.
-        pairs: how many pairs there are.
-        tar: operating points by target FAR, over all pairs; empty unless asked for.
-        val: TAR over folds by target FAR; empty unless asked for.
-        pca: to how many dimensions the embeddings of each fold were reduced; None for not at all.
-        correct: (n,) whether each pair was judged right when its fold was held out: what `paired_test` compares.
-        notes: what a reader of the number should know, such as identities in more than one fold.
+        pairs: Number of pairs.
+        val: Target FAR to TAR over folds; empty without `val_fars`.
+        pca: Number of dimensions to which the embeddings of each fold were reduced; None for no reduction.
+        correct: (n,) whether each pair was decided correctly while its fold was held out, for `paired_test`.
     """
 
     accuracy: float
@@ -72,11 +68,9 @@ class VerificationResult:
     thresholds: FloatArray
     threshold_rule: str
     pairs: int
-    tar: Mapping[float, TarAtFar] = field(default_factory=dict)
-    val: Mapping[float, FoldTar] = field(default_factory=dict)
-    pca: int | None = None
-    correct: BoolArray = field(default_factory=lambda: np.empty(0, dtype=np.bool_), repr=False, compare=False)
-    notes: tuple[str, ...] = ()
+    val: Mapping[float, FoldTar]
+    pca: int | None
+    correct: BoolArray = field(repr=False, compare=False)
 
     @property
     def convention(self) -> str:
@@ -94,67 +88,63 @@ class VerificationResult:
         """Standard error of the mean (ddof = 1), the figure of LFW's own results page."""
         return float(np.std(self.fold_accuracies, ddof=1)) / sqrt(self.fold_accuracies.size)
 
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON; `tar`, `val` and `pca` only where asked for, and then the conventions in words."""
-        entry: dict[str, Any] = {
+    def to_dict(self) -> JsonDict:
+        """Plain values for JSON; further measures only if requested, and then with the conventions in words."""
+        extra = self._extra()
+        if extra or self.threshold_rule == "facexzoo":
+            extra |= {"standard_error": self.standard_error, "convention": self.convention}
+        return {
             "accuracy": self.accuracy,
             "std": self.std,
             "folds": self.fold_accuracies.tolist(),
             "threshold_rule": self.threshold_rule,
             "pairs": self.pairs,
+            **extra,
         }
-        if self.tar:
-            entry["tar"] = {far_name(far): point.estimate.to_dict() for far, point in self.tar.items()}
-            entry["tar_rule"] = next(iter(self.tar.values())).mode
-            entry["tar_unresolvable"] = [far_name(far) for far, point in self.tar.items() if not point.resolvable]
-        if self.val:
-            entry["val"] = {far_name(far): point.to_dict() for far, point in self.val.items()}
-        if self.pca is not None:
-            entry["pca"] = self.pca
-        if self.notes:
-            entry["notes"] = list(self.notes)
-        if len(entry) > 5 or self.threshold_rule == "facexzoo":
-            entry["standard_error"] = self.standard_error
-            entry["convention"] = self.convention
-        return entry
+
+    def _extra(self) -> JsonDict:
+        """The optional measures."""
+        val: JsonDict = {"val": {far_name(far): point.to_dict() for far, point in self.val.items()}} if self.val else {}
+        return val if self.pca is None else val | {"pca": self.pca}
 
 
 def verify_pairs(
-    left: Any,
-    right: Any,
-    same: Any,
+    left: Embeddings,
+    right: Embeddings,
+    same: ArrayLike,
     *,
-    fold_ids: Any = None,
+    fold_ids: ArrayLike | None = None,
     threshold: Rule = "grid",
     val_fars: Sequence[float] = (),
     pca: int | None = None,
 ) -> VerificationResult:
-    """Verification accuracy over folds: the threshold is chosen on the others and applied to the one held out.
+    """Verification accuracy over folds: the threshold is chosen on the other folds and applied to the held-out one.
 
-    Rows are made unit, d = sum (left - right)² in [0, 4], and a pair is called the same when d < t. For each fold t is
-    the lowest of the best thresholds on the other folds.
+    Rows are normalized, d = sum (left - right)² in [0, 4], and a pair is accepted if d < t. For each fold t is the lowest
+    of the best thresholds on the other folds.
 
     Args:
         left: (n, d) embeddings, normalized or not; one array or shards.
         right: (n, d) embeddings of the pairs' other images.
-        same: (n,) whether each pair shows one identity.
-        fold_ids: (n,) fold of each pair, whole numbers or strings; None cuts the order given into 10 contiguous folds,
-            which is right only for a file that is ordered by folds (the `.bin` sets are; positives-first lists are
-            not, see `positives_first_folds`).
-        threshold: `"grid"` tries 0, 0.01, ... 3.99, as insightface does, for figures that can be compared with
-            published ones; `"exact"` tries the midpoints of the neighboring distances of the other folds;
-            `"facexzoo"` takes the cosine of largest TPR - FPR in 1000 steps, and a score on it is wrong either way.
-        val_fars: false accept rates at which TAR is told over folds too, the threshold of each fold set on the impostor
-            pairs of the others: insightface's `val`. With `"grid"` it is interpolated as published; otherwise it is
-            the exact rule of `tar_at_far`.
-        pca: reduce to so many dimensions by a PCA of the other folds' embeddings before each fold's accuracy, and make
-            rows unit again; as published, `val` does not.
+        same: (n,) whether each pair is genuine.
+        fold_ids: (n,) fold of each pair, whole numbers or strings. None cuts the given order into 10 contiguous folds,
+            which requires a file ordered by folds: the `.bin` sets are, lists with all genuine pairs first are not (see
+            `positives_first_folds`).
+        threshold: `"grid"` tries 0, 0.01, ... 3.99, as insightface does, for parity with published figures; `"exact"`
+            tries the midpoints of neighboring distances of the other folds; `"facexzoo"` takes the cosine of largest
+            TPR - FPR in 1000 steps, and a score equal to it is always wrong.
+        val_fars: False accept rates at which TAR is also reported over folds, with the threshold of each fold set on the
+            impostor pairs of the others: insightface's `val`. With `"grid"` it is interpolated as published, otherwise
+            it follows the exact rule of `tar_at_far`.
+        pca: Reduce to so many dimensions by a PCA of the other folds' embeddings before each fold's accuracy, and
+            normalize again; as published, `val` is not reduced.
 
     Returns:
         The accuracies; they use every pair once.
 
     Raises:
-        ValueError: an embedding that is not finite or zero (its row is named), lengths that differ, a fold of one kind.
+        ValueError: An embedding is not finite or zero (the message gives its row), lengths differ, or a fold has pairs of
+            one kind only.
 
     Examples:
         >>> left = np.eye(4)[[0, 0, 1, 1, 2, 2, 3, 3]]
@@ -164,7 +154,7 @@ def verify_pairs(
 
     References:
         G. B. Huang et al., "Labeled Faces in the Wild", technical report 07-49, 2007. The figures agree with
-        insightface's `verification.py`; FaceX-Zoo picks its threshold and its spread differently.
+        insightface's `verification.py`; FaceX-Zoo defines threshold and spread differently.
     """
     owner = "verify_pairs"
     check_choice(owner, "threshold", threshold, RULES)
@@ -172,24 +162,19 @@ def verify_pairs(
         check_number(owner, "pca", pca, min=1, integer=True)
     fars = check_fars(owner, val_fars)
     first, second = gather(owner, "left", left), gather(owner, "right", right)
-    require(
-        first.shape[0] == second.shape[0],
-        owner,
-        f"right must have one row for each of {first.shape[0]} rows of left, got {second.shape[0]}",
-    )
-    require(
-        first.shape[1] == second.shape[1], owner, f"right must be (n, {first.shape[1]}) like left, got {second.shape}"
-    )
+    rows, width = first.shape
+    require(len(second) == rows, owner, f"right must have one row for each of {rows} rows of left, got {len(second)}")
+    require(second.shape[1] == width, owner, f"right must be (n, {width}) like left, got {second.shape}")
     distances, _ = pair_distances(owner, first, second)
     truth = check_flags(owner, "same", same, first.shape[0])
     folds = check_folds(owner, truth, fold_ids)
     reduced = None
     if pca is not None:
         reduced = unit_rows(owner, "left", first), unit_rows(owner, "right", second)
-    return judge(owner, distances, truth, folds, threshold=threshold, val_fars=fars, pca=pca, reduced=reduced)
+    return fold_accuracy(owner, distances, truth, folds, threshold=threshold, val_fars=fars, pca=pca, reduced=reduced)
 
 
-def judge(
+def fold_accuracy(
     owner: str,
     distances: FloatArray,
     truth: BoolArray,
@@ -200,7 +185,7 @@ def judge(
     pca: int | None,
     reduced: tuple[FloatArray, FloatArray] | None,
 ) -> VerificationResult:
-    """`verify_pairs` from squared distances (n,) of unit rows; `reduced` are the unit rows for a PCA."""
+    """`verify_pairs` from squared distances (n,) of unit rows; `reduced` are the unit rows of both sides for a PCA."""
     if reduced is not None:
         check_number(owner, "pca", pca, min=1, max=reduced[0].shape[1], integer=True)
     accuracies, thresholds = [], []
@@ -235,16 +220,16 @@ def judge(
 
 
 def pair_distances(
-    owner: str, left: Any, right: Any, i: IntArray | None = None, j: IntArray | None = None
+    owner: str, left: AnyArray, right: AnyArray, i: IntArray | None = None, j: IntArray | None = None
 ) -> tuple[FloatArray, FloatArray]:
     """Squared distances (n,) and cosines (n,) of unit rows, a few rows at a time.
 
     Args:
-        owner: for errors.
-        left: (n, d); or (m, d), of which the rows `i` are taken.
-        right: (n, d); or (m, d), of which the rows `j` are taken.
-        i: (n,) row numbers into `left`.
-        j: (n,) row numbers into `right`.
+        owner: Name for errors.
+        left: (n, d); or (m, d), of which the rows `i` are used.
+        right: (n, d); or (m, d), of which the rows `j` are used.
+        i: (n,) row numbers of `left`.
+        j: (n,) row numbers of `right`.
     """
     count = len(left) if i is None else i.size
     distances, cosines = np.empty(count), np.empty(count)
@@ -259,7 +244,7 @@ def pair_distances(
             try:
                 a, b = unit_block(owner, "left", a), unit_block(owner, "right", b)
             except ValueError:
-                # Once more over all rows, for the number of the bad one and the count.
+                # Checked again over all rows, for the number of the bad row and the count.
                 for name, rows in (("left", left), ("right", right)):
                     check_rows(owner, name, rows)
                 raise
@@ -268,7 +253,7 @@ def pair_distances(
         distance = 2 - 2 * cosine
         near = np.flatnonzero(distance < 1e-4)
         if near.size:
-            # Where the two nearly cancel, by the difference of unit rows.
+            # 2 - 2 cos loses precision for nearly equal rows; their distance comes from the difference of unit rows.
             unit = [x[near] / np.sqrt(each[near])[:, None] for x, each in zip((a, b), square, strict=True)]
             distance[near] = np.square(unit[0] - unit[1]).sum(axis=1)
         distances[part], cosines[part] = distance, cosine
@@ -276,11 +261,11 @@ def pair_distances(
 
 
 def _reduced_distances(owner: str, left: FloatArray, right: FloatArray, train: BoolArray, pca: int) -> FloatArray:
-    """Squared distances after a PCA of the training pairs' embeddings, rows made unit again."""
+    """Squared distances after a PCA of the training pairs' embeddings, rows normalized again."""
     rows = np.concatenate([left[train], right[train]])
     center = rows.mean(axis=0)
-    most = min(rows.shape)
-    require(pca <= most, owner, f"pca must be at most {most}, the rank of the other folds' embeddings, got {pca}")
+    rank = min(rows.shape)
+    require(pca <= rank, owner, f"pca must be at most {rank}, the rank of the other folds' embeddings, got {pca}")
     rows -= center
     _, vectors = np.linalg.eigh(rows.T @ rows / len(rows))
     axes = vectors[:, ::-1][:, :pca]
@@ -313,7 +298,7 @@ def _fold_tar(distances: FloatArray, same: BoolArray, folds: IntArray, far: floa
 
 
 def contiguous_folds(count: int, folds: int = FOLDS) -> IntArray:
-    """(count,) fold of each pair in their order; the first take one pair more, as scikit-learn's KFold cuts.
+    """(count,) contiguous fold of each pair; the first folds may have one pair more, as in scikit-learn's KFold.
 
     Examples:
         >>> contiguous_folds(5, 2).tolist()
@@ -322,7 +307,7 @@ def contiguous_folds(count: int, folds: int = FOLDS) -> IntArray:
     return np.repeat(np.arange(folds), [part.size for part in np.array_split(np.arange(count), folds)])
 
 
-def check_folds(owner: str, same: BoolArray, fold_ids: Any) -> IntArray:
+def check_folds(owner: str, same: BoolArray, fold_ids: ArrayLike | None) -> IntArray:
     """Fold of each pair as 0 ... f-1; every fold must hold both kinds of pair."""
     if fold_ids is None:
         require(same.size >= 2 * FOLDS, owner, f"without fold_ids there must be {2 * FOLDS} pairs, got {same.size}")
@@ -334,9 +319,7 @@ def check_folds(owner: str, same: BoolArray, fold_ids: Any) -> IntArray:
     require(len(names) >= 2, owner, f"fold_ids must name at least two folds, got only {names.tolist()[0]!r}")
     genuine, pairs = np.bincount(folds, weights=same), np.bincount(folds)
     for name, positive, count in zip(names.tolist(), genuine, pairs, strict=True):
-        kind = "different" if positive == 0 else "same"
-        good = 0 < positive < count
-        require(
-            good, owner, f"every fold must hold both kinds of pair, got fold {name!r} with only {kind} pairs{advice}"
-        )
+        kind = "impostor" if positive == 0 else "genuine"
+        message = f"every fold must hold both kinds of pair, got fold {name!r} with only {kind} pairs{advice}"
+        require(0 < positive < count, owner, message)
     return folds.astype(np.int64)

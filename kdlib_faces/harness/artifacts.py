@@ -1,97 +1,121 @@
-"""Recipe: what `evaluate` writes beside the report: pictures of the worst pairs, files of scores."""
+"""Pictures of the pairs on which models fail, and files of scores."""
 
 import csv
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
-from kdlib_faces.harness.image_sets import ImageSet
-from kdlib_faces.harness.panels import HardPair, ProtocolResult
+import numpy as np
+from numpy.typing import NDArray
+
+from kdlib_faces.evaluation import ProtocolResult
+from kdlib_faces.evaluation.summary import HardPair
 from kdlib_faces.harness.tasks import EvaluationTask
 from kdlib_faces.progress import progress as show
 
-__all__ = ["failure_pictures", "write_scores"]
+__all__ = ["FailurePicture", "failure_pictures", "write_scores"]
 
 FORMULA = ("=", "+", "-", "@", "\t", "\r")
+HEADINGS = {
+    "verification": (
+        ("Genuine pairs of lowest score", "The first pairs to be rejected when the threshold rises"),
+        ("Impostor pairs of highest score", "The first pairs to be accepted when the threshold falls"),
+    ),
+    "identification": (
+        ("Missed probes with their mates", "The probes whose mate is furthest behind an impostor, with the mate on the right"),
+        ("Missed probes with the impostors ahead", "The same probes, with the most similar impostor on the right"),
+    ),
+}  # fmt: skip
 
 
-def failure_pictures(found: ProtocolResult, task: EvaluationTask, names: Sequence[str]) -> list[Any]:
-    """Two pictures a model: pairs of one person that it tells apart, and different people it takes for one.
+@dataclass(frozen=True, eq=False)
+class FailurePicture:
+    """Pairs of images on which a model fails.
+
+    Attributes:
+        name: File name without suffix.
+        title: Heading.
+        caption: Text below it.
+        pairs: Left image, right image (h, w, 3) uint8, and the text below the pair.
+    """
+
+    name: str
+    title: str
+    caption: str
+    pairs: list[tuple[NDArray[np.uint8], NDArray[np.uint8], str]]
+
+
+def failure_pictures(
+    task: EvaluationTask, results: Mapping[str, ProtocolResult], num_failures: int
+) -> list[FailurePicture]:
+    """Two pictures per model: genuine pairs that it rejects, and impostor pairs that it accepts.
 
     Args:
-        found: of the task.
-        task: whose sets hold the images.
-        names: the models, in the order of the report.
+        task: The protocol with its images.
+        results: Model name to result.
+        num_failures: Maximal number of pairs of each kind.
 
     Returns:
-        Pictures for the report; none where the set has no images.
+        The pictures; none if the images are not known.
     """
-    from kdlib_faces.report import Picture, pairs_picture
-
     pictures = []
-    for number, name in enumerate(names):
-        for same, kind, (title, why) in (
-            (True, "rejects", found.words.same),
-            (False, "accepts", found.words.different),
-        ):
-            chosen = [pair for pair in found.worst.get(name, ()) if pair.same is same]
-            drawn = [row for pair in chosen if (row := _drawn(task.images, pair)) is not None]
-            if drawn:
-                caption = f"As {name} sees them, {why}. A person, or an image, is shown once."
-                pictures.append(
-                    Picture(f"{task.name}_{number}_{kind}", f"{title}: {name}", caption, pairs_picture(drawn))
-                )
+    for number, (name, result) in enumerate(results.items()) if num_failures else ():
+        headings = HEADINGS[result.describe().failures]
+        hardest = result.hardest(num_failures)
+        for same, kind, (title, caption) in zip((True, False), ("rejects", "accepts"), headings, strict=True):
+            pairs = [row for pair in hardest if pair.same is same and (row := _shown(task, pair)) is not None]
+            if pairs:
+                text = f"{caption}; scores of {name}. Each identity or image is shown once."
+                pictures.append(FailurePicture(f"{task.name}_{number}_{kind}", f"{title}: {name}", text, pairs))
     return pictures
 
 
-def _drawn(sets: Sequence[ImageSet], pair: HardPair) -> tuple[Any, Any, str] | None:
-    ends = ((sets[0], pair.left), (sets[pair.other], pair.right))
-    left, right = (images.picture(row) for images, row in ends)
-    if left is None or right is None:
+def _shown(task: EvaluationTask, pair: HardPair) -> tuple[NDArray[np.uint8], NDArray[np.uint8], str] | None:
+    right = pair.right if pair.right_set else task.set_row(pair.right)
+    ends = (task.images[0], task.set_row(pair.left)), (task.images[pair.right_set], right)
+    pixels = [images.picture(row) for images, row in ends]
+    if pixels[0] is None or pixels[1] is None:
         return None
-    named = [Path(images.label(row)).stem for images, row in ends]
+    names = [Path(images.label(row)).stem for images, row in ends]
     score = f"{pair.score:.3f}".replace("-", "−")
-    told = " · ".join(part for part in (score, pair.note, named[0]) if part)
-    return left, right, f"{told}\n{named[1]}"
+    return pixels[0], pixels[1], " · ".join(text for text in (score, pair.note, names[0]) if text) + f"\n{names[1]}"
 
 
 def write_scores(
-    stage: Path, found: ProtocolResult, task: EvaluationTask, names: Sequence[str], most: int, *, progress: bool = False
-) -> dict[str, str]:
-    """One CSV a model, written row by row; no more than `most` rows.
+    folder: Path, task: EvaluationTask, results: Mapping[str, ProtocolResult], max_rows: int, *, progress: bool = False
+) -> tuple[dict[str, str], int]:
+    """Write one CSV file of scores per model, row by row, with at most `max_rows` rows.
 
     Returns:
-        Model -> path below `stage`.
+        Model name to the path below `folder`, and the number of rows that a complete file would have.
     """
-    assert found.scores is not None
-    (stage / "scores").mkdir(exist_ok=True)
-    written = {}
-    for name in names:
-        inside = f"scores/{task.name}-{re.sub(r'[^A-Za-z0-9_.-]+', '_', name)}.csv"
-        with (stage / inside).open("w", newline="", encoding="utf-8") as stream:
+    (folder / "scores").mkdir(exist_ok=True)
+    written, complete = {}, 0
+    for name, result in results.items():
+        path = f"scores/{task.name}-{re.sub(r'[^A-Za-z0-9_.-]+', '_', name)}.csv"
+        table = result.score_table(task.label, task.images[-1].label)
+        with (folder / path).open("w", newline="", encoding="utf-8") as stream:
             writer = csv.writer(stream, lineterminator="\n")
-            writer.writerow(found.scores.columns)
-            rows = islice(_safe(found.scores.rows(name)), most)
-            total = min(most, found.scores.total)
+            writer.writerow(table.columns)
+            rows, total = islice(_escaped(table.rows), max_rows), min(max_rows, table.total)
             writer.writerows(show(rows, f"scores of {name} by {task.name}", total=total, quiet=not progress))
-        written[name] = inside
-    return written
+        written[name], complete = path, max(complete, table.total)
+    return written, complete
 
 
-def _safe(rows: Iterator[tuple[Any, ...]]) -> Iterator[tuple[Any, ...]]:
-    """A cell that a spreadsheet would take for a formula gets an apostrophe before it."""
+def _escaped(rows: Iterator[Sequence[str | int | float]]) -> Iterator[tuple[str | int | float, ...]]:
+    """A cell that a spreadsheet would run as a formula gets an apostrophe before it."""
     for row in rows:
-        yield tuple(
-            f"'{cell}" if isinstance(cell, str) and cell.startswith(FORMULA) and not _is_number(cell) else cell
-            for cell in row
-        )
+        yield tuple(f"'{cell}" if isinstance(cell, str) and _is_formula(cell) else cell for cell in row)
 
 
-def _is_number(text: str) -> bool:
+def _is_formula(text: str) -> bool:
+    if not text.startswith(FORMULA):
+        return False
     try:
         float(text)
     except ValueError:
-        return False
-    return True
+        return True
+    return False

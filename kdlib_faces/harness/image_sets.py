@@ -1,7 +1,4 @@
-"""Recipe: the images that a protocol is measured on, wherever they lie: files, `.bin` entries, crops by landmarks.
-
-A set has an order of rows, knows what it depends on, and decodes any rows at any size, so that memory does not grow with it.
-"""
+"""Image sets of protocols: image files, encoded images, tensors, crops by landmarks, or embeddings alone."""
 
 import hashlib
 import os
@@ -9,32 +6,44 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from PIL import Image
 from torch import Tensor
 
 from kdlib_faces._checks import InputError
 from kdlib_faces.data.alignment import align_face
 from kdlib_faces.data.images import decode_image, fingerprint_files, read_image, read_pixels
 
-__all__ = ["ImageSet", "aligned_images", "check_array", "images_of_bytes", "images_of_files", "rows_only"]
+__all__ = [
+    "Embeddings",
+    "ImageSet",
+    "aligned_images",
+    "check_embeddings",
+    "images_of_bytes",
+    "images_of_files",
+    "images_of_tensor",
+    "rows_only",
+]
 
 WORKERS = 2
+Embeddings: TypeAlias = NDArray[np.floating[Any]]
+"""(n, d)"""
 
 
 @dataclass(frozen=True, eq=False)
 class ImageSet:
-    """Images in the order of a protocol's rows.
+    """Images in the order of a protocol's rows, decoded when they are needed.
 
     Attributes:
-        name: what the set is called; embeddings of several sets are told apart by it.
-        count: how many rows there are; None where only a file of embeddings tells.
-        fingerprint: changes when an image does.
-        read: one row at a size, `(3, size, size)` uint8; None where only embeddings are known.
-        label: what a row is called.
+        name: Name of the set, to distinguish the embeddings of several sets.
+        count: Number of rows; None if only a file of embeddings determines it.
+        fingerprint: Digest that changes with the images.
+        read: Row and size to the image (3, size, size) uint8; None if only embeddings are known.
+        label: Row to the name of the image.
     """
 
     name: str
@@ -43,28 +52,33 @@ class ImageSet:
     read: Callable[[int, int], NDArray[np.uint8]] | None
     label: Callable[[int], str]
 
+    def check_images(self) -> None:
+        """Raise an `InputError` if the set has no images."""
+        if self.read is None:
+            raise InputError(f"{self.name}: no images are known, only embeddings can be evaluated; give images=FOLDER")
+
     def decode(self, rows: Sequence[int], size: int) -> Tensor:
-        """`(b, 3, size, size)` uint8, RGB.
+        """Images (b, 3, size, size) uint8, RGB.
 
         Raises:
-            InputError: the set has no images, or one of them is not readable (it is named).
+            InputError: The set has no images, or one of them is not readable (the message gives it).
         """
+        self.check_images()
         read = self.read
-        if read is None:
-            raise InputError(f"{self.name}: no images are known, only embeddings can be judged; give images=FOLDER")
+        assert read is not None
         with ThreadPoolExecutor(WORKERS) as pool:
             return torch.from_numpy(np.stack(list(pool.map(lambda row: read(row, size), rows))))
 
     def picture(self, row: int, size: int = 112) -> NDArray[np.uint8] | None:
-        """One row as `(size, size, 3)`; None where the set has no images."""
+        """One image as (size, size, 3); None if the set has no images."""
         return None if self.read is None else np.ascontiguousarray(self.read(row, size).transpose(1, 2, 0))
 
 
 def images_of_files(name: str, paths: Sequence[str | os.PathLike[str]]) -> ImageSet:
-    """A set of image files; its fingerprint is of their names, sizes and times.
+    """A set of image files; its fingerprint depends on their names, sizes and modification times.
 
     Raises:
-        InputError: a file is missing.
+        InputError: A file is missing.
     """
     files = [Path(path) for path in paths]
     short = _short_names(files)
@@ -77,7 +91,7 @@ def aligned_images(name: str, paths: Sequence[str | os.PathLike[str]], points: N
     """A set of image files, each aligned by its five points.
 
     Args:
-        name: of the set.
+        name: Name of the set.
         paths: n files.
         points: (n, 5, 2) x and y in pixels.
     """
@@ -92,7 +106,7 @@ def aligned_images(name: str, paths: Sequence[str | os.PathLike[str]], points: N
 
 
 def images_of_bytes(name: str, images: Sequence[bytes]) -> ImageSet:
-    """A set of encoded images in memory, as a `.bin` file holds them."""
+    """A set of encoded images in memory, as in a `.bin` file."""
     digest = hashlib.sha256(f"bytes {len(images)}".encode())
     for image in images:
         digest.update(hashlib.sha256(image).digest())
@@ -105,24 +119,48 @@ def images_of_bytes(name: str, images: Sequence[bytes]) -> ImageSet:
     )
 
 
+def images_of_tensor(name: str, images: Tensor, labels: Sequence[str] = ()) -> ImageSet:
+    """An image set in memory.
+
+    Args:
+        name: Name of the set.
+        images: (n, 3, h, w) uint8, RGB.
+        labels: Name of each image; by default its row number.
+
+    Examples:
+        >>> images_of_tensor("test", torch.zeros(2, 3, 8, 8, dtype=torch.uint8)).decode([1], 8).shape
+        torch.Size([1, 3, 8, 8])
+    """
+    pixels = images.cpu().numpy()
+
+    def read(row: int, size: int) -> NDArray[np.uint8]:
+        if pixels.shape[2:] == (size, size):
+            return np.ascontiguousarray(pixels[row])
+        image = Image.fromarray(np.ascontiguousarray(pixels[row].transpose(1, 2, 0)))
+        return np.ascontiguousarray(np.asarray(image.resize((size, size))).transpose(2, 0, 1))
+
+    fingerprint = hashlib.sha256(repr(pixels.shape).encode() + pixels.tobytes()).hexdigest()
+    return ImageSet(name, len(pixels), fingerprint, read, labels.__getitem__ if labels else str)
+
+
 def rows_only(name: str, count: int | None, label: Callable[[int], str] = str) -> ImageSet:
-    """A set without images: only files of embeddings can be judged on it."""
+    """A set without images: only files of embeddings can be evaluated on it."""
     return ImageSet(name, count, f"rows {count}", None, label)
 
 
 def _short_names(files: Sequence[Path]) -> list[str]:
-    """Paths without what all have in common."""
+    """Paths without their common parent."""
     if not files:
         return []
     shared = os.path.commonpath([str(path.absolute().parent) for path in files])
     return [os.path.relpath(path.absolute(), shared) for path in files]
 
 
-def check_array(where: str, array: Any, count: int | None) -> None:
-    """Rows of numbers, `count` of them where that is known.
+def check_embeddings(where: str, array: object, count: int | None) -> None:
+    """Embeddings must be (n, d) numbers, with `count` rows if that is known.
 
     Raises:
-        InputError: another shape, another number of rows, or no numbers.
+        InputError: The array has another shape, another number of rows, or no numbers.
     """
     if not isinstance(array, np.ndarray) or array.ndim != 2 or array.dtype.kind not in "fiu":
         shown = f"{array.shape} {array.dtype}" if isinstance(array, np.ndarray) else type(array).__name__

@@ -1,14 +1,9 @@
-"""Recipe: what `evaluate` is asked to measure: `--protocol NAME[=PATH][,key=PATH ...]` as tasks with their images.
-
-A task knows its images and judges the embeddings of all models at once. Those of the sets that have
-readers of their own are in `kdlib_faces.harness.published`, those of face lists in `kdlib_faces.harness.lists`.
-"""
+"""Protocols with their images: the tasks of an evaluation, their settings and the syntax of `--protocol`."""
 
 import re
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,72 +11,133 @@ from numpy.typing import NDArray
 from kdlib._checks import nearest
 from kdlib_faces._checks import InputError
 from kdlib_faces.data.lists import FaceList, read_faces
-from kdlib_faces.harness.image_sets import ImageSet, images_of_files
-from kdlib_faces.harness.panels import Arrays, ProtocolResult
+from kdlib_faces.evaluation import EvaluationProtocol, ProtocolResult, Sampling
+from kdlib_faces.evaluation.verification import Rule
+from kdlib_faces.harness.image_sets import Embeddings, ImageSet, images_of_files
 
-__all__ = ["ProtocolSpec", "Settings", "EvaluationTask", "faces_of", "on_rows", "parse_protocol"]
+__all__ = ["EvaluationTask", "ProtocolSpec", "Sampling", "Settings", "faces_of", "parse_protocol", "task_of_protocol"]
 
-Judge = Callable[[Mapping[str, Arrays]], ProtocolResult]
 KEYS = ("images", "faces", "distractors", "norm", "scores", "rule", "kind", "published", "far", "reference")
+
+
+@dataclass(frozen=True, eq=False)
+class EvaluationTask:
+    """A protocol with its images.
+
+    Attributes:
+        name: Key of the results: letters, digits, `_`.
+        title: Heading.
+        images: Image sets whose embeddings are needed: that of the protocol, and the distractors if there are any.
+        evaluate: Name of an image set to a model's embeddings of it, to the result of the protocol.
+        rows: Rows of the first set that the protocol uses; None for all.
+        convention: Further conventions for the report, such as the alignment.
+        notes: Remarks for the report, such as left-out images.
+    """
+
+    name: str
+    title: str
+    images: tuple[ImageSet, ...]
+    evaluate: Callable[[Mapping[str, Embeddings]], ProtocolResult]
+    rows: NDArray[np.int64] | None = None
+    convention: Mapping[str, str] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+    def set_row(self, row: int) -> int:
+        """Row of the first image set for a row of the protocol."""
+        return row if self.rows is None else int(self.rows[row])
+
+    def label(self, row: int) -> str:
+        """Name of the image of a row of the protocol."""
+        return self.images[0].label(self.set_row(row))
+
+
+def task_of_protocol(
+    name: str,
+    title: str,
+    protocol: EvaluationProtocol[ProtocolResult],
+    images: ImageSet,
+    *,
+    rows: NDArray[np.int64] | None = None,
+    convention: Mapping[str, str] | None = None,
+    notes: Sequence[str] = (),
+) -> EvaluationTask:
+    """A protocol of `kdlib_faces.evaluation` with its images, for `evaluate_models`.
+
+    Args:
+        name: Key of the results: letters, digits, `_`.
+        title: Heading.
+        protocol: The protocol; its rows are those of `images`, or `rows` of them.
+        images: The image set.
+        rows: Rows of the set that the protocol uses; None for all.
+        convention: Further conventions for the report, such as the alignment.
+        notes: Remarks for the report, such as left-out images.
+    """
+
+    def evaluate(embeddings: Mapping[str, Embeddings]) -> ProtocolResult:
+        array = embeddings[images.name]
+        return protocol.evaluate(array if rows is None or len(rows) == len(array) else array[rows])
+
+    return EvaluationTask(name, title, (images,), evaluate, rows, dict(convention or {}), tuple(notes))
 
 
 @dataclass(frozen=True)
 class ProtocolSpec:
-    """One `--protocol`: its name, the path behind the `=`, and further ones by key."""
+    """One parsed `--protocol`: its name, the path after the `=`, and the options."""
 
     name: str
     path: Path | None
-    more: Mapping[str, str]
+    options: Mapping[str, str]
     text: str
 
-    def wants(self, what: str) -> Path:
-        """The path; an error that says what it must be where none was given."""
+    def require_path(self, what: str) -> Path:
+        """The path; an error says what it must be if it is missing."""
         if self.path is None:
             raise InputError(f"--protocol {self.text}: needs {what}, as {self.name}=PATH")
         return self.path
 
     def flag(self, key: str) -> bool:
-        """`key=yes` or `key=no`; yes where it is not given."""
-        value = self.more.get(key, "yes").lower()
-        if value not in ("yes", "no"):
-            raise InputError(f"--protocol {self.text}: {key} must be yes or no, got {value!r}")
-        return value == "yes"
+        """`key=yes` or `key=no`; yes by default."""
+        return self.choice(key, ("yes", "no")) == "yes"
 
-    def number(self, key: str, default: float) -> float:
+    def choice(self, key: str, allowed: tuple[str, ...]) -> str:
+        """One of some values, by default the first."""
+        value = self.options.get(key, allowed[0])
+        if value.lower() not in allowed:
+            raise InputError(f"--protocol {self.text}: {key} must be {' or '.join(allowed)}, got {value!r}")
+        return value.lower()
+
+    def rate(self, key: str, default: float) -> float:
         """A number above 0 and at most 1."""
         try:
-            value = float(self.more.get(key, default))
+            value = float(self.options.get(key, default))
         except ValueError:
             value = -1.0
         if not 0 < value <= 1:
-            raise InputError(f"--protocol {self.text}: {key} must be a rate above 0, got {self.more[key]!r}")
+            raise InputError(f"--protocol {self.text}: {key} must be a rate above 0, got {self.options[key]!r}")
         return value
 
-    def known(self, *keys: str) -> None:
-        """Refuse keys that the protocol does not take."""
-        for key in self.more:
+    def check_options(self, *keys: str) -> None:
+        """Refuse options that the protocol does not take."""
+        for key in self.options:
             if key not in keys:
-                takes = f"it takes {', '.join(keys)}" if keys else "it takes none"
-                raise InputError(f"--protocol {self.text}: no {key}= here, {takes}")
+                takes = f"takes {', '.join(keys)}" if keys else "takes no options"
+                raise InputError(f"--protocol {self.text}: unknown option {key}=, {self.name} {takes}")
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What tasks are made with.
+    """Settings from which tasks are made.
 
     Attributes:
-        faces: the lists of `--faces`; None where none were given.
-        face_images: their images.
-        convention: of the embeddings, said with each protocol.
-        fars: target false accept rates.
-        bins: lower ends of the bins of age gaps.
-        ranks: of identification.
-        threshold: of pair verification.
-        replicates: of the intervals.
-        seed: of the resamples.
-        level: confidence.
-        worst: pairs of each kind to show.
-        progress: whether long protocols show how far they are.
+        faces: The lists of `--faces`; None without any.
+        face_images: Their images.
+        convention: Conventions of the embeddings, reported with each protocol.
+        fars: Target false accept rates.
+        bins: Lower ends of the bins of age gaps, years.
+        ranks: Ranks of identification.
+        threshold: Threshold rule of pair verification.
+        sampling: Resamples of the intervals.
+        progress: Show the progress of long protocols.
     """
 
     faces: FaceList | None = None
@@ -90,99 +146,63 @@ class Settings:
     fars: tuple[float, ...] = (1e-2, 1e-3)
     bins: tuple[float, ...] = (0, 5, 10, 20, 30)
     ranks: tuple[int, ...] = (1, 5)
-    threshold: Any = "grid"
-    replicates: int = 500
-    seed: int = 0
-    level: float = 0.95
-    worst: int = 6
+    threshold: Rule = "grid"
+    sampling: Sampling = field(default_factory=Sampling)
     progress: bool = False
     lists: dict[Path, tuple[FaceList, ImageSet]] = field(default_factory=dict)
     sets: list[ImageSet] = field(default_factory=list)
 
-    def list_of(self, path: Path) -> tuple[FaceList, ImageSet]:
-        """A face list and its images, read once however many protocols use it."""
+    def read_list(self, path: Path) -> tuple[FaceList, ImageSet]:
+        """A face list and its images, read once for all protocols."""
         if path not in self.lists:
-            listed = read_faces([path])
-            self.lists[path] = listed, self.set_of(path, listed.paths)
+            faces = read_faces([path])
+            self.lists[path] = faces, self.image_set(path, faces.paths)
         return self.lists[path]
 
-    def set_of(self, path: Path, files: Sequence[Path]) -> ImageSet:
-        """The images of a list under its name, with a number where that is taken; the same images are one set."""
+    def image_set(self, path: Path, files: Sequence[Path]) -> ImageSet:
+        """The images of a list, named after it, with a number if the name is taken; equal images are one set."""
         taken = {images.name for images in self.sets} | {"faces"}
         stem = path.absolute().stem or "images"
-        found = images_of_files(stem if stem not in taken else f"{stem}_{len(taken)}", files)
+        images = images_of_files(stem if stem not in taken else f"{stem}_{len(taken)}", files)
         for known in (*self.sets, *([self.face_images] if self.face_images is not None else [])):
-            if known.fingerprint == found.fingerprint:
+            if known.fingerprint == images.fingerprint:
                 return known
-        self.sets.append(found)
-        return found
-
-    @property
-    def sampling(self) -> dict[str, Any]:
-        """Of every panel that resamples."""
-        return {"replicates": self.replicates, "seed": self.seed, "level": self.level}
+        self.sets.append(images)
+        return images
 
 
-@dataclass(frozen=True, eq=False)
-class EvaluationTask:
-    """A protocol with its images.
-
-    Attributes:
-        name: of the result.
-        images: the sets whose embeddings it needs, the first its own.
-        judge: set name -> model -> embeddings, to what was found.
-    """
-
-    name: str
-    images: tuple[ImageSet, ...]
-    judge: Judge
-
-
-def parse_protocol(text: str, names: Mapping[str, Any]) -> ProtocolSpec:
+def parse_protocol(text: str, names: Collection[str]) -> ProtocolSpec:
     """`NAME`, `NAME=PATH` or `NAME=PATH,key=PATH`; a comma is part of a path unless a known key follows it.
 
     Raises:
-        InputError: no known name (with the nearest), or a key twice.
+        InputError: The name is unknown (the message gives the nearest), or a key occurs twice.
 
     Examples:
-        >>> asked = parse_protocol("lfw=a,b/pairs.txt,images=lfw", {"lfw": None})
-        >>> str(asked.path), dict(asked.more)
+        >>> spec = parse_protocol("lfw=a,b/pairs.txt,images=lfw", ["lfw"])
+        >>> str(spec.path), dict(spec.options)
         ('a,b/pairs.txt', {'images': 'lfw'})
     """
     first, *rest = re.split(rf",(?=(?:{'|'.join(KEYS)})=)", text.strip())
     name, equals, path = first.partition("=")
     if name not in names:
         raise InputError(f"--protocol {text}: no protocol named {name!r}{nearest(name, list(names))}")
-    more: dict[str, str] = {}
+    options: dict[str, str] = {}
     for part in rest:
         key, _, value = part.partition("=")
-        if key in more or not value:
+        if key in options or not value:
             raise InputError(f"--protocol {text}: {key}= must be given once, with a value")
-        more[key] = value
+        options[key] = value
     if equals and not path:
         raise InputError(f"--protocol {text}: {name}= must be followed by a path")
-    return ProtocolSpec(name, Path(path) if path else None, more, text)
+    return ProtocolSpec(name, Path(path) if path else None, options, text)
 
 
-def faces_of(asked: ProtocolSpec, settings: Settings, *, path_is_list: bool) -> tuple[FaceList, ImageSet]:
+def faces_of(spec: ProtocolSpec, settings: Settings, *, path_is_list: bool) -> tuple[FaceList, ImageSet]:
     """The face list of a task: its own (`faces=`, `images=`, or the path), else that of `--faces`."""
-    given = asked.more.get("faces") or asked.more.get("images") or (asked.path if path_is_list else None)
+    given = spec.options.get("faces") or spec.options.get("images") or (spec.path if path_is_list else None)
     if given is not None:
-        return settings.list_of(Path(given))
+        return settings.read_list(Path(given))
     if settings.faces is None or settings.face_images is None:
-        way = f"{asked.name}=LIST" if path_is_list else "images=FOLDER"
-        raise InputError(f"--protocol {asked.text}: needs faces: give --faces LIST, or {way} (a CSV list or a folder)")
+        way = f"{spec.name}=LIST" if path_is_list else "images=FOLDER"
+        raise InputError(f"--protocol {spec.text}: needs faces: give --faces LIST, or {way} (a CSV list or a folder)")
     return settings.faces, settings.face_images
-
-
-def on_rows(images: ImageSet, rows: NDArray[np.int64], judge: Callable[[Arrays], ProtocolResult]) -> Judge:
-    """A judge of some rows of a set: it gets their embeddings, and its worst pairs are told by the rows of the whole set."""
-
-    def judged(given: Mapping[str, Arrays]) -> ProtocolResult:
-        arrays = given[images.name]
-        found = judge({name: array if len(rows) == len(array) else array[rows] for name, array in arrays.items()})
-        for pairs in found.worst.values():
-            pairs[:] = [replace(pair, left=int(rows[pair.left]), right=int(rows[pair.right])) for pair in pairs]
-        return found
-
-    return judged

@@ -1,7 +1,7 @@
-"""Heads room: margin heads, embeddings and identities to a classification loss. Imports the core's checks and maths.
+"""Margin softmax heads, which map embeddings and identities to a classification loss.
 
-A head holds the class centers and is part of training only; it is not exported. Each is a function and a Module, and
-stands in a `Term` as its loss: `Term(ArcFaceHead(512, n), student="embedding", target="identity")`.
+A head contains the class centers and is used in training only. Each head is a function and a Module, and is the loss of
+a `Term`: `Term(ArcFaceHead(512, n), student="embedding", target="identity")`.
 """
 
 from kdlib_faces.heads.arcface import ArcFaceHead, arcface_loss

@@ -1,30 +1,75 @@
-"""Heads room, private: the steps that the margin heads share. Touches tensors only."""
+"""Shared parts of the margin heads."""
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from kdlib._checks import check_choice, check_floating, check_number, check_rank, show_shape
 from kdlib._maths import REDUCTIONS, reduce, unit_rows
 from kdlib_faces._checks import check_identities
 
-__all__ = ["Reduction", "check_call", "check_head", "softmax_loss", "unit_pair"]
+__all__ = ["MarginHead", "Reduction", "add_angular_margin", "check_call", "softmax_loss", "unit_pair"]
 
 Reduction = Literal["mean", "none"]
 
 
-def check_head(owner: str, embedding_dim: int, num_identities: int, scale: float, reduction: str) -> None:
-    """Constructor arguments that every head has."""
-    check_number(owner, "embedding_dim", embedding_dim, min=1, integer=True)
-    check_number(owner, "num_identities", num_identities, min=1, integer=True)
-    check_number(owner, "scale", scale, above=0)
-    check_choice(owner, "reduction", reduction, REDUCTIONS)
+class MarginHead(nn.Module):
+    """Base class of margin heads: learned class centers and the arguments that all heads share.
+
+    Args:
+        embedding_dim: dimensions d of the embeddings.
+        num_identities: number n of training identities.
+        scale: factor of the cosines.
+        margin: the margin, at least 0; a plain float attribute that a schedule may set.
+        max_margin: maximum margin, or None.
+        reduction: `"mean"` or `"none"`.
+        generator: generator of the initial centers; None uses torch's global generator.
+
+    Attributes:
+        weight: centers `(n, d)`, initially normal with an expected squared norm of one.
+
+    Raises:
+        ValueError: an argument is out of range.
+        TypeError: an argument has the wrong type.
+    """
+
+    per_sample: ClassVar[bool] = True
+
+    def __init__(
+        self,
+        embedding_dim: int,
+        num_identities: int,
+        scale: float,
+        margin: float,
+        *,
+        max_margin: float | None,
+        reduction: Reduction,
+        generator: torch.Generator | None,
+    ) -> None:
+        super().__init__()
+        owner = type(self).__name__
+        check_number(owner, "embedding_dim", embedding_dim, min=1, integer=True)
+        check_number(owner, "num_identities", num_identities, min=1, integer=True)
+        check_number(owner, "scale", scale, above=0)
+        check_choice(owner, "reduction", reduction, REDUCTIONS)
+        check_number(owner, "margin", margin, min=0, max=max_margin)
+        self.embedding_dim, self.num_identities = embedding_dim, num_identities
+        self.scale, self.margin, self.reduction = float(scale), float(margin), reduction
+        self.weight = nn.Parameter(torch.empty(num_identities, embedding_dim))
+        nn.init.normal_(self.weight, std=embedding_dim**-0.5, generator=generator)
+
+    def extra_repr(self) -> str:
+        """Arguments of the call that rebuilds the head."""
+        return (
+            f"embedding_dim={self.embedding_dim}, num_identities={self.num_identities}, scale={self.scale}, "
+            f"margin={self.margin}, reduction={self.reduction!r}"
+        )
 
 
 def check_call(owner: str, embeddings: Tensor, centers: Tensor, identities: Tensor) -> None:
-    """Embeddings `(b, d)`, one center `(d,)` an identity, identities `(b,)` in range."""
+    """Check embeddings `(b, d)`, centers `(n, d)` and identities `(b,)`."""
     check_floating(owner, embeddings=embeddings, centers=centers)
     check_rank(owner, "embeddings", embeddings, "b d")
     check_rank(owner, "centers", centers, "n d")
@@ -35,30 +80,38 @@ def check_call(owner: str, embeddings: Tensor, centers: Tensor, identities: Tens
 
 
 def unit_pair(embeddings: Tensor, centers: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """Both with rows of length one, in float32, or in float64 if either is.
+    """Normalize the rows of both, in float32, or in float64 if either is float64.
 
-    A row too short for its gradient, at most 2 * scale / length, to be a number in the dtype it came in gets none; a
-    zero row stays zero.
+    The gradient of a row is at most 2 * scale / norm. A row whose norm is too small for this to be finite in its
+    original dtype gets no gradient; a zero row stays zero.
     """
     dtype = torch.promote_types(torch.promote_types(embeddings.dtype, centers.dtype), torch.float32)
 
     def unit(x: Tensor) -> Tensor:
         rows, largest = unit_rows(x.to(dtype))
-        shortest = max(1e-12, 4 * scale / torch.finfo(x.dtype).max)
-        return torch.where((largest < shortest).unsqueeze(1), rows.detach(), rows)
+        smallest = max(1e-12, 4 * scale / torch.finfo(x.dtype).max)
+        return torch.where((largest < smallest).unsqueeze(1), rows.detach(), rows)
 
     return unit(embeddings), unit(centers)
+
+
+def add_angular_margin(e_bd: Tensor, center_bd: Tensor, cos_m: Tensor | float, sin_m: Tensor | float) -> Tensor:
+    """Return the cosines `(b,)` of the angles to the own centers plus the margins m; psi in `arcface_loss`."""
+    cosine = (e_bd * center_bd).sum(1)
+    nonzero = (e_bd.detach() != 0).any(1)
+    sine = torch.where(nonzero, torch.linalg.vector_norm(e_bd - cosine.unsqueeze(1) * center_bd, dim=1), 1.0)
+    return torch.where(cosine >= -cos_m, cosine * cos_m - sine * sin_m, cosine + cos_m - 1)
 
 
 def softmax_loss(
     owner: str,
     cosines: Tensor,
-    moved: Tensor,
+    target_cosine: Tensor,
     identities: Tensor,
     scale: float,
     reduction: str,
     weight: Tensor | None,
 ) -> Tensor:
-    """Cross-entropy of `scale * cosines` `(b, n)` after the own identity's cosine is replaced by `moved` `(b,)`."""
-    logits = scale * cosines.scatter(1, identities.unsqueeze(1), moved.unsqueeze(1))
+    """Cross-entropy of `scale * cosines` `(b, n)`, with the target cosine replaced by `target_cosine` `(b,)`."""
+    logits = scale * cosines.scatter(1, identities.unsqueeze(1), target_cosine.unsqueeze(1))
     return reduce(owner, F.cross_entropy(logits, identities, reduction="none"), reduction, weight)

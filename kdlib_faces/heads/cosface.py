@@ -1,16 +1,10 @@
-"""Heads room: CosFace, an additive cosine margin. Touches embeddings, class centers and identities only.
-
-Wang et al., CosFace, 2018: lower the cosine to the own class center by a constant before the softmax.
-"""
-
-from typing import ClassVar
+"""CosFace: softmax with an additive cosine margin (Wang et al., 2018)."""
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from kdlib._checks import check_number
 from kdlib._maths import full_precision
-from kdlib_faces.heads._margin import Reduction, check_call, check_head, softmax_loss, unit_pair
+from kdlib_faces.heads._margin import MarginHead, Reduction, check_call, softmax_loss, unit_pair
 
 __all__ = ["CosFaceHead", "cosface_loss"]
 
@@ -25,30 +19,30 @@ def cosface_loss(
     reduction: Reduction = "mean",
     weight: Tensor | None = None,
 ) -> Tensor:
-    r"""Softmax cross-entropy over cosines, the own identity's cosine lowered by a margin.
+    r"""Softmax cross-entropy over cosines, with a margin subtracted from the cosine of the target identity.
 
-    With :math:`\theta_j` the angle between an embedding and the center of identity j, y its own identity, s the scale
-    and m the margin, the loss of one sample is
+    With :math:`\theta_j` the angle between an embedding and the center of identity j, y the target identity, s the
+    scale and m the margin, the loss of one sample is
 
     .. math:: -\log \frac{e^{s(\cos\theta_y - m)}}{e^{s(\cos\theta_y - m)} + \sum_{j \ne y} e^{s \cos\theta_j}}
 
     Args:
-        embeddings: `(b, d)`, of any length. One of zeros counts as at a right angle to every center, and gets no
+        embeddings: `(b, d)`, not necessarily normalized. A zero embedding has cosine 0 to every center and gets no
             gradient.
-        centers: `(n, d)`, one row an identity, of any length.
-        identities: `(b,)`, whole numbers from 0 to n - 1.
-        scale: s, factor on the cosines.
-        margin: m, subtracted from the own cosine, at least 0.
+        centers: `(n, d)`, one row per identity, not necessarily normalized.
+        identities: `(b,)`, integers from 0 to n - 1.
+        scale: s, factor of the cosines.
+        margin: m, subtracted from the target cosine, at least 0.
         reduction: `"mean"` over the batch, or `"none"`.
-        weight: `(b,)`, weight of each sample; 0 masks it.
+        weight: `(b,)`, weight per sample; 0 masks it.
 
     Returns:
         A scalar for `"mean"`: `sum(weight * loss) / sum(weight)`, and 0 if all weights are 0. `(b,)` for `"none"`,
-        times `weight` if given. Float32, or float64 if given float64, under autocast too.
+        times `weight` if given. Float32, or float64 for float64 inputs, also under autocast.
 
     Raises:
-        ValueError: shapes that do not fit, an identity out of range, an unknown reduction.
-        TypeError: embeddings that are not floating point, identities that are not whole numbers.
+        ValueError: mismatched shapes, an identity out of range, or an unknown reduction.
+        TypeError: embeddings are not floating point, or identities are not integers.
 
     Examples:
         >>> import torch
@@ -66,27 +60,27 @@ def cosface_loss(
     with full_precision(embeddings):
         e_bd, c_nd = unit_pair(embeddings, centers, scale)
         cosines = e_bd @ c_nd.T
-        moved = cosines.gather(1, identities.unsqueeze(1)).squeeze(1) - margin
-        return softmax_loss("cosface_loss", cosines, moved, identities, scale, reduction, weight)
+        target_cosine = cosines.gather(1, identities.unsqueeze(1)).squeeze(1) - margin
+        return softmax_loss("cosface_loss", cosines, target_cosine, identities, scale, reduction, weight)
 
 
-class CosFaceHead(nn.Module):
-    """`cosface_loss` with learned class centers; the formula and the arguments are there.
+class CosFaceHead(MarginHead):
+    """`cosface_loss` with learned class centers; see the function for the formula.
 
     Args:
         embedding_dim: dimensions d of the embeddings.
-        num_identities: identities n of the training set.
-        scale: factor on the cosines.
-        margin: subtracted from the own cosine, at least 0. The attribute is a plain float and may be set by a schedule.
+        num_identities: number n of training identities.
+        scale: factor of the cosines.
+        margin: subtracted from the target cosine, at least 0. A plain float attribute, which a schedule may set.
         reduction: `"mean"` or `"none"`; `forward` may override it.
-        generator: draws the first centers; None uses torch's global generator.
+        generator: generator of the initial centers; None uses torch's global generator.
 
     Attributes:
-        weight: centers `(n, d)`, at first normal with an expected squared length of one.
+        weight: centers `(n, d)`, initially normal with an expected squared norm of one.
 
     Raises:
-        ValueError: an argument outside its range.
-        TypeError: an argument of a wrong type.
+        ValueError: an argument is out of range.
+        TypeError: an argument has the wrong type.
 
     Examples:
         >>> import torch
@@ -96,8 +90,6 @@ class CosFaceHead(nn.Module):
         >>> head(torch.ones(2, 8), torch.tensor([0, 2]), reduction="none").shape
         torch.Size([2])
     """
-
-    per_sample: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -109,16 +101,9 @@ class CosFaceHead(nn.Module):
         reduction: Reduction = "mean",
         generator: torch.Generator | None = None,
     ) -> None:
-        super().__init__()
-        check_head("CosFaceHead", embedding_dim, num_identities, scale, reduction)
-        check_number("CosFaceHead", "margin", margin, min=0)
-        self.embedding_dim = embedding_dim
-        self.num_identities = num_identities
-        self.scale = float(scale)
-        self.margin = float(margin)
-        self.reduction = reduction
-        self.weight = nn.Parameter(torch.empty(num_identities, embedding_dim))
-        nn.init.normal_(self.weight, std=embedding_dim**-0.5, generator=generator)
+        super().__init__(
+            embedding_dim, num_identities, scale, margin, max_margin=None, reduction=reduction, generator=generator
+        )
 
     def forward(
         self,
@@ -128,20 +113,8 @@ class CosFaceHead(nn.Module):
         weight: Tensor | None = None,
         reduction: Reduction | None = None,
     ) -> Tensor:
-        """The loss of embeddings `(b, d)` of `identities` `(b,)`; `reduction=None` means the constructor's."""
+        """Return the loss of embeddings `(b, d)` and `identities` `(b,)`; `reduction=None` uses that of the constructor."""
         return cosface_loss(
-            embeddings,
-            self.weight,
-            identities,
-            scale=self.scale,
-            margin=self.margin,
-            reduction=reduction or self.reduction,
-            weight=weight,
-        )
-
-    def extra_repr(self) -> str:
-        """Arguments of the call that rebuilds the head."""
-        return (
-            f"embedding_dim={self.embedding_dim}, num_identities={self.num_identities}, scale={self.scale}, "
-            f"margin={self.margin}, reduction={self.reduction!r}"
-        )
+            embeddings, self.weight, identities, scale=self.scale, margin=self.margin,
+            reduction=reduction or self.reduction, weight=weight,
+        )  # fmt: skip

@@ -1,8 +1,4 @@
-"""Faces losses room: distillation losses that make sense for faces alone. Imports the heads and the core's losses.
-
-Each takes the student's and a teacher's embeddings and, as `target`, the identities; one method a file, the function
-and its Module together.
-"""
+"""Distillation losses for face embeddings, which also take the identities as `target`."""
 
 from kdlib_faces.losses.adaptive_centers import AdaptiveCentersLoss, adapted_centers
 from kdlib_faces.losses.evaluation_oriented import EvaluationOrientedLoss, evaluation_oriented, negative_thresholds

@@ -1,4 +1,4 @@
-"""Faces losses, private: one batch of the rows of all processes. Touches tensors and the process group."""
+"""Gathering of the batches of all processes into one."""
 
 from torch import Tensor
 
@@ -10,7 +10,7 @@ __all__ = ["whole_batch"]
 def whole_batch(
     student: Tensor, teacher: Tensor, target: Tensor, weight: Tensor | None, *, grad: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """All four as they would be in a single process; `grad` says whether the student's own rows get a gradient."""
+    """Return all four as in a single process; with `grad`, the rows of this process keep their gradient."""
     return (
         gather_rows(student, grad=grad),
         gather_rows(teacher, grad=False),

@@ -1,8 +1,4 @@
-"""Faces losses: AdaDistill, class centers that follow the teacher as fast as the student can. Touches tensors only.
-
-Boutros, Štruc and Damer, AdaDistill, 2024: a margin softmax on running means of the teacher's embeddings, near the
-single embedding while the student is far from the teacher, and near the center once it is close.
-"""
+"""AdaDistill: margin softmax on class centers that adapt to the student (Boutros et al., 2024)."""
 
 import math
 from typing import ClassVar, Literal
@@ -29,41 +25,41 @@ from kdlib_faces.losses._whole_batch import whole_batch
 __all__ = ["AdaptiveCentersLoss", "adapted_centers"]
 
 MARGINS = {"arcface": 0.45, "cosface": 0.35}
-LEAST = 1e-6
+MIN_COSINE = 1e-6
 
 
 @torch.no_grad()
 def adapted_centers(
     student: Tensor, teacher: Tensor, centers: Tensor, *, target: Tensor, weight: Tensor | None = None
 ) -> Tensor:
-    r"""The center of each sample's identity after one batch.
+    r"""Return the center of each sample's identity after one batch.
 
     With :math:`w_y` the center of identity y, :math:`\hat t_i` the teacher's embedding of unit length and
-    :math:`[x]` for x held between 1e-6 and 1,
+    :math:`[x]` denoting x clamped to [1e-6, 1],
 
     .. math:: w_y \leftarrow \operatorname*{mean}_{i:\, y_i = y} \bigl(\alpha_i w_y + (1 - \alpha_i)\, \hat t_i \bigr),
               \qquad \alpha_i = \bigl[\cos(s_i, t_i) \, [\cos(w_y, t_i)]\bigr]
 
-    The mean is over all samples of the identity in the batch, each against the center as it was before: one sample
-    gives the published step, and neither the order nor the split of a batch over processes counts. A student like its
-    teacher, on a sample that the center already stands for, moves it little. Centers are not brought to unit length:
-    one of zeros stands for an identity not seen yet, which its first samples replace.
+    The mean is over all samples of the identity in the batch, each with the center before the batch. One sample gives
+    the published step, and the result does not depend on the order or the distribution of a batch over processes. If
+    student and teacher agree on a sample close to the center, the center moves little. Centers are not normalized; a
+    zero center belongs to an identity that has not occurred yet and is replaced by its first samples.
 
     Args:
-        student: embeddings `(b, d)`, of any length; no gradient flows.
-        teacher: embeddings of the same shape. A sample whose teacher embedding is zero, or that has a value that is not
-            finite on either side, moves nothing.
+        student: embeddings `(b, d)`, not necessarily normalized; gets no gradient.
+        teacher: embeddings of the same shape. A sample with a zero teacher embedding, or with a non-finite value on
+            either side, is ignored.
         centers: `(n, d)`; not changed.
-        target: identities `(b,)`, whole numbers from 0 to n - 1.
-        weight: `(b,)`; samples of weight 0 move nothing, others count alike.
+        target: identities `(b,)`, integers from 0 to n - 1.
+        weight: `(b,)`; samples with weight 0 are ignored, all others count equally.
 
     Returns:
-        `(b, d)`, equal rows for samples of one identity, so that `centers[target] = adapted_centers(...)` is the step.
-        Float32, or float64 if given float64.
+        `(b, d)` with equal rows for samples of one identity, so that `centers[target] = adapted_centers(...)` is the
+        step. Float32, or float64 if given float64.
 
     Raises:
-        ValueError: shapes that do not fit, or an identity out of range.
-        TypeError: embeddings that are not floating point, identities that are not whole numbers.
+        ValueError: mismatched shapes, or an identity out of range.
+        TypeError: embeddings that are not floating point, identities that are not integers.
 
     Examples:
         >>> import torch
@@ -85,7 +81,7 @@ def adapted_centers(
         if not len(target):
             return own_bd
         s_bd, t_bd, w_bd = (unit_rows(x.to(dtype))[0] for x in (student, teacher, own_bd))
-        alpha = ((s_bd * t_bd).sum(1) * (w_bd * t_bd).sum(1).clamp(LEAST, 1)).clamp(LEAST, 1)
+        alpha = ((s_bd * t_bd).sum(1) * (w_bd * t_bd).sum(1).clamp(MIN_COSINE, 1)).clamp(MIN_COSINE, 1)
         counts = alpha.isfinite() & t_bd.any(1)
         if weight is not None:
             counts = counts & (weight > 0)
@@ -93,40 +89,39 @@ def adapted_centers(
         same_bb = target.unsqueeze(1) == target.unsqueeze(0)
         number = (same_bb & counts).sum(1, keepdim=True).clamp(min=1)
         moved_bd = own_bd + same_bb.to(dtype) @ step_bd / number
-        # Rows of one identity may differ in the last bit; all take the first one's.
-        places = torch.arange(len(target), device=target.device)
-        return moved_bd[torch.where(same_bb, places, len(target)).amin(1)]
+        # Rows of one identity may differ in the last bit, so all use the first one.
+        positions = torch.arange(len(target), device=target.device)
+        return moved_bd[torch.where(same_bb, positions, len(target)).amin(1)]
 
 
 class AdaptiveCentersLoss(nn.Module):
-    """ArcFace or CosFace of the student on centers that `adapted_centers` moves; the step is described there.
+    """ArcFace or CosFace of the student on centers that `adapted_centers` updates.
 
-    In training mode each batch moves the centers, and then the student is classified by them; nothing else is learned
-    but the student. In evaluation mode the centers stay. Where an identity has no center yet it stands at a right
-    angle to every embedding.
+    In training mode each batch first updates the centers and then classifies the student by them; only the student is
+    learned. In eval mode the centers are fixed. An identity without a center has cosine 0 to every embedding.
 
-    The centers live in one teacher's space, which the student's embeddings enter, by a projection if need be: use one
-    such term for each teacher. In a `Term` the identities are the `target`: `Term(AdaptiveCentersLoss(n, 512),
-    student="embedding", teacher="embedding", target="identity")`. A term weighs samples after the loss, so one that its
-    `sample_weight` masks still moves the centers; `weight` here does not let it.
+    The centers are in the space of one teacher, so use one such term per teacher, with a projection of the student if
+    necessary. In a `Term` the identities are the `target`: `Term(AdaptiveCentersLoss(n, 512),
+    student="embedding", teacher="embedding", target="identity")`. A term applies its `sample_weight`
+    after the loss, so masked samples still update the centers; samples masked by `weight` here do not.
 
     Args:
-        num_identities: identities n of the training set.
+        num_identities: number n of training identities.
         embedding_dim: dimensions d of the teacher's embeddings, and of the student's.
         head: `"arcface"` or `"cosface"`.
-        scale: factor on the cosines.
+        scale: factor of the cosines.
         margin: `None` for the paper's, 0.45 radians with `"arcface"` and 0.35 with `"cosface"`.
-        centers: the first centers `(n, d)`, of any length; `None` for none yet.
-        gather: move the centers by the samples of all processes, so that all hold the same ones; without it each
-            follows its own samples.
+        centers: initial centers `(n, d)`, not necessarily normalized; `None` for no centers.
+        gather: update the centers with the samples of all processes, so that all processes have the same centers;
+            without it each process uses its own samples.
         reduction: `"mean"` or `"none"`; `forward` may override it.
 
     Attributes:
         centers: buffer `(n, d)`, part of the state dict.
 
     Raises:
-        ValueError: an argument outside its range.
-        TypeError: an argument of a wrong type.
+        ValueError: an argument is out of range.
+        TypeError: an argument has the wrong type.
 
     Examples:
         >>> import torch
@@ -141,8 +136,8 @@ class AdaptiveCentersLoss(nn.Module):
 
     References:
         Boutros, Štruc, Damer, *AdaDistill: Adaptive Knowledge Distillation for Deep Face Recognition*, ECCV 2024, arXiv
-        2407.01332. The authors' code writes the centers by index, so that of several samples of one identity in a batch
-        one alone counts, and each process keeps centers of its own; here all count, by their mean.
+        2407.01332. The authors' code assigns the centers by index, so that only one of several samples of an identity
+        in a batch counts, and each process has its own centers; here the mean of all samples is used.
     """
 
     per_sample: ClassVar[bool] = True
@@ -188,9 +183,9 @@ class AdaptiveCentersLoss(nn.Module):
         weight: Tensor | None = None,
         reduction: Reduction | None = None,
     ) -> Tensor:
-        """The loss of `student` `(b, d)` of identities `target` `(b,)`; in training mode `teacher` moves the centers.
+        """Return the loss of `student` `(b, d)` of identities `target` `(b,)`; in training mode `teacher` updates the centers.
 
-        `reduction=None` means the constructor's.
+        `reduction=None` uses that of the constructor.
         """
         owner = "AdaptiveCentersLoss"
         check_pair(owner, student, teacher, "b d")
@@ -199,7 +194,7 @@ class AdaptiveCentersLoss(nn.Module):
         check_weight(owner, weight, student.shape[0])
         target = target.to(student.device).long()
         if self.training:
-            self._move(student.detach(), teacher.detach(), target, weight)
+            self._update_centers(student.detach(), teacher.detach(), target, weight)
         face = arcface_loss if self.head == "arcface" else cosface_loss
         return face(
             student,
@@ -212,15 +207,15 @@ class AdaptiveCentersLoss(nn.Module):
         )
 
     @torch.no_grad()
-    def _move(self, student: Tensor, teacher: Tensor, target: Tensor, weight: Tensor | None) -> None:
-        """One step of the centers of the batch's identities."""
+    def _update_centers(self, student: Tensor, teacher: Tensor, target: Tensor, weight: Tensor | None) -> None:
+        """Update the centers of the identities in the batch."""
         if self.gather:
             student, teacher, target, weight = whole_batch(student, teacher, target, weight, grad=False)
-        moved = adapted_centers(student, teacher, self.centers, target=target, weight=weight)
-        self.centers[target] = moved.to(self.centers.dtype)
+        updated = adapted_centers(student, teacher, self.centers, target=target, weight=weight)
+        self.centers[target] = updated.to(self.centers.dtype)
 
     def extra_repr(self) -> str:
-        """Arguments of the call that rebuilds the loss, its centers left out."""
+        """Arguments of the call that rebuilds the loss, without the centers."""
         return (
             f"num_identities={self.num_identities}, embedding_dim={self.embedding_dim}, head={self.head!r}, "
             f"scale={self.scale}, margin={self.margin}, gather={self.gather}, "

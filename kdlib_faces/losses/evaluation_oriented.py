@@ -1,8 +1,4 @@
-"""Faces losses: EKD, the student's errors at fixed false positive rates like the teacher's. Touches tensors only.
-
-Huang et al., Evaluation-oriented Knowledge Distillation for Deep Face Recognition, 2022: match where the similarity of
-a pair stands against the thresholds of an evaluation, and not the similarity itself.
-"""
+"""EKD: match the errors of student and teacher at the thresholds of an evaluation (Huang et al., 2022)."""
 
 from collections.abc import Sequence
 from fractions import Fraction
@@ -38,14 +34,14 @@ def evaluation_oriented(
     *,
     target: Tensor,
     temperature: float = 0.01,
-    hardest: int = 2000,
+    num_hard_negatives: int = 2000,
     positive_weight: float = 0.02,
     negative_weight: float = 0.01,
     gather: bool = False,
     reduction: Literal["mean"] = "mean",
     weight: Tensor | None = None,
 ) -> Tensor:
-    r"""Match how many thresholds each pair passes, softly, on positive pairs and on the hardest negative ones.
+    r"""Match the soft number of thresholds that each pair exceeds, for positive pairs and the hardest negative pairs.
 
     With :math:`c_{ij}` the cosine of two embeddings of one network and :math:`\tau_k` the threshold of that network at
     the k-th false positive rate,
@@ -54,52 +50,52 @@ def evaluation_oriented(
               L = \lambda_P \operatorname*{mean}_{(i,j) \in P} (r^s_{ij} - r^t_{ij})^2
                 + \lambda_N \operatorname*{mean}_{(i,j) \in N} (r^s_{ij} - r^t_{ij})^2
 
-    P is every pair i < j of one identity, N the `hardest` pairs of two identities with the largest cosine by the
-    student. A mean over no pair is 0, and a batch needs pairs of one identity to teach anything on them: draw it by
-    identity at least in part. Thresholds get no gradient. Embeddings of zeros have a cosine of 0 to all, and get none.
+    P contains all genuine pairs i < j, N the `num_hard_negatives` impostor pairs with the largest cosine of the
+    student. The mean over no pair is 0, so part of each batch should be sampled by identity to contain genuine pairs.
+    Thresholds get no gradient. Zero embeddings have cosine 0 to all others and get no gradient.
 
-    A sample of weight 0 is in no pair, as if it were absent; otherwise a pair counts :math:`w_i w_j` in its mean,
-    normalized by their sum. Memory is `(b (b - 1) / 2, k)`.
+    A sample with weight 0 is excluded from all pairs. Otherwise a pair has the weight :math:`w_i w_j`, normalized by
+    the sum of the weights. Memory is `(b (b - 1) / 2, k)`.
 
     Args:
-        student: embeddings `(b, d)`, of any length.
-        teacher: embeddings `(b, D)`; never receives a gradient.
+        student: embeddings `(b, d)`, not necessarily normalized.
+        teacher: embeddings `(b, D)`; gets no gradient.
         student_thresholds: cosines `(k,)`, from `negative_thresholds`.
-        teacher_thresholds: likewise.
-        target: identities `(b,)`, any whole numbers.
+        teacher_thresholds: cosines `(k,)` of the teacher.
+        target: identities `(b,)`, any integers.
         temperature: T, above 0, in the unit of a cosine.
-        hardest: how many negative pairs count, at least 0.
+        num_hard_negatives: number of negative pairs, at least 0.
         positive_weight: :math:`\lambda_P`, at least 0.
         negative_weight: :math:`\lambda_N`, at least 0.
-        gather: make one batch of the rows of all processes of the default process group, of which each may have
-            another number; every process gets its value.
-        reduction: `"mean"` alone: a relation has no per-sample form.
-        weight: `(b,)`, at least 0, weight of each sample; 0 masks it.
+        gather: treat the rows of all processes of the default process group as one batch; the processes may have
+            different numbers of rows, and all get the same value.
+        reduction: only `"mean"`: a relation has no per-sample form.
+        weight: `(b,)`, at least 0, weight per sample; 0 masks it.
 
     Returns:
-        A scalar. Float32, or float64 if given float64, under autocast too.
+        A scalar. Float32, or float64 for float64 inputs, also under autocast.
 
     Raises:
-        ValueError: shapes that do not fit, or an argument out of range.
-        TypeError: embeddings that are not floating point, a target that is not whole numbers.
+        ValueError: mismatched shapes, or an argument out of range.
+        TypeError: embeddings that are not floating point, a target that is not integer.
 
     Examples:
         >>> import torch
         >>> student, teacher = torch.tensor([[1.0, 0.0], [0.6, 0.8]]), torch.tensor([[1.0, 0.0], [1.0, 0.0]])
         >>> threshold, target = torch.tensor([0.6]), torch.tensor([4, 4])
         >>> loss = evaluation_oriented(student, teacher, threshold, threshold, target=target)
-        >>> round(loss.item(), 6)  # at its threshold r is 1/2, far over it 1: 0.02 / 4
+        >>> round(loss.item(), 6)  # r is 1/2 at the threshold and 1 far above it: 0.02 / 4
         0.005
 
     References:
         Huang, Wu, Xu, Ding, *Evaluation-oriented Knowledge Distillation for Deep Face Recognition*, CVPR 2022, arXiv
         2206.02325. The defaults, the pairs and the thresholds follow the authors' code in TFace, which adds ArcFace
-        and draws half of each batch by identity.
+        and samples half of each batch by identity.
     """
     owner = "evaluation_oriented"
     check_relation(owner, reduction)
     _check_call(owner, student, teacher, target, weight)
-    _check_arguments(owner, temperature, hardest, positive_weight, negative_weight)
+    _check_arguments(owner, temperature, num_hard_negatives, positive_weight, negative_weight)
     check_floating(owner, student_thresholds=student_thresholds, teacher_thresholds=teacher_thresholds)
     check_rank(owner, "student_thresholds", student_thresholds, "k")
     check_shape(owner, "teacher_thresholds", teacher_thresholds, "k", k=len(student_thresholds))
@@ -116,7 +112,7 @@ def evaluation_oriented(
         )
         gap = (r_s - r_t).square()
         score = torch.where(~positive & (share > 0), c_s.detach(), -torch.inf)
-        score, chosen = score.topk(min(hardest, len(score)))
+        score, chosen = score.topk(min(num_hard_negatives, len(score)))
         hard = torch.where(score > -torch.inf, share[chosen], 0.0)
         return positive_weight * _mean(torch.where(positive, share, 0.0), gap) + negative_weight * _mean(
             hard, gap[chosen]
@@ -126,23 +122,23 @@ def evaluation_oriented(
 def negative_thresholds(
     embeddings: Tensor, *, target: Tensor, rates: Sequence[float] = RATES, weight: Tensor | None = None
 ) -> Tensor:
-    """The cosines that a share of the pairs of two identities exceeds: the thresholds of false positive rates.
+    """Return the cosine thresholds of given false positive rates.
 
-    Of n negative pairs, from the largest cosine down, the threshold at rate r is the one of index `floor(n r)`, so
-    that at most that share of them is above it. A rate below 1 / n takes the largest.
+    With the cosines of n impostor pairs in descending order, the threshold at rate r is the one with index `floor(n
+    r)`, so that at most this share of them is larger. A rate below 1 / n gives the largest cosine.
 
     Args:
-        embeddings: `(b, d)`, of any length; no gradient flows.
-        target: identities `(b,)`, any whole numbers.
+        embeddings: `(b, d)`, not necessarily normalized; gets no gradient.
+        target: identities `(b,)`, any integers.
         rates: k false positive rates, above 0 and at most 1.
-        weight: `(b,)`; samples of weight 0 are in no pair, others count alike.
+        weight: `(b,)`; samples with weight 0 are excluded, all others count equally.
 
     Returns:
-        `(k,)` in the order of the rates, float32 or float64; minus infinity where there is no negative pair.
+        `(k,)` in the order of the rates, float32 or float64; minus infinity if there is no impostor pair.
 
     Raises:
-        ValueError: shapes that do not fit, or a rate out of range.
-        TypeError: embeddings that are not floating point, a target that is not whole numbers.
+        ValueError: mismatched shapes, or a rate out of range.
+        TypeError: embeddings that are not floating point, a target that is not integer.
 
     Examples:
         >>> import torch
@@ -162,54 +158,55 @@ def negative_thresholds(
             return x_bd.new_full((len(rates),), -torch.inf)
         negative = ~positive & (share > 0)
         ordered = torch.where(negative, (x_bd @ x_bd.T)[i, j], -torch.inf).sort(descending=True).values
-        # In whole numbers: 0.1 times 30 is not 3 in floating point.
+        # Computed with integers: 0.1 * 30 is not 3 in floating point.
         parts = [Fraction(str(rate)) for rate in rates]
         places = [negative.sum() * part.numerator // part.denominator for part in parts]
         return ordered[torch.stack(places).clamp(max=len(ordered) - 1)]
 
 
 class EvaluationOrientedLoss(nn.Module):
-    """`evaluation_oriented` with running thresholds; the formula and the arguments are there.
+    """`evaluation_oriented` with running thresholds; see the function for the formula and the arguments.
 
-    In training mode each batch moves the thresholds of both networks, before the loss is taken: `(1 - momentum) * old +
-    momentum * new`. The first batch with a negative pair sets them. A batch without one, or whose embeddings are not
-    all finite, leaves them. In evaluation mode nothing moves; where there are none yet, the batch's own serve.
+    In training mode each batch updates the thresholds of both networks before the loss is computed: `(1 - momentum) *
+    old + momentum * new`. The first batch with an impostor pair initializes them. A batch without one, or with
+    non-finite embeddings, does not change them. In eval mode they are fixed; before initialization those of the batch
+    are used.
 
-    Thresholds follow one teacher: use one such term for each teacher. In a `Term` the identities are the `target`:
+    The thresholds belong to one teacher, so use one such term per teacher. In a `Term` the identities are the `target`:
     `Term(EvaluationOrientedLoss(), student="embedding", teacher="embedding", target="identity")`.
 
     Args:
         rates: false positive rates of the thresholds.
         temperature: above 0, in the unit of a cosine.
-        hardest: how many negative pairs count, at least 0.
-        positive_weight: factor on the positive pairs, at least 0.
-        negative_weight: factor on the negative pairs, at least 0.
-        momentum: share of the new thresholds, above 0 and at most 1.
-        gather: make one batch of the rows of all processes, which then all have the same thresholds; without it each
+        num_hard_negatives: number of negative pairs, at least 0.
+        positive_weight: weight of the positive pairs, at least 0.
+        negative_weight: weight of the negative pairs, at least 0.
+        momentum: weight of the new thresholds, above 0 and at most 1.
+        gather: treat the rows of all processes as one batch, which then all have the same thresholds; without it each
             has its own.
 
     Attributes:
         student_thresholds: buffer `(k,)`, part of the state dict.
-        teacher_thresholds: likewise.
-        batches: buffer, how many batches have moved them.
+        teacher_thresholds: buffer `(k,)`, part of the state dict.
+        batches: buffer, the number of batches that updated them.
 
     Raises:
-        ValueError: an argument outside its range.
-        TypeError: an argument of a wrong type.
+        ValueError: an argument is out of range.
+        TypeError: an argument has the wrong type.
 
     Examples:
         >>> import torch
         >>> loss = EvaluationOrientedLoss(rates=(0.1, 0.01))
         >>> loss
-        EvaluationOrientedLoss(rates=(0.1, 0.01), temperature=0.01, hardest=2000, positive_weight=0.02,
+        EvaluationOrientedLoss(rates=(0.1, 0.01), temperature=0.01, num_hard_negatives=2000, positive_weight=0.02,
         negative_weight=0.01, momentum=0.01, gather=False)
         >>> embeddings = torch.eye(4)
         >>> loss(embeddings, embeddings, target=torch.tensor([0, 0, 1, 1])).item()
         0.0
 
     References:
-        The authors' code starts the thresholds at 0, from where a momentum of 0.01 takes hundreds of batches to reach
-        their place; here the first batch sets them.
+        The authors' code initializes the thresholds with 0, so that a momentum of 0.01 needs hundreds of batches; here
+        the first batch initializes them.
     """
 
     per_sample: ClassVar[bool] = False
@@ -222,7 +219,7 @@ class EvaluationOrientedLoss(nn.Module):
         *,
         rates: Sequence[float] = RATES,
         temperature: float = 0.01,
-        hardest: int = 2000,
+        num_hard_negatives: int = 2000,
         positive_weight: float = 0.02,
         negative_weight: float = 0.01,
         momentum: float = 0.01,
@@ -230,10 +227,14 @@ class EvaluationOrientedLoss(nn.Module):
     ) -> None:
         super().__init__()
         check_rates("EvaluationOrientedLoss", rates)
-        _check_arguments("EvaluationOrientedLoss", temperature, hardest, positive_weight, negative_weight)
+        _check_arguments("EvaluationOrientedLoss", temperature, num_hard_negatives, positive_weight, negative_weight)
         check_number("EvaluationOrientedLoss", "momentum", momentum, above=0, max=1)
         self.rates = tuple(float(rate) for rate in rates)
-        self.temperature, self.hardest, self.momentum = float(temperature), hardest, float(momentum)
+        self.temperature, self.num_hard_negatives, self.momentum = (
+            float(temperature),
+            num_hard_negatives,
+            float(momentum),
+        )
         self.gather = gather
         self.positive_weight, self.negative_weight = float(positive_weight), float(negative_weight)
         self.register_buffer("student_thresholds", torch.zeros(len(self.rates)))
@@ -249,7 +250,7 @@ class EvaluationOrientedLoss(nn.Module):
         weight: Tensor | None = None,
         reduction: Literal["mean"] | None = None,
     ) -> Tensor:
-        """The loss of `student` `(b, d)` against `teacher` `(b, D)`, of identities `target` `(b,)`."""
+        """Return the loss of `student` `(b, d)` against `teacher` `(b, D)`, of identities `target` `(b,)`."""
         check_relation("EvaluationOrientedLoss", reduction or "mean")
         _check_call("EvaluationOrientedLoss", student, teacher, target, weight)
         if self.gather:
@@ -262,7 +263,7 @@ class EvaluationOrientedLoss(nn.Module):
             teacher_thresholds,
             target=target,
             temperature=self.temperature,
-            hardest=self.hardest,
+            num_hard_negatives=self.num_hard_negatives,
             positive_weight=self.positive_weight,
             negative_weight=self.negative_weight,
             weight=weight,
@@ -272,7 +273,7 @@ class EvaluationOrientedLoss(nn.Module):
     def _thresholds(
         self, student: Tensor, teacher: Tensor, target: Tensor, weight: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        """The thresholds for one batch; in training mode the buffers move to them."""
+        """Return the thresholds for one batch; in training mode, update the buffers."""
         old = torch.stack([self.student_thresholds, self.teacher_thresholds])
         new = torch.stack(
             [
@@ -284,30 +285,30 @@ class EvaluationOrientedLoss(nn.Module):
         if not self.training:
             used = torch.where(known, old, new)
             return used[0], used[1]
-        moved = torch.where(known & usable, old + self.momentum * (new - old), torch.where(known, old, new))
-        kept = torch.where(known | usable, moved, old)
-        self.student_thresholds.copy_(kept[0])
-        self.teacher_thresholds.copy_(kept[1])
+        updated = torch.where(known & usable, old + self.momentum * (new - old), torch.where(known, old, new))
+        stored = torch.where(known | usable, updated, old)
+        self.student_thresholds.copy_(stored[0])
+        self.teacher_thresholds.copy_(stored[1])
         self.batches += usable
-        return moved[0], moved[1]
+        return updated[0], updated[1]
 
     def extra_repr(self) -> str:
         """Arguments of the call that rebuilds the loss."""
         return (
-            f"rates={self.rates}, temperature={self.temperature}, hardest={self.hardest}, "
+            f"rates={self.rates}, temperature={self.temperature}, num_hard_negatives={self.num_hard_negatives}, "
             f"positive_weight={self.positive_weight}, negative_weight={self.negative_weight}, momentum={self.momentum}, "
             f"gather={self.gather}"
         )
 
 
 def _upper(x_bd: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows and columns of the pairs i < j."""
+    """Return rows and columns of the pairs i < j."""
     i, j = torch.triu_indices(len(x_bd), len(x_bd), 1, device=x_bd.device)
     return i, j
 
 
 def _pairs(x_bd: Tensor, target: Tensor, weight: Tensor | None) -> tuple[Tensor, Tensor]:
-    """How much each pair i < j counts, and whether it is of one identity."""
+    """Return the weight of each pair i < j, and whether it is genuine."""
     i, j = _upper(x_bd)
     w = x_bd.new_ones(len(x_bd)) if weight is None else weight.detach().to(x_bd)
     target = target.to(x_bd.device)
@@ -315,7 +316,7 @@ def _pairs(x_bd: Tensor, target: Tensor, weight: Tensor | None) -> tuple[Tensor,
 
 
 def _mean(share: Tensor, values: Tensor) -> Tensor:
-    """The weighted mean; 0 with a graph where nothing counts."""
+    """Return the weighted mean; 0 with a graph if all weights are 0."""
     total = share.sum()
     return (share * values).sum() / torch.where(total > 0, total, 1.0)
 
@@ -329,8 +330,8 @@ def _check_call(owner: str, student: Tensor, teacher: Tensor, target: Tensor, we
     check_weight(owner, weight, len(student))
 
 
-def _check_arguments(owner: str, temperature: float, hardest: int, positive: float, negative: float) -> None:
+def _check_arguments(owner: str, temperature: float, num_hard_negatives: int, positive: float, negative: float) -> None:
     check_number(owner, "temperature", temperature, above=0)
-    check_number(owner, "hardest", hardest, min=0, integer=True)
+    check_number(owner, "num_hard_negatives", num_hard_negatives, min=0, integer=True)
     check_number(owner, "positive_weight", positive, min=0)
     check_number(owner, "negative_weight", negative, min=0)

@@ -1,8 +1,4 @@
-"""Faces losses: MarginDistillation, the teacher's centers and a margin by its own confidence. Touches tensors only.
-
-Svitov and Alyamkin, MarginDistillation, 2020: the student classifies by the teacher's class weights, and by a wider
-margin where the teacher itself is close to the center.
-"""
+"""MarginDistillation: ArcFace on the teacher's centers with a margin per sample (Svitov and Alyamkin, 2020)."""
 
 import math
 from typing import Any, ClassVar
@@ -22,7 +18,7 @@ from kdlib._checks import (
 )
 from kdlib._maths import REDUCTIONS, full_precision, unit_rows
 from kdlib_faces._checks import check_class_centers, check_every_identity, check_identities, check_set
-from kdlib_faces.heads._margin import Reduction, softmax_loss, unit_pair
+from kdlib_faces.heads._margin import Reduction, add_angular_margin, softmax_loss, unit_pair
 
 __all__ = ["MarginDistillLoss", "centers_from", "margin_distill"]
 
@@ -34,12 +30,12 @@ def margin_distill(
     *,
     target: Tensor,
     scale: float = 64.0,
-    least_margin: float = 0.2,
-    most_margin: float = 0.5,
+    min_margin: float = 0.2,
+    max_margin: float = 0.5,
     reduction: Reduction = "mean",
     weight: Tensor | None = None,
 ) -> Tensor:
-    r"""ArcFace on the teacher's frozen centers, each sample's margin by how close the teacher puts it to its center.
+    r"""ArcFace on the teacher's frozen centers, with a larger margin for samples that the teacher puts closer to the center.
 
     With :math:`W_j` the teacher's center of identity j, y the identity of sample i, and :math:`\theta_j` the angle
     between the student's embedding and :math:`W_j`,
@@ -49,44 +45,44 @@ def margin_distill(
     .. math:: L_i = -\log \frac{e^{s\,\psi(\theta_y, m_i)}}{e^{s\,\psi(\theta_y, m_i)} + \sum_{j \ne y} e^{s
               \cos\theta_j}}
 
-    with :math:`\psi(\theta, m) = \cos(\theta + m)`, and its straight continuation beyond :math:`\pi - m`, exactly as in
-    `kdlib_faces.heads.arcface_loss`. The maximum is over the samples of this call with a weight above 0; a sample's
-    loss so depends on its batch, and each process of a distributed run takes the maximum of its own. Where no teacher
-    cosine is above 0 every margin is the least one. Equal margins give ArcFace on frozen centers.
+    with :math:`\psi(\theta, m) = \cos(\theta + m)`, and its linear continuation beyond :math:`\pi - m`, as in
+    `kdlib_faces.heads.arcface_loss`. The maximum is over the samples of the call with a weight above 0. The loss of a
+    sample therefore depends on its batch, and each process of a distributed run uses its own maximum. If no teacher
+    cosine is above 0, all margins are the minimum. Equal margins give ArcFace on frozen centers.
 
     Args:
-        student: embeddings `(b, d)`, of any length. One of zeros counts as at a right angle to every center, and gets
+        student: embeddings `(b, d)`, not necessarily normalized. A zero embedding has cosine 0 to every center and gets
             no gradient.
-        teacher: embeddings of the same shape, in the space of `centers`; never receives a gradient.
-        centers: the teacher's class weights `(n, d)`, of any length; never receive a gradient.
-        target: identities `(b,)`, whole numbers from 0 to n - 1.
-        scale: s, factor on the cosines.
-        least_margin: :math:`M_{\min}`, in radians, from 0 to pi.
-        most_margin: :math:`M_{\max}`, in radians, from `least_margin` to pi.
+        teacher: embeddings of the same shape, in the space of `centers`; gets no gradient.
+        centers: the teacher's class weights `(n, d)`, not necessarily normalized; get no gradient.
+        target: identities `(b,)`, integers from 0 to n - 1.
+        scale: s, factor of the cosines.
+        min_margin: :math:`M_{\min}`, in radians, from 0 to pi.
+        max_margin: :math:`M_{\max}`, in radians, from `min_margin` to pi.
         reduction: `"mean"` over the batch, or `"none"`.
-        weight: `(b,)`, at least 0, weight of each sample; 0 masks it.
+        weight: `(b,)`, at least 0, weight per sample; 0 masks it.
 
     Returns:
         A scalar for `"mean"`: `sum(weight * loss) / sum(weight)`, and 0 if all weights are 0. `(b,)` for `"none"`,
-        times `weight` if given. Float32, or float64 if given float64, under autocast too.
+        times `weight` if given. Float32, or float64 for float64 inputs, also under autocast.
 
     Raises:
-        ValueError: shapes that do not fit, an identity out of range, a margin out of range, an unknown reduction.
-        TypeError: embeddings that are not floating point, identities that are not whole numbers.
+        ValueError: mismatched shapes, an identity out of range, a margin out of range, an unknown reduction.
+        TypeError: embeddings that are not floating point, identities that are not integers.
 
     Examples:
         >>> import torch
         >>> centers, target = torch.eye(2), torch.tensor([0, 1])
-        >>> teacher = torch.tensor([[1.0, 0.0], [3.0, 4.0]])  # cosines to the own center 1 and 0.8
+        >>> teacher = torch.tensor([[1.0, 0.0], [3.0, 4.0]])  # cosines to the target centers: 1 and 0.8
         >>> losses = margin_distill(centers, teacher, centers, target=target, scale=4.0, reduction="none")
         >>> [round(loss, 4) for loss in losses.tolist()]  # margins 0.5 and 0.44
         [0.0294, 0.0265]
 
     References:
         Svitov, Alyamkin, *MarginDistillation: distillation for margin-based softmax*, arXiv 2003.02586; the centers
-        are the teacher's and stay frozen. A negative :math:`d_i` counts as 0 here, which keeps every margin in its
-        bounds; the formula as published has no such bound. Arc cosines are never differentiated: the gradient is
-        exact and finite at every angle.
+        are the teacher's and frozen. A negative :math:`d_i` is clamped to 0 here, which keeps every margin within its
+        bounds; the published formula has no such bound. No arc cosine is differentiated, so the gradient is exact and
+        finite at every angle.
     """
     owner = "margin_distill"
     check_pair(owner, student, teacher, "b d")
@@ -94,41 +90,36 @@ def margin_distill(
     check_shape(owner, "centers", centers, "n d", d=student.shape[1])
     check_identities(owner, target, student.shape[0], centers.shape[0])
     check_weight(owner, weight, student.shape[0])
-    _check_margins(owner, scale, least_margin, most_margin)
+    _check_margins(owner, scale, min_margin, max_margin)
     target = target.to(student.device).long()
     with full_precision(student):
         s_bd, c_nd = unit_pair(student, centers.detach(), scale)
-        own_bd = c_nd[target]
-        d = (unit_rows(teacher.detach().to(s_bd.dtype))[0] * own_bd).sum(1).clamp(min=0)
+        center_bd = c_nd[target]
+        d = (unit_rows(teacher.detach().to(s_bd.dtype))[0] * center_bd).sum(1).clamp(min=0)
         counted = d if weight is None else torch.where(weight > 0, d, 0.0)
         largest = counted.amax() if len(d) else d.sum()
         share = torch.where(largest > 0, d / torch.where(largest > 0, largest, 1.0), 0.0).clamp(max=1)
-        margin = (most_margin - least_margin) * share + least_margin
-
-        cosine = (s_bd * own_bd).sum(1)
-        directed = (s_bd.detach() != 0).any(1)
-        sine = torch.where(directed, torch.linalg.vector_norm(s_bd - cosine.unsqueeze(1) * own_bd, dim=1), 1.0)
-        inside = cosine * margin.cos() - sine * margin.sin()
-        moved = torch.where(cosine >= -margin.cos(), inside, cosine + margin.cos() - 1)
-        return softmax_loss(owner, s_bd @ c_nd.T, moved, target, scale, reduction, weight)
+        margin = (max_margin - min_margin) * share + min_margin
+        target_cosine = add_angular_margin(s_bd, center_bd, margin.cos(), margin.sin())
+        return softmax_loss(owner, s_bd @ c_nd.T, target_cosine, target, scale, reduction, weight)
 
 
 def centers_from(embeddings: Tensor, identities: Tensor, *, num_identities: int | None = None) -> Tensor:
-    """The center of each identity: the direction of the mean of its embeddings, each of unit length first.
+    """Estimate the center of each identity: the direction of the mean of its normalized embeddings.
 
-    Stands in for a teacher's class weights where these were not kept.
+    Replaces a teacher's class weights if these are not available.
 
     Args:
-        embeddings: `(n, d)`, of any length, without gradient; a row of zeros does not count.
-        identities: `(n,)`, whole numbers from 0.
-        num_identities: how many identities there are; `None`: the largest plus one.
+        embeddings: `(n, d)`, not necessarily normalized, without gradient; zero rows are ignored.
+        identities: `(n,)`, integers from 0.
+        num_identities: number of identities; `None` for the largest plus one.
 
     Returns:
-        `(num_identities, d)`, rows of unit length, float32 or float64.
+        `(num_identities, d)`, normalized rows, float32 or float64.
 
     Raises:
-        ValueError: shapes that do not fit, or an identity without any embedding.
-        TypeError: embeddings that are not floating point, identities that are not whole numbers.
+        ValueError: mismatched shapes, or an identity without any embedding.
+        TypeError: embeddings that are not floating point, identities that are not integers.
 
     Examples:
         >>> import torch
@@ -147,42 +138,42 @@ def centers_from(embeddings: Tensor, identities: Tensor, *, num_identities: int 
     with torch.no_grad(), full_precision(embeddings):
         dtype = torch.promote_types(embeddings.dtype, torch.float32)
         sums = torch.zeros(num_identities, embeddings.shape[1], dtype=dtype, device=embeddings.device)
-        # In parts, so that a whole training set is not copied.
-        for part, own in zip(torch.split(embeddings, 2**15), torch.split(identities, 2**15), strict=True):
-            sums.index_add_(0, own, unit_rows(part.to(dtype))[0])
+        # In chunks, so that a whole training set is not copied.
+        for part, ids in zip(torch.split(embeddings, 2**15), torch.split(identities, 2**15), strict=True):
+            sums.index_add_(0, ids, unit_rows(part.to(dtype))[0])
         check_every_identity("centers_from", sums.any(1))
         return unit_rows(sums)[0]
 
 
 class MarginDistillLoss(nn.Module):
-    """`margin_distill` with the teacher's centers as a buffer; the formula and the arguments are there.
+    """`margin_distill` with the teacher's centers as a buffer; see the function for the formula and the arguments.
 
-    In a `Term` it reads the identities as `target`: `Term(MarginDistillLoss(n, 512, centers=w), student="embedding",
-    teacher="embedding", target="identity")`. The centers are one teacher's: use one such term for each teacher. A term
-    weighs samples after the loss, so one that its `sample_weight` masks still counts in the largest cosine.
+    In a `Term` the identities are the `target`: `Term(MarginDistillLoss(n, 512, centers=w), student="embedding",
+    teacher="embedding", target="identity")`. The centers belong to one teacher, so use one such term per teacher. A
+    term applies its `sample_weight` after the loss, so masked samples still count in the maximum cosine.
 
     Args:
-        num_identities: identities n of the training set.
+        num_identities: number n of training identities.
         embedding_dim: dimensions d of the teacher's embeddings, and of the student's.
-        scale: factor on the cosines.
-        least_margin: in radians, from 0 to pi.
-        most_margin: in radians, from `least_margin` to pi.
-        centers: the teacher's class weights `(n, d)`; `None`: set them by `set_centers` or `centers_from` before the
+        scale: factor of the cosines.
+        min_margin: in radians, from 0 to pi.
+        max_margin: in radians, from `min_margin` to pi.
+        centers: the teacher's class weights `(n, d)`; `None` if `set_centers` or `centers_from` is called before the
             first loss.
         reduction: `"mean"` or `"none"`; `forward` may override it.
 
     Attributes:
-        centers: buffer `(n, d)`, part of the state dict, rows of unit length; zeros until set.
+        centers: buffer `(n, d)`, part of the state dict, with normalized rows; zeros until set.
 
     Raises:
-        ValueError: an argument outside its range.
-        TypeError: an argument of a wrong type.
+        ValueError: an argument is out of range.
+        TypeError: an argument has the wrong type.
 
     Examples:
         >>> import torch
         >>> loss = MarginDistillLoss(3, 8, centers=torch.ones(3, 8))
         >>> loss
-        MarginDistillLoss(num_identities=3, embedding_dim=8, scale=64.0, least_margin=0.2, most_margin=0.5,
+        MarginDistillLoss(num_identities=3, embedding_dim=8, scale=64.0, min_margin=0.2, max_margin=0.5,
         reduction='mean')
         >>> loss(torch.ones(2, 8), torch.ones(2, 8), target=torch.tensor([0, 2])).shape
         torch.Size([])
@@ -197,18 +188,18 @@ class MarginDistillLoss(nn.Module):
         embedding_dim: int,
         *,
         scale: float = 64.0,
-        least_margin: float = 0.2,
-        most_margin: float = 0.5,
+        min_margin: float = 0.2,
+        max_margin: float = 0.5,
         centers: Tensor | None = None,
         reduction: Reduction = "mean",
     ) -> None:
         super().__init__()
         check_number("MarginDistillLoss", "num_identities", num_identities, min=1, integer=True)
         check_number("MarginDistillLoss", "embedding_dim", embedding_dim, min=1, integer=True)
-        _check_margins("MarginDistillLoss", scale, least_margin, most_margin)
+        _check_margins("MarginDistillLoss", scale, min_margin, max_margin)
         check_choice("MarginDistillLoss", "reduction", reduction, REDUCTIONS)
         self.num_identities, self.embedding_dim = num_identities, embedding_dim
-        self.scale, self.least_margin, self.most_margin = float(scale), float(least_margin), float(most_margin)
+        self.scale, self.min_margin, self.max_margin = float(scale), float(min_margin), float(max_margin)
         self.reduction = reduction
         self.register_buffer("centers", torch.zeros(num_identities, embedding_dim))
         self._ready = False
@@ -217,13 +208,13 @@ class MarginDistillLoss(nn.Module):
 
     @torch.no_grad()
     def set_centers(self, centers: Tensor) -> None:
-        """Take the teacher's class weights `(n, d)`, of any length but zero."""
+        """Set the centers to the teacher's class weights `(n, d)`, whose rows must not be zero."""
         check_class_centers("MarginDistillLoss", centers, self.num_identities, self.embedding_dim)
         self.centers.copy_(unit_rows(centers.to(torch.promote_types(centers.dtype, torch.float32)))[0])
         self._ready = True
 
     def centers_from(self, embeddings: Tensor, identities: Tensor) -> None:
-        """Estimate the centers from teacher embeddings `(m, d)` of `identities` `(m,)`, which hold every identity."""
+        """Estimate the centers from teacher embeddings `(m, d)` of `identities` `(m,)`; every identity must occur."""
         self.set_centers(centers_from(embeddings, identities, num_identities=self.num_identities))
 
     def forward(
@@ -235,7 +226,7 @@ class MarginDistillLoss(nn.Module):
         weight: Tensor | None = None,
         reduction: Reduction | None = None,
     ) -> Tensor:
-        """The loss of `student` `(b, d)` against `teacher`, of identities `target` `(b,)`."""
+        """Return the loss of `student` `(b, d)` against `teacher`, of identities `target` `(b,)`."""
         check_set("MarginDistillLoss", self._ready)
         return margin_distill(
             student,
@@ -243,17 +234,17 @@ class MarginDistillLoss(nn.Module):
             self.centers,
             target=target,
             scale=self.scale,
-            least_margin=self.least_margin,
-            most_margin=self.most_margin,
+            min_margin=self.min_margin,
+            max_margin=self.max_margin,
             reduction=reduction or self.reduction,
             weight=weight,
         )
 
     def extra_repr(self) -> str:
-        """Arguments of the call that rebuilds the loss, its centers left out."""
+        """Arguments of the call that rebuilds the loss, without the centers."""
         return (
             f"num_identities={self.num_identities}, embedding_dim={self.embedding_dim}, scale={self.scale}, "
-            f"least_margin={self.least_margin}, most_margin={self.most_margin}, reduction={self.reduction!r}"
+            f"min_margin={self.min_margin}, max_margin={self.max_margin}, reduction={self.reduction!r}"
         )
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
@@ -261,7 +252,7 @@ class MarginDistillLoss(nn.Module):
         self._ready = bool(self.centers.any())
 
 
-def _check_margins(owner: str, scale: float, least: float, most: float) -> None:
+def _check_margins(owner: str, scale: float, low: float, high: float) -> None:
     check_number(owner, "scale", scale, above=0)
-    check_number(owner, "least_margin", least, min=0, max=math.pi)
-    check_number(owner, "most_margin", most, min=least, max=math.pi)
+    check_number(owner, "min_margin", low, min=0, max=math.pi)
+    check_number(owner, "max_margin", high, min=low, max=math.pi)

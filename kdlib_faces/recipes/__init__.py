@@ -1,4 +1,4 @@
-"""Recipes room: flat files that assemble everything to their left. `liaad` is the main one, `demo` runs the whole job."""
+"""Recipes: the LIAAD-style distillation, and the training of an age-invariant teacher."""
 
 from kdlib_faces.recipes.liaad import LIAADConfig, build
 

@@ -1,86 +1,78 @@
-"""Recipes room: the LIAAD-style recipe. Flat and readable: a config, `build`, `main`.
+"""The LIAAD-style recipe: two frozen teachers, one general and one age-invariant, distilled into a light student."""
 
-Two frozen teachers, one general and one age-invariant, into one light student:
-
-    L = w_id   * margin softmax(f_S, y)                         identity, from labels
-      + w_emb  * mean_i sum_k a_ki * ang(f_S, f_Tk)             angular knowledge of both teachers at the embedding
-      + w_map  * mean_i ang(G(F_S), F_T1)                       angular knowledge of the general teacher at a middle stage
-      + w_att  * mean_i ||A(F_S) - A(F_T2)||^2                  where the age-invariant teacher looks
-
-`ang` is `1 - cos`, `(1 - cos)^2` or the squared chord; `A` the unit-norm activation map; `G` a 1x1 convolution with BatchNorm
-on the student's side; `a_ki` the weight of teacher k for sample i. Ages never enter: only the age-invariant teacher was
-trained with them. The published abstract (arXiv 2004.05085) states the two teachers, the attentive and the angular
-knowledge; which layer, which transform and every number here are our definition, since its equations are not public.
-"""
-
+import argparse
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Literal, cast
 
 import torch
 from torch import nn
 
-from kdlib import (
-    OUTPUT,
-    AngularDistillLoss,
-    AttentionTransferLoss,
-    CenterConfidenceWeighting,
-    StudentAdapter,
-    UniformWeighting,
-)
+from kdlib import AngularDistillLoss, AttentionTransferLoss, CenterConfidenceWeighting, StudentAdapter, UniformWeighting
 from kdlib._checks import check_choice, check_number
+from kdlib.cache import model_fingerprint
 from kdlib.distiller import Distiller
 from kdlib.objective import Objective, Term
+from kdlib.types import Teacher
 from kdlib_faces._checks import InputError
-from kdlib_faces.backbones import Backbone, build_backbone
+from kdlib_faces.backbones import Backbone
+from kdlib_faces.caching.teachers import OpenTeachers, TeacherSource, open_teachers
+from kdlib_faces.config import load_config
+from kdlib_faces.data.lists import FaceList
 from kdlib_faces.heads import ArcFaceHead, CosFaceHead
-from kdlib_faces.teachers.open import open_teacher, teacher_taps
+from kdlib_faces.progress import say
+from kdlib_faces.recipes.network import NetworkConfig
+from kdlib_faces.teachers.open import open_teacher, stage_taps
+from kdlib_faces.training import RunConfig, RunOptions, TrainingSetup, train_on_faces
 
-__all__ = [
-    "AGE",
-    "GENERAL",
-    "LIAADConfig",
-    "build",
-    "features_read",
-    "main",
-    "new_backbone",
-    "student_taps",
-    "teacher_from",
-    "teacher_taps",
-]
+__all__ = ["AGE", "GENERAL", "LIAADConfig", "LIAADRunConfig", "build", "features_read", "main", "train"]
 
 GENERAL, AGE = "general", "age"
+
+AngularForm = Literal["squared", "cosine", "chord", "angle"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class LIAADConfig:
-    """Everything the recipe can be told. All defaults are ours.
+    """Configuration of the LIAAD-style recipe.
+
+        L = w_id   * margin softmax(f_S, y)                         identity, from labels
+          + w_emb  * mean_i sum_k a_ki * ang(f_S, f_Tk)             angular distillation of both embeddings
+          + w_map  * mean_i ang(G(F_S), F_T1)                       angular distillation of the general teacher's map
+          + w_att  * mean_i ||A(F_S) - A(F_T2)||^2                  attention transfer from the age-invariant teacher
+
+    `f` are embeddings and `F` maps of a middle stage; `ang` is `1 - cos`, `(1 - cos)^2`, the squared chord or the angle; `A` is
+    the unit-norm activation map; `G` a 1x1 convolution with BatchNorm on the student's side; `a_ki` the weight of teacher k for
+    sample i. Ages are not used: only the age-invariant teacher was trained with them. The published abstract
+    (arXiv 2004.05085) names the two teachers and the attentive and angular distillation. Which layer, which transform and
+    all numbers here are our definition, since its equations are not public.
 
     Attributes:
-        num_identities: identities of the student's training images.
-        backbone: student's network, a name of `kdlib_faces.backbones`.
-        embedding_dim: of the student.
-        width: factor on the student's channels.
-        input_size: side of the student's images in pixels.
-        general_teacher: a checkpoint or `.onnx` file, or a backbone's name for an untrained one (dry runs).
-        age_teacher: likewise.
+        num_identities: Identities of the student's training images.
+        backbone: The student's network, a name of `kdlib_faces.backbones`.
+        embedding_dim: Dimensions of the student's embedding.
+        width: Factor on the student's channels.
+        input_size: Side of the student's images, pixels.
+        general_teacher: A checkpoint or `.onnx` file, or the name of a backbone for an untrained teacher (dry runs).
+        age_teacher: Likewise.
         head: `"cosface"` or `"arcface"`.
-        head_scale: s of the margin softmax.
-        head_margin: its margin m.
+        head_scale: Scale s of the margin softmax.
+        head_margin: Margin m of the margin softmax.
         identity_weight: w_id.
-        embedding_weight: w_emb; 0 leaves the term out, as do the next two.
-        embedding_form: form of `ang` at the embedding: `"cosine"`, `"squared"`, `"chord"` or `"angle"`.
+        embedding_weight: w_emb; 0 removes the term, as for the next two weights.
+        embedding_form: Form of `ang` at the embedding: `"cosine"`, `"squared"`, `"chord"` or `"angle"`.
         embedding_projection: `"none"` where student and teachers share one space, `"linear"` for a learned map to each.
         map_weight: w_map.
-        map_form: form of `ang` at the middle stage.
+        map_form: Form of `ang` at the middle stage.
         attention_weight: w_att.
-        stage: which of the four stages is the middle one, from 0.
-        weighting: `"uniform"`, or `"center"`: by each teacher's cosine to its own center of the sample's identity.
-        temperature: of the `"center"` weighting.
-        seed: of the initial weights.
+        stage: Number of the middle stage, 0 to 3.
+        weighting: `"uniform"`, or `"center"`: by the cosine of each teacher to its own center of the sample's identity.
+        temperature: Temperature of the `"center"` weighting.
+        seed: Seed of the initial weights.
 
     Raises:
-        ValueError, TypeError: a value out of range.
+        ValueError, TypeError: A value is out of range.
     """
 
     num_identities: int = 1000
@@ -95,10 +87,10 @@ class LIAADConfig:
     head_margin: float = 0.2
     identity_weight: float = 1.0
     embedding_weight: float = 40.0
-    embedding_form: Literal["squared", "cosine", "chord", "angle"] = "cosine"
+    embedding_form: AngularForm = "cosine"
     embedding_projection: str = "none"
     map_weight: float = 2.0
-    map_form: Literal["squared", "cosine", "chord", "angle"] = "cosine"
+    map_form: AngularForm = "cosine"
     attention_weight: float = 2.0
     stage: int = 2
     weighting: str = "center"
@@ -122,61 +114,51 @@ class LIAADConfig:
             check_choice(owner, name, getattr(self, name), ("cosine", "squared", "chord", "angle"))
 
 
-def student_taps(model: Any, stage: int) -> dict[str, Any]:
-    """Taps of a student: its embedding and its middle stage."""
-    return {"embedding": OUTPUT, "map": model.stages[stage]}
+@dataclass(frozen=True, kw_only=True)
+class LIAADRunConfig(RunConfig):
+    """Settings of `kdlib-faces train` for the recipes `liaad`, `student` and `general_teacher`.
+
+    Attributes:
+        recipe: The recipe. The run sets `num_identities`, `seed` and the teachers.
+    """
+
+    recipe: LIAADConfig = field(default_factory=LIAADConfig)
 
 
 def features_read(config: LIAADConfig) -> dict[str, dict[str, str]]:
-    """Of each teacher the features that the active terms read, each with the setting that leaves its term out.
+    """Return the features of each teacher that the active terms read, each with the setting that removes its term.
 
     Examples:
-        >>> features_read(LIAADConfig(attention_weight=0.0))
-        {'general': {'embedding': 'embedding_weight', 'map': 'map_weight'}, 'age': {'embedding': 'embedding_weight'}}
+        >>> features_read(LIAADConfig(attention_weight=0.0))["age"]
+        {'embedding': 'recipe.embedding_weight'}
     """
-    general = {"embedding": "embedding_weight", "map": "map_weight"}
-    age = {"embedding": "embedding_weight", "map": "attention_weight"}
+    weights = {
+        GENERAL: {"embedding": "embedding_weight", "map": "map_weight"},
+        AGE: {"embedding": "embedding_weight", "map": "attention_weight"},
+    }
     return {
-        role: {feature: setting for feature, setting in read.items() if getattr(config, setting)}
-        for role, read in ((GENERAL, general), (AGE, age))
+        role: {feature: f"recipe.{name}" for feature, name in names.items() if getattr(config, name)}
+        for role, names in weights.items()
     }
 
 
-def teacher_from(source: str, role: str, config: LIAADConfig) -> nn.Module:
-    """The frozen teacher of a file or a backbone's name, with the features that the role asks for.
-
-    Raises:
-        InputError: a file that cannot be used.
-    """
-    size = {"input_size": config.input_size, "embedding_dim": config.embedding_dim, "seed": config.seed}
-    return open_teacher(source, features_read(config)[role], stage=config.stage, untrained=size)
-
-
-def new_backbone(config: LIAADConfig) -> Backbone:
-    """The network that the config names, with fresh weights; one without a `width` is built at 1."""
-    size: dict[str, Any] = {"embedding_dim": config.embedding_dim, "input_size": config.input_size}
-    if config.width != 1.0:
-        size["width"] = config.width
-    return build_backbone(config.backbone, seed=config.seed, **size)
-
-
 def build(
-    config: LIAADConfig, *, teachers: Mapping[str, nn.Module] | None = None, student: nn.Module | None = None
+    config: LIAADConfig, *, teachers: Mapping[str, nn.Module] | None = None, student: Backbone | None = None
 ) -> Distiller:
     """Assemble the recipe.
 
     Args:
-        config: what to build.
-        teachers: `"general"` and `"age"` to frozen teachers that return `"embedding"` and, for the map and attention
-            terms, `"map"`; either may be absent. `None` loads those the config names; an empty mapping trains the
-            student alone, on identities.
-        student: a network in place of the one the config names; needs `stages`.
+        config: The configuration.
+        teachers: `"general"` and `"age"` to frozen teachers that return `"embedding"` and, for the map and attention terms,
+            `"map"`; either may be absent. None opens those of the configuration; an empty mapping trains the student alone,
+            on identities.
+        student: A network instead of the configured one.
 
     Returns:
-        A distiller whose student gives `"embedding"` and `"map"`.
+        A distiller whose student returns `"embedding"` and `"map"`.
 
     Raises:
-        InputError: a teacher's file that cannot be used, or a name that is not a teacher.
+        InputError: A teacher's file cannot be used, or the name of a teacher is unknown.
 
     Examples:
         >>> config = LIAADConfig(num_identities=4, embedding_dim=16, width=0.25, input_size=32)
@@ -187,13 +169,13 @@ def build(
         ['attention', 'embedding', 'identity', 'map']
     """
     if teachers is None:
-        sources = {GENERAL: config.general_teacher, AGE: config.age_teacher}
-        teachers = {role: teacher_from(source, role, config) for role, source in sources.items()}
+        sources = _sources(config, config.general_teacher, config.age_teacher)
+        teachers = {source.role: _open(source, config) for source in sources}
     unknown = sorted(set(teachers) - {GENERAL, AGE})
     if unknown:
         raise InputError(f"liaad: teachers must be named {GENERAL!r} or {AGE!r}, got {', '.join(map(repr, unknown))}")
     if student is None:
-        student = new_backbone(config)
+        student = _new_student(config)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed + 1)
         terms = _terms(config, set(teachers))
@@ -202,7 +184,13 @@ def build(
         weighting = CenterConfidenceWeighting(config.num_identities, temperature=config.temperature)
     lead = "embedding" if "embedding" in terms else None
     objective = Objective(terms, weighting if lead else None, weigh_by=lead)
-    return Distiller(StudentAdapter(student, student_taps(student, config.stage)), teachers, objective)
+    adapter = StudentAdapter(student, stage_taps(student, config.stage))
+    return Distiller(adapter, cast(Mapping[str, Teacher], teachers), objective)
+
+
+def _new_student(config: LIAADConfig) -> Backbone:
+    names = ("backbone", "embedding_dim", "width", "input_size")
+    return NetworkConfig(**{name: getattr(config, name) for name in names}).build(config.seed)
 
 
 def _terms(config: LIAADConfig, teachers: set[str]) -> dict[str, Term]:
@@ -213,21 +201,14 @@ def _terms(config: LIAADConfig, teachers: set[str]) -> dict[str, Term]:
         terms["identity"] = Term(loss, student="embedding", target="identity", weight=config.identity_weight or 1.0)
     if teachers and config.embedding_weight:
         project = "auto" if config.embedding_projection == "linear" else None
+        angular = AngularDistillLoss(form=config.embedding_form)
         terms["embedding"] = Term(
-            AngularDistillLoss(form=config.embedding_form),
-            student="embedding",
-            teacher="embedding",
-            project=project,
-            weight=config.embedding_weight,
+            angular, student="embedding", teacher="embedding", project=project, weight=config.embedding_weight
         )
     if config.map_weight and GENERAL in teachers:
+        angular = AngularDistillLoss(form=config.map_form)
         terms["map"] = Term(
-            AngularDistillLoss(form=config.map_form),
-            student="map",
-            teacher="map",
-            teachers=[GENERAL],
-            project="auto",
-            weight=config.map_weight,
+            angular, student="map", teacher="map", teachers=[GENERAL], project="auto", weight=config.map_weight
         )
     if config.attention_weight and AGE in teachers:
         terms["attention"] = Term(
@@ -236,15 +217,98 @@ def _terms(config: LIAADConfig, teachers: set[str]) -> dict[str, Term]:
     return terms
 
 
+def _sources(config: LIAADConfig, general: str, age: str) -> list[TeacherSource]:
+    reads = features_read(config)
+    return [TeacherSource(role, path, reads[role], config.stage) for role, path in ((GENERAL, general), (AGE, age))]
+
+
+def _open(source: TeacherSource, config: LIAADConfig) -> nn.Module:
+    untrained = {"input_size": config.input_size, "embedding_dim": config.embedding_dim, "seed": config.seed}
+    return open_teacher(source.path, source.reads, stage=source.stage, **untrained)
+
+
+def train(config: LIAADRunConfig, options: RunOptions, *, name: str = "liaad") -> Path:
+    """Train a student on face lists, distilled from two teachers or alone.
+
+    Args:
+        config: The settings.
+        options: Inputs and outputs. The teachers are the general and the age-invariant one: each a checkpoint, an ONNX file
+            or the folder of a cache of the same lists. Without teachers the student is trained on identities alone.
+        name: Name of the recipe in the record of the run.
+
+    Returns:
+        The file of the student, `OUTPUT/model.pt`.
+
+    Raises:
+        InputError: A list, file or folder cannot be used, or there is one teacher, or more than two.
+    """
+    if len(options.teachers) not in (0, 2):
+        raise InputError(f"train: teachers must be two, the general one first, or none, got {len(options.teachers)}")
+
+    def build_run(faces: FaceList) -> TrainingSetup:
+        recipe = replace(config.recipe, num_identities=faces.num_identities, seed=options.seed)
+        opened = OpenTeachers({}, None, ())
+        if options.teachers:
+            general, age = options.teachers
+            recipe = replace(recipe, general_teacher=general, age_teacher=age)
+            opened = open_teachers(
+                _sources(recipe, general, age),
+                faces,
+                open_file=lambda source: _open(source, recipe),
+                mirrored=config.augment.mirror > 0,
+                quiet=not options.progress,
+            )
+        for line in opened.messages:
+            say(line, quiet=not options.progress)
+        student = _new_student(recipe)
+        return TrainingSetup(
+            config=replace(config, recipe=recipe),
+            distiller=build(recipe, teachers=opened.teachers, student=student),
+            network=student,
+            input_size=recipe.input_size,
+            fingerprints={f"{role} teacher": model_fingerprint(each) for role, each in opened.teachers.items()},
+            views=opened.views,
+        )
+
+    return train_on_faces(build_run, options, recipe=name)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
-    """`python -m kdlib_faces.recipes.liaad`: the same as `kdlib-faces train --recipe liaad`."""
-    import sys
+    """Run the recipe on face lists: `python -m kdlib_faces.recipes.liaad --teacher A --teacher B --faces LIST`.
 
-    from kdlib_faces.cli import main as command
+    Args:
+        arguments: The command line after the program's name; None takes that of the process.
 
-    given = list(sys.argv[1:] if arguments is None else arguments)
-    code: int = command(["train", "--recipe", "liaad", *given])
-    return code
+    Returns:
+        The exit code: 0, or 2 after an error of use.
+    """
+    parser = argparse.ArgumentParser(prog="python -m kdlib_faces.recipes.liaad", description=__doc__)
+    parser.add_argument(
+        "--faces", action="append", required=True, metavar="PATH", help="CSV list or folder; repeatable"
+    )
+    parser.add_argument(
+        "--teacher", action="append", default=[], metavar="FILE", help="general first, then age-invariant"
+    )
+    parser.add_argument("--output", type=Path, default=Path("runs/train"), help="folder of the run (runs/train)")
+    parser.add_argument("--config", type=Path, metavar="TOML", help="settings; --set overrides them")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="settings", help="repeatable")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--quiet", action="store_true", help="show no progress")
+    options = parser.parse_args(arguments)
+    try:
+        if len(options.teacher) != 2:
+            raise InputError(f"--teacher must be given twice, got {len(options.teacher)}")
+        run = RunOptions(
+            output=options.output,
+            faces=options.faces,
+            teachers=options.teacher,
+            seed=options.seed,
+            progress=not options.quiet,
+        )
+        train(load_config(LIAADRunConfig, options.config, options.settings), run)
+    except (ValueError, OSError) as error:
+        parser.exit(2, f"{parser.prog}: error: {error}\n")
+    return 0
 
 
 if __name__ == "__main__":

@@ -1,93 +1,151 @@
-"""Room: report. The training curves: total loss of every model, and the terms of the distilled student."""
+"""Figures of a whole run: accuracy against cost, and training curves; None where there is nothing to draw."""
 
-from __future__ import annotations
-
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
+from numpy.typing import NDArray
 
-from kdlib_faces.report.theme import Theme, dress, looks, new_figure, plain
-from kdlib_faces.report.view import View
+from kdlib_faces.report.findings import cost_keys, headline_measure
+from kdlib_faces.report.numbers import count
+from kdlib_faces.report.plots import rate_limits
+from kdlib_faces.report.schema import Report
+from kdlib_faces.report.tables import measured
+from kdlib_faces.report.theme import INK, MUTED, PAGE, PALETTE, Dash, dress, figure_grid, legend, looks, plain
 
-__all__ = ["training"]
+__all__ = ["RUN_PLOTS", "RunPlot"]
+
+Floats = NDArray[np.float64]
 
 
-def _clean(steps: Sequence[float], values: Sequence[float | None]) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
-    kept = [(s, v) for s, v in zip(steps, values, strict=True) if v is not None]
-    array = np.array(kept, dtype=float).reshape(-1, 2)
-    return array[:, 0], array[:, 1]
+class RunPlot(NamedTuple):
+    """Heading, explanation and function of a figure."""
+
+    title: str
+    caption: str
+    draw: Callable[[Report], Figure | None]
 
 
-def _smooth(values: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-    """A centerd running mean over about a twentieth of the run, shorter at both ends."""
+class _Curve(NamedTuple):
+    label: str
+    steps: Floats
+    losses: Floats
+    color: str
+    dash: Dash
+
+
+def draw_cost(report: Report) -> Figure | None:
+    """The headline measure against multiply-adds, or against parameters where multiply-adds are not known."""
+    headline = headline_measure(report)
+    if headline is None:
+        return None
+    summary, key, measure = headline
+    values = {name: measured(summary, name, key) for name in report.models}
+    known = [name for name in report.models if values[name].value is not None]
+    costs = cost_keys(report)
+    title, sizes = costs[0] if set(known) <= costs[0][1].keys() else costs[1]
+    names = [name for name in known if name in sizes]
+    if len({sizes[name] for name in names}) < 2:
+        return None
+    figure, (axes,) = figure_grid(1, 3.3)
+    what = f"{measure.title}, {measure.note}" if measure.note else measure.title
+    dress(
+        axes, title=plain(what, 48), x="multiply-adds for one image" if title == "multiply-adds" else title, grid="both"
+    )
+    smallest, largest = min(sizes[name] for name in names), max(sizes[name] for name in names)
+    styles, placed, ends = looks(report), dict.fromkeys(sizes.values(), 0), []
+    for name in names:
+        # Models of one size would cover each other, so each is moved by a little of the axis.
+        at = sizes[name] * (largest / smallest) ** (0.035 * placed[sizes[name]])
+        placed[sizes[name]] += 1
+        value = values[name]
+        center = float("nan") if value.value is None else value.value
+        low, high = (center if end is None else end for end in (value.low, value.high))
+        axes.plot([at, at], [low, high], color=styles[name].color, linewidth=2.0)
+        axes.plot(
+            [at], [center], marker=styles[name].mark, color=styles[name].color, markersize=9, markeredgecolor=PAGE,
+            linestyle="none",
+        )  # fmt: skip
+        ends += [low, high]
+    axes.set_xscale("log")
+    margin = (largest / smallest) ** 0.15
+    axes.set_xlim(smallest / margin, largest * margin)
+    axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if largest < 1e3 * smallest else (1.0,), numticks=12))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: count(x).replace(".00", "").replace(".0", "")))
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    if measure.unit == "rate":
+        rate_limits(axes, min(ends), max(ends))
+    legend(figure, report, names, lines=False)
+    return figure
+
+
+def draw_training(report: Report) -> Figure | None:
+    """Total loss of every model against the step, and the terms of one student."""
+    styles = looks(report)
+    totals, terms, owner = [], [], ""
+    for name, log in report.training.items():
+        color, dash = (styles[name].color, styles[name].dash) if name in styles else (MUTED, "-")
+        totals.append(_Curve(report.label(name), *_known(log.step, log.loss), color, dash))
+    logged = [name for name, log in report.training.items() if len(log.terms) > 1]
+    if logged:
+        owner = report.pair.distilled if report.pair and report.pair.distilled in logged else logged[0]
+        log = report.training[owner]
+        for (term, losses), color in zip(log.terms.items(), PALETTE, strict=False):
+            terms.append(_Curve(term, *_known(log.step, losses), color, "-"))
+    panels = {"Total loss": totals, f"Terms of {plain(report.label(owner), 26)}": terms}
+    panels = {title: [curve for curve in curves if curve.steps.size] for title, curves in panels.items()}
+    panels = {title: curves for title, curves in panels.items() if curves}
+    if not panels:
+        return None
+    figure, cells = figure_grid(len(panels), 3.6)
+    for axes, (title, curves) in zip(cells, panels.items(), strict=True):
+        dress(axes, title=title, x="step", pad=10 + 14 * -(-len(curves) // 2))
+        _draw_curves(axes, curves)
+    return figure
+
+
+def _known(steps: Sequence[float], losses: Sequence[float | None]) -> tuple[Floats, Floats]:
+    kept = [(step, loss) for step, loss in zip(steps, losses, strict=True) if loss is not None]
+    columns = np.array(kept, dtype=np.float64).reshape(-1, 2)
+    return columns[:, 0], columns[:, 1]
+
+
+def _smooth(values: Floats) -> Floats:
+    """A centered running mean over about a twentieth of the run, shorter at both ends."""
     half = len(values) // 40
-    if half < 1:
-        return values
-    total = np.concatenate([[0.0], np.cumsum(values)])
-    index = np.arange(len(values))
+    total, index = np.concatenate([[0.0], np.cumsum(values)]), np.arange(len(values))
     low, high = np.maximum(index - half, 0), np.minimum(index + half + 1, len(values))
-    smooth: np.ndarray[Any, Any] = (total[high] - total[low]) / (high - low)
-    return smooth
+    return np.asarray((total[high] - total[low]) / (high - low))
 
 
-def _draw(axes: Axes, curves: Mapping[str, tuple[Any, Any, str, Any]], theme: Theme) -> None:
-    handles, every = [], []
-    for label, (steps, values, color, dash) in curves.items():
-        axes.plot(steps, values, color=color, linewidth=0.8, alpha=0.28)
-        axes.plot(steps, _smooth(values), color=color, linewidth=1.9, linestyle=dash)
-        handles.append(Line2D([], [], color=color, linewidth=1.9, linestyle=dash, label=label))
-        every.append(values)
-    together = np.concatenate(every)
-    if together.min() > 0 and together.max() > 20 * together.min():
+def _draw_curves(axes: Axes, curves: Sequence[_Curve]) -> None:
+    handles = []
+    for curve in curves:
+        axes.plot(curve.steps, curve.losses, color=curve.color, linewidth=0.8, alpha=0.28)
+        axes.plot(curve.steps, _smooth(curve.losses), color=curve.color, linewidth=1.9, linestyle=curve.dash)
+        label = plain(curve.label, 26)
+        handles.append(Line2D([], [], color=curve.color, linewidth=1.9, linestyle=curve.dash, label=label))
+    losses = np.concatenate([curve.losses for curve in curves])
+    if losses.min() > 0 and losses.max() > 20 * losses.min():
         axes.set_yscale("log")
     axes.margins(x=0.01)
     axes.xaxis.set_major_locator(MaxNLocator(8, steps=[1, 2, 5, 10], integer=True))
     axes.legend(
         handles=handles, loc="lower left", bbox_to_anchor=(-0.01, 1.0), borderaxespad=0.2, ncols=2, fontsize=8.5,
-        labelcolor=theme.ink, handlelength=2.2, frameon=False,
+        labelcolor=INK, handlelength=2.2, frameon=False,
     )  # fmt: skip
 
 
-def training(view: View, theme: Theme, narrow: bool) -> Figure | None:
-    """Loss against step: each model's total, and, where logged, the terms of one student."""
-    logged: Mapping[str, Mapping[str, Any]] = view.run.get("training") or {}
-    style = looks(view, theme)
-    totals = {}
-    for name, log in logged.items():
-        steps, values = _clean(log["step"], log["loss"])
-        if len(steps):
-            look = style.get(name)
-            label = plain(view.label(name), 26)
-            totals[label] = (steps, values, look.color if look else theme.muted, look.dash if look else "-")
-    owner = next(
-        (
-            n
-            for n in (view.distilled, *logged)
-            if n is not None and n in logged and len(logged[n].get("terms") or {}) > 1
-        ),
-        None,
-    )
-    terms = {}
-    palette = (theme.distilled, theme.alone, *theme.others, *theme.teachers)
-    dashes = ("-", (0, (5, 2)), (0, (2, 1.5)), (0, (6, 2, 1, 2)))
-    if owner is not None:
-        log = logged[owner]
-        for index, (term, raw) in enumerate(log["terms"].items()):
-            steps, values = _clean(log["step"], raw)
-            if len(steps) and index < len(palette):
-                terms[plain(term, 26)] = (steps, values, palette[index], dashes[index % 4])
-    panels = [(title, curves) for title, curves in (("Loss", totals), ("Terms", terms)) if curves]
-    if not panels:
-        return None
-    figure = new_figure(theme, *((5.0, 3.7 * len(panels)) if narrow else (5.2 * len(panels), 3.8)))
-    shape = (len(panels), 1) if narrow else (1, len(panels))
-    for axes, (title, curves) in zip(np.asarray(figure.subplots(*shape, squeeze=False)).ravel(), panels, strict=True):
-        full = f"Terms of {plain(view.label(owner), 26)}" if title == "Terms" and owner is not None else "Total loss"
-        dress(axes, theme, title=full, x="step", grid="y", pad=10 + 14 * -(-len(curves) // 2))
-        _draw(axes, curves, theme)
-    return figure
+RUN_PLOTS: Mapping[str, RunPlot] = {
+    "cost": RunPlot(
+        "Accuracy against cost",
+        "The headline measure against the size of the network, on a logarithmic axis. Networks of equal size are drawn side "
+        "by side.",
+        draw_cost,
+    ),
+    "training": RunPlot("Training", "Loss against step: thin as logged, thick as a running mean.", draw_training),
+}

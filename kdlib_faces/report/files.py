@@ -1,53 +1,123 @@
-"""Room: report. Writes and remakes a report's files. The only module of this room that touches the disk.
-
-Each file is written beside its place and moved onto it, so a reader or a killed run never sees half a file.
-"""
-
-from __future__ import annotations
+"""Writing of a report's files, and rendering from report.json."""
 
 import io
 import json
 import os
-import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from matplotlib.figure import Figure
 
+from kdlib._atomic import atomic_write
 from kdlib_faces._checks import InputError, report_key
 from kdlib_faces.progress import progress as show
-from kdlib_faces.report import html, markdown
-from kdlib_faces.report.elements import FigureImages, Shown
-from kdlib_faces.report.figures import FIGURES
+from kdlib_faces.report.curves import RUN_PLOTS
+from kdlib_faces.report.pages import PictureFile, html_page, markdown_page
 from kdlib_faces.report.pictures import Picture
 from kdlib_faces.report.plots import PLOTS
-from kdlib_faces.report.schema import check_run, to_json
-from kdlib_faces.report.theme import DARK, LIGHT, Theme, lay_out_like, to_png
-from kdlib_faces.report.view import View
+from kdlib_faces.report.reader import from_json, to_json
+from kdlib_faces.report.schema import FORMAT, PictureEntry, Report, check_report
+from kdlib_faces.report.theme import to_svg
 
 __all__ = ["render", "write"]
 
 _PNG = b"\x89PNG\r\n\x1a\n"
-_LARGEST = 64 * 2**20
+_MAX_BYTES = 64 * 2**20
+
+
+def write(
+    directory: str | os.PathLike[str], report: Report, *, pictures: Sequence[Picture] = (), progress: bool = False
+) -> Path:
+    """Write report.json, report.md, report.html and the figures.
+
+    Args:
+        directory: Folder, created if absent; files of an earlier report in it are replaced.
+        report: The content; non-finite numbers become null.
+        pictures: Pictures, shown with the protocol that names them or at the end, and written to figures/NAME.png.
+        progress: Whether to show progress.
+
+    Returns:
+        The path of report.html.
+
+    Raises:
+        InputError: Names are unknown, lists have the wrong length, or two pictures share a name.
+
+    Examples:
+        >>> import tempfile
+        >>> from kdlib_faces.report import ModelEntry
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     write(folder, Report("Demo", {"m": ModelEntry("student")})).name
+        'report.html'
+    """
+    entries = dict(report.pictures)
+    for index, picture in enumerate(pictures):
+        if picture.name in entries:
+            raise report_key(f"pictures[{index}].name", "used once", picture.name)
+        entries[picture.name] = PictureEntry(picture.title, picture.caption)
+    content = {"format": FORMAT, **to_json(replace(report, pictures=entries))}
+    _parse(content)
+    folder = _make_folder(directory)
+    # The numbers come first: they may have taken days, and a failure to draw must not lose them.
+    text = json.dumps(content, indent=1, allow_nan=False, ensure_ascii=False) + "\n"
+    _save(folder / "report.json", text.encode())
+    for picture in pictures:
+        buffer = io.BytesIO()
+        picture.pixels.save(buffer, format="PNG")
+        _save(folder / "figures" / f"{picture.name}.png", buffer.getvalue())
+    return render(folder, progress=progress)
+
+
+def render(directory: str | os.PathLike[str], *, progress: bool = False) -> Path:
+    """Make report.md, report.html and the figures again from report.json and the pictures on disk.
+
+    Args:
+        directory: Folder with report.json.
+        progress: Whether to show progress.
+
+    Returns:
+        The path of report.html.
+
+    Raises:
+        InputError: report.json is missing, or is not a report.
+    """
+    folder = Path(directory)
+    report = _read(folder / "report.json")
+    _make_folder(folder)
+    figures = {}
+    jobs = _jobs(report)
+    for old in (folder / "figures").glob("*.svg"):
+        if old.stem not in jobs and (old.stem in RUN_PLOTS or old.stem.rpartition("-")[2] in PLOTS):
+            old.unlink()
+    for name, draw in show(jobs.items(), "figures", total=len(jobs), quiet=not progress):
+        figure = draw()
+        path = folder / "figures" / f"{name}.svg"
+        if figure is None:
+            path.unlink(missing_ok=True)
+            continue
+        figures[name] = to_svg(figure, name)
+        _save(path, figures[name].encode())
+    pictures, missing = _find_pictures(folder, report)
+    _save(folder / "report.md", markdown_page(report, list(figures), pictures, missing).encode())
+    _save(folder / "report.html", html_page(report, figures, pictures, missing).encode())
+    return folder / "report.html"
+
+
+def _jobs(report: Report) -> dict[str, partial[Figure | None]]:
+    """File name of each figure to the call that draws it."""
+    jobs: dict[str, partial[Figure | None]] = {name: partial(plot.draw, report) for name, plot in RUN_PLOTS.items()}
+    for summary in report.evaluations:
+        jobs |= {f"{summary.name}-{name}": partial(plot.draw, report, summary) for name, plot in PLOTS.items()}
+    return jobs
 
 
 def _save(path: Path, content: bytes) -> None:
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(name, 0o644)  # mkstemp's files are for their owner alone; a report is to be passed on
-        os.replace(name, path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
+    with atomic_write(path, durable=True) as stream:
+        stream.write(content)
 
 
-def _folder(directory: str | os.PathLike[str]) -> Path:
+def _make_folder(directory: str | os.PathLike[str]) -> Path:
     folder = Path(directory)
     try:
         (folder / "figures").mkdir(parents=True, exist_ok=True)
@@ -56,159 +126,43 @@ def _folder(directory: str | os.PathLike[str]) -> Path:
     return folder
 
 
-def write(
-    directory: str | os.PathLike[str],
-    run: Mapping[str, Any],
-    *,
-    pictures: Sequence[Picture] = (),
-    progress: bool = False,
-) -> Path:
-    """Write `report.json`, `report.md`, `report.html` and `figures/*.png`.
-
-    Args:
-        directory: made if absent; earlier report files in it are replaced.
-        run: the content of report.json (see `check_run`); non-finite numbers become null.
-        pictures: shown at the end of the report, or with the protocol that names them, and kept as figures/NAME.png.
-        progress: show how many figures are drawn.
-
-    Returns:
-        The path of report.html.
-
-    Raises:
-        InputError: a key of `run` is missing or wrong, or two pictures share a name or take a figure's.
-
-    Examples:
-        >>> run = {"format": 1, "title": "Demo", "models": {"m": {"role": "student", "protocols": {}}}}
-        >>> with tempfile.TemporaryDirectory() as folder:
-        ...     write(folder, run).name
-        'report.html'
-    """
-    data = to_json(run)
-    check_run(data)
-    own = _own_names(data)
-    for index, picture in enumerate(pictures):
-        taken = own | {other.name for other in pictures[:index]}
-        if picture.name in taken:
-            raise report_key(f"pictures[{index}].name", f"none of {', '.join(sorted(taken))}", picture.name)
-    folder = _folder(directory)
-    if pictures:
-        data["figures"] = (data.get("figures") or {}) | {p.name: f"figures/{p.name}.png" for p in pictures}
-        said = {p.name: {"title": p.title, "caption": p.caption} for p in pictures}
-        data["pictures"] = (data.get("pictures") or {}) | said
-    # The numbers first: they may have taken days, and nothing that draws can then lose them.
-    _save(folder / "report.json", (json.dumps(data, indent=1, allow_nan=False, ensure_ascii=False) + "\n").encode())
-    for picture in pictures:
-        buffer = io.BytesIO()
-        picture.pixels.save(buffer, format="PNG")
-        _save(folder / "figures" / f"{picture.name}.png", buffer.getvalue())
-    return render(folder, progress=progress)
-
-
-def _read(folder: Path) -> Any:
-    path = folder / "report.json"
+def _read(path: Path) -> Report:
     try:
-        with path.open("rb") as file:
-            content = file.read(_LARGEST + 1)
+        with path.open("rb") as stream:
+            content = stream.read(_MAX_BYTES + 1)
     except OSError as error:
         raise InputError(f"report: {path} cannot be read: {error.strerror or error}") from None
-    if len(content) > _LARGEST:
-        raise InputError(f"report: {path} is larger than {_LARGEST // 2**20} MiB")
+    if len(content) > _MAX_BYTES:
+        raise InputError(f"report: {path} is larger than {_MAX_BYTES // 2**20} MiB")
     try:
-        return to_json(json.loads(content))
+        parsed = json.loads(content)
     except (ValueError, RecursionError) as error:
-        if isinstance(error, InputError):
-            raise
         raise InputError(f"report: {path} is not JSON: {error}") from None
+    return _parse(to_json(parsed))
 
 
-def _find_pictures(folder: Path, run: Mapping[str, Any]) -> tuple[list[Shown], list[str]]:
-    """The recorded pictures that are PNG files below `folder`, and the names of the others."""
-    own = _own_names(run)
-    shown, missing = [], []
+def _parse(content: object) -> Report:
+    """Check the JSON form of a report and build it."""
+    if not isinstance(content, dict) or "format" not in content:
+        raise InputError("report: run.format is missing")
+    if content["format"] != FORMAT:
+        raise report_key("run.format", f"{FORMAT}, the format this version reads", content["format"])
+    report = from_json(Report, {key: value for key, value in content.items() if key != "format"}, "run")
+    check_report(report)
+    return report
+
+
+def _find_pictures(folder: Path, report: Report) -> tuple[list[PictureFile], list[str]]:
+    """The listed pictures that are PNG files inside `folder`, and the names of the others."""
+    found, missing = [], []
     root = folder.resolve()
-    for name, relative in (run.get("figures") or {}).items():
-        if name in own:
-            continue
-        try:
-            path = (folder / relative).resolve()
-        except (OSError, ValueError):
-            path = root
-        # The record may come from a stranger: it must not pull another file of this machine into a page.
-        if root not in path.parents or not path.is_file() or path.stat().st_size > _LARGEST:
+    for name, entry in report.pictures.items():
+        path = (folder / "figures" / f"{name}.png").resolve()
+        # A link in a report from elsewhere must not copy another file of this machine into the page.
+        inside = root in path.parents and path.is_file() and path.stat().st_size <= _MAX_BYTES
+        content = path.read_bytes() if inside else b""
+        if content.startswith(_PNG):
+            found.append(PictureFile(name, entry.title, entry.caption, content))
+        else:
             missing.append(name)
-            continue
-        png = path.read_bytes()
-        if not png.startswith(_PNG):
-            missing.append(name)
-            continue
-        said = (run.get("pictures") or {}).get(name) or {}
-        inside = path.relative_to(root).as_posix()
-        shown.append(Shown(name, said.get("title") or name, said.get("caption") or "", inside, png))
-    return shown, missing
-
-
-def _both(light: Figure | None, dark: Figure | None) -> tuple[bytes, bytes]:
-    """The same figure on both grounds, in one layout."""
-    assert light is not None  # what can be drawn at one width can be drawn at the other
-    assert dark is not None
-    return to_png(light), to_png(lay_out_like(dark, light))
-
-
-Job = Callable[[Theme, bool], Figure | None]
-
-
-def _jobs(view: View) -> dict[str, Job]:
-    """File name -> the function of theme and width that draws it. Protocols take the place of the figures by age gap."""
-    kept = FIGURES if not view.evaluations else [plot for plot in FIGURES if plot.name in ("cost", "training")]
-    jobs: dict[str, Job] = {plot.name: partial(plot.draw, view) for plot in kept}
-    for evaluation in view.evaluations:
-        for plot, (_, _, draw) in PLOTS.items():
-            jobs[f"{evaluation.name}-{plot}"] = partial(draw, view, evaluation)
-    return jobs
-
-
-def _own_names(run: Mapping[str, Any]) -> set[str]:
-    """Names that figures of this run take."""
-    return {plot.name for plot in FIGURES} | {
-        f"{evaluation['name']}-{plot}" for evaluation in run.get("evaluations") or () for plot in PLOTS
-    }
-
-
-def render(directory: str | os.PathLike[str], *, progress: bool = False) -> Path:
-    """Remake report.md, report.html and the figures from report.json and the pictures on disk.
-
-    Args:
-        directory: holds report.json.
-        progress: show how many figures are drawn.
-
-    Returns:
-        The path of report.html.
-
-    Raises:
-        InputError: report.json is missing, not JSON, or not a run.
-    """
-    folder = Path(directory)
-    run = _read(folder)
-    check_run(run)
-    _folder(folder)
-    view = View(run)
-    figures: dict[str, FigureImages] = {}
-    jobs = _jobs(view)
-    for name in {plot.name for plot in FIGURES} - jobs.keys():
-        (folder / "figures" / f"{name}.png").unlink(missing_ok=True)
-    for name, draw in show(jobs.items(), "figures", total=len(jobs), quiet=not progress):
-        path = folder / "figures" / f"{name}.png"
-        wide = draw(LIGHT, False)
-        if wide is None:
-            path.unlink(missing_ok=True)
-            continue
-        light, dark = _both(wide, draw(DARK, False))
-        light_narrow, dark_narrow = _both(draw(LIGHT, True), draw(DARK, True))
-        width = round(100 * wide.get_size_inches()[0])
-        figures[name] = FigureImages(light, dark, light_narrow, dark_narrow, width)
-        _save(path, light)
-    shown, missing = _find_pictures(folder, run)
-    listed = {s.name: (s.title, s.caption, s.path) for s in shown}
-    _save(folder / "report.md", markdown.page(view, list(figures), listed, missing).encode())
-    _save(folder / "report.html", html.page(view, figures, shown, missing).encode())
-    return folder / "report.html"
+    return found, missing

@@ -1,34 +1,30 @@
-"""Room: report. Pictures that a caller adds to a report: pairs of faces, attention maps over faces. Pillow only.
+"""Pictures for a report: pairs of faces, and attention maps over faces."""
 
-Pictures are drawn on white paper whatever the page's theme, like photographs.
-"""
-
-from __future__ import annotations
-
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import matplotlib
 import numpy as np
+from numpy.typing import ArrayLike, NDArray
 from PIL import Image, ImageDraw, ImageFont
 
 from kdlib_faces._checks import report_key
-from kdlib_faces.report.words import shorten
+from kdlib_faces.report.numbers import shorten
+from kdlib_faces.report.schema import PICTURE_NAME
 
 __all__ = ["Picture", "attention_picture", "pairs_picture"]
 
+Pixels = NDArray[np.uint8]
 _PAPER, _INK, _MUTED = (255, 255, 255), (27, 35, 48), (90, 102, 117)
 _SIDE = 112
 _SCALE = 2
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
-# Black, violet, red, orange, pale yellow: rises evenly in lightness, so that it reads in gray as well.
+_MAX_PAIRS = 48
+# Black, violet, red, orange, pale yellow: rises evenly in lightness, so that it is readable in gray as well.
 _HEAT = np.array([(0, 0, 4), (81, 18, 124), (183, 55, 121), (252, 137, 97), (252, 253, 191)], dtype=np.float64)
 
 
-def _image(image: Any, owner: str) -> Image.Image:
+def _image(image: Image.Image | Pixels, owner: str) -> Image.Image:
     if isinstance(image, Image.Image):
         return image.convert("RGB")
     array = np.asarray(image)
@@ -42,13 +38,13 @@ class Picture:
     """A picture for the report.
 
     Args:
-        name: file name without ending: letters, digits, `_` and `-`.
-        title: its heading.
-        caption: a sentence or two below it.
+        name: File name without extension: letters, digits, `_` and `-`.
+        title: Heading.
+        caption: A sentence or two below it.
         image: PIL image or (h, w, 3) uint8 array.
 
     Raises:
-        InputError: an unusable name or image.
+        InputError: The name or the image cannot be used.
 
     Examples:
         >>> Picture("faces", "Faces", "Two gray squares.", np.full((8, 16, 3), 128, np.uint8)).pixels.size
@@ -58,10 +54,10 @@ class Picture:
     name: str
     title: str
     caption: str
-    image: Any
+    image: Image.Image | Pixels
 
     def __post_init__(self) -> None:
-        if not isinstance(self.name, str) or not _NAME.fullmatch(self.name):
+        if not isinstance(self.name, str) or not PICTURE_NAME.fullmatch(self.name):
             raise report_key("Picture.name", "1 to 64 letters, digits, _ or -", self.name)
         self.pixels.load()
 
@@ -71,13 +67,13 @@ class Picture:
         return _image(self.image, f"Picture {self.name!r} image")
 
 
-def _font(size: int) -> ImageFont.FreeTypeFont:
-    # Matplotlib ships this font, so text looks alike on every machine.
-    return ImageFont.truetype(str(Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf")), size * _SCALE)
+def _font() -> ImageFont.FreeTypeFont:
+    # Matplotlib ships this font, so text is the same on every machine.
+    return ImageFont.truetype(str(Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf")), 11 * _SCALE)
 
 
 def _fit(draw: ImageDraw.ImageDraw, text: str, font: ImageFont.FreeTypeFont, width: int, lines: int) -> list[str]:
-    """`text` in at most `lines` lines that fit `width` pixels, cut with an ellipsis; its own line breaks are kept."""
+    """`text` in at most `lines` lines of at most `width` pixels, cut with an ellipsis; its line breaks are kept."""
     out: list[str] = []
     parts = [shorten(part, 400).split() for part in text.splitlines()[:lines]]
     for number, rest in enumerate(parts):
@@ -99,18 +95,20 @@ def _square(image: Image.Image) -> Image.Image:
     return image.resize((_SIDE * _SCALE, _SIDE * _SCALE), Image.Resampling.BICUBIC)
 
 
-def pairs_picture(pairs: Sequence[tuple[Any, Any, str]], *, columns: int = 3) -> Image.Image:
+def pairs_picture(
+    pairs: Sequence[tuple[Image.Image | Pixels, Image.Image | Pixels, str]], *, columns: int = 3
+) -> Image.Image:
     """Pairs of faces with a line or two of text below each.
 
     Args:
-        pairs: (left image, right image, caption); images as in `Picture`. At most 48 are drawn.
-        columns: pairs in a row.
+        pairs: (left image, right image, caption), images as in `Picture`; at most 48 are drawn.
+        columns: Pairs per row.
 
     Returns:
         An RGB image.
 
     Raises:
-        InputError: no pair, or something that is no image.
+        InputError: There is no pair, or an image cannot be used.
 
     Examples:
         >>> face = np.zeros((112, 112, 3), np.uint8)
@@ -119,11 +117,10 @@ def pairs_picture(pairs: Sequence[tuple[Any, Any, str]], *, columns: int = 3) ->
     """
     if not pairs or columns < 1:
         raise report_key("pairs_picture", "at least one pair and one column", (len(pairs), columns))
-    pairs = pairs[:48]
+    pairs = pairs[:_MAX_PAIRS]
     columns = min(columns, len(pairs))
-    gap, text = 16 * _SCALE, 40 * _SCALE
-    side, font = _SIDE * _SCALE, _font(11)
-    wide, tall = 2 * side + 2 * _SCALE, side + text
+    gap, side, font = 16 * _SCALE, _SIDE * _SCALE, _font()
+    wide, tall = 2 * side + 2 * _SCALE, side + 40 * _SCALE
     rows = -(-len(pairs) // columns)
     page = Image.new("RGB", (columns * (wide + gap) + gap, rows * (tall + gap // 2) + gap), _PAPER)
     draw = ImageDraw.Draw(page)
@@ -137,33 +134,30 @@ def pairs_picture(pairs: Sequence[tuple[Any, Any, str]], *, columns: int = 3) ->
     return page
 
 
-def _heat(levels: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-    place = np.linspace(0.0, 1.0, len(_HEAT))
-    return np.stack([np.interp(levels, place, _HEAT[:, channel]) for channel in range(3)], axis=-1)
-
-
-def _overlay(image: Image.Image, attention: np.ndarray[Any, Any]) -> Image.Image:
+def _overlay(image: Image.Image, attention: NDArray[np.float64]) -> Image.Image:
     low, high = float(attention.min()), float(attention.max())
     levels = (attention - low) / (high - low) if high > low else np.zeros_like(attention)
     big = Image.fromarray(levels.astype(np.float32)).resize(image.size, Image.Resampling.BICUBIC)
     level = np.clip(np.asarray(big, dtype=np.float64), 0.0, 1.0)
-    gray = np.asarray(image.convert("L"), dtype=np.float64)[..., None].repeat(3, axis=-1)
+    stops = np.linspace(0.0, 1.0, len(_HEAT))
+    heat = np.stack([np.interp(level, stops, _HEAT[:, channel]) for channel in range(3)], axis=-1)
+    gray = np.asarray(image.convert("L"), dtype=np.float64)[..., None]
     share = (0.25 + 0.5 * level)[..., None]
-    return Image.fromarray(np.clip((1 - share) * gray + share * _heat(level), 0, 255).astype(np.uint8))
+    return Image.fromarray(np.clip((1 - share) * gray + share * heat, 0, 255).astype(np.uint8))
 
 
-def attention_picture(images: Sequence[Any], maps: Mapping[str, Any]) -> Image.Image:
-    """Where each model looks: one row a model, one column a face.
+def attention_picture(images: Sequence[Image.Image | Pixels], maps: Mapping[str, ArrayLike]) -> Image.Image:
+    """Attention maps of several models: one row per model, one column per face.
 
     Args:
         images: n faces as in `Picture`.
-        maps: model name -> attention maps (n, h, w), finite; each map is scaled to its own range.
+        maps: Model name to finite attention maps (n, h, w); each map is scaled to its own range.
 
     Returns:
-        An RGB image: the faces in the first row, then each model's maps over the faces in gray.
+        An RGB image: the faces in the first row, then the maps of each model over the faces in gray.
 
     Raises:
-        InputError: no image, or maps that do not fit the images.
+        InputError: There is no image, or the maps do not fit the images.
 
     Examples:
         >>> face = np.zeros((112, 112, 3), np.uint8)
@@ -173,22 +167,20 @@ def attention_picture(images: Sequence[Any], maps: Mapping[str, Any]) -> Image.I
     faces = [_square(_image(image, f"attention_picture image {index}")) for index, image in enumerate(images)]
     if not faces:
         raise report_key("attention_picture images", "at least one image", "none")
-    gap, side, label = 6 * _SCALE, _SIDE * _SCALE, 108 * _SCALE
-    font = _font(11)
-    rows: list[tuple[str, list[Image.Image]]] = [("input", faces)]
-    for name, given in maps.items():
-        stack = np.asarray(given, dtype=np.float64)
+    gap, side, label, font = 6 * _SCALE, _SIDE * _SCALE, 108 * _SCALE, _font()
+    rows = {"input": faces}
+    for name, values in maps.items():
+        stack = np.asarray(values, dtype=np.float64)
         if stack.ndim != 3 or len(stack) != len(faces) or 0 in stack.shape or not np.isfinite(stack).all():
             raise report_key(f"attention_picture maps[{name!r}]", f"finite ({len(faces)}, h, w)", f"{stack.shape}")
-        rows.append((name, [_overlay(face, attention) for face, attention in zip(faces, stack, strict=True)]))
+        rows[name] = [_overlay(face, attention) for face, attention in zip(faces, stack, strict=True)]
     page = Image.new("RGB", (label + len(faces) * (side + gap) + gap, len(rows) * (side + gap) + gap), _PAPER)
     draw = ImageDraw.Draw(page)
-    for row, (name, tiles) in enumerate(rows):
+    for row, (name, tiles) in enumerate(rows.items()):
         y = gap + row * (side + gap)
         lines = _fit(draw, name.replace("_", " "), font, label - 2 * gap, 3)
-        for line_number, line in enumerate(lines):
-            shift = (line_number - len(lines) / 2) * 15 * _SCALE
-            draw.text((gap, y + side / 2 + shift), line, font=font, fill=_INK)
+        for number, line in enumerate(lines):
+            draw.text((gap, y + side / 2 + (number - len(lines) / 2) * 15 * _SCALE), line, font=font, fill=_INK)
         for column, tile in enumerate(tiles):
             page.paste(tile, (label + column * (side + gap), y))
     return page

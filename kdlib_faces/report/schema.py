@@ -1,192 +1,231 @@
-"""Room: report. The shape of the run dict that becomes report.json: checked, and made strict JSON. Imports no plotting.
+"""Dataclasses of report.json, and the checks that types alone cannot express."""
 
-Unknown keys are kept and never refused, so that a newer program's file still reads; a known key of the wrong kind is
-refused with its full path.
-"""
-
-from __future__ import annotations
-
-import math
-from collections.abc import Mapping
-from pathlib import PurePath
-from typing import Any
-
-import numpy as np
+import re
+from collections.abc import Collection, Sized
+from dataclasses import dataclass, field
+from typing import Literal
 
 from kdlib_faces._checks import report_key
-from kdlib_faces.report._shape import (
-    count,
-    each,
-    flag,
-    mapping,
-    number,
-    one_of,
-    or_null,
-    record,
-    same_length,
-    text,
-    values,
-)
-from kdlib_faces.report.evaluations import check_evaluations
+from kdlib_faces.evaluation.summary import ModelSummary, ProtocolSummary
 
-__all__ = ["FORMAT", "check_run", "to_json"]
+__all__ = [
+    "FORMAT",
+    "PICTURE_NAME",
+    "DataSummary",
+    "ModelEntry",
+    "PictureEntry",
+    "Report",
+    "SeedEntry",
+    "StudentPair",
+    "TrainingCurve",
+    "check_report",
+]
 
 FORMAT = 1
-_DEPTH = 24
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_]{0,47}")
+PICTURE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
 
 
-def _far(value: Any, path: str) -> None:
-    mapping(value, path)
-    for key, estimate in value.items():
-        try:
-            good = 0.0 <= float(key) <= 1.0
-        except (TypeError, ValueError):
-            good = False
-        if not good:
-            raise report_key(f"{path}[{key!r}]", "keyed by a false accept rate from 0 to 1", key)
-        or_null(_ESTIMATE)(estimate, f"{path}[{key!r}]")
+@dataclass
+class ModelEntry:
+    """One model of the report.
+
+    Attributes:
+        role: Whether it is a teacher or a student.
+        label: Name for readers.
+        backbone: Network.
+        input: Preprocessing of its images.
+        input_size: Side of its images in pixels.
+        parameters: Number of parameters.
+        macs: Multiply-adds for one image.
+        latency_ms: Time for one image in milliseconds.
+        train_seconds: Duration of its training in seconds.
+        train_steps: Steps of its training.
+        protocols: Protocol name to the result as the protocol writes it.
+    """
+
+    role: Literal["teacher", "student"]
+    label: str = ""
+    backbone: str = ""
+    input: str = ""
+    input_size: int | None = None
+    parameters: int | None = None
+    macs: float | None = None
+    latency_ms: float | None = None
+    train_seconds: float | None = None
+    train_steps: int | None = None
+    protocols: dict[str, object] = field(default_factory=dict)
 
 
-def _histogram(value: Any, path: str) -> None:
-    counts = each(or_null(number))
-    record({"edges": each(number), "genuine": values(counts), "impostor": counts})(value, path)
-    expected = len(value["edges"]) - 1
-    named = {f"genuine[{name!r}]": row for name, row in value["genuine"].items()} | {"impostor": value["impostor"]}
-    for name, row in named.items():
-        if len(row) != expected:
-            raise report_key(f"{path}.{name}", f"{expected} counts long to fit edges", f"{len(row)} counts")
+@dataclass
+class DataSummary:
+    """Training and test data.
+
+    Attributes:
+        name: Name of the data set or lists.
+        synthetic: Whether the faces are synthetic.
+        train_images: Number of training images.
+        train_identities: Number of training identities.
+        test_images: Number of test images.
+        test_identities: Number of test identities.
+        notes: Remarks on the data.
+    """
+
+    name: str = ""
+    synthetic: bool = False
+    train_images: int | None = None
+    train_identities: int | None = None
+    test_images: int | None = None
+    test_identities: int | None = None
+    notes: list[str] = field(default_factory=list)
 
 
-_VALUE = or_null(number)
-_ESTIMATE = record({"value": _VALUE}, {"low": _VALUE, "high": _VALUE, "n": count})
-_EST = or_null(_ESTIMATE)
-_BIN = {"auc": _EST, "tar": _far, "own_auc": _EST, "own_tar": _far}
-_CURVE = same_length(record({"far": each(_VALUE), "tar": each(_VALUE)}), "far", "tar")
-_AGE_GAP = record(
-    {
-        "kind": one_of("gap", "group"),
-        "bins": each(record({"name": text, "genuine": count, "impostor": count}, _BIN)),
-    },
-    {
-        "all": record({}, {"genuine": count, "impostor": count, **_BIN}),
-        "roc": values(or_null(_CURVE)),
-        "histogram": _histogram,
-    },
-)
-_VERIFICATION = record(
-    {"accuracy": _VALUE}, {"std": _VALUE, "folds": each(_VALUE), "threshold_rule": text, "pairs": count}
-)
-_PROTOCOLS = record(
-    {},
-    {
-        "age_gap": _AGE_GAP,
-        "verification": _VERIFICATION,
-        "leave_one_out": record({}, {"rank1": _EST, "rank5": _EST, "probes": count}),
-    },
-)
-_MODEL = record(
-    {"role": one_of("teacher", "student"), "protocols": _PROTOCOLS},
-    {
-        "label": text,
-        "backbone": text,
-        "parameters": count,
-        "macs": number,
-        "latency_ms": number,
-        "input_size": count,
-        "train_seconds": number,
-        "train_steps": count,
-    },
-)
-_TRAINING = same_length(
-    record({"step": each(number), "loss": each(_VALUE)}, {"terms": values(each(_VALUE))}), "step", "loss"
-)
-_COMPARISON = record(
-    {"a": text, "b": text, "bin": text, "metric": text, "difference": _ESTIMATE},
-    {"protocol": text, "separate": flag},
-)
-_COUNTS = dict.fromkeys(("train_images", "train_identities", "test_images", "test_identities"), count)
-_RUN = record(
-    {"format": count, "title": text, "models": values(_MODEL)},
-    {
-        "command": text,
-        "created": text,
-        "version": text,
-        "seeds": each(count),
-        "config": mapping,
-        "environment": mapping,
-        "data": record({}, {"name": text, "notes": each(text), "synthetic": flag, **_COUNTS}),
-        "comparisons": each(_COMPARISON),
-        "teachers_kept": values(_VALUE),
-        "weights": values(values(_VALUE)),
-        "training": values(_TRAINING),
-        "agreement": mapping,
-        "figures": values(text),
-        "pictures": values(record({}, {"title": text, "caption": text})),
-        "per_seed": each(record({"seed": count, "models": values(mapping)})),
-        "level": number,
-        "evaluations": each(mapping),
-    },
-)
+@dataclass
+class TrainingCurve:
+    """Logged losses of a training.
+
+    Attributes:
+        step: Steps.
+        loss: Total loss at each step.
+        terms: Name of a term to its loss at each step.
+    """
+
+    step: list[float]
+    loss: list[float | None]
+    terms: dict[str, list[float | None]] = field(default_factory=dict)
 
 
-def check_run(run: Mapping[str, Any]) -> None:
-    """Refuse a run dict that the report cannot read.
+@dataclass
+class StudentPair:
+    """The models that the headline compares: a distilled student, and the same student trained without teachers."""
 
-    Args:
-        run: the content of report.json. Required: `format`, `title` and `models`; in a model `role` and `protocols`.
-            Any other key may be absent or null.
+    distilled: str
+    alone: str
+
+
+@dataclass
+class SeedEntry:
+    """Results of one seed: model name to protocol name to measure key to value."""
+
+    seed: int
+    models: dict[str, dict[str, dict[str, float | None]]]
+
+
+@dataclass
+class PictureEntry:
+    """Heading and caption of the picture figures/NAME.png."""
+
+    title: str
+    caption: str = ""
+
+
+@dataclass
+class Report:
+    """The content of report.json.
+
+    Attributes:
+        title: Heading.
+        models: Model name to its entry, in the order of the report.
+        command: Command line of the run.
+        created: Time of the run in ISO 8601.
+        version: Version of the program.
+        seeds: Seeds of the run.
+        config: Configuration.
+        environment: Versions and machine.
+        data: Training and test data.
+        level: Confidence level of all intervals.
+        evaluations: Results by protocol; the first measure of the first protocol is the headline measure.
+        pair: Students to compare in the headline.
+        training: Model name to its training curve.
+        weights: Loss term to the mean weight of each teacher.
+        per_seed: Results of each seed, for runs of several seeds.
+        pictures: Name to heading and caption of each picture.
+    """
+
+    title: str
+    models: dict[str, ModelEntry]
+    command: str = ""
+    created: str = ""
+    version: str = ""
+    seeds: list[int] = field(default_factory=list)
+    config: dict[str, object] = field(default_factory=dict)
+    environment: dict[str, object] = field(default_factory=dict)
+    data: DataSummary = field(default_factory=DataSummary)
+    level: float = 0.95
+    evaluations: list[ProtocolSummary] = field(default_factory=list)
+    pair: StudentPair | None = None
+    training: dict[str, TrainingCurve] = field(default_factory=dict)
+    weights: dict[str, dict[str, float | None]] = field(default_factory=dict)
+    per_seed: list[SeedEntry] = field(default_factory=list)
+    pictures: dict[str, PictureEntry] = field(default_factory=dict)
+
+    def label(self, name: str) -> str:
+        """The name of a model for readers."""
+        entry = self.models.get(name)
+        return name if entry is None else entry.label or name.replace("_", " ")
+
+
+def check_report(report: Report) -> None:
+    """Check that names are known and lists have fitting lengths.
 
     Raises:
-        InputError: a key is missing or of the wrong kind; the message gives the key's path.
-
-    Examples:
-        >>> check_run({"format": 1, "title": "Demo", "models": {"m": {"role": "judge", "protocols": {}}}})
-        Traceback (most recent call last):
-        kdlib_faces._checks.InputError: report: run.models['m'].role must be one of 'teacher', 'student', got 'judge'
+        InputError: A model, measure or axis of bins is unknown, a name is invalid or used twice, or a list has the wrong
+            length.
     """
-    _RUN(run, "run")
-    if run["format"] != FORMAT:
-        raise report_key("run.format", f"{FORMAT}, the format this version reads", run["format"])
-    if not run["models"]:
-        raise report_key("run.models", "at least one model", run["models"])
-    for index, comparison in enumerate(run.get("comparisons") or ()):
-        for side in ("a", "b"):
-            if comparison[side] not in run["models"]:
-                raise report_key(f"run.comparisons[{index}].{side}", "a name under models", comparison[side])
-    check_evaluations(run.get("evaluations") or (), run["models"])
-    for index, entry in enumerate(run.get("per_seed") or ()):
-        for name, model in entry["models"].items():
-            if model.get("protocols") is not None:
-                _PROTOCOLS(model["protocols"], f"run.per_seed[{index}].models[{name!r}].protocols")
-    for name, curve in (run.get("training") or {}).items():
-        for term, logged in (curve.get("terms") or {}).items():
-            if len(logged) != len(curve["step"]):
-                path = f"run.training[{name!r}].terms[{term!r}]"
-                raise report_key(path, f"{len(curve['step'])} long to fit step", f"{len(logged)} values")
+    if not report.models:
+        raise report_key("run.models", "at least one model", report.models)
+    if report.pair is not None:
+        for side, name in (("distilled", report.pair.distilled), ("alone", report.pair.alone)):
+            _known(name, report.models, f"run.pair.{side}")
+    for name in report.pictures:
+        if not PICTURE_NAME.fullmatch(name):
+            raise report_key("run.pictures", "keyed by names of 1 to 64 letters, digits, _ or -", name)
+    for name, curve in report.training.items():
+        path = f"run.training[{name!r}]"
+        _fits(curve.loss, curve.step, "step", f"{path}.loss")
+        for term, losses in curve.terms.items():
+            _fits(losses, curve.step, "step", f"{path}.terms[{term!r}]")
+    seen: set[str] = set()
+    for index, summary in enumerate(report.evaluations):
+        path = f"run.evaluations[{index}]"
+        if not _NAME.fullmatch(summary.name) or summary.name.casefold() in seen:
+            raise report_key(f"{path}.name", "1 to 48 letters, digits or _, used once", summary.name)
+        seen.add(summary.name.casefold())
+        for key, bins in summary.bins.items():
+            for side, values in (("at", bins.at), ("counts", bins.counts)):
+                if values is not None:
+                    _fits(values, bins.labels, "labels", f"{path}.bins[{key!r}].{side}")
+        for name, result in summary.models.items():
+            _known(name, report.models, f"{path}.models")
+            _check_result(summary, result, f"{path}.models[{name!r}]")
+        for at, row in enumerate(summary.differences):
+            _known(row.a, summary.models, f"{path}.differences[{at}].a")
+            _known(row.b, summary.models, f"{path}.differences[{at}].b")
+            _known(row.measure, summary.measures, f"{path}.differences[{at}].measure")
 
 
-def to_json(value: Any, path: str = "run", depth: int = 0) -> Any:
-    """A copy of `value` in plain JSON types: arrays and tuples become lists, non-finite floats null, keys text.
+def _check_result(summary: ProtocolSummary, result: ModelSummary, path: str) -> None:
+    for key in result.measures:
+        _known(key, summary.measures, f"{path}.measures")
+    for key, row in result.bins.items():
+        _known(key, summary.bins, f"{path}.bins")
+        _fits(row, summary.bins[key].labels, "labels", f"{path}.bins[{key!r}]")
+    if result.roc is not None:
+        _fits(result.roc.tar, result.roc.far, "far", f"{path}.roc.tar")
+    if result.cmc is not None:
+        _fits(result.cmc.rate, result.cmc.rank, "rank", f"{path}.cmc.rate")
+    if result.search is not None:
+        _fits(result.search.tpir, result.search.fpir, "fpir", f"{path}.search.tpir")
+    if result.histogram is not None:
+        _fits(result.histogram.genuine, result.histogram.edges[1:], "edges", f"{path}.histogram.genuine")
+        _fits(result.histogram.impostor, result.histogram.edges[1:], "edges", f"{path}.histogram.impostor")
 
-    Raises:
-        InputError: something in it has no JSON form, or it is nested too deeply; the message gives the path.
 
-    Examples:
-        >>> to_json({0.01: (np.float32(0.5), float("nan"))})
-        {'0.01': [0.5, None]}
-    """
-    if depth > _DEPTH:
-        raise report_key(path, f"nested at most {_DEPTH} deep", type(value).__name__)
-    if value is None or isinstance(value, bool | int | str):
-        return value
-    if isinstance(value, np.generic | np.ndarray):
-        return to_json(value.tolist(), path, depth)
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, PurePath):
-        return str(value)
-    if isinstance(value, Mapping):
-        return {str(key): to_json(item, f"{path}[{str(key)!r}]", depth + 1) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [to_json(item, f"{path}[{index}]", depth + 1) for index, item in enumerate(value)]
-    raise report_key(path, "text, a number, true or false, null, a list or a mapping", value)
+def _known(name: str, names: Collection[str], path: str) -> None:
+    if name not in names:
+        raise report_key(path, f"among {', '.join(names) or 'none'}", name)
+
+
+def _fits(values: Sized, reference: Sized, name: str, path: str) -> None:
+    if len(values) != len(reference):
+        raise report_key(path, f"{len(reference)} long to fit {name}", f"{len(values)} values")

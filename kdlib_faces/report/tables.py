@@ -1,200 +1,195 @@
-"""Room: report. The tables of a run as plain cells, written once and set in HTML and in Markdown alike."""
+"""Tables of a report as plain cells, shown alike in HTML and in Markdown."""
 
-from __future__ import annotations
+from collections.abc import Mapping
+from typing import NamedTuple
 
-from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
-
-from kdlib_faces.report import words
-from kdlib_faces.report.view import ALL, Estimate, View
+from kdlib_faces.evaluation.summary import Difference, MeasuredValue, ModelSummary, ProtocolSummary, Unit
+from kdlib_faces.report import numbers
+from kdlib_faces.report.numbers import NOT_MEASURED
+from kdlib_faces.report.schema import ModelEntry, Report
 
 __all__ = [
     "Cell",
     "Table",
     "bins_table",
-    "comparisons_table",
     "data_table",
+    "differences_table",
     "facts",
+    "measured",
+    "measures_table",
     "models_table",
+    "overview_table",
     "seeds_table",
     "weights_table",
 ]
 
 
 class Cell(NamedTuple):
-    """A value and the small print below it."""
+    """A text and the small print below it."""
 
     text: str
     note: str = ""
 
 
 class Table(NamedTuple):
-    """Columns and rows; a row's first cell is its name, and `sections` titles the part that begins at a row."""
+    """Titles of the columns, rows whose first cell is a heading, and the model of each column (None for no model)."""
 
     columns: list[str]
     rows: list[list[Cell]]
     models: list[str | None]
-    sections: dict[int, str]
 
 
-def _estimate(estimate: Estimate, metric: str) -> Cell:
-    return Cell(words.value(estimate, metric), words.interval(estimate, metric))
+def measured(summary: ProtocolSummary, model: str, key: str) -> MeasuredValue:
+    """One measure of one model; a value of None where it was not measured."""
+    return summary.models.get(model, ModelSummary()).measures.get(key, MeasuredValue())
 
 
-def _size(model: Mapping[str, Any]) -> Cell:
-    side = model.get("input_size")
-    return Cell(words.shorten(model.get("backbone") or words.NOTHING, 40), f"input {side} × {side}" if side else "")
+def _cell(value: MeasuredValue, unit: Unit) -> Cell:
+    notes = [numbers.interval(value, unit), numbers.shorten(value.note)]
+    return Cell(numbers.amount(value, unit), "; ".join(note for note in notes if note))
 
 
-def _ten_fold(model: Mapping[str, Any]) -> Cell:
-    result = model["protocols"].get("verification") or {}
-    accuracy, std = result.get("accuracy"), result.get("std")
-    note = f"± {100 * std:.1f} over folds" if accuracy is not None and std is not None else ""
-    return Cell(words.per_cent(accuracy), note)
+def _by_model(report: Report, names: list[str], rows: list[list[Cell]], first: tuple[str, ...] = ("",)) -> Table:
+    """A table with one column per model; rows without any value are left out."""
+    kept = [row for row in rows if any(cell.text != NOT_MEASURED for cell in row[len(first) :])]
+    return Table([*first, *map(report.label, names)], kept, [*[None] * len(first), *names])
 
 
-def _rank(model: Mapping[str, Any], rank: str) -> Cell:
-    found = (model["protocols"].get("leave_one_out") or {}).get(rank)
-    return _estimate(Estimate.read(found), "rank")
+def overview_table(report: Report) -> Table:
+    """One row per protocol: the first measure of all models."""
+    rows = []
+    for summary in report.evaluations:
+        for key, measure in list(summary.measures.items())[:1]:
+            cells = [_cell(measured(summary, name, key), measure.unit) for name in report.models]
+            title = f"{measure.title}, {measure.note}" if measure.note else measure.title
+            rows.append([Cell(summary.title, title), *cells])
+    return _by_model(report, list(report.models), rows)
 
 
-def _trained(model: Mapping[str, Any]) -> Cell:
-    steps = model.get("train_steps")
-    return Cell(words.seconds(model.get("train_seconds")), f"{steps:,} steps" if steps is not None else "")
-
-
-def models_table(view: View) -> Table:
-    """One column a model, one row a measure: accuracy first, cost below. Rows that no model has are left out."""
-    far, large = view.far, view.large
-    accuracy: list[list[Cell]] = []
-    if large is not None:
-        for metric in view.bin_metrics():
-            # A bin's own impostors set too few thresholds for a main table; own_tar stands in the tables by bin.
-            if view.has(metric, [large]) and not metric.startswith("own_tar"):
-                name = Cell(words.metric_name(metric), words.large_words(view))
-                accuracy.append([name, *(_estimate(view.estimate(m, large, metric), metric) for m in view.names)])
-    for metric in [f"tar@{far}"] * (far is not None) + ["auc"]:
-        name = Cell(words.metric_name(metric), "all pairs")
-        accuracy.append([name, *(_estimate(view.estimate(m, ALL, metric), metric) for m in view.names)])
-    models = [view.models[name] for name in view.names]
-    accuracy += [
-        [Cell(f"Rank-{rank[-1]}", "leave one out"), *(_rank(model, rank) for model in models)]
-        for rank in ("rank1", "rank5")
-    ]
-    accuracy.append([Cell("Ten-fold accuracy", "verification pairs"), *(_ten_fold(model) for model in models)])
-    costs = [
-        [Cell("Backbone"), *(_size(model) for model in models)],
-        [Cell("Parameters"), *(Cell(words.count(model.get("parameters"))) for model in models)],
-        [Cell("Multiply-adds", "one image"), *(Cell(words.count(model.get("macs"))) for model in models)],
+def measures_table(report: Report, summary: ProtocolSummary) -> Table:
+    """One row per measure of a protocol."""
+    rows = [
         [
-            Cell("Latency", "one image"),
-            *(
-                Cell(words.number(ms) + (" ms" if ms is not None else ""))
-                for ms in (model.get("latency_ms") for model in models)
-            ),
-        ],
-        [Cell("Training"), *(_trained(model) for model in models)],
+            Cell(measure.title, measure.note),
+            *(_cell(measured(summary, name, key), measure.unit) for name in summary.models),
+        ]
+        for key, measure in summary.measures.items()
     ]
-    if view.evaluations:  # each protocol has its own table of accuracy
-        accuracy = []
-    kept = [[row for row in rows if any(cell.text != words.NOTHING for cell in row[1:])] for rows in (accuracy, costs)]
-    sections = {0: "Accuracy", len(kept[0]): "Cost"} if kept[0] else {0: "Cost"}
-    return Table(["", *map(view.label, view.names)], kept[0] + kept[1], [None, *view.names], sections)
+    return _by_model(report, list(summary.models), rows)
 
 
-def bins_table(view: View, metric: str) -> Table:
-    """One row a bin, one column a model, for one metric."""
+def bins_table(report: Report, summary: ProtocolSummary, key: str) -> Table:
+    """One row per bin."""
+    bins = summary.bins[key]
+    names = [name for name, result in summary.models.items() if result.bins.get(key)]
     rows = []
-    for name in [*view.bins, *([ALL] if view.has(metric, [ALL]) else [])]:
-        genuine, impostor = view.pairs(name, "genuine"), view.pairs(name, "impostor")
-        pairs = [Cell(f"{amount:,}" if amount is not None else words.NOTHING) for amount in (genuine, impostor)]
-        values = [_estimate(view.estimate(model, name, metric), metric) for model in view.names]
-        rows.append([Cell(words.bin_name(view, name)), *pairs, *values])
-    first = "Age gap, years" if view.kind == "gap" else "Age groups"
-    columns = [first, "Genuine pairs", "Impostor pairs", *map(view.label, view.names)]
-    return Table(columns, rows, [None, None, None, *view.names], {})
+    for at, label in enumerate(bins.labels):
+        size = None if bins.counts is None else bins.counts[at]
+        cells = [_cell(summary.models[name].bins[key][at], bins.unit) for name in names]
+        rows.append([Cell(label.replace("-", "–")), Cell(NOT_MEASURED if size is None else f"{size:,}"), *cells])
+    return Table([bins.axis or "Bin", "n", *map(report.label, names)], rows, [None, None, *names])
 
 
-def comparisons_table(view: View) -> Table:
-    """Every comparison: the difference, its interval, and what may be said of it."""
+def differences_table(report: Report, summary: ProtocolSummary) -> Table:
+    """One row per pair of models and measure, in the order of the measures."""
+    order = list(summary.measures)
     rows = []
-    for c in view.comparisons:
-        _, low, high, _ = c.difference
-        said = words.NOTHING
-        if low is not None and high is not None:
-            side = "includes zero" if low <= 0 <= high else ("above zero" if low > 0 else "below zero")
-            said = f"difference {side}"
-        own = {True: "separate", False: "overlap", None: words.NOTHING}[c.separate]
-        amount = Cell(words.points(c.difference.value), words.interval(c.difference, "difference"))
-        pair = f"{view.label(c.a)} − {view.label(c.b)}"
-        place = [Cell(pair), Cell(words.bin_name(view, c.bin)), Cell(words.metric_name(c.metric))]
-        rows.append([*place, amount, Cell(said), Cell(own)])
-    columns = ["Comparison", "Bin", "Metric", "Difference, points", "Its interval", "The two intervals"]
-    return Table(columns, rows, [None] * 6, {})
+    for row in sorted(summary.differences, key=lambda row: order.index(row.measure)):
+        measure, value = summary.measures[row.measure], row.difference
+        text = Cell(numbers.points(value.value, measure.unit), _difference_interval(row, measure.unit))
+        pair = Cell(f"{report.label(row.a)} − {report.label(row.b)}")
+        rows.append([pair, Cell(measure.title, measure.note), text, Cell(_side(value), value.note)])
+    columns = ["Comparison", "Measure", "Difference, points", "Its interval"]
+    if len({row[0].text for row in rows}) == 1:  # a single pair of models is named once, above its measures
+        return Table([rows[0][0].text, *columns[2:]], [row[1:] for row in rows], [None] * 3)
+    return Table(columns, rows, [None] * 4)
 
 
-def _seed_values(view: View, model: Mapping[str, Any]) -> dict[str, tuple[float | None, str]]:
-    """Metric name -> (value, unit) of one model in one seed: read from its protocols, or flat numbers as given."""
-    protocols = model.get("protocols")
-    if protocols is None:
-        return {str(k): (v, "") for k, v in model.items() if isinstance(v, int | float) and not isinstance(v, bool)}
-    one = View({**view.run, "models": {"m": {"role": "student", "protocols": protocols}}, "comparisons": []})
-    found: dict[str, tuple[float | None, str]] = {}
-    places = ([(view.large, words.large_words(view))] if view.large else []) + [(ALL, "all pairs")]
-    for place, said in places:
-        metrics = ([f"tar@{view.far}"] if view.far else []) + (["own_auc"] if place != ALL else ["auc"])
-        for metric in metrics:
-            unit = "auc" if metric.endswith("auc") else "rate"
-            found[f"{words.metric_name(metric)}, {said}"] = (one.estimate("m", place, metric).value, unit)
-    rank = (protocols.get("leave_one_out") or {}).get("rank1") or {}
-    found["Rank-1"] = (rank.get("value"), "rate")
-    found["Ten-fold accuracy"] = ((protocols.get("verification") or {}).get("accuracy"), "rate")
-    return found
+def _difference_interval(row: Difference, unit: Unit) -> str:
+    value = row.difference
+    if value.low is None or value.high is None:
+        return ""
+    return f"{numbers.points(value.low, unit)} to {numbers.points(value.high, unit)}"
 
 
-def seeds_table(view: View) -> Table | None:
-    """Mean and range over seeds, one row a metric; None for a run of one seed."""
-    entries = view.run.get("per_seed") or []
-    if len(entries) < 2:
+def _side(value: MeasuredValue) -> str:
+    if value.low is None or value.high is None:
+        return NOT_MEASURED
+    return "includes zero" if value.low <= 0 <= value.high else "above zero" if value.low > 0 else "below zero"
+
+
+def models_table(report: Report) -> Table:
+    """Size, speed and training of all models."""
+
+    def row(title: str, note: str, *cells: Cell) -> list[Cell]:
+        return [Cell(title, note), *cells]
+
+    models = report.models.values()
+    latency = [model.latency_ms for model in models]
+    rows = [
+        row("Network", "", *map(_network, models)),
+        row("Parameters", "", *(Cell(numbers.count(model.parameters)) for model in models)),
+        row("Multiply-adds", "one image", *(Cell(numbers.count(model.macs)) for model in models)),
+        row("Latency", "one image", *(Cell(NOT_MEASURED if ms is None else f"{ms:.3g} ms") for ms in latency)),
+        row("Training", "", *map(_training, models)),
+    ]
+    return _by_model(report, list(report.models), rows)
+
+
+def _network(model: ModelEntry) -> Cell:
+    size = f"input {model.input_size} × {model.input_size}" if model.input_size else ""
+    note = ", ".join(part for part in (size, numbers.shorten(model.input)) if part)
+    return Cell(numbers.shorten(model.backbone or NOT_MEASURED, 40), note)
+
+
+def _training(model: ModelEntry) -> Cell:
+    steps = model.train_steps
+    return Cell(numbers.seconds(model.train_seconds), "" if steps is None else f"{steps:,} steps")
+
+
+def seeds_table(report: Report) -> Table | None:
+    """Mean and range over the seeds, one row per measure; None for a run of one seed."""
+    if len(report.per_seed) < 2:
         return None
-    gathered: dict[str, dict[str, list[float]]] = {}
-    units: dict[str, str] = {}
-    for entry in entries:
-        for name, model in entry["models"].items():
-            for metric, (value, unit) in _seed_values(view, model).items():
-                if value is not None:
-                    gathered.setdefault(metric, {}).setdefault(name, []).append(float(value))
-                    units[metric] = unit
-    names = [name for name in view.names if any(name in row for row in gathered.values())]
-
-    def show(value: float, unit: str) -> str:
-        return words.per_cent(value) if unit == "rate" else f"{value:.3f}" if unit == "auc" else words.number(value, 4)
-
     rows = []
-    for metric, row in gathered.items():
-        cells = [Cell(metric)]
-        for name in names:
-            values, unit = row.get(name, []), units[metric]
-            if values:
-                spread = f"{show(min(values), unit)} to {show(max(values), unit)}, {len(values)} seeds"
-                cells.append(Cell(show(sum(values) / len(values), unit), spread))
-            else:
-                cells.append(Cell(words.NOTHING))
-        rows.append(cells)
-    return Table(["Mean over seeds", *map(view.label, names)], rows, [None, *names], {}) if rows else None
+    for summary in report.evaluations:
+        for key, measure in summary.measures.items():
+            cells = [_over_seeds(report, name, summary.name, key, measure.unit) for name in report.models]
+            rows.append([Cell(f"{summary.title}: {measure.title}", measure.note), *cells])
+    return _by_model(report, list(report.models), rows)
 
 
-def weights_table(view: View) -> Table | None:
-    """Mean weight of each teacher in each term; None if no weights were logged."""
-    weights: Mapping[str, Mapping[str, float | None]] = view.run.get("weights") or {}
-    teachers = list(dict.fromkeys(name for row in weights.values() for name in row))
-    if not teachers:
-        return None
-    rows = [[Cell(term), *(Cell(words.per_cent(row.get(name))) for name in teachers)] for term, row in weights.items()]
-    return Table(["Term", *map(view.label, teachers)], rows, [None, *teachers], {})
+def _over_seeds(report: Report, model: str, protocol: str, key: str, unit: Unit) -> Cell:
+    found = [entry.models.get(model, {}).get(protocol, {}).get(key) for entry in report.per_seed]
+    known = [value for value in found if value is not None]
+    if not known:
+        return Cell(NOT_MEASURED)
+    mean = MeasuredValue(sum(known) / len(known), min(known), max(known), note=f"{len(known)} seeds")
+    return _cell(mean, unit)
 
 
-def facts(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
+def weights_table(report: Report) -> Table | None:
+    """Mean weight of each teacher in each loss term; None where no weights were logged."""
+    teachers = list(dict.fromkeys(name for row in report.weights.values() for name in row))
+    rows = [
+        [Cell(term), *(Cell(NOT_MEASURED if (w := row.get(name)) is None else numbers.percent(w)) for name in teachers)]
+        for term, row in report.weights.items()
+    ]
+    return _by_model(report, teachers, rows, ("Loss term",)) if teachers else None
+
+
+def data_table(report: Report) -> Table | None:
+    """Images and identities for training and for the test; None where they are not known."""
+    data = report.data
+    parts = {"Training": (data.train_identities, data.train_images), "Test": (data.test_identities, data.test_images)}
+    rows = [
+        [Cell(part), *(Cell(NOT_MEASURED if n is None else f"{n:,}") for n in sizes)] for part, sizes in parts.items()
+    ]
+    known = any(size is not None for sizes in parts.values() for size in sizes)
+    return Table(["Part", "Identities", "Images"], rows, [None] * 3) if known else None
+
+
+def facts(values: Mapping[str, object], prefix: str = "") -> list[tuple[str, str]]:
     """A nested mapping as rows of dotted name and text.
 
     Examples:
@@ -203,32 +198,10 @@ def facts(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
     """
     rows: list[tuple[str, str]] = []
     for key, value in values.items():
-        name = f"{prefix}{key}"
         if isinstance(value, Mapping):
-            rows += facts(value, f"{name}.")
-        elif isinstance(value, list | tuple):
-            rows.append((name, words.shorten(", ".join(map(str, value)), 400) or "(none)"))
-        elif isinstance(value, float):
-            rows.append((name, f"{value:.6g}"))
-        else:
-            rows.append((name, words.NOTHING if value is None else words.shorten(str(value), 400)))
+            rows += facts(value, f"{prefix}{key}.")
+            continue
+        text = ", ".join(map(str, value)) or "(none)" if isinstance(value, list | tuple) else str(value)
+        text = f"{value:.6g}" if isinstance(value, float) else NOT_MEASURED if value is None else text
+        rows.append((f"{prefix}{key}", numbers.shorten(text, 400)))
     return rows
-
-
-def data_table(view: View) -> Table | None:
-    """Images and identities of training and test; None if the run does not say."""
-    data = view.run.get("data") or {}
-    parts: Sequence[str] = ("train", "test")
-    rows = [
-        [
-            Cell(part.capitalize()),
-            *(
-                Cell(f"{data[key]:,}" if data.get(key) is not None else words.NOTHING)
-                for key in (f"{part}_identities", f"{part}_images")
-            ),
-        ]
-        for part in parts
-    ]
-    if all(cell.text == words.NOTHING for row in rows for cell in row[1:]):
-        return None
-    return Table(["Part", "Identities", "Images"], rows, [None] * 3, {})

@@ -1,15 +1,16 @@
-"""Teachers room: heavy networks that know more, general or age-invariant, native or from an ONNX file."""
+"""Teachers: age-invariant networks, ONNX files, linear maps and fusion of embeddings, and cached outputs."""
 
 from kdlib_faces.teachers.age_attention import AgeAttention, AttentiveAgeNet
 from kdlib_faces.teachers.age_estimation import AgeEstimationLoss, reverse_gradient
 from kdlib_faces.teachers.age_invariant import AgeFactorLoss, AgeInvariantNet, canonical_correlation
-from kdlib_faces.teachers.age_pairs import CrossAgePairLoss, L2SPLoss
-from kdlib_faces.teachers.files import load_start, load_teacher, save_teacher
-from kdlib_faces.teachers.fused import FusedTeacher, fit_fusion, joined
+from kdlib_faces.teachers.age_pairs import CrossAgePairLoss
+from kdlib_faces.teachers.files import TeacherNet, load_pretrained, load_teacher, save_teacher
+from kdlib_faces.teachers.fine_tuning import FrozenBatchNorm, L2SPLoss
+from kdlib_faces.teachers.fused import FusedTeacher, fit_fusion, join_embeddings
 from kdlib_faces.teachers.mapped import MappedTeacher, fit_age_map, fit_rotation
 from kdlib_faces.teachers.onnx.import_graph import import_onnx, restore_statistics
 from kdlib_faces.teachers.onnx.session import OnnxTeacher
-from kdlib_faces.teachers.outputs import read_outputs, record
+from kdlib_faces.teachers.outputs import cache_outputs, read_outputs
 
 __all__ = [
     "AgeAttention",
@@ -18,21 +19,23 @@ __all__ = [
     "AgeInvariantNet",
     "AttentiveAgeNet",
     "CrossAgePairLoss",
+    "FrozenBatchNorm",
     "FusedTeacher",
+    "L2SPLoss",
     "MappedTeacher",
     "OnnxTeacher",
-    "L2SPLoss",
+    "TeacherNet",
+    "cache_outputs",
     "canonical_correlation",
     "fit_age_map",
     "fit_fusion",
     "fit_rotation",
     "import_onnx",
-    "joined",
-    "load_start",
+    "join_embeddings",
+    "load_pretrained",
     "load_teacher",
-    "record",
+    "read_outputs",
     "restore_statistics",
     "reverse_gradient",
-    "read_outputs",
     "save_teacher",
 ]

@@ -1,18 +1,15 @@
-"""Teachers room: an age-invariant teacher whose last feature map is split by attention into identity and age.
-
-The first half of MTLFace (Huang, Zhang, Shan, CVPR 2021, arXiv:2103.01520): `X_age = X * sigma(X)`, `X_id = X - X_age`, where
-`sigma` is the mean of a channel and a spatial attention; the embedding is made of `X_id`. Its face synthesis is not here.
-"""
+"""An age-invariant teacher that removes the age part of its last feature map by attention."""
 
 import copy
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from kdlib import StudentAdapter
 from kdlib._checks import check_number
 from kdlib_faces._checks import InputError
+from kdlib_faces.backbones import Backbone, InputSpec
 
 __all__ = ["AgeAttention", "AttentiveAgeNet"]
 
@@ -22,18 +19,18 @@ KERNEL = 7
 
 
 class AgeAttention(nn.Module):
-    """Which part of a feature map speaks of age: `X_id = X - X_age`, `X_age = X * (A_channel + A_spatial) / 2`.
+    """Remove the age part of a feature map: `X_id = X - X_age`, `X_age = X * (A_channel + A_spatial) / 2`.
 
-    `A_channel`: average and maximum pools of grids 1, 2 and 3, one small perceptron for both, summed, sigmoid. `A_spatial`:
-    maximum and mean over channels, one 7x7 convolution, sigmoid.
+    `A_channel`: average and maximum pools on grids of 1, 2 and 3, one perceptron shared by both, their sum, a sigmoid.
+    `A_spatial`: maximum and mean over the channels, one 7x7 convolution, a sigmoid.
 
     Args:
-        channels: c.
-        start: value of the last biases. At 0, as published, half of every feature is taken for age, which a backbone that
-            is trained already does not survive; at -4 the split begins with 2 %, and with small weights. Ours.
+        channels: Channels `c` of the map.
+        initial_bias: Initial bias of both attentions. At 0, the published value, half of every feature is attributed to age,
+            which destroys a trained backbone. At -4 the age part starts at 2 %, with small weights. This option is ours.
 
     Shape:
-        `(b, c, h, w)` to `(b, c, h, w)`, the identity part; the age part passes through the submodule `age`, for a tap.
+        `(b, c, h, w)` to `(b, c, h, w)`, the identity part. The age part is the output of the submodule `age`, for a tap.
 
     Examples:
         >>> maps = torch.randn(2, 8, 5, 5)
@@ -44,60 +41,60 @@ class AgeAttention(nn.Module):
         Huang, Zhang, Shan: When Age-Invariant Face Recognition Meets Face Age Synthesis, CVPR 2021, and its public code.
     """
 
-    def __init__(self, channels: int, *, start: float = -4.0) -> None:
+    def __init__(self, channels: int, *, initial_bias: float = -4.0) -> None:
         super().__init__()
         check_number("AgeAttention", "channels", channels, min=1, integer=True)
-        check_number("AgeAttention", "start", start)
+        check_number("AgeAttention", "initial_bias", initial_bias)
         cells = sum(grid * grid for grid in PYRAMID)
         hidden = max(1, channels // REDUCTION)
-        self.channel = nn.Sequential(nn.Linear(cells * channels, hidden), nn.ReLU(), nn.Linear(hidden, channels))
+        first, last = nn.Linear(cells * channels, hidden), nn.Linear(hidden, channels)
+        self.channel = nn.Sequential(first, nn.ReLU(), last)
         self.spatial = nn.Conv2d(2, 1, KERNEL, padding=KERNEL // 2)
         self.age = nn.Identity()
-        if start:
-            last: Any = self.channel[2]
-            with torch.no_grad():  # the biases alone speak at first, whatever the scale of the maps
-                parts: tuple[tuple[Any, float], ...] = (
-                    (last, start / 2),
-                    (self.spatial, start),
-                )  # two pools are summed
-                for layer, bias in parts:
-                    layer.weight.mul_(1e-3)
-                    layer.bias.fill_(bias)
+        if initial_bias:
+            # With small weights the initial attention depends on the biases alone, whatever the scale of the maps.
+            with torch.no_grad():
+                for name, value in (*last.named_parameters(), *self.spatial.named_parameters()):
+                    value.mul_(1e-3) if name == "weight" else value.fill_(initial_bias)
+                last.bias.div_(2)  # it is added twice, once for each pool
 
     def attention(self, maps: Tensor) -> Tensor:
-        """`(A_channel + A_spatial) / 2`, in (0, 1): `(b, c, h, w)`."""
+        """Return `(A_channel + A_spatial) / 2`, in (0, 1), `(b, c, h, w)`."""
         pools = (F.adaptive_avg_pool2d, F.adaptive_max_pool2d)
         pyramids = [torch.cat([pool(maps, grid).flatten(1) for grid in PYRAMID], dim=1) for pool in pools]
         by_channel = torch.sigmoid(self.channel(pyramids[0]) + self.channel(pyramids[1]))
         planes = torch.cat([maps.amax(1, keepdim=True), maps.mean(1, keepdim=True)], dim=1)
-        by_place = torch.sigmoid(self.spatial(planes))
-        return 0.5 * (by_channel[:, :, None, None] + by_place)
+        by_position = torch.sigmoid(self.spatial(planes))
+        return 0.5 * (by_channel[:, :, None, None] + by_position)
 
     def forward(self, maps: Tensor) -> Tensor:
-        """The identity part of the maps."""
-        part: Tensor = self.age(maps * self.attention(maps))
-        return maps - part
+        """Return the identity part of the maps."""
+        age: Tensor = self.age(maps * self.attention(maps))
+        return maps - age
 
 
 class AttentiveAgeNet(nn.Module):
-    """A backbone with an `AgeAttention` behind its last stage: images to the embedding of their identity part.
+    """A backbone with `AgeAttention` behind its last stage: images to the embedding of the identity part.
+
+    This is the recognition half of MTLFace; its face synthesis is not included.
 
     Args:
-        backbone: any network with `stages` and `embedding_dim`, `(b, 3, h, w)` to `(b, d)`; a copy of it is used.
-        start: as in `AgeAttention`.
-        channels: of the last stage; None asks one blank image.
+        backbone: The network to extend. It is copied.
+        initial_bias: See `AgeAttention`.
+        channels: Channels of the last stage; None measures them on a blank image.
 
     Attributes:
-        stages: the backbone's, the last one now giving the identity part.
-        age_tap: module path of the age part `(b, c, h, w)`, for a `StudentAdapter`.
-        identity_tap: module path of the identity part.
-        channels: c of both.
+        stages: Tap paths of the backbone's stages; the last one returns the identity part.
+        age_tap: Tap path of the age part `(b, c, h, w)`.
+        identity_tap: Tap path of the identity part.
+        channels: Channels `c` of both parts.
 
     Shape:
         images `(b, 3, h, w)`; returns `(b, d)`, not normalized.
 
     Raises:
-        InputError: a backbone without stages, or whose last stage gives no map.
+        TypeError: The backbone is not one of ours.
+        InputError: The last stage of the backbone does not return a map.
 
     Examples:
         >>> from kdlib import OUTPUT, StudentAdapter
@@ -106,54 +103,52 @@ class AttentiveAgeNet(nn.Module):
         >>> taps = StudentAdapter(net, {"embedding": OUTPUT, "age_map": net.age_tap})
         >>> {name: tuple(value.shape) for name, value in taps(torch.zeros(2, 3, 32, 32)).items()}
         {'embedding': (2, 16), 'age_map': (2, 32, 2, 2)}
+
+    References:
+        Huang, Zhang, Shan: When Age-Invariant Face Recognition Meets Face Age Synthesis, CVPR 2021, arXiv:2103.01520.
     """
 
-    def __init__(self, backbone: nn.Module, *, start: float = -4.0, channels: int | None = None) -> None:
+    def __init__(self, backbone: Backbone, *, initial_bias: float = -4.0, channels: int | None = None) -> None:
         super().__init__()
-        dim: Any = getattr(backbone, "embedding_dim", None)
-        check_number("AttentiveAgeNet", "backbone.embedding_dim", dim, min=1, integer=True)
-        stages = tuple(getattr(backbone, "stages", ()))
-        if not stages:
-            raise InputError(f"AttentiveAgeNet: backbone must have stages, {type(backbone).__name__} has none")
+        if not isinstance(backbone, Backbone):
+            raise TypeError(f"AttentiveAgeNet: backbone must be a face backbone, got {type(backbone).__name__}")
         self.backbone = copy.deepcopy(backbone)
-        self.embedding_dim: int = dim
-        self.input_size: Any = getattr(backbone, "input_size", None)
-        self.start = start
-        last = stages[-1]
-        self.channels = _channels(self.backbone, last, self.input_size) if channels is None else channels
-        owner, _, name = last.rpartition(".")
-        split = nn.Sequential(self.backbone.get_submodule(last), AgeAttention(self.channels, start=start))
-        setattr(self.backbone.get_submodule(owner), name, split)
-        self.stages = tuple(f"backbone.{stage}" for stage in stages)
+        self.embedding_dim = backbone.embedding_dim
+        self.input_size = backbone.input_size
+        self.initial_bias = initial_bias
+        last = backbone.stages[-1]
+        self.channels = _count_channels(self.backbone, last) if channels is None else channels
+        parent, _, name = last.rpartition(".")
+        attention = AgeAttention(self.channels, initial_bias=initial_bias)
+        setattr(self.backbone.get_submodule(parent), name, nn.Sequential(self.backbone.get_submodule(last), attention))
+        self.stages = tuple(f"backbone.{stage}" for stage in backbone.stages)
         self.identity_tap = self.stages[-1]
         self.age_tap = f"{self.stages[-1]}.1.age"
 
     @property
-    def input_spec(self) -> Any:
-        """What the backbone wants its images to be; None where it does not say."""
-        return getattr(self.backbone, "input_spec", None)
+    def input_spec(self) -> InputSpec:
+        """The image format of the backbone."""
+        return self.backbone.input_spec
 
     def forward(self, images: Tensor) -> Tensor:
-        """Embeddings of the identity part."""
-        out: Tensor = self.backbone(images)
-        return out
+        """Return the embeddings of the identity part."""
+        embeddings: Tensor = self.backbone(images)
+        return embeddings
 
 
-def _channels(backbone: nn.Module, stage: str, size: Any) -> int:
-    """Channels of a stage's output, from one blank image."""
-    from kdlib import StudentAdapter
-
-    sides = size if isinstance(size, (tuple, list)) else (size or 112,) * 2
-    probe = StudentAdapter(backbone, {"map": stage})
+def _count_channels(backbone: Backbone, stage: str) -> int:
+    """Channels of a stage's output, measured on one blank image."""
+    size = backbone.input_size
+    height, width = size if isinstance(size, tuple) else (size, size)
+    weight = next(backbone.parameters())
     modes = {module: module.training for module in backbone.modules()}
     backbone.eval()
     try:
         with torch.no_grad():
-            some = next(backbone.parameters(), torch.zeros(()))
-            maps = probe(torch.zeros(1, 3, *sides, device=some.device, dtype=some.dtype))["map"]
+            maps = StudentAdapter(backbone, {"map": stage})(weight.new_zeros(1, 3, height, width))["map"]
     finally:
         for module, mode in modes.items():
             module.training = mode
     if maps.dim() != 4:
-        raise InputError(f"AttentiveAgeNet: stage {stage!r} must give maps (b, c, h, w), got {tuple(maps.shape)}")
+        raise InputError(f"AttentiveAgeNet: stage {stage!r} must return maps (b, c, h, w), got {tuple(maps.shape)}")
     return int(maps.shape[1])

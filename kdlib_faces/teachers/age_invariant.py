@@ -1,33 +1,32 @@
-"""Teachers room: an age-invariant teacher, a backbone whose embedding is split into identity and age.
-
-Decorrelated adversarial learning (Wang et al., CVPR 2019): a small branch takes what speaks of age out of the embedding, the
-rest is the identity, and the two are made uncorrelated under the linear map that shows their correlation best. Touches
-tensors alone.
-"""
+"""An age-invariant teacher that subtracts an age branch from its embedding, trained by decorrelated adversarial learning."""
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from kdlib._checks import check_floating, check_number, check_rank, check_same_batch
+from kdlib_faces.backbones import Backbone, InputSpec
 from kdlib_faces.teachers.age_estimation import reverse_gradient
+from kdlib_faces.teachers.age_targets import AGE_BOUNDARIES, group_ages, mean_of_known
 
 __all__ = ["AgeFactorLoss", "AgeInvariantNet", "canonical_correlation"]
 
 
 class AgeInvariantNet(nn.Module):
-    """A backbone and an age branch: `x_age = R(x)`, `x_identity = x - x_age`.
+    """A backbone with an age branch `R`: `x_age = R(x)`, `x_identity = x - x_age`.
 
     Args:
-        backbone: images to embeddings `(b, d)`, with an attribute `embedding_dim`.
-        gain: factor on the first weights of the branch's last layer. With 1, a new branch takes a random third of the
-            embedding away, which a backbone that is trained already has to recover from; 0.01 starts near `x`. Ours.
+        backbone: Images to embeddings `(b, d)`.
+        gain: Factor on the initial weights of the branch's last layer. At 1 a new branch removes a random third of the
+            embedding, from which a trained backbone must recover; 0.01 starts near `x`. This option is ours.
+
+    Attributes:
+        stages: Tap paths of the backbone's stages.
 
     Shape:
-        images `(b, 3, h, w)`; returns the identity part `(b, d)`. Both parts `(b, 2, d)`, identity and age, pass through
+        images `(b, 3, h, w)`; returns the identity part `(b, d)`. Both parts `(b, 2, d)`, identity and age, are the output of
         the submodule `parts`, for a tap.
 
     Examples:
@@ -42,15 +41,14 @@ class AgeInvariantNet(nn.Module):
         Wang, Gong, Li, Liu: Decorrelated Adversarial Learning for Age-Invariant Face Recognition, CVPR 2019.
     """
 
-    def __init__(self, backbone: nn.Module, *, gain: float = 1.0) -> None:
+    def __init__(self, backbone: Backbone, *, gain: float = 1.0) -> None:
         super().__init__()
         check_number("AgeInvariantNet", "gain", gain, above=0)
-        dim: Any = getattr(backbone, "embedding_dim", None)
-        check_number("AgeInvariantNet", "backbone.embedding_dim", dim, min=1, integer=True)
+        dim = backbone.embedding_dim
         self.backbone = backbone
-        self.embedding_dim: int = dim
-        self.input_size: Any = getattr(backbone, "input_size", None)
-        self.stages = tuple(f"backbone.{stage}" for stage in getattr(backbone, "stages", ()))
+        self.embedding_dim = dim
+        self.input_size = backbone.input_size
+        self.stages = tuple(f"backbone.{stage}" for stage in backbone.stages)
         self.gain = gain
         last = nn.Linear(dim, dim)
         with torch.no_grad():
@@ -60,28 +58,28 @@ class AgeInvariantNet(nn.Module):
         self.age_branch = nn.Sequential(nn.Linear(dim, dim), nn.ReLU(), last, nn.ReLU())
 
     @property
-    def input_spec(self) -> Any:
-        """What the backbone wants its images to be; None where it does not say."""
-        return getattr(self.backbone, "input_spec", None)
+    def input_spec(self) -> InputSpec:
+        """The image format of the backbone."""
+        return self.backbone.input_spec
 
     def forward(self, images: Tensor) -> Tensor:
-        """The identity part of each image's embedding."""
+        """Return the identity part of the embeddings."""
         embedding = self.backbone(images)
         age = self.age_branch(embedding)
-        both: Tensor = self.parts(torch.stack([embedding - age, age], dim=1))
-        return both[:, 0]
+        parts: Tensor = self.parts(torch.stack([embedding - age, age], dim=1))
+        return parts[:, 0]
 
 
 def canonical_correlation(identity: Tensor, age: Tensor, direction: Tensor, *, eps: float = 1e-6) -> Tensor:
     """Squared correlation over the batch of both parts along one direction.
 
-    `rho^2 = Cov(v_i, v_a)^2 / ((Var v_i + eps) (Var v_a + eps))`, with `v = x w`.
+    `rho^2 = Cov(v_i, v_a)^2 / ((Var v_i + eps) (Var v_a + eps))`, with `v = x w / ||w||`.
 
     Args:
-        identity: `(b, d)`.
-        age: `(b, d)`.
-        direction: `(d,)`, `w`.
-        eps: keeps a part that does not vary from dividing by zero.
+        identity: Identity part `(b, d)`.
+        age: Age part `(b, d)`.
+        direction: Direction `w`, `(d,)`.
+        eps: Added to both variances, so that a constant part gives 0.
 
     Returns:
         Scalar in [0, 1].
@@ -101,22 +99,22 @@ def canonical_correlation(identity: Tensor, age: Tensor, direction: Tensor, *, e
 
 
 class AgeFactorLoss(nn.Module):
-    """Age read from the age part, and no correlation of it with the identity part.
+    """Classify age groups from the age part and decorrelate it from the identity part: `CE(A x_age, group) + w rho^2`.
 
-    `CE(A x_age, group) + decorrelation * rho^2`, where the direction of `rho` is learned to raise it while the features
-    are learned to lower it.
+    The direction of the correlation `rho` (`canonical_correlation`) is trained to raise it while the features are trained
+    to lower it. Images of unknown age take part in the decorrelation alone.
 
     Args:
-        embedding_dim: d.
-        boundaries: years where one age group ends and the next begins.
-        groups: number of coarse groups, for targets that are groups in place of years.
-        decorrelation: weight of the second part.
+        embedding_dim: Dimension `d` of both parts.
+        boundaries: Years at which one age group ends and the next begins.
+        groups: Number of age groups, where targets are groups instead of years.
+        decorrelation: Weight `w` of the decorrelation.
 
     Shape:
         parts `(b, 2, d)`; ages `(b,)`: years as floats (NaN where unknown) or groups as int64 (-1 where unknown).
 
     Raises:
-        TypeError, ValueError: unusable sizes, or ages that do not go with the parts.
+        TypeError, ValueError: A size is out of range, or ages and parts do not match.
 
     Examples:
         >>> loss = AgeFactorLoss(4)
@@ -125,11 +123,13 @@ class AgeFactorLoss(nn.Module):
         True
     """
 
+    boundaries: Tensor
+
     def __init__(
         self,
         embedding_dim: int,
         *,
-        boundaries: Sequence[float] = (10, 20, 30, 40, 50, 60),
+        boundaries: Sequence[float] = AGE_BOUNDARIES,
         groups: int | None = None,
         decorrelation: float = 0.1,
     ) -> None:
@@ -139,21 +139,16 @@ class AgeFactorLoss(nn.Module):
         if groups is not None:
             check_number("AgeFactorLoss", "groups", groups, min=2, integer=True)
         self.decorrelation = decorrelation
-        self.register_buffer("boundaries", torch.tensor([float(edge) for edge in boundaries]))
+        self.register_buffer("boundaries", torch.tensor(boundaries, dtype=torch.float32))
         self.classifier = nn.Linear(embedding_dim, len(boundaries) + 1 if groups is None else groups)
-        generator = torch.Generator().manual_seed(0)
-        self.direction = nn.Parameter(torch.randn(embedding_dim, generator=generator))
+        self.direction = nn.Parameter(torch.randn(embedding_dim, generator=torch.Generator().manual_seed(0)))
 
     def forward(self, parts: Tensor, ages: Tensor) -> Tensor:
-        """One loss for the batch; images of unknown age take part in the decorrelation alone."""
+        """Return the scalar loss of the batch."""
         check_rank("AgeFactorLoss", "parts", parts, "b parts d")
         check_same_batch("AgeFactorLoss", "parts", parts, "ages", ages)
         identity, age = parts.float().unbind(dim=1)
-        if ages.is_floating_point():
-            known = ages.isfinite()
-            groups = torch.bucketize(ages.nan_to_num(0.0), self.get_buffer("boundaries"), right=True)
-        else:
-            known, groups = ages >= 0, ages.clamp(min=0)
-        each = F.cross_entropy(self.classifier(age), groups, reduction="none")
-        reading = (each * known).sum() / known.sum().clamp(min=1)
-        return reading + self.decorrelation * canonical_correlation(identity, age, reverse_gradient(self.direction))
+        groups, known = group_ages(ages, self.boundaries)
+        values = F.cross_entropy(self.classifier(age), groups, reduction="none")
+        correlation = canonical_correlation(identity, age, reverse_gradient(self.direction))
+        return mean_of_known(values, known) + self.decorrelation * correlation

@@ -1,9 +1,4 @@
-"""Teachers room: several teachers as one, whose embeddings are joined and projected by a matrix learned on identities.
-
-Two teachers whose spaces do not align cannot be averaged. A student can follow each through a projection of its own, one can
-be turned onto the other (`fit_rotation`), or, here, both are concatenated and one projection is learned that tells the
-training identities apart (MST-KD, arXiv:2408.16563); what it gives is then the frozen target.
-"""
+"""Several teachers fused into one by a projection of their concatenated embeddings that is fitted on identities."""
 
 from collections.abc import Mapping, Sequence
 
@@ -11,18 +6,21 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from kdlib import Teacher
 from kdlib._checks import check_floating, check_number, check_rank, check_same_batch
 from kdlib_faces._checks import InputError
 from kdlib_faces.heads import CosFaceHead
 
-__all__ = ["FusedTeacher", "fit_fusion", "joined"]
+__all__ = ["FusedTeacher", "fit_fusion", "join_embeddings"]
 
 
-def joined(embeddings: Sequence[Tensor]) -> Tensor:
-    """Unit rows of each teacher side by side, `(n, d_1 + ... + d_k)`, of length 1: a cosine is the mean of theirs.
+def join_embeddings(embeddings: Sequence[Tensor]) -> Tensor:
+    """Concatenate the unit embeddings of several teachers, `(n, d_1 + ... + d_k)`, scaled to length 1.
+
+    The cosine of two joined rows is the mean of the teachers' cosines.
 
     Examples:
-        >>> joined([torch.tensor([[3.0, 4.0]]), torch.tensor([[2.0]])]).round(decimals=3)
+        >>> join_embeddings([torch.tensor([[3.0, 4.0]]), torch.tensor([[2.0]])]).round(decimals=3)
         tensor([[0.4240, 0.5660, 0.7070]])
     """
     rows = torch.cat([F.normalize(each.float(), dim=1, eps=1e-6) for each in embeddings], dim=1)
@@ -35,7 +33,7 @@ def fit_fusion(
     identities: Tensor,
     *,
     dim: int = 512,
-    pull: float = 1.0,
+    l2_sp_weight: float = 1.0,
     scale: float = 32.0,
     margin: float = 0.2,
     steps: int = 500,
@@ -43,29 +41,29 @@ def fit_fusion(
     lr: float = 1e-3,
     seed: int = 0,
 ) -> Tensor:
-    """Learn the projection of joined embeddings: `min_W CosFace(joined W, identity) + pull * ||W - W_0||^2 * d / ||W_0||^2`.
+    """Fit the projection of joined embeddings: `min_W CosFace(joined W, identity) + w ||W - W_0||^2 d / ||W_0||^2`.
 
-    `W_0` holds the `dim` principal directions of the joined embeddings (uncenterd): it keeps their cosines as well as `dim`
-    numbers can, so that the projection is of use from the first step, and few identities cannot lead it far away.
+    `W_0` holds the `dim` principal directions of the joined embeddings (not centered), which preserve their cosines as well
+    as `dim` numbers can. The projection is useful from the first step, and few identities cannot move it far.
 
     Args:
-        embeddings: of each teacher, `(n, d_k)`, row i of the same image; recorded ones, for example.
+        embeddings: `(n, d_k)` of each teacher; row i of each belongs to the same image.
         identities: `(n,)` int64 from 0.
-        dim: d, dimensions of the fused embedding; at most the sum of the d_k.
-        pull: how strongly the projection is held to its start; 0 lets it go where the identities lead.
-        scale: s of the margin softmax.
-        margin: its margin m.
-        steps: of Adam.
-        batch: images a step.
-        lr: learning rate.
-        seed: of the head and the batches.
+        dim: Dimensions `d` of the fused embedding, at most the sum of the `d_k`.
+        l2_sp_weight: Weight `w` of the distance from `W_0`.
+        scale: Scale of the margin softmax.
+        margin: Margin of the margin softmax.
+        steps: Steps of Adam.
+        batch: Images per step.
+        lr: Learning rate.
+        seed: Seed of the head and of the batches.
 
     Returns:
         `(d_1 + ... + d_k, d)`, to be multiplied from the right.
 
     Raises:
-        InputError: no embeddings, fewer than two identities, or more dimensions than there are.
-        ValueError, TypeError: embeddings that do not go together.
+        InputError: No embeddings, fewer than two identities, or more dimensions than there are.
+        ValueError, TypeError: An argument is out of range, or the embeddings do not match.
 
     Examples:
         >>> generator = torch.Generator().manual_seed(0)
@@ -74,8 +72,9 @@ def fit_fusion(
         torch.Size([8, 6])
 
     References:
-        Caldeira et al.: MST-KD: Multiple Specialized Teachers Knowledge Distillation for Fair Face Recognition, 2024, which
-        trains one layer with ElasticArcFace on the concatenation; start, pull and head are ours.
+        Caldeira et al.: MST-KD: Multiple Specialized Teachers Knowledge Distillation for Fair Face Recognition, 2024,
+        arXiv:2408.16563, which trains one layer with ElasticArcFace on the concatenation. The initial projection, its
+        regularization and the head are ours.
     """
     owner = "fit_fusion"
     if not embeddings:
@@ -84,33 +83,33 @@ def fit_fusion(
         check_floating(owner, **{f"embeddings[{number}]": each})
         check_rank(owner, f"embeddings[{number}]", each, "n d")
         check_same_batch(owner, f"embeddings[{number}]", each, "identities", identities)
-    for name, value in {"pull": pull, "margin": margin}.items():
+    for name, value in {"l2_sp_weight": l2_sp_weight, "margin": margin}.items():
         check_number(owner, name, value, min=0)
     for name, value in {"scale": scale, "lr": lr}.items():
         check_number(owner, name, value, above=0)
-    for name, whole in {"steps": steps, "batch": batch, "dim": dim}.items():
-        check_number(owner, name, whole, min=1, integer=True)
-    rows = joined([each.detach() for each in embeddings])
+    for name, value in {"steps": steps, "batch": batch, "dim": dim}.items():
+        check_number(owner, name, value, min=1, integer=True)
+    rows = join_embeddings([each.detach() for each in embeddings])
     if dim > rows.shape[1]:
         raise InputError(f"{owner}: dim must be at most the {rows.shape[1]} dimensions of all teachers, got {dim}")
-    people, who = torch.unique(identities, return_inverse=True)
-    if len(people) < 2:
-        raise InputError(f"{owner}: identities must hold at least two, got {len(people)}")
+    labels, codes = torch.unique(identities, return_inverse=True)
+    if len(labels) < 2:
+        raise InputError(f"{owner}: identities must hold at least two, got {len(labels)}")
     start = torch.linalg.eigh(rows.double().T @ rows.double()).eigenvectors.flip(1)[:, :dim].float().contiguous()
     matrix = start.clone().requires_grad_()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        head = CosFaceHead(dim, len(people), scale, margin)
-    with torch.no_grad():  # centers begin where the images are, not at random
+        head = CosFaceHead(dim, len(labels), scale, margin)
+    with torch.no_grad():  # class centers start at the mean embeddings instead of random directions
         for weight in head.parameters():
-            sums = torch.zeros(len(people), dim).index_add_(0, who, rows @ start)
+            sums = torch.zeros(len(labels), dim).index_add_(0, codes, rows @ start)
             weight.copy_(F.normalize(sums, dim=1, eps=1e-6))
     optimizer = torch.optim.Adam([matrix, *head.parameters()], lr=lr)
     generator = torch.Generator().manual_seed(seed)
     for _ in range(steps):
         chosen = torch.randperm(len(rows), generator=generator)[:batch]
-        held = (matrix - start).square().sum() / start.square().sum()
-        loss = head(rows[chosen] @ matrix, who[chosen]) + pull * held
+        distance = (matrix - start).square().sum() / start.square().sum()
+        loss = head(rows[chosen] @ matrix, codes[chosen]) + l2_sp_weight * distance
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()
@@ -119,19 +118,22 @@ def fit_fusion(
 
 
 class FusedTeacher(nn.Module):
-    """Several frozen teachers behind one embedding: `normalize(joined(embeddings) W)`.
+    """Several frozen teachers with one embedding: `normalize(join_embeddings(embeddings) W)`.
 
-    Stands where a `kdlib.TeacherAdapter` stands. Its parts may be adapters, ONNX teachers or recorded ones, all reading the
-    same inputs.
+    It takes the place of a `kdlib.TeacherAdapter`. The teachers may be adapters, ONNX teachers or cached teachers, as long as
+    all read the same inputs.
 
     Args:
-        teachers: name to teacher, inputs to named features with an embedding; the order is that of `fit_fusion`.
-        matrix: from `fit_fusion`, `(d_1 + ... + d_k, d)`.
-        feature: name of the embedding in each.
-        passed: name of the teacher whose other features pass through; `None` passes none.
+        teachers: Names to teachers, in the order of `fit_fusion`. Each maps inputs to named features with an embedding.
+        matrix: The projection `W` of `fit_fusion`, `(d_1 + ... + d_k, d)`.
+        feature: Name of the embedding in each teacher.
+        pass_through: Name of the teacher whose other features are returned too; None returns the embedding alone.
+
+    Attributes:
+        reads: The targets that the teachers read instead of the inputs; empty where they read the inputs.
 
     Raises:
-        InputError: no teacher, an unknown name, teachers that read different inputs.
+        InputError: No teacher, an unknown name, or teachers that read different inputs.
 
     Examples:
         >>> class Plain(nn.Module):
@@ -142,45 +144,46 @@ class FusedTeacher(nn.Module):
         torch.Size([1, 3])
     """
 
+    matrix: Tensor
+
     def __init__(
         self,
         teachers: Mapping[str, nn.Module],
         matrix: Tensor,
         *,
         feature: str = "embedding",
-        passed: str | None = None,
+        pass_through: str | None = None,
     ) -> None:
         super().__init__()
         if not teachers:
             raise InputError("FusedTeacher: teachers must hold at least one, got none")
-        if passed is not None and passed not in teachers:
-            raise InputError(f"FusedTeacher: passed must be one of {', '.join(teachers)}, got {passed!r}")
+        if pass_through is not None and pass_through not in teachers:
+            raise InputError(f"FusedTeacher: pass_through must be one of {', '.join(teachers)}, got {pass_through!r}")
         check_rank("FusedTeacher", "matrix", matrix, "d e")
-        reads = {getattr(teacher, "reads", None) for teacher in teachers.values()}
+        reads = {teacher.reads if isinstance(teacher, Teacher) else () for teacher in teachers.values()}
         if len(reads) != 1:
-            raise InputError("FusedTeacher: teachers must read the same inputs: all images, or all recorded samples")
-        self.reads: tuple[str, ...] | None = reads.pop()
+            raise InputError("FusedTeacher: teachers must all read images, or all read the same targets")
+        self.reads = reads.pop()
         self.teachers = nn.ModuleDict(dict(teachers)).requires_grad_(False)
-        self.register_buffer("matrix", matrix.detach().clone(), persistent=True)
-        self.feature, self.passed = feature, passed
+        self.register_buffer("matrix", matrix.detach().clone())
+        self.feature, self.pass_through = feature, pass_through
         self.embedding_dim = matrix.shape[1]
         super().train(False)
 
     def train(self, mode: bool = True) -> "FusedTeacher":
-        """Stays in eval mode, whatever is asked."""
+        """Stay in eval mode."""
         del mode
         return super().train(False)
 
     @torch.no_grad()
     def forward(self, *inputs: Tensor) -> dict[str, Tensor]:
-        """The fused embedding `(b, d)` of unit length, and what passes through."""
-        said = {name: teacher(*inputs) for name, teacher in self.teachers.items()}
-        rows = joined([features[self.feature] for features in said.values()])
-        matrix = self.get_buffer("matrix")
-        if rows.shape[1] != len(matrix):
+        """Return the fused embedding `(b, d)` of unit length, and the features that pass through."""
+        outputs = {name: teacher(*inputs) for name, teacher in self.teachers.items()}
+        rows = join_embeddings([features[self.feature] for features in outputs.values()])
+        if rows.shape[1] != len(self.matrix):
             raise InputError(
-                f"FusedTeacher: matrix must have the {rows.shape[1]} rows of the joined embeddings, got {len(matrix)}"
+                f"FusedTeacher: matrix must have the {rows.shape[1]} rows of the joined embeddings, got {len(self.matrix)}"
             )
-        features = dict(said[self.passed]) if self.passed is not None else {}
-        features[self.feature] = F.normalize(rows @ matrix.to(rows.device), dim=1, eps=1e-6)
+        features = {} if self.pass_through is None else dict(outputs[self.pass_through])
+        features[self.feature] = F.normalize(rows @ self.matrix.to(rows.device), dim=1, eps=1e-6)
         return features

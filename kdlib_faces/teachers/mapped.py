@@ -1,8 +1,4 @@
-"""Teachers room: what can be learned on top of frozen embeddings in seconds. Touches tensors alone.
-
-`fit_age_map`: a linear map under which a person's images of far ages meet. `fit_rotation`: the rotation that brings one
-teacher's sphere onto another's, so that one student can follow both. `MappedTeacher`: a teacher with such a matrix behind it.
-"""
+"""Linear maps on frozen embeddings: a rotation between two teachers, an age map, and a teacher with such a matrix."""
 
 from collections.abc import Mapping
 
@@ -10,6 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from kdlib import Teacher
 from kdlib._checks import check_floating, check_number, check_rank, check_same_batch
 from kdlib_faces._checks import InputError
 
@@ -17,25 +14,25 @@ __all__ = ["MappedTeacher", "fit_age_map", "fit_rotation"]
 
 
 def fit_rotation(source: Tensor, target: Tensor) -> Tensor:
-    """The orthogonal matrix `R` that minimizes the squared distance of `source R` and `target` (Procrustes).
+    """Return the orthogonal matrix `R` that minimizes `||source R - target||^2` (orthogonal Procrustes).
 
-    A rotation leaves every cosine within `source` as it was: the teacher says the same, in the other's coordinates. Where
-    the source has fewer dimensions than the target, the matrix has orthonormal rows.
+    A rotation keeps every cosine within `source`. Where the source has fewer dimensions than the target, the rows of the
+    matrix are orthonormal.
 
     Args:
-        source: `(n, d)` embeddings of one teacher, unit rows.
-        target: `(n, D)` of the other for the same images, `D >= d`.
+        source: Unit embeddings `(n, d)` of one teacher.
+        target: Embeddings `(n, D)` of another teacher for the same images, `D >= d`.
 
     Returns:
         `(d, D)`.
 
     Raises:
-        ValueError: other shapes.
+        ValueError: The shapes do not match.
 
     Examples:
         >>> x = torch.eye(3)[[0, 1, 2, 0]]
-        >>> turned = x[:, [1, 2, 0]]
-        >>> bool(torch.allclose(x @ fit_rotation(x, turned), turned, atol=1e-6))
+        >>> rotated = x[:, [1, 2, 0]]
+        >>> bool(torch.allclose(x @ fit_rotation(x, rotated), rotated, atol=1e-6))
         True
 
     References:
@@ -60,38 +57,39 @@ def fit_age_map(
     *,
     ages: Tensor | None = None,
     age_groups: Tensor | None = None,
-    gap: float = 10.0,
-    pull: float = 100.0,
+    min_age_gap: float = 10.0,
+    l2_sp_weight: float = 100.0,
     scale: float = 16.0,
     steps: int = 300,
     batch: int = 256,
     lr: float = 1e-3,
     seed: int = 0,
 ) -> Tensor:
-    """Learn a linear map of frozen embeddings that brings a person's far ages together and keeps all else near.
+    """Fit a linear map of frozen embeddings that increases the similarity of cross-age pairs.
 
-    `min_W CE(scale * cos(a_i W, b_j W), i = j) + pull * mean (W - 1)^2 * d`, where `a_i`, `b_i` are two images of person i
-    from different age groups (or at least `gap` years apart) and the other people of the batch are the wrong answers.
+    `min_W CE(scale * cos(a_i W, b_j W), i = j) + l2_sp_weight * mean (W - 1)^2 * d`, where `a_i` and `b_i` are a cross-age
+    pair of identity i and the other identities of the batch are the negatives.
 
     Args:
         embeddings: `(n, d)`; rows are normalized here.
         identities: `(n,)` int64.
-        ages: `(n,)` years, NaN where unknown; or
-        age_groups: `(n,)` int64, -1 where unknown.
-        gap: least years between the two images of a pair.
-        pull: how strongly the map is held to the identity matrix. On a few hundred people 100 was best or next to it for
-            two teachers; at 10 one of them was worse on unseen people than without a map (`benchmarks/study_age_map.py`).
-        scale: inverse temperature.
-        steps: of Adam.
-        batch: people a step.
-        lr: learning rate.
-        seed: of the pairs drawn.
+        ages: `(n,)` years, NaN where unknown. Either ages or age groups must be given.
+        age_groups: `(n,)` int64, -1 where unknown. Two different groups make a cross-age pair.
+        min_age_gap: Minimum age difference of a pair, years.
+        l2_sp_weight: Weight of the distance from the identity matrix. On a few hundred identities 100 was best or second
+            best for two teachers; at 10 one of them was worse on unseen identities than without a map
+            (`benchmarks/study_age_map.py`).
+        scale: Inverse temperature.
+        steps: Steps of Adam.
+        batch: Identities per step.
+        lr: Learning rate.
+        seed: Seed of the order and choice of pairs.
 
     Returns:
         `(d, d)`, to be multiplied from the right.
 
     Raises:
-        InputError: neither ages nor groups, or fewer than two people with a far pair.
+        InputError: Neither ages nor groups are given, or fewer than two identities have a cross-age pair.
 
     Examples:
         >>> generator = torch.Generator().manual_seed(0)
@@ -105,26 +103,22 @@ def fit_age_map(
     check_number("fit_age_map", "steps", steps, min=1, integer=True)
     if ages is None and age_groups is None:
         raise InputError("fit_age_map: ages or age_groups must be given, got neither")
-    pairs = _cross_age_pairs(identities, ages, age_groups, gap)
+    pairs = _cross_age_pairs(identities, ages, age_groups, min_age_gap)
     if len(pairs) < 2:
-        raise InputError(
-            f"fit_age_map: at least two people must have images of different ages, got {len(pairs)}; "
-            "an age-invariant teacher cannot be fitted without"
-        )
+        raise InputError(f"fit_age_map: at least two identities must have images of different ages, got {len(pairs)}")
     unit = F.normalize(embeddings.detach().float(), dim=1)
     eye = torch.eye(unit.shape[1])
     matrix = eye.clone().requires_grad_()
     optimizer = torch.optim.Adam([matrix], lr=lr)
     generator = torch.Generator().manual_seed(seed)
     for _ in range(steps):
-        people = torch.randperm(len(pairs), generator=generator)[:batch].tolist()
-        drawn = [pairs[p][int(torch.randint(len(pairs[p]), (1,), generator=generator))] for p in people]
-        rows = torch.tensor(drawn)
+        order = torch.randperm(len(pairs), generator=generator)[:batch].tolist()
+        rows = torch.tensor([pairs[i][int(torch.randint(len(pairs[i]), (1,), generator=generator))] for i in order])
         first, second = (F.normalize(unit[rows[:, side]] @ matrix, dim=1) for side in (0, 1))
         logits = scale * first @ second.T
-        truth = torch.arange(len(rows))
-        contrast = 0.5 * (F.cross_entropy(logits, truth) + F.cross_entropy(logits.T, truth))
-        loss = contrast + pull * (matrix - eye).square().sum() / len(eye)
+        target = torch.arange(len(rows))
+        contrast = 0.5 * (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target))
+        loss = contrast + l2_sp_weight * (matrix - eye).square().sum() / len(eye)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
         optimizer.step()
@@ -132,30 +126,33 @@ def fit_age_map(
 
 
 def _cross_age_pairs(
-    identities: Tensor, ages: Tensor | None, age_groups: Tensor | None, gap: float
+    identities: Tensor, ages: Tensor | None, age_groups: Tensor | None, min_age_gap: float
 ) -> list[list[tuple[int, int]]]:
-    """For each person who has some, the pairs of rows that lie far apart in age."""
+    """The cross-age pairs of rows of each identity that has any."""
     rows: dict[int, list[int]] = {}
-    for row, person in enumerate(identities.tolist()):
-        rows.setdefault(person, []).append(row)
+    for row, identity in enumerate(identities.tolist()):
+        rows.setdefault(identity, []).append(row)
     groups = None if age_groups is None else age_groups.tolist()
     years = None if ages is None else ages.tolist()
 
-    def far(i: int, j: int) -> bool:
-        if years is not None and abs(years[i] - years[j]) >= gap:  # a NaN compares as not far
+    def cross_age(i: int, j: int) -> bool:
+        if years is not None and abs(years[i] - years[j]) >= min_age_gap:  # False for NaN
             return True
         return groups is not None and min(groups[i], groups[j]) >= 0 and groups[i] != groups[j]
 
-    found = [[(i, j) for i in own for j in own if i != j and far(i, j)] for own in rows.values()]
-    return [pairs for pairs in found if pairs]
+    pairs = [[(i, j) for i in own for j in own if i != j and cross_age(i, j)] for own in rows.values()]
+    return [each for each in pairs if each]
 
 
 class MappedTeacher(nn.Module):
-    """A teacher with a matrix behind its embedding; all its other features pass through.
+    """A teacher with a matrix behind some of its features; the other features pass through.
 
     Args:
-        teacher: images to named features.
-        matrices: feature name to `(d, D)`; the feature's rows are normalized, then multiplied.
+        teacher: Inputs to named features.
+        matrices: Feature name to `(d, D)`. The rows of the feature are normalized, then multiplied.
+
+    Attributes:
+        reads: The targets that the teacher reads instead of the inputs; empty where it reads the inputs.
 
     Examples:
         >>> class Plain(nn.Module):
@@ -169,11 +166,11 @@ class MappedTeacher(nn.Module):
         super().__init__()
         self.teacher = teacher
         self.matrices = {name: matrix.detach() for name, matrix in matrices.items()}
-        self.reads: tuple[str, ...] | None = getattr(teacher, "reads", None)
+        self.reads: tuple[str, ...] = teacher.reads if isinstance(teacher, Teacher) else ()
 
     @torch.no_grad()
     def forward(self, *inputs: Tensor) -> dict[str, Tensor]:
-        """Features of the teacher, mapped where there is a matrix."""
+        """Return the teacher's features, mapped where there is a matrix."""
         features = dict(self.teacher(*inputs))
         for name, matrix in self.matrices.items():
             features[name] = F.normalize(features[name].float(), dim=1) @ matrix.to(features[name].device)

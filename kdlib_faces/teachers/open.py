@@ -1,74 +1,77 @@
-"""Recipes room: a frozen teacher from a file, with the taps that a recipe reads. Reads weights; touches no images."""
+"""Frozen teachers from files, with the taps that a recipe reads."""
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from torch import nn
 
-from kdlib import OUTPUT, TeacherAdapter
+from kdlib import OUTPUT, Tap, TeacherAdapter
 from kdlib_faces._checks import InputError
 from kdlib_faces.backbones import BACKBONES, build_backbone
+from kdlib_faces.teachers.files import TeacherNet, load_teacher
+from kdlib_faces.teachers.onnx.inspect import describe_graph, suggest_taps
+from kdlib_faces.teachers.onnx.session import OnnxTeacher
 
-__all__ = ["onnx_taps", "open_teacher", "teacher_taps"]
+__all__ = ["onnx_taps", "open_teacher", "stage_taps"]
 
 
-def teacher_taps(model: Any, stage: int) -> dict[str, Any]:
-    """Taps of a teacher with named stages, an age-invariant one included."""
+def stage_taps(model: TeacherNet, stage: int) -> dict[str, str | Tap]:
+    """Taps of a network's embedding and of one of its stages, as the features `"embedding"` and `"map"`."""
     return {"embedding": OUTPUT, "map": model.stages[stage]}
 
 
-def onnx_taps(path: str, stage: int = 2) -> dict[str, Any]:
-    """Taps of an ONNX teacher: its embedding, and the last map of the grid that a network's stage of that number has.
+def onnx_taps(path: str, stage: int = 2) -> dict[str, str | None]:
+    """Taps of an ONNX graph's embedding, and of its last map on the grid of a network's stage.
 
-    A stage halves the sides: of 112 pixels the one of number 2 leaves a grid of 14. The nearest that the graph has is taken.
+    Stage `s` of a network has `1 / 2^(s + 1)` of the image's side: at 112 pixels, stage 2 has a grid of 14. The nearest grid
+    of the graph is taken.
 
     Args:
-        path: the file.
-        stage: counted from 0.
+        path: The `.onnx` file.
+        stage: Number of the stage, from 0.
 
     Raises:
-        InputError: a graph without square feature maps, or no graph.
+        InputError: The file is not an ONNX graph, or the graph has no square feature maps.
     """
-    from kdlib_faces.teachers.onnx.session import describe_graph, suggest_taps
-
     maps = {int(name[3:]): tensor for name, tensor in suggest_taps(path).items() if name[3:].isdigit()}
     if not maps:
-        raise InputError(f"{path}: no square feature map to distil from; is it a convolutional network?")
+        raise InputError(f"{path}: no square feature map to distill from; is it a convolutional network?")
     side = describe_graph(path)["input_size"]
     grid = (side if isinstance(side, int) else 112) / 2 ** (stage + 1)
-    return {"embedding": None, "map": maps[min(maps, key=lambda found: abs(found - grid))]}
+    return {"embedding": None, "map": maps[min(maps, key=lambda each: abs(each - grid))]}
 
 
-def open_teacher(source: str, reads: Mapping[str, str], *, stage: int, untrained: Mapping[str, Any]) -> nn.Module:
-    """A frozen teacher that takes the student's images: RGB in [-1, 1], whatever size, order and range it wants itself.
+def open_teacher(
+    source: str, features: Mapping[str, str], *, stage: int, input_size: int, embedding_dim: int, seed: int
+) -> nn.Module:
+    """Open a frozen teacher that takes the student's images (RGB, in [-1, 1]) and converts them to its own format.
 
     Args:
-        source: a checkpoint, an `.onnx` file, or a backbone's name for an untrained one (dry runs).
-        reads: features that are read of it, each with the setting that leaves its term out.
-        stage: which of the four stages is `"map"`.
-        untrained: arguments of an untrained one.
+        source: A checkpoint, an `.onnx` file, or the name of a backbone for an untrained teacher (dry runs).
+        features: The features to read, `"embedding"` and `"map"`, each with the setting that removes its term.
+        stage: Number of the stage that is `"map"`, 0 to 3.
+        input_size: Side of the images of an untrained teacher, pixels.
+        embedding_dim: Embedding dimension of an untrained teacher.
+        seed: Seed of the weights of an untrained teacher.
 
     Raises:
-        InputError: a file that cannot be used.
+        InputError: The file cannot be used.
     """
-    from kdlib_faces.teachers import OnnxTeacher, load_teacher
-
     if source.endswith(".onnx"):
-        taps: dict[str, Any] = {"embedding": None}
-        if "map" in reads:
+        taps: dict[str, str | None] = {"embedding": None}
+        if "map" in features:
             try:
                 taps = onnx_taps(source, stage)
             except InputError as error:
-                raise InputError(f"{error} {reads['map']}=0 leaves out the term that reads one") from error
+                raise InputError(f"{error} {features['map']}=0 removes the term that reads it") from error
         return OnnxTeacher(source, taps, resize=True)
-    if source in BACKBONES:
-        model: Any = build_backbone(source, **untrained)
-    elif Path(source).is_dir():
+    if Path(source).is_dir() and source not in BACKBONES:
         raise InputError(
-            f"{source} is a folder; a cache of a teacher's outputs is taken by `kdlib-faces train`, which knows the images "
-            "that it must be of"
+            f"{source} is a folder; only `kdlib-faces train`, which knows the training images, reads caches of teacher outputs"
         )
-    else:
-        model = load_teacher(source)
-    return TeacherAdapter(model, teacher_taps(model, stage), preprocess=model.input_spec)
+    model: TeacherNet = (
+        build_backbone(source, seed=seed, input_size=input_size, embedding_dim=embedding_dim)
+        if source in BACKBONES
+        else load_teacher(source)
+    )
+    return TeacherAdapter(model, stage_taps(model, stage), preprocess=model.input_spec)

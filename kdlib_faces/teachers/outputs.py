@@ -1,4 +1,4 @@
-"""Teachers room: what a teacher says of every training image, plain and mirrored, computed once into a `kdlib.cache`."""
+"""Outputs of a teacher for all training images, plain and mirrored, computed once and cached on disk."""
 
 import hashlib
 import os
@@ -13,12 +13,12 @@ from kdlib_faces._checks import InputError
 from kdlib_faces.data.images import to_float
 from kdlib_faces.progress import progress_to
 
-__all__ = ["record", "read_outputs"]
+__all__ = ["cache_outputs", "read_outputs"]
 
 _BATCH = 128
 
 
-def record(
+def cache_outputs(
     teacher: nn.Module,
     images: Tensor,
     folder: str | os.PathLike[str],
@@ -27,22 +27,22 @@ def record(
     label: str = "teacher outputs",
     quiet: bool = True,
 ) -> CachedTeacher:
-    """Run a teacher over all images, plain and mirrored, or go on where an earlier run was stopped.
+    """Run a teacher over all images, plain and mirrored, and resume an interrupted run.
 
     Args:
-        teacher: images `(b, 3, h, w)` in [-1, 1] to named features.
+        teacher: Images `(b, 3, h, w)` in [-1, 1] to named features.
         images: `(n, 3, h, w)` uint8.
-        folder: of this teacher and these images alone.
-        fingerprint: what the outputs depend on beside the images: weights, taps, preprocessing; `None` takes the
-            teacher's own, from its weights and taps.
-        label: shown while it runs.
-        quiet: show nothing.
+        folder: Folder of the cache, for this teacher and these images only.
+        fingerprint: Text that identifies the weights, taps and preprocessing of the teacher; None derives it from the
+            weights and taps.
+        label: Text of the progress bar.
+        quiet: Show no progress.
 
     Returns:
-        A teacher that answers from the cache: sample `i` is image i, view 1 is the mirrored one; float16 on disk.
+        A teacher that reads the cache, float16 on disk. Sample `i` is image `i`; view 1 is the mirrored image.
 
     Raises:
-        InputError: the folder holds outputs of another teacher or other images, or an output is not finite.
+        InputError: The folder holds outputs of another teacher or other images, or an output is not finite.
 
     Examples:
         >>> import tempfile
@@ -51,7 +51,7 @@ def record(
         ...         return {"embedding": images.mean((2, 3))}
         >>> images = torch.full((2, 3, 4, 4), 255, dtype=torch.uint8)
         >>> with tempfile.TemporaryDirectory() as folder:
-        ...     record(Mean(), images, folder)(torch.tensor([1]), torch.tensor([0]))["embedding"]
+        ...     cache_outputs(Mean(), images, folder)(torch.tensor([1]), torch.tensor([0]))["embedding"]
         tensor([[1., 1., 1.]])
     """
     digest = hashlib.sha256(str(tuple(images.shape)).encode())
@@ -84,12 +84,12 @@ def record(
 def read_outputs(
     teacher: Callable[[Tensor, Tensor], dict[str, Tensor]], name: str, samples: Tensor, view: int = 0
 ) -> Tensor:
-    """One feature of many recorded images at once, read block by block.
+    """Read one feature of many cached images, in blocks.
 
     Args:
-        teacher: a recorded teacher, or one mapped.
-        name: of the feature.
-        samples: `(n,)` int64.
+        teacher: A teacher of `cache_outputs`, or a `MappedTeacher` on one.
+        name: Name of the feature.
+        samples: `(n,)` int64 ids of the images.
         view: 1 for the mirrored images.
 
     Returns:

@@ -1,13 +1,13 @@
-"""Adapters: what a tap reads, what it refuses, and what a teacher never does."""
+"""Adapters: taps and their errors, compilation, threads, and teachers that stay frozen."""
 
 import copy
 import gc
 import io
 import pickle
-import re
 import sys
 import threading
 from collections import OrderedDict, namedtuple
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -24,7 +24,7 @@ Pair = namedtuple("Pair", ["embedding", "logits"])
 
 
 class Net(nn.Module):
-    """Small, with every awkward thing: a tuple inside, a module called twice, one never called, a named output."""
+    """A small model with a tuple inside, a module called twice, one never called, and a named output."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -69,11 +69,11 @@ def net() -> Net:
     return Net()
 
 
-def hooks_of(model: nn.Module) -> int:
+def num_hooks(model: nn.Module) -> int:
     return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
 
 
-def test_each_tap_reads_what_the_module_returned(images: Tensor) -> None:
+def test_each_tap_returns_the_output_of_its_module(images: Tensor) -> None:
     model = net().eval()
     features = StudentAdapter(model, TAPS)(images)
     map_ = model.stem(images)
@@ -83,11 +83,7 @@ def test_each_tap_reads_what_the_module_returned(images: Tensor) -> None:
     torch.testing.assert_close(features["rest"], rest)
     torch.testing.assert_close(features["second"], first.relu())
     torch.testing.assert_close(features["logits"], model(images)["logits"])
-
-
-def test_gradients_flow_through_taps(images: Tensor) -> None:
-    model = net()
-    StudentAdapter(model, TAPS)(images)["rest"].sum().backward()
+    features["rest"].sum().backward()
     assert model.encoder.conv.weight.grad is not None
     assert model.stem[0].weight.grad.abs().sum() > 0
     assert model.head.weight.grad is None
@@ -123,68 +119,85 @@ def test_output_spelling() -> None:
         OUTPUT[1.5]  # type: ignore[index]
 
 
-def test_output_may_be_a_tensor_a_tuple_or_named() -> None:
-    class Returns(nn.Module):
-        def __init__(self, value: object) -> None:
-            super().__init__()
-            self.value = value
+class Returns(nn.Module):
+    """A model that returns a constant."""
 
-        def forward(self, x: Tensor) -> object:
-            return self.value
+    def __init__(self, value: object) -> None:
+        super().__init__()
+        self.value = value
 
-    a, b = torch.ones(1, 2), torch.zeros(1, 2)
-    assert StudentAdapter(Returns(a), {"x": OUTPUT})(a)["x"] is a
-    assert StudentAdapter(Returns((a, [b])), {"x": OUTPUT[1][0]})(a)["x"] is b
-    assert StudentAdapter(Returns(Pair(a, b)), {"x": OUTPUT["logits"]})(a)["x"] is b
-    assert StudentAdapter(Returns(Pair(a, b)), {"x": OUTPUT[0]})(a)["x"] is a
-    with pytest.raises(TypeError, match="a Pair of 2; index it"):
-        StudentAdapter(Returns(Pair(a, b)), {"x": OUTPUT})(a)
-    with pytest.raises(ValueError, match=r"finds no \['other'\]"):
-        StudentAdapter(Returns(Pair(a, b)), {"x": OUTPUT["other"]})(a)
-    with pytest.raises(ValueError, match=r"finds no \[2\] in what was returned, a tuple of 2"):
-        StudentAdapter(Returns((a, b)), {"x": OUTPUT[2]})(a)
-    with pytest.raises(ValueError, match="keys \\['logits'\\]"):
-        StudentAdapter(Returns({"logits": a}), {"x": OUTPUT["logit"]})(a)
-    with pytest.raises(ValueError, match="indexes a tensor"):
-        StudentAdapter(Returns(a), {"x": OUTPUT[0]})(a)
+    def forward(self, x: Tensor) -> object:
+        return self.value
+
+
+A, B = torch.ones(1, 2), torch.zeros(1, 2)
+
+
+@pytest.mark.parametrize(
+    ("value", "tap", "expected"),
+    [(A, OUTPUT, A), ((A, [B]), OUTPUT[1][0], B), (Pair(A, B), OUTPUT["logits"], B), (Pair(A, B), OUTPUT[0], A)],
+)
+def test_output_may_be_a_tensor_a_tuple_or_named(value: object, tap: Tap, expected: Tensor) -> None:
+    assert StudentAdapter(Returns(value), {"x": tap})(A)["x"] is expected
+
+
+@pytest.mark.parametrize(
+    ("value", "tap", "error", "message"),
+    [
+        (Pair(A, B), OUTPUT, TypeError, "a Pair of 2; index it"),
+        (Pair(A, B), OUTPUT["other"], ValueError, r"finds no \['other'\]"),
+        ((A, B), OUTPUT[2], ValueError, r"finds no \[2\] in the returned value, a tuple of 2"),
+        ({"logits": A}, OUTPUT["logit"], ValueError, r"keys \['logits'\]"),
+        (A, OUTPUT[0], ValueError, "indexes a tensor"),
+    ],
+)
+def test_a_tap_that_does_not_lead_to_a_tensor_is_an_error(
+    value: object, tap: Tap, error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        StudentAdapter(Returns(value), {"x": tap})(A)
 
 
 @pytest.mark.parametrize("adapter", [StudentAdapter, TeacherAdapter])
-def test_wrong_path_fails_at_construction_and_names_the_nearest(adapter: type) -> None:
-    with pytest.raises(ValueError, match=r"no module at path 'stem.2'; the nearest are 'stem.1'|'stem.0'"):
-        adapter(net(), {"map": "stem.2"})
-    with pytest.raises(ValueError, match="no module at path 'encodr'; the nearest are 'encoder'"):
-        adapter(net(), {"map": "encodr"})
-    with pytest.raises(ValueError, match="at least one feature"):
-        adapter(net(), {})
-    with pytest.raises(TypeError, match="taps must map"):
-        adapter(net(), ["stem"])
-    with pytest.raises(TypeError, match="taps must map strings"):
-        adapter(net(), {"map": 3})
-    for tap in ("stem", OUTPUT):
-        with pytest.raises(TypeError, match=f"{adapter.__name__}: model must be a Module, got str"):
-            adapter("resnet50", {"map": tap})
+@pytest.mark.parametrize(
+    ("taps", "error", "message"),
+    [
+        ({"map": "stem.2"}, ValueError, r"no module at path 'stem.2'; the nearest are 'stem.1'|'stem.0'"),
+        ({"map": "encodr"}, ValueError, "no module at path 'encodr'; the nearest are 'encoder'"),
+        ({"map": "none"}, ValueError, "the module at path 'none' is None"),
+        ({}, ValueError, "at least one feature"),
+        (["stem"], TypeError, "taps must map"),
+        ({"map": 3}, TypeError, "taps must map strings"),
+    ],
+)
+def test_invalid_taps_fail_at_construction(adapter: type, taps: object, error: type, message: str) -> None:
+    model = net()
+    model.register_module("none", None)
+    with pytest.raises(error, match=message):
+        adapter(model, taps)
+    with pytest.raises(TypeError, match=f"{adapter.__name__}: model must be a Module, got str"):
+        adapter("resnet50", {"map": OUTPUT})
 
 
-def test_a_tap_that_does_not_fire_says_so(images: Tensor) -> None:
+def test_a_tap_that_does_not_fire_is_an_error(images: Tensor) -> None:
     model = net()
     with pytest.raises(ValueError, match=r"tap 'x' \('unused'\) did not fire"):
         StudentAdapter(model, {"x": "unused"})(images)
-    assert hooks_of(model) == 0
+    assert num_hooks(model) == 0
 
 
-def test_a_module_called_twice_must_say_which(images: Tensor) -> None:
+def test_a_tap_of_a_module_called_twice_must_choose_a_call(images: Tensor) -> None:
     model = net().eval()
-    with pytest.raises(ValueError, match=r"fired 2 times in one forward; say which call: 'relu#0'.*'relu#1'"):
+    with pytest.raises(ValueError, match=r"fired 2 times in one forward; choose a call: 'relu#0'.*'relu#1'"):
         StudentAdapter(model, {"x": "relu"})(images)
-    with pytest.raises(ValueError, match="asks for call 2, counted from 0, but the module was called 2 times"):
+    with pytest.raises(ValueError, match="requests call 2, counted from 0, but the module was called 2 times"):
         StudentAdapter(model, {"x": "relu#2"})(images)
     both = StudentAdapter(model, {"a": "relu#0", "b": Tap("relu", call=1)})(images)
     torch.testing.assert_close(both["a"], model.stem(images).relu())
     assert not torch.equal(both["a"], both["b"])
 
 
-def test_a_tensor_changed_in_place_after_its_tap_is_refused(images: Tensor) -> None:
+def test_a_tensor_changed_in_place_after_its_tap_is_an_error(images: Tensor) -> None:
     model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.ReLU(inplace=True))
     with pytest.raises(ValueError, match=r"tap 'x' \('1'\) was changed in place"):
         StudentAdapter(model, {"x": "1"})(images)
@@ -195,37 +208,16 @@ def test_a_tensor_changed_in_place_after_its_tap_is_refused(images: Tensor) -> N
         assert StudentAdapter(model, {"x": "2"})(images)["x"].is_inference()
 
 
-def test_no_hooks_are_left_behind(images: Tensor) -> None:
-    model = net()
-    adapter = StudentAdapter(model, TAPS)
-    assert hooks_of(model) == 0
-    adapter(images)
-    assert hooks_of(model) == 0
-    with pytest.raises(RuntimeError):
-        adapter(images[:, :2])
-    assert hooks_of(model) == 0
-    assert set(model.state_dict()) == {name.removeprefix("model.") for name in adapter.state_dict()}
-
-
-@pytest.mark.parametrize("adapter", [StudentAdapter, TeacherAdapter])
-def test_deepcopy_and_pickle(adapter: type, images: Tensor) -> None:
-    options = {} if adapter is StudentAdapter else {"preprocess": double, "dtype": torch.float64}
-    first = adapter(net(), TAPS, **options).eval()
-    before = first(images)
+def test_a_saved_teacher_keeps_its_preprocessing_and_dtype(images: Tensor) -> None:
+    teacher = TeacherAdapter(net(), TAPS, preprocess=double, dtype=torch.float64)
     buffer = io.BytesIO()
-    torch.save(first, buffer)
+    torch.save(teacher, buffer)
     buffer.seek(0)
-    copies = [copy.deepcopy(first), pickle.loads(pickle.dumps(first)), torch.load(buffer, weights_only=False)]
-    for other in copies:
-        assert other.model is not first.model
-        for name, tensor in other(images).items():
-            torch.testing.assert_close(tensor, before[name], rtol=0, atol=0)
-    with torch.no_grad():
-        copies[0].model.head.bias += 1
-    torch.testing.assert_close(first(images)["logits"], before["logits"], rtol=0, atol=0)
+    other = torch.load(buffer, weights_only=False)
+    torch.testing.assert_close(other(images), teacher(images), rtol=0, atol=0)
 
 
-def test_paths_see_through_wrappers(images: Tensor) -> None:
+def test_paths_ignore_wrappers(images: Tensor) -> None:
     class Wrapper(nn.Module):
         def __init__(self, module: nn.Module) -> None:
             super().__init__()
@@ -249,12 +241,11 @@ def test_ddp(images: Tensor, tmp_path) -> None:
         for adapter in (inside, outside, plain):
             features = adapter(images)
             (features["map"].square().sum() + features["logits"].square().sum()).backward()
-        for one, two, three in zip(inside.parameters(), outside.parameters(), plain.parameters(), strict=True):
-            if three.grad is not None:
-                torch.testing.assert_close(one.grad, three.grad)
-                torch.testing.assert_close(two.grad, three.grad)
+        for adapter in (inside, outside):
+            for one, two in zip(adapter.parameters(), plain.parameters(), strict=True):
+                torch.testing.assert_close(one.grad, two.grad)
     finally:
-        gc.collect()  # no cycle of DDP may keep the threads of the group until the interpreter dies
+        gc.collect()  # reference cycles of DDP would keep the threads of the group alive until exit
         torch.distributed.destroy_process_group()
 
 
@@ -271,7 +262,7 @@ def test_compile_fullgraph(adapter: type, backend: str, images: Tensor) -> None:
         for name in expected:
             torch.testing.assert_close(got[name], expected[name])
             assert got[name].requires_grad == (adapter is StudentAdapter)
-    assert hooks_of(plain.model) == 0
+    assert num_hooks(plain.model) == 0
     assert {type(module._forward_hooks) for module in plain.model.modules()} == {OrderedDict}
     if adapter is StudentAdapter:
         got["rest"].sum().backward()
@@ -281,20 +272,20 @@ def test_compile_fullgraph(adapter: type, backend: str, images: Tensor) -> None:
         torch.testing.assert_close(grad, plain.model.encoder.conv.weight.grad)
 
 
-def test_compile_leaves_the_hooks_of_others_alone(images: Tensor) -> None:
+def test_compile_keeps_other_hooks(images: Tensor) -> None:
     torch._dynamo.reset()
     model = net().eval()
     handle = model.stem[1].register_forward_hook(lambda module, inputs, output: output + 1)
     adapter = StudentAdapter(model, {"map": "stem.1", "relu": "relu#0"})
     got = torch.compile(adapter, fullgraph=True, backend="eager")(images)
     torch.testing.assert_close(got["map"], adapter(images)["map"])
-    assert hooks_of(model) == 1
+    assert num_hooks(model) == 1
     handle.remove()
-    assert hooks_of(model) == 0
+    assert num_hooks(model) == 0
     torch.testing.assert_close(adapter(images)["map"] + 1, got["map"])
 
 
-def test_taps_inside_a_compiled_model_are_refused_with_the_remedy(images: Tensor) -> None:
+def test_taps_inside_a_compiled_model_are_errors(images: Tensor) -> None:
     torch._dynamo.reset()
     model = torch.compile(net(), backend="eager")
     with pytest.raises(ValueError, match=r"'stem.1' lies in a compiled module.*compile the adapter instead"):
@@ -332,88 +323,56 @@ def test_activation_checkpointing(images: Tensor) -> None:
     expected = gradients(StudentAdapter(Checkpointed(None), taps), images)
     inside = StudentAdapter(Checkpointed(False), taps)
     torch.testing.assert_close(gradients(inside, images), expected)
-    assert hooks_of(inside.model) == 0
+    assert num_hooks(inside.model) == 0
     around = StudentAdapter(Checkpointed(None), taps)
     torch.testing.assert_close(gradients(around, images, whole=False), expected)
-    assert hooks_of(around.model) == 0
+    assert num_hooks(around.model) == 0
 
 
 @pytest.mark.parametrize("path", ["block.0", "block.1"])
-def test_a_tap_in_a_reentrant_checkpoint_is_refused_instead_of_losing_its_gradient(images: Tensor, path: str) -> None:
+def test_a_tap_in_a_reentrant_checkpoint_is_an_error(images: Tensor, path: str) -> None:
     adapter = StudentAdapter(Checkpointed(True), {"inner": path})
     with pytest.raises(ValueError, match="use_reentrant=False"):
         adapter(images.clone().requires_grad_())
-    assert hooks_of(adapter.model) == 0
+    assert num_hooks(adapter.model) == 0
     with torch.no_grad():
         assert adapter(images.clone().requires_grad_())["inner"].shape == (2, 4, 6, 6)
+    adapter.requires_grad_(False)
+    assert not adapter(images.clone().requires_grad_())["inner"].requires_grad
 
 
 @pytest.mark.parametrize("path", ["block", "block.2"])
-def test_what_a_reentrant_checkpoint_returns_can_be_tapped(images: Tensor, path: str) -> None:
+def test_the_output_of_a_reentrant_checkpoint_can_be_tapped(images: Tensor, path: str) -> None:
     taps = {"block": path, "out": OUTPUT}
     expected = gradients(StudentAdapter(Checkpointed(None), taps), images)
     torch.testing.assert_close(gradients(StudentAdapter(Checkpointed(True), taps), images), expected)
 
 
-def test_an_adapter_in_a_reentrant_checkpoint(images: Tensor) -> None:
-    adapter = StudentAdapter(Checkpointed(None), {"inner": "block.1"})
-    for direct in (adapter, adapter.forward):
-        with pytest.raises(ValueError, match="StudentAdapter: features cannot pass a reentrant checkpoint"):
-            checkpoint(direct, images.clone().requires_grad_(), use_reentrant=True)
-
-    def inner(x: Tensor) -> Tensor:
-        return adapter(x)["inner"]
-
-    given = [images.clone().requires_grad_() for _ in range(2)]
-    checkpoint(inner, given[0], use_reentrant=True).square().sum().backward()
-    inner(given[1]).square().sum().backward()
-    torch.testing.assert_close(given[0].grad, given[1].grad)
-
-
-def test_a_frozen_part_without_gradient_may_be_tapped(images: Tensor) -> None:
-    class Frozen(Checkpointed):
-        def forward(self, x: Tensor) -> Tensor:
-            with torch.no_grad():
-                x = self.block(x)
-            return x.tanh()
-
-    model = Frozen(None)
-    assert not StudentAdapter(model, {"x": "block.1"})(images)["x"].requires_grad
-    with pytest.raises(ValueError, match="gradients are switched off"):
-        StudentAdapter(model, {"x": "block.0"})(images)
-
-
 def test_functional_call_and_transforms(images: Tensor) -> None:
-    model = net().eval()
-    adapter = StudentAdapter(model, TAPS)
+    adapter = StudentAdapter(net().eval(), TAPS)
     moved = {name: p.detach() + 0.1 for name, p in adapter.named_parameters()}
     other = copy.deepcopy(adapter)
     other.load_state_dict(moved, strict=False)
     expected = other(images)
-    for name, x in torch.func.functional_call(adapter, moved, (images,)).items():
-        torch.testing.assert_close(x, expected[name])
+    torch.testing.assert_close(torch.func.functional_call(adapter, moved, (images,)), expected)
 
     def total(parameters: dict[str, Tensor], x: Tensor) -> Tensor:
         return torch.func.functional_call(adapter, parameters, (x,))["rest"].square().sum()
 
-    gradient = torch.func.grad(total)(moved, images)
     expected["rest"].square().sum().backward()
-    for name, parameter in other.named_parameters():
-        torch.testing.assert_close(
-            gradient[name], torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-        )
-    single = torch.func.vmap(torch.func.grad(total), (None, 0))(moved, images[:, None])
     name = "model.encoder.conv.weight"
-    torch.testing.assert_close(single[name].sum(0), gradient[name])
-    # A teacher stands inside a transform too.
+    gradient = torch.func.grad(total)(moved, images)[name]
+    torch.testing.assert_close(gradient, other.get_parameter(name).grad)
+    single = torch.func.vmap(torch.func.grad(total), (None, 0))(moved, images[:, None])[name]
+    torch.testing.assert_close(single.sum(0), gradient)
     teacher = TeacherAdapter(net(), TAPS)
     each = torch.func.vmap(lambda x: teacher(x[None])["map"][0])(images)
     torch.testing.assert_close(each, teacher(images)["map"])
-    assert hooks_of(model) == 0
+    assert num_hooks(adapter.model) == 0
 
 
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
-def test_a_distiller_of_adapters_compiles_whole(backend: str, images: Tensor) -> None:
+def test_a_distiller_of_adapters_compiles_to_one_graph(backend: str, images: Tensor) -> None:
     torch._dynamo.reset()
     terms = {
         "map": Term(HintLoss(), student="map", teacher="map", project="auto"),
@@ -422,79 +381,36 @@ def test_a_distiller_of_adapters_compiles_whole(backend: str, images: Tensor) ->
     teachers = {"one": TeacherAdapter(net(), TAPS), "two": TeacherAdapter(net(), TAPS, preprocess=double)}
     distiller = Distiller(StudentAdapter(net(), TAPS), teachers, Objective(terms)).infer(images)
     compiled = torch.compile(distiller, fullgraph=True, backend=backend)
-    found = []
+    gradients = []
     for run in (distiller, compiled):
         distiller.zero_grad()
         run(images).total.backward()
-        found.append([None if p.grad is None else p.grad.clone() for p in distiller.parameters()])
-    assert any(gradient is not None and gradient.any() for gradient in found[0])
-    torch.testing.assert_close(found[1], found[0])
+        gradients.append([None if p.grad is None else p.grad.clone() for p in distiller.parameters()])
+    assert any(gradient is not None and gradient.any() for gradient in gradients[0])
+    torch.testing.assert_close(gradients[1], gradients[0])
 
 
-def test_strict_load_says_what_differs() -> None:
-    adapter = StudentAdapter(net(), TAPS)
-    state = adapter.state_dict()
-    adapter.load_state_dict(state)
-    state["model.head.wieght"] = state.pop("model.head.weight")
-    state["model.head.bias"] = torch.zeros(7)
-    with pytest.raises(RuntimeError) as caught:
-        adapter.load_state_dict(state)
-    message = str(caught.value)
-    assert re.search(r'Missing key\(s\) in state_dict: "model.head.weight"', message)
-    assert re.search(r'Unexpected key\(s\) in state_dict: "model.head.wieght"', message)
-    assert re.search(r"size mismatch for model.head.bias: .*\[7\].*\[5\]", message)
-    with pytest.raises(RuntimeError, match="Unexpected key"):
-        TeacherAdapter(net(), TAPS).load_state_dict(state)
-
-
-def test_threads_do_not_mix(images: Tensor) -> None:
+def test_threads_that_switch_often_do_not_mix(images: Tensor) -> None:
     model = net().eval()
     adapter = StudentAdapter(model, TAPS)
-    wrong: list[object] = []
 
     def work(seed: int) -> None:
         x = torch.randn(2, 3, 6, 6, generator=torch.Generator().manual_seed(seed))
         expected = model(x)["logits"]
-        try:
-            wrong.extend(seed for _ in range(20) if not torch.equal(adapter(x)["logits"], expected))
-        except Exception as error:
-            wrong.append(error)
-
-    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert wrong == []
-    assert hooks_of(model) == 0
-
-
-def test_threads_that_switch_often_lose_no_hook(images: Tensor) -> None:
-    adapter = StudentAdapter(nn.Sequential(*[nn.Identity() for _ in range(8)]), {str(n): str(n) for n in range(8)})
-    errors: list[Exception] = []
-
-    def work() -> None:
-        try:
-            for _ in range(50):
-                adapter(images)
-        except Exception as error:
-            errors.append(error)
+        for _ in range(50):
+            assert torch.equal(adapter(x)["logits"], expected)
 
     interval = sys.getswitchinterval()
     sys.setswitchinterval(1e-6)
     try:
-        threads = [threading.Thread(target=work) for _ in range(4)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
+        with ThreadPoolExecutor(4) as pool:
+            list(pool.map(work, range(4)))  # raises the error of a thread
     finally:
         sys.setswitchinterval(interval)
-    assert errors == []
-    assert hooks_of(adapter.model) == 0
+    assert num_hooks(model) == 0
 
 
-def test_a_teacher_stays_asleep_until_its_last_thread_is_out(images: Tensor) -> None:
+def test_a_teacher_stays_in_eval_mode_until_its_last_thread_leaves(images: Tensor) -> None:
     inside, leave, seen = threading.Event(), threading.Event(), []
 
     class Waits(nn.Module):
@@ -526,12 +442,11 @@ def test_a_teacher_stays_asleep_until_its_last_thread_is_out(images: Tensor) -> 
     assert model.norm.training
 
 
-def test_repr_shows_the_taps() -> None:
+def test_repr_contains_the_taps() -> None:
     assert "taps={'map': Tap('stem.1')" in repr(StudentAdapter(net(), TAPS))
-    shown = repr(TeacherAdapter(net(), {"x": OUTPUT}, preprocess=double, dtype=torch.float16))
-    assert re.match(
-        r"TeacherAdapter\(Net, taps=\{'x': OUTPUT\}, preprocess=<function double.*dtype=torch.float16", shown
-    )
+    text = repr(TeacherAdapter(net(), {"x": OUTPUT}, preprocess=double, dtype=torch.float16))
+    assert text.startswith("TeacherAdapter(Net, taps={'x': OUTPUT}, preprocess=<function double")
+    assert text.endswith("dtype=torch.float16)")
 
 
 class Holder(nn.Module):
@@ -541,31 +456,11 @@ class Holder(nn.Module):
         self.teacher = teacher
 
 
-def test_teacher_stays_frozen(images: Tensor) -> None:
-    model = net().train()
-    holder = Holder(TeacherAdapter(model, TAPS))
-    before = copy.deepcopy(model.state_dict())
-    holder.train()
-    assert not holder.teacher.training
-    assert not any(module.training for module in model.modules())
-    features = holder.teacher(images.clone().requires_grad_())
-    assert not any(x.requires_grad for x in features.values())
-    model.train()
-    again = holder.teacher(images)
-    for name, tensor in features.items():
-        torch.testing.assert_close(again[name], tensor, rtol=0, atol=0)
-    for name, tensor in model.state_dict().items():
-        torch.testing.assert_close(tensor, before[name], rtol=0, atol=0)
-
-
-def test_teacher_is_left_out_of_parents(images: Tensor) -> None:
+def test_a_module_that_preprocesses_is_left_out_of_parents_too() -> None:
     holder = Holder(TeacherAdapter(net(), TAPS, preprocess=nn.BatchNorm2d(3)))
     assert set(holder.state_dict()) == {"own.weight", "own.bias"}
     assert [name for name, _ in holder.named_parameters()] == ["own.weight", "own.bias"]
     assert list(holder.buffers()) == []
-    result = Holder(TeacherAdapter(Encoder(), {"x": "conv"})).load_state_dict(holder.state_dict(), strict=True)
-    assert result.missing_keys == []
-    assert result.unexpected_keys == []
 
 
 def test_one_model_may_be_teacher_and_student(images: Tensor) -> None:

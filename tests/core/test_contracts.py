@@ -1,6 +1,6 @@
-"""One contract over every component, found by the public names; how many checks ran is part of it.
+"""The shared contract of every public component; the number of checks that run is asserted.
 
-To add a component: a row in the table of its room. A number of checks below the full one needs a reason in the row.
+To add a component, add a row to the table of its package. A row with fewer checks must give a reason in `exclude`.
 """
 
 from collections.abc import Callable
@@ -36,7 +36,6 @@ OTHER_CHANNELS = ((5, 3, 4, 4), (5, 4, 4, 4))
 SAME_CHANNELS = ((5, 3, 4, 4), (5, 3, 6, 2))
 OTHER_GRID = ((5, 3, 6, 4), (5, 4, 3, 2))
 
-# A check is one name of LOSS_CHECKS and its kin.
 PER_SAMPLE = 28
 RELATION = 26  # without mean_of_none and weighted_mean
 WEIGHTING = 17
@@ -46,26 +45,24 @@ PROJECTION = 13
 
 @dataclass(frozen=True)
 class Row:
-    """A loss or a projection to try: its arguments, the shapes it is tried on, and how many checks must run."""
+    """A loss or a projection: its arguments, the shapes of its inputs, and the number of checks that must run."""
 
     checks: int
     shapes: tuple[tuple[int, ...], tuple[int, ...]]
     arguments: tuple[Any, ...] = ()
     options: dict[str, Any] = field(default_factory=dict)
     classes: int = 0
-    exclude: dict[str, str] = field(default_factory=dict)  # check: why it is left out
+    exclude: dict[str, str] = field(default_factory=dict)  # check: reason
 
 
 @dataclass(frozen=True)
-class Weigh:
-    """A weighting to try."""
+class WeightingRow:
+    """A weighting: its arguments and whether it treats all teachers alike."""
 
-    checks: int
     arguments: tuple[Any, ...] = ()
     options: dict[str, Any] = field(default_factory=dict)
     num_teachers: int = 2
     symmetric: bool = True
-    exclude: dict[str, str] = field(default_factory=dict)
 
 
 LOSSES: dict[str, list[Row]] = {
@@ -76,10 +73,7 @@ LOSSES: dict[str, list[Row]] = {
         Row(PER_SAMPLE, VECTORS, options={"form": "chord"}),
         Row(PER_SAMPLE, VECTORS, options={"form": "angle"}),
     ],
-    "AttentionTransferLoss": [
-        Row(PER_SAMPLE, MAPS),
-        Row(PER_SAMPLE, OTHER_GRID, options={"p": 1.5}),
-    ],
+    "AttentionTransferLoss": [Row(PER_SAMPLE, MAPS), Row(PER_SAMPLE, OTHER_GRID, options={"p": 1.5})],
     "AttentiveSimilarityLoss": [Row(PER_SAMPLE, MAPS)],
     "ContrastiveRepresentationLoss": [
         Row(PER_SAMPLE, OTHER_WIDTH, (5, 7), {"feature_dim": 4}),
@@ -108,18 +102,18 @@ LOSSES: dict[str, list[Row]] = {
     "VariationalInformationLoss": [Row(PER_SAMPLE, OTHER_CHANNELS, (3, 4))],
 }
 
-WEIGHTINGS: dict[str, list[Weigh]] = {
-    "CenterConfidenceWeighting": [Weigh(WEIGHTING, (3,)), Weigh(WEIGHTING, (3,), {"temperature": 0.5}, 3)],
-    "ConfidenceWeighting": [Weigh(WEIGHTING), Weigh(WEIGHTING, num_teachers=3)],
-    "EntropyWeighting": [Weigh(WEIGHTING), Weigh(WEIGHTING, num_teachers=3)],
-    "FixedWeighting": [Weigh(PER_TEACHER, ([3, 1],), symmetric=False)],
+WEIGHTINGS: dict[str, list[WeightingRow]] = {
+    "CenterConfidenceWeighting": [WeightingRow((3,)), WeightingRow((3,), {"temperature": 0.5}, 3)],
+    "ConfidenceWeighting": [WeightingRow(), WeightingRow(num_teachers=3)],
+    "EntropyWeighting": [WeightingRow(), WeightingRow(num_teachers=3)],
+    "FixedWeighting": [WeightingRow(([3, 1],), symmetric=False)],
     "GateWeighting": [
-        Weigh(PER_TEACHER, (5, 2), symmetric=False),
-        Weigh(PER_TEACHER, (5, 3), {"hidden": 4, "floor": 0.1}, 3, symmetric=False),
+        WeightingRow((5, 2), symmetric=False),
+        WeightingRow((5, 3), {"hidden": 4, "floor": 0.1}, 3, symmetric=False),
     ],
-    "GradientWeighting": [Weigh(WEIGHTING), Weigh(WEIGHTING, num_teachers=3)],
-    "UncertaintyWeighting": [Weigh(PER_TEACHER, (2,), symmetric=False)],
-    "UniformWeighting": [Weigh(WEIGHTING), Weigh(WEIGHTING, num_teachers=3)],
+    "GradientWeighting": [WeightingRow(), WeightingRow(num_teachers=3)],
+    "UncertaintyWeighting": [WeightingRow((2,), symmetric=False)],
+    "UniformWeighting": [WeightingRow(), WeightingRow(num_teachers=3)],
 }
 
 PROJECTIONS: dict[str, list[Row]] = {
@@ -127,23 +121,20 @@ PROJECTIONS: dict[str, list[Row]] = {
         Row(PROJECTION, ((3, 3, 4, 4), (3, 5, 4, 4)), (3, 5)),
         Row(PROJECTION, ((3, 3, 4, 6), (3, 5, 2, 9)), (3, 5), {"size": (2, 9)}),
     ],
-    "LinearProjection": [
-        Row(PROJECTION, OTHER_WIDTH, (5, 7)),
-        Row(PROJECTION, OTHER_WIDTH, (5, 7), {"bias": True}),
-    ],
+    "LinearProjection": [Row(PROJECTION, OTHER_WIDTH, (5, 7)), Row(PROJECTION, OTHER_WIDTH, (5, 7), {"bias": True})],
     "TokenProjection": [
         Row(PROJECTION, ((3, 7, 4), (3, 7, 6)), (4, 6)),
         Row(PROJECTION, ((3, 5, 4), (3, 10, 6)), (4, 6), {"size": (3, 3), "class_token": "keep"}),
         Row(PROJECTION, ((3, 6, 4), (3, 5, 6)), (4, 6), {"size": (2, 2), "grid": (3, 2), "class_token": "mean"}),
     ],
 }
-FUNCTIONS = {"infer_projection"}  # tried in test_projections
+FUNCTIONS = {"infer_projection"}  # see test_projections
 
 
-def rows(room: Any, table: dict[str, list[Any]]) -> list[Any]:
+def rows(package: Any, table: dict[str, list[Any]]) -> list[Any]:
     return [
         pytest.param(name, row, id=f"{name}-{index}")
-        for name in room.__all__
+        for name in package.__all__
         for index, row in enumerate(table.get(name, []))
     ]
 
@@ -154,15 +145,18 @@ def examples(row: Row) -> tuple[Tensor, Tensor]:
     return torch.randn(student, generator=generator), torch.randn(teacher, generator=generator)
 
 
-def component(room: Any, name: str, row: Any) -> Any:
+def component(package: Any, name: str, row: Any) -> Any:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        return getattr(room, name)(*row.arguments, **row.options)
+        return getattr(package, name)(*row.arguments, **row.options)
 
 
-@pytest.mark.parametrize(("room", "table"), [(kdlib.losses, LOSSES), (kdlib.weighting, WEIGHTINGS), (kdlib.projections, PROJECTIONS)])  # fmt: skip
-def test_every_public_name_has_a_row(room: Any, table: dict[str, list[Any]]) -> None:
-    assert set(room.__all__) - FUNCTIONS - set(table) == set()
+@pytest.mark.parametrize(
+    ("package", "table"),
+    [(kdlib.losses, LOSSES), (kdlib.weighting, WEIGHTINGS), (kdlib.projections, PROJECTIONS)],
+)
+def test_every_public_name_has_a_row(package: Any, table: dict[str, list[Any]]) -> None:
+    assert set(package.__all__) - FUNCTIONS - set(table) == set()
     assert all(table.values())
 
 
@@ -177,9 +171,9 @@ def test_losses(name: str, row: Row) -> None:
     assert row.checks == full - len(row.exclude)
 
 
-def test_a_student_or_teacher_that_is_no_tensor_is_named() -> None:
-    needed = {"decoupled_kd": {"target": torch.zeros(4, dtype=torch.long)}, "overhaul": {"margin": 0.0}}
-    good, tried = torch.ones(4, 3), 0
+def test_a_student_or_teacher_that_is_not_a_tensor_is_named() -> None:
+    required = {"decoupled_kd": {"target": torch.zeros(4, dtype=torch.long)}, "overhaul": {"margin": 0.0}}
+    good, num_functions = torch.ones(4, 3), 0
     for name in kdlib.functional.__all__:
         function = getattr(kdlib.functional, name)
         if list(signature(function).parameters)[:2] != ["student", "teacher"]:
@@ -188,20 +182,16 @@ def test_a_student_or_teacher_that_is_no_tensor_is_named() -> None:
             for side, given in (("student", (wrong, good)), ("teacher", (good, wrong))):
                 message = rf"^{name}: {side} must be a torch.Tensor, got {type(wrong).__name__}$"
                 with pytest.raises(TypeError, match=message):
-                    function(*given, **needed.get(name, {}))
-        tried += 1
-    assert tried == 18
+                    function(*given, **required.get(name, {}))
+        num_functions += 1
+    assert num_functions == 18
 
 
 @pytest.mark.parametrize(("name", "row"), rows(kdlib.weighting, WEIGHTINGS))
-def test_weightings(name: str, row: Weigh) -> None:
-    ran = check_weighting(
-        component(kdlib.weighting, name, row),
-        num_teachers=row.num_teachers,
-        symmetric=row.symmetric,
-        exclude=row.exclude,
-    )
-    assert len(ran) == row.checks == (WEIGHTING if row.symmetric else PER_TEACHER) - len(row.exclude)
+def test_weightings(name: str, row: WeightingRow) -> None:
+    weighting = component(kdlib.weighting, name, row)
+    ran = check_weighting(weighting, num_teachers=row.num_teachers, symmetric=row.symmetric)
+    assert len(ran) == (WEIGHTING if row.symmetric else PER_TEACHER)
 
 
 @pytest.mark.parametrize(("name", "row"), rows(kdlib.projections, PROJECTIONS))
@@ -217,7 +207,7 @@ def test_adapters(kind: Callable[..., torch.nn.Module], checks: int) -> None:
     assert len(ran) == checks
 
 
-def test_the_numbers_are_all_there_are() -> None:
+def test_the_numbers_of_checks() -> None:
     assert len(LOSS_CHECKS) == PER_SAMPLE
     assert len(WEIGHTING_CHECKS) == WEIGHTING
     assert len(PROJECTION_CHECKS) == PROJECTION

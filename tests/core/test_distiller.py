@@ -1,8 +1,9 @@
-"""The distiller as users run it: alone, compiled, wrapped, copied, and without any teacher."""
+"""The distiller: training, saving, copying, compilation, DDP, custom teachers, and errors."""
 
 import copy
 import gc
 import pickle
+from typing import Any
 
 import pytest
 import torch
@@ -37,7 +38,7 @@ def net(channels: int, seed: int) -> nn.Sequential:
 
 
 class Head(nn.Module):
-    """A classifier as a loss: a scalar from embeddings and identities."""
+    """A classification head: a scalar from embeddings and identities."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -74,20 +75,28 @@ def ready(batch: tuple[Tensor, dict[str, Tensor]]) -> Distiller:
     return made.infer(*batch)
 
 
-def test_every_part_learns_and_no_teacher_does(batch) -> None:
+def test_only_student_head_and_projections_are_trained_and_saved(batch) -> None:
+    with pytest.raises(RuntimeError, match=r"projections are not created yet; call distiller\.infer"):
+        list(distiller().trainable_parameters())
+    before = distiller().student.state_dict()
     ours = ready(batch)
+    assert all(torch.equal(value, before[name]) for name, value in ours.student.state_dict().items())
     ours(*batch).total.backward()
-    still = {name for name, p in ours.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0}
-    assert still <= {"student.model.0.bias"}  # batch norm takes it away again, up to rounding
+    without_gradient = {name for name, p in ours.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0}
+    assert without_gradient <= {"student.model.0.bias"}  # batch norm removes it, up to rounding
     assert {name.split(".")[0] for name in ours.state_dict()} == {"student", "objective"}
+    trained = {id(parameter) for parameter in ours.trainable_parameters()}
     for teacher in ours.teachers.values():
+        assert not trained & {id(parameter) for parameter in teacher.model.parameters()}
         assert all(p.grad is None for p in teacher.model.parameters())
 
 
-def test_a_load_before_the_projections_are_there_says_what_to_do(batch) -> None:
+def test_a_load_before_the_projections_exist_is_an_error(batch) -> None:
     state = ready(batch).state_dict()
     late = distiller()
-    with pytest.raises(RuntimeError, match=r"projections of the terms .* not here yet; call infer on one batch before"):
+    with pytest.raises(
+        RuntimeError, match=r"projections of the terms .* not created yet; call infer on one batch before"
+    ):
         late.load_state_dict(state)
     late.infer(*batch).load_state_dict(state)
     assert all(torch.equal(value, state[name]) for name, value in late.state_dict().items())
@@ -96,7 +105,7 @@ def test_a_load_before_the_projections_are_there_says_what_to_do(batch) -> None:
 def test_copies_give_the_same_numbers_and_share_nothing(batch) -> None:
     terms = {"hint": Term(HintLoss(), student="embedding", teacher="embedding", project=nn.Linear(4, 10))}
     ours = Distiller(StudentAdapter(net(2, 0), TAPS), {"t": TeacherAdapter(net(5, 1), TAPS)}, Objective(terms))
-    before = copy.deepcopy(ours)  # before its projections are there
+    before = copy.deepcopy(ours)  # before the projections exist
     ours.infer(*batch)
     before.infer(*batch)
     total = ours(*batch).total
@@ -107,45 +116,15 @@ def test_copies_give_the_same_numbers_and_share_nothing(batch) -> None:
     assert all(p.grad is None for p in ours.parameters())
 
 
-def test_compile_fullgraph(batch) -> None:
-    torch._dynamo.reset()
-    terms = {
-        "identity": Term(Head(), student="embedding", target="identity"),
-        "embedding": Term(AngularDistillLoss(), student="embedding", teacher="embedding", project="auto"),
-        "map": Term(AttentionTransferLoss(), student="map", teacher="map"),
-    }
-    teachers = {"general": TeacherAdapter(net(5, 1), TAPS), "age": TeacherAdapter(net(3, 2), TAPS)}
-    ours = Distiller(StudentAdapter(net(2, 0), TAPS), teachers, Objective(terms)).infer(*batch).eval()
-    compiled = torch.compile(ours, fullgraph=True, backend="eager")
-    for _ in range(2):
-        got, expected = compiled(*batch), ours(*batch)
-        torch.testing.assert_close(got.total, expected.total)
-        torch.testing.assert_close(got.weights, expected.weights)
-    got.total.backward()
-    assert ours.student.model[0].weight.grad.abs().sum() > 0
-
-
-def test_distributed(batch, tmp_path) -> None:
-    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-    try:
-        plain, wrapped = ready(batch), DistributedDataParallel(ready(batch))
-        for model in (plain, wrapped):
-            model(*batch).total.backward()
-        for ours, theirs in zip(plain.parameters(), wrapped.parameters(), strict=True):
-            torch.testing.assert_close(ours.grad, theirs.grad)
-    finally:
-        gc.collect()  # no cycle of DDP may keep the threads of the group until the interpreter dies
-        torch.distributed.destroy_process_group()
-
-
 WEIGHTINGS = {
+    "center": CenterConfidenceWeighting(3),
     "gradient": GradientWeighting(),
     "gate": GateWeighting(4, 2, hidden=3, floor=0.05),
     "uncertainty": UncertaintyWeighting(2),
 }
 
 
-def weighed(name: str, batch) -> Distiller:
+def with_weighting(name: str, batch) -> Distiller:
     made = ready(batch)
     made.objective.weighting = copy.deepcopy(WEIGHTINGS[name])
     for number, parameter in enumerate(made.objective.weighting.parameters()):
@@ -154,28 +133,32 @@ def weighed(name: str, batch) -> Distiller:
 
 
 @pytest.mark.parametrize("name", WEIGHTINGS)
-def test_learned_and_gradient_weightings_distributed_and_copied(name, batch, tmp_path) -> None:
-    plain = weighed(name, batch)
+def test_weightings_under_ddp_and_in_copies(name, batch, tmp_path) -> None:
+    plain = with_weighting(name, batch)
+    other = copy.deepcopy(plain)
     output = plain(*batch)
-    torch.testing.assert_close(copy.deepcopy(plain)(*batch).total, output.total, rtol=0, atol=0)
+    torch.testing.assert_close(other(*batch).total, output.total, rtol=0, atol=0)
     output.total.backward()
     torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
     try:
-        wrapped = DistributedDataParallel(weighed(name, batch))
+        wrapped = DistributedDataParallel(with_weighting(name, batch))
         wrapped(*batch).total.backward()
     finally:
-        gc.collect()  # no cycle of DDP may keep the threads of the group until the interpreter dies
+        gc.collect()  # reference cycles of DDP would keep the threads of the group alive until exit
         torch.distributed.destroy_process_group()
     for (of, ours), theirs in zip(plain.named_parameters(), wrapped.parameters(), strict=True):
         assert ours.grad is not None, of
         torch.testing.assert_close(ours.grad, theirs.grad)
     trained = {of.split(".")[2] for of, _ in plain.named_parameters() if of.startswith("objective.weighting.")}
-    assert trained == {"gradient": set(), "gate": {"inner", "out"}, "uncertainty": {"log_variances"}}[name]
+    assert (
+        trained
+        == {"center": set(), "gradient": set(), "gate": {"inner", "out"}, "uncertainty": {"log_variances"}}[name]
+    )
 
 
 @pytest.mark.parametrize("name", WEIGHTINGS)
-def test_training_with_them_lowers_the_loss_under_autocast(name, batch) -> None:
-    ours = weighed(name, batch).train()
+def test_training_with_each_weighting_lowers_the_loss_under_autocast(name, batch) -> None:
+    ours = with_weighting(name, batch).train()
     optimizer = torch.optim.Adam(ours.trainable_parameters(), 0.01)
     losses = []
     for _ in range(25):
@@ -199,7 +182,7 @@ def test_report_names_every_term_and_teacher(batch) -> None:
     }
     assert [term.weight for term in report.terms.values()] == [1.0, 2.0, 0.5]
     assert sum(term.gradient_share for term in report.terms.values()) == pytest.approx(1)
-    with pytest.raises(RuntimeError, match="projections are not there yet"):
+    with pytest.raises(RuntimeError, match="projections are not created yet"):
         distiller().report(*batch)
 
 
@@ -218,7 +201,7 @@ def test_without_teachers_it_trains_a_network_alone(batch) -> None:
     assert output.weights == {}
 
 
-def test_a_loss_of_the_user_sends_no_gradient_to_a_teacher() -> None:
+def test_a_custom_loss_gives_a_teacher_no_gradient() -> None:
     student, teacher = torch.randn(3, 4, requires_grad=True), torch.randn(3, 4, requires_grad=True)
     objective = Objective({"mse": Term(F.mse_loss, student="x", teacher="x")})
     objective({"x": student}, {"t": {"x": teacher}}).total.backward()
@@ -226,37 +209,88 @@ def test_a_loss_of_the_user_sends_no_gradient_to_a_teacher() -> None:
     assert teacher.grad is None
 
 
-def test_names_are_checked_before_any_forward() -> None:
-    student, teacher = StudentAdapter(net(2, 0), TAPS), TeacherAdapter(net(3, 1), TAPS)
-    for taps, message in [
+@pytest.mark.parametrize(
+    ("taps", "message"),
+    [
         (
             {"student": "embeding", "teacher": "map"},
             "no feature of the student named 'embeding'; the nearest are 'embed",
         ),
         ({"student": "map", "teacher": "maps"}, "no feature of the teacher 't' named 'maps'; the nearest are 'map'"),
-    ]:
-        with pytest.raises(ValueError, match=message):
-            Distiller(student, {"t": teacher}, Objective({"a": Term(HintLoss(), **taps)}))
+        ({"student": "map", "teacher": "map", "teachers": ["s"]}, "term 'a': no teacher named 's'; there are 't'"),
+    ],
+)
+def test_names_are_checked_at_construction(taps: dict[str, Any], message: str) -> None:
+    teachers = {"t": TeacherAdapter(net(3, 1), TAPS)}
+    with pytest.raises(ValueError, match=message):
+        Distiller(StudentAdapter(net(2, 0), TAPS), teachers, Objective({"a": Term(HintLoss(), **taps)}))
 
 
-def test_a_model_without_adapter_is_told_to_take_one(batch) -> None:
-    objective = Objective({"a": Term(Head(), student="embedding", target="identity")})
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"student": torch.tanh}, TypeError, "Distiller: student must be a Module, got builtin_function_or_method"),
+        ({"teachers": {}}, ValueError, "Distiller: term 'a' needs a teacher, got none"),
+        ({"teachers": [net(2, 1)]}, TypeError, "Distiller: teachers must be a mapping of names to teachers, got list"),
+        (
+            {"teachers": {"t": net(2, 1)}},
+            TypeError,
+            r"teachers\['t'\] must be a Teacher, such as a TeacherAdapter .*, got Seq",
+        ),
+        ({"objective": {}}, TypeError, "Distiller: objective must be an Objective, got dict"),
+    ],
+)
+def test_invalid_arguments_are_errors(change: dict[str, Any], error: type[Exception], message: str) -> None:
+    objective = Objective({"a": Term(HintLoss(), student="embedding", teacher="embedding")})
+    arguments = {"student": StudentAdapter(net(2, 0), TAPS), "teachers": {"t": TeacherAdapter(net(2, 1), TAPS)}}
+    with pytest.raises(error, match=message):
+        Distiller(**{**arguments, "objective": objective, **change})
+
+
+def test_invalid_batches_and_features_are_errors(batch) -> None:
+    alone = Objective({"a": Term(Head(), student="embedding", target="identity")})
     with pytest.raises(TypeError, match="the student must return named features, got Tensor; wrap it in an adapter"):
-        Distiller(net(2, 0), {}, objective)(*batch)
-    with pytest.raises(TypeError, match="the teacher 't' must return named features, got Tensor"):
-        Distiller(StudentAdapter(net(2, 0), TAPS), {"t": net(2, 1)}, objective)(*batch)
+        Distiller(net(2, 0), {}, alone)(*batch)
+    teacher = LookUp()
+    teacher.features = None
+    distiller = Distiller(StudentAdapter(net(2, 0), TAPS), {"t": teacher}, alone)
+    with pytest.raises(TypeError, match="the teacher 't' must return named features, got NoneType"):
+        distiller(batch[0], {**batch[1], "sample": torch.arange(4)})
+    with pytest.raises(ValueError, match="'t' reads the targets sample; the batch lacks sample"):
+        distiller(*batch)
+    with pytest.raises(TypeError, match="Distiller: targets must be a mapping of names to tensors or None, got Tensor"):
+        distiller(batch[0], torch.zeros(4))
 
 
-def test_any_module_as_teacher_is_kept_in_eval_mode(batch) -> None:
-    class Teacher(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.net = net(2, 1)
+class LookUp:
+    """A teacher that is not a Module and reads a target."""
+
+    reads = ("sample",)
+
+    def __init__(self) -> None:
+        self.features: Any = ["embedding"]
+
+    def __call__(self, sample: Tensor) -> Any:
+        return self.features and {name: sample.float()[:, None].expand(-1, 4) for name in self.features}
+
+
+def test_a_teacher_that_reads_targets_is_called_with_them(batch) -> None:
+    student = StudentAdapter(net(2, 0), TAPS).eval()
+    terms = {"hint": Term(HintLoss(), student="embedding", teacher="embedding")}
+    samples = torch.tensor([3, 1, 0, 7])
+    output = Distiller(student, {"cached": LookUp()}, Objective(terms))(batch[0], {"sample": samples})
+    expected = (student(batch[0])["embedding"] - samples[:, None]).square().mean()
+    torch.testing.assert_close(output.total, expected)
+
+
+def test_a_custom_teacher_module_stays_in_eval_mode(batch) -> None:
+    class Teacher(nn.Sequential):
+        reads = ()
 
         def forward(self, images: Tensor) -> dict[str, Tensor]:
-            return {"embedding": self.net(images)}
+            return {"embedding": super().forward(images)}
 
-    teacher = Teacher()
+    teacher = Teacher(net(2, 1))
     terms = {"a": Term(HintLoss(), student="embedding", teacher="embedding")}
     ours = Distiller(StudentAdapter(net(2, 0), TAPS), {"t": teacher}, Objective(terms)).train()
     before = copy.deepcopy(teacher.state_dict())
@@ -264,8 +298,7 @@ def test_any_module_as_teacher_is_kept_in_eval_mode(batch) -> None:
     teacher.train()
     torch.testing.assert_close(ours(*batch).total, first)
     first.backward()
-    for name, value in teacher.state_dict().items():
-        torch.testing.assert_close(value, before[name], rtol=0, atol=0)
+    torch.testing.assert_close(teacher.state_dict(), before, rtol=0, atol=0)
     assert all(p.grad is None for p in teacher.parameters())
     assert not any(name.startswith("teacher") for name in ours.state_dict())
 

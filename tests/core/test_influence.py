@@ -1,4 +1,4 @@
-"""The influence report: its numbers written out, and that looking changes nothing."""
+"""The influence report: its numbers against autograd, and that a report changes nothing."""
 
 import copy
 import json
@@ -37,7 +37,7 @@ def scene() -> tuple[dict[str, Tensor], dict[str, dict[str, Tensor]], dict[str, 
     return student, teachers, {"goal": draw(6, 6, 8), "known": torch.tensor([1.0, 1.0, 0.0, 1.0, 2.0, 0.0])}
 
 
-def test_numbers_are_those_of_autograd_written_out() -> None:
+def test_numbers_agree_with_autograd() -> None:
     student, teachers, targets = scene()
     terms = {
         "goal": Term(HintLoss(), student="embedding", target="goal", weight=0.5, sample_weight="known"),
@@ -63,8 +63,8 @@ def test_numbers_are_those_of_autograd_written_out() -> None:
     parts = {
         "goal": [0.5 * HintLoss()(leaf, targets["goal"], weight=known)],
         "embedding": [
-            3 * share * AngularDistillLoss()(leaf, teachers[who]["embedding"], weight=known)
-            for who, share in (("general", 0.25), ("age", 0.75))
+            3 * share * AngularDistillLoss()(leaf, teachers[key]["embedding"], weight=known)
+            for key, share in (("general", 0.25), ("age", 0.75))
         ],
         "map": [AttentionTransferLoss()(image, teachers["age"]["map"])],
     }
@@ -80,9 +80,7 @@ def test_numbers_are_those_of_autograd_written_out() -> None:
         assert term.gradient == pytest.approx(norms[name], rel=1e-4)
         assert term.gradient_share == pytest.approx(norms[name] / sum(norms.values()), rel=1e-4)
     assert [term.weight for term in report.terms.values()] == [0.5, 3.0, 1.0]
-    assert report.terms["goal"].teachers == {}
-    assert report.terms["goal"].cosines == {}
-    assert report.terms["map"].cosines == {}
+    assert (report.terms["goal"].teachers, report.terms["goal"].cosines, report.terms["map"].cosines) == ({}, {}, {})
     assert report.terms["map"].teachers["age"].weight == pytest.approx(1)
 
     rows = report.terms["embedding"].teachers
@@ -97,8 +95,8 @@ def test_numbers_are_those_of_autograd_written_out() -> None:
     def cosine(a: Tensor, b: Tensor) -> float:
         return float(torch.cosine_similarity(a.flatten(), b.flatten(), dim=0))
 
-    found = report.terms["embedding"].cosines
-    assert found == {("general", "age"): pytest.approx(cosine(*gradients["embedding"]), abs=1e-5)}
+    cosines = {("general", "age"): pytest.approx(cosine(*gradients["embedding"]), abs=1e-5)}
+    assert report.terms["embedding"].cosines == cosines
     expected = cosine(sum(gradients["goal"]), sum(gradients["embedding"]))
     assert report.cosines == {("goal", "embedding"): pytest.approx(expected, abs=1e-5)}
     assert sum(term.loss for term in report.terms.values()) == pytest.approx(
@@ -106,7 +104,7 @@ def test_numbers_are_those_of_autograd_written_out() -> None:
     )
 
 
-def test_teachers_that_pull_apart_show_a_cosine_of_minus_one_and_silent_ones_none() -> None:
+def test_opposite_gradients_have_cosine_minus_one_and_zero_gradients_none() -> None:
     student = {"x": torch.zeros(2, 3)}
     teachers = {"up": {"x": torch.ones(2, 3)}, "down": {"x": -torch.ones(2, 3)}, "same": {"x": torch.zeros(2, 3)}}
     report = Objective({"hint": Term(HintLoss(), student="x", teacher="x")}).report(student, teachers)
@@ -127,29 +125,21 @@ def test_table_and_dict() -> None:
     }
     report = Objective(terms).report(student, teachers, targets)
     lines = report.table().splitlines()
-    assert [line.split()[0] for line in lines] == [
-        "influence",
-        "goal",
-        "embedding",
-        "general",
-        "age",
-        "cosine",
-        "cosine",
-    ]
+    assert [line.split()[0] for line in lines] == ["influence", "goal", "embedding", "general", "age", *["cosine"] * 2]
     assert len({len(line) for line in lines[:5]}) == 1
     plain = json.loads(json.dumps(report.to_dict(), allow_nan=False))
     assert plain["step"] == 0
     assert plain["terms"]["embedding"]["teachers"]["age"]["weight"] == 0.5
     assert plain["terms"]["embedding"]["cosines"][0]["a"] == "general"
     assert plain["cosines"] == [{"a": "goal", "b": "embedding", "cosine": report.cosines["goal", "embedding"]}]
-    broken = {who: {"embedding": each["embedding"] * torch.inf} for who, each in teachers.items()}
+    infinite = {key: {"embedding": each["embedding"] * torch.inf} for key, each in teachers.items()}
     mean = Term(lambda s, t: (s - t).square().mean(1), student="embedding", teacher="embedding")
-    worst = Objective({"a": mean}).report(student, broken)
-    assert worst.to_dict()["terms"]["a"]["loss"] is None
-    assert "inf" in worst.table()
+    infinite_report = Objective({"a": mean}).report(student, infinite)
+    assert infinite_report.to_dict()["terms"]["a"]["loss"] is None
+    assert "inf" in infinite_report.table()
 
 
-def test_scalar_losses_losses_apart_from_the_student_and_half_precision_features() -> None:
+def test_scalar_losses_losses_independent_of_the_student_and_half_precision_features() -> None:
     student, teachers, _ = scene()
 
     def gram(s: Tensor, t: Tensor) -> Tensor:
@@ -161,9 +151,9 @@ def test_scalar_losses_losses_apart_from_the_student_and_half_precision_features
     leaf = student["embedding"].clone().requires_grad_()
     (gradient,) = torch.autograd.grad(0.75 * gram(leaf, teachers["age"]["embedding"]), leaf)
     assert report.terms["g"].teachers["age"].gradient == pytest.approx(float(gradient.norm()), rel=1e-4)
-    # A loss of the targets alone, and an integer feature: no gradient, no failure.
-    apart = Objective({"t": Term(lambda s, t: t.square().mean(1), student="ids", target="goal")})
-    report = apart.report({"ids": torch.arange(6)}, {}, {"goal": student["embedding"]})
+    # A loss that depends on the targets only, and an integer feature, have no gradient.
+    independent = Objective({"t": Term(lambda s, t: t.square().mean(1), student="ids", target="goal")})
+    report = independent.report({"ids": torch.arange(6)}, {}, {"goal": student["embedding"]})
     assert report.terms["t"].gradient == 0
     assert report.terms["t"].loss > 0
     half = {name: value.half() for name, value in student.items()}
@@ -173,7 +163,7 @@ def test_scalar_losses_losses_apart_from_the_student_and_half_precision_features
 
 
 class Stateful(nn.Module):
-    """A loss that counts, draws random numbers, and keeps a running mean."""
+    """A loss that counts its calls, uses random numbers, and keeps a running mean."""
 
     per_sample = True
 
@@ -223,11 +213,11 @@ def state(ours: Distiller) -> dict[str, Tensor]:
 )
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("used", [True, False])
-def test_looking_changes_nothing(weighting: nn.Module, training: bool, used: bool) -> None:
+def test_a_report_changes_nothing(weighting: nn.Module, training: bool, used: bool) -> None:
     inputs, targets = draw(1, 8, 5), {"identity": torch.arange(8) % 4}
     ours = distiller(copy.deepcopy(weighting)).infer(inputs, targets)
     ours.train(training)
-    if used:  # gradients and centers are there
+    if used:  # gradients and centers exist
         ours(inputs, targets).total.backward()
     twin = copy.deepcopy(ours)
     loss = ours.objective.terms["embedding"].loss
@@ -253,7 +243,7 @@ def test_looking_changes_nothing(weighting: nn.Module, training: bool, used: boo
     for name, parameter in ours.named_parameters():
         assert (parameter.grad is None) == (name not in gradients)
         assert parameter.grad is None or torch.equal(parameter.grad, gradients[name])
-    # The next step is the one that would have come without looking, and the report is that step's.
+    # The next step is the same as without the report, and the report describes that step.
     torch.set_rng_state(random)
     output = ours(inputs, targets)
     torch.set_rng_state(random)
@@ -263,7 +253,7 @@ def test_looking_changes_nothing(weighting: nn.Module, training: bool, used: boo
         assert term.loss == pytest.approx(float(output.terms[name].detach()), rel=1e-5)
 
 
-def test_looking_between_forward_and_backward_leaves_the_gradients_alone() -> None:
+def test_a_report_between_forward_and_backward_does_not_change_the_gradients() -> None:
     inputs, targets = draw(1, 8, 5), {"identity": torch.arange(8) % 4}
     ours = distiller(GradientWeighting()).infer(inputs, targets).train()
     twin = copy.deepcopy(ours)
@@ -278,16 +268,16 @@ def test_looking_between_forward_and_backward_leaves_the_gradients_alone() -> No
         assert mine.grad is None or torch.equal(mine.grad, theirs.grad)
 
 
-def test_projections_must_be_there() -> None:
+def test_a_report_needs_the_projections() -> None:
     student, teachers, _ = scene()
     objective = Objective({"a": Term(HintLoss(), student="embedding", teacher="embedding", project="auto")})
-    with pytest.raises(RuntimeError, match=r"^Objective: projections are not there yet; call infer or forward once"):
+    with pytest.raises(RuntimeError, match=r"^Objective: projections are not created yet; call infer or forward once"):
         objective.report(student, teachers)
     objective.infer(student, teachers)
     assert objective.report(student, teachers).terms["a"].gradient > 0
 
 
-def test_a_failing_loss_leaves_everything_in_its_place_too() -> None:
+def test_a_report_that_fails_changes_nothing() -> None:
     student, teachers, _ = scene()
     loss = Stateful()
     objective = Objective(

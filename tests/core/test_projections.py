@@ -1,7 +1,4 @@
-"""Projections: shapes, values against plain layers, gradients, and what an inferred one stands on."""
-
-import copy
-import pickle
+"""Projections: values against plain layers, inferred projections, and errors."""
 
 import pytest
 import torch
@@ -17,45 +14,14 @@ def randn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> tor
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
 
 
-MODULES = [
-    (LinearProjection(3, 5), (4, 3), (4, 5)),
-    (LinearProjection(3, 5, bias=True), (4, 3), (4, 5)),
-    (ConvProjection(3, 5), (2, 3, 4, 6), (2, 5, 4, 6)),
-    (ConvProjection(3, 5, size=(2, 9)), (2, 3, 4, 6), (2, 5, 2, 9)),
-    (TokenProjection(3, 5), (2, 7, 3), (2, 7, 5)),
-    (TokenProjection(3, 5, bias=True, class_token="drop"), (2, 7, 3), (2, 6, 5)),
-    (TokenProjection(3, 5, size=(4, 2), class_token="keep"), (2, 10, 3), (2, 9, 5)),
-    (TokenProjection(3, 5, size=(2, 2), grid=(2, 6), class_token="mean"), (2, 12, 3), (2, 5, 5)),
-]
-
-
-@pytest.mark.parametrize(("module", "given", "wanted"), MODULES, ids=lambda x: repr(x))
-def test_contract(module: nn.Module, given: tuple[int, ...], wanted: tuple[int, ...]) -> None:
-    x = randn(*given).requires_grad_()
-    y = module(x)
-    assert y.shape == wanted
-    (y * randn(*wanted, seed=1)).sum().backward()
-    assert x.grad is not None
-    assert x.grad.any()
-    assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in module.parameters())
-    again = eval(repr(module), vars(kdlib.projections))
-    assert repr(again) == repr(module)
-    again.load_state_dict(module.state_dict())
-    for other in (again, copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
-        assert torch.equal(other.eval()(x), module.eval()(x))
-    module.train()
-
-
-def test_linear_is_one_matrix_without_offset() -> None:
+def test_linear_is_a_matrix_product_without_offset() -> None:
     module = LinearProjection(3, 5)
     x = randn(4, 3)
     torch.testing.assert_close(module(x), x @ module.linear.weight.T)
-    assert torch.equal(module(torch.zeros(1, 3)), torch.zeros(1, 5))
-    torch.testing.assert_close(module(7 * x), 7 * module(x))
     assert LinearProjection(3, 5, bias=True).linear.bias is not None
 
 
-def test_conv_is_a_matrix_at_every_place_then_batch_norm() -> None:
+def test_conv_is_a_matrix_product_at_every_position_then_batch_norm() -> None:
     module = ConvProjection(3, 5)
     x = randn(2, 3, 4, 6)
     mixed = torch.einsum("oc,bchw->bohw", module.conv.weight[:, :, 0, 0], x)
@@ -63,7 +29,7 @@ def test_conv_is_a_matrix_at_every_place_then_batch_norm() -> None:
     torch.testing.assert_close(module(x), (mixed - mean) / (var + module.norm.eps).sqrt())
 
 
-def test_conv_pools_the_larger_side_and_interpolates_the_smaller() -> None:
+def test_conv_pools_a_side_that_shrinks_and_interpolates_one_that_grows() -> None:
     module = ConvProjection(1, 1, size=(2, 4)).eval()
     nn.init.ones_(module.conv.weight)
     x = torch.arange(8.0).reshape(1, 1, 4, 2)
@@ -74,7 +40,7 @@ def test_conv_pools_the_larger_side_and_interpolates_the_smaller() -> None:
     assert torch.equal(same(x), F.batch_norm(same.conv(x), None, None, training=True))
 
 
-def test_tokens_are_mapped_by_one_matrix() -> None:
+def test_tokens_are_multiplied_by_one_matrix() -> None:
     module = TokenProjection(3, 5)
     x = randn(2, 7, 3)
     torch.testing.assert_close(module(x), torch.einsum("od,bnd->bno", module.linear.weight, x))
@@ -89,18 +55,18 @@ def eye(module: TokenProjection) -> TokenProjection:
 def test_tokens_are_resampled_as_the_map_they_came_from() -> None:
     x = torch.arange(8.0).reshape(1, 8, 1)  # rows of two: (0, 1), (2, 3), (4, 5), (6, 7)
     resized = eye(TokenProjection(1, 1, size=(2, 4), grid=(4, 2)))(x)
-    # As in the test of maps: rows average in pairs to (1, 2) and (5, 6); two columns spread over four at quarters.
+    # As in the test of maps, rows average in pairs to (1, 2) and (5, 6); two columns spread over four at quarters.
     assert resized.flatten().tolist() == [1.0, 1.25, 1.75, 2.0, 5.0, 5.25, 5.75, 6.0]
     same = eye(TokenProjection(1, 1, size=(4, 2), grid=(4, 2)))
     assert torch.equal(same(x), x)
 
 
-def test_class_token_is_kept_apart() -> None:
+def test_the_class_token_is_not_part_of_the_grid() -> None:
     x = torch.tensor([100.0, 1, 2, 3, 4]).reshape(1, 5, 1)
     assert eye(TokenProjection(1, 1, size=(1, 1), class_token="keep"))(x).flatten().tolist() == [100, 2.5]
     assert eye(TokenProjection(1, 1, size=(1, 1), class_token="drop"))(x).flatten().tolist() == [2.5]
     assert eye(TokenProjection(1, 1, class_token="drop"))(x).flatten().tolist() == [1, 2, 3, 4]
-    # The mean is that of the student's own tokens, before its grid changes.
+    # The mean is computed before the grid is resized.
     mean = eye(TokenProjection(1, 1, size=(1, 2), class_token="mean"))(x[:, 1:])
     assert mean.flatten().tolist() == [2.5, 2, 3]
 
@@ -123,11 +89,14 @@ KINDS = [
     ((10, 3), (5, 3, 3), "TokenProjection(3, 5, class_token='drop')"),
     ((10, 3), (5, 4, 2), "TokenProjection(3, 5, size=(4, 2), class_token='drop')"),
     ((9, 3), (5, 4, 3), "TokenProjection(3, 5, size=(4, 3))"),
-    # The places of the map come before a square: 9 is 4 x 2 and a class token here.
+    # The number of positions of the map is tried first: 9 is 4 x 2 and a class token here.
     ((9, 3), (5, 4, 2), "TokenProjection(3, 5, class_token='drop')"),
     ((3, 4, 2), (9, 5), "TokenProjection(3, 5, class_token='mean')"),
     ((8, 3), (5, 4, 2), "TokenProjection(3, 5)"),
     ((3, 4, 2), (5,), "LinearProjection(3, 5)"),
+    ((8,), (8,), "LinearProjection(8, 8)"),
+    ((3, 7, 7), (5, 7, 7), "ConvProjection(3, 5)"),
+    ((3, 14, 7), (5, 7, 7), "ConvProjection(3, 5, size=(7, 7))"),
 ]
 
 
@@ -141,7 +110,7 @@ def test_inferred_across_kinds_and_resolutions(given: tuple[int, ...], wanted: t
     assert len(ran) == len(PROJECTION_CHECKS) - (len(parts) > 1)
 
 
-def test_maps_and_tokens_keep_their_places() -> None:
+def test_maps_and_tokens_keep_their_order() -> None:
     x = randn(1, 1, 2, 3)
     tokens = infer_projection(x, randn(1, 6, 1))
     back = infer_projection(randn(1, 6, 1), x)
@@ -153,12 +122,12 @@ def test_maps_and_tokens_keep_their_places() -> None:
 
 
 @pytest.mark.parametrize("resolution", [(4, 4), (6, 6)])
-def test_an_inferred_projection_takes_other_resolutions(resolution: tuple[int, int]) -> None:
+def test_an_inferred_projection_accepts_other_resolutions(resolution: tuple[int, int]) -> None:
     projection = infer_projection(randn(2, 3, 8, 8), randn(2, 10, 5))
     assert projection(randn(2, 3, *resolution)).shape == (2, 10, 5)
 
 
-def test_projections_compile_whole() -> None:
+def test_projections_compile_to_one_graph() -> None:
     for given, wanted in [((10, 3), (5, 4, 2)), ((3, 4, 2), (10, 5)), ((3, 4, 2), (5,)), ((3, 4, 4), (5, 2, 2))]:
         torch._dynamo.reset()
         student = randn(2, *given)
@@ -167,25 +136,13 @@ def test_projections_compile_whole() -> None:
         torch.testing.assert_close(compiled(student), projection(student))
 
 
-def test_inferred_from_examples() -> None:
-    linear = infer_projection(randn(2, 8), randn(3, 16))
-    assert isinstance(linear, LinearProjection)
-    assert repr(linear) == "LinearProjection(in_dim=8, out_dim=16, bias=False)"
-    same_grid = infer_projection(randn(2, 3, 7, 7), randn(2, 5, 7, 7))
-    assert repr(same_grid) == "ConvProjection(in_channels=3, out_channels=5, size=None)"
-    other_grid = infer_projection(randn(2, 3, 14, 7), randn(2, 5, 7, 7))
-    assert repr(other_grid) == "ConvProjection(in_channels=3, out_channels=5, size=(7, 7))"
-    assert other_grid(randn(2, 3, 14, 7)).shape == (2, 5, 7, 7)
-
-
-def test_equal_shapes_are_learned_unless_asked() -> None:
-    assert isinstance(infer_projection(randn(2, 8), randn(2, 8)), LinearProjection)
+def test_identity_if_equal_needs_equal_shapes() -> None:
     assert isinstance(infer_projection(randn(2, 8), randn(2, 8), identity_if_equal=True), nn.Identity)
     assert isinstance(infer_projection(randn(2, 8), randn(2, 9), identity_if_equal=True), LinearProjection)
     assert isinstance(infer_projection(randn(2, 3, 4, 4), randn(2, 3, 2, 4), identity_if_equal=True), ConvProjection)
 
 
-def test_inferred_takes_dtype_of_the_student_except_under_autocast() -> None:
+def test_an_inferred_projection_has_the_dtype_of_the_student_except_under_autocast() -> None:
     student = randn(2, 8, dtype=torch.float64)
     assert next(infer_projection(student, randn(2, 4)).parameters()).dtype == torch.float64
     half = randn(2, 8).bfloat16()
@@ -197,69 +154,43 @@ def test_inferred_takes_dtype_of_the_student_except_under_autocast() -> None:
 
 
 @pytest.mark.parametrize(
-    ("call", "error", "message"),
+    ("kind", "arguments", "options", "error", "message"),
     [
-        (
-            lambda: LinearProjection(0, 4),
-            ValueError,
-            r"^LinearProjection: in_dim must be a whole number and >= 1, got 0",
-        ),
-        (lambda: LinearProjection(4, 2.0), TypeError, r"^LinearProjection: out_dim must be a whole number .*got 2\.0"),
-        (lambda: LinearProjection(4, 2)(randn(3, 5)), ValueError, r"student must be \(b, d\) with d = 4, got \(3, 5\)"),
-        (
-            lambda: LinearProjection(4, 2)(torch.ones(3, 4).long()),
-            TypeError,
-            r"student must be a floating-point tensor",
-        ),
-        (lambda: ConvProjection(0, 4), ValueError, r"^ConvProjection: in_channels must be a whole number and >= 1"),
-        (
-            lambda: ConvProjection(3, 4, size=7),
-            TypeError,
-            r"^ConvProjection: size must be two whole numbers \(h, w\), got 7",
-        ),
-        (
-            lambda: ConvProjection(3, 4, size=(0, 7)),
-            ValueError,
-            r"^ConvProjection: size must be \(h, w\) with sides >= 1",
-        ),
-        (lambda: ConvProjection(3, 4)(randn(2, 5, 7, 7)), ValueError, r"student must be \(b, c, h, w\) with c = 3"),
-        (
-            lambda: infer_projection(randn(2, 8), randn(2, 3, 4, 4)),
-            ValueError,
-            r"^infer_projection: .* \(2, 8\) and \(2, 3",
-        ),
-        (lambda: infer_projection(randn(2, 8, 3), randn(2, 3)), ValueError, r"give a projection of your own"),
-        (
-            lambda: infer_projection(randn(2, 7, 3), randn(2, 9, 3)),
-            ValueError,
-            r"^infer_projection: student must hold the tokens \(b, n, d\) of a square grid.*got \(2, 7, 3\)",
-        ),
-        (
-            lambda: infer_projection(randn(2, 3, 2, 2), randn(2, 7, 3)),
-            ValueError,
-            r"^infer_projection: teacher must hold",
-        ),
-        (lambda: TokenProjection(3, 4, class_token="cls"), ValueError, r"^TokenProjection: class_token must be one of"),
-        (lambda: TokenProjection(3, 4, grid=(0, 2)), ValueError, r"^TokenProjection: grid must be \(h, w\) with sides"),
-        (
-            lambda: TokenProjection(3, 4)(randn(2, 3)),
-            ValueError,
-            r"student must be \(b, n, d\) with d = 3, got \(2, 3\)",
-        ),
-        (
-            lambda: TokenProjection(3, 4, size=(2, 2))(randn(2, 8, 3)),
-            ValueError,
-            r"^TokenProjection: .* with n = a square number, got \(2, 8, 3\); give grid=",
-        ),
-        (
-            lambda: TokenProjection(3, 4, size=(2, 2), grid=(2, 3), class_token="keep")(randn(2, 6, 3)),
-            ValueError,
-            r"with n = 2 x 3 and a class token, got \(2, 6, 3\)$",
-        ),
-        (lambda: TokenProjection(3, 4, size=(2, 2))(randn(2, 0, 3)), ValueError, r"with n = a square number"),
-        (lambda: infer_projection(randn(2, 8), [1.0]), TypeError, r"teacher must be a torch.Tensor, got list"),
+        (LinearProjection, (0, 4), {}, ValueError, "in_dim must be a whole number and >= 1, got 0"),
+        (LinearProjection, (4, 2.0), {}, TypeError, r"out_dim must be a whole number .*got 2\.0"),
+        (ConvProjection, (0, 4), {}, ValueError, "in_channels must be a whole number and >= 1"),
+        (ConvProjection, (3, 4), {"size": 7}, TypeError, r"size must be two whole numbers \(h, w\), got 7"),
+        (ConvProjection, (3, 4), {"size": (0, 7)}, ValueError, r"size must be \(h, w\) with sides >= 1"),
+        (TokenProjection, (3, 4), {"class_token": "cls"}, ValueError, "class_token must be one of"),
+        (TokenProjection, (3, 4), {"grid": (0, 2)}, ValueError, r"grid must be \(h, w\) with sides"),
     ],
 )
-def test_errors(call, error, message) -> None:
+def test_invalid_arguments_are_errors(kind, arguments, options, error, message) -> None:
+    with pytest.raises(error, match=f"^{kind.__name__}: {message}"):
+        kind(*arguments, **options)
+
+
+SMALLER = TokenProjection(3, 4, size=(2, 2))
+GRID = TokenProjection(3, 4, size=(2, 2), grid=(2, 3), class_token="keep")
+
+
+@pytest.mark.parametrize(
+    ("call", "inputs", "error", "message"),
+    [
+        (LinearProjection(4, 2), [randn(3, 5)], ValueError, r"student must be \(b, d\) with d = 4, got \(3, 5\)"),
+        (LinearProjection(4, 2), [torch.ones(3, 4).long()], TypeError, "student must be a floating-point tensor"),
+        (ConvProjection(3, 4), [randn(2, 5, 7, 7)], ValueError, r"student must be \(b, c, h, w\) with c = 3"),
+        (TokenProjection(3, 4), [randn(2, 3)], ValueError, r"student must be \(b, n, d\) with d = 3, got \(2, 3\)"),
+        (SMALLER, [randn(2, 8, 3)], ValueError, r"with n = a square number, got \(2, 8, 3\); give grid="),
+        (SMALLER, [randn(2, 0, 3)], ValueError, "with n = a square number"),
+        (GRID, [randn(2, 6, 3)], ValueError, r"with n = 2 x 3 and a class token, got \(2, 6, 3\)$"),
+        (infer_projection, [randn(2, 8), randn(2, 3, 4, 4)], ValueError, r"^infer_projection: .* \(2, 8\) and \(2, 3"),
+        (infer_projection, [randn(2, 8, 3), randn(2, 3)], ValueError, "give a projection of your own"),
+        (infer_projection, [randn(2, 7, 3), randn(2, 9, 3)], ValueError, r"student must hold .* got \(2, 7, 3\)"),
+        (infer_projection, [randn(2, 3, 2, 2), randn(2, 7, 3)], ValueError, "^infer_projection: teacher must hold"),
+        (infer_projection, [randn(2, 8), [1.0]], TypeError, "teacher must be a torch.Tensor, got list"),
+    ],
+)
+def test_invalid_inputs_are_errors(call, inputs, error, message) -> None:
     with pytest.raises(error, match=message):
-        call()
+        call(*inputs)

@@ -1,6 +1,6 @@
-"""The public names and signatures as text: a change of `public_names.txt` in a commit is a change that users feel.
+"""The public names and signatures as text, so that a commit shows every change of the public interface.
 
-After a change that is meant: `python tests/core/test_public_names.py` writes the file anew.
+After an intended change, `python tests/core/test_public_names.py` rewrites `public_names.txt`.
 """
 
 import importlib
@@ -8,25 +8,17 @@ import inspect
 import re
 from pathlib import Path
 
-ROOMS = [
-    *(
-        "kdlib",
-        "kdlib.functional",
-        "kdlib.adapters",
-        "kdlib.cache",
-        "kdlib.projections",
-        "kdlib.losses",
-        "kdlib.weighting",
-    ),
-    *("kdlib.objective", "kdlib.influence", "kdlib.distiller", "kdlib.training", "kdlib.evaluation", "kdlib.testing"),
-    *("kdlib_faces.data", "kdlib_faces.backbones", "kdlib_faces.heads", "kdlib_faces.losses", "kdlib_faces.teachers"),
-    *("kdlib_faces.evaluation", "kdlib_faces.report", "kdlib_faces.recipes"),
-]
+PACKAGES = [
+    "kdlib", "kdlib.functional", "kdlib.adapters", "kdlib.cache", "kdlib.projections", "kdlib.losses",
+    "kdlib.weighting", "kdlib.objective", "kdlib.influence", "kdlib.distiller", "kdlib.training", "kdlib.evaluation",
+    "kdlib.testing", "kdlib.types", "kdlib_faces.data", "kdlib_faces.backbones", "kdlib_faces.heads", "kdlib_faces.losses",
+    "kdlib_faces.teachers", "kdlib_faces.evaluation", "kdlib_faces.report", "kdlib_faces.recipes",
+]  # fmt: skip
 FILE = Path(__file__).with_name("public_names.txt")
 
 
-def shown(name: str, value: object) -> str:
-    """A name, with the parameters and defaults of what can be called; types are mypy's business."""
+def describe(name: str, value: object) -> str:
+    """Return the name, with parameters and defaults if it is callable; mypy checks the types."""
     if not (inspect.isclass(value) or inspect.isfunction(value)):
         return name
     try:
@@ -40,15 +32,14 @@ def shown(name: str, value: object) -> str:
 
 def listing() -> str:
     lines = []
-    for room in ROOMS:
-        module = importlib.import_module(room)
-        lines += [
-            f"{room}.{shown(name, getattr(module, name))}" for name in sorted(module.__all__) if name != "__version__"
-        ]
+    for package in PACKAGES:
+        module = importlib.import_module(package)
+        names = sorted(name for name in module.__all__ if name != "__version__")
+        lines += [f"{package}.{describe(name, getattr(module, name))}" for name in names]
     return "\n".join(lines) + "\n"
 
 
-def test_public_names_and_signatures_are_those_written_down() -> None:
+def test_public_names_and_signatures_agree_with_the_file() -> None:
     assert listing() == FILE.read_text("utf-8")
 
 

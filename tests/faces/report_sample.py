@@ -1,153 +1,141 @@
-"""A run with evaluations of several kinds, made of numbers alone, for the tests of the report."""
-
-from __future__ import annotations
-
-from typing import Any
+"""A report with all kinds of results, made of numbers alone."""
 
 import numpy as np
 
-SKILL = {"general": 3.4, "second": 3.0, "student": 2.2}
+from kdlib_faces.evaluation.summary import (
+    Bins,
+    CmcCurve,
+    Difference,
+    Histogram,
+    Measure,
+    MeasuredValue,
+    ModelSummary,
+    ProtocolSummary,
+    RocCurve,
+    SearchCurve,
+)
+from kdlib_faces.report import DataSummary, ModelEntry, Report, StudentPair, TrainingCurve
+
+SKILL = {"distilled": 3.4, "alone": 2.2, "teacher": 3.8}
 
 
-def _scores(skill: float, rng: np.random.Generator, genuine: int, impostor: int) -> tuple[Any, Any]:
-    return np.tanh(rng.normal(skill, 1.0, genuine) / 6), np.tanh(rng.normal(0, 1.0, impostor) / 6)
-
-
-def _rate(value: float, n: int, **more: Any) -> dict[str, Any]:
+def rate(value: float, n: int, *, resolvable: bool = True, note: str = "") -> MeasuredValue:
     half = 1.96 * (max(value * (1 - value), 1e-4) / n) ** 0.5
-    return {"value": value, "low": max(0.0, value - half), "high": min(1.0, value + half), "n": n, **more}
+    return MeasuredValue(value, max(0.0, value - half), min(1.0, value + half), n, resolvable, note)
 
 
-def _pairs(name: str, rng: np.random.Generator) -> dict[str, Any]:
-    genuine, impostor = _scores(SKILL[name], rng, 600, 600)
-    edges = np.linspace(-1, 1, 81)
-    far = np.unique(np.r_[np.geomspace(1 / 600, 1, 60)])
-    limits = np.quantile(impostor, 1 - far)
-    tar = [(genuine > limit).mean() for limit in limits]
-    return {
-        "measures": {
-            "accuracy": _rate(float((np.r_[genuine, -impostor] > 0.2).mean()), 1200, note="± 0.61 over folds"),
-            "tar_0.01": _rate(float((genuine > np.quantile(impostor, 0.99)).mean()), 600),
-            "tar_0.001": _rate(float((genuine > impostor.max()).mean()), 600, resolvable=False),
-            "auc": {"value": float((genuine[:, None] > impostor).mean()), "low": 0.95, "high": 0.99, "n": 600},
+def _pairs(skill: float, rng: np.random.Generator) -> ModelSummary:
+    genuine, impostor = np.tanh(rng.normal(skill, 1.0, 600) / 6), np.tanh(rng.normal(0, 1.0, 600) / 6)
+    edges, far = np.linspace(-1, 1, 81), np.geomspace(1 / 600, 1, 60)
+    tar = [float((genuine > limit).mean()) for limit in np.quantile(impostor, 1 - far)]
+    return ModelSummary(
+        measures={
+            "accuracy": rate(float((np.r_[genuine, -impostor] > 0.2).mean()), 1200, note="± 0.61 over folds"),
+            "tar_0.01": rate(float((genuine > np.quantile(impostor, 0.99)).mean()), 600),
+            "tar_0.001": rate(float((genuine > impostor.max()).mean()), 600, resolvable=False),
+            "auc": MeasuredValue(float((genuine[:, None] > impostor).mean()), 0.95, 0.99, 600),
         },
-        "roc": {"far": far.tolist(), "tar": np.maximum.accumulate(tar).tolist()},
-        "histogram": {
-            "edges": edges.tolist(),
-            "genuine": np.histogram(genuine, edges)[0].tolist(),
-            "impostor": np.histogram(impostor, edges)[0].tolist(),
-            "threshold": float(np.quantile(impostor, 0.99)),
+        bins={
+            "fnmr": [
+                rate(0.02 * (5 - skill) * (1 + at), 100 - 20 * at) if at != 3 else MeasuredValue() for at in range(5)
+            ]
         },
-        "bins": {
-            "fnmr": [_rate(0.02 * (5 - SKILL[name]) * (1 + at), 100 - 20 * at) if at != 3 else None for at in range(5)]
-        },
-    }
+        roc=RocCurve(far.tolist(), np.maximum.accumulate(tar).tolist()),
+        histogram=Histogram(
+            edges.tolist(), np.histogram(genuine, edges)[0].tolist(), np.histogram(impostor, edges)[0].tolist(),
+            float(np.quantile(impostor, 0.99)),
+        ),
+    )  # fmt: skip
 
 
-def a_run_of_protocols() -> dict[str, Any]:
-    """Three models; pairs with an age axis, identification with ranks and a search, and groups that have no order."""
+def _identified(skill: float) -> ModelSummary:
+    ranks = list(range(1, 21))
+    return ModelSummary(
+        measures={
+            "rank1": rate(1 - 0.5 / skill, 900),
+            "tpir": rate(0.9 - 0.6 / skill, 900),
+            "slope": MeasuredValue(-0.002 * skill, -0.01, 0.001, 80),
+        },
+        bins={"groups": [rate(1 - 0.4 / skill / (1 + at), 300) for at in range(3)]},
+        cmc=CmcCurve([*ranks], [1 - 0.5 / skill / rank**0.6 for rank in ranks]),
+        search=SearchCurve(np.geomspace(1e-3, 1, 40).tolist(), np.linspace(0.3, 1 - 0.4 / skill, 40).tolist()),
+    )
+
+
+def sample_report() -> Report:
+    """Three models; pairs with an axis of ages, and identification with ranks, a search and groups without an order."""
     rng = np.random.default_rng(0)
-    rank = list(range(1, 21))
-    identified = {
-        name: {
-            "measures": {
-                "rank1": _rate(1 - 0.5 / skill, 900),
-                "tpir": _rate(0.9 - 0.6 / skill, 900),
-                "slope": {"value": -0.002 * skill, "low": -0.01, "high": 0.001, "n": 80},
-            },
-            "cmc": {"rank": rank, "rate": [1 - 0.5 / skill / k**0.6 for k in rank]},
-            "search": {
-                "fpir": np.geomspace(1e-3, 1, 40).tolist(),
-                "tpir": np.linspace(0.3, 1 - 0.4 / skill, 40).tolist(),
-            },
-            "bins": {"groups": [_rate(1 - 0.4 / skill / (1 + at), 300) for at in range(3)]},
-        }
-        for name, skill in SKILL.items()
-    }
-    pairs = {name: _pairs(name, rng) for name in SKILL}
-    names = list(SKILL)
-    return {
-        "format": 1,
-        "title": "Evaluation",
-        "command": "kdlib-faces evaluate --model general.onnx --protocol lfw=pairs.txt",
-        "level": 0.95,
-        "seeds": [0],
-        "data": {"name": "made", "notes": ["12 pairs left out, their images are not in the list."]},
-        "config": {"flip": True},
-        "models": {
-            name: {
-                "role": "student" if name == "student" else "teacher",
-                "label": f"{name}.onnx",
-                "backbone": "ONNX",
-                "parameters": 1_000_000 * (at + 1),
-                "macs": 2e8 * (3 - at),
-                "protocols": {},
-            }
-            for at, name in enumerate(names)
+    differences = [
+        Difference(a, b, key, MeasuredValue(value, value - 0.02, value + 0.015, 600))
+        for a, b, value in (("distilled", "alone", 0.06), ("distilled", "teacher", -0.01), ("alone", "teacher", -0.05))
+        for key in ("accuracy", "tar_0.01", "auc")
+    ]
+    verification = ProtocolSummary(
+        name="lfw",
+        title="LFW pairs",
+        question="Do two images show one identity?",
+        convention={"Threshold": "grid of squared distances, chosen on the other nine folds"},
+        counts={"genuine pairs": 600, "impostor pairs": 19593},
+        notes=["395 pairs left out."],
+        measures={
+            "accuracy": Measure("Accuracy", note="ten folds"),
+            "tar_0.01": Measure("TAR, FAR 1 %"),
+            "tar_0.001": Measure("TAR, FAR 0.1 %"),
+            "auc": Measure("AUC", "auc"),
         },
-        "evaluations": [
-            {
-                "name": "lfw",
-                "title": "LFW pairs",
-                "question": "Do two images show one person?",
-                "convention": {
-                    "Threshold": "grid of squared distances, chosen on the other nine folds",
-                    "Flip": "added",
-                },
-                "counts": {"genuine pairs": 600, "impostor pairs": 600},
-                "notes": ["395 pairs left out."],
-                "measures": {
-                    "accuracy": {"title": "Accuracy", "unit": "rate", "note": "ten folds"},
-                    "tar_0.01": {"title": "TAR, FAR 1 %", "unit": "rate"},
-                    "tar_0.001": {"title": "TAR, FAR 0.1 %", "unit": "rate"},
-                    "auc": {"title": "AUC", "unit": "auc"},
-                },
-                "bins": {
-                    "fnmr": {
-                        "title": "FNMR at FMR 1 %",
-                        "axis": "age gap, years",
-                        "labels": ["0-4", "5-9", "10-19", "20-29", "30+"],
-                        "at": [2, 7, 15, 25, 35],
-                        "counts": [100, 80, 60, 0, 20],
-                    }
-                },
-                "models": pairs,
-                "differences": [
-                    {
-                        "a": a,
-                        "b": b,
-                        "measure": key,
-                        "difference": {"value": d, "low": d - 0.02, "high": d + 0.015, "n": 600},
-                    }
-                    for a, b, d in (
-                        ("general", "second", 0.01),
-                        ("general", "student", 0.06),
-                        ("second", "student", 0.05),
-                    )
-                    for key in ("accuracy", "tar_0.01", "auc")
-                ],
-                "difference_rule": "Paired bootstrap over identities, 500 resamples.",
-                "scores": {"general": "scores/lfw-general.csv"},
-            },
-            {
-                "name": "ijbc",
-                "title": "IJB-C 1:N",
-                "question": "Who is it, among the people of a gallery?",
-                "convention": {"Pooling": "mean of a medium, sum over media", "Norm": "kept"},
-                "counts": {"probe templates": 19593},
-                "measures": {
-                    "rank1": {"title": "Rank-1", "unit": "rate"},
-                    "tpir": {"title": "TPIR, FPIR 1 %", "unit": "rate"},
-                    "slope": {"title": "Slope of the genuine score", "unit": "score", "note": "a year"},
-                },
-                "bins": {
-                    "groups": {
-                        "title": "Rank-1",
-                        "labels": ["adult-adult", "adult-young", "young-young"],
-                        "counts": [9, 8, 7],
-                    }
-                },
-                "models": identified,
-            },
-        ],
-    }
+        bins={
+            "fnmr": Bins(
+                "FNMR at FMR 1 %", ["0-4", "5-9", "10-19", "20-29", "30+"], "age gap, years",
+                [2, 7, 15, 25, 35], [100, 80, 60, 0, 20],
+            )
+        },
+        models={name: _pairs(skill, rng) for name, skill in SKILL.items()},
+        differences=differences,
+        difference_rule="Paired bootstrap over identities, 500 resamples.",
+        scores={"distilled": "scores/lfw-distilled.csv"},
+    )  # fmt: skip
+    identification = ProtocolSummary(
+        name="ijbc",
+        title="IJB-C 1:N",
+        convention={"Pooling": "mean of a medium, sum over media"},
+        measures={
+            "rank1": Measure("Rank-1"),
+            "tpir": Measure("TPIR, FPIR 1 %"),
+            "slope": Measure("Slope of the genuine score", "score", "per year", "none"),
+        },
+        bins={"groups": Bins("Rank-1", ["adult-adult", "adult-young", "young-young"], counts=[9, 8, 7])},
+        models={name: _identified(skill) for name, skill in SKILL.items()},
+    )
+    steps = [float(step) for step in range(0, 600, 5)]
+    losses: list[float | None] = [20 * float(np.exp(-step / 140)) + 1 for step in steps]
+    return Report(
+        title="Distillation of a light student",
+        models={
+            name: ModelEntry(
+                role="teacher" if name == "teacher" else "student",
+                label=f"{name}.onnx",
+                backbone="MobileFaceNet",
+                input_size=112,
+                parameters=24_000_000 if name == "teacher" else 1_003_136,
+                macs=2.6e9 if name == "teacher" else 2.2e8,
+                latency_ms=8.42,
+                train_seconds=47.2,
+                train_steps=600,
+            )
+            for name in SKILL
+        },
+        command="kdlib-faces demo --output runs/demo",
+        created="2026-03-01T12:00:00+00:00",
+        version="0.1.0",
+        seeds=[0],
+        config={"student": {"lr": 0.05, "fars": [0.01, 0.001]}},
+        environment={"torch": "2.6.0"},
+        data=DataSummary("SyntheticFaces", True, 6000, 500, 600, 60, ["12 pairs left out."]),
+        evaluations=[verification, identification],
+        pair=StudentPair("distilled", "alone"),
+        training={
+            "alone": TrainingCurve(steps, losses),
+            "distilled": TrainingCurve(steps, losses, {"identity": losses, "embedding": losses}),
+        },
+        weights={"embedding": {"general": 0.41, "age": 0.59}},
+    )

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import io
+import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
 
 from kdlib_faces.backbones import MobileFaceNet, save_backbone
+from kdlib_faces.commands import evaluate
+from kdlib_faces.commands.evaluate import EvaluateConfig
 from kdlib_faces.data.formats.bin import save_bin
 from tests.faces.matlab_file import Grid, Record, Writer
 
@@ -118,9 +122,9 @@ def fgnet(root: Path, name: str = "fgnet") -> str:
 
 
 def megaface(root: Path) -> str:
-    for stranger in range(25):
-        put_face(root / f"strangers/{stranger:03d}.png", stranger % 30, 50 + stranger)
-    return f"{fgnet(root, 'megaface_fgnet')},distractors={root / 'strangers'},far=0.02"
+    for number in range(25):
+        put_face(root / f"others/{number:03d}.png", number % 30, 50 + number)
+    return f"{fgnet(root, 'megaface_fgnet')},distractors={root / 'others'},far=0.02"
 
 
 def ijbc(root: Path) -> str:
@@ -191,3 +195,9 @@ def every_protocol(root: Path) -> list[str]:
         fgnet(root), megaface(root), ijbc(root), f"age_gap={ages}", f"age_errors={ages}", f"longitudinal={ages}",
         f"age_group={groups}", f"between_groups={groups}", f"leave_one_out={groups}",
     ]  # fmt: skip
+
+
+def run_evaluate(config: EvaluateConfig, *, output: Path, **options: Any) -> Any:
+    """Run the `evaluate` command and read its report.json."""
+    evaluate.run(config, output=output, **options)
+    return json.loads((output / "report.json").read_text(encoding="utf-8"))

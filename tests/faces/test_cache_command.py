@@ -1,4 +1,4 @@
-"""`kdlib-faces cache`: built by the command, checked by the command, and what the student sees is what the teacher saw."""
+"""`kdlib-faces cache`: build, info and verify, and identical views for student and teacher."""
 
 import json
 import shutil
@@ -24,7 +24,7 @@ COUNT = 10
 
 
 @pytest.fixture(scope="module")
-def material(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def faces_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("cache")
     rows = ["path,identity"]
     for number in range(COUNT):
@@ -42,21 +42,21 @@ def run(*words: object) -> int:
     return main([str(word) for word in words])
 
 
-def build(material: Path, output: Path, *more: object) -> list[object]:
-    faces, teacher = material / "faces.csv", material / "teacher.pt"
+def build(faces_folder: Path, output: Path, *more: object) -> list[object]:
+    faces, teacher = faces_folder / "faces.csv", faces_folder / "teacher.pt"
     return ["cache", "build", "--quiet", "--faces", faces, "--teacher", teacher, "--output", output, *more]
 
 
 def fails(capsys: pytest.CaptureFixture[str], *words: object) -> str:
     assert run(*words) == 2
-    said = capsys.readouterr().err.strip().splitlines()
-    assert said[-1].startswith("kdlib-faces: error: ")
-    assert "Traceback" not in "\n".join(said)
-    return said[-1]
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert lines[-1].startswith("kdlib-faces: error: ")
+    assert "Traceback" not in "\n".join(lines)
+    return lines[-1]
 
 
-def adapter(material: Path, **taps: str) -> TeacherAdapter:
-    network = load_backbone(material / "teacher.pt")
+def adapter(faces_folder: Path, **taps: str) -> TeacherAdapter:
+    network = load_backbone(faces_folder / "teacher.pt")
     return TeacherAdapter(network, {"embedding": OUTPUT, **taps})
 
 
@@ -65,18 +65,18 @@ def contents(path: Path) -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize("dtype", ["float16", "int8", "float32"])
-def test_a_cache_holds_what_the_teacher_says_of_both_views(material: Path, tmp_path: Path, capsys, dtype: str) -> None:
-    tap = load_backbone(material / "teacher.pt").stages[-1]
-    assert run(*build(material, tmp_path / "c", "--dtype", dtype, "--tap", tap, "--set", "batch_size=4")) == 0
-    shown = capsys.readouterr().out
-    assert f"complete, {2 * COUNT} rows" in shown
-    assert "plain and mirrored" in shown
-    assert "1 - cos" in shown
+def test_a_cache_contains_the_outputs_for_both_views(faces_folder: Path, tmp_path: Path, capsys, dtype: str) -> None:
+    tap = load_backbone(faces_folder / "teacher.pt").stages[-1]
+    assert run(*build(faces_folder, tmp_path / "c", "--dtype", dtype, "--tap", tap, "--set", "batch_size=4")) == 0
+    output = capsys.readouterr().out
+    assert f"complete, {2 * COUNT} rows" in output
+    assert "plain and mirrored" in output
+    assert "1 - cos" in output
     cache = TeacherCache.open(tmp_path / "c")
-    images = load_images(read_faces(material / "faces.csv"), 32)
+    images = load_images(read_faces(faces_folder / "faces.csv"), 32)
     images = images.float().sub(127.5).div(127.5)
     for view in (0, 1):
-        wanted = adapter(material, map=tap)(images.flip(3) if view else images)
+        wanted = adapter(faces_folder, map=tap)(images.flip(3) if view else images)
         held = cache.read(range(COUNT), view)
         assert set(held) == {"embedding", "map"}
         for name, x in held.items():
@@ -84,30 +84,30 @@ def test_a_cache_holds_what_the_teacher_says_of_both_views(material: Path, tmp_p
             precision = {"float16": 1e-3, "int8": 1e-2, "float32": 1e-5}[dtype]
             torch.testing.assert_close(x, wanted[name], rtol=1e-5, atol=float(precision * largest))
     assert run("cache", "info", tmp_path / "c") == 0
-    assert capsys.readouterr().out == shown
+    assert capsys.readouterr().out == output
     assert run("cache", "verify", "--quiet", tmp_path / "c") == 0
     assert capsys.readouterr().out.startswith(
-        f"good: {2 * COUNT} rows in 1 files have their checksums and are finite\n"
+        f"good: {2 * COUNT} rows in 1 files have correct checksums and finite values\n"
     )
-    faces, teacher = material / "faces.csv", material / "teacher.pt"
+    faces, teacher = faces_folder / "faces.csv", faces_folder / "teacher.pt"
     assert run("cache", "verify", "--quiet", tmp_path / "c", "--faces", faces, "--teacher", teacher, "--rows", 7) == 0
-    assert "; 7 rows computed again, 1 - cos at most" in capsys.readouterr().out
+    assert "; 7 rows recomputed, maximum 1 - cos" in capsys.readouterr().out
 
 
-def test_several_workers_and_one_give_the_same_bytes(material: Path, tmp_path: Path) -> None:
+def test_several_workers_and_one_give_the_same_bytes(faces_folder: Path, tmp_path: Path) -> None:
     batches = ["--set", "batch_size=1", "--threads", "1"]
-    assert run(*build(material, tmp_path / "one", *batches)) == 0
-    assert run(*build(material, tmp_path / "two", *batches, "--workers", "2")) == 0
+    assert run(*build(faces_folder, tmp_path / "one", *batches)) == 0
+    assert run(*build(faces_folder, tmp_path / "two", *batches, "--workers", "2")) == 0
     assert contents(tmp_path / "one") == contents(tmp_path / "two")
     # The same command on a complete cache reads it and computes nothing.
     before = (tmp_path / "one" / "shard-00000.bin").stat().st_mtime_ns
-    assert run(*build(material, tmp_path / "one", *batches)) == 0
+    assert run(*build(faces_folder, tmp_path / "one", *batches)) == 0
     assert (tmp_path / "one" / "shard-00000.bin").stat().st_mtime_ns == before
 
 
-def test_an_interrupted_command_goes_on(material: Path, tmp_path: Path, capsys, monkeypatch) -> None:
+def test_an_interrupted_build_resumes(faces_folder: Path, tmp_path: Path, capsys, monkeypatch) -> None:
     options = ["--set", "batch_size=2", "--threads", "1"]
-    assert run(*build(material, tmp_path / "whole", *options)) == 0
+    assert run(*build(faces_folder, tmp_path / "whole", *options)) == 0
     seen = []
 
     def stops(paths, size, **options):
@@ -118,144 +118,150 @@ def test_an_interrupted_command_goes_on(material: Path, tmp_path: Path, capsys, 
 
     with monkeypatch.context() as patch:
         patch.setattr("kdlib_faces.caching.source.load_images", stops)
-        assert run(*build(material, tmp_path / "part", *options)) == 130
+        assert run(*build(faces_folder, tmp_path / "part", *options)) == 130
     capsys.readouterr()
     assert run("cache", "info", tmp_path / "part") == 0
-    shown = capsys.readouterr().out
-    assert f" of {2 * COUNT} rows; the same build completes it" in shown
+    output = capsys.readouterr().out
+    assert f" of {2 * COUNT} rows; run the same build again to complete it" in output
     assert f"of {2 * COUNT} rows; run the same build again" in fails(capsys, "cache", "verify", tmp_path / "part")
-    assert run(*build(material, tmp_path / "part", *options)) == 0
+    assert run(*build(faces_folder, tmp_path / "part", *options)) == 0
     assert contents(tmp_path / "part") == contents(tmp_path / "whole")
 
 
-def test_an_onnx_teacher(tmp_path: Path, material: Path, capsys) -> None:
+def test_an_onnx_teacher(tmp_path: Path, faces_folder: Path, capsys) -> None:
     pytest.importorskip("onnxruntime")
     pytest.importorskip("onnx")
     from kdlib_faces.teachers import OnnxTeacher
     from tests.faces.tiny_graph import tiny_graph
 
     graph = tiny_graph(tmp_path / "net.onnx")
-    words = build(material, tmp_path / "c", "--tap", "grid=middle", "--views", 1)
-    words[words.index(material / "teacher.pt")] = graph
+    words = build(faces_folder, tmp_path / "c", "--tap", "grid=middle", "--views", 1)
+    words[words.index(faces_folder / "teacher.pt")] = graph
     assert run(*words) == 0
-    images = load_images(read_faces(material / "faces.csv"), 112).float().sub(127.5).div(127.5)
+    images = load_images(read_faces(faces_folder / "faces.csv"), 112).float().sub(127.5).div(127.5)
     wanted = OnnxTeacher(graph, {"embedding": None, "grid": "middle"})(images)
     held = TeacherCache.open(tmp_path / "c").read(range(COUNT))
     for name, x in held.items():
         torch.testing.assert_close(x, wanted[name], rtol=2e-3, atol=2e-3)
     assert "views           1: plain\n" in capsys.readouterr().out
     other = tiny_graph(tmp_path / "other.onnx", seed=1)
-    verify = ["cache", "verify", "--quiet", tmp_path / "c", "--faces", material / "faces.csv", "--teacher"]
+    verify = ["cache", "verify", "--quiet", tmp_path / "c", "--faces", faces_folder / "faces.csv", "--teacher"]
     assert run(*verify, graph) == 0
-    assert "what differs is the teacher (weights, code or taps); its" in fails(capsys, *verify, other)
+    assert "the difference is the teacher (weights, code or taps); its" in fails(capsys, *verify, other)
 
 
-def test_what_differs_is_said(material: Path, tmp_path: Path, capsys) -> None:
-    moved = tmp_path / "moved" / material.name
-    shutil.copytree(material, moved)
-    assert run(*build(material, tmp_path / "c")) == 0
+def test_what_differs_is_lines(faces_folder: Path, tmp_path: Path, capsys) -> None:
+    moved = tmp_path / "moved" / faces_folder.name
+    shutil.copytree(faces_folder, moved)
+    assert run(*build(faces_folder, tmp_path / "c")) == 0
     # A list may lie elsewhere, as long as it is the same list.
     assert run(*build(moved, tmp_path / "c")) == 0
     lines = (moved / "faces.csv").read_text().splitlines()
     (moved / "faces.csv").write_text("\n".join([lines[0], lines[2], lines[1], *lines[3:]]) + "\n")
-    assert "what differs is the data; its fingerprint" in fails(capsys, *build(moved, tmp_path / "c"))
+    assert "the difference is the data; its fingerprint" in fails(capsys, *build(moved, tmp_path / "c"))
     (moved / "faces.csv").write_text("\n".join(lines) + "\n")
     shutil.copy(moved / "2.png", moved / "3.png")
-    assert "what differs is the data; its fingerprint" in fails(capsys, *build(moved, tmp_path / "c"))
+    assert "the difference is the data; its fingerprint" in fails(capsys, *build(moved, tmp_path / "c"))
     network = build_backbone("mobilefacenet", seed=1, embedding_dim=16, width=0.25, input_size=32)
-    shutil.copytree(material, tmp_path / "others")
+    shutil.copytree(faces_folder, tmp_path / "others")
     save_backbone(network, tmp_path / "others" / "teacher.pt")
-    assert "another teacher, preprocessing or data: what differs is the teacher" in fails(
+    assert "another teacher, preprocessing or data: the difference is the teacher" in fails(
         capsys, *build(tmp_path / "others", tmp_path / "c")
     )
-    assert "its views is 2, asked for is 1" in fails(capsys, *build(material, tmp_path / "c", "--views", 1))
-    assert "its dtype is 'float16', asked for is 'int8'" in fails(
-        capsys, *build(material, tmp_path / "c", "--dtype", "int8")
+    assert "its views is 2, expected 1" in fails(capsys, *build(faces_folder, tmp_path / "c", "--views", 1))
+    assert "its dtype is 'float16', expected 'int8'" in fails(
+        capsys, *build(faces_folder, tmp_path / "c", "--dtype", "int8")
     )
     random = ["--set", "augment.rotate=5", "--seed"]
-    assert run(*build(material, tmp_path / "r", *random, 1)) == 0
-    assert "what differs is the data; " in fails(capsys, *build(material, tmp_path / "r", *random, 2))
+    assert run(*build(faces_folder, tmp_path / "r", *random, 1)) == 0
+    assert "the difference is the data; " in fails(capsys, *build(faces_folder, tmp_path / "r", *random, 2))
 
 
-def test_the_student_sees_the_view_whose_output_is_cached(material: Path, tmp_path: Path) -> None:
+def test_the_student_sees_the_view_whose_output_is_cached(faces_folder: Path, tmp_path: Path) -> None:
     """Maps and embeddings from the cache are those of the very images in the batch, whatever is drawn."""
-    tap = load_backbone(material / "teacher.pt").stages[-1]
+    tap = load_backbone(faces_folder / "teacher.pt").stages[-1]
     augmented = ["--set", "augment.mirror=0.5", "--set", "augment.rotate=20", "--set", "augment.low_resolution=0.5",
                  "--set", "augment.erase=0.5", "--set", "augment.brightness=0.2"]  # fmt: skip
-    words = build(material, tmp_path / "c", "--views", 3, "--seed", 4, *augmented, "--tap", tap, "--dtype", "float32")
+    words = build(
+        faces_folder, tmp_path / "c", "--views", 3, "--seed", 4, *augmented, "--tap", tap, "--dtype", "float32"
+    )
     assert run(*words) == 0
     cache = TeacherCache.open(tmp_path / "c")
     views = SeededViews.from_text(cache.notes["views"])
     assert (views.count, views.seed) == (3, 4)
-    faces = read_faces(material / "faces.csv")
+    faces = read_faces(faces_folder / "faces.csv")
     batches = FaceBatches(load_images(faces, 32), faces.identities, views=views, batch_size=5, seed=9)
-    online, cached = adapter(material, map=tap), CachedTeacher(cache)
+    online, cached = adapter(faces_folder, map=tap), CachedTeacher(cache)
     drawn = set()
     for epoch in range(3):
         batches.set_epoch(epoch)
         for inputs, targets in batches:
             drawn |= set(zip(targets["sample"].tolist(), targets["view"].tolist(), strict=True))
-            held, said = cached(targets["sample"], targets["view"]), online(inputs)
+            held, lines = cached(targets["sample"], targets["view"]), online(inputs)
             for name, x in held.items():
-                torch.testing.assert_close(x, said[name], rtol=1e-4, atol=1e-5)
+                torch.testing.assert_close(x, lines[name], rtol=1e-4, atol=1e-5)
     assert len(drawn) > 15
 
 
-def test_mistakes_are_one_line(material: Path, tmp_path: Path, capsys) -> None:
+def test_mistakes_are_one_line(faces_folder: Path, tmp_path: Path, capsys) -> None:
     output = tmp_path / "c"
     assert "there is no cache at" in fails(capsys, "cache", "info", tmp_path)
     assert "there is no cache at" in fails(capsys, "cache", "verify", tmp_path / "none")
     assert "see kdlib-faces cache --help" in fails(capsys, "cache")
     assert "invalid choice: 'make'" in fails(capsys, "cache", "make")
     assert "required: --teacher, --output" in fails(capsys, "cache", "build")
-    words = ["cache", "build", "--teacher", material / "teacher.pt", "--output", output]
+    words = ["cache", "build", "--teacher", faces_folder / "teacher.pt", "--output", output]
     assert "--faces must be given" in fails(capsys, *words)
     assert "teacher no.pt does not exist" in fails(capsys, *words[:2], "--teacher", "no.pt", "--faces",
-                                                   material / "faces.csv", "--output", output)  # fmt: skip
-    assert "no module at path 'layer9'; the nearest are" in fails(capsys, *build(material, output, "--tap", "layer9"))
-    assert "--tap must be FEATURE=NAME" in fails(capsys, *build(material, output, "--tap", "embedding=linear"))
-    assert "views must be 1 (plain) or 2" in fails(capsys, *build(material, output, "--views", 3))
-    assert "views must be a whole number and >= 1" in fails(capsys, *build(material, output, "--views", 0))
-    assert "workers must be a whole number and >= 1" in fails(capsys, *build(material, output, "--workers", 0))
-    assert "invalid choice: 'int4'" in fails(capsys, *build(material, output, "--dtype", "int4"))
+                                                   faces_folder / "faces.csv", "--output", output)  # fmt: skip
+    assert "no module at path 'layer9'; the nearest are" in fails(
+        capsys, *build(faces_folder, output, "--tap", "layer9")
+    )
+    assert "--tap must be FEATURE=NAME" in fails(capsys, *build(faces_folder, output, "--tap", "embedding=linear"))
+    assert "views must be 1 (plain) or 2" in fails(capsys, *build(faces_folder, output, "--views", 3))
+    assert "views must be a whole number and >= 1" in fails(capsys, *build(faces_folder, output, "--views", 0))
+    assert "workers must be a whole number and >= 1" in fails(capsys, *build(faces_folder, output, "--workers", 0))
+    assert "invalid choice: 'int4'" in fails(capsys, *build(faces_folder, output, "--dtype", "int4"))
     assert not output.exists()
     output.write_text("a file")
-    assert "the output must be a folder" in fails(capsys, *build(material, output))
-    with pytest.raises(InputError, match="--faces and --teacher go together"):
+    assert "the output must be a folder" in fails(capsys, *build(faces_folder, output))
+    with pytest.raises(InputError, match="--faces and --teacher must be given together"):
         recipe.verify(tmp_path, faces=["x.csv"])
 
 
-def test_an_image_that_cannot_be_read_is_named_and_the_rest_is_kept(material: Path, tmp_path: Path, capsys) -> None:
+def test_an_image_that_cannot_be_read_is_named_and_the_rest_is_kept(faces_folder: Path, tmp_path: Path, capsys) -> None:
     broken = tmp_path / "broken"
-    shutil.copytree(material, broken)
+    shutil.copytree(faces_folder, broken)
     (broken / "7.png").write_bytes(b"no image")
     assert "7.png: not a readable image" in fails(capsys, *build(broken, tmp_path / "c", "--set", "batch_size=2"))
     header = json.loads((tmp_path / "c" / "header.json").read_text())
     assert header["rows"] >= 4
 
 
-def test_a_header_cannot_steer_the_terminal(material: Path, tmp_path: Path, capsys) -> None:
-    assert run(*build(material, tmp_path / "c")) == 0
+def test_a_header_cannot_steer_the_terminal(faces_folder: Path, tmp_path: Path, capsys) -> None:
+    assert run(*build(faces_folder, tmp_path / "c")) == 0
     header = json.loads((tmp_path / "c" / "header.json").read_text())
     header["notes"] = {"views": "[" * 5000, "x": "\x1b[2J" + "y" * 1000}
     (tmp_path / "c" / "header.json").write_text(json.dumps(header))
     capsys.readouterr()
     assert run("cache", "info", tmp_path / "c") == 0
-    shown = capsys.readouterr().out
-    assert "\x1b" not in shown
-    assert max(map(len, shown.splitlines())) < 500
-    faces, teacher = material / "faces.csv", material / "teacher.pt"
+    output = capsys.readouterr().out
+    assert "\x1b" not in output
+    assert max(map(len, output.splitlines())) < 500
+    faces, teacher = faces_folder / "faces.csv", faces_folder / "teacher.pt"
     line = fails(capsys, "cache", "verify", tmp_path / "c", "--faces", faces, "--teacher", teacher)
-    assert "do not tell how it was made" in line
+    assert "do not describe the build" in line
 
 
-def test_damage_is_found_by_the_command(material: Path, tmp_path: Path, capsys) -> None:
-    assert run(*build(material, tmp_path / "c")) == 0
+def test_damage_is_found_by_the_command(faces_folder: Path, tmp_path: Path, capsys) -> None:
+    assert run(*build(faces_folder, tmp_path / "c")) == 0
     shard = tmp_path / "c" / "shard-00000.bin"
     content = bytearray(shard.read_bytes())
     content[100] ^= 4
     shard.write_bytes(content)
-    assert "shard-00000.bin is damaged: rows 0 to 9 do not have" in fails(capsys, "cache", "verify", tmp_path / "c")
+    assert "shard-00000.bin is damaged: the checksum of rows 0 to 9 does not match" in fails(
+        capsys, "cache", "verify", tmp_path / "c"
+    )
     shard.write_bytes(content[:-1])
     with pytest.raises(CacheError, match="must have"):
         recipe.verify(tmp_path / "c", progress=False)

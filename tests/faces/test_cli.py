@@ -34,7 +34,13 @@ def _fails(capsys: pytest.CaptureFixture[str], *words: object) -> str:
 
 
 def _train(faces: object, output: Path, *more: str) -> list[object]:
-    sizes = ["steps=2", "batch_size=4", "network.input_size=32", "network.width=0.25", "network.embedding_dim=16"]
+    sizes = [
+        "training.steps=2",
+        "training.batch_size=4",
+        "recipe.input_size=32",
+        "recipe.width=0.25",
+        "recipe.embedding_dim=16",
+    ]
     settings = [word for entry in sizes for word in ("--set", entry)]
     return ["train", "--recipe", "student", "--quiet", "--faces", faces, "--output", output, *settings, *more]
 
@@ -56,7 +62,7 @@ def test_a_student_trains_and_its_file_is_inspected_and_evaluated(faces: Path, t
 def test_an_age_teacher_trains_from_groups(faces: Path, tmp_path: Path) -> None:
     words = _train(faces, tmp_path / "run")
     words[words.index("student")] = "age_teacher"
-    assert main([str(word) for word in words]) == 0
+    assert main([str(word).replace("recipe.", "network.") for word in words]) == 0
     assert (tmp_path / "run" / "model.pt").exists()
 
 

@@ -1,4 +1,4 @@
-"""The evaluate recipe and what the command line does around it: embeddings, pairs, taps, interrupts, full disks."""
+"""The `evaluate` command: embeddings, pairs, taps, interruption, full disks."""
 
 import errno
 import json
@@ -13,9 +13,10 @@ from kdlib_faces import cli
 from kdlib_faces._output import staged, swept
 from kdlib_faces.backbones import MobileFaceNet, save_backbone
 from kdlib_faces.data.lists import read_faces
-from kdlib_faces.harness.run import embed, embed_faces, read_embeddings
+from kdlib_faces.harness.embeddings import embed_set, open_model, read_embeddings
+from kdlib_faces.harness.image_sets import images_of_files
 
-PEOPLE, EACH = 6, 4
+IDENTITIES, EACH = 6, 4
 
 
 @pytest.fixture(autouse=True)
@@ -28,20 +29,20 @@ def no_figures(monkeypatch):
 def folder(tmp_path):
     rows = ["path,identity,age"]
     rng = np.random.default_rng(0)
-    for person in range(PEOPLE):
+    for identity in range(IDENTITIES):
         base = rng.integers(0, 256, (8, 8, 3))
         for at in range(1, EACH + 1):
-            name = f"P{person}_{at:04d}.png"
+            name = f"P{identity}_{at:04d}.png"
             noisy = np.clip(base + rng.integers(-20, 21, base.shape), 0, 255).astype(np.uint8)
             Image.fromarray(noisy).resize((32, 32)).save(tmp_path / name)
-            rows.append(f"{name},P{person},{'' if person == 5 else 10 * at}")
+            rows.append(f"{name},P{identity},{'' if identity == 5 else 10 * at}")
     (tmp_path / "faces.csv").write_text("\n".join(rows) + "\n")
-    pairs = [f"P{person} 1 2" for person in range(PEOPLE)] + [
-        f"P{person} 1 P{person - 1} 2" for person in range(1, PEOPLE)
+    pairs = [f"P{identity} 1 2" for identity in range(IDENTITIES)] + [
+        f"P{identity} 1 P{identity - 1} 2" for identity in range(1, IDENTITIES)
     ]
     (tmp_path / "pairs.txt").write_text("\n".join([*pairs, "Q 1 2"]) + "\n")
     rng = np.random.default_rng(1)
-    centers = np.repeat(rng.normal(size=(PEOPLE, 16)), EACH, axis=0)
+    centers = np.repeat(rng.normal(size=(IDENTITIES, 16)), EACH, axis=0)
     np.save(tmp_path / "good.npy", centers + 0.01 * rng.normal(size=centers.shape))
     return tmp_path
 
@@ -63,18 +64,18 @@ def evaluate(folder, *more):
     return ["evaluate", "--faces", folder / "faces.csv", "--output", folder / "out", *fast, *more]
 
 
-def test_embeddings_of_any_framework_are_evaluated(folder):
+def test_embeddings_from_a_file_are_evaluated(folder):
     assert (
         run(*evaluate(folder, "--embeddings", folder / "good.npy", "--pairs", folder / "pairs.txt", "--seed", 7)) == 0
     )
-    told = json.loads((folder / "out/report.json").read_text())
-    assert told["seeds"] == [7]
-    assert told["config"]["replicates"] == 20
-    assert (told["data"]["test_images"], told["data"]["test_identities"]) == (PEOPLE * EACH, PEOPLE)
-    notes = " ".join(told["data"]["notes"])
+    report = json.loads((folder / "out/report.json").read_text())
+    assert report["seeds"] == [7]
+    assert report["config"]["replicates"] == 20
+    assert (report["data"]["test_images"], report["data"]["test_identities"]) == (IDENTITIES * EACH, IDENTITIES)
+    notes = " ".join(report["data"]["notes"])
     assert "20 of 24 images, the others have no known age" in notes
     assert "1 of 12 pairs left out" in notes
-    protocols = told["models"]["good"]["protocols"]
+    protocols = report["models"]["good"]["protocols"]
     assert protocols["leave_one_out"]["rank1"]["value"] == 1.0
     assert protocols["verification"]["accuracy"] == 1.0
     assert [(entry["name"], entry["genuine"]) for entry in protocols["age_gap"]["bins"]] == [("0-14", 15), ("15+", 15)]
@@ -87,7 +88,7 @@ def test_embeddings_of_any_framework_are_evaluated(folder):
     assert not list(folder.glob(".out*"))
 
 
-def test_a_model_file_is_evaluated_with_its_mirror_images(folder):
+def test_a_model_file_is_evaluated_with_mirrored_images(folder):
     torch.manual_seed(0)
     network = MobileFaceNet(embedding_dim=16, width=0.25, input_size=32).eval()
     save_backbone(network, folder / "m.pt")
@@ -95,52 +96,56 @@ def test_a_model_file_is_evaluated_with_its_mirror_images(folder):
     entry = json.loads((folder / "out/report.json").read_text())["models"]["m"]
     assert entry["backbone"] == "MobileFaceNet"
     assert entry["parameters"] == sum(p.numel() for p in network.parameters())
-    faces = read_faces(folder / "faces.csv")
-    whole = embed_faces(network, faces, 32, batch_size=5)
-    assert whole.shape == (24, 16)
-    pixels = torch.from_numpy(np.stack([np.asarray(Image.open(path)) for path in faces.paths])).permute(0, 3, 1, 2)
+    files = read_faces(folder / "faces.csv").paths
+    model = open_model(folder / "m.pt")
+    both, plain = (
+        embed_set(model, images_of_files("x", files), folder / "work", batch_size=5, flip=flip)
+        for flip in (True, False)
+    )
+    pixels = torch.from_numpy(np.stack([np.asarray(Image.open(path)) for path in files])).permute(0, 3, 1, 2)
     with torch.no_grad():
         x = pixels.float() / 127.5 - 1
-        both = network(x) + network(x.flip(-1))
-    np.testing.assert_allclose(whole, torch.nn.functional.normalize(both).numpy(), atol=1e-5)
-    plain = embed(network, pixels, flip=False)
-    assert not np.allclose(plain.numpy(), whole, atol=1e-3)
+        expected = network(x), network(x.flip(-1))
+    for rows, reference in ((both, expected[0] + expected[1]), (plain, expected[0])):
+        unit = rows / np.linalg.norm(rows, axis=1, keepdims=True)
+        np.testing.assert_allclose(unit, torch.nn.functional.normalize(reference).numpy(), atol=1e-5)
 
 
-def test_the_mode_of_a_model_comes_back(folder):
-    network = MobileFaceNet(embedding_dim=16, width=0.25, input_size=32).train()
-    state = {name: value.clone() for name, value in network.state_dict().items()}
-    embed_faces(network, read_faces(folder / "faces.csv"), 32)
-    assert all(module.training for module in network.modules())
-    assert all(torch.equal(value, state[name]) for name, value in network.state_dict().items())
-
-
-def test_groups_decide_where_fewer_images_have_an_age(folder):
+def test_age_groups_are_used_if_fewer_images_have_an_age(folder):
     lines = (folder / "faces.csv").read_text().splitlines()
     rows = [lines[0] + ",age_group"] + [f"{line},{'young' if at % 2 else 'adult'}" for at, line in enumerate(lines[1:])]
     (folder / "faces.csv").write_text("\n".join(rows))
     assert run(*evaluate(folder, "--embeddings", folder / "good.npy")) == 0
-    told = json.loads((folder / "out/report.json").read_text())
-    protocols = told["models"]["good"]["protocols"]
+    report = json.loads((folder / "out/report.json").read_text())
+    protocols = report["models"]["good"]["protocols"]
     assert list(protocols) == ["age_gap", "between_groups", "leave_one_out"]
     bins = protocols["age_gap"]["bins"]
     assert [entry["name"] for entry in bins] == ["adult-adult", "adult-young", "young-young"]
     assert protocols["between_groups"]["groups"] == ["young", "adult"]
 
 
-def test_wrong_embeddings(folder, capsys):
+def test_protocols_use_the_faces_of_the_command(folder):
+    protocols = ["--protocol", "longitudinal", "--protocol", "age_errors"]
+    assert run(*evaluate(folder, "--embeddings", folder / "good.npy", *protocols)) == 0
+    report = json.loads((folder / "out/report.json").read_text())
+    for entry in report["evaluations"]:
+        assert (entry["counts"]["images"], entry["counts"]["identities"]) == (20, 5)
+        assert entry["notes"] == ["20 of 24 images, the others have no known age"]
+
+
+def test_unusable_embeddings_are_reported(folder, capsys):
     good = np.load(folder / "good.npy")
     bad = folder / "bad.npy"
     holes = good.copy()
     holes[3, 2] = np.nan
-    for array, said in (
+    for array, message in (
         (good[:5], "one row for each of the 24 images, got 5"),
         (holes, "must be finite, row 3 is not"),
         (good[0], r"must be \(n, d\) numbers"),
         (np.array([{"a": 1}] * 24, dtype=object), "not a .npy file of numbers"),
     ):
         np.save(bad, array, allow_pickle=True)
-        assert re.search(said, fails(capsys, *evaluate(folder, "--embeddings", bad)))
+        assert re.search(message, fails(capsys, *evaluate(folder, "--embeddings", bad)))
     bad.write_bytes(b"\x93NUMPY")
     assert "not a .npy file" in fails(capsys, *evaluate(folder, "--embeddings", bad))
     assert "embeddings not found" in fails(capsys, *evaluate(folder, "--embeddings", folder / "no.npy"))
@@ -195,12 +200,12 @@ def test_interrupts_bugs_and_debug(folder, capsys, monkeypatch):
         run(*words, "--debug")
 
 
-def test_wrong_words_are_one_line(capsys):
+def test_wrong_arguments_are_reported_in_one_line(capsys):
     for words in (["dance"], ["evaluate", "--seed", "x"], ["report"]):
         assert fails(capsys, *words).endswith("--help")
 
 
-def test_outputs_that_cannot_be_made(folder, capsys):
+def test_outputs_that_cannot_be_created(folder, capsys):
     words = [word if word != folder / "out" else folder / "faces.csv" for word in evaluate(folder)]
     assert "the output must be a folder" in fails(capsys, *words, "--embeddings", folder / "good.npy")
     words = [word if word != folder / "out" else folder / "faces.csv/x" for word in evaluate(folder)]

@@ -1,4 +1,4 @@
-"""Embeddings that `evaluate` makes and is given: kept as they are made, found again, named where they are wrong."""
+"""Embeddings of the `evaluate` command: kept during the run, reused, read from files."""
 
 import subprocess
 import sys
@@ -11,51 +11,60 @@ import torch
 
 from kdlib_faces import cli
 from kdlib_faces._checks import InputError
+from kdlib_faces.commands import evaluate
+from kdlib_faces.evaluation import embed_images
 from kdlib_faces.harness import embeddings as embedding
-from kdlib_faces.harness import run as evaluate
-from kdlib_faces.harness.image_sets import ImageSet, images_of_files
+from kdlib_faces.harness.image_sets import ImageSet, images_of_files, images_of_tensor
 from tests.faces import set_files
-from tests.faces.set_files import network
+from tests.faces.set_files import network, run_evaluate
 
-FAST = evaluate.EvaluateConfig(replicates=30, worst=2, batch_size=16, fars=(0.1, 0.001))
+FAST = evaluate.EvaluateConfig(replicates=30, num_failures=2, batch_size=16, fars=(0.1, 0.001))
 
 
-@pytest.fixture
+@pytest.fixture(autouse=True)
 def no_figures(monkeypatch):
-    """Drawing is tested elsewhere, and takes most of the time."""
+    """Figures are tested elsewhere and take most of the time."""
     monkeypatch.setattr("kdlib_faces.report.files._jobs", lambda view: {})
 
 
-def test_a_killed_run_goes_on_where_it_was(tmp_path, monkeypatch, no_figures):
+@pytest.fixture
+def counts(monkeypatch):
+    """Sizes of the batches that are embedded."""
+    real, sizes = embedding.embed_batch, []
+
+    def counted(module, images, **options):
+        sizes.append(len(images))
+        return real(module, images, **options)
+
+    monkeypatch.setattr(embedding, "embed_batch", counted)
+    return sizes
+
+
+def test_an_interrupted_run_continues(tmp_path, monkeypatch, counts):
     model, text = network(tmp_path / "m.pt", 0), f"leave_one_out={set_files.grouped(tmp_path)}"
-    config = evaluate.EvaluateConfig(replicates=10, worst=0, batch_size=4)
+    config = evaluate.EvaluateConfig(replicates=10, num_failures=0, batch_size=4)
     monkeypatch.setattr(embedding, "KEPT_EVERY", 4)
-    real, counts = embedding.embed_batch, []
+    counted = embedding.embed_batch
 
     def stops(module, images, **options):
         if len(counts) == 2:
             raise KeyboardInterrupt
-        counts.append(len(images))
-        return real(module, images, **options)
+        return counted(module, images, **options)
 
     monkeypatch.setattr(embedding, "embed_batch", stops)
     with pytest.raises(KeyboardInterrupt):
-        evaluate.run(config, output=tmp_path / "out", models=[model], protocols=[text])
+        run_evaluate(config, output=tmp_path / "out", models=[model], protocols=[text])
+    monkeypatch.setattr(embedding, "embed_batch", counted)
     assert sorted(path.suffix for path in (tmp_path / "out/work").iterdir()) == [".json", ".part"]
     assert not (tmp_path / "out/report.json").exists()
     counts.clear()
-    monkeypatch.setattr(
-        embedding,
-        "embed_batch",
-        lambda module, images, **more: (counts.append(len(images)), real(module, images, **more))[1],
-    )
-    evaluate.run(config, output=tmp_path / "out", models=[model], protocols=[text])
+    run_evaluate(config, output=tmp_path / "out", models=[model], protocols=[text])
     assert counts == [4, 3]
-    (made,) = (tmp_path / "out/work").iterdir()
-    evaluate.run(config, output=tmp_path / "whole", models=[model], protocols=[text])
+    (resumed,) = (tmp_path / "out/work").iterdir()
+    run_evaluate(config, output=tmp_path / "whole", models=[model], protocols=[text])
     (straight,) = (tmp_path / "whole/work").iterdir()
-    assert made.read_bytes() == straight.read_bytes()
-    assert made.name == straight.name
+    assert resumed.read_bytes() == straight.read_bytes()
+    assert resumed.name == straight.name
 
 
 _SLOW = """
@@ -71,7 +80,7 @@ sys.exit(cli.main(sys.argv[1:]))
 """
 
 
-def test_a_run_that_the_system_killed_goes_on(tmp_path, monkeypatch, no_figures):
+def test_a_run_ended_by_sigkill_continues(tmp_path, counts):
     model, text = network(tmp_path / "m.pt", 0), f"leave_one_out={set_files.grouped(tmp_path)}"
     words = ["evaluate", "--model", model, "--protocol", text, "--set", "batch_size=4", "--set", "replicates=10"]
     words = [str(word) for word in [*words, "--quiet", "--output", tmp_path / "out"]]
@@ -83,21 +92,15 @@ def test_a_run_that_the_system_killed_goes_on(tmp_path, monkeypatch, no_figures)
     assert process.wait(20) == -9, process.stderr.read()
     process.stderr.close()
     assert not (tmp_path / "out/report.json").exists()
-    counts, real = [], embedding.embed_batch
-    monkeypatch.setattr(
-        embedding,
-        "embed_batch",
-        lambda module, images, **more: (counts.append(len(images)), real(module, images, **more))[1],
-    )
     assert cli.main(words) == 0
     assert 0 < sum(counts) < 15
-    (made,) = (tmp_path / "out/work").iterdir()
+    (resumed,) = (tmp_path / "out/work").iterdir()
     assert cli.main([*words[:-1], str(tmp_path / "whole")]) == 0
     (straight,) = (tmp_path / "whole/work").iterdir()
-    np.testing.assert_allclose(np.load(made), np.load(straight), atol=1e-6)
+    np.testing.assert_allclose(np.load(resumed), np.load(straight), atol=1e-6)
 
 
-def test_a_part_that_is_damaged_is_made_anew(tmp_path, monkeypatch):
+def test_a_damaged_part_file_is_replaced(tmp_path, monkeypatch):
     files = [set_files.put_face(tmp_path / f"{number}.png", number, 0) for number in range(6)]
     images, model = images_of_files("six", files), embedding.open_model(network(tmp_path / "m.pt", 0))
     whole = np.array(embedding.embed_set(model, images, tmp_path / "a"))
@@ -112,7 +115,7 @@ def test_a_part_that_is_damaged_is_made_anew(tmp_path, monkeypatch):
         assert [path.name for path in folder.iterdir()] == [name]
 
 
-def test_what_the_embeddings_depend_on_changes_their_name(tmp_path):
+def test_the_file_name_depends_on_model_settings_and_images(tmp_path):
     files = [set_files.put_face(tmp_path / f"{number}.png", number, 0) for number in range(3)]
     models = [embedding.open_model(network(tmp_path / f"{seed}.pt", seed)) for seed in (0, 1)]
     folder = tmp_path / "work"
@@ -127,34 +130,25 @@ def test_what_the_embeddings_depend_on_changes_their_name(tmp_path):
     assert len(list(folder.iterdir())) == 5
 
 
-def test_templates_get_embeddings_whose_length_is_kept(tmp_path):
+def test_kept_embeddings_are_not_normalized(tmp_path):
     files = [set_files.put_face(tmp_path / f"{number}.png", number, 0) for number in range(3)]
-    model = embedding.open_model(network(tmp_path / "m.pt", 0))
-    kept = embedding.embed_set(model, images_of_files("x", files), tmp_path)
+    images, model = images_of_files("x", files), embedding.open_model(network(tmp_path / "m.pt", 0))
+    kept = embedding.embed_set(model, images, tmp_path)
     assert not np.allclose(np.linalg.norm(kept, axis=1), 1, atol=1e-3)
-    unit = embedding.embed(model.module, images_of_files("x", files).decode(range(3), 32)).numpy()
+    unit = embed_images(model.module, images.decode(range(3), 32))
     np.testing.assert_allclose(kept / np.linalg.norm(kept, axis=1, keepdims=True), unit, atol=1e-6)
 
 
-def test_the_input_spec_of_a_model_is_respected():
-    spec_calls = []
-
-    class Model(torch.nn.Module):
-        def input_spec(self, images):
-            spec_calls.append(images.shape)
-            return images.flip(1) * 2
-
-        def forward(self, images):
-            return images.flatten(1)
-
-    pixels = torch.randint(0, 256, (5, 3, 4, 4), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    found = embedding.embed(Model(), pixels, batch_size=2, flip=False, normalize=False)
-    torch.testing.assert_close(found, ((pixels.float() / 127.5 - 1).flip(1) * 2).flatten(1))
-    assert len(spec_calls) == 3
+def test_images_in_memory_are_an_image_set():
+    pixels = torch.randint(0, 256, (2, 3, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    images = images_of_tensor("test", pixels, ["a", "b"])
+    assert torch.equal(images.decode([1, 0], 8), pixels[[1, 0]])
+    assert (images.count, images.label(1), images.picture(0, 16).shape) == (2, "b", (16, 16, 3))
+    assert images.fingerprint != images_of_tensor("test", pixels + 1).fingerprint
 
 
 @pytest.mark.parametrize(("value", "what"), [(np.nan, "NaN or infinity"), (0.0, "zero")])
-def test_a_model_that_gives_no_direction_is_named_with_its_image(tmp_path, monkeypatch, value, what):
+def test_an_unusable_embedding_of_a_model_is_reported_with_its_image(tmp_path, monkeypatch, value, what):
     model = network(tmp_path / "m.pt", 0)
 
     def third(module, images, **_):
@@ -163,21 +157,21 @@ def test_a_model_that_gives_no_direction_is_named_with_its_image(tmp_path, monke
         return rows
 
     monkeypatch.setattr(embedding, "embed_batch", third)
-    with pytest.raises(InputError, match=rf"m\.pt: the model gives {what} for 0_2\.png of grouped"):
-        evaluate.run(
+    with pytest.raises(InputError, match=rf"m\.pt: the model returns {what} for 0_2\.png of grouped"):
+        run_evaluate(
             FAST, output=tmp_path / "out", models=[model], protocols=[f"leave_one_out={set_files.grouped(tmp_path)}"]
         )
     assert not (tmp_path / "out/report.json").exists()
 
 
 @pytest.mark.parametrize(("value", "what"), [(np.nan, "finite"), (0.0, "non-zero in every row")])
-def test_a_row_without_direction_names_its_file(tmp_path, value, what):
+def test_an_unusable_row_of_a_file_is_reported(tmp_path, value, what):
     rows = np.ones((15, 4))
     rows[11] = value
     np.save(tmp_path / "good.npy", np.ones((15, 4)))
     np.save(tmp_path / "bad.npy", rows)
     with pytest.raises(InputError, match=rf"bad\.npy: embeddings must be {what}, row 11 is not"):
-        evaluate.run(
+        run_evaluate(
             FAST, output=tmp_path / "out", embeddings=[tmp_path / "good.npy", tmp_path / "bad.npy"],
             protocols=[f"leave_one_out={set_files.grouped(tmp_path)}"],
         )  # fmt: skip
@@ -203,41 +197,41 @@ def test_memory_of_the_command_does_not_grow_with_the_set(tmp_path):
     assert large < small + 60_000 < 640 * 3 * 32 * 32
 
 
-def test_embeddings_of_several_sets_lie_in_a_folder(tmp_path, no_figures):
+def test_embeddings_of_several_sets_from_a_folder(tmp_path):
     given, rng = tmp_path / "mine", np.random.default_rng(0)
     given.mkdir()
-    people = np.repeat(rng.normal(size=(5, 8)), 3, axis=0)
-    np.save(given / "grouped.npy", people + 0.01 * rng.normal(size=people.shape))
+    centers = np.repeat(rng.normal(size=(5, 8)), 3, axis=0)
+    np.save(given / "grouped.npy", centers + 0.01 * rng.normal(size=centers.shape))
     np.save(given / "calfw.npy", rng.normal(size=(8, 8)).astype(np.float16))
     text = set_files.two_lines(tmp_path, "calfw").replace(f",images={tmp_path / 'calfw'}", "")
     protocols = [f"leave_one_out={set_files.grouped(tmp_path)}", text]
-    told = evaluate.run(FAST, output=tmp_path / "out", embeddings=[given], protocols=protocols)
-    entries = {entry["name"]: entry for entry in told["evaluations"]}
+    report = run_evaluate(FAST, output=tmp_path / "out", embeddings=[given], protocols=protocols)
+    entries = {entry["name"]: entry for entry in report["evaluations"]}
     assert entries["leave_one_out"]["models"]["mine"]["measures"]["rank1"]["value"] == 1.0
     assert entries["calfw"]["counts"]["images"] == 8
-    assert entries["calfw"]["pictures"] == []
+    assert "pictures" not in entries["calfw"]
     assert not (tmp_path / "out/work").exists()
 
 
-def test_files_of_one_name_are_told_apart(tmp_path, no_figures):
+def test_files_of_the_same_name_get_different_names(tmp_path):
     rng = np.random.default_rng(0)
     files = [tmp_path / folder / "same.npy" for folder in ("a", "b", "b")]
     for file in files:
         file.parent.mkdir(exist_ok=True)
         np.save(file, rng.normal(size=(15, 4)))
-    told = evaluate.run(
+    report = run_evaluate(
         FAST, output=tmp_path / "out", embeddings=files, protocols=[f"leave_one_out={set_files.grouped(tmp_path)}"]
     )
-    assert {name: model["label"] for name, model in told["models"].items()} == {
+    assert {name: model["label"] for name, model in report["models"].items()} == {
         name: name for name in ("same", "b/same", "same (3)")
     }
-    assert len(told["evaluations"][0]["differences"]) == 6
+    assert len(report["evaluations"][0]["differences"]) == 6
 
 
-def test_two_sets_of_one_name_never_share_embeddings(tmp_path):
+def test_two_different_sets_of_the_same_name_are_refused(tmp_path):
     first, second = tmp_path / "a", tmp_path / "b"
     protocols = [set_files.fgnet(first), set_files.fgnet(second)]
     set_files.put_face(second / "fgnet/001A03.JPG", 9, 9)
     with pytest.raises(InputError, match="two sets of different images are called 'fgnet'"):
-        evaluate.run(FAST, output=tmp_path / "out", models=[network(tmp_path / "m.pt", 0)], protocols=protocols)
+        run_evaluate(FAST, output=tmp_path / "out", models=[network(tmp_path / "m.pt", 0)], protocols=protocols)
     assert not (tmp_path / "out").exists()

@@ -1,4 +1,4 @@
-"""`evaluate --protocol`: every set in its published layout, several models at once, runs that are killed, bad input."""
+"""`evaluate --protocol`: every set in its published layout, two models at once, bad input."""
 
 import csv
 import json
@@ -9,20 +9,20 @@ import pytest
 
 from kdlib_faces import cli
 from kdlib_faces._checks import InputError
+from kdlib_faces.commands import evaluate
 from kdlib_faces.evaluation import PairProtocol, leave_one_out, tar_at_far
 from kdlib_faces.harness import embeddings as embedding
-from kdlib_faces.harness import run as evaluate
 from kdlib_faces.harness.registry import PROTOCOLS, listing
 from kdlib_faces.harness.tasks import parse_protocol
 from tests.faces import set_files
-from tests.faces.set_files import network
+from tests.faces.set_files import network, run_evaluate
 
-FAST = evaluate.EvaluateConfig(replicates=30, worst=2, batch_size=16, fars=(0.1, 0.001))
+FAST = evaluate.EvaluateConfig(replicates=30, num_failures=2, batch_size=16, fars=(0.1, 0.001))
 
 
 @pytest.fixture
 def no_figures(monkeypatch):
-    """Drawing is tested elsewhere, and takes most of the time."""
+    """Figures are tested elsewhere and take most of the time."""
     monkeypatch.setattr("kdlib_faces.report.files._jobs", lambda view: {})
 
 
@@ -34,15 +34,15 @@ def whole(tmp_path_factory):
     protocols = set_files.every_protocol(root)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("kdlib_faces.report.files._jobs", lambda view: {})
-        evaluate.run(FAST, output=root / "out", models=models, protocols=protocols, scores=True)
+        run_evaluate(FAST, output=root / "out", models=models, protocols=protocols, scores=True)
     return root, protocols, json.loads((root / "out/report.json").read_text())
 
 
-def test_every_protocol_gives_numbers_of_both_models(whole):
-    _, protocols, told = whole
+def test_every_protocol_has_figures_of_both_models(whole):
+    _, protocols, report = whole
     names = [each.split("=")[0] for each in protocols]
     assert set(names) | {"pairs", "ijbb"} == set(PROTOCOLS)
-    found = {entry["name"]: entry for entry in told["evaluations"]}
+    found = {entry["name"]: entry for entry in report["evaluations"]}
     assert list(found) == [name for each in names for name in ([each, "ijbc_1n"] if each == "ijbc" else [each])]
     for name, entry in found.items():
         assert list(entry["models"]) == ["one", "two"], name
@@ -51,13 +51,13 @@ def test_every_protocol_gives_numbers_of_both_models(whole):
             assert model["measures"].keys() == entry["measures"].keys(), name
             first = model["measures"][next(iter(entry["measures"]))]
             assert first["value"] is not None, name
-        assert told["models"]["one"]["protocols"][name], name
+        assert report["models"]["one"]["protocols"][name], name
     assert {measure["better"] for measure in found["age_errors"]["measures"].values()} == {"low", "none"}
 
 
-def test_what_a_number_means_is_named(whole):
-    _, _, told = whole
-    found = {entry["name"]: entry for entry in told["evaluations"]}
+def test_conventions_and_counts_are_reported(whole):
+    _, _, report = whole
+    found = {entry["name"]: entry for entry in report["evaluations"]}
     assert "squared distance, as insightface" in found["lfw"]["convention"]["Accuracy"]
     assert found["lfw"]["notes"][0] == "1 of 12 pairs left out, their images are not there"
     assert found["lfw"]["counts"] == {"genuine pairs": 5, "impostor pairs": 6, "images": 17}
@@ -69,7 +69,7 @@ def test_what_a_number_means_is_named(whole):
     assert found["ijbc"]["convention"]["Alignment"] == "by the list's five points"
     assert "galleries searched separately" in found["ijbc_1n"]["convention"]["Definition"]
     assert "25 distractors" in found["megaface_fgnet"]["convention"]["Definition"]
-    assert found["megaface_fgnet"]["convention"]["Distractors"] == "25 images of strangers"
+    assert found["megaface_fgnet"]["convention"]["Distractors"] == "25 images of others"
     assert found["fgnet"]["convention"]["Alignment"] == "by five points from the .pts files"
     assert "longitudinal protocol of this project" in found["longitudinal"]["convention"]["Definition"]
     assert "names and ages are not in a .bin" in found["bin"]["notes"][0]
@@ -77,28 +77,28 @@ def test_what_a_number_means_is_named(whole):
     assert "resolvable" not in found["between_groups"]["models"]["one"]["measures"]["tar_0.1"]
 
 
-def test_numbers_are_those_of_the_protocols_on_the_same_embeddings(whole):
-    root, _, told = whole
-    found = {entry["name"]: entry for entry in told["evaluations"]}
+def test_figures_equal_those_of_direct_computation(whole):
+    root, _, report = whole
+    found = {entry["name"]: entry for entry in report["evaluations"]}
     kept = next((root / "out/work").glob("one-grouped-*.npy"))
     array = np.load(kept)
-    people = np.repeat(np.arange(5), 3)
+    identities = np.repeat(np.arange(5), 3)
     rank1 = found["leave_one_out"]["models"]["one"]["measures"]["rank1"]["value"]
-    assert rank1 == leave_one_out(array, people)[0]
+    assert rank1 == leave_one_out(array, identities)[0]
     groups = found["between_groups"]["models"]["one"]
     unit = array / np.linalg.norm(array, axis=1, keepdims=True)
     young = np.arange(15) % 3 == 2
     cosine = unit[young] @ unit[~young].T
-    nearest = people[~young][cosine.argmax(1)]
-    assert groups["measures"]["rank1"]["value"] == (nearest == people[young]).mean() == groups["cmc"]["rate"][0]
+    nearest = identities[~young][cosine.argmax(1)]
+    assert groups["measures"]["rank1"]["value"] == (nearest == identities[young]).mean() == groups["cmc"]["rate"][0]
     pairs = np.load(next((root / "out/work").glob("one-small-*.npy")))
     expected = PairProtocol.interleaved(np.arange(20) % 2 == 0).evaluate(pairs).accuracy
     assert found["bin"]["models"]["one"]["measures"]["accuracy"]["value"] == expected
 
 
 def test_two_models_are_compared_on_the_same_pairs(whole):
-    _, _, told = whole
-    for entry in told["evaluations"]:
+    _, _, report = whole
+    for entry in report["evaluations"]:
         key = next(iter(entry["measures"]))
         row = next(row for row in entry["differences"] if row["measure"] == key)
         one, two = (entry["models"][name]["measures"][key]["value"] for name in ("one", "two"))
@@ -107,9 +107,9 @@ def test_two_models_are_compared_on_the_same_pairs(whole):
 
 
 def test_curves_are_curves(whole):
-    _, _, told = whole
+    _, _, report = whole
     seen = set()
-    for entry in told["evaluations"]:
+    for entry in report["evaluations"]:
         for model in entry["models"].values():
             for kind, (x, y) in {"roc": ("far", "tar"), "cmc": ("rank", "rate"), "search": ("fpir", "tpir")}.items():
                 if kind in model:
@@ -121,14 +121,14 @@ def test_curves_are_curves(whole):
     assert seen == {"roc", "cmc", "search"}
 
 
-def test_worst_pairs_are_shown_and_scores_written(whole):
-    root, _, told = whole
-    found = {entry["name"]: entry for entry in told["evaluations"]}
+def test_hardest_pairs_are_shown_and_scores_written(whole):
+    root, _, report = whole
+    found = {entry["name"]: entry for entry in report["evaluations"]}
     for name in ("lfw", "bin", "cacd_vs", "fgnet", "age_gap", "between_groups"):
         assert f"{name}_0_rejects" in found[name]["pictures"] or name == "fgnet"
         assert all((root / f"out/figures/{picture}.png").is_file() for picture in found[name]["pictures"])
     page = (root / "out/report.html").read_text()
-    assert page.count("Different people, most alike: two") >= 5
+    assert page.count("Impostor pairs of highest score: two") >= 5
     rows = (root / "out/scores/lfw-one.csv").read_text().splitlines()
     assert rows[0] == "left,right,same,score"
     assert len(rows) == 12
@@ -146,66 +146,72 @@ def table(root, name, model="one"):
         return list(csv.DictReader(stream))
 
 
-def told_of(whole, name, model="one"):
+def measures_of(whole, name, model="one"):
     return next(entry for entry in whole[2]["evaluations"] if entry["name"] == name)["models"][model]["measures"]
 
 
 def test_every_protocol_has_a_file_of_scores(whole):
-    root, _, told = whole
-    for entry in told["evaluations"]:
+    root, _, report = whole
+    for entry in report["evaluations"]:
         assert entry["scores"] == {each: f"scores/{entry['name']}-{each}.csv" for each in ("one", "two")}
         assert all((root / "out" / path).stat().st_size > 50 for path in entry["scores"].values())
 
 
 @pytest.mark.parametrize("model", ["one", "two"])
-def test_files_of_scores_hold_what_the_rates_are_made_of(whole, model):
+def test_rates_follow_from_the_files_of_scores(whole, model):
     root = whole[0]
     for name in ("fgnet", "leave_one_out"):
         rows = table(root, name, model)
-        assert told_of(whole, name, model)["rank1"]["value"] == np.mean([row["place of mate"] == "1" for row in rows])
+        assert measures_of(whole, name, model)["rank1"]["value"] == np.mean(
+            [row["rank of mate"] == "1" for row in rows]
+        )
         for row in rows:
-            ahead = float(row["stranger score"]) >= float(row["mate score"])
-            assert (row["place of mate"] == "1") != ahead
-            assert row["probe"] not in (row["mate"], row["stranger"])
+            ahead = float(row["impostor score"]) >= float(row["mate score"])
+            assert (row["rank of mate"] == "1") != ahead
+            assert row["probe"] not in (row["mate"], row["impostor"])
     rows = table(root, "megaface_fgnet", model)
     assert len(rows) == 3 * 4 * 3
-    assert told_of(whole, "megaface_fgnet", model)["rank1"]["value"] == np.mean([row["place"] == "1" for row in rows])
-    assert {row["place"] for row in rows} <= {"1", "2", "3", "4", "5", ">5"}
+    assert measures_of(whole, "megaface_fgnet", model)["rank1"]["value"] == np.mean(
+        [row["rank"] == "1" for row in rows]
+    )
+    assert {row["rank"] for row in rows} <= {"1", "2", "3", "4", "5", ">5"}
     assert all(
-        (row["place"] == "1") == (row["score"] >= row["distractor score"]) for row in rows if row["score"][0] == "0"
+        (row["rank"] == "1") == (row["score"] >= row["distractor score"]) for row in rows if row["score"][0] == "0"
     )
     assert all(re.fullmatch(r"0\d\d\.png", row["distractor"]) for row in rows)
     rows = table(root, "ijbc", model)
     assert len(rows) == 28
     genuine, impostor = ([float(row["score"]) for row in rows if row["same"] == kind] for kind in "10")
-    told = told_of(whole, "ijbc", model)["tar_0.1"]["value"]
-    assert told == pytest.approx(tar_at_far(genuine, impostor, 0.1).tar)
+    value = measures_of(whole, "ijbc", model)["tar_0.1"]["value"]
+    assert value == pytest.approx(tar_at_far(genuine, impostor, 0.1).tar)
     rows = table(root, "ijbc_1n", model)
     assert len(rows) == 2 * 4
-    mated = [row for row in rows if row["place of mate"]]
+    mated = [row for row in rows if row["rank of mate"]]
     assert len(mated) == 4
-    assert told_of(whole, "ijbc_1n", model)["rank1"]["value"] == np.mean([row["place of mate"] == "1" for row in mated])
-    assert all((row["best subject"] == row["probe subject"]) == (row["place of mate"] == "1") for row in mated)
+    assert measures_of(whole, "ijbc_1n", model)["rank1"]["value"] == np.mean(
+        [row["rank of mate"] == "1" for row in mated]
+    )
+    assert all((row["best subject"] == row["probe subject"]) == (row["rank of mate"] == "1") for row in mated)
     rows = table(root, "longitudinal", model)
     assert len(rows) == 5 * 3
     assert {float(row["years"]) for row in rows} == {6, 20, 37}
-    told = whole[2]["models"][model]["protocols"]
-    point = told["longitudinal"]["operating_points"]["0.1"]
+    results = whole[2]["models"][model]["protocols"]
+    point = results["longitudinal"]["operating_points"]["0.1"]
     kept = [float(row["score"]) > point["threshold"] for row in rows]
     assert point["value"] == pytest.approx(np.mean(kept))
     rows = table(root, "age_errors", model)
-    point = told["age_errors"]["operating_points"]["0.1"]
+    point = results["age_errors"]["operating_points"]["0.1"]
     genuine = [row for row in rows if row["same"] == "1"]
     assert len(genuine) == 5 * 6
     assert len(rows) - len(genuine) == point["false_accepts"]
     assert point["value"] == pytest.approx(np.mean([float(row["score"]) > point["threshold"] for row in genuine]))
     gaps = [abs(float(row["left age"]) - float(row["right age"])) for row in genuine]
-    assert sum(gap >= 30 for gap in gaps) == told["age_errors"]["fnmr_by_gap"][-1]["pairs"]
+    assert sum(gap >= 30 for gap in gaps) == results["age_errors"]["fnmr_by_gap"][-1]["pairs"]
 
 
-def test_missed_probes_and_old_pairs_are_shown(whole):
-    root, _, told = whole
-    found = {entry["name"]: entry for entry in told["evaluations"]}
+def test_missed_probes_are_shown(whole):
+    root, _, report = whole
+    found = {entry["name"]: entry for entry in report["evaluations"]}
     page = (root / "out/report.html").read_text()
     for name, shown in (
         ("megaface_fgnet", ("rejects", "accepts")), ("longitudinal", ("rejects",)),
@@ -215,32 +221,23 @@ def test_missed_probes_and_old_pairs_are_shown(whole):
         for picture in found[name]["pictures"]:
             assert (root / f"out/figures/{picture}.png").stat().st_size > 500
     for number, model in enumerate(("one", "two")):
-        missed = told_of(whole, "fgnet", model)["rank1"]["value"] < 1
+        missed = measures_of(whole, "fgnet", model)["rank1"]["value"] < 1
         assert [f"fgnet_{number}_{kind}" in found["fgnet"]["pictures"] for kind in ("rejects", "accepts")] == [
             missed
         ] * 2
-    assert "Missed, each beside its mate: one" in page
-    assert "Missed, each beside who was ahead: two" in page
-    assert told["pictures"]["fgnet_0_rejects"]["caption"].startswith(
-        "As one sees them, the probes whose mate is furthest"
+    assert "Missed probes with their mates: one" in page
+    assert "Missed probes with the impostors ahead: two" in page
+    assert report["pictures"]["fgnet_0_rejects"]["caption"].startswith(
+        "The probes whose mate is furthest behind an impostor"
     )
-    assert "the first to be rejected" in told["pictures"]["longitudinal_0_rejects"]["caption"]
+    assert "The first pairs to be rejected" in report["pictures"]["longitudinal_0_rejects"]["caption"]
 
 
-def test_embeddings_of_one_set_are_made_once_and_found_again(whole, monkeypatch, no_figures):
-    root, protocols, told = whole
+def test_embeddings_are_computed_once_per_set_and_reused(whole, monkeypatch, no_figures):
+    root, protocols, report = whole
     kept = sorted(path.name for path in (root / "out/work").iterdir())
     sets = {
-        "lfw",
-        "small",
-        "agedb",
-        "calfw",
-        "cplfw",
-        "cfp",
-        "cacd_vs",
-        "fgnet",
-        "distractors",
-        "ijbc",
+        *("lfw", "small", "agedb", "calfw", "cplfw", "cfp", "cacd_vs", "fgnet", "distractors", "ijbc"),
         "dated",
         "grouped",
     }
@@ -248,33 +245,33 @@ def test_embeddings_of_one_set_are_made_once_and_found_again(whole, monkeypatch,
     assert len(kept) == 2 * len(sets)
     monkeypatch.setattr(embedding, "_embed_to", lambda *_: pytest.fail("made again"))
     models = [root / "one.pt", root / "two.pt"]
-    again = evaluate.run(FAST, output=root / "out", models=models, protocols=protocols)
-    assert again["evaluations"][0]["models"] == told["evaluations"][0]["models"]
+    again = run_evaluate(FAST, output=root / "out", models=models, protocols=protocols)
+    assert again["evaluations"][0]["models"] == report["evaluations"][0]["models"]
 
 
-def test_one_list_serves_several_protocols_and_two_lists_of_one_name_do_not_mix(tmp_path, no_figures):
+def test_lists_are_shared_by_protocols_and_names_are_unique(tmp_path, no_figures):
     (tmp_path / "b").mkdir()
     first, second = set_files.grouped(tmp_path), set_files.grouped(tmp_path / "b")
     protocols = [f"leave_one_out={first}", f"age_group={first}", f"leave_one_out={second}"]
-    told = evaluate.run(FAST, output=tmp_path / "out", models=[network(tmp_path / "m.pt", 0)], protocols=protocols)
-    assert [entry["name"] for entry in told["evaluations"]] == ["leave_one_out", "age_group", "leave_one_out_2"]
+    report = run_evaluate(FAST, output=tmp_path / "out", models=[network(tmp_path / "m.pt", 0)], protocols=protocols)
+    assert [entry["name"] for entry in report["evaluations"]] == ["leave_one_out", "age_group", "leave_one_out_2"]
     assert len({path.name.split("-")[1] for path in (tmp_path / "out/work").iterdir()}) == 2
 
 
 @pytest.mark.parametrize(
-    ("protocol", "said"),
+    ("protocol", "message"),
     [
         ("lwf=x", "--protocol lwf=x: no protocol named 'lwf'; the nearest are 'lfw'"),
         ("lfw", "--protocol lfw: needs a pairs file, as lfw=PATH"),
         ("lfw=", "--protocol lfw=: lfw= must be followed by a path"),
         ("lfw={root}/no.txt", "not found: {root}/no.txt"),
         ("bin={root}/pairs.txt", "pairs.txt"),
-        ("bin={root}/small.bin,images=x", "no images= here, it takes none"),
+        ("bin={root}/small.bin,images=x", "unknown option images=, bin takes no options"),
         ("calfw={root}/calfw.txt,images={root}/none,published=no", "folder of images not found: {root}/none"),
         ("calfw={root}/calfw.txt,images={root}/lfw,published=no", "no pair has both its images in the face list"),
         (
             "calfw={root}/calfw.txt,images={root}/calfw",
-            "got 4 genuine pairs, 4 impostor pairs. The file is truncated or another version; published=no",
+            "published=no",
         ),
         ("calfw={root}/calfw.txt,published=perhaps", "published must be yes or no, got 'perhaps'"),
         ("ijbc={root}/ijbc,published=no,norm=half", "norm must be keep or unit, got 'half'"),
@@ -287,7 +284,7 @@ def test_one_list_serves_several_protocols_and_two_lists_of_one_name_do_not_mix(
         ("leave_one_out", "needs faces: give --faces LIST, or leave_one_out=LIST"),
     ],
 )
-def test_bad_input_is_one_line(whole, capsys, tmp_path, protocol, said):
+def test_bad_input_is_reported_in_one_line(whole, capsys, tmp_path, protocol, message):
     root = whole[0]
     words = [
         "evaluate",
@@ -301,20 +298,20 @@ def test_bad_input_is_one_line(whole, capsys, tmp_path, protocol, said):
     assert cli.main([str(word) for word in words]) == 2
     lines = capsys.readouterr().err.strip().splitlines()
     assert len(lines) == 1
-    assert said.format(root=root) in lines[0]
+    assert message.format(root=root) in lines[0]
     assert not (tmp_path / "o").exists()
 
 
-def test_models_of_sets_without_images_are_an_error(tmp_path, capsys):
+def test_a_model_needs_images(tmp_path, capsys):
     text = set_files.two_lines(tmp_path, "calfw").replace(f",images={tmp_path / 'calfw'}", "")
     model = network(tmp_path / "m.pt", 0)
     assert cli.main(["evaluate", "--model", str(model), "--protocol", text, "--output", str(tmp_path / "o")]) == 2
-    assert "calfw: no images are known, only embeddings can be judged; give images=FOLDER" in capsys.readouterr().err
+    assert "calfw: no images are known, only embeddings can be evaluated; give images=FOLDER" in capsys.readouterr().err
 
 
 def test_paths_with_commas_and_keys():
-    asked = parse_protocol("calfw=a,b.txt,images=c,d,published=no", PROTOCOLS)
-    assert (asked.name, str(asked.path), dict(asked.more)) == (
+    spec = parse_protocol("calfw=a,b.txt,images=c,d,published=no", PROTOCOLS)
+    assert (spec.name, str(spec.path), dict(spec.options)) == (
         "calfw", "a,b.txt", {"images": "c,d", "published": "no"}
     )  # fmt: skip
     with pytest.raises(InputError, match="images= must be given once"):
@@ -324,13 +321,13 @@ def test_paths_with_commas_and_keys():
 def test_help_lists_every_protocol(capsys):
     with pytest.raises(SystemExit):
         cli.main(["evaluate", "--help"])
-    said = capsys.readouterr().out
-    assert listing() in said
-    assert all(f"  {name}" in said for name in PROTOCOLS)
+    text = capsys.readouterr().out
+    assert listing() in text
+    assert all(f"  {name}" in text for name in PROTOCOLS)
 
 
 @pytest.mark.parametrize(
-    ("wrong", "said"),
+    ("wrong", "message"),
     [
         ({"level": 1.0}, "level must be below 1, got 1.0"),
         ({"level": 0.0}, "level must be"),
@@ -343,21 +340,21 @@ def test_help_lists_every_protocol(capsys):
         ({"seed": -1}, "seed must be"),
     ],
 )
-def test_settings_are_refused_before_anything_runs(wrong, said):
-    with pytest.raises(ValueError, match=f"EvaluateConfig: {said}"):
+def test_bad_settings_are_refused(wrong, message):
+    with pytest.raises(ValueError, match=f"EvaluateConfig: {message}"):
         evaluate.EvaluateConfig(**wrong)
 
 
-def test_a_rank_beyond_a_small_list_is_left_out_and_said(tmp_path, no_figures):
+def test_a_rank_beyond_a_small_list_is_left_out_and_noted(tmp_path, no_figures):
     rows = ["path,identity"]
-    for person in range(2):
+    for identity in range(2):
         for shot in range(2):
-            set_files.put_face(tmp_path / f"{person}_{shot}.png", person, shot)
-            rows.append(f"{person}_{shot}.png,p{person}")
+            set_files.put_face(tmp_path / f"{identity}_{shot}.png", identity, shot)
+            rows.append(f"{identity}_{shot}.png,p{identity}")
     faces = set_files.put_text(tmp_path / "f.csv", rows)
     np.save(tmp_path / "e.npy", np.random.default_rng(0).normal(size=(4, 8)))
-    config = evaluate.EvaluateConfig(replicates=10, worst=0)
-    told = evaluate.run(config, output=tmp_path / "out", embeddings=[tmp_path / "e.npy"], faces=[faces])
-    (entry,) = told["evaluations"]
+    config = evaluate.EvaluateConfig(replicates=10, num_failures=0)
+    report = run_evaluate(config, output=tmp_path / "out", embeddings=[tmp_path / "e.npy"], faces=[faces])
+    (entry,) = report["evaluations"]
     assert list(entry["measures"]) == ["rank1"]
     assert "no rank 5: the gallery has 3 images" in entry["notes"]

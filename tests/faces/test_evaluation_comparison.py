@@ -7,20 +7,20 @@ from typing import Any
 import numpy as np
 import pytest
 
-from kdlib_faces.evaluation import AgeGapProtocol, compare, hardest_pairs
+from kdlib_faces.evaluation import AgeGapProtocol, compare
 
 
 def make_set(seed: int, identities: int = 9, images: int = 5) -> tuple[Any, Any, Any]:
     """Embeddings, identities and ages."""
     generator = np.random.default_rng(seed)
-    who = generator.permutation(np.repeat(np.arange(identities), images))
-    embeddings = generator.normal(size=(identities, 4))[who] + 0.7 * generator.normal(size=(who.size, 4))
-    return embeddings, who, generator.uniform(1, 60, who.size)
+    codes = generator.permutation(np.repeat(np.arange(identities), images))
+    embeddings = generator.normal(size=(identities, 4))[codes] + 0.7 * generator.normal(size=(codes.size, 4))
+    return embeddings, codes, generator.uniform(1, 60, codes.size)
 
 
 def test_compare_pairs_the_resamples() -> None:
-    embeddings, who, ages = make_set(0, identities=20)
-    protocol = AgeGapProtocol(who, ages=ages, fars=(0.1,), replicates=80)
+    embeddings, codes, ages = make_set(0, identities=20)
+    protocol = AgeGapProtocol(codes, ages=ages, fars=(0.1,), replicates=80)
     noise = np.random.default_rng(1).normal(size=embeddings.shape)
     good, bad = protocol.evaluate(embeddings), protocol.evaluate(embeddings + 3 * noise)
     entries = compare({"good": good, "bad": bad}, "good", "bad")
@@ -44,8 +44,8 @@ def test_compare_pairs_the_resamples() -> None:
 
 
 def test_compare_refuses_unlike_results() -> None:
-    embeddings, who, ages = make_set(0)
-    first, second = (AgeGapProtocol(who, ages=ages, replicates=3, seed=s).evaluate(embeddings) for s in (0, 1))
+    embeddings, codes, ages = make_set(0)
+    first, second = (AgeGapProtocol(codes, ages=ages, replicates=3, seed=s).evaluate(embeddings) for s in (0, 1))
     with pytest.raises(ValueError, match="results of one protocol"):
         compare({"x": first, "y": second}, "x", "y")
     with pytest.raises(ValueError, match="must be among x, got 'z'"):
@@ -62,25 +62,23 @@ def test_compare_leaves_empty_bins_null() -> None:
 
 @pytest.mark.parametrize("seed", range(3))
 def test_hardest_pairs_by_hand(seed: int) -> None:
-    embeddings, who, ages = make_set(seed, identities=8)
-    pairs = hardest_pairs(embeddings, AgeGapProtocol(who, ages=ages), count=3)
+    embeddings, codes, ages = make_set(seed, identities=8)
+    pairs = AgeGapProtocol(codes, ages=ages, replicates=0).evaluate(embeddings).hardest(3)
     unit = embeddings / np.linalg.norm(embeddings, axis=1, keepdims=True)
     expected, used = [], set()
-    scored = sorted((float(unit[i] @ unit[j]), i, j) for i, j in combinations(range(who.size), 2))
+    scored = sorted((float(unit[i] @ unit[j]), i, j) for i, j in combinations(range(codes.size), 2))
     for score, i, j in scored:
-        if who[i] == who[j] and abs(ages[i] - ages[j]) >= 30 and who[i] not in used and len(expected) < 3:
-            used.add(who[i])
+        if codes[i] == codes[j] and abs(ages[i] - ages[j]) >= 30 and codes[i] not in used and len(expected) < 3:
+            used.add(codes[i])
             expected.append((i, j, pytest.approx(score), True))
     used = set()
     for score, i, j in reversed(scored):
-        if who[i] != who[j] and not {who[i], who[j]} & used and len(expected) < 6:
-            used |= {who[i], who[j]}
+        if codes[i] != codes[j] and not {codes[i], codes[j]} & used and len(expected) < 6:
+            used |= {codes[i], codes[j]}
             expected.append((i, j, pytest.approx(score), False))
-    assert pairs == expected
+    assert [(pair.left, pair.right, pair.score, pair.same) for pair in pairs] == expected
 
 
-def test_hardest_pairs_stop_where_identities_do() -> None:
-    pairs = hardest_pairs(np.eye(3) + 0.1, AgeGapProtocol([0, 0, 1], ages=[1, 2, 3]), count=5)
-    assert [same for *_, same in pairs] == [True, False]
-    with pytest.raises(ValueError, match=r"hardest_pairs: embeddings must be finite.*got row 2"):
-        hardest_pairs(np.diag([1, 1, np.nan]), AgeGapProtocol([0, 0, 1], ages=[1, 2, 3]), count=5)
+def test_hardest_pairs_are_limited_by_the_number_of_identities() -> None:
+    pairs = AgeGapProtocol([0, 0, 1], ages=[1, 2, 3]).evaluate(np.eye(3) + 0.1).hardest(5)
+    assert [pair.same for pair in pairs] == [True, False]

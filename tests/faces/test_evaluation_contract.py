@@ -1,4 +1,4 @@
-"""What every protocol owes its user, checked of each that the room shows."""
+"""The contract of every protocol."""
 
 import json
 from collections.abc import Callable
@@ -9,33 +9,35 @@ import numpy as np
 import pytest
 import torch
 
-import kdlib_faces.evaluation as room
+import kdlib_faces.evaluation as evaluation
 from kdlib_faces.evaluation import evaluate
 
 GENERATOR = np.random.default_rng(0)
-WHO = np.repeat(np.arange(8), 4)
+IDENTITIES = np.repeat(np.arange(8), 4)
 AGES = np.tile([3.0, 10.0, 31.0, 62.0], 8)
 GROUPS = np.tile(["young", "young", "adult", "adult"], 8)
-ROWS = GENERATOR.normal(size=(8, 6))[WHO] + 0.6 * GENERATOR.normal(size=(32, 6))
+ROWS = GENERATOR.normal(size=(8, 6))[IDENTITIES] + 0.6 * GENERATOR.normal(size=(32, 6))
 OTHERS = GENERATOR.normal(size=(50, 6))
 LEFT = np.arange(32)
 RIGHT = np.where(LEFT % 2 == 0, LEFT + 1, (LEFT + 8) % 32)
 TEMPLATES = np.arange(32) // 2
 
 PROTOCOLS: dict[str, Callable[[], Any]] = {
-    "PairProtocol": lambda: room.PairProtocol(
-        LEFT, RIGHT, LEFT % 2 == 0, LEFT // 8, fars=(0.1,), val_fars=(0.1,), pca=3, identities=WHO
+    "PairProtocol": lambda: evaluation.PairProtocol(
+        LEFT, RIGHT, LEFT % 2 == 0, LEFT // 8, fars=(0.1,), val_fars=(0.1,), pca=3, identities=IDENTITIES
     ),
-    "LeaveOneOutProtocol": lambda: room.LeaveOneOutProtocol(WHO, ages=AGES),
-    "AgeGapProtocol": lambda: room.AgeGapProtocol(WHO, ages=AGES, replicates=5),
-    "AgeErrorProtocol": lambda: room.AgeErrorProtocol(WHO, ages=AGES, replicates=5),
-    "LongitudinalProtocol": lambda: room.LongitudinalProtocol(WHO, AGES, replicates=5),
-    "CrossGroupProtocol": lambda: room.CrossGroupProtocol(WHO, GROUPS, replicates=5),
-    "DistractorProtocol": lambda: room.DistractorProtocol(WHO, OTHERS, fars=(0.01,), ages=AGES, sizes=(10,)),
-    "TemplateVerificationProtocol": lambda: room.TemplateVerificationProtocol(
+    "LeaveOneOutProtocol": lambda: evaluation.LeaveOneOutProtocol(IDENTITIES, ages=AGES),
+    "AgeGapProtocol": lambda: evaluation.AgeGapProtocol(IDENTITIES, ages=AGES, replicates=5),
+    "AgeErrorProtocol": lambda: evaluation.AgeErrorProtocol(IDENTITIES, ages=AGES, replicates=5),
+    "LongitudinalProtocol": lambda: evaluation.LongitudinalProtocol(IDENTITIES, AGES, replicates=5),
+    "CrossGroupProtocol": lambda: evaluation.CrossGroupProtocol(IDENTITIES, GROUPS, replicates=5),
+    "DistractorProtocol": lambda: evaluation.DistractorProtocol(
+        IDENTITIES, OTHERS, fars=(0.01,), ages=AGES, sizes=(10,)
+    ),
+    "TemplateVerificationProtocol": lambda: evaluation.TemplateVerificationProtocol(
         TEMPLATES, np.arange(32), [0, 2, 4, 0, 1], [1, 3, 5, 2, 9], [1, 1, 1, 0, 0], fars=(0.5,)
     ),
-    "TemplateIdentificationProtocol": lambda: room.TemplateIdentificationProtocol(
+    "TemplateIdentificationProtocol": lambda: evaluation.TemplateIdentificationProtocol(
         TEMPLATES,
         np.arange(32),
         [([0, 2, 4], [0, 1, 2]), ([6, 8], [3, 4])],
@@ -46,14 +48,14 @@ PROTOCOLS: dict[str, Callable[[], Any]] = {
 NOT_PROTOCOLS = {"EvaluationProtocol"}
 
 
-def test_every_protocol_of_the_room_is_here() -> None:
-    shown = {name for name in room.__all__ if name.endswith("Protocol")} - NOT_PROTOCOLS
+def test_every_public_protocol_is_tested() -> None:
+    shown = {name for name in evaluation.__all__ if name.endswith("Protocol")} - NOT_PROTOCOLS
     assert shown == set(PROTOCOLS)
     assert len(PROTOCOLS) == 9
 
 
 @pytest.mark.parametrize("name", PROTOCOLS)
-def test_a_result_is_json_and_the_same_for_every_kind_of_embeddings(name: str, tmp_path: Path) -> None:
+def test_a_result_is_json_and_equal_for_every_type_of_embeddings(name: str, tmp_path: Path) -> None:
     whole = evaluate(ROWS, PROTOCOLS[name]()).to_dict()
     assert json.loads(json.dumps(whole, allow_nan=False)) == whole
     single = evaluate(ROWS.astype(np.float32), PROTOCOLS[name]()).to_dict()
@@ -101,7 +103,7 @@ def test_the_length_of_all_embeddings_does_not_matter(name: str, scale: float) -
         (0.0, 17, "non-zero.*row 17"),
     ],
 )
-def test_a_bad_row_is_named_and_never_a_number(name: str, value: float, row: int, message: str) -> None:
+def test_a_bad_row_is_reported(name: str, value: float, row: int, message: str) -> None:
     bad = ROWS.copy()
     bad[row] = value
     with pytest.raises(ValueError, match=message):
@@ -118,7 +120,7 @@ def test_a_wrong_shape_is_refused(name: str, rows: Any) -> None:
 
 
 @pytest.mark.parametrize("name", PROTOCOLS)
-def test_embeddings_that_are_no_numbers_are_refused(name: str) -> None:
+def test_embeddings_must_be_numbers(name: str) -> None:
     with pytest.raises((TypeError, ValueError), match="numbers"):
         evaluate(np.full((32, 6), "x"), PROTOCOLS[name]())
     with pytest.raises((TypeError, ValueError), match="numbers"):
@@ -135,7 +137,7 @@ def test_embeddings_are_not_changed_and_a_second_run_gives_the_same(name: str) -
 
 
 @pytest.mark.parametrize("name", PROTOCOLS)
-def test_what_lies_under_a_mask_is_no_number(name: str) -> None:
+def test_masked_entries_are_refused(name: str) -> None:
     masked = np.ma.masked_array(ROWS, mask=np.zeros(ROWS.shape, dtype=bool))
     assert approximately(evaluate(masked, PROTOCOLS[name]()).to_dict(), evaluate(ROWS, PROTOCOLS[name]()).to_dict())
     masked[3, 2] = np.ma.masked
@@ -143,20 +145,53 @@ def test_what_lies_under_a_mask_is_no_number(name: str) -> None:
         evaluate(masked, PROTOCOLS[name]())
 
 
-def test_errors_name_the_protocol_that_was_called() -> None:
-    for make in (
-        lambda **more: room.AgeErrorProtocol(WHO, ages=AGES, **more),
-        lambda **more: room.LongitudinalProtocol(WHO, AGES, **more),
-        lambda **more: room.CrossGroupProtocol(WHO, GROUPS, **more),
-        lambda **more: room.DistractorProtocol(WHO, OTHERS, **more),
-        lambda **more: room.LeaveOneOutProtocol(WHO, **more),
-        lambda **more: room.AgeGapProtocol(WHO, ages=AGES, **more),
-    ):
-        owner = getattr(made := make(), "owner", type(made).__name__)
-        with pytest.raises(ValueError, match=f"^{owner}: replicates must be"):
-            make(replicates=-1)
+MAKES: dict[str, Callable[..., Any]] = {
+    "AgeErrorProtocol": lambda codes=IDENTITIES, ages=AGES, **more: evaluation.AgeErrorProtocol(
+        codes, ages=ages, **more
+    ),
+    "AgeGapProtocol": lambda codes=IDENTITIES, ages=AGES, **more: evaluation.AgeGapProtocol(codes, ages=ages, **more),
+    "LongitudinalProtocol": lambda codes=IDENTITIES, ages=AGES, **more: evaluation.LongitudinalProtocol(
+        codes, ages, **more
+    ),
+    "LeaveOneOutProtocol": lambda codes=IDENTITIES, ages=AGES, **more: evaluation.LeaveOneOutProtocol(
+        codes, ages=ages, **more
+    ),
+    "identify_with_distractors": lambda codes=IDENTITIES, ages=AGES, **more: evaluation.DistractorProtocol(
+        codes, OTHERS, ages=ages, **more
+    ),
+    "CrossGroupProtocol": lambda codes=IDENTITIES, **more: evaluation.CrossGroupProtocol(codes, GROUPS, **more),
+}
+
+
+@pytest.mark.parametrize("owner", MAKES)
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"replicates": -1}, "replicates must be"),
+        ({"seed": -1}, "seed must be"),
+        ({"level": 1.0}, "level must be below 1"),
+        ({"fars": (0.0,)}, "fars must be"),
+        ({"fars": (0.1, 0.1)}, "fars must differ"),
+        ({"codes": np.arange(32)}, "identities must hold one with"),
+        ({"codes": [1.5] * 32}, "identities must be whole numbers or strings, got entry 0"),
+        ({"ages": AGES[:5]}, r"ages must be as long as identities \(32\), got 5"),
+        ({"ages": np.where(np.arange(32) == 2, np.nan, AGES)}, "ages must be finite .*row 2"),
+        ({"ages": -AGES}, "ages must be finite and not negative, in years, got row 0"),
+    ],
+)
+def test_bad_arguments_are_reported_with_the_protocol(owner: str, change: dict[str, Any], message: str) -> None:
+    if owner == "CrossGroupProtocol" and "ages" in change:
+        change = {"level": 0.0}
+        message = "level must be"
+    if owner == "LeaveOneOutProtocol" and "fars" in change:
+        change, message = {"ranks": (99,)}, "ranks must be"
+    with pytest.raises(ValueError, match=f"^{owner}: {message}"):
+        MAKES[owner](**change)
+
+
+def test_distractors_and_scores_are_checked() -> None:
     for given in ("abc", 3, 2.5, np.zeros(4)):
         with pytest.raises((ValueError, TypeError), match=r"^identify_with_distractors: distractors must be"):
-            room.identify_with_distractors(ROWS, WHO, given)
+            evaluation.identify_with_distractors(ROWS, IDENTITIES, given)
     with pytest.raises(ValueError, match="genuine must have no masked entries, got 1"):
-        room.tar_at_far(np.ma.masked_array([0.1, 0.2], mask=[0, 1]), [0.0], 0.5)
+        evaluation.tar_at_far(np.ma.masked_array([0.1, 0.2], mask=[0, 1]), [0.0], 0.5)

@@ -40,7 +40,7 @@ def flipped_sum(model: nn.Module, images: np.ndarray) -> np.ndarray:
         return (model(x) + model(torch.flip(x, dims=(3,)))).numpy()  # type: ignore[no-any-return]
 
 
-def test_the_flip_test_adds_what_the_model_gives_and_makes_it_unit_once() -> None:
+def test_the_flip_test_adds_both_embeddings_before_normalization() -> None:
     images, model = pixels(), Net()
     raw = embed_images(model, images, normalize=False, batch_size=4)
     unit = embed_images(model, images, batch_size=4)
@@ -53,7 +53,7 @@ def test_the_flip_test_adds_what_the_model_gives_and_makes_it_unit_once() -> Non
 
 
 @pytest.mark.parametrize("batch_size", [1, 4, 32])
-def test_fewer_images_than_a_batch_and_any_batch_size_are_one(batch_size: int, tmp_path: Path) -> None:
+def test_embeddings_do_not_depend_on_batches_or_the_type_of_images(batch_size: int, tmp_path: Path) -> None:
     images, model = pixels(10), Net()
     whole = embed_images(model, images)
     images.tofile(tmp_path / "map")
@@ -69,7 +69,7 @@ def test_fewer_images_than_a_batch_and_any_batch_size_are_one(batch_size: int, t
         np.testing.assert_allclose(embed_images(model, form, batch_size=batch_size), whole, atol=1e-6)
 
 
-def test_the_model_is_in_eval_mode_inside_and_as_it_was_afterwards() -> None:
+def test_eval_mode_is_set_and_restored() -> None:
     model = Net().train()
     model.body[2].eval()
     before = {name: buffer.clone() for name, buffer in model.named_buffers()}
@@ -90,7 +90,7 @@ def test_the_model_is_in_eval_mode_inside_and_as_it_was_afterwards() -> None:
     assert all(module.training for module in broken.modules())
 
 
-def test_embeddings_go_to_a_map_and_come_from_named_features(tmp_path: Path) -> None:
+def test_output_to_a_memory_map_and_models_with_named_features(tmp_path: Path) -> None:
     images, model = pixels(), Net()
     out = np.memmap(tmp_path / "out", dtype=np.float32, mode="w+", shape=(23, 5))
     given = embed_images(lambda x: {"embedding": model.eval()(x)}, images, out=out)
@@ -98,7 +98,7 @@ def test_embeddings_go_to_a_map_and_come_from_named_features(tmp_path: Path) -> 
     np.testing.assert_array_equal(np.asarray(out), embed_images(model, images))
 
 
-def test_another_scale_or_channel_order_is_said_by_preprocess() -> None:
+def test_preprocess_replaces_the_default_scale() -> None:
     images = pixels()
     seen: list[torch.Tensor] = []
 
@@ -110,7 +110,7 @@ def test_another_scale_or_channel_order_is_said_by_preprocess() -> None:
     torch.testing.assert_close(torch.cat(seen), torch.from_numpy(images[:, ::-1].copy()).float() / 128 - 1)
 
 
-def test_a_model_on_images_by_a_protocol() -> None:
+def test_evaluate_images() -> None:
     images = np.repeat(pixels(4), 2, axis=0)
     result = evaluate_images(Net(), images, LeaveOneOutProtocol(np.arange(8) // 2, ranks=(1,)), batch_size=3)
     assert result.rates[1].value == 1.0
@@ -132,18 +132,18 @@ class Nan(nn.Module):
         (lambda: embed_images(lambda x: x, pixels()), ValueError, r"must return embeddings \(23, d\), got \(23, 3, 6, 6\)"),
         (lambda: embed_images(lambda x: x.sum(), pixels()), ValueError, "must return embeddings"),
         (lambda: embed_images(lambda x: {"logits": x}, pixels()), ValueError, "must return 'embedding', got 'logits'"),
-        (lambda: embed_images(lambda x: x.flatten(1) * 0, pixels()), ValueError, "non-zero to be made unit, got image 0"),
+        (lambda: embed_images(lambda x: x.flatten(1) * 0, pixels()), ValueError, "non-zero to be normalized, got image 0"),
         (lambda: embed_images(Net(), pixels(), out=np.empty((23, 4))), ValueError, r"out must be \(n, 5\) with a row"),
         (lambda: embed_images(Net(), pixels(), out=np.empty((30, 5))), ValueError, "out must have one row for each of 23"),
         (lambda: embed_images(Net(), pixels(), out=np.empty((9, 5)), batch_size=8), ValueError, "with a row for each"),
     ],
 )  # fmt: skip
-def test_bad_images_and_models_are_named(call: Any, kind: type[Exception], message: str) -> None:
+def test_bad_images_and_models_are_reported(call: Any, kind: type[Exception], message: str) -> None:
     with pytest.raises(kind, match=message):
         call()
 
 
-def test_a_nan_names_its_image() -> None:
+def test_an_embedding_that_is_nan_is_reported_with_its_image() -> None:
     images = np.zeros((9, 3, 2, 2), dtype=np.uint8)
     images[6, 0, 0, 0] = 255
     with pytest.raises(ValueError, match="embeddings must be finite, got image 6 that is not"):

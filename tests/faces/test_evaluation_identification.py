@@ -8,8 +8,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kdlib_faces.evaluation import leave_one_out, leave_one_out_result, wilson
+from kdlib_faces.evaluation import LeaveOneOutProtocol, LeaveOneOutResult, leave_one_out, wilson
 from kdlib_faces.evaluation.protocols import leave_one_out as identification
+
+
+def detailed(embeddings: Any, identities: Any, ranks: Any = (1,)) -> LeaveOneOutResult:
+    return LeaveOneOutProtocol(identities, ranks).evaluate(embeddings)
 
 
 def by_hand(embeddings: np.ndarray, identities: Any, rank: int) -> float:
@@ -24,7 +28,7 @@ def by_hand(embeddings: np.ndarray, identities: Any, rank: int) -> float:
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_by_hand(seed: int) -> None:
+def test_rates_equal_those_of_sorted_galleries(seed: int) -> None:
     generator = np.random.default_rng(seed)
     identities = generator.integers(0, 9, 40)
     embeddings = generator.normal(size=(9, 6))[identities] + generator.normal(size=(40, 6))
@@ -35,7 +39,7 @@ def test_by_hand(seed: int) -> None:
 
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 3)), min_size=4, max_size=14), st.integers(1, 3))
-def test_ties_go_by_row_number(rows: list[tuple[int, int]], rank: int) -> None:
+def test_ties_are_ordered_by_row(rows: list[tuple[int, int]], rank: int) -> None:
     # One-hot embeddings: every score is exactly 0 or 1.
     identities = [identity for identity, _ in rows]
     embeddings = np.eye(4)[[place for _, place in rows]]
@@ -50,24 +54,22 @@ def test_ties_go_by_row_number(rows: list[tuple[int, int]], rank: int) -> None:
 def test_the_probe_is_left_out_by_row_and_a_duplicate_stays() -> None:
     embeddings = np.array([[1.0, 0.0], [1.0, 0.0], [0.8, 0.6], [0.0, 1.0]])
     # Row 1 is the image of row 0 under another name and beats row 0's true mate; row 2 finds both, the true one first.
-    result = leave_one_out_result(embeddings, ["a", "b", "a", "b"])
+    result = detailed(embeddings, ["a", "b", "a", "b"])
     assert result.ranks_of_mates.tolist() == [2, 3, 1, 3]
     assert leave_one_out(embeddings, ["a", "b", "a", "b"]).tolist() == [0.25]
 
 
-def test_blocks_do_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_block_size_does_not_change_the_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
     generator = np.random.default_rng(0)
     identities, embeddings = generator.integers(0, 5, 30), generator.normal(size=(30, 4))
-    whole = leave_one_out_result(embeddings, identities, (1, 3))
+    whole = detailed(embeddings, identities, (1, 3))
     monkeypatch.setattr(identification, "BLOCK", 7)
-    np.testing.assert_array_equal(
-        whole.ranks_of_mates, leave_one_out_result(embeddings, identities, (1, 3)).ranks_of_mates
-    )
+    np.testing.assert_array_equal(whole.ranks_of_mates, detailed(embeddings, identities, (1, 3)).ranks_of_mates)
 
 
-def test_the_richer_result() -> None:
+def test_detailed_result() -> None:
     embeddings = torch.tensor([[1.0, 0.0], [1.0, 0.1], [0.0, 1.0], [0.1, 1.0], [1.0, 1.0]])
-    result = leave_one_out_result(embeddings, ["a", "a", "b", "b", "alone"], (1, 4))
+    result = detailed(embeddings, ["a", "a", "b", "b", "alone"], (1, 4))
     assert (result.probes, result.mateless) == (5, 1)
     assert result.ranks_of_mates.tolist() == [1, 1, 1, 1, 0]
     low, high = wilson(4, 5)
@@ -92,7 +94,7 @@ def test_the_richer_result() -> None:
         (np.eye(3), [1.0, np.nan, 2.0], (1,), "identities must be whole numbers or strings, got entry 1"),
     ],
 )
-def test_bad_input_is_named(embeddings: Any, identities: Any, ranks: Any, message: str) -> None:
+def test_bad_input_is_reported(embeddings: Any, identities: Any, ranks: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         leave_one_out(embeddings, identities, ranks)
 
@@ -104,28 +106,28 @@ def test_identities_of_the_wrong_kind_are_refused() -> None:
         leave_one_out(np.eye(3), np.array(["a", None, "a"], dtype=object))
 
 
-def test_each_probe_tells_its_mate_and_who_it_was_taken_for(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_mate_and_most_similar_impostor_of_each_probe(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(identification, "BLOCK", 7)
     generator = np.random.default_rng(5)
     identities = np.concatenate([generator.integers(0, 8, 38), [90, 91]])
     rows = generator.normal(size=(40, 5))
-    result = leave_one_out_result(rows, identities, (1,))
+    result = detailed(rows, identities, (1,))
     unit = rows / np.linalg.norm(rows, axis=1, keepdims=True)
     for probe in range(40):
         scores = unit @ unit[probe]
         others = [k for k in range(40) if identities[k] != identities[probe]]
         mates = [k for k in range(40) if identities[k] == identities[probe] and k != probe]
-        stranger = max(others, key=lambda k: scores[k])
-        assert result.strangers[probe] == stranger
-        assert result.stranger_scores[probe] == pytest.approx(scores[stranger], abs=1e-12)
+        impostor = max(others, key=lambda k: scores[k])
+        assert result.impostors[probe] == impostor
+        assert result.impostor_scores[probe] == pytest.approx(scores[impostor], abs=1e-12)
         if mates:
             mate = max(mates, key=lambda k: scores[k])
             assert result.mates[probe] == mate
             assert result.mate_scores[probe] == pytest.approx(scores[mate], abs=1e-12)
-            assert (result.ranks_of_mates[probe] == 1) == (scores[mate] > scores[stranger])
+            assert (result.ranks_of_mates[probe] == 1) == (scores[mate] > scores[impostor])
         else:
             assert result.mates[probe] == -1
             assert np.isnan(result.mate_scores[probe])
     assert (result.mates < 0).sum() == result.mateless == 2
-    assert "strangers" not in repr(result)
+    assert "impostors" not in repr(result)
     assert set(result.to_dict()) == {"rank1", "probes"}

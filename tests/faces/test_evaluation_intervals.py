@@ -11,7 +11,7 @@ from kdlib_faces.evaluation import Estimate, bootstrap_estimate, identity_bootst
 
 
 @given(trials=st.integers(1, 500), share=st.floats(0, 1), level=st.sampled_from([0.8, 0.95, 0.99]))
-def test_wilson_solves_its_equation_and_holds_the_rate(trials: int, share: float, level: float) -> None:
+def test_wilson_solves_its_equation_and_contains_the_rate(trials: int, share: float, level: float) -> None:
     successes = round(share * trials)
     rate, z = successes / trials, NormalDist().inv_cdf(0.5 + level / 2)
     low, high = wilson(successes, trials, level=level)
@@ -101,7 +101,7 @@ def test_paired_difference_is_narrower_than_separate_ones() -> None:
     assert difference.low > 0.05
 
 
-def test_paired_difference_of_nothing_and_of_strangers() -> None:
+def test_paired_difference_without_values_or_with_other_resamples() -> None:
     empty = Estimate(None, None, None, 0, np.full(3, np.nan))
     some = Estimate(0.5, 0.4, 0.6, 3, np.full(3, 0.5))
     assert paired_difference(empty, some).to_dict()["value"] is None

@@ -13,7 +13,6 @@ from kdlib_faces.evaluation import (
     check_identity_disjoint,
     evaluate,
     identity_disjoint_split,
-    leave_one_out,
     tar_at_far,
     verify_pairs,
     wilson,
@@ -24,7 +23,7 @@ def make_embeddings(count: int = 40) -> np.ndarray:
     return np.random.default_rng(0).normal(size=(count, 6))
 
 
-def test_pairs_by_row_numbers_are_pairs_by_arrays() -> None:
+def test_pairs_by_row_numbers_equal_pairs_of_arrays() -> None:
     embeddings, generator = make_embeddings(), np.random.default_rng(1)
     left, right, same = generator.integers(0, 40, 60), generator.integers(0, 40, 60), np.arange(60) % 2 == 0
     for threshold in ("grid", "exact"):
@@ -69,15 +68,7 @@ def test_fractional_row_numbers_are_refused() -> None:
         PairProtocol([0.0, 1.0], [1, 2], [1, 0])
 
 
-def test_leave_one_out_protocol() -> None:
-    identities = np.arange(40) % 7
-    result = evaluate(make_embeddings(), LeaveOneOutProtocol(identities))
-    rates = leave_one_out(make_embeddings(), identities, ranks=(1, 5))
-    assert [result.to_dict()[f"rank{rank}"]["value"] for rank in (1, 5)] == rates.tolist()
-    assert repr(LeaveOneOutProtocol(identities)) == "LeaveOneOutProtocol(<40 images>, ranks=(1, 5))"
-
-
-def test_a_protocol_of_ones_own_is_taken_and_a_stranger_refused() -> None:
+def test_custom_protocols_are_accepted() -> None:
     class Rows:
         def evaluate(self, embeddings: Any) -> Any:
             return len(embeddings)
@@ -93,22 +84,22 @@ def test_a_split_shares_no_identity_and_loses_no_image(identities: list[int], se
         with pytest.raises(ValueError, match="leave each part an identity"):
             identity_disjoint_split(identities, (0.4, 0.3, 0.3), seed=seed)
         return
-    who = np.array(identities)
-    parts = identity_disjoint_split(who, (0.4, 0.3, 0.3), seed=seed)
-    assert sorted(np.concatenate(parts).tolist()) == list(range(who.size))
+    codes = np.array(identities)
+    parts = identity_disjoint_split(codes, (0.4, 0.3, 0.3), seed=seed)
+    assert sorted(np.concatenate(parts).tolist()) == list(range(codes.size))
     for a, b in ((0, 1), (0, 2), (1, 2)):
-        check_identity_disjoint(who[parts[a]], who[parts[b]])
-    order = np.random.default_rng(seed).permutation(who.size)
-    moved = identity_disjoint_split(who[order], (0.4, 0.3, 0.3), seed=seed)
-    assert [set(who[part]) for part in parts] == [set(who[order][part]) for part in moved]
+        check_identity_disjoint(codes[parts[a]], codes[parts[b]])
+    order = np.random.default_rng(seed).permutation(codes.size)
+    moved = identity_disjoint_split(codes[order], (0.4, 0.3, 0.3), seed=seed)
+    assert [set(codes[part]) for part in parts] == [set(codes[order][part]) for part in moved]
 
 
 def test_a_split_keeps_its_fractions_and_depends_on_the_seed() -> None:
-    who = np.arange(100)
-    train, test = identity_disjoint_split(who, (0.8, 0.2), seed=0)
+    codes = np.arange(100)
+    train, test = identity_disjoint_split(codes, (0.8, 0.2), seed=0)
     assert (train.size, test.size) == (80, 20)
-    assert not np.array_equal(test, identity_disjoint_split(who, (0.8, 0.2), seed=1)[1])
-    np.testing.assert_array_equal(test, identity_disjoint_split(who, (0.8, 0.2), seed=0)[1])
+    assert not np.array_equal(test, identity_disjoint_split(codes, (0.8, 0.2), seed=1)[1])
+    np.testing.assert_array_equal(test, identity_disjoint_split(codes, (0.8, 0.2), seed=0)[1])
 
 
 @pytest.mark.parametrize(
@@ -125,7 +116,7 @@ def test_bad_fractions_are_refused(fractions: tuple[float, ...], message: str) -
         identity_disjoint_split(["a", "b", "c"], fractions, seed=0)
 
 
-def test_shared_identities_are_named() -> None:
+def test_shared_identities_are_reported() -> None:
     with pytest.raises(ValueError, match=r"got 6 in both: 0, 1, 2, 3, 4, \.\.\."):
         check_identity_disjoint(range(6), range(9))
     with pytest.raises(ValueError, match="name identities alike, got strings and numbers"):

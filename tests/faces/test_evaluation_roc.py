@@ -1,6 +1,5 @@
 """TAR at FAR against a brute-force search over thresholds, AUC against all pairs, and the curve."""
 
-from fractions import Fraction
 from typing import Any
 
 import numpy as np
@@ -28,7 +27,7 @@ def test_exact_rule_by_brute_force(genuine: list[float], impostor: list[float], 
     assert point.tar == pytest.approx(sum(s > min(admissible) for s in genuine) / len(genuine), abs=1e-12)
     assert point.false_accepts == sum(s > point.threshold for s in impostor)
     assert point.far == point.false_accepts / len(impostor) <= far
-    assert point.resolvable == (Fraction(1, len(impostor)) <= Fraction(far))
+    assert point.resolvable == (1 / len(impostor) <= far)
     assert (point.low, point.high) == wilson(round(point.tar * len(genuine)), len(genuine))
 
 
@@ -64,7 +63,7 @@ def test_published_rule_on_a_worked_case() -> None:
 
 
 @given(genuine=scores, impostor=scores)
-def test_auc_is_the_chance_over_all_pairs(genuine: list[float], impostor: list[float]) -> None:
+def test_auc_is_the_probability_over_all_pairs(genuine: list[float], impostor: list[float]) -> None:
     wins = [(g > i) + 0.5 * (g == i) for g in genuine for i in impostor]
     assert auc(genuine, impostor) == pytest.approx(sum(wins) / len(wins), abs=1e-12)
     assert auc(genuine, impostor) == pytest.approx(1 - auc(impostor, genuine), abs=1e-12)
@@ -82,7 +81,7 @@ def test_every_point_of_the_curve_is_an_exact_point(genuine: list[float], impost
             assert tar_at_far(genuine, impostor, f).tar == t
 
 
-def test_tensors_and_half_precision_are_taken() -> None:
+def test_tensors_and_half_precision_are_accepted() -> None:
     genuine, impostor = torch.tensor([0.75, 0.5], dtype=torch.bfloat16), torch.tensor([0.5, 0.25])
     assert tar_at_far(genuine, impostor.half(), 0.5).tar == 1.0
     assert auc(genuine.requires_grad_(), impostor) == 0.875
@@ -102,7 +101,7 @@ def test_tensors_and_half_precision_are_taken() -> None:
         (["x"], [0.2], 0.1, TypeError, "genuine must be an array of numbers"),
     ],
 )
-def test_bad_scores_are_named(genuine: Any, impostor: Any, far: float, error: type[Exception], message: str) -> None:
+def test_bad_scores_are_reported(genuine: Any, impostor: Any, far: float, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         tar_at_far(genuine, impostor, far)
 

@@ -13,7 +13,6 @@ from kdlib_faces.evaluation import (
     pool_templates,
     tar_at_far,
     template_verification,
-    verify_templates,
 )
 from kdlib_faces.evaluation import pair_scores as pair_module
 from kdlib_faces.evaluation import templates as pooling_module
@@ -24,8 +23,8 @@ def make(images: int = 900, templates: int = 80, width: int = 12, seed: int = 0)
     ids = generator.permutation(templates * 3)[:templates] + 5
     owner = np.concatenate([np.arange(templates), generator.integers(0, templates, images - templates)])
     media = generator.integers(0, 200, images)
-    people = generator.normal(size=(templates // 2, width))
-    embeddings = people[owner // 2] + generator.normal(size=(images, width))
+    centers = generator.normal(size=(templates // 2, width))
+    embeddings = centers[owner // 2] + generator.normal(size=(images, width))
     return embeddings * generator.uniform(0.5, 20, size=(images, 1)), ids[owner], media, generator.random(images)
 
 
@@ -50,7 +49,7 @@ def published(embeddings: Any, ids: Any, media: Any, scores: Any, norm: str) -> 
 @pytest.mark.parametrize("norm", ["keep", "unit"])
 @pytest.mark.parametrize("scored", [True, False])
 @pytest.mark.parametrize("dtype", [np.float64, np.float32, np.float16])
-def test_pooling_is_the_published_one(norm: Any, scored: bool, dtype: Any) -> None:
+def test_pooling_equals_the_published_procedure(norm: Any, scored: bool, dtype: Any) -> None:
     embeddings, ids, media, scores = make()
     embeddings = embeddings.astype(dtype)
     given = scores if scored else None
@@ -64,7 +63,7 @@ def test_pooling_is_the_published_one(norm: Any, scored: bool, dtype: Any) -> No
     assert ("lengths kept" in found.convention) == (norm == "keep")
 
 
-def test_the_two_norms_and_the_detector_score_are_different_numbers() -> None:
+def test_norms_and_detector_scores_change_the_result() -> None:
     embeddings, ids, media, scores = make()
     kinds = [
         pool_templates(embeddings, ids, media, detector_scores=given, feature_norm=norm).features
@@ -120,7 +119,7 @@ def test_string_ids_and_lengths_beyond_float32() -> None:
         ({"feature_norm": "use"}, "feature_norm must be one of 'keep', 'unit'"),
     ],
 )  # fmt: skip
-def test_bad_images_are_named(change: dict[str, Any], message: str) -> None:
+def test_bad_images_are_reported(change: dict[str, Any], message: str) -> None:
     given: dict[str, Any] = {"embeddings": np.ones((3, 2)), "template_ids": [7, 7, 8], "media_ids": [1, 2, 3]}
     given |= change
     with pytest.raises(ValueError, match=message):
@@ -139,9 +138,9 @@ def pairs(ids: Any, count: int, seed: int = 1) -> tuple[Any, Any, Any]:
 
 @pytest.mark.parametrize("rows", [1, 8, 512])
 @pytest.mark.parametrize("mode", ["exact", "nearest"])
-def test_verification_is_that_of_plain_products(rows: int, mode: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_verification_equals_plain_products(rows: int, mode: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pair_module, "ROWS", rows)
-    monkeypatch.setattr(pair_module, "SPARSE", 3 if rows == 8 else 100)
+    monkeypatch.setattr(pair_module, "SPARSE", {1: 1.5, 8: 1}.get(rows, 100))
     embeddings, ids, media, scores = make()
     order = np.argsort(ids, kind="stable")
     embeddings, ids, media = embeddings[order], ids[order], media[order]
@@ -158,12 +157,12 @@ def test_verification_is_that_of_plain_products(rows: int, mode: Any, monkeypatc
         assert (point.tar, point.false_accepts) == (expected.tar, expected.false_accepts)
         assert point.resolvable == expected.resolvable
         assert point.threshold == pytest.approx(expected.threshold, abs=1e-6 if mode == "nearest" else 1e-11)
-    told = result.to_dict()
-    assert (told["feature_norm"], told["mode"], told["genuine"]) == ("keep", mode, int(same.sum()))
-    assert told["tar"]["0.0001"]["resolvable"] is False
+    entry = result.to_dict()
+    assert (entry["feature_norm"], entry["mode"], entry["genuine"]) == ("keep", mode, int(same.sum()))
+    assert entry["tar"]["0.0001"]["resolvable"] is False
 
 
-def test_equal_templates_tie_exactly_whatever_float32_says() -> None:
+def test_equal_templates_tie_despite_float32_rounding() -> None:
     # Template 1 and its copy 2 meet the same others: genuine and impostor scores are equal, none may be above the other.
     generator = np.random.default_rng(3)
     rows = generator.normal(size=(60, 128))
@@ -176,7 +175,7 @@ def test_equal_templates_tie_exactly_whatever_float32_says() -> None:
         assert point.tar == pytest.approx(np.floor(58 * far) / 58, abs=1e-12)
 
 
-def test_verification_protocol_names_what_it_did() -> None:
+def test_verification_protocol_reports_its_pooling() -> None:
     embeddings, ids, media, _ = make()
     left, right, same = pairs(ids, 300)
     protocol = TemplateVerificationProtocol(ids, media, left, right, same, feature_norm="unit", fars=(0.1,))
@@ -187,7 +186,7 @@ def test_verification_protocol_names_what_it_did() -> None:
         .tar[0.1]
         .tar
     )
-    assert "each image made unit first" in result.pooling
+    assert "each image normalized first" in result.templates.convention
     assert "feature_norm='unit'" in repr(protocol)
 
 
@@ -206,7 +205,7 @@ def test_verification_protocol_names_what_it_did() -> None:
         ({"mode": "roc"}, "mode must be one of"),
     ],
 )
-def test_bad_pairs_are_named(change: dict[str, Any], message: str) -> None:
+def test_bad_pairs_are_reported(change: dict[str, Any], message: str) -> None:
     given: dict[str, Any] = {"left": [5, 5, 7], "right": [9, 7, 9], "same": [1, 0, 0]}
     given |= change
     with pytest.raises(ValueError, match=message):
@@ -235,16 +234,16 @@ def plain_search(
 def one_to_n(seed: int = 0) -> tuple[Any, Any, Any, Any, Any]:
     generator = np.random.default_rng(seed)
     subjects, width = 40, 8
-    people = generator.normal(size=(subjects, width))
-    who = np.concatenate([np.arange(subjects), generator.integers(0, subjects, 90)])
-    ids = generator.permutation(500)[: who.size] + 1
-    embeddings = people[who] + 0.8 * generator.normal(size=(who.size, width))
-    names = np.array([f"s{k}" for k in who])
+    centers = generator.normal(size=(subjects, width))
+    codes = np.concatenate([np.arange(subjects), generator.integers(0, subjects, 90)])
+    ids = generator.permutation(500)[: codes.size] + 1
+    embeddings = centers[codes] + 0.8 * generator.normal(size=(codes.size, width))
+    names = np.array([f"s{k}" for k in codes])
     galleries = [(ids[:18], names[:18]), (ids[18:40], names[18:40])]
     return embeddings, ids, galleries, (ids[40:], names[40:]), names
 
 
-def test_identification_searches_each_gallery_on_its_own() -> None:
+def test_galleries_are_searched_separately() -> None:
     embeddings, ids, galleries, probes, _ = one_to_n()
     pooled = pool_templates(embeddings, ids, np.arange(ids.size))
     result = identify_templates(pooled, galleries, probes, fpirs=(0.05, 0.2), ranks=(1, 3))
@@ -252,23 +251,23 @@ def test_identification_searches_each_gallery_on_its_own() -> None:
     for fpir in (0.05, 0.2):
         each = [plain_search(by_id, (g.tolist(), s.tolist()), probes, fpir, (1, 3)) for g, s in galleries]
         assert result.tpir[fpir].value == pytest.approx(np.mean([tpir for tpir, *_ in each]), abs=1e-12)
-        for point, (tpir, threshold, _, mated) in zip(result.galleries[fpir], each, strict=True):
+        for point, (tpir, threshold, _, mated) in zip(result.points[fpir], each, strict=True):
             assert (point.tpir, point.mated, point.nonmated) == (pytest.approx(tpir), mated, 90 - mated)
             assert point.threshold == pytest.approx(threshold, abs=1e-12)
             assert point.fpir <= fpir
     for place, rank in enumerate((1, 3)):
         assert result.rates[rank].value == pytest.approx(sum(each[g][2][place] for g in range(2)) / 90)
-    assert (result.mated, result.probes) == (90, 90)
+    assert (result.mated, result.probes.rows.size) == (90, 90)
     assert 0.1 < result.tpir[0.05].value < 0.95
-    told = evaluate(
+    entry = evaluate(
         embeddings,
         TemplateIdentificationProtocol(ids, np.arange(ids.size), galleries, probes, fpirs=(0.05,), ranks=(1, 3)),
     ).to_dict()
-    assert told["tpir"]["0.05"]["value"] == result.tpir[0.05].value
-    assert "galleries searched separately" in told["convention"]
+    assert entry["tpir"]["0.05"]["value"] == result.tpir[0.05].value
+    assert "galleries searched separately" in entry["convention"]
 
 
-def test_each_search_tells_who_came_first_and_where_the_mate_came() -> None:
+def test_best_match_and_rank_of_the_mate_of_each_search() -> None:
     embeddings, ids, galleries, (probe_ids, names), _ = one_to_n()
     pooled = pool_templates(embeddings, ids, np.arange(ids.size))
     by_id = dict(zip(pooled.ids.tolist(), pooled.features, strict=True))
@@ -282,11 +281,11 @@ def test_each_search_tells_who_came_first_and_where_the_mate_came() -> None:
             assert search.best_scores[k] == pytest.approx(scores.max(), abs=1e-12)
             mate = np.flatnonzero(subjects == name)
             assert search.mated[k] == (mate.size == 1)
-            assert search.places[k] == (1 + (scores > scores[mate[0]]).sum() if mate.size else 0)
+            assert search.ranks[k] == (1 + (scores > scores[mate[0]]).sum() if mate.size else 0)
             assert search.mate_scores[k] == (pytest.approx(scores[mate[0]], abs=1e-12) if mate.size else -np.inf)
 
 
-def test_a_protocol_of_templates_takes_its_resamples_and_confidence() -> None:
+def test_the_protocol_passes_its_resamples_and_confidence() -> None:
     embeddings, ids, galleries, probes, _ = one_to_n()
     media = np.arange(ids.size)
     given = {"fpirs": (0.05,), "ranks": (1,), "replicates": 40, "seed": 3, "level": 0.5}
@@ -301,9 +300,9 @@ def test_a_protocol_of_templates_takes_its_resamples_and_confidence() -> None:
         TemplateIdentificationProtocol(ids, media, galleries, probes, feature_norm="half")  # type: ignore[arg-type]
 
 
-def test_tpir_wants_the_mate_first_and_above_the_threshold() -> None:
+def test_tpir_requires_the_mate_first_and_above_the_threshold() -> None:
     eye = np.eye(4)
-    # Probe 10 is nearer to b than to its own a; probe 11 is b; probe 12 is nobody enrolled.
+    # Probe 10 is nearer to b than to its own a; probe 11 is b; probe 12 is not enrolled.
     rows = np.stack([eye[0], eye[1], 0.6 * eye[0] + 0.8 * eye[1], eye[1], 0.3 * eye[0] + eye[3]])
     pooled = pool_templates(rows, [1, 2, 10, 11, 12], np.arange(5))
     result = identify_templates(
@@ -311,8 +310,8 @@ def test_tpir_wants_the_mate_first_and_above_the_threshold() -> None:
     )
     assert result.tpir[0.5].value == 0.5
     assert (result.rates[1].value, result.rates[2].value) == (0.5, 1.0)
-    assert not result.galleries[0.5][0].resolvable
-    assert result.galleries[0.5][0].fpir == 0.0
+    assert not result.points[0.5][0].resolvable
+    assert result.points[0.5][0].fpir == 0.0
 
 
 @pytest.mark.parametrize(
@@ -320,10 +319,10 @@ def test_tpir_wants_the_mate_first_and_above_the_threshold() -> None:
     [
         ({"galleries": []}, "galleries must not be empty"),
         ({"galleries": [([], [])]}, r"template ids of galleries\[0\] must be \(n,\), not empty"),
-        ({"galleries": [([1, 2], ["a", "a"])]}, r"subjects of galleries\[0\] must not come twice, got 'a' in entries 0 and 1"),
-        ({"galleries": [([1, 1], ["a", "b"])]}, r"template ids of galleries\[0\] must not come twice, got 1"),
+        ({"galleries": [([1, 2], ["a", "a"])]}, r"subjects of galleries\[0\] must not occur twice, got 'a' in entries 0 and 1"),
+        ({"galleries": [([1, 1], ["a", "b"])]}, r"template ids of galleries\[0\] must not occur twice, got 1"),
         ({"galleries": [([1, 9], ["a", "b"])]}, r"template ids of galleries\[0\] must be in template_ids, got 9 in entry 1"),
-        ({"probes": ([3, 3], ["a", "z"])}, "template ids of probes must not come twice, got 3"),
+        ({"probes": ([3, 3], ["a", "z"])}, "template ids of probes must not occur twice, got 3"),
         ({"probes": ([3, 77], ["a", "z"])}, "template ids of probes must be in template_ids, got 77 in entry 1"),
         ({"probes": ([3, 4], ["a", "b"])}, r"galleries\[0\] must have a non-mated probe, got none"),
         ({"probes": ([3, 4], ["y", "z"])}, r"galleries\[0\] must have a mated probe, got none"),
@@ -332,7 +331,7 @@ def test_tpir_wants_the_mate_first_and_above_the_threshold() -> None:
         ({"ranks": ()}, "ranks must not be empty"),
     ],
 )  # fmt: skip
-def test_bad_galleries_are_named(change: dict[str, Any], message: str) -> None:
+def test_bad_galleries_are_reported(change: dict[str, Any], message: str) -> None:
     pooled = pool_templates(np.eye(4) + 1, [1, 2, 3, 4], [1, 2, 3, 4])
     given: dict[str, Any] = {"galleries": [([1, 2], ["a", "b"])], "probes": ([3, 4], ["a", "z"])}
     given |= change
@@ -340,23 +339,17 @@ def test_bad_galleries_are_named(change: dict[str, Any], message: str) -> None:
         identify_templates(pooled, **given)
 
 
-def test_pooled_templates_can_be_verified_again() -> None:
-    embeddings, ids, media, _ = make()
-    left, right, same = pairs(ids, 200)
-    pooled = pool_templates(embeddings, ids, media)
-    first = verify_templates(pooled, left, right, same, fars=(0.1,)).to_dict()
-    assert first == template_verification(embeddings, ids, media, left, right, same, fars=(0.1,)).to_dict()
-
-
 @pytest.mark.parametrize("dtype", [np.int8, np.uint8, np.int16, np.uint32, np.int64, np.uint64])
-def test_ids_of_every_integer_kind_are_told_apart(dtype: Any) -> None:
+def test_ids_of_every_integer_type_are_distinguished(dtype: Any) -> None:
     ends = np.iinfo(dtype)
     ids = np.array([ends.max, ends.min, 7, ends.max, 9], dtype=dtype)
     pooled = pool_templates(np.eye(5) + 1, ids, np.arange(5))
     assert pooled.ids.tolist() == sorted({ends.max, ends.min, 7, 9})
     assert pooled.images.tolist() == [1, 1, 1, 2]
     left, right = np.array([ends.max, 7, 9], dtype=dtype), np.array([ends.min, 9, ends.max], dtype=dtype)
-    result = verify_templates(pooled, left, right, [1, 0, 0], fars=(0.5,))
+    protocol = TemplateVerificationProtocol(ids, np.arange(5), left, right, [1, 0, 0], fars=(0.5,))
+    result = protocol.verify(pooled)
     assert result.impostor == 2
+    protocol = TemplateVerificationProtocol(ids, np.arange(5), np.array([7, 8, 9], dtype), right, [1, 0, 0])
     with pytest.raises(ValueError, match="left must be in template_ids, got 8 in entry 1"):
-        verify_templates(pooled, np.array([7, 8, 9], dtype=dtype), right, [1, 0, 0])
+        protocol.verify(pooled)

@@ -6,8 +6,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from kdlib_faces.evaluation import verify_pairs
 
@@ -84,7 +82,7 @@ def test_exact_handles_ties_and_neighboring_floats() -> None:
     assert (result.accuracy, result.thresholds.tolist()) == (1.0, [1.0] * 10)
 
 
-def test_uneven_contiguous_folds_are_those_of_kfold() -> None:
+def test_uneven_contiguous_folds_equal_those_of_kfold() -> None:
     left, right, _ = make_pairs(200, 0)
     same = np.tile([True, False], 100)[:47]
     # 47 pairs: seven folds of five pairs, then three of four.
@@ -92,17 +90,6 @@ def test_uneven_contiguous_folds_are_those_of_kfold() -> None:
     contiguous = verify_pairs(left[:47], right[:47], same)
     named = verify_pairs(left[:47], right[:47], same, fold_ids=[f"fold {fold}" for fold in folds])
     np.testing.assert_array_equal(contiguous.fold_accuracies, named.fold_accuracies)
-
-
-@settings(max_examples=25, deadline=None)
-@given(scale=st.floats(1e-30, 1e30), seed=st.integers(0, 9))
-def test_scale_and_order_within_a_fold_do_not_matter(scale: float, seed: int) -> None:
-    left, right, same = make_pairs(60, seed)
-    folds = np.arange(60) // 6
-    base = verify_pairs(left, right, same, fold_ids=folds)
-    order = np.random.default_rng(seed).permutation(60)
-    moved = verify_pairs(left[order] * scale, right[order], same[order], fold_ids=folds[order])
-    np.testing.assert_allclose(moved.fold_accuracies, base.fold_accuracies, atol=1e-12)
 
 
 def test_perfect_and_tensor_input() -> None:
@@ -126,12 +113,12 @@ def test_perfect_and_tensor_input() -> None:
         (lambda left, right, same: (left, right, same | True), "both kinds of pair, got only True"),
         (lambda left, right, same: (left, right, same & False), "both kinds of pair, got only False"),
         (lambda left, right, same: (left, right, same + 1), "same must be boolean"),
-        (lambda left, right, same: (left, right, np.sort(same)), "fold 0 with only different pairs; is the file"),
+        (lambda left, right, same: (left, right, np.sort(same)), "fold 0 with only impostor pairs; is the file"),
         (lambda left, right, same: (left[:12], right[:12], np.tile([0, 1], 6)), "must be 20 pairs, got 12"),
         (lambda left, right, same: (left[:, 0], right, same), r"left must be \(n, d\), not empty, got \(40,\)"),
     ],
 )
-def test_bad_pairs_are_named(change: Any, message: str) -> None:
+def test_bad_pairs_are_reported(change: Any, message: str) -> None:
     class Rows(np.ndarray):
         def at(self, row: int, value: float) -> "Rows":
             self[row] = value
@@ -142,9 +129,9 @@ def test_bad_pairs_are_named(change: Any, message: str) -> None:
         verify_pairs(*change(left.view(Rows), right.view(Rows), same))
 
 
-def test_bad_folds_are_named() -> None:
+def test_bad_folds_are_reported() -> None:
     left, right, same = make_pairs(40, 0)
-    with pytest.raises(ValueError, match="fold 'b' with only different pairs"):
+    with pytest.raises(ValueError, match="fold 'b' with only impostor pairs"):
         verify_pairs(left, right, same, fold_ids=np.where(same, "a", np.where(np.arange(40) < 20, "a", "b")))
     with pytest.raises(ValueError, match="at least two folds"):
         verify_pairs(left, right, same, fold_ids=np.zeros(40, dtype=int))

@@ -1,8 +1,7 @@
-"""The recipe and the whole job, small: what is built, what the report holds, what a kill leaves."""
+"""The recipes, and the demo that runs all of them: terms, reports and interruption."""
 
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -13,51 +12,40 @@ import pytest
 import torch
 
 from kdlib_faces._checks import InputError
-from kdlib_faces.backbones import load_backbone
+from kdlib_faces.backbones import BACKBONES, load_backbone
+from kdlib_faces.config import load_config
 from kdlib_faces.demo.run import DemoConfig, run
-from kdlib_faces.recipes import LIAADConfig, build
+from kdlib_faces.recipes import LIAADConfig, build, liaad
 
 SMALL = [
-    "general_identities=12",
-    "age_identities=12",
-    "general_images=4",
-    "age_images=4",
-    "test_identities=14",
-    "test_images=6",
-    "general_steps=8",
-    "age_steps=8",
-    "student_steps=24",
-    "batch_size=24",
-    "replicates=20",
-    "size=32",
-    "student.width=0.25",
+    "general_identities=12", "age_identities=12", "general_images=4", "age_images=4", "test_identities=14", "test_images=6",
+    "general_steps=8", "age_steps=8", "student_steps=24", "batch_size=24", "replicates=20", "size=32", "student.width=0.25",
     "student.embedding_dim=32",
-]
-
-
-def _features(seed: int) -> dict[str, torch.Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    return {
-        "embedding": torch.randn(4, 16, generator=generator),
-        "map": torch.randn(4, 6, 5, 5, generator=generator),
-    }
+]  # fmt: skip
 
 
 class _Fixed(torch.nn.Module):
+    """A teacher with random features that do not depend on the images."""
+
     def __init__(self, seed: int) -> None:
         super().__init__()
-        self.seed = seed
+        generator = torch.Generator().manual_seed(seed)
+        embedding = torch.randn(4, 16, generator=generator)
+        self.features = {"embedding": embedding, "map": torch.randn(4, 6, 5, 5, generator=generator)}
 
     def forward(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
-        return _features(self.seed)
+        return self.features
+
+
+TEACHERS = {"general": _Fixed(0), "age": _Fixed(1)}
 
 
 def _config(**changes: object) -> LIAADConfig:
     return LIAADConfig(**{"num_identities": 5, "embedding_dim": 16, "width": 0.25, "input_size": 32, **changes})
 
 
-def test_the_recipe_has_its_terms_and_each_teacher_its_part() -> None:
-    distiller = build(_config(), teachers={"general": _Fixed(0), "age": _Fixed(1)})
+def test_each_term_reads_its_teachers_and_none_reads_ages() -> None:
+    distiller = build(_config(), teachers=TEACHERS)
     images = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     output = distiller(images, {"identity": torch.tensor([0, 1, 2, 2])})
     assert list(output.terms) == ["identity", "embedding", "map", "attention"]
@@ -65,49 +53,49 @@ def test_the_recipe_has_its_terms_and_each_teacher_its_part() -> None:
     assert output.weights["map"].shape == output.weights["attention"].shape == (1, 4)
     output.total.backward()
     assert all(p.grad is not None for p in distiller.student.parameters())
-
-
-def test_no_target_of_the_recipe_is_an_age() -> None:
-    distiller = build(_config(), teachers={"general": _Fixed(0), "age": _Fixed(1)})
     assert {term.target for term in distiller.objective.terms.values()} == {None, "identity"}
 
 
 def test_the_same_seed_builds_the_same_student_with_and_without_teachers() -> None:
     alone = build(_config(), teachers={}).student.state_dict()
-    distilled = build(_config(), teachers={"general": _Fixed(0), "age": _Fixed(1)}).student.state_dict()
+    distilled = build(_config(), teachers=TEACHERS).student.state_dict()
     assert all(torch.equal(value, distilled[name]) for name, value in alone.items())
 
 
 def test_every_backbone_can_be_the_student() -> None:
-    from kdlib_faces.backbones import BACKBONES
-
     with torch.device("meta"):
-        for name in sorted(set(BACKBONES) - {"iresnet", "ir"}):  # those two are told their depth
+        for name in sorted(set(BACKBONES) - {"iresnet", "ir"}):  # these two require their depth
             distiller = build(LIAADConfig(num_identities=4, backbone=name, embedding_dim=64), teachers={})
             assert distiller.student.model.embedding_dim == 64, name
-
-
-def test_a_width_is_told_to_networks_that_have_none() -> None:
     with pytest.raises(ValueError, match="no argument of mbf named 'width'"):
         build(LIAADConfig(num_identities=4, backbone="mbf", width=0.5), teachers={})
 
 
-def test_one_teacher_alone_and_a_wrong_name() -> None:
-    assert sorted(build(_config(), teachers={"age": _Fixed(1)}).objective.terms) == [
-        "attention",
-        "embedding",
-        "identity",
-    ]
+def test_one_teacher_alone_and_wrong_values() -> None:
+    alone = build(_config(), teachers={"age": _Fixed(1)})
+    assert sorted(alone.objective.terms) == ["attention", "embedding", "identity"]
     with pytest.raises(InputError, match="must be named 'general' or 'age', got 'other'"):
         build(_config(), teachers={"other": _Fixed(0)})
     with pytest.raises(ValueError, match="weighting must be one of 'uniform', 'center'"):
         _config(weighting="best")
 
 
+def test_the_recipe_runs_as_a_program(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    faces = ["--faces", str(tmp_path / "no.csv"), "--output", str(tmp_path / "out")]
+    two = ["--teacher", "iresnet18", "--teacher", "iresnet18"]
+    for arguments, message in (
+        (faces, "--teacher must be given twice, got 0"),
+        ([*faces, *two], "no.csv"),
+        ([*faces, *two, "--set", "recipe.widths=1"], "no setting named 'recipe.widths'"),
+    ):
+        with pytest.raises(SystemExit) as caught:
+            liaad.main(arguments)
+        assert caught.value.code == 2
+        assert message in capsys.readouterr().err
+
+
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from kdlib_faces.config import load_config
-
     output = tmp_path_factory.mktemp("demo") / "out"
     run(load_config(DemoConfig, None, SMALL), output=output, progress=False)
     return output
@@ -130,43 +118,30 @@ def test_the_report_holds_all_four_models_and_their_protocols(finished: Path) ->
     assert (finished / "report.md").exists()
 
 
-def test_the_student_in_the_file_is_the_one_that_was_judged(finished: Path) -> None:
+def test_the_saved_student_is_the_evaluated_one(finished: Path) -> None:
     model = load_backbone(finished / "work" / "seed0" / "student_distilled" / "student.pt")
     assert model(torch.zeros(2, 3, 32, 32)).shape == (2, 32)
 
 
 def test_a_second_run_trains_nothing_and_reports_the_same(finished: Path) -> None:
-    from kdlib_faces.config import load_config
-
     before = json.loads((finished / "report.json").read_text())
-    log = (finished / "work" / "seed0" / "student_distilled" / "log.jsonl").read_bytes()
+    log = finished / "work" / "seed0" / "student_distilled" / "log.jsonl"
+    rows = log.read_bytes()
     run(load_config(DemoConfig, None, SMALL), output=finished, progress=False)
     after = json.loads((finished / "report.json").read_text())
-    assert (finished / "work" / "seed0" / "student_distilled" / "log.jsonl").read_bytes() == log
+    assert log.read_bytes() == rows
+    assert (after["weights"], after["training"]) == (before["weights"], before["training"])
     for name, row in before["models"].items():
         assert after["models"][name]["protocols"] == row["protocols"]
 
 
-def test_a_finished_run_says_the_same_when_it_is_asked_again(finished: Path, tmp_path: Path) -> None:
-    from kdlib_faces.config import load_config
-
-    again = tmp_path / "again"
-    shutil.copytree(finished, again)
-    report = run(load_config(DemoConfig, None, SMALL), output=again, progress=False)
-    first = json.loads((finished / "report.json").read_text())
-    assert report["weights"] == first["weights"]
-    assert report["training"] == first["training"]
-    for name, row in first["models"].items():
-        assert report["models"][name]["protocols"] == row["protocols"]
-
-
-def test_kills_at_any_moment_leave_the_same_final_weights(finished: Path, tmp_path: Path) -> None:
-    output = tmp_path / "killed"
+def test_interruptions_at_any_moment_leave_the_same_final_weights(tmp_path: Path) -> None:
+    output = tmp_path / "interrupted"
     settings = [word for entry in SMALL for word in ("--set", entry)]
     command = [sys.executable, "-m", "kdlib_faces", "demo", "--quiet", "--threads", "1"]
     command += ["--output", str(output), *settings]
     marks = ["general_teacher/log.jsonl", "age_teacher/log.jsonl", "student_distilled/log.jsonl"]
-    kills = 0
+    interruptions = 0
     for mark in marks:
         process = subprocess.Popen(command, env=os.environ.copy(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         watched = output / "work" / "seed0" / mark
@@ -174,11 +149,11 @@ def test_kills_at_any_moment_leave_the_same_final_weights(finished: Path, tmp_pa
         while process.poll() is None and time.monotonic() < deadline:
             if watched.exists() and watched.stat().st_size:
                 process.send_signal(signal.SIGKILL)
-                kills += 1
+                interruptions += 1
                 break
             time.sleep(0.005)
         process.wait()
-    assert kills == 3
+    assert interruptions == 3
     assert not (output / "report.json").exists()
     subprocess.run(command, check=True, timeout=300)
     straight = tmp_path / "straight"

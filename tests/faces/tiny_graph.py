@@ -1,4 +1,4 @@
-"""A teacher as small as can be, as an ONNX file: one convolution, a middle map of 14 x 14 and an embedding."""
+"""A minimal teacher as an ONNX file: one convolution, a map of 14 x 14 and an embedding."""
 
 from pathlib import Path
 
@@ -7,7 +7,7 @@ from onnx import TensorProto, helper, numpy_helper, save
 
 
 def tiny_graph(path: Path, *, seed: int = 0, dim: int = 16) -> Path:
-    """Write the file; images `(n, 3, 112, 112)`, the map is named `middle`, the embedding `out`."""
+    """Write the file; the image input is `(n, 3, 112, 112)`, the map is named `middle`, the embedding `out`."""
     rng = np.random.default_rng(seed)
     weights = {
         "kernel": rng.normal(0, 0.1, (6, 3, 8, 8)).astype(np.float32),

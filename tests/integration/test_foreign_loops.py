@@ -1,4 +1,4 @@
-"""kdlib in other people's loops: plain PyTorch, a Lightning module, an accelerate loop. Each must learn, and train no teacher."""
+"""kdlib in plain PyTorch, Lightning and accelerate loops: the student learns and the teacher stays fixed."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from kdlib import OUTPUT, AngularDistillLoss, Distiller, HintLoss, Objective, StudentAdapter, TeacherAdapter, Term
 
 pytestmark = [
-    # Said by the packages about themselves and about this machine.
+    # Warnings of these packages about themselves and about the machine.
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
     pytest.mark.filterwarnings("ignore::FutureWarning"),
     pytest.mark.filterwarnings("ignore::UserWarning:lightning"),
@@ -34,7 +34,7 @@ def distiller() -> Distiller:
             {"big": TeacherAdapter(teacher, {"out": OUTPUT, "middle": "0"})},
             Objective(terms),
         )
-        made.infer(torch.randn(8, 6), {})  # the projections are there before the optimizer asks for parameters
+        made.infer(torch.randn(8, 6), {})  # creates the projections before the optimizer collects the parameters
     return made
 
 
@@ -50,8 +50,8 @@ def loss_of(made: Distiller) -> float:
 
 
 @pytest.fixture
-def untouched() -> Iterator[Distiller]:
-    """A distiller that must end with a smaller loss and the very same teacher."""
+def checked() -> Iterator[Distiller]:
+    """A distiller whose loss must decrease and whose teacher must not change."""
     made = distiller()
     teacher = made.teachers["big"]
     before = {name: value.clone() for name, value in teacher.model.state_dict().items()}
@@ -63,23 +63,23 @@ def untouched() -> Iterator[Distiller]:
     assert all(torch.equal(value, after[name]) for name, value in before.items())
 
 
-def test_a_plain_loop(untouched: Distiller) -> None:
-    optimizer = torch.optim.Adam(untouched.trainable_parameters(), lr=1e-2)
+def test_a_plain_loop(checked: Distiller) -> None:
+    optimizer = torch.optim.Adam(checked.trainable_parameters(), lr=1e-2)
     for _ in range(10):
-        untouched.train()
+        checked.train()
         for (images,) in loader():
             optimizer.zero_grad()
-            untouched(images, {}).total.backward()
+            checked(images, {}).total.backward()
             optimizer.step()
 
 
-def test_a_lightning_module(untouched: Distiller, tmp_path: Any) -> None:
+def test_a_lightning_module(checked: Distiller, tmp_path: Any) -> None:
     lightning = pytest.importorskip("lightning")
 
     class Distilled(lightning.LightningModule):  # type: ignore[misc, name-defined]  # known at run time only
         def __init__(self) -> None:
             super().__init__()
-            self.distiller = untouched
+            self.distiller = checked
 
         def training_step(self, batch: tuple[Tensor], batch_idx: int) -> Tensor:
             output = self.distiller(batch[0], {})
@@ -111,11 +111,11 @@ def test_a_lightning_module(untouched: Distiller, tmp_path: Any) -> None:
     again.load_state_dict(names)
 
 
-def test_an_accelerate_loop(untouched: Distiller) -> None:
+def test_an_accelerate_loop(checked: Distiller) -> None:
     accelerate = pytest.importorskip("accelerate")
     accelerator = accelerate.Accelerator(cpu=True)
-    optimizer = torch.optim.Adam(untouched.trainable_parameters(), lr=1e-2)
-    made, optimizer, batches = accelerator.prepare(untouched, optimizer, loader())
+    optimizer = torch.optim.Adam(checked.trainable_parameters(), lr=1e-2)
+    made, optimizer, batches = accelerator.prepare(checked, optimizer, loader())
     for _ in range(10):
         made.train()
         for (images,) in batches:

@@ -1,6 +1,6 @@
-"""The wheel in an environment that holds nothing but what it asks for: the README's loop, and the loops of other people.
+"""The wheel in an environment with its declared requirements only: the README example and foreign training loops.
 
-What the wheel asks for is lent from this environment, by links, and only that: an import of anything else fails.
+The requirements are linked from this environment, and nothing else, so that an import of anything else fails.
 """
 
 import os
@@ -19,16 +19,16 @@ ROOT = Path(__file__).parents[2]
 
 
 def run(*command: str | Path, cwd: Path) -> str:
-    """What it prints; its errors fail the test."""
-    kept = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
-    done = subprocess.run([*map(str, command)], cwd=cwd, env=kept, capture_output=True, text=True, timeout=300)
+    """Return the output of a command; an error fails the test."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
+    done = subprocess.run([*map(str, command)], cwd=cwd, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Built from a copy of what a source distribution holds, so that the tree stays clean."""
+    """A wheel built from a copy of the sources, so that the working tree stays clean."""
     source = tmp_path_factory.mktemp("source")
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source)
@@ -39,26 +39,26 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return built
 
 
-def asked_for(*names: str) -> set[str]:
-    """Distributions that these need, themselves too, as far as they are here."""
-    found: set[str] = set()
+def requirements(*names: str) -> set[str]:
+    """Return the installed distributions that these need, including themselves."""
+    result: set[str] = set()
     wanted = [*names]
     while wanted:
         name = wanted.pop().lower().replace("_", "-")
-        if name in found:
+        if name in result:
             continue
         try:
             needs = metadata.requires(name) or []
-        except metadata.PackageNotFoundError:  # of another platform
+        except metadata.PackageNotFoundError:  # needed on other platforms only
             continue
-        found.add(name)
+        result.add(name)
         parsed = [Requirement(need) for need in needs]
         wanted += [need.name for need in parsed if need.marker is None or need.marker.evaluate({"extra": ""})]
-    return found
+    return result
 
 
 def environment(folder: Path, wheel: Path, *more: str) -> Path:
-    """A Python with the wheel, what it asks for and what `more` asks for."""
+    """Create a Python environment with the wheel, its requirements and those of `more`."""
     venv.create(folder, with_pip=False)
     python = folder / "bin" / "python"
     (site,) = folder.glob("lib/python*/site-packages")
@@ -67,7 +67,7 @@ def environment(folder: Path, wheel: Path, *more: str) -> Path:
     (own,) = site.glob("kdlib_torch-*.dist-info")
     needs = [Requirement(need) for need in metadata.Distribution.at(own).requires or []]
     names = [need.name for need in needs if need.marker is None or need.marker.evaluate({"extra": ""})]
-    for name in asked_for(*names, *more):
+    for name in requirements(*names, *more):
         for file in metadata.files(name) or []:
             top = file.parts[0]
             if top != ".." and not (site / top).exists() and (here / top).exists():
@@ -76,7 +76,7 @@ def environment(folder: Path, wheel: Path, *more: str) -> Path:
 
 
 def readme_loop() -> str:
-    """The first code of the README."""
+    """Return the first code block of the README."""
     return (ROOT / "README.md").read_text().split("```python\n")[1].split("```")[0]
 
 
@@ -86,15 +86,15 @@ def test_the_readme_runs_on_the_wheel_alone(wheel: Path, tmp_path: Path) -> None
     body = loop.split(":\n")[1]
     assert len(loop.strip().splitlines()) <= 12
     assert "value.backward()" in body
-    told = "\nimport kdlib, sys\nprint(kdlib.__file__, value.requires_grad)\nprint(sorted(sys.modules))"
-    where, loaded = run(python, "-I", "-c", loop + told, cwd=tmp_path).splitlines()
+    report = "\nimport kdlib, sys\nprint(kdlib.__file__, value.requires_grad)\nprint(sorted(sys.modules))"
+    where, loaded = run(python, "-I", "-c", loop + report, cwd=tmp_path).splitlines()
     assert where.startswith(str(tmp_path / "env"))
     assert where.endswith("True")
     assert not any(name in loaded for name in ("'PIL", "'matplotlib", "'tqdm", "'lightning", "'torchvision", "'pytest"))
 
 
 @pytest.mark.parametrize("package", ["lightning", "accelerate"])
-def test_the_loops_of_others_run_on_the_wheel(package: str, wheel: Path, tmp_path: Path) -> None:
+def test_foreign_loops_run_on_the_wheel(package: str, wheel: Path, tmp_path: Path) -> None:
     pytest.importorskip(package)
     python = environment(tmp_path / "env", wheel, "pytest", package)
     shutil.copy(Path(__file__).with_name("test_foreign_loops.py"), tmp_path)

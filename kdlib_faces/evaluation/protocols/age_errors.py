@@ -1,31 +1,41 @@
-"""Evaluation room: who is refused and who is taken for whom, by age, at one threshold. NumPy only; any size of set."""
+"""False non-match and false match rates by age, at one threshold for all pairs of a set."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 
+from kdlib_faces._checks import InputError
 from kdlib_faces.evaluation._checks import (
-    FloatArray,
-    IntArray,
     check_ages,
     check_fars,
+    check_identities,
     check_labels,
     check_level,
-    check_people,
     require,
     unit_rows,
 )
-from kdlib_faces.evaluation.all_pairs import ScoredPairs, global_points
-from kdlib_faces.evaluation.protocols.age_gap import group_bins
-from kdlib_faces.evaluation.roc import TarAtFar, far_name
+from kdlib_faces.evaluation._types import ArrayLike, BoolArray, Embeddings, FloatArray, IntArray, JsonDict, Label
+from kdlib_faces.evaluation.all_pairs import ScoredPairs, global_points, rejection_rates
+from kdlib_faces.evaluation.hardest import hardest_pairs
+from kdlib_faces.evaluation.roc import TarAtFar, by_far
 from kdlib_faces.evaluation.search import dot_rows
-from kdlib_faces.evaluation.statistics.bins import AGE_STARTS, GAP_STARTS, bin_names, check_starts, place
-from kdlib_faces.evaluation.statistics.clustered import draws, rate_estimate
-from kdlib_faces.evaluation.statistics.intervals import Estimate, bootstrap_estimate
+from kdlib_faces.evaluation.statistics.bins import AGE_STARTS, GAP_STARTS, bin_names, check_starts, group_bins, place
+from kdlib_faces.evaluation.statistics.intervals import Estimate, bootstrap_estimate, resample_counts
+from kdlib_faces.evaluation.statistics.paired import Outcomes
 from kdlib_faces.evaluation.statistics.resampling import genuine_pairs
 from kdlib_faces.evaluation.statistics.slopes import mean_estimate, pooled_slope, within_slope
+from kdlib_faces.evaluation.summary import (
+    Bins,
+    Description,
+    HardPair,
+    Measure,
+    MeasuredValue,
+    ModelSummary,
+    ScoreTable,
+    far_measures,
+    far_text,
+)
 
 __all__ = ["AgeErrorProtocol", "AgeErrorResult", "ErrorBin"]
 
@@ -36,11 +46,11 @@ OWNER = "AgeErrorProtocol"
 class ErrorBin:
     """One bin of ages, gaps or age groups.
 
-    Args:
-        name: of the bin.
-        pairs: how many pairs it holds.
-        rates: by target FAR, the error rate at the one threshold; None in an empty bin.
-        score: mean score of its genuine pairs; None for impostor bins.
+    Attributes:
+        name: Name of the bin.
+        pairs: Number of pairs.
+        rates: Target FAR to the error rate at the one threshold; None in an empty bin.
+        score: Mean score of its genuine pairs; None for a bin of impostor pairs.
     """
 
     name: str
@@ -48,75 +58,164 @@ class ErrorBin:
     rates: Mapping[float, Estimate]
     score: Estimate | None = None
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> JsonDict:
         """Plain values for JSON."""
-        rates = {far_name(far): estimate.to_dict() for far, estimate in self.rates.items()}
-        entry = {"name": self.name, "pairs": self.pairs, "rates": rates}
+        entry: JsonDict = {"name": self.name, "pairs": self.pairs, "rates": by_far(self.rates)}
         return entry if self.score is None else entry | {"score": self.score.to_dict()}
 
 
 @dataclass(frozen=True)
 class AgeErrorResult:
-    """The result of an `AgeErrorProtocol`.
+    """Result of an `AgeErrorProtocol`.
 
-    Args:
-        kind: `"gap"`, or `"group"` where there are age groups alone.
-        fnmr_by_gap: false non-match rates by age gap, or by pair of groups.
-        fnmr_by_younger_age: by the age of the younger image; empty without ages.
-        fmr_same_age: false match rates among impostor pairs whose images are in one bin of ages, or in one group.
-        slope: change of the genuine score over ten years of gap, over all pairs; None without ages.
-        slope_within: the same within persons, each at a level of their own.
-        operating_points: by target FAR, the global threshold and its counts.
-        level: confidence of the intervals, which are over identities at thresholds kept as they are.
-        genuine: every genuine pair with its score; not serialized.
-        false_accepts: the impostor pairs accepted at the loosest of the thresholds, most alike first; not serialized.
+    Attributes:
+        fnmr_by_gap: False non-match rates by age gap, or by pair of groups.
+        fnmr_by_younger_age: False non-match rates by the age of the younger image; empty without ages.
+        fmr_same_age: False match rates of the impostor pairs whose images are in one bin of ages, or in one group.
+        slope: Change of the genuine score over ten years of gap, over all pairs; None without ages.
+        slope_within: The same within identities, each with its own level.
+        operating_points: Target FAR to the global threshold and its counts.
+        genuine: Every genuine pair with its score.
+        false_accepts: The impostor pairs accepted at the lowest of the thresholds, the most similar first.
+        protocol: The protocol.
     """
 
-    kind: str
     fnmr_by_gap: tuple[ErrorBin, ...]
     fnmr_by_younger_age: tuple[ErrorBin, ...]
     fmr_same_age: tuple[ErrorBin, ...]
     slope: Estimate | None
     slope_within: Estimate | None
     operating_points: Mapping[float, TarAtFar]
-    level: float
     genuine: ScoredPairs = field(repr=False, compare=False)
     false_accepts: ScoredPairs = field(repr=False, compare=False)
+    protocol: "AgeErrorProtocol" = field(repr=False, compare=False)
 
-    def to_dict(self) -> dict[str, Any]:
+    def _bins(self) -> dict[str, tuple[ErrorBin, ...]]:
+        return {
+            "fnmr_by_gap": self.fnmr_by_gap,
+            "fnmr_by_younger_age": self.fnmr_by_younger_age,
+            "fmr_same_age": self.fmr_same_age,
+        }
+
+    def describe(self) -> Description:
+        """What the protocol measures and how."""
+        protocol, by_age = self.protocol, self.protocol.ages is not None
+        texts = {
+            "fnmr_by_gap": ("FNMR by age gap" if by_age else "FNMR by age groups", "age gap, years"),
+            "fnmr_by_younger_age": ("FNMR by the younger age", "age of the younger image, years"),
+            "fmr_same_age": ("FMR among images of one age", "age, years"),
+        }
+        bins = {}
+        for key, rows in self._bins().items():
+            names, counts = [row.name for row in rows], [row.pairs for row in rows]
+            at = [float(number) for number in range(len(rows))] if by_age else None
+            for far in protocol.fars if rows else ():
+                title, axis = f"{texts[key][0]} at {far_text(far, 'FMR')}", texts[key][1] if by_age else ""
+                bins[f"{key}_{far:g}"] = Bins(title, names, axis, at, list(counts))
+        measures = far_measures("fnmr", "FNMR", protocol.fars, rate="FMR", lower_is_better=True)
+        if by_age:
+            slope = "Slope of the genuine score"
+            measures["slope"] = Measure(slope, "score", "over ten years of gap, all pairs", "none")
+            measures["slope_within"] = Measure("Slope within identities", "score", "over ten years of gap", "none")
+        return Description(
+            question="At which ages are genuine pairs rejected and impostor pairs accepted at one threshold for all?",
+            convention={
+                "Threshold": "one for all bins, the (k+1)-th largest of all impostor scores, k = floor(FMR x impostors)",
+                "FMR among images of one age": "impostor pairs whose two images are in one bin of ages",
+                "Score": "cosine",
+            },
+            intervals="bootstrap over identities, thresholds kept as they are; of the FNMR of all pairs Wilson's",
+            counts={"images": protocol.codes.size, "identities": protocol.num_identities},
+            measures=measures,
+            bins=bins,
+        )
+
+    def summary(self) -> ModelSummary:
+        """FNMR and slopes, and rates by age."""
+        measures, points = {}, self.operating_points.items()
+        for far, point in points:
+            measures[f"fnmr_{far:g}"] = MeasuredValue.of(point.estimate.complement(), resolvable=point.resolvable)
+        if self.protocol.ages is not None:
+            measures |= {"slope": MeasuredValue.of(self.slope), "slope_within": MeasuredValue.of(self.slope_within)}
+        bins = {
+            f"{key}_{far:g}": [MeasuredValue.of(row.rates[far], resolvable=point.resolvable) for row in rows]
+            for key, rows in self._bins().items()
+            if rows
+            for far, point in points
+        }
+        return ModelSummary(measures, bins)
+
+    def outcomes(self) -> dict[str, Outcomes]:
+        """Genuine pairs rejected at each FAR."""
+        identities, scores = self.protocol.codes[self.genuine.left], self.genuine.scores
+        return {
+            f"fnmr_{far:g}": Outcomes(scores <= point.threshold, (identities, identities), "rejected")
+            for far, point in self.operating_points.items()
+        }
+
+    def hardest(self, count: int) -> list[HardPair]:
+        """The genuine pairs of lowest score and the false accepts of highest score, each identity once per kind."""
+        pairs = [np.concatenate(parts) for parts in zip(self.genuine.arrays, self.false_accepts.arrays, strict=True)]
+        left, right, scores = pairs
+        same, ages = np.arange(scores.size) < self.genuine.scores.size, self.protocol.ages
+
+        def pair(k: int) -> HardPair:
+            i, j = int(left[k]), int(right[k])
+            note = "" if ages is None else f"{ages[i]:g} and {ages[j]:g} years"
+            return HardPair(i, j, float(scores[k]), bool(same[k]), note)
+
+        return hardest_pairs(scores, same, (self.protocol.codes[left], self.protocol.codes[right]), count, pair)
+
+    def score_table(self, label: Label, distractor_label: Label) -> ScoreTable:
+        """The scores of every genuine pair and of every false accept at the lowest threshold, with ages or groups."""
+        protocol, kind = self.protocol, "group" if self.protocol.ages is None else "age"
+
+        def age(row: int) -> str:
+            groups = protocol.image_names
+            return groups[protocol.image_bin[row]] if protocol.ages is None else f"{protocol.ages[row]:g}"
+
+        def rows() -> Iterator[tuple[str | int, ...]]:
+            for same, pairs in ((1, self.genuine), (0, self.false_accepts)):
+                for left, right, score in zip(*(part.tolist() for part in pairs.arrays), strict=True):
+                    yield label(left), label(right), same, f"{score:.8f}", age(left), age(right)
+
+        columns = ("left", "right", "same", "score", f"left {kind}", f"right {kind}")
+        return ScoreTable(columns, rows(), self.genuine.scores.size + self.false_accepts.scores.size)
+
+    def to_dict(self) -> JsonDict:
         """Plain values for JSON."""
-        entry: dict[str, Any] = {"kind": self.kind, "level": self.level}
-        for name in ("fnmr_by_gap", "fnmr_by_younger_age", "fmr_same_age"):
-            entry[name] = [each.to_dict() for each in getattr(self, name)]
-        for name in ("slope", "slope_within"):
-            estimate = getattr(self, name)
-            entry[f"{name}_per_decade"] = None if estimate is None else estimate.to_dict()
-        entry["operating_points"] = {far_name(far): point.to_dict() for far, point in self.operating_points.items()}
-        return entry
+        return {
+            "kind": "group" if self.protocol.ages is None else "gap",
+            "level": self.protocol.level,
+            **{key: [row.to_dict() for row in rows] for key, rows in self._bins().items()},
+            "slope_per_decade": None if self.slope is None else self.slope.to_dict(),
+            "slope_within_per_decade": None if self.slope_within is None else self.slope_within.to_dict(),
+            "operating_points": by_far(self.operating_points),
+        }
 
 
 class AgeErrorProtocol:
     """Errors of every pair of images at one global threshold, by age.
 
-    The threshold is set on all impostor pairs by the exact rule of `tar_at_far`. At it: the false non-match rate of
-    genuine pairs by age gap and by the age of the younger image, and the false match rate of impostor pairs whose two
-    images are of one bin of ages: children are taken for children where a rate over all strangers does not show it.
-    `AgeGapProtocol` has TAR, AUC and each bin's own threshold in turn; this one holds no list of all pairs, so a set of
-    tens of thousands of images is no matter.
+    The threshold is set on all impostor pairs by the exact rule of `tar_at_far`. At this threshold it gives the false
+    non-match rate of genuine pairs by age gap and by the age of the younger image, and the false match rate of impostor
+    pairs whose two images are in one bin of ages. The latter shows, for instance, children mistaken for each other, which
+    a rate over all impostors hides. `AgeGapProtocol` has TAR, AUC and a threshold per bin instead; this protocol keeps no
+    list of all pairs, so a set can have tens of thousands of images.
 
     Args:
         identities: (n,) whole numbers or strings.
         ages: (n,) years at each image.
-        age_groups: (n,) age group of each image; used where there are no ages, by pairs of groups.
-        fars: target false accept rates (false match rates), each allowing at most 20 million false accepts.
-        gap_bins: rising lower ends of the gap bins, years.
-        age_bins: rising lower ends of the bins of the younger image's age, years.
-        replicates: bootstrap resamples over identities; 0 for none.
-        seed: of the resamples.
-        level: confidence of the intervals.
+        age_groups: (n,) age group of each image; used if there are no ages, by pairs of groups.
+        fars: Target false accept rates (false match rates), each allowing at most 20 million false accepts.
+        gap_bins: Rising lower ends of the gap bins, years.
+        age_bins: Rising lower ends of the bins of the younger image's age, years.
+        replicates: Bootstrap resamples over identities; 0 for none.
+        seed: Seed of the resamples.
+        level: Confidence of the intervals, which are over identities at thresholds kept as they are.
 
     Raises:
-        ValueError: an argument that cannot be used; a bad age is named by its row.
+        ValueError: An argument is not usable; for an age the message gives its row.
 
     Examples:
         >>> protocol = AgeErrorProtocol([0, 0, 1, 1], ages=[3, 4, 5, 40], fars=(0.5,), replicates=20)
@@ -127,10 +226,10 @@ class AgeErrorProtocol:
 
     def __init__(
         self,
-        identities: Any,
+        identities: ArrayLike,
         *,
-        ages: Any = None,
-        age_groups: Any = None,
+        ages: ArrayLike | None = None,
+        age_groups: ArrayLike | None = None,
         fars: Sequence[float] = (1e-2, 1e-3),
         gap_bins: Sequence[float] = GAP_STARTS,
         age_bins: Sequence[float] = AGE_STARTS,
@@ -138,114 +237,92 @@ class AgeErrorProtocol:
         seed: int = 0,
         level: float = 0.95,
     ) -> None:
-        self.codes, labels = check_people(OWNER, identities)
-        require(ages is not None or age_groups is not None, OWNER, "ages or age_groups must be given, got neither")
+        self.codes, labels = check_identities(OWNER, identities)
+        self.num_identities = labels.size
         self.fars = check_fars(OWNER, fars)
         require(len(self.fars) > 0, OWNER, "fars must not be empty, got ()")
         check_level(OWNER, level)
         self.level = float(level)
-        self.gap_starts, self.age_starts = (
-            check_starts(OWNER, "gap_bins", gap_bins),
-            check_starts(OWNER, "age_bins", age_bins),
-        )
-        self.draws = draws(OWNER, labels.size, replicates=replicates, seed=seed)
+        self.gap_starts = check_starts(OWNER, "gap_bins", gap_bins)
+        self.age_starts = check_starts(OWNER, "age_bins", age_bins)
+        self.resamples = resample_counts(OWNER, labels.size, replicates=replicates, seed=seed)
         self.ages = None if ages is None else check_ages(OWNER, ages, self.codes.size)
         if self.ages is not None:
             self.image_bin, self.image_names = place(self.age_starts, self.ages), bin_names(self.age_starts)
         else:
-            self.image_bin, groups = check_labels(
-                OWNER, "age_groups", age_groups, rows=self.codes.size, like="identities"
-            )
+            if age_groups is None:
+                raise InputError(f"{OWNER}: ages or age_groups must be given, got neither")
+            rows = self.codes.size
+            self.image_bin, groups = check_labels(OWNER, "age_groups", age_groups, rows=rows, like="identities")
             self.image_names = [str(group) for group in groups]
 
     def __repr__(self) -> str:
         by = "ages" if self.ages is not None else "age_groups"
-        shape = f"<{self.codes.size} images of {self.codes.max() + 1} identities>"
+        shape = f"<{self.codes.size} images of {self.num_identities} identities>"
         return f"AgeErrorProtocol({shape}, {by}=..., fars={self.fars}, level={self.level})"
 
-    def evaluate(self, embeddings: Any) -> AgeErrorResult:
-        """Measure (n, d) embeddings in the order of the identities.
+    def evaluate(self, embeddings: Embeddings) -> AgeErrorResult:
+        """Measure embeddings (n, d) in the order of the identities.
 
         Raises:
-            ValueError: an embedding that is not finite or zero (its row is named), or a wrong number of rows.
+            ValueError: An embedding is not finite or zero (the message gives its row), or the number of rows is wrong.
         """
         unit = unit_rows(OWNER, "embeddings", embeddings, rows=self.codes.size)
         i, j = genuine_pairs(self.codes)
-        scores = dot_rows(unit, i, unit, j)
+        scores, codes = dot_rows(unit, i, unit, j), self.codes[i]
         points, hardest = global_points(OWNER, unit, self.codes, scores, self.fars, self.level)
-        who = self.codes[i]
+
+        def fnmr(names: Sequence[str], bins: IntArray) -> tuple[ErrorBin, ...]:
+            return tuple(self._fnmr(name, bins == number, codes, scores, points) for number, name in enumerate(names))
+
         younger: tuple[ErrorBin, ...] = ()
-        slope = within = None
+        slope = slope_within = None
         if self.ages is not None:
             gap = np.abs(self.ages[i] - self.ages[j])
-            by_gap = self._fnmr(bin_names(self.gap_starts), place(self.gap_starts, gap), who, scores, points)
-            youngest = place(self.age_starts, np.minimum(self.ages[i], self.ages[j]))
-            younger = self._fnmr(self.image_names, youngest, who, scores, points)
-            slope, within = (fit(gap / 10, scores, who, self.draws, self.level) for fit in (pooled_slope, within_slope))
+            by_gap = fnmr(bin_names(self.gap_starts), place(self.gap_starts, gap))
+            younger = fnmr(self.image_names, place(self.age_starts, np.minimum(self.ages[i], self.ages[j])))
+            slope = pooled_slope(gap / 10, scores, codes, self.resamples, self.level)
+            slope_within = within_slope(gap / 10, scores, codes, self.resamples, self.level)
         else:
             names, table = group_bins(OWNER, self.image_names)
-            by_gap = self._fnmr(
-                names, table[self.image_bin[i], self.image_bin[j]].astype(np.int64), who, scores, points
-            )
+            by_gap = fnmr(names, table[self.image_bin[i], self.image_bin[j]].astype(np.int64))
+        accepted = int((hardest.scores > min(point.threshold for point in points.values())).sum())
         return AgeErrorResult(
-            kind="gap" if self.ages is not None else "group",
             fnmr_by_gap=by_gap,
             fnmr_by_younger_age=younger,
-            fmr_same_age=tuple(
-                self._fmr(number, name, hardest, points) for number, name in enumerate(self.image_names)
-            ),
+            fmr_same_age=tuple(self._fmr(number, hardest, points) for number in range(len(self.image_names))),
             slope=slope,
-            slope_within=within,
+            slope_within=slope_within,
             operating_points=points,
-            level=self.level,
             genuine=ScoredPairs(i, j, scores),
-            false_accepts=_accepted(hardest, min(point.threshold for point in points.values())),
+            false_accepts=ScoredPairs(hardest.left[:accepted], hardest.right[:accepted], hardest.scores[:accepted]),
+            protocol=self,
         )
 
     def _fnmr(
-        self, names: Sequence[str], bins: IntArray, who: IntArray, scores: FloatArray, points: Mapping[float, TarAtFar]
-    ) -> tuple[ErrorBin, ...]:
-        rows = []
-        for number, name in enumerate(names):
-            inside = np.flatnonzero(bins == number)
-            rates = {
-                far: rate_estimate(
-                    (scores[inside] <= point.threshold).astype(np.float64), who[inside], self.draws, level=self.level
-                )
-                for far, point in points.items()
-            }
-            score = mean_estimate(scores[inside], who[inside], self.draws, self.level)
-            rows.append(ErrorBin(name, inside.size, rates, score))
-        return tuple(rows)
-
-    def _fmr(
-        self,
-        number: int,
-        name: str,
-        hardest: ScoredPairs,
-        points: Mapping[float, TarAtFar],
+        self, name: str, members: BoolArray, codes: IntArray, scores: FloatArray, points: Mapping[float, TarAtFar]
     ) -> ErrorBin:
-        """A resample holds an impostor pair of i and j m_i m_j times, as `identity_bootstrap` has it."""
-        first, second, falling = hardest.left, hardest.right, hardest.scores
-        held = np.bincount(self.codes[self.image_bin == number], minlength=self.draws.shape[1]).astype(np.float64)
+        inside = np.flatnonzero(members)
+        rates = rejection_rates(scores[inside], codes[inside], points, self.resamples, self.level)
+        return ErrorBin(
+            name, inside.size, rates, mean_estimate(scores[inside], codes[inside], self.resamples, self.level)
+        )
+
+    def _fmr(self, number: int, hardest: ScoredPairs, points: Mapping[float, TarAtFar]) -> ErrorBin:
+        """A resample holds an impostor pair of i and j m_i m_j times, as in `identity_bootstrap`."""
+        held = np.bincount(self.codes[self.image_bin == number], minlength=self.num_identities).astype(np.float64)
         pairs = int((held.sum() ** 2 - np.square(held).sum()) // 2)
-        drawn = self.draws * held
-        totals = (drawn.sum(axis=1) ** 2 - np.square(drawn).sum(axis=1)) / 2
-        inside = np.flatnonzero((self.image_bin[first] == number) & (self.image_bin[second] == number))
+        counts = self.resamples * held
+        totals = (counts.sum(axis=1) ** 2 - np.square(counts).sum(axis=1)) / 2
+        inside = np.flatnonzero((self.image_bin[hardest.left] == number) & (self.image_bin[hardest.right] == number))
+        clusters = int(np.count_nonzero(held)) or 1
         rates = {}
         for far, point in points.items():
-            taken = inside[falling[inside] > point.threshold]
-            a, b = self.codes[first[taken]], self.codes[second[taken]]
-            wrong = np.array([np.dot(m[a], m[b]) for m in self.draws], dtype=np.float64)
+            taken = inside[hardest.scores[inside] > point.threshold]
+            a, b = self.codes[hardest.left[taken]], self.codes[hardest.right[taken]]
+            wrong = np.array([np.dot(m[a], m[b]) for m in self.resamples], dtype=np.float64)
             resampled = np.full(totals.shape, np.nan)
             np.divide(wrong, totals, out=resampled, where=totals > 0)
             value = taken.size / pairs if pairs else float("nan")
-            clusters = int(np.count_nonzero(held)) or 1
             rates[far] = bootstrap_estimate(value, resampled, n=pairs, clusters=clusters, level=self.level)
-        return ErrorBin(name, pairs, rates)
-
-
-def _accepted(pairs: ScoredPairs, threshold: float) -> ScoredPairs:
-    """Of pairs of falling scores those above a threshold."""
-    count = int((pairs.scores > threshold).sum())
-    return ScoredPairs(pairs.left[:count], pairs.right[:count], pairs.scores[:count])
+        return ErrorBin(self.image_names[number], pairs, rates)

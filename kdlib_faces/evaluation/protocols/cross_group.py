@@ -1,78 +1,171 @@
-"""Evaluation room: a young face against adult ones, where no exact ages are known. The protocol of LAG. NumPy only."""
+"""Verification and identification of one age group against another, the protocol of LAG."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 
 from kdlib._checks import check_number
-from kdlib_faces.evaluation._checks import IntArray, check_fars, check_labels, check_level, require, unit_rows
-from kdlib_faces.evaluation.roc import TarAtFar, far_name, tar_at_far
-from kdlib_faces.evaluation.statistics.clustered import draws, rate_estimate
-from kdlib_faces.evaluation.statistics.intervals import Estimate, bootstrap_estimate
+from kdlib_faces.evaluation._checks import check_fars, check_labels, check_level, require, unit_rows
+from kdlib_faces.evaluation._types import ArrayLike, BoolArray, Embeddings, FloatArray, IntArray, JsonDict, Label
+from kdlib_faces.evaluation.hardest import first_disjoint, most_similar_impostors
+from kdlib_faces.evaluation.roc import TarAtFar, by_far, tar_at_far
+from kdlib_faces.evaluation.statistics.clustered import rate_estimate
+from kdlib_faces.evaluation.statistics.intervals import Estimate, bootstrap_estimate, resample_counts
+from kdlib_faces.evaluation.statistics.paired import Outcomes
 from kdlib_faces.evaluation.statistics.resampling import PairScores, resampled_rates, thin
+from kdlib_faces.evaluation.summary import (
+    CmcCurve,
+    Description,
+    HardPair,
+    Histogram,
+    Measure,
+    MeasuredValue,
+    ModelSummary,
+    RocCurve,
+    ScoreTable,
+    far_measures,
+)
 
 __all__ = ["CrossGroupProtocol", "CrossGroupResult"]
 
 OWNER = "CrossGroupProtocol"
+MAX_CMC_RANK = 50
 
 
 @dataclass(frozen=True)
 class CrossGroupResult:
-    """The result of a `CrossGroupProtocol`.
+    """Result of a `CrossGroupProtocol`.
 
-    Args:
-        auc: over all pairs of a probe and a gallery image, with an interval over identities.
-        tar: by target FAR, with an interval over identities in which the threshold is set anew.
-        rates: by rank, probes whose mate is among the k most alike gallery images.
-        operating_points: by target FAR, threshold and counts.
-        probes: images of the probe group.
-        gallery: images of the gallery group.
-        mateless: probes without a mate in the gallery; they are impostors, and no trials of identification.
-        genuine: pairs of one identity across the groups.
-        groups: the probe's and the gallery's group.
+    Attributes:
+        auc: AUC over all pairs of a probe and a gallery image, with an interval over identities.
+        tar: Target FAR to TAR, with an interval over identities in which the threshold is set anew.
+        rates: Rank to the part of the probes with a mate that is among the k most similar gallery images.
+        operating_points: Target FAR to threshold and counts.
+        ranks_of_mates: (m,) rank of the best mate of each probe that has one; ties go to the mate.
+        unit: (n, d) embeddings of length one.
+        protocol: The protocol.
     """
 
     auc: Estimate
     tar: Mapping[float, Estimate]
     rates: Mapping[int, Estimate]
     operating_points: Mapping[float, TarAtFar]
-    probes: int
-    gallery: int
-    mateless: int
-    genuine: int
-    groups: tuple[str, str]
+    ranks_of_mates: IntArray = field(repr=False, compare=False)
+    unit: FloatArray = field(repr=False, compare=False)
+    protocol: "CrossGroupProtocol" = field(repr=False, compare=False)
 
-    def to_dict(self) -> dict[str, Any]:
+    def _scores(self) -> FloatArray:
+        """(probes, gallery) cosines."""
+        return self.unit[self.protocol.probes] @ self.unit[self.protocol.gallery].T
+
+    def describe(self) -> Description:
+        """What the protocol measures and how."""
+        protocol = self.protocol
+        probe, gallery = protocol.groups
+        measures = far_measures("tar", "TAR", protocol.fars)
+        measures["auc"] = Measure("AUC", "auc")
+        measures |= {f"rank{rank}": Measure(f"Rank-{rank}", note=f"{probe} among {gallery}") for rank in protocol.ranks}
+        return Description(
+            question=f"Is a {probe} face recognized among {gallery} ones? Every {probe} image against every {gallery} "
+            "image, with all impostor pairs across the groups.",
+            convention={
+                "Threshold": "the (k+1)-th largest score of impostor pairs across the groups, k = floor(FAR x impostors)",
+                "Ranks": f"{probe} probes with a mate, gallery of every {gallery} image; ties go to the mate",
+                "Score": "cosine",
+            },
+            intervals="bootstrap over identities, threshold set anew in each resample",
+            counts=protocol.counts,
+            measures=measures,
+        )
+
+    def summary(self) -> ModelSummary:
+        """TAR, AUC and rates by rank, and curves."""
+        scores, same, points = self._scores(), self.protocol.same, self.operating_points
+        measures = {
+            f"tar_{far:g}": MeasuredValue.of(each, resolvable=points[far].resolvable) for far, each in self.tar.items()
+        }
+        measures["auc"] = MeasuredValue.of(self.auc)
+        measures |= {f"rank{rank}": MeasuredValue.of(each) for rank, each in self.rates.items()}
+        max_rank, ranks = min(MAX_CMC_RANK, self.protocol.gallery.size), self.ranks_of_mates
+        counts = np.bincount(np.minimum(ranks, max_rank + 1), minlength=max_rank + 2)[1 : max_rank + 1]
+        threshold = next((point.threshold for point in points.values()), None)
+        return ModelSummary(
+            measures,
+            roc=RocCurve.of(scores[same], scores[~same]),
+            cmc=CmcCurve(list(range(1, max_rank + 1)), (np.cumsum(counts) / ranks.size).tolist()),
+            histogram=Histogram.of(scores[same], scores[~same], threshold),
+        )
+
+    def outcomes(self) -> dict[str, Outcomes]:
+        """Genuine pairs accepted at each FAR, and probes identified at each rank."""
+        protocol = self.protocol
+        scores, probe = self._scores()[protocol.same], protocol.codes[protocol.probes]
+        genuine = probe[np.nonzero(protocol.same)[0]]
+        mated = probe[protocol.same.any(axis=1)]
+        points, ranks = self.operating_points.items(), self.rates
+        accepted = {f"tar_{far:g}": Outcomes(scores > point.threshold, (genuine, genuine)) for far, point in points}
+        return accepted | {f"rank{rank}": Outcomes(self.ranks_of_mates <= rank, (mated, mated)) for rank in ranks}
+
+    def hardest(self, count: int) -> list[HardPair]:
+        """The genuine pairs of lowest and the impostor pairs of highest score, each identity once per kind."""
+        protocol = self.protocol
+        probes, gallery = protocol.probes, protocol.gallery
+        i, j = np.nonzero(protocol.same)
+        scores = self._scores()[i, j]
+        order = np.argsort(scores, kind="stable").tolist()
+        chosen = first_disjoint(order, lambda pair: [int(protocol.codes[probes[i[pair]]])], count)
+        pairs = [HardPair(int(probes[i[k]]), int(gallery[j[k]]), float(scores[k]), True) for k in chosen]
+        codes = protocol.codes[probes], protocol.codes[gallery]
+        impostors = most_similar_impostors(self.unit[probes], self.unit[gallery], *codes, count)
+        return pairs + [HardPair(int(probes[a]), int(gallery[b]), score, False) for a, b, score in impostors]
+
+    def score_table(self, label: Label, distractor_label: Label) -> ScoreTable:
+        """The score of every probe with every gallery image."""
+        protocol = self.protocol
+
+        def rows() -> Iterator[tuple[str | int, ...]]:
+            gallery = self.unit[protocol.gallery]
+            for i, probe in enumerate(protocol.probes.tolist()):
+                scores = gallery @ self.unit[probe]
+                for j, row in enumerate(protocol.gallery.tolist()):
+                    yield label(probe), label(row), int(protocol.same[i, j]), f"{scores[j]:.8f}"
+
+        return ScoreTable(("probe", "gallery", "same", "score"), rows(), protocol.same.size)
+
+    def to_dict(self) -> JsonDict:
         """Plain values for JSON."""
-        entry: dict[str, Any] = {"auc": self.auc.to_dict()}
-        entry["tar"] = {far_name(far): estimate.to_dict() for far, estimate in self.tar.items()}
-        entry |= {f"rank{rank}": estimate.to_dict() for rank, estimate in self.rates.items()}
-        entry["operating_points"] = {far_name(far): point.to_dict() for far, point in self.operating_points.items()}
-        for name in ("probes", "gallery", "mateless", "genuine"):
-            entry[name] = getattr(self, name)
-        return entry | {"groups": list(self.groups)}
+        protocol = self.protocol
+        return {
+            "auc": self.auc.to_dict(),
+            "tar": by_far(self.tar),
+            **{f"rank{rank}": estimate.to_dict() for rank, estimate in self.rates.items()},
+            "operating_points": by_far(self.operating_points),
+            "probes": protocol.probes.size,
+            "gallery": protocol.gallery.size,
+            "mateless": protocol.mateless,
+            "genuine": int(protocol.same.sum()),
+            "groups": list(protocol.groups),
+        }
 
 
 class CrossGroupProtocol:
-    """Every image of one age group against every image of another: verification and identification across the gap.
+    """Every image of one age group against every image of another: verification and identification.
 
     Args:
         identities: (n,) whole numbers or strings.
         groups: (n,) age group of each image, whole numbers or strings; images of other groups are left out.
-        probe: the group of the probes.
-        gallery: the group searched in.
-        fars: target false accept rates.
-        ranks: the k's.
-        replicates: bootstrap resamples over identities; 0 for none.
-        seed: of the resamples.
-        level: confidence of the intervals.
-        most_impostors: where there are more impostor pairs, the resamples run on a weighted sample of them, as in
-            `AgeGapProtocol`.
+        probe: Group of the probes.
+        gallery: Group of the gallery.
+        fars: Target false accept rates.
+        ranks: Ranks.
+        replicates: Bootstrap resamples over identities; 0 for none.
+        seed: Seed of the resamples.
+        level: Confidence of the intervals.
+        max_impostors: With more impostor pairs, the resamples use a weighted sample of them, as in `AgeGapProtocol`.
 
     Raises:
-        ValueError: an argument that cannot be used, a group without an image, no identity in both groups.
+        ValueError: An argument is not usable, a group has no image, or no identity is in both groups.
 
     Examples:
         >>> protocol = CrossGroupProtocol(["a", "a", "b", "b"], ["young", "adult", "young", "adult"], fars=(0.5,))
@@ -85,40 +178,55 @@ class CrossGroupProtocol:
 
     def __init__(
         self,
-        identities: Any,
-        groups: Any,
+        identities: ArrayLike,
+        groups: ArrayLike,
         *,
-        probe: Any = "young",
-        gallery: Any = "adult",
+        probe: str | int = "young",
+        gallery: str | int = "adult",
         fars: Sequence[float] = (1e-2, 1e-3),
         ranks: Sequence[int] = (1,),
         replicates: int = 500,
         seed: int = 0,
         level: float = 0.95,
-        most_impostors: int = 2_000_000,
+        max_impostors: int = 2_000_000,
     ) -> None:
         self.codes, labels = check_labels(OWNER, "identities", identities)
-        places, names = check_labels(OWNER, "groups", groups, rows=self.codes.size, like="identities")
-        rows = []
+        group_codes, group_labels = check_labels(OWNER, "groups", groups, rows=self.codes.size, like="identities")
+        known = group_labels.tolist()
         for name, group in (("probe", probe), ("gallery", gallery)):
-            known = names.tolist()
             require(group in known, OWNER, f"{name} must be one of {', '.join(map(repr, known))}, got {group!r}")
-            rows.append(np.flatnonzero(places == known.index(group)))
         require(probe != gallery, OWNER, f"probe and gallery must be two groups, got {probe!r} twice")
-        self.probes, self.gallery = rows
+        self.probes, self.gallery = (np.flatnonzero(group_codes == known.index(each)) for each in (probe, gallery))
         self.groups = (str(probe), str(gallery))
-        both = np.intersect1d(self.codes[self.probes], self.codes[self.gallery])
-        require(both.size > 0, OWNER, "identities must hold one with images of both groups, got none")
+        self.same: BoolArray = self.codes[self.probes][:, None] == self.codes[self.gallery]
+        require(bool(self.same.any()), OWNER, "identities must hold one with images of both groups, got none")
         require(
             labels.size > 1, OWNER, f"identities must hold at least two identities, got only {labels.tolist()[0]!r}"
         )
         for rank in ranks:
             check_number(OWNER, "ranks", rank, min=1, max=self.gallery.size, integer=True)
         check_level(OWNER, level)
-        check_number(OWNER, "most_impostors", most_impostors, min=1, integer=True)
-        self.fars, self.ranks, self.level, self.seed = check_fars(OWNER, fars), tuple(ranks), float(level), seed
-        self.most_impostors = most_impostors
-        self.draws = draws(OWNER, labels.size, replicates=replicates, seed=seed)
+        check_number(OWNER, "max_impostors", max_impostors, min=1, integer=True)
+        self.fars, self.ranks = check_fars(OWNER, fars), tuple(int(rank) for rank in ranks)
+        self.level, self.seed, self.max_impostors = float(level), seed, max_impostors
+        self.resamples = resample_counts(OWNER, labels.size, replicates=replicates, seed=seed)
+
+    @property
+    def mateless(self) -> int:
+        """Number of probes without a mate in the gallery; they count as impostors, not as trials of identification."""
+        return int((~self.same.any(axis=1)).sum())
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """Numbers of images and pairs."""
+        genuine = int(self.same.sum())
+        return {
+            f"{self.groups[0]} images": self.probes.size,
+            f"{self.groups[1]} images": self.gallery.size,
+            "probes without a mate": self.mateless,
+            "genuine pairs": genuine,
+            "impostor pairs": self.same.size - genuine,
+        }
 
     def __repr__(self) -> str:
         return (
@@ -126,56 +234,54 @@ class CrossGroupProtocol:
             f"{self.groups[1]}>, fars={self.fars}, ranks={self.ranks}, level={self.level})"
         )
 
-    def evaluate(self, embeddings: Any) -> CrossGroupResult:
-        """Measure (n, d) embeddings in the order of the identities.
+    def evaluate(self, embeddings: Embeddings) -> CrossGroupResult:
+        """Measure embeddings (n, d) in the order of the identities.
 
         Raises:
-            ValueError: an embedding that is not finite or zero (its row is named), or a wrong number of rows.
+            ValueError: An embedding is not finite or zero (the message gives its row), or the number of rows is wrong.
         """
         unit = unit_rows(OWNER, "embeddings", embeddings, rows=self.codes.size)
-        scores = unit[self.probes] @ unit[self.gallery].T
-        probe, gallery = self.codes[self.probes], self.codes[self.gallery]
-        same = probe[:, None] == gallery
-        rows = same.any(axis=1)
-        best = np.where(same, scores, -np.inf).max(axis=1)[rows]
-        place = 1 + ((scores[rows] > best[:, None]) & ~same[rows]).sum(axis=1)
-        pairs = self._pairs(-scores, probe, gallery, same)
+        scores, same = unit[self.probes] @ unit[self.gallery].T, self.same
+        mated = same.any(axis=1)
+        best = np.where(same, scores, -np.inf).max(axis=1)[mated]
+        ranks_of_mates = 1 + ((scores[mated] > best[:, None]) & ~same[mated]).sum(axis=1)
+        pairs = self._pairs(-scores)
         values = resampled_rates(pairs, None, self.fars)
-        thinned = thin(pairs, most=self.most_impostors, fars=self.fars, seed=self.seed)
-        resampled = resampled_rates(thinned, self.draws, self.fars)
+        thinned = thin(pairs, max_pairs=self.max_impostors, fars=self.fars, seed=self.seed)
+        resampled = resampled_rates(thinned, self.resamples, self.fars)
         genuine, clusters = pairs.genuine_cost.size, np.unique(pairs.genuine_identity).size
+        probes = self.codes[self.probes][mated]
 
-        def estimate(value: Any, replicates: Any) -> Estimate:
+        def estimate(value: FloatArray, replicates: FloatArray) -> Estimate:
             return bootstrap_estimate(float(value), replicates, n=genuine, clusters=clusters, level=self.level)
 
         return CrossGroupResult(
             auc=estimate(values.auc[0, 0], resampled.auc[:, 0]),
             tar={far: estimate(values.tar[0, 0, k], resampled.tar[:, 0, k]) for k, far in enumerate(self.fars)},
             rates={
-                int(rank): rate_estimate((place <= rank).astype(np.float64), probe[rows], self.draws, level=self.level)
+                rank: rate_estimate(ranks_of_mates <= rank, probes, self.resamples, level=self.level)
                 for rank in self.ranks
             },
             operating_points={
                 far: tar_at_far(-pairs.genuine_cost, -pairs.impostor_cost, far, level=self.level) for far in self.fars
             },
-            probes=self.probes.size,
-            gallery=self.gallery.size,
-            mateless=int((~rows).sum()),
-            genuine=genuine,
-            groups=self.groups,
+            ranks_of_mates=ranks_of_mates,
+            unit=unit,
+            protocol=self,
         )
 
-    def _pairs(self, cost: Any, probe: IntArray, gallery: IntArray, same: Any) -> PairScores:
-        genuine = np.argsort(cost[same], kind="stable")
-        impostor = np.argsort(cost[~same])
-        first, second = (np.broadcast_to(x, cost.shape) for x in (probe[:, None], gallery))
+    def _pairs(self, cost: FloatArray) -> PairScores:
+        same = self.same
+        genuine, impostor = np.argsort(cost[same], kind="stable"), np.argsort(cost[~same])
+        first = np.broadcast_to(self.codes[self.probes][:, None], cost.shape)
+        second = np.broadcast_to(self.codes[self.gallery], cost.shape)
         return PairScores(
-            cost[same][genuine],
-            first[same][genuine],
-            np.full(genuine.size, -1),
-            cost[~same][impostor],
-            first[~same][impostor],
-            second[~same][impostor],
-            np.full(impostor.size, -1),
-            0,
+            genuine_cost=cost[same][genuine],
+            genuine_identity=first[same][genuine],
+            genuine_bin=np.full(genuine.size, -1),
+            impostor_cost=cost[~same][impostor],
+            impostor_first=first[~same][impostor],
+            impostor_second=second[~same][impostor],
+            impostor_bin=np.full(impostor.size, -1),
+            bins=0,
         )

@@ -1,131 +1,189 @@
-"""Evaluation room: who is it among a million strangers? MegaFace's challenge 1, with FG-NET's or any probes. NumPy only."""
+"""Identification and verification among distractors, the challenge 1 of MegaFace."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Literal
+from dataclasses import dataclass, field
+from typing import Literal
 
 import numpy as np
-import numpy.typing as npt
 
 from kdlib._checks import check_choice, check_number
-from kdlib_faces.evaluation._checks import (
-    FloatArray,
-    IntArray,
-    check_ages,
-    check_fars,
-    check_labels,
-    check_level,
-    gather,
-    is_shards,
-    require,
-    shards_of,
-    to_numpy,
-    unit_rows,
+from kdlib_faces.evaluation._checks import check_ages, check_fars, check_labels, check_level, gather, require, unit_rows
+from kdlib_faces.evaluation._types import ArrayLike, BoolArray, Embeddings, FloatArray, IntArray, JsonDict, Label
+from kdlib_faces.evaluation.distractors import (
+    CLEANING,
+    Cleaning,
+    DistractorTrials,
+    GapRates,
+    distractor_blocks,
+    known_size,
 )
-from kdlib_faces.evaluation.protocols.distractor_result import DistractorResult, DistractorTrials, GapRates
-from kdlib_faces.evaluation.roc import TarAtFar, allowed_false_accepts, operating_point
+from kdlib_faces.evaluation.hardest import missed_probes
+from kdlib_faces.evaluation.roc import TarAtFar, allowed_false_accepts, by_far, operating_point
 from kdlib_faces.evaluation.search import BLOCK, Search, dot_rows
 from kdlib_faces.evaluation.statistics.bins import GAP_STARTS, bin_names, check_starts, place
-from kdlib_faces.evaluation.statistics.clustered import draws, rate_estimate
-from kdlib_faces.evaluation.statistics.intervals import Estimate
+from kdlib_faces.evaluation.statistics.clustered import rate_estimate
+from kdlib_faces.evaluation.statistics.intervals import Estimate, resample_counts
+from kdlib_faces.evaluation.statistics.paired import Outcomes
 from kdlib_faces.evaluation.statistics.resampling import genuine_pairs
+from kdlib_faces.evaluation.summary import (
+    Bins,
+    Description,
+    HardPair,
+    Measure,
+    MeasuredValue,
+    ModelSummary,
+    ScoreTable,
+    far_measures,
+)
 from kdlib_faces.progress import progress_to
 
-__all__ = ["DistractorProtocol", "identify_with_distractors"]
+__all__ = ["DistractorProtocol", "DistractorResult"]
 
-MOST_FALSE_ACCEPTS = 20_000_000
-MEGAFACE = 1_000_000
-CLEANING = ("none", "extra_dimension", "exclude_zeros", "zeros_score_0")
-Cleaning = Literal["none", "extra_dimension", "exclude_zeros", "zeros_score_0"]
+OWNER = "identify_with_distractors"
+MAX_FALSE_ACCEPTS = 20_000_000
 
 
-def identify_with_distractors(
-    probes: Any,
-    identities: Any,
-    distractors: Any,
-    *,
-    fars: Sequence[float] = (1e-6,),
-    ranks: Sequence[int] = (1,),
-    ties: Literal["correct", "wrong"] = "correct",
-    cleaning: Cleaning = "none",
-    sizes: Sequence[int] = (),
-    ages: Any = None,
-    gap_bins: Sequence[float] = GAP_STARTS,
-    most_distractors: int | None = None,
-    replicates: int = 500,
-    seed: int = 0,
-    level: float = 0.95,
-    progress: bool = False,
-) -> DistractorResult:
-    """Identification and verification among distractors: MegaFace's challenge 1.
+@dataclass(frozen=True)
+class DistractorResult:
+    """Result of `identify_with_distractors`.
 
-    For every ordered pair (mate g, probe p) of one identity the gallery is g and all distractors; the other mates are
-    not in it. The trial is correct at rank k when cos(p, g) is at least p's k-th largest distractor cosine. The rate
-    is over all Σ M(M-1) trials. Verification takes the pairs of one identity as genuine and all probes x distractors
-    as impostors, with the exact rule of `tar_at_far`; its threshold comes from the largest scores kept on the way.
-
-    Distractors are read once, in blocks; memory does not grow with their number. Products are float32, and every score
-    that can decide something is taken again in float64, so neither blocks nor shards change a result.
-
-    Args:
-        probes: (n, d) embeddings, normalized or not, several of each identity.
-        identities: (n,) whole numbers or strings.
-        distractors: (m, d) array, memory map or tensor, or shards of it: a sequence or an iterator of arrays.
-        fars: target false accept rates, each allowing at most 20 million false accepts.
-        ranks: the k's.
-        ties: whether a mate as alike as the k-th distractor is `"correct"`, as published, or `"wrong"`.
-        cleaning: how noisy distractors are marked in the set. `"none"`: there are none, a zero row is an error.
-            `"extra_dimension"`: as insightface writes them, (m, d + 1) with a last column that is not 0; they match
-            nobody. `"exclude_zeros"`: a zero row matches nobody. `"zeros_score_0"`: a zero row scores 0 against every
-            probe, as in FaceX-Zoo, and so beats a mate of negative cosine.
-        sizes: numbers of distractors, rising, at which rank 1 is told too: the first 10, 100, ... of them.
-        ages: (n,) years; gives the rates by age gap between probe and mate.
-        gap_bins: rising lower ends of the gap bins, years.
-        most_distractors: an upper bound on their number, wanted of an iterator of more than a million.
-        replicates: bootstrap resamples over identities; 0 for none.
-        seed: of the resamples.
-        level: confidence of the intervals.
-        progress: show how far it is.
-
-    Returns:
-        The rates, and how many distractors were really used.
-
-    Raises:
-        ValueError: a row of either that is not finite or zero (it is named), no distractor, no identity with two
-            images, more distractors than `most_distractors`.
-
-    Examples:
-        >>> probes = [[1.0, 0.0], [1.0, 0.1], [0.0, 1.0], [0.6, 1.0]]
-        >>> result = identify_with_distractors(probes, [0, 0, 1, 1], [[-1.0, 0.0], [1.0, 1.0]], fars=(0.1,))
-        >>> result.rank1, result.tar[0.1].tar, result.tar[0.1].resolvable, result.distractors
-        (0.75, 0.5, False, 2)
-
-    References:
-        I. Kemelmacher-Shlizerman et al., "The MegaFace benchmark", CVPR 2016. MegaFace is withdrawn: bring any set, and
-        name it beside the figure.
+    Attributes:
+        rates: Rank to the part of the trials that is correct, with an interval over identities.
+        tar: Target FAR to the operating point; as a number it is the TAR. Its interval is Wilson's, over pairs.
+        tar_by_identity: The TARs with intervals over identities, at thresholds kept as they are.
+        by_gap: The rates by age gap; empty without ages.
+        by_size: Number of distractors to the rank-1 rate with the first so many of them.
+        distractors: Number of distractors used.
+        cleaned: Number of distractors left out as noisy.
+        trials: The single trials.
+        protocol: The protocol.
     """
-    protocol = DistractorProtocol(
-        identities,
-        distractors,
-        fars=fars,
-        ranks=ranks,
-        ties=ties,
-        cleaning=cleaning,
-        sizes=sizes,
-        ages=ages,
-        gap_bins=gap_bins,
-        most_distractors=most_distractors,
-        replicates=replicates,
-        seed=seed,
-        level=level,
-        progress=progress,
-    )
-    return protocol.evaluate(probes)
+
+    rates: Mapping[int, Estimate]
+    tar: Mapping[float, TarAtFar]
+    tar_by_identity: Mapping[float, Estimate]
+    by_gap: tuple[GapRates, ...]
+    by_size: Mapping[int, Estimate]
+    distractors: int
+    cleaned: int
+    trials: DistractorTrials = field(repr=False, compare=False)
+    protocol: "DistractorProtocol" = field(repr=False, compare=False)
+
+    @property
+    def rank1(self) -> float:
+        """The part of the trials whose mate is ahead of all distractors."""
+        hits: BoolArray = self.trials.rank <= 1
+        return float(hits.sum() / hits.size)
+
+    @property
+    def convention(self) -> str:
+        """How the numbers are defined, in words."""
+        cleaning, ties = self.protocol.cleaning, self.protocol.ties
+        cleaned = "no cleaning" if cleaning == "none" else f"{self.cleaned} cleaned away ({cleaning})"
+        return (
+            f"MegaFace challenge 1: one mate and {self.distractors} distractors for each ordered pair of one identity, "
+            f"{cleaned}; a tie is {ties}; TAR by the exact rule over probes x distractors"
+        )
+
+    def describe(self) -> Description:
+        """What the protocol measures and how."""
+        bins = {}
+        if self.by_gap:
+            names, counts = [each.name for each in self.by_gap], [each.trials for each in self.by_gap]
+            at = [float(number) for number in range(len(names))]
+            bins["gap"] = Bins("Rank-1 by the gap between probe and mate", names, "age gap, years", at, list(counts))
+        if self.by_size:
+            at = [float(number) for number in range(len(self.by_size))]
+            sizes = [f"{size:,}" for size in self.by_size]
+            bins["size"] = Bins("Rank-1 by the number of distractors", sizes, "distractors", at)
+        measures = {f"rank{rank}": Measure(f"Rank-{rank}") for rank in self.rates}
+        return Description(
+            question="Which identity is it among many distractors? Each probe with one mate and all distractors.",
+            convention={"Definition": self.convention, "Score": "cosine"},
+            intervals="bootstrap over identities, thresholds kept as they are",
+            counts={
+                "probes": self.protocol.codes.size,
+                "trials": self.trials.rank.size,
+                "distractors": self.distractors,
+                "cleaned away": self.cleaned,
+            },
+            measures=measures | far_measures("tar", "TAR", self.tar),
+            bins=bins,
+            failures="identification",
+        )
+
+    def summary(self) -> ModelSummary:
+        """Rates by rank and TAR; rank-1 rate by age gap and by number of distractors."""
+        measures = {f"rank{rank}": MeasuredValue.of(each) for rank, each in self.rates.items()}
+        for far, point in self.tar.items():
+            estimate = self.tar_by_identity[far]
+            measures[f"tar_{far:g}"] = MeasuredValue.of(estimate, resolvable=point.resolvable)
+        bins = {}
+        if self.by_gap:
+            bins["gap"] = [MeasuredValue.of(each.rank1) for each in self.by_gap]
+        if self.by_size:
+            bins["size"] = [MeasuredValue.of(each) for each in self.by_size.values()]
+        return ModelSummary(measures, bins)
+
+    def outcomes(self) -> dict[str, Outcomes]:
+        """Trials identified at each rank, and genuine pairs accepted at each FAR."""
+        trials, identities = self.trials, self.protocol.codes[self.trials.probe]
+        pairs = trials.rank.size // 2  # The second half holds the same pairs with probe and mate exchanged.
+        genuine = identities[:pairs]
+        ranks = {f"rank{rank}": Outcomes(trials.rank <= rank, (identities, identities)) for rank in self.rates}
+        return ranks | {
+            f"tar_{far:g}": Outcomes(trials.score[:pairs] > point.threshold, (genuine, genuine))
+            for far, point in self.tar.items()
+        }
+
+    def hardest(self, count: int) -> list[HardPair]:
+        """The missed probes whose mate is furthest behind a distractor: with the mate, then with the distractor."""
+        trials, missed = self.trials, np.flatnonzero(self.trials.rank > 1)
+        probes = trials.probe[missed]
+        mates = trials.mate[missed], trials.score[missed]
+        distractors = trials.distractor[probes], trials.distractor_score[probes]
+        return missed_probes(probes, mates, distractors, self.protocol.codes[probes], count, impostor_set=1)
+
+    def score_table(self, label: Label, distractor_label: Label) -> ScoreTable:
+        """Every trial; a rank beyond the largest requested one is known as such only."""
+        trials, max_rank = self.trials, max(self.rates)
+
+        def rows() -> Iterator[tuple[str | int, ...]]:
+            each = (part.tolist() for part in (trials.probe, trials.mate, trials.score, trials.rank))
+            for probe, mate, score, rank in zip(*each, strict=True):
+                distractor, best = int(trials.distractor[probe]), trials.distractor_score[probe]
+                name = distractor_label(distractor) if distractor >= 0 else ""
+                shown = rank if rank <= max_rank else f">{max_rank}"
+                yield label(probe), label(mate), f"{score:.8f}", shown, name, f"{best:.8f}"
+
+        columns = ("probe", "mate", "score", "rank", "distractor", "distractor score")
+        return ScoreTable(columns, rows(), trials.rank.size)
+
+    def to_dict(self) -> JsonDict:
+        """Plain values for JSON."""
+        entry: JsonDict = {f"rank{rank}": estimate.to_dict() for rank, estimate in self.rates.items()}
+        entry |= {"tar": by_far(self.tar), "tar_by_identity": by_far(self.tar_by_identity)}
+        if self.by_gap:
+            entry["by_gap"] = [rates.to_dict() for rates in self.by_gap]
+        if self.by_size:
+            entry["by_size"] = {str(size): estimate.to_dict() for size, estimate in self.by_size.items()}
+        protocol = self.protocol
+        return entry | {
+            "probes": protocol.codes.size,
+            "mateless": protocol.mateless,
+            "trials": self.trials.rank.size,
+            "distractors": self.distractors,
+            "cleaned": self.cleaned,
+            "cleaning": protocol.cleaning,
+            "ties": protocol.ties,
+            "convention": self.convention,
+        }
 
 
 class DistractorProtocol:
-    """`identify_with_distractors` as a protocol for `evaluate`; the arguments are the same.
+    """`identify_with_distractors` as a protocol for `evaluate`, with the same arguments.
 
-    An iterator of shards is used up by the first evaluation; give a sequence or one memory map to judge several models.
+    An iterator of shards is used up by the first evaluation; use a sequence or a memory map to evaluate several models.
 
     Examples:
         >>> protocol = DistractorProtocol([0, 0], [[0.0, 1.0]], fars=(1.0,))
@@ -133,169 +191,129 @@ class DistractorProtocol:
         1.0
     """
 
-    owner = "identify_with_distractors"
-
     def __init__(
         self,
-        identities: Any,
-        distractors: Any,
+        identities: ArrayLike,
+        distractors: Embeddings,
         *,
         fars: Sequence[float] = (1e-6,),
         ranks: Sequence[int] = (1,),
         ties: Literal["correct", "wrong"] = "correct",
         cleaning: Cleaning = "none",
         sizes: Sequence[int] = (),
-        ages: Any = None,
+        ages: ArrayLike | None = None,
         gap_bins: Sequence[float] = GAP_STARTS,
-        most_distractors: int | None = None,
+        max_distractors: int | None = None,
         replicates: int = 500,
         seed: int = 0,
         level: float = 0.95,
         progress: bool = False,
     ) -> None:
-        owner = self.owner
-        self.codes, labels = check_labels(owner, "identities", identities)
-        require(self.codes.size > labels.size, owner, "identities must hold one with two images, got one image of each")
-        self.fars = check_fars(owner, fars)
-        require(len(ranks) > 0, owner, "ranks must not be empty, got ()")
+        self.codes, labels = check_labels(OWNER, "identities", identities)
+        count = self.codes.size
+        self.num_identities = labels.size
+        require(count > labels.size, OWNER, "identities must hold one with two images, got one image of each")
+        self.fars = check_fars(OWNER, fars)
+        require(len(ranks) > 0, OWNER, "ranks must not be empty, got ()")
         for rank in ranks:
-            check_number(owner, "ranks", rank, min=1, max=100_000, integer=True)
-        check_choice(owner, "ties", ties, ("correct", "wrong"))
-        check_choice(owner, "cleaning", cleaning, CLEANING)
+            check_number(OWNER, "ranks", rank, min=1, max=100_000, integer=True)
+        check_choice(OWNER, "ties", ties, ("correct", "wrong"))
+        check_choice(OWNER, "cleaning", cleaning, CLEANING)
         for size in sizes:
-            check_number(owner, "sizes", size, min=1, integer=True)
-        require(list(sizes) == sorted(set(sizes)), owner, f"sizes must rise from the first, got {tuple(sizes)}")
-        check_level(owner, level)
-        self.ages = None if ages is None else check_ages(owner, ages, self.codes.size)
-        self.starts = check_starts(owner, "gap_bins", gap_bins)
-        self.most = _known_size(distractors) if most_distractors is None else most_distractors
-        check_number(owner, "most_distractors", self.most, min=1, integer=True)
-        self.top = 1 + max((allowed_false_accepts(far, self.codes.size * self.most) for far in self.fars), default=-1)
+            check_number(OWNER, "sizes", size, min=1, integer=True)
+        require(list(sizes) == sorted(set(sizes)), OWNER, f"sizes must rise from the first, got {tuple(sizes)}")
+        check_level(OWNER, level)
+        self.ages = None if ages is None else check_ages(OWNER, ages, count)
+        self.starts = check_starts(OWNER, "gap_bins", gap_bins)
+        bound = known_size(OWNER, distractors) if max_distractors is None else max_distractors
+        check_number(OWNER, "max_distractors", bound, min=1, integer=True)
+        self.max_distractors = bound
+        # The thresholds need the largest scores, one more than the false accepts that they allow.
+        self.top = 1 + max((allowed_false_accepts(far, count * bound) for far in self.fars), default=-1)
         require(
-            self.top <= MOST_FALSE_ACCEPTS,
-            owner,
-            f"fars must allow at most {MOST_FALSE_ACCEPTS} false accepts, got {self.top - 1} of "
-            f"{self.codes.size} x {self.most} impostor scores",
+            self.top <= MAX_FALSE_ACCEPTS,
+            OWNER,
+            f"fars must allow at most {MAX_FALSE_ACCEPTS} false accepts, got {self.top - 1} of "
+            f"{count} x {bound} impostor scores",
         )
-        self.distractors, self.ranks, self.sizes = distractors, tuple(ranks), tuple(sizes)
+        self.distractors, self.ranks, self.sizes = distractors, tuple(int(rank) for rank in ranks), tuple(sizes)
         self.ties, self.cleaning, self.level, self.progress = ties, cleaning, float(level), progress
-        self._draws = draws(owner, labels.size, replicates=replicates, seed=seed)
+        self.resamples = resample_counts(OWNER, labels.size, replicates=replicates, seed=seed)
+
+    @property
+    def mateless(self) -> int:
+        """Number of probes without a mate; they are no trials of identification, but they are impostors."""
+        return int((np.bincount(self.codes)[self.codes] == 1).sum())
 
     def __repr__(self) -> str:
         return (
-            f"DistractorProtocol(<{self.codes.size} images of {self.codes.max() + 1} identities>, <distractors>, "
+            f"DistractorProtocol(<{self.codes.size} images of {self.num_identities} identities>, <distractors>, "
             f"fars={self.fars}, ranks={self.ranks}, ties={self.ties!r}, cleaning={self.cleaning!r})"
         )
 
-    def evaluate(self, embeddings: Any) -> DistractorResult:
+    def evaluate(self, embeddings: Embeddings) -> DistractorResult:
         """Measure the probes' embeddings (n, d); see `identify_with_distractors`."""
         unit, extra = self._probes(embeddings)
         first, second = genuine_pairs(self.codes)
         scores = dot_rows(unit, first, unit, second)
-        probe = np.concatenate([first, second])
-        search = Search(self.owner, unit, max((1, *self.ranks)), self.top)
+        probe, both = np.concatenate([first, second]), np.concatenate([scores, scores])
+        search = Search(OWNER, unit, max((1, *self.ranks)), self.top)
         cleaned, by_size = 0, {}
-        with progress_to("distractors", quiet=not self.progress) as show:
-            for rows, numbers, zeros, dropped in self._cleaned(unit.shape[1] + extra, search):
-                search.add(rows, numbers)
-                search.add_zeros(zeros)
-                cleaned += dropped
-                if search.seen in self.sizes and search.seen not in by_size:
-                    by_size[search.seen] = self._rate(self._hits(scores, probe, search.best[:, 0]), probe)
-                show(search.seen, self.most)
-        require(
-            search.seen > 0, self.owner, f"distractors must hold one that is not cleaned away, got none ({cleaned})"
+        blocks = distractor_blocks(
+            OWNER,
+            self.distractors,
+            unit.shape[1] + extra,
+            cleaning=self.cleaning,
+            sizes=self.sizes,
+            max_distractors=self.max_distractors,
+            block_size=BLOCK,
         )
+        with progress_to("distractors", quiet=not self.progress) as show:
+            for block in blocks:
+                search.add(block.rows, block.numbers)
+                search.add_zeros(block.zeros)
+                cleaned += block.cleaned
+                if search.seen in self.sizes and search.seen not in by_size:
+                    by_size[search.seen] = self._rate(self._ranks(both, probe, search.best[:, :1]) <= 1, probe)
+                show(search.seen, self.max_distractors)
+        require(search.seen > 0, OWNER, f"distractors must hold one that is not cleaned away, got none ({cleaned})")
         missing = [size for size in self.sizes if size not in by_size]
-        require(not missing, self.owner, f"sizes must be at most the {search.seen} distractors, got {missing[:1]}")
-        place = self._places(scores, probe, search.best)
-        hits = {rank: (place <= rank).astype(np.float64) for rank in {1, *self.ranks}}
-        tar = self._operating_points(scores, search)
-        who = self.codes[first]
-        counts = np.bincount(self.codes)
+        require(not missing, OWNER, f"sizes must be at most the {search.seen} distractors, got {missing[:1]}")
+        ranks = self._ranks(both, probe, search.best)
+        points = self._operating_points(scores, search)
+        trials = DistractorTrials(
+            probe, np.concatenate([second, first]), both, ranks, search.nearest, search.best[:, 0]
+        )
         return DistractorResult(
-            rates={rank: self._rate(hits[rank], probe) for rank in sorted(hits)},
-            tar=tar,
-            tar_by_identity={far: self._accepted(scores, who, point) for far, point in tar.items()},
-            by_gap=self._by_gap(scores, first, second, hits[1], tar),
+            rates={rank: self._rate(ranks <= rank, probe) for rank in sorted({1, *self.ranks})},
+            tar=points,
+            tar_by_identity={far: self._rate(scores > point.threshold, first) for far, point in points.items()},
+            by_gap=self._by_gap(scores, first, second, ranks <= 1, points),
             by_size=by_size,
-            probes=self.codes.size,
-            mateless=int((counts[self.codes] == 1).sum()),
-            trials=probe.size,
             distractors=search.seen,
             cleaned=cleaned,
-            cleaning=self.cleaning,
-            ties=self.ties,
-            per_trial=DistractorTrials(
-                probe,
-                np.concatenate([second, first]),
-                np.concatenate([scores, scores]),
-                place,
-                search.nearest,
-                search.best[:, 0],
-            ),
+            trials=trials,
+            protocol=self,
         )
 
-    def _probes(self, embeddings: Any) -> tuple[FloatArray, int]:
-        """Unit rows; with `"extra_dimension"` a last column of zeros may be there, as in the published files."""
-        array = gather(self.owner, "probes", embeddings)
+    def _probes(self, embeddings: Embeddings) -> tuple[FloatArray, int]:
+        """Unit rows; with `"extra_dimension"` there may be a last column of zeros, as in the published files."""
+        array = gather(OWNER, "probes", embeddings)
         extra = int(self.cleaning == "extra_dimension")
         if extra and array.shape[1] > 1 and not array[:, -1].any():
             array = array[:, :-1]
-        return unit_rows(self.owner, "probes", array, rows=self.codes.size), extra
+        return unit_rows(OWNER, "probes", array, rows=self.codes.size), extra
 
-    def _cleaned(self, width: int, search: Search) -> Iterator[tuple[npt.NDArray[Any], IntArray, int, int]]:
-        """Blocks of distractors to search, their numbers, how many beside them score 0, and how many are left out."""
-        total = 0
-        for shard in shards_of(self.owner, "distractors", self.distractors, width):
-            at = 0
-            while at < len(shard):
-                following = [size - search.seen for size in self.sizes if size > search.seen]
-                block = shard[at : at + min([BLOCK, *following])]
-                at += len(block)
-                numbers = np.arange(total, total + len(block))
-                total += len(block)
-                require(
-                    total <= self.most,
-                    self.owner,
-                    f"most_distractors must be an upper bound, got {self.most} and a row {self.most}",
-                )
-                if self.cleaning == "none":
-                    yield block, numbers, 0, 0
-                    continue
-                # Before rows are left out, so that a bad one has its own number.
-                bad_rows = np.flatnonzero(~np.isfinite(block).all(axis=1))
-                first = int(numbers[bad_rows[:1]].sum())
-                require(
-                    bad_rows.size == 0, self.owner, f"distractors must be finite (no NaN, no infinity), got row {first}"
-                )
-                if self.cleaning == "extra_dimension":
-                    good = block[:, -1] == 0
-                    block = block[:, :-1]
-                else:
-                    good = block.any(axis=1)
-                bad = int(good.size - good.sum())
-                kept = (block, numbers) if not bad else (block[good], numbers[good])
-                yield (*kept, bad, 0) if self.cleaning == "zeros_score_0" else (*kept, 0, bad)
-
-    def _hits(self, scores: FloatArray, probe: IntArray, limit: FloatArray) -> FloatArray:
-        return (self._places(scores, probe, limit[:, None]) <= 1).astype(np.float64)
-
-    def _places(self, scores: FloatArray, probe: IntArray, best: FloatArray) -> IntArray:
-        """Place of each trial's mate among the (n, k) best distractors of its probe; k + 1 behind all of them."""
-        both = np.concatenate([scores, scores])
+    def _ranks(self, scores: FloatArray, probe: IntArray, best: FloatArray) -> IntArray:
+        """Rank of each trial's mate among the (n, k) best distractors of its probe; k + 1 behind all of them."""
         beats = np.greater if self.ties == "correct" else np.greater_equal
-        ahead = np.zeros(probe.size, dtype=np.int64)
+        ranks = np.ones(probe.size, dtype=np.int64)
         for limit in best.T:
-            ahead += beats(limit[probe], both)
-        return 1 + ahead
+            ranks += beats(limit[probe], scores)
+        return ranks
 
-    def _rate(self, hits: FloatArray, probe: IntArray) -> Estimate:
-        return rate_estimate(hits, self.codes[probe], self._draws, level=self.level)
-
-    def _accepted(self, scores: FloatArray, who: IntArray, point: TarAtFar) -> Estimate:
-        """TAR at a threshold that is kept as it is, with its interval over identities."""
-        return rate_estimate((scores > point.threshold).astype(np.float64), who, self._draws, level=self.level)
+    def _rate(self, hits: BoolArray, rows: IntArray) -> Estimate:
+        return rate_estimate(hits, self.codes[rows], self.resamples, level=self.level)
 
     def _operating_points(self, scores: FloatArray, search: Search) -> dict[float, TarAtFar]:
         falling = -np.sort(-search.largest)
@@ -316,7 +334,7 @@ class DistractorProtocol:
         return points
 
     def _by_gap(
-        self, scores: FloatArray, first: IntArray, second: IntArray, hits: FloatArray, tar: Mapping[float, TarAtFar]
+        self, scores: FloatArray, first: IntArray, second: IntArray, hits: BoolArray, points: Mapping[float, TarAtFar]
     ) -> tuple[GapRates, ...]:
         if self.ages is None:
             return ()
@@ -324,20 +342,8 @@ class DistractorProtocol:
         rows = []
         for number, name in enumerate(bin_names(self.starts)):
             pairs = np.flatnonzero(gap == number)
-            trials = np.concatenate([pairs, pairs + first.size])
-            who = self.codes[first[pairs]]
-            accepted = {far: self._accepted(scores[pairs], who, point) for far, point in tar.items()}
-            rank1 = rate_estimate(hits[trials], np.concatenate([who, who]), self._draws, level=self.level)
-            rows.append(GapRates(name, trials.size, rank1, accepted))
+            trials, probes = np.concatenate([pairs, pairs + first.size]), first[pairs]
+            tar = {far: self._rate(scores[pairs] > point.threshold, probes) for far, point in points.items()}
+            rank1 = self._rate(hits[trials], np.concatenate([probes, probes]))
+            rows.append(GapRates(name, trials.size, rank1, tar))
         return tuple(rows)
-
-
-def _known_size(distractors: Any) -> int:
-    """How many there are, MegaFace's million where an iterator does not say."""
-    if not is_shards(distractors):
-        array = to_numpy(distractors)
-        require(array.ndim == 2, DistractorProtocol.owner, f"distractors must be (m, d), or shards, got {array.shape}")
-        return max(1, len(array))
-    if isinstance(distractors, (list, tuple)):
-        return max(1, sum(len(shard) for shard in distractors))
-    return MEGAFACE

@@ -1,96 +1,164 @@
-"""Evaluation room: who is it? Leave-one-image-out identification, the FG-NET protocol. NumPy only."""
+"""Leave-one-image-out identification, the protocol of FG-NET."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 
 from kdlib._checks import check_number
-from kdlib_faces.evaluation._checks import (
-    FloatArray,
-    IntArray,
-    check_ages,
-    check_level,
-    check_people,
-    require,
-    unit_rows,
-)
+from kdlib_faces.evaluation._checks import check_ages, check_identities, check_level, require, unit_rows
+from kdlib_faces.evaluation._types import ArrayLike, Embeddings, FloatArray, IntArray, JsonDict, Label
+from kdlib_faces.evaluation.hardest import missed_probes
 from kdlib_faces.evaluation.statistics.bins import GAP_STARTS, PROBE_AGE_STARTS, bin_names, check_starts, place
-from kdlib_faces.evaluation.statistics.clustered import draws, rate_estimate
-from kdlib_faces.evaluation.statistics.intervals import Estimate, wilson
+from kdlib_faces.evaluation.statistics.clustered import rate_estimate
+from kdlib_faces.evaluation.statistics.intervals import Estimate, resample_counts, wilson_estimate
+from kdlib_faces.evaluation.statistics.paired import Outcomes
+from kdlib_faces.evaluation.summary import (
+    Bins,
+    CmcCurve,
+    Description,
+    HardPair,
+    Measure,
+    MeasuredValue,
+    ModelSummary,
+    ScoreTable,
+)
 
-__all__ = ["BinRates", "LeaveOneOutResult", "leave_one_out", "leave_one_out_result"]
+__all__ = ["BinRates", "LeaveOneOutProtocol", "LeaveOneOutResult"]
 
+OWNER = "LeaveOneOutProtocol"
 BLOCK = 512
+MAX_CMC_RANK = 50
 
 
 @dataclass(frozen=True)
 class BinRates:
-    """Rates of the probes of one bin.
+    """Identification rates of the probes of one bin.
 
-    Args:
-        name: of the bin, `"5-10"`.
-        probes: how many it holds.
-        rates: by rank, with intervals over identities; None in an empty bin.
+    Attributes:
+        name: Name of the bin, such as `"5-10"`.
+        probes: Number of probes.
+        rates: Rank to rate, with intervals over identities; None in an empty bin.
     """
 
     name: str
     probes: int
     rates: Mapping[int, Estimate]
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> JsonDict:
         """Plain values for JSON."""
-        entry: dict[str, Any] = {"name": self.name, "probes": self.probes}
-        return entry | {f"rank{rank}": estimate.to_dict() for rank, estimate in self.rates.items()}
-
-
-def _none() -> IntArray:
-    return np.empty(0, dtype=np.int64)
-
-
-def _nothing() -> FloatArray:
-    return np.empty(0)
+        rates = {f"rank{rank}": estimate.to_dict() for rank, estimate in self.rates.items()}
+        return {"name": self.name, "probes": self.probes, **rates}
 
 
 @dataclass(frozen=True)
 class LeaveOneOutResult:
-    """Rates of identification by rank.
+    """Result of a `LeaveOneOutProtocol`.
 
-    Args:
-        rates: by rank, with Wilson's interval over probes (which takes them as independent: read it as a lower bound on
-            the doubt where identities have many images).
-        ranks_of_mates: (n,) place of each probe's best mate, from 1; 0 for a probe without a mate.
-        probes: how many images there are; each is a probe once.
-        mateless: how many have no other image of their identity; they count as misses, as the definition has it.
-        by_age: rates by the probe's age; empty without ages.
-        by_gap: rates by the years between the probe and its most alike mate; empty without ages.
-        mates: (n,) row of each probe's most alike mate, -1 without one.
+    Attributes:
+        rates: Rank to rate, with Wilson's interval over probes. It takes probes as independent: with many images per
+            identity it is too narrow.
+        ranks_of_mates: (n,) rank of each probe's best mate, from 1; 0 without a mate.
+        mates: (n,) row of each probe's most similar mate, -1 without one.
         mate_scores: (n,) their cosines, NaN without a mate.
-        strangers: (n,) row of the most alike image of somebody else: who a missed probe was taken for.
-        stranger_scores: (n,) their cosines.
+        impostors: (n,) row of the most similar image of another identity.
+        impostor_scores: (n,) their cosines.
+        by_age: Rates by the probe's age; empty without ages.
+        by_gap: Rates by the years between the probe and its most similar mate; empty without ages.
+        protocol: The protocol.
     """
 
     rates: Mapping[int, Estimate]
-    ranks_of_mates: IntArray
-    probes: int
-    mateless: int
-    by_age: tuple[BinRates, ...] = ()
-    by_gap: tuple[BinRates, ...] = ()
-    mates: IntArray = field(default_factory=_none, repr=False, compare=False)
-    mate_scores: FloatArray = field(default_factory=_nothing, repr=False, compare=False)
-    strangers: IntArray = field(default_factory=_none, repr=False, compare=False)
-    stranger_scores: FloatArray = field(default_factory=_nothing, repr=False, compare=False)
+    ranks_of_mates: IntArray = field(repr=False)
+    mates: IntArray = field(repr=False, compare=False)
+    mate_scores: FloatArray = field(repr=False, compare=False)
+    impostors: IntArray = field(repr=False, compare=False)
+    impostor_scores: FloatArray = field(repr=False, compare=False)
+    by_age: tuple[BinRates, ...]
+    by_gap: tuple[BinRates, ...]
+    protocol: "LeaveOneOutProtocol" = field(repr=False, compare=False)
 
-    def cmc(self, most: int) -> FloatArray:
-        """(most,) rate at ranks 1, 2, ... `most`: the cumulative match characteristic."""
-        check_number("LeaveOneOutResult.cmc", "most", most, min=1, integer=True)
-        counts = np.bincount(np.minimum(self.ranks_of_mates, most + 1), minlength=most + 2)
-        return np.cumsum(counts[1 : most + 1]) / self.probes
+    @property
+    def probes(self) -> int:
+        """Number of images; each is a probe once."""
+        return self.ranks_of_mates.size
 
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON: `{"rank1": ..., "probes": n}`, and the breakdowns where there are ages."""
-        entry: dict[str, Any] = {f"rank{rank}": estimate.to_dict() for rank, estimate in self.rates.items()}
+    @property
+    def mateless(self) -> int:
+        """Number of probes without another image of their identity; by definition they are misses."""
+        return int((self.ranks_of_mates == 0).sum())
+
+    def cmc(self, max_rank: int) -> FloatArray:
+        """(max_rank,) rate at ranks 1, 2, ... `max_rank`: the cumulative match characteristic."""
+        check_number("LeaveOneOutResult.cmc", "max_rank", max_rank, min=1, integer=True)
+        counts = np.bincount(np.minimum(self.ranks_of_mates, max_rank + 1), minlength=max_rank + 2)
+        return np.cumsum(counts[1 : max_rank + 1]) / self.probes
+
+    def describe(self) -> Description:
+        """What the protocol measures and how."""
+        bins = {}
+        for key, rates, kind, axis in (
+            ("by_age", self.by_age, "age", "age of the probe, years"),
+            ("by_gap", self.by_gap, "gap", "gap to the nearest mate, years"),
+        ):
+            if rates:
+                names, counts = [each.name for each in rates], [each.probes for each in rates]
+                title = f"Rank-{self.protocol.ranks[0]} by {kind}"
+                bins[key] = Bins(title, names, axis, [float(at) for at in range(len(rates))], list(counts))
+        return Description(
+            question="Which identity is it? Each image is a probe once, all other images are the gallery.",
+            convention={
+                "Gallery": "all other images; the probe is left out by its row, not by its score",
+                "Ties": "the lower row first",
+                "Without a mate": f"{self.mateless} {'probe' if self.mateless == 1 else 'probes'}, counted as misses",
+                "Network": "as it is: not adapted to the gallery between rounds",
+                "Score": "cosine",
+            },
+            intervals="Wilson's, over probes; in bins a bootstrap over identities",
+            counts={"probes": self.probes, "identities": self.protocol.num_identities},
+            measures={f"rank{rank}": Measure(f"Rank-{rank}") for rank in self.protocol.ranks},
+            bins=bins,
+            failures="identification",
+        )
+
+    def summary(self) -> ModelSummary:
+        """Rates by rank, by age and by gap, and the CMC."""
+        max_rank = min(MAX_CMC_RANK, self.probes - 1)
+        bins = {"by_age": self.by_age, "by_gap": self.by_gap}
+        first = self.protocol.ranks[0]
+        return ModelSummary(
+            {f"rank{rank}": MeasuredValue.of(self.rates[rank]) for rank in self.protocol.ranks},
+            {key: [MeasuredValue.of(each.rates[first]) for each in rates] for key, rates in bins.items() if rates},
+            cmc=CmcCurve(list(range(1, max_rank + 1)), self.cmc(max_rank).tolist()),
+        )
+
+    def outcomes(self) -> dict[str, Outcomes]:
+        """Probes identified at each rank."""
+        ranks, identities = self.ranks_of_mates, (self.protocol.codes, self.protocol.codes)
+        return {f"rank{rank}": Outcomes((ranks >= 1) & (ranks <= rank), identities) for rank in self.protocol.ranks}
+
+    def hardest(self, count: int) -> list[HardPair]:
+        """The missed probes whose mate is furthest behind an impostor: with the mate, then with the impostor."""
+        missed = np.flatnonzero(self.ranks_of_mates > 1)
+        mates = self.mates[missed], self.mate_scores[missed]
+        impostors = self.impostors[missed], self.impostor_scores[missed]
+        return missed_probes(missed, mates, impostors, self.protocol.codes[missed], count)
+
+    def score_table(self, label: Label, distractor_label: Label) -> ScoreTable:
+        """For every probe the best mate and the best impostor."""
+
+        def rows() -> Iterator[tuple[str | int, ...]]:
+            for row, rank in enumerate(self.ranks_of_mates.tolist()):
+                mate = (label(int(self.mates[row])), f"{self.mate_scores[row]:.8f}") if rank else ("", "")
+                impostor = label(int(self.impostors[row])), f"{self.impostor_scores[row]:.8f}"
+                yield label(row), rank, *mate, *impostor
+
+        columns = ("probe", "rank of mate", "mate", "mate score", "impostor", "impostor score")
+        return ScoreTable(columns, rows(), self.probes)
+
+    def to_dict(self) -> JsonDict:
+        """Plain values for JSON: `{"rank1": ..., "probes": n}`, and the rates by age and gap if there are ages."""
+        entry: JsonDict = {f"rank{rank}": estimate.to_dict() for rank, estimate in self.rates.items()}
         entry["probes"] = self.probes
         if self.by_age:
             entry["by_age"] = [rates.to_dict() for rates in self.by_age]
@@ -98,128 +166,98 @@ class LeaveOneOutResult:
         return entry
 
 
-def leave_one_out(embeddings: Any, identities: Any, ranks: Sequence[int] = (1,)) -> FloatArray:
-    """Leave-one-image-out identification: each image is a probe, all the others are the gallery.
-
-    A probe is identified at rank k when an image of its identity is among the k gallery images of largest cosine; equal
-    cosines go by the lower row number. The probe itself is left out by its row number, not by its score, so a duplicate
-    image stays in the gallery. A probe without a mate is a miss.
+class LeaveOneOutProtocol:
+    """Each image against all other images, see `leave_one_out`.
 
     Args:
-        embeddings: (n, d), normalized or not.
         identities: (n,) whole numbers or strings.
-        ranks: the k's, from 1 to n - 1.
-
-    Returns:
-        (len(ranks),) the rate at each rank, in the order asked.
+        ranks: Ranks, from 1 to n - 1.
+        ages: (n,) years; adds the rates by the probe's age and by the gap to its most similar mate.
+        age_bins: Rising lower ends of the bins of the probe's age, years.
+        gap_bins: Rising lower ends of the bins of the gap, years.
+        replicates: Bootstrap resamples over identities for the bins; 0 for none.
+        seed: Seed of the resamples.
+        level: Confidence of the intervals.
 
     Raises:
-        ValueError: an embedding that is not finite or zero (its row is named), fewer than two identities, no identity
-            with two images, a rank out of range.
+        ValueError: Identities, ages or ranks are not usable: fewer than two identities, or none with two images.
 
     Examples:
-        >>> embeddings = [[1.0, 0.0], [1.0, 0.1], [0.0, 1.0], [0.1, 1.0], [1.0, 0.3]]
-        >>> leave_one_out(embeddings, ["a", "a", "b", "b", "b"], ranks=(1, 3)).tolist()
-        [0.8, 1.0]
-
-    References:
-        FG-NET's usual protocol in age-invariant face recognition, with a network that is not adapted between rounds.
-    """
-    result = leave_one_out_result(embeddings, identities, ranks)
-    return np.array([result.rates[rank].value for rank in ranks], dtype=np.float64)
-
-
-def leave_one_out_result(
-    embeddings: Any,
-    identities: Any,
-    ranks: Sequence[int] = (1,),
-    *,
-    level: float = 0.95,
-    ages: Any = None,
-    age_bins: Sequence[float] = PROBE_AGE_STARTS,
-    gap_bins: Sequence[float] = GAP_STARTS,
-    replicates: int = 500,
-    seed: int = 0,
-) -> LeaveOneOutResult:
-    """`leave_one_out` with intervals, the place of each probe's mate and the count of probes without one.
-
-    Args:
-        embeddings: (n, d), normalized or not.
-        identities: (n,) whole numbers or strings.
-        ranks: the k's, from 1 to n - 1.
-        level: confidence of the intervals.
-        ages: (n,) years; gives the rates by the probe's age and by the gap to its most alike mate.
-        age_bins: rising lower ends of the bins of the probe's age, years.
-        gap_bins: of the bins of the gap.
-        replicates: bootstrap resamples over identities for the bins; 0 for none.
-        seed: of the resamples.
-
-    Returns:
-        The rates.
-
-    Raises:
-        ValueError: as `leave_one_out`.
-
-    Examples:
-        >>> leave_one_out_result([[1.0, 0], [1, 0], [0, 1], [0, 1]], [7, 7, 8, 8]).to_dict()["rank1"]["value"]
+        >>> protocol = LeaveOneOutProtocol([7, 7, 8, 8], ranks=(1,))
+        >>> protocol.evaluate([[1.0, 0], [1, 0], [0, 1], [0, 1]]).rates[1].value
         1.0
+        >>> LeaveOneOutProtocol("aabc", ranks=(1,))
+        Traceback (most recent call last):
+        ...
+        kdlib_faces._checks.InputError: LeaveOneOutProtocol: identities must be (n,), not empty, got shape ()
     """
-    owner = "leave_one_out"
-    codes, labels = check_people(owner, identities)
-    unit = unit_rows(owner, "embeddings", embeddings, rows=codes.size)
-    require(len(ranks) > 0, owner, "ranks must not be empty, got ()")
-    for rank in ranks:
-        check_number(owner, "ranks", rank, min=1, max=codes.size - 1, integer=True)
-    check_level(owner, level)
-    years = None if ages is None else check_ages(owner, ages, codes.size)
-    starts = check_starts(owner, "age_bins", age_bins), check_starts(owner, "gap_bins", gap_bins)
-    found = [_nearest(unit, codes, start) for start in range(0, codes.size, BLOCK)]
-    places, mates, mate_scores, strangers, stranger_scores = (
-        np.concatenate(parts) for parts in zip(*found, strict=True)
-    )
-    rates = {}
-    for rank in ranks:
-        hits = int(((places >= 1) & (places <= rank)).sum())
-        low, high = wilson(hits, codes.size, level=level)
-        rates[int(rank)] = Estimate(hits / codes.size, low, high, int(codes.size))
-    result = LeaveOneOutResult(
-        rates,
-        places,
-        int(codes.size),
-        int((places == 0).sum()),
-        mates=mates,
-        mate_scores=mate_scores,
-        strangers=strangers,
-        stranger_scores=stranger_scores,
-    )
-    if years is None:
-        return result
-    multiplicities = draws(owner, labels.size, replicates=replicates, seed=seed)
 
-    def broken_down(bins: FloatArray, of: IntArray) -> tuple[BinRates, ...]:
+    def __init__(
+        self,
+        identities: ArrayLike,
+        ranks: Sequence[int] = (1, 5),
+        *,
+        ages: ArrayLike | None = None,
+        age_bins: Sequence[float] = PROBE_AGE_STARTS,
+        gap_bins: Sequence[float] = GAP_STARTS,
+        replicates: int = 500,
+        seed: int = 0,
+        level: float = 0.95,
+    ) -> None:
+        self.codes, labels = check_identities(OWNER, identities)
+        self.num_identities = labels.size
+        require(len(ranks) > 0, OWNER, "ranks must not be empty, got ()")
+        for rank in ranks:
+            check_number(OWNER, "ranks", rank, min=1, max=self.codes.size - 1, integer=True)
+        self.ranks = tuple(int(rank) for rank in ranks)
+        self.ages = None if ages is None else check_ages(OWNER, ages, self.codes.size)
+        self.age_starts = check_starts(OWNER, "age_bins", age_bins)
+        self.gap_starts = check_starts(OWNER, "gap_bins", gap_bins)
+        check_level(OWNER, level)
+        self.level = float(level)
+        self.resamples = resample_counts(OWNER, labels.size, replicates=replicates, seed=seed)
+
+    def __repr__(self) -> str:
+        return f"LeaveOneOutProtocol(<{self.codes.size} images>, ranks={self.ranks})"
+
+    def evaluate(self, embeddings: Embeddings) -> LeaveOneOutResult:
+        """Measure embeddings (n, d) in the order of the identities.
+
+        Raises:
+            ValueError: An embedding is not finite or zero (the message gives its row), or the number of rows is wrong.
+        """
+        codes, count = self.codes, self.codes.size
+        unit = unit_rows(OWNER, "embeddings", embeddings, rows=count)
+        parts = [_nearest(unit, codes, start) for start in range(0, count, BLOCK)]
+        ranks, mates, mate_scores, impostors, impostor_scores = map(np.concatenate, zip(*parts, strict=True))
+        rates = {rank: wilson_estimate((ranks >= 1) & (ranks <= rank), level=self.level) for rank in self.ranks}
+        by_age: tuple[BinRates, ...] = ()
+        by_gap: tuple[BinRates, ...] = ()
+        if self.ages is not None:
+            gap = np.where(ranks == 0, -1, place(self.gap_starts, np.abs(self.ages - self.ages[mates])))
+            by_age = self._by_bin(self.age_starts, place(self.age_starts, self.ages), ranks)
+            by_gap = self._by_bin(self.gap_starts, gap, ranks)
+        return LeaveOneOutResult(
+            rates, ranks, mates, mate_scores, impostors, impostor_scores, by_age, by_gap, protocol=self
+        )
+
+    def _by_bin(self, starts: FloatArray, bins: IntArray, ranks: IntArray) -> tuple[BinRates, ...]:
         rows = []
-        for number, name in enumerate(bin_names(bins)):
-            inside = of == number
-            each = {
-                rank: rate_estimate(
-                    ((places >= 1) & (places <= rank))[inside].astype(np.float64),
-                    codes[inside],
-                    multiplicities,
-                    level=level,
-                )
-                for rank in rates
+        for number, name in enumerate(bin_names(starts)):
+            inside = bins == number
+            hits = {rank: ((ranks >= 1) & (ranks <= rank))[inside] for rank in self.ranks}
+            rates = {
+                rank: rate_estimate(each, self.codes[inside], self.resamples, level=self.level)
+                for rank, each in hits.items()
             }
-            rows.append(BinRates(name, int(inside.sum()), each))
+            rows.append(BinRates(name, int(inside.sum()), rates))
         return tuple(rows)
-
-    gap = np.where(places == 0, -1, place(starts[1], np.abs(years - years[mates])))
-    return replace(result, by_age=broken_down(starts[0], place(starts[0], years)), by_gap=broken_down(starts[1], gap))
 
 
 def _nearest(
     unit: FloatArray, codes: IntArray, start: int
 ) -> tuple[IntArray, IntArray, FloatArray, IntArray, FloatArray]:
-    """Of each probe of one block of rows: place of its best mate (from 1, 0 without one), the mate, the best stranger."""
+    """For the probes of one block of rows: rank, row and score of the best mate; row and score of the best impostor."""
     rows = np.arange(start, min(start + BLOCK, codes.size))
     scores = unit[rows] @ unit.T
     scores[np.arange(rows.size), rows] = -np.inf
@@ -229,13 +267,13 @@ def _nearest(
     best = np.take_along_axis(mate_scores, mates[:, None], axis=1)
     ahead = (scores > best) | ((scores == best) & (np.arange(codes.size) < mates[:, None]))
     mated = np.isfinite(best[:, 0])
-    places = np.where(mated, 1 + ahead.sum(axis=1), 0)
+    ranks = np.where(mated, 1 + ahead.sum(axis=1), 0)
     scores[same] = -np.inf
-    strangers = scores.argmax(axis=1)
+    impostors = scores.argmax(axis=1)
     return (
-        places,
+        ranks,
         np.where(mated, mates, -1),
         np.where(mated, best[:, 0], np.nan),
-        strangers,
-        np.take_along_axis(scores, strangers[:, None], axis=1)[:, 0],
+        impostors,
+        np.take_along_axis(scores, impostors[:, None], axis=1)[:, 0],
     )

@@ -1,16 +1,14 @@
-"""Evaluation room: given pairs of images, and the pair sets whose figures are published. NumPy only; reads no file."""
+"""Verification of given pairs of images: accuracy over folds, and TAR at FAR over all pairs."""
 
 import warnings
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Any, Literal, Self
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Literal, Self
 
 import numpy as np
 
 from kdlib._checks import check_choice, check_number
-from kdlib_faces._checks import InputError
 from kdlib_faces.evaluation._checks import (
-    IntArray,
     check_fars,
     check_flags,
     check_indices,
@@ -22,50 +20,203 @@ from kdlib_faces.evaluation._checks import (
     to_numpy,
     unit_rows,
 )
+from kdlib_faces.evaluation._types import ArrayLike, Embeddings, FloatArray, IntArray, JsonDict, Label
 from kdlib_faces.evaluation.fold_thresholds import RULES
-from kdlib_faces.evaluation.roc import tar_at_far
-from kdlib_faces.evaluation.splits import (
-    IdentityOverlapWarning,
-    identities_in_several_folds,
-    identity_overlap,
-    positives_first_folds,
+from kdlib_faces.evaluation.hardest import hardest_pairs
+from kdlib_faces.evaluation.roc import TarAtFar, auc, far_name, tar_at_far
+from kdlib_faces.evaluation.splits import IdentityOverlapWarning, identities_in_several_folds, identity_overlap
+from kdlib_faces.evaluation.statistics.bins import GAP_STARTS, bin_names, check_starts, place
+from kdlib_faces.evaluation.statistics.clustered import clustered_pair_rate, clustered_rate
+from kdlib_faces.evaluation.statistics.intervals import Estimate, Sampling, wilson, wilson_estimate
+from kdlib_faces.evaluation.statistics.paired import Outcomes
+from kdlib_faces.evaluation.summary import (
+    KEPT_THRESHOLDS,
+    Bins,
+    Description,
+    HardPair,
+    Histogram,
+    Measure,
+    MeasuredValue,
+    ModelSummary,
+    RocCurve,
+    ScoreTable,
+    far_measures,
+    far_text,
 )
-from kdlib_faces.evaluation.statistics.clustered import draws, pair_rates
-from kdlib_faces.evaluation.statistics.intervals import Estimate, bootstrap_estimate
 from kdlib_faces.evaluation.verification import (
     Rule,
     VerificationResult,
     check_folds,
     contiguous_folds,
-    judge,
+    fold_accuracy,
     pair_distances,
 )
 
-__all__ = ["PAIR_SETS", "PairProtocol", "PairSet", "pair_set"]
+__all__ = ["PairProtocol", "PairResult"]
+
+OWNER = "PairProtocol"
+POINT_RULES = {
+    "exact": "threshold at the (k+1)-th largest impostor score, k = floor(FAR x impostors), accepted above it",
+    "nearest": "the point of the curve whose FAR is nearest, as insightface's scripts; it may exceed the target",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class PairResult(VerificationResult):
+    """Result of a `PairProtocol`: the accuracy over folds, and operating points over all pairs.
+
+    Attributes:
+        tar: Target FAR to the operating point over all pairs; empty without `fars`.
+        scores: (p,) cosine of each pair.
+        protocol: The protocol.
+    """
+
+    tar: Mapping[float, TarAtFar]
+    scores: FloatArray = field(repr=False, compare=False)
+    protocol: "PairProtocol" = field(repr=False, compare=False)
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """Remarks on the pairs, such as identities in more than one fold."""
+        return self.protocol.notes
+
+    def accuracy_estimate(self) -> Estimate:
+        """Share of the pairs decided correctly, with an interval over identities, or over pairs without identities."""
+        hits, protocol = self.correct.astype(np.float64), self.protocol
+        identities = protocol.pair_identities
+        if identities is None:
+            interval = wilson(self.accuracy * self.pairs, self.pairs, level=protocol.level)
+            return Estimate(float(hits.mean()), *interval, self.pairs)
+        return clustered_pair_rate(hits, *identities, protocol.num_identities, **asdict(protocol.sampling))
+
+    def _tar_value(self, point: TarAtFar) -> MeasuredValue:
+        protocol = self.protocol
+        if protocol.pair_identities is None:
+            return MeasuredValue.of(point)
+        accepted, identities = self.scores[protocol.same] > point.threshold, protocol.pair_identities[0][protocol.same]
+        estimate = clustered_rate(accepted, identities, **asdict(protocol.sampling))
+        return MeasuredValue.of(estimate, resolvable=point.resolvable)
+
+    def describe(self) -> Description:
+        """What the protocol measures and how."""
+        protocol, same = self.protocol, self.protocol.same
+        measures = {"accuracy": Measure("Accuracy", note=f"over {len(self.fold_accuracies)} folds")}
+        measures |= far_measures("tar", "TAR", protocol.fars)
+        measures |= far_measures("val", "TAR", protocol.val_fars, note="over folds")
+        bins = {}
+        if protocol.gap_bin is not None and protocol.fars:
+            bins["fnmr"] = Bins(
+                f"FNMR at {far_text(protocol.fars[0], 'FMR')}",
+                bin_names(protocol.gap_starts),
+                "age gap, years",
+                protocol.gap_starts.tolist(),
+                [int((protocol.gap_bin == number).sum()) for number in range(protocol.gap_starts.size)],
+            )
+        known = protocol.pair_identities is not None
+        return Description(
+            question="Do two images show the same identity? The threshold for given pairs is set on other pairs.",
+            convention={
+                "Accuracy": self.convention,
+                **({"TAR at FAR": POINT_RULES[protocol.tar_mode]} if protocol.fars else {}),
+                "Score": "cosine",
+            },
+            intervals="bootstrap over identities, of TAR at thresholds kept as they are"
+            if known
+            else "accuracy: Wilson's, over pairs; TAR: Wilson's, over genuine pairs",
+            counts={
+                "genuine pairs": int(same.sum()),
+                "impostor pairs": int((~same).sum()),
+                "images": int(np.unique(np.concatenate([protocol.left, protocol.right])).size),
+            },
+            measures=measures | {"auc": Measure("AUC", "auc")},
+            bins=bins,
+            notes=self.notes,
+            difference_rule=KEPT_THRESHOLDS.format("identities" if known else "pairs, as identities are not known"),
+        )
+
+    def summary(self) -> ModelSummary:
+        """Measures, FNMR by age gap, and curves."""
+        protocol, same = self.protocol, self.protocol.same
+        genuine, impostor = self.scores[same], self.scores[~same]
+        interval = self.accuracy_estimate()
+        spread = f"± {100 * self.std:.2f} over folds"
+        measures = {"accuracy": MeasuredValue(self.accuracy, interval.low, interval.high, self.pairs, note=spread)}
+        measures |= {f"tar_{far:g}": self._tar_value(point) for far, point in self.tar.items()}
+        for far, fold in self.val.items():
+            measures[f"val_{far:g}"] = MeasuredValue(fold.tar, note=f"± {100 * fold.std:.2f} over folds")
+        measures["auc"] = MeasuredValue(auc(genuine, impostor), n=genuine.size)
+        threshold = next((point.threshold for point in self.tar.values()), None)
+        bins = {}
+        if protocol.gap_bin is not None and threshold is not None:
+            rejected = [genuine[protocol.gap_bin == number] <= threshold for number in range(protocol.gap_starts.size)]
+            bins["fnmr"] = [MeasuredValue.of(wilson_estimate(each, level=protocol.level)) for each in rejected]
+        curves = RocCurve.of(genuine, impostor), Histogram.of(genuine, impostor, threshold)
+        return ModelSummary(measures, bins, roc=curves[0], histogram=curves[1])
+
+    def outcomes(self) -> dict[str, Outcomes]:
+        """Pairs decided correctly, and genuine pairs accepted at each FAR."""
+        identities, same = self.protocol.pair_identities, self.protocol.same
+        genuine = None if identities is None else (identities[0][same], identities[1][same])
+        accepted = {
+            f"tar_{far:g}": Outcomes(self.scores[same] > point.threshold, genuine) for far, point in self.tar.items()
+        }
+        return {"accuracy": Outcomes(self.correct, identities), **accepted}
+
+    def hardest(self, count: int) -> list[HardPair]:
+        """The genuine pairs of lowest and the impostor pairs of highest score, each image once per kind."""
+        left, right, same = self.protocol.left, self.protocol.right, self.protocol.same
+
+        def pair(k: int) -> HardPair:
+            return HardPair(int(left[k]), int(right[k]), float(self.scores[k]), bool(same[k]))
+
+        return hardest_pairs(self.scores, same, (left, right), count, pair)
+
+    def score_table(self, label: Label, distractor_label: Label) -> ScoreTable:
+        """The score of every pair."""
+
+        def rows() -> Iterator[tuple[str | int, ...]]:
+            pairs = zip(self.protocol.left, self.protocol.right, self.protocol.same, self.scores, strict=True)
+            for left, right, same, score in pairs:
+                yield label(int(left)), label(int(right)), int(same), f"{score:.8f}"
+
+        return ScoreTable(("left", "right", "same", "score"), rows(), self.pairs)
+
+    def _extra(self) -> JsonDict:
+        entry = super()._extra()
+        if self.tar:
+            entry["tar"] = {far_name(far): point.estimate.to_dict() for far, point in self.tar.items()}
+            entry["tar_rule"] = self.protocol.tar_mode
+            entry["tar_unresolvable"] = [far_name(far) for far, point in self.tar.items() if not point.resolvable]
+        return entry | ({"notes": list(self.notes)} if self.notes else {})
 
 
 class PairProtocol:
-    """Given pairs of images: accuracy over folds, and TAR at FARs over all pairs where asked for.
+    """Given pairs of images: accuracy over folds, and optionally TAR at FARs over all pairs.
 
     Args:
         left: (p,) row number of each pair's first image.
-        right: (p,) row number of its second.
-        same: (p,) whether the pair shows one identity.
+        right: (p,) row number of its second image.
+        same: (p,) whether the pair is genuine.
         fold_ids: (p,) fold of each pair; None for 10 contiguous folds.
         threshold: `"grid"`, `"exact"` or `"facexzoo"`, see `verify_pairs`.
-        fars: target false accept rates; the intervals of their TARs are Wilson's and take pairs as independent.
-        images: how many rows the embeddings must have; None for at least as many as the row numbers need.
+        fars: Target false accept rates. Without `identities` the intervals of the TARs are Wilson's, which takes pairs
+            as independent.
+        images: Number of rows of the embeddings; None for at least as many as the row numbers need.
         tar_mode: `"exact"` or `"nearest"`, see `tar_at_far`.
-        val_fars: see `verify_pairs`.
-        pca: see `verify_pairs`.
-        identities: (n,) identity of each image; the result then says how many people are in more than one fold, and
-            `accuracy_estimate` gives the accuracy's interval over identities.
-        train_identities: the people the model was trained on, named alike; those tested on are warned of.
-        notes: what a reader of the number should know; passed on to the result.
-        level: confidence of the intervals of the TARs.
+        val_fars: See `verify_pairs`.
+        pca: See `verify_pairs`.
+        identities: (n,) identity of each image. The result then reports how many identities are in more than one fold,
+            and intervals are over identities.
+        train_identities: Identities of the training set, named in the same way; an overlap raises a warning.
+        ages: (n,) age of each image in years, NaN if unknown; adds the FNMR by age gap at the first FAR.
+        gap_bins: Rising lower ends of the bins of age gaps, years.
+        notes: Remarks for the reader of the number, passed on to the result.
+        replicates: Bootstrap resamples over identities.
+        seed: Seed of the resamples.
+        level: Confidence of the intervals.
 
     Raises:
-        ValueError: lengths that differ, a negative row number, a pair of one identity that is said not to be one.
+        ValueError: Lengths differ, a row number is negative, or `same` disagrees with `identities`.
 
     Examples:
         >>> protocol = PairProtocol([0, 0, 1, 1], [1, 2, 0, 3], [1, 0, 1, 0], fold_ids=[0, 0, 1, 1])
@@ -73,12 +224,14 @@ class PairProtocol:
         1.0
     """
 
+    pair_identities: tuple[IntArray, IntArray] | None
+
     def __init__(
         self,
-        left: Any,
-        right: Any,
-        same: Any,
-        fold_ids: Any = None,
+        left: ArrayLike,
+        right: ArrayLike,
+        same: ArrayLike,
+        fold_ids: ArrayLike | None = None,
         threshold: Rule = "grid",
         fars: Sequence[float] = (),
         *,
@@ -86,53 +239,55 @@ class PairProtocol:
         tar_mode: Literal["exact", "nearest"] = "exact",
         val_fars: Sequence[float] = (),
         pca: int | None = None,
-        identities: Any = None,
-        train_identities: Any = None,
+        identities: ArrayLike | None = None,
+        train_identities: ArrayLike | None = None,
+        ages: ArrayLike | None = None,
+        gap_bins: Sequence[float] = GAP_STARTS,
         notes: Sequence[str] = (),
+        replicates: int = 500,
+        seed: int = 0,
         level: float = 0.95,
     ) -> None:
-        owner = "PairProtocol"
-        self.left, self.right = check_indices(owner, "left", left), check_indices(owner, "right", right)
-        require(
-            self.left.size == self.right.size,
-            owner,
-            f"right must be as long as left ({self.left.size}), got {self.right.size}",
-        )
-        self.same = check_flags(owner, "same", same, self.left.size)
+        self.left, self.right = check_indices(OWNER, "left", left), check_indices(OWNER, "right", right)
+        count = self.left.size
+        require(self.right.size == count, OWNER, f"right must be as long as left ({count}), got {self.right.size}")
+        self.same = check_flags(OWNER, "same", same, count)
         if fold_ids is not None:
-            check_labels(owner, "fold_ids", fold_ids, rows=self.left.size, like="left")
-        check_choice(owner, "threshold", threshold, RULES)
-        check_choice(owner, "tar_mode", tar_mode, ("exact", "nearest"))
+            check_labels(OWNER, "fold_ids", fold_ids, rows=count, like="left")
+        check_choice(OWNER, "threshold", threshold, RULES)
+        check_choice(OWNER, "tar_mode", tar_mode, tuple(POINT_RULES))
         if pca is not None:
-            check_number(owner, "pca", pca, min=1, integer=True)
+            check_number(OWNER, "pca", pca, min=1, integer=True)
+        check_level(OWNER, level)
+        self.needed = int(max(self.left.max(), self.right.max())) + 1
+        if images is not None:
+            check_number(OWNER, "images", images, min=self.needed, integer=True)
         self.fold_ids = None if fold_ids is None else to_numpy(fold_ids)
         self.threshold: Rule = threshold
         self.tar_mode: Literal["exact", "nearest"] = tar_mode
-        self.fars, self.val_fars, self.pca = check_fars(owner, fars), check_fars(owner, val_fars), pca
-        self.needed = int(max(self.left.max(), self.right.max())) + 1
-        if images is not None:
-            check_number(owner, "images", images, min=self.needed, integer=True)
-        self.images = images
-        self.notes = tuple(notes)
-        check_level(owner, level)
-        self.level = float(level)
-        self.codes: IntArray | None = None
+        self.fars, self.val_fars, self.pca = check_fars(OWNER, fars), check_fars(OWNER, val_fars), pca
+        self.images, self.notes, self.level = images, tuple(notes), float(level)
+        self.sampling = Sampling(replicates, seed, self.level)
+        self.gap_starts = check_starts(OWNER, "gap_bins", gap_bins)
+        self.num_identities, self.pair_identities = 0, None
         if identities is not None:
-            self._know(identities, train_identities)
+            self._set_identities(identities, train_identities)
+        self.gap_bin: IntArray | None = None
+        if ages is not None:
+            years = to_numpy(ages).astype(np.float64)
+            require(years.size >= self.needed, OWNER, f"ages must hold row {self.needed - 1}, got {years.size} rows")
+            gaps = np.abs(years[self.left[self.same]] - years[self.right[self.same]])
+            self.gap_bin = place(self.gap_starts, gaps) if np.isfinite(gaps).any() else None
 
-    def _know(self, identities: Any, train_identities: Any) -> None:
-        """Check the pairs against the people in them, and note whom the folds or the training set share."""
-        owner = "PairProtocol"
-        codes, labels = check_labels(owner, "identities", identities)
-        require(codes.size >= self.needed, owner, f"identities must hold row {self.needed - 1}, got {codes.size} rows")
-        self.codes = codes
-        first, second = codes[self.left], codes[self.right]
+    def _set_identities(self, identities: ArrayLike, train_identities: ArrayLike | None) -> None:
+        """Check the pairs against the identities, and note which of them the folds or the training set share."""
+        codes, labels = check_labels(OWNER, "identities", identities)
+        require(codes.size >= self.needed, OWNER, f"identities must hold row {self.needed - 1}, got {codes.size} rows")
+        self.num_identities = labels.size
+        first, second = self.pair_identities = codes[self.left], codes[self.right]
         wrong = np.flatnonzero((first == second) != self.same)
-        require(
-            wrong.size == 0,
-            owner,
-            f"same must agree with identities, got pair {wrong[:1].tolist()} that does not ({wrong.size} in all)",
-        )
+        message = f"got pair {wrong[:1].tolist()} that does not ({wrong.size} in all)"
+        require(wrong.size == 0, OWNER, f"same must agree with identities, {message}")
         folds = contiguous_folds(self.same.size) if self.fold_ids is None else self.fold_ids
         shared = identities_in_several_folds(first, second, folds)
         if shared:
@@ -145,65 +300,42 @@ class PairProtocol:
     @classmethod
     def interleaved(
         cls,
-        same: Any,
-        fold_ids: Any = None,
+        same: ArrayLike,
+        fold_ids: ArrayLike | None = None,
         threshold: Rule = "grid",
         fars: Sequence[float] = (),
         *,
         level: float = 0.95,
     ) -> Self:
-        """Pair k is rows 2k and 2k + 1, as in the `.bin` sets; exactly 2p embeddings are wanted.
-
-        Args:
-            same: (p,) whether each pair shows one identity.
-            fold_ids: as in the class.
-            threshold: as in the class.
-            fars: as in the class.
-            level: as in the class.
-
-        Examples:
-            >>> PairProtocol.interleaved([True, False]).right.tolist()
-            [1, 3]
-        """
+        """Pair k is rows 2k and 2k + 1, as in the `.bin` sets; the arguments are those of the class."""
         count = to_numpy(same).size
         left = np.arange(count) * 2
         return cls(left, left + 1, same, fold_ids, threshold, fars, images=2 * count, level=level)
 
     def __repr__(self) -> str:
         folds = "None" if self.fold_ids is None else "..."
-        more = "".join(
-            f", {name}={value!r}"
-            for name, value, default in (
-                ("tar_mode", self.tar_mode, "exact"),
-                ("val_fars", self.val_fars, ()),
-                ("pca", self.pca, None),
-                ("level", self.level, 0.95),
-            )
-            if value != default
-        )
+        defaults = {"tar_mode": "exact", "val_fars": (), "pca": None, "level": 0.95}
+        changed = {name: getattr(self, name) for name in defaults if getattr(self, name) != defaults[name]}
+        more = "".join(f", {name}={value!r}" for name, value in changed.items())
         return (
             f"PairProtocol(<{self.same.size} pairs>, fold_ids={folds}, threshold={self.threshold!r}, "
             f"fars={self.fars}, images={self.images}{more})"
         )
 
-    def evaluate(self, embeddings: Any) -> VerificationResult:
-        """Measure (n, d) embeddings; see `verify_pairs`."""
-        owner = "PairProtocol"
-        rows = gather(owner, "embeddings", embeddings)
-        require(
-            self.images is None or len(rows) == self.images,
-            owner,
-            f"embeddings must have one row for each of {self.images} images of {self.same.size} pairs, got {len(rows)}",
-        )
-        require(len(rows) >= self.needed, owner, f"embeddings must hold row {self.needed - 1}, got {len(rows)} rows")
-        check_rows(owner, "embeddings", rows)
-        distances, scores = pair_distances(owner, rows, rows, self.left, self.right)
-        unit = None if self.pca is None else unit_rows(owner, "embeddings", rows)
-        result = judge(
-            owner,
+    def evaluate(self, embeddings: Embeddings) -> PairResult:
+        """Measure embeddings (n, d); see `verify_pairs`."""
+        rows, images = gather(OWNER, "embeddings", embeddings), self.images
+        wanted = f"one row for each of {images} images of {self.same.size} pairs"
+        require(images is None or len(rows) == images, OWNER, f"embeddings must have {wanted}, got {len(rows)}")
+        require(len(rows) >= self.needed, OWNER, f"embeddings must hold row {self.needed - 1}, got {len(rows)} rows")
+        check_rows(OWNER, "embeddings", rows)
+        distances, scores = pair_distances(OWNER, rows, rows, self.left, self.right)
+        unit = None if self.pca is None else unit_rows(OWNER, "embeddings", rows)
+        result = fold_accuracy(
+            OWNER,
             distances,
             self.same,
-            check_folds(owner, self.same, self.fold_ids),
+            check_folds(OWNER, self.same, self.fold_ids),
             threshold=self.threshold,
             val_fars=self.val_fars,
             pca=self.pca,
@@ -211,112 +343,4 @@ class PairProtocol:
         )
         genuine, impostor = scores[self.same], scores[~self.same]
         tar = {far: tar_at_far(genuine, impostor, far, mode=self.tar_mode, level=self.level) for far in self.fars}
-        return replace(result, tar=tar, notes=self.notes)
-
-    def accuracy_estimate(
-        self, result: VerificationResult, *, replicates: int = 500, seed: int = 0, level: float = 0.95
-    ) -> Estimate:
-        """The share of pairs judged right, with its interval over identities; wants `identities`.
-
-        Args:
-            result: of this protocol.
-            replicates: bootstrap resamples over identities.
-            seed: of the resamples, the same for two models that are to be compared.
-            level: the confidence.
-        """
-        owner = "PairProtocol.accuracy_estimate"
-        require(result.correct.size == self.same.size, owner, "result must be of this protocol, got other pairs")
-        if self.codes is None:
-            raise InputError(f"{owner}: the protocol must have been given identities, got none")
-        first, second = self.codes[self.left], self.codes[self.right]
-        hits = result.correct.astype(np.float64)
-        resampled = pair_rates(
-            hits, first, second, draws(owner, int(self.codes.max()) + 1, replicates=replicates, seed=seed)
-        )
-        clusters = np.unique(np.concatenate([first, second])).size
-        return bootstrap_estimate(float(hits.mean()), resampled, n=hits.size, clusters=clusters, level=level)
-
-
-@dataclass(frozen=True)
-class PairSet:
-    """What is published of a pair set.
-
-    Args:
-        name: as the `.bin` sets are called.
-        pairs: how many pairs it has, in 10 folds of equal halves.
-        note: what the figure means and does not mean.
-    """
-
-    name: str
-    pairs: int
-    note: str = ""
-
-
-_AGEDB = "all pairs are {} years apart: there is nothing to break down by gap inside the set"
-PAIR_SETS = {
-    each.name: each
-    for each in (
-        PairSet("lfw", 6000),
-        *(PairSet(f"agedb_{years}", 6000, _AGEDB.format(int(years))) for years in ("05", "10", "20", "30")),
-        PairSet("calfw", 6000, "the list was replaced in September 2018: figures of the old and the new one differ"),
-        PairSet("cplfw", 6000),
-        PairSet("cfp_ff", 7000),
-        PairSet("cfp_fp", 7000),
-        PairSet("cacd_vs", 4000, "no ages are published with the pairs"),
-    )
-}
-"""The sets that `pair_set` knows, by name."""
-
-
-def pair_set(
-    name: str,
-    left: Any,
-    right: Any,
-    same: Any,
-    *,
-    fold_ids: Any = None,
-    order: Literal["folds", "positives_first"] = "folds",
-    **options: Any,
-) -> PairProtocol:
-    """The protocol of a published pair set, its folds as published and what is missing said in the result.
-
-    Args:
-        name: one of `PAIR_SETS`: `"lfw"`, `"agedb_05"` to `"agedb_30"`, `"calfw"`, `"cplfw"`, `"cfp_ff"`, `"cfp_fp"`,
-            `"cacd_vs"`.
-        left: (p,) row number of each pair's first image.
-        right: (p,) row number of its second.
-        same: (p,) whether the pair shows one identity.
-        fold_ids: (p,) fold of each pair, where the list says it; wanted where pairs are missing.
-        order: without `fold_ids`, how the list is ordered: by folds, as the `.bin` sets and LFW's list are, or all pairs
-            of one identity first, as the original lists of CALFW and CPLFW.
-        options: of `PairProtocol`: `threshold`, `fars`, `val_fars`, `pca`, `identities` ...
-
-    Returns:
-        The protocol.
-
-    Raises:
-        ValueError: an unknown name, or a list that is not whole and says no folds: cutting it anew would move pairs from
-            fold to fold.
-
-    Examples:
-        >>> same = np.tile(np.repeat([True, False], 300), 10)
-        >>> pair_set("lfw", np.arange(6000) * 2, np.arange(6000) * 2 + 1, same, fars=(1e-3,))
-        PairProtocol(<6000 pairs>, fold_ids=None, threshold='grid', fars=(0.001,), images=None)
-    """
-    check_choice("pair_set", "name", name, tuple(PAIR_SETS))
-    check_choice("pair_set", "order", order, ("folds", "positives_first"))
-    known, count = PAIR_SETS[name], to_numpy(same).size
-    require(
-        count <= known.pairs,
-        "pair_set",
-        f"{name} must have {known.pairs} pairs, got {count}: is it an old list, or another set?",
-    )
-    require(
-        count == known.pairs or fold_ids is not None,
-        "pair_set",
-        f"fold_ids must be given where pairs of {name} are missing, got {count} of {known.pairs} pairs and no folds",
-    )
-    if fold_ids is None and order == "positives_first":
-        fold_ids = positives_first_folds(same)
-    notes = [f"{name}: {count} of {known.pairs} pairs", *([known.note] if known.note else [])]
-    return PairProtocol(left, right, same, fold_ids, notes=(*notes, *options.pop("notes", ())), **options)
+        return PairResult(**vars(result), tar=tar, scores=scores, protocol=self)

@@ -1,15 +1,13 @@
-"""Evaluation room: are two templates of one person? The 1:1 protocol of IJB-B and IJB-C. NumPy only."""
+"""Verification of templates, the 1:1 protocol of IJB-B and IJB-C."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
 
 import numpy as np
 
 from kdlib._checks import check_choice
 from kdlib_faces.evaluation._checks import (
-    FloatArray,
-    IntArray,
     check_fars,
     check_flags,
     check_level,
@@ -18,157 +16,153 @@ from kdlib_faces.evaluation._checks import (
     require,
     to_numpy,
 )
+from kdlib_faces.evaluation._types import (
+    ArrayLike,
+    BoolArray,
+    Embeddings,
+    FloatArray,
+    IntArray,
+    JsonDict,
+    Label,
+    SingleArray,
+)
+from kdlib_faces.evaluation.hardest import hardest_pairs
 from kdlib_faces.evaluation.pair_scores import operating_points, pair_cosines
-from kdlib_faces.evaluation.roc import TarAtFar, far_name
+from kdlib_faces.evaluation.roc import TarAtFar, by_far
 from kdlib_faces.evaluation.search import dot_rows, product_error
+from kdlib_faces.evaluation.statistics.paired import Outcomes
+from kdlib_faces.evaluation.summary import (
+    KEPT_THRESHOLDS,
+    Description,
+    HardPair,
+    Histogram,
+    MeasuredValue,
+    ModelSummary,
+    RocCurve,
+    ScoreTable,
+    far_measures,
+)
 from kdlib_faces.evaluation.templates import Templates, pool_templates
 
-__all__ = ["TemplateVerificationProtocol", "TemplateVerificationResult", "template_verification", "verify_templates"]
+__all__ = ["TemplateVerificationProtocol", "TemplateVerificationResult", "template_verification"]
 
+OWNER = "template_verification"
 FARS = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
+HEADLINE_FAR = 1e-4
+POINT_RULES = {
+    "exact": "the (k+1)-th largest impostor score, k = floor(FAR x impostors)",
+    "nearest": "the point whose FAR is nearest, as insightface; it may exceed the target",
+}
 
 
 @dataclass(frozen=True)
 class TemplateVerificationResult:
-    """The result of `template_verification`.
+    """Result of `template_verification`.
 
-    Args:
-        tar: by target FAR, the operating point; as a number it is the TAR.
-        templates: how many templates there are.
-        genuine: how many pairs are of one person.
-        impostor: how many are not.
-        feature_norm: `"keep"` or `"unit"`.
-        detector_scores: whether images were weighed by the detector's score.
-        pooling: how templates were pooled, in words.
-        mode: the rule of the operating points, `"exact"` or `"nearest"`.
+    Attributes:
+        tar: Target FAR to the operating point; as a number it is the TAR.
+        mode: Rule of the operating points, `"exact"` or `"nearest"`.
+        templates: The pooled templates.
+        left: (p,) number of each pair's first template.
+        right: (p,) number of its second template.
+        same: (p,) which pairs are genuine.
+        scores: (p,) score of each pair.
     """
 
     tar: Mapping[float, TarAtFar]
-    templates: int
-    genuine: int
-    impostor: int
-    feature_norm: str
-    detector_scores: bool
-    pooling: str
     mode: str
+    templates: Templates = field(repr=False, compare=False)
+    left: IntArray = field(repr=False, compare=False)
+    right: IntArray = field(repr=False, compare=False)
+    same: BoolArray = field(repr=False, compare=False)
+    scores: SingleArray = field(repr=False, compare=False)
 
-    def to_dict(self) -> dict[str, Any]:
+    @property
+    def genuine(self) -> int:
+        """Number of genuine pairs."""
+        return int(np.count_nonzero(self.same))
+
+    @property
+    def impostor(self) -> int:
+        """Number of impostor pairs."""
+        return self.same.size - self.genuine
+
+    def describe(self) -> Description:
+        """What the protocol measures and how."""
+        # The FAR that tables of IJB-B and IJB-C are compared at comes first, then the others, falling.
+        fars = sorted(self.tar, key=lambda far: (far != HEADLINE_FAR, -far))
+        return Description(
+            question="Do two templates show the same identity? A template is several images and frames of one identity.",
+            convention={
+                "Pooling": self.templates.convention,
+                "Threshold": POINT_RULES[self.mode],
+                "Score": "product of unit templates",
+            },
+            intervals="Wilson's, over genuine pairs",
+            counts={
+                "images": int(self.templates.images.sum()),
+                "templates": self.templates.ids.size,
+                "genuine pairs": self.genuine,
+                "impostor pairs": self.impostor,
+            },
+            measures=far_measures("tar", "TAR", fars),
+            difference_rule=KEPT_THRESHOLDS.format("enrolled templates"),
+        )
+
+    def summary(self) -> ModelSummary:
+        """TAR at each FAR, and curves."""
+        genuine, impostor = self.scores[self.same], self.scores[~self.same]
+        threshold = next((point.threshold for point in self.tar.values() if point.resolvable), None)
+        return ModelSummary(
+            {f"tar_{far:g}": MeasuredValue.of(point) for far, point in self.tar.items()},
+            roc=RocCurve.of(genuine, impostor),
+            histogram=Histogram.of(genuine, impostor, threshold),
+        )
+
+    def outcomes(self) -> dict[str, Outcomes]:
+        """Genuine pairs accepted at each FAR."""
+        scores, templates = self.scores[self.same], self.left[self.same]
+        return {
+            f"tar_{far:g}": Outcomes(scores > point.threshold, (templates, templates))
+            for far, point in self.tar.items()
+        }
+
+    def hardest(self, count: int) -> list[HardPair]:
+        """The genuine pairs of lowest and the impostor pairs of highest score, each template once per kind.
+
+        A pair is shown by the first image of each template.
+        """
+        ids, rows = self.templates.ids, self.templates.first_rows
+
+        def pair(k: int) -> HardPair:
+            i, j = self.left[k], self.right[k]
+            note = f"templates {ids[i]}, {ids[j]}"
+            return HardPair(int(rows[i]), int(rows[j]), float(self.scores[k]), bool(self.same[k]), note)
+
+        return hardest_pairs(self.scores, self.same, (self.left, self.right), count, pair)
+
+    def score_table(self, label: Label, distractor_label: Label) -> ScoreTable:
+        """The score of every pair."""
+
+        def rows() -> Iterator[tuple[str | int, ...]]:
+            ids = self.templates.ids
+            for i, j, same, score in zip(self.left, self.right, self.same, self.scores, strict=True):
+                yield ids[i], ids[j], int(same), f"{score:.8f}"
+
+        return ScoreTable(("left template", "right template", "same", "score"), rows(), self.same.size)
+
+    def to_dict(self) -> JsonDict:
         """Plain values for JSON."""
-        entry: dict[str, Any] = {"tar": {far_name(far): point.to_dict() for far, point in self.tar.items()}}
-        for name in ("templates", "genuine", "impostor", "feature_norm", "detector_scores", "pooling", "mode"):
-            entry[name] = getattr(self, name)
-        return entry
-
-
-def template_verification(
-    embeddings: Any,
-    template_ids: Any,
-    media_ids: Any,
-    left: Any,
-    right: Any,
-    same: Any,
-    *,
-    detector_scores: Any = None,
-    feature_norm: Literal["keep", "unit"] = "keep",
-    fars: Sequence[float] = FARS,
-    mode: Literal["exact", "nearest"] = "exact",
-    level: float = 0.95,
-) -> TemplateVerificationResult:
-    """Pool images into templates and verify given pairs of them: IJB-B's and IJB-C's 1:1.
-
-    Args:
-        embeddings: (n, d) of images, not normalized; one array or shards.
-        template_ids: (n,) whole numbers or strings.
-        media_ids: (n,) whole numbers or strings.
-        left: (p,) template id of each pair's first template.
-        right: (p,) template id of its second.
-        same: (p,) whether the pair is of one person.
-        detector_scores: (n,) not negative; see `pool_templates`.
-        feature_norm: `"keep"` or `"unit"`; see `pool_templates`.
-        fars: target false accept rates.
-        mode: `"exact"`, or `"nearest"` for parity with published figures; see `tar_at_far`.
-        level: confidence of Wilson's intervals, which take pairs as independent.
-
-    Returns:
-        The operating points, and how templates were pooled.
-
-    Raises:
-        ValueError: a bad row, a template id in a pair that no image has (it is named), pairs of one kind only.
-
-    Examples:
-        >>> result = template_verification(
-        ...     [[1.0, 0.0], [1.0, 0.2], [0.0, 1.0]], [5, 9, 7], [1, 2, 3], [5, 5], [9, 7], [True, False], fars=(0.1,)
-        ... )
-        >>> float(result.tar[0.1]), result.tar[0.1].resolvable, result.feature_norm
-        (1.0, False, 'keep')
-
-    References:
-        B. Maze et al., "IARPA Janus Benchmark - C", ICB 2018. Pooling as insightface's `eval_ijbc.py`.
-    """
-    templates = pool_templates(
-        embeddings, template_ids, media_ids, detector_scores=detector_scores, feature_norm=feature_norm
-    )
-    return verify_templates(templates, left, right, same, fars=fars, mode=mode, level=level)
-
-
-def verify_templates(
-    templates: Templates,
-    left: Any,
-    right: Any,
-    same: Any,
-    *,
-    fars: Sequence[float] = FARS,
-    mode: Literal["exact", "nearest"] = "exact",
-    level: float = 0.95,
-) -> TemplateVerificationResult:
-    """`template_verification` of templates that are pooled already.
-
-    Args:
-        templates: from `pool_templates`.
-        left: (p,) template ids.
-        right: (p,) template ids.
-        same: (p,) whether the pair is of one person.
-        fars: target false accept rates.
-        mode: `"exact"` or `"nearest"`.
-        level: confidence of the intervals.
-
-    Examples:
-        >>> pooled = pool_templates([[1.0, 0.0], [1.0, 0.2], [0.0, 1.0]], [5, 9, 7], [1, 2, 3])
-        >>> float(verify_templates(pooled, [5, 5], [9, 7], [True, False], fars=(0.1,)).tar[0.1])
-        1.0
-    """
-    owner = "template_verification"
-    fars = check_fars(owner, fars)
-    check_choice(owner, "mode", mode, ("exact", "nearest"))
-    check_level(owner, level)
-    i = look_up(owner, "left", left, templates.ids, "template_ids")
-    check_vector(owner, "right", to_numpy(right), i.size, "left")
-    j = look_up(owner, "right", right, templates.ids, "template_ids")
-    flags = check_flags(owner, "same", same, i.size)
-    alike = np.flatnonzero(i == j)
-    require(
-        alike.size == 0, owner, f"a pair must be of two templates, got pair {alike[:1].tolist()} of one and the same"
-    )
-    features = templates.features
-
-    def exact(pairs: IntArray) -> FloatArray:
-        return dot_rows(features, i[pairs], features, j[pairs])
-
-    scores = pair_cosines(features.astype(np.float32, copy=False), i, j)
-    points = operating_points(
-        scores, flags, exact, product_error(features.shape[1]), fars, mode=mode, level=float(level)
-    )
-    genuine = int(np.count_nonzero(flags))
-    return TemplateVerificationResult(
-        tar=points,
-        templates=templates.ids.size,
-        genuine=genuine,
-        impostor=flags.size - genuine,
-        feature_norm=templates.feature_norm,
-        detector_scores=templates.detector_scores,
-        pooling=templates.convention,
-        mode=mode,
-    )
+        return {
+            "tar": by_far(self.tar),
+            "templates": self.templates.ids.size,
+            "genuine": self.genuine,
+            "impostor": self.impostor,
+            "feature_norm": self.templates.feature_norm,
+            "detector_scores": self.templates.detector_scores,
+            "pooling": self.templates.convention,
+            "mode": self.mode,
+        }
 
 
 class TemplateVerificationProtocol:
@@ -182,25 +176,27 @@ class TemplateVerificationProtocol:
 
     def __init__(
         self,
-        template_ids: Any,
-        media_ids: Any,
-        left: Any,
-        right: Any,
-        same: Any,
+        template_ids: ArrayLike,
+        media_ids: ArrayLike,
+        left: ArrayLike,
+        right: ArrayLike,
+        same: ArrayLike,
         *,
-        detector_scores: Any = None,
+        detector_scores: ArrayLike | None = None,
         feature_norm: Literal["keep", "unit"] = "keep",
         fars: Sequence[float] = FARS,
         mode: Literal["exact", "nearest"] = "exact",
         level: float = 0.95,
     ) -> None:
-        check_choice("TemplateVerificationProtocol", "feature_norm", feature_norm, ("keep", "unit"))
+        check_choice(OWNER, "feature_norm", feature_norm, ("keep", "unit"))
+        check_choice(OWNER, "mode", mode, tuple(POINT_RULES))
+        check_level(OWNER, level)
         self.template_ids, self.media_ids = to_numpy(template_ids), to_numpy(media_ids)
         self.left, self.right, self.same = to_numpy(left), to_numpy(right), to_numpy(same)
         self.detector_scores = None if detector_scores is None else to_numpy(detector_scores)
         self.feature_norm: Literal["keep", "unit"] = feature_norm
-        self.fars, self.level = check_fars("TemplateVerificationProtocol", fars), level
         self.mode: Literal["exact", "nearest"] = mode
+        self.fars, self.level = check_fars(OWNER, fars), float(level)
 
     def __repr__(self) -> str:
         return (
@@ -208,18 +204,93 @@ class TemplateVerificationProtocol:
             f"feature_norm={self.feature_norm!r}, fars={self.fars}, mode={self.mode!r})"
         )
 
-    def evaluate(self, embeddings: Any) -> TemplateVerificationResult:
+    def evaluate(self, embeddings: Embeddings) -> TemplateVerificationResult:
         """Measure the images' embeddings (n, d), not normalized."""
-        return template_verification(
+        templates = pool_templates(
             embeddings,
             self.template_ids,
             self.media_ids,
-            self.left,
-            self.right,
-            self.same,
             detector_scores=self.detector_scores,
             feature_norm=self.feature_norm,
-            fars=self.fars,
-            mode=self.mode,
-            level=self.level,
         )
+        return self.verify(templates)
+
+    def verify(self, templates: Templates) -> TemplateVerificationResult:
+        """Measure pooled templates."""
+        i = look_up(OWNER, "left", self.left, templates.ids, "template_ids")
+        check_vector(OWNER, "right", self.right, i.size, "left")
+        j = look_up(OWNER, "right", self.right, templates.ids, "template_ids")
+        same = check_flags(OWNER, "same", self.same, i.size)
+        equal = np.flatnonzero(i == j)
+        message = f"a pair must be of two templates, got pair {equal[:1].tolist()} of one and the same"
+        require(equal.size == 0, OWNER, message)
+        features = templates.features
+
+        def exact(pairs: IntArray) -> FloatArray:
+            return dot_rows(features, i[pairs], features, j[pairs])
+
+        scores = pair_cosines(features.astype(np.float32, copy=False), i, j)
+        error = product_error(features.shape[1])
+        points = operating_points(scores, same, exact, error, self.fars, mode=self.mode, level=self.level)
+        return TemplateVerificationResult(points, self.mode, templates, i, j, same, scores)
+
+
+def template_verification(
+    embeddings: Embeddings,
+    template_ids: ArrayLike,
+    media_ids: ArrayLike,
+    left: ArrayLike,
+    right: ArrayLike,
+    same: ArrayLike,
+    *,
+    detector_scores: ArrayLike | None = None,
+    feature_norm: Literal["keep", "unit"] = "keep",
+    fars: Sequence[float] = FARS,
+    mode: Literal["exact", "nearest"] = "exact",
+    level: float = 0.95,
+) -> TemplateVerificationResult:
+    """Pool images into templates and verify given pairs of them: 1:1 of IJB-B and IJB-C.
+
+    Args:
+        embeddings: (n, d) of images, not normalized; one array or shards.
+        template_ids: (n,) whole numbers or strings.
+        media_ids: (n,) whole numbers or strings.
+        left: (p,) template id of each pair's first template.
+        right: (p,) template id of its second template.
+        same: (p,) whether the pair is genuine.
+        detector_scores: (n,) not negative; see `pool_templates`.
+        feature_norm: `"keep"` or `"unit"`; see `pool_templates`.
+        fars: Target false accept rates.
+        mode: `"exact"`, or `"nearest"` for parity with published figures; see `tar_at_far`.
+        level: Confidence of Wilson's intervals, which take pairs as independent.
+
+    Returns:
+        The operating points, and how templates were pooled.
+
+    Raises:
+        ValueError: A row is not usable, a template id of a pair has no image (the message gives it), or all pairs are of
+            one kind.
+
+    Examples:
+        >>> result = template_verification(
+        ...     [[1.0, 0.0], [1.0, 0.2], [0.0, 1.0]], [5, 9, 7], [1, 2, 3], [5, 5], [9, 7], [True, False], fars=(0.1,)
+        ... )
+        >>> float(result.tar[0.1]), result.tar[0.1].resolvable, result.templates.feature_norm
+        (1.0, False, 'keep')
+
+    References:
+        B. Maze et al., "IARPA Janus Benchmark - C", ICB 2018. Pooling as in insightface's `eval_ijbc.py`.
+    """
+    protocol = TemplateVerificationProtocol(
+        template_ids,
+        media_ids,
+        left,
+        right,
+        same,
+        detector_scores=detector_scores,
+        feature_norm=feature_norm,
+        fars=fars,
+        mode=mode,
+        level=level,
+    )
+    return protocol.evaluate(embeddings)

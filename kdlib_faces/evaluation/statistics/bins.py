@@ -1,14 +1,15 @@
-"""Evaluation room: bins of ages and of age gaps, one way of cutting and naming them. NumPy only."""
+"""Bins of ages, of age gaps and of pairs of age groups."""
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from kdlib._checks import check_number
-from kdlib_faces.evaluation._checks import FloatArray, IntArray, require
+from kdlib_faces.evaluation._checks import require
+from kdlib_faces.evaluation._types import AnyArray, FloatArray, IntArray
 
-__all__ = ["AGE_STARTS", "GAP_STARTS", "PROBE_AGE_STARTS", "bin_names", "check_starts", "place"]
+__all__ = ["AGE_STARTS", "GAP_STARTS", "PROBE_AGE_STARTS", "bin_names", "check_starts", "group_bins", "place"]
 
 GAP_STARTS = (0, 5, 10, 20, 30)
 """Lower ends of the bins of age gaps, years."""
@@ -23,11 +24,8 @@ def check_starts(owner: str, name: str, starts: Sequence[float]) -> FloatArray:
     for start in starts:
         check_number(owner, name, start, min=0)
     array = np.asarray(tuple(starts), dtype=np.float64)
-    require(
-        array.size > 0 and bool((np.diff(array) > 0).all()),
-        owner,
-        f"{name} must rise from the first, got {tuple(starts)}",
-    )
+    rising = array.size > 0 and bool((np.diff(array) > 0).all())
+    require(rising, owner, f"{name} must rise from the first, got {tuple(starts)}")
     return array
 
 
@@ -47,14 +45,27 @@ def bin_names(starts: FloatArray) -> list[str]:
     return [*names, f"{starts[-1]:g}+"]
 
 
-def place(starts: FloatArray, years: Any) -> IntArray:
-    """Bin of each number of years, -1 below the first.
+def place(starts: FloatArray, years: AnyArray | Sequence[float]) -> IntArray:
+    """Bin of each number of years, -1 below the first and for NaN.
 
-    Years kept as float32 must not move a gap of 5 below 5: an hour is neither here nor there.
+    Years are rounded to 4 decimals, so that float32 rounding does not move a gap of 5 below 5.
 
     Examples:
         >>> place(np.array([0.0, 5.0]), [4.9, 4.99999999, 12.0]).tolist()
         [0, 1, 1]
     """
     rounded = np.round(np.asarray(years, dtype=np.float64), 4)
-    return (np.searchsorted(starts, rounded, side="right") - 1).astype(np.int64)
+    bins = (np.searchsorted(starts, rounded, side="right") - 1).astype(np.int64)
+    return np.where(np.isnan(rounded), -1, bins)
+
+
+def group_bins(owner: str, labels: list[str]) -> tuple[list[str], npt.NDArray[np.int16]]:
+    """Names of the unordered pairs of groups, and the bin of each pair (groups, groups)."""
+    require(len(labels) <= 64, owner, f"age_groups must hold at most 64 groups, got {len(labels)}")
+    joint = " / " if any("-" in label for label in labels) else "-"
+    table = np.zeros((len(labels), len(labels)), dtype=np.int16)
+    names: list[str] = []
+    for a, b in zip(*np.triu_indices(len(labels)), strict=True):
+        table[a, b] = table[b, a] = len(names)
+        names.append(labels[a] + joint + labels[b])
+    return names, table

@@ -1,23 +1,32 @@
-"""Evaluation room: how sure a number is. NumPy only.
+"""Confidence intervals of rates: Wilson's, and bootstraps over identities.
 
-Two images of one person are not two independent observations, and two pairs that share a person are not either. So a
-rate over pairs gets its interval by resampling *identities* (a cluster bootstrap), and Wilson's interval is kept for
-rates over independent trials.
+Two images of one identity are not two independent observations, and neither are two pairs that share an identity. A rate
+over pairs therefore gets its interval by resampling identities (a cluster bootstrap). Wilson's interval is for rates over
+independent trials.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from math import isfinite, sqrt
 from statistics import NormalDist
-from typing import Any
 
 import numpy as np
 
 from kdlib._checks import check_number
 from kdlib_faces._checks import InputError
-from kdlib_faces.evaluation._checks import FloatArray, IntArray, check_labels, check_level
+from kdlib_faces.evaluation._checks import check_labels, check_level
+from kdlib_faces.evaluation._types import ArrayLike, BoolArray, FloatArray, IntArray, JsonDict
 
-__all__ = ["Estimate", "bootstrap_estimate", "identity_bootstrap", "paired_difference", "wilson"]
+__all__ = [
+    "Estimate",
+    "Sampling",
+    "bootstrap_estimate",
+    "identity_bootstrap",
+    "paired_difference",
+    "percentiles",
+    "resample_counts",
+    "wilson",
+    "wilson_estimate",
+]
 
 
 def wilson(successes: float, trials: float, *, level: float = 0.95) -> tuple[float, float]:
@@ -27,15 +36,15 @@ def wilson(successes: float, trials: float, *, level: float = 0.95) -> tuple[flo
     (p + z²/2n ± z √(p(1-p)/n + z²/4n²)) / (1 + z²/n). It stays inside [0, 1] and has a width at p = 0 and p = 1.
 
     Args:
-        successes: how many trials succeeded, from 0 to `trials`; need not be whole.
-        trials: how many there were, above 0.
-        level: the confidence, in (0, 1).
+        successes: Number of successes, from 0 to `trials`; need not be whole.
+        trials: Number of trials, above 0.
+        level: Confidence, in (0, 1).
 
     Returns:
-        The lower and upper end.
+        The lower and the upper end.
 
     Raises:
-        ValueError: an argument out of range.
+        ValueError: An argument is out of range.
 
     Examples:
         >>> low, high = wilson(8, 10)
@@ -52,22 +61,45 @@ def wilson(successes: float, trials: float, *, level: float = 0.95) -> tuple[flo
     p, n = successes / trials, trials
     center = (p + z * z / (2 * n)) / (1 + z * z / n)
     half = z * sqrt(p * (1 - p) / n + z * z / (4 * n * n)) / (1 + z * z / n)
-    # The ends are 0 and 1 there by algebra; rounding must not say otherwise.
+    # The ends are 0 and 1 there by algebra; rounding would move them.
     low = 0.0 if successes == 0 else max(0.0, center - half)
     high = 1.0 if successes == trials else min(1.0, center + half)
     return low, high
 
 
+def wilson_estimate(hits: BoolArray, *, level: float = 0.95) -> "Estimate":
+    """The rate of hits (n,) with Wilson's interval; None without observations."""
+    if not hits.size:
+        return Estimate(None, None, None, 0)
+    count = int(hits.sum())
+    return Estimate(count / hits.size, *wilson(count, hits.size, level=level), hits.size)
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """Resamples behind the intervals.
+
+    Attributes:
+        replicates: Bootstrap resamples.
+        seed: Seed of the resamples.
+        level: Confidence of the intervals.
+    """
+
+    replicates: int = 500
+    seed: int = 0
+    level: float = 0.95
+
+
 @dataclass(frozen=True)
 class Estimate:
-    """A number with its interval and the count it rests on.
+    """A number with its interval and its number of observations.
 
-    Args:
-        value: the number, or None where there was nothing to measure.
-        low: lower end of the interval, or None.
-        high: upper end, or None.
-        n: how many pairs (or probes) it rests on; 0 with a value of None.
-        replicates: its bootstrap replicates (r,), NaN where a resample held no pair; not serialized.
+    Attributes:
+        value: The number, or None if there was nothing to measure.
+        low: Lower end of the interval, or None.
+        high: Upper end, or None.
+        n: Number of observations (pairs or probes); 0 with a value of None.
+        replicates: Its bootstrap replicates (r,), NaN if a resample held no observation; not serialized.
 
     Examples:
         >>> Estimate(0.5, 0.25, 0.75, 12).to_dict()
@@ -80,63 +112,81 @@ class Estimate:
     n: int
     replicates: FloatArray | None = field(default=None, repr=False, compare=False)
 
-    def to_dict(self) -> Mapping[str, Any]:
+    def to_dict(self) -> JsonDict:
         """Plain values for JSON, without the replicates."""
         return {"value": self.value, "low": self.low, "high": self.high, "n": self.n}
 
+    def complement(self) -> "Estimate":
+        """The estimate of 1 - value."""
+        value, low, high = (None if end is None else 1 - end for end in (self.value, self.high, self.low))
+        return Estimate(value, low, high, self.n, None if self.replicates is None else 1 - self.replicates)
+
     def overlaps(self, other: "Estimate") -> bool:
-        """Whether the two intervals meet; an estimate without an interval meets everything."""
+        """Whether the two intervals overlap; an estimate without an interval overlaps everything."""
         if self.low is None or self.high is None or other.low is None or other.high is None:
             return True
         return self.low <= other.high and other.low <= self.high
 
 
-def identity_bootstrap(identities: Any, *, replicates: int, seed: int) -> IntArray:
-    """How often each identity is drawn in each bootstrap resample.
+def identity_bootstrap(identities: ArrayLike, *, replicates: int, seed: int) -> IntArray:
+    """How often each identity occurs in each bootstrap resample.
 
-    As many identities are drawn with replacement as there are. In a resample a genuine pair of identity i weighs m_i,
-    an impostor pair of i and j weighs m_i m_j: each copy of an identity brings its own pairs, and a pair *between* two
+    A resample takes as many identities with replacement as there are. In it, a genuine pair of identity i has the weight
+    m_i, and an impostor pair of i and j the weight m_i m_j: each copy of an identity has its own pairs. A pair between two
     copies of one identity is left out, since it would compare an image with itself.
 
     Args:
         identities: (n,) identity of each image, whole numbers or strings.
-        replicates: how many resamples.
-        seed: of the draws; the same seed gives the same resamples, so two models can be compared in pairs.
+        replicates: Number of resamples.
+        seed: Seed; the same seed gives the same resamples, so two models can be compared in pairs.
 
     Returns:
         (replicates, num_identities) counts, columns in the sorted order of the identities; each row sums to their
         number.
 
     Raises:
-        ValueError: an empty or malformed argument.
+        ValueError: An argument is empty or malformed.
 
     Examples:
-        >>> draws = identity_bootstrap(["a", "a", "b", "c"], replicates=4, seed=0)
-        >>> draws.shape, draws.sum(axis=1).tolist()
+        >>> counts = identity_bootstrap(["a", "a", "b", "c"], replicates=4, seed=0)
+        >>> counts.shape, counts.sum(axis=1).tolist()
         ((4, 3), [3, 3, 3, 3])
     """
     _, labels = check_labels("identity_bootstrap", "identities", identities)
-    check_number("identity_bootstrap", "replicates", replicates, min=0, integer=True)
-    check_number("identity_bootstrap", "seed", seed, min=0, integer=True)
-    count = labels.size
-    return np.random.default_rng(seed).multinomial(count, np.full(count, 1 / count), size=replicates)
+    return resample_counts("identity_bootstrap", labels.size, replicates=replicates, seed=seed)
+
+
+def resample_counts(owner: str, identities: int, *, replicates: int, seed: int) -> IntArray:
+    """`identity_bootstrap` for a number of identities; `owner` is for errors."""
+    check_number(owner, "replicates", replicates, min=0, integer=True)
+    check_number(owner, "seed", seed, min=0, integer=True)
+    return np.random.default_rng(seed).multinomial(identities, np.full(identities, 1 / identities), size=replicates)
+
+
+def percentiles(replicates: FloatArray, level: float) -> tuple[float | None, float | None]:
+    """The percentile interval of bootstrap replicates (r,), of which NaN are ignored; None without any."""
+    finite = replicates[np.isfinite(replicates)]
+    if not finite.size:
+        return None, None
+    low, high = np.quantile(finite, [(1 - level) / 2, (1 + level) / 2]).tolist()
+    return low, high
 
 
 def bootstrap_estimate(value: float, replicates: FloatArray, *, n: int, clusters: int, level: float = 0.95) -> Estimate:
     """An estimate of a rate with the percentile interval of its bootstrap replicates.
 
-    Where all replicates are equal (a rate of 0 or 1, or a single identity) the bootstrap has no width and would pass
-    for certainty; the interval is then Wilson's, with the number of identities as trials.
+    If all replicates are equal (a rate of 0 or 1, or a single identity) the bootstrap interval has no width, which would
+    look like certainty; the interval is then Wilson's, with the number of identities as trials.
 
     Args:
-        value: the rate measured on all pairs, in [0, 1], or NaN where there were none.
-        replicates: (r,) the rate in each resample, NaN where it held no pair.
-        n: how many pairs the value rests on.
-        clusters: how many identities those pairs come from.
-        level: the confidence, in (0, 1).
+        value: The rate over all pairs, in [0, 1], or NaN without pairs.
+        replicates: (r,) the rate in each resample, NaN if it held no pair.
+        n: Number of pairs.
+        clusters: Number of identities of those pairs.
+        level: Confidence, in (0, 1).
 
     Returns:
-        The estimate; without pairs its value is None and its n 0, with no replicates it has no interval.
+        The estimate; without pairs its value is None and its n 0, without replicates it has no interval.
 
     Examples:
         >>> estimate = bootstrap_estimate(1.0, np.ones(100), n=50, clusters=10)
@@ -147,31 +197,28 @@ def bootstrap_estimate(value: float, replicates: FloatArray, *, n: int, clusters
     if not isfinite(value):
         return Estimate(None, None, None, 0, replicates)
     finite = replicates[np.isfinite(replicates)]
-    if finite.size == 0:
-        return Estimate(float(value), None, None, n, replicates)
-    if np.ptp(finite) < 1e-12:
-        low, high = wilson(min(max(float(value), 0.0), 1.0) * clusters, clusters, level=level)
-    else:
-        low, high = (float(end) for end in np.quantile(finite, [(1 - level) / 2, (1 + level) / 2]))
-    return Estimate(float(value), low, high, n, replicates)
+    if finite.size and np.ptp(finite) < 1e-12:
+        interval = wilson(min(max(float(value), 0.0), 1.0) * clusters, clusters, level=level)
+        return Estimate(float(value), *interval, n, replicates)
+    return Estimate(float(value), *percentiles(replicates, level), n, replicates)
 
 
 def paired_difference(a: Estimate, b: Estimate, *, level: float = 0.95) -> Estimate:
     """The difference a - b with the interval of its paired replicates.
 
-    Both must come from the same resamples (same identities, replicates and seed): what is common to both, such as a
-    hard identity, then cancels, and the interval is narrower than two separate ones suggest.
+    Both must come from the same resamples (same identities, replicates and seed). What both share, such as a hard
+    identity, then cancels, and the interval is narrower than two separate intervals suggest.
 
     Args:
-        a: the first estimate, with replicates.
-        b: the second.
-        level: the confidence, in (0, 1).
+        a: The first estimate, with replicates.
+        b: The second estimate, with replicates.
+        level: Confidence, in (0, 1).
 
     Returns:
-        The difference; None with n = 0 where either has no value.
+        The difference; None with n = 0 if either has no value.
 
     Raises:
-        ValueError: replicates that are missing or of different lengths.
+        ValueError: Replicates are missing or of different lengths.
 
     Examples:
         >>> a = Estimate(0.9, 0.8, 1.0, 9, np.array([0.8, 0.9, 1.0]))
@@ -187,9 +234,4 @@ def paired_difference(a: Estimate, b: Estimate, *, level: float = 0.95) -> Estim
     if a.value is None or b.value is None:
         return Estimate(None, None, None, 0)
     difference = first - second
-    finite = difference[np.isfinite(difference)]
-    n = min(a.n, b.n)
-    if finite.size == 0:
-        return Estimate(a.value - b.value, None, None, n, difference)
-    low, high = (float(end) for end in np.quantile(finite, [(1 - level) / 2, (1 + level) / 2]))
-    return Estimate(a.value - b.value, low, high, n, difference)
+    return Estimate(a.value - b.value, *percentiles(difference, level), min(a.n, b.n), difference)

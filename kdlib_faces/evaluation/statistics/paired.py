@@ -1,30 +1,45 @@
-"""Evaluation room: two models on the same pairs or probes, judged where they differ. NumPy only."""
+"""Paired comparison of two models on the same observations."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import exp, lgamma, log
-from typing import Any
 
 import numpy as np
 
 from kdlib_faces.evaluation._checks import check_each, check_labels, check_level, check_vector, require, to_numpy
-from kdlib_faces.evaluation.statistics.clustered import draws, pair_rates
-from kdlib_faces.evaluation.statistics.intervals import Estimate
+from kdlib_faces.evaluation._types import ArrayLike, BoolArray, JsonDict, LabelArray
+from kdlib_faces.evaluation.statistics.clustered import pair_rates
+from kdlib_faces.evaluation.statistics.intervals import Estimate, percentiles, resample_counts
 
-__all__ = ["PairedTest", "paired_test"]
+__all__ = ["Outcomes", "PairedTest", "paired_test"]
 
 OWNER = "paired_test"
 
 
 @dataclass(frozen=True)
-class PairedTest:
-    """Whether a is right more often than b.
+class Outcomes:
+    """Outcome of every observation behind a rate.
 
-    Args:
-        difference: rate of a minus rate of b, with the interval of paired resamples.
-        only_a: how many observations a alone has right.
-        only_b: how many b alone has right.
-        p_value: McNemar's exact two-sided p: the chance of a split at least as uneven between equals. It takes
-            observations as independent; where people come many times, trust the interval.
+    Attributes:
+        hits: (n,) whether each observation counts for the rate.
+        identities: The two identities of each observation, (n,) each; None to resample observations.
+        verb: What a hit is: `"correct"` or `"rejected"`.
+    """
+
+    hits: BoolArray
+    identities: tuple[LabelArray, LabelArray] | None = field(repr=False)
+    verb: str = "correct"
+
+
+@dataclass(frozen=True)
+class PairedTest:
+    """Whether model a is correct more often than model b.
+
+    Attributes:
+        difference: Rate of a minus rate of b, with the interval of paired resamples.
+        only_a: Number of observations on which only a is correct.
+        only_b: Number of observations on which only b is correct.
+        p_value: McNemar's exact two-sided p: the probability of a split at least as uneven if the models are equal. It
+            takes observations as independent; if identities have many observations, rely on the interval.
     """
 
     difference: Estimate
@@ -32,42 +47,37 @@ class PairedTest:
     only_b: int
     p_value: float
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> JsonDict:
         """Plain values for JSON."""
-        return {
-            "difference": self.difference.to_dict(),
-            "only_a": self.only_a,
-            "only_b": self.only_b,
-            "p_value": self.p_value,
-        }
+        return {**vars(self), "difference": self.difference.to_dict()}
 
 
 def paired_test(
-    a: Any,
-    b: Any,
+    a: ArrayLike,
+    b: ArrayLike,
     *,
-    identities: Any = None,
-    other_identities: Any = None,
+    identities: ArrayLike | None = None,
+    other_identities: ArrayLike | None = None,
     replicates: int = 1000,
     seed: int = 0,
     level: float = 0.95,
 ) -> PairedTest:
-    """Compare two models on the same observations: pairs judged right, mates accepted, probes identified.
+    """Compare two models on the same observations: pairs decided correctly, mates accepted, probes identified.
 
     Args:
         a: (n,) booleans of one model, such as `VerificationResult.correct`.
-        b: (n,) booleans of the other, in the same order.
+        b: (n,) booleans of the other model, in the same order.
         identities: (n,) identity of each observation, or of each pair's first image; None resamples observations.
         other_identities: (n,) identity of each pair's second image.
-        replicates: bootstrap resamples.
-        seed: of the resamples.
-        level: the confidence.
+        replicates: Bootstrap resamples.
+        seed: Seed of the resamples.
+        level: Confidence.
 
     Returns:
         The difference and the exact test.
 
     Raises:
-        ValueError: lengths that differ, values that are not booleans.
+        ValueError: Lengths differ, or values are not booleans.
 
     Examples:
         >>> test = paired_test([1, 1, 1, 1, 1, 0], [0, 0, 0, 0, 0, 1])
@@ -90,15 +100,10 @@ def paired_test(
     others = given if other_identities is None else to_numpy(other_identities)
     check_vector(OWNER, "other_identities", others, gap.size, "a")
     codes, labels = check_labels(OWNER, "identities", np.concatenate([given, others]))
-    resampled = pair_rates(
-        gap, codes[: gap.size], codes[gap.size :], draws(OWNER, labels.size, replicates=replicates, seed=seed)
-    )
-    finite = resampled[np.isfinite(resampled)]
-    low, high = (
-        (float(end) for end in np.quantile(finite, [(1 - level) / 2, (1 + level) / 2])) if finite.size else (None, None)
-    )
+    resamples = resample_counts(OWNER, labels.size, replicates=replicates, seed=seed)
+    rates = pair_rates(gap, codes[: gap.size], codes[gap.size :], resamples)
     only_a, only_b = int((gap > 0).sum()), int((gap < 0).sum())
-    difference = Estimate(float(gap.mean()), low, high, gap.size, resampled)
+    difference = Estimate(float(gap.mean()), *percentiles(rates, level), gap.size, rates)
     return PairedTest(difference, only_a, only_b, _exact_binomial(only_a, only_b))
 
 

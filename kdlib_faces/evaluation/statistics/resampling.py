@@ -1,18 +1,15 @@
-"""Evaluation room: all pairs of a set of images, and their rates under identity weights. NumPy only, no intervals here.
+"""Scores of all pairs of a set of images, and their rates under identity weights.
 
-A bootstrap resample of identities does not change a score, only how often its pair counts: m_i for a genuine pair of
-identity i, m_i m_j for an impostor pair. So all scores are sorted once, and a resample is one pass of cumulated
-weights.
+A bootstrap resample of identities changes no score, only the weight of each pair: m_i for a genuine pair of identity i,
+m_i m_j for an impostor pair. All scores are therefore sorted once, and a resample is one pass of cumulated weights.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
 
 import numpy as np
-import numpy.typing as npt
 
-from kdlib_faces.evaluation._checks import FloatArray, IntArray
+from kdlib_faces.evaluation._types import AnyArray, FloatArray, IntArray
 from kdlib_faces.evaluation.roc import allowed_false_accepts
 
 __all__ = ["PairScores", "Rates", "genuine_pairs", "resampled_rates", "score_pairs", "thin"]
@@ -23,48 +20,48 @@ TAIL = 4.0
 
 @dataclass(frozen=True)
 class PairScores:
-    """Every pair of images once. A cost is a negated score, so that sorted upwards the most alike pair comes first.
+    """Every pair of images once. A cost is a negated score, so that the most similar pair comes first in rising order.
 
-    Args:
-        genuine_cost: (g,) sorted upwards.
+    Attributes:
+        genuine_cost: (g,) rising.
         genuine_identity: (g,) code of the identity.
         genuine_bin: (g,) bin, -1 for none.
-        impostor_cost: (N,) sorted upwards.
+        impostor_cost: (N,) rising.
         impostor_first: (N,) code of one identity.
-        impostor_second: (N,) code of the other.
+        impostor_second: (N,) code of the other identity.
         impostor_bin: (N,) bin, -1 for none.
-        bins: how many bins there are.
-        weight: (N,) how many pairs an impostor pair stands for; None for one each.
+        bins: Number of bins.
+        weight: (N,) number of pairs that an impostor pair represents; None for one each.
     """
 
     genuine_cost: FloatArray
     genuine_identity: IntArray
-    genuine_bin: npt.NDArray[np.integer[Any]]
+    genuine_bin: AnyArray
     impostor_cost: FloatArray
-    impostor_first: npt.NDArray[np.integer[Any]]
-    impostor_second: npt.NDArray[np.integer[Any]]
-    impostor_bin: npt.NDArray[np.integer[Any]]
+    impostor_first: AnyArray
+    impostor_second: AnyArray
+    impostor_bin: AnyArray
     bins: int
     weight: FloatArray | None = None
 
-    def genuine_in(self, place: int) -> slice | IntArray:
-        """Which genuine pairs are in a bin; all of them for `place == bins`."""
-        return slice(None) if place == self.bins else np.flatnonzero(self.genuine_bin == place)
+    def genuine_in(self, number: int) -> slice | IntArray:
+        """The genuine pairs of a bin; all of them for `number == bins`."""
+        return slice(None) if number == self.bins else np.flatnonzero(self.genuine_bin == number)
 
-    def impostors_in(self, place: int) -> slice | IntArray:
-        """Which impostor pairs are in a bin; all of them for `place == bins`."""
-        return slice(None) if place == self.bins else np.flatnonzero(self.impostor_bin == place)
+    def impostors_in(self, number: int) -> slice | IntArray:
+        """The impostor pairs of a bin; all of them for `number == bins`."""
+        return slice(None) if number == self.bins else np.flatnonzero(self.impostor_bin == number)
 
 
 @dataclass(frozen=True)
 class Rates:
-    """Rates of r resamples in each bin and, last, over all pairs; NaN where a resample holds no pair.
+    """Rates of r resamples in each bin and, last, over all pairs; NaN if a resample holds no pair.
 
-    Args:
-        auc: (r, bins + 1) genuine pairs of the bin against all impostor pairs.
-        tar: (r, bins + 1, fars) at the threshold set on all impostor pairs.
-        own_auc: (r, bins + 1) against the impostor pairs of the same bin.
-        own_tar: (r, bins + 1, fars) at the threshold set on the impostor pairs of the same bin.
+    Attributes:
+        auc: (r, bins + 1) AUC of the genuine pairs of the bin against all impostor pairs.
+        tar: (r, bins + 1, fars) TAR at the threshold set on all impostor pairs.
+        own_auc: (r, bins + 1) AUC against the impostor pairs of the same bin.
+        own_tar: (r, bins + 1, fars) TAR at the threshold set on the impostor pairs of the same bin.
     """
 
     auc: FloatArray
@@ -74,7 +71,7 @@ class Rates:
 
 
 def genuine_pairs(identities: IntArray) -> tuple[IntArray, IntArray]:
-    """Row numbers (g,), (g,) of all pairs i < j of one identity.
+    """Row numbers (g,), (g,) of all genuine pairs i < j.
 
     Examples:
         >>> i, j = genuine_pairs(np.array([0, 1, 0, 0]))
@@ -89,18 +86,15 @@ def genuine_pairs(identities: IntArray) -> tuple[IntArray, IntArray]:
 
 
 def score_pairs(
-    unit: FloatArray,
-    identities: IntArray,
-    bin_of: Callable[[IntArray, IntArray], npt.NDArray[np.integer[Any]]],
-    bins: int,
+    unit: FloatArray, identities: IntArray, bin_of: Callable[[IntArray, IntArray], AnyArray], bins: int
 ) -> PairScores:
-    """Cosine of every pair of images, in blocks of rows: about 35 bytes a pair at the peak.
+    """Cosine of every pair of images, in blocks of rows; the peak is about 35 bytes per pair.
 
     Args:
         unit: (n, d) embeddings with unit rows, float64.
         identities: (n,) codes.
-        bin_of: bin of pairs of rows, broadcast; -1 for none.
-        bins: how many bins there are.
+        bin_of: Bin of pairs of rows, broadcast; -1 for none.
+        bins: Number of bins.
 
     Returns:
         The pairs, sorted.
@@ -126,7 +120,7 @@ def score_pairs(
         place[part] = bin_of(rows, columns)[wanted]
         filled = part.stop
     order = np.argsort(costs)
-    # One at a time, so that the unsorted array is freed before the next is made.
+    # One at a time, so that each unsorted array is freed before the next sorted one is made.
     costs = costs[order]
     first = first[order]
     second = second[order]
@@ -134,23 +128,23 @@ def score_pairs(
     return PairScores(*genuine, costs, first, second, place, bins)
 
 
-def thin(pairs: PairScores, *, most: int, fars: Sequence[float], seed: int) -> PairScores:
-    """At most about `most` impostor pairs for the resamples: each bin's most alike, and a sample of the rest.
+def thin(pairs: PairScores, *, max_pairs: int, fars: Sequence[float], seed: int) -> PairScores:
+    """About `max_pairs` impostor pairs for the resamples: the most similar of each bin, and a sample of the others.
 
-    The pairs that decide a threshold are kept whole (of each bin the `4 max(fars)` part that is most alike, and at
-    least 1000); the others are sampled evenly along their scores, and weighed by the inverse of the sampled fraction.
-    The width of an interval moves by a per cent or so for it (of 3.4 million pairs thinned to 2 million).
+    The pairs that decide a threshold are all kept (of each bin the `4 max(fars)` part of highest scores, and at least
+    1000). The others are sampled evenly along their scores, and weighted by the inverse of the sampled fraction. This
+    changes the width of an interval by about one per cent (3.4 million pairs thinned to 2 million).
 
     Args:
-        pairs: all pairs.
-        most: how many impostor pairs to aim at; all are kept where there are no more.
-        fars: target false accept rates.
-        seed: of the sample.
+        pairs: All pairs.
+        max_pairs: Number of impostor pairs to aim at; all are kept if there are no more.
+        fars: Target false accept rates.
+        seed: Seed of the sample.
 
     Returns:
-        The thinner pairs with weights; the genuine ones are all kept.
+        The thinned pairs with weights; all genuine pairs are kept.
     """
-    if pairs.impostor_cost.size <= most:
+    if pairs.impostor_cost.size <= max_pairs:
         return pairs
     generator = np.random.default_rng([seed, 1])
     weight = np.zeros(pairs.impostor_cost.size)
@@ -159,42 +153,39 @@ def thin(pairs: PairScores, *, most: int, fars: Sequence[float], seed: int) -> P
         tail = min(members.size, max(1000, int(TAIL * max(fars, default=0.0) * members.size)))
         weight[members[:tail]] = 1.0
         rest = members[tail:]
-        sample = min(rest.size, max(1000, most // (pairs.bins + 1)))
+        sample = min(rest.size, max(1000, max_pairs // (pairs.bins + 1)))
         if sample:
-            # Evenly along the sorted scores from a random start: the sample then has the scores of the whole.
+            # Evenly along the sorted scores from a random start, so that the sample has the distribution of all.
             step = rest.size / sample
             weight[rest[((np.arange(sample) + generator.random()) * step).astype(np.int64)]] = step
     kept = np.flatnonzero(weight)
-    return PairScores(
-        pairs.genuine_cost,
-        pairs.genuine_identity,
-        pairs.genuine_bin,
-        pairs.impostor_cost[kept],
-        pairs.impostor_first[kept].astype(np.int64),
-        pairs.impostor_second[kept].astype(np.int64),
-        pairs.impostor_bin[kept],
-        pairs.bins,
-        weight[kept],
+    return replace(
+        pairs,
+        impostor_cost=pairs.impostor_cost[kept],
+        impostor_first=pairs.impostor_first[kept].astype(np.int64),
+        impostor_second=pairs.impostor_second[kept].astype(np.int64),
+        impostor_bin=pairs.impostor_bin[kept],
+        weight=weight[kept],
     )
 
 
-def resampled_rates(pairs: PairScores, multiplicities: IntArray | None, fars: Sequence[float]) -> Rates:
+def resampled_rates(pairs: PairScores, resamples: IntArray | None, fars: Sequence[float]) -> Rates:
     """AUC and TAR of each bin and of all pairs, in each resample.
 
     Args:
-        pairs: the sorted pairs.
-        multiplicities: (r, num_identities) how often each identity counts; None for one row of ones.
-        fars: target false accept rates.
+        pairs: The sorted pairs.
+        resamples: (r, num_identities) counts from `resample_counts`; None for one row of ones.
+        fars: Target false accept rates.
 
     Returns:
         The rates.
     """
-    count = 1 if multiplicities is None else len(multiplicities)
+    count = 1 if resamples is None else len(resamples)
     places = pairs.bins + 1
     rates = Rates(*(np.full((count, places, *more), np.nan) for more in ((), (len(fars),)) * 2))
     genuine = [pairs.genuine_cost[pairs.genuine_in(place)] for place in range(places)]
     owner = [pairs.genuine_identity[pairs.genuine_in(place)] for place in range(places)]
-    # All impostor pairs come first: every bin is measured against them, then against its own.
+    # Every bin is measured against all impostor pairs first, then against its own.
     sets = [pairs.bins, *range(pairs.bins)]
     costs = {place: pairs.impostor_cost[pairs.impostors_in(place)] for place in sets}
     members = {place: pairs.impostors_in(place) for place in sets}
@@ -204,7 +195,7 @@ def resampled_rates(pairs: PairScores, multiplicities: IntArray | None, fars: Se
         for against in {place, pairs.bins}
     }
     for row in range(count):
-        m = None if multiplicities is None else multiplicities[row].astype(np.float64)
+        m = None if resamples is None else resamples[row].astype(np.float64)
         weights = _impostor_weights(pairs, m)
         heads = [_running(None if m is None else m.take(owner[place]), genuine[place].size) for place in range(places)]
         for against in sets:
@@ -225,7 +216,7 @@ def resampled_rates(pairs: PairScores, multiplicities: IntArray | None, fars: Se
 
 
 def _impostor_weights(pairs: PairScores, m: FloatArray | None) -> FloatArray | None:
-    """m_i m_j times what the pair stands for; None for ones."""
+    """m_i m_j times the weight of the pair; None for ones."""
     if m is None:
         return pairs.weight
     weights = m.take(pairs.impostor_first)
@@ -251,12 +242,12 @@ def _limit(cost: FloatArray, head: FloatArray, far: float) -> float:
 
 
 def _edges(genuine: FloatArray, impostor: FloatArray) -> tuple[IntArray, IntArray]:
-    """For each genuine pair, how many impostor pairs are more alike, and how many at least as much."""
+    """For each genuine pair, the number of impostor pairs of higher score, and of at least the same score."""
     return np.searchsorted(impostor, genuine, side="left"), np.searchsorted(impostor, genuine, side="right")
 
 
-def _area(genuine: FloatArray, impostor: FloatArray, above: IntArray, least: IntArray) -> float:
+def _area(genuine: FloatArray, impostor: FloatArray, above: IntArray, not_below: IntArray) -> float:
     """Weighted AUC from the two cumulated weights; ties count one half."""
     weights = np.diff(genuine)
-    beaten = 2 * impostor[-1] - impostor[above] - impostor[least]
+    beaten = 2 * impostor[-1] - impostor[above] - impostor[not_below]
     return float(np.dot(weights, beaten) / (2 * genuine[-1] * impostor[-1]))

@@ -1,64 +1,57 @@
-"""Evaluation room: how a score moves with the years, with intervals over identities. NumPy only."""
+"""Means and slopes of scores over years, with intervals over identities."""
 
 import numpy as np
 
-from kdlib_faces.evaluation._checks import FloatArray, IntArray
-from kdlib_faces.evaluation.statistics.intervals import Estimate
+from kdlib_faces.evaluation._types import FloatArray, IntArray
+from kdlib_faces.evaluation.statistics.intervals import Estimate, percentiles
 
-__all__ = ["mean_estimate", "person_slopes", "pooled_slope", "within_slope"]
-
-
-def pooled_slope(x: FloatArray, y: FloatArray, codes: IntArray, multiplicities: IntArray, level: float) -> Estimate:
-    """Least-squares slope of y on x over all observations; None where x does not vary."""
-    sums = _sums(x, y, codes, multiplicities.shape[1])
-    value = _slope(*(part.sum() for part in sums))
-    return _estimate(value, _slope(*(multiplicities @ part for part in sums)), x.size, level)
+__all__ = ["identity_slopes", "mean_estimate", "pooled_slope", "within_slope"]
 
 
-def within_slope(x: FloatArray, y: FloatArray, codes: IntArray, multiplicities: IntArray, level: float) -> Estimate:
-    """The slope that all persons share when each may have a level of their own: sum of Cxy over sum of Cxx."""
-    xy, xx = _centerd(*_sums(x, y, codes, multiplicities.shape[1]))
-    value = _divided(xy.sum(), xx.sum())
+def pooled_slope(x: FloatArray, y: FloatArray, codes: IntArray, resamples: IntArray, level: float) -> Estimate:
+    """Least-squares slope of y on x over all observations; None if x does not vary."""
+    sums = _sums(x, y, codes, resamples.shape[1])
+    value = _ratio(*_centered(*(part.sum() for part in sums)))
+    return _estimate(value, _ratio(*_centered(*(resamples @ part for part in sums))), x.size, level)
+
+
+def within_slope(x: FloatArray, y: FloatArray, codes: IntArray, resamples: IntArray, level: float) -> Estimate:
+    """The slope that all identities share if each has its own level: sum of Cxy over sum of Cxx."""
+    xy, xx = _centered(*_sums(x, y, codes, resamples.shape[1]))
     used = int((np.bincount(codes, minlength=xx.size)[xx > 0]).sum()) if x.size else 0
-    return _estimate(value, _divided(multiplicities @ xy, multiplicities @ xx), used, level)
+    return _estimate(_ratio(xy.sum(), xx.sum()), _ratio(resamples @ xy, resamples @ xx), used, level)
 
 
-def person_slopes(x: FloatArray, y: FloatArray, codes: IntArray, people: int) -> FloatArray:
-    """(people,) least-squares slope of each, NaN where a person's x does not vary."""
-    return _divided(*_centerd(*_sums(x, y, codes, people)))
+def identity_slopes(x: FloatArray, y: FloatArray, codes: IntArray, identities: int) -> FloatArray:
+    """(identities,) least-squares slope of each, NaN if its x does not vary."""
+    return _ratio(*_centered(*_sums(x, y, codes, identities)))
 
 
-def mean_estimate(y: FloatArray, codes: IntArray, multiplicities: IntArray, level: float) -> Estimate:
-    """Mean of y, with its interval over identities; None where there is no observation."""
-    people = multiplicities.shape[1]
-    total, count = (
-        np.bincount(codes, weights=part, minlength=people).astype(np.float64) for part in (y, np.ones(y.size))
-    )
-    value = _divided(total.sum(), count.sum())
-    return _estimate(value, _divided(multiplicities @ total, multiplicities @ count), y.size, level)
+def mean_estimate(y: FloatArray, codes: IntArray, resamples: IntArray, level: float) -> Estimate:
+    """Mean of y, with its interval over identities; None without observations."""
+    count, _, total, *_ = _sums(np.zeros(y.size), y, codes, resamples.shape[1])
+    value = _ratio(total.sum(), count.sum())
+    return _estimate(value, _ratio(resamples @ total, resamples @ count), y.size, level)
 
 
-def _sums(x: FloatArray, y: FloatArray, codes: IntArray, people: int) -> tuple[FloatArray, ...]:
+def _sums(x: FloatArray, y: FloatArray, codes: IntArray, identities: int) -> tuple[FloatArray, ...]:
+    """Sums of 1, x, y, x² and xy by identity."""
     return tuple(
-        np.bincount(codes, weights=part, minlength=people).astype(np.float64)
+        np.bincount(codes, weights=part, minlength=identities).astype(np.float64)
         for part in (np.ones(x.size), x, y, x * x, x * y)
     )
 
 
-def _centerd(
+def _centered(
     n: FloatArray, x: FloatArray, y: FloatArray, xx: FloatArray, xy: FloatArray
 ) -> tuple[FloatArray, FloatArray]:
-    """Sums of products of deviations from each person's own means; a variance that is rounding is 0."""
+    """Sums of products of deviations from the means; a variance that is only rounding is 0."""
     some = np.maximum(n, 1)
     cxx = xx - x * x / some
     return np.where(cxx > 1e-9 * xx, xy - x * y / some, 0.0), np.where(cxx > 1e-9 * xx, cxx, 0.0)
 
 
-def _slope(n: FloatArray, x: FloatArray, y: FloatArray, xx: FloatArray, xy: FloatArray) -> FloatArray:
-    return _divided(*_centerd(n, x, y, xx, xy))
-
-
-def _divided(top: FloatArray, bottom: FloatArray) -> FloatArray:
+def _ratio(top: FloatArray, bottom: FloatArray) -> FloatArray:
     top, bottom = np.asarray(top, dtype=np.float64), np.asarray(bottom, dtype=np.float64)
     quotient = np.full(top.shape, np.nan)
     np.divide(top, bottom, out=quotient, where=bottom > 0)
@@ -68,8 +61,4 @@ def _divided(top: FloatArray, bottom: FloatArray) -> FloatArray:
 def _estimate(value: FloatArray, replicates: FloatArray, n: int, level: float) -> Estimate:
     if not np.isfinite(value):
         return Estimate(None, None, None, 0, replicates)
-    finite = replicates[np.isfinite(replicates)]
-    if finite.size == 0:
-        return Estimate(float(value), None, None, n, replicates)
-    low, high = (float(end) for end in np.quantile(finite, [(1 - level) / 2, (1 + level) / 2]))
-    return Estimate(float(value), low, high, n, replicates)
+    return Estimate(float(value), *percentiles(replicates, level), n, replicates)

@@ -1,1 +1,1 @@
-"""ONNX graphs as teachers."""
+"""ONNX graphs as teachers: running, importing and inspecting them."""

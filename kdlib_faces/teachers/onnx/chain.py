@@ -1,21 +1,19 @@
-"""Teachers room: an ONNX graph read as a chain of layers, with residual sums as forks of it. Touches `onnx_graph`.
+"""An ONNX graph as a chain of layers in which residual sums are forks."""
 
-Names in the file say nothing here: a layer is what its operation and its weights are. What only computes shapes for a
-`Reshape` is left out, so that a flattening looks the same whichever exporter wrote it.
-"""
-
-from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from kdlib_faces._checks import InputError
-from kdlib_faces.teachers.onnx.graph import Graph, _library
+from kdlib_faces.teachers.onnx.graph import Graph, library
 
-__all__ = ["Residual", "Step", "read_chain"]
+if TYPE_CHECKING:
+    from onnx import AttributeProto, NodeProto
+
+__all__ = ["Layers", "Residual", "Step", "read_chain"]
 
 _PASSING = {"Identity", "Dropout"}
 _SHAPES = {"Shape", "Gather", "Unsqueeze", "Squeeze", "Concat", "Cast", "Slice", "Constant", "Mul", "ReduceProd"}
@@ -23,7 +21,7 @@ _SHAPES = {"Shape", "Gather", "Unsqueeze", "Squeeze", "Concat", "Cast", "Slice",
 
 @dataclass
 class Step:
-    """One layer: `kind` is `conv`, `norm`, `prelu`, `flatten` or `linear`; `node` tells it in an error."""
+    """One layer: `kind` is `conv`, `norm`, `prelu`, `flatten` or `linear`; `node` names it in an error."""
 
     kind: str
     node: str
@@ -36,76 +34,81 @@ class Step:
 
 @dataclass
 class Residual:
-    """A fork whose two ways are summed: the longer one, and the shorter one, often empty."""
+    """A fork whose two branches are summed: the longer one, and the shorter one, often empty."""
 
-    body: list["Step | Residual"]
-    shortcut: list["Step | Residual"]
+    body: "Layers"
+    shortcut: "Layers"
     node: str
 
 
-def read_chain(graph: Graph) -> list[Step | Residual]:
-    """The layers from the image input to the graph's first output, in order.
+Layers: TypeAlias = list[Step | Residual]
+
+
+def read_chain(graph: Graph) -> Layers:
+    """Return the layers from the image input to the first output of the graph, in order.
+
+    A layer is identified by its operation and weights, never by names in the file. Operations that only compute shapes for a
+    `Reshape` are left out, so that a flattening looks the same from every exporter.
 
     Args:
-        graph: from `read_graph`.
+        graph: From `read_graph`.
 
     Raises:
-        InputError: an operation that no face backbone of ours has, or a graph that is no chain with residual sums; the
+        InputError: An operation that none of our backbones has, or a graph that is not a chain with residual sums; the
             message names the node.
     """
     try:
         return _Reader(graph).run()
     except RecursionError as error:
-        raise InputError(f"{graph.path} cannot be imported: its forks lie within each other too deep") from error
+        raise InputError(f"{graph.path} cannot be imported: its forks are nested too deeply") from error
 
 
 class _Reader:
     def __init__(self, graph: Graph) -> None:
         self.graph = graph
-        to_array: Callable[[Any], np.ndarray] = _library("onnx").numpy_helper.to_array
+        to_array = library("onnx").numpy_helper.to_array
         proto = graph.model.graph
-        self.constants: dict[str, Any] = {each.name: to_array(each) for each in proto.initializer}
+        self.constants: dict[str, np.ndarray] = {each.name: to_array(each) for each in proto.initializer}
         for node in proto.node:
-            if node.op_type == "Constant":
-                self.constants[node.output[0]] = next(
-                    (to_array(a.t) for a in node.attribute if a.name == "value"), None
-                )
-            elif node.op_type == "Identity" and node.input[0] in self.constants:
-                self.constants[node.output[0]] = self.constants[node.input[0]]
+            values = [to_array(a.t) for a in node.attribute if node.op_type == "Constant" and a.name == "value"]
+            if node.op_type == "Identity" and node.input[0] in self.constants:
+                values = [self.constants[node.input[0]]]
+            if values:
+                self.constants[node.output[0]] = values[0]
         self.output = proto.output[0].name if proto.output else ""
-        self.users: dict[str, list[Any]] = {}
-        arithmetic: set[str] = set()
-        for node in self._needed(proto.node):
+        self.users: dict[str, list[NodeProto]] = {}
+        shape_arithmetic: set[str] = set()
+        for node in self._needed():
             inputs = [name for name in node.input if name and name not in self.constants]
-            known = all(name in arithmetic for name in inputs)
-            if node.op_type == "Shape" or (known and node.op_type in _SHAPES):
-                arithmetic.update(node.output)
+            if node.op_type == "Shape" or (node.op_type in _SHAPES and shape_arithmetic.issuperset(inputs)):
+                shape_arithmetic.update(node.output)
                 continue
             for name in dict.fromkeys(inputs):
-                if name not in arithmetic:
+                if name not in shape_arithmetic:
                     self.users.setdefault(name, []).append(node)
         self.seen: set[int] = set()
 
-    def _needed(self, nodes: Any) -> list[Any]:
-        """The nodes that the output depends on, in the file's order."""
-        makers = {name: node for node in nodes for name in node.output if name}
+    def _needed(self) -> list["NodeProto"]:
+        """The nodes that the output depends on, in graph order."""
+        nodes = list(self.graph.model.graph.node)
+        index = {name: at for at, node in enumerate(nodes) for name in node.output if name}
         wanted, needed = [self.output], set()
         while wanted:
-            node = makers.get(wanted.pop())
-            if node is not None and id(node) not in needed:
-                needed.add(id(node))
-                wanted.extend(node.input)
-        return [node for node in nodes if id(node) in needed]
+            at = index.get(wanted.pop())
+            if at is not None and at not in needed:
+                needed.add(at)
+                wanted.extend(nodes[at].input)
+        return [nodes[at] for at in sorted(needed)]
 
-    def run(self) -> list[Step | Residual]:
+    def run(self) -> Layers:
         items, end = self._walk(self.graph.input_name)
         if end != self.output:
-            raise self._no(f"the chain of layers ends at {end!r}, not at the output {self.output!r}")
+            raise self._error(f"the chain of layers ends at {end!r}, not at the output {self.output!r}")
         return items
 
-    def _walk(self, tensor: str, first: Any = None) -> tuple[list[Step | Residual], Any]:
-        """From `tensor` to the end of the chain; on a way of a fork, which starts with `first`, to the sum that ends it."""
-        items: list[Step | Residual] = []
+    def _walk(self, tensor: str, first: "NodeProto | None" = None) -> tuple[Layers, "str | NodeProto"]:
+        """From `tensor` to the end of the chain. On a branch, which starts at the node `first`, to the sum that ends it."""
+        items: Layers = []
         branch = first is not None
         while True:
             users = [first] if first is not None else self.users.get(tensor, [])
@@ -118,7 +121,7 @@ class _Reader:
                 continue
             node = users[0]
             if len(users) > 2:
-                raise self._no(f"{tensor!r} is read {len(users)} times", node)
+                raise self._error(f"{tensor!r} is read {len(users)} times", node)
             if branch and node.op_type == "Add" and not any(name in self.constants for name in node.input):
                 return items, node
             self._visit(node)
@@ -127,22 +130,21 @@ class _Reader:
                 items.append(step)
             tensor = node.output[0]
 
-    def _fork(self, tensor: str, users: list[Any]) -> tuple[Residual, str]:
-        ways = [self._walk(tensor, user) for user in users]
-        ends = [end for _, end in ways]
-        if isinstance(ends[0], str) or ends[0] is not ends[1]:
-            raise self._no(f"the two ways from {tensor!r} do not meet in one sum", users[0])
-        self._visit(ends[0])
-        body, shortcut = sorted((items for items, _ in ways), key=len, reverse=True)
-        return Residual(body, shortcut, _name(ends[0])), ends[0].output[0]
+    def _fork(self, tensor: str, users: list["NodeProto"]) -> tuple[Residual, str]:
+        (first, end), (second, other) = (self._walk(tensor, user) for user in users)
+        if isinstance(end, str) or end is not other:
+            raise self._error(f"the two branches from {tensor!r} do not end in one sum", users[0])
+        self._visit(end)
+        body, shortcut = sorted((first, second), key=len, reverse=True)
+        return Residual(body, shortcut, _name(end)), end.output[0]
 
-    def _visit(self, node: Any) -> None:
+    def _visit(self, node: "NodeProto") -> None:
         if id(node) in self.seen:
-            raise self._no("the graph runs in a circle", node)
+            raise self._error("the graph has a cycle", node)
         self.seen.add(id(node))
 
-    def _step(self, node: Any, before: list[Step | Residual]) -> Step | None:
-        """One node as a layer; None where it adds nothing, or its bias to the layer before."""
+    def _step(self, node: "NodeProto", before: Layers) -> Step | None:
+        """One node as a layer; None for an operation without effect, and for a bias, which is added to the layer before."""
         kind, attributes = node.op_type, {a.name: a for a in node.attribute}
         if kind in _PASSING:
             return None
@@ -150,9 +152,8 @@ class _Reader:
             return self._conv(node, attributes)
         if kind == "BatchNormalization":
             if "training_mode" in attributes and attributes["training_mode"].i:
-                raise self._no("a BatchNormalization in training mode", node)
-            names = ("weight", "bias", "mean", "var")
-            weights = {name: self._weight(node, at + 1) for at, name in enumerate(names)}
+                raise self._error("a BatchNormalization in training mode", node)
+            weights = {name: self._weight(node, at) for at, name in enumerate(("weight", "bias", "mean", "var"), 1)}
             eps = attributes["epsilon"].f if "epsilon" in attributes else 1e-5
             return Step("norm", _name(node), weights, eps=eps)
         if kind == "PRelu":
@@ -162,57 +163,58 @@ class _Reader:
             return Step("prelu", _name(node), {"weight": torch.tensor([slope])})
         if kind in ("Flatten", "Reshape"):
             if "axis" in attributes and attributes["axis"].i != 1:
-                raise self._no("a Flatten that mixes images", node)
+                raise self._error("a Flatten that mixes images", node)
             return Step("flatten", _name(node))
         if kind in ("Gemm", "MatMul"):
             return self._linear(node, attributes)
         if kind == "Add" and before and isinstance(before[-1], Step) and before[-1].kind == "linear":
-            added = self._weight(node, 0 if node.input[0] in self.constants else 1).reshape(-1)
-            before[-1].weights["bias"] = before[-1].weights.get("bias", torch.zeros(1)) + added
+            bias = self._weight(node, 0 if node.input[0] in self.constants else 1).reshape(-1)
+            before[-1].weights["bias"] = before[-1].weights.get("bias", torch.zeros(1)) + bias
             return None
-        raise self._no("an operation that is in no face backbone of ours", node)
+        raise self._error("an operation that none of our face backbones has", node)
 
-    def _conv(self, node: Any, attributes: dict[str, Any]) -> Step:
+    def _conv(self, node: "NodeProto", attributes: dict[str, "AttributeProto"]) -> Step:
         weight = self._weight(node, 1)
-        strides = list(attributes["strides"].ints) if "strides" in attributes else [1, 1]
-        pads = list(attributes["pads"].ints) if "pads" in attributes else [0, 0, 0, 0]
-        dilations = list(attributes["dilations"].ints) if "dilations" in attributes else [1, 1]
+        strides, pads, dilations = (
+            list(attributes[name].ints) if name in attributes else default
+            for name, default in (("strides", [1, 1]), ("pads", [0, 0, 0, 0]), ("dilations", [1, 1]))
+        )
         automatic = attributes["auto_pad"].s if "auto_pad" in attributes else b"NOTSET"
         plain = weight.dim() == 4 and len(set(strides)) == 1 and len(set(pads)) == 1 and set(dilations) == {1}
         if not plain or automatic not in (b"NOTSET", b"VALID"):
-            raise self._no("a convolution of unequal strides or pads", node)
+            raise self._error("a convolution of unequal strides or pads", node)
         weights = {"weight": weight}
         if len(node.input) > 2 and node.input[2]:
             weights["bias"] = self._weight(node, 2)
         groups = attributes["group"].i if "group" in attributes else 1
         return Step("conv", _name(node), weights, stride=strides[0], padding=pads[0], groups=groups)
 
-    def _linear(self, node: Any, attributes: dict[str, Any]) -> Step:
+    def _linear(self, node: "NodeProto", attributes: dict[str, "AttributeProto"]) -> Step:
         weight = self._weight(node, 1)
         scale = [attributes[name].f for name in ("alpha", "beta") if name in attributes]
         if any(value != 1.0 for value in scale) or ("transA" in attributes and attributes["transA"].i):
-            raise self._no("a scaled or turned matrix product", node)
+            raise self._error("a scaled or transposed matrix product", node)
         if weight.dim() != 2:
-            raise self._no("a matrix product of more than two dimensions", node)
-        turned = node.op_type == "Gemm" and "transB" in attributes and attributes["transB"].i
-        weights = {"weight": weight if turned else weight.T.contiguous()}
+            raise self._error("a matrix product of more than two dimensions", node)
+        transposed = node.op_type == "Gemm" and "transB" in attributes and attributes["transB"].i
+        weights = {"weight": weight if transposed else weight.T.contiguous()}
         if len(node.input) > 2 and node.input[2]:
             weights["bias"] = self._weight(node, 2).reshape(-1)
         return Step("linear", _name(node), weights)
 
-    def _weight(self, node: Any, at: int) -> Tensor:
+    def _weight(self, node: "NodeProto", at: int) -> Tensor:
         array = self.constants.get(node.input[at]) if len(node.input) > at else None
         if array is None:
-            raise self._no("an operation whose weights are not in the file", node)
+            raise self._error("an operation whose weights are not in the file", node)
         tensor = torch.from_numpy(np.array(array, dtype=np.float32))
         if not torch.isfinite(tensor).all():
-            raise self._no("weights that are NaN or infinite", node)
+            raise self._error("weights that are NaN or infinite", node)
         return tensor
 
-    def _no(self, what: str, node: Any = None) -> InputError:
-        where = f" at {_name(node)}" if node is not None else ""
-        return InputError(f"{self.graph.path} cannot be imported as a native backbone{where}: {what}")
+    def _error(self, reason: str, node: "NodeProto | None" = None) -> InputError:
+        where = "" if node is None else f" at {_name(node)}"
+        return InputError(f"{self.graph.path} cannot be imported as a native backbone{where}: {reason}")
 
 
-def _name(node: Any) -> str:
+def _name(node: "NodeProto") -> str:
     return f"{node.op_type} {node.name or node.output[0]!r}"

@@ -1,76 +1,122 @@
-"""Teachers room: reads and runs ONNX files. Touches onnx and onnxruntime, both imported only when a file is read.
-
-A graph is a file from outside, so nothing in it is believed: external weights may only lie beside the file, sizes are
-bounded, and declared shapes are dropped before a run.
-"""
+"""Safe reading of ONNX files, and sessions that run them."""
 
 import hashlib
 import os
 import stat
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from math import prod
 from pathlib import Path, PurePosixPath, PureWindowsPath
-from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 import numpy as np
 import torch
 
+from kdlib import OUTPUT, Tap
 from kdlib._checks import nearest
-from kdlib.adapters.tap import OUTPUT
-from kdlib.adapters.tap import Tap as ModuleTap
 from kdlib_faces._checks import InputError
 
-__all__ = ["Graph", "find_tensor", "make_session", "read_graph", "run_session"]
+if TYPE_CHECKING:
+    from onnx import ModelProto, NodeProto, TensorProto
 
-MOST_BYTES = 2**31 - 1
-"""A protobuf message cannot be longer, and no face network is."""
+__all__ = [
+    "Graph",
+    "ImageSize",
+    "OnnxTap",
+    "Provider",
+    "Session",
+    "find_tensor",
+    "library",
+    "make_session",
+    "read_graph",
+]
 
-MOST_VALUES = 2**28
-"""Pixels and channels of the largest batch that a graph may ask for: 1 GiB of float32."""
+ImageSize: TypeAlias = int | tuple[int, int]
+"""Side of square images in pixels, or (height, width)."""
+
+OnnxTap: TypeAlias = str | Tap | None
+"""Name of a tensor or node; None, `kdlib.OUTPUT`, `OUTPUT[i]` or `OUTPUT["name"]` for an output of the graph."""
+
+Provider: TypeAlias = str | tuple[str, Mapping[str, object]]
+"""Name of an onnxruntime execution provider, or a pair of name and options."""
+
+MAX_BYTES = 2**31 - 1
+"""Maximum size of a protobuf message."""
+
+MAX_VALUES = 2**28
+"""Maximum number of values in the input of one run: 1 GiB of float32."""
 
 FREE_SIZE = 112
-"""The side, in pixels, that a graph of free height and width is tried with: the usual face crop."""
+"""Side in pixels of the sample images of a graph with free height and width: the usual face crop."""
 
 _DTYPES: dict[int, type[np.generic]] = {1: np.float32, 2: np.uint8, 10: np.float16, 11: np.float64}
 
 
+class Session(Protocol):
+    """The part of `onnxruntime.InferenceSession` that is used."""
+
+    def run(self, outputs: None, inputs: Mapping[str, np.ndarray], /) -> list[object]: ...
+
+
 @dataclass(frozen=True)
 class Graph:
-    """A parsed file: the onnx model with its weights inside, and what the file says of its one image input.
+    """A parsed ONNX file with its weights, and what it declares about its image input.
 
-    `shape` is the declared `(b, c, h, w)`, None where the graph leaves a dimension free; `sha256` covers the file and
-    its external weights.
+    Attributes:
+        path: The file.
+        model: The parsed model.
+        input_name: Name of the image input.
+        shape: Declared shape `(b, c, h, w)`; None where a dimension is free.
+        dtype: Type of the input.
+        sha256: Digest of the file and its external weights.
     """
 
     path: Path
-    model: Any
+    model: "ModelProto"
     input_name: str
     shape: tuple[int | None, ...]
     dtype: type[np.generic]
     sha256: str
 
     def sample_shape(self, batch: int) -> tuple[int, ...]:
-        """Shape of an input of `batch` images, free dimensions filled in: 3 channels, `FREE_SIZE` pixels."""
+        """Shape of an input of `batch` images, with 3 channels and `FREE_SIZE` pixels for free dimensions."""
         return (batch, *(known or fill for known, fill in zip(self.shape[1:], (3, FREE_SIZE, FREE_SIZE), strict=True)))
 
     @property
-    def input_size(self) -> int | tuple[int, int] | None:
-        """Side of the images in pixels; (h, w) where not square, None where the graph leaves it free."""
+    def input_size(self) -> ImageSize | None:
+        """Side of the images in pixels; (h, w) where not square, None where free."""
         height, width = self.shape[2:]
         if height is None or width is None:
             return None
         return height if height == width else (height, width)
 
-    def outputs(self) -> dict[str, Any]:
-        """Every tensor that a node makes, in graph order, with its node."""
+    def outputs(self) -> dict[str, "NodeProto"]:
+        """Every tensor that a node computes, in graph order, with its node."""
         return {name: node for node in self.model.graph.node for name in node.output if name}
 
+    def run(self, session: Session, images: np.ndarray) -> list[np.ndarray]:
+        """Run `images` (b, c, h, w) and return the tensors of the session.
 
-def _library(name: str) -> ModuleType:
-    """Import onnx or onnxruntime, or say which extra brings it."""
+        Raises:
+            InputError: The run fails, or an output is not an array.
+        """
+        try:
+            arrays = session.run(None, {self.input_name: images})
+        except Exception as error:
+            raise InputError(f"{self.path} fails on images {images.shape}: {_reason(error)}") from error
+        checked = [array for array in arrays if isinstance(array, np.ndarray)]
+        if len(checked) < len(arrays):
+            raise InputError(f"{self.path} returns something other than arrays")
+        return checked
+
+
+def library(name: str) -> Any:
+    """Import onnx or onnxruntime.
+
+    Raises:
+        InputError: It is not installed; the message names the extra to install.
+    """
     try:
         return import_module(name)
     except ImportError as error:
@@ -78,35 +124,33 @@ def _library(name: str) -> ModuleType:
 
 
 def _reason(error: Exception) -> str:
-    """First line of a library's error, short enough for one line of ours."""
-    lines = str(error).strip().splitlines()
-    return (lines[0] if lines else type(error).__name__)[:300]
+    """First line of a library's error, at most 300 characters."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)[:300]
 
 
-def _read(path: Path, what: str) -> bytes:
-    """The bytes of a plain file of bounded size."""
+def _read(path: Path, label: str) -> bytes:
+    """The bytes of a regular file of bounded size."""
     try:
         info = path.stat()
         if not stat.S_ISREG(info.st_mode):
-            raise InputError(f"{what} {path} must be a file")
-        if info.st_size > MOST_BYTES:
-            raise InputError(f"{what} {path} must be at most {MOST_BYTES} bytes, got {info.st_size}")
+            raise InputError(f"{label} {path} must be a file")
+        if info.st_size > MAX_BYTES:
+            raise InputError(f"{label} {path} must be at most {MAX_BYTES} bytes, got {info.st_size}")
         return path.read_bytes()
+    except InputError:
+        raise
     except FileNotFoundError:
-        raise InputError(f"{what} {path} does not exist") from None
+        raise InputError(f"{label} {path} does not exist") from None
     except (OSError, ValueError) as error:
-        if isinstance(error, InputError):
-            raise
-        raise InputError(f"{what} {path} cannot be read: {_reason(error)}") from error
+        raise InputError(f"{label} {path} cannot be read: {_reason(error)}") from error
 
 
-def _tensors(message: Any) -> Iterator[Any]:
-    """Every TensorProto below a model, whatever holds it: initializers, attributes, subgraphs, functions."""
+def _tensors(message: Any) -> Iterator["TensorProto"]:
+    """Every tensor of a model: initializers, attributes, subgraphs, functions."""
     for field, value in message.ListFields():
         if field.message_type is None:
             continue
-        children = [value] if hasattr(value, "ListFields") else value
-        for child in children:
+        for child in [value] if hasattr(value, "ListFields") else value:
             if field.message_type.name == "TensorProto":
                 yield child
             elif hasattr(child, "ListFields"):
@@ -114,20 +158,20 @@ def _tensors(message: Any) -> Iterator[Any]:
 
 
 def _external_file(path: Path, location: str) -> Path:
-    """Where external weights lie: in the graph's own folder, links followed, and nowhere else."""
+    """The file of external weights, which must lie in the folder of the graph, links resolved."""
     parts = (*PurePosixPath(location).parts, *PureWindowsPath(location).parts)
     absolute = PurePosixPath(location).is_absolute() or PureWindowsPath(location).anchor
     if not location or "\0" in location or absolute or ".." in parts:
         raise InputError(f"{path} keeps weights in {location!r}; they must lie in the folder of the graph")
     target = (path.parent / location).resolve()
-    # A download cache links the graph and its weights alike into one store: that store is the graph's folder too.
+    # Download caches link the graph and its weights into one store, which then counts as the folder of the graph.
     if not any(target.is_relative_to(folder) for folder in (path.parent.resolve(), path.resolve().parent)):
         raise InputError(f"{path} keeps weights in {location!r}, a link out of the folder of the graph")
     return target
 
 
-def _load_external(path: Path, model: Any, digest: "hashlib._Hash") -> None:
-    """Bring external weights into the model, checking where they lie and that they are there in full."""
+def _load_external(path: Path, model: "ModelProto", digest: "hashlib._Hash") -> None:
+    """Read external weights into the model; check their folder and their size."""
     files: dict[str, bytes] = {}
     total = 0
     for tensor in _tensors(model):
@@ -148,25 +192,27 @@ def _load_external(path: Path, model: Any, digest: "hashlib._Hash") -> None:
         if not start <= stop <= len(data):
             raise InputError(f"{path}: weights {tensor.name!r} reach beyond the {len(data)} bytes of {location!r}")
         total += stop - start
-        if total > MOST_BYTES:
-            raise InputError(f"{path}: its external weights must be at most {MOST_BYTES} bytes together")
+        if total > MAX_BYTES:
+            raise InputError(f"{path}: its external weights must be at most {MAX_BYTES} bytes together")
         tensor.raw_data = data[start:stop]
         del tensor.external_data[:]
-        tensor.data_location = 0  # TensorProto.DEFAULT
+        tensor.data_location = 0  # type: ignore[assignment]  # TensorProto.DEFAULT
 
 
 def read_graph(path: str | os.PathLike[str]) -> Graph:
     """Parse an ONNX file and find its image input.
 
+    The file is not trusted: its size is bounded, and external weights must lie in its folder.
+
     Args:
-        path: an `.onnx` file; external weights must lie in its folder.
+        path: The `.onnx` file.
 
     Returns:
-        The graph, weights inside.
+        The graph with its weights.
 
     Raises:
-        InputError: the file is missing, too large, not ONNX or cut short, keeps weights outside its folder, or has no
-            single image input `(b, c, h, w)`.
+        InputError: The file is missing, too large, not ONNX or cut short, keeps weights outside its folder, or does not have
+            exactly one input, images `(b, c, h, w)`.
 
     Examples:
         >>> read_graph("no_such.onnx")
@@ -175,8 +221,8 @@ def read_graph(path: str | os.PathLike[str]) -> Graph:
     """
     path = Path(path)
     data = _read(path, "the ONNX file")
-    onnx = _library("onnx")
-    model = onnx.ModelProto()
+    onnx = library("onnx")
+    model: ModelProto = onnx.ModelProto()
     try:
         model.ParseFromString(data)
     except Exception as error:
@@ -189,79 +235,77 @@ def read_graph(path: str | os.PathLike[str]) -> Graph:
     inputs = [value for value in model.graph.input if value.name not in weights]
     if len(inputs) != 1:
         names = ", ".join(repr(value.name) for value in inputs) or "none"
-        raise InputError(f"{path} must have one input, the images (b, c, h, w); it has {names}")
+        raise InputError(f"{path} must have one input, the images (b, c, h, w), got {names}")
     kind = inputs[0].type.tensor_type
     shape = tuple(dim.dim_value if dim.dim_value > 0 else None for dim in kind.shape.dim)
     if len(shape) != 4 or kind.elem_type not in _DTYPES:
-        shown = ", ".join(str(dim or "free") for dim in shape)
         kinds = {number: name.lower() for name, number in onnx.TensorProto.DataType.items()}
         raise InputError(
-            f"{path} has no image input: {inputs[0].name!r} must be (b, c, h, w) of floats or bytes, got ({shown}) of "
-            f"type {kinds.get(kind.elem_type, 'unknown')}"
+            f"{path} has no image input: {inputs[0].name!r} must be (b, c, h, w) of floats or bytes, got "
+            f"({', '.join(str(dim or 'free') for dim in shape)}) of type {kinds.get(kind.elem_type, 'unknown')}"
         )
     graph = Graph(path, model, inputs[0].name, shape, _DTYPES[kind.elem_type], digest.hexdigest())
-    if prod(graph.sample_shape(shape[0] or 2)) > MOST_VALUES:
-        raise InputError(f"{path} must take at most {MOST_VALUES} values a run, {inputs[0].name!r} is {shape}")
+    if prod(graph.sample_shape(shape[0] or 2)) > MAX_VALUES:
+        raise InputError(f"{path} must take at most {MAX_VALUES} values a run, {inputs[0].name!r} is {shape}")
     return graph
 
 
-def find_tensor(graph: Graph, name: str, wanted: object) -> str:
-    """The tensor that tap `name` means.
+def find_tensor(graph: Graph, name: str, tap: OnnxTap) -> str:
+    """Return the name of the tensor that a tap refers to.
 
     Args:
-        graph: from `read_graph`.
-        name: the feature's name, for the error.
-        wanted: a tensor's name, a node's name (its first output), None or `kdlib.OUTPUT` for the graph's first output,
-            or `kdlib.OUTPUT[i]` and `kdlib.OUTPUT["name"]` for another.
+        graph: From `read_graph`.
+        name: Name of the feature, for the error.
+        tap: The tap. The name of a node refers to its first output; None and `OUTPUT` refer to the first output of the graph.
 
     Raises:
-        InputError: no node makes such a tensor; the message names the nearest.
+        InputError: No node computes such a tensor; the message lists the nearest names.
     """
-    found = wanted
     outputs = [value.name for value in graph.model.graph.output]
-    if wanted is None or wanted == OUTPUT:
-        found = outputs[0] if outputs else None
-    elif isinstance(wanted, ModuleTap) and wanted.path is None and len(wanted.index) == 1:
-        key = wanted.index[0]
-        found = key if isinstance(key, str) else dict(enumerate(outputs)).get(key)
+    if tap is None or tap == OUTPUT:
+        tensor = outputs[0] if outputs else None
+    elif isinstance(tap, Tap):
+        keys = tap.index if tap.path is None and len(tap.index) == 1 else ()
+        tensor = next((key if isinstance(key, str) else dict(enumerate(outputs)).get(key) for key in keys), None)
+    else:
+        tensor = tap
     tensors = graph.outputs()
     nodes = {node.name: node.output[0] for node in graph.model.graph.node if node.name and any(node.output[:1])}
-    if isinstance(found, str) and (found in tensors or found in nodes):
-        return found if found in tensors else nodes[found]
-    known = nearest(str(found), dict.fromkeys([*tensors, *nodes]))
-    raise InputError(f"OnnxTeacher: tap {name!r}: no tensor or node named {wanted!r} in {graph.path}{known}")
+    if isinstance(tensor, str) and (tensor in tensors or tensor in nodes):
+        return tensor if tensor in tensors else nodes[tensor]
+    known = nearest(str(tensor), dict.fromkeys([*tensors, *nodes]))
+    raise InputError(f"OnnxTeacher: tap {name!r}: no tensor or node named {tap!r} in {graph.path}{known}")
 
 
 def make_session(
-    graph: Graph, tensors: Sequence[str], *, threads: int | None = None, providers: Sequence[Any] | None = None
-) -> Any:
-    """An onnxruntime session that gives `tensors` and computes nothing that they do not need.
+    graph: Graph, tensors: Sequence[str], *, threads: int | None = None, providers: Sequence[Provider] | None = None
+) -> Session:
+    """Make an onnxruntime session that computes `tensors` only.
 
     Args:
-        graph: from `read_graph`.
-        tensors: names of tensors that nodes make, without repetition.
-        threads: threads within an operation; None: as many as torch uses.
-        providers: onnxruntime execution providers, best first, each a name or a pair of name and options, such as
-            `("CUDAExecutionProvider", {"device_id": 1})`; None: the CPU.
+        graph: From `read_graph`.
+        tensors: Distinct names of tensors that nodes compute.
+        threads: Threads within an operation; None takes as many as torch uses.
+        providers: Execution providers in order of preference; None runs on the CPU.
 
     Raises:
-        InputError: an unknown provider, or a graph that onnxruntime refuses.
+        InputError: A provider is unknown, or onnxruntime refuses the graph.
     """
-    onnx, runtime = _library("onnx"), _library("onnxruntime")
+    onnx, runtime = library("onnx"), library("onnxruntime")
     if isinstance(providers, str) or (providers is not None and not len(providers)):
         raise InputError(f"providers must be a list of execution providers, got {providers!r}")
-    wanted = list(providers) if providers is not None else ["CPUExecutionProvider"]
-    known = runtime.get_available_providers()
-    for provider in wanted:
+    chosen: list[Provider] = ["CPUExecutionProvider"] if providers is None else list(providers)
+    available = runtime.get_available_providers()
+    for provider in chosen:
         pair = isinstance(provider, tuple) and len(provider) == 2 and isinstance(provider[1], dict)
         name = provider[0] if pair else provider
         if not isinstance(name, str):
             raise InputError(f"an execution provider must be a name, or a pair of name and options, got {provider!r}")
-        if name not in known:
-            raise InputError(f"no execution provider {name!r} in this onnxruntime; there are {', '.join(known)}")
+        if name not in available:
+            raise InputError(f"no execution provider {name!r} in this onnxruntime; there are {', '.join(available)}")
     model = onnx.ModelProto()
     model.CopyFrom(graph.model)
-    # Declared shapes are often those of the one image that a graph was exported with: the runtime infers its own.
+    # Declared shapes are often those of the one image that a graph was exported with; the runtime infers its own.
     del model.graph.value_info[:]
     del model.graph.output[:]
     model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in tensors)
@@ -270,24 +314,12 @@ def make_session(
     options.intra_op_num_threads = threads or torch.get_num_threads()
     options.inter_op_num_threads = 1
     options.use_deterministic_compute = True
-    # Threads that wait busily gain up to a third on idle cores and lose as much beside data loaders and the student.
+    # Spinning threads are up to a third faster on idle cores and as much slower beside data loaders and the student.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     try:
-        return runtime.InferenceSession(model.SerializeToString(), options, providers=wanted, enable_fallback=0)
+        session: Session = runtime.InferenceSession(
+            model.SerializeToString(), options, providers=chosen, enable_fallback=0
+        )
     except Exception as error:
         raise InputError(f"{graph.path} cannot be run: {_reason(error)}") from error
-
-
-def run_session(graph: Graph, session: Any, images: np.ndarray) -> list[np.ndarray]:
-    """Run `images` (b, c, h, w) and return the session's tensors in the order they were asked for.
-
-    Raises:
-        InputError: the run fails, or an output is not an array.
-    """
-    try:
-        arrays: list[np.ndarray] = session.run(None, {graph.input_name: images})
-    except Exception as error:
-        raise InputError(f"{graph.path} fails on images {images.shape}: {_reason(error)}") from error
-    if not all(isinstance(array, np.ndarray) for array in arrays):
-        raise InputError(f"{graph.path} gives something other than arrays")
-    return arrays
+    return session

@@ -1,0 +1,1 @@
+"""Reading, recognizing and writing checkpoint files."""

@@ -1,0 +1,92 @@
+"""Loading of backbones from checkpoint files."""
+
+import os
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from kdlib_faces._checks import InputError
+from kdlib_faces.backbones.checkpoints.describe import RecognizedFile, examine, list_differences
+from kdlib_faces.backbones.input_spec import InputSize, Triple
+from kdlib_faces.backbones.networks.base import Backbone
+
+__all__ = ["load_backbone"]
+
+
+def load_backbone(
+    path: str | os.PathLike[str],
+    *,
+    input_size: InputSize | None = None,
+    color: Literal["rgb", "bgr"] | None = None,
+    mean: Triple | None = None,
+    scale: Triple | None = None,
+    normalized: bool | None = None,
+) -> Backbone:
+    """Read a backbone from a file of `save_backbone`, or from a checkpoint of a public face-recognition project.
+
+    The layout is identified by keys and shapes: insightface's iresnet and mbf; MobileFaceNet as in TreB1eN, face.evoLVe,
+    FaceX-Zoo, AdaDistill, cavaface, Xiaoccer and bubbliiiing; IR and IR-SE as in face.evoLVe, TreB1eN, AdaFace, CVLface
+    and related projects; MTLFace; MobileNet V1 and V2 as in yakhyo, bubbliiiing and cavaface; each with any depth,
+    width and embedding size. Training checkpoints are unwrapped and prefixes removed (`state_dict`, `module.`,
+    `model.`, ...). PyTorch and safetensors files are supported. The network has float32 weights and is in eval mode.
+
+    `model.input_spec` describes the images: known for most layouts, assumed for layouts that several projects share.
+    Arguments given here override it. Call `model.input_spec(images)` before the network.
+
+    Args:
+        path: the file.
+        input_size: side of the square images, or (height, width), in pixels. None derives it from the file: sixteen
+            times the final grid of a state dict, 112 for a grid of 7.
+        color: order of the channels, `"rgb"` or `"bgr"`.
+        mean: value subtracted from pixels of 0 to 255, one or one per channel.
+        scale: value that they are then divided by.
+        normalized: whether the project normalizes its embeddings; stored as a note, the returned network never does.
+
+    Returns:
+        The network on the CPU, (b, 3, h, w) to (b, d), not normalized.
+
+    Raises:
+        InputError: the file is missing or truncated, contains anything but tensors and plain values (nothing in it is
+            executed), has an unknown layout, or does not fit the network; the message lists the differences.
+
+    Examples:
+        >>> import tempfile
+        >>> from kdlib_faces.backbones import IRNet
+        >>> kind = {"mid_norm": True, "affine": False}  # AdaFace's network
+        >>> theirs = IRNet((1, 1, 1, 1), embedding_dim=16, width=0.125, input_size=32, **kind)
+        >>> state = {f"model.{key}": value for key, value in theirs.state_dict().items()}
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     torch.save({"state_dict": {**state, "head.kernel": torch.ones(16, 3)}}, f"{folder}/ada.ckpt")
+        ...     ours = load_backbone(f"{folder}/ada.ckpt")
+        >>> ours.input_spec.describe()
+        'BGR, (pixel - 127.5) / 127.5, 32 x 32'
+    """
+    file = examine(path, input_size=input_size)
+    try:
+        spec = file.spec.changed(color=color, mean=mean, scale=scale, normalized=normalized)
+    except (ValueError, TypeError) as error:
+        raise InputError(f"{file.owner}: {error}") from error
+    if file.differences:
+        raise InputError(f"{file.owner} does not fit {file.model.name}; {list_differences(file.differences)}")
+    model = file.model
+    model.load_state_dict(_values(file), assign=True)
+    model.input_spec = spec
+    return model.eval()
+
+
+def _values(file: RecognizedFile) -> dict[str, Tensor]:
+    """Return copies of the tensors with the keys and dtypes of the network."""
+    wanted, state, names = file.model.state_dict(), file.unwrapped.state, file.names
+    if sum(state[name].nbytes for name in names.values() if name in state) > file.weights.size:
+        raise InputError(f"{file.owner} declares more values than its {file.weights.size} bytes can hold")
+    values = {}
+    for key, target in wanted.items():
+        value = state.get(names[key], torch.zeros((), dtype=target.dtype)).detach()
+        value = value.to(target.dtype, copy=True, memory_format=torch.contiguous_format)
+        if not torch.isfinite(value).all():
+            raise InputError(f"{file.owner} contains NaN or infinite values in {names[key]}")
+        if key.endswith("running_var") and bool((value < 0).any()):  # its square root would be NaN
+            raise InputError(f"{file.owner} contains negative variances in {names[key]}")
+        values[key] = value.reshape(target.shape)
+    return values

@@ -1,0 +1,191 @@
+"""MobileFaceNet, a lightweight student.
+
+Module names follow the PyTorch port that most published checkpoints use, so that those load unchanged.
+
+References:
+    Chen, Liu, Gao, Han, "MobileFaceNets: Efficient CNNs for Accurate Real-Time Face Verification on Mobile Devices",
+    2018, arXiv:1804.07573.
+"""
+
+from collections.abc import Mapping
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from kdlib._checks import check_choice
+from kdlib_faces.backbones.input_spec import InputSize
+from kdlib_faces.backbones.networks.base import Backbone, channels, final_grid
+
+__all__ = ["MobileFaceNet"]
+
+TAILS = ("gdc", "gnap")
+
+
+class _ConvBlock(nn.Module):
+    """Convolution, BatchNorm, PReLU."""
+
+    def __init__(self, c_in: int, c_out: int, kernel: int = 1, stride: int = 1, groups: int = 1) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(c_in, c_out, kernel, stride, kernel // 2, groups=groups, bias=False)
+        self.bn = nn.BatchNorm2d(c_out)
+        self.prelu = nn.PReLU(c_out)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.prelu(self.bn(self.conv(x)))
+        return out
+
+
+class _LinearBlock(nn.Module):
+    """Convolution and BatchNorm without activation."""
+
+    def __init__(self, c_in: int, c_out: int, kernel: tuple[int, int] = (1, 1), groups: int = 1) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(c_in, c_out, kernel, groups=groups, bias=False)
+        self.bn = nn.BatchNorm2d(c_out)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.bn(self.conv(x))
+        return out
+
+
+class _Bottleneck(nn.Module):
+    """1x1 expansion, depthwise 3x3, linear 1x1 projection; adds the input if `residual`."""
+
+    def __init__(self, c_in: int, c_out: int, c_mid: int, stride: int, residual: bool = False) -> None:
+        super().__init__()
+        self.residual = residual
+        self.conv = _ConvBlock(c_in, c_mid)
+        self.conv_dw = _ConvBlock(c_mid, c_mid, kernel=3, stride=stride, groups=c_mid)
+        self.project = _LinearBlock(c_mid, c_out)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.project(self.conv_dw(self.conv(x)))
+        return x + out if self.residual else out
+
+
+class _Residuals(nn.Module):
+    """Residual bottlenecks of stride 1."""
+
+    def __init__(self, channels: int, c_mid: int, blocks: int) -> None:
+        super().__init__()
+        self.model = nn.Sequential(*[_Bottleneck(channels, channels, c_mid, 1, True) for _ in range(blocks)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.model(x)
+        return out
+
+
+class _NormAwarePool(nn.Module):
+    """BatchNorm, scaling of every cell to the mean norm of the image's cells, mean over the grid, BatchNorm; no weights.
+
+    The original implementations use the mean norm over the whole batch, so that an embedding depends on the other
+    images of its batch. For a batch of one the results are equal.
+    """
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.bn1 = nn.BatchNorm2d(channels, affine=False)
+        self.bn2 = nn.BatchNorm1d(channels, affine=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.bn1(x)
+        wide = x.to(
+            torch.promote_types(x.dtype, torch.float32)
+        )  # the factor of a cell with a small norm exceeds half precision
+        norm = torch.linalg.vector_norm(wide, dim=1, keepdim=True)
+        wide = wide * (norm.mean((2, 3), keepdim=True) / norm.clamp(min=1e-12))
+        out: Tensor = self.bn2(wide.mean((2, 3)).to(x.dtype))
+        return out
+
+
+class MobileFaceNet(Backbone):
+    """MobileFaceNet: (b, 3, h, w) images to (b, d) embeddings, not normalized.
+
+    Four halvings of the grid (64, 64, 128, 128 channels at width 1), a 1x1 convolution to 512 channels, a depthwise
+    convolution over the whole final grid (7x7 at 112 pixels), a linear layer and BatchNorm. At 112 pixels and 128
+    dimensions: 1,003,136 parameters and 220.97 M multiply-adds; at 512 dimensions 1,200,512 and 221.16 M.
+
+    Args:
+        embedding_dim: dimensions d of the embedding.
+        width: factor of every channel count; the first stage has 64 * width rounded to a multiple of 8, at least 8.
+        input_size: side of the square images, or (height, width), in pixels. The final grid has a
+            sixteenth of the size, rounded up.
+        affine: whether the last BatchNorm has weight and bias; AdaDistill's has none (1,199,488 parameters at 512).
+        tail: `"gdc"` for the global depthwise convolution and linear layer above; `"gnap"` for global norm-aware
+            pooling, which has no weights and gives 512 * width dimensions.
+
+    Raises:
+        ValueError: an argument is out of range, or images have another size than `input_size`.
+        TypeError: an argument has the wrong type.
+
+    Examples:
+        >>> import torch
+        >>> student = MobileFaceNet(128, width=0.25, input_size=32).eval()
+        >>> student(torch.zeros(2, 3, 32, 32)).shape
+        torch.Size([2, 128])
+        >>> student.stages
+        ('conv2_dw', 'conv_3', 'conv_4', 'conv_5')
+
+    References:
+        arXiv:1804.07573, table 1. Weights are initialized from He's normal distribution (the paper does not specify
+        it).
+    """
+
+    stages: tuple[str, ...] = ("conv2_dw", "conv_3", "conv_4", "conv_5")
+    family: ClassVar[str] = "mobilefacenet"
+    _names: ClassVar[tuple[str, ...]] = ("embedding_dim", "width", "input_size", "affine", "tail")
+    _defaults: ClassVar[Mapping[str, object]] = {"affine": True, "tail": "gdc"}
+
+    def __init__(
+        self,
+        embedding_dim: int = 512,
+        width: float = 1.0,
+        input_size: InputSize = 112,
+        *,
+        affine: bool = True,
+        tail: Literal["gdc", "gnap"] = "gdc",
+    ) -> None:
+        super().__init__(embedding_dim, input_size)
+        check_choice("MobileFaceNet", "tail", tail, TAILS)
+        c = channels("MobileFaceNet", width)
+        if tail == "gnap" and (embedding_dim != 8 * c or affine):
+            raise ValueError(
+                f"MobileFaceNet: tail 'gnap' requires embedding_dim {8 * c} and affine False, "
+                f"got {embedding_dim} and {affine}"
+            )
+        self.width = float(width)
+        self.affine, self.tail = bool(affine), tail
+
+        self.conv1 = _ConvBlock(3, c, kernel=3, stride=2)
+        self.conv2_dw = _ConvBlock(c, c, kernel=3, groups=c)
+        self.conv_23 = _Bottleneck(c, c, 2 * c, stride=2)
+        self.conv_3 = _Residuals(c, 2 * c, blocks=4)
+        self.conv_34 = _Bottleneck(c, 2 * c, 4 * c, stride=2)
+        self.conv_4 = _Residuals(2 * c, 4 * c, blocks=6)
+        self.conv_45 = _Bottleneck(2 * c, 2 * c, 8 * c, stride=2)
+        self.conv_5 = _Residuals(2 * c, 4 * c, blocks=2)
+        self.conv_6_sep = _ConvBlock(2 * c, 8 * c)
+        if tail == "gdc":
+            self.conv_6_dw = _LinearBlock(8 * c, 8 * c, final_grid(self._size), groups=8 * c)
+            self.linear = nn.Linear(8 * c, embedding_dim, bias=False)
+            self.bn = nn.BatchNorm1d(embedding_dim, affine=self.affine)
+        else:
+            self.output_layer = _NormAwarePool(8 * c)
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d | nn.Linear):
+                nn.init.kaiming_normal_(module.weight, a=0.25)
+
+    def forward(self, images: Tensor) -> Tensor:
+        self._check_images(images)
+        x = self.conv2_dw(self.conv1(images))
+        x = self.conv_3(self.conv_23(x))
+        x = self.conv_4(self.conv_34(x))
+        x = self.conv_5(self.conv_45(x))
+        x = self.conv_6_sep(x)
+        out: Tensor
+        if self.tail == "gnap":
+            out = self.output_layer(x)
+        else:
+            out = self.bn(self.linear(self.conv_6_dw(x).flatten(1)))
+        return out

@@ -1,0 +1,109 @@
+"""The `evaluate` command: models and embeddings, measured by protocols, to a report."""
+
+import os
+import platform
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from kdlib_faces import report
+from kdlib_faces._output import check_output, staged, swept
+from kdlib_faces.config import load_config
+from kdlib_faces.harness.evaluate import evaluate_models
+from kdlib_faces.harness.registry import listing as list_protocols
+from kdlib_faces.harness.run import EvaluateConfig, prepare
+from kdlib_faces.progress import say
+
+__all__ = ["EvaluateConfig", "list_protocols", "load_settings", "run"]
+
+
+def load_settings(config: Path | None, settings: Sequence[str]) -> EvaluateConfig:
+    """Load the settings of an evaluation from a TOML file and `KEY=VALUE` overrides."""
+    return load_config(EvaluateConfig, config, settings)
+
+
+def run(
+    config: EvaluateConfig,
+    *,
+    output: Path,
+    faces: Sequence[str | os.PathLike[str]] = (),
+    models: Sequence[str | os.PathLike[str]] = (),
+    embeddings: Sequence[str | os.PathLike[str]] = (),
+    pairs: str | os.PathLike[str] | None = None,
+    protocols: Sequence[str] = (),
+    scores: bool = False,
+    progress: bool = False,
+    command: str = "",
+) -> report.Report:
+    """Evaluate model files and embedding files by protocols, and write a report.
+
+    Args:
+        config: Settings.
+        output: Folder for report.json, report.md, report.html and figures, written when everything is done. Embeddings of
+            model files are kept in its folder `work`; an interrupted run continues from them.
+        faces: See `kdlib_faces.harness.run.prepare`.
+        models: See `prepare`.
+        embeddings: See `prepare`.
+        pairs: See `prepare`.
+        protocols: See `prepare`.
+        scores: Write the scores of each protocol and model to `scores/PROTOCOL-MODEL.csv`.
+        progress: Show progress.
+        command: The command line, noted in the report.
+
+    Returns:
+        The report.
+
+    Raises:
+        InputError: A file is not usable, or there is nothing to evaluate.
+    """
+    check_output(output)
+    with swept(output):
+        prepared = prepare(
+            config, work=output / "work", faces=faces, models=models, embeddings=embeddings, pairs=pairs,
+            protocols=protocols, progress=progress,
+        )  # fmt: skip
+        started = datetime.now(UTC)
+        with staged(output) as stage:
+            result = evaluate_models(
+                prepared.tasks, prepared.models, sampling=config.sampling, num_failures=config.num_failures,
+                score_folder=stage if scores else None, max_score_rows=config.score_rows, progress=progress,
+            )  # fmt: skip
+            notes = [f"{summary.title}: {note}" for summary in result.summaries for note in summary.notes]
+            data = report.DataSummary(**prepared.data)
+            data.notes += notes
+            content = report.Report(
+                title="Evaluation",
+                models={name: report.ModelEntry(**entry) for name, entry in result.models.items()},
+                command=command,
+                created=started.isoformat(timespec="seconds"),
+                version=version("kdlib-torch"),
+                seeds=[config.seed],
+                config=asdict(config),
+                environment=_environment(),
+                data=data,
+                level=config.level,
+                evaluations=result.summaries,
+            )
+            pictures = [
+                report.Picture(each.name, each.title, each.caption, report.pairs_picture(each.pairs))
+                for each in result.pictures
+            ]
+            report.write(stage, content, pictures=pictures, progress=progress)
+    say(f"report: {output / 'report.html'}", quiet=not progress)
+    return content
+
+
+def _environment() -> dict[str, object]:
+    return {
+        "torch": str(torch.__version__),
+        "numpy": np.__version__,
+        "python": sys.version.split()[0],
+        "threads": torch.get_num_threads(),
+        "platform": platform.platform(),
+    }

@@ -1,0 +1,98 @@
+"""Pair sets with published figures, and their protocols."""
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from kdlib._checks import check_choice
+from kdlib_faces.evaluation._checks import require, to_numpy
+from kdlib_faces.evaluation._types import ArrayLike
+from kdlib_faces.evaluation.protocols.pairs import PairProtocol
+from kdlib_faces.evaluation.splits import positives_first_folds
+
+__all__ = ["PAIR_SETS", "PairSet", "pair_set"]
+
+
+@dataclass(frozen=True)
+class PairSet:
+    """A published pair set.
+
+    Attributes:
+        name: Name as in the `.bin` sets.
+        pairs: Number of pairs, in 10 folds with equally many genuine and impostor pairs.
+        note: What the figure means and does not mean.
+    """
+
+    name: str
+    pairs: int
+    note: str = ""
+
+
+_AGEDB = "all pairs are {} years apart: there is nothing to break down by gap inside the set"
+PAIR_SETS = {
+    each.name: each
+    for each in (
+        PairSet("lfw", 6000),
+        *(PairSet(f"agedb_{years}", 6000, _AGEDB.format(int(years))) for years in ("05", "10", "20", "30")),
+        PairSet("calfw", 6000, "the list was replaced in September 2018: figures of the old and the new one differ"),
+        PairSet("cplfw", 6000),
+        PairSet("cfp_ff", 7000),
+        PairSet("cfp_fp", 7000),
+        PairSet("cacd_vs", 4000, "no ages are published with the pairs"),
+    )
+}
+"""The sets of `pair_set` by name."""
+
+
+def pair_set(
+    name: str,
+    left: ArrayLike,
+    right: ArrayLike,
+    same: ArrayLike,
+    *,
+    fold_ids: ArrayLike | None = None,
+    order: Literal["folds", "positives_first"] = "folds",
+    **options: Any,
+) -> PairProtocol:
+    """The protocol of a published pair set, with its published folds; missing pairs are noted in the result.
+
+    Args:
+        name: One of `PAIR_SETS`: `"lfw"`, `"agedb_05"` to `"agedb_30"`, `"calfw"`, `"cplfw"`, `"cfp_ff"`, `"cfp_fp"`,
+            `"cacd_vs"`.
+        left: (p,) row number of each pair's first image.
+        right: (p,) row number of its second image.
+        same: (p,) whether the pair is genuine.
+        fold_ids: (p,) fold of each pair; required if pairs are missing.
+        order: Order of a list without `fold_ids`: by folds, as in the `.bin` sets and in LFW's list, or all genuine pairs
+            first, as in the original lists of CALFW and CPLFW.
+        options: Options of `PairProtocol`: `threshold`, `fars`, `val_fars`, `pca`, `identities` ...
+
+    Returns:
+        The protocol.
+
+    Raises:
+        ValueError: The name is unknown, or the list is incomplete and has no folds: new folds would differ from the
+            published ones.
+
+    Examples:
+        >>> import numpy as np
+        >>> same = np.tile(np.repeat([True, False], 300), 10)
+        >>> pair_set("lfw", np.arange(6000) * 2, np.arange(6000) * 2 + 1, same, fars=(1e-3,))
+        PairProtocol(<6000 pairs>, fold_ids=None, threshold='grid', fars=(0.001,), images=None)
+    """
+    check_choice("pair_set", "name", name, tuple(PAIR_SETS))
+    check_choice("pair_set", "order", order, ("folds", "positives_first"))
+    known, count = PAIR_SETS[name], to_numpy(same).size
+    require(
+        count <= known.pairs,
+        "pair_set",
+        f"{name} must have {known.pairs} pairs, got {count}: is it an old list, or another set?",
+    )
+    require(
+        count == known.pairs or fold_ids is not None,
+        "pair_set",
+        f"fold_ids must be given where pairs of {name} are missing, got {count} of {known.pairs} pairs and no folds",
+    )
+    if fold_ids is None and order == "positives_first":
+        fold_ids = positives_first_folds(same)
+    notes = [f"{name}: {count} of {known.pairs} pairs", *([known.note] if known.note else [])]
+    return PairProtocol(left, right, same, fold_ids, notes=(*notes, *options.pop("notes", ())), **options)

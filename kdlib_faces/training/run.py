@@ -1,0 +1,189 @@
+"""A training run on face lists: reads them, checks the run folder, trains, and writes the network."""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal, TypeVar
+
+from torch import Tensor
+
+from kdlib._checks import check_number
+from kdlib.distiller import Distiller
+from kdlib_faces import progress as progress_bars
+from kdlib_faces._checks import InputError
+from kdlib_faces._output import check_output
+from kdlib_faces.config import dump_toml
+from kdlib_faces.data.batches import FaceBatches
+from kdlib_faces.data.images import load_images
+from kdlib_faces.data.lists import FaceList, read_faces
+from kdlib_faces.data.samplers import choose_samples_per_identity
+from kdlib_faces.data.seeded_views import SeededViews
+from kdlib_faces.data.views import AugmentConfig
+from kdlib_faces.teachers import TeacherNet, save_teacher
+from kdlib_faces.training.fit import Amp, Optimizer, fit
+from kdlib_faces.training.run_record import check_same_run, describe_run, write_run_record
+
+__all__ = ["RunConfig", "RunOptions", "TrainingConfig", "TrainingSetup", "train_on_faces"]
+
+T = TypeVar("T")
+
+MAX_MEMORY = 8 * 2**30
+"""Bytes of pixels that are held in memory; larger lists are stored in `OUTPUT/images.npy`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingConfig:
+    """Length, learning rate, batches and precision of a training run.
+
+    Attributes:
+        steps: Number of weight updates; None takes 10,000, or 200 when a pretrained network is fine-tuned.
+        lr: Peak learning rate; None takes 0.1 (SGD), or 0.0005 (AdamW) for fine-tuning.
+        batch_size: Images per step. With cross-age pairs these are 4 images of each identity.
+        amp: `"none"` or `"bfloat16"`.
+
+    Raises:
+        ValueError, TypeError: A value is out of range.
+    """
+
+    steps: int | None = None
+    lr: float | None = None
+    batch_size: int = 64
+    amp: Amp = "none"
+
+    def __post_init__(self) -> None:
+        if self.steps is not None:
+            check_number("TrainingConfig", "steps", self.steps, min=1, integer=True)
+        if self.lr is not None:
+            check_number("TrainingConfig", "lr", self.lr, above=0)
+        check_number("TrainingConfig", "batch_size", self.batch_size, min=2, integer=True)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """Settings that every recipe has; each recipe adds its own.
+
+    Attributes:
+        training: Length, learning rate, batches and precision.
+        augment: Views of the training images. Caches of random views replace them.
+    """
+
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunOptions:
+    """Inputs and outputs of a training run.
+
+    Attributes:
+        output: Folder of the run.
+        faces: Lists or folders of training images.
+        teachers: Files of the teachers, in the order of the recipe.
+        seed: Seed of weights, order and views.
+        progress: Show progress.
+    """
+
+    output: Path
+    faces: Sequence[str]
+    teachers: Sequence[str] = ()
+    seed: int = 0
+    progress: bool = True
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingSetup:
+    """What a recipe makes of its settings and the face lists.
+
+    Attributes:
+        config: All settings of the run, as they are recorded and written to `config.toml`.
+        distiller: The distiller to train.
+        network: The network in it that is saved.
+        input_size: Side of the training images, pixels.
+        fingerprints: Names of the teachers, or of the pretrained network, to their fingerprints.
+        views: Views that caches of teacher outputs hold and that replace random augmentation.
+        pair_ages: The target that holds the ages of cross-age pairs; None trains without pairs.
+        optimizer: `"sgd"` from scratch, `"adamw"` for fine-tuning.
+    """
+
+    config: RunConfig
+    distiller: Distiller
+    network: TeacherNet
+    input_size: int
+    fingerprints: Mapping[str, str] = field(default_factory=dict)
+    views: SeededViews | None = None
+    pair_ages: Literal["age", "age_group"] | None = None
+    optimizer: Optimizer = "sgd"
+
+
+def train_on_faces(build: Callable[[FaceList], TrainingSetup], options: RunOptions, *, recipe: str) -> Path:
+    """Train on face lists and write `model.pt` and `config.toml`; the same call resumes an interrupted run.
+
+    Pixels beyond 8 GiB (228,000 images of 112 pixels) are decoded once to `OUTPUT/images.npy` and read from there.
+
+    Args:
+        build: The recipe: face lists to everything that it decides.
+        options: Inputs and outputs.
+        recipe: Name of the recipe in the record of the run.
+
+    Returns:
+        The file of the trained network, `OUTPUT/model.pt`.
+
+    Raises:
+        InputError: Lists, teachers or output cannot be used, or the output holds another run.
+    """
+    quiet, output = not options.progress, options.output
+    if not options.faces:
+        raise InputError("train: --faces must be given, a CSV list or a folder")
+    check_output(output)
+    listed = read_faces(options.faces)
+    setup = build(listed)
+    training = setup.config.training
+    record = describe_run(setup.config, recipe, listed, setup.fingerprints)
+    check_same_run(output, record)
+    if len(listed) < training.batch_size:
+        raise InputError(f"train: batch_size must be at most the {len(listed)} images, got {training.batch_size}")
+
+    def bar(items: Iterable[T], label: str) -> Iterable[T]:
+        return progress_bars.progress(items, label, quiet=quiet)
+
+    large = len(listed) * 3 * setup.input_size**2 > MAX_MEMORY
+    pixels = output / "images.npy" if large else None
+    images = load_images(listed, setup.input_size, progress=bar, memory_map=pixels)
+    batches = _batches(setup, images, listed, options.seed)
+    output.mkdir(parents=True, exist_ok=True)
+    write_run_record(output, record)
+    (output / "config.toml").write_text(dump_toml(setup.config))
+    fine_tuning = setup.optimizer == "adamw"
+    fit(
+        setup.distiller,
+        batches,
+        output,
+        steps=training.steps or (200 if fine_tuning else 10_000),
+        lr=training.lr or (5e-4 if fine_tuning else 0.1),
+        seed=options.seed,
+        label=recipe,
+        quiet=quiet,
+        amp=training.amp,
+        optimizer=setup.optimizer,
+    )
+    target = output / "model.pt"
+    save_teacher(setup.network, target)
+    progress_bars.say(f"weights: {target}", quiet=quiet)
+    return target
+
+
+def _batches(setup: TrainingSetup, images: Tensor, faces: FaceList, seed: int) -> FaceBatches:
+    """Batches of random views, of cached views, or with several images of each identity for cross-age pairs."""
+    size, ages, groups = setup.config.training.batch_size, faces.ages, faces.age_groups
+    return FaceBatches(
+        images,
+        faces.identities,
+        batch_size=size,
+        seed=seed,
+        ages=ages,
+        age_groups=groups,
+        augment=setup.config.augment if setup.views is None else None,
+        views=setup.views,
+        samples_per_identity=choose_samples_per_identity(size, faces.num_identities) if setup.pair_ages else None,
+        identity_age=setup.pair_ages,
+    )
