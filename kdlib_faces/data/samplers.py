@@ -29,7 +29,7 @@ def balanced_order(
     Examples:
         >>> rows = balanced_order([5, 5, 8, 8, 9, 9], 4, 2, 3, np.random.default_rng(0))
         >>> [sorted(set(np.array([5, 5, 8, 8, 9, 9])[batch].tolist())) for batch in rows.reshape(3, 4)]
-        [[5, 9], [8, 9], [5, 9]]
+        [[5, 9], [5, 9], [8, 9]]
     """
     _, labels = np.unique(np.asarray(identities), return_inverse=True)
     counts = np.bincount(labels)

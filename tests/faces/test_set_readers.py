@@ -553,7 +553,7 @@ def test_a_part_of_fgnet_is_no_fgnet_unless_asked_for(tmp_path):
     assert len(read_fgnet(tmp_path / "a", published=False)) == 1001
     with pytest.raises(InputError, match="at least two identities are needed, got one"):
         read_fgnet(fgnet(tmp_path / "b", 5, 1), published=False)
-    with pytest.raises(InputError, match=r"no image is called like 001A02\.JPG"):
+    with pytest.raises(InputError, match=r"no image has a name like 001A02\.JPG"):
         read_fgnet(touch(tmp_path / "c", "x.jpg"))
     with pytest.raises(InputError, match="folder of images not found"):
         read_fgnet(tmp_path / "none")

@@ -200,11 +200,11 @@ def test_counts_are_the_published_ones(tmp_path):
             "face_tid_mid.txt",
             "template list of IJB-C has 469,375 images, 23,124 templates, got 60 im",
         ),
-        (read_ijb_landmarks, "name_5pts_score.txt", "landmark list of IJB-C has 469,375 images; here are 60 images"),
+        (read_ijb_landmarks, "name_5pts_score.txt", "landmark list of IJB-C has 469,375 images, got 60 images"),
         (
             read_ijb_pairs,
             "template_pair_label.txt",
-            "pair list of IJB-C has 19,557 pairs of one person, 15,638,932 pairs of two",
+            "pair list of IJB-C has 19,557 genuine pairs, 15,638,932 impostor pairs",
         ),
     ):
         with pytest.raises(InputError, match=message):

@@ -122,7 +122,7 @@ def read_agedb_pairs(path: str | PathLike[str], *, published: bool = True) -> Im
 
 def _fold(value: Value, where: str) -> tuple[list[Value], Numbers]:
     """Images (left and right alternate) and labels, unwrapped from the cells and structs of one item around them."""
-    for _ in range(8):
+    for _ in range(9):
         items = _inner(value)
         if len(items) != 1:
             break
