@@ -1,10 +1,10 @@
-"""Losses against their peers: `python benchmarks/bench_losses.py [--only NAME] [--threads 2]`.
+"""Speed and memory of the losses: `python benchmarks/bench_losses.py [--only NAME] [--threads 2]`.
 
-Forward and backward of each loss here and of the same loss in torchdistill 1.1.5 (`pip install --no-deps torchdistill==1.1.5`)
-where that has it, and of the form written straight from the formula, as most public code has it: of the two, the one that is
-faster here is the peer. Time: ours and theirs in turn, median of the pairs. Memory: peak above the inputs, each in a process
-of its own. Ratios of one run on one machine; values are compared first, so that they do the same. A size at which no peer
-fits a machine is held against a limit of memory instead. Writes `results/losses.json`.
+Measures forward and backward of each loss, of the same loss in torchdistill 1.1.5 if it has it
+(`pip install --no-deps torchdistill==1.1.5`), and of the plain formula as in most public code. The faster of the two is the
+peer. Time is measured in turns and reported as the median of the ratios; memory is the peak above the inputs in a separate
+process. Values are compared first. Where no peer fits into memory, ours is compared with a limit. Writes
+`results/losses.json`.
 """
 
 import argparse
@@ -45,14 +45,14 @@ class Row:
     peers: dict[str, Pair]
     shape: tuple[int, ...]
     factor: float = 1.0
-    """Our value over the peers', where the conventions differ."""
+    """Ratio of our value to that of the peers, if the conventions differ."""
     rounds: int = 9
     limit_mib: float | None = None
-    """Without peers: what the extra memory must stay below."""
+    """Without peers: upper limit of the extra memory."""
 
 
 def naive_angle(student: Tensor, teacher: Tensor) -> Tensor:
-    """The (b, b, d) form that every peer has."""
+    """Difference vectors `(b, b, d)`, as in all peers."""
     angles = []
     for x in (student, teacher):
         e = F.normalize(x.unsqueeze(0) - x.unsqueeze(1), dim=2)
@@ -61,7 +61,7 @@ def naive_angle(student: Tensor, teacher: Tensor) -> Tensor:
 
 
 def naive_distance(student: Tensor, teacher: Tensor) -> Tensor:
-    """Expanded squares, as peers have it."""
+    """Expanded squares, as in the peers."""
     out = []
     for x in (student, teacher):
         square = x.pow(2).sum(1)
@@ -72,7 +72,7 @@ def naive_distance(student: Tensor, teacher: Tensor) -> Tensor:
 
 
 def naive_nst(student: Tensor, teacher: Tensor) -> Tensor:
-    """Broadcast over channel pairs, as peers have it."""
+    """Broadcasting over pairs of channels, as in the peers."""
     s, t = F.normalize(student.flatten(2), dim=2), F.normalize(teacher.flatten(2), dim=2)
 
     def kernel(x: Tensor, y: Tensor) -> Tensor:
@@ -87,7 +87,7 @@ def naive_soft(student: Tensor, teacher: Tensor) -> Tensor:
 
 
 def naive_dkd(student: Tensor, teacher: Tensor, target: Tensor) -> Tensor:
-    """The authors' way: masks of the size of the logits."""
+    """Masks of the size of the logits, as in the authors' code."""
     mask = torch.zeros_like(student).scatter_(1, target[:, None], 1).bool()
     p_s, p_t = (student / 4).softmax(1), (teacher / 4).softmax(1)
 
@@ -100,7 +100,7 @@ def naive_dkd(student: Tensor, teacher: Tensor, target: Tensor) -> Tensor:
 
 
 def naive_gaussian(student: Tensor, teacher: Tensor) -> Tensor:
-    """Row by row, as peers have it."""
+    """Row by row, as in the peers."""
     out = []
     for x in (F.normalize(student), F.normalize(teacher.detach())):
         rows = [sum((0.8**p) / (1, 1, 2)[p] * (row @ x.T) ** p for p in range(3)) for row in x]
@@ -131,12 +131,12 @@ def naive_at(student: Tensor, teacher: Tensor) -> Tensor:
 
 
 def of_torchdistill(module: Any) -> Pair:
-    """Its losses take dictionaries of dictionaries."""
+    """Adapt a loss of torchdistill, which takes dictionaries of dictionaries."""
     return lambda student, teacher: module({"x": {"output": student}}, {"x": {"output": teacher.detach()}})
 
 
 def of_torchdistill_squared(module: Any) -> Pair:
-    """Its correlation congruence takes unit rows, and is the root of ours over b."""
+    """Adapt its correlation congruence, which takes unit rows and returns the root of ours divided by b."""
     peer = of_torchdistill(module)
 
     def squared(student: Tensor, teacher: Tensor) -> Tensor:
@@ -146,7 +146,7 @@ def of_torchdistill_squared(module: Any) -> Pair:
 
 
 def rows() -> dict[str, Row]:
-    """The table, with torchdistill where it has the loss."""
+    """Return the cases, with torchdistill where it has the loss."""
     theirs: dict[str, Pair] = {}
     if mid_level is not None:
         relation = partial(mid_level.RKDLoss, "x", "x", reduction="mean")
@@ -157,7 +157,7 @@ def rows() -> dict[str, Row]:
             "pkt": of_torchdistill(mid_level.PKTLoss("x", "output", "x", "output")),
             "correlation_congruence": of_torchdistill_squared(mid_level.CCKDLoss("x", "x", kernel, "batchmean")),
             "attention_transfer": of_torchdistill(
-                mid_level.ATLoss({"one": {who: {"io": "output", "path": "x"} for who in ("student", "teacher")}})
+                mid_level.ATLoss({"one": {side: {"io": "output", "path": "x"} for side in ("student", "teacher")}})
             ),
         }
     target = torch.arange(64)
@@ -173,7 +173,7 @@ def rows() -> dict[str, Row]:
         # The difference vectors alone would take 8 GiB a side.
         "rkd_angle, b = 2048": Row(kd.rkd_angle, {}, (2048, 512), rounds=1, limit_mib=1024),
         "rkd_distance": row("rkd_distance", kd.rkd_distance, naive_distance, (512, 512), rounds=31),
-        # torchdistill's rows have unit L1 norm, so it is another loss.
+        # torchdistill uses rows of unit L1 norm, which is a different loss.
         "similarity_preserving": row("", kd.similarity_preserving, naive_sp, (256, 128, 7, 7), rounds=31),
         "correlation_congruence": row(
             "correlation_congruence", kd.correlation_congruence, naive_gaussian, (512, 512), rounds=5
@@ -190,14 +190,14 @@ def rows() -> dict[str, Row]:
 
 
 def inputs(shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-    """A student that asks for a gradient, and a teacher."""
+    """Return a student that requires a gradient and a teacher."""
     generator = torch.Generator().manual_seed(0)
     student = torch.randn(shape, generator=generator).requires_grad_()
     return student, torch.randn(shape, generator=generator)
 
 
 def once(loss: Pair, student: Tensor, teacher: Tensor) -> float:
-    """Seconds of a forward and backward."""
+    """Return the seconds of a forward and a backward pass."""
     student.grad = None
     began = time.perf_counter()
     loss(student, teacher).backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
@@ -205,21 +205,21 @@ def once(loss: Pair, student: Tensor, teacher: Tensor) -> float:
 
 
 def memory(name: str, side: str) -> None:
-    """In a process of its own: print the peak above the inputs and the student's gradient."""
+    """Print the peak memory above the inputs and the gradient; runs in a separate process."""
     row = rows()[name]
     loss = row.ours if side == "ours" else row.peers[side]
     small = tuple(min(n, 64) for n in row.shape)
     once(loss, *inputs(small))
     student, teacher = inputs(row.shape)
     student.grad = torch.zeros_like(student)
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+    Path("/proc/self/clear_refs").write_text("5")  # reset the peak
     before = resident("VmRSS")
     loss(student, teacher).backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
     print(resident("VmHWM") - before)
 
 
 def resident(field: str) -> int:
-    """A field of this process's status, bytes."""
+    """Return a field of the status of this process in bytes."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(field):
             return int(line.split()[1]) * 1024
@@ -227,33 +227,35 @@ def resident(field: str) -> int:
 
 
 def extra(name: str, side: str, threads: int) -> int:
-    """Peak memory of one side, bytes, least of three processes."""
+    """Return the peak memory of one side in bytes, the minimum of three processes."""
     command = [sys.executable, __file__, "--memory", side, "--only", name, "--threads", str(threads)]
     times = 1 if rows()[name].limit_mib else 3
-    found = [int(subprocess.run(command, capture_output=True, text=True, check=True).stdout) for _ in range(times)]
-    return max(min(found), 1)
+    peaks = [int(subprocess.run(command, capture_output=True, text=True, check=True).stdout) for _ in range(times)]
+    return max(min(peaks), 1)
 
 
 def measure(name: str, row: Row, threads: int) -> dict[str, Any]:
-    """Values, times and memory of ours and of the fastest peer."""
+    """Return values, times and memory of our loss and of the fastest peer."""
     student, teacher = inputs(row.shape)
     if not row.peers:
         seconds = statistics.median(once(row.ours, student, teacher) for _ in range(row.rounds))
         mib = extra(name, "ours", threads) / MIB
-        found = {"milliseconds": round(1000 * seconds, 3), "extra_mib": round(mib, 2), "limit_mib": row.limit_mib}
-        return {"shape": list(row.shape), "peer": "none fits"} | found
-    ours, off = float(row.ours(student, teacher).detach()), 0.0
-    for who, peer in row.peers.items():
+        measured = {"milliseconds": round(1000 * seconds, 3), "extra_mib": round(mib, 2), "limit_mib": row.limit_mib}
+        return {"shape": list(row.shape), "peer": "none fits"} | measured
+    ours, difference = float(row.ours(student, teacher).detach()), 0.0
+    for name_of_peer, peer in row.peers.items():
         other = row.factor * float(peer(student, teacher).detach())
-        off = max(off, abs(ours - other) / max(abs(ours), 1e-12))
-        if off > 2e-3:
-            raise SystemExit(f"{name}: ours is {ours}, that of {who} times {row.factor} is {other}: not the same loss")
+        difference = max(difference, abs(ours - other) / max(abs(ours), 1e-12))
+        if difference > 2e-3:
+            raise SystemExit(
+                f"{name}: ours is {ours}, that of {name_of_peer} times {row.factor} is {other}: not the same loss"
+            )
     for loss in (row.ours, *row.peers.values()):
         once(loss, student, teacher)
     rounds = [[once(loss, student, teacher) for loss in (row.ours, *row.peers.values())] for _ in range(row.rounds)]
     mine, *others = zip(*rounds, strict=True)
     times = dict(zip(row.peers, others, strict=True))
-    best = min(times, key=lambda who: statistics.median(times[who]))
+    best = min(times, key=lambda peer: statistics.median(times[peer]))
     bytes_ours, bytes_peer = extra(name, "ours", threads), extra(name, best, threads)
     return {
         "shape": list(row.shape),
@@ -264,26 +266,24 @@ def measure(name: str, row: Row, threads: int) -> dict[str, Any]:
         "extra_mib": round(bytes_ours / MIB, 2),
         "peer_extra_mib": round(bytes_peer / MIB, 2),
         "times_less_memory": round(bytes_peer / bytes_ours, 2),
-        "relative_difference": float(f"{off:.2g}"),
+        "relative_difference": float(f"{difference:.2g}"),
     }
 
 
-def line(name: str, found: dict[str, Any]) -> str:
-    """One row as text."""
-    head = f"{name:28}{'x'.join(map(str, found['shape'])):>22}{found['milliseconds']:>10.2f}"
-    if "limit_mib" in found:
-        return (
-            f"{head}{'':>18}{found['extra_mib']:>9.1f}{'':>10}  {'':6}  limit {found['limit_mib']:g} MiB, no peer fits"
-        )
+def line(name: str, result: dict[str, Any]) -> str:
+    """Format a row as text."""
+    head = f"{name:28}{'x'.join(map(str, result['shape'])):>22}{result['milliseconds']:>10.2f}"
+    if "limit_mib" in result:
+        return f"{head}{'':>18}{result['extra_mib']:>9.1f}{'':>10}  {'':6}  limit {result['limit_mib']:g} MiB, no peer fits"
     return (
-        f"{head}{found['peer_milliseconds']:>10.2f}{found['times_faster']:>7.1f}x{found['extra_mib']:>9.1f}"
-        f"{found['peer_extra_mib']:>10.1f}{found['times_less_memory']:>7.1f}x  {found['peer']}"
+        f"{head}{result['peer_milliseconds']:>10.2f}{result['times_faster']:>7.1f}x{result['extra_mib']:>9.1f}"
+        f"{result['peer_extra_mib']:>10.1f}{result['times_less_memory']:>7.1f}x  {result['peer']}"
     )
 
 
 def main() -> None:
-    """Print the table, keep it."""
-    parser = argparse.ArgumentParser(description="Losses against their peers.")
+    """Print and save the table."""
+    parser = argparse.ArgumentParser(description="Speed and memory of the losses.")
     parser.add_argument("--only", help="one row")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--memory", help=argparse.SUPPRESS)
@@ -296,10 +296,10 @@ def main() -> None:
     for name, row in rows().items():
         if options.only not in (None, name):
             continue
-        table[name] = found = measure(name, row, options.threads)
-        print(line(name, found), flush=True)
-        if found["extra_mib"] > found.get("limit_mib", found["extra_mib"]):
-            raise SystemExit(f"{name}: takes {found['extra_mib']} MiB, the limit is {found['limit_mib']}")
+        table[name] = result = measure(name, row, options.threads)
+        print(line(name, result), flush=True)
+        if result["extra_mib"] > result.get("limit_mib", result["extra_mib"]):
+            raise SystemExit(f"{name}: takes {result['extra_mib']} MiB, the limit is {result['limit_mib']}")
     if options.only is None:
         kept = {"torch": torch.__version__, "threads": options.threads, "cores": os.cpu_count()}
         kept |= {"platform": platform.machine(), "rows": table}

@@ -1,8 +1,8 @@
-"""What an `OnnxTeacher` costs over bare onnxruntime: `python benchmarks/bench_onnx.py [--onnx FILE ...] [--threads 1]`.
+"""Overhead of `OnnxTeacher` over bare onnxruntime: `python benchmarks/bench_onnx.py [--onnx FILE ...] [--threads 1]`.
 
-The same images, the same number of threads: `teacher(images)` from a tensor to a tensor against `session.run` from an array to an
-array, in turn, ratio pair by pair, median. Without `--onnx`, a network of the size of a light face backbone is made on the
-spot. Bare sessions have onnxruntime's defaults but for the number of threads. Writes `results/onnx.json`.
+`teacher(images)`, from a tensor to a tensor, and `session.run`, from an array to an array, alternate on the same images with the same
+number of threads; the result is the median of the paired ratios. Without `--onnx`, a network of the size of a light face backbone
+is generated. Bare sessions use onnxruntime's defaults except for the number of threads. Writes `results/onnx.json`.
 """
 
 import argparse
@@ -24,8 +24,8 @@ from kdlib_faces.progress import progress
 from kdlib_faces.teachers import OnnxTeacher
 
 
-def made(folder: Path) -> Path:
-    """A stem, 3 x 4 residual bottlenecks at three grids, an embedding: 0.3 billion multiply-adds."""
+def generate(folder: Path) -> Path:
+    """Write a network of a stem, 3 x 4 residual bottlenecks on three grids and an embedding: 0.3 billion multiply-adds."""
     rng = np.random.default_rng(0)
     nodes: list[Any] = []
     weights: list[Any] = []
@@ -65,12 +65,12 @@ def made(folder: Path) -> Path:
 
 
 def paired(ours: Callable[[], object], bare: Callable[[], object], rounds: int, label: str) -> dict[str, float]:
-    """Median milliseconds of each, median and quartiles of the ratios of neighbors, and the ratio of the processor's time."""
+    """Median milliseconds of both, median and quartiles of the paired ratios, and the ratio of processor time."""
     ours(), bare()
     times, spent = [], [0.0, 0.0]
     for number in progress(range(rounds), label):
         pair = [0.0, 0.0]
-        for at in (0, 1) if number % 2 else (1, 0):  # neither is always the first
+        for at in (0, 1) if number % 2 else (1, 0):  # alternate the order
             began, used = time.perf_counter(), time.process_time()
             (ours, bare)[at]()
             pair[at] = time.perf_counter() - began
@@ -79,13 +79,13 @@ def paired(ours: Callable[[], object], bare: Callable[[], object], rounds: int, 
     ratios = sorted(a / b for a, b in times)
     low, middle, high = (ratios[int(share * (len(ratios) - 1))] for share in (0.25, 0.5, 0.75))
     a, b = (1000 * statistics.median(pair[at] for pair in times) for at in (0, 1))
-    told = {"milliseconds": a, "bare_milliseconds": b, "ratio": middle, "ratio_low": low, "ratio_high": high}
-    told["processor_ratio"] = spent[0] / spent[1]
-    return {name: round(value, 4) for name, value in told.items()}
+    row = {"milliseconds": a, "bare_milliseconds": b, "ratio": middle, "ratio_low": low, "ratio_high": high}
+    row["processor_ratio"] = spent[0] / spent[1]
+    return {name: round(value, 4) for name, value in row.items()}
 
 
 def measured(path: Path, batch: int, threads: int, rounds: int) -> dict[str, Any]:
-    """One file: the teacher, and a session of onnxruntime that is fed the way the teacher has found right."""
+    """Measure one file: the teacher, and an onnxruntime session with the same images per run."""
     import onnxruntime
 
     teacher = OnnxTeacher(path, threads=threads)
@@ -101,33 +101,33 @@ def measured(path: Path, batch: int, threads: int, rounds: int) -> dict[str, Any
     def bare() -> Any:
         return [session.run(None, {name: array[start : start + step]}) for start in range(0, batch, step)]
 
-    want = np.concatenate([each[0] for each in bare()])
-    assert np.allclose(teacher(images)["embedding"].numpy(), want, atol=1e-4)
+    expected = np.concatenate([each[0] for each in bare()])
+    assert np.allclose(teacher(images)["embedding"].numpy(), expected, atol=1e-4)
     row = paired(lambda: teacher(images), bare, rounds, f"{path.stem}, {batch} images")
     return {"batch": batch, "images_in_one_run": step, **row}
 
 
 def main() -> None:
-    """Print the table, keep it."""
-    parser = argparse.ArgumentParser(description="OnnxTeacher over bare onnxruntime.")
+    """Print and write the table."""
+    parser = argparse.ArgumentParser(description="Overhead of OnnxTeacher over bare onnxruntime.")
     parser.add_argument("--onnx", action="append", default=[], type=Path, help="a face network; repeatable")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--rounds", type=int, default=21)
-    asked = parser.parse_args()
-    torch.set_num_threads(asked.threads)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
     with tempfile.TemporaryDirectory() as folder:
-        files = asked.onnx or [made(Path(folder))]
-        rows = {path.stem: measured(path, asked.batch, asked.threads, asked.rounds) for path in files}
+        files = options.onnx or [generate(Path(folder))]
+        rows = {path.stem: measured(path, options.batch, options.threads, options.rounds) for path in files}
     for name, row in rows.items():
         print(f"{name:28}" + "  ".join(f"{key} {value:g}" for key, value in row.items()))
-    kept = {
+    setup = {
         "torch": torch.__version__,
-        "threads": asked.threads,
+        "threads": options.threads,
         "cores": os.cpu_count(),
         "platform": platform.machine(),
     }
-    (Path(__file__).parent / "results" / "onnx.json").write_text(json.dumps(kept | {"rows": rows}, indent=1) + "\n")
+    (Path(__file__).parent / "results" / "onnx.json").write_text(json.dumps(setup | {"rows": rows}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
-"""How hard should the age map be held? `python benchmarks/study_age_map.py --faces LIST.csv --teacher A.onnx --teacher B.onnx`.
+"""Choose the L2-SP weight of the age map: `python benchmarks/study_age_map.py --faces LIST.csv --teacher A.onnx --teacher B.onnx`.
 
-`fit_age_map` on the frozen embeddings of some people of the list, tested on the others, in turn, until all have been tested
-(5 folds over identities, dealt several times), for a row of pulls: TAR at FAR 1e-3 of pairs of an adult and a young image and of
-pairs of two adult images; flipped image added. Of the pairs, differences to the pull of the line `over` have intervals of a
-bootstrap over identities, paired. The line "chosen" takes for each fold the pull that was best on the other folds, so
-that no pair is tested by a pull that it has helped to choose. Writes `results/age_map.json`: figures alone.
+For a range of weights, `fit_age_map` is fitted to the frozen embeddings of some identities and tested on the others, in 5 folds over
+identities, for several random splits. The metric is TAR at FAR 1e-3 of pairs of an adult and a young image and of pairs of two
+adult images, with flip test. Differences from the weight named `over` have paired bootstrap intervals over identities. The row "chosen"
+uses in each fold the weight that was best on the other folds, so that no pair is tested with a weight that it helped to choose.
+Writes `results/age_map.json`, which holds no images.
 """
 
 import argparse
@@ -24,15 +24,15 @@ from kdlib_faces.progress import progress
 from kdlib_faces.teachers import OnnxTeacher, fit_age_map
 
 RESULTS = Path(__file__).parent / "results" / "age_map.json"
-PULLS = (0.0, 10.0, 30.0, 50.0, 100.0, 200.0, 500.0)
+WEIGHTS = (0.0, 10.0, 30.0, 50.0, 100.0, 200.0, 500.0)
 OVER = 10.0
-"""The default until these figures moved it."""
+"""The default before this study."""
 
-Draws = dict[str, tuple[float, np.ndarray, int]]
+Estimates = dict[str, tuple[float, np.ndarray, int]]
 
 
-def seen(path: str, faces: str) -> Faces:
-    """The list's people as a teacher sees them."""
+def embed_list(path: str, faces: str) -> Faces:
+    """The embeddings of a list by a teacher."""
     listed = read_faces([faces])
     if listed.age_groups is None:
         raise SystemExit("the list must have age groups")
@@ -48,24 +48,24 @@ def seen(path: str, faces: str) -> Faces:
     )
 
 
-def fold(faces: Faces, test: np.ndarray, pull: float | None, replicates: int) -> Draws:
-    """By bin, TAR, its replicates and the number of genuine pairs; without a pull that of the embeddings as they are."""
+def fold(faces: Faces, test: np.ndarray, weight: float | None, replicates: int) -> Estimates:
+    """TAR, its replicates and the number of genuine pairs by bin; without a map if the weight is None."""
     rows, train = np.flatnonzero(test), np.flatnonzero(~test)
     embeddings = faces.sums(rows)
-    if pull is not None:
-        who = torch.from_numpy(np.unique(faces.identities[train], return_inverse=True)[1])
-        embeddings = embeddings @ fit_age_map(faces.sums(train), who, **faces.far(train), l2_sp_weight=pull)
+    if weight is not None:
+        matrix = fit_age_map(faces.sums(train), faces.labels(train), **faces.ages_of(train), l2_sp_weight=weight)
+        embeddings = embeddings @ matrix
     result = protocol(faces, rows, replicates).evaluate(F.normalize(embeddings, dim=1).double().numpy())
-    found = {}
+    bins = {}
     for entry in result.bins:
         estimate = entry.own_tar[FAR]
         if estimate.value is not None and estimate.replicates is not None:
-            found[entry.name] = (estimate.value, estimate.replicates, entry.genuine)
-    return found
+            bins[entry.name] = (estimate.value, estimate.replicates, entry.genuine)
+    return bins
 
 
-def pooled(parts: list[Draws]) -> dict[str, tuple[float, np.ndarray]]:
-    """Over folds, weighted by their genuine pairs."""
+def pooled(parts: list[Estimates]) -> dict[str, tuple[float, np.ndarray]]:
+    """Means over the folds, weighted by their genuine pairs."""
     out = {}
     for name in parts[0]:
         cells = [part[name] for part in parts if name in part]
@@ -77,60 +77,62 @@ def pooled(parts: list[Draws]) -> dict[str, tuple[float, np.ndarray]]:
     return out
 
 
-def study(faces: Faces, deals: int, replicates: int) -> dict[str, Any]:
-    """Every pull on every deal of the folds; the mean over deals, and each deal by itself."""
-    ways: dict[str, list[list[Draws]]] = {}
-    for deal in range(deals):
-        dealt = folds(faces.identities, FOLDS, seed=deal)
-        mine: dict[float | None, list[Draws]] = {}
-        for pull in (None, *PULLS):
-            mine[pull] = [fold(faces, test, pull, replicates) for test in dealt]
-            ways.setdefault("start" if pull is None else f"pull {pull:g}", []).append(mine[pull])
+def study(faces: Faces, splits: int, replicates: int) -> dict[str, Any]:
+    """Every weight on every split into folds; means over the splits, and each split."""
+    methods: dict[str, list[list[Estimates]]] = {}
+    for split in range(splits):
+        tests = folds(faces.identities, FOLDS, seed=split)
+        by_weight: dict[float | None, list[Estimates]] = {}
+        for weight in (None, *WEIGHTS):
+            by_weight[weight] = [fold(faces, test, weight, replicates) for test in tests]
+            methods.setdefault("start" if weight is None else f"L2-SP {weight:g}", []).append(by_weight[weight])
         chosen = []
         for at in range(FOLDS):
             others = {
-                pull: pooled([part for number, part in enumerate(mine[pull]) if number != at])["adult-young"][0]
-                for pull in PULLS
+                weight: pooled([part for number, part in enumerate(by_weight[weight]) if number != at])["adult-young"][
+                    0
+                ]
+                for weight in WEIGHTS
             }
-            chosen.append(mine[max(others, key=lambda pull: others[pull])][at])
-        ways.setdefault("chosen", []).append(chosen)
-    against = [pooled(parts) for parts in ways[f"pull {OVER:g}"]]
-    return {name: _row([pooled(parts) for parts in of_deals], against) for name, of_deals in ways.items()}
+            chosen.append(by_weight[max(others, key=lambda weight: others[weight])][at])
+        methods.setdefault("chosen", []).append(chosen)
+    against = [pooled(parts) for parts in methods[f"L2-SP {OVER:g}"]]
+    return {name: _row([pooled(parts) for parts in by_split], against) for name, by_split in methods.items()}
 
 
 def _row(mine: list[dict[str, Any]], against: list[dict[str, Any]]) -> dict[str, Any]:
-    found = {}
+    bins = {}
     for name in mine[0]:
         over = [m[name][0] - a[name][0] for m, a in zip(mine, against, strict=True)]
         draws = np.mean([m[name][1] - a[name][1] for m, a in zip(mine, against, strict=True)], axis=0)
         low, high = np.nanquantile(draws, (0.025, 0.975))
-        found[name] = {
+        bins[name] = {
             "tar": round(float(np.mean([m[name][0] for m in mine])), 4),
             "over": {"value": round(float(np.mean(over)), 4), "low": round(low, 4), "high": round(high, 4)},
-            "deals": [round(m[name][0], 4) for m in mine],
+            "splits": [round(m[name][0], 4) for m in mine],
         }
-    return found
+    return bins
 
 
 def main() -> None:
-    """Run, print, keep."""
-    parser = argparse.ArgumentParser(description="How hard the age map should be held, on people kept apart.")
+    """Run the study."""
+    parser = argparse.ArgumentParser(description="The L2-SP weight of the age map, tested on unseen identities.")
     parser.add_argument("--faces", required=True, help="CSV list with age groups")
     parser.add_argument("--teacher", action="append", required=True, help=".onnx; repeatable")
-    parser.add_argument("--deals", type=int, default=3, help="how often the people are dealt to folds (3)")
+    parser.add_argument("--splits", type=int, default=3, help="random splits of the identities into folds (3)")
     parser.add_argument("--replicates", type=int, default=500)
     options = parser.parse_args()
     content: dict[str, Any] = {
         "metric": "TAR at FAR 1e-3 against impostor pairs of the same bin, mean of 5 folds over identities",
-        "over": f"pull {OVER:g}",
-        "deals": options.deals,
+        "over": f"L2-SP {OVER:g}",
+        "splits": options.splits,
         "replicates": options.replicates,
         "torch": torch.__version__,
         "teachers": {},
     }
     for path in options.teacher:
         began = time.perf_counter()
-        rows = study(seen(path, options.faces), options.deals, options.replicates)
+        rows = study(embed_list(path, options.faces), options.splits, options.replicates)
         content["teachers"][Path(path).stem] = rows
         for name, bins in rows.items():
             cells = [

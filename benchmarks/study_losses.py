@@ -37,7 +37,7 @@ from kdlib_faces.data.batches import FaceBatches
 from kdlib_faces.data.views import AugmentConfig
 from kdlib_faces.demo.run import DemoConfig
 from kdlib_faces.demo.stages import embed
-from kdlib_faces.demo.synthetic import drawn_sets
+from kdlib_faces.demo.synthetic import synthetic_sets
 from kdlib_faces.evaluation import AgeGapProtocol, compare
 from kdlib_faces.heads import CosFaceHead
 from kdlib_faces.progress import say
@@ -128,7 +128,7 @@ class Faces:
     def __init__(self, config: DemoConfig, work: Path, seed: int) -> None:
         self.config, self.work, self.seed, self.dim = config, work, seed, config.student.embedding_dim
         self.alone: nn.Module | None = None
-        general, aged, self.test = drawn_sets(config, seed)
+        general, aged, self.test = synthetic_sets(config, seed)
         general_images = general.images()
         self.images = torch.cat([general_images, aged.images()])
         self.identities = torch.cat([general.labels, aged.labels + general.identities])

@@ -1,8 +1,8 @@
 """How far does the student get alone? `python benchmarks/study_student_alone.py [--seed 0]`, about ten minutes on two cores.
 
 The demo trains its student alone with one setting, that of the distilled one. A comparison is fair only if no other setting
-does much better, so this trains the demo's student alone, on the demo's drawn faces, with other learning rates, margins and
-lengths, and prints TAR at FAR 1 % by age gap beside the distilled student's of `results/drawn.json`. Writes
+does much better, so this trains the demo's student alone, on the demo's synthetic faces, with other learning rates, margins and
+lengths, and prints TAR at FAR 1 % by age gap beside the distilled student's of `results/synthetic.json`. Writes
 `results/student_alone.json`. Settings are compared on the very test set: the best of them flatters the student alone.
 """
 
@@ -17,7 +17,7 @@ import torch
 
 from kdlib_faces.demo.run import DemoConfig
 from kdlib_faces.demo.stages import DemoData, embed, train_student
-from kdlib_faces.demo.synthetic import drawn_sets
+from kdlib_faces.demo.synthetic import synthetic_sets
 from kdlib_faces.evaluation import evaluate
 from kdlib_faces.recipes.liaad import build
 
@@ -39,7 +39,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 
 def material(config: DemoConfig, seed: int) -> DemoData:
     """The demo's training and test faces, without teachers."""
-    general, aged, test = drawn_sets(config, seed)
+    general, aged, test = synthetic_sets(config, seed)
     identities = torch.cat([general.labels, aged.labels + general.identities]).numpy()
     return DemoData(
         title="",
@@ -88,10 +88,10 @@ def main() -> None:
         rows[name] = alone(faces, config, seed, changes)
         cells = [f"{bin_name}: {100 * tar['value']:5.1f}" for bin_name, tar in rows[name]["tar"].items()]
         print(f"{name:26} {rows[name]['steps']:5} steps  " + "  ".join(cells), flush=True)
-    drawn = json.loads((RESULTS / "drawn.json").read_text())["models"]["student_distilled"]
+    drawn = json.loads((RESULTS / "synthetic.json").read_text())["models"]["student_distilled"]
     bins = drawn["protocols"]["age_gap"]["bins"]
     tars = {entry["name"]: _estimate(entry["tar"]["0.01"]) for entry in bins}
-    rows["distilled, from drawn.json"] = {
+    rows["distilled, from synthetic.json"] = {
         "steps": drawn["train_steps"],
         "seconds": drawn["train_seconds"],
         "tar": tars,

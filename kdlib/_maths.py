@@ -9,11 +9,12 @@ from torch import Tensor
 from kdlib._checks import check_choice, check_weight
 
 __all__ = [
-    "FAR", "REDUCTIONS", "Reduction", "directions", "full_precision", "hold_short", "hold_steep", "mean_square", "promote",
-    "promoted_dtype", "reduce", "rescale", "shortest_length", "unit_rows",
+    "FAR", "REDUCTIONS", "MeanOnly", "Reduction", "directions", "full_precision", "hold_short", "hold_steep",
+    "mean_square", "promote", "promoted_dtype", "reduce", "rescale", "shortest_length", "unit_rows",
 ]  # fmt: skip
 
 Reduction: TypeAlias = Literal["mean", "none"]
+MeanOnly: TypeAlias = Literal["mean"]
 REDUCTIONS = ("mean", "none")
 
 FAR = 1e15

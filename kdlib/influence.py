@@ -100,10 +100,8 @@ class InfluenceReport:
         for label, row in rows:
             numbers = (f"{row.weight:8.3f} {row.loss:#9.4g}", f"{row.loss_share:7.1%} {row.gradient:#9.4g}")
             lines.append(f"{label:<{width}} {' '.join(numbers)} {row.gradient_share:7.1%}")
-        for prefix, cosines in [
-            *((f"{name}: ", term.cosines) for name, term in self.terms.items()),
-            ("", self.cosines),
-        ]:
+        within_terms = [(f"{name}: ", term.cosines) for name, term in self.terms.items()]
+        for prefix, cosines in [*within_terms, ("", self.cosines)]:
             for (a, b), cosine in cosines.items():
                 value = "none" if cosine is None else f"{cosine:.2f}"
                 lines.append(f"cosine of gradients: {prefix}{a}, {b} {value}")
@@ -182,7 +180,7 @@ def _divisor(sample: Tensor) -> Tensor:
 
 
 def measure(step: int, compared: Mapping[str, Comparison], terms: Mapping[str, tuple[float, str]]) -> InfluenceReport:
-    """Measure the terms of one batch: `compared` by name, and the weight and student feature of each name in `terms`."""
+    """Measure the terms of one batch; `terms` holds the weight and the student feature of each."""
     losses: dict[str, list[float]] = {}
     shares: dict[str, list[float]] = {}
     gradients: dict[str, list[Tensor]] = {}

@@ -182,9 +182,8 @@ class Objective(nn.Module):
         if weighting is not None:
             check_callable("Objective", "weighting", weighting)
         if weigh_by is not None:
-            check_name(
-                "Objective", "term", weigh_by, [name for name, term in terms.items() if term.teacher is not None]
-            )
+            with_teachers = [name for name, term in terms.items() if term.teacher is not None]
+            check_name("Objective", "term", weigh_by, with_teachers)
         self.terms = dict(terms)
         self.weighting = UniformWeighting() if weighting is None else weighting
         self.weigh_by = weigh_by

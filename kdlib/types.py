@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 
 __all__ = [
-    "Features", "FrozenModel", "GraphWeighting", "HasFingerprint", "HasTaps", "Loss", "PenalizedWeighting", "Projection",
-    "Targets", "Teacher", "WeightedLoss", "Weighting",
+    "Features", "FrozenModel", "GraphWeighting", "HasFingerprint", "HasTaps", "Loss", "PenalizedWeighting",
+    "Projection", "Targets", "Teacher", "WeightedLoss", "Weighting",
 ]  # fmt: skip
 
 Features: TypeAlias = Mapping[str, Tensor]

@@ -1,6 +1,6 @@
-"""The command line: `kdlib-faces demo | train | evaluate | cache | report | inspect`. Words go to standard error, results to files.
+"""The command line `kdlib-faces`: parses the options and calls the command.
 
-Everything a user can cause ends in one line and exit code 2; heavy imports wait until a command needs them.
+User errors print one line and exit with code 2. Heavy packages are imported by the commands that need them.
 """
 
 import argparse
@@ -13,11 +13,9 @@ from typing import NoReturn
 
 __all__ = ["main"]
 
-QUICK_STEPS = 300
-
 
 class _Parser(argparse.ArgumentParser):
-    more: Callable[[], str] | None = None  # text for the end of the help, made only when it is shown
+    more: Callable[[], str] | None = None  # makes the end of the help text when it is shown
 
     def format_help(self) -> str:
         if self.more is not None:
@@ -29,82 +27,94 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _protocols() -> str:
-    from kdlib_faces.harness.registry import listing
+    from kdlib_faces.commands.evaluate import list_protocols
 
-    return f"protocols:\n{listing()}"
+    return f"protocols:\n{list_protocols()}"
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="kdlib-faces", description="Light age-invariant face recognition.")
-    parser.add_argument("--version", action="store_true", help="print the version and stop")
+    parser = _Parser(prog="kdlib-faces", description="Lightweight age-invariant face recognition.")
+    parser.add_argument("--version", action="store_true", help="print the version and exit")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
     common = _Parser(add_help=False)
-    common.add_argument("--threads", type=int, help="threads of torch (default: one a core)")
-    common.add_argument("--quiet", action="store_true", help="no progress")
-    common.add_argument("--debug", action="store_true", help="show the whole traceback of an error")
+    common.add_argument("--threads", type=int, help="number of torch threads (default: one per core)")
+    common.add_argument("--quiet", action="store_true", help="show no progress")
+    common.add_argument("--debug", action="store_true", help="show the full traceback of an error")
     run = _Parser(add_help=False)
-    run.add_argument("--seed", type=int, default=0)
-    run.add_argument("--config", type=Path, metavar="TOML", help="settings; --set wins over it")
-    run.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="settings", help="repeatable")
-    run.add_argument("--faces", action="append", default=[], metavar="PATH", help="CSV list or folder; repeatable")
-
-    demo = commands.add_parser("demo", parents=[common, run], help="the whole main job, with a report")
-    demo.add_argument("--output", type=Path, default=Path("runs/demo"), help="folder of the report (runs/demo)")
-    demo.add_argument("--teacher", action="append", default=[], metavar="ONNX", help="general first, then the other")
-    demo.add_argument(
-        "--tap", action="append", default=[], metavar="NAME", help="middle map of each teacher, in their order"
+    run.add_argument("--seed", type=int, default=0, help="seed of all random choices (0)")
+    run.add_argument("--config", type=Path, metavar="TOML", help="file of settings; --set overrides it")
+    run.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", dest="settings", help="change a setting; repeatable"
     )
-    demo.add_argument("--seeds", type=int, default=1, metavar="N", help="N runs, from --seed on (1)")
-    demo.add_argument("--budget", metavar="quick|full|STEPS", help="steps of each student; full is the default")
+    run.add_argument(
+        "--faces", action="append", default=[], metavar="PATH", help="CSV list or folder of faces; repeatable"
+    )
 
-    train = commands.add_parser("train", parents=[common, run], help="train a student or a teacher on your lists")
+    demo = commands.add_parser("demo", parents=[common, run], help="train and evaluate all models, with a report")
+    demo.add_argument("--output", type=Path, default=Path("runs/demo"), help="folder of the report (runs/demo)")
+    demo.add_argument(
+        "--teacher", action="append", default=[], metavar="ONNX", help="general teacher first, then the second teacher"
+    )
+    demo.add_argument(
+        "--tap",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="tensor of each teacher's middle feature map, in order",
+    )
+    demo.add_argument("--seeds", type=int, default=1, metavar="N", help="number of runs with consecutive seeds (1)")
+    demo.add_argument("--steps", metavar="quick|full|N", help="training steps of each student (full)")
+
+    train = commands.add_parser("train", parents=[common, run], help="train a student or a teacher on face lists")
     train.add_argument("--recipe", default="liaad", metavar="liaad|student|general_teacher|age_teacher")
     train.add_argument(
         "--teacher",
         action="append",
         default=[],
         metavar="FILE",
-        help="general first, then age-invariant: a checkpoint, .onnx or a cache",
+        help="general teacher first, then the age-invariant one: a checkpoint, .onnx or a cache",
     )
     train.add_argument("--output", type=Path, default=Path("runs/train"))
 
-    judge = commands.add_parser(
+    evaluate = commands.add_parser(
         "evaluate",
         parents=[common, run],
         help="evaluate models or embeddings, with a report",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    judge.more = _protocols
-    judge.add_argument("--model", action="append", default=[], metavar="FILE", help=".pt or .onnx; repeatable")
-    judge.add_argument(
+    evaluate.more = _protocols
+    evaluate.add_argument("--model", action="append", default=[], metavar="FILE", help=".pt or .onnx; repeatable")
+    evaluate.add_argument(
         "--embeddings", action="append", default=[], metavar="NPY",
-        help="(n, d), rows as the images; or a folder with SET.npy for each set of images; repeatable",
+        help="array (n, d) with one row per image, or a folder with SET.npy for each image set; repeatable",
     )  # fmt: skip
-    judge.add_argument(
+    evaluate.add_argument(
         "--protocol", action="append", default=[], metavar="NAME[=PATH]", dest="protocols",
-        help="what to measure, see below; repeatable; by default what --faces can carry",
+        help="protocol, see below; repeatable (default: all that --faces supports)",
     )  # fmt: skip
-    judge.add_argument("--pairs", metavar="TXT", help="pairs in the format of LFW, on --faces")
-    judge.add_argument("--scores", action="store_true", help="write the scores to scores/PROTOCOL-MODEL.csv")
-    judge.add_argument("--output", type=Path, default=Path("runs/evaluate"))
+    evaluate.add_argument("--pairs", metavar="TXT", help="pairs in LFW's format for --faces")
+    evaluate.add_argument("--scores", action="store_true", help="write all scores to scores/PROTOCOL-MODEL.csv")
+    evaluate.add_argument("--output", type=Path, default=Path("runs/evaluate"))
 
-    _add_cache(commands.add_parser("cache", help="a teacher's outputs on your lists, computed once"), common, run)
+    _add_cache(commands.add_parser("cache", help="cache the outputs of a teacher for face lists"), common, run)
 
-    report = commands.add_parser("report", parents=[common], help="draw a report again from its report.json")
+    report = commands.add_parser("report", parents=[common], help="render a report again from its report.json")
     report.add_argument("directory", type=Path)
 
-    inspect = commands.add_parser("inspect", parents=[common], help="all backbones, or what a file is")
+    inspect = commands.add_parser("inspect", parents=[common], help="list the backbones, or describe a file")
     inspect.add_argument("file", type=Path, nargs="?", help=".onnx, .pt, a CSV list or a folder of faces")
-    inspect.add_argument("--tap", action="append", default=[], metavar="NAME", help="shape of this tap; repeatable")
     inspect.add_argument(
-        "--input-size", metavar="N|HxW", help="pixels of the images of a checkpoint that does not tell it, as 112x96"
+        "--tap", action="append", default=[], metavar="NAME", help="print the shape of this tap; repeatable"
+    )
+    inspect.add_argument(
+        "--input-size", metavar="N|HxW", help="input size of a checkpoint that does not determine it, such as 112x96"
     )
     return parser
 
 
 def _add_cache(parser: argparse.ArgumentParser, common: _Parser, run: _Parser) -> None:
     actions = parser.add_subparsers(dest="action", metavar="build|verify|info", required=True)
-    make = actions.add_parser("build", parents=[common, run], help="compute what is missing of a cache")
+    make = actions.add_parser("build", parents=[common, run], help="compute the missing rows of a cache")
     make.add_argument("--teacher", type=Path, required=True, metavar="FILE", help=".onnx or a checkpoint")
     make.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder of the cache")
     make.add_argument(
@@ -112,19 +122,19 @@ def _add_cache(parser: argparse.ArgumentParser, common: _Parser, run: _Parser) -
         action="append",
         default=[],
         metavar="[FEATURE=]NAME",
-        help="a map to keep beside the embedding: a name, or stage0 to stage3",
+        help="feature map to store in addition to the embedding: a name, or stage0 to stage3",
     )
     make.add_argument(
-        "--views", type=int, help="1 plain, 2 and mirrored (2); with --set augment... so many random ones"
+        "--views", type=int, help="1 plain, 2 plain and mirrored (2); with --set augment..., the number of random views"
     )
-    make.add_argument("--dtype", choices=("float16", "int8", "float32"), help="on disk (float16)")
-    make.add_argument("--workers", type=int, default=1, metavar="N", help="processes; or start the command N times")
-    check = actions.add_parser("verify", parents=[common], help="checksums, finite values, some rows computed again")
+    make.add_argument("--dtype", choices=("float16", "int8", "float32"), help="type on disk (float16)")
+    make.add_argument("--workers", type=int, default=1, metavar="N", help="number of processes (1)")
+    check = actions.add_parser("verify", parents=[common], help="verify checksums, values and some recomputed rows")
     check.add_argument("directory", type=Path, metavar="DIR")
-    check.add_argument("--faces", action="append", default=[], metavar="PATH", help="the lists it was built from")
-    check.add_argument("--teacher", type=Path, metavar="FILE", help="the file it was built from")
-    check.add_argument("--rows", type=int, default=64, help="how many rows to compute again (64)")
-    show = actions.add_parser("info", parents=[common], help="what a cache is")
+    check.add_argument("--faces", action="append", default=[], metavar="PATH", help="lists that it was built from")
+    check.add_argument("--teacher", type=Path, metavar="FILE", help="file that it was built from")
+    check.add_argument("--rows", type=int, default=64, help="number of rows to recompute (64)")
+    show = actions.add_parser("info", parents=[common], help="describe a cache")
     show.add_argument("directory", type=Path, metavar="DIR")
 
 
@@ -132,10 +142,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command.
 
     Args:
-        arguments: those after the program's name; `None` for this process's own.
+        arguments: Arguments after the program name; `None` for those of this process.
 
     Returns:
-        Exit code: 0, 2 for an error of use, 130 when interrupted, 1 for an error of ours.
+        Exit code: 0, 2 for a user error, 130 for an interruption, 1 for an internal error.
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
     parser = _parser()
@@ -157,15 +167,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         _run(options, given)
     except KeyboardInterrupt:
-        print("kdlib-faces: interrupted; the same command goes on where it was", file=sys.stderr)
+        print("kdlib-faces: interrupted; run the same command again to resume", file=sys.stderr)
         return 130
-    except BrokenPipeError:  # the reader of our output has gone, as `| head` does; nothing is wrong
+    except BrokenPipeError:  # the reader of the output has closed it, as `| head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except (ValueError, TypeError, OSError, MemoryError, RuntimeError, ImportError) as error:
         return _fail(_one_line(error))
     except Exception as error:
-        return _fail(f"unexpected {type(error).__name__}: {_one_line(error)}; --debug shows where", code=1)
+        return _fail(f"unexpected {type(error).__name__}: {_one_line(error)}; use --debug for the traceback", code=1)
     return 0
 
 
@@ -200,32 +210,21 @@ def _threads(count: int | None) -> None:
 
 
 def _demo(options: argparse.Namespace, command: str) -> None:
-    from kdlib_faces._checks import InputError
-    from kdlib_faces._output import swept
-    from kdlib_faces.config import load_config
-    from kdlib_faces.demo import run as demo
+    from kdlib_faces.commands import demo
 
-    settings = list(options.settings)
-    if options.budget not in (None, "full"):
-        steps = str(QUICK_STEPS) if options.budget == "quick" else options.budget
-        if not steps.isdigit():
-            raise InputError(f"--budget must be quick, full or a number of steps, got {steps!r}")
-        settings.insert(0, f"student_steps={steps}")
-    if options.seeds < 1 or options.seed < 0:
-        raise InputError(f"--seeds must be at least 1 and --seed at least 0, got {options.seeds} and {options.seed}")
-    base = demo.faces_config() if options.faces else None
-    config = load_config(demo.DemoConfig, options.config, settings, base=base)
-    with swept(options.output):
-        demo.run(
-            config,
-            output=options.output,
-            faces=options.faces,
-            teachers=options.teacher,
-            taps=options.tap,
-            seeds=range(options.seed, options.seed + options.seeds),
-            progress=not options.quiet,
-            command=command,
-        )
+    demo.run(
+        output=options.output,
+        faces=options.faces,
+        teachers=options.teacher,
+        taps=options.tap,
+        steps=options.steps,
+        seed=options.seed,
+        num_seeds=options.seeds,
+        config=options.config,
+        settings=options.settings,
+        progress=not options.quiet,
+        command=command,
+    )
 
 
 def _train(options: argparse.Namespace, command: str) -> None:
@@ -243,10 +242,9 @@ def _train(options: argparse.Namespace, command: str) -> None:
 
 def _evaluate(options: argparse.Namespace, command: str) -> None:
     from kdlib_faces.commands import evaluate
-    from kdlib_faces.config import load_config
 
     evaluate.run(
-        load_config(evaluate.EvaluateConfig, options.config, [f"seed={options.seed}", *options.settings]),
+        evaluate.load_settings(options.config, [f"seed={options.seed}", *options.settings]),
         output=options.output,
         faces=options.faces,
         models=options.model,
@@ -260,41 +258,37 @@ def _evaluate(options: argparse.Namespace, command: str) -> None:
 
 
 def _cache(options: argparse.Namespace, command: str) -> None:
-    from kdlib_faces._checks import InputError
-    from kdlib_faces.caching import build as cache
-    from kdlib_faces.config import load_config
+    from kdlib_faces.commands import cache
 
     if options.action == "info":
-        print(cache.info(options.directory))
-        return
-    if options.action == "verify":
-        found = cache.verify(
+        text = cache.info(options.directory)
+    elif options.action == "verify":
+        text = cache.verify(
             options.directory,
             faces=options.faces,
             teacher=options.teacher,
             rows=options.rows,
             progress=not options.quiet,
         )
-        print(cache.describe_check(found))
-        return
-    if not options.faces:
-        raise InputError("cache build: --faces must be given, a CSV list or a folder")
-    given = {"view_seed": options.seed, "views": options.views, "dtype": options.dtype}
-    settings = [f"{name}={value}" for name, value in given.items() if value is not None]
-    cache.build(
-        load_config(cache.CacheConfig, options.config, [*settings, *options.settings]),
-        output=options.output,
-        faces=options.faces,
-        teacher=options.teacher,
-        taps=options.tap,
-        workers=options.workers,
-        progress=not options.quiet,
-    )
-    print(cache.info(options.output))
+    else:
+        text = cache.build(
+            output=options.output,
+            faces=options.faces,
+            teacher=options.teacher,
+            taps=options.tap,
+            views=options.views,
+            dtype=options.dtype,
+            workers=options.workers,
+            seed=options.seed,
+            config=options.config,
+            settings=options.settings,
+            progress=not options.quiet,
+        )
+    print(text)
 
 
 def _report(options: argparse.Namespace, command: str) -> None:
-    from kdlib_faces.report import render
+    from kdlib_faces.commands.report import render
 
     print(render(options.directory, progress=not options.quiet))
 

@@ -1,13 +1,14 @@
-"""Configuration: nested frozen dataclasses from TOML and `a.b=3`, and back. Touches one file; imports nothing heavy."""
+"""Configurations: nested frozen dataclasses from TOML files and `key=value` settings, and back to TOML."""
 
 import dataclasses
-import math
 import tomllib
 import types
 from collections.abc import Mapping, Sequence
 from os import PathLike
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+import tomli_w
 
 from kdlib_faces._checks import InputError
 
@@ -24,21 +25,21 @@ def load_config(
     *,
     base: T | None = None,
 ) -> T:
-    """Build a config dataclass from its defaults, a TOML file and overrides; later ones win.
+    """Build a configuration dataclass from its defaults, a TOML file and overrides, in increasing priority.
 
     Fields may be bool, int, float, str, `Path`, `Literal`, tuples, lists and dicts of these, nested dataclasses, and
-    any of them or None. A whole number passes for a float, the text `"none"` for None; nothing else is converted.
+    any of them or None. An integer is accepted for a float, and the text `"none"` for None; nothing else is converted.
 
     Args:
         cls: a dataclass whose fields all have defaults.
         path: a TOML file; tables are nested dataclasses.
-        overrides: `"a.b=3"` each, the right side a TOML value, or plain text where it is none; or a mapping from
+        overrides: settings `"a.b=3"`, whose right side is a TOML value or otherwise plain text; or a mapping from
             `"a.b"` to values.
-        base: a config whose values stand in for the defaults.
+        base: a configuration whose values replace the defaults.
 
     Raises:
-        InputError: a file that is missing or no TOML, an unknown key (with the nearest), a value of another type, or
-            one that the dataclass itself refuses; the message names the key and where it came from.
+        InputError: the file is missing or not TOML, a key is unknown (the message lists the nearest), a value has
+            another type, or the dataclass rejects it; the message names the key and its source.
 
     Examples:
         >>> @dataclasses.dataclass(frozen=True)
@@ -48,18 +49,19 @@ def load_config(
         >>> load_config(Config, overrides=["rate=1e-2"])
         Config(steps=10, rate=0.01)
     """
-    merged: dict[str, tuple[object, str]] = {}
+    settings: dict[str, tuple[object, str]] = {}
     if path is not None:
-        _flatten(cls, _read_toml(Path(path)), "", str(path), merged)
-    items = overrides.items() if isinstance(overrides, Mapping) else [_split(text) for text in overrides]
+        for key, value in _read_toml(Path(path)).items():
+            _set(cls, key, value, str(path), settings)
+    items = overrides.items() if isinstance(overrides, Mapping) else map(_split, overrides)
     for key, value in items:
-        _place(cls, key, value, f"{key}={_shown(value)}", merged)
-    built: T = _build(cls, "", merged, base)
-    return built
+        _set(cls, key, value, f"{key}={_show(value)}", settings)
+    config: T = _build(cls, "", settings, base)
+    return config
 
 
 def dump_toml(config: object) -> str:
-    """A config dataclass as TOML that `load_config` reads back to an equal object.
+    """Write a configuration dataclass as TOML that `load_config` reads back to an equal object.
 
     Examples:
         >>> @dataclasses.dataclass(frozen=True)
@@ -70,9 +72,25 @@ def dump_toml(config: object) -> str:
         steps = 10
         name = "a"
     """
-    lines: list[str] = []
-    _dump(config, "", lines)
-    return "\n".join(lines).strip("\n") + "\n" if lines else ""
+    return tomli_w.dumps(_to_table(config))
+
+
+def _to_table(config: Any) -> dict[str, object]:
+    """Return the fields as TOML values; fields that are None by default are omitted, because TOML has no null."""
+    values = ((field, getattr(config, field.name)) for field in dataclasses.fields(config))
+    return {field.name: _to_toml(value) for field, value in values if value is not None or field.default is not None}
+
+
+def _to_toml(value: object) -> object:
+    if dataclasses.is_dataclass(value):
+        return _to_table(value)
+    if isinstance(value, Mapping):
+        return {str(name): _to_toml(item) for name, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_to_toml(item) for item in value]
+    if value is None:
+        return "none"
+    return str(value) if isinstance(value, Path) else value
 
 
 def _read_toml(path: Path) -> dict[str, object]:
@@ -103,116 +121,83 @@ def _split(text: str) -> tuple[str, object]:
     return key.strip(), parsed
 
 
-def _flatten(cls: Any, table: Mapping[str, object], prefix: str, where: str, merged: dict[str, Any]) -> None:
-    for name, value in table.items():
-        _place(cls, name, value, where, merged, prefix)
-
-
-def _place(cls: Any, key: str, value: object, where: str, merged: dict[str, Any], prefix: str = "") -> None:
-    """Find the field that `key` (dotted) names, and note its value; a table goes into the nested dataclass's fields."""
-    from kdlib._checks import nearest  # here, since it imports torch: a good configuration is read without
+def _set(
+    cls: Any, key: str, value: Any, source: str, settings: dict[str, tuple[object, str]], prefix: str = ""
+) -> None:
+    """Convert the value of the field with the dotted name `key`; a table sets the fields of a nested dataclass."""
+    from kdlib._checks import nearest  # imports torch, which a valid configuration does not need
 
     name, _, rest = key.partition(".")
     hints = get_type_hints(cls)
     names = [field.name for field in dataclasses.fields(cls) if field.init]
-    if name not in names:
-        known = [f"{prefix}{each}" for each in names]
-        raise InputError(f"{where}: no setting named {prefix + name!r}{nearest(prefix + name, known)}")
-    nested = _dataclass_of(hints[name])
     full = prefix + name
+    if name not in names:
+        raise InputError(f"{source}: no setting named {full!r}{nearest(full, [prefix + each for each in names])}")
+    nested = hints[name] if dataclasses.is_dataclass(hints[name]) else None
     if nested is None:
         if rest:
-            raise InputError(f"{where}: {full!r} is a single value, it has no {rest!r}")
-        merged[full] = (_convert(hints[name], value, full, where), where)
-    elif rest:
-        _place(nested, rest, value, where, merged, f"{full}.")
-    elif isinstance(value, Mapping):
-        _flatten(nested, value, f"{full}.", where, merged)
+            raise InputError(f"{source}: {full!r} is a single value without {rest!r}")
+        settings[full] = (_convert(hints[name], value, full, source), source)
+    elif rest or isinstance(value, Mapping):
+        for inner, item in [(rest, value)] if rest else value.items():
+            _set(nested, inner, item, source, settings, f"{full}.")
     else:
-        raise InputError(f"{where}: {full!r} is a group of settings, got {_shown(value)}")
+        raise InputError(f"{source}: {full!r} is a group of settings, got {_show(value)}")
 
 
-def _dataclass_of(hint: Any) -> Any:
-    return hint if isinstance(hint, type) and dataclasses.is_dataclass(hint) else None
-
-
-def _build(cls: Any, prefix: str, merged: Mapping[str, tuple[object, str]], base: Any = None) -> Any:
-    """`base`, or the defaults of `cls`, with the fields changed that `merged` holds under `prefix`."""
-    values: dict[str, object] = {}
+def _build(cls: Any, prefix: str, settings: Mapping[str, tuple[object, str]], base: Any = None) -> Any:
+    """Return `base`, or the defaults of `cls`, with the fields of `settings` below `prefix` changed."""
+    values: dict[str, Any] = {}
     hints = get_type_hints(cls)
     for field in dataclasses.fields(cls):
         full = prefix + field.name
-        nested = _dataclass_of(hints[field.name])
-        if nested is None and full in merged:
-            values[field.name] = merged[full][0]
-        elif nested is not None and any(key.startswith(f"{full}.") for key in merged):
-            start = _default(field, nested) if base is None else getattr(base, field.name)
-            values[field.name] = _build(nested, f"{full}.", merged, start)
-    sources = ", ".join(dict.fromkeys(where for key, (_, where) in merged.items() if key.startswith(prefix)))
+        if full in settings:
+            values[field.name] = settings[full][0]
+        elif any(key.startswith(f"{full}.") for key in settings):
+            nested = hints[field.name]
+            default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+            start = default if base is None else getattr(base, field.name)
+            values[field.name] = _build(nested, f"{full}.", settings, start)
+    sources = ", ".join(dict.fromkeys(source for key, (_, source) in settings.items() if key.startswith(prefix)))
     try:
         return cls(**values) if base is None else dataclasses.replace(base, **values)
     except (ValueError, TypeError) as error:
         raise InputError(f"{sources}: {error}" if sources else str(error)) from error
 
 
-def _default(field: "dataclasses.Field[Any]", cls: Any) -> Any:
-    if field.default_factory is not dataclasses.MISSING:
-        return field.default_factory()
-    return cls() if field.default is dataclasses.MISSING else field.default
-
-
 NAMES = {bool: "true or false", int: "a whole number", float: "a number", str: "text", Path: "a path"}
 
 
-def _convert(hint: Any, value: object, key: str, where: str) -> object:
-    """`value` as the type `hint`, or an error that says what was wanted."""
+def _convert(hint: Any, value: object, key: str, source: str) -> object:
+    """Convert `value` to the type `hint`, or raise an error that names the expected type."""
     origin, arguments = get_origin(hint), get_args(hint)
-    refuse = InputError(f"{where}: {key} must be {_describe(hint)}, got {_shown(value)}")
-    if hint is Any or hint is object:
-        return value
     if origin in (Union, types.UnionType):
         if type(None) in arguments and (value is None or value == "none"):
             return None
         for option in arguments:
             try:
-                return _convert(option, value, key, where)
+                return _convert(option, value, key, source)
             except InputError:
                 continue
-        raise refuse
-    if origin is Literal:
+    elif origin is Literal:
         if any(value == choice and type(value) is type(choice) for choice in arguments):
             return value
-        raise refuse
-    if origin in (tuple, list) or hint in (tuple, list):
-        if not isinstance(value, (list, tuple)):
-            raise refuse
-        return _convert_sequence(hint, origin or hint, arguments, value, key, where, refuse)
-    if origin is dict or hint is dict:
-        if not isinstance(value, Mapping):
-            raise refuse
-        inner = arguments[1] if arguments else object
-        return {str(name): _convert(inner, item, f"{key}.{name}", where) for name, item in value.items()}
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+    elif origin in (tuple, list):
+        if isinstance(value, (list, tuple)):
+            fixed = origin is tuple and arguments[-1] is not Ellipsis
+            hints = arguments if fixed else arguments[:1] * len(value)
+            if len(hints) == len(value):
+                return origin(_convert(hints[at], item, f"{key}[{at}]", source) for at, item in enumerate(value))
+    elif origin is dict:
+        if isinstance(value, Mapping):
+            return {str(name): _convert(arguments[1], item, f"{key}.{name}", source) for name, item in value.items()}
+    elif hint is float and type(value) is int:
         return float(value)
-    if hint is Path and isinstance(value, (str, Path)):
+    elif hint is Path and isinstance(value, (str, Path)):
         return Path(value)
-    if hint in (bool, int, float, str) and type(value) is hint:
+    elif type(value) is hint:
         return value
-    raise refuse
-
-
-def _convert_sequence(
-    hint: Any, kind: Any, arguments: tuple[Any, ...], value: Sequence[object], key: str, where: str, refuse: InputError
-) -> object:
-    if kind is tuple and arguments and arguments[-1] is not Ellipsis:
-        if len(arguments) != len(value):
-            raise refuse
-        inner = list(arguments)
-    else:
-        inner = [arguments[0] if arguments else object] * len(value)
-    return kind(
-        _convert(one, item, f"{key}[{at}]", where) for at, (one, item) in enumerate(zip(inner, value, strict=True))
-    )
+    raise InputError(f"{source}: {key} must be {_describe(hint)}, got {_show(value)}")
 
 
 def _describe(hint: Any) -> str:
@@ -228,45 +213,8 @@ def _describe(hint: Any) -> str:
     return NAMES.get(hint, getattr(hint, "__name__", str(hint)))
 
 
-def _shown(value: object) -> str:
+def _show(value: object) -> str:
     if isinstance(value, bool):
         return "true" if value else "false"
     text = value if isinstance(value, str) else repr(value)
     return text if len(text) <= 80 else text[:77] + "..."
-
-
-def _dump(config: Any, prefix: str, lines: list[str]) -> None:
-    groups = []
-    for field in dataclasses.fields(config):
-        value = getattr(config, field.name)
-        if dataclasses.is_dataclass(value):
-            groups.append((field.name, value))
-        elif not (value is None and field.default is None):
-            lines.append(f"{field.name} = {_toml(value)}")
-    for name, value in groups:
-        lines += ["", f"[{prefix}{name}]"]
-        _dump(value, f"{prefix}{name}.", lines)
-
-
-def _toml(value: object) -> str:
-    if value is None:
-        return '"none"'
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    if isinstance(value, float) and not math.isfinite(value):
-        return "nan" if math.isnan(value) else ("inf" if value > 0 else "-inf")
-    if isinstance(value, (int, float)):
-        return repr(value)
-    if isinstance(value, (str, Path)):
-        return _text(str(value))
-    if isinstance(value, (list, tuple)):
-        return "[" + ", ".join(_toml(item) for item in value) + "]"
-    if isinstance(value, Mapping):
-        return "{" + ", ".join(f"{_text(str(name))} = {_toml(item)}" for name, item in value.items()) + "}"
-    raise TypeError(f"dump_toml: values must be numbers, text, paths, lists or tables, got {type(value).__name__}")
-
-
-def _text(text: str) -> str:
-    escapes = {"\\": "\\\\", '"': '\\"', "\n": "\\n", "\r": "\\r", "\t": "\\t"}
-    plain = (escapes.get(char, char if char >= " " and char != "\x7f" else f"\\u{ord(char):04x}") for char in text)
-    return '"' + "".join(plain) + '"'

@@ -16,9 +16,9 @@ class StudentAdapter(nn.Module):
 
     The model is not modified: it has no hooks outside of a forward, `adapter.model` is the object that was passed in,
     and paths are those of `model.named_modules()`, also when it is wrapped for DDP. To compile, compile the adapter or
-    a module that contains it, not the model inside. Activation checkpointing may wrap the adapter or parts of the model;
-    it must be the non-reentrant kind (`use_reentrant=False`) around the adapter and around tapped modules. torch does
-    not compile taps within a checkpointed block into one graph.
+    a module that contains it, not the model inside. Activation checkpointing may wrap the adapter or parts of the
+    model; it must be non-reentrant (`use_reentrant=False`) around the adapter and around tapped modules. torch does not
+    compile taps within a checkpointed block into one graph.
 
     Args:
         model: any module.

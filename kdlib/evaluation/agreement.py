@@ -99,7 +99,7 @@ def linear_cka(student: Tensor, teacher: Tensor) -> Tensor:
 
 
 def _centered(x_bd: Tensor) -> Tensor:
-    """Center the columns, and scale so that squares neither overflow nor underflow; the alignment is scale-invariant."""
+    """Center the columns at a scale whose squares neither overflow nor underflow; the scale cancels."""
     if not x_bd.numel():
         return x_bd
     largest = x_bd.abs().amax()

@@ -12,15 +12,15 @@ __all__ = ["calibration_error"]
 def calibration_error(logits: Tensor, target: Tensor, *, bins: int = 15) -> Tensor:
     r"""Compute the expected calibration error: the difference between confidence and accuracy, averaged over bins.
 
-    The confidence :math:`c_i` of a sample is the largest probability of softmax(logits). Bin m of M contains the samples
-    with a confidence in :math:`((m - 1) / M, m / M]`. With :math:`a_i` 1 where the class of the largest logit is the
-    target, else 0,
+    The confidence :math:`c_i` of a sample is the largest probability of softmax(logits). Bin m of M contains the
+    samples with a confidence in :math:`((m - 1) / M, m / M]`. With :math:`a_i` 1 where the class of the largest logit
+    is the target, else 0,
 
     .. math:: \sum_m \frac{|B_m|}{b} \Bigl| \operatorname*{mean}_{i \in B_m} a_i - \operatorname*{mean}_{i \in B_m} c_i
               \Bigr|
 
-    Compute it for the student and for the teacher: a student can predict the same classes with a much higher confidence.
-    The value depends on the numbers of samples and bins; compare only values with equal numbers.
+    Compute it for the student and for the teacher: a student can predict the same classes with a much higher
+    confidence. The value depends on the numbers of samples and bins; compare only values with equal numbers.
 
     Args:
         logits: `(b, c)`.

@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
-from kdlib._checks import check_choice, check_number, check_pair
-from kdlib._maths import REDUCTIONS, Reduction, full_precision, mean_square, promote, reduce
+from kdlib._checks import check_number, check_pair
+from kdlib._maths import Reduction, full_precision, mean_square, promote, reduce
 from kdlib.losses._module import LossModule
 
 __all__ = ["ActivationBoundaryLoss", "activation_boundary"]
@@ -67,11 +67,7 @@ def activation_boundary(
 
 
 class ActivationBoundaryLoss(LossModule):
-    """`activation_boundary` as a Module; see there for the formula and the errors.
-
-    Args:
-        margin: required distance from zero, at least 0.
-        reduction: `"mean"` or `"none"`; `forward` may override it.
+    """`activation_boundary` as a Module: the constructor takes its hyper-parameters, `forward` its tensors.
 
     Examples:
         >>> import torch
@@ -83,16 +79,14 @@ class ActivationBoundaryLoss(LossModule):
     """
 
     def __init__(self, *, margin: float = 1.0, reduction: Reduction = "mean") -> None:
-        super().__init__()
+        super().__init__(reduction=reduction)
         check_number("ActivationBoundaryLoss", "margin", margin, min=0)
-        check_choice("ActivationBoundaryLoss", "reduction", reduction, REDUCTIONS)
         self.margin = margin
-        self.reduction = reduction
 
     def forward(
         self, student: Tensor, teacher: Tensor, *, weight: Tensor | None = None, reduction: Reduction | None = None
     ) -> Tensor:
-        """Compare `student` `(b, ...)` with `teacher`; `reduction=None` uses that of the constructor."""
+        """Compare `student` `(b, ...)` with `teacher`; `reduction=None` uses the constructor's."""
         return activation_boundary(
             student, teacher, margin=self.margin, reduction=reduction or self.reduction, weight=weight
         )

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from kdlib._checks import check_choice, check_pair
-from kdlib._maths import REDUCTIONS, Reduction, full_precision, hold_short, promote, reduce, unit_rows
+from kdlib._maths import Reduction, full_precision, hold_short, promote, reduce, unit_rows
 from kdlib.losses._module import LossModule
 
 __all__ = ["AngularDistillLoss", "angular_distill"]
@@ -89,11 +89,7 @@ def angular_distill(
 
 
 class AngularDistillLoss(LossModule):
-    """`angular_distill` as a Module; see there for the formula and the errors.
-
-    Args:
-        form: `"squared"`, `"cosine"`, `"chord"` or `"angle"`.
-        reduction: `"mean"` or `"none"`; `forward` may override it.
+    """`angular_distill` as a Module: the constructor takes its hyper-parameters, `forward` its tensors.
 
     Examples:
         >>> import torch
@@ -105,14 +101,12 @@ class AngularDistillLoss(LossModule):
     """
 
     def __init__(self, *, form: Form = "squared", reduction: Reduction = "mean") -> None:
-        super().__init__()
+        super().__init__(reduction=reduction)
         check_choice("AngularDistillLoss", "form", form, FORMS)
-        check_choice("AngularDistillLoss", "reduction", reduction, REDUCTIONS)
         self.form = form
-        self.reduction = reduction
 
     def forward(
         self, student: Tensor, teacher: Tensor, *, weight: Tensor | None = None, reduction: Reduction | None = None
     ) -> Tensor:
-        """Compare `student` `(b, d, ...)` with `teacher`; `reduction=None` uses that of the constructor."""
+        """Compare `student` `(b, d, ...)` with `teacher`; `reduction=None` uses the constructor's."""
         return angular_distill(student, teacher, form=self.form, reduction=reduction or self.reduction, weight=weight)

@@ -4,9 +4,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from kdlib._checks import check_choice, check_floating, check_number, check_rank, check_same_batch
+from kdlib._checks import check_floating, check_number, check_rank, check_same_batch
 from kdlib._maths import (
-    REDUCTIONS,
     Reduction,
     full_precision,
     hold_short,
@@ -115,11 +114,7 @@ def attention_transfer(
 
 
 class AttentionTransferLoss(LossModule):
-    """`attention_transfer` as a Module; see there for the formula and the errors.
-
-    Args:
-        p: exponent of the attention maps, at least 1.
-        reduction: `"mean"` or `"none"`; `forward` may override it.
+    """`attention_transfer` as a Module: the constructor takes its hyper-parameters, `forward` its tensors.
 
     Examples:
         >>> import torch
@@ -132,16 +127,14 @@ class AttentionTransferLoss(LossModule):
     """
 
     def __init__(self, *, p: float = 2, reduction: Reduction = "mean") -> None:
-        super().__init__()
+        super().__init__(reduction=reduction)
         check_number("AttentionTransferLoss", "p", p, min=1)
-        check_choice("AttentionTransferLoss", "reduction", reduction, REDUCTIONS)
         self.p = p
-        self.reduction = reduction
 
     def forward(
         self, student: Tensor, teacher: Tensor, *, weight: Tensor | None = None, reduction: Reduction | None = None
     ) -> Tensor:
-        """Compare `student` `(b, c, h, w)` with `teacher`; `reduction=None` uses that of the constructor."""
+        """Compare `student` `(b, c, h, w)` with `teacher`; `reduction=None` uses the constructor's."""
         return attention_transfer(student, teacher, p=self.p, reduction=reduction or self.reduction, weight=weight)
 
 

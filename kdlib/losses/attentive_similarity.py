@@ -5,7 +5,6 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from kdlib._checks import (
-    check_choice,
     check_floating,
     check_number,
     check_pair,
@@ -13,7 +12,7 @@ from kdlib._checks import (
     check_same_batch,
     check_shares,
 )  # fmt: skip
-from kdlib._maths import REDUCTIONS, Reduction, full_precision, hold_short, promote, promoted_dtype, reduce, unit_rows
+from kdlib._maths import Reduction, full_precision, hold_short, promote, promoted_dtype, reduce, unit_rows
 from kdlib.losses._energy import scaled_energy
 from kdlib.losses._module import LossModule
 
@@ -91,9 +90,9 @@ def attentive_similarity(
 
     References:
         Shin et al., *Teaching Where to Look: Attention Similarity Knowledge Distillation for Low Resolution Face
-        Recognition*, arXiv 2209.14498. The paper compares maps that are learned by CBAM modules inside both networks. Ours
-        are the energies of any features, which is our definition, so that networks without such modules can be used.
-        To compare learned maps, tap them and use `angular_distill` with `form="cosine"` on each. The paper's code
+        Recognition*, arXiv 2209.14498. The paper compares maps that are learned by CBAM modules inside both networks.
+        Ours are the energies of any features, which is our definition, so that networks without such modules can be
+        used. To compare learned maps, tap them and use `angular_distill` with `form="cosine"` on each. The paper's code
         multiplies the sum over all blocks by 5.
     """
     check_number("attentive_similarity", "channel", channel, min=0)
@@ -126,12 +125,7 @@ def _one_minus_cosine(a: Tensor, b: Tensor) -> Tensor:
 
 
 class AttentiveSimilarityLoss(LossModule):
-    """`attentive_similarity` as a Module; see there for the formula and the errors.
-
-    Args:
-        channel: factor of the channel part, at least 0.
-        spatial: factor of the spatial part, at least 0.
-        reduction: `"mean"` or `"none"`; `forward` may override it.
+    """`attentive_similarity` as a Module: the constructor takes its hyper-parameters, `forward` its tensors.
 
     Examples:
         >>> import torch
@@ -144,19 +138,17 @@ class AttentiveSimilarityLoss(LossModule):
     """
 
     def __init__(self, *, channel: float = 1.0, spatial: float = 1.0, reduction: Reduction = "mean") -> None:
-        super().__init__()
+        super().__init__(reduction=reduction)
         check_number("AttentiveSimilarityLoss", "channel", channel, min=0)
         check_number("AttentiveSimilarityLoss", "spatial", spatial, min=0)
         check_shares("AttentiveSimilarityLoss", "channel, spatial", (channel, spatial))
-        check_choice("AttentiveSimilarityLoss", "reduction", reduction, REDUCTIONS)
         self.channel = channel
         self.spatial = spatial
-        self.reduction = reduction
 
     def forward(
         self, student: Tensor, teacher: Tensor, *, weight: Tensor | None = None, reduction: Reduction | None = None
     ) -> Tensor:
-        """Compare `student` `(b, c, h, w)` with `teacher`; `reduction=None` uses that of the constructor."""
+        """Compare `student` `(b, c, h, w)` with `teacher`; `reduction=None` uses the constructor's."""
         return attentive_similarity(
             student,
             teacher,

@@ -4,7 +4,6 @@ import torch
 from torch import Tensor, nn
 
 from kdlib._checks import (
-    check_choice,
     check_floating,
     check_number,
     check_pair,
@@ -14,7 +13,7 @@ from kdlib._checks import (
     check_whole_numbers,
 )  # fmt: skip
 from kdlib._gather import gather_rows
-from kdlib._maths import FAR, REDUCTIONS, Reduction, directions, full_precision, promote, reduce
+from kdlib._maths import FAR, Reduction, directions, full_precision, promote, reduce
 from kdlib.losses._checks import check_gathered_reduction
 from kdlib.losses._module import LossModule
 
@@ -33,7 +32,7 @@ def contrastive_representation(
     weight: Tensor | None = None,
     gather: bool = False,
 ) -> Tensor:
-    r"""Compute InfoNCE in both directions: each embedding must identify its counterpart among those of other samples.
+    r"""Compute InfoNCE in both directions: each embedding must identify its counterpart among other samples.
 
     .. math::
         \ell_i = - \frac{1}{2} \log \frac{e^{\langle s_i, t_i \rangle / \tau}}
@@ -41,8 +40,8 @@ def contrastive_representation(
         - \frac{1}{2} \log \frac{e^{\langle s_i, t_i \rangle / \tau}}{\sum_{j \in N_i} e^{\langle s_j, t_i \rangle / \tau}}
 
     for sample i, with s and t the embeddings of the student and of the teacher, and q those of the teacher for samples
-    outside the batch, each divided by its Euclidean length. :math:`N_i` holds i itself and the samples of the batch with
-    another identity than i, :math:`Q_i` the negatives with another identity. Without `target`, all samples have
+    outside the batch, each divided by its Euclidean length. :math:`N_i` holds i itself and the samples of the batch
+    with another identity than i, :math:`Q_i` the negatives with another identity. Without `target`, all samples have
     different identities. The loss is at least 0, and 0 for an embedding without negatives. Zero embeddings are treated
     as orthogonal to everything (cosine 0) and get no gradient.
 
@@ -67,8 +66,8 @@ def contrastive_representation(
         multiplied by `weight` if given. Float32, or float64 if an input is float64.
 
     Raises:
-        ValueError: The shapes differ, `temperature` is not above 0, `reduction` is unknown or `"none"` with `gather`, or
-            `negatives_target` comes without `negatives` and `target`.
+        ValueError: The shapes differ, `temperature` is not above 0, `reduction` is unknown or `"none"` with `gather`,
+            or `negatives_target` comes without `negatives` and `target`.
         TypeError: The embeddings are not floating-point tensors, or the identities are not whole numbers.
 
     Examples:
@@ -213,14 +212,13 @@ class ContrastiveRepresentationLoss(LossModule):
         gather: bool = False,
         reduction: Reduction = "mean",
     ) -> None:
-        super().__init__()
+        super().__init__(reduction=reduction)
         owner = "ContrastiveRepresentationLoss"
         check_number(owner, "student_dim", student_dim, min=1, integer=True)
         check_number(owner, "teacher_dim", teacher_dim, min=1, integer=True)
         check_number(owner, "feature_dim", feature_dim, min=1, integer=True)
         check_number(owner, "temperature", temperature, above=0)
         check_number(owner, "queue_size", queue_size, min=0, integer=True)
-        check_choice(owner, "reduction", reduction, REDUCTIONS)
         check_gathered_reduction(owner, gather, reduction)
         self.student_dim = student_dim
         self.teacher_dim = teacher_dim
@@ -228,7 +226,6 @@ class ContrastiveRepresentationLoss(LossModule):
         self.temperature = temperature
         self.queue_size = queue_size
         self.gather = gather
-        self.reduction = reduction
         self.per_sample = not gather
         self.student_map = nn.Linear(student_dim, feature_dim)
         self.teacher_map = nn.Linear(teacher_dim, feature_dim)
@@ -248,7 +245,7 @@ class ContrastiveRepresentationLoss(LossModule):
     ) -> Tensor:
         """Compare `student` `(b, student_dim)` with `teacher` `(b, teacher_dim)`.
 
-        `target` `(b,)` are the identities, if given; `reduction=None` uses that of the constructor.
+        `target` `(b,)` are the identities, if given; `reduction=None` uses the constructor's.
         """
         owner = "ContrastiveRepresentationLoss"
         reduction = reduction or self.reduction

@@ -1,14 +1,13 @@
 """Correlation congruence: the Gaussian kernel matrix of a batch as the teacher's."""
 
 import math
-from typing import Literal
 
 import torch
 from torch import Tensor
 
-from kdlib._checks import check_floating, check_number, check_relation_reduction
-from kdlib._maths import full_precision, shortest_length
-from kdlib.losses._module import LossModule
+from kdlib._checks import check_floating, check_number
+from kdlib._maths import MeanOnly, full_precision, shortest_length
+from kdlib.losses._module import RelationModule
 from kdlib.losses._relations import cosine_distances, cosine_gradient, one_batch, with_gradient
 
 __all__ = ["CorrelationCongruenceLoss", "correlation_congruence"]
@@ -21,7 +20,7 @@ def correlation_congruence(
     gamma: float = 0.4,
     order: int | None = 2,
     gather: bool = False,
-    reduction: Literal["mean"] = "mean",
+    reduction: MeanOnly = "mean",
     weight: Tensor | None = None,
 ) -> Tensor:
     r"""Compute the mean squared difference of the student's and the teacher's Gaussian kernels between samples.
@@ -30,10 +29,10 @@ def correlation_congruence(
         \frac{1}{b^2} \sum_{i,j} \left(K^s_{ij} - K^t_{ij}\right)^2, \qquad
         K_{ij} = e^{-2 \gamma} \sum_{p=0}^{P} \frac{(2 \gamma)^p}{p!} \cos(x_i, x_j)^p
 
-    which is the Taylor series to order P of the Gaussian kernel :math:`e^{-\gamma \|u_i - u_j\|^2}` between the
-    samples divided by their lengths. `order=None` uses the kernel itself, :math:`K = e^{-2 \gamma (1 - \cos)}`. The loss
-    does not depend on the length of any sample, but it depends on a common offset. The numbers of features may differ.
-    A zero sample has cosine 0 to all, including itself.
+    which is the Taylor series to order P of the Gaussian kernel :math:`e^{-\gamma \|u_i - u_j\|^2}` between the samples
+    divided by their lengths. `order=None` uses the kernel itself, :math:`K = e^{-2 \gamma (1 - \cos)}`. The loss does
+    not depend on the length of any sample, but it depends on a common offset. The numbers of features may differ. A
+    zero sample has cosine 0 to all, including itself.
 
     With weights, a pair has the weight :math:`w_i w_j`, and the mean is :math:`\sum w_i w_j (\cdot) / (\sum w)^2`. A
     sample of weight 0 has no influence.
@@ -128,14 +127,8 @@ def _check_kernel(owner: str, gamma: float, order: int | None) -> None:
         check_number(owner, "order", order, min=1, integer=True)
 
 
-class CorrelationCongruenceLoss(LossModule):
-    """`correlation_congruence` as a Module; see there for the formula and the errors.
-
-    Args:
-        gamma: above 0; a larger one restricts the kernel to nearer samples.
-        order: of the Taylor series, at least 1, or `None` for the Gaussian kernel itself.
-        gather: use the rows of all processes as one batch.
-        reduction: `"mean"` only.
+class CorrelationCongruenceLoss(RelationModule):
+    """`correlation_congruence` as a Module: the constructor takes its hyper-parameters, `forward` its tensors.
 
     Examples:
         >>> import torch
@@ -147,28 +140,18 @@ class CorrelationCongruenceLoss(LossModule):
         0.0
     """
 
-    per_sample = False
-
     def __init__(
-        self, *, gamma: float = 0.4, order: int | None = 2, gather: bool = False, reduction: Literal["mean"] = "mean"
+        self, *, gamma: float = 0.4, order: int | None = 2, gather: bool = False, reduction: MeanOnly = "mean"
     ) -> None:
-        super().__init__()
+        super().__init__(gather=gather, reduction=reduction)
         _check_kernel("CorrelationCongruenceLoss", gamma, order)
-        check_relation_reduction("CorrelationCongruenceLoss", reduction)
         self.gamma = gamma
         self.order = order
-        self.gather = gather
-        self.reduction = reduction
 
     def forward(
-        self,
-        student: Tensor,
-        teacher: Tensor,
-        *,
-        weight: Tensor | None = None,
-        reduction: Literal["mean"] | None = None,
+        self, student: Tensor, teacher: Tensor, *, weight: Tensor | None = None, reduction: MeanOnly | None = None
     ) -> Tensor:
-        """Compare `student` `(b, d, ...)` with `teacher`; `reduction=None` uses that of the constructor."""
+        """Compare `student` `(b, d, ...)` with `teacher`; `reduction=None` uses the constructor's."""
         return correlation_congruence(
             student,
             teacher,

@@ -1,14 +1,14 @@
 """DarkRank: the order of each sample's nearest neighbors as the teacher's."""
 
 import math
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from kdlib._checks import check_floating, check_number, check_relation_reduction
-from kdlib._maths import directions, full_precision, unit_rows
-from kdlib.losses._module import LossModule
+from kdlib._checks import check_floating, check_number
+from kdlib._maths import MeanOnly, directions, full_precision, unit_rows
+from kdlib.losses._module import RelationModule
 from kdlib.losses._relations import one_batch, power_of_two, squared_distances
 
 __all__ = ["DarkRankLoss", "dark_rank"]
@@ -28,7 +28,7 @@ def dark_rank(
     length: int = 4,
     normalize: bool = False,
     gather: bool = False,
-    reduction: Literal["mean"] = "mean",
+    reduction: MeanOnly = "mean",
     weight: Tensor | None = None,
 ) -> Tensor:
     r"""Compute the negative log-likelihood of the teacher's order of each sample's nearest neighbors for the student.
@@ -39,8 +39,8 @@ def dark_rank(
         S_{ij} = -\alpha \|s_i - s_j\|^\beta
 
     with :math:`\pi_i(1)` to :math:`\pi_i(L)` the L samples that are nearest to sample i for the teacher, near to far,
-    without i itself; at most b - 1. Distances that are equal to nine digits keep the order of the batch. The numbers
-    of features may differ. The loss of a student equal to the teacher is not 0, but approaches 0 as the distances in the
+    without i itself; at most b - 1. Distances that are equal to nine digits keep the order of the batch. The numbers of
+    features may differ. The loss of a student equal to the teacher is not 0, but approaches 0 as the distances in the
     list differ more; that of a student of equal rows is :math:`\log L!`.
 
     The loss depends on the scale of the student, not on that of the teacher. The published constants are for embeddings
@@ -100,9 +100,10 @@ def dark_rank(
         scale = power_of_two(rows.detach())
         rows, rows_t = rows / scale, rows_t / power_of_two(rows_t)
         neighbors = _nearest_rows(rows_t, absent, length)
-        missing = torch.arange(neighbors.shape[1], device=rows.device) >= (~absent).sum() - 1
-        # Differences instead of dot products: exact, and less work than all pairs if the lists are short.
-        distance = torch.stack([torch.linalg.vector_norm(rows - rows[k], dim=1) for k in neighbors.unbind(1)], 1)
+        others = (~absent).sum() - 1
+        # Lists of a single neighbor have no order and count as empty.
+        missing = torch.arange(neighbors.shape[1], device=rows.device) >= torch.where(others > 1, others, 0)
+        distance = torch.stack([_distances(rows, rows[k]) for k in neighbors.unbind(1)], 1)
         # Logarithms, because powers overflow easily.
         log_distance = torch.where(distance == 0, 1.0, distance).log()
         log_size = (log_distance + scale.log()) * beta + math.log(alpha)
@@ -112,11 +113,21 @@ def dark_rank(
         steep = steep | (log_slope > math.log(torch.finfo(wide).max) / 2) | (log_size > math.log(MAX_SCORE))
         log_size = torch.where(steep, log_size.detach(), log_size)
         scores = -log_size.clamp(max=math.log(MAX_SCORE)).exp()
-        # Equal rows have no direction between them, so they get no gradient.
         scores = torch.where(missing, -4 * MAX_SCORE, torch.where(distance == 0, 0.0, scores))
-        rest = scores.flip(1).logcumsumexp(1).flip(1)  # over a position and those after it
+        rest = torch.stack([scores[:, k:].logsumexp(1) for k in range(scores.shape[1])], 1)
         losses = torch.where(missing, 0.0, rest - scores).sum(1)
         return (share.to(wide) @ losses).to(dtype)
+
+
+def _distances(x: Tensor, y: Tensor) -> Tensor:
+    """Return the distances of corresponding rows `(b,)`; equal rows have no direction and get no gradient.
+
+    Differences are exact, and for short lists they are less work than the dot products of all pairs.
+    """
+    difference = x - y
+    equal = (difference == 0).all(1, keepdim=True)
+    length = torch.linalg.vector_norm(torch.where(equal, 1.0, difference), dim=1)
+    return torch.where(equal.squeeze(1), 0.0, length)
 
 
 @torch.library.custom_op("kdlib::nearest_rows", mutates_args=())
@@ -159,16 +170,8 @@ def _check_order(owner: str, alpha: float, beta: float, length: int) -> None:
     check_number(owner, "length", length, min=2, integer=True)
 
 
-class DarkRankLoss(LossModule):
-    """`dark_rank` as a Module; see there for the formula and the errors.
-
-    Args:
-        alpha: factor of the scores, above 0.
-        beta: exponent of the distances, above 0.
-        length: number of neighbors in a list, at least 2.
-        normalize: divide each row of both sides by its length first.
-        gather: use the rows of all processes as one batch.
-        reduction: `"mean"` only.
+class DarkRankLoss(RelationModule):
+    """`dark_rank` as a Module: the constructor takes its hyper-parameters, `forward` its tensors.
 
     Examples:
         >>> import torch
@@ -179,8 +182,6 @@ class DarkRankLoss(LossModule):
         3.1781
     """
 
-    per_sample = False
-
     def __init__(
         self,
         *,
@@ -189,27 +190,19 @@ class DarkRankLoss(LossModule):
         length: int = 4,
         normalize: bool = False,
         gather: bool = False,
-        reduction: Literal["mean"] = "mean",
+        reduction: MeanOnly = "mean",
     ) -> None:
-        super().__init__()
+        super().__init__(gather=gather, reduction=reduction)
         _check_order("DarkRankLoss", alpha, beta, length)
-        check_relation_reduction("DarkRankLoss", reduction)
         self.alpha = alpha
         self.beta = beta
         self.length = length
         self.normalize = normalize
-        self.gather = gather
-        self.reduction = reduction
 
     def forward(
-        self,
-        student: Tensor,
-        teacher: Tensor,
-        *,
-        weight: Tensor | None = None,
-        reduction: Literal["mean"] | None = None,
+        self, student: Tensor, teacher: Tensor, *, weight: Tensor | None = None, reduction: MeanOnly | None = None
     ) -> Tensor:
-        """Compare `student` `(b, d, ...)` with `teacher`; `reduction=None` uses that of the constructor."""
+        """Compare `student` `(b, d, ...)` with `teacher`; `reduction=None` uses the constructor's."""
         return dark_rank(
             student,
             teacher,

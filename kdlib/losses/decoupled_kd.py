@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from kdlib._checks import check_choice, check_number, check_pair, check_target
-from kdlib._maths import REDUCTIONS, Reduction, full_precision, promote, reduce
+from kdlib._checks import check_number, check_pair, check_target
+from kdlib._maths import Reduction, full_precision, promote, reduce
 from kdlib.losses._chunked import MIN_LOG, by_rows, soften
 from kdlib.losses._module import LossModule
 
@@ -91,13 +91,7 @@ def decoupled_kd(
 
 
 class DecoupledKDLoss(LossModule):
-    """`decoupled_kd` as a Module; see there for the formula and the errors.
-
-    Args:
-        alpha: weight of target against rest, at least 0.
-        beta: weight of the divergence within the rest, at least 0.
-        temperature: above 0; larger values give softer probabilities.
-        reduction: `"mean"` or `"none"`; `forward` may override it.
+    """`decoupled_kd` as a Module: the constructor takes its hyper-parameters, `forward` its tensors.
 
     Examples:
         >>> import torch
@@ -111,15 +105,13 @@ class DecoupledKDLoss(LossModule):
     def __init__(
         self, *, alpha: float = 1.0, beta: float = 8.0, temperature: float = 4.0, reduction: Reduction = "mean"
     ) -> None:
-        super().__init__()
+        super().__init__(reduction=reduction)
         check_number("DecoupledKDLoss", "alpha", alpha, min=0)
         check_number("DecoupledKDLoss", "beta", beta, min=0)
         check_number("DecoupledKDLoss", "temperature", temperature, above=0)
-        check_choice("DecoupledKDLoss", "reduction", reduction, REDUCTIONS)
         self.alpha = alpha
         self.beta = beta
         self.temperature = temperature
-        self.reduction = reduction
 
     def forward(
         self,
@@ -130,7 +122,7 @@ class DecoupledKDLoss(LossModule):
         weight: Tensor | None = None,
         reduction: Reduction | None = None,
     ) -> Tensor:
-        """Compare `student` logits `(b, c)` with `teacher`, `target` `(b,)`; `reduction=None` uses that of the constructor."""
+        """Compare `student` logits `(b, c)` with `teacher`, `target` `(b,)`; `reduction=None` uses the constructor's."""
         return decoupled_kd(
             student,
             teacher,

@@ -1,14 +1,12 @@
 """DIST: correlation of the class probabilities of student and teacher, by sample and by class."""
 
-from typing import Literal
-
 import torch
 from torch import Tensor
 
-from kdlib._checks import check_number, check_pair, check_relation_reduction
-from kdlib._maths import full_precision
+from kdlib._checks import check_number, check_pair
+from kdlib._maths import MeanOnly, full_precision
 from kdlib.losses._chunked import soften
-from kdlib.losses._module import LossModule
+from kdlib.losses._module import RelationModule
 from kdlib.losses._relations import one_batch
 
 __all__ = ["DISTLoss", "dist"]
@@ -22,18 +20,18 @@ def dist(
     gamma: float = 1.0,
     temperature: float = 1.0,
     gather: bool = False,
-    reduction: Literal["mean"] = "mean",
+    reduction: MeanOnly = "mean",
     weight: Tensor | None = None,
 ) -> Tensor:
-    r"""Compute one minus the correlation of the probabilities, over the classes of a sample and over the samples of a class.
+    r"""Compute one minus the correlation of the probabilities over the classes of a sample and the samples of a class.
 
     .. math::
         T^2 \left[ \frac{\beta}{b} \sum_i \bigl(1 - \rho(p^s_{i \cdot}, p^t_{i \cdot})\bigr)
         + \frac{\gamma}{c} \sum_j \bigl(1 - \rho(p^s_{\cdot j}, p^t_{\cdot j})\bigr) \right], \qquad
         p = \mathrm{softmax}(z / T)
 
-    with :math:`\rho` Pearson's correlation. If one side has no spread, as with one class, one sample or equal logits, the
-    correlation counts as 0, or as 1 if neither side has any, and there is no gradient.
+    with :math:`\rho` Pearson's correlation. If one side has no spread, as with one class, one sample or equal logits,
+    the correlation counts as 0, or as 1 if neither side has any, and there is no gradient.
 
     With weights, the first mean and the correlations over samples are weighted by :math:`w / \sum w`. A sample of
     weight 0 has no influence.
@@ -67,8 +65,8 @@ def dist(
         3.648
 
     References:
-        Huang et al., *Knowledge Distillation from A Stronger Teacher*, arXiv 2205.10536. The factor T squared is that of
-        public code with a temperature, and 1 at the default.
+        Huang et al., *Knowledge Distillation from A Stronger Teacher*, arXiv 2205.10536. The factor T squared is that
+        of public code with a temperature, and 1 at the default.
     """
     check_number("dist", "temperature", temperature, above=0)
     check_number("dist", "beta", beta, min=0)
@@ -114,15 +112,8 @@ def _standardize(x: Tensor, share: Tensor, min_spread: float) -> tuple[Tensor, T
     return torch.where(largest < min_spread * size, standard.detach(), standard), flat.squeeze(1)
 
 
-class DISTLoss(LossModule):
-    """`dist` as a Module; see there for the formula and the errors.
-
-    Args:
-        beta: weight of the relations between classes, at least 0.
-        gamma: weight of the relations between samples, at least 0.
-        temperature: above 0; larger values give softer probabilities.
-        gather: use the rows of all processes as one batch.
-        reduction: `"mean"` only.
+class DISTLoss(RelationModule):
+    """`dist` as a Module: the constructor takes its hyper-parameters, `forward` its tensors.
 
     Examples:
         >>> import torch
@@ -133,8 +124,6 @@ class DISTLoss(LossModule):
         True
     """
 
-    per_sample = False
-
     def __init__(
         self,
         *,
@@ -142,28 +131,20 @@ class DISTLoss(LossModule):
         gamma: float = 1.0,
         temperature: float = 1.0,
         gather: bool = False,
-        reduction: Literal["mean"] = "mean",
+        reduction: MeanOnly = "mean",
     ) -> None:
-        super().__init__()
+        super().__init__(gather=gather, reduction=reduction)
         check_number("DISTLoss", "temperature", temperature, above=0)
         check_number("DISTLoss", "beta", beta, min=0)
         check_number("DISTLoss", "gamma", gamma, min=0)
-        check_relation_reduction("DISTLoss", reduction)
         self.beta = beta
         self.gamma = gamma
         self.temperature = temperature
-        self.gather = gather
-        self.reduction = reduction
 
     def forward(
-        self,
-        student: Tensor,
-        teacher: Tensor,
-        *,
-        weight: Tensor | None = None,
-        reduction: Literal["mean"] | None = None,
+        self, student: Tensor, teacher: Tensor, *, weight: Tensor | None = None, reduction: MeanOnly | None = None
     ) -> Tensor:
-        """Compare `student` logits `(b, c)` with `teacher`; `reduction=None` uses that of the constructor."""
+        """Compare `student` logits `(b, c)` with `teacher`; `reduction=None` uses the constructor's."""
         return dist(
             student,
             teacher,

@@ -6,8 +6,8 @@ from math import prod
 from torch import Tensor
 from torch.nn import functional as F
 
-from kdlib._checks import check_choice, check_pair
-from kdlib._maths import REDUCTIONS, Reduction, full_precision, hold_steep, promote, reduce
+from kdlib._checks import check_pair
+from kdlib._maths import Reduction, full_precision, hold_steep, promote, reduce
 from kdlib.losses._checks import check_levels
 from kdlib.losses._module import LossModule
 
@@ -82,11 +82,7 @@ def hierarchical_context(
 
 
 class HierarchicalContextLoss(LossModule):
-    """`hierarchical_context` as a Module; see there for the formula and the errors.
-
-    Args:
-        levels: sides of the coarser grids, each at least 1.
-        reduction: `"mean"` or `"none"`; `forward` may override it.
+    """`hierarchical_context` as a Module: the constructor takes its hyper-parameters, `forward` its tensors.
 
     Examples:
         >>> import torch
@@ -98,16 +94,14 @@ class HierarchicalContextLoss(LossModule):
     """
 
     def __init__(self, *, levels: Sequence[int] = (4, 2, 1), reduction: Reduction = "mean") -> None:
-        super().__init__()
+        super().__init__(reduction=reduction)
         check_levels("HierarchicalContextLoss", levels)
-        check_choice("HierarchicalContextLoss", "reduction", reduction, REDUCTIONS)
         self.levels = tuple(levels)
-        self.reduction = reduction
 
     def forward(
         self, student: Tensor, teacher: Tensor, *, weight: Tensor | None = None, reduction: Reduction | None = None
     ) -> Tensor:
-        """Compare `student` `(b, c, h, w)` with `teacher`; `reduction=None` uses that of the constructor."""
+        """Compare `student` `(b, c, h, w)` with `teacher`; `reduction=None` uses the constructor's."""
         return hierarchical_context(
             student, teacher, levels=self.levels, reduction=reduction or self.reduction, weight=weight
         )

@@ -2,8 +2,8 @@
 
 from torch import Tensor
 
-from kdlib._checks import check_choice, check_pair
-from kdlib._maths import REDUCTIONS, Reduction, full_precision, mean_square, promote, reduce
+from kdlib._checks import check_pair
+from kdlib._maths import Reduction, full_precision, mean_square, promote, reduce
 from kdlib.losses._module import LossModule
 
 __all__ = ["HintLoss", "hint"]
@@ -49,10 +49,7 @@ def hint(student: Tensor, teacher: Tensor, *, reduction: Reduction = "mean", wei
 
 
 class HintLoss(LossModule):
-    """`hint` as a Module; see there for the formula and the errors.
-
-    Args:
-        reduction: `"mean"` or `"none"`; `forward` may override it.
+    """`hint` as a Module: the constructor takes its hyper-parameters, `forward` its tensors.
 
     Examples:
         >>> import torch
@@ -63,13 +60,8 @@ class HintLoss(LossModule):
         1.0
     """
 
-    def __init__(self, *, reduction: Reduction = "mean") -> None:
-        super().__init__()
-        check_choice("HintLoss", "reduction", reduction, REDUCTIONS)
-        self.reduction = reduction
-
     def forward(
         self, student: Tensor, teacher: Tensor, *, weight: Tensor | None = None, reduction: Reduction | None = None
     ) -> Tensor:
-        """Compare `student` `(b, ...)` with `teacher`; `reduction=None` uses that of the constructor."""
+        """Compare `student` `(b, ...)` with `teacher`; `reduction=None` uses the constructor's."""
         return hint(student, teacher, reduction=reduction or self.reduction, weight=weight)

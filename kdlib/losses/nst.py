@@ -4,8 +4,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from kdlib._checks import check_choice, check_floating, check_rank, check_same_batch
-from kdlib._maths import REDUCTIONS, Reduction, full_precision, hold_short, promote, reduce, rescale, unit_rows
+from kdlib._checks import check_floating, check_rank, check_same_batch
+from kdlib._maths import Reduction, full_precision, hold_short, promote, reduce, rescale, unit_rows
 from kdlib.losses._module import LossModule
 
 __all__ = ["NSTLoss", "nst"]
@@ -95,10 +95,7 @@ def _mean_kernel(x_bcn: Tensor, y_bcn: Tensor) -> Tensor:
 
 
 class NSTLoss(LossModule):
-    """`nst` as a Module; see there for the formula and the errors.
-
-    Args:
-        reduction: `"mean"` or `"none"`; `forward` may override it.
+    """`nst` as a Module: the constructor takes its hyper-parameters, `forward` its tensors.
 
     Examples:
         >>> import torch
@@ -109,13 +106,8 @@ class NSTLoss(LossModule):
         0.0
     """
 
-    def __init__(self, *, reduction: Reduction = "mean") -> None:
-        super().__init__()
-        check_choice("NSTLoss", "reduction", reduction, REDUCTIONS)
-        self.reduction = reduction
-
     def forward(
         self, student: Tensor, teacher: Tensor, *, weight: Tensor | None = None, reduction: Reduction | None = None
     ) -> Tensor:
-        """Compare `student` `(b, c, h, w)` with `teacher`; `reduction=None` uses that of the constructor."""
+        """Compare `student` `(b, c, h, w)` with `teacher`; `reduction=None` uses the constructor's."""
         return nst(student, teacher, reduction=reduction or self.reduction, weight=weight)

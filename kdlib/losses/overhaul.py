@@ -7,8 +7,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from typing_extensions import override
 
-from kdlib._checks import check_choice, check_floating, check_rank, check_same_batch, check_shape
-from kdlib._maths import REDUCTIONS, Reduction, full_precision, mean_square, promote, reduce
+from kdlib._checks import check_floating, check_rank, check_same_batch, check_shape
+from kdlib._maths import Reduction, full_precision, mean_square, promote, reduce
 from kdlib.losses._checks import check_affine, check_margin
 from kdlib.losses._module import LossModule
 
@@ -27,8 +27,8 @@ def overhaul_margin(norm: nn.Module) -> Tensor:
         E[x \mid x < 0] = \beta - |\gamma| \, \frac{\varphi(\beta / |\gamma|)}{\Phi(-\beta / |\gamma|)}
 
     for a normal :math:`x` with mean :math:`\beta`, the bias of the layer, and standard deviation :math:`|\gamma|`, from
-    its weight. :math:`\varphi` and :math:`\Phi` are the density and the distribution function of the standard normal. If
-    x is negative with a probability of at most 0.001, the margin is :math:`-3 |\gamma|`.
+    its weight. :math:`\varphi` and :math:`\Phi` are the density and the distribution function of the standard normal.
+    If x is negative with a probability of at most 0.001, the margin is :math:`-3 |\gamma|`.
 
     Args:
         norm: the teacher's BatchNorm before the activation whose input `overhaul` compares, or any module with a
@@ -158,19 +158,17 @@ class OverhaulLoss(LossModule):
     margin: float | Tensor
 
     def __init__(self, margin: float | Tensor, *, reduction: Reduction = "mean") -> None:
-        super().__init__()
+        super().__init__(reduction=reduction)
         check_margin("OverhaulLoss", margin, None)
-        check_choice("OverhaulLoss", "reduction", reduction, REDUCTIONS)
         if isinstance(margin, Tensor):
             self.register_buffer("margin", margin.detach().clone(), persistent=False)
         else:
             self.margin = margin
-        self.reduction = reduction
 
     def forward(
         self, student: Tensor, teacher: Tensor, *, weight: Tensor | None = None, reduction: Reduction | None = None
     ) -> Tensor:
-        """Compare `student` `(b, c, h, w)` or `(b, d)` with `teacher`; `reduction=None` uses that of the constructor."""
+        """Compare `student` `(b, c, h, w)` or `(b, d)` with `teacher`; `reduction=None` uses the constructor's."""
         return overhaul(student, teacher, margin=self.margin, reduction=reduction or self.reduction, weight=weight)
 
     @override

@@ -1,13 +1,11 @@
 """Probabilistic knowledge transfer: the probabilities that samples are neighbors as the teacher's."""
 
-from typing import Literal
-
 import torch
 from torch import Tensor
 
-from kdlib._checks import check_floating, check_relation_reduction
-from kdlib._maths import full_precision, shortest_length
-from kdlib.losses._module import LossModule
+from kdlib._checks import check_floating
+from kdlib._maths import MeanOnly, full_precision, shortest_length
+from kdlib.losses._module import RelationModule
 from kdlib.losses._relations import cosine_distances, cosine_gradient, one_batch, with_gradient
 
 __all__ = ["PKTLoss", "pkt"]
@@ -21,7 +19,7 @@ def pkt(
     teacher: Tensor,
     *,
     gather: bool = False,
-    reduction: Literal["mean"] = "mean",
+    reduction: MeanOnly = "mean",
     weight: Tensor | None = None,
 ) -> Tensor:
     r"""Compute the divergence of the student's from the teacher's probabilities that one sample is another's neighbor.
@@ -63,8 +61,8 @@ def pkt(
 
     References:
         Passalis, Tefas, *Learning Deep Representations with Probabilistic Knowledge Transfer*, arXiv 1803.10837, with
-        the cosine kernel. Values equal those of the authors' code: the mean is over b * b pairs, so it is the divergence
-        of each row divided by b. The gradient is hand-written, which halves the time. Second derivatives and
+        the cosine kernel. Values equal those of the authors' code: the mean is over b * b pairs, so it is the
+        divergence of each row divided by b. The gradient is hand-written, which halves the time. Second derivatives and
         `torch.func.vmap` raise an error.
     """
     check_floating("pkt", student=student)
@@ -120,12 +118,8 @@ def _log1p_less(x: Tensor) -> Tensor:
     return log.lerp_(series, near.to(x.dtype))  # as `torch.where`, but four times as fast on a CPU
 
 
-class PKTLoss(LossModule):
-    """`pkt` as a Module; see there for the formula and the errors.
-
-    Args:
-        gather: use the rows of all processes as one batch.
-        reduction: `"mean"` only.
+class PKTLoss(RelationModule):
+    """`pkt` as a Module: the constructor takes its hyper-parameters, `forward` its tensors.
 
     Examples:
         >>> import torch
@@ -137,21 +131,8 @@ class PKTLoss(LossModule):
         0.0
     """
 
-    per_sample = False
-
-    def __init__(self, *, gather: bool = False, reduction: Literal["mean"] = "mean") -> None:
-        super().__init__()
-        check_relation_reduction("PKTLoss", reduction)
-        self.gather = gather
-        self.reduction = reduction
-
     def forward(
-        self,
-        student: Tensor,
-        teacher: Tensor,
-        *,
-        weight: Tensor | None = None,
-        reduction: Literal["mean"] | None = None,
+        self, student: Tensor, teacher: Tensor, *, weight: Tensor | None = None, reduction: MeanOnly | None = None
     ) -> Tensor:
-        """Compare `student` `(b, d, ...)` with `teacher`; `reduction=None` uses that of the constructor."""
+        """Compare `student` `(b, d, ...)` with `teacher`; `reduction=None` uses the constructor's."""
         return pkt(student, teacher, gather=self.gather, reduction=reduction or self.reduction, weight=weight)

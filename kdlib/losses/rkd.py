@@ -1,13 +1,11 @@
 """Relational knowledge distillation: distances and angles between samples as the teacher's."""
 
-from typing import Literal
-
 import torch
 from torch import Tensor
 
-from kdlib._checks import check_floating, check_number, check_relation_reduction
-from kdlib._maths import full_precision, shortest_length
-from kdlib.losses._module import LossModule
+from kdlib._checks import check_floating, check_number
+from kdlib._maths import MeanOnly, full_precision, shortest_length
+from kdlib.losses._module import RelationModule
 from kdlib.losses._relations import one_batch, with_gradient
 from kdlib.losses._rkd import angle_with_gradient, distance_with_gradient
 
@@ -20,7 +18,7 @@ def rkd_distance(
     *,
     chunk_size: int | None = None,
     gather: bool = False,
-    reduction: Literal["mean"] = "mean",
+    reduction: MeanOnly = "mean",
     weight: Tensor | None = None,
 ) -> Tensor:
     r"""Compare the distances between the student's samples with those between the teacher's.
@@ -84,7 +82,7 @@ def rkd_angle(
     *,
     chunk_size: int | None = None,
     gather: bool = False,
-    reduction: Literal["mean"] = "mean",
+    reduction: MeanOnly = "mean",
     weight: Tensor | None = None,
 ) -> Tensor:
     r"""Compare the angles between the student's samples with those between the teacher's.
@@ -149,13 +147,8 @@ def _check_chunk(owner: str, chunk_size: int | None) -> None:
         check_number(owner, "chunk_size", chunk_size, min=1, integer=True)
 
 
-class RKDDistanceLoss(LossModule):
-    """`rkd_distance` as a Module; see there for the formula and the errors.
-
-    Args:
-        chunk_size: rows that are compared at a time; `None` is all.
-        gather: use the rows of all processes as one batch.
-        reduction: `"mean"` only.
+class RKDDistanceLoss(RelationModule):
+    """`rkd_distance` as a Module: the constructor takes its hyper-parameters, `forward` its tensors.
 
     Examples:
         >>> import torch
@@ -167,44 +160,23 @@ class RKDDistanceLoss(LossModule):
         0.0
     """
 
-    per_sample = False
-
-    def __init__(
-        self, *, chunk_size: int | None = None, gather: bool = False, reduction: Literal["mean"] = "mean"
-    ) -> None:
-        super().__init__()
+    def __init__(self, *, chunk_size: int | None = None, gather: bool = False, reduction: MeanOnly = "mean") -> None:
+        super().__init__(gather=gather, reduction=reduction)
         _check_chunk("RKDDistanceLoss", chunk_size)
-        check_relation_reduction("RKDDistanceLoss", reduction)
         self.chunk_size = chunk_size
-        self.gather = gather
-        self.reduction = reduction
 
     def forward(
-        self,
-        student: Tensor,
-        teacher: Tensor,
-        *,
-        weight: Tensor | None = None,
-        reduction: Literal["mean"] | None = None,
+        self, student: Tensor, teacher: Tensor, *, weight: Tensor | None = None, reduction: MeanOnly | None = None
     ) -> Tensor:
-        """Compare `student` `(b, d, ...)` with `teacher`; `reduction=None` uses that of the constructor."""
+        """Compare `student` `(b, d, ...)` with `teacher`; `reduction=None` uses the constructor's."""
+        reduction = reduction or self.reduction
         return rkd_distance(
-            student,
-            teacher,
-            chunk_size=self.chunk_size,
-            gather=self.gather,
-            reduction=reduction or self.reduction,
-            weight=weight,
+            student, teacher, chunk_size=self.chunk_size, gather=self.gather, reduction=reduction, weight=weight
         )
 
 
-class RKDAngleLoss(LossModule):
-    """`rkd_angle` as a Module; see there for the formula and the errors.
-
-    Args:
-        chunk_size: vertices that are processed at a time; `None` chooses by device.
-        gather: use the rows of all processes as one batch.
-        reduction: `"mean"` only.
+class RKDAngleLoss(RelationModule):
+    """`rkd_angle` as a Module: the constructor takes its hyper-parameters, `forward` its tensors.
 
     Examples:
         >>> import torch
@@ -216,32 +188,16 @@ class RKDAngleLoss(LossModule):
         0.0
     """
 
-    per_sample = False
-
-    def __init__(
-        self, *, chunk_size: int | None = None, gather: bool = False, reduction: Literal["mean"] = "mean"
-    ) -> None:
-        super().__init__()
+    def __init__(self, *, chunk_size: int | None = None, gather: bool = False, reduction: MeanOnly = "mean") -> None:
+        super().__init__(gather=gather, reduction=reduction)
         _check_chunk("RKDAngleLoss", chunk_size)
-        check_relation_reduction("RKDAngleLoss", reduction)
         self.chunk_size = chunk_size
-        self.gather = gather
-        self.reduction = reduction
 
     def forward(
-        self,
-        student: Tensor,
-        teacher: Tensor,
-        *,
-        weight: Tensor | None = None,
-        reduction: Literal["mean"] | None = None,
+        self, student: Tensor, teacher: Tensor, *, weight: Tensor | None = None, reduction: MeanOnly | None = None
     ) -> Tensor:
-        """Compare `student` `(b, d, ...)` with `teacher`; `reduction=None` uses that of the constructor."""
+        """Compare `student` `(b, d, ...)` with `teacher`; `reduction=None` uses the constructor's."""
+        reduction = reduction or self.reduction
         return rkd_angle(
-            student,
-            teacher,
-            chunk_size=self.chunk_size,
-            gather=self.gather,
-            reduction=reduction or self.reduction,
-            weight=weight,
+            student, teacher, chunk_size=self.chunk_size, gather=self.gather, reduction=reduction, weight=weight
         )

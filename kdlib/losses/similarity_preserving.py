@@ -1,13 +1,11 @@
 """Similarity preservation: the matrix of dot products between samples as the teacher's, with rows of unit length."""
 
-from typing import Literal
-
 import torch
 from torch import Tensor
 
-from kdlib._checks import check_floating, check_relation_reduction
-from kdlib._maths import full_precision, shortest_length, unit_rows
-from kdlib.losses._module import LossModule
+from kdlib._checks import check_floating
+from kdlib._maths import MeanOnly, full_precision, shortest_length, unit_rows
+from kdlib.losses._module import RelationModule
 from kdlib.losses._relations import one_batch, power_of_two
 
 __all__ = ["SimilarityPreservingLoss", "similarity_preserving"]
@@ -18,7 +16,7 @@ def similarity_preserving(
     teacher: Tensor,
     *,
     gather: bool = False,
-    reduction: Literal["mean"] = "mean",
+    reduction: MeanOnly = "mean",
     weight: Tensor | None = None,
 ) -> Tensor:
     r"""Compute the squared distance of the two matrices of similarities between samples, with rows of unit length.
@@ -79,18 +77,14 @@ def _unit_similarities(x: Tensor, share: Tensor, origin: torch.dtype) -> Tensor:
     largest = torch.where(share > 0, torch.maximum(magnitudes.amax(1), -magnitudes.amin(1)), 0.0)
     scale = power_of_two(largest)
     x = x * torch.where(share > 0, 1 / scale, 0.0).unsqueeze(1)
-    unit, _ = unit_rows(x @ x.T * share.sqrt())
+    similarities = x @ x.T * share.sqrt()
     # The gradient of a row grows as 1 / length of its sample.
-    short = largest < torch.clamp(scale * 1e-30, min=shortest_length(origin))
-    return torch.where(short.unsqueeze(1), unit.detach(), unit)
+    short = (largest < torch.clamp(scale * 1e-30, min=shortest_length(origin))).unsqueeze(1)
+    return torch.where(short, unit_rows(similarities.detach())[0], unit_rows(similarities.masked_fill(short, 1))[0])
 
 
-class SimilarityPreservingLoss(LossModule):
-    """`similarity_preserving` as a Module; see there for the formula and the errors.
-
-    Args:
-        gather: use the rows of all processes as one batch.
-        reduction: `"mean"` only.
+class SimilarityPreservingLoss(RelationModule):
+    """`similarity_preserving` as a Module: the constructor takes its hyper-parameters, `forward` its tensors.
 
     Examples:
         >>> import torch
@@ -102,23 +96,10 @@ class SimilarityPreservingLoss(LossModule):
         0.0
     """
 
-    per_sample = False
-
-    def __init__(self, *, gather: bool = False, reduction: Literal["mean"] = "mean") -> None:
-        super().__init__()
-        check_relation_reduction("SimilarityPreservingLoss", reduction)
-        self.gather = gather
-        self.reduction = reduction
-
     def forward(
-        self,
-        student: Tensor,
-        teacher: Tensor,
-        *,
-        weight: Tensor | None = None,
-        reduction: Literal["mean"] | None = None,
+        self, student: Tensor, teacher: Tensor, *, weight: Tensor | None = None, reduction: MeanOnly | None = None
     ) -> Tensor:
-        """Compare `student` `(b, d, ...)` with `teacher`; `reduction=None` uses that of the constructor."""
+        """Compare `student` `(b, d, ...)` with `teacher`; `reduction=None` uses the constructor's."""
         return similarity_preserving(
             student, teacher, gather=self.gather, reduction=reduction or self.reduction, weight=weight
         )

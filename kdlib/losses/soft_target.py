@@ -4,8 +4,8 @@ from functools import partial
 
 from torch import Tensor
 
-from kdlib._checks import check_choice, check_number, check_pair
-from kdlib._maths import REDUCTIONS, Reduction, full_precision, reduce
+from kdlib._checks import check_number, check_pair
+from kdlib._maths import Reduction, full_precision, reduce
 from kdlib.losses._chunked import MIN_LOG, by_rows, soften
 from kdlib.losses._module import LossModule
 
@@ -63,11 +63,7 @@ def soft_target(
 
 
 class SoftTargetLoss(LossModule):
-    """`soft_target` as a Module; see there for the formula and the errors.
-
-    Args:
-        temperature: above 0; larger values give softer probabilities.
-        reduction: `"mean"` or `"none"`; `forward` may override it.
+    """`soft_target` as a Module: the constructor takes its hyper-parameters, `forward` its tensors.
 
     Examples:
         >>> import torch
@@ -79,16 +75,14 @@ class SoftTargetLoss(LossModule):
     """
 
     def __init__(self, *, temperature: float = 4.0, reduction: Reduction = "mean") -> None:
-        super().__init__()
+        super().__init__(reduction=reduction)
         check_number("SoftTargetLoss", "temperature", temperature, above=0)
-        check_choice("SoftTargetLoss", "reduction", reduction, REDUCTIONS)
         self.temperature = temperature
-        self.reduction = reduction
 
     def forward(
         self, student: Tensor, teacher: Tensor, *, weight: Tensor | None = None, reduction: Reduction | None = None
     ) -> Tensor:
-        """Compare `student` logits `(b, c)` with `teacher`; `reduction=None` uses that of the constructor."""
+        """Compare `student` logits `(b, c)` with `teacher`; `reduction=None` uses the constructor's."""
         return soft_target(
             student, teacher, temperature=self.temperature, reduction=reduction or self.reduction, weight=weight
         )

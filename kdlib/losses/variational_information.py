@@ -7,7 +7,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from kdlib._checks import (
-    check_choice,
     check_floating,
     check_number,
     check_pair,
@@ -15,7 +14,7 @@ from kdlib._checks import (
     check_same_batch,
     check_shape,
 )  # fmt: skip
-from kdlib._maths import FAR, REDUCTIONS, Reduction, full_precision, promote, reduce
+from kdlib._maths import FAR, Reduction, full_precision, promote, reduce
 from kdlib.losses._module import LossModule
 
 __all__ = ["VariationalInformationLoss", "variational_information"]
@@ -137,7 +136,7 @@ class VariationalInformationLoss(LossModule):
         min_variance: float = 1e-5,
         reduction: Reduction = "mean",
     ) -> None:
-        super().__init__()
+        super().__init__(reduction=reduction)
         owner = "VariationalInformationLoss"
         check_number(owner, "student_channels", student_channels, min=1, integer=True)
         check_number(owner, "teacher_channels", teacher_channels, min=1, integer=True)
@@ -145,13 +144,11 @@ class VariationalInformationLoss(LossModule):
             check_number(owner, "hidden", hidden, min=1, integer=True)
         check_number(owner, "min_variance", min_variance, above=0)
         check_number(owner, "initial_variance", initial_variance, above=min_variance)
-        check_choice(owner, "reduction", reduction, REDUCTIONS)
         self.student_channels = student_channels
         self.teacher_channels = teacher_channels
         self.hidden = hidden
         self.initial_variance = initial_variance
         self.min_variance = min_variance
-        self.reduction = reduction
         width = teacher_channels if hidden is None else hidden
         self.first = nn.Linear(student_channels, width, bias=False)
         self.second = nn.Linear(width, width, bias=False)
@@ -178,7 +175,7 @@ class VariationalInformationLoss(LossModule):
     ) -> Tensor:
         """Compare `student` `(b, c, h, w)` or `(b, d)` with `teacher`, of as many dimensions.
 
-        `reduction=None` uses that of the constructor.
+        `reduction=None` uses the constructor's.
         """
         owner = "VariationalInformationLoss"
         check_floating(owner, student=student, teacher=teacher)

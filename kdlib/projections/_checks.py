@@ -20,8 +20,8 @@ def check_projectable(owner: str, student: Tensor, teacher: Tensor) -> None:
     known = {(2, 2), (3, 3), (4, 4), (3, 4), (4, 3), (4, 2)}
     if (student.dim(), teacher.dim()) not in known:
         raise ValueError(
-            f"{owner}: student and teacher must be vectors (b, d), tokens (b, n, d) or maps (b, c, h, w): both of the same "
-            f"kind, a map and tokens, or a map and a vector; got {show_shape(student)} and {show_shape(teacher)}; "
+            f"{owner}: student and teacher must be vectors (b, d), tokens (b, n, d) or maps (b, c, h, w): both of the "
+            f"same kind, a map and tokens, or a map and a vector; got {show_shape(student)} and {show_shape(teacher)}; "
             "give a projection of your own"
         )
 

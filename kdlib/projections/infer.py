@@ -29,7 +29,8 @@ def infer_projection(student: Tensor, teacher: Tensor, *, identity_if_equal: boo
     errors: a vector to a map or to tokens, tokens to a vector (class token or mean?), token grids that are not square.
 
     The projection is created on the student's device. Its parameters have the student's dtype, except under autocast,
-    where they stay float32 like those of the model. They are initialized with torch's global generator, as in any layer.
+    where they stay float32 like those of the model. They are initialized with torch's global generator, as in any
+    layer.
 
     Args:
         student: example `(b, d)`, `(b, n, d)` or `(b, c, h, w)`; its values and batch size do not matter.

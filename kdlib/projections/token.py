@@ -28,8 +28,8 @@ class TokenProjection(nn.Module):
         size: `(h, w)` of the teacher's grid; None keeps the student's grid.
         grid: `(h, w)` of the student's grid; None for a square grid of any size.
         class_token: `"none"`, all tokens are on the grid; `"keep"`, the first token is a class token and stays first;
-            `"drop"`, the first token is a class token that the teacher does not have; `"mean"`, the student has no class
-            token, and the mean of its tokens becomes the first token.
+            `"drop"`, the first token is a class token that the teacher does not have; `"mean"`, the student has no
+            class token, and the mean of its tokens becomes the first token.
         bias: add a learned offset.
 
     Raises:
@@ -43,8 +43,8 @@ class TokenProjection(nn.Module):
         torch.Size([2, 197, 384])
 
     References:
-        The resampling of the grid is that of position embeddings at another resolution, Dosovitskiy et al., *An Image is
-        Worth 16x16 Words*, arXiv 2010.11929, section 3.2.
+        The resampling of the grid is that of position embeddings at another resolution, Dosovitskiy et al., *An Image
+        is Worth 16x16 Words*, arXiv 2010.11929, section 3.2.
     """
 
     def __init__(

@@ -42,16 +42,16 @@ def check_loss(
     - `weighted_mean`: `sum(w * l) / sum(w)`, and `w * l` for `"none"`; `weight_ones`: the same as without weights;
       `weight_scale`: a common factor has no effect; `weight_zero_masks`: the same as without the sample, which gets no
       gradient; `weight_all_zero`: 0 with a graph.
-    - `float16`, `bfloat16`, `autocast`: the result is float32 and equals that of the same numbers in float32; `float64`:
-      the result is float64.
+    - `float16`, `bfloat16`, `autocast`: the result is float32 and equals that of the same numbers in float32;
+      `float64`: the result is float64.
     - `zero_rows`, `equal_rows`, `batch_of_one`, `empty_batch`, `large_float16` (values to 300), `large_float32` (to
       10,000): a finite value and finite gradients.
     - `batch_mismatch`: a `ValueError` or `TypeError`.
     - `deterministic`, `inputs_unchanged`, `deepcopy`, `pickle`, `state_dict`: the same value twice, and after a copy;
       `repr`: the call that rebuilds the object; `gradcheck`: the gradient against differences, in float64.
 
-    Every check works on a copy of the loss, so that a loss with a state (a queue, a running mean) starts anew each time;
-    only `deepcopy` calls the loss itself.
+    Every check works on a copy of the loss, so that a loss with a state (a queue, a running mean) starts anew each
+    time; only `deepcopy` calls the loss itself.
 
     Args:
         loss: called as `loss(student, teacher)`, with `target=` if one is given, and with `reduction=` and `weight=`.

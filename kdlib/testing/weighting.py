@@ -42,8 +42,8 @@ def check_weighting(
     - `extreme_losses` (all 0; from 1e-30 to 1e30; one teacher far off), `extreme_features` (zeros; 10,000), `half`
       (features in float16), `batch_of_one`, `empty_batch`: the same for these inputs.
     - `one_teacher`: all ones; `permutation`: teachers in another order have the same weights in that order.
-    - `teacher_gradient`: none; `deterministic`, `inputs_unchanged`, `deepcopy`, `pickle`, `state_dict`: the same weights
-      twice, and after a copy with its state; `repr`: the call that rebuilds the object.
+    - `teacher_gradient`: none; `deterministic`, `inputs_unchanged`, `deepcopy`, `pickle`, `state_dict`: the same
+      weights twice, and after a copy with its state; `repr`: the call that rebuilds the object.
 
     Losses are computed from the student and the teachers, on the student's graph. Every check works on a copy of the
     weighting.

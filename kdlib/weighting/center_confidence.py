@@ -17,15 +17,16 @@ __all__ = ["CenterConfidenceWeighting"]
 class CenterConfidenceWeighting(nn.Module):
     r"""Assigns larger weights to teachers that embed a sample closer to the center of its identity.
 
-    This is confidence weighting for embeddings, for teachers that have no logits on the student's classes. With :math:`f_{k,i}` the embedding of sample i by teacher k and :math:`c_{k,y}` the center of identity y in the
-    space of teacher k,
+    This is confidence weighting for embeddings, for teachers that have no logits on the student's classes. With
+    :math:`f_{k,i}` the embedding of sample i by teacher k and :math:`c_{k,y}` the center of identity y in the space of
+    teacher k,
 
     .. math:: w_{k,i} = \mathrm{softmax}_k \bigl( \cos(f_{k,i}, c_{k,y_i}) / \tau \bigr)
 
-    Each center is the direction of a running mean of unit embeddings. In training mode, after the weights of a batch are
-    computed, `center <- unit(momentum * center + (1 - momentum) * mean)`, where the mean is that of all unit embeddings
-    of the identity in the batch; the first time, `center <- unit(mean)`. A sample whose identity has no center yet for
-    one of the teachers, or is negative (unknown), has uniform weights. The weights carry no gradient.
+    Each center is the direction of a running mean of unit embeddings. In training mode, after the weights of a batch
+    are computed, `center <- unit(momentum * center + (1 - momentum) * mean)`, where the mean is that of all unit
+    embeddings of the identity in the batch; the first time, `center <- unit(mean)`. A sample whose identity has no
+    center yet for one of the teachers, or is negative (unknown), has uniform weights. The weights carry no gradient.
 
     The centers are buffers, created in the first call: `(num_identities, d_k)` float32 for teacher k. They are part of
     the state dict, and loading it into a new module creates them. They belong to one feature: use one weighting per

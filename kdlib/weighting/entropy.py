@@ -34,8 +34,8 @@ class EntropyWeighting(nn.Module):
     Examples:
         >>> import torch
         >>> weighting = EntropyWeighting()
-        >>> sure, even = torch.tensor([[9.0, 0.0]]), torch.tensor([[0.0, 0.0]])
-        >>> weighting(torch.ones(2, 1), student=torch.ones(1, 4), teachers=[sure, even], targets={})
+        >>> confident, even = torch.tensor([[9.0, 0.0]]), torch.tensor([[0.0, 0.0]])
+        >>> weighting(torch.ones(2, 1), student=torch.ones(1, 4), teachers=[confident, even], targets={})
         tensor([[0.9982],
                 [0.0018]])
 

@@ -21,8 +21,8 @@ class GateWeighting(nn.Module):
     .. math:: w_i = f + (1 - K f) \, \mathrm{softmax}\bigl( g(x_i) / \tau \bigr)
 
     where g is linear, or has one hidden layer with ReLU, and f is the floor. The weights keep their graph, so the gate
-    is trained by the weighted loss. The weights are uniform at first, because its last layer is initialized to zero. The
-    student receives no gradient through the gate, so it cannot lower its loss by changing the weights.
+    is trained by the weighted loss. The weights are uniform at first, because its last layer is initialized to zero.
+    The student receives no gradient through the gate, so it cannot lower its loss by changing the weights.
 
     The weighted loss trains the gate to prefer, for each sample, the teacher with the smallest loss. A useless teacher
     with random features has a large loss, and its weight decreases; one with constant features has a small loss and
@@ -57,7 +57,8 @@ class GateWeighting(nn.Module):
         True
 
     References:
-        Jacobs et al., *Adaptive Mixtures of Local Experts*, Neural Computation 3(1), 1991, introduces gates; this form is ours.
+        Jacobs et al., *Adaptive Mixtures of Local Experts*, Neural Computation 3(1), 1991, introduced
+        gates; this form is ours.
     """
 
     def __init__(

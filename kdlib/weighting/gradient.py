@@ -27,16 +27,16 @@ class GradientWeighting(nn.Module):
     .. math:: w = \arg\min_a \tfrac12 \Bigl\| \sum_k a_k g_k \Bigr\|^2, \qquad \sum_k a_k = 1, \quad 0 \le a_k \le C
 
     A step against the combined gradient lowers the losses of all teachers with a weight strictly between the bounds at
-    the same rate; for C = 1 no loss rises. If its norm is 0, no step lowers all losses. Two teachers have a closed form,
-    :math:`a_1 = \mathrm{clip}((g_2 - g_1) \cdot g_2 / \|g_1 - g_2\|^2, 1 - C, C)`; more teachers are solved exactly by
-    pairwise updates.
+    the same rate; for C = 1 no loss rises. If its norm is 0, no step lowers all losses. Two teachers have a closed
+    form, :math:`a_1 = \mathrm{clip}((g_2 - g_1) \cdot g_2 / \|g_1 - g_2\|^2, 1 - C, C)`; more teachers are solved
+    exactly by pairwise updates.
 
     A single teacher has weight 1. Equal teachers have equal weights. A useless teacher has a large gradient while the
     student is far from it, and so a small weight. The smallest gradient gets the largest weight: a teacher that the
-    student already matches gets all of it, and the student stops learning. C < 1 prevents this. Gradients that are all 0
-    or not all finite give uniform weights, as does a call without a graph (under `no_grad`, or with a frozen student).
-    Masked samples, whose losses are 0, have no effect. The weights carry no gradient. Each process of a distributed run
-    solves for its own part of the batch.
+    student already matches gets all of it, and the student stops learning. C < 1 prevents this. Gradients that are all
+    0 or not all finite give uniform weights, as does a call without a graph (under `no_grad`, or with a frozen
+    student). Masked samples, whose losses are 0, have no effect. The weights carry no gradient. Each process of a
+    distributed run solves for its own part of the batch.
 
     The cost is K backward passes from the losses to the feature, through projections and losses only, and one small
     copy to the host.
@@ -60,9 +60,9 @@ class GradientWeighting(nn.Module):
                 [0.2000]])
 
     References:
-        Sener, Koltun, *Multi-Task Learning as Multi-Objective Optimization*, arXiv 1810.04650 (C = 1). Du et al., *Agree
-        to Disagree: Adaptive Ensemble Knowledge Distillation in Gradient Space*, NeurIPS 2020, take the gradient at the
-        logits and solve by a one-class SVM, with nu = 1 / (C K) for our C.
+        Sener, Koltun, *Multi-Task Learning as Multi-Objective Optimization*, arXiv 1810.04650 (C = 1). Du et al.,
+        *Agree to Disagree: Adaptive Ensemble Knowledge Distillation in Gradient Space*, NeurIPS 2020, take the gradient
+        at the logits and solve by a one-class SVM, with nu = 1 / (C K) for our C.
     """
 
     needs_graph: ClassVar[bool] = True
@@ -100,19 +100,15 @@ class GradientWeighting(nn.Module):
             gram = _gram(gradients)
         if not all(isfinite(value) for row in gram for value in row):
             return uniform
-        return (
-            torch.tensor(_min_norm(gram, self.max_weight), dtype=torch.float64)
-            .to(losses)
-            .unsqueeze(1)
-            .expand_as(losses)
-        )
+        weights = torch.tensor(_min_norm(gram, self.max_weight), dtype=torch.float64)
+        return weights.to(losses).unsqueeze(1).expand_as(losses)
 
     def extra_repr(self) -> str:
         return f"max_weight={self.max_weight!r}"
 
 
 def _gram(gradients: Tensor) -> list[list[float]]:
-    """Return the dot products of the rows of `(k, n)`; a float32 matrix product could round those of equal rows apart."""
+    """Return the dot products of the rows of `(k, n)`; a float32 matrix product rounds equal rows differently."""
     dtype = torch.float32 if gradients.device.type == "mps" else torch.float64
     k = len(gradients)
     pairs = [(i, j) for i in range(k) for j in range(i + 1)]

@@ -61,7 +61,8 @@ class UncertaintyWeighting(nn.Module):
 
     References:
         Kendall, Gal, Cipolla, *Multi-Task Learning Using Uncertainty to Weigh Losses for Scene Geometry and Semantics*,
-        arXiv 1705.07115, weight tasks; here the teachers of a term are weighted, without their factor 1/2 for regression.
+        arXiv 1705.07115, weight tasks; here the teachers of a term are weighted, without their factor 1/2 for
+        regression.
     """
 
     def __init__(self, num_teachers: int) -> None:

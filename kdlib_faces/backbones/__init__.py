@@ -8,13 +8,7 @@ describes a file, and `describe_backbones` lists the cost of each network.
 from kdlib_faces.backbones.checkpoints.describe import CheckpointInfo, describe_checkpoint
 from kdlib_faces.backbones.checkpoints.load import load_backbone
 from kdlib_faces.backbones.checkpoints.save import save_backbone
-from kdlib_faces.backbones.complexity import (
-    BackboneRow,
-    count_macs,
-    count_parameters,
-    describe_backbones,
-    latency_ms,
-)
+from kdlib_faces.backbones.complexity import BackboneRow, count_macs, count_parameters, describe_backbones, latency_ms
 from kdlib_faces.backbones.input_spec import InputSpec
 from kdlib_faces.backbones.networks.base import Backbone
 from kdlib_faces.backbones.networks.ir import (
@@ -30,8 +24,7 @@ from kdlib_faces.backbones.networks.ir import (
     ir_se_152,
 )
 from kdlib_faces.backbones.networks.iresnet import IResNet, iresnet18, iresnet34, iresnet50, iresnet100, iresnet200
-from kdlib_faces.backbones.networks.mbf import MBF, mbf
-from kdlib_faces.backbones.networks.mbf_flat import MBFFlat
+from kdlib_faces.backbones.networks.mbf import MBF, MBFFlat, mbf
 from kdlib_faces.backbones.networks.mobilefacenet import MobileFaceNet
 from kdlib_faces.backbones.networks.mobilenet_v1 import MobileNetV1, mobilenet_v1, mobilenet_v1_025
 from kdlib_faces.backbones.networks.mobilenet_v2 import MobileNetV2, mobilenet_v2

@@ -9,7 +9,6 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -61,7 +60,7 @@ def count_macs(model: nn.Module, input_size: InputSize) -> int:
     height, width = height_width("count_macs", input_size)
     total = 0
 
-    def count(module: nn.Module, _inputs: Any, output: Tensor) -> None:
+    def count(module: nn.Module, _inputs: object, output: Tensor) -> None:
         nonlocal total
         total += output.numel() * (module.weight[0].numel() if isinstance(module.weight, Tensor) else 0)
 

@@ -1,14 +1,14 @@
 """Input specification of a network: size, channel order and normalization of its images."""
 
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, TypedDict, Unpack
 
 import torch.nn.functional as F
 from torch import Tensor
 
 from kdlib._checks import check_choice, check_floating, check_number, check_shape
 
-__all__ = ["InputSize", "InputSpec", "Triple", "height_width"]
+__all__ = ["InputSize", "InputSpec", "SpecFields", "Triple", "height_width"]
 
 InputSize = int | tuple[int, int]
 """Side of square images, or (height, width), in pixels."""
@@ -16,6 +16,16 @@ InputSize = int | tuple[int, int]
 Triple = float | tuple[float, float, float]
 COLORS = ("rgb", "bgr")
 FIELDS = ("color", "mean", "scale", "normalized")
+
+
+class SpecFields(TypedDict, total=False):
+    """Fields of `InputSpec` without the size."""
+
+    color: Literal["rgb", "bgr"] | None
+    mean: Triple | None
+    scale: Triple | None
+    normalized: bool | None
+    assumed: tuple[str, ...]
 
 
 def height_width(owner: str, input_size: InputSize) -> tuple[int, int]:
@@ -32,16 +42,16 @@ def height_width(owner: str, input_size: InputSize) -> tuple[int, int]:
 class InputSpec:
     """Size, channel order and normalization of a network's images, and whether the original normalized its embeddings.
 
-    For pixels from 0 to 255, the network expects `(pixel - mean) / scale` with channels in the order of `color`. Calling
-    the specification converts images in the convention of this library, RGB and `(pixel - 127.5) / 127.5`.
+    For pixels from 0 to 255, the network expects `(pixel - mean) / scale` with channels in the order of `color`.
+    Calling the specification converts images in the convention of this library, RGB and `(pixel - 127.5) / 127.5`.
 
     Args:
         size: side of the square images, or (height, width), in pixels.
         color: `"rgb"` or `"bgr"`.
         mean: one value, or one per channel in the order of `color`.
         scale: one value, or one per channel, above 0.
-        normalized: whether the project that published the network normalizes the embedding; None if files of this layout
-            differ. The networks of this library never do.
+        normalized: whether the project that published the network normalizes the embedding; None if files of this
+            layout differ. The networks of this library never do.
         assumed: names of fields that the file does not determine and that differ between files of its layout.
 
     Raises:
@@ -115,13 +125,13 @@ class InputSpec:
         top, left = (cover[0] - height) // 2, (cover[1] - width) // 2
         return images[..., top : top + height, left : left + width]
 
-    def changed(self, **fields: Any) -> "InputSpec":
+    def changed(self, **fields: Unpack[SpecFields]) -> "InputSpec":
         """Return a copy with the given fields that are not None, which are then no longer assumed.
 
         Raises:
             ValueError: a value is invalid.
         """
-        given = {name: value for name, value in fields.items() if value is not None}
+        given: dict[str, Any] = {name: value for name, value in fields.items() if value is not None}
         return replace(self, **given, assumed=tuple(name for name in self.assumed if name not in given))
 
     def describe(self) -> str:

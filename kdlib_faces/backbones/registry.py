@@ -22,8 +22,7 @@ from kdlib_faces.backbones.networks.ir import (
     ir_se_152,
 )
 from kdlib_faces.backbones.networks.iresnet import IResNet, iresnet18, iresnet34, iresnet50, iresnet100, iresnet200
-from kdlib_faces.backbones.networks.mbf import mbf
-from kdlib_faces.backbones.networks.mbf_flat import MBFFlat
+from kdlib_faces.backbones.networks.mbf import MBFFlat, mbf
 from kdlib_faces.backbones.networks.mobilefacenet import MobileFaceNet
 from kdlib_faces.backbones.networks.mobilenet_v1 import mobilenet_v1, mobilenet_v1_025
 from kdlib_faces.backbones.networks.mobilenet_v2 import mobilenet_v2

@@ -8,18 +8,24 @@ from dataclasses import asdict
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 
 from kdlib_faces import report
 from kdlib_faces._output import check_output, staged, swept
+from kdlib_faces.config import load_config
 from kdlib_faces.harness.evaluate import evaluate_models
+from kdlib_faces.harness.registry import listing as list_protocols
 from kdlib_faces.harness.run import EvaluateConfig, prepare
 from kdlib_faces.progress import say
 
-__all__ = ["EvaluateConfig", "run"]
+__all__ = ["EvaluateConfig", "list_protocols", "load_settings", "run"]
+
+
+def load_settings(config: Path | None, settings: Sequence[str]) -> EvaluateConfig:
+    """Load the settings of an evaluation from a TOML file and `KEY=VALUE` overrides."""
+    return load_config(EvaluateConfig, config, settings)
 
 
 def run(
@@ -34,7 +40,7 @@ def run(
     scores: bool = False,
     progress: bool = False,
     command: str = "",
-) -> dict[str, Any]:
+) -> report.Report:
     """Evaluate model files and embedding files by protocols, and write a report.
 
     Args:
@@ -51,7 +57,7 @@ def run(
         command: The command line, noted in the report.
 
     Returns:
-        The content of report.json.
+        The report.
 
     Raises:
         InputError: A file is not usable, or there is nothing to evaluate.
@@ -68,22 +74,22 @@ def run(
                 prepared.tasks, prepared.models, sampling=config.sampling, num_failures=config.num_failures,
                 score_folder=stage if scores else None, max_score_rows=config.score_rows, progress=progress,
             )  # fmt: skip
-            data = prepared.data
-            data["notes"] = [*data["notes"], *(f"{s.title}: {note}" for s in result.summaries for note in s.notes)]
-            content = {
-                "format": 1,
-                "title": "Evaluation",
-                "command": command,
-                "created": started.isoformat(timespec="seconds"),
-                "version": version("kdlib-torch"),
-                "seeds": [config.seed],
-                "config": asdict(config),
-                "environment": _environment(),
-                "data": data,
-                "level": config.level,
-                "models": result.models,
-                "evaluations": [summary.to_dict() for summary in result.summaries],
-            }
+            notes = [f"{summary.title}: {note}" for summary in result.summaries for note in summary.notes]
+            data = report.DataSummary(**prepared.data)
+            data.notes += notes
+            content = report.Report(
+                title="Evaluation",
+                models={name: report.ModelEntry(**entry) for name, entry in result.models.items()},
+                command=command,
+                created=started.isoformat(timespec="seconds"),
+                version=version("kdlib-torch"),
+                seeds=[config.seed],
+                config=asdict(config),
+                environment=_environment(),
+                data=data,
+                level=config.level,
+                evaluations=result.summaries,
+            )
             pictures = [
                 report.Picture(each.name, each.title, each.caption, report.pairs_picture(each.pairs))
                 for each in result.pictures
@@ -93,7 +99,7 @@ def run(
     return content
 
 
-def _environment() -> dict[str, Any]:
+def _environment() -> dict[str, object]:
     return {
         "torch": str(torch.__version__),
         "numpy": np.__version__,

@@ -1,15 +1,7 @@
-"""Data room: images, ages and identities, from folders, lists and the drawn set. No image is decoded on import.
-
-load_bin, RecordReader        whole sets in one file: insightface's `.bin`, MXNet's RecordIO
-read_faces                    lists `path,identity,age` and folders of people; young and adult groups too
-read_..._pairs                pairs by name of LFW, CALFW, CPLFW, AgeDB, CFP, CACD-VS: `ImagePairs`
-read_fgnet, read_agedb        folders whose file names tell ages
-read_ijb, FeatureSet          templates, pairs and galleries of IJB-B/C; MegaFace's features in shards
-read_longitudinal             people over years
-"""
+"""Images, ages and identities from folders, lists and face sets; image files are decoded on demand."""
 
 from kdlib_faces.data.formats.bin import BinSet, load_bin, save_bin
-from kdlib_faces.data.formats.record_parts import IdentityRanges, Record, RecordProperties, read_property
+from kdlib_faces.data.formats.record_format import IdentityRanges, Record, RecordProperties, read_property
 from kdlib_faces.data.formats.record_reader import RecordReader
 from kdlib_faces.data.formats.record_writer import save_records
 from kdlib_faces.data.image_pairs import ImagePairs, PairList

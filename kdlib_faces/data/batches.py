@@ -1,15 +1,17 @@
-"""Data room: batches for training, the same for the same seed, epoch and step. Touches tensors in memory only."""
+"""Batches of training images that depend on the seed, the epoch and the step only."""
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Literal
 
 import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Generator, Tensor
 
-from kdlib._checks import check_number
+from kdlib._checks import check_choice, check_number
 from kdlib_faces.data.images import to_float
+from kdlib_faces.data.samplers import balanced_order
+from kdlib_faces.data.seeded_views import SeededViews
 from kdlib_faces.data.views import AugmentConfig, augment
 
 __all__ = ["FaceBatches"]
@@ -18,28 +20,35 @@ __all__ = ["FaceBatches"]
 class FaceBatches:
     """Batches `(inputs, targets)` of an image tensor, for `kdlib.training.train`.
 
-    Inputs are `(b, 3, s, s)` float32 in `[-1, 1]`. Targets are `"identity"` (b,) int64; `"sample"` (b,) int64, the id
-    of the image in the whole list; `"view"` (b,) int64, 0 plain and 1 mirrored; and, where given, `"age"` (b,) float32
-    years, NaN unknown, and `"age_group"` (b,) int64, -1 unknown. The last, smaller batch of an epoch is left out.
+    Inputs are `(b, 3, s, s)` float32 in `[-1, 1]`. The last, smaller batch of an epoch is dropped. Targets are:
 
-    The order of an epoch is drawn from (seed, epoch), the views of a batch from (seed, epoch, step): `iter_from(step)`
-    gives the very batches that would have come, without making those before, so that a resumed run is the same run.
+    - `"identity"`: `(b,)` int64.
+    - `"sample"`: `(b,)` int64, the sample id of each image.
+    - `"view"`: `(b,)` int64, 0 plain and 1 mirrored; with `views`, the view number.
+    - `"age"`, where ages are given: `(b,)` float32 years, NaN unknown.
+    - `"age_group"`, where age groups are given: `(b,)` int64, -1 unknown.
+    - `"identity_age"`, with `identity_age`: `(b, 2)` float64, identity and age, for `CrossAgePairLoss`.
+
+    The order of an epoch is drawn from (seed, epoch) and the views of a batch from (seed, epoch, step). `iter_from(step)`
+    therefore yields the same batches as a full iteration without computing those before `step`: training resumes exactly.
 
     Args:
         images: `(n, 3, s, s)` uint8, a tensor, array or memory map.
         identities: `(n,)` whole numbers.
-        batch_size: images a batch.
-        seed: what order and views are drawn from.
-        ages: `(n,)` years or None.
-        age_groups: `(n,)` whole numbers or None.
-        augment: views of the training images; None gives them plain.
-        samples_per_identity: with `k`, each batch holds `k` images of each of `batch_size / k` identities, all different;
-            an identity with fewer than `k` images repeats them. None draws images alone.
-        sample_ids: `(n,)` ids of the images; None numbers them from 0.
+        batch_size: Images per batch.
+        seed: Seed of the order and the views.
+        ages: `(n,)` years, or None.
+        age_groups: `(n,)` whole numbers, or None.
+        augment: Augmentation of the images; None leaves them plain.
+        views: Views whose teacher outputs are cached, in place of `augment`.
+        samples_per_identity: With `k`, each batch holds `k` images of each of `batch_size / k` different identities; an
+            identity with fewer than `k` images repeats them. None shuffles the images.
+        identity_age: Which target, `"age"` or `"age_group"`, is the age in `"identity_age"`; None omits that target.
+        sample_ids: `(n,)` sample ids; None numbers the images from 0.
 
     Raises:
         TypeError: `images` is not uint8.
-        ValueError: shapes that do not agree, or a batch larger than the list.
+        ValueError: Shapes disagree, the batch is larger than the list, or both `augment` and `views` are given.
 
     Examples:
         >>> pixels = torch.zeros(8, 3, 4, 4, dtype=torch.uint8)
@@ -59,60 +68,63 @@ class FaceBatches:
         ages: ArrayLike | Tensor | None = None,
         age_groups: ArrayLike | Tensor | None = None,
         augment: AugmentConfig | None = None,
+        views: SeededViews | None = None,
         samples_per_identity: int | None = None,
+        identity_age: Literal["age", "age_group"] | None = None,
         sample_ids: ArrayLike | Tensor | None = None,
     ) -> None:
-        pixels = images if isinstance(images, Tensor) else torch.from_numpy(images)
-        if pixels.dtype != torch.uint8:
-            raise TypeError(f"FaceBatches: images must be uint8, got {pixels.dtype}")
-        if pixels.dim() != 4 or pixels.shape[1] != 3:
-            raise ValueError(f"FaceBatches: images must be (n, 3, s, s), got {tuple(pixels.shape)}")
-        check_number("FaceBatches", "batch_size", batch_size, min=1, integer=True)
-        check_number("FaceBatches", "seed", seed, min=0, integer=True)
-        count = len(pixels)
+        owner = "FaceBatches"
+        self.images = images if isinstance(images, Tensor) else torch.from_numpy(images)
+        if self.images.dtype != torch.uint8:
+            raise TypeError(f"{owner}: images must be uint8, got {self.images.dtype}")
+        if self.images.dim() != 4 or self.images.shape[1] != 3:
+            raise ValueError(f"{owner}: images must be (n, 3, s, s), got {tuple(self.images.shape)}")
+        check_number(owner, "batch_size", batch_size, min=1, integer=True)
+        check_number(owner, "seed", seed, min=0, integer=True)
+        count = len(self.images)
         if batch_size > count:
-            raise ValueError(f"FaceBatches: batch_size must be at most the {count} images, got {batch_size}")
-        self.images = pixels
-        self.batch_size, self.seed, self.augment, self.samples_per_identity = (
-            batch_size,
-            seed,
-            augment,
-            samples_per_identity,
-        )
-        self.epoch = 0
-        columns: dict[str, tuple[Any, torch.dtype]] = {
-            "identity": (identities, torch.int64),
-            "sample": (np.arange(count) if sample_ids is None else sample_ids, torch.int64),
+            raise ValueError(f"{owner}: batch_size must be at most the {count} images, got {batch_size}")
+        if views is not None and not isinstance(views, SeededViews):
+            raise TypeError(f"{owner}: views must be SeededViews, got {type(views).__name__}")
+        if augment is not None and views is not None:
+            raise ValueError(f"{owner}: augment and views exclude each other, got both")
+        self.columns = {
+            name: torch.as_tensor(values).to(dtype)
+            for name, values, dtype in (
+                ("identity", identities, torch.int64),
+                ("sample", np.arange(count) if sample_ids is None else sample_ids, torch.int64),
+                ("age", ages, torch.float32),
+                ("age_group", age_groups, torch.int64),
+            )
+            if values is not None
         }
-        if ages is not None:
-            columns["age"] = (ages, torch.float32)
-        if age_groups is not None:
-            columns["age_group"] = (age_groups, torch.int64)
-        self.columns = {name: torch.as_tensor(values).to(dtype) for name, (values, dtype) in columns.items()}
         for name, column in self.columns.items():
             if tuple(column.shape) != (count,):
-                raise ValueError(f"FaceBatches: {name} must be (n,) = ({count},), got {tuple(column.shape)}")
-        self._who = self.columns["identity"].numpy()
+                raise ValueError(f"{owner}: {name} must be (n,) = ({count},), got {tuple(column.shape)}")
+        if identity_age is not None:
+            check_choice(owner, "identity_age", identity_age, [name for name in self.columns if name.startswith("age")])
+        self._num_identities = len(np.unique(self.columns["identity"].numpy()))
         if samples_per_identity is not None:
-            self._check_per_identity(samples_per_identity)
-
-    def _check_per_identity(self, samples_per_identity: int) -> None:
-        check_number("FaceBatches", "samples_per_identity", samples_per_identity, min=1, integer=True)
-        people = len(np.unique(self._who))
-        if self.batch_size % samples_per_identity:
-            raise ValueError(
-                f"FaceBatches: batch_size must be a multiple of samples_per_identity {samples_per_identity}, got {self.batch_size}"
-            )
-        if self.batch_size // samples_per_identity > people:
-            raise ValueError(
-                f"FaceBatches: batch_size / samples_per_identity must be at most the {people} identities, "
-                f"got {self.batch_size // samples_per_identity}"
-            )
+            check_number(owner, "samples_per_identity", samples_per_identity, min=1, integer=True)
+            per_batch, rest = divmod(batch_size, samples_per_identity)
+            if rest:
+                raise ValueError(
+                    f"{owner}: batch_size must be a multiple of samples_per_identity {samples_per_identity}, "
+                    f"got {batch_size}"
+                )
+            if per_batch > self._num_identities:
+                raise ValueError(
+                    f"{owner}: batch_size / samples_per_identity must be at most the {self._num_identities} identities, "
+                    f"got {per_batch}"
+                )
+        self.batch_size, self.seed, self.epoch = batch_size, seed, 0
+        self.augment, self.views = augment, views
+        self.samples_per_identity, self.identity_age = samples_per_identity, identity_age
 
     def __repr__(self) -> str:
         return (
-            f"FaceBatches(<{len(self.images)} images>, <{len(np.unique(self._who))} identities>, "
-            f"batch_size={self.batch_size}, seed={self.seed}, augment={self.augment!r}, "
+            f"FaceBatches(<{len(self.images)} images>, <{self._num_identities} identities>, "
+            f"batch_size={self.batch_size}, seed={self.seed}, augment={self.augment!r}, views={self.views!r}, "
             f"samples_per_identity={self.samples_per_identity})"
         )
 
@@ -120,7 +132,7 @@ class FaceBatches:
         return len(self.images) // self.batch_size
 
     def set_epoch(self, epoch: int) -> None:
-        """Which epoch the next iteration gives."""
+        """Set the epoch of the next iteration."""
         check_number("FaceBatches.set_epoch", "epoch", epoch, min=0, integer=True)
         self.epoch = epoch
 
@@ -128,41 +140,30 @@ class FaceBatches:
         return self.iter_from(0)
 
     def iter_from(self, step: int) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
-        """The batches of the epoch from `step` on, those before it not made."""
+        """Yield the batches of the epoch from `step` on, without computing those before it."""
         check_number("FaceBatches.iter_from", "step", step, min=0, integer=True)
-        epoch = self.epoch
-        order = self._order(epoch)
-        for at in range(step, len(self)):
-            yield self._batch(torch.from_numpy(order[at * self.batch_size : (at + 1) * self.batch_size]), epoch, at)
+        epoch, size = self.epoch, self.batch_size
+        rng = np.random.Generator(np.random.PCG64(np.random.SeedSequence([self.seed, epoch, 0])))
+        if self.samples_per_identity is None:
+            order = rng.permutation(len(self.images)).astype(np.int64)
+        else:
+            identities = self.columns["identity"].numpy()
+            order = balanced_order(identities, size, self.samples_per_identity, len(self), rng)
+        for number in range(step, len(self)):
+            yield self._batch(torch.from_numpy(order[number * size : (number + 1) * size]), epoch, number)
 
     def _batch(self, rows: Tensor, epoch: int, step: int) -> tuple[Tensor, dict[str, Tensor]]:
         pixels = self.images[rows]
         targets = {name: column[rows] for name, column in self.columns.items()}
+        if self.identity_age is not None:
+            pairs = [targets["identity"].double(), targets[self.identity_age].double()]
+            targets["identity_age"] = torch.stack(pairs, dim=1)
+        if self.views is not None:
+            targets["view"] = self.views.draw(len(rows), seed=self.seed, epoch=epoch, step=step)
+            return self.views(pixels, targets["sample"], targets["view"]), targets
         if self.augment is None:
-            inputs, targets["view"] = to_float(pixels), torch.zeros(len(rows), dtype=torch.int64)
-        else:
-            state = np.random.SeedSequence([self.seed, epoch, 1, step]).generate_state(1, np.uint64)
-            generator = Generator().manual_seed(int(state[0] >> np.uint64(1)))
-            inputs, targets["view"] = augment(pixels, self.augment, generator)
+            targets["view"] = torch.zeros(len(rows), dtype=torch.int64)
+            return to_float(pixels), targets
+        state = np.random.SeedSequence([self.seed, epoch, 1, step]).generate_state(1, np.uint64)
+        inputs, targets["view"] = augment(pixels, self.augment, Generator().manual_seed(int(state[0] >> np.uint64(1))))
         return inputs, targets
-
-    def _order(self, epoch: int) -> NDArray[np.int64]:
-        rng = np.random.Generator(np.random.PCG64(np.random.SeedSequence([self.seed, epoch, 0])))
-        if self.samples_per_identity is None:
-            return rng.permutation(len(self.images)).astype(np.int64)
-        return self._balanced_order(rng, self.samples_per_identity)
-
-    def _balanced_order(self, rng: np.random.Generator, k: int) -> NDArray[np.int64]:
-        """Rounds over all identities, `k` images of each; a round's rest smaller than a batch is dropped."""
-        _, who = np.unique(self._who, return_inverse=True)
-        counts = np.bincount(who)
-        starts = np.cumsum(counts) - counts
-        per_batch = self.batch_size // k
-        batches: list[NDArray[np.int64]] = []
-        while len(batches) < len(self):
-            shuffled = np.lexsort((rng.random(len(who)), who))
-            people = rng.permutation(len(counts))
-            for at in range(0, len(people) - per_batch + 1, per_batch):
-                chosen = people[at : at + per_batch, None]
-                batches.append(shuffled[starts[chosen] + np.arange(k) % counts[chosen]].reshape(-1).astype(np.int64))
-        return np.concatenate(batches[: len(self)])

@@ -1,7 +1,7 @@
-"""Data room: pairs of named images, the common form of every verification list. Touches NumPy and file names only."""
+"""Pairs of named images: the common form of all verification lists."""
 
 import hashlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path, PurePosixPath
@@ -13,7 +13,10 @@ from kdlib_faces._checks import InputError
 from kdlib_faces.data.formats.files import opened
 from kdlib_faces.data.lists import FaceList, identity_key
 
-__all__ = ["ImagePairs", "PairList", "check_published", "dealt_folds", "file_sha256", "gather_pairs"]
+__all__ = [
+    "ImagePairs", "PairList", "assign_folds", "check_published", "count_pairs", "file_sha256", "gather_pairs",
+    "is_inside",
+]  # fmt: skip
 
 
 @dataclass(frozen=True, eq=False)
@@ -23,9 +26,9 @@ class PairList:
     Attributes:
         left: `(p,)` int64, row of the first image in the list.
         right: `(p,)` int64, row of the second.
-        same: `(p,)` bool, whether both are of one person.
+        same: `(p,)` bool, whether a pair is genuine.
         fold_ids: `(p,)` int64, the fold of each pair.
-        missing: pairs of the file left out, because one of their images is not in the list.
+        missing: Number of pairs of the file that were dropped because an image is not in the list.
     """
 
     left: NDArray[np.int64]
@@ -38,26 +41,26 @@ class PairList:
         return len(self.same)
 
     def __repr__(self) -> str:
-        return f"<PairList: {len(self)} pairs, {int(self.same.sum())} of one person, {self.missing} left out>"
+        return f"<PairList: {len(self)} pairs, {int(self.same.sum())} genuine, {self.missing} missing>"
 
 
 @dataclass(frozen=True, eq=False)
 class ImagePairs:
-    """Pairs of images by name: embed `images` in their order, and `left` and `right` are rows of the embeddings.
+    """Pairs of images by name: embed `images` in order, and `left` and `right` are rows of the embeddings.
 
     Attributes:
-        name: the set, such as `CALFW`.
-        images: `n` names, each once, as paths relative to the set's images; in the order they first appear.
+        name: The set, such as `CALFW`.
+        images: `n` distinct names, as paths relative to the set's images, in the order of their first occurrence.
         left: `(p,)` int64, index into `images`.
         right: `(p,)` int64, index into `images`.
-        same: `(p,)` bool, whether both images are of one person.
+        same: `(p,)` bool, whether a pair is genuine.
         fold_ids: `(p,)` int64, the fold of each pair.
-        identities: one name an image, where the list tells who is on it; else None.
-        ages: `(n,)` float32 years, NaN where unknown, where the list tells; else None.
-        source: the file or folder that was read.
-        sha256: of the file, so that a report can say which list it was; empty for a folder.
-        parts: how many parts of its path, from the end, tell an image from the others.
-        dealt: whether the list has no folds of its own and they were dealt.
+        identities: The identity of each image, if the list defines it; else None.
+        ages: `(n,)` float32 years, NaN where unknown, if the list defines them; else None.
+        source: The file or folder.
+        sha256: SHA-256 of the file, which identifies the version of the list in a report; empty for a folder.
+        path_parts: Number of trailing parts of a path that identify an image.
+        assigned_folds: Whether the list defines no folds, so that `assign_folds` defined them.
     """
 
     name: str
@@ -70,8 +73,8 @@ class ImagePairs:
     ages: NDArray[np.float32] | None = None
     source: str = ""
     sha256: str = ""
-    parts: int = 1
-    dealt: bool = False
+    path_parts: int = 1
+    assigned_folds: bool = False
 
     def __len__(self) -> int:
         return len(self.same)
@@ -79,63 +82,63 @@ class ImagePairs:
     def __repr__(self) -> str:
         return (
             f"<ImagePairs: {self.name}, {len(self)} pairs of {len(self.images)} images, "
-            f"{int(self.same.sum())} of one person, {len(np.unique(self.fold_ids))} folds>"
+            f"{int(self.same.sum())} genuine, {len(np.unique(self.fold_ids))} folds>"
         )
 
     def paths(self, folder: str | PathLike[str]) -> list[Path]:
-        """Where the images are when the set's images are in `folder`."""
+        """Return the paths of the images when the set's images are in `folder`."""
         return [Path(folder, image) for image in self.images]
 
     def locate(self, faces: FaceList) -> PairList:
-        """Find the images in a face list, names compared as identities are and without their suffix.
+        """Find the images in a face list; names are compared as identities are, without suffixes.
+
+        Pairs with an image that is not in the list are dropped and counted. The other pairs keep their folds, except
+        assigned folds, which are assigned again.
 
         Args:
-            faces: the list.
+            faces: The list.
 
         Returns:
-            PairList with indices into `faces`; pairs with an image that is not there are counted, never guessed, and do
-            not move the others' folds, except where folds were dealt: those are dealt anew.
+            PairList with indices into `faces`.
 
         Raises:
-            InputError: an image that the list has twice, or no pair whose images are both there.
+            InputError: The list holds an image twice, or no pair has both its images in the list.
         """
+        where = self.source or self.name
         rows: dict[tuple[str, ...], int] = {}
-        twice: set[tuple[str, ...]] = set()
+        repeated: set[tuple[str, ...]] = set()
         for row, file in enumerate(faces.paths):
-            key = _key(file.parts, self.parts)
+            key = self._key(file.parts)
             if key in rows:
-                twice.add(key)
+                repeated.add(key)
             rows[key] = row
-        keys = [_key(PurePosixPath(image).parts, self.parts) for image in self.images]
+        keys = [self._key(PurePosixPath(image).parts) for image in self.images]
         for key, image in zip(keys, self.images, strict=True):
-            if key in twice:
-                raise InputError(f"{self.source or self.name}: the face list has more than one image called {image!r}")
-        at = np.array([rows.get(key, -1) for key in keys], dtype=np.int64)
-        left, right = at[self.left], at[self.right]
-        found = (left >= 0) & (right >= 0)
-        if not found.any():
-            first = self.images[int(np.flatnonzero(at < 0)[0])]
-            raise InputError(
-                f"{self.source or self.name}: no pair has both its images in the face list, not even {first!r}"
-            )
-        same = self.same[found]
-        folds = dealt_folds(same) if self.dealt else self.fold_ids[found]
-        return PairList(left[found], right[found], same, folds, int((~found).sum()))
+            if key in repeated:
+                raise InputError(f"{where}: the face list has more than one image named {image!r}")
+        indices = np.array([rows.get(key, -1) for key in keys], dtype=np.int64)
+        left, right = indices[self.left], indices[self.right]
+        present = (left >= 0) & (right >= 0)
+        if not present.any():
+            first = self.images[int(np.flatnonzero(indices < 0)[0])]
+            raise InputError(f"{where}: no pair has both its images in the face list; {first!r} is missing")
+        same = self.same[present]
+        folds = assign_folds(same) if self.assigned_folds else self.fold_ids[present]
+        return PairList(left[present], right[present], same, folds, int((~present).sum()))
+
+    def _key(self, parts: Sequence[str]) -> tuple[str, ...]:
+        *folders, file = parts[-self.path_parts :]
+        return (*(identity_key(folder) for folder in folders), identity_key(PurePosixPath(file).stem))
 
 
-def _key(parts: Sequence[str], count: int) -> tuple[str, ...]:
-    *folders, file = parts[-count:]
-    return (*(identity_key(folder) for folder in folders), identity_key(PurePosixPath(file).stem))
+def assign_folds(same: NDArray[np.bool_]) -> NDArray[np.int64]:
+    """Assign a fold to each pair: equal slices of the genuine and of the impostor pairs, so that each fold has both.
 
-
-def dealt_folds(same: NDArray[np.bool_]) -> NDArray[np.int64]:
-    """A fold for each pair: slices of the same pairs, and of the different ones, at most ten and none of one kind.
-
-    Lists that hold all pairs of one kind first get the folds that their evaluators build: with 3,000 of each, slice k takes
-    pairs 300 k to 300 k + 299 of both.
+    At most ten folds are made. Lists that hold all pairs of one kind first thereby get the folds of their reference
+    evaluations: with 3,000 pairs of each kind, fold k is pairs 300 k to 300 k + 299 of both.
 
     Examples:
-        >>> dealt_folds(np.array([True, True, False, False])).tolist()
+        >>> assign_folds(np.array([True, True, False, False])).tolist()
         [0, 1, 0, 1]
     """
     folds = np.zeros(len(same), dtype=np.int64)
@@ -154,74 +157,84 @@ def gather_pairs(
     ages: Callable[[str], float] | None = None,
     source: str | PathLike[str] = "",
     sha256: str = "",
-    parts: int = 1,
+    path_parts: int = 1,
 ) -> ImagePairs:
-    """`ImagePairs` of `(left, right, same)` by image name; folds are dealt where none are given.
+    """Build `ImagePairs` from `(left, right, same)` by image name; folds are assigned where none are given.
 
     Raises:
-        InputError: no pair, or an image name that is no relative path inside the set.
+        InputError: There is no pair, or an image name is not a relative path inside the set.
     """
     if not pairs:
-        raise InputError(f"{source}: the pairs file holds no pairs")
+        raise InputError(f"{source}: the pairs file contains no pairs")
     numbers: dict[str, int] = {}
     for pair in pairs:
         for image in pair[:2]:
             if image not in numbers:
-                _check_image(image, str(source))
+                if not is_inside(image):
+                    raise InputError(f"{source}: an image must be a path inside the set, got {image[:80]!r}")
                 numbers[image] = len(numbers)
     table = np.array([(numbers[left], numbers[right], same) for left, right, same in pairs], dtype=np.int64)
     same = table[:, 2] == 1
-    people = [identity(image) for image in numbers] if identity is not None else [None]
+    identities = [identity(image) for image in numbers] if identity is not None else [None]
     years = np.array([ages(image) for image in numbers], dtype=np.float32) if ages is not None else None
     return ImagePairs(
-        name,
-        tuple(numbers),
-        table[:, 0].copy(),
-        table[:, 1].copy(),
-        same,
-        dealt_folds(same) if folds is None else folds.astype(np.int64),
-        tuple(each for each in people if each is not None) if None not in people else None,
-        years if years is not None and np.isfinite(years).any() else None,
-        str(source),
-        sha256,
-        parts,
-        folds is None,
+        name=name,
+        images=tuple(numbers),
+        left=table[:, 0].copy(),
+        right=table[:, 1].copy(),
+        same=same,
+        fold_ids=assign_folds(same) if folds is None else folds.astype(np.int64),
+        identities=tuple(each for each in identities if each is not None) if None not in identities else None,
+        ages=years if years is not None and np.isfinite(years).any() else None,
+        source=str(source),
+        sha256=sha256,
+        path_parts=path_parts,
+        assigned_folds=folds is None,
     )
 
 
-def _check_image(image: str, source: str) -> None:
+def is_inside(image: str) -> bool:
+    """Whether a name from a list is a relative path that stays inside the set's folder."""
     path = PurePosixPath(image)
-    strange = not image.isprintable() or "\\" in image
-    if strange or not path.parts or path.is_absolute() or ".." in path.parts or ":" in path.parts[0]:
-        raise InputError(f"{source}: an image must be named by a path inside the set, got {image[:80]!r}")
+    return (
+        image.isprintable()
+        and "\\" not in image
+        and bool(path.parts)
+        and not path.is_absolute()
+        and ".." not in path.parts
+        and ":" not in path.parts[0]
+    )
 
 
-def check_published(
-    source: str | PathLike[str], what: str, got: Iterable[tuple[str, int]], published: Iterable[int]
-) -> None:
-    """The counts of a list that says it is the published one must be the published ones.
+def count_pairs(same: NDArray[np.bool_]) -> dict[str, int]:
+    """Count the pairs of each kind, for `check_published`."""
+    genuine = int(same.sum())
+    return {"genuine pairs": genuine, "impostor pairs": len(same) - genuine}
+
+
+def check_published(source: str | PathLike[str], what: str, counts: dict[str, int], published: Sequence[int]) -> None:
+    """Compare the counts of a list with the published ones.
 
     Raises:
-        InputError: another count, each named.
+        InputError: A count differs; the message lists all of them.
     """
-    found, wanted = list(got), list(published)
-    if [count for _, count in found] != wanted:
-        expected = ", ".join(f"{count:,} {name}" for (name, _), count in zip(found, wanted, strict=True))
-        here = ", ".join(f"{count:,} {name}" for name, count in found)
+    if list(counts.values()) != list(published):
+        expected = ", ".join(f"{count:,} {name}" for name, count in zip(counts, published, strict=True))
+        got = ", ".join(f"{count:,} {name}" for name, count in counts.items())
         raise InputError(
-            f"{source}: the published {what} has {expected}; here are {here}. "
-            f"The file is cut or another version; published=False reads a list of your own"
+            f"{source}: the published {what} has {expected}, got {got}. "
+            f"The file is truncated or another version; published=False reads a list of your own"
         )
 
 
 def file_sha256(path: str | PathLike[str], what: str, expected: str | None = None, note: str = "") -> str:
-    """SHA-256 of a file, in hexadecimal digits.
+    """Compute the SHA-256 of a file, in hexadecimal digits.
 
     Raises:
-        InputError: the file is missing, or `expected` is given and another one.
+        InputError: The file is missing, or its digest is not `expected`.
     """
     with opened(path, what) as stream:
-        found = hashlib.file_digest(stream, "sha256").hexdigest()
-    if expected is not None and found != expected.strip().lower():
-        raise InputError(f"{path}: another version of the {what}: SHA-256 {found}, expected {expected}{note}")
-    return found
+        digest = hashlib.file_digest(stream, "sha256").hexdigest()
+    if expected is not None and digest != expected.strip().lower():
+        raise InputError(f"{path}: another version of the {what}: SHA-256 {digest}, expected {expected}{note}")
+    return digest

@@ -1,4 +1,4 @@
-"""Data room: landmarks of faces from `.pts` files, and five of sixty-eight. Touches the file system and NumPy."""
+"""Facial landmarks: `.pts` files, and five points from sixty-eight."""
 
 from os import PathLike
 
@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from kdlib_faces._checks import InputError
-from kdlib_faces.data.formats.text import read_lines
+from kdlib_faces.data.formats.text import is_number, read_lines
 
 __all__ = ["five_points", "read_points"]
 
@@ -14,17 +14,18 @@ MAX_POINTS = 10_000
 
 
 def read_points(path: str | PathLike[str], *, count: int | None = 68) -> NDArray[np.float32]:
-    """Read a `.pts` file: `version: 1`, `n_points: 68`, and between braces a line `x y` a point.
+    """Read a `.pts` file: `version: 1`, `n_points: 68`, and between braces one line `x y` per point.
 
     Args:
-        path: the file.
-        count: how many points there must be; None takes what the file says.
+        path: The file.
+        count: Expected number of points; None accepts the number in the file.
 
     Returns:
         `(count, 2)` float32, x and y in pixels.
 
     Raises:
-        InputError: another form, another count than the file or the caller says, a number that is not finite.
+        InputError: The file has another form, the number of points differs from `n_points` or `count`, or a coordinate is
+            not finite.
 
     Examples:
         >>> import pathlib, tempfile
@@ -34,7 +35,7 @@ def read_points(path: str | PathLike[str], *, count: int | None = 68) -> NDArray
         [[1.0, 2.0], [3.5, 4.0]]
     """
     points: list[tuple[float, float]] = []
-    said: int | None = None
+    announced: int | None = None
     inside = done = False
     for number, text in read_lines(path, what="points file"):
         where, line = f"{path} line {number}", text.strip()
@@ -42,9 +43,9 @@ def read_points(path: str | PathLike[str], *, count: int | None = 68) -> NDArray
         if done:
             raise InputError(f"{where}: nothing may follow the closing brace, got {line[:40]!r}")
         if not inside and name.casefold() in ("version", "n_points"):
-            if not (value.isascii() and value.isdigit() and len(value) < 6):
+            if not is_number(value, 5):
                 raise InputError(f"{where}: {name} must be a whole number, got {value[:40]!r}")
-            said = int(value) if name.casefold() == "n_points" else said
+            announced = int(value) if name.casefold() == "n_points" else announced
         elif not inside and line == "{":
             inside = True
         elif inside and line == "}":
@@ -56,17 +57,16 @@ def read_points(path: str | PathLike[str], *, count: int | None = 68) -> NDArray
         if len(points) > MAX_POINTS:
             raise InputError(f"{where}: more than {MAX_POINTS:,} points")
     if not done:
-        raise InputError(f"{path}: the points must stand between braces; the file is cut")
-    for promised, who in ((said, "n_points says"), (count, "expected are")):
-        if promised is not None and len(points) != promised:
-            raise InputError(f"{path}: {len(points)} points, {who} {promised}")
+        raise InputError(f"{path}: the points must be enclosed in braces; the file is truncated")
+    for what, expected in (("n_points", announced), ("count", count)):
+        if expected is not None and len(points) != expected:
+            raise InputError(f"{path}: {what} is {expected}, got {len(points)} points")
     return np.asarray(points, dtype=np.float32).reshape(-1, 2)
 
 
 def _point(line: str, where: str) -> tuple[float, float]:
-    fields = line.split()
     try:
-        x, y = (float(field) for field in fields)
+        x, y = (float(field) for field in line.split())
     except ValueError:
         raise InputError(f"{where}: must be 'x y', got {line[:40]!r}") from None
     if not (abs(x) < 1e6 and abs(y) < 1e6):
@@ -75,19 +75,19 @@ def _point(line: str, where: str) -> tuple[float, float]:
 
 
 def five_points(points: ArrayLike) -> NDArray[np.float32]:
-    """Five points of the common 68: left eye, right eye, nose tip, left and right corner of the mouth.
+    """Reduce the 68 points of the iBUG layout to five: left eye, right eye, nose tip, left and right mouth corner.
 
-    The eyes are the means of their corners, points 36 and 39, 42 and 45, counted from 0; the others are 30, 48 and 54. That is how
-    templates of five points are fitted to sets annotated with 68.
+    An eye is the mean of its corners, points 36 and 39 or 42 and 45, counted from 0; the others are points 30, 48 and 54.
+    Five-point templates are commonly fitted to sets annotated with 68 points in this way.
 
     Args:
         points: `(..., 68, 2)`, x and y.
 
     Returns:
-        `(..., 5, 2)` float32.
+        `(..., 5, 2)` float32, in the order of `ARCFACE_TEMPLATE`.
 
     Raises:
-        ValueError: another shape.
+        ValueError: The shape is another one.
 
     Examples:
         >>> import numpy as np

@@ -1,10 +1,10 @@
-"""Data room: lists of images with identities and ages. Touches the file system and NumPy; decodes no image."""
+"""Lists of images with identities and ages, read from CSV files and folders."""
 
 import math
 import os
 import re
 import unicodedata
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
@@ -15,7 +15,7 @@ from numpy.typing import ArrayLike, NDArray
 from kdlib_faces._checks import InputError
 from kdlib_faces.data.formats.text import read_table
 
-__all__ = ["FaceList", "identity_key", "read_faces"]
+__all__ = ["FaceList", "IdentityNumbers", "identity_key", "parse_age", "read_faces"]
 
 MAX_AGE = 130.0
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm"})
@@ -23,16 +23,16 @@ IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".
 
 @dataclass(frozen=True, eq=False)
 class FaceList:
-    """Images, who is on them, and how old they are; one row an image.
+    """Images with their identities and ages, one row per image.
 
     Attributes:
         paths: `n` image files.
         identities: `(n,)` int64, an index into `identity_names`.
-        identity_names: one name an identity, in the spelling that came first.
-        ages: `(n,)` float32 years, NaN where unknown; None when no age is known at all.
-        age_groups: `(n,)` int64, an index into `group_names`, -1 where unknown; None when no group is known at all.
-        group_names: names of the age groups, sorted.
-        sources: the lists and folders that were read.
+        identity_names: One name per identity, in the spelling that came first.
+        ages: `(n,)` float32 years, NaN where unknown; None if no age is known.
+        age_groups: `(n,)` int64, an index into `group_names`, -1 where unknown; None if no group is known.
+        group_names: Names of the age groups, sorted.
+        sources: The lists and folders that were read.
     """
 
     paths: tuple[Path, ...]
@@ -44,11 +44,10 @@ class FaceList:
     sources: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        count = len(self.paths)
-        for name in ("identities", "ages", "age_groups"):
-            column = getattr(self, name)
-            if column is not None and column.shape != (count,):
-                raise ValueError(f"FaceList: {name} must be (n,) = ({count},), got {column.shape}")
+        columns = {"identities": self.identities, "ages": self.ages, "age_groups": self.age_groups}
+        for name, column in columns.items():
+            if column is not None and column.shape != (len(self),):
+                raise ValueError(f"FaceList: {name} must be (n,) = ({len(self)},), got {column.shape}")
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -60,14 +59,14 @@ class FaceList:
 
     @property
     def num_identities(self) -> int:
-        """How many identities there are."""
+        """Number of identities."""
         return len(self.identity_names)
 
     def subset(self, indices: ArrayLike) -> "FaceList":
-        """The rows `indices` ((m,) whole numbers, or an (n,) bool mask), in that order.
+        """Return the rows `indices` ((m,) whole numbers, or an (n,) bool mask), in that order.
 
-        Identities are numbered anew from 0 without gaps, in the order of their old numbers, so that a head of
-        `num_identities` classes fits; age groups keep their numbers, so that subsets of one list can be compared.
+        Identities are renumbered from 0 without gaps, in the order of their old numbers, so that a head of
+        `num_identities` classes fits. Age groups keep their numbers, so that subsets of one list stay comparable.
         """
         rows = np.asarray(indices)
         if rows.dtype == bool:
@@ -89,13 +88,11 @@ class FaceList:
         )
 
     def filter(self, *, min_images: int = 1, max_identities: int | None = None, age_known: bool = False) -> "FaceList":
-        """Keep the identities with at least `min_images` images, at most `max_identities` of them (the first ones).
+        """Keep the first `max_identities` identities with at least `min_images` images.
 
         With `age_known`, images without an age and without an age group are dropped first.
         """
-        keep = np.ones(len(self), dtype=bool)
-        if age_known:
-            keep &= self.age_known
+        keep = self.age_known if age_known else np.ones(len(self), dtype=bool)
         counts = np.bincount(self.identities[keep], minlength=self.num_identities)
         chosen = counts >= max(min_images, 1)
         if max_identities is not None:
@@ -104,7 +101,7 @@ class FaceList:
 
     @property
     def age_known(self) -> NDArray[np.bool_]:
-        """`(n,)` bool: images that have an age or an age group."""
+        """`(n,)` bool, whether an image has an age or an age group."""
         known = np.zeros(len(self), dtype=bool)
         if self.ages is not None:
             known |= np.isfinite(self.ages)
@@ -114,7 +111,7 @@ class FaceList:
 
 
 def identity_key(name: str) -> str:
-    """The form in which two names are compared: casefolded, each run of other than letters and digits as one `_`.
+    """Normalize a name for comparison: casefolded, each run of characters other than letters and digits as one `_`.
 
     Examples:
         >>> identity_key("Halle_Berry") == identity_key("halle berry") == "halle_berry"
@@ -124,24 +121,61 @@ def identity_key(name: str) -> str:
     return re.sub(r"[\W_]+", "_", folded)
 
 
+class IdentityNumbers:
+    """Numbers identities from 0 in the order in which their names occur; names are compared by `identity_key`."""
+
+    def __init__(self) -> None:
+        self.names: list[str] = []
+        self._numbers: dict[str, int] = {}
+
+    def add(self, name: str, where: str) -> int:
+        """Return the number of an identity.
+
+        Raises:
+            InputError: The name contains no letter and no digit; the message starts with `where`.
+        """
+        key = identity_key(name)
+        if not key.strip("_"):
+            raise InputError(f"{where}: identity must contain a letter or a digit, got {name!r}")
+        if key not in self._numbers:
+            self._numbers[key] = len(self.names)
+            self.names.append(name)
+        return self._numbers[key]
+
+
+def parse_age(text: str, where: str) -> float:
+    """Parse an age in years.
+
+    Raises:
+        InputError: It is not a number from 0 to 130; the message starts with `where`.
+    """
+    try:
+        age = float(text)
+    except ValueError:
+        age = math.nan
+    if not 0 <= age <= MAX_AGE:
+        raise InputError(f"{where}: age must be a number from 0 to {MAX_AGE:.0f} (years), got {text!r}")
+    return age
+
+
 def read_faces(paths: Sequence[str | PathLike[str]] | str | PathLike[str]) -> FaceList:
     """Read lists of faces and merge them.
 
-    An entry is a CSV file with a header `path,identity` and optionally `age` (years, 0 to 130), `age_group` (any
-    name) or both; further columns are ignored, empty age cells are unknown ages, and relative image paths start at the
-    CSV's folder. Or it is a folder with one subfolder an identity. The same person in two lists becomes one identity:
-    names are compared by `identity_key`, so that `Halle_Berry` and `halle_berry` are one. Lists that merely number
-    their identities must be told apart by the caller (`a_001`, `b_001`), or they merge too.
+    An entry is a CSV file or a folder. A CSV file has a header `path,identity` and optionally `age` (years, 0 to 130),
+    `age_group` (any name) or both. Other columns are ignored, empty age cells are unknown ages, and relative image paths
+    start at the CSV's folder. A folder has one subfolder per identity. An identity that occurs in two lists is merged:
+    names are compared by `identity_key`, so `Halle_Berry` and `halle_berry` are the same. Lists that only number their
+    identities need distinct names (`a_001`, `b_001`), or they are merged too.
 
     Args:
-        paths: one or more CSV files and folders.
+        paths: One or more CSV files and folders.
 
     Returns:
         FaceList with every image of every list, in their order.
 
     Raises:
-        InputError: a missing list, column or image, an age that is no number or out of range, an image named twice,
-            fewer than two identities, or a file that is no CSV; the message names file, line and value.
+        InputError: A list, column or image is missing; an age is not a number or out of range; an image is listed twice;
+            there are fewer than two identities; or a file is not a CSV file. The message names file, line and value.
 
     Examples:
         >>> import pathlib, tempfile
@@ -156,40 +190,32 @@ def read_faces(paths: Sequence[str | PathLike[str]] | str | PathLike[str]) -> Fa
     if not entries:
         raise InputError("read_faces: at least one face list is needed, got none")
     seen: dict[str, str] = {}
-    numbers: dict[str, int] = {}
-    names: list[str] = []
+    numbers = IdentityNumbers()
     files: list[Path] = []
     identities: list[int] = []
     ages: list[float] = []
     groups: list[str] = []
-    for entry in entries:
-        rows = _folder_rows(Path(entry)) if Path(entry).is_dir() else _csv_rows(Path(entry))
-        for where, file, identity, age, group in rows:
+    for entry in map(Path, entries):
+        for where, file, identity, age, group in _folder_rows(entry) if entry.is_dir() else _csv_rows(entry):
             key = os.path.abspath(file)
             if key in seen:
                 raise InputError(f"{where}: the image {str(file)!r} is listed already ({seen[key]})")
             seen[key] = where
-            person = identity_key(identity)
-            if person.strip("_") == "":
-                raise InputError(f"{where}: identity must hold a letter or a digit, got {identity!r}")
-            if person not in numbers:
-                numbers[person] = len(names)
-                names.append(identity)
             files.append(file)
-            identities.append(numbers[person])
+            identities.append(numbers.add(identity, where))
             ages.append(age)
             groups.append(group)
     sources = tuple(str(entry) for entry in entries)
     _check_files(files, sources)
-    if len(names) < 2:
-        raise InputError(f"{', '.join(sources)}: at least two identities are needed, got one ({names[0]!r})")
+    if len(numbers.names) < 2:
+        raise InputError(f"{', '.join(sources)}: at least two identities are needed, got one ({numbers.names[0]!r})")
     group_names = tuple(sorted({group for group in groups if group}))
     codes = {name: code for code, name in enumerate(group_names)} | {"": -1}
     years = np.asarray(ages, dtype=np.float32)
     return FaceList(
         paths=tuple(files),
         identities=np.asarray(identities, dtype=np.int64),
-        identity_names=tuple(names),
+        identity_names=tuple(numbers.names),
         ages=years if np.isfinite(years).any() else None,
         age_groups=np.asarray([codes[group] for group in groups], dtype=np.int64) if group_names else None,
         group_names=group_names,
@@ -197,54 +223,29 @@ def read_faces(paths: Sequence[str | PathLike[str]] | str | PathLike[str]) -> Fa
     )
 
 
-Row = tuple[str, Path, str, float, str]
+_Row = tuple[str, Path, str, float, str]
 
 
-def _csv_rows(path: Path) -> Iterator[Row]:
-    _, columns, rows = read_table(
-        path, what="face list", known=("path", "identity", "age", "age_group"), needed=("path", "identity")
-    )
-    if not columns:
-        raise InputError(f"{path}: the face list is empty; its first line must be path,identity[,age][,age_group]")
+def _csv_rows(path: Path) -> Iterator[_Row]:
+    known = ("path", "identity", "age", "age_group")
+    _, rows = read_table(path, what="face list", known=known, needed=("path", "identity"))
+    for where, cells in rows:
+        age = parse_age(cells["age"], where) if cells.get("age") else math.nan
+        yield where, path.parent / cells["path"], cells["identity"], age, cells.get("age_group", "").casefold()
+
+
+def _folder_rows(folder: Path) -> Iterator[_Row]:
     empty = True
-    for _, where, cell in rows:
-        for name in ("path", "identity"):
-            if not cell[name]:
-                raise InputError(f"{where}: {name} is empty")
-        yield where, path.parent / cell["path"], cell["identity"], _age(cell.get("age", ""), where), _group(cell)
-        empty = False
-    if empty:
-        raise InputError(f"{path}: the face list has a header and no rows")
-
-
-def _age(text: str, where: str) -> float:
-    if not text:
-        return math.nan
-    try:
-        age = float(text)
-    except ValueError:
-        age = math.nan
-    if not 0 <= age <= MAX_AGE:
-        raise InputError(f"{where}: age must be a number from 0 to {MAX_AGE:.0f} (years) or empty, got {text!r}")
-    return age
-
-
-def _group(cell: dict[str, str]) -> str:
-    return cell.get("age_group", "").casefold()
-
-
-def _folder_rows(folder: Path) -> Iterator[Row]:
-    empty = True
-    for person in sorted(entry for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith(".")):
-        for file in sorted(person.iterdir()):
+    for inner in sorted(each for each in folder.iterdir() if each.is_dir() and not each.name.startswith(".")):
+        for file in sorted(inner.iterdir()):
             if file.suffix.lower() in IMAGE_SUFFIXES and not file.name.startswith("."):
-                yield str(folder), file, person.name, math.nan, ""
+                yield str(folder), file, inner.name, math.nan, ""
                 empty = False
     if empty:
-        raise InputError(f"{folder}: no images found; a folder of faces holds one subfolder of images an identity")
+        raise InputError(f"{folder}: no images found; a folder of faces needs one subfolder of images per identity")
 
 
-def _check_files(files: Iterable[Path], sources: Sequence[str]) -> None:
+def _check_files(files: Sequence[Path], sources: Sequence[str]) -> None:
     missing = [file for file in files if not file.is_file()]
     if missing:
         shown = ", ".join(str(file) for file in missing[:3])

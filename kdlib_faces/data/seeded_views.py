@@ -1,41 +1,35 @@
-"""Data room: views that a cache can be asked for again. Each is a function of sample id, view number and seed alone.
-
-A teacher's output belongs to the view that it saw. `SeededViews` makes the views for a cache of teacher outputs, and the
-very same ones for the student later, whatever the batch; `SeededBatches` draws which.
-"""
+"""Reproducible views of images: each depends on the sample id, the view number and the seed only."""
 
 import hashlib
 import json
 from dataclasses import asdict, dataclass
 
-import numpy as np
 import torch
-from numpy.typing import ArrayLike, NDArray
 from torch import Generator, Tensor
 
 from kdlib._checks import check_number, check_whole_numbers
 from kdlib_faces._checks import InputError
-from kdlib_faces.data.batches import FaceBatches
 from kdlib_faces.data.images import to_float
 from kdlib_faces.data.views import AugmentConfig, augment
 
-__all__ = ["SeededBatches", "SeededViews"]
+__all__ = ["SeededViews"]
 
 
 @dataclass(frozen=True)
 class SeededViews:
-    """A number of views of each image.
+    """A fixed number of views of each image, for teacher outputs that are cached per view.
 
-    Without `augment` view 0 is the image and view 1 its mirror image. With it every view is a random one, drawn from
-    (seed, sample id, view number) for each image by itself: neighbors in the batch, order and epoch do not count.
+    Without `augment`, view 0 is the image and view 1 its mirror image. With `augment`, every view is a random one drawn
+    from (seed, sample id, view number). It does not depend on the batch, the order or the epoch, so the student is
+    trained on exactly the views that the teacher outputs were computed from.
 
     Attributes:
-        count: views of each image; at most 2 without `augment`.
-        seed: what random views are drawn from.
-        augment: how strongly images are changed.
+        count: Views per image; at most 2 without `augment`.
+        seed: Seed of the random views.
+        augment: Strength of the augmentation, or None.
 
     Raises:
-        ValueError: more views than there are without `augment`.
+        ValueError: `count` is above 2 without `augment`.
 
     Examples:
         >>> pixels = torch.arange(2 * 48, dtype=torch.uint8).reshape(2, 3, 4, 4)
@@ -50,23 +44,24 @@ class SeededViews:
     augment: AugmentConfig | None = None
 
     def __post_init__(self) -> None:
-        most = 2 if self.augment is None else 2**31 - 1
-        check_number("SeededViews", "count", self.count, min=1, max=most, integer=True)
+        limit = 2 if self.augment is None else 2**31 - 1
+        check_number("SeededViews", "count", self.count, min=1, max=limit, integer=True)
         check_number("SeededViews", "seed", self.seed, min=0, max=2**63 - 1, integer=True)
 
     def __call__(self, images: Tensor, samples: Tensor, views: Tensor | int) -> Tensor:
-        """The views of a batch.
+        """Return one view of each image.
 
         Args:
             images: `(b, 3, s, s)` uint8.
-            samples: `(b,)` ids of the images.
-            views: `(b,)` numbers from 0 to `count - 1`, or one for all.
+            samples: `(b,)` sample ids of the images.
+            views: `(b,)` view numbers from 0 to `count - 1`, or one number for all images.
 
         Returns:
             `(b, 3, s, s)` float32 in `[-1, 1]`.
 
         Raises:
-            TypeError, ValueError: other shapes or dtypes, or a view that there is not.
+            TypeError: `images` is not uint8, or `samples` or `views` are not whole numbers.
+            ValueError: A shape is wrong, or a view number is out of range.
         """
         if images.dtype != torch.uint8:
             raise TypeError(f"SeededViews: images must be uint8, got {images.dtype}")
@@ -83,15 +78,16 @@ class SeededViews:
             return to_float(torch.where(mirrored, images.flip(-1), images) if bool(mirrored.any()) else images)
         out = torch.empty(images.shape, dtype=torch.float32)
         for row, (sample, view) in enumerate(zip(samples.tolist(), numbers.tolist(), strict=True)):
-            out[row] = augment(images[row : row + 1], self.augment, self._generator(sample, view))[0][0]
+            generator = _generator(f"kdlib view 1 {self.seed} {sample} {view}")
+            out[row] = augment(images[row : row + 1], self.augment, generator)[0][0]
         return out
 
-    def _generator(self, sample: int, view: int) -> Generator:
-        digest = hashlib.blake2b(f"kdlib view 1 {self.seed} {sample} {view}".encode(), digest_size=8).digest()
-        return Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
+    def draw(self, count: int, *, seed: int, epoch: int, step: int) -> Tensor:
+        """Draw `(count,)` int64 view numbers for a batch, from (seed, epoch, step)."""
+        return torch.randint(self.count, (count,), generator=_generator(f"kdlib draw 1 {seed} {epoch} {step}"))
 
     def to_text(self) -> str:
-        """All of it as one line, for the notes of a cache.
+        """Return the views as one line of JSON, which a cache stores in its metadata.
 
         Examples:
             >>> SeededViews.from_text(SeededViews(1).to_text())
@@ -101,77 +97,19 @@ class SeededViews:
 
     @classmethod
     def from_text(cls, text: str) -> "SeededViews":
-        """The views that `to_text` told of.
+        """Read the result of `to_text`.
 
         Raises:
-            InputError: it is no such text.
+            InputError: The text has another form.
         """
         try:
-            found = json.loads(text)
-            inner = found.pop("augment")
-            return cls(**found, augment=None if inner is None else AugmentConfig(**inner))
+            values = json.loads(text)
+            strength = values.pop("augment")
+            return cls(**values, augment=None if strength is None else AugmentConfig(**strength))
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-            raise InputError(f"SeededViews: {text[:80]!r} does not tell of views ({error})") from error
+            raise InputError(f"SeededViews: {text[:80]!r} does not describe views ({error})") from error
 
 
-class SeededBatches(FaceBatches):
-    """Batches whose views are those of a cache: target `"view"` says which of them each image is.
-
-    As `FaceBatches`, whose arguments these are; in place of `augment` it takes `views`. The view of each image is drawn
-    from (seed, epoch, step).
-
-    Args:
-        images: `(n, 3, s, s)` uint8, a tensor, array or memory map.
-        identities: `(n,)` whole numbers.
-        views: as they were when the cache was made.
-        batch_size: images a batch.
-        seed: what order and view numbers are drawn from.
-        sample_ids: `(n,)` ids of the images in the cache; None numbers them from 0.
-        ages: `(n,)` years or None.
-        age_groups: `(n,)` whole numbers or None.
-        samples_per_identity: images of each identity in a batch, or None.
-
-    Examples:
-        >>> pixels = torch.zeros(8, 3, 4, 4, dtype=torch.uint8)
-        >>> batches = SeededBatches(pixels, range(8), SeededViews(), batch_size=4, seed=0)
-        >>> inputs, targets = next(iter(batches))
-        >>> inputs.shape, sorted(targets)
-        (torch.Size([4, 3, 4, 4]), ['identity', 'sample', 'view'])
-    """
-
-    def __init__(
-        self,
-        images: Tensor | NDArray[np.uint8],
-        identities: ArrayLike | Tensor,
-        views: SeededViews,
-        *,
-        batch_size: int,
-        seed: int,
-        sample_ids: ArrayLike | Tensor | None = None,
-        ages: ArrayLike | Tensor | None = None,
-        age_groups: ArrayLike | Tensor | None = None,
-        samples_per_identity: int | None = None,
-    ) -> None:
-        if not isinstance(views, SeededViews):
-            raise TypeError(f"SeededBatches: views must be SeededViews, got {type(views).__name__}")
-        super().__init__(
-            images,
-            identities,
-            batch_size=batch_size,
-            seed=seed,
-            ages=ages,
-            age_groups=age_groups,
-            samples_per_identity=samples_per_identity,
-            sample_ids=sample_ids,
-        )
-        self.views = views
-
-    def __repr__(self) -> str:
-        return f"{super().__repr__().replace('FaceBatches(', 'SeededBatches(', 1)[:-1]}, views={self.views!r})"
-
-    def _batch(self, rows: Tensor, epoch: int, step: int) -> tuple[Tensor, dict[str, Tensor]]:
-        targets = {name: column[rows] for name, column in self.columns.items()}
-        digest = hashlib.blake2b(f"kdlib draw 1 {self.seed} {epoch} {step}".encode(), digest_size=8).digest()
-        generator = Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
-        targets["view"] = torch.randint(self.views.count, (len(rows),), generator=generator)
-        return self.views(self.images[rows], targets["sample"], targets["view"]), targets
+def _generator(text: str) -> Generator:
+    digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
+    return Generator().manual_seed(int.from_bytes(digest, "little") >> 1)

@@ -1,6 +1,6 @@
-"""Recipes room: the demo's material on real faces. Splits people, runs two ONNX teachers once, fits the age map."""
+"""Data of the demo from lists of real faces and two ONNX teachers."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +13,9 @@ from kdlib.functional import attention_map
 from kdlib_faces._checks import InputError
 from kdlib_faces.data.images import load_images
 from kdlib_faces.data.lists import FaceList, read_faces
-from kdlib_faces.demo.stages import DemoData, Model
-from kdlib_faces.demo.synthetic import aligned
+from kdlib_faces.demo.config import DemoConfig
+from kdlib_faces.demo.data import DemoData, DemoModel
+from kdlib_faces.demo.synthetic import align
 from kdlib_faces.evaluation import check_identity_disjoint, identity_disjoint_split
 from kdlib_faces.progress import progress, say
 from kdlib_faces.recipes.liaad import AGE, GENERAL
@@ -25,10 +26,13 @@ from kdlib_faces.teachers.open import onnx_taps
 __all__ = ["real_data"]
 
 TEACHER_SIZE = 112
+_BLOCK = 512
+_MIN_TEST_IDENTITIES = 4
+_MIN_TEST_GAP = 10.0
 
 
 def real_data(
-    config: Any,
+    config: DemoConfig,
     work: Path,
     faces: Sequence[str],
     teachers: Sequence[str],
@@ -37,27 +41,40 @@ def real_data(
     seed: int,
     quiet: bool,
 ) -> DemoData:
-    """Read lists, keep some people apart for the test, and let both teachers look at all others once."""
+    """Read face lists, split identities for the test, and cache the outputs of both teachers on the training images.
+
+    Args:
+        config: The configuration.
+        work: Folder of the cached outputs; an interrupted run resumes from it.
+        faces: Lists or folders, with ages or age groups.
+        teachers: Two ONNX files, the general teacher first.
+        taps: Tensor of each teacher that is its middle map; without any, one is chosen.
+        seed: Seed of the split and of the age map.
+        quiet: Show no progress.
+
+    Raises:
+        InputError: Lists or teachers cannot be used, or too few identities have images of different ages.
+    """
     if len(teachers) != 2:
         raise InputError(f"demo: two teachers must be given, the general one first, got {len(teachers)}")
     chosen = [{"embedding": None, "map": tap} for tap in taps] or [onnx_taps(path) for path in teachers]
     graphs = [OnnxTeacher(path, each, resize=True) for path, each in zip(teachers, chosen, strict=True)]
-    everyone = read_faces(faces)
-    if everyone.ages is None and everyone.age_groups is None:
+    face_list = read_faces(faces)
+    if face_list.ages is None and face_list.age_groups is None:
         raise InputError(f"demo: the lists {', '.join(faces)} hold neither ages nor age groups; nothing to test by age")
-    train_list, test_list = _split(everyone, config.test_fraction, seed)
+    train_list, test_list = _split(face_list, config.test_fraction, seed)
+    say(f"{len(train_list)} training and {len(test_list)} test images", quiet=quiet)
 
-    def shown(items: Any, label: str) -> Any:
+    def shown(items: Iterable[Any], label: str) -> Iterable[Any]:
         return progress(items, label, quiet=quiet)
 
-    say(f"{len(train_list)} training and {len(test_list)} test images", quiet=quiet)
-    big = load_images(train_list, TEACHER_SIZE, progress=shown)
-    test_big = load_images(test_list, TEACHER_SIZE, progress=shown)
-    people, codes = np.unique(train_list.identities, return_inverse=True)
-    recorded = [
+    train_images = load_images(train_list, TEACHER_SIZE, progress=shown)
+    test_images = load_images(test_list, TEACHER_SIZE, progress=shown)
+    identities, codes = np.unique(train_list.identities, return_inverse=True)
+    cached = [
         cache_outputs(
-            _Smaller(graph, attention=number == 1),
-            big,
+            _StudentTargets(graph, attention=number == 1),
+            train_images,
             work / f"teacher{number}",
             fingerprint=f"{graph.fingerprint} {number}",
             label=f"outputs of {Path(path).stem}",
@@ -65,76 +82,73 @@ def real_data(
         )
         for number, (graph, path) in enumerate(zip(graphs, teachers, strict=True))
     ]
-    say("fitting the age map", quiet=quiet)
-    samples = torch.arange(len(big))
-    plain, mirrored = (read_outputs(recorded[1], "embedding", samples, view) for view in (0, 1))
-    ages = None if train_list.ages is None else torch.from_numpy(train_list.ages)
-    groups = None if train_list.age_groups is None else torch.from_numpy(train_list.age_groups)
-    age_map = fit_age_map(plain + mirrored, torch.from_numpy(codes), ages=ages, age_groups=groups, seed=seed)
-    age_teacher = MappedTeacher(recorded[1], {"embedding": age_map})
-    turned = aligned(recorded[0], age_teacher, len(big))
-
-    def through(matrix: Tensor | None, graph: OnnxTeacher) -> Any:
-        def embed(images: Tensor) -> Tensor:
-            out = graph(_sized(images, TEACHER_SIZE))["embedding"]
-            moved: Tensor = out if matrix is None else F.normalize(out, dim=1) @ matrix
-            return moved
-
-        return embed
-
-    models = {}
-    for name, graph, path, matrix in (
-        ("general_teacher", graphs[0], teachers[0], None),
-        ("age_teacher", graphs[1], teachers[1], age_map),
-    ):
-        about = describe_graph(path)
-        models[name] = Model(
-            embed=through(matrix, graph),
-            maps=_maps(graph),
-            role="teacher",
-            backbone=Path(path).stem + ("" if matrix is None else " + age map"),
-            parameters=int(about["parameters"]) + (0 if matrix is None else matrix.numel()),
-            macs=about["macs"],
-            input_size=TEACHER_SIZE,
-            test_images=test_big,
-        )
-    mixed = _mixes_gray_and_color(big)
-    students_see = "luminance" if mixed else "what the files hold"
-    say(f"students see {students_see}, {config.size} pixels", quiet=quiet)
+    age_map = _age_map(cached[1], train_list, codes, seed, quiet=quiet)
+    age_outputs = MappedTeacher(cached[1], {"embedding": age_map})
+    mixed = _mixes_gray_and_color(train_images)
+    say(f"students see {'luminance' if mixed else 'the images as they are'}, {config.size} pixels", quiet=quiet)
+    groups = test_list.age_groups
     return DemoData(
         title="Two teachers, one light student: real faces, young against adult",
-        train_images=_for_students(big, config.size, luminance=mixed),
+        train_images=_for_students(train_images, config.size, luminance=mixed),
         train_identities=codes,
-        num_identities=len(people),
-        test_images=_for_students(test_big, config.size, luminance=mixed),
+        num_identities=len(identities),
+        test_images=_for_students(test_images, config.size, luminance=mixed),
         test_identities=test_list.identities,
-        test_ages=None if test_list.age_groups is not None else test_list.ages,
-        test_groups=test_list.age_groups,
-        group_names=test_list.group_names,
-        teachers=models,
-        recorded={AGE: age_teacher, GENERAL: turned},
-        data={
+        test_ages=None if groups is not None else test_list.ages,
+        test_groups=None if groups is None else np.asarray(test_list.group_names)[groups],
+        teachers={
+            "general_teacher": _teacher(graphs[0], teachers[0], test_images, None),
+            "age_teacher": _teacher(graphs[1], teachers[1], test_images, age_map),
+        },
+        teacher_outputs={AGE: age_outputs, GENERAL: align(cached[0], age_outputs, len(train_images))},
+        summary={
             "name": ", ".join(Path(source).stem for source in faces),
             "train_images": len(train_list),
-            "train_identities": len(people),
+            "train_identities": len(identities),
             "test_images": len(test_list),
             "test_identities": len(np.unique(test_list.identities)),
             "notes": [
-                "People are told apart by name across all lists; no person of the test is in the training.",
-                "The teachers may have seen any of these people: compare the models with each other, not with published tables.",
-                "Ages or age groups are read by the age map of the second teacher alone.",
-                *(["Some lists are gray and some have color: both students see luminance alone."] if mixed else []),
+                "Identities are recognized by name across all lists; no identity of the test set is in the training set.",
+                "The teachers may have been trained on some of these identities: compare the models with each other, not "
+                "with published tables.",
+                "Only the age map of the second teacher is trained with ages or age groups.",
+                *(["Some lists are gray and some have color, so both students see luminance only."] if mixed else []),
             ],
         },
     )
 
 
-def _maps(graph: OnnxTeacher) -> Any:
-    return lambda images: graph(_sized(images, TEACHER_SIZE))["map"]
+def _age_map(teacher: nn.Module, faces: FaceList, codes: np.ndarray[Any, Any], seed: int, *, quiet: bool) -> Tensor:
+    say("fitting the age map", quiet=quiet)
+    plain, mirrored = (read_outputs(teacher, "embedding", torch.arange(len(faces)), view) for view in (0, 1))
+    ages = None if faces.ages is None else torch.from_numpy(faces.ages)
+    groups = None if faces.age_groups is None else torch.from_numpy(faces.age_groups)
+    return fit_age_map(plain + mirrored, torch.from_numpy(codes), ages=ages, age_groups=groups, seed=seed)
 
 
-class _Smaller(nn.Module):
-    """What the student's terms read of the middle stage: where the age teacher looks, or the general one's map at 7 x 7."""
+def _teacher(graph: OnnxTeacher, path: str, test_images: Tensor, age_map: Tensor | None) -> DemoModel:
+    """A teacher for the evaluation, with its age map if it has one."""
+    info = describe_graph(path)
+
+    def features(images: Tensor) -> dict[str, Tensor]:
+        outputs = dict(graph(_resized(images, TEACHER_SIZE)))
+        if age_map is not None:
+            outputs["embedding"] = F.normalize(outputs["embedding"], dim=1) @ age_map
+        return outputs
+
+    return DemoModel(
+        features=features,
+        role="teacher",
+        backbone=Path(path).stem + ("" if age_map is None else " + age map"),
+        parameters=info["parameters"] + (0 if age_map is None else age_map.numel()),
+        macs=info["macs"],
+        input_size=TEACHER_SIZE,
+        test_images=test_images,
+    )
+
+
+class _StudentTargets(nn.Module):
+    """The outputs that the student's terms read: the attention map of the age teacher, or the general map at 7 x 7."""
 
     def __init__(self, graph: OnnxTeacher, *, attention: bool) -> None:
         super().__init__()
@@ -143,63 +157,62 @@ class _Smaller(nn.Module):
     def forward(self, images: Tensor) -> dict[str, Tensor]:
         features = dict(self.graph(images))
         if self.attention:
-            looks = attention_map(features["map"])
-            features["map"] = looks / looks.amax(dim=(1, 2), keepdim=True).clamp(min=1e-12)
+            attention = attention_map(features["map"])
+            features["map"] = attention / attention.amax(dim=(1, 2), keepdim=True).clamp(min=1e-12)
         else:
             features["map"] = F.adaptive_avg_pool2d(features["map"], 7)
         return features
 
 
-def _split(everyone: FaceList, fraction: float, seed: int) -> tuple[FaceList, FaceList]:
-    """Of the people seen at far ages, some are for the test; all others, and all people of unknown age, are for training."""
+def _split(faces: FaceList, fraction: float, seed: int) -> tuple[FaceList, FaceList]:
+    """A share of the identities with images of different ages for the test; all other identities for training."""
     spread = []
-    for person in range(everyone.num_identities):
-        rows = np.flatnonzero(everyone.identities == person)
-        if everyone.age_groups is not None:
-            far = len(set(everyone.age_groups[rows].tolist()) - {-1}) > 1
+    for identity in range(faces.num_identities):
+        rows = np.flatnonzero(faces.identities == identity)
+        if faces.age_groups is not None:
+            cross_age = len(set(faces.age_groups[rows].tolist()) - {-1}) > 1
         else:
-            years = np.asarray(everyone.ages)[rows]
-            far = len(rows) > 1 and bool(np.nanmax(years, initial=0.0) - np.nanmin(years, initial=200.0) >= 10)
-        if far:
-            spread.append(person)
-    tested = round(fraction * len(spread))
-    if tested < 4:
+            years = np.asarray(faces.ages)[rows]
+            gap = np.nanmax(years, initial=0.0) - np.nanmin(years, initial=200.0)
+            cross_age = len(rows) > 1 and bool(gap >= _MIN_TEST_GAP)
+        if cross_age:
+            spread.append(identity)
+    count = round(fraction * len(spread))
+    if count < _MIN_TEST_IDENTITIES:
         raise InputError(
-            f"demo: the test needs at least 4 people with images of different ages, got {tested} of {len(spread)}"
+            f"demo: the test needs at least {_MIN_TEST_IDENTITIES} identities with images of different ages, got {count} of "
+            f"{len(spread)}"
         )
     kept, _ = identity_disjoint_split(np.asarray(spread), (fraction, 1.0 - fraction), seed=seed)
-    chosen = np.asarray(spread)[kept]
-    held = np.isin(everyone.identities, chosen)
-    known = everyone.age_groups >= 0 if everyone.age_groups is not None else np.isfinite(np.asarray(everyone.ages))
-    train, test = everyone.subset(np.flatnonzero(~held)), everyone.subset(np.flatnonzero(held & known))
+    held = np.isin(faces.identities, np.asarray(spread)[kept])
+    known = faces.age_groups >= 0 if faces.age_groups is not None else np.isfinite(np.asarray(faces.ages))
+    train, test = faces.subset(np.flatnonzero(~held)), faces.subset(np.flatnonzero(held & known))
     names = [np.asarray(part.identity_names)[part.identities] for part in (train, test)]
     check_identity_disjoint(names[0], names[1])
     return train, test
 
 
-def _sized(images: Tensor, size: int) -> Tensor:
+def _resized(images: Tensor, size: int) -> Tensor:
     if images.shape[-1] == size:
         return images
     return F.interpolate(images, (size, size), mode="bilinear", antialias=True, align_corners=False)
 
 
 def _mixes_gray_and_color(images: Tensor) -> bool:
-    """Whether color tells where an image came from: a student would learn that in place of faces."""
-    counted = torch.zeros((), dtype=torch.int64)
-    for part in torch.split(images, 512):
-        counted += (part == part[:, :1]).flatten(1).all(dim=1).sum()
-    return 0.02 * len(images) < int(counted) < 0.98 * len(images)
+    """Whether color reveals which list an image is from; a student would learn that instead of faces."""
+    gray = sum(int((part == part[:, :1]).flatten(1).all(dim=1).sum()) for part in torch.split(images, _BLOCK))
+    return 0.02 * len(images) < gray < 0.98 * len(images)
 
 
 def _for_students(images: Tensor, size: int, *, luminance: bool) -> Tensor:
-    """uint8 images at the student's size, their three channels equal where luminance (ITU-R 601) is all it may see."""
+    """uint8 images in the student's size; with `luminance` (ITU-R 601), its value in all three channels."""
     if images.shape[-1] == size and not luminance:
         return images
     out = torch.empty(len(images), 3, size, size, dtype=torch.uint8)
     weight = torch.tensor([0.299, 0.587, 0.114]).view(1, 3, 1, 1)
-    for start in range(0, len(images), 512):
-        part = _sized(images[start : start + 512].float(), size)
+    for start in range(0, len(images), _BLOCK):
+        part = _resized(images[start : start + _BLOCK].float(), size)
         if luminance:
             part = (part * weight).sum(1, keepdim=True)
-        out[start : start + 512] = part.round_().clamp_(0, 255).to(torch.uint8)
+        out[start : start + _BLOCK] = part.round_().clamp_(0, 255).to(torch.uint8)
     return out

@@ -1,7 +1,6 @@
-"""Recipes room: the demo's material on drawn faces. Draws three sets and trains the two teachers."""
+"""Synthetic data of the demo, and training of its two teachers."""
 
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
@@ -12,22 +11,26 @@ from kdlib.distiller import Distiller
 from kdlib.objective import Objective, Term
 from kdlib_faces.backbones import build_backbone
 from kdlib_faces.data.batches import FaceBatches
+from kdlib_faces.data.samplers import choose_samples_per_identity
 from kdlib_faces.data.synthetic import SyntheticFaces
 from kdlib_faces.data.views import AugmentConfig
-from kdlib_faces.demo.stages import DemoData, native
+from kdlib_faces.demo.config import DemoConfig
+from kdlib_faces.demo.data import DemoData, native_model
 from kdlib_faces.heads import CosFaceHead
 from kdlib_faces.progress import say
-from kdlib_faces.recipes.age_teacher import PairTargets, build_age_teacher, samples_per_identity
+from kdlib_faces.recipes.age_teacher import build_age_teacher
 from kdlib_faces.recipes.liaad import AGE, GENERAL
-from kdlib_faces.teachers import MappedTeacher, cache_outputs, fit_rotation, read_outputs
+from kdlib_faces.teachers import FrozenBatchNorm, MappedTeacher, cache_outputs, fit_rotation, read_outputs
 from kdlib_faces.teachers.open import stage_taps
 from kdlib_faces.training import fit
 
-__all__ = ["synthetic_data", "drawn_sets"]
+__all__ = ["align", "synthetic_data", "synthetic_faces", "synthetic_sets"]
+
+_MAX_ALIGNED = 20_000
 
 
-def drawn_sets(config: Any, seed: int) -> tuple[SyntheticFaces, SyntheticFaces, SyntheticFaces]:
-    """The general set of small age windows, the set with images from all over a life, and the test set: people apart."""
+def synthetic_sets(config: DemoConfig, seed: int) -> tuple[SyntheticFaces, SyntheticFaces, SyntheticFaces]:
+    """The general set of small age ranges, the set with images of a lifetime, and the test set; no identity is shared."""
     size, base = config.size, 1000 * (seed + 1)
     return (
         SyntheticFaces(
@@ -38,111 +41,110 @@ def drawn_sets(config: Any, seed: int) -> tuple[SyntheticFaces, SyntheticFaces, 
     )
 
 
-def synthetic_data(config: Any, work: Path, *, seed: int, quiet: bool) -> DemoData:
-    """Draw the sets, train the teachers, record what they say of the students' training images."""
-    say(f"drawing faces (seed {seed})", quiet=quiet)
-    size = config.size
-    general, aged, test = drawn_sets(config, seed)
-    general_images, aged_images = general.images(), aged.images()
-    images = torch.cat([general_images, aged_images])
+def synthetic_faces(config: DemoConfig, seed: int) -> DemoData:
+    """Training and test images of the demo, without teachers."""
+    general, aged, test = synthetic_sets(config, seed)
+    images = torch.cat([general.images(), aged.images()])
     identities = torch.cat([general.labels, aged.labels + general.identities]).numpy()
-    ages = torch.cat([torch.full((len(general),), float("nan")), aged.ages]).numpy()
-
-    arguments = {"width": config.teacher_width, "embedding_dim": config.student.embedding_dim, "input_size": size}
-    network = build_backbone("iresnet18", seed=seed, **arguments)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed + 2)
-        head = CosFaceHead(config.student.embedding_dim, general.identities, 32.0, 0.2)
-    terms = {"identity": Term(head, student="embedding", target="identity")}
-    trainee = Distiller(StudentAdapter(network, stage_taps(network, config.student.stage)), {}, Objective(terms))
-    batches = FaceBatches(
-        general_images, general.labels, batch_size=config.batch_size, seed=seed, augment=AugmentConfig()
-    )
-    general_fit = fit(
-        trainee,
-        batches,
-        work / "general_teacher",
-        steps=config.general_steps,
-        lr=config.teacher_lr,
-        label="general teacher",
-        seed=seed,
-        quiet=quiet,
-        amp="bfloat16",
-    )
-
-    start = build_backbone("iresnet18", seed=seed, **arguments)
-    start.load_state_dict(network.state_dict())
-    # New parts at full size, not small as beside a published network: this start has learnt for a minute.
-    people = general.identities + aged.identities
-    learner = build_age_teacher(start, config.age_teacher, num_identities=people, pretrained=False, seed=seed)
-    batches = FaceBatches(
-        images,
-        identities,
-        batch_size=config.batch_size,
-        seed=seed + 1,
-        augment=AugmentConfig(),
-        ages=ages,
-        samples_per_identity=samples_per_identity(config.batch_size, people)
-        if "pairs" in learner.objective.terms
-        else None,
-    )
-    pairs: Any = PairTargets(batches, "age")
-    age_fit = fit(
-        learner,
-        pairs,
-        work / "age_teacher",
-        steps=config.age_steps,
-        lr=config.teacher_lr / 2,
-        label="age-invariant teacher",
-        seed=seed,
-        quiet=quiet,
-        amp="bfloat16",
-    )
-    trained: Any = learner.student.model
-
-    teachers, recorded = {}, {}
-    for name, key, net, seconds, steps in (
-        ("general_teacher", GENERAL, network, general_fit.seconds, config.general_steps),
-        ("age_teacher", AGE, trained.net, age_fit.seconds, config.age_steps),
-    ):
-        adapter = TeacherAdapter(net, stage_taps(net, config.student.stage))
-        teachers[name] = native(net, adapter, size, role="teacher")
-        teachers[name].train_seconds, teachers[name].train_steps = round(seconds, 1), steps
-        recorded[key] = cache_outputs(
-            adapter,
-            images,
-            work / name / "outputs",
-            label=f"outputs of the {name.replace('_', ' ')}",
-            quiet=quiet,
-        )
     return DemoData(
-        title="Two teachers, one light student: drawn faces that age",
+        title="Two teachers, one light student: synthetic faces that age",
         train_images=images,
         train_identities=identities,
-        num_identities=people,
+        num_identities=general.identities + aged.identities,
         test_images=test.images(),
         test_identities=test.labels.numpy(),
         test_ages=test.ages.numpy(),
-        teachers=teachers,
-        recorded={AGE: recorded[AGE], GENERAL: aligned(recorded[GENERAL], recorded[AGE], len(images))},
-        curves={"general_teacher": general_fit.curve, "age_teacher": age_fit.curve},
-        data={
+        summary={
             "name": "SyntheticFaces",
+            "synthetic": True,
             "train_images": len(images),
-            "train_identities": people,
+            "train_identities": general.identities + aged.identities,
             "test_images": len(test),
             "test_identities": test.identities,
             "notes": [
-                f"{general.identities} people have images within {config.general_window:g} years of each other, "
-                f"{aged.identities} have images from all over their lives; ages are read by the age-invariant teacher alone.",
-                "No person of the test set is in a training set. The faces are drawings, and no claim about people.",
+                f"{general.identities} training identities have images within {config.general_window:g} years of each other, "
+                f"{aged.identities} have images of a lifetime. Only the age-invariant teacher is trained with ages.",
+                "No identity of the test set is in a training set.",
             ],
         },
     )
 
 
-def aligned(general: nn.Module, age: nn.Module, count: int) -> MappedTeacher:
-    """The general teacher turned onto the age-invariant teacher's sphere; its own cosines stay as they are."""
-    samples = torch.arange(0, count, max(1, count // 20_000))
-    first, second = (F.normalize(read_outputs(each, "embedding", samples), dim=1) for each in (general, age))
-    return MappedTeacher(general, {"embedding": fit_rotation(first, second)})
+def synthetic_data(config: DemoConfig, work: Path, *, seed: int, quiet: bool) -> DemoData:
+    """Generate the images, train both teachers, and cache their outputs on the students' training images.
+
+    Args:
+        config: The configuration.
+        work: Folder of intermediate results; an interrupted run resumes from it.
+        seed: Seed of images, weights and order.
+        quiet: Show no progress.
+    """
+    say(f"generating synthetic faces (seed {seed})", quiet=quiet)
+    data = synthetic_faces(config, seed)
+    general, aged, _ = synthetic_sets(config, seed)
+    ages = torch.cat([torch.full((len(general),), float("nan")), aged.ages])
+    dim, size, stage = config.student.embedding_dim, config.size, config.student.stage
+
+    arguments = {"width": config.teacher_width, "embedding_dim": dim, "input_size": size}
+    network = build_backbone("iresnet18", seed=seed, **arguments)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed + 2)
+        head = CosFaceHead(dim, general.identities, 32.0, 0.2)
+    terms = {"identity": Term(head, student="embedding", target="identity")}
+    plain = Distiller(StudentAdapter(network, stage_taps(network, stage)), {}, Objective(terms))
+    batches = FaceBatches(
+        data.train_images[: len(general)],
+        general.labels,
+        batch_size=config.batch_size,
+        seed=seed,
+        augment=AugmentConfig(),
+    )
+    general_fit = fit(
+        plain, batches, work / "general_teacher", steps=config.general_steps, lr=config.teacher_lr, seed=seed,
+        label="general teacher", quiet=quiet, amp="bfloat16",
+    )  # fmt: skip
+
+    start = build_backbone("iresnet18", seed=seed, **arguments)
+    start.load_state_dict(network.state_dict())
+    # The start has been trained for a minute only, so the added parts have their full effect from the beginning.
+    fine_tuned = build_age_teacher(
+        start, config.age_teacher, num_identities=data.num_identities, pretrained=False, seed=seed
+    )
+    pairs = "pairs" in fine_tuned.objective.terms
+    batches = FaceBatches(
+        data.train_images,
+        data.train_identities,
+        batch_size=config.batch_size,
+        seed=seed + 1,
+        augment=AugmentConfig(),
+        ages=ages,
+        samples_per_identity=choose_samples_per_identity(config.batch_size, data.num_identities) if pairs else None,
+        identity_age="age",
+    )
+    age_fit = fit(
+        fine_tuned, batches, work / "age_teacher", steps=config.age_steps, lr=config.teacher_lr / 2,
+        seed=seed, label="age-invariant teacher", quiet=quiet, amp="bfloat16",
+    )  # fmt: skip
+    wrapper = fine_tuned.student.model
+    assert isinstance(wrapper, FrozenBatchNorm)
+
+    outputs = {}
+    for name, key, net, result, steps in (
+        ("general_teacher", GENERAL, network, general_fit, config.general_steps),
+        ("age_teacher", AGE, wrapper.net, age_fit, config.age_steps),
+    ):
+        adapter = TeacherAdapter(net, stage_taps(net, stage))
+        data.teachers[name] = native_model(net, adapter, size, "teacher", result.seconds, steps)
+        data.curves[name] = result.curve
+        label = f"outputs of the {name.replace('_', ' ')}"
+        outputs[key] = cache_outputs(adapter, data.train_images, work / name / "outputs", label=label, quiet=quiet)
+    general_outputs = align(outputs[GENERAL], outputs[AGE], len(data.train_images))
+    data.teacher_outputs = {AGE: outputs[AGE], GENERAL: general_outputs}
+    return data
+
+
+def align(general: nn.Module, age: nn.Module, count: int) -> MappedTeacher:
+    """The general teacher, its embeddings rotated onto those of the age-invariant teacher; its cosines do not change."""
+    samples = torch.arange(0, count, max(1, count // _MAX_ALIGNED))
+    source, target = (F.normalize(read_outputs(each, "embedding", samples), dim=1) for each in (general, age))
+    return MappedTeacher(general, {"embedding": fit_rotation(source, target)})

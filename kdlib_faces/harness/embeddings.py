@@ -72,12 +72,13 @@ def open_model(path: str | os.PathLike[str], size: int | None = None) -> OpenedM
     module: nn.Module
     own: int | tuple[int, int] | None
     if Path(path).suffix.lower() == ".onnx":
+        from kdlib_faces.teachers.onnx.inspect import describe_graph
         from kdlib_faces.teachers.onnx.session import OnnxTeacher
 
         teacher = OnnxTeacher(path)
-        described = teacher.describe()
+        described = describe_graph(path)
         facts |= {"role": "teacher", "backbone": "ONNX"}
-        facts |= {"parameters": described.get("parameters"), "macs": described.get("macs")}
+        facts |= {"parameters": described["parameters"], "macs": described["macs"]}
         fingerprint = f"{teacher.fingerprint} None"
         module, own = teacher, teacher.input_size
         if isinstance(own, tuple) and len(set(own)) != 1:

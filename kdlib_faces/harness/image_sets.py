@@ -16,7 +16,7 @@ from torch import Tensor
 
 from kdlib_faces._checks import InputError
 from kdlib_faces.data.alignment import align_face
-from kdlib_faces.data.images import FORMATS, MAX_PIXELS, decode_image, read_image
+from kdlib_faces.data.images import decode_image, fingerprint_files, read_image, read_pixels
 
 __all__ = [
     "Embeddings",
@@ -81,16 +81,9 @@ def images_of_files(name: str, paths: Sequence[str | os.PathLike[str]]) -> Image
         InputError: A file is missing.
     """
     files = [Path(path) for path in paths]
-    digest = hashlib.sha256(f"files {len(files)}".encode())
-    for path in files:
-        try:
-            stat = path.stat()
-        except OSError:
-            raise InputError(f"{name}: image file not found: {path}") from None
-        digest.update(f"\n{path.name}\t{stat.st_size}\t{stat.st_mtime_ns}".encode("utf-8", "surrogateescape"))
     short = _short_names(files)
     return ImageSet(
-        name, len(files), digest.hexdigest(), lambda row, size: read_image(files[row], size), short.__getitem__
+        name, len(files), fingerprint_files(files), lambda row, size: read_image(files[row], size), short.__getitem__
     )
 
 
@@ -161,25 +154,6 @@ def _short_names(files: Sequence[Path]) -> list[str]:
         return []
     shared = os.path.commonpath([str(path.absolute().parent) for path in files])
     return [os.path.relpath(path.absolute(), shared) for path in files]
-
-
-def read_pixels(path: str | os.PathLike[str]) -> NDArray[np.uint8]:
-    """A whole image file as `(h, w, 3)` uint8, under the limits of `read_image`.
-
-    Raises:
-        InputError: the file is missing, no image, broken off, or too large.
-    """
-    try:
-        with Image.open(path, formats=FORMATS) as image:
-            if image.width * image.height > MAX_PIXELS:
-                raise InputError(f"{path}: {image.width} x {image.height} pixels; above {MAX_PIXELS:,} it is refused")
-            return np.asarray(image.convert("RGB"))
-    except InputError:
-        raise
-    except FileNotFoundError:
-        raise InputError(f"{path}: image file not found") from None
-    except Exception as error:  # a broken file can raise nearly anything inside a decoder
-        raise InputError(f"{path}: not a readable image ({str(error) or type(error).__name__})") from None
 
 
 def check_embeddings(where: str, array: object, count: int | None) -> None:

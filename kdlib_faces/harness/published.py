@@ -148,7 +148,7 @@ def _task_of_pairs(pairs: ImagePairs, spec: ProtocolSpec, settings: Settings, na
         # Every named image paired with itself: the fold of a located pair is the number of its name.
         numbers = np.arange(len(pairs.images))
         itself = replace(
-            pairs, left=numbers, right=numbers, same=np.ones(len(numbers), bool), fold_ids=numbers, dealt=False
+            pairs, left=numbers, right=numbers, same=np.ones(len(numbers), bool), fold_ids=numbers, assigned_folds=False
         )
         single = itself.locate(folder)
         row_of = np.full(len(numbers), -1)
@@ -192,8 +192,8 @@ def _task_of_pairs(pairs: ImagePairs, spec: ProtocolSpec, settings: Settings, na
     convention = dict(settings.convention)
     if pairs.sha256:
         convention["List"] = f"{Path(pairs.source).name}, SHA-256 {pairs.sha256[:16]}…"
-    if pairs.dealt:
-        convention["Folds"] = "dealt: slices of the genuine pairs and of the impostor pairs"
+    if pairs.assigned_folds:
+        convention["Folds"] = "assigned: slices of the genuine pairs and of the impostor pairs"
     return task_of_protocol(name, title, protocol, images, convention=convention)
 
 

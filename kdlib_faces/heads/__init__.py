@@ -1,7 +1,7 @@
 """Margin softmax heads, which map embeddings and identities to a classification loss.
 
-A head contains the class centers and is used in training only. Each head is a function and a Module, and is the loss of a
-`Term`: `Term(ArcFaceHead(512, n), student="embedding", target="identity")`.
+A head contains the class centers and is used in training only. Each head is a function and a Module, and is the loss of
+a `Term`: `Term(ArcFaceHead(512, n), student="embedding", target="identity")`.
 """
 
 from kdlib_faces.heads.arcface import ArcFaceHead, arcface_loss

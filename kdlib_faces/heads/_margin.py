@@ -10,7 +10,7 @@ from kdlib._checks import check_choice, check_floating, check_number, check_rank
 from kdlib._maths import REDUCTIONS, reduce, unit_rows
 from kdlib_faces._checks import check_identities
 
-__all__ = ["MarginHead", "Reduction", "check_call", "softmax_loss", "unit_pair"]
+__all__ = ["MarginHead", "Reduction", "add_angular_margin", "check_call", "softmax_loss", "unit_pair"]
 
 Reduction = Literal["mean", "none"]
 
@@ -82,8 +82,8 @@ def check_call(owner: str, embeddings: Tensor, centers: Tensor, identities: Tens
 def unit_pair(embeddings: Tensor, centers: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """Normalize the rows of both, in float32, or in float64 if either is float64.
 
-    The gradient of a row is at most 2 * scale / norm. A row whose norm is too small for this to be finite in its original
-    dtype gets no gradient; a zero row stays zero.
+    The gradient of a row is at most 2 * scale / norm. A row whose norm is too small for this to be finite in its
+    original dtype gets no gradient; a zero row stays zero.
     """
     dtype = torch.promote_types(torch.promote_types(embeddings.dtype, centers.dtype), torch.float32)
 
@@ -93,6 +93,14 @@ def unit_pair(embeddings: Tensor, centers: Tensor, scale: float) -> tuple[Tensor
         return torch.where((largest < smallest).unsqueeze(1), rows.detach(), rows)
 
     return unit(embeddings), unit(centers)
+
+
+def add_angular_margin(e_bd: Tensor, center_bd: Tensor, cos_m: Tensor | float, sin_m: Tensor | float) -> Tensor:
+    """Return the cosines `(b,)` of the angles to the own centers plus the margins m; psi in `arcface_loss`."""
+    cosine = (e_bd * center_bd).sum(1)
+    nonzero = (e_bd.detach() != 0).any(1)
+    sine = torch.where(nonzero, torch.linalg.vector_norm(e_bd - cosine.unsqueeze(1) * center_bd, dim=1), 1.0)
+    return torch.where(cosine >= -cos_m, cosine * cos_m - sine * sin_m, cosine + cos_m - 1)
 
 
 def softmax_loss(

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from kdlib._maths import full_precision
-from kdlib_faces.heads._margin import MarginHead, Reduction, check_call, softmax_loss, unit_pair
+from kdlib_faces.heads._margin import MarginHead, Reduction, add_angular_margin, check_call, softmax_loss, unit_pair
 
 __all__ = ["ArcFaceHead", "arcface_loss"]
 
@@ -23,17 +23,17 @@ def arcface_loss(
 ) -> Tensor:
     r"""Softmax cross-entropy over cosines, with a margin added to the angle of the target identity.
 
-    With :math:`\theta_j` the angle between an embedding and the center of identity j, y the target identity, s the scale and
-    m the margin, the loss of one sample is
+    With :math:`\theta_j` the angle between an embedding and the center of identity j, y the target identity, s the
+    scale and m the margin, the loss of one sample is
 
     .. math:: -\log \frac{e^{s\,\psi(\theta_y)}}{e^{s\,\psi(\theta_y)} + \sum_{j \ne y} e^{s \cos\theta_j}}, \qquad
               \psi(\theta) = \begin{cases} \cos(\theta + m) & \theta \le \pi - m \\
               \cos\theta + \cos m - 1 & \theta > \pi - m \end{cases}
 
-    Beyond :math:`\pi - m` the first form would increase again and reward a worse embedding; the second form keeps decreasing
-    and is continuous with the first. :math:`\cos(\theta + m)` is computed as :math:`\cos\theta \cos m - \sin\theta \sin m`,
-    where the sine is the norm of the component orthogonal to the center. Neither an arc cosine nor a root of
-    :math:`1 - \cos^2` is differentiated, so the gradient is exact and finite at every angle.
+    Beyond :math:`\pi - m` the first form would increase again and reward a worse embedding; the second form keeps
+    decreasing and is continuous with the first. :math:`\cos(\theta + m)` is computed as :math:`\cos\theta \cos m -
+    \sin\theta \sin m`, where the sine is the norm of the component orthogonal to the center. Neither an arc cosine nor
+    a root of :math:`1 - \cos^2` is differentiated, so the gradient is exact and finite at every angle.
 
     Args:
         embeddings: `(b, d)`, not necessarily normalized. A zero embedding has cosine 0 to every center and gets no
@@ -72,14 +72,7 @@ def arcface_loss(
     identities = identities.long()
     with full_precision(embeddings):
         e_bd, c_nd = unit_pair(embeddings, centers, scale)
-        center_bd = c_nd[identities]
-        cosine = (e_bd * center_bd).sum(1)
-        orthogonal_bd = e_bd - cosine.unsqueeze(1) * center_bd
-        nonzero = (e_bd.detach() != 0).any(1)
-        sine = torch.where(nonzero, torch.linalg.vector_norm(orthogonal_bd, dim=1), 1.0)
-        inside = cosine * math.cos(margin) - sine * math.sin(margin)
-        beyond = cosine + math.cos(margin) - 1
-        target_cosine = torch.where(cosine >= -math.cos(margin), inside, beyond)
+        target_cosine = add_angular_margin(e_bd, c_nd[identities], math.cos(margin), math.sin(margin))
         return softmax_loss("arcface_loss", e_bd @ c_nd.T, target_cosine, identities, scale, reduction, weight)
 
 

@@ -21,8 +21,8 @@ def cosface_loss(
 ) -> Tensor:
     r"""Softmax cross-entropy over cosines, with a margin subtracted from the cosine of the target identity.
 
-    With :math:`\theta_j` the angle between an embedding and the center of identity j, y the target identity, s the scale and
-    m the margin, the loss of one sample is
+    With :math:`\theta_j` the angle between an embedding and the center of identity j, y the target identity, s the
+    scale and m the margin, the loss of one sample is
 
     .. math:: -\log \frac{e^{s(\cos\theta_y - m)}}{e^{s(\cos\theta_y - m)} + \sum_{j \ne y} e^{s \cos\theta_j}}
 

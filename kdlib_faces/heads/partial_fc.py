@@ -1,7 +1,7 @@
 """Loading of the class centers of a PartialFC head, which are stored in one file per process.
 
-insightface's PartialFC distributes the centers of n identities over k processes: each has n // k of them, the first n % k
-one more, in the order of identities.
+insightface's PartialFC distributes the centers of n identities over k processes: each has n // k of them, the first n %
+k one more, in the order of identities.
 
 References:
     An et al., "Killing Two Birds with One Stone: Efficient and Robust Training of Face Recognition CNNs by Partial FC",
@@ -12,13 +12,14 @@ import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from kdlib_faces._checks import InputError
 from kdlib_faces._weights import read_weights
+from kdlib_faces.heads._margin import MarginHead
 from kdlib_faces.heads.arcface import ArcFaceHead
 
 __all__ = ["load_partial_fc", "merge_partial_fc"]
@@ -27,11 +28,7 @@ WRAPPERS = ("state_dict_softmax_fc", "state_dict", "softmax_fc")
 KEYS = ("weight", "module.weight", "head.weight")
 
 
-class _Head(Protocol):
-    weight: nn.Parameter
-
-
-T = TypeVar("T", bound=_Head)
+T = TypeVar("T", bound=MarginHead)
 
 
 def merge_partial_fc(shards: Sequence[Tensor]) -> Tensor:
@@ -44,8 +41,8 @@ def merge_partial_fc(shards: Sequence[Tensor]) -> Tensor:
         `(n, d)` float32; row i is the center of identity i.
 
     Raises:
-        ValueError: there is no shard; shards are not two-dimensional, finite, floating point and of the same d; or their
-            lengths are impossible for PartialFC, because a shard is missing or the order is wrong.
+        ValueError: there is no shard; shards are not two-dimensional, finite, floating point and of the same d; or
+            their lengths are impossible for PartialFC, because a shard is missing or the order is wrong.
 
     Examples:
         >>> merge_partial_fc([torch.zeros(3, 4), torch.ones(2, 4)])[:, 0]
@@ -69,13 +66,10 @@ def merge_partial_fc(shards: Sequence[Tensor]) -> Tensor:
             "the order is not that of ranks"
         )
     merged = torch.empty(sum(rows), shards[0].shape[1])
-    begin = 0
-    for rank, shard in enumerate(shards):
-        target = merged[begin : begin + len(shard)]
-        target.copy_(shard.detach())
-        if not torch.isfinite(target).all():
+    for rank, (shard, part) in enumerate(zip(shards, torch.split(merged, rows), strict=True)):
+        part.copy_(shard.detach())
+        if not torch.isfinite(part).all():
             raise ValueError(f"merge_partial_fc: shard {rank} must be finite, got NaN or infinite values")
-        begin += len(shard)
     return merged
 
 

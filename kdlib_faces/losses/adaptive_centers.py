@@ -40,10 +40,10 @@ def adapted_centers(
     .. math:: w_y \leftarrow \operatorname*{mean}_{i:\, y_i = y} \bigl(\alpha_i w_y + (1 - \alpha_i)\, \hat t_i \bigr),
               \qquad \alpha_i = \bigl[\cos(s_i, t_i) \, [\cos(w_y, t_i)]\bigr]
 
-    The mean is over all samples of the identity in the batch, each with the center before the batch. One sample gives the
-    published step, and the result does not depend on the order or the distribution of a batch over processes. If student
-    and teacher agree on a sample close to the center, the center moves little. Centers are not normalized; a zero center
-    belongs to an identity that has not occurred yet and is replaced by its first samples.
+    The mean is over all samples of the identity in the batch, each with the center before the batch. One sample gives
+    the published step, and the result does not depend on the order or the distribution of a batch over processes. If
+    student and teacher agree on a sample close to the center, the center moves little. Centers are not normalized; a
+    zero center belongs to an identity that has not occurred yet and is replaced by its first samples.
 
     Args:
         student: embeddings `(b, d)`, not necessarily normalized; gets no gradient.
@@ -54,8 +54,8 @@ def adapted_centers(
         weight: `(b,)`; samples with weight 0 are ignored, all others count equally.
 
     Returns:
-        `(b, d)` with equal rows for samples of one identity, so that `centers[target] = adapted_centers(...)` is the step.
-        Float32, or float64 if given float64.
+        `(b, d)` with equal rows for samples of one identity, so that `centers[target] = adapted_centers(...)` is the
+        step. Float32, or float64 if given float64.
 
     Raises:
         ValueError: mismatched shapes, or an identity out of range.
@@ -112,8 +112,8 @@ class AdaptiveCentersLoss(nn.Module):
         scale: factor of the cosines.
         margin: `None` for the paper's, 0.45 radians with `"arcface"` and 0.35 with `"cosface"`.
         centers: initial centers `(n, d)`, not necessarily normalized; `None` for no centers.
-        gather: update the centers with the samples of all processes, so that all processes have the same centers; without
-            it each process uses its own samples.
+        gather: update the centers with the samples of all processes, so that all processes have the same centers;
+            without it each process uses its own samples.
         reduction: `"mean"` or `"none"`; `forward` may override it.
 
     Attributes:
@@ -136,8 +136,8 @@ class AdaptiveCentersLoss(nn.Module):
 
     References:
         Boutros, Štruc, Damer, *AdaDistill: Adaptive Knowledge Distillation for Deep Face Recognition*, ECCV 2024, arXiv
-        2407.01332. The authors' code assigns the centers by index, so that only one of several samples of an identity in
-        a batch counts, and each process has its own centers; here the mean of all samples is used.
+        2407.01332. The authors' code assigns the centers by index, so that only one of several samples of an identity
+        in a batch counts, and each process has its own centers; here the mean of all samples is used.
     """
 
     per_sample: ClassVar[bool] = True

@@ -50,12 +50,12 @@ def evaluation_oriented(
               L = \lambda_P \operatorname*{mean}_{(i,j) \in P} (r^s_{ij} - r^t_{ij})^2
                 + \lambda_N \operatorname*{mean}_{(i,j) \in N} (r^s_{ij} - r^t_{ij})^2
 
-    P contains all genuine pairs i < j, N the `num_hard_negatives` impostor pairs with the largest cosine of the student. The
-    mean over no pair is 0, so part of each batch should be sampled by identity to contain genuine pairs. Thresholds get no
-    gradient. Zero embeddings have cosine 0 to all others and get no gradient.
+    P contains all genuine pairs i < j, N the `num_hard_negatives` impostor pairs with the largest cosine of the
+    student. The mean over no pair is 0, so part of each batch should be sampled by identity to contain genuine pairs.
+    Thresholds get no gradient. Zero embeddings have cosine 0 to all others and get no gradient.
 
-    A sample with weight 0 is excluded from all pairs. Otherwise a pair has the weight :math:`w_i w_j`, normalized by the sum
-    of the weights. Memory is `(b (b - 1) / 2, k)`.
+    A sample with weight 0 is excluded from all pairs. Otherwise a pair has the weight :math:`w_i w_j`, normalized by
+    the sum of the weights. Memory is `(b (b - 1) / 2, k)`.
 
     Args:
         student: embeddings `(b, d)`, not necessarily normalized.
@@ -124,8 +124,8 @@ def negative_thresholds(
 ) -> Tensor:
     """Return the cosine thresholds of given false positive rates.
 
-    With the cosines of n impostor pairs in descending order, the threshold at rate r is the one with index `floor(n r)`, so
-    that at most this share of them is larger. A rate below 1 / n gives the largest cosine.
+    With the cosines of n impostor pairs in descending order, the threshold at rate r is the one with index `floor(n
+    r)`, so that at most this share of them is larger. A rate below 1 / n gives the largest cosine.
 
     Args:
         embeddings: `(b, d)`, not necessarily normalized; gets no gradient.
@@ -167,9 +167,10 @@ def negative_thresholds(
 class EvaluationOrientedLoss(nn.Module):
     """`evaluation_oriented` with running thresholds; see the function for the formula and the arguments.
 
-    In training mode each batch updates the thresholds of both networks before the loss is computed: `(1 - momentum) * old +
-    momentum * new`. The first batch with an impostor pair initializes them. A batch without one, or with non-finite
-    embeddings, does not change them. In eval mode they are fixed; before initialization those of the batch are used.
+    In training mode each batch updates the thresholds of both networks before the loss is computed: `(1 - momentum) *
+    old + momentum * new`. The first batch with an impostor pair initializes them. A batch without one, or with
+    non-finite embeddings, does not change them. In eval mode they are fixed; before initialization those of the batch
+    are used.
 
     The thresholds belong to one teacher, so use one such term per teacher. In a `Term` the identities are the `target`:
     `Term(EvaluationOrientedLoss(), student="embedding", teacher="embedding", target="identity")`.
@@ -204,8 +205,8 @@ class EvaluationOrientedLoss(nn.Module):
         0.0
 
     References:
-        The authors' code initializes the thresholds with 0, so that a momentum of 0.01 needs hundreds of batches; here the
-        first batch initializes them.
+        The authors' code initializes the thresholds with 0, so that a momentum of 0.01 needs hundreds of batches; here
+        the first batch initializes them.
     """
 
     per_sample: ClassVar[bool] = False

@@ -18,7 +18,7 @@ from kdlib._checks import (
 )
 from kdlib._maths import REDUCTIONS, full_precision, unit_rows
 from kdlib_faces._checks import check_class_centers, check_every_identity, check_identities, check_set
-from kdlib_faces.heads._margin import Reduction, softmax_loss, unit_pair
+from kdlib_faces.heads._margin import Reduction, add_angular_margin, softmax_loss, unit_pair
 
 __all__ = ["MarginDistillLoss", "centers_from", "margin_distill"]
 
@@ -46,9 +46,9 @@ def margin_distill(
               \cos\theta_j}}
 
     with :math:`\psi(\theta, m) = \cos(\theta + m)`, and its linear continuation beyond :math:`\pi - m`, as in
-    `kdlib_faces.heads.arcface_loss`. The maximum is over the samples of the call with a weight above 0. The loss of a sample
-    therefore depends on its batch, and each process of a distributed run uses its own maximum. If no teacher cosine is
-    above 0, all margins are the minimum. Equal margins give ArcFace on frozen centers.
+    `kdlib_faces.heads.arcface_loss`. The maximum is over the samples of the call with a weight above 0. The loss of a
+    sample therefore depends on its batch, and each process of a distributed run uses its own maximum. If no teacher
+    cosine is above 0, all margins are the minimum. Equal margins give ArcFace on frozen centers.
 
     Args:
         student: embeddings `(b, d)`, not necessarily normalized. A zero embedding has cosine 0 to every center and gets
@@ -100,12 +100,7 @@ def margin_distill(
         largest = counted.amax() if len(d) else d.sum()
         share = torch.where(largest > 0, d / torch.where(largest > 0, largest, 1.0), 0.0).clamp(max=1)
         margin = (max_margin - min_margin) * share + min_margin
-
-        cosine = (s_bd * center_bd).sum(1)
-        nonzero = (s_bd.detach() != 0).any(1)
-        sine = torch.where(nonzero, torch.linalg.vector_norm(s_bd - cosine.unsqueeze(1) * center_bd, dim=1), 1.0)
-        inside = cosine * margin.cos() - sine * margin.sin()
-        target_cosine = torch.where(cosine >= -margin.cos(), inside, cosine + margin.cos() - 1)
+        target_cosine = add_angular_margin(s_bd, center_bd, margin.cos(), margin.sin())
         return softmax_loss(owner, s_bd @ c_nd.T, target_cosine, target, scale, reduction, weight)
 
 

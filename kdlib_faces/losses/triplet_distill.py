@@ -36,21 +36,23 @@ def triplet_distill(
 ) -> Tensor:
     r"""Triplet loss of the student, with a larger margin for triplets that the teacher separates more.
 
-    With an anchor a, another sample p of its identity, a sample n of another identity, and the distance D of two normalized
-    embeddings,
+    With an anchor a, another sample p of its identity, a sample n of another identity, and the distance D of two
+    normalized embeddings,
 
     .. math:: L_{apn} = \max(D^s_{ap} - D^s_{an} + m_{apn}, 0), \qquad
               m_{apn} = (M_{\max} - M_{\min}) \frac{g_{apn}}{\max g} + M_{\min}, \qquad
               g_{apn} = \max(D^t_{an} - D^t_{ap}, 0)
 
-    and the mean over the triplets. The maximum is over all triplets of the call; if it is 0, all margins are the minimum.
-    If identities are given, the triplets are all ordered genuine pairs a, p, each with one negative chosen by the student's
-    distances: for `"hardest"` the nearest to the anchor; for `"semihard"` the nearest that is farther than p, or the farthest
-    if there is none. A batch without genuine pairs, or with one identity, gives 0 with a graph. Zero embeddings are treated
-    as orthogonal to all others and get no gradient.
+    and the mean over the triplets. The maximum is over all triplets of the call; if it is 0, all margins are the
+    minimum. If identities are given, the triplets are all ordered genuine pairs a, p, each with one negative chosen by
+    the student's
+    distances: for `"hardest"` the nearest to the anchor; for `"semihard"` the nearest that is farther than p, or the
+        farthest
+    if there is none. A batch without genuine pairs, or with one identity, gives 0 with a graph. Zero embeddings are
+    treated as orthogonal to all others and get no gradient.
 
-    A sample with weight 0 is excluded from all triplets. Otherwise a triplet has the weight :math:`w_a w_p w_n`: `sum(w L) /
-    sum(w)`. Mining and the maximum only depend on which weights are above 0.
+    A sample with weight 0 is excluded from all triplets. Otherwise a triplet has the weight :math:`w_a w_p w_n`: `sum(w
+    L) / sum(w)`. Mining and the maximum only depend on which weights are above 0.
 
     Memory is `(b, b)` for any d; no tensor has the size of all triplets.
 

@@ -6,7 +6,7 @@ from typing import Literal
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from kdlib import OUTPUT, StudentAdapter, Tap
 from kdlib._checks import check_choice, check_number
@@ -14,9 +14,8 @@ from kdlib.cache import model_fingerprint
 from kdlib.distiller import Distiller
 from kdlib.objective import Objective, Term
 from kdlib_faces._checks import InputError
-from kdlib_faces.backbones import Backbone
 from kdlib_faces.data.lists import FaceList
-from kdlib_faces.data.samplers import PairTargets, count_cross_age_identities, samples_per_identity
+from kdlib_faces.data.samplers import count_cross_age_identities
 from kdlib_faces.heads import CosFaceHead
 from kdlib_faces.recipes.network import NetworkConfig
 from kdlib_faces.teachers import (
@@ -29,20 +28,10 @@ from kdlib_faces.teachers import (
     TeacherNet,
     load_pretrained,
 )
+from kdlib_faces.teachers.fine_tuning import FrozenBatchNorm, Part, freeze_all_but
 from kdlib_faces.training import RunConfig, RunOptions, TrainingSetup, train_on_faces
 
-__all__ = [
-    "AgeTeacherConfig",
-    "AgeTeacherRunConfig",
-    "FrozenBatchNorm",
-    "PairTargets",
-    "build_age_teacher",
-    "freeze_all_but",
-    "samples_per_identity",
-    "train",
-]
-
-Part = Literal["all", "tail", "embedding"]
+__all__ = ["AgeTeacherConfig", "AgeTeacherRunConfig", "build_age_teacher", "train"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,62 +112,6 @@ class AgeTeacherRunConfig(RunConfig):
     network: NetworkConfig = field(default_factory=NetworkConfig)
 
 
-class FrozenBatchNorm(nn.Module):
-    """A network whose BatchNorm layers stay in eval mode during training, and which converts images to its own format.
-
-    Args:
-        net: The network. Its tap paths get the prefix `net.`.
-        frozen: Whether BatchNorm layers stay in eval mode.
-    """
-
-    def __init__(self, net: TeacherNet, *, frozen: bool = True) -> None:
-        super().__init__()
-        self.net, self.frozen = net, frozen
-
-    def train(self, mode: bool = True) -> "FrozenBatchNorm":
-        """Set the mode of all layers but the frozen ones."""
-        super().train(mode)
-        if self.frozen:
-            for module in self.net.modules():
-                if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d):
-                    module.eval()
-        return self
-
-    def forward(self, images: Tensor) -> Tensor:
-        """Return the embeddings of images in [-1, 1], RGB."""
-        embeddings: Tensor = self.net(self.net.input_spec(images))
-        return embeddings
-
-
-def freeze_all_but(backbone: Backbone, part: Part) -> list[nn.Parameter]:
-    """Freeze all parameters of a backbone except one part, and return the trainable ones.
-
-    Args:
-        backbone: A backbone whose modules are registered in the order in which they run.
-        part: `"all"`, `"tail"` (behind the last stage) or `"embedding"` (the last linear or convolutional layer and what is
-            behind it).
-
-    Raises:
-        InputError: The backbone has no such part.
-    """
-    named = list(backbone.named_parameters())
-    start = 0
-    if part == "tail":
-        last = f"{backbone.stages[-1]}."
-        order = [name for name, _ in backbone.named_modules()]
-        inside = max((at for at, name in enumerate(order) if f"{name}.".startswith(last)), default=len(order))
-        behind = set(order[inside + 1 :])
-        start = next((at for at, (name, _) in enumerate(named) if name.rpartition(".")[0] in behind), len(named))
-    elif part == "embedding":
-        layers = [name for name, module in backbone.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)]
-        start = next((at for at, (name, _) in enumerate(named) if name.startswith(f"{layers[-1]}.")), len(named))
-    if start >= len(named):
-        raise InputError(f"age teacher: {type(backbone).__name__} has no parameters in its part {part!r}")
-    for _, parameter in named[:start]:
-        parameter.requires_grad_(False)
-    return [parameter for _, parameter in named[start:] if parameter.requires_grad]
-
-
 def build_age_teacher(
     backbone: TeacherNet,
     config: AgeTeacherConfig,
@@ -199,7 +132,7 @@ def build_age_teacher(
         seed: Seed of new parts and heads.
 
     Returns:
-        A distiller without teachers. Its targets: `"identity"`; `"age"` or `"age_group"`; `"person_age"` with cross-age pairs.
+        A distiller without teachers. Its targets: `"identity"`; `"age"` or `"age_group"`; `"identity_age"` with cross-age pairs.
         `distiller.student.model.net` is the network for `save_teacher`.
 
     Raises:
@@ -236,7 +169,7 @@ def build_age_teacher(
             terms["identity"] = Term(head, student="embedding", target="identity", weight=identity_weight)
         if pair_weight:
             pairs = CrossAgePairLoss(min_age_gap=config.min_age_gap, scale=config.pair_scale, groups=groups is not None)
-            terms["pairs"] = Term(pairs, student="embedding", target="person_age", weight=pair_weight)
+            terms["pairs"] = Term(pairs, student="embedding", target="identity_age", weight=pair_weight)
         if isinstance(net, AgeInvariantNet):
             taps["parts"] = "net.parts"
             factors = AgeFactorLoss(net.embedding_dim, groups=groups, decorrelation=config.decorrelation)

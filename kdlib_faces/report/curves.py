@@ -63,13 +63,14 @@ def draw_cost(report: Report) -> Figure | None:
         at = sizes[name] * (largest / smallest) ** (0.035 * placed[sizes[name]])
         placed[sizes[name]] += 1
         value = values[name]
-        low, high = (value.value if end is None else end for end in (value.low, value.high))
+        center = float("nan") if value.value is None else value.value
+        low, high = (center if end is None else end for end in (value.low, value.high))
         axes.plot([at, at], [low, high], color=styles[name].color, linewidth=2.0)
         axes.plot(
-            [at], [value.value], marker=styles[name].mark, color=styles[name].color, markersize=9, markeredgecolor=PAGE,
+            [at], [center], marker=styles[name].mark, color=styles[name].color, markersize=9, markeredgecolor=PAGE,
             linestyle="none",
         )  # fmt: skip
-        ends += [end for end in (low, high) if end is not None]
+        ends += [low, high]
     axes.set_xscale("log")
     margin = (largest / smallest) ** 0.15
     axes.set_xlim(smallest / margin, largest * margin)

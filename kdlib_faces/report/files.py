@@ -8,6 +8,8 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+from matplotlib.figure import Figure
+
 from kdlib._atomic import atomic_write
 from kdlib_faces._checks import InputError, report_key
 from kdlib_faces.progress import progress as show
@@ -102,9 +104,9 @@ def render(directory: str | os.PathLike[str], *, progress: bool = False) -> Path
     return folder / "report.html"
 
 
-def _jobs(report: Report) -> dict[str, partial[object]]:
+def _jobs(report: Report) -> dict[str, partial[Figure | None]]:
     """File name of each figure to the call that draws it."""
-    jobs: dict[str, partial[object]] = {name: partial(plot.draw, report) for name, plot in RUN_PLOTS.items()}
+    jobs: dict[str, partial[Figure | None]] = {name: partial(plot.draw, report) for name, plot in RUN_PLOTS.items()}
     for summary in report.evaluations:
         jobs |= {f"{summary.name}-{name}": partial(plot.draw, report, summary) for name, plot in PLOTS.items()}
     return jobs

@@ -195,8 +195,10 @@ def _support(firsts: Sequence[tuple[ProtocolSummary, str, Measure]], best: str) 
 def cost_keys(report: Report) -> list[tuple[str, dict[str, float]]]:
     """Multiply-adds and parameters of the models for which they are known, as (name, values)."""
     models = report.models.items()
-    costs = [("multiply-adds", {name: model.macs for name, model in models}),
-             ("parameters", {name: model.parameters for name, model in models})]  # fmt: skip
+    costs: list[tuple[str, dict[str, float | None]]] = [
+        ("multiply-adds", {name: model.macs for name, model in models}),
+        ("parameters", {name: model.parameters for name, model in models}),
+    ]
     return [(title, {name: float(value) for name, value in values.items() if value}) for title, values in costs]
 
 

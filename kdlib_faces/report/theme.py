@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
+from typing import Literal, TypeAlias
 
 import matplotlib
 import numpy as np
@@ -41,7 +42,7 @@ _VARIABLES = {PAGE: "card", INK: "ink", MUTED: "muted", GRID: "line"} | {
     color: f"m{index}" for index, color in enumerate(PALETTE)
 }
 _MARKS = ("o", "s", "^", "D", "v", "P", "X", "p", "h", "*")
-Dash = str | tuple[float, tuple[float, ...]]
+Dash: TypeAlias = Literal["-", "--", "-.", ":"] | tuple[float, tuple[float, ...]]
 
 
 @dataclass(frozen=True)

@@ -3,8 +3,9 @@
 from kdlib_faces.teachers.age_attention import AgeAttention, AttentiveAgeNet
 from kdlib_faces.teachers.age_estimation import AgeEstimationLoss, reverse_gradient
 from kdlib_faces.teachers.age_invariant import AgeFactorLoss, AgeInvariantNet, canonical_correlation
-from kdlib_faces.teachers.age_pairs import CrossAgePairLoss, L2SPLoss
+from kdlib_faces.teachers.age_pairs import CrossAgePairLoss
 from kdlib_faces.teachers.files import TeacherNet, load_pretrained, load_teacher, save_teacher
+from kdlib_faces.teachers.fine_tuning import FrozenBatchNorm, L2SPLoss
 from kdlib_faces.teachers.fused import FusedTeacher, fit_fusion, join_embeddings
 from kdlib_faces.teachers.mapped import MappedTeacher, fit_age_map, fit_rotation
 from kdlib_faces.teachers.onnx.import_graph import import_onnx, restore_statistics
@@ -18,6 +19,7 @@ __all__ = [
     "AgeInvariantNet",
     "AttentiveAgeNet",
     "CrossAgePairLoss",
+    "FrozenBatchNorm",
     "FusedTeacher",
     "L2SPLoss",
     "MappedTeacher",

@@ -81,6 +81,7 @@ class AttentiveAgeNet(nn.Module):
     Args:
         backbone: The network to extend. It is copied.
         initial_bias: See `AgeAttention`.
+        channels: Channels of the last stage; None measures them on a blank image.
 
     Attributes:
         stages: Tap paths of the backbone's stages; the last one returns the identity part.
@@ -107,7 +108,7 @@ class AttentiveAgeNet(nn.Module):
         Huang, Zhang, Shan: When Age-Invariant Face Recognition Meets Face Age Synthesis, CVPR 2021, arXiv:2103.01520.
     """
 
-    def __init__(self, backbone: Backbone, *, initial_bias: float = -4.0) -> None:
+    def __init__(self, backbone: Backbone, *, initial_bias: float = -4.0, channels: int | None = None) -> None:
         super().__init__()
         if not isinstance(backbone, Backbone):
             raise TypeError(f"AttentiveAgeNet: backbone must be a face backbone, got {type(backbone).__name__}")
@@ -116,7 +117,7 @@ class AttentiveAgeNet(nn.Module):
         self.input_size = backbone.input_size
         self.initial_bias = initial_bias
         last = backbone.stages[-1]
-        self.channels = _count_channels(self.backbone, last)
+        self.channels = _count_channels(self.backbone, last) if channels is None else channels
         parent, _, name = last.rpartition(".")
         attention = AgeAttention(self.channels, initial_bias=initial_bias)
         setattr(self.backbone.get_submodule(parent), name, nn.Sequential(self.backbone.get_submodule(last), attention))

@@ -1,6 +1,4 @@
-"""A contrastive loss over cross-age pairs, and L2-SP regularization."""
-
-from collections.abc import Iterable
+"""A contrastive loss over cross-age pairs."""
 
 import torch
 from torch import Tensor, nn
@@ -8,7 +6,7 @@ from torch.nn import functional as F
 
 from kdlib._checks import check_floating, check_number, check_rank, check_same_batch
 
-__all__ = ["CrossAgePairLoss", "L2SPLoss"]
+__all__ = ["CrossAgePairLoss"]
 
 
 class CrossAgePairLoss(nn.Module):
@@ -66,39 +64,3 @@ class CrossAgePairLoss(nn.Module):
 
     def __repr__(self) -> str:
         return f"CrossAgePairLoss(min_age_gap={self.min_age_gap!r}, scale={self.scale!r}, groups={self.groups!r})"
-
-
-class L2SPLoss(nn.Module):
-    """L2-SP regularization: `sum_p ||p - p_0||^2 / sum_p ||p_0||^2`, with `p_0` the values at construction.
-
-    The loss depends on the parameters alone. As a `Term` it ignores the embeddings and targets that it is called with.
-
-    Args:
-        parameters: The trainable parameters. Parameters without gradient are left out.
-
-    Examples:
-        >>> layer = nn.Linear(2, 2)
-        >>> l2_sp = L2SPLoss(layer.parameters())
-        >>> with torch.no_grad():
-        ...     _ = layer.weight.mul_(2), layer.bias.mul_(2)
-        >>> round(float(l2_sp().detach()), 4)
-        1.0
-
-    References:
-        Li, Grandvalet, Davoine: Explicit Inductive Bias for Transfer Learning with Convolutional Networks, ICML 2018. We divide
-        by the squared norm of the initial values; the paper's separate penalty on new layers is not included.
-    """
-
-    def __init__(self, parameters: Iterable[nn.Parameter]) -> None:
-        super().__init__()
-        # Plain tuples: neither the network's parameters nor their initial values belong to this module's state.
-        self._pairs = tuple((each, each.detach().clone()) for each in parameters if each.requires_grad)
-
-    def forward(self, *_: Tensor) -> Tensor:
-        """Return the relative squared distance from the initial values."""
-        distance, norm = torch.zeros(()), torch.zeros(())
-        for parameter, start in self._pairs:
-            start = start.to(parameter.device)
-            distance = distance.to(parameter.device) + (parameter - start).float().square().sum()
-            norm = norm.to(parameter.device) + start.float().square().sum()
-        return distance / norm.clamp(min=1e-12)

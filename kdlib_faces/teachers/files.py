@@ -12,7 +12,7 @@ from torch import Tensor
 from kdlib._atomic import atomic_write
 from kdlib_faces._checks import InputError
 from kdlib_faces._weights import read_weights
-from kdlib_faces.backbones import Backbone, InputSpec, IResNet, IRNet, build_backbone, load_backbone, save_backbone
+from kdlib_faces.backbones import Backbone, InputSpec, build_backbone, load_backbone, save_backbone
 from kdlib_faces.teachers.age_attention import AttentiveAgeNet
 from kdlib_faces.teachers.age_invariant import AgeInvariantNet
 
@@ -68,8 +68,7 @@ def save_teacher(model: TeacherNet, path: str | os.PathLike[str]) -> None:
         KEY: FORMAT,
         "kind": kind,
         "options": {option: getattr(model, option)},
-        # A name for one depth takes no depth as an argument.
-        "backbone": backbone.family if isinstance(backbone, IResNet | IRNet) else backbone.name,
+        "backbone": backbone.family,
         "arguments": backbone.arguments,
         "input": {name: list(value) if isinstance(value, tuple) else value for name, value in spec.items()},
         "state": {key: value.detach().cpu() for key, value in model.state_dict().items()},

@@ -6,10 +6,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from kdlib import Teacher
 from kdlib._checks import check_floating, check_number, check_rank, check_same_batch
 from kdlib_faces._checks import InputError
 from kdlib_faces.heads import CosFaceHead
-from kdlib_faces.teachers.outputs import targets_read
 
 __all__ = ["FusedTeacher", "fit_fusion", "join_embeddings"]
 
@@ -160,7 +160,7 @@ class FusedTeacher(nn.Module):
         if pass_through is not None and pass_through not in teachers:
             raise InputError(f"FusedTeacher: pass_through must be one of {', '.join(teachers)}, got {pass_through!r}")
         check_rank("FusedTeacher", "matrix", matrix, "d e")
-        reads = {targets_read(teacher) for teacher in teachers.values()}
+        reads = {teacher.reads if isinstance(teacher, Teacher) else () for teacher in teachers.values()}
         if len(reads) != 1:
             raise InputError("FusedTeacher: teachers must all read images, or all read the same targets")
         self.reads = reads.pop()

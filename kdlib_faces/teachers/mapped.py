@@ -6,9 +6,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from kdlib import Teacher
 from kdlib._checks import check_floating, check_number, check_rank, check_same_batch
 from kdlib_faces._checks import InputError
-from kdlib_faces.teachers.outputs import targets_read
 
 __all__ = ["MappedTeacher", "fit_age_map", "fit_rotation"]
 
@@ -166,7 +166,7 @@ class MappedTeacher(nn.Module):
         super().__init__()
         self.teacher = teacher
         self.matrices = {name: matrix.detach() for name, matrix in matrices.items()}
-        self.reads = targets_read(teacher)
+        self.reads: tuple[str, ...] = teacher.reads if isinstance(teacher, Teacher) else ()
 
     @torch.no_grad()
     def forward(self, *inputs: Tensor) -> dict[str, Tensor]:

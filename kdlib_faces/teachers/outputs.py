@@ -4,7 +4,6 @@ import hashlib
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -14,20 +13,9 @@ from kdlib_faces._checks import InputError
 from kdlib_faces.data.images import to_float
 from kdlib_faces.progress import progress_to
 
-__all__ = ["cache_outputs", "read_outputs", "targets_read"]
+__all__ = ["cache_outputs", "read_outputs"]
 
 _BATCH = 128
-
-
-@runtime_checkable
-class _ReadsTargets(Protocol):
-    @property
-    def reads(self) -> tuple[str, ...]: ...
-
-
-def targets_read(teacher: nn.Module) -> tuple[str, ...]:
-    """Names of the targets that a teacher reads instead of the inputs; empty for a teacher that reads the inputs."""
-    return teacher.reads if isinstance(teacher, _ReadsTargets) else ()
 
 
 def cache_outputs(

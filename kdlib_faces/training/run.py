@@ -16,11 +16,11 @@ from kdlib_faces.config import dump_toml
 from kdlib_faces.data.batches import FaceBatches
 from kdlib_faces.data.images import load_images
 from kdlib_faces.data.lists import FaceList, read_faces
-from kdlib_faces.data.samplers import PairTargets, samples_per_identity
-from kdlib_faces.data.seeded_views import SeededBatches, SeededViews
+from kdlib_faces.data.samplers import choose_samples_per_identity
+from kdlib_faces.data.seeded_views import SeededViews
 from kdlib_faces.data.views import AugmentConfig
 from kdlib_faces.teachers import TeacherNet, save_teacher
-from kdlib_faces.training.fit import Amp, Batches, Optimizer, fit
+from kdlib_faces.training.fit import Amp, Optimizer, fit
 from kdlib_faces.training.run_record import check_same_run, describe_run, write_run_record
 
 __all__ = ["RunConfig", "RunOptions", "TrainingConfig", "TrainingSetup", "train_on_faces"]
@@ -172,21 +172,18 @@ def train_on_faces(build: Callable[[FaceList], TrainingSetup], options: RunOptio
     return target
 
 
-def _batches(setup: TrainingSetup, images: Tensor, faces: FaceList, seed: int) -> Batches:
+def _batches(setup: TrainingSetup, images: Tensor, faces: FaceList, seed: int) -> FaceBatches:
     """Batches of random views, of cached views, or with several images of each identity for cross-age pairs."""
     size, ages, groups = setup.config.training.batch_size, faces.ages, faces.age_groups
-    if setup.views is not None:
-        return SeededBatches(
-            images, faces.identities, setup.views, batch_size=size, seed=seed, ages=ages, age_groups=groups
-        )
-    batches = FaceBatches(
+    return FaceBatches(
         images,
         faces.identities,
         batch_size=size,
         seed=seed,
         ages=ages,
         age_groups=groups,
-        augment=setup.config.augment,
-        samples_per_identity=samples_per_identity(size, faces.num_identities) if setup.pair_ages else None,
+        augment=setup.config.augment if setup.views is None else None,
+        views=setup.views,
+        samples_per_identity=choose_samples_per_identity(size, faces.num_identities) if setup.pair_ages else None,
+        identity_age=setup.pair_ages,
     )
-    return PairTargets(batches, setup.pair_ages) if setup.pair_ages else batches

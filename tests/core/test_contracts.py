@@ -56,7 +56,7 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Weigh:
+class WeightingRow:
     """A weighting: its arguments and whether it treats all teachers alike."""
 
     arguments: tuple[Any, ...] = ()
@@ -102,18 +102,18 @@ LOSSES: dict[str, list[Row]] = {
     "VariationalInformationLoss": [Row(PER_SAMPLE, OTHER_CHANNELS, (3, 4))],
 }
 
-WEIGHTINGS: dict[str, list[Weigh]] = {
-    "CenterConfidenceWeighting": [Weigh((3,)), Weigh((3,), {"temperature": 0.5}, 3)],
-    "ConfidenceWeighting": [Weigh(), Weigh(num_teachers=3)],
-    "EntropyWeighting": [Weigh(), Weigh(num_teachers=3)],
-    "FixedWeighting": [Weigh(([3, 1],), symmetric=False)],
+WEIGHTINGS: dict[str, list[WeightingRow]] = {
+    "CenterConfidenceWeighting": [WeightingRow((3,)), WeightingRow((3,), {"temperature": 0.5}, 3)],
+    "ConfidenceWeighting": [WeightingRow(), WeightingRow(num_teachers=3)],
+    "EntropyWeighting": [WeightingRow(), WeightingRow(num_teachers=3)],
+    "FixedWeighting": [WeightingRow(([3, 1],), symmetric=False)],
     "GateWeighting": [
-        Weigh((5, 2), symmetric=False),
-        Weigh((5, 3), {"hidden": 4, "floor": 0.1}, 3, symmetric=False),
+        WeightingRow((5, 2), symmetric=False),
+        WeightingRow((5, 3), {"hidden": 4, "floor": 0.1}, 3, symmetric=False),
     ],
-    "GradientWeighting": [Weigh(), Weigh(num_teachers=3)],
-    "UncertaintyWeighting": [Weigh((2,), symmetric=False)],
-    "UniformWeighting": [Weigh(), Weigh(num_teachers=3)],
+    "GradientWeighting": [WeightingRow(), WeightingRow(num_teachers=3)],
+    "UncertaintyWeighting": [WeightingRow((2,), symmetric=False)],
+    "UniformWeighting": [WeightingRow(), WeightingRow(num_teachers=3)],
 }
 
 PROJECTIONS: dict[str, list[Row]] = {
@@ -151,7 +151,10 @@ def component(package: Any, name: str, row: Any) -> Any:
         return getattr(package, name)(*row.arguments, **row.options)
 
 
-@pytest.mark.parametrize(("package", "table"), [(kdlib.losses, LOSSES), (kdlib.weighting, WEIGHTINGS), (kdlib.projections, PROJECTIONS)])  # fmt: skip
+@pytest.mark.parametrize(
+    ("package", "table"),
+    [(kdlib.losses, LOSSES), (kdlib.weighting, WEIGHTINGS), (kdlib.projections, PROJECTIONS)],
+)
 def test_every_public_name_has_a_row(package: Any, table: dict[str, list[Any]]) -> None:
     assert set(package.__all__) - FUNCTIONS - set(table) == set()
     assert all(table.values())
@@ -185,7 +188,7 @@ def test_a_student_or_teacher_that_is_not_a_tensor_is_named() -> None:
 
 
 @pytest.mark.parametrize(("name", "row"), rows(kdlib.weighting, WEIGHTINGS))
-def test_weightings(name: str, row: Weigh) -> None:
+def test_weightings(name: str, row: WeightingRow) -> None:
     weighting = component(kdlib.weighting, name, row)
     ran = check_weighting(weighting, num_teachers=row.num_teachers, symmetric=row.symmetric)
     assert len(ran) == (WEIGHTING if row.symmetric else PER_TEACHER)

@@ -1,4 +1,4 @@
-"""Rows of several processes as one batch: values, and gradients after averaging, are those of a single process."""
+"""Rows of several processes as one batch: values and averaged gradients equal those of a single process."""
 
 import gc
 import os
@@ -16,6 +16,7 @@ from torch import distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 import kdlib.functional
+from kdlib import ContrastiveRepresentationLoss
 from kdlib._gather import gather_rows
 from kdlib.losses.correlation_congruence import correlation_congruence
 from kdlib.losses.dark_rank import dark_rank
@@ -26,11 +27,45 @@ from kdlib.losses.similarity_preserving import similarity_preserving
 
 
 def dist_of_three(student: Tensor, teacher: Tensor, **options: Any) -> Tensor:
-    """As many classes of the student as the teacher has."""
+    """Use as many classes of the student as of the teacher."""
     return dist_loss(student[:, :3], teacher, **options)
 
 
-RELATIONS = (rkd_distance, rkd_angle, similarity_preserving, pkt, correlation_congruence, dark_rank, dist_of_three)
+def contrastive_of_three(student: Tensor, teacher: Tensor, **options: Any) -> Tensor:
+    target = (10 * teacher[:, 0]).long() % 3
+    return kdlib.functional.contrastive_representation(student[:, :3], teacher, target=target, **options)
+
+
+def contrastive_module(gather: bool) -> ContrastiveRepresentationLoss:
+    with torch.random.fork_rng():
+        torch.manual_seed(2)
+        return ContrastiveRepresentationLoss(6, 3, feature_dim=4, queue_size=5, gather=gather).double()
+
+
+def queue_outcome(rows: slice, gather: bool) -> list[Tensor]:
+    """Return the values of two steps, the gradients of the maps, and the queue."""
+    images, teacher, weight = batch()
+    loss, target = contrastive_module(gather), torch.tensor([1, 2, 1, 3, 3, 4, 0])
+    values = [loss(images[rows], teacher[rows], target=target[rows], weight=weight[rows]) for _ in range(2)]
+    sum(values).backward()
+    return [
+        *(x.detach() for x in values),
+        loss.queue,
+        loss.queue_seen,
+        *(torch.zeros_like(p) if p.grad is None else p.grad for p in loss.parameters()),
+    ]
+
+
+RELATIONS = (
+    rkd_distance,
+    rkd_angle,
+    similarity_preserving,
+    pkt,
+    correlation_congruence,
+    dark_rank,
+    dist_of_three,
+    contrastive_of_three,
+)
 LOSSES: dict[str, Callable[..., Tensor]] = {loss.__name__: loss for loss in RELATIONS}
 COUNTS = {"two": (5, 2), "empty": (4, 0), "three": (3, 0, 4), "none": (0, 0)}
 TOTAL = 7
@@ -50,7 +85,7 @@ def network() -> nn.Module:
 
 
 def outcome(model: nn.Module, loss: Callable[..., Tensor], rows: slice, weighted: bool, gather: bool) -> dict[str, Any]:
-    """The value, and the gradients of the parameters."""
+    """Return the value and the gradients of the parameters."""
     images, teacher, weight = batch()
     model.zero_grad()
     value = loss(model(images[rows]), teacher[rows], weight=weight[rows] if weighted else None, gather=gather)
@@ -59,45 +94,46 @@ def outcome(model: nn.Module, loss: Callable[..., Tensor], rows: slice, weighted
 
 
 def child(rank: int, task: str, directory: Path) -> None:
-    """One of the processes; it keeps what it saw."""
+    """Run one of the processes and save its results."""
     counts = COUNTS[task]
     world = len(counts)
-    dist.init_process_group("gloo", init_method=f"file://{directory / 'meeting'}", rank=rank, world_size=world)
+    dist.init_process_group("gloo", init_method=f"file://{directory / 'rendezvous'}", rank=rank, world_size=world)
     rows = slice(sum(counts[:rank]), sum(counts[: rank + 1]))
     model = DistributedDataParallel(network())
-    told: dict[str, Any] = {
+    results: dict[str, Any] = {
         f"{name} {weighted}": outcome(model, loss, rows, weighted, gather=True)
         for name, loss in LOSSES.items()
         for weighted in (False, True)
     }
-    # A weight in one process only counts as ones in the others.
+    # If only one process passes weights, those of the others are 1.
     images, teacher, weight = batch()
     mixed = pkt(images[rows], teacher[rows], weight=weight[rows] if rank == 0 else None, gather=True)
-    told["mixed"] = mixed
+    results["mixed"] = mixed
     for dtype in (torch.float64, torch.float16, torch.bfloat16, torch.int64, torch.bool):
-        told[str(dtype)] = gather_rows((10 * images).to(dtype)[rows], grad=False)
-    told["labels"] = gather_rows(torch.arange(TOTAL)[rows], grad=False)
-    told["maps"] = gather_rows(images.reshape(TOTAL, 2, 3)[rows], grad=False)
+        results[str(dtype)] = gather_rows((10 * images).to(dtype)[rows], grad=False)
+    results["queue"] = queue_outcome(rows, gather=True)
+    results["labels"] = gather_rows(torch.arange(TOTAL)[rows], grad=False)
+    results["maps"] = gather_rows(images.reshape(TOTAL, 2, 3)[rows], grad=False)
     leaf = images[rows].clone().requires_grad_()
     whole = gather_rows(leaf, grad=True)
     (whole * torch.arange(1.0, len(whole) + 1).unsqueeze(1)).sum().backward()
-    told["own"] = leaf.grad
+    results["own"] = leaf.grad
     errors = []
     for wrong in (images[rows, : 6 - rank], images[rows].to([torch.float64, torch.float32, torch.float16][rank])):
         try:
             gather_rows(wrong, grad=False)
         except ValueError as error:
             errors.append(str(error))
-    told["errors"] = errors
-    torch.save(told, directory / f"rank{rank}.pt")
-    # The group outlives its destruction in the reference cycles of DDP, and its threads would meet a dying interpreter.
+    results["errors"] = errors
+    torch.save(results, directory / f"rank{rank}.pt")
+    # Reference cycles of DDP would keep the threads of the group until the interpreter exits.
     del model
     gc.collect()
     dist.destroy_process_group()
 
 
 @pytest.mark.parametrize("task", COUNTS)
-def test_processes_are_one(task: str, tmp_path: Path) -> None:
+def test_processes_equal_a_single_one(task: str, tmp_path: Path) -> None:
     counts = COUNTS[task]
     command = [sys.executable, "-W", "error::UserWarning", __file__]
     environment = {
@@ -112,22 +148,29 @@ def test_processes_are_one(task: str, tmp_path: Path) -> None:
     ends = [process.communicate(timeout=120)[1] for process in processes]
     for process, errors in zip(processes, ends, strict=True):
         assert process.returncode == 0, errors
-    told = [torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in range(len(counts))]
+    results = [torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in range(len(counts))]
     total = sum(counts)
     images, teacher, weight = batch()
     compared = 0
     for name, loss in LOSSES.items():
         for weighted in (False, True):
             alone = outcome(network(), loss, slice(0, total), weighted, gather=False)
-            for each in told:
+            for each in results:
                 got = each[f"{name} {weighted}"]
                 torch.testing.assert_close(got["value"], alone["value"], rtol=1e-12, atol=1e-15)
                 torch.testing.assert_close(got["grads"], alone["grads"], rtol=1e-9, atol=1e-13)
-                assert torch.equal(got["value"], told[0][f"{name} {weighted}"]["value"])
+                assert torch.equal(got["value"], results[0][f"{name} {weighted}"]["value"])
                 compared += 1
-    assert compared == 14 * len(counts)
+    assert compared == 16 * len(counts)
+    expected = queue_outcome(slice(0, total), gather=False)
+    for each in results:
+        torch.testing.assert_close(each["queue"][:4], expected[:4])
+    averaged = [
+        sum(gradients) / len(counts) for gradients in zip(*(each["queue"][4:] for each in results), strict=True)
+    ]
+    torch.testing.assert_close(averaged, expected[4:])
     weight[counts[0] :] = 1
-    for rank, each in enumerate(told):
+    for rank, each in enumerate(results):
         torch.testing.assert_close(each["mixed"], pkt(images[:total], teacher[:total], weight=weight[:total]))
         for dtype in (torch.float64, torch.float16, torch.bfloat16, torch.int64, torch.bool):
             assert torch.equal(each[str(dtype)], (10 * images[:total]).to(dtype))
@@ -143,14 +186,14 @@ def test_processes_are_one(task: str, tmp_path: Path) -> None:
         assert "torch.float32 in process 1" in each["errors"][1]
 
 
-def test_every_loss_that_gathers_is_here_or_with_the_contrastive_one() -> None:
+def test_every_loss_that_gathers_is_tested() -> None:
     gathering = {
         name for name in kdlib.functional.__all__ if "gather" in signature(getattr(kdlib.functional, name)).parameters
     }
-    assert gathering == {*LOSSES} - {"dist_of_three"} | {"dist", "contrastive_representation"}
+    assert gathering == {*LOSSES} - {"dist_of_three", "contrastive_of_three"} | {"dist", "contrastive_representation"}
 
 
-def test_without_a_process_group_nothing_changes() -> None:
+def test_without_a_process_group() -> None:
     x = torch.ones(3, 2, requires_grad=True)
     assert gather_rows(x, grad=True) is x
     assert not gather_rows(x, grad=False).requires_grad

@@ -19,7 +19,7 @@ from kdlib import (
     Term,
 )
 from kdlib.functional import angular_distill
-from kdlib.weighting import GateWeighting, GradientWeighting, UncertaintyWeighting
+from kdlib.weighting import GradientWeighting, UncertaintyWeighting
 
 
 @pytest.fixture
@@ -329,7 +329,7 @@ def test_the_penalty_of_a_weighting_is_added_to_the_total(features) -> None:
     for lead, called in ((None, ("a", "b")), ("b", ("b",))):
         out = Objective(terms, weighting, weigh_by=lead)(student, teachers)
         losses = {
-            name: torch.stack([term.loss(student["embedding"], teachers[who]["embedding"]) for who in teachers])
+            name: torch.stack([term.loss(student["embedding"], teachers[key]["embedding"]) for key in teachers])
             for name, term in terms.items()
         }
         penalty = sum(
@@ -344,28 +344,6 @@ def test_the_penalty_of_a_weighting_is_added_to_the_total(features) -> None:
         torch.testing.assert_close(mine[0], torch.autograd.grad(weighted, student["embedding"])[0])
         kendall = sum(1 - torch.tensor([-0.3, 0.2]).exp() * losses[name].detach() for name in called)
         torch.testing.assert_close(mine[1], kendall)
-
-
-def test_a_gate_is_trained_by_every_term_that_it_weights(features) -> None:
-    student, teachers = features
-    gate = GateWeighting(8, 2)
-    terms = {
-        "embedding": Term(HintLoss(), student="embedding", teacher="embedding"),
-        "map": Term(AttentionTransferLoss(), student="map", teacher="map", weight=5.0),
-    }
-    objective = Objective(terms, gate, weigh_by="embedding")
-    assert {name for name, _ in objective.named_parameters()} == {"weighting.out.weight", "weighting.out.bias"}
-    out = objective(student, teachers)
-    assert out.weights["embedding"].requires_grad
-    out.total.backward()
-    hints, maps = (
-        torch.stack([term.loss(student[tap], teachers[who][tap], reduction="none") for who in teachers]).detach()
-        for tap, term in terms.items()
-    )
-    bias = torch.zeros(2, requires_grad=True)
-    share = bias.softmax(0)[:, None]
-    ((share * hints).sum(0).mean() + 5 * (share * maps).sum(0).mean()).backward()
-    torch.testing.assert_close(gate.out.bias.grad, bias.grad)
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,9 @@
-"""The relation losses against loops, properties and numbers worked out on their own; and the traps they fall into."""
+"""Relation losses: naive references, properties, values by hand and numerical edge cases.
 
-import copy
+The contract that all losses share is in `test_contracts`.
+"""
+
 import math
-import pickle
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -21,6 +22,7 @@ from kdlib.losses.pkt import PKTLoss, pkt
 from kdlib.losses.rkd import RKDAngleLoss, RKDDistanceLoss, rkd_angle, rkd_distance
 from kdlib.losses.similarity_preserving import SimilarityPreservingLoss, similarity_preserving
 from tests.core import reference_relations as reference
+from tests.core.loss_inputs import each_dtype, each_mode, gradient, many_edge_cases, noise
 
 FUNCTIONS: dict[str, tuple[Callable[..., Tensor], type[nn.Module], tuple[dict[str, Any], ...]]] = {
     "rkd_distance": (rkd_distance, RKDDistanceLoss, ({}, {"chunk_size": 2})),
@@ -33,38 +35,30 @@ FUNCTIONS: dict[str, tuple[Callable[..., Tensor], type[nn.Module], tuple[dict[st
         ({}, {"order": 4, "gamma": 1.5}, {"order": 1}, {"order": None}),
     ),
 }
+HAND_WRITTEN = ["rkd_distance", "rkd_angle", "pkt", "correlation_congruence"]
 CASES = [(name, kwargs) for name, (_, _, all_kwargs) in FUNCTIONS.items() for kwargs in all_kwargs]
 IDS = [f"{name}{kwargs or ''}" for name, kwargs in CASES]
-DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 each = pytest.mark.parametrize(("name", "kwargs"), CASES, ids=IDS)
-each_function = pytest.mark.parametrize("name", FUNCTIONS)
-
-
-def noise(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
 
 
 def loop(name: str, student: Tensor, teacher: Tensor, weight: Tensor | None = None, **kwargs: Any) -> float:
     kwargs.pop("chunk_size", None)
     w = np.ones(len(student)) if weight is None else weight.double().numpy()
     s, t = (x.detach().double().flatten(1).numpy() for x in (student, teacher))
-    # No loss sees a scale, but squares in the loops do; a power of two leaves each difference what it is.
+    # The losses do not depend on scale, but squares in the loops could overflow. Division by a power of two is exact.
     s, t = (np.ldexp(x, -np.frexp(np.abs(x).max(initial=0))[1]) for x in (s, t))
     return float(getattr(reference, name)(s, t, w, **kwargs))
 
 
-def gradient(loss: Callable[..., Tensor], student: Tensor, *rest: Tensor, **kwargs: Any) -> Tensor:
-    leaf = student.detach().clone().requires_grad_()
-    return torch.autograd.grad(loss(leaf, *rest, **kwargs), leaf)[0]
-
-
-def angle_by_vectors(student: Tensor, teacher: Tensor) -> Tensor:
-    """The form that makes the difference vectors, for its gradient."""
+def angle_by_vectors(student: Tensor, teacher: Tensor, weight: Tensor | None = None) -> Tensor:
+    """Return the loss by difference vectors, with the gradient of autograd."""
+    weight = student.new_ones(len(student)) if weight is None else weight
     cosines = []
     for x in (student, teacher):
         e = F.normalize(x.unsqueeze(0) - x.unsqueeze(1), dim=2)
         cosines.append(e @ e.transpose(1, 2))
-    return F.smooth_l1_loss(*cosines)
+    losses = F.smooth_l1_loss(*cosines, reduction="none")
+    return torch.einsum("ijk,i,j,k->", losses, weight, weight, weight) / weight.sum() ** 3
 
 
 @each
@@ -103,21 +97,12 @@ def test_tiles_and_chunks_of_any_size_do_the_same() -> None:
     assert (single - slope).norm() / slope.norm() < 1e-6
     uneven = torch.rand(150, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
     twice = torch.tensor([2] * 75 + [1] * 75)
-    torch.testing.assert_close(  # a weight of 2 is to be there twice
+    torch.testing.assert_close(  # a weight of 2 counts as two equal samples
         rkd_angle(student, teacher, weight=twice.double()),
         rkd_angle(student.repeat_interleave(twice, 0), teacher.repeat_interleave(twice, 0)),
     )
-    torch.testing.assert_close(rkd_angle(student, teacher, weight=uneven, chunk_size=7).reshape(1), _angle(uneven))
-
-
-def _angle(weight: Tensor) -> Tensor:
-    student, teacher = noise(150, 7), noise(150, 3, seed=1)
-    cosines = []
-    for x in (student, teacher):
-        e = F.normalize(x.unsqueeze(0) - x.unsqueeze(1), dim=2)
-        cosines.append(e @ e.transpose(1, 2))
-    losses = F.smooth_l1_loss(*cosines, reduction="none")
-    return (torch.einsum("ijk,i,j,k->", losses, weight, weight, weight) / weight.sum() ** 3).reshape(1)
+    expected = angle_by_vectors(student, teacher, uneven)
+    torch.testing.assert_close(rkd_angle(student, teacher, weight=uneven, chunk_size=7), expected)
 
 
 @pytest.mark.parametrize(
@@ -176,7 +161,7 @@ def test_properties(name: str, kwargs: dict[str, Any], seed: int, batch: int, d_
     if name.startswith("rkd"):
         torch.testing.assert_close(loss(student + 10, teacher - 5, **kwargs), value, **close)
     slope = gradient(loss, student, teacher, **kwargs)
-    # Moving along a direction that the loss does not see changes nothing.
+    # The gradient is orthogonal to a change of scale.
     assert (slope * student).sum().abs() < 1e-9
     weight = torch.rand(batch, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) + 0.01
     weighted = loss(student, teacher, weight=weight, **kwargs)
@@ -184,7 +169,7 @@ def test_properties(name: str, kwargs: dict[str, Any], seed: int, batch: int, d_
 
 
 @each
-def test_a_mask_equals_leaving_out_whatever_is_there(name: str, kwargs: dict[str, Any]) -> None:
+def test_masked_samples_of_any_size_have_no_influence(name: str, kwargs: dict[str, Any]) -> None:
     loss = FUNCTIONS[name][0]
     kept = torch.tensor([True, False, True, True, False, True])
     student, teacher = noise(6, 3, dtype=torch.float32), noise(6, 4, seed=1, dtype=torch.float32)
@@ -199,7 +184,7 @@ def test_a_mask_equals_leaving_out_whatever_is_there(name: str, kwargs: dict[str
 
 
 @each
-def test_where_there_is_no_relation_the_loss_is_zero_with_a_graph(name: str, kwargs: dict[str, Any]) -> None:
+def test_without_pairs_the_loss_is_zero_with_a_graph(name: str, kwargs: dict[str, Any]) -> None:
     loss = FUNCTIONS[name][0]
     for batch, weight in ((0, None), (1, None), (4, torch.zeros(4)), (4, torch.tensor([0.0, 3.0, 0.0, 0.0]))):
         student, teacher = noise(batch, 3, dtype=torch.float32).requires_grad_(), noise(batch, 2, seed=1).float()
@@ -211,45 +196,15 @@ def test_where_there_is_no_relation_the_loss_is_zero_with_a_graph(name: str, kwa
         assert student.grad.abs().sum() < 1e-6
 
 
-def trap(which: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    s, t = noise(8, 6), noise(8, 6, seed=1)
-    limits = torch.finfo(dtype)
-    large = min(1e30, limits.max / 4)
-    first = torch.arange(8).unsqueeze(1) == 0
-    return {
-        "noise": (s, t),
-        "zero rows": (s * (torch.arange(8) > 3).unsqueeze(1), t * (torch.arange(8) > 1).unsqueeze(1)),
-        "all zero": (0 * s, 0 * t),
-        "student all equal": (torch.ones(8, 6), t),
-        "teacher all equal": (s, torch.ones(8, 6)),
-        "equal pairs": (s[[0, 0, 1, 1, 2, 2, 3, 3]], t),
-        "equal to the teacher": (s, s),
-        "opposite": (s, -s),
-        "three hundred": (300 * s.sign(), 300 * t.sign()),
-        "large": (large * s / s.abs().max(), large * t / t.abs().max()),
-        "smallest": (limits.smallest_normal * s, limits.smallest_normal * t),
-        "one large row": (torch.where(first, large * s / s.abs().max(), s), t),
-        "one tiny row": (torch.where(first, limits.smallest_normal * s, s), t),
-        "offset of 1000": (s + 1000, t + 1000),
-        "near": (s[[0, 0, 1, 1, 2, 2, 3, 3]] + limits.eps * t, t),
-        "negative zeros": (-0.0 * s, t),
-    }[which]
-
-
-TRAPS = [
-    *("noise", "zero rows", "all zero", "student all equal", "teacher all equal", "equal pairs"),
-    *("equal to the teacher", "opposite", "three hundred", "large", "smallest", "one large row", "one tiny row"),
-    *("offset of 1000", "near", "negative zeros"),
-]
-
-
-@pytest.mark.parametrize("autocast", [False, True], ids=["plain", "autocast"])
-@pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
+@each_mode
+@each_dtype
 @each
 def test_values_and_gradients_are_finite(name: str, kwargs: dict[str, Any], dtype: torch.dtype, autocast: bool) -> None:
     loss = FUNCTIONS[name][0]
-    for which in TRAPS:
-        student, teacher = (x.to(dtype).detach().clone().requires_grad_() for x in trap(which, dtype))
+    for which, sides in many_edge_cases(6, dtype).items():
+        if which in ("at the end", "at both ends", "one row"):  # in tests of their own
+            continue
+        student, teacher = (x.to(dtype).detach().clone().requires_grad_() for x in sides)
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
             value = loss(student, teacher, **kwargs)
         value.backward()
@@ -260,16 +215,16 @@ def test_values_and_gradients_are_finite(name: str, kwargs: dict[str, Any], dtyp
         assert student.grad.dtype == dtype, which
         assert torch.isfinite(student.grad).all(), which
         assert teacher.grad is None, which
-        # Half precision costs storage, not arithmetic: the value is that of the same numbers in float64.
+        # Half-precision inputs give the value of float64 arithmetic on the same numbers.
         exact = loop(name, student, teacher, **kwargs)
-        rough = name in ("similarity_preserving", "pkt", "correlation_congruence")  # they see the offset
+        rough = name in ("similarity_preserving", "pkt", "correlation_congruence")  # they depend on the offset
         allowed = 1e-5 if rough or dtype != torch.float64 else 1e-9
         assert value.item() == pytest.approx(exact, rel=1e-3 if rough else 1e-4, abs=allowed), which
 
 
 @each
-def test_a_common_offset_costs_only_what_storing_it_costs(name: str, kwargs: dict[str, Any]) -> None:
-    """Also where the loss sees the offset, and is then made of the small differences that it leaves."""
+def test_a_common_offset_costs_no_precision(name: str, kwargs: dict[str, Any]) -> None:
+    """This includes losses that depend on the offset and are then dominated by small differences."""
     loss = FUNCTIONS[name][0]
     for weight in (None, torch.linspace(0, 2, 40)):
         student, teacher = (noise(40, 16, seed=seed, dtype=torch.float32) + 1000 for seed in (0, 1))
@@ -280,16 +235,9 @@ def test_a_common_offset_costs_only_what_storing_it_costs(name: str, kwargs: dic
         assert (single - slope).norm() / slope.norm() < 2e-4
 
 
-@pytest.mark.parametrize("offset", [0, 10])
-@pytest.mark.parametrize("name", ["similarity_preserving", "pkt", "correlation_congruence"])
-def test_an_offset_in_float64_is_the_loop(name: str, offset: float) -> None:
-    student, teacher = noise(9, 5) + offset, noise(9, 4, seed=1) + offset
-    assert FUNCTIONS[name][0](student, teacher).item() == pytest.approx(loop(name, student, teacher), rel=1e-9)
-
-
 @pytest.mark.parametrize("apart", [1e-1, 1e-2, 1e-3, 1e-4, 1e-6])
 @pytest.mark.parametrize("name", ["rkd_distance", "rkd_angle"])
-def test_near_rows_are_as_exact_as_others(name: str, apart: float) -> None:
+def test_near_rows_are_exact(name: str, apart: float) -> None:
     loss = FUNCTIONS[name][0]
     student = noise(24, 16, dtype=torch.float32)
     student[12:] = student[:12] + apart * noise(12, 16, seed=2, dtype=torch.float32)
@@ -304,7 +252,7 @@ def test_near_rows_are_as_exact_as_others(name: str, apart: float) -> None:
 
 
 def test_distances_of_near_rows() -> None:
-    """Four far pairs of rows that nearly touch: the loss is made of the near distances alone."""
+    """Pairs of near rows that are far from each other, where the loss depends on the near distances only."""
     far = 100 * noise(4, 8, dtype=torch.float32)
     student = torch.cat([far, far + 1e-2 * noise(4, 8, seed=3, dtype=torch.float32)])
     weight = torch.tensor([1.0, 0, 0, 0, 1, 0, 0, 0])
@@ -328,13 +276,33 @@ def test_functional_gradients_are_those_of_autograd(name: str, kwargs: dict[str,
     torch.testing.assert_close(found, gradient(loss, student), rtol=1e-12, atol=1e-15)
 
 
-@each_function
-def test_the_gradient_has_no_graph_and_says_so(name: str) -> None:
-    loss = FUNCTIONS[name][0]
+@pytest.mark.parametrize("name", HAND_WRITTEN)
+def test_a_second_derivative_of_a_hand_written_gradient_is_an_error(name: str) -> None:
     student = noise(4, 3).requires_grad_()
-    (slope,) = torch.autograd.grad(loss(student, noise(4, 2, seed=1)), student, create_graph=True)
-    with pytest.raises(RuntimeError, match=r"relation losses have a gradient, but no second derivative"):
+    value = FUNCTIONS[name][0](student, noise(4, 2, seed=1))
+    (slope,) = torch.autograd.grad(value, student, create_graph=True)
+    with pytest.raises(RuntimeError, match=r"this relation loss has a gradient, but no second derivative"):
         slope.square().sum().backward()
+
+
+def test_similarity_preserving_has_second_derivatives_and_vmap() -> None:
+    student, teacher = noise(3, 4, 2), noise(3, 4, 3, seed=1)
+    weight = torch.tensor([1.0, 0.0, 0.3, 2.0], dtype=torch.float64)
+    assert torch.autograd.gradgradcheck(
+        lambda s: similarity_preserving(s, teacher[0], weight=weight), student[0].clone().requires_grad_()
+    )
+    each_batch = torch.func.vmap(similarity_preserving)(student, teacher)
+    expected = torch.stack([similarity_preserving(s, t) for s, t in zip(student, teacher, strict=True)])
+    torch.testing.assert_close(each_batch, expected)
+
+
+@each
+def test_the_module_is_the_function(name: str, kwargs: dict[str, Any]) -> None:
+    loss, module, _ = FUNCTIONS[name]
+    student, teacher, weight = noise(5, 3), noise(5, 4, seed=1), torch.tensor([1.0, 0.0, 0.3, 2.0, 0.7])
+    expected = loss(student, teacher, weight=weight, **kwargs)
+    assert torch.equal(module(**kwargs)(student, teacher, weight=weight, reduction="mean"), expected)
+    assert torch.equal(loss(student, teacher, weight=weight, gather=True, **kwargs), expected)  # in a single process
 
 
 @each
@@ -353,42 +321,24 @@ def test_compiles_as_one_graph(name: str, kwargs: dict[str, Any]) -> None:
         )
 
 
-@each
-def test_the_module_is_the_function(name: str, kwargs: dict[str, Any]) -> None:
-    loss, module, _ = FUNCTIONS[name]
-    built = module(**kwargs)
-    student, teacher, weight = noise(5, 3), noise(5, 4, seed=1), torch.tensor([1.0, 0.0, 0.3, 2.0, 0.7])
-    expected = loss(student, teacher, weight=weight, **kwargs)
-    assert torch.equal(built(student, teacher, weight=weight), expected)
-    assert torch.equal(built(student, teacher, weight=weight, reduction="mean"), expected)
-    rebuilt = eval(repr(built), {module.__name__: module})
-    for other in (rebuilt, copy.deepcopy(built), pickle.loads(pickle.dumps(built))):
-        assert torch.equal(other(student, teacher, weight=weight), expected)
-    assert module.per_sample is False
-    assert not list(built.parameters())
-    assert torch.equal(loss(student, teacher, weight=weight, gather=True, **kwargs), expected)  # of one process
-
-
-@each_function
+@pytest.mark.parametrize("name", FUNCTIONS)
 def test_bad_input_is_named(name: str) -> None:
     loss, module, _ = FUNCTIONS[name]
     good = torch.ones(4, 3)
-    refused: list[tuple[Callable[[], object], type[Exception], str]] = [
+    for call, error, message in (
         (
-            lambda: loss(good, good, reduction="none"),
+            lambda: module(reduction="none"),
             ValueError,
-            f"{name}: reduction must be 'mean': a relation has no per-sample form, got 'none'",
+            rf"^{module.__name__}: reduction must be 'mean': a relation has",
         ),
-        (lambda: module(reduction="none"), ValueError, r"reduction must be 'mean': a relation has no per-sample form"),
-        (lambda: module()(good, good, reduction="none"), ValueError, f"{name}: reduction must be 'mean'"),
-        (lambda: loss(good, torch.ones(3, 3)), ValueError, rf"{name}: teacher must have the batch size of student"),
-        (lambda: loss(torch.ones(4), good), ValueError, rf"{name}: student must be \(b, d, ...\), got \(4,\)"),
-        (lambda: loss(good, torch.ones(4)), ValueError, rf"{name}: teacher must be \(b, d, ...\), got \(4,\)"),
-        (lambda: loss(good.int(), good), TypeError, f"{name}: student must be a floating-point tensor"),
-        (lambda: loss(good, good, weight=torch.ones(3)), ValueError, rf"{name}: weight must be \(b,\) = \(4,\)"),
-        (lambda: loss(good, good, weight=[1.0]), TypeError, rf"{name}: weight must be a torch.Tensor, got list"),
-    ]
-    for call, error, message in refused:
+        (lambda: module()(good, good, reduction="none"), ValueError, rf"^{name}: reduction must be 'mean': a relation"),
+        (lambda: loss(good, torch.ones(3, 3)), ValueError, rf"^{name}: teacher must have the batch size of student"),
+        (lambda: loss(torch.ones(4), good), ValueError, rf"^{name}: student must be \(b, d, ...\), got \(4,\)"),
+        (lambda: loss(good, torch.ones(4)), ValueError, rf"^{name}: teacher must be \(b, d, ...\), got \(4,\)"),
+        (lambda: loss(good.int(), good), TypeError, rf"^{name}: student must be a floating-point tensor"),
+        (lambda: loss(good, good, weight=torch.ones(3)), ValueError, rf"^{name}: weight must be \(b,\) = \(4,\)"),
+        (lambda: loss(good, good, weight=[1.0]), TypeError, rf"^{name}: weight must be a torch.Tensor, got list"),
+    ):
         with pytest.raises(error, match=message):
             call()
 
@@ -409,7 +359,7 @@ def test_bad_hyper_parameters_are_named(call: Callable[[], object], error: type[
 
 
 def test_angles_take_the_memory_of_a_few_matrices() -> None:
-    """What autograd keeps and what is made at a time, counted by the largest tensor that is ever made."""
+    """No tensor that is created or saved is larger than a few matrices."""
     largest = 0
 
     class Watch(torch.utils._python_dispatch.TorchDispatchMode):
@@ -429,8 +379,8 @@ def test_angles_take_the_memory_of_a_few_matrices() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
 @pytest.mark.parametrize("name", ["rkd_distance", "rkd_angle", "similarity_preserving", "pkt", "dark_rank"])
-def test_the_largest_numbers_there_are_keep_their_relations(name: str, dtype: torch.dtype) -> None:
-    """A common factor of a side changes none of these relations, up to where the dtype ends."""
+def test_the_largest_numbers_of_a_dtype(name: str, dtype: torch.dtype) -> None:
+    """The losses do not depend on scale, up to the largest number of the dtype."""
     loss = getattr(kdlib.functional, name)
     if name == "dark_rank":
         loss = partial(loss, normalize=True)

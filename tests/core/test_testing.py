@@ -119,6 +119,10 @@ def divides_by_batch(self: Loss, losses: Tensor, reduction: str, weight: Tensor 
     return (weight * losses).mean()
 
 
+def scale_counts(self: Loss, losses: Tensor, reduction: str, weight: Tensor | None) -> Tensor:
+    return Relation.join(self, losses, reduction, weight) * (1 if weight is None else weight.max())
+
+
 def nan_without_weight(self: Loss, losses: Tensor, reduction: str, weight: Tensor | None) -> Tensor:
     return Relation.join(self, losses, reduction, None) if weight is None else (weight * losses).sum() / weight.sum()
 
@@ -163,15 +167,15 @@ class Container(nn.Module):
 
 
 BROKEN_LOSSES = {
-    "deepcopy": broken(Loss, __deepcopy__=lambda self, memo: Loss(power=3.0), maths=lambda self, s, t: 3 * Loss.maths(self, s, t)),
+    "deepcopy": broken(Loss, __deepcopy__=lambda *_: Loss(), maths=lambda self, s, t: 3 * Loss.maths(self, s, t)),
     "scalar": broken(Loss, join=lambda self, *args: Loss.join(self, *args).reshape(1)),
     "student_gradient": broken(Loss, maths=lambda self, s, t: (0 * s).sum(1) + t.square().mean(1)),
     "teacher_gradient": broken(Loss, prepare=attached),
-    "reduction_none": broken(Loss, join=lambda self, losses, reduction, weight: Loss.join(self, losses, "mean", weight)),
-    "mean_of_none": broken(Loss, join=lambda self, x, how, w: Loss.join(self, x, how, w) * (len(x) if how == "mean" else 1)),
+    "reduction_none": broken(Loss, join=lambda self, x, how, w: Loss.join(self, x, "mean", w)),
+    "mean_of_none": broken(Loss, join=lambda self, x, how, w: Loss.join(self, x, how, w) * (1 + 4 * (how == "mean"))),
     "weighted_mean": broken(Loss, join=divides_by_batch),
-    "weight_ones": broken(Relation, join=lambda self, x, how, w: Relation.join(self, x, how, w) * (1 if w is None else 2)),
-    "weight_scale": broken(Relation, join=lambda self, x, how, w: Relation.join(self, x, how, w) * (1 if w is None else w.max())),
+    "weight_ones": broken(Relation, join=lambda self, x, how, w: Relation.join(self, x, how, w) * (1 + (w is None))),
+    "weight_scale": broken(Relation, join=scale_counts),
     "weight_zero_masks": broken(Relation, maths=lambda self, s, t: Loss.maths(self, s, t) + s.mean().square()),
     "weight_all_zero": broken(Relation, join=nan_without_weight),
     "float16": in_half(torch.float16),
@@ -180,7 +184,7 @@ BROKEN_LOSSES = {
     "autocast": broken(Loss, forward=coarse_under_autocast),
     "zero_rows": broken(Loss, maths=lambda self, s, t: Loss.maths(self, s, t) / s.norm(dim=1) * s.norm(dim=1)),
     "equal_rows": broken(Loss, maths=lambda self, s, t: (s - t).norm(dim=1) + 0 / (s - t).norm(dim=1)),
-    "batch_of_one": broken(Loss, maths=lambda self, s, t: Loss.maths(self, s, t) + (0 * s.std(0).sum() if len(s) else 0)),
+    "batch_of_one": broken(Loss, maths=lambda self, s, t: Loss.maths(self, s, t) + 0 * s.std(0).sum()),
     "empty_batch": broken(Loss, join=nan_empty),
     "large_float16": broken(Loss, forward=overflows_half),
     "large_float32": broken(Loss, maths=lambda self, s, t: Loss.maths(self, s, t) + 0 * s.exp().sum()),
@@ -311,9 +315,9 @@ BROKEN_WEIGHTINGS = {
     "half": broken(Weighting, forward=by_length(1.0, 1000.0)),
     "batch_of_one": broken(Weighting, scores=over_batch),
     "empty_batch": broken(Weighting, change=lambda self, weights, losses: weights + 0 * losses.detach().amax()),
-    "one_teacher": broken(Weighting, change=lambda self, weights, losses: weights if len(losses) > 1 else 0.5 * weights),
+    "one_teacher": broken(Weighting, change=lambda self, weights, x: weights if len(x) > 1 else 0.5 * weights),
     "permutation": ByPosition,
-    "teacher_gradient": broken(Weighting, scores=lambda self, losses, teachers: torch.stack([x.mean(1) for x in teachers])),
+    "teacher_gradient": broken(Weighting, scores=lambda self, x, teachers: torch.stack([t.mean(1) for t in teachers])),
     "deterministic": broken(Weighting, scores=lambda self, losses, teachers: torch.rand_like(losses)),
     "inputs_unchanged": broken(Weighting, scores=doubles_teacher),
     "pickle": type("Unpicklable", (Weighting, HoldsLambda), {}),

@@ -149,11 +149,7 @@ def _mbf(to: Exporter, model: MBF) -> str:
 
 def _mobilefacenet(to: Exporter, model: MobileFaceNet) -> str:
     x = to.block(to.block("images", model.conv1), model.conv2_dw)
-    for halving, run in (
-        (model.conv_23, model.conv_3),
-        (model.conv_34, model.conv_4),
-        (model.conv_45, model.conv_5),
-    ):
+    for halving, run in ((model.conv_23, model.conv_3), (model.conv_34, model.conv_4), (model.conv_45, model.conv_5)):
         x = to.unit(x, halving)
         for unit in run.model:
             x = to.unit(x, unit)

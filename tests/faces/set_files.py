@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import io
+import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
 
 from kdlib_faces.backbones import MobileFaceNet, save_backbone
+from kdlib_faces.commands import evaluate
+from kdlib_faces.commands.evaluate import EvaluateConfig
 from kdlib_faces.data.formats.bin import save_bin
 from tests.faces.matlab_file import Grid, Record, Writer
 
@@ -191,3 +195,9 @@ def every_protocol(root: Path) -> list[str]:
         fgnet(root), megaface(root), ijbc(root), f"age_gap={ages}", f"age_errors={ages}", f"longitudinal={ages}",
         f"age_group={groups}", f"between_groups={groups}", f"leave_one_out={groups}",
     ]  # fmt: skip
+
+
+def run_evaluate(config: EvaluateConfig, *, output: Path, **options: Any) -> Any:
+    """Run the `evaluate` command and read its report.json."""
+    evaluate.run(config, output=output, **options)
+    return json.loads((output / "report.json").read_text(encoding="utf-8"))

@@ -18,7 +18,7 @@ from kdlib_faces.backbones import MBF, IResNet, MobileFaceNet, build_backbone, s
 from kdlib_faces.cli import main
 from kdlib_faces.data.batches import FaceBatches
 from kdlib_faces.data.synthetic import SyntheticFaces
-from kdlib_faces.recipes.age_teacher import AgeTeacherConfig, PairTargets, build_age_teacher, freeze_all_but
+from kdlib_faces.recipes.age_teacher import AgeTeacherConfig, build_age_teacher
 from kdlib_faces.teachers import (
     AgeAttention,
     AgeEstimationLoss,
@@ -34,6 +34,7 @@ from kdlib_faces.teachers import (
     reverse_gradient,
     save_teacher,
 )
+from kdlib_faces.teachers.fine_tuning import freeze_all_but
 
 NAN = float("nan")
 
@@ -211,13 +212,13 @@ def test_l2_sp_measures_the_distance_of_the_trainable_part_from_its_start() -> N
 # Training
 
 
-def _batches(faces: SyntheticFaces, by: str) -> PairTargets:
+def _batches(faces: SyntheticFaces, by: str) -> FaceBatches:
     ages = faces.ages.clone()
     ages[::5] = NAN
     groups = torch.where(ages.isnan(), -1, (ages > 40).long())
     column = {"ages": ages} if by == "age" else {"age_groups": groups}
-    batches = FaceBatches(faces.images(), faces.labels, batch_size=16, seed=0, samples_per_identity=4, **column)
-    return PairTargets(batches, by)
+    options = {"batch_size": 16, "seed": 0, "samples_per_identity": 4, "identity_age": by}
+    return FaceBatches(faces.images(), faces.labels, **options, **column)
 
 
 @pytest.mark.parametrize("by", ["age", "age_group"])

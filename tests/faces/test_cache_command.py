@@ -15,9 +15,10 @@ from kdlib_faces._checks import InputError
 from kdlib_faces.backbones import build_backbone, load_backbone, save_backbone
 from kdlib_faces.caching import build as recipe
 from kdlib_faces.cli import main
+from kdlib_faces.data.batches import FaceBatches
 from kdlib_faces.data.images import load_images
 from kdlib_faces.data.lists import read_faces
-from kdlib_faces.data.seeded_views import SeededBatches, SeededViews
+from kdlib_faces.data.seeded_views import SeededViews
 
 COUNT = 10
 
@@ -189,7 +190,7 @@ def test_the_student_sees_the_view_whose_output_is_cached(faces_folder: Path, tm
     views = SeededViews.from_text(cache.notes["views"])
     assert (views.count, views.seed) == (3, 4)
     faces = read_faces(faces_folder / "faces.csv")
-    batches = SeededBatches(load_images(faces, 32), faces.identities, views, batch_size=5, seed=9)
+    batches = FaceBatches(load_images(faces, 32), faces.identities, views=views, batch_size=5, seed=9)
     online, cached = adapter(faces_folder, map=tap), CachedTeacher(cache)
     drawn = set()
     for epoch in range(3):

@@ -74,7 +74,7 @@ def test_defaults_file_and_overrides_in_that_order(tmp_path):
         ("middle.flag=1", r"middle.flag must be true or false, got 1"),
         ("mode=medium", r"mode must be one of 'fast', 'slow', got medium"),
         ("middle=3", r"'middle' is a group of settings, got 3"),
-        ("steps.x=3", r"'steps' is a single value, it has no 'x'"),
+        ("steps.x=3", r"'steps' is a single value without 'x'"),
         ("pair=[1]", r"pair must be a list of 2: a whole number, text"),
         ("middle.inner.layers=[1, 2.5]", r"middle.inner.layers\[1\] must be a whole number, got 2.5"),
         ("names=a", r"names must be a list, each text, got a"),

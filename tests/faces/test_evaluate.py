@@ -124,6 +124,15 @@ def test_age_groups_are_used_if_fewer_images_have_an_age(folder):
     assert protocols["between_groups"]["groups"] == ["young", "adult"]
 
 
+def test_protocols_use_the_faces_of_the_command(folder):
+    protocols = ["--protocol", "longitudinal", "--protocol", "age_errors"]
+    assert run(*evaluate(folder, "--embeddings", folder / "good.npy", *protocols)) == 0
+    report = json.loads((folder / "out/report.json").read_text())
+    for entry in report["evaluations"]:
+        assert (entry["counts"]["images"], entry["counts"]["identities"]) == (20, 5)
+        assert entry["notes"] == ["20 of 24 images, the others have no known age"]
+
+
 def test_unusable_embeddings_are_reported(folder, capsys):
     good = np.load(folder / "good.npy")
     bad = folder / "bad.npy"

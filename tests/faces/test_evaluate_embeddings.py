@@ -16,7 +16,7 @@ from kdlib_faces.evaluation import embed_images
 from kdlib_faces.harness import embeddings as embedding
 from kdlib_faces.harness.image_sets import ImageSet, images_of_files, images_of_tensor
 from tests.faces import set_files
-from tests.faces.set_files import network
+from tests.faces.set_files import network, run_evaluate
 
 FAST = evaluate.EvaluateConfig(replicates=30, num_failures=2, batch_size=16, fars=(0.1, 0.001))
 
@@ -53,15 +53,15 @@ def test_an_interrupted_run_continues(tmp_path, monkeypatch, counts):
 
     monkeypatch.setattr(embedding, "embed_batch", stops)
     with pytest.raises(KeyboardInterrupt):
-        evaluate.run(config, output=tmp_path / "out", models=[model], protocols=[text])
+        run_evaluate(config, output=tmp_path / "out", models=[model], protocols=[text])
     monkeypatch.setattr(embedding, "embed_batch", counted)
     assert sorted(path.suffix for path in (tmp_path / "out/work").iterdir()) == [".json", ".part"]
     assert not (tmp_path / "out/report.json").exists()
     counts.clear()
-    evaluate.run(config, output=tmp_path / "out", models=[model], protocols=[text])
+    run_evaluate(config, output=tmp_path / "out", models=[model], protocols=[text])
     assert counts == [4, 3]
     (resumed,) = (tmp_path / "out/work").iterdir()
-    evaluate.run(config, output=tmp_path / "whole", models=[model], protocols=[text])
+    run_evaluate(config, output=tmp_path / "whole", models=[model], protocols=[text])
     (straight,) = (tmp_path / "whole/work").iterdir()
     assert resumed.read_bytes() == straight.read_bytes()
     assert resumed.name == straight.name
@@ -158,7 +158,7 @@ def test_an_unusable_embedding_of_a_model_is_reported_with_its_image(tmp_path, m
 
     monkeypatch.setattr(embedding, "embed_batch", third)
     with pytest.raises(InputError, match=rf"m\.pt: the model returns {what} for 0_2\.png of grouped"):
-        evaluate.run(
+        run_evaluate(
             FAST, output=tmp_path / "out", models=[model], protocols=[f"leave_one_out={set_files.grouped(tmp_path)}"]
         )
     assert not (tmp_path / "out/report.json").exists()
@@ -171,7 +171,7 @@ def test_an_unusable_row_of_a_file_is_reported(tmp_path, value, what):
     np.save(tmp_path / "good.npy", np.ones((15, 4)))
     np.save(tmp_path / "bad.npy", rows)
     with pytest.raises(InputError, match=rf"bad\.npy: embeddings must be {what}, row 11 is not"):
-        evaluate.run(
+        run_evaluate(
             FAST, output=tmp_path / "out", embeddings=[tmp_path / "good.npy", tmp_path / "bad.npy"],
             protocols=[f"leave_one_out={set_files.grouped(tmp_path)}"],
         )  # fmt: skip
@@ -205,7 +205,7 @@ def test_embeddings_of_several_sets_from_a_folder(tmp_path):
     np.save(given / "calfw.npy", rng.normal(size=(8, 8)).astype(np.float16))
     text = set_files.two_lines(tmp_path, "calfw").replace(f",images={tmp_path / 'calfw'}", "")
     protocols = [f"leave_one_out={set_files.grouped(tmp_path)}", text]
-    report = evaluate.run(FAST, output=tmp_path / "out", embeddings=[given], protocols=protocols)
+    report = run_evaluate(FAST, output=tmp_path / "out", embeddings=[given], protocols=protocols)
     entries = {entry["name"]: entry for entry in report["evaluations"]}
     assert entries["leave_one_out"]["models"]["mine"]["measures"]["rank1"]["value"] == 1.0
     assert entries["calfw"]["counts"]["images"] == 8
@@ -219,7 +219,7 @@ def test_files_of_the_same_name_get_different_names(tmp_path):
     for file in files:
         file.parent.mkdir(exist_ok=True)
         np.save(file, rng.normal(size=(15, 4)))
-    report = evaluate.run(
+    report = run_evaluate(
         FAST, output=tmp_path / "out", embeddings=files, protocols=[f"leave_one_out={set_files.grouped(tmp_path)}"]
     )
     assert {name: model["label"] for name, model in report["models"].items()} == {
@@ -233,5 +233,5 @@ def test_two_different_sets_of_the_same_name_are_refused(tmp_path):
     protocols = [set_files.fgnet(first), set_files.fgnet(second)]
     set_files.put_face(second / "fgnet/001A03.JPG", 9, 9)
     with pytest.raises(InputError, match="two sets of different images are called 'fgnet'"):
-        evaluate.run(FAST, output=tmp_path / "out", models=[network(tmp_path / "m.pt", 0)], protocols=protocols)
+        run_evaluate(FAST, output=tmp_path / "out", models=[network(tmp_path / "m.pt", 0)], protocols=protocols)
     assert not (tmp_path / "out").exists()

@@ -15,7 +15,7 @@ from kdlib_faces.harness import embeddings as embedding
 from kdlib_faces.harness.registry import PROTOCOLS, listing
 from kdlib_faces.harness.tasks import parse_protocol
 from tests.faces import set_files
-from tests.faces.set_files import network
+from tests.faces.set_files import network, run_evaluate
 
 FAST = evaluate.EvaluateConfig(replicates=30, num_failures=2, batch_size=16, fars=(0.1, 0.001))
 
@@ -34,7 +34,7 @@ def whole(tmp_path_factory):
     protocols = set_files.every_protocol(root)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("kdlib_faces.report.files._jobs", lambda view: {})
-        evaluate.run(FAST, output=root / "out", models=models, protocols=protocols, scores=True)
+        run_evaluate(FAST, output=root / "out", models=models, protocols=protocols, scores=True)
     return root, protocols, json.loads((root / "out/report.json").read_text())
 
 
@@ -245,7 +245,7 @@ def test_embeddings_are_computed_once_per_set_and_reused(whole, monkeypatch, no_
     assert len(kept) == 2 * len(sets)
     monkeypatch.setattr(embedding, "_embed_to", lambda *_: pytest.fail("made again"))
     models = [root / "one.pt", root / "two.pt"]
-    again = evaluate.run(FAST, output=root / "out", models=models, protocols=protocols)
+    again = run_evaluate(FAST, output=root / "out", models=models, protocols=protocols)
     assert again["evaluations"][0]["models"] == report["evaluations"][0]["models"]
 
 
@@ -253,7 +253,7 @@ def test_lists_are_shared_by_protocols_and_names_are_unique(tmp_path, no_figures
     (tmp_path / "b").mkdir()
     first, second = set_files.grouped(tmp_path), set_files.grouped(tmp_path / "b")
     protocols = [f"leave_one_out={first}", f"age_group={first}", f"leave_one_out={second}"]
-    report = evaluate.run(FAST, output=tmp_path / "out", models=[network(tmp_path / "m.pt", 0)], protocols=protocols)
+    report = run_evaluate(FAST, output=tmp_path / "out", models=[network(tmp_path / "m.pt", 0)], protocols=protocols)
     assert [entry["name"] for entry in report["evaluations"]] == ["leave_one_out", "age_group", "leave_one_out_2"]
     assert len({path.name.split("-")[1] for path in (tmp_path / "out/work").iterdir()}) == 2
 
@@ -354,7 +354,7 @@ def test_a_rank_beyond_a_small_list_is_left_out_and_noted(tmp_path, no_figures):
     faces = set_files.put_text(tmp_path / "f.csv", rows)
     np.save(tmp_path / "e.npy", np.random.default_rng(0).normal(size=(4, 8)))
     config = evaluate.EvaluateConfig(replicates=10, num_failures=0)
-    report = evaluate.run(config, output=tmp_path / "out", embeddings=[tmp_path / "e.npy"], faces=[faces])
+    report = run_evaluate(config, output=tmp_path / "out", embeddings=[tmp_path / "e.npy"], faces=[faces])
     (entry,) = report["evaluations"]
     assert list(entry["measures"]) == ["rank1"]
     assert "no rank 5: the gallery has 3 images" in entry["notes"]

@@ -1,4 +1,4 @@
-"""Losses for faces: naive references with loops, properties, numbers worked out by hand, memory, and two processes."""
+"""Losses for faces: naive references, properties, numbers computed by hand, buffers, and two processes."""
 
 import copy
 import gc
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from kdlib import Objective, Term
 from kdlib.testing import check_loss
-from kdlib_faces import losses as room
+from kdlib_faces import losses as package
 from kdlib_faces.heads import arcface_loss, cosface_loss
 from kdlib_faces.losses import (
     AdaptiveCentersLoss,
@@ -38,16 +38,16 @@ IDENTITIES = torch.tensor([0, 0, 1, 1, 2, 2, 0, 1, 2, 3, 3, 0])
 B, D, N = len(IDENTITIES), 6, 4
 
 
-def draw(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
+def random(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
 
 
-STUDENT, TEACHER, CENTERS = draw(B, D, seed=1), draw(B, D, seed=2), draw(N, D, seed=3)
+STUDENT, TEACHER, CENTERS = random(B, D, seed=1), random(B, D, seed=2), random(N, D, seed=3)
 
 
 def warm(loss: nn.Module) -> nn.Module:
-    """The same loss after one batch, in evaluation mode: nothing in it moves any more."""
-    loss.double()(draw(B, D, seed=8), draw(B, D, seed=9), target=IDENTITIES)
+    """The same loss after one batch, in evaluation mode, in which no buffer changes."""
+    loss.double()(random(B, D, seed=8), random(B, D, seed=9), target=IDENTITIES)
     return loss.eval()
 
 
@@ -60,8 +60,8 @@ MAKERS = {
     "adaptive arc": lambda: AdaptiveCentersLoss(N, D, scale=8.0),
     "adaptive cos": lambda: AdaptiveCentersLoss(N, D, scale=8.0, head="cosface", centers=CENTERS),
 }
-# Their constants (thresholds, centers) move with the student in training mode, and so in differences.
-REMEMBERS = {"evaluation", "adaptive arc", "adaptive cos"}
+# In training mode their buffers (thresholds, centers) depend on the student, so that finite differences are wrong.
+STATEFUL = {"evaluation", "adaptive arc", "adaptive cos"}
 
 
 # --- naive references ------------------------------------------------------------------------------------------------
@@ -172,13 +172,13 @@ def reference_centers(s, t, w, y, keep=None):
     return moved
 
 
-# --- what all of them keep -------------------------------------------------------------------------------------------
+# --- every loss --------------------------------------------------------------------------------------------------------
 
 
-def test_the_room_has_these_losses() -> None:
-    modules = {name for name in room.__all__ if inspect.isclass(getattr(room, name))}
+def test_every_loss_is_tested() -> None:
+    modules = {name for name in package.__all__ if inspect.isclass(getattr(package, name))}
     assert modules == {type(make()).__name__ for make in MAKERS.values()}
-    assert set(room.__all__) - modules == {
+    assert set(package.__all__) - modules == {
         "adapted_centers", "centers_from", "evaluation_oriented", "margin_distill", "negative_thresholds",
         "triplet_distill",
     }  # fmt: skip
@@ -190,14 +190,14 @@ class TestEveryLoss:
         per_sample = name.startswith(("margin", "adaptive"))
         expected = 28 if per_sample else 26
         ran = check_loss(
-            MAKERS[name](), STUDENT, TEACHER, target=IDENTITIES, exclude=["gradcheck"] if name in REMEMBERS else []
+            MAKERS[name](), STUDENT, TEACHER, target=IDENTITIES, exclude=["gradcheck"] if name in STATEFUL else []
         )
-        assert len(ran) == expected - (name in REMEMBERS)
+        assert len(ran) == expected - (name in STATEFUL)
         loss = warm(MAKERS[name]()).float()
         assert len(check_loss(loss, STUDENT, TEACHER, target=IDENTITIES)) == expected
         assert type(loss).per_sample is per_sample
 
-    def test_compiles_whole(self, name: str) -> None:
+    def test_compiles_without_graph_breaks(self, name: str) -> None:
         student = STUDENT.float().requires_grad_()
         results = []
         for compiled in (False, True):
@@ -209,26 +209,20 @@ class TestEveryLoss:
             torch.testing.assert_close(one, two)
 
     @pytest.mark.parametrize(
-        ("value", "dtype"),
+        ("dtype", "value"),
         [
-            (1e-40, torch.float32),
-            (1e-20, torch.float32),
-            (1e30, torch.float32),
-            (3e38, torch.float32),
-            (300.0, torch.float16),
-            (60000.0, torch.float16),
-            (1e-7, torch.float16),
-            (1e-2, torch.float16),
-            (1e38, torch.bfloat16),
-            (1e300, torch.float64),
+            *[(torch.float32, value) for value in (1e-40, 1e-20, 1e30, 3e38)],
+            *[(torch.float16, value) for value in (300.0, 60000.0, 1e-7, 1e-2)],
+            (torch.bfloat16, 1e38),
+            (torch.float64, 1e300),
         ],
     )
     def test_finite_for_any_finite_embedding(self, name: str, value: float, dtype: torch.dtype) -> None:
         loss = MAKERS[name]()
         student = (value * STUDENT.sign()).to(dtype).requires_grad_()
-        got = loss(student, (value * TEACHER.sign()).to(dtype), target=IDENTITIES)
-        got.backward()
-        assert torch.isfinite(got)
+        loss_value = loss(student, (value * TEACHER.sign()).to(dtype), target=IDENTITIES)
+        loss_value.backward()
+        assert torch.isfinite(loss_value)
         assert torch.isfinite(student.grad).all()
         assert all(torch.isfinite(buffer).all() for buffer in loss.buffers())
         if 1e-12 < value < 6e4 and dtype != torch.float16:
@@ -236,21 +230,15 @@ class TestEveryLoss:
 
     def test_common_offset(self, name: str) -> None:
         student = (1000 + STUDENT).float().requires_grad_()
-        got = MAKERS[name]()(student, (1000 + TEACHER).float(), target=IDENTITIES)
-        got.backward()
+        loss_value = MAKERS[name]()(student, (1000 + TEACHER).float(), target=IDENTITIES)
+        loss_value.backward()
         exact = MAKERS[name]().double()(1000 + STUDENT, 1000 + TEACHER, target=IDENTITIES)
         assert torch.isfinite(student.grad).all()
-        assert got.item() == pytest.approx(exact.item(), rel=1e-3, abs=1e-4)
-
-    def test_lengths_do_not_count(self, name: str) -> None:
-        lengths = torch.linspace(0.1, 50, B, dtype=torch.float64).unsqueeze(1)
-        wanted = MAKERS[name]().double()(STUDENT, TEACHER, target=IDENTITIES)
-        got = MAKERS[name]().double()(lengths * STUDENT, TEACHER / lengths, target=IDENTITIES)
-        torch.testing.assert_close(got, wanted, rtol=1e-6, atol=1e-9)
+        assert loss_value.item() == pytest.approx(exact.item(), rel=1e-3, abs=1e-4)
 
     @settings(max_examples=15, deadline=None)
     @given(order=st.permutations(range(B)))
-    def test_order_does_not_count(self, name: str, order: list[int]) -> None:
+    def test_invariance_to_the_order(self, name: str, order: list[int]) -> None:
         losses = MAKERS[name]().double(), MAKERS[name]().double()
         for _ in range(2):
             one = losses[0](STUDENT, TEACHER, target=IDENTITIES)
@@ -259,25 +247,25 @@ class TestEveryLoss:
         for a, b in zip(losses[0].buffers(), losses[1].buffers(), strict=True):
             torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
 
-    def test_stands_in_a_term(self, name: str) -> None:
+    def test_in_an_objective(self, name: str) -> None:
         term = Term(MAKERS[name](), student="embedding", teacher="embedding", target="identity")
         objective = Objective({"faces": term})
         student = STUDENT.float().requires_grad_()
         features = {"general": {"embedding": TEACHER.float()}}
         out = objective({"embedding": student}, features, {"identity": IDENTITIES})
         out.total.backward()
-        wanted = MAKERS[name]()(STUDENT.float(), TEACHER.float(), target=IDENTITIES)
-        torch.testing.assert_close(out.total.detach(), wanted)
+        expected = MAKERS[name]()(STUDENT.float(), TEACHER.float(), target=IDENTITIES)
+        torch.testing.assert_close(out.total.detach(), expected)
         assert student.grad.any()
         assert not list(objective.parameters())
         before = {key: value.clone() for key, value in objective.state_dict().items()}
         objective.report({"embedding": student}, features, {"identity": IDENTITIES})
         assert all(torch.equal(value, before[key]) for key, value in objective.state_dict().items())
 
-    def test_small_integers_and_unused_weights(self, name: str) -> None:
-        wanted = MAKERS[name]()(STUDENT.float(), TEACHER.float(), target=IDENTITIES)
+    def test_small_integer_identities(self, name: str) -> None:
+        expected = MAKERS[name]()(STUDENT.float(), TEACHER.float(), target=IDENTITIES)
         for dtype in (torch.int32, torch.uint8):
-            assert torch.equal(MAKERS[name]()(STUDENT.float(), TEACHER.float(), target=IDENTITIES.to(dtype)), wanted)
+            assert torch.equal(MAKERS[name]()(STUDENT.float(), TEACHER.float(), target=IDENTITIES.to(dtype)), expected)
 
     @pytest.mark.parametrize(
         ("student", "teacher", "target", "error", "words"),
@@ -290,7 +278,7 @@ class TestEveryLoss:
             (STUDENT, TEACHER, IDENTITIES.float(), TypeError, "must be .*whole numbers, got torch.float32"),
         ],
     )
-    def test_wrong_calls(
+    def test_invalid_calls(
         self, name: str, student: Tensor, teacher: Tensor, target: Tensor, error: type[Exception], words: str
     ) -> None:
         loss = MAKERS[name]()
@@ -337,7 +325,7 @@ class TestEveryLoss:
         (lambda: AdaptiveCentersLoss(4, 4, centers=torch.ones(3, 4)), "AdaptiveCentersLoss: centers must be"),
     ],
 )
-def test_wrong_arguments(make: Any, words: str) -> None:
+def test_invalid_arguments(make: Any, words: str) -> None:
     with pytest.raises((TypeError, ValueError), match=words):
         make()
 
@@ -348,18 +336,18 @@ def test_wrong_arguments(make: Any, words: str) -> None:
 @pytest.mark.parametrize(("scale", "least", "most"), [(64.0, 0.2, 0.5), (8.0, 0.0, 1.4), (4.0, 0.3, 0.3)])
 def test_margin_formula(scale: float, least: float, most: float) -> None:
     options = {"scale": scale, "min_margin": least, "max_margin": most}
-    got = margin_distill(STUDENT, TEACHER, CENTERS, target=IDENTITIES, reduction="none", **options)
+    loss_value = margin_distill(STUDENT, TEACHER, CENTERS, target=IDENTITIES, reduction="none", **options)
     arrays = [x.numpy() for x in (STUDENT, TEACHER, CENTERS, IDENTITIES)]
-    np.testing.assert_allclose(got.numpy(), reference_margin(*arrays, scale, least, most), rtol=1e-9)
+    np.testing.assert_allclose(loss_value.numpy(), reference_margin(*arrays, scale, least, most), rtol=1e-9)
     # Masked samples have no say in the largest cosine.
     own = torch.nn.functional.cosine_similarity(TEACHER, CENTERS[IDENTITIES])
     weight = torch.where(own == own.max(), 0.0, 1.0)
     keep = weight.nonzero().flatten().tolist()
-    got = margin_distill(STUDENT, TEACHER, CENTERS, target=IDENTITIES, weight=weight, **options)
-    assert got.item() == pytest.approx(reference_margin(*arrays, scale, least, most, keep).mean(), rel=1e-9)
+    loss_value = margin_distill(STUDENT, TEACHER, CENTERS, target=IDENTITIES, weight=weight, **options)
+    assert loss_value.item() == pytest.approx(reference_margin(*arrays, scale, least, most, keep).mean(), rel=1e-9)
 
 
-def test_margin_defaults_are_the_papers() -> None:
+def test_margin_defaults() -> None:
     loss = MarginDistillLoss(N, D, centers=CENTERS)
     assert (loss.scale, loss.min_margin, loss.max_margin) == (64.0, 0.2, 0.5)
 
@@ -368,12 +356,14 @@ def test_margin_numbers() -> None:
     """Student on its center, the others at a right angle: log(1 + e^(-s cos m)); m = .5 at most, .2 + .3 * .6 = .38."""
     teacher = torch.tensor([[2.0, 0.0], [0.8, 0.6]], dtype=torch.float64)
     eye = torch.eye(2, dtype=torch.float64)
-    got = margin_distill(eye, teacher, eye, target=torch.arange(2), scale=5.0, reduction="none")
-    assert got.tolist() == pytest.approx([0.01235006, 0.00957963], abs=1e-8)
-    assert got.tolist() == pytest.approx([math.log1p(math.exp(-5 * math.cos(m))) for m in (0.5, 0.38)], rel=1e-12)
+    loss_value = margin_distill(eye, teacher, eye, target=torch.arange(2), scale=5.0, reduction="none")
+    assert loss_value.tolist() == pytest.approx([0.01235006, 0.00957963], abs=1e-8)
+    assert loss_value.tolist() == pytest.approx(
+        [math.log1p(math.exp(-5 * math.cos(m))) for m in (0.5, 0.38)], rel=1e-12
+    )
 
 
-def test_margins_stay_in_their_bounds_where_the_teacher_is_wrong() -> None:
+def test_margins_stay_within_their_bounds_for_a_wrong_teacher() -> None:
     centers = torch.eye(3, dtype=torch.float64)
     student = centers + 0.1
     plain = arcface_loss(student, centers, torch.arange(3), scale=8.0, margin=0.2, reduction="none")
@@ -391,21 +381,15 @@ def test_margins_stay_in_their_bounds_where_the_teacher_is_wrong() -> None:
 def test_equal_margins_are_arcface_on_frozen_centers(margin: float, scale: float) -> None:
     centers = CENTERS.clone().requires_grad_()
     options = {"scale": scale, "min_margin": margin, "max_margin": margin}
-    got = margin_distill(STUDENT.clone().requires_grad_(), TEACHER, centers, target=IDENTITIES, **options)
-    got.backward()
+    loss_value = margin_distill(STUDENT.clone().requires_grad_(), TEACHER, centers, target=IDENTITIES, **options)
+    loss_value.backward()
     torch.testing.assert_close(
-        got.detach(), arcface_loss(STUDENT, CENTERS, IDENTITIES, scale=scale, margin=margin), rtol=1e-9, atol=1e-12
+        loss_value.detach(),
+        arcface_loss(STUDENT, CENTERS, IDENTITIES, scale=scale, margin=margin),
+        rtol=1e-9,
+        atol=1e-12,
     )
     assert centers.grad is None
-
-
-@pytest.mark.parametrize("sign", [1, -1])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_margin_on_the_center_and_opposite_to_it(sign: int, dtype: torch.dtype) -> None:
-    student = (sign * 7 * CENTERS).to(dtype).requires_grad_()
-    margin_distill(student, TEACHER[:N].to(dtype), CENTERS.to(dtype), target=torch.arange(N)).backward()
-    assert torch.isfinite(student.grad).all()
-    assert (student.grad.norm(dim=1) <= 2 * 64 / student.detach().norm(dim=1)).all()
 
 
 def test_margin_needs_centers() -> None:
@@ -425,16 +409,16 @@ def test_margin_needs_centers() -> None:
 
 
 def test_centers_from_embeddings() -> None:
-    got = centers_from(TEACHER, IDENTITIES)
+    loss_value = centers_from(TEACHER, IDENTITIES)
     for identity in range(N):
         rows = [unit(row) for row, own in zip(TEACHER.numpy(), IDENTITIES, strict=True) if own == identity]
-        np.testing.assert_allclose(got[identity].numpy(), unit(sum(rows)), rtol=1e-12)
+        np.testing.assert_allclose(loss_value[identity].numpy(), unit(sum(rows)), rtol=1e-12)
     assert centers_from(TEACHER.half(), IDENTITIES).dtype == torch.float32
-    many = draw(2**15 + 3, 2)
+    many = random(2**15 + 3, 2)
     own = torch.arange(len(many)) % 2
-    got = centers_from(many, own)
-    wanted = torch.nn.functional.normalize(many)[own == 1].mean(0)
-    torch.testing.assert_close(got[1], wanted / wanted.norm())
+    loss_value = centers_from(many, own)
+    expected = torch.nn.functional.normalize(many)[own == 1].mean(0)
+    torch.testing.assert_close(loss_value[1], expected / expected.norm())
     with pytest.raises(ValueError, match=r"every identity from 0 to 5 must have .*none of 2 of them, first of 4"):
         centers_from(TEACHER, IDENTITIES, num_identities=6)
     with pytest.raises(ValueError, match="none of 1 of them, first of 0"):
@@ -457,26 +441,28 @@ def test_triplet_formula(distance: str, mining: str, weighted: bool) -> None:
     s, t, y = STUDENT.numpy(), TEACHER[:, :4].numpy(), IDENTITIES.numpy()
     triplets = reference_triplets(s, y, DISTANCES[distance], mining, w)
     assert len(triplets) == (20 if weighted else 26)
-    wanted = reference_triplet_loss(s, t, triplets, DISTANCES[distance], 0.2, 0.5, w)
-    got = triplet_distill(STUDENT, TEACHER[:, :4], target=IDENTITIES, distance=distance, mining=mining, weight=weight)
-    assert got.item() == pytest.approx(wanted, rel=1e-9)
+    expected = reference_triplet_loss(s, t, triplets, DISTANCES[distance], 0.2, 0.5, w)
+    loss_value = triplet_distill(
+        STUDENT, TEACHER[:, :4], target=IDENTITIES, distance=distance, mining=mining, weight=weight
+    )
+    assert loss_value.item() == pytest.approx(expected, rel=1e-9)
     given = triplet_distill(STUDENT, TEACHER[:, :4], target=torch.tensor(triplets), distance=distance, weight=weight)
-    assert given.item() == pytest.approx(wanted, rel=1e-9)
+    assert given.item() == pytest.approx(expected, rel=1e-9)
 
 
 @pytest.mark.parametrize("distance", ["squared", "angle"])
 def test_triplet_of_given_triplets(distance: str) -> None:
     triplets = torch.randint(0, B, (30, 3), generator=torch.Generator().manual_seed(0))
-    wanted = reference_triplet_loss(
+    expected = reference_triplet_loss(
         STUDENT.numpy(), TEACHER.numpy(), triplets.tolist(), DISTANCES[distance], 0.1, 0.9, np.ones(B)
     )
-    got = triplet_distill(STUDENT, TEACHER, target=triplets, distance=distance, min_margin=0.1, max_margin=0.9)
-    assert got.item() == pytest.approx(wanted, rel=1e-7)
+    loss_value = triplet_distill(STUDENT, TEACHER, target=triplets, distance=distance, min_margin=0.1, max_margin=0.9)
+    assert loss_value.item() == pytest.approx(expected, rel=1e-7)
     student = STUDENT.clone().requires_grad_()
     assert torch.autograd.gradcheck(lambda x: triplet_distill(x, TEACHER, target=triplets, distance=distance), student)
-    nothing = triplet_distill(student, TEACHER, target=triplets[:0])
-    nothing.backward()
-    assert nothing.item() == 0
+    empty = triplet_distill(student, TEACHER, target=triplets[:0])
+    empty.backward()
+    assert empty.item() == 0
     assert not student.grad.any()
 
 
@@ -490,15 +476,15 @@ def test_triplet_numbers() -> None:
     student, teacher = torch.stack([degrees.cos(), degrees.sin()], 2)
     target = torch.tensor([5, 5, -1])
     assert triplet_distill(student, teacher, target=target, distance="angle").item() == 0
-    got = triplet_distill(student, teacher, target=target, distance="angle", max_margin=2.0)
-    assert got.item() == pytest.approx((4 - math.pi / 2) / 2, rel=1e-12)
+    loss_value = triplet_distill(student, teacher, target=target, distance="angle", max_margin=2.0)
+    assert loss_value.item() == pytest.approx((4 - math.pi / 2) / 2, rel=1e-12)
     # Squared distances are 2 - 2 cos: 2 - sqrt 3 to the positive, 2 and 1 to the negative.
-    got = triplet_distill(student, teacher, target=target, max_margin=2.0)
-    assert got.item() == pytest.approx((2 - math.sqrt(3) + 2 - math.sqrt(3) - 3 + 4) / 2, rel=1e-12)
-    assert got.item() == pytest.approx(0.767949, abs=1e-6)
+    loss_value = triplet_distill(student, teacher, target=target, max_margin=2.0)
+    assert loss_value.item() == pytest.approx((2 - math.sqrt(3) + 2 - math.sqrt(3) - 3 + 4) / 2, rel=1e-12)
+    assert loss_value.item() == pytest.approx(0.767949, abs=1e-6)
 
 
-def test_semihard_takes_the_nearest_beyond_the_positive() -> None:
+def test_semihard_selects_the_nearest_beyond_the_positive() -> None:
     degrees = torch.tensor([0.0, 40.0, 20.0, 50.0, 80.0], dtype=torch.float64).deg2rad()
     student = torch.stack([degrees.cos(), degrees.sin()], 1)
     target, weight = torch.tensor([0, 0, 1, 2, 3]), torch.ones(5)
@@ -515,9 +501,9 @@ def test_semihard_takes_the_nearest_beyond_the_positive() -> None:
 @pytest.mark.parametrize("target", [torch.arange(B), torch.zeros(B, dtype=torch.long)])
 def test_triplet_without_a_triplet(distance: str, target: Tensor) -> None:
     student = STUDENT.clone().requires_grad_()
-    got = triplet_distill(student, TEACHER, target=target, distance=distance)
-    got.backward()
-    assert got.item() == 0
+    loss_value = triplet_distill(student, TEACHER, target=target, distance=distance)
+    loss_value.backward()
+    assert loss_value.item() == 0
     assert not student.grad.any()
 
 
@@ -528,20 +514,13 @@ def test_triplet_angle_of_near_and_opposite_rows(gap: float, dtype: torch.dtype)
     degrees = torch.tensor([0.0, gap, math.pi], dtype=torch.float64)
     rows = torch.stack([degrees.cos(), degrees.sin()], 1).to(dtype).requires_grad_()
     options = {"min_margin": math.pi, "max_margin": math.pi, "distance": "angle"}
-    got = triplet_distill(rows, TEACHER[:3].to(dtype), target=torch.tensor([[0, 1, 2]]), **options)
-    got.backward()
-    assert got.item() == pytest.approx(gap, rel=1e-2, abs=4e-7)  # the angle to the positive, pi less, and pi more
+    loss_value = triplet_distill(rows, TEACHER[:3].to(dtype), target=torch.tensor([[0, 1, 2]]), **options)
+    loss_value.backward()
+    assert loss_value.item() == pytest.approx(
+        gap, rel=1e-2, abs=4e-7
+    )  # the angle to the positive, pi less, and pi more
     assert torch.isfinite(rows.grad).all()
     assert rows.grad[1].norm().item() == pytest.approx(1 if gap else 0, rel=1e-3)
-
-
-def test_triplet_turned_around() -> None:
-    turn = torch.linalg.qr(draw(D, D, seed=5)).Q
-    wanted = triplet_distill(STUDENT, TEACHER, target=IDENTITIES)
-    torch.testing.assert_close(triplet_distill(STUDENT @ turn, TEACHER, target=IDENTITIES), wanted)
-    torch.testing.assert_close(triplet_distill(STUDENT, TEACHER @ turn, target=IDENTITIES), wanted)
-    shifted = IDENTITIES * -1000 + 7  # any whole numbers are identities
-    assert torch.equal(triplet_distill(STUDENT, TEACHER, target=shifted), wanted)
 
 
 @pytest.mark.parametrize(
@@ -553,7 +532,7 @@ def test_triplet_turned_around() -> None:
         (torch.ones(2, 3), TypeError, "target must be whole numbers, got torch.float32"),
     ],
 )
-def test_triplet_wrong_targets(target: Tensor, error: type[Exception], words: str) -> None:
+def test_triplet_invalid_targets(target: Tensor, error: type[Exception], words: str) -> None:
     with pytest.raises(error, match=f"triplet_distill: {words}".replace("triplet_distill: triplets", ".*triplets")):
         triplet_distill(STUDENT, TEACHER, target=target)
 
@@ -574,19 +553,19 @@ def test_evaluation_formula(hardest: int, weighted: bool) -> None:
     s, t, y = STUDENT.numpy(), TEACHER[:, :5].numpy(), IDENTITIES.numpy()
     exponents = (1, 2, 3, 4, 5, 6)
     tau = [negative_thresholds(x, target=IDENTITIES, weight=weight) for x in (STUDENT, TEACHER[:, :5])]
-    for got, x in zip(tau, (s, t), strict=True):
-        np.testing.assert_allclose(got.numpy(), reference_thresholds(x, y, exponents, w), rtol=1e-12)
-    got = evaluation_oriented(
+    for loss_value, x in zip(tau, (s, t), strict=True):
+        np.testing.assert_allclose(loss_value.numpy(), reference_thresholds(x, y, exponents, w), rtol=1e-12)
+    loss_value = evaluation_oriented(
         STUDENT, TEACHER[:, :5], *tau, target=IDENTITIES, temperature=0.1, num_hard_negatives=hardest, weight=weight
     )
-    wanted = reference_evaluation(s, t, y, tau[0].tolist(), tau[1].tolist(), 0.1, hardest, w)
-    assert got.item() == pytest.approx(wanted, rel=1e-9)
-    assert wanted > 0
+    expected = reference_evaluation(s, t, y, tau[0].tolist(), tau[1].tolist(), 0.1, hardest, w)
+    assert loss_value.item() == pytest.approx(expected, rel=1e-9)
+    assert expected > 0
     loss = EvaluationOrientedLoss(temperature=0.1, num_hard_negatives=hardest).double()
-    assert loss(STUDENT, TEACHER[:, :5], target=IDENTITIES, weight=weight).item() == pytest.approx(wanted, rel=1e-6)
+    assert loss(STUDENT, TEACHER[:, :5], target=IDENTITIES, weight=weight).item() == pytest.approx(expected, rel=1e-6)
 
 
-def test_evaluation_defaults_are_the_authors() -> None:
+def test_evaluation_defaults() -> None:
     loss = EvaluationOrientedLoss()
     assert loss.rates == (1e-1, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6)
     assert (loss.temperature, loss.num_hard_negatives, loss.momentum) == (0.01, 2000, 0.01)
@@ -601,25 +580,25 @@ def test_evaluation_number() -> None:
     cosines = 0.5 + 0.1 * torch.tensor([math.log(3), -math.log(4)], dtype=torch.float64)
     student, teacher = (torch.stack([torch.tensor([1.0, 0.0]), torch.stack([c, (1 - c * c).sqrt()])]) for c in cosines)
     tau = torch.tensor([0.5], dtype=torch.float64)
-    got = evaluation_oriented(student, teacher, tau, tau, target=torch.tensor([3, 3]), temperature=0.1)
-    assert got.item() == pytest.approx(0.00605, rel=1e-12)
-    got = evaluation_oriented(student, teacher, tau, tau, target=torch.tensor([3, 4]), temperature=0.1)
-    assert got.item() == pytest.approx(0.003025, rel=1e-12)
+    loss_value = evaluation_oriented(student, teacher, tau, tau, target=torch.tensor([3, 3]), temperature=0.1)
+    assert loss_value.item() == pytest.approx(0.00605, rel=1e-12)
+    loss_value = evaluation_oriented(student, teacher, tau, tau, target=torch.tensor([3, 4]), temperature=0.1)
+    assert loss_value.item() == pytest.approx(0.003025, rel=1e-12)
 
 
 @settings(max_examples=40, deadline=None)
 @given(batch=st.integers(2, 26), exponent=st.integers(1, 4))
-def test_thresholds_are_exceeded_by_no_more_than_their_rate(batch: int, exponent: int) -> None:
+def test_thresholds_are_exceeded_at_most_at_their_rate(batch: int, exponent: int) -> None:
     """The place is the count divided in whole numbers, as 0.1 * 30 and 0.3 / 0.1 would not be."""
-    embeddings = draw(batch, 3, seed=batch)
+    embeddings = random(batch, 3, seed=batch)
     pairs = batch * (batch - 1) // 2
-    (got,) = negative_thresholds(embeddings, target=torch.arange(batch), rates=(10.0**-exponent,))
+    (loss_value,) = negative_thresholds(embeddings, target=torch.arange(batch), rates=(10.0**-exponent,))
     cosines = torch.nn.functional.normalize(embeddings) @ torch.nn.functional.normalize(embeddings).T
-    above = int((cosines.triu(1)[torch.triu_indices(batch, batch, 1).unbind()] > got + 1e-12).sum())
+    above = int((cosines.triu(1)[torch.triu_indices(batch, batch, 1).unbind()] > loss_value + 1e-12).sum())
     assert above == pairs // 10**exponent
 
 
-def test_thresholds_where_there_is_nothing_to_count() -> None:
+def test_thresholds_without_impostor_pairs() -> None:
     assert negative_thresholds(STUDENT, target=torch.zeros(B, dtype=torch.long)).eq(-torch.inf).all()
     assert negative_thresholds(STUDENT[:1], target=torch.tensor([0])).eq(-torch.inf).all()
     assert negative_thresholds(STUDENT, target=torch.arange(B), rates=[1])[0].isfinite()
@@ -627,16 +606,16 @@ def test_thresholds_where_there_is_nothing_to_count() -> None:
         negative_thresholds(STUDENT, target=torch.arange(B), rates=[1, 2])
 
 
-def test_the_first_batch_sets_the_thresholds_and_others_move_them() -> None:
+def test_thresholds_are_running_means() -> None:
     loss = EvaluationOrientedLoss(momentum=0.25).double()
-    batches = [(draw(B, D, seed=2 * i), draw(B, D, seed=2 * i + 1)) for i in range(3)]
-    wanted: dict[str, np.ndarray] = {}
+    batches = [(random(B, D, seed=2 * i), random(B, D, seed=2 * i + 1)) for i in range(3)]
+    expected: dict[str, np.ndarray] = {}
     for number, (student, teacher) in enumerate(batches):
         loss(student, teacher, target=IDENTITIES)
         for name, x in (("student", student), ("teacher", teacher)):
             new = np.array(reference_thresholds(x.numpy(), IDENTITIES.numpy(), range(1, 7), np.ones(B)))
-            wanted[name] = new if number == 0 else 0.75 * wanted[name] + 0.25 * new
-            np.testing.assert_allclose(getattr(loss, f"{name}_thresholds").numpy(), wanted[name], rtol=1e-12)
+            expected[name] = new if number == 0 else 0.75 * expected[name] + 0.25 * new
+            np.testing.assert_allclose(getattr(loss, f"{name}_thresholds").numpy(), expected[name], rtol=1e-12)
         assert int(loss.batches) == number + 1
     before = copy.deepcopy(loss.state_dict())
     value = loss.eval()(*batches[0], target=IDENTITIES)
@@ -646,11 +625,11 @@ def test_the_first_batch_sets_the_thresholds_and_others_move_them() -> None:
     torch.testing.assert_close(other(*batches[0], target=IDENTITIES), value)
 
 
-def test_batches_that_tell_nothing_of_the_thresholds_leave_them() -> None:
+def test_batches_without_finite_impostor_pairs_do_not_change_the_thresholds() -> None:
     loss = EvaluationOrientedLoss()
     student = STUDENT.float().requires_grad_()
     one = torch.zeros(B, dtype=torch.long)
-    first = loss(student, TEACHER.float(), target=one)  # no threshold is known yet: nothing to compare
+    first = loss(student, TEACHER.float(), target=one)  # no threshold is known yet: empty to compare
     first.backward()
     assert first.item() == 0
     assert not student.grad.any()
@@ -666,27 +645,6 @@ def test_batches_that_tell_nothing_of_the_thresholds_leave_them() -> None:
     assert loss(STUDENT.float(), TEACHER.float(), target=IDENTITIES).isfinite()
 
 
-def test_evaluation_is_zero_for_a_student_like_its_teacher() -> None:
-    turn = torch.linalg.qr(draw(D, D, seed=5)).Q
-    loss = EvaluationOrientedLoss().double()
-    assert loss(3 * TEACHER @ turn, TEACHER, target=IDENTITIES).item() == pytest.approx(0, abs=1e-12)
-    assert loss(STUDENT, TEACHER, target=IDENTITIES).item() > 1e-4
-
-
-def test_evaluation_pulls_a_positive_pair_that_the_teacher_accepts() -> None:
-    student = draw(2, 4, seed=3).requires_grad_()
-    teacher, tau = torch.ones(2, 4, dtype=torch.float64), torch.full((3,), 0.3, dtype=torch.float64)
-    optimizer = torch.optim.SGD([student], lr=20.0)
-    values = []
-    for _ in range(200):
-        value = evaluation_oriented(student, teacher, tau, tau, target=torch.tensor([0, 0]), temperature=0.2)
-        optimizer.zero_grad()
-        value.backward()
-        optimizer.step()
-        values.append(value.item())
-    assert values[-1] < 0.05 * values[0]
-
-
 # --- adaptive centers ------------------------------------------------------------------------------------------------
 
 
@@ -695,14 +653,14 @@ def test_centers_formula(start: str) -> None:
     centers = CENTERS.clone() if start == "given" else torch.zeros_like(CENTERS)
     teacher = TEACHER.clone()
     teacher[4:] = 0.5 * STUDENT[4:] + teacher[4:]  # some near the student, so that alpha is not all at its bound
-    wanted = reference_centers(STUDENT.numpy(), teacher.numpy(), centers.numpy(), IDENTITIES.numpy())
+    expected = reference_centers(STUDENT.numpy(), teacher.numpy(), centers.numpy(), IDENTITIES.numpy())
     moved = adapted_centers(STUDENT, teacher, centers, target=IDENTITIES)
-    np.testing.assert_allclose(moved.numpy(), wanted[IDENTITIES.numpy()], rtol=1e-9, atol=1e-12)
+    np.testing.assert_allclose(moved.numpy(), expected[IDENTITIES.numpy()], rtol=1e-9, atol=1e-12)
     weight = torch.tensor([1.0, 0, 2, 0.5, 0, 0, 1, 1, 0.1, 0, 1, 0])
     keep = weight.nonzero().flatten().tolist()
-    wanted = reference_centers(STUDENT.numpy(), teacher.numpy(), centers.numpy(), IDENTITIES.numpy(), keep)
+    expected = reference_centers(STUDENT.numpy(), teacher.numpy(), centers.numpy(), IDENTITIES.numpy(), keep)
     moved = adapted_centers(STUDENT, teacher, centers, target=IDENTITIES, weight=weight)
-    np.testing.assert_allclose(moved.numpy(), wanted[IDENTITIES.numpy()], rtol=1e-9, atol=1e-12)
+    np.testing.assert_allclose(moved.numpy(), expected[IDENTITIES.numpy()], rtol=1e-9, atol=1e-12)
 
 
 def test_centers_numbers() -> None:
@@ -727,16 +685,16 @@ def test_adaptive_loss_is_the_head_on_the_moved_centers(head: str, margin: float
     np.testing.assert_allclose(loss.centers.norm(dim=1), 1, rtol=1e-6)
     face = arcface_loss if head == "arcface" else cosface_loss
     for step in range(3):
-        student, teacher = draw(B, D, seed=step), draw(B, D, seed=step + 50)
-        wanted = reference_centers(student.numpy(), teacher.numpy(), loss.centers.numpy(), IDENTITIES.numpy())
-        got = loss(student, teacher, target=IDENTITIES, reduction="none")
-        np.testing.assert_allclose(loss.centers.numpy(), wanted, rtol=1e-9)
+        student, teacher = random(B, D, seed=step), random(B, D, seed=step + 50)
+        expected = reference_centers(student.numpy(), teacher.numpy(), loss.centers.numpy(), IDENTITIES.numpy())
+        loss_value = loss(student, teacher, target=IDENTITIES, reduction="none")
+        np.testing.assert_allclose(loss.centers.numpy(), expected, rtol=1e-9)
         torch.testing.assert_close(
-            got, face(student, torch.tensor(wanted), IDENTITIES, scale=64.0, margin=margin, reduction="none")
+            loss_value, face(student, torch.tensor(expected), IDENTITIES, scale=64.0, margin=margin, reduction="none")
         )
 
 
-def test_centers_move_in_training_alone() -> None:
+def test_centers_only_change_in_training_mode() -> None:
     loss = AdaptiveCentersLoss(N + 1, D)
     loss(STUDENT.float(), TEACHER.float(), target=IDENTITIES)
     assert not loss.centers[N].any()  # not seen yet
@@ -749,15 +707,7 @@ def test_centers_move_in_training_alone() -> None:
     assert set(loss.state_dict()) == {"centers"}
 
 
-def test_the_first_samples_of_an_identity_become_its_center() -> None:
-    loss = AdaptiveCentersLoss(N, D).double()
-    loss(STUDENT, TEACHER, target=IDENTITIES)
-    units = torch.nn.functional.normalize(TEACHER)
-    for identity in range(N):
-        torch.testing.assert_close(loss.centers[identity], units[identity == IDENTITIES].mean(0), rtol=1e-5, atol=1e-5)
-
-
-def test_samples_that_are_no_embeddings_leave_the_centers() -> None:
+def test_zero_and_infinite_embeddings_do_not_change_the_centers() -> None:
     loss = AdaptiveCentersLoss(N, D, centers=CENTERS)
     before = loss.centers.clone()
     student, teacher = STUDENT.float(), TEACHER.float()
@@ -775,36 +725,7 @@ def test_samples_that_are_no_embeddings_leave_the_centers() -> None:
     assert torch.equal(one.centers, two.centers)
 
 
-@settings(max_examples=30, deadline=None)
-@given(order=st.permutations(range(B)), seed=st.integers(0, 100), count=st.integers(1, B))
-def test_duplicates_count_in_any_order(order: list[int], seed: int, count: int) -> None:
-    student, teacher = draw(B, D, seed=seed), draw(B, D, seed=seed + 1000)
-    target = torch.randint(0, 3, (B,), generator=torch.Generator().manual_seed(seed))
-    order = order[:count]
-    moved = adapted_centers(student[order], teacher[order], CENTERS, target=target[order])
-    back = sorted(range(count), key=lambda place: order[place])
-    same = [order[place] for place in back]
-    straight = adapted_centers(student[same], teacher[same], CENTERS, target=target[same])
-    torch.testing.assert_close(moved[back], straight, rtol=1e-12, atol=1e-12)
-    for identity in target[order].unique():
-        rows = moved[target[order] == identity]
-        assert torch.equal(rows, rows[:1].expand_as(rows))
-    # A sample twice is the same as once.
-    twice = adapted_centers(student[[0, 0]], teacher[[0, 0]], CENTERS, target=target[[0, 0]])
-    once = adapted_centers(student[:1], teacher[:1], CENTERS, target=target[:1])
-    torch.testing.assert_close(twice[:1], once, rtol=1e-12, atol=1e-12)
-
-
-def test_a_student_like_its_teacher_moves_a_fitting_center_little() -> None:
-    center = torch.nn.functional.normalize(CENTERS[:1])
-    teacher = center + 0.1 * draw(1, D, seed=4)
-    near, far = (
-        adapted_centers(student, teacher, center, target=torch.tensor([0])) - center for student in (teacher, -teacher)
-    )
-    assert near.norm() < 0.2 * far.norm()
-
-
-def test_centers_keep_no_graph_and_no_half_precision() -> None:
+def test_centers_have_no_gradient_and_full_precision() -> None:
     loss = AdaptiveCentersLoss(N, D)
     student = STUDENT.half().requires_grad_()
     loss(student, TEACHER.half().requires_grad_(), target=IDENTITIES).backward()
@@ -833,30 +754,30 @@ WEIGHT = torch.linspace(0.0, 2.0, B, dtype=torch.float64)
 
 def steps(make: Any, rows: slice) -> dict[str, Tensor]:
     """Three steps of a loss on some rows: the values, the gradients and what it remembers."""
-    loss, told = make().double(), {}
+    loss, results = make().double(), {}
     for step in range(3):
-        student = draw(B, D, seed=step)[rows].requires_grad_()
-        teacher, target = draw(B, D, seed=step + 50)[rows], IDENTITIES.roll(step)[rows]
+        student = random(B, D, seed=step)[rows].requires_grad_()
+        teacher, target = random(B, D, seed=step + 50)[rows], IDENTITIES.roll(step)[rows]
         value = loss(student, teacher, target=target, weight=WEIGHT[rows] if step == 1 else None)
         value.backward()
-        told[f"value {step}"], told[f"gradient {step}"] = value.detach(), student.grad
-        told.update({f"{name} {step}": x.clone() for name, x in loss.named_buffers()})
-    return told
+        results[f"value {step}"], results[f"gradient {step}"] = value.detach(), student.grad
+        results.update({f"{name} {step}": x.clone() for name, x in loss.named_buffers()})
+    return results
 
 
 def process(rank: int, directory: Path) -> None:
     """One of two processes that share each batch."""
     torch.distributed.init_process_group("gloo", init_method=f"file://{directory / 'meeting'}", rank=rank, world_size=2)
-    told = {}
+    results = {}
     for split, (first, _) in SPLITS.items():
         rows = slice(0, first) if rank == 0 else slice(first, B)
-        told.update({f"{split}/{name}": steps(make, rows) for name, make in GATHERED.items()})
-    torch.save(told, directory / f"rank{rank}.pt")
+        results.update({f"{split}/{name}": steps(make, rows) for name, make in GATHERED.items()})
+    torch.save(results, directory / f"rank{rank}.pt")
     gc.collect()  # no cycle may keep the group's threads until the interpreter dies
     torch.distributed.destroy_process_group()
 
 
-def test_two_processes_are_one(tmp_path: Path) -> None:
+def test_two_processes_agree_with_one(tmp_path: Path) -> None:
     root = Path(__file__).parents[2]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(root)}
     command = [sys.executable, "-W", "error::UserWarning", __file__]
@@ -872,26 +793,26 @@ def test_two_processes_are_one(tmp_path: Path) -> None:
         assert each.returncode == 0, errors
     ranks = [torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in (0, 1)]
     for name, make in GATHERED.items():
-        wanted = steps(make, slice(0, B))
+        expected = steps(make, slice(0, B))
         for split, (first, _) in SPLITS.items():
-            told = [rank[f"{split}/{name}"] for rank in ranks]
-            for key, value in wanted.items():
+            results = [rank[f"{split}/{name}"] for rank in ranks]
+            for key, value in expected.items():
                 if key.startswith("gradient"):
                     if name == "adaptive":
                         continue  # each process takes the mean over its own samples, as every per-sample loss does
                     # The mean of the two processes' gradients is the whole batch's.
-                    torch.testing.assert_close(torch.cat([each[key] for each in told]) / 2, value)
+                    torch.testing.assert_close(torch.cat([each[key] for each in results]) / 2, value)
                 elif key.startswith("value") and name == "adaptive":
                     continue
                 else:
-                    assert torch.equal(told[0][key], told[1][key]), f"{split}, {name}: {key} differs"
-                    torch.testing.assert_close(told[0][key], value)
+                    assert torch.equal(results[0][key], results[1][key]), f"{split}, {name}: {key} differs"
+                    torch.testing.assert_close(results[0][key], value)
             if name == "adaptive":
-                parts = [first * told[0]["value 0"], (B - first) * told[1]["value 0"]]
-                torch.testing.assert_close(sum(parts) / B, wanted["value 0"])
+                parts = [first * results[0]["value 0"], (B - first) * results[1]["value 0"]]
+                torch.testing.assert_close(sum(parts) / B, expected["value 0"])
 
 
-def test_gather_changes_nothing_without_processes() -> None:
+def test_gather_without_processes() -> None:
     for make, plain in [
         (GATHERED["triplet"], TripletDistillLoss()),
         (GATHERED["evaluation"], EvaluationOrientedLoss(temperature=0.2, num_hard_negatives=10)),

@@ -1,4 +1,4 @@
-"""Shards of a PartialFC head, merged in the order of ranks."""
+"""Merging of the shards of a PartialFC head."""
 
 import os
 from functools import partial
@@ -11,7 +11,7 @@ from kdlib_faces.heads import ArcFaceHead, CosFaceHead, load_partial_fc, merge_p
 
 
 def shards(identities, processes, dim=8, seed=0):
-    """As the processes of a PartialFC hold them: rank r from `identities // processes * r + min(r, rest)` on."""
+    """Split centers as PartialFC does: rank r starts at `identities // processes * r + min(r, rest)`."""
     centers = torch.randn(identities, dim, generator=torch.Generator().manual_seed(seed))
     starts = [identities // processes * rank + min(rank, identities % processes) for rank in range(processes + 1)]
     return centers, [centers[starts[rank] : starts[rank + 1]].clone() for rank in range(processes)]
@@ -25,7 +25,7 @@ def saved(folder, parts, wrap=lambda part: {"epoch": 3, "state_dict_softmax_fc":
 
 
 @pytest.mark.parametrize(("identities", "processes"), [(12, 1), (12, 4), (13, 4), (15, 4), (23, 12)])
-def test_merges_what_was_split(identities, processes, tmp_path):
+def test_merging_restores_the_centers(identities, processes, tmp_path):
     centers, parts = shards(identities, processes)
     assert torch.equal(merge_partial_fc(parts), centers)
     head = load_partial_fc(saved(tmp_path, parts))
@@ -45,7 +45,7 @@ def test_merges_what_was_split(identities, processes, tmp_path):
         lambda part: {"weight": part.half()},
     ],
 )
-def test_files_of_other_kinds(wrap, tmp_path):
+def test_supported_files(wrap, tmp_path):
     centers, parts = shards(9, 2)
     head = load_partial_fc(saved(tmp_path, parts, wrap), partial(CosFaceHead, scale=32.0, margin=0.2))
     assert isinstance(head, CosFaceHead)
@@ -53,32 +53,29 @@ def test_files_of_other_kinds(wrap, tmp_path):
     torch.testing.assert_close(head.weight.detach(), centers, rtol=1e-3, atol=1e-3)
 
 
-def test_names_that_count_are_believed(tmp_path):
+def test_file_names_with_ranks_must_be_in_order(tmp_path):
     _, parts = shards(24, 12)
     paths = saved(tmp_path, parts)
     with pytest.raises(InputError, match=r"in the order of ranks, the file names give \[0, 1, 10, 11, 2"):
         load_partial_fc(sorted(paths))
-    with pytest.raises(InputError, match="a sequence of files, one a process, got one path"):
+    with pytest.raises(InputError, match="a sequence of files, one per process, got one path"):
         load_partial_fc(str(paths[0]))
 
 
-def test_lengths_that_no_partial_fc_has(tmp_path):
-    _, parts = shards(13, 4)
-    for wrong in ([parts[1], parts[0]], parts[::-1], [parts[0], parts[3], parts[1]]):
-        if [len(part) for part in wrong] == sorted((len(part) for part in wrong), reverse=True):
-            continue
-        with pytest.raises(ValueError, match="a shard is missing, or the order is not that of ranks"):
-            merge_partial_fc(wrong)
-    with pytest.raises(ValueError, match=r"must have 3 rows, and 2 from shard 1 on, got \[2, 3\]"):
-        merge_partial_fc([torch.ones(2, 4), torch.ones(3, 4)])
-    with pytest.raises(ValueError, match=r"shard 1 must be \(n, 4\) like shard 0, got \(2, 5\)"):
-        merge_partial_fc([torch.ones(2, 4), torch.ones(2, 5)])
-    with pytest.raises(ValueError, match=r"shard 0 must be \(n, d\) of floating point, got \(2,\)"):
-        merge_partial_fc([torch.ones(2)])
-    with pytest.raises(ValueError, match="shard 0 must be finite"):
-        merge_partial_fc([torch.full((2, 2), torch.nan)])
-    with pytest.raises(ValueError, match="at least one tensor, got none"):
-        merge_partial_fc([])
+@pytest.mark.parametrize(
+    ("parts", "words"),
+    [
+        ([torch.ones(3, 4), torch.ones(4, 4)], "a shard is missing, or the order is not that of ranks"),
+        ([torch.ones(2, 4), torch.ones(3, 4)], r"must have 3 rows, and 2 from shard 1 on, got \[2, 3\]"),
+        ([torch.ones(2, 4), torch.ones(2, 5)], r"shard 1 must be \(n, 4\) like shard 0, got \(2, 5\)"),
+        ([torch.ones(2)], r"shard 0 must be floating point \(n, d\), got \(2,\)"),
+        ([torch.full((2, 2), torch.nan)], "shard 0 must be finite"),
+        ([], "at least one tensor, got none"),
+    ],
+)
+def test_invalid_shards(parts, words):
+    with pytest.raises(ValueError, match=words):
+        merge_partial_fc(parts)
 
 
 class _Runs:
@@ -95,7 +92,7 @@ def test_hostile_files(tmp_path):
     for content, words in [
         ({"weight": _Runs(tmp_path / "ran")}, "which was refused"),
         ({"conv1.weight": torch.ones(2, 2)}, "must contain the class centers"),
-        ({"weight": torch.ones(()).expand(4, 10**9)}, "claims more values than its"),
+        ({"weight": torch.ones(()).expand(4, 10**9)}, "declares more values than its"),
         ({"weight": torch.ones(4, 8, dtype=torch.int64)}, "floating point"),
     ]:
         torch.save(content, other)
@@ -110,7 +107,7 @@ def test_hostile_files(tmp_path):
         load_partial_fc([good, other])
 
 
-def test_a_head_of_another_size_is_refused(tmp_path):
+def test_a_head_of_another_size(tmp_path):
     _, parts = shards(8, 2)
     with pytest.raises(InputError, match=r"head must have a weight of \(8, 8\), got \(9, 8\)"):
         load_partial_fc(saved(tmp_path, parts), lambda dim, identities: ArcFaceHead(dim, identities + 1))

@@ -5,8 +5,9 @@ import torch
 from torch import Tensor
 
 from kdlib_faces._checks import InputError
+from kdlib_faces.data.batches import FaceBatches
 from kdlib_faces.data.images import to_float
-from kdlib_faces.data.seeded_views import SeededBatches, SeededViews
+from kdlib_faces.data.seeded_views import SeededViews
 from kdlib_faces.data.views import AugmentConfig
 
 STRONG = AugmentConfig(erase=0.5, low_resolution=0.5, grayscale=0.3)
@@ -52,7 +53,7 @@ def test_text_and_back() -> None:
     for text in ("", "[]", "{}", "3", '{"count": 2, "seed": 0}', '{"count": 2, "seed": 0, "augment": {"x": 1}}', "[" * 9999,
                  '{"count": "2", "seed": 0, "augment": null}', '{"count": 9, "seed": 0, "augment": null}',
                  '{"count": 2, "seed": 0, "augment": null, "path": "/"}'):  # fmt: skip
-        with pytest.raises(InputError, match="does not tell of views"):
+        with pytest.raises(InputError, match="does not describe views"):
             SeededViews.from_text(text)
 
 
@@ -69,12 +70,12 @@ def test_wrong_arguments() -> None:
     with pytest.raises(ValueError, match=r"images must be \(b, 3, s, s\), got \(6, 3, 24\)"):
         views(pixels()[..., 0], torch.arange(6), 0)
     with pytest.raises(TypeError, match="views must be SeededViews, got int"):
-        SeededBatches(pixels(), range(6), 2, batch_size=2, seed=0)
+        FaceBatches(pixels(), range(6), views=2, batch_size=2, seed=0)
 
 
 def test_batches_are_the_same_from_any_step_and_epochs_differ() -> None:
     views = SeededViews(5, seed=1, augment=STRONG)
-    batches = SeededBatches(pixels(), range(6), views, batch_size=2, seed=0, sample_ids=[10, 20, 30, 40, 50, 60])
+    batches = FaceBatches(pixels(), range(6), views=views, batch_size=2, seed=0, sample_ids=[10, 20, 30, 40, 50, 60])
     whole = list(batches)
     for (inputs, targets), (again, others) in zip(whole[1:], batches.iter_from(1), strict=True):
         assert torch.equal(inputs, again)
@@ -85,5 +86,5 @@ def test_batches_are_the_same_from_any_step_and_epochs_differ() -> None:
     batches.set_epoch(1)
     other = list(batches)
     assert not all(torch.equal(a[1]["view"], b[1]["view"]) for a, b in zip(whole, other, strict=True))
-    assert repr(batches).startswith("SeededBatches(<6 images>")
+    assert repr(batches).startswith("FaceBatches(<6 images>")
     assert repr(views) in repr(batches)

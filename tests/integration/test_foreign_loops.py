@@ -1,4 +1,4 @@
-"""kdlib in a plain PyTorch loop, a Lightning module and an accelerate loop: the student learns and the teacher stays fixed."""
+"""kdlib in plain PyTorch, Lightning and accelerate loops: the student learns and the teacher stays fixed."""
 
 from collections.abc import Iterator
 from typing import Any

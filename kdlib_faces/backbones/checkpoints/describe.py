@@ -5,7 +5,6 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,7 +16,7 @@ from kdlib_faces.backbones.checkpoints.origins import find_origin
 from kdlib_faces.backbones.checkpoints.unwrap import Unwrapped, unwrap
 from kdlib_faces.backbones.complexity import count_macs, count_parameters
 from kdlib_faces.backbones.input_spec import InputSize, InputSpec
-from kdlib_faces.backbones.networks.base import Backbone
+from kdlib_faces.backbones.networks.base import Arguments, Backbone
 from kdlib_faces.backbones.registry import build_backbone
 
 __all__ = ["CheckpointInfo", "RecognizedFile", "describe_checkpoint", "examine", "list_differences"]
@@ -103,10 +102,12 @@ def describe_checkpoint(path: str | os.PathLike[str], *, input_size: InputSize |
         input_size: side of the square images, or (height, width), in pixels, if the file does not determine it.
 
     Returns:
-        The description. A file of a known layout that does not fit is described with its differences. Values are not read.
+        The description. A file of a known layout that does not fit is described with its differences. Values are not
+        read.
 
     Raises:
-        InputError: the file is missing, damaged, contains anything but tensors and plain values, or has no known layout.
+        InputError: the file is missing, damaged, contains anything but tensors and plain values, or has no known
+            layout.
 
     Examples:
         >>> import tempfile
@@ -159,14 +160,14 @@ def examine(path: str | os.PathLike[str], *, input_size: InputSize | None = None
         unwrapped = unwrap(content)
         layout, arguments = _recognize(owner, unwrapped.state)
         name, about = layout.backbone, "; ".join(filter(None, (layout.about, layout.variant(arguments))))
-        spec_fields = {**layout.input(arguments)}
+        spec_fields = dict(layout.input(arguments))
         origin = find_origin(layout.name, arguments, unwrapped)
         if origin is not None:
             about = f"{about}; wrapped as in {origin.about}"
             spec_fields.update(origin.input)
             if origin.certain:
                 spec_fields["assumed"] = tuple(
-                    each for each in spec_fields.get("assumed", ()) if each not in dict(origin.input)
+                    each for each in spec_fields.get("assumed", ()) if each not in origin.input
                 )
             arguments.update(origin.arguments)
     if input_size is not None:
@@ -191,7 +192,7 @@ def examine(path: str | os.PathLike[str], *, input_size: InputSize | None = None
     return RecognizedFile(owner, weights, layout, about, unwrapped, model, spec, names, differences)
 
 
-def _own(owner: str, weights: Weights) -> tuple[str, dict[str, Any], dict[str, Any], dict[str, Any]] | None:
+def _own(owner: str, weights: Weights) -> tuple[str, Arguments, Arguments, Arguments] | None:
     """Return name, arguments, input specification and state of a file of `save_backbone`; None for any other file."""
     content = weights.content
     if OWN_KEY in weights.metadata:
@@ -222,7 +223,7 @@ def _own(owner: str, weights: Weights) -> tuple[str, dict[str, Any], dict[str, A
     return name, dict(arguments), dict(images), {str(key): value for key, value in state.items()}
 
 
-def _recognize(owner: str, state: Mapping[str, Any]) -> tuple[Layout, dict[str, Any]]:
+def _recognize(owner: str, state: Mapping[str, object]) -> tuple[Layout, Arguments]:
     """Return layout and arguments from keys and shapes."""
     shapes = {key: tuple(value.shape) for key, value in state.items() if isinstance(value, Tensor)}
     for layout in LAYOUTS:
@@ -243,7 +244,7 @@ def _recognize(owner: str, state: Mapping[str, Any]) -> tuple[Layout, dict[str, 
 
 
 def _differences(
-    wanted: Mapping[str, Tensor], names: Mapping[str, str], state: Mapping[str, Any], *, pointwise: bool
+    wanted: Mapping[str, Tensor], names: Mapping[str, str], state: Mapping[str, object], *, pointwise: bool
 ) -> dict[str, tuple[str, ...]]:
     """Return missing keys, unexpected keys, and keys with another shape or without a tensor."""
     counters = {key for key in wanted if key.endswith("num_batches_tracked")}  # older files do not contain them

@@ -3,35 +3,12 @@
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Unpack
 
-__all__ = [
-    "Arguments",
-    "BUBBLIIIING_MOBILEFACENET",
-    "CAVAFACE_V2",
-    "Shapes",
-    "V2_BODY",
-    "gnap",
-    "ir",
-    "ir_input",
-    "ir_names",
-    "ir_variant",
-    "iresnet",
-    "known",
-    "mbf",
-    "mbf_flat",
-    "mobilefacenet",
-    "mtlface",
-    "renamed",
-    "v1",
-    "v1_flat",
-    "v1_flat_names",
-    "v2",
-    "xiaoccer_names",
-]
+from kdlib_faces.backbones.input_spec import SpecFields
+from kdlib_faces.backbones.networks.base import Arguments
 
 Shapes = Mapping[str, tuple[int, ...]]
-Arguments = dict[str, Any]
 MAX_BLOCKS = 1024  # more is not a network
 
 
@@ -61,7 +38,7 @@ def renamed(pairs: Sequence[tuple[str, str]]) -> Callable[[str, Shapes], str]:
     return theirs
 
 
-def known(**fields: Any) -> Callable[[Arguments], dict[str, Any]]:
+def known(**fields: Unpack[SpecFields]) -> Callable[[Arguments], SpecFields]:
     return lambda _arguments: fields
 
 
@@ -187,7 +164,7 @@ def ir_names(key: str, shapes: Shapes) -> str:
     return re.sub(r"\.res_layer\.[56]\.fc", ".res_layer.se_block.fc", key) if SE_BY_NAME in shapes else key
 
 
-def ir_input(arguments: Arguments) -> dict[str, Any]:
+def ir_input(arguments: Arguments) -> SpecFields:
     if arguments["mid_norm"] and not arguments["affine"]:
         return {"color": "bgr", "assumed": ("color",)}  # some networks of CVLface were trained on RGB
     if not arguments["affine"]:
@@ -226,12 +203,7 @@ def v1(shapes: Shapes) -> Arguments:
 
 def v1_flat(shapes: Shapes) -> Arguments:
     last, (embedding_dim, inputs) = shapes["sep.weight"][0], shapes["linear.weight"]
-    return {
-        "embedding_dim": embedding_dim,
-        "width": last / 512,
-        "input_size": _square(inputs, last),
-        "tail": "flat",
-    }
+    return {"embedding_dim": embedding_dim, "width": last / 512, "input_size": _square(inputs, last), "tail": "flat"}
 
 
 def v1_flat_names() -> list[tuple[str, str]]:

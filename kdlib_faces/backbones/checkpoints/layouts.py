@@ -2,32 +2,11 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
-from kdlib_faces.backbones.checkpoints.layout_shapes import (
-    BUBBLIIIING_MOBILEFACENET,
-    CAVAFACE_V2,
-    V2_BODY,
-    Arguments,
-    Shapes,
-    gnap,
-    ir,
-    ir_input,
-    ir_names,
-    ir_variant,
-    iresnet,
-    known,
-    mbf,
-    mbf_flat,
-    mobilefacenet,
-    mtlface,
-    renamed,
-    v1,
-    v1_flat,
-    v1_flat_names,
-    v2,
-    xiaoccer_names,
-)
+from kdlib_faces.backbones.checkpoints import layout_shapes as shape
+from kdlib_faces.backbones.checkpoints.layout_shapes import Shapes
+from kdlib_faces.backbones.input_spec import SpecFields
+from kdlib_faces.backbones.networks.base import Arguments
 
 __all__ = ["LAYOUTS", "Layout", "foreign"]
 
@@ -54,7 +33,7 @@ class Layout:
     keys: tuple[str, ...]
     arguments: Callable[[Shapes], Arguments]
     theirs: Callable[[str, Shapes], str] = field(default=lambda key, _shapes: key)
-    input: Callable[[Arguments], dict[str, Any]] = field(default=lambda _arguments: {})
+    input: Callable[[Arguments], SpecFields] = field(default=lambda _arguments: SpecFields())
     variant: Callable[[Arguments], str] = field(default=lambda _arguments: "")
     pointwise: bool = False
 
@@ -69,53 +48,53 @@ LAYOUTS: tuple[Layout, ...] = (
         "insightface's iresnet (arcface_torch)",
         "iresnet",
         ("conv1.weight", "layer1.0.bn3.weight", "fc.weight", "features.weight"),
-        iresnet,
+        shape.iresnet,
     ),
     Layout(
         "insightface_mbf_flat",
         "insightface's mbf with a linear layer over the whole grid",
         "mbf_flat",
         ("layers.0.layers.0.weight", "features.layers.0.layers.2.weight", "features.layers.2.weight"),
-        mbf_flat,
+        shape.mbf_flat,
     ),
     Layout(
         "insightface_mbf",
         "insightface's mbf (arcface_torch)",
         "mbf",
         ("layers.0.layers.0.weight", "features.layers.0.layers.0.weight", "features.layers.2.weight"),
-        mbf,
+        shape.mbf,
     ),
     Layout(
         "mobilefacenet",
         "MobileFaceNet as in TreB1eN, face.evoLVe and FaceX-Zoo",
         "mobilefacenet",
         ("conv1.conv.weight", "conv_45.conv_dw.conv.weight", "conv_6_dw.conv.weight", "linear.weight"),
-        mobilefacenet("bn", "linear.weight", "conv_6_dw.conv.weight"),
-        input=known(normalized=None, assumed=("color", "scale", "normalized")),
+        shape.mobilefacenet("bn", "linear.weight", "conv_6_dw.conv.weight"),
+        input=shape.known(normalized=None, assumed=("color", "scale", "normalized")),
     ),
     Layout(
         "mobilefacenet_output_layer",
         "MobileFaceNet as in AdaDistill and cavaface",
         "mobilefacenet",
         ("conv_45.conv_dw.conv.weight", "output_layer.conv_6_dw.conv.weight", "output_layer.linear.weight"),
-        mobilefacenet("output_layer.bn", "output_layer.linear.weight", "output_layer.conv_6_dw.conv.weight"),
-        theirs=renamed([(f"{each}.", f"output_layer.{each}.") for each in ("conv_6_dw", "linear", "bn")]),
+        shape.mobilefacenet("output_layer.bn", "output_layer.linear.weight", "output_layer.conv_6_dw.conv.weight"),
+        theirs=shape.renamed([(f"{each}.", f"output_layer.{each}.") for each in ("conv_6_dw", "linear", "bn")]),
     ),
     Layout(
         "mobilefacenet_gnap",
         "MobileFaceNet with global norm-aware pooling, as in AdaDistill and cavaface",
         "mobilefacenet",
         ("conv_45.conv_dw.conv.weight", "output_layer.bn1.running_mean", "output_layer.bn2.running_mean"),
-        gnap,
+        shape.gnap,
     ),
     Layout(
         "xiaoccer_mobilefacenet",
         "Xiaoccer's MobileFaceNet for images of 112 x 96",
         "mobilefacenet",
         ("dw_conv1.conv.weight", "blocks.0.conv.0.weight", "linear7.conv.weight", "linear1.conv.weight"),
-        mobilefacenet("linear1.bn", "linear1.conv.weight", "linear7.conv.weight"),
-        theirs=renamed(xiaoccer_names()),
-        input=known(scale=128.0),
+        shape.mobilefacenet("linear1.bn", "linear1.conv.weight", "linear7.conv.weight"),
+        theirs=shape.renamed(shape.xiaoccer_names()),
+        input=shape.known(scale=128.0),
         pointwise=True,
     ),
     Layout(
@@ -123,9 +102,9 @@ LAYOUTS: tuple[Layout, ...] = (
         "bubbliiiing's MobileFaceNet",
         "mobilefacenet",
         ("conv_45.conv_dw.conv.weight", "sep.weight", "GDC_dw.weight", "features.weight", "last_bn.running_mean"),
-        mobilefacenet("last_bn", "features.weight", "GDC_dw.weight"),
-        theirs=renamed(BUBBLIIIING_MOBILEFACENET),
-        input=known(normalized=True),
+        shape.mobilefacenet("last_bn", "features.weight", "GDC_dw.weight"),
+        theirs=shape.renamed(shape.BUBBLIIIING_MOBILEFACENET),
+        input=shape.known(normalized=True),
         pointwise=True,
     ),
     Layout(
@@ -133,48 +112,48 @@ LAYOUTS: tuple[Layout, ...] = (
         "IR or IR-SE with face.evoLVe's names",
         "ir",
         ("input_layer.0.weight", "body.0.res_layer.1.weight", "output_layer.3.weight"),
-        ir,
-        theirs=ir_names,
-        input=ir_input,
-        variant=ir_variant,
+        shape.ir,
+        theirs=shape.ir_names,
+        input=shape.ir_input,
+        variant=shape.ir_variant,
     ),
     Layout(
         "mtlface",
         "MTLFace's age-invariant backbone",
         "mtlface",
         ("input_layer.0.weight", "block1.0.res_layer.1.weight", "fsm.channel.0.weight", "output_layer.3.weight"),
-        mtlface,
+        shape.mtlface,
     ),
     Layout(
         "yakhyo_mobilenet_v1",
         "yakhyo's MobileNet V1",
         "mobilenet_v1",
         ("stage1.1.0.0.weight", "stage3.1.1.0.weight", "output_layer.fc.0.weight"),
-        v1,
+        shape.v1,
     ),
     Layout(
         "bubbliiiing_mobilenet_v1",
         "bubbliiiing's MobileNet V1",
         "mobilenet_v1",
         ("stage1.1.3.weight", "stage3.1.3.weight", "sep.weight", "linear.weight"),
-        v1_flat,
-        theirs=renamed(v1_flat_names()),
-        input=known(normalized=True),
+        shape.v1_flat,
+        theirs=shape.renamed(shape.v1_flat_names()),
+        input=shape.known(normalized=True),
     ),
     Layout(
         "yakhyo_mobilenet_v2",
         "yakhyo's MobileNet V2",
         "mobilenet_v2",
-        (*V2_BODY, "output_layer.fc.0.weight"),
-        v2("output_layer.fc.1", "output_layer.fc.0.weight", "output_layer.features.0.layers.0.weight"),
+        (*shape.V2_BODY, "output_layer.fc.0.weight"),
+        shape.v2("output_layer.fc.1", "output_layer.fc.0.weight", "output_layer.features.0.layers.0.weight"),
     ),
     Layout(
         "cavaface_mobilenet_v2",
         "cavaface's MobileNet V2",
         "mobilenet_v2",
-        (*V2_BODY, "output_layer.linear.weight"),
-        v2("output_layer.bn", "output_layer.linear.weight", "output_layer.conv_6_dw.conv.weight"),
-        theirs=renamed(CAVAFACE_V2),
+        (*shape.V2_BODY, "output_layer.linear.weight"),
+        shape.v2("output_layer.bn", "output_layer.linear.weight", "output_layer.conv_6_dw.conv.weight"),
+        theirs=shape.renamed(shape.CAVAFACE_V2),
     ),
 )
 """All supported layouts; the first match is used."""
@@ -194,7 +173,7 @@ FOREIGN = (
 CENTERS = ("weight", "kernel", "head.kernel", "head.weight")
 
 
-def foreign(state: Mapping[str, Any], shapes: Shapes) -> str | None:
+def foreign(state: Mapping[str, object], shapes: Shapes) -> str | None:
     """Describe a file without a known layout, if its kind is known."""
     known = next((text for key, text in FOREIGN if key in state), None)
     if known is None and shapes and all(key in CENTERS for key in shapes):

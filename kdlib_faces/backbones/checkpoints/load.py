@@ -27,17 +27,17 @@ def load_backbone(
 
     The layout is identified by keys and shapes: insightface's iresnet and mbf; MobileFaceNet as in TreB1eN, face.evoLVe,
     FaceX-Zoo, AdaDistill, cavaface, Xiaoccer and bubbliiiing; IR and IR-SE as in face.evoLVe, TreB1eN, AdaFace, CVLface
-    and related projects; MTLFace; MobileNet V1 and V2 as in yakhyo, bubbliiiing and cavaface; each with any depth, width
-    and embedding size. Training checkpoints are unwrapped and prefixes removed (`state_dict`, `module.`, `model.`, ...).
-    PyTorch and safetensors files are supported. The network has float32 weights and is in eval mode.
+    and related projects; MTLFace; MobileNet V1 and V2 as in yakhyo, bubbliiiing and cavaface; each with any depth,
+    width and embedding size. Training checkpoints are unwrapped and prefixes removed (`state_dict`, `module.`,
+    `model.`, ...). PyTorch and safetensors files are supported. The network has float32 weights and is in eval mode.
 
     `model.input_spec` describes the images: known for most layouts, assumed for layouts that several projects share.
     Arguments given here override it. Call `model.input_spec(images)` before the network.
 
     Args:
         path: the file.
-        input_size: side of the square images, or (height, width), in pixels. None derives it from the file: sixteen times
-            the final grid of a state dict, 112 for a grid of 7.
+        input_size: side of the square images, or (height, width), in pixels. None derives it from the file: sixteen
+            times the final grid of a state dict, 112 for a grid of 7.
         color: order of the channels, `"rgb"` or `"bgr"`.
         mean: value subtracted from pixels of 0 to 255, one or one per channel.
         scale: value that they are then divided by.

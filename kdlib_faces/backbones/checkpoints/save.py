@@ -11,11 +11,10 @@ from safetensors.torch import save as to_safetensors
 from kdlib._atomic import atomic_write
 from kdlib._checks import check_choice
 from kdlib_faces._checks import InputError
+from kdlib_faces.backbones.checkpoints.describe import FORMAT
 from kdlib_faces.backbones.networks.base import Backbone
 
 __all__ = ["save_backbone"]
-
-FORMAT = 2
 
 
 def save_backbone(

@@ -49,7 +49,8 @@ class Unwrapped:
 def unwrap(content: Mapping[Any, Any]) -> Unwrapped:
     """Remove wrappers and prefixes.
 
-    A prefix is removed only if all other keys belong to a margin head, so that no part of a network is dropped silently.
+    A prefix is removed only if all other keys belong to a margin head, so that no part of a network is dropped
+    silently.
 
     Examples:
         >>> import torch
@@ -85,7 +86,7 @@ def unwrap(content: Mapping[Any, Any]) -> Unwrapped:
     return Unwrapped(state, tuple(wrappers), tuple(around), prefix, tuple(beside))
 
 
-def _holds_tensors(value: Any, depth: int = 0) -> bool:
+def _holds_tensors(value: object, depth: int = 0) -> bool:
     if not isinstance(value, Mapping):
         return False
     if any(isinstance(each, Tensor) for each in value.values()):

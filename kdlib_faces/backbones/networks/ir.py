@@ -1,8 +1,8 @@
 """IR and IR-SE, residual teachers that differ from `IResNet`.
 
-Module names follow face.evoLVe, like the checkpoints of TreB1eN, FaceX-Zoo, CurricularFace, AdaFace and CVLface, so that
-all of them load unchanged. The projects differ in two switches: a BatchNorm between the first convolution of a block and
-its PReLU, and weights of the last BatchNorm.
+Module names follow face.evoLVe, like the checkpoints of TreB1eN, FaceX-Zoo, CurricularFace, AdaFace and CVLface, so
+that all of them load unchanged. The projects differ in two switches: a BatchNorm between the first convolution of a
+block and its PReLU, and weights of the last BatchNorm.
 
 References:
     Deng, Guo, Xue, Zafeiriou, "ArcFace: Additive Angular Margin Loss for Deep Face Recognition", 2019,
@@ -12,19 +12,18 @@ References:
 
 from collections.abc import Sequence
 from itertools import accumulate
-from typing import Any
+from typing import ClassVar
 
 from torch import Tensor, nn
 
 from kdlib._checks import check_number
 from kdlib_faces.backbones.input_spec import InputSize
-from kdlib_faces.backbones.networks.arguments import channels, check_blocks, check_images, final_grid
-from kdlib_faces.backbones.networks.base import Backbone
-from kdlib_faces.backbones.networks.precision import in_precision_of
+from kdlib_faces.backbones.networks.base import Backbone, channels, check_blocks, final_grid, in_precision_of
 
 __all__ = [
     "IRBlock",
     "IRNet",
+    "IROutput",
     "adaface_ir_101",
     "adaface_ir_18",
     "adaface_ir_50",
@@ -80,6 +79,23 @@ class IRBlock(nn.Module):
         return out
 
 
+class IROutput(nn.Sequential):
+    """BN, dropout, flattening of the grid, linear layer, BN; the last two compute in the precision of their weights."""
+
+    def __init__(self, channels: int, cells: int, embedding_dim: int, dropout: float, *, affine: bool = True) -> None:
+        super().__init__(
+            nn.BatchNorm2d(channels),
+            nn.Dropout(dropout),
+            nn.Flatten(1),
+            nn.Linear(channels * cells, embedding_dim),
+            nn.BatchNorm1d(embedding_dim, affine=affine),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        norm, dropout, flatten, linear, last_norm = self
+        return in_precision_of(next(linear.parameters()), lambda x: last_norm(linear(x)), flatten(dropout(norm(x))))
+
+
 class IRNet(Backbone):
     """The IR networks of face.evoLVe, TreB1eN, AdaFace and related projects: (b, 3, h, w) to (b, d), not normalized.
 
@@ -99,7 +115,8 @@ class IRNet(Backbone):
         layers: blocks in each of the four stages; (3, 4, 14, 3) is the 50-layer network.
         embedding_dim: dimensions d of the embedding.
         width: factor of every channel count; the first stage has 64 * width rounded to a multiple of 8, at least 8.
-        input_size: side of the square images, or (height, width), in pixels. The final grid has a sixteenth of the size, rounded up.
+        input_size: side of the square images, or (height, width), in pixels. The final grid has a
+            sixteenth of the size, rounded up.
         dropout: dropout probability before the linear layer.
         se: add squeeze-and-excitation with reduction 16 to each block (the IR-SE networks).
         mid_norm: BatchNorm between the first convolution of a block and its PReLU.
@@ -121,6 +138,18 @@ class IRNet(Backbone):
         face.evoLVe, backbone/model_irse.py; CVLface, models/iresnet/model.py: same layers and names, and the same
         initialization from He's normal distribution over the outputs.
     """
+
+    family: ClassVar[str] = "ir"
+    _names: ClassVar[tuple[str, ...]] = (
+        "layers",
+        "embedding_dim",
+        "width",
+        "input_size",
+        "dropout",
+        "se",
+        "mid_norm",
+        "affine",
+    )
 
     def __init__(
         self,
@@ -158,13 +187,8 @@ class IRNet(Backbone):
                 for block in range(blocks)
             ]
         )
-        self.output_layer = nn.Sequential(
-            nn.BatchNorm2d(8 * c),
-            nn.Dropout(dropout),
-            nn.Flatten(1),
-            nn.Linear(8 * c * rows * columns, embedding_dim),
-            nn.BatchNorm1d(embedding_dim, affine=self.affine),
-        )
+        self.dropout = dropout
+        self.output_layer = IROutput(8 * c, rows * columns, embedding_dim, dropout, affine=self.affine)
         for module in self.modules():
             if isinstance(module, nn.Conv2d | nn.Linear):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
@@ -179,28 +203,10 @@ class IRNet(Backbone):
             return f"adaface_ir_{depth}" if depth < 152 and not self.se else "ir"
         return f"ir_{'se_' * self.se}{depth}" if depth > 18 else "ir"
 
-    @property
-    def family(self) -> str:
-        return "ir"
-
-    @property
-    def arguments(self) -> dict[str, Any]:
-        return {
-            "layers": self.layers,
-            "embedding_dim": self.embedding_dim,
-            "width": self.width,
-            "input_size": self.input_size,
-            "dropout": self.output_layer[1].p,
-            "se": self.se,
-            "mid_norm": self.mid_norm,
-            "affine": self.affine,
-        }
-
     def forward(self, images: Tensor) -> Tensor:
-        check_images("IRNet", images, self._size)
-        x = self.body(self.input_layer(images))
-        x = self.output_layer[:3](x)
-        return in_precision_of(next(self.output_layer[3].parameters()), self.output_layer[3:], x)
+        self._check_images(images)
+        out: Tensor = self.output_layer(self.body(self.input_layer(images)))
+        return out
 
 
 def _ir(

@@ -5,16 +5,14 @@ References:
     arXiv:1801.07698.
 """
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import ClassVar
 
 from torch import Tensor, nn
 
 from kdlib._checks import check_number
 from kdlib_faces.backbones.input_spec import InputSize
-from kdlib_faces.backbones.networks.arguments import channels, check_blocks, check_images, final_grid
-from kdlib_faces.backbones.networks.base import Backbone
-from kdlib_faces.backbones.networks.precision import in_precision_of
+from kdlib_faces.backbones.networks.base import Backbone, channels, check_blocks, final_grid, in_precision_of
 
 __all__ = ["IResNet", "iresnet18", "iresnet34", "iresnet50", "iresnet100", "iresnet200"]
 
@@ -57,14 +55,15 @@ class IResNet(Backbone):
     """insightface's residual network: (b, 3, h, w) images to (b, d) embeddings, not normalized.
 
     A stem of stride 1, four stages of 64, 128, 256, 512 channels that each halve the grid, BatchNorm, one linear layer
-    over the whole final grid, and a BatchNorm whose weight is frozen at 1. Under autocast, the linear layer and the last
-    BatchNorm compute in the precision of their weights.
+    over the whole final grid, and a BatchNorm whose weight is frozen at 1. Under autocast, the linear layer and the
+    last BatchNorm compute in the precision of their weights.
 
     Args:
         layers: blocks in each of the four stages; (3, 4, 14, 3) is iresnet50.
         embedding_dim: dimensions d of the embedding.
         width: factor of every channel count; the first stage has 64 * width rounded to a multiple of 8, at least 8.
-        input_size: side of the square images, or (height, width), in pixels. The final grid has a sixteenth of the size, rounded up.
+        input_size: side of the square images, or (height, width), in pixels. The final grid has a
+            sixteenth of the size, rounded up.
         dropout: dropout probability before the linear layer.
         norm_eps: epsilon of every BatchNorm; MagFace's copies of these networks use 2e-5.
 
@@ -86,6 +85,9 @@ class IResNet(Backbone):
     """
 
     stages: tuple[str, ...] = ("layer1", "layer2", "layer3", "layer4")
+    family: ClassVar[str] = "iresnet"
+    _names: ClassVar[tuple[str, ...]] = ("layers", "embedding_dim", "width", "input_size", "dropout", "norm_eps")
+    _defaults: ClassVar[Mapping[str, object]] = {"norm_eps": NORM_EPS}
 
     def __init__(
         self,
@@ -126,23 +128,8 @@ class IResNet(Backbone):
     def name(self) -> str:
         return DEPTHS.get(self.layers, "iresnet")
 
-    @property
-    def family(self) -> str:
-        return "iresnet"
-
-    @property
-    def arguments(self) -> dict[str, Any]:
-        return {
-            "layers": self.layers,
-            "embedding_dim": self.embedding_dim,
-            "width": self.width,
-            "input_size": self.input_size,
-            "dropout": self.dropout.p,
-            **({} if self.norm_eps == NORM_EPS else {"norm_eps": self.norm_eps}),
-        }
-
     def forward(self, images: Tensor) -> Tensor:
-        check_images("IResNet", images, self._size)
+        self._check_images(images)
         x = self.prelu(self.bn1(self.conv1(images)))
         x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
         x = self.dropout(self.bn2(x).flatten(1))

@@ -1,98 +1,69 @@
 """MBF, insightface's wider MobileFaceNet, with insightface's module names so that its checkpoints load unchanged."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import ClassVar
 
 from torch import Tensor, nn
 
 from kdlib._checks import check_number
 from kdlib_faces.backbones.input_spec import InputSize
-from kdlib_faces.backbones.networks.arguments import check_blocks, check_images, final_grid
-from kdlib_faces.backbones.networks.base import Backbone
+from kdlib_faces.backbones.networks.base import Backbone, Layers, check_blocks, final_grid
 
-__all__ = ["MBF", "mbf"]
+__all__ = ["MBF", "MBFFlat", "mbf"]
 
 
-class _ConvBlock(nn.Module):
+class _ConvBlock(Layers):
     """Convolution, BatchNorm, PReLU."""
 
     def __init__(self, c_in: int, c_out: int, kernel: int = 1, stride: int = 1, groups: int = 1) -> None:
-        super().__init__()
-        self.layers = nn.Sequential(
-            nn.Conv2d(c_in, c_out, kernel, stride, kernel // 2, groups=groups, bias=False),
-            nn.BatchNorm2d(c_out),
-            nn.PReLU(c_out),
-        )
-
-    def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.layers(x)
-        return out
+        convolution = nn.Conv2d(c_in, c_out, kernel, stride, kernel // 2, groups=groups, bias=False)
+        super().__init__(convolution, nn.BatchNorm2d(c_out), nn.PReLU(c_out))
 
 
-class _LinearBlock(nn.Module):
+class _LinearBlock(Layers):
     """Convolution and BatchNorm without activation."""
 
     def __init__(self, c_in: int, c_out: int, kernel: tuple[int, int] = (1, 1), groups: int = 1) -> None:
-        super().__init__()
-        self.layers = nn.Sequential(nn.Conv2d(c_in, c_out, kernel, groups=groups, bias=False), nn.BatchNorm2d(c_out))
-
-    def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.layers(x)
-        return out
+        super().__init__(nn.Conv2d(c_in, c_out, kernel, groups=groups, bias=False), nn.BatchNorm2d(c_out))
 
 
-class _DepthWise(nn.Module):
+class _DepthWise(Layers):
     """1x1 to `c_mid` channels, depthwise 3x3, linear 1x1; adds the input if `residual`."""
 
     def __init__(self, c_in: int, c_out: int, c_mid: int, stride: int = 2, residual: bool = False) -> None:
-        super().__init__()
+        depthwise = _ConvBlock(c_mid, c_mid, kernel=3, stride=stride, groups=c_mid)
+        super().__init__(_ConvBlock(c_in, c_mid), depthwise, _LinearBlock(c_mid, c_out))
         self.residual = residual
-        self.layers = nn.Sequential(
-            _ConvBlock(c_in, c_mid),
-            _ConvBlock(c_mid, c_mid, kernel=3, stride=stride, groups=c_mid),
-            _LinearBlock(c_mid, c_out),
-        )
 
     def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.layers(x)
+        out = super().forward(x)
         return x + out if self.residual else out
 
 
-class _Residual(nn.Module):
-    """Residual depthwise blocks of stride 1."""
-
-    def __init__(self, channels: int, blocks: int, c_mid: int) -> None:
-        super().__init__()
-        self.layers = nn.Sequential(*[_DepthWise(channels, channels, c_mid, 1, True) for _ in range(blocks)])
-
-    def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.layers(x)
-        return out
+def _residuals(channels: int, blocks: int, c_mid: int) -> Layers:
+    """Return residual depthwise blocks of stride 1."""
+    return Layers(*[_DepthWise(channels, channels, c_mid, 1, True) for _ in range(blocks)])
 
 
-class _GDC(nn.Module):
-    """Global depthwise convolution, linear layer, BatchNorm."""
+def _tail(first: Layers, inputs: int, embedding_dim: int, *, bias: bool) -> Layers:
+    """Return the layers `first`, flattening of the grid, linear layer, BatchNorm."""
+    return Layers(first, nn.Flatten(1), nn.Linear(inputs, embedding_dim, bias=bias), nn.BatchNorm1d(embedding_dim))
 
-    def __init__(self, grid: tuple[int, int], embedding_dim: int) -> None:
-        super().__init__()
-        self.layers = nn.Sequential(
-            _LinearBlock(512, 512, grid, groups=512),
-            nn.Flatten(1),
-            nn.Linear(512, embedding_dim, bias=False),
-            nn.BatchNorm1d(embedding_dim),
-        )
 
-    def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.layers(x)
-        return out
+def _initialize(module: nn.Module) -> None:
+    """Initialize all weights from He's normal distribution over the outputs."""
+    for each in module.modules():
+        if isinstance(each, nn.Conv2d | nn.Linear):
+            nn.init.kaiming_normal_(each.weight, mode="fan_out", nonlinearity="relu")
 
 
 class MBF(Backbone):
     """insightface's MobileFaceNet: (b, 3, h, w) images to (b, d) embeddings, not normalized.
 
     `scale` multiplies the channels between blocks; the widths inside the blocks stay 128, 256 and 512. The second
-    convolution has 64 groups at any scale: it is depthwise only at scale 1, where the network equals `MobileFaceNet`. Scale 2 with blocks (1, 4, 6, 2) is `mbf`: 2,059,520 parameters, 437.5 M multiply-adds; scale 4
-    with blocks (2, 8, 12, 4) is `mbf_large`: 6,314,880 and 1816 M.
+    convolution has 64 groups at any scale: it is depthwise only at scale 1, where the network equals `MobileFaceNet`.
+    Scale 2 with blocks (1, 4, 6, 2) is `mbf`: 2,059,520 parameters, 437.5 M multiply-adds; scale 4 with blocks
+    (2, 8, 12, 4) is `mbf_large`: 6,314,880 and 1816 M.
 
     Args:
         embedding_dim: dimensions d of the embedding.
@@ -115,6 +86,8 @@ class MBF(Backbone):
     """
 
     stages: tuple[str, ...] = ("layers.1", "layers.3", "layers.5", "layers.7")
+    family: ClassVar[str] = "mbf"
+    _names: ClassVar[tuple[str, ...]] = ("embedding_dim", "scale", "blocks", "input_size")
 
     def __init__(
         self,
@@ -133,36 +106,22 @@ class MBF(Backbone):
         self.layers = nn.ModuleList(
             [
                 _ConvBlock(3, c, kernel=3, stride=2),
-                _ConvBlock(c, c, kernel=3, groups=64) if first == 1 else _Residual(c, first, 128),
+                _ConvBlock(c, c, kernel=3, groups=64) if first == 1 else _residuals(c, first, 128),
                 _DepthWise(c, c, 128),
-                _Residual(c, second, 128),
+                _residuals(c, second, 128),
                 _DepthWise(c, 2 * c, 256),
-                _Residual(2 * c, third, 256),
+                _residuals(2 * c, third, 256),
                 _DepthWise(2 * c, 2 * c, 512),
-                _Residual(2 * c, fourth, 256),
+                _residuals(2 * c, fourth, 256),
             ]
         )
         self.conv_sep = _ConvBlock(2 * c, 512)
-        self.features = _GDC(final_grid(self._size), embedding_dim)
-        for module in self.modules():
-            if isinstance(module, nn.Conv2d | nn.Linear):
-                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-
-    @property
-    def name(self) -> str:
-        return "mbf"
-
-    @property
-    def arguments(self) -> dict[str, Any]:
-        return {
-            "embedding_dim": self.embedding_dim,
-            "scale": self.scale,
-            "blocks": self.blocks,
-            "input_size": self.input_size,
-        }
+        depthwise = _LinearBlock(512, 512, final_grid(self._size), groups=512)
+        self.features = _tail(depthwise, 512, embedding_dim, bias=False)
+        _initialize(self)
 
     def forward(self, images: Tensor) -> Tensor:
-        check_images("MBF", images, self._size)
+        self._check_images(images)
         x = images
         for layer in self.layers:
             x = layer(x)
@@ -170,12 +129,56 @@ class MBF(Backbone):
         return out
 
 
+class MBFFlat(MBF):
+    """`MBF` with the tail 1x1 convolution to 64 channels, flattening, linear layer, BatchNorm.
+
+    The trunk is that of `MBF`. Instead of the global depthwise convolution, the linear layer has separate weights for
+    every cell of the final grid: 3,410,368 parameters at 112 pixels and 512 dimensions, scale 2.
+
+    Args:
+        embedding_dim: dimensions d of the embedding.
+        scale: as in `MBF`.
+        blocks: as in `MBF`.
+        input_size: side of the square images, or (height, width), in pixels.
+        tail_channels: channels before the grid is flattened.
+
+    Shape:
+        images `(b, 3, h, w)`; returns `(b, d)`, not normalized.
+
+    Examples:
+        >>> import torch
+        >>> MBFFlat(64, scale=1, blocks=(1, 1, 1, 1), input_size=32, tail_channels=8).eval()(torch.zeros(2, 3, 32, 32)).shape
+        torch.Size([2, 64])
+        >>> sum(weight.numel() for weight in MBFFlat().parameters())
+        3410368
+
+    References:
+        The graph of insightface's `w600k_mbf.onnx`.
+    """
+
+    family: ClassVar[str] = "mbf_flat"
+    _names: ClassVar[tuple[str, ...]] = (*MBF._names, "tail_channels")
+
+    def __init__(
+        self,
+        embedding_dim: int = 512,
+        *,
+        scale: int = 2,
+        blocks: Sequence[int] = (1, 4, 6, 2),
+        input_size: InputSize = 112,
+        tail_channels: int = 64,
+    ) -> None:
+        check_number("MBFFlat", "tail_channels", tail_channels, min=1, integer=True)
+        super().__init__(embedding_dim, scale=scale, blocks=blocks, input_size=input_size)
+        self.tail_channels = tail_channels
+        rows, columns = final_grid(self._size)
+        inputs = tail_channels * rows * columns
+        self.features = _tail(_ConvBlock(512, tail_channels), inputs, embedding_dim, bias=True)
+        _initialize(self.features)
+
+
 def mbf(
-    embedding_dim: int = 512,
-    *,
-    scale: int = 2,
-    blocks: Sequence[int] = (1, 4, 6, 2),
-    input_size: InputSize = 112,
+    embedding_dim: int = 512, *, scale: int = 2, blocks: Sequence[int] = (1, 4, 6, 2), input_size: InputSize = 112
 ) -> MBF:
     """insightface's `mbf`: `MBF` with scale 2, 2,059,520 parameters at 112 pixels and 512 dimensions.
 

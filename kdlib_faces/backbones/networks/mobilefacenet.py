@@ -7,15 +7,15 @@ References:
     2018, arXiv:1804.07573.
 """
 
-from typing import Any, Literal
+from collections.abc import Mapping
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
 from kdlib._checks import check_choice
 from kdlib_faces.backbones.input_spec import InputSize
-from kdlib_faces.backbones.networks.arguments import channels, check_images, final_grid
-from kdlib_faces.backbones.networks.base import Backbone
+from kdlib_faces.backbones.networks.base import Backbone, channels, final_grid
 
 __all__ = ["MobileFaceNet"]
 
@@ -79,8 +79,8 @@ class _Residuals(nn.Module):
 class _NormAwarePool(nn.Module):
     """BatchNorm, scaling of every cell to the mean norm of the image's cells, mean over the grid, BatchNorm; no weights.
 
-    The original implementations use the mean norm over the whole batch, so that an embedding depends on the other images
-    of its batch. For a batch of one the results are equal.
+    The original implementations use the mean norm over the whole batch, so that an embedding depends on the other
+    images of its batch. For a batch of one the results are equal.
     """
 
     def __init__(self, channels: int) -> None:
@@ -103,13 +103,14 @@ class MobileFaceNet(Backbone):
     """MobileFaceNet: (b, 3, h, w) images to (b, d) embeddings, not normalized.
 
     Four halvings of the grid (64, 64, 128, 128 channels at width 1), a 1x1 convolution to 512 channels, a depthwise
-    convolution over the whole final grid (7x7 at 112 pixels), a linear layer and BatchNorm. At 112 pixels and 128 dimensions:
-    1,003,136 parameters and 220.97 M multiply-adds; at 512 dimensions 1,200,512 and 221.16 M.
+    convolution over the whole final grid (7x7 at 112 pixels), a linear layer and BatchNorm. At 112 pixels and 128
+    dimensions: 1,003,136 parameters and 220.97 M multiply-adds; at 512 dimensions 1,200,512 and 221.16 M.
 
     Args:
         embedding_dim: dimensions d of the embedding.
         width: factor of every channel count; the first stage has 64 * width rounded to a multiple of 8, at least 8.
-        input_size: side of the square images, or (height, width), in pixels. The final grid has a sixteenth of the size, rounded up.
+        input_size: side of the square images, or (height, width), in pixels. The final grid has a
+            sixteenth of the size, rounded up.
         affine: whether the last BatchNorm has weight and bias; AdaDistill's has none (1,199,488 parameters at 512).
         tail: `"gdc"` for the global depthwise convolution and linear layer above; `"gnap"` for global norm-aware
             pooling, which has no weights and gives 512 * width dimensions.
@@ -127,10 +128,14 @@ class MobileFaceNet(Backbone):
         ('conv2_dw', 'conv_3', 'conv_4', 'conv_5')
 
     References:
-        arXiv:1804.07573, table 1. Weights are initialized from He's normal distribution (the paper does not specify it).
+        arXiv:1804.07573, table 1. Weights are initialized from He's normal distribution (the paper does not specify
+        it).
     """
 
     stages: tuple[str, ...] = ("conv2_dw", "conv_3", "conv_4", "conv_5")
+    family: ClassVar[str] = "mobilefacenet"
+    _names: ClassVar[tuple[str, ...]] = ("embedding_dim", "width", "input_size", "affine", "tail")
+    _defaults: ClassVar[Mapping[str, object]] = {"affine": True, "tail": "gdc"}
 
     def __init__(
         self,
@@ -171,22 +176,8 @@ class MobileFaceNet(Backbone):
             if isinstance(module, nn.Conv2d | nn.Linear):
                 nn.init.kaiming_normal_(module.weight, a=0.25)
 
-    @property
-    def name(self) -> str:
-        return "mobilefacenet"
-
-    @property
-    def arguments(self) -> dict[str, Any]:
-        return {
-            "embedding_dim": self.embedding_dim,
-            "width": self.width,
-            "input_size": self.input_size,
-            **({} if self.affine else {"affine": False}),
-            **({} if self.tail == "gdc" else {"tail": self.tail}),
-        }
-
     def forward(self, images: Tensor) -> Tensor:
-        check_images("MobileFaceNet", images, self._size)
+        self._check_images(images)
         x = self.conv2_dw(self.conv1(images))
         x = self.conv_3(self.conv_23(x))
         x = self.conv_4(self.conv_34(x))

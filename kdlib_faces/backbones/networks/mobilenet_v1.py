@@ -1,21 +1,20 @@
 """MobileNet V1 for faces.
 
-Module names follow yakhyo's project, so that its checkpoints load unchanged; those of bubbliiiing load by a table of names.
+Module names follow yakhyo's project, so that its checkpoints load unchanged; those of bubbliiiing load by a table of
+names.
 
 References:
     Howard et al., "MobileNets: Efficient Convolutional Neural Networks for Mobile Vision Applications", 2017,
     arXiv:1704.04861.
 """
 
-from typing import Any, Literal
+from typing import ClassVar, Literal
 
 from torch import Tensor, nn
 
 from kdlib._checks import check_choice, check_number
 from kdlib_faces.backbones.input_spec import InputSize
-from kdlib_faces.backbones.networks.arguments import check_images, final_grid
-from kdlib_faces.backbones.networks.base import Backbone
-from kdlib_faces.backbones.networks.precision import in_precision_of
+from kdlib_faces.backbones.networks.base import Backbone, Layers, final_grid, in_precision_of
 
 __all__ = ["GDCTail", "MobileNetV1", "divisible", "mobilenet_v1", "mobilenet_v1_025"]
 
@@ -43,26 +42,13 @@ class _Conv(nn.Sequential):
         )
 
 
-class _LinearBlock(nn.Module):
-    """Depthwise convolution over the whole grid and BatchNorm."""
-
-    def __init__(self, channels: int, grid: tuple[int, int]) -> None:
-        super().__init__()
-        self.layers = nn.Sequential(
-            nn.Conv2d(channels, channels, grid, groups=channels, bias=False), nn.BatchNorm2d(channels)
-        )
-
-    def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.layers(x)
-        return out
-
-
 class GDCTail(nn.Module):
     """Global depthwise convolution, linear layer, BatchNorm."""
 
     def __init__(self, channels: int, grid: tuple[int, int], embedding_dim: int, *, affine: bool = True) -> None:
         super().__init__()
-        self.features = nn.Sequential(_LinearBlock(channels, grid), nn.Flatten(1))
+        depthwise = nn.Conv2d(channels, channels, grid, groups=channels, bias=False)
+        self.features = nn.Sequential(Layers(depthwise, nn.BatchNorm2d(channels)), nn.Flatten(1))
         self.fc = nn.Sequential(
             nn.Linear(channels, embedding_dim, bias=False), nn.BatchNorm1d(embedding_dim, affine=affine)
         )
@@ -75,13 +61,14 @@ class GDCTail(nn.Module):
 class MobileNetV1(Backbone):
     """MobileNet V1 with a stem of stride 1: (b, 3, h, w) images to (b, d) embeddings, not normalized.
 
-    Thirteen pairs of a depthwise and a pointwise convolution; four of them halve the grid. At 112 pixels, 512 dimensions
-    and width 0.25: 360,960 parameters; 363,696 with `bias`, which yakhyo's checkpoints have.
+    Thirteen pairs of a depthwise and a pointwise convolution; four of them halve the grid. At 112 pixels, 512
+    dimensions and width 0.25: 360,960 parameters; 363,696 with `bias`, which yakhyo's checkpoints have.
 
     Args:
         embedding_dim: dimensions d of the embedding.
         width: factor on every channel count, rounded to multiples of 8.
-        input_size: side of the square images, or (height, width), in pixels. The final grid has a sixteenth of the size, rounded up.
+        input_size: side of the square images, or (height, width), in pixels. The final grid has a
+            sixteenth of the size, rounded up.
         bias: whether convolutions before a BatchNorm have a bias. It is redundant with the BatchNorm.
         tail: `"gdc"`: global depthwise convolution, linear layer, BatchNorm, and PReLU throughout, as in yakhyo's.
             `"flat"`: 1x1 convolution to 512 * width channels, BatchNorm, one linear layer over the whole grid,
@@ -105,6 +92,8 @@ class MobileNetV1(Backbone):
     """
 
     stages: tuple[str, ...] = ("stage1.3", "stage1.5", "stage2.5", "stage3.1")
+    family: ClassVar[str] = "mobilenet_v1"
+    _names: ClassVar[tuple[str, ...]] = ("embedding_dim", "width", "input_size", "bias", "tail", "dropout")
 
     def __init__(
         self,
@@ -156,23 +145,8 @@ class MobileNetV1(Backbone):
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out")
 
-    @property
-    def name(self) -> str:
-        return "mobilenet_v1"
-
-    @property
-    def arguments(self) -> dict[str, Any]:
-        return {
-            "embedding_dim": self.embedding_dim,
-            "width": self.width,
-            "input_size": self.input_size,
-            "bias": self.bias,
-            "tail": self.tail,
-            "dropout": self.dropout.p,
-        }
-
     def forward(self, images: Tensor) -> Tensor:
-        check_images("MobileNetV1", images, self._size)
+        self._check_images(images)
         x = self.stage3(self.stage2(self.stage1(images)))
         if self.tail == "gdc":
             out: Tensor = self.output_layer(x)

@@ -1,20 +1,20 @@
 """MobileNet V2 for faces.
 
-Module names follow yakhyo's project, so that its checkpoints load unchanged; those of cavaface load by a table of names.
+Module names follow yakhyo's project, so that its checkpoints load unchanged; those of cavaface load by a table of
+names.
 
 References:
     Sandler, Howard, Zhu, Zhmoginov, Chen, "MobileNetV2: Inverted Residuals and Linear Bottlenecks", 2018,
     arXiv:1801.04381.
 """
 
-from typing import Any
+from typing import ClassVar
 
 from torch import Tensor, nn
 
 from kdlib._checks import check_number
 from kdlib_faces.backbones.input_spec import InputSize
-from kdlib_faces.backbones.networks.arguments import check_images, final_grid
-from kdlib_faces.backbones.networks.base import Backbone
+from kdlib_faces.backbones.networks.base import Backbone, final_grid
 from kdlib_faces.backbones.networks.mobilenet_v1 import GDCTail, divisible
 
 __all__ = ["MobileNetV2", "mobilenet_v2"]
@@ -65,10 +65,11 @@ class MobileNetV2(Backbone):
     Args:
         embedding_dim: dimensions d of the embedding.
         width: factor on every channel count, rounded to multiples of 8; the last 512 channels are never reduced.
-        input_size: side of the square images, or (height, width), in pixels. The final grid has a sixteenth of the size, rounded up.
+        input_size: side of the square images, or (height, width), in pixels. The final grid has a
+            sixteenth of the size, rounded up.
         bias: whether convolutions before a PReLU have a bias. It is redundant with the BatchNorm.
-        stem_stride: 1, with four halvings in the blocks, as in yakhyo's; or 2, without the two blocks of 24 channels, as in
-            cavaface's.
+        stem_stride: 1, with four halvings in the blocks, as in yakhyo's; or 2, without the two blocks of 24 channels,
+            as in cavaface's.
         affine: whether the last BatchNorm has weight and bias; cavaface has both variants.
 
     Raises:
@@ -86,6 +87,9 @@ class MobileNetV2(Backbone):
     References:
         yakhyo/face-recognition, models/mobilenetv2.py; cavaface, backbone/mobilenetv2.py: same layers.
     """
+
+    family: ClassVar[str] = "mobilenet_v2"
+    _names: ClassVar[tuple[str, ...]] = ("embedding_dim", "width", "input_size", "bias", "stem_stride", "affine")
 
     def __init__(
         self,
@@ -127,23 +131,8 @@ class MobileNetV2(Backbone):
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out")
 
-    @property
-    def name(self) -> str:
-        return "mobilenet_v2"
-
-    @property
-    def arguments(self) -> dict[str, Any]:
-        return {
-            "embedding_dim": self.embedding_dim,
-            "width": self.width,
-            "input_size": self.input_size,
-            "bias": self.bias,
-            "stem_stride": self.stem_stride,
-            "affine": self.affine,
-        }
-
     def forward(self, images: Tensor) -> Tensor:
-        check_images("MobileNetV2", images, self._size)
+        self._check_images(images)
         out: Tensor = self.output_layer(self.features(images))
         return out
 

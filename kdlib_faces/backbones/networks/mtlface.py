@@ -8,7 +8,7 @@ References:
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -16,10 +16,8 @@ from torch import Tensor, nn
 
 from kdlib._checks import check_number
 from kdlib_faces.backbones.input_spec import InputSize
-from kdlib_faces.backbones.networks.arguments import channels, check_blocks, check_images, final_grid
-from kdlib_faces.backbones.networks.base import Backbone
-from kdlib_faces.backbones.networks.ir import IRBlock
-from kdlib_faces.backbones.networks.precision import in_precision_of
+from kdlib_faces.backbones.networks.base import Backbone, channels, check_blocks, final_grid
+from kdlib_faces.backbones.networks.ir import IRBlock, IROutput
 
 __all__ = ["MTLFaceNet"]
 
@@ -54,14 +52,15 @@ class _Factorization(nn.Module):
 class MTLFaceNet(Backbone):
     """MTLFace's backbone: (b, 3, h, w) images to (b, d) identity embeddings, not normalized.
 
-    An IR network with a BatchNorm inside the blocks. Channel and spatial attention estimate the age-related part of the last
-    feature map, and the embedding is computed from the rest.
+    An IR network with a BatchNorm inside the blocks. Channel and spatial attention estimate the age-related part of the
+    last feature map, and the embedding is computed from the rest.
 
     Args:
         layers: blocks in each of the four stages.
         embedding_dim: dimensions d of the embedding.
         width: factor of every channel count; the first stage has 64 * width rounded to a multiple of 8, at least 8.
-        input_size: side of the square images, or (height, width), in pixels. The final grid has a sixteenth of the size, rounded up.
+        input_size: side of the square images, or (height, width), in pixels. The final grid has a
+            sixteenth of the size, rounded up.
         dropout: dropout probability before the linear layer.
         se: add squeeze-and-excitation to each block.
 
@@ -83,6 +82,8 @@ class MTLFaceNet(Backbone):
     """
 
     stages: tuple[str, ...] = ("block1", "block2", "block3", "block4")
+    family: ClassVar[str] = "mtlface"
+    _names: ClassVar[tuple[str, ...]] = ("layers", "embedding_dim", "width", "input_size", "dropout", "se")
 
     def __init__(
         self,
@@ -114,34 +115,14 @@ class MTLFaceNet(Backbone):
         self.block3 = stage(2 * c, 4 * c, self.layers[2])
         self.block4 = stage(4 * c, 8 * c, self.layers[3])
         self.fsm = _Factorization(8 * c)
-        self.output_layer = nn.Sequential(
-            nn.BatchNorm2d(8 * c),
-            nn.Dropout(dropout),
-            nn.Flatten(1),
-            nn.Linear(8 * c * rows * columns, embedding_dim),
-            nn.BatchNorm1d(embedding_dim),
-        )
+        self.dropout = dropout
+        self.output_layer = IROutput(8 * c, rows * columns, embedding_dim, dropout)
         for module in self.modules():
             if isinstance(module, nn.Conv2d | nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
 
-    @property
-    def name(self) -> str:
-        return "mtlface"
-
-    @property
-    def arguments(self) -> dict[str, Any]:
-        return {
-            "layers": self.layers,
-            "embedding_dim": self.embedding_dim,
-            "width": self.width,
-            "input_size": self.input_size,
-            "dropout": self.output_layer[1].p,
-            "se": self.se,
-        }
-
     def forward(self, images: Tensor) -> Tensor:
-        check_images("MTLFaceNet", images, self._size)
+        self._check_images(images)
         x = self.block2(self.block1(self.input_layer(images)))
-        x = self.fsm(self.block4(self.block3(x)))
-        return in_precision_of(next(self.output_layer[3].parameters()), self.output_layer[3:], self.output_layer[:3](x))
+        out: Tensor = self.output_layer(self.fsm(self.block4(self.block3(x))))
+        return out

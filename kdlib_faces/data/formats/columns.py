@@ -1,7 +1,7 @@
-"""Data room: columns of whole numbers from text of millions of rows, fast and strict. Touches the file system and NumPy.
+"""Fast, strict parsing of columns of whole numbers from text of millions of rows.
 
-Eight digits are one 64-bit word: the bytes before the end of each number are taken as a word, what is not its own is shifted
-out, and three multiplications add the digits up, for all numbers of a block at once.
+Eight digits are one 64-bit word. The bytes before the end of each number are read as a word, the bytes of its neighbors are
+shifted out, and three multiplications add up the digits, for all numbers of a block at once.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -16,90 +16,73 @@ from kdlib_faces._checks import InputError
 from kdlib_faces.data.formats.files import opened
 from kdlib_faces.data.formats.text import MAX_LINE
 
-__all__ = ["integer_blocks", "read_integers"]
+__all__ = ["read_integers"]
 
 BLOCK = 1 << 18
 PAD = 16
 _U = np.uint64
 _ZEROS, _ABOVE_NINE, _HIGH = _U(0x3030303030303030), _U(0x7676767676767676), _U(0x8080808080808080)
 _BYTES, _SUM_1, _SUM_2 = _U(0x000000FF000000FF), _U(0x000F424000000064), _U(0x0000271000000001)
-# By how much a word is shifted so that a number of so many digits stands alone; lengths above 8 fill the word.
+# Bits by which a word is shifted to isolate a number of that many digits; numbers above 8 digits fill the word.
 _SHIFTS = np.array([64 - 8 * min(length, 8) for length in range(PAD + 1)], dtype=np.uint64)
 _BLANKS = (9, 10, 13, 32)
 
 
 def read_integers(
     path: str | PathLike[str],
-    kinds: Sequence[type[np.generic]],
+    dtypes: Sequence[type[np.generic]],
     *,
     what: str,
-    most: int,
+    max_rows: int,
     check: Callable[[NDArray[np.int64], int], None] | None = None,
 ) -> list[NDArray[Any]]:
-    """All rows of `integer_blocks`, each column an array of its kind, with room made once for the whole file.
+    """Read rows of whole numbers from 0, separated by blanks or tabs; blank lines are skipped.
 
     Args:
-        path: the file.
-        kinds: a NumPy scalar type a column.
-        what: what the file is, for the messages.
-        most: rows that are too many.
-        check: called with each block and the number of rows before it; raises where it finds something wrong.
+        path: The file.
+        dtypes: NumPy scalar type of each column.
+        what: Kind of file, for messages.
+        max_rows: Maximum number of rows.
+        check: Called with each block of rows, `(m, columns)` int64, and the number of rows before it; raises for wrong
+            values.
+
+    Returns:
+        One array per column.
 
     Raises:
-        InputError: as there.
+        InputError: The file holds anything else, a number of more than 16 digits, more than `max_rows` rows, or no row;
+            the message names the line.
     """
     columns: list[NDArray[Any]] = []
-    rows = 0
-    for block in integer_blocks(path, len(kinds), what=what, most=most):
+    rows = lines = 0
+    for text in _blocks(path, what):
+        try:
+            block, ended = _parse(text, len(dtypes))
+        except ValueError:
+            _raise_line(text, len(dtypes), lines, path, what)
+        lines += ended
+        end = rows + len(block)
+        if end > max_rows:
+            raise InputError(f"{path}: more than {max_rows:,} rows; this is not a {what}")
         if check is not None:
             check(block, rows)
-        end = rows + len(block)
         if not columns:
-            # Lines are about as long throughout; what is not needed is never touched, and so costs nothing.
-            room = int(1.1 * len(block) * max(1.0, Path(path).stat().st_size / BLOCK)) + len(block)
-            columns = [np.empty(min(room, most + len(block)), dtype=kind) for kind in kinds]
+            # One allocation for the whole file, estimated from the length of its lines; untouched memory costs nothing.
+            estimate = int(1.1 * len(block) * max(1.0, Path(path).stat().st_size / BLOCK)) + len(block)
+            columns = [np.empty(min(estimate, max_rows + len(block)), dtype=dtype) for dtype in dtypes]
         elif end > len(columns[0]):
             columns = [np.concatenate([column[:rows], np.empty(end, column.dtype)]) for column in columns]
         for column, values in zip(columns, block.T, strict=True):
             column[rows:end] = values
         rows = end
+    if not rows:
+        raise InputError(f"{path}: the {what} is empty")
     return [column[:rows] for column in columns]
 
 
-def integer_blocks(path: str | PathLike[str], columns: int, *, what: str, most: int) -> Iterator[NDArray[np.int64]]:
-    """Rows of `columns` whole numbers from 0, separated by blanks or tabs; blank lines are left out.
-
-    Args:
-        path: the file.
-        columns: numbers a row.
-        what: what the file is, for the messages.
-        most: rows that are too many.
-
-    Yields:
-        `(m, columns)` int64, a quarter of a megabyte of text at a time.
-
-    Raises:
-        InputError: anything else in the file, a number of more than 16 digits, more than `most` rows, or none; the line
-            is named.
-    """
-    rows = lines = 0
-    for block in _blocks(path, what):
-        try:
-            table, ended = _parse(block, columns)
-        except ValueError:
-            _blame(block, columns, lines, path, what)
-        rows += len(table)
-        lines += ended
-        if rows > most:
-            raise InputError(f"{path}: more than {most:,} rows; this is no {what}")
-        yield table
-    if not rows:
-        raise InputError(f"{path}: the {what} is empty")
-
-
 def _blocks(path: str | PathLike[str], what: str) -> Iterator[bytes]:
-    """Whole lines, each block ending with a line end."""
-    with opened(Path(path), what) as stream:
+    """Whole lines, about 256 KiB at a time; each block ends with a line end."""
+    with opened(path, what) as stream:
         rest = b""
         while chunk := stream.read(BLOCK):
             rest += chunk
@@ -108,22 +91,22 @@ def _blocks(path: str | PathLike[str], what: str) -> Iterator[bytes]:
                 yield rest[:end]
                 rest = rest[end:]
             if len(rest) > MAX_LINE:
-                raise InputError(f"{path}: a line is longer than {MAX_LINE} bytes; this is no {what}")
+                raise InputError(f"{path}: a line is longer than {MAX_LINE} bytes; this is not a {what}")
         if rest:
             yield rest + b"\n"
 
 
 def _parse(block: bytes, columns: int) -> tuple[NDArray[np.int64], int]:
-    """The numbers of whole lines, and how many lines they are; ValueError where there is anything else."""
+    """The numbers of whole lines and the number of lines; ValueError for anything else."""
     padded = np.empty(PAD + len(block), dtype=np.uint8)
     padded[:PAD] = 32
     padded[PAD:] = np.frombuffer(block, np.uint8)
     breaks = np.flatnonzero(padded < 33)
     ends = breaks[PAD:]
     lengths = ends - breaks[PAD - 1 : -1] - 1
-    kinds = padded.take(ends)
-    line_ends = kinds == 10
-    if not (line_ends | (kinds == 32)).all() and not np.isin(kinds, _BLANKS).all():
+    marks = padded.take(ends)
+    line_ends = marks == 10
+    if not (line_ends | (marks == 32)).all() and not np.isin(marks, _BLANKS).all():
         raise ValueError
     count = int(np.count_nonzero(line_ends))
     if lengths.min() > 0:
@@ -140,7 +123,7 @@ def _parse(block: bytes, columns: int) -> tuple[NDArray[np.int64], int]:
     longest = int(lengths.max())
     if longest > PAD:
         raise ValueError
-    words: NDArray[Any] = np.ndarray((len(padded) - 7,), dtype="<u8", buffer=padded.data, strides=(1,))
+    words: NDArray[np.uint64] = np.ndarray((len(padded) - 7,), dtype=np.dtype("<u8"), buffer=padded.data, strides=(1,))
     numbers = _digits(words.take(ends - 8), lengths)
     if longest > 8:
         long = np.flatnonzero(lengths > 8)
@@ -149,11 +132,11 @@ def _parse(block: bytes, columns: int) -> tuple[NDArray[np.int64], int]:
 
 
 def _digits(words: NDArray[np.uint64], lengths: NDArray[np.int64]) -> NDArray[np.int64]:
-    """The numbers that the last `lengths` (at least 1) of the eight characters of each word spell."""
-    away = _SHIFTS.take(lengths)
+    """The numbers in the last `lengths` (at least 1) of the eight characters of each word."""
+    shift = _SHIFTS.take(lengths)
     words ^= _ZEROS
-    words >>= away
-    words <<= away
+    words >>= shift
+    words <<= shift
     if (((words + _ABOVE_NINE) | words) & _HIGH).any():
         raise ValueError
     words = words * _U(10) + (words >> _U(8))
@@ -166,11 +149,13 @@ def _digits(words: NDArray[np.uint64], lengths: NDArray[np.int64]) -> NDArray[np
     return words.view(np.int64)
 
 
-def _blame(block: bytes, columns: int, lines: int, path: str | PathLike[str], what: str) -> NoReturn:
-    """Which line of the block it was."""
+def _raise_line(block: bytes, columns: int, lines: int, path: str | PathLike[str], what: str) -> NoReturn:
+    """Name the first wrong line of a block."""
     for number, line in enumerate(block.split(b"\n"), lines + 1):
         fields = line.split()
         if fields and (len(fields) != columns or not all(field.isdigit() and len(field) <= 16 for field in fields)):
             shown = line[:60].decode("utf-8", "replace")
-            raise InputError(f"{path} line {number}: must be {columns} whole numbers, got {shown!r}; this is no {what}")
-    raise InputError(f"{path}: after line {lines}: control characters between the numbers; this is no {what}")
+            raise InputError(
+                f"{path} line {number}: must be {columns} whole numbers, got {shown!r}; this is not a {what}"
+            )
+    raise InputError(f"{path}: after line {lines}: control characters between the numbers; this is not a {what}")

@@ -1,19 +1,20 @@
-"""Data room: variables of MATLAB 5 files (`.mat`, MATLAB 5 to 7), so far as cells, structs, text and numbers go.
+"""Reading of variables from MATLAB 5 files (`.mat`, MATLAB 5 to 7): cells, structs, text and numbers.
 
-A bounded reader: what is packed is unpacked up to a limit, counts are checked against the bytes there are. Touches memory only.
+Decompression stops at a limit, and counts are checked against the bytes that are available.
 """
 
+import math
 import struct
 import zlib
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import Any, Literal, NoReturn, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
 from kdlib_faces._checks import InputError
 
-__all__ = ["Cell", "Struct", "matlab_variable"]
+__all__ = ["Cell", "Numbers", "Struct", "Value", "matlab_variable"]
 
 MAX_UNPACKED = 64 * 2**20
 MAX_ITEMS = 2_000_000
@@ -26,63 +27,65 @@ _CELL, _STRUCT, _CHAR, _NUMERIC = 1, 2, 4, range(6, 16)
 
 @dataclass(frozen=True)
 class Cell:
-    """A cell array: its lengths, and its items with the first index running fastest."""
+    """A cell array: its shape, and its items with the first index varying fastest."""
 
     shape: tuple[int, ...]
-    items: list[Any]
+    items: "list[Value]"
 
 
 @dataclass(frozen=True)
 class Struct:
-    """A struct array: its lengths, and a dict of fields an item, first index fastest."""
+    """A struct array: its shape, and the fields of each item, first index varying fastest."""
 
     shape: tuple[int, ...]
-    items: list[dict[str, Any]]
+    items: "list[dict[str, Value]]"
 
 
-Value = Cell | Struct | str | NDArray[Any]
+Numbers: TypeAlias = NDArray[Any]
+Value: TypeAlias = Cell | Struct | str | Numbers
 
 
 def matlab_variable(data: bytes, name: str, source: str) -> Value:
-    """The variable `name` of a MATLAB 5 file.
+    """Return the variable `name` of a MATLAB 5 file.
 
     Args:
-        data: the whole file.
-        name: the variable.
-        source: what to call the file in messages.
+        data: The whole file.
+        name: The variable.
+        source: Name of the file in messages.
 
     Returns:
         `Cell`, `Struct`, text, or a numeric array.
 
     Raises:
-        InputError: a file of MATLAB 4 or 7.3, a broken one, one that unpacks to more than 64 MiB, no such variable, or
-            a variable of another kind (objects, sparse arrays, functions).
+        InputError: The file is of MATLAB 4 or 7.3, broken, or decompresses to more than 64 MiB; the variable does not
+            exist or is of another kind (objects, sparse arrays, functions).
     """
     if data[:19] == b"MATLAB 7.3 MAT-file" or data[:8] == b"\x89HDF\r\n\x1a\n":
         raise InputError(
-            f"{source}: a MATLAB 7.3 file (HDF5), which is not read here; in MATLAB, save(file, '-v7') writes one that is"
+            f"{source}: MATLAB 7.3 files (HDF5) are not supported; in MATLAB, save(file, '-v7') writes a supported one"
         )
-    order = {b"IM": "<", b"MI": ">"}.get(data[126:128])
+    orders: dict[bytes, Literal["<", ">"]] = {b"IM": "<", b"MI": ">"}
+    order = orders.get(data[126:128])
     if order is None:
-        raise InputError(f"{source}: no MATLAB 5 file")
+        raise InputError(f"{source}: not a MATLAB 5 file")
     return _Reader(order, source).find(memoryview(data), name)
 
 
 class _Reader:
-    def __init__(self, order: str, source: str) -> None:
+    def __init__(self, order: Literal["<", ">"], source: str) -> None:
         self.order, self.source = order, source
         self.tag = struct.Struct(order + "II")
         self.unpacked = self.items = 0
 
     def fail(self, what: str) -> NoReturn:
-        raise InputError(f"{self.source}: not a MATLAB 5 file that can be read here: {what}")
+        raise InputError(f"{self.source}: unsupported or broken MATLAB 5 file: {what}")
 
     def element(self, data: memoryview, at: int) -> tuple[int, memoryview, int]:
-        """Type, content, and where the next element starts."""
+        """Type and content of an element, and the position of the next one."""
         if at + 8 > len(data):
             self.fail("it ends inside an element")
         kind, length = self.tag.unpack_from(data, at)
-        if kind >> 16:  # up to four bytes, kept in the tag
+        if kind >> 16:  # Up to four bytes are stored in the tag.
             kind, length, start, end = kind & 0xFFFF, kind >> 16, at + 4, at + 8
             if length > 4:
                 self.fail(f"a short element of {length} bytes")
@@ -101,32 +104,31 @@ class _Reader:
                 kind, content, _ = self.element(memoryview(self.unpack(content)), 0)
             if kind != _MATRIX:
                 self.fail(f"a variable of element type {kind}")
-            found = self.parts(content)
-            if found[2] == name:
+            names.append(self.parts(content)[2])
+            if names[-1] == name:
                 return self.value(content, 0)
-            names.append(found[2])
         shown = ", ".join(repr(each[:40]) for each in names[:8]) or "none"
-        raise InputError(f"{self.source}: no variable {name!r}; there are {shown}")
+        raise InputError(f"{self.source}: no variable {name!r}; found {shown}")
 
     def unpack(self, content: memoryview) -> bytes:
         stream = zlib.decompressobj()
         try:
             out = stream.decompress(content, MAX_UNPACKED - self.unpacked + 1)
         except zlib.error as error:
-            self.fail(f"packed data that do not unpack ({error})")
+            self.fail(f"compressed data that do not decompress ({error})")
         self.unpacked += len(out)
         if self.unpacked > MAX_UNPACKED:
-            self.fail(f"it unpacks to more than {MAX_UNPACKED:,} bytes")
+            self.fail(f"it decompresses to more than {MAX_UNPACKED:,} bytes")
         return out
 
     def parts(self, content: memoryview) -> tuple[int, tuple[int, ...], str, int]:
-        """Class, lengths, name, and where the data of a matrix start."""
+        """Class, shape and name of a matrix, and the position of its data."""
         kind, flags, at = self.element(content, 0)
         if kind != 6 or len(flags) != 8:
             self.fail("a matrix without its flags")
         kind, lengths, at = self.element(content, at)
         if kind != 5 or len(lengths) % 4 or not 8 <= len(lengths) <= 32:
-            self.fail("a matrix without its lengths")
+            self.fail("a matrix without its shape")
         shape = tuple(struct.unpack(f"{self.order}{len(lengths) // 4}i", lengths))
         if min(shape) < 0:
             self.fail(f"a matrix of {shape}")
@@ -144,18 +146,14 @@ class _Reader:
         if depth > MAX_DEPTH:
             self.fail(f"cells more than {MAX_DEPTH} deep")
         kind, shape, _, at = self.parts(content)
-        count = 1
-        for side in shape:
-            count *= side
+        count = math.prod(shape)
         if kind == _CELL:
             return Cell(shape, self.values(content, at, count, depth)[0])
         if kind == _STRUCT:
             names, at = self.fields(content, at)
             flat, _ = self.values(content, at, count * len(names), depth)
-            return Struct(
-                shape,
-                [dict(zip(names, flat[n : n + len(names)], strict=True)) for n in range(0, len(flat), len(names))],
-            )
+            rows = range(0, len(flat), len(names))
+            return Struct(shape, [dict(zip(names, flat[row : row + len(names)], strict=True)) for row in rows])
         if kind == _CHAR:
             return self.text(*self.element(content, at)[:2], shape)
         if kind in _NUMERIC:
@@ -165,14 +163,14 @@ class _Reader:
     def values(self, content: memoryview, at: int, count: int, depth: int) -> tuple[list[Value], int]:
         self.items += count
         if self.items > MAX_ITEMS or count * 8 > len(content):
-            self.fail(f"{count:,} items, more than its bytes can hold or than {MAX_ITEMS:,} in all")
-        found = []
+            self.fail(f"{count:,} items, more than its bytes can hold or than {MAX_ITEMS:,} in total")
+        items: list[Value] = []
         for _ in range(count):
             kind, inner, at = self.element(content, at)
             if kind != _MATRIX:
                 self.fail(f"an item of element type {kind}")
-            found.append(self.value(inner, depth + 1))
-        return found, at
+            items.append(self.value(inner, depth + 1))
+        return items, at
 
     def fields(self, content: memoryview, at: int) -> tuple[list[str], int]:
         kind, width, at = self.element(content, at)
@@ -182,26 +180,26 @@ class _Reader:
         kind, names, at = self.element(content, at)
         if kind not in (1, 2) or length < 1 or len(names) % length or not names:
             self.fail("a struct without its names")
-        found = [bytes(names[n : n + length]).split(b"\0")[0].decode("latin-1") for n in range(0, len(names), length)]
-        if len(set(found)) != len(found):
+        fields = [bytes(names[n : n + length]).split(b"\0")[0].decode("latin-1") for n in range(0, len(names), length)]
+        if len(set(fields)) != len(fields):
             self.fail("a struct with a name twice")
-        return found, at
+        return fields, at
 
     def text(self, kind: int, raw: memoryview, shape: tuple[int, ...]) -> str:
         if raw and (kind not in _TEXTS or (len(shape) > 1 and shape[0] > 1)):
-            self.fail("text of more than one row, or of an unknown coding")
-        coding = _TEXTS.get(kind, "latin-1")
-        if coding in ("utf-16", "utf-32"):
-            coding += "-le" if self.order == "<" else "-be"
+            self.fail("text of more than one row, or of an unknown encoding")
+        encoding = _TEXTS.get(kind, "latin-1")
+        if encoding in ("utf-16", "utf-32"):
+            encoding += "-le" if self.order == "<" else "-be"
         try:
-            return bytes(raw).decode(coding)
+            return bytes(raw).decode(encoding)
         except UnicodeError:
             self.fail("text that does not decode")
 
-    def numbers(self, kind: int, raw: memoryview, shape: tuple[int, ...], count: int) -> NDArray[Any]:
+    def numbers(self, kind: int, raw: memoryview, shape: tuple[int, ...], count: int) -> Numbers:
         if kind not in _NUMBERS:
             self.fail(f"numbers of element type {kind}")
-        dtype = np.dtype(_NUMBERS[kind]).newbyteorder("<" if self.order == "<" else ">")
+        dtype = np.dtype(_NUMBERS[kind]).newbyteorder(self.order)
         if len(raw) != count * dtype.itemsize:
             self.fail(f"{shape} numbers in {len(raw)} bytes")
         return np.frombuffer(raw, dtype).reshape(shape, order="F")

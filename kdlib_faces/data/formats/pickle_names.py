@@ -1,10 +1,7 @@
-"""Data room: the few names a pickled set may hold, and what each makes of its arguments. Nothing here is imported by name
-or called because a file says so; a name is a word. Touches memory only.
-"""
+"""The names that a pickled set of images may use, and the values that calls of them stand for."""
 
 import re
 from dataclasses import dataclass
-from typing import Any
 
 __all__ = ["NAMES", "Name", "PickledArray", "Refused", "call", "fill"]
 
@@ -13,20 +10,24 @@ _ORDERS = ("<", ">", "|", "=")
 _LATIN = ("latin1", "latin-1", "iso-8859-1")
 
 
-class Refused(Exception):
-    """What is wrong with a call or a state, without the place."""
+@dataclass
+class PickledArray:
+    """A NumPy array as a pickle describes it; only the types of its parts have been checked.
 
+    Attributes:
+        dtype: Such as `|u1` or `<i8`; empty until the file fills the array.
+        shape: Lengths as stated by the file.
+        data: Raw bytes; for an array of objects, the list of them.
+    """
 
-@dataclass(frozen=True)
-class Name:
-    """One of the names that are known."""
-
-    kind: str
+    dtype: str = ""
+    shape: tuple[int, ...] = (0,)
+    data: bytes | list[object] = b""
 
 
 @dataclass
 class _Dtype:
-    """A NumPy dtype: its letters, and the byte order that its state sets."""
+    """A NumPy dtype: its letters, and its byte order."""
 
     code: str
     order: str
@@ -36,19 +37,11 @@ class _Dtype:
         return (self.order or "|") + self.code
 
 
-@dataclass
-class PickledArray:
-    """What a pickle says of a NumPy array: nothing of it has been checked but its types.
+@dataclass(frozen=True)
+class Name:
+    """One of the known names."""
 
-    Attributes:
-        dtype: such as `|u1` or `<i8`; empty before the file has filled the array.
-        shape: lengths, as the file states them.
-        data: raw bytes; for an array of objects, the list of them.
-    """
-
-    dtype: str = ""
-    shape: tuple[int, ...] = (0,)
-    data: bytes | list[Any] = b""
+    kind: str
 
 
 NAMES = {
@@ -64,7 +57,11 @@ NAMES |= {
 }
 
 
-def _is_shape(shape: tuple[Any, ...]) -> bool:
+class Refused(Exception):
+    """Reason why a call or a state is refused, without the position."""
+
+
+def _is_shape(shape: tuple[object, ...]) -> bool:
     return len(shape) <= 4 and all(isinstance(side, int) and side >= 0 for side in shape)
 
 
@@ -72,12 +69,8 @@ def _text(word: str | bytes) -> str:
     return word.decode("latin-1") if isinstance(word, bytes) else word
 
 
-def call(name: Name, arguments: tuple[Any, ...]) -> Any:
-    """What `name(*arguments)` stands for: bytes, a dtype or an array.
-
-    Raises:
-        Refused: arguments that no set of images needs.
-    """
+def call(name: Name, arguments: tuple[object, ...]) -> object:
+    """The bytes, dtype or array that `name(*arguments)` stands for."""
     match name.kind, arguments:
         case "bytes", ():
             return b""
@@ -87,7 +80,7 @@ def call(name: Name, arguments: tuple[Any, ...]) -> Any:
             try:
                 return text.encode("latin-1")
             except UnicodeError:
-                raise Refused("text that stands for no bytes") from None
+                raise Refused("text that does not encode to bytes") from None
         case "reconstruct", (Name("ndarray"), tuple(), bytes() | str()):
             return PickledArray()
         case "dtype", (bytes() | str() as code, *_):
@@ -102,15 +95,11 @@ def call(name: Name, arguments: tuple[Any, ...]) -> Any:
             return PickledArray(dtype.text, (), data)
         case "frombuffer", (bytes(data), _Dtype() as dtype, tuple(shape), str()) if _is_shape(shape):
             return PickledArray(dtype.text, shape, data)
-    raise Refused(f"{name.kind} with arguments that it does not take here")
+    raise Refused(f"{name.kind} is called with unsupported arguments")
 
 
-def fill(target: Any, state: Any) -> None:
-    """Give a dtype its byte order, or an array its dtype, shape and bytes.
-
-    Raises:
-        Refused: a state for anything else, or of another form.
-    """
+def fill(target: object, state: object) -> None:
+    """Set the byte order of a dtype, or the dtype, shape and bytes of an array."""
     match target, state:
         case _Dtype() as dtype, (int(), (str() | bytes()) as order, None, None, None, *_) if _text(order) in _ORDERS:
             dtype.order = _text(order)
@@ -119,4 +108,4 @@ def fill(target: Any, state: Any) -> None:
         ):
             array.dtype, array.shape, array.data = dtype.text, shape, data
         case _:
-            raise Refused("a state for something that takes none, or of another form than an array's")
+            raise Refused("a state for an object without one, or of another form than an array's")

@@ -1,37 +1,113 @@
-"""Data room: the bytes of RecordIO and of the image header inside it. Touches memory only.
+"""The byte layout of MXNet's RecordIO and of the image header inside a record.
 
-A record is `magic, length and flag, data, padding to four bytes`, little endian. Where the data itself holds the magic at a
-multiple of four bytes, the writer splits there and leaves the four bytes out: a reader puts them back between the parts.
+A record is `magic, length and flag, data, padding to four bytes`, little endian. Where the data itself contains the magic at
+a multiple of four bytes, the writer splits the record there and omits the four bytes; a reader inserts them between the parts.
 """
 
 import mmap
 import struct
 from collections.abc import Iterator
+from dataclasses import dataclass
+from os import PathLike
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
 
 from kdlib_faces._checks import InputError
+from kdlib_faces.data.formats.text import read_lines
 
-__all__ = ["Buffer", "frame", "header", "pack", "payload", "peek", "unpack"]
+__all__ = [
+    "EXACT", "HEAD", "IdentityRanges", "Record", "RecordProperties",
+    "frame", "pack", "payload", "peek", "read_property", "unpack",
+]  # fmt: skip
 
-Buffer = bytes | mmap.mmap
 MAGIC = 0xCED7230A
 MAGIC_BYTES = struct.pack("<I", MAGIC)
 LENGTH_BITS = 29
-MAX_LENGTH = (1 << LENGTH_BITS) - 1
 MAX_RECORD = 256 * 2**20
 MAX_LABELS = 1_000_000
 WHOLE, FIRST, MIDDLE, LAST = range(4)
+EXACT = 1 << 24
+"""Labels are float32: whole numbers below this one are exact."""
 _FRAME, _HEADER = struct.Struct("<II"), struct.Struct("<IfQQ")
+HEAD = _HEADER.size + 4
+"""Bytes of a record's data that `peek` needs."""
+
+
+class Record(NamedTuple):
+    """One record of a set."""
+
+    image: bytes
+    """Encoded image; empty in header and identity records."""
+    label: float
+    """The label, or the first of several."""
+    labels: tuple[float, ...]
+    key: int
+    """Key of the record in the index."""
+    number: int
+    """Number that the record stores itself."""
+    where: str = "record"
+
+    def __repr__(self) -> str:
+        label = self.labels if len(self.labels) > 1 else self.label
+        return f"<Record: key {self.key}, label {label}, {len(self.image)} bytes>"
+
+    @property
+    def identity(self) -> int:
+        """The label as a whole number. Labels are float32, exact below 2^24; larger ones raise `InputError`."""
+        if not 0 <= self.label < EXACT or self.label != int(self.label):
+            raise InputError(
+                f"{self.where}: an identity must be a whole number from 0 and below 2^24, got label {self.label!r}"
+            )
+        return int(self.label)
+
+
+class RecordProperties(NamedTuple):
+    """Contents of the `property` file beside a set."""
+
+    num_identities: int
+    height: int
+    width: int
+
+
+@dataclass(frozen=True, eq=False)
+class IdentityRanges:
+    """Images of each identity: `keys[k]` is an identity record, its images are `starts[k]` to `ends[k]` - 1."""
+
+    keys: NDArray[np.int64]
+    starts: NDArray[np.int64]
+    ends: NDArray[np.int64]
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+
+def read_property(path: str | PathLike[str]) -> RecordProperties:
+    """Read a `property` file: one line `number of identities,height,width`.
+
+    Raises:
+        InputError: The file has another form.
+    """
+    lines = [line for _, (_, line) in zip(range(2), read_lines(path, what="property file"), strict=False)]
+    fields = [field.strip() for field in lines[0].split(",")] if len(lines) == 1 else []
+    if len(fields) != 3 or not all(field.isascii() and field.isdigit() and 0 < len(field) < 10 for field in fields):
+        raise InputError(f"{path}: must be one line 'identities,height,width', got {(lines or [''])[0][:60]!r}")
+    properties = RecordProperties(*map(int, fields))
+    if not all(properties):
+        raise InputError(f"{path}: identities, height and width must be at least 1, got {lines[0]!r}")
+    return properties
 
 
 def frame(data: bytes) -> bytes:
-    """The record that holds `data`, in as many parts as it needs.
+    """Encode `data` as a record, in as many parts as it needs.
 
     Examples:
         >>> frame(b"abc").hex(" ", 4)
         '0a23d7ce 03000000 61626300'
     """
-    if len(data) > min(MAX_RECORD, MAX_LENGTH):
-        raise ValueError(f"frame: data must be at most {min(MAX_RECORD, MAX_LENGTH):,} bytes, got {len(data):,}")
+    if len(data) > MAX_RECORD:
+        raise ValueError(f"frame: data must be at most {MAX_RECORD:,} bytes, got {len(data):,}")
     cuts = [at for at in _occurrences(data) if at % 4 == 0]
     starts, ends = [0, *[cut + 4 for cut in cuts]], [*cuts, len(data)]
     out = []
@@ -46,100 +122,101 @@ def _occurrences(data: bytes) -> Iterator[int]:
     at = data.find(MAGIC_BYTES)
     while at >= 0:
         yield at
-        # An aligned one is cut out whole; after one that is not, another may begin inside it.
+        # An aligned magic is cut out whole; inside an unaligned one, another may begin.
         at = data.find(MAGIC_BYTES, at + (4 if at % 4 == 0 else 1))
 
 
-def header(data: Buffer, at: int, where: str) -> tuple[int, int]:
-    """`(flag, length)` of the part that starts at `at`; its data start eight bytes later.
-
-    Raises:
-        InputError: no record there, or its data do not fit into the file.
-    """
+def _part(data: bytes | mmap.mmap, at: int, where: str) -> tuple[int, int]:
+    """`(flag, length)` of the part at `at`; its data start eight bytes later."""
     if at < 0 or at % 4 or at + 8 > len(data):
         raise InputError(f"{where}: no record can start at byte {at} of {len(data)}")
-    magic, length = _FRAME.unpack_from(data, at)
+    magic, word = _FRAME.unpack_from(data, at)
     if magic != MAGIC:
         raise InputError(f"{where}: no record starts at byte {at}: found 0x{magic:08x}, expected 0x{MAGIC:08x}")
-    flag, length = length >> LENGTH_BITS, length & MAX_LENGTH
+    flag, length = word >> LENGTH_BITS, word & (1 << LENGTH_BITS) - 1
     if flag > LAST:
         raise InputError(f"{where}: the record at byte {at} has part flag {flag}; 0 to 3 are known")
     if length > len(data) - at - 8:
         raise InputError(
-            f"{where}: the record at byte {at} has {length} bytes, {len(data) - at - 8} are left: the file is cut"
+            f"{where}: the record at byte {at} has {length} bytes, {len(data) - at - 8} are left: the file is truncated"
         )
     return flag, length
 
 
-def payload(data: Buffer, at: int, where: str, *, most: int | None = None) -> tuple[bytes, int]:
-    """The data of the record at `at`, its parts joined by the magic they were split at, and where the next one starts.
+def payload(data: bytes | mmap.mmap, start: int, where: str, *, max_bytes: int = MAX_RECORD) -> tuple[bytes, int]:
+    """Read the data of the record at `start`, its parts joined by the magic at which they were split.
 
     Args:
-        data: the file.
-        at: where the record starts.
-        where: file and record, for messages.
-        most: bytes of the data that are enough; the rest is passed over.
+        data: The file.
+        start: Position of the record.
+        where: File and record, for messages.
+        max_bytes: Bytes of the data to return; the rest is skipped.
+
+    Returns:
+        The data, and the position of the next record.
 
     Raises:
-        InputError: no record there, parts out of order, or more than 256 MiB of data.
+        InputError: No record is there, its parts are out of order, or it has more than 256 MiB of data.
     """
-    flag, length = header(data, at, where)
+    flag, length = _part(data, start, where)
     if flag not in (WHOLE, FIRST):
-        raise InputError(f"{where}: the record at byte {at} starts with part flag {flag}, a part of another record")
+        raise InputError(f"{where}: the record at byte {start} starts with part flag {flag}, a part of another record")
     joined = bytearray()
-    total, start, more = 0, at, flag == FIRST
+    total, at, last = 0, start, flag == WHOLE
     while True:
         total += length
         if total > MAX_RECORD:
             raise InputError(f"{where}: the record at byte {start} is longer than {MAX_RECORD:,} bytes")
-        if most is None or len(joined) < most:
-            joined += data[at + 8 : at + 8 + (length if most is None else min(length, most - len(joined)))]
+        joined += data[at + 8 : at + 8 + min(length, max(0, max_bytes - len(joined)))]
         at += 8 + length + -length % 4
-        if not more:
+        if last:
             return bytes(joined), at
-        flag, length = header(data, at, where)
+        flag, length = _part(data, at, where)
         if flag not in (MIDDLE, LAST):
-            raise InputError(f"{where}: the record at byte {start} breaks off: byte {at} starts another one")
+            raise InputError(f"{where}: the record at byte {start} is incomplete: byte {at} starts another one")
         joined += MAGIC_BYTES
         total += 4
-        more = flag == MIDDLE
+        last = flag == LAST
 
 
 def pack(image: bytes, label: float | tuple[float, ...], number: int = 0) -> bytes:
-    """The image header and the image: flag, label, id, id2, and with more than one label as many float32 behind them."""
+    """Prefix an image with its header: flag, label, id, id2; a tuple of labels follows as float32 numbers."""
     if isinstance(label, tuple):
         return _HEADER.pack(len(label), 0.0, number, 0) + struct.pack(f"<{len(label)}f", *label) + image
     return _HEADER.pack(0, label, number, 0) + image
 
 
 def peek(data: bytes, where: str) -> tuple[float, int]:
-    """First label and id, from the first 28 bytes of a record's data.
+    """Return the first label and the id, from the first `HEAD` bytes of a record's data.
 
     Raises:
-        InputError: too few bytes.
+        InputError: There are too few bytes.
     """
-    if len(data) < _HEADER.size:
-        raise InputError(f"{where}: an image record has at least {_HEADER.size} bytes, got {len(data)}")
-    count, label, number, _ = _HEADER.unpack_from(data)
+    count, label, number = _header(data, where)
     if count:
-        if len(data) < _HEADER.size + 4:
-            raise InputError(f"{where}: {count} labels are announced, none is there")
+        if len(data) < HEAD:
+            raise InputError(f"{where}: the header announces {count} labels, the record has none")
         label = struct.unpack_from("<f", data, _HEADER.size)[0]
     return label, number
 
 
 def unpack(data: bytes, where: str) -> tuple[tuple[float, ...], int, int]:
-    """Labels, id, and where the image starts in `data`.
+    """Return the labels, the id, and where the image starts in `data`.
 
     Raises:
-        InputError: fewer bytes than the header announces.
+        InputError: There are fewer bytes than the header announces.
     """
-    if len(data) < _HEADER.size:
-        raise InputError(f"{where}: an image record has at least {_HEADER.size} bytes, got {len(data)}")
-    count, label, number, _ = _HEADER.unpack_from(data)
+    count, label, number = _header(data, where)
     if not count:
         return (label,), number, _HEADER.size
     if count > MAX_LABELS or len(data) < _HEADER.size + 4 * count:
-        raise InputError(f"{where}: {count} labels are announced, {(len(data) - _HEADER.size) // 4} can be there")
-    labels = struct.unpack_from(f"<{count}f", data, _HEADER.size)
-    return labels, number, _HEADER.size + 4 * count
+        available = (len(data) - _HEADER.size) // 4
+        raise InputError(f"{where}: the header announces {count} labels, the record has room for {available}")
+    return struct.unpack_from(f"<{count}f", data, _HEADER.size), number, _HEADER.size + 4 * count
+
+
+def _header(data: bytes, where: str) -> tuple[int, float, int]:
+    if len(data) < _HEADER.size:
+        raise InputError(f"{where}: an image record has at least {_HEADER.size} bytes, got {len(data)}")
+    count, label, number, _ = _HEADER.unpack_from(data)
+    return count, label, number

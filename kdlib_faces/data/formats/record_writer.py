@@ -1,12 +1,11 @@
-"""Data room: write image sets in MXNet's RecordIO, for readers that want them so. Touches the file system."""
+"""Writing of image sets in MXNet's RecordIO."""
 
 from collections.abc import Iterable
 from os import PathLike
 from pathlib import Path
 
-from kdlib_faces.data.formats.files import written
-from kdlib_faces.data.formats.record_format import frame, pack
-from kdlib_faces.data.formats.record_parts import EXACT
+from kdlib._atomic import atomic_write
+from kdlib_faces.data.formats.record_format import EXACT, frame, pack
 
 __all__ = ["save_records"]
 
@@ -21,25 +20,25 @@ def save_records(
 ) -> None:
     """Write `path` (`.rec`), the `.idx` beside it and, with a header, the `property` file.
 
-    With a header the file is a face set as insightface's tools write it: images 1 to n, one identity record each with the range of
-    its images, and record 0, the last in the file. Without one it holds the images alone, with keys from 0. The files
-    appear under their names only when they are whole; images are taken one at a time.
+    With a header the file is a face set as insightface's tools write it: images 1 to n, one identity record each with the
+    range of its images, and record 0 at the end of the file. Without one it holds only the images, with keys from 0. The
+    files appear under their names only when they are complete. Images are consumed one at a time.
 
     Args:
-        path: the `.rec` file.
-        images: encoded images.
-        identities: one whole number an image, from 0; with a header, the images of one identity must stand together.
-        header: whether to write header and identity records.
-        size: height and width for the `property` file.
+        path: The `.rec` file.
+        images: Encoded images.
+        identities: One whole number from 0 per image; with a header, the images of one identity must be adjacent.
+        header: Whether to write header and identity records.
+        size: Height and width in the `property` file.
 
     Raises:
-        ValueError: as many identities as images are not there, an identity that float32 cannot hold, images of one identity
-            apart, or no image.
+        ValueError: The numbers of identities and images differ, float32 cannot represent an identity, the images of an
+            identity are not adjacent, or there is no image.
     """
     target = Path(path)
     ranges: dict[int, list[int]] = {}
     key = first = int(header)
-    with written(target) as stream, written(target.with_suffix(".idx")) as index:
+    with atomic_write(target) as stream, atomic_write(target.with_suffix(".idx")) as index:
 
         def add(number: int, data: bytes) -> None:
             index.write(b"%d\t%d\n" % (number, stream.tell()))
@@ -50,7 +49,9 @@ def save_records(
                 raise ValueError(f"save_records: identities must be from 0 to {EXACT - 1}, got {identity}")
             span = ranges.setdefault(identity, [key, key])
             if header and span[1] != key:
-                raise ValueError(f"save_records: images of identity {identity} stand apart: {span[1] - 1} and {key}")
+                raise ValueError(
+                    f"save_records: images of identity {identity} must be adjacent, got {span[1] - 1} and {key}"
+                )
             span[1] = key + 1
             add(key, pack(image, float(identity), key))
             key += 1
@@ -59,9 +60,9 @@ def save_records(
         if header:
             if key + len(ranges) > EXACT:
                 raise ValueError(f"save_records: a header holds keys up to {EXACT}, got {key + len(ranges)}")
-            for at, (start, end) in enumerate(ranges.values()):
-                add(key + at, pack(b"", (float(start), float(end)), key + at))
+            for number, (start, end) in enumerate(ranges.values(), key):
+                add(number, pack(b"", (float(start), float(end)), number))
             add(0, pack(b"", (float(key), float(key + len(ranges))), 0))
     if header:
-        with written(target.with_name("property")) as note:
-            note.write(b"%d,%d,%d\n" % (len(ranges), *size))
+        with atomic_write(target.with_name("property")) as properties:
+            properties.write(b"%d,%d,%d\n" % (len(ranges), *size))

@@ -1,17 +1,18 @@
-"""Data room: AgeDB's protocols of 5, 10, 20 and 30 years, and its file names. Touches the file system; decodes no image."""
+"""AgeDB's protocols of 5, 10, 20 and 30 years, and its raw images."""
 
 import math
 import re
+from collections.abc import Callable
 from os import PathLike
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
 from kdlib_faces._checks import InputError
 from kdlib_faces.data.formats.files import read_whole
-from kdlib_faces.data.formats.matlab import Cell, Struct, Value, matlab_variable
-from kdlib_faces.data.image_pairs import ImagePairs, check_published, file_sha256, gather_pairs
+from kdlib_faces.data.formats.matlab import Cell, Numbers, Struct, Value, matlab_variable
+from kdlib_faces.data.image_pairs import ImagePairs, check_published, count_pairs, file_sha256, gather_pairs
 from kdlib_faces.data.lists import MAX_AGE, FaceList
 from kdlib_faces.data.sets.named_images import list_images
 
@@ -22,7 +23,7 @@ _RAW = re.compile(r"(\d+)_(.+)_(\d{1,3})_([mfMF])")
 
 
 class AgeDBName(NamedTuple):
-    """What a file name of the raw set tells."""
+    """Parts of a file name of the raw set."""
 
     number: int
     name: str
@@ -33,10 +34,10 @@ class AgeDBName(NamedTuple):
 
 
 def parse_agedb_name(name: str) -> AgeDBName | None:
-    """`number_Name_age_sex`, with or without a suffix; None where a name has another form.
+    """Parse `number_Name_age_sex`, with or without a suffix; None for a name of another form.
 
-    This is how the raw set's files are commonly named; no published text that we know promises it, so a name that does not
-    fit is no error.
+    The files of the raw set are commonly named in this way. We know of no published specification, so a name of another
+    form is not an error.
 
     Examples:
         >>> parse_agedb_name("123_AnnaExample_34_f.jpg")
@@ -44,76 +45,74 @@ def parse_agedb_name(name: str) -> AgeDBName | None:
         >>> parse_agedb_name("other.jpg") is None
         True
     """
-    found = _RAW.fullmatch(re.sub(r"\.\w{1,5}$", "", name))
-    if found is None or int(found[3]) > MAX_AGE:
+    match = _RAW.fullmatch(re.sub(r"\.\w{1,5}$", "", name))
+    if match is None or int(match[3]) > MAX_AGE:
         return None
-    return AgeDBName(int(found[1][:18]), found[2], int(found[3]), found[4].lower())
+    return AgeDBName(int(match[1][:18]), match[2], int(match[3]), match[4].lower())
 
 
 def read_agedb(folder: str | PathLike[str]) -> FaceList:
-    """The images of a folder (and of the folders in it) whose names `parse_agedb_name` reads, with their true ages.
+    """List the images below a folder whose names `parse_agedb_name` parses, with their true ages.
 
     Raises:
-        InputError: no such image, or fewer than two people.
+        InputError: There is no such image, or fewer than two identities.
     """
 
-    def person(file: Path) -> tuple[str, float] | None:
-        found = parse_agedb_name(file.name)
-        return None if found is None else (found.name, float(found.age))
+    def parse(name: str) -> tuple[str, float] | None:
+        parsed = parse_agedb_name(name)
+        return None if parsed is None else (parsed.name, float(parsed.age))
 
-    return list_images(folder, person, "number_Name_age_sex")
+    return list_images(folder, parse, "like number_Name_age_sex.jpg")
 
 
 def read_agedb_pairs(path: str | PathLike[str], *, published: bool = True) -> ImagePairs:
     """Read a protocol of AgeDB: `01_FINAL_protocol_5_years.mat` to `04_FINAL_protocol_30_years.mat`.
 
-    The file's variable `splits` has ten cells, the folds; each holds a (2, 600) cell of images and 600 labels, 1 for one
-    person and -1 for two. An image is a text, or a struct whose first field is its name (without suffix) and whose
-    second is its age; ages are kept where they are there, or where the name tells them (`parse_agedb_name`). The years between
-    the two images of a pair are nearly the same in all pairs of one file: a breakdown by age gap needs the four files.
+    The file's variable `splits` has ten cells, the folds. Each holds a (2, 600) cell of images and 600 labels, 1 for genuine
+    and -1 for impostor pairs. An image is a text, or a struct whose first field is its name (without suffix) and whose
+    second is its age. Ages come from the struct, or from names that `parse_agedb_name` parses. The age gap is nearly the
+    same in all pairs of one file, so a breakdown by age gap needs the four files.
 
     Args:
-        path: the file, of MATLAB 5 to 7. A file of MATLAB 7.3 is refused with a word on how to convert it.
-        published: there must be ten folds of 300 and 300 pairs; False takes a file of your own.
+        path: The file, of MATLAB 5 to 7. For a file of MATLAB 7.3, the error explains how to convert it.
+        published: Require ten folds of 300 genuine and 300 impostor pairs; False reads a file of your own.
 
     Returns:
-        ImagePairs called `AgeDB-30` and so on, after the years in the file's name. Who is on an image is told only
-        where the parts of the names agree with every label.
+        ImagePairs named `AgeDB-30` and so on, after the years in the file's name. Identities are set only if the names
+        agree with every label.
 
     Raises:
-        InputError: another file, another layout, a label that is neither 1 nor -1, other counts than published.
+        InputError: The file has another layout, a label is neither 1 nor -1, or the counts are not the published ones.
     """
     data = read_whole(path, "protocol of AgeDB", MAX_FILE)
-    folds = _items(matlab_variable(data, "splits", str(path)))
-    if not folds:
+    splits = matlab_variable(data, "splits", str(path))
+    if not isinstance(splits, Cell) or not splits.items:
         raise InputError(f"{path}: splits must be a cell of folds")
     pairs: list[tuple[str, str, bool]] = []
-    numbers: list[int] = []
+    folds: list[int] = []
     ages: dict[str, float] = {}
-    for fold, value in enumerate(folds):
+    for fold, value in enumerate(splits.items):
         where = f"{path} fold {fold + 1}"
-        lefts, rights, labels = _fold(value, where)
-        for left, right, label in zip(lefts, rights, labels, strict=True):
+        images, labels = _fold(value, where)
+        names = []
+        for image in images:
+            name, age = _image(image, where)
+            ages[name] = age
+            names.append(name)
+        for left, right, label in zip(names[0::2], names[1::2], labels, strict=True):
             if label not in (1, -1):
                 raise InputError(f"{where}: labels must be 1 or -1, got {label}")
-            names = []
-            for image in (left, right):
-                name, age = _image(image, where)
-                ages[name] = age
-                names.append(name)
-            pairs.append((names[0], names[1], label == 1))
-        numbers += [fold] * len(labels)
+            pairs.append((left, right, bool(label == 1)))
+        folds += [fold] * len(labels)
         if published:
-            same = int((labels == 1).sum())
-            counts = [("pairs of one person", same), ("pairs of two people", len(labels) - same)]
-            check_published(where, "fold of AgeDB", counts, (300, 300))
+            check_published(where, "fold of AgeDB", count_pairs(labels == 1), (300, 300))
     if published:
-        check_published(path, "protocol of AgeDB", [("folds", len(folds))], (10,))
+        check_published(path, "protocol of AgeDB", {"folds": len(splits.items)}, (10,))
     years = re.search(r"(\d+)_years", Path(path).name)
     return gather_pairs(
         f"AgeDB-{years[1]}" if years else "AgeDB",
         pairs,
-        folds=np.asarray(numbers, dtype=np.int64),
+        folds=np.asarray(folds, dtype=np.int64),
         identity=_identity(pairs),
         ages=ages.__getitem__,
         source=path,
@@ -121,57 +120,57 @@ def read_agedb_pairs(path: str | PathLike[str], *, published: bool = True) -> Im
     )
 
 
-def _items(value: Value) -> list[Any]:
-    return value.items if isinstance(value, Cell) else []
-
-
-def _fold(value: Any, where: str) -> tuple[list[Any], list[Any], Any]:
-    """Left images, right images and labels, out of the cells and structs of one item that are around them."""
+def _fold(value: Value, where: str) -> tuple[list[Value], Numbers]:
+    """Images (left and right alternate) and labels, unwrapped from the cells and structs of one item around them."""
     for _ in range(8):
-        if isinstance(value, Cell) and len(value.items) == 1:
-            value = value.items[0]
-        elif isinstance(value, Struct) and len(value.items) == 1 and len(value.items[0]) == 1:
-            value = next(iter(value.items[0].values()))
-    inner = value.items if isinstance(value, Cell) else list(value.items[0].values()) if _is_single(value) else []
-    if len(inner) >= 2 and isinstance(inner[0], Cell) and isinstance(inner[1], np.ndarray):
-        images, labels = inner[0], inner[1].reshape(-1)
+        items = _inner(value)
+        if len(items) != 1:
+            break
+        value = items[0]
+    if len(items) >= 2 and isinstance(items[0], Cell) and isinstance(items[1], np.ndarray):
+        images, labels = items[0], items[1].reshape(-1)
         if images.shape == (2, len(labels)):
-            return images.items[0::2], images.items[1::2], labels
+            return images.items, labels
     raise InputError(f"{where}: must hold a (2, n) cell of images and n labels")
 
 
-def _is_single(value: Any) -> bool:
-    return isinstance(value, Struct) and len(value.items) == 1
+def _inner(value: Value) -> list[Value]:
+    """The items of a cell, or the fields of a struct of one item."""
+    if isinstance(value, Cell):
+        return value.items
+    return list(value.items[0].values()) if isinstance(value, Struct) and len(value.items) == 1 else []
 
 
-def _image(value: Any, where: str) -> tuple[str, float]:
+def _image(value: Value, where: str) -> tuple[str, float]:
     """Name with suffix, and age or NaN."""
     age = math.nan
     for _ in range(8):
-        if isinstance(value, Cell) and len(value.items) == 1:
-            value = value.items[0]
-        elif _is_single(value) and value.items[0]:
-            fields = list(value.items[0].values())
-            if len(fields) > 1 and isinstance(fields[1], np.ndarray) and fields[1].size == 1:
-                age = float(fields[1].reshape(-1)[0])
-            value = fields[0]
+        items = _inner(value)
+        if not items or (isinstance(value, Cell) and len(items) > 1):
+            break
+        if len(items) > 1 and isinstance(items[1], np.ndarray) and items[1].size == 1:
+            age = float(items[1].reshape(-1)[0])
+        value = items[0]
     if not isinstance(value, str) or not value.strip():
         raise InputError(f"{where}: an image must be a name, or a struct that starts with one")
     name = value.strip()
     if not 0 <= age <= MAX_AGE:
-        told = parse_agedb_name(name)
-        age = math.nan if told is None else float(told.age)
+        parsed = parse_agedb_name(name)
+        age = math.nan if parsed is None else float(parsed.age)
     return (name if name.lower().endswith((".jpg", ".jpeg", ".png")) else f"{name}.jpg"), age
 
 
-def _identity(pairs: list[tuple[str, str, bool]]) -> Any:
-    """The first way to read a person off a name that agrees with all labels; None if none does."""
+def _identity(pairs: list[tuple[str, str, bool]]) -> Callable[[str], str | None] | None:
+    """The first rule to derive an identity from a name that agrees with all labels; None if none does."""
 
     def raw(image: str) -> str | None:
-        told = parse_agedb_name(image)
-        return None if told is None else told.name
+        parsed = parse_agedb_name(image)
+        return None if parsed is None else parsed.name
 
-    for way in (raw, lambda image: image.split("_")[0] if "_" in image else None):
-        if all(None not in (way(a), way(b)) and (way(a) == way(b)) == same for a, b, same in pairs):
-            return way
+    def prefix(image: str) -> str | None:
+        return image.split("_")[0] if "_" in image else None
+
+    for rule in (raw, prefix):
+        if all(None not in (rule(a), rule(b)) and (rule(a) == rule(b)) == same for a, b, same in pairs):
+            return rule
     return None

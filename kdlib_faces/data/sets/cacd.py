@@ -1,4 +1,4 @@
-"""Data room: the pairs of CACD-VS, which are told by the names of its images alone. Touches NumPy only."""
+"""The pairs of CACD-VS, which the names of its images define."""
 
 import numpy as np
 
@@ -10,15 +10,15 @@ PAIRS, FOLD = 4000, 400
 
 
 def cacd_vs_pairs() -> ImagePairs:
-    """The 4,000 pairs of CACD-VS, the verification subset of CACD: 2,000 of one person, 2,000 of two, in ten folds.
+    """Return the 4,000 pairs of CACD-VS, the verification subset of CACD: 2,000 genuine, 2,000 impostor, in ten folds.
 
-    Pair k is `kkkk_0.jpg` and `kkkk_1.jpg`. Fold f is pairs 400 f to 400 f + 399, the first 200 of them of one person. The
-    names are anonymous, ages are not given. Use `ImagePairs.locate`: it counts pairs whose faces are missing.
+    Pair k is `kkkk_0.jpg` and `kkkk_1.jpg`. Fold f is pairs 400 f to 400 f + 399, of which the first 200 are genuine. The
+    names are anonymous, and ages are not given. `ImagePairs.locate` counts pairs whose images are missing.
 
     Examples:
         >>> pairs = cacd_vs_pairs()
         >>> pairs
-        <ImagePairs: CACD-VS, 4000 pairs of 8000 images, 2000 of one person, 10 folds>
+        <ImagePairs: CACD-VS, 4000 pairs of 8000 images, 2000 genuine, 10 folds>
         >>> pairs.images[pairs.left[600]], bool(pairs.same[600]), int(pairs.fold_ids[600])
         ('0600_0.jpg', False, 1)
     """

@@ -1,4 +1,4 @@
-"""Data room: the protocol of CFP, Celebrities in Frontal-Profile. Touches the file system; decodes no image."""
+"""The protocols of CFP, Celebrities in Frontal-Profile."""
 
 from os import PathLike
 from pathlib import Path
@@ -8,7 +8,7 @@ import numpy as np
 
 from kdlib._checks import check_choice
 from kdlib_faces._checks import InputError
-from kdlib_faces.data.formats.text import read_lines
+from kdlib_faces.data.formats.text import is_number, read_lines
 from kdlib_faces.data.image_pairs import ImagePairs, check_published, gather_pairs
 
 __all__ = ["read_cfp_pairs"]
@@ -19,17 +19,18 @@ def read_cfp_pairs(
 ) -> ImagePairs:
     """Read the pairs of CFP-FP (frontal against profile) or CFP-FF (frontal against frontal).
 
-    `Protocol/Pair_list_F.txt` and `Pair_list_P.txt` number the images, a line `number path`, and
-    `Protocol/Split/FP/01/same.txt` and `diff.txt` to `10/` hold the pairs of each fold, a line `number,number`. Names
-    of the result start at `folder`, such as `Data/Images/001/frontal/01.jpg`.
+    `Protocol/Pair_list_F.txt` and `Pair_list_P.txt` number the images, one line `number path` each. The files `same.txt` and
+    `diff.txt` in `Protocol/Split/FP/01` to `10` hold the pairs of each fold, one line `number,number` each. Names of the
+    result start at `folder`, such as `Data/Images/001/frontal/01.jpg`.
 
     Args:
-        folder: the folder of the set, in which `Protocol` is.
+        folder: The folder of the set, which contains `Protocol`.
         kind: `"FP"` or `"FF"`.
-        published: there must be ten folds of 350 and 350 pairs; False takes what is there.
+        published: Require ten folds of 350 genuine and 350 impostor pairs; False reads a part of the set.
 
     Raises:
-        InputError: a missing file, a line of another form, a number that no image has, other counts than published.
+        InputError: A file is missing, a line has another form, a number belongs to no image, or the counts are not the
+            published ones.
     """
     check_choice("read_cfp_pairs", "kind", kind, ("FP", "FF"))
     protocol = Path(folder) / "Protocol"
@@ -42,23 +43,22 @@ def read_cfp_pairs(
     pairs: list[tuple[str, str, bool]] = []
     folds: list[int] = []
     for fold, each in enumerate(folders):
-        counts = []
-        for name, same in (("same.txt", True), ("diff.txt", False)):
-            found = [(left, right, same) for left, right in _pairs(each / name, frontal, other)]
-            counts.append(("pairs of one person" if same else "pairs of two people", len(found)))
-            pairs += found
-            folds += [fold] * len(found)
+        genuine = _pairs(each / "same.txt", frontal, other)
+        impostor = _pairs(each / "diff.txt", frontal, other)
         if published:
+            counts = {"genuine pairs": len(genuine), "impostor pairs": len(impostor)}
             check_published(each, f"fold of CFP-{kind}", counts, (350, 350))
+        pairs += [(*pair, True) for pair in genuine] + [(*pair, False) for pair in impostor]
+        folds += [fold] * (len(genuine) + len(impostor))
     if published:
-        check_published(splits, f"protocol of CFP-{kind}", [("folds", len(folders))], (10,))
+        check_published(splits, f"protocol of CFP-{kind}", {"folds": len(folders)}, (10,))
     return gather_pairs(
         f"CFP-{kind}",
         pairs,
         folds=np.asarray(folds, dtype=np.int64),
         identity=lambda image: image.split("/")[-3],
         source=splits,
-        parts=3,
+        path_parts=3,
     )
 
 
@@ -66,16 +66,16 @@ def _images(path: Path) -> dict[int, str]:
     images: dict[int, str] = {}
     for number, text in read_lines(path, what="image list of CFP"):
         fields = text.split()
-        if len(fields) != 2 or not _is_number(fields[0]):
+        if len(fields) != 2 or not is_number(fields[0]):
             raise InputError(f"{path} line {number}: must be 'number path', got {text[:60]!r}")
         image = fields[1].removeprefix("../")
         if image.count("/") < 2:
             raise InputError(
-                f"{path} line {number}: the path must end in 'person/frontal/image' or 'person/profile/image', "
+                f"{path} line {number}: the path must end in 'identity/frontal/image' or 'identity/profile/image', "
                 f"got {fields[1][:60]!r}"
             )
         if images.setdefault(int(fields[0]), image) != image:
-            raise InputError(f"{path} line {number}: image {fields[0]} stands there twice")
+            raise InputError(f"{path} line {number}: image {fields[0]} occurs twice")
     return images
 
 
@@ -83,14 +83,10 @@ def _pairs(path: Path, left: dict[int, str], right: dict[int, str]) -> list[tupl
     pairs = []
     for number, text in read_lines(path, what="fold of CFP"):
         fields = [field.strip() for field in text.split(",")]
-        if len(fields) != 2 or not all(_is_number(field) for field in fields):
+        if len(fields) != 2 or not all(is_number(field) for field in fields):
             raise InputError(f"{path} line {number}: must be 'number,number', got {text[:60]!r}")
         for field, images in zip(fields, (left, right), strict=True):
             if int(field) not in images:
                 raise InputError(f"{path} line {number}: no image has number {field}; there are {len(images):,}")
         pairs.append((left[int(fields[0])], right[int(fields[1])]))
     return pairs
-
-
-def _is_number(field: str) -> bool:
-    return field.isascii() and field.isdigit() and len(field) < 10

@@ -1,19 +1,21 @@
-"""Data room: MegaFace's feature files and its lists of images and distractors. Touches the file system and NumPy."""
+"""MegaFace's feature files and its lists of images and distractors."""
 
 import json
 import struct
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from os import PathLike
-from pathlib import Path, PurePosixPath
-from typing import Any, Literal
+from pathlib import Path
+from typing import Literal
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from kdlib._atomic import atomic_write
 from kdlib._checks import check_choice, check_number
 from kdlib_faces._checks import InputError
-from kdlib_faces.data.formats.files import opened, read_whole, written
+from kdlib_faces.data.formats.files import Progress, opened, read_whole, with_progress
+from kdlib_faces.data.image_pairs import is_inside
 
 __all__ = ["FeatureSet", "TemplateList", "read_feature_file", "read_template_list", "write_feature_file"]
 
@@ -24,25 +26,25 @@ _HEADER = struct.Struct("<4i")
 
 
 def read_feature_file(path: str | PathLike[str]) -> NDArray[np.float32]:
-    """Read one image's feature: four int32 (rows, columns, bytes a row, 5 for float32), then the numbers.
+    """Read the feature of one image: four int32 (rows, columns, bytes per row, 5 for float32), then the numbers.
 
     Args:
-        path: the file.
+        path: The file.
 
     Returns:
         `(d,)` float32.
 
     Raises:
-        InputError: another header, more or fewer numbers than it says, a number that is not finite.
+        InputError: The header is another one, the numbers are fewer or more than it announces, or one is not finite.
     """
     with opened(path, "feature file") as stream:
         head = stream.read(_HEADER.size)
         if len(head) < _HEADER.size:
             raise InputError(f"{path}: a feature file has at least {_HEADER.size} bytes, got {len(head)}")
-        rows, columns, stride, kind = _HEADER.unpack(head)
-        if kind != FLOAT32 or rows < 1 or columns < 1 or stride != 4 * columns or rows * columns > MAX_DIM:
+        rows, columns, stride, dtype = _HEADER.unpack(head)
+        if dtype != FLOAT32 or rows < 1 or columns < 1 or stride != 4 * columns or rows * columns > MAX_DIM:
             raise InputError(
-                f"{path}: the header must be (d, 1, 4, 5) for d float32 numbers, got ({rows}, {columns}, {stride}, {kind})"
+                f"{path}: the header must be (d, 1, 4, 5) for d float32 numbers, got {(rows, columns, stride, dtype)}"
             )
         body = stream.read(4 * rows * columns + 1)
     if len(body) != 4 * rows * columns:
@@ -54,25 +56,25 @@ def read_feature_file(path: str | PathLike[str]) -> NDArray[np.float32]:
 
 
 def write_feature_file(path: str | PathLike[str], feature: ArrayLike) -> None:
-    """Write one image's feature as the development kit reads it. It compares by distance, so normalize features first.
+    """Write the feature of one image for the development kit, which compares by distance: normalize features first.
 
     Raises:
-        ValueError: not (d,), or not finite.
+        ValueError: `feature` is not (d,) or not finite.
     """
     array = np.asarray(feature, dtype="<f4")
     if array.ndim != 1 or not array.size or not np.isfinite(array).all():
         raise ValueError(f"write_feature_file: feature must be (d,) finite numbers, got {array.shape}")
-    with written(path) as stream:
+    with atomic_write(path) as stream:
         stream.write(_HEADER.pack(len(array), 1, 4, FLOAT32) + array.tobytes())
 
 
 @dataclass(frozen=True)
 class TemplateList:
-    """A list of MegaFace: images, and an identity each where the list is of probes.
+    """A list of MegaFace: images, and their identities if it is a list of probes.
 
     Attributes:
-        paths: relative paths of the images.
-        ids: as many names of identities, or None.
+        paths: Relative paths of the images.
+        ids: As many names of identities, or None.
     """
 
     paths: tuple[str, ...]
@@ -82,15 +84,16 @@ class TemplateList:
         return len(self.paths)
 
     def __repr__(self) -> str:
-        people = "" if self.ids is None else f", {len(set(self.ids))} identities"
-        return f"<TemplateList: {len(self)} images{people}>"
+        identities = "" if self.ids is None else f", {len(set(self.ids))} identities"
+        return f"<TemplateList: {len(self)} images{identities}>"
 
 
 def read_template_list(path: str | PathLike[str]) -> TemplateList:
-    """Read a list such as `fgnet_features_list.json`: an object with `path` and, for probes, `id`, arrays of one length.
+    """Read a list such as `fgnet_features_list.json`: an object with arrays `path` and, for probes, `id`.
 
     Raises:
-        InputError: no such object, above 512 MiB, a path twice or outside the set, or arrays of different lengths.
+        InputError: The file is another one or above 512 MiB, a path occurs twice or lies outside the set, or the arrays
+            have different lengths.
     """
     raw = read_whole(path, "template list", MAX_LIST)
     try:
@@ -102,36 +105,33 @@ def read_template_list(path: str | PathLike[str]) -> TemplateList:
         raise InputError(f"{path}: must be an object with 'path', a list of texts")
     seen: set[str] = set()
     for row, each in enumerate(paths):
-        place = PurePosixPath(each)
-        if not place.parts or place.is_absolute() or ".." in place.parts or not each.isprintable() or "\\" in each:
+        if not is_inside(each):
             raise InputError(f"{path}: path {row} must lie inside the set, got {each[:80]!r}")
         if each in seen:
-            raise InputError(f"{path}: path {row} stands there twice: {each[:80]!r}")
+            raise InputError(f"{path}: path {row} occurs twice: {each[:80]!r}")
         seen.add(each)
     ids = content.get("id")
     if ids is None:
         return TemplateList(tuple(paths))
-    if not isinstance(ids, list) or not all(
-        isinstance(each, (str, int)) and not isinstance(each, bool) for each in ids
-    ):
+    if not isinstance(ids, list) or not all(type(each) in (str, int) for each in ids):
         raise InputError(f"{path}: 'id' must be a list of texts or whole numbers")
     if len(ids) != len(paths):
-        raise InputError(f"{path}: {len(paths)} paths and {len(ids)} ids; there must be one each")
+        raise InputError(f"{path}: {len(paths)} paths and {len(ids)} ids; there must be one id per path")
     return TemplateList(tuple(paths), tuple(str(each) for each in ids))
 
 
 @dataclass(frozen=True)
 class FeatureSet:
-    """Features of a list, one file an image, given in shards: iterate it, again and again.
+    """Features of a list, one file per image, yielded in shards; can be iterated repeatedly.
 
     Attributes:
-        folder: where the files are, `folder/path + suffix`.
-        images: the list.
-        suffix: what the tool put behind each image's path, such as `_r100.bin`.
-        rows: features a shard.
-        missing: `"error"` stops at the first file that is not there; `"skip"` leaves it out, and `present()` says which are
-            there: report their number, copies of the distractors are often not whole.
-        progress: wraps an iterable and a label, as `kdlib_faces.progress.progress` does.
+        folder: Folder of the files `folder/path + suffix`.
+        images: The list.
+        suffix: Suffix that the tool appended to each image's path, such as `_r100.bin`.
+        rows: Features per shard.
+        missing: `"error"` stops at the first missing file. `"skip"` omits it, and `present()` returns which files exist:
+            report their number, because copies of the distractors are often incomplete.
+        progress: Wraps an iterable and a label, as `kdlib_faces.progress.progress` does.
     """
 
     folder: Path
@@ -139,38 +139,36 @@ class FeatureSet:
     suffix: str = ".bin"
     rows: int = 4096
     missing: Literal["error", "skip"] = "error"
-    progress: Callable[[Iterable[Any], str], Iterable[Any]] | None = None
+    progress: Progress | None = None
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "folder", Path(self.folder))
         check_number("FeatureSet", "rows", self.rows, min=1, integer=True)
         check_choice("FeatureSet", "missing", self.missing, ("error", "skip"))
 
     def file(self, image: str) -> Path:
-        """The feature file of an image."""
-        return self.folder / f"{image}{self.suffix}"
+        """Return the feature file of an image."""
+        return Path(self.folder) / f"{image}{self.suffix}"
 
     def present(self) -> NDArray[np.bool_]:
-        """`(n,)` bool, which images of the list have a file."""
+        """Return `(n,)` bool, whether each image of the list has a file."""
         return np.array([self.file(image).is_file() for image in self.images.paths], dtype=bool)
 
     def __iter__(self) -> Iterator[NDArray[np.float32]]:
-        """Shards of `(m, d)` float32, in the order of the list.
+        """Yield shards of `(m, d)` float32, in the order of the list.
 
         Raises:
-            InputError: a file that is missing (unless skipped), broken, or of another length than the first.
+            InputError: A file is missing (unless skipped), broken, or of another length than the first.
         """
         shard: list[NDArray[np.float32]] = []
         dim = 0
-        work: Iterable[str] = self.images.paths
-        for image in work if self.progress is None else self.progress(work, "features"):
+        for image in with_progress(self.images.paths, "features", self.progress):
             file = self.file(image)
             if self.missing == "skip" and not file.is_file():
                 continue
             feature = read_feature_file(file)
             dim = dim or len(feature)
             if len(feature) != dim:
-                raise InputError(f"{file}: {len(feature)} numbers, those before have {dim}")
+                raise InputError(f"{file}: {len(feature)} numbers, the files before have {dim}")
             shard.append(feature)
             if len(shard) == self.rows:
                 yield np.stack(shard)

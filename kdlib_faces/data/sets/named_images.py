@@ -1,4 +1,4 @@
-"""Data room: folders of images whose names tell who is on them and how old they are. Touches the file system; decodes no image."""
+"""Folders of images whose file names encode identity and age."""
 
 import os
 from collections.abc import Callable
@@ -15,45 +15,45 @@ __all__ = ["list_images"]
 MAX_IMAGES = 20_000_000
 
 
-def list_images(folder: str | PathLike[str], tells: Callable[[Path], tuple[str, float] | None], form: str) -> FaceList:
-    """Every image below `folder` whose name tells a person and an age; others are left out. Sorted by path.
+def list_images(
+    folder: str | PathLike[str], parse: Callable[[str], tuple[str, float] | None], example: str
+) -> FaceList:
+    """List the images below `folder`, sorted by path, whose names encode an identity and an age; others are skipped.
 
     Args:
-        folder: the folder.
-        tells: person and age in years of a file, or None.
-        form: what names look like, for messages.
+        folder: The folder.
+        parse: Maps a file name to identity and age in years, or to None.
+        example: Form of the names, for messages.
 
     Raises:
-        InputError: no such folder, no such image, or fewer than two people.
+        InputError: The folder does not exist, holds no such image, or fewer than two identities.
     """
     root = Path(folder)
     if not root.is_dir():
         raise InputError(f"folder of images not found: {root}")
     files: list[Path] = []
-    people: list[str] = []
-    ages: list[float] = []
+    parsed: list[tuple[str, float]] = []
     for parent, folders, names in os.walk(root):
         folders.sort()
         for name in sorted(names):
             file = Path(parent, name)
             if file.suffix.lower() not in IMAGE_SUFFIXES or name.startswith("."):
                 continue
-            if (found := tells(file)) is not None:
+            if (values := parse(name)) is not None:
                 files.append(file)
-                people.append(found[0])
-                ages.append(found[1])
+                parsed.append(values)
         if len(files) > MAX_IMAGES:
             raise InputError(f"{root}: more than {MAX_IMAGES:,} images")
     if not files:
-        raise InputError(f"{root}: no image is called {form}")
-    names_of = sorted(set(people))
-    if len(names_of) < 2:
-        raise InputError(f"{root}: at least two people are needed, got one ({names_of[0]!r})")
-    numbers = {name: number for number, name in enumerate(names_of)}
+        raise InputError(f"{root}: no image has a name {example}")
+    identity_names = sorted({name for name, _ in parsed})
+    if len(identity_names) < 2:
+        raise InputError(f"{root}: at least two identities are needed, got one ({identity_names[0]!r})")
+    numbers = {name: number for number, name in enumerate(identity_names)}
     return FaceList(
         tuple(files),
-        np.array([numbers[person] for person in people], dtype=np.int64),
-        tuple(names_of),
-        ages=np.array(ages, dtype=np.float32),
+        np.array([numbers[name] for name, _ in parsed], dtype=np.int64),
+        tuple(identity_names),
+        ages=np.array([age for _, age in parsed], dtype=np.float32),
         sources=(str(root),),
     )

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from math import isfinite
 from pathlib import Path
 from types import CodeType, FunctionType, MethodType
-from typing import TypeAlias
+from typing import ClassVar, TypeAlias
 
 import numpy as np
 import torch
@@ -18,7 +18,6 @@ from torch.nn import functional as F
 from kdlib._checks import check_floating, check_number, check_rank
 from kdlib_faces._checks import InputError
 from kdlib_faces.teachers.onnx.graph import Graph, OnnxTap, Provider, Session, find_tensor, make_session, read_graph
-from kdlib_faces.teachers.onnx.inspect import describe_graph
 
 __all__ = ["OnnxTeacher"]
 
@@ -78,7 +77,7 @@ class OnnxTeacher(nn.Module):
         kdlib_faces._checks.InputError: the ONNX file no_such.onnx does not exist
     """
 
-    reads: tuple[str, ...] = ()
+    reads: ClassVar[tuple[str, ...]] = ()
 
     def __init__(
         self,
@@ -199,14 +198,6 @@ class OnnxTeacher(nn.Module):
         """SHA-256 of everything that cached features depend on: the file, tapped tensors and preprocessing."""
         parts = [self._sha256, self._tensors, _callable_id(self.preprocess), self.resize]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
-
-    def describe(self) -> dict[str, object]:
-        """Return the facts of `describe_graph`, the shapes of the features and the images in one run."""
-        return {
-            **describe_graph(self._location),
-            "features": {name: list(shape) for name, shape in self.shapes.items()},
-            "run_batch": self.run_batch,
-        }
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> dict[str, Tensor]:

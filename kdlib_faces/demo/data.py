@@ -1,0 +1,175 @@
+"""Data and models of the demo."""
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from kdlib_faces.backbones import complexity
+from kdlib_faces.data.images import to_float
+from kdlib_faces.evaluation import AgeGapProtocol, PairProtocol, embed_images
+from kdlib_faces.teachers import AgeInvariantNet, AttentiveAgeNet, TeacherNet
+from kdlib_faces.training import LossCurve
+
+__all__ = ["DemoData", "DemoModel", "native_model"]
+
+_MIN_CROSS_AGE_GAP = 30.0
+_MAX_PAIRS = 300
+
+
+@dataclass
+class DemoModel:
+    """A model of the demo.
+
+    Attributes:
+        features: Images (b, 3, h, w) in [-1, 1] to `"embedding"` (b, d) and `"map"` (b, c, h, w).
+        role: Whether it is a teacher or a student.
+        backbone: Network, for the report.
+        parameters: Number of parameters.
+        macs: Multiply-adds for one image; None if not known.
+        input_size: Side of its images in pixels.
+        network: The PyTorch network; None for an ONNX graph.
+        test_images: Test images in its own size; None for those of the students.
+        train_seconds: Duration of its training.
+        train_steps: Steps of its training.
+    """
+
+    features: Callable[[Tensor], Mapping[str, Tensor]]
+    role: Literal["teacher", "student"]
+    backbone: str
+    parameters: int
+    macs: int | None
+    input_size: int
+    network: nn.Module | None = None
+    test_images: Tensor | None = None
+    train_seconds: float | None = None
+    train_steps: int | None = None
+
+    def embed(self, images: Tensor) -> NDArray[np.float32]:
+        """Unit embeddings (n, d) of uint8 images; those of the plain and of the mirrored image are added before."""
+        rows = embed_images(lambda x: self.features(x)["embedding"], images, batch_size=128, normalize=False)
+        unit: NDArray[np.float32] = F.normalize(torch.from_numpy(rows), dim=1).numpy()
+        return unit
+
+    @torch.no_grad()
+    def maps(self, images: Tensor) -> Tensor:
+        """Maps of the middle stage of some uint8 images."""
+        return self.features(to_float(images))["map"].float()
+
+    @torch.no_grad()
+    def latency_ms(self) -> float:
+        """Median time for one image in milliseconds."""
+        if self.network is not None:
+            return complexity.latency_ms(self.network, self.input_size, repeats=10)
+        image, times = torch.zeros(1, 3, self.input_size, self.input_size), []
+        for _ in range(6):
+            start = time.perf_counter()
+            self.features(image)
+            times.append(time.perf_counter() - start)
+        return 1000 * float(np.median(times))
+
+    def facts(self, label: str) -> dict[str, Any]:
+        """Entry of the model in report.json, without its results."""
+        return {
+            "role": self.role,
+            "label": label,
+            "backbone": self.backbone,
+            "parameters": self.parameters,
+            "macs": self.macs,
+            "latency_ms": round(self.latency_ms(), 3),
+            "input_size": self.input_size,
+            "train_seconds": self.train_seconds,
+            "train_steps": self.train_steps,
+        }
+
+
+def native_model(
+    network: TeacherNet, adapter: nn.Module, size: int, role: Literal["teacher", "student"], seconds: float, steps: int
+) -> DemoModel:
+    """A trained PyTorch network behind an adapter with the taps `embedding` and `map`."""
+    backbone = network.backbone if isinstance(network, AgeInvariantNet | AttentiveAgeNet) else network
+    return DemoModel(
+        features=adapter, role=role, backbone=backbone.name, parameters=complexity.count_parameters(network),
+        macs=complexity.count_macs(network, size), input_size=size, network=network, train_seconds=round(seconds, 1),
+        train_steps=steps,
+    )  # fmt: skip
+
+
+@dataclass
+class DemoData:
+    """Training and test data of the demo, and its teachers.
+
+    Attributes:
+        title: Heading of the report.
+        train_images: (n, 3, s, s) uint8.
+        train_identities: (n,) from 0.
+        num_identities: Number of training identities.
+        test_images: (m, 3, s, s) uint8, of identities outside the training.
+        test_identities: (m,) names or numbers.
+        summary: Entry `data` of the report.
+        teachers: Model name to teacher, for the evaluation.
+        teacher_outputs: Name of a teacher in the recipe to its cached outputs on the training images.
+        test_ages: (m,) years, or None where age groups are known instead.
+        test_groups: (m,) name of the age group.
+        curves: Model name to the losses of its training.
+    """
+
+    title: str
+    train_images: Tensor
+    train_identities: NDArray[np.int64]
+    num_identities: int
+    test_images: Tensor
+    test_identities: NDArray[Any]
+    summary: dict[str, Any]
+    teachers: dict[str, DemoModel] = field(default_factory=dict)
+    teacher_outputs: dict[str, nn.Module] = field(default_factory=dict)
+    test_ages: NDArray[np.float32] | None = None
+    test_groups: NDArray[np.str_] | None = None
+    curves: dict[str, LossCurve] = field(default_factory=dict)
+
+    def age_protocol(self, *, replicates: int) -> AgeGapProtocol:
+        """All pairs by years where ages are known, else by pairs of age groups."""
+        if self.test_ages is not None:
+            return AgeGapProtocol(self.test_identities, ages=self.test_ages, replicates=replicates)
+        return AgeGapProtocol(self.test_identities, age_groups=self.test_groups, replicates=replicates)
+
+    def labels(self) -> list[str]:
+        """The age of each test image in words."""
+        if self.test_ages is not None:
+            return [f"{age:.0f} years" for age in self.test_ages]
+        return [str(group) for group in np.asarray(self.test_groups)]
+
+    def is_cross_age(self, i: NDArray[np.int64], j: NDArray[np.int64]) -> NDArray[np.bool_]:
+        """Which pairs of test images lie 30 years apart, or in different age groups."""
+        if self.test_ages is not None:
+            return np.asarray(np.abs(self.test_ages[i] - self.test_ages[j]) >= _MIN_CROSS_AGE_GAP)
+        groups = np.asarray(self.test_groups)
+        return np.asarray(groups[i] != groups[j])
+
+    def pair_protocol(self, seed: int) -> PairProtocol:
+        """Cross-age genuine pairs and as many impostor pairs in up to ten folds that share no identity."""
+        rng = np.random.default_rng(seed)
+        rows: list[tuple[int, int, bool, int]] = []
+        identities = rng.permutation(np.unique(self.test_identities))
+        for fold, members in enumerate(np.array_split(identities, min(10, len(identities) // 2))):
+            images = np.flatnonzero(np.isin(self.test_identities, members))
+            i, j = (images[side] for side in np.triu_indices(len(images), 1))
+            same = self.test_identities[i] == self.test_identities[j]
+            genuine, impostor = np.flatnonzero(same & self.is_cross_age(i, j)), np.flatnonzero(~same)
+            if not len(genuine):
+                genuine = np.flatnonzero(same)
+            count = min(len(genuine), len(impostor), _MAX_PAIRS)
+            for pairs, truth in ((genuine, True), (impostor, False)):
+                chosen = rng.permutation(pairs)[:count]
+                rows += [
+                    (left, right, truth, fold)
+                    for left, right in zip(i[chosen].tolist(), j[chosen].tolist(), strict=True)
+                ]
+        left, right, truths, folds = zip(*rows, strict=True)
+        return PairProtocol(left, right, truths, fold_ids=folds, threshold="exact")
