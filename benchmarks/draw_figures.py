@@ -1,6 +1,6 @@
 """Draw the picture of the README and the docs from kept figures: `python benchmarks/draw_figures.py`.
 
-Reads benchmarks/results/drawn.json and writes docs/_static/by_age_gap.png, which carries the checksum of what it shows.
+Reads benchmarks/results/synthetic.json and writes docs/_static/by_age_gap.png, which carries the checksum of what it shows.
 """
 
 import hashlib
@@ -16,7 +16,7 @@ from kdlib_faces.report.theme import LIGHT, to_png
 from kdlib_faces.report.view import View
 
 ROOT = Path(__file__).parents[1]
-SOURCE = ROOT / "benchmarks" / "results" / "drawn.json"
+SOURCE = ROOT / "benchmarks" / "results" / "synthetic.json"
 TARGET = ROOT / "docs" / "_static" / "by_age_gap.png"
 
 

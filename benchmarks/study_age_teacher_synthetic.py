@@ -4,7 +4,7 @@ A general teacher is trained on identities whose images are at most 12 years apa
 identities, without their ages, and on others with ages from 2 to 80 years. "margin alone" uses the same images without any ages. The
 test identities are in neither set. The metric is TAR at FAR 1e-2 by age gap, against impostor pairs of the same gap, with flip
 test; differences from the start have paired bootstrap intervals over identities. The study takes a quarter of an hour on one core. Writes
-`results/age_teacher.json`, part `drawn`.
+`results/age_teacher.json`, part `synthetic`.
 """
 
 import argparse
@@ -148,7 +148,7 @@ def main() -> None:
             "torch": torch.__version__,
             "methods": rows,
         }
-        keep_part("drawn", content)
+        keep_part("synthetic", content)
 
 
 if __name__ == "__main__":

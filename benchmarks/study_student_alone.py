@@ -88,16 +88,16 @@ def main() -> None:
         rows[name] = alone(faces, config, seed, changes)
         cells = [f"{bin_name}: {100 * tar['value']:5.1f}" for bin_name, tar in rows[name]["tar"].items()]
         print(f"{name:26} {rows[name]['steps']:5} steps  " + "  ".join(cells), flush=True)
-    drawn = json.loads((RESULTS / "synthetic.json").read_text())["models"]["student_distilled"]
-    bins = drawn["protocols"]["age_gap"]["bins"]
+    reference = json.loads((RESULTS / "synthetic.json").read_text())["models"]["student_distilled"]
+    bins = reference["protocols"]["age_gap"]["bins"]
     tars = {entry["name"]: _estimate(entry["tar"]["0.01"]) for entry in bins}
     rows["distilled, from synthetic.json"] = {
-        "steps": drawn["train_steps"],
-        "seconds": drawn["train_seconds"],
+        "steps": reference["train_steps"],
+        "seconds": reference["train_seconds"],
         "tar": tars,
     }
     cells = [f"{bin_name}: {100 * tar['value']:5.1f}" for bin_name, tar in tars.items()]
-    print(f"{'distilled':26} {drawn['train_steps']:5} steps  " + "  ".join(cells))
+    print(f"{'distilled':26} {reference['train_steps']:5} steps  " + "  ".join(cells))
     kept = {"seed": seed, "metric": "TAR at FAR 1 %, by years between the images", "settings": rows}
     (RESULTS / "student_alone.json").write_text(json.dumps(kept, indent=1) + "\n")
 

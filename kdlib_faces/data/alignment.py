@@ -1,8 +1,4 @@
-"""Data room: a face crop from five landmarks. Touches NumPy and Pillow only.
-
-The crop is the one that face networks are trained on: 112 x 112 RGB, the five points brought onto a fixed template by a
-similarity (scale, rotation, translation; no shear, no reflection), sampled bilinearly, black outside the picture.
-"""
+"""Face crops aligned to a fixed template by a similarity transform of five landmarks."""
 
 from typing import TypeAlias, TypeVar, cast
 
@@ -20,12 +16,12 @@ Picture = TypeVar("Picture", Image.Image, NDArray[np.uint8])
 ARCFACE_TEMPLATE: Array = np.array(
     [[38.2946, 51.6963], [73.5318, 51.5014], [56.0252, 71.7366], [41.5493, 92.3655], [70.7299, 92.2041]]
 )
-"""(x, y) in pixels of a 112 x 112 crop: left eye, right eye, nose, left, right mouth corner, as seen in the image."""
+"""(x, y) in pixels of a 112 x 112 crop: left eye, right eye, nose, left and right mouth corner, as seen in the image."""
 ARCFACE_TEMPLATE.setflags(write=False)
 
 
 def _points(owner: str, name: str, points: ArrayLike, count: int | None = None) -> Array:
-    """`points` as finite float64 (n, 2)."""
+    """Return `points` as finite float64 (n, 2)."""
     try:
         array = np.asarray(points, dtype=np.float64)
     except (TypeError, ValueError):
@@ -38,18 +34,18 @@ def _points(owner: str, name: str, points: ArrayLike, count: int | None = None) 
 
 
 def template_for(size: int | tuple[int, int]) -> Array:
-    """The template for another crop size.
+    """Return the template for another crop size.
 
     Args:
-        size: side in pixels, or (h, w). A square multiple of 128 that is none of 112 keeps the margin that networks for
-            128 pixels expect: scaled by size / 128 after 8 pixels are added to x. The 112 x 96 crop, (112, 96), loses 8
-            pixels on either side. Any other size scales the 112 x 112 template by its height and keeps it centerd.
+        size: side in pixels, or (h, w). A square multiple of 128 that is not a multiple of 112 has the margin that networks
+            for 128 pixels expect: 8 pixels are added to x, then the template is scaled by size / 128. The crop (112, 96)
+            loses 8 pixels on each side. Any other size scales the 112 x 112 template by the height and centers it.
 
     Returns:
         (5, 2) points (x, y) in pixels.
 
     Raises:
-        InputError: the size is not whole or not positive.
+        InputError: the size is not a positive integer.
 
     Examples:
         >>> template_for(224)[0]
@@ -70,9 +66,9 @@ def template_for(size: int | tuple[int, int]) -> Array:
 
 
 def similarity_transform(landmarks: ArrayLike, template: ArrayLike = ARCFACE_TEMPLATE) -> Array:
-    """The similarity that brings landmarks nearest to a template, in least squares.
+    """Return the least-squares similarity transform (no shear, no reflection) of landmarks to a template.
 
-    In the plane, scale and rotation are one complex factor `a`: with `z` and `t` the centerd landmarks and template as
+    In the plane, scale and rotation are one complex factor `a`: with `z` and `t` the centered landmarks and template as
     complex numbers, `a = sum(conj(z) t) / sum(|z|^2)`. That is Umeyama's solution with a proper rotation.
 
     Args:
@@ -80,11 +76,11 @@ def similarity_transform(landmarks: ArrayLike, template: ArrayLike = ARCFACE_TEM
         template: (n, 2) points (x, y) in the crop.
 
     Returns:
-        (2, 3) matrix `M`: image point `p` goes to `M[:, :2] @ p + M[:, 2]`.
+        (2, 3) matrix `M`: image point `p` maps to `M[:, :2] @ p + M[:, 2]`.
 
     Raises:
-        InputError: shapes differ, a point is not finite, all landmarks are one point, or no similarity fits (a mirrored
-            face can come to scale 0).
+        InputError: shapes differ, a point is not finite, all landmarks coincide, or no similarity fits (a mirrored face can
+            give scale 0).
 
     Examples:
         >>> similarity_transform([(0, 0), (1, 0)], [(5, 5), (5, 7)])  # twice as large, a quarter turn
@@ -103,16 +99,16 @@ def similarity_transform(landmarks: ArrayLike, template: ArrayLike = ARCFACE_TEM
         raise InputError("similarity_transform: landmarks must be at least two different points")
     a = (np.conj(z - z_mean) * (t - t_mean)).sum() / spread
     if not abs(a) > 1e-9:
-        raise InputError("similarity_transform: no similarity brings these landmarks to the template")
+        raise InputError("similarity_transform: no similarity maps these landmarks to the template")
     shift = t_mean - a * z_mean
     return np.array([[a.real, -a.imag, shift.real], [a.imag, a.real, shift.imag]])
 
 
 def align_face(image: Picture, landmarks: ArrayLike, size: int | tuple[int, int] = 112) -> Picture:
-    """Crop a face so that its landmarks lie on the template.
+    """Crop a face so that its landmarks match the template.
 
-    Pixel (x, y) is the value at the point (x, y), as detectors and OpenCV count. Sampling is bilinear without
-    antialiasing, like the crops that published networks were trained on; outside the picture is black.
+    Pixel (x, y) is the value at the point (x, y), as in detectors and OpenCV. Sampling is bilinear without antialiasing,
+    like the crops that published networks were trained on; pixels outside the image are black.
 
     Args:
         image: a PIL image (read as RGB), or a uint8 array (h, w) or (h, w, c).
@@ -123,7 +119,7 @@ def align_face(image: Picture, landmarks: ArrayLike, size: int | tuple[int, int]
         The crop: an RGB PIL image for a PIL image, otherwise a uint8 array with the channels of `image`.
 
     Raises:
-        InputError: the image or the landmarks are not of the form above.
+        InputError: the image or the landmarks have another form.
 
     Examples:
         >>> picture = np.full((200, 200, 3), 90, np.uint8)
@@ -140,14 +136,14 @@ def align_face(image: Picture, landmarks: ArrayLike, size: int | tuple[int, int]
 
 
 def _warp(image: NDArray[np.uint8], points: Array, size: int | tuple[int, int]) -> NDArray[np.uint8]:
-    """Bilinear samples of `image` at the crop's pixels sent back by the inverse of the similarity."""
+    """Sample `image` bilinearly at the pixels of the crop, mapped by the inverse similarity."""
     template = template_for(size)
     rows, columns = size if isinstance(size, tuple) else (size, size)
     matrix = similarity_transform(points, template)
     y, x = np.mgrid[:rows, :columns].astype(np.float64)
     x, y = np.tensordot(np.linalg.inv(matrix[:, :2]), np.stack([x - matrix[0, 2], y - matrix[1, 2]]), axes=1)
-    # Points far outside are all black: clipping keeps their indices within integers, and a border of two black pixels
-    # makes the blend at the picture's edge the same sum as inside.
+    # Points far outside are black: clipping keeps their indices valid, and a black border of two pixels makes the
+    # interpolation at the edge the same as inside.
     height, width = image.shape[:2]
     x, y = np.clip(x, -2, width), np.clip(y, -2, height)
     left, top = np.floor(x).astype(np.int64), np.floor(y).astype(np.int64)
@@ -160,7 +156,7 @@ def _warp(image: NDArray[np.uint8], points: Array, size: int | tuple[int, int]) 
 
 
 def landmarks_from_68(points: ArrayLike) -> Array:
-    """Five landmarks from the 68 of the iBUG layout.
+    """Return five landmarks from the 68 of the iBUG layout.
 
     The eyes are the means of their two corners (36 and 39, 42 and 45, counted from 0), the nose is its tip (30), the
     mouth its corners (48 and 54).

@@ -1,9 +1,9 @@
-"""Data room: a set of drawn faces that age, so that everything can be run and checked without a photograph.
+"""Synthetic faces that age, for running and testing everything without photographs.
 
-Each identity is a vector of shape, color and texture that never changes. Age changes how that vector shows: a child has
-rounder, smoother, less distinct features; with the years hair grays and recedes, skin wrinkles, spots and sags, each at a
-pace and in a pattern of the identity's own. Pose, light, expression, occlusion, blur and noise are drawn anew for each image.
-The faces are drawings: they carry the structure of the problem, and no claim about people.
+Each identity is a constant vector of shape, color and texture. Age changes its appearance: children have rounder, smoother
+and less distinct features; later, hair grays and recedes, and skin wrinkles, spots and sags, with a rate and a pattern that
+depend on the identity. Pose, light, expression, occlusion, blur and noise are random for each image. The images reproduce the
+structure of the problem and allow no conclusion about real faces.
 """
 
 import math
@@ -23,32 +23,32 @@ _CHUNK_PIXELS = 400_000
 
 
 class SyntheticFace(NamedTuple):
-    """One drawn image with all that is known of it."""
+    """One synthetic image with its identity and age."""
 
     image: Tensor
     """(3 h w), float32 in [-1, 1], RGB."""
     identity: int
     age: float
-    """Years, exact."""
+    """Exact age in years."""
 
 
 @dataclass(frozen=True)
 class SyntheticFaces:
-    """Drawn faces of `identities` people, `images_per_identity` each, at exact ages.
+    """Synthetic faces with `images_per_identity` images of each identity at exact ages.
 
     The same arguments give the same images on every machine, up to the last bit of an 8-bit pixel.
 
     Args:
-        identities: how many people; at least one.
-        images_per_identity: images of each.
-        size: height and width in pixels; at least 16.
-        seed: two sets with different seeds share no person.
-        age_range: youngest and oldest age in years. Ages of one person are spread evenly over it, so that all gaps occur.
-        age_window: if given, all images of a person lie within that many years of each other, as they do in photo
-            collections gathered from the web.
+        identities: number of identities, at least one.
+        images_per_identity: images per identity.
+        size: height and width in pixels, at least 16.
+        seed: sets with different seeds share no identity.
+        age_range: youngest and oldest age in years. The ages of an identity are spread evenly over it, so that all gaps occur.
+        age_window: if given, all images of an identity lie within that many years, as in photographs collected from the
+            web.
 
     Raises:
-        TypeError, ValueError: an argument is not a number, or out of its range.
+        TypeError, ValueError: an argument is not a number, or out of range.
 
     Examples:
         >>> faces = SyntheticFaces(identities=3, images_per_identity=2, size=32, seed=0)
@@ -82,16 +82,16 @@ class SyntheticFaces:
 
     def _cast(self) -> tuple[Tensor, Tensor, Tensor]:
         generator = torch.Generator().manual_seed(self.seed * 2_654_435 + 97)
-        people, each = self.identities, self.images_per_identity
-        traits = torch.randn(people, IDENTITY_TRAITS, generator=generator)
-        nuisances = torch.randn(people * each, NUISANCES, generator=generator)
+        identities, each = self.identities, self.images_per_identity
+        traits = torch.randn(identities, IDENTITY_TRAITS, generator=generator)
+        nuisances = torch.randn(identities * each, NUISANCES, generator=generator)
         low, high = self.age_range
-        strata = torch.rand(people, each, generator=generator).argsort(dim=1)
-        within = (strata + torch.rand(people, each, generator=generator)) / each
+        strata = torch.rand(identities, each, generator=generator).argsort(dim=1)
+        within = (strata + torch.rand(identities, each, generator=generator)) / each
         if self.age_window is None or self.age_window >= high - low:
             ages = low + (high - low) * within
         else:
-            start = low + (high - low - self.age_window) * torch.rand(people, 1, generator=generator)
+            start = low + (high - low - self.age_window) * torch.rand(identities, 1, generator=generator)
             ages = start + self.age_window * within
         return traits, nuisances, ages.flatten()
 
@@ -118,10 +118,10 @@ class SyntheticFaces:
         return ages
 
     def images(self, *, progress: Callable[[int, int], None] | None = None) -> Tensor:
-        """Draw the whole set.
+        """Render the whole set.
 
         Args:
-            progress: called with (images done, images in all) after each chunk.
+            progress: called with the numbers of rendered and all images after each chunk.
 
         Returns:
             (n 3 h w) uint8, RGB.
@@ -137,7 +137,7 @@ class SyntheticFaces:
 
     def _draw(self, index: Tensor) -> Tensor:
         traits: Tensor = self._traits  # type: ignore[attr-defined]  # set in __post_init__ of a frozen dataclass
-        nuisances: Tensor = self._nuisances  # type: ignore[attr-defined]  # likewise
+        nuisances: Tensor = self._nuisances  # type: ignore[attr-defined]  # see above
         noise_seeds = index + len(self) * 1_000_003 + self.seed * math.prod((7_919, 104_729))
         return draw_faces(
             traits[index // self.images_per_identity], self.ages[index], nuisances[index], noise_seeds, self.size

@@ -1,7 +1,7 @@
-"""Data room: the pen behind `SyntheticFaces`. Pure functions from trait vectors, ages and nuisances to pixels, batched.
+"""Rendering of synthetic faces from trait vectors, ages and nuisance variables.
 
 Coordinates are those of an aligned crop: x to the right and y down in [-1, 1], the eyes near y = -0.15. Every contour is a
-signed distance turned into coverage by a sigmoid about one pixel wide, so that nothing aliases.
+signed distance that a sigmoid about one pixel wide converts to coverage, which avoids aliasing.
 """
 
 import torch
@@ -18,7 +18,7 @@ _WRINKLES = 7
 
 
 class _Columns:
-    """Hands out the columns of an (n, c) table one after the other, shaped (n 1 1) to broadcast over pixels."""
+    """Returns the columns of an (n, c) table one after another, shaped (n 1 1) to broadcast over pixels."""
 
     def __init__(self, table: Tensor) -> None:
         self._table, self._next = table, 0
@@ -26,7 +26,7 @@ class _Columns:
     def __call__(self, scale: float = 1.0, offset: float = 0.0) -> Tensor:
         column = self._table[:, self._next]
         self._next += 1
-        # Three standard deviations bound every trait, so that no drawing falls apart.
+        # Traits are clipped to three standard deviations, which keeps every face plausible.
         return (offset + scale * column.clamp(-3, 3))[:, None, None]
 
     def uniform(self) -> Tensor:
@@ -38,7 +38,7 @@ class _Columns:
 
 
 def _hash_noise(seeds: Tensor, size: int, channel: int) -> Tensor:
-    """White noise in [-1, 1), (n h w), a pure function of (seed, pixel, channel): integer arithmetic, so exact anywhere."""
+    """White noise in [-1, 1), (n h w), by integer hashing of (seed, pixel, channel), so exact on every machine."""
     pixel = torch.arange(size * size).view(1, size, size)
     x = (pixel * 374_761_393 + seeds[:, None, None] * 668_265_263 + channel * 2_246_822_519) & 0xFFFFFFFF
     for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B)):
@@ -48,7 +48,7 @@ def _hash_noise(seeds: Tensor, size: int, channel: int) -> Tensor:
 
 
 def _ellipse(x: Tensor, y: Tensor, width: Tensor | float, height: Tensor | float, power: float = 2.0) -> Tensor:
-    """Below zero inside; near the rim about a distance in units of the crop."""
+    """Negative inside; near the contour approximately a distance in units of the crop."""
     radius = ((x / width).abs() ** power + (y / height).abs() ** power + 1e-9) ** (1.0 / power)
     return (radius - 1.0) * torch.minimum(torch.as_tensor(width), torch.as_tensor(height))
 
@@ -63,13 +63,13 @@ def _rgb(red: Tensor, green: Tensor, blue: Tensor) -> Tensor:
 
 
 def draw_faces(traits: Tensor, ages: Tensor, nuisances: Tensor, noise_seeds: Tensor, size: int) -> Tensor:
-    """Draw a batch of faces.
+    """Render a batch of faces.
 
     Args:
-        traits: (n, IDENTITY_TRAITS) standard normal, what makes the person.
+        traits: (n, IDENTITY_TRAITS) standard normal traits of the identities.
         ages: (n,) years.
-        nuisances: (n, NUISANCES) standard normal, what makes the photograph.
-        noise_seeds: (n,) int64, one a picture.
+        nuisances: (n, NUISANCES) standard normal variables of the photographs.
+        noise_seeds: (n,) int64, one per image.
         size: pixels.
 
     Returns:
@@ -77,12 +77,12 @@ def draw_faces(traits: Tensor, ages: Tensor, nuisances: Tensor, noise_seeds: Ten
     """
     t, v = _Columns(traits), _Columns(nuisances)
     age = ages[:, None, None]
-    # `grown` goes from 0 at birth to 1 at about twenty; `worn` from 0 at about thirty to 1 at eighty.
+    # `grown` rises from 0 at birth to 1 at about 20 years, `worn` from 0 at about 30 to 1 at 80 years.
     grown = (1.0 - torch.exp(-((age / 9.0) ** 1.4))).clamp(0, 1)
     worn = ((age - 28.0) / 52.0).clamp(0, 1.2)
-    # Features of children differ less from one another.
+    # Children differ less from one another.
     spread = 0.45 + 0.55 * grown
-    # How this person ages: weight, sagging, graying, balding, lines. Stable within a person, different between people.
+    # How the identity ages: weight, sagging, graying, balding, lines.
     gain, sag, thinning = t(0.5), t(0.35, 0.8), t(0.35, 0.7)
     gray_at, bald_at = t(9.0, 52.0), t(14.0, 58.0)
     lined = t(0.3, 0.9)
@@ -95,7 +95,7 @@ def draw_faces(traits: Tensor, ages: Tensor, nuisances: Tensor, noise_seeds: Ten
     def cover(distance: Tensor, soft: float = 0.6) -> Tensor:
         return torch.sigmoid(-distance / (soft * pixel))
 
-    # The camera: in-plane rotation, scale and shift are what alignment leaves over; yaw and pitch move near parts further.
+    # Camera: residual in-plane rotation, scale and shift after alignment; yaw and pitch move near parts more.
     roll, scale = v(0.06), 1.0 + v(0.045)
     shift_x, shift_y = v(0.03), v(0.03)
     yaw, pitch = v(0.30), v(0.20)
@@ -104,7 +104,7 @@ def draw_faces(traits: Tensor, ages: Tensor, nuisances: Tensor, noise_seeds: Ten
     squeeze = torch.cos(yaw)
 
     def at(depth: float, x: Tensor | float = 0.0, y: Tensor | float = 0.0) -> tuple[Tensor, Tensor]:
-        """Pixel coordinates relative to a point of the head that stands `depth` before its axis."""
+        """Pixel coordinates relative to a point of the head at `depth` in front of its axis."""
         return (cx - torch.sin(yaw) * depth) / squeeze - x, cy - torch.sin(pitch) * depth - y
 
     # Colors.
@@ -116,7 +116,7 @@ def draw_faces(traits: Tensor, ages: Tensor, nuisances: Tensor, noise_seeds: Ten
     hair_rgb = _rgb(dark + 0.06 + red.abs(), dark, dark * 0.7)
     gray = torch.sigmoid((age - gray_at) / 5.0)
     hair = hair_rgb + (0.74 - hair_rgb) * gray[:, None]
-    # Fair hair of children darkens.
+    # Children's hair darkens with age.
     hair = hair + (1.0 - grown)[:, None] * (0.16 + 0.10 * t().tanh()[:, None])
     iris_hue = t.uniform()
     iris = _rgb(0.18 + 0.3 * (1 - iris_hue), 0.2 + 0.24 * iris_hue, 0.1 + 0.5 * iris_hue**2)
@@ -158,13 +158,13 @@ def draw_faces(traits: Tensor, ages: Tensor, nuisances: Tensor, noise_seeds: Ten
     inside = cover(head)
     face = skin.expand(-1, -1, size, size)
 
-    # Texture of the skin: a few waves of the person's own, fainter on a child.
+    # Skin texture: a few waves per identity, weaker for children.
     texture = torch.zeros_like(hx)
     for _ in range(_WAVES):
         fx, fy, phase = t(5.0), t(5.0), t(3.0)
         texture = texture + torch.sin(fx * hx + fy * hy + phase)
     face = face * (1.0 + (0.020 + 0.022 * grown) * texture)[:, None]
-    # Moles appear at an age of their own and stay; spots come with the years.
+    # Moles appear at a random age and stay; spots appear with age.
     for _ in range(_MOLES):
         mx, my, seen_from, depth = t(0.28), t(0.30, 0.12), t.uniform() * 28.0, t.uniform()
         mole = cover(_ellipse(hx - mx, hy - my, 0.030, 0.030)) * torch.sigmoid((age - seen_from) / 1.5) * depth
@@ -173,7 +173,7 @@ def draw_faces(traits: Tensor, ages: Tensor, nuisances: Tensor, noise_seeds: Ten
         mx, my = t(0.36), t(0.36)
         spot = torch.exp(-(((hx - mx) ** 2 + (hy - my) ** 2) / 0.012)) * (pace - 0.35).clamp(0, 1)
         face = face * (1.0 - 0.22 * spot)[:, None]
-    # Blush of the young.
+    # Blush of children.
     for side in (-1.0, 1.0):
         ex, ey = at(0.1, side * 0.34, 0.22)
         face = (
@@ -183,7 +183,7 @@ def draw_faces(traits: Tensor, ages: Tensor, nuisances: Tensor, noise_seeds: Ten
             * torch.tensor([0.07, -0.02, -0.02])[None, :, None, None]
         )
 
-    # Lines: forehead, crow's feet, folds beside the mouth; where and how deep is the person's own.
+    # Lines: forehead, crow's feet, folds beside the mouth; position and depth depend on the identity.
     lines = torch.zeros_like(hx)
     for index in range(_WRINKLES):
         depth, bend, place = (lined + 0.4 * t()).clamp(0, 2), t(0.5), t(0.03)
@@ -199,7 +199,7 @@ def draw_faces(traits: Tensor, ages: Tensor, nuisances: Tensor, noise_seeds: Ten
         lines = lines + torch.exp(-((curve / 0.016) ** 2)) * reach * depth
     face = face * (1.0 - 0.26 * lines * pace).clamp(min=0.2)[:, None]
 
-    # Nose: a ridge of light, a shadow under it, nostrils. It keeps growing.
+    # Nose: a bright ridge, a shadow below it, nostrils. It grows with age.
     nose_length = 0.30 + 0.05 * t() * spread - 0.09 * (1 - grown) + 0.05 * pace
     nose_width = 0.105 + 0.025 * t() * spread + 0.02 * pace + 0.015 * (1 - grown)
     bridge = t(0.30) * spread
@@ -221,7 +221,7 @@ def draw_faces(traits: Tensor, ages: Tensor, nuisances: Tensor, noise_seeds: Ten
             ]
         )
 
-    # Mouth: lips thin with age, corners sink; the smile and the gap are the moment's.
+    # Mouth: lips become thinner and corners sink with age; smile and opening vary per image.
     smile, gap = v(0.12), v(0.05, -0.03).clamp(min=0)
     mouth_y = 0.42 + 0.04 * t() * spread - 0.07 * (1 - grown)
     mouth_width = 0.25 + 0.04 * t() * spread - 0.05 * (1 - grown) + 0.08 * smile
@@ -235,7 +235,7 @@ def draw_faces(traits: Tensor, ages: Tensor, nuisances: Tensor, noise_seeds: Ten
     face = _mix(face, lips_rgb, lips)
     face = face * (1.0 - 0.6 * cover(_ellipse(mx, my, mouth_width * 0.96, 0.012 + gap)))[:, None]
 
-    # Eyes and brows. Large on a child; lids droop with age.
+    # Eyes and brows: larger for children; lids droop with age.
     eye_x = 0.34 + 0.028 * t() * spread
     eye_w = 0.125 + 0.014 * t() * spread + 0.020 * (1 - grown)
     eye_h = (0.062 + 0.012 * t() * spread + 0.020 * (1 - grown)) * (1.0 + v(0.16)).clamp(0.3, 1.4)
@@ -264,12 +264,12 @@ def draw_faces(traits: Tensor, ages: Tensor, nuisances: Tensor, noise_seeds: Ten
         face = _mix(face, brow_rgb, brow)
     canvas = _mix(canvas, face, inside)
 
-    # Beard of some, from about twenty on; it comes and goes.
+    # Beard of some identities from about 20 years on, in some images.
     beard = torch.sigmoid(6.0 * (t() - 0.9)) * torch.sigmoid((age - 19.0) / 1.5) * torch.sigmoid(5.0 * v(1.0, 0.4))
     bearded = inside * torch.sigmoid((hy - 0.28 - 0.15 * torch.cos(hx * 3.0)) / 0.03) * (1 - lips)
     canvas = _mix(canvas, hair * 0.9, bearded * beard * 0.75)
 
-    # Hair over the forehead: a hairline that recedes, a parting, a fringe of the moment.
+    # Hair over the forehead: a receding hairline, a parting, a fringe that varies per image.
     recede = 0.22 * torch.sigmoid((age - bald_at) / 6.0) * (0.6 + 0.4 * thinning.clamp(0, 1.5))
     line = -0.50 + 0.04 * t() + v(0.04) - recede - 0.05 * (1 - grown)
     part, curl = t(0.18) + v(0.18), t(0.10)

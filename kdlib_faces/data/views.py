@@ -1,4 +1,4 @@
-"""Data room: random views of a batch of images, vectorized. Touches torch tensors only; randomness by a Generator."""
+"""Random augmentation of image batches."""
 
 import math
 from dataclasses import dataclass
@@ -14,21 +14,21 @@ __all__ = ["AugmentConfig", "augment", "erase", "grayscale", "low_resolution", "
 
 @dataclass(frozen=True)
 class AugmentConfig:
-    """What is done to training images, and how strongly; 0 switches a part off.
+    """Strength of the random augmentation of training images; 0 turns a part off.
 
     Attributes:
-        mirror: probability of a left-right mirror image; which images were mirrored is told to the caller.
-        brightness: largest shift of the mean, as a part of the full range.
-        contrast: largest relative change of contrast.
-        gamma: largest change of log2 of the gamma exponent.
-        shift: largest shift, as a part of the side.
-        scale: largest relative change of size.
-        rotate: largest rotation, degrees.
+        mirror: probability of a mirror image.
+        brightness: maximum shift of the mean, as a fraction of the full range.
+        contrast: maximum relative change of contrast.
+        gamma: maximum change of log2 of the gamma exponent.
+        shift: maximum shift, as a fraction of the side.
+        scale: maximum relative change of size.
+        rotate: maximum rotation, degrees.
         erase: probability of a gray rectangle.
-        erase_area: largest area of that rectangle, as a part of the image.
-        low_resolution: probability of being shrunk and enlarged again.
-        low_resolution_factor: smallest factor of that shrinking.
-        grayscale: probability of losing color.
+        erase_area: maximum area of the rectangle, as a fraction of the image.
+        low_resolution: probability of downscaling and upscaling.
+        low_resolution_factor: minimum factor of the downscaling.
+        grayscale: probability of conversion to grayscale.
     """
 
     mirror: float = 0.5
@@ -54,21 +54,21 @@ class AugmentConfig:
 
     @classmethod
     def none(cls) -> "AugmentConfig":
-        """Everything off: the plain images."""
+        """Return a configuration without augmentation."""
         off = ("mirror", "brightness", "contrast", "gamma", "shift", "scale", "rotate", "erase", "low_resolution")
         return cls(**dict.fromkeys((*off, "grayscale"), 0.0))
 
 
 def augment(images: Tensor, config: AugmentConfig, generator: Generator) -> tuple[Tensor, Tensor]:
-    """Random views of a batch.
+    """Augment a batch.
 
     Args:
         images: `(b, 3, s, s)` uint8.
-        config: what to do.
-        generator: the only source of randomness; equal states give equal views.
+        config: strength of the augmentation.
+        generator: source of all randomness.
 
     Returns:
-        `(b, 3, s, s)` float32 in `[-1, 1]`, and the view: `(b,)` int64, 1 where the image was mirrored.
+        `(b, 3, s, s)` float32 in `[-1, 1]`, and the view: `(b,)` int64, 1 for a mirrored image.
 
     Examples:
         >>> pixels = torch.arange(48, dtype=torch.uint8).reshape(1, 3, 4, 4)
@@ -96,7 +96,7 @@ def _uniform(count: int, low: float, high: float, generator: Generator) -> Tenso
 
 
 def mirror(images: Tensor, probability: float, generator: Generator) -> tuple[Tensor, Tensor]:
-    """Mirror each image with `probability`; returns the images and `(b,)` int64, 1 where mirrored."""
+    """Mirror each image with `probability`; return the images and `(b,)` int64, 1 for a mirrored image."""
     chosen = torch.rand(len(images), generator=generator) < probability
     if chosen.any():
         images = torch.where(chosen[:, None, None, None], images.flip(-1), images)
@@ -123,7 +123,7 @@ def photometric(x: Tensor, brightness: float, contrast: float, gamma: float, gen
 
 
 def warp(x: Tensor, shift: float, scale: float, rotate: float, generator: Generator) -> Tensor:
-    """Shift (part of the side), scale and rotate (degrees) each image, bilinear, edges repeated."""
+    """Shift (fraction of the side), scale and rotate (degrees) each image, bilinear with repeated edges."""
     b = len(x)
     angle = _uniform(b, -rotate, rotate, generator) * (math.pi / 180)
     size = _uniform(b, 1 - scale, 1 + scale, generator)
@@ -135,19 +135,19 @@ def warp(x: Tensor, shift: float, scale: float, rotate: float, generator: Genera
 
 
 def low_resolution(x: Tensor, probability: float, factor: float, generator: Generator) -> Tensor:
-    """Shrink the chosen images and enlarge them again; one factor from `[factor, 1]` a batch."""
+    """Downscale random images and upscale them again; one factor from `[factor, 1]` per batch."""
     chosen = torch.rand(len(x), generator=generator) < probability
-    drawn = float(_uniform(1, factor, 1.0, generator))
+    ratio = float(_uniform(1, factor, 1.0, generator))
     if not chosen.any():
         return x
-    side = (max(round(x.shape[2] * drawn), 1), max(round(x.shape[3] * drawn), 1))
+    side = (max(round(x.shape[2] * ratio), 1), max(round(x.shape[3] * ratio), 1))
     small = F.interpolate(x[chosen], size=side, mode="bilinear", antialias=True)
     x[chosen] = F.interpolate(small, size=x.shape[2:], mode="bilinear", align_corners=False)
     return x
 
 
 def grayscale(x: Tensor, probability: float, generator: Generator) -> Tensor:
-    """Replace the channels of the chosen images by their luma (ITU-R 601)."""
+    """Replace the channels of random images by their luma (ITU-R 601)."""
     chosen = torch.rand(len(x), generator=generator) < probability
     if chosen.any():
         luma = torch.einsum("bchw,c->bhw", x[chosen], x.new_tensor([0.299, 0.587, 0.114]))
@@ -156,7 +156,7 @@ def grayscale(x: Tensor, probability: float, generator: Generator) -> Tensor:
 
 
 def erase(x: Tensor, probability: float, area: float, generator: Generator) -> Tensor:
-    """Put a gray rectangle on the chosen images: area up to `area`, aspect from 1:2 to 2:1."""
+    """Put a gray rectangle on random images: area up to `area`, aspect from 1:2 to 2:1."""
     b, _, height, width = x.shape
     chosen = torch.rand(b, generator=generator) < probability
     part = _uniform(b, 0.02 if area > 0.02 else 0.0, area, generator)

@@ -386,7 +386,7 @@ def test_identity_records_that_disagree_or_lack(tmp_path):
 def test_announced_sizes_cost_nothing(tmp_path, monkeypatch):
     path = write(tmp_path, [(0, struct.pack("<IfQQ", 2**31, 0, 0, 0) + b"image")])
     with pytest.raises(
-        InputError, match=r"record 0 at byte 0: the header announces 2147483648 labels, the record has room for 1"
+        InputError, match=r"record 0 at byte 0: the header announces 2147483648 labels, the record can hold 1"
     ):
         RecordReader(path)[0]
     monkeypatch.setattr(format_room, "MAX_RECORD", 100)

@@ -1,4 +1,4 @@
-"""Drawn faces: deterministic, aged as asked, and harder to match across years than within them."""
+"""Synthetic faces: deterministic, with the requested ages, and harder to match across age gaps."""
 
 import numpy as np
 import pytest

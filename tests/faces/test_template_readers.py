@@ -106,7 +106,7 @@ def test_columns_that_are_none(tmp_path, text, message):
 
 
 def test_lines_that_grow_longer_or_shorter_make_no_difference(tmp_path):
-    """Room is made by the first block's lines."""
+    """The first block determines the allocation."""
     for first, second in ((b"1 2 1\n", b"1000000 2000000 1\n"), (b"1000000 2000000 1\n", b"1 2 1\n")):
         path = put(tmp_path, first * 100_000 + second * 100_000)
         one, _, last = read_integers(path, (np.int64, np.int32, np.bool_), what="list", max_rows=10**9)

@@ -211,7 +211,7 @@ def unpack(data: bytes, where: str) -> tuple[tuple[float, ...], int, int]:
         return (label,), number, _HEADER.size
     if count > MAX_LABELS or len(data) < _HEADER.size + 4 * count:
         available = (len(data) - _HEADER.size) // 4
-        raise InputError(f"{where}: the header announces {count} labels, the record has room for {available}")
+        raise InputError(f"{where}: the header announces {count} labels, the record can hold {available}")
     return struct.unpack_from(f"<{count}f", data, _HEADER.size), number, _HEADER.size + 4 * count
 
 
