@@ -2,16 +2,10 @@
 
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
 from kdlib._checks import check_callable, check_name, check_type
-
-if TYPE_CHECKING:
-    from kdlib.cache.fingerprint import Fingerprint
-    from kdlib.cache.layout import Layout
 
 __all__ = [
     "CacheError",
@@ -23,7 +17,6 @@ __all__ = [
     "check_fits",
     "check_names",
     "check_reads",
-    "check_source",
 ]
 
 
@@ -46,21 +39,6 @@ def check_argument(good: bool, message: str) -> None:
     """A condition on an argument, or on a header that is being parsed, must hold."""
     if not good:
         raise ValueError(message)
-
-
-def check_source(path: Path, header: "Layout", expected: "str | Fingerprint", *, building: bool = False) -> None:
-    """The header must have the expected fingerprint."""
-    whole = expected if isinstance(expected, str) else expected.whole
-    if header.fingerprint == whole:
-        return
-    parts = "" if isinstance(expected, str) or not header.parts else expected.difference(header.parts)
-    another = (
-        f"another teacher, preprocessing or data: {f'the difference is {parts}; ' if parts else ''}its fingerprint is "
-        f"{header.fingerprint!r}, expected {whole!r}"
-    )
-    if building:
-        raise cache_error(f"{path} contains {another}; use another path, or delete it")
-    raise cache_error(f"{path} was computed from {another}")
 
 
 def check_build(teacher: object, fetch: object, progress: object, notes: object, **texts: object) -> None:

@@ -20,10 +20,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from kdlib.cache._checks import CacheError, cache_error, check_argument, check_cache, check_features, check_source
+from kdlib.cache._checks import CacheError, cache_error, check_argument, check_cache, check_features
 from kdlib.cache.blocks import NAME, Blocks
 from kdlib.cache.codec import Errors, pack
-from kdlib.cache.fingerprint import Fingerprint
+from kdlib.cache.fingerprint import Fingerprint, check_source
 from kdlib.cache.layout import Layout, read_header, shard_path, write_file, writing
 from kdlib.cache.writer import Writer
 
@@ -110,7 +110,7 @@ def _existing(directory: Path, wanted: Layout) -> Layout | None:
     if header is None:
         return None
     fingerprint = Fingerprint(**wanted.parts, whole=wanted.fingerprint) if wanted.parts else wanted.fingerprint
-    check_source(directory, header, fingerprint, building=True)
+    check_source(directory, header.fingerprint, header.parts, fingerprint, building=True)
     for name in ("ids", "views", "dtype"):
         stored, expected = getattr(header, name), getattr(wanted, name)
         what = "other samples" if name == "ids" else f"another {name.removesuffix('s')}"

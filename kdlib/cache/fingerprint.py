@@ -5,16 +5,17 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any, Self
 
 import torch
 from torch import nn
 
 from kdlib._checks import check_type
-from kdlib.cache._checks import check_argument
+from kdlib.cache._checks import cache_error, check_argument
 from kdlib.types import FrozenModel, HasFingerprint
 
-__all__ = ["Fingerprint", "model_fingerprint"]
+__all__ = ["Fingerprint", "check_source", "model_fingerprint"]
 
 _PARTS = {"teacher": "the teacher (weights, code or taps)", "preprocessing": "the preprocessing", "data": "the data"}
 
@@ -81,6 +82,23 @@ class Fingerprint:
         return " and ".join(
             text for name, text in _PARTS.items() if name in parts and parts[name] != getattr(self, name)
         )
+
+
+def check_source(
+    path: Path, fingerprint: str, parts: dict[str, str], expected: str | Fingerprint, *, building: bool = False
+) -> None:
+    """A header must have the expected fingerprint; the error names the parts that differ, if they are known."""
+    whole = expected if isinstance(expected, str) else expected.whole
+    if fingerprint == whole:
+        return
+    different = "" if isinstance(expected, str) else expected.difference(parts)
+    another = (
+        f"another teacher, preprocessing or data: {f'the difference is {different}; ' if different else ''}its fingerprint "
+        f"is {fingerprint!r}, expected {whole!r}"
+    )
+    if building:
+        raise cache_error(f"{path} contains {another}; use another path, or delete it")
+    raise cache_error(f"{path} was computed from {another}")
 
 
 def _add(digest: Any, part: str | bytes) -> None:

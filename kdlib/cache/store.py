@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from kdlib._checks import check_choice, check_number, check_type
-from kdlib.cache._checks import cache_error, check_argument, check_build, check_cache, check_names, check_source
+from kdlib.cache._checks import cache_error, check_argument, check_build, check_cache, check_names
 from kdlib.cache.build import Job, build_cache, ids_digest
 from kdlib.cache.codec import unpack
-from kdlib.cache.fingerprint import Fingerprint
+from kdlib.cache.fingerprint import Fingerprint, check_source
 from kdlib.cache.layout import DTYPES, TRAILER_BYTES, Layout, check_size, read_header, shard_path
 
 __all__ = ["TeacherCache"]
@@ -172,7 +172,7 @@ class TeacherCache:
             raise cache_error(f"there is no cache at {path}")
         if fingerprint is not None:
             check_type("TeacherCache", "fingerprint", fingerprint, (str, Fingerprint), "a str or a Fingerprint")
-            check_source(path, layout, fingerprint)
+            check_source(path, layout.fingerprint, layout.parts, fingerprint)
         check_cache(
             layout.complete,
             f"{path} contains {layout.rows} of {layout.total} rows; run the same build again to complete it",

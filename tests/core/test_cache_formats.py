@@ -1,4 +1,4 @@
-"""What lies on disk is near to what the teacher said, and the cache says how near."""
+"""Storage types of caches and their measured errors."""
 
 from pathlib import Path
 
@@ -16,14 +16,21 @@ from kdlib.cache.layout import Layout
 SAMPLES = 37
 
 
-class Says(nn.Module):
-    fingerprint = "says"
+class Split(nn.Module):
+    fingerprint = "split"
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
         return {"map": x[:, :60].reshape(-1, 3, 4, 5), "embedding": x[:, 60:]}
 
 
-def said() -> Tensor:
+class Embedding(nn.Module):
+    fingerprint = "embedding"
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        return {"embedding": x}
+
+
+def outputs() -> Tensor:
     x = torch.randn(SAMPLES, 72, generator=torch.Generator().manual_seed(3)) * torch.logspace(-3, 3, SAMPLES)[:, None]
     x[5] = 0.0
     x[6, 60:] = 0.0
@@ -32,7 +39,7 @@ def said() -> Tensor:
 
 
 def cosine(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """Naive, in longdouble; rows of zeros that stayed so are no error."""
+    """Reference error 1 - cos in longdouble; 0 for two zero rows."""
     x, y = x.reshape(len(x), -1).astype(np.longdouble), y.reshape(len(y), -1).astype(np.longdouble)
     lengths = np.sqrt((x * x).sum(1) * (y * y).sum(1))
     out = np.where((x == 0).all(1), 0.0, 1.0)
@@ -40,39 +47,35 @@ def cosine(x: np.ndarray, y: np.ndarray) -> np.ndarray:
 
 
 @pytest.mark.parametrize("dtype", ["float16", "int8", "float32"])
-def test_the_error_in_the_header_is_the_error_of_what_is_read(tmp_path: Path, dtype: str) -> None:
-    x = said()
+def test_the_stored_error_is_the_error_of_the_rows(tmp_path: Path, dtype: str) -> None:
+    x = outputs()
     cache = TeacherCache.build(
-        tmp_path, Says(), lambda samples, view: x[samples], samples=SAMPLES, batch_size=8, dtype=dtype, shard_bytes=900
+        tmp_path, Split(), lambda samples, view: x[samples], samples=SAMPLES, batch_size=8, dtype=dtype, shard_bytes=900
     )
-    held, told = cache.read(range(SAMPLES)), Says()(x)
+    stored, expected = cache.read(range(SAMPLES)), Split()(x)
     assert set(cache.error) == {"map", "embedding"}
     for name, entry in cache.error.items():
-        y, z = told[name].numpy(), held[name].numpy()
+        y, z = expected[name].numpy(), stored[name].numpy()
         errors = cosine(y, z)
         assert entry["max_cosine"] == pytest.approx(float(errors.max()), rel=1e-3, abs=1e-15)
         assert entry["mean_cosine"] == pytest.approx(float(errors.mean()), rel=1e-3, abs=1e-15)
         y, z = (each.reshape(SAMPLES, -1).astype(np.float64) for each in (y, z))
         lengths = np.linalg.norm(y, axis=1)
-        apart = np.linalg.norm(z - y, axis=1)[lengths > 0] / lengths[lengths > 0]
-        assert entry["max_relative"] == pytest.approx(apart.max(), rel=1e-3, abs=1e-12)
+        distances = np.linalg.norm(z - y, axis=1)[lengths > 0] / lengths[lengths > 0]
+        assert entry["max_relative"] == pytest.approx(distances.max(), rel=1e-3, abs=1e-12)
     if dtype == "float32":
         assert {each for entry in cache.error.values() for each in entry.values()} == {0.0}
     else:
-        # Half a step of 2^-11 or of 1/127 of the largest entry, at most.
+        # At most half a step of 2^-11, or of 1/127 of the largest entry.
         bound = {"float16": 2**-11, "int8": np.sqrt(60) / 254}[dtype]
         assert 0 < cache.error["map"]["max_relative"] <= bound
         assert cache.error["map"]["max_cosine"] <= bound**2
 
 
-def test_int8_is_a_scale_and_whole_numbers(tmp_path: Path) -> None:
+def test_int8_rows_are_a_scale_and_integers(tmp_path: Path) -> None:
     x = torch.tensor([[2.0, -4.0, 1.0, 0.5], [0.0, 0.0, 0.0, 0.0], [1e-3, 1e-3, -1e-3, 0.0]])
 
-    class Plain(Says):
-        def forward(self, x: Tensor) -> dict[str, Tensor]:
-            return {"embedding": x}
-
-    cache = TeacherCache.build(tmp_path, Plain(), lambda samples, view: x[samples], samples=3, dtype="int8")
+    cache = TeacherCache.build(tmp_path, Embedding(), lambda samples, view: x[samples], samples=3, dtype="int8")
     content = (tmp_path / "shard-00000.bin").read_bytes()
     assert len(content) == 3 * (4 + 4) + 32
     assert np.frombuffer(content, "i1", 4, 4).tolist() == [64, -127, 32, 16]
@@ -88,40 +91,35 @@ def test_int8_is_a_scale_and_whole_numbers(tmp_path: Path) -> None:
     st.lists(st.floats(-(2.0**15), 2.0**15, width=32), min_size=3, max_size=3),
     st.integers(-140, 100),
 )
-def test_any_finite_row_comes_back_near(dtype: str, values: list[float], power: int) -> None:
+def test_any_finite_row_is_stored_within_half_a_step(dtype: str, values: list[float], power: int) -> None:
     row = torch.tensor([values], dtype=torch.float64) * 2.0 ** (power if dtype == "int8" else min(power, 0))
     row = row.float()
     layout = Layout("f", 1, 1, "", 0, True, dtype, {"x": (3,)}, 1, block=1)
-    packed, (worst, _, relative) = pack(layout, {"x": row}, str)
+    packed, (cosine_error, _, relative) = pack(layout, {"x": row}, str)
     back = unpack(layout, packed, ["x"])["x"]
     largest = row.abs().max()
     step = largest / 254 if dtype == "int8" else torch.clamp(row.abs() * 2.0**-11, min=2.0**-25)
     assert torch.all((back - row).abs().double() <= step.double() * (1 + 1e-4) + 2.0**-142)
-    assert 0 <= worst[0] <= 1
+    assert 0 <= cosine_error[0] <= 1
     assert np.isfinite(relative).all()
     expected = float(cosine(row.numpy(), back.numpy())[0])
-    # Where the scale itself is subnormal only the direction is measured, which is exact.
-    assert worst[0] == pytest.approx(expected, rel=0.02, abs=1e-6)
+    # Rows whose scale is subnormal are compared by direction only, which is exact.
+    assert cosine_error[0] == pytest.approx(expected, rel=0.02, abs=1e-6)
 
 
-def test_a_value_beyond_the_type_names_sample_and_view(tmp_path: Path) -> None:
-    class Inf(Says):
-        def forward(self, x: Tensor) -> dict[str, Tensor]:
-            return {"embedding": torch.where(x > 4, torch.inf, x)}
+def test_an_infinite_value_names_sample_and_view(tmp_path: Path) -> None:
+    def infinite(samples: Tensor, view: int) -> Tensor:
+        return torch.where(samples > 4, torch.inf, samples * 1.0)[:, None]
 
-    def build(path: Path, dtype: str) -> None:
-        TeacherCache.build(
-            path, Inf(), lambda samples, view: samples[:, None] * 1.0, samples=[2, 9, 4], dtype=dtype, batch_size=2
-        )
-
+    options = {"samples": [2, 9, 4], "batch_size": 2}
     for dtype in ("int8", "float32", "float16"):
         with pytest.raises(ValueError, match=f"'embedding' of sample 9, view 0 must fit {dtype}, got inf"):
-            build(tmp_path / dtype, dtype)
+            TeacherCache.build(tmp_path / dtype, Embedding(), infinite, dtype=dtype, **options)
 
 
-def test_some_features_alone(tmp_path: Path) -> None:
-    x = said()
-    cache = TeacherCache.build(tmp_path, Says(), lambda samples, view: x[samples], samples=SAMPLES, dtype="int8")
+def test_selected_features_are_read(tmp_path: Path) -> None:
+    x = outputs()
+    cache = TeacherCache.build(tmp_path, Split(), lambda samples, view: x[samples], samples=SAMPLES, dtype="int8")
     assert list(cache.read([3], 0, ["embedding"])) == ["embedding"]
     torch.testing.assert_close(cache.read([3, 1], 0, ["map"])["map"], cache.read([3, 1])["map"], rtol=0, atol=0)
     single = CachedTeacher(cache, features=("embedding",))
@@ -136,5 +134,5 @@ def test_some_features_alone(tmp_path: Path) -> None:
 
 def test_notes_are_kept(tmp_path: Path) -> None:
     options = {"samples": 3, "fingerprint": "x", "notes": {"teacher": "big.onnx"}}
-    TeacherCache.build(tmp_path, Says(), lambda samples, view: said()[samples], **options)
+    TeacherCache.build(tmp_path, Split(), lambda samples, view: outputs()[samples], **options)
     assert TeacherCache.open(tmp_path).notes == {"teacher": "big.onnx"}

@@ -77,7 +77,7 @@ def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
 
 
 class StopAfter:
-    """A hook that raises after a step, as a kill would end the process there."""
+    """A hook that raises after a step, like an interruption at that step."""
 
     class Stopped(Exception):
         pass
@@ -214,7 +214,7 @@ def test_optimizers_and_factory() -> None:
     train(adamw, batches(), TrainConfig(epochs=1, optimizer="adamw", lr=0.01))
     assert same(weights(factory), weights(named))
     assert not same(weights(adamw), before)
-    with pytest.raises(TypeError, match=r"optimizer must return a torch.optim.Optimizer, got list"):
+    with pytest.raises(TypeError, match=r"the result of optimizer must be a torch.optim.Optimizer, got list"):
         train(Toy(), batches(), TrainConfig(epochs=1, optimizer=lambda groups: groups))  # type: ignore[arg-type,return-value]
 
 

@@ -1,6 +1,5 @@
-"""Training that is killed at any moment, and training in two processes: the weights are those of one quiet process."""
+"""Training that is interrupted by SIGKILL, and training in two processes."""
 
-import json
 import os
 import random
 import signal
@@ -15,8 +14,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from kdlib import OUTPUT, Distiller, HintLoss, Objective, StudentAdapter, TeacherAdapter, Term, TrainConfig, train
-from kdlib.training import load_checkpoint, read_log
-from kdlib.training.events import TrainEvent
+from kdlib.training import TrainEvent, load_checkpoint, read_log
 
 STEPS = 120
 
@@ -44,21 +42,13 @@ def _collate(items: Any) -> Any:
 
 def config(directory: Path) -> TrainConfig:
     return TrainConfig(
-        max_steps=STEPS,
-        accumulate=2,
-        lr=0.05,
-        ema_decay=0.9,
-        warmup_steps=5,
-        clip_norm=1.0,
-        checkpoint_dir=directory / "run",
-        checkpoint_every_steps=1,
-        log_path=directory / "log.jsonl",
-        log_every=1,
-    )
+        max_steps=STEPS, accumulate=2, lr=0.05, ema_decay=0.9, warmup_steps=5, clip_norm=1.0, log_every=1,
+        checkpoint_dir=directory / "run", checkpoint_every_steps=1, log_path=directory / "log.jsonl",
+    )  # fmt: skip
 
 
 def child(directory: Path) -> None:
-    """Train, a step or so in ten milliseconds, and tell when a step is done; keep what a finished run returns."""
+    """Train slowly, print each completed step, and save the result."""
 
     def slow(event: TrainEvent) -> None:
         print(event.step, flush=True)
@@ -66,15 +56,15 @@ def child(directory: Path) -> None:
 
     distiller = build()
     result = train(distiller, loader(), config(directory), hooks=[slow])
-    told = {"weights": distiller.state_dict(), "ema": result.ema, "last": result.terms, "total": result.total}
-    torch.save({**told, "epoch": result.epoch}, directory / "end.pt")
+    last = {"epoch": result.epoch, "total": result.total, "terms": result.terms}
+    torch.save({"weights": distiller.state_dict(), "ema": result.ema, "last": last}, directory / "end.pt")
 
 
 def pair(rank: int, directory: Path) -> None:
-    """One of two processes that share each batch."""
+    """Train as one of two processes, each with half of every batch."""
     torch.distributed.init_process_group("gloo", init_method=f"file://{directory / 'meeting'}", rank=rank, world_size=2)
     distiller = build(dropout=0.0)
-    train(distiller, halves(rank), shared(directory))
+    train(distiller, halves(rank), TrainConfig(epochs=2, lr=0.05, accumulate=2, checkpoint_dir=directory / "run"))
     torch.save(distiller.state_dict(), directory / f"rank{rank}.pt")
     torch.distributed.destroy_process_group()
 
@@ -84,61 +74,57 @@ def halves(rank: int | None) -> list[Any]:
     return [(batch if rank is None else batch.chunk(2)[rank], {}) for batch in images]
 
 
-def shared(directory: Path) -> TrainConfig:
-    return TrainConfig(epochs=2, lr=0.05, accumulate=2, checkpoint_dir=directory / "run")
-
-
 def start(task: str, directory: Path) -> "subprocess.Popen[str]":
     command = [sys.executable, "-W", "error::UserWarning", __file__, task, str(directory)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
 
 
+def finish(process: "subprocess.Popen[str]") -> None:
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 0, errors
+
+
 def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
-def test_killed_again_and_again_it_ends_with_the_same_weights(tmp_path: Path) -> None:
-    draw = random.Random(int(time.time()))  # another moment in each run: all of them must do
-    kills = 0
+def test_repeated_interruption_gives_the_same_weights(tmp_path: Path) -> None:
+    generator = random.Random(int(time.time()))  # other times in each run, because any time must do
+    interruptions = 0
     for _ in range(7):
         process = start("child", tmp_path)
         assert process.stdout is not None
         first = process.stdout.readline()
-        if kills == 4 or not first:
-            _, errors = process.communicate(timeout=60)
-            assert process.returncode == 0, errors
+        if interruptions == 4 or not first:
+            finish(process)
             break
-        time.sleep(draw.uniform(0.0, 0.08))
+        time.sleep(generator.uniform(0.0, 0.08))
         process.send_signal(signal.SIGKILL)
         process.communicate(timeout=60)
-        kills += process.returncode == -signal.SIGKILL
-    assert kills >= 3
+        interruptions += process.returncode == -signal.SIGKILL
+    assert interruptions >= 3
 
-    # The quiet run is a process of the same kind: another number of threads rounds otherwise.
+    # The reference is a process with the same number of threads, which affects rounding.
     whole = tmp_path / "whole"
     whole.mkdir()
-    process = start("child", whole)
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode == 0, errors
-    end, quiet = (torch.load(place / "end.pt", weights_only=True) for place in (tmp_path, whole))
-    assert same(end["weights"], quiet["weights"])
+    finish(start("child", whole))
+    end, reference = (torch.load(place / "end.pt", weights_only=True) for place in (tmp_path, whole))
+    checkpoint = load_checkpoint(tmp_path / "run" / f"step-{STEPS:09d}.pt")
+    assert same(end["weights"], reference["weights"])
+    assert same(checkpoint["distiller"], reference["weights"])
     assert not same(end["weights"], build().state_dict())
-    assert same(end["ema"], quiet["ema"])
-    found = load_checkpoint(tmp_path / "run" / f"step-{STEPS:09d}.pt")
-    assert same(found["distiller"], quiet["weights"])
-    assert same(found["ema"], quiet["ema"])
-    assert found["last"] == {"epoch": quiet["epoch"], "total": quiet["total"], "terms": quiet["last"]}
-    rows = [json.dumps({**row, "seconds": 0}) for row in read_log(tmp_path / "log.jsonl")]
-    assert rows == [json.dumps({**row, "seconds": 0}) for row in read_log(whole / "log.jsonl")]
+    assert same(end["ema"], reference["ema"])
+    assert same(checkpoint["ema"], reference["ema"])
+    assert checkpoint["last"] == reference["last"]
+    rows, expected = ([{**row, "seconds": 0} for row in read_log(place / "log.jsonl")] for place in (tmp_path, whole))
+    assert rows == expected
     assert len(list((tmp_path / "run").glob("step-*.pt"))) == 2
 
 
-def test_two_processes_are_one(tmp_path: Path) -> None:
-    processes = [start(f"pair{rank}", tmp_path) for rank in (0, 1)]
-    ends = [process.communicate(timeout=60)[1] for process in processes]
-    for process, errors in zip(processes, ends, strict=True):
-        assert process.returncode == 0, errors
+def test_two_processes_give_the_weights_of_one(tmp_path: Path) -> None:
+    for process in [start(f"pair{rank}", tmp_path) for rank in (0, 1)]:
+        finish(process)
     first, second = (torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in (0, 1))
     assert same(first, second)
     alone = build(dropout=0.0)
