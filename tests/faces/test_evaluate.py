@@ -191,7 +191,7 @@ def test_interrupts_bugs_and_debug(folder, capsys, monkeypatch):
     assert run(*words) == 130
     assert capsys.readouterr().err.count("\n") == 1
     fail(KeyError("stage"))
-    assert "unexpected KeyError: 'stage'; --debug shows where" in fails(capsys, *words, code=1)
+    assert "unexpected KeyError: 'stage'; use --debug for the traceback" in fails(capsys, *words, code=1)
     fail(ModuleNotFoundError("No module named 'PIL'", name="PIL"))
     assert "pip install 'kdlib-torch[faces" in fails(capsys, *words)
     fail(ValueError("two\nlines"))

@@ -63,7 +63,7 @@ def test_conventions_and_counts_are_reported(whole):
     assert found["lfw"]["counts"] == {"genuine pairs": 5, "impostor pairs": 6, "images": 17}
     assert "mirrored image added" in found["calfw"]["convention"]["Flip"]
     assert found["calfw"]["convention"]["List"].startswith("calfw.txt, SHA-256 ")
-    assert found["calfw"]["convention"]["Folds"].startswith("dealt")
+    assert found["calfw"]["convention"]["Folds"].startswith("assigned")
     assert "mean over the images of a medium, sum over media" in found["ijbc"]["convention"]["Pooling"]
     assert "times the detector score" in found["ijbc"]["convention"]["Pooling"]
     assert found["ijbc"]["convention"]["Alignment"] == "by the list's five points"
