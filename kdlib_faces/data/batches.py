@@ -84,6 +84,8 @@ class FaceBatches:
         count = len(self.images)
         if batch_size > count:
             raise ValueError(f"{owner}: batch_size must be at most the {count} images, got {batch_size}")
+        if views is not None and not isinstance(views, SeededViews):
+            raise TypeError(f"{owner}: views must be SeededViews, got {type(views).__name__}")
         if augment is not None and views is not None:
             raise ValueError(f"{owner}: augment and views exclude each other, got both")
         self.columns = {

@@ -132,7 +132,7 @@ def build_age_teacher(
         seed: Seed of new parts and heads.
 
     Returns:
-        A distiller without teachers. Its targets: `"identity"`; `"age"` or `"age_group"`; `"person_age"` with cross-age pairs.
+        A distiller without teachers. Its targets: `"identity"`; `"age"` or `"age_group"`; `"identity_age"` with cross-age pairs.
         `distiller.student.model.net` is the network for `save_teacher`.
 
     Raises:
@@ -169,7 +169,7 @@ def build_age_teacher(
             terms["identity"] = Term(head, student="embedding", target="identity", weight=identity_weight)
         if pair_weight:
             pairs = CrossAgePairLoss(min_age_gap=config.min_age_gap, scale=config.pair_scale, groups=groups is not None)
-            terms["pairs"] = Term(pairs, student="embedding", target="person_age", weight=pair_weight)
+            terms["pairs"] = Term(pairs, student="embedding", target="identity_age", weight=pair_weight)
         if isinstance(net, AgeInvariantNet):
             taps["parts"] = "net.parts"
             factors = AgeFactorLoss(net.embedding_dim, groups=groups, decorrelation=config.decorrelation)

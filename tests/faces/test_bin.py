@@ -70,7 +70,7 @@ def test_every_protocol_and_form_that_the_tools_write(tmp_path, protocol, form, 
     assert found.images == IMAGES
     assert found.same.tolist() == SAME
     assert found.same.dtype == bool
-    assert (len(found), repr(found)) == (4, "<BinSet: 4 pairs, 2 of one person>")
+    assert (len(found), repr(found)) == (4, "<BinSet: 4 pairs, 2 genuine>")
 
 
 @pytest.mark.parametrize("protocol", range(6))
@@ -210,17 +210,17 @@ def test_no_module_of_the_reader_unpickles():
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ((IMAGES, SAME, 1), "must hold two things, images and labels, got tuple of 3"),
-        ("x", "must hold two things, images and labels, got str of 1"),
+        ((IMAGES, SAME, 1), "must hold two items, images and labels, got tuple of 3"),
+        ("x", "must hold two items, images and labels, got str of 1"),
         ((b"abcd", SAME), "the images must be a list, got bytes of 4"),
         ((IMAGES, True), "the labels must be a list, got bool"),
-        ((IMAGES[:7], SAME), "4 labels need 8 images, got 7; the file is cut or mixed up"),
+        ((IMAGES[:7], SAME), "4 labels need 8 images, got 7; the file is incomplete"),
         ((IMAGES, SAME[:3]), "3 labels need 6 images, got 8"),
         ((IMAGES[:6], SAME), "4 labels need 8 images, got 6"),
         (([], []), "the set holds no pair"),
         ((["text", *IMAGES[1:]], SAME), "image 0 must be bytes or .n,. uint8, got str of 4"),
         (([*IMAGES[:3], None, *IMAGES[4:]], SAME), "image 3 must be bytes or .n,. uint8, got NoneType"),
-        (([b"", *IMAGES[1:]], SAME), "image 0 must be of 1 to 67,108,864 bytes, got 0"),
+        (([b"", *IMAGES[1:]], SAME), "image 0 must have 1 to 67,108,864 bytes, got 0"),
         (([np.zeros((2, 2), np.uint8), *IMAGES[1:]], SAME), r"image 0 must be .* got an array \(2, 2\) of '\|u1'"),
         (([np.zeros(3, np.int8), *IMAGES[1:]], SAME), "image 0 must be .* got an array .3,. of '.i1'"),
         (([np.uint8(3), *IMAGES[1:]], SAME), r"image 0 must be .* got an array \(\)"),
@@ -271,9 +271,9 @@ def test_a_file_cut_anywhere_is_refused(tmp_path):
 def test_sizes_are_capped(tmp_path, monkeypatch):
     path = put(tmp_path, (IMAGES, SAME))
     for limit, value, message in (
-        ("MAX_FILE", 20, r"bytes; this is no \.bin set, above 20 it is refused"),
-        ("MAX_ENTRIES", 7, "8 images; sets above 7 are refused"),
-        ("MAX_ENTRY", 5, "image 3 must be of 1 to 5 bytes, got 6"),
+        ("MAX_FILE", 20, r"bytes; a \.bin set has at most 20"),
+        ("MAX_IMAGES", 7, "8 images; sets above 7 are refused"),
+        ("MAX_IMAGE", 5, "image 3 must have 1 to 5 bytes, got 6"),
     ):
         with monkeypatch.context() as patch:
             patch.setattr(bin_room, limit, value)
@@ -376,8 +376,8 @@ def test_noise_is_refused(tmp_path, data):
 
 def test_saving_checks_what_it_is_given(tmp_path):
     for images, same, message in (
-        (IMAGES, [True], "images must be two a label, 2 and some, got 8"),
-        ([], [], "two a label"),
+        (IMAGES, [True], "images must be two per label, at least 2, got 8"),
+        ([], [], "two per label"),
         ([b"", b"x"], [True], "image 0 must be 1 to"),
         (["x", b"x"], [True], "image 0 must be 1 to .* got str"),
         ([b"x", b"x"], [2], r"same must be \(n,\) bools"),
@@ -424,7 +424,7 @@ def test_bit_flips_of_images_end_in_pixels_or_in_our_error(codec, data):
 def test_a_codec_that_starts_a_program_is_refused():
     stream = io.BytesIO()
     Image.new("RGB", (8, 8)).save(stream, "EPS")
-    with pytest.raises(InputError, match=r"image: not a readable image \(of no kind that is known here\)"):
+    with pytest.raises(InputError, match=r"image: not a readable image \(unknown format\)"):
         decode_image(stream.getvalue(), 8)
 
 
@@ -457,7 +457,7 @@ def test_an_image_that_does_not_decode_is_named_and_progress_is_shown(tmp_path):
 
     batches = load_bin(path).batches(4, batch_size=2, progress=progress)
     next(batches)
-    with pytest.raises(InputError, match=r"bad\.bin: image 3: not a readable image \(of no kind"):
+    with pytest.raises(InputError, match=r"bad\.bin: image 3: not a readable image \(unknown format"):
         next(batches)
     assert seen == ["images (4)"]
     with pytest.raises(ValueError, match="size must be a whole number and >= 1"):

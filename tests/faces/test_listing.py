@@ -82,7 +82,7 @@ def test_two_lists_name_the_same_file(folder):
         ("path,identity\n", r"a header and no rows"),
         ("file,identity\na.jpg,A\n", r"line 1: no column named 'path'; .*'file'"),
         ("path,identty\na.jpg,A\n", r"no column named 'identity'; the nearest are 'identty'"),
-        ("path,identity,path\na.jpg,A,b.jpg\n", r"'path' stands there 2 times"),
+        ("path,identity,path\na.jpg,A,b.jpg\n", r"'path' occurs 2 times"),
         ("path,identity,age\na.jpg,A,7\nb.jpg,B,old\n", r"line 3: age must be a number from 0 to 130.*got 'old'"),
         ("path,identity,age\na.jpg,A,-1\n", r"line 2: age must be .*got '-1'"),
         ("path,identity,age\na.jpg,A,131\n", r"got '131'"),
@@ -91,10 +91,10 @@ def test_two_lists_name_the_same_file(folder):
         ("path,identity\na.jpg,A\na.jpg,B\n", r"line 3: the image .* is listed already .*line 2"),
         ("path,identity\na.jpg,A\nb.jpg\n", r"line 3: the header has 2 columns, this line has 1"),
         ("path,identity\n,A\n", r"line 2: path is empty"),
-        ("path,identity\na.jpg,--\n", r"identity must hold a letter or a digit, got '--'"),
+        ("path,identity\na.jpg,--\n", r"identity must contain a letter or a digit, got '--'"),
         ('path,identity\n"a.jpg,A\n', r"line 2: not a CSV line"),
         (b"path,identity\na.jpg,\xff\n", r"line 2: byte 0xff is not UTF-8"),
-        (b"path,identity\na.jpg,A\0\n", r"line 2: holds a NUL byte"),
+        (b"path,identity\na.jpg,A\0\n", r"line 2: contains a NUL byte"),
         (b"path,identity\n" + b"x" * 9000, r"line 2: longer than 8192 bytes"),
         (b"\x89PNG\r\n\x1a\n", r"line 1: byte 0x89 is not UTF-8"),
         ("path,identity\nm1.jpg,A\nm2.jpg,B\nm3.jpg,B\nm4.jpg,B\n", r"4 image files not found: .*m3\.jpg and 1 more"),
@@ -109,7 +109,7 @@ def test_broken_lists(folder, text, message):
 def test_missing_lists_and_folders(tmp_path):
     with pytest.raises(InputError, match=r"face list not found: .*nope\.csv"):
         read_faces(tmp_path / "nope.csv")
-    with pytest.raises(InputError, match="no images found; a folder of faces holds one subfolder"):
+    with pytest.raises(InputError, match="no images found; a folder of faces needs one subfolder"):
         read_faces(tmp_path)
     with pytest.raises(InputError, match="at least one face list"):
         read_faces([])
@@ -160,10 +160,10 @@ def test_pairs_without_folds_are_dealt_so_that_each_fold_holds_both_kinds(tmp_pa
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("10\t300\n", "holds no pairs"),
+        ("10\t300\n", "contains no pairs"),
         ("Ann_A 1\n", r"line 1: must be 'name n1 n2'"),
         ("Ann_A one 2\n", r"line 1: must be 'name n1 n2'"),
-        ("Zoe 1 2\nZoe 1 Ann_A 1\n", r"no pair has both its images in the face list, not even 'Zoe/Zoe_0001\.jpg'"),
+        ("Zoe 1 2\nZoe 1 Ann_A 1\n", r"no pair has both its images in the face list; 'Zoe/Zoe_0001\.jpg' is missing"),
         ("Ann_A 1 2\n", "one kind only"),
     ],
 )

@@ -53,7 +53,7 @@ def test_text_and_back() -> None:
     for text in ("", "[]", "{}", "3", '{"count": 2, "seed": 0}', '{"count": 2, "seed": 0, "augment": {"x": 1}}', "[" * 9999,
                  '{"count": "2", "seed": 0, "augment": null}', '{"count": 9, "seed": 0, "augment": null}',
                  '{"count": 2, "seed": 0, "augment": null, "path": "/"}'):  # fmt: skip
-        with pytest.raises(InputError, match="does not tell of views"):
+        with pytest.raises(InputError, match="does not describe views"):
             SeededViews.from_text(text)
 
 

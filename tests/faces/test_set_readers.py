@@ -25,7 +25,7 @@ from kdlib_faces.data import (
     read_pairs,
 )
 from kdlib_faces.data.formats import matlab as matlab_room
-from kdlib_faces.data.image_pairs import dealt_folds, gather_pairs
+from kdlib_faces.data.image_pairs import assign_folds, gather_pairs
 from kdlib_faces.evaluation import PairProtocol, evaluate
 from tests.faces.matlab_file import Grid, Record, Writer
 
@@ -71,7 +71,7 @@ def lfw_text(folds, each, first, mark="\t"):
 def test_lfw_as_it_is_published(tmp_path):
     path = put(tmp_path, lfw_text(10, 300, "10\t300"))
     pairs = read_lfw_pairs(path)
-    assert (pairs.name, len(pairs), int(pairs.same.sum()), pairs.dealt) == ("LFW View 2", 6000, 3000, False)
+    assert (pairs.name, len(pairs), int(pairs.same.sum()), pairs.assigned_folds) == ("LFW View 2", 6000, 3000, False)
     np.testing.assert_array_equal(pairs.fold_ids, np.repeat(np.arange(10), 600))
     assert pairs.same[:300].all()
     assert not pairs.same[300:600].any()
@@ -79,7 +79,7 @@ def test_lfw_as_it_is_published(tmp_path):
     assert names(pairs)[300] == ("Left_0/Left_0_0001.jpg", "Right_0/Right_0_0002.jpg")
     assert pairs.identities[pairs.right[300]] == "Right_0"
     assert pairs.sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
-    assert repr(pairs) == "<ImagePairs: LFW View 2, 6000 pairs of 9010 images, 3000 of one person, 10 folds>"
+    assert repr(pairs) == "<ImagePairs: LFW View 2, 6000 pairs of 9010 images, 3000 genuine, 10 folds>"
     assert len(set(pairs.images)) == len(pairs.images)
 
 
@@ -88,7 +88,7 @@ def test_lfw_as_it_is_published(tmp_path):
 )
 def test_lfw_lists_whose_first_line_is_one_number(tmp_path, each, name):
     pairs = read_lfw_pairs(put(tmp_path, lfw_text(1, each, str(each))))
-    assert (pairs.name, len(pairs), pairs.dealt) == (name, 2 * each, True)
+    assert (pairs.name, len(pairs), pairs.assigned_folds) == (name, 2 * each, True)
     for fold in range(min(10, each)):
         assert 0 < pairs.same[pairs.fold_ids == fold].mean() < 1
 
@@ -97,7 +97,7 @@ def test_lfw_lists_whose_first_line_is_one_number(tmp_path, each, name):
 def test_lists_without_a_first_line_keep_their_runs_as_folds(tmp_path, mark):
     """RFW's lists start with the first pair; skipping a line would lose it."""
     pairs = read_lfw_pairs(put(tmp_path, lfw_text(10, 30, "", mark)))
-    assert (pairs.name, len(pairs), pairs.dealt) == ("LFW-type pairs", 600, False)
+    assert (pairs.name, len(pairs), pairs.assigned_folds) == ("LFW-type pairs", 600, False)
     np.testing.assert_array_equal(pairs.fold_ids, np.repeat(np.arange(10), 60))
 
 
@@ -105,12 +105,12 @@ def test_lists_with_all_of_one_kind_first_get_folds_of_both_kinds(tmp_path):
     """Contiguous folds of such a list hold one kind each, and a rate over them means nothing."""
     text = "".join(f"A 1 {n}\n" for n in range(2, 32)) + "".join(f"A {n} B {n}\n" for n in range(1, 31))
     pairs = read_lfw_pairs(put(tmp_path, text))
-    assert pairs.dealt
+    assert pairs.assigned_folds
     for fold in range(10):
         assert np.bincount(pairs.same[pairs.fold_ids == fold]).tolist() == [3, 3]
 
 
-def test_dealt_folds_move_with_what_is_there_and_given_ones_do_not(tmp_path):
+def test_assign_folds_move_with_what_is_there_and_given_ones_do_not(tmp_path):
     touch(tmp_path / "lfw", *(f"{who}/{who}_{n:04d}.jpg" for who in ("Same_0", "Left_0", "Right_0") for n in (1, 2, 3)))
     touch(tmp_path / "lfw", "Same_1/Same_1_0001.jpg", "Same_1/Same_1_0002.jpg")
     faces = read_faces([tmp_path / "lfw"])
@@ -128,21 +128,21 @@ def test_dealt_folds_move_with_what_is_there_and_given_ones_do_not(tmp_path):
     [
         (
             lfw_text(10, 3, "10 3").rsplit("\n", 2)[0],
-            r"the first line promises 60 pairs, the file holds 59; it is cut or ed",
+            r"the first line announces 60 pairs, the file holds 59; it is truncated or ed",
         ),
-        (lfw_text(10, 3, "10 300"), "promises 6,000 pairs, the file holds 60"),
-        (lfw_text(1, 3, "4"), "promises 8 pairs, the file holds 6"),
-        ("2 1\nA 1 2\nA 1 3\nA 1 B 1\nA 1 B 2\n", "promises 1 pairs of one person in each fold, fold 0 has 2"),
-        ("0 0\nA 1 2\n", "promises 0 pairs"),
-        ("A 1 A 2\n", r"line 1: four fields are a pair of two people, and both are 'A'"),
+        (lfw_text(10, 3, "10 300"), "announces 6,000 pairs, the file holds 60"),
+        (lfw_text(1, 3, "4"), "announces 8 pairs, the file holds 6"),
+        ("2 1\nA 1 2\nA 1 3\nA 1 B 1\nA 1 B 2\n", "announces 1 genuine pairs in each fold, fold 0 has 2"),
+        ("0 0\nA 1 2\n", "announces 0 pairs"),
+        ("A 1 A 2\n", r"line 1: four fields are an impostor pair, but both identities are 'A'"),
         ("A 1 -2\n", "line 1: must be 'name n1 n2'"),
         ("A 1 99999999999999999999\n", "line 1: must be 'name n1 n2'"),
         ("A 1 \u0663\n", "line 1: must be 'name n1 n2'"),
         ("A 1 2 B 3\n", "line 1: must be 'name n1 n2'"),
         ("A\t1\t\t2\n", "line 1: must be 'name n1 n2'"),
-        ("/etc 1 2\n/etc 1 x 2\n", "an image must be named by a path inside the set, got '/etc//etc_0001.jpg'"),
+        ("/etc 1 2\n/etc 1 x 2\n", "an image must be a path inside the set, got '/etc//etc_0001.jpg'"),
         ("../x 1 2\n", "path inside the set"),
-        ("", "holds no pairs"),
+        ("", "contains no pairs"),
     ],
 )
 def test_lfw_lists_that_are_none(tmp_path, text, message):
@@ -153,7 +153,7 @@ def test_lfw_lists_that_are_none(tmp_path, text, message):
 def test_an_image_that_a_face_list_has_twice_is_not_guessed(tmp_path):
     touch(tmp_path, "a/A/A_0001.jpg", "b/A/A_0001.jpg", "a/A/A_0002.jpg", "a/B/B_0001.jpg")
     faces = read_faces([tmp_path / "a", tmp_path / "b"])
-    with pytest.raises(InputError, match=r"the face list has more than one image called 'A/A_0001\.jpg'"):
+    with pytest.raises(InputError, match=r"the face list has more than one image named 'A/A_0001\.jpg'"):
         read_lfw_pairs(put(tmp_path, "A 1 2\nA 1 B 1\n")).locate(faces)
 
 
@@ -170,9 +170,9 @@ def test_bit_flips_of_lfw_lists(tmp_path, data):
 
 
 @given(st.lists(st.booleans(), max_size=60))
-def test_dealt_folds_hold_both_kinds(same):
+def test_assign_folds_hold_both_kinds(same):
     same = np.array(same, dtype=bool)
-    folds = dealt_folds(same)
+    folds = assign_folds(same)
     assert len(folds) == len(same)
     kinds = min(int(same.sum()), int((~same).sum()))
     if kinds:
@@ -214,9 +214,7 @@ def test_the_list_of_calfw_that_was_replaced_is_told_by_its_checksum(tmp_path):
 
 def test_counts_other_than_published_are_an_error_unless_asked_for(tmp_path):
     path = put(tmp_path, two_lines(2999, 3000))
-    message = (
-        r"published pair list of CALFW has 3,000 pairs of one person, 3,000 pairs of two people; here are 2,999 pairs"
-    )
+    message = r"published pair list of CALFW has 3,000 genuine pairs, 3,000 impostor pairs, got 2,999 genuine pairs"
     with pytest.raises(InputError, match=message):
         read_calfw_pairs(path)
     assert len(read_calfw_pairs(path, published=False)) == 5999
@@ -225,13 +223,13 @@ def test_counts_other_than_published_are_an_error_unless_asked_for(tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("a.jpg 1\n", "line 1: the last pair has one line only"),
+        ("a.jpg 1\n", "line 1: the last pair has only one line"),
         ("a.jpg 1\nb.jpg 0\n", "line 2: both lines of a pair must have the same label"),
         ("a.jpg\nb.jpg\n", "line 1: must be 'image.jpg label'"),
         ("a.jpg x\nb.jpg x\n", "line 1: must be 'image.jpg label'"),
         ("a.jpg -1\nb.jpg -1\n", "line 1: must be 'image.jpg label'"),
         ("../a.jpg 1\nb.jpg 1\n", "path inside the set"),
-        ("", "holds no pairs"),
+        ("", "contains no pairs"),
     ],
 )
 def test_two_line_lists_that_are_none(tmp_path, text, message):
@@ -312,9 +310,9 @@ def test_people_are_told_only_where_names_agree_with_every_label(tmp_path):
     [
         (
             lambda: agedb_file(10, 299),
-            r"fold 1: the published fold of AgeDB has 300 pairs of one person, .* here are 299",
+            r"fold 1: the published fold of AgeDB has 300 genuine pairs, .* got 299",
         ),
-        (lambda: agedb_file(9, 300), r"the published protocol of AgeDB has 10 folds; here are 9 folds"),
+        (lambda: agedb_file(9, 300), r"the published protocol of AgeDB has 10 folds, got 9 folds"),
         (lambda: agedb_file(1, 3, labels=lambda found: [0, *found[1:]]), r"fold 1: labels must be 1 or -1, got 0\.0"),
         (lambda: agedb_file(1, 3, labels=lambda found: [np.nan, *found[1:]]), "labels must be 1 or -1, got nan"),
         (
@@ -322,17 +320,17 @@ def test_people_are_told_only_where_names_agree_with_every_label(tmp_path):
             r"fold 1: must hold a \(2, n\) cell of images and n labels",
         ),
         (lambda: agedb_file(1, 3, form="text", name=" "), "fold 1: an image must be a name"),
-        (lambda: agedb_file(10, 300, form="text", name="a\0b{p}"), "an image must be named by a path inside the set"),
+        (lambda: agedb_file(10, 300, form="text", name="a\0b{p}"), "an image must be a path inside the set"),
         (lambda: Writer().file(splits=np.arange(3.0)), "splits must be a cell of folds"),
-        (lambda: Writer().file(split=np.arange(3.0)), "no variable 'splits'; there are 'split'"),
+        (lambda: Writer().file(split=np.arange(3.0)), "no variable 'splits'; found 'split'"),
         (lambda: Writer().file(splits=Grid([["a"]])), r"fold 1: must hold a \(2, n\) cell"),
-        (lambda: Writer().file(), "no variable 'splits'; there are none"),
+        (lambda: Writer().file(), "no variable 'splits'; found none"),
         (
             lambda: b"MATLAB 7.3 MAT-file, Platform: x".ljust(600),
-            r"a MATLAB 7\.3 file \(HDF5\), .* save\(file, '-v7'\)",
+            r"MATLAB 7\.3 files \(HDF5\) .* save\(file, '-v7'\)",
         ),
         (lambda: b"\x89HDF\r\n\x1a\n".ljust(600), "MATLAB 7.3"),
-        (lambda: b"not matlab", "no MATLAB 5 file"),
+        (lambda: b"not matlab", "not a MATLAB 5 file"),
         (lambda: b"", "the protocol of AgeDB is empty"),
     ],
 )
@@ -344,7 +342,7 @@ def test_agedb_files_that_are_none(tmp_path, blob, message):
 def test_matlab_files_cost_no_more_than_their_limit(tmp_path, monkeypatch):
     bomb = zlib.compress(bytes(80 * 2**20))
     path = put(tmp_path, Writer().file() + struct.pack("<II", 15, len(bomb)) + bomb, "x.mat")
-    with pytest.raises(InputError, match="it unpacks to more than 67,108,864 bytes"):
+    with pytest.raises(InputError, match="it decompresses to more than 67,108,864 bytes"):
         read_agedb_pairs(path)
     deep = "x"
     for _ in range(40):
@@ -355,7 +353,7 @@ def test_matlab_files_cost_no_more_than_their_limit(tmp_path, monkeypatch):
     with pytest.raises(InputError, match="1,152,921,504,606,846,976 items, more than its bytes can hold"):
         read_agedb_pairs(put(tmp_path, Writer().file() + huge, "x.mat"))
     monkeypatch.setattr(matlab_room, "MAX_ITEMS", 10)
-    with pytest.raises(InputError, match="or than 10 in all"):
+    with pytest.raises(InputError, match="or than 10 in total"):
         read_agedb_pairs(put(tmp_path, agedb_file(2, 3), "x.mat"))
 
 
@@ -484,15 +482,15 @@ def test_cfp_images_are_found_by_three_parts_of_their_path(tmp_path):
     ("name", "text", "message"),
     [
         ("Pair_list_F.txt", "1 a/b/c/d.jpg more\n", "must be 'number path'"),
-        ("Pair_list_F.txt", "1 d.jpg\n", "the path must end in 'person/frontal/image'"),
+        ("Pair_list_F.txt", "1 d.jpg\n", "the path must end in 'identity/frontal/image'"),
         ("Pair_list_P.txt", "1 ../../../etc/x/y.jpg\n", "no image has number|path inside the set"),
-        ("Pair_list_F.txt", "1 a/b/c.jpg\n1 a/b/d.jpg\n", "line 2: image 1 stands there twice"),
+        ("Pair_list_F.txt", "1 a/b/c.jpg\n1 a/b/d.jpg\n", "line 2: image 1 occurs twice"),
         ("Split/FP/01/same.txt", "1,2,3\n", r"same\.txt line 1: must be 'number,number'"),
         ("Split/FP/01/same.txt", "1,9999\n", "line 1: no image has number 9999; there are 2,000"),
         (
             "Split/FP/01/diff.txt",
             "1,2\n",
-            r"01: the published fold of CFP-FP has 350 .* here are 350 .*, 1 pairs of two",
+            r"01: the published fold of CFP-FP has 350 .* got 350 .*, 1 impostor pairs",
         ),
     ],
 )
@@ -507,7 +505,7 @@ def test_cfp_needs_all_its_files(tmp_path):
     with pytest.raises(InputError, match=r"image list of CFP not found: .*Pair_list_F\.txt"):
         read_cfp_pairs(tmp_path)
     cfp(tmp_path, folds=9)
-    with pytest.raises(InputError, match="published protocol of CFP-FP has 10 folds; here are 9 folds"):
+    with pytest.raises(InputError, match="published protocol of CFP-FP has 10 folds, got 9 folds"):
         read_cfp_pairs(tmp_path)
     with pytest.raises(InputError, match="no folds found; CFP has them in folders 01 to 10"):
         read_cfp_pairs(tmp_path, "FF")
@@ -550,12 +548,10 @@ def test_fgnet_as_it_is_published(tmp_path):
 
 
 def test_a_part_of_fgnet_is_no_fgnet_unless_asked_for(tmp_path):
-    with pytest.raises(
-        InputError, match="the published FG-NET has 1,002 images, 82 subjects; here are 1,001 images, 82"
-    ):
+    with pytest.raises(InputError, match="the published FG-NET has 1,002 images, 82 subjects, got 1,001 images, 82"):
         read_fgnet(fgnet(tmp_path / "a", 1001))
     assert len(read_fgnet(tmp_path / "a", published=False)) == 1001
-    with pytest.raises(InputError, match="at least two people are needed, got one"):
+    with pytest.raises(InputError, match="at least two identities are needed, got one"):
         read_fgnet(fgnet(tmp_path / "b", 5, 1), published=False)
     with pytest.raises(InputError, match=r"no image is called like 001A02\.JPG"):
         read_fgnet(touch(tmp_path / "c", "x.jpg"))
@@ -612,5 +608,5 @@ def test_a_list_of_one_kind_is_read_and_its_protocol_says_so(tmp_path):
 
 
 def test_an_image_list_with_no_pair_is_named():
-    with pytest.raises(InputError, match="some: the pairs file holds no pairs"):
+    with pytest.raises(InputError, match="some: the pairs file contains no pairs"):
         gather_pairs("x", [], source="some")

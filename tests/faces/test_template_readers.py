@@ -66,7 +66,7 @@ def test_columns_are_what_int_reads(tmp_path, rows, mark, end, closed, block):
     text = end.join(mark.join(str(number) for number in row) for row in rows) + (end if closed else "")
     saved, columns_room.BLOCK = columns_room.BLOCK, block
     try:
-        found = np.stack(read_integers(put(tmp_path, text), THREE, what="list", most=100), 1)
+        found = np.stack(read_integers(put(tmp_path, text), THREE, what="list", max_rows=100), 1)
     finally:
         columns_room.BLOCK = saved
     assert found.dtype == np.int64
@@ -76,7 +76,7 @@ def test_columns_are_what_int_reads(tmp_path, rows, mark, end, closed, block):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("1 2 3\n4 5\n6 7 8\n", r"list\.txt line 2: must be 3 whole numbers, got '4 5'; this is no list"),
+        ("1 2 3\n4 5\n6 7 8\n", r"list\.txt line 2: must be 3 whole numbers, got '4 5'; this is not a list"),
         ("1 2 3\n4 5 6 7\n8 9\n", "line 2: must be 3 whole numbers"),
         ("1 2 3 4 5 6\n", "line 1: must be 3"),
         ("1 2\n3 4 5 6\n", "line 1: must be 3"),
@@ -97,19 +97,19 @@ def test_columns_are_what_int_reads(tmp_path, rows, mark, end, closed, block):
         ("\n \n", "the list is empty"),
         ("1 2 3" + " " * 9000 + "4\n", "line 1: must be 3 whole numbers"),
         ("1" * 20_000_00, "a line is longer than 8192 bytes"),
-        ("1 2 3\n" * 101, "more than 100 rows; this is no list"),
+        ("1 2 3\n" * 101, "more than 100 rows; this is not a list"),
     ],
 )
 def test_columns_that_are_none(tmp_path, text, message):
     with pytest.raises(InputError, match=message):
-        read_integers(put(tmp_path, text), THREE, what="list", most=100)
+        read_integers(put(tmp_path, text), THREE, what="list", max_rows=100)
 
 
 def test_lines_that_grow_longer_or_shorter_make_no_difference(tmp_path):
     """Room is made by the first block's lines."""
     for first, second in ((b"1 2 1\n", b"1000000 2000000 1\n"), (b"1000000 2000000 1\n", b"1 2 1\n")):
         path = put(tmp_path, first * 100_000 + second * 100_000)
-        one, _, last = read_integers(path, (np.int64, np.int32, np.bool_), what="list", most=10**9)
+        one, _, last = read_integers(path, (np.int64, np.int32, np.bool_), what="list", max_rows=10**9)
         assert [len(one), int(one.sum()), int(last.sum())] == [200_000, 100_000 * 1_000_001, 200_000]
 
 
@@ -117,7 +117,7 @@ def test_the_line_is_named_far_into_the_file(tmp_path):
     rows = 100_000
     path = put(tmp_path, "10 20 1\n" * rows + "10 20\n" + "10 20 1\n" * 10)
     with pytest.raises(InputError, match=rf"line {rows + 1}: must be 3 whole numbers, got '10 20'"):
-        read_integers(path, THREE, what="list", most=10**9)
+        read_integers(path, THREE, what="list", max_rows=10**9)
 
 
 @FUZZ
@@ -126,7 +126,7 @@ def test_bit_flips_of_columns(tmp_path, data):
     text = b"".join(b"%d %d %d\n" % (at * 37, at * 1001, at % 2) for at in range(20))
     broken = flip(data, text)
     try:
-        found = np.stack(read_integers(put(tmp_path, broken), THREE, what="list", most=1000), 1)
+        found = np.stack(read_integers(put(tmp_path, broken), THREE, what="list", max_rows=1000), 1)
     except InputError:
         return
     assert found.tolist() == [[int(field) for field in line.split()] for line in broken.split(b"\n") if line.split()]
@@ -198,7 +198,7 @@ def test_counts_are_the_published_ones(tmp_path):
         (
             read_ijb_templates,
             "face_tid_mid.txt",
-            "template list of IJB-C has 469,375 images, 23,124 templates; here are 60 im",
+            "template list of IJB-C has 469,375 images, 23,124 templates, got 60 im",
         ),
         (read_ijb_landmarks, "name_5pts_score.txt", "landmark list of IJB-C has 469,375 images; here are 60 images"),
         (
@@ -260,8 +260,8 @@ def test_landmarks_in_another_order_are_named(tmp_path):
         (read_ijb_templates, "1.jpg 1\n", "line 1: must be 'image template medium'"),
         (read_ijb_templates, "1.jpg 1 x\n", "line 1: must be 'image template medium'"),
         (read_ijb_templates, "1.jpg 1 -2\n", "line 1: must be 'image template medium'"),
-        (read_ijb_templates, "1.jpg 1 2\n1.jpg 1 3\n", r"image 2: '1\.jpg' stands there twice"),
-        (read_ijb_templates, "../1.jpg 1 2\n", "image 1: must be named by a path inside the set"),
+        (read_ijb_templates, "1.jpg 1 2\n1.jpg 1 3\n", r"image 2: '1\.jpg' occurs twice"),
+        (read_ijb_templates, "../1.jpg 1 2\n", "image 1: must be a path inside the set"),
         (read_ijb_templates, "", "the list is empty"),
         (read_ijb_landmarks, "1.jpg 1 2 3\n", "line 1: must be 'image' and 11 numbers"),
         (read_ijb_landmarks, "1.jpg " + "1 " * 10 + "nan\n", r"image 1: '1\.jpg' must have 11 finite numbers"),
@@ -274,7 +274,7 @@ def test_landmarks_in_another_order_are_named(tmp_path):
         (read_ijb_subjects, "T,S\n", "a header and no rows"),
         (read_ijb_subjects, "T,S\n1\n", "line 2: must start with 'template,subject'"),
         (read_ijb_subjects, "T,S\n1,x\n", "line 2: must start with 'template,subject'"),
-        (read_ijb_subjects, "T,S\n1,2\n1,3\n", "line 3: template 1 is of two subjects, 2 and 3"),
+        (read_ijb_subjects, "T,S\n1,2\n1,3\n", "line 3: template 1 has two subjects, 2 and 3"),
     ],
 )
 def test_lists_of_ijb_that_are_none(tmp_path, reader, text, message):
@@ -381,13 +381,13 @@ def test_template_lists(tmp_path):
         ('{"path": []}', "must be an object with 'path'"),
         ('{"path": [1]}', "must be an object with 'path'"),
         ('{"path": "a"}', "must be an object with 'path'"),
-        ('{"path": ["a", "a"]}', "path 1 stands there twice: 'a'"),
+        ('{"path": ["a", "a"]}', "path 1 occurs twice: 'a'"),
         ('{"path": ["../a"]}', "path 0 must lie inside the set"),
         ('{"path": ["/a"]}', "path 0 must lie inside the set"),
         ('{"path": [""]}', "path 0 must lie inside the set"),
         ('{"path": ["a", "b\\u0000"]}', "path 1 must lie inside the set"),
         ('{"path": ["\\ud800"]}', "path 0 must lie inside the set"),
-        ('{"path": ["a"], "id": ["1", "2"]}', "1 paths and 2 ids; there must be one each"),
+        ('{"path": ["a"], "id": ["1", "2"]}', "1 paths and 2 ids; there must be one id per path"),
         ('{"path": ["a"], "id": [true]}', "'id' must be a list of texts or whole numbers"),
         ('{"path": ["a"], "id": "1"}', "'id' must be a list"),
         ("", "the template list is empty"),
@@ -422,7 +422,7 @@ def test_features_come_in_shards_and_missing_ones_are_said(tmp_path):
     assert skipping.present().sum() == 9
     np.testing.assert_array_equal(np.concatenate(list(skipping)), np.delete(features, 3, axis=0))
     write_feature_file(kept.file(images.paths[3]), [1.0, 2.0])
-    with pytest.raises(InputError, match=r"3\.jpg_r50\.bin: 2 numbers, those before have 4"):
+    with pytest.raises(InputError, match=r"3\.jpg_r50\.bin: 2 numbers, the files before have 4"):
         list(kept)
     with pytest.raises(ValueError, match="missing must be"):
         FeatureSet(tmp_path, images, missing="zero")
@@ -451,9 +451,9 @@ def test_sixty_eight_points_and_five_of_them(tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        (points_text([(1, 2)] * 67), "67 points, expected are 68"),
-        (points_text([(1, 2)] * 68).replace("68", "70", 1), "68 points, n_points says 70"),
-        (points_text([(1, 2)] * 68)[:-2], "must stand between braces; the file is cut"),
+        (points_text([(1, 2)] * 67), "count is 68, got 67 points"),
+        (points_text([(1, 2)] * 68).replace("68", "70", 1), "n_points is 70, got 68 points"),
+        (points_text([(1, 2)] * 68)[:-2], "must be enclosed in braces; the file is truncated"),
         (points_text([(1, 2)] * 68) + "1 2\n", "nothing may follow the closing brace"),
         ("n_points: x\n{\n}\n", "n_points must be a whole number"),
         ("hello\n", "line 1: must be 'version: 1', 'n_points: n' or an opening brace"),
@@ -461,7 +461,7 @@ def test_sixty_eight_points_and_five_of_them(tmp_path):
         ("{\n1 x\n}\n", "line 2: must be 'x y'"),
         ("{\n1 nan\n}\n", "line 2: a point must be within a million pixels"),
         ("{\n1 inf\n}\n", "line 2: a point must be within a million pixels"),
-        ("", "must stand between braces"),
+        ("", "must be enclosed in braces"),
         ("{\n" + "1 2\n" * 10_002, "more than 10,000 points"),
     ],
 )
@@ -483,20 +483,20 @@ def test_ages_and_dates_become_years(tmp_path):
     np.testing.assert_allclose(dates.years, [2000.0, 2001.0, 2010.5, 2010.54, 1971.0], atol=0.01)
     np.testing.assert_allclose(dates.elapsed, dates.years - dates.years[4])
     np.testing.assert_allclose(ages.elapsed, [0, 29.5, 0])
-    assert repr(dates) == "<LongitudinalList: 5 images, 1 identities, 39.5 years at most>"
+    assert repr(dates) == "<LongitudinalList: 5 images, 1 identities, up to 39.5 years>"
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", "the list is empty; its first line must be path,identity,age or path,identity,date"),
-        ("path,identity\n", "one of the columns 'age' and 'date' is needed, neither is there"),
-        ("path,identity,age,date\n", "one of the columns 'age' and 'date' is needed, both are there"),
+        ("", "the longitudinal list is empty; its first line must name the columns path, identity, age, date"),
+        ("path,identity\n", "exactly one of the columns 'age' and 'date' is needed, got neither"),
+        ("path,identity,age,date\n", "exactly one of the columns 'age' and 'date' is needed, got both"),
         ("path,person,age\n", "no column named 'identity'"),
-        ("path,path,identity,age\n", "the column 'path' stands there 2 times"),
+        ("path,path,identity,age\n", "the column 'path' occurs 2 times"),
         ("path,identity,age\n", "a header and no rows"),
-        ("path,identity,age\na,A,1\nb,B,2\n", "nobody has two images"),
-        ("path,identity,age\na,A,1\na,A,2\n", r"line 3: the image 'a' is listed already \(line 2\)"),
+        ("path,identity,age\na,A,1\nb,B,2\n", "no identity has two images"),
+        ("path,identity,age\na,A,1\na,A,2\n", r"line 3: the image 'a' is listed already \(.*people.csv line 2\)"),
         ("path,identity,age\na,A,\n", "line 2: age must be a number from 0 to 130"),
         ("path,identity,age\na,A,nan\n", "line 2: age must be"),
         ("path,identity,age\na,A,131\n", "line 2: age must be"),
@@ -506,7 +506,7 @@ def test_ages_and_dates_become_years(tmp_path):
         ("path,identity,date\na,A,0000\n", "line 2: date must be YYYY-MM-DD"),
         ("path,identity,date\na,A,\n", "line 2: date must be YYYY-MM-DD"),
         ("path,identity,age\n,A,1\n", "line 2: path is empty"),
-        ("path,identity,age\na,--,1\n", "line 2: identity must hold a letter or a digit"),
+        ("path,identity,age\na,--,1\n", "line 2: identity must contain a letter or a digit"),
         ("path,identity,age\na,A\n", "line 2: the header has 3 columns, this line has 2"),
     ],
 )
