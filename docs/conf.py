@@ -53,7 +53,10 @@ nitpick_ignore_regex = [
     (r"py:.*", r"(torch|nn|F|np|npt|numpy|einops|PIL|Image|matplotlib|onnx|onnxruntime|tqdm)(\..*)?"),
     (r"py:.*", r"(Tensor|Module|NDArray|ArrayLike|Generator|Parameter|ImageFile)"),
     # The standard library.
-    (r"py:.*", r"(collections|typing|typing_extensions|os|pathlib|datetime|argparse|dataclasses|types|enum)\..*"),
+    (
+        r"py:.*",
+        r"(collections|typing|typing_extensions|os|pathlib|datetime|argparse|dataclasses|types|enum|mmap|io)\..*",
+    ),
     (r"py:.*", r"(Any|Callable|Iterable|Iterator|Literal|Mapping|Path|PathLike|Self|Sequence|Protocol|TypeVar)"),
     (r"py:.*", r"(None|bool|bytes|dict|float|int|list|object|set|str|tuple|type|optional|Ellipsis|\.\.\.)"),
     (r"py:exc", r"[A-Z][A-Za-z]*Error"),

@@ -45,9 +45,8 @@ def triplet_distill(
 
     and the mean over the triplets. The maximum is over all triplets of the call; if it is 0, all margins are the
     minimum. If identities are given, the triplets are all ordered genuine pairs a, p, each with one negative chosen by
-    the student's
-    distances: for `"hardest"` the nearest to the anchor; for `"semihard"` the nearest that is farther than p, or the
-        farthest
+    the student's distances: for `"hardest"` the nearest to the anchor; for `"semihard"` the nearest that is farther
+    than p, or the farthest
     if there is none. A batch without genuine pairs, or with one identity, gives 0 with a graph. Zero embeddings are
     treated as orthogonal to all others and get no gradient.
 
