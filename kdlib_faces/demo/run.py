@@ -22,11 +22,11 @@ from kdlib_faces.demo.config import DemoConfig
 from kdlib_faces.demo.data import DemoData, DemoModel, native_model
 from kdlib_faces.demo.pictures import attention
 from kdlib_faces.demo.synthetic import synthetic_data
-from kdlib_faces.evaluation import LeaveOneOutProtocol
+from kdlib_faces.evaluation import LeaveOneOutProtocol, Sampling
 from kdlib_faces.evaluation.summary import ProtocolSummary
 from kdlib_faces.harness.evaluate import EvaluatedModel, evaluate_models
 from kdlib_faces.harness.image_sets import images_of_tensor
-from kdlib_faces.harness.tasks import Sampling, task_of_protocol
+from kdlib_faces.harness.tasks import task_of_protocol
 from kdlib_faces.progress import say
 from kdlib_faces.recipes.liaad import build
 from kdlib_faces.report import (

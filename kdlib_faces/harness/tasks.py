@@ -15,7 +15,7 @@ from kdlib_faces.evaluation import EvaluationProtocol, ProtocolResult, Sampling
 from kdlib_faces.evaluation.verification import Rule
 from kdlib_faces.harness.image_sets import Embeddings, ImageSet, images_of_files
 
-__all__ = ["EvaluationTask", "ProtocolSpec", "Sampling", "Settings", "faces_of", "parse_protocol", "task_of_protocol"]
+__all__ = ["EvaluationTask", "ProtocolSpec", "Settings", "faces_of", "parse_protocol", "task_of_protocol"]
 
 KEYS = ("images", "faces", "distractors", "norm", "scores", "rule", "kind", "published", "far", "reference")
 
