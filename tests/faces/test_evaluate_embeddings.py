@@ -97,7 +97,9 @@ def test_a_run_ended_by_sigkill_continues(tmp_path, counts):
     (resumed,) = (tmp_path / "out/work").iterdir()
     assert cli.main([*words[:-1], str(tmp_path / "whole")]) == 0
     (straight,) = (tmp_path / "whole/work").iterdir()
-    np.testing.assert_allclose(np.load(resumed), np.load(straight), atol=1e-6)
+    expected = np.load(straight)
+    # Two processes may sum in different orders, so the tolerance is relative to the size of the embeddings.
+    np.testing.assert_allclose(np.load(resumed), expected, rtol=0, atol=2e-6 * np.abs(expected).max())
 
 
 def test_a_damaged_part_file_is_replaced(tmp_path, monkeypatch):
