@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 import kdlib
+import kdlib.functional
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
