@@ -119,6 +119,9 @@ def _save(path: Path, content: bytes) -> None:
 
 def _make_folder(directory: str | os.PathLike[str]) -> Path:
     folder = Path(directory)
+    # Old figures are deleted there, so a link in a report from elsewhere must not lead to another folder.
+    if (folder / "figures").is_symlink():
+        raise report_key("directory", "a folder whose figures folder is not a link; remove the link", str(directory))
     try:
         (folder / "figures").mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError):
@@ -135,10 +138,17 @@ def _read(path: Path) -> Report:
     if len(content) > _MAX_BYTES:
         raise InputError(f"report: {path} is larger than {_MAX_BYTES // 2**20} MiB")
     try:
-        parsed = json.loads(content)
+        parsed = json.loads(content, object_pairs_hook=_unique_keys)
     except (ValueError, RecursionError) as error:
         raise InputError(f"report: {path} is not JSON: {error}") from None
     return _parse(to_json(parsed))
+
+
+def _unique_keys(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    content = dict(pairs)
+    if len(content) < len(pairs):
+        raise ValueError("a key occurs twice in one object")
+    return content
 
 
 def _parse(content: object) -> Report:

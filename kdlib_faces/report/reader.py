@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import sys
 import types
 from collections.abc import Callable, Mapping
 from pathlib import PurePath
@@ -110,14 +111,18 @@ def to_json(value: object, path: str = "run", depth: int = 0) -> Any:
     """
     if depth > _MAX_DEPTH:
         raise report_key(path, f"nested at most {_MAX_DEPTH} deep", type(value).__name__)
-    if value is None or isinstance(value, bool | int | str):
+    if isinstance(value, str):
+        return _text(value, path)
+    if isinstance(value, int) and abs(value) > sys.float_info.max:
+        raise report_key(path, f"at most {sys.float_info.max:.1e} in magnitude", value)
+    if value is None or isinstance(value, bool | int):
         return value
     if isinstance(value, np.generic | np.ndarray):
         return to_json(value.tolist(), path, depth)
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, PurePath):
-        return str(value)
+        return _text(str(value), path)
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         value = {
             field.name: item
@@ -125,10 +130,19 @@ def to_json(value: object, path: str = "run", depth: int = 0) -> Any:
             if (item := getattr(value, field.name)) != _default(field) or field.name == "value"
         }
     if isinstance(value, Mapping):
-        return {str(key): to_json(item, f"{path}[{str(key)!r}]", depth + 1) for key, item in value.items()}
+        return {_text(str(key), path): to_json(item, f"{path}[{str(key)!r}]", depth + 1) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [to_json(item, f"{path}[{index}]", depth + 1) for index, item in enumerate(value)]
     raise report_key(path, "text, a number, true or false, null, a list or a mapping", value)
+
+
+def _text(value: str, path: str) -> str:
+    """Check that text can be written as UTF-8; JSON escapes can contain half of a surrogate pair."""
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise report_key(path, "text without lone surrogates", value) from None
+    return value
 
 
 def _default(field: "dataclasses.Field[object]") -> object:

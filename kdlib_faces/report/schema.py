@@ -169,11 +169,19 @@ def check_report(report: Report) -> None:
     """Check that names are known and lists have fitting lengths.
 
     Raises:
-        InputError: A model, measure or axis of bins is unknown, a name is invalid or used twice, or a list has the wrong
-            length.
+        InputError: A model, measure or axis of bins is unknown, a name is invalid or used twice, a cost is negative, or a
+            list has the wrong length.
     """
     if not report.models:
         raise report_key("run.models", "at least one model", report.models)
+    for name, model in report.models.items():
+        for key, amount in (
+            ("macs", model.macs),
+            ("latency_ms", model.latency_ms),
+            ("train_seconds", model.train_seconds),
+        ):
+            if amount is not None and amount < 0:
+                raise report_key(f"run.models[{name!r}].{key}", "a number >= 0", amount)
     if report.pair is not None:
         for side, name in (("distilled", report.pair.distilled), ("alone", report.pair.alone)):
             _known(name, report.models, f"run.pair.{side}")

@@ -435,7 +435,12 @@ LFW, RESULT = ("evaluations", 0), ("evaluations", 0, "models", "distilled")
         (("title",), None, "run.title must be text"),
         (("models",), {}, "run.models must be at least one model"),
         (("models", "alone", "role"), "judge", "run.models['alone'].role must be one of 'teacher', 'student', got 'judge'"),
+        (("title",), "\ud800", "run['title'] must be text without lone surrogates"),
+        (("weights",), {"\ud800": 1}, "run['weights'] must be text without lone surrogates"),
         (("models", "alone", "macs"), "many", "run.models['alone'].macs must be a number"),
+        (("models", "alone", "macs"), 10**400, "['macs'] must be at most 1.8e+308 in magnitude"),
+        (("models", "alone", "macs"), -1.0, "run.models['alone'].macs must be a number >= 0"),
+        (("models", "alone", "train_seconds"), -5, "run.models['alone'].train_seconds must be a number >= 0"),
         (("models", "alone", "parameters"), True, ".parameters must be a whole number >= 0"),
         (("models", "alone", "color"), 1, "run.models['alone'] must be a mapping with keys among role"),
         (("pair",), {"distilled": "alone", "alone": "nobody"}, "run.pair.alone must be among distilled"),
@@ -455,6 +460,7 @@ LFW, RESULT = ("evaluations", 0), ("evaluations", 0, "models", "distilled")
         ((*LFW, "differences", 2, "a"), "nobody", "run.evaluations[0].differences[2].a must be among"),
         ((*LFW, "differences", 0, "measure"), "speed", "run.evaluations[0].differences[0].measure must be among"),
         ((*RESULT, "measures", "speed"), {"value": 1}, ".measures must be among accuracy, tar_0.01"),
+        ((*RESULT, "measures", "auc", "value"), 10**400, "['auc']['value'] must be at most"),
         ((*RESULT, "measures", "auc", "value"), "x", ".measures['auc'].value must be a number"),
         ((*RESULT, "bins", "fnmr"), [{}], ".bins['fnmr'] must be 5 long to fit labels"),
         ((*RESULT, "roc", "tar"), [0.5], ".roc.tar must be 60 long to fit far"),
@@ -487,7 +493,9 @@ def test_a_missing_key_is_named(written: Path, tmp_path: Path, path: tuple[str, 
         render(tmp_path)
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b"\xff\xfe", b"[" * 100_000, b"3", b"[1]", b'{"format": 1}'])
+@pytest.mark.parametrize(
+    "content", [b"", b"{", b"\xff\xfe", b"[" * 100_000, b"3", b"[1]", b'{"format": 1}', b'{"a": 1, "a": 2}']
+)
 def test_a_broken_report_json_is_an_input_error(
     tmp_path: Path, content: bytes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -506,6 +514,24 @@ def test_folders_that_cannot_be_used_are_input_errors(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
     with pytest.raises(InputError, match="directory must be a folder"):
         write(tmp_path / "file", bare_report())
+
+
+def test_a_link_in_place_of_the_figures_folder_is_not_followed(written: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    other.mkdir()
+    for name in ("cost.svg", "lfw-bins.svg", "x-bins.svg"):
+        (other / name).write_text("kept")
+    report = tmp_path / "report"
+    report.mkdir()
+    (report / "report.json").write_bytes((written / "report.json").read_bytes())
+    (report / "figures").symlink_to(other)
+    with pytest.raises(InputError, match="figures folder is not a link"):
+        render(report)
+    with pytest.raises(InputError, match="figures folder is not a link"):
+        write(report, bare_report())
+    assert {file.name: file.read_text() for file in other.iterdir()} == dict.fromkeys(
+        ("cost.svg", "lfw-bins.svg", "x-bins.svg"), "kept"
+    )
 
 
 def test_json_has_only_plain_finite_shallow_values() -> None:
