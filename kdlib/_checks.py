@@ -313,7 +313,7 @@ def check_reads(teacher: str, reads: Sequence[str], targets: Container[str]) -> 
 
 
 def late_projections(terms: Iterable[str]) -> str:
-    """Return the message of a strict load whose state dict holds projections that the module has not created yet."""
+    """Return the message of a strict load with projections that the module creates at its first forward pass."""
     return (
         f"Objective: the state dict holds projections of the terms {', '.join(map(repr, terms))}, which are not "
         "created yet; call infer on one batch before loading"

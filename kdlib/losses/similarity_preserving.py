@@ -1,7 +1,10 @@
 """Similarity preservation: the matrix of dot products between samples as the teacher's, with rows of unit length."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch.autograd import Function
 
 from kdlib._checks import check_floating
 from kdlib._maths import MeanOnly, full_precision, shortest_length, unit_rows
@@ -76,11 +79,43 @@ def _unit_similarities(x: Tensor, share: Tensor, origin: torch.dtype) -> Tensor:
     magnitudes = x.detach()
     largest = torch.where(share > 0, torch.maximum(magnitudes.amax(1), -magnitudes.amin(1)), 0.0)
     scale = power_of_two(largest)
-    x = x * torch.where(share > 0, 1 / scale, 0.0).unsqueeze(1)
-    similarities = x @ x.T * share.sqrt()
+    factor = torch.where(share > 0, 1 / scale, 0.0).unsqueeze(1)
+    similarities = _dot_products(x, factor) * share.sqrt()
     # The gradient of a row grows as 1 / length of its sample.
     short = (largest < torch.clamp(scale * 1e-30, min=shortest_length(origin))).unsqueeze(1)
     return torch.where(short, unit_rows(similarities.detach())[0], unit_rows(similarities.masked_fill(short, 1))[0])
+
+
+def _dot_products(x: Tensor, scale: Tensor) -> Tensor:
+    """Return the dot products `(b, b)` of the rows `x * scale`."""
+    if torch.compiler.is_compiling():  # it instantiates the Function, which torch deprecates
+        rows = x * scale
+        return rows @ rows.T
+    product: Tensor = _DotProducts.apply(x, scale)  # type: ignore[no-untyped-call]  # torch has no types here
+    return product
+
+
+class _DotProducts(Function):
+    """`_dot_products` with a gradient that takes one matrix product instead of two.
+
+    The backward pass consists of differentiable operations, so second derivatives and `torch.func.vmap` work.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, scale: Tensor) -> Tensor:
+        rows = x * scale
+        return rows @ rows.T
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, slope: Tensor) -> tuple[Tensor, None]:
+        x, scale = ctx.saved_tensors
+        return ((slope + slope.T) * scale) @ (x * scale), None
 
 
 class SimilarityPreservingLoss(RelationModule):

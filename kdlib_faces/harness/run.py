@@ -106,7 +106,7 @@ def prepare(
     protocols: Sequence[str] = (),
     progress: bool = False,
 ) -> PreparedEvaluation:
-    """Read protocols, models and embeddings, and embed the images that a model has not embedded yet.
+    """Read protocols, models and embeddings, and embed the images that are missing from a model's embeddings.
 
     Args:
         config: Settings.

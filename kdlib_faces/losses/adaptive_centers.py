@@ -43,7 +43,7 @@ def adapted_centers(
     The mean is over all samples of the identity in the batch, each with the center before the batch. One sample gives
     the published step, and the result does not depend on the order or the distribution of a batch over processes. If
     student and teacher agree on a sample close to the center, the center moves little. Centers are not normalized; a
-    zero center belongs to an identity that has not occurred yet and is replaced by its first samples.
+    zero center belongs to an identity without samples so far and is replaced by its first samples.
 
     Args:
         student: embeddings `(b, d)`, not necessarily normalized; gets no gradient.

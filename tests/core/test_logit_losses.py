@@ -201,7 +201,7 @@ def test_chunks_of_a_large_matrix_equal_the_whole(dtype: torch.dtype, monkeypatc
 def test_a_large_matrix_takes_little_more_memory_than_its_gradient() -> None:
     pytest.importorskip("resource")
     if not sys.platform.startswith("linux"):
-        pytest.skip("reads /proc")
+        pytest.skip("peak memory is read from /proc, which only Linux has")
     code = """
 import torch
 from pathlib import Path

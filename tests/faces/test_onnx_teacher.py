@@ -309,7 +309,7 @@ def _child(teacher, images, queue):
     queue.put(teacher(images)["embedding"].numpy())
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="the fork start method is tested, and this system does not have it")
 def test_a_forked_process_opens_its_own_session(path, images):
     teacher = OnnxTeacher(path, threads=2)
     want = teacher(images)["embedding"].numpy()
@@ -469,7 +469,7 @@ def test_external_weights_outside_the_folder_are_refused(tmp_path, location):
             OnnxTeacher(save(model, folder))
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="links need rights there")
+@pytest.mark.skipif(sys.platform == "win32", reason="creating symbolic links needs administrator rights on Windows")
 def test_external_weights_by_a_link(tmp_path, images):
     (tmp_path / "secret.bin").write_bytes(KERNEL.tobytes())
     folder = tmp_path / "graph"
