@@ -1,7 +1,8 @@
-"""What a teacher cache costs and saves: `python benchmarks/bench_cache.py [--threads 2] [--folder DIR]`.
+"""Cost and savings of a teacher cache: `python benchmarks/bench_cache.py [--threads 2] [--folder DIR]`.
 
-The training step with two cached teachers over the student's own, building a cache over the bare teacher's forward on the
-same images, random reads from a warm cache. Sides in turn, ratio round by round, median. Writes `results/cache.json`.
+Measures a training step with two cached teachers against the student alone, building a cache against the forward pass of
+the teacher on the same images, and random reads from a warm cache. The sides alternate, and the median ratio of the rounds
+is reported. Writes `results/cache.json`.
 """
 
 import argparse
@@ -35,11 +36,11 @@ from kdlib_faces.backbones import MobileFaceNet, mbf
 from kdlib_faces.data.images import load_images, to_float
 from kdlib_faces.heads import ArcFaceHead
 
-BATCH, SIZE, PEOPLE = 64, 112, 1000
+BATCH, SIZE, IDENTITIES = 64, 112, 1000
 
 
-class Said(nn.Module):
-    """A teacher that takes no time: noise of the sizes that an IResNet or a large MBF gives."""
+class NoiseTeacher(nn.Module):
+    """A teacher without computation: noise in the shapes of an IResNet's or a large MBF's outputs."""
 
     fingerprint = "noise"
 
@@ -48,23 +49,23 @@ class Said(nn.Module):
         self.shapes = shapes
 
     def forward(self, samples: Tensor) -> dict[str, Tensor]:
-        """Other values for other samples."""
+        """Noise that depends on the first sample."""
         generator = torch.Generator().manual_seed(int(samples[0]))
         return {name: torch.randn(len(samples), *shape, generator=generator) for name, shape in self.shapes.items()}
 
 
 def alternated(sides: dict[str, Callable[[], object]], base: str, rounds: int) -> dict[str, dict[str, float]]:
-    """Median time of each side, and the median over rounds of its ratio to `base`; also that of processor time.
+    """Return the median time of each side and the median ratio to `base`, in wall-clock and in processor time.
 
-    Where other programs use the cores too, the second is the steadier one; waiting for the disk is in the first alone.
+    Processor time varies less if other programs use the cores, but does not include waiting for the disk.
     """
     times: dict[str, list[tuple[float, float]]] = {name: [] for name in sides}
     names = list(sides)
     for number in range(rounds + 1):
-        for name in names[number % len(names) :] + names[: number % len(names)]:  # none is always the first
+        for name in names[number % len(names) :] + names[: number % len(names)]:  # so that none is always first
             began = time.perf_counter(), time.process_time()
             sides[name]()
-            if number:  # the first round warms up
+            if number:  # the first round is a warm-up
                 times[name].append((time.perf_counter() - began[0], time.process_time() - began[1]))
 
     def ratio(found: list[tuple[float, float]], at: int) -> float:
@@ -81,7 +82,7 @@ def alternated(sides: dict[str, Callable[[], object]], base: str, rounds: int) -
 
 
 def steps(folder: Path, rounds: int) -> dict[str, dict[str, float]]:
-    """Forward, backward and update of a light student: alone, with two cached teachers, with their maps too."""
+    """Time a training step of a light student: alone, with two cached teachers, and with their feature maps too."""
     samples = 2048
     images = torch.randn(BATCH, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(0))
     shapes: dict[str, dict[str, tuple[int, ...]]] = {
@@ -89,20 +90,22 @@ def steps(folder: Path, rounds: int) -> dict[str, dict[str, float]]:
         "age": {"embedding": (512,), "map": (256, 14, 14)},
     }
     caches = {
-        name: TeacherCache.build(folder / name, Said(**shape), lambda ids, view: ids, samples=samples, batch_size=256)
+        name: TeacherCache.build(
+            folder / name, NoiseTeacher(**shape), lambda ids, view: ids, samples=samples, batch_size=256
+        )
         for name, shape in shapes.items()
     }
     draws = torch.Generator().manual_seed(0)
 
     def targets() -> dict[str, Tensor]:
         ids = torch.randint(samples, (BATCH,), generator=draws)
-        return {"identity": ids % PEOPLE, "sample": ids, "view": torch.zeros_like(ids)}
+        return {"identity": ids % IDENTITIES, "sample": ids, "view": torch.zeros_like(ids)}
 
     def made(terms: dict[str, Term], teachers: dict[str, nn.Module]) -> Callable[[], None]:
         torch.manual_seed(0)
         net = MobileFaceNet(width=0.5)
         student = StudentAdapter(net, {"embedding": OUTPUT, "late": net.stages[-1], "middle": net.stages[-2]})
-        head = ArcFaceHead(512, PEOPLE)
+        head = ArcFaceHead(512, IDENTITIES)
         distiller = Distiller(student, teachers, Objective({"identity": Term(head, student="embedding", target="identity"), **terms}))  # fmt: skip
         distiller.infer(images, targets())
         optimizer = torch.optim.SGD(distiller.trainable_parameters(), lr=1e-4, momentum=0.9)
@@ -137,7 +140,7 @@ def steps(folder: Path, rounds: int) -> dict[str, dict[str, float]]:
 
 
 def building(folder: Path, rounds: int, count: int) -> dict[str, dict[str, float]]:
-    """An MBF, the fastest of teachers, on `count` images: its forward alone, and its cache."""
+    """Time an MBF, the fastest teacher, on `count` images: its forward pass alone, and building its cache."""
     torch.manual_seed(0)
     net = mbf().eval()
     images = torch.randint(0, 256, (count, 3, SIZE, SIZE), dtype=torch.uint8)
@@ -181,13 +184,13 @@ def building(folder: Path, rounds: int, count: int) -> dict[str, dict[str, float
 
 
 def reads(folder: Path, seconds: float) -> dict[str, dict[str, float]]:
-    """Embeddings a second at random ids of a warm cache, and from one file a sample."""
+    """Measure embeddings per second at random ids of a warm cache, and from one file per sample."""
     count = 200_000
     cache = TeacherCache.build(
-        folder / "embeddings", Said(embedding=(512,)), lambda ids, view: ids, samples=count, batch_size=1000
+        folder / "embeddings", NoiseTeacher(embedding=(512,)), lambda ids, view: ids, samples=count, batch_size=1000
     )
     whole = torch.arange(count)
-    for part in whole.split(1000):  # every page is in memory from here on
+    for part in whole.split(1000):  # reads every page into memory
         cache.read(part)
     (folder / "single").mkdir()
     few = 2000
@@ -215,10 +218,10 @@ def reads(folder: Path, seconds: float) -> dict[str, dict[str, float]]:
 
 
 def main() -> None:
-    """Print the tables, keep them."""
+    """Print the tables and write them."""
     parser = argparse.ArgumentParser(description="What a teacher cache costs and saves.")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--folder", help="where the caches lie for the time being")
+    parser.add_argument("--folder", help="folder for the temporary caches")
     parser.add_argument("--rounds", type=int, default=9)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)

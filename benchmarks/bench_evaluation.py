@@ -174,7 +174,7 @@ def ijbc_pairs(scale: float) -> tuple[Array, Array, Array, Array, Array]:
     features, identities = faces(rng, templates, max(8, round(3531 * scale)), 2.2)
     ids = rng.permutation(templates * 2)[:templates] + 1
     left, right = (rng.integers(0, templates, pairs, dtype=np.int64) for _ in range(2))
-    # Genuine pairs: neighbors in the list of people.
+    # Genuine pairs: neighboring templates.
     left[:genuine] = rng.integers(0, templates - 1, genuine)
     right[:genuine] = left[:genuine] + 1
     right = np.where(left == right, (right + 1) % templates, right)

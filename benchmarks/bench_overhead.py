@@ -1,7 +1,8 @@
-"""What the composition costs: `python benchmarks/bench_overhead.py [--threads 2]`.
+"""Overhead of adapters and the Distiller: `python benchmarks/bench_overhead.py [--threads 2]`.
 
-Adapter over the bare model's forward, `Distiller` over the same maths written by hand, `import kdlib` after `import torch`.
-The two sides in turn, ratio pair by pair, median. Writes `results/overhead.json`.
+Measures an adapter against the forward pass of the bare model, `Distiller` against the same maths written by hand, and
+`import kdlib` after `import torch`. The two sides alternate, and the median ratio is reported. Writes
+`results/overhead.json`.
 """
 
 import argparse
@@ -44,12 +45,12 @@ class Block(nn.Module):
         self.short = nn.Conv2d(channels_in, channels, 1, stride, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Two convolutions and the way around them."""
+        """Two convolutions and the shortcut."""
         return F.relu(self.two_norm(self.two(F.relu(self.one_norm(self.one(x))))) + self.short(x))
 
 
 def resnet(width: int) -> nn.Sequential:
-    """ResNet-18's layout, without its first pooling."""
+    """Build the layout of ResNet-18 without its first pooling."""
     layers: list[nn.Module] = [nn.Conv2d(3, width, 3, 2, 1, bias=False)]
     for stage in range(4):
         channels = width * 2**stage
@@ -59,12 +60,12 @@ def resnet(width: int) -> nn.Sequential:
 
 
 def paired(one: Callable[[], object], other: Callable[[], object], rounds: int) -> dict[str, float]:
-    """Median milliseconds of each, and median of the ratios of neighbors."""
+    """Return the median milliseconds of each side, and the median of the ratios of consecutive runs."""
     one(), other()
     times = []
     for number in range(rounds):
         pair = [0.0, 0.0]
-        for at in (0, 1) if number % 2 else (1, 0):  # neither is always the first
+        for at in (0, 1) if number % 2 else (1, 0):  # so that neither is always first
             began = time.perf_counter()
             (one, other)[at]()
             pair[at] = time.perf_counter() - began
@@ -78,7 +79,7 @@ def paired(one: Callable[[], object], other: Callable[[], object], rounds: int) 
 
 
 def adapter(rounds: int) -> dict[str, float]:
-    """Four taps and the output against none."""
+    """Time four taps and the output against none."""
     model = resnet(64).eval()
     tapped = StudentAdapter(model, {"embedding": OUTPUT, **{f"stage{n}": str(n) for n in (1, 2, 3, 4)}})
     images = torch.randn(4, 3, 112, 112, generator=torch.Generator().manual_seed(0))
@@ -95,7 +96,7 @@ def adapter(rounds: int) -> dict[str, float]:
 
 
 def step(rounds: int) -> dict[str, float]:
-    """Forward and backward of a student against two teachers, three terms."""
+    """Time the forward and backward pass of a student with two teachers and three terms."""
     student, teachers = resnet(16), [resnet(32).eval(), resnet(32).eval()]
     for teacher in teachers:
         teacher.requires_grad_(False)
@@ -133,7 +134,7 @@ def step(rounds: int) -> dict[str, float]:
 
 
 def imported(rounds: int) -> dict[str, float]:
-    """Milliseconds that `import kdlib` takes after `import torch`, in new processes."""
+    """Measure the milliseconds of `import kdlib` after `import torch`, in new processes."""
     code = "import torch, time; t = time.perf_counter(); import kdlib; print(time.perf_counter() - t)"
     run = [sys.executable, "-c", code]
     found = [float(subprocess.run(run, capture_output=True, text=True, check=True).stdout) for _ in range(rounds)]
@@ -141,7 +142,7 @@ def imported(rounds: int) -> dict[str, float]:
 
 
 def main() -> None:
-    """Print the table, keep it."""
+    """Print the table and write it."""
     parser = argparse.ArgumentParser(description="What the composition costs.")
     parser.add_argument("--threads", type=int, default=2)
     threads = parser.parse_args().threads

@@ -1,8 +1,4 @@
-"""The only place on the faces side that words an error.
-
-Everything a user can cause (a missing file, a wrong column, a corrupt graph) is an `InputError`: the command line
-prints it as one line and exits with code 2; a library user catches it as the `ValueError` that it is.
-"""
+"""Checks of arguments and inputs that several packages share, and the error that they raise."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -27,24 +23,27 @@ __all__ = [
 
 
 class InputError(ValueError):
-    """Something that came from outside is not usable; the message says what, where, and what was expected."""
+    """A file, setting or argument of the user is not valid, such as a missing file, a wrong column or a corrupt graph.
+
+    The command line prints it as one line and exits with code 2.
+    """
 
 
 def show_name(name: object) -> str:
-    """A name out of a foreign file, fit to be printed on one line: no line breaks, no terminal codes, no megabytes."""
+    """Return a name from a file in a form that is safe to print: one short line without terminal codes."""
     text = str(name)
     text = text if text.isprintable() else repr(text)[1:-1]
     return text if len(text) <= 120 else f"{text[:117]}..."
 
 
 def report_key(path: str, expected: str, got: object) -> InputError:
-    """The error for one key of a report's run dict that is not what it must be."""
+    """Return the error for a wrong value at `path` of report.json."""
     shown = repr(got)
     return InputError(f"report: {path} must be {expected}, got {shown if len(shown) <= 80 else shown[:77] + '...'}")
 
 
 def check_identities(owner: str, identities: Tensor, batch: int, num_identities: int) -> None:
-    """`identities` must be `(b,)` whole numbers from 0 to `num_identities` - 1."""
+    """Check that `identities` are `(b,)` whole numbers from 0 to `num_identities` - 1."""
     if not isinstance(identities, Tensor) or identities.is_floating_point() or identities.is_complex():
         got = identities.dtype if isinstance(identities, Tensor) else type(identities).__name__
         raise TypeError(f"{owner}: identities must be a tensor of whole numbers, got {got}")
@@ -62,7 +61,7 @@ def check_identities(owner: str, identities: Tensor, batch: int, num_identities:
 
 
 def check_class_centers(owner: str, centers: Tensor, num_identities: int, dim: int) -> None:
-    """`centers` must be `(n, d)`, finite, and no row zero: a center is a direction."""
+    """Check that `centers` are `(n, d)`, finite, and without zero rows, which have no direction."""
     check_floating(owner, centers=centers)
     check_shape(owner, "centers", centers, "n d", n=num_identities, d=dim)
     check_finite(owner, centers=centers)
@@ -72,7 +71,7 @@ def check_class_centers(owner: str, centers: Tensor, num_identities: int, dim: i
 
 
 def check_every_identity(owner: str, counts: Tensor) -> None:
-    """Each identity must occur: `counts` `(n,)` are at least 1."""
+    """Check that each identity occurs: `counts` `(n,)` are at least 1."""
     missing = (counts == 0).nonzero().flatten()
     if len(missing):
         raise ValueError(
@@ -82,7 +81,7 @@ def check_every_identity(owner: str, counts: Tensor) -> None:
 
 
 def check_set(owner: str, ready: bool) -> None:
-    """The centers must have been given or estimated before a loss can be taken."""
+    """Check that the centers were given or estimated before the loss is computed."""
     if not ready:
         raise ValueError(
             f"{owner}: centers must be there before the first loss, got none; "
@@ -91,7 +90,7 @@ def check_set(owner: str, ready: bool) -> None:
 
 
 def check_identities_or_triplets(owner: str, target: Tensor, batch: int) -> None:
-    """`target` must be identities `(b,)`, or triplets `(t, 3)` of rows from 0 to b - 1."""
+    """Check that `target` holds identities `(b,)`, or triplets `(t, 3)` of rows from 0 to b - 1."""
     if not isinstance(target, Tensor) or target.dim() != 2:
         check_whole_numbers(owner, "target", target, batch)
         return
@@ -106,7 +105,7 @@ def check_identities_or_triplets(owner: str, target: Tensor, batch: int) -> None
 
 
 def check_rates(owner: str, rates: Any) -> None:
-    """`rates` must be a sequence of false positive rates, each above 0 and at most 1."""
+    """Check that `rates` is a sequence of false positive rates, each above 0 and at most 1."""
     if isinstance(rates, (str, bytes)) or not isinstance(rates, Sequence):
         raise TypeError(f"{owner}: rates must be a sequence of numbers, got {type(rates).__name__}")
     if not rates:
@@ -116,6 +115,6 @@ def check_rates(owner: str, rates: Any) -> None:
 
 
 def check_relation(owner: str, reduction: str) -> None:
-    """A loss over pairs or triples of samples has one value for a batch."""
+    """Check that the reduction is the mean: a loss over pairs or triplets has one value per batch."""
     if reduction != "mean":
         raise ValueError(f"{owner}: reduction must be 'mean': a relation has no per-sample form, got {reduction!r}")

@@ -1,4 +1,4 @@
-"""Output folders that are whole or not there. Touches the file system only."""
+"""Output folders that are written completely or not at all."""
 
 import os
 import shutil
@@ -13,10 +13,10 @@ __all__ = ["check_output", "staged", "swept"]
 
 
 def check_output(output: Path) -> Path:
-    """`output` must be a folder, or a name where one can be made; asked before hours of work, not after.
+    """Check before the work starts that `output` is a folder or can be created.
 
     Raises:
-        InputError: it is a file, or lies in a folder that cannot be written to.
+        InputError: It is a file, or is in a folder that is not writable.
     """
     if output.exists() and not output.is_dir():
         raise InputError(f"the output must be a folder, {output} is a file")
@@ -30,7 +30,7 @@ def check_output(output: Path) -> Path:
 
 @contextmanager
 def swept(output: Path) -> Iterator[None]:
-    """When the block fails, folders that it made and left empty in a new `output` go; results of stages stay."""
+    """Remove the empty folders of a new `output` if the block fails; files that it wrote are kept."""
     fresh = not output.exists()
     try:
         yield
@@ -49,9 +49,9 @@ def _remove_empty(folder: Path) -> None:
 
 @contextmanager
 def staged(output: Path) -> Iterator[Path]:
-    """A folder beside `output` to write into; its content moves there when the block ends well, else it is removed.
+    """Yield a temporary folder next to `output`. Its content is moved to `output` after the block, or removed on an error.
 
-    Files of the same name in an `output` that exists are replaced one by one, others stay.
+    In an existing `output`, files of the same name are replaced one by one, and other files are kept.
     """
     check_output(output)
     made = [each for each in (output.absolute().parent, *output.absolute().parents) if not each.exists()]

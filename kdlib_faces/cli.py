@@ -66,7 +66,10 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--steps", metavar="quick|full|N", help="training steps of each student (full)")
 
     train = commands.add_parser("train", parents=[common, run], help="train a student or a teacher on face lists")
-    train.add_argument("--recipe", default="liaad", metavar="liaad|student|general_teacher|age_teacher")
+    train.add_argument(
+        "--recipe", default="liaad", metavar="liaad|student|general_teacher|age_teacher",
+        help="what to train: a student of two teachers, a student alone, or a teacher (liaad)",
+    )  # fmt: skip
     train.add_argument(
         "--teacher",
         action="append",
@@ -74,7 +77,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="FILE",
         help="general teacher first, then the age-invariant one: a checkpoint, .onnx or a cache",
     )
-    train.add_argument("--output", type=Path, default=Path("runs/train"))
+    train.add_argument("--output", type=Path, default=Path("runs/train"), help="folder of the model (runs/train)")
 
     evaluate = commands.add_parser(
         "evaluate",
@@ -94,12 +97,14 @@ def _parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     evaluate.add_argument("--pairs", metavar="TXT", help="pairs in LFW's format for --faces")
     evaluate.add_argument("--scores", action="store_true", help="write all scores to scores/PROTOCOL-MODEL.csv")
-    evaluate.add_argument("--output", type=Path, default=Path("runs/evaluate"))
+    evaluate.add_argument(
+        "--output", type=Path, default=Path("runs/evaluate"), help="folder of the report (runs/evaluate)"
+    )
 
     _add_cache(commands.add_parser("cache", help="cache the outputs of a teacher for face lists"), common, run)
 
     report = commands.add_parser("report", parents=[common], help="render a report again from its report.json")
-    report.add_argument("directory", type=Path)
+    report.add_argument("directory", type=Path, metavar="DIR", help="folder with report.json")
 
     inspect = commands.add_parser("inspect", parents=[common], help="list the backbones, or describe a file")
     inspect.add_argument("file", type=Path, nargs="?", help=".onnx, .pt, a CSV list or a folder of faces")
@@ -130,12 +135,12 @@ def _add_cache(parser: argparse.ArgumentParser, common: _Parser, run: _Parser) -
     make.add_argument("--dtype", choices=("float16", "int8", "float32"), help="type on disk (float16)")
     make.add_argument("--workers", type=int, default=1, metavar="N", help="number of processes (1)")
     check = actions.add_parser("verify", parents=[common], help="verify checksums, values and some recomputed rows")
-    check.add_argument("directory", type=Path, metavar="DIR")
+    check.add_argument("directory", type=Path, metavar="DIR", help="folder of the cache")
     check.add_argument("--faces", action="append", default=[], metavar="PATH", help="lists that it was built from")
     check.add_argument("--teacher", type=Path, metavar="FILE", help="file that it was built from")
     check.add_argument("--rows", type=int, default=64, help="number of rows to recompute (64)")
     show = actions.add_parser("info", parents=[common], help="describe a cache")
-    show.add_argument("directory", type=Path, metavar="DIR")
+    show.add_argument("directory", type=Path, metavar="DIR", help="folder of the cache")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

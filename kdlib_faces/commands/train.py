@@ -38,7 +38,10 @@ def run(recipe: str, options: RunOptions, *, config: Path | None = None, setting
         raise InputError(f"train: recipe must be one of {', '.join(RECIPES)}, got {recipe!r}")
     counts, description = RECIPES[recipe]
     if len(options.teachers) not in counts:
-        raise InputError(f"train: recipe {recipe!r} takes {description}, got {len(options.teachers)}")
+        given = len(options.teachers)
+        raise InputError(
+            f"train: recipe {recipe!r} takes {description}, got {given}; pass --teacher FILE once for each"
+        )
     if recipe == "age_teacher":
         return age_teacher.train(load_config(age_teacher.AgeTeacherRunConfig, config, settings), options)
     return liaad.train(load_config(liaad.LIAADRunConfig, config, settings), options, name=recipe)

@@ -1,4 +1,4 @@
-"""Small face sets in the published layouts, drawn for tests: a few people, a few images each, and the lists of every set."""
+"""Small synthetic face sets in the published layouts: a few identities with a few images each, and all lists."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ SIDE = 32
 _BASES = np.random.default_rng(0).integers(0, 256, (64, 8, 8, 3))
 
 
-def face(person: int, shot: int) -> Image.Image:
-    """A pattern of the person's own with some noise of the shot's."""
-    noise = np.random.default_rng([person, shot]).integers(-45, 46, (8, 8, 3))
-    return Image.fromarray(np.clip(_BASES[person] + noise, 0, 255).astype(np.uint8)).resize((SIDE, SIDE))
+def face(identity: int, shot: int) -> Image.Image:
+    """A pattern that depends on the identity, with noise that depends on the shot."""
+    noise = np.random.default_rng([identity, shot]).integers(-45, 46, (8, 8, 3))
+    return Image.fromarray(np.clip(_BASES[identity] + noise, 0, 255).astype(np.uint8)).resize((SIDE, SIDE))
 
 
-def put_face(path: Path, person: int, shot: int) -> Path:
+def put_face(path: Path, identity: int, shot: int) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
-    face(person, shot).save(path, format="PNG")
+    face(identity, shot).save(path, format="PNG")
     return path
 
 
@@ -40,27 +40,27 @@ def put_text(path: Path, lines: list[str]) -> Path:
 
 
 def lfw(root: Path) -> str:
-    """Two folds; the image of one pair is not there."""
-    for person in range(6):
+    """Two folds; the image of one pair is missing."""
+    for identity in range(6):
         for shot in (1, 2, 3):
-            put_face(root / f"lfw/P{person}/P{person}_{shot:04d}.jpg", person, shot)
+            put_face(root / f"lfw/P{identity}/P{identity}_{shot:04d}.jpg", identity, shot)
     lines = ["2\t3"]
     for fold in range(2):
         mine = range(3 * fold, 3 * fold + 3)
-        lines += [f"P{person}\t1\t{9 if person == 5 else 2}" for person in mine]
-        lines += [f"P{person}\t1\tP{(person + 1) % 6}\t3" for person in mine]
+        lines += [f"P{identity}\t1\t{9 if identity == 5 else 2}" for identity in mine]
+        lines += [f"P{identity}\t1\tP{(identity + 1) % 6}\t3" for identity in mine]
     return f"lfw={put_text(root / 'pairs.txt', lines)},images={root / 'lfw'}"
 
 
 def two_lines(root: Path, name: str) -> str:
-    """CALFW or CPLFW: two lines a pair, those of one person first."""
+    """CALFW or CPLFW: two lines per pair, genuine pairs first."""
     lines = []
-    for person in range(4):
+    for identity in range(4):
         for shot in (1, 2):
-            put_face(root / f"{name}/W{person}_{shot:04d}.jpg", person + 6, shot)
-        lines += [f"W{person}_0001.jpg 1", f"W{person}_0002.jpg 1"]
-    for person in range(4):
-        lines += [f"W{person}_0001.jpg 0", f"W{(person + 1) % 4}_0002.jpg 0"]
+            put_face(root / f"{name}/W{identity}_{shot:04d}.jpg", identity + 6, shot)
+        lines += [f"W{identity}_0001.jpg 1", f"W{identity}_0002.jpg 1"]
+    for identity in range(4):
+        lines += [f"W{identity}_0001.jpg 0", f"W{(identity + 1) % 4}_0002.jpg 0"]
     return f"{name}={put_text(root / f'{name}.txt', lines)},images={root / name},published=no"
 
 
@@ -69,12 +69,12 @@ def agedb(root: Path) -> str:
     for fold in range(2):
         left, right, labels = [], [], []
         for pair in range(4):
-            person, other = 4 * fold + pair % 4, 4 * fold + (pair + (pair > 1)) % 4
-            for column, who, age in ((left, person, 20), (right, other, 50)):
-                name = f"{100 * pair + age}_Who{who}_{age}_m"
-                put_face(root / f"agedb/{name}.jpg", who + 10, age)
+            identity, other = 4 * fold + pair % 4, 4 * fold + (pair + (pair > 1)) % 4
+            for column, each, age in ((left, identity, 20), (right, other, 50)):
+                name = f"{100 * pair + age}_Who{each}_{age}_m"
+                put_face(root / f"agedb/{name}.jpg", each + 10, age)
                 column.append(name)
-            labels.append(1.0 if person == other else -1.0)
+            labels.append(1.0 if identity == other else -1.0)
         cells.append([Grid([[Record(pairs=Grid([left, right]), labels=np.array([labels]))]])])
     path = root / "04_FINAL_protocol_30_years.mat"
     path.write_bytes(Writer().file(splits=Grid(cells)))
@@ -85,10 +85,10 @@ def cfp(root: Path) -> str:
     folder = root / "cfp"
     for letter, what in (("F", "frontal"), ("P", "profile")):
         rows = []
-        for person in range(4):
-            inside = f"Data/Images/{person + 1:03d}/{what}/01.jpg"
-            put_face(folder / inside, person + 20, ord(letter))
-            rows.append(f"{person + 1} ../{inside}")
+        for identity in range(4):
+            inside = f"Data/Images/{identity + 1:03d}/{what}/01.jpg"
+            put_face(folder / inside, identity + 20, ord(letter))
+            rows.append(f"{identity + 1} ../{inside}")
         put_text(folder / f"Protocol/Pair_list_{letter}.txt", rows)
     for fold in (1, 2):
         first = 2 * fold - 1
@@ -100,13 +100,13 @@ def cfp(root: Path) -> str:
 def cacd(root: Path) -> str:
     for pair in (0, 1, 200, 201, 400, 401, 600, 601):
         for side in (0, 1):
-            person = pair % 40 + (side if pair % 400 >= 200 else 0)
-            put_face(root / f"cacd/{pair:04d}_{side}.jpg", person, side)
+            identity = pair % 40 + (side if pair % 400 >= 200 else 0)
+            put_face(root / f"cacd/{pair:04d}_{side}.jpg", identity, side)
     return f"cacd_vs={root / 'cacd'}"
 
 
 def fgnet(root: Path, name: str = "fgnet") -> str:
-    """Three subjects at four ages, with landmarks of 68 points for every image."""
+    """Three identities at four ages, with landmarks of 68 points for every image."""
     for subject in range(3):
         for at, age in enumerate((3, 12, 25, 48)):
             put_face(root / f"fgnet/{subject + 1:03d}A{age:02d}.JPG", subject + 30, at)
@@ -128,14 +128,14 @@ def megaface(root: Path) -> str:
 
 
 def ijbc(root: Path) -> str:
-    """Six templates of two media each: two galleries of two, two probes of whom one is a stranger to each gallery."""
+    """Eight templates of two media each: two galleries of two, and four probes, two of them mated in each gallery."""
     base = root / "ijbc"
     members, points = [], []
     for template in range(8):
-        person = template % 4
+        identity = template % 4
         for medium in (0, 1):
             image = f"{10 * template + medium}.jpg"
-            put_face(base / f"loose_crop/{image}", person + 40, 2 * template + medium)
+            put_face(base / f"loose_crop/{image}", identity + 40, 2 * template + medium)
             members.append(f"{image} {100 + template} {10 * template + medium}")
             points.append(f"{image} 10.9 14.8 21.0 14.7 16.0 20.5 11.9 26.4 20.2 26.3 0.9")
     put_text(base / "ijbc_face_tid_mid.txt", members)
@@ -149,22 +149,22 @@ def ijbc(root: Path) -> str:
 
 
 def dated(root: Path) -> Path:
-    """A list with ages: five people at four ages."""
+    """A list with ages: five identities at four ages."""
     rows = ["path,identity,age"]
-    for person in range(5):
+    for identity in range(5):
         for age in (4, 10, 24, 41):
-            put_face(root / f"dated/{person}_{age}.png", person + 50, age)
-            rows.append(f"dated/{person}_{age}.png,person {person},{age + person}")
+            put_face(root / f"dated/{identity}_{age}.png", identity + 50, age)
+            rows.append(f"dated/{identity}_{age}.png,identity {identity},{age + identity}")
     return put_text(root / "dated.csv", rows)
 
 
 def grouped(root: Path) -> Path:
     """A list with age groups, as LAG has them."""
     rows = ["path,identity,age_group"]
-    for person in range(5):
+    for identity in range(5):
         for shot, group in enumerate(("adult", "adult", "young")):
-            put_face(root / f"grouped/{person}_{shot}.png", person + 55, shot)
-            rows.append(f"grouped/{person}_{shot}.png,person {person},{group}")
+            put_face(root / f"grouped/{identity}_{shot}.png", identity + 55, shot)
+            rows.append(f"grouped/{identity}_{shot}.png,identity {identity},{group}")
     return put_text(root / "grouped.csv", rows)
 
 

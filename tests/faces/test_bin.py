@@ -16,8 +16,8 @@ from PIL import Image
 
 from kdlib_faces._checks import InputError
 from kdlib_faces.data import BinSet, load_bin, save_bin
-from kdlib_faces.data.formats import bin as bin_room
-from kdlib_faces.data.formats import pickle as pickle_room
+from kdlib_faces.data.formats import bin as bin_module
+from kdlib_faces.data.formats import pickle as pickle_module
 from kdlib_faces.data.formats.pickle import parse_pickle
 from kdlib_faces.data.images import decode_image
 from kdlib_faces.evaluation import PairProtocol, evaluate
@@ -203,7 +203,7 @@ def test_the_message_names_what_was_refused(tmp_path):
 
 
 def test_no_module_of_the_reader_unpickles():
-    for module in (bin_room, pickle_room):
+    for module in (bin_module, pickle_module):
         assert "pickle" not in vars(module)
 
 
@@ -276,10 +276,10 @@ def test_sizes_are_capped(tmp_path, monkeypatch):
         ("MAX_IMAGE", 5, "image 3 must have 1 to 5 bytes, got 6"),
     ):
         with monkeypatch.context() as patch:
-            patch.setattr(bin_room, limit, value)
+            patch.setattr(bin_module, limit, value)
             with pytest.raises(InputError, match=message):
                 load_bin(path)
-    monkeypatch.setattr(pickle_room, "MAX_OPERATIONS", 10)
+    monkeypatch.setattr(pickle_module, "MAX_OPERATIONS", 10)
     with pytest.raises(InputError, match="more than 10 operations"):
         load_bin(path)
 

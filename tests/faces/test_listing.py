@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from kdlib_faces._checks import InputError
-from kdlib_faces.data import images as images_room
+from kdlib_faces.data import images as images_module
 from kdlib_faces.data.images import load_images, read_image, to_float
 from kdlib_faces.data.lists import FaceList, identity_key, read_faces
 from kdlib_faces.data.sets.lfw import read_pairs
@@ -206,7 +206,7 @@ def test_unreadable_images_are_named(tmp_path, monkeypatch):
     Image.new("I;16", (8, 8)).save(tmp_path / "deep.png")
     with pytest.raises(InputError, match="images of mode 'I;16' are not read"):
         read_image(tmp_path / "deep.png", 8)
-    monkeypatch.setattr(images_room, "MAX_PIXELS", 4000)
+    monkeypatch.setattr(images_module, "MAX_PIXELS", 4000)
     with pytest.raises(InputError, match=r"64 x 64 pixels; images above 4,000 are refused"):
         read_image(good, 8)
 
@@ -230,7 +230,7 @@ def test_load_images_keeps_the_order_and_checks_memory(tmp_path):
 
 
 def test_a_memory_map_is_whole_or_not_there_and_goes_on(tmp_path, monkeypatch):
-    monkeypatch.setattr(images_room, "CHUNK", 2)
+    monkeypatch.setattr(images_module, "CHUNK", 2)
     paths = [picture(tmp_path / f"{value}.png", np.full((4, 4, 3), value)) for value in range(7)]
     target = tmp_path / "cache" / "faces.npy"
     broken = paths[5].read_bytes()
@@ -244,7 +244,7 @@ def test_a_memory_map_is_whole_or_not_there_and_goes_on(tmp_path, monkeypatch):
         decoded.append(path)
         return real(path, size)
 
-    monkeypatch.setattr(images_room, "read_image", counting)
+    monkeypatch.setattr(images_module, "read_image", counting)
     with pytest.raises(KeyboardInterrupt):
         load_images(paths, 4, memory_map=target, workers=1)
     assert not target.exists()

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 
 from kdlib_faces._checks import InputError
 from kdlib_faces.data import Record, RecordReader, read_property, save_records
-from kdlib_faces.data.formats import record_format as format_room
-from kdlib_faces.data.formats import record_reader as record_room
+from kdlib_faces.data.formats import record_format as record_format_module
+from kdlib_faces.data.formats import record_reader as record_reader_module
 from kdlib_faces.data.formats.record_format import frame, pack, payload
 
 MAGIC = bytes.fromhex("0a23d7ce")
@@ -389,11 +389,11 @@ def test_announced_sizes_cost_nothing(tmp_path, monkeypatch):
         InputError, match=r"record 0 at byte 0: the header announces 2147483648 labels, the record can hold 1"
     ):
         RecordReader(path)[0]
-    monkeypatch.setattr(format_room, "MAX_RECORD", 100)
+    monkeypatch.setattr(record_format_module, "MAX_RECORD", 100)
     split = write(tmp_path, [(1, image_record(MAGIC * 40, 0))], name="split")
     with pytest.raises(InputError, match="the record at byte 0 is longer than 100 bytes"):
         RecordReader(split)[0]
-    monkeypatch.setattr(record_room, "MAX_RECORDS", 5)
+    monkeypatch.setattr(record_reader_module, "MAX_RECORDS", 5)
     with pytest.raises(InputError, match="more than 5 rows; this is not a record index"):
         RecordReader(bad(tmp_path, index=lambda text: text))
 

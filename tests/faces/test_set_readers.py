@@ -24,7 +24,7 @@ from kdlib_faces.data import (
     read_lfw_pairs,
     read_pairs,
 )
-from kdlib_faces.data.formats import matlab as matlab_room
+from kdlib_faces.data.formats import matlab as matlab_module
 from kdlib_faces.data.image_pairs import assign_folds, gather_pairs
 from kdlib_faces.evaluation import PairProtocol, evaluate
 from tests.faces.matlab_file import Grid, Record, Writer
@@ -352,7 +352,7 @@ def test_matlab_files_cost_no_more_than_their_limit(tmp_path, monkeypatch):
     huge = Writer().matrix(1, (2**30, 2**30), b"", "splits")
     with pytest.raises(InputError, match="1,152,921,504,606,846,976 items, more than its bytes can hold"):
         read_agedb_pairs(put(tmp_path, Writer().file() + huge, "x.mat"))
-    monkeypatch.setattr(matlab_room, "MAX_ITEMS", 10)
+    monkeypatch.setattr(matlab_module, "MAX_ITEMS", 10)
     with pytest.raises(InputError, match="or than 10 in total"):
         read_agedb_pairs(put(tmp_path, agedb_file(2, 3), "x.mat"))
 
@@ -392,11 +392,11 @@ def test_cut_matlab_files(tmp_path, end):
 )
 def test_matlab_values_come_back(value, packed, order):
     def plain(found):
-        if isinstance(found, matlab_room.Cell):
+        if isinstance(found, matlab_module.Cell):
             return Grid([[plain(item) for item in found.items]])
         return found if isinstance(found, str) else float(found[0, 0])
 
-    found = matlab_room.matlab_variable(Writer(order).file(packed, a=1.0, value=value), "value", "x")
+    found = matlab_module.matlab_variable(Writer(order).file(packed, a=1.0, value=value), "value", "x")
     assert plain(found) == value
 
 
@@ -405,7 +405,7 @@ def test_numbers_of_every_kind_come_back():
         for order in "<>":
             array = np.arange(6).reshape(2, 3).astype(code)
             np.testing.assert_array_equal(
-                matlab_room.matlab_variable(Writer(order).file(a=array), "a", "x"), array, strict=False
+                matlab_module.matlab_variable(Writer(order).file(a=array), "a", "x"), array, strict=False
             )
 
 

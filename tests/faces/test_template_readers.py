@@ -25,9 +25,9 @@ from kdlib_faces.data import (
     read_template_list,
     write_feature_file,
 )
-from kdlib_faces.data.formats import columns as columns_room
+from kdlib_faces.data.formats import columns as columns_module
 from kdlib_faces.data.formats.columns import read_integers
-from kdlib_faces.data.sets import ijb_lists as ijb_room
+from kdlib_faces.data.sets import ijb_lists as ijb_lists_module
 
 THREE = (np.int64,) * 3
 QUIET = [HealthCheck.function_scoped_fixture]
@@ -64,11 +64,11 @@ def flip(data, blob):
 @example([(10**16 - 1, 10**8, 10**8 - 1)], "\t", "\r\n", False, 40)
 def test_columns_are_what_int_reads(tmp_path, rows, mark, end, closed, block):
     text = end.join(mark.join(str(number) for number in row) for row in rows) + (end if closed else "")
-    saved, columns_room.BLOCK = columns_room.BLOCK, block
+    saved, columns_module.BLOCK = columns_module.BLOCK, block
     try:
         found = np.stack(read_integers(put(tmp_path, text), THREE, what="list", max_rows=100), 1)
     finally:
-        columns_room.BLOCK = saved
+        columns_module.BLOCK = saved
     assert found.dtype == np.int64
     assert found.tolist() == [list(row) for row in rows]
 
@@ -218,7 +218,7 @@ def test_counts_are_the_published_ones(tmp_path):
             read_ijb_subjects(tmp_path / f"ijbc_1N_{file}.csv", published=f"IJB-C {part}")
     with pytest.raises(InputError, match="template list of IJB-B has 227,630 images, 12,115 templates"):
         read_ijb_templates(tmp_path / "ijbc_face_tid_mid.txt", published="IJB-B")
-    assert ijb_room.PAIRS["IJB-B"] == (10_270, 8_000_000)
+    assert ijb_lists_module.PAIRS["IJB-B"] == (10_270, 8_000_000)
     with pytest.raises(ValueError, match="published must be"):
         read_ijb_pairs(tmp_path / "ijbc_template_pair_label.txt", published="IJB-A")
 
@@ -226,7 +226,7 @@ def test_counts_are_the_published_ones(tmp_path):
 @pytest.mark.parametrize("table", [0, 10**6])
 def test_a_pair_with_an_unknown_template_is_named(tmp_path, monkeypatch, table):
     """A lookup in a table of zeros gives such a pair the first template, and a number comes out."""
-    monkeypatch.setattr(ijb_room, "MAX_TABLE", table)
+    monkeypatch.setattr(ijb_lists_module, "MAX_TABLE", table)
     ijb_lists(tmp_path)
     templates = read_ijb_templates(tmp_path / "ijbc_face_tid_mid.txt")
     path = tmp_path / "ijbc_template_pair_label.txt"
