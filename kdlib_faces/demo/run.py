@@ -207,7 +207,7 @@ def _evaluate(
     tasks = [
         task_of_protocol("age_gap", "By age gap" if data.test_ages is not None else "By age groups",
                          data.age_protocol(replicates=config.replicates), images, convention=flip),
-        task_of_protocol("leave_one_out", "Each image among the others",
+        task_of_protocol("leave_one_out", "Leave-one-out identification",
                          LeaveOneOutProtocol(data.test_identities, ranks=(1, 5)), images, convention=flip),
         task_of_protocol("verification", "Cross-age pairs", data.pair_protocol(seed), images, convention=flip),
     ]  # fmt: skip

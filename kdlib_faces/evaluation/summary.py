@@ -65,7 +65,7 @@ def far_measures(
 ) -> dict[str, Measure]:
     """The measures of a rate at several false accept rates, with the keys `PREFIX_FAR`."""
     better: Literal["high", "low"] = "low" if lower_is_better else "high"
-    return {f"{prefix}_{far:g}": Measure(f"{title}, {far_text(far, rate)}", "rate", note, better) for far in fars}
+    return {f"{prefix}_{far:g}": Measure(f"{title} at {far_text(far, rate)}", "rate", note, better) for far in fars}
 
 
 @dataclass(frozen=True)

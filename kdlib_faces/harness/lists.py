@@ -193,7 +193,7 @@ def tasks_of_faces(settings: Settings) -> tuple[list[EvaluationTask], list[str]]
     assert settings.face_images is not None
     given = settings.faces, settings.face_images, settings
     age_gap = _age_gap(*given, "age_gap", "By age")
-    leave_one_out = _leave_one_out(*given, "leave_one_out", "Each image among the others")
+    leave_one_out = _leave_one_out(*given, "leave_one_out", "Leave-one-out identification")
     notes = []
     if age_gap is None:
         notes.append("no image has an age or an age group: no evaluation by age gap")

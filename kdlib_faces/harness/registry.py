@@ -64,7 +64,7 @@ PROTOCOLS: dict[str, ProtocolEntry] = {
         lists.longitudinal_task,
     ),
     "leave_one_out": ProtocolEntry(
-        "Each image among the others", "leave_one_out[=LIST]", "identification, each image against all others",
+        "Leave-one-out identification", "leave_one_out[=LIST]", "identification, each image against all others",
         lists.leave_one_out_task,
     ),
 }  # fmt: skip

@@ -79,8 +79,8 @@ def sample_report() -> Report:
         notes=["395 pairs left out."],
         measures={
             "accuracy": Measure("Accuracy", note="ten folds"),
-            "tar_0.01": Measure("TAR, FAR 1 %"),
-            "tar_0.001": Measure("TAR, FAR 0.1 %"),
+            "tar_0.01": Measure("TAR at FAR 1 %"),
+            "tar_0.001": Measure("TAR at FAR 0.1 %"),
             "auc": Measure("AUC", "auc"),
         },
         bins={
@@ -100,7 +100,7 @@ def sample_report() -> Report:
         convention={"Pooling": "mean of a medium, sum over media"},
         measures={
             "rank1": Measure("Rank-1"),
-            "tpir": Measure("TPIR, FPIR 1 %"),
+            "tpir": Measure("TPIR at FPIR 1 %"),
             "slope": Measure("Slope of the genuine score", "score", "per year", "none"),
         },
         bins={"groups": Bins("Rank-1", ["adult-adult", "adult-young", "young-young"], counts=[9, 8, 7])},

@@ -105,8 +105,8 @@ class AgeGapResult:
         if large is not None:
             note = f"{gap} {large}"
             measures |= far_measures("large_tar", "TAR", protocol.fars, note=note)
-            measures["large_own_auc"] = Measure("AUC, own impostors", "auc", note)
-            measures |= far_measures("large_own", "TAR, own impostors", protocol.fars, note=note)
+            measures["large_own_auc"] = Measure("AUC against own impostors", "auc", note)
+            measures |= far_measures("large_own", "TAR against own impostors", protocol.fars, note=note)
         measures |= far_measures("tar", "TAR", protocol.fars, note="all pairs")
         measures["auc"] = Measure("AUC", "auc", "all pairs")
         names, counts = [entry.name for entry in self.bins], [entry.genuine for entry in self.bins]

@@ -92,7 +92,7 @@ class LongitudinalResult:
         labels, at = [f"{each.years:g}" for each in self.after], [float(each.years) for each in self.after]
         axis, counts = "years since the reference, within the window", [each.pairs for each in self.after]
         bins = {
-            f"fnmr_{far:g}": Bins(f"FNMR, {far_text(far, 'FMR')}", labels, axis, at, list(counts))
+            f"fnmr_{far:g}": Bins(f"FNMR at {far_text(far, 'FMR')}", labels, axis, at, list(counts))
             for far in protocol.fars
         }
         bins["score"] = Bins("Mean genuine score", labels, axis, at, list(counts), "score")
