@@ -58,8 +58,10 @@ def pack(
             factor = torch.where(largest > 0, 127.0 / largest.double(), 0.0)[:, None]
             wide = bool((factor > 1e30).any())
             x = (x.double() * factor).float() if wide else x * factor.float()
-            stored = x.round()
             scale = (largest.double() / 127.0).float()
+            stored = x.round()
+            if wide:  # a scale below the smallest float32 is stored as 0, which loses the row
+                stored = torch.where((scale > 0)[:, None], stored, 0.0)
             rows[:, 4 * at : 4 * at + 4] = scale.numpy().astype("<f4").reshape(-1, 1).view(np.uint8)
             rows[:, start:stop] = stored.to(torch.int8).numpy().view(np.uint8)
         elif layout.dtype == "float16":

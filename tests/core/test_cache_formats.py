@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
@@ -91,6 +91,8 @@ def test_int8_rows_are_a_scale_and_integers(tmp_path: Path) -> None:
     st.lists(st.floats(-(2.0**15), 2.0**15, width=32), min_size=3, max_size=3),
     st.integers(-140, 100),
 )
+@example("int8", [0.0, 0.0, 2.0**-149], 0)  # the scale underflows to 0, so the row is lost
+@example("int8", [2.0**-143, 0.0, -(2.0**-144)], 0)
 def test_any_finite_row_is_stored_within_half_a_step(dtype: str, values: list[float], power: int) -> None:
     row = torch.tensor([values], dtype=torch.float64) * 2.0 ** (power if dtype == "int8" else min(power, 0))
     row = row.float()
