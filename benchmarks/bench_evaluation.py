@@ -406,6 +406,7 @@ def images_once(scale: float, times: int, *, command: bool = False) -> dict[str,
     import torch
 
     from kdlib_faces.evaluation import PairProtocol, evaluate, evaluate_images
+    from kdlib_faces.evaluation.summary import ModelEntry
     from kdlib_faces.harness.embeddings import OpenedModel, embed_set
     from kdlib_faces.harness.image_sets import ImageSet
 
@@ -429,7 +430,7 @@ def images_once(scale: float, times: int, *, command: bool = False) -> dict[str,
             embeddings = embed_set(opened, ImageSet("set", count, "set", lambda row, _: images[row], str), Path(folder))
             return evaluate(embeddings, protocol)
 
-        opened = OpenedModel(Path("model"), model, 112, {}, "model")
+        opened = OpenedModel(Path("model"), model, 112, ModelEntry("student"), "model")
         with Peak() as memory:
             seconds, result = timed(
                 by_command if command else lambda: evaluate_images(model, images, protocol, out=out)

@@ -75,18 +75,17 @@ def run(
                 score_folder=stage if scores else None, max_score_rows=config.score_rows, progress=progress,
             )  # fmt: skip
             notes = [f"{summary.title}: {note}" for summary in result.summaries for note in summary.notes]
-            data = report.DataSummary(**prepared.data)
-            data.notes += notes
+            prepared.data.notes += notes
             content = report.Report(
                 title="Evaluation",
-                models={name: report.ModelEntry(**entry) for name, entry in result.models.items()},
+                models=result.models,
                 command=command,
                 created=started.isoformat(timespec="seconds"),
                 version=version("kdlib-torch"),
                 seeds=[config.seed],
                 config=asdict(config),
                 environment=_environment(),
-                data=data,
+                data=prepared.data,
                 level=config.level,
                 evaluations=result.summaries,
             )

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from kdlib_faces.backbones import complexity
 from kdlib_faces.data.images import to_float
 from kdlib_faces.evaluation import AgeGapProtocol, PairProtocol, embed_images
+from kdlib_faces.evaluation.summary import DataSummary, ModelEntry
 from kdlib_faces.teachers import AgeInvariantNet, AttentiveAgeNet, TeacherNet
 from kdlib_faces.training import LossCurve
 
@@ -74,19 +75,12 @@ class DemoModel:
             times.append(time.perf_counter() - start)
         return 1000 * float(np.median(times))
 
-    def facts(self, label: str) -> dict[str, Any]:
-        """Entry of the model in report.json, without its results."""
-        return {
-            "role": self.role,
-            "label": label,
-            "backbone": self.backbone,
-            "parameters": self.parameters,
-            "macs": self.macs,
-            "latency_ms": round(self.latency_ms(), 3),
-            "input_size": self.input_size,
-            "train_seconds": self.train_seconds,
-            "train_steps": self.train_steps,
-        }
+    def entry(self, label: str) -> ModelEntry:
+        """Description of the model for the report."""
+        return ModelEntry(
+            self.role, label, self.backbone, input_size=self.input_size, parameters=self.parameters, macs=self.macs,
+            latency_ms=round(self.latency_ms(), 3), train_seconds=self.train_seconds, train_steps=self.train_steps,
+        )  # fmt: skip
 
 
 def native_model(
@@ -112,7 +106,7 @@ class DemoData:
         num_identities: Number of training identities.
         test_images: (m, 3, s, s) uint8, of identities outside the training.
         test_identities: (m,) names or numbers.
-        summary: Entry `data` of the report.
+        summary: Description of the data for the report.
         teachers: Model name to teacher, for the evaluation.
         teacher_outputs: Name of a teacher in the recipe to its cached outputs on the training images.
         test_ages: (m,) years, or None where age groups are known instead.
@@ -126,7 +120,7 @@ class DemoData:
     num_identities: int
     test_images: Tensor
     test_identities: NDArray[Any]
-    summary: dict[str, Any]
+    summary: DataSummary
     teachers: dict[str, DemoModel] = field(default_factory=dict)
     teacher_outputs: dict[str, nn.Module] = field(default_factory=dict)
     test_ages: NDArray[np.float32] | None = None

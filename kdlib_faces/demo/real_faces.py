@@ -17,6 +17,7 @@ from kdlib_faces.demo.config import DemoConfig
 from kdlib_faces.demo.data import DemoData, DemoModel
 from kdlib_faces.demo.synthetic import align
 from kdlib_faces.evaluation import check_identity_disjoint, identity_disjoint_split
+from kdlib_faces.evaluation.summary import DataSummary
 from kdlib_faces.progress import progress, say
 from kdlib_faces.recipes.liaad import AGE, GENERAL
 from kdlib_faces.teachers import MappedTeacher, OnnxTeacher, cache_outputs, fit_age_map, read_outputs
@@ -101,20 +102,20 @@ def real_data(
             "age_teacher": _teacher(graphs[1], teachers[1], test_images, age_map),
         },
         teacher_outputs={AGE: age_outputs, GENERAL: align(cached[0], age_outputs, len(train_images))},
-        summary={
-            "name": ", ".join(Path(source).stem for source in faces),
-            "train_images": len(train_list),
-            "train_identities": len(identities),
-            "test_images": len(test_list),
-            "test_identities": len(np.unique(test_list.identities)),
-            "notes": [
+        summary=DataSummary(
+            name=", ".join(Path(source).stem for source in faces),
+            train_images=len(train_list),
+            train_identities=len(identities),
+            test_images=len(test_list),
+            test_identities=len(np.unique(test_list.identities)),
+            notes=[
                 "Identities are recognized by name across all lists; no identity of the test set is in the training set.",
                 "The teachers may have been trained on some of these identities: compare the models with each other, not "
                 "with published tables.",
                 "Only the age map of the second teacher is trained with ages or age groups.",
                 *(["Some lists are gray and some have color, so both students see luminance only."] if mixed else []),
             ],
-        },
+        ),
     )
 
 

@@ -23,15 +23,13 @@ from kdlib_faces.demo.data import DemoData, DemoModel, native_model
 from kdlib_faces.demo.pictures import attention
 from kdlib_faces.demo.synthetic import synthetic_data
 from kdlib_faces.evaluation import LeaveOneOutProtocol, Sampling
-from kdlib_faces.evaluation.summary import ProtocolSummary
+from kdlib_faces.evaluation.summary import ModelEntry, ProtocolSummary
 from kdlib_faces.harness.evaluate import EvaluatedModel, evaluate_models
 from kdlib_faces.harness.image_sets import images_of_tensor
 from kdlib_faces.harness.tasks import task_of_protocol
 from kdlib_faces.progress import say
 from kdlib_faces.recipes.liaad import build
 from kdlib_faces.report import (
-    DataSummary,
-    ModelEntry,
     Picture,
     Report,
     SeedEntry,
@@ -148,7 +146,7 @@ def _train_and_evaluate(
             "platform": platform.machine(),
             "cores": os.cpu_count() or 1,
         },
-        data=DataSummary(**data.summary),
+        data=data.summary,
         evaluations=summaries,
         pair=StudentPair(DISTILLED, ALONE),
         training={name: TrainingCurve([*curve["step"]], [*curve["loss"]], {name: [*losses] for name, losses in curve["terms"].items()})
@@ -214,7 +212,7 @@ def _evaluate(
     evaluated = [
         EvaluatedModel(
             name,
-            model.facts(LABELS[name]),
+            model.entry(LABELS[name]),
             {"test": model.embed(data.test_images if model.test_images is None else model.test_images)},
         )
         for name, model in models.items()
@@ -234,7 +232,7 @@ def _evaluate(
     ]
     for summary in result.summaries:
         summary.pictures = [name for name in summary.pictures if name in kept]
-    return result.summaries, {name: ModelEntry(**entry) for name, entry in result.models.items()}, pictures
+    return result.summaries, result.models, pictures
 
 
 def _seed_entry(seed: int, report: Report) -> SeedEntry:

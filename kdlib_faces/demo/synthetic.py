@@ -16,6 +16,7 @@ from kdlib_faces.data.synthetic import SyntheticFaces
 from kdlib_faces.data.views import AugmentConfig
 from kdlib_faces.demo.config import DemoConfig
 from kdlib_faces.demo.data import DemoData, native_model
+from kdlib_faces.evaluation.summary import DataSummary
 from kdlib_faces.heads import CosFaceHead
 from kdlib_faces.progress import say
 from kdlib_faces.recipes.age_teacher import build_age_teacher
@@ -54,19 +55,19 @@ def synthetic_faces(config: DemoConfig, seed: int) -> DemoData:
         test_images=test.images(),
         test_identities=test.labels.numpy(),
         test_ages=test.ages.numpy(),
-        summary={
-            "name": "SyntheticFaces",
-            "synthetic": True,
-            "train_images": len(images),
-            "train_identities": general.identities + aged.identities,
-            "test_images": len(test),
-            "test_identities": test.identities,
-            "notes": [
+        summary=DataSummary(
+            name="SyntheticFaces",
+            synthetic=True,
+            train_images=len(images),
+            train_identities=general.identities + aged.identities,
+            test_images=len(test),
+            test_identities=test.identities,
+            notes=[
                 f"{general.identities} training identities have images within {config.general_window:g} years of each other, "
                 f"{aged.identities} have images of a lifetime. Only the age-invariant teacher is trained with ages.",
                 "No identity of the test set is in a training set.",
             ],
-        },
+        ),
     )
 
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, Protocol, TypeAlias, runtime_checkable
+from typing import Protocol, TypeAlias, TypedDict, Unpack, runtime_checkable
 
 import numpy as np
 import torch
@@ -21,6 +21,18 @@ EmbeddingModel: TypeAlias = Callable[[Tensor], Tensor | Mapping[str, Tensor]]
 """(b, c, h, w) to (b, d), or to named features with one `"embedding"`."""
 Images: TypeAlias = AnyArray | Tensor | Iterable[AnyArray | Tensor]
 Preprocess: TypeAlias = Callable[[Tensor], Tensor]
+
+
+class _EmbedOptions(TypedDict, total=False):
+    """Keyword arguments of `embed_images`, described there."""
+
+    flip: bool
+    normalize: bool
+    batch_size: int
+    preprocess: Preprocess | None
+    device: torch.device | str
+    out: AnyArray | None
+    progress: bool
 
 
 @runtime_checkable
@@ -128,7 +140,9 @@ def embed_batch(
         return embeddings
 
 
-def evaluate_images(model: EmbeddingModel, images: Images, protocol: EvaluationProtocol[R], **options: Any) -> R:
+def evaluate_images(
+    model: EmbeddingModel, images: Images, protocol: EvaluationProtocol[R], **options: Unpack[_EmbedOptions]
+) -> R:
     """Evaluate a model on images by a protocol: `evaluate(embed_images(model, images, ...), protocol)`.
 
     Args:

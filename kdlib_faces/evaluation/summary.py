@@ -1,12 +1,12 @@
-"""Dataclasses for the results of one protocol on several models, as stored in report.json."""
+"""Dataclasses for models, data and the results of protocols, as stored in report.json."""
 
 from collections.abc import Iterable, Iterator
-from dataclasses import MISSING, dataclass, field, fields, is_dataclass
-from typing import Any, Literal, Self
+from dataclasses import dataclass, field
+from typing import Literal, Self
 
 import numpy as np
 
-from kdlib_faces.evaluation._types import AnyArray, JsonDict
+from kdlib_faces.evaluation._types import AnyArray
 from kdlib_faces.evaluation.roc import TarAtFar, roc_points
 from kdlib_faces.evaluation.statistics.intervals import Estimate
 
@@ -14,12 +14,14 @@ __all__ = [
     "KEPT_THRESHOLDS",
     "Bins",
     "CmcCurve",
+    "DataSummary",
     "Description",
     "Difference",
     "HardPair",
     "Histogram",
     "Measure",
     "MeasuredValue",
+    "ModelEntry",
     "ModelSummary",
     "ProtocolSummary",
     "RocCurve",
@@ -258,16 +260,59 @@ class ProtocolSummary:
     pictures: list[str] = field(default_factory=list)
     scores: dict[str, str] = field(default_factory=dict)
 
-    def to_dict(self) -> JsonDict:
-        """Plain values for JSON. Fields that hold their default are left out.
 
-        Examples:
-            >>> measures = {"auc": Measure("AUC", "auc")}
-            >>> models = {"a": ModelSummary({"auc": MeasuredValue(0.9)})}
-            >>> ProtocolSummary("lfw", "LFW", measures=measures, models=models).to_dict()["models"]
-            {'a': {'measures': {'auc': {'value': 0.9}}}}
-        """
-        return {name: _plain(value) for name, value in _given(self)}
+@dataclass
+class ModelEntry:
+    """One model of the report.
+
+    Attributes:
+        role: Whether it is a teacher or a student.
+        label: Name for readers.
+        backbone: Network.
+        input: Preprocessing of its images.
+        input_size: Side of its images in pixels.
+        parameters: Number of parameters.
+        macs: Multiply-adds for one image.
+        latency_ms: Time for one image in milliseconds.
+        train_seconds: Duration of its training in seconds.
+        train_steps: Steps of its training.
+        protocols: Protocol name to the result as the protocol writes it.
+    """
+
+    role: Literal["teacher", "student"]
+    label: str = ""
+    backbone: str = ""
+    input: str = ""
+    input_size: int | None = None
+    parameters: int | None = None
+    macs: float | None = None
+    latency_ms: float | None = None
+    train_seconds: float | None = None
+    train_steps: int | None = None
+    protocols: dict[str, object] = field(default_factory=dict)
+
+
+@dataclass
+class DataSummary:
+    """Training and test data.
+
+    Attributes:
+        name: Name of the data set or lists.
+        synthetic: Whether the faces are synthetic.
+        train_images: Number of training images.
+        train_identities: Number of training identities.
+        test_images: Number of test images.
+        test_identities: Number of test identities.
+        notes: Remarks on the data.
+    """
+
+    name: str = ""
+    synthetic: bool = False
+    train_images: int | None = None
+    train_identities: int | None = None
+    test_images: int | None = None
+    test_identities: int | None = None
+    notes: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -298,22 +343,3 @@ class ScoreTable:
     columns: tuple[str, ...]
     rows: Iterator[tuple[str | int | float, ...]]
     total: int
-
-
-def _given(value: Any) -> Iterator[tuple[str, object]]:
-    """Names and values of the fields of a dataclass that are required or differ from their default."""
-    for each in fields(value):
-        content = getattr(value, each.name)
-        default = each.default if each.default_factory is MISSING else each.default_factory()
-        if content != default or each.name == "value":
-            yield each.name, content
-
-
-def _plain(value: object) -> object:
-    if is_dataclass(value):
-        return {name: _plain(content) for name, content in _given(value)}
-    if isinstance(value, dict):
-        return {key: _plain(content) for key, content in value.items()}
-    if isinstance(value, list):
-        return [_plain(content) for content in value]
-    return value

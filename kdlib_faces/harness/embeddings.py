@@ -10,9 +10,8 @@ import json
 import os
 import re
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,6 +20,7 @@ from torch import nn
 from kdlib._atomic import atomic_write
 from kdlib_faces._checks import InputError
 from kdlib_faces.evaluation.embedding import embed_batch, eval_mode
+from kdlib_faces.evaluation.summary import ModelEntry
 from kdlib_faces.harness.image_sets import Embeddings, ImageSet, check_embeddings
 from kdlib_faces.progress import progress as show
 
@@ -38,14 +38,14 @@ class OpenedModel:
         path: The file.
         module: The network in eval mode.
         size: Side of its images, pixels.
-        facts: Entry of the model in report.json: `role`, `label`, `backbone`, `input_size`, `parameters`, `macs`.
+        entry: Description of the model for the report.
         fingerprint: Digest of its weights and of its input conventions.
     """
 
     path: Path
     module: nn.Module
     size: int
-    facts: dict[str, Any]
+    entry: ModelEntry
     fingerprint: str
 
 
@@ -68,7 +68,7 @@ def open_model(path: str | os.PathLike[str], size: int | None = None) -> OpenedM
     Raises:
         InputError: The file is missing, corrupt, of no known layout, or its images are not square.
     """
-    facts: dict[str, Any] = {"label": Path(path).stem}
+    label = Path(path).stem
     module: nn.Module
     own: int | tuple[int, int] | None
     if Path(path).suffix.lower() == ".onnx":
@@ -77,8 +77,7 @@ def open_model(path: str | os.PathLike[str], size: int | None = None) -> OpenedM
 
         teacher = OnnxTeacher(path)
         described = describe_graph(path)
-        facts |= {"role": "teacher", "backbone": "ONNX"}
-        facts |= {"parameters": described["parameters"], "macs": described["macs"]}
+        entry = ModelEntry("teacher", label, "ONNX", parameters=described["parameters"], macs=described["macs"])
         fingerprint = f"{teacher.fingerprint} None"
         module, own = teacher, teacher.input_size
         if isinstance(own, tuple) and len(set(own)) != 1:
@@ -87,14 +86,15 @@ def open_model(path: str | os.PathLike[str], size: int | None = None) -> OpenedM
         from kdlib_faces.teachers import load_teacher
 
         network = load_teacher(path)
-        facts |= {"role": "student", "backbone": repr(network).split("(", 1)[0]}
-        facts |= {"parameters": sum(each.numel() for each in network.parameters()), "macs": None}
         # The input spec of a network cuts the square crop to the rectangle that it takes.
-        facts["input"] = network.input_spec.describe()
+        entry = ModelEntry(
+            "student", label, repr(network).split("(", 1)[0], network.input_spec.describe(),
+            parameters=sum(each.numel() for each in network.parameters()),
+        )  # fmt: skip
         fingerprint = f"{_file_digest(Path(path))} {network.input_spec!r}"
         module, own = network, network.input_size
     side = size or (112 if own is None else max(own) if isinstance(own, tuple) else int(own))
-    return OpenedModel(Path(path), module.eval(), side, facts | {"input_size": side}, fingerprint)
+    return OpenedModel(Path(path), module.eval(), side, replace(entry, input_size=side), fingerprint)
 
 
 def _file_digest(path: Path) -> str:

@@ -1,12 +1,11 @@
 """Evaluation of models by protocols: embeddings in; results, summaries and pictures out."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 from kdlib_faces.evaluation import Sampling
-from kdlib_faces.evaluation.summary import ProtocolSummary
+from kdlib_faces.evaluation.summary import ModelEntry, ProtocolSummary
 from kdlib_faces.harness.artifacts import FailurePicture, failure_pictures, write_scores
 from kdlib_faces.harness.image_sets import Embeddings
 from kdlib_faces.harness.panel import summarize
@@ -22,12 +21,12 @@ class EvaluatedModel:
 
     Attributes:
         name: Key of the model in the report.
-        facts: Entry of the model in report.json without its `protocols`: role, label, backbone, parameters ...
+        entry: Description of the model: role, label, backbone, parameters ...
         embeddings: Name of an image set to the embeddings (n, d) of its images, normalized or not.
     """
 
     name: str
-    facts: Mapping[str, Any]
+    entry: ModelEntry
     embeddings: Mapping[str, Embeddings]
 
 
@@ -36,12 +35,12 @@ class EvaluationOutput:
     """Results of several protocols for several models.
 
     Attributes:
-        models: Model name to its entry in report.json: its facts, and `protocols` with the result of every task.
+        models: Model name to its description, with the result of every task in `protocols`.
         summaries: One summary per task, the entries of `evaluations` in report.json.
         pictures: Pairs of images on which the models fail, to be drawn by the report.
     """
 
-    models: dict[str, dict[str, Any]]
+    models: dict[str, ModelEntry]
     summaries: list[ProtocolSummary] = field(default_factory=list)
     pictures: list[FailurePicture] = field(default_factory=list)
 
@@ -71,11 +70,11 @@ def evaluate_models(
     Returns:
         The results.
     """
-    output = EvaluationOutput({model.name: {**model.facts, "protocols": {}} for model in models})
+    output = EvaluationOutput({model.name: replace(model.entry, protocols={}) for model in models})
     for task in show(tasks, "protocols", quiet=not progress):
         results = {model.name: task.evaluate(model.embeddings) for model in models}
         for name, result in results.items():
-            output.models[name]["protocols"][task.name] = result.to_dict()
+            output.models[name].protocols[task.name] = result.to_dict()
         summary = summarize(task, results, sampling or Sampling())
         pictures = failure_pictures(task, results, num_failures)
         summary.pictures = [picture.name for picture in pictures]

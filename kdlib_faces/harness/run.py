@@ -2,15 +2,15 @@
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from kdlib._checks import check_number
 from kdlib_faces._checks import InputError
 from kdlib_faces.data.lists import FaceList, read_faces
 from kdlib_faces.evaluation import Sampling
 from kdlib_faces.evaluation._checks import check_level
+from kdlib_faces.evaluation.summary import DataSummary, ModelEntry
 from kdlib_faces.evaluation.verification import Rule
 from kdlib_faces.harness.embeddings import embed_set, open_model, read_embeddings
 from kdlib_faces.harness.evaluate import EvaluatedModel
@@ -87,12 +87,12 @@ class PreparedEvaluation:
     Attributes:
         tasks: Protocols with their images.
         models: Models with their embeddings.
-        data: Entry `data` of report.json.
+        data: Description of the data for the report.
     """
 
     tasks: list[EvaluationTask]
     models: list[EvaluatedModel]
-    data: dict[str, Any]
+    data: DataSummary
 
 
 def prepare(
@@ -187,12 +187,12 @@ def _models(
             )
     evaluated: list[EvaluatedModel] = []
 
-    def add(path: PathLike, facts: Mapping[str, Any], arrays: Mapping[str, Embeddings]) -> None:
+    def add(path: PathLike, entry: ModelEntry, arrays: Mapping[str, Embeddings]) -> None:
         """Add a model named after its file, with the folder or a number if the name is taken."""
         stem, folder = Path(path).stem, Path(path).absolute().parent.name
         taken = {model.name for model in evaluated}
         name = next(each for each in (stem, f"{folder}/{stem}", f"{stem} ({len(taken) + 1})") if each not in taken)
-        evaluated.append(EvaluatedModel(name, {**facts, "label": name}, arrays))
+        evaluated.append(EvaluatedModel(name, replace(entry, label=name), arrays))
 
     given = [(path, {name: _read(Path(path), images) for name, images in sets.items()}) for path in embeddings]
     opened = [open_model(path, config.input_size) for path in models]
@@ -203,9 +203,9 @@ def _models(
             name: embed_set(model, images, work, batch_size=config.batch_size, flip=config.flip, progress=progress)
             for name, images in sets.items()
         }
-        add(model.path, model.facts, made)
+        add(model.path, model.entry, made)
     for path, arrays in given:
-        add(path, {"role": "student", "backbone": "embeddings from a file"}, arrays)
+        add(path, ModelEntry("student", backbone="embeddings from a file"), arrays)
     return evaluated
 
 
@@ -214,11 +214,12 @@ def _read(path: Path, images: ImageSet) -> Embeddings:
     return read_embeddings(path / f"{images.name}.npy" if path.is_dir() else path, images.count)
 
 
-def _data(settings: Settings, tasks: Sequence[EvaluationTask], notes: list[str]) -> dict[str, Any]:
-    data: dict[str, Any] = {"notes": notes}
+def _data(settings: Settings, tasks: Sequence[EvaluationTask], notes: list[str]) -> DataSummary:
+    data = DataSummary(notes=notes)
     names = dict.fromkeys(images.name for task in tasks for images in task.images)
     if settings.faces is not None:
-        data["test_images"], data["test_identities"] = len(settings.faces), settings.faces.num_identities
+        data.test_images, data.test_identities = len(settings.faces), settings.faces.num_identities
         lists = ", ".join(Path(source).name for source in settings.faces.sources)
         names = dict.fromkeys(lists if name == "faces" else name for name in names)
-    return data | {"name": ", ".join(names)}
+    data.name = ", ".join(names)
+    return data

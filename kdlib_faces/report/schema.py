@@ -3,16 +3,13 @@
 import re
 from collections.abc import Collection, Sized
 from dataclasses import dataclass, field
-from typing import Literal
 
 from kdlib_faces._checks import report_key
-from kdlib_faces.evaluation.summary import ModelSummary, ProtocolSummary
+from kdlib_faces.evaluation.summary import DataSummary, ModelEntry, ModelSummary, ProtocolSummary
 
 __all__ = [
     "FORMAT",
     "PICTURE_NAME",
-    "DataSummary",
-    "ModelEntry",
     "PictureEntry",
     "Report",
     "SeedEntry",
@@ -24,60 +21,6 @@ __all__ = [
 FORMAT = 1
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_]{0,47}")
 PICTURE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
-
-
-@dataclass
-class ModelEntry:
-    """One model of the report.
-
-    Attributes:
-        role: Whether it is a teacher or a student.
-        label: Name for readers.
-        backbone: Network.
-        input: Preprocessing of its images.
-        input_size: Side of its images in pixels.
-        parameters: Number of parameters.
-        macs: Multiply-adds for one image.
-        latency_ms: Time for one image in milliseconds.
-        train_seconds: Duration of its training in seconds.
-        train_steps: Steps of its training.
-        protocols: Protocol name to the result as the protocol writes it.
-    """
-
-    role: Literal["teacher", "student"]
-    label: str = ""
-    backbone: str = ""
-    input: str = ""
-    input_size: int | None = None
-    parameters: int | None = None
-    macs: float | None = None
-    latency_ms: float | None = None
-    train_seconds: float | None = None
-    train_steps: int | None = None
-    protocols: dict[str, object] = field(default_factory=dict)
-
-
-@dataclass
-class DataSummary:
-    """Training and test data.
-
-    Attributes:
-        name: Name of the data set or lists.
-        synthetic: Whether the faces are synthetic.
-        train_images: Number of training images.
-        train_identities: Number of training identities.
-        test_images: Number of test images.
-        test_identities: Number of test identities.
-        notes: Remarks on the data.
-    """
-
-    name: str = ""
-    synthetic: bool = False
-    train_images: int | None = None
-    train_identities: int | None = None
-    test_images: int | None = None
-    test_identities: int | None = None
-    notes: list[str] = field(default_factory=list)
 
 
 @dataclass

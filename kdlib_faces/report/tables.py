@@ -3,10 +3,10 @@
 from collections.abc import Mapping
 from typing import NamedTuple
 
-from kdlib_faces.evaluation.summary import Difference, MeasuredValue, ModelSummary, ProtocolSummary, Unit
+from kdlib_faces.evaluation.summary import Difference, MeasuredValue, ModelEntry, ModelSummary, ProtocolSummary, Unit
 from kdlib_faces.report import numbers
 from kdlib_faces.report.numbers import NOT_MEASURED
-from kdlib_faces.report.schema import ModelEntry, Report
+from kdlib_faces.report.schema import Report
 
 __all__ = [
     "Cell",
