@@ -10,6 +10,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from kdlib._checks import check_name
+
 __all__ = ["Case", "clone", "expect", "finite", "repickle", "run", "same"]
 
 T = TypeVar("T")
@@ -85,10 +87,14 @@ class Case(ABC):
             expect(repr(again) == text, f"repr must rebuild the object, {text!r} makes {again!r}")
 
 
-def run(owner: str, case: Case, names: Iterable[str], left_out: Collection[str]) -> tuple[str, ...]:
-    """Run the checks `names` without those in `left_out`, until the first failure; return the names that ran."""
+def run(
+    owner: str, case: Case, names: Iterable[str], exclude: Collection[str], left_out: Collection[str] = ()
+) -> tuple[str, ...]:
+    """Run the checks `names` without those in `exclude` or `left_out`, until the first failure; return what ran."""
+    for name in exclude:  # a misspelled name would exclude nothing
+        check_name(owner, "check", name, names)
     kind = getattr(case.component, "__name__", type(case.component).__name__)
-    names = tuple(name for name in names if name not in left_out)
+    names = tuple(name for name in names if name not in {*exclude, *left_out})
     # Dropout, new layers and the fast form of gradcheck use the global generators, whose states are restored.
     with torch.random.fork_rng(devices=[torch.cuda.current_device()] if torch.cuda.is_available() else []):
         for name in names:

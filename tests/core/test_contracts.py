@@ -38,8 +38,8 @@ OTHER_GRID = ((5, 3, 6, 4), (5, 4, 3, 2))
 
 PER_SAMPLE = 28
 RELATION = 26  # without mean_of_none and weighted_mean
-WEIGHTING = 17
-PER_TEACHER = 15  # without one_teacher and permutation
+WEIGHTING = 15
+PER_TEACHER = 13  # without one_teacher and permutation
 PROJECTION = 13
 
 

@@ -307,9 +307,7 @@ class CopiesBadly(Weighting):
 ByPosition = broken(Weighting, scores=lambda self, x, teachers: torch.arange(float(len(x)))[:, None].expand_as(x))
 BROKEN_WEIGHTINGS = {
     "deepcopy": CopiesBadly,
-    "shape": broken(Weighting, change=lambda self, weights, losses: weights.T),
-    "columns_sum_to_one": broken(Weighting, change=lambda self, weights, losses: 1.01 * weights),
-    "not_negative": broken(Weighting, change=lambda self, w, losses: torch.cat([w[:1] + 1, w[1:-1], w[-1:] - 1])),
+    "valid": broken(Weighting, change=lambda self, weights, losses: 1.01 * weights),
     "extreme_losses": broken(Weighting, scores=lambda self, losses, teachers: (-losses).exp().log()),
     "extreme_features": broken(Weighting, forward=by_length(0.5, 1.0)),
     "half": broken(Weighting, forward=by_length(1.0, 1000.0)),
@@ -330,6 +328,19 @@ BROKEN_WEIGHTINGS = {
 @pytest.mark.filterwarnings("ignore:std.. degrees of freedom")
 def test_a_weighting_that_violates_one_check_fails_it(name: str) -> None:
     fails(name, lambda: check_weighting(BROKEN_WEIGHTINGS[name](), exclude=without(WEIGHTING_CHECKS, name)))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda self, weights, losses: weights.T, r"call 1: must be \(k, b\) = \(2, 6\), got \(6, 2\)"),
+        (lambda self, weights, losses: torch.cat([weights[:1] + 1, weights[1:] - 1]), "call 1: weights must be >= 0"),
+        (lambda self, weights, losses: (weights > 0).long(), "call 1: weights must be floating point"),
+    ],
+)
+def test_invalid_weights_are_described(change: Any, message: str) -> None:
+    with pytest.raises(AssertionError, match=message):
+        check_weighting(broken(Weighting, change=change)(), exclude=["deepcopy"])
 
 
 def test_valid_weightings_run_every_check() -> None:
@@ -547,7 +558,6 @@ def test_arguments_and_the_global_generator_are_unchanged() -> None:
     ("call", "error", "message"),
     [
         (lambda: check_loss(Loss(), STUDENT, TEACHER, exclude=["gradchek"]), ValueError, "nearest are 'gradcheck'"),
-        (lambda: check_loss(Loss(), STUDENT, TEACHER, exclude="repr"), TypeError, "exclude must be a collection"),
         (lambda: check_loss(Loss(), STUDENT[:3], TEACHER[:3]), ValueError, r"the batch size must be .* >= 4, got 3"),
         (lambda: check_loss(Loss(), STUDENT, TEACHER[:4]), ValueError, "teacher must have the batch size"),
         (lambda: check_loss(Loss(), STUDENT.long(), TEACHER), TypeError, "student must be a floating-point tensor"),
