@@ -5,11 +5,12 @@ that the user called, the argument, what was expected and what was received. The
 checks of one package; there, a function named after a fault returns the error to raise.
 """
 
-from collections.abc import Container, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from difflib import get_close_matches
 from math import inf
 from operator import ge, gt, le, lt
 from types import NoneType
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -176,11 +177,12 @@ def check_number(
     integer: bool = False,
 ) -> None:
     """`value` must be a finite number (whole if `integer`) with `above < value < below` and `min <= value <= max`."""
-    bounds = ((">", gt, above), (">=", ge, min), ("<=", le, max), ("<", lt, below))
     number = isinstance(value, int if integer else (int, float)) and not isinstance(value, bool) and -inf < value < inf
-    if not number or not all(holds(value, bound) for _, holds, bound in bounds if bound is not None):
-        limits = [f"{sign} {bound}" for sign, _, bound in bounds if bound is not None]
-        wanted = " and ".join(["a whole number" if integer else "a finite number", *limits])
+    limits: list[tuple[str, Callable[[Any, Any], bool], float | None]]
+    limits = [(">", gt, above), (">=", ge, min), ("<=", le, max), ("<", lt, below)]
+    if not number or not all(limit is None or holds(value, limit) for _, holds, limit in limits):
+        bounds = [f"{sign} {limit}" for sign, _, limit in limits if limit is not None]
+        wanted = " and ".join(["a whole number" if integer else "a finite number", *bounds])
         raise (ValueError if number else TypeError)(f"{owner}: {name} must be {wanted}, got {value!r}")
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partialmethod
 from typing import Any
 
 import torch
@@ -141,7 +142,7 @@ class _WeightingCase(Case):
     def extreme_features(self) -> None:
         for what, factor in [("zeros", 0.0), ("values times 10,000", 1e4)]:
             case = replace(self, student=factor * self.student, teachers=[factor * x for x in self.teachers])
-            case.expect_valid(what, case.weights())
+            self.expect_valid(what, case.weights())
         first_zero = [0 * self.teachers[0], *self.teachers[1:]]
         self.expect_valid("zeros of the first teacher", replace(self, teachers=first_zero).weights())
 
@@ -149,16 +150,13 @@ class _WeightingCase(Case):
         case = replace(self, student=self.student.half(), teachers=[x.half() for x in self.teachers])
         case.expect_valid("features in float16", case.weights())
 
-    def batch_of_one(self) -> None:
-        self._expect_valid_for("a batch of one", slice(0, 1))
-
-    def empty_batch(self) -> None:
-        self._expect_valid_for("an empty batch", slice(0, 0))
-
     def _expect_valid_for(self, what: str, rows: slice) -> None:
         targets = {name: each[rows] for name, each in self.targets.items()}
         case = replace(self, student=self.student[rows], teachers=[x[rows] for x in self.teachers], targets=targets)
         case.expect_valid(what, case.weights())
+
+    batch_of_one = partialmethod(_expect_valid_for, "a batch of one", slice(0, 1))
+    empty_batch = partialmethod(_expect_valid_for, "an empty batch", slice(0, 0))
 
     def one_teacher(self) -> None:
         weights = replace(self, teachers=self.teachers[:1]).weights()
