@@ -1,6 +1,7 @@
 """Checks of taps and of the tensors that they return; a function named after a fault returns the error to raise."""
 
 from collections.abc import Iterable, Mapping
+from numbers import Integral
 
 import torch
 from torch import nn
@@ -16,10 +17,11 @@ def bad_spelling(spelling: str) -> ValueError:
     )
 
 
-def check_index(key: object) -> None:
-    """A tap must be indexed by a number or a name."""
-    if isinstance(key, bool) or not isinstance(key, (int, str)):
+def check_index(key: object) -> int | str:
+    """Return the index of a tap, which must be a whole number or a string."""
+    if isinstance(key, bool) or not isinstance(key, (Integral, str)):
         raise TypeError(f"Tap: an index must be a whole number or a string, got {key!r}")
+    return key if isinstance(key, str) else int(key)
 
 
 def check_taps(owner: str, taps: object, kinds: tuple[type, ...]) -> None:

@@ -58,8 +58,7 @@ class Tap:
         return cls(match["path"], int(match["call"]) if match["call"] else None, index)
 
     def __getitem__(self, key: int | str) -> "Tap":
-        check_index(key)
-        return replace(self, index=(*self.index, key))
+        return replace(self, index=(*self.index, check_index(key)))
 
     def __repr__(self) -> str:
         call = "" if self.call is None else f", call={self.call}"

@@ -10,6 +10,7 @@ dict) or if `exclude` names it. Compare the returned names with the expected one
 The components of this library pass the same checks.
 """
 
+from kdlib._arguments import prepare_arguments
 from kdlib.testing.adapter import ADAPTER_CHECKS, check_adapter
 from kdlib.testing.loss import LOSS_CHECKS, check_loss
 from kdlib.testing.projection import PROJECTION_CHECKS, check_projection
@@ -19,3 +20,5 @@ __all__ = [
     "ADAPTER_CHECKS", "LOSS_CHECKS", "PROJECTION_CHECKS", "WEIGHTING_CHECKS",
     "check_adapter", "check_loss", "check_projection", "check_weighting",
 ]  # fmt: skip
+
+prepare_arguments(globals(), __all__)
