@@ -145,11 +145,11 @@ def test_output_may_be_a_tensor_a_tuple_or_named(value: object, tap: Tap, expect
 @pytest.mark.parametrize(
     ("value", "tap", "error", "message"),
     [
-        (Pair(A, B), OUTPUT, TypeError, "a Pair of 2; index it"),
+        (Pair(A, B), OUTPUT, TypeError, "a Pair of 2 in training mode; index it"),
         (Pair(A, B), OUTPUT["other"], ValueError, r"finds no \['other'\]"),
-        ((A, B), OUTPUT[2], ValueError, r"finds no \[2\] in the returned value, a tuple of 2"),
+        ((A, B), OUTPUT[2], ValueError, r"finds no \[2\] in the value returned in training mode, a tuple of 2"),
         ({"logits": A}, OUTPUT["logit"], ValueError, r"keys \['logits'\]"),
-        (A, OUTPUT[0], ValueError, "indexes a tensor"),
+        (A, OUTPUT[0], ValueError, r"indexes a tensor \(1, 2\) in training mode; drop \[0\]"),
     ],
 )
 def test_a_tap_that_does_not_lead_to_a_tensor_is_an_error(
