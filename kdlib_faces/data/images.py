@@ -4,7 +4,7 @@ import hashlib
 import io
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from os import PathLike
@@ -22,7 +22,15 @@ from kdlib_faces._checks import InputError
 from kdlib_faces.data.formats.files import Progress, with_progress
 from kdlib_faces.data.lists import FaceList
 
-__all__ = ["decode_image", "fingerprint_files", "load_images", "read_image", "read_pixels", "to_float"]
+__all__ = [
+    "decode_batches",
+    "decode_image",
+    "fingerprint_files",
+    "load_images",
+    "read_image",
+    "read_pixels",
+    "to_float",
+]
 
 FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "TIFF", "PPM")
 # Pillow starts an external program to decode these.
@@ -208,19 +216,21 @@ def load_images(
             f"load_images: {len(paths):,} images of {size} x {size} need {needed / 2**30:.1f} GiB, more than "
             f"the limit of {memory_limit / 2**30:.1f} GiB; give memory_map= or a smaller size"
         )
-    pixels = np.empty((len(paths), 3, size, size), dtype=np.uint8)
+    pixels = torch.empty((len(paths), 3, size, size), dtype=torch.uint8)
     done = 0
-    for chunk in _decode(paths, size, progress, workers):
-        pixels[done : done + len(chunk)] = chunk
+    for chunk in decode_batches(lambda row: read_image(paths[row], size), len(paths), CHUNK, workers, progress):
+        pixels[done : done + len(chunk)] = torch.from_numpy(chunk)
         done += len(chunk)
-    return torch.from_numpy(pixels)
+    return pixels
 
 
-def _decode(paths: Sequence[Path], size: int, progress: Progress | None, workers: int) -> Iterator[NDArray[np.uint8]]:
-    starts = with_progress(range(0, len(paths), CHUNK), f"images ({len(paths)})", progress)
+def decode_batches(
+    read: Callable[[int], NDArray[np.uint8]], count: int, batch_size: int, workers: int, progress: Progress | None
+) -> Iterator[NDArray[np.uint8]]:
+    """Yield the images `read(0)` to `read(count - 1)` in stacked batches, decoded by `workers` threads."""
     with ThreadPoolExecutor(workers) as pool:
-        for start in starts:
-            yield np.stack(list(pool.map(lambda path: read_image(path, size), paths[start : start + CHUNK])))
+        for start in with_progress(range(0, count, batch_size), f"images ({count})", progress):
+            yield np.stack(list(pool.map(read, range(start, min(start + batch_size, count)))))
 
 
 def _load_mapped(paths: Sequence[Path], size: int, target: Path, progress: Progress | None, workers: int) -> Tensor:
@@ -240,7 +250,8 @@ def _load_mapped(paths: Sequence[Path], size: int, target: Path, progress: Progr
         np.lib.format.write_array_header_1_0(stream, header)
         stream.seek(stream.tell() + done * 3 * size * size)
         stream.truncate()
-        for chunk in _decode(paths[done:], size, progress, workers):
+        left = paths[done:]
+        for chunk in decode_batches(lambda row: read_image(left[row], size), len(left), CHUNK, workers, progress):
             stream.write(chunk.tobytes())
             stream.flush()
             os.fsync(stream.fileno())

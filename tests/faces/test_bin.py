@@ -227,9 +227,9 @@ def test_no_module_of_the_reader_unpickles():
         ((IMAGES, [True, False, 2, True]), "label 2 must be True or False, got 2"),
         ((IMAGES, [True, False, "x", True]), "label 2 must be True or False, got str of 1"),
         ((IMAGES, [True, False, None, True]), "label 2 must be True or False, got NoneType"),
-        ((IMAGES, np.array([1, 0, 1, 3])), "label 3 must be 0 or 1"),
+        ((IMAGES, np.array([1, 0, 1, 3])), "label 3 must be True or False, got 3"),
         ((IMAGES, [np.int64(2), 0, 0, 1]), "label 0 must be True or False, got 2"),
-        ((IMAGES, [np.zeros(2, bool), 0, 0, 1]), "label 0 must be True or False, got NoneType"),
+        ((IMAGES, [np.zeros(2, bool), 0, 0, 1]), "label 0 must be True or False, got array"),
     ],
 )
 def test_other_content_is_named(tmp_path, content, message):
@@ -242,13 +242,13 @@ def test_an_array_that_lies_about_its_shape(tmp_path):
     lying = array.replace(b"K\x04\x85", b"K\x09\x85")
     assert lying != array
     body = lying[2:-1]
-    with pytest.raises(InputError, match=r"image 0: an array \(9,\) holds 4 bytes"):
+    with pytest.raises(InputError, match=r"image 0: an array \(9,\) of '\|u1' holds 4 bytes"):
         load_bin(put(tmp_path, b"\x80\x02](" + body + b"h\x00e]\x88a\x86."))
 
 
 def test_an_array_that_was_never_filled(tmp_path):
     hollow = b"cnumpy.core.multiarray\n_reconstruct\n(cnumpy\nndarray\nK\x00\x85U\x01btR"
-    with pytest.raises(InputError, match="image 0 must be bytes"):
+    with pytest.raises(InputError, match="image 0 must be numbers, got an array of ''"):
         load_bin(put(tmp_path, b"\x80\x02](" + hollow + hollow + b"e]\x88a\x86."))
 
 
@@ -287,18 +287,18 @@ def test_sizes_are_capped(tmp_path, monkeypatch):
 def test_bombs_cost_no_more_than_their_bytes():
     """A memo that doubles lists, one that encodes a text again and again, marks, deep nesting, huge announced lengths."""
     doubling = b"]q\x00" + b"".join(b"]q%c(h%ch%ce" % (at + 1, at, at) for at in range(100)) + b"."
-    text = b"X" + (100_000).to_bytes(4, "little") + b"x" * 100_000
-    encoding = b"\x80\x02(" + text + b"q\x00c_codecs\nencode\nq\x010" + b"h\x01h\x00U\x06latin1\x86R" * 10_000 + b"l."
+    text = b"X" + (20_000).to_bytes(4, "little") + b"x" * 20_000
+    encoding = b"\x80\x02(" + text + b"q\x00c_codecs\nencode\nq\x010" + b"h\x01h\x00U\x06latin1\x86R" * 2_000 + b"l."
     encoding = encoding.replace(b"U\x06latin1", b"X\x06\0\0\0latin1")
     bombs = [
         doubling,
         encoding,
-        b"(" * 300_000 + b".",
-        b"]" * 300_000 + b"a" * 299_999 + b".",
+        b"(" * 20_000 + b".",
+        b"]" * 20_000 + b"a" * 19_999 + b".",
         b"\x80\x04\x8e" + b"\xff" * 8 + b"x.",
         b"\x80\x04\x95" + b"\xff" * 8 + b".",
         b"\x80\x02\x8b\xff\xff\xff\x7f.",
-        b"I" + b"9" * 300_000 + b"\n.",
+        b"I" + b"9" * 20_000 + b"\n.",
         b"p" + b"9" * 19 + b"\n.",
         b"(" + (b"X" + (50_001).to_bytes(4, "little") + b"x" * 49_997 + "\U0001f600".encode()) * 20 + b"l.",
     ]
