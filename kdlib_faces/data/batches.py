@@ -107,15 +107,10 @@ class FaceBatches:
         if samples_per_identity is not None:
             check_number(owner, "samples_per_identity", samples_per_identity, min=1, integer=True)
             per_batch, rest = divmod(batch_size, samples_per_identity)
-            if rest:
+            if rest or per_batch > self._num_identities:
                 raise ValueError(
-                    f"{owner}: batch_size must be a multiple of samples_per_identity {samples_per_identity}, "
-                    f"got {batch_size}"
-                )
-            if per_batch > self._num_identities:
-                raise ValueError(
-                    f"{owner}: batch_size / samples_per_identity must be at most the {self._num_identities} identities, "
-                    f"got {per_batch}"
+                    f"{owner}: batch_size must be a multiple of samples_per_identity {samples_per_identity}, at most "
+                    f"{samples_per_identity} x {self._num_identities} identities, got {batch_size}"
                 )
         self.batch_size, self.seed, self.epoch = batch_size, seed, 0
         self.augment, self.views = augment, views

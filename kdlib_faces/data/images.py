@@ -74,18 +74,7 @@ def read_pixels(path: str | PathLike[str]) -> NDArray[np.uint8]:
 
 
 def read_image(path: str | PathLike[str], size: int) -> NDArray[np.uint8]:
-    """Read an image file as `read_pixels` does, crop it to its central square and resize it with antialiasing.
-
-    Args:
-        path: The file.
-        size: Side of the result, pixels.
-
-    Returns:
-        `(3, size, size)` uint8.
-
-    Raises:
-        InputError: The file is missing, not an image, truncated or too large.
-    """
+    """Read an image file as `read_pixels` does, to `(3, size, size)` uint8 as `decode_image` does."""
     return _to_square(_open_file(path), size)
 
 

@@ -55,8 +55,7 @@ class AugmentConfig:
     @classmethod
     def none(cls) -> "AugmentConfig":
         """Return a configuration without augmentation."""
-        off = ("mirror", "brightness", "contrast", "gamma", "shift", "scale", "rotate", "erase", "low_resolution")
-        return cls(**dict.fromkeys((*off, "grayscale"), 0.0))
+        return cls(**dict.fromkeys(set(cls.__dataclass_fields__) - {"erase_area", "low_resolution_factor"}, 0.0))
 
 
 def augment(images: Tensor, config: AugmentConfig, generator: Generator) -> tuple[Tensor, Tensor]:

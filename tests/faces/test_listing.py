@@ -140,7 +140,7 @@ def lfw(folder):
 def test_pairs_keep_their_folds_when_some_are_missing(tmp_path):
     faces = lfw(tmp_path / "lfw")
     text = "2\t2\nAnn_A\t1\t2\nAnn_A\t1\t9\nAnn_A\t1\tBob\t1\nC D\t1\tBob\t2\nBob\t1\t2\nBob\t1\t3\nBob\t2\tAnn_A\t3\nX\t1\tBob\t2\n"
-    pairs = read_pairs(write(tmp_path, text, "pairs.txt"), faces)
+    pairs = read_lfw_pairs(write(tmp_path, text, "pairs.txt")).locate(faces)
     assert pairs.missing == 2
     assert pairs.same.tolist() == [True, False, False, True, True, False]
     assert pairs.fold_ids.tolist() == [0, 0, 0, 1, 1, 1]
@@ -151,7 +151,7 @@ def test_pairs_keep_their_folds_when_some_are_missing(tmp_path):
 def test_pairs_without_folds_are_dealt_so_that_each_fold_holds_both_kinds(tmp_path):
     faces = lfw(tmp_path / "lfw")
     text = "Ann_A 1 2\nAnn_A 1 3\nBob 1 2\nBob 1 3\n" + "".join(f"Ann_A {i} Bob {j}\n" for i in (1, 2) for j in (1, 2))
-    pairs = read_pairs(write(tmp_path, text, "pairs.txt"), faces)
+    pairs = read_lfw_pairs(write(tmp_path, text, "pairs.txt")).locate(faces)
     assert len(pairs) == 8
     for fold in range(4):
         assert sorted(pairs.same[pairs.fold_ids == fold].tolist()) == [False, True]

@@ -264,9 +264,8 @@ def test_progress_is_shown_where_the_index_is_made(tmp_path):
         seen.append(label)
         return items
 
-    reader = RecordReader(write(tmp_path, face_set(IMAGES, LABELS), index=False), progress=progress)
-    reader.labels(progress=progress)
-    assert seen == ["records of train.rec", "identities"]
+    RecordReader(write(tmp_path, face_set(IMAGES, LABELS), index=False), progress=progress)
+    assert seen == ["records of train.rec"]
 
 
 # Broken files
@@ -359,7 +358,7 @@ def test_headers_that_name_what_is_not_there(tmp_path, labels, message):
         RecordReader(write(tmp_path, records))
 
 
-@pytest.mark.parametrize("span", [[0, 2], [1, 1], [1, 9], [1.5, 2], [np.nan, 2], [2]])
+@pytest.mark.parametrize("span", [[0, 2], [1, 1], [1, 9], [1.5, 2], [np.nan, 2], [3], [0]])
 def test_identity_records_that_name_what_is_not_there(tmp_path, span):
     records = [
         (0, image_record(b"", [3, 4])),
@@ -372,15 +371,27 @@ def test_identity_records_that_name_what_is_not_there(tmp_path, span):
         reader.ranges()
 
 
-def test_identity_records_that_disagree_or_lack(tmp_path):
-    records = face_set([b"a", b"b"], [0, 0])
-    reader = RecordReader(write(tmp_path, [(1, image_record(b"a", 0)), (2, image_record(b"b", 4)), *records[2:]]))
-    with pytest.raises(InputError, match="record 3: its images 1 and 2 have labels 0 and 4"):
-        reader.labels()
-    reader = RecordReader(write(tmp_path, [*records[:2], (0, image_record(b"", [3, 5]))]))
-    with pytest.raises(InputError, match="names identities 3 to 4, 2 are not in the index"):
+def test_labels_come_from_the_records_and_ranges_are_checked_against_them(tmp_path):
+    records = face_set([b"a", b"b", b"c"], [0, 0, 0])
+    for first, second, third in ((7, 7, 0), (0, 7, 0)):
+        changed = [(1, image_record(b"a", first)), (2, image_record(b"b", second)), (3, image_record(b"c", third))]
+        reader = RecordReader(write(tmp_path, [*changed, *records[3:]]))
+        assert reader.labels().tolist() == [first, second, third]
+        with pytest.raises(InputError, match=r"record 4: its images 1 and [23] have labels \d and \d"):
+            reader.ranges()
+    reader = RecordReader(write(tmp_path, [*records[:3], (0, image_record(b"", [4, 6]))]))
+    with pytest.raises(InputError, match="names identities 4 to 5, 2 are not in the index"):
         reader.ranges()
-    assert reader.labels().tolist() == [0, 0]
+    assert reader.labels().tolist() == [0, 0, 0]
+
+
+@pytest.mark.parametrize("span", [lambda start, end: [start], lambda start, end: start])
+def test_a_range_of_one_number_ends_where_the_next_starts(tmp_path, span):
+    images = [(key, image_record(b"image", label)) for key, label in ((1, 5), (2, 5), (3, 8))]
+    spans = [(4, image_record(b"", span(1, 3))), (5, image_record(b"", span(3, 4)))]
+    reader = RecordReader(write(tmp_path, [*images, *spans, (0, image_record(b"", [4, 6]))]))
+    assert reader.labels().tolist() == [5, 5, 8]
+    assert (reader.ranges().starts.tolist(), reader.ranges().ends.tolist()) == ([1, 3], [3, 4])
 
 
 def test_announced_sizes_cost_nothing(tmp_path, monkeypatch):

@@ -114,7 +114,7 @@ def test_assign_folds_move_with_what_is_there_and_given_ones_do_not(tmp_path):
     touch(tmp_path / "lfw", *(f"{who}/{who}_{n:04d}.jpg" for who in ("Same_0", "Left_0", "Right_0") for n in (1, 2, 3)))
     touch(tmp_path / "lfw", "Same_1/Same_1_0001.jpg", "Same_1/Same_1_0002.jpg")
     faces = read_faces([tmp_path / "lfw"])
-    given_folds = read_pairs(put(tmp_path, lfw_text(2, 2, "2 2")), faces)
+    given_folds = read_lfw_pairs(put(tmp_path, lfw_text(2, 2, "2 2"))).locate(faces)
     assert (given_folds.missing, given_folds.fold_ids.tolist()) == (3, [0, 0, 0, 0, 1])
     dealt = read_lfw_pairs(
         put(tmp_path, "Same_1 1 2\nSame_9 1 2\nSame_0 1 2\nLeft_0 1 Right_0 1\nLeft_0 2 Right_0 2\n")

@@ -15,15 +15,9 @@ from kdlib_faces.data.formats.text import is_number, read_lines, split_row
 from kdlib_faces.data.image_pairs import check_published, count_pairs, is_inside
 
 __all__ = [
-    "IJBLandmarks",
-    "IJBPairs",
-    "IJBSubjects",
-    "IJBTemplates",
-    "read_ijb_landmarks",
-    "read_ijb_pairs",
-    "read_ijb_subjects",
-    "read_ijb_templates",
-]
+    "IJBLandmarks", "IJBPairs", "IJBSubjects", "IJBTemplates", "read_ijb_landmarks", "read_ijb_pairs",
+    "read_ijb_subjects", "read_ijb_templates",
+]  # fmt: skip
 
 Published = Literal["IJB-B", "IJB-C"] | None
 MAX_PAIRS = 200_000_000
