@@ -19,6 +19,7 @@ from kdlib_faces.data.sets.named_images import list_images
 __all__ = ["AgeDBName", "parse_agedb_name", "read_agedb", "read_agedb_pairs"]
 
 MAX_FILE = 64 * 2**20
+FOLD_PAIRS = (300, 300)
 _RAW = re.compile(r"(\d+)_(.+)_(\d{1,3})_([mfMF])")
 
 
@@ -105,7 +106,7 @@ def read_agedb_pairs(path: str | PathLike[str], *, published: bool = True) -> Im
             pairs.append((left, right, bool(label == 1)))
         folds += [fold] * len(labels)
         if published:
-            check_published(where, "fold of AgeDB", count_pairs(labels == 1), (300, 300))
+            check_published(where, "fold of AgeDB", count_pairs(labels == 1), FOLD_PAIRS)
     if published:
         check_published(path, "protocol of AgeDB", {"folds": len(splits.items)}, (10,))
     years = re.search(r"(\d+)_years", Path(path).name)
