@@ -23,14 +23,9 @@ from kdlib_faces.data.formats.files import Progress, with_progress
 from kdlib_faces.data.lists import FaceList
 
 __all__ = [
-    "decode_batches",
-    "decode_image",
-    "fingerprint_files",
-    "load_images",
-    "read_image",
-    "read_pixels",
+    "check_pixels", "decode_batches", "decode_image", "fingerprint_files", "load_images", "read_image", "read_pixels",
     "to_float",
-]
+]  # fmt: skip
 
 FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "TIFF", "PPM")
 # Pillow starts an external program to decode these.
@@ -53,6 +48,14 @@ def to_float(images: Tensor) -> Tensor:
         [-1.0, 1.0]
     """
     return images.to(torch.float32).sub_(127.5).div_(127.5)
+
+
+def check_pixels(owner: str, images: Tensor) -> None:
+    """Check that `images` are `(b, 3, h, w)` uint8."""
+    if images.dtype != torch.uint8:
+        raise TypeError(f"{owner}: images must be uint8, got {images.dtype}")
+    if images.dim() != 4 or images.shape[1] != 3:
+        raise ValueError(f"{owner}: images must be (b, 3, h, w), got {tuple(images.shape)}")
 
 
 def read_pixels(path: str | PathLike[str]) -> NDArray[np.uint8]:

@@ -56,7 +56,8 @@ def choose_samples_per_identity(batch_size: int, num_identities: int) -> int:
         >>> choose_samples_per_identity(64, 100), choose_samples_per_identity(6, 2)
         (4, 3)
     """
-    for samples in (4, 2, *range(3, batch_size + 1)):
+    choices: list[int] = [4, 2, *range(3, batch_size + 1)]
+    for samples in choices:
         if batch_size % samples == 0 and batch_size // samples <= num_identities:
             return samples
     raise InputError(f"batch_size {batch_size} cannot hold cross-age pairs of {num_identities} identities")

@@ -64,17 +64,10 @@ def _rgb(red: Tensor, green: Tensor, blue: Tensor) -> Tensor:
 
 
 def draw_faces(traits: Tensor, ages: Tensor, nuisances: Tensor, noise_seeds: Tensor, size: int) -> Tensor:
-    """Render a batch of faces.
+    """Render (n 3 h w) uint8, RGB.
 
-    Args:
-        traits: (n, IDENTITY_TRAITS) standard normal traits of the identities.
-        ages: (n,) years.
-        nuisances: (n, NUISANCES) standard normal variables of the photographs.
-        noise_seeds: (n,) int64, one per image.
-        size: pixels.
-
-    Returns:
-        (n 3 h w) uint8, RGB.
+    Standard normal traits (n, IDENTITY_TRAITS) describe the identities and nuisances (n, NUISANCES) the photographs; ages
+    (n,) are years, and noise_seeds (n,) whole numbers.
     """
     t, v = _Columns(traits), _Columns(nuisances)
     age = ages[:, None, None]

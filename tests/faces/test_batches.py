@@ -8,6 +8,7 @@ import torch
 
 from kdlib_faces.data.batches import FaceBatches
 from kdlib_faces.data.images import to_float
+from kdlib_faces.data.seeded_views import SeededViews
 from kdlib_faces.data.views import AugmentConfig, augment, erase, grayscale, low_resolution, mirror, photometric, warp
 
 OFF = AugmentConfig.none()
@@ -49,10 +50,12 @@ def test_batches_carry_the_rows_that_they_say():
     assert len(set(seen)) == 9
 
 
-@pytest.mark.parametrize("samples_per_identity", [None, 2])
-def test_any_step_of_any_epoch_comes_again(samples_per_identity):
+@pytest.mark.parametrize(
+    "options",
+    [{"augment": ALL}, {"augment": ALL, "samples_per_identity": 2}, {"views": SeededViews(5, seed=1, augment=ALL)}],
+)
+def test_any_step_of_any_epoch_comes_again(options):
     def make(seed=3):
-        options = {"augment": ALL, "samples_per_identity": samples_per_identity}
         return FaceBatches(pixels(24), np.arange(24) % 6, batch_size=4, seed=seed, **options)
 
     batches = make()
@@ -95,7 +98,7 @@ def test_each_batch_holds_k_images_of_different_identities():
         ({"batch_size": 11}, r"batch_size must be at most the 10 images, got 11"),
         ({"identities": np.zeros(9)}, r"identity must be \(n,\) = \(10,\), got \(9,\)"),
         ({"ages": [1.0]}, r"age must be \(n,\)"),
-        ({"images": torch.zeros(10, 1, 4, 4, dtype=torch.uint8)}, r"images must be \(n, 3, s, s\)"),
+        ({"images": torch.zeros(10, 1, 4, 4, dtype=torch.uint8)}, r"images must be \(b, 3, h, w\)"),
         ({"samples_per_identity": 3}, "batch_size must be a multiple of samples_per_identity 3, .* got 4"),
         ({"samples_per_identity": 1, "identities": np.arange(10) % 3}, ".* at most 1 x 3 identities, got 4"),
         ({"seed": -1}, "seed must be a whole number"),

@@ -20,7 +20,6 @@ from kdlib_faces.data.formats import bin as bin_module
 from kdlib_faces.data.formats import pickle as pickle_module
 from kdlib_faces.data.formats.pickle import parse_pickle
 from kdlib_faces.data.images import decode_image
-from kdlib_faces.evaluation import PairProtocol, evaluate
 
 QUIET = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
@@ -417,16 +416,3 @@ def test_memory_does_not_grow_with_the_set():
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 8_000_000
-
-
-def test_a_set_goes_into_the_protocol_of_interleaved_pairs(tmp_path):
-    people = np.repeat(np.arange(20), 2)
-    people[20:] = np.arange(20) % 10
-    images = [encoded(np.full((4, 4, 3), person)) for person in people]
-    save_bin(tmp_path / "x.bin", images, [True] * 10 + [False] * 10)
-    kept = load_bin(tmp_path / "x.bin")
-    values = torch.cat(list(kept.batches(4)))[:, 0, 0, 0].long()
-    folds = np.tile(np.arange(2), 10)
-    assert evaluate(torch.eye(20)[values], PairProtocol.interleaved(kept.same, folds)).accuracy == 1.0
-    with pytest.raises(ValueError, match="20 pairs"):
-        evaluate(torch.eye(20)[values][:30], PairProtocol.interleaved(kept.same, folds))

@@ -26,7 +26,6 @@ from kdlib_faces.data import (
 from kdlib_faces.data.formats import matlab as matlab_module
 from kdlib_faces.data.image_pairs import assign_folds
 from kdlib_faces.data.sets import agedb as agedb_module
-from kdlib_faces.evaluation import PairProtocol, evaluate
 from tests.faces.matlab_file import Grid, Record, Writer
 from tests.faces.reader_files import put, touch
 
@@ -112,10 +111,10 @@ def test_assign_folds_move_with_what_is_there_and_given_ones_do_not(tmp_path):
         ("2 1\nA 1 2\nA 1 3\nA 1 B 1\nA 1 B 2\n", "announces 1 genuine pairs in each fold, fold 0 has 2"),
         ("0 0\nA 1 2\n", "announces 0 pairs"),
         ("A 1 A 2\n", r"line 1: four fields are an impostor pair, but both identities are 'A'"),
-        ("A 1 -2\n", "line 1: must be 'name n1 n2'"),
-        ("A 1 99999999999999999999\n", "line 1: must be 'name n1 n2'"),
-        ("A 1 \u0663\n", "line 1: must be 'name n1 n2'"),
-        ("A 1 2 B 3\n", "line 1: must be 'name n1 n2'"),
+        *(
+            (f"A 1 {end}\n", "line 1: must be 'name n1 n2'")
+            for end in ("-2", "99999999999999999999", "\u0663", "2 B 3", "")
+        ),
         ("A\t1\t\t2\n", "line 1: must be 'name n1 n2'"),
         ("/etc 1 2\n/etc 1 x 2\n", "an image must be a path inside the set, got '/etc//etc_0001.jpg'"),
         ("../x 1 2\n", "path inside the set"),
@@ -132,6 +131,8 @@ def test_an_image_that_a_face_list_has_twice_is_not_guessed(tmp_path):
     faces = read_faces([tmp_path / "a", tmp_path / "b"])
     with pytest.raises(InputError, match=r"the face list has more than one image named 'A/A_0001\.jpg'"):
         read_lfw_pairs(put(tmp_path, "A 1 2\nA 1 B 1\n")).locate(faces)
+    with pytest.raises(InputError, match=r"no pair has both its images in the face list; 'Z/Z_0001\.jpg' is missing"):
+        read_lfw_pairs(put(tmp_path, "Z 1 2\nZ 1 B 1\n")).locate(faces)
 
 
 @given(st.lists(st.booleans(), max_size=60))
@@ -190,9 +191,7 @@ def test_counts_other_than_published_are_an_error_unless_asked_for(tmp_path):
     [
         ("a.jpg 1\n", "line 1: the last pair has only one line"),
         ("a.jpg 1\nb.jpg 0\n", "line 2: both lines of a pair must have the same label"),
-        ("a.jpg\nb.jpg\n", "line 1: must be 'image.jpg label'"),
-        ("a.jpg x\nb.jpg x\n", "line 1: must be 'image.jpg label'"),
-        ("a.jpg -1\nb.jpg -1\n", "line 1: must be 'image.jpg label'"),
+        *((f"a.jpg{end}\nb.jpg{end}\n", "line 1: must be 'image.jpg label'") for end in ("", " x", " -1")),
         ("../a.jpg 1\nb.jpg 1\n", "path inside the set"),
         ("", "contains no pairs"),
     ],
@@ -282,6 +281,12 @@ def test_people_are_told_only_where_names_agree_with_every_label(tmp_path):
         (lambda: b"MATLAB 7.3 MAT-file, x".ljust(600), r"MATLAB 7\.3 files \(HDF5\) .* save\(file, '-v7'\)"),
         (lambda: b"\x89HDF\r\n\x1a\n".ljust(600), "MATLAB 7.3"),
         (lambda: b"not matlab", "not a MATLAB 5 file"),
+        (lambda: Writer().file() + Writer().matrix(3, (1, 1), b"", "splits"), "a variable of class 3"),
+        (lambda: Writer().file() + Writer().element(1, b"words"), "a variable of element type 1"),
+        (
+            lambda: Writer().file() + Writer().matrix(4, (2, 2), Writer().element(4, b"abcd"), "splits"),
+            "more than one row",
+        ),
         (lambda: b"", "the protocol of AgeDB is empty"),
     ],
 )
@@ -485,16 +490,3 @@ def test_a_part_of_fgnet_is_no_fgnet_unless_asked_for(tmp_path):
         read_fgnet(touch(tmp_path / "c", "x.jpg"))
     with pytest.raises(InputError, match="folder of images not found"):
         read_fgnet(tmp_path / "none")
-
-
-# Into the protocols
-
-
-def test_pairs_go_into_the_protocol_and_missing_rows_are_an_error(tmp_path):
-    pairs = read_lfw_pairs(put(tmp_path, lfw_text(2, 4, "2 4")))
-    _, people = np.unique(pairs.identities, return_inverse=True)
-    embeddings = np.eye(people.max() + 1)[people]
-    protocol = PairProtocol(pairs.left, pairs.right, pairs.same, pairs.fold_ids, images=len(pairs.images))
-    assert evaluate(embeddings, protocol).accuracy == 1.0
-    with pytest.raises(ValueError, match="images of 16 pairs"):
-        evaluate(embeddings[:-1], protocol)

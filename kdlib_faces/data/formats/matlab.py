@@ -41,15 +41,7 @@ Value: TypeAlias = Cell | str | Numbers
 
 
 def matlab_variable(data: bytes, name: str, source: str) -> Value:
-    """Return the variable `name` of a MATLAB 5 file.
-
-    Args:
-        data: The whole file.
-        name: The variable.
-        source: Name of the file in messages.
-
-    Returns:
-        `Cell`, text, or a numeric array.
+    """Return the variable `name` of a MATLAB 5 file; messages start with `source`.
 
     Raises:
         InputError: The file is of MATLAB 4 or 7.3, broken, or decompresses to more than 64 MiB; the variable does not

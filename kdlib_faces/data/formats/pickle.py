@@ -279,15 +279,9 @@ class _Machine:
 def parse_pickle(data: bytes | mmap.mmap, name: str = "pickle") -> object:
     """Parse a pickle of byte strings, whole numbers, text, lists, tuples and NumPy arrays; nothing is executed.
 
-    Byte strings of Python 2 become `bytes`. Memory is bounded by a small multiple of the file's size, time by 4,000,000
+    The result is None, bool, int, bytes, str, list, tuple or `PickledArray`; a hostile file can nest them arbitrarily. Byte
+    strings of Python 2 become `bytes`. Memory is bounded by a small multiple of the file's size, time by 4,000,000
     operations. Data after the end of the pickle is ignored.
-
-    Args:
-        data: The whole file.
-        name: Name of the file in messages.
-
-    Returns:
-        None, bool, int, bytes, str, list, tuple or `PickledArray`; a hostile file can nest them arbitrarily.
 
     Raises:
         InputError: The file uses an operation or a name that such a set does not need, or it is broken; the message names

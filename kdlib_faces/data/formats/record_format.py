@@ -136,16 +136,9 @@ def _part(data: bytes | mmap.mmap, at: int, where: str) -> tuple[int, int]:
 
 
 def payload(data: bytes | mmap.mmap, start: int, where: str, *, max_bytes: int = MAX_RECORD) -> tuple[bytes, int]:
-    """Read the data of the record at `start`, its parts joined by the magic at which they were split.
+    """Read the data of the record at byte `start`, its parts joined by the magic at which they were split.
 
-    Args:
-        data: The file.
-        start: Position of the record.
-        where: File and record, for messages.
-        max_bytes: Bytes of the data to return; the rest is skipped.
-
-    Returns:
-        The data, and the position of the next record.
+    Returns the first `max_bytes` of the data, and the position of the next record.
 
     Raises:
         InputError: No record is there, its parts are out of order, or it has more than 256 MiB of data.
