@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 import torch
 
+from kdlib_faces._checks import InputError
 from kdlib_faces.data.batches import FaceBatches
 from kdlib_faces.data.images import to_float
+from kdlib_faces.data.samplers import choose_samples_per_identity, count_cross_age_identities
 from kdlib_faces.data.seeded_views import SeededViews
 from kdlib_faces.data.views import AugmentConfig, augment, erase, grayscale, low_resolution, mirror, photometric, warp
 
@@ -109,6 +111,14 @@ def test_wrong_arguments(change, message):
     given = {"images": pixels(), "identities": np.arange(10), "batch_size": 4, "seed": 0} | change
     with pytest.raises((TypeError, ValueError), match=f"FaceBatches: {message}"):
         FaceBatches(given.pop("images"), given.pop("identities"), **given)
+
+
+def test_cross_age_pairs_need_identities_of_two_ages():
+    assert [choose_samples_per_identity(size, 2) for size in (4, 8, 6, 5)] == [4, 4, 3, 5]
+    with pytest.raises(InputError, match="batch_size 4 cannot hold cross-age pairs of 0 identities"):
+        choose_samples_per_identity(4, 0)
+    assert count_cross_age_identities([0, 0, 1, 1, 2, 2], [3, 40, 20, 25, 7, np.nan], 10.0) == 1
+    assert count_cross_age_identities([0], [np.nan], 10.0) == 0
 
 
 def test_the_view_tells_which_images_were_mirrored():

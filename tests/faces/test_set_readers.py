@@ -281,18 +281,40 @@ def test_people_are_told_only_where_names_agree_with_every_label(tmp_path):
         (lambda: b"MATLAB 7.3 MAT-file, x".ljust(600), r"MATLAB 7\.3 files \(HDF5\) .* save\(file, '-v7'\)"),
         (lambda: b"\x89HDF\r\n\x1a\n".ljust(600), "MATLAB 7.3"),
         (lambda: b"not matlab", "not a MATLAB 5 file"),
-        (lambda: Writer().file() + Writer().matrix(3, (1, 1), b"", "splits"), "a variable of class 3"),
-        (lambda: Writer().file() + Writer().element(1, b"words"), "a variable of element type 1"),
-        (
-            lambda: Writer().file() + Writer().matrix(4, (2, 2), Writer().element(4, b"abcd"), "splits"),
-            "more than one row",
-        ),
         (lambda: b"", "the protocol of AgeDB is empty"),
     ],
 )
 def test_agedb_files_that_are_none(tmp_path, blob, message):
     with pytest.raises(InputError, match=message):
         read_agedb_pairs(put(tmp_path, blob(), "x.mat"), published=False)
+
+
+def element(kind, *data):
+    return Writer().element(kind, struct.pack(f"{len(data)}i", *data))
+
+
+FLAGS, SHAPE, NAME = element(6, 6, 0), element(5, 1, 1), Writer().element(1, b"splits")
+
+
+@pytest.mark.parametrize(
+    ("parts", "message"),
+    [
+        ([SHAPE], "a matrix without its flags"),
+        ([FLAGS, FLAGS], "a matrix without its shape"),
+        ([FLAGS, element(5, -1, 1)], r"a matrix of \(-1, 1\)"),
+        ([FLAGS, SHAPE, SHAPE], "a matrix without its name"),
+        ([element(6, 0x806, 0), SHAPE, NAME], "complex numbers"),
+        ([element(6, 3, 0), SHAPE, NAME], "a variable of class 3"),
+        ([element(6, 2, 0), SHAPE, NAME, NAME], "a struct without the length of its names"),
+        ([element(6, 4, 0), SHAPE, NAME, Writer().element(16, b"\xff")], "text that does not decode"),
+        ([element(6, 4, 0), SHAPE, NAME, element(9, 1)], "text of more than one row, or of an unknown encoding"),
+        ([FLAGS, SHAPE, NAME, element(16, 1, 1)], "numbers of element type 16"),
+        ([FLAGS, SHAPE, NAME, element(9, 1, 1, 1, 1)], r"\(1, 1\) numbers in 16 bytes"),
+    ],
+)
+def test_broken_variables_of_matlab_are_named(tmp_path, parts, message):
+    with pytest.raises(InputError, match=f"broken MATLAB 5 file: .*{message}"):
+        read_agedb_pairs(put(tmp_path, Writer().file() + Writer().element(14, b"".join(parts)), "x.mat"))
 
 
 def test_matlab_files_cost_no_more_than_their_limit(tmp_path, monkeypatch):
