@@ -88,12 +88,6 @@ class FaceList:
             sources=self.sources,
         )
 
-    @property
-    def age_known(self) -> NDArray[np.bool_]:
-        """`(n,)` bool, whether an image has an age or an age group."""
-        known: NDArray[np.bool_] = np.zeros(len(self), bool) if self.ages is None else np.isfinite(self.ages)
-        return known if self.age_groups is None else known | (self.age_groups >= 0)
-
 
 def identity_key(name: str) -> str:
     """Normalize a name for comparison: casefolded, each run of characters other than letters and digits as one `_`.

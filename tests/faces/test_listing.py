@@ -39,7 +39,6 @@ def test_ages_groups_and_unknown_ones(folder):
     assert faces.identity_names == ("Ann", "Bob")
     np.testing.assert_array_equal(faces.ages, np.array([7.5, np.nan, 40], np.float32))
     assert (faces.group_names, faces.age_groups.tolist()) == (("adult", "young"), [1, -1, 0])
-    assert faces.age_known.tolist() == [True, False, True]
     assert faces.paths[0] == folder / "a.jpg"
 
 
