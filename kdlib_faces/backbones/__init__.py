@@ -26,8 +26,8 @@ from kdlib_faces.backbones.networks.ir import (
 from kdlib_faces.backbones.networks.iresnet import IResNet, iresnet18, iresnet34, iresnet50, iresnet100, iresnet200
 from kdlib_faces.backbones.networks.mbf import MBF, MBFFlat, mbf
 from kdlib_faces.backbones.networks.mobilefacenet import MobileFaceNet
-from kdlib_faces.backbones.networks.mobilenet_v1 import MobileNetV1, mobilenet_v1, mobilenet_v1_025
-from kdlib_faces.backbones.networks.mobilenet_v2 import MobileNetV2, mobilenet_v2
+from kdlib_faces.backbones.networks.mobilenet_v1 import MobileNetV1, mobilenet_v1_025
+from kdlib_faces.backbones.networks.mobilenet_v2 import MobileNetV2
 from kdlib_faces.backbones.networks.mtlface import MTLFaceNet
 from kdlib_faces.backbones.registry import BACKBONES, build_backbone
 
@@ -67,8 +67,6 @@ __all__ = [
     "latency_ms",
     "load_backbone",
     "mbf",
-    "mobilenet_v1",
     "mobilenet_v1_025",
-    "mobilenet_v2",
     "save_backbone",
 ]
