@@ -26,7 +26,8 @@ class Backbone(nn.Module):
 
     Args:
         embedding_dim: Dimensions d of the embedding.
-        input_size: Side of the square images, or (height, width), in pixels.
+        input_size: Side of the square images, or (height, width), in pixels. The final grid has a sixteenth of the
+            size, rounded up.
 
     Attributes:
         embedding_dim: Dimensions d of the embedding.
@@ -36,7 +37,7 @@ class Backbone(nn.Module):
         family: Name in the registry of the constructor that takes `arguments`.
 
     Raises:
-        ValueError: An argument is out of range.
+        ValueError: An argument is out of range, or images have another size than `input_size`.
         TypeError: An argument has the wrong type.
     """
 

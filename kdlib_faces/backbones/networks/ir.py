@@ -116,16 +116,11 @@ class IRNet(Backbone):
         layers: blocks in each of the four stages; (3, 4, 14, 3) is the 50-layer network.
         embedding_dim: dimensions d of the embedding.
         width: factor of every channel count; the first stage has 64 * width rounded to a multiple of 8, at least 8.
-        input_size: side of the square images, or (height, width), in pixels. The final grid has a
-            sixteenth of the size, rounded up.
+        input_size: side of the square images, or (height, width), in pixels.
         dropout: dropout probability before the linear layer.
         se: add squeeze-and-excitation with reduction 16 to each block (the IR-SE networks).
         mid_norm: BatchNorm between the first convolution of a block and its PReLU.
         affine: whether the last BatchNorm has weight and bias.
-
-    Raises:
-        ValueError: an argument is out of range, or images have another size than `input_size`.
-        TypeError: an argument has the wrong type.
 
     Examples:
         >>> import torch

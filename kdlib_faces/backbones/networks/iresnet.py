@@ -55,14 +55,9 @@ class IResNet(Backbone):
         layers: blocks in each of the four stages; (3, 4, 14, 3) is iresnet50.
         embedding_dim: dimensions d of the embedding.
         width: factor of every channel count; the first stage has 64 * width rounded to a multiple of 8, at least 8.
-        input_size: side of the square images, or (height, width), in pixels. The final grid has a
-            sixteenth of the size, rounded up.
+        input_size: side of the square images, or (height, width), in pixels.
         dropout: dropout probability before the linear layer.
         norm_eps: epsilon of every BatchNorm; MagFace's copies of these networks use 2e-5.
-
-    Raises:
-        ValueError: an argument is out of range, or images have another size than `input_size`.
-        TypeError: an argument has the wrong type.
 
     Examples:
         >>> import torch

@@ -64,10 +64,6 @@ class MBF(Backbone):
         blocks: residual blocks in each of the four stages; a first count of 1 means the grouped convolution.
         input_size: side of the square images, or (height, width), in pixels.
 
-    Raises:
-        ValueError: an argument is out of range, or images have another size than `input_size`.
-        TypeError: an argument has the wrong type.
-
     Examples:
         >>> import torch
         >>> MBF(64, scale=1, blocks=(1, 1, 1, 1), input_size=32).eval()(torch.zeros(2, 3, 32, 32)).shape

@@ -89,15 +89,10 @@ class MobileFaceNet(Backbone):
     Args:
         embedding_dim: dimensions d of the embedding.
         width: factor of every channel count; the first stage has 64 * width rounded to a multiple of 8, at least 8.
-        input_size: side of the square images, or (height, width), in pixels. The final grid has a
-            sixteenth of the size, rounded up.
+        input_size: side of the square images, or (height, width), in pixels.
         affine: whether the last BatchNorm has weight and bias; AdaDistill's has none (1,199,488 parameters at 512).
         tail: `"gdc"` for the global depthwise convolution and linear layer above; `"gnap"` for global norm-aware
             pooling, which has no weights and gives 512 * width dimensions.
-
-    Raises:
-        ValueError: an argument is out of range, or images have another size than `input_size`.
-        TypeError: an argument has the wrong type.
 
     Examples:
         >>> import torch

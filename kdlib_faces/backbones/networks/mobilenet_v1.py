@@ -67,17 +67,12 @@ class MobileNetV1(Backbone):
     Args:
         embedding_dim: dimensions d of the embedding.
         width: factor on every channel count, rounded to multiples of 8.
-        input_size: side of the square images, or (height, width), in pixels. The final grid has a
-            sixteenth of the size, rounded up.
+        input_size: side of the square images, or (height, width), in pixels.
         bias: whether convolutions before a BatchNorm have a bias. It is redundant with the BatchNorm.
         tail: `"gdc"`: global depthwise convolution, linear layer, BatchNorm, and PReLU throughout, as in yakhyo's.
             `"flat"`: 1x1 convolution to 512 * width channels, BatchNorm, one linear layer over the whole grid,
             BatchNorm, and ReLU6 before, as in bubbliiiing's.
         dropout: dropout probability before the linear layer of the `"flat"` tail.
-
-    Raises:
-        ValueError: an argument is out of range, or images have another size than `input_size`.
-        TypeError: an argument has the wrong type.
 
     Examples:
         >>> import torch

@@ -65,16 +65,11 @@ class MobileNetV2(Backbone):
     Args:
         embedding_dim: dimensions d of the embedding.
         width: factor on every channel count, rounded to multiples of 8; the last 512 channels are never reduced.
-        input_size: side of the square images, or (height, width), in pixels. The final grid has a
-            sixteenth of the size, rounded up.
+        input_size: side of the square images, or (height, width), in pixels.
         bias: whether convolutions before a PReLU have a bias. It is redundant with the BatchNorm.
         stem_stride: 1, with four halvings in the blocks, as in yakhyo's; or 2, without the two blocks of 24 channels,
             as in cavaface's.
         affine: whether the last BatchNorm has weight and bias; cavaface has both variants.
-
-    Raises:
-        ValueError: an argument is out of range, or images have another size than `input_size`.
-        TypeError: an argument has the wrong type.
 
     Examples:
         >>> import torch

@@ -59,17 +59,12 @@ class MTLFaceNet(Backbone):
         layers: blocks in each of the four stages.
         embedding_dim: dimensions d of the embedding.
         width: factor of every channel count; the first stage has 64 * width rounded to a multiple of 8, at least 8.
-        input_size: side of the square images, or (height, width), in pixels. The final grid has a
-            sixteenth of the size, rounded up.
+        input_size: side of the square images, or (height, width), in pixels.
         dropout: dropout probability before the linear layer.
         se: add squeeze-and-excitation to each block.
 
     Attributes:
         stages: module paths at the end of each halving, for use as taps; `"fsm"` is the last map without age.
-
-    Raises:
-        ValueError: an argument is out of range, or images have another size than `input_size`.
-        TypeError: an argument has the wrong type.
 
     Examples:
         >>> import torch
