@@ -4,7 +4,7 @@ import inspect
 import math
 from abc import abstractmethod
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, Protocol, TypeAlias, TypeVar
 
 import torch
@@ -127,8 +127,9 @@ def published(name: str, network: type[N], layers: tuple[int, ...], about: str, 
     """Return a constructor of the network with the published number of blocks."""
 
     def build(embedding_dim: int = 512, *, width: float = 1.0, input_size: InputSize = 112, dropout: float = 0.0) -> N:
+        construct: Callable[..., N] = network
         sizes: Arguments = {"embedding_dim": embedding_dim, "width": width, "input_size": input_size}
-        return network(layers, dropout=dropout, **sizes, **kind)
+        return construct(layers, dropout=dropout, **sizes, **kind)
 
     build.__name__ = build.__qualname__ = name
     build.__module__ = network.__module__
@@ -149,13 +150,13 @@ def initialize(network: nn.Module, *kinds: type[nn.Conv2d] | type[nn.Linear]) ->
             nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
 
-def apply_in_own_precision(linear: nn.Linear, norm: nn.Module, x: Tensor) -> Tensor:
+def apply_in_own_precision(linear: nn.Module, norm: nn.Module, x: Tensor) -> Tensor:
     """Apply the last two layers without autocast: a sum of 25,088 products is too inaccurate in half precision."""
     device = x.device.type
     out: Tensor
     if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
         with torch.autocast(device, enabled=False):
-            out = norm(linear(x.to(linear.weight.dtype)))
+            out = norm(linear(x.to(next(linear.parameters()).dtype)))
     else:
         out = norm(linear(x))
     return out

@@ -36,7 +36,7 @@ class _DepthWise(Layers):
         self.residual = residual
 
     def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = super().forward(x)
+        out: Tensor = super().forward(x)  # type: ignore[no-untyped-call]  # missing in torch's stubs
         return x + out if self.residual else out
 
 

@@ -47,7 +47,7 @@ class _Bottleneck(nn.Sequential):
         self.residual = stride == 1
 
     def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = super().forward(x)
+        out: Tensor = super().forward(x)  # type: ignore[no-untyped-call]  # missing in torch's stubs
         return x + out if self.residual else out
 
 
