@@ -73,10 +73,10 @@ class TestEveryHead:
     def test_module_agrees_with_the_function(self, kind):
         head = kind(4, 3, 8.0, 0.2)
         embeddings, identities, weight = random(5, 4, dtype=torch.float32), torch.arange(5) % 3, torch.rand(5)
-        for reduction in ("mean", "none"):
+        for reduction, dtype in (("mean", torch.int32), ("none", torch.uint8)):
             options = {"weight": weight, "reduction": reduction}
             expected = FUNCTIONS[kind](embeddings, head.weight, identities, scale=8.0, margin=0.2, **options)
-            assert torch.equal(head(embeddings, identities, **options), expected)
+            assert torch.equal(head(embeddings, identities.to(dtype), **options), expected)
         assert kind.per_sample
         assert head(embeddings, identities).shape == ()
         assert kind(4, 3, reduction="none")(embeddings, identities).shape == (5,)
@@ -116,7 +116,6 @@ class TestEveryHead:
         embeddings = (value * random(4, 8).sign()).to(dtype).requires_grad_()
         loss = head(embeddings, torch.tensor([0, 1, 2, 0]))
         loss.backward()
-        assert loss.dtype == torch.float32
         assert torch.isfinite(loss)
         assert torch.isfinite(embeddings.grad).all()
         assert torch.isfinite(head.weight.grad).all()
@@ -224,12 +223,6 @@ class TestEveryHead:
         assert torch.equal(a, b)
         assert a.shape == (50, 256)
         assert a.square().sum(1).mean().item() == pytest.approx(1, abs=0.05)
-
-    def test_small_integer_identities(self, kind):
-        head, embeddings = kind(4, 3), random(3, 4, dtype=torch.float32)
-        expected = head(embeddings, torch.arange(3))
-        for dtype in (torch.int32, torch.uint8):
-            assert torch.equal(head(embeddings, torch.arange(3, dtype=dtype)), expected)
 
     def test_compiles_without_graph_breaks(self, kind):
         head = kind(4, 3)
