@@ -31,11 +31,6 @@ def test_margin_formula(scale: float, min_margin: float, max_margin: float) -> N
     assert losses.item() == pytest.approx(expected.mean(), rel=1e-9)
 
 
-def test_margin_defaults() -> None:
-    loss = MarginDistillLoss(N, D, centers=CENTERS)
-    assert (loss.scale, loss.min_margin, loss.max_margin) == (64.0, 0.2, 0.5)
-
-
 def test_margin_numbers() -> None:
     """Student on its center, the others at a right angle: log(1 + e^(-s cos m)); m = .5 at most, .2 + .3 * .6 = .38."""
     teacher = torch.tensor([[2.0, 0.0], [0.8, 0.6]], dtype=torch.float64)

@@ -39,13 +39,6 @@ def test_evaluation_formula(hardest: int, weighted: bool) -> None:
     assert loss(STUDENT, teacher, target=IDENTITIES, weight=weight).item() == pytest.approx(expected, rel=1e-6)
 
 
-def test_evaluation_defaults() -> None:
-    loss = EvaluationOrientedLoss()
-    assert loss.rates == (1e-1, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6)
-    assert (loss.temperature, loss.num_hard_negatives, loss.momentum) == (0.01, 2000, 0.01)
-    assert (loss.positive_weight, loss.negative_weight) == (0.02, 0.01)
-
-
 def test_evaluation_number() -> None:
     """One positive pair: the student's cosine T ln 3 above its threshold, so r is 3/4; the teacher's T ln 4 below: 1/5.
 
