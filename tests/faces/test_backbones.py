@@ -255,14 +255,6 @@ def test_norm_aware_pooling():
         assert torch.isfinite(model.output_layer(cells.to(dtype))).all()
 
 
-def test_the_frozen_weight_stays_one():
-    model = small("iresnet")
-    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1, weight_decay=0.1)
-    model(images(4)).square().mean().backward()
-    optimizer.step()
-    assert torch.equal(model.features.weight, torch.ones(16))
-
-
 def test_counting_does_not_change_the_model():
     model = small("mobilefacenet")
     model.conv_3.eval()

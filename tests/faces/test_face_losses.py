@@ -246,15 +246,5 @@ def test_two_processes_agree_with_one(tmp_path: Path) -> None:
                 torch.testing.assert_close(sum(parts) / B, expected["value 0"])
 
 
-def test_gather_without_processes() -> None:
-    for make, plain in [
-        (GATHERED["triplet"], TripletDistillLoss()),
-        (GATHERED["evaluation"], EvaluationOrientedLoss(temperature=0.2, num_hard_negatives=10)),
-        (GATHERED["adaptive"], AdaptiveCentersLoss(N, D, scale=8.0, gather=False)),
-    ]:
-        one, two = make().double(), plain.double()
-        assert torch.equal(one(STUDENT, TEACHER, target=IDENTITIES), two(STUDENT, TEACHER, target=IDENTITIES))
-
-
 if __name__ == "__main__":
     process(int(sys.argv[1]), Path(sys.argv[2]))

@@ -4,8 +4,6 @@ import pytest
 import torch
 from torch import nn
 
-from kdlib import OUTPUT, TeacherAdapter
-from kdlib.cache import model_fingerprint
 from kdlib_faces._checks import InputError
 from kdlib_faces.backbones import InputSpec, build_backbone, load_backbone, save_backbone
 from kdlib_faces.cli import main
@@ -84,15 +82,6 @@ def test_arguments_of_load_backbone_override_the_file(tmp_path):
     assert load_backbone(tmp_path / "n", color="rgb").input_spec.color == "rgb"
     with pytest.raises(InputError, match="color must be one of"):
         load_backbone(tmp_path / "m", color="yuv")
-
-
-def test_an_input_specification_is_the_preprocessing_of_a_teacher():
-    model = small()
-    plain, turned = InputSpec(size=32), InputSpec(size=32, color="bgr")
-    adapters = [TeacherAdapter(model, {"embedding": OUTPUT}, preprocess=spec) for spec in (plain, turned)]
-    images = faces()
-    assert torch.equal(adapters[1](images)["embedding"], adapters[0](images.flip(1))["embedding"])
-    assert model_fingerprint(adapters[0]) != model_fingerprint(adapters[1])
 
 
 def test_the_recipe_converts_images_for_a_published_teacher(tmp_path):
