@@ -31,7 +31,7 @@ def test_evaluation_formula(hardest: int, weighted: bool) -> None:
     for thresholds, x in zip(tau, (s, t), strict=True):
         np.testing.assert_allclose(thresholds.numpy(), reference.thresholds(x, y, range(1, 7), w), rtol=1e-12)
     options = {"temperature": 0.1, "num_hard_negatives": hardest}
-    value = evaluation_oriented(STUDENT, teacher, *tau, target=IDENTITIES, weight=weight, **options)
+    value = evaluation_oriented(STUDENT, teacher, *tau, target=IDENTITIES, weight=weight, gather=True, **options)
     expected = reference.evaluation(s, t, y, tau[0].tolist(), tau[1].tolist(), 0.1, hardest, w)
     assert value.item() == pytest.approx(expected, rel=1e-9)
     assert expected > 0

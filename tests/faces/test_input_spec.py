@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from kdlib_faces._checks import InputError
-from kdlib_faces.backbones import InputSpec, build_backbone, load_backbone, save_backbone
+from kdlib_faces.backbones import InputSpec, build_backbone, describe_checkpoint, load_backbone, save_backbone
 from kdlib_faces.cli import main
 
 
@@ -82,6 +82,12 @@ def test_arguments_of_load_backbone_override_the_file(tmp_path):
     assert load_backbone(tmp_path / "n", color="rgb").input_spec.color == "rgb"
     with pytest.raises(InputError, match="color must be one of"):
         load_backbone(tmp_path / "m", color="yuv")
+
+
+def test_an_impossible_input_size(tmp_path):
+    torch.save(small(embedding_dim=64, affine=False, tail="gnap").state_dict(), tmp_path / "m")
+    with pytest.raises(InputError, match="describes a network of impossible size"):
+        describe_checkpoint(tmp_path / "m", input_size=2**62)
 
 
 def test_the_recipe_converts_images_for_a_published_teacher(tmp_path):
