@@ -18,7 +18,15 @@ OptimizerFactory = Callable[[list[dict[str, Any]]], torch.optim.Optimizer]
 Schedule = Callable[[int, int], float]
 """Maps `(step, total_steps)` to the factor of the learning rate."""
 
-_PLACES = ("device", "checkpoint_dir", "checkpoint_every_steps", "checkpoint_every_seconds", "keep", "log_path", "log_every")
+_PLACES = (
+    "device",
+    "checkpoint_dir",
+    "checkpoint_every_steps",
+    "checkpoint_every_seconds",
+    "keep",
+    "log_path",
+    "log_every",
+)
 """Fields that do not change the resulting weights, so a run may be resumed with other values."""
 
 _COUNT = {"min": 1, "integer": True}

@@ -70,7 +70,7 @@ def test_a_cache_contains_the_outputs_for_both_views(faces_folder: Path, tmp_pat
     assert run(*build(faces_folder, tmp_path / "c", "--dtype", dtype, "--tap", tap, "--set", "batch_size=4")) == 0
     output = capsys.readouterr().out
     assert f"complete, {2 * COUNT} rows" in output
-    assert "plain and mirrored" in output
+    assert "the plain and the mirrored image\n" in output
     assert "1 - cos" in output
     cache = TeacherCache.open(tmp_path / "c")
     images = load_images(read_faces(faces_folder / "faces.csv"), 32)
@@ -143,7 +143,7 @@ def test_an_onnx_teacher(tmp_path: Path, faces_folder: Path, capsys) -> None:
     held = TeacherCache.open(tmp_path / "c").read(range(COUNT))
     for name, x in held.items():
         torch.testing.assert_close(x, wanted[name], rtol=2e-3, atol=2e-3)
-    assert "views           1: plain\n" in capsys.readouterr().out
+    assert "views           the plain image\n" in capsys.readouterr().out
     other = tiny_graph(tmp_path / "other.onnx", seed=1)
     verify = ["cache", "verify", "--quiet", tmp_path / "c", "--faces", faces_folder / "faces.csv", "--teacher"]
     assert run(*verify, graph) == 0

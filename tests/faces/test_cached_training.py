@@ -151,7 +151,7 @@ def test_random_views_are_shared_by_student_and_cache(faces_folder: Path, tmp_pa
     message = fails(capsys, train(faces_folder, tmp_path / "c", caches[0], "age"))
     assert "both caches must have the same views, but" in message
     assert "has 3 random views with seed 0 (mirror 0.5, rotate 20) and" in message
-    assert f"{faces_folder / 'age'} has plain views" in message
+    assert f"{faces_folder / 'age'} has the plain and the mirrored image" in message
 
 
 @pytest.mark.parametrize(
@@ -223,8 +223,8 @@ def test_only_features_of_active_terms_are_read(faces_folder: Path) -> None:
     assert (sorted(general.taps), sorted(age.taps)) == (["embedding"], ["embedding", "map"])
     assert found.views is None
     assert found.messages == (
-        f"general teacher: general.pt from {faces_folder / 'general'}, outputs for the plain image, mirrored like the student's",
-        f"age teacher: age.pt from {faces_folder / 'age'}, outputs for the plain image, mirrored like the student's",
+        f"general teacher: general.pt from {faces_folder / 'general'}, outputs for the plain and the mirrored image",
+        f"age teacher: age.pt from {faces_folder / 'age'}, outputs for the plain and the mirrored image",
     )
 
 
