@@ -8,18 +8,6 @@ from torch import Tensor, nn
 
 from kdlib._checks import check_callable, check_name, check_type
 
-__all__ = [
-    "CacheError",
-    "cache_error",
-    "check_argument",
-    "check_build",
-    "check_cache",
-    "check_features",
-    "check_fits",
-    "check_names",
-    "check_reads",
-]
-
 
 class CacheError(ValueError):
     """A cache is missing, incomplete, damaged, or belongs to something else."""

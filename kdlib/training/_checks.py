@@ -9,15 +9,6 @@ from torch import nn
 from kdlib._checks import check_callable, check_targets, check_type
 from kdlib.training.events import TrainingDiverged
 
-__all__ = [
-    "check_argument",
-    "check_batch",
-    "check_device",
-    "check_fingerprint",
-    "check_train",
-    "diverged",
-]
-
 
 def check_argument(good: bool, message: str, *, owner: str = "train") -> None:
     """A condition on an argument must hold."""

@@ -11,19 +11,15 @@ __all__ = ["JsonLog", "read_log"]
 
 
 def read_log(path: str | PathLike[str]) -> list[dict[str, Any]]:
-    """Read the rows of a log; an incomplete last line is skipped.
-
-    Args:
-        path: A log of `train`, with keys step, epoch, lr, total, terms, weights and seconds.
+    """Read the rows of a log of `train`; an incomplete last line is skipped.
 
     Returns:
-        One dict per row, in the order of the file.
+        One dict per row, in order, with keys step, epoch, lr, total, terms, weights and seconds.
 
     Raises:
         ValueError: A line other than the last is not a row of a training log.
     """
-    rows, _ = _good_rows(Path(path), last_step=None)
-    return rows
+    return _good_rows(Path(path), last_step=None)[0]
 
 
 class JsonLog:
