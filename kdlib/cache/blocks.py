@@ -129,11 +129,7 @@ class Blocks:
 
     def _read(self, start: int, size: int) -> bytes:
         self.file.seek(start)
-        parts = []
-        while size and (part := self.file.read(size)):
-            parts.append(part)
-            size -= len(part)
-        return b"".join(parts)
+        return self.file.read(size) or b""
 
     def _lock(self, at: int, *, wait: bool) -> bool:
         if sys.platform == "win32":

@@ -106,7 +106,7 @@ def _existing(directory: Path, wanted: Layout) -> Layout | None:
     header = read_header(directory)
     if header is None:
         return None
-    fingerprint = Fingerprint(**wanted.parts, whole=wanted.fingerprint) if wanted.parts else wanted.fingerprint
+    fingerprint = Fingerprint(**wanted.parts) if wanted.parts else wanted.fingerprint
     check_source(directory, header.fingerprint, header.parts, fingerprint, building=True)
     for name in ("ids", "views", "dtype"):
         stored, expected = getattr(header, name), getattr(wanted, name)
@@ -217,8 +217,8 @@ class _Run:
         """Return size and inputs of the batches of a block: one, unless the cache was started with a larger batch."""
         start, stop = self.layout.rows_in(block)
         view, position = divmod(start, self.layout.samples)
-        ids = torch.from_numpy(self.job.ids[position : position + stop - start].copy()).split(self.job.batch_size)
-        return [(len(part), self.job.fetch(part, view)) for part in ids]
+        ids = torch.from_numpy(self.job.ids[position : position + stop - start].copy())
+        return [(len(part), self.job.fetch(part, view)) for part in torch.split(ids, self.job.batch_size)]
 
     def _compute(self, block: int, fetch: Callable[[], list[tuple[int, Any]]]) -> None:
         parts = [teacher_outputs(self.job.teacher, inputs, count) for count, inputs in fetch()]

@@ -29,7 +29,6 @@ class Fingerprint:
         teacher: text or digest of weights, code and taps.
         preprocessing: text or digest of the preprocessing before the teacher.
         data: text or digest of the list of samples and the definition of the views.
-        whole: one text for all three; computed from them if empty.
 
     Examples:
         >>> one = Fingerprint("weights", "rgb", "list 1")
@@ -42,16 +41,10 @@ class Fingerprint:
     teacher: str
     preprocessing: str
     data: str
-    whole: str = ""
 
     def __post_init__(self) -> None:
-        for name in (*_PARTS, "whole"):
-            check_type("Fingerprint", name, getattr(self, name), str, "a str")
-        if not self.whole:
-            digest = hashlib.sha256()
-            for part in self.parts.values():
-                _add(digest, part)
-            object.__setattr__(self, "whole", digest.hexdigest())
+        for name, text in self.parts.items():
+            check_type("Fingerprint", name, text, str, "a str")
 
     @classmethod
     def of(cls, module: nn.Module, *, preprocessing: str = "", data: str = "") -> Self:
@@ -68,6 +61,14 @@ class Fingerprint:
         for name, content in chain(given, _parts(module, described=bool(preprocessing))):
             _add(digests[name], content)
         return cls(**{name: digest.hexdigest() for name, digest in digests.items()})
+
+    @property
+    def whole(self) -> str:
+        """SHA-256 of all three parts."""
+        digest = hashlib.sha256()
+        for text in self.parts.values():
+            _add(digest, text)
+        return digest.hexdigest()
 
     @property
     def parts(self) -> dict[str, str]:

@@ -3,7 +3,6 @@
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,7 +16,7 @@ from kdlib.cache._checks import cache_error, check_argument, check_cache
 from kdlib.cache.blocks import NAME, block_digest, record_type
 from kdlib.cache.build import ids_digest, teacher_outputs
 from kdlib.cache.codec import unpack
-from kdlib.cache.layout import Layout, check_size, shard_path
+from kdlib.cache.layout import check_size, shard_path
 from kdlib.cache.store import TeacherCache
 
 __all__ = ["CacheCheck", "verify_cache"]

@@ -19,7 +19,7 @@ def check_argument(good: bool, message: str, *, owner: str = "train") -> None:
 def check_device(owner: str, device: object) -> None:
     """`device` must be None or valid for `torch.device`."""
     try:
-        torch.device("cpu" if device is None else device)  # type: ignore[arg-type, call-overload]  # checked here
+        torch.device("cpu" if device is None else device)  # type: ignore[call-overload]  # checked here
     except (RuntimeError, TypeError) as error:
         raise ValueError(f"{owner}: device must be a torch.device, its name or None, got {device!r}") from error
 

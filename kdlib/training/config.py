@@ -32,7 +32,9 @@ _PLACES = (
 _COUNT = {"min": 1, "integer": True}
 _BOUNDS: dict[str, dict[str, Any]] = {
     **dict.fromkeys(("epochs", "max_steps", "accumulate", "checkpoint_every_steps", "keep", "log_every"), _COUNT),
-    **dict.fromkeys(("lr", "clip_norm", "checkpoint_every_seconds"), {"above": 0}),
+    "lr": {"above": 0},
+    "clip_norm": {"above": 0},
+    "checkpoint_every_seconds": {"above": 0},
     "momentum": {"min": 0, "below": 1},
     "weight_decay": {"min": 0},
     "warmup_steps": {"min": 0, "integer": True},

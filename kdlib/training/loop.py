@@ -16,7 +16,7 @@ from kdlib.training.checkpoint import CheckpointStore
 from kdlib.training.config import TrainConfig
 from kdlib.training.ema import EMA
 from kdlib.training.events import Hook, TrainEvent, TrainResult
-from kdlib.training.log import JsonLog
+from kdlib.training.log import append_log
 from kdlib.training.schedules import build_optimizer, lr_factor, set_lr
 from kdlib.training.signals import DeferredSignals
 from kdlib.training.step import Readings, batch_size, private_randomness, random_state, sample_ids, to_device
@@ -88,7 +88,7 @@ def train(
         logging = config.log_path if rank == 0 and run.step < total_steps else None
         start, images, seconds = monotonic(), 0, run.seconds
 
-        with JsonLog(logging, last_step=run.step) as log:
+        with append_log(logging, last_step=run.step) as log:
             while run.step < total_steps:
                 epoch, first, group = stream.take()
                 lr = set_lr(run.optimizer, lr_factor(run.step, total_steps, config))
@@ -101,7 +101,7 @@ def train(
                 seconds = run.seconds + elapsed
                 event = TrainEvent(run.step, total_steps, epoch, total, terms, weights, lr, images / elapsed, seconds)
                 if run.step == 1 or run.step % config.log_every == 0 or run.step == total_steps:
-                    log.write(_row(event))
+                    log(_row(event))
                 stopping = signals.pending  # read once: a later signal is handled after the next step
                 if rank == 0:
                     if store.due(run.step) or run.step == total_steps or stopping:
