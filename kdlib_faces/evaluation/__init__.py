@@ -11,12 +11,12 @@ evaluate(embeddings, CrossGroupProtocol(identities, groups)) one age group again
 evaluate(embeddings, LongitudinalProtocol(identities, ages)) scores of an identity over the years, defined here
 """
 
-from kdlib_faces.evaluation.all_pairs import ScoredPairs
+from kdlib_faces.evaluation.matching.all_pairs import ScoredPairs
 from kdlib_faces.evaluation.comparison import compare
-from kdlib_faces.evaluation.distractors import DistractorTrials, GapRates
+from kdlib_faces.evaluation.matching.distractors import DistractorTrials, GapRates
 from kdlib_faces.evaluation.embedding import embed_images, evaluate_images
 from kdlib_faces.evaluation.fold_thresholds import FoldTar
-from kdlib_faces.evaluation.galleries import Gallery, GalleryPoint, GallerySearch
+from kdlib_faces.evaluation.matching.galleries import Gallery, GalleryPoint, GallerySearch
 from kdlib_faces.evaluation.identification import identify_with_distractors, leave_one_out
 from kdlib_faces.evaluation.protocol import EvaluationProtocol, ProtocolResult, Result, evaluate
 from kdlib_faces.evaluation.protocols.age_errors import AgeErrorProtocol, AgeErrorResult, ErrorBin
@@ -57,7 +57,7 @@ from kdlib_faces.evaluation.statistics.intervals import (
     wilson,
 )
 from kdlib_faces.evaluation.statistics.paired import Outcomes, PairedTest, paired_test
-from kdlib_faces.evaluation.templates import Templates, pool_templates
+from kdlib_faces.evaluation.matching.templates import Templates, pool_templates
 from kdlib_faces.evaluation.verification import VerificationResult, verify_pairs
 
 __all__ = [

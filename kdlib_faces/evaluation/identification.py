@@ -6,7 +6,7 @@ from typing import Literal
 import numpy as np
 
 from kdlib_faces.evaluation._types import ArrayLike, Embeddings, FloatArray
-from kdlib_faces.evaluation.distractors import Cleaning
+from kdlib_faces.evaluation.matching.distractors import Cleaning
 from kdlib_faces.evaluation.protocols.distractors import DistractorProtocol, DistractorResult
 from kdlib_faces.evaluation.protocols.leave_one_out import LeaveOneOutProtocol
 from kdlib_faces.evaluation.statistics.bins import GAP_STARTS

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from kdlib_faces.evaluation import DistractorProtocol, identify_with_distractors, tar_at_far
-from kdlib_faces.evaluation import search as search_module
+from kdlib_faces.evaluation.matching import search as search_module
 
 
 def make(identities: int = 12, each: int = 4, distractors: int = 700, width: int = 24) -> tuple[Any, Any, Any]:

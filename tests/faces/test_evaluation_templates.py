@@ -14,8 +14,8 @@ from kdlib_faces.evaluation import (
     tar_at_far,
     template_verification,
 )
-from kdlib_faces.evaluation import pair_scores as pair_module
-from kdlib_faces.evaluation import templates as pooling_module
+from kdlib_faces.evaluation.matching import pair_scores as pair_module
+from kdlib_faces.evaluation.matching import templates as pooling_module
 
 
 def make(images: int = 900, templates: int = 80, width: int = 12, seed: int = 0) -> tuple[Any, Any, Any, Any]:

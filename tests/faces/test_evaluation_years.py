@@ -19,7 +19,7 @@ from kdlib_faces.evaluation import (
     leave_one_out,
     tar_at_far,
 )
-from kdlib_faces.evaluation import all_pairs as all_pairs_module
+from kdlib_faces.evaluation.matching import all_pairs as all_pairs_module
 
 
 def make(identities: int = 25, seed: int = 0, width: int = 16) -> tuple[Any, Any, Any]:

@@ -16,7 +16,7 @@ from kdlib_faces.evaluation._checks import (
     unit_rows,
 )
 from kdlib_faces.evaluation._types import AnyArray, ArrayLike, Embeddings, FloatArray, JsonDict, Label
-from kdlib_faces.evaluation.all_pairs import rows_of_scores
+from kdlib_faces.evaluation.matching.all_pairs import rows_of_scores
 from kdlib_faces.evaluation.hardest import first_disjoint, most_similar_impostors
 from kdlib_faces.evaluation.roc import TarAtFar, curve, tar_at_far
 from kdlib_faces.evaluation.statistics.bin_rates import BinResult, bin_results

@@ -9,7 +9,7 @@ import numpy as np
 from kdlib._checks import check_choice, check_number
 from kdlib_faces.evaluation._checks import check_ages, check_fars, check_labels, check_level, gather, require, unit_rows
 from kdlib_faces.evaluation._types import ArrayLike, BoolArray, Embeddings, FloatArray, IntArray, JsonDict, Label
-from kdlib_faces.evaluation.distractors import (
+from kdlib_faces.evaluation.matching.distractors import (
     CLEANING,
     Cleaning,
     DistractorTrials,
@@ -19,7 +19,7 @@ from kdlib_faces.evaluation.distractors import (
 )
 from kdlib_faces.evaluation.hardest import missed_probes
 from kdlib_faces.evaluation.roc import TarAtFar, allowed_false_accepts, by_far, operating_point
-from kdlib_faces.evaluation.search import BLOCK, Search, dot_rows
+from kdlib_faces.evaluation.matching.search import BLOCK, Search, dot_rows
 from kdlib_faces.evaluation.statistics.bins import GAP_STARTS, bin_names, check_starts, place
 from kdlib_faces.evaluation.statistics.clustered import rate_estimate
 from kdlib_faces.evaluation.statistics.intervals import Estimate, resample_counts

@@ -27,9 +27,9 @@ from kdlib_faces.evaluation._types import (
     SingleArray,
 )
 from kdlib_faces.evaluation.hardest import hardest_pairs
-from kdlib_faces.evaluation.pair_scores import operating_points, pair_cosines
+from kdlib_faces.evaluation.matching.pair_scores import operating_points, pair_cosines
 from kdlib_faces.evaluation.roc import TarAtFar, by_far
-from kdlib_faces.evaluation.search import dot_rows, product_error
+from kdlib_faces.evaluation.matching.search import dot_rows, product_error
 from kdlib_faces.evaluation.statistics.paired import Outcomes
 from kdlib_faces.evaluation.summary import (
     KEPT_THRESHOLDS,
@@ -42,7 +42,7 @@ from kdlib_faces.evaluation.summary import (
     ScoreTable,
     far_measures,
 )
-from kdlib_faces.evaluation.templates import Templates, pool_templates
+from kdlib_faces.evaluation.matching.templates import Templates, pool_templates
 
 __all__ = ["TemplateVerificationProtocol", "TemplateVerificationResult", "template_verification"]
 
