@@ -10,29 +10,6 @@ from kdlib._checks import check_number
 from kdlib_faces._checks import InputError
 from kdlib_faces.evaluation._types import AnyArray, ArrayLike, BoolArray, Embeddings, FloatArray, IntArray, LabelArray
 
-__all__ = [
-    "check_ages",
-    "check_distinct",
-    "check_each",
-    "check_fars",
-    "check_flags",
-    "check_indices",
-    "check_labels",
-    "check_level",
-    "check_identities",
-    "check_rows",
-    "check_scores",
-    "check_vector",
-    "gather",
-    "is_shards",
-    "look_up",
-    "require",
-    "shards_of",
-    "to_numpy",
-    "unit_block",
-    "unit_rows",
-]
-
 CELLS = 2**17
 """Numbers normalized at a time, so that they stay in the cache of a core."""
 MAX_TABLE = 50_000_000

@@ -7,8 +7,6 @@ from kdlib_faces.evaluation._types import JsonDict
 from kdlib_faces.evaluation.protocols.age_gap import AgeGapResult
 from kdlib_faces.evaluation.statistics.intervals import paired_difference
 
-__all__ = ["compare"]
-
 
 def compare(results: Mapping[str, AgeGapResult], a: str, b: str) -> list[JsonDict]:
     """Difference a - b of every metric in every bin, with the interval of the paired resamples.

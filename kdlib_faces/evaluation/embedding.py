@@ -14,8 +14,6 @@ from kdlib_faces.evaluation._types import AnyArray, SingleArray
 from kdlib_faces.evaluation.protocol import EvaluationProtocol, R, evaluate
 from kdlib_faces.progress import progress as show
 
-__all__ = ["EmbeddingModel", "embed_batch", "embed_images", "eval_mode", "evaluate_images"]
-
 OWNER = "embed_images"
 EmbeddingModel: TypeAlias = Callable[[Tensor], Tensor | Mapping[str, Tensor]]
 """(b, c, h, w) to (b, d), or to named features with one `"embedding"`."""

@@ -7,8 +7,6 @@ import numpy as np
 from kdlib_faces.evaluation._types import BoolArray, FloatArray, JsonDict
 from kdlib_faces.evaluation.roc import allowed_false_accepts
 
-__all__ = ["RULES", "FoldTar", "best_exact", "best_facexzoo", "best_grid", "exact_at_far", "grid_at_far"]
-
 RULES = ("grid", "exact", "facexzoo")
 GRID = np.arange(0, 4, 0.01)
 FINE_GRID = np.arange(0, 4, 0.001)

@@ -7,8 +7,6 @@ import numpy as np
 from kdlib_faces.evaluation._types import AnyArray, BoolArray, FloatArray, IntArray, LabelArray
 from kdlib_faces.evaluation.summary import HardPair
 
-__all__ = ["first_disjoint", "hardest_pairs", "missed_probes", "most_similar_impostors"]
-
 BLOCK = 512
 MANY = 2000
 """Candidates per wanted pair that are sorted; identities and templates occur in many pairs."""

@@ -11,8 +11,6 @@ from kdlib_faces.evaluation.protocols.distractors import DistractorProtocol, Dis
 from kdlib_faces.evaluation.protocols.leave_one_out import LeaveOneOutProtocol
 from kdlib_faces.evaluation.statistics.bins import GAP_STARTS
 
-__all__ = ["identify_with_distractors", "leave_one_out"]
-
 
 def leave_one_out(embeddings: Embeddings, identities: ArrayLike, ranks: Sequence[int] = (1,)) -> FloatArray:
     """Leave-one-image-out identification: each image is a probe, all others are the gallery.

@@ -12,19 +12,6 @@ from kdlib_faces.evaluation._checks import check_scores
 from kdlib_faces.evaluation._types import AnyArray, ArrayLike, FloatArray, JsonDict
 from kdlib_faces.evaluation.statistics.intervals import Estimate, wilson
 
-__all__ = [
-    "TarAtFar",
-    "allowed_false_accepts",
-    "auc",
-    "by_far",
-    "curve",
-    "far_name",
-    "nearest_threshold",
-    "operating_point",
-    "roc_points",
-    "tar_at_far",
-]
-
 
 @dataclass(frozen=True)
 class TarAtFar(float):

@@ -8,15 +8,6 @@ from kdlib._checks import check_number
 from kdlib_faces.evaluation._checks import check_flags, check_labels, require
 from kdlib_faces.evaluation._types import ArrayLike, IntArray
 
-__all__ = [
-    "IdentityOverlapWarning",
-    "check_identity_disjoint",
-    "identities_in_several_folds",
-    "identity_disjoint_split",
-    "identity_overlap",
-    "positives_first_folds",
-]
-
 
 class IdentityOverlapWarning(UserWarning):
     """Identities of the training set are in the test set: the figure is too good."""

@@ -10,28 +10,6 @@ from kdlib_faces.evaluation._types import AnyArray
 from kdlib_faces.evaluation.roc import TarAtFar, roc_points
 from kdlib_faces.evaluation.statistics.intervals import Estimate
 
-__all__ = [
-    "KEPT_THRESHOLDS",
-    "Bins",
-    "CmcCurve",
-    "DataSummary",
-    "Description",
-    "Difference",
-    "HardPair",
-    "Histogram",
-    "Measure",
-    "MeasuredValue",
-    "ModelEntry",
-    "ModelSummary",
-    "ProtocolSummary",
-    "RocCurve",
-    "ScoreTable",
-    "SearchCurve",
-    "Unit",
-    "far_measures",
-    "far_text",
-]
-
 Unit = Literal["rate", "auc", "score", "number"]
 EDGES = np.linspace(-1, 1, 101)
 KEPT_THRESHOLDS = (

@@ -31,16 +31,6 @@ from kdlib_faces.evaluation.fold_thresholds import (
 )
 from kdlib_faces.evaluation.roc import allowed_false_accepts, far_name
 
-__all__ = [
-    "Rule",
-    "VerificationResult",
-    "check_folds",
-    "contiguous_folds",
-    "fold_accuracy",
-    "pair_distances",
-    "verify_pairs",
-]
-
 FOLDS = 10
 Rule = Literal["grid", "exact", "facexzoo"]
 

@@ -7,13 +7,11 @@ import numpy as np
 
 from kdlib_faces.evaluation._checks import require
 from kdlib_faces.evaluation._types import AnyArray, FloatArray, IntArray, SingleArray
-from kdlib_faces.evaluation.roc import TarAtFar, allowed_false_accepts, operating_point
 from kdlib_faces.evaluation.matching.search import dot_rows, product_error
+from kdlib_faces.evaluation.roc import TarAtFar, allowed_false_accepts, operating_point
 from kdlib_faces.evaluation.statistics.clustered import rate_estimate
 from kdlib_faces.evaluation.statistics.intervals import Estimate
 from kdlib_faces.evaluation.statistics.resampling import genuine_pairs
-
-__all__ = ["ScoredPairs", "count_impostors", "global_points", "most_similar_pairs", "rejection_rates", "rows_of_scores"]
 
 ROWS = 512
 MAX_FALSE_ACCEPTS = 20_000_000

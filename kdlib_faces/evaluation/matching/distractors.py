@@ -11,8 +11,6 @@ from kdlib_faces.evaluation._types import AnyArray, ArrayLike, Embeddings, Float
 from kdlib_faces.evaluation.roc import by_far
 from kdlib_faces.evaluation.statistics.intervals import Estimate
 
-__all__ = ["CLEANING", "Cleaning", "DistractorBlock", "DistractorTrials", "GapRates", "distractor_blocks", "known_size"]
-
 MEGAFACE = 1_000_000
 CLEANING = ("none", "extra_dimension", "exclude_zeros", "zeros_score_0")
 Cleaning = Literal["none", "extra_dimension", "exclude_zeros", "zeros_score_0"]

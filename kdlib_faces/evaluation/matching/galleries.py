@@ -6,10 +6,8 @@ import numpy as np
 
 from kdlib_faces.evaluation._checks import check_distinct, check_labels, check_vector, look_up, require, to_numpy
 from kdlib_faces.evaluation._types import AnyArray, ArrayLike, BoolArray, FloatArray, IntArray, LabelArray
-from kdlib_faces.evaluation.roc import allowed_false_accepts
 from kdlib_faces.evaluation.matching.templates import Templates
-
-__all__ = ["Gallery", "GalleryPoint", "GallerySearch", "enroll", "point_at", "search_gallery"]
+from kdlib_faces.evaluation.roc import allowed_false_accepts
 
 BLOCK = 1024
 

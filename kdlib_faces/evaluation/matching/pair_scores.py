@@ -11,8 +11,6 @@ import numpy as np
 from kdlib_faces.evaluation._types import BoolArray, FloatArray, IntArray, SingleArray
 from kdlib_faces.evaluation.roc import TarAtFar, allowed_false_accepts, nearest_threshold, operating_point
 
-__all__ = ["operating_points", "pair_cosines"]
-
 ROWS = 512
 PAIRS = 8192
 SPARSE = 100

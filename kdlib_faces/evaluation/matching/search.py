@@ -11,8 +11,6 @@ import numpy as np
 from kdlib_faces.evaluation._checks import unit_block
 from kdlib_faces.evaluation._types import AnyArray, FloatArray, IntArray, SingleArray
 
-__all__ = ["BLOCK", "Search", "dot_rows", "product_error"]
-
 BLOCK = 4096
 CELLS = 2**23
 """Number of scores in memory; with many probes, blocks become smaller."""

@@ -20,8 +20,6 @@ from kdlib_faces.evaluation._checks import (
 )
 from kdlib_faces.evaluation._types import AnyArray, ArrayLike, Embeddings, FloatArray, IntArray, LabelArray
 
-__all__ = ["Templates", "pool_templates"]
-
 OWNER = "pool_templates"
 BLOCK = 1024
 LARGE = 1e30

@@ -16,10 +16,10 @@ from kdlib_faces.evaluation._checks import (
     unit_rows,
 )
 from kdlib_faces.evaluation._types import ArrayLike, BoolArray, Embeddings, FloatArray, IntArray, JsonDict, Label
-from kdlib_faces.evaluation.matching.all_pairs import ScoredPairs, global_points, rejection_rates
 from kdlib_faces.evaluation.hardest import hardest_pairs
-from kdlib_faces.evaluation.roc import TarAtFar, by_far
+from kdlib_faces.evaluation.matching.all_pairs import ScoredPairs, global_points, rejection_rates
 from kdlib_faces.evaluation.matching.search import dot_rows
+from kdlib_faces.evaluation.roc import TarAtFar, by_far
 from kdlib_faces.evaluation.statistics.bins import AGE_STARTS, GAP_STARTS, bin_names, check_starts, group_bins, place
 from kdlib_faces.evaluation.statistics.intervals import Estimate, bootstrap_estimate, resample_counts
 from kdlib_faces.evaluation.statistics.paired import Outcomes
@@ -36,8 +36,6 @@ from kdlib_faces.evaluation.summary import (
     far_measures,
     far_text,
 )
-
-__all__ = ["AgeErrorProtocol", "AgeErrorResult", "ErrorBin"]
 
 OWNER = "AgeErrorProtocol"
 

@@ -16,8 +16,8 @@ from kdlib_faces.evaluation._checks import (
     unit_rows,
 )
 from kdlib_faces.evaluation._types import AnyArray, ArrayLike, Embeddings, FloatArray, JsonDict, Label
-from kdlib_faces.evaluation.matching.all_pairs import rows_of_scores
 from kdlib_faces.evaluation.hardest import first_disjoint, most_similar_impostors
+from kdlib_faces.evaluation.matching.all_pairs import rows_of_scores
 from kdlib_faces.evaluation.roc import TarAtFar, curve, tar_at_far
 from kdlib_faces.evaluation.statistics.bin_rates import BinResult, bin_results
 from kdlib_faces.evaluation.statistics.bins import GAP_STARTS
@@ -37,8 +37,6 @@ from kdlib_faces.evaluation.summary import (
     far_measures,
     far_text,
 )
-
-__all__ = ["AgeGapProtocol", "AgeGapResult"]
 
 EDGES = np.linspace(-1, 1, 81)
 OWNER = "AgeGapProtocol"

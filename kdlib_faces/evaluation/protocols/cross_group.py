@@ -27,8 +27,6 @@ from kdlib_faces.evaluation.summary import (
     far_measures,
 )
 
-__all__ = ["CrossGroupProtocol", "CrossGroupResult"]
-
 OWNER = "CrossGroupProtocol"
 MAX_CMC_RANK = 50
 

@@ -9,6 +9,7 @@ import numpy as np
 from kdlib._checks import check_choice, check_number
 from kdlib_faces.evaluation._checks import check_ages, check_fars, check_labels, check_level, gather, require, unit_rows
 from kdlib_faces.evaluation._types import ArrayLike, BoolArray, Embeddings, FloatArray, IntArray, JsonDict, Label
+from kdlib_faces.evaluation.hardest import missed_probes
 from kdlib_faces.evaluation.matching.distractors import (
     CLEANING,
     Cleaning,
@@ -17,9 +18,8 @@ from kdlib_faces.evaluation.matching.distractors import (
     distractor_blocks,
     known_size,
 )
-from kdlib_faces.evaluation.hardest import missed_probes
-from kdlib_faces.evaluation.roc import TarAtFar, allowed_false_accepts, by_far, operating_point
 from kdlib_faces.evaluation.matching.search import BLOCK, Search, dot_rows
+from kdlib_faces.evaluation.roc import TarAtFar, allowed_false_accepts, by_far, operating_point
 from kdlib_faces.evaluation.statistics.bins import GAP_STARTS, bin_names, check_starts, place
 from kdlib_faces.evaluation.statistics.clustered import rate_estimate
 from kdlib_faces.evaluation.statistics.intervals import Estimate, resample_counts
@@ -36,8 +36,6 @@ from kdlib_faces.evaluation.summary import (
     far_measures,
 )
 from kdlib_faces.progress import progress_to
-
-__all__ = ["DistractorProtocol", "DistractorResult"]
 
 OWNER = "identify_with_distractors"
 MAX_FALSE_ACCEPTS = 20_000_000

@@ -24,8 +24,6 @@ from kdlib_faces.evaluation.summary import (
     ScoreTable,
 )
 
-__all__ = ["BinRates", "LeaveOneOutProtocol", "LeaveOneOutResult"]
-
 OWNER = "LeaveOneOutProtocol"
 BLOCK = 512
 MAX_CMC_RANK = 50

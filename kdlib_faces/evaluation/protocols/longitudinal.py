@@ -9,10 +9,10 @@ import numpy as np
 from kdlib._checks import check_choice, check_number
 from kdlib_faces.evaluation._checks import check_ages, check_fars, check_identities, check_level, require, unit_rows
 from kdlib_faces.evaluation._types import ArrayLike, Embeddings, FloatArray, IntArray, JsonDict, Label
-from kdlib_faces.evaluation.matching.all_pairs import global_points, rejection_rates
 from kdlib_faces.evaluation.hardest import first_disjoint
-from kdlib_faces.evaluation.roc import TarAtFar, by_far
+from kdlib_faces.evaluation.matching.all_pairs import global_points, rejection_rates
 from kdlib_faces.evaluation.matching.search import dot_rows
+from kdlib_faces.evaluation.roc import TarAtFar, by_far
 from kdlib_faces.evaluation.statistics.intervals import Estimate, resample_counts
 from kdlib_faces.evaluation.statistics.paired import Outcomes
 from kdlib_faces.evaluation.statistics.resampling import genuine_pairs
@@ -28,8 +28,6 @@ from kdlib_faces.evaluation.summary import (
     far_measures,
     far_text,
 )
-
-__all__ = ["ElapsedErrors", "LongitudinalProtocol", "LongitudinalResult"]
 
 OWNER = "LongitudinalProtocol"
 

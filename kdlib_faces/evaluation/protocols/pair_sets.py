@@ -9,8 +9,6 @@ from kdlib_faces.evaluation._types import ArrayLike
 from kdlib_faces.evaluation.protocols.pairs import PairProtocol
 from kdlib_faces.evaluation.splits import positives_first_folds
 
-__all__ = ["PAIR_SETS", "PairSet", "pair_set"]
-
 
 @dataclass(frozen=True)
 class PairSet:

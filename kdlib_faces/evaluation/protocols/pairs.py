@@ -52,8 +52,6 @@ from kdlib_faces.evaluation.verification import (
     pair_distances,
 )
 
-__all__ = ["PairProtocol", "PairResult"]
-
 OWNER = "PairProtocol"
 POINT_RULES = {
     "exact": "threshold at the (k+1)-th largest impostor score, k = floor(FAR x impostors), accepted above it",

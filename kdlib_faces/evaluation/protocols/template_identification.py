@@ -9,8 +9,16 @@ import numpy as np
 from kdlib._checks import check_choice, check_number
 from kdlib_faces.evaluation._checks import check_fars, check_labels, check_level, require
 from kdlib_faces.evaluation._types import ArrayLike, Embeddings, IntArray, JsonDict, Label, LabelArray
-from kdlib_faces.evaluation.matching.galleries import Gallery, GalleryPoint, GallerySearch, enroll, point_at, search_gallery
 from kdlib_faces.evaluation.hardest import missed_probes
+from kdlib_faces.evaluation.matching.galleries import (
+    Gallery,
+    GalleryPoint,
+    GallerySearch,
+    enroll,
+    point_at,
+    search_gallery,
+)
+from kdlib_faces.evaluation.matching.templates import Templates, pool_templates
 from kdlib_faces.evaluation.roc import by_far, far_name
 from kdlib_faces.evaluation.statistics.clustered import rate_estimate
 from kdlib_faces.evaluation.statistics.intervals import Estimate, resample_counts
@@ -27,9 +35,6 @@ from kdlib_faces.evaluation.summary import (
     SearchCurve,
     far_measures,
 )
-from kdlib_faces.evaluation.matching.templates import Templates, pool_templates
-
-__all__ = ["TemplateIdentificationProtocol", "TemplateIdentificationResult", "identify_templates"]
 
 OWNER = "identify_templates"
 HEADLINE_FPIRS = (0.01, 0.1)

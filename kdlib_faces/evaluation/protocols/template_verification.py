@@ -28,8 +28,9 @@ from kdlib_faces.evaluation._types import (
 )
 from kdlib_faces.evaluation.hardest import hardest_pairs
 from kdlib_faces.evaluation.matching.pair_scores import operating_points, pair_cosines
-from kdlib_faces.evaluation.roc import TarAtFar, by_far
 from kdlib_faces.evaluation.matching.search import dot_rows, product_error
+from kdlib_faces.evaluation.matching.templates import Templates, pool_templates
+from kdlib_faces.evaluation.roc import TarAtFar, by_far
 from kdlib_faces.evaluation.statistics.paired import Outcomes
 from kdlib_faces.evaluation.summary import (
     KEPT_THRESHOLDS,
@@ -42,9 +43,6 @@ from kdlib_faces.evaluation.summary import (
     ScoreTable,
     far_measures,
 )
-from kdlib_faces.evaluation.matching.templates import Templates, pool_templates
-
-__all__ = ["TemplateVerificationProtocol", "TemplateVerificationResult", "template_verification"]
 
 OWNER = "template_verification"
 FARS = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1)

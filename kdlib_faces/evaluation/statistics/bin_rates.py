@@ -10,8 +10,6 @@ from kdlib_faces.evaluation.roc import allowed_false_accepts, by_far
 from kdlib_faces.evaluation.statistics.intervals import Estimate, bootstrap_estimate
 from kdlib_faces.evaluation.statistics.resampling import PairScores, resampled_rates
 
-__all__ = ["BinResult", "bin_results"]
-
 
 @dataclass(frozen=True)
 class BinResult:

@@ -9,8 +9,6 @@ from kdlib._checks import check_number
 from kdlib_faces.evaluation._checks import require
 from kdlib_faces.evaluation._types import AnyArray, FloatArray, IntArray
 
-__all__ = ["AGE_STARTS", "GAP_STARTS", "PROBE_AGE_STARTS", "bin_names", "check_starts", "group_bins", "place"]
-
 GAP_STARTS = (0, 5, 10, 20, 30)
 """Lower ends of the bins of age gaps, years."""
 AGE_STARTS = (0, 5, 13, 18, 31, 51)

@@ -6,8 +6,6 @@ from kdlib_faces.evaluation._checks import check_each, check_labels, check_level
 from kdlib_faces.evaluation._types import AnyArray, ArrayLike, FloatArray, IntArray
 from kdlib_faces.evaluation.statistics.intervals import Estimate, bootstrap_estimate, resample_counts
 
-__all__ = ["clustered_pair_rate", "clustered_rate", "pair_rates", "rate_estimate"]
-
 ROWS = 64
 
 

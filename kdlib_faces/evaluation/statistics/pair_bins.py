@@ -11,8 +11,6 @@ from kdlib_faces.evaluation._types import ArrayLike, FloatArray, IntArray
 from kdlib_faces.evaluation.statistics.bins import bin_names, check_starts, group_bins, place
 from kdlib_faces.evaluation.statistics.resampling import genuine_pairs
 
-__all__ = ["PairBins"]
-
 
 class PairBins:
     """Bins of pairs of images.

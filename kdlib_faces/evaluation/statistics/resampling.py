@@ -12,8 +12,6 @@ import numpy as np
 from kdlib_faces.evaluation._types import AnyArray, FloatArray, IntArray
 from kdlib_faces.evaluation.roc import allowed_false_accepts
 
-__all__ = ["PairScores", "Rates", "genuine_pairs", "resampled_rates", "score_pairs", "thin"]
-
 BLOCK = 256
 TAIL = 4.0
 
