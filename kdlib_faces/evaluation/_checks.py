@@ -88,11 +88,9 @@ def unit_rows(owner: str, name: str, x: Embeddings, *, rows: int | None = None) 
     message = f"{name} must have one row for each of {rows} identities, got {len(array)}"
     require(rows is None or len(array) == rows, owner, message)
     unit = np.empty(array.shape, dtype=np.float64)
-    step = max(1, CELLS // array.shape[1])
-    for start in range(0, len(array), step):
-        part = array[start : start + step]
-        if not _to_unit(part, unit[start : start + step]):
-            _name_bad_rows(owner, name, array, start)
+    for part in _blocks(array):
+        if not _to_unit(array[part], unit[part]):
+            _name_bad_rows(owner, name, array)
     return unit
 
 
@@ -100,17 +98,20 @@ def unit_block(owner: str, name: str, rows: AnyArray, offset: int = 0) -> FloatA
     """A few rows (m, d) as float64 unit rows, bit for bit as `unit_rows`; `offset` is added to the row of an error."""
     unit = np.empty(rows.shape, dtype=np.float64)
     if not _to_unit(rows, unit):
-        _name_bad_rows(owner, name, rows, 0, offset)
+        _name_bad_rows(owner, name, rows, offset)
     return unit
 
 
 def check_rows(owner: str, name: str, array: AnyArray) -> None:
     """Raise an error for the first row of (n, d) numbers that is not finite or zero."""
+    for part in _blocks(array):
+        if not _to_unit(array[part], np.empty(array[part].shape, dtype=np.float64)):
+            _name_bad_rows(owner, name, array)
+
+
+def _blocks(array: AnyArray) -> list[slice]:
     step = max(1, CELLS // array.shape[1])
-    for start in range(0, len(array), step):
-        part = array[start : start + step]
-        if not _to_unit(part, np.empty(part.shape, dtype=np.float64)):
-            _name_bad_rows(owner, name, array, start)
+    return [slice(start, start + step) for start in range(0, len(array), step)]
 
 
 def _to_unit(rows: AnyArray, unit: FloatArray) -> bool:
@@ -129,15 +130,11 @@ def _to_unit(rows: AnyArray, unit: FloatArray) -> bool:
     return True
 
 
-def _name_bad_rows(owner: str, name: str, array: AnyArray, start: int, offset: int = 0) -> None:
-    """Raise an error for the first row from `start` on that is not finite; if all are, for the first that is zero."""
-    step = max(1, CELLS // array.shape[1])
-    parts = [array[at : at + step].astype(np.float64) for at in range(start, len(array), step)]
-    before = np.ones(start, dtype=np.bool_)
-    finite = np.concatenate([before, *(np.isfinite(part).all(axis=1) for part in parts)])
-    check_each(owner, name, finite, "finite (no NaN, no infinity)", offset=offset)
-    nonzero = np.concatenate([before, *(np.abs(part).max(axis=1) > 0 for part in parts)])
-    check_each(owner, name, nonzero, "non-zero in every row", offset=offset)
+def _name_bad_rows(owner: str, name: str, array: AnyArray, offset: int = 0) -> None:
+    """Raise an error for the first row that is not finite; if all are, for the first that is zero."""
+    largest = np.concatenate([np.abs(array[part].astype(np.float64)).max(axis=1) for part in _blocks(array)])
+    check_each(owner, name, np.isfinite(largest), "finite (no NaN, no infinity)", offset=offset)
+    check_each(owner, name, largest > 0, "non-zero in every row", offset=offset)
 
 
 def check_vector(owner: str, name: str, array: AnyArray, rows: int | None = None, like: str = "rows") -> None:
@@ -220,19 +217,29 @@ def check_indices(owner: str, name: str, x: ArrayLike) -> IntArray:
     return array.astype(np.int64)
 
 
-def check_fars(owner: str, fars: Sequence[float]) -> tuple[float, ...]:
-    """Target false accept rates, each in (0, 1] and different from the others."""
+def check_fars(owner: str, fars: Sequence[float], *, required: bool = False) -> tuple[float, ...]:
+    """Target false accept rates, each in (0, 1] and different from the others; at least one if `required`."""
     fars = tuple(fars)
     for far in fars:
         check_number(owner, "fars", far, above=0.0, max=1.0)
     require(len(set(fars)) == len(fars), owner, f"fars must differ from each other, got {fars}")
+    require(len(fars) > 0 or not required, owner, "fars must not be empty, got ()")
     return tuple(float(far) for far in fars)
 
 
-def check_level(owner: str, level: float) -> None:
-    """The confidence of an interval must be in (0, 1)."""
+def check_ranks(owner: str, ranks: Sequence[int], *, max: int | None = None, required: bool = True) -> tuple[int, ...]:
+    """Ranks, from 1 to `max`; at least one if `required`."""
+    require(len(ranks) > 0 or not required, owner, "ranks must not be empty, got ()")
+    for rank in ranks:
+        check_number(owner, "ranks", rank, min=1, max=max, integer=True)
+    return tuple(int(rank) for rank in ranks)
+
+
+def check_level(owner: str, level: float) -> float:
+    """The confidence of an interval, in (0, 1)."""
     check_number(owner, "level", level, above=0)
     require(level < 1, owner, f"level must be below 1, got {level!r}")
+    return float(level)
 
 
 def check_distinct(owner: str, name: str, codes: IntArray, labels: LabelArray) -> None:

@@ -116,13 +116,9 @@ def embed_images(
 def embed_batch(
     model: EmbeddingModel, pixels: Tensor, *, flip: bool = True, preprocess: Preprocess | None = None
 ) -> SingleArray:
-    """Embeddings (b, d), float32, of one batch before normalization; the model's mode is not changed.
+    """Embeddings (b, d), float32, before normalization, of uint8 images (b, c, h, w) on the device of the model.
 
-    Args:
-        model: See `embed_images`.
-        pixels: (b, c, h, w) uint8, on the device of the model.
-        flip: See `embed_images`.
-        preprocess: See `embed_images`.
+    The arguments are those of `embed_images`; the model's mode is not changed.
     """
     with torch.inference_mode():
         if preprocess is None:
@@ -148,9 +144,6 @@ def evaluate_images(
         images: See `embed_images`.
         protocol: See `evaluate`.
         options: Options of `embed_images`.
-
-    Returns:
-        The protocol's result.
 
     Examples:
         >>> from kdlib_faces.evaluation import LeaveOneOutProtocol

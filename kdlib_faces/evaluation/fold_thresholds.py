@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from kdlib_faces.evaluation._types import BoolArray, FloatArray, JsonDict
-from kdlib_faces.evaluation.roc import allowed_false_accepts
+from kdlib_faces.evaluation.roc import allowed_false_accepts, kth_largest
 
 RULES = ("grid", "exact", "facexzoo")
 GRID = np.arange(0, 4, 0.01)
@@ -92,5 +92,4 @@ def grid_at_far(impostor: FloatArray, far: float) -> float:
 
 def exact_at_far(impostor: FloatArray, far: float) -> float:
     """The (k+1)-th smallest impostor distance, k = floor(far N): `distance < threshold` accepts at most k of them."""
-    k = allowed_false_accepts(far, impostor.size)
-    return float(np.partition(impostor, k)[k]) if k < impostor.size else np.inf
+    return -kth_largest(-impostor, allowed_false_accepts(far, impostor.size))

@@ -29,7 +29,7 @@ from kdlib_faces.evaluation.fold_thresholds import (
     exact_at_far,
     grid_at_far,
 )
-from kdlib_faces.evaluation.roc import allowed_false_accepts, far_name
+from kdlib_faces.evaluation.roc import allowed_false_accepts
 
 FOLDS = 10
 Rule = Literal["grid", "exact", "facexzoo"]
@@ -94,7 +94,7 @@ class VerificationResult:
 
     def _extra(self) -> JsonDict:
         """The optional measures."""
-        val: JsonDict = {"val": {far_name(far): point.to_dict() for far, point in self.val.items()}} if self.val else {}
+        val: JsonDict = {"val": {f"{far:g}": point.to_dict() for far, point in self.val.items()}} if self.val else {}
         return val if self.pca is None else val | {"pca": self.pca}
 
 
@@ -155,6 +155,8 @@ def verify_pairs(
     rows, width = first.shape
     require(len(second) == rows, owner, f"right must have one row for each of {rows} rows of left, got {len(second)}")
     require(second.shape[1] == width, owner, f"right must be (n, {width}) like left, got {second.shape}")
+    for name, each in (("left", first), ("right", second)):
+        check_rows(owner, name, each)
     distances, _ = pair_distances(owner, first, second)
     truth = check_flags(owner, "same", same, first.shape[0])
     folds = check_folds(owner, truth, fold_ids)
@@ -212,14 +214,9 @@ def fold_accuracy(
 def pair_distances(
     owner: str, left: AnyArray, right: AnyArray, i: IntArray | None = None, j: IntArray | None = None
 ) -> tuple[FloatArray, FloatArray]:
-    """Squared distances (n,) and cosines (n,) of unit rows, a few rows at a time.
+    """Squared distances (n,) and cosines (n,) of rows (n, d), or of the rows `i` of `left` and `j` of `right`.
 
-    Args:
-        owner: Name for errors.
-        left: (n, d); or (m, d), of which the rows `i` are used.
-        right: (n, d); or (m, d), of which the rows `j` are used.
-        i: (n,) row numbers of `left`.
-        j: (n,) row numbers of `right`.
+    Rows have passed `check_rows`; they are normalized a few at a time.
     """
     count = len(left) if i is None else i.size
     distances, cosines = np.empty(count), np.empty(count)
@@ -231,13 +228,7 @@ def pair_distances(
         with np.errstate(all="ignore"):
             square = np.einsum("pd,pd->p", a, a), np.einsum("pd,pd->p", b, b)
         if not all(((each > 1e-100) & (each < 1e100)).all() for each in square):
-            try:
-                a, b = unit_block(owner, "left", a), unit_block(owner, "right", b)
-            except ValueError:
-                # Checked again over all rows, for the number of the bad row and the count.
-                for name, rows in (("left", left), ("right", right)):
-                    check_rows(owner, name, rows)
-                raise
+            a, b = unit_block(owner, "left", a), unit_block(owner, "right", b)
             square = np.einsum("pd,pd->p", a, a), np.einsum("pd,pd->p", b, b)
         cosine = np.einsum("pd,pd->p", a, b) / np.sqrt(square[0] * square[1])
         distance = 2 - 2 * cosine

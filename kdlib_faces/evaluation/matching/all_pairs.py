@@ -54,18 +54,10 @@ def rows_of_scores(embeddings: AnyArray) -> Iterator[tuple[int, SingleArray]]:
 
 
 def most_similar_pairs(owner: str, unit: FloatArray, codes: IntArray, far: float) -> ScoredPairs:
-    """The impostor pairs that decide every threshold of a FAR up to `far`.
+    """The floor(far N) + 1 impostor pairs of highest score (all N if there are no more), rows i < j, falling.
 
-    Products are float32; those that could be among the largest are computed again in float64.
-
-    Args:
-        owner: Name for errors.
-        unit: (n, d) unit rows.
-        codes: (n,) identities.
-        far: The largest target.
-
-    Returns:
-        The floor(far N) + 1 impostor pairs of highest score (all N if there are no more), rows i < j, falling.
+    They decide every threshold of a FAR up to `far`. Products of the unit rows (n, d) are float32; those that could be
+    among the largest are computed again in float64.
     """
     total = count_impostors(codes)
     count = min(allowed_false_accepts(far, total) + 1, total)
@@ -105,18 +97,9 @@ def most_similar_pairs(owner: str, unit: FloatArray, codes: IntArray, far: float
 def global_points(
     owner: str, unit: FloatArray, codes: IntArray, genuine: FloatArray, fars: Sequence[float], level: float
 ) -> tuple[dict[float, TarAtFar], ScoredPairs]:
-    """Thresholds set on all impostor pairs of a set, and the impostor pairs that decide them.
+    """Operating points of genuine scores (g,) at thresholds set on all impostor pairs of a set of unit rows (n, d).
 
-    Args:
-        owner: Name for errors.
-        unit: (n, d) unit rows.
-        codes: (n,) identities.
-        genuine: (g,) genuine scores that are compared with the thresholds.
-        fars: Target false accept rates, at least one.
-        level: Confidence of Wilson's intervals.
-
-    Returns:
-        Target to operating point, and the impostor pairs of highest score, falling, with every false accept.
+    Also returns the impostor pairs of highest score, falling, with every false accept.
     """
     total = count_impostors(codes)
     pairs = most_similar_pairs(owner, unit, codes, max(fars))

@@ -86,16 +86,9 @@ def distractor_blocks(
     max_distractors: int,
     block_size: int,
 ) -> Iterator[DistractorBlock]:
-    """Read distractors in blocks that end where one of `sizes` is reached.
+    """Read distractors in blocks of at most `block_size` rows that end where one of `sizes`, rising, is reached.
 
-    Args:
-        owner: Name for errors.
-        distractors: (m, width) array or shards of it.
-        width: Number of columns, with the extra one of `"extra_dimension"`.
-        cleaning: See `identify_with_distractors`.
-        sizes: Numbers of used distractors, rising.
-        max_distractors: Upper bound on the number of rows.
-        block_size: Largest number of rows of a block.
+    `width` is the number of columns, with the extra one of `"extra_dimension"`.
     """
     total = used = 0
     for shard in shards_of(owner, "distractors", distractors, width):

@@ -7,7 +7,7 @@ import numpy as np
 from kdlib_faces.evaluation._checks import check_distinct, check_labels, check_vector, look_up, require, to_numpy
 from kdlib_faces.evaluation._types import AnyArray, ArrayLike, BoolArray, FloatArray, IntArray, LabelArray
 from kdlib_faces.evaluation.matching.templates import Templates
-from kdlib_faces.evaluation.roc import allowed_false_accepts
+from kdlib_faces.evaluation.roc import allowed_false_accepts, kth_largest
 
 BLOCK = 1024
 
@@ -115,7 +115,7 @@ def point_at(search: GallerySearch, fpir: float) -> tuple[GalleryPoint, BoolArra
     """The operating point of one gallery at one FPIR, and which of its mated searches are hits."""
     others = search.best_scores[~search.mated]
     k = allowed_false_accepts(fpir, others.size)
-    threshold = float(-np.partition(-others, k)[k]) if k < others.size else -np.inf
+    threshold = kth_largest(others, k)
     hits: BoolArray = ((search.ranks == 1) & (search.mate_scores > threshold))[search.mated]
     point = GalleryPoint(
         tpir=float(hits.mean()),

@@ -5,23 +5,15 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from kdlib_faces._checks import InputError
-from kdlib_faces.evaluation._checks import (
-    check_ages,
-    check_fars,
-    check_identities,
-    check_labels,
-    check_level,
-    require,
-    unit_rows,
-)
-from kdlib_faces.evaluation._types import ArrayLike, BoolArray, Embeddings, FloatArray, IntArray, JsonDict, Label
+from kdlib_faces.evaluation._checks import check_fars, check_identities, check_level, unit_rows
+from kdlib_faces.evaluation._types import AnyArray, ArrayLike, Embeddings, FloatArray, IntArray, JsonDict, Label
 from kdlib_faces.evaluation.hardest import hardest_pairs
 from kdlib_faces.evaluation.matching.all_pairs import ScoredPairs, global_points, rejection_rates
 from kdlib_faces.evaluation.matching.search import dot_rows
 from kdlib_faces.evaluation.roc import TarAtFar, by_far
-from kdlib_faces.evaluation.statistics.bins import AGE_STARTS, GAP_STARTS, bin_names, check_starts, group_bins, place
+from kdlib_faces.evaluation.statistics.bins import AGE_STARTS, GAP_STARTS, bin_names, check_starts, place
 from kdlib_faces.evaluation.statistics.intervals import Estimate, bootstrap_estimate, resample_counts
+from kdlib_faces.evaluation.statistics.pair_bins import PairBins
 from kdlib_faces.evaluation.statistics.paired import Outcomes
 from kdlib_faces.evaluation.statistics.resampling import genuine_pairs
 from kdlib_faces.evaluation.statistics.slopes import mean_estimate, pooled_slope, within_slope
@@ -75,7 +67,6 @@ class AgeErrorResult:
         operating_points: Target FAR to the global threshold and its counts.
         genuine: Every genuine pair with its score.
         false_accepts: The impostor pairs accepted at the lowest of the thresholds, the most similar first.
-        protocol: The protocol.
     """
 
     fnmr_by_gap: tuple[ErrorBin, ...]
@@ -237,22 +228,14 @@ class AgeErrorProtocol:
     ) -> None:
         self.codes, labels = check_identities(OWNER, identities)
         self.num_identities = labels.size
-        self.fars = check_fars(OWNER, fars)
-        require(len(self.fars) > 0, OWNER, "fars must not be empty, got ()")
-        check_level(OWNER, level)
-        self.level = float(level)
-        self.gap_starts = check_starts(OWNER, "gap_bins", gap_bins)
-        self.age_starts = check_starts(OWNER, "age_bins", age_bins)
+        self.fars, self.level = check_fars(OWNER, fars, required=True), check_level(OWNER, level)
         self.resamples = resample_counts(OWNER, labels.size, replicates=replicates, seed=seed)
-        self.ages = None if ages is None else check_ages(OWNER, ages, self.codes.size)
-        if self.ages is not None:
-            self.image_bin, self.image_names = place(self.age_starts, self.ages), bin_names(self.age_starts)
+        self.bins = PairBins(OWNER, self.codes, ages, age_groups, gap_bins, "gap_bins")
+        self.ages, self.age_starts = self.bins.ages, check_starts(OWNER, "age_bins", age_bins)
+        if self.ages is None:
+            self.image_bin, self.image_names = self.bins.groups, self.bins.group_names
         else:
-            if age_groups is None:
-                raise InputError(f"{OWNER}: ages or age_groups must be given, got neither")
-            rows = self.codes.size
-            self.image_bin, groups = check_labels(OWNER, "age_groups", age_groups, rows=rows, like="identities")
-            self.image_names = [str(group) for group in groups]
+            self.image_bin, self.image_names = place(self.age_starts, self.ages), bin_names(self.age_starts)
 
     def __repr__(self) -> str:
         by = "ages" if self.ages is not None else "age_groups"
@@ -270,20 +253,17 @@ class AgeErrorProtocol:
         scores, codes = dot_rows(unit, i, unit, j), self.codes[i]
         points, hardest = global_points(OWNER, unit, self.codes, scores, self.fars, self.level)
 
-        def fnmr(names: Sequence[str], bins: IntArray) -> tuple[ErrorBin, ...]:
-            return tuple(self._fnmr(name, bins == number, codes, scores, points) for number, name in enumerate(names))
+        def fnmr(names: Sequence[str], bins: AnyArray) -> tuple[ErrorBin, ...]:
+            members = [np.flatnonzero(bins == number) for number in range(len(names))]
+            return tuple(self._fnmr(name, codes[k], scores[k], points) for name, k in zip(names, members, strict=True))
 
-        younger: tuple[ErrorBin, ...] = ()
+        by_gap, younger = fnmr(self.bins.names, self.bins.of(i, j)), ()
         slope = slope_within = None
         if self.ages is not None:
             gap = np.abs(self.ages[i] - self.ages[j])
-            by_gap = fnmr(bin_names(self.gap_starts), place(self.gap_starts, gap))
             younger = fnmr(self.image_names, place(self.age_starts, np.minimum(self.ages[i], self.ages[j])))
             slope = pooled_slope(gap / 10, scores, codes, self.resamples, self.level)
             slope_within = within_slope(gap / 10, scores, codes, self.resamples, self.level)
-        else:
-            names, table = group_bins(OWNER, self.image_names)
-            by_gap = fnmr(names, table[self.image_bin[i], self.image_bin[j]].astype(np.int64))
         accepted = int((hardest.scores > min(point.threshold for point in points.values())).sum())
         return AgeErrorResult(
             fnmr_by_gap=by_gap,
@@ -297,14 +277,9 @@ class AgeErrorProtocol:
             protocol=self,
         )
 
-    def _fnmr(
-        self, name: str, members: BoolArray, codes: IntArray, scores: FloatArray, points: Mapping[float, TarAtFar]
-    ) -> ErrorBin:
-        inside = np.flatnonzero(members)
-        rates = rejection_rates(scores[inside], codes[inside], points, self.resamples, self.level)
-        return ErrorBin(
-            name, inside.size, rates, mean_estimate(scores[inside], codes[inside], self.resamples, self.level)
-        )
+    def _fnmr(self, name: str, codes: IntArray, scores: FloatArray, points: Mapping[float, TarAtFar]) -> ErrorBin:
+        rates = rejection_rates(scores, codes, points, self.resamples, self.level)
+        return ErrorBin(name, scores.size, rates, mean_estimate(scores, codes, self.resamples, self.level))
 
     def _fmr(self, number: int, hardest: ScoredPairs, points: Mapping[float, TarAtFar]) -> ErrorBin:
         """A resample holds an impostor pair of i and j m_i m_j times, as in `identity_bootstrap`."""

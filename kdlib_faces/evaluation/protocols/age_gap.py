@@ -7,14 +7,7 @@ from hashlib import sha256
 import numpy as np
 
 from kdlib._checks import check_number
-from kdlib_faces.evaluation._checks import (
-    check_fars,
-    check_identities,
-    check_level,
-    gather,
-    require,
-    unit_rows,
-)
+from kdlib_faces.evaluation._checks import check_fars, check_identities, check_level, gather, require, unit_rows
 from kdlib_faces.evaluation._types import AnyArray, ArrayLike, Embeddings, FloatArray, JsonDict, Label
 from kdlib_faces.evaluation.hardest import first_disjoint, most_similar_impostors
 from kdlib_faces.evaluation.matching.all_pairs import rows_of_scores
@@ -55,7 +48,6 @@ class AgeGapResult:
         edges: (e + 1,) edges of the histogram's score bins.
         genuine_counts: Bin name to (e,) genuine scores per score bin.
         impostor_counts: (e,) impostor scores per score bin, over all pairs.
-        protocol: The protocol.
         embeddings: (n, d) the evaluated embeddings.
     """
 
@@ -280,10 +272,9 @@ class AgeGapProtocol:
     ) -> None:
         self.codes, labels = check_identities(OWNER, identities)
         self.num_identities = labels.size
-        check_level(OWNER, level)
+        self.level, self.fars = check_level(OWNER, level), check_fars(OWNER, fars)
         check_number(OWNER, "max_impostors", max_impostors, min=1, integer=True)
-        self.fars = check_fars(OWNER, fars)
-        self.seed, self.level, self.max_impostors = seed, float(level), max_impostors
+        self.seed, self.max_impostors = seed, max_impostors
         self.resamples = resample_counts(OWNER, labels.size, replicates=replicates, seed=seed)
         self.bins = PairBins(OWNER, self.codes, ages, age_groups, bins)
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from kdlib._checks import check_number
-from kdlib_faces.evaluation._checks import check_fars, check_labels, check_level, require, unit_rows
+from kdlib_faces.evaluation._checks import check_fars, check_labels, check_level, check_ranks, require, unit_rows
 from kdlib_faces.evaluation._types import ArrayLike, BoolArray, Embeddings, FloatArray, IntArray, JsonDict, Label
 from kdlib_faces.evaluation.hardest import first_disjoint, most_similar_impostors
 from kdlib_faces.evaluation.roc import TarAtFar, by_far, tar_at_far
@@ -42,7 +42,6 @@ class CrossGroupResult:
         operating_points: Target FAR to threshold and counts.
         ranks_of_mates: (m,) rank of the best mate of each probe that has one; ties go to the mate.
         unit: (n, d) embeddings of length one.
-        protocol: The protocol.
     """
 
     auc: Estimate
@@ -201,12 +200,10 @@ class CrossGroupProtocol:
         require(
             labels.size > 1, OWNER, f"identities must hold at least two identities, got only {labels.tolist()[0]!r}"
         )
-        for rank in ranks:
-            check_number(OWNER, "ranks", rank, min=1, max=self.gallery.size, integer=True)
-        check_level(OWNER, level)
+        self.ranks = check_ranks(OWNER, ranks, max=self.gallery.size, required=False)
+        self.fars, self.level = check_fars(OWNER, fars), check_level(OWNER, level)
         check_number(OWNER, "max_impostors", max_impostors, min=1, integer=True)
-        self.fars, self.ranks = check_fars(OWNER, fars), tuple(int(rank) for rank in ranks)
-        self.level, self.seed, self.max_impostors = float(level), seed, max_impostors
+        self.seed, self.max_impostors = seed, max_impostors
         self.resamples = resample_counts(OWNER, labels.size, replicates=replicates, seed=seed)
 
     @property

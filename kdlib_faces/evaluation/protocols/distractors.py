@@ -7,7 +7,16 @@ from typing import Literal
 import numpy as np
 
 from kdlib._checks import check_choice, check_number
-from kdlib_faces.evaluation._checks import check_ages, check_fars, check_labels, check_level, gather, require, unit_rows
+from kdlib_faces.evaluation._checks import (
+    check_ages,
+    check_fars,
+    check_labels,
+    check_level,
+    check_ranks,
+    gather,
+    require,
+    unit_rows,
+)
 from kdlib_faces.evaluation._types import ArrayLike, BoolArray, Embeddings, FloatArray, IntArray, JsonDict, Label
 from kdlib_faces.evaluation.hardest import missed_probes
 from kdlib_faces.evaluation.matching.distractors import (
@@ -54,7 +63,6 @@ class DistractorResult:
         distractors: Number of distractors used.
         cleaned: Number of distractors left out as noisy.
         trials: The single trials.
-        protocol: The protocol.
     """
 
     rates: Mapping[int, Estimate]
@@ -212,15 +220,13 @@ class DistractorProtocol:
         self.num_identities = labels.size
         require(count > labels.size, OWNER, "identities must hold one with two images, got one image of each")
         self.fars = check_fars(OWNER, fars)
-        require(len(ranks) > 0, OWNER, "ranks must not be empty, got ()")
-        for rank in ranks:
-            check_number(OWNER, "ranks", rank, min=1, max=100_000, integer=True)
+        self.ranks = check_ranks(OWNER, ranks, max=100_000)
         check_choice(OWNER, "ties", ties, ("correct", "wrong"))
         check_choice(OWNER, "cleaning", cleaning, CLEANING)
         for size in sizes:
             check_number(OWNER, "sizes", size, min=1, integer=True)
         require(list(sizes) == sorted(set(sizes)), OWNER, f"sizes must rise from the first, got {tuple(sizes)}")
-        check_level(OWNER, level)
+        self.level = check_level(OWNER, level)
         self.ages = None if ages is None else check_ages(OWNER, ages, count)
         self.starts = check_starts(OWNER, "gap_bins", gap_bins)
         bound = known_size(OWNER, distractors) if max_distractors is None else max_distractors
@@ -234,8 +240,8 @@ class DistractorProtocol:
             f"fars must allow at most {MAX_FALSE_ACCEPTS} false accepts, got {self.top - 1} of "
             f"{count} x {bound} impostor scores",
         )
-        self.distractors, self.ranks, self.sizes = distractors, tuple(int(rank) for rank in ranks), tuple(sizes)
-        self.ties, self.cleaning, self.level, self.progress = ties, cleaning, float(level), progress
+        self.distractors, self.sizes, self.progress = distractors, tuple(sizes), progress
+        self.ties, self.cleaning = ties, cleaning
         self.resamples = resample_counts(OWNER, labels.size, replicates=replicates, seed=seed)
 
     @property

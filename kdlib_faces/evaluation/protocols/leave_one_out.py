@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from kdlib._checks import check_number
-from kdlib_faces.evaluation._checks import check_ages, check_identities, check_level, require, unit_rows
+from kdlib_faces.evaluation._checks import check_ages, check_identities, check_level, check_ranks, unit_rows
 from kdlib_faces.evaluation._types import ArrayLike, Embeddings, FloatArray, IntArray, JsonDict, Label
 from kdlib_faces.evaluation.hardest import missed_probes
 from kdlib_faces.evaluation.statistics.bins import GAP_STARTS, PROBE_AGE_STARTS, bin_names, check_starts, place
@@ -63,7 +63,6 @@ class LeaveOneOutResult:
         impostor_scores: (n,) their cosines.
         by_age: Rates by the probe's age; empty without ages.
         by_gap: Rates by the years between the probe and its most similar mate; empty without ages.
-        protocol: The protocol.
     """
 
     rates: Mapping[int, Estimate]
@@ -204,15 +203,11 @@ class LeaveOneOutProtocol:
     ) -> None:
         self.codes, labels = check_identities(OWNER, identities)
         self.num_identities = labels.size
-        require(len(ranks) > 0, OWNER, "ranks must not be empty, got ()")
-        for rank in ranks:
-            check_number(OWNER, "ranks", rank, min=1, max=self.codes.size - 1, integer=True)
-        self.ranks = tuple(int(rank) for rank in ranks)
+        self.ranks = check_ranks(OWNER, ranks, max=self.codes.size - 1)
         self.ages = None if ages is None else check_ages(OWNER, ages, self.codes.size)
         self.age_starts = check_starts(OWNER, "age_bins", age_bins)
         self.gap_starts = check_starts(OWNER, "gap_bins", gap_bins)
-        check_level(OWNER, level)
-        self.level = float(level)
+        self.level = check_level(OWNER, level)
         self.resamples = resample_counts(OWNER, labels.size, replicates=replicates, seed=seed)
 
     def __repr__(self) -> str:

@@ -7,7 +7,7 @@ from typing import Literal
 import numpy as np
 
 from kdlib._checks import check_choice, check_number
-from kdlib_faces.evaluation._checks import check_ages, check_fars, check_identities, check_level, require, unit_rows
+from kdlib_faces.evaluation._checks import check_ages, check_fars, check_identities, check_level, unit_rows
 from kdlib_faces.evaluation._types import ArrayLike, Embeddings, FloatArray, IntArray, JsonDict, Label
 from kdlib_faces.evaluation.hardest import first_disjoint
 from kdlib_faces.evaluation.matching.all_pairs import global_points, rejection_rates
@@ -67,7 +67,6 @@ class LongitudinalResult:
         elapsed: (g,) years of each genuine pair.
         scores: (g,) score of each genuine pair.
         operating_points: Target FAR to the global threshold and its counts.
-        protocol: The protocol.
     """
 
     slope: Estimate
@@ -221,10 +220,8 @@ class LongitudinalProtocol:
             check_number(OWNER, "years", year, above=0)
         check_number(OWNER, "window", window, above=0)
         check_choice(OWNER, "reference", reference, ("first", "all"))
-        check_level(OWNER, level)
-        self.fars = check_fars(OWNER, fars)
-        require(len(self.fars) > 0, OWNER, "fars must not be empty, got ()")
-        self.years, self.window, self.reference, self.level = tuple(years), window, reference, float(level)
+        self.level, self.fars = check_level(OWNER, level), check_fars(OWNER, fars, required=True)
+        self.years, self.window, self.reference = tuple(years), window, reference
         self.resamples = resample_counts(OWNER, labels.size, replicates=replicates, seed=seed)
 
     @property

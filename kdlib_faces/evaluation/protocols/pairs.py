@@ -23,7 +23,7 @@ from kdlib_faces.evaluation._checks import (
 from kdlib_faces.evaluation._types import ArrayLike, Embeddings, FloatArray, IntArray, JsonDict, Label
 from kdlib_faces.evaluation.fold_thresholds import RULES
 from kdlib_faces.evaluation.hardest import hardest_pairs
-from kdlib_faces.evaluation.roc import TarAtFar, auc, far_name, tar_at_far
+from kdlib_faces.evaluation.roc import TarAtFar, auc, tar_at_far
 from kdlib_faces.evaluation.splits import IdentityOverlapWarning, identities_in_several_folds, identity_overlap
 from kdlib_faces.evaluation.statistics.bins import GAP_STARTS, bin_names, check_starts, place
 from kdlib_faces.evaluation.statistics.clustered import clustered_pair_rate, clustered_rate
@@ -66,7 +66,6 @@ class PairResult(VerificationResult):
     Attributes:
         tar: Target FAR to the operating point over all pairs; empty without `fars`.
         scores: (p,) cosine of each pair.
-        protocol: The protocol.
     """
 
     tar: Mapping[float, TarAtFar]
@@ -182,9 +181,9 @@ class PairResult(VerificationResult):
     def _extra(self) -> JsonDict:
         entry = super()._extra()
         if self.tar:
-            entry["tar"] = {far_name(far): point.estimate.to_dict() for far, point in self.tar.items()}
+            entry["tar"] = {f"{far:g}": point.estimate.to_dict() for far, point in self.tar.items()}
             entry["tar_rule"] = self.protocol.tar_mode
-            entry["tar_unresolvable"] = [far_name(far) for far, point in self.tar.items() if not point.resolvable]
+            entry["tar_unresolvable"] = [f"{far:g}" for far, point in self.tar.items() if not point.resolvable]
         return entry | ({"notes": list(self.notes)} if self.notes else {})
 
 

@@ -63,16 +63,7 @@ def bin_results(
     resamples: IntArray,
     level: float,
 ) -> list[BinResult]:
-    """The rates of every bin and, last, of all pairs.
-
-    Args:
-        pairs: All pairs, for the values.
-        thinned: The pairs for the resamples.
-        names: Names of the bins.
-        fars: Target false accept rates.
-        resamples: (r, identities) counts from `resample_counts`.
-        level: Confidence of the intervals.
-    """
+    """The rates of every bin and, last, of all pairs: values from `pairs`, resamples (r, identities) of `thinned`."""
     values, resampled = resampled_rates(pairs, None, fars), resampled_rates(thinned, resamples, fars)
     results = []
     for number, name in enumerate([*names, "all"]):

@@ -45,14 +45,9 @@ def clustered_rate(
 def rate_estimate(
     hits: AnyArray, codes: IntArray, resamples: IntArray, *, level: float = 0.95, per: FloatArray | None = None
 ) -> Estimate:
-    """Mean of `hits` (n,), weighted by `per`, with its interval over identities; None if n is 0.
+    """Mean of `hits` (n,) in [0, 1], weighted by `per` (n,), with its interval over identities; None if n is 0.
 
-    Args:
-        hits: (n,) booleans, or values in [0, 1].
-        codes: (n,) identity of each, as a column of `resamples`.
-        resamples: (r, identities) counts from `resample_counts`.
-        level: Confidence.
-        per: (n,) weights; ones by default.
+    `codes` (n,) are columns of `resamples` (r, identities).
     """
     weights = np.ones(hits.size) if per is None else per
     count = resamples.shape[1]
@@ -81,14 +76,7 @@ def clustered_pair_rate(
 
 
 def pair_rates(hits: FloatArray, first: IntArray, second: IntArray, resamples: IntArray) -> FloatArray:
-    """(r,) rate over pairs in each resample: a genuine pair counts m_i times, an impostor pair m_i m_j times.
-
-    Args:
-        hits: (n,) values to average.
-        first: (n,) identity of each pair's first image.
-        second: (n,) identity of its second image.
-        resamples: (r, identities) counts from `resample_counts`.
-    """
+    """(r,) mean of `hits` (n,) in each resample: a genuine pair counts m_i times, an impostor pair m_i m_j times."""
     rates = np.full(len(resamples), np.nan)
     genuine = first == second
     for start in range(0, len(resamples), ROWS):

@@ -6,22 +6,14 @@ import numpy as np
 import numpy.typing as npt
 
 from kdlib_faces._checks import InputError
-from kdlib_faces.evaluation._checks import check_ages, check_labels, check_vector, to_numpy
+from kdlib_faces.evaluation._checks import check_ages, check_labels
 from kdlib_faces.evaluation._types import ArrayLike, FloatArray, IntArray
 from kdlib_faces.evaluation.statistics.bins import bin_names, check_starts, group_bins, place
 from kdlib_faces.evaluation.statistics.resampling import genuine_pairs
 
 
 class PairBins:
-    """Bins of pairs of images.
-
-    Args:
-        owner: Name for errors.
-        codes: (n,) identities.
-        ages: (n,) years; None to use groups.
-        age_groups: (n,) whole numbers or strings; used if there are no ages.
-        starts: Rising lower ends of the bins of age gaps, years.
-    """
+    """Bins of pairs of images (n,), by their ages in years, else by their groups; `starts` are lower ends of gaps."""
 
     def __init__(
         self,
@@ -30,19 +22,20 @@ class PairBins:
         ages: ArrayLike | None,
         age_groups: ArrayLike | None,
         starts: Sequence[float],
+        name: str = "bins",
     ) -> None:
         self.codes, self.kind = codes, "group" if ages is None else "gap"
         self.ages: FloatArray | None = None
         if ages is not None:
             self.ages = check_ages(owner, ages, codes.size)
-            self.starts = check_starts(owner, "bins", starts)
+            self.starts = check_starts(owner, name, starts)
             self.names = bin_names(self.starts)
         else:
             if age_groups is None:
                 raise InputError(f"{owner}: ages or age_groups must be given, got neither")
-            check_vector(owner, "age_groups", to_numpy(age_groups), codes.size, "identities")
-            self.groups, groups = check_labels(owner, "age_groups", age_groups)
-            self.names, self.group_bin = group_bins(owner, [str(label) for label in groups])
+            self.groups, groups = check_labels(owner, "age_groups", age_groups, rows=codes.size, like="identities")
+            self.group_names = [str(label) for label in groups]
+            self.names, self.group_bin = group_bins(owner, self.group_names)
 
     @property
     def values(self) -> FloatArray | IntArray:

@@ -86,16 +86,9 @@ def genuine_pairs(identities: IntArray) -> tuple[IntArray, IntArray]:
 def score_pairs(
     unit: FloatArray, identities: IntArray, bin_of: Callable[[IntArray, IntArray], AnyArray], bins: int
 ) -> PairScores:
-    """Cosine of every pair of images, in blocks of rows; the peak is about 35 bytes per pair.
+    """Cosine of every pair of unit rows (n, d), in blocks; the peak is about 35 bytes per pair.
 
-    Args:
-        unit: (n, d) embeddings with unit rows, float64.
-        identities: (n,) codes.
-        bin_of: Bin of pairs of rows, broadcast; -1 for none.
-        bins: Number of bins.
-
-    Returns:
-        The pairs, sorted.
+    `bin_of` returns the bin of pairs of rows (broadcast), -1 for none.
     """
     i, j = genuine_pairs(identities)
     cost = -np.einsum("gd,gd->g", unit[i], unit[j])
@@ -131,16 +124,8 @@ def thin(pairs: PairScores, *, max_pairs: int, fars: Sequence[float], seed: int)
 
     The pairs that decide a threshold are all kept (of each bin the `4 max(fars)` part of highest scores, and at least
     1000). The others are sampled evenly along their scores, and weighted by the inverse of the sampled fraction. This
-    changes the width of an interval by about one per cent (3.4 million pairs thinned to 2 million).
-
-    Args:
-        pairs: All pairs.
-        max_pairs: Number of impostor pairs to aim at; all are kept if there are no more.
-        fars: Target false accept rates.
-        seed: Seed of the sample.
-
-    Returns:
-        The thinned pairs with weights; all genuine pairs are kept.
+    changes the width of an interval by about one per cent (3.4 million pairs thinned to 2 million). All genuine pairs are
+    kept, and all impostor pairs if there are at most `max_pairs`.
     """
     if pairs.impostor_cost.size <= max_pairs:
         return pairs
@@ -168,16 +153,7 @@ def thin(pairs: PairScores, *, max_pairs: int, fars: Sequence[float], seed: int)
 
 
 def resampled_rates(pairs: PairScores, resamples: IntArray | None, fars: Sequence[float]) -> Rates:
-    """AUC and TAR of each bin and of all pairs, in each resample.
-
-    Args:
-        pairs: The sorted pairs.
-        resamples: (r, num_identities) counts from `resample_counts`; None for one row of ones.
-        fars: Target false accept rates.
-
-    Returns:
-        The rates.
-    """
+    """AUC and TAR of each bin and of all pairs, in each of the resamples (r, identities); None for one row of ones."""
     count = 1 if resamples is None else len(resamples)
     places = pairs.bins + 1
     rates = Rates(*(np.full((count, places, *more), np.nan) for more in ((), (len(fars),)) * 2))
