@@ -88,7 +88,7 @@ def unit_rows(owner: str, name: str, x: Embeddings, *, rows: int | None = None) 
     message = f"{name} must have one row for each of {rows} identities, got {len(array)}"
     require(rows is None or len(array) == rows, owner, message)
     unit = np.empty(array.shape, dtype=np.float64)
-    for part in _blocks(array):
+    for part in blocks(array):
         if not _to_unit(array[part], unit[part]):
             _name_bad_rows(owner, name, array)
     return unit
@@ -104,12 +104,13 @@ def unit_block(owner: str, name: str, rows: AnyArray, offset: int = 0) -> FloatA
 
 def check_rows(owner: str, name: str, array: AnyArray) -> None:
     """Raise an error for the first row of (n, d) numbers that is not finite or zero."""
-    for part in _blocks(array):
+    for part in blocks(array):
         if not _to_unit(array[part], np.empty(array[part].shape, dtype=np.float64)):
             _name_bad_rows(owner, name, array)
 
 
-def _blocks(array: AnyArray) -> list[slice]:
+def blocks(array: AnyArray) -> list[slice]:
+    """Slices of the rows of (n, d) that stay in the cache of a core."""
     step = max(1, CELLS // array.shape[1])
     return [slice(start, start + step) for start in range(0, len(array), step)]
 
@@ -132,7 +133,7 @@ def _to_unit(rows: AnyArray, unit: FloatArray) -> bool:
 
 def _name_bad_rows(owner: str, name: str, array: AnyArray, offset: int = 0) -> None:
     """Raise an error for the first row that is not finite; if all are, for the first that is zero."""
-    largest = np.concatenate([np.abs(array[part].astype(np.float64)).max(axis=1) for part in _blocks(array)])
+    largest = np.concatenate([np.abs(array[part].astype(np.float64)).max(axis=1) for part in blocks(array)])
     check_each(owner, name, np.isfinite(largest), "finite (no NaN, no infinity)", offset=offset)
     check_each(owner, name, largest > 0, "non-zero in every row", offset=offset)
 

@@ -1,13 +1,15 @@
 """Rules that choose the threshold of a fold on the other folds."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 
 from kdlib_faces.evaluation._types import BoolArray, FloatArray, JsonDict
 from kdlib_faces.evaluation.roc import allowed_false_accepts, kth_largest
 
-RULES = ("grid", "exact", "facexzoo")
+Rule = Literal["grid", "exact", "facexzoo"]
 GRID = np.arange(0, 4, 0.01)
 FINE_GRID = np.arange(0, 4, 0.001)
 STEPS = 1000
@@ -71,6 +73,14 @@ def best_facexzoo(scores: FloatArray, same: BoolArray) -> float:
     tpr = (positive.size - np.searchsorted(positive, candidates, side="right")) / positive.size
     fpr = (negative.size - np.searchsorted(negative, candidates, side="right")) / negative.size
     return float(candidates[np.argmax(tpr - fpr)])
+
+
+BEST: dict[Rule, Callable[[FloatArray, BoolArray], float]] = {
+    "grid": best_grid,
+    "exact": best_exact,
+    "facexzoo": best_facexzoo,
+}
+"""Rule to the function that chooses a threshold."""
 
 
 def grid_at_far(impostor: FloatArray, far: float) -> float:

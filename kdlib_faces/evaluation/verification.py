@@ -3,7 +3,6 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from math import sqrt
-from typing import Literal
 
 import numpy as np
 
@@ -20,19 +19,10 @@ from kdlib_faces.evaluation._checks import (
     unit_rows,
 )
 from kdlib_faces.evaluation._types import AnyArray, ArrayLike, BoolArray, Embeddings, FloatArray, IntArray, JsonDict
-from kdlib_faces.evaluation.fold_thresholds import (
-    RULES,
-    FoldTar,
-    best_exact,
-    best_facexzoo,
-    best_grid,
-    exact_at_far,
-    grid_at_far,
-)
+from kdlib_faces.evaluation.fold_thresholds import BEST, FoldTar, Rule, exact_at_far, grid_at_far
 from kdlib_faces.evaluation.roc import allowed_false_accepts
 
 FOLDS = 10
-Rule = Literal["grid", "exact", "facexzoo"]
 
 
 @dataclass(frozen=True)
@@ -147,7 +137,7 @@ def verify_pairs(
         insightface's `verification.py`; FaceX-Zoo defines threshold and spread differently.
     """
     owner = "verify_pairs"
-    check_choice(owner, "threshold", threshold, RULES)
+    check_choice(owner, "threshold", threshold, tuple(BEST))
     if pca is not None:
         check_number(owner, "pca", pca, min=1, integer=True)
     fars = check_fars(owner, val_fars)
@@ -189,11 +179,10 @@ def fold_accuracy(
             compared = _reduced_distances(owner, *reduced, ~held, pca)
         if threshold == "facexzoo":
             compared = 1 - compared / 2
-            limit = best_facexzoo(compared[~held], truth[~held])
+        limit = BEST[threshold](compared[~held], truth[~held])
+        correct[held] = (compared[held] < limit) == truth[held]
+        if threshold == "facexzoo":
             correct[held] = np.where(truth[held], compared[held] > limit, compared[held] < limit)
-        else:
-            limit = (best_grid if threshold == "grid" else best_exact)(compared[~held], truth[~held])
-            correct[held] = (compared[held] < limit) == truth[held]
         thresholds.append(limit)
         accuracies.append(float(np.mean(correct[held])))
     scores = np.asarray(accuracies)

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, cast
+from typing import Literal, NamedTuple, cast
 
 import numpy as np
 
@@ -16,16 +16,9 @@ CLEANING = ("none", "extra_dimension", "exclude_zeros", "zeros_score_0")
 Cleaning = Literal["none", "extra_dimension", "exclude_zeros", "zeros_score_0"]
 
 
-@dataclass(frozen=True)
-class DistractorBlock:
-    """A block of distractors.
-
-    Attributes:
-        rows: (m, d) embeddings.
-        numbers: (m,) number of each in the given order.
-        zeros: Number of further distractors that score 0 against every probe.
-        cleaned: Number of distractors left out as noisy.
-    """
+class DistractorBlock(NamedTuple):
+    """Distractors (m, d) and their numbers (m,) in the given order; further ones that score 0 against every probe, and
+    those left out as noisy, are counted."""
 
     rows: AnyArray
     numbers: IntArray

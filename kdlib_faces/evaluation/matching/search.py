@@ -41,14 +41,7 @@ def dot_rows(left: AnyArray, i: IntArray, right: AnyArray, j: IntArray) -> Float
 
 @dataclass
 class Search:
-    """The largest distractor scores of each probe, and the largest of all.
-
-    Args:
-        owner: Name for errors.
-        probes: (p, d) unit rows, float64.
-        ranks: Number of scores to keep for each probe.
-        top: Number of scores to keep of all.
-    """
+    """The `ranks` largest distractor scores of each probe, of unit rows (p, d), and the `top` largest of all."""
 
     owner: str
     probes: FloatArray
@@ -69,10 +62,6 @@ class Search:
         self._single = self.probes.astype(np.float32)
         self._error = product_error(self.probes.shape[1])
         self._scores = np.empty((0, 0), dtype=np.float32)
-
-    def threshold(self) -> float:
-        """Lower bound of the `top` largest scores, -inf while there are fewer."""
-        return float(self.largest.min()) if self.largest.size >= self.top > 0 else -np.inf
 
     def add(self, rows: AnyArray, numbers: IntArray) -> None:
         """Add distractors (m, d), none of them zero, with their numbers (m,)."""
@@ -145,7 +134,7 @@ class Search:
         self.best[moved] = -np.sort(-np.hstack([self.best[moved], fresh]), axis=1)[:, : self.ranks]
 
     def _update_largest(self, block: AnyArray, scores: SingleArray, highest: SingleArray, offset: int) -> None:
-        floor = self.threshold() - self._error
+        floor = (float(self.largest.min()) if self.largest.size >= self.top else -np.inf) - self._error
         moved = np.flatnonzero(highest > floor)
         if not moved.size:
             return

@@ -243,11 +243,7 @@ class AgeErrorProtocol:
         return f"AgeErrorProtocol({shape}, {by}=..., fars={self.fars}, level={self.level})"
 
     def evaluate(self, embeddings: Embeddings) -> AgeErrorResult:
-        """Measure embeddings (n, d) in the order of the identities.
-
-        Raises:
-            ValueError: An embedding is not finite or zero (the message gives its row), or the number of rows is wrong.
-        """
+        """Measure embeddings (n, d) in the order of the identities."""
         unit = unit_rows(OWNER, "embeddings", embeddings, rows=self.codes.size)
         i, j = genuine_pairs(self.codes)
         scores, codes = dot_rows(unit, i, unit, j), self.codes[i]

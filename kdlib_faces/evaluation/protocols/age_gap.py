@@ -63,21 +63,13 @@ class AgeGapResult:
     embeddings: AnyArray = field(repr=False, compare=False)
 
     def bin(self, name: str) -> BinResult:
-        """The bin of this name, or `"all"`.
-
-        Raises:
-            ValueError: There is no such bin.
-        """
+        """The bin of this name, or `"all"`."""
         known = {entry.name: entry for entry in (*self.bins, self.all)}
         require(name in known, "AgeGapResult.bin", f"name must be one of {', '.join(known)}, got {name!r}")
         return known[name]
 
     def unresolved(self) -> list[str]:
-        """The estimates with too few impostor pairs for their FAR: their TAR is the one without a false accept.
-
-        Returns:
-            One line each, such as `"30+: own_tar@0.001 (412 impostor pairs)"`.
-        """
+        """The estimates with too few impostor pairs for their FAR, such as `"30+: own_tar@0.001 (412 impostor pairs)"`."""
         points = self.operating_points.items()
         lines = [f"all: tar@{far:g} ({p.impostors} impostor pairs)" for far, p in points if not p.resolvable]
         return lines + [
@@ -297,11 +289,7 @@ class AgeGapProtocol:
         return digest.hexdigest()
 
     def evaluate(self, embeddings: Embeddings) -> AgeGapResult:
-        """Measure embeddings (n, d), normalized or not, in the order of the identities.
-
-        Raises:
-            ValueError: An embedding is not finite or zero (the message gives its row), or the number of rows is wrong.
-        """
+        """Measure embeddings (n, d) in the order of the identities."""
         rows, names = gather(OWNER, "embeddings", embeddings), self.bins.names
         unit = unit_rows(OWNER, "embeddings", rows, rows=self.codes.size)
         pairs = score_pairs(unit, self.codes, self.bins.of, len(names))

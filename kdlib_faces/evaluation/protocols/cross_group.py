@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 
@@ -230,11 +231,7 @@ class CrossGroupProtocol:
         )
 
     def evaluate(self, embeddings: Embeddings) -> CrossGroupResult:
-        """Measure embeddings (n, d) in the order of the identities.
-
-        Raises:
-            ValueError: An embedding is not finite or zero (the message gives its row), or the number of rows is wrong.
-        """
+        """Measure embeddings (n, d) in the order of the identities."""
         unit = unit_rows(OWNER, "embeddings", embeddings, rows=self.codes.size)
         scores, same = unit[self.probes] @ unit[self.gallery].T, self.same
         mated = same.any(axis=1)
@@ -246,10 +243,7 @@ class CrossGroupProtocol:
         resampled = resampled_rates(thinned, self.resamples, self.fars)
         genuine, clusters = pairs.genuine_cost.size, np.unique(pairs.genuine_identity).size
         probes = self.codes[self.probes][mated]
-
-        def estimate(value: FloatArray, replicates: FloatArray) -> Estimate:
-            return bootstrap_estimate(float(value), replicates, n=genuine, clusters=clusters, level=self.level)
-
+        estimate = partial(bootstrap_estimate, n=genuine, clusters=clusters, level=self.level)
         return CrossGroupResult(
             auc=estimate(values.auc[0, 0], resampled.auc[:, 0]),
             tar={far: estimate(values.tar[0, 0, k], resampled.tar[:, 0, k]) for k, far in enumerate(self.fars)},

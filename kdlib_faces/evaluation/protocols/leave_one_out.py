@@ -214,11 +214,7 @@ class LeaveOneOutProtocol:
         return f"LeaveOneOutProtocol(<{self.codes.size} images>, ranks={self.ranks})"
 
     def evaluate(self, embeddings: Embeddings) -> LeaveOneOutResult:
-        """Measure embeddings (n, d) in the order of the identities.
-
-        Raises:
-            ValueError: An embedding is not finite or zero (the message gives its row), or the number of rows is wrong.
-        """
+        """Measure embeddings (n, d) in the order of the identities."""
         codes, count = self.codes, self.codes.size
         unit = unit_rows(OWNER, "embeddings", embeddings, rows=count)
         parts = [_nearest(unit, codes, start) for start in range(0, count, BLOCK)]

@@ -249,11 +249,7 @@ class LongitudinalProtocol:
         return enrolled[~starts], order[~starts]
 
     def evaluate(self, embeddings: Embeddings) -> LongitudinalResult:
-        """Measure embeddings (n, d) in the order of the identities.
-
-        Raises:
-            ValueError: An embedding is not finite or zero (the message gives its row), or the number of rows is wrong.
-        """
+        """Measure embeddings (n, d) in the order of the identities."""
         unit = unit_rows(OWNER, "embeddings", embeddings, rows=self.codes.size)
         i, j = self.pairs()
         scores, elapsed, codes = dot_rows(unit, i, unit, j), np.abs(self.ages[j] - self.ages[i]), self.codes[i]

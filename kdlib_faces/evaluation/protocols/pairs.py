@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, astuple, dataclass, field
 from typing import Literal, Self
 
 import numpy as np
@@ -21,13 +21,20 @@ from kdlib_faces.evaluation._checks import (
     unit_rows,
 )
 from kdlib_faces.evaluation._types import ArrayLike, Embeddings, FloatArray, IntArray, JsonDict, Label
-from kdlib_faces.evaluation.fold_thresholds import RULES
+from kdlib_faces.evaluation.fold_thresholds import BEST, Rule
 from kdlib_faces.evaluation.hardest import hardest_pairs
 from kdlib_faces.evaluation.roc import TarAtFar, auc, tar_at_far
 from kdlib_faces.evaluation.splits import IdentityOverlapWarning, identities_in_several_folds, identity_overlap
 from kdlib_faces.evaluation.statistics.bins import GAP_STARTS, bin_names, check_starts, place
-from kdlib_faces.evaluation.statistics.clustered import clustered_pair_rate, clustered_rate
-from kdlib_faces.evaluation.statistics.intervals import Estimate, Sampling, wilson, wilson_estimate
+from kdlib_faces.evaluation.statistics.clustered import clustered_rate, pair_rates
+from kdlib_faces.evaluation.statistics.intervals import (
+    Estimate,
+    Sampling,
+    bootstrap_estimate,
+    resample_counts,
+    wilson,
+    wilson_estimate,
+)
 from kdlib_faces.evaluation.statistics.paired import Outcomes
 from kdlib_faces.evaluation.summary import (
     KEPT_THRESHOLDS,
@@ -44,7 +51,6 @@ from kdlib_faces.evaluation.summary import (
     far_text,
 )
 from kdlib_faces.evaluation.verification import (
-    Rule,
     VerificationResult,
     check_folds,
     contiguous_folds,
@@ -84,7 +90,11 @@ class PairResult(VerificationResult):
         if identities is None:
             interval = wilson(self.accuracy * self.pairs, self.pairs, level=protocol.level)
             return Estimate(float(hits.mean()), *interval, self.pairs)
-        return clustered_pair_rate(hits, *identities, protocol.num_identities, **asdict(protocol.sampling))
+        replicates, seed, level = astuple(protocol.sampling)
+        resamples = resample_counts(OWNER, protocol.num_identities, replicates=replicates, seed=seed)
+        clusters = np.unique(np.concatenate(identities)).size
+        rates = pair_rates(hits, *identities, resamples)
+        return bootstrap_estimate(float(hits.mean()), rates, n=hits.size, clusters=clusters, level=level)
 
     def _tar_value(self, point: TarAtFar) -> MeasuredValue:
         protocol = self.protocol
@@ -251,7 +261,7 @@ class PairProtocol:
         self.same = check_flags(OWNER, "same", same, count)
         if fold_ids is not None:
             check_labels(OWNER, "fold_ids", fold_ids, rows=count, like="left")
-        check_choice(OWNER, "threshold", threshold, RULES)
+        check_choice(OWNER, "threshold", threshold, tuple(BEST))
         check_choice(OWNER, "tar_mode", tar_mode, tuple(POINT_RULES))
         if pca is not None:
             check_number(OWNER, "pca", pca, min=1, integer=True)

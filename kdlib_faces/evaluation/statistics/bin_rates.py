@@ -2,10 +2,11 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
-from kdlib_faces.evaluation._types import FloatArray, IntArray, JsonDict
+from kdlib_faces.evaluation._types import IntArray, JsonDict
 from kdlib_faces.evaluation.roc import allowed_false_accepts, by_far
 from kdlib_faces.evaluation.statistics.intervals import Estimate, bootstrap_estimate
 from kdlib_faces.evaluation.statistics.resampling import PairScores, resampled_rates
@@ -69,12 +70,7 @@ def bin_results(
     for number, name in enumerate([*names, "all"]):
         members = pairs.genuine_in(number)
         genuine, clusters = pairs.genuine_cost[members].size, np.unique(pairs.genuine_identity[members]).size
-
-        def estimate(
-            value: FloatArray, replicates: FloatArray, genuine: int = genuine, clusters: int = clusters
-        ) -> Estimate:
-            return bootstrap_estimate(float(value), replicates, n=genuine, clusters=clusters, level=level)
-
+        estimate = partial(bootstrap_estimate, n=genuine, clusters=clusters, level=level)
         tar, own_tar = (
             {far: estimate(v[0, number, k], r[:, number, k]) for k, far in enumerate(fars)}
             for v, r in ((values.tar, resampled.tar), (values.own_tar, resampled.own_tar))

@@ -59,22 +59,6 @@ def rate_estimate(
     return bootstrap_estimate(value, rates, n=int(hits.size), clusters=int(np.count_nonzero(held)) or 1, level=level)
 
 
-def clustered_pair_rate(
-    hits: FloatArray,
-    first: IntArray,
-    second: IntArray,
-    num_identities: int,
-    *,
-    replicates: int,
-    seed: int,
-    level: float,
-) -> Estimate:
-    """A rate over pairs (n,) with an interval over identities; `first` and `second` are the identities of each pair."""
-    resamples = resample_counts("clustered_pair_rate", num_identities, replicates=replicates, seed=seed)
-    rates, clusters = pair_rates(hits, first, second, resamples), np.unique(np.concatenate([first, second])).size
-    return bootstrap_estimate(float(hits.mean()), rates, n=hits.size, clusters=clusters, level=level)
-
-
 def pair_rates(hits: FloatArray, first: IntArray, second: IntArray, resamples: IntArray) -> FloatArray:
     """(r,) mean of `hits` (n,) in each resample: a genuine pair counts m_i times, an impostor pair m_i m_j times."""
     rates = np.full(len(resamples), np.nan)

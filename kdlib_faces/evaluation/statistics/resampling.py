@@ -18,18 +18,10 @@ TAIL = 4.0
 
 @dataclass(frozen=True)
 class PairScores:
-    """Every pair of images once. A cost is a negated score, so that the most similar pair comes first in rising order.
+    """Every pair of images once: genuine pairs (g,) and impostor pairs (N,), with identities and bins, -1 for no bin.
 
-    Attributes:
-        genuine_cost: (g,) rising.
-        genuine_identity: (g,) code of the identity.
-        genuine_bin: (g,) bin, -1 for none.
-        impostor_cost: (N,) rising.
-        impostor_first: (N,) code of one identity.
-        impostor_second: (N,) code of the other identity.
-        impostor_bin: (N,) bin, -1 for none.
-        bins: Number of bins.
-        weight: (N,) number of pairs that an impostor pair represents; None for one each.
+    A cost is a negated score, so that the most similar pair comes first in rising order. `weight` (N,) is the number of
+    pairs that an impostor pair represents; None for one each.
     """
 
     genuine_cost: FloatArray
@@ -55,11 +47,7 @@ class PairScores:
 class Rates:
     """Rates of r resamples in each bin and, last, over all pairs; NaN if a resample holds no pair.
 
-    Attributes:
-        auc: (r, bins + 1) AUC of the genuine pairs of the bin against all impostor pairs.
-        tar: (r, bins + 1, fars) TAR at the threshold set on all impostor pairs.
-        own_auc: (r, bins + 1) AUC against the impostor pairs of the same bin.
-        own_tar: (r, bins + 1, fars) TAR at the threshold set on the impostor pairs of the same bin.
+    AUC (r, bins + 1) and TAR (r, bins + 1, fars), against all impostor pairs and against those of the same bin (`own_`).
     """
 
     auc: FloatArray
