@@ -14,7 +14,7 @@ evaluate(embeddings, LongitudinalProtocol(identities, ages)) scores of an identi
 from kdlib_faces.evaluation.comparison import compare
 from kdlib_faces.evaluation.embedding import embed_images, evaluate_images
 from kdlib_faces.evaluation.fold_thresholds import FoldTar
-from kdlib_faces.evaluation.identification import identify_with_distractors, leave_one_out
+from kdlib_faces.evaluation.identification import identify_with_distractors
 from kdlib_faces.evaluation.matching.all_pairs import ScoredPairs
 from kdlib_faces.evaluation.matching.distractors import DistractorTrials, GapRates
 from kdlib_faces.evaluation.matching.galleries import Gallery, GalleryPoint, GallerySearch
@@ -24,7 +24,12 @@ from kdlib_faces.evaluation.protocols.age_errors import AgeErrorProtocol, AgeErr
 from kdlib_faces.evaluation.protocols.age_gap import AgeGapProtocol, AgeGapResult
 from kdlib_faces.evaluation.protocols.cross_group import CrossGroupProtocol, CrossGroupResult
 from kdlib_faces.evaluation.protocols.distractors import DistractorProtocol, DistractorResult
-from kdlib_faces.evaluation.protocols.leave_one_out import BinRates, LeaveOneOutProtocol, LeaveOneOutResult
+from kdlib_faces.evaluation.protocols.leave_one_out import (
+    BinRates,
+    LeaveOneOutProtocol,
+    LeaveOneOutResult,
+    leave_one_out,
+)
 from kdlib_faces.evaluation.protocols.longitudinal import ElapsedErrors, LongitudinalProtocol, LongitudinalResult
 from kdlib_faces.evaluation.protocols.pair_sets import PAIR_SETS, PairSet, pair_set
 from kdlib_faces.evaluation.protocols.pairs import PairProtocol, PairResult
@@ -47,7 +52,6 @@ from kdlib_faces.evaluation.splits import (
     identity_overlap,
     positives_first_folds,
 )
-from kdlib_faces.evaluation.statistics.bin_rates import BinResult
 from kdlib_faces.evaluation.statistics.clustered import clustered_rate
 from kdlib_faces.evaluation.statistics.intervals import (
     Estimate,
@@ -58,6 +62,7 @@ from kdlib_faces.evaluation.statistics.intervals import (
     wilson,
 )
 from kdlib_faces.evaluation.statistics.paired import Outcomes, PairedTest, paired_test
+from kdlib_faces.evaluation.statistics.resampling import BinResult
 from kdlib_faces.evaluation.verification import VerificationResult, verify_pairs
 
 __all__ = [

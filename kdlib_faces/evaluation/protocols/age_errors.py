@@ -11,9 +11,8 @@ from kdlib_faces.evaluation.hardest import hardest_pairs
 from kdlib_faces.evaluation.matching.all_pairs import ScoredPairs, global_points, rejection_rates
 from kdlib_faces.evaluation.matching.search import dot_rows
 from kdlib_faces.evaluation.roc import TarAtFar, by_far
-from kdlib_faces.evaluation.statistics.bins import AGE_STARTS, GAP_STARTS, bin_names, check_starts, place
+from kdlib_faces.evaluation.statistics.bins import AGE_STARTS, GAP_STARTS, PairBins, bin_names, check_starts, place
 from kdlib_faces.evaluation.statistics.intervals import Estimate, bootstrap_estimate, resample_counts
-from kdlib_faces.evaluation.statistics.pair_bins import PairBins
 from kdlib_faces.evaluation.statistics.paired import Outcomes
 from kdlib_faces.evaluation.statistics.resampling import genuine_pairs
 from kdlib_faces.evaluation.statistics.slopes import mean_estimate, pooled_slope, within_slope
@@ -202,9 +201,6 @@ class AgeErrorProtocol:
         replicates: Bootstrap resamples over identities; 0 for none.
         seed: Seed of the resamples.
         level: Confidence of the intervals, which are over identities at thresholds kept as they are.
-
-    Raises:
-        ValueError: An argument is not usable; for an age the message gives its row.
 
     Examples:
         >>> protocol = AgeErrorProtocol([0, 0, 1, 1], ages=[3, 4, 5, 40], fars=(0.5,), replicates=20)

@@ -12,11 +12,9 @@ from kdlib_faces.evaluation._types import AnyArray, ArrayLike, Embeddings, Float
 from kdlib_faces.evaluation.hardest import first_disjoint, most_similar_impostors
 from kdlib_faces.evaluation.matching.all_pairs import rows_of_scores
 from kdlib_faces.evaluation.roc import TarAtFar, curve, tar_at_far
-from kdlib_faces.evaluation.statistics.bin_rates import BinResult, bin_results
-from kdlib_faces.evaluation.statistics.bins import GAP_STARTS
+from kdlib_faces.evaluation.statistics.bins import GAP_STARTS, PairBins
 from kdlib_faces.evaluation.statistics.intervals import Estimate, resample_counts
-from kdlib_faces.evaluation.statistics.pair_bins import PairBins
-from kdlib_faces.evaluation.statistics.resampling import genuine_pairs, score_pairs, thin
+from kdlib_faces.evaluation.statistics.resampling import BinResult, bin_results, genuine_pairs, score_pairs, thin
 from kdlib_faces.evaluation.summary import (
     Bins,
     Description,
@@ -121,28 +119,22 @@ class AgeGapResult:
             difference_rule="Paired bootstrap over identities; the threshold is set anew in each resample.",
         )
 
-    def _estimates(self) -> dict[str, Estimate]:
-        """Measure key to estimate."""
-        named = {f"tar_{far:g}": estimate for far, estimate in self.all.tar.items()} | {"auc": self.all.auc}
+    def _estimates(self) -> dict[str, tuple[Estimate, bool]]:
+        """Measure key to estimate, and whether there are enough impostor pairs for it."""
+        points = self.operating_points
+        named = {f"tar_{far:g}": (estimate, points[far].resolvable) for far, estimate in self.all.tar.items()}
+        named["auc"] = self.all.auc, True
         if self.large_gap is None:
             return named
         large = self.bin(self.large_gap)
-        own = {f"large_own_{far:g}": estimate for far, estimate in large.own_tar.items()}
-        pooled = {f"large_tar_{far:g}": estimate for far, estimate in large.tar.items()}
-        return {**pooled, "large_own_auc": large.own_auc, **own, **named}
+        own = {f"large_own_{far:g}": (estimate, large.resolves(far)) for far, estimate in large.own_tar.items()}
+        pooled = {f"large_tar_{far:g}": (estimate, points[far].resolvable) for far, estimate in large.tar.items()}
+        return {**pooled, "large_own_auc": (large.own_auc, True), **own, **named}
 
     def summary(self) -> ModelSummary:
         """TAR and AUC over all pairs and at the largest gap, FNMR by bin, and curves."""
         large, points = self.large_gap, self.operating_points
-        resolvable = {
-            f"{kind}tar_{far:g}": point.resolvable for far, point in points.items() for kind in ("", "large_")
-        }
-        if large is not None:
-            resolvable |= {f"large_own_{far:g}": self.bin(large).resolves(far) for far in points}
-        measures = {
-            key: MeasuredValue.of(estimate, resolvable=resolvable.get(key, True))
-            for key, estimate in self._estimates().items()
-        }
+        measures = {key: MeasuredValue.of(each, resolvable=good) for key, (each, good) in self._estimates().items()}
         bins = {
             f"fnmr_{far:g}": [MeasuredValue.of(each.fnmr[far], resolvable=point.resolvable) for each in self.bins]
             for far, point in points.items()
@@ -161,7 +153,7 @@ class AgeGapResult:
 
     def outcomes(self) -> dict[str, Estimate]:
         """The estimates with their resamples; none without resamples."""
-        return self._estimates() if len(self.protocol.resamples) else {}
+        return {key: each for key, (each, _) in self._estimates().items() if len(self.protocol.resamples)}
 
     def hardest(self, count: int) -> list[HardPair]:
         """The genuine pairs of lowest score across the largest gap, and the impostor pairs of highest score.

@@ -190,9 +190,6 @@ class LongitudinalProtocol:
         seed: Seed of the resamples.
         level: Confidence of the intervals.
 
-    Raises:
-        ValueError: An argument is not usable; for an age the message gives its row.
-
     Examples:
         >>> protocol = LongitudinalProtocol([0, 0, 0, 1, 1], [20, 25, 40, 30, 35], years=(5, 20), fars=(0.5,))
         >>> result = protocol.evaluate([[1.0, 0.0], [1.0, 0.1], [1.0, 0.8], [0.0, 1.0], [0.1, 1.0]])
