@@ -60,7 +60,9 @@ def gather(owner: str, name: str, x: Embeddings) -> AnyArray:
     return shards[0] if len(shards) == 1 else np.concatenate(shards)
 
 
-def check_each(owner: str, name: str, good: BoolArray, wanted: str, what: str = "row", offset: int = 0) -> None:
+def check_each(
+    owner: str, name: str, good: BoolArray | np.bool_, wanted: str, what: str = "row", offset: int = 0
+) -> None:
     """Every entry must be good; the error gives the first that is not, and their number."""
     if not good.all():
         bad = np.flatnonzero(~good)
@@ -144,10 +146,10 @@ def check_vector(owner: str, name: str, array: AnyArray, rows: int | None = None
     require(rows is None or array.size == rows, owner, f"{name} must be as long as {like} ({rows}), got {array.size}")
 
 
-def check_scores(owner: str, name: str, x: ArrayLike) -> FloatArray:
-    """Scores (n,) as float64, finite, at least one."""
+def check_scores(owner: str, name: str, x: ArrayLike, rows: int | None = None, like: str = "rows") -> FloatArray:
+    """Scores (n,) as float64, finite, at least one, as long as `rows` when that is given."""
     array = _numbers(owner, name, x)
-    check_vector(owner, name, array)
+    check_vector(owner, name, array, rows, like)
     check_each(owner, name, np.isfinite(array), "finite", "entry")
     return array
 
@@ -248,9 +250,8 @@ def check_distinct(owner: str, name: str, codes: IntArray, labels: LabelArray) -
     if labels.size < codes.size:
         twice = int(np.flatnonzero(np.bincount(codes) > 1)[0])
         first, second = np.flatnonzero(codes == twice)[:2].tolist()
-        raise InputError(
-            f"{owner}: {name} must not occur twice, got {labels[twice].item()!r} in entries {first} and {second}"
-        )
+        got = f"{labels[twice].item()!r} in entries {first} and {second}"
+        raise InputError(f"{owner}: {name} must not occur twice, got {got}")
 
 
 def look_up(owner: str, name: str, x: ArrayLike, known: LabelArray, where: str) -> IntArray:
@@ -273,8 +274,6 @@ def look_up(owner: str, name: str, x: ArrayLike, known: LabelArray, where: str) 
         indices = np.where(known[spot] == labels, spot, -1)[codes]
     if indices.min() < 0:
         bad = np.flatnonzero(indices < 0)
-        raise InputError(
-            f"{owner}: {name} must be in {where}, got {array[bad[0]].item()!r} in entry {bad[0]} that is not "
-            f"({bad.size} in all)"
-        )
+        got = f"{array[bad[0]].item()!r} in entry {bad[0]} that is not ({bad.size} in all)"
+        raise InputError(f"{owner}: {name} must be in {where}, got {got}")
     return indices

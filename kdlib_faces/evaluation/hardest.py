@@ -13,12 +13,7 @@ MANY = 2000
 
 
 def first_disjoint(order: Iterable[int], ends: Callable[[int], Iterable[Hashable]], count: int) -> list[int]:
-    """The first `count` items of an order that share no end (identity or image) with an earlier item.
-
-    Examples:
-        >>> first_disjoint([2, 0, 1], [("ann", "bob"), ("cy", "dan"), ("ann", "eve")].__getitem__, 5)
-        [2, 1]
-    """
+    """The first `count` items of an order that share no end (identity or image) with an earlier item."""
     seen: set[Hashable] = set()
     chosen: list[int] = []
     for item in order:

@@ -1,6 +1,6 @@
 """Dataclasses for models, data and the results of protocols, as stored in report.json."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, Self
 
@@ -93,6 +93,11 @@ class Bins:
     at: list[float] | None = None
     counts: list[int | None] | None = None
     unit: Unit = "rate"
+
+    @classmethod
+    def ordered(cls, title: str, labels: list[str], axis: str, counts: Sequence[int] | None = None) -> Self:
+        """Bins side by side at 0, 1, ..."""
+        return cls(title, labels, axis, [float(k) for k in range(len(labels))], None if counts is None else [*counts])
 
 
 @dataclass(frozen=True)

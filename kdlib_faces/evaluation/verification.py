@@ -268,12 +268,7 @@ def _fold_tar(distances: FloatArray, same: BoolArray, folds: IntArray, far: floa
 
 
 def contiguous_folds(count: int, folds: int = FOLDS) -> IntArray:
-    """(count,) contiguous fold of each pair; the first folds may have one pair more, as in scikit-learn's KFold.
-
-    Examples:
-        >>> contiguous_folds(5, 2).tolist()
-        [0, 0, 0, 1, 1]
-    """
+    """(count,) contiguous fold of each pair; the first folds may have one pair more, as in scikit-learn's KFold."""
     return np.repeat(np.arange(folds), [part.size for part in np.array_split(np.arange(count), folds)])
 
 

@@ -236,7 +236,7 @@ def test_identities_in_several_folds_are_noted_and_training_identities_warned_of
         noted = PairProtocol(left, right, same, folds, identities=codes, train_identities=[1, 2, 3, 77])
     assert "3 of 40 identities were trained on" in evaluate(rows, noted).notes
     assert identity_overlap([1, 2], [3]) == []
-    with pytest.raises(ValueError, match=r"same must agree with identities, got pair \[0\]"):
+    with pytest.raises(ValueError, match="same must be in agreement with identities, got pair 0"):
         PairProtocol(left, right, ~same, folds, identities=codes)
 
 

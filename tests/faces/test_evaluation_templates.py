@@ -197,7 +197,7 @@ def test_verification_protocol_reports_its_pooling() -> None:
         ({"right": [9, 0, 7]}, "right must be in template_ids, got 0 in entry 1"),
         ({"right": [9, 10**12, 7]}, "right must be in template_ids, got 1000000000000 in entry 1"),
         ({"left": ["5", "5", "5"]}, "left must be numbers as in template_ids, got strings"),
-        ({"right": [5, 9, 7]}, r"a pair must be of two templates, got pair \[0\]"),
+        ({"right": [5, 9, 7]}, "every pair must be of two templates, got pair 0 that is not"),
         ({"right": [9, 7]}, r"right must be as long as left \(3\), got 2"),
         ({"same": [1, 1, 1]}, "same must hold both kinds of pair, got only True"),
         ({"same": [1, 0]}, r"same must be as long as the pairs \(3\), got 2"),

@@ -61,11 +61,8 @@ def most_similar_pairs(owner: str, unit: FloatArray, codes: IntArray, far: float
     """
     total = count_impostors(codes)
     count = min(allowed_false_accepts(far, total) + 1, total)
-    require(
-        count <= MAX_FALSE_ACCEPTS,
-        owner,
-        f"fars must allow at most {MAX_FALSE_ACCEPTS} false accepts, got {count - 1} of {total} impostor pairs",
-    )
+    message = f"fars must allow at most {MAX_FALSE_ACCEPTS} false accepts, got {count - 1} of {total} impostor pairs"
+    require(count <= MAX_FALSE_ACCEPTS, owner, message)
     error = product_error(unit.shape[1])
     single = unit.astype(np.float32)
     first, second = genuine_pairs(codes)

@@ -6,13 +6,12 @@ from typing import Literal, NamedTuple, cast
 
 import numpy as np
 
-from kdlib_faces.evaluation._checks import is_shards, require, shards_of, to_numpy
+from kdlib_faces.evaluation._checks import check_each, is_shards, require, shards_of, to_numpy
 from kdlib_faces.evaluation._types import AnyArray, ArrayLike, Embeddings, FloatArray, IntArray, JsonDict
 from kdlib_faces.evaluation.roc import by_far
 from kdlib_faces.evaluation.statistics.intervals import Estimate
 
 MEGAFACE = 1_000_000
-CLEANING = ("none", "extra_dimension", "exclude_zeros", "zeros_score_0")
 Cleaning = Literal["none", "extra_dimension", "exclude_zeros", "zeros_score_0"]
 
 
@@ -92,11 +91,8 @@ def distractor_blocks(
             start += len(rows)
             numbers = np.arange(total, total + len(rows))
             total += len(rows)
-            require(
-                total <= max_distractors,
-                owner,
-                f"max_distractors must be an upper bound, got {max_distractors} and a row {max_distractors}",
-            )
+            message = f"max_distractors must be an upper bound, got {max_distractors} and a row {max_distractors}"
+            require(total <= max_distractors, owner, message)
             block = DistractorBlock(rows, numbers) if cleaning == "none" else _clean(owner, rows, numbers, cleaning)
             used += len(block.rows) + block.zeros
             yield block
@@ -104,9 +100,8 @@ def distractor_blocks(
 
 def _clean(owner: str, rows: AnyArray, numbers: IntArray, cleaning: Cleaning) -> DistractorBlock:
     # Checked before rows are left out, so that the message gives the number of the bad row.
-    bad_rows = np.flatnonzero(~np.isfinite(rows).all(axis=1))
-    first = int(numbers[bad_rows[:1]].sum())
-    require(bad_rows.size == 0, owner, f"distractors must be finite (no NaN, no infinity), got row {first}")
+    finite = np.isfinite(rows).all(axis=1)
+    check_each(owner, "distractors", finite, "finite (no NaN, no infinity)", offset=int(numbers[0]))
     if cleaning == "extra_dimension":
         good, rows = rows[:, -1] == 0, rows[:, :-1]
     else:

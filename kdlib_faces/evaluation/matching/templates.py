@@ -13,10 +13,8 @@ from kdlib_faces.evaluation._checks import (
     check_each,
     check_labels,
     check_scores,
-    check_vector,
     require,
     shards_of,
-    to_numpy,
     unit_block,
 )
 from kdlib_faces.evaluation._types import AnyArray, ArrayLike, Embeddings, FloatArray, IntArray, LabelArray
@@ -92,8 +90,7 @@ def pool_templates(
     media, known = check_labels(OWNER, "media_ids", media_ids, rows=codes.size, like="template_ids")
     weights = np.ones(codes.size)
     if detector_scores is not None:
-        check_vector(OWNER, "detector_scores", to_numpy(detector_scores), codes.size, "template_ids")
-        weights = check_scores(OWNER, "detector_scores", detector_scores)
+        weights = check_scores(OWNER, "detector_scores", detector_scores, codes.size, "template_ids")
         check_each(OWNER, "detector_scores", weights >= 0, "not negative", "entry")
     _, group, counts = np.unique(codes * known.size + media, return_inverse=True, return_counts=True)
     weights = weights / counts[group.reshape(-1)]

@@ -249,7 +249,7 @@ class AgeErrorProtocol:
             members = [np.flatnonzero(bins == number) for number in range(len(names))]
             return tuple(self._fnmr(name, codes[k], scores[k], points) for name, k in zip(names, members, strict=True))
 
-        by_gap, younger = fnmr(self.bins.names, self.bins.of(i, j)), ()
+        younger: tuple[ErrorBin, ...] = ()
         slope = slope_within = None
         if self.ages is not None:
             gap = np.abs(self.ages[i] - self.ages[j])
@@ -258,7 +258,7 @@ class AgeErrorProtocol:
             slope_within = within_slope(gap / 10, scores, codes, self.resamples, self.level)
         accepted = int((hardest.scores > min(point.threshold for point in points.values())).sum())
         return AgeErrorResult(
-            fnmr_by_gap=by_gap,
+            fnmr_by_gap=fnmr(self.bins.names, self.bins.of(i, j)),
             fnmr_by_younger_age=younger,
             fmr_same_age=tuple(self._fmr(number, hardest, points) for number in range(len(self.image_names))),
             slope=slope,

@@ -215,8 +215,7 @@ class AgeGapProtocol:
       embedding still holds the identity where a global threshold no longer accepts it.
 
     Intervals come from a bootstrap over identities in which the threshold is set anew in each resample
-    (`identity_bootstrap`, `bootstrap_estimate`). A resample counts a genuine pair m_i times and an impostor pair m_i m_j
-    times; pairs between two copies of one identity are left out.
+    (`identity_bootstrap`, `bootstrap_estimate`).
 
     Args:
         identities: (n,) identity of each image, whole numbers or strings.

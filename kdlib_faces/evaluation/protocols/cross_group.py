@@ -162,9 +162,6 @@ class CrossGroupProtocol:
         level: Confidence of the intervals.
         max_impostors: With more impostor pairs, the resamples use a weighted sample of them, as in `AgeGapProtocol`.
 
-    Raises:
-        ValueError: An argument is not usable, a group has no image, or no identity is in both groups.
-
     Examples:
         >>> protocol = CrossGroupProtocol(["a", "a", "b", "b"], ["young", "adult", "young", "adult"], fars=(0.5,))
         >>> protocol.evaluate([[1.0, 0.0], [1.0, 0.3], [0.0, 1.0], [0.2, 1.0]]).rates[1].value
@@ -198,9 +195,8 @@ class CrossGroupProtocol:
         self.groups = (str(probe), str(gallery))
         self.same: BoolArray = self.codes[self.probes][:, None] == self.codes[self.gallery]
         require(bool(self.same.any()), OWNER, "identities must hold one with images of both groups, got none")
-        require(
-            labels.size > 1, OWNER, f"identities must hold at least two identities, got only {labels.tolist()[0]!r}"
-        )
+        message = f"identities must hold at least two identities, got only {labels.tolist()[0]!r}"
+        require(labels.size > 1, OWNER, message)
         self.ranks = check_ranks(OWNER, ranks, max=self.gallery.size, required=False)
         self.fars, self.level = check_fars(OWNER, fars), check_level(OWNER, level)
         check_number(OWNER, "max_impostors", max_impostors, min=1, integer=True)

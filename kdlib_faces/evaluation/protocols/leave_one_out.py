@@ -100,8 +100,7 @@ class LeaveOneOutResult:
         ):
             if rates:
                 names, counts = [each.name for each in rates], [each.probes for each in rates]
-                title = f"Rank-{self.protocol.ranks[0]} by {kind}"
-                bins[key] = Bins(title, names, axis, [float(at) for at in range(len(rates))], list(counts))
+                bins[key] = Bins.ordered(f"Rank-{self.protocol.ranks[0]} by {kind}", names, axis, counts)
         return Description(
             question="Which identity is it? Each image is a probe once, all other images are the gallery.",
             convention={
@@ -176,17 +175,10 @@ class LeaveOneOutProtocol:
         seed: Seed of the resamples.
         level: Confidence of the intervals.
 
-    Raises:
-        ValueError: Identities, ages or ranks are not usable: fewer than two identities, or none with two images.
-
     Examples:
         >>> protocol = LeaveOneOutProtocol([7, 7, 8, 8], ranks=(1,))
         >>> protocol.evaluate([[1.0, 0], [1, 0], [0, 1], [0, 1]]).rates[1].value
         1.0
-        >>> LeaveOneOutProtocol("aabc", ranks=(1,))
-        Traceback (most recent call last):
-        ...
-        kdlib_faces._checks.InputError: LeaveOneOutProtocol: identities must be (n,), not empty, got shape ()
     """
 
     def __init__(
@@ -282,10 +274,6 @@ def leave_one_out(embeddings: Embeddings, identities: ArrayLike, ranks: Sequence
 
     Returns:
         (len(ranks),) the rate at each rank, in the given order.
-
-    Raises:
-        ValueError: An embedding is not finite or zero (the message gives its row), there are fewer than two identities,
-            no identity has two images, or a rank is out of range.
 
     Examples:
         >>> embeddings = [[1.0, 0.0], [1.0, 0.1], [0.0, 1.0], [0.1, 1.0], [1.0, 0.3]]

@@ -9,6 +9,7 @@ import numpy as np
 
 from kdlib._checks import check_choice, check_number
 from kdlib_faces.evaluation._checks import (
+    check_each,
     check_fars,
     check_flags,
     check_indices,
@@ -206,8 +207,7 @@ class PairProtocol:
         same: (p,) whether the pair is genuine.
         fold_ids: (p,) fold of each pair; None for 10 contiguous folds.
         threshold: `"grid"`, `"exact"` or `"facexzoo"`, see `verify_pairs`.
-        fars: Target false accept rates. Without `identities` the intervals of the TARs are Wilson's, which takes pairs
-            as independent.
+        fars: Target false accept rates. Without `identities` the intervals of the TARs are Wilson's, over pairs.
         images: Number of rows of the embeddings; None for at least as many as the row numbers need.
         tar_mode: `"exact"` or `"nearest"`, see `tar_at_far`.
         val_fars: See `verify_pairs`.
@@ -221,9 +221,6 @@ class PairProtocol:
         replicates: Bootstrap resamples over identities.
         seed: Seed of the resamples.
         level: Confidence of the intervals.
-
-    Raises:
-        ValueError: Lengths differ, a row number is negative, or `same` disagrees with `identities`.
 
     Examples:
         >>> protocol = PairProtocol([0, 0, 1, 1], [1, 2, 0, 3], [1, 0, 1, 0], fold_ids=[0, 0, 1, 1])
@@ -292,9 +289,7 @@ class PairProtocol:
         require(codes.size >= self.needed, OWNER, f"identities must hold row {self.needed - 1}, got {codes.size} rows")
         self.num_identities = labels.size
         first, second = self.pair_identities = codes[self.left], codes[self.right]
-        wrong = np.flatnonzero((first == second) != self.same)
-        message = f"got pair {wrong[:1].tolist()} that does not ({wrong.size} in all)"
-        require(wrong.size == 0, OWNER, f"same must agree with identities, {message}")
+        check_each(OWNER, "same", (first == second) == self.same, "in agreement with identities", "pair")
         folds = contiguous_folds(self.same.size) if self.fold_ids is None else self.fold_ids
         shared = identities_in_several_folds(first, second, folds)
         if shared:

@@ -7,7 +7,7 @@ from typing import Literal
 import numpy as np
 
 from kdlib._checks import check_choice
-from kdlib_faces.evaluation._checks import check_fars, check_flags, check_level, look_up, require, to_numpy
+from kdlib_faces.evaluation._checks import check_each, check_fars, check_flags, check_level, look_up, require, to_numpy
 from kdlib_faces.evaluation._types import ArrayLike, BoolArray, Embeddings, IntArray, JsonDict, Label, SingleArray
 from kdlib_faces.evaluation.hardest import hardest_pairs
 from kdlib_faces.evaluation.matching.pair_scores import operating_points, pair_cosines
@@ -201,9 +201,7 @@ class TemplateVerificationProtocol:
         j = look_up(OWNER, "right", self.right, templates.ids, "template_ids")
         require(i.size == j.size, OWNER, f"right must be as long as left ({i.size}), got {j.size}")
         same = check_flags(OWNER, "same", self.same, i.size)
-        equal = np.flatnonzero(i == j)
-        message = f"a pair must be of two templates, got pair {equal[:1].tolist()} of one and the same"
-        require(equal.size == 0, OWNER, message)
+        check_each(OWNER, "every pair", i != j, "of two templates", "pair")
         features = templates.features
         scores = pair_cosines(features.astype(np.float32, copy=False), i, j)
         points = operating_points(

@@ -65,13 +65,7 @@ def wilson_estimate(hits: BoolArray, *, level: float = 0.95) -> "Estimate":
 
 @dataclass(frozen=True)
 class Sampling:
-    """Resamples behind the intervals.
-
-    Attributes:
-        replicates: Bootstrap resamples.
-        seed: Seed of the resamples.
-        level: Confidence of the intervals.
-    """
+    """Number and seed of the resamples behind the intervals, and the confidence of the intervals."""
 
     replicates: int = 500
     seed: int = 0
