@@ -30,20 +30,17 @@ def test_wilson_solves_its_equation_and_contains_the_rate(trials: int, share: fl
         (-1, 2, 0.95, "wilson: successes must be"),
         (1, 2, 1.0, "wilson: level must be below 1"),
         (1, 2, 0.0, "wilson: level must be"),
+        (float("nan"), 10, 0.95, "wilson: successes must be a finite number"),
     ],
 )
 def test_wilson_refuses(successes: float, trials: float, level: float, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((TypeError, ValueError), match=message):
         wilson(successes, trials, level=level)
-
-
-def test_wilson_refuses_nan() -> None:
-    with pytest.raises(TypeError, match="wilson: successes must be a finite number"):
-        wilson(float("nan"), 10)
 
 
 def test_identity_bootstrap_is_deterministic_and_even() -> None:
     identities = np.repeat(np.arange(20), 3)
+    before = np.random.get_state()[1].copy()  # noqa: NPY002 - the global state is what is watched here
     draws = identity_bootstrap(identities, replicates=2000, seed=3)
     assert draws.shape == (2000, 20)
     assert (draws.sum(axis=1) == 20).all()
@@ -51,11 +48,6 @@ def test_identity_bootstrap_is_deterministic_and_even() -> None:
     assert not np.array_equal(draws, identity_bootstrap(identities, replicates=2000, seed=4))
     np.testing.assert_allclose(draws.mean(axis=0), 1.0, atol=0.1)
     np.testing.assert_allclose(draws.var(axis=0), 0.95, atol=0.2)
-
-
-def test_identity_bootstrap_leaves_the_global_generator_alone() -> None:
-    before = np.random.get_state()[1].copy()  # noqa: NPY002 - the global state is what is watched here
-    identity_bootstrap([1, 2, 3], replicates=10, seed=0)
     np.testing.assert_array_equal(before, np.random.get_state()[1])  # noqa: NPY002
 
 

@@ -8,7 +8,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kdlib_faces.evaluation import (
-    LeaveOneOutProtocol,
     PairProtocol,
     check_identity_disjoint,
     evaluate,
@@ -54,18 +53,12 @@ def test_pairs_with_fars_have_operating_points() -> None:
         (lambda: PairProtocol([0, 1], [1, 2], [1, 0], threshold="top"), "threshold must be one of"),
         (lambda: PairProtocol([0, 1], [1, 9], [1, 0]).evaluate(np.eye(3)), "embeddings must hold row 9, got 3 rows"),
         (lambda: PairProtocol.interleaved([1, 0]).evaluate(np.eye(5)), "each of 4 images of 2 pairs, got 5"),
-        (lambda: LeaveOneOutProtocol([1, 1, 2], ranks=(3,)), "ranks must be"),
-        (lambda: LeaveOneOutProtocol([[1, 1, 2]]), "identities must be"),
+        (lambda: PairProtocol([0.0, 1.0], [1, 2], [1, 0]), "left must be an array of row numbers"),
     ],
 )
 def test_bad_protocols_are_refused(call: Any, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((TypeError, ValueError), match=message):
         call()
-
-
-def test_fractional_row_numbers_are_refused() -> None:
-    with pytest.raises(TypeError, match="left must be an array of row numbers"):
-        PairProtocol([0.0, 1.0], [1, 2], [1, 0])
 
 
 def test_custom_protocols_are_accepted() -> None:
@@ -89,17 +82,12 @@ def test_a_split_shares_no_identity_and_loses_no_image(identities: list[int], se
     assert sorted(np.concatenate(parts).tolist()) == list(range(codes.size))
     for a, b in ((0, 1), (0, 2), (1, 2)):
         check_identity_disjoint(codes[parts[a]], codes[parts[b]])
+    assert [np.unique(codes[part]).size for part in parts] == np.diff(
+        [0, *np.rint(np.array([0.4, 0.7, 1.0]) * np.unique(codes).size)]
+    ).tolist()
     order = np.random.default_rng(seed).permutation(codes.size)
     moved = identity_disjoint_split(codes[order], (0.4, 0.3, 0.3), seed=seed)
     assert [set(codes[part]) for part in parts] == [set(codes[order][part]) for part in moved]
-
-
-def test_a_split_keeps_its_fractions_and_depends_on_the_seed() -> None:
-    codes = np.arange(100)
-    train, test = identity_disjoint_split(codes, (0.8, 0.2), seed=0)
-    assert (train.size, test.size) == (80, 20)
-    assert not np.array_equal(test, identity_disjoint_split(codes, (0.8, 0.2), seed=1)[1])
-    np.testing.assert_array_equal(test, identity_disjoint_split(codes, (0.8, 0.2), seed=0)[1])
 
 
 @pytest.mark.parametrize(
