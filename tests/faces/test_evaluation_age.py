@@ -150,6 +150,8 @@ def test_other_bins_and_gaps_below_the_first() -> None:
     assert [entry.genuine for entry in result.bins] == [0, 0, 1, 0]
     assert result.all.genuine == 2
     assert (result.large_gap, set(result.roc)) == ("3.5-<10", {"all", "3.5-<10"})
+    with pytest.raises(ValueError, match=r"name must be one of 2, .*all, got '40'"):
+        result.bin("40")
 
 
 def test_groups_make_one_bin_for_each_pair() -> None:
@@ -229,15 +231,6 @@ def test_bad_protocols_are_refused(arguments: dict[str, Any], message: str) -> N
         AgeGapProtocol(identities, **arguments)
 
 
-def test_repr_and_unknown_bin() -> None:
-    protocol = AgeGapProtocol([0, 0, 1], ages=[1, 2, 3], fars=(0.5,), replicates=0)
-    assert repr(protocol).startswith(
-        "AgeGapProtocol(<3 images of 2 identities>, ages=..., bins=(0.0, 5.0, 10.0, 20.0, 30.0)"
-    )
-    with pytest.raises(ValueError, match=r"name must be one of 0-4, .*all, got '40'"):
-        protocol.evaluate(np.eye(3)).bin("40")
-
-
 def test_empty_bins_are_null_and_a_bin_without_impostors_still_has_its_global_rate() -> None:
     null = {"value": None, "low": None, "high": None, "n": 0}
     protocol = AgeGapProtocol([0, 0, 1, 1], ages=[1, 2, 3, 4], fars=(0.5,), replicates=5)
@@ -246,8 +239,10 @@ def test_empty_bins_are_null_and_a_bin_without_impostors_still_has_its_global_ra
         "name": "30+",
         "genuine": 0,
         "impostor": 0,
-        **dict.fromkeys(("auc", "own_auc"), null),
-        **dict.fromkeys(("tar", "own_tar"), {"0.5": null}),
+        "auc": null,
+        "own_auc": null,
+        "tar": {"0.5": null},
+        "own_tar": {"0.5": null},
     }
     assert result.bin("30+").fnmr[0.5].to_dict() == null
     entries = [entry for entry in compare({"x": result, "y": result}, "x", "y") if entry["bin"] == "30+"]

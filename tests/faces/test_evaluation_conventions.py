@@ -1,4 +1,4 @@
-"""The published ways of judging pairs, written out plainly, and what a number must say of itself."""
+"""Published rules for pairs, written out plainly, and the conventions that a result states."""
 
 from typing import Any
 
@@ -11,6 +11,7 @@ from kdlib_faces.evaluation import (
     PairProtocol,
     evaluate,
     identities_in_several_folds,
+    identity_bootstrap,
     identity_overlap,
     pair_set,
     paired_test,
@@ -245,8 +246,6 @@ def test_the_interval_over_identities_is_a_bootstrap_of_weighted_pairs() -> None
     protocol = PairProtocol(left, right, same, positives_first_folds(same), identities=codes, replicates=50, seed=3)
     result = evaluate(rows, protocol)
     estimate = result.accuracy_estimate()
-    from kdlib_faces.evaluation import identity_bootstrap
-
     drawn = identity_bootstrap(codes, replicates=50, seed=3)
     for m, replicate in zip(drawn, estimate.replicates, strict=True):
         weight = [
@@ -285,18 +284,16 @@ def test_paired_test() -> None:
 
 def test_pairs_from_shards_and_bad_unused_rows() -> None:
     left, right, same = make()
-    whole = verify_pairs(left, right, same)
     sharded = verify_pairs([left[:33], left[33:]], iter([right[:399], right[399:]]), same)
-    np.testing.assert_array_equal(whole.fold_accuracies, sharded.fold_accuracies)
-    rows = np.stack([left, right], 1).reshape(-1, 10)
-    index = np.arange(same.size) * 2
-    protocol = PairProtocol(index, index + 1, same)
-    found = evaluate((rows[k : k + 100] for k in range(0, 800, 100)), protocol)
-    np.testing.assert_array_equal(found.fold_accuracies, whole.fold_accuracies)
-    bad = np.vstack([rows, np.full((1, 10), np.nan)])
-    with pytest.raises(ValueError, match=r"embeddings must be finite .*got row 800"):
-        evaluate(bad, protocol)
-    with pytest.raises(ValueError, match=r"embeddings, shard 1, must be \(n, 10\), got \(3, 9\)"):
-        evaluate([rows, np.ones((3, 9))], protocol)
-    with pytest.raises(TypeError, match="shard 0, must be an array of numbers, got dtype <U1"):
-        evaluate(iter([np.array([["a"]])]), protocol)
+    np.testing.assert_array_equal(verify_pairs(left, right, same).fold_accuracies, sharded.fold_accuracies)
+    rows, protocol = (
+        np.vstack([left, right, np.full((1, 10), np.nan)]),
+        PairProtocol(np.arange(400), np.arange(400, 800), same),
+    )
+    for form, message in (
+        (rows, r"embeddings must be finite .*got row 800"),
+        ([rows[:800], np.ones((3, 9))], r"embeddings, shard 1, must be \(n, 10\), got \(3, 9\)"),
+        (iter([np.array([["a"]])]), "shard 0, must be an array of numbers, got dtype <U1"),
+    ):
+        with pytest.raises((TypeError, ValueError), match=message):
+            evaluate(form, protocol)

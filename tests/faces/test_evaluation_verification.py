@@ -5,7 +5,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 
 from kdlib_faces.evaluation import verify_pairs
 
@@ -49,6 +48,8 @@ def test_grid_is_the_published_procedure(seed: int) -> None:
     assert result.standard_error == pytest.approx(np.std(expected, ddof=1) / np.sqrt(10), abs=1e-9)
     assert 0.6 < result.accuracy < 1
     assert (result.pairs, result.threshold_rule) == (200, "grid")
+    assert set(np.round(result.thresholds * 100, 9) % 1) == {0.0}
+    assert result.to_dict().keys() == {"accuracy", "std", "folds", "threshold_rule", "pairs"}
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -58,21 +59,6 @@ def test_exact_takes_midpoints(seed: int) -> None:
     result = verify_pairs(left, right, same, fold_ids=folds, threshold="exact")
     expected = published(left, right, same, midpoints, list(folds))
     np.testing.assert_allclose(result.fold_accuracies, expected, rtol=0, atol=1e-9)
-
-
-def test_the_published_grid_is_the_default_and_may_differ_from_exact_thresholds() -> None:
-    differs = []
-    for seed in range(6):
-        left, right, same = make_pairs(2000, seed)
-        default, grid, exact = (
-            verify_pairs(left, right, same, **more) for more in ({}, {"threshold": "grid"}, {"threshold": "exact"})
-        )
-        assert default.accuracy == grid.accuracy
-        assert (default.threshold_rule, exact.threshold_rule) == ("grid", "exact")
-        assert set(np.round(grid.thresholds * 100, 9) % 1) == {0.0}
-        assert abs(grid.accuracy - exact.accuracy) < 5e-3
-        differs.append(grid.accuracy != exact.accuracy)
-    assert any(differs)
 
 
 def test_exact_handles_ties_and_neighboring_floats() -> None:
@@ -92,26 +78,15 @@ def test_uneven_contiguous_folds_equal_those_of_kfold() -> None:
     np.testing.assert_array_equal(contiguous.fold_accuracies, named.fold_accuracies)
 
 
-def test_perfect_and_tensor_input() -> None:
-    left, _, same = make_pairs(40, 0)
-    right = np.where(same[:, None], left, -left)
-    result = verify_pairs(torch.tensor(left, dtype=torch.float32), torch.tensor(right), torch.tensor(same))
-    assert (result.accuracy, result.std) == (1.0, 0.0)
-    assert set(result.to_dict()) == {"accuracy", "std", "folds", "threshold_rule", "pairs"}
-    assert result.to_dict()["folds"] == [1.0] * 10
-
-
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda left, right, same: (left.at(7, np.nan), right, same), "left must be finite.*got row 7"),
         (lambda left, right, same: (left, right.at(3, np.inf), same), "right must be finite.*got row 3"),
         (lambda left, right, same: (left.at(5, 0.0), right, same), "left must be non-zero.*got row 5"),
         (lambda left, right, same: (left, right[:-1], same), "right must have one row for each of 40 .*got 39"),
         (lambda left, right, same: (left, right[:, :3], same), r"right must be \(n, 8\) like left"),
         (lambda left, right, same: (left, right, same[:-1]), r"same must be as long as the pairs \(40\), got 39"),
         (lambda left, right, same: (left, right, same | True), "both kinds of pair, got only True"),
-        (lambda left, right, same: (left, right, same & False), "both kinds of pair, got only False"),
         (lambda left, right, same: (left, right, same + 1), "same must be boolean"),
         (lambda left, right, same: (left, right, np.sort(same)), "fold 0 with only impostor pairs; is the file"),
         (lambda left, right, same: (left[:12], right[:12], np.tile([0, 1], 6)), "must be 20 pairs, got 12"),

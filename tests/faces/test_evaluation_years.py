@@ -288,5 +288,3 @@ def test_leave_one_out_uses_its_resamples_and_confidence() -> None:
         assert many.high - many.low > few.high - few.low > 0
     bare = evaluate(rows, LeaveOneOutProtocol(codes, (1,), ages=ages, replicates=0))
     assert bare.by_age[0].rates[1].low is None
-    with pytest.raises(ValueError, match="LeaveOneOutProtocol: level must be below 1"):
-        LeaveOneOutProtocol(codes, (1,), level=1.5)
