@@ -97,11 +97,6 @@ def test_output_to_a_memory_map_and_models_with_named_features(tmp_path: Path) -
     np.testing.assert_array_equal(np.asarray(out), embed_images(model, images))
 
 
-class Nan(nn.Module):
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return torch.where(x[:, :1, 0, 0] > 0.9, torch.nan, 3.0) + x.flatten(1)[:, :2]
-
-
 @pytest.mark.parametrize(
     ("call", "kind", "message"),
     [
@@ -127,8 +122,12 @@ def test_bad_images_and_models_are_reported(call: Any, kind: type[Exception], me
 def test_an_embedding_that_is_nan_is_reported_with_its_image() -> None:
     images = np.zeros((9, 3, 2, 2), dtype=np.uint8)
     images[6, 0, 0, 0] = 255
+
+    def model(x: torch.Tensor) -> torch.Tensor:
+        return torch.where(x[:, :1, 0, 0] > 0.9, torch.nan, 3.0) + x.flatten(1)[:, :2]
+
     with pytest.raises(ValueError, match="embeddings must be finite, got image 6 that is not"):
-        embed_images(Nan(), images, batch_size=4, flip=False)
+        embed_images(model, images, batch_size=4, flip=False)
 
 
 def test_the_input_spec_of_a_model_is_respected_unless_preprocess_is_given() -> None:
