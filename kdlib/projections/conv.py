@@ -3,13 +3,14 @@
 from torch import Tensor, nn
 
 from kdlib._checks import check_floating, check_number, check_shape
+from kdlib._repr import CallRepr
 from kdlib.projections._checks import check_grid
 from kdlib.projections._grid import resize
 
 __all__ = ["ConvProjection"]
 
 
-class ConvProjection(nn.Module):
+class ConvProjection(CallRepr):
     """Maps the student's feature maps to the teacher's channels and size: a 1x1 convolution, then batch norm.
 
     With `size`, the map is resized first: adaptive average pooling along a side that shrinks, bilinear interpolation
@@ -27,7 +28,7 @@ class ConvProjection(nn.Module):
         >>> import torch
         >>> project = ConvProjection(16, 64, size=(7, 7))
         >>> project
-        ConvProjection(in_channels=16, out_channels=64, size=(7, 7))
+        ConvProjection(16, 64, size=(7, 7))
         >>> project(torch.rand(2, 16, 14, 5)).shape
         torch.Size([2, 64, 7, 7])
 
@@ -56,6 +57,3 @@ class ConvProjection(nn.Module):
             student = resize(student, self.size)
         projected: Tensor = self.norm(self.conv(student))
         return projected
-
-    def __repr__(self) -> str:
-        return f"ConvProjection(in_channels={self.in_channels}, out_channels={self.out_channels}, size={self.size})"

@@ -3,11 +3,12 @@
 from torch import Tensor, nn
 
 from kdlib._checks import check_floating, check_number, check_shape
+from kdlib._repr import CallRepr
 
 __all__ = ["LinearProjection"]
 
 
-class LinearProjection(nn.Module):
+class LinearProjection(CallRepr):
     """Maps the student's embeddings to the teacher's dimension: `y = W x`, or `y = W x + b` with `bias`.
 
     Without a bias, the default, the origin is mapped to the origin, so directions are mapped to directions. Angular
@@ -25,7 +26,7 @@ class LinearProjection(nn.Module):
         >>> import torch
         >>> project = LinearProjection(128, 512)
         >>> project
-        LinearProjection(in_dim=128, out_dim=512, bias=False)
+        LinearProjection(128, 512, bias=False)
         >>> project(torch.rand(4, 128)).shape
         torch.Size([4, 512])
     """
@@ -45,6 +46,3 @@ class LinearProjection(nn.Module):
         check_shape("LinearProjection", "student", student, "b d", d=self.in_dim)
         projected: Tensor = self.linear(student)
         return projected
-
-    def __repr__(self) -> str:
-        return f"LinearProjection(in_dim={self.in_dim}, out_dim={self.out_dim}, bias={self.bias})"

@@ -4,17 +4,18 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from kdlib._checks import check_finite, check_identities, check_name, check_number, check_shape
 from kdlib._maths import full_precision, unit_rows
+from kdlib._repr import CallRepr
 from kdlib.types import Targets
 from kdlib.weighting._checks import check_teachers
 
 __all__ = ["CenterConfidenceWeighting"]
 
 
-class CenterConfidenceWeighting(nn.Module):
+class CenterConfidenceWeighting(CallRepr):
     r"""Assigns larger weights to teachers that embed a sample closer to the center of its identity.
 
     This is confidence weighting for embeddings, for teachers that have no logits on the student's classes. With
@@ -149,9 +150,3 @@ class CenterConfidenceWeighting(nn.Module):
             if key.startswith(prefix) and name.startswith("centers_"):
                 self.register_buffer(name, torch.zeros_like(value))
         super()._load_from_state_dict(state_dict, prefix, *args)
-
-    def __repr__(self) -> str:
-        return (
-            f"CenterConfidenceWeighting({self.num_identities}, target={self.target!r}, "
-            f"temperature={self.temperature!r}, momentum={self.momentum!r})"
-        )

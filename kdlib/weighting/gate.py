@@ -7,13 +7,14 @@ from torch import Tensor, nn
 
 from kdlib._checks import check_floating, check_number, check_shape
 from kdlib._maths import full_precision, rescale, unit_rows
+from kdlib._repr import CallRepr
 from kdlib.types import Targets
 from kdlib.weighting._checks import check_teachers
 
 __all__ = ["GateWeighting"]
 
 
-class GateWeighting(nn.Module):
+class GateWeighting(CallRepr):
     r"""Computes the weights of each sample with a learned gate.
 
     With x the student's feature scaled to length :math:`\sqrt d`,
@@ -110,9 +111,3 @@ class GateWeighting(nn.Module):
             gate = (scores.to(torch.promote_types(scores.dtype, torch.float32)) / self.temperature).softmax(1)
             weights = self.floor + (1 - self.num_teachers * self.floor) * gate
             return weights.T.to(losses.dtype)
-
-    def __repr__(self) -> str:
-        return (
-            f"GateWeighting({self.student_dim}, {self.num_teachers}, hidden={self.hidden!r}, "
-            f"temperature={self.temperature!r}, floor={self.floor!r})"
-        )

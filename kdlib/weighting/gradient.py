@@ -5,10 +5,11 @@ from math import isfinite
 from typing import ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from kdlib._checks import check_number
 from kdlib._maths import full_precision
+from kdlib._repr import CallRepr
 from kdlib.types import Targets
 from kdlib.weighting._checks import check_max_weight, check_teachers
 
@@ -18,7 +19,7 @@ RIDGE = 1e-6
 """Added to the Gram diagonal, relative to its mean: equal gradients get equal weights, and every pair has curvature."""
 
 
-class GradientWeighting(nn.Module):
+class GradientWeighting(CallRepr):
     r"""Computes the weights that minimize the norm of the combined gradient, the same for every sample.
 
     With :math:`g_k = \partial \sum_i L_{k,i} / \partial s` the gradient of teacher k's losses with respect to the
@@ -102,9 +103,6 @@ class GradientWeighting(nn.Module):
             return uniform
         weights = torch.tensor(_min_norm(gram, self.max_weight), dtype=torch.float64)
         return weights.to(losses).unsqueeze(1).expand_as(losses)
-
-    def extra_repr(self) -> str:
-        return f"max_weight={self.max_weight!r}"
 
 
 def _gram(gradients: Tensor) -> list[list[float]]:

@@ -15,13 +15,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from kdlib.losses import _energy
-from kdlib.losses.attention import AttentionTransferLoss, attention_transfer
-from kdlib.losses.attentive_similarity import AttentiveSimilarityLoss, attentive_similarity, channel_attention_map
-from kdlib.losses.contrastive_representation import ContrastiveRepresentationLoss, contrastive_representation
-from kdlib.losses.hint import hint
-from kdlib.losses.nst import NSTLoss, nst
-from kdlib.losses.variational_information import VariationalInformationLoss, variational_information
+from kdlib.losses.features import _energy
+from kdlib.losses.features.attention import AttentionTransferLoss, attention_transfer
+from kdlib.losses.features.attentive_similarity import (
+    AttentiveSimilarityLoss,
+    attentive_similarity,
+    channel_attention_map,
+)
+from kdlib.losses.features.contrastive_representation import ContrastiveRepresentationLoss, contrastive_representation
+from kdlib.losses.features.hint import hint
+from kdlib.losses.features.nst import NSTLoss, nst
+from kdlib.losses.features.variational_information import VariationalInformationLoss, variational_information
 from tests.core import reference_features as reference
 from tests.core.loss_inputs import DTYPES, each_dtype, each_mode, few_edge_cases
 

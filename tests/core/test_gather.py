@@ -18,12 +18,12 @@ from torch.nn.parallel import DistributedDataParallel
 import kdlib.functional
 from kdlib import ContrastiveRepresentationLoss
 from kdlib._gather import gather_rows
-from kdlib.losses.correlation_congruence import correlation_congruence
-from kdlib.losses.dark_rank import dark_rank
-from kdlib.losses.dist import dist as dist_loss
-from kdlib.losses.pkt import pkt
-from kdlib.losses.rkd import rkd_angle, rkd_distance
-from kdlib.losses.similarity_preserving import similarity_preserving
+from kdlib.losses.logits.dist import dist as dist_loss
+from kdlib.losses.relations.correlation_congruence import correlation_congruence
+from kdlib.losses.relations.dark_rank import dark_rank
+from kdlib.losses.relations.pkt import pkt
+from kdlib.losses.relations.rkd import rkd_angle, rkd_distance
+from kdlib.losses.relations.similarity_preserving import similarity_preserving
 
 
 def dist_of_three(student: Tensor, teacher: Tensor, **options: Any) -> Tensor:

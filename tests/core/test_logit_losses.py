@@ -12,7 +12,7 @@ from torch import Tensor
 
 from kdlib import DecoupledKDLoss, DISTLoss
 from kdlib.functional import decoupled_kd, dist, soft_target
-from kdlib.losses import _chunked
+from kdlib.losses.logits import _chunked
 from tests.core import reference_logits as reference
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]

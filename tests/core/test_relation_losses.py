@@ -17,10 +17,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import kdlib.functional
-from kdlib.losses.correlation_congruence import CorrelationCongruenceLoss, correlation_congruence
-from kdlib.losses.pkt import PKTLoss, pkt
-from kdlib.losses.rkd import RKDAngleLoss, RKDDistanceLoss, rkd_angle, rkd_distance
-from kdlib.losses.similarity_preserving import SimilarityPreservingLoss, similarity_preserving
+from kdlib.losses.relations.correlation_congruence import CorrelationCongruenceLoss, correlation_congruence
+from kdlib.losses.relations.pkt import PKTLoss, pkt
+from kdlib.losses.relations.rkd import RKDAngleLoss, RKDDistanceLoss, rkd_angle, rkd_distance
+from kdlib.losses.relations.similarity_preserving import SimilarityPreservingLoss, similarity_preserving
 from tests.core import reference_relations as reference
 from tests.core.loss_inputs import each_dtype, each_mode, gradient, many_edge_cases, noise
 
@@ -281,7 +281,7 @@ def test_a_second_derivative_of_a_hand_written_gradient_is_an_error(name: str) -
     student = noise(4, 3).requires_grad_()
     value = FUNCTIONS[name][0](student, noise(4, 2, seed=1))
     (slope,) = torch.autograd.grad(value, student, create_graph=True)
-    with pytest.raises(RuntimeError, match=r"this relation loss has a gradient, but no second derivative"):
+    with pytest.raises(RuntimeError, match="this relation loss has a gradient, but no second derivative"):
         slope.square().sum().backward()
 
 

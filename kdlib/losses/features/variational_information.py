@@ -6,14 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from kdlib._checks import (
-    check_floating,
-    check_number,
-    check_pair,
-    check_rank,
-    check_same_batch,
-    check_shape,
-)  # fmt: skip
+from kdlib._checks import check_floating, check_number, check_pair, check_rank, check_same_batch, check_shape
 from kdlib._maths import FAR, Reduction, full_precision, promote, reduce
 from kdlib.losses._module import LossModule
 

@@ -11,7 +11,7 @@ from kdlib._checks import (
     check_shape,
     check_weight,
     check_whole_numbers,
-)  # fmt: skip
+)
 from kdlib._gather import gather_rows
 from kdlib._maths import FAR, Reduction, directions, full_precision, promote, reduce
 from kdlib.losses._checks import check_gathered_reduction
