@@ -21,14 +21,9 @@ class ConvProjection(CallRepr):
         out_channels: channels of the teacher's map.
         size: `(h, w)` of the teacher's map; None keeps the student's size.
 
-    Raises:
-        ValueError: a number of channels or a side is below 1.
-
     Examples:
         >>> import torch
         >>> project = ConvProjection(16, 64, size=(7, 7))
-        >>> project
-        ConvProjection(16, 64, size=(7, 7))
         >>> project(torch.rand(2, 16, 14, 5)).shape
         torch.Size([2, 64, 7, 7])
 
@@ -43,8 +38,7 @@ class ConvProjection(CallRepr):
         check_number("ConvProjection", "out_channels", out_channels, min=1, integer=True)
         if size is not None:
             check_grid("ConvProjection", "size", size)
-        self.in_channels = in_channels
-        self.out_channels = out_channels
+        self.in_channels, self.out_channels = in_channels, out_channels
         self.size = None if size is None else (size[0], size[1])
         self.conv = nn.Conv2d(in_channels, out_channels, 1, bias=False)
         self.norm = nn.BatchNorm2d(out_channels)

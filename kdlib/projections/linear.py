@@ -19,14 +19,9 @@ class LinearProjection(CallRepr):
         out_dim: dimension of the teacher's embedding.
         bias: add a learned offset.
 
-    Raises:
-        ValueError: a dimension is below 1.
-
     Examples:
         >>> import torch
         >>> project = LinearProjection(128, 512)
-        >>> project
-        LinearProjection(128, 512, bias=False)
         >>> project(torch.rand(4, 128)).shape
         torch.Size([4, 512])
     """
@@ -35,9 +30,7 @@ class LinearProjection(CallRepr):
         super().__init__()
         check_number("LinearProjection", "in_dim", in_dim, min=1, integer=True)
         check_number("LinearProjection", "out_dim", out_dim, min=1, integer=True)
-        self.in_dim = in_dim
-        self.out_dim = out_dim
-        self.bias = bias
+        self.in_dim, self.out_dim, self.bias = in_dim, out_dim, bias
         self.linear = nn.Linear(in_dim, out_dim, bias=bias)
 
     def forward(self, student: Tensor) -> Tensor:

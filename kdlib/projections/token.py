@@ -33,13 +33,8 @@ class TokenProjection(CallRepr):
             class token, and the mean of its tokens becomes the first token.
         bias: add a learned offset.
 
-    Raises:
-        ValueError: a dimension or a side is below 1, or `class_token` is unknown.
-
     Examples:
         >>> project = TokenProjection(192, 384, size=(14, 14), class_token="keep")
-        >>> project
-        TokenProjection(192, 384, size=(14, 14), grid=None, class_token='keep', bias=False)
         >>> project(torch.rand(2, 1 + 7 * 7, 192)).shape
         torch.Size([2, 197, 384])
 
@@ -65,12 +60,10 @@ class TokenProjection(CallRepr):
             if sides is not None:
                 check_grid("TokenProjection", name, sides)
         check_choice("TokenProjection", "class_token", class_token, CLASS_TOKENS)
-        self.in_dim = in_dim
-        self.out_dim = out_dim
+        self.in_dim, self.out_dim = in_dim, out_dim
         self.size = None if size is None else (size[0], size[1])
         self.grid = None if grid is None else (grid[0], grid[1])
-        self.class_token = class_token
-        self.bias = bias
+        self.class_token, self.bias = class_token, bias
         self.linear = nn.Linear(in_dim, out_dim, bias=bias)
 
     def forward(self, student: Tensor) -> Tensor:

@@ -39,14 +39,9 @@ class CenterConfidenceWeighting(CallRepr):
         temperature: tau, above 0; smaller values give sharper weights.
         momentum: share of the old center in the running mean, from 0 to 1.
 
-    Raises:
-        ValueError: an argument is out of range.
-
     Examples:
         >>> import torch
         >>> weighting = CenterConfidenceWeighting(2, temperature=1.0)
-        >>> weighting
-        CenterConfidenceWeighting(2, target='identity', temperature=1.0, momentum=0.9)
         >>> weighting.set_centers(0, torch.eye(2))
         >>> weighting.set_centers(1, torch.eye(3)[:2])
         >>> good, poor = torch.tensor([[5.0, 0.0]]), torch.tensor([[0.0, 0.0, 1.0]])
@@ -67,10 +62,8 @@ class CenterConfidenceWeighting(CallRepr):
         check_number("CenterConfidenceWeighting", "num_identities", num_identities, min=1, integer=True)
         check_number("CenterConfidenceWeighting", "temperature", temperature, above=0)
         check_number("CenterConfidenceWeighting", "momentum", momentum, min=0, max=1)
-        self.num_identities = num_identities
-        self.target = target
-        self.temperature = temperature
-        self.momentum = momentum
+        self.num_identities, self.target = num_identities, target
+        self.temperature, self.momentum = temperature, momentum
 
     @torch.no_grad()
     def forward(

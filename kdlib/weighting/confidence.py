@@ -38,8 +38,6 @@ class ConfidenceWeighting(CallRepr):
     Examples:
         >>> import torch
         >>> weighting = ConfidenceWeighting()
-        >>> weighting
-        ConfidenceWeighting(target='label')
         >>> right, even = torch.tensor([[9.0, 0.0]]), torch.tensor([[0.0, 0.0]])
         >>> targets = {"label": torch.tensor([0])}
         >>> weighting(torch.ones(2, 1), student=torch.ones(1, 4), teachers=[right, even], targets=targets)

@@ -26,8 +26,6 @@ class FixedWeighting(CallRepr):
     Examples:
         >>> import torch
         >>> weighting = FixedWeighting([3, 1])
-        >>> weighting
-        FixedWeighting((3, 1))
         >>> weighting(torch.rand(2, 2), student=torch.rand(2, 4), teachers=[], targets={})
         tensor([[0.7500, 0.7500],
                 [0.2500, 0.2500]])

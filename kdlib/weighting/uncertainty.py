@@ -40,9 +40,6 @@ class UncertaintyWeighting(CallRepr):
     Args:
         num_teachers: K, at least 1, the same in every call. Terms with fewer teachers need `weigh_by` in the objective.
 
-    Raises:
-        ValueError: `num_teachers` is below 1.
-
     Examples:
         >>> import torch
         >>> weighting = UncertaintyWeighting(2)

@@ -134,5 +134,4 @@ class AttentiveSimilarityLoss(FunctionLoss):
         check_number("AttentiveSimilarityLoss", "channel", channel, min=0)
         check_number("AttentiveSimilarityLoss", "spatial", spatial, min=0)
         check_shares("AttentiveSimilarityLoss", "channel, spatial", (channel, spatial))
-        self.channel = channel
-        self.spatial = spatial
+        self.channel, self.spatial = channel, spatial

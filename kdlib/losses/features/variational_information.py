@@ -137,11 +137,8 @@ class VariationalInformationLoss(LossModule):
             check_number(owner, "hidden", hidden, min=1, integer=True)
         check_number(owner, "min_variance", min_variance, above=0)
         check_number(owner, "initial_variance", initial_variance, above=min_variance)
-        self.student_channels = student_channels
-        self.teacher_channels = teacher_channels
-        self.hidden = hidden
-        self.initial_variance = initial_variance
-        self.min_variance = min_variance
+        self.student_channels, self.teacher_channels, self.hidden = student_channels, teacher_channels, hidden
+        self.initial_variance, self.min_variance = initial_variance, min_variance
         width = teacher_channels if hidden is None else hidden
         self.first = nn.Linear(student_channels, width, bias=False)
         self.second = nn.Linear(width, width, bias=False)

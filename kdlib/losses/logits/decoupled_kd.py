@@ -109,9 +109,7 @@ class DecoupledKDLoss(LossModule):
         check_number("DecoupledKDLoss", "alpha", alpha, min=0)
         check_number("DecoupledKDLoss", "beta", beta, min=0)
         check_number("DecoupledKDLoss", "temperature", temperature, above=0)
-        self.alpha = alpha
-        self.beta = beta
-        self.temperature = temperature
+        self.alpha, self.beta, self.temperature = alpha, beta, temperature
 
     def forward(
         self,

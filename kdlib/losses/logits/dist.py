@@ -134,6 +134,4 @@ class DISTLoss(RelationLoss):
         check_number("DISTLoss", "temperature", temperature, above=0)
         check_number("DISTLoss", "beta", beta, min=0)
         check_number("DISTLoss", "gamma", gamma, min=0)
-        self.beta = beta
-        self.gamma = gamma
-        self.temperature = temperature
+        self.beta, self.gamma, self.temperature = beta, gamma, temperature

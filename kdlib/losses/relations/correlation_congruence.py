@@ -142,5 +142,4 @@ class CorrelationCongruenceLoss(RelationLoss):
     ) -> None:
         super().__init__(gather=gather, reduction=reduction)
         _check_kernel("CorrelationCongruenceLoss", gamma, order)
-        self.gamma = gamma
-        self.order = order
+        self.gamma, self.order = gamma, order

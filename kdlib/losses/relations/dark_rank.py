@@ -191,7 +191,4 @@ class DarkRankLoss(RelationLoss):
     ) -> None:
         super().__init__(gather=gather, reduction=reduction)
         _check_order("DarkRankLoss", alpha, beta, length)
-        self.alpha = alpha
-        self.beta = beta
-        self.length = length
-        self.normalize = normalize
+        self.alpha, self.beta, self.length, self.normalize = alpha, beta, length, normalize
