@@ -80,21 +80,17 @@ def test_a_short_keyword_is_completed_and_numbers_of_numpy_become_plain() -> Non
         assert type(SoftTargetLoss(temperature=four).temperature) in (int, float)
 
 
-@pytest.mark.parametrize(
-    "value",
-    [
-        3,
-        np.int64(3),
-        np.uint8(3),
-        np.array(3),
-        torch.tensor(3),
-        3.0,
-        np.float16(3),
-        np.array(3.0),
-        torch.tensor(3.0),
-        Fraction(3),
-    ],
-)
+NUMBERS = [
+    3, np.int64(3), np.uint8(3), np.array(3), torch.tensor(3),
+    3.0, np.float16(3), np.array(3.0), torch.tensor(3.0), Fraction(3),
+]  # fmt: skip
+OTHERS = [
+    True, np.True_, np.array(True), torch.tensor(True), "3", None, 3j, Decimal(3),
+    np.nan, np.float32("inf"), torch.tensor(torch.inf), [3], np.array([3]), torch.tensor([3]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("value", NUMBERS)
 def test_numbers_of_every_library_are_numbers(value: Any) -> None:
     number = check_number("f", "x", value, above=2, max=3)
     assert type(number) in (int, float)
@@ -108,25 +104,7 @@ def test_numbers_of_every_library_are_numbers(value: Any) -> None:
             check_number("f", "x", value, integer=True)
 
 
-@pytest.mark.parametrize(
-    "value",
-    [
-        True,
-        np.True_,
-        np.array(True),
-        torch.tensor(True),
-        "3",
-        None,
-        3j,
-        np.nan,
-        np.float32("inf"),
-        torch.tensor(torch.inf),
-        [3],
-        np.array([3]),
-        torch.tensor([3]),
-        Decimal(3),
-    ],
-)
+@pytest.mark.parametrize("value", OTHERS)
 def test_other_values_are_no_numbers(value: Any) -> None:
     with pytest.raises(TypeError, match="f: x must be a finite number, got "):
         check_number("f", "x", value)
@@ -134,7 +112,7 @@ def test_other_values_are_no_numbers(value: Any) -> None:
 
 def test_numbers_of_numpy_are_stored_as_plain_numbers() -> None:
     assert FixedWeighting(np.array([3, 1])).weights == (3, 1)
-    assert repr(FixedWeighting([np.float32(3), 1])) == "FixedWeighting(weights=(3.0, 1))"
+    assert [type(each) for each in FixedWeighting([np.float32(3), 1]).weights] == [float, int]
     assert repr(OUTPUT[np.int64(1)]) == "OUTPUT[1]"
     term = Term(HintLoss(), student="x", teacher="x", weight=[np.float32(0.5)][0])
     assert repr(term).endswith("weight=0.5)")
