@@ -10,9 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-__all__ = [
-    "Comparison", "InfluenceReport", "TeacherInfluence", "TermInfluence", "fork_random_state", "measure", "unchanged",
-]  # fmt: skip
+__all__ = ["Comparison", "InfluenceReport", "TeacherInfluence", "TermInfluence", "measure", "unchanged"]
 
 
 @dataclass(frozen=True)
