@@ -45,17 +45,6 @@ def check_batch(batch: object) -> None:
     check_targets("train: loader", batch[1])
 
 
-def check_fingerprint(saved: Mapping[str, object], current: Mapping[str, object], place: object) -> None:
-    """A resumed run must have the same fingerprint; the error names each differing field with both values."""
-    differing = [name for name in sorted({*saved, *current}) if saved.get(name) != current.get(name)]
-    if differing:
-        pairs = ", ".join(f"{name} (checkpoint {saved.get(name)!r}, now {current.get(name)!r})" for name in differing)
-        raise ValueError(
-            f"train: checkpoint_dir {place} must contain a run of this configuration, got different {pairs}; "
-            "restore these settings or use another directory"
-        )
-
-
 def diverged(
     problem: str,
     terms: Mapping[str, float],

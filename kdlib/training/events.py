@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from torch import Tensor
@@ -88,3 +89,7 @@ class TrainingDiverged(RuntimeError):
         self.epoch = epoch
         self.terms = terms
         self.samples = samples
+
+    def __reduce__(self) -> tuple[object, ...]:
+        fields = {"step": self.step, "epoch": self.epoch, "terms": dict(self.terms), "samples": self.samples}
+        return partial(type(self), **fields), self.args
