@@ -79,7 +79,7 @@ def train(
     randomness = private_randomness(device, config.seed + processes.rank)
     with closing(processes), randomness, deferred as signals:
         with processes.together():
-            stream = BatchStream(loader, config.accumulate)
+            stream = BatchStream(loader, config.accumulate, exact=processes.count > 1)
             total_steps = stream.steps(config.epochs, config.max_steps)
         lengths = processes.gather(stream.length)
         check_argument(
@@ -121,7 +121,10 @@ def train(
                     votes[:] = signals.pending, int(store.due_by_time())
                 stop, due = votes
                 if stop:
-                    run.save(store, seconds, position)
+                    positions = processes.gather(position)
+                    with processes.together():
+                        if processes.rank == 0:
+                            run.save(store, seconds, positions)
                     signals.deliver(stop)
                 lr = set_lr(run.optimizer, lr_factor(run.step, total_steps, config))
                 total, terms, weights = _accumulate(run, forward, group, store, epoch=epoch, first=first)
@@ -129,18 +132,20 @@ def train(
                 images += processes.count * sum(batch_size(inputs) for inputs, _ in group)
                 elapsed = monotonic() - start
                 seconds = run.seconds + elapsed
-                if due or store.due_by_step(run.step) or run.step == total_steps:
-                    run.save(store, seconds, run.position())
-                if processes.rank == 0:
-                    event = TrainEvent(
-                        run.step, total_steps, epoch, total, terms, weights, lr, images / elapsed, seconds
-                    )
+                saving = due or store.due_by_step(run.step) or run.step == total_steps
+                positions = processes.gather(run.position()) if saving else []
                 with processes.together():
                     if processes.rank == 0:
+                        rate = images / elapsed
+                        event = TrainEvent(run.step, total_steps, epoch, total, terms, weights, lr, rate, seconds)
                         if run.step == 1 or run.step % config.log_every == 0 or run.step == total_steps:
-                            log(_row(event))
+                            log(_row(event))  # before the checkpoint: a resumed run removes rows, but adds none
+                        if saving:
+                            run.save(store, seconds, positions)
                         for hook in hooks:
                             hook(event)
+                if saving and store.directory is not None:
+                    store.newest = store.path_of(run.step)
         # Each process has its own statistics, such as those of BatchNorm; the result is that of the checkpoint.
         processes.copy_first(value for value in run.tensors() if value.is_floating_point())
         del forward
@@ -199,15 +204,8 @@ class _Run:
         self.step += 1
         self.last = {"epoch": epoch, "total": total, "terms": terms}
 
-    def save(self, store: CheckpointStore, seconds: float, position: dict[str, Any]) -> None:
-        """Write the checkpoint of this step, in the first process, unless a weight is NaN or infinite."""
-        positions = self.processes.gather(position)
-        with self.processes.together():
-            if self.processes.rank == 0:
-                store.save(self.step, self._state(store, seconds, positions))
-        store.newest = None if store.directory is None else store.path_of(self.step)
-
-    def _state(self, store: CheckpointStore, seconds: float, positions: list[dict[str, Any]]) -> dict[str, Any]:
+    def save(self, store: CheckpointStore, seconds: float, positions: list[dict[str, Any]]) -> None:
+        """Write the checkpoint of this step unless a weight is NaN or infinite."""
         weights = self.distiller.state_dict()
         # A finite loss can have a non-finite gradient, which the loss would only show after this checkpoint.
         bad = [name for name, x in weights.items() if isinstance(x, Tensor) and not torch.isfinite(x).all()]
@@ -215,7 +213,7 @@ class _Run:
             problem = f"weights must be finite at step {self.step}, got NaN or infinity in {', '.join(bad[:4])}"
             last = self.last
             raise diverged(problem, last["terms"], step=self.step, epoch=last["epoch"], newest=store.newest)
-        return {
+        state = {
             "distiller": weights,
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
@@ -226,6 +224,7 @@ class _Run:
             "seconds": seconds,
             "fingerprint": self.fingerprint,
         }
+        store.save(self.step, state)
 
     def resume(self, store: CheckpointStore) -> int | None:
         """Load the newest checkpoint and return its step, or `None` without a checkpoint."""

@@ -52,10 +52,12 @@ class BatchStream:
     Args:
         loader: An iterable of batches, iterated once per epoch.
         accumulate: Batches per group; the last group of an epoch contains the remaining batches.
+        exact: Whether an epoch must not have fewer batches than the length of the loader.
     """
 
-    def __init__(self, loader: Iterable[Batch], accumulate: int) -> None:
+    def __init__(self, loader: Iterable[Batch], accumulate: int, *, exact: bool = False) -> None:
         self.loader, self.accumulate, self.length = loader, accumulate, _length(loader)
+        self.exact = exact and self.length is not None
         self.epoch = self.batch = 0
         self._batches: Iterator[Batch] | None = None
         self._start: list[torch.Tensor] = []
@@ -89,8 +91,10 @@ class BatchStream:
             self.batch += len(group)
             # The iterator is exhausted at the end of an epoch, so that its last random draws belong to this epoch.
             if not group or self.batch == self.length:
+                wanted = f"loader must yield len(loader) = {self.length} batches"
+                check_argument(next(batches, None) is None, f"{wanted}, got more")
                 check_argument(
-                    next(batches, None) is None, f"loader must yield len(loader) = {self.length} batches, got more"
+                    not self.exact or self.batch == self.length, f"{wanted} in every process, got {self.batch}"
                 )
                 self.epoch, self.batch, self._batches = epoch + 1, 0, None
             if group:

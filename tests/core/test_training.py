@@ -437,7 +437,9 @@ def test_damaged_newest_falls_back(
 
 def test_no_readable_checkpoint_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "step-000000003.pt").write_bytes(b"no")
-    with pytest.raises(CheckpointError, match=r"none of the 1 checkpoints .* remove them .*step-000000003.pt cannot be"):
+    with pytest.raises(
+        CheckpointError, match=r"none of the 1 checkpoints .* remove them .*step-000000003.pt cannot be"
+    ):
         train(Toy(), batches(), TrainConfig(epochs=1, checkpoint_dir=tmp_path))
 
 
