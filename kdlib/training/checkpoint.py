@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from os import PathLike
 from pathlib import Path
 from time import monotonic
+from types import NoneType
 from typing import Any, BinaryIO
 
 import torch
@@ -23,7 +24,10 @@ __all__ = ["CheckpointStore", "load_checkpoint"]
 _log = logging.getLogger("kdlib.training")
 _NAME = re.compile(r"step-(\d{9})\.pt")
 _FORMAT = 2
-_ENTRIES = ("step", "distiller", "optimizer", "scaler", "ema", "stream", "rng", "last", "seconds", "fingerprint")
+_ENTRIES: dict[str, type | tuple[type, ...]] = {
+    "step": int, "distiller": dict, "optimizer": dict, "scaler": dict, "ema": (dict, NoneType), "stream": list,
+    "rng": list, "last": dict, "seconds": float, "fingerprint": dict,
+}  # fmt: skip
 _MARK = b"kdlibsum"
 """Precedes the SHA-256 at the end of a checkpoint; readers of zip files ignore both."""
 
@@ -50,11 +54,9 @@ def load_checkpoint(path: str | PathLike[str]) -> dict[str, Any]:
     if not isinstance(state, dict) or state.get("format") != _FORMAT:
         got = f"format {state.get('format')!r}" if isinstance(state, dict) else f"a {type(state).__name__}"
         raise CheckpointError(f"train: checkpoint {path} must have format {_FORMAT}, got {got}")
-    missing = [name for name in _ENTRIES if name not in state]
-    if missing:
-        raise CheckpointError(
-            f"train: checkpoint {path} must have the entries of `train`, it lacks {', '.join(missing)}"
-        )
+    wrong = [name for name, kind in _ENTRIES.items() if not isinstance(state.get(name), kind)]
+    if wrong:
+        raise CheckpointError(f"train: checkpoint {path} cannot be used: {', '.join(wrong)} missing or of a wrong type")
     return state
 
 

@@ -91,5 +91,5 @@ class TrainingDiverged(RuntimeError):
         self.samples = samples
 
     def __reduce__(self) -> tuple[object, ...]:
-        fields = {"step": self.step, "epoch": self.epoch, "terms": dict(self.terms), "samples": self.samples}
-        return partial(type(self), **fields), self.args
+        terms, samples = dict(self.terms), self.samples
+        return partial(TrainingDiverged, step=self.step, epoch=self.epoch, terms=terms, samples=samples), self.args

@@ -44,10 +44,13 @@ def check_fingerprint(
     """
     pairs = [(name, saved.get(name), current.get(name)) for name in sorted({*saved, *current})]
     before, now = (
-        {name: list(x.shape) if isinstance(x, Tensor) else type(x).__name__ for name, x in state.items()}
+        {
+            name: f"{x.dtype} {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
+            for name, x in state.items()
+        }
         for state in (weights, live)
     )
-    pairs += [(name, before.get(name), now.get(name)) for name in sorted({*before, *now})]
+    pairs += [(name, before.get(name, "absent"), now.get(name, "absent")) for name in sorted({*before, *now})]
     texts = [f"{name} (checkpoint {old!r}, now {new!r})" for name, old, new in pairs if old != new]
     if texts:
         more = f" and {len(texts) - 8} more" if len(texts) > 8 else ""
@@ -86,8 +89,8 @@ def _attributes(value: object) -> str:
     if not isinstance(value, nn.Module):
         return ""
     plain = {name: x for name, x in sorted(vars(value).items()) if isinstance(x, (int, float, str)) and name[0] != "_"}
-    del plain["training"]
-    return f" {plain}" if plain else ""
+    hidden = {name: x for name, x in plain.items() if name != "training" and f"{name}=" not in repr(value)}
+    return f" {hidden}" if hidden else ""
 
 
 def _describe_teacher(teacher: object) -> str:

@@ -233,18 +233,25 @@ class _Run:
             return None
         live = self.distiller.state_dict()
         check_fingerprint(state["fingerprint"], self.fingerprint, state["distiller"], live, store.directory)
-        try:
-            self.distiller.load_state_dict(state["distiller"])
-            self.optimizer.load_state_dict(state["optimizer"])
-            self.scaler.load_state_dict(state["scaler"])
-            if self.ema is not None:
-                self.ema.load_state_dict(state["ema"])
-            self.step, self.seconds, self.last = state["step"], state["seconds"], state["last"]
-            if self.step < self.total_steps:
-                self.stream.load_state_dict(state["stream"][self.processes.rank])
-                random_state(self.device, state["rng"][self.processes.rank])
-        except (KeyError, TypeError, AttributeError, RuntimeError, IndexError) as error:
-            raise CheckpointError(f"train: checkpoint {store.newest} does not fit this run: {error}") from error
+        self.step, self.seconds, self.last = state["step"], state["seconds"], state["last"]
+        loads: dict[str, Callable[[Any], object]] = {
+            "distiller": self.distiller.load_state_dict,
+            "optimizer": self.optimizer.load_state_dict,
+            "scaler": self.scaler.load_state_dict,
+        }
+        if self.ema is not None:
+            loads["ema"] = self.ema.load_state_dict
+        if self.step < self.total_steps:
+            rank = self.processes.rank
+            loads["stream"] = lambda positions: self.stream.load_state_dict(positions[rank])
+            loads["rng"] = lambda states: random_state(self.device, states[rank])
+        for name, load in loads.items():
+            try:
+                load(state[name])
+            except Exception as error:  # such as an optimizer state of other groups
+                raise CheckpointError(
+                    f"train: {name} of checkpoint {store.newest} does not fit this run: {error}"
+                ) from error
         return self.step
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from kdlib import OUTPUT, Distiller, HintLoss, Objective, StudentAdapter, TeacherAdapter, Term
+from kdlib import OUTPUT, AngularDistillLoss, Distiller, HintLoss, Objective, StudentAdapter, TeacherAdapter, Term
 from kdlib.training import CheckpointError, TrainConfig, TrainEvent, TrainingDiverged, load_checkpoint, read_log, train
 from kdlib.training.ema import EMA
 from kdlib.training.schedules import lr_factor
@@ -488,16 +488,73 @@ def test_pickled_code_is_never_run(tmp_path: Path) -> None:
     assert not (tmp_path / "owned").exists()
 
 
-def test_other_configuration_is_named(tmp_path: Path) -> None:
+def objective(loss: Any, name: str = "hint", **options: Any) -> Callable[[Toy], None]:
+    """A change of the objective of a distiller."""
+
+    def change(toy: Toy) -> None:
+        toy.objective = Objective({name: Term(loss, student="out", teacher="out", **options)})
+
+    return change
+
+
+def rename(toy: Toy) -> None:
+    """Rename a layer, so that the names of parameters differ but not their number."""
+    toy.layers._modules["last"] = toy.layers._modules.pop("4")
+
+
+@pytest.mark.parametrize(
+    ("change", "fields", "message"),
+    [
+        (None, {"lr": 0.2, "schedule": "poly"}, r"lr \(checkpoint 0.1, now 0.2\), schedule \(checkpoint 'cosine', now 'p"),
+        (None, {"epochs": 2}, r"epochs \(checkpoint 1, now 2\), total_steps \(checkpoint 5, now 10\)"),
+        (rename, {}, r"student.model.4.weight \(checkpoint 'torch.float32 \(3, 8\)', now 'absent'\), student.model.last.bias"),
+        (lambda toy: toy.double(), {}, r"student.model.0.bias \(checkpoint 'torch.float32 \(8,\)', now 'torch.float64"),
+        (objective(AngularDistillLoss()), {}, r"term 'hint' \(checkpoint \"Term\(HintLoss.*now \"Term\(AngularDistillLoss"),
+        (objective(HintLoss(), "other"), {}, r"term 'hint' \(.*, now None\), term 'other' \(checkpoint None, now"),
+        (objective(nn.SmoothL1Loss(beta=0.5)), {}, r"now \"Term\(SmoothL1Loss\(\).* {'beta': 0.5, 'reduction': 'mean'}\""),
+        (objective(HintLoss(), weight=lambda step: 1 + step), {}, r"term 'hint' .* weights \[1.0, 2.0, 3.0, 5.0\]"),
+        (lambda toy: toy.teachers["big"].model.weight.data.add_(1), {}, r"teacher 'big' \(checkpoint 'Linear .*, now 'Linear "),
+        (None, {"optimizer": torch.optim.Adam}, r"optimizer \(checkpoint 'sgd', now \"Adam \[{'weight_decay': 0.0005"),
+    ],
+)  # fmt: skip
+def test_a_resumed_run_names_what_differs(tmp_path: Path, change: Any, fields: dict[str, Any], message: str) -> None:
     train(Toy(), batches(), TrainConfig(epochs=1, checkpoint_dir=tmp_path))
-    with pytest.raises(
-        ValueError, match=r"lr \(checkpoint 0.1, now 0.2\), schedule \(checkpoint 'cosine', now 'poly'\)"
-    ):
-        train(Toy(), batches(), TrainConfig(epochs=1, lr=0.2, schedule="poly", checkpoint_dir=tmp_path))
-    with pytest.raises(ValueError, match=r"batches_per_epoch \(checkpoint 5, now 4\)"):
-        train(Toy(), batches(4), TrainConfig(epochs=1, checkpoint_dir=tmp_path))
+    toy = Toy()
+    if change is not None:
+        change(toy)
+    data = [(images.to(toy.layers[0].weight.dtype), targets) for images, targets in batches()]
+    with pytest.raises(ValueError, match=f"must contain a run of this configuration, got different .*{message}"):
+        train(toy, data, TrainConfig(**{"epochs": 1, "checkpoint_dir": tmp_path, **fields}))
     # What does not change the weights may differ.
     assert train(Toy(), batches(), TrainConfig(epochs=1, keep=5, checkpoint_dir=tmp_path)).resumed_from == 5
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"optimizer": None},
+            "none of the 1 checkpoints .*step-000000005.pt cannot be used: optimizer missing or of a wrong",
+        ),
+        ({"optimizer": {}}, "optimizer of checkpoint .*step-000000005.pt does not fit this run: 'param_groups'"),
+        ({"step": 2, "rng": []}, "rng of checkpoint .* does not fit this run: list index out of range"),
+    ],
+)
+def test_a_checkpoint_without_a_part_names_it(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+    path = train(Toy(), batches(), TrainConfig(epochs=1, checkpoint_dir=tmp_path)).checkpoint
+    torch.save({**load_checkpoint(path), **changes}, path)
+    with pytest.raises(CheckpointError, match=message):
+        train(Toy(), batches(), TrainConfig(epochs=1, checkpoint_dir=tmp_path))
+
+
+@pytest.mark.parametrize("field", ["checkpoint_dir", "log_path"])
+def test_a_place_that_cannot_be_written_fails_before_the_first_step(tmp_path: Path, field: str) -> None:
+    (tmp_path / "file").write_text("")
+    steps: list[TrainEvent] = []
+    for place in (tmp_path / "file" / "in", tmp_path if field == "log_path" else tmp_path / "file"):
+        with pytest.raises((CheckpointError, ValueError), match=f"train: {field} must be a writable .*, got {place}: "):
+            train(Toy(), batches(), TrainConfig(epochs=1, **{field: place}), hooks=[steps.append])
+    assert steps == []
 
 
 def test_full_disk_keeps_the_last_good(
