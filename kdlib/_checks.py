@@ -288,6 +288,15 @@ def check_features(owner: str, features: object) -> None:
         raise TypeError(f"Distiller: the {owner} must return named features, got {kind}; wrap it in an adapter")
 
 
+def check_inputs(owner: str, unchanged: bool) -> None:
+    """A model in a distiller must not change its inputs in place."""
+    if not unchanged:
+        raise ValueError(
+            f"Distiller: the {owner} changed its inputs in place, which the other models read too; copy them first, as "
+            "an out-of-place preprocess or nn.ReLU(inplace=False) does"
+        )
+
+
 def check_targets(owner: str, targets: object) -> None:
     """Targets must be named."""
     check_type(owner, "targets", targets, (Mapping, NoneType), "a mapping of names to tensors or None")

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 __all__ = ["Comparison", "InfluenceReport", "TeacherInfluence", "TermInfluence", "measure", "unchanged"]
 
@@ -212,29 +213,31 @@ def _columns(losses: list[float], gradients: list[Tensor]) -> list[tuple[float, 
 
 
 @contextmanager
-def unchanged(*modules: nn.Module, device: torch.device) -> Iterator[None]:
-    """Restore buffers, plain attributes and torch's random state after the block.
+def unchanged(*modules: nn.Module, device: torch.device, attributes: bool = True) -> Iterator[None]:
+    """Restore buffers, torch's random state, training modes and, with `attributes`, all plain attributes after the block.
 
     Inside, the buffers are replaced by copies, because the originals may belong to a graph whose backward is still to
     run.
     """
     inside = {each for module in modules for each in module.modules()}
-    saved = [(each, dict(vars(each)), dict(each._buffers)) for each in inside]
-    copies = {
-        id(buffer): buffer.detach().clone() for _, _, own in saved for buffer in own.values() if buffer is not None
-    }
+    saved = [
+        (each, dict(vars(each) if attributes else {"training": each.training}), dict(each._buffers)) for each in inside
+    ]
+    buffers = [buffer for _, _, own in saved for buffer in own.values() if not (buffer is None or is_lazy(buffer))]
+    copies = {id(buffer): buffer.detach().clone() for buffer in buffers}
     devices = {"devices": [device], "device_type": device.type} if device.type in ("cuda", "xpu") else {"devices": []}
     try:
         for each, _, own in saved:
-            each._buffers.update({name: copies.get(id(buffer)) for name, buffer in own.items()})
+            each._buffers.update({name: copies.get(id(buffer), buffer) for name, buffer in own.items()})
         with torch.random.fork_rng(**devices):
             yield
     finally:
-        for each, attributes, own in saved:
-            for name in set(vars(each)) - set(attributes):
+        for each, before, own in saved:
+            for name in set(vars(each)) - set(before) if attributes else ():
                 del vars(each)[name]
-            vars(each).update(attributes)
-            each._buffers.clear()
+            vars(each).update(before)
+            if attributes:
+                each._buffers.clear()
             each._buffers.update(own)
 
 

@@ -3,6 +3,8 @@
 from collections.abc import Iterable, Mapping
 
 import torch
+from torch import nn
+from torch.fx import GraphModule
 
 from kdlib._checks import nearest
 
@@ -35,6 +37,17 @@ def check_dtype(owner: str, dtype: object) -> None:
     """`dtype` must be None or a floating-point type."""
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         raise TypeError(f"{owner}: dtype must be a floating-point torch.dtype, got {dtype!r}")
+
+
+def check_exported_for_inference(owner: str, model: nn.Module) -> None:
+    """The graph of a module of `torch.export` must not contain dropout or batch norm in training mode."""
+    graphs = [each.graph for each in model.modules() if isinstance(each, GraphModule)]
+    for node in (each for graph in graphs for each in graph.nodes if isinstance(each.target, torch._ops.OpOverload)):
+        arguments = {
+            argument.name: value for argument, value in zip(node.target._schema.arguments, node.args, strict=False)
+        }
+        if True in (arguments.get("train"), arguments.get("training")):
+            raise ValueError(f"{owner}: the model was exported in training mode ({node.target}); export model.eval()")
 
 
 def no_module(owner: str, path: str, known: Iterable[str]) -> ValueError:

@@ -2,11 +2,15 @@
 
 import copy
 import gc
+import operator
 import pickle
 import sys
 import threading
 from collections import OrderedDict, namedtuple
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
+from typing import Any
 
 import pytest
 import torch
@@ -194,15 +198,72 @@ def test_a_tap_of_a_module_called_twice_must_choose_a_call(images: Tensor) -> No
     assert not torch.equal(both["a"], both["b"])
 
 
-def test_a_tensor_changed_in_place_after_its_tap_is_an_error(images: Tensor) -> None:
-    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.ReLU(inplace=True))
-    with pytest.raises(ValueError, match=r"tap 'x' \('1'\) was changed in place"):
-        StudentAdapter(model, {"x": "1"})(images)
-    with pytest.raises(ValueError, match="changed in place"):
-        TeacherAdapter(model, {"x": "1"})(images)
-    assert (StudentAdapter(model, {"x": "2"})(images)["x"] >= 0).all()
-    with torch.inference_mode():
-        assert StudentAdapter(model, {"x": "2"})(images)["x"].is_inference()
+class ChangesInPlace(nn.Module):
+    """A tapped module, and a later change of its input `x` or its output `y`."""
+
+    def __init__(self, tapped: nn.Module, change: Callable[[Tensor, Any], object]) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.conv = nn.Conv2d(3, 4, 1)
+        self.tapped = tapped
+        self.change = change
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv(x)
+        self.change(x, self.tapped(x))
+        return x
+
+
+class Named(nn.Module):
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        return {"key": 2 * x}
+
+
+CHANGES = {
+    "activation": (nn.Identity(), "tapped", lambda x, y: y.relu_()),
+    "residual": (nn.Identity(), "tapped", lambda x, y: operator.iadd(y, y.sigmoid())),
+    "view": (nn.Identity(), "tapped", lambda x, y: y.flatten(1).mul_(2)),
+    "slice": (nn.Identity(), "tapped", lambda x, y: y[:, 0].zero_()),
+    "detached": (nn.Identity(), "tapped", lambda x, y: y.detach().add_(1)),
+    "base of a view": (nn.Flatten(), "tapped", lambda x, y: x.add_(1)),
+    "part of a tuple": (Encoder(), "tapped[1]", lambda x, y: y[1].add_(1)),
+    "part of a dict": (Named(), "tapped['key']", lambda x, y: y["key"].add_(1)),
+}
+
+
+@pytest.mark.parametrize("adapter", [StudentAdapter, TeacherAdapter])
+@pytest.mark.parametrize("name", CHANGES)
+def test_a_tensor_changed_in_place_after_its_tap_keeps_its_value_or_is_an_error(
+    name: str, adapter: type, images: Tensor
+) -> None:
+    tapped, tap, change = CHANGES[name]
+    expected = adapter(ChangesInPlace(tapped, lambda x, y: None), {"x": tap})(images)["x"].detach()
+    changed = adapter(ChangesInPlace(tapped, change), {"x": tap})
+    for mode in (nullcontext, torch.no_grad):
+        with mode(), pytest.raises(ValueError, match=r"tap 'x' \('tapped'\) was changed in place after the tap"):
+            changed(images)
+    torch._dynamo.reset()
+    compiled = torch.compile(changed, fullgraph=True, backend="aot_eager")
+    for mode, run in [(torch.inference_mode, changed), (torch.no_grad, compiled), (torch.inference_mode, compiled)]:
+        with mode():
+            torch.testing.assert_close(run(images)["x"], expected)
+    each = torch.func.vmap(lambda x: changed(x[None])["x"][0])(images)
+    torch.testing.assert_close(each.detach(), expected)
+
+
+def test_a_compiled_student_has_the_gradient_of_a_tensor_changed_later(images: Tensor) -> None:
+    torch._dynamo.reset()
+    model = ChangesInPlace(nn.Identity(), lambda x, y: y.relu_())
+    compiled = torch.compile(StudentAdapter(model, {"x": "tapped"}), fullgraph=True, backend="aot_eager")
+    compiled(images)["x"].sum().backward()
+    torch.testing.assert_close(model.conv.bias.grad, torch.full((4,), 72.0))
+
+
+def test_the_output_of_an_in_place_module_can_be_tapped(images: Tensor) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU(inplace=True))
+    for mode in (nullcontext, torch.inference_mode):
+        with mode():
+            assert (StudentAdapter(model, {"x": "1"})(images)["x"] >= 0).all()
 
 
 def test_paths_ignore_wrappers(images: Tensor) -> None:
@@ -455,7 +516,7 @@ def test_one_model_may_be_teacher_and_student(images: Tensor) -> None:
     assert not torch.equal(model.stem[1].running_mean, mean)
 
 
-def test_teacher_moves_with_its_parent_and_keeps_its_dtype(images: Tensor) -> None:
+def test_a_teacher_moves_with_its_parent_and_keeps_its_dtype(images: Tensor) -> None:
     holder = Holder(TeacherAdapter(net(), {"x": OUTPUT["logits"]}))
     holder.to(torch.float64)
     assert holder.teacher(images.double())["x"].dtype == torch.float64
@@ -463,16 +524,66 @@ def test_teacher_moves_with_its_parent_and_keeps_its_dtype(images: Tensor) -> No
     assert fixed.teacher(images)["x"].dtype == torch.float64
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert fixed.teacher(images)["x"].dtype == torch.float64
+    holder.to(memory_format=torch.channels_last)
+    assert holder.teacher.model.stem[0].weight.is_contiguous(memory_format=torch.channels_last)
     holder.to("meta")
     assert next(holder.teacher.model.parameters()).is_meta
+    assert not next(holder.to_empty(device="cpu").teacher.model.parameters()).is_meta
+
+
+@pytest.mark.parametrize("dtype", [None, torch.float32])
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda parent: parent.to_empty(device="cpu"),
+        lambda parent: parent.half(),
+        lambda parent: parent.to("cpu", torch.bfloat16),
+        lambda parent: parent.type(torch.HalfTensor),
+        lambda parent: parent.double().float(),
+        lambda parent: parent._apply(torch.zeros_like),
+        lambda parent: parent._apply(lambda x: x.detach().zero_()),
+        lambda parent: parent.apply(lambda module: [nn.init.zeros_(x) for x in module.parameters(recurse=False)]),
+    ],
+)
+def test_a_parent_never_changes_the_values_of_a_teacher(
+    change: Callable[[nn.Module], object], dtype: torch.dtype | None, images: Tensor
+) -> None:
+    norm = nn.BatchNorm2d(3)
+    nn.init.uniform_(norm.weight, generator=torch.Generator().manual_seed(0))
+    teacher = TeacherAdapter(net(), TAPS, preprocess=norm, dtype=dtype)
+    terms = {"hint": Term(HintLoss(), student="x", teacher="logits")}
+    for parent in (
+        Holder(teacher),
+        Distiller(StudentAdapter(nn.Linear(2, 2), {"x": OUTPUT}), {"t": teacher}, Objective(terms)),
+    ):
+        before = copy.deepcopy([teacher.model.state_dict(), norm.state_dict()])
+        expected = teacher(images)
+        change(parent)
+        torch.testing.assert_close([teacher.model.state_dict(), norm.state_dict()], before, rtol=0, atol=0)
+        torch.testing.assert_close(teacher(images), expected, rtol=0, atol=0)
+        assert teacher(images.half())["logits"].dtype == torch.float32  # inputs are converted to the model's type
+
+
+@pytest.mark.parametrize("dtype", [None, torch.float64])
+def test_a_module_of_torch_export_can_be_a_teacher_if_exported_in_eval_mode(dtype: torch.dtype | None) -> None:
+    model, x = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Dropout(0.5)), torch.ones(2, 3)
+    exported = torch.export.export(model.eval(), (x,)).module()
+    teacher = TeacherAdapter(exported, {"x": OUTPUT}, dtype=dtype)
+    torch.testing.assert_close(teacher.train()(x)["x"], model.to(dtype or x.dtype)(x.to(dtype)))
+    exported = torch.export.export(model.float().train(), (x,)).module()
+    with pytest.raises(
+        ValueError, match=r"TeacherAdapter: the model was exported in training mode .*; export model.eval"
+    ):
+        TeacherAdapter(exported, {"x": OUTPUT})
 
 
 def test_preprocess_comes_first(images: Tensor) -> None:
     model = net()
     expected = TeacherAdapter(model, {"x": OUTPUT["logits"]})(2 * images)["x"]
     torch.testing.assert_close(TeacherAdapter(model, {"x": OUTPUT["logits"]}, preprocess=double)(images)["x"], expected)
-    first = TeacherAdapter(model, {"x": OUTPUT["logits"]}, preprocess=lambda a, b: (a + b,))
-    torch.testing.assert_close(first(images, images)["x"], expected)
+    for prepare in (lambda a, b: (a + b,), lambda a, b: {"x": a + b}):
+        first = TeacherAdapter(model, {"x": OUTPUT["logits"]}, preprocess=prepare)
+        torch.testing.assert_close(first(images, b=images)["x"], expected)
     norm = nn.BatchNorm2d(3).train()
     TeacherAdapter(model, {"x": OUTPUT["logits"]}, preprocess=norm)(images)
     assert int(norm.num_batches_tracked) == 0
