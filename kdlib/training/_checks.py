@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from kdlib._checks import check_callable, check_targets, check_type
+from kdlib._checks import check_callable, check_type
 from kdlib.training.events import TrainingDiverged
 
 
@@ -34,15 +34,6 @@ def check_train(distiller: object, loader: object, hooks: object) -> None:
     check_type("train", "hooks", hooks, Sequence, "a sequence of callables")
     for index, hook in enumerate(hooks):  # type: ignore[arg-type, var-annotated]  # checked in the line before
         check_callable("train", f"hooks[{index}]", hook)
-
-
-def check_batch(batch: object) -> None:
-    """A loader must yield `(inputs, targets)` as a tuple or list: a tensor of two images would also unpack to a pair."""
-    if not isinstance(batch, (tuple, list)):
-        raise TypeError(f"train: loader must yield (inputs, targets), got a {type(batch).__name__}")
-    if len(batch) != 2:
-        raise ValueError(f"train: loader must yield (inputs, targets), got {len(batch)} items")
-    check_targets("train: loader", batch[1])
 
 
 def diverged(

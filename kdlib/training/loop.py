@@ -11,7 +11,8 @@ from torch import Tensor
 
 from kdlib._checks import check_type
 from kdlib.distiller import Distiller
-from kdlib.training._checks import check_argument, check_batch, check_train, diverged
+from kdlib.training._checks import check_argument, check_train, diverged
+from kdlib.training.batches import batch_size, sample_ids, splitter
 from kdlib.training.checkpoint import CheckpointStore
 from kdlib.training.config import TrainConfig
 from kdlib.training.distributed import Processes, synchronize_if, wrap
@@ -21,7 +22,7 @@ from kdlib.training.fingerprint import check_fingerprint, run_fingerprint
 from kdlib.training.log import append_log
 from kdlib.training.schedules import build_optimizer, lr_factor, set_lr
 from kdlib.training.signals import DeferredSignals
-from kdlib.training.step import Readings, batch_size, private_randomness, random_state, sample_ids, to_device
+from kdlib.training.step import Readings, private_randomness, random_state, to_device
 from kdlib.training.stream import Batch, BatchStream
 
 __all__ = ["train"]
@@ -38,14 +39,14 @@ def train(
     caller is not changed.
 
     Under `torchrun` (with an initialized process group) gradients are averaged over processes, and only the first process
-    writes files and calls hooks. The loader must give each process its own part of the data.
+    writes files and calls hooks. The loader must give each process its own part of the data, of the same length. An error
+    or a signal in one process ends all of them, with the same message and the same checkpoint.
 
     Args:
         distiller: Student, teachers and objective; trained in place.
-        loader: Yields `(inputs, targets)` for one epoch: inputs is a tensor or a tuple of tensors, targets a mapping of
-            tensors or `None`. It must have a length if `max_steps` is not given. `set_epoch(epoch)` is called on the
-            loader and its samplers if they have it; `iter_from(batch)`, if the loader has it, avoids skipping batches
-            when a run resumes within an epoch.
+        loader: Yields the batches of one epoch: `(inputs, targets)` or what `TrainConfig.split_batch` describes. It must
+            have a length if `max_steps` is not given. `set_epoch(epoch)` is called on the loader and its samplers if they
+            have it; `iter_from(batch)`, if the loader has it, avoids skipping batches when a run resumes in an epoch.
         config: Configuration of the run.
         hooks: Callables that receive a :class:`TrainEvent` after every step.
 
@@ -57,7 +58,8 @@ def train(
         TrainingDiverged: The loss is NaN or infinite. The weights are those before the step, and checkpoints are kept;
             running statistics, such as those of BatchNorm, include the batch.
         CheckpointError: A checkpoint cannot be written, or no existing checkpoint can be read.
-        ValueError: The checkpoints belong to another configuration, or the loader is empty.
+        ValueError: The checkpoints belong to another configuration, objective, network or teacher (the message names what
+            differs), the log cannot be written, or the loader is empty.
         TypeError: An argument or a batch has the wrong type.
         KeyboardInterrupt: Ctrl-C, after the current step and a checkpoint. SIGTERM likewise ends the process.
 
@@ -73,7 +75,12 @@ def train(
     """
     check_train(distiller, loader, hooks)
     check_type("train", "config", config, TrainConfig, "a TrainConfig")
-    device = _place(distiller, config)
+    device, split = _place(distiller, config), splitter(distiller, config)
+
+    def prepare(batch: Any) -> Batch:
+        inputs, targets = split(batch)
+        return to_device(inputs, device, channels_last=config.channels_last), to_device(targets, device)
+
     processes = Processes()
     deferred = DeferredSignals(active=config.checkpoint_dir is not None, repeated=processes.count > 1)
     randomness = private_randomness(device, config.seed + processes.rank)
@@ -88,7 +95,7 @@ def train(
         )
         if not distiller.objective.inferred:
             with processes.together():
-                batch = _moved(stream.peek(), device, config)
+                batch = prepare(stream.peek())
             distiller.infer(*batch)
         distiller.train()
         forward = wrap(distiller, device, find_unused_parameters=config.find_unused_parameters)
@@ -114,7 +121,7 @@ def train(
                     try:
                         if not signals.pending:
                             epoch, first, group = stream.take()
-                            group = [_moved(batch, device, config) for batch in group]
+                            group = [prepare(batch) for batch in group]
                     except Exception:
                         if not signals.pending:  # otherwise the signal may have ended a worker of the loader too
                             raise
@@ -311,12 +318,6 @@ def _place(distiller: Distiller, config: TrainConfig) -> torch.device:
     if config.channels_last:
         distiller.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stubs lack it
     return device
-
-
-def _moved(batch: Batch, device: torch.device, config: TrainConfig) -> Batch:
-    check_batch(batch)
-    inputs, targets = batch
-    return to_device(inputs, device, channels_last=config.channels_last), to_device(targets, device)
 
 
 def _row(event: TrainEvent) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["Readings", "batch_size", "private_randomness", "random_state", "sample_ids", "to_device"]
+__all__ = ["Readings", "private_randomness", "random_state", "to_device"]
 
 
 class Readings:
@@ -60,17 +60,6 @@ def to_device(value: Any, device: torch.device, *, channels_last: bool = False) 
     if isinstance(value, (tuple, list)):
         return tuple(to_device(item, device, channels_last=channels_last) for item in value)
     return value
-
-
-def batch_size(inputs: Any) -> int:
-    """Return the batch size: the first dimension of the first tensor."""
-    return int((inputs[0] if isinstance(inputs, (tuple, list)) else inputs).shape[0])
-
-
-def sample_ids(group: list[tuple[Any, Any]]) -> tuple[int, ...]:
-    """Return the sample ids of a group of batches, if their targets contain them."""
-    found = [targets["sample"] for _, targets in group if isinstance(targets, Mapping) and "sample" in targets]
-    return tuple(int(value) for ids in found if isinstance(ids, Tensor) for value in ids.flatten().tolist())
 
 
 @contextmanager

@@ -263,11 +263,21 @@ def test_neither_hooks_nor_the_callers_randomness_change_the_weights() -> None:
         ({"hooks": [3]}, r"train: hooks\[0\] must be callable, got int"),
         # A tensor of two images would unpack to inputs and targets.
         ({"loader": [torch.zeros(2, 6)]}, r"train: loader must yield \(inputs, targets\), got a Tensor"),
-        ({"loader": [(torch.zeros(2, 6), {}, {})]}, r"train: loader must yield \(inputs, targets\), got 3 items"),
-        # As a loader over a TensorDataset yields.
         (
-            {"loader": [[torch.zeros(2, 6), torch.zeros(2)]]},
-            "train: loader: targets must be a mapping of names to tensors or None, got Tensor",
+            {"loader": [(torch.zeros(2, 6), {}, {})]},
+            r"train: loader must yield \(inputs, targets\), got 3 items; set Train",
+        ),
+        (
+            {"loader": [(torch.zeros(2, 6), 3)]},
+            "train: loader: targets must be a mapping of names to tensors or None, got int",
+        ),
+        (
+            {"loader": [{"image": torch.zeros(2, 6), "label": 1}]},
+            r"loader yields mappings of 'image', 'label', but the student's forward needs 'input'; set TrainConfig\(split_b",
+        ),
+        (
+            {"config": TrainConfig(epochs=1, split_batch=lambda batch: batch[0])},
+            r"train: split_batch must return \(inputs, targets\), got a Tensor",
         ),
     ],
 )
@@ -275,6 +285,52 @@ def test_train_names_the_argument_that_is_wrong(change: dict[str, Any], message:
     given: dict[str, Any] = {"distiller": Toy(), "loader": batches(1), "config": TrainConfig(epochs=1), **change}
     with pytest.raises((TypeError, ValueError), match=message):
         train(given.pop("distiller"), given.pop("loader"), given.pop("config"), **given)
+
+
+class Scaled(nn.Module):
+    """A network with two named inputs."""
+
+    def __init__(self, factor: float) -> None:
+        super().__init__()
+        self.factor = factor
+        self.linear = nn.Linear(6, 3)
+        nn.init.constant_(self.linear.weight, factor)
+        nn.init.zeros_(self.linear.bias)
+
+    def forward(self, image: Tensor, scale: Tensor | None = None) -> Tensor:
+        return self.linear(image if scale is None else image * scale)
+
+
+@pytest.mark.parametrize("kind", ["tuple", "keywords", "mapping", "split"])
+def test_batches_of_several_named_inputs(kind: str) -> None:
+    """All kinds of batches give the same weights; a target that a term reads is no input."""
+    images, scale, wanted = torch.ones(4, 6), torch.full((4, 1), 0.5), torch.zeros(4, 3)
+    made = {
+        "tuple": ((images, scale), {"wanted": wanted}),
+        "keywords": ({"scale": scale, "image": images}, {"wanted": wanted}),
+        "mapping": {"wanted": wanted, "other": "a name", "scale": scale, "image": images},
+        "split": (images, scale, wanted),
+    }
+    terms = {
+        "hint": Term(HintLoss(), student="out", teacher="out"),
+        "mse": Term(nn.MSELoss(), student="out", target="wanted"),
+    }
+    student, teacher = StudentAdapter(Scaled(1.0), {"out": OUTPUT}), TeacherAdapter(Scaled(2.0), {"out": OUTPUT})
+    distiller = Distiller(student, {"big": teacher}, Objective(terms))
+    split = (lambda batch: (batch[:2], {"wanted": batch[2]})) if kind == "split" else None
+    seen: list[TrainEvent] = []
+    train(distiller, [made[kind]] * 2, TrainConfig(epochs=1, lr=0.01, split_batch=split), hooks=[seen.append])
+    # The student returns 6 * 0.5 * 1, the teacher twice as much.
+    assert seen[0].terms == {"hint": 9.0, "mse": 9.0}
+    assert seen[1].images_per_second > 0
+    assert student.model.linear.weight.max().item() != 1.0
+
+
+def test_a_tensor_beside_the_inputs_is_the_target() -> None:
+    terms = {"ce": Term(nn.CrossEntropyLoss(), student="out", target="target")}
+    distiller = Distiller(StudentAdapter(nn.Linear(6, 3), {"out": OUTPUT}), {}, Objective(terms))
+    loader = DataLoader(TensorDataset(torch.randn(8, 6), torch.arange(8) % 3), batch_size=4)
+    assert train(distiller, loader, TrainConfig(epochs=1)).step == 2
 
 
 def test_lengths() -> None:
