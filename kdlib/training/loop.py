@@ -277,7 +277,8 @@ def _accumulate(
     values = None
     for left, (inputs, targets) in zip(range(len(group) - 1, -1, -1), group, strict=True):
         with synchronize_if(left == 0, forward):
-            with torch.autocast(run.device.type, dtype=dtype, enabled=dtype is not None):
+            autocast = torch.autocast(run.device.type, dtype=dtype, enabled=dtype is not None)
+            with processes.together(), autocast:
                 output = forward(inputs, targets)
             packed = Readings.pack(output)
             values = packed if values is None else values + packed

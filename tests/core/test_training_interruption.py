@@ -68,6 +68,7 @@ def test_two_processes_resume_bit_for_bit_with_dropout(processes: dict[str, Any]
         ),
         ("wrong_length", "ValueError: train: loader must yield len(loader) = 6 batches in every process, got 5"),
         ("broken_batch", "OSError: cannot read image 7 of process 1"),
+        ("bad_shape", "RuntimeError: mat1 and mat2 shapes cannot be multiplied (2x7 and 6x16)"),
         ("hook", "RuntimeError: Unportable: the disk is full"),
         ("unwritable", "CheckpointError: train: checkpoint_dir must be a writable directory, got "),
         ("full_disk", "No space left on device; {run}/step-000000001.pt is kept"),

@@ -117,6 +117,14 @@ def broken_batch(rank: int, folder: Path) -> Any:
     return straight_with(Broken(rank) if rank else Batches(rank), folder)
 
 
+def bad_shape(rank: int, folder: Path) -> Any:
+    """One batch of the second process has a wrong shape."""
+    data = Batches(rank).items
+    if rank:
+        data[3] = (torch.zeros(2, 7), {})
+    return straight_with(data, folder)
+
+
 def nan(rank: int, folder: Path) -> Any:
     """One batch of the second process contains a NaN."""
     data = Batches(rank).items
@@ -209,7 +217,7 @@ def stopped_by(
 SCENARIOS = {
     **{
         f.__name__: f
-        for f in (straight, resumed, lengths, wrong_length, broken_batch, nan, hook, full_disk, unwritable)
+        for f in (straight, resumed, lengths, wrong_length, broken_batch, bad_shape, nan, hook, full_disk, unwritable)
     },
     "halves": halves,
     "whole": halves,
