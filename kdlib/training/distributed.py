@@ -44,13 +44,13 @@ class Processes:
         return values
 
     @contextmanager
-    def together(self) -> Iterator[list[int]]:
-        """Raise an error of one process in all processes, and exchange two votes.
+    def together(self, count: int = 0) -> Iterator[list[int]]:
+        """Raise an error of one process in all processes, and exchange `count` whole numbers.
 
         Yields:
-            A list `[0, 0]`, to which the block assigns; afterwards it contains the largest values of all processes.
+            A list of zeros, to which the block assigns; afterwards it contains the largest values of all processes.
         """
-        votes = [0, 0]
+        votes = [0] * count
         if self.count == 1:
             yield votes
             return

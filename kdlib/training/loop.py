@@ -116,8 +116,8 @@ def train(
                 path = config.log_path if processes.rank == 0 and run.step < total_steps else None
                 log = stack.enter_context(append_log(path, last_step=run.step))
             while run.step < total_steps:
-                with processes.together() as votes:
-                    position = run.position()
+                with processes.together(4) as votes:
+                    group, position = [], run.position()
                     try:
                         if not signals.pending:
                             epoch, first, group = stream.take()
@@ -125,14 +125,19 @@ def train(
                     except Exception:
                         if not signals.pending:  # otherwise the signal may have ended a worker of the loader too
                             raise
-                    votes[:] = signals.pending, int(store.due_by_time())
-                stop, due = votes
+                    votes[:] = signals.pending, store.due_by_time(), len(group), -len(group)
+                stop, due, most, fewest = votes
                 if stop:
                     positions = processes.gather(position)
                     with processes.together():
                         if processes.rank == 0:
                             run.save(store, seconds, positions)
                     signals.deliver(stop)
+                same = most == -fewest
+                check_argument(
+                    same,
+                    "loader must have the same number of batches in every process, got an epoch that ends earlier in one",
+                )
                 lr = set_lr(run.optimizer, lr_factor(run.step, total_steps, config))
                 total, terms, weights = _accumulate(run, forward, group, store, epoch=epoch, first=first)
                 run.update(epoch, total, terms)

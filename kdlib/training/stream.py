@@ -90,7 +90,7 @@ class BatchStream:
             epoch, first = self.epoch, self.batch
             self.batch += len(group)
             # The iterator is exhausted at the end of an epoch, so that its last random draws belong to this epoch.
-            if not group or self.batch == self.length:
+            if len(group) < self.accumulate or self.batch == self.length:
                 wanted = f"loader must yield len(loader) = {self.length} batches"
                 check_argument(next(batches, None) is None, f"{wanted}, got more")
                 check_argument(

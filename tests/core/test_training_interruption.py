@@ -67,6 +67,10 @@ def test_two_processes_resume_bit_for_bit_with_dropout(processes: dict[str, Any]
             "ValueError: train: loader must have the same number of batches in every process, got [6, 5]; use a",
         ),
         ("wrong_length", "ValueError: train: loader must yield len(loader) = 6 batches in every process, got 5"),
+        (
+            "unsized",
+            "ValueError: train: loader must have the same number of batches in every process, got an epoch that ends",
+        ),
         ("broken_batch", "OSError: cannot read image 7 of process 1"),
         ("bad_shape", "RuntimeError: mat1 and mat2 shapes cannot be multiplied (2x7 and 6x16)"),
         ("hook", "RuntimeError: Unportable: the disk is full"),

@@ -101,9 +101,14 @@ def wrong_length(rank: int, folder: Path) -> Any:
     return straight_with(Batches(rank, BATCHES - rank, BATCHES), folder)
 
 
-def straight_with(loader: Any, folder: Path) -> Any:
+def unsized(rank: int, folder: Path) -> Any:
+    """The second process has one batch less, and the loaders have no length."""
+    return straight_with((item for item in Batches(rank, BATCHES - rank).items), folder, max_steps=6)
+
+
+def straight_with(loader: Any, folder: Path, **fields: Any) -> Any:
     """Train on a loader."""
-    return train(build(), loader, config(folder)).step
+    return train(build(), loader, config(folder, **fields)).step
 
 
 def broken_batch(rank: int, folder: Path) -> Any:
@@ -217,7 +222,19 @@ def stopped_by(
 SCENARIOS = {
     **{
         f.__name__: f
-        for f in (straight, resumed, lengths, wrong_length, broken_batch, bad_shape, nan, hook, full_disk, unwritable)
+        for f in (
+            straight,
+            resumed,
+            lengths,
+            wrong_length,
+            unsized,
+            broken_batch,
+            bad_shape,
+            nan,
+            hook,
+            full_disk,
+            unwritable,
+        )
     },
     "halves": halves,
     "whole": halves,
