@@ -1,0 +1,162 @@
+"""Decoupled distillation: soft targets in two parts, target class against the rest and within the rest."""
+
+from functools import partial
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from kdlib._checks import check_number, check_pair, check_target
+from kdlib._maths import Reduction, full_precision, promote, reduce
+from kdlib.losses._module import LossModule
+from kdlib.losses.logits._chunked import MIN_LOG, by_rows, soften
+
+__all__ = ["DecoupledKDLoss", "decoupled_kd"]
+
+
+def decoupled_kd(
+    student: Tensor,
+    teacher: Tensor,
+    *,
+    target: Tensor,
+    alpha: float = 1.0,
+    beta: float = 8.0,
+    temperature: float = 4.0,
+    reduction: Reduction = "mean",
+    weight: Tensor | None = None,
+) -> Tensor:
+    r"""Compute the divergence of target class against the rest, plus the divergence within the rest.
+
+    .. math:: T^2 \left[ \alpha \, \mathrm{KL}(b^t \,\|\, b^s) + \beta \, \mathrm{KL}(\hat p^t \,\|\, \hat p^s) \right]
+
+    for a sample of target class y, with :math:`p = \mathrm{softmax}(z / T)`, :math:`b = (p_y, 1 - p_y)`, and
+    :math:`\hat p` the softmax over all classes except y. With :math:`\alpha = 1` and :math:`\beta = 1 - p^t_y` this is
+    `soft_target`. With a constant :math:`\beta`, the second part does not vanish where the teacher is confident.
+
+    :math:`1 - p_y` is never computed. With :math:`u = z_y / T - \log \sum_{c \ne y} e^{z_c / T}` the logarithms are
+    those of the sigmoid of u and of -u, so the loss is exact where the target's probability rounds to 1. With two
+    classes the second part is 0; with one class the loss is 0. Logits of many classes are processed a few rows at a
+    time: only the gradient takes memory of their size.
+
+    Args:
+        student: logits `(b, c)`.
+        teacher: logits of the same shape; never receives a gradient.
+        target: class `(b,)`, whole numbers from 0 to c - 1.
+        alpha: weight of target against rest, at least 0.
+        beta: weight of the divergence within the rest, at least 0.
+        temperature: T, above 0; larger values give softer probabilities.
+        reduction: `"mean"` over the batch, or `"none"`.
+        weight: `(b,)`, at least 0, weight of each sample; 0 masks it.
+
+    Returns:
+        A scalar for `"mean"`: `sum(weight * loss) / sum(weight)`, or 0 if all weights are 0. `(b,)` for `"none"`,
+        multiplied by `weight` if given. Float32, or float64 if an input is float64.
+
+    Raises:
+        ValueError: The shapes differ, a target is not a class, a number is out of range, or `reduction` is unknown.
+            Inside `torch.compile` the values of the targets are not checked.
+        TypeError: The logits are not floating-point tensors, or the targets are not whole numbers.
+
+    Examples:
+        >>> import torch
+        >>> student = torch.tensor([[0.0, 0.0, 0.0]])
+        >>> teacher = torch.tensor([[2.0, 1.0, 1.0]]).log()
+        >>> target = torch.tensor([0])
+        >>> round(decoupled_kd(student, teacher, target=target, temperature=1.0).item(), 4)
+        0.0589
+        >>> teacher = torch.tensor([[2.0, 3.0, 1.0]]).log()
+        >>> round(decoupled_kd(student, teacher, target=target, temperature=1.0, alpha=0.0, beta=1.0).item(), 4)
+        0.1308
+
+    References:
+        Zhao, Cui, Song, Qiu, Liang, *Decoupled Knowledge Distillation*, arXiv 2203.08679, equation 7. The authors' code
+        takes the logarithm of a softmax, which is infinite from a difference of about 100 on, and lowers the logit of
+        the target by 1000 to exclude it. Their training raises the weight of the loss from 0 over the first 20 epochs;
+        here the weight of a term can be a schedule. They use beta between 1 and 10 for up to 1000 classes; with many
+        more classes it may have to be smaller.
+    """
+    owner = "decoupled_kd"
+    check_number(owner, "alpha", alpha, min=0)
+    check_number(owner, "beta", beta, min=0)
+    check_number(owner, "temperature", temperature, above=0)
+    check_pair(owner, student, teacher, "b c")
+    check_target(owner, target, *student.shape)
+    with full_precision(student):
+        if student.shape[1] < 2:
+            return reduce(owner, (0 * promote(student, teacher)[0]).sum(1), reduction, weight)
+        value = partial(_divergence, alpha=alpha, beta=beta, temperature=temperature)
+        slope = partial(_slope, alpha=alpha, beta=beta, temperature=temperature)
+        losses = by_rows(value, slope, student, teacher, target.long().unsqueeze(1))
+        return reduce(owner, losses, reduction, weight)
+
+
+class DecoupledKDLoss(LossModule):
+    """`decoupled_kd` as a Module: the constructor takes its hyper-parameters, `forward` its tensors.
+
+    Examples:
+        >>> import torch
+        >>> loss = DecoupledKDLoss(beta=2.0)
+        >>> loss(torch.zeros(2, 3), torch.ones(2, 3), target=torch.tensor([0, 2])).item()
+        0.0
+    """
+
+    _function = staticmethod(decoupled_kd)
+
+    def __init__(
+        self, *, alpha: float = 1.0, beta: float = 8.0, temperature: float = 4.0, reduction: Reduction = "mean"
+    ) -> None:
+        super().__init__(reduction=reduction)
+        check_number("DecoupledKDLoss", "alpha", alpha, min=0)
+        check_number("DecoupledKDLoss", "beta", beta, min=0)
+        check_number("DecoupledKDLoss", "temperature", temperature, above=0)
+        self.alpha, self.beta, self.temperature = alpha, beta, temperature
+
+    def forward(
+        self,
+        student: Tensor,
+        teacher: Tensor,
+        *,
+        target: Tensor,
+        weight: Tensor | None = None,
+        reduction: Reduction | None = None,
+    ) -> Tensor:
+        """Compare `student` logits `(b, c)` with `teacher`, `target` `(b,)`; `reduction=None` uses the constructor's."""
+        return self._call(student, teacher, weight, reduction, target=target)
+
+
+def _split_target(logits: Tensor, target_n1: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """Return the log-odds u of the target `(n, 1)` and the log-probabilities of the rest `(n, c)`, -inf at y."""
+    softened = soften(logits, temperature)
+    own = softened.gather(1, target_n1)
+    rest = softened.scatter(1, target_n1, -torch.inf)
+    log_rest = rest.log_softmax(1)
+    # log sum exp of the rest follows from its largest entry, without a second sum.
+    odds = (own - rest.amax(1, keepdim=True)) + log_rest.amax(1, keepdim=True)
+    return odds.clamp(MIN_LOG, -MIN_LOG), log_rest
+
+
+def _divergence(
+    student: Tensor, teacher: Tensor, target_n1: Tensor, *, alpha: float, beta: float, temperature: float
+) -> Tensor:
+    """Return the loss of each row, `(n, c)` and `(n, c)` to `(n,)`."""
+    u_s, log_s = _split_target(student, target_n1, temperature)
+    u_t, log_t = _split_target(teacher, target_n1, temperature)
+    binary = u_t.sigmoid() * (F.logsigmoid(u_t) - F.logsigmoid(u_s))
+    binary = binary + (-u_t).sigmoid() * (F.logsigmoid(-u_t) - F.logsigmoid(-u_s))
+    # In-place operations reduce the number of matrices that are held at a time.
+    log_t = log_t.clamp_(min=MIN_LOG)
+    within = (log_t - log_s.clamp(min=MIN_LOG)).mul_(log_t.exp_()).sum(1)
+    return temperature**2 * (alpha * binary.squeeze(1) + beta * within)
+
+
+def _slope(
+    student: Tensor, teacher: Tensor, target_n1: Tensor, *, alpha: float, beta: float, temperature: float
+) -> Tensor:
+    """Return the derivative: T alpha d at y, T (beta (q^s - q^t) - alpha d q^s) elsewhere, with d = p^s_y - p^t_y."""
+    u_s, log_s = _split_target(student, target_n1, temperature)
+    u_t, log_t = _split_target(teacher, target_n1, temperature)
+    # For two probabilities near 1, the difference of their complements is exact.
+    d = torch.where(u_s > 0, (-u_t).sigmoid() - (-u_s).sigmoid(), u_s.sigmoid() - u_t.sigmoid())
+    q_t = log_t.exp_().mul_(-temperature * beta)
+    rest = q_t.addcmul_(log_s.exp(), temperature * (beta - alpha * d))
+    return rest.scatter_(1, target_n1, temperature * alpha * d)
