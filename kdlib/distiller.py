@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.dropout import _DropoutNd
+from torch.nn.parameter import is_lazy
 
 from kdlib._checks import (
     check_features,
@@ -20,7 +21,7 @@ from kdlib._checks import (
     check_type,
 )
 from kdlib._held import hold, is_unchanged, move, split_inputs
-from kdlib.influence import InfluenceReport, unchanged
+from kdlib.influence import InfluenceReport, fork_random_state, unchanged
 from kdlib.objective import Objective, ObjectiveOutput
 from kdlib.types import Features, HasTaps, Targets, Teacher
 
@@ -125,13 +126,26 @@ class Distiller(nn.Module):
         The student runs in training mode, in which its features are compared later, except for normalization and
         dropout layers.
         """
-        if not self.objective.inferred:
-            # Attributes stay, because a module that is created in its first forward must not be created again.
-            with unchanged(self.student, *self._teacher_modules(), device=self._device(), attributes=False):
-                for module in self.student.modules():
+        if self.objective.inferred:
+            return self
+        modes = {module: module.training for module in self.student.modules()}
+        buffers = [
+            (module, name, buffer, buffer.clone())
+            for module in modes
+            for name, buffer in module.named_buffers(recurse=False)
+            if not is_lazy(buffer)
+        ]
+        try:
+            with fork_random_state(self._device()):
+                for module in modes:
                     module.training = not isinstance(module, (_NormBase, _DropoutNd))
                 features = self.features(inputs, targets)
-            self.objective.infer(*features)
+        finally:
+            for module, mode in modes.items():
+                module.training = mode
+            for module, name, buffer, value in buffers:
+                setattr(module, name, buffer.copy_(value))
+        self.objective.infer(*features)
         return self
 
     def _device(self) -> torch.device:

@@ -2,16 +2,17 @@
 
 import math
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass
 from itertools import combinations
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import is_lazy
 
-__all__ = ["Comparison", "InfluenceReport", "TeacherInfluence", "TermInfluence", "measure", "unchanged"]
+__all__ = [
+    "Comparison", "InfluenceReport", "TeacherInfluence", "TermInfluence", "fork_random_state", "measure", "unchanged",
+]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -212,32 +213,35 @@ def _columns(losses: list[float], gradients: list[Tensor]) -> list[tuple[float, 
     return list(zip(losses, _shares(losses), lengths, _shares(lengths), strict=True))
 
 
+def fork_random_state(device: torch.device) -> AbstractContextManager[None]:
+    """Restore torch's random state, on the CPU and on `device`, after the block."""
+    devices = {"devices": [device], "device_type": device.type} if device.type in ("cuda", "xpu") else {"devices": []}
+    return torch.random.fork_rng(**devices)
+
+
 @contextmanager
-def unchanged(*modules: nn.Module, device: torch.device, attributes: bool = True) -> Iterator[None]:
-    """Restore buffers, torch's random state, training modes and, with `attributes`, all plain attributes after the block.
+def unchanged(*modules: nn.Module, device: torch.device) -> Iterator[None]:
+    """Restore buffers, plain attributes and torch's random state after the block.
 
     Inside, the buffers are replaced by copies, because the originals may belong to a graph whose backward is still to
     run.
     """
     inside = {each for module in modules for each in module.modules()}
-    saved = [
-        (each, dict(vars(each) if attributes else {"training": each.training}), dict(each._buffers)) for each in inside
-    ]
-    buffers = [buffer for _, _, own in saved for buffer in own.values() if not (buffer is None or is_lazy(buffer))]
-    copies = {id(buffer): buffer.detach().clone() for buffer in buffers}
-    devices = {"devices": [device], "device_type": device.type} if device.type in ("cuda", "xpu") else {"devices": []}
+    saved = [(each, dict(vars(each)), dict(each._buffers)) for each in inside]
+    copies = {
+        id(buffer): buffer.detach().clone() for _, _, own in saved for buffer in own.values() if buffer is not None
+    }
     try:
         for each, _, own in saved:
-            each._buffers.update({name: copies.get(id(buffer), buffer) for name, buffer in own.items()})
-        with torch.random.fork_rng(**devices):
+            each._buffers.update({name: copies.get(id(buffer)) for name, buffer in own.items()})
+        with fork_random_state(device):
             yield
     finally:
-        for each, before, own in saved:
-            for name in set(vars(each)) - set(before) if attributes else ():
+        for each, attributes, own in saved:
+            for name in set(vars(each)) - set(attributes):
                 del vars(each)[name]
-            vars(each).update(before)
-            if attributes:
-                each._buffers.clear()
+            vars(each).update(attributes)
+            each._buffers.clear()
             each._buffers.update(own)
 
 

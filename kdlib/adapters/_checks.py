@@ -1,6 +1,7 @@
 """Checks of taps and of the tensors that they return; a function named after a fault returns the error to raise."""
 
 from collections.abc import Iterable, Mapping
+from numbers import Integral
 
 import torch
 from torch import nn
@@ -16,10 +17,11 @@ def bad_spelling(spelling: str) -> ValueError:
     )
 
 
-def check_index(key: object) -> None:
-    """A tap must be indexed by a number or a name."""
-    if isinstance(key, bool) or not isinstance(key, (int, str)):
+def check_index(key: object) -> int | str:
+    """Return the index of a tap, which must be a whole number or a string."""
+    if isinstance(key, bool) or not isinstance(key, (Integral, str)):
         raise TypeError(f"Tap: an index must be a whole number or a string, got {key!r}")
+    return key if isinstance(key, str) else int(key)
 
 
 def check_taps(owner: str, taps: object, kinds: tuple[type, ...]) -> None:
@@ -65,11 +67,16 @@ def compiled_module(owner: str, path: str) -> ValueError:
     )
 
 
-def check_calls(owner: str, name: str, path: str, call: int | None, calls: int) -> None:
+def mode_of(model: nn.Module) -> str:
+    """Return the mode of a model, in which it may return something else than in the other one."""
+    return "training mode" if model.training else "eval mode"
+
+
+def check_calls(owner: str, name: str, path: str, call: int | None, calls: int, mode: str) -> None:
     """The tapped module must have been called as often as the tap requires."""
     if calls == 0:
         raise ValueError(
-            f"{owner}: tap {name!r} ({path!r}) did not fire: the forward did not call this module "
+            f"{owner}: tap {name!r} ({path!r}) did not fire: the forward in {mode} did not call this module "
             "(containers such as nn.ModuleList, and modules used by .forward() or by their weights, never fire)"
         )
     if call is None and calls > 1:
@@ -103,17 +110,20 @@ def check_in_place(owner: str, name: str, path: str, unchanged: bool) -> None:
         )
 
 
-def indexed_tensor(owner: str, name: str, tap: object, value: torch.Tensor, key: object) -> ValueError:
-    return ValueError(f"{owner}: tap {name!r} ({tap!r}) indexes a tensor {tuple(value.shape)}; drop [{key!r}]")
+def indexed_tensor(owner: str, name: str, tap: object, value: torch.Tensor, key: object, mode: str) -> ValueError:
+    shape = tuple(value.shape)
+    return ValueError(f"{owner}: tap {name!r} ({tap!r}) indexes a tensor {shape} in {mode}; drop [{key!r}]")
 
 
-def no_part(owner: str, name: str, tap: object, value: object, key: object) -> ValueError:
-    return ValueError(f"{owner}: tap {name!r} ({tap!r}) finds no [{key!r}] in the returned value, {_describe(value)}")
+def no_part(owner: str, name: str, tap: object, value: object, key: object, mode: str) -> ValueError:
+    return ValueError(
+        f"{owner}: tap {name!r} ({tap!r}) finds no [{key!r}] in the value returned in {mode}, {_describe(value)}"
+    )
 
 
-def no_tensor(owner: str, name: str, tap: object, value: object) -> TypeError:
+def no_tensor(owner: str, name: str, tap: object, value: object, mode: str) -> TypeError:
     return TypeError(
-        f"{owner}: tap {name!r} ({tap!r}) must lead to a tensor, got {_describe(value)}; "
+        f"{owner}: tap {name!r} ({tap!r}) must lead to a tensor, got {_describe(value)} in {mode}; "
         "index it, as in 'path[0]' or OUTPUT['key']"
     )
 

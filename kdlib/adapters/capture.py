@@ -15,6 +15,7 @@ from kdlib.adapters._checks import (
     check_gradient,
     check_in_place,
     compiled_module,
+    mode_of,
     module_is_none,
     no_module,
 )
@@ -76,7 +77,7 @@ def capture(
     The hooks exist during the call only. They ignore other threads, so that several threads can run one model and the
     recomputation of a checkpointed block in the backward pass is not recorded.
     """
-    compiling = torch.compiler.is_compiling()
+    compiling, mode = torch.compiler.is_compiling(), mode_of(model)
     thread = 0 if compiling else threading.get_ident()
     grad = torch.is_grad_enabled()
     calls: dict[str, int] = {tap.path: 0 for tap in taps.values() if tap.path is not None}
@@ -91,7 +92,7 @@ def capture(
                 if tap.path == path and (tap.call is None or tap.call == calls[path]):
                     if grad and not compiling and not torch.is_grad_enabled():
                         without_gradient.append(name)
-                    tensors[name] = hold(pick(owner, name, tap, output))
+                    tensors[name] = hold(pick(owner, name, tap, output, mode))
             calls[path] += 1
 
         return hook
@@ -111,9 +112,9 @@ def capture(
     features = {}
     for name, tap in taps.items():
         if tap.path is None:
-            features[name] = pick(owner, name, tap, output)
+            features[name] = pick(owner, name, tap, output, mode)
             continue
-        check_calls(owner, name, tap.path, tap.call, calls[tap.path])
+        check_calls(owner, name, tap.path, tap.call, calls[tap.path], mode)
         tensor, version = tensors[name]
         if name in without_gradient:
             # The output of a reentrant checkpoint joins the graph after its tap has fired; tensors inside never do.

@@ -130,8 +130,11 @@ class TeacherAdapter(nn.Module):
         """Convert a floating-point tensor to `dtype`; without one, to the first type of the weights if none is equal."""
         if not isinstance(x, Tensor) or not x.is_floating_point():
             return x
-        types = [each.dtype for each in self.model.parameters() if each.is_floating_point() and self.dtype is None]
-        return x if x.dtype in types else x.to(self.dtype or next(iter(types), x.dtype))
+        if self.dtype is not None:
+            return x.to(self.dtype)
+        types = (each.dtype for each in self.model.parameters() if each.is_floating_point())
+        first = next(types, x.dtype)
+        return x if x.dtype == first or x.dtype in types else x.to(first)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]  # torch leaves _apply untyped
