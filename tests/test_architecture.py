@@ -28,7 +28,7 @@ CORE = {
     "influence": set(),
     "objective": {"influence", "projections", "weighting"},
     "distiller": {"influence", "objective"},
-    "training": {"distiller"},
+    "training": {"adapters", "distiller", "objective"},
     "evaluation": set(),
     "testing": {"adapters"},
 }

@@ -9,6 +9,7 @@ from torch import Tensor
 from kdlib._checks import check_targets
 from kdlib.adapters import StudentAdapter
 from kdlib.distiller import Distiller
+from kdlib.training._checks import check_inputs, check_pair
 from kdlib.training.config import TrainConfig
 
 __all__ = ["batch_size", "sample_ids", "splitter"]
@@ -23,12 +24,7 @@ def splitter(distiller: Distiller, config: TrainConfig) -> Callable[[Any], tuple
             batch = config.split_batch(batch)
         elif isinstance(batch, Mapping):
             return _split_mapping(distiller, batch)
-        if not isinstance(batch, (tuple, list)):  # a tensor of two images would also unpack to a pair
-            raise TypeError(f"train: {source} (inputs, targets), got a {type(batch).__name__}")
-        if len(batch) != 2:
-            raise ValueError(
-                f"train: {source} (inputs, targets), got {len(batch)} items; set TrainConfig(split_batch=)"
-            )
+        check_pair(batch, source)
         inputs, targets = batch
         targets = {"target": targets} if isinstance(targets, Tensor) else targets
         check_targets("train: loader", targets)
@@ -48,13 +44,7 @@ def _split_mapping(distiller: Distiller, batch: Mapping[str, Any]) -> tuple[dict
     read |= {name for teacher in distiller.teachers.values() for name in teacher.reads}
     inputs = {p.name: batch[p.name] for p in parameters if p.name in batch and p.name not in read}
     missing = [p.name for p in parameters if p.default is p.empty and p.name not in inputs]
-    if missing or not inputs:
-        names = ", ".join(map(repr, batch))
-        raise TypeError(
-            f"train: loader yields mappings of {names}, but the student's forward needs "
-            f"{', '.join(map(repr, missing)) or 'one of ' + ', '.join(repr(p.name) for p in parameters)}; set "
-            "TrainConfig(split_batch=) to a function from a batch to (inputs, targets)"
-        )
+    check_inputs(batch, missing, [p.name for p in parameters], found=bool(inputs))
     return inputs, batch
 
 

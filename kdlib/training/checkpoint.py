@@ -16,6 +16,7 @@ from typing import Any, BinaryIO
 import torch
 
 from kdlib._atomic import atomic_write
+from kdlib.training._checks import check_content, checkpoint_error
 from kdlib.training.config import TrainConfig
 from kdlib.training.events import CheckpointError
 
@@ -50,13 +51,13 @@ def load_checkpoint(path: str | PathLike[str]) -> dict[str, Any]:
         _check_content(Path(path))
         state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged file can raise almost any exception in the readers
-        raise CheckpointError(f"train: checkpoint {path} cannot be read: {error}") from error
+        raise checkpoint_error(f"checkpoint {path} cannot be read: {error}") from error
     if not isinstance(state, dict) or state.get("format") != _FORMAT:
         got = f"format {state.get('format')!r}" if isinstance(state, dict) else f"a {type(state).__name__}"
-        raise CheckpointError(f"train: checkpoint {path} must have format {_FORMAT}, got {got}")
+        raise checkpoint_error(f"checkpoint {path} must have format {_FORMAT}, got {got}")
     wrong = [name for name, kind in _ENTRIES.items() if not isinstance(state.get(name), kind)]
     if wrong:
-        raise CheckpointError(f"train: checkpoint {path} cannot be used: {', '.join(wrong)} missing or of a wrong type")
+        raise checkpoint_error(f"checkpoint {path} cannot be used: {', '.join(wrong)} missing or of a wrong type")
     return state
 
 
@@ -65,8 +66,8 @@ def _check_content(path: Path) -> None:
     with path.open("rb") as file, zipfile.ZipFile(file) as archive:
         size = os.fstat(file.fileno()).st_size
         unpacked = sum(entry.file_size for entry in archive.infolist())
-        if unpacked > size:  # torch.save does not compress
-            raise ValueError(f"it would unpack to {unpacked} bytes from {size}")
+        # torch.save does not compress.
+        check_content(unpacked <= size, f"it would unpack to {unpacked} bytes from {size}")
         file.seek(max(0, size - 40))
         end = file.read()
         if end.startswith(_MARK):
@@ -75,12 +76,11 @@ def _check_content(path: Path) -> None:
             while left and (part := file.read(min(left, 1 << 20))):
                 digest.update(part)
                 left -= len(part)
-            if digest.digest() != end[8:]:
-                raise ValueError("its checksum does not match")
-        elif end[-22:-18] != b"PK\5\6":  # the last record of an archive without a checksum
-            raise ValueError("its end is damaged")
-        elif (damaged := archive.testzip()) is not None:
-            raise ValueError(f"the checksum of {damaged} does not match")
+            check_content(digest.digest() == end[8:], "its checksum does not match")
+        else:
+            check_content(end[-22:-18] == b"PK\5\6", "its end is damaged")  # the last record of an archive
+            damaged = archive.testzip()
+            check_content(damaged is None, f"the checksum of {damaged} does not match")
 
 
 class _Hashed:
@@ -115,8 +115,8 @@ class CheckpointStore:
                 self.directory.mkdir(parents=True, exist_ok=True)
                 tempfile.TemporaryFile(dir=self.directory).close()
             except OSError as error:
-                raise CheckpointError(
-                    f"train: checkpoint_dir must be a writable directory, got {self.directory}: {error.strerror or error}"
+                raise checkpoint_error(
+                    f"checkpoint_dir must be a writable directory, got {self.directory}: {error.strerror or error}"
                 ) from error
 
     def due_by_step(self, step: int) -> bool:
@@ -149,8 +149,8 @@ class CheckpointStore:
             return state
         if problem is not None:
             # A new run must not overwrite them.
-            raise CheckpointError(
-                f"train: none of the {len(paths)} checkpoints in {self.directory} can be used; remove them to start from the "
+            raise checkpoint_error(
+                f"none of the {len(paths)} checkpoints in {self.directory} can be used; remove them to start from the "
                 f"beginning; the newest: {str(problem).removeprefix('train: ')}"
             )
         return None
@@ -175,7 +175,7 @@ class CheckpointStore:
             # The archive writer hides the system's error in the context.
             cause = error.__context__ if isinstance(error.__context__, OSError) else error
             kept = f"{self.newest} is kept" if self.newest else "there is no earlier checkpoint"
-            raise CheckpointError(f"train: checkpoint {path} cannot be written: {cause}; {kept}") from error
+            raise checkpoint_error(f"checkpoint {path} cannot be written: {cause}; {kept}") from error
         self.newest = path
         self._saved_at = monotonic()
 

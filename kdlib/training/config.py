@@ -10,7 +10,7 @@ import torch
 from kdlib._checks import check_callable, check_choice, check_number, check_type
 from kdlib.training._checks import check_argument, check_device
 
-__all__ = ["OptimizerFactory", "Schedule", "TrainConfig"]
+__all__ = ["OptimizerFactory", "Schedule", "SplitBatch", "TrainConfig"]
 
 OptimizerFactory = Callable[[list[dict[str, Any]]], torch.optim.Optimizer]
 """Builds an optimizer from parameter groups, each with `params`, `lr` and `weight_decay`."""

@@ -1,7 +1,6 @@
 """Training with several processes started by `torchrun`."""
 
 import gc
-import pickle
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
@@ -10,6 +9,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+
+from kdlib.training._checks import describe_error, received_error
 
 __all__ = ["Processes", "synchronize_if", "wrap"]
 
@@ -54,21 +55,22 @@ class Processes:
         if self.count == 1:
             yield votes
             return
-        error = None
         try:
             yield votes
-        except Exception as raised:
-            error = raised
-        values = torch.tensor([int(error is not None), *votes])
-        dist.all_reduce(values, dist.ReduceOp.MAX, group=self._own)
-        failed, *votes[:] = values.tolist()
+        except Exception as error:
+            self._largest([1, *votes])
+            self.gather(describe_error(error))
+            raise
+        failed, *votes[:] = self._largest([0, *votes])
         if failed:
-            errors = self.gather(None if error is None else _portable(error))
+            errors = self.gather(None)
             rank = next(rank for rank, each in enumerate(errors) if each is not None)
-            if error is None:
-                error = errors[rank]
-                error.add_note(f"This error was raised in process {rank}.")
-            raise error
+            raise received_error(rank, *errors[rank])
+
+    def _largest(self, values: list[int]) -> list[int]:
+        largest = torch.tensor(values)
+        dist.all_reduce(largest, dist.ReduceOp.MAX, group=self._own)
+        return [int(value) for value in largest]
 
     def average(self, values: Tensor) -> Tensor:
         """Return the mean over processes, so that all processes see the same loss and stop together."""
@@ -82,15 +84,6 @@ class Processes:
         if self.count > 1:
             for tensor in tensors:
                 dist.broadcast(tensor, 0)
-
-
-def _portable(error: Exception) -> Exception:
-    """Return an exception that can be sent to other processes."""
-    try:
-        pickle.loads(pickle.dumps(error))
-    except Exception:  # the class of an error can have any constructor
-        return RuntimeError(f"{type(error).__name__}: {error}")
-    return error
 
 
 def wrap(distiller: nn.Module, device: torch.device, *, find_unused_parameters: bool = False) -> Callable[..., Any]:

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 from torch import Tensor
@@ -89,7 +88,3 @@ class TrainingDiverged(RuntimeError):
         self.epoch = epoch
         self.terms = terms
         self.samples = samples
-
-    def __reduce__(self) -> tuple[object, ...]:
-        terms, samples = dict(self.terms), self.samples
-        return partial(TrainingDiverged, step=self.step, epoch=self.epoch, terms=terms, samples=samples), self.args

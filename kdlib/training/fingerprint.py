@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from kdlib.distiller import Distiller
 from kdlib.objective import Term
+from kdlib.training._checks import check_argument
 from kdlib.training.config import TrainConfig
 from kdlib.types import FrozenModel, HasFingerprint
 
@@ -52,12 +53,12 @@ def check_fingerprint(
     )
     pairs += [(name, before.get(name, "absent"), now.get(name, "absent")) for name in sorted({*before, *now})]
     texts = [f"{name} (checkpoint {old!r}, now {new!r})" for name, old, new in pairs if old != new]
-    if texts:
-        more = f" and {len(texts) - 8} more" if len(texts) > 8 else ""
-        raise ValueError(
-            f"train: checkpoint_dir {place} must contain a run of this configuration, got different "
-            f"{', '.join(texts[:8])}{more}; restore these settings or use another directory"
-        )
+    more = f" and {len(texts) - 8} more" if len(texts) > 8 else ""
+    check_argument(
+        not texts,
+        f"checkpoint_dir {place} must contain a run of this configuration, got different {', '.join(texts[:8])}{more}; "
+        "restore these settings or use another directory",
+    )
 
 
 def _describe_optimizer(optimizer: torch.optim.Optimizer) -> str:

@@ -46,7 +46,7 @@ def append_log(path: str | PathLike[str] | None, *, last_step: int) -> Iterator[
             os.truncate(target, size)
         file = target.open("a", encoding="utf-8")
     except OSError as error:
-        raise ValueError(f"train: log_path must be a writable file, got {path}: {error.strerror or error}") from error
+        check_argument(False, f"log_path must be a writable file, got {path}: {error.strerror or error}")
 
     def write(row: dict[str, Any]) -> None:
         file.write(json.dumps(row, allow_nan=False) + "\n")

@@ -11,13 +11,13 @@ from torch import Tensor
 
 from kdlib._checks import check_type
 from kdlib.distiller import Distiller
-from kdlib.training._checks import check_argument, check_train, diverged
+from kdlib.training._checks import check_argument, check_train, checkpoint_error, diverged
 from kdlib.training.batches import batch_size, sample_ids, splitter
 from kdlib.training.checkpoint import CheckpointStore
 from kdlib.training.config import TrainConfig
 from kdlib.training.distributed import Processes, synchronize_if, wrap
 from kdlib.training.ema import EMA
-from kdlib.training.events import CheckpointError, Hook, TrainEvent, TrainResult
+from kdlib.training.events import Hook, TrainEvent, TrainResult
 from kdlib.training.fingerprint import check_fingerprint, run_fingerprint
 from kdlib.training.log import append_log
 from kdlib.training.schedules import build_optimizer, lr_factor, set_lr
@@ -117,7 +117,8 @@ def train(
                 log = stack.enter_context(append_log(path, last_step=run.step))
             while run.step < total_steps:
                 with processes.together(4) as votes:
-                    group, position = [], run.position()
+                    group: list[Batch] = []
+                    position = run.position()
                     try:
                         if not signals.pending:
                             epoch, first, group = stream.take()
@@ -261,9 +262,7 @@ class _Run:
             try:
                 load(state[name])
             except Exception as error:  # such as an optimizer state of other groups
-                raise CheckpointError(
-                    f"train: {name} of checkpoint {store.newest} does not fit this run: {error}"
-                ) from error
+                raise checkpoint_error(f"{name} of checkpoint {store.newest} does not fit this run: {error}") from error
         return self.step
 
 
