@@ -76,11 +76,6 @@ def train(
     check_train(distiller, loader, hooks)
     check_type("train", "config", config, TrainConfig, "a TrainConfig")
     device, split = _place(distiller, config), splitter(distiller, config)
-
-    def prepare(batch: Any) -> Batch:
-        inputs, targets = split(batch)
-        return to_device(inputs, device, channels_last=config.channels_last), to_device(targets, device)
-
     processes = Processes()
     deferred = DeferredSignals(active=config.checkpoint_dir is not None, repeated=processes.count > 1)
     randomness = private_randomness(device, config.seed + processes.rank)
@@ -95,8 +90,8 @@ def train(
         )
         if not distiller.objective.inferred:
             with processes.together():
-                batch = prepare(stream.peek())
-            distiller.infer(*batch)
+                batch = split(stream.peek())
+            distiller.infer(*_moved(batch, device, config))
         distiller.train()
         forward = wrap(distiller, device, find_unused_parameters=config.find_unused_parameters)
         with processes.together():
@@ -122,7 +117,7 @@ def train(
                     try:
                         if not signals.pending:
                             epoch, first, group = stream.take()
-                            group = [prepare(batch) for batch in group]
+                            group = [split(batch) for batch in group]
                     except Exception:
                         if not signals.pending:  # otherwise the signal may have ended a worker of the loader too
                             raise
@@ -134,6 +129,8 @@ def train(
                         if processes.rank == 0:
                             run.save(store, seconds, positions)
                     signals.deliver(stop)
+                    run.seek(position)  # the caller's handler has returned, so training goes on
+                    continue
                 same = most == -fewest
                 check_argument(
                     same,
@@ -203,6 +200,11 @@ class _Run:
     def position(self) -> dict[str, Any]:
         """Return the position in the loader and the random states of this process."""
         return {"stream": self.stream.state_dict(), "rng": random_state(self.device)}
+
+    def seek(self, position: dict[str, Any]) -> None:
+        """Return to a position."""
+        self.stream.load_state_dict(position["stream"])
+        random_state(self.device, position["rng"])
 
     def update(self, epoch: int, total: float, terms: dict[str, float]) -> None:
         """Apply the accumulated gradients."""
@@ -279,7 +281,8 @@ def _accumulate(
     if not run.distiller.training:  # a hook may have switched to eval mode
         run.distiller.train()
     values = None
-    for left, (inputs, targets) in zip(range(len(group) - 1, -1, -1), group, strict=True):
+    for left, batch in zip(range(len(group) - 1, -1, -1), group, strict=True):
+        inputs, targets = _moved(batch, run.device, config)
         with synchronize_if(left == 0, forward):
             autocast = torch.autocast(run.device.type, dtype=dtype, enabled=dtype is not None)
             with processes.together(), autocast:
@@ -323,6 +326,11 @@ def _place(distiller: Distiller, config: TrainConfig) -> torch.device:
     if config.channels_last:
         distiller.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stubs lack it
     return device
+
+
+def _moved(batch: Batch, device: torch.device, config: TrainConfig) -> Batch:
+    inputs, targets = batch
+    return to_device(inputs, device, channels_last=config.channels_last), to_device(targets, device)
 
 
 def _row(event: TrainEvent) -> dict[str, Any]:

@@ -108,7 +108,7 @@ class BatchStream:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore a saved position, including the random states after the skipped batches."""
-        self.epoch, self.batch = state["epoch"], state["batch"]
+        self.epoch, self.batch, self._batches = state["epoch"], state["batch"], None
         self._set_random_states(state["start"])
         if self.batch:
             self._open()

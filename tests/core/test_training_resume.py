@@ -316,3 +316,18 @@ def test_a_signal_waits_for_the_checkpoint(
     resumed = Toy()
     assert train(resumed, batches(), config).resumed_from == step
     assert same(straight, weights(resumed))
+
+
+def test_training_goes_on_if_the_handler_of_the_caller_returns(tmp_path: Path, straight: dict[str, Tensor]) -> None:
+    received: list[int] = []
+    previous = signal.signal(signal.SIGTERM, lambda signum, frame: received.append(signum))
+    toy = Toy()
+    try:
+        hooks = [lambda event: signal.raise_signal(signal.SIGTERM) if event.step in (3, 7) else None]
+        config = TrainConfig(epochs=2, checkpoint_dir=tmp_path, keep=9)
+        assert train(toy, batches(), config, hooks=hooks).step == 10
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+    assert received == [signal.SIGTERM] * 2
+    assert same(straight, weights(toy))
+    assert [path.name for path in sorted(tmp_path.iterdir())] == ["step-000000003.pt", "step-000000010.pt"]
