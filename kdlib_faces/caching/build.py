@@ -2,7 +2,10 @@
 
 import json
 import multiprocessing
+import os
+import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -107,7 +110,7 @@ def build(
     work = partial(_build, config, output, tuple(faces), teacher, tuple(taps))
     torch.set_num_threads(threads)
     try:
-        with _workers(workers - 1, work, threads, quiet=not progress):
+        with _sigterm_exits(), _workers(workers - 1, work, threads, quiet=not progress):
             return work(quiet=not progress)
     finally:
         torch.set_num_threads(before)
@@ -268,12 +271,34 @@ def _workers(count: int, work: Callable[..., object], threads: int, *, quiet: bo
             ours.close()
 
 
+def _end_with_parent() -> None:
+    """End this process as soon as its parent ends, by SIGKILL too; unfinished blocks have no record."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
+
+
+@contextmanager
+def _sigterm_exits() -> Iterator[None]:
+    """Handle SIGTERM like Ctrl-C: complete blocks are recorded, temporary files removed and workers ended."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, lambda signum, frame: sys.exit(128 + signum))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 def _worker(connection: Connection, work: Callable[..., object], threads: int) -> None:
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends Ctrl-C to the parent too, which ends the workers
     torch.set_num_threads(threads)
     try:
-        work(quiet=True)
-    except KeyboardInterrupt:
-        sys.exit(130)
+        with _sigterm_exits():
+            work(quiet=True)
     except Exception as error:
         connection.send_bytes(f"{type(error).__name__}: {error}".encode()[:4096])
         sys.exit(1)
