@@ -93,6 +93,21 @@ def bubbliiiing_mobilefacenet(w, x, c=8):
     return w.norm(w.conv(x, "features", 16), "last_bn").flatten(1)
 
 
+def foamliu(w, x, c=8):
+    x = F.relu6(w.norm(w.conv(x, "conv1.0", c, 3, 2), "conv1.1"))
+    x = F.relu(w.norm(w.conv(x, "dw_conv.depthwise", c, 3, groups=c), "dw_conv.bn1"))
+    x = F.relu(w.norm(w.conv(x, "dw_conv.pointwise", c), "dw_conv.bn2"))
+    for at, (_, outputs, expansion, stride) in enumerate(BOTTLENECKS):
+        name, middle = f"features.{at}.conv", expansion * c
+        y = F.relu6(w.norm(w.conv(x, f"{name}.0.0", middle), f"{name}.0.1"))
+        y = F.relu6(w.norm(w.conv(y, f"{name}.1.0", middle, 3, stride, groups=middle), f"{name}.1.1"))
+        y = w.norm(w.conv(y, f"{name}.2", outputs * c), f"{name}.3")
+        x = y if stride == 2 else x + y
+    x = F.relu6(w.norm(w.conv(x, "conv2.0", 8 * c), "conv2.1"))
+    x = w.norm(w.conv(x, "gdconv.depthwise", 8 * c, x.shape[2:], groups=8 * c, pad=0), "gdconv.bn")
+    return w.norm(w.conv(x, "conv3", 16, bias=True), "bn").flatten(1)
+
+
 def xiaoccer(w, x, c=8):
     def block(x, name, *args, linear=False, **kwargs):
         x = w.norm(w.conv(x, f"{name}.conv", *args, **kwargs), f"{name}.bn")

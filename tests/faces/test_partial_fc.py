@@ -81,7 +81,7 @@ def test_invalid_shards(parts, words):
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        ({"weight": Path("weights")}, "which was refused"),
+        ({"weight": Path("weights")}, "must contain the class centers"),
         ({"conv1.weight": torch.ones(2, 2)}, "must contain the class centers"),
         ({"weight": torch.ones(()).expand(4, 10**9)}, "declares more values than its"),
         ({"weight": torch.ones(4, 8, dtype=torch.int64)}, "floating point"),

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from kdlib_faces._checks import InputError
-from kdlib_faces.backbones.checkpoints.describe import RecognizedFile, examine, list_differences
+from kdlib_faces.backbones.checkpoints.describe import COUNTER, RecognizedFile, examine, list_differences
 from kdlib_faces.backbones.input_spec import InputSize, Triple
 from kdlib_faces.backbones.networks.base import Backbone
 
@@ -82,7 +82,10 @@ def _values(file: RecognizedFile) -> dict[str, Tensor]:
         raise InputError(f"{file.owner} declares more values than its {file.weights.size} bytes can hold")
     values = {}
     for key, target in wanted.items():
-        value = state.get(names[key], torch.zeros((), dtype=target.dtype)).detach()
+        if key.endswith(COUNTER):
+            values[key] = _counter(state.get(names[key]))
+            continue
+        value = state[names[key]].detach()
         value = value.to(target.dtype, copy=True, memory_format=torch.contiguous_format)
         if not torch.isfinite(value).all():
             raise InputError(f"{file.owner} contains NaN or infinite values in {names[key]}")
@@ -90,3 +93,15 @@ def _values(file: RecognizedFile) -> dict[str, Tensor]:
             raise InputError(f"{file.owner} contains negative variances in {names[key]}")
         values[key] = value.reshape(target.shape)
     return values
+
+
+def _counter(value: object) -> Tensor:
+    """Return the number of batches of a BatchNorm; 0 if there is none, as in a file of half-precision values above 65504."""
+    if (
+        not isinstance(value, Tensor)
+        or value.numel() != 1
+        or value.layout != torch.strided
+        or value.device.type != "cpu"
+    ):
+        return torch.zeros((), dtype=torch.int64)
+    return value.detach().reshape(()).double().nan_to_num(0, 0, 0).clamp(0, 2**53).long()
