@@ -173,6 +173,8 @@ def test_converted_counters(dtype, tmp_path):
     assert counters[0] == 12
     assert {value.dtype for value in counters} == {torch.int64}
     assert all(0 <= value <= 70_144 for value in counters)
+    torch.save({**model.state_dict(), "bn.num_batches_tracked": Path("x")}, tmp_path / "n")
+    assert load_backbone(tmp_path / "n").bn.num_batches_tracked == 0
     torch.testing.assert_close(loaded(faces()), model.to(dtype).float()(faces()), rtol=1e-3, atol=1e-3)
 
 

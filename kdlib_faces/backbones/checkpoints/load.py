@@ -78,7 +78,7 @@ def load_backbone(
 def _values(file: RecognizedFile) -> dict[str, Tensor]:
     """Return copies of the tensors with the keys and dtypes of the network."""
     wanted, state, names = file.model.state_dict(), file.unwrapped.state, file.names
-    if sum(state[name].nbytes for name in names.values() if name in state) > file.weights.size:
+    if sum(state[name].nbytes for key, name in names.items() if not key.endswith(COUNTER)) > file.weights.size:
         raise InputError(f"{file.owner} declares more values than its {file.weights.size} bytes can hold")
     values = {}
     for key, target in wanted.items():

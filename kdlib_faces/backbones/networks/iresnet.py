@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from kdlib._checks import check_number
 from kdlib_faces.backbones.input_spec import InputSize
-from kdlib_faces.backbones.networks.base import Backbone, apply_in_own_precision, final_grid, published
+from kdlib_faces.backbones.networks.base import Backbone, apply_in_own_precision, final_grid, initialize, published
 
 __all__ = ["IResNet", "iresnet18", "iresnet34", "iresnet50", "iresnet100", "iresnet200"]
 
@@ -106,9 +106,7 @@ class IResNet(Backbone):
         self.fc = nn.Linear(8 * c * rows * columns, embedding_dim)
         self.features = nn.BatchNorm1d(embedding_dim, norm_eps)
         self.features.weight.requires_grad_(False)
-        for module in self.modules():
-            if isinstance(module, nn.Conv2d):
-                nn.init.normal_(module.weight, 0.0, 0.1)
+        initialize(self, nn.Conv2d, fill=lambda weight: nn.init.normal_(weight, 0.0, 0.1))
 
     @property
     def name(self) -> str:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from kdlib._checks import check_choice
 from kdlib_faces.backbones.input_spec import InputSize
-from kdlib_faces.backbones.networks.base import Arguments, Backbone, final_grid
+from kdlib_faces.backbones.networks.base import Arguments, Backbone, final_grid, initialize
 
 __all__ = ["MobileFaceNet"]
 
@@ -167,9 +167,7 @@ class MobileFaceNet(Backbone):
             self.bn = nn.BatchNorm1d(embedding_dim, affine=self.affine)
         else:
             self.output_layer = _NormAwarePool(8 * c)
-        for module in self.modules():
-            if isinstance(module, nn.Conv2d | nn.Linear):
-                nn.init.kaiming_normal_(module.weight, a=0.25)
+        initialize(self, nn.Conv2d, nn.Linear, fill=lambda weight: nn.init.kaiming_normal_(weight, a=0.25))
 
     def forward(self, images: Tensor) -> Tensor:
         self._check_images(images)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from kdlib._checks import check_number
 from kdlib_faces.backbones.input_spec import InputSize
-from kdlib_faces.backbones.networks.base import Backbone, final_grid
+from kdlib_faces.backbones.networks.base import Backbone, final_grid, initialize
 from kdlib_faces.backbones.networks.ir import IROutput, ir_stage, ir_stem
 
 __all__ = ["MTLFaceNet"]
@@ -105,9 +105,7 @@ class MTLFaceNet(Backbone):
         self.fsm = _Factorization(8 * c)
         self.dropout = dropout
         self.output_layer = IROutput(8 * c, rows * columns, embedding_dim, dropout)
-        for module in self.modules():
-            if isinstance(module, nn.Conv2d | nn.Linear):
-                nn.init.xavier_uniform_(module.weight)
+        initialize(self, nn.Conv2d, nn.Linear, fill=nn.init.xavier_uniform_)
 
     def forward(self, images: Tensor) -> Tensor:
         self._check_images(images)
