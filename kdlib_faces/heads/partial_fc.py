@@ -119,7 +119,8 @@ def load_partial_fc(
     module = head(merged.shape[1], merged.shape[0])
     if tuple(module.weight.shape) != tuple(merged.shape):
         raise InputError(
-            f"load_partial_fc: head must have a weight of {tuple(merged.shape)}, got {tuple(module.weight.shape)}"
+            f"load_partial_fc: head must have a weight of (num_identities, embedding_dim) = {tuple(merged.shape)}, the "
+            f"size of the merged files, got {tuple(module.weight.shape)}"
         )
     module.weight = nn.Parameter(merged)
     return module

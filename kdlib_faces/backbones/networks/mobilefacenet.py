@@ -137,10 +137,10 @@ class MobileFaceNet(Backbone):
         check_choice("MobileFaceNet", "tail", tail, TAILS)
         check_choice("MobileFaceNet", "activation", activation, ("prelu", "relu6"))
         c = self._set_width(width)
-        if tail == "gnap" and (embedding_dim != 8 * c or affine):
+        if tail == "gnap" and (self.embedding_dim != 8 * c or affine):
             raise ValueError(
                 f"MobileFaceNet: tail 'gnap' requires embedding_dim {8 * c} and affine False, "
-                f"got {embedding_dim} and {affine}"
+                f"got {self.embedding_dim} and {affine}"
             )
         self.affine, self.tail, self.activation = bool(affine), tail, activation
 
@@ -163,8 +163,8 @@ class MobileFaceNet(Backbone):
         self.conv_6_sep = _ConvBlock(2 * c, 8 * c, **kind)
         if tail == "gdc":
             self.conv_6_dw = _LinearBlock(8 * c, 8 * c, final_grid(self._size), groups=8 * c)
-            self.linear = nn.Linear(8 * c, embedding_dim, bias=activation == "relu6")
-            self.bn = nn.BatchNorm1d(embedding_dim, affine=self.affine)
+            self.linear = nn.Linear(8 * c, self.embedding_dim, bias=activation == "relu6")
+            self.bn = nn.BatchNorm1d(self.embedding_dim, affine=self.affine)
         else:
             self.output_layer = _NormAwarePool(8 * c)
         initialize(self, nn.Conv2d, nn.Linear, fill=lambda weight: nn.init.kaiming_normal_(weight, a=0.25))

@@ -103,8 +103,8 @@ class MTLFaceNet(Backbone):
         self.block3 = nn.Sequential(*ir_stage(2 * c, 4 * c, self.layers[2], **kind))
         self.block4 = nn.Sequential(*ir_stage(4 * c, 8 * c, self.layers[3], **kind))
         self.fsm = _Factorization(8 * c)
-        self.dropout = dropout
-        self.output_layer = IROutput(8 * c, rows * columns, embedding_dim, dropout)
+        self.dropout = float(dropout)
+        self.output_layer = IROutput(8 * c, rows * columns, self.embedding_dim, self.dropout)
         initialize(self, nn.Conv2d, nn.Linear, fill=nn.init.xavier_uniform_)
 
     def forward(self, images: Tensor) -> Tensor:
