@@ -91,8 +91,8 @@ def load_partial_fc(
         The head with the merged centers as its `weight` `(n, d)`.
 
     Raises:
-        InputError: a file is missing, damaged, without centers, or contains anything but tensors and plain values; the
-            shards do not fit together; or the numbers in the file names imply another order.
+        InputError: a file is missing, damaged, without centers, or names a function that runs code; the shards do not
+            fit together; or the numbers in the file names imply another order.
 
     Examples:
         >>> import tempfile

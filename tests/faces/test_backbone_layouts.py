@@ -1,5 +1,8 @@
 """Public checkpoint layouts, read by `load_backbone` and compared with independent implementations of each network."""
 
+import os
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -234,3 +237,17 @@ def test_a_prefix_of_half_the_keys_is_not_removed(tmp_path):
     torch.save(half, tmp_path / "w")
     with pytest.raises(InputError, match=r"does not fit ir|no known layout"):
         load_backbone(tmp_path / "w")
+
+
+def test_the_published_file_of_foamliu():
+    folder = Path(os.environ.get("KDLIB_PUBLIC_FILES", ""))
+    weights, graph = folder / "foamliu_mobilefacenet.pt", folder / "foamliu_mobilefacenet.onnx"
+    if not (weights.is_file() and graph.is_file()):
+        pytest.skip(f"{weights.name} and {graph.name} are missing; set KDLIB_PUBLIC_FILES to their folder")
+    session = pytest.importorskip("onnxruntime").InferenceSession(graph)
+    model = load_backbone(weights)
+    assert repr(model) == "MobileFaceNet(embedding_dim=128, width=1.0, input_size=112, activation='relu6')"
+    assert (count_parameters(model), len(model.state_dict())) == (999_936, 307)
+    images = model.input_spec(faces((112, 112), 1))
+    (expected,) = session.run(None, {session.get_inputs()[0].name: images.numpy()})
+    torch.testing.assert_close(model(images).detach(), torch.from_numpy(expected), rtol=1e-4, atol=1e-4)

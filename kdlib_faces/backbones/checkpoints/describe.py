@@ -95,8 +95,7 @@ def describe_checkpoint(path: str | os.PathLike[str], *, input_size: InputSize |
         read.
 
     Raises:
-        InputError: the file is missing, damaged, contains anything but tensors and plain values, or has no known
-            layout.
+        InputError: the file is missing, damaged, a whole pickled module, or has no known layout.
 
     Examples:
         >>> import tempfile

@@ -26,10 +26,11 @@ def load_backbone(
     """Read a backbone from a file of `save_backbone`, or from a checkpoint of a public face-recognition project.
 
     The layout is identified by keys and shapes: insightface's iresnet and mbf; MobileFaceNet as in TreB1eN, face.evoLVe,
-    FaceX-Zoo, AdaDistill, cavaface, Xiaoccer and bubbliiiing; IR and IR-SE as in face.evoLVe, TreB1eN, AdaFace, CVLface
-    and related projects; MTLFace; MobileNet V1 and V2 as in yakhyo, bubbliiiing and cavaface; each with any depth,
-    width and embedding size. Training checkpoints are unwrapped and prefixes removed (`state_dict`, `module.`,
-    `model.`, ...). PyTorch and safetensors files are supported. The network has float32 weights and is in eval mode.
+    FaceX-Zoo, AdaDistill, cavaface, Xiaoccer, foamliu and bubbliiiing; IR and IR-SE as in face.evoLVe, TreB1eN, AdaFace,
+    CVLface and related projects; MTLFace; MobileNet V1 and V2 as in yakhyo, bubbliiiing and cavaface; each with any
+    depth, width and embedding size. Training checkpoints, also of `kdlib.train`, are unwrapped and prefixes removed
+    (`state_dict`, `module.`, `model.`, ...); objects beside the weights are ignored. PyTorch and safetensors files are
+    supported. The network has float32 weights and is in eval mode.
 
     `model.input_spec` describes the images: known for most layouts, assumed for layouts that several projects share.
     Arguments given here override it. Call `model.input_spec(images)` before the network.
@@ -47,8 +48,9 @@ def load_backbone(
         The network on the CPU, (b, 3, h, w) to (b, d), not normalized.
 
     Raises:
-        InputError: the file is missing or truncated, contains anything but tensors and plain values (nothing in it is
-            executed), has an unknown layout, or does not fit the network; the message lists the differences.
+        InputError: the file is missing or truncated, is a whole pickled module or names a function that runs code
+            (nothing in it is executed), has an unknown layout, or does not fit the network; the message lists the
+            differences.
 
     Examples:
         >>> import tempfile
