@@ -209,13 +209,15 @@ def test_wrappings(project, tmp_path):
         ("student.net._orig_mod.", (), ("model", "ema")),
         ("module.module.", (), ("state_dict", "params_ema")),
         ("face_net.core.", (), ("embedder",)),
+        ("model._fsdp_wrapped_module.", ("model.head.weight",), ()),
         ("student.backbone.", ("teacher.conv1.weight", "student.head.weight", "student.fc.bias"), ()),
         ("model.", ("model_ema.conv1.conv.weight", "n_averaged"), ("state_dict",)),
     ],
 )
 def test_prefixes_and_wrappers_in_any_order(prefix, beside, wrappers, tmp_path):
     state, images, expected = example(ref.mobilefacenet())
-    content = {f"{prefix}{key}": value for key, value in state.items()} | {key: torch.ones(2) for key in beside}
+    content = {prefix + key.replace("conv_3.", "conv_3._orig_mod."): value for key, value in state.items()}
+    content |= {key: torch.ones(2) for key in beside}
     for wrapper in reversed(wrappers):
         content = {wrapper: content, "epoch": 3, "optimizer": {"state": {}, "param_groups": []}}
     torch.save(content, tmp_path / "w")

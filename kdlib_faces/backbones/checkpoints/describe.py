@@ -226,8 +226,8 @@ def _recognize(owner: str, state: Mapping[str, object]) -> tuple[Layout, Argumen
     kind = describe_foreign(state, shapes)
     first = ", ".join(f"'{show_name(key)}'" for key in list(state)[:5]) or "nothing"
     raise InputError(
-        f"{owner} has no known layout ({', '.join(each.name for each in LAYOUTS)})"
-        f"{f'; it looks like {kind}' if kind else ''}; it starts with {first}"
+        f"{owner} has no known layout{f'; it looks like {kind}' if kind else ''}; it starts with {first}; known layouts are "
+        f"{', '.join(each.name for each in LAYOUTS)}"
     )
 
 

@@ -1,5 +1,6 @@
 """Extraction of the state dict from a training checkpoint."""
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -37,8 +38,10 @@ WRAPPERS = (
 # Prefixes of wrapping modules: DistributedDataParallel, torch.compile, `Distiller`, and containers of the projects.
 PREFIXES = (
     "module.", "_orig_mod.", "student.", "backbone.", "model.", "encoder.", "features.", "arcface.", "net.", "network.",
-    "feat_net.", "model_ema.", "ema_model.", "ema.",
+    "feat_net.", "model_ema.", "ema_model.", "ema.", "_fsdp_wrapped_module.",
 )  # fmt: skip
+# Names that torch.compile, FSDP and activation checkpointing insert anywhere.
+INSERTED = re.compile(r"(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 # Prefixes of what is saved together with the network: a margin head, a teacher, an objective, another copy.
 BESIDE = (
     "head.", "fc.", "parallel_fc.", "classifier.", "softmax_fc.", "margin.", "loss.", "criterion.", "teacher.",
@@ -101,6 +104,7 @@ def unwrap(content: Mapping[Any, Any]) -> Unwrapped:
                 break
         else:
             break
+    state = {INSERTED.sub("", key): value for key, value in state.items()}
     return Unwrapped(state, tuple(wrappers), tuple(around), prefix, tuple(beside))
 
 
