@@ -138,17 +138,11 @@ def _parse(stream: IO[bytes], storage: Storage) -> Any:
             case "STACK_GLOBAL":
                 name, module = stack.pop(), stack.pop()
                 stack.append(_name(module, name))
-            case "REDUCE" | "NEWOBJ":
+            case "REDUCE" | "NEWOBJ" | "NEWOBJ_EX":
+                if opcode.name == "NEWOBJ_EX":
+                    stack.pop()  # keyword arguments
                 arguments, function = stack.pop(), stack.pop()
                 stack.append(_call(function, arguments))
-            case "NEWOBJ_EX":
-                _, arguments, function = stack.pop(), stack.pop(), stack.pop()
-                stack.append(_call(function, arguments))
-            case "OBJ":
-                function, *arguments = items_above_mark()
-                stack.append(_call(function, arguments))
-            case "INST":
-                stack.append(_call(_name(*str(argument).split(" ", 1)), items_above_mark()))
             case "BUILD" | "POP":
                 stack.pop()
             case "POP_MARK":
@@ -185,10 +179,10 @@ def _parse(stream: IO[bytes], storage: Storage) -> Any:
                 above = [stack.pop(-2), stack.pop()] if opcode.name == "SETITEM" else items_above_mark()
                 if isinstance(stack[-1], dict):
                     stack[-1].update(_dict(zip(above[::2], above[1::2], strict=True)))
-            case _ if opcode.arg is not None:
-                stack.append(argument)
-            case _:
+            case "OBJ" | "INST" | "PERSID" | "EXT1" | "EXT2" | "EXT4" | "NEXT_BUFFER" | "READONLY_BUFFER":
                 raise ValueError(f"the operation {opcode.name}")
+            case _:  # numbers, text and bytes
+                stack.append(argument)
     raise ValueError("no end")
 
 
@@ -215,8 +209,10 @@ def _call(function: Any, arguments: Any) -> Any:
     """Return the dict or tensor that a call stands for; a `Foreign` for any other function."""
     name = function if isinstance(function, _Name) else ""
     if name in DICTS:
-        pairs = [pair for each in arguments if isinstance(each, list) for pair in each]
-        return _dict((key, value) for key, value in pairs)
+        pairs = next((each for each in arguments if isinstance(each, list)), [])
+        entries = _dict((key, value) for key, value in pairs)
+        pairs.clear()  # a hostile file could have it copied many times
+        return entries
     if name in (f"{UTILS}_rebuild_tensor", f"{UTILS}_rebuild_tensor_v2"):
         base, offset, size, stride = arguments[:4]
         return base.as_strided(size, stride, offset) if isinstance(base, Tensor) else Foreign(name)
@@ -225,5 +221,5 @@ def _call(function: Any, arguments: Any) -> Any:
     if name == "torch._tensor._rebuild_from_type_v2":
         return _call(arguments[0], arguments[2])
     if name == "torch.Size":
-        return tuple(arguments[0])
+        return arguments[0]
     return Foreign(name or type(function).__name__)
