@@ -11,7 +11,7 @@ import struct
 import zipfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -88,14 +88,14 @@ def read_tensors(path: Path, *, archive: bool) -> Any:
             return _parse(io.BytesIO(content), stored)
 
     # The positions of the storages follow from their sizes, which are in the pickle: it is read twice.
-    stream, sizes, starts = io.BytesIO(data), dict[str, tuple[int, int]](), dict[str, int]()
-    _magic, _protocol, system = (_parse(stream, lambda *_: None) for _ in range(3))
+    sizes, starts = dict[str, tuple[int, int]](), dict[str, int]()
+    _magic, _protocol, system = (_parse(data, lambda *_: None) for _ in range(3))
     if not system["little_endian"]:
         raise ValueError("big-endian numbers")
-    beginning = stream.tell()
-    _parse(stream, lambda key, dtype, count: sizes.update({key: (count, dtype.itemsize)}))
-    keys = _parse(stream, lambda *_: None)
-    at = stream.tell()
+    beginning = data.tell()
+    _parse(data, lambda key, dtype, count: sizes.update({key: (count, dtype.itemsize)}))
+    keys = _parse(data, lambda *_: None)
+    at = data.tell()
     for key in keys:
         _check_text(key)
         count, width = sizes[key]
@@ -103,11 +103,11 @@ def read_tensors(path: Path, *, archive: bool) -> Any:
             raise ValueError("a storage of another size")
         starts[key] = at + 8
         at += 8 + count * width
-    stream.seek(beginning)
-    return _parse(stream, lambda key, dtype, count: view(starts[key], dtype, count))
+    data.seek(beginning)
+    return _parse(data, lambda key, dtype, count: view(starts[key], dtype, count))
 
 
-def _parse(stream: IO[bytes], storage: Storage) -> Any:
+def _parse(stream: Any, storage: Storage) -> Any:
     """Interpret one pickle."""
     stack: list[Any] = []
     marked: list[list[Any]] = []
