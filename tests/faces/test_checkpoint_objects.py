@@ -17,18 +17,7 @@ import pytest
 import torch
 from torch import nn
 
-from kdlib import (
-    OUTPUT,
-    AngularDistillLoss,
-    Distiller,
-    LinearProjection,
-    Objective,
-    StudentAdapter,
-    TeacherAdapter,
-    Term,
-    TrainConfig,
-    train,
-)
+import kdlib
 from kdlib_faces._checks import InputError
 from kdlib_faces.backbones import MobileFaceNet, describe_checkpoint, load_backbone, save_backbone
 from kdlib_faces.heads import ArcFaceHead
@@ -107,15 +96,21 @@ def test_converted_counters(dtype, tmp_path):
 
 @pytest.mark.parametrize("ema_decay", [None, 0.5])
 def test_checkpoints_of_kdlib(ema_decay, tmp_path):
-    student, tap = small().train(), {"embedding": OUTPUT}
-    match = Term(AngularDistillLoss(), student="embedding", teacher="embedding", project=LinearProjection(16, 16))
-    head = Term(ArcFaceHead(16, 3), student="embedding", target="identity")
-    objective = Objective({"match": match, "identity": head})
-    distiller = Distiller(StudentAdapter(student, tap), {"teacher": TeacherAdapter(small(), tap)}, objective)
+    student, tap = small().train(), {"embedding": kdlib.OUTPUT}
+    match = kdlib.Term(
+        kdlib.AngularDistillLoss(), student="embedding", teacher="embedding", project=kdlib.LinearProjection(16, 16)
+    )
+    head = kdlib.Term(ArcFaceHead(16, 3), student="embedding", target="identity")
+    objective = kdlib.Objective({"match": match, "identity": head})
+    distiller = kdlib.Distiller(
+        kdlib.StudentAdapter(student, tap), {"teacher": kdlib.TeacherAdapter(small(), tap)}, objective
+    )
     torch.save(distiller.state_dict(), tmp_path / "weights.pt")
     assert torch.equal(load_backbone(tmp_path / "weights.pt").linear.weight, student.linear.weight)
     batch = (faces(4), {"identity": torch.arange(4) % 3})
-    train(distiller, [batch], TrainConfig(epochs=1, lr=1e-3, ema_decay=ema_decay, checkpoint_dir=tmp_path / "run"))
+    kdlib.train(
+        distiller, [batch], kdlib.TrainConfig(epochs=1, lr=1e-3, ema_decay=ema_decay, checkpoint_dir=tmp_path / "run")
+    )
     (path,) = (tmp_path / "run").glob("*.pt")
     info = describe_checkpoint(path)
     assert (info.wrappers, info.prefix) == (("distiller",), "student.model.")
