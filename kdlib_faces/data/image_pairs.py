@@ -11,7 +11,8 @@ from numpy.typing import NDArray
 
 from kdlib_faces._checks import InputError
 from kdlib_faces.data.formats.files import opened
-from kdlib_faces.data.lists import FaceList, identity_key
+from kdlib_faces.data.identities import identity_key
+from kdlib_faces.data.lists import FaceList
 
 __all__ = [
     "ImagePairs", "PairList", "assign_folds", "check_published", "count_pairs", "file_sha256", "gather_pairs",

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from kdlib_faces._checks import InputError
 from kdlib_faces.data import (
+    FaceDataWarning,
     cacd_vs_pairs,
     parse_agedb_name,
     parse_fgnet_name,
@@ -128,7 +129,8 @@ def test_lfw_lists_that_are_none(tmp_path, text, message):
 
 def test_an_image_that_a_face_list_has_twice_is_not_guessed(tmp_path):
     touch(tmp_path, "a/A/A_0001.jpg", "b/A/A_0001.jpg", "a/A/A_0002.jpg", "a/B/B_0001.jpg")
-    faces = read_faces([tmp_path / "a", tmp_path / "b"])
+    with pytest.warns(FaceDataWarning, match="1 are in more than one list and were merged: 'A'"):
+        faces = read_faces([tmp_path / "a", tmp_path / "b"])
     with pytest.raises(InputError, match=r"the face list has more than one image named 'A/A_0001\.jpg'"):
         read_lfw_pairs(put(tmp_path, "A 1 2\nA 1 B 1\n")).locate(faces)
     with pytest.raises(InputError, match=r"no pair has both its images in the face list; 'Z/Z_0001\.jpg' is missing"):
@@ -384,7 +386,7 @@ def test_names_of_files(parse, name, expected):
 
 
 def test_the_raw_set_from_a_folder(tmp_path):
-    folder = touch(tmp_path, "1_Ann_30_f.jpg", "2_Ann_60_f.jpg", "sub/3_Bob_40_m.jpg", "other.jpg", "4_Eve_5_f.txt")
+    folder = touch(tmp_path, "1_Ann_30_f.jpg", "2_Ann_60_f.jpg", "sub/3_Bob_40_m.jpg", "4_Eve_5_f.txt")
     faces = read_agedb(folder)
     assert (faces.identity_names, faces.identities.tolist(), faces.ages.tolist()) == (
         ("Ann", "Bob"),
@@ -494,7 +496,7 @@ def fgnet(folder, images, subjects=82):
 
 
 def test_fgnet_as_it_is_published(tmp_path):
-    touch(tmp_path, "points/001a00.pts", "notes.txt", "thumb.jpg", ".001A05.jpg")
+    touch(tmp_path, "points/001a00.pts", "notes.txt", ".001A05.jpg")
     faces = read_fgnet(fgnet(tmp_path, 1002))
     assert (len(faces), faces.num_identities) == (1002, 82)
     assert faces.identity_names[:2] == ("001", "002")

@@ -1,0 +1,168 @@
+"""Images as they are decoded: every format, orientation and shape; folders of identities as they are scanned."""
+
+import io
+import warnings
+
+import numpy as np
+import pytest
+from PIL import Image, ImageOps
+
+from kdlib_faces._checks import InputError
+from kdlib_faces.data import BinSet, FaceDataWarning, read_agedb, read_faces
+from kdlib_faces.data.image_files import image_size, image_suffixes, scan_folder
+from kdlib_faces.data.images import decode_image, load_images, read_image, read_pixels
+from tests.faces.reader_files import put, touch
+
+PIXELS = np.random.default_rng(0).integers(0, 256, (6, 4, 3), dtype=np.uint8)
+
+
+def encoded(pixels=PIXELS, codec="PNG", orientation=None, **options):
+    if orientation is not None:
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        options["exif"] = exif
+    stream = io.BytesIO()
+    Image.fromarray(np.asarray(pixels, np.uint8)).save(stream, codec, **options)
+    return stream.getvalue()
+
+
+def notes_of(*entries):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        faces = read_faces(list(entries))
+    assert [str(each.message) for each in caught] == list(faces.notes)
+    assert all(each.category is FaceDataWarning for each in caught)
+    return faces, " | ".join(faces.notes)
+
+
+# Pixels
+
+
+@pytest.mark.parametrize("codec", ["JPEG", "PNG", "WEBP", "TIFF", "AVIF"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_the_exif_orientation_is_applied(tmp_path, codec, orientation):
+    options = {"lossless": True} if codec == "WEBP" else {"quality": 100} if codec in ("JPEG", "AVIF") else {}
+    data = encoded(np.kron(PIXELS, np.ones((8, 8, 1))), codec, orientation, **options)
+    upright = ImageOps.exif_transpose(Image.open(io.BytesIO(data))).convert("RGB")
+    found = read_pixels(put(tmp_path, data, "photo.img"))
+    np.testing.assert_array_equal(found, np.asarray(upright))
+    assert found.shape[:2] == ((48, 32) if orientation < 5 else (32, 48)) == image_size(data)
+
+
+def test_broken_metadata_do_not_hide_an_image():
+    data = encoded(PIXELS, "JPEG", 6)
+    broken = data.replace(b"Exif\0\0II", b"Exif\0\0XX").replace(b"Exif\0\0MM", b"Exif\0\0XX")
+    assert broken != data
+    assert decode_image(broken, 6).shape == (3, 6, 6)
+
+
+@pytest.mark.parametrize(
+    ("shape", "size", "inner"),
+    [
+        ((112, 96), 112, (slice(None), slice(8, 104))),
+        ((96, 112), 112, (slice(8, 104), slice(None))),
+        ((112, 112), 112, (slice(None), slice(None))),
+        ((224, 192), 112, (slice(None), slice(8, 104))),
+        ((112, 112), (112, 96), (slice(None), slice(None))),
+        ((112, 96), (112, 96), (slice(None), slice(None))),
+    ],
+)
+def test_another_shape_is_centered_on_black_and_not_cut(shape, size, inner):
+    pixels = np.random.default_rng(1).integers(1, 256, (*shape, 3), dtype=np.uint8)
+    found = decode_image(encoded(pixels), size).transpose(1, 2, 0)
+    assert found.shape == ((112, 112, 3) if size == 112 else (112, 96, 3))
+    small = np.asarray(Image.fromarray(pixels).resize((shape[1] * 112 // shape[0], 112), Image.Resampling.BILINEAR))
+    expected = pixels if max(shape) <= 112 else small
+    expected = expected[:, 8:104] if size == (112, 96) and shape == (112, 112) else expected
+    np.testing.assert_array_equal(found[inner], expected)
+    black = found.copy()
+    black[inner] = 0
+    assert not black.any()
+
+
+def test_gray_and_transparent_images_become_rgb_and_small_ones_are_antialiased():
+    gray = decode_image(encoded(PIXELS[..., 0]), 6)
+    assert (gray[0] == gray[1]).all()
+    assert (gray[0, :, 1:5] == PIXELS[..., 0]).all()
+    transparent = np.dstack([PIXELS, np.full((6, 4), 9)])
+    np.testing.assert_array_equal(decode_image(encoded(transparent), (6, 4)), PIXELS.transpose(2, 0, 1))
+    checker = np.indices((64, 64)).sum(0) % 2 * 255
+    small = decode_image(encoded(checker), 16)
+    assert 100 < small.min() <= small.max() < 155  # picking pixels would give 0 or 255
+
+
+@pytest.mark.parametrize("shape", [(2000, 3000), (250, 250), (40, 40)])
+def test_images_far_from_the_size_of_the_network_are_warned_about_with_their_size(tmp_path, shape):
+    data = encoded(np.zeros((*shape, 3)))
+    message = rf"far from the 112 x 112 pixels .* with {shape[1]} x {shape[0]}; faces must be cropped and aligned"
+    for name in ("a/1.png", "b/1.png"):
+        put(tmp_path, data, name)
+    faces = read_faces(tmp_path)
+    with pytest.warns(FaceDataWarning, match=f"2 of 2 images are {message}"):
+        load_images(faces, 112)
+    with pytest.warns(FaceDataWarning, match=message):
+        next(BinSet([data, encoded(np.zeros((112, 112, 3)))], np.ones(1, bool)).batches(112))
+    assert load_images(faces, max(shape)).shape[0] == 2
+
+
+def test_all_broken_images_are_listed_at_once(tmp_path):
+    names = [f"{'ab'[row % 2]}/{row}.png" for row in range(600)]
+    for row, name in enumerate(names):
+        put(tmp_path, encoded() if row not in (3, 500) else b"broken", name)
+    with pytest.raises(InputError, match=r"2 of 600 images cannot be read: .*b/3\.png: not a .*; .*a/500\.png: not a "):
+        load_images([tmp_path / name for name in names], 6)
+    with pytest.raises(InputError, match=r"2 of 4 images cannot be read: set: image 1: not .*; set: image 2: not "):
+        list(BinSet([encoded(), b"x", b"y", encoded()], np.ones(2, bool)).batches(6, batch_size=1))
+
+
+# Folders
+
+
+@pytest.mark.parametrize("suffix", ["jfif", "gif", "avif", "jp2", "tga", "JPE", "jpg_large", ""])
+def test_images_of_every_suffix_are_found(tmp_path, suffix):
+    codec = {"gif": "GIF", "avif": "AVIF", "jp2": "JPEG2000", "tga": "TGA"}.get(suffix, "JPEG")
+    for name in ("ann/1", "bob/1"):
+        put(tmp_path, encoded(PIXELS, codec), f"{name}.{suffix}".rstrip("."))
+    faces = read_faces(tmp_path)
+    assert (faces.identity_names, len(faces), faces.notes) == (("ann", "bob"), 2, ())
+    assert read_image(faces.paths[0], 6).shape == (3, 6, 6)
+
+
+def test_images_in_nested_folders_belong_to_the_outer_identity(tmp_path):
+    touch(tmp_path, "ann/1.jpg", "ann/2019/2.jpg", "bob/2019/3.jpg", "bob/2020/more/4.jpg", ".git/5.jpg", "bob/.x.jpg")
+    (tmp_path / "bob/2019/loop").symlink_to(tmp_path / "bob")
+    faces = read_faces(tmp_path)
+    assert [faces.identity_names[number] for number in faces.identities] == ["ann", "ann", "bob", "bob"]
+
+
+def test_folders_of_identities_one_level_below_are_not_merged(tmp_path):
+    touch(tmp_path, "train/ann/1.jpg", "train/bob/1.jpg", "val/eve/1.jpg")
+    with pytest.raises(InputError, match=r"may be those of 'train' or of 'ann'; pass the folders of the identities"):
+        read_faces(tmp_path)
+
+
+def test_skipped_files_are_counted_and_named(tmp_path):
+    touch(tmp_path, "a/1.jpg", "b/1.jpg", "b/1.heic", "b/2.heic", "a/notes.txt", "a/Thumbs.db", "loose.jpg")
+    (tmp_path / "empty").mkdir()
+    _, notes = notes_of(tmp_path)
+    assert "3 files are no images and were skipped (.heic 2, .txt 1, such as" in notes
+    assert "1 images belong to no identity and were skipped, such as loose.jpg" in notes
+    assert "1 folders are empty, such as 'empty'" in notes
+    touch(tmp_path, "agedb/1_Ann_30_f.jpg", "agedb/2_Bob_30_m.jpg", "agedb/other.jpg")
+    with pytest.warns(FaceDataWarning, match=r"1 images have no name like number_Name_age_sex\.jpg and were skipped"):
+        read_agedb(tmp_path / "agedb")
+
+
+def test_an_identity_whose_files_cannot_be_read_is_refused(tmp_path):
+    touch(tmp_path, "a/1.jpg", "b/1.jpg", "c/1.heic", "c/x/2.heic", "d/1.raw")
+    with pytest.raises(
+        InputError, match=r"no file of the identity 'c' is an image .*\.heic 2, .*, nor of 1 more; conv"
+    ):
+        read_faces(tmp_path)
+
+
+def test_what_pillow_only_recognizes_is_no_image(tmp_path):
+    assert {".jpg", ".jfif", ".gif", ".webp"} <= image_suffixes()
+    assert not {".eps", ".h5", ".mpg", ".pdf"} & image_suffixes()
+    touch(tmp_path, "x.eps", "x.jpg")
+    assert [file.name for files in scan_folder(tmp_path) for file in files] == ["x.jpg", "x.eps"]
