@@ -199,7 +199,10 @@ def _csv_rows(path: Path) -> Iterator[_Row]:
     _, rows = read_table(path, what="face list", known=known, needed=("path", "identity"))
     for where, cells in rows:
         age = parse_age(cells["age"], where) if cells.get("age") else math.nan
-        yield where, path.parent / cells["path"], cells["identity"], age, cells.get("age_group", "").casefold()
+        file = path.parent / cells["path"]
+        if "\\" in cells["path"] and not file.exists():
+            raise InputError(f"{where}: the path has backslashes; write slashes, got {cells['path'][:80]!r}")
+        yield where, file, cells["identity"], age, cells.get("age_group", "").casefold()
 
 
 def _folder_rows(folder: Path, notes: list[str]) -> Iterator[_Row]:
