@@ -11,7 +11,7 @@ from PIL import Image, ImageFile, UnidentifiedImageError
 
 from kdlib_faces._checks import InputError
 
-__all__ = ["describe_far_sizes", "image_size", "image_suffixes", "is_image", "open_rgb", "scan_folder"]
+__all__ = ["describe_far_sizes", "image_size", "image_suffixes", "is_image", "open_rgb", "scan_folder", "spaced_rows"]
 
 # Pillow starts an external program to decode the first three, and only recognizes the others.
 UNREAD = frozenset({"EPS", "WMF", "EMF", "BUFR", "GRIB", "HDF5", "MPEG"})
@@ -132,14 +132,17 @@ def image_size(source: str | PathLike[str] | bytes) -> tuple[int, int] | None:
         return None
 
 
+def spaced_rows(count: int) -> list[int]:
+    """Return at most 256 numbers below `count`, evenly spaced."""
+    return sorted({row * count // SAMPLE for row in range(SAMPLE)}) if count > SAMPLE else list(range(count))
+
+
 def describe_far_sizes(sources: Sequence[str | PathLike[str] | bytes], size: int) -> str:
     """Return a warning if images are more than twice as large as a network's `size`, or less than half; else nothing.
 
     At most 256 headers, evenly spaced, are read of the files or encoded images.
     """
-    rows = sorted(
-        {row * len(sources) // SAMPLE for row in range(SAMPLE)} if len(sources) > SAMPLE else range(len(sources))
-    )
+    rows = spaced_rows(len(sources))
     sizes = [(row, found) for row in rows if (found := image_size(sources[row])) is not None]
     far = [(row, found) for row, found in sizes if max(found) > 2 * size or max(found) < size / 2]
     if not far:
