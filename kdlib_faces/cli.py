@@ -7,6 +7,7 @@ import argparse
 import os
 import shlex
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
@@ -77,6 +78,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="FILE",
         help="general teacher first, then the age-invariant one: a checkpoint, .onnx or a cache",
     )
+    _add_on_error(train)
     train.add_argument("--output", type=Path, default=Path("runs/train"), help="folder of the model (runs/train)")
 
     evaluate = commands.add_parser(
@@ -133,6 +135,7 @@ def _add_cache(parser: argparse.ArgumentParser, common: _Parser, run: _Parser) -
         "--views", type=int, help="1 plain, 2 plain and mirrored (2); with --set augment..., the number of random views"
     )
     make.add_argument("--dtype", choices=("float16", "int8", "float32"), help="type on disk (float16)")
+    _add_on_error(make)
     make.add_argument("--workers", type=int, default=1, metavar="N", help="number of processes (1)")
     check = actions.add_parser("verify", parents=[common], help="verify checksums, values and some recomputed rows")
     check.add_argument("directory", type=Path, metavar="DIR", help="folder of the cache")
@@ -141,6 +144,13 @@ def _add_cache(parser: argparse.ArgumentParser, common: _Parser, run: _Parser) -
     check.add_argument("--rows", type=int, default=64, help="number of rows to recompute (64)")
     show = actions.add_parser("info", parents=[common], help="describe a cache")
     show.add_argument("directory", type=Path, metavar="DIR", help="folder of the cache")
+
+
+def _add_on_error(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--on-error", choices=("stop", "skip"), default="stop",
+        help="images that cannot be read: stop and list them (stop), or leave them out with a warning",
+    )  # fmt: skip
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -186,7 +196,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _run(options: argparse.Namespace, given: Sequence[str]) -> None:
     _threads(options.threads)
-    _COMMANDS[options.command](options, shlex.join(["kdlib-faces", *given]))
+    with warnings.catch_warnings():
+        warnings.showwarning = lambda message, *_: print(f"kdlib-faces: warning: {message}", file=sys.stderr)
+        _COMMANDS[options.command](options, shlex.join(["kdlib-faces", *given]))
     sys.stdout.flush()
 
 
@@ -241,6 +253,7 @@ def _train(options: argparse.Namespace, command: str) -> None:
         teachers=options.teacher,
         seed=options.seed,
         progress=not options.quiet,
+        on_error=options.on_error,
     )
     train.run(options.recipe, run, config=options.config, settings=options.settings)
 
@@ -288,6 +301,7 @@ def _cache(options: argparse.Namespace, command: str) -> None:
             config=options.config,
             settings=options.settings,
             progress=not options.quiet,
+            on_error=options.on_error,
         )
     print(text)
 

@@ -3,6 +3,7 @@
 import warnings
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -108,7 +109,7 @@ def _read_pairs(path: Path) -> ImagePairs:
         return read_agedb_pairs(path, published=False)
     lines = [text for _, (_, text) in zip(range(2), read_lines(path, what="pairs file"), strict=False)]
     if len(lines) == 2 and all(len(text.split()) == 2 and "," not in text for text in lines):
-        return read_calfw_pairs(path, published=False)
+        return replace(read_calfw_pairs(path, published=False), name="two lines per pair, as CALFW and CPLFW have")
     return read_lfw_pairs(path)
 
 

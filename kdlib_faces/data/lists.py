@@ -5,17 +5,20 @@ import os
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from kdlib._checks import check_choice
 from kdlib_faces._checks import InputError
 from kdlib_faces.data.formats.text import read_table
 from kdlib_faces.data.identities import IdentityNumbers
-from kdlib_faces.data.image_files import scan_folder
+from kdlib_faces.data.image_files import open_rgb, scan_folder
 
 __all__ = ["FaceDataWarning", "FaceList", "parse_age", "read_faces", "warn"]
 
@@ -118,7 +121,12 @@ def parse_age(text: str, where: str) -> float:
     return age
 
 
-def read_faces(paths: Sequence[str | PathLike[str]] | str | PathLike[str]) -> FaceList:
+_Image = tuple[Path, int, float, str]
+
+
+def read_faces(
+    paths: Sequence[str | PathLike[str]] | str | PathLike[str], *, on_error: Literal["stop", "skip"] = "stop"
+) -> FaceList:
     """Read lists of faces and merge them.
 
     An entry is a CSV file or a folder. A CSV file has a header `path,identity` and optionally `age` (years, 0 to 130),
@@ -133,6 +141,8 @@ def read_faces(paths: Sequence[str | PathLike[str]] | str | PathLike[str]) -> Fa
 
     Args:
         paths: One or more CSV files and folders.
+        on_error: `"skip"` decodes every image once, and leaves out those that are missing or cannot be read, with a warning;
+            `"stop"` decodes none, and a missing image is an error.
 
     Returns:
         FaceList with every image of every list, in their order.
@@ -151,12 +161,13 @@ def read_faces(paths: Sequence[str | PathLike[str]] | str | PathLike[str]) -> Fa
         >>> read_faces([folder / "faces.csv"])
         <FaceList: 2 images, 2 identities, 1 ages>
     """
+    check_choice("read_faces", "on_error", on_error, ("stop", "skip"))
     entries = [paths] if isinstance(paths, (str, PathLike)) else list(paths)
     if not entries:
         raise InputError("read_faces: at least one face list is needed, got none")
     seen: dict[str, str] = {}
     numbers = IdentityNumbers()
-    rows: list[tuple[Path, int, float, str]] = []
+    rows: list[_Image] = []
     notes: list[str] = []
     for entry in map(str, entries):
         numbers.start_list(entry)
@@ -168,18 +179,21 @@ def read_faces(paths: Sequence[str | PathLike[str]] | str | PathLike[str]) -> Fa
                     raise InputError(f"{where}: the image {str(file)!r} is listed already ({seen[key]})")
                 seen[key] = where
                 rows.append((file, numbers.add(identity, where), age, group))
-    files, identities, ages, groups = zip(*rows, strict=True)
     sources = tuple(str(entry) for entry in entries)
+    if on_error == "skip":
+        rows = _readable(rows, sources, notes)
+    files, identities, ages, groups = zip(*rows, strict=True)
     _check_files(files, sources)
-    if len(numbers.names) < 2:
-        raise InputError(f"{', '.join(sources)}: at least two identities are needed, got one ({numbers.names[0]!r})")
+    if len(set(identities)) < 2:
+        name = numbers.names[identities[0]]
+        raise InputError(f"{', '.join(sources)}: at least two identities are needed, got one ({name!r})")
     group_names = tuple(sorted({group for group in groups if group}))
     codes = {name: code for code, name in enumerate(group_names)} | {"": -1}
     years = np.asarray(ages, dtype=np.float32)
     notes += numbers.notes()
     for note in notes:
         warn(note)
-    return FaceList(
+    faces = FaceList(
         paths=files,
         identities=np.asarray(identities, dtype=np.int64),
         identity_names=tuple(numbers.names),
@@ -189,6 +203,7 @@ def read_faces(paths: Sequence[str | PathLike[str]] | str | PathLike[str]) -> Fa
         sources=sources,
         notes=tuple(notes),
     )
+    return faces if on_error == "stop" else faces.subset(np.arange(len(faces)))
 
 
 _Row = tuple[str, Path, str, float, str]
@@ -251,6 +266,32 @@ def _check_depth(folder: Path, found: dict[str, list[Path]]) -> None:
             f"{outer!r} or of {sorted(inner[outer])[0]!r}; pass the folders of the identities, such as {folder / outer}, "
             f"or a CSV list"
         )
+
+
+def _readable(rows: Sequence[_Image], sources: Sequence[str], notes: list[str]) -> list[_Image]:
+    """The rows whose images can be read; the others are noted."""
+
+    def error_of(row: _Image) -> str:
+        try:
+            open_rgb(row[0], str(row[0]))
+        except InputError as error:
+            return str(error)
+        return ""
+
+    with ThreadPoolExecutor(2) as pool:
+        errors = list(pool.map(error_of, rows))
+    kept = [row for row, error in zip(rows, errors, strict=True) if not error]
+    broken = [error for error in errors if error]
+    where = ", ".join(sources)
+    if not kept:
+        raise InputError(f"{where}: none of the {len(rows):,} images can be read, such as {broken[0]}")
+    if broken:
+        lost = len({row[1] for row in rows}) - len({row[1] for row in kept})
+        notes.append(
+            f"{where}: {len(broken):,} of {len(rows):,} images cannot be read and were skipped, and {lost:,} identities with "
+            f"them: {'; '.join(broken[:5])}{'; ...' if len(broken) > 5 else ''}"
+        )
+    return kept
 
 
 def _check_files(files: Sequence[Path], sources: Sequence[str]) -> None:

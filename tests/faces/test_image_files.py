@@ -8,10 +8,13 @@ import pytest
 from PIL import Image, ImageOps
 
 from kdlib_faces._checks import InputError
-from kdlib_faces.data import BinSet, FaceDataWarning, read_agedb, read_faces
+from kdlib_faces.cli import main
+from kdlib_faces.commands import inspect
+from kdlib_faces.data import BinSet, FaceDataWarning, read_agedb, read_faces, save_bin, save_records
 from kdlib_faces.data.image_files import image_size, image_suffixes, scan_folder
 from kdlib_faces.data.images import decode_image, load_images, read_image, read_pixels
 from tests.faces.reader_files import put, touch
+from tests.faces.set_files import network
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (6, 4, 3), dtype=np.uint8)
 
@@ -166,3 +169,82 @@ def test_what_pillow_only_recognizes_is_no_image(tmp_path):
     assert not {".eps", ".h5", ".mpg", ".pdf"} & image_suffixes()
     touch(tmp_path, "x.eps", "x.jpg")
     assert [file.name for files in scan_folder(tmp_path) for file in files] == ["x.jpg", "x.eps"]
+
+
+def test_broken_and_missing_images_are_skipped_on_request(tmp_path):
+    for name in ("a/1.png", "b/1.png", "b/2.png", "c/1.png"):
+        put(tmp_path, encoded() if name not in ("b/2.png", "c/1.png") else b"broken", name)
+    assert len(read_faces(tmp_path)) == 4
+    with pytest.raises(InputError, match=r"2 of 4 images cannot be read: .*b/2\.png: .*c/1\.png: "):
+        load_images(read_faces(tmp_path), 6)
+    with pytest.warns(
+        FaceDataWarning, match=r"2 of 4 images cannot be read and were skipped, and 1 identities with them"
+    ):
+        faces = read_faces(tmp_path, on_error="skip")
+    assert (faces.identity_names, faces.identities.tolist()) == (("a", "b"), [0, 1])
+    assert load_images(faces, 6).shape == (2, 3, 6, 6)
+    listed = put(tmp_path, "path,identity\na/1.png,a\nno.png,b\nb/1.png,b\n", "list.csv")
+    with pytest.warns(FaceDataWarning, match=r"no\.png: image file not found"):
+        assert len(read_faces(listed, on_error="skip")) == 2
+    with pytest.raises(ValueError, match="on_error must be one of 'stop', 'skip', got 'warn'"):
+        read_faces(listed, on_error="warn")
+
+
+@pytest.mark.filterwarnings("default::UserWarning")
+def test_the_command_line_lists_broken_images_or_skips_them(tmp_path, capsys):
+    for name in ("f/a/1.png", "f/b/1.png", "f/b/2.png", "f/b/3.png"):
+        put(tmp_path, encoded(np.zeros((32, 32, 3))) if name < "f/b/2" else b"broken", name)
+    given = [
+        "cache",
+        "build",
+        "--teacher",
+        str(network(tmp_path / "t.pt", 0)),
+        "--faces",
+        str(tmp_path / "f"),
+        "--quiet",
+    ]
+    assert main([*given, "--output", str(tmp_path / "stop")]) == 2
+    assert capsys.readouterr().err.count("not a readable image") == 2
+    assert main([*given, "--output", str(tmp_path / "skip"), "--on-error", "skip"]) == 0
+    assert "kdlib-faces: warning: " in capsys.readouterr().err
+
+
+# Descriptions
+
+
+def test_inspect_describes_every_kind_of_face_data(tmp_path):
+    data, wide = encoded(np.zeros((112, 112, 3))), encoded(np.zeros((40, 60, 3)))
+    save_bin(tmp_path / "set.bin", [data, data, wide, b"broken"], [True, False])
+    save_records(tmp_path / "train.rec", [data, data, wide], [0, 0, 1])
+    for name in ("faces/a/1.png", "faces/b/1.png", "faces/b/x.txt"):
+        put(tmp_path, data, name)
+    (tmp_path / "faces/b/x.txt").write_text("words")
+    put(tmp_path, "a/1.png b/1.png 0\na/1.png a/2.png 1\n", "pairs.txt")
+    put(tmp_path, "name,imagenum1,imagenum2,\nAnn,1,2,\nAnn,1,Bob,2\n", "pairs.csv")
+    put(tmp_path, "name same_person\r\nAnn_1.jpg 1\r\nAnn_2.jpg 1\r\nAnn_1.jpg 0\r\nBob_1.jpg 0\r\n", "cplfw.txt")
+    described = {
+        name: inspect.file(tmp_path / name) for name in ("set.bin", "train.rec", "faces", "pairs.txt", "pairs.csv")
+    }
+    for name, lines in {
+        "set.bin": (
+            "pairs         2, 1 genuine",
+            "4 images decoded, 1 broken",
+            "112 x 112 (2), 60 x 40 (1)",
+            "image 3: not a",
+        ),
+        "train.rec": (
+            "images        3",
+            "identities    2, numbered 0 to 1",
+            "ranges        2, as the labels",
+            "60 x 40 (1)",
+        ),
+        "faces": ("identities    2", "1 files are no images and were skipped (.txt 1", "2 images decoded, 0 broken"),
+        "pairs.txt": ("pairs         2, 1 genuine", "images        3, such as a/1.png", "identities    2"),
+        "pairs.csv": ("images        3, such as Ann/Ann_0001.jpg",),
+    }.items():
+        for line in lines:
+            assert line in described[name]
+    assert "warning       1 of 3 images are far from the 128 x 128 pixels" in inspect.file(tmp_path / "train.rec", 128)
+    assert "images        3, such as Ann_1.jpg" in inspect.file(tmp_path / "cplfw.txt")
+    (tmp_path / "pytorch_model.bin").write_bytes(network(tmp_path / "t.pt", 0).read_bytes())
+    assert "layout" in inspect.file(tmp_path / "pytorch_model.bin")
