@@ -12,7 +12,7 @@ from kdlib_faces.data.image_pairs import ImagePairs, file_sha256, gather_pairs
 
 __all__ = ["read_lfw_pairs"]
 
-LABELS = {"1": True, "0": False, "-1": False, "true": True, "false": False, "same": True, "different": False}
+LABELS = {"1": True, "0": False, "-1": False, "true": True, "false": False}
 PUBLISHED: dict[tuple[int, ...], str] = {
     (10, 300): "LFW View 2",
     (1100,): "LFW View 1 training",
@@ -26,7 +26,7 @@ def read_lfw_pairs(path: str | PathLike[str]) -> ImagePairs:
     A line of three fields `name n1 n2` is a genuine pair, a line of four `name1 n1 name2 n2` an impostor pair. Fields are
     separated by tabs, or by blanks where a line has no tab, or by commas. The image is `name/name_%04d.jpg`; see
     `ImagePairs.locate` for images of other names. In a list of paths, a line is `path path label` or `label path path`, and
-    the label is 1 or 0, `true` or `false`. A list with commas may start with a header.
+    the label is 1 or 0, `true` or `false`. The list may start with a header.
 
     A first line `folds n` announces folds of n genuine and n impostor pairs, in file order; a first line `n` announces n
     pairs of each kind. A file with other counts is truncated or edited, and rejected. Without announced folds, a file in
@@ -54,8 +54,8 @@ def read_lfw_pairs(path: str | PathLike[str]) -> ImagePairs:
         if row == 0 and len(fields) in (1, 2) and all(is_number(field) for field in fields):
             announced = tuple(int(field) for field in fields)
             continue
-        if row == 0 and commas and not any(is_number(field) or field.casefold() in LABELS for field in fields):
-            continue  # a header
+        if row == 0 and _is_header(fields):
+            continue
         pair = _numbered_pair(fields, where) or _pair_of_paths(fields)
         if pair is None or (pairs and numbered != is_number(fields[1])):
             check_commas(text, where, {"semicolons": ";"})
@@ -87,6 +87,11 @@ def _fields(text: str, where: str, *, commas: bool) -> list[str]:
     while fields and not fields[-1]:
         fields.pop()
     return fields
+
+
+def _is_header(fields: list[str]) -> bool:
+    words = (each for each in fields if "." not in each and not is_number(each) and each.casefold() not in LABELS)
+    return len(fields) >= 3 and len(list(words)) == len(fields)
 
 
 def _numbered_pair(fields: list[str], where: str) -> tuple[str, str, bool] | None:
