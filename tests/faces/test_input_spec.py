@@ -110,12 +110,13 @@ def test_the_recipe_converts_images_for_a_published_teacher(tmp_path):
 
 def test_the_evaluation_converts_images_for_a_published_network(tmp_path):
     from kdlib_faces.evaluation import embed_images
-    from kdlib_faces.harness.embeddings import load_model
+    from kdlib_faces.harness.embeddings import open_model
 
     model = small(input_size=(32, 16))
     model.input_spec = InputSpec(size=(32, 16), color="bgr", mean=0.0, scale=255.0)
     save_backbone(model, tmp_path / "m.pt")
-    loaded, side = load_model(tmp_path / "m.pt")
+    opened = open_model(tmp_path / "m.pt")
+    loaded, side = opened.module, opened.size
     pixels = torch.randint(0, 256, (3, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     expected = nn.functional.normalize(model(pixels.flip(1)[..., 8:24] / 255), dim=1)
     assert side == 32
