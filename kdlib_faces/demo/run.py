@@ -80,7 +80,7 @@ def run(
     Raises:
         InputError: Lists, teachers or the output cannot be used.
     """
-    check_output(output)
+    check_output(output, "work", "figures")
     if bool(faces) != bool(teachers):
         raise InputError("demo: --faces and --teacher must be given together, or neither for synthetic faces")
     if taps and len(taps) != len(teachers):

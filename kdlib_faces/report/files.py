@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 
 from kdlib._atomic import atomic_write
 from kdlib_faces._checks import InputError, report_key
+from kdlib_faces._output import check_output
 from kdlib_faces.progress import progress as show
 from kdlib_faces.report.curves import RUN_PLOTS
 from kdlib_faces.report.pages import PictureFile, html_page, markdown_page
@@ -113,14 +114,11 @@ def _save(path: Path, content: bytes) -> None:
 
 
 def _make_folder(directory: str | os.PathLike[str]) -> Path:
-    folder = Path(directory)
-    # Old figures are deleted there, so a link in a report from elsewhere must not lead to another folder.
-    if (folder / "figures").is_symlink():
-        raise report_key("directory", "a folder whose figures folder is not a link; remove the link", str(directory))
-    try:
-        (folder / "figures").mkdir(parents=True, exist_ok=True)
-    except (FileExistsError, NotADirectoryError):
-        raise report_key("directory", "a folder or a new name", str(directory)) from None
+    # Figures are written and deleted there, so a link in a report from elsewhere must not lead to another folder.
+    folder = check_output(Path(directory))
+    if (folder / "figures").is_symlink() or (folder / "figures").is_file():
+        raise InputError(f"report: {folder / 'figures'} must be a folder and no link; remove it")
+    (folder / "figures").mkdir(parents=True, exist_ok=True)
     return folder
 
 

@@ -10,7 +10,6 @@ import torch
 from PIL import Image
 
 from kdlib_faces import cli
-from kdlib_faces._output import staged, swept
 from kdlib_faces.backbones import MobileFaceNet, save_backbone
 from kdlib_faces.data.lists import read_faces
 from kdlib_faces.harness.embeddings import embed_set, open_model, read_embeddings
@@ -194,47 +193,3 @@ def test_interrupts_bugs_and_debug(folder, capsys, monkeypatch):
 def test_wrong_arguments_are_reported_in_one_line(capsys):
     for words in (["dance"], ["evaluate", "--seed", "x"], ["report"]):
         assert fails(capsys, *words).endswith("--help")
-
-
-def test_outputs_that_cannot_be_created(folder, capsys):
-    words = [word if word != folder / "out" else folder / "faces.csv" for word in evaluate(folder)]
-    assert "the output must be a folder" in fails(capsys, *words, "--embeddings", folder / "good.npy")
-    words = [word if word != folder / "out" else folder / "faces.csv/x" for word in evaluate(folder)]
-    assert "is no folder" in fails(capsys, *words, "--embeddings", folder / "good.npy")
-
-
-def test_staged_moves_all_or_nothing(tmp_path):
-    output = tmp_path / "a" / "b"
-    broken = [tmp_path / "no such file", tmp_path]
-
-    def fill(stage, source):
-        (stage / "x").write_text("1")
-        (stage / "y").write_text(source.read_text())
-
-    for source in broken:
-        with pytest.raises(OSError, match=str(source)), staged(output) as stage:
-            fill(stage, source)
-    assert list(tmp_path.iterdir()) == []
-    for text in ("1", "2"):
-        with staged(output) as stage:
-            (stage / "deep").mkdir()
-            (stage / "deep" / "x").write_text(text)
-        (output / "mine").write_text("kept")
-    assert (output / "deep" / "x").read_text() == "2"
-    assert sorted(path.name for path in output.iterdir()) == ["deep", "mine"]
-    assert [path.name for path in output.parent.iterdir()] == ["b"]
-
-
-def _work(output, content):
-    (output / "work" / "seed0").mkdir(parents=True)
-    if content:
-        (output / "work" / "done").write_text(content)
-    output.mkdir()
-
-
-def test_swept_removes_empty_folders_of_a_new_output_only(tmp_path):
-    for name, content in (("new", None), ("half", "x")):
-        output = tmp_path / name
-        with pytest.raises(FileExistsError), swept(output):
-            _work(output, content)
-    assert {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")} == {"half", "half/work", "half/work/done"}

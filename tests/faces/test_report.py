@@ -527,7 +527,7 @@ def test_folders_that_cannot_be_used_are_input_errors(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="cannot be read"):
         render(tmp_path / "nowhere")
     (tmp_path / "file").write_text("x")
-    with pytest.raises(InputError, match="directory must be a folder"):
+    with pytest.raises(InputError, match="the output must be a folder"):
         write(tmp_path / "file", bare_report())
 
 
@@ -540,9 +540,9 @@ def test_a_link_in_place_of_the_figures_folder_is_not_followed(written: Path, tm
     report.mkdir()
     (report / "report.json").write_bytes((written / "report.json").read_bytes())
     (report / "figures").symlink_to(other)
-    with pytest.raises(InputError, match="figures folder is not a link"):
+    with pytest.raises(InputError, match="figures must be a folder and no link"):
         render(report)
-    with pytest.raises(InputError, match="figures folder is not a link"):
+    with pytest.raises(InputError, match="figures must be a folder and no link"):
         write(report, bare_report())
     assert {file.read_text() for file in other.iterdir()} == {"kept"}
     assert len(list(other.iterdir())) == 3
