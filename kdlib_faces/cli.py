@@ -4,6 +4,7 @@ User errors print one line and exit with code 2. Heavy packages are imported by 
 """
 
 import argparse
+import io
 import os
 import shlex
 import sys
@@ -125,6 +126,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         Exit code: 0, 2 for a user error, 130 for an interruption, 1 for an internal error.
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # names of files may have another encoding
     parser = _parser()
     try:
         options = parser.parse_args(given)

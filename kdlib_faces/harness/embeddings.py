@@ -8,7 +8,6 @@ import hashlib
 import io
 import json
 import os
-import re
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,7 +21,7 @@ from kdlib._atomic import atomic_write
 from kdlib_faces._checks import InputError
 from kdlib_faces.evaluation.embedding import embed_batch, eval_mode
 from kdlib_faces.evaluation.summary import ModelEntry
-from kdlib_faces.harness.image_sets import Embeddings, ImageSet, check_embeddings
+from kdlib_faces.harness.image_sets import Embeddings, ImageSet, check_embeddings, file_name
 from kdlib_faces.progress import progress as show
 
 __all__ = ["OpenedModel", "embed_set", "open_model", "read_embeddings"]
@@ -117,17 +116,13 @@ def embed_set(
     """
     parts = [str(FORMAT), model.fingerprint, str(model.size), str(flip), images.fingerprint]
     key = hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
-    target = folder / f"{_file_name(model.path.stem)}-{_file_name(images.name)}-{key}.npy"
+    target = folder / f"{file_name(model.path.stem)}-{file_name(images.name)}-{key}.npy"
     if not target.exists():
         folder.mkdir(parents=True, exist_ok=True)
         _embed_to(target, model, images, batch_size, flip, progress)
     array: NDArray[np.float32] = np.load(target, mmap_mode="r", allow_pickle=False)
     check_embeddings(str(target), array, images.count)
     return array
-
-
-def _file_name(text: str) -> str:
-    return re.sub(r"[^A-Za-z0-9_.-]+", "_", text)[:60]
 
 
 def _embed_to(target: Path, model: OpenedModel, images: ImageSet, batch_size: int, flip: bool, progress: bool) -> None:

@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import re
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ __all__ = [
     "ImageSet",
     "aligned_images",
     "check_embeddings",
+    "file_name",
     "images_of_bytes",
     "images_of_files",
     "images_of_tensor",
@@ -146,6 +148,11 @@ def images_of_tensor(name: str, images: Tensor, labels: Sequence[str] = ()) -> I
 def rows_only(name: str, count: int | None, label: Callable[[int], str] = str) -> ImageSet:
     """A set without images: only files of embeddings can be evaluated on it."""
     return ImageSet(name, count, f"rows {count}", None, label)
+
+
+def file_name(text: str) -> str:
+    """A name as part of a file name: at most 60 letters, digits and `_.-`."""
+    return re.sub(r"[^A-Za-z0-9_.-]+", "_", text)[:60]
 
 
 def _short_names(files: Sequence[Path]) -> list[str]:

@@ -131,7 +131,7 @@ def _read(path: Path) -> Report:
     if len(content) > _MAX_BYTES:
         raise InputError(f"report: {path} is larger than {_MAX_BYTES // 2**20} MiB")
     try:
-        parsed = json.loads(content, object_pairs_hook=_unique_keys)
+        parsed = json.loads(content, object_pairs_hook=_unique_keys, parse_int=_whole_number)
     except (ValueError, RecursionError) as error:
         raise InputError(f"report: {path} is not JSON: {error}") from None
     return _parse(to_json(parsed))
@@ -142,6 +142,12 @@ def _unique_keys(pairs: list[tuple[str, object]]) -> dict[str, object]:
     if len(content) < len(pairs):
         raise ValueError("a key occurs twice in one object")
     return content
+
+
+def _whole_number(digits: str) -> int:
+    if len(digits) > 1000:
+        raise ValueError(f"a number has {len(digits):,} digits")
+    return int(digits)
 
 
 def _parse(content: object) -> Report:
