@@ -23,6 +23,19 @@ class _Parser(argparse.ArgumentParser):
             self.epilog = self.more()
         return super().format_help()
 
+    def parse_known_args(  # type: ignore[override] # the overloads of argparse differ by the type of the namespace
+        self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
+    ) -> tuple[argparse.Namespace, list[str]]:
+        """Name the nearest option of an unknown one, then parse the options of a command."""
+        flags = [flag for action in self._actions for flag in action.option_strings]
+        for word in args or () if self._subparsers is None else ():
+            name = word.partition("=")[0]
+            if name.startswith("--") and not any(flag.startswith(name) for flag in flags):
+                from kdlib._checks import nearest
+
+                self.error(f"no option named {name!r}{nearest(name, flags)}")
+        return super().parse_known_args(args, namespace)
+
     def error(self, message: str) -> NoReturn:
         raise argparse.ArgumentTypeError(f"{message}; see {self.prog} --help")
 
@@ -74,9 +87,9 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
     evaluate.more = _protocols
-    evaluate.add_list("--model", "FILE", ".pt or .onnx; repeatable")
+    evaluate.add_list("--model", "[NAME=]FILE", ".pt or .onnx; repeatable")
     text = "array (n, d) with one row per image, or a folder with SET.npy for each image set; repeatable"
-    evaluate.add_list("--embeddings", "NPY", text)
+    evaluate.add_list("--embeddings", "[NAME=]NPY", text)
     text = "protocol, see below; repeatable (default: all that --faces supports)"
     evaluate.add_list("--protocol", "NAME[=PATH]", text, dest="protocols")
     evaluate.add_argument("--pairs", metavar="TXT", help="pairs in LFW's format for --faces")
@@ -177,7 +190,10 @@ def _report_error(error: BaseException) -> int:
 
 
 def _fail(message: str, code: int = 2) -> int:
-    print(f"kdlib-faces: error: {message}", file=sys.stderr)
+    """Print a message as one line; names in it may contain control characters or be very long."""
+    line = message.replace("\u00a0", " ")
+    line = "".join(each if each.isprintable() else repr(each)[1:-1] for each in line)
+    print(f"kdlib-faces: error: {line if len(line) <= 2000 else line[:1999] + '…'}", file=sys.stderr)
     return code
 
 

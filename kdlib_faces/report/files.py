@@ -25,7 +25,8 @@ from kdlib_faces.report.theme import to_svg
 __all__ = ["render", "write"]
 
 _PNG = b"\x89PNG\r\n\x1a\n"
-_MAX_BYTES = 64 * 2**20
+_MAX_BYTES = 16 * 2**20
+_MAX_PICTURE_BYTES = 64 * 2**20
 
 
 def write(
@@ -168,7 +169,7 @@ def _find_pictures(folder: Path, report: Report) -> tuple[list[PictureFile], lis
     for name, entry in report.pictures.items():
         path = (folder / "figures" / f"{name}.png").resolve()
         # A link in a report from elsewhere must not copy another file of this machine into the page.
-        inside = root in path.parents and path.is_file() and path.stat().st_size <= _MAX_BYTES
+        inside = root in path.parents and path.is_file() and path.stat().st_size <= _MAX_PICTURE_BYTES
         content = path.read_bytes() if inside else b""
         if content.startswith(_PNG):
             found.append(PictureFile(name, entry.title, entry.caption, content))

@@ -63,6 +63,8 @@ def _read(hint: Any, value: object, path: str) -> object:
     if origin is list:
         if not isinstance(value, list):
             raise report_key(path, "a list", value)
+        if arguments[0] in (float, float | None) and all(type(item) is float for item in value):
+            return value
         return [_read(arguments[0], item, f"{path}[{index}]") for index, item in enumerate(value)]
     if not isinstance(value, dict):
         raise report_key(path, "a mapping", value)
@@ -115,6 +117,8 @@ def to_json(value: object, path: str = "run", depth: int = 0) -> Any:
     if isinstance(value, Mapping):
         return {_text(str(key)): to_json(item, f"{path}[{str(key)!r}]", depth + 1) for key, item in value.items()}
     if isinstance(value, list | tuple):
+        if all(type(item) in (int, float) and abs(item) <= sys.float_info.max for item in value):
+            return [*value]  # long curves: no text is made for the path of each number
         return [to_json(item, f"{path}[{index}]", depth + 1) for index, item in enumerate(value)]
     raise report_key(path, "text, a number, true or false, null, a list or a mapping", value)
 

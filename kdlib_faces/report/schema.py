@@ -125,8 +125,11 @@ def check_report(report: Report) -> None:
     Raises:
         InputError: The message names the path of the first wrong value.
     """
-    if not report.models:
-        raise report_key("run.models", "at least one model", report.models)
+    for name, many, low, high in (
+        ("models", report.models, 1, 100), ("evaluations", report.evaluations, 0, 200), ("pictures", report.pictures, 0, 50_000),
+    ):  # fmt: skip
+        if not low <= len(many) <= high:
+            raise report_key(f"run.{name}", f"{low} to {high:,} entries", len(many))
     if not 0 < report.level < 1:
         raise report_key("run.level", "above 0 and below 1", report.level)
     for name, model in report.models.items():
@@ -143,6 +146,7 @@ def check_report(report: Report) -> None:
     for name, curve in report.training.items():
         path = f"run.training[{name!r}]"
         _known(name, report.models, "run.training")
+        _limited(curve.step, f"{path}.step", 1_000_000)
         _fits(curve.loss, curve.step, "step", f"{path}.loss")
         for term, losses in curve.terms.items():
             _fits(losses, curve.step, "step", f"{path}.terms[{term!r}]")
@@ -168,9 +172,14 @@ def check_report(report: Report) -> None:
 def _check_protocol(report: Report, summary: ProtocolSummary, path: str) -> None:
     for name in summary.pictures:
         _known(name, report.pictures, f"{path}.pictures")
+    _rates(summary.counts.values(), f"{path}.counts", high=math.inf)
     for name in summary.scores:
         _known(name, summary.models, f"{path}.scores")
+    _limited(summary.measures, f"{path}.measures", 1000)
+    _limited(summary.bins, f"{path}.bins", 100)
+    _limited(summary.differences, f"{path}.differences", 100_000)
     for key, bins in summary.bins.items():
+        _limited(bins.labels, f"{path}.bins[{key!r}].labels", 10_000)
         for side, values in (("at", bins.at), ("counts", bins.counts)):
             if values is not None:
                 _fits(values, bins.labels, "labels", f"{path}.bins[{key!r}].{side}")
@@ -193,19 +202,16 @@ def _check_result(summary: ProtocolSummary, result: ModelSummary, path: str) -> 
         _fits(row, summary.bins[key].labels, "labels", f"{path}.bins[{key!r}]")
         for at, value in enumerate(row):
             _value(value, summary.bins[key].unit, f"{path}.bins[{key!r}][{at}]")
-    curves = {
-        "roc": result.roc and (("far", result.roc.far), ("tar", result.roc.tar)),
-        "search": result.search and (("fpir", result.search.fpir), ("tpir", result.search.tpir)),
-        "cmc": result.cmc and (("rank", result.cmc.rank), ("rate", result.cmc.rate)),
-    }
-    for kind, curve in curves.items():
+    for kind, curve in (("roc", result.roc), ("search", result.search), ("cmc", result.cmc)):
         if curve is not None:
-            (x, points), (y, rates) = curve
+            (x, points), (y, rates) = vars(curve).items()
+            _limited(points, f"{path}.{kind}.{x}", 100_000)
             _fits(rates, points, x, f"{path}.{kind}.{y}")
             _rates(rates, f"{path}.{kind}.{y}")
             _rates(points, f"{path}.{kind}.{x}", high=math.inf if kind == "cmc" else 1.0)
     if (histogram := result.histogram) is not None:
         edges = histogram.edges
+        _limited(edges, f"{path}.histogram.edges", 10_000)
         if len(edges) < 2 or any(low >= high for low, high in pairwise(edges)):
             raise report_key(f"{path}.histogram.edges", "at least two numbers that rise", edges)
         for side, counts in (("genuine", histogram.genuine), ("impostor", histogram.impostor)):
@@ -216,6 +222,11 @@ def _check_result(summary: ProtocolSummary, result: ModelSummary, path: str) -> 
 def _known(name: str, names: Collection[str], path: str) -> None:
     if name not in names:
         raise report_key(path, f"among {shorten(', '.join(names), 200) or 'none'}", name)
+
+
+def _limited(values: Sized, path: str, most: int) -> None:
+    if len(values) > most:
+        raise report_key(path, f"at most {most:,} entries", len(values))
 
 
 def _fits(values: Sized, reference: Sized, name: str, path: str) -> None:
