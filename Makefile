@@ -24,8 +24,9 @@ test: $(VENV)/.dev
 	$(MAKE) --no-print-directory check
 
 # The checks of `make test` with an existing environment: make check PY=/path/to/python. The tests build the documentation.
+# One worker per core, each with one thread; a file stays on one worker because its fixtures are built once per worker.
 check: lint
-	$(PY) -m pytest
+	OMP_NUM_THREADS=1 $(PY) -m pytest --numprocesses=auto --maxprocesses=8 --dist=loadfile
 
 lint:
 	$(PY) -m ruff format --check .

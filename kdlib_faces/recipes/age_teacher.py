@@ -14,6 +14,7 @@ from kdlib.cache import model_fingerprint
 from kdlib.distiller import Distiller
 from kdlib.objective import Objective, Term
 from kdlib_faces._checks import InputError
+from kdlib_faces.backbones.input_spec import height_width
 from kdlib_faces.data.lists import FaceList
 from kdlib_faces.data.samplers import count_cross_age_identities
 from kdlib_faces.heads import CosFaceHead
@@ -146,17 +147,13 @@ def build_age_teacher(
         ['adversary', 'age', 'l2_sp', 'pairs']
     """
 
-    def default(value: float | None, fine_tuning: float, scratch: float) -> float:
-        return value if value is not None else (fine_tuning if pretrained else scratch)
-
-    identity_weight = default(config.identity_weight, 0.0, 1.0)
-    pair_weight = default(config.pair_weight, 1.0, 0.0)
-    l2_sp_weight = default(config.l2_sp_weight, 100.0, 0.0)
+    given = (config.identity_weight, config.pair_weight, config.l2_sp_weight, config.age_weight)
+    defaults = ((0.0, 1.0, 100.0) if pretrained else (1.0, 0.0, 0.0)) + (0.001 if config.method == "mtlface" else 0.1,)
+    identity_weight, pair_weight, l2_sp_weight, age_weight = (
+        default if value is None else value for value, default in zip(given, defaults, strict=True)
+    )
     if identity_weight == 0 and pair_weight == 0:
         raise InputError("age teacher: identity_weight or pair_weight must be above 0, got 0 and 0")
-    age_weight = config.age_weight
-    if age_weight is None:
-        age_weight = 0.001 if config.method == "mtlface" else 0.1
     by_age = "age" if groups is None else "age_group"
     taps: dict[str, str | Tap] = {"embedding": OUTPUT}
     terms: dict[str, Term] = {}
@@ -187,10 +184,7 @@ def build_age_teacher(
 
 
 def _trainable(net: TeacherNet, part: Part) -> list[nn.Parameter]:
-    """The trainable parameters: a part of the backbone, and whatever the method adds.
-
-    L2-SP covers both. New parts start with little effect; without regularization they overfit to few identities.
-    """
+    """The trainable parameters: a part of the backbone, and whatever the method adds; L2-SP covers both."""
     if not isinstance(net, AgeInvariantNet | AttentiveAgeNet):
         return freeze_all_but(net, part)
     freeze_all_but(net.backbone, part)
@@ -255,7 +249,8 @@ def train(config: AgeTeacherRunConfig, options: RunOptions) -> Path:
             config=config,
             distiller=distiller,
             network=wrapper.net,
-            input_size=config.network.input_size if start is None else _image_side(start),
+            # The input spec of a network that is not square crops the square images.
+            input_size=config.network.input_size if start is None else max(height_width("train", start.input_size)),
             fingerprints=fingerprints,
             pair_ages=pair_ages if pairs else None,
             optimizer="sgd" if start is None else "adamw",
@@ -268,12 +263,11 @@ def _age_target(faces: FaceList) -> Literal["age", "age_group"]:
     """Ages where the lists have them, else age groups."""
     if faces.ages is not None and bool(np.isfinite(faces.ages).any()):
         return "age"
+    owner = "train: recipe 'age_teacher' needs"
     if faces.age_groups is None:
-        raise InputError("train: recipe 'age_teacher' needs ages or age groups, the lists have neither")
+        raise InputError(f"{owner} ages or age groups, the lists have neither")
     if len(faces.group_names) < 2:
-        raise InputError(
-            f"train: recipe 'age_teacher' needs at least two age groups, the lists have {faces.group_names[0]!r} alone"
-        )
+        raise InputError(f"{owner} at least two age groups, the lists have {faces.group_names[0]!r} alone")
     return "age_group"
 
 
@@ -289,8 +283,3 @@ def _check_pairs(config: AgeTeacherConfig, faces: FaceList) -> None:
             f"train: cross-age pairs need at least two identities with images {wanted}, the lists have {count}; without "
             "them: --set age_teacher.pair_weight=0 --set age_teacher.identity_weight=1"
         )
-
-
-def _image_side(network: TeacherNet) -> int:
-    """The side of the square images that are loaded; the network's `input_spec` crops them to its own size."""
-    return max(network.input_size) if isinstance(network.input_size, tuple) else network.input_size

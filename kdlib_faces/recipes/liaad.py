@@ -132,12 +132,13 @@ def features_read(config: LIAADConfig) -> dict[str, dict[str, str]]:
         >>> features_read(LIAADConfig(attention_weight=0.0))["age"]
         {'embedding': 'recipe.embedding_weight'}
     """
-    weights = {
-        GENERAL: {"embedding": "embedding_weight", "map": "map_weight"},
-        AGE: {"embedding": "embedding_weight", "map": "attention_weight"},
-    }
+    weights = {GENERAL: ("embedding_weight", "map_weight"), AGE: ("embedding_weight", "attention_weight")}
     return {
-        role: {feature: f"recipe.{name}" for feature, name in names.items() if getattr(config, name)}
+        role: {
+            feature: f"recipe.{name}"
+            for feature, name in zip(("embedding", "map"), names, strict=True)
+            if getattr(config, name)
+        }
         for role, names in weights.items()
     }
 
@@ -205,15 +206,12 @@ def _terms(config: LIAADConfig, teachers: set[str]) -> dict[str, Term]:
         terms["embedding"] = Term(
             angular, student="embedding", teacher="embedding", project=project, weight=config.embedding_weight
         )
+    maps = {"student": "map", "teacher": "map"}
     if config.map_weight and GENERAL in teachers:
         angular = AngularDistillLoss(form=config.map_form)
-        terms["map"] = Term(
-            angular, student="map", teacher="map", teachers=[GENERAL], project="auto", weight=config.map_weight
-        )
+        terms["map"] = Term(angular, **maps, teachers=[GENERAL], project="auto", weight=config.map_weight)
     if config.attention_weight and AGE in teachers:
-        terms["attention"] = Term(
-            AttentionTransferLoss(), student="map", teacher="map", teachers=[AGE], weight=config.attention_weight
-        )
+        terms["attention"] = Term(AttentionTransferLoss(), **maps, teachers=[AGE], weight=config.attention_weight)
     return terms
 
 
@@ -283,29 +281,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
         The exit code: 0, or 2 after an error of use.
     """
     parser = argparse.ArgumentParser(prog="python -m kdlib_faces.recipes.liaad", description=__doc__)
-    parser.add_argument(
-        "--faces", action="append", required=True, metavar="PATH", help="CSV list or folder; repeatable"
-    )
-    parser.add_argument(
-        "--teacher", action="append", default=[], metavar="FILE", help="general first, then age-invariant"
-    )
+    for name, text in (
+        ("faces", "CSV list or folder"), ("teacher", "general first, then age-invariant"), ("set", "setting KEY=VALUE"),
+    ):  # fmt: skip
+        parser.add_argument(f"--{name}", action="append", default=[], help=f"{text}; repeatable")
     parser.add_argument("--output", type=Path, default=Path("runs/train"), help="folder of the run (runs/train)")
-    parser.add_argument("--config", type=Path, metavar="TOML", help="settings; --set overrides them")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="settings", help="repeatable")
+    parser.add_argument("--config", type=Path, help="TOML file of settings; --set overrides them")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--quiet", action="store_true", help="show no progress")
-    options = parser.parse_args(arguments)
+    given = parser.parse_args(arguments)
     try:
-        if len(options.teacher) != 2:
-            raise InputError(f"--teacher must be given twice, got {len(options.teacher)}")
+        if len(given.teacher) != 2:
+            raise InputError(f"--teacher must be given twice, got {len(given.teacher)}")
         run = RunOptions(
-            output=options.output,
-            faces=options.faces,
-            teachers=options.teacher,
-            seed=options.seed,
-            progress=not options.quiet,
+            output=given.output, faces=given.faces, teachers=given.teacher, seed=given.seed, progress=not given.quiet
         )
-        train(load_config(LIAADRunConfig, options.config, options.settings), run)
+        train(load_config(LIAADRunConfig, given.config, given.set), run)
     except (ValueError, OSError) as error:
         parser.exit(2, f"{parser.prog}: error: {error}\n")
     return 0

@@ -10,6 +10,7 @@ from kdlib import StudentAdapter
 from kdlib._checks import check_number
 from kdlib_faces._checks import InputError
 from kdlib_faces.backbones import Backbone, InputSpec
+from kdlib_faces.backbones.input_spec import height_width
 
 __all__ = ["AgeAttention", "AttentiveAgeNet"]
 
@@ -138,17 +139,9 @@ class AttentiveAgeNet(nn.Module):
 
 def _count_channels(backbone: Backbone, stage: str) -> int:
     """Channels of a stage's output, measured on one blank image."""
-    size = backbone.input_size
-    height, width = size if isinstance(size, tuple) else (size, size)
-    weight = next(backbone.parameters())
-    modes = {module: module.training for module in backbone.modules()}
-    backbone.eval()
-    try:
-        with torch.no_grad():
-            maps = StudentAdapter(backbone, {"map": stage})(weight.new_zeros(1, 3, height, width))["map"]
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
+    images = next(backbone.parameters()).new_zeros(1, 3, *height_width("AttentiveAgeNet", backbone.input_size))
+    with torch.no_grad():
+        maps = StudentAdapter(copy.deepcopy(backbone).eval(), {"map": stage})(images)["map"]
     if maps.dim() != 4:
         raise InputError(f"AttentiveAgeNet: stage {stage!r} must return maps (b, c, h, w), got {tuple(maps.shape)}")
     return int(maps.shape[1])

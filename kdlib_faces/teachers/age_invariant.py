@@ -8,8 +8,7 @@ from torch.nn import functional as F
 
 from kdlib._checks import check_floating, check_number, check_rank, check_same_batch
 from kdlib_faces.backbones import Backbone, InputSpec
-from kdlib_faces.teachers.age_estimation import reverse_gradient
-from kdlib_faces.teachers.age_targets import AGE_BOUNDARIES, group_ages, mean_of_known
+from kdlib_faces.teachers.age_estimation import AGE_BOUNDARIES, group_ages, mean_of_known, reverse_gradient
 
 __all__ = ["AgeFactorLoss", "AgeInvariantNet", "canonical_correlation"]
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from kdlib._atomic import atomic_write
 from kdlib_faces._checks import InputError
@@ -163,8 +163,7 @@ def _build(path: str | os.PathLike[str], content: Mapping[str, Any]) -> AgeInvar
             model = cls(build_backbone(str(name), **arguments), **options)
     except (TypeError, ValueError, RuntimeError) as error:
         raise InputError(f"{owner} does not describe a teacher: {' '.join(str(error).split())[:300]}") from error
-    _check_state(owner, model.state_dict(), state, Path(path).stat().st_size)
-    model.load_state_dict(state, assign=True)
+    _load_state(owner, model, state, Path(path).stat().st_size)
     if isinstance(content.get("input"), dict):
         try:
             model.backbone.input_spec = replace(model.backbone.input_spec, **content["input"])
@@ -173,30 +172,24 @@ def _build(path: str | os.PathLike[str], content: Mapping[str, Any]) -> AgeInvar
     return model.eval()
 
 
-def _check_state(owner: str, wanted: Mapping[str, Tensor], state: Mapping[str, object], file_size: int) -> None:
-    unusable, total = [], 0
-    for key, target in wanted.items():
-        value = state.get(key)
-        if value is None:
-            continue
-        if not (isinstance(value, Tensor) and value.layout == torch.strided) or (value.shape, value.dtype) != (
-            target.shape,
-            target.dtype,
-        ):
-            unusable.append(f"{key} must be {tuple(target.shape)} {target.dtype}")
-        elif value.is_floating_point() and not bool(torch.isfinite(value).all()):
-            unusable.append(f"{key} holds NaN or infinity")
-        elif key.endswith("running_var") and bool((value < 0).any()):
-            unusable.append(f"{key} holds negative variances")
-        else:
-            total += value.nbytes
-    faults = {
-        "missing": [key for key in wanted if state.get(key) is None],
-        "unexpected": [str(key) for key in state if key not in wanted],
-        "unusable": unusable,
+def _load_state(owner: str, model: nn.Module, state: Mapping[str, object], file_size: int) -> None:
+    """Assign the values of a file to a model on the meta device."""
+    wanted = model.state_dict()
+    tensors = {
+        key: value for key, value in state.items() if isinstance(value, Tensor) and value.layout == torch.strided
     }
-    if any(faults.values()):
-        lines = [f"{name} ({len(keys)}): {', '.join(keys[:LISTED])}" for name, keys in faults.items() if keys]
-        raise InputError(f"{owner} does not fit its own description; {'; '.join(lines)}")
-    if total > file_size:
+    faults = [f"{key} is missing" for key in wanted if key not in tensors]
+    faults += [f"{key} is unexpected" for key in state if key not in wanted]
+    for key, value in tensors.items():
+        target = wanted.get(key, value)
+        if (value.shape, value.dtype) != (target.shape, target.dtype):
+            faults.append(f"{key} must be {tuple(target.shape)} {target.dtype}")
+        elif not torch.isfinite(value).all():
+            faults.append(f"{key} holds NaN or infinity")
+        elif str(key).endswith("running_var") and bool((value < 0).any()):
+            faults.append(f"{key} holds negative variances")
+    if faults:
+        raise InputError(f"{owner} does not fit its own description ({len(faults)}): {', '.join(faults[:LISTED])}")
+    if sum(value.nbytes for value in tensors.values()) > file_size:
         raise InputError(f"{owner} claims more values than its {file_size} bytes can hold")
+    model.load_state_dict(tensors, assign=True)

@@ -1,14 +1,14 @@
-"""Our own backbones as ONNX graphs, the way exporters write them: BatchNorm folded into the convolution before it, or not."""
+"""Our own backbones as ONNX files, with BatchNorms folded into the convolutions or not."""
 
+import copy
+import warnings
 from pathlib import Path
-from typing import Any
 
 import numpy as np
+import onnx
 import torch
-from onnx import TensorProto, helper, numpy_helper, save
-from torch import Tensor, nn
-
-from kdlib_faces.backbones import MBF, IResNet, MobileFaceNet
+from onnx import helper, numpy_helper
+from torch import nn
 
 
 def scramble(model: nn.Module, seed: int = 0) -> nn.Module:
@@ -30,128 +30,57 @@ def scramble(model: nn.Module, seed: int = 0) -> nn.Module:
     return model.eval()
 
 
-class Exporter:
-    """Builds a graph node by node; `fold` folds a BatchNorm into the convolution before it."""
+def write(
+    model: nn.Module,
+    path: Path,
+    *,
+    fold: bool,
+    size: int | None = 32,
+    eps: float | None = None,
+    flatten: str = "Flatten",
+) -> Path:
+    """Export `model` to `path`.
 
-    def __init__(self, *, fold: bool, eps: float | None = None, flatten: str = "Flatten") -> None:
-        self.fold, self.eps, self.flatten_as = fold, eps, flatten
-        self.nodes: list[Any] = []
-        self.weights: list[Any] = []
-
-    def weight(self, value: Tensor | np.ndarray) -> str:
-        name = f"w{len(self.weights)}"
-        array = value.detach().numpy() if isinstance(value, Tensor) else value
-        self.weights.append(numpy_helper.from_array(array, name))
-        return name
-
-    def node(self, kind: str, inputs: list[str], **attributes: Any) -> str:
-        out = f"t{len(self.nodes)}"
-        self.nodes.append(helper.make_node(kind, inputs, [out], f"n{len(self.nodes)}", **attributes))
-        return out
-
-    def norm(self, x: str, norm: Any) -> str:
-        eps = norm.eps if self.eps is None else self.eps
-        # Another eps: the same function, its variance shifted by the difference.
-        values = (norm.weight, norm.bias, norm.running_mean, norm.running_var + norm.eps - eps)
-        return self.node("BatchNormalization", [x, *map(self.weight, values)], epsilon=eps)
-
-    def conv(self, x: str, conv: nn.Conv2d, norm: Any) -> str:
-        weight = conv.weight
-        inputs = [weight]
-        if self.fold:
-            factor = norm.weight / (norm.running_var + norm.eps).sqrt()
-            inputs = [weight * factor[:, None, None, None], norm.bias - norm.running_mean * factor]
-        names = [self.weight(each) for each in inputs]
-        attributes = {"strides": list(conv.stride), "pads": [*conv.padding, *conv.padding], "group": conv.groups}
-        out = self.node("Conv", [x, *names], kernel_shape=list(conv.kernel_size), dilations=[1, 1], **attributes)
-        return out if self.fold else self.norm(out, norm)
-
-    def prelu(self, x: str, prelu: nn.PReLU) -> str:
-        return self.node("PRelu", [x, self.weight(prelu.weight[:, None, None])])
-
-    def block(self, x: str, block: Any) -> str:
-        conv, norm, prelu = block.layers if hasattr(block, "layers") else (block.conv, block.bn, block.prelu)
-        return self.prelu(self.conv(x, conv, norm), prelu)
-
-    def unit(self, x: str, unit: Any) -> str:
-        parts = unit.layers if hasattr(unit, "layers") else (unit.conv, unit.conv_dw, unit.project)
-        last = parts[2].layers if hasattr(parts[2], "layers") else (parts[2].conv, parts[2].bn)
-        out = self.conv(self.block(self.block(x, parts[0]), parts[1]), *last)
-        return self.node("Add", [x, out]) if unit.residual else out
-
-    def flatten(self, x: str) -> str:
-        if self.flatten_as == "Flatten":
-            return self.node("Flatten", [x], axis=1)
-        if self.flatten_as == "Reshape":
-            return self.node("Reshape", [x, self.weight(np.array([0, -1], np.int64))])
-        # view(x.size(0), -1) as a tracer writes it
-        shape = self.node("Shape", [x])
-        first = self.node("Gather", [shape, self.weight(np.array(0, np.int64))], axis=0)
-        rows = self.node("Unsqueeze", [first, self.weight(np.array([0], np.int64))])
-        wanted = self.node("Concat", [rows, self.weight(np.array([-1], np.int64))], axis=0)
-        return self.node("Reshape", [x, wanted])
-
-    def linear(self, x: str, linear: nn.Linear, norm: Any) -> str:
-        if linear.bias is None:
-            return self.norm(self.node("MatMul", [x, self.weight(linear.weight.T.contiguous())]), norm)
-        names = [self.weight(each) for each in (linear.weight, linear.bias)]
-        return self.norm(self.node("Gemm", [x, *names], transB=1), norm)
-
-
-def write(model: nn.Module, path: Path, *, size: int | None = 32, **options: Any) -> Path:
-    """Write `model` to `path`; `size` None leaves the input size free."""
-    to = Exporter(**options)
-    if isinstance(model, IResNet):
-        out = _iresnet(to, model)
-    elif isinstance(model, MBF):
-        out = _mbf(to, model)
-    else:
-        assert isinstance(model, MobileFaceNet)
-        out = _mobilefacenet(to, model)
-    shape = ["n", 3, size or "h", size or "w"]
-    graph = helper.make_graph(
-        to.nodes,
-        "net",
-        [helper.make_tensor_value_info("images", TensorProto.FLOAT, shape)],
-        [helper.make_tensor_value_info(out, TensorProto.FLOAT, ["n", model.embedding_dim])],
-        to.weights,
-    )
-    made = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 13)])
-    made.ir_version = 8
-    save(made, str(path))
+    Args:
+        model: A network for images of 32 pixels.
+        path: The file.
+        fold: Fold each BatchNorm into the convolution before it.
+        size: Declared size of the images; None leaves it free.
+        eps: Write the same BatchNorms with this eps, the variances shifted by the difference.
+        flatten: Operation that flattens the last map: `"Flatten"`, `"Reshape"`, or `"view"`, a reshape to a computed shape.
+    """
+    model = copy.deepcopy(model)
+    for norm in model.modules() if eps is not None else ():
+        if isinstance(norm, nn.BatchNorm1d | nn.BatchNorm2d):
+            norm.running_var += norm.eps - eps
+            norm.eps = eps
+    free = {0: "n"} if size else {0: "n", 2: "h", 3: "w"}
+    mode = torch.onnx.TrainingMode.EVAL if fold else torch.onnx.TrainingMode.PRESERVE
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.onnx.export(
+            model, (torch.zeros(2, 3, 32, 32),), str(path), dynamo=False, input_names=["images"],
+            dynamic_axes={"images": free}, opset_version=13, training=mode,
+        )  # fmt: skip
+    if flatten != "Flatten":
+        _replace_flatten(path, computed=flatten == "view")
     return path
 
 
-def _iresnet(to: Exporter, model: IResNet) -> str:
-    x = to.prelu(to.conv("images", model.conv1, model.bn1), model.prelu)
-    for block in (*model.layer1, *model.layer2, *model.layer3, *model.layer4):
-        y = to.conv(to.norm(x, block.bn1), block.conv1, block.bn2)
-        y = to.conv(to.prelu(y, block.prelu), block.conv2, block.bn3)
-        x = to.node("Add", [y, x if block.downsample is None else to.conv(x, *block.downsample)])
-    return to.linear(to.flatten(to.norm(x, model.bn2)), model.fc, model.features)
-
-
-def _mbf(to: Exporter, model: MBF) -> str:
-    x = "images"
-    for layer in model.layers:
-        if isinstance(layer.layers[0], nn.Conv2d):
-            x = to.block(x, layer)
-        elif hasattr(layer, "residual"):
-            x = to.unit(x, layer)
-        else:
-            for unit in layer.layers:
-                x = to.unit(x, unit)
-    x = to.block(x, model.conv_sep)
-    tail = model.features.layers
-    x = to.block(x, tail[0]) if len(tail[0].layers) == 3 else to.conv(x, *tail[0].layers)
-    return to.linear(to.flatten(x), tail[2], tail[3])
-
-
-def _mobilefacenet(to: Exporter, model: MobileFaceNet) -> str:
-    x = to.block(to.block("images", model.conv1), model.conv2_dw)
-    for halving, run in ((model.conv_23, model.conv_3), (model.conv_34, model.conv_4), (model.conv_45, model.conv_5)):
-        x = to.unit(x, halving)
-        for unit in run.model:
-            x = to.unit(x, unit)
-    x = to.conv(to.block(x, model.conv_6_sep), model.conv_6_dw.conv, model.conv_6_dw.bn)
-    return to.linear(to.flatten(x), model.linear, model.bn)
+def _replace_flatten(path: Path, *, computed: bool) -> None:
+    file = onnx.load(str(path))
+    at, node = next((at, node) for at, node in enumerate(file.graph.node) if node.op_type == "Flatten")
+    x, y = node.input[0], node.output[0]
+    constants = {"first": np.array(0), "axes": np.array([0]), "rest": np.array([-1]), "fixed": np.array([0, -1])}
+    new = [helper.make_node("Reshape", [x, "shape" if computed else "fixed"], [y])]
+    if computed:  # view(x.size(0), -1) as a tracer writes it
+        new[:0] = [
+            helper.make_node("Shape", [x], ["dims"]), helper.make_node("Gather", ["dims", "first"], ["rows"], axis=0),
+            helper.make_node("Unsqueeze", ["rows", "axes"], ["row"]),
+            helper.make_node("Concat", ["row", "rest"], ["shape"], axis=0),
+        ]  # fmt: skip
+    file.graph.node.remove(node)
+    for offset, each in enumerate(new):
+        file.graph.node.insert(at + offset, each)
+    file.graph.initializer.extend(numpy_helper.from_array(value, name) for name, value in constants.items())
+    onnx.save(file, str(path))

@@ -22,7 +22,6 @@ from kdlib_faces.recipes.age_teacher import AgeTeacherConfig, build_age_teacher
 from kdlib_faces.teachers import (
     AgeAttention,
     AgeEstimationLoss,
-    AgeFactorLoss,
     AgeInvariantNet,
     AttentiveAgeNet,
     CrossAgePairLoss,
@@ -142,30 +141,6 @@ def test_reversal_negates_the_gradient_of_the_features_alone() -> None:
     assert torch.equal(reverse_gradient(features), features)
 
 
-def test_dal_is_a_min_max_over_one_linear_map() -> None:
-    """The direction finds the largest correlation; features that may move lose their correlation."""
-    x = torch.randn(256, 6, generator=_rng())
-    age = torch.cat([x[:, :1], torch.randn(256, 5, generator=_rng(1))], dim=1)
-    loss = AgeFactorLoss(6, decorrelation=1.0)
-    unknown = torch.full((256,), NAN)
-    moved = age.clone().requires_grad_()
-
-    def minimize(parts: Sequence[Tensor], parameters: list[dict], steps: int) -> Tensor:
-        optimizer = torch.optim.Adam(parameters)
-        for _ in range(steps):
-            optimizer.zero_grad()
-            value = loss(torch.stack(list(parts), 1), unknown)
-            value.backward()
-            optimizer.step()
-        return value.detach()
-
-    minimize((x, age), [{"params": [loss.direction], "lr": 0.05}], 150)
-    assert float(F.normalize(loss.direction.detach(), dim=0)[0].abs()) > 0.95
-    assert float(loss(torch.stack([x, moved], 1), unknown).detach()) > 0.9
-    last = minimize((x, moved), [{"params": [moved], "lr": 0.02}, {"params": [loss.direction], "lr": 0.02}], 300)
-    assert float(last) < 0.1
-
-
 def test_cross_age_pairs_are_contrasted_with_all_other_identities() -> None:
     x = torch.randn(6, 5, generator=_rng())
     target = torch.tensor([[0, 0], [0, 1], [1, 0], [1, 1], [2, 1], [2, -1]], dtype=torch.float64)
@@ -261,32 +236,6 @@ def test_from_scratch_the_whole_network_and_its_statistics_are_trained() -> None
         build_age_teacher(AgeInvariantNet(_backbone()), AgeTeacherConfig(method="mtlface"), num_identities=8)
 
 
-def test_cross_age_pairs_raise_cross_age_similarity_of_unseen_identities() -> None:
-    """A layer whose input holds identity and, three times as strong, age; trained on some identities, tested on others."""
-    generator = _rng()
-    identities, age = torch.randn(120, 12, generator=generator), 3 * torch.randn(12, generator=generator)
-    x = torch.cat([identities + age, identities - age]) + 0.3 * torch.randn(240, 12, generator=generator)
-    labels, groups = torch.arange(120).repeat(2), torch.arange(2).repeat_interleave(120)
-    layer = nn.Linear(12, 12)
-    nn.init.eye_(layer.weight)
-    nn.init.zeros_(layer.bias)
-    loss, l2_sp = CrossAgePairLoss(groups=True), L2SPLoss(layer.parameters())
-    seen = labels < 80
-
-    def rank1() -> float:
-        out = F.normalize(layer(x[~seen]).detach(), dim=1)
-        return float(((out[:40] @ out[40:].T).argmax(1) == torch.arange(40)).float().mean())
-
-    before = rank1()
-    optimizer = torch.optim.Adam(layer.parameters(), lr=2e-2)
-    for _ in range(60):
-        optimizer.zero_grad()
-        value = loss(layer(x[seen]), torch.stack([labels[seen], groups[seen]], 1).double()) + 0.1 * l2_sp()
-        value.backward()
-        optimizer.step()
-    assert rank1() > before + 0.1
-
-
 # Files
 
 
@@ -315,8 +264,9 @@ def _expanded(state: dict[str, Tensor]) -> dict[str, Tensor]:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda c: c["state"].pop("age_branch.0.weight"), r"missing \(1\): age_branch.0.weight"),
-        (lambda c: c["state"].update(more=torch.ones(2)), r"unexpected \(1\): more"),
+        (lambda c: c["state"].pop("age_branch.0.weight"), r"\(1\): age_branch.0.weight is missing"),
+        (lambda c: c["state"].update(more=torch.ones(2)), r"\(1\): more is unexpected"),
+        (lambda c: c["state"].update({"age_branch.0.bias": None}), r"\(1\): age_branch.0.bias is missing"),
         (lambda c: c["state"].update({"age_branch.0.bias": torch.ones(3)}), r"age_branch.0.bias must be \(16,\)"),
         (lambda c: c["state"]["age_branch.0.bias"].fill_(NAN), "age_branch.0.bias holds NaN"),
         (lambda c: c["state"]["backbone.bn.running_var"].fill_(-1), "backbone.bn.running_var holds negative variances"),
@@ -339,14 +289,9 @@ def test_a_file_that_does_not_fit_itself_is_refused_in_one_line(tmp_path: Path, 
     with pytest.raises(InputError, match=message) as caught:
         load_teacher(path)
     assert "\n" not in str(caught.value)
-
-
-def test_broken_and_missing_files_are_refused(tmp_path: Path) -> None:
-    save_teacher(AgeInvariantNet(_backbone()).eval(), tmp_path / "teacher.pt")
-    (tmp_path / "teacher.pt").write_bytes((tmp_path / "teacher.pt").read_bytes()[:2000])
-    for name in ("teacher.pt", "no.pt"):
-        with pytest.raises(InputError):
-            load_teacher(tmp_path / name)
+    path.write_bytes(path.read_bytes()[:-500])
+    with pytest.raises(InputError, match="damaged"):
+        load_teacher(path)
 
 
 # The command line
@@ -369,16 +314,8 @@ def _list(folder: Path, column: str, values: Sequence[str] = ()) -> Path:
 
 
 def _train(folder: Path, recipe: str, teachers: Sequence[str], *settings: str, output: str = "age") -> int:
-    words = [
-        "train",
-        "--recipe",
-        recipe,
-        "--faces",
-        str(folder / "faces.csv"),
-        "--quiet",
-        "--output",
-        str(folder / output),
-    ]
+    words = ["train", "--recipe", recipe, "--faces", str(folder / "faces.csv"), "--quiet"]
+    words += ["--output", str(folder / output)]
     words += [word for name in teachers for word in ("--teacher", str(folder / name))]
     return main([*words, *(word for entry in settings for word in ("--set", entry))])
 
@@ -411,11 +348,7 @@ def test_the_command_fine_tunes_and_all_commands_read_the_result(
     ("column", "values", "message"),
     [
         ("age_group", ("young", "young"), "needs at least two age groups, the lists have 'young' alone"),
-        (
-            "age",
-            ("20", "25"),
-            "identities with images at least 10 years apart (min_age_gap), the lists have 0; without",
-        ),
+        ("age", ("20", "25"), "identities with images at least 10 years apart (min_age_gap), the lists have 0; w"),
         ("age_group", ("young", ""), "needs at least two age groups"),
         ("camera", ("a",), "needs ages or age groups"),
     ],

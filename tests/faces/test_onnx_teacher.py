@@ -155,18 +155,10 @@ def test_batch_limits_the_images_of_a_run(tmp_path, path, images):
             OnnxTeacher(save(model, tmp_path), batch=batch)
 
 
-def test_it_is_a_module_without_parameters_and_gradients(path, images):
+def test_it_has_no_state_and_no_gradient_and_reads_any_precision(tmp_path, path, images):
     teacher = OnnxTeacher(path).train()
-    features = teacher(images.requires_grad_())
-    assert isinstance(teacher, torch.nn.Module)
-    assert not list(teacher.parameters())
-    assert not teacher.state_dict()
-    assert not features["embedding"].requires_grad
-    assert torch.equal(teacher(images)["embedding"], features["embedding"])
-
-
-def test_half_and_double_images_and_half_graphs(tmp_path, path, images):
-    teacher = OnnxTeacher(path)
+    assert not [*teacher.parameters(), *teacher.state_dict()]
+    assert not teacher(images.clone().requires_grad_())["embedding"].requires_grad
     for dtype in (torch.float64, torch.bfloat16):
         given = images.to(dtype)
         want = truth(given.float())["embedding"]
@@ -193,7 +185,6 @@ def test_taps_name_a_tensor_a_node_or_an_output(path, images, wanted):
         ({"map": "maps"}, "no tensor or node named 'maps' in .*; the nearest are 'map'"),
         ({"map": "kernel"}, "no tensor or node named 'kernel'"),
         ({"map": OUTPUT[3]}, "no tensor or node named"),
-        ({"map": 3}, "no tensor or node named 3"),
         ({}, "at least one feature"),
     ],
 )
@@ -455,7 +446,7 @@ def test_external_weights_beside_the_file_are_read_and_fingerprinted(tmp_path, i
 
 
 @pytest.mark.parametrize(
-    "location", ["../secret.bin", "/etc/hostname", "a/../../secret.bin", "..\\secret.bin", "C:\\x", ""]
+    "location", ["../secret.bin", "/etc/hostname", "a/../../secret.bin", "a\0/../../secret.bin", ".", ""]
 )
 def test_external_weights_outside_the_folder_are_refused(tmp_path, location):
     folder = tmp_path / "graph"
@@ -476,7 +467,7 @@ def test_external_weights_by_a_link(tmp_path, images):
     folder.mkdir()
     (folder / "weights.bin").symlink_to("../secret.bin")
     file = save(external("weights.bin"), folder)
-    with pytest.raises(InputError, match="a link out of the folder"):
+    with pytest.raises(InputError, match="must lie in the folder of the graph"):
         OnnxTeacher(file)
     # A download cache keeps graph and weights in one store and links both.
     file.rename(tmp_path / "blob")
@@ -488,7 +479,8 @@ def test_external_weights_by_a_link(tmp_path, images):
     ("model", "words"),
     [
         (external("weights.bin", length="999999"), "reach beyond"),
-        (external("weights.bin", offset="-4"), "broken offset"),
+        (external("weights.bin", offset="-4"), "reach beyond"),
+        (external("weights.bin", offset="four"), "broken offset"),
         (external("weights.bin", offset="9" * 30), "reach beyond"),
         (external("absent.bin"), "does not exist"),
         (external("weights.bin", length="8"), "cannot be run"),
@@ -503,13 +495,10 @@ def test_broken_external_weights_are_refused(tmp_path, model, words):
 def test_providers_and_threads_are_checked(path):
     kept = [("CPUExecutionProvider", {"arena_extend_strategy": "kSameAsRequested"})]
     assert pickle.loads(pickle.dumps(OnnxTeacher(path, providers=kept))).providers == kept
-    pair = "a name, or a pair of name and options, got"
     for wrong, message in (
         (["Abacus"], r"no execution provider 'Abacus'.*CPUExecutionProvider"),
-        ([3], pair),
-        ([("CPUExecutionProvider",)], pair),
-        ([("CPUExecutionProvider", 1)], pair),
-        ([], "providers must be a list of execution providers, got"),
+        ([3], "a name, or a pair of name and options, got"),
+        ([("CPUExecutionProvider", 1)], "a name, or a pair of name and options, got"),
         ("CPUExecutionProvider", "providers must be a list of execution providers, got"),
     ):
         with pytest.raises(InputError, match=message):

@@ -74,7 +74,7 @@ def test_every_backbone_can_be_the_student() -> None:
 
 
 def test_one_teacher_alone_and_wrong_values() -> None:
-    alone = build(_config(), teachers={"age": _Fixed(1)})
+    alone = build(_config(), teachers={"age": TEACHERS["age"]})
     assert sorted(alone.objective.terms) == ["attention", "embedding", "identity"]
     with pytest.raises(InputError, match="must be named 'general' or 'age', got 'other'"):
         build(_config(), teachers={"other": _Fixed(0)})
@@ -98,8 +98,10 @@ def test_the_recipe_runs_as_a_program(tmp_path: Path, capsys: pytest.CaptureFixt
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    output = tmp_path_factory.mktemp("demo") / "out"
+    output, threads = tmp_path_factory.mktemp("demo") / "out", torch.get_num_threads()
+    torch.set_num_threads(1)  # sums, and so weights, depend on the number of threads
     run(load_config(DemoConfig, None, SMALL), output=output, progress=False)
+    torch.set_num_threads(threads)
     return output
 
 
@@ -123,11 +125,6 @@ def test_the_report_holds_all_four_models_and_their_protocols(finished: Path) ->
     assert (finished / "report.md").exists()
 
 
-def test_the_saved_student_is_the_evaluated_one(finished: Path) -> None:
-    model = load_backbone(finished / "work" / "seed0" / "student_distilled" / "student.pt")
-    assert model(torch.zeros(2, 3, 32, 32)).shape == (2, 32)
-
-
 def test_a_second_run_trains_nothing_and_reports_the_same(finished: Path) -> None:
     before = json.loads((finished / "report.json").read_text())
     log = finished / "work" / "seed0" / "student_distilled" / "log.jsonl"
@@ -143,14 +140,12 @@ def test_a_second_run_trains_nothing_and_reports_the_same(finished: Path) -> Non
     assert after["per_seed"][0]["models"]["student_alone"]["leave_one_out"]["rank1"] == rank1
 
 
-def test_interruptions_at_any_moment_leave_the_same_final_weights(tmp_path: Path) -> None:
+def test_interruptions_at_any_moment_leave_the_same_final_weights(finished: Path, tmp_path: Path) -> None:
     output = tmp_path / "interrupted"
-    settings = [word for entry in SMALL for word in ("--set", entry)]
-    command = [sys.executable, "-m", "kdlib_faces", "demo", "--quiet", "--threads", "1"]
-    command += ["--output", str(output), *settings]
-    marks = ["general_teacher/log.jsonl", "age_teacher/log.jsonl", "student_distilled/log.jsonl"]
+    command = [sys.executable, "-m", "kdlib_faces", "demo", "--quiet", "--threads", "1", "--output", str(output)]
+    command += [word for entry in SMALL for word in ("--set", entry)]
     interruptions = 0
-    for mark in marks:
+    for mark in ("general_teacher/log.jsonl", "age_teacher/log.jsonl", "student_distilled/log.jsonl"):
         process = subprocess.Popen(command, env=os.environ.copy(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         watched = output / "work" / "seed0" / mark
         deadline = time.monotonic() + 120
@@ -164,10 +159,8 @@ def test_interruptions_at_any_moment_leave_the_same_final_weights(tmp_path: Path
     assert interruptions == 3
     assert not (output / "report.json").exists()
     subprocess.run(command, check=True, timeout=300)
-    straight = tmp_path / "straight"
-    subprocess.run([*command[: -len(settings) - 1], str(straight), *settings], check=True, timeout=300)
     for name in ("student_alone", "student_distilled"):
         ours, theirs = (
-            load_backbone(each / "work" / "seed0" / name / "student.pt").state_dict() for each in (output, straight)
+            load_backbone(each / "work" / "seed0" / name / "student.pt").state_dict() for each in (output, finished)
         )
         assert all(torch.equal(value, theirs[key]) for key, value in ours.items()), name

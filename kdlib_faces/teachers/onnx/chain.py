@@ -1,7 +1,7 @@
 """An ONNX graph as a chain of layers in which residual sums are forks."""
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 import torch
@@ -11,11 +11,12 @@ from kdlib_faces._checks import InputError
 from kdlib_faces.teachers.onnx.graph import Graph, library
 
 if TYPE_CHECKING:
-    from onnx import AttributeProto, NodeProto
+    from onnx import NodeProto
 
 __all__ = ["Layers", "Residual", "Step", "read_chain"]
 
 _PASSING = {"Identity", "Dropout"}
+_AUTOMATIC = {b"SAME_UPPER", b"SAME_LOWER"}
 _SHAPES = {"Shape", "Gather", "Unsqueeze", "Squeeze", "Concat", "Cast", "Slice", "Constant", "Mul", "ReduceProd"}
 
 
@@ -66,7 +67,8 @@ def read_chain(graph: Graph) -> Layers:
 class _Reader:
     def __init__(self, graph: Graph) -> None:
         self.graph = graph
-        to_array = library("onnx").numpy_helper.to_array
+        self.onnx = library("onnx")
+        to_array = self.onnx.numpy_helper.to_array
         proto = graph.model.graph
         self.constants: dict[str, np.ndarray] = {each.name: to_array(each) for each in proto.initializer}
         for node in proto.node:
@@ -76,6 +78,7 @@ class _Reader:
             if values:
                 self.constants[node.output[0]] = values[0]
         self.output = proto.output[0].name if proto.output else ""
+        self.seen: set[int] = set()
         self.users: dict[str, list[NodeProto]] = {}
         shape_arithmetic: set[str] = set()
         for node in self._needed():
@@ -86,7 +89,6 @@ class _Reader:
             for name in dict.fromkeys(inputs):
                 if name not in shape_arithmetic:
                     self.users.setdefault(name, []).append(node)
-        self.seen: set[int] = set()
 
     def _needed(self) -> list["NodeProto"]:
         """The nodes that the output depends on, in graph order."""
@@ -145,24 +147,24 @@ class _Reader:
 
     def _step(self, node: "NodeProto", before: Layers) -> Step | None:
         """One node as a layer; None for an operation without effect, and for a bias, which is added to the layer before."""
-        kind, attributes = node.op_type, {a.name: a for a in node.attribute}
+        kind = node.op_type
+        attributes = {a.name: self.onnx.helper.get_attribute_value(a) for a in node.attribute}
         if kind in _PASSING:
             return None
         if kind == "Conv":
             return self._conv(node, attributes)
         if kind == "BatchNormalization":
-            if "training_mode" in attributes and attributes["training_mode"].i:
+            if attributes.get("training_mode"):
                 raise self._error("a BatchNormalization in training mode", node)
             weights = {name: self._weight(node, at) for at, name in enumerate(("weight", "bias", "mean", "var"), 1)}
-            eps = attributes["epsilon"].f if "epsilon" in attributes else 1e-5
-            return Step("norm", _name(node), weights, eps=eps)
+            return Step("norm", _name(node), weights, eps=attributes.get("epsilon", 1e-5))
         if kind == "PRelu":
             return Step("prelu", _name(node), {"weight": self._weight(node, 1).reshape(-1)})
         if kind in ("Relu", "LeakyRelu"):
-            slope = 0.0 if kind == "Relu" else (attributes["alpha"].f if "alpha" in attributes else 0.01)
+            slope = 0.0 if kind == "Relu" else attributes.get("alpha", 0.01)
             return Step("prelu", _name(node), {"weight": torch.tensor([slope])})
         if kind in ("Flatten", "Reshape"):
-            if "axis" in attributes and attributes["axis"].i != 1:
+            if attributes.get("axis", 1) != 1:
                 raise self._error("a Flatten that mixes images", node)
             return Step("flatten", _name(node))
         if kind in ("Gemm", "MatMul"):
@@ -173,34 +175,31 @@ class _Reader:
             return None
         raise self._error("an operation that none of our face backbones has", node)
 
-    def _conv(self, node: "NodeProto", attributes: dict[str, "AttributeProto"]) -> Step:
-        weight = self._weight(node, 1)
-        strides, pads, dilations = (
-            list(attributes[name].ints) if name in attributes else default
-            for name, default in (("strides", [1, 1]), ("pads", [0, 0, 0, 0]), ("dilations", [1, 1]))
-        )
-        automatic = attributes["auto_pad"].s if "auto_pad" in attributes else b"NOTSET"
-        plain = weight.dim() == 4 and len(set(strides)) == 1 and len(set(pads)) == 1 and set(dilations) == {1}
-        if not plain or automatic not in (b"NOTSET", b"VALID"):
+    def _conv(self, node: "NodeProto", attributes: dict[str, Any]) -> Step:
+        weights = self._weights(node)
+        strides, pads = attributes.get("strides", [1, 1]), attributes.get("pads", [0, 0, 0, 0])
+        plain = weights["weight"].dim() == 4 and len(set(strides)) == len(set(pads)) == 1
+        if not plain or set(attributes.get("dilations", [1])) != {1} or attributes.get("auto_pad") in _AUTOMATIC:
             raise self._error("a convolution of unequal strides or pads", node)
-        weights = {"weight": weight}
-        if len(node.input) > 2 and node.input[2]:
-            weights["bias"] = self._weight(node, 2)
-        groups = attributes["group"].i if "group" in attributes else 1
+        groups = attributes.get("group", 1)
         return Step("conv", _name(node), weights, stride=strides[0], padding=pads[0], groups=groups)
 
-    def _linear(self, node: "NodeProto", attributes: dict[str, "AttributeProto"]) -> Step:
-        weight = self._weight(node, 1)
-        scale = [attributes[name].f for name in ("alpha", "beta") if name in attributes]
-        if any(value != 1.0 for value in scale) or ("transA" in attributes and attributes["transA"].i):
+    def _linear(self, node: "NodeProto", attributes: dict[str, Any]) -> Step:
+        weights = self._weights(node)
+        if attributes.get("alpha", 1.0) != 1.0 or attributes.get("beta", 1.0) != 1.0 or attributes.get("transA"):
             raise self._error("a scaled or transposed matrix product", node)
-        if weight.dim() != 2:
+        if weights["weight"].dim() != 2:
             raise self._error("a matrix product of more than two dimensions", node)
-        transposed = node.op_type == "Gemm" and "transB" in attributes and attributes["transB"].i
-        weights = {"weight": weight if transposed else weight.T.contiguous()}
+        if not attributes.get("transB"):
+            weights["weight"] = weights["weight"].T.contiguous()
+        return Step("linear", _name(node), weights)
+
+    def _weights(self, node: "NodeProto") -> dict[str, Tensor]:
+        """The weight of a layer, and its bias if it has one."""
+        weights = {"weight": self._weight(node, 1)}
         if len(node.input) > 2 and node.input[2]:
             weights["bias"] = self._weight(node, 2).reshape(-1)
-        return Step("linear", _name(node), weights)
+        return weights
 
     def _weight(self, node: "NodeProto", at: int) -> Tensor:
         array = self.constants.get(node.input[at]) if len(node.input) > at else None

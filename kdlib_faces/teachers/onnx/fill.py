@@ -42,12 +42,14 @@ def fill(modules: Iterable[nn.Module], layers: Layers) -> None:
     filler = _Filler(layers)
     for module in modules:
         filler.fill(module)
-    filler.end()
+    if filler.next is not None:
+        raise filler.mismatch("the end")
 
 
 class _Filler:
     def __init__(self, layers: Layers) -> None:
-        self.layers, self.at = layers, 0
+        self.rest = iter(layers)
+        self.next = next(self.rest, None)
         self.before: Step | None = None  # the convolution or linear layer whose BatchNorm comes next
 
     def fill(self, module: nn.Module) -> None:
@@ -75,18 +77,17 @@ class _Filler:
                 self.fill(child)
 
     def _fill_sum(self, body: list[nn.Module], shortcut: list[nn.Module]) -> None:
-        item = self.layers[self.at] if self.at < len(self.layers) else None
+        item = self.next
         if not isinstance(item, Residual):
-            raise Mismatch(f"{self._here()} where a residual sum should be")
-        self.at += 1
+            raise self.mismatch("a residual sum")
+        self.next = next(self.rest, None)
         fill(body, item.body)
         fill(shortcut, item.shortcut)
 
     def _fill_conv(self, conv: nn.Conv2d) -> None:
         step = self.before = self._take("conv")
-        expected = (conv.stride[0], conv.padding[0], conv.groups)
-        if (step.stride, step.padding, step.groups) != expected:
-            got = (step.stride, step.padding, step.groups)
+        got, expected = (step.stride, step.padding, step.groups), (conv.stride[0], conv.padding[0], conv.groups)
+        if got != expected:
             raise Mismatch(f"{step.node} has stride, padding and groups {got}, not {expected}")
         _copy(step, conv.weight, step.weights["weight"])
 
@@ -95,32 +96,24 @@ class _Filler:
         zeros, ones = torch.zeros(norm.num_features), torch.ones(norm.num_features)
         before, self.before = self.before, None
         bias = zeros if before is None else before.weights.get("bias", zeros)
-        if before is None or self._is_next("norm"):
+        if before is None or (isinstance(self.next, Step) and self.next.kind == "norm"):
             _set_norm(norm, self._take("norm"), bias)
         else:
             identity = {"weight": ones, "bias": bias, "mean": zeros, "var": ones - norm.eps}
             _set_norm(norm, Step("norm", before.node, identity, eps=norm.eps), zeros)
 
-    def end(self) -> None:
-        if self.at < len(self.layers):
-            raise Mismatch(f"{self._here()} where the chain should end")
-
-    def _is_next(self, kind: str) -> bool:
-        item = self.layers[self.at] if self.at < len(self.layers) else None
-        return isinstance(item, Step) and item.kind == kind
-
     def _take(self, kind: str) -> Step:
-        item = self.layers[self.at] if self.at < len(self.layers) else None
+        item = self.next
         if not isinstance(item, Step) or item.kind != kind:
-            raise Mismatch(f"{self._here()} where a {kind} should be")
-        self.at += 1
+            raise self.mismatch(f"a {kind}")
+        self.next = next(self.rest, None)
         return item
 
-    def _here(self) -> str:
-        if self.at >= len(self.layers):
-            return "the chain ends"
-        item = self.layers[self.at]
-        return item.node if isinstance(item, Step) else f"a residual sum ({item.node})"
+    def mismatch(self, expected: str) -> Mismatch:
+        """The error for another layer than the expected one."""
+        got = self.next
+        here = "the end" if got is None else got.node if isinstance(got, Step) else f"a residual sum ({got.node})"
+        return Mismatch(f"{here} where {expected} should be")
 
 
 def _copy(step: Step, target: Tensor, value: Tensor) -> None:

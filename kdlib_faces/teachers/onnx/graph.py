@@ -2,12 +2,11 @@
 
 import hashlib
 import os
-import stat
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from math import prod
-from pathlib import Path, PurePosixPath, PureWindowsPath
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 import numpy as np
@@ -130,19 +129,15 @@ def _reason(error: Exception) -> str:
 
 def _read(path: Path, label: str) -> bytes:
     """The bytes of a regular file of bounded size."""
+    if not path.is_file():
+        raise InputError(f"{label} {path} {'must be a file' if path.exists() else 'does not exist'}")
     try:
-        info = path.stat()
-        if not stat.S_ISREG(info.st_mode):
-            raise InputError(f"{label} {path} must be a file")
-        if info.st_size > MAX_BYTES:
-            raise InputError(f"{label} {path} must be at most {MAX_BYTES} bytes, got {info.st_size}")
-        return path.read_bytes()
-    except InputError:
-        raise
-    except FileNotFoundError:
-        raise InputError(f"{label} {path} does not exist") from None
-    except (OSError, ValueError) as error:
+        size = path.stat().st_size
+        if size <= MAX_BYTES:
+            return path.read_bytes()
+    except OSError as error:
         raise InputError(f"{label} {path} cannot be read: {_reason(error)}") from error
+    raise InputError(f"{label} {path} must be at most {MAX_BYTES} bytes, got {size}")
 
 
 def _tensors(message: Any) -> Iterator["TensorProto"]:
@@ -159,14 +154,11 @@ def _tensors(message: Any) -> Iterator["TensorProto"]:
 
 def _external_file(path: Path, location: str) -> Path:
     """The file of external weights, which must lie in the folder of the graph, links resolved."""
-    parts = (*PurePosixPath(location).parts, *PureWindowsPath(location).parts)
-    absolute = PurePosixPath(location).is_absolute() or PureWindowsPath(location).anchor
-    if not location or "\0" in location or absolute or ".." in parts:
-        raise InputError(f"{path} keeps weights in {location!r}; they must lie in the folder of the graph")
-    target = (path.parent / location).resolve()
     # Download caches link the graph and its weights into one store, which then counts as the folder of the graph.
-    if not any(target.is_relative_to(folder) for folder in (path.parent.resolve(), path.resolve().parent)):
-        raise InputError(f"{path} keeps weights in {location!r}, a link out of the folder of the graph")
+    folders = (path.parent.resolve(), path.resolve().parent)
+    target = (path.parent / location.split("\0")[0]).resolve()
+    if "\0" in location or not any(folder in target.parents for folder in folders):
+        raise InputError(f"{path} keeps weights in {location!r}; they must lie in the folder of the graph")
     return target
 
 
@@ -184,12 +176,12 @@ def _load_external(path: Path, model: "ModelProto", digest: "hashlib._Hash") -> 
             files[location] = _read(target, "the weight file")
             digest.update(hashlib.sha256(files[location]).digest())
         data = files[location]
-        offset, length = entry.get("offset", "0"), entry.get("length", "")
-        if not (offset.isdecimal() and (length.isdecimal() or not length)):
-            raise InputError(f"{path}: weights {tensor.name!r} have a broken offset or length")
-        start = int(offset)
-        stop = start + int(length) if length else len(data)
-        if not start <= stop <= len(data):
+        try:
+            start = int(entry.get("offset", 0))
+            stop = start + int(entry.get("length") or len(data) - start)
+        except ValueError:
+            raise InputError(f"{path}: weights {tensor.name!r} have a broken offset or length") from None
+        if not 0 <= start <= stop <= len(data):
             raise InputError(f"{path}: weights {tensor.name!r} reach beyond the {len(data)} bytes of {location!r}")
         total += stop - start
         if total > MAX_BYTES:

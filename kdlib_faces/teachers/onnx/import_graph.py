@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from kdlib._checks import check_floating, check_number, check_rank
 from kdlib_faces._checks import InputError
 from kdlib_faces.backbones import MBF, Backbone, IResNet, MBFFlat, MobileFaceNet
+from kdlib_faces.backbones.input_spec import height_width
 from kdlib_faces.teachers.onnx.chain import Layers, Residual, Step, read_chain
 from kdlib_faces.teachers.onnx.fill import Mismatch, fill
 from kdlib_faces.teachers.onnx.graph import Graph, ImageSize, make_session, read_graph
@@ -89,10 +90,10 @@ def restore_statistics(model: nn.Module, images: Tensor, *, batch: int = 64) -> 
 
     def add(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         x = inputs[0].double().transpose(0, 1).flatten(1)
-        count = torch.tensor(float(x.shape[1]), dtype=torch.float64)
-        earlier = sums.get(module, [torch.zeros(()).double()] * 3)
-        new = (count, x.sum(1), x.square().sum(1))
-        sums[module] = [total + value for total, value in zip(earlier, new, strict=True)]
+        new = [torch.tensor(float(x.shape[1]), dtype=torch.float64), x.sum(1), x.square().sum(1)]
+        sums[module] = (
+            [total + value for total, value in zip(sums[module], new, strict=True)] if module in sums else new
+        )
 
     norms = [each for each in model.modules() if isinstance(each, nn.BatchNorm1d | nn.BatchNorm2d)]
     hooks = [norm.register_forward_pre_hook(add) for norm in norms]
@@ -198,7 +199,7 @@ def _iresnet_stages(layers: Layers) -> list[int]:
 
 def _verify(graph: Graph, model: Backbone) -> None:
     """The outputs of the network must be those of the file, on two images one by one."""
-    size = model.input_size if isinstance(model.input_size, tuple) else (model.input_size, model.input_size)
+    size = height_width("import_onnx", model.input_size)
     session = make_session(graph, [graph.model.graph.output[0].name])
     for seed in (0, 1):
         images = np.random.default_rng(seed).uniform(-1, 1, (1, 3, *size)).astype(np.float32)

@@ -49,12 +49,8 @@ def _is_map(shape: tuple[int, ...], height: int, width: int) -> bool:
     """Whether `shape` is (1, c, h, w), both sides of the input halved equally often and rounded either way."""
     if len(shape) != 4 or shape[0] != 1 or min(shape[2:]) < 2:
         return False
-    high, wide = (height, height), (width, width)
-    while high[1] >= shape[2] and wide[1] >= shape[3]:
-        if high[0] <= shape[2] <= high[1] and wide[0] <= shape[3] <= wide[1]:
-            return True
-        high, wide = (high[0] // 2, -(-high[1] // 2)), (wide[0] // 2, -(-wide[1] // 2))
-    return False
+    sides = ((height, shape[2]), (width, shape[3]))
+    return any(all(full >> n <= side <= -(-full >> n) for full, side in sides) for n in range(height.bit_length()))
 
 
 def list_taps(path: str | os.PathLike[str]) -> list[GraphTap]:
