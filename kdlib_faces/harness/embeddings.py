@@ -198,11 +198,16 @@ def read_embeddings(path: str | os.PathLike[str], count: int | None) -> Embeddin
         array = np.load(path, mmap_mode="r", allow_pickle=False)
     except FileNotFoundError:
         raise InputError(f"embeddings not found: {path}") from None
-    except (ValueError, EOFError, OSError) as error:
-        raise InputError(f"{path}: not a .npy file of numbers ({str(error).splitlines()[0]})") from None
+    except Exception as error:  # NumPy parses the header as Python, and a damaged one can raise nearly any error
+        reason = str(error).partition("\n")[0][:200] or type(error).__name__
+        raise InputError(f"{path}: not a .npy file of numbers ({reason})") from None
     check_embeddings(str(path), array, count)
     for start in range(0, len(array), 4096):
         if (bad := _unusable_row(array[start : start + 4096])) is not None:
             raise InputError(f"{path}: embeddings must be finite and not zero, row {start + bad[0]} is {bad[1]}")
-    embeddings: Embeddings = array if array.dtype.kind == "f" else array.astype(np.float32)
+    if array.dtype.kind != "f":
+        array = array.astype(np.float32)
+    elif array.dtype not in (np.float16, np.float32, np.float64):  # another byte order, or more than 64 bits
+        array = array.astype(np.float64)
+    embeddings: Embeddings = array
     return embeddings

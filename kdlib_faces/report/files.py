@@ -124,6 +124,8 @@ def _make_folder(directory: str | os.PathLike[str]) -> Path:
 
 
 def _read(path: Path) -> Report:
+    if path.exists() and not path.is_file():
+        raise InputError(f"report: {path} is no file")
     try:
         with path.open("rb") as stream:
             content = stream.read(_MAX_BYTES + 1)
