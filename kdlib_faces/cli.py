@@ -6,6 +6,7 @@ User errors print one line and exit with code 2. Heavy packages are imported by 
 import argparse
 import io
 import os
+import re
 import shlex
 import sys
 from collections.abc import Callable, Sequence
@@ -48,6 +49,17 @@ class _Parser(argparse.ArgumentParser):
         self.add_argument(flag, type=Path, default=Path(default), metavar="DIR", help=f"{text} ({default})")
 
 
+def _number(low: int, high: int) -> Callable[[str], int]:
+    """A parser of whole numbers in a range."""
+
+    def parse(text: str) -> int:
+        if not re.fullmatch(r"-?[0-9]{1,10}", text) or not low <= int(text) <= high:
+            raise argparse.ArgumentTypeError(f"must be a whole number from {low} to {high}, got {text[:40]!r}")
+        return int(text)
+
+    return parse
+
+
 def _protocols() -> str:
     from kdlib_faces.commands.evaluate import list_protocols
 
@@ -59,11 +71,11 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="store_true", help="print the version and exit")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
     common = _Parser(add_help=False)
-    common.add_argument("--threads", type=int, help="number of torch threads (default: one per core)")
+    common.add_argument("--threads", type=_number(1, 1024), help="number of torch threads (default: one per core)")
     common.add_argument("--quiet", action="store_true", help="show no progress")
     common.add_argument("--debug", action="store_true", help="show the full traceback of an error")
     run = _Parser(add_help=False)
-    run.add_argument("--seed", type=int, default=0, help="seed of all random choices (0)")
+    run.add_argument("--seed", type=_number(0, 2**31 - 1), default=0, help="seed of all random choices (0)")
     run.add_argument("--config", type=Path, metavar="TOML", help="file of settings; --set overrides it")
     run.add_list("--set", "KEY=VALUE", "change a setting; repeatable", dest="settings")
     run.add_list("--faces", "PATH", "CSV list or folder of faces; repeatable")
@@ -72,7 +84,9 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_folder("--output", "runs/demo", "folder of the report")
     demo.add_list("--teacher", "ONNX", "general teacher first, then the second teacher")
     demo.add_list("--tap", "NAME", "tensor of each teacher's middle feature map, in order")
-    demo.add_argument("--seeds", type=int, default=1, metavar="N", help="number of runs with consecutive seeds (1)")
+    demo.add_argument(
+        "--seeds", type=_number(1, 1000), default=1, metavar="N", help="number of runs with consecutive seeds (1)"
+    )
     demo.add_argument("--steps", metavar="quick|full|N", help="training steps of each student (full)")
 
     train = commands.add_parser("train", parents=[common, run], help="train a student or a teacher on face lists")
@@ -124,7 +138,7 @@ def _add_cache(parser: _Parser, common: _Parser, run: _Parser) -> None:
     check.add_argument("directory", type=Path, metavar="DIR", help="folder of the cache")
     check.add_list("--faces", "PATH", "lists that it was built from")
     check.add_argument("--teacher", type=Path, metavar="FILE", help="file that it was built from")
-    check.add_argument("--rows", type=int, default=64, help="number of rows to recompute (64)")
+    check.add_argument("--rows", type=_number(0, 2**31 - 1), default=64, help="number of rows to recompute (64)")
     show = actions.add_parser("info", parents=[common], help="describe a cache")
     show.add_argument("directory", type=Path, metavar="DIR", help="folder of the cache")
 
@@ -165,8 +179,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _run(options: argparse.Namespace, given: Sequence[str]) -> None:
     if options.threads is not None:
-        if options.threads < 1:
-            raise ValueError(f"--threads must be at least 1, got {options.threads}")
         import torch
 
         torch.set_num_threads(options.threads)
@@ -273,6 +285,4 @@ def _inspect(options: argparse.Namespace, command: str) -> None:
         print(inspect.file(options.file, size))
 
 
-_COMMANDS = {
-    "demo": _demo, "train": _train, "evaluate": _evaluate, "cache": _cache, "report": _report, "inspect": _inspect,
-}  # fmt: skip
+_COMMANDS = {each.__name__[1:]: each for each in (_demo, _train, _evaluate, _cache, _report, _inspect)}

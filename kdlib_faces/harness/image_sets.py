@@ -20,17 +20,9 @@ from kdlib_faces.data.alignment import align_face
 from kdlib_faces.data.images import decode_image, fingerprint_files, read_image, read_pixels
 
 __all__ = [
-    "OF_EMBEDDINGS",
-    "Embeddings",
-    "ImageSet",
-    "aligned_images",
-    "check_embeddings",
-    "file_name",
-    "images_of_bytes",
-    "images_of_files",
-    "images_of_tensor",
-    "rows_only",
-]
+    "OF_EMBEDDINGS", "Embeddings", "ImageSet", "aligned_images", "check_embeddings", "file_name", "images_of_bytes",
+    "images_of_files", "images_of_tensor", "rows_only",
+]  # fmt: skip
 
 WORKERS = 2
 Embeddings: TypeAlias = NDArray[np.floating[Any]]

@@ -40,15 +40,9 @@ from kdlib_faces.harness.image_sets import (
 from kdlib_faces.harness.tasks import EvaluationTask, ProtocolSpec, Settings, TaskMaker, faces_of, task_of_protocol
 
 __all__ = [
-    "bin_task",
-    "cacd_task",
-    "cfp_task",
-    "distractors_task",
-    "fgnet_task",
-    "ijb_task",
-    "pairs_task",
+    "bin_task", "cacd_task", "cfp_task", "distractors_task", "fgnet_task", "ijb_task", "pairs_task",
     "published_pairs",
-]
+]  # fmt: skip
 
 MAX_FILES = 20_000_000
 SIZES = tuple(10**power for power in range(1, 7))

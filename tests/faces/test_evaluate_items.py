@@ -152,7 +152,7 @@ def test_a_p_value_near_zero_has_a_bound():
     chance = rng.normal(size=(2400, 16))
     right_always = chance.copy()
     right_always[right[same]] = right_always[left[same]]
-    protocol = PairProtocol(left, right, same, np.arange(1200) % 10, replicates=5, threshold="exact")
+    protocol = PairProtocol(left, right, same, np.arange(1200) // 2 % 10, replicates=5, threshold="exact")
     task = task_of_protocol("pairs", "Pairs", protocol, rows_only("x", 2400))
     entry = ModelEntry("student")
     models = [EvaluatedModel(name, entry, {"x": rows}) for name, rows in (("a", right_always), ("b", chance))]
