@@ -51,7 +51,7 @@ def run(
     Raises:
         InputError: A file is not usable, or there is nothing to evaluate.
     """
-    check_output(output)
+    check_output(output, "work", "figures", "scores")
     with swept(output):
         prepared = prepare(
             config, work=output / "work", faces=faces, models=models, embeddings=embeddings, pairs=pairs,

@@ -40,15 +40,9 @@ from kdlib_faces.harness.image_sets import (
 from kdlib_faces.harness.tasks import EvaluationTask, ProtocolSpec, Settings, TaskMaker, faces_of, task_of_protocol
 
 __all__ = [
-    "bin_task",
-    "cacd_task",
-    "cfp_task",
-    "distractors_task",
-    "fgnet_task",
-    "ijb_task",
-    "pairs_task",
+    "bin_task", "cacd_task", "cfp_task", "distractors_task", "fgnet_task", "ijb_task", "pairs_task",
     "published_pairs",
-]
+]  # fmt: skip
 
 SIZES = tuple(10**power for power in range(1, 7))
 """Numbers of distractors at which rank 1 is reported."""
@@ -193,7 +187,7 @@ def _files_below(folder: Path) -> list[Path]:
     return files
 
 
-def _fgnet(spec: ProtocolSpec) -> tuple[FaceList, NDArray[np.float32], ImageSet, str]:
+def _fgnet(spec: ProtocolSpec) -> tuple[FaceList, NDArray[np.float32], ImageSet]:
     """FG-NET's faces, ages and images, aligned by their landmarks if every image has a `.pts` file."""
     folder = spec.require_path("the folder of FG-NET's images")
     faces = read_fgnet(folder, published=spec.flag("published"))
@@ -201,27 +195,23 @@ def _fgnet(spec: ProtocolSpec) -> tuple[FaceList, NDArray[np.float32], ImageSet,
     points = {each.stem.casefold(): each for each in sorted(folder.rglob("*")) if each.suffix.lower() == ".pts"}
     if all(path.stem.casefold() in points for path in faces.paths):
         five = np.stack([five_points(read_points(points[path.stem.casefold()])) for path in faces.paths])
-        images, alignment = aligned_images("fgnet", faces.paths, five), "by five points from the .pts files"
-    else:
-        images = images_of_files("fgnet", faces.paths)
-        alignment = "none: images as they are, cut to their central square"
-    return faces, faces.ages, images, alignment
+        return faces, faces.ages, aligned_images("fgnet", faces.paths, five, "the .pts files")
+    return faces, faces.ages, images_of_files("fgnet", faces.paths)
 
 
 def fgnet_task(spec: ProtocolSpec, settings: Settings, name: str, title: str) -> EvaluationTask:
     """Leave one image out on FG-NET, by the probe's age and by the gap."""
     spec.check_options("published")
-    faces, ages, images, alignment = _fgnet(spec)
+    faces, ages, images = _fgnet(spec)
     config = settings.config
     protocol = LeaveOneOutProtocol(faces.identities, config.ranks, ages=ages, **asdict(config.sampling))
-    convention = {"Alignment": alignment, **settings.convention}
-    return task_of_protocol(name, title, protocol, images, convention=convention)
+    return task_of_protocol(name, title, protocol, images, convention=settings.convention)
 
 
 def distractors_task(spec: ProtocolSpec, settings: Settings, name: str, title: str) -> EvaluationTask:
     """FG-NET's probes among distractors: a folder of images, or the file `distractors.npy` of a folder of embeddings."""
     spec.check_options("distractors", "published", "far")
-    faces, ages, images, alignment = _fgnet(spec)
+    faces, ages, images = _fgnet(spec)
     if "distractors" in spec.options:
         folder = Path(spec.options["distractors"])
         distractors = images_of_files("distractors", _files_below(folder))
@@ -238,7 +228,7 @@ def distractors_task(spec: ProtocolSpec, settings: Settings, name: str, title: s
         )  # fmt: skip
         return protocol.evaluate(embeddings[images.name])
 
-    convention = {"Distractors": source, "Alignment": alignment, **settings.convention}
+    convention = {"Distractors": source, **settings.convention}
     return EvaluationTask(name, title, (images, distractors), evaluate, convention=convention)
 
 
@@ -251,17 +241,15 @@ def ijb_task(spec: ProtocolSpec, settings: Settings, name: str, title: str) -> l
     if "images" in spec.options:
         files = [Path(spec.options["images"], each) for each in templates.images]
         if landmarks is None:
-            images, alignment = images_of_files(spec.name, files), "none: images as they are"
+            images = images_of_files(spec.name, files)
         else:
-            images = aligned_images(spec.name, files, landmarks.points)
-            alignment = "by the list's five points"
+            images = aligned_images(spec.name, files, landmarks.points, "the list")
     else:
         images = rows_only(spec.name, len(templates), templates.images.__getitem__)
-        alignment = "that of the embeddings"
     norm = cast(Literal["keep", "unit"], spec.choice("norm", ("keep", "unit")))
     rule = cast(Literal["exact", "nearest"], spec.choice("rule", ("exact", "nearest")))
     scores = landmarks.scores if spec.flag("scores") and landmarks is not None else None
-    convention = {"Alignment": alignment, **settings.convention}
+    convention = settings.convention
     ids = templates.template_ids, templates.media_ids
     tasks = []
     if lists.pairs is not None:
