@@ -13,6 +13,8 @@ from kdlib_faces.commands import inspect
 from kdlib_faces.data import BinSet, FaceDataWarning, read_agedb, read_faces, save_bin, save_records
 from kdlib_faces.data.image_files import image_size, image_suffixes, scan_folder
 from kdlib_faces.data.images import decode_image, load_images, read_image, read_pixels
+from kdlib_faces.harness.embeddings import embed_set, open_model
+from kdlib_faces.harness.image_sets import images_of_files
 from tests.faces.reader_files import put, touch
 from tests.faces.set_files import network
 
@@ -207,6 +209,16 @@ def test_the_command_line_lists_broken_images_or_skips_them(tmp_path, capsys):
     assert capsys.readouterr().err.count("not a readable image") == 2
     assert main([*given, "--output", str(tmp_path / "skip"), "--on-error", "skip"]) == 0
     assert "kdlib-faces: warning: " in capsys.readouterr().err
+
+
+def test_an_evaluation_warns_about_sizes_and_lists_all_broken_images(tmp_path):
+    model = open_model(network(tmp_path / "t.pt", 0))
+    files = [put(tmp_path, encoded(PIXELS) if row not in (1, 5) else b"x", f"{row}.png") for row in range(6)]
+    with (
+        pytest.warns(FaceDataWarning, match=r"4 of 4 images are far from the 32 x 32 pixels .* with 4 x 6"),
+        pytest.raises(InputError, match=r"2 of 6 images cannot be read: .*1\.png: .*5\.png: not a readable"),
+    ):
+        embed_set(model, images_of_files("set", files), tmp_path, batch_size=2)
 
 
 # Descriptions
