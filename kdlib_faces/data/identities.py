@@ -33,7 +33,7 @@ class IdentityNumbers:
 
     def __init__(self) -> None:
         self.names: list[str] = []
-        self._source = ""
+        self._lists = 0
         self._here: dict[str, int] = {}
         self._spellings: dict[str, str] = {}
         self._before: dict[str, list[int]] = {}
@@ -42,11 +42,12 @@ class IdentityNumbers:
         self._apart: list[str] = []
         self._variants: list[str] = []
 
-    def start_list(self, source: str) -> None:
+    def start_list(self) -> None:
         """Start the next list."""
         for name, number in self._here.items():
             self._before.setdefault(identity_key(name), []).append(number)
-        self._here, self._spellings, self._used, self._source = {}, {}, set[int](), source
+        self._here, self._spellings, self._used = {}, {}, set[int]()
+        self._lists += 1
 
     def add(self, name: str, where: str) -> int:
         """Return the number of an identity.
@@ -73,7 +74,7 @@ class IdentityNumbers:
             return next((number for number in known if self.names[number] == name), known[0])
         if known:
             self._apart.append(repr(name))
-            name = f"{self._source}: {name}"
+            name = f"{name} (list {self._lists})"
         self.names.append(name)
         return len(self.names) - 1
 

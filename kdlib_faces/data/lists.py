@@ -170,7 +170,7 @@ def read_faces(
     rows: list[_Image] = []
     notes: list[str] = []
     for entry in map(str, entries):
-        numbers.start_list(entry)
+        numbers.start_list()
         parts = [entry] if os.path.exists(entry) else entry.split("+")
         for part in map(Path, parts):
             for where, file, identity, age, group in _folder_rows(part, notes) if part.is_dir() else _csv_rows(part):
