@@ -153,5 +153,5 @@ def describe_far_sizes(sources: Sequence[str | PathLike[str] | bytes], size: int
     sampled = f"{len(sizes):,}" if len(rows) == len(sources) else f"{len(sizes):,} sampled"
     return (
         f"{len(far):,} of {sampled} images are far from the {size} x {size} pixels that the network reads, such as "
-        f"{name} with {width} x {height}; faces must be cropped and aligned first"
+        f"{name} with {width} x {height}; the network expects aligned crops"
     )

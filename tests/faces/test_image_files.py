@@ -99,7 +99,7 @@ def test_gray_and_transparent_images_become_rgb_and_small_ones_are_antialiased()
 @pytest.mark.parametrize("shape", [(2000, 3000), (250, 250), (40, 40)])
 def test_images_far_from_the_size_of_the_network_are_warned_about_with_their_size(tmp_path, shape):
     data = encoded(np.zeros((*shape, 3)))
-    message = rf"far from the 112 x 112 pixels .* with {shape[1]} x {shape[0]}; faces must be cropped and aligned"
+    message = rf"far from the 112 x 112 pixels .* with {shape[1]} x {shape[0]}; the network expects aligned crops"
     for name in ("a/1.png", "b/1.png"):
         put(tmp_path, data, name)
     faces = read_faces(tmp_path)
