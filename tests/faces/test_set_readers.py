@@ -170,6 +170,7 @@ SAME, OTHER = ("Ann/Ann_0001.jpg", "Ann/Ann_0002.jpg", True), ("Ann/Ann_0001.jpg
             )
             for yes, no in (("1", "0"), ("True", "False"), ("1", "-1"))
         ),
+        ",left,right,same\n0,Ann/Ann_0001.jpg,Ann/Ann_0002.jpg,1.0\n1,Ann/Ann_0001.jpg,Bob/Bob_0003.jpg,0.0\n",
         "1 Ann/Ann_0001.jpg Ann/Ann_0002.jpg\n0 Ann/Ann_0001.jpg Bob/Bob_0003.jpg\n",
         '"Ann/Ann_0001.jpg","Ann/Ann_0002.jpg",1\n"Ann/Ann_0001.jpg","Bob/Bob_0003.jpg",0\n',
     ],

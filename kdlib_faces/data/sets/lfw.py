@@ -12,7 +12,7 @@ from kdlib_faces.data.image_pairs import ImagePairs, file_sha256, gather_pairs
 
 __all__ = ["read_lfw_pairs"]
 
-LABELS = {"1": True, "0": False, "-1": False, "true": True, "false": False}
+LABELS = {"1": True, "0": False, "-1": False, "1.0": True, "0.0": False, "true": True, "false": False}
 PUBLISHED: dict[tuple[int, ...], str] = {
     (10, 300): "LFW View 2",
     (1100,): "LFW View 1 training",
@@ -105,7 +105,9 @@ def _numbered_pair(fields: list[str], where: str) -> tuple[str, str, bool] | Non
 
 
 def _pair_of_paths(fields: list[str]) -> tuple[str, str, bool] | None:
-    """The pair of `path path label` or `label path path`; None for another form."""
+    """The pair of `path path label` or `label path path`, with or without a row number; None for another form."""
+    if len(fields) == 4 and is_number(fields[0]):
+        fields = fields[1:]
     if len(fields) != 3 or not all(fields):
         return None
     *paths, label = fields if fields[-1].casefold() in LABELS else [*fields[1:], fields[0]]
