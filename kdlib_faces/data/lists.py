@@ -23,6 +23,8 @@ from kdlib_faces.data.image_files import open_rgb, scan_folder
 __all__ = ["FaceDataWarning", "FaceList", "parse_age", "read_faces", "warn"]
 
 MAX_AGE = 130.0
+MAX_PARTS = 5
+"""So few folders may be parts of a set, such as training and test images, and not identities."""
 
 
 class FaceDataWarning(UserWarning):
@@ -236,7 +238,7 @@ def _folder_rows(folder: Path, notes: list[str]) -> Iterator[_Row]:
         )
     if not found:
         raise InputError(f"{folder}: no images found; a folder of faces needs one subfolder of images per identity")
-    _check_depth(folder, found)
+    _check_depth(folder, found, notes)
     folders = {each.name for each in folder.iterdir() if each.is_dir() and not each.name.startswith(".")}
     if empty := sorted(folders - set(found)):
         notes.append(f"{folder}: {len(empty):,} folders are empty, such as {empty[0]!r}")
@@ -254,18 +256,19 @@ def _suffixes(files: Sequence[Path]) -> str:
     return f"{', '.join(f'{name} {count:,}' for name, count in counts.most_common(5))}, such as {files[0]}"
 
 
-def _check_depth(folder: Path, found: dict[str, list[Path]]) -> None:
+def _check_depth(folder: Path, found: dict[str, list[Path]], notes: list[str]) -> None:
     """A folder whose subfolders only hold folders of distinct names may hold the identities one level below."""
     inner = {name: {file.relative_to(folder / name).parts[0] for file in files} for name, files in found.items()}
     direct = any(file.parent == folder / name for name, files in found.items() for file in files)
     names = [each for below in inner.values() for each in below]
     if not direct and len(set(names)) == len(names) and any(len(below) > 1 for below in inner.values()):
         outer = next(name for name, below in inner.items() if len(below) > 1)
-        raise InputError(
-            f"{folder}: images lie two folders deep, in folders of distinct names, so the identities may be those of "
-            f"{outer!r} or of {sorted(inner[outer])[0]!r}; pass the folders of the identities, such as {folder / outer}, "
-            f"or a CSV list"
-        )
+        both = f"{folder}: images lie two folders deep, such as in {Path(outer, min(inner[outer]))}"
+        if len(found) <= MAX_PARTS:
+            raise InputError(
+                f"{both}: is the identity the outer folder or the inner one? Pass {folder / outer}, or a CSV list"
+            )
+        notes.append(f"{both}; the identities are the outer folders")
 
 
 def _readable(rows: Sequence[_Image], sources: Sequence[str], notes: list[str]) -> list[_Image]:
@@ -297,7 +300,7 @@ def _readable(rows: Sequence[_Image], sources: Sequence[str], notes: list[str]) 
 def _check_files(files: Sequence[Path], sources: Sequence[str]) -> None:
     missing = [file for file in files if not file.is_file()]
     if missing:
-        shown = ", ".join(str(file) for file in missing[:3])
-        more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
+        shown = ", ".join(str(file) for file in missing[:100])
+        more = f" and {len(missing) - 100:,} more" if len(missing) > 100 else ""
         plural = "file" if len(missing) == 1 else "files"
         raise InputError(f"{', '.join(sources)}: {len(missing)} image {plural} not found: {shown}{more}")

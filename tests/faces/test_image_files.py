@@ -142,8 +142,14 @@ def test_images_in_nested_folders_belong_to_the_outer_identity(tmp_path):
 
 def test_folders_of_identities_one_level_below_are_not_merged(tmp_path):
     touch(tmp_path, "train/ann/1.jpg", "train/bob/1.jpg", "val/eve/1.jpg")
-    with pytest.raises(InputError, match=r"may be those of 'train' or of 'ann'; pass the folders of the identities"):
+    with pytest.raises(
+        InputError, match=r"such as in train/ann: is the identity the outer folder or the inner one\? Pass"
+    ):
         read_faces(tmp_path)
+    touch(tmp_path, *(f"videos/id{row}/{row}{at}/1.jpg" for row in range(10, 16) for at in "ab"))
+    faces, notes = notes_of(tmp_path / "videos")
+    assert (faces.num_identities, len(faces)) == (6, 12)
+    assert "two folders deep, such as in id10/10a; the identities are the outer folders" in notes
 
 
 def test_skipped_files_are_counted_and_named(tmp_path):
