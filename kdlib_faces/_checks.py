@@ -10,17 +10,9 @@ from torch import Tensor
 from kdlib._checks import check_finite, check_floating, check_number, check_shape, check_whole_numbers, show_shape
 
 __all__ = [
-    "InputError",
-    "check_class_centers",
-    "check_every_identity",
-    "check_identities",
-    "check_identities_or_triplets",
-    "check_rates",
-    "check_relation",
-    "check_set",
-    "report_key",
-    "show_name",
-]
+    "InputError", "check_class_centers", "check_every_identity", "check_identities", "check_identities_or_triplets",
+    "check_rates", "check_relation", "check_set", "report_key", "show_name",
+]  # fmt: skip
 
 
 class InputError(ValueError):

@@ -21,7 +21,7 @@ from kdlib.cache import CacheCheck, CacheError, TeacherCache, read_header, verif
 from kdlib_faces._checks import InputError
 from kdlib_faces._output import check_output
 from kdlib_faces.caching.source import CacheSource, describe_views, parse_taps
-from kdlib_faces.data.lists import read_faces
+from kdlib_faces.data.lists import FaceList, read_faces
 from kdlib_faces.data.seeded_views import SeededViews
 from kdlib_faces.data.views import AugmentConfig
 from kdlib_faces.progress import progress_to, say
@@ -81,6 +81,7 @@ def build(
     taps: Sequence[str] = (),
     workers: int = 1,
     progress: bool = True,
+    on_error: Literal["stop", "skip"] = "stop",
 ) -> TeacherCache:
     """Compute the missing rows of a cache; an interrupted build resumes, and several processes share the work.
 
@@ -93,6 +94,7 @@ def build(
             alone means the feature `map`.
         workers: number of processes.
         progress: show progress.
+        on_error: see `read_faces`.
 
     Returns:
         The complete cache. Its notes describe the build.
@@ -107,7 +109,7 @@ def build(
         raise InputError("cache: workers must be 1 on Windows, which does not support POSIX locks")
     before = torch.get_num_threads()
     threads = max(1, before // workers)
-    work = partial(_build, config, output, tuple(faces), teacher, tuple(taps))
+    work = partial(_build, config, output, read_faces(faces, on_error=on_error), teacher, tuple(taps))
     torch.set_num_threads(threads)
     try:
         with _sigterm_exits(), _workers(workers - 1, work, threads, quiet=not progress):
@@ -117,10 +119,10 @@ def build(
 
 
 def _build(
-    config: CacheConfig, output: Path, faces: Sequence[str], teacher: Path, taps: Sequence[str], *, quiet: bool
+    config: CacheConfig, output: Path, faces: FaceList, teacher: Path, taps: Sequence[str], *, quiet: bool
 ) -> TeacherCache:
     views, size, decoders = config.seeded(), config.size, config.decoders
-    source = CacheSource(read_faces(faces), teacher, parse_taps(taps), views, size=size, decoders=decoders, quiet=quiet)
+    source = CacheSource(faces, teacher, parse_taps(taps), views, size=size, decoders=decoders, quiet=quiet)
     with progress_to(f"outputs of {teacher.stem}", quiet=quiet) as show:
         return TeacherCache.build(
             output,
