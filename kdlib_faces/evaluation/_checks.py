@@ -8,11 +8,10 @@ from torch import Tensor
 
 from kdlib._checks import check_number
 from kdlib_faces._checks import InputError
-from kdlib_faces.evaluation._types import AnyArray, ArrayLike, BoolArray, Embeddings, FloatArray, IntArray, LabelArray
+from kdlib_faces.evaluation._types import AnyArray, ArrayLike, BoolArray, Embeddings, FloatArray, IntArray
 
 CELLS = 2**17
 """Numbers normalized at a time, so that they stay in the cache of a core."""
-MAX_TABLE = 50_000_000
 
 
 def require(good: bool, owner: str, message: str) -> None:
@@ -29,6 +28,16 @@ def to_numpy(x: ArrayLike) -> AnyArray:
     return np.asarray(x)
 
 
+def check_array(owner: str, name: str, x: ArrayLike) -> AnyArray:
+    """`x` as a NumPy array; masked entries, below which values are undefined, and rows of unequal length are errors."""
+    if isinstance(x, np.ma.MaskedArray) and np.ma.is_masked(x):
+        raise InputError(f"{owner}: {name} must have no masked entries, got {int(np.ma.getmaskarray(x).sum())}")
+    try:
+        return to_numpy(x)
+    except ValueError:
+        raise InputError(f"{owner}: {name} must be an array, got rows of different lengths or types") from None
+
+
 def is_shards(x: Embeddings) -> bool:
     """Whether `x` is a sequence or an iterator of (m, d) arrays rather than one array."""
     if isinstance(x, (Tensor, np.ndarray)) or hasattr(x, "__array__"):
@@ -43,10 +52,10 @@ def shards_of(owner: str, name: str, x: Embeddings, width: int | None = None) ->
     sharded = is_shards(x)
     shards: Iterable[ArrayLike] = cast(Iterable[AnyArray], x) if sharded else [cast(ArrayLike, x)]
     for number, shard in enumerate(shards):
-        array, what = to_numpy(shard), f"{name}, shard {number}," if sharded else name
+        what = f"{name}, shard {number}," if sharded else name
+        array = check_array(owner, what, shard)
         if array.dtype.kind not in "fiu":
             raise TypeError(f"{owner}: {what} must be an array of numbers, got dtype {array.dtype}")
-        _unmasked(owner, what, shard)
         require(array.ndim == 2 and array.shape[1] > 0, owner, f"{what} must be (n, d), not empty, got {array.shape}")
         width = array.shape[1] if width is None else width
         require(array.shape[1] == width, owner, f"{what} must be (n, {width}), got {array.shape}")
@@ -70,15 +79,8 @@ def check_each(
         raise InputError(f"{owner}: {name} must be {wanted}, got {what} {first} that is not ({bad.size} in all)")
 
 
-def _unmasked(owner: str, name: str, x: object) -> None:
-    """A masked array must have no masked entries: the values below the mask are undefined."""
-    if isinstance(x, np.ma.MaskedArray) and np.ma.is_masked(x):
-        raise InputError(f"{owner}: {name} must have no masked entries, got {int(np.ma.getmaskarray(x).sum())}")
-
-
 def _numbers(owner: str, name: str, x: ArrayLike) -> FloatArray:
-    _unmasked(owner, name, x)
-    array = to_numpy(x)
+    array = check_array(owner, name, x)
     if array.dtype.kind not in "fiu":
         raise TypeError(f"{owner}: {name} must be an array of numbers, got dtype {array.dtype}")
     return array.astype(np.float64)
@@ -162,61 +164,31 @@ def check_ages(owner: str, x: ArrayLike, rows: int) -> FloatArray:
     return array
 
 
-def check_flags(owner: str, name: str, x: ArrayLike, rows: int) -> BoolArray:
-    """Booleans, or numbers that are 0 or 1, (n,), of both kinds."""
-    array = to_numpy(x)
+def check_booleans(owner: str, name: str, x: ArrayLike, rows: int | None = None, like: str = "rows") -> BoolArray:
+    """Booleans, or numbers that are 0 or 1, (n,)."""
+    array = check_array(owner, name, x)
+    check_vector(owner, name, array, rows, like)
     if array.dtype.kind not in "biuf":
         raise TypeError(f"{owner}: {name} must be an array of booleans, got dtype {array.dtype}")
-    check_vector(owner, name, array, rows, "the pairs")
-    if array.dtype.kind != "b":
-        check_each(owner, name, np.isin(array, (0, 1)), "boolean (or 0 and 1)", "entry")
-    flags = array.astype(np.bool_)
+    check_each(owner, name, np.isin(array, (0, 1)), "boolean (or 0 and 1)", "entry")
+    return array.astype(np.bool_)
+
+
+def check_flags(owner: str, name: str, x: ArrayLike, rows: int) -> BoolArray:
+    """Booleans, or numbers that are 0 or 1, (n,), of both kinds."""
+    flags = check_booleans(owner, name, x, rows, "the pairs")
     both = bool(flags.any() and not flags.all())
     require(both, owner, f"{name} must hold both kinds of pair, got only {bool(flags[0])}")
     return flags
 
 
-def check_labels(
-    owner: str, name: str, x: ArrayLike, *, rows: int | None = None, like: str = "rows"
-) -> tuple[IntArray, LabelArray]:
-    """Labels (whole numbers or strings) as codes (n,) into the sorted array of distinct labels."""
-    array = to_numpy(x)
-    check_vector(owner, name, array, rows, like)
-    if array.dtype.kind == "f":
-        check_each(owner, name, np.isfinite(array) & (array == np.floor(array)), "whole numbers or strings", "entry")
-        array = array.astype(np.int64)
-    elif array.dtype.kind == "O":
-        is_text = np.array([isinstance(label, str) for label in array], dtype=np.bool_)
-        check_each(owner, name, is_text, "strings, or an array of whole numbers", "entry")
-        array = array.astype(np.str_)
-    elif array.dtype.kind not in "iuU":
-        raise TypeError(f"{owner}: {name} must be an array of whole numbers or strings, got dtype {array.dtype}")
-    if array.dtype.kind in "iu" and array.dtype != np.uint64:
-        # Counting is faster than sorting if the numbers are dense.
-        whole = array.astype(np.int64)
-        low, high = int(whole.min()), int(whole.max())
-        if high - low <= 4 * array.size + 1000:
-            present = np.bincount(whole - low) > 0
-            return (np.cumsum(present) - 1)[whole - low], (np.flatnonzero(present) + low).astype(array.dtype)
-    labels, codes = np.unique(array, return_inverse=True)
-    return codes.reshape(-1).astype(np.int64), labels
-
-
-def check_identities(owner: str, x: ArrayLike) -> tuple[IntArray, LabelArray]:
-    """Labels of at least two identities, one of them with two images; see `check_labels`."""
-    codes, labels = check_labels(owner, "identities", x)
-    require(labels.size >= 2, owner, f"identities must hold at least two identities, got only {labels.tolist()[0]!r}")
-    require(codes.size > labels.size, owner, "identities must hold one with two images, got one image of each")
-    return codes, labels
-
-
 def check_indices(owner: str, name: str, x: ArrayLike) -> IntArray:
     """Row numbers (n,), not negative."""
-    array = to_numpy(x)
+    array = check_array(owner, name, x)
+    check_vector(owner, name, array)
     if array.dtype.kind not in "iu":
         raise TypeError(f"{owner}: {name} must be an array of row numbers (integers), got dtype {array.dtype}")
-    check_vector(owner, name, array)
-    check_each(owner, name, array >= 0, "row numbers from 0", "entry")
+    check_each(owner, name, (array >= 0) & (array <= np.iinfo(np.int64).max), "row numbers from 0", "entry")
     return array.astype(np.int64)
 
 
@@ -243,37 +215,3 @@ def check_level(owner: str, level: float) -> float:
     check_number(owner, "level", level, above=0)
     require(level < 1, owner, f"level must be below 1, got {level!r}")
     return float(level)
-
-
-def check_distinct(owner: str, name: str, codes: IntArray, labels: LabelArray) -> None:
-    """Labels, as returned by `check_labels`, must not occur twice."""
-    if labels.size < codes.size:
-        twice = int(np.flatnonzero(np.bincount(codes) > 1)[0])
-        first, second = np.flatnonzero(codes == twice)[:2].tolist()
-        got = f"{labels[twice].item()!r} in entries {first} and {second}"
-        raise InputError(f"{owner}: {name} must not occur twice, got {got}")
-
-
-def look_up(owner: str, name: str, x: ArrayLike, known: LabelArray, where: str) -> IntArray:
-    """Index of each label of `x` (m,) in the sorted array `known`; the error gives a label that is missing."""
-    array = to_numpy(x)
-    check_vector(owner, name, array)
-    small = all(each.dtype.kind in "iu" and each.dtype != np.uint64 for each in (array, known))
-    if small and int(known[-1]) - int(known[0]) <= MAX_TABLE:
-        # A table is faster than sorting for tens of millions of pairs.
-        whole, low, high = array.astype(np.int64, copy=False), int(known[0]), int(known[-1])
-        table = np.full(high - low + 1, -1, dtype=np.int64)
-        table[known.astype(np.int64) - low] = np.arange(known.size)
-        inside = (whole >= low) & (whole <= high)
-        indices = np.where(inside, table[np.where(inside, whole - low, 0)], -1)
-    else:
-        codes, labels = check_labels(owner, name, array)
-        kinds = ["strings" if each.dtype.kind == "U" else "numbers" for each in (labels, known)]
-        require(kinds[0] == kinds[1], owner, f"{name} must be {kinds[1]} as in {where}, got {kinds[0]}")
-        spot = np.minimum(np.searchsorted(known, labels), known.size - 1)
-        indices = np.where(known[spot] == labels, spot, -1)[codes]
-    if indices.min() < 0:
-        bad = np.flatnonzero(indices < 0)
-        got = f"{array[bad[0]].item()!r} in entry {bad[0]} that is not ({bad.size} in all)"
-        raise InputError(f"{owner}: {name} must be in {where}, got {got}")
-    return indices

@@ -5,7 +5,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from kdlib._checks import check_number
-from kdlib_faces.evaluation._checks import check_flags, check_labels, require
+from kdlib_faces.evaluation._checks import check_flags, require
+from kdlib_faces.evaluation._labels import check_label_pairs, check_labels, check_same_kind
 from kdlib_faces.evaluation._types import ArrayLike, IntArray
 
 
@@ -91,9 +92,8 @@ def identity_overlap(a: ArrayLike, b: ArrayLike) -> list[str | int]:
     owner = "check_identity_disjoint"
     _, first = check_labels(owner, "a", a)
     _, second = check_labels(owner, "b", b)
-    kinds = ["strings" if labels.dtype.kind == "U" else "numbers" for labels in (first, second)]
-    require(kinds[0] == kinds[1], owner, f"a and b must name identities alike, got {kinds[0]} and {kinds[1]}")
-    return list(np.intersect1d(first, second).tolist())
+    check_same_kind(owner, "identities of a and b", first, second)
+    return sorted(set(first.tolist()) & set(second.tolist()))
 
 
 def positives_first_folds(same: ArrayLike, folds: int = 10) -> IntArray:
@@ -145,11 +145,6 @@ def identities_in_several_folds(first: ArrayLike, second: ArrayLike, fold_ids: A
     """
     owner = "identities_in_several_folds"
     folds, _ = check_labels(owner, "fold_ids", fold_ids)
-    sides = [
-        check_labels(owner, name, x, rows=folds.size, like="fold_ids")
-        for name, x in (("first", first), ("second", second))
-    ]
-    names = np.concatenate([labels[codes] for codes, labels in sides])
-    codes, labels = check_labels(owner, "first and second", names)
-    seen = np.unique(np.stack([codes, np.concatenate([folds, folds])]), axis=1)
+    *sides, labels = check_label_pairs(owner, ("first", "second"), first, second, folds.size, "fold_ids")
+    seen = np.unique(np.stack([np.concatenate(sides), np.concatenate([folds, folds])]), axis=1)
     return list(labels[np.bincount(seen[0]) > 1].tolist())

@@ -11,13 +11,13 @@ from kdlib_faces.evaluation._checks import (
     CELLS,
     check_fars,
     check_flags,
-    check_labels,
     check_rows,
     gather,
     require,
     unit_block,
     unit_rows,
 )
+from kdlib_faces.evaluation._labels import check_labels
 from kdlib_faces.evaluation._types import AnyArray, ArrayLike, BoolArray, Embeddings, FloatArray, IntArray, JsonDict
 from kdlib_faces.evaluation.fold_thresholds import BEST, FoldTar, Rule, exact_at_far, grid_at_far
 from kdlib_faces.evaluation.roc import allowed_false_accepts

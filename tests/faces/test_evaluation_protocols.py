@@ -114,7 +114,7 @@ def test_bad_fractions_are_refused(fractions: tuple[float, ...], message: str) -
 def test_shared_identities_are_reported() -> None:
     with pytest.raises(ValueError, match=r"got 6 in both: 0, 1, 2, 3, 4, \.\.\."):
         check_identity_disjoint(range(6), range(9))
-    with pytest.raises(ValueError, match="name identities alike, got strings and numbers"):
+    with pytest.raises(ValueError, match="named alike, got strings and numbers"):
         check_identity_disjoint(["1"], [1])
 
 

@@ -7,7 +7,8 @@ from hashlib import sha256
 import numpy as np
 
 from kdlib._checks import check_number
-from kdlib_faces.evaluation._checks import check_fars, check_identities, check_level, gather, require, unit_rows
+from kdlib_faces.evaluation._checks import check_fars, check_level, gather, require, unit_rows
+from kdlib_faces.evaluation._labels import check_identities
 from kdlib_faces.evaluation._types import AnyArray, ArrayLike, Embeddings, FloatArray, JsonDict, Label
 from kdlib_faces.evaluation.hardest import first_disjoint, most_similar_impostors
 from kdlib_faces.evaluation.matching.all_pairs import rows_of_scores

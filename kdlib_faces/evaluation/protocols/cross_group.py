@@ -7,7 +7,8 @@ from functools import partial
 import numpy as np
 
 from kdlib._checks import check_number
-from kdlib_faces.evaluation._checks import check_fars, check_labels, check_level, check_ranks, require, unit_rows
+from kdlib_faces.evaluation._checks import check_fars, check_level, check_ranks, require, unit_rows
+from kdlib_faces.evaluation._labels import check_labels
 from kdlib_faces.evaluation._types import ArrayLike, BoolArray, Embeddings, FloatArray, IntArray, JsonDict, Label
 from kdlib_faces.evaluation.hardest import first_disjoint, most_similar_impostors
 from kdlib_faces.evaluation.roc import TarAtFar, by_far, tar_at_far

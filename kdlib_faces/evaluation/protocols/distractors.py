@@ -7,16 +7,8 @@ from typing import Literal, get_args
 import numpy as np
 
 from kdlib._checks import check_choice, check_number
-from kdlib_faces.evaluation._checks import (
-    check_ages,
-    check_fars,
-    check_labels,
-    check_level,
-    check_ranks,
-    gather,
-    require,
-    unit_rows,
-)
+from kdlib_faces.evaluation._checks import check_ages, check_fars, check_level, check_ranks, gather, require, unit_rows
+from kdlib_faces.evaluation._labels import check_labels
 from kdlib_faces.evaluation._types import ArrayLike, BoolArray, Embeddings, FloatArray, IntArray, JsonDict, Label
 from kdlib_faces.evaluation.hardest import missed_probes
 from kdlib_faces.evaluation.matching.distractors import (

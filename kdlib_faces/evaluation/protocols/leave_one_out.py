@@ -6,7 +6,8 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from kdlib._checks import check_number
-from kdlib_faces.evaluation._checks import check_ages, check_identities, check_level, check_ranks, unit_rows
+from kdlib_faces.evaluation._checks import check_ages, check_level, check_ranks, unit_rows
+from kdlib_faces.evaluation._labels import check_identities
 from kdlib_faces.evaluation._types import ArrayLike, Embeddings, FloatArray, IntArray, JsonDict, Label
 from kdlib_faces.evaluation.hardest import missed_probes
 from kdlib_faces.evaluation.statistics.bins import GAP_STARTS, PROBE_AGE_STARTS, bin_names, check_starts, place

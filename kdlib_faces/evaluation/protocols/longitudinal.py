@@ -7,7 +7,8 @@ from typing import Literal
 import numpy as np
 
 from kdlib._checks import check_choice, check_number
-from kdlib_faces.evaluation._checks import check_ages, check_fars, check_identities, check_level, unit_rows
+from kdlib_faces.evaluation._checks import check_ages, check_fars, check_level, unit_rows
+from kdlib_faces.evaluation._labels import check_identities
 from kdlib_faces.evaluation._types import ArrayLike, Embeddings, FloatArray, IntArray, JsonDict, Label
 from kdlib_faces.evaluation.hardest import first_disjoint
 from kdlib_faces.evaluation.matching.all_pairs import global_points, rejection_rates

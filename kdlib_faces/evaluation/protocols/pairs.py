@@ -13,7 +13,6 @@ from kdlib_faces.evaluation._checks import (
     check_fars,
     check_flags,
     check_indices,
-    check_labels,
     check_level,
     check_rows,
     gather,
@@ -21,6 +20,7 @@ from kdlib_faces.evaluation._checks import (
     to_numpy,
     unit_rows,
 )
+from kdlib_faces.evaluation._labels import check_labels, label_array
 from kdlib_faces.evaluation._types import ArrayLike, Embeddings, FloatArray, IntArray, JsonDict, Label
 from kdlib_faces.evaluation.fold_thresholds import BEST, Rule
 from kdlib_faces.evaluation.hardest import hardest_pairs
@@ -256,8 +256,6 @@ class PairProtocol:
         count = self.left.size
         require(self.right.size == count, OWNER, f"right must be as long as left ({count}), got {self.right.size}")
         self.same = check_flags(OWNER, "same", same, count)
-        if fold_ids is not None:
-            check_labels(OWNER, "fold_ids", fold_ids, rows=count, like="left")
         check_choice(OWNER, "threshold", threshold, tuple(BEST))
         check_choice(OWNER, "tar_mode", tar_mode, tuple(POINT_RULES))
         if pca is not None:
@@ -266,7 +264,7 @@ class PairProtocol:
         self.needed = int(max(self.left.max(), self.right.max())) + 1
         if images is not None:
             check_number(OWNER, "images", images, min=self.needed, integer=True)
-        self.fold_ids = None if fold_ids is None else to_numpy(fold_ids)
+        self.fold_ids = None if fold_ids is None else label_array(OWNER, "fold_ids", fold_ids, rows=count, like="left")
         self.threshold: Rule = threshold
         self.tar_mode: Literal["exact", "nearest"] = tar_mode
         self.fars, self.val_fars, self.pca = check_fars(OWNER, fars), check_fars(OWNER, val_fars), pca

@@ -7,7 +7,8 @@ from typing import Literal, TypeAlias
 import numpy as np
 
 from kdlib._checks import check_choice
-from kdlib_faces.evaluation._checks import check_fars, check_labels, check_level, check_ranks, require
+from kdlib_faces.evaluation._checks import check_fars, check_level, check_ranks, require
+from kdlib_faces.evaluation._labels import check_labels
 from kdlib_faces.evaluation._types import ArrayLike, Embeddings, IntArray, JsonDict, Label, LabelArray
 from kdlib_faces.evaluation.hardest import missed_probes
 from kdlib_faces.evaluation.matching.galleries import (

@@ -7,7 +7,8 @@ from typing import Literal
 import numpy as np
 
 from kdlib._checks import check_choice
-from kdlib_faces.evaluation._checks import check_each, check_fars, check_flags, check_level, look_up, require, to_numpy
+from kdlib_faces.evaluation._checks import check_each, check_fars, check_flags, check_level, require, to_numpy
+from kdlib_faces.evaluation._labels import label_array, look_up
 from kdlib_faces.evaluation._types import ArrayLike, BoolArray, Embeddings, IntArray, JsonDict, Label, SingleArray
 from kdlib_faces.evaluation.hardest import hardest_pairs
 from kdlib_faces.evaluation.matching.pair_scores import operating_points, pair_cosines
@@ -171,8 +172,10 @@ class TemplateVerificationProtocol:
     ) -> None:
         check_choice(OWNER, "feature_norm", feature_norm, ("keep", "unit"))
         check_choice(OWNER, "mode", mode, tuple(POINT_RULES))
-        self.template_ids, self.media_ids = to_numpy(template_ids), to_numpy(media_ids)
-        self.left, self.right, self.same = to_numpy(left), to_numpy(right), to_numpy(same)
+        self.template_ids = label_array(OWNER, "template_ids", template_ids)
+        self.media_ids = label_array(OWNER, "media_ids", media_ids)
+        self.left, self.right = label_array(OWNER, "left", left), label_array(OWNER, "right", right)
+        self.same = to_numpy(same)
         self.detector_scores = None if detector_scores is None else to_numpy(detector_scores)
         self.feature_norm: Literal["keep", "unit"] = feature_norm
         self.mode: Literal["exact", "nearest"] = mode

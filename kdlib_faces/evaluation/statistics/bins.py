@@ -7,7 +7,8 @@ import numpy.typing as npt
 
 from kdlib._checks import check_number
 from kdlib_faces._checks import InputError
-from kdlib_faces.evaluation._checks import check_ages, check_labels, require
+from kdlib_faces.evaluation._checks import check_ages, require
+from kdlib_faces.evaluation._labels import check_labels
 from kdlib_faces.evaluation._types import AnyArray, ArrayLike, FloatArray, IntArray
 from kdlib_faces.evaluation.statistics.resampling import genuine_pairs
 

@@ -2,7 +2,8 @@
 
 import numpy as np
 
-from kdlib_faces.evaluation._checks import check_each, check_labels, check_level, check_scores
+from kdlib_faces.evaluation._checks import check_each, check_level, check_scores
+from kdlib_faces.evaluation._labels import check_labels
 from kdlib_faces.evaluation._types import AnyArray, ArrayLike, FloatArray, IntArray
 from kdlib_faces.evaluation.statistics.intervals import Estimate, bootstrap_estimate, resample_counts
 

@@ -13,7 +13,8 @@ import numpy as np
 
 from kdlib._checks import check_number
 from kdlib_faces._checks import InputError
-from kdlib_faces.evaluation._checks import check_labels, check_level
+from kdlib_faces.evaluation._checks import check_level
+from kdlib_faces.evaluation._labels import check_labels
 from kdlib_faces.evaluation._types import ArrayLike, BoolArray, FloatArray, IntArray, JsonDict
 
 
