@@ -174,7 +174,7 @@ def check_booleans(owner: str, name: str, x: ArrayLike, rows: int | None = None,
     return array.astype(np.bool_)
 
 
-def check_flags(owner: str, name: str, x: ArrayLike, rows: int) -> BoolArray:
+def check_flags(owner: str, name: str, x: ArrayLike, rows: int | None = None) -> BoolArray:
     """Booleans, or numbers that are 0 or 1, (n,), of both kinds."""
     flags = check_booleans(owner, name, x, rows, "the pairs")
     both = bool(flags.any() and not flags.all())
@@ -192,26 +192,62 @@ def check_indices(owner: str, name: str, x: ArrayLike) -> IntArray:
     return array.astype(np.int64)
 
 
+def check_one(
+    owner: str,
+    name: str,
+    value: object,
+    *,
+    integer: bool = False,
+    above: float | None = None,
+    min: float | None = None,
+    max: float | None = None,
+) -> float:
+    """A number as Python's own, also from a NumPy or torch scalar; see `check_number`."""
+    if isinstance(value, np.generic) or (isinstance(value, (np.ndarray, Tensor)) and value.ndim == 0):
+        value = value.item()
+    check_number(owner, name, value, above=above, min=min, max=max, integer=integer)
+    return cast(float, value)
+
+
+def check_whole(owner: str, name: str, value: int, *, min: int, max: int | None = None) -> int:
+    """A whole number from `min` to `max`, as Python's own."""
+    return int(check_one(owner, name, value, integer=True, min=min, max=max))
+
+
+def check_numbers(
+    owner: str,
+    name: str,
+    values: Iterable[float],
+    *,
+    integer: bool = False,
+    above: float | None = None,
+    min: float | None = None,
+    max: float | None = None,
+) -> tuple[float, ...]:
+    """The numbers of a sequence, an array or a tensor, as Python's own; see `check_number`."""
+    if not isinstance(values, Iterable) or getattr(values, "ndim", 1) != 1:
+        raise TypeError(f"{owner}: {name} must be a sequence of numbers, got {values!r}")
+    return tuple(check_one(owner, name, each, integer=integer, above=above, min=min, max=max) for each in values)
+
+
 def check_fars(owner: str, fars: Sequence[float], *, required: bool = False) -> tuple[float, ...]:
     """Target false accept rates, each in (0, 1] and different from the others; at least one if `required`."""
-    fars = tuple(fars)
-    for far in fars:
-        check_number(owner, "fars", far, above=0.0, max=1.0)
-    require(len(set(fars)) == len(fars), owner, f"fars must differ from each other, got {fars}")
-    require(len(fars) > 0 or not required, owner, "fars must not be empty, got ()")
-    return tuple(float(far) for far in fars)
+    rates = tuple(map(float, check_numbers(owner, "fars", fars, above=0.0, max=1.0)))
+    # A result names them in six digits.
+    require(len({f"{rate:g}" for rate in rates}) == len(rates), owner, f"fars must differ from each other, got {rates}")
+    require(len(rates) > 0 or not required, owner, "fars must not be empty, got ()")
+    return rates
 
 
 def check_ranks(owner: str, ranks: Sequence[int], *, max: int | None = None, required: bool = True) -> tuple[int, ...]:
     """Ranks, from 1 to `max`; at least one if `required`."""
-    require(len(ranks) > 0 or not required, owner, "ranks must not be empty, got ()")
-    for rank in ranks:
-        check_number(owner, "ranks", rank, min=1, max=max, integer=True)
-    return tuple(int(rank) for rank in ranks)
+    each = tuple(map(int, check_numbers(owner, "ranks", ranks, integer=True, min=1, max=max)))
+    require(len(each) > 0 or not required, owner, "ranks must not be empty, got ()")
+    return each
 
 
 def check_level(owner: str, level: float) -> float:
     """The confidence of an interval, in (0, 1)."""
-    check_number(owner, "level", level, above=0)
+    level = float(check_one(owner, "level", level, above=0))
     require(level < 1, owner, f"level must be below 1, got {level!r}")
-    return float(level)
+    return level

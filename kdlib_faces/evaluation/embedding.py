@@ -8,8 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from kdlib._checks import check_number
-from kdlib_faces.evaluation._checks import check_each, require, to_numpy
+from kdlib_faces.evaluation._checks import check_each, check_whole, require, to_numpy
 from kdlib_faces.evaluation._types import AnyArray, SingleArray
 from kdlib_faces.evaluation.protocol import EvaluationProtocol, R, evaluate
 from kdlib_faces.progress import progress as show
@@ -84,7 +83,7 @@ def embed_images(
         >>> rows.shape, np.allclose(np.linalg.norm(rows, axis=1), 1)
         ((5, 12), True)
     """
-    check_number(OWNER, "batch_size", batch_size, min=1, integer=True)
+    batch_size = check_whole(OWNER, "batch_size", batch_size, min=1)
     parts: list[SingleArray] = []
     target, done = out, 0
     total = len(images) if isinstance(images, (np.ndarray, Tensor)) else None

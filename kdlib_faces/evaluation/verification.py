@@ -6,12 +6,13 @@ from math import sqrt
 
 import numpy as np
 
-from kdlib._checks import check_choice, check_number
+from kdlib._checks import check_choice
 from kdlib_faces.evaluation._checks import (
     CELLS,
     check_fars,
     check_flags,
     check_rows,
+    check_whole,
     gather,
     require,
     unit_block,
@@ -138,8 +139,7 @@ def verify_pairs(
     """
     owner = "verify_pairs"
     check_choice(owner, "threshold", threshold, tuple(BEST))
-    if pca is not None:
-        check_number(owner, "pca", pca, min=1, integer=True)
+    pca = None if pca is None else check_whole(owner, "pca", pca, min=1)
     fars = check_fars(owner, val_fars)
     first, second = gather(owner, "left", left), gather(owner, "right", right)
     rows, width = first.shape
@@ -168,8 +168,8 @@ def fold_accuracy(
     reduced: tuple[FloatArray, FloatArray] | None,
 ) -> VerificationResult:
     """`verify_pairs` from squared distances (n,) of unit rows; `reduced` are the unit rows of both sides for a PCA."""
-    if reduced is not None:
-        check_number(owner, "pca", pca, min=1, max=reduced[0].shape[1], integer=True)
+    if reduced is not None and pca is not None:
+        check_whole(owner, "pca", pca, min=1, max=reduced[0].shape[1])
     accuracies, thresholds = [], []
     correct = np.zeros(truth.size, dtype=np.bool_)
     for fold in range(int(folds.max()) + 1):

@@ -6,8 +6,7 @@ from hashlib import sha256
 
 import numpy as np
 
-from kdlib._checks import check_number
-from kdlib_faces.evaluation._checks import check_fars, check_level, gather, require, unit_rows
+from kdlib_faces.evaluation._checks import check_fars, check_level, check_whole, gather, require, unit_rows
 from kdlib_faces.evaluation._labels import check_identities
 from kdlib_faces.evaluation._types import AnyArray, ArrayLike, Embeddings, FloatArray, JsonDict, Label
 from kdlib_faces.evaluation.hardest import first_disjoint, most_similar_impostors
@@ -257,8 +256,8 @@ class AgeGapProtocol:
         self.codes, labels = check_identities(OWNER, identities)
         self.num_identities = labels.size
         self.level, self.fars = check_level(OWNER, level), check_fars(OWNER, fars)
-        check_number(OWNER, "max_impostors", max_impostors, min=1, integer=True)
-        self.seed, self.max_impostors = seed, max_impostors
+        self.max_impostors = check_whole(OWNER, "max_impostors", max_impostors, min=1)
+        self.seed = check_whole(OWNER, "seed", seed, min=0)
         self.resamples = resample_counts(OWNER, labels.size, replicates=replicates, seed=seed)
         self.bins = PairBins(OWNER, self.codes, ages, age_groups, bins)
 

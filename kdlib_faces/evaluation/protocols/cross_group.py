@@ -6,8 +6,7 @@ from functools import partial
 
 import numpy as np
 
-from kdlib._checks import check_number
-from kdlib_faces.evaluation._checks import check_fars, check_level, check_ranks, require, unit_rows
+from kdlib_faces.evaluation._checks import check_fars, check_level, check_ranks, check_whole, require, unit_rows
 from kdlib_faces.evaluation._labels import check_labels
 from kdlib_faces.evaluation._types import ArrayLike, BoolArray, Embeddings, FloatArray, IntArray, JsonDict, Label
 from kdlib_faces.evaluation.hardest import first_disjoint, most_similar_impostors
@@ -193,15 +192,15 @@ class CrossGroupProtocol:
             require(group in known, OWNER, f"{name} must be one of {', '.join(map(repr, known))}, got {group!r}")
         require(probe != gallery, OWNER, f"probe and gallery must be two groups, got {probe!r} twice")
         self.probes, self.gallery = (np.flatnonzero(group_codes == known.index(each)) for each in (probe, gallery))
-        self.groups = (str(probe), str(gallery))
+        self.groups = tuple(str(known[known.index(each)]) for each in (probe, gallery))
         self.same: BoolArray = self.codes[self.probes][:, None] == self.codes[self.gallery]
         require(bool(self.same.any()), OWNER, "identities must hold one with images of both groups, got none")
         message = f"identities must hold at least two identities, got only {labels.tolist()[0]!r}"
         require(labels.size > 1, OWNER, message)
         self.ranks = check_ranks(OWNER, ranks, max=self.gallery.size, required=False)
         self.fars, self.level = check_fars(OWNER, fars), check_level(OWNER, level)
-        check_number(OWNER, "max_impostors", max_impostors, min=1, integer=True)
-        self.seed, self.max_impostors = seed, max_impostors
+        self.max_impostors = check_whole(OWNER, "max_impostors", max_impostors, min=1)
+        self.seed = check_whole(OWNER, "seed", seed, min=0)
         self.resamples = resample_counts(OWNER, labels.size, replicates=replicates, seed=seed)
 
     @property

@@ -6,8 +6,18 @@ from typing import Literal, get_args
 
 import numpy as np
 
-from kdlib._checks import check_choice, check_number
-from kdlib_faces.evaluation._checks import check_ages, check_fars, check_level, check_ranks, gather, require, unit_rows
+from kdlib._checks import check_choice
+from kdlib_faces.evaluation._checks import (
+    check_ages,
+    check_fars,
+    check_level,
+    check_numbers,
+    check_ranks,
+    check_whole,
+    gather,
+    require,
+    unit_rows,
+)
 from kdlib_faces.evaluation._labels import check_labels
 from kdlib_faces.evaluation._types import ArrayLike, BoolArray, Embeddings, FloatArray, IntArray, JsonDict, Label
 from kdlib_faces.evaluation.hardest import missed_probes
@@ -207,21 +217,20 @@ class DistractorProtocol:
         self.ranks = check_ranks(OWNER, ranks, max=100_000)
         check_choice(OWNER, "ties", ties, ("correct", "wrong"))
         check_choice(OWNER, "cleaning", cleaning, get_args(Cleaning))
-        for size in sizes:
-            check_number(OWNER, "sizes", size, min=1, integer=True)
-        require(list(sizes) == sorted(set(sizes)), OWNER, f"sizes must rise from the first, got {tuple(sizes)}")
+        self.sizes = tuple(map(int, check_numbers(OWNER, "sizes", sizes, integer=True, min=1)))
+        rising = list(self.sizes) == sorted(set(self.sizes))
+        require(rising, OWNER, f"sizes must rise from the first, got {self.sizes}")
         self.level = check_level(OWNER, level)
         self.ages = None if ages is None else check_ages(OWNER, ages, count)
         self.starts = check_starts(OWNER, "gap_bins", gap_bins)
         bound = known_size(OWNER, distractors) if max_distractors is None else max_distractors
-        check_number(OWNER, "max_distractors", bound, min=1, integer=True)
-        self.max_distractors = bound
+        self.max_distractors = bound = check_whole(OWNER, "max_distractors", bound, min=1)
         # The thresholds need the largest scores, one more than the false accepts that they allow.
         self.top = 1 + max((allowed_false_accepts(far, count * bound) for far in self.fars), default=-1)
         message = f"fars must allow at most {MAX_FALSE_ACCEPTS} false accepts"
         scores = f"{count} x {bound} impostor scores"
         require(self.top <= MAX_FALSE_ACCEPTS, OWNER, f"{message}, got {self.top - 1} of {scores}")
-        self.distractors, self.sizes, self.progress = distractors, tuple(sizes), progress
+        self.distractors, self.progress = distractors, progress
         self.ties, self.cleaning = ties, cleaning
         self.resamples = resample_counts(OWNER, labels.size, replicates=replicates, seed=seed)
 

@@ -5,8 +5,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from kdlib._checks import check_number
-from kdlib_faces.evaluation._checks import check_ages, check_level, check_ranks, unit_rows
+from kdlib_faces.evaluation._checks import check_ages, check_level, check_ranks, check_whole, unit_rows
 from kdlib_faces.evaluation._labels import check_identities
 from kdlib_faces.evaluation._types import ArrayLike, Embeddings, FloatArray, IntArray, JsonDict, Label
 from kdlib_faces.evaluation.hardest import missed_probes
@@ -88,7 +87,7 @@ class LeaveOneOutResult:
 
     def cmc(self, max_rank: int) -> FloatArray:
         """(max_rank,) rate at ranks 1, 2, ... `max_rank`: the cumulative match characteristic."""
-        check_number("LeaveOneOutResult.cmc", "max_rank", max_rank, min=1, integer=True)
+        max_rank = check_whole("LeaveOneOutResult.cmc", "max_rank", max_rank, min=1)
         counts = np.bincount(np.minimum(self.ranks_of_mates, max_rank + 1), minlength=max_rank + 2)
         return np.cumsum(counts[1 : max_rank + 1]) / self.probes
 
@@ -285,4 +284,4 @@ def leave_one_out(embeddings: Embeddings, identities: ArrayLike, ranks: Sequence
         FG-NET's usual protocol in age-invariant face recognition, with a network that is not adapted between rounds.
     """
     result = LeaveOneOutProtocol(identities, ranks, replicates=0).evaluate(embeddings)
-    return np.array([result.rates[rank].value for rank in ranks], dtype=np.float64)
+    return np.array([result.rates[rank].value for rank in result.protocol.ranks], dtype=np.float64)

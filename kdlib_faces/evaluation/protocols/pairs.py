@@ -7,7 +7,7 @@ from typing import Literal, Self
 
 import numpy as np
 
-from kdlib._checks import check_choice, check_number
+from kdlib._checks import check_choice
 from kdlib_faces.evaluation._checks import (
     check_each,
     check_fars,
@@ -15,6 +15,7 @@ from kdlib_faces.evaluation._checks import (
     check_indices,
     check_level,
     check_rows,
+    check_whole,
     gather,
     require,
     to_numpy,
@@ -258,17 +259,16 @@ class PairProtocol:
         self.same = check_flags(OWNER, "same", same, count)
         check_choice(OWNER, "threshold", threshold, tuple(BEST))
         check_choice(OWNER, "tar_mode", tar_mode, tuple(POINT_RULES))
-        if pca is not None:
-            check_number(OWNER, "pca", pca, min=1, integer=True)
-        check_level(OWNER, level)
+        self.level = check_level(OWNER, level)
         self.needed = int(max(self.left.max(), self.right.max())) + 1
-        if images is not None:
-            check_number(OWNER, "images", images, min=self.needed, integer=True)
+        self.images = None if images is None else check_whole(OWNER, "images", images, min=self.needed)
+        self.pca = None if pca is None else check_whole(OWNER, "pca", pca, min=1)
         self.fold_ids = None if fold_ids is None else label_array(OWNER, "fold_ids", fold_ids, rows=count, like="left")
         self.threshold: Rule = threshold
         self.tar_mode: Literal["exact", "nearest"] = tar_mode
-        self.fars, self.val_fars, self.pca = check_fars(OWNER, fars), check_fars(OWNER, val_fars), pca
-        self.images, self.notes, self.level = images, tuple(notes), float(level)
+        self.fars, self.val_fars = check_fars(OWNER, fars), check_fars(OWNER, val_fars)
+        self.notes = tuple(notes)
+        replicates, seed = check_whole(OWNER, "replicates", replicates, min=0), check_whole(OWNER, "seed", seed, min=0)
         self.sampling = Sampling(replicates, seed, self.level)
         self.gap_starts = check_starts(OWNER, "gap_bins", gap_bins)
         self.num_identities, self.pair_identities = 0, None

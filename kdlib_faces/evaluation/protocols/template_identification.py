@@ -208,7 +208,7 @@ def identify_templates(
         C. Whitelam et al., "IARPA Janus Benchmark-B", CVPR workshops 2017.
     """
     fpirs = check_fars(OWNER, fpirs)
-    check_level(OWNER, level)
+    level = check_level(OWNER, level)
     ranks = check_ranks(OWNER, ranks)
     require(len(galleries) > 0, OWNER, "galleries must not be empty, got none")
     searched = enroll(OWNER, templates, "probes", probes, unique_subjects=False)
@@ -272,12 +272,12 @@ class TemplateIdentificationProtocol:
         level: float = 0.95,
     ) -> None:
         check_choice("TemplateIdentificationProtocol", "feature_norm", feature_norm, ("keep", "unit"))
-        check_level("TemplateIdentificationProtocol", level)
         self.template_ids, self.media_ids, self.detector_scores = template_ids, media_ids, detector_scores
         self.galleries, self.probes = tuple(galleries), probes
         self.feature_norm: Literal["keep", "unit"] = feature_norm
-        self.fpirs, self.ranks = check_fars("TemplateIdentificationProtocol", fpirs), tuple(ranks)
-        self.replicates, self.seed, self.level = replicates, seed, level
+        owner = "TemplateIdentificationProtocol"
+        self.fpirs, self.ranks = check_fars(owner, fpirs), check_ranks(owner, ranks)
+        self.replicates, self.seed, self.level = replicates, seed, check_level(owner, level)
 
     def __repr__(self) -> str:
         return (

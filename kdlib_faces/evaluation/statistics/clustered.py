@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from kdlib_faces.evaluation._checks import check_each, check_level, check_scores
+from kdlib_faces.evaluation._checks import check_each, check_level, check_scores, to_numpy
 from kdlib_faces.evaluation._labels import check_labels
 from kdlib_faces.evaluation._types import AnyArray, ArrayLike, FloatArray, IntArray
 from kdlib_faces.evaluation.statistics.intervals import Estimate, bootstrap_estimate, resample_counts
@@ -34,10 +34,11 @@ def clustered_rate(
         (0.75, 4, True)
     """
     owner = "clustered_rate"
-    values = check_scores(owner, "hits", np.asarray(hits, dtype=np.float64))
+    hits = to_numpy(hits)
+    values = check_scores(owner, "hits", hits.astype(np.float64) if hits.dtype.kind == "b" else hits)
     check_each(owner, "hits", (values >= 0) & (values <= 1), "in [0, 1]", "entry")
     codes, labels = check_labels(owner, "identities", identities, rows=values.size, like="hits")
-    check_level(owner, level)
+    level = check_level(owner, level)
     return rate_estimate(
         values, codes, resample_counts(owner, labels.size, replicates=replicates, seed=seed), level=level
     )

@@ -92,7 +92,7 @@ def paired_test(
     References:
         Q. McNemar, "Note on the sampling error of the difference between correlated proportions", Psychometrika 12, 1947.
     """
-    check_level(OWNER, level)
+    level = check_level(OWNER, level)
     first = check_booleans(OWNER, "a", a)
     second = check_booleans(OWNER, "b", b, first.size, "a")
     require(identities is not None or other_identities is None, OWNER, "identities must be given with other_identities")
@@ -100,9 +100,9 @@ def paired_test(
     given = np.arange(gap.size) if identities is None else identities
     others = given if other_identities is None else other_identities
     names = ("identities", "other_identities")
-    *codes, labels = check_label_pairs(OWNER, names, given, others, gap.size, "a")
+    first_codes, second_codes, labels = check_label_pairs(OWNER, names, given, others, gap.size, "a")
     resamples = resample_counts(OWNER, labels.size, replicates=replicates, seed=seed)
-    rates = pair_rates(gap, *codes, resamples)
+    rates = pair_rates(gap, first_codes, second_codes, resamples)
     only_a, only_b = int((gap > 0).sum()), int((gap < 0).sum())
     difference = Estimate(float(gap.mean()), *percentiles(rates, level), gap.size, rates)
     return PairedTest(difference, only_a, only_b, _exact_binomial(only_a, only_b))
@@ -114,7 +114,7 @@ def _exact_binomial(a: int, b: int) -> float:
     if a == b:
         return 1.0
     if n <= 1000:
-        return 2 * sum(comb(n, k) for k in range(m + 1)) / 2**n
+        return float(2 * sum(comb(n, k) for k in range(m + 1)) / 2**n)
     # The terms fall quickly from the last one, which may be below the range of floating point.
     total = term = 1.0
     for k in range(m, 0, -1):
