@@ -21,6 +21,7 @@ from kdlib_faces.evaluation._checks import (
 from kdlib_faces.evaluation._labels import check_labels
 from kdlib_faces.evaluation._types import AnyArray, ArrayLike, BoolArray, Embeddings, FloatArray, IntArray, JsonDict
 from kdlib_faces.evaluation.fold_thresholds import BEST, FoldTar, Rule, exact_at_far, grid_at_far
+from kdlib_faces.evaluation.matching.search import DECIMALS
 from kdlib_faces.evaluation.roc import allowed_false_accepts
 
 FOLDS = 10
@@ -220,13 +221,14 @@ def pair_distances(
             a, b = unit_block(owner, "left", a), unit_block(owner, "right", b)
             square = np.einsum("pd,pd->p", a, a), np.einsum("pd,pd->p", b, b)
         cosine = np.einsum("pd,pd->p", a, b) / np.sqrt(square[0] * square[1])
-        distance = 2 - 2 * cosine
+        # Rounded, so that pairs of equal directions tie whatever the lengths of their rows.
+        distance = np.round(2 - 2 * cosine, DECIMALS)
         near = np.flatnonzero(distance < 1e-4)
         if near.size:
             # 2 - 2 cos loses precision for nearly equal rows; their distance comes from the difference of unit rows.
             unit = [x[near] / np.sqrt(each[near])[:, None] for x, each in zip((a, b), square, strict=True)]
-            distance[near] = np.square(unit[0] - unit[1]).sum(axis=1)
-        distances[part], cosines[part] = distance, cosine
+            distance[near] = np.round(np.square(unit[0] - unit[1]).sum(axis=1), DECIMALS + 4)
+        distances[part], cosines[part] = distance, np.round(cosine, DECIMALS)
     return distances, cosines
 
 
@@ -240,7 +242,7 @@ def _reduced_distances(owner: str, left: FloatArray, right: FloatArray, train: B
     _, vectors = np.linalg.eigh(rows.T @ rows / len(rows))
     axes = vectors[:, ::-1][:, :pca]
     moved = [unit_rows(owner, "embeddings after PCA", (x - center) @ axes) for x in (left, right)]
-    return np.asarray(np.square(moved[0] - moved[1]).sum(axis=1))
+    return np.asarray(np.round(np.square(moved[0] - moved[1]).sum(axis=1), DECIMALS))
 
 
 def _fold_tar(distances: FloatArray, same: BoolArray, folds: IntArray, far: float, rule: str) -> FoldTar:

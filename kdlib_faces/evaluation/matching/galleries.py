@@ -7,6 +7,7 @@ import numpy as np
 from kdlib_faces.evaluation._checks import require
 from kdlib_faces.evaluation._labels import check_distinct, check_labels, check_same_kind, find_labels, look_up
 from kdlib_faces.evaluation._types import AnyArray, ArrayLike, BoolArray, FloatArray, IntArray, LabelArray
+from kdlib_faces.evaluation.matching.search import cosines
 from kdlib_faces.evaluation.matching.templates import Templates
 from kdlib_faces.evaluation.roc import allowed_false_accepts, kth_largest
 
@@ -97,10 +98,10 @@ def search_gallery(
     mates = find_labels(labels, subjects)[codes]
     best, ranks = np.empty(probes.size, dtype=np.int64), np.empty(probes.size, dtype=np.int64)
     best_scores, mate_scores = np.empty(probes.size), np.empty(probes.size)
-    enrolled = features[gallery.rows].astype(np.float64, copy=False).T
+    enrolled = features[gallery.rows]
     for start in range(0, probes.size, BLOCK):
         part = slice(start, start + BLOCK)
-        scores, own = features[probes[part]].astype(np.float64, copy=False) @ enrolled, mates[part]
+        scores, own = cosines(features[probes[part]], enrolled), mates[part]
         best[part] = scores.argmax(axis=1)
         best_scores[part] = np.take_along_axis(scores, best[part][:, None], axis=1)[:, 0]
         score = np.take_along_axis(scores, np.maximum(own, 0)[:, None], axis=1)

@@ -34,6 +34,12 @@ def dot_rows(left: AnyArray, i: IntArray, right: AnyArray, j: IntArray) -> Float
     return np.round(out, DECIMALS)
 
 
+def cosines(left: AnyArray, right: AnyArray) -> FloatArray:
+    """(n, m) products of all unit rows, float64 and rounded as in `dot_rows`."""
+    products = left.astype(np.float64, copy=False) @ right.astype(np.float64, copy=False).T
+    return np.round(products, DECIMALS, out=products)
+
+
 @dataclass
 class Search:
     """The `ranks` largest distractor scores of each probe, of unit rows (p, d), and the `top` largest of all."""
@@ -102,7 +108,7 @@ class Search:
         unit = unit_block(self.owner, "distractors", block[used], offset)
         if probe.size > MANY and probe.size * 16 > len(self.probes) * len(block):
             # In the first block of a search for millions, or with the many ties of a collapsed model, one product is faster.
-            return np.asarray(np.round((self.probes @ unit.T)[probe, place], DECIMALS))
+            return cosines(self.probes, unit)[probe, place]
         return dot_rows(self.probes, probe, unit, place)
 
     def _update_best(self, block: AnyArray, scores: SingleArray, highest: SingleArray, numbers: IntArray) -> None:

@@ -10,6 +10,7 @@ from kdlib_faces.evaluation._checks import check_fars, check_level, check_ranks,
 from kdlib_faces.evaluation._labels import check_labels
 from kdlib_faces.evaluation._types import ArrayLike, BoolArray, Embeddings, FloatArray, IntArray, JsonDict, Label
 from kdlib_faces.evaluation.hardest import first_disjoint, most_similar_impostors
+from kdlib_faces.evaluation.matching.search import cosines
 from kdlib_faces.evaluation.roc import TarAtFar, by_far, tar_at_far
 from kdlib_faces.evaluation.statistics.clustered import rate_estimate
 from kdlib_faces.evaluation.statistics.intervals import Estimate, bootstrap_estimate, resample_counts
@@ -41,7 +42,7 @@ class CrossGroupResult:
         tar: Target FAR to TAR, with an interval over identities in which the threshold is set anew.
         rates: Rank to the part of the probes with a mate that is among the k most similar gallery images.
         operating_points: Target FAR to threshold and counts.
-        ranks_of_mates: (m,) rank of the best mate of each probe that has one; ties go to the mate.
+        ranks_of_mates: (m,) rank of the best mate of each probe that has one; equal scores are ordered by row.
         unit: (n, d) embeddings of length one.
     """
 
@@ -55,7 +56,7 @@ class CrossGroupResult:
 
     def _scores(self) -> FloatArray:
         """(probes, gallery) cosines."""
-        return self.unit[self.protocol.probes] @ self.unit[self.protocol.gallery].T
+        return cosines(self.unit[self.protocol.probes], self.unit[self.protocol.gallery])
 
     def describe(self) -> Description:
         """What the protocol measures and how."""
@@ -69,7 +70,7 @@ class CrossGroupResult:
             "image, with all impostor pairs across the groups.",
             convention={
                 "Threshold": "the (k+1)-th largest score of impostor pairs across the groups, k = floor(FAR x impostors)",
-                "Ranks": f"{probe} probes with a mate, gallery of every {gallery} image; ties go to the mate",
+                "Ranks": f"{probe} probes with a mate, gallery of every {gallery} image; ties by row",
                 "Score": "cosine",
             },
             intervals="bootstrap over identities, threshold set anew in each resample",
@@ -229,10 +230,12 @@ class CrossGroupProtocol:
     def evaluate(self, embeddings: Embeddings) -> CrossGroupResult:
         """Measure embeddings (n, d) in the order of the identities."""
         unit = unit_rows(OWNER, "embeddings", embeddings, rows=self.codes.size)
-        scores, same = unit[self.probes] @ unit[self.gallery].T, self.same
+        scores, same = cosines(unit[self.probes], unit[self.gallery]), self.same
         mated = same.any(axis=1)
-        best = np.where(same, scores, -np.inf).max(axis=1)[mated]
-        ranks_of_mates = 1 + ((scores[mated] > best[:, None]) & ~same[mated]).sum(axis=1)
+        mates = np.where(same, scores, -np.inf)[mated]
+        place, best = mates.argmax(axis=1)[:, None], mates.max(axis=1)[:, None]
+        ahead = (scores[mated] > best) | ((scores[mated] == best) & (np.arange(self.gallery.size) < place))
+        ranks_of_mates = 1 + ahead.sum(axis=1)
         pairs = self._pairs(-scores)
         values = resampled_rates(pairs, None, self.fars)
         thinned = thin(pairs, max_pairs=self.max_impostors, fars=self.fars, seed=self.seed)

@@ -9,6 +9,7 @@ from kdlib_faces.evaluation._checks import check_ages, check_level, check_ranks,
 from kdlib_faces.evaluation._labels import check_identities
 from kdlib_faces.evaluation._types import ArrayLike, Embeddings, FloatArray, IntArray, JsonDict, Label
 from kdlib_faces.evaluation.hardest import missed_probes
+from kdlib_faces.evaluation.matching.search import cosines
 from kdlib_faces.evaluation.statistics.bins import GAP_STARTS, PROBE_AGE_STARTS, bin_names, check_starts, place
 from kdlib_faces.evaluation.statistics.clustered import rate_estimate
 from kdlib_faces.evaluation.statistics.intervals import Estimate, resample_counts, wilson_estimate
@@ -240,7 +241,7 @@ def _nearest(
 ) -> tuple[IntArray, IntArray, FloatArray, IntArray, FloatArray]:
     """For the probes of one block of rows: rank, row and score of the best mate; row and score of the best impostor."""
     rows = np.arange(start, min(start + BLOCK, codes.size))
-    scores = unit[rows] @ unit.T
+    scores = cosines(unit[rows], unit)
     scores[np.arange(rows.size), rows] = -np.inf
     same = codes[rows, None] == codes
     mate_scores = np.where(same, scores, -np.inf)

@@ -48,7 +48,8 @@ class TemplateVerificationResult:
         left: (p,) number of each pair's first template.
         right: (p,) number of its second template.
         same: (p,) which pairs are genuine.
-        scores: (p,) score of each pair.
+        scores: (p,) score of each pair, rounded to float32.
+        accepted: Target FAR to the genuine pairs that are accepted, in their order.
     """
 
     tar: Mapping[float, TarAtFar]
@@ -58,6 +59,7 @@ class TemplateVerificationResult:
     right: IntArray = field(repr=False, compare=False)
     same: BoolArray = field(repr=False, compare=False)
     scores: SingleArray = field(repr=False, compare=False)
+    accepted: Mapping[float, BoolArray] = field(repr=False, compare=False)
 
     @property
     def genuine(self) -> int:
@@ -103,11 +105,8 @@ class TemplateVerificationResult:
 
     def outcomes(self) -> dict[str, Outcomes]:
         """Genuine pairs accepted at each FAR."""
-        scores, templates = self.scores[self.same], self.left[self.same]
-        return {
-            f"tar_{far:g}": Outcomes(scores > point.threshold, (templates, templates))
-            for far, point in self.tar.items()
-        }
+        templates = self.left[self.same]
+        return {f"tar_{far:g}": Outcomes(hits, (templates, templates)) for far, hits in self.accepted.items()}
 
     def hardest(self, count: int) -> list[HardPair]:
         """The genuine pairs of lowest and the impostor pairs of highest score, each template once per kind.
@@ -207,7 +206,7 @@ class TemplateVerificationProtocol:
         check_each(OWNER, "every pair", i != j, "of two templates", "pair")
         features = templates.features
         scores = pair_cosines(features.astype(np.float32, copy=False), i, j)
-        points = operating_points(
+        points, accepted = operating_points(
             scores,
             same,
             lambda pairs: dot_rows(features, i[pairs], features, j[pairs]),
@@ -216,7 +215,7 @@ class TemplateVerificationProtocol:
             mode=self.mode,
             level=self.level,
         )
-        return TemplateVerificationResult(points, self.mode, templates, i, j, same, scores)
+        return TemplateVerificationResult(points, self.mode, templates, i, j, same, scores, accepted)
 
 
 def template_verification(
