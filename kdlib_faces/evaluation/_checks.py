@@ -12,6 +12,11 @@ from kdlib_faces.evaluation._types import AnyArray, ArrayLike, BoolArray, Embedd
 
 CELLS = 2**17
 """Numbers normalized at a time, so that they stay in the cache of a core."""
+SCORES = 2**24
+"""Scores computed at a time."""
+MAX_PAIRS = 200_000_000
+"""Pairs of which all scores are held, at up to 50 bytes each."""
+MAX_YEARS = 10_000
 
 
 def require(good: bool, owner: str, message: str) -> None:
@@ -67,6 +72,11 @@ def gather(owner: str, name: str, x: Embeddings) -> AnyArray:
     shards = list(shards_of(owner, name, x))
     require(sum(len(shard) for shard in shards) > 0, owner, f"{name} must be (n, d), not empty, got no row")
     return shards[0] if len(shards) == 1 else np.concatenate(shards)
+
+
+def rows_at_a_time(most: int, columns: int) -> int:
+    """Number of rows of a block of scores, at most `most`, so that memory does not grow with the number of columns."""
+    return max(1, min(most, SCORES // max(1, columns)))
 
 
 def check_each(
@@ -156,11 +166,13 @@ def check_scores(owner: str, name: str, x: ArrayLike, rows: int | None = None, l
     return array
 
 
-def check_ages(owner: str, x: ArrayLike, rows: int) -> FloatArray:
-    """Ages in years (n,), finite and not negative."""
+def check_ages(owner: str, x: ArrayLike, rows: int | None = None, *, unknown: bool = False) -> FloatArray:
+    """Ages or dates in years (n,), finite, from 0 to 10,000; NaN is allowed for unknown ones."""
     array = _numbers(owner, "ages", x)
     check_vector(owner, "ages", array, rows, "identities")
-    check_each(owner, "ages", np.isfinite(array) & (array >= 0), "finite and not negative, in years")
+    known = np.where(np.isnan(array), 0, array) if unknown else array
+    check_each(owner, "ages", np.isfinite(known) & (known >= 0), "finite and not negative, in years")
+    check_each(owner, "ages", known <= MAX_YEARS, f"in years, at most {MAX_YEARS}")
     return array
 
 

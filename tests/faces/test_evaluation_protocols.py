@@ -31,7 +31,8 @@ def make_embeddings(count: int = 40) -> np.ndarray:
 
 def test_pairs_by_row_numbers_equal_pairs_of_arrays() -> None:
     embeddings, generator = make_embeddings(), np.random.default_rng(1)
-    left, right, same = generator.integers(0, 40, 60), generator.integers(0, 40, 60), np.arange(60) % 2 == 0
+    left, same = generator.integers(0, 40, 60), np.arange(60) % 2 == 0
+    right = (left + generator.integers(1, 40, 60)) % 40
     for threshold in ("grid", "exact"):
         found = evaluate(embeddings, PairProtocol(left, right, same, threshold=threshold))
         direct = verify_pairs(embeddings[left], embeddings[right], same, threshold=threshold)

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from kdlib_faces.evaluation._checks import require
+from kdlib_faces.evaluation._checks import require, rows_at_a_time
 from kdlib_faces.evaluation._labels import check_distinct, check_labels, check_same_kind, find_labels, look_up
 from kdlib_faces.evaluation._types import AnyArray, ArrayLike, BoolArray, FloatArray, IntArray, LabelArray
 from kdlib_faces.evaluation.matching.search import cosines
@@ -99,8 +99,9 @@ def search_gallery(
     best, ranks = np.empty(probes.size, dtype=np.int64), np.empty(probes.size, dtype=np.int64)
     best_scores, mate_scores = np.empty(probes.size), np.empty(probes.size)
     enrolled = features[gallery.rows]
-    for start in range(0, probes.size, BLOCK):
-        part = slice(start, start + BLOCK)
+    step = rows_at_a_time(BLOCK, subjects.size)
+    for start in range(0, probes.size, step):
+        part = slice(start, start + step)
         scores, own = cosines(features[probes[part]], enrolled), mates[part]
         best[part] = scores.argmax(axis=1)
         best_scores[part] = np.take_along_axis(scores, best[part][:, None], axis=1)[:, 0]

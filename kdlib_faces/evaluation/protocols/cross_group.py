@@ -6,7 +6,15 @@ from functools import partial
 
 import numpy as np
 
-from kdlib_faces.evaluation._checks import check_fars, check_level, check_ranks, check_whole, require, unit_rows
+from kdlib_faces.evaluation._checks import (
+    MAX_PAIRS,
+    check_fars,
+    check_level,
+    check_ranks,
+    check_whole,
+    require,
+    unit_rows,
+)
 from kdlib_faces.evaluation._labels import check_labels
 from kdlib_faces.evaluation._types import ArrayLike, BoolArray, Embeddings, FloatArray, IntArray, JsonDict, Label
 from kdlib_faces.evaluation.hardest import first_disjoint, most_similar_impostors
@@ -194,6 +202,8 @@ class CrossGroupProtocol:
         require(probe != gallery, OWNER, f"probe and gallery must be two groups, got {probe!r} twice")
         self.probes, self.gallery = (np.flatnonzero(group_codes == known.index(each)) for each in (probe, gallery))
         self.groups = tuple(str(known[known.index(each)]) for each in (probe, gallery))
+        count = self.probes.size * self.gallery.size
+        require(count <= MAX_PAIRS, OWNER, f"probes x gallery must be at most {MAX_PAIRS} pairs, got {count}")
         self.same: BoolArray = self.codes[self.probes][:, None] == self.codes[self.gallery]
         require(bool(self.same.any()), OWNER, "identities must hold one with images of both groups, got none")
         message = f"identities must hold at least two identities, got only {labels.tolist()[0]!r}"

@@ -101,6 +101,7 @@ class DistractorResult:
             sizes = [f"{size:,}" for size in self.by_size]
             bins["size"] = Bins.ordered("Rank-1 by the number of distractors", sizes, "distractors")
         measures = {f"rank{rank}": Measure(f"Rank-{rank}") for rank in self.rates}
+        twins = int((self.trials.distractor_score > 1 - 1e-9).sum())
         return Description(
             question="Which identity is it among many distractors? Each probe with one mate and all distractors.",
             convention={"Definition": self.convention, "Score": "cosine"},
@@ -113,6 +114,7 @@ class DistractorResult:
             },
             measures=measures | far_measures("tar", "TAR", self.tar),
             bins=bins,
+            notes=(f"{twins} probes have a distractor of the same embedding",) if twins else (),
             failures="identification",
         )
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from kdlib_faces.evaluation._checks import check_ages, check_level, check_ranks, check_whole, unit_rows
+from kdlib_faces.evaluation._checks import check_ages, check_level, check_ranks, check_whole, rows_at_a_time, unit_rows
 from kdlib_faces.evaluation._labels import check_identities
 from kdlib_faces.evaluation._types import ArrayLike, Embeddings, FloatArray, IntArray, JsonDict, Label
 from kdlib_faces.evaluation.hardest import missed_probes
@@ -210,7 +210,8 @@ class LeaveOneOutProtocol:
         """Measure embeddings (n, d) in the order of the identities."""
         codes, count = self.codes, self.codes.size
         unit = unit_rows(OWNER, "embeddings", embeddings, rows=count)
-        parts = [_nearest(unit, codes, start) for start in range(0, count, BLOCK)]
+        step = rows_at_a_time(BLOCK, count)
+        parts = [_nearest(unit, codes, start, start + step) for start in range(0, count, step)]
         ranks, mates, mate_scores, impostors, impostor_scores = map(np.concatenate, zip(*parts, strict=True))
         rates = {rank: wilson_estimate((ranks >= 1) & (ranks <= rank), level=self.level) for rank in self.ranks}
         by_age: tuple[BinRates, ...] = ()
@@ -237,10 +238,10 @@ class LeaveOneOutProtocol:
 
 
 def _nearest(
-    unit: FloatArray, codes: IntArray, start: int
+    unit: FloatArray, codes: IntArray, start: int, stop: int
 ) -> tuple[IntArray, IntArray, FloatArray, IntArray, FloatArray]:
     """For the probes of one block of rows: rank, row and score of the best mate; row and score of the best impostor."""
-    rows = np.arange(start, min(start + BLOCK, codes.size))
+    rows = np.arange(start, min(stop, codes.size))
     scores = cosines(unit[rows], unit)
     scores[np.arange(rows.size), rows] = -np.inf
     same = codes[rows, None] == codes

@@ -216,6 +216,9 @@ def identify_templates(
         enroll(OWNER, templates, f"galleries[{number}]", each, unique_subjects=True)
         for number, each in enumerate(galleries)
     ]
+    for number, gallery in enumerate(enrolled):
+        twice = templates.ids[np.intersect1d(searched.rows, gallery.rows)].tolist()
+        require(not twice, OWNER, f"probes must not be templates of galleries[{number}], got {twice[:1]} in both")
     codes, subjects = check_labels(OWNER, "subjects of probes", searched.subjects)
     searches = [search_gallery(OWNER, templates.features, searched.rows, codes, subjects, each) for each in enrolled]
     for number, search in enumerate(searches):

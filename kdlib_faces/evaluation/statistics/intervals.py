@@ -12,9 +12,11 @@ from statistics import NormalDist
 import numpy as np
 
 from kdlib_faces._checks import InputError
-from kdlib_faces.evaluation._checks import check_level, check_one, check_whole
+from kdlib_faces.evaluation._checks import check_level, check_one, check_whole, require
 from kdlib_faces.evaluation._labels import check_labels
 from kdlib_faces.evaluation._types import ArrayLike, BoolArray, FloatArray, IntArray, JsonDict
+
+MAX_COUNTS = 200_000_000
 
 
 def wilson(successes: float, trials: float, *, level: float = 0.95) -> tuple[float, float]:
@@ -141,6 +143,9 @@ def identity_bootstrap(identities: ArrayLike, *, replicates: int, seed: int) -> 
 def resample_counts(owner: str, identities: int, *, replicates: int, seed: int) -> IntArray:
     """`identity_bootstrap` for a number of identities; `owner` is for errors."""
     replicates, seed = check_whole(owner, "replicates", replicates, min=0), check_whole(owner, "seed", seed, min=0)
+    most = MAX_COUNTS // identities
+    message = f"replicates must be at most {most} for {identities} identities (1.6 GB), got {replicates}"
+    require(replicates <= most, owner, message)
     return np.random.default_rng(seed).multinomial(identities, np.full(identities, 1 / identities), size=replicates)
 
 

@@ -5,13 +5,14 @@ from math import comb, exp, lgamma, log, ulp
 
 import numpy as np
 
-from kdlib_faces.evaluation._checks import check_booleans, check_level, require
+from kdlib_faces.evaluation._checks import check_booleans, check_level, check_whole, require
 from kdlib_faces.evaluation._labels import check_label_pairs
 from kdlib_faces.evaluation._types import ArrayLike, BoolArray, JsonDict, LabelArray
 from kdlib_faces.evaluation.statistics.clustered import pair_rates
 from kdlib_faces.evaluation.statistics.intervals import Estimate, percentiles, resample_counts
 
 OWNER = "paired_test"
+MANY = 50_000
 
 
 @dataclass(frozen=True)
@@ -97,15 +98,24 @@ def paired_test(
     second = check_booleans(OWNER, "b", b, first.size, "a")
     require(identities is not None or other_identities is None, OWNER, "identities must be given with other_identities")
     gap = first.astype(np.float64) - second.astype(np.float64)
+    only_a, only_b = int((gap > 0).sum()), int((gap < 0).sum())
+    p_value = _exact_binomial(only_a, only_b)
+    if identities is None and gap.size > MANY:
+        # Resamples of the observations are resamples of the three kinds of them.
+        replicates, seed = check_whole(OWNER, "replicates", replicates, min=0), check_whole(OWNER, "seed", seed, min=0)
+        share = np.array([only_a, only_b, gap.size - only_a - only_b]) / gap.size
+        drawn = np.random.default_rng(seed).multinomial(gap.size, share, size=replicates)
+        rates = (drawn[:, 0] - drawn[:, 1]) / gap.size
+        difference = Estimate(float(gap.mean()), *percentiles(rates, level), gap.size, rates)
+        return PairedTest(difference, only_a, only_b, p_value)
     given = np.arange(gap.size) if identities is None else identities
     others = given if other_identities is None else other_identities
     names = ("identities", "other_identities")
     first_codes, second_codes, labels = check_label_pairs(OWNER, names, given, others, gap.size, "a")
     resamples = resample_counts(OWNER, labels.size, replicates=replicates, seed=seed)
     rates = pair_rates(gap, first_codes, second_codes, resamples)
-    only_a, only_b = int((gap > 0).sum()), int((gap < 0).sum())
     difference = Estimate(float(gap.mean()), *percentiles(rates, level), gap.size, rates)
-    return PairedTest(difference, only_a, only_b, _exact_binomial(only_a, only_b))
+    return PairedTest(difference, only_a, only_b, p_value)
 
 
 def _exact_binomial(a: int, b: int) -> float:

@@ -10,6 +10,7 @@ from functools import partial
 
 import numpy as np
 
+from kdlib_faces.evaluation._checks import rows_at_a_time
 from kdlib_faces.evaluation._types import AnyArray, FloatArray, IntArray, JsonDict
 from kdlib_faces.evaluation.matching.search import cosines, dot_rows
 from kdlib_faces.evaluation.roc import allowed_false_accepts, by_far
@@ -92,8 +93,9 @@ def score_pairs(
     first, second = np.empty(total, dtype=np.int32), np.empty(total, dtype=np.int32)
     place = np.empty(total, dtype=np.int16)
     filled = 0
-    for start in range(0, count, BLOCK):
-        rows, columns = np.arange(start, min(start + BLOCK, count))[:, None], np.arange(start, count)[None, :]
+    step = rows_at_a_time(BLOCK, count)
+    for start in range(0, count, step):
+        rows, columns = np.arange(start, min(start + step, count))[:, None], np.arange(start, count)[None, :]
         wanted = (columns > rows) & (identities[rows] != identities[columns])
         part = slice(filled, filled + int(wanted.sum()))
         costs[part] = -cosines(unit[rows[:, 0]], unit[start:])[wanted]
