@@ -1,6 +1,7 @@
 """Embeddings, ages, folds and image sets at their edges: layouts, absurd values, images used twice, bounds of memory."""
 
 import json
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -8,7 +9,9 @@ import pytest
 import torch
 
 from kdlib_faces import evaluation
+from kdlib_faces._checks import InputError
 from kdlib_faces.evaluation import PairProtocol, clustered_rate, identity_bootstrap, paired_test, pool_templates
+from kdlib_faces.harness.embeddings import read_embeddings
 from tests.faces.evaluation_calls import CALLS, CODES, LEFT, RIGHT, ROWS, YEARS
 
 
@@ -163,3 +166,35 @@ def test_an_output_array_that_cannot_hold_embeddings_is_refused() -> None:
         evaluation.embed_images(
             lambda x: 1e6 * x.flatten(1), images, normalize=False, out=np.empty((4, 12), np.float16)
         )
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        b"{'descr': '<f4', 'fortran_order': False, 'shape': (7, 5",
+        b"{'descr': '<f4', 'fo7tran_order': False, 'shape': (7, 5), \x9e",
+        b"{'descr': '<,4', 'fortran_order': False, 'shape': (7, 5)}",
+        b"{'descr': '<f4', 'fortran_order': False, 'shape': (100000000000000000000000, 5)}",
+        b"{'descr': '<f4', 'fortran_order': False, 'shape': (4611686018427387904, 5)}",
+        b"{'descr': '<f4', 'fortran_order': False, 'shape': (True, 5)}",
+        b"{'descr': '|O', 'fortran_order': False, 'shape': (7, 5)}",
+        b"-" * 9000 + b"1",
+        b"(" * 900,
+    ],
+    ids=lambda header: header[:60].decode("latin-1"),
+)
+def test_a_broken_header_of_an_embeddings_file_gives_one_line(header: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "rows.npy"
+    for version in (1, 2, 3):
+        size = (len(header) + 1).to_bytes(2 if version == 1 else 4, "little")
+        path.write_bytes(b"\x93NUMPY" + bytes([version, 0]) + size + header + b"\n" + bytes(140))
+        with pytest.raises(InputError, match=r"rows\.npy: not a \.npy file of numbers \([^\n]{3,170}\)$"):
+            read_embeddings(path, 7)
+
+
+def test_an_archive_of_arrays_is_no_embeddings_file(tmp_path: Path) -> None:
+    np.savez(tmp_path / "rows.npz", rows=ROWS)
+    (tmp_path / "damaged.npz").write_bytes(b"PK\x03\x04 and more")
+    for name in ("rows.npz", "damaged.npz"):
+        with pytest.raises(InputError, match=rf"{name}: not a \.npy file of numbers"):
+            read_embeddings(tmp_path / name, 32)
