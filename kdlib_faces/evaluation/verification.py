@@ -236,10 +236,10 @@ def _reduced_distances(owner: str, left: FloatArray, right: FloatArray, train: B
     """Squared distances after a PCA of the training pairs' embeddings, rows normalized again."""
     rows = np.concatenate([left[train], right[train]])
     center = rows.mean(axis=0)
-    rank = min(rows.shape)
-    require(pca <= rank, owner, f"pca must be at most {rank}, the rank of the other folds' embeddings, got {pca}")
     rows -= center
-    _, vectors = np.linalg.eigh(rows.T @ rows / len(rows))
+    values, vectors = np.linalg.eigh(rows.T @ rows / len(rows))
+    rank = int((values > 1e-12).sum())
+    require(pca <= rank, owner, f"pca must be at most {rank}, the rank of the other folds' embeddings, got {pca}")
     axes = vectors[:, ::-1][:, :pca]
     moved = [unit_rows(owner, "embeddings after PCA", (x - center) @ axes) for x in (left, right)]
     return np.asarray(np.round(np.square(moved[0] - moved[1]).sum(axis=1), DECIMALS))

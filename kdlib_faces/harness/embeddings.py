@@ -207,7 +207,9 @@ def _load(path: str | os.PathLike[str]) -> NDArray[Any]:
             return np.lib.format.open_memmap(path, mode="r")
     except FileNotFoundError:
         raise InputError(f"embeddings not found: {path}") from None
-    except Exception as error:  # NumPy raises the errors of Python's tokenizer, parser and integers for a damaged header
+    except (
+        Exception
+    ) as error:  # NumPy raises the errors of Python's tokenizer, parser and integers for a damaged header
         known = isinstance(error, (ValueError, EOFError, OSError)) and not isinstance(error, SyntaxError)
         reason = str(error).splitlines()[0][:160] if known and str(error) else "its header is damaged"
         raise InputError(f"{path}: not a .npy file of numbers ({reason})") from None

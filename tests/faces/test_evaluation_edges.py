@@ -198,3 +198,30 @@ def test_an_archive_of_arrays_is_no_embeddings_file(tmp_path: Path) -> None:
     for name in ("rows.npz", "damaged.npz"):
         with pytest.raises(InputError, match=rf"{name}: not a \.npy file of numbers"):
             read_embeddings(tmp_path / name, 32)
+
+
+def test_a_pca_beyond_the_rank_of_the_embeddings_is_refused() -> None:
+    flat = np.hstack([ROWS[:, :3], np.zeros((32, 3))])
+    for rows, rank in ((flat, 3), (np.repeat(ROWS[:1], 32, axis=0), 0)):
+        protocol = PairProtocol(LEFT, RIGHT, LEFT % 2 == 0, LEFT // 8, pca=rank + 1)
+        with pytest.raises(ValueError, match=rf"pca must be at most {rank}, the rank of the other folds'"):
+            protocol.evaluate(rows)
+    assert PairProtocol(LEFT, RIGHT, LEFT % 2 == 0, LEFT // 8, pca=3).evaluate(flat).pca == 3
+
+
+def test_rejections_by_gap_leave_out_unknown_ages() -> None:
+    ages = np.where(np.arange(32) % 5 == 0, np.nan, YEARS)
+    protocol = PairProtocol(LEFT, RIGHT, LEFT % 2 == 0, LEFT // 8, fars=(0.2,), ages=ages, gap_bins=(0, 10, 25))
+    result = protocol.evaluate(ROWS)
+    unit = ROWS / np.linalg.norm(ROWS, axis=1, keepdims=True)
+    expected: dict[int, list[bool]] = {0: [], 1: [], 2: []}
+    for a, b in zip(LEFT[::2], RIGHT[::2], strict=True):
+        gap = abs(ages[a] - ages[b])
+        if not np.isnan(gap):
+            expected[int(gap >= 10) + int(gap >= 25)].append(unit[a] @ unit[b] <= result.tar[0.2].threshold)
+    found = result.summary().bins["fnmr"]
+    assert [(each.value, each.n) for each in found] == [
+        (float(np.mean(each)) if each else None, len(each)) for each in expected.values()
+    ]
+    unknown = PairProtocol(LEFT, RIGHT, LEFT % 2 == 0, LEFT // 8, fars=(0.2,), ages=np.full(32, np.nan))
+    assert unknown.evaluate(ROWS).summary().bins == {}
