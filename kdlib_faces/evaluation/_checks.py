@@ -204,6 +204,15 @@ def check_indices(owner: str, name: str, x: ArrayLike) -> IntArray:
     return array.astype(np.int64)
 
 
+def check_scalar(owner: str, name: str, value: object) -> object:
+    """A value as Python's own, also from a NumPy or torch scalar; longer arrays are errors."""
+    if not isinstance(value, (np.generic, np.ndarray, Tensor)):
+        return value
+    if value.ndim:
+        raise TypeError(f"{owner}: {name} must be one value, got {_shown(value)}")
+    return value.item()
+
+
 def check_one(
     owner: str,
     name: str,
@@ -215,10 +224,14 @@ def check_one(
     max: float | None = None,
 ) -> float:
     """A number as Python's own, also from a NumPy or torch scalar; see `check_number`."""
-    if isinstance(value, np.generic) or (isinstance(value, (np.ndarray, Tensor)) and value.ndim == 0):
-        value = value.item()
+    value = check_scalar(owner, name, value)
     check_number(owner, name, value, above=above, min=min, max=max, integer=integer)
     return cast(float, value)
+
+
+def _shown(value: object) -> str:
+    """A value for an error, in one line."""
+    return f"shape {tuple(value.shape)}" if isinstance(value, (np.ndarray, Tensor)) else repr(value)
 
 
 def check_whole(owner: str, name: str, value: int, *, min: int, max: int | None = None) -> int:
@@ -238,7 +251,7 @@ def check_numbers(
 ) -> tuple[float, ...]:
     """The numbers of a sequence, an array or a tensor, as Python's own; see `check_number`."""
     if not isinstance(values, Iterable) or getattr(values, "ndim", 1) != 1:
-        raise TypeError(f"{owner}: {name} must be a sequence of numbers, got {values!r}")
+        raise TypeError(f"{owner}: {name} must be a sequence of numbers, got {_shown(values)}")
     return tuple(check_one(owner, name, each, integer=integer, above=above, min=min, max=max) for each in values)
 
 

@@ -260,7 +260,7 @@ def roc_points(genuine: ArrayLike, impostor: ArrayLike, points: int = 200) -> tu
     """
     positive = check_scores("roc_points", "genuine", genuine)
     negative = check_scores("roc_points", "impostor", impostor)
-    points = check_whole("roc_points", "points", points, min=2)
+    points = check_whole("roc_points", "points", points, min=2, max=1_000_000)
     return curve(np.sort(-positive), np.sort(-negative), points)
 
 

@@ -218,6 +218,18 @@ def test_a_rate_of_less_precision_counts_as_its_decimal(kind: Any, far: float) -
         (lambda: PairProtocol([0, 1], [1, 2], [1, 0], seed=1.5), "PairProtocol: seed must be"),
         (lambda: evaluation.identity_disjoint_split([0, 1], 0.5, seed=0), "fractions must be a sequence of numbers"),
         (lambda: tar_at_far([1.0], [0.0], np.bool_(True)), "far must be a finite number"),
+        (
+            lambda: LeaveOneOutProtocol([0, 0, 1], (1,), level=np.ones((2, 2))),
+            r"level must be one value, got shape \(2, 2\)$",
+        ),
+        (
+            lambda: LeaveOneOutProtocol([0, 0, 1], torch.ones(2, 2)),
+            r"ranks must be a sequence of numbers, got shape \(2, 2\)$",
+        ),
+        (lambda: evaluation.CrossGroupProtocol([0, 0, 1], [1, 2, 1], probe=np.ones(2)), "probe must be one value"),
+        (lambda: PairProtocol([0, 1], [1, 2], [1, 0], notes="aligned"), "notes must be a list or tuple of strings"),
+        (lambda: evaluation.TemplateIdentificationProtocol([1], [1], None, ([1], [1])), "galleries must be a list"),
+        (lambda: evaluation.roc_points([1.0], [0.0], 10**30), "points must be a whole number"),
     ],
 )
 def test_numbers_of_another_kind_are_refused(call: Any, message: str) -> None:

@@ -11,6 +11,7 @@ from kdlib_faces.evaluation._checks import (
     check_fars,
     check_level,
     check_ranks,
+    check_scalar,
     check_whole,
     require,
     unit_rows,
@@ -197,11 +198,12 @@ class CrossGroupProtocol:
         self.codes, labels = check_labels(OWNER, "identities", identities)
         group_codes, group_labels = check_labels(OWNER, "groups", groups, rows=self.codes.size, like="identities")
         known = group_labels.tolist()
-        for name, group in (("probe", probe), ("gallery", gallery)):
+        chosen = [check_scalar(OWNER, name, x) for name, x in (("probe", probe), ("gallery", gallery))]
+        for name, group in zip(("probe", "gallery"), chosen, strict=True):
             require(group in known, OWNER, f"{name} must be one of {', '.join(map(repr, known))}, got {group!r}")
-        require(probe != gallery, OWNER, f"probe and gallery must be two groups, got {probe!r} twice")
-        self.probes, self.gallery = (np.flatnonzero(group_codes == known.index(each)) for each in (probe, gallery))
-        self.groups = tuple(str(known[known.index(each)]) for each in (probe, gallery))
+        require(chosen[0] != chosen[1], OWNER, f"probe and gallery must be two groups, got {chosen[0]!r} twice")
+        self.probes, self.gallery = (np.flatnonzero(group_codes == known.index(each)) for each in chosen)
+        self.groups = (str(chosen[0]), str(chosen[1]))
         count = self.probes.size * self.gallery.size
         require(count <= MAX_PAIRS, OWNER, f"probes x gallery must be at most {MAX_PAIRS} pairs, got {count}")
         self.same: BoolArray = self.codes[self.probes][:, None] == self.codes[self.gallery]

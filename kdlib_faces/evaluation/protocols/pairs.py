@@ -7,7 +7,7 @@ from typing import Literal, Self
 
 import numpy as np
 
-from kdlib._checks import check_choice
+from kdlib._checks import check_choice, check_type
 from kdlib_faces.evaluation._checks import (
     check_ages,
     check_each,
@@ -16,10 +16,10 @@ from kdlib_faces.evaluation._checks import (
     check_indices,
     check_level,
     check_rows,
+    check_vector,
     check_whole,
     gather,
     require,
-    to_numpy,
     unit_rows,
 )
 from kdlib_faces.evaluation._labels import check_labels, label_array
@@ -149,12 +149,11 @@ class PairResult(VerificationResult):
             measures[f"val_{far:g}"] = MeasuredValue(fold.tar, note=f"± {100 * fold.std:.2f} over folds")
         measures["auc"] = MeasuredValue(auc(genuine, impostor), n=genuine.size)
         threshold = next((point.threshold for point in self.tar.values()), None)
-        bins = {}
+        bins, histogram = {}, Histogram.of(genuine, impostor, threshold)
         if protocol.gap_bin is not None and threshold is not None:
             rejected = [genuine[protocol.gap_bin == number] <= threshold for number in range(protocol.gap_starts.size)]
             bins["fnmr"] = [MeasuredValue.of(wilson_estimate(each, level=protocol.level)) for each in rejected]
-        curves = RocCurve.of(genuine, impostor), Histogram.of(genuine, impostor, threshold)
-        return ModelSummary(measures, bins, roc=curves[0], histogram=curves[1])
+        return ModelSummary(measures, bins, roc=RocCurve.of(genuine, impostor), histogram=histogram)
 
     def outcomes(self) -> dict[str, Outcomes]:
         """Pairs decided correctly, and genuine pairs accepted at each FAR."""
@@ -247,7 +246,7 @@ class PairProtocol:
     ) -> None:
         self.left, self.right = check_indices(OWNER, "left", left), check_indices(OWNER, "right", right)
         count = self.left.size
-        require(self.right.size == count, OWNER, f"right must be as long as left ({count}), got {self.right.size}")
+        check_vector(OWNER, "right", self.right, count, "left")
         self.same = check_flags(OWNER, "same", same, count)
         check_choice(OWNER, "threshold", threshold, tuple(BEST))
         check_choice(OWNER, "tar_mode", tar_mode, tuple(POINT_RULES))
@@ -259,6 +258,7 @@ class PairProtocol:
         self.threshold: Rule = threshold
         self.tar_mode: Literal["exact", "nearest"] = tar_mode
         self.fars, self.val_fars = check_fars(OWNER, fars), check_fars(OWNER, val_fars)
+        check_type(OWNER, "notes", notes, (list, tuple), "a list or tuple of strings")
         alone = int(np.count_nonzero(self.left == self.right))
         self.notes = (*notes, *([f"{alone} of {count} pairs compare an image with itself"] if alone else []))
         replicates, seed = check_whole(OWNER, "replicates", replicates, min=0), check_whole(OWNER, "seed", seed, min=0)
@@ -313,9 +313,8 @@ class PairProtocol:
         level: float = 0.95,
     ) -> Self:
         """Pair k is rows 2k and 2k + 1, as in the `.bin` sets; the arguments are those of the class."""
-        count = to_numpy(same).size
-        left = np.arange(count) * 2
-        return cls(left, left + 1, same, fold_ids, threshold, fars, images=2 * count, level=level)
+        left = np.arange(check_flags(OWNER, "same", same).size) * 2
+        return cls(left, left + 1, same, fold_ids, threshold, fars, images=2 * left.size, level=level)
 
     def __repr__(self) -> str:
         folds = "None" if self.fold_ids is None else "..."

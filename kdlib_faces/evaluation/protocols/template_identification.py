@@ -6,7 +6,7 @@ from typing import Literal, TypeAlias
 
 import numpy as np
 
-from kdlib._checks import check_choice
+from kdlib._checks import check_choice, check_type
 from kdlib_faces.evaluation._checks import check_fars, check_level, check_ranks, require
 from kdlib_faces.evaluation._labels import check_labels
 from kdlib_faces.evaluation._types import ArrayLike, Embeddings, IntArray, JsonDict, Label, LabelArray
@@ -276,6 +276,7 @@ class TemplateIdentificationProtocol:
     ) -> None:
         check_choice("TemplateIdentificationProtocol", "feature_norm", feature_norm, ("keep", "unit"))
         self.template_ids, self.media_ids, self.detector_scores = template_ids, media_ids, detector_scores
+        check_type("TemplateIdentificationProtocol", "galleries", galleries, (list, tuple), "a list of galleries")
         self.galleries, self.probes = tuple(galleries), probes
         self.feature_norm: Literal["keep", "unit"] = feature_norm
         owner = "TemplateIdentificationProtocol"

@@ -7,7 +7,7 @@ from typing import Literal
 import numpy as np
 
 from kdlib._checks import check_choice
-from kdlib_faces.evaluation._checks import check_each, check_fars, check_flags, check_level, require, to_numpy
+from kdlib_faces.evaluation._checks import check_array, check_each, check_fars, check_flags, check_level, require
 from kdlib_faces.evaluation._labels import label_array, look_up
 from kdlib_faces.evaluation._types import ArrayLike, BoolArray, Embeddings, IntArray, JsonDict, Label, SingleArray
 from kdlib_faces.evaluation.hardest import hardest_pairs
@@ -174,8 +174,8 @@ class TemplateVerificationProtocol:
         self.template_ids = label_array(OWNER, "template_ids", template_ids)
         self.media_ids = label_array(OWNER, "media_ids", media_ids)
         self.left, self.right = label_array(OWNER, "left", left), label_array(OWNER, "right", right)
-        self.same = to_numpy(same)
-        self.detector_scores = None if detector_scores is None else to_numpy(detector_scores)
+        self.same = check_array(OWNER, "same", same)
+        self.detector_scores = detector_scores
         self.feature_norm: Literal["keep", "unit"] = feature_norm
         self.mode: Literal["exact", "nearest"] = mode
         self.fars, self.level = check_fars(OWNER, fars), check_level(OWNER, level)

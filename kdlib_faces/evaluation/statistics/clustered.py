@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from kdlib_faces.evaluation._checks import check_each, check_level, check_scores, rows_at_a_time, to_numpy
+from kdlib_faces.evaluation._checks import check_array, check_each, check_level, check_scores, rows_at_a_time
 from kdlib_faces.evaluation._labels import check_labels
 from kdlib_faces.evaluation._types import AnyArray, ArrayLike, FloatArray, IntArray
 from kdlib_faces.evaluation.statistics.intervals import Estimate, Sampling, bootstrap_estimate, resample_counts
@@ -34,8 +34,8 @@ def clustered_rate(
         (0.75, 4, True)
     """
     owner = "clustered_rate"
-    hits = to_numpy(hits)
-    values = check_scores(owner, "hits", hits.astype(np.float64) if hits.dtype.kind == "b" else hits)
+    given = check_array(owner, "hits", hits)
+    values = check_scores(owner, "hits", given.astype(np.float64) if given.dtype.kind == "b" else given)
     check_each(owner, "hits", (values >= 0) & (values <= 1), "in [0, 1]", "entry")
     codes, labels = check_labels(owner, "identities", identities, rows=values.size, like="hits")
     level = check_level(owner, level)
