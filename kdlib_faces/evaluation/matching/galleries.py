@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from kdlib_faces.evaluation._checks import require, rows_at_a_time
+from kdlib_faces.evaluation._checks import require, rows_at_a_time, unit_block
 from kdlib_faces.evaluation._labels import check_distinct, check_labels, check_same_kind, find_labels, look_up
 from kdlib_faces.evaluation._types import AnyArray, ArrayLike, BoolArray, FloatArray, IntArray, LabelArray
 from kdlib_faces.evaluation.matching.search import cosines
@@ -98,11 +98,11 @@ def search_gallery(
     mates = find_labels(labels, subjects)[codes]
     best, ranks = np.empty(probes.size, dtype=np.int64), np.empty(probes.size, dtype=np.int64)
     best_scores, mate_scores = np.empty(probes.size), np.empty(probes.size)
-    enrolled = features[gallery.rows]
+    enrolled = unit_block(owner, "templates", features[gallery.rows])
     step = rows_at_a_time(BLOCK, subjects.size)
     for start in range(0, probes.size, step):
         part = slice(start, start + step)
-        scores, own = cosines(features[probes[part]], enrolled), mates[part]
+        scores, own = cosines(unit_block(owner, "templates", features[probes[part]]), enrolled), mates[part]
         best[part] = scores.argmax(axis=1)
         best_scores[part] = np.take_along_axis(scores, best[part][:, None], axis=1)[:, 0]
         score = np.take_along_axis(scores, np.maximum(own, 0)[:, None], axis=1)

@@ -24,13 +24,18 @@ def product_error(width: int) -> float:
     return (2 * width + 16) * 2.0**-24
 
 
-def dot_rows(left: AnyArray, i: IntArray, right: AnyArray, j: IntArray) -> FloatArray:
-    """(p,) products of rows i of `left` and j of `right`, rounded to 12 decimals, so that rows of equal direction tie."""
+def dot_rows(left: AnyArray, i: IntArray, right: AnyArray, j: IntArray, *, single: bool = False) -> FloatArray:
+    """(p,) products of unit rows i of `left` and j of `right`, rounded to 12 decimals, so that rows of equal direction tie.
+
+    `single` rows have the length 1 to float32 precision only; their products are divided by the lengths.
+    """
     out = np.empty(i.size)
     for start in range(0, i.size, PAIRS):
         part = slice(start, start + PAIRS)
         a, b = (rows[at[part]].astype(np.float64, copy=False) for rows, at in ((left, i), (right, j)))
         out[part] = np.einsum("pd,pd->p", a, b)
+        if single:
+            out[part] /= np.sqrt(np.einsum("pd,pd->p", a, a) * np.einsum("pd,pd->p", b, b))
     return np.round(out, DECIMALS)
 
 

@@ -209,7 +209,7 @@ class TemplateVerificationProtocol:
         points, accepted = operating_points(
             scores,
             same,
-            lambda pairs: dot_rows(features, i[pairs], features, j[pairs]),
+            lambda pairs: dot_rows(features, i[pairs], features, j[pairs], single=features.dtype == np.float32),
             product_error(features.shape[1]),
             self.fars,
             mode=self.mode,
