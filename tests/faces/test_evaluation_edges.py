@@ -225,3 +225,19 @@ def test_rejections_by_gap_leave_out_unknown_ages() -> None:
     ]
     unknown = PairProtocol(LEFT, RIGHT, LEFT % 2 == 0, LEFT // 8, fars=(0.2,), ages=np.full(32, np.nan))
     assert unknown.evaluate(ROWS).summary().bins == {}
+
+
+def test_lengths_beyond_the_squares_of_float64_do_not_matter() -> None:
+    same, folds = LEFT % 2 == 0, LEFT // 8
+    expected = evaluation.verify_pairs(ROWS[LEFT], ROWS[RIGHT], same, fold_ids=folds, threshold="exact")
+    for scale in (1e180, 1e-180):
+        found = evaluation.verify_pairs(ROWS[LEFT] * scale, ROWS[RIGHT], same, fold_ids=folds, threshold="exact")
+        np.testing.assert_array_equal(found.fold_accuracies, expected.fold_accuracies)
+        np.testing.assert_allclose(found.thresholds, expected.thresholds, atol=1e-11)
+
+
+def test_an_iterator_of_distractors_serves_one_evaluation() -> None:
+    protocol = evaluation.DistractorProtocol(CODES, iter([ROWS[:5] + 1, ROWS[5:] - 1]), fars=(0.1,))
+    assert protocol.evaluate(ROWS).distractors == 32
+    with pytest.raises(ValueError, match="distractors was an iterator, which an evaluation used up; pass a list"):
+        protocol.evaluate(ROWS)

@@ -125,7 +125,7 @@ def pairs(ids: Any, count: int, seed: int = 1) -> tuple[Any, Any, Any]:
 @pytest.mark.parametrize("mode", ["exact", "nearest"])
 def test_verification_equals_plain_products(rows: int, mode: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pair_module, "ROWS", rows)
-    monkeypatch.setattr(pair_module, "SPARSE", {1: 1.5, 8: 1}.get(rows, 100))
+    monkeypatch.setattr(pair_module, "SPARSE", {1: 0.7, 8: 0.5}.get(rows, 100))
     embeddings, ids, media, scores = make()
     order = np.argsort(ids, kind="stable")
     embeddings, ids, media = embeddings[order], ids[order], media[order]

@@ -232,7 +232,7 @@ class DistractorProtocol:
         message = f"fars must allow at most {MAX_FALSE_ACCEPTS} false accepts"
         scores = f"{count} x {bound} impostor scores"
         require(self.top <= MAX_FALSE_ACCEPTS, OWNER, f"{message}, got {self.top - 1} of {scores}")
-        self.distractors, self.progress = distractors, progress
+        self.distractors, self.used_up, self.progress = distractors, False, progress
         self.ties, self.cleaning = ties, cleaning
         self.resamples = resample_counts(OWNER, labels.size, replicates=replicates, seed=seed)
 
@@ -249,6 +249,10 @@ class DistractorProtocol:
 
     def evaluate(self, embeddings: Embeddings) -> DistractorResult:
         """Measure the probes' embeddings (n, d); see `identify_with_distractors`."""
+        require(
+            not self.used_up, OWNER, "distractors was an iterator, which an evaluation used up; pass a list of shards"
+        )
+        self.used_up = isinstance(self.distractors, Iterator)
         unit, extra = self._probes(embeddings)
         first, second = genuine_pairs(self.codes)
         scores = dot_rows(unit, first, unit, second)
