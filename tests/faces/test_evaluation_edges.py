@@ -241,3 +241,17 @@ def test_an_iterator_of_distractors_serves_one_evaluation() -> None:
     assert protocol.evaluate(ROWS).distractors == 32
     with pytest.raises(ValueError, match="distractors was an iterator, which an evaluation used up; pass a list"):
         protocol.evaluate(ROWS)
+
+
+def test_images_of_other_groups_change_nothing() -> None:
+    groups = np.tile(["young", "young", "adult", "adult"], 8)
+    alone = evaluation.CrossGroupProtocol(CODES, groups, replicates=9).evaluate(ROWS).to_dict()
+    rows, codes = np.vstack([ROWS[:5] + 1, ROWS]), np.concatenate([[-3, -2, 4, 99, 99], CODES])
+    more = evaluation.CrossGroupProtocol(codes, np.concatenate([["old"] * 5, groups]), replicates=9)
+    assert more.evaluate(rows).to_dict() == alone
+    for codes, message in (
+        ([0, 0, 1], "an impostor pair across the groups"),
+        ([0, 1, 0], "one with images of both groups"),
+    ):
+        with pytest.raises(ValueError, match=f"CrossGroupProtocol: identities must hold {message}"):
+            evaluation.CrossGroupProtocol(codes, ["young", "adult", "old"])

@@ -195,7 +195,7 @@ class CrossGroupProtocol:
         level: float = 0.95,
         max_impostors: int = 2_000_000,
     ) -> None:
-        self.codes, labels = check_labels(OWNER, "identities", identities)
+        self.codes, _ = check_labels(OWNER, "identities", identities)
         group_codes, group_labels = check_labels(OWNER, "groups", groups, rows=self.codes.size, like="identities")
         known = group_labels.tolist()
         chosen = [check_scalar(OWNER, name, x) for name, x in (("probe", probe), ("gallery", gallery))]
@@ -208,13 +208,15 @@ class CrossGroupProtocol:
         require(count <= MAX_PAIRS, OWNER, f"probes x gallery must be at most {MAX_PAIRS} pairs, got {count}")
         self.same: BoolArray = self.codes[self.probes][:, None] == self.codes[self.gallery]
         require(bool(self.same.any()), OWNER, "identities must hold one with images of both groups, got none")
-        message = f"identities must hold at least two identities, got only {labels.tolist()[0]!r}"
-        require(labels.size > 1, OWNER, message)
+        require(not self.same.all(), OWNER, "identities must hold an impostor pair across the groups, got one identity")
+        # Identities of other groups are no part of the resamples.
+        used = np.concatenate([self.probes, self.gallery])
+        kept, self.codes[used] = np.unique(self.codes[used], return_inverse=True)
         self.ranks = check_ranks(OWNER, ranks, max=self.gallery.size, required=False)
         self.fars, self.level = check_fars(OWNER, fars), check_level(OWNER, level)
         self.max_impostors = check_whole(OWNER, "max_impostors", max_impostors, min=1)
         self.seed = check_whole(OWNER, "seed", seed, min=0)
-        self.resamples = resample_counts(OWNER, labels.size, replicates=replicates, seed=seed)
+        self.resamples = resample_counts(OWNER, kept.size, replicates=replicates, seed=seed)
 
     @property
     def mateless(self) -> int:
