@@ -255,3 +255,12 @@ def test_images_of_other_groups_change_nothing() -> None:
     ):
         with pytest.raises(ValueError, match=f"CrossGroupProtocol: identities must hold {message}"):
             evaluation.CrossGroupProtocol(codes, ["young", "adult", "old"])
+
+
+def test_images_in_no_pair_change_nothing() -> None:
+    pairs = (LEFT, RIGHT, LEFT % 2 == 0, LEFT // 8)
+    alone = PairProtocol(*pairs, fars=(0.2,), identities=CODES, replicates=9).evaluate(ROWS)
+    more = PairProtocol(*pairs, fars=(0.2,), identities=np.append(CODES, [-1, 55, 3]), replicates=9)
+    found = more.evaluate(np.vstack([ROWS, ROWS[:3]]))
+    assert found.to_dict() == alone.to_dict()
+    assert found.summary() == alone.summary()

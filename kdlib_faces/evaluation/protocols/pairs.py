@@ -282,8 +282,10 @@ class PairProtocol:
         """Check the pairs against the identities, and note which of them the folds or the training set share."""
         codes, labels = check_labels(OWNER, "identities", identities)
         self._set_images("identities", codes.size)
-        self.num_identities = labels.size
-        first, second = self.pair_identities = codes[self.left], codes[self.right]
+        # Identities of images in no pair are no part of the resamples.
+        used, places = np.unique(codes[np.concatenate([self.left, self.right])], return_inverse=True)
+        labels, self.num_identities = labels[used], used.size
+        first, second = self.pair_identities = places[: self.left.size], places[self.left.size :]
         check_each(OWNER, "same", (first == second) == self.same, "in agreement with identities", "pair")
         folds = contiguous_folds(self.same.size) if self.fold_ids is None else self.fold_ids
         shared = identities_in_several_folds(first, second, folds)
@@ -317,12 +319,11 @@ class PairProtocol:
         return cls(left, left + 1, same, fold_ids, threshold, fars, images=2 * left.size, level=level)
 
     def __repr__(self) -> str:
-        folds = "None" if self.fold_ids is None else "..."
         usual = {"tar_mode": "exact", "val_fars": (), "pca": None, "level": 0.95}
         more = "".join(f", {key}={getattr(self, key)!r}" for key in usual if getattr(self, key) != usual[key])
         return (
-            f"PairProtocol(<{self.same.size} pairs>, fold_ids={folds}, threshold={self.threshold!r}, "
-            f"fars={self.fars}, images={self.images}{more})"
+            f"PairProtocol(<{self.same.size} pairs>, fold_ids={None if self.fold_ids is None else '...'}, "
+            f"threshold={self.threshold!r}, fars={self.fars}, images={self.images}{more})"
         )
 
     def evaluate(self, embeddings: Embeddings) -> PairResult:
