@@ -9,6 +9,7 @@ import io
 import json
 import os
 import time
+import warnings
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -131,7 +132,7 @@ def embed_set(
                 for _ in decode_batches(lambda row: read(row, model.size), images.count, batch_size, 2, None):
                     pass
             raise
-    array: NDArray[np.float32] = np.load(target, mmap_mode="r", allow_pickle=False)
+    array: NDArray[np.float32] = _load(target)
     check_embeddings(str(target), array, images.count)
     return array
 
@@ -198,6 +199,22 @@ def _rows_kept(note: Path, part: Path) -> tuple[int, int]:
     return (done, width) if enough and done > 0 and width > 0 else (0, 0)
 
 
+def _load(path: str | os.PathLike[str]) -> NDArray[Any]:
+    """The array of a `.npy` file as a memory map."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of headers written by Python 2, and of sizes that overflow
+            return np.lib.format.open_memmap(path, mode="r")
+    except FileNotFoundError:
+        raise InputError(f"embeddings not found: {path}") from None
+    except (
+        Exception
+    ) as error:  # NumPy raises the errors of Python's tokenizer, parser and integers for a damaged header
+        known = isinstance(error, (ValueError, EOFError, OSError)) and not isinstance(error, SyntaxError)
+        reason = str(error).splitlines()[0][:160] if known and str(error) else "its header is damaged"
+        raise InputError(f"{path}: not a .npy file of numbers ({reason})") from None
+
+
 def read_embeddings(path: str | os.PathLike[str], count: int | None) -> Embeddings:
     """Embeddings (n, d) from a `.npy` file, in the order of the images, as a memory map.
 
@@ -205,13 +222,7 @@ def read_embeddings(path: str | os.PathLike[str], count: int | None) -> Embeddin
         InputError: There is no such file, it holds no array of numbers, pickled objects or another number of rows, or a
             row is not finite or zero.
     """
-    try:
-        array = np.load(path, mmap_mode="r", allow_pickle=False)
-    except FileNotFoundError:
-        raise InputError(f"embeddings not found: {path}") from None
-    except Exception as error:  # NumPy parses the header as Python, and a damaged one can raise nearly any error
-        reason = str(error).partition("\n")[0][:200] or type(error).__name__
-        raise InputError(f"{path}: not a .npy file of numbers ({reason})") from None
+    array = _load(path)
     check_embeddings(str(path), array, count)
     for start in range(0, len(array), 4096):
         if (bad := _unusable_row(array[start : start + 4096])) is not None:
