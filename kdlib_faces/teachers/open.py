@@ -23,21 +23,21 @@ def stage_taps(model: TeacherNet, stage: int) -> dict[str, str | Tap]:
 def onnx_taps(path: str, stage: int = 2) -> dict[str, str | None]:
     """Taps of an ONNX graph's embedding, and of its last map on the grid of a network's stage.
 
-    Stage `s` of a network has `1 / 2^(s + 1)` of the image's side: at 112 pixels, stage 2 has a grid of 14. The nearest grid
-    of the graph is taken.
+    Stage `s` of a network has `1 / 2^(s + 1)` of the image's height: at 112 pixels, stage 2 has 14 rows. The map of the graph
+    with the nearest number of rows is taken.
 
     Args:
         path: The `.onnx` file.
         stage: Number of the stage, from 0.
 
     Raises:
-        InputError: The file is not an ONNX graph, or the graph has no square feature maps.
+        InputError: The file is not an ONNX graph, or the graph has no feature maps.
     """
-    maps = {int(name[3:]): tensor for name, tensor in suggest_taps(path).items() if name[3:].isdigit()}
+    maps = {int(name[3:].split("x")[0]): tensor for name, tensor in suggest_taps(path).items()}
     if not maps:
-        raise InputError(f"{path}: no square feature map to distill from; is it a convolutional network?")
-    side = describe_graph(path)["input_size"]
-    grid = (side if isinstance(side, int) else 112) / 2 ** (stage + 1)
+        raise InputError(f"{path}: no feature map to distill from; is it a convolutional network?")
+    size = describe_graph(path)["input_size"] or 112
+    grid = (size if isinstance(size, int) else size[0]) / 2 ** (stage + 1)
     return {"embedding": None, "map": maps[min(maps, key=lambda each: abs(each - grid))]}
 
 

@@ -7,8 +7,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kdlib_faces._checks import InputError
+from kdlib_faces._checks import InputError, show_name
+from kdlib_faces.teachers.onnx.constants import read_constants
 from kdlib_faces.teachers.onnx.graph import Graph, library
+from kdlib_faces.teachers.onnx.runtime import find_embedding
 
 if TYPE_CHECKING:
     from onnx import NodeProto
@@ -68,16 +70,8 @@ class _Reader:
     def __init__(self, graph: Graph) -> None:
         self.graph = graph
         self.onnx = library("onnx")
-        to_array = self.onnx.numpy_helper.to_array
-        proto = graph.model.graph
-        self.constants: dict[str, np.ndarray] = {each.name: to_array(each) for each in proto.initializer}
-        for node in proto.node:
-            values = [to_array(a.t) for a in node.attribute if node.op_type == "Constant" and a.name == "value"]
-            if node.op_type == "Identity" and node.input[0] in self.constants:
-                values = [self.constants[node.input[0]]]
-            if values:
-                self.constants[node.output[0]] = values[0]
-        self.output = proto.output[0].name if proto.output else ""
+        self.constants = read_constants(graph)
+        self.output = find_embedding(graph)
         self.seen: set[int] = set()
         self.users: dict[str, list[NodeProto]] = {}
         shape_arithmetic: set[str] = set()
@@ -216,4 +210,4 @@ class _Reader:
 
 
 def _name(node: "NodeProto") -> str:
-    return f"{node.op_type} {node.name or node.output[0]!r}"
+    return show_name(f"{node.op_type} {node.name or node.output[0]!r}")
