@@ -5,10 +5,12 @@ that the user called, the argument, what was expected and what was received. The
 checks of one package; there, a function named after a fault returns the error to raise.
 """
 
-from collections.abc import Container, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from difflib import get_close_matches
 from math import inf
+from operator import ge, gt, le, lt
 from types import NoneType
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -63,8 +65,7 @@ def check_same_batch(owner: str, first: str, a: Tensor, second: str, b: Tensor) 
 
 def check_weight(owner: str, weight: Tensor | None, batch: int) -> None:
     """Per-sample weights must be a tensor `(b,)`."""
-    if weight is not None:
-        check_type(owner, "weight", weight, Tensor, "a torch.Tensor")
+    check_type(owner, "weight", weight, (Tensor, NoneType), "a torch.Tensor")
     if weight is not None and tuple(weight.shape) != (batch,):
         raise ValueError(f"{owner}: weight must be (b,) = ({batch},), got {show_shape(weight)}")
 
@@ -176,21 +177,13 @@ def check_number(
     integer: bool = False,
 ) -> None:
     """`value` must be a finite number (whole if `integer`) with `above < value < below` and `min <= value <= max`."""
-    bounds = [
-        f"{sign} {bound}" for sign, bound in ((">", above), (">=", min), ("<=", max), ("<", below)) if bound is not None
-    ]
-    wanted = " and ".join(["a whole number" if integer else "a finite number", *bounds])
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or (integer and not isinstance(value, int)):
-        raise TypeError(f"{owner}: {name} must be {wanted}, got {value!r}")
-    if not -inf < value < inf:
-        raise TypeError(f"{owner}: {name} must be {wanted}, got {value!r}")
-    if (
-        (above is not None and not value > above)
-        or (min is not None and value < min)
-        or (max is not None and value > max)
-        or (below is not None and value >= below)
-    ):
-        raise ValueError(f"{owner}: {name} must be {wanted}, got {value!r}")
+    number = isinstance(value, int if integer else (int, float)) and not isinstance(value, bool) and -inf < value < inf
+    limits: list[tuple[str, Callable[[Any, Any], bool], float | None]]
+    limits = [(">", gt, above), (">=", ge, min), ("<=", le, max), ("<", lt, below)]
+    if not number or not all(limit is None or holds(value, limit) for _, holds, limit in limits):
+        bounds = [f"{sign} {limit}" for sign, _, limit in limits if limit is not None]
+        wanted = " and ".join(["a whole number" if integer else "a finite number", *bounds])
+        raise (ValueError if number else TypeError)(f"{owner}: {name} must be {wanted}, got {value!r}")
 
 
 def nearest(name: str, known: Iterable[str], count: int = 3) -> str:
@@ -242,11 +235,11 @@ def check_term(
 
 def check_term_names(terms: object) -> None:
     """`terms` must be a mapping with at least one entry, and each name must be a valid state-dict key."""
-    check_type("Objective", "terms", terms, Mapping, "a mapping of names to terms")
-    names = list(terms)  # type: ignore[call-overload]  # a mapping, as checked above
-    if not names:
+    if not isinstance(terms, Mapping):
+        raise TypeError(f"Objective: terms must be a mapping of names to terms, got {type(terms).__name__}")
+    if not terms:
         raise ValueError("Objective: terms must hold at least one term, got none")
-    for name in names:
+    for name in terms:
         check_key("Objective", "a term's name", name)
 
 
@@ -278,13 +271,12 @@ def check_term_loss(term: str, loss: Tensor, batch: int, *, weighted: bool, teac
 def check_weights_of(losses: Tensor, weights: Tensor) -> None:
     """A weighting must return one weight per teacher and sample."""
     if weights.shape != losses.shape:
-        raise ValueError(
-            f"Objective: the weighting must return (k, b) = {show_shape(losses)}, got {show_shape(weights)}"
-        )
+        wanted = f"(k, b) = {show_shape(losses)}"
+        raise ValueError(f"Objective: the weighting must return {wanted}, got {show_shape(weights)}")
 
 
 def check_inferred(owner: str, inferred: bool, remedy: str) -> None:
-    """All projections must have been created."""
+    """All projections must exist."""
     if not inferred:
         raise RuntimeError(f"{owner}: projections are not created yet; call {remedy} once")
 
@@ -292,15 +284,13 @@ def check_inferred(owner: str, inferred: bool, remedy: str) -> None:
 def check_features(owner: str, features: object) -> None:
     """A model in a distiller must return named features."""
     if not isinstance(features, Mapping):
-        raise TypeError(
-            f"Distiller: the {owner} must return named features, got {type(features).__name__}; wrap it in an adapter"
-        )
+        kind = type(features).__name__
+        raise TypeError(f"Distiller: the {owner} must return named features, got {kind}; wrap it in an adapter")
 
 
 def check_targets(owner: str, targets: object) -> None:
     """Targets must be named."""
-    if targets is not None and not isinstance(targets, Mapping):
-        raise TypeError(f"{owner}: targets must be a mapping of names to tensors or None, got {type(targets).__name__}")
+    check_type(owner, "targets", targets, (Mapping, NoneType), "a mapping of names to tensors or None")
 
 
 def check_reads(teacher: str, reads: Sequence[str], targets: Container[str]) -> None:

@@ -37,7 +37,7 @@ class TermInfluence:
     """Influence of one term.
 
     Args:
-        student: name of the student feature that the term compares, at which its gradient is taken.
+        student: the student feature that the term compares, at which its gradient is taken.
         weight: the term's weight at this step.
         loss: the term's value times its weight.
         loss_share: share of the losses of all terms, by magnitude.
@@ -95,11 +95,14 @@ class InfluenceReport:
         for name, term in self.terms.items():
             rows.append((f"{name} ({term.student})", term))
             rows += [(f"  {key}", teacher) for key, teacher in term.teachers.items()]
-        width = max(len(title), *(len(label) for label, _ in rows)) if rows else len(title)
+        width = max(len(title), *(len(label) for label, _ in rows))
         lines = [f"{title:<{width}} {'weight':>8} {'loss':>9} {'share':>7} {'gradient':>9} {'share':>7}"]
         for label, row in rows:
-            numbers = (f"{row.weight:8.3f} {row.loss:#9.4g}", f"{row.loss_share:7.1%} {row.gradient:#9.4g}")
-            lines.append(f"{label:<{width}} {' '.join(numbers)} {row.gradient_share:7.1%}")
+            loss, gradient = (
+                f"{row.loss:#9.4g} {row.loss_share:7.1%}",
+                f"{row.gradient:#9.4g} {row.gradient_share:7.1%}",
+            )
+            lines.append(f"{label:<{width}} {row.weight:8.3f} {loss} {gradient}")
         within_terms = [(f"{name}: ", term.cosines) for name, term in self.terms.items()]
         for prefix, cosines in [*within_terms, ("", self.cosines)]:
             for (a, b), cosine in cosines.items():
@@ -182,37 +185,30 @@ def _divisor(sample: Tensor) -> Tensor:
 def measure(step: int, compared: Mapping[str, Comparison], terms: Mapping[str, tuple[float, str]]) -> InfluenceReport:
     """Measure the terms of one batch; `terms` holds the weight and the student feature of each."""
     losses: dict[str, list[float]] = {}
-    shares: dict[str, list[float]] = {}
     gradients: dict[str, list[Tensor]] = {}
     for name, each in compared.items():
-        shares[name] = each.mean_weights().tolist()
         parts = [terms[name][0] * part for part in each.parts()]
         losses[name] = [float(part.detach()) for part in parts]
         gradients[name] = [_gradient(part, each.feature) for part in parts]
     whole = {name: torch.stack(each).sum(0) for name, each in gradients.items()}
-    norms = [_norm(gradient) for gradient in whole.values()]
-    rows = zip(_portions([sum(each) for each in losses.values()]), norms, _portions(norms), strict=True)
+    totals = _columns([sum(each) for each in losses.values()], [*whole.values()])
     result = {}
-    for (name, each), (loss_share, norm, norm_share) in zip(compared.items(), rows, strict=True):
-        lengths = [_norm(gradient) for gradient in gradients[name]]
-        columns = (losses[name], _portions(losses[name]), lengths, _portions(lengths))
-        numbers = zip(each.teachers, shares[name], *columns, strict=bool(each.teachers))
-        cosines = {
-            (each.teachers[i], each.teachers[j]): _cosine(gradients[name][i], gradients[name][j])
-            for i, j in combinations(range(len(each.teachers)), 2)
-        }
-        result[name] = TermInfluence(
-            student=terms[name][1],
-            weight=terms[name][0],
-            loss=sum(losses[name]),
-            loss_share=loss_share,
-            gradient=norm,
-            gradient_share=norm_share,
-            teachers={key: TeacherInfluence(*values) for key, *values in numbers},
-            cosines=cosines,
-        )
+    for (name, each), numbers in zip(compared.items(), totals, strict=True):
+        weight, student = terms[name]
+        shares = each.mean_weights().tolist()  # none for a supervised term
+        rows = zip(each.teachers, shares, _columns(losses[name], gradients[name]), strict=False)
+        teachers = {key: TeacherInfluence(share, *columns) for key, share, columns in rows}
+        own = dict(zip(each.teachers, gradients[name], strict=False))
+        cosines = {(a, b): _cosine(own[a], own[b]) for a, b in combinations(own, 2)}
+        result[name] = TermInfluence(student, weight, *numbers, teachers, cosines)
     same = [(a, b) for a, b in combinations(compared, 2) if terms[a][1] == terms[b][1]]
     return InfluenceReport(step, result, {(a, b): _cosine(whole[a], whole[b]) for a, b in same})
+
+
+def _columns(losses: list[float], gradients: list[Tensor]) -> list[tuple[float, float, float, float]]:
+    """Return for each row its loss, the share of it, the length of its gradient, and the share of that."""
+    lengths = [_norm(gradient) for gradient in gradients]
+    return list(zip(losses, _shares(losses), lengths, _shares(lengths), strict=True))
 
 
 @contextmanager
@@ -244,15 +240,12 @@ def unchanged(*modules: nn.Module, device: torch.device) -> Iterator[None]:
 
 def _gradient(loss: Tensor, feature: Tensor) -> Tensor:
     """Return `d loss / d feature`, flat, in float32 or float64; zero where the loss does not depend on the feature."""
-    dtype = torch.promote_types(feature.dtype, torch.float32)
-    gradient: Tensor | None = None
+    gradient = torch.zeros_like(feature)
     # A mean over the batch has small gradients, which would underflow in a half-precision feature.
     scale = max(feature.shape[0], 1)
     if loss.requires_grad and feature.requires_grad:
-        gradient = torch.autograd.grad(loss * scale, feature, retain_graph=True, allow_unused=True)[0]
-    if gradient is None:
-        return torch.zeros(feature.numel(), dtype=dtype, device=feature.device)
-    return (gradient.to(dtype) / scale).flatten()
+        (gradient,) = torch.autograd.grad(loss * scale, feature, retain_graph=True, materialize_grads=True)
+    return (gradient.to(torch.promote_types(feature.dtype, torch.float32)) / scale).flatten()
 
 
 def _norm(gradient: Tensor) -> float:
@@ -269,7 +262,7 @@ def _cosine(a: Tensor, b: Tensor) -> float | None:
     return float((a @ b).clamp(-1, 1))
 
 
-def _portions(values: list[float]) -> list[float]:
+def _shares(values: list[float]) -> list[float]:
     """Return each magnitude as a share of their sum; 0 where all are 0."""
     total = sum(abs(value) for value in values)
     return [abs(value) / total if total else 0.0 for value in values]

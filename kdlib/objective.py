@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass, field, fields
 from typing import Any, cast
 
 import torch
@@ -26,7 +26,7 @@ from kdlib._checks import (
 )
 from kdlib.influence import Comparison, InfluenceReport, measure, unchanged
 from kdlib.projections import infer_projection
-from kdlib.types import Features, GraphWeighting, Loss, PenalizedWeighting, Targets, WeightedLoss, Weighting
+from kdlib.types import Features, GraphWeighting, PenalizedWeighting, Targets, WeightedLoss, Weighting
 from kdlib.weighting import UniformWeighting
 
 __all__ = ["Objective", "ObjectiveOutput", "Term"]
@@ -49,6 +49,7 @@ class ObjectiveOutput:
     penalty: Tensor | None = None
 
 
+@dataclass(repr=False, eq=False)
 class Term:
     """One term of the objective.
 
@@ -77,42 +78,38 @@ class Term:
         Term(HintLoss(reduction='mean'), student='map', teacher='map', project='auto', weight=0.5)
     """
 
-    def __init__(
-        self,
-        loss: Loss | Callable[..., Tensor],
-        *,
-        student: str,
-        teacher: str | None = None,
-        teachers: Sequence[str] | None = None,
-        target: str | None = None,
-        project: str | nn.Module | None = None,
-        weight: float | Callable[[int], float] = 1.0,
-        sample_weight: str | None = None,
-    ) -> None:
-        check_callable("Term", "loss", loss)
-        check_term(student, teacher, teachers, target, project, sample_weight)
-        if not callable(weight):
-            check_number("Term", "weight", weight, min=0)
-        self.loss: Callable[..., Tensor] = loss
-        self.student, self.teacher, self.target = student, teacher, target
-        self.teachers = None if teachers is None else tuple(teachers)
-        self.project, self.weight, self.sample_weight = project, weight, sample_weight
-        self._takes_weight = isinstance(loss, WeightedLoss)
-        self._per_sample = isinstance(loss, WeightedLoss) and loss.per_sample
+    loss: Callable[..., Tensor]
+    _: KW_ONLY
+    student: str
+    teacher: str | None = None
+    teachers: Sequence[str] | None = None
+    target: str | None = None
+    project: str | nn.Module | None = None
+    weight: float | Callable[[int], float] = 1.0
+    sample_weight: str | None = None
+    _takes_weight: bool = field(init=False)
+    _per_sample: bool = field(init=False)
+
+    def __post_init__(self) -> None:
+        check_callable("Term", "loss", self.loss)
+        check_term(self.student, self.teacher, self.teachers, self.target, self.project, self.sample_weight)
+        if not callable(self.weight):
+            check_number("Term", "weight", self.weight, min=0)
+        self.teachers = None if self.teachers is None else tuple(self.teachers)
+        self._takes_weight = isinstance(self.loss, WeightedLoss)
+        self._per_sample = isinstance(self.loss, WeightedLoss) and self.loss.per_sample
 
     def __repr__(self) -> str:
-        defaults = {
-            "teacher": None, "teachers": None, "target": None, "project": None, "weight": 1.0, "sample_weight": None,
-        }  # fmt: skip
-        given = [f"{name}={getattr(self, name)!r}" for name in defaults if getattr(self, name) != defaults[name]]
-        return f"Term({', '.join([repr(self.loss), f'student={self.student!r}', *given])})"
+        given = [(each.name, getattr(self, each.name)) for each in fields(self)[1:] if each.init]
+        options = [f"{name}={value!r}" for name, value in given if value != getattr(Term, name, None)]
+        return f"Term({', '.join([repr(self.loss), *options])})"
 
     def weight_at(self, step: int) -> float:
         """Return the weight at a step."""
         if not callable(self.weight):
             return float(self.weight)
         value = self.weight(step)
-        value = float(value) if hasattr(value, "__float__") else value  # a NumPy number or a tensor
+        value = float(value) if hasattr(value, "__float__") else value  # such as a tensor
         check_number("Term", f"weight({step})", value, min=0)
         return value
 

@@ -35,7 +35,6 @@ class WeightedLoss(Loss, Protocol):
     @property
     def per_sample(self) -> bool:
         """Whether the loss accepts `reduction="none"` and then returns `(b,)` values."""
-        ...
 
 
 @runtime_checkable
@@ -63,7 +62,6 @@ class GraphWeighting(Weighting, Protocol):
     @property
     def needs_graph(self) -> bool:
         """Whether the losses must be passed with their graph."""
-        ...
 
 
 @runtime_checkable
@@ -72,7 +70,6 @@ class PenalizedWeighting(Weighting, Protocol):
 
     def penalty(self, losses: Tensor) -> Tensor:
         """Scalar that an `Objective` adds to its total each time it computes weights; `losses` are detached."""
-        ...
 
 
 @runtime_checkable
@@ -82,7 +79,6 @@ class HasTaps(Protocol):
     @property
     def taps(self) -> Mapping[str, object]:
         """Mapping whose keys are the names of the features."""
-        ...
 
 
 @runtime_checkable
@@ -92,17 +88,14 @@ class FrozenModel(HasTaps, Protocol):
     @property
     def model(self) -> nn.Module:
         """The frozen model."""
-        ...
 
     @property
     def preprocess(self) -> Callable[..., Any] | None:
         """The function that is called on the inputs first."""
-        ...
 
     @property
     def dtype(self) -> torch.dtype | None:
         """Floating-point type of the model, if it is fixed."""
-        ...
 
 
 @runtime_checkable
@@ -112,7 +105,6 @@ class HasFingerprint(Protocol):
     @property
     def fingerprint(self) -> str:
         """Text that differs whenever the outputs may differ."""
-        ...
 
 
 @runtime_checkable
@@ -122,6 +114,5 @@ class Teacher(Protocol):
     @property
     def reads(self) -> tuple[str, ...]:
         """Names of the targets that are passed in place of the inputs; empty for a teacher that takes the inputs."""
-        ...
 
     def __call__(self, *inputs: Any) -> Features: ...

@@ -1,4 +1,4 @@
-"""Checks of taps and of the tensors that they return."""
+"""Checks of taps and of the tensors that they return; a function named after a fault returns the error to raise."""
 
 from collections.abc import Iterable, Mapping
 
@@ -8,7 +8,6 @@ from kdlib._checks import nearest
 
 
 def bad_spelling(spelling: str) -> ValueError:
-    """A string that is not a tap."""
     return ValueError(
         f"Tap: a tap must be 'path', 'path[0]', 'path[\"key\"]' or 'path#1' (the second call), got {spelling!r}"
         + ("; the model's return value is kdlib.OUTPUT" if not spelling else "")
@@ -39,17 +38,14 @@ def check_dtype(owner: str, dtype: object) -> None:
 
 
 def no_module(owner: str, path: str, known: Iterable[str]) -> ValueError:
-    """A path without a module."""
     return ValueError(f"{owner}: no module at path {path!r}{nearest(path, known)}")
 
 
 def module_is_none(owner: str, path: str) -> ValueError:
-    """A path to a child that was registered as None."""
     return ValueError(f"{owner}: the module at path {path!r} is None")
 
 
 def compiled_module(owner: str, path: str) -> ValueError:
-    """A path into a model compiled by torch.compile."""
     return ValueError(
         f"{owner}: {path!r} lies in a compiled module, where a tap would not fire; compile the adapter instead: "
         f"torch.compile({owner}(model, taps))"
@@ -95,17 +91,14 @@ def check_in_place(owner: str, name: str, path: str, unchanged: bool) -> None:
 
 
 def indexed_tensor(owner: str, name: str, tap: object, value: torch.Tensor, key: object) -> ValueError:
-    """An index into a tensor."""
     return ValueError(f"{owner}: tap {name!r} ({tap!r}) indexes a tensor {tuple(value.shape)}; drop [{key!r}]")
 
 
 def no_part(owner: str, name: str, tap: object, value: object, key: object) -> ValueError:
-    """An index that does not exist in the returned value."""
     return ValueError(f"{owner}: tap {name!r} ({tap!r}) finds no [{key!r}] in the returned value, {_describe(value)}")
 
 
 def no_tensor(owner: str, name: str, tap: object, value: object) -> TypeError:
-    """A tap whose value is not a tensor."""
     return TypeError(
         f"{owner}: tap {name!r} ({tap!r}) must lead to a tensor, got {_describe(value)}; "
         "index it, as in 'path[0]' or OUTPUT['key']"

@@ -22,9 +22,6 @@ def mean_cosine(student: Tensor, teacher: Tensor) -> Tensor:
     Returns:
         Scalar in [-1, 1]; 0 for an empty batch. Zero rows are treated as orthogonal to everything (cosine 0).
 
-    Raises:
-        TypeError, ValueError: wrong dtypes or shapes.
-
     Examples:
         >>> x = torch.tensor([[1.0, 0.0], [0.0, 2.0]])
         >>> mean_cosine(x, torch.tensor([[3.0, 0.0], [1.0, 0.0]]))
@@ -49,9 +46,6 @@ def top_agreement(student: Tensor, teacher: Tensor) -> Tensor:
     Returns:
         Scalar in [0, 1]; 0 for an empty batch. Ties are broken by the first of the largest logits.
 
-    Raises:
-        TypeError, ValueError: wrong dtypes or shapes.
-
     Examples:
         >>> top_agreement(torch.tensor([[2.0, 1.0], [0.0, 3.0]]), torch.tensor([[5.0, 4.0], [1.0, 0.0]]))
         tensor(0.5000)
@@ -75,9 +69,6 @@ def linear_cka(student: Tensor, teacher: Tensor) -> Tensor:
 
     Returns:
         Scalar in [0, 1]; 0 where one side is constant.
-
-    Raises:
-        TypeError, ValueError: wrong dtypes or shapes.
 
     Examples:
         >>> x = torch.randn(20, 4, generator=torch.Generator().manual_seed(0))

