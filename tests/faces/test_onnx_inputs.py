@@ -183,6 +183,16 @@ def test_dimensions_of_one_around_an_embedding_are_dropped(tmp_path, axes):
     assert describe_graph(path)["embedding_dim"] == 6
 
 
+def test_an_embedding_that_loses_its_batch_for_one_image(tmp_path):
+    path = save(with_outputs(helper.make_node("Squeeze", ["out"], ["column"]), first="column"), tmp_path)
+    for count in (1, 3):
+        images = _images(count=count)
+        torch.testing.assert_close(
+            OnnxTeacher(path)(images)["embedding"], truth(images)["embedding"], rtol=1e-4, atol=1e-4
+        )
+    assert describe_graph(path)["embedding_dim"] == 6
+
+
 def test_a_norm_is_not_taken_for_the_embedding(tmp_path):
     model = with_outputs(helper.make_node("ReduceL2", ["out"], ["norm"], axes=[1], keepdims=1), first="norm")
     model.graph.output.append(onnx.ValueInfoProto(name="out"))

@@ -100,7 +100,7 @@ class _Reader:
         items, end = self._walk(self.graph.input_name)
         if end != self.output:
             raise self._error(f"the chain of layers ends at {end!r}, not at the output {self.output!r}")
-        return items
+        return _with_linear(items)
 
     def _walk(self, tensor: str, first: "NodeProto | None" = None) -> tuple[Layers, "str | NodeProto"]:
         """From `tensor` to the end of the chain. On a branch, which starts at the node `first`, to the sum that ends it."""
@@ -157,13 +157,13 @@ class _Reader:
         if kind in ("Relu", "LeakyRelu"):
             slope = 0.0 if kind == "Relu" else attributes.get("alpha", 0.01)
             return Step("prelu", _name(node), {"weight": torch.tensor([slope])})
-        if kind in ("Flatten", "Reshape"):
+        if kind in ("Flatten", "Reshape", "Squeeze"):
             if attributes.get("axis", 1) != 1:
                 raise self._error("a Flatten that mixes images", node)
             return Step("flatten", _name(node))
         if kind in ("Gemm", "MatMul"):
             return self._linear(node, attributes)
-        if kind == "Add" and before and isinstance(before[-1], Step) and before[-1].kind == "linear":
+        if kind == "Add" and before and isinstance(before[-1], Step) and before[-1].kind in ("conv", "linear"):
             bias = self._weight(node, 0 if node.input[0] in self.constants else 1).reshape(-1)
             before[-1].weights["bias"] = before[-1].weights.get("bias", torch.zeros(1)) + bias
             return None
@@ -207,6 +207,20 @@ class _Reader:
     def _error(self, reason: str, node: "NodeProto | None" = None) -> InputError:
         where = "" if node is None else f" at {_name(node)}"
         return InputError(f"{self.graph.path} cannot be imported as a native backbone{where}: {reason}")
+
+
+def _with_linear(items: Layers) -> Layers:
+    """Turn an embedding made by a convolution over the whole final grid, 1 x 1 or larger, into the linear layer that it is."""
+    body = list(items)
+    tail: list[Step] = []
+    while body and isinstance(body[-1], Step) and body[-1].kind in ("flatten", "norm"):
+        tail.insert(0, body.pop())
+    last = body[-1] if body else None
+    if not isinstance(last, Step) or last.kind != "conv" or last.groups != 1 or last.padding:
+        return items
+    weights = {**last.weights, "weight": last.weights["weight"].flatten(1)}
+    norms = [step for step in tail if step.kind == "norm"]
+    return [*body[:-1], Step("flatten", last.node), Step("linear", last.node, weights), *norms]
 
 
 def _name(node: "NodeProto") -> str:

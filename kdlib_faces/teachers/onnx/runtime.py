@@ -147,8 +147,10 @@ def trace(graph: Graph, tensors: Sequence[str]) -> dict[str, np.ndarray]:
 
 
 def as_vectors(array: np.ndarray) -> np.ndarray:
-    """Drop the dimensions of size 1 that exporters leave around a vector: `(b, d, 1, 1)`, `(b, 1, 1, d)`, `(b, 1, d)`."""
+    """Make `(b, d)` of `(b, d, 1, 1)`, `(b, 1, 1, d)` and `(b, 1, d)`, and of `(d,)`, which some graphs return for one image."""
     shape = array.shape
+    if len(shape) == 1:
+        return array[None]
     wrapped = len(shape) in (3, 4) and (set(shape[1:-1]) == {1} or shape[2:] == (1, 1))
     return array.reshape(len(array), prod(shape[1:])) if wrapped else array
 
