@@ -7,7 +7,7 @@ from kdlib_faces.teachers.age_pairs import CrossAgePairLoss
 from kdlib_faces.teachers.files import TeacherNet, load_pretrained, load_teacher, save_teacher
 from kdlib_faces.teachers.fine_tuning import FrozenBatchNorm, L2SPLoss
 from kdlib_faces.teachers.fused import FusedTeacher, fit_fusion, join_embeddings
-from kdlib_faces.teachers.mapped import MappedTeacher, fit_age_map, fit_rotation
+from kdlib_faces.teachers.mapped import MappedTeacher, fit_age_map, fit_rotation, space_agreement
 from kdlib_faces.teachers.onnx.import_graph import import_onnx, restore_statistics
 from kdlib_faces.teachers.onnx.session import OnnxTeacher
 from kdlib_faces.teachers.outputs import cache_outputs, read_outputs
@@ -38,4 +38,5 @@ __all__ = [
     "restore_statistics",
     "reverse_gradient",
     "save_teacher",
+    "space_agreement",
 ]

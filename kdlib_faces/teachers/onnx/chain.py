@@ -211,16 +211,17 @@ class _Reader:
 
 def _with_linear(items: Layers) -> Layers:
     """Turn an embedding made by a convolution over the whole final grid, 1 x 1 or larger, into the linear layer that it is."""
-    body = list(items)
-    tail: list[Step] = []
-    while body and isinstance(body[-1], Step) and body[-1].kind in ("flatten", "norm"):
-        tail.insert(0, body.pop())
-    last = body[-1] if body else None
+    at = next((at for at in reversed(range(len(items))) if _kind(items[at]) not in ("flatten", "norm")), 0)
+    last = items[at] if items else None
     if not isinstance(last, Step) or last.kind != "conv" or last.groups != 1 or last.padding:
         return items
     weights = {**last.weights, "weight": last.weights["weight"].flatten(1)}
-    norms = [step for step in tail if step.kind == "norm"]
-    return [*body[:-1], Step("flatten", last.node), Step("linear", last.node, weights), *norms]
+    norms = [step for step in items[at + 1 :] if _kind(step) == "norm"]
+    return [*items[:at], Step("flatten", last.node), Step("linear", last.node, weights), *norms]
+
+
+def _kind(item: Step | Residual) -> str:
+    return item.kind if isinstance(item, Step) else "sum"
 
 
 def _name(node: "NodeProto") -> str:
