@@ -6,7 +6,7 @@ from torch.nn import functional as F
 
 from kdlib._checks import check_floating, check_rank, check_same_batch
 from kdlib._maths import Reduction, full_precision, hold_short, promote, reduce, rescale, unit_rows
-from kdlib.losses._module import LossModule
+from kdlib.losses._module import FunctionLoss
 
 __all__ = ["NSTLoss", "nst"]
 
@@ -94,20 +94,13 @@ def _mean_kernel(x_bcn: Tensor, y_bcn: Tensor) -> Tensor:
     return (x_bcn @ y_bcn.transpose(1, 2)).square().mean((1, 2))
 
 
-class NSTLoss(LossModule):
+class NSTLoss(FunctionLoss):
     """`nst` as a Module: the constructor takes its hyper-parameters, `forward` its tensors.
 
     Examples:
         >>> import torch
-        >>> loss = NSTLoss()
-        >>> loss
-        NSTLoss(reduction='mean')
-        >>> loss(torch.ones(2, 3, 1, 1), torch.ones(2, 5, 1, 1)).item()
+        >>> NSTLoss()(torch.ones(2, 3, 1, 1), torch.ones(2, 5, 1, 1)).item()
         0.0
     """
 
-    def forward(
-        self, student: Tensor, teacher: Tensor, *, weight: Tensor | None = None, reduction: Reduction | None = None
-    ) -> Tensor:
-        """Compare `student` `(b, c, h, w)` with `teacher`; `reduction=None` uses the constructor's."""
-        return nst(student, teacher, reduction=reduction or self.reduction, weight=weight)
+    _function = staticmethod(nst)

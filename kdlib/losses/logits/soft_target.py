@@ -6,8 +6,8 @@ from torch import Tensor
 
 from kdlib._checks import check_number, check_pair
 from kdlib._maths import Reduction, full_precision, reduce
-from kdlib.losses._chunked import MIN_LOG, by_rows, soften
-from kdlib.losses._module import LossModule
+from kdlib.losses._module import FunctionLoss
+from kdlib.losses.logits._chunked import MIN_LOG, by_rows, soften
 
 __all__ = ["SoftTargetLoss", "soft_target"]
 
@@ -62,30 +62,21 @@ def soft_target(
         return reduce("soft_target", losses, reduction, weight)
 
 
-class SoftTargetLoss(LossModule):
+class SoftTargetLoss(FunctionLoss):
     """`soft_target` as a Module: the constructor takes its hyper-parameters, `forward` its tensors.
 
     Examples:
         >>> import torch
-        >>> loss = SoftTargetLoss(temperature=2.0)
-        >>> loss
-        SoftTargetLoss(temperature=2.0, reduction='mean')
-        >>> loss(torch.zeros(2, 3), torch.ones(2, 3)).item()
+        >>> SoftTargetLoss(temperature=2.0)(torch.zeros(2, 3), torch.ones(2, 3)).item()
         0.0
     """
+
+    _function = staticmethod(soft_target)
 
     def __init__(self, *, temperature: float = 4.0, reduction: Reduction = "mean") -> None:
         super().__init__(reduction=reduction)
         check_number("SoftTargetLoss", "temperature", temperature, above=0)
         self.temperature = temperature
-
-    def forward(
-        self, student: Tensor, teacher: Tensor, *, weight: Tensor | None = None, reduction: Reduction | None = None
-    ) -> Tensor:
-        """Compare `student` logits `(b, c)` with `teacher`; `reduction=None` uses the constructor's."""
-        return soft_target(
-            student, teacher, temperature=self.temperature, reduction=reduction or self.reduction, weight=weight
-        )
 
 
 def _divergence(student: Tensor, teacher: Tensor, *, temperature: float) -> Tensor:

@@ -5,9 +5,9 @@ from torch import Tensor
 
 from kdlib._checks import check_number, check_pair
 from kdlib._maths import MeanOnly, full_precision
-from kdlib.losses._chunked import soften
-from kdlib.losses._module import RelationModule
+from kdlib.losses._module import RelationLoss
 from kdlib.losses._relations import one_batch
+from kdlib.losses.logits._chunked import soften
 
 __all__ = ["DISTLoss", "dist"]
 
@@ -42,9 +42,7 @@ def dist(
         beta: weight of the relations between classes, at least 0.
         gamma: weight of the relations between samples, at least 0.
         temperature: T, above 0; larger values give softer probabilities.
-        gather: use the rows of all processes of the default process group as one batch. Every process gets the same
-            value. The mean of the gradients over the processes, as computed by `DistributedDataParallel`, is that of
-            this batch. Processes may hold different numbers of rows, including none.
+        gather: use the rows of all processes as one batch, as in `rkd_distance`.
         reduction: `"mean"` only, because the relations between samples have no per-sample form.
         weight: `(b,)`, at least 0; only the ratios matter.
 
@@ -112,17 +110,16 @@ def _standardize(x: Tensor, share: Tensor, min_spread: float) -> tuple[Tensor, T
     return torch.where(largest < min_spread * size, standard.detach(), standard), flat.squeeze(1)
 
 
-class DISTLoss(RelationModule):
+class DISTLoss(RelationLoss):
     """`dist` as a Module: the constructor takes its hyper-parameters, `forward` its tensors.
 
     Examples:
         >>> import torch
-        >>> loss = DISTLoss(temperature=2.0)
-        >>> loss
-        DISTLoss(beta=1.0, gamma=1.0, temperature=2.0, gather=False, reduction='mean')
-        >>> loss(torch.eye(3), torch.eye(3)).abs().item() < 1e-5
+        >>> DISTLoss(temperature=2.0)(torch.eye(3), torch.eye(3)).abs().item() < 1e-5
         True
     """
+
+    _function = staticmethod(dist)
 
     def __init__(
         self,
@@ -137,21 +134,4 @@ class DISTLoss(RelationModule):
         check_number("DISTLoss", "temperature", temperature, above=0)
         check_number("DISTLoss", "beta", beta, min=0)
         check_number("DISTLoss", "gamma", gamma, min=0)
-        self.beta = beta
-        self.gamma = gamma
-        self.temperature = temperature
-
-    def forward(
-        self, student: Tensor, teacher: Tensor, *, weight: Tensor | None = None, reduction: MeanOnly | None = None
-    ) -> Tensor:
-        """Compare `student` logits `(b, c)` with `teacher`; `reduction=None` uses the constructor's."""
-        return dist(
-            student,
-            teacher,
-            beta=self.beta,
-            gamma=self.gamma,
-            temperature=self.temperature,
-            gather=self.gather,
-            reduction=reduction or self.reduction,
-            weight=weight,
-        )
+        self.beta, self.gamma, self.temperature = beta, gamma, temperature

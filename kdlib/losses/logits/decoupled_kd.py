@@ -8,8 +8,8 @@ from torch.nn import functional as F
 
 from kdlib._checks import check_number, check_pair, check_target
 from kdlib._maths import Reduction, full_precision, promote, reduce
-from kdlib.losses._chunked import MIN_LOG, by_rows, soften
 from kdlib.losses._module import LossModule
+from kdlib.losses.logits._chunked import MIN_LOG, by_rows, soften
 
 __all__ = ["DecoupledKDLoss", "decoupled_kd"]
 
@@ -96,11 +96,11 @@ class DecoupledKDLoss(LossModule):
     Examples:
         >>> import torch
         >>> loss = DecoupledKDLoss(beta=2.0)
-        >>> loss
-        DecoupledKDLoss(alpha=1.0, beta=2.0, temperature=4.0, reduction='mean')
         >>> loss(torch.zeros(2, 3), torch.ones(2, 3), target=torch.tensor([0, 2])).item()
         0.0
     """
+
+    _function = staticmethod(decoupled_kd)
 
     def __init__(
         self, *, alpha: float = 1.0, beta: float = 8.0, temperature: float = 4.0, reduction: Reduction = "mean"
@@ -109,9 +109,7 @@ class DecoupledKDLoss(LossModule):
         check_number("DecoupledKDLoss", "alpha", alpha, min=0)
         check_number("DecoupledKDLoss", "beta", beta, min=0)
         check_number("DecoupledKDLoss", "temperature", temperature, above=0)
-        self.alpha = alpha
-        self.beta = beta
-        self.temperature = temperature
+        self.alpha, self.beta, self.temperature = alpha, beta, temperature
 
     def forward(
         self,
@@ -123,16 +121,7 @@ class DecoupledKDLoss(LossModule):
         reduction: Reduction | None = None,
     ) -> Tensor:
         """Compare `student` logits `(b, c)` with `teacher`, `target` `(b,)`; `reduction=None` uses the constructor's."""
-        return decoupled_kd(
-            student,
-            teacher,
-            target=target,
-            alpha=self.alpha,
-            beta=self.beta,
-            temperature=self.temperature,
-            reduction=reduction or self.reduction,
-            weight=weight,
-        )
+        return self._call(student, teacher, weight, reduction, target=target)
 
 
 def _split_target(logits: Tensor, target_n1: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
