@@ -29,12 +29,12 @@ class SpecFields(TypedDict, total=False):
 
 
 def height_width(owner: str, input_size: InputSize) -> tuple[int, int]:
-    """Return a size as (height, width), both at least one pixel."""
+    """Return a size as (height, width), both from 1 to 4096 pixels."""
     pair = tuple(input_size) if isinstance(input_size, list | tuple) else (input_size, input_size)
     if len(pair) != 2:
         raise ValueError(f"{owner}: input_size must be a side or (height, width) in pixels, got {input_size!r}")
     for side in pair:
-        check_number(owner, "input_size", side, min=1, integer=True)
+        check_number(owner, "input_size", side, min=1, max=4096, integer=True)
     return pair[0], pair[1]
 
 

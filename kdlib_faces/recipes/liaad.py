@@ -119,7 +119,7 @@ class LIAADConfig(LIAADSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_number("LIAADConfig", "num_identities", self.num_identities, min=1, integer=True)
+        check_number("LIAADConfig", "num_identities", self.num_identities, min=1, max=10**9, integer=True)
         check_number("LIAADConfig", "seed", self.seed, min=0, integer=True)
 
 

@@ -38,11 +38,9 @@ class StudentConfig(NetworkConfig):
     head_margin: float = 0.2
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         owner = type(self).__name__
-        for name in ("embedding_dim", "input_size"):
-            check_number(owner, name, getattr(self, name), min=1, integer=True)
-        for name in ("width", "head_scale"):
-            check_number(owner, name, getattr(self, name), above=0)
+        check_number(owner, "head_scale", self.head_scale, above=0)
         check_number(owner, "head_margin", self.head_margin, min=0)
         check_choice(owner, "head", self.head, ("cosface", "arcface"))
 

@@ -131,7 +131,7 @@ def train_on_faces(build: Callable[[FaceList], TrainingSetup], options: RunOptio
     quiet, output = not options.progress, options.output
     if not options.faces:
         raise InputError("train: --faces must be given, a CSV list or a folder")
-    check_output(output)
+    check_output(output, "checkpoints", "config.toml", "images.npy", "images.npy.part", "log.jsonl", "run.json")
     listed = read_faces(options.faces)
     setup = build(listed)
     training = setup.config.training
