@@ -72,6 +72,7 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_folder("--output", "runs/demo", "folder of the report")
     demo.add_list("--teacher", "ONNX", "general teacher first, then the second teacher")
     demo.add_list("--tap", "NAME", "tensor of each teacher's middle feature map, in order")
+    _add_input(demo)
     demo.add_argument("--seeds", type=int, default=1, metavar="N", help="number of runs with consecutive seeds (1)")
     demo.add_argument("--steps", metavar="quick|full|N", help="training steps of each student (full)")
 
@@ -80,6 +81,7 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--recipe", default="liaad", metavar="liaad|student|general_teacher|age_teacher", help=text)
     text = "general teacher first, then the age-invariant one: a checkpoint, .onnx or a cache"
     train.add_list("--teacher", "FILE", text)
+    _add_input(train)
     train.add_folder("--output", "runs/train", "folder of the model")
 
     evaluate = commands.add_parser(
@@ -88,6 +90,7 @@ def _parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     evaluate.more = _protocols
     evaluate.add_list("--model", "[NAME=]FILE", ".pt or .onnx; repeatable")
+    _add_input(evaluate)
     text = "array (n, d) with one row per image, or a folder with SET.npy for each image set; repeatable"
     evaluate.add_list("--embeddings", "[NAME=]NPY", text)
     text = "protocol, see below; repeatable (default: all that --faces supports)"
@@ -104,15 +107,25 @@ def _parser() -> argparse.ArgumentParser:
     inspect = commands.add_parser("inspect", parents=[common], help="list the backbones, or describe a file")
     inspect.add_argument("file", type=Path, nargs="?", help=".onnx, .pt, a CSV list or a folder of faces")
     inspect.add_list("--tap", "NAME", "print the shape of this tap; repeatable")
+    _add_input(inspect)
     text = "input size of a checkpoint that does not determine it, such as 112x96"
     inspect.add_argument("--input-size", metavar="N|HxW", help=text)
     return parser
+
+
+def _add_input(parser: _Parser) -> None:
+    text = (
+        "images that a model takes, where its file does not show it: color=rgb|bgr, mean=N, scale=N of pixels 0 to 255 "
+    )
+    text += "(N:N:N by channel), layout=bchw|bhwc of .onnx; once, or once for each model in order ('auto' for the file's own)"
+    parser.add_list("--input", "KEY=VALUE,...", text)
 
 
 def _add_cache(parser: _Parser, common: _Parser, run: _Parser) -> None:
     actions = parser.add_subparsers(dest="action", metavar="build|verify|info", required=True)
     make = actions.add_parser("build", parents=[common, run], help="compute the missing rows of a cache")
     make.add_argument("--teacher", type=Path, required=True, metavar="FILE", help=".onnx or a checkpoint")
+    _add_input(make)
     make.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder of the cache")
     text = "feature map to store in addition to the embedding: a name, or stage0 to stage3"
     make.add_list("--tap", "[FEATURE=]NAME", text)
@@ -210,8 +223,8 @@ def _demo(options: argparse.Namespace, command: str) -> None:
     from kdlib_faces.commands import demo
 
     demo.run(
-        output=options.output, faces=options.faces, teachers=options.teacher, taps=options.tap, steps=options.steps,
-        seed=options.seed, num_seeds=options.seeds, config=options.config, settings=options.settings,
+        output=options.output, faces=options.faces, teachers=options.teacher, taps=options.tap, inputs=options.input,
+        steps=options.steps, seed=options.seed, num_seeds=options.seeds, config=options.config, settings=options.settings,
         progress=not options.quiet, command=command,
     )  # fmt: skip
 
@@ -220,7 +233,8 @@ def _train(options: argparse.Namespace, command: str) -> None:
     from kdlib_faces.commands import train
 
     run = train.RunOptions(
-        output=options.output, faces=options.faces, teachers=options.teacher, seed=options.seed, progress=not options.quiet
+        output=options.output, faces=options.faces, teachers=options.teacher, seed=options.seed, progress=not options.quiet,
+        inputs=train.inputs_of_models(options.input, len(options.teacher)),
     )  # fmt: skip
     train.run(options.recipe, run, config=options.config, settings=options.settings)
 
@@ -230,8 +244,8 @@ def _evaluate(options: argparse.Namespace, command: str) -> None:
 
     evaluate.run(
         evaluate.load_settings(options.config, [f"seed={options.seed}", *options.settings]),
-        output=options.output, faces=options.faces, models=options.model, embeddings=options.embeddings,
-        pairs=options.pairs, protocols=options.protocols, scores=options.scores, progress=not options.quiet,
+        output=options.output, faces=options.faces, models=options.model, inputs=options.input,
+        embeddings=options.embeddings, pairs=options.pairs, protocols=options.protocols, scores=options.scores, progress=not options.quiet,
         command=command,
     )  # fmt: skip
 
@@ -250,7 +264,7 @@ def _cache(options: argparse.Namespace, command: str) -> None:
         text = cache.build(
             output=options.output, faces=options.faces, teacher=options.teacher, taps=options.tap, views=options.views,
             dtype=options.dtype, workers=options.workers, seed=options.seed, config=options.config,
-            settings=options.settings, progress=progress,
+            settings=options.settings, progress=progress, stated=_single(options.input),
         )  # fmt: skip
     print(text)
 
@@ -268,9 +282,16 @@ def _inspect(options: argparse.Namespace, command: str) -> None:
     if options.file is None:
         print(inspect.backbones())
     elif options.tap:
-        print(inspect.taps(options.file, options.tap, size))
+        print(inspect.taps(options.file, options.tap, size, _single(options.input)))
     else:
-        print(inspect.file(options.file, size))
+        print(inspect.file(options.file, size, _single(options.input)))
+
+
+def _single(given: Sequence[str]) -> str:
+    """The option `--input` of a command that opens one model."""
+    if len(given) > 1:
+        raise ValueError(f"--input must be given once, got {len(given)}")
+    return given[0] if given else "auto"
 
 
 _COMMANDS = {

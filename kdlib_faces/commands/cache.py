@@ -8,6 +8,7 @@ from kdlib_faces.caching.build import CacheConfig, describe_check, info
 from kdlib_faces.caching.build import build as build_cache
 from kdlib_faces.caching.build import verify as verify_cache
 from kdlib_faces.config import load_config
+from kdlib_faces.teachers.input_options import InputOptions
 
 __all__ = ["build", "info", "verify"]
 
@@ -25,13 +26,19 @@ def build(
     config: Path | None,
     settings: Sequence[str],
     progress: bool,
+    stated: str,
 ) -> str:
     """Build a cache with the options of the command line and describe it; see `kdlib_faces.caching.build.build`."""
     if not faces:
         raise InputError("cache build: --faces must be given, a CSV list or a folder")
-    options = {"view_seed": seed, "views": views, "dtype": dtype}
-    values = [f"{name}={value}" for name, value in options.items() if value is not None]
-    loaded = load_config(CacheConfig, config, [*values, *settings])
+    options = {
+        "view_seed": seed,
+        "views": views,
+        "dtype": dtype,
+        **{f"input.{k}": v for k, v in vars(InputOptions.parse(stated)).items()},
+    }
+    values = {name: value for name, value in options.items() if value is not None}
+    loaded = load_config(CacheConfig, config, settings, base=load_config(CacheConfig, overrides=values))
     build_cache(loaded, output=output, faces=faces, teacher=teacher, taps=taps, workers=workers, progress=progress)
     return info(output)
 

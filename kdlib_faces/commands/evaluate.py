@@ -29,6 +29,7 @@ def run(
     output: Path,
     faces: Sequence[str | os.PathLike[str]] = (),
     models: Sequence[str | os.PathLike[str]] = (),
+    inputs: Sequence[str] = (),
     embeddings: Sequence[str | os.PathLike[str]] = (),
     pairs: str | os.PathLike[str] | None = None,
     protocols: Sequence[str] = (),
@@ -52,8 +53,8 @@ def run(
     check_output(output, "work", "figures", "scores")
     with swept(output):
         prepared = prepare(
-            config, work=output / "work", faces=faces, models=models, embeddings=embeddings, pairs=pairs,
-            protocols=protocols, progress=progress,
+            config, work=output / "work", faces=faces, models=models, inputs=inputs, embeddings=embeddings,
+            pairs=pairs, protocols=protocols, progress=progress,
         )  # fmt: skip
         started = datetime.now(UTC)
         with staged(output) as stage:

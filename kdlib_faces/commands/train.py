@@ -6,9 +6,10 @@ from pathlib import Path
 from kdlib_faces._checks import InputError
 from kdlib_faces.config import load_config
 from kdlib_faces.recipes import age_teacher, liaad, student
+from kdlib_faces.teachers.input_options import inputs_of_models
 from kdlib_faces.training import RunOptions
 
-__all__ = ["RECIPES", "RunOptions", "run"]
+__all__ = ["RECIPES", "RunOptions", "inputs_of_models", "run"]
 
 RECIPES = {
     "liaad": ((2,), "two teachers, the general one first"),

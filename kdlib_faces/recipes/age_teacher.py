@@ -28,9 +28,9 @@ from kdlib_faces.teachers import (
     CrossAgePairLoss,
     L2SPLoss,
     TeacherNet,
-    load_pretrained,
 )
 from kdlib_faces.teachers.fine_tuning import FrozenBatchNorm, Part, freeze_all_but
+from kdlib_faces.teachers.open import load_pretrained
 from kdlib_faces.training import RunConfig, RunOptions, TrainingSetup, train_on_faces
 
 __all__ = ["AgeTeacherConfig", "AgeTeacherRunConfig", "build_age_teacher", "train"]
@@ -243,7 +243,7 @@ def train(config: AgeTeacherRunConfig, options: RunOptions) -> Path:
     refuse_unused(config, unused)
 
     def build(listed: FaceList) -> TrainingSetup:
-        start = load_pretrained(options.teachers[0]) if options.teachers else None
+        start = load_pretrained(options.teachers[0], *options.inputs[:1]) if options.teachers else None
         fingerprints = {"seed": str(options.seed)}
         if start is not None:
             fingerprints["pretrained network"] = model_fingerprint(start)

@@ -23,6 +23,7 @@ from kdlib_faces.data.lists import FaceList
 from kdlib_faces.progress import say
 from kdlib_faces.recipes.spaces import check_one_space
 from kdlib_faces.recipes.student import StudentConfig, refuse_unused
+from kdlib_faces.teachers.input_options import InputOptions
 from kdlib_faces.teachers.open import open_teacher, stage_taps
 from kdlib_faces.training import RunConfig, RunOptions, TrainingSetup, train_on_faces
 
@@ -180,7 +181,7 @@ def build(
     """
     if teachers is None:
         sources = _sources(config, config.general_teacher, config.age_teacher)
-        teachers = {source.role: _open(source, config) for source in sources}
+        teachers = {source.role: _open(source, config, InputOptions()) for source in sources}
     unknown = sorted(set(teachers) - {GENERAL, AGE})
     if unknown:
         raise InputError(f"liaad: teachers must be named {GENERAL!r} or {AGE!r}, got {', '.join(map(repr, unknown))}")
@@ -222,9 +223,9 @@ def _sources(config: LIAADConfig, general: str, age: str) -> list[TeacherSource]
     return [TeacherSource(role, path, reads[role], config.stage) for role, path in ((GENERAL, general), (AGE, age))]
 
 
-def _open(source: TeacherSource, config: LIAADConfig) -> nn.Module:
+def _open(source: TeacherSource, config: LIAADConfig, images: InputOptions) -> nn.Module:
     untrained = {"input_size": config.input_size, "embedding_dim": config.embedding_dim, "seed": config.seed}
-    return open_teacher(source.path, source.reads, stage=source.stage, **untrained)
+    return open_teacher(source.path, source.reads, stage=source.stage, images=images, **untrained)
 
 
 def train(config: LIAADRunConfig, options: RunOptions) -> Path:
@@ -245,6 +246,12 @@ def train(config: LIAADRunConfig, options: RunOptions) -> Path:
     if len(options.teachers) != 2:
         raise InputError(f"train: teachers must be two, the general one first, got {len(options.teachers)}")
     general, age = options.teachers
+    images = dict(zip((GENERAL, AGE), options.inputs, strict=False))
+    for path, stated in zip(options.teachers, options.inputs, strict=False):
+        if stated != InputOptions() and (Path(path).is_dir() or path in BACKBONES):
+            raise InputError(
+                f"train: {path} is no model file; --input {stated} does not apply to it, give 'auto' for it"
+            )
 
     def build_run(faces: FaceList) -> TrainingSetup:
         recipe = LIAADConfig(
@@ -257,7 +264,7 @@ def train(config: LIAADRunConfig, options: RunOptions) -> Path:
         opened = open_teachers(
             _sources(recipe, general, age),
             faces,
-            open_file=lambda source: _open(source, recipe),
+            open_file=lambda source: _open(source, recipe, images.get(source.role, InputOptions())),
             mirrored=config.augment.mirror > 0,
             quiet=not options.progress,
         )

@@ -90,7 +90,11 @@ def test_means_of_each_channel_show_the_channel_order(tmp_path, flip):
     for means, color in ((red_first, "rgb"), (red_first[::-1], "bgr")):
         teacher = OnnxTeacher(save(prefixed([*flip, ("Sub", [means.copy()], {}), ("Div", [_f(0.5)], {})]), tmp_path))
         expected = {"rgb": "bgr", "bgr": "rgb"}[color] if flip else color
-        assert (teacher.input_spec.color, teacher.input_spec.mean, teacher.input_spec.scale) == (expected, 0.0, 255.0)
+        assert (teacher.image_format.color, teacher.image_format.mean, teacher.image_format.scale) == (
+            expected,
+            0.0,
+            255.0,
+        )
 
 
 def test_what_a_graph_takes_can_be_stated(tmp_path):

@@ -7,7 +7,7 @@ from typing import NamedTuple, TypedDict
 
 import numpy as np
 
-from kdlib_faces.teachers.onnx.graph import Graph, ImageSize, file_errors, read_graph
+from kdlib_faces.teachers.onnx.graph import Graph, ImageSize, Layout, file_errors, read_graph
 from kdlib_faces.teachers.onnx.preprocessing import recognize_input
 from kdlib_faces.teachers.onnx.runtime import as_vectors, find_embedding, trace
 
@@ -127,11 +127,12 @@ def _count_macs(graph: Graph, shapes: Mapping[str, tuple[int, ...]]) -> int | No
     return total
 
 
-def describe_graph(path: str | os.PathLike[str]) -> GraphInfo:
+def describe_graph(path: str | os.PathLike[str], layout: Layout | None = None) -> GraphInfo:
     """Describe an ONNX file.
 
     Args:
         path: The `.onnx` file.
+        layout: As for `OnnxTeacher`.
 
     Returns:
         `inputs` and `outputs` (name to shape; None where free; outputs measured on one image), `opset` (domain to version),
@@ -143,7 +144,7 @@ def describe_graph(path: str | os.PathLike[str]) -> GraphInfo:
     Raises:
         InputError: As `read_graph`, or the graph does not run.
     """
-    graph = read_graph(path)
+    graph = read_graph(path, layout)
     with file_errors(graph.path):
         return _describe(graph)
 

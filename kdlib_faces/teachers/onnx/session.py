@@ -82,7 +82,7 @@ class OnnxTeacher(nn.Module):
             before `preprocess`; otherwise another size is an error.
 
     Attributes:
-        input_spec: The images that the graph takes; None with another callable.
+        image_format: The images that the graph takes; None with another callable.
         input_size: Side of the images in pixels; (h, w) where not square, None where the graph leaves it free.
         shapes: Shape of each feature of one image, without the batch dimension.
         run_batch: Images in one run of the graph; None for any number.
@@ -141,8 +141,8 @@ class OnnxTeacher(nn.Module):
         self.input_size = graph.input_size
         if self.resize and self.input_size is None:
             raise InputError(f"OnnxTeacher: {self.path} has a free input size; resize=True has nothing to resize to")
-        self.input_spec = preprocess if isinstance(preprocess, InputSpec) else None
-        if (preprocess is None or self.input_spec) and graph.shape[1] not in (None, 3):
+        self.image_format = preprocess if isinstance(preprocess, InputSpec) else None
+        if (preprocess is None or self.image_format) and graph.shape[1] not in (None, 3):
             raise InputError(
                 f"OnnxTeacher: {self.path} must take images of 3 channels, got ({show_shape(graph.declared)}); give layout=, "
                 "or a callable preprocess"
@@ -153,7 +153,7 @@ class OnnxTeacher(nn.Module):
         self._open: tuple[int, Graph, Session] | None = None
         with file_errors(self.path):
             if preprocess is None:
-                self.input_spec = recognize_input(graph)
+                self.image_format = recognize_input(graph)
             self._tensors = {name: find_tensor(graph, name, tap) for name, tap in self.taps.items()}
             self.run_batch, self.shapes = self._probe(*self._make_session(graph))
 
@@ -249,16 +249,16 @@ class OnnxTeacher(nn.Module):
         cosine = 0.0 if name is None else cosine_of(first[name], second[name])
         if name is None or cosine < ALIKE or graph.shape[1] not in (None, 3):
             return
-        given = self.input_spec
+        given = self.image_format
         images = torch.from_numpy(noise_and_waves(3, *graph.sample_shape(2)[2:]))
         for mean, scale in ((0.0, 1.0), (0.0, 255.0), (127.5, 127.5)):
-            self.input_spec = InputSpec(mean=mean, scale=scale)
+            self.image_format = InputSpec(mean=mean, scale=scale)
             try:
                 one, other, _ = self._run_both(graph, session, self._prepare(graph, images))
             except InputError:
                 continue
             finally:
-                self.input_spec = given
+                self.image_format = given
             if 1 - (better := cosine_of(one[name], other[name])) > FARTHER * (1 - cosine):
                 warnings.warn(
                     f"OnnxTeacher: {self.path} gives nearly the same {name} for very different images (cosine {cosine:.4f}), but "
@@ -271,7 +271,7 @@ class OnnxTeacher(nn.Module):
     @property
     def fingerprint(self) -> str:
         """SHA-256 of everything that cached features depend on: the file, tapped tensors and preprocessing."""
-        spec = self.input_spec
+        spec = self.image_format
         images = callable_id(self.preprocess) if spec is None else [spec.color, spec.mean, spec.scale, self.layout]
         parts = [self._sha256, self._tensors, images, self.resize]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
@@ -313,16 +313,16 @@ class OnnxTeacher(nn.Module):
         x = images.float()
         if self.resize and self.input_size is not None and len(x):
             x = InputSpec(size=self.input_size)(x)
-        if self.input_spec is not None:
+        if self.image_format is not None:
             if max(-low, high) > MAX_PIXEL:
                 raise InputError(f"OnnxTeacher: images must be in [-1, 1], got values up to {max(-low, high):g}")
-            x = replace(self.input_spec, size=(x.shape[2], x.shape[3]))(x)
+            x = replace(self.image_format, size=(x.shape[2], x.shape[3]))(x)
         elif self.preprocess is not None:
             x = self.preprocess(x)
         wanted = (len(images), *graph.shape[1:])
         shape = tuple(x.shape) if isinstance(x, Tensor) else ()
         if len(shape) != 4 or any(want not in (None, got) for want, got in zip(wanted, shape, strict=True)):
-            custom = self.input_spec is None
+            custom = self.image_format is None
             where = " after preprocess" if custom else ""
             hint = "" if self.resize or custom else "; resize=True resizes them"
             raise InputError(
