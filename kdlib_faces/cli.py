@@ -8,6 +8,7 @@ import io
 import os
 import shlex
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
@@ -183,8 +184,19 @@ def _run(options: argparse.Namespace, given: Sequence[str]) -> None:
         import torch
 
         torch.set_num_threads(options.threads)
-    _COMMANDS[options.command](options, shlex.join(["kdlib-faces", *given]))
+    format_before, warnings.formatwarning = warnings.formatwarning, _format_warning
+    try:
+        _COMMANDS[options.command](options, shlex.join(["kdlib-faces", *given]))
+    finally:
+        warnings.formatwarning = format_before
     sys.stdout.flush()
+
+
+def _format_warning(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
+) -> str:
+    shown = str(message) if category is UserWarning else f"{category.__name__}: {message}"
+    return f"kdlib-faces: warning: {' '.join(shown.split())}\n"
 
 
 def _report_error(error: BaseException) -> int:

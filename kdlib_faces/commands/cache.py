@@ -31,14 +31,11 @@ def build(
     """Build a cache with the options of the command line and describe it; see `kdlib_faces.caching.build.build`."""
     if not faces:
         raise InputError("cache build: --faces must be given, a CSV list or a folder")
-    options = {
-        "view_seed": seed,
-        "views": views,
-        "dtype": dtype,
-        **{f"input.{k}": v for k, v in vars(InputOptions.parse(stated)).items()},
-    }
-    values = {name: value for name, value in options.items() if value is not None}
-    loaded = load_config(CacheConfig, config, settings, base=load_config(CacheConfig, overrides=values))
+    options: dict[str, object] = {"view_seed": seed, "views": views, "dtype": dtype}
+    for name, value in vars(InputOptions.parse(stated)).items():
+        options[f"input.{name}"] = list(value) if isinstance(value, tuple) else value
+    values = [f"{name}={value}" for name, value in options.items() if value is not None]
+    loaded = load_config(CacheConfig, config, [*values, *settings])
     build_cache(loaded, output=output, faces=faces, teacher=teacher, taps=taps, workers=workers, progress=progress)
     return info(output)
 

@@ -23,7 +23,7 @@ from kdlib_faces.teachers import OnnxTeacher  # noqa: E402
 from kdlib_faces.teachers.open import load_network, open_onnx  # noqa: E402
 from tests.faces.tiny_graph import tiny_graph  # noqa: E402
 
-BYTES = "color=bgr,mean=0,scale=1"
+BYTES = "color=bgr,mean=0:0:0,scale=1"
 
 
 def _rectangular(path: Path) -> Path:
@@ -108,7 +108,7 @@ def test_evaluate_inspect_and_cache_take_images_that_are_not_square(folder: Path
 def test_inspect_shows_what_a_model_is_fed(folder: Path, capsys) -> None:
     for name, options, shown in (
         ("net.onnx", [], "images        RGB, (pixel - 127.5) / 127.5, 112 x 112"),
-        ("net.onnx", ["--input", BYTES], "images        BGR, pixel / 1, 112 x 112 (stated)"),
+        ("net.onnx", ["--input", BYTES], "images        BGR, (pixel - (0, 0, 0)) / 1, 112 x 112 (stated)"),
         ("net.pt", ["--input", "scale=128"], "input       RGB (assumed), (pixel - 127.5) / 128"),
     ):
         assert main(["inspect", str(folder / name), *options]) == 0
