@@ -106,7 +106,7 @@ def _teacher(
         raise InputError(f"cache: teacher {path} {'is not a file' if path.exists() else 'does not exist'}")
     if path.suffix == ".onnx":
         taps = {
-            feature: str(onnx_taps(str(path), STAGES.index(name))["map"]) if name in STAGES else name
+            feature: str(onnx_taps(str(path), STAGES.index(name), images.layout)["map"]) if name in STAGES else name
             for feature, name in taps.items()
         }
         not_square = isinstance(read_graph(path, images.layout).input_size, tuple)

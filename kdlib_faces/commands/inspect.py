@@ -162,16 +162,16 @@ def _describe_onnx(path: Path, stated: str) -> str:
         "opset": info["opset"],
         "embedding_dim": info["embedding_dim"],
         "input_size": info["input_size"],
-        "images": f"{info['images'] if spec is None else spec.describe()}{'' if options == InputOptions() else ' (stated)'}",
+        "images": info["images"] if spec is None or options == InputOptions() else f"{spec.describe()} (stated)",
         "parameters": f"{info['parameters']:,}",
         "MACs": f"{info['macs']:,}" if info["macs"] else "not countable",
     }
     lines = [f"{name:<14}{value}" for name, value in rows.items()]
-    suggested = set(suggest_taps(path).values())
+    suggested = set(suggest_taps(path, options.layout).values())
     lines.append("taps (shape for one image; a * marks the last sum at its resolution):")
     lines += [
         f"  {'*' if tap.name in suggested else ' '} {tuple(tap.shape)!s:<20}{tap.op:<20}{tap.name}"
-        for tap in list_taps(path)
+        for tap in list_taps(path, options.layout)
     ]
     return "\n".join(lines)
 

@@ -62,8 +62,11 @@ def real_data(
     """
     if len(teachers) != 2:
         raise InputError(f"demo: two teachers must be given, the general one first, got {len(teachers)}")
-    chosen = [{"embedding": None, "map": tap} for tap in taps] or [onnx_taps(path) for path in teachers]
     stated = inputs_of_models(inputs, len(teachers))
+    pairs = zip(teachers, stated, strict=True)
+    chosen = [{"embedding": None, "map": tap} for tap in taps] or [
+        onnx_taps(path, layout=images.layout) for path, images in pairs
+    ]
     graphs = [
         open_onnx(path, each, images=images, resize=True)
         for path, each, images in zip(teachers, chosen, stated, strict=True)

@@ -11,7 +11,7 @@ from kdlib_faces._checks import InputError
 from kdlib_faces.backbones import BACKBONES, Backbone, build_backbone
 from kdlib_faces.teachers.files import TeacherNet, load_teacher
 from kdlib_faces.teachers.input_options import InputOptions
-from kdlib_faces.teachers.onnx.graph import read_graph
+from kdlib_faces.teachers.onnx.graph import Layout, read_graph
 from kdlib_faces.teachers.onnx.import_graph import import_onnx
 from kdlib_faces.teachers.onnx.inspect import describe_graph, suggest_taps
 from kdlib_faces.teachers.onnx.preprocessing import recognize_input
@@ -28,7 +28,7 @@ def stage_taps(model: TeacherNet, stage: int) -> dict[str, str | Tap]:
     return {"embedding": OUTPUT, "map": model.stages[stage]}
 
 
-def onnx_taps(path: str, stage: int = 2) -> dict[str, str | None]:
+def onnx_taps(path: str, stage: int = 2, layout: Layout | None = None) -> dict[str, str | None]:
     """Taps of an ONNX graph's embedding, and of its last map on the grid of a network's stage.
 
     Stage `s` of a network has `1 / 2^(s + 1)` of the image's height: at 112 pixels, stage 2 has 14 rows. The map of the graph
@@ -37,14 +37,15 @@ def onnx_taps(path: str, stage: int = 2) -> dict[str, str | None]:
     Args:
         path: The `.onnx` file.
         stage: Number of the stage, from 0.
+        layout: As for `OnnxTeacher`.
 
     Raises:
         InputError: The file is not an ONNX graph, or the graph has no feature maps.
     """
-    maps = {int(name[3:].split("x")[0]): tensor for name, tensor in suggest_taps(path).items()}
+    maps = {int(name[3:].split("x")[0]): tensor for name, tensor in suggest_taps(path, layout).items()}
     if not maps:
         raise InputError(f"{path}: no feature map to distill from; is it a convolutional network?")
-    size = describe_graph(path)["input_size"] or 112
+    size = describe_graph(path, layout)["input_size"] or 112
     grid = (size if isinstance(size, int) else size[0]) / 2 ** (stage + 1)
     return {"embedding": None, "map": maps[min(maps, key=lambda each: abs(each - grid))]}
 
@@ -128,7 +129,7 @@ def open_teacher(
         taps: dict[str, str | None] = {"embedding": None}
         if "map" in features:
             try:
-                taps = onnx_taps(source, stage)
+                taps = onnx_taps(source, stage, images.layout)
             except InputError as error:
                 raise InputError(f"{error} {features['map']}=0 removes the term that reads it") from error
         return open_onnx(source, taps, images=images, resize=True)

@@ -276,7 +276,7 @@ def test_a_network_without_maps_names_the_setting(faces_folder: Path, tmp_path: 
     from tests.faces.tiny_graph import tiny_graph
 
     graph = tiny_graph(tmp_path / "net.onnx")
-    monkeypatch.setattr("kdlib_faces.teachers.open.suggest_taps", lambda path: {})
+    monkeypatch.setattr("kdlib_faces.teachers.open.suggest_taps", lambda path, layout: {})
     message = fails(capsys, *command(faces_folder, tmp_path / "run", "general", graph))
     assert (
         "no feature map to distill from; is it a convolutional network? recipe.attention_weight=0 removes the term"

@@ -107,7 +107,7 @@ def test_evaluate_inspect_and_cache_take_images_that_are_not_square(folder: Path
 
 def test_inspect_shows_what_a_model_is_fed(folder: Path, capsys) -> None:
     for name, options, shown in (
-        ("net.onnx", [], "images        RGB, (pixel - 127.5) / 127.5, 112 x 112"),
+        ("net.onnx", [], "images        RGB, (pixel - 127.5) / 127.5, 112 x 112, bchw"),
         ("net.onnx", ["--input", BYTES], "images        BGR, (pixel - (0, 0, 0)) / 1, 112 x 112 (stated)"),
         ("net.pt", ["--input", "scale=128"], "input       RGB (assumed), (pixel - 127.5) / 128"),
     ):

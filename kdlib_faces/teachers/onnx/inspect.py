@@ -49,7 +49,7 @@ def _is_map(shape: tuple[int, ...], height: int, width: int) -> bool:
     return any(all(full >> n <= side <= -(-full >> n) for full, side in sides) for n in range(height.bit_length()))
 
 
-def list_taps(path: str | os.PathLike[str]) -> list[GraphTap]:
+def list_taps(path: str | os.PathLike[str], layout: Layout | None = None) -> list[GraphTap]:
     """List the tensors of an ONNX file that can serve as features, in graph order.
 
     These are maps `(1, c, h, w)` whose sides are those of the input halved several times, and vectors `(1, d)`. Attention
@@ -57,6 +57,7 @@ def list_taps(path: str | os.PathLike[str]) -> list[GraphTap]:
 
     Args:
         path: The `.onnx` file.
+        layout: As for `OnnxTeacher`.
 
     Returns:
         One `(name, op, shape)` per tensor; the shape is measured on one image.
@@ -64,7 +65,7 @@ def list_taps(path: str | os.PathLike[str]) -> list[GraphTap]:
     Raises:
         InputError: As `read_graph`, or the graph does not run.
     """
-    graph = read_graph(path)
+    graph = read_graph(path, layout)
     with file_errors(graph.path):
         nodes = graph.outputs()
         height, width = graph.sample_shape(1)[2:]
@@ -81,7 +82,7 @@ def list_taps(path: str | os.PathLike[str]) -> list[GraphTap]:
         return taps
 
 
-def suggest_taps(path: str | os.PathLike[str]) -> dict[str, str]:
+def suggest_taps(path: str | os.PathLike[str], layout: Layout | None = None) -> dict[str, str]:
     """Suggest one map per resolution of an ONNX file: the output of the last residual block there.
 
     Among the maps of one resolution the last sum is chosen, or the last map if there is no sum. The result can be passed to
@@ -89,6 +90,7 @@ def suggest_taps(path: str | os.PathLike[str]) -> dict[str, str]:
 
     Args:
         path: The `.onnx` file.
+        layout: As for `OnnxTeacher`.
 
     Returns:
         `"map14"` (or `"map14x12"`) to a tensor name, highest resolution first.
@@ -97,7 +99,7 @@ def suggest_taps(path: str | os.PathLike[str]) -> dict[str, str]:
         InputError: As `list_taps`.
     """
     chosen: dict[tuple[int, ...], GraphTap] = {}
-    for tap in list_taps(path):
+    for tap in list_taps(path, layout):
         if len(tap.shape) == 4:
             earlier = chosen.get(tap.shape[2:])
             if earlier is None or tap.op == "Add" or earlier.op != "Add":
