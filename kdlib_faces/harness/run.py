@@ -15,6 +15,7 @@ from kdlib_faces.harness.image_sets import OF_EMBEDDINGS, ImageSet, images_of_fi
 from kdlib_faces.harness.lists import tasks_of_faces
 from kdlib_faces.harness.registry import PROTOCOLS
 from kdlib_faces.harness.tasks import EvaluateConfig, EvaluationTask, ProtocolSpec, Settings, parse_protocol
+from kdlib_faces.teachers.input_options import inputs_of_models
 
 __all__ = ["PreparedEvaluation", "prepare"]
 
@@ -42,6 +43,7 @@ def prepare(
     work: Path,
     faces: Sequence[PathLike] = (),
     models: Sequence[PathLike] = (),
+    inputs: Sequence[str] = (),
     embeddings: Sequence[PathLike] = (),
     pairs: PathLike | None = None,
     protocols: Sequence[str] = (),
@@ -55,6 +57,7 @@ def prepare(
         work: Folder in which embeddings are kept; an interrupted run continues from it.
         faces: Face lists, as `read_faces` takes them; for protocols without images of their own.
         models: `.onnx` or weight files, or `NAME=FILE` to name them in the report.
+        inputs: What is stated about the images of the models: one text of `InputOptions.parse` for all, or one for each.
         embeddings: `.npy` files (n, d), rows in the order of the images; or folders with one such file per image set,
             named after it: `lfw.npy`, `fgnet.npy`, and `faces.npy` for the lists of `faces`; or `NAME=FILE`.
         pairs: A pairs file in the format of LFW, on `faces`.
@@ -83,7 +86,7 @@ def prepare(
             replace(task, convention={**task.convention, "Alignment": alignment.format(task.alignment)})
             for task in tasks
         ]
-    evaluated = _models(config, models, embeddings, tasks, work, progress)
+    evaluated = _models(config, models, inputs, embeddings, tasks, work, progress)
     return PreparedEvaluation(
         tasks, evaluated, _data(settings, tasks, [*notes, *(() if face_list is None else face_list.notes)])
     )
@@ -119,6 +122,7 @@ def _tasks(
 def _models(
     config: EvaluateConfig,
     models: Sequence[PathLike],
+    inputs: Sequence[str],
     embeddings: Sequence[PathLike],
     tasks: Sequence[EvaluationTask],
     work: Path,
@@ -137,7 +141,11 @@ def _models(
         files = {each: path / f"{each}.npy" if path.is_dir() else path for each in sets}
         arrays = {each: read_embeddings(files[each], images.count) for each, images in sets.items()}
         given.append(EvaluatedModel(name, ModelEntry("student", name, "embeddings from a file"), arrays))
-    opened = [(name, open_model(path, config.input_size)) for name, path in names[: len(models)]]
+    stated = inputs_of_models(inputs, len(models))
+    opened = [
+        (name, open_model(path, config.input_size, images))
+        for (name, path), images in zip(names[: len(models)], stated, strict=True)
+    ]
     for images in sets.values() if opened else ():
         images.check_images()
     evaluated = []
