@@ -150,8 +150,7 @@ def _embed_to(target: Path, model: OpenedModel, images: ImageSet, batch_size: in
     """Write rows in order to a part file; the note beside it holds the number of rows that are safe on disk."""
     part, note = target.with_name(target.name + ".part"), target.with_name(target.name + ".json")
     count = images.count
-    if count is None:
-        raise InputError(f"{images.name}: no images are known")
+    assert count is not None  # a set with images has rows
     done, width = _rows_kept(note, part)
     batch = max(1, min(batch_size, KEPT_EVERY))
     starts = range(done, count, batch)

@@ -163,13 +163,13 @@ def _names(given: Sequence[PathLike]) -> list[tuple[str, Path]]:
     texts = [os.fspath(each) for each in given]
     parts = [text.partition("=") if "=" in text and not os.path.exists(text) else ("", "", text) for text in texts]
     paths = [Path(file) for _, _, file in parts]
-    steps = [(*path.absolute().parent.parts, path.stem) for path in paths]
+    steps = [(*path.parent.parts, path.stem) for path in map(Path.absolute, paths)]
     names: list[str] = []
     for at, (name, _, _) in enumerate(parts):
         others = [steps[other] for other, (named, _, _) in enumerate(parts) if other != at and not named]
         depths = (n for n in range(1, len(steps[at]) + 1) if all(each[-n:] != steps[at][-n:] for each in others))
         depth = next(depths, 0)
-        names.append(name or ("/".join(steps[at][-depth:]) if depth else f"{paths[at].stem} ({at + 1})"))
+        names.append(name or ("/".join(steps[at][-depth:]) if depth else f"{steps[at][-1]} ({at + 1})"))
     for name in names:
         if names.count(name) > 1:
             raise InputError(f"evaluate: two models are named {name!r}; name them as in --model NAME=FILE")
