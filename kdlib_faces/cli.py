@@ -12,7 +12,7 @@ import sys
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 __all__ = ["main"]
 
@@ -210,7 +210,7 @@ def _run(options: argparse.Namespace, given: Sequence[str]) -> None:
     sys.stdout.flush()
 
 
-def _show_warning(message: Warning | str, *_: object) -> None:
+def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
     print(f"kdlib-faces: warning: {' '.join(str(message).split())}", file=sys.stderr)
 
 
