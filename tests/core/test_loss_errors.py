@@ -99,6 +99,10 @@ VECTOR, MAP, IDENTITIES = torch.ones(4, 3), torch.ones(4, 3, 2, 2), torch.arange
         (lambda: angular_distill(torch.ones(4), torch.ones(4)), ValueError, r"angular_distill: student must be \(b, d, ...\), got \(4,\)"),
         (lambda: soft_target(MAP, MAP), ValueError, r"soft_target: student must be \(b, c\), got \(4, 3, 2, 2\)"),
         (lambda: activation_boundary(MAP, MAP[:, :2]), ValueError, r"activation_boundary: teacher must be \(b, \.\.\.\) like student \(4, 3, 2, 2\), got \(4, 2, 2, 2\); project the student first"),
+        (lambda: soft_target(VECTOR, VECTOR[:, :2]), ValueError, r"soft_target: teacher must be \(b, c\) like student \(4, 3\), got \(4, 2\); the logits must be of the same classes"),
+        (lambda: dist(VECTOR, VECTOR[:, :2]), ValueError, r"dist: teacher must be .*; the logits must be of the same classes"),
+        (lambda: decoupled_kd(VECTOR, VECTOR[:, :2], target=IDENTITIES), ValueError, r"decoupled_kd: teacher must be .*; the logits must be of the same classes"),
+        (lambda: soft_target(VECTOR, VECTOR[:2]), ValueError, r"soft_target: teacher must be \(b, c\) like student \(4, 3\), got \(2, 3\)"),
         (lambda: attention_map(MAP[0]), ValueError, r"attention_map: features must be \(b, c, h, w\), got \(3, 2, 2\)"),
         (lambda: channel_attention_map(MAP[0]), ValueError, r"channel_attention_map: features must be \(b, c, h, w\), got \(3, 2, 2\)"),
         (lambda: attention_transfer(MAP, VECTOR), ValueError, r"attention_transfer: teacher must be \(b, c, h, w\) or \(b, h, w\), got \(4, 3\)"),
@@ -175,3 +179,41 @@ VECTOR, MAP, IDENTITIES = torch.ones(4, 3), torch.ones(4, 3, 2, 2), torch.arange
 def test_other_arguments(call: Callable[[], object], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=f"^{message}$"):
         call()
+
+
+@each_loss
+def test_weights_that_are_not_finite_numbers_from_zero(name: str) -> None:
+    case = LOSSES[name]
+    student, teacher = case.sides(dtype=torch.float32)
+    targets = case.targets(5)
+    for bad in (-1.0, -1e-30, math.inf, -math.inf, math.nan):
+        weight = torch.tensor([1.0, 1.0, bad, 0.0, 2.0])
+        with pytest.raises(ValueError, match=r"weight must hold finite numbers >= 0, got .*; 0 masks a sample$"):
+            case.build()(student, teacher, weight=weight, **targets)
+    with pytest.raises(ValueError, match=r"weight must hold finite numbers >= 0, got -1;"):
+        case.build()(student, teacher, weight=torch.tensor([1, -1, 1, 1, 1]), **targets)
+
+
+@pytest.mark.parametrize("name", ["hint", "soft_target", "dist", "rkd_angle", "contrastive_representation"])
+def test_such_weights_count_as_zero_where_they_cannot_be_read(name: str) -> None:
+    case = LOSSES[name]
+    student, teacher = case.sides(dtype=torch.float32)
+    torch._dynamo.reset()
+    compiled = torch.compile(case.build(), fullgraph=True, backend="eager")
+    masked = case.build()(student, teacher, weight=torch.tensor([1.0, 1.0, 0.0, 0.0, 2.0]))
+    for bad in (-1.0, math.inf, math.nan):
+        value = compiled(student, teacher, weight=torch.tensor([1.0, 1.0, bad, 0.0, 2.0]))
+        torch.testing.assert_close(value, masked)
+
+
+@each_loss
+def test_weights_of_any_finite_size(name: str) -> None:
+    case = LOSSES[name]
+    student, teacher = case.sides(dtype=torch.float32)
+    targets, weight = case.targets(5), torch.tensor([1.0, 0.5, 0.25, 0.0, 1.0])
+    loss = case.build().eval()
+    expected = loss(student, teacher, weight=weight, **targets)
+    for scaled in (3.4e38 * weight, 2.0**-130 * weight, 1e300 * weight.double(), 2.0**-140 * weight.double()):
+        torch.testing.assert_close(loss(student, teacher, weight=scaled, **targets), expected)
+        if loss.per_sample:
+            assert torch.isfinite(loss(student, teacher, weight=scaled, reduction="none", **targets)).all()
