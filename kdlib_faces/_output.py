@@ -1,15 +1,27 @@
-"""Output folders that are written completely or not at all."""
+"""Output folders that are written completely or not at all, and the environment that a report describes."""
 
 import os
+import platform
 import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+import numpy as np
+import torch
+
 from kdlib_faces._checks import InputError
 
-__all__ = ["check_output", "staged", "swept"]
+__all__ = ["check_output", "describe_environment", "staged", "swept"]
+
+
+def describe_environment() -> dict[str, object]:
+    """Versions and machine, for a report."""
+    return {
+        "torch": str(torch.__version__), "numpy": np.__version__, "python": platform.python_version(),
+        "threads": torch.get_num_threads(), "cores": os.cpu_count() or 1, "platform": platform.platform(),
+    }  # fmt: skip
 
 
 def check_output(output: Path) -> Path:

@@ -72,18 +72,14 @@ def dump_toml(config: object) -> str:
         steps = 10
         name = "a"
     """
-    return tomli_w.dumps(_to_table(config))
+    return tomli_w.dumps(_to_toml(config))
 
 
-def _to_table(config: Any) -> dict[str, object]:
-    """Return the fields as TOML values; fields that are None by default are omitted, because TOML has no null."""
-    values = ((field, getattr(config, field.name)) for field in dataclasses.fields(config))
-    return {field.name: _to_toml(value) for field, value in values if value is not None or field.default is not None}
-
-
-def _to_toml(value: object) -> object:
+def _to_toml(value: Any) -> Any:
+    """Return a value for TOML, which has no null: fields that are None and None by default are omitted."""
     if dataclasses.is_dataclass(value):
-        return _to_table(value)
+        items = ((field, getattr(value, field.name)) for field in dataclasses.fields(value))
+        return {field.name: _to_toml(item) for field, item in items if item is not None or field.default is not None}
     if isinstance(value, Mapping):
         return {str(name): _to_toml(item) for name, item in value.items()}
     if isinstance(value, (list, tuple)):
@@ -214,7 +210,5 @@ def _describe(hint: Any) -> str:
 
 
 def _show(value: object) -> str:
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    text = value if isinstance(value, str) else repr(value)
+    text = value if isinstance(value, str) else repr(value).lower() if isinstance(value, bool) else repr(value)
     return text if len(text) <= 80 else text[:77] + "..."

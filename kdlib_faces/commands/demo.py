@@ -28,23 +28,10 @@ def run(
     progress: bool,
     command: str,
 ) -> None:
-    """Run the demo with the options of the command line.
+    """Run the demo with the options of the command line; see `kdlib_faces.demo.run.run`.
 
-    Args:
-        output: Folder of the report.
-        faces: Lists or folders of real faces; none for synthetic faces.
-        teachers: Two ONNX files, with real faces only.
-        taps: Tensor of each teacher that is its middle map.
-        steps: `"quick"`, `"full"`, or the number of steps of each student.
-        seed: First seed.
-        num_seeds: Number of runs.
-        config: A TOML file of settings.
-        settings: `KEY=VALUE` each; they override the file.
-        progress: Show progress.
-        command: The command line, noted in the report.
-
-    Raises:
-        InputError: An option or a file cannot be used.
+    `steps` is `"quick"`, `"full"`, or the number of steps of each student; `seed` is the first of `num_seeds` seeds; the
+    `KEY=VALUE` of `settings` override the TOML file `config`.
     """
     values = list(settings)
     if steps not in (None, "full"):

@@ -102,9 +102,6 @@ def _describe_checkpoint(path: Path, input_size: ImageSize | None) -> str:
 def parse_size(text: str | None) -> ImageSize | None:
     """Parse a side in pixels, or height and width.
 
-    Raises:
-        InputError: The text is neither.
-
     Examples:
         >>> parse_size("112x96"), parse_size("112")
         ((112, 96), 112)
@@ -118,12 +115,7 @@ def parse_size(text: str | None) -> ImageSize | None:
 
 
 def taps(path: Path, names: Sequence[str], input_size: ImageSize | None = None) -> str:
-    """Return the shapes of taps of a network file for one image, one line each.
-
-    Args:
-        path: The file.
-        names: Names of the taps.
-        input_size: See `file`.
+    """Return the shapes of taps of a network file for one image, one line each; see `file` for `input_size`.
 
     Raises:
         InputError: The file is not a network, or has no tap of that name; the message lists the nearest.

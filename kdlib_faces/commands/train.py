@@ -20,20 +20,7 @@ RECIPES = {
 
 
 def run(recipe: str, options: RunOptions, *, config: Path | None = None, settings: Sequence[str] = ()) -> Path:
-    """Train by a recipe.
-
-    Args:
-        recipe: A name of `RECIPES`.
-        options: Inputs and outputs.
-        config: A TOML file of settings.
-        settings: `KEY=VALUE` each; they override the file.
-
-    Returns:
-        The file of the trained network.
-
-    Raises:
-        InputError: An unknown recipe or setting, or files that cannot be used.
-    """
+    """Train by a recipe of `RECIPES` and return the file of the network; `settings` override the TOML file `config`."""
     if recipe not in RECIPES:
         raise InputError(f"train: recipe must be one of {', '.join(RECIPES)}, got {recipe!r}")
     counts, description = RECIPES[recipe]

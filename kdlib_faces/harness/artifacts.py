@@ -18,6 +18,7 @@ from kdlib_faces.progress import progress as show
 __all__ = ["FailurePicture", "failure_pictures", "write_scores"]
 
 FORMULA = ("=", "+", "-", "@", "\t", "\r")
+NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?|[+-]?(inf|nan)", re.IGNORECASE)
 HEADINGS = {
     "verification": (
         ("Genuine pairs of lowest score", "The first pairs to be rejected when the threshold rises"),
@@ -50,15 +51,9 @@ class FailurePicture:
 def failure_pictures(
     task: EvaluationTask, results: Mapping[str, ProtocolResult], num_failures: int
 ) -> list[FailurePicture]:
-    """Two pictures per model: genuine pairs that it rejects, and impostor pairs that it accepts.
+    """Two pictures per model: up to `num_failures` genuine pairs that it rejects, and impostor pairs that it accepts.
 
-    Args:
-        task: The protocol with its images.
-        results: Model name to result.
-        num_failures: Maximal number of pairs of each kind.
-
-    Returns:
-        The pictures; none if the images are not known.
+    There is no picture if the images are not known.
     """
     pictures = []
     for number, (name, result) in enumerate(results.items()) if num_failures else ():
@@ -112,10 +107,5 @@ def _escaped(rows: Iterator[Sequence[str | int | float]]) -> Iterator[tuple[str 
 
 
 def _is_formula(text: str) -> bool:
-    if not text.startswith(FORMULA):
-        return False
-    try:
-        float(text)
-    except ValueError:
-        return True
-    return False
+    """Whether a text starts like a formula and is no number."""
+    return text.startswith(FORMULA) and not NUMBER.fullmatch(text)

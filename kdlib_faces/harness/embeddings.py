@@ -12,6 +12,7 @@ import re
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,7 +25,7 @@ from kdlib_faces.evaluation.summary import ModelEntry
 from kdlib_faces.harness.image_sets import Embeddings, ImageSet, check_embeddings
 from kdlib_faces.progress import progress as show
 
-__all__ = ["OpenedModel", "embed_set", "load_model", "open_model", "read_embeddings"]
+__all__ = ["OpenedModel", "embed_set", "open_model", "read_embeddings"]
 
 FORMAT = 1
 KEPT_EVERY = 256
@@ -49,21 +50,12 @@ class OpenedModel:
     fingerprint: str
 
 
-def load_model(path: str | os.PathLike[str]) -> tuple[nn.Module, int]:
-    """A model file as a module in eval mode, and the side of its images in pixels (112 if the file leaves it open).
-
-    See `open_model` for the errors.
-    """
-    model = open_model(path)
-    return model.module, model.size
-
-
 def open_model(path: str | os.PathLike[str], size: int | None = None) -> OpenedModel:
     """Open a model file: `.onnx` as an ONNX graph, anything else as the weights of a backbone or a teacher.
 
     Args:
         path: The file.
-        size: Side of its images in pixels; None for the model's own.
+        size: Side of its images in pixels; None for the model's own, or 112 if the file leaves it open.
 
     Raises:
         InputError: The file is missing, corrupt, of no known layout, or its images are not square.
@@ -91,15 +83,11 @@ def open_model(path: str | os.PathLike[str], size: int | None = None) -> OpenedM
             "student", label, repr(network).split("(", 1)[0], network.input_spec.describe(),
             parameters=sum(each.numel() for each in network.parameters()),
         )  # fmt: skip
-        fingerprint = f"{_file_digest(Path(path))} {network.input_spec!r}"
+        with open(path, "rb") as stream:
+            fingerprint = f"{hashlib.file_digest(stream, 'sha256').hexdigest()} {network.input_spec!r}"
         module, own = network, network.input_size
     side = size or (112 if own is None else max(own) if isinstance(own, tuple) else int(own))
     return OpenedModel(Path(path), module.eval(), side, replace(entry, input_size=side), fingerprint)
-
-
-def _file_digest(path: Path) -> str:
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def embed_set(
@@ -160,10 +148,9 @@ def _embed_to(target: Path, model: OpenedModel, images: ImageSet, batch_size: in
         for start in show(starts, label, quiet=not progress):
             rows = range(start, min(start + batch, count))
             array = embed_batch(model.module, images.decode(rows, model.size), flip=flip).astype("<f4", copy=False)
-            for what, good in (("NaN or infinity", np.isfinite(array).all(axis=1)), ("zero", array.any(axis=1))):
-                if not good.all():
-                    name = images.label(rows[int(good.argmin())])
-                    raise InputError(f"{model.path}: the model returns {what} for {name} of {images.name}")
+            if (bad := _unusable_row(array)) is not None:
+                where = f"{images.label(rows[bad[0]])} of {images.name}"
+                raise InputError(f"{model.path}: the model returns {bad[1]} for {where}")
             if not start:
                 width = array.shape[1]
                 stream.write(_header(width, count))
@@ -176,6 +163,14 @@ def _embed_to(target: Path, model: OpenedModel, images: ImageSet, batch_size: in
                 last, begin = rows.stop, time.monotonic()
     os.replace(part, target)
     note.unlink(missing_ok=True)
+
+
+def _unusable_row(rows: NDArray[Any]) -> tuple[int, str] | None:
+    """The first row without a direction, and what it holds."""
+    for what, good in (("NaN or infinity", np.isfinite(rows).all(axis=1)), ("zero", rows.any(axis=1))):
+        if not good.all():
+            return int(good.argmin()), what
+    return None
 
 
 def _header(width: int, count: int) -> bytes:
@@ -212,9 +207,7 @@ def read_embeddings(path: str | os.PathLike[str], count: int | None) -> Embeddin
         raise InputError(f"{path}: not a .npy file of numbers ({str(error).splitlines()[0]})") from None
     check_embeddings(str(path), array, count)
     for start in range(0, len(array), 4096):
-        rows = array[start : start + 4096]
-        for what, good in (("finite", np.isfinite(rows).all(axis=1)), ("non-zero in every row", rows.any(axis=1))):
-            if not good.all():
-                raise InputError(f"{path}: embeddings must be {what}, row {start + int(good.argmin())} is not")
+        if (bad := _unusable_row(array[start : start + 4096])) is not None:
+            raise InputError(f"{path}: embeddings must be finite and not zero, row {start + bad[0]} is {bad[1]}")
     embeddings: Embeddings = array if array.dtype.kind == "f" else array.astype(np.float32)
     return embeddings

@@ -14,9 +14,7 @@ from kdlib_faces.data.formats.bin import load_bin
 from kdlib_faces.data.image_pairs import ImagePairs
 from kdlib_faces.data.landmarks import five_points, read_points
 from kdlib_faces.data.lists import IMAGE_SUFFIXES, FaceList
-from kdlib_faces.data.sets.agedb import read_agedb_pairs
 from kdlib_faces.data.sets.cacd import cacd_vs_pairs
-from kdlib_faces.data.sets.calfw import read_calfw_pairs, read_cplfw_pairs
 from kdlib_faces.data.sets.cfp import read_cfp_pairs
 from kdlib_faces.data.sets.fgnet import read_fgnet
 from kdlib_faces.data.sets.ijb import read_ijb
@@ -39,19 +37,17 @@ from kdlib_faces.harness.image_sets import (
     images_of_files,
     rows_only,
 )
-from kdlib_faces.harness.tasks import EvaluationTask, ProtocolSpec, Settings, faces_of, task_of_protocol
+from kdlib_faces.harness.tasks import EvaluationTask, ProtocolSpec, Settings, TaskMaker, faces_of, task_of_protocol
 
 __all__ = [
-    "agedb_task",
     "bin_task",
     "cacd_task",
-    "calfw_task",
     "cfp_task",
-    "cplfw_task",
     "distractors_task",
     "fgnet_task",
     "ijb_task",
     "pairs_task",
+    "published_pairs",
 ]
 
 MAX_FILES = 20_000_000
@@ -83,41 +79,30 @@ def bin_task(spec: ProtocolSpec, settings: Settings, name: str, title: str) -> E
     path = spec.require_path("a .bin file")
     pairs = load_bin(path)
     left = np.arange(len(pairs.same)) * 2
+    config, count = settings.config, len(pairs.images)
     protocol = PairProtocol(
         left,
         left + 1,
         pairs.same,
-        threshold=settings.threshold,
-        fars=settings.fars,
-        images=len(pairs.images),
-        **asdict(settings.sampling),
+        threshold=config.threshold,
+        fars=config.fars,
+        images=count,
+        **asdict(config.sampling),
     )
     notes = ["names and ages are not in a .bin: intervals take pairs as independent, folds may share identities"]
     images = images_of_bytes(path.stem, pairs.images)
     return task_of_protocol(name, f"{path.stem} (.bin)", protocol, images, convention=settings.convention, notes=notes)
 
 
-def agedb_task(spec: ProtocolSpec, settings: Settings, name: str, title: str) -> EvaluationTask:
-    """A protocol of AgeDB."""
-    return _published_pairs(read_agedb_pairs, "a protocol file (.mat)", spec, settings, name)
+def published_pairs(read: Callable[..., ImagePairs], what: str) -> TaskMaker:
+    """The maker of tasks on AgeDB, CALFW or CPLFW: `read` reads the list, and `what` describes its file in errors."""
 
+    def make(spec: ProtocolSpec, settings: Settings, name: str, title: str) -> EvaluationTask:
+        spec.check_options("images", "published")
+        pairs = read(spec.require_path(what), published=spec.flag("published"))
+        return _task_of_pairs(pairs, spec, settings, name, pairs.name)
 
-def calfw_task(spec: ProtocolSpec, settings: Settings, name: str, title: str) -> EvaluationTask:
-    """CALFW's pairs."""
-    return _published_pairs(read_calfw_pairs, "a pairs file", spec, settings, name)
-
-
-def cplfw_task(spec: ProtocolSpec, settings: Settings, name: str, title: str) -> EvaluationTask:
-    """CPLFW's pairs."""
-    return _published_pairs(read_cplfw_pairs, "a pairs file", spec, settings, name)
-
-
-def _published_pairs(
-    read: Callable[..., ImagePairs], what: str, spec: ProtocolSpec, settings: Settings, name: str
-) -> EvaluationTask:
-    spec.check_options("images", "published")
-    pairs = read(spec.require_path(what), published=spec.flag("published"))
-    return _task_of_pairs(pairs, spec, settings, name, pairs.name)
+    return make
 
 
 def cfp_task(spec: ProtocolSpec, settings: Settings, name: str, title: str) -> EvaluationTask:
@@ -146,11 +131,10 @@ def _task_of_pairs(pairs: ImagePairs, spec: ProtocolSpec, settings: Settings, na
         folder = FaceList(tuple(files), np.zeros(len(files), np.int64), ("",))
         located = pairs.locate(folder)
         # Every named image paired with itself: the fold of a located pair is the number of its name.
-        numbers = np.arange(len(pairs.images))
-        itself = replace(
-            pairs, left=numbers, right=numbers, same=np.ones(len(numbers), bool), fold_ids=numbers, assigned_folds=False
+        numbers, same = np.arange(len(pairs.images)), np.ones(len(pairs.images), bool)
+        single = replace(pairs, left=numbers, right=numbers, same=same, fold_ids=numbers, assigned_folds=False).locate(
+            folder
         )
-        single = itself.locate(folder)
         row_of = np.full(len(numbers), -1)
         row_of[single.fold_ids] = np.arange(len(single.left))
         images = images_of_files(name, [files[row] for row in single.left])
@@ -170,7 +154,7 @@ def _task_of_pairs(pairs: ImagePairs, spec: ProtocolSpec, settings: Settings, na
         images = rows_only(name, len(pairs.images), pairs.images.__getitem__)
         left, right, same, folds, missing = pairs.left, pairs.right, pairs.same, pairs.fold_ids, 0
     if same.all() or not same.any():
-        raise InputError(f"--protocol {spec.text}: genuine and impostor pairs are needed, got one kind only")
+        raise spec.error("genuine and impostor pairs are needed, got one kind only")
     notes = [f"{missing} of {len(pairs)} pairs left out, their images are not there"] if missing else []
     known = PAIR_SETS.get(PUBLISHED.get(pairs.name, ""))
     published = known is not None and len(pairs) == known.pairs
@@ -181,9 +165,10 @@ def _task_of_pairs(pairs: ImagePairs, spec: ProtocolSpec, settings: Settings, na
         if wrong:
             identities = None
             notes.append(f"names and labels disagree on {wrong} pairs: intervals take pairs as independent")
+    config = settings.config
     options: dict[str, Any] = {
-        "fold_ids": folds, "threshold": settings.threshold, "fars": settings.fars, "identities": identities,
-        "ages": ages, "gap_bins": settings.bins, "notes": notes, **asdict(settings.sampling),
+        "fold_ids": folds, "threshold": config.threshold, "fars": config.fars, "identities": identities,
+        "ages": ages, "gap_bins": config.bins, "notes": notes, **asdict(config.sampling),
     }  # fmt: skip
     if known is not None and published:
         protocol = pair_set(known.name, left, right, same, **options)
@@ -235,7 +220,8 @@ def fgnet_task(spec: ProtocolSpec, settings: Settings, name: str, title: str) ->
     """Leave one image out on FG-NET, by the probe's age and by the gap."""
     spec.check_options("published")
     faces, ages, images, alignment = _fgnet(spec)
-    protocol = LeaveOneOutProtocol(faces.identities, settings.ranks, ages=ages, **asdict(settings.sampling))
+    config = settings.config
+    protocol = LeaveOneOutProtocol(faces.identities, config.ranks, ages=ages, **asdict(config.sampling))
     convention = {"Alignment": alignment, **settings.convention}
     return task_of_protocol(name, title, protocol, images, convention=convention)
 
@@ -250,21 +236,14 @@ def distractors_task(spec: ProtocolSpec, settings: Settings, name: str, title: s
         source = f"{distractors.count:,} images of {folder.name}"
     else:
         distractors, source = rows_only("distractors", None), "rows of distractors.npy"
-    far = spec.rate("far", 1e-6)
+    far, config = spec.rate("far", 1e-6), settings.config
 
     def evaluate(embeddings: Mapping[str, Embeddings]) -> DistractorResult:
         others = embeddings[distractors.name]
         protocol = DistractorProtocol(
-            faces.identities,
-            others,
-            fars=(far,),
-            ranks=settings.ranks,
-            sizes=[size for size in SIZES if size <= len(others)],
-            ages=ages,
-            gap_bins=settings.bins,
-            progress=settings.progress,
-            **asdict(settings.sampling),
-        )
+            faces.identities, others, fars=(far,), ranks=config.ranks, sizes=[size for size in SIZES if size <= len(others)],
+            ages=ages, gap_bins=config.bins, progress=settings.progress, **asdict(config.sampling),
+        )  # fmt: skip
         return protocol.evaluate(embeddings[images.name])
 
     convention = {"Distractors": source, "Alignment": alignment, **settings.convention}
@@ -296,7 +275,7 @@ def ijb_task(spec: ProtocolSpec, settings: Settings, name: str, title: str) -> l
     if lists.pairs is not None:
         pairs = lists.pairs.left, lists.pairs.right, lists.pairs.same
         verification = TemplateVerificationProtocol(
-            *ids, *pairs, detector_scores=scores, feature_norm=norm, mode=rule, level=settings.sampling.level
+            *ids, *pairs, detector_scores=scores, feature_norm=norm, mode=rule, level=settings.config.level
         )
         tasks.append(task_of_protocol(name, f"{title}, 1:1", verification, images, convention=convention))
     if lists.galleries is not None and lists.probes is not None:
@@ -307,9 +286,9 @@ def ijb_task(spec: ProtocolSpec, settings: Settings, name: str, title: str) -> l
             detector_scores=scores,
             feature_norm=norm,
             fpirs=IJB_FPIRS,
-            **asdict(settings.sampling),
+            **asdict(settings.config.sampling),
         )
         tasks.append(task_of_protocol(f"{name}_1n", f"{title}, 1:N", identification, images, convention=convention))
     if not tasks:
-        raise InputError(f"--protocol {spec.text}: neither pairs nor galleries and probes of {which} are there")
+        raise spec.error(f"neither pairs nor galleries and probes of {which} are there")
     return tasks

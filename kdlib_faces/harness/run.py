@@ -5,79 +5,19 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from kdlib._checks import check_number
 from kdlib_faces._checks import InputError
 from kdlib_faces.data.lists import FaceList, read_faces
-from kdlib_faces.evaluation import Sampling
-from kdlib_faces.evaluation._checks import check_level
 from kdlib_faces.evaluation.summary import DataSummary, ModelEntry
-from kdlib_faces.evaluation.verification import Rule
 from kdlib_faces.harness.embeddings import embed_set, open_model, read_embeddings
 from kdlib_faces.harness.evaluate import EvaluatedModel
 from kdlib_faces.harness.image_sets import Embeddings, ImageSet, images_of_files
 from kdlib_faces.harness.lists import tasks_of_faces
 from kdlib_faces.harness.registry import PROTOCOLS
-from kdlib_faces.harness.tasks import EvaluationTask, ProtocolSpec, Settings, parse_protocol
+from kdlib_faces.harness.tasks import EvaluateConfig, EvaluationTask, ProtocolSpec, Settings, parse_protocol
 
-__all__ = ["EvaluateConfig", "PreparedEvaluation", "prepare"]
+__all__ = ["PreparedEvaluation", "prepare"]
 
 PathLike = str | os.PathLike[str]
-
-
-@dataclass(frozen=True)
-class EvaluateConfig:
-    """Settings of an evaluation.
-
-    Attributes:
-        batch_size: Images in one forward.
-        input_size: Side of the images, pixels; None for the model's own.
-        flip: Add the embedding of the mirrored image before normalization.
-        bins: Lower ends of the bins of age gaps, years; the last bin is open.
-        fars: Target false accept rates.
-        ranks: Ranks of identification.
-        threshold: Threshold rule of pair verification: `"grid"` as in published figures, `"exact"`, or `"facexzoo"`.
-        replicates: Bootstrap resamples of the intervals.
-        level: Confidence of the intervals.
-        seed: Seed of the bootstrap.
-        num_failures: Number of the hardest pairs of each kind to show, 0 for none.
-        score_rows: Maximal number of rows of a file of scores.
-    """
-
-    batch_size: int = 64
-    input_size: int | None = None
-    flip: bool = True
-    bins: tuple[float, ...] = (0, 5, 10, 20, 30)
-    fars: tuple[float, ...] = (1e-2, 1e-3)
-    ranks: tuple[int, ...] = (1, 5)
-    threshold: Rule = "grid"
-    replicates: int = 500
-    level: float = 0.95
-    seed: int = 0
-    num_failures: int = 6
-    score_rows: int = 1_000_000
-
-    def __post_init__(self) -> None:
-        owner = "EvaluateConfig"
-        for name, low, high in (
-            ("batch_size", 1, None), ("num_failures", 0, 24), ("score_rows", 1, None), ("replicates", 0, None),
-            ("seed", 0, None), *([("input_size", 8, None)] if self.input_size is not None else []),
-        ):  # fmt: skip
-            check_number(owner, name, getattr(self, name), min=low, max=high, integer=True)
-        check_level(owner, self.level)
-        for name, values, low in (("bins", self.bins, 0), ("ranks", self.ranks, 1)):
-            if not values:
-                raise InputError(f"EvaluateConfig: {name} must not be empty, got ()")
-            for value in values:
-                check_number(owner, name, value, min=low, integer=name == "ranks")
-        if list(self.bins) != sorted(set(self.bins)):
-            raise InputError(f"EvaluateConfig: bins must rise from the first, got {self.bins}")
-        for far in self.fars:
-            check_number(owner, "fars", far, above=0, max=1)
-
-    @property
-    def sampling(self) -> Sampling:
-        """Resamples of the intervals."""
-        return Sampling(self.replicates, self.seed, self.level)
 
 
 @dataclass(frozen=True, eq=False)
@@ -137,17 +77,9 @@ def prepare(
 
 def _settings(config: EvaluateConfig, faces: FaceList | None, progress: bool) -> Settings:
     flip = "embedding of the mirrored image added before normalizing" if config.flip else "plain image only"
-    return Settings(
-        faces=faces,
-        face_images=None if faces is None else images_of_files("faces", faces.paths),
-        convention={"Flip": f"{flip}; embeddings from files as they are"},
-        fars=config.fars,
-        bins=config.bins,
-        ranks=config.ranks,
-        threshold=config.threshold,
-        sampling=config.sampling,
-        progress=progress,
-    )
+    convention = {"Flip": f"{flip}; embeddings from files as they are"}
+    images = None if faces is None else images_of_files("faces", faces.paths)
+    return Settings(config, faces, images, convention, progress)
 
 
 def _tasks(
@@ -194,7 +126,10 @@ def _models(
         name = next(each for each in (stem, f"{folder}/{stem}", f"{stem} ({len(taken) + 1})") if each not in taken)
         evaluated.append(EvaluatedModel(name, replace(entry, label=name), arrays))
 
-    given = [(path, {name: _read(Path(path), images) for name, images in sets.items()}) for path in embeddings]
+    given = []
+    for path in map(Path, embeddings):
+        files = {name: path / f"{name}.npy" if path.is_dir() else path for name in sets}
+        given.append((path, {name: read_embeddings(files[name], images.count) for name, images in sets.items()}))
     opened = [open_model(path, config.input_size) for path in models]
     for images in sets.values() if opened else ():
         images.check_images()
@@ -207,11 +142,6 @@ def _models(
     for path, arrays in given:
         add(path, ModelEntry("student", backbone="embeddings from a file"), arrays)
     return evaluated
-
-
-def _read(path: Path, images: ImageSet) -> Embeddings:
-    """The rows of an image set from a file; from a folder, the file named after the set."""
-    return read_embeddings(path / f"{images.name}.npy" if path.is_dir() else path, images.count)
 
 
 def _data(settings: Settings, tasks: Sequence[EvaluationTask], notes: list[str]) -> DataSummary:

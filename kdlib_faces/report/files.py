@@ -72,12 +72,7 @@ def write(
 def render(directory: str | os.PathLike[str], *, progress: bool = False) -> Path:
     """Make report.md, report.html and the figures again from report.json and the pictures on disk.
 
-    Args:
-        directory: Folder with report.json.
-        progress: Whether to show progress.
-
-    Returns:
-        The path of report.html.
+    Returns the path of report.html.
 
     Raises:
         InputError: report.json is missing, or is not a report.

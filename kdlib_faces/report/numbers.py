@@ -2,7 +2,18 @@
 
 from kdlib_faces.evaluation.summary import MeasuredValue, Unit
 
-__all__ = ["NOT_MEASURED", "amount", "count", "interval", "level", "percent", "points", "seconds", "shorten"]
+__all__ = [
+    "NOT_MEASURED",
+    "amount",
+    "count",
+    "interval",
+    "level",
+    "milliseconds",
+    "percent",
+    "points",
+    "seconds",
+    "shorten",
+]
 
 NOT_MEASURED = "–"
 _SPACE = "\u00a0"  # no line break between a number and its unit
@@ -75,6 +86,11 @@ def seconds(duration: float | None) -> str:
     if whole < 5400:
         return f"{whole // 60} min {whole % 60} s"
     return f"{whole // 3600} h {whole % 3600 // 60} min"
+
+
+def milliseconds(duration: float | None) -> str:
+    """8.4213 as '8.42 ms'."""
+    return NOT_MEASURED if duration is None else f"{duration:.3g} ms"
 
 
 def shorten(text: str, limit: int = 60) -> str:

@@ -45,9 +45,6 @@ def html_page(
         figures: Figure name to its SVG.
         pictures: The pictures on disk.
         missing: Names of listed pictures that are not on disk.
-
-    Returns:
-        HTML text.
     """
     style = files("kdlib_faces.report").joinpath("templates/style.css").read_text(encoding="utf-8")
     return _environment().get_template("report.html.j2").render(
@@ -59,17 +56,7 @@ def html_page(
 def markdown_page(
     report: Report, figures: Sequence[str], pictures: Sequence[PictureFile], missing: Sequence[str] = ()
 ) -> str:
-    """The document with links to the figures on disk.
-
-    Args:
-        report: The content.
-        figures: Names of the figures on disk.
-        pictures: The pictures on disk.
-        missing: Names of listed pictures that are not on disk.
-
-    Returns:
-        Markdown text (CommonMark with pipe tables).
-    """
+    """The document in Markdown (CommonMark with pipe tables), with links to the figures on disk; see `html_page`."""
     template = _markdown_environment().get_template("report.md.j2")
     text = template.render(_content(report, figures, pictures, missing))
     return re.sub(r"\n{3,}", "\n\n", text).strip() + "\n"

@@ -30,16 +30,8 @@ def from_json(cls: type[T], value: object, path: str) -> T:
     Hints may be `str`, `bool`, `int` (not negative), `float`, `Literal`, a dataclass, `list` and `dict` of these, any of
     them or None, and `object` for arbitrary JSON. Values are not converted, and unknown keys are refused.
 
-    Args:
-        cls: The dataclass.
-        value: Parsed JSON.
-        path: Name of the value in error messages.
-
-    Returns:
-        An object of the class.
-
     Raises:
-        InputError: A key is missing, unknown or of the wrong type.
+        InputError: A key is missing, unknown or of the wrong type; the message starts with `path`.
 
     Examples:
         >>> from kdlib_faces.evaluation.summary import Measure
@@ -97,13 +89,8 @@ def to_json(value: object, path: str = "run", depth: int = 0) -> Any:
     Arrays and tuples become lists, non-finite numbers null, and the keys of mappings text. Fields of a dataclass that are
     equal to their defaults are left out, except `value`, which is null where nothing was measured.
 
-    Args:
-        value: Dataclasses, mappings, sequences, NumPy values, paths and plain values.
-        path: Name of the value in error messages.
-        depth: Levels above the value.
-
     Raises:
-        InputError: A value has no JSON form, or is nested too deeply.
+        InputError: A value has no JSON form, or is nested too deeply; the message starts with `path`.
 
     Examples:
         >>> to_json({0.01: (np.float32(0.5), float("nan"))})
@@ -111,8 +98,8 @@ def to_json(value: object, path: str = "run", depth: int = 0) -> Any:
     """
     if depth > _MAX_DEPTH:
         raise report_key(path, f"nested at most {_MAX_DEPTH} deep", type(value).__name__)
-    if isinstance(value, str):
-        return _text(value, path)
+    if isinstance(value, str | PurePath):
+        return _text(str(value), path)
     if isinstance(value, int) and abs(value) > sys.float_info.max:
         raise report_key(path, f"at most {sys.float_info.max:.1e} in magnitude", value)
     if value is None or isinstance(value, bool | int):
@@ -121,14 +108,10 @@ def to_json(value: object, path: str = "run", depth: int = 0) -> Any:
         return to_json(value.tolist(), path, depth)
     if isinstance(value, float):
         return value if math.isfinite(value) else None
-    if isinstance(value, PurePath):
-        return _text(str(value), path)
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        value = {
-            field.name: item
-            for field in dataclasses.fields(value)
-            if (item := getattr(value, field.name)) != _default(field) or field.name == "value"
-        }
+        fields = {field.name: field for field in dataclasses.fields(value)}
+        items = {name: getattr(value, name) for name in fields}
+        value = {name: item for name, item in items.items() if item != _default(fields[name]) or name == "value"}
     if isinstance(value, Mapping):
         return {_text(str(key), path): to_json(item, f"{path}[{str(key)!r}]", depth + 1) for key, item in value.items()}
     if isinstance(value, list | tuple):

@@ -118,11 +118,8 @@ def check_report(report: Report) -> None:
     if not report.models:
         raise report_key("run.models", "at least one model", report.models)
     for name, model in report.models.items():
-        for key, amount in (
-            ("macs", model.macs),
-            ("latency_ms", model.latency_ms),
-            ("train_seconds", model.train_seconds),
-        ):
+        costs = {"macs": model.macs, "latency_ms": model.latency_ms, "train_seconds": model.train_seconds}
+        for key, amount in costs.items():
             if amount is not None and amount < 0:
                 raise report_key(f"run.models[{name!r}].{key}", "a number >= 0", amount)
     if report.pair is not None:
@@ -161,15 +158,15 @@ def _check_result(summary: ProtocolSummary, result: ModelSummary, path: str) -> 
     for key, row in result.bins.items():
         _known(key, summary.bins, f"{path}.bins")
         _fits(row, summary.bins[key].labels, "labels", f"{path}.bins[{key!r}]")
-    if result.roc is not None:
-        _fits(result.roc.tar, result.roc.far, "far", f"{path}.roc.tar")
-    if result.cmc is not None:
-        _fits(result.cmc.rate, result.cmc.rank, "rank", f"{path}.cmc.rate")
-    if result.search is not None:
-        _fits(result.search.tpir, result.search.fpir, "fpir", f"{path}.search.tpir")
-    if result.histogram is not None:
-        _fits(result.histogram.genuine, result.histogram.edges[1:], "edges", f"{path}.histogram.genuine")
-        _fits(result.histogram.impostor, result.histogram.edges[1:], "edges", f"{path}.histogram.impostor")
+    if (roc := result.roc) is not None:
+        _fits(roc.tar, roc.far, "far", f"{path}.roc.tar")
+    if (cmc := result.cmc) is not None:
+        _fits(cmc.rate, cmc.rank, "rank", f"{path}.cmc.rate")
+    if (search := result.search) is not None:
+        _fits(search.tpir, search.fpir, "fpir", f"{path}.search.tpir")
+    if (histogram := result.histogram) is not None:
+        for side, counts in (("genuine", histogram.genuine), ("impostor", histogram.impostor)):
+            _fits(counts, histogram.edges[1:], "edges", f"{path}.histogram.{side}")
 
 
 def _known(name: str, names: Collection[str], path: str) -> None:

@@ -34,14 +34,8 @@ def _fails(capsys: pytest.CaptureFixture[str], *words: object) -> str:
 
 
 def _train(faces: object, output: Path, *more: str) -> list[object]:
-    sizes = [
-        "training.steps=2",
-        "training.batch_size=4",
-        "recipe.input_size=32",
-        "recipe.width=0.25",
-        "recipe.embedding_dim=16",
-    ]
-    settings = [word for entry in sizes for word in ("--set", entry)]
+    sizes = ["training.steps=2", "training.batch_size=4", "recipe.input_size=32", "recipe.width=0.25"]
+    settings = [word for entry in (*sizes, "recipe.embedding_dim=16") for word in ("--set", entry)]
     return ["train", "--recipe", "student", "--quiet", "--faces", faces, "--output", output, *settings, *more]
 
 
@@ -66,16 +60,13 @@ def test_an_age_teacher_trains_from_groups(faces: Path, tmp_path: Path) -> None:
     assert (tmp_path / "run" / "model.pt").exists()
 
 
-def test_inspect_prints_the_published_counts(capsys) -> None:
+def test_inspect_prints_published_counts_and_describes_a_list(faces: Path, capsys) -> None:
+    assert main(["inspect", str(faces)]) == 0
+    assert "adult 6, young 6" in capsys.readouterr().out
     assert main(["inspect"]) == 0
     table = capsys.readouterr().out
     for count in ("1,003,136", "1,200,512", "2,059,520", "24,025,600", "34,139,328", "43,590,848", "65,156,160"):
         assert count in table
-
-
-def test_inspect_counts_a_list(faces: Path, capsys) -> None:
-    assert main(["inspect", str(faces)]) == 0
-    assert "adult 6, young 6" in capsys.readouterr().out
 
 
 def test_missing_files(tmp_path: Path, faces: Path, capsys) -> None:

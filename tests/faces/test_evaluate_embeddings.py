@@ -166,13 +166,13 @@ def test_an_unusable_embedding_of_a_model_is_reported_with_its_image(tmp_path, m
     assert not (tmp_path / "out/report.json").exists()
 
 
-@pytest.mark.parametrize(("value", "what"), [(np.nan, "finite"), (0.0, "non-zero in every row")])
+@pytest.mark.parametrize(("value", "what"), [(np.nan, "NaN or infinity"), (0.0, "zero")])
 def test_an_unusable_row_of_a_file_is_reported(tmp_path, value, what):
     rows = np.ones((15, 4))
     rows[11] = value
     np.save(tmp_path / "good.npy", np.ones((15, 4)))
     np.save(tmp_path / "bad.npy", rows)
-    with pytest.raises(InputError, match=rf"bad\.npy: embeddings must be {what}, row 11 is not"):
+    with pytest.raises(InputError, match=rf"bad\.npy: embeddings must be finite and not zero, row 11 is {what}"):
         run_evaluate(
             FAST, output=tmp_path / "out", embeddings=[tmp_path / "good.npy", tmp_path / "bad.npy"],
             protocols=[f"leave_one_out={set_files.grouped(tmp_path)}"],
