@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass
 from itertools import combinations
 from typing import Any, NamedTuple
@@ -10,7 +10,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Comparison", "InfluenceReport", "TeacherInfluence", "TermInfluence", "measure", "unchanged"]
+__all__ = [
+    "Comparison", "InfluenceReport", "TeacherInfluence", "TermInfluence", "fork_random_state", "measure", "unchanged",
+]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -211,6 +213,12 @@ def _columns(losses: list[float], gradients: list[Tensor]) -> list[tuple[float, 
     return list(zip(losses, _shares(losses), lengths, _shares(lengths), strict=True))
 
 
+def fork_random_state(device: torch.device) -> AbstractContextManager[None]:
+    """Restore torch's random state, on the CPU and on `device`, after the block."""
+    devices = {"devices": [device], "device_type": device.type} if device.type in ("cuda", "xpu") else {"devices": []}
+    return torch.random.fork_rng(**devices)
+
+
 @contextmanager
 def unchanged(*modules: nn.Module, device: torch.device) -> Iterator[None]:
     """Restore buffers, plain attributes and torch's random state after the block.
@@ -223,11 +231,10 @@ def unchanged(*modules: nn.Module, device: torch.device) -> Iterator[None]:
     copies = {
         id(buffer): buffer.detach().clone() for _, _, own in saved for buffer in own.values() if buffer is not None
     }
-    devices = {"devices": [device], "device_type": device.type} if device.type in ("cuda", "xpu") else {"devices": []}
     try:
         for each, _, own in saved:
             each._buffers.update({name: copies.get(id(buffer)) for name, buffer in own.items()})
-        with torch.random.fork_rng(**devices):
+        with fork_random_state(device):
             yield
     finally:
         for each, attributes, own in saved:

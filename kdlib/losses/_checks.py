@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+import numpy as np
 from torch import Tensor
 
 from kdlib._checks import check_choice, check_finite, check_floating, check_number, check_rank, readable, show_shape
@@ -64,12 +65,12 @@ def check_square(owner: str, name: str, tokens: int) -> tuple[int, int]:
     return grid
 
 
-def check_levels(owner: str, levels: object) -> None:
-    """`levels` must be a sequence of whole numbers of at least 1."""
+def check_levels(owner: str, levels: object) -> tuple[int, ...]:
+    """Return `levels`, which must be a sequence or an array of whole numbers of at least 1."""
+    levels = levels.tolist() if isinstance(levels, (np.ndarray, Tensor)) else levels
     if isinstance(levels, (str, bytes)) or not isinstance(levels, Sequence):
         raise TypeError(f"{owner}: levels must be a sequence of whole numbers, got {type(levels).__name__}")
-    for index, level in enumerate(levels):
-        check_number(owner, f"levels[{index}]", level, min=1, integer=True)
+    return tuple(check_number(owner, f"levels[{k}]", level, min=1, integer=True) for k, level in enumerate(levels))
 
 
 def check_affine(owner: str, norm: object) -> None:

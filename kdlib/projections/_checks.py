@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from numbers import Integral
 
+import numpy as np
 from torch import Tensor
 
 from kdlib._checks import check_choice, check_number, check_rank, show_shape
@@ -13,6 +14,7 @@ LAYOUTS = ("bd", "bchw", "bhwc", "bnd")
 
 def check_grid(owner: str, name: str, size: object) -> tuple[int, int]:
     """Return `size`, which must be the height and width of a feature map."""
+    size = size.tolist() if isinstance(size, (np.ndarray, Tensor)) else size
     whole = isinstance(size, (tuple, list)) and len(size) == 2
     if not whole or any(isinstance(side, bool) or not isinstance(side, Integral) for side in size):  # type: ignore[attr-defined]
         raise TypeError(f"{owner}: {name} must be two whole numbers (h, w), got {size!r}")

@@ -3,10 +3,12 @@
 import math
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
+import kdlib.functional
 from kdlib import (
     ActivationBoundaryLoss,
     AngularDistillLoss,
@@ -43,7 +45,7 @@ from kdlib.functional import (
     soft_target,
     variational_information,
 )  # fmt: skip
-from tests.core.loss_inputs import LEARNED, LOSSES, RELATIONS, each_loss
+from tests.core.loss_inputs import LEARNED, LOSSES, RELATIONS, each_loss, seeded
 
 
 @each_loss
@@ -200,9 +202,9 @@ def test_weights_that_are_not_finite_numbers_from_zero(name: str) -> None:
     targets = case.targets(5)
     for bad in (-1.0, -1e-30, math.inf, -math.inf, math.nan):
         weight = torch.tensor([1.0, 1.0, bad, 0.0, 2.0])
-        with pytest.raises(ValueError, match=r"weight must hold finite numbers >= 0, got .*; 0 masks a sample$"):
+        with pytest.raises(ValueError, match=r"weight must hold finite numbers >= 0, got .*$"):
             case.build()(student, teacher, weight=weight, **targets)
-    with pytest.raises(ValueError, match=r"weight must hold finite numbers >= 0, got -1;"):
+    with pytest.raises(ValueError, match=r"weight must hold finite numbers >= 0, got -1$"):
         case.build()(student, teacher, weight=torch.tensor([1, -1, 1, 1, 1]), **targets)
 
 
@@ -216,6 +218,22 @@ def test_such_weights_count_as_zero_where_they_cannot_be_read(name: str) -> None
     for bad in (-1.0, math.inf, math.nan):
         value = compiled(student, teacher, weight=torch.tensor([1.0, 1.0, bad, 0.0, 2.0]))
         torch.testing.assert_close(value, masked)
+
+
+@each_loss
+def test_numbers_of_numpy(name: str) -> None:
+    case = LOSSES[name]
+    student, teacher = case.sides(dtype=torch.float32)
+    options = {key: np.array(x) if isinstance(x, (int, float, tuple)) else x for key, x in case.options.items()}
+    arguments = [np.int64(each) for each in case.arguments]
+    loss = seeded(lambda: case.module(*arguments, **options))
+    assert torch.equal(loss(student, teacher, **case.targets(5)), case.build()(student, teacher, **case.targets(5)))
+    assert repr(loss) == repr(case.build())
+    if name not in LEARNED:
+        function = getattr(kdlib.functional, name.split(",")[0])
+        assert torch.equal(
+            function(student, teacher, **options, **case.targets(5)), case.build()(student, teacher, **case.targets(5))
+        )
 
 
 @each_loss

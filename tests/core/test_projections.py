@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -116,6 +117,17 @@ def test_inferred_across_kinds_and_resolutions(
     assert repr(eval(call, vars(kdlib.projections))) in [repr(part) for part in parts]
     ran = check_projection(projection, student, teacher, exclude=["repr"] if len(parts) > 1 else [])
     assert len(ran) == len(PROJECTION_CHECKS) - (len(parts) > 1)
+
+
+def test_sizes_of_numpy() -> None:
+    for size in ((np.int64(7), np.int32(5)), np.array([7, 5]), [7, 5], torch.Size([7, 5])):
+        assert repr(ConvProjection(np.int64(3), np.int64(5), size=size)) == "ConvProjection(3, 5, size=(7, 5))"
+        call = "TokenProjection(3, 5, size=(7, 5), grid=(7, 5), prefix_tokens=1, class_token='none', bias=False)"
+        assert repr(TokenProjection(3, 5, size=size, grid=size, prefix_tokens=np.int64(1))) == call
+    with pytest.raises(TypeError, match=r"size must be two whole numbers \(h, w\), got \[7\.0, 5\.0\]"):
+        ConvProjection(3, 5, size=np.array([7.0, 5.0]))
+    with pytest.raises(TypeError, match=r"size must be two whole numbers \(h, w\), got \(True, 5\)"):
+        ConvProjection(3, 5, size=(True, 5))
 
 
 def test_registers_are_not_part_of_the_grid() -> None:
