@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from numbers import Integral
+from typing import Any
 
 import numpy as np
 from torch import Tensor
@@ -14,14 +15,13 @@ LAYOUTS = ("bd", "bchw", "bhwc", "bnd")
 
 def check_grid(owner: str, name: str, size: object) -> tuple[int, int]:
     """Return `size`, which must be the height and width of a feature map."""
-    size = size.tolist() if isinstance(size, (np.ndarray, Tensor)) else size
-    whole = isinstance(size, (tuple, list)) and len(size) == 2
-    if not whole or any(isinstance(side, bool) or not isinstance(side, Integral) for side in size):  # type: ignore[attr-defined]
-        raise TypeError(f"{owner}: {name} must be two whole numbers (h, w), got {size!r}")
-    height, width = size  # type: ignore[misc]  # as checked above
-    if min(height, width) < 1:
-        raise ValueError(f"{owner}: {name} must be (h, w) with sides >= 1, got {size!r}")
-    return int(height), int(width)
+    sides: Any = size.tolist() if isinstance(size, (np.ndarray, Tensor)) else size
+    whole = isinstance(sides, (tuple, list)) and len(sides) == 2
+    if not whole or any(isinstance(side, bool) or not isinstance(side, Integral) for side in sides):
+        raise TypeError(f"{owner}: {name} must be two whole numbers (h, w), got {sides!r}")
+    if min(sides) < 1:
+        raise ValueError(f"{owner}: {name} must be (h, w) with sides >= 1, got {sides!r}")
+    return int(sides[0]), int(sides[1])
 
 
 def check_layout(owner: str, name: str, x: Tensor, layout: str | None) -> str:

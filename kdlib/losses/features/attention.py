@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from math import prod
 
 import torch
+from einops import rearrange
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -47,14 +48,14 @@ def attention_map(
     References:
         Zagoruyko, Komodakis, *Paying More Attention to Attention*, arXiv 1612.03928, section 3.1.
     """
-    check_number("attention_map", "p", p, min=1)
-    check_floating("attention_map", features=features)
-    layout = check_layout("attention_map", "features", features, layout, "layout", MAP_LAYOUTS)
+    owner = "attention_map"
+    check_number(owner, "p", p, min=1)
+    check_floating(owner, features=features)
+    layout = check_layout(owner, "features", features, layout, "layout", MAP_LAYOUTS)
     if layout == "bnd":
-        features = features[
-            :, check_prefix("attention_map", "features", features, prefix_tokens, "prefix_tokens", None) :
-        ]
-        features = features.mT.unflatten(2, check_square("attention_map", "features", features.shape[1]))
+        features = features[:, check_prefix(owner, "features", features, prefix_tokens, "prefix_tokens", None) :]
+        height, _ = check_square(owner, "features", features.shape[1])
+        features = rearrange(features, "b (h w) c -> b c h w", h=height)
     elif layout == "bhwc":
         features = features.movedim(3, 1)
     with full_precision(features):
@@ -218,5 +219,5 @@ def _maps(
         if found[k] == "bnd":
             shared = grids[1 - k] or (counts[k], 1)  # without a map on either side, only the order of the tokens counts
             grid = shared if counts[0] == counts[1] else check_square(owner, name, counts[k])
-            maps[k] = maps[k].unflatten(2, grid)
+            maps[k] = rearrange(maps[k], "b c (h w) -> b c h w", h=grid[0])
     return maps[0], maps[1]

@@ -86,8 +86,8 @@ def decoupled_kd(
     with full_precision(student):
         if student.shape[1] < 2:
             return reduce(owner, (0 * promote(student, teacher)[0]).sum(1), reduction, weight)
-        options = {"alpha": alpha, "beta": beta, "temperature": temperature}
-        value, slope = partial(_divergence, **options), partial(_slope, **options)
+        value = partial(_divergence, alpha=alpha, beta=beta, temperature=temperature)
+        slope = partial(_slope, alpha=alpha, beta=beta, temperature=temperature)
         losses = by_rows(value, slope, student, teacher, target.long().unsqueeze(1))
         return reduce(owner, losses, reduction, weight)
 
