@@ -14,7 +14,7 @@ from torch.autograd import Function
 
 from kdlib._maths import promote, promoted_dtype
 
-__all__ = ["by_rows", "soften"]
+__all__ = ["by_rows"]
 
 CHUNK = 2**17
 """Values of a matrix per chunk and core: with the intermediate results they fit the cache of a processor's core."""
@@ -44,13 +44,6 @@ def by_rows(
         return value(*promote(student, teacher), *others)
     losses: Tensor = _ByRows.apply(value, slope, student, teacher.detach(), *others)  # type: ignore[no-untyped-call]  # torch has no types here
     return losses
-
-
-def soften(logits: Tensor, temperature: float) -> Tensor:
-    """Return `(logits - max) / temperature` `(n, c)`, at most 0 and finite."""
-    # The probabilities do not depend on the maximum, so it is a constant to autograd.
-    softened = (logits - logits.detach().amax(1, keepdim=True)) / temperature
-    return softened.clamp(min=torch.finfo(logits.dtype).min)
 
 
 class _ByRows(Function):

@@ -7,8 +7,8 @@ from torch import Tensor
 from kdlib._checks import check_number, check_pair
 from kdlib._maths import Reduction, full_precision, reduce
 from kdlib.losses._module import FunctionLoss
-from kdlib.losses.logits._chunked import by_rows, soften
-from kdlib.losses.logits._divergence import MIN_LOG, divergence, probability_gap
+from kdlib.losses.logits._chunked import by_rows
+from kdlib.losses.logits._divergence import MIN_LOG, centered, divergence, probability_gap, soften
 
 __all__ = ["SoftTargetLoss", "soft_target"]
 
@@ -80,11 +80,11 @@ class SoftTargetLoss(FunctionLoss):
         self.temperature = temperature
 
 
-def _compare(student: Tensor, teacher: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _compare(student: Tensor, teacher: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """Return both log-probabilities `(n, c)`, the divergences `(n,)` and the log-ratios `(n, c)`."""
-    s, t = soften(student, temperature), soften(teacher, temperature)
-    log_s, log_t = (x.log_softmax(1).clamp(min=MIN_LOG) for x in (s, t))
-    return log_s, log_t, *divergence(log_s, log_t, s - t)
+    log_s, log_t = (soften(x, temperature).log_softmax(1).clamp(min=MIN_LOG) for x in (student, teacher))
+    difference = lambda: centered(student, temperature) - centered(teacher, temperature)  # noqa: E731
+    return log_s, log_t, *divergence(log_s, log_t, difference)
 
 
 def _divergence(student: Tensor, teacher: Tensor, *, temperature: float) -> Tensor:
