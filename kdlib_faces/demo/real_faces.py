@@ -156,7 +156,10 @@ def _teacher(graph: OnnxTeacher, path: str, test_images: Tensor, age_map: Tensor
 
 
 class _StudentTargets(nn.Module):
-    """The outputs that the student's terms read: the attention map of the age teacher, or the general map at 7 x 7."""
+    """The outputs that the student's terms read: one channel with the attention of the age teacher, or the general map at 7 x 7.
+
+    The square of that channel, which is what the attention term computes, is the teacher's attention map.
+    """
 
     def __init__(self, graph: OnnxTeacher, *, attention: bool) -> None:
         super().__init__()
@@ -166,7 +169,8 @@ class _StudentTargets(nn.Module):
         features = dict(self.graph(images))
         if self.attention:
             attention = attention_map(features["map"])
-            features["map"] = attention / attention.amax(dim=(1, 2), keepdim=True).clamp(min=1e-12)
+            scaled = attention / attention.amax(dim=(1, 2), keepdim=True).clamp(min=1e-12)
+            features["map"] = scaled.sqrt().unsqueeze(1)
         else:
             features["map"] = F.adaptive_avg_pool2d(features["map"], 7)
         return features
