@@ -1,0 +1,5 @@
+"""Compression: a narrower copy of a trained network, fitted to reproduce it without training."""
+
+from kdlib.compression.shrink import ShrinkStep, shrink
+
+__all__ = ["ShrinkStep", "shrink"]
