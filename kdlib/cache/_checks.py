@@ -3,21 +3,10 @@
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 
+import torch
 from torch import Tensor, nn
 
 from kdlib._checks import check_callable, check_name, check_type
-
-__all__ = [
-    "CacheError",
-    "cache_error",
-    "check_argument",
-    "check_build",
-    "check_cache",
-    "check_features",
-    "check_fits",
-    "check_names",
-    "check_reads",
-]
 
 
 class CacheError(ValueError):
@@ -83,8 +72,9 @@ def check_features(features: object, batch: int) -> None:
             raise ValueError(f"TeacherCache: feature {name!r} must be floating point ({batch}, d, ...), got {got}")
 
 
-def check_fits(dtype: str, feature: str, largest: Tensor, limit: float, name_row: Callable[[int], str]) -> None:
-    """The largest magnitude of each row must be finite and fit the type on disk."""
+def check_fits(dtype: str, feature: str, largest: Tensor, name_row: Callable[[int], str]) -> None:
+    """The largest magnitude of each row must be finite and fit the type on disk; `int8` has a float32 scale."""
+    limit = torch.finfo(torch.float16 if dtype == "float16" else torch.float32).max
     bad = (~(largest <= limit)).nonzero().flatten()
     if len(bad):
         value = float(largest[bad[0]])

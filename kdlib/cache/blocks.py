@@ -20,6 +20,9 @@ from kdlib.cache._checks import cache_error, check_cache
 from kdlib.cache.codec import Errors
 from kdlib.cache.layout import NO_LINK, Layout, writing
 
+if sys.platform != "win32":
+    import fcntl
+
 __all__ = ["Blocks", "block_digest", "record_type"]
 
 NAME = "blocks.bin"
@@ -74,10 +77,11 @@ class Blocks:
         finally:
             self._unlock(_HEADER_LOCK)
 
-    def clear(self) -> None:
-        """Remove all records."""
+    def clear(self, size: int = 0) -> None:
+        """Remove all records and leave `size` zero bytes."""
         with writing(self.path):
             self.file.truncate(0)
+            self.file.truncate(size)
             os.fsync(self.file.fileno())
 
     def prepare(self, layout: Layout) -> None:
@@ -85,9 +89,7 @@ class Blocks:
         self.kind, self.count = record_type(layout), layout.blocks
         size = self.count * self.kind.itemsize
         if os.fstat(self.file.fileno()).st_size != size:
-            self.clear()
-            with writing(self.path):
-                self.file.truncate(size)
+            self.clear(size)
 
     def records(self) -> NDArray[Any]:
         """Read all records."""
@@ -127,17 +129,11 @@ class Blocks:
 
     def _read(self, start: int, size: int) -> bytes:
         self.file.seek(start)
-        parts = []
-        while size and (part := self.file.read(size)):
-            parts.append(part)
-            size -= len(part)
-        return b"".join(parts)
+        return self.file.read(size) or b""
 
     def _lock(self, at: int, *, wait: bool) -> bool:
         if sys.platform == "win32":
             return True  # there are no such locks, so only one process may build a cache
-        import fcntl
-
         try:
             fcntl.lockf(self.file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB), 1, at)
         except OSError as error:
@@ -149,6 +145,4 @@ class Blocks:
 
     def _unlock(self, at: int) -> None:
         if sys.platform != "win32":
-            import fcntl
-
             fcntl.lockf(self.file, fcntl.LOCK_UN, 1, at)

@@ -9,9 +9,10 @@ import os
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -61,21 +62,17 @@ def build_cache(job: Job, wanted: Layout) -> None:
         check_cache(not stray, f"{job.directory} contains shard files without a header; use another path")
     with writing(job.directory):
         job.directory.mkdir(parents=True, exist_ok=True)
-    with _only_builder(job.directory), _eval_mode(job.teacher):
-        blocks = Blocks(job.directory)
-        try:
-            with blocks.header_lock():
-                layout = _existing(job.directory, wanted)
-                if layout is not None and layout.complete:
-                    return
-                first = None
-                if layout is None:
-                    layout, first = _start(job, wanted, blocks)
-                blocks.prepare(layout)
-                _check_shards(job.directory, layout, blocks)
-            _Run(job, layout, blocks, first).go()
-        finally:
-            blocks.close()
+    with _only_builder(job.directory), _eval_mode(job.teacher), closing(Blocks(job.directory)) as blocks:
+        with blocks.header_lock():
+            layout = _existing(job.directory, wanted)
+            if layout is not None and layout.complete:
+                return
+            first = None
+            if layout is None:
+                layout, first = _start(job, wanted, blocks)
+            blocks.prepare(layout)
+            run = _Run(job, layout, blocks, first)
+        run.go()
 
 
 @contextmanager
@@ -95,9 +92,9 @@ def _only_builder(directory: Path) -> Iterator[None]:
 @contextmanager
 def _eval_mode(teacher: nn.Module) -> Iterator[None]:
     training = [module for module in teacher.modules() if module.training]
+    for module in training:
+        module.training = False
     try:
-        for module in training:
-            module.training = False
         yield
     finally:
         for module in training:
@@ -109,7 +106,7 @@ def _existing(directory: Path, wanted: Layout) -> Layout | None:
     header = read_header(directory)
     if header is None:
         return None
-    fingerprint = Fingerprint(**wanted.parts, whole=wanted.fingerprint) if wanted.parts else wanted.fingerprint
+    fingerprint = Fingerprint(**wanted.parts) if wanted.parts else wanted.fingerprint
     check_source(directory, header.fingerprint, header.parts, fingerprint, building=True)
     for name in ("ids", "views", "dtype"):
         stored, expected = getattr(header, name), getattr(wanted, name)
@@ -121,12 +118,14 @@ def _existing(directory: Path, wanted: Layout) -> Layout | None:
     return header
 
 
-_First = tuple[NDArray[np.uint8], Errors]
+_Packed = tuple[NDArray[np.uint8], Errors]
+"""Rows of a block and their errors."""
 
 
-def _start(job: Job, wanted: Layout, blocks: Blocks) -> tuple[Layout, _First]:
+def _start(job: Job, wanted: Layout, blocks: Blocks) -> tuple[Layout, _Packed]:
     """Compute the first block to get the shapes, and write the header; shards without a header are removed."""
-    features = teacher_outputs(job.teacher, job.fetch, job.ids[: job.batch_size], 0)
+    ids = job.ids[: job.batch_size]
+    features = teacher_outputs(job.teacher, job.fetch(torch.from_numpy(ids.copy()), 0), len(ids))
     layout = replace(wanted, features={name: tuple(x.shape[1:]) for name, x in features.items()})
     layout = replace(layout, shard_rows=max(1, job.shard_bytes // layout.row_bytes))
     size = layout.row_bytes
@@ -141,45 +140,43 @@ def _start(job: Job, wanted: Layout, blocks: Blocks) -> tuple[Layout, _First]:
     return layout, first
 
 
-def _check_shards(directory: Path, layout: Layout, blocks: Blocks) -> None:
-    """Check that the shards of all complete blocks have their full size."""
-    complete = (layout.rows_in(int(block)) for block in np.flatnonzero(blocks.refresh()))
-    for shard in {shard for start, stop in complete for shard, _, _ in layout.pieces(start, stop)}:
-        path = shard_path(directory, shard)
-        check_cache(
-            path.exists() and path.stat().st_size >= layout.bytes_of(shard),
-            f"{path} is shorter than its header states; delete the cache and build it again",
-        )
-
-
 @torch.no_grad()
-def teacher_outputs(
-    teacher: nn.Module, fetch: Callable[[Tensor, int], Any], batch: NDArray[np.int64], view: int, inputs: Any = None
-) -> dict[str, Tensor]:
-    """Return the outputs of a teacher for a batch, float32 on the CPU; `inputs` replaces fetching."""
-    inputs = fetch(torch.from_numpy(batch.copy()), view) if inputs is None else inputs
+def teacher_outputs(teacher: nn.Module, inputs: Any, count: int) -> dict[str, Tensor]:
+    """Return the outputs of a teacher for `count` samples, float32 on the CPU."""
     features = teacher(*inputs) if isinstance(inputs, (tuple, list)) else teacher(inputs)
-    check_features(features, len(batch))
+    check_features(features, count)
     return {name: x.detach().float().cpu() for name, x in features.items()}
 
 
-def _packed(job: Job, layout: Layout, features: Mapping[str, Tensor], start: int) -> _First:
+def _packed(job: Job, layout: Layout, features: Mapping[str, Tensor], start: int) -> _Packed:
     view, at = divmod(start, layout.samples)
     return pack(layout, features, lambda row: f"sample {job.ids[at + row]}, view {view}")
 
 
 class _Run:
-    """The work of one process on a cache."""
+    """The work of one process on a cache; `first` is block 0 if this process has started the cache."""
 
-    def __init__(self, job: Job, layout: Layout, blocks: Blocks, first: _First | None) -> None:
-        self.job, self.layout, self.blocks, self.first = job, layout, blocks, first
+    def __init__(self, job: Job, layout: Layout, blocks: Blocks, first: _Packed | None) -> None:
+        self.job, self.layout, self.blocks = job, layout, blocks
         self.writer = Writer(job.directory, layout, blocks)
+        done = blocks.refresh()
+        self.writer.count(done)
+        complete = (layout.rows_in(int(block)) for block in np.flatnonzero(done))
+        for shard in {shard for start, stop in complete for shard, _, _ in layout.pieces(start, stop)}:
+            path = shard_path(job.directory, shard)
+            check_cache(
+                path.exists() and path.stat().st_size >= layout.bytes_of(shard),
+                f"{path} is shorter than its header states; delete the cache and build it again",
+            )
+        self.first = None if first is None else (blocks.claim() or 0, *first)
 
     def go(self) -> None:
         """Compute free blocks until all blocks are complete."""
         pool = ThreadPoolExecutor(1) if self.job.prefetch else None
         try:
-            self.writer.count(self.blocks.refresh())
+            if self.first is not None:
+                self.writer.write(*self.first)
+                self._report()
             self._blocks(pool)
         except BaseException:
             # Keep the complete blocks. On a full disk this fails again.
@@ -192,12 +189,12 @@ class _Run:
             self.writer.close()
 
     def _blocks(self, pool: ThreadPoolExecutor | None) -> None:
-        ahead: deque[tuple[int, Future[Any] | None]] = deque()
+        ahead: deque[tuple[int, Callable[[], list[tuple[int, Any]]]]] = deque()
         synced = time.monotonic()
         while True:
             while len(ahead) <= self.job.prefetch and (block := self.blocks.claim()) is not None:
-                ready = self.first is not None and block == 0
-                ahead.append((block, pool.submit(self._fetch, block) if pool and not ready else None))
+                fetch = pool.submit(self._fetch, block).result if pool else partial(self._fetch, block)
+                ahead.append((block, fetch))
             if not ahead:
                 self.writer.sync()
                 if self.writer.count(self.blocks.refresh()) == self.layout.total:
@@ -206,8 +203,7 @@ class _Run:
                 self._report()
                 time.sleep(_POLL_SECONDS)
                 continue
-            block, inputs = ahead.popleft()
-            self._compute(block, inputs)
+            self._compute(*ahead.popleft())
             if time.monotonic() - synced >= self.job.sync_seconds:
                 self.writer.sync()
                 synced = time.monotonic()
@@ -217,29 +213,17 @@ class _Run:
         if self.job.progress is not None:
             self.job.progress(self.writer.done, self.layout.total)
 
-    def _parts(self, block: int) -> Iterator[tuple[NDArray[np.int64], int]]:
-        """Split a block into batches: one, unless the cache was started with a larger `batch_size`."""
+    def _fetch(self, block: int) -> list[tuple[int, Any]]:
+        """Return size and inputs of the batches of a block: one, unless the cache was started with a larger batch."""
         start, stop = self.layout.rows_in(block)
         view, position = divmod(start, self.layout.samples)
-        for at in range(position, position + stop - start, self.job.batch_size):
-            yield self.job.ids[at : min(at + self.job.batch_size, position + stop - start)], view
+        ids = torch.from_numpy(self.job.ids[position : position + stop - start].copy())
+        return [(len(part), self.job.fetch(part, view)) for part in torch.split(ids, self.job.batch_size)]
 
-    def _fetch(self, block: int) -> list[Any]:
-        return [self.job.fetch(torch.from_numpy(ids.copy()), view) for ids, view in self._parts(block)]
-
-    def _compute(self, block: int, inputs: "Future[list[Any]] | None") -> None:
-        start, stop = self.layout.rows_in(block)
-        if self.first is not None and block == 0:
-            (rows, errors), self.first = self.first, None
-        else:
-            batches = inputs.result() if inputs is not None else [None] * -(-(stop - start) // self.job.batch_size)
-            parts = [
-                teacher_outputs(self.job.teacher, self.job.fetch, ids, view, batch)
-                for (ids, view), batch in zip(self._parts(block), batches, strict=True)
-            ]
-            features = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-            rows, errors = _packed(self.job, self.layout, features, start)
-        self.writer.write(block, rows, errors)
+    def _compute(self, block: int, fetch: Callable[[], list[tuple[int, Any]]]) -> None:
+        parts = [teacher_outputs(self.job.teacher, inputs, count) for count, inputs in fetch()]
+        features = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+        self.writer.write(block, *_packed(self.job, self.layout, features, self.layout.rows_in(block)[0]))
 
 
 def ids_digest(ids: NDArray[np.int64]) -> str:

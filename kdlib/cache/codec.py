@@ -15,11 +15,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from kdlib.cache._checks import check_cache, check_fits
-from kdlib.cache.layout import Layout
+from kdlib.cache.layout import DTYPES, Layout
 
 __all__ = ["Errors", "pack", "unpack"]
 
-_LARGEST = {"float16": 65504.0, "float32": float(np.finfo(np.float32).max), "int8": float(np.finfo(np.float32).max)}
 _NARROW = 1e-12
 """Rows whose largest entry is below this are scaled up before squaring, since their squares would underflow."""
 
@@ -30,29 +29,20 @@ Errors = tuple[NDArray[np.float32], NDArray[np.float64], NDArray[np.float32]]
 def pack(
     layout: Layout, features: Mapping[str, Tensor], name_row: Callable[[int], str]
 ) -> tuple[NDArray[np.uint8], Errors]:
-    """Convert features to rows and measure the errors.
-
-    Args:
-        layout: layout of the cache.
-        features: name to `(b, ...)` float32 on the CPU.
-        name_row: describes row i in an error message.
-
-    Returns:
-        `(b, row_bytes)` uint8, and the errors.
+    """Convert features `(b, ...)`, float32 on the CPU, to rows `(b, row_bytes)` uint8, and measure the errors.
 
     Raises:
         CacheError: the features differ from those of earlier batches.
-        ValueError: a value is not finite or does not fit the type on disk.
+        ValueError: a value is not finite or does not fit the type on disk; `name_row` describes its row.
     """
     shapes = {name: tuple(x.shape[1:]) for name, x in features.items()}
     check_cache(shapes == layout.features, f"features must be {layout.features} as in earlier batches, got {shapes}")
-    count = len(next(iter(features.values())))
-    rows = np.empty((count, layout.row_bytes), np.uint8)
+    rows = np.empty((len(next(iter(features.values()))), layout.row_bytes), np.uint8)
     maxima, sums, relative = [], [], []
     for at, (name, (start, stop)) in enumerate(layout.places.items()):
-        x = features[name].reshape(count, -1)
+        x = features[name].flatten(1)
         largest = x.abs().amax(1)
-        check_fits(layout.dtype, name, largest, _LARGEST[layout.dtype], name_row)
+        check_fits(layout.dtype, name, largest, name_row)
         if layout.dtype == "int8":
             # The factor can exceed float32, for example for a row of 1e-40.
             factor = torch.where(largest > 0, 127.0 / largest.double(), 0.0)[:, None]
@@ -100,29 +90,16 @@ def _row_errors(x: Tensor, stored: Tensor) -> tuple[NDArray[np.float64], NDArray
 
 
 def unpack(layout: Layout, rows: NDArray[np.uint8], names: Iterable[str]) -> dict[str, Tensor]:
-    """Convert rows to features.
-
-    Args:
-        layout: layout of the cache.
-        rows: `(b, row_bytes)` uint8, writable, rows contiguous.
-        names: names of the features.
-
-    Returns:
-        Name to `(b, ...)` float32.
-    """
+    """Convert rows `(b, row_bytes)` uint8, writable and each contiguous, to the named features `(b, ...)` float32."""
     out = {}
     for name in names:
         start, stop = layout.places[name]
-        shape = (len(rows), *layout.features[name])
+        values = rows[:, start:stop]
         if layout.dtype == "int8":
             at = 4 * list(layout.features).index(name)
             scale = np.ascontiguousarray(rows[:, at : at + 4]).view("<f4").astype(np.float32)
-            x = torch.from_numpy(rows[:, start:stop].view(np.int8)).float().mul_(torch.from_numpy(scale))
+            x = torch.from_numpy(values.view(np.int8)).float().mul_(torch.from_numpy(scale))
         else:
-            kind = np.float16 if layout.dtype == "float16" else np.float32
-            values = rows[:, start:stop]
-            if layout.row_bytes % np.dtype(kind).itemsize or not values.flags.c_contiguous:
-                values = np.ascontiguousarray(values)
-            x = torch.from_numpy(values.view(kind)).to(torch.float32)
-        out[name] = x if x.shape == shape else x.reshape(shape)
+            x = torch.from_numpy(np.ascontiguousarray(values).view(DTYPES[layout.dtype])).float()
+        out[name] = x.reshape(len(rows), *layout.features[name])
     return out

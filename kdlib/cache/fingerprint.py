@@ -5,6 +5,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any, Self
 
@@ -28,7 +29,6 @@ class Fingerprint:
         teacher: text or digest of weights, code and taps.
         preprocessing: text or digest of the preprocessing before the teacher.
         data: text or digest of the list of samples and the definition of the views.
-        whole: one text for all three; computed from them if empty.
 
     Examples:
         >>> one = Fingerprint("weights", "rgb", "list 1")
@@ -41,16 +41,10 @@ class Fingerprint:
     teacher: str
     preprocessing: str
     data: str
-    whole: str = ""
 
     def __post_init__(self) -> None:
-        for name in (*_PARTS, "whole"):
-            check_type("Fingerprint", name, getattr(self, name), str, "a str")
-        if not self.whole:
-            digest = hashlib.sha256(b"kdlib parts 1")
-            for name in _PARTS:
-                _add(digest, getattr(self, name))
-            object.__setattr__(self, "whole", digest.hexdigest())
+        for name, text in self.parts.items():
+            check_type("Fingerprint", name, text, str, "a str")
 
     @classmethod
     def of(cls, module: nn.Module, *, preprocessing: str = "", data: str = "") -> Self:
@@ -62,15 +56,19 @@ class Fingerprint:
         check_type("model_fingerprint", "module", module, nn.Module, "a Module")
         for name, text in (("preprocessing", preprocessing), ("data", data)):
             check_type("model_fingerprint", name, text, str, "a str")
-        whole, digests = (
-            hashlib.sha256(b"kdlib teacher 1"),
-            {name: hashlib.sha256(b"kdlib teacher 1") for name in _PARTS},
-        )
+        digests = {name: hashlib.sha256() for name in _PARTS}
         given = [("preprocessing", preprocessing), ("data", data)]
-        for name, content in (*given, *_parts(module, described=bool(preprocessing))):
-            _add(whole, content)
+        for name, content in chain(given, _parts(module, described=bool(preprocessing))):
             _add(digests[name], content)
-        return cls(**{name: digest.hexdigest() for name, digest in digests.items()}, whole=whole.hexdigest())
+        return cls(**{name: digest.hexdigest() for name, digest in digests.items()})
+
+    @property
+    def whole(self) -> str:
+        """SHA-256 of all three parts."""
+        digest = hashlib.sha256()
+        for text in self.parts.values():
+            _add(digest, text)
+        return digest.hexdigest()
 
     @property
     def parts(self) -> dict[str, str]:
@@ -89,16 +87,14 @@ def check_source(
 ) -> None:
     """A header must have the expected fingerprint; the error names the parts that differ, if they are known."""
     whole = expected if isinstance(expected, str) else expected.whole
-    if fingerprint == whole:
-        return
-    different = "" if isinstance(expected, str) else expected.difference(parts)
-    another = (
-        f"another teacher, preprocessing or data: {f'the difference is {different}; ' if different else ''}its fingerprint "
-        f"is {fingerprint!r}, expected {whole!r}"
-    )
-    if building:
-        raise cache_error(f"{path} contains {another}; use another path, or delete it")
-    raise cache_error(f"{path} was computed from {another}")
+    if fingerprint != whole:
+        different = "" if isinstance(expected, str) else expected.difference(parts)
+        part = f"the difference is {different}; " if different else ""
+        raise cache_error(
+            f"{path} {'contains' if building else 'was computed from'} another teacher, preprocessing or data: {part}its "
+            f"fingerprint is {fingerprint!r}, expected {whole!r}"
+            f"{'; use another path, or delete it' if building else ''}"
+        )
 
 
 def _add(digest: Any, part: str | bytes) -> None:

@@ -17,7 +17,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
@@ -36,14 +36,18 @@ DTYPES = {"float16": "<f2", "float32": "<f4", "int8": "i1"}
 TRAILER_BYTES = 32
 _HEADER_LIMIT = 1 << 20
 """Maximum size of a header in bytes."""
-_ERROR_NAMES = {"max_cosine", "mean_cosine", "max_relative"}
+_BOUNDS = {
+    "samples": (1, 2**48), "views": (1, 2**31), "first": (-(2**63), 2**63 - 1), "shard_rows": (1, 2**48),
+    "rows": (0, 2**63), "block": (1, 2**31),
+}  # fmt: skip
+"""Bounds of the integers in a header."""
 NO_LINK = getattr(os, "O_NOFOLLOW", 0)
 """Symbolic links are not followed, so that a prepared directory cannot redirect writing."""
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Content of the header.
+    """Content of the header; see `TeacherCache` for what is not explained here.
 
     Args:
         fingerprint: fingerprint of teacher, preprocessing and data.
@@ -52,14 +56,14 @@ class Layout:
         ids: SHA-256 of `samples.i64`.
         first: the smallest id.
         dense: whether the ids are `first`, `first + 1`, ...
-        dtype: `"float16"`, `"float32"` or `"int8"`.
+        dtype: type on disk.
         features: name to shape of one sample.
         shard_rows: rows of a full shard.
+        block: rows of a full block.
         rows: number of complete rows.
         parts: separate fingerprints of teacher, preprocessing and data, if known.
-        block: rows of a full block.
         checks: SHA-256 of `blocks.bin`, empty until all rows are complete.
-        error: for each feature the cosine error (maximum and mean over rows) and the maximum relative error.
+        error: errors of the stored rows.
         notes: texts given by the builder.
     """
 
@@ -90,25 +94,20 @@ class Layout:
         return self.rows == self.total and bool(self.checks)
 
     @cached_property
-    def scales(self) -> int:
-        """Number of bytes at the start of a row that contain the scales of its features."""
-        return 4 * len(self.features) if self.dtype == "int8" else 0
-
-    @cached_property
-    def row_bytes(self) -> int:
-        """Size of one row in bytes."""
-        return self.scales + sum(map(math.prod, self.features.values())) * np.dtype(DTYPES[self.dtype]).itemsize
-
-    @cached_property
     def places(self) -> dict[str, tuple[int, int]]:
-        """Feature name to its first byte in a row and the byte after its last."""
-        size, start, places = np.dtype(DTYPES[self.dtype]).itemsize, self.scales, {}
+        """Feature name to its first byte in a row and the byte after its last; int8 rows begin with the scales."""
+        start, places = 4 * len(self.features) if self.dtype == "int8" else 0, {}
         for name, shape in self.features.items():
-            places[name] = (start, start + size * math.prod(shape))
+            places[name] = (start, start + np.dtype(DTYPES[self.dtype]).itemsize * math.prod(shape))
             start = places[name][1]
         return places
 
     @cached_property
+    def row_bytes(self) -> int:
+        """Size of one row in bytes."""
+        return max(stop for _, stop in self.places.values())
+
+    @property
     def shards(self) -> int:
         """Number of shards."""
         return -(-self.total // self.shard_rows)
@@ -118,7 +117,7 @@ class Layout:
         return min(self.shard_rows, self.total - shard * self.shard_rows)
 
     def bytes_of(self, shard: int) -> int:
-        """File size of a shard in bytes."""
+        """File size of a shard."""
         return self.rows_of(shard) * self.row_bytes + TRAILER_BYTES
 
     def trailer_of(self, shard: int) -> bytes:
@@ -195,85 +194,54 @@ def read_header(directory: Path) -> Layout | None:
     try:
         with path.open("rb") as file:
             content = file.read(min(os.fstat(file.fileno()).st_size, _HEADER_LIMIT) + 1)
+        check_argument(len(content) <= _HEADER_LIMIT, "it is too long")
+        return _layout(json.loads(content))
     except (FileNotFoundError, NotADirectoryError):
         return None
     except OSError as error:
         raise cache_error(f"{path} cannot be read: {error.strerror or error}") from error
-    try:
-        check_argument(len(content) <= _HEADER_LIMIT, "it is too long")
-        layout = _layout(_entries(json.loads(content), Layout.__dataclass_fields__))
     except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise cache_error(f"{path} is not a valid cache header: {error}") from error
-    return layout
 
 
-def _layout(header: Mapping[str, Any]) -> Layout:
-    features = _shapes(header["features"])
-    layout = Layout(
-        fingerprint=_text("fingerprint", header["fingerprint"]),
-        samples=_integer("samples", header["samples"], 1, 2**48),
-        views=_integer("views", header["views"], 1, 2**31),
-        ids=_text("ids", header["ids"]),
-        first=_integer("first", header["first"], -(2**63), 2**63 - 1),
-        dense=header["dense"] is True,
-        dtype=_text("dtype", header["dtype"]),
-        features=features,
-        shard_rows=_integer("shard_rows", header["shard_rows"], 1, 2**48),
-        rows=_integer("rows", header["rows"], 0, 2**63),
-        parts=_texts("parts", header["parts"]),
-        block=_integer("block", header["block"], 1, 2**31),
-        checks=_text("checks", header["checks"]),
-        error=_errors(header["error"], features),
-        notes=_texts("notes", header["notes"]),
-    )
+def _layout(header: Any) -> Layout:
+    check_argument(isinstance(header, dict) and header.get("format") == 1, "its format is not 1")
+    entries = {name: value for name, value in header.items() if name != "format"}
+    unknown = sorted(set(entries) - set(Layout.__dataclass_fields__))
+    check_argument(not unknown, f"it has the unknown entries {unknown[:4]}")
+    for name, (low, high) in _BOUNDS.items():
+        _check_integer(name, entries[name], low, high)
+    for name in ("fingerprint", "ids", "dtype", "checks"):
+        check_argument(isinstance(entries[name], str), f"{name} is {entries[name]!r}")
+    for name in ("parts", "notes"):
+        check_argument(isinstance(entries[name], dict), f"{name} is {entries[name]!r}")
+        for key, text in entries[name].items():
+            check_argument(isinstance(text, str), f"{name}[{key!r}] is {text!r}")
+    features = _shapes(entries["features"])
+    _check_errors(entries["error"], features)
+    layout = Layout(**{**entries, "features": features, "dense": entries["dense"] is True})
     possible = layout.dtype in DTYPES and layout.rows <= layout.total <= 2**62 and layout.row_bytes < 2**31
     check_argument(possible, f"dtype {layout.dtype!r}, {layout.rows} rows of {layout.total}")
     return layout
 
 
-def _entries(header: Any, known: Collection[str]) -> dict[str, Any]:
-    """Return the entries of a header, except the format, after checking that all are known."""
-    check_argument(isinstance(header, dict) and header.get("format") == 1, "its format is not 1")
-    entries = {name: value for name, value in header.items() if name != "format"}
-    unknown = sorted(set(entries) - set(known))
-    check_argument(not unknown, f"it has the unknown entries {unknown[:4]}")
-    return entries
+def _check_integer(name: str, value: Any, low: int, high: int) -> None:
+    check_argument(type(value) is int and low <= value <= high, f"{name} is {value!r}")
 
 
 def _shapes(features: Any) -> dict[str, tuple[int, ...]]:
-    """Return the shapes of the features."""
     check_argument(isinstance(features, dict) and 1 <= len(features) <= 256, f"features is {features!r}")
-    shapes = {}
     for name, shape in features.items():
         good = isinstance(shape, list) and 1 <= len(shape) <= 8
         check_argument(good, f"feature {name!r} has the shape {shape!r}")
-        shapes[name] = tuple(_integer(f"a side of feature {name!r}", side, 1, 2**31) for side in shape)
-    return shapes
+        for side in shape:
+            _check_integer(f"a side of feature {name!r}", side, 1, 2**31)
+    return {name: tuple(shape) for name, shape in features.items()}
 
 
-def _integer(name: str, value: Any, low: int, high: int) -> int:
-    """Return an integer within bounds."""
-    check_argument(type(value) is int and low <= value <= high, f"{name} is {value!r}")
-    return int(value)
-
-
-def _text(name: str, value: Any) -> str:
-    """Return a string."""
-    check_argument(isinstance(value, str), f"{name} is {value!r}")
-    return str(value)
-
-
-def _texts(name: str, value: Any) -> dict[str, str]:
-    """Return a mapping of strings to strings."""
-    check_argument(isinstance(value, dict), f"{name} is {value!r}")
-    return {key: _text(f"{name}[{key!r}]", entry) for key, entry in value.items()}
-
-
-def _errors(value: Any, features: Collection[str]) -> dict[str, dict[str, float]]:
-    """Return the errors of each feature."""
+def _check_errors(value: Any, features: Collection[str]) -> None:
     good = isinstance(value, dict) and set(value) <= set(features)
     for entry in value.values() if good else ():
-        good = good and isinstance(entry, dict) and set(entry) == _ERROR_NAMES
+        good = good and isinstance(entry, dict) and set(entry) == {"max_cosine", "mean_cosine", "max_relative"}
         good = good and all(type(each) is float and 0 <= each < math.inf for each in entry.values())
     check_argument(good, f"error is {value!r}")
-    return {name: dict(entry) for name, entry in value.items()}

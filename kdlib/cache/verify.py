@@ -3,7 +3,6 @@
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,7 +16,7 @@ from kdlib.cache._checks import cache_error, check_argument, check_cache
 from kdlib.cache.blocks import NAME, block_digest, record_type
 from kdlib.cache.build import ids_digest, teacher_outputs
 from kdlib.cache.codec import unpack
-from kdlib.cache.layout import Layout, check_size, shard_path
+from kdlib.cache.layout import check_size, shard_path
 from kdlib.cache.store import TeacherCache
 
 __all__ = ["CacheCheck", "verify_cache"]
@@ -92,7 +91,12 @@ def verify_cache(
     ids, file = cache._mapped_ids(), cache.path / "samples.i64"
     check_cache(not (ids[1:] <= ids[:-1]).any(), f"{file} is damaged: its ids are not ascending")
     check_cache(ids_digest(ids) == layout.ids, f"{file} is damaged: its ids do not match the checksum in the header")
-    records = _records(cache.path, layout)
+    file, kind = cache.path / NAME, record_type(layout)
+    check_size(file, layout.blocks * kind.itemsize)
+    content = file.read_bytes()
+    good = hashlib.sha256(content).hexdigest() == layout.checks
+    check_cache(good, f"{file} is damaged: it does not match the checksum in the header")
+    records = np.frombuffer(content, kind)
     for block in range(layout.blocks):
         start, stop = layout.rows_in(block)
         rows = cache._raw(start, stop)
@@ -113,15 +117,6 @@ def verify_cache(
     return CacheCheck(layout.total, layout.shards, count, distances)
 
 
-def _records(path: Path, layout: Layout) -> np.ndarray[Any, Any]:
-    file, kind = path / NAME, record_type(layout)
-    check_size(file, layout.blocks * kind.itemsize)
-    content = file.read_bytes()
-    good = hashlib.sha256(content).hexdigest() == layout.checks
-    check_cache(good, f"{file} is damaged: it does not match the checksum in the header")
-    return np.frombuffer(content, kind)
-
-
 def _recompute(
     cache: TeacherCache, teacher: nn.Module, fetch: Callable[[Tensor, int], Any], rows: NDArray[np.int64]
 ) -> dict[str, float]:
@@ -132,8 +127,9 @@ def _recompute(
         here = positions[views == view]
         for start in range(0, len(here), layout.block):
             samples = cache._ids_at(here[start : start + layout.block])
-            outputs = teacher_outputs(teacher, fetch, samples, int(view))
-            stored = cache.read(torch.from_numpy(samples), int(view))
+            ids = torch.from_numpy(samples)
+            outputs = teacher_outputs(teacher, fetch(ids, int(view)), len(ids))
+            stored = cache.read(ids, int(view))
             for name, x in stored.items():
                 if name not in outputs or outputs[name].shape != x.shape:
                     shape = tuple(x.shape[1:])

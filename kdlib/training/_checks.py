@@ -1,28 +1,13 @@
 """Checks and error messages of the training package."""
 
-import zipfile
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
 
 from kdlib._checks import check_callable, check_targets, check_type
-from kdlib.training.events import CheckpointError, TrainingDiverged
-
-__all__ = [
-    "check_archive",
-    "check_argument",
-    "check_batch",
-    "check_device",
-    "check_distiller",
-    "check_fingerprint",
-    "check_hooks",
-    "check_loader",
-    "checkpoint_error",
-    "diverged",
-]
+from kdlib.training.events import TrainingDiverged
 
 
 def check_argument(good: bool, message: str, *, owner: str = "train") -> None:
@@ -31,46 +16,24 @@ def check_argument(good: bool, message: str, *, owner: str = "train") -> None:
         raise ValueError(f"{owner}: {message}")
 
 
-def check_archive(archive: zipfile.ZipFile, size: int) -> None:
-    """The parts of a checkpoint must match their checksums and, because torch.save does not compress, the file size."""
-    unpacked = sum(entry.file_size for entry in archive.infolist())
-    if unpacked > size:
-        raise ValueError(f"it would unpack to {unpacked} bytes from {size}")
-    if (damaged := archive.testzip()) is not None:
-        raise ValueError(f"the checksum of {damaged} does not match")
-
-
-def checkpoint_error(message: str) -> CheckpointError:
-    """Return the error of an unreadable or unwritable checkpoint."""
-    return CheckpointError(f"train: {message}")
-
-
-def check_distiller(distiller: object) -> None:
-    """`distiller` must have the attributes of a `Distiller`, which a compiled one also has."""
-    parts = ("student", "teachers", "objective", "trainable_parameters")
-    if not isinstance(distiller, nn.Module) or not all(hasattr(distiller, part) for part in parts):
-        raise TypeError(f"train: distiller must be a Distiller, got {type(distiller).__name__}")
-
-
-def check_device(owner: str, device: Any) -> None:
+def check_device(owner: str, device: object) -> None:
     """`device` must be None or valid for `torch.device`."""
     try:
-        torch.device("cpu" if device is None else device)
+        torch.device("cpu" if device is None else device)  # type: ignore[call-overload]  # checked here
     except (RuntimeError, TypeError) as error:
         raise ValueError(f"{owner}: device must be a torch.device, its name or None, got {device!r}") from error
 
 
-def check_hooks(hooks: object) -> None:
-    """Hooks must be a sequence of callables."""
+def check_train(distiller: object, loader: object, hooks: object) -> None:
+    """Check the arguments of `train`; a compiled distiller has the attributes of a `Distiller` but not its class."""
+    parts = ("student", "teachers", "objective", "trainable_parameters")
+    if not isinstance(distiller, nn.Module) or not all(hasattr(distiller, part) for part in parts):
+        raise TypeError(f"train: distiller must be a Distiller, got {type(distiller).__name__}")
+    if not isinstance(loader, Iterable) and not hasattr(loader, "__getitem__"):  # the older iterator protocol
+        raise TypeError(f"train: loader must be an iterable of batches, got {type(loader).__name__}")
     check_type("train", "hooks", hooks, Sequence, "a sequence of callables")
     for index, hook in enumerate(hooks):  # type: ignore[arg-type, var-annotated]  # checked in the line before
         check_callable("train", f"hooks[{index}]", hook)
-
-
-def check_loader(loader: object) -> None:
-    """A loader must be iterable, possibly by `__getitem__`."""
-    if not isinstance(loader, Iterable) and not hasattr(loader, "__getitem__"):
-        raise TypeError(f"train: loader must be an iterable of batches, got {type(loader).__name__}")
 
 
 def check_batch(batch: object) -> None:

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 
 from kdlib._atomic import atomic_write
-from kdlib.training._checks import check_archive, checkpoint_error
 from kdlib.training.config import TrainConfig
 from kdlib.training.events import CheckpointError
 
@@ -40,14 +39,23 @@ def load_checkpoint(path: str | PathLike[str]) -> dict[str, Any]:
     try:
         # torch.load ignores the checksums of the archive, so a flipped bit would change a weight silently.
         with zipfile.ZipFile(path) as archive:
-            check_archive(archive, os.path.getsize(path))
+            _check_archive(archive, os.path.getsize(path))
         state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged file can raise almost any exception in the readers
-        raise checkpoint_error(f"checkpoint {path} cannot be read: {error}") from error
+        raise CheckpointError(f"train: checkpoint {path} cannot be read: {error}") from error
     if not isinstance(state, dict) or state.get("format") != _FORMAT:
         got = f"format {state.get('format')!r}" if isinstance(state, dict) else f"a {type(state).__name__}"
-        raise checkpoint_error(f"checkpoint {path} must have format {_FORMAT}, got {got}")
+        raise CheckpointError(f"train: checkpoint {path} must have format {_FORMAT}, got {got}")
     return state
+
+
+def _check_archive(archive: zipfile.ZipFile, size: int) -> None:
+    """Require matching checksums and, because torch.save does not compress, the size of the file."""
+    unpacked = sum(entry.file_size for entry in archive.infolist())
+    if unpacked > size:
+        raise ValueError(f"it would unpack to {unpacked} bytes from {size}")
+    if (damaged := archive.testzip()) is not None:
+        raise ValueError(f"the checksum of {damaged} does not match")
 
 
 class CheckpointStore:
@@ -86,8 +94,8 @@ class CheckpointStore:
             return state
         if paths:
             # A new run must not overwrite them.
-            raise checkpoint_error(
-                f"none of the {len(paths)} checkpoints in {self.directory} can be read; remove them to start from the beginning"
+            raise CheckpointError(
+                f"train: none of the {len(paths)} checkpoints in {self.directory} can be read; remove them to start from the beginning"
             )
         return None
 
@@ -109,7 +117,7 @@ class CheckpointStore:
             # The archive writer hides the system's error in the context.
             cause = error.__context__ if isinstance(error.__context__, OSError) else error
             kept = f"{self.newest} is kept" if self.newest else "there is no earlier checkpoint"
-            raise checkpoint_error(f"checkpoint {path} cannot be written: {cause}; {kept}") from error
+            raise CheckpointError(f"train: checkpoint {path} cannot be written: {cause}; {kept}") from error
         self.newest = path
         self._saved_at = monotonic()
 

@@ -18,10 +18,30 @@ OptimizerFactory = Callable[[list[dict[str, Any]]], torch.optim.Optimizer]
 Schedule = Callable[[int, int], float]
 """Maps `(step, total_steps)` to the factor of the learning rate."""
 
-# These fields do not change the resulting weights, so a run may be resumed with other values.
-_NOT_FINGERPRINTED = {"device", "checkpoint_dir", "checkpoint_every_steps", "checkpoint_every_seconds", "keep"} | {
-    "log_path", "log_every",
-}  # fmt: skip
+_PLACES = (
+    "device",
+    "checkpoint_dir",
+    "checkpoint_every_steps",
+    "checkpoint_every_seconds",
+    "keep",
+    "log_path",
+    "log_every",
+)
+"""Fields that do not change the resulting weights, so a run may be resumed with other values."""
+
+_COUNT = {"min": 1, "integer": True}
+_BOUNDS: dict[str, dict[str, Any]] = {
+    **dict.fromkeys(("epochs", "max_steps", "accumulate", "checkpoint_every_steps", "keep", "log_every"), _COUNT),
+    "lr": {"above": 0},
+    "clip_norm": {"above": 0},
+    "checkpoint_every_seconds": {"above": 0},
+    "momentum": {"min": 0, "below": 1},
+    "weight_decay": {"min": 0},
+    "warmup_steps": {"min": 0, "integer": True},
+    "ema_decay": {"min": 0, "max": 1},
+    "seed": {"min": 0, "max": 2**63 - 1, "integer": True},
+}
+_OPTIONAL = ("epochs", "max_steps", "clip_norm", "ema_decay", "checkpoint_every_steps", "checkpoint_every_seconds")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,21 +116,10 @@ class TrainConfig:
         owner = "TrainConfig"
         given = self.epochs is not None or self.max_steps is not None
         check_argument(given, "epochs or max_steps must be given, got neither", owner=owner)
-        for name in ("accumulate", "keep", "log_every"):
-            check_number(owner, name, getattr(self, name), min=1, integer=True)
-        for name in ("epochs", "max_steps", "checkpoint_every_steps"):
-            if getattr(self, name) is not None:
-                check_number(owner, name, getattr(self, name), min=1, integer=True)
-        for name in ("clip_norm", "checkpoint_every_seconds"):
-            if getattr(self, name) is not None:
-                check_number(owner, name, getattr(self, name), above=0)
-        check_number(owner, "lr", self.lr, above=0)
-        check_number(owner, "momentum", self.momentum, min=0, below=1)
-        check_number(owner, "weight_decay", self.weight_decay, min=0)
-        check_number(owner, "warmup_steps", self.warmup_steps, min=0, integer=True)
-        check_number(owner, "seed", self.seed, min=0, max=2**63 - 1, integer=True)
-        if self.ema_decay is not None:
-            check_number(owner, "ema_decay", self.ema_decay, min=0, max=1)
+        for name, bounds in _BOUNDS.items():
+            value = getattr(self, name)
+            if value is not None or name not in _OPTIONAL:
+                check_number(owner, name, value, **bounds)
         if not callable(self.optimizer):
             check_choice(owner, "optimizer", self.optimizer, ("sgd", "adamw"))
         if not callable(self.schedule):
@@ -124,19 +133,14 @@ class TrainConfig:
         check_device(owner, self.device)
 
     def __repr__(self) -> str:
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
-        changed = [
-            f"{field.name}={values[field.name]!r}" for field in fields(self) if values[field.name] != field.default
-        ]
-        return f"TrainConfig({', '.join(changed)})"
+        given = {field.name: getattr(self, field.name) for field in fields(self)}
+        defaults = {field.name: field.default for field in fields(self)}
+        return f"TrainConfig({', '.join(f'{name}={x!r}' for name, x in given.items() if x != defaults[name])})"
 
     def fingerprint(self) -> dict[str, int | float | str | bool | None]:
         """Return the fields that determine the resulting weights, as plain values; callables by their name."""
-        return {
-            field.name: _plain(getattr(self, field.name))
-            for field in fields(self)
-            if field.name not in _NOT_FINGERPRINTED
-        }
+        names = [field.name for field in fields(self) if field.name not in _PLACES]
+        return {name: _plain(getattr(self, name)) for name in names}
 
 
 def _plain(value: Any) -> int | float | str | bool | None:

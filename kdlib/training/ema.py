@@ -31,24 +31,16 @@ class EMA:
         self.decay = decay
         live = {name: value for name, value in module.state_dict().items() if isinstance(value, Tensor)}
         self._average = {name: value.detach().clone() for name, value in live.items()}
-        # One fused call per dtype and device avoids one kernel launch per tensor.
-        self._floats: dict[tuple[torch.dtype, torch.device], tuple[list[Tensor], list[Tensor]]] = {}
-        self._others: list[tuple[Tensor, Tensor]] = []
-        for name, value in live.items():
-            if value.is_floating_point():
-                averages, weights = self._floats.setdefault((value.dtype, value.device), ([], []))
-                averages.append(self._average[name])
-                weights.append(value)
-            else:
-                self._others.append((self._average[name], value))
+        pairs = [(self._average[name], value) for name, value in live.items()]
+        self._floats = [pair for pair in pairs if pair[0].is_floating_point()]
+        self._others = [pair for pair in pairs if not pair[0].is_floating_point()]
 
     @torch.no_grad()
     def update(self, *, step: int) -> None:
         """Update the averages after step `step`, counted from 0."""
-        decay = min(self.decay, (1 + step) / (10 + step))
-        average = get_ema_multi_avg_fn(decay)  # type: ignore[no-untyped-call]  # torch leaves it untyped
-        for averages, weights in self._floats.values():
-            average(averages, weights, None)
+        average = get_ema_multi_avg_fn(min(self.decay, (1 + step) / (10 + step)))  # type: ignore[no-untyped-call]
+        if self._floats:  # one fused call where dtype and device are the same
+            average(*map(list, zip(*self._floats, strict=True)), None)
         for copy, value in self._others:
             copy.copy_(value)
 

@@ -1,69 +1,55 @@
 """JSON-lines log of a training run."""
 
 import json
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from os import PathLike
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 from kdlib.training._checks import check_argument
 
-__all__ = ["JsonLog", "read_log"]
+__all__ = ["append_log", "read_log"]
 
 
 def read_log(path: str | PathLike[str]) -> list[dict[str, Any]]:
-    """Read the rows of a log; an incomplete last line is skipped.
-
-    Args:
-        path: A log of `train`, with keys step, epoch, lr, total, terms, weights and seconds.
+    """Read the rows of a log of `train`; an incomplete last line is skipped.
 
     Returns:
-        One dict per row, in the order of the file.
+        One dict per row, in order, with keys step, epoch, lr, total, terms, weights and seconds.
 
     Raises:
         ValueError: A line other than the last is not a row of a training log.
     """
-    rows, _ = _good_rows(Path(path), last_step=None)
-    return rows
+    return _good_rows(Path(path), last_step=None)[0]
 
 
-class JsonLog:
-    """Appends one JSON object per line and flushes each line.
+@contextmanager
+def append_log(path: str | PathLike[str] | None, *, last_step: int) -> Iterator[Callable[[dict[str, Any]], None]]:
+    """Yield a function that appends one row and flushes it; `None` as the path writes nothing.
 
-    Opening removes the rows after `last_step`: an interrupted run may have logged steps that its checkpoint does not
-    contain, which are repeated and must appear only once.
-
-    Args:
-        path: The file, created with its directory if missing; `None` writes nothing.
-        last_step: The last step to keep. 0 empties the log of an earlier run.
+    The rows after `last_step` are removed first (0 empties the log of an earlier run): an interrupted run may have logged
+    steps that its checkpoint does not contain, which are repeated and must appear only once.
 
     Raises:
         ValueError: The file exists and is not a training log; it is left unchanged.
     """
+    if path is None:
+        yield lambda row: None
+        return
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    if target.exists():
+        _, size = _good_rows(target, last_step=last_step)
+        os.truncate(target, size)
+    with target.open("a", encoding="utf-8") as file:
 
-    def __init__(self, path: str | PathLike[str] | None, *, last_step: int) -> None:
-        self._file = None
-        if path is None:
-            return
-        target = Path(path)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        if target.exists():
-            _, size = _good_rows(target, last_step=last_step)
-            with target.open("r+b") as file:
-                file.truncate(size)
-        self._file = target.open("a", encoding="utf-8")
+        def write(row: dict[str, Any]) -> None:
+            file.write(json.dumps(row, allow_nan=False) + "\n")
+            file.flush()
 
-    def write(self, row: dict[str, Any]) -> None:
-        """Append and flush one row."""
-        if self._file is not None:
-            self._file.write(json.dumps(row, allow_nan=False) + "\n")
-            self._file.flush()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, kind: object, error: object, trace: object) -> None:
-        if self._file is not None:
-            self._file.close()
+        yield write
 
 
 def _good_rows(path: Path, *, last_step: int | None) -> tuple[list[dict[str, Any]], int]:

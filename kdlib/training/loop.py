@@ -11,22 +11,15 @@ from torch import Tensor
 from kdlib._checks import check_type
 from kdlib.distiller import Distiller
 from kdlib.training import distributed
-from kdlib.training._checks import check_batch, check_distiller, check_fingerprint, check_hooks, check_loader, diverged
+from kdlib.training._checks import check_batch, check_fingerprint, check_train, diverged
 from kdlib.training.checkpoint import CheckpointStore
 from kdlib.training.config import TrainConfig
 from kdlib.training.ema import EMA
 from kdlib.training.events import Hook, TrainEvent, TrainResult
-from kdlib.training.log import JsonLog
+from kdlib.training.log import append_log
 from kdlib.training.schedules import build_optimizer, lr_factor, set_lr
 from kdlib.training.signals import DeferredSignals
-from kdlib.training.step import (
-    Readings,
-    batch_size,
-    private_randomness,
-    random_state,
-    sample_ids,
-    to_device,
-)
+from kdlib.training.step import Readings, batch_size, private_randomness, random_state, sample_ids, to_device
 from kdlib.training.stream import Batch, BatchStream
 
 __all__ = ["train"]
@@ -48,8 +41,9 @@ def train(
     Args:
         distiller: Student, teachers and objective; trained in place.
         loader: Yields `(inputs, targets)` for one epoch: inputs is a tensor or a tuple of tensors, targets a mapping of
-            tensors or `None`. It must have a length if `max_steps` is not given. `set_epoch(epoch)` is called if it
-            exists; `iter_from(batch)`, if it exists, avoids skipping batches when a run resumes within an epoch.
+            tensors or `None`. It must have a length if `max_steps` is not given. `set_epoch(epoch)` is called on the
+            loader and its samplers if they have it; `iter_from(batch)`, if the loader has it, avoids skipping batches
+            when a run resumes within an epoch.
         config: Configuration of the run.
         hooks: Callables that receive a :class:`TrainEvent` after every step.
 
@@ -75,10 +69,8 @@ def train(
         >>> result.step
         10
     """
-    check_distiller(distiller)
+    check_train(distiller, loader, hooks)
     check_type("train", "config", config, TrainConfig, "a TrainConfig")
-    check_loader(loader)
-    check_hooks(hooks)
     rank, world = distributed.rank(), distributed.world_size()
     device = _place(distiller, config)
     deferred = DeferredSignals(active=config.checkpoint_dir is not None and world == 1)
@@ -96,7 +88,7 @@ def train(
         logging = config.log_path if rank == 0 and run.step < total_steps else None
         start, images, seconds = monotonic(), 0, run.seconds
 
-        with JsonLog(logging, last_step=run.step) as log:
+        with append_log(logging, last_step=run.step) as log:
             while run.step < total_steps:
                 epoch, first, group = stream.take()
                 lr = set_lr(run.optimizer, lr_factor(run.step, total_steps, config))
@@ -109,7 +101,7 @@ def train(
                 seconds = run.seconds + elapsed
                 event = TrainEvent(run.step, total_steps, epoch, total, terms, weights, lr, images / elapsed, seconds)
                 if run.step == 1 or run.step % config.log_every == 0 or run.step == total_steps:
-                    log.write(_row(event))
+                    log(_row(event))
                 stopping = signals.pending  # read once: a later signal is handled after the next step
                 if rank == 0:
                     if store.due(run.step) or run.step == total_steps or stopping:
@@ -213,20 +205,18 @@ def _accumulate(
     run.distiller.objective.set_step(run.step)
     if not run.distiller.training:  # a hook may have switched to eval mode
         run.distiller.train()
-    values, readings = None, None
-    for index, batch in enumerate(group):
-        last = index == len(group) - 1
+    values = None
+    for left, batch in zip(range(len(group) - 1, -1, -1), group, strict=True):
         inputs, targets = _moved(batch, run.device, config)
-        with distributed.synchronize_if(last, forward):
+        with distributed.synchronize_if(left == 0, forward):
             with torch.autocast(run.device.type, dtype=dtype, enabled=dtype is not None):
                 output = forward(inputs, targets)
-            packed, layout = Readings.pack(output)
+            packed = Readings.pack(output)
             values = packed if values is None else values + packed
-            if last:
+            if left == 0:
                 # Copied before the backward pass and read after it, so that the device never waits for the host.
-                readings = Readings(distributed.average(values / len(group)), layout)
+                readings = Readings(distributed.average(values / len(group)), output)
             run.scaler.scale(output.total / len(group)).backward()
-    assert readings is not None
     return readings.fetch()
 
 

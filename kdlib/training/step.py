@@ -14,41 +14,33 @@ class Readings:
     """The values of one step, copied from the device asynchronously and read by `fetch`.
 
     Args:
-        values: 1-d tensor: the total, the terms, the mean weights.
-        layout: Names of the terms; name and number of teachers of each weighted term.
+        values: The sum of :meth:`pack` over the batches of the step.
+        output: An `ObjectiveOutput` with the same terms and weights.
     """
 
-    def __init__(self, values: Tensor, layout: tuple[list[str], list[tuple[str, int]]]) -> None:
-        self._layout = layout
-        self._copied: torch.cuda.Event | None = None
+    def __init__(self, values: Tensor, output: Any) -> None:
+        self._names, self._counts = list(output.terms), {name: len(w) for name, w in output.weights.items()}
+        self._values, self._copied = values, None
         if values.is_cuda:
             self._values = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
             self._values.copy_(values, non_blocking=True)
             self._copied = torch.cuda.Event()  # type: ignore[no-untyped-call]  # torch leaves it untyped
             self._copied.record()
-        else:
-            self._values = values
 
     @staticmethod
-    def pack(output: Any) -> tuple[Tensor, tuple[list[str], list[tuple[str, int]]]]:
-        """Pack an `ObjectiveOutput` into one 1-d tensor and its layout."""
+    def pack(output: Any) -> Tensor:
+        """Pack the total, the terms and the mean weights of an `ObjectiveOutput` into one 1-d tensor."""
         scalars = torch.stack([output.total, *output.terms.values()]).detach()
-        means = [weight.detach().to(scalars).mean(dim=1) for weight in output.weights.values()]
-        layout = (list(output.terms), [(name, weight.shape[0]) for name, weight in output.weights.items()])
-        return (torch.cat([scalars, *means]) if means else scalars), layout
+        return torch.cat([scalars, *(weight.detach().to(scalars).mean(dim=1) for weight in output.weights.values())])
 
     def fetch(self) -> tuple[float, dict[str, float], dict[str, tuple[float, ...]]]:
         """Return the total, the terms, and the mean weight of each teacher by term."""
         if self._copied is not None:
             self._copied.synchronize()
         total, *rest = self._values.tolist()
-        names, weighted = self._layout
-        terms = dict(zip(names, rest, strict=False))
-        weights, at = {}, len(names)
-        for name, count in weighted:
-            weights[name] = tuple(rest[at : at + count])
-            at += count
-        return total, terms, weights
+        values = iter(rest)
+        terms = {name: next(values) for name in self._names}
+        return total, terms, {name: tuple(next(values) for _ in range(n)) for name, n in self._counts.items()}
 
 
 def to_device(value: Any, device: torch.device, *, channels_last: bool = False) -> Any:
@@ -66,19 +58,13 @@ def to_device(value: Any, device: torch.device, *, channels_last: bool = False) 
 
 def batch_size(inputs: Any) -> int:
     """Return the batch size: the first dimension of the first tensor."""
-    if isinstance(inputs, (tuple, list)):
-        inputs = inputs[0]
-    return int(inputs.shape[0])
+    return int((inputs[0] if isinstance(inputs, (tuple, list)) else inputs).shape[0])
 
 
 def sample_ids(group: list[tuple[Any, Any]]) -> tuple[int, ...]:
     """Return the sample ids of a group of batches, if their targets contain them."""
-    samples: list[int] = []
-    for _, targets in group:
-        ids = targets.get("sample") if isinstance(targets, Mapping) else None
-        if isinstance(ids, Tensor):
-            samples += [int(value) for value in ids.flatten().tolist()]
-    return tuple(samples)
+    found = [targets["sample"] for _, targets in group if isinstance(targets, Mapping) and "sample" in targets]
+    return tuple(int(value) for ids in found if isinstance(ids, Tensor) for value in ids.flatten().tolist())
 
 
 @contextmanager

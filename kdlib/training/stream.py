@@ -2,13 +2,14 @@
 
 from collections.abc import Iterable, Iterator, Sized
 from itertools import islice
-from typing import Any, cast
+from typing import Any, Protocol, cast, runtime_checkable
 
 import torch
+from torch.utils.data import BatchSampler, DataLoader
 
 from kdlib.training._checks import check_argument
 
-__all__ = ["Batch", "BatchStream"]
+__all__ = ["Batch", "BatchStream", "HasEpochs", "HasGenerator", "Seekable"]
 
 _EMPTY = "loader must yield at least one batch, got none"
 
@@ -16,12 +17,37 @@ Batch = tuple[Any, Any]
 """`(inputs, targets)` as yielded by the loader."""
 
 
+@runtime_checkable
+class HasEpochs(Protocol):
+    """A loader or sampler whose order depends on the epoch."""
+
+    def set_epoch(self, epoch: int, /) -> object:
+        """Set the epoch, from 0, before the loader is iterated."""
+        ...
+
+
+@runtime_checkable
+class Seekable(Protocol):
+    """A loader that can start within an epoch."""
+
+    def iter_from(self, batch: int, /) -> Iterable[Batch]:
+        """Yield the batches of the epoch from index `batch` on."""
+        ...
+
+
+@runtime_checkable
+class HasGenerator(Protocol):
+    """A loader or sampler with random numbers of its own."""
+
+    generator: torch.Generator | None
+
+
 class BatchStream:
     """Groups of `accumulate` batches, epoch after epoch.
 
     A saved position is restored exactly: the random states at the beginning of the epoch determine its order, so they
-    are part of the position, and the batches already taken are skipped. If the loader has `iter_from(batch)`, it is
-    called instead of skipping. `set_epoch(epoch)` is called on the loader and its samplers if they have it.
+    are part of the position, and the batches already taken are skipped, or not computed if the loader is `Seekable`. The
+    epoch is set on the loader and its samplers (`HasEpochs`).
 
     Args:
         loader: An iterable of batches, iterated once per epoch.
@@ -29,11 +55,8 @@ class BatchStream:
     """
 
     def __init__(self, loader: Iterable[Batch], accumulate: int) -> None:
-        self.loader = loader
-        self.accumulate = accumulate
-        self.length = _length(loader)
-        self.epoch = 0
-        self.batch = 0
+        self.loader, self.accumulate, self.length = loader, accumulate, _length(loader)
+        self.epoch = self.batch = 0
         self._batches: Iterator[Batch] | None = None
         self._start: list[torch.Tensor] = []
 
@@ -90,9 +113,8 @@ class BatchStream:
         """Start the epoch at `self.batch`."""
         self._set_epoch(self.epoch)
         self._start = self._random_states()
-        if self.batch and hasattr(self.loader, "iter_from"):
-            batches: Iterator[Batch] = iter(self.loader.iter_from(self.batch))
-            self._batches = batches
+        if self.batch and isinstance(self.loader, Seekable):
+            self._batches = batches = iter(self.loader.iter_from(self.batch))
             return batches
         self._batches = batches = iter(self.loader)
         skipped = sum(1 for _ in islice(batches, self.batch))
@@ -103,21 +125,14 @@ class BatchStream:
         return batches
 
     def _set_epoch(self, epoch: int) -> None:
-        listeners: tuple[Any, ...] = (
-            self.loader,
-            getattr(self.loader, "sampler", None),
-            getattr(self.loader, "batch_sampler", None),
-        )
-        for listener in listeners:
-            if hasattr(listener, "set_epoch"):
-                listener.set_epoch(epoch)
+        for part in _parts(self.loader):
+            if isinstance(part, HasEpochs):
+                part.set_epoch(epoch)
 
     def _generators(self) -> list[torch.Generator]:
-        owners = (self.loader, getattr(self.loader, "sampler", None))
-        generators = {
-            id(g): g for owner in owners if isinstance(g := getattr(owner, "generator", None), torch.Generator)
-        }
-        return [torch.default_generator, *generators.values()]
+        owned = [part.generator for part in _parts(self.loader) if isinstance(part, HasGenerator)]
+        distinct = {id(generator): generator for generator in owned if isinstance(generator, torch.Generator)}
+        return [torch.default_generator, *distinct.values()]
 
     def _random_states(self) -> list[torch.Tensor]:
         return [generator.get_state() for generator in self._generators()]
@@ -130,6 +145,14 @@ class BatchStream:
         )
         for generator, state in zip(generators, states, strict=True):
             generator.set_state(state)
+
+
+def _parts(loader: object) -> list[object]:
+    """Return a loader and its samplers."""
+    if not isinstance(loader, DataLoader):
+        return [loader]
+    batches = loader.batch_sampler
+    return [loader, loader.sampler, batches, batches.sampler if isinstance(batches, BatchSampler) else None]
 
 
 def _length(loader: Iterable[Batch]) -> int | None:

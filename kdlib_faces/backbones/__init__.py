@@ -26,49 +26,15 @@ from kdlib_faces.backbones.networks.ir import (
 from kdlib_faces.backbones.networks.iresnet import IResNet, iresnet18, iresnet34, iresnet50, iresnet100, iresnet200
 from kdlib_faces.backbones.networks.mbf import MBF, MBFFlat, mbf
 from kdlib_faces.backbones.networks.mobilefacenet import MobileFaceNet
-from kdlib_faces.backbones.networks.mobilenet_v1 import MobileNetV1, mobilenet_v1, mobilenet_v1_025
-from kdlib_faces.backbones.networks.mobilenet_v2 import MobileNetV2, mobilenet_v2
+from kdlib_faces.backbones.networks.mobilenet_v1 import MobileNetV1, mobilenet_v1_025
+from kdlib_faces.backbones.networks.mobilenet_v2 import MobileNetV2
 from kdlib_faces.backbones.networks.mtlface import MTLFaceNet
 from kdlib_faces.backbones.registry import BACKBONES, build_backbone
 
 __all__ = [
-    "BACKBONES",
-    "Backbone",
-    "BackboneRow",
-    "CheckpointInfo",
-    "IRNet",
-    "IResNet",
-    "InputSpec",
-    "MBF",
-    "MBFFlat",
-    "MTLFaceNet",
-    "MobileFaceNet",
-    "MobileNetV1",
-    "MobileNetV2",
-    "adaface_ir_101",
-    "adaface_ir_18",
-    "adaface_ir_50",
-    "build_backbone",
-    "count_macs",
-    "count_parameters",
-    "describe_backbones",
-    "describe_checkpoint",
-    "ir_101",
-    "ir_152",
-    "ir_50",
-    "ir_se_101",
-    "ir_se_152",
-    "ir_se_50",
-    "iresnet100",
-    "iresnet18",
-    "iresnet200",
-    "iresnet34",
-    "iresnet50",
-    "latency_ms",
-    "load_backbone",
-    "mbf",
-    "mobilenet_v1",
-    "mobilenet_v1_025",
-    "mobilenet_v2",
-    "save_backbone",
-]
+    "BACKBONES", "Backbone", "BackboneRow", "CheckpointInfo", "IRNet", "IResNet", "InputSpec", "MBF", "MBFFlat",
+    "MTLFaceNet", "MobileFaceNet", "MobileNetV1", "MobileNetV2", "adaface_ir_101", "adaface_ir_18", "adaface_ir_50",
+    "build_backbone", "count_macs", "count_parameters", "describe_backbones", "describe_checkpoint", "ir_101", "ir_152",
+    "ir_50", "ir_se_101", "ir_se_152", "ir_se_50", "iresnet100", "iresnet18", "iresnet200", "iresnet34", "iresnet50",
+    "latency_ms", "load_backbone", "mbf", "mobilenet_v1_025", "save_backbone",
+]  # fmt: skip

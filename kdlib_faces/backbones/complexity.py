@@ -7,7 +7,8 @@ higher: MobileFaceNet with 512 dimensions has 221.16 M here, and 227.6 M with Ba
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -66,18 +67,26 @@ def count_macs(model: nn.Module, input_size: InputSize) -> int:
 
     state = {key: value.to("meta") for key, value in (*model.named_parameters(), *model.named_buffers())}
     dtype = next((p.dtype for p in model.parameters()), torch.float32)
-    modes = {module: module.training for module in model.modules()}
-    hooks = [m.register_forward_hook(count) for m in modes if isinstance(m, nn.Conv2d | nn.Linear)]
+    hooks = [m.register_forward_hook(count) for m in model.modules() if isinstance(m, nn.Conv2d | nn.Linear)]
     try:
-        model.eval()  # BatchNorm cannot train on a batch of one
-        with torch.no_grad():
+        with _eval_mode(model), torch.no_grad():
             functional_call(model, state, torch.zeros(1, 3, height, width, dtype=dtype, device="meta"))
     finally:
         for hook in hooks:
             hook.remove()
+    return total
+
+
+@contextmanager
+def _eval_mode(model: nn.Module) -> Iterator[None]:
+    """Set eval mode, because BatchNorm cannot train on a batch of one, and restore the mode of each module."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
         for module, mode in modes.items():
             module.training = mode
-    return total
 
 
 def latency_ms(model: nn.Module, input_size: InputSize, *, batch: int = 1, repeats: int = 20, warmup: int = 3) -> float:
@@ -108,22 +117,15 @@ def latency_ms(model: nn.Module, input_size: InputSize, *, batch: int = 1, repea
     images = torch.rand(batch, 3, height, width, generator=torch.Generator().manual_seed(0))
     images = images.to(first.device, first.dtype)
     synchronize: Callable[[], None] = torch.cuda.synchronize if first.device.type == "cuda" else lambda: None
-    modes = {module: module.training for module in model.modules()}
     times = []
-    try:
-        model.eval()
-        with torch.inference_mode():
-            for turn in range(warmup + repeats):
-                synchronize()
-                start = time.perf_counter()
-                model(images)
-                synchronize()
-                if turn >= warmup:
-                    times.append(time.perf_counter() - start)
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
-    return 1000 * statistics.median(times)
+    with _eval_mode(model), torch.inference_mode():
+        for _ in range(warmup + repeats):
+            synchronize()
+            start = time.perf_counter()
+            model(images)
+            synchronize()
+            times.append(time.perf_counter() - start)
+    return 1000 * statistics.median(times[warmup:])
 
 
 @dataclass(frozen=True)

@@ -24,8 +24,8 @@ from kdlib_faces.backbones.networks.ir import (
 from kdlib_faces.backbones.networks.iresnet import IResNet, iresnet18, iresnet34, iresnet50, iresnet100, iresnet200
 from kdlib_faces.backbones.networks.mbf import MBFFlat, mbf
 from kdlib_faces.backbones.networks.mobilefacenet import MobileFaceNet
-from kdlib_faces.backbones.networks.mobilenet_v1 import mobilenet_v1, mobilenet_v1_025
-from kdlib_faces.backbones.networks.mobilenet_v2 import mobilenet_v2
+from kdlib_faces.backbones.networks.mobilenet_v1 import MobileNetV1, mobilenet_v1_025
+from kdlib_faces.backbones.networks.mobilenet_v2 import MobileNetV2
 from kdlib_faces.backbones.networks.mtlface import MTLFaceNet
 
 __all__ = ["BACKBONES", "build_backbone"]
@@ -35,8 +35,8 @@ BACKBONES: dict[str, Callable[..., Backbone]] = {
     "mbf": mbf,
     "mbf_flat": MBFFlat,
     "mobilenet_v1_025": mobilenet_v1_025,
-    "mobilenet_v1": mobilenet_v1,
-    "mobilenet_v2": mobilenet_v2,
+    "mobilenet_v1": MobileNetV1,
+    "mobilenet_v2": MobileNetV2,
     "iresnet18": iresnet18,
     "iresnet34": iresnet34,
     "iresnet50": iresnet50,

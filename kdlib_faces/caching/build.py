@@ -3,9 +3,10 @@
 import json
 import multiprocessing
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Literal
@@ -13,10 +14,10 @@ from typing import Literal
 import torch
 
 from kdlib._checks import check_number
-from kdlib.cache import CacheCheck, CacheError, Layout, TeacherCache, read_header, verify_cache
+from kdlib.cache import CacheCheck, CacheError, TeacherCache, read_header, verify_cache
 from kdlib_faces._checks import InputError
 from kdlib_faces._output import check_output
-from kdlib_faces.caching.source import CacheSource, parse_taps
+from kdlib_faces.caching.source import CacheSource, describe_views, parse_taps
 from kdlib_faces.data.lists import read_faces
 from kdlib_faces.data.seeded_views import SeededViews
 from kdlib_faces.data.views import AugmentConfig
@@ -101,37 +102,25 @@ def build(
     check_output(output)
     if workers > 1 and sys.platform == "win32":
         raise InputError("cache: workers must be 1 on Windows, which does not support POSIX locks")
-    threads = max(1, torch.get_num_threads() // workers)
-    job = _Job(config, output, tuple(faces), teacher, tuple(taps))
-    with _threads(threads), _workers(workers - 1, job, threads, quiet=not progress):
-        return _build(job, quiet=not progress)
+    before = torch.get_num_threads()
+    threads = max(1, before // workers)
+    work = partial(_build, config, output, tuple(faces), teacher, tuple(taps))
+    torch.set_num_threads(threads)
+    try:
+        with _workers(workers - 1, work, threads, quiet=not progress):
+            return work(quiet=not progress)
+    finally:
+        torch.set_num_threads(before)
 
 
-@dataclass(frozen=True)
-class _Job:
-    """Arguments of a build that are sent to the worker processes."""
-
-    config: CacheConfig
-    output: Path
-    faces: Sequence[str]
-    teacher: Path
-    taps: Sequence[str]
-
-
-def _build(job: _Job, *, quiet: bool) -> TeacherCache:
-    config, views = job.config, job.config.seeded()
-    source = CacheSource(
-        read_faces(job.faces),
-        job.teacher,
-        parse_taps(job.taps),
-        views,
-        size=config.size,
-        decoders=config.decoders,
-        quiet=quiet,
-    )
-    with progress_to(f"outputs of {job.teacher.stem}", quiet=quiet) as show:
+def _build(
+    config: CacheConfig, output: Path, faces: Sequence[str], teacher: Path, taps: Sequence[str], *, quiet: bool
+) -> TeacherCache:
+    views, size, decoders = config.seeded(), config.size, config.decoders
+    source = CacheSource(read_faces(faces), teacher, parse_taps(taps), views, size=size, decoders=decoders, quiet=quiet)
+    with progress_to(f"outputs of {teacher.stem}", quiet=quiet) as show:
         return TeacherCache.build(
-            job.output,
+            output,
             source.model,
             source.fetch,
             samples=len(source.faces),
@@ -191,14 +180,17 @@ def info(path: Path) -> str:
     layout = read_header(path)
     if layout is None:
         raise CacheError(f"TeacherCache: there is no cache at {path}")
-    stored = f"{layout.rows:,} of {layout.total:,} rows"
+    views = str(layout.views)
+    with suppress(InputError, KeyError):  # another builder may leave other notes
+        views = describe_views(SeededViews.from_text(layout.notes["views"]))
+    state = f"{layout.rows:,} of {layout.total:,} rows; run the same build again to complete it"
     ids = f"ids {layout.first} to {layout.first + layout.samples - 1}" if layout.dense else "arbitrary ids"
     size = sum(file.stat().st_size for file in path.iterdir() if file.is_file())
     rows = [
         ("cache", str(path)),
-        ("state", f"complete, {layout.rows:,} rows" if layout.complete else f"{stored}; run the same build again to complete it"),
+        ("state", f"complete, {layout.rows:,} rows" if layout.complete else state),
         ("samples", f"{layout.samples:,}, {ids}"),
-        ("views", f"{layout.views}{_describe_views(layout)}"),
+        ("views", views),
         *(("feature", f"{name!r} {shape}") for name, shape in layout.features.items()),
         ("on disk", f"{layout.dtype}, {layout.row_bytes:,} bytes per row, {layout.shards} files, {size / 1e6:,.1f} MB"),
         *(
@@ -241,15 +233,6 @@ def _build_options(cache: TeacherCache) -> tuple[SeededViews, dict[str, str], in
         ) from error
 
 
-def _describe_views(layout: Layout) -> str:
-    with suppress(InputError, KeyError):
-        views = SeededViews.from_text(layout.notes["views"])
-        if views.augment is not None:
-            return f", random by seed {views.seed}"
-        return ": plain and mirrored" if views.count == 2 else ": plain"
-    return ""
-
-
 def _plain(text: str) -> str:
     """Escape unprintable characters of a header, which could control the terminal."""
     shown = "".join(each if each.isprintable() else f"\\x{ord(each):02x}" for each in text[:400])
@@ -257,18 +240,7 @@ def _plain(text: str) -> str:
 
 
 @contextmanager
-def _threads(count: int) -> Iterator[None]:
-    """Set the number of torch threads within the block."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
-@contextmanager
-def _workers(count: int, job: _Job, threads: int, *, quiet: bool) -> Iterator[None]:
+def _workers(count: int, work: Callable[..., object], threads: int, *, quiet: bool) -> Iterator[None]:
     """Run other processes that build the same cache within the block; the work of a failed process is done by the others.
 
     When the block ends, the cache is complete or an error was raised, so running processes can be terminated.
@@ -278,7 +250,7 @@ def _workers(count: int, job: _Job, threads: int, *, quiet: bool) -> Iterator[No
     try:
         for _ in range(count):
             ours, theirs = context.Pipe(duplex=False)
-            process = context.Process(target=_worker, args=(theirs, job, threads), daemon=True)
+            process = context.Process(target=_worker, args=(theirs, work, threads), daemon=True)
             process.start()
             theirs.close()
             running.append((process, ours))
@@ -296,10 +268,10 @@ def _workers(count: int, job: _Job, threads: int, *, quiet: bool) -> Iterator[No
             ours.close()
 
 
-def _worker(connection: Connection, job: _Job, threads: int) -> None:
+def _worker(connection: Connection, work: Callable[..., object], threads: int) -> None:
     torch.set_num_threads(threads)
     try:
-        _build(job, quiet=True)
+        work(quiet=True)
     except KeyboardInterrupt:
         sys.exit(130)
     except Exception as error:

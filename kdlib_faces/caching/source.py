@@ -13,10 +13,11 @@ from kdlib_faces._checks import InputError
 from kdlib_faces.data.images import load_images
 from kdlib_faces.data.lists import FaceList
 from kdlib_faces.data.seeded_views import SeededViews
+from kdlib_faces.data.views import AugmentConfig
 from kdlib_faces.progress import progress
 from kdlib_faces.teachers.open import onnx_taps
 
-__all__ = ["STAGES", "CacheSource", "data_digest", "parse_taps"]
+__all__ = ["STAGES", "CacheSource", "data_digest", "describe_views", "parse_taps"]
 
 STAGES = ("stage0", "stage1", "stage2", "stage3")
 """Names of the ends of the four stages, which every teacher accepts as taps."""
@@ -42,6 +43,20 @@ def data_digest(faces: FaceList, views: SeededViews, *, quiet: bool = True) -> s
         digest.update(f"\n{'/'.join(path.parts[-2:])}\t{size}\t".encode("utf-8", "surrogateescape"))
         digest.update(hashlib.sha256(whole).digest() if whole else b"")
     return digest.hexdigest()
+
+
+def describe_views(views: SeededViews) -> str:
+    """Describe the views of a cache in a few words.
+
+    Examples:
+        >>> describe_views(SeededViews(2))
+        'the plain and the mirrored image'
+    """
+    if views.augment is None:
+        return "the plain and the mirrored image" if views.count == 2 else "the plain image"
+    off = vars(AugmentConfig.none())
+    on = ", ".join(f"{name} {value:g}" for name, value in vars(views.augment).items() if value != off[name])
+    return f"{views.count} random views with seed {views.seed} ({on})"
 
 
 class CacheSource:

@@ -8,10 +8,9 @@ from torch import nn
 
 from kdlib.cache import CachedTeacher, TeacherCache, read_header
 from kdlib_faces._checks import InputError, show_name
-from kdlib_faces.caching.source import data_digest
+from kdlib_faces.caching.source import data_digest, describe_views
 from kdlib_faces.data.lists import FaceList
 from kdlib_faces.data.seeded_views import SeededViews
-from kdlib_faces.data.views import AugmentConfig
 
 __all__ = ["OpenTeachers", "TeacherSource", "is_cache", "open_teachers"]
 
@@ -35,13 +34,7 @@ class TeacherSource:
 
 @dataclass(frozen=True)
 class OpenTeachers:
-    """Opened teachers and the views that they require.
-
-    Attributes:
-        teachers: role to teacher.
-        views: the random views of the caches, which the student must use; None if there are none.
-        messages: one line for each teacher that is a cache.
-    """
+    """Teachers by role, the random views of caches that the student must use (or None), and one line per cache."""
 
     teachers: dict[str, nn.Module]
     views: SeededViews | None
@@ -95,14 +88,18 @@ def open_teachers(
                 f"train: the folder {source.path} is not a cache of teacher outputs: it has no header.json"
             )
         cache = TeacherCache.open(source.path)
-        views[source.path] = _views(cache)
-        _check_faces(cache, source.path, faces, views[source.path], digests, quiet=quiet)
+        views[source.path] = seeded = _views(cache)
+        _check_faces(cache, source.path, faces, seeded, digests, quiet=quiet)
         _check_features(cache, source)
-        reads = ("sample", "view") if _uses_views(source, views[source.path], mirrored) else ("sample",)
+        reads = ("sample", "view") if _uses_views(source, seeded, mirrored) else ("sample",)
         teachers[source.role] = CachedTeacher(cache, reads=reads, features=tuple(source.reads) or None)
         name = show_name(cache.notes.get("teacher", "?"))
-        messages.append(f"{source.role} teacher: {name} from {source.path}, {_describe_use(views[source.path])}")
-    return OpenTeachers(teachers, _common_views(views), tuple(messages))
+        messages.append(f"{source.role} teacher: {name} from {source.path}, outputs for {describe_views(seeded)}")
+    random = [each for each in views.values() if each.augment is not None]
+    if random and any(each != random[0] for each in views.values()):
+        found = " and ".join(f"{source} has {describe_views(each)}" for source, each in views.items())
+        raise InputError(f"train: both caches must have the same views, but {found}")
+    return OpenTeachers(teachers, random[0] if random else None, tuple(messages))
 
 
 def _views(cache: TeacherCache) -> SeededViews:
@@ -119,13 +116,12 @@ def _check_faces(
     cache: TeacherCache, source: str, faces: FaceList, views: SeededViews, digests: dict[str, str], *, quiet: bool
 ) -> None:
     """Require the same images row by row; otherwise a student would learn the embedding of another identity."""
-    lists = show_name(cache.notes.get("faces", "other lists"))
+    lists, stored = show_name(cache.notes.get("faces", "other lists")), cache.parts.get("data", "")
     if cache.samples != len(faces):
         raise InputError(
             f"train: {source} was computed from other images: it has {cache.samples} images of {lists}, the lists have "
             f"{len(faces)}; give the same lists in the same order"
         )
-    stored = cache.parts.get("data", "")
     if not stored:
         raise InputError(f"train: {source} does not identify its images; use a cache of `kdlib-faces cache build`")
     if (key := views.to_text()) not in digests:
@@ -141,12 +137,10 @@ def _check_features(cache: TeacherCache, source: TeacherSource) -> None:
     for feature, setting in source.reads.items():
         if feature not in cache.features:
             stored = ", ".join(repr(show_name(name)) for name in cache.features)
-            remedy = (
-                f"build another cache with --tap {feature}=stage{source.stage}, or " if feature != "embedding" else ""
-            )
+            build = f"build another cache with --tap {feature}=stage{source.stage}, or "
             raise InputError(
                 f"train: {source.path} has no feature {feature!r}, which a term of the {source.role} teacher needs; it has "
-                f"{stored}; {remedy}remove the term by --set {setting}=0"
+                f"{stored}; {'' if feature == 'embedding' else build}remove the term by --set {setting}=0"
             )
 
 
@@ -160,26 +154,3 @@ def _uses_views(source: TeacherSource, views: SeededViews, mirrored: bool) -> bo
             f"image; build another cache with --views 2, or --set augment.mirror=0, or --set {source.reads['map']}=0"
         )
     return False
-
-
-def _common_views(views: Mapping[str, SeededViews]) -> SeededViews | None:
-    """The random views of the caches, which must agree."""
-    random = [each for each in views.values() if each.augment is not None]
-    if random and any(each != random[0] for each in views.values()):
-        found = " and ".join(f"{source} has {_describe(each)}" for source, each in views.items())
-        raise InputError(f"train: both caches must have the same views, but {found}")
-    return random[0] if random else None
-
-
-def _describe(views: SeededViews) -> str:
-    if views.augment is None:
-        return "plain views"
-    off = vars(AugmentConfig.none())
-    on = ", ".join(f"{name} {value:g}" for name, value in vars(views.augment).items() if value != off[name])
-    return f"{views.count} random views with seed {views.seed} ({on})"
-
-
-def _describe_use(views: SeededViews) -> str:
-    if views.augment is not None:
-        return f"outputs for the student's {views.count} random views"
-    return "outputs for the plain image" + (", mirrored like the student's" if views.count == 2 else "")

@@ -8,7 +8,7 @@ from PIL import Image
 
 from kdlib_faces._checks import InputError
 
-__all__ = ["ARCFACE_TEMPLATE", "align_face", "landmarks_from_68", "similarity_transform", "template_for"]
+__all__ = ["ARCFACE_TEMPLATE", "align_face", "similarity_transform", "template_for"]
 
 Array: TypeAlias = NDArray[np.float64]
 Picture = TypeVar("Picture", Image.Image, NDArray[np.uint8])
@@ -153,26 +153,3 @@ def _warp(image: NDArray[np.uint8], points: Array, size: int | tuple[int, int]) 
     upper = corner[0] * (1 - right_part) + corner[1] * right_part
     lower = corner[2] * (1 - right_part) + corner[3] * right_part
     return cast(NDArray[np.uint8], np.rint(upper * (1 - low_part) + lower * low_part).astype(np.uint8))
-
-
-def landmarks_from_68(points: ArrayLike) -> Array:
-    """Return five landmarks from the 68 of the iBUG layout.
-
-    The eyes are the means of their two corners (36 and 39, 42 and 45, counted from 0), the nose is its tip (30), the
-    mouth its corners (48 and 54).
-
-    Args:
-        points: (68, 2) points (x, y).
-
-    Returns:
-        (5, 2) points in the order of `ARCFACE_TEMPLATE`.
-
-    Raises:
-        InputError: not (68, 2), or not finite.
-
-    Examples:
-        >>> landmarks_from_68([(i, 2 * i) for i in range(68)])[0]
-        array([37.5, 75. ])
-    """
-    p = _points("landmarks_from_68", "points", points, 68)
-    return np.stack([(p[36] + p[39]) / 2, (p[42] + p[45]) / 2, p[30], p[48], p[54]])

@@ -9,7 +9,7 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Generator, Tensor
 
 from kdlib._checks import check_choice, check_number
-from kdlib_faces.data.images import to_float
+from kdlib_faces.data.images import check_pixels, to_float
 from kdlib_faces.data.samplers import balanced_order
 from kdlib_faces.data.seeded_views import SeededViews
 from kdlib_faces.data.views import AugmentConfig, augment
@@ -75,10 +75,7 @@ class FaceBatches:
     ) -> None:
         owner = "FaceBatches"
         self.images = images if isinstance(images, Tensor) else torch.from_numpy(images)
-        if self.images.dtype != torch.uint8:
-            raise TypeError(f"{owner}: images must be uint8, got {self.images.dtype}")
-        if self.images.dim() != 4 or self.images.shape[1] != 3:
-            raise ValueError(f"{owner}: images must be (n, 3, s, s), got {tuple(self.images.shape)}")
+        check_pixels(owner, self.images)
         check_number(owner, "batch_size", batch_size, min=1, integer=True)
         check_number(owner, "seed", seed, min=0, integer=True)
         count = len(self.images)
@@ -107,15 +104,10 @@ class FaceBatches:
         if samples_per_identity is not None:
             check_number(owner, "samples_per_identity", samples_per_identity, min=1, integer=True)
             per_batch, rest = divmod(batch_size, samples_per_identity)
-            if rest:
+            if rest or per_batch > self._num_identities:
                 raise ValueError(
-                    f"{owner}: batch_size must be a multiple of samples_per_identity {samples_per_identity}, "
-                    f"got {batch_size}"
-                )
-            if per_batch > self._num_identities:
-                raise ValueError(
-                    f"{owner}: batch_size / samples_per_identity must be at most the {self._num_identities} identities, "
-                    f"got {per_batch}"
+                    f"{owner}: batch_size must be a multiple of samples_per_identity {samples_per_identity}, at most "
+                    f"{samples_per_identity} x {self._num_identities} identities, got {batch_size}"
                 )
         self.batch_size, self.seed, self.epoch = batch_size, seed, 0
         self.augment, self.views = augment, views

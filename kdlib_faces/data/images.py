@@ -4,7 +4,7 @@ import hashlib
 import io
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from os import PathLike
@@ -22,7 +22,10 @@ from kdlib_faces._checks import InputError
 from kdlib_faces.data.formats.files import Progress, with_progress
 from kdlib_faces.data.lists import FaceList
 
-__all__ = ["decode_image", "fingerprint_files", "load_images", "read_image", "read_pixels", "to_float"]
+__all__ = [
+    "check_pixels", "decode_batches", "decode_image", "fingerprint_files", "load_images", "read_image", "read_pixels",
+    "to_float",
+]  # fmt: skip
 
 FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "TIFF", "PPM")
 # Pillow starts an external program to decode these.
@@ -47,6 +50,14 @@ def to_float(images: Tensor) -> Tensor:
     return images.to(torch.float32).sub_(127.5).div_(127.5)
 
 
+def check_pixels(owner: str, images: Tensor) -> None:
+    """Check that `images` are `(b, 3, h, w)` uint8."""
+    if images.dtype != torch.uint8:
+        raise TypeError(f"{owner}: images must be uint8, got {images.dtype}")
+    if images.dim() != 4 or images.shape[1] != 3:
+        raise ValueError(f"{owner}: images must be (b, 3, h, w), got {tuple(images.shape)}")
+
+
 def read_pixels(path: str | PathLike[str]) -> NDArray[np.uint8]:
     """Read a whole image file as RGB.
 
@@ -66,18 +77,7 @@ def read_pixels(path: str | PathLike[str]) -> NDArray[np.uint8]:
 
 
 def read_image(path: str | PathLike[str], size: int) -> NDArray[np.uint8]:
-    """Read an image file as `read_pixels` does, crop it to its central square and resize it with antialiasing.
-
-    Args:
-        path: The file.
-        size: Side of the result, pixels.
-
-    Returns:
-        `(3, size, size)` uint8.
-
-    Raises:
-        InputError: The file is missing, not an image, truncated or too large.
-    """
+    """Read an image file as `read_pixels` does, to `(3, size, size)` uint8 as `decode_image` does."""
     return _to_square(_open_file(path), size)
 
 
@@ -208,19 +208,21 @@ def load_images(
             f"load_images: {len(paths):,} images of {size} x {size} need {needed / 2**30:.1f} GiB, more than "
             f"the limit of {memory_limit / 2**30:.1f} GiB; give memory_map= or a smaller size"
         )
-    pixels = np.empty((len(paths), 3, size, size), dtype=np.uint8)
+    pixels = torch.empty((len(paths), 3, size, size), dtype=torch.uint8)
     done = 0
-    for chunk in _decode(paths, size, progress, workers):
-        pixels[done : done + len(chunk)] = chunk
+    for chunk in decode_batches(lambda row: read_image(paths[row], size), len(paths), CHUNK, workers, progress):
+        pixels[done : done + len(chunk)] = torch.from_numpy(chunk)
         done += len(chunk)
-    return torch.from_numpy(pixels)
+    return pixels
 
 
-def _decode(paths: Sequence[Path], size: int, progress: Progress | None, workers: int) -> Iterator[NDArray[np.uint8]]:
-    starts = with_progress(range(0, len(paths), CHUNK), f"images ({len(paths)})", progress)
+def decode_batches(
+    read: Callable[[int], NDArray[np.uint8]], count: int, batch_size: int, workers: int, progress: Progress | None
+) -> Iterator[NDArray[np.uint8]]:
+    """Yield the images `read(0)` to `read(count - 1)` in stacked batches, decoded by `workers` threads."""
     with ThreadPoolExecutor(workers) as pool:
-        for start in starts:
-            yield np.stack(list(pool.map(lambda path: read_image(path, size), paths[start : start + CHUNK])))
+        for start in with_progress(range(0, count, batch_size), f"images ({count})", progress):
+            yield np.stack(list(pool.map(read, range(start, min(start + batch_size, count)))))
 
 
 def _load_mapped(paths: Sequence[Path], size: int, target: Path, progress: Progress | None, workers: int) -> Tensor:
@@ -240,7 +242,8 @@ def _load_mapped(paths: Sequence[Path], size: int, target: Path, progress: Progr
         np.lib.format.write_array_header_1_0(stream, header)
         stream.seek(stream.tell() + done * 3 * size * size)
         stream.truncate()
-        for chunk in _decode(paths[done:], size, progress, workers):
+        left = paths[done:]
+        for chunk in decode_batches(lambda row: read_image(left[row], size), len(left), CHUNK, workers, progress):
             stream.write(chunk.tobytes())
             stream.flush()
             os.fsync(stream.fileno())

@@ -69,13 +69,14 @@ class FaceList:
         `num_identities` classes fits. Age groups keep their numbers, so that subsets of one list stay comparable.
         """
         rows = np.asarray(indices)
-        if rows.dtype == bool:
-            if rows.shape != (len(self),):
-                raise ValueError(f"FaceList.subset: a mask must be (n,) = ({len(self)},), got {rows.shape}")
+        if rows.dtype == bool and rows.shape == (len(self),):
             rows = np.flatnonzero(rows)
-        rows = rows.astype(np.int64) if rows.size else np.zeros(0, np.int64)
-        if rows.ndim != 1 or (rows.size and (rows.min() < 0 or rows.max() >= len(self))):
-            raise ValueError(f"FaceList.subset: indices must be (m,) numbers from 0 to {len(self) - 1}")
+        if rows.ndim != 1 or rows.dtype == bool or (rows.size and (rows.min() < 0 or rows.max() >= len(self))):
+            raise ValueError(
+                f"FaceList.subset: indices must be (m,) numbers from 0 to {len(self) - 1}, or an (n,) = ({len(self)},) "
+                f"mask, got {rows.shape} {rows.dtype}"
+            )
+        rows = rows.astype(np.int64)
         kept, numbers = np.unique(self.identities[rows], return_inverse=True)
         return FaceList(
             paths=tuple(self.paths[row] for row in rows),
@@ -86,28 +87,6 @@ class FaceList:
             group_names=self.group_names,
             sources=self.sources,
         )
-
-    def filter(self, *, min_images: int = 1, max_identities: int | None = None, age_known: bool = False) -> "FaceList":
-        """Keep the first `max_identities` identities with at least `min_images` images.
-
-        With `age_known`, images without an age and without an age group are dropped first.
-        """
-        keep = self.age_known if age_known else np.ones(len(self), dtype=bool)
-        counts = np.bincount(self.identities[keep], minlength=self.num_identities)
-        chosen = counts >= max(min_images, 1)
-        if max_identities is not None:
-            chosen &= np.cumsum(chosen) <= max_identities
-        return self.subset(keep & chosen[self.identities])
-
-    @property
-    def age_known(self) -> NDArray[np.bool_]:
-        """`(n,)` bool, whether an image has an age or an age group."""
-        known = np.zeros(len(self), dtype=bool)
-        if self.ages is not None:
-            known |= np.isfinite(self.ages)
-        if self.age_groups is not None:
-            known |= self.age_groups >= 0
-        return known
 
 
 def identity_key(name: str) -> str:
@@ -191,20 +170,15 @@ def read_faces(paths: Sequence[str | PathLike[str]] | str | PathLike[str]) -> Fa
         raise InputError("read_faces: at least one face list is needed, got none")
     seen: dict[str, str] = {}
     numbers = IdentityNumbers()
-    files: list[Path] = []
-    identities: list[int] = []
-    ages: list[float] = []
-    groups: list[str] = []
+    rows: list[tuple[Path, int, float, str]] = []
     for entry in map(Path, entries):
         for where, file, identity, age, group in _folder_rows(entry) if entry.is_dir() else _csv_rows(entry):
             key = os.path.abspath(file)
             if key in seen:
                 raise InputError(f"{where}: the image {str(file)!r} is listed already ({seen[key]})")
             seen[key] = where
-            files.append(file)
-            identities.append(numbers.add(identity, where))
-            ages.append(age)
-            groups.append(group)
+            rows.append((file, numbers.add(identity, where), age, group))
+    files, identities, ages, groups = zip(*rows, strict=True)
     sources = tuple(str(entry) for entry in entries)
     _check_files(files, sources)
     if len(numbers.names) < 2:
@@ -213,7 +187,7 @@ def read_faces(paths: Sequence[str | PathLike[str]] | str | PathLike[str]) -> Fa
     codes = {name: code for code, name in enumerate(group_names)} | {"": -1}
     years = np.asarray(ages, dtype=np.float32)
     return FaceList(
-        paths=tuple(files),
+        paths=files,
         identities=np.asarray(identities, dtype=np.int64),
         identity_names=tuple(numbers.names),
         ages=years if np.isfinite(years).any() else None,

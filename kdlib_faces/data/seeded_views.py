@@ -9,7 +9,7 @@ from torch import Generator, Tensor
 
 from kdlib._checks import check_number, check_whole_numbers
 from kdlib_faces._checks import InputError
-from kdlib_faces.data.images import to_float
+from kdlib_faces.data.images import check_pixels, to_float
 from kdlib_faces.data.views import AugmentConfig, augment
 
 __all__ = ["SeededViews"]
@@ -63,10 +63,7 @@ class SeededViews:
             TypeError: `images` is not uint8, or `samples` or `views` are not whole numbers.
             ValueError: A shape is wrong, or a view number is out of range.
         """
-        if images.dtype != torch.uint8:
-            raise TypeError(f"SeededViews: images must be uint8, got {images.dtype}")
-        if images.dim() != 4 or images.shape[1] != 3:
-            raise ValueError(f"SeededViews: images must be (b, 3, s, s), got {tuple(images.shape)}")
+        check_pixels("SeededViews", images)
         numbers = torch.full((len(images),), views) if isinstance(views, int) else views
         check_whole_numbers("SeededViews", "samples", samples, len(images))
         check_whole_numbers("SeededViews", "views", numbers, len(images))

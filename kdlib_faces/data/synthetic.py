@@ -6,9 +6,9 @@ depend on the identity. Pose, light, expression, occlusion, blur and noise are r
 structure of the problem and allow no conclusion about real faces.
 """
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -75,12 +75,10 @@ class SyntheticFaces:
         check_number("SyntheticFaces", "age_range[1]", high, above=low, max=110)
         if self.age_window is not None:
             check_number("SyntheticFaces", "age_window", self.age_window, above=0)
-        traits, nuisances, ages = self._cast()
-        object.__setattr__(self, "_traits", traits)
-        object.__setattr__(self, "_nuisances", nuisances)
-        object.__setattr__(self, "_ages", ages)
 
-    def _cast(self) -> tuple[Tensor, Tensor, Tensor]:
+    @cached_property
+    def _variables(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Traits of the identities, nuisances and ages of the images."""
         generator = torch.Generator().manual_seed(self.seed * 2_654_435 + 97)
         identities, each = self.identities, self.images_per_identity
         traits = torch.randn(identities, IDENTITY_TRAITS, generator=generator)
@@ -114,8 +112,7 @@ class SyntheticFaces:
     @property
     def ages(self) -> Tensor:
         """Age of each image in years, (n,) float32."""
-        ages: Tensor = self._ages  # type: ignore[attr-defined]  # set in __post_init__ of a frozen dataclass
-        return ages
+        return self._variables[2]
 
     def images(self, *, progress: Callable[[int, int], None] | None = None) -> Tensor:
         """Render the whole set.
@@ -136,9 +133,8 @@ class SyntheticFaces:
         return out
 
     def _draw(self, index: Tensor) -> Tensor:
-        traits: Tensor = self._traits  # type: ignore[attr-defined]  # set in __post_init__ of a frozen dataclass
-        nuisances: Tensor = self._nuisances  # type: ignore[attr-defined]  # see above
-        noise_seeds = index + len(self) * 1_000_003 + self.seed * math.prod((7_919, 104_729))
+        traits, nuisances, ages = self._variables
+        noise_seeds = index + len(self) * 1_000_003 + self.seed * 829_348_951
         return draw_faces(
-            traits[index // self.images_per_identity], self.ages[index], nuisances[index], noise_seeds, self.size
+            traits[index // self.images_per_identity], ages[index], nuisances[index], noise_seeds, self.size
         )

@@ -21,19 +21,15 @@ class _Columns:
     """Returns the columns of an (n, c) table one after another, shaped (n 1 1) to broadcast over pixels."""
 
     def __init__(self, table: Tensor) -> None:
-        self._table, self._next = table, 0
+        self._columns = iter(table.unbind(1))
 
     def __call__(self, scale: float = 1.0, offset: float = 0.0) -> Tensor:
-        column = self._table[:, self._next]
-        self._next += 1
         # Traits are clipped to three standard deviations, which keeps every face plausible.
-        return (offset + scale * column.clamp(-3, 3))[:, None, None]
+        return (offset + scale * next(self._columns).clamp(-3, 3))[:, None, None]
 
     def uniform(self) -> Tensor:
         """The next column as a number in (0, 1)."""
-        column = self._table[:, self._next]
-        self._next += 1
-        share: Tensor = torch.special.ndtr(column)
+        share: Tensor = torch.special.ndtr(next(self._columns))
         return share[:, None, None]
 
 
@@ -58,22 +54,20 @@ def _mix(canvas: Tensor, color: Tensor, cover: Tensor) -> Tensor:
     return canvas + (color - canvas) * cover[:, None]
 
 
+def _shade(canvas: Tensor, amount: Tensor) -> Tensor:
+    """Darken `canvas` (n 3 h w) by the fraction `amount` (n h w)."""
+    return canvas * (1.0 - amount)[:, None]
+
+
 def _rgb(red: Tensor, green: Tensor, blue: Tensor) -> Tensor:
     return torch.stack([red, green, blue], dim=1)
 
 
 def draw_faces(traits: Tensor, ages: Tensor, nuisances: Tensor, noise_seeds: Tensor, size: int) -> Tensor:
-    """Render a batch of faces.
+    """Render (n 3 h w) uint8, RGB.
 
-    Args:
-        traits: (n, IDENTITY_TRAITS) standard normal traits of the identities.
-        ages: (n,) years.
-        nuisances: (n, NUISANCES) standard normal variables of the photographs.
-        noise_seeds: (n,) int64, one per image.
-        size: pixels.
-
-    Returns:
-        (n 3 h w) uint8, RGB.
+    Standard normal traits (n, IDENTITY_TRAITS) describe the identities and nuisances (n, NUISANCES) the photographs; ages
+    (n,) are years, and noise_seeds (n,) whole numbers.
     """
     t, v = _Columns(traits), _Columns(nuisances)
     age = ages[:, None, None]
@@ -134,20 +128,16 @@ def draw_faces(traits: Tensor, ages: Tensor, nuisances: Tensor, noise_seeds: Ten
     chin = 0.06 * t() * spread * grown
     cheek = 0.07 * t() * spread + 0.05 * (1 - grown) - 0.04 * pace
     below = (hy / length).clamp(-1, 1.2)
-    profile = (
-        1.0
-        + jaw * below.clamp(min=0) * (1.1 - below.clamp(min=0)) * 1.2
-        + cheek * torch.exp(-(((below - 0.3) / 0.25) ** 2))
-    )
+    profile = 1.0 + jaw * below.clamp(min=0) * (1.1 - below.clamp(min=0)) * 1.2
+    profile = profile + cheek * torch.exp(-(((below - 0.3) / 0.25) ** 2))
     taper = 1.0 - 0.30 * below.clamp(min=0) ** 2
     head = _ellipse(hx / (profile * taper).clamp(min=0.4), hy + chin * below.clamp(min=0), width, length, 2.3)
 
     # Hair behind the head, then ears, neck, skin.
     volume = (0.10 + 0.05 * t()).clamp(0.02, 0.3) * (1.0 - 0.5 * torch.sigmoid((age - bald_at) / 6.0))
     long_hair = torch.sigmoid(3.0 * t() + 2.0 * v())
-    behind = _ellipse(
-        hx, hy + 0.10 - 0.25 * long_hair, width + volume + 0.02, length * 0.95 + volume + 0.2 * long_hair, 2.4
-    )
+    reach = length * 0.95 + volume + 0.2 * long_hair
+    behind = _ellipse(hx, hy + 0.10 - 0.25 * long_hair, width + volume + 0.02, reach, 2.4)
     canvas = _mix(canvas, hair * 0.85, cover(behind) * ((hy < 0.35) | (long_hair > 0.5)).float())
     neck = _ellipse(hx, hy - 1.0, width * (0.55 + 0.12 * gain * worn), 0.5, 4.0)
     canvas = _mix(canvas, skin * 0.82, cover(neck))
@@ -168,20 +158,16 @@ def draw_faces(traits: Tensor, ages: Tensor, nuisances: Tensor, noise_seeds: Ten
     for _ in range(_MOLES):
         mx, my, seen_from, depth = t(0.28), t(0.30, 0.12), t.uniform() * 28.0, t.uniform()
         mole = cover(_ellipse(hx - mx, hy - my, 0.030, 0.030)) * torch.sigmoid((age - seen_from) / 1.5) * depth
-        face = face * (1.0 - 0.45 * mole)[:, None]
+        face = _shade(face, 0.45 * mole)
     for _ in range(3):
         mx, my = t(0.36), t(0.36)
         spot = torch.exp(-(((hx - mx) ** 2 + (hy - my) ** 2) / 0.012)) * (pace - 0.35).clamp(0, 1)
-        face = face * (1.0 - 0.22 * spot)[:, None]
+        face = _shade(face, 0.22 * spot)
     # Blush of children.
     for side in (-1.0, 1.0):
         ex, ey = at(0.1, side * 0.34, 0.22)
-        face = (
-            face
-            + torch.exp(-((ex**2 + ey**2) / 0.03))[:, None]
-            * (1 - 0.7 * grown)[:, None]
-            * torch.tensor([0.07, -0.02, -0.02])[None, :, None, None]
-        )
+        blush = torch.exp(-((ex**2 + ey**2) / 0.03))[:, None] * (1 - 0.7 * grown)[:, None]
+        face = face + blush * torch.tensor([0.07, -0.02, -0.02])[None, :, None, None]
 
     # Lines: forehead, crow's feet, folds beside the mouth; position and depth depend on the identity.
     lines = torch.zeros_like(hx)
@@ -206,20 +192,15 @@ def draw_faces(traits: Tensor, ages: Tensor, nuisances: Tensor, noise_seeds: Ten
     nx, ny = at(0.30, 0.0, -0.12)
     along = (ny / nose_length).clamp(0, 1)
     ridge = torch.exp(-((nx / (0.035 + 0.25 * nose_width * along)) ** 2)) * ((ny > -0.05) & (ny < nose_length)).float()
-    flank = (
-        torch.exp(-(((nx - 0.5 * nose_width * (0.6 + along)) / 0.04) ** 2)) * ((ny > 0) & (ny < nose_length)).float()
-    )
+    flank = torch.exp(-(((nx - 0.5 * nose_width * (0.6 + along)) / 0.04) ** 2))
+    flank = flank * ((ny > 0) & (ny < nose_length)).float()
     face = face * (1.0 + (0.10 + 0.06 * bridge) * ridge - 0.12 * flank)[:, None]
     tx, ty = at(0.42, 0.0, -0.12)
     tip = _ellipse(tx, ty - nose_length, nose_width, 0.055)
-    face = face * (1.0 - 0.16 * cover(tip, 1.5))[:, None]
+    face = _shade(face, 0.16 * cover(tip, 1.5))
     for side in (-1.0, 1.0):
-        face = (
-            face
-            * (1.0 - 0.5 * cover(_ellipse(tx - side * nose_width * 0.5, ty - nose_length - 0.02, 0.028, 0.017)))[
-                :, None
-            ]
-        )
+        nostril = _ellipse(tx - side * nose_width * 0.5, ty - nose_length - 0.02, 0.028, 0.017)
+        face = _shade(face, 0.5 * cover(nostril))
 
     # Mouth: lips become thinner and corners sink with age; smile and opening vary per image.
     smile, gap = v(0.12), v(0.05, -0.03).clamp(min=0)
@@ -233,7 +214,7 @@ def draw_faces(traits: Tensor, ages: Tensor, nuisances: Tensor, noise_seeds: Ten
     lips = cover(_ellipse(mx, my, mouth_width, lip + gap))
     lips_rgb = face * _rgb(0.86 + lip_red, 0.68 - lip_red, 0.68 - lip_red)
     face = _mix(face, lips_rgb, lips)
-    face = face * (1.0 - 0.6 * cover(_ellipse(mx, my, mouth_width * 0.96, 0.012 + gap)))[:, None]
+    face = _shade(face, 0.6 * cover(_ellipse(mx, my, mouth_width * 0.96, 0.012 + gap)))
 
     # Eyes and brows: larger for children; lids droop with age.
     eye_x = 0.34 + 0.028 * t() * spread
@@ -249,15 +230,15 @@ def draw_faces(traits: Tensor, ages: Tensor, nuisances: Tensor, noise_seeds: Ten
     for side in (-1.0, 1.0):
         ex, ey = at(0.18, side * eye_x, -0.16)
         ey = ey + side * tilt * ex
-        face = face * (1.0 - shade * torch.exp(-((ex / 0.17) ** 2 + ((ey - 0.03) / 0.11) ** 2)))[:, None]
+        face = _shade(face, shade * torch.exp(-((ex / 0.17) ** 2 + ((ey - 0.03) / 0.11) ** 2)))
         bag = torch.exp(-(((ey - 0.115 - 1.1 * ex**2) / 0.020) ** 2)) * torch.exp(-((ex / 0.13) ** 4))
-        face = face * (1.0 - 0.22 * bag * pace * lined.clamp(0, 2))[:, None]
+        face = _shade(face, 0.22 * bag * pace * lined.clamp(0, 2))
         opening = torch.maximum(_ellipse(ex, ey, eye_w, eye_h), -(ey + eye_h * (1.0 - 1.6 * lid)))
         seen = cover(opening)
         face = _mix(face, torch.full_like(skin, 0.92) - 0.10 * pace[:, None], seen)
         face = _mix(face, iris, seen * cover(_ellipse(ex - look, ey, iris_r, iris_r)))
         face = _mix(face, iris * 0.15, seen * cover(_ellipse(ex - look, ey, iris_r * 0.45, iris_r * 0.45)))
-        face = face * (1.0 - 0.45 * torch.exp(-((opening / 0.016) ** 2)) * (ey < 0.01))[:, None]
+        face = _shade(face, 0.45 * torch.exp(-((opening / 0.016) ** 2)) * (ey < 0.01))
         bx, by = at(0.2, side * eye_x, -0.16)
         arch = by + brow_y - side * brow_tilt * bx + brow_arch * bx**2 * 2.0
         brow = cover(_ellipse(bx, arch, eye_w * 1.35, brow_thick)) * (0.35 + 0.65 * grown)
@@ -276,11 +257,8 @@ def draw_faces(traits: Tensor, ages: Tensor, nuisances: Tensor, noise_seeds: Ten
     edge = hy - line - (0.14 + curl) * (hx - part) ** 2 - 0.02 * torch.sin(hx * 24.0 + 6.0 * part)
     crown = cover(_ellipse(hx, hy + 0.04, width + volume, length + volume * 0.6, 2.4))
     strands = 1.0 + 0.10 * torch.sin(hx * 40.0 * (1 + 0.2 * curl) + 9.0 * hy)
-    canvas = _mix(
-        canvas,
-        hair * strands[:, None],
-        crown * cover(edge, 1.0) * (1.0 - 0.6 * torch.sigmoid((age - bald_at - 12) / 5.0)),
-    )
+    fringe = crown * cover(edge, 1.0) * (1.0 - 0.6 * torch.sigmoid((age - bald_at - 12) / 5.0))
+    canvas = _mix(canvas, hair * strands[:, None], fringe)
 
     # Glasses, a hand or a scarf.
     glasses = (v() > 1.15).float()

@@ -55,8 +55,7 @@ class AugmentConfig:
     @classmethod
     def none(cls) -> "AugmentConfig":
         """Return a configuration without augmentation."""
-        off = ("mirror", "brightness", "contrast", "gamma", "shift", "scale", "rotate", "erase", "low_resolution")
-        return cls(**dict.fromkeys((*off, "grayscale"), 0.0))
+        return cls(**dict.fromkeys(set(cls.__dataclass_fields__) - {"erase_area", "low_resolution_factor"}, 0.0))
 
 
 def augment(images: Tensor, config: AugmentConfig, generator: Generator) -> tuple[Tensor, Tensor]:
@@ -104,14 +103,9 @@ def mirror(images: Tensor, probability: float, generator: Generator) -> tuple[Te
 
 
 def photometric(x: Tensor, brightness: float, contrast: float, gamma: float, generator: Generator) -> Tensor:
-    """`c * (x^g - m) + m + d` per image, clipped to `[0, 1]`; m is the mean of x^g.
+    """`c * (x^g - m) + m + d` per image, clipped to `[0, 1]`; m is the mean of x^g. May change `x` in place.
 
-    Args:
-        x: `(b, 3, s, s)` in `[0, 1]`; may be changed in place.
-        brightness: `d` is drawn from `[-brightness, brightness]`.
-        contrast: `c` from `[1 - contrast, 1 + contrast]`.
-        gamma: `log2 g` from `[-gamma, gamma]`.
-        generator: source of randomness.
+    d is drawn from `[-brightness, brightness]`, c from `[1 - contrast, 1 + contrast]`, log2 g from `[-gamma, gamma]`.
     """
     b = len(x)
     if gamma:

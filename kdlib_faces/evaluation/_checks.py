@@ -10,29 +10,6 @@ from kdlib._checks import check_number
 from kdlib_faces._checks import InputError
 from kdlib_faces.evaluation._types import AnyArray, ArrayLike, BoolArray, Embeddings, FloatArray, IntArray, LabelArray
 
-__all__ = [
-    "check_ages",
-    "check_distinct",
-    "check_each",
-    "check_fars",
-    "check_flags",
-    "check_indices",
-    "check_labels",
-    "check_level",
-    "check_identities",
-    "check_rows",
-    "check_scores",
-    "check_vector",
-    "gather",
-    "is_shards",
-    "look_up",
-    "require",
-    "shards_of",
-    "to_numpy",
-    "unit_block",
-    "unit_rows",
-]
-
 CELLS = 2**17
 """Numbers normalized at a time, so that they stay in the cache of a core."""
 MAX_TABLE = 50_000_000
@@ -83,7 +60,9 @@ def gather(owner: str, name: str, x: Embeddings) -> AnyArray:
     return shards[0] if len(shards) == 1 else np.concatenate(shards)
 
 
-def check_each(owner: str, name: str, good: BoolArray, wanted: str, what: str = "row", offset: int = 0) -> None:
+def check_each(
+    owner: str, name: str, good: BoolArray | np.bool_, wanted: str, what: str = "row", offset: int = 0
+) -> None:
     """Every entry must be good; the error gives the first that is not, and their number."""
     if not good.all():
         bad = np.flatnonzero(~good)
@@ -111,11 +90,9 @@ def unit_rows(owner: str, name: str, x: Embeddings, *, rows: int | None = None) 
     message = f"{name} must have one row for each of {rows} identities, got {len(array)}"
     require(rows is None or len(array) == rows, owner, message)
     unit = np.empty(array.shape, dtype=np.float64)
-    step = max(1, CELLS // array.shape[1])
-    for start in range(0, len(array), step):
-        part = array[start : start + step]
-        if not _to_unit(part, unit[start : start + step]):
-            _name_bad_rows(owner, name, array, start)
+    for part in blocks(array):
+        if not _to_unit(array[part], unit[part]):
+            _name_bad_rows(owner, name, array)
     return unit
 
 
@@ -123,17 +100,21 @@ def unit_block(owner: str, name: str, rows: AnyArray, offset: int = 0) -> FloatA
     """A few rows (m, d) as float64 unit rows, bit for bit as `unit_rows`; `offset` is added to the row of an error."""
     unit = np.empty(rows.shape, dtype=np.float64)
     if not _to_unit(rows, unit):
-        _name_bad_rows(owner, name, rows, 0, offset)
+        _name_bad_rows(owner, name, rows, offset)
     return unit
 
 
 def check_rows(owner: str, name: str, array: AnyArray) -> None:
     """Raise an error for the first row of (n, d) numbers that is not finite or zero."""
+    for part in blocks(array):
+        if not _to_unit(array[part], np.empty(array[part].shape, dtype=np.float64)):
+            _name_bad_rows(owner, name, array)
+
+
+def blocks(array: AnyArray) -> list[slice]:
+    """Slices of the rows of (n, d) that stay in the cache of a core."""
     step = max(1, CELLS // array.shape[1])
-    for start in range(0, len(array), step):
-        part = array[start : start + step]
-        if not _to_unit(part, np.empty(part.shape, dtype=np.float64)):
-            _name_bad_rows(owner, name, array, start)
+    return [slice(start, start + step) for start in range(0, len(array), step)]
 
 
 def _to_unit(rows: AnyArray, unit: FloatArray) -> bool:
@@ -152,15 +133,11 @@ def _to_unit(rows: AnyArray, unit: FloatArray) -> bool:
     return True
 
 
-def _name_bad_rows(owner: str, name: str, array: AnyArray, start: int, offset: int = 0) -> None:
-    """Raise an error for the first row from `start` on that is not finite; if all are, for the first that is zero."""
-    step = max(1, CELLS // array.shape[1])
-    parts = [array[at : at + step].astype(np.float64) for at in range(start, len(array), step)]
-    before = np.ones(start, dtype=np.bool_)
-    finite = np.concatenate([before, *(np.isfinite(part).all(axis=1) for part in parts)])
-    check_each(owner, name, finite, "finite (no NaN, no infinity)", offset=offset)
-    nonzero = np.concatenate([before, *(np.abs(part).max(axis=1) > 0 for part in parts)])
-    check_each(owner, name, nonzero, "non-zero in every row", offset=offset)
+def _name_bad_rows(owner: str, name: str, array: AnyArray, offset: int = 0) -> None:
+    """Raise an error for the first row that is not finite; if all are, for the first that is zero."""
+    largest = np.concatenate([np.abs(array[part].astype(np.float64)).max(axis=1) for part in blocks(array)])
+    check_each(owner, name, np.isfinite(largest), "finite (no NaN, no infinity)", offset=offset)
+    check_each(owner, name, largest > 0, "non-zero in every row", offset=offset)
 
 
 def check_vector(owner: str, name: str, array: AnyArray, rows: int | None = None, like: str = "rows") -> None:
@@ -169,10 +146,10 @@ def check_vector(owner: str, name: str, array: AnyArray, rows: int | None = None
     require(rows is None or array.size == rows, owner, f"{name} must be as long as {like} ({rows}), got {array.size}")
 
 
-def check_scores(owner: str, name: str, x: ArrayLike) -> FloatArray:
-    """Scores (n,) as float64, finite, at least one."""
+def check_scores(owner: str, name: str, x: ArrayLike, rows: int | None = None, like: str = "rows") -> FloatArray:
+    """Scores (n,) as float64, finite, at least one, as long as `rows` when that is given."""
     array = _numbers(owner, name, x)
-    check_vector(owner, name, array)
+    check_vector(owner, name, array, rows, like)
     check_each(owner, name, np.isfinite(array), "finite", "entry")
     return array
 
@@ -243,19 +220,29 @@ def check_indices(owner: str, name: str, x: ArrayLike) -> IntArray:
     return array.astype(np.int64)
 
 
-def check_fars(owner: str, fars: Sequence[float]) -> tuple[float, ...]:
-    """Target false accept rates, each in (0, 1] and different from the others."""
+def check_fars(owner: str, fars: Sequence[float], *, required: bool = False) -> tuple[float, ...]:
+    """Target false accept rates, each in (0, 1] and different from the others; at least one if `required`."""
     fars = tuple(fars)
     for far in fars:
         check_number(owner, "fars", far, above=0.0, max=1.0)
     require(len(set(fars)) == len(fars), owner, f"fars must differ from each other, got {fars}")
+    require(len(fars) > 0 or not required, owner, "fars must not be empty, got ()")
     return tuple(float(far) for far in fars)
 
 
-def check_level(owner: str, level: float) -> None:
-    """The confidence of an interval must be in (0, 1)."""
+def check_ranks(owner: str, ranks: Sequence[int], *, max: int | None = None, required: bool = True) -> tuple[int, ...]:
+    """Ranks, from 1 to `max`; at least one if `required`."""
+    require(len(ranks) > 0 or not required, owner, "ranks must not be empty, got ()")
+    for rank in ranks:
+        check_number(owner, "ranks", rank, min=1, max=max, integer=True)
+    return tuple(int(rank) for rank in ranks)
+
+
+def check_level(owner: str, level: float) -> float:
+    """The confidence of an interval, in (0, 1)."""
     check_number(owner, "level", level, above=0)
     require(level < 1, owner, f"level must be below 1, got {level!r}")
+    return float(level)
 
 
 def check_distinct(owner: str, name: str, codes: IntArray, labels: LabelArray) -> None:
@@ -263,9 +250,8 @@ def check_distinct(owner: str, name: str, codes: IntArray, labels: LabelArray) -
     if labels.size < codes.size:
         twice = int(np.flatnonzero(np.bincount(codes) > 1)[0])
         first, second = np.flatnonzero(codes == twice)[:2].tolist()
-        raise InputError(
-            f"{owner}: {name} must not occur twice, got {labels[twice].item()!r} in entries {first} and {second}"
-        )
+        got = f"{labels[twice].item()!r} in entries {first} and {second}"
+        raise InputError(f"{owner}: {name} must not occur twice, got {got}")
 
 
 def look_up(owner: str, name: str, x: ArrayLike, known: LabelArray, where: str) -> IntArray:
@@ -288,8 +274,6 @@ def look_up(owner: str, name: str, x: ArrayLike, known: LabelArray, where: str) 
         indices = np.where(known[spot] == labels, spot, -1)[codes]
     if indices.min() < 0:
         bad = np.flatnonzero(indices < 0)
-        raise InputError(
-            f"{owner}: {name} must be in {where}, got {array[bad[0]].item()!r} in entry {bad[0]} that is not "
-            f"({bad.size} in all)"
-        )
+        got = f"{array[bad[0]].item()!r} in entry {bad[0]} that is not ({bad.size} in all)"
+        raise InputError(f"{owner}: {name} must be in {where}, got {got}")
     return indices

@@ -6,19 +6,6 @@ from typing import Any, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-__all__ = [
-    "AnyArray",
-    "ArrayLike",
-    "BoolArray",
-    "Embeddings",
-    "FloatArray",
-    "IntArray",
-    "JsonDict",
-    "Label",
-    "LabelArray",
-    "SingleArray",
-]
-
 ArrayLike: TypeAlias = npt.ArrayLike
 """An array, a tensor or a nested sequence."""
 Embeddings: TypeAlias = npt.ArrayLike | Iterable[npt.NDArray[Any]]

@@ -7,8 +7,6 @@ from kdlib_faces.evaluation._types import JsonDict
 from kdlib_faces.evaluation.protocols.age_gap import AgeGapResult
 from kdlib_faces.evaluation.statistics.intervals import paired_difference
 
-__all__ = ["compare"]
-
 
 def compare(results: Mapping[str, AgeGapResult], a: str, b: str) -> list[JsonDict]:
     """Difference a - b of every metric in every bin, with the interval of the paired resamples.
@@ -40,26 +38,20 @@ def compare(results: Mapping[str, AgeGapResult], a: str, b: str) -> list[JsonDic
     for name in (a, b):
         require(name in results, "compare", f"a and b must be among {', '.join(results)}, got {name!r}")
     first, second = results[a], results[b]
-    require(
-        first.protocol.fingerprint == second.protocol.fingerprint,
-        "compare",
-        f"a and b must be results of one protocol (same images, bins, fars, replicates and seed), "
-        f"got two for {a!r} and {b!r}",
-    )
-    entries = []
-    for left, right in zip((*first.bins, first.all), (*second.bins, second.all), strict=True):
-        others = right.metrics()
-        for metric, estimate in left.metrics().items():
-            difference = paired_difference(estimate, others[metric], level=first.protocol.level)
-            entries.append(
-                {
-                    "a": a,
-                    "b": b,
-                    "protocol": "age_gap",
-                    "bin": left.name,
-                    "metric": metric,
-                    "difference": difference.to_dict(),
-                    "separate": not estimate.overlaps(others[metric]),
-                }
-            )
-    return entries
+    alike = first.protocol.fingerprint == second.protocol.fingerprint
+    wanted = "results of one protocol (same images, bins, fars, replicates and seed)"
+    require(alike, "compare", f"a and b must be {wanted}, got two for {a!r} and {b!r}")
+    level, bins = first.protocol.level, zip((*first.bins, first.all), (*second.bins, second.all), strict=True)
+    return [
+        {
+            "a": a,
+            "b": b,
+            "protocol": "age_gap",
+            "bin": left.name,
+            "metric": metric,
+            "difference": paired_difference(estimate, other := right.metrics()[metric], level=level).to_dict(),
+            "separate": not estimate.overlaps(other),
+        }
+        for left, right in bins
+        for metric, estimate in left.metrics().items()
+    ]

@@ -9,12 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from kdlib._checks import check_number
-from kdlib_faces.evaluation._checks import require, to_numpy
+from kdlib_faces.evaluation._checks import check_each, require, to_numpy
 from kdlib_faces.evaluation._types import AnyArray, SingleArray
 from kdlib_faces.evaluation.protocol import EvaluationProtocol, R, evaluate
 from kdlib_faces.progress import progress as show
-
-__all__ = ["EmbeddingModel", "embed_batch", "embed_images", "eval_mode", "evaluate_images"]
 
 OWNER = "embed_images"
 EmbeddingModel: TypeAlias = Callable[[Tensor], Tensor | Mapping[str, Tensor]]
@@ -95,8 +93,9 @@ def embed_images(
     with eval_mode(model):
         for batch in show(_batches(images, batch_size), label, total=batches, quiet=not progress):
             block = embed_batch(model, torch.from_numpy(batch).to(device), flip=flip, preprocess=preprocess)
-            _check(block, done, normalize)
+            check_each(OWNER, "embeddings", np.isfinite(block).all(axis=1), "finite", "image", done)
             if normalize:
+                check_each(OWNER, "embeddings", block.any(axis=1), "non-zero to be normalized", "image", done)
                 block = (block / np.linalg.norm(block.astype(np.float64), axis=1, keepdims=True)).astype(np.float32)
             if target is None and total is not None:
                 target = np.empty((total, block.shape[1]), dtype=np.float32)
@@ -109,8 +108,7 @@ def embed_images(
                 target[done : done + len(block)] = block
             done += len(block)
     require(done > 0, OWNER, "images must hold one, got none")
-    if target is None:
-        return np.concatenate(parts)
+    target = np.concatenate(parts) if target is None else target
     require(done == len(target), OWNER, f"out must have one row for each of {done} images, got {len(target)}")
     return target
 
@@ -118,13 +116,9 @@ def embed_images(
 def embed_batch(
     model: EmbeddingModel, pixels: Tensor, *, flip: bool = True, preprocess: Preprocess | None = None
 ) -> SingleArray:
-    """Embeddings (b, d), float32, of one batch before normalization; the model's mode is not changed.
+    """Embeddings (b, d), float32, before normalization, of uint8 images (b, c, h, w) on the device of the model.
 
-    Args:
-        model: See `embed_images`.
-        pixels: (b, c, h, w) uint8, on the device of the model.
-        flip: See `embed_images`.
-        preprocess: See `embed_images`.
+    The arguments are those of `embed_images`; the model's mode is not changed.
     """
     with torch.inference_mode():
         if preprocess is None:
@@ -150,9 +144,6 @@ def evaluate_images(
         images: See `embed_images`.
         protocol: See `evaluate`.
         options: Options of `embed_images`.
-
-    Returns:
-        The protocol's result.
 
     Examples:
         >>> from kdlib_faces.evaluation import LeaveOneOutProtocol
@@ -188,14 +179,6 @@ def _rows(output: Tensor | Mapping[str, Tensor], count: int) -> Tensor:
     good = isinstance(shape, tuple) and len(shape) == 2 and shape[0] == count
     require(good, OWNER, f"the model must return embeddings ({count}, d), got {shape}")
     return output
-
-
-def _check(block: SingleArray, offset: int, normalize: bool) -> None:
-    bad = np.flatnonzero(~np.isfinite(block).all(axis=1))
-    require(bad.size == 0, OWNER, f"embeddings must be finite, got image {offset + bad[:1].sum()} that is not")
-    zero = np.flatnonzero(~block.any(axis=1))
-    message = f"embeddings must be non-zero to be normalized, got image {offset + zero[:1].sum()} that is not"
-    require(zero.size == 0 or not normalize, OWNER, message)
 
 
 @contextmanager

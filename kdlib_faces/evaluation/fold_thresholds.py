@@ -1,15 +1,15 @@
 """Rules that choose the threshold of a fold on the other folds."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 
 from kdlib_faces.evaluation._types import BoolArray, FloatArray, JsonDict
-from kdlib_faces.evaluation.roc import allowed_false_accepts
+from kdlib_faces.evaluation.roc import allowed_false_accepts, kth_largest
 
-__all__ = ["RULES", "FoldTar", "best_exact", "best_facexzoo", "best_grid", "exact_at_far", "grid_at_far"]
-
-RULES = ("grid", "exact", "facexzoo")
+Rule = Literal["grid", "exact", "facexzoo"]
 GRID = np.arange(0, 4, 0.01)
 FINE_GRID = np.arange(0, 4, 0.001)
 STEPS = 1000
@@ -75,6 +75,14 @@ def best_facexzoo(scores: FloatArray, same: BoolArray) -> float:
     return float(candidates[np.argmax(tpr - fpr)])
 
 
+BEST: dict[Rule, Callable[[FloatArray, BoolArray], float]] = {
+    "grid": best_grid,
+    "exact": best_exact,
+    "facexzoo": best_facexzoo,
+}
+"""Rule to the function that chooses a threshold."""
+
+
 def grid_at_far(impostor: FloatArray, far: float) -> float:
     """insightface's threshold for its `val`: linear in the FAR between two points of 0, 0.001, ... 3.999.
 
@@ -94,5 +102,4 @@ def grid_at_far(impostor: FloatArray, far: float) -> float:
 
 def exact_at_far(impostor: FloatArray, far: float) -> float:
     """The (k+1)-th smallest impostor distance, k = floor(far N): `distance < threshold` accepts at most k of them."""
-    k = allowed_false_accepts(far, impostor.size)
-    return float(np.partition(impostor, k)[k]) if k < impostor.size else np.inf
+    return -kth_largest(-impostor, allowed_false_accepts(far, impostor.size))

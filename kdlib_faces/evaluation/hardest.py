@@ -7,20 +7,13 @@ import numpy as np
 from kdlib_faces.evaluation._types import AnyArray, BoolArray, FloatArray, IntArray, LabelArray
 from kdlib_faces.evaluation.summary import HardPair
 
-__all__ = ["first_disjoint", "hardest_pairs", "missed_probes", "most_similar_impostors"]
-
 BLOCK = 512
 MANY = 2000
 """Candidates per wanted pair that are sorted; identities and templates occur in many pairs."""
 
 
 def first_disjoint(order: Iterable[int], ends: Callable[[int], Iterable[Hashable]], count: int) -> list[int]:
-    """The first `count` items of an order that share no end (identity or image) with an earlier item.
-
-    Examples:
-        >>> first_disjoint([2, 0, 1], [("ann", "bob"), ("cy", "dan"), ("ann", "eve")].__getitem__, 5)
-        [2, 1]
-    """
+    """The first `count` items of an order that share no end (identity or image) with an earlier item."""
     seen: set[Hashable] = set()
     chosen: list[int] = []
     for item in order:
@@ -36,14 +29,10 @@ def first_disjoint(order: Iterable[int], ends: Callable[[int], Iterable[Hashable
 def hardest_pairs(
     scores: AnyArray, same: BoolArray, ends: tuple[LabelArray, LabelArray], count: int, make: Callable[[int], HardPair]
 ) -> list[HardPair]:
-    """The genuine pairs of lowest score, then the impostor pairs of highest score.
+    """At most `count` genuine pairs of lowest score, then as many impostor pairs of highest score.
 
-    Args:
-        scores: (p,) scores.
-        same: (p,) which pairs are genuine.
-        ends: What may occur once in the pairs of each kind: two identities, images or templates per pair, (p,) each.
-        count: Number of pairs of each kind; fewer if there are not so many.
-        make: Number of a pair to the pair.
+    `ends` are the two identities, images or templates of each pair, (p,) each; one occurs once in the pairs of each kind.
+    `make` returns the pair of a number.
     """
     chosen: list[int] = []
     for kind in (True, False) if count else ():
@@ -60,17 +49,9 @@ def hardest_pairs(
 def most_similar_impostors(
     left: FloatArray, right: FloatArray, left_codes: IntArray, right_codes: IntArray, count: int
 ) -> list[tuple[int, int, float]]:
-    """The impostor pairs of highest score, each identity once, without a list of all pairs.
+    """The impostor pairs of highest score, falling, each identity once: row of `left`, row of `right`, and score.
 
-    Args:
-        left: (n, d) unit rows.
-        right: (m, d) unit rows.
-        left_codes: (n,) identities.
-        right_codes: (m,) identities.
-        count: Number of pairs.
-
-    Returns:
-        Row of `left`, row of `right` and score of each pair, falling.
+    There is no list of all pairs of the unit rows (n, d) and (m, d).
     """
     free, right_free = np.ones(left_codes.size, dtype=np.bool_), np.ones(right_codes.size, dtype=np.bool_)
     partner, score = np.zeros(left_codes.size, dtype=np.int64), np.full(left_codes.size, -np.inf)
@@ -103,18 +84,10 @@ def missed_probes(
     count: int,
     impostor_set: int = 0,
 ) -> list[HardPair]:
-    """The missed probes whose mate is furthest behind an impostor, each identity once.
+    """The missed probes whose mate is furthest behind an impostor, each identity once: with the mate, then the impostor.
 
-    Args:
-        probes: (m,) rows of the missed probes.
-        mates: (m,) rows and (m,) scores of their mates.
-        impostors: (m,) rows and (m,) scores of the impostors ahead of them; -1 for a row that cannot be shown.
-        identities: (m,) identity of each probe.
-        count: Number of probes.
-        impostor_set: Index of the image set of the impostors.
-
-    Returns:
-        Each chosen probe with its mate, then each with its impostor.
+    `mates` and `impostors` are rows (m,) and scores (m,); -1 stands for a row that cannot be shown. `impostor_set` is the
+    index of the image set of the impostors.
     """
     order = np.argsort(mates[1] - impostors[1], kind="stable")
     chosen = first_disjoint(order, lambda probe: [identities[probe]], count)

@@ -1,48 +1,12 @@
-"""Identification as functions of arrays: leave one image out, and among distractors."""
+"""Identification among distractors as a function of arrays."""
 
 from collections.abc import Sequence
 from typing import Literal
 
-import numpy as np
-
-from kdlib_faces.evaluation._types import ArrayLike, Embeddings, FloatArray
-from kdlib_faces.evaluation.distractors import Cleaning
+from kdlib_faces.evaluation._types import ArrayLike, Embeddings
+from kdlib_faces.evaluation.matching.distractors import Cleaning
 from kdlib_faces.evaluation.protocols.distractors import DistractorProtocol, DistractorResult
-from kdlib_faces.evaluation.protocols.leave_one_out import LeaveOneOutProtocol
 from kdlib_faces.evaluation.statistics.bins import GAP_STARTS
-
-__all__ = ["identify_with_distractors", "leave_one_out"]
-
-
-def leave_one_out(embeddings: Embeddings, identities: ArrayLike, ranks: Sequence[int] = (1,)) -> FloatArray:
-    """Leave-one-image-out identification: each image is a probe, all others are the gallery.
-
-    A probe is identified at rank k if an image of its identity is among the k gallery images of largest cosine; equal
-    cosines are ordered by row number. The probe itself is left out by its row number, not by its score, so a duplicate
-    image stays in the gallery. A probe without a mate is a miss.
-
-    Args:
-        embeddings: (n, d), normalized or not.
-        identities: (n,) whole numbers or strings.
-        ranks: Ranks, from 1 to n - 1.
-
-    Returns:
-        (len(ranks),) the rate at each rank, in the given order.
-
-    Raises:
-        ValueError: An embedding is not finite or zero (the message gives its row), there are fewer than two identities,
-            no identity has two images, or a rank is out of range.
-
-    Examples:
-        >>> embeddings = [[1.0, 0.0], [1.0, 0.1], [0.0, 1.0], [0.1, 1.0], [1.0, 0.3]]
-        >>> leave_one_out(embeddings, ["a", "a", "b", "b", "b"], ranks=(1, 3)).tolist()
-        [0.8, 1.0]
-
-    References:
-        FG-NET's usual protocol in age-invariant face recognition, with a network that is not adapted between rounds.
-    """
-    result = LeaveOneOutProtocol(identities, ranks, replicates=0).evaluate(embeddings)
-    return np.array([result.rates[rank].value for rank in ranks], dtype=np.float64)
 
 
 def identify_with_distractors(

@@ -7,8 +7,6 @@ from kdlib_faces.evaluation.statistics.intervals import Estimate
 from kdlib_faces.evaluation.statistics.paired import Outcomes
 from kdlib_faces.evaluation.summary import Description, HardPair, ModelSummary, ScoreTable
 
-__all__ = ["EvaluationProtocol", "ProtocolResult", "Result", "evaluate"]
-
 
 class Result(Protocol):
     """What every protocol returns."""

@@ -12,19 +12,6 @@ from kdlib_faces.evaluation._checks import check_scores
 from kdlib_faces.evaluation._types import AnyArray, ArrayLike, FloatArray, JsonDict
 from kdlib_faces.evaluation.statistics.intervals import Estimate, wilson
 
-__all__ = [
-    "TarAtFar",
-    "allowed_false_accepts",
-    "auc",
-    "by_far",
-    "curve",
-    "far_name",
-    "nearest_threshold",
-    "operating_point",
-    "roc_points",
-    "tar_at_far",
-]
-
 
 @dataclass(frozen=True)
 class TarAtFar(float):
@@ -101,19 +88,9 @@ def allowed_false_accepts(far: float, total: float) -> int:
     return k - 1 if k / total > far else k
 
 
-def far_name(far: float) -> str:
-    """The name of a FAR in results: `"0.001"`.
-
-    Examples:
-        >>> far_name(1e-3)
-        '0.001'
-    """
-    return f"{far:g}"
-
-
 def by_far(values: "Mapping[float, Estimate | TarAtFar]") -> JsonDict:
-    """Name of each FAR to the plain values of its estimate or operating point."""
-    return {far_name(far): value.to_dict() for far, value in values.items()}
+    """Name of each FAR, such as `"0.001"`, to the plain values of its estimate or operating point."""
+    return {f"{far:g}": value.to_dict() for far, value in values.items()}
 
 
 def tar_at_far(
@@ -158,7 +135,7 @@ def tar_at_far(
     negative = check_scores("tar_at_far", "impostor", impostor)
     check_number("tar_at_far", "far", far, above=0, max=1)
     check_choice("tar_at_far", "mode", mode, ("exact", "nearest"))
-    threshold = _kth_largest(negative, allowed_false_accepts(far, negative.size))
+    threshold = kth_largest(negative, allowed_false_accepts(far, negative.size))
     if mode == "nearest":
         threshold = nearest_threshold(negative, threshold, far)
     return operating_point(
@@ -201,7 +178,7 @@ def operating_point(
     )
 
 
-def _kth_largest(scores: FloatArray, k: int) -> float:
+def kth_largest(scores: FloatArray, k: int) -> float:
     """The (k+1)-th largest score, -inf if there are only k."""
     if k >= scores.size:
         return -np.inf

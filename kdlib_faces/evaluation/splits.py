@@ -8,15 +8,6 @@ from kdlib._checks import check_number
 from kdlib_faces.evaluation._checks import check_flags, check_labels, require
 from kdlib_faces.evaluation._types import ArrayLike, IntArray
 
-__all__ = [
-    "IdentityOverlapWarning",
-    "check_identity_disjoint",
-    "identities_in_several_folds",
-    "identity_disjoint_split",
-    "identity_overlap",
-    "positives_first_folds",
-]
-
 
 class IdentityOverlapWarning(UserWarning):
     """Identities of the training set are in the test set: the figure is too good."""
@@ -54,11 +45,8 @@ def identity_disjoint_split(identities: ArrayLike, fractions: Sequence[float], *
     cuts = np.rint(np.cumsum(fractions)[:-1] * labels.size).astype(np.int64)
     sizes = np.diff(cuts, prepend=0, append=labels.size)
     short = np.flatnonzero(sizes < 1)
-    require(
-        short.size == 0,
-        owner,
-        f"fractions must leave each part an identity, got {labels.size} identities for {tuple(fractions)}",
-    )
+    message = f"fractions must leave each part an identity, got {labels.size} identities for {tuple(fractions)}"
+    require(short.size == 0, owner, message)
     part_of = np.empty(labels.size, dtype=np.int64)
     part_of[np.random.default_rng(seed).permutation(labels.size)] = np.repeat(np.arange(len(fractions)), sizes)
     return [np.flatnonzero(part_of[codes] == part) for part in range(len(fractions))]
@@ -71,9 +59,6 @@ def check_identity_disjoint(a: ArrayLike, b: ArrayLike) -> None:
         a: (n,) identities of one set, whole numbers or strings.
         b: (m,) identities of the other set, of the same type.
 
-    Raises:
-        ValueError: An identity is in both, or one holds numbers and the other strings, which cannot be compared.
-
     Examples:
         >>> check_identity_disjoint(["ann", "bob"], ["bob", "cy"])
         Traceback (most recent call last):
@@ -81,11 +66,9 @@ def check_identity_disjoint(a: ArrayLike, b: ArrayLike) -> None:
         kdlib_faces._checks.InputError: check_identity_disjoint: a and b must share no identity, got 1 in both: 'bob'
     """
     shared = identity_overlap(a, b)
-    require(
-        not shared,
-        "check_identity_disjoint",
-        f"a and b must share no identity, got {len(shared)} in both: {_listed(shared)}",
-    )
+    listed = ", ".join(map(repr, shared[:5])) + (", ..." if len(shared) > 5 else "")
+    message = f"a and b must share no identity, got {len(shared)} in both: {listed}"
+    require(not shared, "check_identity_disjoint", message)
 
 
 def identity_overlap(a: ArrayLike, b: ArrayLike) -> list[str | int]:
@@ -111,10 +94,6 @@ def identity_overlap(a: ArrayLike, b: ArrayLike) -> list[str | int]:
     kinds = ["strings" if labels.dtype.kind == "U" else "numbers" for labels in (first, second)]
     require(kinds[0] == kinds[1], owner, f"a and b must name identities alike, got {kinds[0]} and {kinds[1]}")
     return list(np.intersect1d(first, second).tolist())
-
-
-def _listed(labels: list[str | int]) -> str:
-    return ", ".join(repr(label) for label in labels[:5]) + (", ..." if len(labels) > 5 else "")
 
 
 def positives_first_folds(same: ArrayLike, folds: int = 10) -> IntArray:

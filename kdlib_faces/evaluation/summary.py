@@ -1,6 +1,6 @@
 """Dataclasses for models, data and the results of protocols, as stored in report.json."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, Self
 
@@ -9,28 +9,6 @@ import numpy as np
 from kdlib_faces.evaluation._types import AnyArray
 from kdlib_faces.evaluation.roc import TarAtFar, roc_points
 from kdlib_faces.evaluation.statistics.intervals import Estimate
-
-__all__ = [
-    "KEPT_THRESHOLDS",
-    "Bins",
-    "CmcCurve",
-    "DataSummary",
-    "Description",
-    "Difference",
-    "HardPair",
-    "Histogram",
-    "Measure",
-    "MeasuredValue",
-    "ModelEntry",
-    "ModelSummary",
-    "ProtocolSummary",
-    "RocCurve",
-    "ScoreTable",
-    "SearchCurve",
-    "Unit",
-    "far_measures",
-    "far_text",
-]
 
 Unit = Literal["rate", "auc", "score", "number"]
 EDGES = np.linspace(-1, 1, 101)
@@ -47,13 +25,9 @@ def far_text(far: float, rate: str = "FAR") -> str:
 
 @dataclass(frozen=True)
 class Measure:
-    """One measure of a protocol: a row of the report's table.
+    """One measure of a protocol: a row of the report's table, with its heading and an addition to it.
 
-    Attributes:
-        title: Heading of the row.
-        unit: `"rate"` (shown in per cent), `"auc"`, `"score"` (a cosine) or `"number"`.
-        note: Addition to the heading.
-        better: Which direction is better, `"none"` for neither.
+    A `"rate"` is shown in per cent, a `"score"` is a cosine.
     """
 
     title: str
@@ -119,6 +93,11 @@ class Bins:
     at: list[float] | None = None
     counts: list[int | None] | None = None
     unit: Unit = "rate"
+
+    @classmethod
+    def ordered(cls, title: str, labels: list[str], axis: str, counts: Sequence[int] | None = None) -> Self:
+        """Bins side by side at 0, 1, ..."""
+        return cls(title, labels, axis, [float(k) for k in range(len(labels))], None if counts is None else [*counts])
 
 
 @dataclass(frozen=True)
@@ -228,20 +207,11 @@ class Difference:
 
 @dataclass
 class ProtocolSummary:
-    """Results of one protocol for all models: an entry of `evaluations` in report.json.
+    """Results of one protocol for all models: an entry of `evaluations` in report.json. See also `Description`.
 
     Attributes:
         name: Identifier, 1 to 48 letters, digits or `_`.
-        title: Heading.
-        question: The question that the protocol answers, one sentence.
-        convention: Name to text: threshold rule, pooling, alignment, intervals ...
-        counts: Name to number: images, identities, pairs ...
-        notes: Remarks on the data, such as left-out images.
-        measures: Measure key to its description, the headline measure first.
-        bins: Key of an axis of bins to its description.
         models: Model name to its results.
-        differences: Paired differences between models.
-        difference_rule: How the paired intervals were computed.
         pictures: Names of the pictures that belong to this protocol.
         scores: Model name to the path of its file of scores, relative to the report.
     """
@@ -266,16 +236,11 @@ class ModelEntry:
     """One model of the report.
 
     Attributes:
-        role: Whether it is a teacher or a student.
         label: Name for readers.
-        backbone: Network.
         input: Preprocessing of its images.
         input_size: Side of its images in pixels.
-        parameters: Number of parameters.
         macs: Multiply-adds for one image.
         latency_ms: Time for one image in milliseconds.
-        train_seconds: Duration of its training in seconds.
-        train_steps: Steps of its training.
         protocols: Protocol name to the result as the protocol writes it.
     """
 
@@ -294,17 +259,7 @@ class ModelEntry:
 
 @dataclass
 class DataSummary:
-    """Training and test data.
-
-    Attributes:
-        name: Name of the data set or lists.
-        synthetic: Whether the faces are synthetic.
-        train_images: Number of training images.
-        train_identities: Number of training identities.
-        test_images: Number of test images.
-        test_identities: Number of test identities.
-        notes: Remarks on the data.
-    """
+    """Training and test data: the name of the set or lists, and the numbers of images and identities."""
 
     name: str = ""
     synthetic: bool = False
@@ -321,11 +276,10 @@ class HardPair:
 
     Attributes:
         left: Row of the left image.
-        right: Row of the right image.
+        right: Row of the right image, in the image set `right_set` (1 for a distractor).
         score: Cosine.
         same: Whether the pair is genuine.
         note: Addition to the caption, such as the ages.
-        right_set: Index of the image set that `right` refers to (1 for a distractor).
     """
 
     left: int

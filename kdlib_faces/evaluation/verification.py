@@ -3,7 +3,6 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from math import sqrt
-from typing import Literal
 
 import numpy as np
 
@@ -20,29 +19,10 @@ from kdlib_faces.evaluation._checks import (
     unit_rows,
 )
 from kdlib_faces.evaluation._types import AnyArray, ArrayLike, BoolArray, Embeddings, FloatArray, IntArray, JsonDict
-from kdlib_faces.evaluation.fold_thresholds import (
-    RULES,
-    FoldTar,
-    best_exact,
-    best_facexzoo,
-    best_grid,
-    exact_at_far,
-    grid_at_far,
-)
-from kdlib_faces.evaluation.roc import allowed_false_accepts, far_name
-
-__all__ = [
-    "Rule",
-    "VerificationResult",
-    "check_folds",
-    "contiguous_folds",
-    "fold_accuracy",
-    "pair_distances",
-    "verify_pairs",
-]
+from kdlib_faces.evaluation.fold_thresholds import BEST, FoldTar, Rule, exact_at_far, grid_at_far
+from kdlib_faces.evaluation.roc import allowed_false_accepts
 
 FOLDS = 10
-Rule = Literal["grid", "exact", "facexzoo"]
 
 
 @dataclass(frozen=True)
@@ -104,7 +84,7 @@ class VerificationResult:
 
     def _extra(self) -> JsonDict:
         """The optional measures."""
-        val: JsonDict = {"val": {far_name(far): point.to_dict() for far, point in self.val.items()}} if self.val else {}
+        val: JsonDict = {"val": {f"{far:g}": point.to_dict() for far, point in self.val.items()}} if self.val else {}
         return val if self.pca is None else val | {"pca": self.pca}
 
 
@@ -157,7 +137,7 @@ def verify_pairs(
         insightface's `verification.py`; FaceX-Zoo defines threshold and spread differently.
     """
     owner = "verify_pairs"
-    check_choice(owner, "threshold", threshold, RULES)
+    check_choice(owner, "threshold", threshold, tuple(BEST))
     if pca is not None:
         check_number(owner, "pca", pca, min=1, integer=True)
     fars = check_fars(owner, val_fars)
@@ -165,6 +145,8 @@ def verify_pairs(
     rows, width = first.shape
     require(len(second) == rows, owner, f"right must have one row for each of {rows} rows of left, got {len(second)}")
     require(second.shape[1] == width, owner, f"right must be (n, {width}) like left, got {second.shape}")
+    for name, each in (("left", first), ("right", second)):
+        check_rows(owner, name, each)
     distances, _ = pair_distances(owner, first, second)
     truth = check_flags(owner, "same", same, first.shape[0])
     folds = check_folds(owner, truth, fold_ids)
@@ -197,11 +179,10 @@ def fold_accuracy(
             compared = _reduced_distances(owner, *reduced, ~held, pca)
         if threshold == "facexzoo":
             compared = 1 - compared / 2
-            limit = best_facexzoo(compared[~held], truth[~held])
+        limit = BEST[threshold](compared[~held], truth[~held])
+        correct[held] = (compared[held] < limit) == truth[held]
+        if threshold == "facexzoo":
             correct[held] = np.where(truth[held], compared[held] > limit, compared[held] < limit)
-        else:
-            limit = (best_grid if threshold == "grid" else best_exact)(compared[~held], truth[~held])
-            correct[held] = (compared[held] < limit) == truth[held]
         thresholds.append(limit)
         accuracies.append(float(np.mean(correct[held])))
     scores = np.asarray(accuracies)
@@ -222,14 +203,9 @@ def fold_accuracy(
 def pair_distances(
     owner: str, left: AnyArray, right: AnyArray, i: IntArray | None = None, j: IntArray | None = None
 ) -> tuple[FloatArray, FloatArray]:
-    """Squared distances (n,) and cosines (n,) of unit rows, a few rows at a time.
+    """Squared distances (n,) and cosines (n,) of rows (n, d), or of the rows `i` of `left` and `j` of `right`.
 
-    Args:
-        owner: Name for errors.
-        left: (n, d); or (m, d), of which the rows `i` are used.
-        right: (n, d); or (m, d), of which the rows `j` are used.
-        i: (n,) row numbers of `left`.
-        j: (n,) row numbers of `right`.
+    Rows have passed `check_rows`; they are normalized a few at a time.
     """
     count = len(left) if i is None else i.size
     distances, cosines = np.empty(count), np.empty(count)
@@ -241,13 +217,7 @@ def pair_distances(
         with np.errstate(all="ignore"):
             square = np.einsum("pd,pd->p", a, a), np.einsum("pd,pd->p", b, b)
         if not all(((each > 1e-100) & (each < 1e100)).all() for each in square):
-            try:
-                a, b = unit_block(owner, "left", a), unit_block(owner, "right", b)
-            except ValueError:
-                # Checked again over all rows, for the number of the bad row and the count.
-                for name, rows in (("left", left), ("right", right)):
-                    check_rows(owner, name, rows)
-                raise
+            a, b = unit_block(owner, "left", a), unit_block(owner, "right", b)
             square = np.einsum("pd,pd->p", a, a), np.einsum("pd,pd->p", b, b)
         cosine = np.einsum("pd,pd->p", a, b) / np.sqrt(square[0] * square[1])
         distance = 2 - 2 * cosine
@@ -298,12 +268,7 @@ def _fold_tar(distances: FloatArray, same: BoolArray, folds: IntArray, far: floa
 
 
 def contiguous_folds(count: int, folds: int = FOLDS) -> IntArray:
-    """(count,) contiguous fold of each pair; the first folds may have one pair more, as in scikit-learn's KFold.
-
-    Examples:
-        >>> contiguous_folds(5, 2).tolist()
-        [0, 0, 0, 1, 1]
-    """
+    """(count,) contiguous fold of each pair; the first folds may have one pair more, as in scikit-learn's KFold."""
     return np.repeat(np.arange(folds), [part.size for part in np.array_split(np.arange(count), folds)])
 
 

@@ -11,7 +11,7 @@ from kdlib_faces.data.lists import FaceList, read_faces
 from kdlib_faces.evaluation import Sampling
 from kdlib_faces.evaluation._checks import check_level
 from kdlib_faces.evaluation.summary import DataSummary, ModelEntry
-from kdlib_faces.evaluation.verification import Rule
+from kdlib_faces.evaluation.fold_thresholds import Rule
 from kdlib_faces.harness.embeddings import embed_set, open_model, read_embeddings
 from kdlib_faces.harness.evaluate import EvaluatedModel
 from kdlib_faces.harness.image_sets import Embeddings, ImageSet, images_of_files

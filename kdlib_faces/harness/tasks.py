@@ -12,7 +12,7 @@ from kdlib._checks import nearest
 from kdlib_faces._checks import InputError
 from kdlib_faces.data.lists import FaceList, read_faces
 from kdlib_faces.evaluation import EvaluationProtocol, ProtocolResult, Sampling
-from kdlib_faces.evaluation.verification import Rule
+from kdlib_faces.evaluation.fold_thresholds import Rule
 from kdlib_faces.harness.image_sets import Embeddings, ImageSet, images_of_files
 
 __all__ = ["EvaluationTask", "ProtocolSpec", "Settings", "faces_of", "parse_protocol", "task_of_protocol"]

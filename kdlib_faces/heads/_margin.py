@@ -1,21 +1,32 @@
 """Shared parts of the margin heads."""
 
-from typing import ClassVar, Literal
+from collections.abc import Callable
+from inspect import signature
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kdlib._checks import check_choice, check_floating, check_number, check_rank, show_shape
-from kdlib._maths import REDUCTIONS, reduce, unit_rows
+from kdlib._maths import REDUCTIONS, Reduction, reduce, unit_rows
 from kdlib_faces._checks import check_identities
 
-__all__ = ["MarginHead", "Reduction", "add_angular_margin", "check_call", "softmax_loss", "unit_pair"]
-
-Reduction = Literal["mean", "none"]
+__all__ = ["LossModule", "MarginHead", "add_angular_margin", "check_call", "softmax_loss", "unit_pair"]
 
 
-class MarginHead(nn.Module):
+class LossModule(nn.Module):
+    """A loss that prints the call that rebuilds it, without centers and generator."""
+
+    per_sample: ClassVar[bool] = True
+
+    def extra_repr(self) -> str:
+        """Return the arguments of the call that rebuilds the loss."""
+        names = [name for name in signature(type(self)).parameters if name not in ("centers", "generator")]
+        return ", ".join(f"{name}={getattr(self, name)!r}" for name in names)
+
+
+class MarginHead(LossModule):
     """Base class of margin heads: learned class centers and the arguments that all heads share.
 
     Args:
@@ -23,7 +34,6 @@ class MarginHead(nn.Module):
         num_identities: number n of training identities.
         scale: factor of the cosines.
         margin: the margin, at least 0; a plain float attribute that a schedule may set.
-        max_margin: maximum margin, or None.
         reduction: `"mean"` or `"none"`.
         generator: generator of the initial centers; None uses torch's global generator.
 
@@ -35,7 +45,8 @@ class MarginHead(nn.Module):
         TypeError: an argument has the wrong type.
     """
 
-    per_sample: ClassVar[bool] = True
+    _loss: ClassVar[Callable[..., Tensor]]
+    _max_margin: ClassVar[float | None] = None
 
     def __init__(
         self,
@@ -44,7 +55,6 @@ class MarginHead(nn.Module):
         scale: float,
         margin: float,
         *,
-        max_margin: float | None,
         reduction: Reduction,
         generator: torch.Generator | None,
     ) -> None:
@@ -54,18 +64,25 @@ class MarginHead(nn.Module):
         check_number(owner, "num_identities", num_identities, min=1, integer=True)
         check_number(owner, "scale", scale, above=0)
         check_choice(owner, "reduction", reduction, REDUCTIONS)
-        check_number(owner, "margin", margin, min=0, max=max_margin)
-        self.embedding_dim, self.num_identities = embedding_dim, num_identities
+        check_number(owner, "margin", margin, min=0, max=self._max_margin)
+        self.embedding_dim, self.num_identities = int(embedding_dim), int(num_identities)
         self.scale, self.margin, self.reduction = float(scale), float(margin), reduction
-        self.weight = nn.Parameter(torch.empty(num_identities, embedding_dim))
-        nn.init.normal_(self.weight, std=embedding_dim**-0.5, generator=generator)
+        self.weight = nn.Parameter(torch.empty(self.num_identities, self.embedding_dim))
+        nn.init.normal_(self.weight, std=self.embedding_dim**-0.5, generator=generator)
 
-    def extra_repr(self) -> str:
-        """Arguments of the call that rebuilds the head."""
-        return (
-            f"embedding_dim={self.embedding_dim}, num_identities={self.num_identities}, scale={self.scale}, "
-            f"margin={self.margin}, reduction={self.reduction!r}"
-        )
+    def forward(
+        self,
+        embeddings: Tensor,
+        identities: Tensor,
+        *,
+        weight: Tensor | None = None,
+        reduction: Reduction | None = None,
+    ) -> Tensor:
+        """Return the loss of embeddings `(b, d)` and `identities` `(b,)`; `reduction=None` uses that of the constructor."""
+        return self._loss(
+            embeddings, self.weight, identities, scale=self.scale, margin=self.margin,
+            reduction=reduction or self.reduction, weight=weight,
+        )  # fmt: skip
 
 
 def check_call(owner: str, embeddings: Tensor, centers: Tensor, identities: Tensor) -> None:

@@ -5,8 +5,8 @@ import math
 import torch
 from torch import Tensor
 
-from kdlib._maths import full_precision
-from kdlib_faces.heads._margin import MarginHead, Reduction, add_angular_margin, check_call, softmax_loss, unit_pair
+from kdlib._maths import Reduction, full_precision
+from kdlib_faces.heads._margin import MarginHead, add_angular_margin, check_call, softmax_loss, unit_pair
 
 __all__ = ["ArcFaceHead", "arcface_loss"]
 
@@ -90,10 +90,6 @@ class ArcFaceHead(MarginHead):
     Attributes:
         weight: centers `(n, d)`, initially normal with an expected squared norm of one.
 
-    Raises:
-        ValueError: an argument is out of range.
-        TypeError: an argument has the wrong type.
-
     Examples:
         >>> import torch
         >>> head = ArcFaceHead(8, 3)
@@ -102,6 +98,9 @@ class ArcFaceHead(MarginHead):
         >>> head(torch.ones(2, 8), torch.tensor([0, 2])).shape
         torch.Size([])
     """
+
+    _loss = staticmethod(arcface_loss)
+    _max_margin = math.pi
 
     def __init__(
         self,
@@ -113,20 +112,4 @@ class ArcFaceHead(MarginHead):
         reduction: Reduction = "mean",
         generator: torch.Generator | None = None,
     ) -> None:
-        super().__init__(
-            embedding_dim, num_identities, scale, margin, max_margin=math.pi, reduction=reduction, generator=generator
-        )
-
-    def forward(
-        self,
-        embeddings: Tensor,
-        identities: Tensor,
-        *,
-        weight: Tensor | None = None,
-        reduction: Reduction | None = None,
-    ) -> Tensor:
-        """Return the loss of embeddings `(b, d)` and `identities` `(b,)`; `reduction=None` uses that of the constructor."""
-        return arcface_loss(
-            embeddings, self.weight, identities, scale=self.scale, margin=self.margin,
-            reduction=reduction or self.reduction, weight=weight,
-        )  # fmt: skip
+        super().__init__(embedding_dim, num_identities, scale, margin, reduction=reduction, generator=generator)

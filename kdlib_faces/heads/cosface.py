@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
-from kdlib._maths import full_precision
-from kdlib_faces.heads._margin import MarginHead, Reduction, check_call, softmax_loss, unit_pair
+from kdlib._maths import Reduction, full_precision
+from kdlib_faces.heads._margin import MarginHead, check_call, softmax_loss, unit_pair
 
 __all__ = ["CosFaceHead", "cosface_loss"]
 
@@ -78,10 +78,6 @@ class CosFaceHead(MarginHead):
     Attributes:
         weight: centers `(n, d)`, initially normal with an expected squared norm of one.
 
-    Raises:
-        ValueError: an argument is out of range.
-        TypeError: an argument has the wrong type.
-
     Examples:
         >>> import torch
         >>> head = CosFaceHead(8, 3)
@@ -90,6 +86,8 @@ class CosFaceHead(MarginHead):
         >>> head(torch.ones(2, 8), torch.tensor([0, 2]), reduction="none").shape
         torch.Size([2])
     """
+
+    _loss = staticmethod(cosface_loss)
 
     def __init__(
         self,
@@ -101,20 +99,4 @@ class CosFaceHead(MarginHead):
         reduction: Reduction = "mean",
         generator: torch.Generator | None = None,
     ) -> None:
-        super().__init__(
-            embedding_dim, num_identities, scale, margin, max_margin=None, reduction=reduction, generator=generator
-        )
-
-    def forward(
-        self,
-        embeddings: Tensor,
-        identities: Tensor,
-        *,
-        weight: Tensor | None = None,
-        reduction: Reduction | None = None,
-    ) -> Tensor:
-        """Return the loss of embeddings `(b, d)` and `identities` `(b,)`; `reduction=None` uses that of the constructor."""
-        return cosface_loss(
-            embeddings, self.weight, identities, scale=self.scale, margin=self.margin,
-            reduction=reduction or self.reduction, weight=weight,
-        )  # fmt: skip
+        super().__init__(embedding_dim, num_identities, scale, margin, reduction=reduction, generator=generator)

@@ -6,14 +6,6 @@ from kdlib_faces.losses.margin_distill import MarginDistillLoss, centers_from, m
 from kdlib_faces.losses.triplet_distill import TripletDistillLoss, triplet_distill
 
 __all__ = [
-    "AdaptiveCentersLoss",
-    "EvaluationOrientedLoss",
-    "MarginDistillLoss",
-    "TripletDistillLoss",
-    "adapted_centers",
-    "centers_from",
-    "evaluation_oriented",
-    "margin_distill",
-    "negative_thresholds",
-    "triplet_distill",
-]
+    "AdaptiveCentersLoss", "EvaluationOrientedLoss", "MarginDistillLoss", "TripletDistillLoss", "adapted_centers",
+    "centers_from", "evaluation_oriented", "margin_distill", "negative_thresholds", "triplet_distill",
+]  # fmt: skip

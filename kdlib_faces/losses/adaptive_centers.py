@@ -1,10 +1,10 @@
 """AdaDistill: margin softmax on class centers that adapt to the student (Boutros et al., 2024)."""
 
 import math
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from kdlib._checks import (
     check_choice,
@@ -15,9 +15,9 @@ from kdlib._checks import (
     check_shape,
     check_weight,
 )
-from kdlib._maths import REDUCTIONS, full_precision, unit_rows
+from kdlib._maths import REDUCTIONS, Reduction, full_precision, promoted_dtype, unit_rows
 from kdlib_faces._checks import check_identities
-from kdlib_faces.heads._margin import Reduction
+from kdlib_faces.heads._margin import LossModule
 from kdlib_faces.heads.arcface import arcface_loss
 from kdlib_faces.heads.cosface import cosface_loss
 from kdlib_faces.losses._whole_batch import whole_batch
@@ -76,7 +76,7 @@ def adapted_centers(
     check_weight(owner, weight, student.shape[0])
     target = target.to(student.device).long()
     with full_precision(student):
-        dtype = torch.promote_types(torch.promote_types(student.dtype, teacher.dtype), torch.float32)
+        dtype = promoted_dtype(student, teacher)
         own_bd = centers[target].to(dtype)
         if not len(target):
             return own_bd
@@ -94,7 +94,7 @@ def adapted_centers(
         return moved_bd[torch.where(same_bb, positions, len(target)).amin(1)]
 
 
-class AdaptiveCentersLoss(nn.Module):
+class AdaptiveCentersLoss(LossModule):
     """ArcFace or CosFace of the student on centers that `adapted_centers` updates.
 
     In training mode each batch first updates the centers and then classifies the student by them; only the student is
@@ -119,10 +119,6 @@ class AdaptiveCentersLoss(nn.Module):
     Attributes:
         centers: buffer `(n, d)`, part of the state dict.
 
-    Raises:
-        ValueError: an argument is out of range.
-        TypeError: an argument has the wrong type.
-
     Examples:
         >>> import torch
         >>> loss = AdaptiveCentersLoss(3, 2)
@@ -140,7 +136,6 @@ class AdaptiveCentersLoss(nn.Module):
         in a batch counts, and each process has its own centers; here the mean of all samples is used.
     """
 
-    per_sample: ClassVar[bool] = True
     centers: Tensor
 
     def __init__(
@@ -164,10 +159,10 @@ class AdaptiveCentersLoss(nn.Module):
         if margin is not None:
             check_number(owner, "margin", margin, min=0, max=math.pi if head == "arcface" else None)
         check_choice(owner, "reduction", reduction, REDUCTIONS)
-        self.num_identities, self.embedding_dim, self.head = num_identities, embedding_dim, head
+        self.num_identities, self.embedding_dim, self.head = int(num_identities), int(embedding_dim), head
         self.scale, self.margin = float(scale), MARGINS[head] if margin is None else float(margin)
         self.gather, self.reduction = gather, reduction
-        self.register_buffer("centers", torch.zeros(num_identities, embedding_dim))
+        self.register_buffer("centers", torch.zeros(self.num_identities, self.embedding_dim))
         if centers is not None:
             check_floating(owner, centers=centers)
             check_shape(owner, "centers", centers, "n d", n=num_identities, d=embedding_dim)
@@ -194,30 +189,13 @@ class AdaptiveCentersLoss(nn.Module):
         check_weight(owner, weight, student.shape[0])
         target = target.to(student.device).long()
         if self.training:
-            self._update_centers(student.detach(), teacher.detach(), target, weight)
+            batch = (student.detach(), teacher.detach(), target, weight)
+            s_bd, t_bd, own, counted = whole_batch(*batch, grad=False) if self.gather else batch
+            with torch.no_grad():
+                moved_bd = adapted_centers(s_bd, t_bd, self.centers, target=own, weight=counted)
+                self.centers[own] = moved_bd.to(self.centers.dtype)
         face = arcface_loss if self.head == "arcface" else cosface_loss
         return face(
-            student,
-            self.centers,
-            target,
-            scale=self.scale,
-            margin=self.margin,
-            reduction=reduction or self.reduction,
-            weight=weight,
-        )
-
-    @torch.no_grad()
-    def _update_centers(self, student: Tensor, teacher: Tensor, target: Tensor, weight: Tensor | None) -> None:
-        """Update the centers of the identities in the batch."""
-        if self.gather:
-            student, teacher, target, weight = whole_batch(student, teacher, target, weight, grad=False)
-        updated = adapted_centers(student, teacher, self.centers, target=target, weight=weight)
-        self.centers[target] = updated.to(self.centers.dtype)
-
-    def extra_repr(self) -> str:
-        """Arguments of the call that rebuilds the loss, without the centers."""
-        return (
-            f"num_identities={self.num_identities}, embedding_dim={self.embedding_dim}, head={self.head!r}, "
-            f"scale={self.scale}, margin={self.margin}, gather={self.gather}, "
-            f"reduction={self.reduction!r}"
-        )
+            student, self.centers, target, scale=self.scale, margin=self.margin,
+            reduction=reduction or self.reduction, weight=weight,
+        )  # fmt: skip

@@ -2,10 +2,10 @@
 
 from collections.abc import Sequence
 from fractions import Fraction
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from kdlib._checks import (
     check_floating,
@@ -18,7 +18,7 @@ from kdlib._checks import (
 )
 from kdlib._maths import full_precision
 from kdlib_faces._checks import check_rates, check_relation
-from kdlib_faces.heads._margin import unit_pair
+from kdlib_faces.heads._margin import LossModule, unit_pair
 from kdlib_faces.losses._whole_batch import whole_batch
 
 __all__ = ["EvaluationOrientedLoss", "evaluation_oriented", "negative_thresholds"]
@@ -103,8 +103,7 @@ def evaluation_oriented(
         if gather:
             student, teacher, target, weight = whole_batch(student, teacher, target, weight, grad=True)
         s_bd, t_bd = unit_pair(student, teacher.detach(), 100 / temperature)
-        share, positive = _pairs(s_bd, target, weight)
-        i, j = _upper(s_bd)
+        i, j, share, positive = _pairs(s_bd, target, weight)
         c_s, c_t = (s_bd @ s_bd.T)[i, j], (t_bd @ t_bd.T)[i, j]
         r_s, r_t = (
             torch.sigmoid((c.unsqueeze(1) - thresholds.detach().to(c)) / temperature).sum(1)
@@ -152,8 +151,7 @@ def negative_thresholds(
     check_rates(owner, rates)
     with torch.no_grad(), full_precision(embeddings):
         x_bd, _ = unit_pair(embeddings, embeddings, 1.0)
-        share, positive = _pairs(x_bd, target, weight)
-        i, j = _upper(x_bd)
+        i, j, share, positive = _pairs(x_bd, target, weight)
         if not len(share):
             return x_bd.new_full((len(rates),), -torch.inf)
         negative = ~positive & (share > 0)
@@ -164,7 +162,7 @@ def negative_thresholds(
         return ordered[torch.stack(places).clamp(max=len(ordered) - 1)]
 
 
-class EvaluationOrientedLoss(nn.Module):
+class EvaluationOrientedLoss(LossModule):
     """`evaluation_oriented` with running thresholds; see the function for the formula and the arguments.
 
     In training mode each batch updates the thresholds of both networks before the loss is computed: `(1 - momentum) *
@@ -189,10 +187,6 @@ class EvaluationOrientedLoss(nn.Module):
         student_thresholds: buffer `(k,)`, part of the state dict.
         teacher_thresholds: buffer `(k,)`, part of the state dict.
         batches: buffer, the number of batches that updated them.
-
-    Raises:
-        ValueError: an argument is out of range.
-        TypeError: an argument has the wrong type.
 
     Examples:
         >>> import torch
@@ -230,12 +224,8 @@ class EvaluationOrientedLoss(nn.Module):
         _check_arguments("EvaluationOrientedLoss", temperature, num_hard_negatives, positive_weight, negative_weight)
         check_number("EvaluationOrientedLoss", "momentum", momentum, above=0, max=1)
         self.rates = tuple(float(rate) for rate in rates)
-        self.temperature, self.num_hard_negatives, self.momentum = (
-            float(temperature),
-            num_hard_negatives,
-            float(momentum),
-        )
-        self.gather = gather
+        self.temperature, self.num_hard_negatives = float(temperature), int(num_hard_negatives)
+        self.momentum, self.gather = float(momentum), gather
         self.positive_weight, self.negative_weight = float(positive_weight), float(negative_weight)
         self.register_buffer("student_thresholds", torch.zeros(len(self.rates)))
         self.register_buffer("teacher_thresholds", torch.zeros(len(self.rates)))
@@ -257,17 +247,10 @@ class EvaluationOrientedLoss(nn.Module):
             student, teacher, target, weight = whole_batch(student, teacher, target, weight, grad=True)
         student_thresholds, teacher_thresholds = self._thresholds(student, teacher, target, weight)
         return evaluation_oriented(
-            student,
-            teacher,
-            student_thresholds,
-            teacher_thresholds,
-            target=target,
-            temperature=self.temperature,
-            num_hard_negatives=self.num_hard_negatives,
-            positive_weight=self.positive_weight,
-            negative_weight=self.negative_weight,
-            weight=weight,
-        )
+            student, teacher, student_thresholds, teacher_thresholds, target=target, temperature=self.temperature,
+            num_hard_negatives=self.num_hard_negatives, positive_weight=self.positive_weight,
+            negative_weight=self.negative_weight, weight=weight,
+        )  # fmt: skip
 
     @torch.no_grad()
     def _thresholds(
@@ -275,12 +258,8 @@ class EvaluationOrientedLoss(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """Return the thresholds for one batch; in training mode, update the buffers."""
         old = torch.stack([self.student_thresholds, self.teacher_thresholds])
-        new = torch.stack(
-            [
-                negative_thresholds(x, target=target, rates=self.rates, weight=weight).to(old)
-                for x in (student.detach(), teacher)
-            ]
-        )
+        options: Any = {"target": target, "rates": self.rates, "weight": weight}
+        new = torch.stack([negative_thresholds(x, **options).to(old) for x in (student.detach(), teacher)])
         known, usable = self.batches > 0, new.isfinite().all()
         if not self.training:
             used = torch.where(known, old, new)
@@ -292,27 +271,13 @@ class EvaluationOrientedLoss(nn.Module):
         self.batches += usable
         return updated[0], updated[1]
 
-    def extra_repr(self) -> str:
-        """Arguments of the call that rebuilds the loss."""
-        return (
-            f"rates={self.rates}, temperature={self.temperature}, num_hard_negatives={self.num_hard_negatives}, "
-            f"positive_weight={self.positive_weight}, negative_weight={self.negative_weight}, momentum={self.momentum}, "
-            f"gather={self.gather}"
-        )
 
-
-def _upper(x_bd: Tensor) -> tuple[Tensor, Tensor]:
-    """Return rows and columns of the pairs i < j."""
+def _pairs(x_bd: Tensor, target: Tensor, weight: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return rows and columns of the pairs i < j, their weights, and whether they are genuine."""
     i, j = torch.triu_indices(len(x_bd), len(x_bd), 1, device=x_bd.device)
-    return i, j
-
-
-def _pairs(x_bd: Tensor, target: Tensor, weight: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Return the weight of each pair i < j, and whether it is genuine."""
-    i, j = _upper(x_bd)
     w = x_bd.new_ones(len(x_bd)) if weight is None else weight.detach().to(x_bd)
     target = target.to(x_bd.device)
-    return w[i] * w[j], target[i] == target[j]
+    return i, j, w[i] * w[j], target[i] == target[j]
 
 
 def _mean(share: Tensor, values: Tensor) -> Tensor:

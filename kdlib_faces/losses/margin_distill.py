@@ -1,10 +1,10 @@
 """MarginDistillation: ArcFace on the teacher's centers with a margin per sample (Svitov and Alyamkin, 2020)."""
 
 import math
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from kdlib._checks import (
     check_choice,
@@ -16,9 +16,9 @@ from kdlib._checks import (
     check_weight,
     check_whole_numbers,
 )
-from kdlib._maths import REDUCTIONS, full_precision, unit_rows
+from kdlib._maths import REDUCTIONS, Reduction, full_precision, unit_rows
 from kdlib_faces._checks import check_class_centers, check_every_identity, check_identities, check_set
-from kdlib_faces.heads._margin import Reduction, add_angular_margin, softmax_loss, unit_pair
+from kdlib_faces.heads._margin import LossModule, add_angular_margin, softmax_loss, unit_pair
 
 __all__ = ["MarginDistillLoss", "centers_from", "margin_distill"]
 
@@ -145,7 +145,7 @@ def centers_from(embeddings: Tensor, identities: Tensor, *, num_identities: int 
         return unit_rows(sums)[0]
 
 
-class MarginDistillLoss(nn.Module):
+class MarginDistillLoss(LossModule):
     """`margin_distill` with the teacher's centers as a buffer; see the function for the formula and the arguments.
 
     In a `Term` the identities are the `target`: `Term(MarginDistillLoss(n, 512, centers=w), student="embedding",
@@ -165,10 +165,6 @@ class MarginDistillLoss(nn.Module):
     Attributes:
         centers: buffer `(n, d)`, part of the state dict, with normalized rows; zeros until set.
 
-    Raises:
-        ValueError: an argument is out of range.
-        TypeError: an argument has the wrong type.
-
     Examples:
         >>> import torch
         >>> loss = MarginDistillLoss(3, 8, centers=torch.ones(3, 8))
@@ -179,7 +175,6 @@ class MarginDistillLoss(nn.Module):
         torch.Size([])
     """
 
-    per_sample: ClassVar[bool] = True
     centers: Tensor
 
     def __init__(
@@ -198,10 +193,10 @@ class MarginDistillLoss(nn.Module):
         check_number("MarginDistillLoss", "embedding_dim", embedding_dim, min=1, integer=True)
         _check_margins("MarginDistillLoss", scale, min_margin, max_margin)
         check_choice("MarginDistillLoss", "reduction", reduction, REDUCTIONS)
-        self.num_identities, self.embedding_dim = num_identities, embedding_dim
+        self.num_identities, self.embedding_dim = int(num_identities), int(embedding_dim)
         self.scale, self.min_margin, self.max_margin = float(scale), float(min_margin), float(max_margin)
         self.reduction = reduction
-        self.register_buffer("centers", torch.zeros(num_identities, embedding_dim))
+        self.register_buffer("centers", torch.zeros(self.num_identities, self.embedding_dim))
         self._ready = False
         if centers is not None:
             self.set_centers(centers)
@@ -229,23 +224,9 @@ class MarginDistillLoss(nn.Module):
         """Return the loss of `student` `(b, d)` against `teacher`, of identities `target` `(b,)`."""
         check_set("MarginDistillLoss", self._ready)
         return margin_distill(
-            student,
-            teacher,
-            self.centers,
-            target=target,
-            scale=self.scale,
-            min_margin=self.min_margin,
-            max_margin=self.max_margin,
-            reduction=reduction or self.reduction,
-            weight=weight,
-        )
-
-    def extra_repr(self) -> str:
-        """Arguments of the call that rebuilds the loss, without the centers."""
-        return (
-            f"num_identities={self.num_identities}, embedding_dim={self.embedding_dim}, scale={self.scale}, "
-            f"min_margin={self.min_margin}, max_margin={self.max_margin}, reduction={self.reduction!r}"
-        )
+            student, teacher, self.centers, target=target, scale=self.scale, min_margin=self.min_margin,
+            max_margin=self.max_margin, reduction=reduction or self.reduction, weight=weight,
+        )  # fmt: skip
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         super()._load_from_state_dict(state_dict, prefix, *args)

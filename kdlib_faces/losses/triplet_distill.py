@@ -4,12 +4,12 @@ import math
 from typing import ClassVar, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from kdlib._checks import check_choice, check_floating, check_number, check_rank, check_same_batch, check_weight
 from kdlib._maths import full_precision
 from kdlib_faces._checks import check_identities_or_triplets, check_relation
-from kdlib_faces.heads._margin import unit_pair
+from kdlib_faces.heads._margin import LossModule, unit_pair
 from kdlib_faces.losses._whole_batch import whole_batch
 
 __all__ = ["TripletDistillLoss", "triplet_distill"]
@@ -46,9 +46,8 @@ def triplet_distill(
     and the mean over the triplets. The maximum is over all triplets of the call; if it is 0, all margins are the
     minimum. If identities are given, the triplets are all ordered genuine pairs a, p, each with one negative chosen by
     the student's distances: for `"hardest"` the nearest to the anchor; for `"semihard"` the nearest that is farther
-    than p, or the farthest
-    if there is none. A batch without genuine pairs, or with one identity, gives 0 with a graph. Zero embeddings are
-    treated as orthogonal to all others and get no gradient.
+    than p, or the farthest if there is none. A batch without genuine pairs, or with one identity, gives 0 with a graph.
+    Zero embeddings are treated as orthogonal to all others and get no gradient.
 
     A sample with weight 0 is excluded from all triplets. Otherwise a triplet has the weight :math:`w_a w_p w_n`: `sum(w
     L) / sum(w)`. Mining and the maximum only depend on which weights are above 0.
@@ -159,7 +158,7 @@ def _distances(x_bd: Tensor, distance: Distance) -> Tensor:
     return angles
 
 
-class TripletDistillLoss(nn.Module):
+class TripletDistillLoss(LossModule):
     """`triplet_distill` as a Module; see the function for the formula and the arguments.
 
     In a `Term` the identities or the triplets are the `target`: `Term(TripletDistillLoss(), student="embedding",
@@ -171,10 +170,6 @@ class TripletDistillLoss(nn.Module):
         distance: `"squared"` or `"angle"`.
         mining: `"hardest"` or `"semihard"`.
         gather: treat the rows of all processes as one batch.
-
-    Raises:
-        ValueError: an argument is out of range.
-        TypeError: an argument has the wrong type.
 
     Examples:
         >>> import torch
@@ -212,24 +207,9 @@ class TripletDistillLoss(nn.Module):
     ) -> Tensor:
         """Return the loss of `student` `(b, d)` against `teacher` `(b, D)`, of identities `(b,)` or triplets `(t, 3)`."""
         return triplet_distill(
-            student,
-            teacher,
-            target=target,
-            min_margin=self.min_margin,
-            max_margin=self.max_margin,
-            distance=self.distance,
-            mining=self.mining,
-            gather=self.gather,
-            reduction=reduction or "mean",
-            weight=weight,
-        )
-
-    def extra_repr(self) -> str:
-        """Arguments of the call that rebuilds the loss."""
-        return (
-            f"min_margin={self.min_margin}, max_margin={self.max_margin}, distance={self.distance!r}, "
-            f"mining={self.mining!r}, gather={self.gather}"
-        )
+            student, teacher, target=target, min_margin=self.min_margin, max_margin=self.max_margin,
+            distance=self.distance, mining=self.mining, gather=self.gather, reduction=reduction or "mean", weight=weight,
+        )  # fmt: skip
 
 
 def _check_arguments(owner: str, low: float, high: float, distance: str, mining: str) -> None:

@@ -70,7 +70,7 @@ def cache_outputs(
                 fetch,
                 samples=len(images),
                 views=2,
-                fingerprint=Fingerprint(weights, "", data, whole=f"{weights} {data}"),
+                fingerprint=Fingerprint(weights, "", data),
                 batch_size=_BATCH,
                 progress=show,
             )

@@ -92,18 +92,16 @@ def fit(
         log_path=folder / "log.jsonl",
         log_every=max(1, steps // 100),
     )
-    folder.mkdir(parents=True, exist_ok=True)
     progress = TrainProgress(label, quiet=quiet)
     try:
         result = train(distiller, batches, config, hooks=[progress])
     finally:
         progress.close()
     log = folder / "log.jsonl"
-    rows = read_log(log) if log.exists() else []
-    names = list(rows[0]["terms"]) if rows else []
+    rows = read_log(log) if log.exists() else []  # the log of a finished run may have been removed
     curve = LossCurve(
         step=[row["step"] for row in rows],
         loss=[row["total"] for row in rows],
-        terms={name: [row["terms"][name] for row in rows] for name in names},
+        terms={name: [row["terms"][name] for row in rows] for name in (rows[0]["terms"] if rows else ())},
     )
     return FitResult(curve, result.seconds)

@@ -1,15 +1,13 @@
 """A training run on face lists: reads them, checks the run folder, trains, and writes the network."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Literal, TypeVar
-
-from torch import Tensor
+from typing import Literal
 
 from kdlib._checks import check_number
 from kdlib.distiller import Distiller
-from kdlib_faces import progress as progress_bars
 from kdlib_faces._checks import InputError
 from kdlib_faces._output import check_output
 from kdlib_faces.config import dump_toml
@@ -19,13 +17,12 @@ from kdlib_faces.data.lists import FaceList, read_faces
 from kdlib_faces.data.samplers import choose_samples_per_identity
 from kdlib_faces.data.seeded_views import SeededViews
 from kdlib_faces.data.views import AugmentConfig
+from kdlib_faces.progress import progress, say
 from kdlib_faces.teachers import TeacherNet, save_teacher
 from kdlib_faces.training.fit import Amp, Optimizer, fit
 from kdlib_faces.training.run_record import check_same_run, describe_run, write_run_record
 
 __all__ = ["RunConfig", "RunOptions", "TrainingConfig", "TrainingSetup", "train_on_faces"]
-
-T = TypeVar("T")
 
 MAX_MEMORY = 8 * 2**30
 """Bytes of pixels that are held in memory; larger lists are stored in `OUTPUT/images.npy`."""
@@ -143,13 +140,22 @@ def train_on_faces(build: Callable[[FaceList], TrainingSetup], options: RunOptio
     if len(listed) < training.batch_size:
         raise InputError(f"train: batch_size must be at most the {len(listed)} images, got {training.batch_size}")
 
-    def bar(items: Iterable[T], label: str) -> Iterable[T]:
-        return progress_bars.progress(items, label, quiet=quiet)
-
     large = len(listed) * 3 * setup.input_size**2 > MAX_MEMORY
-    pixels = output / "images.npy" if large else None
-    images = load_images(listed, setup.input_size, progress=bar, memory_map=pixels)
-    batches = _batches(setup, images, listed, options.seed)
+    bar = partial(progress, quiet=quiet)
+    images = load_images(listed, setup.input_size, progress=bar, memory_map=output / "images.npy" if large else None)
+    size, identities = training.batch_size, listed.num_identities
+    batches = FaceBatches(
+        images,
+        listed.identities,
+        batch_size=size,
+        seed=options.seed,
+        ages=listed.ages,
+        age_groups=listed.age_groups,
+        augment=setup.config.augment if setup.views is None else None,
+        views=setup.views,
+        samples_per_identity=choose_samples_per_identity(size, identities) if setup.pair_ages else None,
+        identity_age=setup.pair_ages,
+    )
     output.mkdir(parents=True, exist_ok=True)
     write_run_record(output, record)
     (output / "config.toml").write_text(dump_toml(setup.config))
@@ -168,22 +174,5 @@ def train_on_faces(build: Callable[[FaceList], TrainingSetup], options: RunOptio
     )
     target = output / "model.pt"
     save_teacher(setup.network, target)
-    progress_bars.say(f"weights: {target}", quiet=quiet)
+    say(f"weights: {target}", quiet=quiet)
     return target
-
-
-def _batches(setup: TrainingSetup, images: Tensor, faces: FaceList, seed: int) -> FaceBatches:
-    """Batches of random views, of cached views, or with several images of each identity for cross-age pairs."""
-    size, ages, groups = setup.config.training.batch_size, faces.ages, faces.age_groups
-    return FaceBatches(
-        images,
-        faces.identities,
-        batch_size=size,
-        seed=seed,
-        ages=ages,
-        age_groups=groups,
-        augment=setup.config.augment if setup.views is None else None,
-        views=setup.views,
-        samples_per_identity=choose_samples_per_identity(size, faces.num_identities) if setup.pair_ages else None,
-        identity_age=setup.pair_ages,
-    )

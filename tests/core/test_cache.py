@@ -54,7 +54,7 @@ def contents(path: Path) -> dict[str, bytes]:
 @pytest.mark.parametrize("shard_bytes", [1, 400, 1 << 20])
 @pytest.mark.parametrize("dtype", ["float16", "float32"])
 def test_rows_are_the_teacher_outputs(tmp_path: Path, dtype: str, shard_bytes: int) -> None:
-    cache = build(tmp_path / "cache", Fetch(), dtype=dtype, shard_bytes=shard_bytes)
+    cache = build(tmp_path / "cache", Fetch(), dtype=dtype, shard_bytes=shard_bytes, notes={"teacher": "big.onnx"})
     samples, views = torch.tensor([40, 10, 13, 40, 10]), torch.tensor([1, 0, 1, 0, 0])
     got = cache.read(samples, views)
     images = IMAGES[(samples - 10) // 3]
@@ -67,6 +67,7 @@ def test_rows_are_the_teacher_outputs(tmp_path: Path, dtype: str, shard_bytes: i
         torch.testing.assert_close(x, expected[name], **precision)
     assert cache.features == {"map": (2, 2, 2), "embedding": (5,)}
     assert len(cache) == 11
+    assert cache.notes == {"teacher": "big.onnx"}
     assert cache.read([], [])["embedding"].shape == (0, 5)
 
 
@@ -209,8 +210,10 @@ def test_invalid_ids_types_and_teacher_outputs(tmp_path: Path) -> None:
 
     with pytest.raises(ValueError, match=r'sample 13, view 0 must fit float16, got 7e\+04; use dtype="float32"'):
         build(tmp_path, Fetch(), teacher=Constant(7e4), dtype="float16")
-    with pytest.raises(ValueError, match=r"sample 13, view 0 must fit float32, got nan$"):
-        build(tmp_path, Fetch(), teacher=Constant(float("nan")))
+    for dtype in ("int8", "float32", "float16"):
+        for value in ("nan", "inf"):
+            with pytest.raises(ValueError, match=f"'x' of sample 13, view 0 must fit {dtype}, got {value}$"):
+                build(tmp_path, Fetch(), teacher=Constant(float(value)), dtype=dtype)
     assert build(tmp_path, Fetch(), teacher=Constant(7e4)).read([13])["x"].tolist() == [[7e4, 7e4]]
     with pytest.raises(TypeError, match="named features"):
         build(tmp_path / "other", Fetch(), teacher=nn.Flatten())

@@ -109,16 +109,6 @@ def test_any_finite_row_is_stored_within_half_a_step(dtype: str, values: list[fl
     assert cosine_error[0] == pytest.approx(expected, rel=0.02, abs=1e-6)
 
 
-def test_an_infinite_value_names_sample_and_view(tmp_path: Path) -> None:
-    def infinite(samples: Tensor, view: int) -> Tensor:
-        return torch.where(samples > 4, torch.inf, samples * 1.0)[:, None]
-
-    options = {"samples": [2, 9, 4], "batch_size": 2}
-    for dtype in ("int8", "float32", "float16"):
-        with pytest.raises(ValueError, match=f"'embedding' of sample 9, view 0 must fit {dtype}, got inf"):
-            TeacherCache.build(tmp_path / dtype, Embedding(), infinite, dtype=dtype, **options)
-
-
 def test_selected_features_are_read(tmp_path: Path) -> None:
     x = outputs()
     cache = TeacherCache.build(tmp_path, Split(), lambda samples, view: x[samples], samples=SAMPLES, dtype="int8")
@@ -132,9 +122,3 @@ def test_selected_features_are_read(tmp_path: Path) -> None:
         cache.read([3], 0, ["maps"])
     with pytest.raises(ValueError, match="CachedTeacher: no feature named 'embeding'; the nearest are 'embedding'"):
         CachedTeacher(cache, features=("embeding",))
-
-
-def test_notes_are_kept(tmp_path: Path) -> None:
-    options = {"samples": 3, "fingerprint": "x", "notes": {"teacher": "big.onnx"}}
-    TeacherCache.build(tmp_path, Split(), lambda samples, view: outputs()[samples], **options)
-    assert TeacherCache.open(tmp_path).notes == {"teacher": "big.onnx"}

@@ -16,6 +16,7 @@ from kdlib_faces.commands import evaluate
 from kdlib_faces.commands.evaluate import EvaluateConfig
 from kdlib_faces.data.formats.bin import save_bin
 from tests.faces.matlab_file import Grid, Record, Writer
+from tests.faces.reader_files import put
 
 SIDE = 32
 _BASES = np.random.default_rng(0).integers(0, 256, (64, 8, 8, 3))
@@ -34,9 +35,7 @@ def put_face(path: Path, identity: int, shot: int) -> Path:
 
 
 def put_text(path: Path, lines: list[str]) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("\n".join(lines) + "\n")
-    return path
+    return put(path.parent, "\n".join(lines) + "\n", path.name)
 
 
 def lfw(root: Path) -> str:

@@ -12,7 +12,6 @@ from kdlib_faces._checks import InputError
 from kdlib_faces.data.alignment import (
     ARCFACE_TEMPLATE,
     align_face,
-    landmarks_from_68,
     similarity_transform,
     template_for,
 )
@@ -171,11 +170,3 @@ def test_a_face_far_outside_the_picture_is_black():
 def test_unusable_images_are_refused(image):
     with pytest.raises(InputError, match="align_face: image must be"):
         align_face(image, ARCFACE_TEMPLATE)
-
-
-def test_68_landmarks_to_five():
-    points = np.random.default_rng(4).uniform(0, 100, (68, 2))
-    want = [points[[36, 39]].mean(0), points[[42, 45]].mean(0), points[30], points[48], points[54]]
-    assert landmarks_from_68(points) == pytest.approx(np.array(want))
-    with pytest.raises(InputError, match=r"points must be \(68, 2\), got \(5, 2\)"):
-        landmarks_from_68(points[:5])

@@ -6,8 +6,11 @@ import numpy as np
 import pytest
 import torch
 
+from kdlib_faces._checks import InputError
 from kdlib_faces.data.batches import FaceBatches
 from kdlib_faces.data.images import to_float
+from kdlib_faces.data.samplers import choose_samples_per_identity, count_cross_age_identities
+from kdlib_faces.data.seeded_views import SeededViews
 from kdlib_faces.data.views import AugmentConfig, augment, erase, grayscale, low_resolution, mirror, photometric, warp
 
 OFF = AugmentConfig.none()
@@ -31,15 +34,8 @@ def equal(one, two):
 
 def test_batches_carry_the_rows_that_they_say():
     images, ages = pixels(), np.array([np.nan, *range(1, 10)])
-    batches = FaceBatches(
-        images,
-        np.arange(10) // 2,
-        batch_size=3,
-        seed=5,
-        ages=ages,
-        age_groups=np.arange(10) % 2,
-        sample_ids=range(100, 110),
-    )
+    columns = {"ages": ages, "age_groups": np.arange(10) % 2, "sample_ids": range(100, 110)}
+    batches = FaceBatches(images, np.arange(10) // 2, batch_size=3, seed=5, **columns)
     assert len(batches) == 3
     seen = []
     for inputs, targets in batches:
@@ -56,17 +52,13 @@ def test_batches_carry_the_rows_that_they_say():
     assert len(set(seen)) == 9
 
 
-@pytest.mark.parametrize("samples_per_identity", [None, 2])
-def test_any_step_of_any_epoch_comes_again(samples_per_identity):
+@pytest.mark.parametrize(
+    "options",
+    [{"augment": ALL}, {"augment": ALL, "samples_per_identity": 2}, {"views": SeededViews(5, seed=1, augment=ALL)}],
+)
+def test_any_step_of_any_epoch_comes_again(options):
     def make(seed=3):
-        return FaceBatches(
-            pixels(24),
-            np.arange(24) % 6,
-            batch_size=4,
-            seed=seed,
-            augment=ALL,
-            samples_per_identity=samples_per_identity,
-        )
+        return FaceBatches(pixels(24), np.arange(24) % 6, batch_size=4, seed=seed, **options)
 
     batches = make()
     state = torch.get_rng_state()
@@ -108,24 +100,25 @@ def test_each_batch_holds_k_images_of_different_identities():
         ({"batch_size": 11}, r"batch_size must be at most the 10 images, got 11"),
         ({"identities": np.zeros(9)}, r"identity must be \(n,\) = \(10,\), got \(9,\)"),
         ({"ages": [1.0]}, r"age must be \(n,\)"),
-        ({"images": torch.zeros(10, 1, 4, 4, dtype=torch.uint8)}, r"images must be \(n, 3, s, s\)"),
-        ({"samples_per_identity": 3}, "batch_size must be a multiple of samples_per_identity 3, got 4"),
-        (
-            {"samples_per_identity": 1, "identities": np.arange(10) % 3},
-            "batch_size / samples_per_identity must be at most the 3 identities, got 4",
-        ),
+        ({"images": torch.zeros(10, 1, 4, 4, dtype=torch.uint8)}, r"images must be \(b, 3, h, w\)"),
+        ({"samples_per_identity": 3}, "batch_size must be a multiple of samples_per_identity 3, .* got 4"),
+        ({"samples_per_identity": 1, "identities": np.arange(10) % 3}, ".* at most 1 x 3 identities, got 4"),
         ({"seed": -1}, "seed must be a whole number"),
+        ({"images": torch.zeros(10, 3, 4, 4)}, r"images must be uint8, got torch\.float32"),
     ],
 )
 def test_wrong_arguments(change, message):
     given = {"images": pixels(), "identities": np.arange(10), "batch_size": 4, "seed": 0} | change
-    with pytest.raises(ValueError, match=f"FaceBatches: {message}"):
+    with pytest.raises((TypeError, ValueError), match=f"FaceBatches: {message}"):
         FaceBatches(given.pop("images"), given.pop("identities"), **given)
 
 
-def test_images_must_be_bytes():
-    with pytest.raises(TypeError, match=r"FaceBatches: images must be uint8, got torch\.float32"):
-        FaceBatches(torch.zeros(2, 3, 4, 4), [0, 1], batch_size=1, seed=0)
+def test_cross_age_pairs_need_identities_of_two_ages():
+    assert [choose_samples_per_identity(size, 2) for size in (4, 8, 6, 5)] == [4, 4, 3, 5]
+    with pytest.raises(InputError, match="batch_size 4 cannot hold cross-age pairs of 0 identities"):
+        choose_samples_per_identity(4, 0)
+    assert count_cross_age_identities([0, 0, 1, 1, 2, 2], [3, 40, 20, 25, 7, np.nan], 10.0) == 1
+    assert count_cross_age_identities([0], [np.nan], 10.0) == 0
 
 
 def test_the_view_tells_which_images_were_mirrored():

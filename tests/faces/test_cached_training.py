@@ -1,7 +1,6 @@
 """`kdlib-faces train --recipe liaad` from cached teachers gives the same student as with live teachers."""
 
 import json
-import os
 import shutil
 import signal
 import subprocess
@@ -16,79 +15,44 @@ from PIL import Image
 
 from kdlib.cache import CachedTeacher, TeacherCache
 from kdlib_faces._checks import InputError
-from kdlib_faces.backbones import build_backbone, load_backbone, save_backbone
+from kdlib_faces.backbones import load_backbone
 from kdlib_faces.caching.teachers import TeacherSource, is_cache, open_teachers
-from kdlib_faces.cli import main
 from kdlib_faces.data.lists import read_faces
 from kdlib_faces.recipes import LIAADConfig
 from kdlib_faces.recipes import build as build_recipe
 from kdlib_faces.recipes.liaad import features_read
+from tests.faces.cache_files import COUNT, SIZE, build, fails, make_faces, run, settings
 
-COUNT, SIZE = 16, 32
 PLAIN = [f"augment.{name}=0" for name in ["mirror", "brightness", "contrast", "gamma", "shift", "scale", "rotate"]]
 PLAIN += ["augment.low_resolution=0", "augment.grayscale=0"]
-SETTINGS = [
-    "training.steps=5",
-    "training.batch_size=8",
-    "training.lr=0.02",
-    "recipe.input_size=32",
-    "recipe.width=0.25",
-]
-SETTINGS += ["recipe.embedding_dim=16"]
-
-
-def strings(*given: object) -> list[str]:
-    return [str(word) for word in given]
-
-
-def settings(*given: str) -> list[str]:
-    return [word for entry in given for word in ("--set", entry)]
-
-
-def build(folder: Path, teacher: str, output: Path, *more: object, faces: str = "faces.csv") -> Path:
-    given = ("--faces", folder / faces, "--teacher", folder / teacher, "--output", output)
-    assert main(strings("cache", "build", "--quiet", *given, *more)) == 0
-    return output
+SETTINGS = ["training.steps=5", "training.batch_size=8", "training.lr=0.02"]
+SETTINGS += ["recipe.input_size=32", "recipe.width=0.25", "recipe.embedding_dim=16"]
 
 
 @pytest.fixture(scope="module")
 def faces_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Face lists, two teachers, and a cache with maps of each: float32 of the first, float16 of the second."""
-    folder = tmp_path_factory.mktemp("cached")
-    rows = ["path,identity"]
-    for number in range(COUNT):
-        pixels = np.random.default_rng(number).integers(0, 255, (SIZE, SIZE, 3), dtype=np.uint8)
-        Image.fromarray(pixels).save(folder / f"{number}.png")
-        rows.append(f"{number}.png,p{number // 2}")
-    (folder / "faces.csv").write_text("\n".join(rows) + "\n")
+    folder = make_faces(tmp_path_factory.mktemp("cached"))
+    rows = (folder / "faces.csv").read_text().splitlines()
     (folder / "turned.csv").write_text("\n".join([rows[0], *rows[:0:-1]]) + "\n")
     (folder / "fewer.csv").write_text("\n".join(rows[:-4]) + "\n")
-    for seed, name in enumerate(("general.pt", "age.pt")):
-        network = build_backbone("mobilefacenet", seed=seed, embedding_dim=16, width=0.25, input_size=SIZE)
-        save_backbone(network, folder / name)
     build(folder, "general.pt", folder / "general", "--tap", "map=stage2", "--dtype", "float32")
     build(folder, "age.pt", folder / "age", "--tap", "stage2")
     return folder
 
 
-def train(
-    faces_folder: Path, output: Path, *teachers: object, more: tuple[str, ...] = (), faces: str = "faces.csv"
-) -> int:
-    given = [word for teacher in teachers for word in ("--teacher", faces_folder / str(teacher))]
-    return main(
-        strings(
-            "train", "--recipe", "liaad", "--quiet", "--threads", "1", "--faces", faces_folder / faces, "--output", output,
-            *given, *settings(*SETTINGS, *more),
-        )
-    )  # fmt: skip
+def command(
+    folder: Path, output: Path, *teachers: object, more: tuple[str, ...] = (), faces: str = "faces.csv"
+) -> list[object]:
+    """Return the words of `train --recipe liaad` with two teachers in `folder`."""
+    given = [word for teacher in teachers for word in ("--teacher", folder / str(teacher))]
+    start = ("train", "--recipe", "liaad", "--quiet", "--threads", "1", "--faces", folder / faces)
+    return [*start, "--output", output, *given, *settings(*SETTINGS, *more)]
 
 
-def fails(capsys: pytest.CaptureFixture[str], code: int) -> str:
-    assert code == 2
-    message = capsys.readouterr().err.strip().splitlines()
-    assert len(message) == 1
-    assert message[0].startswith("kdlib-faces: error: ")
-    return message[0]
+def train(folder: Path, output: Path, *teachers: object, **options: object) -> Path:
+    assert run(*command(folder, output, *teachers, **options)) == 0
+    return output
 
 
 def losses(output: Path) -> list[dict[str, float]]:
@@ -117,41 +81,30 @@ def same(one: Path, other: Path, *, first: float) -> None:
 @pytest.mark.parametrize("mirror", ["0", "0.5"])
 def test_cached_and_live_teachers_give_the_same_student(faces_folder: Path, tmp_path: Path, mirror: str) -> None:
     more = (*PLAIN[1:], f"augment.mirror={mirror}")
-    assert train(faces_folder, tmp_path / "live", "general.pt", "age.pt", more=more) == 0
-    assert train(faces_folder, tmp_path / "cached", "general", "age", more=more) == 0
-    assert train(faces_folder, tmp_path / "one", "general", "age.pt", more=more) == 0
+    train(faces_folder, tmp_path / "live", "general.pt", "age.pt", more=more)
+    train(faces_folder, tmp_path / "cached", "general", "age", more=more)
+    train(faces_folder, tmp_path / "one", "general", "age.pt", more=more)
     same(tmp_path / "one", tmp_path / "live", first=1e-5)  # float32 on disk
     same(tmp_path / "cached", tmp_path / "live", first=2e-4)  # float16 on disk
-    # A view that does not follow the student's is seen in the losses at once.
+    # A view that does not follow the student's changes the first loss.
     if mirror != "0":
         plain = build(faces_folder, "general.pt", tmp_path / "plain", "--views", "1", "--dtype", "float32")
-        assert train(faces_folder, tmp_path / "other", plain, "age.pt", more=(*more, "recipe.map_weight=0")) == 0
-        apart = [
-            a["embedding"] - b["embedding"]
-            for a, b in zip(losses(tmp_path / "other"), losses(tmp_path / "live"), strict=True)
-        ]
-        assert abs(apart[0]) > 1e-5
+        train(faces_folder, tmp_path / "other", plain, "age.pt", more=(*more, "recipe.map_weight=0"))
+        first, wanted = (losses(tmp_path / name)[0]["embedding"] for name in ("other", "live"))
+        assert abs(first - wanted) > 1e-5
 
 
 def test_random_views_are_shared_by_student_and_cache(faces_folder: Path, tmp_path: Path, capsys) -> None:
-    random = (
-        "--tap",
-        "stage2",
-        "--views",
-        "3",
-        "--dtype",
-        "float32",
-        *settings("augment.rotate=20", "augment.mirror=0.5"),
-    )
+    views = ("--views", "3", *settings("augment.rotate=20", "augment.mirror=0.5"))
+    random = ("--tap", "stage2", "--dtype", "float32", *views)
     caches = [build(faces_folder, name, tmp_path / name[:3], *random) for name in ("general.pt", "age.pt")]
-    assert train(faces_folder, tmp_path / "cached", *caches) == 0
-    assert train(faces_folder, tmp_path / "one", caches[0], "age.pt") == 0  # the live teacher sees the same images
+    train(faces_folder, tmp_path / "cached", *caches)
+    train(faces_folder, tmp_path / "one", caches[0], "age.pt")  # the live teacher sees the same images
     same(tmp_path / "one", tmp_path / "cached", first=1e-5)
-    capsys.readouterr()
-    message = fails(capsys, train(faces_folder, tmp_path / "c", caches[0], "age"))
+    message = fails(capsys, *command(faces_folder, tmp_path / "c", caches[0], "age"))
     assert "both caches must have the same views, but" in message
     assert "has 3 random views with seed 0 (mirror 0.5, rotate 20) and" in message
-    assert f"{faces_folder / 'age'} has plain views" in message
+    assert f"{faces_folder / 'age'} has the plain and the mirrored image" in message
 
 
 @pytest.mark.parametrize(
@@ -162,7 +115,7 @@ def test_random_views_are_shared_by_student_and_cache(faces_folder: Path, tmp_pa
     ],
 )
 def test_a_cache_of_other_faces_is_refused(faces_folder: Path, tmp_path: Path, capsys, faces: str, words: str) -> None:
-    message = fails(capsys, train(faces_folder, tmp_path / "run", "general", "age.pt", faces=faces))
+    message = fails(capsys, *command(faces_folder, tmp_path / "run", "general", "age.pt", faces=faces))
     assert f"{faces_folder / 'general'} was computed from other images" in message
     assert words in message
     assert not (tmp_path / "run").exists()
@@ -171,35 +124,31 @@ def test_a_cache_of_other_faces_is_refused(faces_folder: Path, tmp_path: Path, c
 def test_a_changed_image_is_detected(faces_folder: Path, tmp_path: Path, capsys) -> None:
     folder = tmp_path / faces_folder.name
     shutil.copytree(faces_folder, folder)
-    assert train(folder, tmp_path / "moved", "general", "age") == 0  # a list may move
+    train(folder, tmp_path / "moved", "general", "age")  # a list may move
     Image.new("RGB", (SIZE, SIZE)).save(folder / "7.png")
-    capsys.readouterr()
-    assert "order, names, sizes or content differ" in fails(capsys, train(folder, tmp_path / "run", "general", "age"))
+    assert "order, names, sizes or content differ" in fails(
+        capsys, *command(folder, tmp_path / "run", "general", "age")
+    )
 
 
 def test_a_missing_map_is_reported_with_remedies(faces_folder: Path, tmp_path: Path, capsys) -> None:
     bare = build(faces_folder, "age.pt", tmp_path / "bare")
-    capsys.readouterr()
-    message = fails(capsys, train(faces_folder, tmp_path / "run", "general", bare))
+    message = fails(capsys, *command(faces_folder, tmp_path / "run", "general", bare))
     assert message.endswith(
         f"train: {bare} has no feature 'map', which a term of the age teacher needs; it has 'embedding'; build another cache "
         "with --tap map=stage2, or remove the term by --set recipe.attention_weight=0"
     )
-    # Both ways hold what they promise.
-    assert train(faces_folder, tmp_path / "run", "general", bare, more=("recipe.attention_weight=0",)) == 0
+    train(faces_folder, tmp_path / "run", "general", bare, more=("recipe.attention_weight=0",))
     assert sorted(losses(tmp_path / "run")[0]) == ["embedding", "identity", "map"]
-    other = build(faces_folder, "age.pt", tmp_path / "mapped", "--tap", "map=stage2")
-    assert train(faces_folder, tmp_path / "run2", "general", other) == 0
 
 
 def test_plain_views_suffice_for_embeddings_but_not_for_maps(faces_folder: Path, tmp_path: Path, capsys) -> None:
     plain = build(faces_folder, "age.pt", tmp_path / "plain", "--views", "1", "--tap", "stage2")
-    capsys.readouterr()
-    message = fails(capsys, train(faces_folder, tmp_path / "run", "general", plain))
+    message = fails(capsys, *command(faces_folder, tmp_path / "run", "general", plain))
     assert "has plain views only" in message
     assert "--views 2, or --set augment.mirror=0, or --set recipe.attention_weight=0" in message
     for setting in ("augment.mirror=0", "recipe.attention_weight=0"):
-        assert train(faces_folder, tmp_path / setting, "general", plain, more=(setting,)) == 0
+        train(faces_folder, tmp_path / setting, "general", plain, more=(setting,))
 
 
 def test_only_features_of_active_terms_are_read(faces_folder: Path) -> None:
@@ -223,8 +172,8 @@ def test_only_features_of_active_terms_are_read(faces_folder: Path) -> None:
     assert (sorted(general.taps), sorted(age.taps)) == (["embedding"], ["embedding", "map"])
     assert found.views is None
     assert found.messages == (
-        f"general teacher: general.pt from {faces_folder / 'general'}, outputs for the plain image, mirrored like the student's",
-        f"age teacher: age.pt from {faces_folder / 'age'}, outputs for the plain image, mirrored like the student's",
+        f"general teacher: general.pt from {faces_folder / 'general'}, outputs for the plain and the mirrored image",
+        f"age teacher: age.pt from {faces_folder / 'age'}, outputs for the plain and the mirrored image",
     )
 
 
@@ -232,7 +181,7 @@ def test_folders_without_a_valid_cache_are_refused(faces_folder: Path, tmp_path:
     assert is_cache(str(faces_folder / "age"))
     assert not is_cache(str(faces_folder))
     assert not is_cache(str(faces_folder / "age.pt"))
-    message = fails(capsys, train(faces_folder, tmp_path / "run", faces_folder, "age.pt"))
+    message = fails(capsys, *command(faces_folder, tmp_path / "run", faces_folder, "age.pt"))
     assert "is not a cache of teacher outputs: it has no header.json" in message
     (tmp_path / "half").mkdir()
     for file in (faces_folder / "age").iterdir():
@@ -241,7 +190,7 @@ def test_folders_without_a_valid_cache_are_refused(faces_folder: Path, tmp_path:
 
     def error(**changes: object) -> str:
         (tmp_path / "half" / "header.json").write_text(json.dumps({**header, **changes}))
-        return fails(capsys, train(faces_folder, tmp_path / "run", "general", tmp_path / "half"))
+        return fails(capsys, *command(faces_folder, tmp_path / "run", "general", tmp_path / "half"))
 
     assert "run the same build again to complete it" in error(checks="", rows=3)
     assert "do not describe its views" in error(notes={})
@@ -252,14 +201,14 @@ def test_folders_without_a_valid_cache_are_refused(faces_folder: Path, tmp_path:
 
 
 def test_sigterm_and_sigkill_leave_the_same_student(faces_folder: Path, tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "kdlib_faces", "train", "--recipe", "liaad", "--quiet", "--threads", "1"]
-    command += strings(
-        "--faces", faces_folder / "faces.csv", "--teacher", faces_folder / "general", "--teacher", faces_folder / "age"
-    )
-    command += settings(*SETTINGS[1:], "training.steps=80", "augment.rotate=10")
+    def process_of(name: str) -> subprocess.Popen[bytes]:
+        more = ("training.steps=80", "augment.rotate=10")
+        words = command(faces_folder, tmp_path / name, "general", "age", more=more)
+        return subprocess.Popen([sys.executable, "-m", "kdlib_faces", *map(str, words)])
+
     log = tmp_path / "interrupted" / "log.jsonl"
     for sent in (signal.SIGTERM, signal.SIGKILL):
-        process = subprocess.Popen([*command, "--output", str(tmp_path / "interrupted")], env=os.environ.copy())
+        process = process_of("interrupted")
         before, deadline = log.stat().st_size if log.exists() else 0, time.monotonic() + 120
         while process.poll() is None and time.monotonic() < deadline:
             if log.exists() and log.stat().st_size > before:
@@ -270,42 +219,38 @@ def test_sigterm_and_sigkill_leave_the_same_student(faces_folder: Path, tmp_path
     assert list((tmp_path / "interrupted" / "checkpoints").iterdir())
     assert not (tmp_path / "interrupted" / "model.pt").exists()
     for name in ("interrupted", "straight"):
-        subprocess.run([*command, "--output", str(tmp_path / name)], check=True, timeout=300)
+        assert process_of(name).wait(300) == 0
     wanted = weights(tmp_path / "straight")
     assert all(torch.equal(value, wanted[name]) for name, value in weights(tmp_path / "interrupted").items())
 
 
 def test_a_folder_of_another_run_is_refused(faces_folder: Path, tmp_path: Path, capsys) -> None:
     output = tmp_path / "run"
-    assert train(faces_folder, output, "general", "age") == 0
+    train(faces_folder, output, "general", "age")
     kept = (output / "config.toml").read_text()
     before = weights(output)
-    assert train(faces_folder, output, "general", "age") == 0  # the same again: nothing to do
+    train(faces_folder, output, "general", "age")  # the same again: nothing to do
     capsys.readouterr()
-    for teachers, more, words in (
+    for teachers, more, difference in (
         (("age", "general"), (), "what differs is general teacher ("),
         (("general.pt", "age"), (), "what differs is general teacher ("),
-        (
-            ("general", "age"),
-            ("augment.rotate=1",),
-            "what differs is augment.rotate (5.0, now 1.0); restore the settings",
-        ),
+        (("general", "age"), ("augment.rotate=1",), "what differs is augment.rotate (5.0, now 1.0); restore"),
         (("general", "age"), ("recipe.map_weight=3", "training.steps=6"), "recipe.map_weight (2.0, now 3.0)"),
     ):
-        message = fails(capsys, train(faces_folder, output, *teachers, more=more))
+        message = fails(capsys, *command(faces_folder, output, *teachers, more=more))
         assert f"{output} holds another run" in message
-        assert words in message
-    message = fails(capsys, train(faces_folder, output, "general.pt", "age.pt", faces="turned.csv"))
+        assert difference in message
+    message = fails(capsys, *command(faces_folder, output, "general.pt", "age.pt", faces="turned.csv"))
     assert "what differs is faces (" in message
     assert (output / "config.toml").read_text() == kept
     assert all(torch.equal(value, before[name]) for name, value in weights(output).items())
     # Files that were moved are the same run.
     folder = tmp_path / faces_folder.name
     shutil.copytree(faces_folder, folder)
-    assert train(folder, output, "general", "age") == 0
+    train(folder, output, "general", "age")
     capsys.readouterr()
     (output / "run.json").write_text("[]")
-    message = fails(capsys, train(faces_folder, output, "general", "age"))
+    message = fails(capsys, *command(faces_folder, output, "general", "age"))
     assert "holds checkpoints without a readable run.json" in message
 
 
@@ -318,8 +263,8 @@ def test_an_onnx_teacher_needs_no_tap_name(faces_folder: Path, tmp_path: Path, c
     held = build(faces_folder, str(graph), tmp_path / "c", "--tap", "map=stage2")
     assert json.loads(TeacherCache.open(held).notes["taps"]) == {"map": "middle"}
     assert TeacherCache.open(held).features == {"embedding": (16,), "map": (6, 14, 14)}
-    assert train(faces_folder, tmp_path / "live", graph, "age.pt") == 0
-    assert train(faces_folder, tmp_path / "cached", held, "age") == 0
+    train(faces_folder, tmp_path / "live", graph, "age.pt")
+    train(faces_folder, tmp_path / "cached", held, "age")
     for name in ("live", "cached"):
         assert sorted(losses(tmp_path / name)[0]) == ["attention", "embedding", "identity", "map"]
 
@@ -331,19 +276,19 @@ def test_a_network_without_maps_names_the_setting(faces_folder: Path, tmp_path: 
 
     graph = tiny_graph(tmp_path / "net.onnx")
     monkeypatch.setattr("kdlib_faces.teachers.open.suggest_taps", lambda path: {})
-    message = fails(capsys, train(faces_folder, tmp_path / "run", "general", graph))
+    message = fails(capsys, *command(faces_folder, tmp_path / "run", "general", graph))
     assert (
         "no square feature map to distill from; is it a convolutional network? recipe.attention_weight=0 removes the term"
         in message
     )
-    assert train(faces_folder, tmp_path / "run", "general", graph, more=("recipe.attention_weight=0",)) == 0
+    train(faces_folder, tmp_path / "run", "general", graph, more=("recipe.attention_weight=0",))
 
 
 def test_large_lists_are_memory_mapped(faces_folder: Path, tmp_path: Path, monkeypatch) -> None:
-    assert train(faces_folder, tmp_path / "memory", "general", "age") == 0
+    train(faces_folder, tmp_path / "memory", "general", "age")
     assert not (tmp_path / "memory" / "images.npy").exists()
     monkeypatch.setattr("kdlib_faces.training.run.MAX_MEMORY", 1000)
-    assert train(faces_folder, tmp_path / "file", "general", "age") == 0
+    train(faces_folder, tmp_path / "file", "general", "age")
     assert np.load(tmp_path / "file" / "images.npy", mmap_mode="r").shape == (COUNT, 3, SIZE, SIZE)
     wanted = weights(tmp_path / "memory")
     assert all(torch.equal(value, wanted[name]) for name, value in weights(tmp_path / "file").items())

@@ -1,6 +1,5 @@
-"""Evaluation by age gap against loops over pairs, and its bootstrap against resamples built image by image."""
+"""Evaluation by age gap and comparison of models against loops over pairs and resamples built image by image."""
 
-import json
 from itertools import combinations
 from typing import Any
 
@@ -14,6 +13,7 @@ from kdlib_faces.evaluation import (
     AgeGapProtocol,
     AgeGapResult,
     auc,
+    compare,
     evaluate,
     identity_bootstrap,
     roc_points,
@@ -117,31 +117,6 @@ def test_intervals_are_percentiles_of_the_replicates() -> None:
     assert (fnmr.value, fnmr.low) == (1 - result.all.tar[0.1].value, 1 - result.all.tar[0.1].high)
 
 
-def test_intervals_have_their_nominal_coverage() -> None:
-    generator = np.random.default_rng(7)
-
-    def draw(identities: int) -> tuple[Any, Any, Any]:
-        codes = np.repeat(np.arange(identities), 4)
-        hardness = generator.uniform(0.3, 1.6, identities)[codes, None]
-        return (
-            generator.normal(size=(identities, 6))[codes] + hardness * generator.normal(size=(codes.size, 6)),
-            codes,
-            codes % 50,
-        )
-
-    embeddings, codes, ages = draw(500)
-    truth = AgeGapProtocol(codes, ages=ages, fars=(0.05,), replicates=0).evaluate(embeddings).all
-    covered = {"auc": 0, "tar@0.05": 0}
-    rounds = 50
-    for _ in range(rounds):
-        embeddings, codes, ages = draw(30)
-        found = AgeGapProtocol(codes, ages=ages, fars=(0.05,), replicates=100, level=0.9).evaluate(embeddings).all
-        for key in covered:
-            covered[key] += found.metrics()[key].low <= truth.metrics()[key].value <= found.metrics()[key].high
-    for count in covered.values():
-        assert 0.74 <= count / rounds <= 1.0
-
-
 def test_thinned_resamples_agree_with_complete_ones() -> None:
     embeddings, codes, ages = make_set(0, identities=40, images=8)
     whole, thin = (
@@ -175,6 +150,8 @@ def test_other_bins_and_gaps_below_the_first() -> None:
     assert [entry.genuine for entry in result.bins] == [0, 0, 1, 0]
     assert result.all.genuine == 2
     assert (result.large_gap, set(result.roc)) == ("3.5-<10", {"all", "3.5-<10"})
+    with pytest.raises(ValueError, match=r"name must be one of 2, .*all, got '40'"):
+        result.bin("40")
 
 
 def test_groups_make_one_bin_for_each_pair() -> None:
@@ -201,49 +178,6 @@ def test_groups_make_one_bin_for_each_pair() -> None:
         "0-9 / 10+",
         "10+ / 10+",
     ]
-
-
-def test_an_empty_bin_is_null() -> None:
-    protocol = AgeGapProtocol([0, 0, 1, 1], ages=[1, 2, 3, 4], fars=(0.5,), replicates=20)
-    entry = protocol.evaluate(np.eye(4) + 1).bin("30+")
-    null = {"value": None, "low": None, "high": None, "n": 0}
-    assert entry.to_dict() == {
-        "name": "30+",
-        "genuine": 0,
-        "impostor": 0,
-        "auc": null,
-        "tar": {"0.5": null},
-        "own_auc": null,
-        "own_tar": {"0.5": null},
-    }
-    assert entry.fnmr[0.5].to_dict() == null
-
-
-def test_a_bin_without_impostors_still_has_its_global_rate() -> None:
-    protocol = AgeGapProtocol([0, 0, 1, 1], ages=[1, 41, 20, 21], fars=(0.5,), replicates=5)
-    entry = protocol.evaluate(np.eye(2)[[0, 0, 1, 1]]).bin("30+")
-    assert (entry.genuine, entry.impostor) == (1, 0)
-    assert entry.tar[0.5].value == entry.auc.value == 1.0
-    assert entry.own_auc.to_dict() == {"value": None, "low": None, "high": None, "n": 0}
-
-
-def test_to_dict_has_the_form_of_the_report() -> None:
-    embeddings, codes, ages = make_set(2)
-    result = AgeGapProtocol(codes, ages=ages, replicates=10).evaluate(torch.tensor(embeddings, dtype=torch.float32))
-    entry = result.to_dict()
-    assert json.loads(json.dumps(entry, allow_nan=False)) == entry
-    assert list(entry) == ["kind", "bins", "all", "roc", "histogram"]
-    assert list(entry["all"]) == ["name", "genuine", "impostor", "auc", "tar", "own_auc", "own_tar"]
-    assert list(entry["all"]["tar"]) == list(entry["bins"][0]["own_tar"]) == ["0.01", "0.001"]
-    assert list(entry["all"]["auc"]) == ["value", "low", "high", "n"]
-    assert set(entry["roc"]) == {"all", "30+"}
-    histogram = entry["histogram"]
-    assert len(histogram["edges"]) == len(histogram["impostor"]) + 1
-    assert sum(histogram["impostor"]) == result.all.impostor
-    assert {name: sum(counts) for name, counts in histogram["genuine"].items()} == {
-        e.name: e.genuine for e in result.bins
-    }
-    assert entry["all"]["own_auc"] == entry["all"]["auc"]
 
 
 def test_the_curve_of_the_largest_gap_is_against_its_own_impostors() -> None:
@@ -297,10 +231,93 @@ def test_bad_protocols_are_refused(arguments: dict[str, Any], message: str) -> N
         AgeGapProtocol(identities, **arguments)
 
 
-def test_repr_and_unknown_bin() -> None:
-    protocol = AgeGapProtocol([0, 0, 1], ages=[1, 2, 3], fars=(0.5,), replicates=0)
-    assert repr(protocol).startswith(
-        "AgeGapProtocol(<3 images of 2 identities>, ages=..., bins=(0.0, 5.0, 10.0, 20.0, 30.0)"
-    )
-    with pytest.raises(ValueError, match=r"name must be one of 0-4, .*all, got '40'"):
-        protocol.evaluate(np.eye(3)).bin("40")
+def test_empty_bins_are_null_and_a_bin_without_impostors_still_has_its_global_rate() -> None:
+    null = {"value": None, "low": None, "high": None, "n": 0}
+    protocol = AgeGapProtocol([0, 0, 1, 1], ages=[1, 2, 3, 4], fars=(0.5,), replicates=5)
+    result = protocol.evaluate(np.eye(4) + 1)
+    assert result.bin("30+").to_dict() == {
+        "name": "30+",
+        "genuine": 0,
+        "impostor": 0,
+        "auc": null,
+        "own_auc": null,
+        "tar": {"0.5": null},
+        "own_tar": {"0.5": null},
+    }
+    assert result.bin("30+").fnmr[0.5].to_dict() == null
+    entries = [entry for entry in compare({"x": result, "y": result}, "x", "y") if entry["bin"] == "30+"]
+    assert [(entry["difference"]["value"], entry["separate"]) for entry in entries] == [(None, False)] * 4
+    protocol = AgeGapProtocol([0, 0, 1, 1], ages=[1, 41, 20, 21], fars=(0.5,), replicates=5)
+    entry = protocol.evaluate(np.eye(2)[[0, 0, 1, 1]]).bin("30+")
+    assert (entry.genuine, entry.impostor, entry.tar[0.5].value, entry.auc.value) == (1, 0, 1.0, 1.0)
+    assert entry.own_auc.to_dict() == null
+
+
+def test_the_dictionary_holds_histograms_and_curves_of_the_bins() -> None:
+    embeddings, codes, ages = make_set(2)
+    result = AgeGapProtocol(codes, ages=ages, replicates=10).evaluate(torch.tensor(embeddings, dtype=torch.float32))
+    entry = result.to_dict()
+    assert list(entry) == ["kind", "bins", "all", "roc", "histogram"]
+    assert (list(entry["all"]["tar"]), set(entry["roc"])) == (["0.01", "0.001"], {"all", "30+"})
+    histogram = entry["histogram"]
+    assert len(histogram["edges"]) == len(histogram["impostor"]) + 1
+    assert sum(histogram["impostor"]) == result.all.impostor
+    counted = {name: sum(counts) for name, counts in histogram["genuine"].items()}
+    assert counted == {each.name: each.genuine for each in result.bins}
+
+
+def test_compare_pairs_the_resamples() -> None:
+    embeddings, codes, ages = make_set(0, identities=20)
+    protocol = AgeGapProtocol(codes, ages=ages, fars=(0.1,), replicates=80)
+    noise = np.random.default_rng(1).normal(size=embeddings.shape)
+    good, bad = protocol.evaluate(embeddings), protocol.evaluate(embeddings + 3 * noise)
+    entries = compare({"good": good, "bad": bad}, "good", "bad")
+    assert len(entries) == 6 * 4
+    assert list(entries[0]) == ["a", "b", "protocol", "bin", "metric", "difference", "separate"]
+    assert {entry["metric"] for entry in entries} == {"auc", "own_auc", "tar@0.1", "own_tar@0.1"}
+    by_key = {(entry["bin"], entry["metric"]): entry for entry in entries}
+    clear = by_key["all", "auc"]
+    assert clear["separate"] is True
+    replicates = good.all.auc.replicates - bad.all.auc.replicates
+    assert clear["difference"] == {
+        "value": pytest.approx(good.all.auc.value - bad.all.auc.value),
+        "low": pytest.approx(np.quantile(replicates, 0.025)),
+        "high": pytest.approx(np.quantile(replicates, 0.975)),
+        "n": good.all.genuine,
+    }
+    same = compare({"good": good, "twin": good}, "good", "twin")
+    assert {entry["separate"] for entry in same} == {False}
+    assert {entry["difference"]["value"] for entry in same} == {0.0}
+
+
+def test_compare_refuses_unlike_results() -> None:
+    embeddings, codes, ages = make_set(0)
+    first, second = (AgeGapProtocol(codes, ages=ages, replicates=3, seed=s).evaluate(embeddings) for s in (0, 1))
+    with pytest.raises(ValueError, match="results of one protocol"):
+        compare({"x": first, "y": second}, "x", "y")
+    with pytest.raises(ValueError, match="must be among x, got 'z'"):
+        compare({"x": first}, "x", "z")
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_hardest_pairs_by_hand(seed: int) -> None:
+    embeddings, codes, ages = make_set(seed, identities=8)
+    pairs = AgeGapProtocol(codes, ages=ages, replicates=0).evaluate(embeddings).hardest(3)
+    unit = embeddings / np.linalg.norm(embeddings, axis=1, keepdims=True)
+    expected, used = [], set()
+    scored = sorted((float(unit[i] @ unit[j]), i, j) for i, j in combinations(range(codes.size), 2))
+    for score, i, j in scored:
+        if codes[i] == codes[j] and abs(ages[i] - ages[j]) >= 30 and codes[i] not in used and len(expected) < 3:
+            used.add(codes[i])
+            expected.append((i, j, pytest.approx(score), True))
+    used = set()
+    for score, i, j in reversed(scored):
+        if codes[i] != codes[j] and not {codes[i], codes[j]} & used and len(expected) < 6:
+            used |= {codes[i], codes[j]}
+            expected.append((i, j, pytest.approx(score), False))
+    assert [(pair.left, pair.right, pair.score, pair.same) for pair in pairs] == expected
+
+
+def test_hardest_pairs_are_limited_by_the_number_of_identities() -> None:
+    pairs = AgeGapProtocol([0, 0, 1], ages=[1, 2, 3]).evaluate(np.eye(3) + 0.1).hardest(5)
+    assert [pair.same for pair in pairs] == [True, False]

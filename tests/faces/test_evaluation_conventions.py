@@ -1,5 +1,6 @@
-"""The published ways of judging pairs, written out plainly, and what a number must say of itself."""
+"""Published rules for pairs, written out plainly, and the conventions that a result states."""
 
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -7,17 +8,12 @@ import pytest
 
 from kdlib_faces.evaluation import (
     PAIR_SETS,
-    IdentityOverlapWarning,
     PairProtocol,
     evaluate,
-    identities_in_several_folds,
-    identity_overlap,
     pair_set,
-    paired_test,
     positives_first_folds,
     tar_at_far,
     verify_pairs,
-    wilson,
 )
 from kdlib_faces.evaluation.fold_thresholds import exact_at_far, grid_at_far
 
@@ -150,24 +146,13 @@ def test_facexzoo_threshold_is_a_cosine_and_a_tie_is_always_wrong() -> None:
     assert level.accuracy == 0.0
 
 
-def test_every_threshold_rule_has_its_own_convention() -> None:
-    left, right, same = make()
-    named = {rule: verify_pairs(left, right, same, threshold=rule).convention for rule in ("grid", "exact", "facexzoo")}
-    assert len(set(named.values())) == 3
-    assert all("standard_error is std (ddof 1) / sqrt(folds) as LFW" in words for words in named.values())
-    entry = evaluate(
-        np.stack([left, right], 1).reshape(-1, 10), PairProtocol.interleaved(same, fars=(0.1, 1e-4))
-    ).to_dict()
-    assert (entry["tar_rule"], entry["tar_unresolvable"]) == ("exact", ["0.0001"])
-    assert "insightface" in entry["convention"]
-
-
 def test_the_nearest_rule_may_exceed_its_far() -> None:
     left, right, same = make()
     rows = np.stack([left, right], 1).reshape(-1, 10)
     index = np.arange(same.size) * 2
-    found = evaluate(rows, PairProtocol(index, index + 1, same, fars=(0.0127,), tar_mode="nearest"))
-    assert found.to_dict()["tar_rule"] == "nearest"
+    found = evaluate(rows, PairProtocol(index, index + 1, same, fars=(0.0127, 1e-4), tar_mode="nearest"))
+    assert (found.to_dict()["tar_rule"], found.to_dict()["tar_unresolvable"]) == ("nearest", ["0.0001"])
+    assert "insightface" in found.convention
     assert found.tar[0.0127].far > 0.0127
     assert evaluate(rows, PairProtocol(index, index + 1, same, fars=(0.0127,))).tar[0.0127].far <= 0.0127
 
@@ -200,103 +185,119 @@ def test_published_sets_have_ten_equal_folds(name: str) -> None:
     np.testing.assert_allclose(moved.fold_accuracies, result.fold_accuracies)
 
 
-def test_incomplete_sets_need_folds_and_are_noted() -> None:
-    same = np.tile([True, False], 100)
-    left = np.arange(200) * 2
-    with pytest.raises(ValueError, match="fold_ids must be given where pairs of lfw are missing, got 200 of 6000"):
-        pair_set("lfw", left, left + 1, same)
-    result = evaluate(
-        np.random.default_rng(0).normal(size=(400, 4)),
-        pair_set("lfw", left, left + 1, same, fold_ids=np.arange(200) // 20),
-    )
-    assert result.to_dict()["notes"] == ["lfw: 200 of 6000 pairs"]
-    with pytest.raises(ValueError, match="cacd_vs must have 4000 pairs, got 6000"):
-        pair_set("cacd_vs", np.zeros(6000, int), np.ones(6000, int), np.tile([1, 0], 3000))
-    with pytest.raises(ValueError, match="name must be one of 'lfw'"):
-        pair_set("megaface", left, left + 1, same)
-
-
-def pairs_of_identities() -> tuple[Any, Any, Any, Any, Any]:
-    generator = np.random.default_rng(0)
-    codes = np.repeat(np.arange(40), 3)
-    rows = generator.normal(size=(40, 6))[codes] + 0.8 * generator.normal(size=(120, 6))
-    left = np.arange(0, 120, 3)
-    pairs = np.concatenate([left, left]), np.concatenate([left + 1, (left + 4) % 120])
-    return rows, codes, *pairs, np.repeat([True, False], 40)
-
-
-def test_identities_in_several_folds_are_noted_and_training_identities_warned_of() -> None:
-    rows, codes, left, right, same = pairs_of_identities()
-    folds = positives_first_folds(same)
-    assert identities_in_several_folds(codes[left], codes[right], folds) == list(range(0, 40, 4))
-    protocol = PairProtocol(left, right, same, folds, identities=codes)
-    result = evaluate(rows, protocol)
-    assert result.to_dict()["notes"] == ["10 of 40 identities are in more than one fold"]
-    with pytest.warns(IdentityOverlapWarning, match="3 of 40 identities were trained on"):
-        noted = PairProtocol(left, right, same, folds, identities=codes, train_identities=[1, 2, 3, 77])
-    assert "3 of 40 identities were trained on" in evaluate(rows, noted).notes
-    assert identity_overlap([1, 2], [3]) == []
-    with pytest.raises(ValueError, match=r"same must agree with identities, got pair \[0\]"):
-        PairProtocol(left, right, ~same, folds, identities=codes)
-
-
-def test_the_interval_over_identities_is_a_bootstrap_of_weighted_pairs() -> None:
-    rows, codes, left, right, same = pairs_of_identities()
-    protocol = PairProtocol(left, right, same, positives_first_folds(same), identities=codes, replicates=50, seed=3)
-    result = evaluate(rows, protocol)
-    estimate = result.accuracy_estimate()
-    from kdlib_faces.evaluation import identity_bootstrap
-
-    drawn = identity_bootstrap(codes, replicates=50, seed=3)
-    for m, replicate in zip(drawn, estimate.replicates, strict=True):
-        weight = [
-            m[codes[a]] if codes[a] == codes[b] else m[codes[a]] * m[codes[b]] for a, b in zip(left, right, strict=True)
-        ]
-        assert replicate == pytest.approx(np.average(result.correct, weights=weight), abs=1e-12)
-    assert estimate.value == pytest.approx(result.correct.mean())
-    independent = evaluate(rows, PairProtocol(left, right, same, positives_first_folds(same))).accuracy_estimate()
-    assert (independent.low, independent.high) == wilson(result.accuracy * same.size, same.size)
-
-
-def test_paired_test() -> None:
-    a = np.array([1, 1, 1, 1, 1, 1, 1, 0, 1, 0])
-    b = np.array([0, 0, 0, 0, 1, 1, 1, 1, 1, 0])
-    test = paired_test(a, b, replicates=300, seed=1)
-    # 4 against 1: 2 (C(5,0) + C(5,1)) / 2^5.
-    assert (test.only_a, test.only_b, test.p_value) == (4, 1, 0.375)
-    assert test.difference.value == pytest.approx(0.3)
-    assert test.difference.low <= 0.3 <= test.difference.high
-    assert paired_test(a, a).p_value == 1.0
-    clustered = paired_test(a, b, identities=[0] * 5 + [1] * 5, replicates=300)
-    assert clustered.to_dict()["difference"]["n"] == 10
-    even = paired_test([1, 0], [0, 1])
-    assert even.p_value == 1.0
-    many = paired_test(np.ones(3000), np.zeros(3000), replicates=10)
-    assert 0 <= many.p_value < 1e-12
-    for bad, message in (
-        ({"b": [1]}, r"b must be as long as a \(10\), got 1"),
-        ({"a": a + 1}, r"a must be boolean \(or 0 and 1\), got entry 0"),
-        ({"other_identities": a}, "identities must be given with other_identities"),
-        ({"identities": [1]}, "identities must be as long as a"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            paired_test(**({"a": a, "b": b} | bad))
-
-
 def test_pairs_from_shards_and_bad_unused_rows() -> None:
     left, right, same = make()
-    whole = verify_pairs(left, right, same)
     sharded = verify_pairs([left[:33], left[33:]], iter([right[:399], right[399:]]), same)
-    np.testing.assert_array_equal(whole.fold_accuracies, sharded.fold_accuracies)
-    rows = np.stack([left, right], 1).reshape(-1, 10)
-    index = np.arange(same.size) * 2
-    protocol = PairProtocol(index, index + 1, same)
-    found = evaluate((rows[k : k + 100] for k in range(0, 800, 100)), protocol)
-    np.testing.assert_array_equal(found.fold_accuracies, whole.fold_accuracies)
-    bad = np.vstack([rows, np.full((1, 10), np.nan)])
-    with pytest.raises(ValueError, match=r"embeddings must be finite .*got row 800"):
-        evaluate(bad, protocol)
-    with pytest.raises(ValueError, match=r"embeddings, shard 1, must be \(n, 10\), got \(3, 9\)"):
-        evaluate([rows, np.ones((3, 9))], protocol)
-    with pytest.raises(TypeError, match="shard 0, must be an array of numbers, got dtype <U1"):
-        evaluate(iter([np.array([["a"]])]), protocol)
+    np.testing.assert_array_equal(verify_pairs(left, right, same).fold_accuracies, sharded.fold_accuracies)
+    rows, protocol = (
+        np.vstack([left, right, np.full((1, 10), np.nan)]),
+        PairProtocol(np.arange(400), np.arange(400, 800), same),
+    )
+    for form, message in (
+        (rows, r"embeddings must be finite .*got row 800"),
+        ([rows[:800], np.ones((3, 9))], r"embeddings, shard 1, must be \(n, 10\), got \(3, 9\)"),
+        (iter([np.array([["a"]])]), "shard 0, must be an array of numbers, got dtype <U1"),
+    ):
+        with pytest.raises((TypeError, ValueError), match=message):
+            evaluate(form, protocol)
+
+
+def published_accuracies(
+    left: np.ndarray, right: np.ndarray, same: np.ndarray, thresholds: Any, folds: Any
+) -> list[float]:
+    """Normalize, squared distance, and per fold the first threshold of best accuracy on the other folds."""
+    distances = distances_of(left, right).tolist()
+    accuracies = []
+    for fold in sorted(set(folds)):
+        train = [k for k in range(len(same)) if folds[k] != fold]
+        test = [k for k in range(len(same)) if folds[k] == fold]
+        grid = thresholds(sorted({distances[k] for k in train}))
+        scores = [sum((distances[k] < t) == same[k] for k in train) / len(train) for t in grid]
+        best = grid[scores.index(max(scores))]
+        accuracies.append(sum((distances[k] < best) == same[k] for k in test) / len(test))
+    return accuracies
+
+
+def midpoints(known: list[float]) -> list[float]:
+    return [known[0], *((a + b) / 2 for a, b in pairwise(known)), known[-1] + 1]
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_grid_is_the_published_procedure(seed: int) -> None:
+    left, right, same = make(200, seed)
+    result = verify_pairs(left, right, same)
+    expected = published_accuracies(
+        left, right, same, lambda _: list(np.arange(0, 4, 0.01)), [k // 20 for k in range(200)]
+    )
+    np.testing.assert_allclose(result.fold_accuracies, expected, rtol=0, atol=1e-9)
+    assert result.accuracy == pytest.approx(np.mean(expected), abs=1e-9)
+    assert result.std == pytest.approx(np.std(expected), abs=1e-9)
+    assert result.standard_error == pytest.approx(np.std(expected, ddof=1) / np.sqrt(10), abs=1e-9)
+    assert 0.6 < result.accuracy < 1
+    assert (result.pairs, result.threshold_rule) == (200, "grid")
+    assert set(np.round(result.thresholds * 100, 9) % 1) == {0.0}
+    assert result.to_dict().keys() == {"accuracy", "std", "folds", "threshold_rule", "pairs"}
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_exact_takes_midpoints(seed: int) -> None:
+    left, right, same = make(100, seed)
+    folds = np.random.default_rng(seed).permutation(np.arange(100) % 4)
+    result = verify_pairs(left, right, same, fold_ids=folds, threshold="exact")
+    expected = published_accuracies(left, right, same, midpoints, list(folds))
+    np.testing.assert_allclose(result.fold_accuracies, expected, rtol=0, atol=1e-9)
+
+
+def test_exact_handles_ties_and_neighboring_floats() -> None:
+    # Distances 0 and 2 only: the midpoint 1 separates them.
+    left, right = np.eye(2)[[0, 0] * 10], np.eye(2)[[0, 1] * 10]
+    result = verify_pairs(left, right, [1, 0] * 10, threshold="exact")
+    assert (result.accuracy, result.thresholds.tolist()) == (1.0, [1.0] * 10)
+
+
+def test_uneven_contiguous_folds_equal_those_of_kfold() -> None:
+    left, right, _ = make(200)
+    same = np.tile([True, False], 100)[:47]
+    # 47 pairs: seven folds of five pairs, then three of four.
+    folds = [0] * 5 + [1] * 5 + [2] * 5 + [3] * 5 + [4] * 5 + [5] * 5 + [6] * 5 + [7] * 4 + [8] * 4 + [9] * 4
+    contiguous = verify_pairs(left[:47], right[:47], same)
+    named = verify_pairs(left[:47], right[:47], same, fold_ids=[f"fold {fold}" for fold in folds])
+    np.testing.assert_array_equal(contiguous.fold_accuracies, named.fold_accuracies)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda left, right, same: (left, right.at(3, np.inf), same), "right must be finite.*got row 3"),
+        (lambda left, right, same: (left.at(5, 0.0), right, same), "left must be non-zero.*got row 5"),
+        (lambda left, right, same: (left, right[:-1], same), "right must have one row for each of 40 .*got 39"),
+        (lambda left, right, same: (left, right[:, :3], same), r"right must be \(n, 10\) like left"),
+        (lambda left, right, same: (left, right, same[:-1]), r"same must be as long as the pairs \(40\), got 39"),
+        (lambda left, right, same: (left, right, same | True), "both kinds of pair, got only True"),
+        (lambda left, right, same: (left, right, same + 1), "same must be boolean"),
+        (lambda left, right, same: (left, right, np.sort(same)), "fold 0 with only impostor pairs; is the file"),
+        (lambda left, right, same: (left[:12], right[:12], np.tile([0, 1], 6)), "must be 20 pairs, got 12"),
+        (lambda left, right, same: (left[:, 0], right, same), r"left must be \(n, d\), not empty, got \(40,\)"),
+    ],
+)
+def test_bad_pairs_are_reported(change: Any, message: str) -> None:
+    class Rows(np.ndarray):
+        def at(self, row: int, value: float) -> "Rows":
+            self[row] = value
+            return self
+
+    left, right, same = make(40)
+    with pytest.raises(ValueError, match=message):
+        verify_pairs(*change(left.view(Rows), right.view(Rows), same))
+
+
+def test_bad_folds_are_reported() -> None:
+    left, right, same = make(40)
+    with pytest.raises(ValueError, match="fold 'b' with only impostor pairs"):
+        verify_pairs(left, right, same, fold_ids=np.where(same, "a", np.where(np.arange(40) < 20, "a", "b")))
+    with pytest.raises(ValueError, match="at least two folds"):
+        verify_pairs(left, right, same, fold_ids=np.zeros(40, dtype=int))
+    with pytest.raises(ValueError, match="fold_ids must be as long as the pairs"):
+        verify_pairs(left, right, same, fold_ids=[0, 1])
+    with pytest.raises(ValueError, match="threshold must be one of 'grid', 'exact'"):
+        verify_pairs(left, right, same, threshold="best")  # type: ignore[arg-type]

@@ -59,14 +59,6 @@ def test_the_probe_is_left_out_by_row_and_a_duplicate_stays() -> None:
     assert leave_one_out(embeddings, ["a", "b", "a", "b"]).tolist() == [0.25]
 
 
-def test_block_size_does_not_change_the_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
-    generator = np.random.default_rng(0)
-    identities, embeddings = generator.integers(0, 5, 30), generator.normal(size=(30, 4))
-    whole = detailed(embeddings, identities, (1, 3))
-    monkeypatch.setattr(identification, "BLOCK", 7)
-    np.testing.assert_array_equal(whole.ranks_of_mates, detailed(embeddings, identities, (1, 3)).ranks_of_mates)
-
-
 def test_detailed_result() -> None:
     embeddings = torch.tensor([[1.0, 0.0], [1.0, 0.1], [0.0, 1.0], [0.1, 1.0], [1.0, 1.0]])
     result = detailed(embeddings, ["a", "a", "b", "b", "alone"], (1, 4))
@@ -83,27 +75,19 @@ def test_detailed_result() -> None:
 @pytest.mark.parametrize(
     ("embeddings", "identities", "ranks", "message"),
     [
-        (np.eye(3), [1, 1, 2, 2], (1,), "embeddings must have one row for each of 4 identities, got 3"),
-        ([[1.0, 0.0], [np.nan, 1.0], [0.0, 1.0]], [1, 1, 2], (1,), "embeddings must be finite.*got row 1"),
-        (np.diag([1.0, 1.0, 0.0]), [1, 1, 2], (1,), "embeddings must be non-zero.*got row 2"),
         (np.eye(3), [1, 1, 1], (1,), "at least two identities, got only 1"),
-        (np.eye(3), [1, 2, 3], (1,), "one with two images"),
         (np.eye(3), [1, 1, 2], (0,), "ranks must be a whole number"),
         (np.eye(3), [1, 1, 2], (3,), "ranks must be a whole number.*<= 2"),
         (np.eye(3), [1, 1, 2], (), "ranks must not be empty"),
         (np.eye(3), [1.0, np.nan, 2.0], (1,), "identities must be whole numbers or strings, got entry 1"),
+        (np.eye(3), np.array(["a", None, "a"], dtype=object), (1,), "got entry 1 that is not"),
+        (np.eye(2), [True, False], (1,), "identities must be an array of whole numbers or strings"),
+        (np.eye(3), [[1, 1, 2]], (1,), "identities must be"),
     ],
 )
 def test_bad_input_is_reported(embeddings: Any, identities: Any, ranks: Any, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((TypeError, ValueError), match=message):
         leave_one_out(embeddings, identities, ranks)
-
-
-def test_identities_of_the_wrong_kind_are_refused() -> None:
-    with pytest.raises(TypeError, match="identities must be an array of whole numbers or strings"):
-        leave_one_out(np.eye(2), [True, False])
-    with pytest.raises(ValueError, match="got entry 1 that is not"):
-        leave_one_out(np.eye(3), np.array(["a", None, "a"], dtype=object))
 
 
 def test_mate_and_most_similar_impostor_of_each_probe(monkeypatch: pytest.MonkeyPatch) -> None:

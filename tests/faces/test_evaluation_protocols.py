@@ -1,4 +1,4 @@
-"""`evaluate` over each protocol, and the splits."""
+"""Pair protocols, identities in folds and splits, and paired tests."""
 
 from typing import Any
 
@@ -8,11 +8,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kdlib_faces.evaluation import (
-    LeaveOneOutProtocol,
+    IdentityOverlapWarning,
     PairProtocol,
     check_identity_disjoint,
     evaluate,
+    identities_in_several_folds,
+    identity_bootstrap,
     identity_disjoint_split,
+    identity_overlap,
+    pair_set,
+    paired_test,
+    positives_first_folds,
     tar_at_far,
     verify_pairs,
     wilson,
@@ -54,18 +60,12 @@ def test_pairs_with_fars_have_operating_points() -> None:
         (lambda: PairProtocol([0, 1], [1, 2], [1, 0], threshold="top"), "threshold must be one of"),
         (lambda: PairProtocol([0, 1], [1, 9], [1, 0]).evaluate(np.eye(3)), "embeddings must hold row 9, got 3 rows"),
         (lambda: PairProtocol.interleaved([1, 0]).evaluate(np.eye(5)), "each of 4 images of 2 pairs, got 5"),
-        (lambda: LeaveOneOutProtocol([1, 1, 2], ranks=(3,)), "ranks must be"),
-        (lambda: LeaveOneOutProtocol([[1, 1, 2]]), "identities must be"),
+        (lambda: PairProtocol([0.0, 1.0], [1, 2], [1, 0]), "left must be an array of row numbers"),
     ],
 )
 def test_bad_protocols_are_refused(call: Any, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((TypeError, ValueError), match=message):
         call()
-
-
-def test_fractional_row_numbers_are_refused() -> None:
-    with pytest.raises(TypeError, match="left must be an array of row numbers"):
-        PairProtocol([0.0, 1.0], [1, 2], [1, 0])
 
 
 def test_custom_protocols_are_accepted() -> None:
@@ -89,17 +89,12 @@ def test_a_split_shares_no_identity_and_loses_no_image(identities: list[int], se
     assert sorted(np.concatenate(parts).tolist()) == list(range(codes.size))
     for a, b in ((0, 1), (0, 2), (1, 2)):
         check_identity_disjoint(codes[parts[a]], codes[parts[b]])
+    assert [np.unique(codes[part]).size for part in parts] == np.diff(
+        [0, *np.rint(np.array([0.4, 0.7, 1.0]) * np.unique(codes).size)]
+    ).tolist()
     order = np.random.default_rng(seed).permutation(codes.size)
     moved = identity_disjoint_split(codes[order], (0.4, 0.3, 0.3), seed=seed)
     assert [set(codes[part]) for part in parts] == [set(codes[order][part]) for part in moved]
-
-
-def test_a_split_keeps_its_fractions_and_depends_on_the_seed() -> None:
-    codes = np.arange(100)
-    train, test = identity_disjoint_split(codes, (0.8, 0.2), seed=0)
-    assert (train.size, test.size) == (80, 20)
-    assert not np.array_equal(test, identity_disjoint_split(codes, (0.8, 0.2), seed=1)[1])
-    np.testing.assert_array_equal(test, identity_disjoint_split(codes, (0.8, 0.2), seed=0)[1])
 
 
 @pytest.mark.parametrize(
@@ -135,3 +130,84 @@ def test_the_intervals_of_a_pair_protocol_have_its_confidence() -> None:
         assert (f"level={level}" in repr(protocol)) == (level != 0.95)
     with pytest.raises(ValueError, match="PairProtocol: level must be below 1, got 1"):
         PairProtocol.interleaved(same, level=1)
+
+
+def test_incomplete_sets_need_folds_and_are_noted() -> None:
+    same = np.tile([True, False], 100)
+    left = np.arange(200) * 2
+    with pytest.raises(ValueError, match="fold_ids must be given where pairs of lfw are missing, got 200 of 6000"):
+        pair_set("lfw", left, left + 1, same)
+    result = evaluate(
+        np.random.default_rng(0).normal(size=(400, 4)),
+        pair_set("lfw", left, left + 1, same, fold_ids=np.arange(200) // 20),
+    )
+    assert result.to_dict()["notes"] == ["lfw: 200 of 6000 pairs"]
+    with pytest.raises(ValueError, match="cacd_vs must have 4000 pairs, got 6000"):
+        pair_set("cacd_vs", np.zeros(6000, int), np.ones(6000, int), np.tile([1, 0], 3000))
+    with pytest.raises(ValueError, match="name must be one of 'lfw'"):
+        pair_set("megaface", left, left + 1, same)
+
+
+def pairs_of_identities() -> tuple[Any, Any, Any, Any, Any]:
+    generator = np.random.default_rng(0)
+    codes = np.repeat(np.arange(40), 3)
+    rows = generator.normal(size=(40, 6))[codes] + 0.8 * generator.normal(size=(120, 6))
+    left = np.arange(0, 120, 3)
+    pairs = np.concatenate([left, left]), np.concatenate([left + 1, (left + 4) % 120])
+    return rows, codes, *pairs, np.repeat([True, False], 40)
+
+
+def test_identities_in_several_folds_are_noted_and_training_identities_warned_of() -> None:
+    rows, codes, left, right, same = pairs_of_identities()
+    folds = positives_first_folds(same)
+    assert identities_in_several_folds(codes[left], codes[right], folds) == list(range(0, 40, 4))
+    protocol = PairProtocol(left, right, same, folds, identities=codes)
+    result = evaluate(rows, protocol)
+    assert result.to_dict()["notes"] == ["10 of 40 identities are in more than one fold"]
+    with pytest.warns(IdentityOverlapWarning, match="3 of 40 identities were trained on"):
+        noted = PairProtocol(left, right, same, folds, identities=codes, train_identities=[1, 2, 3, 77])
+    assert "3 of 40 identities were trained on" in evaluate(rows, noted).notes
+    assert identity_overlap([1, 2], [3]) == []
+    with pytest.raises(ValueError, match="same must be in agreement with identities, got pair 0"):
+        PairProtocol(left, right, ~same, folds, identities=codes)
+
+
+def test_the_interval_over_identities_is_a_bootstrap_of_weighted_pairs() -> None:
+    rows, codes, left, right, same = pairs_of_identities()
+    protocol = PairProtocol(left, right, same, positives_first_folds(same), identities=codes, replicates=50, seed=3)
+    result = evaluate(rows, protocol)
+    estimate = result.accuracy_estimate()
+    drawn = identity_bootstrap(codes, replicates=50, seed=3)
+    for m, replicate in zip(drawn, estimate.replicates, strict=True):
+        weight = [
+            m[codes[a]] if codes[a] == codes[b] else m[codes[a]] * m[codes[b]] for a, b in zip(left, right, strict=True)
+        ]
+        assert replicate == pytest.approx(np.average(result.correct, weights=weight), abs=1e-12)
+    assert estimate.value == pytest.approx(result.correct.mean())
+    independent = evaluate(rows, PairProtocol(left, right, same, positives_first_folds(same))).accuracy_estimate()
+    assert (independent.low, independent.high) == wilson(result.accuracy * same.size, same.size)
+
+
+def test_paired_test() -> None:
+    a = np.array([1, 1, 1, 1, 1, 1, 1, 0, 1, 0])
+    b = np.array([0, 0, 0, 0, 1, 1, 1, 1, 1, 0])
+    test = paired_test(a, b, replicates=300, seed=1)
+    # 4 against 1: 2 (C(5,0) + C(5,1)) / 2^5.
+    assert (test.only_a, test.only_b, test.p_value) == (4, 1, 0.375)
+    assert test.difference.value == pytest.approx(0.3)
+    assert test.difference.low <= 0.3 <= test.difference.high
+    assert paired_test(a, a).p_value == 1.0
+    clustered = paired_test(a, b, identities=[0] * 5 + [1] * 5, replicates=300)
+    assert clustered.to_dict()["difference"]["n"] == 10
+    even = paired_test([1, 0], [0, 1])
+    assert even.p_value == 1.0
+    many = paired_test(np.ones(3000), np.zeros(3000), replicates=10)
+    assert 0 <= many.p_value < 1e-12
+    for bad, message in (
+        ({"b": [1]}, r"b must be as long as a \(10\), got 1"),
+        ({"a": a + 1}, r"a must be boolean \(or 0 and 1\), got entry 0"),
+        ({"other_identities": a}, "identities must be given with other_identities"),
+        ({"identities": [1]}, "identities must be as long as a"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            paired_test(**({"a": a, "b": b} | bad))

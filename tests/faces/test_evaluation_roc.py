@@ -1,5 +1,6 @@
-"""TAR at FAR against a brute-force search over thresholds, AUC against all pairs, and the curve."""
+"""TAR, AUC and curves against brute force; Wilson's interval against its equation; bootstraps and paired differences."""
 
+from statistics import NormalDist
 from typing import Any
 
 import numpy as np
@@ -8,7 +9,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kdlib_faces.evaluation import auc, roc_points, tar_at_far, wilson
+from kdlib_faces.evaluation import (
+    Estimate,
+    auc,
+    bootstrap_estimate,
+    identity_bootstrap,
+    paired_difference,
+    roc_points,
+    tar_at_far,
+    wilson,
+)
 
 # Few distinct values, so that ties within and between the two kinds are the rule.
 tied = st.lists(st.integers(-4, 4).map(float), min_size=1, max_size=40)
@@ -29,14 +39,6 @@ def test_exact_rule_by_brute_force(genuine: list[float], impostor: list[float], 
     assert point.far == point.false_accepts / len(impostor) <= far
     assert point.resolvable == (1 / len(impostor) <= far)
     assert (point.low, point.high) == wilson(round(point.tar * len(genuine)), len(genuine))
-
-
-@given(genuine=scores, impostor=scores, pair=st.tuples(fars, fars))
-def test_a_larger_far_never_lowers_the_tar(
-    genuine: list[float], impostor: list[float], pair: tuple[float, float]
-) -> None:
-    strict, loose_far = sorted(pair)
-    assert tar_at_far(genuine, impostor, strict).tar <= tar_at_far(genuine, impostor, loose_far).tar
 
 
 @settings(max_examples=200)
@@ -104,8 +106,91 @@ def test_tensors_and_half_precision_are_accepted() -> None:
 def test_bad_scores_are_reported(genuine: Any, impostor: Any, far: float, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         tar_at_far(genuine, impostor, far)
-
-
-def test_an_unknown_mode_is_refused() -> None:
     with pytest.raises(ValueError, match="mode must be one of 'exact', 'nearest', got 'closest'"):
         tar_at_far([0.1], [0.2], 0.1, mode="closest")  # type: ignore[arg-type]
+
+
+@given(trials=st.integers(1, 500), share=st.floats(0, 1), level=st.sampled_from([0.8, 0.95, 0.99]))
+def test_wilson_solves_its_equation_and_contains_the_rate(trials: int, share: float, level: float) -> None:
+    successes = round(share * trials)
+    rate, z = successes / trials, NormalDist().inv_cdf(0.5 + level / 2)
+    low, high = wilson(successes, trials, level=level)
+    assert 0 <= low <= rate <= high <= 1
+    assert low < high
+    for end in (low, high):
+        # The definition: |rate - end| is z standard errors at the end, not at the rate.
+        assert (rate - end) ** 2 == pytest.approx(z * z * end * (1 - end) / trials, abs=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("successes", "trials", "level", "message"),
+    [
+        (1, 0, 0.95, "wilson: trials must be"),
+        (3, 2, 0.95, "wilson: successes must be"),
+        (-1, 2, 0.95, "wilson: successes must be"),
+        (1, 2, 1.0, "wilson: level must be below 1"),
+        (1, 2, 0.0, "wilson: level must be"),
+        (float("nan"), 10, 0.95, "wilson: successes must be a finite number"),
+    ],
+)
+def test_wilson_refuses(successes: float, trials: float, level: float, message: str) -> None:
+    with pytest.raises((TypeError, ValueError), match=message):
+        wilson(successes, trials, level=level)
+
+
+def test_identity_bootstrap_is_deterministic_and_even() -> None:
+    identities = np.repeat(np.arange(20), 3)
+    before = np.random.get_state()[1].copy()  # noqa: NPY002 - the global state is what is watched here
+    draws = identity_bootstrap(identities, replicates=2000, seed=3)
+    assert draws.shape == (2000, 20)
+    assert (draws.sum(axis=1) == 20).all()
+    np.testing.assert_array_equal(draws, identity_bootstrap(identities, replicates=2000, seed=3))
+    assert not np.array_equal(draws, identity_bootstrap(identities, replicates=2000, seed=4))
+    np.testing.assert_allclose(draws.mean(axis=0), 1.0, atol=0.1)
+    np.testing.assert_allclose(draws.var(axis=0), 0.95, atol=0.2)
+    np.testing.assert_array_equal(before, np.random.get_state()[1])  # noqa: NPY002
+
+
+def test_bootstrap_estimate_takes_percentiles_of_finite_replicates() -> None:
+    replicates = np.concatenate([np.linspace(0.2, 0.8, 101), [np.nan] * 50])
+    estimate = bootstrap_estimate(0.5, replicates, n=7, clusters=4, level=0.9)
+    assert estimate.low == pytest.approx(0.23)
+    assert estimate.high == pytest.approx(0.77)
+    assert (estimate.value, estimate.n) == (0.5, 7)
+
+
+def test_bootstrap_estimate_is_never_certain_from_few_identities() -> None:
+    one = bootstrap_estimate(0.5, np.full(50, 0.5), n=10, clusters=1)
+    assert one.low < 0.1
+    assert one.high > 0.9
+    top = bootstrap_estimate(1.0, np.ones(50), n=10, clusters=30)
+    assert (top.low, top.high) == wilson(30, 30)
+
+
+def test_bootstrap_estimate_of_nothing_is_null() -> None:
+    empty = bootstrap_estimate(float("nan"), np.full(5, np.nan), n=0, clusters=0)
+    assert empty.to_dict() == {"value": None, "low": None, "high": None, "n": 0}
+    assert bootstrap_estimate(0.4, np.empty(0), n=3, clusters=2) == Estimate(0.4, None, None, 3)
+
+
+def test_paired_difference_is_narrower_than_separate_ones() -> None:
+    generator = np.random.default_rng(0)
+    shared = generator.normal(0.5, 0.1, 400)
+    a = bootstrap_estimate(0.6, shared + 0.1 + generator.normal(0, 0.01, 400), n=50, clusters=9)
+    b = bootstrap_estimate(0.5, shared, n=40, clusters=9)
+    difference = paired_difference(a, b)
+    assert difference.value == pytest.approx(0.1)
+    assert difference.n == 40
+    assert a.overlaps(b)
+    assert difference.low > 0.05
+
+
+def test_paired_difference_without_values_or_with_other_resamples() -> None:
+    empty = Estimate(None, None, None, 0, np.full(3, np.nan))
+    some = Estimate(0.5, 0.4, 0.6, 3, np.full(3, 0.5))
+    assert paired_difference(empty, some).to_dict()["value"] is None
+    assert some.overlaps(empty)
+    with pytest.raises(ValueError, match="equally many replicates, got 3 and 2"):
+        paired_difference(some, Estimate(0.5, 0.4, 0.6, 3, np.full(2, 0.5)))
+    with pytest.raises(ValueError, match="got 3 and none"):
+        paired_difference(some, Estimate(0.5, 0.4, 0.6, 3))

@@ -12,19 +12,11 @@ from kdlib_faces._checks import InputError
 from kdlib_faces.data import images as images_module
 from kdlib_faces.data.images import load_images, read_image, to_float
 from kdlib_faces.data.lists import FaceList, identity_key, read_faces
-from kdlib_faces.data.sets.lfw import read_pairs
-
-
-def touch(folder, *names):
-    for name in names:
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_bytes(b"")
+from tests.faces.reader_files import put, touch
 
 
 def write(folder, text, name="faces.csv"):
-    path = folder / name
-    path.write_bytes(text if isinstance(text, bytes) else text.encode())
-    return path
+    return put(folder, text, name)
 
 
 def picture(path, pixels, mode="RGB", **options):
@@ -47,7 +39,6 @@ def test_ages_groups_and_unknown_ones(folder):
     assert faces.identity_names == ("Ann", "Bob")
     np.testing.assert_array_equal(faces.ages, np.array([7.5, np.nan, 40], np.float32))
     assert (faces.group_names, faces.age_groups.tolist()) == (("adult", "young"), [1, -1, 0])
-    assert faces.age_known.tolist() == [True, False, True]
     assert faces.paths[0] == folder / "a.jpg"
 
 
@@ -83,10 +74,10 @@ def test_two_lists_name_the_same_file(folder):
         ("file,identity\na.jpg,A\n", r"line 1: no column named 'path'; .*'file'"),
         ("path,identty\na.jpg,A\n", r"no column named 'identity'; the nearest are 'identty'"),
         ("path,identity,path\na.jpg,A,b.jpg\n", r"'path' occurs 2 times"),
-        ("path,identity,age\na.jpg,A,7\nb.jpg,B,old\n", r"line 3: age must be a number from 0 to 130.*got 'old'"),
-        ("path,identity,age\na.jpg,A,-1\n", r"line 2: age must be .*got '-1'"),
-        ("path,identity,age\na.jpg,A,131\n", r"got '131'"),
-        ("path,identity,age\na.jpg,A,nan\n", r"got 'nan'"),
+        *(
+            (f"path,identity,age\na.jpg,A,7\nb.jpg,B,{age}\n", rf"line 3: age must be .*'{age}'")
+            for age in ("old", -1, 131)
+        ),
         ("path,identity\na.jpg,A\nb.jpg,a\n", r"at least two identities are needed, got one \('A'\)"),
         ("path,identity\na.jpg,A\na.jpg,B\n", r"line 3: the image .* is listed already .*line 2"),
         ("path,identity\na.jpg,A\nb.jpg\n", r"line 3: the header has 2 columns, this line has 1"),
@@ -115,61 +106,18 @@ def test_missing_lists_and_folders(tmp_path):
         read_faces([])
 
 
-def test_subset_and_filter_number_identities_anew(folder):
+def test_a_subset_numbers_identities_anew(folder):
     touch(folder, "d.jpg")
     faces = read_faces(write(folder, "path,identity,age\na.jpg,A,\nb.jpg,B,4\nc.jpg,C,5\nd.jpg,C,6\n"))
     part = faces.subset([3, 1])
     assert (part.identities.tolist(), part.identity_names) == ([1, 0], ("B", "C"))
     assert part.ages.tolist() == [6, 4]
-    assert faces.filter(min_images=2).identity_names == ("C",)
-    assert faces.filter(max_identities=2).identity_names == ("A", "B")
-    assert len(faces.filter(age_known=True)) == 3
     assert repr(part) == "<FaceList: 2 images, 2 identities, 2 ages>"
     for wrong in ([4], [-1], np.zeros(3, bool), [[0]]):
         with pytest.raises(ValueError, match=r"FaceList\.subset"):
             faces.subset(wrong)
     with pytest.raises(ValueError, match=r"FaceList: ages must be \(n,\) = \(1,\)"):
         FaceList((Path("a"),), np.zeros(1, np.int64), ("A",), ages=np.zeros(2, np.float32))
-
-
-def lfw(folder):
-    touch(folder, *(f"{name}/{name}_{at:04d}.jpg" for name in ("Ann_A", "Bob") for at in (1, 2, 3)), "C D/C D_0001.jpg")
-    return read_faces([folder])
-
-
-def test_pairs_keep_their_folds_when_some_are_missing(tmp_path):
-    faces = lfw(tmp_path / "lfw")
-    text = "2\t2\nAnn_A\t1\t2\nAnn_A\t1\t9\nAnn_A\t1\tBob\t1\nC D\t1\tBob\t2\nBob\t1\t2\nBob\t1\t3\nBob\t2\tAnn_A\t3\nX\t1\tBob\t2\n"
-    pairs = read_pairs(write(tmp_path, text, "pairs.txt"), faces)
-    assert pairs.missing == 2
-    assert pairs.same.tolist() == [True, False, False, True, True, False]
-    assert pairs.fold_ids.tolist() == [0, 0, 0, 1, 1, 1]
-    names = [(faces.paths[i].stem, faces.paths[j].stem) for i, j in zip(pairs.left, pairs.right, strict=True)]
-    assert names[2] == ("C D_0001", "Bob_0002")
-
-
-def test_pairs_without_folds_are_dealt_so_that_each_fold_holds_both_kinds(tmp_path):
-    faces = lfw(tmp_path / "lfw")
-    text = "Ann_A 1 2\nAnn_A 1 3\nBob 1 2\nBob 1 3\n" + "".join(f"Ann_A {i} Bob {j}\n" for i in (1, 2) for j in (1, 2))
-    pairs = read_pairs(write(tmp_path, text, "pairs.txt"), faces)
-    assert len(pairs) == 8
-    for fold in range(4):
-        assert sorted(pairs.same[pairs.fold_ids == fold].tolist()) == [False, True]
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("10\t300\n", "contains no pairs"),
-        ("Ann_A 1\n", r"line 1: must be 'name n1 n2'"),
-        ("Ann_A one 2\n", r"line 1: must be 'name n1 n2'"),
-        ("Zoe 1 2\nZoe 1 Ann_A 1\n", r"no pair has both its images in the face list; 'Zoe/Zoe_0001\.jpg' is missing"),
-        ("Ann_A 1 2\n", "one kind only"),
-    ],
-)
-def test_broken_pairs(tmp_path, text, message):
-    with pytest.raises(InputError, match=message):
-        read_pairs(write(tmp_path, text, "pairs.txt"), lfw(tmp_path / "lfw"))
 
 
 def test_images_are_cropped_resized_and_made_rgb(tmp_path):

@@ -67,24 +67,16 @@ def test_wrong_arguments() -> None:
         views(pixels().float(), torch.arange(6), 0)
     with pytest.raises(ValueError, match=r"samples must be \(6,\), got \(5,\)"):
         views(pixels(), torch.arange(5), 0)
-    with pytest.raises(ValueError, match=r"images must be \(b, 3, s, s\), got \(6, 3, 24\)"):
+    with pytest.raises(ValueError, match=r"images must be \(b, 3, h, w\), got \(6, 3, 24\)"):
         views(pixels()[..., 0], torch.arange(6), 0)
     with pytest.raises(TypeError, match="views must be SeededViews, got int"):
         FaceBatches(pixels(), range(6), views=2, batch_size=2, seed=0)
 
 
-def test_batches_are_the_same_from_any_step_and_epochs_differ() -> None:
+def test_batches_hold_the_views_of_their_samples() -> None:
     views = SeededViews(5, seed=1, augment=STRONG)
     batches = FaceBatches(pixels(), range(6), views=views, batch_size=2, seed=0, sample_ids=[10, 20, 30, 40, 50, 60])
-    whole = list(batches)
-    for (inputs, targets), (again, others) in zip(whole[1:], batches.iter_from(1), strict=True):
-        assert torch.equal(inputs, again)
-        assert all(torch.equal(targets[name], others[name]) for name in targets)
-    inputs, targets = whole[0]
+    inputs, targets = next(iter(batches))
     assert torch.equal(inputs, views(pixels()[targets["identity"]], targets["sample"], targets["view"]))
     assert torch.equal(targets["sample"], 10 * (targets["identity"] + 1))
-    batches.set_epoch(1)
-    other = list(batches)
-    assert not all(torch.equal(a[1]["view"], b[1]["view"]) for a, b in zip(whole, other, strict=True))
-    assert repr(batches).startswith("FaceBatches(<6 images>")
     assert repr(views) in repr(batches)

@@ -69,28 +69,16 @@ class CheckpointInfo:
 
 @dataclass(frozen=True)
 class RecognizedFile:
-    """A recognized file before its values are loaded.
+    """A recognized file before its values are loaded; the network is on the meta device."""
 
-    Attributes:
-        owner: beginning of error messages.
-        weights: content of the file.
-        layout: None for a file of `save_backbone`.
-        about: description of the layout.
-        unwrapped: the state dict and its wrappers.
-        model: the network on the meta device.
-        spec: input specification.
-        names: keys of the network to keys of the file.
-        differences: kind of difference to keys.
-    """
-
-    owner: str
+    owner: str  # beginning of error messages
     weights: Weights
-    layout: Layout | None
+    layout: Layout | None  # None for a file of `save_backbone`
     about: str
     unwrapped: Unwrapped
     model: Backbone
     spec: InputSpec
-    names: dict[str, str]
+    names: dict[str, str]  # keys of the network to keys of the file
     differences: dict[str, tuple[str, ...]]
 
 

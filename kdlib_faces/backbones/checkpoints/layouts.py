@@ -13,29 +13,19 @@ __all__ = ["LAYOUTS", "Layout", "foreign"]
 
 @dataclass(frozen=True)
 class Layout:
-    """Naming of the weights of a network in a public project.
-
-    Attributes:
-        name: a word for it.
-        about: description for messages.
-        backbone: the network's name in the registry.
-        keys: keys that only files of this layout have.
-        arguments: maps shapes to the arguments of the network.
-        theirs: maps a key of the network and the shapes of the file to the key of the file.
-        input: maps arguments to known fields of `InputSpec`.
-        variant: maps arguments to the name of a variant of the layout.
-        pointwise: whether the file has 1x1 convolutions in place of linear layers.
-    """
+    """Naming of the weights of a network in a public project."""
 
     name: str
-    about: str
-    backbone: str
-    keys: tuple[str, ...]
+    about: str  # description for messages
+    backbone: str  # the network's name in the registry
+    keys: tuple[str, ...]  # keys that only files of this layout have
     arguments: Callable[[Shapes], Arguments]
+    # Maps a key of the network and the shapes of the file to the key of the file.
     theirs: Callable[[str, Shapes], str] = field(default=lambda key, _shapes: key)
     input: Callable[[Arguments], SpecFields] = field(default=lambda _arguments: SpecFields())
+    # Maps arguments to the name of a variant of the layout.
     variant: Callable[[Arguments], str] = field(default=lambda _arguments: "")
-    pointwise: bool = False
+    pointwise: bool = False  # whether the file has 1x1 convolutions in place of linear layers
 
     def fits(self, shapes: Shapes) -> bool:
         """Return whether a file with these shapes has this layout."""

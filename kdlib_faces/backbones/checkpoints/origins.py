@@ -11,31 +11,18 @@ __all__ = ["Origin", "find_origin"]
 
 @dataclass(frozen=True)
 class Origin:
-    """A project that is identified by how it wraps a shared layout.
-
-    Attributes:
-        about: name of the project.
-        layouts: names of the layouts.
-        prefixes: possible prefixes of the keys.
-        when: arguments that its networks have.
-        wrapper: the entry with the state dict, if any.
-        around: another entry of the wrapper.
-        beside: a key of its margin head.
-        input: fields of `InputSpec`.
-        arguments: arguments of the network that keys and shapes do not determine.
-        certain: whether no other known project uses the same wrapper.
-    """
+    """A project that is identified by how it wraps a shared layout."""
 
     about: str
     layouts: tuple[str, ...]
     prefixes: tuple[str, ...]
-    when: Arguments = field(default_factory=dict)
+    when: Arguments = field(default_factory=dict)  # arguments that its networks have
     wrapper: str = "state_dict"
-    around: str = ""
-    beside: str = ""
+    around: str = ""  # another entry of the wrapper
+    beside: str = ""  # a key of its margin head
     input: SpecFields = field(default_factory=SpecFields)
-    arguments: Arguments = field(default_factory=dict)
-    certain: bool = True
+    arguments: Arguments = field(default_factory=dict)  # those that keys and shapes do not determine
+    certain: bool = True  # whether no other known project uses the same wrapper
 
 
 MAGFACE = SpecFields(color="bgr", mean=0.0, scale=255.0)

@@ -29,21 +29,13 @@ MAX_DEPTH = 4
 
 @dataclass(frozen=True)
 class Unwrapped:
-    """A state dict without its wrappers.
-
-    Attributes:
-        state: key to value.
-        wrappers: unwrapped entries, outermost first.
-        around: other entries of the wrappers.
-        prefix: removed prefix.
-        beside: ignored keys of a head.
-    """
+    """A state dict without its wrappers."""
 
     state: dict[str, Any]
-    wrappers: tuple[str, ...]
-    around: tuple[str, ...]
+    wrappers: tuple[str, ...]  # unwrapped entries, outermost first
+    around: tuple[str, ...]  # other entries of the wrappers
     prefix: str
-    beside: tuple[str, ...]
+    beside: tuple[str, ...]  # ignored keys of a head
 
 
 def unwrap(content: Mapping[Any, Any]) -> Unwrapped:

@@ -1,9 +1,11 @@
 """Base class of the face networks, and the parts and checks that they share."""
 
+import inspect
 import math
 from abc import abstractmethod
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar, TypeAlias
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar, Protocol, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +13,7 @@ from torch import Tensor, nn
 from kdlib._checks import check_number, show_shape
 from kdlib_faces.backbones.input_spec import InputSize, InputSpec, height_width
 
-__all__ = ["Arguments", "Backbone", "Layers", "channels", "check_blocks", "final_grid", "in_precision_of"]
+__all__ = ["Arguments", "Backbone", "Layers", "apply_in_own_precision", "final_grid", "initialize", "published"]
 
 Arguments: TypeAlias = dict[str, Any]
 """Keyword arguments of a constructor."""
@@ -24,7 +26,8 @@ class Backbone(nn.Module):
 
     Args:
         embedding_dim: Dimensions d of the embedding.
-        input_size: Side of the square images, or (height, width), in pixels.
+        input_size: Side of the square images, or (height, width), in pixels. The final grid has a sixteenth of the
+            size, rounded up.
 
     Attributes:
         embedding_dim: Dimensions d of the embedding.
@@ -34,22 +37,21 @@ class Backbone(nn.Module):
         family: Name in the registry of the constructor that takes `arguments`.
 
     Raises:
-        ValueError: An argument is out of range.
+        ValueError: An argument is out of range, or images have another size than `input_size`.
         TypeError: An argument has the wrong type.
     """
 
     stages: tuple[str, ...]
     family: ClassVar[str]
-    # Attributes that rebuild the network, in the order of its repr; those with a default here are omitted if equal to it.
-    _names: ClassVar[tuple[str, ...]]
-    _defaults: ClassVar[Mapping[str, object]] = {}
+    # Parameters that `arguments` omits at their default. The attributes of a network are named as its parameters.
+    _optional: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, embedding_dim: int, input_size: InputSize) -> None:
         super().__init__()
         owner = type(self).__name__
         check_number(owner, "embedding_dim", embedding_dim, min=1, integer=True)
         self._size = height_width(owner, input_size)
-        self.embedding_dim = embedding_dim
+        self.embedding_dim = int(embedding_dim)
         self.input_size: InputSize = self._size[0] if self._size[0] == self._size[1] else self._size
         self.input_spec = InputSpec(size=self.input_size)
 
@@ -61,13 +63,33 @@ class Backbone(nn.Module):
     @property
     def arguments(self) -> Arguments:
         """Arguments that rebuild this network."""
-        values = {name: getattr(self, name) for name in self._names}
-        values = {name: value.p if isinstance(value, nn.Dropout) else value for name, value in values.items()}
-        return {name: value for name, value in values.items() if self._defaults.get(name, self) != value}
+        values = {}
+        for name, parameter in inspect.signature(type(self)).parameters.items():
+            value = getattr(self, name)
+            value = value.p if isinstance(value, nn.Dropout) else value
+            if name not in self._optional or value != parameter.default:
+                values[name] = value
+        return values
 
     @abstractmethod
     def forward(self, images: Tensor) -> Tensor:
         """Map images (b, 3, h, w) to embeddings (b, d)."""
+
+    def _set_width(self, width: float) -> int:
+        """Store `width`; return the channels of the first stage, 64 at width 1, of which later stages have multiples."""
+        check_number(type(self).__name__, "width", width, above=0)
+        self.width = float(width)
+        return max(8, 8 * round(8 * self.width))
+
+    def _check_blocks(self, name: str, blocks: Sequence[int]) -> tuple[int, int, int, int]:
+        """Return the number of blocks of the four stages; each stage must have at least one."""
+        owner = type(self).__name__
+        if not isinstance(blocks, list | tuple) or len(blocks) != 4:
+            raise ValueError(f"{owner}: {name} must be four block counts, got {blocks!r}")
+        for count in blocks:
+            check_number(owner, name, count, min=1, max=MAX_BLOCKS, integer=True)
+        first, second, third, fourth = map(int, blocks)
+        return first, second, third, fourth
 
     def _check_images(self, images: Tensor) -> None:
         """Images must have the size of the network, because its last layer has one weight per cell of the grid."""
@@ -83,16 +105,37 @@ class Backbone(nn.Module):
         return f"{type(self).__name__}({', '.join(f'{key}={value!r}' for key, value in self.arguments.items())})"
 
 
-class Layers(nn.Module):
+class Layers(nn.Sequential):
     """Modules in sequence below the name `layers`, as in insightface's checkpoints."""
 
     def __init__(self, *modules: nn.Module) -> None:
-        super().__init__()
-        self.layers = nn.Sequential(*modules)
+        super().__init__(OrderedDict(layers=nn.Sequential(*modules)))
 
-    def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.layers(x)
-        return out
+
+N = TypeVar("N", bound=Backbone, covariant=True)
+
+
+class Constructor(Protocol[N]):
+    """Constructor of a published network."""
+
+    def __call__(
+        self, embedding_dim: int = 512, *, width: float = 1.0, input_size: InputSize = 112, dropout: float = 0.0
+    ) -> N: ...
+
+
+def published(name: str, network: type[N], layers: tuple[int, ...], about: str, **kind: bool) -> Constructor[N]:
+    """Return a constructor of the network with the published number of blocks."""
+
+    def build(embedding_dim: int = 512, *, width: float = 1.0, input_size: InputSize = 112, dropout: float = 0.0) -> N:
+        construct: Callable[..., N] = network
+        sizes: Arguments = {"embedding_dim": embedding_dim, "width": width, "input_size": input_size}
+        return construct(layers, dropout=dropout, **sizes, **kind)
+
+    build.__name__ = build.__qualname__ = name
+    build.__module__ = network.__module__
+    build.__annotations__["return"] = network
+    build.__doc__ = f"`{network.__name__}` with blocks {layers}{about}."
+    return build
 
 
 def final_grid(size: tuple[int, int]) -> tuple[int, int]:
@@ -100,25 +143,20 @@ def final_grid(size: tuple[int, int]) -> tuple[int, int]:
     return math.ceil(size[0] / 16), math.ceil(size[1] / 16)
 
 
-def channels(owner: str, width: float) -> int:
-    """Return the channels of the first stage, 64 at width 1; later stages are integer multiples of it."""
-    check_number(owner, "width", width, above=0)
-    return max(8, 8 * round(8 * width))
+def initialize(network: nn.Module, *kinds: type[nn.Conv2d] | type[nn.Linear]) -> None:
+    """Initialize the weights of the layers of these kinds from He's normal distribution over the outputs."""
+    for module in network.modules():
+        if isinstance(module, kinds):
+            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
 
-def check_blocks(owner: str, name: str, blocks: Sequence[int]) -> tuple[int, int, int, int]:
-    """Return the number of blocks of the four stages; each stage must have at least one."""
-    if not isinstance(blocks, list | tuple) or len(blocks) != 4:
-        raise ValueError(f"{owner}: {name} must be four block counts, got {blocks!r}")
-    for count in blocks:
-        check_number(owner, name, count, min=1, max=MAX_BLOCKS, integer=True)
-    return blocks[0], blocks[1], blocks[2], blocks[3]
-
-
-def in_precision_of(weight: Tensor, layers: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """Apply the last layers without autocast, because a sum of 25,088 products is too inaccurate in half precision."""
+def apply_in_own_precision(linear: nn.Module, norm: nn.Module, x: Tensor) -> Tensor:
+    """Apply the last two layers without autocast: a sum of 25,088 products is too inaccurate in half precision."""
     device = x.device.type
-    if not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)):
-        return layers(x)
-    with torch.autocast(device, enabled=False):
-        return layers(x.to(weight.dtype))
+    out: Tensor
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        with torch.autocast(device, enabled=False):
+            out = norm(linear(x.to(next(linear.parameters()).dtype)))
+    else:
+        out = norm(linear(x))
+    return out

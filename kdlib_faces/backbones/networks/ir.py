@@ -11,29 +11,19 @@ References:
 """
 
 from collections.abc import Sequence
-from itertools import accumulate
+from itertools import accumulate, chain
 from typing import ClassVar
 
 from torch import Tensor, nn
 
 from kdlib._checks import check_number
 from kdlib_faces.backbones.input_spec import InputSize
-from kdlib_faces.backbones.networks.base import Backbone, channels, check_blocks, final_grid, in_precision_of
+from kdlib_faces.backbones.networks.base import Backbone, apply_in_own_precision, final_grid, initialize, published
 
 __all__ = [
-    "IRBlock",
-    "IRNet",
-    "IROutput",
-    "adaface_ir_101",
-    "adaface_ir_18",
-    "adaface_ir_50",
-    "ir_101",
-    "ir_152",
-    "ir_50",
-    "ir_se_101",
-    "ir_se_152",
-    "ir_se_50",
-]
+    "IRNet", "IROutput", "adaface_ir_101", "adaface_ir_18", "adaface_ir_50", "ir_101", "ir_152", "ir_50", "ir_se_101",
+    "ir_se_152", "ir_se_50", "ir_stage", "ir_stem",
+]  # fmt: skip
 
 DEPTHS = {18: (2, 2, 2, 2), 50: (3, 4, 14, 3), 101: (3, 13, 30, 3), 152: (3, 8, 36, 3)}
 REDUCTION = 16
@@ -53,7 +43,7 @@ class _SqueezeExcitation(nn.Module):
         return x * out
 
 
-class IRBlock(nn.Module):
+class _Block(nn.Module):
     """BN, conv 3x3, [BN,] PReLU, conv 3x3 (stride), BN [, squeeze-and-excitation]; plus the shortcut.
 
     If the number of channels does not change, the shortcut takes every `stride`-th pixel and has no weights.
@@ -79,6 +69,17 @@ class IRBlock(nn.Module):
         return out
 
 
+def ir_stem(channels: int) -> nn.Sequential:
+    """Convolution of stride 1, BatchNorm, PReLU."""
+    return nn.Sequential(nn.Conv2d(3, channels, 3, padding=1, bias=False), nn.BatchNorm2d(channels), nn.PReLU(channels))
+
+
+def ir_stage(c_in: int, c_out: int, blocks: int, *, se: bool, mid_norm: bool) -> list[nn.Module]:
+    """Return the blocks of one stage, the first with stride 2."""
+    sizes = [(c_in, c_out, 2), *[(c_out, c_out, 1)] * (blocks - 1)]
+    return [_Block(*each, se=se, mid_norm=mid_norm) for each in sizes]
+
+
 class IROutput(nn.Sequential):
     """BN, dropout, flattening of the grid, linear layer, BN; the last two compute in the precision of their weights."""
 
@@ -93,7 +94,7 @@ class IROutput(nn.Sequential):
 
     def forward(self, x: Tensor) -> Tensor:
         norm, dropout, flatten, linear, last_norm = self
-        return in_precision_of(next(linear.parameters()), lambda x: last_norm(linear(x)), flatten(dropout(norm(x))))
+        return apply_in_own_precision(linear, last_norm, flatten(dropout(norm(x))))
 
 
 class IRNet(Backbone):
@@ -115,16 +116,11 @@ class IRNet(Backbone):
         layers: blocks in each of the four stages; (3, 4, 14, 3) is the 50-layer network.
         embedding_dim: dimensions d of the embedding.
         width: factor of every channel count; the first stage has 64 * width rounded to a multiple of 8, at least 8.
-        input_size: side of the square images, or (height, width), in pixels. The final grid has a
-            sixteenth of the size, rounded up.
+        input_size: side of the square images, or (height, width), in pixels.
         dropout: dropout probability before the linear layer.
         se: add squeeze-and-excitation with reduction 16 to each block (the IR-SE networks).
         mid_norm: BatchNorm between the first convolution of a block and its PReLU.
         affine: whether the last BatchNorm has weight and bias.
-
-    Raises:
-        ValueError: an argument is out of range, or images have another size than `input_size`.
-        TypeError: an argument has the wrong type.
 
     Examples:
         >>> import torch
@@ -140,16 +136,6 @@ class IRNet(Backbone):
     """
 
     family: ClassVar[str] = "ir"
-    _names: ClassVar[tuple[str, ...]] = (
-        "layers",
-        "embedding_dim",
-        "width",
-        "input_size",
-        "dropout",
-        "se",
-        "mid_norm",
-        "affine",
-    )
 
     def __init__(
         self,
@@ -165,33 +151,20 @@ class IRNet(Backbone):
     ) -> None:
         super().__init__(embedding_dim, input_size)
         check_number("IRNet", "dropout", dropout, min=0, max=1)
-        c = channels("IRNet", width)
-        self.layers = check_blocks("IRNet", "layers", layers)
-        self.width = float(width)
+        c = self._set_width(width)
+        self.layers = self._check_blocks("layers", layers)
         self.se, self.mid_norm, self.affine = bool(se), bool(mid_norm), bool(affine)
         self.stages: tuple[str, ...] = tuple(f"body.{end - 1}" for end in accumulate(self.layers))
 
         rows, columns = final_grid(self._size)
         widths = [c, c, 2 * c, 4 * c, 8 * c]
-        self.input_layer = nn.Sequential(nn.Conv2d(3, c, 3, padding=1, bias=False), nn.BatchNorm2d(c), nn.PReLU(c))
-        self.body = nn.Sequential(
-            *[
-                IRBlock(
-                    widths[stage] if block == 0 else widths[stage + 1],
-                    widths[stage + 1],
-                    2 if block == 0 else 1,
-                    se=self.se,
-                    mid_norm=self.mid_norm,
-                )
-                for stage, blocks in enumerate(self.layers)
-                for block in range(blocks)
-            ]
-        )
+        kind = {"se": self.se, "mid_norm": self.mid_norm}
+        self.input_layer = ir_stem(c)
+        stages = [ir_stage(*each, **kind) for each in zip(widths, widths[1:], self.layers, strict=False)]
+        self.body = nn.Sequential(*chain(*stages))
         self.dropout = dropout
         self.output_layer = IROutput(8 * c, rows * columns, embedding_dim, dropout, affine=self.affine)
-        for module in self.modules():
-            if isinstance(module, nn.Conv2d | nn.Linear):
-                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+        initialize(self, nn.Conv2d, nn.Linear)
 
     @property
     def name(self) -> str:
@@ -209,73 +182,13 @@ class IRNet(Backbone):
         return out
 
 
-def _ir(
-    depth: int, embedding_dim: int, width: float, input_size: InputSize, dropout: float, *, se: bool, adaface: bool
-) -> IRNet:
-    return IRNet(
-        DEPTHS[depth],
-        embedding_dim=embedding_dim,
-        width=width,
-        input_size=input_size,
-        dropout=dropout,
-        se=se,
-        mid_norm=adaface,
-        affine=not adaface,
-    )
-
-
-def ir_50(embedding_dim: int = 512, *, width: float = 1.0, input_size: InputSize = 112, dropout: float = 0.0) -> IRNet:
-    """`IRNet` with blocks (3, 4, 14, 3) as in face.evoLVe: 43,574,976 parameters."""
-    return _ir(50, embedding_dim, width, input_size, dropout, se=False, adaface=False)
-
-
-def ir_101(embedding_dim: int = 512, *, width: float = 1.0, input_size: InputSize = 112, dropout: float = 0.0) -> IRNet:
-    """`IRNet` with blocks (3, 13, 30, 3) as in face.evoLVe: 65,129,792 parameters."""
-    return _ir(101, embedding_dim, width, input_size, dropout, se=False, adaface=False)
-
-
-def ir_152(embedding_dim: int = 512, *, width: float = 1.0, input_size: InputSize = 112, dropout: float = 0.0) -> IRNet:
-    """`IRNet` with blocks (3, 8, 36, 3) as in face.evoLVe: 70,737,600 parameters."""
-    return _ir(152, embedding_dim, width, input_size, dropout, se=False, adaface=False)
-
-
-def ir_se_50(
-    embedding_dim: int = 512, *, width: float = 1.0, input_size: InputSize = 112, dropout: float = 0.0
-) -> IRNet:
-    """`ir_50` with squeeze-and-excitation: 43,797,696 parameters."""
-    return _ir(50, embedding_dim, width, input_size, dropout, se=True, adaface=False)
-
-
-def ir_se_101(
-    embedding_dim: int = 512, *, width: float = 1.0, input_size: InputSize = 112, dropout: float = 0.0
-) -> IRNet:
-    """`ir_101` with squeeze-and-excitation."""
-    return _ir(101, embedding_dim, width, input_size, dropout, se=True, adaface=False)
-
-
-def ir_se_152(
-    embedding_dim: int = 512, *, width: float = 1.0, input_size: InputSize = 112, dropout: float = 0.0
-) -> IRNet:
-    """`ir_152` with squeeze-and-excitation: 71,148,736 parameters."""
-    return _ir(152, embedding_dim, width, input_size, dropout, se=True, adaface=False)
-
-
-def adaface_ir_18(
-    embedding_dim: int = 512, *, width: float = 1.0, input_size: InputSize = 112, dropout: float = 0.0
-) -> IRNet:
-    """`IRNet` with blocks (2, 2, 2, 2) as in AdaFace: 24,020,352 parameters."""
-    return _ir(18, embedding_dim, width, input_size, dropout, se=False, adaface=True)
-
-
-def adaface_ir_50(
-    embedding_dim: int = 512, *, width: float = 1.0, input_size: InputSize = 112, dropout: float = 0.0
-) -> IRNet:
-    """`IRNet` with blocks (3, 4, 14, 3) as in AdaFace: 43,585,600 parameters."""
-    return _ir(50, embedding_dim, width, input_size, dropout, se=False, adaface=True)
-
-
-def adaface_ir_101(
-    embedding_dim: int = 512, *, width: float = 1.0, input_size: InputSize = 112, dropout: float = 0.0
-) -> IRNet:
-    """`IRNet` with blocks (3, 13, 30, 3) as in AdaFace: 65,150,912 parameters."""
-    return _ir(101, embedding_dim, width, input_size, dropout, se=False, adaface=True)
+ADAFACE = {"mid_norm": True, "affine": False}
+ir_50 = published("ir_50", IRNet, DEPTHS[50], " as in face.evoLVe: 43,574,976 parameters")
+ir_101 = published("ir_101", IRNet, DEPTHS[101], " as in face.evoLVe: 65,129,792 parameters")
+ir_152 = published("ir_152", IRNet, DEPTHS[152], " as in face.evoLVe: 70,737,600 parameters")
+ir_se_50 = published("ir_se_50", IRNet, DEPTHS[50], " and squeeze-and-excitation: 43,797,696 parameters", se=True)
+ir_se_101 = published("ir_se_101", IRNet, DEPTHS[101], " and squeeze-and-excitation", se=True)
+ir_se_152 = published("ir_se_152", IRNet, DEPTHS[152], " and squeeze-and-excitation: 71,148,736 parameters", se=True)
+adaface_ir_18 = published("adaface_ir_18", IRNet, DEPTHS[18], " as in AdaFace: 24,020,352 parameters", **ADAFACE)
+adaface_ir_50 = published("adaface_ir_50", IRNet, DEPTHS[50], " as in AdaFace: 43,585,600 parameters", **ADAFACE)
+adaface_ir_101 = published("adaface_ir_101", IRNet, DEPTHS[101], " as in AdaFace: 65,150,912 parameters", **ADAFACE)

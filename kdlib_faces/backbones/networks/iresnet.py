@@ -5,25 +5,18 @@ References:
     arXiv:1801.07698.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import ClassVar
 
 from torch import Tensor, nn
 
 from kdlib._checks import check_number
 from kdlib_faces.backbones.input_spec import InputSize
-from kdlib_faces.backbones.networks.base import Backbone, channels, check_blocks, final_grid, in_precision_of
+from kdlib_faces.backbones.networks.base import Backbone, apply_in_own_precision, final_grid, published
 
 __all__ = ["IResNet", "iresnet18", "iresnet34", "iresnet50", "iresnet100", "iresnet200"]
 
-NORM_EPS = 1e-5
-DEPTHS: dict[tuple[int, int, int, int], str] = {
-    (2, 2, 2, 2): "iresnet18",
-    (3, 4, 6, 3): "iresnet34",
-    (3, 4, 14, 3): "iresnet50",
-    (3, 13, 30, 3): "iresnet100",
-    (6, 26, 60, 6): "iresnet200",
-}
+DEPTHS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 14, 3), 100: (3, 13, 30, 3), 200: (6, 26, 60, 6)}
 
 
 class _Block(nn.Module):
@@ -62,14 +55,9 @@ class IResNet(Backbone):
         layers: blocks in each of the four stages; (3, 4, 14, 3) is iresnet50.
         embedding_dim: dimensions d of the embedding.
         width: factor of every channel count; the first stage has 64 * width rounded to a multiple of 8, at least 8.
-        input_size: side of the square images, or (height, width), in pixels. The final grid has a
-            sixteenth of the size, rounded up.
+        input_size: side of the square images, or (height, width), in pixels.
         dropout: dropout probability before the linear layer.
         norm_eps: epsilon of every BatchNorm; MagFace's copies of these networks use 2e-5.
-
-    Raises:
-        ValueError: an argument is out of range, or images have another size than `input_size`.
-        TypeError: an argument has the wrong type.
 
     Examples:
         >>> import torch
@@ -86,8 +74,7 @@ class IResNet(Backbone):
 
     stages: tuple[str, ...] = ("layer1", "layer2", "layer3", "layer4")
     family: ClassVar[str] = "iresnet"
-    _names: ClassVar[tuple[str, ...]] = ("layers", "embedding_dim", "width", "input_size", "dropout", "norm_eps")
-    _defaults: ClassVar[Mapping[str, object]] = {"norm_eps": NORM_EPS}
+    _optional: ClassVar[tuple[str, ...]] = ("norm_eps",)
 
     def __init__(
         self,
@@ -97,14 +84,13 @@ class IResNet(Backbone):
         width: float = 1.0,
         input_size: InputSize = 112,
         dropout: float = 0.0,
-        norm_eps: float = NORM_EPS,
+        norm_eps: float = 1e-5,
     ) -> None:
         super().__init__(embedding_dim, input_size)
         check_number("IResNet", "dropout", dropout, min=0, max=1)
         check_number("IResNet", "norm_eps", norm_eps, above=0)
-        c = channels("IResNet", width)
-        self.layers = check_blocks("IResNet", "layers", layers)
-        self.width = float(width)
+        c = self._set_width(width)
+        self.layers = self._check_blocks("layers", layers)
         self.norm_eps = float(norm_eps)
 
         rows, columns = final_grid(self._size)
@@ -126,50 +112,18 @@ class IResNet(Backbone):
 
     @property
     def name(self) -> str:
-        return DEPTHS.get(self.layers, "iresnet")
+        return next((f"iresnet{depth}" for depth, layers in DEPTHS.items() if layers == self.layers), "iresnet")
 
     def forward(self, images: Tensor) -> Tensor:
         self._check_images(images)
         x = self.prelu(self.bn1(self.conv1(images)))
         x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
         x = self.dropout(self.bn2(x).flatten(1))
-        return in_precision_of(self.fc.weight, self._embed, x)
-
-    def _embed(self, x: Tensor) -> Tensor:
-        out: Tensor = self.features(self.fc(x))
-        return out
+        return apply_in_own_precision(self.fc, self.features, x)
 
 
-def iresnet18(
-    embedding_dim: int = 512, *, width: float = 1.0, input_size: InputSize = 112, dropout: float = 0.0
-) -> IResNet:
-    """`IResNet` with blocks (2, 2, 2, 2): 24,025,600 parameters, 2.61 G multiply-adds."""
-    return IResNet((2, 2, 2, 2), embedding_dim=embedding_dim, width=width, input_size=input_size, dropout=dropout)
-
-
-def iresnet34(
-    embedding_dim: int = 512, *, width: float = 1.0, input_size: InputSize = 112, dropout: float = 0.0
-) -> IResNet:
-    """`IResNet` with blocks (3, 4, 6, 3): 34,139,328 parameters, 4.46 G multiply-adds."""
-    return IResNet((3, 4, 6, 3), embedding_dim=embedding_dim, width=width, input_size=input_size, dropout=dropout)
-
-
-def iresnet50(
-    embedding_dim: int = 512, *, width: float = 1.0, input_size: InputSize = 112, dropout: float = 0.0
-) -> IResNet:
-    """`IResNet` with blocks (3, 4, 14, 3): 43,590,848 parameters, 6.31 G multiply-adds."""
-    return IResNet((3, 4, 14, 3), embedding_dim=embedding_dim, width=width, input_size=input_size, dropout=dropout)
-
-
-def iresnet100(
-    embedding_dim: int = 512, *, width: float = 1.0, input_size: InputSize = 112, dropout: float = 0.0
-) -> IResNet:
-    """`IResNet` with blocks (3, 13, 30, 3): 65,156,160 parameters, 12.09 G multiply-adds."""
-    return IResNet((3, 13, 30, 3), embedding_dim=embedding_dim, width=width, input_size=input_size, dropout=dropout)
-
-
-def iresnet200(
-    embedding_dim: int = 512, *, width: float = 1.0, input_size: InputSize = 112, dropout: float = 0.0
-) -> IResNet:
-    """`IResNet` with blocks (6, 26, 60, 6): 118,833,920 parameters, 23.42 G multiply-adds."""
-    return IResNet((6, 26, 60, 6), embedding_dim=embedding_dim, width=width, input_size=input_size, dropout=dropout)
+iresnet18 = published("iresnet18", IResNet, DEPTHS[18], ": 24,025,600 parameters, 2.61 G multiply-adds")
+iresnet34 = published("iresnet34", IResNet, DEPTHS[34], ": 34,139,328 parameters, 4.46 G multiply-adds")
+iresnet50 = published("iresnet50", IResNet, DEPTHS[50], ": 43,590,848 parameters, 6.31 G multiply-adds")
+iresnet100 = published("iresnet100", IResNet, DEPTHS[100], ": 65,156,160 parameters, 12.09 G multiply-adds")
+iresnet200 = published("iresnet200", IResNet, DEPTHS[200], ": 118,833,920 parameters, 23.42 G multiply-adds")

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from kdlib._checks import check_number
 from kdlib_faces.backbones.input_spec import InputSize
-from kdlib_faces.backbones.networks.base import Backbone, Layers, check_blocks, final_grid
+from kdlib_faces.backbones.networks.base import Backbone, Layers, final_grid, initialize
 
 __all__ = ["MBF", "MBFFlat", "mbf"]
 
@@ -36,7 +36,7 @@ class _DepthWise(Layers):
         self.residual = residual
 
     def forward(self, x: Tensor) -> Tensor:
-        out = super().forward(x)
+        out: Tensor = super().forward(x)  # type: ignore[no-untyped-call]  # missing in torch's stubs
         return x + out if self.residual else out
 
 
@@ -48,13 +48,6 @@ def _residuals(channels: int, blocks: int, c_mid: int) -> Layers:
 def _tail(first: Layers, inputs: int, embedding_dim: int, *, bias: bool) -> Layers:
     """Return the layers `first`, flattening of the grid, linear layer, BatchNorm."""
     return Layers(first, nn.Flatten(1), nn.Linear(inputs, embedding_dim, bias=bias), nn.BatchNorm1d(embedding_dim))
-
-
-def _initialize(module: nn.Module) -> None:
-    """Initialize all weights from He's normal distribution over the outputs."""
-    for each in module.modules():
-        if isinstance(each, nn.Conv2d | nn.Linear):
-            nn.init.kaiming_normal_(each.weight, mode="fan_out", nonlinearity="relu")
 
 
 class MBF(Backbone):
@@ -71,10 +64,6 @@ class MBF(Backbone):
         blocks: residual blocks in each of the four stages; a first count of 1 means the grouped convolution.
         input_size: side of the square images, or (height, width), in pixels.
 
-    Raises:
-        ValueError: an argument is out of range, or images have another size than `input_size`.
-        TypeError: an argument has the wrong type.
-
     Examples:
         >>> import torch
         >>> MBF(64, scale=1, blocks=(1, 1, 1, 1), input_size=32).eval()(torch.zeros(2, 3, 32, 32)).shape
@@ -87,7 +76,6 @@ class MBF(Backbone):
 
     stages: tuple[str, ...] = ("layers.1", "layers.3", "layers.5", "layers.7")
     family: ClassVar[str] = "mbf"
-    _names: ClassVar[tuple[str, ...]] = ("embedding_dim", "scale", "blocks", "input_size")
 
     def __init__(
         self,
@@ -99,10 +87,10 @@ class MBF(Backbone):
     ) -> None:
         super().__init__(embedding_dim, input_size)
         check_number("MBF", "scale", scale, min=1, integer=True)
-        self.scale = scale
-        self.blocks = check_blocks("MBF", "blocks", blocks)
+        self.scale = int(scale)
+        self.blocks = self._check_blocks("blocks", blocks)
 
-        c, (first, second, third, fourth) = 64 * scale, self.blocks
+        c, (first, second, third, fourth) = 64 * self.scale, self.blocks
         self.layers = nn.ModuleList(
             [
                 _ConvBlock(3, c, kernel=3, stride=2),
@@ -118,7 +106,7 @@ class MBF(Backbone):
         self.conv_sep = _ConvBlock(2 * c, 512)
         depthwise = _LinearBlock(512, 512, final_grid(self._size), groups=512)
         self.features = _tail(depthwise, 512, embedding_dim, bias=False)
-        _initialize(self)
+        initialize(self, nn.Conv2d, nn.Linear)
 
     def forward(self, images: Tensor) -> Tensor:
         self._check_images(images)
@@ -157,7 +145,6 @@ class MBFFlat(MBF):
     """
 
     family: ClassVar[str] = "mbf_flat"
-    _names: ClassVar[tuple[str, ...]] = (*MBF._names, "tail_channels")
 
     def __init__(
         self,
@@ -170,29 +157,15 @@ class MBFFlat(MBF):
     ) -> None:
         check_number("MBFFlat", "tail_channels", tail_channels, min=1, integer=True)
         super().__init__(embedding_dim, scale=scale, blocks=blocks, input_size=input_size)
-        self.tail_channels = tail_channels
+        self.tail_channels = int(tail_channels)
         rows, columns = final_grid(self._size)
-        inputs = tail_channels * rows * columns
-        self.features = _tail(_ConvBlock(512, tail_channels), inputs, embedding_dim, bias=True)
-        _initialize(self.features)
+        inputs = self.tail_channels * rows * columns
+        self.features = _tail(_ConvBlock(512, self.tail_channels), inputs, embedding_dim, bias=True)
+        initialize(self.features, nn.Conv2d, nn.Linear)
 
 
 def mbf(
     embedding_dim: int = 512, *, scale: int = 2, blocks: Sequence[int] = (1, 4, 6, 2), input_size: InputSize = 112
 ) -> MBF:
-    """insightface's `mbf`: `MBF` with scale 2, 2,059,520 parameters at 112 pixels and 512 dimensions.
-
-    Args:
-        embedding_dim: dimensions d of the embedding.
-        scale: as in `MBF`.
-        blocks: as in `MBF`.
-        input_size: side of the square images, or (height, width), in pixels.
-
-    Returns:
-        The network, (b, 3, h, w) to (b, d).
-
-    Examples:
-        >>> mbf(128)
-        MBF(embedding_dim=128, scale=2, blocks=(1, 4, 6, 2), input_size=112)
-    """
+    """insightface's `mbf`: `MBF` with scale 2, 2,059,520 parameters at 112 pixels and 512 dimensions."""
     return MBF(embedding_dim, scale=scale, blocks=blocks, input_size=input_size)

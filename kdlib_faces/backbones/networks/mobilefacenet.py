@@ -7,7 +7,7 @@ References:
     2018, arXiv:1804.07573.
 """
 
-from collections.abc import Mapping
+from collections import OrderedDict
 from typing import ClassVar, Literal
 
 import torch
@@ -15,65 +15,46 @@ from torch import Tensor, nn
 
 from kdlib._checks import check_choice
 from kdlib_faces.backbones.input_spec import InputSize
-from kdlib_faces.backbones.networks.base import Backbone, channels, final_grid
+from kdlib_faces.backbones.networks.base import Backbone, final_grid
 
 __all__ = ["MobileFaceNet"]
 
 TAILS = ("gdc", "gnap")
 
 
-class _ConvBlock(nn.Module):
+class _ConvBlock(nn.Sequential):
     """Convolution, BatchNorm, PReLU."""
 
     def __init__(self, c_in: int, c_out: int, kernel: int = 1, stride: int = 1, groups: int = 1) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(c_in, c_out, kernel, stride, kernel // 2, groups=groups, bias=False)
-        self.bn = nn.BatchNorm2d(c_out)
-        self.prelu = nn.PReLU(c_out)
-
-    def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.prelu(self.bn(self.conv(x)))
-        return out
+        conv = nn.Conv2d(c_in, c_out, kernel, stride, kernel // 2, groups=groups, bias=False)
+        super().__init__(OrderedDict(conv=conv, bn=nn.BatchNorm2d(c_out), prelu=nn.PReLU(c_out)))
 
 
-class _LinearBlock(nn.Module):
+class _LinearBlock(nn.Sequential):
     """Convolution and BatchNorm without activation."""
 
     def __init__(self, c_in: int, c_out: int, kernel: tuple[int, int] = (1, 1), groups: int = 1) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(c_in, c_out, kernel, groups=groups, bias=False)
-        self.bn = nn.BatchNorm2d(c_out)
+        conv = nn.Conv2d(c_in, c_out, kernel, groups=groups, bias=False)
+        super().__init__(OrderedDict(conv=conv, bn=nn.BatchNorm2d(c_out)))
+
+
+class _Bottleneck(nn.Sequential):
+    """1x1 expansion, depthwise 3x3, linear 1x1 projection; with stride 1, adds the input."""
+
+    def __init__(self, c_in: int, c_out: int, c_mid: int, stride: int) -> None:
+        conv, depthwise = _ConvBlock(c_in, c_mid), _ConvBlock(c_mid, c_mid, kernel=3, stride=stride, groups=c_mid)
+        super().__init__(OrderedDict(conv=conv, conv_dw=depthwise, project=_LinearBlock(c_mid, c_out)))
+        self.residual = stride == 1
 
     def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.bn(self.conv(x))
-        return out
-
-
-class _Bottleneck(nn.Module):
-    """1x1 expansion, depthwise 3x3, linear 1x1 projection; adds the input if `residual`."""
-
-    def __init__(self, c_in: int, c_out: int, c_mid: int, stride: int, residual: bool = False) -> None:
-        super().__init__()
-        self.residual = residual
-        self.conv = _ConvBlock(c_in, c_mid)
-        self.conv_dw = _ConvBlock(c_mid, c_mid, kernel=3, stride=stride, groups=c_mid)
-        self.project = _LinearBlock(c_mid, c_out)
-
-    def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.project(self.conv_dw(self.conv(x)))
+        out: Tensor = super().forward(x)  # type: ignore[no-untyped-call]  # missing in torch's stubs
         return x + out if self.residual else out
 
 
-class _Residuals(nn.Module):
-    """Residual bottlenecks of stride 1."""
-
-    def __init__(self, channels: int, c_mid: int, blocks: int) -> None:
-        super().__init__()
-        self.model = nn.Sequential(*[_Bottleneck(channels, channels, c_mid, 1, True) for _ in range(blocks)])
-
-    def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.model(x)
-        return out
+def _residuals(channels: int, c_mid: int, blocks: int) -> nn.Sequential:
+    """Return bottlenecks of stride 1 below the name `model`."""
+    bottlenecks = [_Bottleneck(channels, channels, c_mid, 1) for _ in range(blocks)]
+    return nn.Sequential(OrderedDict(model=nn.Sequential(*bottlenecks)))
 
 
 class _NormAwarePool(nn.Module):
@@ -90,9 +71,8 @@ class _NormAwarePool(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.bn1(x)
-        wide = x.to(
-            torch.promote_types(x.dtype, torch.float32)
-        )  # the factor of a cell with a small norm exceeds half precision
+        # The factor of a cell with a small norm exceeds half precision.
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
         norm = torch.linalg.vector_norm(wide, dim=1, keepdim=True)
         wide = wide * (norm.mean((2, 3), keepdim=True) / norm.clamp(min=1e-12))
         out: Tensor = self.bn2(wide.mean((2, 3)).to(x.dtype))
@@ -109,15 +89,10 @@ class MobileFaceNet(Backbone):
     Args:
         embedding_dim: dimensions d of the embedding.
         width: factor of every channel count; the first stage has 64 * width rounded to a multiple of 8, at least 8.
-        input_size: side of the square images, or (height, width), in pixels. The final grid has a
-            sixteenth of the size, rounded up.
+        input_size: side of the square images, or (height, width), in pixels.
         affine: whether the last BatchNorm has weight and bias; AdaDistill's has none (1,199,488 parameters at 512).
         tail: `"gdc"` for the global depthwise convolution and linear layer above; `"gnap"` for global norm-aware
             pooling, which has no weights and gives 512 * width dimensions.
-
-    Raises:
-        ValueError: an argument is out of range, or images have another size than `input_size`.
-        TypeError: an argument has the wrong type.
 
     Examples:
         >>> import torch
@@ -134,8 +109,7 @@ class MobileFaceNet(Backbone):
 
     stages: tuple[str, ...] = ("conv2_dw", "conv_3", "conv_4", "conv_5")
     family: ClassVar[str] = "mobilefacenet"
-    _names: ClassVar[tuple[str, ...]] = ("embedding_dim", "width", "input_size", "affine", "tail")
-    _defaults: ClassVar[Mapping[str, object]] = {"affine": True, "tail": "gdc"}
+    _optional: ClassVar[tuple[str, ...]] = ("affine", "tail")
 
     def __init__(
         self,
@@ -148,23 +122,22 @@ class MobileFaceNet(Backbone):
     ) -> None:
         super().__init__(embedding_dim, input_size)
         check_choice("MobileFaceNet", "tail", tail, TAILS)
-        c = channels("MobileFaceNet", width)
+        c = self._set_width(width)
         if tail == "gnap" and (embedding_dim != 8 * c or affine):
             raise ValueError(
                 f"MobileFaceNet: tail 'gnap' requires embedding_dim {8 * c} and affine False, "
                 f"got {embedding_dim} and {affine}"
             )
-        self.width = float(width)
         self.affine, self.tail = bool(affine), tail
 
         self.conv1 = _ConvBlock(3, c, kernel=3, stride=2)
         self.conv2_dw = _ConvBlock(c, c, kernel=3, groups=c)
         self.conv_23 = _Bottleneck(c, c, 2 * c, stride=2)
-        self.conv_3 = _Residuals(c, 2 * c, blocks=4)
+        self.conv_3 = _residuals(c, 2 * c, blocks=4)
         self.conv_34 = _Bottleneck(c, 2 * c, 4 * c, stride=2)
-        self.conv_4 = _Residuals(2 * c, 4 * c, blocks=6)
+        self.conv_4 = _residuals(2 * c, 4 * c, blocks=6)
         self.conv_45 = _Bottleneck(2 * c, 2 * c, 8 * c, stride=2)
-        self.conv_5 = _Residuals(2 * c, 4 * c, blocks=2)
+        self.conv_5 = _residuals(2 * c, 4 * c, blocks=2)
         self.conv_6_sep = _ConvBlock(2 * c, 8 * c)
         if tail == "gdc":
             self.conv_6_dw = _LinearBlock(8 * c, 8 * c, final_grid(self._size), groups=8 * c)

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from kdlib._checks import check_choice, check_number
 from kdlib_faces.backbones.input_spec import InputSize
-from kdlib_faces.backbones.networks.base import Backbone, Layers, final_grid, in_precision_of
+from kdlib_faces.backbones.networks.base import Backbone, Layers, apply_in_own_precision, final_grid, initialize
 
-__all__ = ["GDCTail", "MobileNetV1", "divisible", "mobilenet_v1", "mobilenet_v1_025"]
+__all__ = ["GDCTail", "MobileNetV1", "divisible", "mobilenet_v1_025"]
 
 TAILS = ("gdc", "flat")
 # Pairs of a depthwise and a pointwise convolution: output channels as a power of two of the stem's, stride.
@@ -62,22 +62,17 @@ class MobileNetV1(Backbone):
     """MobileNet V1 with a stem of stride 1: (b, 3, h, w) images to (b, d) embeddings, not normalized.
 
     Thirteen pairs of a depthwise and a pointwise convolution; four of them halve the grid. At 112 pixels, 512
-    dimensions and width 0.25: 360,960 parameters; 363,696 with `bias`, which yakhyo's checkpoints have.
+    dimensions: 3,795,456 parameters; with width 0.25 360,960, or 363,696 with `bias`, which yakhyo's checkpoints have.
 
     Args:
         embedding_dim: dimensions d of the embedding.
         width: factor on every channel count, rounded to multiples of 8.
-        input_size: side of the square images, or (height, width), in pixels. The final grid has a
-            sixteenth of the size, rounded up.
+        input_size: side of the square images, or (height, width), in pixels.
         bias: whether convolutions before a BatchNorm have a bias. It is redundant with the BatchNorm.
         tail: `"gdc"`: global depthwise convolution, linear layer, BatchNorm, and PReLU throughout, as in yakhyo's.
             `"flat"`: 1x1 convolution to 512 * width channels, BatchNorm, one linear layer over the whole grid,
             BatchNorm, and ReLU6 before, as in bubbliiiing's.
         dropout: dropout probability before the linear layer of the `"flat"` tail.
-
-    Raises:
-        ValueError: an argument is out of range, or images have another size than `input_size`.
-        TypeError: an argument has the wrong type.
 
     Examples:
         >>> import torch
@@ -93,7 +88,6 @@ class MobileNetV1(Backbone):
 
     stages: tuple[str, ...] = ("stage1.3", "stage1.5", "stage2.5", "stage3.1")
     family: ClassVar[str] = "mobilenet_v1"
-    _names: ClassVar[tuple[str, ...]] = ("embedding_dim", "width", "input_size", "bias", "tail", "dropout")
 
     def __init__(
         self,
@@ -115,17 +109,12 @@ class MobileNetV1(Backbone):
         widths = [divisible(32 * 2**power * width) for power in range(6)]
         kind = {"bias": self.bias, "relu6": tail == "flat"}
         before = widths[0]
-        parts = []
-        for stage in STAGES:
-            pairs: list[nn.Module] = []
+        parts: list[list[nn.Module]] = [[], [], []]
+        for pairs, stage in zip(parts, STAGES, strict=True):
             for power, stride in stage:
-                pairs.append(
-                    nn.Sequential(
-                        _Conv(before, before, 3, stride, groups=before, **kind), _Conv(before, widths[power], 1, **kind)
-                    )
-                )
+                depthwise = _Conv(before, before, 3, stride, groups=before, **kind)
+                pairs.append(nn.Sequential(depthwise, _Conv(before, widths[power], 1, **kind)))
                 before = widths[power]
-            parts.append(pairs)
         self.stage1 = nn.Sequential(_Conv(3, widths[0], 3, **kind), *parts[0])
         self.stage2 = nn.Sequential(*parts[1])
         self.stage3 = nn.Sequential(*parts[2])
@@ -141,9 +130,7 @@ class MobileNetV1(Backbone):
             self.bn2 = nn.BatchNorm2d(last)
             self.linear = nn.Linear(last * grid[0] * grid[1], embedding_dim)
             self.features = nn.BatchNorm1d(embedding_dim)
-        for module in self.modules():
-            if isinstance(module, nn.Conv2d):
-                nn.init.kaiming_normal_(module.weight, mode="fan_out")
+        initialize(self, nn.Conv2d)
 
     def forward(self, images: Tensor) -> Tensor:
         self._check_images(images)
@@ -152,24 +139,7 @@ class MobileNetV1(Backbone):
             out: Tensor = self.output_layer(x)
             return out
         x = self.bn2(self.prelu(self.sep_bn(self.sep(x))))
-        return in_precision_of(self.linear.weight, self._embed, self.dropout(x.flatten(1)))
-
-    def _embed(self, x: Tensor) -> Tensor:
-        out: Tensor = self.features(self.linear(x))
-        return out
-
-
-def mobilenet_v1(
-    embedding_dim: int = 512,
-    *,
-    width: float = 1.0,
-    input_size: InputSize = 112,
-    bias: bool = False,
-    tail: Literal["gdc", "flat"] = "gdc",
-    dropout: float = 0.0,
-) -> MobileNetV1:
-    """`MobileNetV1` with full width: 3,795,456 parameters at 112 pixels and 512 dimensions."""
-    return MobileNetV1(embedding_dim, width=width, input_size=input_size, bias=bias, tail=tail, dropout=dropout)
+        return apply_in_own_precision(self.linear, self.features, self.dropout(x.flatten(1)))
 
 
 def mobilenet_v1_025(embedding_dim: int = 512, *, width: float = 0.25, input_size: InputSize = 112) -> MobileNetV1:

@@ -14,10 +14,10 @@ from torch import Tensor, nn
 
 from kdlib._checks import check_number
 from kdlib_faces.backbones.input_spec import InputSize
-from kdlib_faces.backbones.networks.base import Backbone, final_grid
+from kdlib_faces.backbones.networks.base import Backbone, final_grid, initialize
 from kdlib_faces.backbones.networks.mobilenet_v1 import GDCTail, divisible
 
-__all__ = ["MobileNetV2", "mobilenet_v2"]
+__all__ = ["MobileNetV2"]
 
 # Expansion, channels, blocks, stride of the first block.
 ROWS = ((1, 16, 1, 1), (6, 24, 2, 2), (6, 32, 3, 2), (6, 64, 4, 2), (6, 96, 3, 1), (6, 160, 3, 2), (6, 320, 1, 1))
@@ -65,16 +65,11 @@ class MobileNetV2(Backbone):
     Args:
         embedding_dim: dimensions d of the embedding.
         width: factor on every channel count, rounded to multiples of 8; the last 512 channels are never reduced.
-        input_size: side of the square images, or (height, width), in pixels. The final grid has a
-            sixteenth of the size, rounded up.
+        input_size: side of the square images, or (height, width), in pixels.
         bias: whether convolutions before a PReLU have a bias. It is redundant with the BatchNorm.
         stem_stride: 1, with four halvings in the blocks, as in yakhyo's; or 2, without the two blocks of 24 channels,
             as in cavaface's.
         affine: whether the last BatchNorm has weight and bias; cavaface has both variants.
-
-    Raises:
-        ValueError: an argument is out of range, or images have another size than `input_size`.
-        TypeError: an argument has the wrong type.
 
     Examples:
         >>> import torch
@@ -89,7 +84,6 @@ class MobileNetV2(Backbone):
     """
 
     family: ClassVar[str] = "mobilenet_v2"
-    _names: ClassVar[tuple[str, ...]] = ("embedding_dim", "width", "input_size", "bias", "stem_stride", "affine")
 
     def __init__(
         self,
@@ -106,7 +100,7 @@ class MobileNetV2(Backbone):
         check_number("MobileNetV2", "stem_stride", stem_stride, min=1, max=2, integer=True)
         self.width = float(width)
         self.bias, self.affine = bool(bias), bool(affine)
-        self.stem_stride = stem_stride
+        self.stem_stride = int(stem_stride)
 
         before = divisible(32 * width)
         features: list[nn.Module] = [_Conv(3, before, 3, stem_stride, bias=self.bias)]
@@ -117,36 +111,17 @@ class MobileNetV2(Backbone):
             if stride == 2:
                 ends.append(len(features) - 1)
             after = divisible(channels * width)
-            for block in range(blocks):
-                features.append(
-                    _InvertedResidual(before, after, stride if block == 0 else 1, expansion, bias=self.bias)
-                )
-                before = after
+            for c_in, first in [(before, stride), *[(after, 1)] * (blocks - 1)]:
+                features.append(_InvertedResidual(c_in, after, first, expansion, bias=self.bias))
+            before = after
         ends.append(len(features) - 1)
         self.stages: tuple[str, ...] = tuple(f"features.{end}" for end in ends[-4:])
         last = divisible(LAST * max(1.0, width))
         self.features = nn.Sequential(*features, _Conv(before, last, 1, bias=self.bias))
         self.output_layer = GDCTail(last, final_grid(self._size), embedding_dim, affine=self.affine)
-        for module in self.modules():
-            if isinstance(module, nn.Conv2d):
-                nn.init.kaiming_normal_(module.weight, mode="fan_out")
+        initialize(self, nn.Conv2d)
 
     def forward(self, images: Tensor) -> Tensor:
         self._check_images(images)
         out: Tensor = self.output_layer(self.features(images))
         return out
-
-
-def mobilenet_v2(
-    embedding_dim: int = 512,
-    *,
-    width: float = 1.0,
-    input_size: InputSize = 112,
-    bias: bool = False,
-    stem_stride: int = 1,
-    affine: bool = True,
-) -> MobileNetV2:
-    """`MobileNetV2` with full width: 2,280,640 parameters at 112 pixels and 512 dimensions."""
-    return MobileNetV2(
-        embedding_dim, width=width, input_size=input_size, bias=bias, stem_stride=stem_stride, affine=affine
-    )

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from kdlib._checks import check_number
 from kdlib_faces.backbones.input_spec import InputSize
-from kdlib_faces.backbones.networks.base import Backbone, channels, check_blocks, final_grid
-from kdlib_faces.backbones.networks.ir import IRBlock, IROutput
+from kdlib_faces.backbones.networks.base import Backbone, final_grid
+from kdlib_faces.backbones.networks.ir import IROutput, ir_stage, ir_stem
 
 __all__ = ["MTLFaceNet"]
 
@@ -59,17 +59,12 @@ class MTLFaceNet(Backbone):
         layers: blocks in each of the four stages.
         embedding_dim: dimensions d of the embedding.
         width: factor of every channel count; the first stage has 64 * width rounded to a multiple of 8, at least 8.
-        input_size: side of the square images, or (height, width), in pixels. The final grid has a
-            sixteenth of the size, rounded up.
+        input_size: side of the square images, or (height, width), in pixels.
         dropout: dropout probability before the linear layer.
         se: add squeeze-and-excitation to each block.
 
     Attributes:
         stages: module paths at the end of each halving, for use as taps; `"fsm"` is the last map without age.
-
-    Raises:
-        ValueError: an argument is out of range, or images have another size than `input_size`.
-        TypeError: an argument has the wrong type.
 
     Examples:
         >>> import torch
@@ -83,7 +78,6 @@ class MTLFaceNet(Backbone):
 
     stages: tuple[str, ...] = ("block1", "block2", "block3", "block4")
     family: ClassVar[str] = "mtlface"
-    _names: ClassVar[tuple[str, ...]] = ("layers", "embedding_dim", "width", "input_size", "dropout", "se")
 
     def __init__(
         self,
@@ -97,23 +91,17 @@ class MTLFaceNet(Backbone):
     ) -> None:
         super().__init__(embedding_dim, input_size)
         check_number("MTLFaceNet", "dropout", dropout, min=0, max=1)
-        c = channels("MTLFaceNet", width)
-        self.layers = check_blocks("MTLFaceNet", "layers", layers)
-        self.width = float(width)
+        c = self._set_width(width)
+        self.layers = self._check_blocks("layers", layers)
         self.se = bool(se)
 
-        def stage(c_in: int, c_out: int, blocks: int) -> nn.Sequential:
-            kind = {"se": self.se, "mid_norm": True}
-            return nn.Sequential(
-                IRBlock(c_in, c_out, 2, **kind), *[IRBlock(c_out, c_out, 1, **kind) for _ in range(blocks - 1)]
-            )
-
         rows, columns = final_grid(self._size)
-        self.input_layer = nn.Sequential(nn.Conv2d(3, c, 3, padding=1, bias=False), nn.BatchNorm2d(c), nn.PReLU(c))
-        self.block1 = stage(c, c, self.layers[0])
-        self.block2 = stage(c, 2 * c, self.layers[1])
-        self.block3 = stage(2 * c, 4 * c, self.layers[2])
-        self.block4 = stage(4 * c, 8 * c, self.layers[3])
+        kind = {"se": self.se, "mid_norm": True}
+        self.input_layer = ir_stem(c)
+        self.block1 = nn.Sequential(*ir_stage(c, c, self.layers[0], **kind))
+        self.block2 = nn.Sequential(*ir_stage(c, 2 * c, self.layers[1], **kind))
+        self.block3 = nn.Sequential(*ir_stage(2 * c, 4 * c, self.layers[2], **kind))
+        self.block4 = nn.Sequential(*ir_stage(4 * c, 8 * c, self.layers[3], **kind))
         self.fsm = _Factorization(8 * c)
         self.dropout = dropout
         self.output_layer = IROutput(8 * c, rows * columns, embedding_dim, dropout)

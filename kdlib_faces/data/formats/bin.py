@@ -1,22 +1,22 @@
 """Reading and writing of `.bin` verification sets: pickles of encoded images and pair labels."""
 
-from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from os import PathLike
-from typing import TYPE_CHECKING
+from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import ArrayLike, NDArray
+from torch import Tensor
 
 from kdlib._atomic import atomic_write
 from kdlib._checks import check_number
 from kdlib_faces._checks import InputError
-from kdlib_faces.data.formats.files import Progress, mapped, with_progress
+from kdlib_faces.data.formats.files import Progress, mapped
 from kdlib_faces.data.formats.pickle import PickledArray, parse_pickle
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from kdlib_faces.data.images import decode_batches, decode_image
 
 __all__ = ["BinSet", "load_bin", "save_bin"]
 
@@ -47,7 +47,7 @@ class BinSet:
 
     def batches(
         self, size: int = 112, *, batch_size: int = 256, workers: int = 2, progress: Progress | None = None
-    ) -> "Iterator[Tensor]":
+    ) -> Iterator[Tensor]:
         """Decode the images in order, one batch at a time; memory does not grow with the set.
 
         An image of `size` x `size` is returned unchanged. Any other is cropped to its central square and resized with
@@ -68,21 +68,12 @@ class BinSet:
         check_number("BinSet.batches", "size", size, min=1, max=4096, integer=True)
         check_number("BinSet.batches", "batch_size", batch_size, min=1, integer=True)
         check_number("BinSet.batches", "workers", workers, min=1, integer=True)
-        starts = with_progress(range(0, len(self.images), batch_size), f"images ({len(self.images)})", progress)
-        return self._decode(starts, size, batch_size, workers)
 
-    def _decode(self, starts: Iterable[int], size: int, batch_size: int, workers: int) -> "Iterator[Tensor]":
-        import torch
-
-        from kdlib_faces.data.images import decode_image
-
-        def decode(row: int) -> NDArray[np.uint8]:
+        def read(row: int) -> NDArray[np.uint8]:
             return decode_image(self.images[row], size, name=f"{self.source or 'set'}: image {row}")
 
-        with ThreadPoolExecutor(workers) as pool:
-            for start in starts:
-                rows = range(start, min(start + batch_size, len(self.images)))
-                yield torch.from_numpy(np.stack(list(pool.map(decode, rows))))
+        batches = decode_batches(read, len(self.images), batch_size, workers, progress)
+        return (torch.from_numpy(batch) for batch in batches)
 
 
 def load_bin(path: str | PathLike[str]) -> BinSet:
@@ -146,11 +137,12 @@ def _images(name: str, value: object) -> list[bytes]:
     for number, entry in enumerate(entries):
         where = f"{name}: image {number}"
         if isinstance(entry, PickledArray):
-            flat = sum(side != 1 for side in entry.shape) <= 1 and len(entry.shape) >= 1
-            if entry.dtype.lstrip("<>|=") not in ("u1", "B") or not flat or not isinstance(entry.data, bytes):
+            if (
+                _numbers(where, entry).dtype != np.uint8
+                or not entry.shape
+                or sum(side != 1 for side in entry.shape) > 1
+            ):
                 raise InputError(f"{where} must be bytes or (n,) uint8, got an array {entry.shape} of {entry.dtype!r}")
-            if int(np.prod(entry.shape, dtype=object)) != len(entry.data):
-                raise InputError(f"{where}: an array {entry.shape} holds {len(entry.data)} bytes")
             entry = entry.data
         if not isinstance(entry, bytes):
             raise InputError(f"{where} must be bytes or (n,) uint8, got {_kind(entry)}")
@@ -161,18 +153,16 @@ def _images(name: str, value: object) -> list[bytes]:
 
 
 def _same(name: str, value: object) -> NDArray[np.bool_]:
+    labels: Sequence[object]
     if isinstance(value, PickledArray) and isinstance(value.data, bytes):
-        labels = _numbers(f"{name}: the labels", value)
-        wrong = [label not in (0, 1) for label in labels]
-        if any(wrong):
-            raise InputError(f"{name}: label {wrong.index(True)} must be 0 or 1")
-        return np.asarray(labels, dtype=bool)
-    items = _items(name, "labels", value)
-    same = np.zeros(len(items), dtype=bool)
-    for number, label in enumerate(items):
-        if isinstance(label, PickledArray) and isinstance(label.data, bytes):
-            scalar = _numbers(f"{name}: label {number}", label)
-            label = scalar[0] if len(scalar) == 1 else None
+        labels = _numbers(f"{name}: the labels", value).tolist()
+    else:
+        labels = _items(name, "labels", value)
+    same = np.zeros(len(labels), dtype=bool)
+    for number, label in enumerate(labels):
+        if isinstance(label, PickledArray):
+            numbers = _numbers(f"{name}: label {number}", label)
+            label = int(numbers[0]) if len(numbers) == 1 else label
         if not isinstance(label, int) or label not in (0, 1):
             shown = str(label) if isinstance(label, int) else _kind(label)
             raise InputError(f"{name}: label {number} must be True or False, got {shown}")
@@ -180,13 +170,14 @@ def _same(name: str, value: object) -> NDArray[np.bool_]:
     return same
 
 
-def _numbers(what: str, array: PickledArray) -> list[int]:
-    if array.dtype.lstrip("<>|=").startswith("O") or not array.dtype or not isinstance(array.data, bytes):
+def _numbers(what: str, array: PickledArray) -> NDArray[Any]:
+    """The flat array of numbers that a pickle describes."""
+    if not isinstance(array.data, bytes) or not array.dtype or "O" in array.dtype:
         raise InputError(f"{what} must be numbers, got an array of {array.dtype!r}")
     dtype = np.dtype(array.dtype)
-    if int(np.prod(array.shape, dtype=object)) * dtype.itemsize != len(array.data):
+    if math.prod(array.shape) * dtype.itemsize != len(array.data):
         raise InputError(f"{what}: an array {array.shape} of {array.dtype!r} holds {len(array.data)} bytes")
-    return [int(number) for number in np.frombuffer(array.data, dtype)]
+    return np.frombuffer(array.data, dtype)
 
 
 def save_bin(path: str | PathLike[str], images: Sequence[bytes], same: ArrayLike) -> None:

@@ -36,18 +36,10 @@ def read_integers(
     max_rows: int,
     check: Callable[[NDArray[np.int64], int], None] | None = None,
 ) -> list[NDArray[Any]]:
-    """Read rows of whole numbers from 0, separated by blanks or tabs; blank lines are skipped.
+    """Read rows of whole numbers from 0, separated by blanks or tabs, to one array per column; blank lines are skipped.
 
-    Args:
-        path: The file.
-        dtypes: NumPy scalar type of each column.
-        what: Kind of file, for messages.
-        max_rows: Maximum number of rows.
-        check: Called with each block of rows, `(m, columns)` int64, and the number of rows before it; raises for wrong
-            values.
-
-    Returns:
-        One array per column.
+    `check` is called with each block of rows, `(m, columns)` int64, and the number of rows before it, and raises for wrong
+    values.
 
     Raises:
         InputError: The file holds anything else, a number of more than 16 digits, more than `max_rows` rows, or no row;

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from kdlib_faces._checks import InputError
 
-__all__ = ["Cell", "Numbers", "Struct", "Value", "matlab_variable"]
+__all__ = ["Cell", "Numbers", "Value", "matlab_variable"]
 
 MAX_UNPACKED = 64 * 2**20
 MAX_ITEMS = 2_000_000
@@ -27,34 +27,21 @@ _CELL, _STRUCT, _CHAR, _NUMERIC = 1, 2, 4, range(6, 16)
 
 @dataclass(frozen=True)
 class Cell:
-    """A cell array: its shape, and its items with the first index varying fastest."""
+    """A cell array: its shape, and its items with the first index varying fastest.
+
+    A struct array is a cell of such cells, each of which holds the fields of one item in their order.
+    """
 
     shape: tuple[int, ...]
     items: "list[Value]"
 
 
-@dataclass(frozen=True)
-class Struct:
-    """A struct array: its shape, and the fields of each item, first index varying fastest."""
-
-    shape: tuple[int, ...]
-    items: "list[dict[str, Value]]"
-
-
 Numbers: TypeAlias = NDArray[Any]
-Value: TypeAlias = Cell | Struct | str | Numbers
+Value: TypeAlias = Cell | str | Numbers
 
 
 def matlab_variable(data: bytes, name: str, source: str) -> Value:
-    """Return the variable `name` of a MATLAB 5 file.
-
-    Args:
-        data: The whole file.
-        name: The variable.
-        source: Name of the file in messages.
-
-    Returns:
-        `Cell`, `Struct`, text, or a numeric array.
+    """Return the variable `name` of a MATLAB 5 file; messages start with `source`.
 
     Raises:
         InputError: The file is of MATLAB 4 or 7.3, broken, or decompresses to more than 64 MiB; the variable does not
@@ -148,19 +135,18 @@ class _Reader:
         kind, shape, _, at = self.parts(content)
         count = math.prod(shape)
         if kind == _CELL:
-            return Cell(shape, self.values(content, at, count, depth)[0])
+            return Cell(shape, self.values(content, at, count, depth))
         if kind == _STRUCT:
-            names, at = self.fields(content, at)
-            flat, _ = self.values(content, at, count * len(names), depth)
-            rows = range(0, len(flat), len(names))
-            return Struct(shape, [dict(zip(names, flat[row : row + len(names)], strict=True)) for row in rows])
+            width, at = self.fields(content, at)
+            flat = self.values(content, at, count * width, depth)
+            return Cell(shape, [Cell((1, width), flat[row : row + width]) for row in range(0, len(flat), width)])
         if kind == _CHAR:
             return self.text(*self.element(content, at)[:2], shape)
         if kind in _NUMERIC:
             return self.numbers(*self.element(content, at)[:2], shape, count)
         return self.fail(f"a variable of class {kind}")
 
-    def values(self, content: memoryview, at: int, count: int, depth: int) -> tuple[list[Value], int]:
+    def values(self, content: memoryview, at: int, count: int, depth: int) -> list[Value]:
         self.items += count
         if self.items > MAX_ITEMS or count * 8 > len(content):
             self.fail(f"{count:,} items, more than its bytes can hold or than {MAX_ITEMS:,} in total")
@@ -170,9 +156,10 @@ class _Reader:
             if kind != _MATRIX:
                 self.fail(f"an item of element type {kind}")
             items.append(self.value(inner, depth + 1))
-        return items, at
+        return items
 
-    def fields(self, content: memoryview, at: int) -> tuple[list[str], int]:
+    def fields(self, content: memoryview, at: int) -> tuple[int, int]:
+        """Number of fields of a struct, and the position of their values."""
         kind, width, at = self.element(content, at)
         if kind != 5 or len(width) != 4:
             self.fail("a struct without the length of its names")
@@ -180,10 +167,7 @@ class _Reader:
         kind, names, at = self.element(content, at)
         if kind not in (1, 2) or length < 1 or len(names) % length or not names:
             self.fail("a struct without its names")
-        fields = [bytes(names[n : n + length]).split(b"\0")[0].decode("latin-1") for n in range(0, len(names), length)]
-        if len(set(fields)) != len(fields):
-            self.fail("a struct with a name twice")
-        return fields, at
+        return len(names) // length, at
 
     def text(self, kind: int, raw: memoryview, shape: tuple[int, ...]) -> str:
         if raw and (kind not in _TEXTS or (len(shape) > 1 and shape[0] > 1)):

@@ -5,8 +5,8 @@ a multiple of four bytes, the writer splits the record there and omits the four 
 """
 
 import mmap
+import re
 import struct
-from collections.abc import Iterator
 from dataclasses import dataclass
 from os import PathLike
 from typing import NamedTuple
@@ -15,11 +15,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kdlib_faces._checks import InputError
-from kdlib_faces.data.formats.text import read_lines
+from kdlib_faces.data.formats.text import is_number, read_lines
 
 __all__ = [
-    "EXACT", "HEAD", "IdentityRanges", "Record", "RecordProperties",
-    "frame", "pack", "payload", "peek", "read_property", "unpack",
+    "EXACT", "HEAD", "LENGTH_BITS", "MAGIC", "WHOLE", "IdentityRanges", "Record", "RecordProperties", "frame", "pack", "payload", "read_property",
+    "unpack",
 ]  # fmt: skip
 
 MAGIC = 0xCED7230A
@@ -32,7 +32,7 @@ EXACT = 1 << 24
 """Labels are float32: whole numbers below this one are exact."""
 _FRAME, _HEADER = struct.Struct("<II"), struct.Struct("<IfQQ")
 HEAD = _HEADER.size + 4
-"""Bytes of a record's data that `peek` needs."""
+"""Bytes of a record's data that `unpack` needs for the first label."""
 
 
 class Record(NamedTuple):
@@ -91,7 +91,7 @@ def read_property(path: str | PathLike[str]) -> RecordProperties:
     """
     lines = [line for _, (_, line) in zip(range(2), read_lines(path, what="property file"), strict=False)]
     fields = [field.strip() for field in lines[0].split(",")] if len(lines) == 1 else []
-    if len(fields) != 3 or not all(field.isascii() and field.isdigit() and 0 < len(field) < 10 for field in fields):
+    if len(fields) != 3 or not all(map(is_number, fields)):
         raise InputError(f"{path}: must be one line 'identities,height,width', got {(lines or [''])[0][:60]!r}")
     properties = RecordProperties(*map(int, fields))
     if not all(properties):
@@ -108,7 +108,7 @@ def frame(data: bytes) -> bytes:
     """
     if len(data) > MAX_RECORD:
         raise ValueError(f"frame: data must be at most {MAX_RECORD:,} bytes, got {len(data):,}")
-    cuts = [at for at in _occurrences(data) if at % 4 == 0]
+    cuts = [match.start() for match in re.finditer(re.escape(MAGIC_BYTES), data) if match.start() % 4 == 0]
     starts, ends = [0, *[cut + 4 for cut in cuts]], [*cuts, len(data)]
     out = []
     for number, (start, end) in enumerate(zip(starts, ends, strict=True)):
@@ -116,14 +116,6 @@ def frame(data: bytes) -> bytes:
         part = data[start:end]
         out.append(_FRAME.pack(MAGIC, flag << LENGTH_BITS | len(part)) + part + bytes(-len(part) % 4))
     return b"".join(out)
-
-
-def _occurrences(data: bytes) -> Iterator[int]:
-    at = data.find(MAGIC_BYTES)
-    while at >= 0:
-        yield at
-        # An aligned magic is cut out whole; inside an unaligned one, another may begin.
-        at = data.find(MAGIC_BYTES, at + (4 if at % 4 == 0 else 1))
 
 
 def _part(data: bytes | mmap.mmap, at: int, where: str) -> tuple[int, int]:
@@ -144,16 +136,9 @@ def _part(data: bytes | mmap.mmap, at: int, where: str) -> tuple[int, int]:
 
 
 def payload(data: bytes | mmap.mmap, start: int, where: str, *, max_bytes: int = MAX_RECORD) -> tuple[bytes, int]:
-    """Read the data of the record at `start`, its parts joined by the magic at which they were split.
+    """Read the data of the record at byte `start`, its parts joined by the magic at which they were split.
 
-    Args:
-        data: The file.
-        start: Position of the record.
-        where: File and record, for messages.
-        max_bytes: Bytes of the data to return; the rest is skipped.
-
-    Returns:
-        The data, and the position of the next record.
+    Returns the first `max_bytes` of the data, and the position of the next record.
 
     Raises:
         InputError: No record is there, its parts are out of order, or it has more than 256 MiB of data.
@@ -186,37 +171,18 @@ def pack(image: bytes, label: float | tuple[float, ...], number: int = 0) -> byt
     return _HEADER.pack(0, label, number, 0) + image
 
 
-def peek(data: bytes, where: str) -> tuple[float, int]:
-    """Return the first label and the id, from the first `HEAD` bytes of a record's data.
-
-    Raises:
-        InputError: There are too few bytes.
-    """
-    count, label, number = _header(data, where)
-    if count:
-        if len(data) < HEAD:
-            raise InputError(f"{where}: the header announces {count} labels, the record has none")
-        label = struct.unpack_from("<f", data, _HEADER.size)[0]
-    return label, number
-
-
-def unpack(data: bytes, where: str) -> tuple[tuple[float, ...], int, int]:
-    """Return the labels, the id, and where the image starts in `data`.
+def unpack(data: bytes, where: str, *, max_labels: int | None = None) -> tuple[tuple[float, ...], int, int]:
+    """Return the labels, at most `max_labels` of them, the id, and where the image starts in `data`.
 
     Raises:
         InputError: There are fewer bytes than the header announces.
     """
-    count, label, number = _header(data, where)
-    if not count:
-        return (label,), number, _HEADER.size
-    if count > MAX_LABELS or len(data) < _HEADER.size + 4 * count:
-        available = (len(data) - _HEADER.size) // 4
-        raise InputError(f"{where}: the header announces {count} labels, the record can hold {available}")
-    return struct.unpack_from(f"<{count}f", data, _HEADER.size), number, _HEADER.size + 4 * count
-
-
-def _header(data: bytes, where: str) -> tuple[int, float, int]:
     if len(data) < _HEADER.size:
         raise InputError(f"{where}: an image record has at least {_HEADER.size} bytes, got {len(data)}")
     count, label, number, _ = _HEADER.unpack_from(data)
-    return count, label, number
+    if not count:
+        return (label,), number, _HEADER.size
+    wanted, available = min(count, max_labels or count), min(MAX_LABELS, (len(data) - _HEADER.size) // 4)
+    if wanted > available:
+        raise InputError(f"{where}: the header announces {count} labels, the record can hold {available}")
+    return struct.unpack_from(f"<{wanted}f", data, _HEADER.size), number, _HEADER.size + 4 * count

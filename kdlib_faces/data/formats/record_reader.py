@@ -5,7 +5,6 @@ import os
 from collections.abc import Iterator, Sequence
 from os import PathLike
 from pathlib import Path
-from types import TracebackType
 from typing import Self, overload
 
 import numpy as np
@@ -17,11 +16,13 @@ from kdlib_faces.data.formats.files import Progress, opened, with_progress
 from kdlib_faces.data.formats.record_format import (
     EXACT,
     HEAD,
+    LENGTH_BITS,
+    MAGIC,
+    WHOLE,
     IdentityRanges,
     Record,
     RecordProperties,
     payload,
-    peek,
     read_property,
     unpack,
 )
@@ -101,9 +102,7 @@ class RecordReader(Sequence[Record]):
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *exception: object) -> None:
         self.close()
 
     def __getstate__(self) -> dict[str, object]:
@@ -129,17 +128,13 @@ class RecordReader(Sequence[Record]):
             while at < len(data):
                 where = f"{self.path} record {number}"
                 head, end = payload(data, at, where, max_bytes=HEAD)
-                yield peek(head, where)[1], at
+                yield unpack(head, where, max_labels=1)[1], at
                 at, number = end, number + 1
 
-        numbers: list[int] = []
-        offsets: list[int] = []
-        for number, offset in with_progress(records(), f"records of {self.path.name}", progress):
-            numbers.append(number)
-            offsets.append(offset)
+        found = list(with_progress(records(), f"records of {self.path.name}", progress))
+        numbers, offsets = zip(*found, strict=True)
         unique = len(set(numbers)) == len(numbers) and max(numbers) < MAX_RECORDS
-        keys = numbers if unique else range(len(numbers))
-        return np.asarray(keys, dtype=np.int64), np.asarray(offsets, dtype=np.int64)
+        return np.asarray(numbers if unique else range(len(found)), dtype=np.int64), np.asarray(offsets, dtype=np.int64)
 
     def _find_images(self) -> NDArray[np.int64]:
         """Rows of `_keys` that are images."""
@@ -175,10 +170,8 @@ class RecordReader(Sequence[Record]):
         """The first key without an image near `a`, which as a float32 stands for several whole numbers."""
         step = int(np.spacing(np.float32(a)))
         near = np.flatnonzero((self._keys >= a - step) & (self._keys <= a + step))
-        for row in near:
-            if not self._read(int(row)).image:
-                return int(self._keys[row])
-        return int(self._keys[near[-1]]) + 1 if len(near) else a
+        without = (int(self._keys[row]) for row in near if not self._read(int(row)).image)
+        return next(without, int(self._keys[near[-1]]) + 1 if len(near) else a)
 
     def __len__(self) -> int:
         return len(self._images)
@@ -204,13 +197,6 @@ class RecordReader(Sequence[Record]):
         labels, number, start = unpack(data, f"{where} at byte {offset}")
         return Record(data[start:], labels[0], labels, key, number, where)
 
-    def _identity(self, image: int) -> int:
-        """The identity of an image, from the first bytes of its record."""
-        row = int(self._images[image])
-        where = f"{self.path} record {int(self._keys[row])}"
-        data, _ = payload(self._data(), int(self._offsets[row]), where, max_bytes=HEAD)
-        return Record(b"", peek(data, where)[0], (), 0, 0, where).identity
-
     @property
     def keys(self) -> NDArray[np.int64]:
         """`(n,)` int64, the key of each image."""
@@ -225,54 +211,58 @@ class RecordReader(Sequence[Record]):
     def ranges(self) -> IdentityRanges | None:
         """Read the identity records; None where the set has none, or has so many keys that float32 cannot hold them.
 
+        A record of one number gives the first image; the range then ends where the next one starts.
+
         Raises:
-            InputError: An identity record is missing, or names no images of the set.
+            InputError: An identity record is missing, names no images of the set, or names images of several identities.
         """
         a, b = self.header or (0, 0)
         if not self._exact or a == b:
             return None
-        rows = self._identity_rows()
+        rows = np.flatnonzero((self._keys >= a) & (self._keys < b))
         if len(rows) != b - a:
             raise InputError(
                 f"{self.path} record 0: names identities {a} to {b - 1}, {b - a - len(rows)} are not in the index"
             )
+        records = [self._read(int(row)) for row in rows]
+        labels = self.labels()
         spans = np.empty((len(rows), 2), dtype=np.int64)
-        for number, row in enumerate(rows):
-            record = self._read(int(row))
-            start, end = (*record.labels, -1.0, -1.0)[:2]
+        for number, record in enumerate(records):
+            following = records[number + 1].label if number + 1 < len(records) else float(a)
+            start, end = (*record.labels, following)[:2]
             if not (1 <= start < end <= a) or start != int(start) or end != int(end):
                 raise InputError(
                     f"{record.where}: an identity's images must be keys from 1 to {a - 1}, got {record.labels[:2]}"
                 )
             spans[number] = int(start), int(end)
+            found = labels[int(start) - 1 : int(end) - 1]
+            if (found != found[0]).any():
+                other = int((found != found[0]).argmax())
+                raise InputError(
+                    f"{record.where}: its images {start:.0f} and {start + other:.0f} have labels {found[0]} and "
+                    f"{found[other]}"
+                )
         return IdentityRanges(self._keys[rows], spans[:, 0], spans[:, 1])
 
-    def _identity_rows(self) -> NDArray[np.int64]:
-        a, b = self.header or (0, 0)
-        return np.flatnonzero((self._keys >= a) & (self._keys < b))
-
-    def labels(self, *, progress: Progress | None = None) -> NDArray[np.int64]:
-        """Read the identity of each image, from the identity records where those are complete and cover every image.
+    def labels(self) -> NDArray[np.int64]:
+        """Read the identity of each image from its record; identity records are not used.
 
         Returns:
             `(n,)` int64.
 
         Raises:
-            InputError: A label is not a whole number below 2^24, or images of one identity record have different labels.
+            InputError: A record is broken, or a label is not a whole number below 2^24.
         """
-        out = np.full(len(self), -1, dtype=np.int64)
-        a, b = self.header or (0, 0)
-        spans = self.ranges() if len(self._identity_rows()) == b - a else None
-        if spans is not None and int((spans.ends - spans.starts).sum()) == len(self):
-            work = list(zip(spans.keys.tolist(), spans.starts.tolist(), spans.ends.tolist(), strict=True))
-            for key, start, end in with_progress(work, "identities", progress):
-                first, last = self._identity(start - 1), self._identity(end - 2)
-                if first != last:
-                    raise InputError(
-                        f"{self.path} record {key}: its images {start} and {end - 1} have labels {first} and {last}"
-                    )
-                out[start - 1 : end - 1] = first
-        if (out < 0).any():
-            for row in with_progress(range(len(self)), "labels", progress):
-                out[row] = self._identity(row)
-        return out
+        data = self._data()
+        words = np.frombuffer(data, "<u4", len(data) // 4)
+        starts = self._offsets[self._images] // 4
+        magic, length, count, label = (words.take(starts + at, mode="clip") for at in range(4))
+        labels = label.view("<f4").astype(np.float64)
+        # A record of one part whose header has one label. The others are few, or their labels are arrays.
+        simple = (magic == MAGIC) & (length >> LENGTH_BITS == WHOLE) & (count == 0)
+        simple &= (length >= HEAD - 4) & (length <= 4 * (len(words) - starts) - 8)
+        simple &= (labels >= 0) & (labels < EXACT) & (labels == np.floor(labels))
+        del words  # The map cannot be closed while an array refers to it.
+        for row in np.flatnonzero(~simple):
+            labels[row] = self[int(row)].identity
+        return labels.astype(np.int64)

@@ -24,10 +24,6 @@ def read_lines(path: str | PathLike[str], *, what: str = "list") -> Iterator[tup
 
     Memory stays bounded whatever the file holds.
 
-    Args:
-        path: The file.
-        what: Kind of file, for messages.
-
     Raises:
         InputError: The file is missing, a folder or unreadable, or it holds a line longer than 8,192 bytes, more than 20
             million lines, a NUL byte or bytes that are not UTF-8; the message names the line.
@@ -69,14 +65,8 @@ def read_table(
 ) -> tuple[list[str], Iterator[tuple[str, dict[str, str]]]]:
     """Read a CSV file with a header, row by row.
 
-    Args:
-        path: The file.
-        what: Kind of file, for messages.
-        known: Columns to read, in any case; other columns are ignored.
-        needed: Columns that are required, whose cells must not be empty.
-
-    Returns:
-        The known columns of the file, and an iterator of `"PATH line N"` and the cells of those columns.
+    Columns are named in any case; those that are not `known` are ignored. Returns the known columns of the file, and an
+    iterator of `"PATH line N"` and the cells of those columns.
 
     Raises:
         InputError: The file has no rows, lacks a needed column or has a known one twice, or a row has another width or an

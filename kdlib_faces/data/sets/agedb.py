@@ -11,7 +11,7 @@ import numpy as np
 
 from kdlib_faces._checks import InputError
 from kdlib_faces.data.formats.files import read_whole
-from kdlib_faces.data.formats.matlab import Cell, Numbers, Struct, Value, matlab_variable
+from kdlib_faces.data.formats.matlab import Cell, Numbers, Value, matlab_variable
 from kdlib_faces.data.image_pairs import ImagePairs, check_published, count_pairs, file_sha256, gather_pairs
 from kdlib_faces.data.lists import MAX_AGE, FaceList
 from kdlib_faces.data.sets.named_images import list_images
@@ -19,6 +19,7 @@ from kdlib_faces.data.sets.named_images import list_images
 __all__ = ["AgeDBName", "parse_agedb_name", "read_agedb", "read_agedb_pairs"]
 
 MAX_FILE = 64 * 2**20
+FOLD_PAIRS = (300, 300)
 _RAW = re.compile(r"(\d+)_(.+)_(\d{1,3})_([mfMF])")
 
 
@@ -105,7 +106,7 @@ def read_agedb_pairs(path: str | PathLike[str], *, published: bool = True) -> Im
             pairs.append((left, right, bool(label == 1)))
         folds += [fold] * len(labels)
         if published:
-            check_published(where, "fold of AgeDB", count_pairs(labels == 1), (300, 300))
+            check_published(where, "fold of AgeDB", count_pairs(labels == 1), FOLD_PAIRS)
     if published:
         check_published(path, "protocol of AgeDB", {"folds": len(splits.items)}, (10,))
     years = re.search(r"(\d+)_years", Path(path).name)
@@ -135,10 +136,8 @@ def _fold(value: Value, where: str) -> tuple[list[Value], Numbers]:
 
 
 def _inner(value: Value) -> list[Value]:
-    """The items of a cell, or the fields of a struct of one item."""
-    if isinstance(value, Cell):
-        return value.items
-    return list(value.items[0].values()) if isinstance(value, Struct) and len(value.items) == 1 else []
+    """The items of a cell."""
+    return value.items if isinstance(value, Cell) else []
 
 
 def _image(value: Value, where: str) -> tuple[str, float]:
@@ -146,7 +145,7 @@ def _image(value: Value, where: str) -> tuple[str, float]:
     age = math.nan
     for _ in range(8):
         items = _inner(value)
-        if not items or (isinstance(value, Cell) and len(items) > 1):
+        if not items:
             break
         if len(items) > 1 and isinstance(items[1], np.ndarray) and items[1].size == 1:
             age = float(items[1].reshape(-1)[0])

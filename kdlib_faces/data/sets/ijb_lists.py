@@ -15,15 +15,9 @@ from kdlib_faces.data.formats.text import is_number, read_lines, split_row
 from kdlib_faces.data.image_pairs import check_published, count_pairs, is_inside
 
 __all__ = [
-    "IJBLandmarks",
-    "IJBPairs",
-    "IJBSubjects",
-    "IJBTemplates",
-    "read_ijb_landmarks",
-    "read_ijb_pairs",
-    "read_ijb_subjects",
-    "read_ijb_templates",
-]
+    "IJBLandmarks", "IJBPairs", "IJBSubjects", "IJBTemplates", "read_ijb_landmarks", "read_ijb_pairs",
+    "read_ijb_subjects", "read_ijb_templates",
+]  # fmt: skip
 
 Published = Literal["IJB-B", "IJB-C"] | None
 MAX_PAIRS = 200_000_000
@@ -118,7 +112,7 @@ def read_ijb_templates(path: str | PathLike[str], *, published: Published = None
         InputError: A line has another form, an image occurs twice, the file is empty, or the counts are not the published
             ones.
     """
-    _check_name(published)
+    check_choice("ijb", "published", published or "IJB-C", tuple(IMAGES))
     images: list[str] = []
     numbers: list[int] = []
     for number, text in read_lines(path, what="template list"):
@@ -150,7 +144,7 @@ def read_ijb_pairs(
         InputError: A line has another form (the message gives its number), a label is neither 0 nor 1, a template is
             unknown, or the counts are not the published ones.
     """
-    _check_name(published)
+    check_choice("ijb", "published", published or "IJB-C", tuple(IMAGES))
     known = None if templates is None else np.unique(templates.template_ids)
 
     def check(block: NDArray[np.int64], row: int) -> None:
@@ -194,7 +188,7 @@ def read_ijb_landmarks(
         InputError: A line has another form, a number is not finite, an image occurs twice, the images are not those of
             `templates`, or the counts are not the published ones.
     """
-    _check_name(published)
+    check_choice("ijb", "published", published or "IJB-C", tuple(IMAGES))
     images: list[str] = []
     numbers = array("d")
     for number, text in read_lines(path, what="landmark list"):
@@ -242,8 +236,7 @@ def read_ijb_subjects(
         InputError: There is no header, a row has another form, a template has two subjects or is unknown, or the count is
             not the published one.
     """
-    if published is not None:
-        check_choice("read_ijb_subjects", "published", published, tuple(SUBJECTS))
+    check_choice("read_ijb_subjects", "published", published or "IJB-C G1", tuple(SUBJECTS))
     subjects: dict[int, int] = {}
     lines = read_lines(path, what="list of subjects")
     head, text = next(lines, (0, ""))
@@ -268,11 +261,6 @@ def read_ijb_subjects(
         if unknown.any():
             raise InputError(f"{path}: no image belongs to template {ids[unknown.argmax()]}")
     return IJBSubjects(ids, np.array(list(subjects.values()), dtype=np.int64))
-
-
-def _check_name(published: Published) -> None:
-    if published is not None:
-        check_choice("ijb", "published", published, ("IJB-B", "IJB-C"))
 
 
 def _check_images(path: str | PathLike[str], images: list[str]) -> None:

@@ -7,10 +7,9 @@ from numpy.typing import NDArray
 
 from kdlib_faces._checks import InputError
 from kdlib_faces.data.formats.text import is_number, read_lines
-from kdlib_faces.data.image_pairs import ImagePairs, PairList, file_sha256, gather_pairs
-from kdlib_faces.data.lists import FaceList
+from kdlib_faces.data.image_pairs import ImagePairs, file_sha256, gather_pairs
 
-__all__ = ["read_lfw_pairs", "read_pairs"]
+__all__ = ["read_lfw_pairs"]
 
 PUBLISHED: dict[tuple[int, ...], str] = {
     (10, 300): "LFW View 2",
@@ -95,22 +94,3 @@ def _runs(same: NDArray[np.bool_]) -> NDArray[np.int64] | None:
     if len(lengths) < 4 or len(lengths) % 2 or (lengths != lengths[0]).any():
         return None
     return np.arange(len(same)) // (2 * int(lengths[0]))
-
-
-def read_pairs(path: str | PathLike[str], faces: FaceList) -> PairList:
-    """Read a list by `read_lfw_pairs` and find its images in a face list by `ImagePairs.locate`.
-
-    Args:
-        path: The file.
-        faces: The face list.
-
-    Returns:
-        PairList with indices into `faces`.
-
-    Raises:
-        InputError: As in those functions, or only one kind of pair is left.
-    """
-    pairs = read_lfw_pairs(path).locate(faces)
-    if pairs.same.all() or not pairs.same.any():
-        raise InputError(f"{path}: both genuine and impostor pairs are needed, got one kind only")
-    return pairs

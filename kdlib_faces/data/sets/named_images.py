@@ -18,12 +18,7 @@ MAX_IMAGES = 20_000_000
 def list_images(
     folder: str | PathLike[str], parse: Callable[[str], tuple[str, float] | None], example: str
 ) -> FaceList:
-    """List the images below `folder`, sorted by path, whose names encode an identity and an age; others are skipped.
-
-    Args:
-        folder: The folder.
-        parse: Maps a file name to identity and age in years, or to None.
-        example: Form of the names, for messages.
+    """List the images below `folder`, sorted by path, whose names `parse` maps to identity and age; others are skipped.
 
     Raises:
         InputError: The folder does not exist, holds no such image, or fewer than two identities.

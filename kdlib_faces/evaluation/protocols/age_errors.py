@@ -5,22 +5,13 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from kdlib_faces._checks import InputError
-from kdlib_faces.evaluation._checks import (
-    check_ages,
-    check_fars,
-    check_identities,
-    check_labels,
-    check_level,
-    require,
-    unit_rows,
-)
-from kdlib_faces.evaluation._types import ArrayLike, BoolArray, Embeddings, FloatArray, IntArray, JsonDict, Label
-from kdlib_faces.evaluation.all_pairs import ScoredPairs, global_points, rejection_rates
+from kdlib_faces.evaluation._checks import check_fars, check_identities, check_level, unit_rows
+from kdlib_faces.evaluation._types import AnyArray, ArrayLike, Embeddings, FloatArray, IntArray, JsonDict, Label
 from kdlib_faces.evaluation.hardest import hardest_pairs
+from kdlib_faces.evaluation.matching.all_pairs import ScoredPairs, global_points, rejection_rates
+from kdlib_faces.evaluation.matching.search import dot_rows
 from kdlib_faces.evaluation.roc import TarAtFar, by_far
-from kdlib_faces.evaluation.search import dot_rows
-from kdlib_faces.evaluation.statistics.bins import AGE_STARTS, GAP_STARTS, bin_names, check_starts, group_bins, place
+from kdlib_faces.evaluation.statistics.bins import AGE_STARTS, GAP_STARTS, PairBins, bin_names, check_starts, place
 from kdlib_faces.evaluation.statistics.intervals import Estimate, bootstrap_estimate, resample_counts
 from kdlib_faces.evaluation.statistics.paired import Outcomes
 from kdlib_faces.evaluation.statistics.resampling import genuine_pairs
@@ -36,8 +27,6 @@ from kdlib_faces.evaluation.summary import (
     far_measures,
     far_text,
 )
-
-__all__ = ["AgeErrorProtocol", "AgeErrorResult", "ErrorBin"]
 
 OWNER = "AgeErrorProtocol"
 
@@ -77,7 +66,6 @@ class AgeErrorResult:
         operating_points: Target FAR to the global threshold and its counts.
         genuine: Every genuine pair with its score.
         false_accepts: The impostor pairs accepted at the lowest of the thresholds, the most similar first.
-        protocol: The protocol.
     """
 
     fnmr_by_gap: tuple[ErrorBin, ...]
@@ -214,9 +202,6 @@ class AgeErrorProtocol:
         seed: Seed of the resamples.
         level: Confidence of the intervals, which are over identities at thresholds kept as they are.
 
-    Raises:
-        ValueError: An argument is not usable; for an age the message gives its row.
-
     Examples:
         >>> protocol = AgeErrorProtocol([0, 0, 1, 1], ages=[3, 4, 5, 40], fars=(0.5,), replicates=20)
         >>> result = protocol.evaluate([[1.0, 0.0], [1.0, 0.2], [0.0, 1.0], [0.9, 1.0]])
@@ -239,22 +224,14 @@ class AgeErrorProtocol:
     ) -> None:
         self.codes, labels = check_identities(OWNER, identities)
         self.num_identities = labels.size
-        self.fars = check_fars(OWNER, fars)
-        require(len(self.fars) > 0, OWNER, "fars must not be empty, got ()")
-        check_level(OWNER, level)
-        self.level = float(level)
-        self.gap_starts = check_starts(OWNER, "gap_bins", gap_bins)
-        self.age_starts = check_starts(OWNER, "age_bins", age_bins)
+        self.fars, self.level = check_fars(OWNER, fars, required=True), check_level(OWNER, level)
         self.resamples = resample_counts(OWNER, labels.size, replicates=replicates, seed=seed)
-        self.ages = None if ages is None else check_ages(OWNER, ages, self.codes.size)
-        if self.ages is not None:
-            self.image_bin, self.image_names = place(self.age_starts, self.ages), bin_names(self.age_starts)
+        self.bins = PairBins(OWNER, self.codes, ages, age_groups, gap_bins, "gap_bins")
+        self.ages, self.age_starts = self.bins.ages, check_starts(OWNER, "age_bins", age_bins)
+        if self.ages is None:
+            self.image_bin, self.image_names = self.bins.groups, self.bins.group_names
         else:
-            if age_groups is None:
-                raise InputError(f"{OWNER}: ages or age_groups must be given, got neither")
-            rows = self.codes.size
-            self.image_bin, groups = check_labels(OWNER, "age_groups", age_groups, rows=rows, like="identities")
-            self.image_names = [str(group) for group in groups]
+            self.image_bin, self.image_names = place(self.age_starts, self.ages), bin_names(self.age_starts)
 
     def __repr__(self) -> str:
         by = "ages" if self.ages is not None else "age_groups"
@@ -262,33 +239,26 @@ class AgeErrorProtocol:
         return f"AgeErrorProtocol({shape}, {by}=..., fars={self.fars}, level={self.level})"
 
     def evaluate(self, embeddings: Embeddings) -> AgeErrorResult:
-        """Measure embeddings (n, d) in the order of the identities.
-
-        Raises:
-            ValueError: An embedding is not finite or zero (the message gives its row), or the number of rows is wrong.
-        """
+        """Measure embeddings (n, d) in the order of the identities."""
         unit = unit_rows(OWNER, "embeddings", embeddings, rows=self.codes.size)
         i, j = genuine_pairs(self.codes)
         scores, codes = dot_rows(unit, i, unit, j), self.codes[i]
         points, hardest = global_points(OWNER, unit, self.codes, scores, self.fars, self.level)
 
-        def fnmr(names: Sequence[str], bins: IntArray) -> tuple[ErrorBin, ...]:
-            return tuple(self._fnmr(name, bins == number, codes, scores, points) for number, name in enumerate(names))
+        def fnmr(names: Sequence[str], bins: AnyArray) -> tuple[ErrorBin, ...]:
+            members = [np.flatnonzero(bins == number) for number in range(len(names))]
+            return tuple(self._fnmr(name, codes[k], scores[k], points) for name, k in zip(names, members, strict=True))
 
         younger: tuple[ErrorBin, ...] = ()
         slope = slope_within = None
         if self.ages is not None:
             gap = np.abs(self.ages[i] - self.ages[j])
-            by_gap = fnmr(bin_names(self.gap_starts), place(self.gap_starts, gap))
             younger = fnmr(self.image_names, place(self.age_starts, np.minimum(self.ages[i], self.ages[j])))
             slope = pooled_slope(gap / 10, scores, codes, self.resamples, self.level)
             slope_within = within_slope(gap / 10, scores, codes, self.resamples, self.level)
-        else:
-            names, table = group_bins(OWNER, self.image_names)
-            by_gap = fnmr(names, table[self.image_bin[i], self.image_bin[j]].astype(np.int64))
         accepted = int((hardest.scores > min(point.threshold for point in points.values())).sum())
         return AgeErrorResult(
-            fnmr_by_gap=by_gap,
+            fnmr_by_gap=fnmr(self.bins.names, self.bins.of(i, j)),
             fnmr_by_younger_age=younger,
             fmr_same_age=tuple(self._fmr(number, hardest, points) for number in range(len(self.image_names))),
             slope=slope,
@@ -299,14 +269,9 @@ class AgeErrorProtocol:
             protocol=self,
         )
 
-    def _fnmr(
-        self, name: str, members: BoolArray, codes: IntArray, scores: FloatArray, points: Mapping[float, TarAtFar]
-    ) -> ErrorBin:
-        inside = np.flatnonzero(members)
-        rates = rejection_rates(scores[inside], codes[inside], points, self.resamples, self.level)
-        return ErrorBin(
-            name, inside.size, rates, mean_estimate(scores[inside], codes[inside], self.resamples, self.level)
-        )
+    def _fnmr(self, name: str, codes: IntArray, scores: FloatArray, points: Mapping[float, TarAtFar]) -> ErrorBin:
+        rates = rejection_rates(scores, codes, points, self.resamples, self.level)
+        return ErrorBin(name, scores.size, rates, mean_estimate(scores, codes, self.resamples, self.level))
 
     def _fmr(self, number: int, hardest: ScoredPairs, points: Mapping[float, TarAtFar]) -> ErrorBin:
         """A resample holds an impostor pair of i and j m_i m_j times, as in `identity_bootstrap`."""

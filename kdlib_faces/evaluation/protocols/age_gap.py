@@ -7,23 +7,14 @@ from hashlib import sha256
 import numpy as np
 
 from kdlib._checks import check_number
-from kdlib_faces.evaluation._checks import (
-    check_fars,
-    check_identities,
-    check_level,
-    gather,
-    require,
-    unit_rows,
-)
+from kdlib_faces.evaluation._checks import check_fars, check_identities, check_level, gather, require, unit_rows
 from kdlib_faces.evaluation._types import AnyArray, ArrayLike, Embeddings, FloatArray, JsonDict, Label
-from kdlib_faces.evaluation.all_pairs import rows_of_scores
 from kdlib_faces.evaluation.hardest import first_disjoint, most_similar_impostors
+from kdlib_faces.evaluation.matching.all_pairs import rows_of_scores
 from kdlib_faces.evaluation.roc import TarAtFar, curve, tar_at_far
-from kdlib_faces.evaluation.statistics.bin_rates import BinResult, bin_results
-from kdlib_faces.evaluation.statistics.bins import GAP_STARTS
+from kdlib_faces.evaluation.statistics.bins import GAP_STARTS, PairBins
 from kdlib_faces.evaluation.statistics.intervals import Estimate, resample_counts
-from kdlib_faces.evaluation.statistics.pair_bins import PairBins
-from kdlib_faces.evaluation.statistics.resampling import genuine_pairs, score_pairs, thin
+from kdlib_faces.evaluation.statistics.resampling import BinResult, bin_results, genuine_pairs, score_pairs, thin
 from kdlib_faces.evaluation.summary import (
     Bins,
     Description,
@@ -37,8 +28,6 @@ from kdlib_faces.evaluation.summary import (
     far_measures,
     far_text,
 )
-
-__all__ = ["AgeGapProtocol", "AgeGapResult"]
 
 EDGES = np.linspace(-1, 1, 81)
 OWNER = "AgeGapProtocol"
@@ -57,7 +46,6 @@ class AgeGapResult:
         edges: (e + 1,) edges of the histogram's score bins.
         genuine_counts: Bin name to (e,) genuine scores per score bin.
         impostor_counts: (e,) impostor scores per score bin, over all pairs.
-        protocol: The protocol.
         embeddings: (n, d) the evaluated embeddings.
     """
 
@@ -73,21 +61,13 @@ class AgeGapResult:
     embeddings: AnyArray = field(repr=False, compare=False)
 
     def bin(self, name: str) -> BinResult:
-        """The bin of this name, or `"all"`.
-
-        Raises:
-            ValueError: There is no such bin.
-        """
+        """The bin of this name, or `"all"`."""
         known = {entry.name: entry for entry in (*self.bins, self.all)}
         require(name in known, "AgeGapResult.bin", f"name must be one of {', '.join(known)}, got {name!r}")
         return known[name]
 
     def unresolved(self) -> list[str]:
-        """The estimates with too few impostor pairs for their FAR: their TAR is the one without a false accept.
-
-        Returns:
-            One line each, such as `"30+: own_tar@0.001 (412 impostor pairs)"`.
-        """
+        """The estimates with too few impostor pairs for their FAR, such as `"30+: own_tar@0.001 (412 impostor pairs)"`."""
         points = self.operating_points.items()
         lines = [f"all: tar@{far:g} ({p.impostors} impostor pairs)" for far, p in points if not p.resolvable]
         return lines + [
@@ -139,28 +119,22 @@ class AgeGapResult:
             difference_rule="Paired bootstrap over identities; the threshold is set anew in each resample.",
         )
 
-    def _estimates(self) -> dict[str, Estimate]:
-        """Measure key to estimate."""
-        named = {f"tar_{far:g}": estimate for far, estimate in self.all.tar.items()} | {"auc": self.all.auc}
+    def _estimates(self) -> dict[str, tuple[Estimate, bool]]:
+        """Measure key to estimate, and whether there are enough impostor pairs for it."""
+        points = self.operating_points
+        named = {f"tar_{far:g}": (estimate, points[far].resolvable) for far, estimate in self.all.tar.items()}
+        named["auc"] = self.all.auc, True
         if self.large_gap is None:
             return named
         large = self.bin(self.large_gap)
-        own = {f"large_own_{far:g}": estimate for far, estimate in large.own_tar.items()}
-        pooled = {f"large_tar_{far:g}": estimate for far, estimate in large.tar.items()}
-        return {**pooled, "large_own_auc": large.own_auc, **own, **named}
+        own = {f"large_own_{far:g}": (estimate, large.resolves(far)) for far, estimate in large.own_tar.items()}
+        pooled = {f"large_tar_{far:g}": (estimate, points[far].resolvable) for far, estimate in large.tar.items()}
+        return {**pooled, "large_own_auc": (large.own_auc, True), **own, **named}
 
     def summary(self) -> ModelSummary:
         """TAR and AUC over all pairs and at the largest gap, FNMR by bin, and curves."""
         large, points = self.large_gap, self.operating_points
-        resolvable = {
-            f"{kind}tar_{far:g}": point.resolvable for far, point in points.items() for kind in ("", "large_")
-        }
-        if large is not None:
-            resolvable |= {f"large_own_{far:g}": self.bin(large).resolves(far) for far in points}
-        measures = {
-            key: MeasuredValue.of(estimate, resolvable=resolvable.get(key, True))
-            for key, estimate in self._estimates().items()
-        }
+        measures = {key: MeasuredValue.of(each, resolvable=good) for key, (each, good) in self._estimates().items()}
         bins = {
             f"fnmr_{far:g}": [MeasuredValue.of(each.fnmr[far], resolvable=point.resolvable) for each in self.bins]
             for far, point in points.items()
@@ -179,7 +153,7 @@ class AgeGapResult:
 
     def outcomes(self) -> dict[str, Estimate]:
         """The estimates with their resamples; none without resamples."""
-        return self._estimates() if len(self.protocol.resamples) else {}
+        return {key: each for key, (each, _) in self._estimates().items() if len(self.protocol.resamples)}
 
     def hardest(self, count: int) -> list[HardPair]:
         """The genuine pairs of lowest score across the largest gap, and the impostor pairs of highest score.
@@ -241,8 +215,7 @@ class AgeGapProtocol:
       embedding still holds the identity where a global threshold no longer accepts it.
 
     Intervals come from a bootstrap over identities in which the threshold is set anew in each resample
-    (`identity_bootstrap`, `bootstrap_estimate`). A resample counts a genuine pair m_i times and an impostor pair m_i m_j
-    times; pairs between two copies of one identity are left out.
+    (`identity_bootstrap`, `bootstrap_estimate`).
 
     Args:
         identities: (n,) identity of each image, whole numbers or strings.
@@ -282,10 +255,9 @@ class AgeGapProtocol:
     ) -> None:
         self.codes, labels = check_identities(OWNER, identities)
         self.num_identities = labels.size
-        check_level(OWNER, level)
+        self.level, self.fars = check_level(OWNER, level), check_fars(OWNER, fars)
         check_number(OWNER, "max_impostors", max_impostors, min=1, integer=True)
-        self.fars = check_fars(OWNER, fars)
-        self.seed, self.level, self.max_impostors = seed, float(level), max_impostors
+        self.seed, self.max_impostors = seed, max_impostors
         self.resamples = resample_counts(OWNER, labels.size, replicates=replicates, seed=seed)
         self.bins = PairBins(OWNER, self.codes, ages, age_groups, bins)
 
@@ -308,11 +280,7 @@ class AgeGapProtocol:
         return digest.hexdigest()
 
     def evaluate(self, embeddings: Embeddings) -> AgeGapResult:
-        """Measure embeddings (n, d), normalized or not, in the order of the identities.
-
-        Raises:
-            ValueError: An embedding is not finite or zero (the message gives its row), or the number of rows is wrong.
-        """
+        """Measure embeddings (n, d) in the order of the identities."""
         rows, names = gather(OWNER, "embeddings", embeddings), self.bins.names
         unit = unit_rows(OWNER, "embeddings", rows, rows=self.codes.size)
         pairs = score_pairs(unit, self.codes, self.bins.of, len(names))

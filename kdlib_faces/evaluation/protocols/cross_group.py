@@ -2,11 +2,12 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 
 from kdlib._checks import check_number
-from kdlib_faces.evaluation._checks import check_fars, check_labels, check_level, require, unit_rows
+from kdlib_faces.evaluation._checks import check_fars, check_labels, check_level, check_ranks, require, unit_rows
 from kdlib_faces.evaluation._types import ArrayLike, BoolArray, Embeddings, FloatArray, IntArray, JsonDict, Label
 from kdlib_faces.evaluation.hardest import first_disjoint, most_similar_impostors
 from kdlib_faces.evaluation.roc import TarAtFar, by_far, tar_at_far
@@ -27,8 +28,6 @@ from kdlib_faces.evaluation.summary import (
     far_measures,
 )
 
-__all__ = ["CrossGroupProtocol", "CrossGroupResult"]
-
 OWNER = "CrossGroupProtocol"
 MAX_CMC_RANK = 50
 
@@ -44,7 +43,6 @@ class CrossGroupResult:
         operating_points: Target FAR to threshold and counts.
         ranks_of_mates: (m,) rank of the best mate of each probe that has one; ties go to the mate.
         unit: (n, d) embeddings of length one.
-        protocol: The protocol.
     """
 
     auc: Estimate
@@ -164,9 +162,6 @@ class CrossGroupProtocol:
         level: Confidence of the intervals.
         max_impostors: With more impostor pairs, the resamples use a weighted sample of them, as in `AgeGapProtocol`.
 
-    Raises:
-        ValueError: An argument is not usable, a group has no image, or no identity is in both groups.
-
     Examples:
         >>> protocol = CrossGroupProtocol(["a", "a", "b", "b"], ["young", "adult", "young", "adult"], fars=(0.5,))
         >>> protocol.evaluate([[1.0, 0.0], [1.0, 0.3], [0.0, 1.0], [0.2, 1.0]]).rates[1].value
@@ -200,15 +195,12 @@ class CrossGroupProtocol:
         self.groups = (str(probe), str(gallery))
         self.same: BoolArray = self.codes[self.probes][:, None] == self.codes[self.gallery]
         require(bool(self.same.any()), OWNER, "identities must hold one with images of both groups, got none")
-        require(
-            labels.size > 1, OWNER, f"identities must hold at least two identities, got only {labels.tolist()[0]!r}"
-        )
-        for rank in ranks:
-            check_number(OWNER, "ranks", rank, min=1, max=self.gallery.size, integer=True)
-        check_level(OWNER, level)
+        message = f"identities must hold at least two identities, got only {labels.tolist()[0]!r}"
+        require(labels.size > 1, OWNER, message)
+        self.ranks = check_ranks(OWNER, ranks, max=self.gallery.size, required=False)
+        self.fars, self.level = check_fars(OWNER, fars), check_level(OWNER, level)
         check_number(OWNER, "max_impostors", max_impostors, min=1, integer=True)
-        self.fars, self.ranks = check_fars(OWNER, fars), tuple(int(rank) for rank in ranks)
-        self.level, self.seed, self.max_impostors = float(level), seed, max_impostors
+        self.seed, self.max_impostors = seed, max_impostors
         self.resamples = resample_counts(OWNER, labels.size, replicates=replicates, seed=seed)
 
     @property
@@ -235,11 +227,7 @@ class CrossGroupProtocol:
         )
 
     def evaluate(self, embeddings: Embeddings) -> CrossGroupResult:
-        """Measure embeddings (n, d) in the order of the identities.
-
-        Raises:
-            ValueError: An embedding is not finite or zero (the message gives its row), or the number of rows is wrong.
-        """
+        """Measure embeddings (n, d) in the order of the identities."""
         unit = unit_rows(OWNER, "embeddings", embeddings, rows=self.codes.size)
         scores, same = unit[self.probes] @ unit[self.gallery].T, self.same
         mated = same.any(axis=1)
@@ -251,10 +239,7 @@ class CrossGroupProtocol:
         resampled = resampled_rates(thinned, self.resamples, self.fars)
         genuine, clusters = pairs.genuine_cost.size, np.unique(pairs.genuine_identity).size
         probes = self.codes[self.probes][mated]
-
-        def estimate(value: FloatArray, replicates: FloatArray) -> Estimate:
-            return bootstrap_estimate(float(value), replicates, n=genuine, clusters=clusters, level=self.level)
-
+        estimate = partial(bootstrap_estimate, n=genuine, clusters=clusters, level=self.level)
         return CrossGroupResult(
             auc=estimate(values.auc[0, 0], resampled.auc[:, 0]),
             tar={far: estimate(values.tar[0, 0, k], resampled.tar[:, 0, k]) for k, far in enumerate(self.fars)},

@@ -2,24 +2,32 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 
 from kdlib._checks import check_choice, check_number
-from kdlib_faces.evaluation._checks import check_ages, check_fars, check_labels, check_level, gather, require, unit_rows
+from kdlib_faces.evaluation._checks import (
+    check_ages,
+    check_fars,
+    check_labels,
+    check_level,
+    check_ranks,
+    gather,
+    require,
+    unit_rows,
+)
 from kdlib_faces.evaluation._types import ArrayLike, BoolArray, Embeddings, FloatArray, IntArray, JsonDict, Label
-from kdlib_faces.evaluation.distractors import (
-    CLEANING,
+from kdlib_faces.evaluation.hardest import missed_probes
+from kdlib_faces.evaluation.matching.distractors import (
     Cleaning,
     DistractorTrials,
     GapRates,
     distractor_blocks,
     known_size,
 )
-from kdlib_faces.evaluation.hardest import missed_probes
+from kdlib_faces.evaluation.matching.search import BLOCK, Search, dot_rows
 from kdlib_faces.evaluation.roc import TarAtFar, allowed_false_accepts, by_far, operating_point
-from kdlib_faces.evaluation.search import BLOCK, Search, dot_rows
 from kdlib_faces.evaluation.statistics.bins import GAP_STARTS, bin_names, check_starts, place
 from kdlib_faces.evaluation.statistics.clustered import rate_estimate
 from kdlib_faces.evaluation.statistics.intervals import Estimate, resample_counts
@@ -36,8 +44,6 @@ from kdlib_faces.evaluation.summary import (
     far_measures,
 )
 from kdlib_faces.progress import progress_to
-
-__all__ = ["DistractorProtocol", "DistractorResult"]
 
 OWNER = "identify_with_distractors"
 MAX_FALSE_ACCEPTS = 20_000_000
@@ -56,7 +62,6 @@ class DistractorResult:
         distractors: Number of distractors used.
         cleaned: Number of distractors left out as noisy.
         trials: The single trials.
-        protocol: The protocol.
     """
 
     rates: Mapping[int, Estimate]
@@ -72,8 +77,7 @@ class DistractorResult:
     @property
     def rank1(self) -> float:
         """The part of the trials whose mate is ahead of all distractors."""
-        hits: BoolArray = self.trials.rank <= 1
-        return float(hits.sum() / hits.size)
+        return float((self.trials.rank <= 1).mean())
 
     @property
     def convention(self) -> str:
@@ -90,12 +94,10 @@ class DistractorResult:
         bins = {}
         if self.by_gap:
             names, counts = [each.name for each in self.by_gap], [each.trials for each in self.by_gap]
-            at = [float(number) for number in range(len(names))]
-            bins["gap"] = Bins("Rank-1 by the gap between probe and mate", names, "age gap, years", at, list(counts))
+            bins["gap"] = Bins.ordered("Rank-1 by the gap between probe and mate", names, "age gap, years", counts)
         if self.by_size:
-            at = [float(number) for number in range(len(self.by_size))]
             sizes = [f"{size:,}" for size in self.by_size]
-            bins["size"] = Bins("Rank-1 by the number of distractors", sizes, "distractors", at)
+            bins["size"] = Bins.ordered("Rank-1 by the number of distractors", sizes, "distractors")
         measures = {f"rank{rank}": Measure(f"Rank-{rank}") for rank in self.rates}
         return Description(
             question="Which identity is it among many distractors? Each probe with one mate and all distractors.",
@@ -118,12 +120,8 @@ class DistractorResult:
         for far, point in self.tar.items():
             estimate = self.tar_by_identity[far]
             measures[f"tar_{far:g}"] = MeasuredValue.of(estimate, resolvable=point.resolvable)
-        bins = {}
-        if self.by_gap:
-            bins["gap"] = [MeasuredValue.of(each.rank1) for each in self.by_gap]
-        if self.by_size:
-            bins["size"] = [MeasuredValue.of(each) for each in self.by_size.values()]
-        return ModelSummary(measures, bins)
+        bins = {"gap": [each.rank1 for each in self.by_gap], "size": list(self.by_size.values())}
+        return ModelSummary(measures, {key: list(map(MeasuredValue.of, each)) for key, each in bins.items() if each})
 
     def outcomes(self) -> dict[str, Outcomes]:
         """Trials identified at each rank, and genuine pairs accepted at each FAR."""
@@ -214,15 +212,13 @@ class DistractorProtocol:
         self.num_identities = labels.size
         require(count > labels.size, OWNER, "identities must hold one with two images, got one image of each")
         self.fars = check_fars(OWNER, fars)
-        require(len(ranks) > 0, OWNER, "ranks must not be empty, got ()")
-        for rank in ranks:
-            check_number(OWNER, "ranks", rank, min=1, max=100_000, integer=True)
+        self.ranks = check_ranks(OWNER, ranks, max=100_000)
         check_choice(OWNER, "ties", ties, ("correct", "wrong"))
-        check_choice(OWNER, "cleaning", cleaning, CLEANING)
+        check_choice(OWNER, "cleaning", cleaning, get_args(Cleaning))
         for size in sizes:
             check_number(OWNER, "sizes", size, min=1, integer=True)
         require(list(sizes) == sorted(set(sizes)), OWNER, f"sizes must rise from the first, got {tuple(sizes)}")
-        check_level(OWNER, level)
+        self.level = check_level(OWNER, level)
         self.ages = None if ages is None else check_ages(OWNER, ages, count)
         self.starts = check_starts(OWNER, "gap_bins", gap_bins)
         bound = known_size(OWNER, distractors) if max_distractors is None else max_distractors
@@ -230,14 +226,11 @@ class DistractorProtocol:
         self.max_distractors = bound
         # The thresholds need the largest scores, one more than the false accepts that they allow.
         self.top = 1 + max((allowed_false_accepts(far, count * bound) for far in self.fars), default=-1)
-        require(
-            self.top <= MAX_FALSE_ACCEPTS,
-            OWNER,
-            f"fars must allow at most {MAX_FALSE_ACCEPTS} false accepts, got {self.top - 1} of "
-            f"{count} x {bound} impostor scores",
-        )
-        self.distractors, self.ranks, self.sizes = distractors, tuple(int(rank) for rank in ranks), tuple(sizes)
-        self.ties, self.cleaning, self.level, self.progress = ties, cleaning, float(level), progress
+        message = f"fars must allow at most {MAX_FALSE_ACCEPTS} false accepts"
+        scores = f"{count} x {bound} impostor scores"
+        require(self.top <= MAX_FALSE_ACCEPTS, OWNER, f"{message}, got {self.top - 1} of {scores}")
+        self.distractors, self.sizes, self.progress = distractors, tuple(sizes), progress
+        self.ties, self.cleaning = ties, cleaning
         self.resamples = resample_counts(OWNER, labels.size, replicates=replicates, seed=seed)
 
     @property

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from kdlib._checks import check_number
-from kdlib_faces.evaluation._checks import check_ages, check_identities, check_level, require, unit_rows
+from kdlib_faces.evaluation._checks import check_ages, check_identities, check_level, check_ranks, unit_rows
 from kdlib_faces.evaluation._types import ArrayLike, Embeddings, FloatArray, IntArray, JsonDict, Label
 from kdlib_faces.evaluation.hardest import missed_probes
 from kdlib_faces.evaluation.statistics.bins import GAP_STARTS, PROBE_AGE_STARTS, bin_names, check_starts, place
@@ -23,8 +23,6 @@ from kdlib_faces.evaluation.summary import (
     ModelSummary,
     ScoreTable,
 )
-
-__all__ = ["BinRates", "LeaveOneOutProtocol", "LeaveOneOutResult"]
 
 OWNER = "LeaveOneOutProtocol"
 BLOCK = 512
@@ -65,7 +63,6 @@ class LeaveOneOutResult:
         impostor_scores: (n,) their cosines.
         by_age: Rates by the probe's age; empty without ages.
         by_gap: Rates by the years between the probe and its most similar mate; empty without ages.
-        protocol: The protocol.
     """
 
     rates: Mapping[int, Estimate]
@@ -103,8 +100,7 @@ class LeaveOneOutResult:
         ):
             if rates:
                 names, counts = [each.name for each in rates], [each.probes for each in rates]
-                title = f"Rank-{self.protocol.ranks[0]} by {kind}"
-                bins[key] = Bins(title, names, axis, [float(at) for at in range(len(rates))], list(counts))
+                bins[key] = Bins.ordered(f"Rank-{self.protocol.ranks[0]} by {kind}", names, axis, counts)
         return Description(
             question="Which identity is it? Each image is a probe once, all other images are the gallery.",
             convention={
@@ -179,17 +175,10 @@ class LeaveOneOutProtocol:
         seed: Seed of the resamples.
         level: Confidence of the intervals.
 
-    Raises:
-        ValueError: Identities, ages or ranks are not usable: fewer than two identities, or none with two images.
-
     Examples:
         >>> protocol = LeaveOneOutProtocol([7, 7, 8, 8], ranks=(1,))
         >>> protocol.evaluate([[1.0, 0], [1, 0], [0, 1], [0, 1]]).rates[1].value
         1.0
-        >>> LeaveOneOutProtocol("aabc", ranks=(1,))
-        Traceback (most recent call last):
-        ...
-        kdlib_faces._checks.InputError: LeaveOneOutProtocol: identities must be (n,), not empty, got shape ()
     """
 
     def __init__(
@@ -206,26 +195,18 @@ class LeaveOneOutProtocol:
     ) -> None:
         self.codes, labels = check_identities(OWNER, identities)
         self.num_identities = labels.size
-        require(len(ranks) > 0, OWNER, "ranks must not be empty, got ()")
-        for rank in ranks:
-            check_number(OWNER, "ranks", rank, min=1, max=self.codes.size - 1, integer=True)
-        self.ranks = tuple(int(rank) for rank in ranks)
+        self.ranks = check_ranks(OWNER, ranks, max=self.codes.size - 1)
         self.ages = None if ages is None else check_ages(OWNER, ages, self.codes.size)
         self.age_starts = check_starts(OWNER, "age_bins", age_bins)
         self.gap_starts = check_starts(OWNER, "gap_bins", gap_bins)
-        check_level(OWNER, level)
-        self.level = float(level)
+        self.level = check_level(OWNER, level)
         self.resamples = resample_counts(OWNER, labels.size, replicates=replicates, seed=seed)
 
     def __repr__(self) -> str:
         return f"LeaveOneOutProtocol(<{self.codes.size} images>, ranks={self.ranks})"
 
     def evaluate(self, embeddings: Embeddings) -> LeaveOneOutResult:
-        """Measure embeddings (n, d) in the order of the identities.
-
-        Raises:
-            ValueError: An embedding is not finite or zero (the message gives its row), or the number of rows is wrong.
-        """
+        """Measure embeddings (n, d) in the order of the identities."""
         codes, count = self.codes, self.codes.size
         unit = unit_rows(OWNER, "embeddings", embeddings, rows=count)
         parts = [_nearest(unit, codes, start) for start in range(0, count, BLOCK)]
@@ -277,3 +258,30 @@ def _nearest(
         impostors,
         np.take_along_axis(scores, impostors[:, None], axis=1)[:, 0],
     )
+
+
+def leave_one_out(embeddings: Embeddings, identities: ArrayLike, ranks: Sequence[int] = (1,)) -> FloatArray:
+    """Leave-one-image-out identification: each image is a probe, all others are the gallery.
+
+    A probe is identified at rank k if an image of its identity is among the k gallery images of largest cosine; equal
+    cosines are ordered by row number. The probe itself is left out by its row number, not by its score, so a duplicate
+    image stays in the gallery. A probe without a mate is a miss.
+
+    Args:
+        embeddings: (n, d), normalized or not.
+        identities: (n,) whole numbers or strings.
+        ranks: Ranks, from 1 to n - 1.
+
+    Returns:
+        (len(ranks),) the rate at each rank, in the given order.
+
+    Examples:
+        >>> embeddings = [[1.0, 0.0], [1.0, 0.1], [0.0, 1.0], [0.1, 1.0], [1.0, 0.3]]
+        >>> leave_one_out(embeddings, ["a", "a", "b", "b", "b"], ranks=(1, 3)).tolist()
+        [0.8, 1.0]
+
+    References:
+        FG-NET's usual protocol in age-invariant face recognition, with a network that is not adapted between rounds.
+    """
+    result = LeaveOneOutProtocol(identities, ranks, replicates=0).evaluate(embeddings)
+    return np.array([result.rates[rank].value for rank in ranks], dtype=np.float64)

@@ -7,12 +7,12 @@ from typing import Literal
 import numpy as np
 
 from kdlib._checks import check_choice, check_number
-from kdlib_faces.evaluation._checks import check_ages, check_fars, check_identities, check_level, require, unit_rows
+from kdlib_faces.evaluation._checks import check_ages, check_fars, check_identities, check_level, unit_rows
 from kdlib_faces.evaluation._types import ArrayLike, Embeddings, FloatArray, IntArray, JsonDict, Label
-from kdlib_faces.evaluation.all_pairs import global_points, rejection_rates
 from kdlib_faces.evaluation.hardest import first_disjoint
+from kdlib_faces.evaluation.matching.all_pairs import global_points, rejection_rates
+from kdlib_faces.evaluation.matching.search import dot_rows
 from kdlib_faces.evaluation.roc import TarAtFar, by_far
-from kdlib_faces.evaluation.search import dot_rows
 from kdlib_faces.evaluation.statistics.intervals import Estimate, resample_counts
 from kdlib_faces.evaluation.statistics.paired import Outcomes
 from kdlib_faces.evaluation.statistics.resampling import genuine_pairs
@@ -28,8 +28,6 @@ from kdlib_faces.evaluation.summary import (
     far_measures,
     far_text,
 )
-
-__all__ = ["ElapsedErrors", "LongitudinalProtocol", "LongitudinalResult"]
 
 OWNER = "LongitudinalProtocol"
 
@@ -69,7 +67,6 @@ class LongitudinalResult:
         elapsed: (g,) years of each genuine pair.
         scores: (g,) score of each genuine pair.
         operating_points: Target FAR to the global threshold and its counts.
-        protocol: The protocol.
     """
 
     slope: Estimate
@@ -193,9 +190,6 @@ class LongitudinalProtocol:
         seed: Seed of the resamples.
         level: Confidence of the intervals.
 
-    Raises:
-        ValueError: An argument is not usable; for an age the message gives its row.
-
     Examples:
         >>> protocol = LongitudinalProtocol([0, 0, 0, 1, 1], [20, 25, 40, 30, 35], years=(5, 20), fars=(0.5,))
         >>> result = protocol.evaluate([[1.0, 0.0], [1.0, 0.1], [1.0, 0.8], [0.0, 1.0], [0.1, 1.0]])
@@ -223,10 +217,8 @@ class LongitudinalProtocol:
             check_number(OWNER, "years", year, above=0)
         check_number(OWNER, "window", window, above=0)
         check_choice(OWNER, "reference", reference, ("first", "all"))
-        check_level(OWNER, level)
-        self.fars = check_fars(OWNER, fars)
-        require(len(self.fars) > 0, OWNER, "fars must not be empty, got ()")
-        self.years, self.window, self.reference, self.level = tuple(years), window, reference, float(level)
+        self.level, self.fars = check_level(OWNER, level), check_fars(OWNER, fars, required=True)
+        self.years, self.window, self.reference = tuple(years), window, reference
         self.resamples = resample_counts(OWNER, labels.size, replicates=replicates, seed=seed)
 
     @property
@@ -254,11 +246,7 @@ class LongitudinalProtocol:
         return enrolled[~starts], order[~starts]
 
     def evaluate(self, embeddings: Embeddings) -> LongitudinalResult:
-        """Measure embeddings (n, d) in the order of the identities.
-
-        Raises:
-            ValueError: An embedding is not finite or zero (the message gives its row), or the number of rows is wrong.
-        """
+        """Measure embeddings (n, d) in the order of the identities."""
         unit = unit_rows(OWNER, "embeddings", embeddings, rows=self.codes.size)
         i, j = self.pairs()
         scores, elapsed, codes = dot_rows(unit, i, unit, j), np.abs(self.ages[j] - self.ages[i]), self.codes[i]

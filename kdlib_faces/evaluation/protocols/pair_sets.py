@@ -9,8 +9,6 @@ from kdlib_faces.evaluation._types import ArrayLike
 from kdlib_faces.evaluation.protocols.pairs import PairProtocol
 from kdlib_faces.evaluation.splits import positives_first_folds
 
-__all__ = ["PAIR_SETS", "PairSet", "pair_set"]
-
 
 @dataclass(frozen=True)
 class PairSet:
@@ -82,16 +80,12 @@ def pair_set(
     check_choice("pair_set", "name", name, tuple(PAIR_SETS))
     check_choice("pair_set", "order", order, ("folds", "positives_first"))
     known, count = PAIR_SETS[name], to_numpy(same).size
-    require(
-        count <= known.pairs,
-        "pair_set",
-        f"{name} must have {known.pairs} pairs, got {count}: is it an old list, or another set?",
+    message = f"{name} must have {known.pairs} pairs, got {count}: is it an old list, or another set?"
+    require(count <= known.pairs, "pair_set", message)
+    message = (
+        f"fold_ids must be given where pairs of {name} are missing, got {count} of {known.pairs} pairs and no folds"
     )
-    require(
-        count == known.pairs or fold_ids is not None,
-        "pair_set",
-        f"fold_ids must be given where pairs of {name} are missing, got {count} of {known.pairs} pairs and no folds",
-    )
+    require(count == known.pairs or fold_ids is not None, "pair_set", message)
     if fold_ids is None and order == "positives_first":
         fold_ids = positives_first_folds(same)
     notes = [f"{name}: {count} of {known.pairs} pairs", *([known.note] if known.note else [])]

@@ -2,13 +2,14 @@
 
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, astuple, dataclass, field
 from typing import Literal, Self
 
 import numpy as np
 
 from kdlib._checks import check_choice, check_number
 from kdlib_faces.evaluation._checks import (
+    check_each,
     check_fars,
     check_flags,
     check_indices,
@@ -21,13 +22,20 @@ from kdlib_faces.evaluation._checks import (
     unit_rows,
 )
 from kdlib_faces.evaluation._types import ArrayLike, Embeddings, FloatArray, IntArray, JsonDict, Label
-from kdlib_faces.evaluation.fold_thresholds import RULES
+from kdlib_faces.evaluation.fold_thresholds import BEST, Rule
 from kdlib_faces.evaluation.hardest import hardest_pairs
-from kdlib_faces.evaluation.roc import TarAtFar, auc, far_name, tar_at_far
+from kdlib_faces.evaluation.roc import TarAtFar, auc, tar_at_far
 from kdlib_faces.evaluation.splits import IdentityOverlapWarning, identities_in_several_folds, identity_overlap
 from kdlib_faces.evaluation.statistics.bins import GAP_STARTS, bin_names, check_starts, place
-from kdlib_faces.evaluation.statistics.clustered import clustered_pair_rate, clustered_rate
-from kdlib_faces.evaluation.statistics.intervals import Estimate, Sampling, wilson, wilson_estimate
+from kdlib_faces.evaluation.statistics.clustered import clustered_rate, pair_rates
+from kdlib_faces.evaluation.statistics.intervals import (
+    Estimate,
+    Sampling,
+    bootstrap_estimate,
+    resample_counts,
+    wilson,
+    wilson_estimate,
+)
 from kdlib_faces.evaluation.statistics.paired import Outcomes
 from kdlib_faces.evaluation.summary import (
     KEPT_THRESHOLDS,
@@ -44,15 +52,12 @@ from kdlib_faces.evaluation.summary import (
     far_text,
 )
 from kdlib_faces.evaluation.verification import (
-    Rule,
     VerificationResult,
     check_folds,
     contiguous_folds,
     fold_accuracy,
     pair_distances,
 )
-
-__all__ = ["PairProtocol", "PairResult"]
 
 OWNER = "PairProtocol"
 POINT_RULES = {
@@ -68,7 +73,6 @@ class PairResult(VerificationResult):
     Attributes:
         tar: Target FAR to the operating point over all pairs; empty without `fars`.
         scores: (p,) cosine of each pair.
-        protocol: The protocol.
     """
 
     tar: Mapping[float, TarAtFar]
@@ -87,7 +91,11 @@ class PairResult(VerificationResult):
         if identities is None:
             interval = wilson(self.accuracy * self.pairs, self.pairs, level=protocol.level)
             return Estimate(float(hits.mean()), *interval, self.pairs)
-        return clustered_pair_rate(hits, *identities, protocol.num_identities, **asdict(protocol.sampling))
+        replicates, seed, level = astuple(protocol.sampling)
+        resamples = resample_counts(OWNER, protocol.num_identities, replicates=replicates, seed=seed)
+        clusters = np.unique(np.concatenate(identities)).size
+        rates = pair_rates(hits, *identities, resamples)
+        return bootstrap_estimate(float(hits.mean()), rates, n=hits.size, clusters=clusters, level=level)
 
     def _tar_value(self, point: TarAtFar) -> MeasuredValue:
         protocol = self.protocol
@@ -184,9 +192,9 @@ class PairResult(VerificationResult):
     def _extra(self) -> JsonDict:
         entry = super()._extra()
         if self.tar:
-            entry["tar"] = {far_name(far): point.estimate.to_dict() for far, point in self.tar.items()}
+            entry["tar"] = {f"{far:g}": point.estimate.to_dict() for far, point in self.tar.items()}
             entry["tar_rule"] = self.protocol.tar_mode
-            entry["tar_unresolvable"] = [far_name(far) for far, point in self.tar.items() if not point.resolvable]
+            entry["tar_unresolvable"] = [f"{far:g}" for far, point in self.tar.items() if not point.resolvable]
         return entry | ({"notes": list(self.notes)} if self.notes else {})
 
 
@@ -199,8 +207,7 @@ class PairProtocol:
         same: (p,) whether the pair is genuine.
         fold_ids: (p,) fold of each pair; None for 10 contiguous folds.
         threshold: `"grid"`, `"exact"` or `"facexzoo"`, see `verify_pairs`.
-        fars: Target false accept rates. Without `identities` the intervals of the TARs are Wilson's, which takes pairs
-            as independent.
+        fars: Target false accept rates. Without `identities` the intervals of the TARs are Wilson's, over pairs.
         images: Number of rows of the embeddings; None for at least as many as the row numbers need.
         tar_mode: `"exact"` or `"nearest"`, see `tar_at_far`.
         val_fars: See `verify_pairs`.
@@ -214,9 +221,6 @@ class PairProtocol:
         replicates: Bootstrap resamples over identities.
         seed: Seed of the resamples.
         level: Confidence of the intervals.
-
-    Raises:
-        ValueError: Lengths differ, a row number is negative, or `same` disagrees with `identities`.
 
     Examples:
         >>> protocol = PairProtocol([0, 0, 1, 1], [1, 2, 0, 3], [1, 0, 1, 0], fold_ids=[0, 0, 1, 1])
@@ -254,7 +258,7 @@ class PairProtocol:
         self.same = check_flags(OWNER, "same", same, count)
         if fold_ids is not None:
             check_labels(OWNER, "fold_ids", fold_ids, rows=count, like="left")
-        check_choice(OWNER, "threshold", threshold, RULES)
+        check_choice(OWNER, "threshold", threshold, tuple(BEST))
         check_choice(OWNER, "tar_mode", tar_mode, tuple(POINT_RULES))
         if pca is not None:
             check_number(OWNER, "pca", pca, min=1, integer=True)
@@ -285,9 +289,7 @@ class PairProtocol:
         require(codes.size >= self.needed, OWNER, f"identities must hold row {self.needed - 1}, got {codes.size} rows")
         self.num_identities = labels.size
         first, second = self.pair_identities = codes[self.left], codes[self.right]
-        wrong = np.flatnonzero((first == second) != self.same)
-        message = f"got pair {wrong[:1].tolist()} that does not ({wrong.size} in all)"
-        require(wrong.size == 0, OWNER, f"same must agree with identities, {message}")
+        check_each(OWNER, "same", (first == second) == self.same, "in agreement with identities", "pair")
         folds = contiguous_folds(self.same.size) if self.fold_ids is None else self.fold_ids
         shared = identities_in_several_folds(first, second, folds)
         if shared:

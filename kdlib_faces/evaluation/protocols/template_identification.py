@@ -6,12 +6,20 @@ from typing import Literal, TypeAlias
 
 import numpy as np
 
-from kdlib._checks import check_choice, check_number
-from kdlib_faces.evaluation._checks import check_fars, check_labels, check_level, require
+from kdlib._checks import check_choice
+from kdlib_faces.evaluation._checks import check_fars, check_labels, check_level, check_ranks, require
 from kdlib_faces.evaluation._types import ArrayLike, Embeddings, IntArray, JsonDict, Label, LabelArray
-from kdlib_faces.evaluation.galleries import Gallery, GalleryPoint, GallerySearch, enroll, point_at, search_gallery
 from kdlib_faces.evaluation.hardest import missed_probes
-from kdlib_faces.evaluation.roc import by_far, far_name
+from kdlib_faces.evaluation.matching.galleries import (
+    Gallery,
+    GalleryPoint,
+    GallerySearch,
+    enroll,
+    point_at,
+    search_gallery,
+)
+from kdlib_faces.evaluation.matching.templates import Templates, pool_templates
+from kdlib_faces.evaluation.roc import by_far
 from kdlib_faces.evaluation.statistics.clustered import rate_estimate
 from kdlib_faces.evaluation.statistics.intervals import Estimate, resample_counts
 from kdlib_faces.evaluation.statistics.paired import Outcomes
@@ -27,9 +35,6 @@ from kdlib_faces.evaluation.summary import (
     SearchCurve,
     far_measures,
 )
-from kdlib_faces.evaluation.templates import Templates, pool_templates
-
-__all__ = ["TemplateIdentificationProtocol", "TemplateIdentificationResult", "identify_templates"]
 
 OWNER = "identify_templates"
 HEADLINE_FPIRS = (0.01, 0.1)
@@ -148,7 +153,7 @@ class TemplateIdentificationResult:
         return {
             **{f"rank{rank}": estimate.to_dict() for rank, estimate in self.rates.items()},
             "tpir": by_far(self.tpir),
-            "galleries": {far_name(fpir): [dict(vars(point)) for point in each] for fpir, each in self.points.items()},
+            "galleries": {f"{fpir:g}": [dict(vars(point)) for point in each] for fpir, each in self.points.items()},
             "probes": self.probes.rows.size,
             "mated": self.mated,
             "pooling": self.templates.convention,
@@ -203,9 +208,7 @@ def identify_templates(
     """
     fpirs = check_fars(OWNER, fpirs)
     check_level(OWNER, level)
-    require(len(ranks) > 0, OWNER, "ranks must not be empty, got ()")
-    for rank in ranks:
-        check_number(OWNER, "ranks", rank, min=1, integer=True)
+    ranks = check_ranks(OWNER, ranks)
     require(len(galleries) > 0, OWNER, "galleries must not be empty, got none")
     searched = enroll(OWNER, templates, "probes", probes, unique_subjects=False)
     enrolled = [
@@ -229,7 +232,7 @@ def identify_templates(
         hits = np.concatenate([hit for _, hit in each])
         tpir[fpir] = rate_estimate(hits, mated, resamples, level=level, per=share)
         points[fpir] = tuple(point for point, _ in each)
-    rates = {int(rank): rate_estimate(mate_ranks <= rank, mated, resamples, level=level) for rank in ranks}
+    rates = {rank: rate_estimate(mate_ranks <= rank, mated, resamples, level=level) for rank in ranks}
     return TemplateIdentificationResult(tpir, points, rates, tuple(searches), templates, searched, tuple(enrolled))
 
 
@@ -239,15 +242,10 @@ class TemplateIdentificationProtocol:
     Args:
         template_ids: (n,) whole numbers or strings, of each row of the embeddings.
         media_ids: (n,) whole numbers or strings.
-        galleries: See `identify_templates`.
-        probes: See `identify_templates`.
+        galleries, probes: See `identify_templates`.
         detector_scores: See `pool_templates`.
         feature_norm: See `pool_templates`.
-        fpirs: See `identify_templates`.
-        ranks: See `identify_templates`.
-        replicates: See `identify_templates`.
-        seed: See `identify_templates`.
-        level: See `identify_templates`.
+        fpirs, ranks, replicates, seed, level: See `identify_templates`.
 
     Examples:
         >>> protocol = TemplateIdentificationProtocol(

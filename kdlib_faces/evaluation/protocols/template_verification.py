@@ -7,29 +7,13 @@ from typing import Literal
 import numpy as np
 
 from kdlib._checks import check_choice
-from kdlib_faces.evaluation._checks import (
-    check_fars,
-    check_flags,
-    check_level,
-    check_vector,
-    look_up,
-    require,
-    to_numpy,
-)
-from kdlib_faces.evaluation._types import (
-    ArrayLike,
-    BoolArray,
-    Embeddings,
-    FloatArray,
-    IntArray,
-    JsonDict,
-    Label,
-    SingleArray,
-)
+from kdlib_faces.evaluation._checks import check_each, check_fars, check_flags, check_level, look_up, require, to_numpy
+from kdlib_faces.evaluation._types import ArrayLike, BoolArray, Embeddings, IntArray, JsonDict, Label, SingleArray
 from kdlib_faces.evaluation.hardest import hardest_pairs
-from kdlib_faces.evaluation.pair_scores import operating_points, pair_cosines
+from kdlib_faces.evaluation.matching.pair_scores import operating_points, pair_cosines
+from kdlib_faces.evaluation.matching.search import dot_rows, product_error
+from kdlib_faces.evaluation.matching.templates import Templates, pool_templates
 from kdlib_faces.evaluation.roc import TarAtFar, by_far
-from kdlib_faces.evaluation.search import dot_rows, product_error
 from kdlib_faces.evaluation.statistics.paired import Outcomes
 from kdlib_faces.evaluation.summary import (
     KEPT_THRESHOLDS,
@@ -42,9 +26,6 @@ from kdlib_faces.evaluation.summary import (
     ScoreTable,
     far_measures,
 )
-from kdlib_faces.evaluation.templates import Templates, pool_templates
-
-__all__ = ["TemplateVerificationProtocol", "TemplateVerificationResult", "template_verification"]
 
 OWNER = "template_verification"
 FARS = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
@@ -190,13 +171,12 @@ class TemplateVerificationProtocol:
     ) -> None:
         check_choice(OWNER, "feature_norm", feature_norm, ("keep", "unit"))
         check_choice(OWNER, "mode", mode, tuple(POINT_RULES))
-        check_level(OWNER, level)
         self.template_ids, self.media_ids = to_numpy(template_ids), to_numpy(media_ids)
         self.left, self.right, self.same = to_numpy(left), to_numpy(right), to_numpy(same)
         self.detector_scores = None if detector_scores is None else to_numpy(detector_scores)
         self.feature_norm: Literal["keep", "unit"] = feature_norm
         self.mode: Literal["exact", "nearest"] = mode
-        self.fars, self.level = check_fars(OWNER, fars), float(level)
+        self.fars, self.level = check_fars(OWNER, fars), check_level(OWNER, level)
 
     def __repr__(self) -> str:
         return (
@@ -218,20 +198,21 @@ class TemplateVerificationProtocol:
     def verify(self, templates: Templates) -> TemplateVerificationResult:
         """Measure pooled templates."""
         i = look_up(OWNER, "left", self.left, templates.ids, "template_ids")
-        check_vector(OWNER, "right", self.right, i.size, "left")
         j = look_up(OWNER, "right", self.right, templates.ids, "template_ids")
+        require(i.size == j.size, OWNER, f"right must be as long as left ({i.size}), got {j.size}")
         same = check_flags(OWNER, "same", self.same, i.size)
-        equal = np.flatnonzero(i == j)
-        message = f"a pair must be of two templates, got pair {equal[:1].tolist()} of one and the same"
-        require(equal.size == 0, OWNER, message)
+        check_each(OWNER, "every pair", i != j, "of two templates", "pair")
         features = templates.features
-
-        def exact(pairs: IntArray) -> FloatArray:
-            return dot_rows(features, i[pairs], features, j[pairs])
-
         scores = pair_cosines(features.astype(np.float32, copy=False), i, j)
-        error = product_error(features.shape[1])
-        points = operating_points(scores, same, exact, error, self.fars, mode=self.mode, level=self.level)
+        points = operating_points(
+            scores,
+            same,
+            lambda pairs: dot_rows(features, i[pairs], features, j[pairs]),
+            product_error(features.shape[1]),
+            self.fars,
+            mode=self.mode,
+            level=self.level,
+        )
         return TemplateVerificationResult(points, self.mode, templates, i, j, same, scores)
 
 

@@ -6,8 +6,6 @@ from kdlib_faces.evaluation._checks import check_each, check_labels, check_level
 from kdlib_faces.evaluation._types import AnyArray, ArrayLike, FloatArray, IntArray
 from kdlib_faces.evaluation.statistics.intervals import Estimate, bootstrap_estimate, resample_counts
 
-__all__ = ["clustered_pair_rate", "clustered_rate", "pair_rates", "rate_estimate"]
-
 ROWS = 64
 
 
@@ -47,14 +45,9 @@ def clustered_rate(
 def rate_estimate(
     hits: AnyArray, codes: IntArray, resamples: IntArray, *, level: float = 0.95, per: FloatArray | None = None
 ) -> Estimate:
-    """Mean of `hits` (n,), weighted by `per`, with its interval over identities; None if n is 0.
+    """Mean of `hits` (n,) in [0, 1], weighted by `per` (n,), with its interval over identities; None if n is 0.
 
-    Args:
-        hits: (n,) booleans, or values in [0, 1].
-        codes: (n,) identity of each, as a column of `resamples`.
-        resamples: (r, identities) counts from `resample_counts`.
-        level: Confidence.
-        per: (n,) weights; ones by default.
+    `codes` (n,) are columns of `resamples` (r, identities).
     """
     weights = np.ones(hits.size) if per is None else per
     count = resamples.shape[1]
@@ -66,31 +59,8 @@ def rate_estimate(
     return bootstrap_estimate(value, rates, n=int(hits.size), clusters=int(np.count_nonzero(held)) or 1, level=level)
 
 
-def clustered_pair_rate(
-    hits: FloatArray,
-    first: IntArray,
-    second: IntArray,
-    num_identities: int,
-    *,
-    replicates: int,
-    seed: int,
-    level: float,
-) -> Estimate:
-    """A rate over pairs (n,) with an interval over identities; `first` and `second` are the identities of each pair."""
-    resamples = resample_counts("clustered_pair_rate", num_identities, replicates=replicates, seed=seed)
-    rates, clusters = pair_rates(hits, first, second, resamples), np.unique(np.concatenate([first, second])).size
-    return bootstrap_estimate(float(hits.mean()), rates, n=hits.size, clusters=clusters, level=level)
-
-
 def pair_rates(hits: FloatArray, first: IntArray, second: IntArray, resamples: IntArray) -> FloatArray:
-    """(r,) rate over pairs in each resample: a genuine pair counts m_i times, an impostor pair m_i m_j times.
-
-    Args:
-        hits: (n,) values to average.
-        first: (n,) identity of each pair's first image.
-        second: (n,) identity of its second image.
-        resamples: (r, identities) counts from `resample_counts`.
-    """
+    """(r,) mean of `hits` (n,) in each resample: a genuine pair counts m_i times, an impostor pair m_i m_j times."""
     rates = np.full(len(resamples), np.nan)
     genuine = first == second
     for start in range(0, len(resamples), ROWS):

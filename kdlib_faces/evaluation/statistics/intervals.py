@@ -16,18 +16,6 @@ from kdlib_faces._checks import InputError
 from kdlib_faces.evaluation._checks import check_labels, check_level
 from kdlib_faces.evaluation._types import ArrayLike, BoolArray, FloatArray, IntArray, JsonDict
 
-__all__ = [
-    "Estimate",
-    "Sampling",
-    "bootstrap_estimate",
-    "identity_bootstrap",
-    "paired_difference",
-    "percentiles",
-    "resample_counts",
-    "wilson",
-    "wilson_estimate",
-]
-
 
 def wilson(successes: float, trials: float, *, level: float = 0.95) -> tuple[float, float]:
     """Wilson's score interval of a proportion.
@@ -77,13 +65,7 @@ def wilson_estimate(hits: BoolArray, *, level: float = 0.95) -> "Estimate":
 
 @dataclass(frozen=True)
 class Sampling:
-    """Resamples behind the intervals.
-
-    Attributes:
-        replicates: Bootstrap resamples.
-        seed: Seed of the resamples.
-        level: Confidence of the intervals.
-    """
+    """Number and seed of the resamples behind the intervals, and the confidence of the intervals."""
 
     replicates: int = 500
     seed: int = 0

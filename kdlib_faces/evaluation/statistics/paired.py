@@ -10,8 +10,6 @@ from kdlib_faces.evaluation._types import ArrayLike, BoolArray, JsonDict, LabelA
 from kdlib_faces.evaluation.statistics.clustered import pair_rates
 from kdlib_faces.evaluation.statistics.intervals import Estimate, percentiles, resample_counts
 
-__all__ = ["Outcomes", "PairedTest", "paired_test"]
-
 OWNER = "paired_test"
 
 

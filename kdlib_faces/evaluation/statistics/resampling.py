@@ -4,15 +4,15 @@ A bootstrap resample of identities changes no score, only the weight of each pai
 m_i m_j for an impostor pair. All scores are therefore sorted once, and a resample is one pass of cumulated weights.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 
-from kdlib_faces.evaluation._types import AnyArray, FloatArray, IntArray
-from kdlib_faces.evaluation.roc import allowed_false_accepts
-
-__all__ = ["PairScores", "Rates", "genuine_pairs", "resampled_rates", "score_pairs", "thin"]
+from kdlib_faces.evaluation._types import AnyArray, FloatArray, IntArray, JsonDict
+from kdlib_faces.evaluation.roc import allowed_false_accepts, by_far
+from kdlib_faces.evaluation.statistics.intervals import Estimate, bootstrap_estimate
 
 BLOCK = 256
 TAIL = 4.0
@@ -20,18 +20,10 @@ TAIL = 4.0
 
 @dataclass(frozen=True)
 class PairScores:
-    """Every pair of images once. A cost is a negated score, so that the most similar pair comes first in rising order.
+    """Every pair of images once: genuine pairs (g,) and impostor pairs (N,), with identities and bins, -1 for no bin.
 
-    Attributes:
-        genuine_cost: (g,) rising.
-        genuine_identity: (g,) code of the identity.
-        genuine_bin: (g,) bin, -1 for none.
-        impostor_cost: (N,) rising.
-        impostor_first: (N,) code of one identity.
-        impostor_second: (N,) code of the other identity.
-        impostor_bin: (N,) bin, -1 for none.
-        bins: Number of bins.
-        weight: (N,) number of pairs that an impostor pair represents; None for one each.
+    A cost is a negated score, so that the most similar pair comes first in rising order. `weight` (N,) is the number of
+    pairs that an impostor pair represents; None for one each.
     """
 
     genuine_cost: FloatArray
@@ -57,11 +49,7 @@ class PairScores:
 class Rates:
     """Rates of r resamples in each bin and, last, over all pairs; NaN if a resample holds no pair.
 
-    Attributes:
-        auc: (r, bins + 1) AUC of the genuine pairs of the bin against all impostor pairs.
-        tar: (r, bins + 1, fars) TAR at the threshold set on all impostor pairs.
-        own_auc: (r, bins + 1) AUC against the impostor pairs of the same bin.
-        own_tar: (r, bins + 1, fars) TAR at the threshold set on the impostor pairs of the same bin.
+    AUC (r, bins + 1) and TAR (r, bins + 1, fars), against all impostor pairs and against those of the same bin (`own_`).
     """
 
     auc: FloatArray
@@ -88,16 +76,9 @@ def genuine_pairs(identities: IntArray) -> tuple[IntArray, IntArray]:
 def score_pairs(
     unit: FloatArray, identities: IntArray, bin_of: Callable[[IntArray, IntArray], AnyArray], bins: int
 ) -> PairScores:
-    """Cosine of every pair of images, in blocks of rows; the peak is about 35 bytes per pair.
+    """Cosine of every pair of unit rows (n, d), in blocks; the peak is about 35 bytes per pair.
 
-    Args:
-        unit: (n, d) embeddings with unit rows, float64.
-        identities: (n,) codes.
-        bin_of: Bin of pairs of rows, broadcast; -1 for none.
-        bins: Number of bins.
-
-    Returns:
-        The pairs, sorted.
+    `bin_of` returns the bin of pairs of rows (broadcast), -1 for none.
     """
     i, j = genuine_pairs(identities)
     cost = -np.einsum("gd,gd->g", unit[i], unit[j])
@@ -133,16 +114,8 @@ def thin(pairs: PairScores, *, max_pairs: int, fars: Sequence[float], seed: int)
 
     The pairs that decide a threshold are all kept (of each bin the `4 max(fars)` part of highest scores, and at least
     1000). The others are sampled evenly along their scores, and weighted by the inverse of the sampled fraction. This
-    changes the width of an interval by about one per cent (3.4 million pairs thinned to 2 million).
-
-    Args:
-        pairs: All pairs.
-        max_pairs: Number of impostor pairs to aim at; all are kept if there are no more.
-        fars: Target false accept rates.
-        seed: Seed of the sample.
-
-    Returns:
-        The thinned pairs with weights; all genuine pairs are kept.
+    changes the width of an interval by about one per cent (3.4 million pairs thinned to 2 million). All genuine pairs are
+    kept, and all impostor pairs if there are at most `max_pairs`.
     """
     if pairs.impostor_cost.size <= max_pairs:
         return pairs
@@ -170,16 +143,7 @@ def thin(pairs: PairScores, *, max_pairs: int, fars: Sequence[float], seed: int)
 
 
 def resampled_rates(pairs: PairScores, resamples: IntArray | None, fars: Sequence[float]) -> Rates:
-    """AUC and TAR of each bin and of all pairs, in each resample.
-
-    Args:
-        pairs: The sorted pairs.
-        resamples: (r, num_identities) counts from `resample_counts`; None for one row of ones.
-        fars: Target false accept rates.
-
-    Returns:
-        The rates.
-    """
+    """AUC and TAR of each bin and of all pairs, in each of the resamples (r, identities); None for one row of ones."""
     count = 1 if resamples is None else len(resamples)
     places = pairs.bins + 1
     rates = Rates(*(np.full((count, places, *more), np.nan) for more in ((), (len(fars),)) * 2))
@@ -251,3 +215,73 @@ def _area(genuine: FloatArray, impostor: FloatArray, above: IntArray, not_below:
     weights = np.diff(genuine)
     beaten = 2 * impostor[-1] - impostor[above] - impostor[not_below]
     return float(np.dot(weights, beaten) / (2 * genuine[-1] * impostor[-1]))
+
+
+@dataclass(frozen=True)
+class BinResult:
+    """One bin of age gaps (or one pair of age groups), or all pairs.
+
+    Attributes:
+        name: Name of the bin, such as `"10-19"`; `"all"` for all pairs.
+        genuine: Number of genuine pairs.
+        impostor: Number of impostor pairs.
+        auc: AUC of its genuine pairs against all impostor pairs.
+        tar: Target FAR to the part of its genuine pairs accepted at the one threshold set on all impostor pairs.
+        own_auc: AUC of its genuine pairs against its own impostor pairs, which have the same gap.
+        own_tar: Target FAR to the TAR at the threshold set on its own impostor pairs.
+    """
+
+    name: str
+    genuine: int
+    impostor: int
+    auc: Estimate
+    tar: Mapping[float, Estimate]
+    own_auc: Estimate
+    own_tar: Mapping[float, Estimate]
+
+    @property
+    def fnmr(self) -> dict[float, Estimate]:
+        """False non-match rate by target FAR: 1 - TAR at the global threshold."""
+        return {far: estimate.complement() for far, estimate in self.tar.items()}
+
+    def resolves(self, far: float) -> bool:
+        """Whether its own impostor pairs allow a false accept at this FAR; True for an empty bin."""
+        return self.own_tar[far].value is None or allowed_false_accepts(far, self.impostor) >= 1
+
+    def metrics(self) -> dict[str, Estimate]:
+        """Every estimate by name: `auc`, `own_auc`, `tar@0.001`, `own_tar@0.001`."""
+        named = {"auc": self.auc, "own_auc": self.own_auc}
+        named |= {f"tar@{far:g}": estimate for far, estimate in self.tar.items()}
+        return named | {f"own_tar@{far:g}": estimate for far, estimate in self.own_tar.items()}
+
+    def to_dict(self) -> JsonDict:
+        """Plain values for JSON."""
+        counts = {"name": self.name, "genuine": self.genuine, "impostor": self.impostor}
+        pooled = {"auc": self.auc.to_dict(), "tar": by_far(self.tar)}
+        return {**counts, **pooled, "own_auc": self.own_auc.to_dict(), "own_tar": by_far(self.own_tar)}
+
+
+def bin_results(
+    pairs: PairScores,
+    thinned: PairScores,
+    names: Sequence[str],
+    fars: Sequence[float],
+    resamples: IntArray,
+    level: float,
+) -> list[BinResult]:
+    """The rates of every bin and, last, of all pairs: values from `pairs`, resamples (r, identities) of `thinned`."""
+    values, resampled = resampled_rates(pairs, None, fars), resampled_rates(thinned, resamples, fars)
+    results = []
+    for number, name in enumerate([*names, "all"]):
+        members = pairs.genuine_in(number)
+        genuine, clusters = pairs.genuine_cost[members].size, np.unique(pairs.genuine_identity[members]).size
+        estimate = partial(bootstrap_estimate, n=genuine, clusters=clusters, level=level)
+        tar, own_tar = (
+            {far: estimate(v[0, number, k], r[:, number, k]) for k, far in enumerate(fars)}
+            for v, r in ((values.tar, resampled.tar), (values.own_tar, resampled.own_tar))
+        )
+        auc = estimate(values.auc[0, number], resampled.auc[:, number])
+        own_auc = estimate(values.own_auc[0, number], resampled.own_auc[:, number])
+        impostor = pairs.impostor_cost[pairs.impostors_in(number)].size
+        results.append(BinResult(name, genuine, impostor, auc, tar, own_auc, own_tar))
+    return results

@@ -5,8 +5,6 @@ import numpy as np
 from kdlib_faces.evaluation._types import FloatArray, IntArray
 from kdlib_faces.evaluation.statistics.intervals import Estimate, percentiles
 
-__all__ = ["identity_slopes", "mean_estimate", "pooled_slope", "within_slope"]
-
 
 def pooled_slope(x: FloatArray, y: FloatArray, codes: IntArray, resamples: IntArray, level: float) -> Estimate:
     """Least-squares slope of y on x over all observations; None if x does not vary."""

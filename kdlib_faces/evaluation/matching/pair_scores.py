@@ -11,8 +11,6 @@ import numpy as np
 from kdlib_faces.evaluation._types import BoolArray, FloatArray, IntArray, SingleArray
 from kdlib_faces.evaluation.roc import TarAtFar, allowed_false_accepts, nearest_threshold, operating_point
 
-__all__ = ["operating_points", "pair_cosines"]
-
 ROWS = 512
 PAIRS = 8192
 SPARSE = 100
@@ -70,16 +68,10 @@ def operating_points(
     mode: str,
     level: float,
 ) -> dict[float, TarAtFar]:
-    """The rule of `tar_at_far` at each FAR from float32 scores, with float64 scores where rounding could decide.
+    """The rule of `tar_at_far` at each FAR from float32 scores (p,), with float64 scores where rounding could decide.
 
-    Args:
-        scores: (p,) rounded scores.
-        same: (p,) which pairs are genuine.
-        exact: Numbers of some pairs to their float64 scores.
-        error: Bound on the error of a rounded score.
-        fars: Target false accept rates.
-        mode: `"exact"`; or `"nearest"`, which uses the rounded scores as they are.
-        level: Confidence of the intervals.
+    `exact` maps numbers of pairs to their float64 scores, and `error` bounds the error of a rounded score. The mode
+    `"nearest"` uses the rounded scores as they are.
     """
     impostor, genuine = scores[~same], scores[same]
     numbers: dict[bool, IntArray] = {}

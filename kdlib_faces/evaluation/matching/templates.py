@@ -9,18 +9,15 @@ import numpy as np
 from kdlib._checks import check_choice
 from kdlib_faces._checks import InputError
 from kdlib_faces.evaluation._checks import (
+    blocks,
     check_each,
     check_labels,
     check_scores,
-    check_vector,
     require,
     shards_of,
-    to_numpy,
     unit_block,
 )
 from kdlib_faces.evaluation._types import AnyArray, ArrayLike, Embeddings, FloatArray, IntArray, LabelArray
-
-__all__ = ["Templates", "pool_templates"]
 
 OWNER = "pool_templates"
 BLOCK = 1024
@@ -93,8 +90,7 @@ def pool_templates(
     media, known = check_labels(OWNER, "media_ids", media_ids, rows=codes.size, like="template_ids")
     weights = np.ones(codes.size)
     if detector_scores is not None:
-        check_vector(OWNER, "detector_scores", to_numpy(detector_scores), codes.size, "template_ids")
-        weights = check_scores(OWNER, "detector_scores", detector_scores)
+        weights = check_scores(OWNER, "detector_scores", detector_scores, codes.size, "template_ids")
         check_each(OWNER, "detector_scores", weights >= 0, "not negative", "entry")
     _, group, counts = np.unique(codes * known.size + media, return_inverse=True, return_counts=True)
     weights = weights / counts[group.reshape(-1)]
@@ -112,9 +108,8 @@ def pool_templates(
     empty = np.flatnonzero(~sums.any(axis=1))
     if empty.size:
         raise InputError(f"{OWNER}: every template must have a sum, got zero for template {ids[empty[0]].item()!r}")
-    step = max(1, 2**17 // sums.shape[1])
-    for start in range(0, len(sums), step):
-        sums[start : start + step] = unit_block(OWNER, "templates", sums[start : start + step], start)
+    for part in blocks(sums):
+        sums[part] = unit_block(OWNER, "templates", sums[part], part.start)
     first_rows = np.unique(codes, return_index=True)[1]
     return Templates(ids, sums, np.bincount(codes), first_rows, feature_norm, detector_scores is not None)
 
@@ -169,7 +164,8 @@ def _pooled(
         row = int(chosen[zero].min()) + offset
         raise InputError(f"{OWNER}: embeddings must be non-zero in every row, got row {row} that is not")
     with np.errstate(all="ignore"):
-        scaled = weights / _lengths(rows) if feature_norm == "unit" else weights
+        squares = None if feature_norm == "keep" else np.einsum("nd,nd->n", rows, rows)
+        scaled = weights if squares is None else weights / np.sqrt(squares).astype(np.float64)
         segments = _run_sums(rows, scaled.astype(precise), runs)
         # Well inside the range of float32, so that sums over shards are too; False for NaN.
         small = max(segments.max(), -segments.min()) < LARGE or precise is np.float64
@@ -189,7 +185,3 @@ def _run_sums(rows: AnyArray, weights: AnyArray, runs: list[tuple[int, int]]) ->
     for segment, (a, b) in zip(segments, runs, strict=True):
         np.dot(weights[a:b], rows[a:b], out=segment)
     return segments
-
-
-def _lengths(rows: AnyArray) -> FloatArray:
-    return np.asarray(np.sqrt(np.einsum("nd,nd->n", rows, rows)), dtype=np.float64)

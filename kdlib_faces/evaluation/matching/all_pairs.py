@@ -7,13 +7,11 @@ import numpy as np
 
 from kdlib_faces.evaluation._checks import require
 from kdlib_faces.evaluation._types import AnyArray, FloatArray, IntArray, SingleArray
+from kdlib_faces.evaluation.matching.search import dot_rows, product_error
 from kdlib_faces.evaluation.roc import TarAtFar, allowed_false_accepts, operating_point
-from kdlib_faces.evaluation.search import dot_rows, product_error
 from kdlib_faces.evaluation.statistics.clustered import rate_estimate
 from kdlib_faces.evaluation.statistics.intervals import Estimate
 from kdlib_faces.evaluation.statistics.resampling import genuine_pairs
-
-__all__ = ["ScoredPairs", "count_impostors", "global_points", "most_similar_pairs", "rejection_rates", "rows_of_scores"]
 
 ROWS = 512
 MAX_FALSE_ACCEPTS = 20_000_000
@@ -56,26 +54,15 @@ def rows_of_scores(embeddings: AnyArray) -> Iterator[tuple[int, SingleArray]]:
 
 
 def most_similar_pairs(owner: str, unit: FloatArray, codes: IntArray, far: float) -> ScoredPairs:
-    """The impostor pairs that decide every threshold of a FAR up to `far`.
+    """The floor(far N) + 1 impostor pairs of highest score (all N if there are no more), rows i < j, falling.
 
-    Products are float32; those that could be among the largest are computed again in float64.
-
-    Args:
-        owner: Name for errors.
-        unit: (n, d) unit rows.
-        codes: (n,) identities.
-        far: The largest target.
-
-    Returns:
-        The floor(far N) + 1 impostor pairs of highest score (all N if there are no more), rows i < j, falling.
+    They decide every threshold of a FAR up to `far`. Products of the unit rows (n, d) are float32; those that could be
+    among the largest are computed again in float64.
     """
     total = count_impostors(codes)
     count = min(allowed_false_accepts(far, total) + 1, total)
-    require(
-        count <= MAX_FALSE_ACCEPTS,
-        owner,
-        f"fars must allow at most {MAX_FALSE_ACCEPTS} false accepts, got {count - 1} of {total} impostor pairs",
-    )
+    message = f"fars must allow at most {MAX_FALSE_ACCEPTS} false accepts, got {count - 1} of {total} impostor pairs"
+    require(count <= MAX_FALSE_ACCEPTS, owner, message)
     error = product_error(unit.shape[1])
     single = unit.astype(np.float32)
     first, second = genuine_pairs(codes)
@@ -107,18 +94,9 @@ def most_similar_pairs(owner: str, unit: FloatArray, codes: IntArray, far: float
 def global_points(
     owner: str, unit: FloatArray, codes: IntArray, genuine: FloatArray, fars: Sequence[float], level: float
 ) -> tuple[dict[float, TarAtFar], ScoredPairs]:
-    """Thresholds set on all impostor pairs of a set, and the impostor pairs that decide them.
+    """Operating points of genuine scores (g,) at thresholds set on all impostor pairs of a set of unit rows (n, d).
 
-    Args:
-        owner: Name for errors.
-        unit: (n, d) unit rows.
-        codes: (n,) identities.
-        genuine: (g,) genuine scores that are compared with the thresholds.
-        fars: Target false accept rates, at least one.
-        level: Confidence of Wilson's intervals.
-
-    Returns:
-        Target to operating point, and the impostor pairs of highest score, falling, with every false accept.
+    Also returns the impostor pairs of highest score, falling, with every false accept.
     """
     total = count_impostors(codes)
     pairs = most_similar_pairs(owner, unit, codes, max(fars))

@@ -11,8 +11,6 @@ import numpy as np
 from kdlib_faces.evaluation._checks import unit_block
 from kdlib_faces.evaluation._types import AnyArray, FloatArray, IntArray, SingleArray
 
-__all__ = ["BLOCK", "Search", "dot_rows", "product_error"]
-
 BLOCK = 4096
 CELLS = 2**23
 """Number of scores in memory; with many probes, blocks become smaller."""
@@ -22,12 +20,7 @@ DECIMALS = 12
 
 
 def product_error(width: int) -> float:
-    """Bound on the error of a float32 product of two unit rows of this width, with all roundings.
-
-    Examples:
-        >>> product_error(512) < 1e-4
-        True
-    """
+    """Bound on the error of a float32 product of two unit rows of this width, with all roundings."""
     return (2 * width + 16) * 2.0**-24
 
 
@@ -43,14 +36,7 @@ def dot_rows(left: AnyArray, i: IntArray, right: AnyArray, j: IntArray) -> Float
 
 @dataclass
 class Search:
-    """The largest distractor scores of each probe, and the largest of all.
-
-    Args:
-        owner: Name for errors.
-        probes: (p, d) unit rows, float64.
-        ranks: Number of scores to keep for each probe.
-        top: Number of scores to keep of all.
-    """
+    """The `ranks` largest distractor scores of each probe, of unit rows (p, d), and the `top` largest of all."""
 
     owner: str
     probes: FloatArray
@@ -71,10 +57,6 @@ class Search:
         self._single = self.probes.astype(np.float32)
         self._error = product_error(self.probes.shape[1])
         self._scores = np.empty((0, 0), dtype=np.float32)
-
-    def threshold(self) -> float:
-        """Lower bound of the `top` largest scores, -inf while there are fewer."""
-        return float(self.largest.min()) if self.largest.size >= self.top > 0 else -np.inf
 
     def add(self, rows: AnyArray, numbers: IntArray) -> None:
         """Add distractors (m, d), none of them zero, with their numbers (m,)."""
@@ -147,7 +129,7 @@ class Search:
         self.best[moved] = -np.sort(-np.hstack([self.best[moved], fresh]), axis=1)[:, : self.ranks]
 
     def _update_largest(self, block: AnyArray, scores: SingleArray, highest: SingleArray, offset: int) -> None:
-        floor = self.threshold() - self._error
+        floor = (float(self.largest.min()) if self.largest.size >= self.top else -np.inf) - self._error
         moved = np.flatnonzero(highest > floor)
         if not moved.size:
             return

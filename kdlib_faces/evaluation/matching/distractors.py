@@ -2,32 +2,22 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, cast
+from typing import Literal, NamedTuple, cast
 
 import numpy as np
 
-from kdlib_faces.evaluation._checks import is_shards, require, shards_of, to_numpy
+from kdlib_faces.evaluation._checks import check_each, is_shards, require, shards_of, to_numpy
 from kdlib_faces.evaluation._types import AnyArray, ArrayLike, Embeddings, FloatArray, IntArray, JsonDict
 from kdlib_faces.evaluation.roc import by_far
 from kdlib_faces.evaluation.statistics.intervals import Estimate
 
-__all__ = ["CLEANING", "Cleaning", "DistractorBlock", "DistractorTrials", "GapRates", "distractor_blocks", "known_size"]
-
 MEGAFACE = 1_000_000
-CLEANING = ("none", "extra_dimension", "exclude_zeros", "zeros_score_0")
 Cleaning = Literal["none", "extra_dimension", "exclude_zeros", "zeros_score_0"]
 
 
-@dataclass(frozen=True)
-class DistractorBlock:
-    """A block of distractors.
-
-    Attributes:
-        rows: (m, d) embeddings.
-        numbers: (m,) number of each in the given order.
-        zeros: Number of further distractors that score 0 against every probe.
-        cleaned: Number of distractors left out as noisy.
-    """
+class DistractorBlock(NamedTuple):
+    """Distractors (m, d) and their numbers (m,) in the given order; further ones that score 0 against every probe, and
+    those left out as noisy, are counted."""
 
     rows: AnyArray
     numbers: IntArray
@@ -88,16 +78,9 @@ def distractor_blocks(
     max_distractors: int,
     block_size: int,
 ) -> Iterator[DistractorBlock]:
-    """Read distractors in blocks that end where one of `sizes` is reached.
+    """Read distractors in blocks of at most `block_size` rows that end where one of `sizes`, rising, is reached.
 
-    Args:
-        owner: Name for errors.
-        distractors: (m, width) array or shards of it.
-        width: Number of columns, with the extra one of `"extra_dimension"`.
-        cleaning: See `identify_with_distractors`.
-        sizes: Numbers of used distractors, rising.
-        max_distractors: Upper bound on the number of rows.
-        block_size: Largest number of rows of a block.
+    `width` is the number of columns, with the extra one of `"extra_dimension"`.
     """
     total = used = 0
     for shard in shards_of(owner, "distractors", distractors, width):
@@ -108,11 +91,8 @@ def distractor_blocks(
             start += len(rows)
             numbers = np.arange(total, total + len(rows))
             total += len(rows)
-            require(
-                total <= max_distractors,
-                owner,
-                f"max_distractors must be an upper bound, got {max_distractors} and a row {max_distractors}",
-            )
+            message = f"max_distractors must be an upper bound, got {max_distractors} and a row {max_distractors}"
+            require(total <= max_distractors, owner, message)
             block = DistractorBlock(rows, numbers) if cleaning == "none" else _clean(owner, rows, numbers, cleaning)
             used += len(block.rows) + block.zeros
             yield block
@@ -120,9 +100,8 @@ def distractor_blocks(
 
 def _clean(owner: str, rows: AnyArray, numbers: IntArray, cleaning: Cleaning) -> DistractorBlock:
     # Checked before rows are left out, so that the message gives the number of the bad row.
-    bad_rows = np.flatnonzero(~np.isfinite(rows).all(axis=1))
-    first = int(numbers[bad_rows[:1]].sum())
-    require(bad_rows.size == 0, owner, f"distractors must be finite (no NaN, no infinity), got row {first}")
+    finite = np.isfinite(rows).all(axis=1)
+    check_each(owner, "distractors", finite, "finite (no NaN, no infinity)", offset=int(numbers[0]))
     if cleaning == "extra_dimension":
         good, rows = rows[:, -1] == 0, rows[:, :-1]
     else:

@@ -4,12 +4,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from kdlib_faces.evaluation._checks import check_distinct, check_labels, check_vector, look_up, require, to_numpy
+from kdlib_faces.evaluation._checks import check_distinct, check_labels, look_up, require, to_numpy
 from kdlib_faces.evaluation._types import AnyArray, ArrayLike, BoolArray, FloatArray, IntArray, LabelArray
-from kdlib_faces.evaluation.roc import allowed_false_accepts
-from kdlib_faces.evaluation.templates import Templates
-
-__all__ = ["Gallery", "GalleryPoint", "GallerySearch", "enroll", "point_at", "search_gallery"]
+from kdlib_faces.evaluation.matching.templates import Templates
+from kdlib_faces.evaluation.roc import allowed_false_accepts, kth_largest
 
 BLOCK = 1024
 
@@ -79,10 +77,8 @@ def enroll(
     pair = isinstance(given, (tuple, list)) and len(given) == 2
     require(pair, owner, f"{name} must be template ids and their subjects")
     ids, subjects = (to_numpy(x) for x in given)
-    check_vector(owner, f"template ids of {name}", ids)
-    check_vector(owner, f"subjects of {name}", subjects, ids.size, "their template ids")
     check_distinct(owner, f"template ids of {name}", *check_labels(owner, f"template ids of {name}", ids))
-    codes, labels = check_labels(owner, f"subjects of {name}", subjects)
+    codes, labels = check_labels(owner, f"subjects of {name}", subjects, rows=ids.size, like="their template ids")
     if unique_subjects:
         check_distinct(owner, f"subjects of {name}", codes, labels)
     return Gallery(look_up(owner, f"template ids of {name}", ids, templates.ids, "template_ids"), labels[codes])
@@ -117,7 +113,7 @@ def point_at(search: GallerySearch, fpir: float) -> tuple[GalleryPoint, BoolArra
     """The operating point of one gallery at one FPIR, and which of its mated searches are hits."""
     others = search.best_scores[~search.mated]
     k = allowed_false_accepts(fpir, others.size)
-    threshold = float(-np.partition(-others, k)[k]) if k < others.size else -np.inf
+    threshold = kth_largest(others, k)
     hits: BoolArray = ((search.ranks == 1) & (search.mate_scores > threshold))[search.mated]
     point = GalleryPoint(
         tpir=float(hits.mean()),

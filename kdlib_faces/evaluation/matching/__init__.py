@@ -1,0 +1,1 @@
+"""Search and scores: pairs of images, galleries, templates and distractors."""
