@@ -30,6 +30,7 @@ CORE = {
     "distiller": {"influence", "objective"},
     "training": {"distiller"},
     "evaluation": set(),
+    "compression": set(),
     "testing": {"adapters"},
 }
 FACES = {

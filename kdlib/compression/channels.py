@@ -27,8 +27,11 @@ class Reading:
     def metric(self) -> Tensor:
         """Return R `(r, c)` with `R.T R = W.T W / e`, where e is the energy of the outputs `W x`."""
         energy = ((self.weights @ self.covariance) * self.weights).sum()
-        root = torch.linalg.qr(self.weights, mode="r").R if len(self.weights) > self.weights.shape[1] else self.weights
-        return root / energy.clamp(min=torch.finfo(energy.dtype).tiny).sqrt()
+        root: Tensor = self.weights
+        if len(root) > root.shape[1]:
+            root = torch.linalg.qr(root, mode="r").R
+        scaled: Tensor = root / energy.clamp(min=torch.finfo(energy.dtype).tiny).sqrt()
+        return scaled
 
 
 @dataclass(frozen=True)
@@ -55,7 +58,8 @@ class ChannelMap:
 
 
 def _apply(x: Tensor, dim: int, matrix: Tensor) -> Tensor:
-    return torch.tensordot(x, matrix.to(x), dims=([dim], [1])).movedim(-1, dim)
+    mapped: Tensor = torch.tensordot(x, matrix.to(x), dims=([dim], [1]))
+    return mapped.movedim(-1, dim)
 
 
 def choose_channels(readings: Sequence[Reading], keep: int, *, blocks: int, criterion: str) -> ChannelMap:

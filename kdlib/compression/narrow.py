@@ -7,6 +7,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, fx, nn
 
+from kdlib.compression._checks import check_block
 from kdlib.compression.refit import refit
 from kdlib.compression.slicing import Maps, encode, encode_dim, kept_entries, slice_layer, slice_parameters
 from kdlib.compression.spaces import ADDITIONS, Layout
@@ -68,8 +69,9 @@ class Narrower:
             drop: paths of blocks that the student replaces by the identity.
         """
         nodes = list(self.traced.graph.nodes)
-        last = {source: node for node in nodes for source in node.all_input_nodes}
         blocks = self._drop(drop)
+        last = {source: node for node in nodes for source in (*node.all_input_nodes, blocks.get(node)) if source}
+        unused = {node: [source for source in last if last[source] is node] for node in last.values()}
         wide: dict[fx.Node, list[Any]] = {}
         narrow: dict[fx.Node, list[Any]] = {}
         same: set[fx.Node] = set()  # nodes with equal values in both networks
@@ -89,31 +91,24 @@ class Narrower:
                 if node.op == "call_module" and node in self.layouts:
                     self._narrow(node, wide, narrow, exact=inputs_same)
                 narrow[node] = _outputs(node, narrow, self.student, examples)
-            for source in node.all_input_nodes:
-                if last[source] is node:
-                    wide.pop(source)
-                    narrow.pop(source, None)
-        raise AssertionError("a traced graph ends with its output")
+            for source in unused.get(node, ()):
+                wide.pop(source)
+                narrow.pop(source, None)
+        return None
 
     def _drop(self, paths: Sequence[str]) -> dict[fx.Node, fx.Node | None]:
         """Replace blocks by the identity; return their nodes, each exit with the node whose value it takes."""
         found: dict[fx.Node, fx.Node | None] = {}
         for path in paths:
             inside = [node for node in self.traced.graph.nodes if is_inside(node, path)]
-            if not inside:
-                raise ValueError(f"shrink: drop must hold paths of blocks of the model, got {path!r}")
             exits = [node for node in inside if any(user not in inside for user in node.users)]
             entries = {source for node in inside for source in node.all_input_nodes if source not in inside}
-            entries = {source for source in entries if source in self.shapes}
-            if len(exits) != 1 or len(entries) != 1:
-                raise ValueError(f"shrink: drop: block {path!r} must have one input and one output")
-            (entry,) = entries
-            if self.shapes[entry] != self.shapes[exits[0]] or self.layouts.get(entry) != self.layouts.get(exits[0]):
-                raise ValueError(
-                    f"shrink: drop: block {path!r} must return the channels it receives, as a residual block does, got "
-                    f"{self.shapes[entry]} and {self.shapes[exits[0]]}"
-                )
-            found |= {node: entry if node is exits[0] else None for node in inside}
+            entries &= self.shapes.keys()
+            check_block(path, nodes=len(inside), ends=len(exits) == len(entries) == 1, same=True)
+            (entry,), (exit_,) = entries, exits
+            same = self.shapes[entry] == self.shapes[exit_] and self.layouts.get(entry) == self.layouts.get(exit_)
+            check_block(path, nodes=len(inside), ends=True, same=same)
+            found |= {node: entry if node is exit_ else None for node in inside}
             replace(self.student, path, nn.Identity())
         return found
 
@@ -146,7 +141,8 @@ class Narrower:
                     return value
                 other, scale = stream
                 missing = encode(wide[other][number], self.layouts[other], self.maps) - narrow[other][number]
-                return value + missing * scale.to(value).reshape(-1, *[1] * (value.dim() - outside.dim - 1))
+                factor = scale.to(value).reshape(-1, *[1] * (value.dim() - outside.dim - 1))
+                return torch.addcmul(value, missing, factor)
 
             fit = refit(new, narrow[source], target, positions=self.positions, generator=self.generator)
             new.weight.add_(fit.weight)

@@ -5,7 +5,8 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor, fx
 
-from kdlib._checks import check_name, check_number
+from kdlib._checks import check_name
+from kdlib.compression._checks import check_width
 from kdlib.compression.channels import ChannelMap, Reading, choose_channels, mix_channels
 from kdlib.compression.covariance import Collector, Covariance
 from kdlib.compression.spaces import ChannelSpace, Layout, reader_matrix
@@ -31,16 +32,7 @@ def space_sizes(
     for name, width in widths.items():
         check_name("shrink", "layer", name, written)
         space = written[name]
-        check_number("shrink", f"widths[{name!r}]", width, min=1, max=space.size, integer=True)
-        if space.fixed or not space.readers:
-            raise ValueError(
-                f"shrink: widths: the channels of {name!r} cannot be removed: the output of the model or an operation "
-                "of unknown effect uses them"
-            )
-        if width % space.blocks:
-            raise ValueError(
-                f"shrink: widths[{name!r}] must be a multiple of {space.blocks} for a grouped convolution, got {width}"
-            )
+        check_width(name, width, space.size, fixed=space.fixed or not space.readers, blocks=space.blocks)
         sizes[space] = width
     return {space: size for space, size in sizes.items() if size < space.size}
 

@@ -124,7 +124,8 @@ class _Moments:
         mean = diagonal.mean(1, keepdim=True)
         penalty = torch.where(mean > 0, ridge * mean, 1.0).expand_as(diagonal)
         penalty = F.pad(penalty, (0, 1))  # none for the intercept
-        return torch.linalg.solve(self.gram + torch.diag_embed(penalty), self.cross)
+        change: Tensor = torch.linalg.solve(self.gram + torch.diag_embed(penalty), self.cross)
+        return change
 
     def error(self, change: Tensor | None) -> float:
         """Return the squared error after a change."""
@@ -202,7 +203,7 @@ def _samples(
             groups, (b, _, h, w) = layer.groups, output.shape
             chosen = torch.randperm(b * h * w, generator=generator)[:positions].to(x.device)
             image, row, column = chosen // (h * w), chosen // w % h, chosen % w
-            patches = _patches(layer, x, image, row, column).unflatten(1, (groups, -1)).flatten(2)
+            patches = _patches(layer, x, image, row, column).reshape(len(chosen), groups, -1)
             wanted, output = (y[image, :, row, column] for y in (wanted, output))
         else:
             groups, count = 1, x[..., 0].numel()
@@ -211,7 +212,7 @@ def _samples(
             patches = x.flatten(0, -2)[chosen, None]
             wanted, output = (y.flatten(0, -2)[chosen] for y in (wanted, output))
         order = image + images if by_image else torch.arange(len(image), device=x.device)
-        wanted, output = (y.double().unflatten(1, (groups, -1)).movedim(1, 0) for y in (wanted, output))
+        wanted, output = (y.double().reshape(len(y), groups, -1).movedim(1, 0) for y in (wanted, output))
         rows = F.pad(patches.double(), (0, 1), value=1.0).movedim(1, 0)
         yield _Sample(rows, wanted - output, wanted, order % HELD_OUT == HELD_OUT - 1)
         images += len(x)

@@ -2,12 +2,12 @@
 
 import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import TypeVar, cast
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from kdlib._checks import check_choice, check_number, check_type
+from kdlib.compression._checks import check_batches, check_options, check_same
 from kdlib.compression.narrow import Narrower, ShrinkStep
 from kdlib.compression.plan import choose_maps, space_sizes
 from kdlib.compression.spaces import find_spaces
@@ -78,10 +78,8 @@ def shrink(
         the narrow network's activations; Hassibi, Stork, *Second order derivatives for network pruning: Optimal Brain
         Surgeon*, 1993, for the removal costs, here of whole channels.
     """
-    _check_options(model, keep, widths, criterion, positions)
-    examples = [_check_batch(number, batch) for number, batch in enumerate(batches)]
-    if not examples:
-        raise ValueError("shrink: batches must hold at least one batch, got none")
+    check_options(model, keep, widths, criterion, positions)
+    examples = check_batches(batches)
     modes = {name: module.training for name, module in model.named_modules()}
     original, student = copy.deepcopy(model).eval(), copy.deepcopy(model).eval()
     generator = torch.Generator().manual_seed(seed)
@@ -99,47 +97,7 @@ def shrink(
             traced, shapes, layouts, maps, student, positions=share, generator=generator, on_step=on_step
         )
         expected = narrower.run(examples, drop)
-        _check_same(student(examples[0]), expected)
+        check_same(student(examples[0]), expected)
     for name, module in student.named_modules():
         module.training = modes.get(name, False)
     return student
-
-
-def _check_options(model: object, keep: object, widths: object, criterion: object, positions: object) -> None:
-    check_type("shrink", "model", model, nn.Module, "a Module")
-    if keep is None and widths is None:
-        raise ValueError("shrink: keep or widths must be given, got neither")
-    if keep is not None:
-        check_number("shrink", "keep", keep, above=0, max=1)
-    if widths is not None:
-        check_type("shrink", "widths", widths, Mapping, "a mapping of layer paths to numbers of channels")
-    check_choice("shrink", "criterion", criterion, ("reconstruction", "energy"))
-    check_number("shrink", "positions", positions, min=1, integer=True)
-
-
-def _check_batch(number: int, batch: object) -> Tensor:
-    check_type("shrink", f"batch {number}", batch, Tensor, "a torch.Tensor")
-    x = cast(Tensor, batch)
-    if x.dim() < 2 or not len(x):
-        raise ValueError(f"shrink: batch {number} must be (b, ...) with b >= 1, got {tuple(x.shape)}")
-    return x
-
-
-def _check_same(found: object, expected: object) -> None:
-    """The student must compute what the side-by-side run computed, or its forward depends on the number of channels."""
-    pairs = zip(_tensors(found), _tensors(expected), strict=True)
-    if not all(
-        a.shape == b.shape and torch.allclose(a, b, rtol=1e-3, atol=1e-4 * float(b.abs().max())) for a, b in pairs
-    ):
-        raise RuntimeError(
-            "shrink: the forward of the model must not depend on the number of channels, but the narrow copy computes "
-            "other values than the traced network"
-        )
-
-
-def _tensors(value: object) -> list[Tensor]:
-    if isinstance(value, Tensor):
-        return [value]
-    if isinstance(value, Mapping):
-        return [x for entry in value.values() for x in _tensors(entry)]
-    return [x for entry in value for x in _tensors(entry)] if isinstance(value, (tuple, list)) else []

@@ -1,7 +1,7 @@
 """Weights and values of the channels that a narrower network keeps."""
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TypeAlias
 
 import torch
@@ -16,29 +16,21 @@ Maps: TypeAlias = Mapping[ChannelSpace, ChannelMap]
 """The spaces that are reduced, with the channels that they keep."""
 
 
-def _parts(x: Tensor, dim: int, layout: Layout) -> list[Tensor]:
-    sizes = [segment.space.size * segment.repeat for segment in layout.segments]
-    return [
-        part.unflatten(dim, (-1, segment.repeat))
-        for part, segment in zip(x.split(sizes, dim), layout.segments, strict=True)
-    ]
-
-
 def encode_dim(x: Tensor, dim: int, layout: Layout, maps: Maps) -> Tensor:
     """Map values along `dim` from the original's channels to those of the narrow network."""
-    parts = [
-        (maps[segment.space].encode(part, dim) if segment.space in maps else part).flatten(dim, dim + 1)
-        for part, segment in zip(_parts(x, dim, layout), layout.segments, strict=True)
-    ]
-    return torch.cat(parts, dim) if len(parts) > 1 else parts[0]
+    return _map(x, dim, layout, maps, ChannelMap.encode)
 
 
-def decode_dim(weight: Tensor, dim: int, layout: Layout, maps: Maps) -> Tensor:
-    """Map weights along `dim` from the original's channels to those of the narrow network."""
-    parts = [
-        (maps[segment.space].decode(part, dim) if segment.space in maps else part).flatten(dim, dim + 1)
-        for part, segment in zip(_parts(weight, dim, layout), layout.segments, strict=True)
-    ]
+def _map(
+    x: Tensor, dim: int, layout: Layout, maps: Maps, method: Callable[[ChannelMap, Tensor, int], Tensor]
+) -> Tensor:
+    sizes = [segment.space.size * segment.repeat for segment in layout.segments]
+    parts = []
+    for part, segment in zip(torch.split(x, sizes, dim), layout.segments, strict=True):
+        if segment.space in maps:
+            channels = torch.unflatten(part, dim, (segment.space.size, segment.repeat))
+            part = method(maps[segment.space], channels, dim).flatten(dim, dim + 1)
+        parts.append(part)
     return torch.cat(parts, dim) if len(parts) > 1 else parts[0]
 
 
@@ -59,7 +51,7 @@ def slice_layer(
         weight = encode_dim(weight, 0, outside, maps)
     else:
         weight = encode_dim(weight, 0, outside, maps)
-        weight = weight if inside is None else decode_dim(weight, 1, inside, maps)
+        weight = weight if inside is None else _map(weight, 1, inside, maps, ChannelMap.decode)
     new.weight = nn.Parameter(weight.clone(), requires_grad=layer.weight.requires_grad)
     if bias is not None:
         reduced = encode_dim(bias.detach(), 0, outside, maps)
@@ -80,7 +72,7 @@ def _slice_groups(weight: Tensor, layer: nn.Conv2d, inside: Layout | None, maps:
         return weight
     inner = weight.shape[1]
     local = found.kept.reshape(layer.groups, -1) % inner
-    groups = weight.unflatten(0, (layer.groups, -1))
+    groups = torch.unflatten(weight, 0, (layer.groups, -1))
     return torch.stack([part.index_select(1, kept) for part, kept in zip(groups, local, strict=True)]).flatten(0, 1)
 
 

@@ -132,9 +132,9 @@ class _Finder:
         if type(layer) in (nn.Conv2d, nn.Linear) and not repeated and node in self.shapes:
             return self._visit_layer(node, layer, source)
         if source is None:
-            return self._unknown(node)
+            return self._opaque(node)
         if isinstance(layer, (nn.BatchNorm1d, nn.BatchNorm2d)) and not repeated and layer.track_running_stats:
-            return self._elementwise(source) if source.dim == 1 else self._unknown(node)
+            return self._elementwise(source) if source.dim == 1 else self._opaque(node)
         if isinstance(layer, nn.PReLU) and (layer.num_parameters == 1 or (not repeated and source.dim == 1)):
             return self._elementwise(source)
         if isinstance(layer, ELEMENTWISE_MODULES):
@@ -143,7 +143,7 @@ class _Finder:
             return source
         if isinstance(layer, nn.Flatten):
             return self._flatten(node, source, layer.start_dim, layer.end_dim)
-        return self._unknown(node)
+        return self._opaque(node)
 
     def _visit_layer(self, node: fx.Node, layer: nn.Module, source: Layout | None) -> Layout | None:
         """Dense layers read one space and write another; depthwise convolutions keep the space."""
@@ -171,7 +171,7 @@ class _Finder:
         return Layout(dim, (Segment(out),))
 
     def _visit_function(self, node: fx.Node) -> Layout | None:
-        sources = [self.layouts.get(argument) for argument in node.all_input_nodes]
+        sources = [self.layouts.get(argument) for argument in node.all_input_nodes if argument in self.shapes]
         source = sources[0] if sources else None
         if node not in self.shapes:  # a size or another value that is not a tensor
             return None
@@ -180,7 +180,7 @@ class _Finder:
         if node.target in (torch.cat, torch.concat):
             return self._concatenate(node)
         if source is None or len(sources) != 1:
-            return self._unknown(node)
+            return self._opaque(node)
         if node.target in ELEMENTWISE_FUNCTIONS:
             return self._elementwise(source)
         if node.target in LINEAR_FUNCTIONS:
@@ -192,10 +192,10 @@ class _Finder:
         if node.target in ("view", "reshape", torch.reshape):
             sizes = node.args[1:] if len(node.args) > 2 else node.args[1]
             free = isinstance(sizes, (tuple, list)) and len(sizes) == 2 and sizes[1] == -1
-            return self._flatten(node, source, 1, -1) if free else self._unknown(node)
+            return self._flatten(node, source, 1, -1) if free else self._opaque(node)
         if node.target in (torch.mean, "mean"):
             return self._average(node, source)
-        return self._unknown(node)
+        return self._opaque(node)
 
     def _elementwise(self, source: Layout) -> Layout:
         for segment in source.segments:
@@ -205,7 +205,7 @@ class _Finder:
     def _flatten(self, node: fx.Node, source: Layout, start: int, end: int) -> Layout | None:
         shape = self.shapes[node.all_input_nodes[0]]
         if source.dim != 1 or start != 1 or end not in (-1, len(shape) - 1):
-            return self._unknown(node)
+            return self._opaque(node)
         inner = prod(shape[2:])
         return Layout(1, tuple(Segment(segment.space, segment.repeat * inner) for segment in source.segments))
 
@@ -217,29 +217,29 @@ class _Finder:
         )
         dims = [dims] if isinstance(dims, int) else dims
         if not isinstance(dims, (tuple, list)) or source.dim != 1:
-            return self._unknown(node)
+            return self._opaque(node)
         averaged = {int(dim) % len(shape) for dim in dims if isinstance(dim, int)}
-        return source if averaged and min(averaged) >= 2 else self._unknown(node)
+        return source if averaged and min(averaged) >= 2 else self._opaque(node)
 
     def _combine(self, node: fx.Node, *, mixable: bool) -> Layout | None:
         """Sums and products of tensors keep the same channels on both sides."""
-        operands = [argument for argument in node.args if isinstance(argument, fx.Node)]
+        operands = [argument for argument in node.args if isinstance(argument, fx.Node) and argument in self.shapes]
         layouts = [self.layouts.get(operand) for operand in operands]
         first = layouts[0] if layouts else None
         if first is None or any(layout is None for layout in layouts):
-            return self._unknown(node)
+            return self._opaque(node)
         shapes = [self.shapes[operand] for operand in operands]
         if len(operands) == 1:  # with a number
             return self._elementwise(first)
         second = layouts[1]
         assert second is not None
         if len(shapes[0]) != len(shapes[1]) or shapes[0][first.dim] != shapes[1][first.dim] or second.dim != first.dim:
-            return self._unknown(node)
+            return self._opaque(node)
         if [s.repeat for s in first.segments] != [s.repeat for s in second.segments] or any(
             self._root(a.space).size != self._root(b.space).size
             for a, b in zip(first.segments, second.segments, strict=True)
         ):
-            return self._unknown(node)
+            return self._opaque(node)
         for a, b in zip(first.segments, second.segments, strict=True):
             self._merge(a.space, b.space)
         return first if mixable else self._elementwise(first)
@@ -249,12 +249,14 @@ class _Finder:
         layouts = [self.layouts.get(operand) for operand in node.all_input_nodes]
         whole = len(node.args[0]) == len(layouts) if isinstance(node.args[0], (tuple, list)) else False
         if not whole or any(layout is None or layout.dim != dim for layout in layouts):
-            return self._unknown(node)
+            return self._opaque(node)
         segments = tuple(segment for layout in layouts if layout is not None for segment in layout.segments)
         return Layout(int(str(dim)), segments)
 
-    def _unknown(self, node: fx.Node) -> None:
+    def _opaque(self, node: fx.Node) -> Layout | None:
+        """An operation of unknown effect: its inputs keep all channels."""
         self._fix(node.all_input_nodes)
+        return None
 
     def _fix(self, nodes: Iterable[fx.Node]) -> None:
         for node in nodes:
@@ -285,7 +287,11 @@ def reader_matrix(layer: nn.Module, start: int, count: int, repeat: int) -> Tens
     """
     weight = layer.get_parameter("weight").detach().double()
     if isinstance(layer, nn.Conv2d) and layer.groups > 1:
-        rows = weight.flatten(2).movedim(2, 1).unflatten(0, (layer.groups, -1)).flatten(1, 2)  # (g, o k / g, c / g)
-        return torch.block_diag(*rows)
-    part = weight[:, start : start + count].unflatten(1, (count // repeat, repeat)).flatten(2)
-    return part.movedim(2, 1).flatten(0, 1)
+        rows = weight.flatten(2).movedim(2, 1)  # (o, k, c / g)
+        inner = rows.shape[2]
+        dense = rows.new_zeros(*rows.shape[:2], layer.groups * inner)
+        for group, part in enumerate(dense.chunk(layer.groups)):
+            part[..., group * inner : (group + 1) * inner] = rows.chunk(layer.groups)[group]
+        return dense.flatten(0, 1)
+    part = weight[:, start : start + count]
+    return part.reshape(len(part), count // repeat, -1).movedim(2, 1).flatten(0, 1)

@@ -1,5 +1,6 @@
 """Tracing of a network and the execution of its operations."""
 
+import operator
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, cast
@@ -7,6 +8,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor, fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
+
+from kdlib.compression._checks import untraceable
 
 __all__ = ["attribute", "call", "fold_norms_of", "is_inside", "record_shapes", "replace", "trace"]
 
@@ -33,6 +36,7 @@ class _Tracer(fx.Tracer):
     def __init__(self, example: Tensor) -> None:
         super().__init__()
         self.example = example
+        self.evaluating = False
 
     def proxy(self, node: fx.Node) -> _Proxy:
         return _Proxy(node, self)
@@ -41,7 +45,8 @@ class _Tracer(fx.Tracer):
         return bool(self.value(obj.node))
 
     def iter(self, obj: fx.Proxy) -> Iterator[fx.Proxy]:
-        return iter([obj[index] for index in range(len(self.value(obj.node)))])
+        values = range(len(self.value(obj.node)))
+        return iter([self.create_proxy("call_function", operator.getitem, (obj, index), {}) for index in values])
 
     def value(self, node: fx.Node) -> Any:
         if node.op == "placeholder":
@@ -49,8 +54,20 @@ class _Tracer(fx.Tracer):
         if node.op == "get_attr":
             return attribute(self.root, str(node.target))
         given = {source: self.value(source) for source in node.all_input_nodes}
-        with torch.no_grad():
-            return call(node, given, self.root)
+        self.evaluating = True
+        try:
+            with torch.no_grad():
+                return call(node, given, self.root)
+        finally:
+            self.evaluating = False
+
+    def call_module(
+        self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        return forward(*args, **kwargs) if self.evaluating else super().call_module(m, forward, args, kwargs)
+
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
+        return attr_val if self.evaluating else super().getattr(attr, attr_val, parameter_proxy_cache)
 
 
 def call(node: fx.Node, given: Mapping[fx.Node, Any], model: nn.Module) -> Any:
@@ -67,7 +84,7 @@ def trace(model: nn.Module, example: Tensor) -> fx.GraphModule:
     try:
         graph = _Tracer(example[:2]).trace(model)
     except Exception as error:  # tracing runs the model's own code
-        raise TypeError(f"shrink: model must be traceable by torch.fx: {error}") from error
+        raise untraceable(error) from error
     traced = fx.GraphModule(model, graph)
     traced.graph.eliminate_dead_code()
     traced.recompile()
