@@ -15,11 +15,11 @@ from kdlib.compression.tracing import fold_norms_of, record_shapes, trace
 
 __all__ = ["ShrinkStep", "shrink"]
 
-M = TypeVar("M", bound=nn.Module)
+T = TypeVar("T", bound=nn.Module)
 
 
 def shrink(
-    model: M,
+    model: T,
     batches: Iterable[Tensor],
     *,
     keep: float | None = None,
@@ -30,7 +30,7 @@ def shrink(
     positions: int = 60_000,
     seed: int = 0,
     on_step: Callable[[ShrinkStep], None] | None = None,
-) -> M:
+) -> T:
     r"""Make a narrower copy of a trained network that reproduces its outputs on example inputs, without training.
 
     1. The network is traced, and channels that must be kept or removed together are grouped: through additions and
