@@ -1,23 +1,23 @@
 """Distillation losses as Modules; the functions are in `kdlib.functional`."""
 
-from kdlib.losses.activation_boundary import ActivationBoundaryLoss
-from kdlib.losses.angular import AngularDistillLoss
-from kdlib.losses.attention import AttentionTransferLoss
-from kdlib.losses.attentive_similarity import AttentiveSimilarityLoss
-from kdlib.losses.contrastive_representation import ContrastiveRepresentationLoss
-from kdlib.losses.correlation_congruence import CorrelationCongruenceLoss
-from kdlib.losses.dark_rank import DarkRankLoss
-from kdlib.losses.decoupled_kd import DecoupledKDLoss
-from kdlib.losses.dist import DISTLoss
-from kdlib.losses.hierarchical_context import HierarchicalContextLoss
-from kdlib.losses.hint import HintLoss
-from kdlib.losses.nst import NSTLoss
-from kdlib.losses.overhaul import OverhaulLoss
-from kdlib.losses.pkt import PKTLoss
-from kdlib.losses.rkd import RKDAngleLoss, RKDDistanceLoss
-from kdlib.losses.similarity_preserving import SimilarityPreservingLoss
-from kdlib.losses.soft_target import SoftTargetLoss
-from kdlib.losses.variational_information import VariationalInformationLoss
+from kdlib.losses.features.activation_boundary import ActivationBoundaryLoss
+from kdlib.losses.features.angular import AngularDistillLoss
+from kdlib.losses.features.attention import AttentionTransferLoss
+from kdlib.losses.features.attentive_similarity import AttentiveSimilarityLoss
+from kdlib.losses.features.contrastive_representation import ContrastiveRepresentationLoss
+from kdlib.losses.features.hierarchical_context import HierarchicalContextLoss
+from kdlib.losses.features.hint import HintLoss
+from kdlib.losses.features.nst import NSTLoss
+from kdlib.losses.features.overhaul import OverhaulLoss
+from kdlib.losses.features.variational_information import VariationalInformationLoss
+from kdlib.losses.logits.decoupled_kd import DecoupledKDLoss
+from kdlib.losses.logits.dist import DISTLoss
+from kdlib.losses.logits.soft_target import SoftTargetLoss
+from kdlib.losses.relations.correlation_congruence import CorrelationCongruenceLoss
+from kdlib.losses.relations.dark_rank import DarkRankLoss
+from kdlib.losses.relations.pkt import PKTLoss
+from kdlib.losses.relations.rkd import RKDAngleLoss, RKDDistanceLoss
+from kdlib.losses.relations.similarity_preserving import SimilarityPreservingLoss
 
 __all__ = [
     "ActivationBoundaryLoss", "AngularDistillLoss", "AttentionTransferLoss", "AttentiveSimilarityLoss",

@@ -2,10 +2,9 @@
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
-from kdlib._checks import check_finite, check_floating, check_number, show_shape
+from kdlib._checks import check_finite, check_floating, check_number, readable, show_shape
 
 __all__ = [
     "check_affine", "check_gathered_reduction", "check_levels", "check_map", "check_margin", "no_second_derivative"
@@ -52,7 +51,7 @@ def check_margin(owner: str, margin: object, channels: int | None) -> None:
     if margin.dim() > 1 or (margin.dim() == 1 and channels is not None and margin.shape[0] != channels):
         expected = "(c,)" if channels is None else f"(c,) = ({channels},)"
         raise ValueError(f"{owner}: margin must be {expected} or a number, got {show_shape(margin)}")
-    if torch.compiler.is_compiling() or margin.numel() == 0:  # values are not available during compilation
+    if margin.numel() == 0 or not readable(margin):
         return
     check_finite(owner, margin=margin)
     if margin.amax() > 0:

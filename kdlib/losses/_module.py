@@ -1,35 +1,37 @@
 """Base classes of the loss Modules."""
 
-from inspect import Parameter, signature
+from collections.abc import Callable
+from inspect import signature
+from typing import Any, ClassVar
 
-from torch import nn
-from typing_extensions import override
+from torch import Tensor
 
 from kdlib._checks import check_choice, check_relation_reduction
 from kdlib._maths import REDUCTIONS, MeanOnly, Reduction
+from kdlib._repr import CallRepr
 
-__all__ = ["LossModule", "RelationModule"]
-
-
-class _Module(nn.Module):
-    """A loss with its hyper-parameters; `repr` shows the call that rebuilds it."""
-
-    @override
-    def extra_repr(self) -> str:
-        """Return the arguments of the call that rebuilds the loss."""
-        parameters = signature(type(self)).parameters.values()
-        values = [(parameter, repr(getattr(self, parameter.name))) for parameter in parameters]
-        return ", ".join(
-            f"{parameter.name}={value}" if parameter.kind is Parameter.KEYWORD_ONLY else value
-            for parameter, value in values
-        )
-
-    @override
-    def __repr__(self) -> str:
-        return f"{type(self).__name__}({self.extra_repr()})"
+__all__ = ["FunctionLoss", "LossModule", "RelationLoss"]
 
 
-class LossModule(_Module):
+class _Loss(CallRepr):
+    """A loss whose constructor stores the hyper-parameters of `_function` as attributes of the same name."""
+
+    _function: ClassVar[Callable[..., Tensor]]
+    _arguments: ClassVar[tuple[str, ...]]
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        cls._arguments = tuple(signature(cls).parameters)
+
+    def _call(
+        self, student: Tensor, teacher: Tensor, weight: Tensor | None, reduction: str | None, **inputs: Tensor
+    ) -> Tensor:
+        options: dict[str, Any] = {name: getattr(self, name) for name in self._arguments}
+        options["reduction"] = reduction or options["reduction"]
+        return type(self)._function(student, teacher, weight=weight, **inputs, **options)
+
+
+class LossModule(_Loss):
     """A loss with one value per sample."""
 
     per_sample: bool = True
@@ -41,7 +43,17 @@ class LossModule(_Module):
         self.reduction = reduction
 
 
-class RelationModule(_Module):
+class FunctionLoss(LossModule):
+    """A loss with one value per sample that compares two tensors."""
+
+    def forward(
+        self, student: Tensor, teacher: Tensor, *, weight: Tensor | None = None, reduction: Reduction | None = None
+    ) -> Tensor:
+        """Compare `student` with `teacher`; `reduction=None` uses the constructor's."""
+        return self._call(student, teacher, weight, reduction)
+
+
+class RelationLoss(_Loss):
     """A loss with one value per batch, which can use the rows of all processes."""
 
     per_sample: bool = False
@@ -52,3 +64,9 @@ class RelationModule(_Module):
         check_relation_reduction(type(self).__name__, reduction)
         self.gather = gather
         self.reduction = reduction
+
+    def forward(
+        self, student: Tensor, teacher: Tensor, *, weight: Tensor | None = None, reduction: MeanOnly | None = None
+    ) -> Tensor:
+        """Compare `student` with `teacher`; `reduction=None` uses the constructor's."""
+        return self._call(student, teacher, weight, reduction)

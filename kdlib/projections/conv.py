@@ -3,13 +3,14 @@
 from torch import Tensor, nn
 
 from kdlib._checks import check_floating, check_number, check_shape
+from kdlib._repr import CallRepr
 from kdlib.projections._checks import check_grid
 from kdlib.projections._grid import resize
 
 __all__ = ["ConvProjection"]
 
 
-class ConvProjection(nn.Module):
+class ConvProjection(CallRepr):
     """Maps the student's feature maps to the teacher's channels and size: a 1x1 convolution, then batch norm.
 
     With `size`, the map is resized first: adaptive average pooling along a side that shrinks, bilinear interpolation
@@ -20,14 +21,9 @@ class ConvProjection(nn.Module):
         out_channels: channels of the teacher's map.
         size: `(h, w)` of the teacher's map; None keeps the student's size.
 
-    Raises:
-        ValueError: a number of channels or a side is below 1.
-
     Examples:
         >>> import torch
         >>> project = ConvProjection(16, 64, size=(7, 7))
-        >>> project
-        ConvProjection(in_channels=16, out_channels=64, size=(7, 7))
         >>> project(torch.rand(2, 16, 14, 5)).shape
         torch.Size([2, 64, 7, 7])
 
@@ -42,8 +38,7 @@ class ConvProjection(nn.Module):
         check_number("ConvProjection", "out_channels", out_channels, min=1, integer=True)
         if size is not None:
             check_grid("ConvProjection", "size", size)
-        self.in_channels = in_channels
-        self.out_channels = out_channels
+        self.in_channels, self.out_channels = in_channels, out_channels
         self.size = None if size is None else (size[0], size[1])
         self.conv = nn.Conv2d(in_channels, out_channels, 1, bias=False)
         self.norm = nn.BatchNorm2d(out_channels)
@@ -56,6 +51,3 @@ class ConvProjection(nn.Module):
             student = resize(student, self.size)
         projected: Tensor = self.norm(self.conv(student))
         return projected
-
-    def __repr__(self) -> str:
-        return f"ConvProjection(in_channels={self.in_channels}, out_channels={self.out_channels}, size={self.size})"

@@ -47,13 +47,13 @@ def infer_projection(student: Tensor, teacher: Tensor, *, identity_if_equal: boo
     Examples:
         >>> import torch
         >>> infer_projection(torch.rand(2, 128), torch.rand(2, 512))
-        LinearProjection(in_dim=128, out_dim=512, bias=False)
+        LinearProjection(128, 512, bias=False)
         >>> infer_projection(torch.rand(2, 16, 14, 14), torch.rand(2, 64, 7, 7))
-        ConvProjection(in_channels=16, out_channels=64, size=(7, 7))
+        ConvProjection(16, 64, size=(7, 7))
         >>> infer_projection(torch.rand(2, 16, 14, 14), torch.rand(2, 197, 384))
         Sequential(
           (0): Rearrange('b c h w -> b (h w) c')
-          (1): TokenProjection(in_dim=16, out_dim=384, size=None, grid=None, class_token='mean', bias=False)
+          (1): TokenProjection(16, 384, size=None, grid=None, class_token='mean', bias=False)
         )
         >>> infer_projection(torch.rand(2, 8), torch.rand(2, 8), identity_if_equal=True)
         Identity()

@@ -3,11 +3,12 @@
 from torch import Tensor, nn
 
 from kdlib._checks import check_floating, check_number, check_shape
+from kdlib._repr import CallRepr
 
 __all__ = ["LinearProjection"]
 
 
-class LinearProjection(nn.Module):
+class LinearProjection(CallRepr):
     """Maps the student's embeddings to the teacher's dimension: `y = W x`, or `y = W x + b` with `bias`.
 
     Without a bias, the default, the origin is mapped to the origin, so directions are mapped to directions. Angular
@@ -18,14 +19,9 @@ class LinearProjection(nn.Module):
         out_dim: dimension of the teacher's embedding.
         bias: add a learned offset.
 
-    Raises:
-        ValueError: a dimension is below 1.
-
     Examples:
         >>> import torch
         >>> project = LinearProjection(128, 512)
-        >>> project
-        LinearProjection(in_dim=128, out_dim=512, bias=False)
         >>> project(torch.rand(4, 128)).shape
         torch.Size([4, 512])
     """
@@ -34,9 +30,7 @@ class LinearProjection(nn.Module):
         super().__init__()
         check_number("LinearProjection", "in_dim", in_dim, min=1, integer=True)
         check_number("LinearProjection", "out_dim", out_dim, min=1, integer=True)
-        self.in_dim = in_dim
-        self.out_dim = out_dim
-        self.bias = bias
+        self.in_dim, self.out_dim, self.bias = in_dim, out_dim, bias
         self.linear = nn.Linear(in_dim, out_dim, bias=bias)
 
     def forward(self, student: Tensor) -> Tensor:
@@ -45,6 +39,3 @@ class LinearProjection(nn.Module):
         check_shape("LinearProjection", "student", student, "b d", d=self.in_dim)
         projected: Tensor = self.linear(student)
         return projected
-
-    def __repr__(self) -> str:
-        return f"LinearProjection(in_dim={self.in_dim}, out_dim={self.out_dim}, bias={self.bias})"

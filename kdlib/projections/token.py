@@ -7,6 +7,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from kdlib._checks import check_choice, check_floating, check_number, check_shape
+from kdlib._repr import CallRepr
 from kdlib.projections._checks import check_grid, check_token_grid
 from kdlib.projections._grid import resize
 
@@ -15,7 +16,7 @@ __all__ = ["TokenProjection"]
 CLASS_TOKENS = ("none", "keep", "drop", "mean")
 
 
-class TokenProjection(nn.Module):
+class TokenProjection(CallRepr):
     """Maps the student's tokens to the teacher's width and grid: `y = W x` per token, or `y = W x + b` with `bias`.
 
     With `size`, the grid of tokens is resized first, like a map: adaptive average pooling along a side that shrinks,
@@ -32,13 +33,8 @@ class TokenProjection(nn.Module):
             class token, and the mean of its tokens becomes the first token.
         bias: add a learned offset.
 
-    Raises:
-        ValueError: a dimension or a side is below 1, or `class_token` is unknown.
-
     Examples:
         >>> project = TokenProjection(192, 384, size=(14, 14), class_token="keep")
-        >>> project
-        TokenProjection(in_dim=192, out_dim=384, size=(14, 14), grid=None, class_token='keep', bias=False)
         >>> project(torch.rand(2, 1 + 7 * 7, 192)).shape
         torch.Size([2, 197, 384])
 
@@ -64,12 +60,10 @@ class TokenProjection(nn.Module):
             if sides is not None:
                 check_grid("TokenProjection", name, sides)
         check_choice("TokenProjection", "class_token", class_token, CLASS_TOKENS)
-        self.in_dim = in_dim
-        self.out_dim = out_dim
+        self.in_dim, self.out_dim = in_dim, out_dim
         self.size = None if size is None else (size[0], size[1])
         self.grid = None if grid is None else (grid[0], grid[1])
-        self.class_token = class_token
-        self.bias = bias
+        self.class_token, self.bias = class_token, bias
         self.linear = nn.Linear(in_dim, out_dim, bias=bias)
 
     def forward(self, student: Tensor) -> Tensor:
@@ -89,9 +83,3 @@ class TokenProjection(nn.Module):
             tokens = torch.cat([class_token, tokens], 1)
         projected: Tensor = self.linear(tokens)
         return projected
-
-    def __repr__(self) -> str:
-        return (
-            f"TokenProjection(in_dim={self.in_dim}, out_dim={self.out_dim}, size={self.size}, grid={self.grid}, "
-            f"class_token={self.class_token!r}, bias={self.bias})"
-        )

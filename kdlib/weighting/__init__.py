@@ -10,12 +10,6 @@ from kdlib.weighting.uncertainty import UncertaintyWeighting
 from kdlib.weighting.uniform import UniformWeighting
 
 __all__ = [
-    "CenterConfidenceWeighting",
-    "ConfidenceWeighting",
-    "EntropyWeighting",
-    "FixedWeighting",
-    "GateWeighting",
-    "GradientWeighting",
-    "UncertaintyWeighting",
-    "UniformWeighting",
-]
+    "CenterConfidenceWeighting", "ConfidenceWeighting", "EntropyWeighting", "FixedWeighting", "GateWeighting",
+    "GradientWeighting", "UncertaintyWeighting", "UniformWeighting",
+]  # fmt: skip

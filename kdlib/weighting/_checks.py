@@ -7,8 +7,9 @@ from torch import Tensor
 from kdlib._checks import check_floating, check_rank, show_shape
 
 
-def check_logits(owner: str, teachers: Sequence[Tensor]) -> None:
-    """Each teacher must be logits `(b, c)` on the same classes."""
+def check_logits(owner: str, losses: Tensor, teachers: Sequence[Tensor]) -> None:
+    """`losses` must be `(k, b)`, and each of the k teachers logits `(b, c)` on the same classes."""
+    check_teachers(owner, losses, teachers)
     if any(teacher.dim() != 2 or teacher.shape[1] != teachers[0].shape[1] for teacher in teachers):
         shapes = ", ".join(show_shape(teacher) for teacher in teachers)
         raise ValueError(f"{owner}: teachers must be logits (b, c) on the same c classes, got {shapes}")

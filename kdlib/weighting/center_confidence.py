@@ -4,17 +4,18 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from kdlib._checks import check_finite, check_identities, check_name, check_number, check_shape
 from kdlib._maths import full_precision, unit_rows
+from kdlib._repr import CallRepr
 from kdlib.types import Targets
 from kdlib.weighting._checks import check_teachers
 
 __all__ = ["CenterConfidenceWeighting"]
 
 
-class CenterConfidenceWeighting(nn.Module):
+class CenterConfidenceWeighting(CallRepr):
     r"""Assigns larger weights to teachers that embed a sample closer to the center of its identity.
 
     This is confidence weighting for embeddings, for teachers that have no logits on the student's classes. With
@@ -38,14 +39,9 @@ class CenterConfidenceWeighting(nn.Module):
         temperature: tau, above 0; smaller values give sharper weights.
         momentum: share of the old center in the running mean, from 0 to 1.
 
-    Raises:
-        ValueError: an argument is out of range.
-
     Examples:
         >>> import torch
         >>> weighting = CenterConfidenceWeighting(2, temperature=1.0)
-        >>> weighting
-        CenterConfidenceWeighting(2, target='identity', temperature=1.0, momentum=0.9)
         >>> weighting.set_centers(0, torch.eye(2))
         >>> weighting.set_centers(1, torch.eye(3)[:2])
         >>> good, poor = torch.tensor([[5.0, 0.0]]), torch.tensor([[0.0, 0.0, 1.0]])
@@ -66,10 +62,8 @@ class CenterConfidenceWeighting(nn.Module):
         check_number("CenterConfidenceWeighting", "num_identities", num_identities, min=1, integer=True)
         check_number("CenterConfidenceWeighting", "temperature", temperature, above=0)
         check_number("CenterConfidenceWeighting", "momentum", momentum, min=0, max=1)
-        self.num_identities = num_identities
-        self.target = target
-        self.temperature = temperature
-        self.momentum = momentum
+        self.num_identities, self.target = num_identities, target
+        self.temperature, self.momentum = temperature, momentum
 
     @torch.no_grad()
     def forward(
@@ -149,9 +143,3 @@ class CenterConfidenceWeighting(nn.Module):
             if key.startswith(prefix) and name.startswith("centers_"):
                 self.register_buffer(name, torch.zeros_like(value))
         super()._load_from_state_dict(state_dict, prefix, *args)
-
-    def __repr__(self) -> str:
-        return (
-            f"CenterConfidenceWeighting({self.num_identities}, target={self.target!r}, "
-            f"temperature={self.temperature!r}, momentum={self.momentum!r})"
-        )

@@ -3,12 +3,13 @@
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from kdlib._checks import check_below, check_name
 from kdlib._maths import full_precision
+from kdlib._repr import CallRepr
 from kdlib.types import Targets
-from kdlib.weighting._checks import check_logits, check_teachers
+from kdlib.weighting._checks import check_logits
 
 __all__ = ["ConfidenceWeighting"]
 
@@ -16,7 +17,7 @@ MIN_LOG = -1e30
 """Smaller log-probabilities are clamped to this one: very large logit gaps would make them -inf in float32."""
 
 
-class ConfidenceWeighting(nn.Module):
+class ConfidenceWeighting(CallRepr):
     r"""Assigns larger weights to teachers whose logits have a lower cross-entropy with the label.
 
     With :math:`z_{k,i}` the logits of sample i by teacher k and :math:`y_i` its label,
@@ -37,8 +38,6 @@ class ConfidenceWeighting(nn.Module):
     Examples:
         >>> import torch
         >>> weighting = ConfidenceWeighting()
-        >>> weighting
-        ConfidenceWeighting(target='label')
         >>> right, even = torch.tensor([[9.0, 0.0]]), torch.tensor([[0.0, 0.0]])
         >>> targets = {"label": torch.tensor([0])}
         >>> weighting(torch.ones(2, 1), student=torch.ones(1, 4), teachers=[right, even], targets=targets)
@@ -68,8 +67,7 @@ class ConfidenceWeighting(nn.Module):
         Raises:
             ValueError: the target is missing, the teachers are not logits on the same classes, or a label is too large.
         """
-        check_teachers("ConfidenceWeighting", losses, teachers)
-        check_logits("ConfidenceWeighting", teachers)
+        check_logits("ConfidenceWeighting", losses, teachers)
         if not isinstance(targets, Tensor):
             check_name("ConfidenceWeighting", "target", self.target, targets)
             targets = targets[self.target]
@@ -84,6 +82,3 @@ class ConfidenceWeighting(nn.Module):
             log_p = torch.stack([each.log_softmax(1).gather(1, at_label).squeeze(1) for each in logits])
             weights = (1 - (-log_p.clamp(min=MIN_LOG)).softmax(0)) / (k - 1)
             return torch.where(labels >= 0, weights, 1 / k).to(losses.dtype)
-
-    def extra_repr(self) -> str:
-        return f"target={self.target!r}"

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from kdlib._maths import full_precision
 from kdlib.types import Targets
-from kdlib.weighting._checks import check_logits, check_teachers
+from kdlib.weighting._checks import check_logits
 
 __all__ = ["EntropyWeighting"]
 
@@ -55,8 +55,7 @@ class EntropyWeighting(nn.Module):
         Raises:
             ValueError: the teachers are not logits on the same classes.
         """
-        check_teachers("EntropyWeighting", losses, teachers)
-        check_logits("EntropyWeighting", teachers)
+        check_logits("EntropyWeighting", losses, teachers)
         k = losses.shape[0]
         if k < 2:
             return torch.ones_like(losses)

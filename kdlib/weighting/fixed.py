@@ -3,16 +3,17 @@
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from kdlib._checks import check_shape, check_shares
+from kdlib._repr import CallRepr
 from kdlib.types import Targets
 from kdlib.weighting._checks import check_teachers
 
 __all__ = ["FixedWeighting"]
 
 
-class FixedWeighting(nn.Module):
+class FixedWeighting(CallRepr):
     """Assigns weight `weights[k] / sum(weights)` to teacher k, for every sample.
 
     Args:
@@ -25,8 +26,6 @@ class FixedWeighting(nn.Module):
     Examples:
         >>> import torch
         >>> weighting = FixedWeighting([3, 1])
-        >>> weighting
-        FixedWeighting(weights=(3, 1))
         >>> weighting(torch.rand(2, 2), student=torch.rand(2, 4), teachers=[], targets={})
         tensor([[0.7500, 0.7500],
                 [0.2500, 0.2500]])
@@ -43,6 +42,3 @@ class FixedWeighting(nn.Module):
         check_shape("FixedWeighting", "losses", losses, "k b", k=len(self.weights))
         shares = torch.tensor(self.weights, dtype=torch.float64) / sum(self.weights)
         return shares.to(losses).unsqueeze(1).expand_as(losses)
-
-    def extra_repr(self) -> str:
-        return f"weights={self.weights}"

@@ -7,13 +7,14 @@ from torch import Tensor, nn
 
 from kdlib._checks import check_floating, check_number, check_shape
 from kdlib._maths import full_precision, rescale, unit_rows
+from kdlib._repr import CallRepr
 from kdlib.types import Targets
 from kdlib.weighting._checks import check_teachers
 
 __all__ = ["GateWeighting"]
 
 
-class GateWeighting(nn.Module):
+class GateWeighting(CallRepr):
     r"""Computes the weights of each sample with a learned gate.
 
     With x the student's feature scaled to length :math:`\sqrt d`,
@@ -40,14 +41,9 @@ class GateWeighting(nn.Module):
         temperature: tau, above 0; smaller values give sharper weights.
         floor: f, minimum weight of each teacher, from 0 to 1 / K.
 
-    Raises:
-        ValueError: an argument is out of range.
-
     Examples:
         >>> import torch
         >>> gate = GateWeighting(4, 2, floor=0.1)
-        >>> gate
-        GateWeighting(4, 2, hidden=None, temperature=1.0, floor=0.1)
         >>> losses = torch.tensor([[1.0, 1.0, 1.0], [2.0, 2.0, 2.0]])
         >>> weights = gate(losses, student=torch.rand(3, 4), teachers=[], targets={})
         >>> weights.tolist()
@@ -77,11 +73,8 @@ class GateWeighting(nn.Module):
             check_number("GateWeighting", "hidden", hidden, min=1, integer=True)
         check_number("GateWeighting", "temperature", temperature, above=0)
         check_number("GateWeighting", "floor", floor, min=0, max=1 / num_teachers)
-        self.student_dim = student_dim
-        self.num_teachers = num_teachers
-        self.hidden = hidden
-        self.temperature = temperature
-        self.floor = floor
+        self.student_dim, self.num_teachers, self.hidden = student_dim, num_teachers, hidden
+        self.temperature, self.floor = temperature, floor
         self.inner = nn.Identity() if hidden is None else nn.Sequential(nn.Linear(student_dim, hidden), nn.ReLU())
         self.out = nn.Linear(hidden or student_dim, num_teachers)
         nn.init.zeros_(self.out.weight)
@@ -110,9 +103,3 @@ class GateWeighting(nn.Module):
             gate = (scores.to(torch.promote_types(scores.dtype, torch.float32)) / self.temperature).softmax(1)
             weights = self.floor + (1 - self.num_teachers * self.floor) * gate
             return weights.T.to(losses.dtype)
-
-    def __repr__(self) -> str:
-        return (
-            f"GateWeighting({self.student_dim}, {self.num_teachers}, hidden={self.hidden!r}, "
-            f"temperature={self.temperature!r}, floor={self.floor!r})"
-        )

@@ -5,10 +5,11 @@ from math import isfinite
 from typing import ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from kdlib._checks import check_number
 from kdlib._maths import full_precision
+from kdlib._repr import CallRepr
 from kdlib.types import Targets
 from kdlib.weighting._checks import check_max_weight, check_teachers
 
@@ -18,7 +19,7 @@ RIDGE = 1e-6
 """Added to the Gram diagonal, relative to its mean: equal gradients get equal weights, and every pair has curvature."""
 
 
-class GradientWeighting(nn.Module):
+class GradientWeighting(CallRepr):
     r"""Computes the weights that minimize the norm of the combined gradient, the same for every sample.
 
     With :math:`g_k = \partial \sum_i L_{k,i} / \partial s` the gradient of teacher k's losses with respect to the
@@ -44,14 +45,9 @@ class GradientWeighting(nn.Module):
     Args:
         max_weight: C, above 0 and at most 1; below 1 it must be at least 1 / K. AE-KD proposes such a bound.
 
-    Raises:
-        ValueError: `max_weight` is out of range.
-
     Examples:
         >>> import torch
         >>> weighting = GradientWeighting()
-        >>> weighting
-        GradientWeighting(max_weight=1.0)
         >>> student = torch.zeros(1, 2, requires_grad=True)
         >>> near, far = torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 2.0]])
         >>> losses = torch.stack([(student - each).square().sum(1) for each in (near, far)])
@@ -97,24 +93,13 @@ class GradientWeighting(nn.Module):
             # Squares of the raw values could overflow or underflow; the weights do not depend on a common scale.
             largest = gradients.abs().amax() if gradients.numel() else zero.sum()
             gradients = gradients / torch.where(largest == 0, 1.0, largest)
-            gram = _gram(gradients)
+            # A float32 matrix product would round equal rows differently.
+            wide = torch.float32 if gradients.device.type == "mps" else torch.float64
+            gram = torch.stack([(each * gradients).sum(1, dtype=wide) for each in gradients]).tolist()
         if not all(isfinite(value) for row in gram for value in row):
             return uniform
         weights = torch.tensor(_min_norm(gram, self.max_weight), dtype=torch.float64)
         return weights.to(losses).unsqueeze(1).expand_as(losses)
-
-    def extra_repr(self) -> str:
-        return f"max_weight={self.max_weight!r}"
-
-
-def _gram(gradients: Tensor) -> list[list[float]]:
-    """Return the dot products of the rows of `(k, n)`; a float32 matrix product rounds equal rows differently."""
-    dtype = torch.float32 if gradients.device.type == "mps" else torch.float64
-    k = len(gradients)
-    pairs = [(i, j) for i in range(k) for j in range(i + 1)]
-    products = torch.stack([(gradients[i] * gradients[j]).sum(dtype=dtype) for i, j in pairs]).tolist()
-    product = dict(zip(pairs, products, strict=True))
-    return [[product[max(i, j), min(i, j)] for j in range(k)] for i in range(k)]
 
 
 def _min_norm(gram: Sequence[Sequence[float]], max_weight: float = 1.0) -> list[float]:

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from kdlib._checks import check_number, check_shape
 from kdlib._maths import full_precision
+from kdlib._repr import CallRepr
 from kdlib.types import Targets
 from kdlib.weighting._checks import check_teachers
 
@@ -16,7 +17,7 @@ MIN_LOG_VARIANCE = -16.0
 """Smaller log-variances are clamped to this one (a loss of 1e-7): a loss of 0 would otherwise lower them forever."""
 
 
-class UncertaintyWeighting(nn.Module):
+class UncertaintyWeighting(CallRepr):
     r"""Computes weights from a learned log-variance :math:`s_k` per teacher, the same for every sample.
 
     .. math:: w_k = \frac{e^{-s_k}}{\sum_j e^{-s_j}}, \qquad J(s, L) = \sum_k e^{-s_k} L_k + s_k
@@ -39,14 +40,9 @@ class UncertaintyWeighting(nn.Module):
     Args:
         num_teachers: K, at least 1, the same in every call. Terms with fewer teachers need `weigh_by` in the objective.
 
-    Raises:
-        ValueError: `num_teachers` is below 1.
-
     Examples:
         >>> import torch
         >>> weighting = UncertaintyWeighting(2)
-        >>> weighting
-        UncertaintyWeighting(num_teachers=2)
         >>> losses = torch.tensor([[1.0, 3.0], [0.5, 0.5]])
         >>> weighting.penalty(losses).item()
         2.5
@@ -92,6 +88,3 @@ class UncertaintyWeighting(nn.Module):
     def _check(self, losses: Tensor) -> None:
         check_teachers("UncertaintyWeighting", losses)
         check_shape("UncertaintyWeighting", "losses", losses, "k b", k=self.num_teachers)
-
-    def extra_repr(self) -> str:
-        return f"num_teachers={self.num_teachers}"

@@ -5,8 +5,7 @@ import math
 import numpy as np
 from numpy.typing import NDArray
 
-from tests.core.reference_losses import Array, attention_map, pool
-
+Array = NDArray[np.float64]
 Identities = NDArray[np.int64]
 
 
@@ -17,6 +16,53 @@ def dot(a: Array, b: Array) -> float:
 def unit(a: Array) -> Array:
     length = math.sqrt(dot(a, a))
     return a if length == 0 else a / length
+
+
+def pool(plane: Array, height: int, width: int) -> Array:
+    """Average over windows that start at floor(i n / m) and end at ceil((i + 1) n / m)."""
+    h, w = plane.shape
+    out = np.zeros((height, width))
+    for i in range(height):
+        for j in range(width):
+            rows = slice(i * h // height, -(-(i + 1) * h // height))
+            columns = slice(j * w // width, -(-(j + 1) * w // width))
+            out[i, j] = plane[rows, columns].mean()
+    return out
+
+
+def angular_distill(student: Array, teacher: Array, *, form: str = "squared") -> Array:
+    losses = []
+    for s, t in zip(student, teacher, strict=True):
+        cosine = min(1.0, max(-1.0, dot(unit(s), unit(t))))
+        chord = float(((unit(s) - unit(t)) ** 2).sum())
+        forms = {"squared": (1 - cosine) ** 2, "cosine": 1 - cosine, "chord": chord, "angle": math.acos(cosine)}
+        losses.append(forms[form])
+    return np.array(losses)
+
+
+def attention_map(features: Array, p: float = 2) -> Array:
+    b, c, h, w = features.shape
+    out = np.zeros((b, h, w))
+    for i in range(b):
+        for y in range(h):
+            for x in range(w):
+                out[i, y, x] = sum(abs(float(features[i, k, y, x])) ** p for k in range(c)) / c
+    return out
+
+
+def attention_transfer(student: Array, teacher: Array, *, p: float = 2) -> Array:
+    a_s = attention_map(student, p) if student.ndim == 4 else student
+    a_t = attention_map(teacher, p) if teacher.ndim == 4 else teacher
+    grid = (min(a_s.shape[1], a_t.shape[1]), min(a_s.shape[2], a_t.shape[2]))
+    losses = []
+    for s, t in zip(a_s, a_t, strict=True):
+        s, t = pool(s, *grid), pool(t, *grid)
+        losses.append(((s / np.sqrt((s**2).sum()) - t / np.sqrt((t**2).sum())) ** 2).sum())
+    return np.array(losses)
+
+
+def hint(student: Array, teacher: Array) -> Array:
+    return np.array([((s - t) ** 2).sum() / s.size for s, t in zip(student, teacher, strict=True)])
 
 
 def nst(student: Array, teacher: Array) -> Array:
@@ -104,4 +150,59 @@ def contrastive_representation(
         by_student += sum(score(student[i], further[k]) for k in outside)
         by_teacher = own + sum(score(student[j], teacher[i]) for j in others)
         losses.append(-(math.log(own / by_student) + math.log(own / by_teacher)) / 2)
+    return np.array(losses)
+
+
+def activation_boundary(student: Array, teacher: Array, *, margin: float = 1.0) -> Array:
+    losses = []
+    for s, t in zip(student, teacher, strict=True):
+        each = [
+            max(0.0, margin - float(x)) ** 2 if y > 0 else max(0.0, margin + float(x)) ** 2
+            for x, y in zip(np.ravel(s), np.ravel(t), strict=True)
+        ]
+        losses.append(math.fsum(each) / len(each))
+    return np.array(losses)
+
+
+def overhaul_margin(weight: Array, bias: Array) -> Array:
+    """By the trapezoidal rule over the density below zero, not by its closed form."""
+    margins = []
+    for deviation, mean in zip(np.abs(weight), bias, strict=True):
+        below = np.linspace(min(mean - 12 * deviation, -12 * deviation), 0, 400_001)
+        density = np.exp(-(((below - mean) / deviation) ** 2) / 2) / (deviation * math.sqrt(2 * math.pi))
+        probability = np.trapezoid(density, below)
+        rare = probability <= 0.001
+        margins.append(-3 * deviation if rare else np.trapezoid(below * density, below) / probability)
+    return np.array(margins)
+
+
+def overhaul(student: Array, teacher: Array, *, margin: float | Array) -> Array:
+    losses = []
+    for s, t in zip(student, teacher, strict=True):
+        each = []
+        for channel in range(len(s)):
+            m = float(margin) if np.ndim(margin) == 0 else float(np.asarray(margin)[channel])
+            x, y = np.atleast_2d(s[channel]), np.atleast_2d(t[channel])
+            grid = (min(x.shape[0], y.shape[0]), min(x.shape[1], y.shape[1]))
+            for a, b in zip(pool(x, *grid).ravel(), pool(y, *grid).ravel(), strict=True):
+                target = max(float(b), m)
+                each.append(0.0 if float(a) <= target <= 0 else (float(a) - target) ** 2)
+        losses.append(math.fsum(each) / len(each))
+    return np.array(losses)
+
+
+def hierarchical_context(student: Array, teacher: Array, *, levels: tuple[int, ...] = (4, 2, 1)) -> Array:
+    height, width = student.shape[2:]
+    losses = []
+    for s, t in zip(student, teacher, strict=True):
+        value, part, whole = float(((s - t) ** 2).mean()), 1.0, 1.0
+        for level in levels:
+            if level >= height and level >= width:
+                continue
+            grid = (min(level, height), min(level, width))
+            part /= 2
+            whole += part
+            gaps = [pool(x, *grid) - pool(y, *grid) for x, y in zip(s, t, strict=True)]
+            value += part * float((np.array(gaps) ** 2).mean())
+        losses.append(value / whole)
     return np.array(losses)

@@ -4,9 +4,8 @@ import math
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-Array = NDArray[np.float64]
+from tests.core.reference_features import Array
 
 
 def softmax(row: Array) -> list[float]:
@@ -43,16 +42,10 @@ def correlation(x: list[float], y: list[float], share: list[float]) -> float:
 
 
 def dist(
-    student: Array,
-    teacher: Array,
-    *,
-    beta: float = 1.0,
-    gamma: float = 1.0,
-    temperature: float = 1.0,
-    weight: Any = None,
+    student: Array, teacher: Array, weight: Array, *, beta: float = 1.0, gamma: float = 1.0, temperature: float = 1.0
 ) -> float:
-    b, c = student.shape
-    share = [1 / b] * b if weight is None else [float(w) / float(sum(weight)) for w in weight]
+    c = student.shape[1]
+    share = [float(w / weight.sum()) for w in weight]
     p_s, p_t = ([softmax(row / temperature) for row in z] for z in (student, teacher))
     classes = sum(w * (1 - correlation(s, t, [1 / c] * c)) for w, s, t in zip(share, p_s, p_t, strict=True))
     columns = [([row[j] for row in p_s], [row[j] for row in p_t]) for j in range(c)]

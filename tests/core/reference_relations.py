@@ -4,7 +4,7 @@ import math
 
 import numpy as np
 
-from tests.core.reference_losses import Array
+from tests.core.reference_features import Array
 
 
 def dot(a: Array, b: Array) -> float:
@@ -110,3 +110,51 @@ def correlation_congruence(
         for j, q in enumerate(share):
             value += p * q * (kernel(c_s[i, j]) - kernel(c_t[i, j])) ** 2
     return float(value)
+
+
+def distance(x: Array, i: int, j: int) -> float:
+    gap = np.abs(x[i] - x[j])
+    largest = float(gap.max(initial=0))
+    return largest * math.sqrt(math.fsum(float(g / largest) ** 2 for g in gap)) if largest > 0 else 0.0
+
+
+def unit_rows(x: Array) -> Array:
+    return np.array([row / (distance(np.stack([row, 0 * row]), 0, 1) or 1.0) for row in x])
+
+
+def log_sum_exp(values: list[float]) -> float:
+    largest = max(values)
+    return largest + math.log(math.fsum(math.exp(value - largest) for value in values))
+
+
+def dark_rank(
+    student: Array,
+    teacher: Array,
+    weight: Array,
+    *,
+    alpha: float = 3.0,
+    beta: float = 3.0,
+    length: int = 4,
+    normalize: bool = False,
+) -> float:
+    there = [i for i in range(len(student)) if weight[i] > 0]
+    if len(there) < 3:
+        return 0.0
+    if normalize:
+        student, teacher = unit_rows(student), unit_rows(teacher)
+    total = 0.0
+    for i in there:
+        others = sorted((j for j in there if j != i), key=lambda j: float(f"{distance(teacher, i, j):.9e}"))[:length]
+        scores = [-min(alpha * min(distance(student, i, j), 1e100) ** beta, 1e30) for j in others]
+        total += weight[i] * math.fsum(log_sum_exp(scores[k:]) - scores[k] for k in range(len(scores)))
+    return float(total / weight.sum())
+
+
+def likelihood_of_an_order(scores: Array) -> float:
+    """The probability that drawing without replacement, each by its share of exp(score), gives the order 0, 1, 2 ..."""
+    left, probability = list(range(len(scores))), 1.0
+    for place in range(len(scores)):
+        shares = {k: math.exp(scores[k]) for k in left}
+        probability *= shares[place] / sum(shares.values())
+        left.remove(place)
+    return probability

@@ -4,70 +4,123 @@ All dtypes with and without autocast: values and gradients are finite, and value
 """
 
 import math
+from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
 from torch import Tensor
 
-from kdlib import AngularDistillLoss, AttentionTransferLoss, HintLoss, SoftTargetLoss
+import kdlib.functional
+from kdlib import DISTLoss, VariationalInformationLoss
 from kdlib._maths import full_precision
-from kdlib.functional import angular_distill, attention_transfer, hint, soft_target
-from tests.core.loss_inputs import DTYPES, each_dtype, each_mode, few_edge_cases, noise
+from kdlib.functional import (
+    activation_boundary,
+    angular_distill,
+    attention_transfer,
+    attentive_similarity,
+    dark_rank,
+    decoupled_kd,
+    dist,
+    hierarchical_context,
+    hint,
+    nst,
+    overhaul,
+    pkt,
+    rkd_angle,
+    rkd_distance,
+    similarity_preserving,
+    soft_target,
+    variational_information,
+)  # fmt: skip
+from tests.core.loss_inputs import (
+    LOSSES,
+    RELATIONS,
+    each_dtype,
+    each_loss,
+    each_mode,
+    edge_cases,
+    function_of,
+    gradient,
+    noise,
+    reference_of,
+    seeded,
+)  # fmt: skip
 
-LOSSES = {
-    "squared": AngularDistillLoss(),
-    "cosine": AngularDistillLoss(form="cosine"),
-    "chord": AngularDistillLoss(form="chord"),
-    "angle": AngularDistillLoss(form="angle"),
-    "attention": AttentionTransferLoss(),
-    "attention_p1": AttentionTransferLoss(p=1),
-    "attention_p4": AttentionTransferLoss(p=4),
-    "hint": HintLoss(),
-    "soft_target": SoftTargetLoss(),
-    "soft_target_1": SoftTargetLoss(temperature=1.0),
-}
+# The reference orders equal distances by their rounding errors.
+TIED = {"three hundred", "at the end", "at both ends", "dead units", "teacher all equal", "zero teacher rows"}
+# In the reference, the standard deviation of equal numbers is their rounding error, and logarithms may be infinite.
+LOGITS_IN_RANGE = {"noise", "equal pairs", "equal to the teacher", "equal up to length", "opposite", "dead units"}
 
 
-def prepared(name: str, trap: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    student, teacher = (x.to(dtype) for x in few_edge_cases(dtype)[trap])
-    if name.startswith("attention"):
-        student, teacher = student.reshape(-1, 3, 2, 2), teacher.reshape(-1, 3, 2, 2)
-    return student.requires_grad_(), teacher.requires_grad_()
+def expected_of(name: str, which: str, student: Tensor, teacher: Tensor) -> Tensor:
+    """Return the value of the naive reference where it is exact, otherwise that of the loss in float64."""
+    limited = name.startswith("dark_rank") and (which in TIED or which == "large")
+    limited |= name.startswith(("dist", "soft_target", "decoupled")) and which not in LOGITS_IN_RANGE
+    if name in RELATIONS and not limited and len(student) > 1 and which not in ("at the end", "at both ends"):
+        return torch.tensor(reference_of(name, student, teacher), dtype=torch.float64)
+    targets = LOSSES[name].targets(len(student))
+    value: Tensor = LOSSES[name].build().eval()(student.detach().double(), teacher.detach().double(), **targets)
+    return value.detach().double()
 
 
 @each_mode
 @each_dtype
-@pytest.mark.parametrize("name", LOSSES)
-def test_values_and_gradients_are_finite(name: str, dtype: torch.dtype, autocast: bool) -> None:
-    tried = 0
-    for trap in few_edge_cases(dtype):
-        student, teacher = prepared(name, trap, dtype)
+@each_loss
+def test_values_and_gradients_are_finite_and_values_exact(name: str, dtype: torch.dtype, autocast: bool) -> None:
+    case, num_cases = LOSSES[name], 0
+    for which, sides in edge_cases(dtype).items():
+        student, teacher = (x.to(dtype).reshape(-1, *case.shape).clone().requires_grad_() for x in sides)
+        loss, targets = case.build(), case.targets(len(student))
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
-            value = LOSSES[name](student, teacher)
+            value = loss(student, teacher, **targets)
+            total = value + loss(student, teacher, **targets) if "queue" in name else value
+        total.backward()
+        assert value.dtype == (torch.float64 if dtype == torch.float64 else torch.float32), which
+        assert math.isfinite(total.item()), which
+        assert value.item() >= -1e-20 or name.startswith("variational"), which
+        assert student.grad is not None, which
+        assert student.grad.dtype == dtype, which
+        assert torch.isfinite(student.grad).all(), which
+        assert all(torch.isfinite(p.grad).all() for p in loss.parameters()), which
+        assert teacher.grad is None, which
+        num_cases += 1
+        expected = expected_of(name, which, student, teacher)
+        assert value.item() == pytest.approx(expected.item(), rel=1e-4, abs=2e-5), which
+    assert num_cases == 31
+
+
+@each_dtype
+@pytest.mark.parametrize("name", [name for name in LOSSES if "contrastive" not in name])
+def test_pooling_and_sums_of_the_largest_numbers(name: str, dtype: torch.dtype) -> None:
+    case, end = LOSSES[name], torch.finfo(dtype).max
+    shape = (4, *case.shape)
+    for teacher in (torch.full(shape, -end, dtype=dtype), torch.ones(shape, dtype=dtype)):
+        student = torch.full(shape, end, dtype=dtype, requires_grad=True)
+        loss = case.build()
+        value = loss(student, teacher, **case.targets(4))
         value.backward()
-        assert value.dtype == (torch.float64 if dtype == torch.float64 else torch.float32), trap
-        assert math.isfinite(value.item()), trap
-        assert value.item() >= -1e-6, trap
-        assert student.grad is not None, trap
-        assert student.grad.dtype == dtype, trap
-        assert torch.isfinite(student.grad).all(), trap
-        assert teacher.grad is None, trap
-        tried += 1
-    assert tried == 19
+        assert math.isfinite(value.item())
+        assert torch.isfinite(student.grad).all()
+        assert all(torch.isfinite(p.grad).all() for p in loss.parameters())
 
 
-@each_mode
-@pytest.mark.parametrize("dtype", DTYPES[:3], ids=lambda dtype: str(dtype).removeprefix("torch."))
-@pytest.mark.parametrize("name", LOSSES)
-def test_values_are_those_of_float64(name: str, dtype: torch.dtype, autocast: bool) -> None:
-    for trap in few_edge_cases(dtype):
-        student, teacher = prepared(name, trap, dtype)
-        expected = LOSSES[name](student.double(), teacher.double(), reduction="none").detach()
-        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
-            got = LOSSES[name](student, teacher, reduction="none").detach()
-        torch.testing.assert_close(
-            got.double(), expected, rtol=2e-5, atol=1e-5, msg=lambda m, trap=trap: f"{trap}: {m}"
-        )
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("name", ["rkd_distance", "rkd_angle", "similarity_preserving", "pkt", "dark_rank, unit rows"])
+def test_relations_of_the_largest_numbers(name: str, dtype: torch.dtype) -> None:
+    """The losses do not depend on scale, up to the largest number of the dtype."""
+    loss, rng = function_of(name), torch.Generator().manual_seed(3)
+    student, teacher = (torch.randn(6, 5, generator=rng).clamp(-1, 1).to(dtype) for _ in range(2))
+    student[0, 0], teacher[1, 2] = 1.0, -1.0
+    largest = torch.tensor(torch.finfo(dtype).max, dtype=dtype)
+    far = (student * largest).requires_grad_()
+    value = loss(far, teacher * largest)
+    torch.testing.assert_close(value, loss(student, teacher), rtol=2e-2 if dtype == torch.bfloat16 else 1e-5, atol=1e-7)
+    value.backward()
+    assert bool(far.grad.isfinite().all())
+
+
+# Angles and zero rows.
 
 
 def test_angle_is_exact_and_has_a_gradient_near_both_ends() -> None:
@@ -76,16 +129,14 @@ def test_angle_is_exact_and_has_a_gradient_near_both_ends() -> None:
         value = angular_distill(student, torch.tensor([[1.0, 0.0]], dtype=torch.float64), form="angle")
         assert value.item() == pytest.approx(angle, rel=1e-9, abs=1e-15)
         value.backward()
-        length = student.grad.norm().item()
-        assert length == pytest.approx(0.0 if angle == 0.0 else 1.0, abs=1e-6)
-    opposite = torch.tensor([[-1.0, 0.0]], requires_grad=True)
-    angular_distill(opposite, torch.tensor([[1.0, 0.0]]), form="angle").backward()
-    assert torch.equal(opposite.grad, torch.zeros(1, 2))
+        assert student.grad.norm().item() == pytest.approx(0.0 if angle == 0.0 else 1.0, abs=1e-6)
+    opposite = torch.tensor([[-1.0, 0.0]])
+    assert not gradient(angular_distill, opposite, torch.tensor([[1.0, 0.0]]), form="angle").any()
 
 
 def test_angle_of_many_equal_rows_is_zero_in_float32() -> None:
     """Rounding makes a quarter of the cosines of equal rows exceed 1, where acos is NaN."""
-    rows = torch.randn(4096, 128, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    rows = noise(4096, 128, dtype=torch.float32).requires_grad_()
     value = angular_distill(rows, rows.detach().clone(), form="angle", reduction="none")
     value.sum().backward()
     assert torch.equal(value, torch.zeros(4096))
@@ -98,8 +149,7 @@ def test_zero_rows_are_orthogonal_to_everything() -> None:
     for form, values in expected.items():
         value = angular_distill(student, teacher, form=form, reduction="none")
         assert value.tolist() == pytest.approx(values, rel=1e-6)
-        (gradient,) = torch.autograd.grad(value.sum(), student)
-        assert torch.equal(gradient, torch.zeros(2, 3))
+        assert not torch.autograd.grad(value.sum(), student)[0].any()
 
 
 @each_dtype
@@ -121,59 +171,202 @@ def test_gradient_grows_with_one_over_length_until_the_row_is_too_short() -> Non
         (torch.float16, 2**-12, 0.0),
         (torch.bfloat16, 2**-12, 2.0**12),
     ):
-        student = torch.tensor([[length, 0.0]], dtype=dtype, requires_grad=True)
-        angular_distill(student, teacher.to(dtype), form="cosine").backward()
-        assert -student.grad[0, 1].item() == pytest.approx(expected, rel=1e-3)
+        student = torch.tensor([[length, 0.0]], dtype=dtype)
+        slope = gradient(angular_distill, student, teacher.to(dtype), form="cosine")
+        assert -slope[0, 1].item() == pytest.approx(expected, rel=1e-3)
 
 
 def test_dead_maps_count_as_zero_vectors() -> None:
-    dead, alive = torch.zeros(1, 2, 3, 3, requires_grad=True), torch.ones(1, 2, 3, 3)
-    assert attention_transfer(dead, alive).item() == pytest.approx(1.0)
-    assert attention_transfer(alive, dead).item() == pytest.approx(1.0)
-    assert attention_transfer(dead, torch.zeros(1, 2, 3, 3)).item() == 0.0
+    dead, alive = torch.zeros(1, 2, 3, 3), torch.ones(1, 2, 3, 3)
+    for loss, one_dead, both_dead in (
+        (attention_transfer, 1.0, 0.0),
+        (attentive_similarity, 2.0, 2.0),
+        (nst, 1.0, 0.0),
+    ):
+        assert loss(dead, alive).item() == pytest.approx(one_dead)
+        assert loss(alive, dead).item() == pytest.approx(one_dead)
+        assert loss(dead, dead).item() == both_dead
+        assert not gradient(loss, dead, alive).any()
+        assert not gradient(loss, dead, dead).any()
+    half = torch.cat([torch.zeros(1, 1, 2, 2), torch.ones(1, 1, 2, 2)], dim=1)
+    assert nst(half, alive[..., :2, :2]).item() == pytest.approx(1 + 1 / 4 - 2 / 2)
 
 
 def test_attention_keeps_features_whose_squares_vanish() -> None:
-    features = torch.zeros(1, 1, 1, 2)
-    features[0, 0, 0, 0] = 1e-25
+    features = torch.tensor([[[[1e-25, 0.0]]]])
     assert attention_transfer(features, torch.tensor([[[[0.0, 1e25]]]])).item() == pytest.approx(2.0)
 
 
-def test_soft_target_at_a_gap_is_the_gap() -> None:
+# Small numbers: the same divergence computed from logarithms of probabilities is negative for logits near 1e-6.
+
+
+@pytest.mark.parametrize("size", [1e-12, 1e-6, 1e-3, 1e-1, 1.0, 30.0, 300.0])
+@pytest.mark.parametrize("temperature", [1.0, 4.0])
+def test_logits_of_any_size_are_exact(size: float, temperature: float) -> None:
+    target = torch.arange(6)
+    for loss, options in ((soft_target, {}), (decoupled_kd, {"target": target}), (dist, {})):
+        student, teacher = (size * noise(6, 8, seed=seed, dtype=torch.float32) for seed in (0, 1))
+        call = partial(loss, temperature=temperature, **options)
+        wide = student.double(), teacher.double()
+        if size < 0.1:  # the limit for small logits, which float64 reaches without cancellation
+            ratio = 2.0 ** round(math.log2(1e-3 / size))
+            exact = call(*(ratio * x for x in wide)).item() / (1 if loss is dist else ratio**2)
+        else:
+            exact = call(*wide).item()
+        assert call(student, teacher).item() == pytest.approx(exact, rel=2e-3 if size < 0.1 else 1e-5)
+        assert call(student, teacher).item() == pytest.approx(call(*wide).item(), rel=1e-5)
+        slopes = gradient(call, student, teacher).double(), gradient(call, *wide)
+        atol = 1e-5 * slopes[1].abs().max().item() if size < 10 else 1e-6
+        torch.testing.assert_close(*slopes, rtol=1e-4, atol=atol)
+        assert call(student, student).item() == 0
+
+
+def test_tiny_logits_by_hand() -> None:
+    """For small logits, soft targets are half the variance of their differences, for any temperature."""
+    student, teacher = torch.tensor([[3e-6, -1e-6, 0.0, 2e-6]]), torch.zeros(1, 4)
+    for temperature in (1.0, 4.0, 1e3):
+        value = soft_target(student, teacher, temperature=temperature).item()
+        assert value == pytest.approx(student.double().var(correction=0).item() / 2, rel=1e-5)
+    chunks = torch.cat([student.expand(2**15, 4), 1e-3 * noise(8, 4).float()])
+    torch.testing.assert_close(
+        gradient(soft_target, chunks, 0 * chunks, reduction="mean")[0],
+        gradient(soft_target, student, teacher)[0] / len(chunks), rtol=1e-5, atol=0,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("classes", [1, 2])
+def test_logits_of_few_classes(classes: int) -> None:
+    student, teacher, target = noise(4, classes), noise(4, classes, seed=1), torch.zeros(4, dtype=torch.int64)
+    for loss, options in ((soft_target, {}), (decoupled_kd, {"target": target}), (dist, {})):
+        value = loss(student, teacher, **options)
+        assert torch.isfinite(gradient(loss, student, teacher, **options)).all()
+        assert (value.item() == 0) == (classes == 1)
+
+
+# Limits of float32 and float16.
+
+
+def test_soft_targets_with_large_gaps() -> None:
     for gap in (20.0, 120.0, 1e4):
-        student = torch.tensor([[gap, 0.0]], requires_grad=True)
-        value = soft_target(student, torch.tensor([[0.0, gap]]), temperature=1.0)
-        assert value.item() == pytest.approx(gap, rel=1e-5)
-        value.backward()
-        torch.testing.assert_close(student.grad, torch.tensor([[1.0, -1.0]]))
-
-
-def test_soft_target_at_the_end_of_float32() -> None:
+        student, teacher = torch.tensor([[gap, 0.0]]), torch.tensor([[0.0, gap]])
+        assert soft_target(student, teacher, temperature=1.0).item() == pytest.approx(gap, rel=1e-5)
+        slope = gradient(soft_target, student, teacher, temperature=1.0)
+        torch.testing.assert_close(slope, torch.tensor([[1.0, -1.0]]))
     end = torch.finfo(torch.float32).max
-    student = torch.tensor([[end, -end, 0.0]], requires_grad=True)
-    value = soft_target(student, torch.tensor([[-end, end, 0.0]]), temperature=1.0)
-    value.backward()
+    value = soft_target(torch.tensor([[end, -end, 0.0]]), torch.tensor([[-end, end, 0.0]]), temperature=1.0)
     assert value.item() == pytest.approx(1e30)
-    assert torch.isfinite(student.grad).all()
+    # KL of (0, 1) against (1 - e^-119.3, e^-119.3), up to e^-120; the logarithm of a softmax would be infinite.
+    student, teacher = torch.tensor([[120.0, 0.0, 0.0]]), torch.tensor([[0.0, 120.0, 0.0]])
+    value = decoupled_kd(student, teacher, target=torch.tensor([0]), temperature=1.0, beta=0.0)
+    assert value.item() == pytest.approx(120 - math.log(2), rel=1e-6)
 
 
-def test_hint_saturates_where_its_square_would_leave_float32() -> None:
-    student = torch.tensor([[1e30, 1.0]], requires_grad=True)
-    value = hint(student, torch.zeros(1, 2))
+@pytest.mark.parametrize("temperature", [1e-6, 0.1])
+@each_dtype
+def test_a_low_temperature_with_logits_of_any_size(dtype: torch.dtype, temperature: float) -> None:
+    end = torch.finfo(dtype).max
+    student = (end * torch.eye(4, 6, dtype=dtype)).requires_grad_()
+    teacher = -end * torch.eye(4, 6, dtype=dtype).flip(1)
+    for loss in (soft_target, dist):
+        value = loss(student, teacher, temperature=temperature)
+        assert torch.isfinite(value)
+        assert torch.isfinite(torch.autograd.grad(value, student)[0]).all()
+
+
+@pytest.mark.parametrize("temperature", [1.0, 4.0, 20.0])
+def test_dist_of_a_nearly_even_student_does_not_overflow_float16(temperature: float) -> None:
+    for size in (1e-1, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6):
+        student = (size * noise(4, 6)).half()
+        slope = gradient(DISTLoss(temperature=temperature), student, noise(4, 6, seed=1).half())
+        assert torch.isfinite(slope).all()
+        assert slope.any() or size < 1e-3 * temperature
+
+
+def test_squares_saturate_where_they_would_leave_float32() -> None:
+    student = torch.tensor([[1e30, 1.0]])
+    assert hint(student, torch.zeros(1, 2)).item() == pytest.approx(5e29)
+    assert gradient(hint, student, torch.zeros(1, 2)).tolist() == [[0.0, 1.0]]
+    mean = torch.tensor([[3e38, 1.0]], requires_grad=True)
+    variance = torch.tensor([1e-38, 1.0], requires_grad=True)
+    value = variational_information(mean, torch.tensor([[-3e38, 0.0]]), variance=variance)
     value.backward()
-    assert value.item() == pytest.approx(5e29)
-    assert student.grad.tolist() == [[0.0, 1.0]]
+    assert math.isfinite(value.item())
+    assert mean.grad.tolist() == [[0.0, 0.5]]
+    assert torch.isfinite(variance.grad).all()
+    tiny = seeded(lambda: VariationalInformationLoss(3, 3, initial_variance=1e-9, min_variance=1e-12))
+    assert torch.isfinite(gradient(tiny, noise(4, 3, 2, 2).float(), 300 * noise(4, 3, 2, 2, seed=1).float())).all()
 
 
-@pytest.mark.parametrize("name", LOSSES)
+def test_float16_gradients_do_not_overflow() -> None:
+    end = torch.finfo(torch.float16).max
+    far, teacher = torch.tensor([[end, 1.0]], dtype=torch.float16), torch.tensor([[-end, 1.0]], dtype=torch.float16)
+    for loss in (hint, lambda s, t: variational_information(s, t, variance=1e-9)):
+        assert loss(far, teacher).item() == pytest.approx(loss(far.float(), teacher.float()).item())
+        assert gradient(loss, far, teacher).tolist() == [[0.0, 0.0]]
+    student = torch.tensor([[6e4, 1.0, -6e4, 2.0]], dtype=torch.float16)
+    for loss, options in ((activation_boundary, {}), (overhaul, {"margin": -1.0})):
+        slope = gradient(loss, student, torch.tensor([[-1e9, 1.0, 1e9, -1e9]]), **options)
+        assert torch.isfinite(slope).all()
+        assert slope[0, 3] > 0
+    teacher = torch.zeros(1, 1, 4, 4)
+    teacher[0, 0, 0, 0] = 1e9  # its contribution to the neighbors would overflow float16
+    assert torch.isfinite(gradient(hierarchical_context, torch.zeros(1, 1, 4, 4).half(), teacher)).all()
+    assert torch.isfinite(gradient(dark_rank, 300 * noise(6, 32).sign().half(), noise(6, 4, seed=1))).all()
+    near = noise(6, 32, dtype=torch.float16)
+    slopes = [gradient(dark_rank, x, noise(6, 4, seed=1)).double() for x in (near, near.double())]
+    torch.testing.assert_close(*slopes, rtol=2e-3, atol=1e-4)
+
+
+# Common offsets and near rows.
+
+
+@pytest.mark.parametrize(
+    "loss", [rkd_distance, rkd_angle, similarity_preserving, pkt, kdlib.functional.correlation_congruence]
+)
+def test_a_common_offset_costs_no_precision(loss: Callable[..., Tensor]) -> None:
+    """This includes losses that depend on the offset and are then dominated by small differences."""
+    for weight in (None, torch.linspace(0, 2, 40)):
+        student, teacher = (noise(40, 16, seed=seed, dtype=torch.float32) + 1000 for seed in (0, 1))
+        exact = loss(student.double(), teacher.double(), weight=weight)
+        assert loss(student, teacher, weight=weight).item() == pytest.approx(exact.item(), rel=1e-4)
+        slope = gradient(loss, student.double(), teacher.double(), weight=weight)
+        single = gradient(loss, student, teacher, weight=weight)
+        assert (single - slope).norm() / slope.norm() < 2e-4
+
+
+@pytest.mark.parametrize("apart", [1e-1, 1e-2, 1e-3, 1e-4, 1e-6])
+@pytest.mark.parametrize("loss", [rkd_distance, rkd_angle, lambda *sides: dark_rank(*sides, alpha=0.01)])
+def test_near_rows_are_exact(loss: Callable[..., Tensor], apart: float) -> None:
+    student, teacher = noise(24, 16, dtype=torch.float32), noise(24, 16, seed=1, dtype=torch.float32)
+    student[12:] = student[:12] + apart * noise(12, 16, seed=2, dtype=torch.float32)
+    for offset in (0, 1000) if apart > 1e-4 else (0,):
+        moved = student + offset
+        exact = loss(moved.double(), teacher.double())
+        assert loss(moved, teacher).item() == pytest.approx(exact.item(), rel=1e-5)
+        slope = gradient(loss, moved.double(), teacher.double())
+        assert (gradient(loss, moved, teacher) - slope).norm() / slope.norm() < 1e-3
+
+
+def test_distances_of_near_rows() -> None:
+    """Pairs of near rows that are far from each other, where the loss depends on the near distances only."""
+    far = 100 * noise(4, 8, dtype=torch.float32)
+    student = torch.cat([far, far + 1e-2 * noise(4, 8, seed=3, dtype=torch.float32)])
+    weight = torch.tensor([1.0, 0, 0, 0, 1, 0, 0, 0])
+    assert rkd_distance(student, 5 * student, weight=weight).item() == 0.0
+    triple, teacher = torch.tensor([1.0, 1, 0, 0, 1, 1, 0, 0]), noise(8, 3, seed=4, dtype=torch.float32)
+    exact = reference_of("rkd_distance", student, teacher, triple)
+    assert rkd_distance(student, teacher, weight=triple).item() == pytest.approx(exact, rel=1e-5)
+
+
+@pytest.mark.parametrize("name", ["angular_distill", "attention_transfer", "hint", "soft_target", "dist", "rkd_angle"])
 def test_tensors_in_odd_memory_order(name: str) -> None:
-    student, teacher = prepared(name, "noise", torch.float64)
-    expected = LOSSES[name](student, teacher)
+    student, teacher = LOSSES[name].sides()
+    expected = function_of(name)(student, teacher)
     if student.dim() == 4:
-        odd = student.detach().to(memory_format=torch.channels_last), teacher.detach().transpose(2, 3).transpose(2, 3)
+        odd = student.to(memory_format=torch.channels_last), teacher.transpose(2, 3).transpose(2, 3)
     else:
-        odd = student.detach().t().contiguous().t(), teacher.detach().repeat_interleave(2, 1)[:, ::2]
-    torch.testing.assert_close(LOSSES[name](*odd), expected.detach())
+        odd = student.t().contiguous().t(), teacher.repeat_interleave(2, 1)[:, ::2]
+    torch.testing.assert_close(function_of(name)(*odd), expected)
 
 
 def test_full_precision_disables_autocast() -> None:

@@ -128,7 +128,7 @@ def test_an_inferred_projection_accepts_other_resolutions(resolution: tuple[int,
 
 
 def test_projections_compile_to_one_graph() -> None:
-    for given, wanted in [((10, 3), (5, 4, 2)), ((3, 4, 2), (10, 5)), ((3, 4, 2), (5,)), ((3, 4, 4), (5, 2, 2))]:
+    for given, wanted in [((10, 3), (5, 4, 2)), ((3, 4, 2), (5,))]:
         torch._dynamo.reset()
         student = randn(2, *given)
         projection = infer_projection(student, randn(2, *wanted)).eval()

@@ -1,5 +1,8 @@
-"""Constant weights, and center weights against a loop over samples."""
+"""Weightings for one teacher, equal teachers and extreme values; constant, confidence and entropy weights."""
 
+import copy
+import itertools
+import math
 from typing import Any
 
 import numpy as np
@@ -9,10 +12,96 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from kdlib.weighting import CenterConfidenceWeighting, FixedWeighting, UniformWeighting
+import kdlib.weighting
+from kdlib.weighting import (
+    CenterConfidenceWeighting,
+    ConfidenceWeighting,
+    EntropyWeighting,
+    FixedWeighting,
+    GateWeighting,
+    GradientWeighting,
+    UncertaintyWeighting,
+    UniformWeighting,
+)  # fmt: skip
 
+B, D = 4, 3
 LOSSES = torch.rand(3, 5)
 REST: dict[str, Any] = {"student": torch.zeros(5, 1), "teachers": [], "targets": {}}
+
+
+def made(k: int) -> dict[str, nn.Module]:
+    return {
+        "UniformWeighting": UniformWeighting(),
+        "FixedWeighting": FixedWeighting([1.0] * k),
+        "CenterConfidenceWeighting": CenterConfidenceWeighting(D),
+        "ConfidenceWeighting": ConfidenceWeighting(),
+        "EntropyWeighting": EntropyWeighting(),
+        "UncertaintyWeighting": UncertaintyWeighting(k),
+        "GradientWeighting": GradientWeighting(),
+        "GateWeighting": GateWeighting(D, k, hidden=4),
+    }
+
+
+def batch(teachers: list[Tensor], seed: int = 0) -> tuple[Tensor, dict[str, object]]:
+    """Losses of a student against these teachers, with their graph, and the other arguments of a weighting."""
+    generator = torch.Generator().manual_seed(seed)
+    b = teachers[0].shape[0]
+    student = torch.randn(b, D, generator=generator).requires_grad_()
+    losses = torch.stack([(student - teacher.float()).square().mean(1) for teacher in teachers])
+    targets = {"label": torch.arange(b) % D, "identity": torch.arange(b) % D}
+    return losses, {"student": student, "teachers": teachers, "targets": targets}
+
+
+@pytest.mark.parametrize("name", kdlib.weighting.__all__)
+def test_equal_teachers_have_equal_weights(name: str) -> None:
+    teacher = torch.randn(B, D, generator=torch.Generator().manual_seed(7))
+    for k in (1, 2, 3):
+        weighting = made(k)[name]
+        for _ in range(2):  # the second call uses the centers of the first
+            losses, rest = batch([teacher] * k)
+            weights = weighting(losses, **rest)
+            torch.testing.assert_close(weights, torch.full((k, B), 1 / k), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", kdlib.weighting.__all__)
+def test_dtype_graph_and_rank(name: str) -> None:
+    weighting = made(3)[name]
+    for parameter in weighting.parameters():
+        nn.init.normal_(parameter, generator=torch.Generator().manual_seed(1))
+    losses, rest = batch([torch.randn(B, D, generator=torch.Generator().manual_seed(seed)) for seed in (7, 8, 9)])
+    weighting(losses, **rest)  # creates the centers
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        half = copy.deepcopy(weighting)(losses.bfloat16(), **rest)
+    weights = weighting(losses, **rest)
+    assert (weights.dtype, half.dtype) == (torch.float32, torch.bfloat16)
+    torch.testing.assert_close(half.float(), weights, rtol=1e-2, atol=1e-2)
+    assert weights.requires_grad == (name == "GateWeighting")
+    with pytest.raises(ValueError, match=rf"^{name}: losses must be \(k, b\), got \({B},\)"):
+        weighting(losses[0], **rest)
+
+
+@pytest.mark.parametrize("name", kdlib.weighting.__all__)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_extreme_values_give_finite_weights_that_sum_to_one(name: str, dtype: torch.dtype) -> None:
+    huge = {torch.float16: 6e4, torch.bfloat16: 1e38, torch.float32: 1e38, torch.float64: 1e38}[dtype]
+    signs = torch.tensor([[1.0, -1.0, 1.0], [-1.0, 1.0, 1.0], [0.0, 0.0, 0.0], [1.0, 0.0, 0.0]], dtype=torch.float64)
+    teachers = [(huge * signs).to(dtype), torch.zeros(B, D, dtype=dtype), (1e-7 * signs).to(dtype)]
+    labels = torch.tensor([0, 1, 2, -1])
+    rest = {"teachers": teachers, "targets": {"label": labels, "identity": labels}}
+    all_losses = torch.zeros(3, B), torch.full((3, B), 1e38), torch.tensor([[0.0], [1e-38], [1e38]]).expand(3, B)
+    for losses, feature in itertools.product(all_losses, teachers):
+        student = feature.clone().requires_grad_()
+        live = (losses + 0 * student.float().sum()) if name == "GradientWeighting" else losses
+        weighting = made(3)[name]
+        for _ in range(2):
+            weights = weighting(live, student=student, **rest)
+            assert torch.isfinite(weights).all()
+            assert (weights >= 0).all()
+            torch.testing.assert_close(weights.sum(0), torch.ones(B), rtol=0, atol=1e-5)
+        if weights.requires_grad:
+            weights[0].sum().backward()
+            assert all(torch.isfinite(parameter.grad).all() for parameter in weighting.parameters())
+            assert student.grad is None
 
 
 def test_uniform_and_fixed_values() -> None:
@@ -42,134 +131,84 @@ def test_fixed_needs_a_weight_for_each_teacher() -> None:
         FixedWeighting([1, 2])(LOSSES, **REST)
 
 
-# Centers.
+# Confidence and entropy, against loops.
 
 
-class Reference:
-    """The definition of the center weights, one sample at a time in NumPy."""
-
-    def __init__(self, temperature: float, momentum: float) -> None:
-        self.centers: dict[tuple[int, int], np.ndarray] = {}
-        self.temperature, self.momentum = temperature, momentum
-
-    def __call__(self, teachers: list[np.ndarray], identities: list[int]) -> np.ndarray:
-        unit = [f / np.linalg.norm(f, axis=1, keepdims=True) for f in teachers]
-        weights = np.full((len(teachers), len(identities)), 1 / len(teachers))
-        for i, y in enumerate(identities):
-            if all((k, y) in self.centers for k in range(len(teachers))):
-                scores = np.array([unit[k][i] @ self.centers[k, y] for k in range(len(teachers))]) / self.temperature
-                weights[:, i] = np.exp(scores) / np.exp(scores).sum()
-        for k in range(len(teachers)):
-            for y in {y for y in identities if y >= 0}:
-                mean = np.mean([unit[k][i] for i in range(len(identities)) if identities[i] == y], axis=0)
-                if (k, y) in self.centers:
-                    mean = self.momentum * self.centers[k, y] + (1 - self.momentum) * mean
-                self.centers[k, y] = mean / np.linalg.norm(mean)
-        return weights
+def soft(values: np.ndarray) -> np.ndarray:
+    shifted = np.exp(values - values.max())
+    return shifted / shifted.sum()
 
 
-@settings(deadline=None, max_examples=25)
+def confidence(logits: list[np.ndarray], labels: list[int]) -> np.ndarray:
+    k = len(logits)
+    weights = np.full((k, len(labels)), 1 / k)
+    for i, label in enumerate(labels):
+        if label >= 0 and k > 1:
+            weights[:, i] = (1 - soft(np.array([-math.log(soft(z[i])[label]) for z in logits]))) / (k - 1)
+    return weights
+
+
+def entropy(logits: list[np.ndarray], labels: list[int]) -> np.ndarray:
+    k = len(logits)
+    weights = np.ones((k, len(labels)))
+    for i in range(len(labels)):
+        if k > 1:
+            each = np.array([-sum(p * math.log(p) for p in soft(z[i])) for z in logits])
+            weights[:, i] = (1 - each / each.sum()) / (k - 1)
+    return weights
+
+
+@settings(deadline=None, max_examples=40)
 @given(
     seed=st.integers(0, 2**31 - 1),
-    batches=st.lists(st.lists(st.integers(-1, 3), min_size=1, max_size=6), min_size=1, max_size=5),
-    temperature=st.sampled_from([0.1, 1.0]),
-    momentum=st.sampled_from([0.0, 0.5, 0.9]),
+    k=st.integers(1, 4),
+    c=st.integers(2, 5),
+    labels=st.lists(st.integers(-1, 1), min_size=1, max_size=5),
+    scale=st.sampled_from([0.1, 1.0, 8.0]),
 )
-def test_centers_follow_the_definition(
-    seed: int, batches: list[list[int]], temperature: float, momentum: float
+def test_confidence_and_entropy_follow_their_formulas(
+    seed: int, k: int, c: int, labels: list[int], scale: float
 ) -> None:
     generator = torch.Generator().manual_seed(seed)
-    weighting = CenterConfidenceWeighting(4, temperature=temperature, momentum=momentum)
-    reference = Reference(temperature, momentum)
-    for identities in batches:
-        teachers = [torch.randn(len(identities), d, generator=generator) for d in (5, 3)]
-        got = weighting(
-            torch.zeros(2, len(identities)),
-            student=torch.zeros(len(identities), 1),
-            teachers=teachers,
-            targets={"identity": torch.tensor(identities)},
-        )
-        expected = reference([t.double().numpy() for t in teachers], identities)
-        np.testing.assert_allclose(got.numpy(), expected, rtol=2e-3, atol=1e-5)
-        for (k, y), center in reference.centers.items():
-            np.testing.assert_allclose(weighting.get_buffer(f"centers_{k}")[y].numpy(), center, rtol=1e-3, atol=1e-4)
+    b = len(labels)
+    teachers = [scale * torch.randn(b, c, generator=generator, dtype=torch.float64) for _ in range(k)]
+    rest = {"student": torch.zeros(b, 1), "teachers": teachers, "targets": torch.tensor(labels)}
+    for weighting, reference in [(ConfidenceWeighting(), confidence), (EntropyWeighting(), entropy)]:
+        weights = weighting(torch.zeros(k, b, dtype=torch.float64), **rest)
+        expected = reference([each.numpy() for each in teachers], labels)
+        np.testing.assert_allclose(weights.numpy(), expected, rtol=1e-9, atol=1e-12)
 
 
-def call(weighting: nn.Module, embedding: Tensor, identities: list[int]) -> Tensor:
-    k = 2
-    return weighting(
-        torch.zeros(k, len(identities)),
-        student=torch.zeros(len(identities), 1),
-        teachers=[embedding, -embedding],
-        targets=torch.tensor(identities),
+def test_confidence_and_entropy_by_hand() -> None:
+    # Cross-entropies log 2 and log 4 make a softmax of 1/3 and 2/3; entropies log 2 and 0 make shares of 1 and 0.
+    half, quarter = torch.tensor([[0.5, 0.5]]).log(), torch.tensor([[0.25, 0.75]]).log()
+    weights = ConfidenceWeighting(target="y")(
+        torch.zeros(2, 1), student=half, teachers=[half, quarter], targets={"y": torch.tensor([0])}
     )
-
-
-def test_a_new_identity_and_an_unknown_one_are_uniform() -> None:
-    weighting = CenterConfidenceWeighting(3)
-    weighting.set_centers(0, torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.0, 0.0]]))
-    weighting.set_centers(1, torch.tensor([[1.0, 0.0], [0.0, 0.0], [0.0, 1.0]]))
-    weights = call(weighting.eval(), torch.tensor([[1.0, 0.0]] * 4), [0, 1, 2, -1])
-    confident = 1 / (1 + np.exp(-2 / 0.1))
-    assert weights[0].tolist() == pytest.approx([confident, 0.5, 0.5, 0.5])
-
-
-def test_centers_are_updated_after_the_weights_and_only_in_training_mode() -> None:
-    weighting = CenterConfidenceWeighting(2)
-    embedding = torch.tensor([[0.0, 2.0]])
-    assert call(weighting.eval(), embedding, [1])[:, 0].tolist() == [0.5, 0.5]
-    assert not weighting.get_buffer("centers_0").any()
-    assert call(weighting.train(), embedding, [1])[:, 0].tolist() == [0.5, 0.5]
-    assert weighting.get_buffer("centers_0").tolist() == [[0.0, 0.0], [0.0, 1.0]]
-    assert weighting.get_buffer("centers_1").tolist() == [[0.0, 0.0], [0.0, -1.0]]
-
-
-def test_half_precision_features_of_any_size_and_feature_maps() -> None:
-    weighting = CenterConfidenceWeighting(2)
-    teachers = [300 * torch.ones(2, 3, 2, 2, dtype=torch.float16), torch.zeros(2, 5, dtype=torch.bfloat16)]
-    for _ in range(2):
-        weights = weighting(
-            torch.zeros(2, 2), student=torch.zeros(2, 1), teachers=teachers, targets={"identity": torch.tensor([0, 1])}
-        )
-        assert torch.isfinite(weights).all()
-    assert weighting.get_buffer("centers_0").shape == (2, 12)
-    assert weighting.get_buffer("centers_0").dtype == torch.float32
-    assert torch.equal(weights, torch.full((2, 2), 0.5))
-
-
-ONE = torch.ones(1, 3)
+    torch.testing.assert_close(weights, torch.tensor([[2 / 3], [1 / 3]]))
+    confident = torch.tensor([[1e4, 0.0]])
+    weights = EntropyWeighting()(torch.zeros(2, 1), student=half, teachers=[half, confident], targets={})
+    assert weights.tolist() == [[0.0], [1.0]]
 
 
 @pytest.mark.parametrize(
-    ("change", "error", "message"),
+    ("targets", "error", "message"),
     [
-        (
-            {"teachers": [torch.ones(1, 4), ONE]},
-            ValueError,
-            r"teachers\[0\], flattened, .* must be \(b, d\) with d = 3",
-        ),
-        ({"teachers": [ONE]}, ValueError, "teachers must be k = 2 tensors, got 1"),
-        ({"teachers": [ONE, torch.ones(2, 3)]}, ValueError, r"teachers\[1\] must be .* with b = 1, got \(2, 3\)"),
-        ({"targets": torch.tensor([7])}, ValueError, "identities must be below num_identities = 3, got 7"),
-        ({"targets": torch.tensor([0, 1])}, ValueError, r"identities must be \(b,\) with b = 1, got \(2,\)"),
-        ({"targets": {"identity": torch.ones(1)}}, TypeError, "identities must be whole numbers, got torch.float32"),
-        ({"targets": {"identities": ONE}}, ValueError, "no target named 'identity'; the nearest are 'identities'"),
+        ({"label": torch.arange(4)}, ValueError, "labels must be below c = 3, got 3"),
+        (torch.ones(4), TypeError, "labels must be whole numbers, got torch.float32"),
+        (torch.tensor([0, 1]), ValueError, r"labels must be \(b,\) with b = 4, got \(2,\)"),
+        ({"sample": torch.arange(4)}, ValueError, "no target named 'label'; there are 'sample'"),
     ],
 )
-def test_invalid_inputs_of_the_centers_are_errors(change: dict[str, Any], error: type[Exception], message: str) -> None:
-    weighting = CenterConfidenceWeighting(3)
-    call(weighting, ONE, [0])
-    rest = {"student": ONE, "teachers": [ONE] * 2, "targets": torch.tensor([0]), **change}
-    with pytest.raises(error, match=message):
-        weighting(torch.zeros(2, 1), **rest)
+def test_invalid_labels_are_errors(targets: object, error: type[Exception], message: str) -> None:
+    losses, rest = batch([torch.zeros(B, D)] * 2)
+    with pytest.raises(error, match=f"^ConfidenceWeighting: {message}"):
+        ConfidenceWeighting()(losses, **{**rest, "targets": targets})
 
 
-def test_invalid_centers_and_arguments_are_errors() -> None:
-    weighting = CenterConfidenceWeighting(3)
-    with pytest.raises(ValueError, match=r"set_centers: centers must be \(n, d\) with n = 3, got \(2, 3\)"):
-        weighting.set_centers(0, torch.ones(2, 3))
-    with pytest.raises(ValueError, match=r"set_centers: centers must be finite, got 6 NaN or infinite values of 9"):
-        weighting.set_centers(0, torch.eye(3).log() * torch.eye(3))
-    for name, value in (("temperature", 0), ("momentum", 1.5), ("momentum", -0.1), ("num_identities", 0)):
-        with pytest.raises(ValueError, match=f"^CenterConfidenceWeighting: {name} must be"):
-            CenterConfidenceWeighting(**{"num_identities": 3, name: value})
+@pytest.mark.parametrize("weighting", [ConfidenceWeighting(), EntropyWeighting()], ids=repr)
+def test_teachers_must_be_logits_on_the_same_classes(weighting: nn.Module) -> None:
+    losses, rest = batch([torch.zeros(B, D)] * 2)
+    rest["teachers"] = [torch.zeros(B, D), torch.zeros(B, D + 1)]
+    with pytest.raises(ValueError, match=r": teachers must be logits \(b, c\) .* got \(4, 3\), \(4, 4\)"):
+        weighting(losses, **rest)

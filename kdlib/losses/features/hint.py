@@ -4,7 +4,7 @@ from torch import Tensor
 
 from kdlib._checks import check_pair
 from kdlib._maths import Reduction, full_precision, mean_square, promote, reduce
-from kdlib.losses._module import LossModule
+from kdlib.losses._module import FunctionLoss
 
 __all__ = ["HintLoss", "hint"]
 
@@ -48,20 +48,13 @@ def hint(student: Tensor, teacher: Tensor, *, reduction: Reduction = "mean", wei
         return reduce("hint", mean_square(student - teacher, origin), reduction, weight)
 
 
-class HintLoss(LossModule):
+class HintLoss(FunctionLoss):
     """`hint` as a Module: the constructor takes its hyper-parameters, `forward` its tensors.
 
     Examples:
         >>> import torch
-        >>> loss = HintLoss()
-        >>> loss
-        HintLoss(reduction='mean')
-        >>> loss(torch.zeros(2, 3), torch.ones(2, 3)).item()
+        >>> HintLoss()(torch.zeros(2, 3), torch.ones(2, 3)).item()
         1.0
     """
 
-    def forward(
-        self, student: Tensor, teacher: Tensor, *, weight: Tensor | None = None, reduction: Reduction | None = None
-    ) -> Tensor:
-        """Compare `student` `(b, ...)` with `teacher`; `reduction=None` uses the constructor's."""
-        return hint(student, teacher, reduction=reduction or self.reduction, weight=weight)
+    _function = staticmethod(hint)

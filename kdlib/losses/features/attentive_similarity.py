@@ -4,17 +4,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from kdlib._checks import (
-    check_floating,
-    check_number,
-    check_pair,
-    check_rank,
-    check_same_batch,
-    check_shares,
-)  # fmt: skip
+from kdlib._checks import check_floating, check_number, check_pair, check_rank, check_same_batch, check_shares
 from kdlib._maths import Reduction, full_precision, hold_short, promote, promoted_dtype, reduce, unit_rows
-from kdlib.losses._energy import scaled_energy
-from kdlib.losses._module import LossModule
+from kdlib.losses._module import FunctionLoss
+from kdlib.losses.features._energy import scaled_energy
 
 __all__ = ["AttentiveSimilarityLoss", "attentive_similarity", "channel_attention_map"]
 
@@ -124,36 +117,21 @@ def _one_minus_cosine(a: Tensor, b: Tensor) -> Tensor:
     return torch.where((size_a > 0) & (size_b > 0), (unit_a - unit_b).square().sum(1) / 2, 1.0)
 
 
-class AttentiveSimilarityLoss(LossModule):
+class AttentiveSimilarityLoss(FunctionLoss):
     """`attentive_similarity` as a Module: the constructor takes its hyper-parameters, `forward` its tensors.
 
     Examples:
         >>> import torch
-        >>> loss = AttentiveSimilarityLoss(channel=0.5)
-        >>> loss
-        AttentiveSimilarityLoss(channel=0.5, spatial=1.0, reduction='mean')
         >>> features = torch.rand(2, 3, 4, 4)
-        >>> loss(features, 10 * features).item() < 1e-12
+        >>> AttentiveSimilarityLoss(channel=0.5)(features, 10 * features).item() < 1e-12
         True
     """
+
+    _function = staticmethod(attentive_similarity)
 
     def __init__(self, *, channel: float = 1.0, spatial: float = 1.0, reduction: Reduction = "mean") -> None:
         super().__init__(reduction=reduction)
         check_number("AttentiveSimilarityLoss", "channel", channel, min=0)
         check_number("AttentiveSimilarityLoss", "spatial", spatial, min=0)
         check_shares("AttentiveSimilarityLoss", "channel, spatial", (channel, spatial))
-        self.channel = channel
-        self.spatial = spatial
-
-    def forward(
-        self, student: Tensor, teacher: Tensor, *, weight: Tensor | None = None, reduction: Reduction | None = None
-    ) -> Tensor:
-        """Compare `student` `(b, c, h, w)` with `teacher`; `reduction=None` uses the constructor's."""
-        return attentive_similarity(
-            student,
-            teacher,
-            channel=self.channel,
-            spatial=self.spatial,
-            reduction=reduction or self.reduction,
-            weight=weight,
-        )
+        self.channel, self.spatial = channel, spatial

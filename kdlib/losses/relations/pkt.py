@@ -5,7 +5,7 @@ from torch import Tensor
 
 from kdlib._checks import check_floating
 from kdlib._maths import MeanOnly, full_precision, shortest_length
-from kdlib.losses._module import RelationModule
+from kdlib.losses._module import RelationLoss
 from kdlib.losses._relations import cosine_distances, cosine_gradient, one_batch, with_gradient
 
 __all__ = ["PKTLoss", "pkt"]
@@ -38,9 +38,7 @@ def pkt(
     Args:
         student: features `(b, d, ...)`, flattened after the first dimension.
         teacher: features `(b, D, ...)`, the same; never receives a gradient.
-        gather: use the rows of all processes of the default process group as one batch. Every process gets the same
-            value. The mean of the gradients over the processes, as computed by `DistributedDataParallel`, is that of
-            this batch. Processes may hold different numbers of rows, including none.
+        gather: use the rows of all processes as one batch, as in `rkd_distance`.
         reduction: `"mean"` only, because a relation has no per-sample form.
         weight: `(b,)`, at least 0; only the ratios matter.
 
@@ -118,21 +116,14 @@ def _log1p_less(x: Tensor) -> Tensor:
     return log.lerp_(series, near.to(x.dtype))  # as `torch.where`, but four times as fast on a CPU
 
 
-class PKTLoss(RelationModule):
+class PKTLoss(RelationLoss):
     """`pkt` as a Module: the constructor takes its hyper-parameters, `forward` its tensors.
 
     Examples:
         >>> import torch
-        >>> loss = PKTLoss()
-        >>> loss
-        PKTLoss(gather=False, reduction='mean')
         >>> features = torch.rand(4, 8)
-        >>> loss(features, features).item()
+        >>> PKTLoss()(features, features).item()
         0.0
     """
 
-    def forward(
-        self, student: Tensor, teacher: Tensor, *, weight: Tensor | None = None, reduction: MeanOnly | None = None
-    ) -> Tensor:
-        """Compare `student` `(b, d, ...)` with `teacher`; `reduction=None` uses the constructor's."""
-        return pkt(student, teacher, gather=self.gather, reduction=reduction or self.reduction, weight=weight)
+    _function = staticmethod(pkt)

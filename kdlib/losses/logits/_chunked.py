@@ -14,10 +14,7 @@ from torch.autograd import Function
 
 from kdlib._maths import promote, promoted_dtype
 
-__all__ = ["MIN_LOG", "by_rows", "soften"]
-
-MIN_LOG = -1e30
-"""Smaller log-probabilities count as this one, because differences could overflow to -inf, and 0 * -inf is NaN."""
+__all__ = ["by_rows", "soften"]
 
 CHUNK = 2**17
 """Values of a matrix per chunk and core: with the intermediate results they fit the cache of a processor's core."""
@@ -50,11 +47,10 @@ def by_rows(
 
 
 def soften(logits: Tensor, temperature: float) -> Tensor:
-    """Return `logits / temperature` `(n, c)`, minus a constant of each row if the quotient could overflow."""
-    if temperature >= 1:
-        return logits / temperature
-    shifted = (logits - logits.amax(1, keepdim=True)) / temperature
-    return shifted.clamp(min=torch.finfo(logits.dtype).min)
+    """Return `(logits - max) / temperature` `(n, c)`, at most 0 and finite."""
+    # The probabilities do not depend on the maximum, so it is a constant to autograd.
+    softened = (logits - logits.detach().amax(1, keepdim=True)) / temperature
+    return softened.clamp(min=torch.finfo(logits.dtype).min)
 
 
 class _ByRows(Function):

@@ -1,13 +1,15 @@
 """Relational knowledge distillation: distances and angles between samples as the teacher's."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from kdlib._checks import check_floating, check_number
 from kdlib._maths import MeanOnly, full_precision, shortest_length
-from kdlib.losses._module import RelationModule
+from kdlib.losses._module import RelationLoss
 from kdlib.losses._relations import one_batch, with_gradient
-from kdlib.losses._rkd import angle_with_gradient, distance_with_gradient
+from kdlib.losses.relations._rkd import angle_with_gradient, distance_with_gradient
 
 __all__ = ["RKDAngleLoss", "RKDDistanceLoss", "rkd_angle", "rkd_distance"]
 
@@ -66,14 +68,7 @@ def rkd_distance(
         errors of the diagonal in the mean; this function does neither. The gradient is hand-written, because pairs of
         near rows need differences. Second derivatives and `torch.func.vmap` raise an error.
     """
-    _check_chunk("rkd_distance", chunk_size)
-    check_floating("rkd_distance", student=student)
-    origin = student.dtype
-    with full_precision(student):
-        student, teacher, share = one_batch("rkd_distance", student, teacher, reduction, weight, gather)
-        needs_grad = student.requires_grad and torch.is_grad_enabled()
-        arguments = (student.detach(), teacher, share, chunk_size or 0, shortest_length(origin), needs_grad)
-        return with_gradient(student, *distance_with_gradient(*arguments))
+    return _compare("rkd_distance", distance_with_gradient, student, teacher, chunk_size, gather, reduction, weight)
 
 
 def rkd_angle(
@@ -132,14 +127,7 @@ def rkd_angle(
         public code, which computes the difference vectors. The gradient is hand-written, which saves time and memory.
         Second derivatives and `torch.func.vmap` raise an error.
     """
-    _check_chunk("rkd_angle", chunk_size)
-    check_floating("rkd_angle", student=student)
-    origin = student.dtype
-    with full_precision(student):
-        student, teacher, share = one_batch("rkd_angle", student, teacher, reduction, weight, gather)
-        needs_grad = student.requires_grad and torch.is_grad_enabled()
-        arguments = (student.detach(), teacher, share, chunk_size or 0, shortest_length(origin), needs_grad)
-        return with_gradient(student, *angle_with_gradient(*arguments))
+    return _compare("rkd_angle", angle_with_gradient, student, teacher, chunk_size, gather, reduction, weight)
 
 
 def _check_chunk(owner: str, chunk_size: int | None) -> None:
@@ -147,57 +135,53 @@ def _check_chunk(owner: str, chunk_size: int | None) -> None:
         check_number(owner, "chunk_size", chunk_size, min=1, integer=True)
 
 
-class RKDDistanceLoss(RelationModule):
+def _compare(
+    owner: str,
+    operation: Callable[..., tuple[Tensor, Tensor]],
+    student: Tensor,
+    teacher: Tensor,
+    chunk_size: int | None,
+    gather: bool,
+    reduction: str,
+    weight: Tensor | None,
+) -> Tensor:
+    """Return the loss that `operation` computes together with its gradient."""
+    _check_chunk(owner, chunk_size)
+    check_floating(owner, student=student)
+    origin = student.dtype
+    with full_precision(student):
+        student, teacher, share = one_batch(owner, student, teacher, reduction, weight, gather)
+        needs_grad = student.requires_grad and torch.is_grad_enabled()
+        arguments = (student.detach(), teacher, share, chunk_size or 0, shortest_length(origin), needs_grad)
+        return with_gradient(student, *operation(*arguments))
+
+
+class _RKDLoss(RelationLoss):
+    def __init__(self, *, chunk_size: int | None = None, gather: bool = False, reduction: MeanOnly = "mean") -> None:
+        super().__init__(gather=gather, reduction=reduction)
+        _check_chunk(type(self).__name__, chunk_size)
+        self.chunk_size = chunk_size
+
+
+class RKDDistanceLoss(_RKDLoss):
     """`rkd_distance` as a Module: the constructor takes its hyper-parameters, `forward` its tensors.
 
     Examples:
-        >>> import torch
-        >>> loss = RKDDistanceLoss()
-        >>> loss
-        RKDDistanceLoss(chunk_size=None, gather=False, reduction='mean')
         >>> features = torch.rand(4, 8)
-        >>> loss(features, features).item()
+        >>> RKDDistanceLoss()(features, features).item()
         0.0
     """
 
-    def __init__(self, *, chunk_size: int | None = None, gather: bool = False, reduction: MeanOnly = "mean") -> None:
-        super().__init__(gather=gather, reduction=reduction)
-        _check_chunk("RKDDistanceLoss", chunk_size)
-        self.chunk_size = chunk_size
-
-    def forward(
-        self, student: Tensor, teacher: Tensor, *, weight: Tensor | None = None, reduction: MeanOnly | None = None
-    ) -> Tensor:
-        """Compare `student` `(b, d, ...)` with `teacher`; `reduction=None` uses the constructor's."""
-        reduction = reduction or self.reduction
-        return rkd_distance(
-            student, teacher, chunk_size=self.chunk_size, gather=self.gather, reduction=reduction, weight=weight
-        )
+    _function = staticmethod(rkd_distance)
 
 
-class RKDAngleLoss(RelationModule):
+class RKDAngleLoss(_RKDLoss):
     """`rkd_angle` as a Module: the constructor takes its hyper-parameters, `forward` its tensors.
 
     Examples:
-        >>> import torch
-        >>> loss = RKDAngleLoss(chunk_size=16)
-        >>> loss
-        RKDAngleLoss(chunk_size=16, gather=False, reduction='mean')
         >>> features = torch.rand(4, 8)
-        >>> loss(features, features).item()
+        >>> RKDAngleLoss(chunk_size=16)(features, features).item()
         0.0
     """
 
-    def __init__(self, *, chunk_size: int | None = None, gather: bool = False, reduction: MeanOnly = "mean") -> None:
-        super().__init__(gather=gather, reduction=reduction)
-        _check_chunk("RKDAngleLoss", chunk_size)
-        self.chunk_size = chunk_size
-
-    def forward(
-        self, student: Tensor, teacher: Tensor, *, weight: Tensor | None = None, reduction: MeanOnly | None = None
-    ) -> Tensor:
-        """Compare `student` `(b, d, ...)` with `teacher`; `reduction=None` uses the constructor's."""
-        reduction = reduction or self.reduction
-        return rkd_angle(
-            student, teacher, chunk_size=self.chunk_size, gather=self.gather, reduction=reduction, weight=weight
-        )
+    _function = staticmethod(rkd_angle)

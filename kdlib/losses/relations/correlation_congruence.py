@@ -7,7 +7,7 @@ from torch import Tensor
 
 from kdlib._checks import check_floating, check_number
 from kdlib._maths import MeanOnly, full_precision, shortest_length
-from kdlib.losses._module import RelationModule
+from kdlib.losses._module import RelationLoss
 from kdlib.losses._relations import cosine_distances, cosine_gradient, one_batch, with_gradient
 
 __all__ = ["CorrelationCongruenceLoss", "correlation_congruence"]
@@ -42,9 +42,7 @@ def correlation_congruence(
         teacher: features `(b, D, ...)`, the same; never receives a gradient.
         gamma: above 0; a larger one restricts the kernel to nearer samples.
         order: P, at least 1, or `None` for the Gaussian kernel without expansion.
-        gather: use the rows of all processes of the default process group as one batch. Every process gets the same
-            value. The mean of the gradients over the processes, as computed by `DistributedDataParallel`, is that of
-            this batch. Processes may hold different numbers of rows, including none.
+        gather: use the rows of all processes as one batch, as in `rkd_distance`.
         reduction: `"mean"` only, because a relation has no per-sample form.
         weight: `(b,)`, at least 0; only the ratios matter.
 
@@ -127,37 +125,21 @@ def _check_kernel(owner: str, gamma: float, order: int | None) -> None:
         check_number(owner, "order", order, min=1, integer=True)
 
 
-class CorrelationCongruenceLoss(RelationModule):
+class CorrelationCongruenceLoss(RelationLoss):
     """`correlation_congruence` as a Module: the constructor takes its hyper-parameters, `forward` its tensors.
 
     Examples:
         >>> import torch
-        >>> loss = CorrelationCongruenceLoss()
-        >>> loss
-        CorrelationCongruenceLoss(gamma=0.4, order=2, gather=False, reduction='mean')
         >>> features = torch.rand(4, 8)
-        >>> loss(features, features).item()
+        >>> CorrelationCongruenceLoss()(features, features).item()
         0.0
     """
+
+    _function = staticmethod(correlation_congruence)
 
     def __init__(
         self, *, gamma: float = 0.4, order: int | None = 2, gather: bool = False, reduction: MeanOnly = "mean"
     ) -> None:
         super().__init__(gather=gather, reduction=reduction)
         _check_kernel("CorrelationCongruenceLoss", gamma, order)
-        self.gamma = gamma
-        self.order = order
-
-    def forward(
-        self, student: Tensor, teacher: Tensor, *, weight: Tensor | None = None, reduction: MeanOnly | None = None
-    ) -> Tensor:
-        """Compare `student` `(b, d, ...)` with `teacher`; `reduction=None` uses the constructor's."""
-        return correlation_congruence(
-            student,
-            teacher,
-            gamma=self.gamma,
-            order=self.order,
-            gather=self.gather,
-            reduction=reduction or self.reduction,
-            weight=weight,
-        )
+        self.gamma, self.order = gamma, order

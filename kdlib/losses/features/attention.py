@@ -5,19 +5,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from kdlib._checks import check_floating, check_number, check_rank, check_same_batch
-from kdlib._maths import (
-    Reduction,
-    full_precision,
-    hold_short,
-    promote,
-    promoted_dtype,
-    reduce,
-    rescale,
-    unit_rows,
-)  # fmt: skip
+from kdlib._maths import Reduction, full_precision, hold_short, promote, promoted_dtype, reduce, rescale, unit_rows
 from kdlib.losses._checks import check_map
-from kdlib.losses._energy import scaled_energy
-from kdlib.losses._module import LossModule
+from kdlib.losses._module import FunctionLoss
+from kdlib.losses.features._energy import scaled_energy
 
 __all__ = ["AttentionTransferLoss", "attention_map", "attention_transfer"]
 
@@ -113,29 +104,22 @@ def attention_transfer(
         return reduce("attention_transfer", hold_short(losses, size, origin), reduction, weight)
 
 
-class AttentionTransferLoss(LossModule):
+class AttentionTransferLoss(FunctionLoss):
     """`attention_transfer` as a Module: the constructor takes its hyper-parameters, `forward` its tensors.
 
     Examples:
         >>> import torch
-        >>> loss = AttentionTransferLoss()
-        >>> loss
-        AttentionTransferLoss(p=2, reduction='mean')
         >>> features = torch.rand(2, 3, 4, 4)
-        >>> loss(features, 10 * features).item() < 1e-12
+        >>> AttentionTransferLoss()(features, 10 * features).item() < 1e-12
         True
     """
+
+    _function = staticmethod(attention_transfer)
 
     def __init__(self, *, p: float = 2, reduction: Reduction = "mean") -> None:
         super().__init__(reduction=reduction)
         check_number("AttentionTransferLoss", "p", p, min=1)
         self.p = p
-
-    def forward(
-        self, student: Tensor, teacher: Tensor, *, weight: Tensor | None = None, reduction: Reduction | None = None
-    ) -> Tensor:
-        """Compare `student` `(b, c, h, w)` with `teacher`; `reduction=None` uses the constructor's."""
-        return attention_transfer(student, teacher, p=self.p, reduction=reduction or self.reduction, weight=weight)
 
 
 def _scaled_map(features: Tensor, p: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

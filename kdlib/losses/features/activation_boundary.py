@@ -5,7 +5,7 @@ from torch import Tensor
 
 from kdlib._checks import check_number, check_pair
 from kdlib._maths import Reduction, full_precision, mean_square, promote, reduce
-from kdlib.losses._module import LossModule
+from kdlib.losses._module import FunctionLoss
 
 __all__ = ["ActivationBoundaryLoss", "activation_boundary"]
 
@@ -66,27 +66,18 @@ def activation_boundary(
         return reduce("activation_boundary", mean_square(shortfall, origin), reduction, weight)
 
 
-class ActivationBoundaryLoss(LossModule):
+class ActivationBoundaryLoss(FunctionLoss):
     """`activation_boundary` as a Module: the constructor takes its hyper-parameters, `forward` its tensors.
 
     Examples:
         >>> import torch
-        >>> loss = ActivationBoundaryLoss()
-        >>> loss
-        ActivationBoundaryLoss(margin=1.0, reduction='mean')
-        >>> loss(torch.zeros(2, 3), torch.randn(2, 3)).item()
+        >>> ActivationBoundaryLoss()(torch.zeros(2, 3), torch.randn(2, 3)).item()
         1.0
     """
+
+    _function = staticmethod(activation_boundary)
 
     def __init__(self, *, margin: float = 1.0, reduction: Reduction = "mean") -> None:
         super().__init__(reduction=reduction)
         check_number("ActivationBoundaryLoss", "margin", margin, min=0)
         self.margin = margin
-
-    def forward(
-        self, student: Tensor, teacher: Tensor, *, weight: Tensor | None = None, reduction: Reduction | None = None
-    ) -> Tensor:
-        """Compare `student` `(b, ...)` with `teacher`; `reduction=None` uses the constructor's."""
-        return activation_boundary(
-            student, teacher, margin=self.margin, reduction=reduction or self.reduction, weight=weight
-        )

@@ -8,7 +8,7 @@ from torch.autograd import Function
 
 from kdlib._checks import check_floating
 from kdlib._maths import MeanOnly, full_precision, shortest_length, unit_rows
-from kdlib.losses._module import RelationModule
+from kdlib.losses._module import RelationLoss
 from kdlib.losses._relations import one_batch, power_of_two
 
 __all__ = ["SimilarityPreservingLoss", "similarity_preserving"]
@@ -38,9 +38,7 @@ def similarity_preserving(
     Args:
         student: features `(b, d, ...)`, flattened after the first dimension.
         teacher: features `(b, D, ...)`, the same; never receives a gradient.
-        gather: use the rows of all processes of the default process group as one batch. Every process gets the same
-            value. The mean of the gradients over the processes, as computed by `DistributedDataParallel`, is that of
-            this batch. Processes may hold different numbers of rows, including none.
+        gather: use the rows of all processes as one batch, as in `rkd_distance`.
         reduction: `"mean"` only, because a relation has no per-sample form.
         weight: `(b,)`, at least 0; only the ratios matter.
 
@@ -118,23 +116,14 @@ class _DotProducts(Function):
         return ((slope + slope.T) * scale) @ (x * scale), None
 
 
-class SimilarityPreservingLoss(RelationModule):
+class SimilarityPreservingLoss(RelationLoss):
     """`similarity_preserving` as a Module: the constructor takes its hyper-parameters, `forward` its tensors.
 
     Examples:
         >>> import torch
-        >>> loss = SimilarityPreservingLoss()
-        >>> loss
-        SimilarityPreservingLoss(gather=False, reduction='mean')
         >>> features = torch.rand(4, 8, 2, 2)
-        >>> loss(features, features).item()
+        >>> SimilarityPreservingLoss()(features, features).item()
         0.0
     """
 
-    def forward(
-        self, student: Tensor, teacher: Tensor, *, weight: Tensor | None = None, reduction: MeanOnly | None = None
-    ) -> Tensor:
-        """Compare `student` `(b, d, ...)` with `teacher`; `reduction=None` uses the constructor's."""
-        return similarity_preserving(
-            student, teacher, gather=self.gather, reduction=reduction or self.reduction, weight=weight
-        )
+    _function = staticmethod(similarity_preserving)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from kdlib._checks import check_floating, check_number
 from kdlib._maths import MeanOnly, directions, full_precision, unit_rows
-from kdlib.losses._module import RelationModule
+from kdlib.losses._module import RelationLoss
 from kdlib.losses._relations import one_batch, power_of_two, squared_distances
 
 __all__ = ["DarkRankLoss", "dark_rank"]
@@ -56,9 +56,7 @@ def dark_rank(
         beta: exponent of the distances, above 0; a larger one gives more weight to far samples.
         length: L, the number of neighbors in a list, at least 2; the time grows with it.
         normalize: divide each row of both sides by its length first; zero rows stay zero and get no gradient.
-        gather: use the rows of all processes of the default process group as one batch. Every process gets the same
-            value. The mean of the gradients over the processes, as computed by `DistributedDataParallel`, is that of
-            this batch. Processes may hold different numbers of rows, including none.
+        gather: use the rows of all processes as one batch, as in `rkd_distance`.
         reduction: `"mean"` only, because a relation has no per-sample form.
         weight: `(b,)`, at least 0; only the ratios matter.
 
@@ -170,17 +168,16 @@ def _check_order(owner: str, alpha: float, beta: float, length: int) -> None:
     check_number(owner, "length", length, min=2, integer=True)
 
 
-class DarkRankLoss(RelationModule):
+class DarkRankLoss(RelationLoss):
     """`dark_rank` as a Module: the constructor takes its hyper-parameters, `forward` its tensors.
 
     Examples:
         >>> import torch
-        >>> loss = DarkRankLoss()
-        >>> loss
-        DarkRankLoss(alpha=3.0, beta=3.0, length=4, normalize=False, gather=False, reduction='mean')
-        >>> round(loss(torch.ones(8, 2), torch.randn(8, 16)).item(), 4)  # log 4!
+        >>> round(DarkRankLoss()(torch.ones(8, 2), torch.randn(8, 16)).item(), 4)  # log 4!
         3.1781
     """
+
+    _function = staticmethod(dark_rank)
 
     def __init__(
         self,
@@ -194,23 +191,4 @@ class DarkRankLoss(RelationModule):
     ) -> None:
         super().__init__(gather=gather, reduction=reduction)
         _check_order("DarkRankLoss", alpha, beta, length)
-        self.alpha = alpha
-        self.beta = beta
-        self.length = length
-        self.normalize = normalize
-
-    def forward(
-        self, student: Tensor, teacher: Tensor, *, weight: Tensor | None = None, reduction: MeanOnly | None = None
-    ) -> Tensor:
-        """Compare `student` `(b, d, ...)` with `teacher`; `reduction=None` uses the constructor's."""
-        return dark_rank(
-            student,
-            teacher,
-            alpha=self.alpha,
-            beta=self.beta,
-            length=self.length,
-            normalize=self.normalize,
-            gather=self.gather,
-            reduction=reduction or self.reduction,
-            weight=weight,
-        )
+        self.alpha, self.beta, self.length, self.normalize = alpha, beta, length, normalize

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from kdlib._checks import check_choice, check_pair
 from kdlib._maths import Reduction, full_precision, hold_short, promote, reduce, unit_rows
-from kdlib.losses._module import LossModule
+from kdlib.losses._module import FunctionLoss
 
 __all__ = ["AngularDistillLoss", "angular_distill"]
 
@@ -88,25 +88,18 @@ def angular_distill(
         return reduce("angular_distill", hold_short(losses, size, origin), reduction, weight)
 
 
-class AngularDistillLoss(LossModule):
+class AngularDistillLoss(FunctionLoss):
     """`angular_distill` as a Module: the constructor takes its hyper-parameters, `forward` its tensors.
 
     Examples:
         >>> import torch
-        >>> loss = AngularDistillLoss(form="cosine")
-        >>> loss
-        AngularDistillLoss(form='cosine', reduction='mean')
-        >>> loss(torch.eye(2), torch.eye(2).flip(0)).item()
+        >>> AngularDistillLoss(form="cosine")(torch.eye(2), torch.eye(2).flip(0)).item()
         1.0
     """
+
+    _function = staticmethod(angular_distill)
 
     def __init__(self, *, form: Form = "squared", reduction: Reduction = "mean") -> None:
         super().__init__(reduction=reduction)
         check_choice("AngularDistillLoss", "form", form, FORMS)
         self.form = form
-
-    def forward(
-        self, student: Tensor, teacher: Tensor, *, weight: Tensor | None = None, reduction: Reduction | None = None
-    ) -> Tensor:
-        """Compare `student` `(b, d, ...)` with `teacher`; `reduction=None` uses the constructor's."""
-        return angular_distill(student, teacher, form=self.form, reduction=reduction or self.reduction, weight=weight)

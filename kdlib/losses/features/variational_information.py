@@ -6,14 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from kdlib._checks import (
-    check_floating,
-    check_number,
-    check_pair,
-    check_rank,
-    check_same_batch,
-    check_shape,
-)  # fmt: skip
+from kdlib._checks import check_floating, check_number, check_pair, check_rank, check_same_batch, check_shape
 from kdlib._maths import FAR, Reduction, full_precision, promote, reduce
 from kdlib.losses._module import LossModule
 
@@ -144,11 +137,8 @@ class VariationalInformationLoss(LossModule):
             check_number(owner, "hidden", hidden, min=1, integer=True)
         check_number(owner, "min_variance", min_variance, above=0)
         check_number(owner, "initial_variance", initial_variance, above=min_variance)
-        self.student_channels = student_channels
-        self.teacher_channels = teacher_channels
-        self.hidden = hidden
-        self.initial_variance = initial_variance
-        self.min_variance = min_variance
+        self.student_channels, self.teacher_channels, self.hidden = student_channels, teacher_channels, hidden
+        self.initial_variance, self.min_variance = initial_variance, min_variance
         width = teacher_channels if hidden is None else hidden
         self.first = nn.Linear(student_channels, width, bias=False)
         self.second = nn.Linear(width, width, bias=False)

@@ -11,9 +11,9 @@ from kdlib._checks import (
     check_shape,
     check_weight,
     check_whole_numbers,
-)  # fmt: skip
+)
 from kdlib._gather import gather_rows
-from kdlib._maths import FAR, Reduction, directions, full_precision, promote, reduce
+from kdlib._maths import FAR, Reduction, directions, finite_weight, full_precision, promote, reduce
 from kdlib.losses._checks import check_gathered_reduction
 from kdlib.losses._module import LossModule
 
@@ -94,6 +94,7 @@ def contrastive_representation(
     check_pair("contrastive_representation", student, teacher, "b d")
     check_gathered_reduction("contrastive_representation", gather, reduction)
     check_weight("contrastive_representation", weight, student.shape[0])
+    weight = None if weight is None else finite_weight(weight)
     if negatives is not None:
         check_floating("contrastive_representation", negatives=negatives)
         check_shape("contrastive_representation", "negatives", negatives, "m d", d=student.shape[1])
@@ -108,47 +109,37 @@ def contrastive_representation(
         outside = None if negatives is None else negatives.detach().to(student.dtype)
         if gather:
             student, teacher = gather_rows(student, grad=True), gather_rows(teacher, grad=False)
-            weight, target = _gathered(weight), _gathered(target)
+            weight, target = (None if x is None else gather_rows(x, grad=False) for x in (weight, target))
         other = None if target is None or negatives_target is None else target[:, None] != negatives_target
-        losses = _info_nce(student, teacher, outside, temperature, _negatives(target, weight), other, origin)
+        losses = _info_nce(student, teacher, target, weight, temperature, outside, other, origin)
         return reduce("contrastive_representation", losses, reduction, weight)
-
-
-def _gathered(x: Tensor | None) -> Tensor | None:
-    return None if x is None else gather_rows(x, grad=False)
-
-
-def _negatives(target: Tensor | None, weight: Tensor | None) -> Tensor | None:
-    """Return which samples are negatives of which, `(b, b)`; `None` means all."""
-    negatives = None if target is None else target[:, None] != target
-    if weight is not None:
-        present = weight != 0
-        both = present[:, None] & present
-        negatives = both if negatives is None else negatives & both
-    return negatives
 
 
 def _info_nce(
     student: Tensor,
     teacher: Tensor,
-    outside: Tensor | None,
+    target: Tensor | None,
+    weight: Tensor | None,
     temperature: float,
-    negatives: Tensor | None,
+    outside: Tensor | None,
     outside_negatives: Tensor | None,
     origin: torch.dtype,
 ) -> Tensor:
     """Return the losses `(b,)` of `contrastive_representation`; the teacher `(b, d)` may have a graph.
 
-    `outside` is `(m, d)`. `negatives` `(b, b)` and `outside_negatives` `(b, m)` select the negatives, `None` means all.
+    `outside` is `(m, d)`; `outside_negatives` `(b, m)` selects its negatives, `None` means all.
     """
     batch = student.shape[0]
     if batch == 0:
         return student.sum(1)
     (s, _), (t, _) = directions(student, origin), directions(teacher, origin)
     logits = s @ t.T / temperature
-    if negatives is not None:
+    if target is not None or weight is not None:
+        kept = torch.ones_like(logits, dtype=torch.bool) if target is None else target[:, None] != target
+        if weight is not None:
+            kept = kept & (weight != 0) & (weight != 0)[:, None]
         itself = torch.eye(batch, dtype=torch.bool, device=logits.device)
-        logits = logits.masked_fill(~(negatives | itself), -torch.inf)
+        logits = logits.masked_fill(~(kept | itself), -torch.inf)
     wide = logits
     if outside is not None:
         further = s @ directions(outside, origin)[0].T / temperature
@@ -220,12 +211,8 @@ class ContrastiveRepresentationLoss(LossModule):
         check_number(owner, "temperature", temperature, above=0)
         check_number(owner, "queue_size", queue_size, min=0, integer=True)
         check_gathered_reduction(owner, gather, reduction)
-        self.student_dim = student_dim
-        self.teacher_dim = teacher_dim
-        self.feature_dim = feature_dim
-        self.temperature = temperature
-        self.queue_size = queue_size
-        self.gather = gather
+        self.student_dim, self.teacher_dim, self.feature_dim = student_dim, teacher_dim, feature_dim
+        self.temperature, self.queue_size, self.gather = temperature, queue_size, gather
         self.per_sample = not gather
         self.student_map = nn.Linear(student_dim, feature_dim)
         self.teacher_map = nn.Linear(teacher_dim, feature_dim)
@@ -255,6 +242,7 @@ class ContrastiveRepresentationLoss(LossModule):
         check_same_batch(owner, "student", student, "teacher", teacher)
         check_gathered_reduction(owner, self.gather, reduction)
         check_weight(owner, weight, student.shape[0])
+        weight = None if weight is None else finite_weight(weight)
         if target is not None:
             check_whole_numbers(owner, "target", target, student.shape[0])
         origin = student.dtype
@@ -263,7 +251,7 @@ class ContrastiveRepresentationLoss(LossModule):
             s = _affine(self.student_map, student)
             if self.gather:
                 s, teacher = gather_rows(s, grad=True), gather_rows(teacher, grad=False)
-                weight, target = _gathered(weight), _gathered(target)
+                weight, target = (None if x is None else gather_rows(x, grad=False) for x in (weight, target))
             t = _affine(self.teacher_map, teacher)
             outside, other = None, None
             if self.queue_size:
@@ -272,7 +260,7 @@ class ContrastiveRepresentationLoss(LossModule):
                 other = (torch.arange(self.queue_size, device=t.device) < self.queue_seen).expand(len(s), -1)
                 if target is not None:
                     other = other & ~(self.queue_known & (target[:, None] == self.queue_target))
-            losses = _info_nce(s, t, outside, self.temperature, _negatives(target, weight), other, origin)
+            losses = _info_nce(s, t, target, weight, self.temperature, outside, other, origin)
             if self.training and self.queue_size:
                 self._enqueue(teacher, target, weight)
             return reduce(owner, losses, reduction, weight)

@@ -6,7 +6,7 @@ from torch.nn import functional as F
 
 from kdlib._checks import check_floating, check_rank, check_same_batch
 from kdlib._maths import Reduction, full_precision, hold_short, promote, reduce, rescale, unit_rows
-from kdlib.losses._module import LossModule
+from kdlib.losses._module import FunctionLoss
 
 __all__ = ["NSTLoss", "nst"]
 
@@ -26,7 +26,7 @@ def nst(student: Tensor, teacher: Tensor, *, reduction: Reduction = "mean", weig
     An equal form is :math:`\left\| \frac{1}{c} \sum_i s_i s_i^T - \frac{1}{C} \sum_k t_k t_k^T \right\|_F^2`. It is
     used where it needs fewer multiplications: with n = h w positions, `n (c + C)` instead of `c^2 + C^2 + c C`. No
     tensor is larger than `(b, n, n)` or `(b, c, C)`. The value of the first form has a rounding error of about 1e-7 in
-    float32 and may be that far below 0.
+    float32; values that this makes negative count as 0.
 
     Args:
         student: features `(b, c, h, w)`.
@@ -73,6 +73,7 @@ def nst(student: Tensor, teacher: Tensor, *, reduction: Reduction = "mean", weig
             losses = (moment_s - moment_t).square().sum((1, 2))
         else:
             losses = _mean_kernel(t_bcn, t_bcn) + _mean_kernel(s_bcn, s_bcn) - 2 * _mean_kernel(s_bcn, t_bcn)
+            losses = losses.clamp(min=0)
         return reduce("nst", losses, reduction, weight)
 
 
@@ -94,20 +95,13 @@ def _mean_kernel(x_bcn: Tensor, y_bcn: Tensor) -> Tensor:
     return (x_bcn @ y_bcn.transpose(1, 2)).square().mean((1, 2))
 
 
-class NSTLoss(LossModule):
+class NSTLoss(FunctionLoss):
     """`nst` as a Module: the constructor takes its hyper-parameters, `forward` its tensors.
 
     Examples:
         >>> import torch
-        >>> loss = NSTLoss()
-        >>> loss
-        NSTLoss(reduction='mean')
-        >>> loss(torch.ones(2, 3, 1, 1), torch.ones(2, 5, 1, 1)).item()
+        >>> NSTLoss()(torch.ones(2, 3, 1, 1), torch.ones(2, 5, 1, 1)).item()
         0.0
     """
 
-    def forward(
-        self, student: Tensor, teacher: Tensor, *, weight: Tensor | None = None, reduction: Reduction | None = None
-    ) -> Tensor:
-        """Compare `student` `(b, c, h, w)` with `teacher`; `reduction=None` uses the constructor's."""
-        return nst(student, teacher, reduction=reduction or self.reduction, weight=weight)
+    _function = staticmethod(nst)

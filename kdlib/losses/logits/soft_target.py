@@ -6,8 +6,9 @@ from torch import Tensor
 
 from kdlib._checks import check_number, check_pair
 from kdlib._maths import Reduction, full_precision, reduce
-from kdlib.losses._chunked import MIN_LOG, by_rows, soften
-from kdlib.losses._module import LossModule
+from kdlib.losses._module import FunctionLoss
+from kdlib.losses.logits._chunked import by_rows, soften
+from kdlib.losses.logits._divergence import MIN_LOG, divergence, probability_gap
 
 __all__ = ["SoftTargetLoss", "soft_target"]
 
@@ -62,41 +63,36 @@ def soft_target(
         return reduce("soft_target", losses, reduction, weight)
 
 
-class SoftTargetLoss(LossModule):
+class SoftTargetLoss(FunctionLoss):
     """`soft_target` as a Module: the constructor takes its hyper-parameters, `forward` its tensors.
 
     Examples:
         >>> import torch
-        >>> loss = SoftTargetLoss(temperature=2.0)
-        >>> loss
-        SoftTargetLoss(temperature=2.0, reduction='mean')
-        >>> loss(torch.zeros(2, 3), torch.ones(2, 3)).item()
+        >>> SoftTargetLoss(temperature=2.0)(torch.zeros(2, 3), torch.ones(2, 3)).item()
         0.0
     """
+
+    _function = staticmethod(soft_target)
 
     def __init__(self, *, temperature: float = 4.0, reduction: Reduction = "mean") -> None:
         super().__init__(reduction=reduction)
         check_number("SoftTargetLoss", "temperature", temperature, above=0)
         self.temperature = temperature
 
-    def forward(
-        self, student: Tensor, teacher: Tensor, *, weight: Tensor | None = None, reduction: Reduction | None = None
-    ) -> Tensor:
-        """Compare `student` logits `(b, c)` with `teacher`; `reduction=None` uses the constructor's."""
-        return soft_target(
-            student, teacher, temperature=self.temperature, reduction=reduction or self.reduction, weight=weight
-        )
+
+def _compare(student: Tensor, teacher: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return both log-probabilities `(n, c)`, the divergences `(n,)` and the log-ratios `(n, c)`."""
+    s, t = soften(student, temperature), soften(teacher, temperature)
+    log_s, log_t = (x.log_softmax(1).clamp(min=MIN_LOG) for x in (s, t))
+    return log_s, log_t, *divergence(log_s, log_t, s - t)
 
 
 def _divergence(student: Tensor, teacher: Tensor, *, temperature: float) -> Tensor:
     """Return the loss of each row, `(n, c)` and `(n, c)` to `(n,)`."""
-    # In-place operations hold three matrices at a time instead of five.
-    log_t = soften(teacher, temperature).log_softmax(1).clamp_(min=MIN_LOG)
-    difference = log_t - soften(student, temperature).log_softmax(1).clamp(min=MIN_LOG)
-    return temperature**2 * difference.mul_(log_t.exp_()).sum(1)
+    return _compare(student, teacher, temperature)[2] * temperature * temperature
 
 
 def _slope(student: Tensor, teacher: Tensor, *, temperature: float) -> Tensor:
     """Return the derivative of `_divergence` by the student's logits: T (p^s - p^t)."""
-    p_t = soften(teacher, temperature).softmax(1)
-    return p_t.sub_(soften(student, temperature).softmax(1)).mul_(-temperature)
+    log_s, log_t, _, ratio = _compare(student, teacher, temperature)
+    return probability_gap(log_s, log_t, ratio) * temperature

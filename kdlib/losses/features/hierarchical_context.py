@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from kdlib._checks import check_pair
 from kdlib._maths import Reduction, full_precision, hold_steep, promote, reduce
 from kdlib.losses._checks import check_levels
-from kdlib.losses._module import LossModule
+from kdlib.losses._module import FunctionLoss
 
 __all__ = ["HierarchicalContextLoss", "hierarchical_context"]
 
@@ -81,27 +81,18 @@ def hierarchical_context(
         return reduce("hierarchical_context", losses / total, reduction, weight)
 
 
-class HierarchicalContextLoss(LossModule):
+class HierarchicalContextLoss(FunctionLoss):
     """`hierarchical_context` as a Module: the constructor takes its hyper-parameters, `forward` its tensors.
 
     Examples:
         >>> import torch
-        >>> loss = HierarchicalContextLoss()
-        >>> loss
-        HierarchicalContextLoss(levels=(4, 2, 1), reduction='mean')
-        >>> loss(torch.zeros(2, 3, 8, 8), torch.ones(2, 3, 8, 8)).item()
+        >>> HierarchicalContextLoss()(torch.zeros(2, 3, 8, 8), torch.ones(2, 3, 8, 8)).item()
         1.0
     """
+
+    _function = staticmethod(hierarchical_context)
 
     def __init__(self, *, levels: Sequence[int] = (4, 2, 1), reduction: Reduction = "mean") -> None:
         super().__init__(reduction=reduction)
         check_levels("HierarchicalContextLoss", levels)
         self.levels = tuple(levels)
-
-    def forward(
-        self, student: Tensor, teacher: Tensor, *, weight: Tensor | None = None, reduction: Reduction | None = None
-    ) -> Tensor:
-        """Compare `student` `(b, c, h, w)` with `teacher`; `reduction=None` uses the constructor's."""
-        return hierarchical_context(
-            student, teacher, levels=self.levels, reduction=reduction or self.reduction, weight=weight
-        )

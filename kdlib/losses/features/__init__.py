@@ -1,0 +1,1 @@
+"""Losses that compare the features of one sample: maps, tokens and embeddings."""

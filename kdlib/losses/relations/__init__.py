@@ -1,0 +1,1 @@
+"""Losses that compare the relations between the samples of a batch."""
