@@ -47,7 +47,7 @@ def train_alone(data: DemoData, config: DemoConfig, seed: int, changes: dict[str
     result = data.age_protocol(replicates=config.replicates).evaluate(model.embed(data.test_images))
     return {
         "steps": steps,
-        "seconds": model.train_seconds,
+        "seconds": model.entry.train_seconds,
         "tar": {entry.name: _estimate(entry.tar[0.01].to_dict()) for entry in result.bins},
     }
 

@@ -4,12 +4,15 @@ User errors print one line and exit with code 2. Heavy packages are imported by 
 """
 
 import argparse
+import io
 import os
+import re
 import shlex
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 __all__ = ["main"]
 
@@ -22,8 +25,45 @@ class _Parser(argparse.ArgumentParser):
             self.epilog = self.more()
         return super().format_help()
 
+    def parse_known_args(  # type: ignore[override] # the overloads of argparse differ by the type of the namespace
+        self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
+    ) -> tuple[argparse.Namespace, list[str]]:
+        """Name the nearest option of an unknown one, then parse the options of a command."""
+        flags = [flag for action in self._actions for flag in action.option_strings]
+        for word in args or () if self._subparsers is None else ():
+            name = word.partition("=")[0]
+            if name.startswith("--") and not any(flag.startswith(name) for flag in flags):
+                from kdlib._checks import nearest
+
+                self.error(f"no option named {name!r}{nearest(name, flags)}")
+        return super().parse_known_args(args, namespace)
+
     def error(self, message: str) -> NoReturn:
         raise argparse.ArgumentTypeError(f"{message}; see {self.prog} --help")
+
+    def add_list(self, flag: str, metavar: str, text: str, dest: str | None = None) -> None:
+        """Add an option that may be repeated."""
+        self.add_argument(flag, action="append", default=[], metavar=metavar, help=text, dest=dest or flag[2:])
+
+    def add_on_error(self) -> None:
+        """Add the option for images that cannot be read."""
+        text = "images that cannot be read: stop and list them (stop), or leave them out with a warning"
+        self.add_argument("--on-error", choices=("stop", "skip"), default="stop", help=text)
+
+    def add_folder(self, flag: str, default: str, text: str) -> None:
+        """Add an option for the folder of the results."""
+        self.add_argument(flag, type=Path, default=Path(default), metavar="DIR", help=f"{text} ({default})")
+
+
+def _number(low: int, high: int) -> Callable[[str], int]:
+    """A parser of whole numbers in a range."""
+
+    def parse(text: str) -> int:
+        if not re.fullmatch(r"-?[0-9]{1,10}", text) or not low <= int(text) <= high:
+            raise argparse.ArgumentTypeError(f"must be a whole number from {low} to {high}, got {text[:40]!r}")
+        return int(text)
+
+    return parse
 
 
 def _protocols() -> str:
@@ -37,69 +77,49 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="store_true", help="print the version and exit")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
     common = _Parser(add_help=False)
-    common.add_argument("--threads", type=int, help="number of torch threads (default: one per core)")
+    common.add_argument("--threads", type=_number(1, 1024), help="number of torch threads (default: one per core)")
     common.add_argument("--quiet", action="store_true", help="show no progress")
     common.add_argument("--debug", action="store_true", help="show the full traceback of an error")
     run = _Parser(add_help=False)
-    run.add_argument("--seed", type=int, default=0, help="seed of all random choices (0)")
+    run.add_argument("--seed", type=_number(0, 2**31 - 1), default=0, help="seed of all random choices (0)")
     run.add_argument("--config", type=Path, metavar="TOML", help="file of settings; --set overrides it")
-    run.add_argument(
-        "--set", action="append", default=[], metavar="KEY=VALUE", dest="settings", help="change a setting; repeatable"
-    )
-    run.add_argument(
-        "--faces", action="append", default=[], metavar="PATH", help="CSV list or folder of faces; repeatable"
-    )
+    run.add_list("--set", "KEY=VALUE", "change a setting; repeatable", dest="settings")
+    run.add_list("--faces", "PATH", "CSV list or folder of faces; repeatable")
 
     demo = commands.add_parser("demo", parents=[common, run], help="train and evaluate all models, with a report")
-    demo.add_argument("--output", type=Path, default=Path("runs/demo"), help="folder of the report (runs/demo)")
+    demo.add_folder("--output", "runs/demo", "folder of the report")
+    demo.add_list("--teacher", "ONNX", "general teacher first, then the second teacher")
+    demo.add_list("--tap", "NAME", "tensor of each teacher's middle feature map, in order")
+    _add_input(demo)
     demo.add_argument(
-        "--teacher", action="append", default=[], metavar="ONNX", help="general teacher first, then the second teacher"
+        "--seeds", type=_number(1, 1000), default=1, metavar="N", help="number of runs with consecutive seeds (1)"
     )
-    demo.add_argument(
-        "--tap",
-        action="append",
-        default=[],
-        metavar="NAME",
-        help="tensor of each teacher's middle feature map, in order",
-    )
-    demo.add_argument("--seeds", type=int, default=1, metavar="N", help="number of runs with consecutive seeds (1)")
     demo.add_argument("--steps", metavar="quick|full|N", help="training steps of each student (full)")
 
     train = commands.add_parser("train", parents=[common, run], help="train a student or a teacher on face lists")
-    train.add_argument(
-        "--recipe", default="liaad", metavar="liaad|student|general_teacher|age_teacher",
-        help="what to train: a student of two teachers, a student alone, or a teacher (liaad)",
-    )  # fmt: skip
-    train.add_argument(
-        "--teacher",
-        action="append",
-        default=[],
-        metavar="FILE",
-        help="general teacher first, then the age-invariant one: a checkpoint, .onnx or a cache",
-    )
-    train.add_argument("--output", type=Path, default=Path("runs/train"), help="folder of the model (runs/train)")
+    text = "what to train: a student of two teachers, a student alone, or a teacher (liaad)"
+    train.add_argument("--recipe", default="liaad", metavar="liaad|student|general_teacher|age_teacher", help=text)
+    text = "general teacher first, then the age-invariant one: a checkpoint, .onnx or a cache"
+    train.add_list("--teacher", "FILE", text)
+    train.add_on_error()
+    _add_input(train)
+    train.add_folder("--output", "runs/train", "folder of the model")
 
     evaluate = commands.add_parser(
-        "evaluate",
-        parents=[common, run],
-        help="evaluate models or embeddings, with a report",
+        "evaluate", parents=[common, run], help="evaluate models or embeddings, with a report",
         formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    )  # fmt: skip
     evaluate.more = _protocols
-    evaluate.add_argument("--model", action="append", default=[], metavar="FILE", help=".pt or .onnx; repeatable")
-    evaluate.add_argument(
-        "--embeddings", action="append", default=[], metavar="NPY",
-        help="array (n, d) with one row per image, or a folder with SET.npy for each image set; repeatable",
-    )  # fmt: skip
-    evaluate.add_argument(
-        "--protocol", action="append", default=[], metavar="NAME[=PATH]", dest="protocols",
-        help="protocol, see below; repeatable (default: all that --faces supports)",
-    )  # fmt: skip
+    evaluate.add_list("--model", "[NAME=]FILE", ".pt or .onnx; repeatable")
+    _add_input(evaluate)
+    text = "array (n, d) with one row per image, or a folder with SET.npy for each image set; repeatable"
+    evaluate.add_list("--embeddings", "[NAME=]NPY", text)
+    text = "protocol, see below; repeatable (default: all that --faces supports)"
+    evaluate.add_list("--protocol", "NAME[=PATH]", text, dest="protocols")
     evaluate.add_argument("--pairs", metavar="TXT", help="pairs in LFW's format for --faces")
     evaluate.add_argument("--scores", action="store_true", help="write all scores to scores/PROTOCOL-MODEL.csv")
-    evaluate.add_argument(
-        "--output", type=Path, default=Path("runs/evaluate"), help="folder of the report (runs/evaluate)"
-    )
+    evaluate.add_on_error()
+    evaluate.add_folder("--output", "runs/evaluate", "folder of the report")
 
     _add_cache(commands.add_parser("cache", help="cache the outputs of a teacher for face lists"), common, run)
 
@@ -108,37 +128,39 @@ def _parser() -> argparse.ArgumentParser:
 
     inspect = commands.add_parser("inspect", parents=[common], help="list the backbones, or describe a file")
     inspect.add_argument("file", type=Path, nargs="?", help=".onnx, .pt, a CSV list or a folder of faces")
-    inspect.add_argument(
-        "--tap", action="append", default=[], metavar="NAME", help="print the shape of this tap; repeatable"
-    )
-    inspect.add_argument(
-        "--input-size", metavar="N|HxW", help="input size of a checkpoint that does not determine it, such as 112x96"
-    )
+    inspect.add_list("--tap", "NAME", "print the shape of this tap; repeatable")
+    _add_input(inspect)
+    text = "input size of a checkpoint that does not determine it, such as 112x96"
+    inspect.add_argument("--input-size", metavar="N|HxW", help=text)
     return parser
 
 
-def _add_cache(parser: argparse.ArgumentParser, common: _Parser, run: _Parser) -> None:
+def _add_input(parser: _Parser) -> None:
+    text = (
+        "images that a model takes, where its file does not show it: color=rgb|bgr, mean=N, scale=N of pixels 0 to 255 "
+    )
+    text += "(N:N:N by channel), layout=bchw|bhwc of .onnx; once, or once for each model in order ('auto' for the file's own)"
+    parser.add_list("--input", "KEY=VALUE,...", text)
+
+
+def _add_cache(parser: _Parser, common: _Parser, run: _Parser) -> None:
     actions = parser.add_subparsers(dest="action", metavar="build|verify|info", required=True)
     make = actions.add_parser("build", parents=[common, run], help="compute the missing rows of a cache")
     make.add_argument("--teacher", type=Path, required=True, metavar="FILE", help=".onnx or a checkpoint")
+    _add_input(make)
     make.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder of the cache")
-    make.add_argument(
-        "--tap",
-        action="append",
-        default=[],
-        metavar="[FEATURE=]NAME",
-        help="feature map to store in addition to the embedding: a name, or stage0 to stage3",
-    )
-    make.add_argument(
-        "--views", type=int, help="1 plain, 2 plain and mirrored (2); with --set augment..., the number of random views"
-    )
+    text = "feature map to store in addition to the embedding: a name, or stage0 to stage3"
+    make.add_list("--tap", "[FEATURE=]NAME", text)
+    text = "1 plain, 2 plain and mirrored (2); with --set augment..., the number of random views"
+    make.add_argument("--views", type=int, help=text)
     make.add_argument("--dtype", choices=("float16", "int8", "float32"), help="type on disk (float16)")
+    make.add_on_error()
     make.add_argument("--workers", type=int, default=1, metavar="N", help="number of processes (1)")
     check = actions.add_parser("verify", parents=[common], help="verify checksums, values and some recomputed rows")
     check.add_argument("directory", type=Path, metavar="DIR", help="folder of the cache")
-    check.add_argument("--faces", action="append", default=[], metavar="PATH", help="lists that it was built from")
+    check.add_list("--faces", "PATH", "lists that it was built from")
     check.add_argument("--teacher", type=Path, metavar="FILE", help="file that it was built from")
-    check.add_argument("--rows", type=int, default=64, help="number of rows to recompute (64)")
+    check.add_argument("--rows", type=_number(0, 2**31 - 1), default=64, help="number of rows to recompute (64)")
     show = actions.add_parser("info", parents=[common], help="describe a cache")
     show.add_argument("directory", type=Path, metavar="DIR", help="folder of the cache")
 
@@ -153,6 +175,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         Exit code: 0, 2 for a user error, 130 for an interruption, 1 for an internal error.
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # names of files may have another encoding
     parser = _parser()
     try:
         options = parser.parse_args(given)
@@ -166,36 +190,54 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.command is None:
         parser.print_help()
         return 2
-    if options.debug:
-        _run(options, given)
-        return 0
     try:
         _run(options, given)
-    except KeyboardInterrupt:
-        print("kdlib-faces: interrupted; run the same command again to resume", file=sys.stderr)
-        return 130
-    except BrokenPipeError:  # the reader of the output has closed it, as `| head` does
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
-    except (ValueError, TypeError, OSError, MemoryError, RuntimeError, ImportError) as error:
-        return _fail(_one_line(error))
-    except Exception as error:
-        return _fail(f"unexpected {type(error).__name__}: {_one_line(error)}; use --debug for the traceback", code=1)
+    except BaseException as error:
+        if options.debug:
+            raise
+        return _report_error(error)
     return 0
 
 
 def _run(options: argparse.Namespace, given: Sequence[str]) -> None:
-    _threads(options.threads)
-    _COMMANDS[options.command](options, shlex.join(["kdlib-faces", *given]))
+    if options.threads is not None:
+        import torch
+
+        torch.set_num_threads(options.threads)
+    with warnings.catch_warnings():
+        warnings.showwarning = _show_warning
+        _COMMANDS[options.command](options, shlex.join(["kdlib-faces", *given]))
     sys.stdout.flush()
 
 
+def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
+    print(f"kdlib-faces: warning: {' '.join(str(message).split())}", file=sys.stderr)
+
+
+def _report_error(error: BaseException) -> int:
+    """Print an error as one line and return the exit code."""
+    if isinstance(error, KeyboardInterrupt):
+        print("kdlib-faces: interrupted; run the same command again to resume", file=sys.stderr)
+        return 130
+    if isinstance(error, BrokenPipeError):  # the reader of the output has closed it, as `| head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    if not isinstance(error, Exception):
+        raise error
+    if isinstance(error, (ValueError, TypeError, OSError, MemoryError, RuntimeError, ImportError)):
+        return _fail(_one_line(error))
+    return _fail(f"unexpected {type(error).__name__}: {_one_line(error)}; use --debug for the traceback", code=1)
+
+
 def _fail(message: str, code: int = 2) -> int:
-    print(f"kdlib-faces: error: {message}", file=sys.stderr)
+    """Print a message as one line; names in it may contain control characters or be very long."""
+    line = message.replace("\u00a0", " ")
+    line = "".join(each if each.isprintable() else repr(each)[1:-1] for each in line)
+    print(f"kdlib-faces: error: {line if len(line) <= 2000 else line[:1999] + '…'}", file=sys.stderr)
     return code
 
 
-def _one_line(error: BaseException) -> str:
+def _one_line(error: Exception) -> str:
     if isinstance(error, OSError) and error.strerror:
         where = f"{error.filename}: " if error.filename else ""
         return f"{where}{error.strerror}"
@@ -204,44 +246,23 @@ def _one_line(error: BaseException) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
-def _threads(count: int | None) -> None:
-    if count is None:
-        return
-    if count < 1:
-        raise ValueError(f"--threads must be at least 1, got {count}")
-    import torch
-
-    torch.set_num_threads(count)
-
-
 def _demo(options: argparse.Namespace, command: str) -> None:
     from kdlib_faces.commands import demo
 
     demo.run(
-        output=options.output,
-        faces=options.faces,
-        teachers=options.teacher,
-        taps=options.tap,
-        steps=options.steps,
-        seed=options.seed,
-        num_seeds=options.seeds,
-        config=options.config,
-        settings=options.settings,
-        progress=not options.quiet,
-        command=command,
-    )
+        output=options.output, faces=options.faces, teachers=options.teacher, taps=options.tap, inputs=options.input,
+        steps=options.steps, seed=options.seed, num_seeds=options.seeds, config=options.config, settings=options.settings,
+        progress=not options.quiet, command=command,
+    )  # fmt: skip
 
 
 def _train(options: argparse.Namespace, command: str) -> None:
     from kdlib_faces.commands import train
 
     run = train.RunOptions(
-        output=options.output,
-        faces=options.faces,
-        teachers=options.teacher,
-        seed=options.seed,
-        progress=not options.quiet,
-    )
+        output=options.output, faces=options.faces, teachers=options.teacher, seed=options.seed, progress=not options.quiet,
+        on_error=options.on_error, inputs=train.inputs_of_models(options.input, len(options.teacher)),
+    )  # fmt: skip
     train.run(options.recipe, run, config=options.config, settings=options.settings)
 
 
@@ -250,45 +271,28 @@ def _evaluate(options: argparse.Namespace, command: str) -> None:
 
     evaluate.run(
         evaluate.load_settings(options.config, [f"seed={options.seed}", *options.settings]),
-        output=options.output,
-        faces=options.faces,
-        models=options.model,
-        embeddings=options.embeddings,
-        pairs=options.pairs,
-        protocols=options.protocols,
-        scores=options.scores,
-        progress=not options.quiet,
-        command=command,
-    )
+        output=options.output, faces=options.faces, models=options.model, inputs=options.input,
+        embeddings=options.embeddings, pairs=options.pairs, protocols=options.protocols, scores=options.scores,
+        progress=not options.quiet, command=command, on_error=options.on_error,
+    )  # fmt: skip
 
 
 def _cache(options: argparse.Namespace, command: str) -> None:
     from kdlib_faces.commands import cache
 
+    progress = not options.quiet
     if options.action == "info":
         text = cache.info(options.directory)
     elif options.action == "verify":
         text = cache.verify(
-            options.directory,
-            faces=options.faces,
-            teacher=options.teacher,
-            rows=options.rows,
-            progress=not options.quiet,
+            options.directory, faces=options.faces, teacher=options.teacher, rows=options.rows, progress=progress
         )
     else:
         text = cache.build(
-            output=options.output,
-            faces=options.faces,
-            teacher=options.teacher,
-            taps=options.tap,
-            views=options.views,
-            dtype=options.dtype,
-            workers=options.workers,
-            seed=options.seed,
-            config=options.config,
-            settings=options.settings,
-            progress=not options.quiet,
-        )
+            output=options.output, faces=options.faces, teacher=options.teacher, taps=options.tap, views=options.views,
+            dtype=options.dtype, workers=options.workers, seed=options.seed, config=options.config,
+            settings=options.settings, progress=progress, stated=_single(options.input), on_error=options.on_error,
+        )  # fmt: skip
     print(text)
 
 
@@ -305,16 +309,16 @@ def _inspect(options: argparse.Namespace, command: str) -> None:
     if options.file is None:
         print(inspect.backbones())
     elif options.tap:
-        print(inspect.taps(options.file, options.tap, size))
+        print(inspect.taps(options.file, options.tap, size, _single(options.input)))
     else:
-        print(inspect.file(options.file, size))
+        print(inspect.file(options.file, size, _single(options.input)))
 
 
-_COMMANDS = {
-    "demo": _demo,
-    "train": _train,
-    "evaluate": _evaluate,
-    "cache": _cache,
-    "report": _report,
-    "inspect": _inspect,
-}
+def _single(given: Sequence[str]) -> str:
+    """The option `--input` of a command that opens one model."""
+    if len(given) > 1:
+        raise ValueError(f"--input must be given once, got {len(given)}")
+    return given[0] if given else "auto"
+
+
+_COMMANDS = {each.__name__[1:]: each for each in (_demo, _train, _evaluate, _cache, _report, _inspect)}

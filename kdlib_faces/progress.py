@@ -62,10 +62,6 @@ def progress(
 def progress_to(label: str, *, quiet: bool = False) -> Iterator[Callable[[int, int], None]]:
     """Yield a callback `(done, total)` that shows the progress until the block ends.
 
-    Args:
-        label: description of the work.
-        quiet: show nothing.
-
     Examples:
         >>> with progress_to("rows", quiet=True) as show:
         ...     show(1, 2)
@@ -101,7 +97,7 @@ class TrainProgress:
             self.close()
 
     def close(self) -> None:
-        """Close the bar, also if training stopped early."""
+        """Close the bar if training stopped early."""
         self._meter.close()
 
 
@@ -121,13 +117,8 @@ class _Meter:
             if not self.quiet and self.stream.isatty():
                 interval = min(self.every, 0.1)
                 self.bar = tqdm(
-                    total=total,
-                    desc=self.label,
-                    file=self.stream,
-                    leave=False,
-                    dynamic_ncols=True,
-                    mininterval=interval,
-                )
+                    total=total, desc=self.label, file=self.stream, leave=False, dynamic_ncols=True, mininterval=interval
+                )  # fmt: skip
         return self.started
 
     def show(self, done: int, total: int | None, note: str = "") -> None:

@@ -20,6 +20,7 @@ def run(
     faces: Sequence[str],
     teachers: Sequence[str],
     taps: Sequence[str],
+    inputs: Sequence[str],
     steps: str | None,
     seed: int,
     num_seeds: int,
@@ -28,23 +29,10 @@ def run(
     progress: bool,
     command: str,
 ) -> None:
-    """Run the demo with the options of the command line.
+    """Run the demo with the options of the command line; see `kdlib_faces.demo.run.run`.
 
-    Args:
-        output: Folder of the report.
-        faces: Lists or folders of real faces; none for synthetic faces.
-        teachers: Two ONNX files, with real faces only.
-        taps: Tensor of each teacher that is its middle map.
-        steps: `"quick"`, `"full"`, or the number of steps of each student.
-        seed: First seed.
-        num_seeds: Number of runs.
-        config: A TOML file of settings.
-        settings: `KEY=VALUE` each; they override the file.
-        progress: Show progress.
-        command: The command line, noted in the report.
-
-    Raises:
-        InputError: An option or a file cannot be used.
+    `steps` is `"quick"`, `"full"`, or the number of steps of each student; `seed` is the first of `num_seeds` seeds; the
+    `KEY=VALUE` of `settings` override the TOML file `config`.
     """
     values = list(settings)
     if steps not in (None, "full"):
@@ -52,11 +40,9 @@ def run(
         if not number.isdigit():
             raise InputError(f"--steps must be quick, full or a number of steps, got {number!r}")
         values.insert(0, f"student_steps={number}")
-    if num_seeds < 1 or seed < 0:
-        raise InputError(f"--seeds must be at least 1 and --seed at least 0, got {num_seeds} and {seed}")
     loaded = load_config(DemoConfig, config, values, base=faces_config() if faces else None)
     with swept(output):
         run_demo(
-            loaded, output=output, faces=faces, teachers=teachers, taps=taps, seeds=range(seed, seed + num_seeds),
+            loaded, output=output, faces=faces, teachers=teachers, taps=taps, inputs=inputs, seeds=range(seed, seed + num_seeds),
             progress=progress, command=command,
         )  # fmt: skip

@@ -1,23 +1,19 @@
 """The `evaluate` command: models and embeddings, measured by protocols, to a report."""
 
 import os
-import platform
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
+from typing import Literal
 
-import numpy as np
-import torch
-
-from kdlib_faces import report
-from kdlib_faces._output import check_output, staged, swept
+from kdlib_faces import __version__, report
+from kdlib_faces._output import check_output, describe_environment, staged, swept
 from kdlib_faces.config import load_config
 from kdlib_faces.harness.evaluate import evaluate_models
 from kdlib_faces.harness.registry import listing as list_protocols
-from kdlib_faces.harness.run import EvaluateConfig, prepare
+from kdlib_faces.harness.run import prepare
+from kdlib_faces.harness.tasks import EvaluateConfig
 from kdlib_faces.progress import say
 
 __all__ = ["EvaluateConfig", "list_protocols", "load_settings", "run"]
@@ -34,39 +30,33 @@ def run(
     output: Path,
     faces: Sequence[str | os.PathLike[str]] = (),
     models: Sequence[str | os.PathLike[str]] = (),
+    inputs: Sequence[str] = (),
     embeddings: Sequence[str | os.PathLike[str]] = (),
     pairs: str | os.PathLike[str] | None = None,
     protocols: Sequence[str] = (),
     scores: bool = False,
     progress: bool = False,
     command: str = "",
+    on_error: Literal["stop", "skip"] = "stop",
 ) -> report.Report:
     """Evaluate model files and embedding files by protocols, and write a report.
 
+    The arguments not described here are those of `kdlib_faces.harness.run.prepare`.
+
     Args:
-        config: Settings.
         output: Folder for report.json, report.md, report.html and figures, written when everything is done. Embeddings of
             model files are kept in its folder `work`; an interrupted run continues from them.
-        faces: See `kdlib_faces.harness.run.prepare`.
-        models: See `prepare`.
-        embeddings: See `prepare`.
-        pairs: See `prepare`.
-        protocols: See `prepare`.
         scores: Write the scores of each protocol and model to `scores/PROTOCOL-MODEL.csv`.
-        progress: Show progress.
         command: The command line, noted in the report.
-
-    Returns:
-        The report.
 
     Raises:
         InputError: A file is not usable, or there is nothing to evaluate.
     """
-    check_output(output)
+    check_output(output, "work", "figures", "scores")
     with swept(output):
         prepared = prepare(
-            config, work=output / "work", faces=faces, models=models, embeddings=embeddings, pairs=pairs,
-            protocols=protocols, progress=progress,
+            config, work=output / "work", faces=faces, models=models, inputs=inputs, embeddings=embeddings,
+            pairs=pairs, protocols=protocols, progress=progress, on_error=on_error,
         )  # fmt: skip
         started = datetime.now(UTC)
         with staged(output) as stage:
@@ -77,18 +67,9 @@ def run(
             notes = [f"{summary.title}: {note}" for summary in result.summaries for note in summary.notes]
             prepared.data.notes += notes
             content = report.Report(
-                title="Evaluation",
-                models=result.models,
-                command=command,
-                created=started.isoformat(timespec="seconds"),
-                version=version("kdlib-torch"),
-                seeds=[config.seed],
-                config=asdict(config),
-                environment=_environment(),
-                data=prepared.data,
-                level=config.level,
-                evaluations=result.summaries,
-            )
+                "Evaluation", result.models, command, started.isoformat(timespec="seconds"), __version__, [config.seed],
+                asdict(config), describe_environment(), prepared.data, config.level, result.summaries,
+            )  # fmt: skip
             pictures = [
                 report.Picture(each.name, each.title, each.caption, report.pairs_picture(each.pairs))
                 for each in result.pictures
@@ -96,13 +77,3 @@ def run(
             report.write(stage, content, pictures=pictures, progress=progress)
     say(f"report: {output / 'report.html'}", quiet=not progress)
     return content
-
-
-def _environment() -> dict[str, object]:
-    return {
-        "torch": str(torch.__version__),
-        "numpy": np.__version__,
-        "python": sys.version.split()[0],
-        "threads": torch.get_num_threads(),
-        "platform": platform.platform(),
-    }

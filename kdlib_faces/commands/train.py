@@ -5,10 +5,11 @@ from pathlib import Path
 
 from kdlib_faces._checks import InputError
 from kdlib_faces.config import load_config
-from kdlib_faces.recipes import age_teacher, liaad
+from kdlib_faces.recipes import age_teacher, liaad, student
+from kdlib_faces.teachers.input_options import inputs_of_models
 from kdlib_faces.training import RunOptions
 
-__all__ = ["RECIPES", "RunOptions", "run"]
+__all__ = ["RECIPES", "RunOptions", "inputs_of_models", "run"]
 
 RECIPES = {
     "liaad": ((2,), "two teachers, the general one first"),
@@ -20,20 +21,7 @@ RECIPES = {
 
 
 def run(recipe: str, options: RunOptions, *, config: Path | None = None, settings: Sequence[str] = ()) -> Path:
-    """Train by a recipe.
-
-    Args:
-        recipe: A name of `RECIPES`.
-        options: Inputs and outputs.
-        config: A TOML file of settings.
-        settings: `KEY=VALUE` each; they override the file.
-
-    Returns:
-        The file of the trained network.
-
-    Raises:
-        InputError: An unknown recipe or setting, or files that cannot be used.
-    """
+    """Train by a recipe of `RECIPES` and return the file of the network; `settings` override the TOML file `config`."""
     if recipe not in RECIPES:
         raise InputError(f"train: recipe must be one of {', '.join(RECIPES)}, got {recipe!r}")
     counts, description = RECIPES[recipe]
@@ -44,4 +32,6 @@ def run(recipe: str, options: RunOptions, *, config: Path | None = None, setting
         )
     if recipe == "age_teacher":
         return age_teacher.train(load_config(age_teacher.AgeTeacherRunConfig, config, settings), options)
-    return liaad.train(load_config(liaad.LIAADRunConfig, config, settings), options, name=recipe)
+    if recipe == "liaad":
+        return liaad.train(load_config(liaad.LIAADRunConfig, config, settings), options)
+    return student.train(load_config(student.StudentRunConfig, config, settings), options, name=recipe)

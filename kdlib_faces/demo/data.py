@@ -1,8 +1,6 @@
 """Data and models of the demo."""
 
-import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -30,57 +28,37 @@ class DemoModel:
 
     Attributes:
         features: Images (b, 3, h, w) in [-1, 1] to `"embedding"` (b, d) and `"map"` (b, c, h, w).
-        role: Whether it is a teacher or a student.
-        backbone: Network, for the report.
-        parameters: Number of parameters.
-        macs: Multiply-adds for one image; None if not known.
-        input_size: Side of its images in pixels.
-        network: The PyTorch network; None for an ONNX graph.
+        size: Side of its images in pixels.
+        entry: Description for the report.
         test_images: Test images in its own size; None for those of the students.
-        train_seconds: Duration of its training.
-        train_steps: Steps of its training.
     """
 
-    features: Callable[[Tensor], Mapping[str, Tensor]]
-    role: Literal["teacher", "student"]
-    backbone: str
-    parameters: int
-    macs: int | None
-    input_size: int
-    network: nn.Module | None = None
+    features: nn.Module
+    size: int
+    entry: ModelEntry
     test_images: Tensor | None = None
-    train_seconds: float | None = None
-    train_steps: int | None = None
 
-    def embed(self, images: Tensor) -> NDArray[np.float32]:
+    def embed(self, test_images: Tensor) -> NDArray[np.float32]:
         """Unit embeddings (n, d) of uint8 images; those of the plain and of the mirrored image are added before."""
+        images = self.images_of(test_images)
         rows = embed_images(lambda x: self.features(x)["embedding"], images, batch_size=128, normalize=False)
         unit: NDArray[np.float32] = F.normalize(torch.from_numpy(rows), dim=1).numpy()
         return unit
 
+    def images_of(self, test_images: Tensor) -> Tensor:
+        """The test images in the size of this model; `test_images` are in that of the students."""
+        return test_images if self.test_images is None else self.test_images
+
     @torch.no_grad()
     def maps(self, images: Tensor) -> Tensor:
         """Maps of the middle stage of some uint8 images."""
-        return self.features(to_float(images))["map"].float()
+        maps: Tensor = self.features(to_float(images))["map"].float()
+        return maps
 
-    @torch.no_grad()
-    def latency_ms(self) -> float:
-        """Median time for one image in milliseconds."""
-        if self.network is not None:
-            return complexity.latency_ms(self.network, self.input_size, repeats=10)
-        image, times = torch.zeros(1, 3, self.input_size, self.input_size), []
-        for _ in range(6):
-            start = time.perf_counter()
-            self.features(image)
-            times.append(time.perf_counter() - start)
-        return 1000 * float(np.median(times))
-
-    def entry(self, label: str) -> ModelEntry:
-        """Description of the model for the report."""
-        return ModelEntry(
-            self.role, label, self.backbone, input_size=self.input_size, parameters=self.parameters, macs=self.macs,
-            latency_ms=round(self.latency_ms(), 3), train_seconds=self.train_seconds, train_steps=self.train_steps,
-        )  # fmt: skip
+    def describe(self, label: str) -> ModelEntry:
+        """Description for the report, with the measured time for one image."""
+        latency = complexity.latency_ms(self.features, self.size, repeats=10)
+        return replace(self.entry, label=label, input_size=self.size, latency_ms=round(latency, 3))
 
 
 def native_model(
@@ -88,11 +66,11 @@ def native_model(
 ) -> DemoModel:
     """A trained PyTorch network behind an adapter with the taps `embedding` and `map`."""
     backbone = network.backbone if isinstance(network, AgeInvariantNet | AttentiveAgeNet) else network
-    return DemoModel(
-        features=adapter, role=role, backbone=backbone.name, parameters=complexity.count_parameters(network),
-        macs=complexity.count_macs(network, size), input_size=size, network=network, train_seconds=round(seconds, 1),
-        train_steps=steps,
+    parameters, macs = complexity.count_parameters(network), complexity.count_macs(network, size)
+    entry = ModelEntry(
+        role, backbone=backbone.name, parameters=parameters, macs=macs, train_seconds=round(seconds, 1), train_steps=steps
     )  # fmt: skip
+    return DemoModel(adapter, size, entry)
 
 
 @dataclass
@@ -111,6 +89,7 @@ class DemoData:
         teacher_outputs: Name of a teacher in the recipe to its cached outputs on the training images.
         test_ages: (m,) years, or None where age groups are known instead.
         test_groups: (m,) name of the age group.
+        alignment: How the test faces are aligned, for the report.
         curves: Model name to the losses of its training.
     """
 
@@ -125,13 +104,13 @@ class DemoData:
     teacher_outputs: dict[str, nn.Module] = field(default_factory=dict)
     test_ages: NDArray[np.float32] | None = None
     test_groups: NDArray[np.str_] | None = None
+    alignment: str = "none: images as they are"
     curves: dict[str, LossCurve] = field(default_factory=dict)
 
     def age_protocol(self, *, replicates: int) -> AgeGapProtocol:
         """All pairs by years where ages are known, else by pairs of age groups."""
-        if self.test_ages is not None:
-            return AgeGapProtocol(self.test_identities, ages=self.test_ages, replicates=replicates)
-        return AgeGapProtocol(self.test_identities, age_groups=self.test_groups, replicates=replicates)
+        groups = self.test_groups if self.test_ages is None else None
+        return AgeGapProtocol(self.test_identities, ages=self.test_ages, age_groups=groups, replicates=replicates)
 
     def labels(self) -> list[str]:
         """The age of each test image in words."""
@@ -139,7 +118,7 @@ class DemoData:
             return [f"{age:.0f} years" for age in self.test_ages]
         return [str(group) for group in np.asarray(self.test_groups)]
 
-    def is_cross_age(self, i: NDArray[np.int64], j: NDArray[np.int64]) -> NDArray[np.bool_]:
+    def _is_cross_age(self, i: NDArray[np.int64], j: NDArray[np.int64]) -> NDArray[np.bool_]:
         """Which pairs of test images lie 30 years apart, or in different age groups."""
         if self.test_ages is not None:
             return np.asarray(np.abs(self.test_ages[i] - self.test_ages[j]) >= _MIN_CROSS_AGE_GAP)
@@ -155,15 +134,12 @@ class DemoData:
             images = np.flatnonzero(np.isin(self.test_identities, members))
             i, j = (images[side] for side in np.triu_indices(len(images), 1))
             same = self.test_identities[i] == self.test_identities[j]
-            genuine, impostor = np.flatnonzero(same & self.is_cross_age(i, j)), np.flatnonzero(~same)
+            genuine, impostor = np.flatnonzero(same & self._is_cross_age(i, j)), np.flatnonzero(~same)
             if not len(genuine):
                 genuine = np.flatnonzero(same)
             count = min(len(genuine), len(impostor), _MAX_PAIRS)
             for pairs, truth in ((genuine, True), (impostor, False)):
                 chosen = rng.permutation(pairs)[:count]
-                rows += [
-                    (left, right, truth, fold)
-                    for left, right in zip(i[chosen].tolist(), j[chosen].tolist(), strict=True)
-                ]
+                rows += [(*ends, truth, fold) for ends in zip(i[chosen].tolist(), j[chosen].tolist(), strict=True)]
         left, right, truths, folds = zip(*rows, strict=True)
         return PairProtocol(left, right, truths, fold_ids=folds, threshold="exact")

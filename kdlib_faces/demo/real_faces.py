@@ -1,6 +1,7 @@
 """Data of the demo from lists of real faces and two ONNX teachers."""
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +18,13 @@ from kdlib_faces.demo.config import DemoConfig
 from kdlib_faces.demo.data import DemoData, DemoModel
 from kdlib_faces.demo.synthetic import align
 from kdlib_faces.evaluation import check_identity_disjoint, identity_disjoint_split
-from kdlib_faces.evaluation.summary import DataSummary
+from kdlib_faces.evaluation.summary import DataSummary, ModelEntry
 from kdlib_faces.progress import progress, say
 from kdlib_faces.recipes.liaad import AGE, GENERAL
 from kdlib_faces.teachers import MappedTeacher, OnnxTeacher, cache_outputs, fit_age_map, read_outputs
+from kdlib_faces.teachers.input_options import inputs_of_models
 from kdlib_faces.teachers.onnx.inspect import describe_graph
-from kdlib_faces.teachers.open import onnx_taps
+from kdlib_faces.teachers.open import onnx_taps, open_onnx
 
 __all__ = ["real_data"]
 
@@ -38,6 +40,7 @@ def real_data(
     faces: Sequence[str],
     teachers: Sequence[str],
     taps: Sequence[str] = (),
+    inputs: Sequence[str] = (),
     *,
     seed: int,
     quiet: bool,
@@ -50,6 +53,7 @@ def real_data(
         faces: Lists or folders, with ages or age groups.
         teachers: Two ONNX files, the general teacher first.
         taps: Tensor of each teacher that is its middle map; without any, one is chosen.
+        inputs: What is stated about the images of the teachers: one text of `InputOptions.parse` for both, or one for each.
         seed: Seed of the split and of the age map.
         quiet: Show no progress.
 
@@ -58,8 +62,15 @@ def real_data(
     """
     if len(teachers) != 2:
         raise InputError(f"demo: two teachers must be given, the general one first, got {len(teachers)}")
-    chosen = [{"embedding": None, "map": tap} for tap in taps] or [onnx_taps(path) for path in teachers]
-    graphs = [OnnxTeacher(path, each, resize=True) for path, each in zip(teachers, chosen, strict=True)]
+    stated = inputs_of_models(inputs, len(teachers))
+    pairs = zip(teachers, stated, strict=True)
+    chosen = [{"embedding": None, "map": tap} for tap in taps] or [
+        onnx_taps(path, layout=images.layout) for path, images in pairs
+    ]
+    graphs = [
+        open_onnx(path, each, images=images, resize=True)
+        for path, each, images in zip(teachers, chosen, stated, strict=True)
+    ]
     face_list = read_faces(faces)
     if face_list.ages is None and face_list.age_groups is None:
         raise InputError(f"demo: the lists {', '.join(faces)} hold neither ages nor age groups; nothing to test by age")
@@ -72,17 +83,11 @@ def real_data(
     train_images = load_images(train_list, TEACHER_SIZE, progress=shown)
     test_images = load_images(test_list, TEACHER_SIZE, progress=shown)
     identities, codes = np.unique(train_list.identities, return_inverse=True)
-    cached = [
-        cache_outputs(
-            _StudentTargets(graph, attention=number == 1),
-            train_images,
-            work / f"teacher{number}",
-            fingerprint=f"{graph.fingerprint} {number}",
-            label=f"outputs of {Path(path).stem}",
-            quiet=quiet,
-        )
-        for number, (graph, path) in enumerate(zip(graphs, teachers, strict=True))
-    ]
+    cached = []
+    for number, (graph, path) in enumerate(zip(graphs, teachers, strict=True)):
+        targets, label = _StudentTargets(graph, attention=number == 1), f"outputs of {Path(path).stem}"
+        fingerprint, folder = f"{graph.fingerprint} {number}", work / f"teacher{number}"
+        cached.append(cache_outputs(targets, train_images, folder, fingerprint=fingerprint, label=label, quiet=quiet))
     age_map = _age_map(cached[1], train_list, codes, seed, quiet=quiet)
     age_outputs = MappedTeacher(cached[1], {"embedding": age_map})
     mixed = _mixes_gray_and_color(train_images)
@@ -127,25 +132,27 @@ def _age_map(teacher: nn.Module, faces: FaceList, codes: np.ndarray[Any, Any], s
     return fit_age_map(plain + mirrored, torch.from_numpy(codes), ages=ages, age_groups=groups, seed=seed)
 
 
-def _teacher(graph: OnnxTeacher, path: str, test_images: Tensor, age_map: Tensor | None) -> DemoModel:
-    """A teacher for the evaluation, with its age map if it has one."""
-    info = describe_graph(path)
+class _Teacher(nn.Module):
+    """An ONNX teacher on images of any size, with its age map if it has one."""
 
-    def features(images: Tensor) -> dict[str, Tensor]:
-        outputs = dict(graph(_resized(images, TEACHER_SIZE)))
-        if age_map is not None:
-            outputs["embedding"] = F.normalize(outputs["embedding"], dim=1) @ age_map
+    def __init__(self, graph: OnnxTeacher, age_map: Tensor | None) -> None:
+        super().__init__()
+        self.graph, self.age_map = graph, age_map
+
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        outputs = dict(self.graph(_resized(images, TEACHER_SIZE)))
+        if self.age_map is not None:
+            outputs["embedding"] = F.normalize(outputs["embedding"], dim=1) @ self.age_map
         return outputs
 
-    return DemoModel(
-        features=features,
-        role="teacher",
-        backbone=Path(path).stem + ("" if age_map is None else " + age map"),
-        parameters=info["parameters"] + (0 if age_map is None else age_map.numel()),
-        macs=info["macs"],
-        input_size=TEACHER_SIZE,
-        test_images=test_images,
-    )
+
+def _teacher(graph: OnnxTeacher, path: str, test_images: Tensor, age_map: Tensor | None) -> DemoModel:
+    info = describe_graph(path)
+    entry = ModelEntry("teacher", backbone=Path(path).stem, parameters=info["parameters"], macs=info["macs"])
+    if age_map is not None:
+        parameters = info["parameters"] + age_map.numel()
+        entry = replace(entry, backbone=f"{entry.backbone} + age map", parameters=parameters)
+    return DemoModel(_Teacher(graph, age_map), TEACHER_SIZE, entry, test_images)
 
 
 class _StudentTargets(nn.Module):
@@ -180,10 +187,8 @@ def _split(faces: FaceList, fraction: float, seed: int) -> tuple[FaceList, FaceL
             spread.append(identity)
     count = round(fraction * len(spread))
     if count < _MIN_TEST_IDENTITIES:
-        raise InputError(
-            f"demo: the test needs at least {_MIN_TEST_IDENTITIES} identities with images of different ages, got {count} of "
-            f"{len(spread)}"
-        )
+        needed = f"{_MIN_TEST_IDENTITIES} identities with images of different ages"
+        raise InputError(f"demo: the test needs at least {needed}, got {count} of {len(spread)}")
     kept, _ = identity_disjoint_split(np.asarray(spread), (fraction, 1.0 - fraction), seed=seed)
     held = np.isin(faces.identities, np.asarray(spread)[kept])
     known = faces.age_groups >= 0 if faces.age_groups is not None else np.isfinite(np.asarray(faces.ages))

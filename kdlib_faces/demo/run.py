@@ -1,26 +1,25 @@
 """The demo: two teachers, a student alone and a student distilled, evaluated and reported."""
 
-import os
-import platform
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from kdlib import Distiller, __version__
 from kdlib._atomic import atomic_write
+from kdlib.functional import attention_map
 from kdlib_faces._checks import InputError
-from kdlib_faces._output import check_output
+from kdlib_faces._output import check_output, describe_environment
 from kdlib_faces.backbones import Backbone, save_backbone
 from kdlib_faces.data.batches import FaceBatches
 from kdlib_faces.data.views import AugmentConfig
 from kdlib_faces.demo.config import DemoConfig
 from kdlib_faces.demo.data import DemoData, DemoModel, native_model
-from kdlib_faces.demo.pictures import attention
 from kdlib_faces.demo.synthetic import synthetic_data
 from kdlib_faces.evaluation import LeaveOneOutProtocol, Sampling
 from kdlib_faces.evaluation.summary import ModelEntry, ProtocolSummary
@@ -35,9 +34,11 @@ from kdlib_faces.report import (
     SeedEntry,
     StudentPair,
     TrainingCurve,
+    attention_picture,
     pairs_picture,
     write,
 )
+from kdlib_faces.teachers.input_options import inputs_of_models
 from kdlib_faces.training import LossCurve, fit
 
 __all__ = ["run", "train_student"]
@@ -50,6 +51,7 @@ LABELS = {
     "age_teacher": "age-invariant teacher",
 }
 _FAILURES = 9
+_FACES = 8
 
 
 def run(
@@ -59,6 +61,7 @@ def run(
     faces: Sequence[str] = (),
     teachers: Sequence[str] = (),
     taps: Sequence[str] = (),
+    inputs: Sequence[str] = (),
     seeds: Sequence[int] = (0,),
     progress: bool = True,
     command: str = "kdlib-faces demo",
@@ -72,23 +75,21 @@ def run(
         faces: Lists or folders of real faces; without any, faces are synthetic.
         teachers: Two ONNX files, the general teacher and the one to be made age-invariant; for real faces only.
         taps: Tensor of each teacher that is its middle map; without any, the map with the grid nearest to 14 x 14.
+        inputs: What is stated about the images of the teachers: one text of `InputOptions.parse` for both, or one for each.
         seeds: Seeds; the report shows the first run and the spread over all.
         progress: Show progress.
         command: The command line, noted in the report.
 
-    Returns:
-        The report.
-
     Raises:
         InputError: Lists, teachers or the output cannot be used.
     """
-    check_output(output)
+    check_output(output, "work", "figures")
     if bool(faces) != bool(teachers):
         raise InputError("demo: --faces and --teacher must be given together, or neither for synthetic faces")
+    inputs_of_models(inputs, len(teachers))
     if taps and len(taps) != len(teachers):
-        raise InputError(
-            f"demo: --tap must be given once for each teacher ({len(teachers)}) or not at all, got {len(taps)}"
-        )
+        count = f"once for each teacher ({len(teachers)}) or not at all"
+        raise InputError(f"demo: --tap must be given {count}, got {len(taps)}")
     if not seeds:
         raise InputError("demo: at least one seed must be given, got none")
     start = time.monotonic()
@@ -99,7 +100,7 @@ def run(
         if faces:
             from kdlib_faces.demo.real_faces import real_data
 
-            data = real_data(config, work, faces, teachers, taps, seed=seed, quiet=not progress)
+            data = real_data(config, work, faces, teachers, taps, inputs, seed=seed, quiet=not progress)
         else:
             data = synthetic_data(config, work, seed=seed, quiet=not progress)
         results.append(_train_and_evaluate(config, data, work, seed=seed, quiet=not progress))
@@ -139,33 +140,28 @@ def _train_and_evaluate(
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         version=__version__,
         config=asdict(config),
-        environment={
-            "torch": str(torch.__version__),
-            "threads": torch.get_num_threads(),
-            "python": platform.python_version(),
-            "platform": platform.machine(),
-            "cores": os.cpu_count() or 1,
-        },
+        environment=describe_environment(),
         data=data.summary,
         evaluations=summaries,
         pair=StudentPair(DISTILLED, ALONE),
-        training={name: TrainingCurve([*curve["step"]], [*curve["loss"]], {name: [*losses] for name, losses in curve["terms"].items()})
-                  for name, curve in curves.items()},
+        training={name: _training_curve(curve) for name, curve in curves.items()},
         weights=weights,
-    )  # fmt: skip
-    return report, [*pictures, attention(data, models, LABELS)]
+    )
+    return report, [*pictures, _attention(data, models)]
+
+
+def _training_curve(curve: LossCurve) -> TrainingCurve:
+    terms: dict[str, list[float | None]] = {name: [*losses] for name, losses in curve["terms"].items()}
+    return TrainingCurve([*curve["step"]], [*curve["loss"]], terms)
 
 
 def train_student(
     distiller: Distiller, data: DemoData, config: DemoConfig, folder: Path, *, label: str, seed: int, quiet: bool
 ) -> tuple[DemoModel, LossCurve, FaceBatches]:
     """Train one student; the batches do not depend on the teachers."""
+    augment = AugmentConfig()
     batches = FaceBatches(
-        data.train_images,
-        data.train_identities,
-        batch_size=config.batch_size,
-        seed=seed,
-        augment=AugmentConfig(),
+        data.train_images, data.train_identities, batch_size=config.batch_size, seed=seed, augment=augment
     )
     result = fit(
         distiller, batches, folder, steps=config.student_steps, lr=config.lr, seed=seed, label=label, quiet=quiet,
@@ -200,7 +196,7 @@ def _teacher_weights(distiller: Distiller, batches: FaceBatches) -> dict[str, di
 def _evaluate(
     config: DemoConfig, data: DemoData, models: dict[str, DemoModel], seed: int
 ) -> tuple[list[ProtocolSummary], dict[str, ModelEntry], list[Picture]]:
-    images = images_of_tensor("test", data.test_images, data.labels())
+    images = images_of_tensor("test", data.test_images, data.labels(), alignment=data.alignment)
     flip = {"Flip": "embedding of the mirrored image added before normalization"}
     tasks = [
         task_of_protocol("age_gap", "By age gap" if data.test_ages is not None else "By age groups",
@@ -210,29 +206,33 @@ def _evaluate(
         task_of_protocol("verification", "Cross-age pairs", data.pair_protocol(seed), images, convention=flip),
     ]  # fmt: skip
     evaluated = [
-        EvaluatedModel(
-            name,
-            model.entry(LABELS[name]),
-            {"test": model.embed(data.test_images if model.test_images is None else model.test_images)},
-        )
+        EvaluatedModel(name, model.describe(LABELS[name]), {"test": model.embed(data.test_images)})
         for name, model in models.items()
     ]
     result = evaluate_models(tasks, evaluated, sampling=Sampling(replicates=config.replicates), num_failures=_FAILURES)
     # The failures of the distilled student by age gap are shown, those of the other models and protocols are left out.
     kept = {f"age_gap_{list(models).index(DISTILLED)}_{kind}" for kind in ("rejects", "accepts")}
-    pictures = [
-        Picture(
-            each.name,
-            each.title.replace(DISTILLED, LABELS[DISTILLED]),
-            each.caption.replace(DISTILLED, f"the {LABELS[DISTILLED]}"),
-            pairs_picture(each.pairs),
-        )
-        for each in result.pictures
-        if each.name in kept
-    ]
+    pictures = []
+    for each in result.pictures:
+        if each.name in kept:
+            title = each.title.replace(DISTILLED, LABELS[DISTILLED])
+            caption = each.caption.replace(DISTILLED, f"the {LABELS[DISTILLED]}")
+            pictures.append(Picture(each.name, title, caption, pairs_picture(each.pairs)))
     for summary in result.summaries:
         summary.pictures = [name for name in summary.pictures if name in kept]
     return result.summaries, result.models, pictures
+
+
+def _attention(data: DemoData, models: Mapping[str, DemoModel]) -> Picture:
+    """Mean squared activation of the middle stage on some test images, one row per model."""
+    order = np.argsort(data.test_identities, kind="stable")
+    rows = torch.from_numpy(order[:: max(1, len(order) // _FACES)][:_FACES].copy())
+    maps = {}
+    for name, model in models.items():
+        maps[LABELS[name]] = attention_map(model.maps(model.images_of(data.test_images)[rows])).numpy()
+    faces = list(data.test_images[rows].permute(0, 2, 3, 1).contiguous().numpy())
+    text = "Mean squared activation of the middle stage, each map scaled to its own range."
+    return Picture("attention", "Attention maps", text, attention_picture(faces, maps))
 
 
 def _seed_entry(seed: int, report: Report) -> SeedEntry:

@@ -55,6 +55,7 @@ def synthetic_faces(config: DemoConfig, seed: int) -> DemoData:
         test_images=test.images(),
         test_identities=test.labels.numpy(),
         test_ages=test.ages.numpy(),
+        alignment="synthetic faces are generated aligned",
         summary=DataSummary(
             name="SyntheticFaces",
             synthetic=True,
@@ -93,12 +94,9 @@ def synthetic_data(config: DemoConfig, work: Path, *, seed: int, quiet: bool) ->
         head = CosFaceHead(dim, general.identities, 32.0, 0.2)
     terms = {"identity": Term(head, student="embedding", target="identity")}
     plain = Distiller(StudentAdapter(network, stage_taps(network, stage)), {}, Objective(terms))
+    augment = AugmentConfig()
     batches = FaceBatches(
-        data.train_images[: len(general)],
-        general.labels,
-        batch_size=config.batch_size,
-        seed=seed,
-        augment=AugmentConfig(),
+        data.train_images[: len(general)], general.labels, batch_size=config.batch_size, seed=seed, augment=augment
     )
     general_fit = fit(
         plain, batches, work / "general_teacher", steps=config.general_steps, lr=config.teacher_lr, seed=seed,
@@ -111,17 +109,13 @@ def synthetic_data(config: DemoConfig, work: Path, *, seed: int, quiet: bool) ->
     fine_tuned = build_age_teacher(
         start, config.age_teacher, num_identities=data.num_identities, pretrained=False, seed=seed
     )
-    pairs = "pairs" in fine_tuned.objective.terms
+    each = None
+    if "pairs" in fine_tuned.objective.terms:
+        each = choose_samples_per_identity(config.batch_size, data.num_identities)
     batches = FaceBatches(
-        data.train_images,
-        data.train_identities,
-        batch_size=config.batch_size,
-        seed=seed + 1,
-        augment=AugmentConfig(),
-        ages=ages,
-        samples_per_identity=choose_samples_per_identity(config.batch_size, data.num_identities) if pairs else None,
-        identity_age="age",
-    )
+        data.train_images, data.train_identities, batch_size=config.batch_size, seed=seed + 1, augment=augment, ages=ages,
+        samples_per_identity=each, identity_age="age",
+    )  # fmt: skip
     age_fit = fit(
         fine_tuned, batches, work / "age_teacher", steps=config.age_steps, lr=config.teacher_lr / 2,
         seed=seed, label="age-invariant teacher", quiet=quiet, amp="bfloat16",

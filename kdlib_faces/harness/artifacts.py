@@ -4,7 +4,7 @@ import csv
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import islice
+from itertools import count, islice
 from pathlib import Path
 
 import numpy as np
@@ -12,12 +12,14 @@ from numpy.typing import NDArray
 
 from kdlib_faces.evaluation import ProtocolResult
 from kdlib_faces.evaluation.summary import HardPair
+from kdlib_faces.harness.image_sets import file_name
 from kdlib_faces.harness.tasks import EvaluationTask
 from kdlib_faces.progress import progress as show
 
 __all__ = ["FailurePicture", "failure_pictures", "write_scores"]
 
 FORMULA = ("=", "+", "-", "@", "\t", "\r")
+NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?|[+-]?(inf|nan)", re.IGNORECASE)
 HEADINGS = {
     "verification": (
         ("Genuine pairs of lowest score", "The first pairs to be rejected when the threshold rises"),
@@ -50,15 +52,9 @@ class FailurePicture:
 def failure_pictures(
     task: EvaluationTask, results: Mapping[str, ProtocolResult], num_failures: int
 ) -> list[FailurePicture]:
-    """Two pictures per model: genuine pairs that it rejects, and impostor pairs that it accepts.
+    """Two pictures per model: up to `num_failures` genuine pairs that it rejects, and impostor pairs that it accepts.
 
-    Args:
-        task: The protocol with its images.
-        results: Model name to result.
-        num_failures: Maximal number of pairs of each kind.
-
-    Returns:
-        The pictures; none if the images are not known.
+    There is no picture if the images are not known.
     """
     pictures = []
     for number, (name, result) in enumerate(results.items()) if num_failures else ():
@@ -92,11 +88,14 @@ def write_scores(
         Model name to the path below `folder`, and the number of rows that a complete file would have.
     """
     (folder / "scores").mkdir(exist_ok=True)
-    written, complete = {}, 0
+    written: dict[str, str] = {}
+    complete = 0
     for name, result in results.items():
-        path = f"scores/{task.name}-{re.sub(r'[^A-Za-z0-9_.-]+', '_', name)}.csv"
+        stem = f"scores/{task.name}-{file_name(name)}"
+        paths = (f"{stem}{'' if number == 1 else f'-{number}'}.csv" for number in count(1))
+        path = next(path for path in paths if path not in written.values())
         table = result.score_table(task.label, task.images[-1].label)
-        with (folder / path).open("w", newline="", encoding="utf-8") as stream:
+        with (folder / path).open("w", newline="", encoding="utf-8", errors="backslashreplace") as stream:
             writer = csv.writer(stream, lineterminator="\n")
             writer.writerow(table.columns)
             rows, total = islice(_escaped(table.rows), max_rows), min(max_rows, table.total)
@@ -112,10 +111,5 @@ def _escaped(rows: Iterator[Sequence[str | int | float]]) -> Iterator[tuple[str 
 
 
 def _is_formula(text: str) -> bool:
-    if not text.startswith(FORMULA):
-        return False
-    try:
-        float(text)
-    except ValueError:
-        return True
-    return False
+    """Whether a text starts like a formula and is no number."""
+    return text.startswith(FORMULA) and not NUMBER.fullmatch(text)

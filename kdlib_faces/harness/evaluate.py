@@ -58,7 +58,7 @@ def evaluate_models(
     """Evaluate models by protocols: the pipeline of both `evaluate` and `demo`.
 
     Args:
-        tasks: Protocols with their images, see `task_of_protocol`.
+        tasks: Protocols with their images.
         models: Models with their embeddings of every image set of the tasks. For images in memory, make them with
             `kdlib_faces.evaluation.embed_images(model, images)` and describe the images by `images_of_tensor`.
         sampling: Resamples of the paired differences; `Sampling()` by default.
@@ -66,9 +66,6 @@ def evaluate_models(
         score_folder: Folder below which the files `scores/TASK-MODEL.csv` are written; None for no files.
         max_score_rows: Maximal number of rows of such a file.
         progress: Show progress.
-
-    Returns:
-        The results.
     """
     output = EvaluationOutput({model.name: replace(model.entry, protocols={}) for model in models})
     for task in show(tasks, "protocols", quiet=not progress):

@@ -1,6 +1,7 @@
 """Summary of one protocol for several models: measures, curves, paired differences and hard pairs."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from dataclasses import asdict
 from itertools import combinations
 
 from kdlib_faces.evaluation import Estimate, Outcomes, ProtocolResult, Sampling, paired_difference, paired_test
@@ -14,23 +15,18 @@ MAX_ALL_PAIRS = 4
 
 
 def summarize(task: EvaluationTask, results: Mapping[str, ProtocolResult], sampling: Sampling) -> ProtocolSummary:
-    """Summarize the results of one protocol.
+    """Summarize the results of one protocol by model name, without pictures and files of scores.
 
-    Args:
-        task: The protocol with its images.
-        results: Model name to result.
-        sampling: Resamples of the paired differences.
-
-    Returns:
-        The summary, without pictures and files of scores.
+    `sampling` sets the resamples of the paired differences.
     """
     description = next(iter(results.values())).describe()
     compared = len(results) > 1
+    convention = {**description.convention, "Alignment": task.alignment, **task.convention}
     return ProtocolSummary(
         name=task.name,
         title=task.title,
         question=description.question,
-        convention={**description.convention, **task.convention, "Intervals": description.intervals},
+        convention={**convention, "Intervals": description.intervals},
         counts={**description.counts},
         notes=[*task.notes, *description.notes],
         measures=description.measures,
@@ -41,19 +37,14 @@ def summarize(task: EvaluationTask, results: Mapping[str, ProtocolResult], sampl
     )
 
 
-def _model_pairs(names: Sequence[str]) -> list[tuple[str, str]]:
-    """Each model with each, or with the first one if there are many."""
-    return list(combinations(names, 2)) if len(names) <= MAX_ALL_PAIRS else [(names[0], each) for each in names[1:]]
-
-
 def _differences(results: Mapping[str, ProtocolResult], sampling: Sampling) -> list[Difference]:
-    outcomes: dict[str, Mapping[str, Outcomes | Estimate]] = {
-        name: dict(result.outcomes()) for name, result in results.items()
-    }
+    outcomes = {name: dict[str, Outcomes | Estimate](result.outcomes()) for name, result in results.items()}
+    first, *others = results
+    pairs = list(combinations(results, 2)) if len(others) < MAX_ALL_PAIRS else [(first, each) for each in others]
     return [
         Difference(a, b, key, _difference(outcomes[a][key], outcomes[b][key], sampling))
-        for key in next(iter(outcomes.values()))
-        for a, b in _model_pairs(list(results))
+        for key in outcomes[first]
+        for a, b in pairs
     ]
 
 
@@ -63,14 +54,7 @@ def _difference(a: Outcomes | Estimate, b: Outcomes | Estimate, sampling: Sampli
         assert isinstance(b, Estimate)
         return MeasuredValue.of(paired_difference(a, b, level=sampling.level))
     first, second = (None, None) if a.identities is None else a.identities
-    test = paired_test(
-        a.hits,
-        b.hits,
-        identities=first,
-        other_identities=second,
-        replicates=sampling.replicates,
-        seed=sampling.seed,
-        level=sampling.level,
-    )
-    note = f"{a.verb} by one model only: {test.only_a} and {test.only_b}, McNemar p {test.p_value:.2g}"
+    test = paired_test(a.hits, b.hits, identities=first, other_identities=second, **asdict(sampling))
+    p_value = f"p {test.p_value:.2g}" if test.p_value >= 1e-4 else "p < 0.0001"
+    note = f"{a.verb} by one model only: {test.only_a} and {test.only_b}, McNemar {p_value}"
     return MeasuredValue.of(test.difference, note=note)

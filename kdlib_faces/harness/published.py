@@ -1,6 +1,5 @@
 """Tasks on sets with published lists: pair lists, FG-NET, MegaFace, IJB-B and IJB-C."""
 
-import os
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -11,12 +10,11 @@ from numpy.typing import NDArray
 
 from kdlib_faces._checks import InputError
 from kdlib_faces.data.formats.bin import load_bin
+from kdlib_faces.data.image_files import scan_folder
 from kdlib_faces.data.image_pairs import ImagePairs
 from kdlib_faces.data.landmarks import five_points, read_points
-from kdlib_faces.data.lists import IMAGE_SUFFIXES, FaceList
-from kdlib_faces.data.sets.agedb import read_agedb_pairs
+from kdlib_faces.data.lists import FaceList
 from kdlib_faces.data.sets.cacd import cacd_vs_pairs
-from kdlib_faces.data.sets.calfw import read_calfw_pairs, read_cplfw_pairs
 from kdlib_faces.data.sets.cfp import read_cfp_pairs
 from kdlib_faces.data.sets.fgnet import read_fgnet
 from kdlib_faces.data.sets.ijb import read_ijb
@@ -39,22 +37,13 @@ from kdlib_faces.harness.image_sets import (
     images_of_files,
     rows_only,
 )
-from kdlib_faces.harness.tasks import EvaluationTask, ProtocolSpec, Settings, faces_of, task_of_protocol
+from kdlib_faces.harness.tasks import EvaluationTask, ProtocolSpec, Settings, TaskMaker, faces_of, task_of_protocol
 
 __all__ = [
-    "agedb_task",
-    "bin_task",
-    "cacd_task",
-    "calfw_task",
-    "cfp_task",
-    "cplfw_task",
-    "distractors_task",
-    "fgnet_task",
-    "ijb_task",
-    "pairs_task",
-]
+    "bin_task", "cacd_task", "cfp_task", "distractors_task", "fgnet_task", "ijb_task", "pairs_task",
+    "published_pairs",
+]  # fmt: skip
 
-MAX_FILES = 20_000_000
 SIZES = tuple(10**power for power in range(1, 7))
 """Numbers of distractors at which rank 1 is reported."""
 IJB_FPIRS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3)
@@ -83,41 +72,30 @@ def bin_task(spec: ProtocolSpec, settings: Settings, name: str, title: str) -> E
     path = spec.require_path("a .bin file")
     pairs = load_bin(path)
     left = np.arange(len(pairs.same)) * 2
+    config, count = settings.config, len(pairs.images)
     protocol = PairProtocol(
         left,
         left + 1,
         pairs.same,
-        threshold=settings.threshold,
-        fars=settings.fars,
-        images=len(pairs.images),
-        **asdict(settings.sampling),
+        threshold=config.threshold,
+        fars=config.fars,
+        images=count,
+        **asdict(config.sampling),
     )
     notes = ["names and ages are not in a .bin: intervals take pairs as independent, folds may share identities"]
     images = images_of_bytes(path.stem, pairs.images)
     return task_of_protocol(name, f"{path.stem} (.bin)", protocol, images, convention=settings.convention, notes=notes)
 
 
-def agedb_task(spec: ProtocolSpec, settings: Settings, name: str, title: str) -> EvaluationTask:
-    """A protocol of AgeDB."""
-    return _published_pairs(read_agedb_pairs, "a protocol file (.mat)", spec, settings, name)
+def published_pairs(read: Callable[..., ImagePairs], what: str) -> TaskMaker:
+    """The maker of tasks on AgeDB, CALFW or CPLFW: `read` reads the list, and `what` describes its file in errors."""
 
+    def make(spec: ProtocolSpec, settings: Settings, name: str, title: str) -> EvaluationTask:
+        spec.check_options("images", "published")
+        pairs = read(spec.require_path(what), published=spec.flag("published"))
+        return _task_of_pairs(pairs, spec, settings, name, pairs.name)
 
-def calfw_task(spec: ProtocolSpec, settings: Settings, name: str, title: str) -> EvaluationTask:
-    """CALFW's pairs."""
-    return _published_pairs(read_calfw_pairs, "a pairs file", spec, settings, name)
-
-
-def cplfw_task(spec: ProtocolSpec, settings: Settings, name: str, title: str) -> EvaluationTask:
-    """CPLFW's pairs."""
-    return _published_pairs(read_cplfw_pairs, "a pairs file", spec, settings, name)
-
-
-def _published_pairs(
-    read: Callable[..., ImagePairs], what: str, spec: ProtocolSpec, settings: Settings, name: str
-) -> EvaluationTask:
-    spec.check_options("images", "published")
-    pairs = read(spec.require_path(what), published=spec.flag("published"))
-    return _task_of_pairs(pairs, spec, settings, name, pairs.name)
+    return make
 
 
 def cfp_task(spec: ProtocolSpec, settings: Settings, name: str, title: str) -> EvaluationTask:
@@ -146,11 +124,10 @@ def _task_of_pairs(pairs: ImagePairs, spec: ProtocolSpec, settings: Settings, na
         folder = FaceList(tuple(files), np.zeros(len(files), np.int64), ("",))
         located = pairs.locate(folder)
         # Every named image paired with itself: the fold of a located pair is the number of its name.
-        numbers = np.arange(len(pairs.images))
-        itself = replace(
-            pairs, left=numbers, right=numbers, same=np.ones(len(numbers), bool), fold_ids=numbers, assigned_folds=False
+        numbers, same = np.arange(len(pairs.images)), np.ones(len(pairs.images), bool)
+        single = replace(pairs, left=numbers, right=numbers, same=same, fold_ids=numbers, assigned_folds=False).locate(
+            folder
         )
-        single = itself.locate(folder)
         row_of = np.full(len(numbers), -1)
         row_of[single.fold_ids] = np.arange(len(single.left))
         images = images_of_files(name, [files[row] for row in single.left])
@@ -170,7 +147,7 @@ def _task_of_pairs(pairs: ImagePairs, spec: ProtocolSpec, settings: Settings, na
         images = rows_only(name, len(pairs.images), pairs.images.__getitem__)
         left, right, same, folds, missing = pairs.left, pairs.right, pairs.same, pairs.fold_ids, 0
     if same.all() or not same.any():
-        raise InputError(f"--protocol {spec.text}: genuine and impostor pairs are needed, got one kind only")
+        raise spec.error("genuine and impostor pairs are needed, got one kind only")
     notes = [f"{missing} of {len(pairs)} pairs left out, their images are not there"] if missing else []
     known = PAIR_SETS.get(PUBLISHED.get(pairs.name, ""))
     published = known is not None and len(pairs) == known.pairs
@@ -181,9 +158,10 @@ def _task_of_pairs(pairs: ImagePairs, spec: ProtocolSpec, settings: Settings, na
         if wrong:
             identities = None
             notes.append(f"names and labels disagree on {wrong} pairs: intervals take pairs as independent")
+    config = settings.config
     options: dict[str, Any] = {
-        "fold_ids": folds, "threshold": settings.threshold, "fars": settings.fars, "identities": identities,
-        "ages": ages, "gap_bins": settings.bins, "notes": notes, **asdict(settings.sampling),
+        "fold_ids": folds, "threshold": config.threshold, "fars": config.fars, "identities": identities,
+        "ages": ages, "gap_bins": config.bins, "notes": notes, **asdict(config.sampling),
     }  # fmt: skip
     if known is not None and published:
         protocol = pair_set(known.name, left, right, same, **options)
@@ -203,20 +181,13 @@ def _files_below(folder: Path) -> list[Path]:
     Raises:
         InputError: There is no such folder, or no image in it.
     """
-    if not folder.is_dir():
-        raise InputError(f"folder of images not found: {folder}")
-    files: list[Path] = []
-    for parent, folders, names in os.walk(folder):
-        folders.sort()
-        files += [Path(parent, each) for each in sorted(names) if Path(each).suffix.lower() in IMAGE_SUFFIXES]
-        if len(files) > MAX_FILES:
-            raise InputError(f"{folder}: more than {MAX_FILES:,} images")
+    files = scan_folder(folder)[0]
     if not files:
         raise InputError(f"{folder}: no images found")
     return files
 
 
-def _fgnet(spec: ProtocolSpec) -> tuple[FaceList, NDArray[np.float32], ImageSet, str]:
+def _fgnet(spec: ProtocolSpec) -> tuple[FaceList, NDArray[np.float32], ImageSet]:
     """FG-NET's faces, ages and images, aligned by their landmarks if every image has a `.pts` file."""
     folder = spec.require_path("the folder of FG-NET's images")
     faces = read_fgnet(folder, published=spec.flag("published"))
@@ -224,50 +195,40 @@ def _fgnet(spec: ProtocolSpec) -> tuple[FaceList, NDArray[np.float32], ImageSet,
     points = {each.stem.casefold(): each for each in sorted(folder.rglob("*")) if each.suffix.lower() == ".pts"}
     if all(path.stem.casefold() in points for path in faces.paths):
         five = np.stack([five_points(read_points(points[path.stem.casefold()])) for path in faces.paths])
-        images, alignment = aligned_images("fgnet", faces.paths, five), "by five points from the .pts files"
-    else:
-        images = images_of_files("fgnet", faces.paths)
-        alignment = "none: images as they are, cut to their central square"
-    return faces, faces.ages, images, alignment
+        return faces, faces.ages, aligned_images("fgnet", faces.paths, five, "the .pts files")
+    return faces, faces.ages, images_of_files("fgnet", faces.paths)
 
 
 def fgnet_task(spec: ProtocolSpec, settings: Settings, name: str, title: str) -> EvaluationTask:
     """Leave one image out on FG-NET, by the probe's age and by the gap."""
     spec.check_options("published")
-    faces, ages, images, alignment = _fgnet(spec)
-    protocol = LeaveOneOutProtocol(faces.identities, settings.ranks, ages=ages, **asdict(settings.sampling))
-    convention = {"Alignment": alignment, **settings.convention}
-    return task_of_protocol(name, title, protocol, images, convention=convention)
+    faces, ages, images = _fgnet(spec)
+    config = settings.config
+    protocol = LeaveOneOutProtocol(faces.identities, config.ranks, ages=ages, **asdict(config.sampling))
+    return task_of_protocol(name, title, protocol, images, convention=settings.convention)
 
 
 def distractors_task(spec: ProtocolSpec, settings: Settings, name: str, title: str) -> EvaluationTask:
     """FG-NET's probes among distractors: a folder of images, or the file `distractors.npy` of a folder of embeddings."""
     spec.check_options("distractors", "published", "far")
-    faces, ages, images, alignment = _fgnet(spec)
+    faces, ages, images = _fgnet(spec)
     if "distractors" in spec.options:
         folder = Path(spec.options["distractors"])
         distractors = images_of_files("distractors", _files_below(folder))
         source = f"{distractors.count:,} images of {folder.name}"
     else:
         distractors, source = rows_only("distractors", None), "rows of distractors.npy"
-    far = spec.rate("far", 1e-6)
+    far, config = spec.rate("far", 1e-6), settings.config
 
     def evaluate(embeddings: Mapping[str, Embeddings]) -> DistractorResult:
         others = embeddings[distractors.name]
         protocol = DistractorProtocol(
-            faces.identities,
-            others,
-            fars=(far,),
-            ranks=settings.ranks,
-            sizes=[size for size in SIZES if size <= len(others)],
-            ages=ages,
-            gap_bins=settings.bins,
-            progress=settings.progress,
-            **asdict(settings.sampling),
-        )
+            faces.identities, others, fars=(far,), ranks=config.ranks, sizes=[size for size in SIZES if size <= len(others)],
+            ages=ages, gap_bins=config.bins, progress=settings.progress, **asdict(config.sampling),
+        )  # fmt: skip
         return protocol.evaluate(embeddings[images.name])
 
-    convention = {"Distractors": source, "Alignment": alignment, **settings.convention}
+    convention = {"Distractors": source, **settings.convention}
     return EvaluationTask(name, title, (images, distractors), evaluate, convention=convention)
 
 
@@ -280,23 +241,21 @@ def ijb_task(spec: ProtocolSpec, settings: Settings, name: str, title: str) -> l
     if "images" in spec.options:
         files = [Path(spec.options["images"], each) for each in templates.images]
         if landmarks is None:
-            images, alignment = images_of_files(spec.name, files), "none: images as they are"
+            images = images_of_files(spec.name, files)
         else:
-            images = aligned_images(spec.name, files, landmarks.points)
-            alignment = "by the list's five points"
+            images = aligned_images(spec.name, files, landmarks.points, "the list")
     else:
         images = rows_only(spec.name, len(templates), templates.images.__getitem__)
-        alignment = "that of the embeddings"
     norm = cast(Literal["keep", "unit"], spec.choice("norm", ("keep", "unit")))
     rule = cast(Literal["exact", "nearest"], spec.choice("rule", ("exact", "nearest")))
     scores = landmarks.scores if spec.flag("scores") and landmarks is not None else None
-    convention = {"Alignment": alignment, **settings.convention}
+    convention = settings.convention
     ids = templates.template_ids, templates.media_ids
     tasks = []
     if lists.pairs is not None:
         pairs = lists.pairs.left, lists.pairs.right, lists.pairs.same
         verification = TemplateVerificationProtocol(
-            *ids, *pairs, detector_scores=scores, feature_norm=norm, mode=rule, level=settings.sampling.level
+            *ids, *pairs, detector_scores=scores, feature_norm=norm, mode=rule, level=settings.config.level
         )
         tasks.append(task_of_protocol(name, f"{title}, 1:1", verification, images, convention=convention))
     if lists.galleries is not None and lists.probes is not None:
@@ -307,9 +266,9 @@ def ijb_task(spec: ProtocolSpec, settings: Settings, name: str, title: str) -> l
             detector_scores=scores,
             feature_norm=norm,
             fpirs=IJB_FPIRS,
-            **asdict(settings.sampling),
+            **asdict(settings.config.sampling),
         )
         tasks.append(task_of_protocol(f"{name}_1n", f"{title}, 1:N", identification, images, convention=convention))
     if not tasks:
-        raise InputError(f"--protocol {spec.text}: neither pairs nor galleries and probes of {which} are there")
+        raise spec.error(f"neither pairs nor galleries and probes of {which} are there")
     return tasks

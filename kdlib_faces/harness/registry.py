@@ -1,11 +1,12 @@
 """The protocols of `--protocol`: name, syntax, description and builder."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 from kdlib_faces._checks import InputError
+from kdlib_faces.data.sets.agedb import read_agedb_pairs
+from kdlib_faces.data.sets.calfw import read_calfw_pairs, read_cplfw_pairs
 from kdlib_faces.harness import lists, published
-from kdlib_faces.harness.tasks import EvaluationTask, ProtocolSpec, Settings
+from kdlib_faces.harness.tasks import EvaluationTask, ProtocolSpec, Settings, TaskMaker
 
 __all__ = ["PROTOCOLS", "ProtocolEntry", "listing"]
 
@@ -18,13 +19,13 @@ class ProtocolEntry:
         title: Heading in the report.
         syntax: How it is written on the command line.
         description: What it measures.
-        make: Parsed `--protocol`, settings, name and title to the tasks.
+        make: Makes its tasks.
     """
 
     title: str
     syntax: str
     description: str
-    make: Callable[[ProtocolSpec, Settings, str, str], EvaluationTask | list[EvaluationTask]]
+    make: TaskMaker
 
     def build(self, spec: ProtocolSpec, settings: Settings, name: str) -> list[EvaluationTask]:
         """The tasks of one `--protocol`."""
@@ -36,13 +37,16 @@ class ProtocolEntry:
 
 
 _PAIRS, _AGES = published.pairs_task, lists.age_gap_task
+_AGEDB = published.published_pairs(read_agedb_pairs, "a protocol file (.mat)")
+_CALFW = published.published_pairs(read_calfw_pairs, "a pairs file")
+_CPLFW = published.published_pairs(read_cplfw_pairs, "a pairs file")
 PROTOCOLS: dict[str, ProtocolEntry] = {
     "pairs": ProtocolEntry("Given pairs", "pairs=FILE[,images=FOLDER]", "pairs in LFW's format: accuracy over folds", _PAIRS),
     "lfw": ProtocolEntry("LFW", "lfw=pairs.txt[,images=FOLDER]", "LFW's pairs", _PAIRS),
     "bin": ProtocolEntry("A .bin set", "bin=FILE", "a .bin verification set with its images", published.bin_task),
-    "agedb": ProtocolEntry("AgeDB", "agedb=FILE.mat,images=FOLDER", "AgeDB's pairs 5, 10, 20 or 30 years apart", published.agedb_task),
-    "calfw": ProtocolEntry("CALFW", "calfw=FILE,images=FOLDER", "CALFW's pairs, across age", published.calfw_task),
-    "cplfw": ProtocolEntry("CPLFW", "cplfw=FILE,images=FOLDER", "CPLFW's pairs, across pose", published.cplfw_task),
+    "agedb": ProtocolEntry("AgeDB", "agedb=FILE.mat,images=FOLDER", "AgeDB's pairs 5, 10, 20 or 30 years apart", _AGEDB),
+    "calfw": ProtocolEntry("CALFW", "calfw=FILE,images=FOLDER", "CALFW's pairs, across age", _CALFW),
+    "cplfw": ProtocolEntry("CPLFW", "cplfw=FILE,images=FOLDER", "CPLFW's pairs, across pose", _CPLFW),
     "cfp": ProtocolEntry("CFP", "cfp=FOLDER[,kind=FF]", "CFP's pairs, frontal and profile", published.cfp_task),
     "cacd_vs": ProtocolEntry("CACD-VS", "cacd_vs=FOLDER", "CACD's pairs, across age", published.cacd_task),
     "fgnet": ProtocolEntry("FG-NET, leave one image out", "fgnet=FOLDER", "identification and CMC, by age and gap", published.fgnet_task),

@@ -1,21 +1,26 @@
-"""Protocols with their images: the tasks of an evaluation, their settings and the syntax of `--protocol`."""
+"""Protocols with their images: the tasks of an evaluation, its settings and the syntax of `--protocol`."""
 
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
-from kdlib._checks import nearest
+from kdlib._checks import check_number, nearest
 from kdlib_faces._checks import InputError
 from kdlib_faces.data.lists import FaceList, read_faces
 from kdlib_faces.evaluation import EvaluationProtocol, ProtocolResult, Sampling
+from kdlib_faces.evaluation._checks import check_level
 from kdlib_faces.evaluation.fold_thresholds import Rule
 from kdlib_faces.harness.image_sets import Embeddings, ImageSet, images_of_files
 
-__all__ = ["EvaluationTask", "ProtocolSpec", "Settings", "faces_of", "parse_protocol", "task_of_protocol"]
+__all__ = [
+    "EvaluateConfig", "EvaluationTask", "ProtocolSpec", "Settings", "TaskMaker", "faces_of", "parse_protocol",
+    "task_of_protocol",
+]  # fmt: skip
 
 KEYS = ("images", "faces", "distractors", "norm", "scores", "rule", "kind", "published", "far", "reference")
 
@@ -30,7 +35,7 @@ class EvaluationTask:
         images: Image sets whose embeddings are needed: that of the protocol, and the distractors if there are any.
         evaluate: Name of an image set to a model's embeddings of it, to the result of the protocol.
         rows: Rows of the first set that the protocol uses; None for all.
-        convention: Further conventions for the report, such as the alignment.
+        convention: Further conventions for the report.
         notes: Remarks for the report, such as left-out images.
     """
 
@@ -41,6 +46,13 @@ class EvaluationTask:
     rows: NDArray[np.int64] | None = None
     convention: Mapping[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+
+    @property
+    def alignment(self) -> str:
+        """How the faces of all image sets are aligned."""
+        first, *others = self.images
+        more = [f"{images.name}: {images.alignment}" for images in others if images.alignment != first.alignment]
+        return "; ".join([first.alignment, *more])
 
     def set_row(self, row: int) -> int:
         """Row of the first image set for a row of the protocol."""
@@ -61,17 +73,7 @@ def task_of_protocol(
     convention: Mapping[str, str] | None = None,
     notes: Sequence[str] = (),
 ) -> EvaluationTask:
-    """A protocol of `kdlib_faces.evaluation` with its images, for `evaluate_models`.
-
-    Args:
-        name: Key of the results: letters, digits, `_`.
-        title: Heading.
-        protocol: The protocol; its rows are those of `images`, or `rows` of them.
-        images: The image set.
-        rows: Rows of the set that the protocol uses; None for all.
-        convention: Further conventions for the report, such as the alignment.
-        notes: Remarks for the report, such as left-out images.
-    """
+    """A protocol of `kdlib_faces.evaluation` with its images, for `evaluate_models`; see `EvaluationTask`."""
 
     def evaluate(embeddings: Mapping[str, Embeddings]) -> ProtocolResult:
         array = embeddings[images.name]
@@ -92,8 +94,12 @@ class ProtocolSpec:
     def require_path(self, what: str) -> Path:
         """The path; an error says what it must be if it is missing."""
         if self.path is None:
-            raise InputError(f"--protocol {self.text}: needs {what}, as {self.name}=PATH")
+            raise self.error(f"needs {what}, as {self.name}=PATH")
         return self.path
+
+    def error(self, message: str) -> InputError:
+        """The error for this protocol, which names it as it was given."""
+        return InputError(f"--protocol {self.text}: {message}" if self.text else message)
 
     def flag(self, key: str) -> bool:
         """`key=yes` or `key=no`; yes by default."""
@@ -103,7 +109,7 @@ class ProtocolSpec:
         """One of some values, by default the first."""
         value = self.options.get(key, allowed[0])
         if value.lower() not in allowed:
-            raise InputError(f"--protocol {self.text}: {key} must be {' or '.join(allowed)}, got {value!r}")
+            raise self.error(f"{key} must be {' or '.join(allowed)}, got {value!r}")
         return value.lower()
 
     def rate(self, key: str, default: float) -> float:
@@ -113,7 +119,7 @@ class ProtocolSpec:
         except ValueError:
             value = -1.0
         if not 0 < value <= 1:
-            raise InputError(f"--protocol {self.text}: {key} must be a rate above 0, got {self.options[key]!r}")
+            raise self.error(f"{key} must be a rate above 0, got {self.options[key]!r}")
         return value
 
     def check_options(self, *keys: str) -> None:
@@ -121,33 +127,83 @@ class ProtocolSpec:
         for key in self.options:
             if key not in keys:
                 takes = f"takes {', '.join(keys)}" if keys else "takes no options"
-                raise InputError(f"--protocol {self.text}: unknown option {key}=, {self.name} {takes}")
+                raise self.error(f"unknown option {key}=, {self.name} {takes}")
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    """Settings of an evaluation.
+
+    Attributes:
+        batch_size: Images in one forward.
+        input_size: Side of the images, pixels; None for the model's own.
+        flip: Add the embedding of the mirrored image before normalization.
+        bins: Lower ends of the bins of age gaps, years; the last bin is open.
+        fars: Target false accept rates.
+        ranks: Ranks of identification.
+        threshold: Threshold rule of pair verification: `"grid"` as in published figures, `"exact"`, or `"facexzoo"`.
+        replicates: Bootstrap resamples of the intervals.
+        level: Confidence of the intervals.
+        seed: Seed of the bootstrap.
+        num_failures: Number of the hardest pairs of each kind to show, 0 for none.
+        score_rows: Maximal number of rows of a file of scores.
+    """
+
+    batch_size: int = 64
+    input_size: int | None = None
+    flip: bool = True
+    bins: tuple[float, ...] = (0, 5, 10, 20, 30)
+    fars: tuple[float, ...] = (1e-2, 1e-3)
+    ranks: tuple[int, ...] = (1, 5)
+    threshold: Rule = "grid"
+    replicates: int = 500
+    level: float = 0.95
+    seed: int = 0
+    num_failures: int = 6
+    score_rows: int = 1_000_000
+
+    def __post_init__(self) -> None:
+        owner = "EvaluateConfig"
+        limits = {"batch_size": (1, 65_536), "replicates": (0, 100_000), "num_failures": (0, 24), "score_rows": (1, 10**12),
+                  "seed": (0, 2**63 - 1), "input_size": (8, 4096)}  # fmt: skip
+        for name, (low, high) in limits.items():
+            if getattr(self, name) is not None:
+                check_number(owner, name, getattr(self, name), min=low, max=high, integer=True)
+        check_level(owner, self.level)
+        for name, values, fewest in (("bins", self.bins, 1), ("ranks", self.ranks, 1), ("fars", self.fars, 0)):
+            if not fewest <= len(values) <= 100:
+                raise InputError(f"{owner}: {name} must have {fewest} to 100 entries, got {len(values)}")
+        for value in self.bins:
+            check_number(owner, "bins", value, min=0)
+        for rank in self.ranks:
+            check_number(owner, "ranks", rank, min=1, integer=True)
+        if list(self.bins) != sorted(set(self.bins)):
+            raise InputError(f"{owner}: bins must rise from the first, got {self.bins}")
+        for far in self.fars:
+            check_number(owner, "fars", far, above=0, max=1)
+
+    @property
+    def sampling(self) -> Sampling:
+        """Resamples of the intervals."""
+        return Sampling(self.replicates, self.seed, self.level)
 
 
 @dataclass(frozen=True)
 class Settings:
-    """Settings from which tasks are made.
+    """Settings and images from which tasks are made.
 
     Attributes:
+        config: The configuration.
         faces: The lists of `--faces`; None without any.
         face_images: Their images.
         convention: Conventions of the embeddings, reported with each protocol.
-        fars: Target false accept rates.
-        bins: Lower ends of the bins of age gaps, years.
-        ranks: Ranks of identification.
-        threshold: Threshold rule of pair verification.
-        sampling: Resamples of the intervals.
         progress: Show the progress of long protocols.
     """
 
+    config: EvaluateConfig
     faces: FaceList | None = None
     face_images: ImageSet | None = None
     convention: dict[str, str] = field(default_factory=dict)
-    fars: tuple[float, ...] = (1e-2, 1e-3)
-    bins: tuple[float, ...] = (0, 5, 10, 20, 30)
-    ranks: tuple[int, ...] = (1, 5)
-    threshold: Rule = "grid"
-    sampling: Sampling = field(default_factory=Sampling)
     progress: bool = False
     lists: dict[Path, tuple[FaceList, ImageSet]] = field(default_factory=dict)
     sets: list[ImageSet] = field(default_factory=list)
@@ -169,6 +225,10 @@ class Settings:
                 return known
         self.sets.append(images)
         return images
+
+
+TaskMaker: TypeAlias = Callable[[ProtocolSpec, Settings, str, str], EvaluationTask | list[EvaluationTask]]
+"""Parsed `--protocol`, settings, name and title to the tasks."""
 
 
 def parse_protocol(text: str, names: Collection[str]) -> ProtocolSpec:
@@ -204,5 +264,5 @@ def faces_of(spec: ProtocolSpec, settings: Settings, *, path_is_list: bool) -> t
         return settings.read_list(Path(given))
     if settings.faces is None or settings.face_images is None:
         way = f"{spec.name}=LIST" if path_is_list else "images=FOLDER"
-        raise InputError(f"--protocol {spec.text}: needs faces: give --faces LIST, or {way} (a CSV list or a folder)")
+        raise spec.error(f"needs faces: give --faces LIST, or {way} (a CSV list or a folder)")
     return settings.faces, settings.face_images

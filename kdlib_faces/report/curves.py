@@ -1,6 +1,6 @@
 """Figures of a whole run: accuracy against cost, and training curves; None where there is nothing to draw."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -10,24 +10,16 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 from numpy.typing import NDArray
 
-from kdlib_faces.report.findings import cost_keys, headline_measure
+from kdlib_faces.report.findings import headline_measure
 from kdlib_faces.report.numbers import count
-from kdlib_faces.report.plots import rate_limits
+from kdlib_faces.report.plots import Plot, rate_limits
 from kdlib_faces.report.schema import Report
 from kdlib_faces.report.tables import measured
-from kdlib_faces.report.theme import INK, MUTED, PAGE, PALETTE, Dash, dress, figure_grid, legend, looks, plain
+from kdlib_faces.report.theme import INK, PAGE, PALETTE, Dash, dress, figure_grid, legend, looks, plain
 
-__all__ = ["RUN_PLOTS", "RunPlot"]
+__all__ = ["RUN_PLOTS"]
 
 Floats = NDArray[np.float64]
-
-
-class RunPlot(NamedTuple):
-    """Heading, explanation and function of a figure."""
-
-    title: str
-    caption: str
-    draw: Callable[[Report], Figure | None]
 
 
 class _Curve(NamedTuple):
@@ -46,8 +38,11 @@ def draw_cost(report: Report) -> Figure | None:
     summary, key, measure = headline
     values = {name: measured(summary, name, key) for name in report.models}
     known = [name for name in report.models if values[name].value is not None]
-    costs = cost_keys(report)
-    title, sizes = costs[0] if set(known) <= costs[0][1].keys() else costs[1]
+    title = "multiply-adds" if all(report.models[name].macs for name in known) else "parameters"
+    costs = {
+        name: model.macs if title == "multiply-adds" else model.parameters for name, model in report.models.items()
+    }
+    sizes = {name: float(cost) for name, cost in costs.items() if cost}
     names = [name for name in known if name in sizes]
     if len({sizes[name] for name in names}) < 2:
         return None
@@ -88,8 +83,7 @@ def draw_training(report: Report) -> Figure | None:
     styles = looks(report)
     totals, terms, owner = [], [], ""
     for name, log in report.training.items():
-        color, dash = (styles[name].color, styles[name].dash) if name in styles else (MUTED, "-")
-        totals.append(_Curve(report.label(name), *_known(log.step, log.loss), color, dash))
+        totals.append(_Curve(report.label(name), *_known(log.step, log.loss), styles[name].color, styles[name].dash))
     logged = [name for name, log in report.training.items() if len(log.terms) > 1]
     if logged:
         owner = report.pair.distilled if report.pair and report.pair.distilled in logged else logged[0]
@@ -140,12 +134,12 @@ def _draw_curves(axes: Axes, curves: Sequence[_Curve]) -> None:
     )  # fmt: skip
 
 
-RUN_PLOTS: Mapping[str, RunPlot] = {
-    "cost": RunPlot(
+RUN_PLOTS: Mapping[str, Plot[[Report]]] = {
+    "cost": Plot(
         "Accuracy against cost",
         "The headline measure against the size of the network, on a logarithmic axis. Networks of equal size are drawn side "
         "by side.",
         draw_cost,
     ),
-    "training": RunPlot("Training", "Loss against step: thin as logged, thick as a running mean.", draw_training),
+    "training": Plot("Training", "Loss against step: thin as logged, thick as a running mean.", draw_training),
 }

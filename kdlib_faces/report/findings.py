@@ -1,16 +1,19 @@
 """Headline, key figures and remarks of a report, derived from its numbers."""
 
-from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from typing import Literal, NamedTuple, TypeAlias
 
 from kdlib_faces.evaluation.summary import Measure, MeasuredValue, ProtocolSummary
 from kdlib_faces.report import numbers
 from kdlib_faces.report.schema import Report, StudentPair
 from kdlib_faces.report.tables import measured
 
-__all__ = ["Finding", "KeyFigure", "cost_keys", "finding", "headline_measure", "key_figures", "remarks"]
+__all__ = ["Finding", "KeyFigure", "finding", "headline_measure", "key_figures", "remarks"]
 
 Verdict = Literal["gain", "loss", "unclear", "none"]
+Shown: TypeAlias = Callable[[float | None], str]
 
 
 class Finding(NamedTuple):
@@ -44,34 +47,27 @@ def finding(report: Report) -> Finding:
         >>> finding(Report("Empty", {"m": ModelEntry("student")})).headline
         'One model, nothing measured.'
     """
-    if headline_measure(report) is None:
-        return Finding(f"{_count(len(report.models), 'model')}, nothing measured.", [])
-    return _leader_finding(report) if report.pair is None else _distillation_finding(report, report.pair)
-
-
-def _count(number: int, noun: str) -> str:
-    return f"One {noun}" if number == 1 else f"{number} {noun}s"
+    headline = headline_measure(report)
+    if headline is None:
+        count = "One model" if len(report.models) == 1 else f"{len(report.models)} models"
+        return Finding(f"{count}, nothing measured.", [])
+    return _leader_finding(report) if report.pair is None else _distillation_finding(report, report.pair, *headline[:2])
 
 
 def _name(measure: Measure) -> str:
     return f"{measure.title} ({measure.note})" if measure.note else measure.title
 
 
-def _teacher_share(report: Report, pair: StudentPair) -> tuple[str, float] | None:
-    """The best teacher by the headline measure, and the student's value divided by that teacher's."""
-    headline = headline_measure(report)
-    if headline is None or headline[2].unit not in ("rate", "auc"):
-        return None
-    summary, key, _ = headline
-    values = {
-        name: measured(summary, name, key).value for name, model in report.models.items() if model.role == "teacher"
-    }
-    known = {name: value for name, value in values.items() if value}
-    student = measured(summary, pair.distilled, key).value
-    if not known or student is None:
-        return None
-    best = max(known, key=known.__getitem__)
-    return best, student / known[best]
+def _best(summary: ProtocolSummary, key: str, names: Iterable[str]) -> list[str]:
+    """The models with the best value, in the direction of the measure; values that are shown alike are equal."""
+    measure = summary.measures[key]
+    values = {name: value for name in names if (value := measured(summary, name, key)).value is not None}
+    if not values or measure.better == "none":
+        return []
+    pick = min if measure.better == "low" else max
+    best = values[pick(values, key=lambda name: values[name].value or 0.0)]
+    shown = numbers.amount(replace(best, resolvable=True), measure.unit)
+    return [name for name, v in values.items() if numbers.amount(replace(v, resolvable=True), measure.unit) == shown]
 
 
 def _difference(summary: ProtocolSummary, key: str, a: str, b: str) -> MeasuredValue:
@@ -84,24 +80,40 @@ def _difference(summary: ProtocolSummary, key: str, a: str, b: str) -> MeasuredV
 
 
 def _verdict(difference: MeasuredValue, measure: Measure) -> Verdict:
-    if difference.low is None or difference.high is None:
+    if difference.low is None or difference.high is None or measure.better == "none":
         return "none"
     if difference.low <= 0 <= difference.high:
         return "unclear"
-    return "gain" if (difference.low > 0) == (measure.better != "low") else "loss"
+    return "gain" if (difference.low > 0) == (measure.better == "high") else "loss"
 
 
-def _distillation_finding(report: Report, pair: StudentPair) -> Finding:
-    headline = headline_measure(report)
-    assert headline is not None
-    summary, key, measure = headline
-    difference = _difference(summary, key, pair.distilled, pair.alone)
-    verdict = _verdict(difference, measure)
-    share = _teacher_share(report, pair)
+class _Comparison(NamedTuple):
+    """The two students by the headline measure, the best teacher, and the share of it that the distilled student has."""
+
+    difference: MeasuredValue
+    verdict: Verdict
+    teacher: str | None
+    share: float | None
+
+
+def _compare(report: Report, pair: StudentPair, summary: ProtocolSummary, key: str) -> _Comparison:
+    measure, difference = summary.measures[key], _difference(summary, key, pair.distilled, pair.alone)
+    best = _best(summary, key, [name for name, model in report.models.items() if model.role == "teacher"])
+    teacher = best[0] if best else None
+    student, reference = measured(summary, pair.distilled, key).value, measured(summary, teacher or "", key).value
+    share = None
+    if measure.unit in ("rate", "auc") and measure.better == "high" and student is not None and reference:
+        share = student / reference
+    return _Comparison(difference, _verdict(difference, measure), teacher, share)
+
+
+def _distillation_finding(report: Report, pair: StudentPair, summary: ProtocolSummary, key: str) -> Finding:
+    measure = summary.measures[key]
+    difference, verdict, _, share = _compare(report, pair, summary, key)
     if share is None:
         text = f"The distilled student reaches {_amount(summary, pair.distilled, key, measure)} in {_name(measure)}"
     else:
-        text = f"The distilled student reaches {numbers.percent(share[1], 0)} of the best teacher's {_name(measure)}"
+        text = f"The distilled student reaches {numbers.percent(share, 0)} of the best teacher's {_name(measure)}"
     text += {
         "gain": " and is better than the student trained alone.",
         "loss": " and is worse than the student trained alone.",
@@ -154,35 +166,40 @@ def _leader_finding(report: Report) -> Finding:
         (name,) = report.models
         value = numbers.amount(measured(summary, name, key), measure.unit)
         return Finding(f"{report.label(name)}: {_name(measure)} {value} on {summary.title}.", sentences)
-    leaders = [_leader(*first) for first in firsts]
-    ahead = {name: leaders.count(name) for name in report.models}
-    best = max(ahead, key=ahead.__getitem__)
-    if not ahead[best]:
-        return Finding("No model is ahead of the others.", sentences)
-    text = f"{report.label(best)} is ahead on {ahead[best]} of {_count(len(firsts), 'protocol').lower()}"
-    if len(firsts) == 1:
-        text = f"{report.label(best)} has the best {_name(measure)} on {summary.title}"
-    return Finding(text + _support(firsts, best), sentences)
+    best = [_best(summary, key, summary.models) for summary, key, _ in firsts]
+    known = [
+        sum(measured(summary, name, key).value is not None for name in report.models) for summary, key, _ in firsts
+    ]
+    leads = Counter(names[0] for names, count in zip(best, known, strict=True) if len(names) == 1 and count > 1)
+    leaders = [name for name in report.models if leads and leads[name] == max(leads.values())]
+    who = _join([report.label(name) for name in leaders or best[0]])
+    if len(leaders) == 1 and len(firsts) == 1:
+        text = f"{who} has the best {_name(measure)} on {summary.title}{_support(firsts, leaders[0])}"
+    elif len(leaders) == 1:
+        count = f"{leads[leaders[0]]} of {len(firsts)} protocols"
+        text = f"{who} is ahead on {count}{_support(firsts, leaders[0])}"
+    elif leaders:
+        text = f"{who} are each ahead on {leads[leaders[0]]} of {len(firsts)} protocols."
+    elif len(firsts) == 1 and 1 < len(best[0]) < known[0]:
+        text = f"{who} share the best {_name(measure)} on {summary.title}."
+    else:
+        text = "No model is ahead of the others."
+    return Finding(text, sentences)
 
 
-def _leader(summary: ProtocolSummary, key: str, measure: Measure) -> str | None:
-    """The model with the best value, None where two models share it or there is nothing to compare."""
-    sign = -1.0 if measure.better == "low" else 1.0
-    values = {name: measured(summary, name, key).value for name in summary.models}
-    known = {name: sign * value for name, value in values.items() if value is not None}
-    best = [name for name, value in known.items() if value == max(known.values())]
-    return best[0] if len(best) == 1 and len(known) > 1 else None
+def _join(names: Sequence[str]) -> str:
+    return " and ".join([*([", ".join(names[:-1])] if names[1:] else []), *names[-1:]])
 
 
 def _support(firsts: Sequence[tuple[ProtocolSummary, str, Measure]], best: str) -> str:
     """How many paired differences of the first measures are clearly in favor of the leading model."""
+    favorable = {"gain": "loss", "loss": "gain"}
     verdicts = []
     for summary, key, measure in firsts:
         for row in summary.differences:
             if row.measure == key and best in (row.a, row.b):
                 verdict = _verdict(row.difference, measure)
-                verdicts.append("loss" if row.b == best and verdict == "gain" else
-                                "gain" if row.b == best and verdict == "loss" else verdict)  # fmt: skip
+                verdicts.append(verdict if row.a == best else favorable.get(verdict, verdict))
     verdicts = [verdict for verdict in verdicts if verdict != "none"]
     clear = verdicts.count("gain")
     if not verdicts:
@@ -192,39 +209,38 @@ def _support(firsts: Sequence[tuple[ProtocolSummary, str, Measure]], best: str) 
     return f"; {clear} of {len(verdicts)} paired differences are clearly in its favor."
 
 
-def cost_keys(report: Report) -> list[tuple[str, dict[str, float]]]:
-    """Multiply-adds and parameters of the models for which they are known, as (name, values)."""
-    models = report.models.items()
-    costs: list[tuple[str, dict[str, float | None]]] = [
-        ("multiply-adds", {name: model.macs for name, model in models}),
-        ("parameters", {name: model.parameters for name, model in models}),
-    ]
-    return [(title, {name: float(value) for name, value in values.items() if value}) for title, values in costs]
-
-
 def key_figures(report: Report) -> list[KeyFigure]:
-    """Up to three numbers for the top of the page: the share of the teacher, the gain, the size."""
+    """Numbers for the top of the page: the share of the teacher, the gain, and the student's size and speed."""
     headline = headline_measure(report)
     if report.pair is None or headline is None:
         return []
     summary, key, measure = headline
+    difference, verdict, teacher, share = _compare(report, report.pair, summary, key)
     figures = []
-    share = _teacher_share(report, report.pair)
     if share is not None:
-        figures.append(KeyFigure("Share of the best teacher", numbers.percent(share[1], 0), _name(measure)))
-    difference = _difference(summary, key, report.pair.distilled, report.pair.alone)
+        figures.append(KeyFigure("Share of the best teacher", numbers.percent(share, 0), _name(measure)))
     if difference.value is not None and difference.low is not None and difference.high is not None:
         ends = f"{numbers.points(difference.low, measure.unit)} to {numbers.points(difference.high, measure.unit)}"
         value = numbers.points(difference.value, measure.unit)
-        figures.append(KeyFigure("Distilled minus alone, points", value, ends, _verdict(difference, measure)))
-    for title, costs in cost_keys(report):
-        student = costs.get(report.pair.distilled)
-        teacher = costs.get(share[0]) if share else None
-        if student and teacher and teacher > student:
-            note = f"{numbers.count(student)} {title} instead of {numbers.count(teacher)}"
-            ratio = teacher / student
-            return [*figures, KeyFigure("Lighter than the teacher", f"{ratio:.{0 if ratio >= 10 else 1}f} ×", note)]
+        figures.append(KeyFigure("Distilled minus alone, points", value, ends, verdict))
+    if teacher is not None:
+        own, other = report.models[report.pair.distilled], report.models[teacher]
+        few, fast = ("fewer", "more"), ("faster", "slower")
+        figures += _cost("Parameters", own.parameters, other.parameters, numbers.count, few)
+        if own.latency_ms and other.latency_ms:
+            figures += _cost("Time for one image", own.latency_ms, other.latency_ms, numbers.milliseconds, fast)
+        else:
+            figures += _cost("Multiply-adds", own.macs, other.macs, numbers.count, few)
     return figures
+
+
+def _cost(title: str, own: float | None, other: float | None, shown: Shown, words: tuple[str, str]) -> list[KeyFigure]:
+    """The student's cost against the teacher's in words such as ("fewer", "more"); none where one is not known."""
+    if not own or not other:
+        return []
+    ratio = max(own, other) / min(own, other)
+    text = f"{ratio:.{0 if ratio >= 10 else 1}f} × {words[own > other]}" if ratio >= 1.05 else "the same"
+    return [KeyFigure(f"{title}, against the teacher", text, f"{shown(own)} instead of {shown(other)}")]
 
 
 def remarks(report: Report, missing: Sequence[str] = ()) -> list[str]:

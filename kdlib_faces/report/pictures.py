@@ -24,7 +24,10 @@ _MAX_PAIRS = 48
 _HEAT = np.array([(0, 0, 4), (81, 18, 124), (183, 55, 121), (252, 137, 97), (252, 253, 191)], dtype=np.float64)
 
 
-def _image(image: Image.Image | Pixels, owner: str) -> Image.Image:
+def _image(image: Image.Image | Pixels, owner: str, side: int | None = None) -> Image.Image:
+    """The image in RGB, as it is or as a square."""
+    if side is not None:
+        return _image(image, owner).resize((side, side), Image.Resampling.BICUBIC)
     if isinstance(image, Image.Image):
         return image.convert("RGB")
     array = np.asarray(image)
@@ -47,7 +50,7 @@ class Picture:
         InputError: The name or the image cannot be used.
 
     Examples:
-        >>> Picture("faces", "Faces", "Two gray squares.", np.full((8, 16, 3), 128, np.uint8)).pixels.size
+        >>> Picture("faces", "Faces", "A gray rectangle.", np.full((8, 16, 3), 128, np.uint8)).pixels.size
         (16, 8)
     """
 
@@ -91,10 +94,6 @@ def _fit(draw: ImageDraw.ImageDraw, text: str, font: ImageFont.FreeTypeFont, wid
     return out
 
 
-def _square(image: Image.Image) -> Image.Image:
-    return image.resize((_SIDE * _SCALE, _SIDE * _SCALE), Image.Resampling.BICUBIC)
-
-
 def pairs_picture(
     pairs: Sequence[tuple[Image.Image | Pixels, Image.Image | Pixels, str]], *, columns: int = 3
 ) -> Image.Image:
@@ -127,8 +126,8 @@ def pairs_picture(
     for index, (left, right, caption) in enumerate(pairs):
         x = gap + index % columns * (wide + gap)
         y = gap + index // columns * (tall + gap // 2)
-        page.paste(_square(_image(left, f"pairs_picture pair {index} left")), (x, y))
-        page.paste(_square(_image(right, f"pairs_picture pair {index} right")), (x + side + 2 * _SCALE, y))
+        page.paste(_image(left, f"pairs_picture pair {index} left", side), (x, y))
+        page.paste(_image(right, f"pairs_picture pair {index} right", side), (x + side + 2 * _SCALE, y))
         for row, line in enumerate(_fit(draw, caption, font, wide, 2)):
             draw.text((x, y + side + (5 + 15 * row) * _SCALE), line, font=font, fill=_INK if row == 0 else _MUTED)
     return page
@@ -164,10 +163,10 @@ def attention_picture(images: Sequence[Image.Image | Pixels], maps: Mapping[str,
         >>> attention_picture([face, face], {"student": np.random.default_rng(0).random((2, 7, 7))}).mode
         'RGB'
     """
-    faces = [_square(_image(image, f"attention_picture image {index}")) for index, image in enumerate(images)]
+    gap, side, label, font = 6 * _SCALE, _SIDE * _SCALE, 108 * _SCALE, _font()
+    faces = [_image(image, f"attention_picture image {index}", side) for index, image in enumerate(images)]
     if not faces:
         raise report_key("attention_picture images", "at least one image", "none")
-    gap, side, label, font = 6 * _SCALE, _SIDE * _SCALE, 108 * _SCALE, _font()
     rows = {"input": faces}
     for name, values in maps.items():
         stack = np.asarray(values, dtype=np.float64)

@@ -1,8 +1,9 @@
 """Figures of one protocol: ROC and DET, ranks, bins, scores, differences; None where there is nothing to draw."""
 
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from statistics import NormalDist
-from typing import NamedTuple
+from typing import Generic, NamedTuple, ParamSpec
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -17,7 +18,7 @@ from matplotlib.ticker import (
 )
 from numpy.typing import NDArray
 
-from kdlib_faces.evaluation.summary import Bins, Difference, Measure, MeasuredValue, ProtocolSummary
+from kdlib_faces.evaluation.summary import Bins, Difference, MeasuredValue, ProtocolSummary
 from kdlib_faces.report.schema import Report
 from kdlib_faces.report.theme import GRID, INK, MUTED, PAGE, Look, dress, figure_grid, legend, looks, plain
 
@@ -29,12 +30,15 @@ _DET_TICKS = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 0.05, 0.2, 0.4, 0.6, 0.8, 0.95, 0.99
 _MAX_PAIRS = 4
 
 
-class Plot(NamedTuple):
-    """Heading, explanation and function of a figure."""
+P = ParamSpec("P")
+
+
+class Plot(NamedTuple, Generic[P]):
+    """Heading, explanation and function of a figure; it draws a report, or a report and one of its protocols."""
 
     title: str
     caption: str
-    draw: Callable[[Report, ProtocolSummary], Figure | None]
+    draw: Callable[P, Figure | None]
 
 
 def _points(x: Sequence[float | None], y: Sequence[float | None]) -> tuple[Floats, Floats]:
@@ -252,8 +256,12 @@ def draw_differences(report: Report, summary: ProtocolSummary) -> Figure | None:
     if not pairs:
         return None
     measures = {key: measure for key, measure in summary.measures.items() if any(row.measure == key for row in rows)}
-    height = 1.0 + 0.42 * len(measures)
-    figure, cells = figure_grid(len(pairs), height, width=5.2 if len(pairs) > 1 else 7.4)
+    titles = Counter(measure.title for measure in measures.values())
+    names = [
+        plain(each.title, 34) + (f"\n{plain(each.note, 34)}" if titles[each.title] > 1 and each.note else "")
+        for each in measures.values()
+    ]
+    figure, cells = figure_grid(len(pairs), 1.0 + 0.42 * len(measures), width=5.2 if len(pairs) > 1 else 7.4)
     styles, formatter = looks(report), FuncFormatter(lambda x, _: f"{x:+g}".replace("-", "−") if abs(x) > 1e-9 else "0")
     for place, (axes, (a, b)) in enumerate(zip(cells, pairs, strict=True)):
         first, second = (plain(report.label(name), 26) for name in (a, b))
@@ -264,19 +272,11 @@ def draw_differences(report: Report, summary: ProtocolSummary) -> Figure | None:
                 if (row.a, row.b, row.measure) == (a, b, key):
                     _interval(axes, row, at, measures[key].better, styles)
         axes.axvline(0, color=MUTED, linewidth=1.2, zorder=1)
-        names = [_row_name(measure, list(measures.values())) if place % 2 == 0 else "" for measure in measures.values()]
-        axes.set_yticks(range(len(measures)), names)
+        axes.set_yticks(range(len(measures)), names if place % 2 == 0 else [""] * len(names))
         axes.set_ylim(len(measures) - 0.5, -0.5)
         axes.xaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10]))
         axes.xaxis.set_major_formatter(formatter)
     return figure
-
-
-def _row_name(measure: Measure, measures: Sequence[Measure]) -> str:
-    """The title, with the note where another measure has the same title."""
-    title = plain(measure.title, 34)
-    unique = sum(other.title == measure.title for other in measures) == 1
-    return title if unique or not measure.note else f"{title}\n{plain(measure.note, 34)}"
 
 
 def _interval(axes: Axes, row: Difference, at: int, better: str, styles: dict[str, Look]) -> None:
@@ -293,7 +293,7 @@ def _interval(axes: Axes, row: Difference, at: int, better: str, styles: dict[st
     )  # fmt: skip
 
 
-PLOTS = {
+PLOTS: Mapping[str, Plot[[Report, ProtocolSummary]]] = {
     "bins": Plot(
         "By bin",
         "Bands and bars are confidence intervals; n is the number of pairs (or probes) in a bin. Empty bins are left out.",

@@ -3,25 +3,15 @@
 from collections.abc import Mapping
 from typing import NamedTuple
 
-from kdlib_faces.evaluation.summary import Difference, MeasuredValue, ModelEntry, ModelSummary, ProtocolSummary, Unit
+from kdlib_faces.evaluation.summary import MeasuredValue, ModelSummary, ProtocolSummary, Unit
 from kdlib_faces.report import numbers
 from kdlib_faces.report.numbers import NOT_MEASURED
 from kdlib_faces.report.schema import Report
 
 __all__ = [
-    "Cell",
-    "Table",
-    "bins_table",
-    "data_table",
-    "differences_table",
-    "facts",
-    "measured",
-    "measures_table",
-    "models_table",
-    "overview_table",
-    "seeds_table",
-    "weights_table",
-]
+    "Cell", "Table", "bins_table", "data_table", "differences_table", "facts", "measured", "measures_table",
+    "models_table", "overview_table", "seeds_table", "weights_table",
+]  # fmt: skip
 
 
 class Cell(NamedTuple):
@@ -69,13 +59,10 @@ def overview_table(report: Report) -> Table:
 
 def measures_table(report: Report, summary: ProtocolSummary) -> Table:
     """One row per measure of a protocol."""
-    rows = [
-        [
-            Cell(measure.title, measure.note),
-            *(_cell(measured(summary, name, key), measure.unit) for name in summary.models),
-        ]
-        for key, measure in summary.measures.items()
-    ]
+    rows = []
+    for key, measure in summary.measures.items():
+        cells = [_cell(measured(summary, name, key), measure.unit) for name in summary.models]
+        rows.append([Cell(measure.title, measure.note), *cells])
     return _by_model(report, list(summary.models), rows)
 
 
@@ -97,55 +84,40 @@ def differences_table(report: Report, summary: ProtocolSummary) -> Table:
     rows = []
     for row in sorted(summary.differences, key=lambda row: order.index(row.measure)):
         measure, value = summary.measures[row.measure], row.difference
-        text = Cell(numbers.points(value.value, measure.unit), _difference_interval(row, measure.unit))
+        side = ends = NOT_MEASURED
+        if value.low is not None and value.high is not None:
+            side = "includes zero" if value.low <= 0 <= value.high else "above zero" if value.low > 0 else "below zero"
+            ends = f"{numbers.points(value.low, measure.unit)} to {numbers.points(value.high, measure.unit)}"
+        text = Cell(numbers.points(value.value, measure.unit), "" if ends == NOT_MEASURED else ends)
         pair = Cell(f"{report.label(row.a)} − {report.label(row.b)}")
-        rows.append([pair, Cell(measure.title, measure.note), text, Cell(_side(value), value.note)])
+        rows.append([pair, Cell(measure.title, measure.note), text, Cell(side, value.note)])
     columns = ["Comparison", "Measure", "Difference, points", "Its interval"]
     if len({row[0].text for row in rows}) == 1:  # a single pair of models is named once, above its measures
         return Table([rows[0][0].text, *columns[2:]], [row[1:] for row in rows], [None] * 3)
     return Table(columns, rows, [None] * 4)
 
 
-def _difference_interval(row: Difference, unit: Unit) -> str:
-    value = row.difference
-    if value.low is None or value.high is None:
-        return ""
-    return f"{numbers.points(value.low, unit)} to {numbers.points(value.high, unit)}"
-
-
-def _side(value: MeasuredValue) -> str:
-    if value.low is None or value.high is None:
-        return NOT_MEASURED
-    return "includes zero" if value.low <= 0 <= value.high else "above zero" if value.low > 0 else "below zero"
-
-
 def models_table(report: Report) -> Table:
     """Size, speed and training of all models."""
-
-    def row(title: str, note: str, *cells: Cell) -> list[Cell]:
-        return [Cell(title, note), *cells]
-
-    models = report.models.values()
-    latency = [model.latency_ms for model in models]
-    rows = [
-        row("Network", "", *map(_network, models)),
-        row("Parameters", "", *(Cell(numbers.count(model.parameters)) for model in models)),
-        row("Multiply-adds", "one image", *(Cell(numbers.count(model.macs)) for model in models)),
-        row("Latency", "one image", *(Cell(NOT_MEASURED if ms is None else f"{ms:.3g} ms") for ms in latency)),
-        row("Training", "", *map(_training, models)),
+    columns = []
+    for model in report.models.values():
+        size = f"input {model.input_size} × {model.input_size}" if model.input_size else ""
+        note = ", ".join(part for part in (size, numbers.shorten(model.input)) if part)
+        steps = "" if model.train_steps is None else f"{model.train_steps:,} steps"
+        columns.append([
+            Cell(numbers.shorten(model.backbone or NOT_MEASURED, 40), note), Cell(numbers.count(model.parameters)),
+            Cell(numbers.count(model.macs)), Cell(numbers.milliseconds(model.latency_ms)),
+            Cell(numbers.seconds(model.train_seconds), steps),
+        ])  # fmt: skip
+    heads = [
+        ("Network", ""),
+        ("Parameters", ""),
+        ("Multiply-adds", "one image"),
+        ("Latency", "one image"),
+        ("Training", ""),
     ]
+    rows = [[Cell(*head), *(column[at] for column in columns)] for at, head in enumerate(heads)]
     return _by_model(report, list(report.models), rows)
-
-
-def _network(model: ModelEntry) -> Cell:
-    size = f"input {model.input_size} × {model.input_size}" if model.input_size else ""
-    note = ", ".join(part for part in (size, numbers.shorten(model.input)) if part)
-    return Cell(numbers.shorten(model.backbone or NOT_MEASURED, 40), note)
-
-
-def _training(model: ModelEntry) -> Cell:
-    steps = model.train_steps
-    return Cell(numbers.seconds(model.train_seconds), "" if steps is None else f"{steps:,} steps")
 
 
 def seeds_table(report: Report) -> Table | None:
@@ -155,18 +127,16 @@ def seeds_table(report: Report) -> Table | None:
     rows = []
     for summary in report.evaluations:
         for key, measure in summary.measures.items():
-            cells = [_over_seeds(report, name, summary.name, key, measure.unit) for name in report.models]
-            rows.append([Cell(f"{summary.title}: {measure.title}", measure.note), *cells])
+            cells = [Cell(f"{summary.title}: {measure.title}", measure.note)]
+            for name in report.models:
+                found = [entry.models.get(name, {}).get(summary.name, {}).get(key) for entry in report.per_seed]
+                known = [value for value in found if value is not None]
+                mean = MeasuredValue()
+                if known:
+                    mean = MeasuredValue(sum(known) / len(known), min(known), max(known), note=f"{len(known)} seeds")
+                cells.append(_cell(mean, measure.unit))
+            rows.append(cells)
     return _by_model(report, list(report.models), rows)
-
-
-def _over_seeds(report: Report, model: str, protocol: str, key: str, unit: Unit) -> Cell:
-    found = [entry.models.get(model, {}).get(protocol, {}).get(key) for entry in report.per_seed]
-    known = [value for value in found if value is not None]
-    if not known:
-        return Cell(NOT_MEASURED)
-    mean = MeasuredValue(sum(known) / len(known), min(known), max(known), note=f"{len(known)} seeds")
-    return _cell(mean, unit)
 
 
 def weights_table(report: Report) -> Table | None:

@@ -14,7 +14,7 @@ from torch.autograd import Function
 
 from kdlib._maths import promote, promoted_dtype
 
-__all__ = ["by_rows", "soften"]
+__all__ = ["by_rows"]
 
 CHUNK = 2**17
 """Values of a matrix per chunk and core: with the intermediate results they fit the cache of a processor's core."""
@@ -44,13 +44,6 @@ def by_rows(
         return value(*promote(student, teacher), *others)
     losses: Tensor = _ByRows.apply(value, slope, student, teacher.detach(), *others)  # type: ignore[no-untyped-call]  # torch has no types here
     return losses
-
-
-def soften(logits: Tensor, temperature: float) -> Tensor:
-    """Return `(logits - max) / temperature` `(n, c)`, at most 0 and finite."""
-    # The probabilities do not depend on the maximum, so it is a constant to autograd.
-    softened = (logits - logits.detach().amax(1, keepdim=True)) / temperature
-    return softened.clamp(min=torch.finfo(logits.dtype).min)
 
 
 class _ByRows(Function):
@@ -89,5 +82,5 @@ def _chunks(x: Tensor, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
     cores = torch.get_num_threads() if x.device.type == "cpu" else 32
     columns = max(1, cores * CHUNK // max(x.shape[1], 1))
     positions = x.shape[2] if x.dim() == 3 else 1
-    for rows in zip(*(t.split(max(1, columns // max(positions, 1))) for t in tensors), strict=True):
-        yield from [rows] if positions <= columns else zip(*(t.split(columns, -1) for t in rows), strict=True)
+    for rows in zip(*(torch.split(t, max(1, columns // max(positions, 1))) for t in tensors), strict=True):
+        yield from [rows] if positions <= columns else zip(*(torch.split(t, columns, -1) for t in rows), strict=True)

@@ -23,8 +23,8 @@ def as_positions(student: Tensor, teacher: Tensor, dim: int) -> Positions:
     """Arrange logits with the classes at `dim` so that they are dimension 1; a view where the layout permits it."""
     shape = torch.Size(size for index, size in enumerate(student.shape) if index != dim % student.dim())
     if dim % student.dim() == student.dim() - 1:
-        return Positions(*(x.flatten(0, -2) for x in (student, teacher)), shape)
-    return Positions(*(x.movedim(dim, 1).flatten(2) for x in (student, teacher)), shape)
+        return Positions(student.flatten(0, -2), teacher.flatten(0, -2), shape)
+    return Positions(student.movedim(dim, 1).flatten(2), teacher.movedim(dim, 1).flatten(2), shape)
 
 
 def reduce_positions(

@@ -10,8 +10,8 @@ from torch.nn import functional as F
 from kdlib._checks import check_number, check_pair, check_target
 from kdlib._maths import Reduction, full_precision, promote, reduce
 from kdlib.losses._module import LossModule
-from kdlib.losses.logits._chunked import by_rows, soften
-from kdlib.losses.logits._divergence import MIN_LOG, divergence, probability_gap
+from kdlib.losses.logits._chunked import by_rows
+from kdlib.losses.logits._divergence import MIN_LOG, centered, divergence, probability_gap, soften
 
 __all__ = ["DecoupledKDLoss", "decoupled_kd"]
 
@@ -86,8 +86,8 @@ def decoupled_kd(
     with full_precision(student):
         if student.shape[1] < 2:
             return reduce(owner, (0 * promote(student, teacher)[0]).sum(1), reduction, weight)
-        options = {"alpha": alpha, "beta": beta, "temperature": temperature}
-        value, slope = partial(_divergence, **options), partial(_slope, **options)
+        value = partial(_divergence, alpha=alpha, beta=beta, temperature=temperature)
+        slope = partial(_slope, alpha=alpha, beta=beta, temperature=temperature)
         losses = by_rows(value, slope, student, teacher, target.long().unsqueeze(1))
         return reduce(owner, losses, reduction, weight)
 
@@ -133,18 +133,18 @@ class _Parts:
     log_s: Tensor
     log_t: Tensor
     value: Tensor
-    ratio: Tensor
+    ratio: Tensor | None
 
 
 def _compare(student: Tensor, teacher: Tensor, target_n1: Tensor, temperature: float) -> tuple[_Parts, _Parts]:
     """Return the log-probabilities, divergences and log-ratios of both parts."""
-    s, t = soften(student, temperature), soften(teacher, temperature)
-    (u_s, log_s), (u_t, log_t) = _split_target(s, target_n1), _split_target(t, target_n1)
-    rest = _Parts(log_s, log_t, *divergence(log_s, log_t, s - t))
+    (u_s, log_s), (u_t, log_t) = (_split_target(soften(x, temperature), target_n1) for x in (student, teacher))
+    difference = lambda: centered(student, temperature) - centered(teacher, temperature)  # noqa: E731
+    rest = _Parts(log_s, log_t, *divergence(log_s, log_t, difference))
     # The log-ratio at the target, where the rest's does not include it, is the difference of the log-odds u.
-    difference = torch.cat([rest.ratio.gather(1, target_n1), torch.zeros_like(u_s)], 1)
+    odds = u_s - u_t if rest.ratio is None else rest.ratio.gather(1, target_n1)
     log_s, log_t = (F.logsigmoid(torch.cat([u, -u], 1)) for u in (u_s, u_t))
-    return _Parts(log_s, log_t, *divergence(log_s, log_t, difference)), rest
+    return _Parts(log_s, log_t, *divergence(log_s, log_t, lambda: F.pad(odds, (0, 1)))), rest
 
 
 def _split_target(softened: Tensor, target_n1: Tensor) -> tuple[Tensor, Tensor]:

@@ -7,7 +7,7 @@ from kdlib._checks import check_number, check_pair
 from kdlib._maths import MeanOnly, full_precision
 from kdlib.losses._module import RelationLoss
 from kdlib.losses._relations import one_batch
-from kdlib.losses.logits._chunked import soften
+from kdlib.losses.logits._divergence import centered
 
 __all__ = ["DISTLoss", "dist"]
 
@@ -96,7 +96,7 @@ class _Side:
     """Log-probabilities of one side `(b, c)`, up to a constant, without the rounding error of their size."""
 
     def __init__(self, logits: Tensor, temperature: float) -> None:
-        self.softened = soften(logits, temperature)
+        self.softened = centered(logits, temperature)
         self.log_sum = self.softened.expm1().mean(1, keepdim=True).log1p()
         self.log_p = self.softened - self.log_sum
         self.size = logits.detach().abs().amax(1, keepdim=True) / temperature
@@ -110,12 +110,13 @@ def _standardize(logs: Tensor, error: Tensor, size: Tensor, share: Tensor, min_s
     as 1 / spread.
     """
     eps = 8 * torch.finfo(logs.dtype).eps
-    top = torch.where(share > 0, logs.detach(), -torch.inf).amax(1, keepdim=True)
+    top = torch.where(share > 0, logs.detach(), torch.finfo(logs.dtype).min).amax(1, keepdim=True)
     below = torch.where(share > 0, logs, top) - top
     x = below.expm1()
     centered = torch.where(share > 0, x - (share * x).sum(1, keepdim=True), 0.0)
     largest = centered.detach().abs().amax(1, keepdim=True)
-    flat = largest <= eps * torch.where(share > 0, below.exp() * error, 0.0).detach().abs().amax(1, keepdim=True)
+    size_of_error = torch.where(share > 0, error, 0.0).detach().abs().amax(1, keepdim=True)
+    flat = -below.detach().amin(1, keepdim=True) <= eps * size_of_error
     scaled = centered / torch.where(flat, 1.0, largest)
     spread = (share * torch.where(flat, 1.0, scaled).square()).sum(1, keepdim=True).sqrt()
     standard = torch.where(flat, 0.0, scaled / torch.where(spread == 0, 1.0, spread))

@@ -155,7 +155,7 @@ class _LinearChunks(Function):
         # Sums over chunks need more than half precision.
         grad_h = torch.empty_like(h_s) if ctx.needs_input_grad[4] else None
         grad_w = torch.zeros_like(w_s, dtype=share.dtype) if ctx.needs_input_grad[5] else None
-        pieces = (x.split(rows) for x in (share, h_s, h_t, *([] if grad_h is None else [grad_h])))
+        pieces = (torch.split(x, rows) for x in (share, h_s, h_t, *([] if grad_h is None else [grad_h])))
         for portion, s, t, *out in zip(*pieces, strict=True):
             compared = compare(*promote(s @ w_s.T, t @ w_t.T))
             values, slopes = measure(compared)

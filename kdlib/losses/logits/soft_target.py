@@ -8,8 +8,8 @@ from kdlib._checks import check_choice, check_number
 from kdlib._maths import Reduction, full_precision
 from kdlib.losses._checks import check_logits
 from kdlib.losses._module import LossModule
-from kdlib.losses.logits._chunked import by_rows, soften
-from kdlib.losses.logits._divergence import DIVERGENCES, MIN_LOG, Divergence
+from kdlib.losses.logits._chunked import by_rows
+from kdlib.losses.logits._divergence import DIVERGENCES, MIN_LOG, Difference, Divergence, centered, soften
 from kdlib.losses.logits._positions import as_positions, reduce_positions
 
 __all__ = ["SoftTargetLoss", "check_options", "compare", "measure", "soft_target"]
@@ -82,10 +82,12 @@ def soft_target(
     """
     check_options("soft_target", temperature, divergence, skew, dim)
     check_logits("soft_target", student, teacher, dim, mask)
-    options = {"temperature": temperature, "divergence": divergence, "skew": skew}
     with full_precision(student):
         positions = as_positions(student, teacher, dim)
-        losses = by_rows(partial(_value, **options), partial(_slope, **options), positions.student, positions.teacher)
+        value, slope = (
+            partial(each, temperature=temperature, divergence=divergence, skew=skew) for each in (_value, _slope)
+        )
+        losses = by_rows(value, slope, positions.student, positions.teacher)
         return reduce_positions("soft_target", losses, positions.shape, mask, reduction, weight)
 
 
@@ -134,15 +136,14 @@ def check_options(owner: str, temperature: object, divergence: object, skew: obj
     check_number(owner, "dim", dim, integer=True)
 
 
-def compare(student: Tensor, teacher: Tensor, *, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Return both log-probabilities and the difference of the softened logits, all `(n, c, ...)`."""
-    s, t = soften(student, temperature), soften(teacher, temperature)
-    log_s, log_t = (x.log_softmax(1).clamp(min=MIN_LOG) for x in (s, t))
-    return log_s, log_t, s - t
+def compare(student: Tensor, teacher: Tensor, *, temperature: float) -> tuple[Tensor, Tensor, Difference]:
+    """Return both log-probabilities `(n, c, ...)`, and a function that returns the difference of the softened logits."""
+    log_s, log_t = (soften(x, temperature).log_softmax(1).clamp(min=MIN_LOG) for x in (student, teacher))
+    return log_s, log_t, lambda: centered(student, temperature) - centered(teacher, temperature)
 
 
 def measure(
-    compared: tuple[Tensor, Tensor, Tensor], *, temperature: float, divergence: Divergence, skew: float
+    compared: tuple[Tensor, Tensor, Difference], *, temperature: float, divergence: Divergence, skew: float
 ) -> tuple[Tensor, Tensor]:
     """Return the loss of each row `(n, ...)` and its derivative by the student's logits `(n, c, ...)`."""
     chosen = DIVERGENCES[divergence]
