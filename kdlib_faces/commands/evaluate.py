@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Literal
 
 from kdlib_faces import __version__, report
 from kdlib_faces._output import check_output, describe_environment, staged, swept
@@ -35,6 +36,7 @@ def run(
     scores: bool = False,
     progress: bool = False,
     command: str = "",
+    on_error: Literal["stop", "skip"] = "stop",
 ) -> report.Report:
     """Evaluate model files and embedding files by protocols, and write a report.
 
@@ -49,11 +51,11 @@ def run(
     Raises:
         InputError: A file is not usable, or there is nothing to evaluate.
     """
-    check_output(output)
+    check_output(output, "work", "figures", "scores")
     with swept(output):
         prepared = prepare(
             config, work=output / "work", faces=faces, models=models, embeddings=embeddings, pairs=pairs,
-            protocols=protocols, progress=progress,
+            protocols=protocols, progress=progress, on_error=on_error,
         )  # fmt: skip
         started = datetime.now(UTC)
         with staged(output) as stage:

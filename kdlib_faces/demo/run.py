@@ -80,7 +80,7 @@ def run(
     Raises:
         InputError: Lists, teachers or the output cannot be used.
     """
-    check_output(output)
+    check_output(output, "work", "figures")
     if bool(faces) != bool(teachers):
         raise InputError("demo: --faces and --teacher must be given together, or neither for synthetic faces")
     if taps and len(taps) != len(teachers):
@@ -192,7 +192,7 @@ def _teacher_weights(distiller: Distiller, batches: FaceBatches) -> dict[str, di
 def _evaluate(
     config: DemoConfig, data: DemoData, models: dict[str, DemoModel], seed: int
 ) -> tuple[list[ProtocolSummary], dict[str, ModelEntry], list[Picture]]:
-    images = images_of_tensor("test", data.test_images, data.labels())
+    images = images_of_tensor("test", data.test_images, data.labels(), alignment=data.alignment)
     flip = {"Flip": "embedding of the mirrored image added before normalization"}
     tasks = [
         task_of_protocol("age_gap", "By age gap" if data.test_ages is not None else "By age groups",

@@ -99,12 +99,12 @@ class LIAADConfig:
 
     def __post_init__(self) -> None:
         owner = "LIAADConfig"
-        for name in ("num_identities", "embedding_dim", "input_size"):
-            check_number(owner, name, getattr(self, name), min=1, integer=True)
+        for name, high in (("num_identities", 10**9), ("embedding_dim", 65_536), ("input_size", 4096)):
+            check_number(owner, name, getattr(self, name), min=1, max=high, integer=True)
         for name in ("identity_weight", "embedding_weight", "map_weight", "attention_weight", "head_margin"):
             check_number(owner, name, getattr(self, name), min=0)
-        for name in ("width", "head_scale", "temperature"):
-            check_number(owner, name, getattr(self, name), above=0)
+        for name, limit in (("width", 64), ("head_scale", None), ("temperature", None)):
+            check_number(owner, name, getattr(self, name), above=0, max=limit)
         check_number(owner, "stage", self.stage, min=0, max=3, integer=True)
         check_number(owner, "seed", self.seed, min=0, integer=True)
         check_choice(owner, "head", self.head, ("cosface", "arcface"))

@@ -78,6 +78,7 @@ class RunOptions:
         teachers: Files of the teachers, in the order of the recipe.
         seed: Seed of weights, order and views.
         progress: Show progress.
+        on_error: See `read_faces`.
     """
 
     output: Path
@@ -85,6 +86,7 @@ class RunOptions:
     teachers: Sequence[str] = ()
     seed: int = 0
     progress: bool = True
+    on_error: Literal["stop", "skip"] = "stop"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,8 +133,8 @@ def train_on_faces(build: Callable[[FaceList], TrainingSetup], options: RunOptio
     quiet, output = not options.progress, options.output
     if not options.faces:
         raise InputError("train: --faces must be given, a CSV list or a folder")
-    check_output(output)
-    listed = read_faces(options.faces)
+    check_output(output, "checkpoints", "config.toml", "images.npy", "images.npy.part", "log.jsonl", "run.json")
+    listed = read_faces(options.faces, on_error=options.on_error)
     setup = build(listed)
     training = setup.config.training
     record = describe_run(setup.config, recipe, listed, setup.fingerprints)
