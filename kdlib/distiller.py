@@ -102,11 +102,11 @@ class Distiller(nn.Module):
     def _call(self, owner: str, model: Callable[..., Features], inputs: Any) -> Features:
         """Call one of the models that share the inputs: none of them may change the inputs in place."""
         positional, named = split_inputs(inputs)
-        tensors = {key: hold(x) for key, x in [*enumerate(positional), *named.items()] if isinstance(x, Tensor)}
-        positional = tuple(tensors[key][0] if key in tensors else x for key, x in enumerate(positional))
-        features = model(*positional, **{key: tensors[key][0] if key in tensors else x for key, x in named.items()})
+        held = [hold(x) if isinstance(x, Tensor) else (x, None) for x in (*positional, *named.values())]
+        given, count = [x for x, _ in held], len(positional)
+        features = model(*given[:count], **dict(zip(named, given[count:], strict=True)))
         check_features(owner, features)
-        check_inputs(owner, not self.teachers or all(is_unchanged(*each) for each in tensors.values()))
+        check_inputs(owner, not self.teachers or all(is_unchanged(x, version) for x, version in held))
         return features
 
     def forward(self, inputs: Any, targets: Targets | None = None) -> ObjectiveOutput:

@@ -10,9 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-__all__ = [
-    "Comparison", "InfluenceReport", "TeacherInfluence", "TermInfluence", "fork_random_state", "measure", "unchanged",
-]  # fmt: skip
+__all__ = ["Comparison", "InfluenceReport", "TeacherInfluence", "TermInfluence", "measure", "unchanged"]
 
 
 @dataclass(frozen=True)
@@ -227,13 +225,14 @@ def unchanged(*modules: nn.Module, device: torch.device) -> Iterator[None]:
     run.
     """
     inside = {each for module in modules for each in module.modules()}
-    saved = [(each, dict(vars(each)), dict(each._buffers)) for each in inside]
+    saved = [(each, dict(vars(each)), dict(each._buffers.items())) for each in inside]
     copies = {
         id(buffer): buffer.detach().clone() for _, _, own in saved for buffer in own.values() if buffer is not None
     }
     try:
         for each, _, own in saved:
-            each._buffers.update({name: copies.get(id(buffer)) for name, buffer in own.items()})
+            for name, buffer in own.items():
+                each._buffers[name] = copies.get(id(buffer))
         with fork_random_state(device):
             yield
     finally:
@@ -241,8 +240,10 @@ def unchanged(*modules: nn.Module, device: torch.device) -> Iterator[None]:
             for name in set(vars(each)) - set(attributes):
                 del vars(each)[name]
             vars(each).update(attributes)
-            each._buffers.clear()
-            each._buffers.update(own)
+            for name in set(each._buffers.keys()) - set(own):
+                del each._buffers[name]
+            for name, buffer in own.items():  # a scripted module has no `update`
+                each._buffers[name] = buffer
 
 
 def _gradient(loss: Tensor, feature: Tensor) -> Tensor:

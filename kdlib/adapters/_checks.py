@@ -67,11 +67,6 @@ def compiled_module(owner: str, path: str) -> ValueError:
     )
 
 
-def mode_of(model: nn.Module) -> str:
-    """Return the mode of a model, in which it may return something else than in the other one."""
-    return "training mode" if model.training else "eval mode"
-
-
 def check_calls(owner: str, name: str, path: str, call: int | None, calls: int, mode: str) -> None:
     """The tapped module must have been called as often as the tap requires."""
     if calls == 0:

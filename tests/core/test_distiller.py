@@ -296,8 +296,20 @@ def test_projections_are_inferred_from_the_outputs_in_training(prepare, batch) -
     ours.infer(batch[0][:1])  # one sample: batch norm would refuse it in training mode
     assert torch.equal(torch.get_rng_state(), random)
     assert [module.training for module in ours.student.modules()] == modes
-    assert all(torch.equal(value, before[name]) for name, value in ours.student.state_dict().items())
+    torch.testing.assert_close(ours.student.state_dict(), before, rtol=0, atol=0)
     assert ours.train()(batch[0]).total.requires_grad
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.script:DeprecationWarning")
+def test_a_scripted_student_is_unchanged_by_infer_and_report(batch) -> None:
+    terms = {"hint": Term(HintLoss(), student="out", teacher="embedding", project="auto")}
+    student = StudentAdapter(torch.jit.script(net(2, 0)), {"out": OUTPUT})
+    ours = Distiller(student, {"t": TeacherAdapter(net(3, 1), TAPS)}, Objective(terms))
+    before = copy.deepcopy(student.state_dict())
+    ours.infer(batch[0])
+    assert ours.report(batch[0]).terms["hint"].loss > 0
+    torch.testing.assert_close(student.state_dict(), before, rtol=0, atol=0)
+    assert all(module.training for module in student.modules())
 
 
 def test_a_mapping_of_inputs_is_passed_as_keywords(batch) -> None:
@@ -319,12 +331,9 @@ def test_a_model_that_changes_shared_inputs_in_place_is_an_error(changes: str) -
 
     models = {owner: Scales() if owner == changes else nn.Identity() for owner in ("student", "teacher 't'")}
     terms = {"hint": Term(HintLoss(), student="out", teacher="out")}
-    student = StudentAdapter(models["student"], {"out": OUTPUT})
-    teachers = {
-        "t": TeacherAdapter(models["teacher 't'"], {"out": OUTPUT}),
-        "u": TeacherAdapter(nn.Identity(), {"out": OUTPUT}),
-    }
-    ours = Distiller(student, teachers, Objective(terms))
+    taps = {"out": OUTPUT}
+    teachers = {"t": TeacherAdapter(models["teacher 't'"], taps), "u": TeacherAdapter(nn.Identity(), taps)}
+    ours = Distiller(StudentAdapter(models["student"], taps), teachers, Objective(terms))
     with pytest.raises(ValueError, match=f"the {changes} changed its inputs in place, which the other models read too"):
         ours(torch.ones(2, 3))
     # Where no version counts the changes, each model receives a copy.
