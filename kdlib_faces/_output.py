@@ -1,8 +1,10 @@
 """Output folders that are written completely or not at all, and the environment that a report describes."""
 
+import glob
 import os
 import platform
 import shutil
+import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -15,6 +17,9 @@ from kdlib_faces._checks import InputError
 
 __all__ = ["check_output", "describe_environment", "staged", "swept"]
 
+MAX_NAME = 255
+"""Bytes of a name on common file systems."""
+
 
 def describe_environment() -> dict[str, object]:
     """Versions and machine, for a report."""
@@ -24,12 +29,23 @@ def describe_environment() -> dict[str, object]:
     }  # fmt: skip
 
 
-def check_output(output: Path) -> Path:
-    """Check before the work starts that `output` is a folder or can be created.
+def check_output(output: Path, *parts: str) -> Path:
+    """Check before the work starts that `output` is a folder or can be created, and that writing stays inside it.
+
+    Args:
+        output: The folder; it may be a link to a folder.
+        parts: Names of the files and folders in it that will be written; there must be no link at or below them.
 
     Raises:
-        InputError: It is a file, or is in a folder that is not writable.
+        InputError: It is a file, has a name that is too long, is in a folder that is not writable, or contains a link.
     """
+    long = next((part for part in output.parts if len(os.fsencode(part)) > MAX_NAME), None)
+    if long is not None:
+        raise InputError(
+            f"the output needs names of at most {MAX_NAME} bytes, {long[:40]}... has {len(os.fsencode(long))}"
+        )
+    if output.is_symlink() and not output.exists():
+        raise InputError(f"the output {output} is a link to a folder that does not exist; make the folder")
     if output.exists() and not output.is_dir():
         raise InputError(f"the output must be a folder, {output} is a file")
     parent = next((each for each in (output, *output.absolute().parents) if each.exists()), output)
@@ -37,13 +53,18 @@ def check_output(output: Path) -> Path:
         raise InputError(f"the output {output} cannot be made: {parent} is no folder")
     if not os.access(parent, os.W_OK | os.X_OK):
         raise InputError(f"the output {output} cannot be made: {parent} is not writable")
+    for part in parts:
+        below = () if (output / part).is_symlink() else (output / part).rglob("*")
+        for path in (output / part, *below):
+            if path.is_symlink():
+                raise InputError(f"the output must not contain links that lead elsewhere, {path} is one; remove it")
     return output
 
 
 @contextmanager
 def swept(output: Path) -> Iterator[None]:
     """Remove the empty folders of a new `output` if the block fails; files that it wrote are kept."""
-    fresh = not output.exists()
+    fresh = not os.path.exists(output)  # also for a name that is too long
     try:
         yield
     except BaseException:
@@ -63,16 +84,17 @@ def _remove_empty(folder: Path) -> None:
 def staged(output: Path) -> Iterator[Path]:
     """Yield a temporary folder next to `output`. Its content is moved to `output` after the block, or removed on an error.
 
-    In an existing `output`, files of the same name are replaced one by one, and other files are kept.
+    In an existing `output`, files of the same name are replaced one by one, and other files are kept. Temporary folders
+    of processes that were killed are removed.
     """
     check_output(output)
     made = [each for each in (output.absolute().parent, *output.absolute().parents) if not each.exists()]
     output.parent.mkdir(parents=True, exist_ok=True)
-    stage = Path(tempfile.mkdtemp(prefix=f".{output.name}.", suffix=".part", dir=output.parent))
-    stage.chmod(0o755)
+    stage, lock = _make_stage(output)
     try:
         yield stage
         if output.exists():
+            check_output(output, *(each.name for each in stage.iterdir()))
             for file in sorted(each for each in stage.rglob("*") if each.is_file()):
                 target = output / file.relative_to(stage)
                 target.parent.mkdir(parents=True, exist_ok=True)
@@ -84,4 +106,43 @@ def staged(output: Path) -> Iterator[Path]:
         for folder in made:
             _remove_empty(folder)
         raise
+    finally:
+        if lock is not None:
+            os.close(lock)
     shutil.rmtree(stage, ignore_errors=True)
+
+
+def _make_stage(output: Path) -> tuple[Path, int | None]:
+    """Create a locked temporary folder; folders that no process locks any more are left from killed processes."""
+    prefix = f".{output.name[:40]}."
+    guard = _lock(output.parent, wait=True)  # so that no other process sees the new folder before it is locked
+    try:
+        for old in output.parent.glob(f"{glob.escape(prefix)}{'?' * 8}.part") if guard is not None else ():
+            handle = _lock(old)
+            if handle is not None:
+                shutil.rmtree(old, ignore_errors=True)
+                os.close(handle)
+        stage = Path(tempfile.mkdtemp(prefix=prefix, suffix=".part", dir=output.parent))
+        stage.chmod(0o755)
+        return stage, _lock(stage)
+    finally:
+        if guard is not None:
+            os.close(guard)
+
+
+def _lock(folder: Path, *, wait: bool = False) -> int | None:
+    """Lock a folder until the descriptor is closed or the process ends; None where that is not possible."""
+    if sys.platform == "win32":
+        return None
+    import fcntl
+
+    try:
+        handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | (0 if wait else os.O_NOFOLLOW))
+    except OSError:
+        return None
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except OSError:
+        os.close(handle)
+        return None
+    return handle

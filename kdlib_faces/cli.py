@@ -4,12 +4,15 @@ User errors print one line and exit with code 2. Heavy packages are imported by 
 """
 
 import argparse
+import io
 import os
+import re
 import shlex
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 __all__ = ["main"]
 
@@ -22,6 +25,19 @@ class _Parser(argparse.ArgumentParser):
             self.epilog = self.more()
         return super().format_help()
 
+    def parse_known_args(  # type: ignore[override] # the overloads of argparse differ by the type of the namespace
+        self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
+    ) -> tuple[argparse.Namespace, list[str]]:
+        """Name the nearest option of an unknown one, then parse the options of a command."""
+        flags = [flag for action in self._actions for flag in action.option_strings]
+        for word in args or () if self._subparsers is None else ():
+            name = word.partition("=")[0]
+            if name.startswith("--") and not any(flag.startswith(name) for flag in flags):
+                from kdlib._checks import nearest
+
+                self.error(f"no option named {name!r}{nearest(name, flags)}")
+        return super().parse_known_args(args, namespace)
+
     def error(self, message: str) -> NoReturn:
         raise argparse.ArgumentTypeError(f"{message}; see {self.prog} --help")
 
@@ -29,9 +45,25 @@ class _Parser(argparse.ArgumentParser):
         """Add an option that may be repeated."""
         self.add_argument(flag, action="append", default=[], metavar=metavar, help=text, dest=dest or flag[2:])
 
+    def add_on_error(self) -> None:
+        """Add the option for images that cannot be read."""
+        text = "images that cannot be read: stop and list them (stop), or leave them out with a warning"
+        self.add_argument("--on-error", choices=("stop", "skip"), default="stop", help=text)
+
     def add_folder(self, flag: str, default: str, text: str) -> None:
         """Add an option for the folder of the results."""
         self.add_argument(flag, type=Path, default=Path(default), metavar="DIR", help=f"{text} ({default})")
+
+
+def _number(low: int, high: int) -> Callable[[str], int]:
+    """A parser of whole numbers in a range."""
+
+    def parse(text: str) -> int:
+        if not re.fullmatch(r"-?[0-9]{1,10}", text) or not low <= int(text) <= high:
+            raise argparse.ArgumentTypeError(f"must be a whole number from {low} to {high}, got {text[:40]!r}")
+        return int(text)
+
+    return parse
 
 
 def _protocols() -> str:
@@ -45,11 +77,11 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="store_true", help="print the version and exit")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
     common = _Parser(add_help=False)
-    common.add_argument("--threads", type=int, help="number of torch threads (default: one per core)")
+    common.add_argument("--threads", type=_number(1, 1024), help="number of torch threads (default: one per core)")
     common.add_argument("--quiet", action="store_true", help="show no progress")
     common.add_argument("--debug", action="store_true", help="show the full traceback of an error")
     run = _Parser(add_help=False)
-    run.add_argument("--seed", type=int, default=0, help="seed of all random choices (0)")
+    run.add_argument("--seed", type=_number(0, 2**31 - 1), default=0, help="seed of all random choices (0)")
     run.add_argument("--config", type=Path, metavar="TOML", help="file of settings; --set overrides it")
     run.add_list("--set", "KEY=VALUE", "change a setting; repeatable", dest="settings")
     run.add_list("--faces", "PATH", "CSV list or folder of faces; repeatable")
@@ -58,7 +90,10 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_folder("--output", "runs/demo", "folder of the report")
     demo.add_list("--teacher", "ONNX", "general teacher first, then the second teacher")
     demo.add_list("--tap", "NAME", "tensor of each teacher's middle feature map, in order")
-    demo.add_argument("--seeds", type=int, default=1, metavar="N", help="number of runs with consecutive seeds (1)")
+    _add_input(demo)
+    demo.add_argument(
+        "--seeds", type=_number(1, 1000), default=1, metavar="N", help="number of runs with consecutive seeds (1)"
+    )
     demo.add_argument("--steps", metavar="quick|full|N", help="training steps of each student (full)")
 
     train = commands.add_parser("train", parents=[common, run], help="train a student or a teacher on face lists")
@@ -66,6 +101,8 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--recipe", default="liaad", metavar="liaad|student|general_teacher|age_teacher", help=text)
     text = "general teacher first, then the age-invariant one: a checkpoint, .onnx or a cache"
     train.add_list("--teacher", "FILE", text)
+    train.add_on_error()
+    _add_input(train)
     train.add_folder("--output", "runs/train", "folder of the model")
 
     evaluate = commands.add_parser(
@@ -73,13 +110,15 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
     evaluate.more = _protocols
-    evaluate.add_list("--model", "FILE", ".pt or .onnx; repeatable")
+    evaluate.add_list("--model", "[NAME=]FILE", ".pt or .onnx; repeatable")
+    _add_input(evaluate)
     text = "array (n, d) with one row per image, or a folder with SET.npy for each image set; repeatable"
-    evaluate.add_list("--embeddings", "NPY", text)
+    evaluate.add_list("--embeddings", "[NAME=]NPY", text)
     text = "protocol, see below; repeatable (default: all that --faces supports)"
     evaluate.add_list("--protocol", "NAME[=PATH]", text, dest="protocols")
     evaluate.add_argument("--pairs", metavar="TXT", help="pairs in LFW's format for --faces")
     evaluate.add_argument("--scores", action="store_true", help="write all scores to scores/PROTOCOL-MODEL.csv")
+    evaluate.add_on_error()
     evaluate.add_folder("--output", "runs/evaluate", "folder of the report")
 
     _add_cache(commands.add_parser("cache", help="cache the outputs of a teacher for face lists"), common, run)
@@ -90,27 +129,38 @@ def _parser() -> argparse.ArgumentParser:
     inspect = commands.add_parser("inspect", parents=[common], help="list the backbones, or describe a file")
     inspect.add_argument("file", type=Path, nargs="?", help=".onnx, .pt, a CSV list or a folder of faces")
     inspect.add_list("--tap", "NAME", "print the shape of this tap; repeatable")
+    _add_input(inspect)
     text = "input size of a checkpoint that does not determine it, such as 112x96"
     inspect.add_argument("--input-size", metavar="N|HxW", help=text)
     return parser
+
+
+def _add_input(parser: _Parser) -> None:
+    text = (
+        "images that a model takes, where its file does not show it: color=rgb|bgr, mean=N, scale=N of pixels 0 to 255 "
+    )
+    text += "(N:N:N by channel), layout=bchw|bhwc of .onnx; once, or once for each model in order ('auto' for the file's own)"
+    parser.add_list("--input", "KEY=VALUE,...", text)
 
 
 def _add_cache(parser: _Parser, common: _Parser, run: _Parser) -> None:
     actions = parser.add_subparsers(dest="action", metavar="build|verify|info", required=True)
     make = actions.add_parser("build", parents=[common, run], help="compute the missing rows of a cache")
     make.add_argument("--teacher", type=Path, required=True, metavar="FILE", help=".onnx or a checkpoint")
+    _add_input(make)
     make.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder of the cache")
     text = "feature map to store in addition to the embedding: a name, or stage0 to stage3"
     make.add_list("--tap", "[FEATURE=]NAME", text)
     text = "1 plain, 2 plain and mirrored (2); with --set augment..., the number of random views"
     make.add_argument("--views", type=int, help=text)
     make.add_argument("--dtype", choices=("float16", "int8", "float32"), help="type on disk (float16)")
+    make.add_on_error()
     make.add_argument("--workers", type=int, default=1, metavar="N", help="number of processes (1)")
     check = actions.add_parser("verify", parents=[common], help="verify checksums, values and some recomputed rows")
     check.add_argument("directory", type=Path, metavar="DIR", help="folder of the cache")
     check.add_list("--faces", "PATH", "lists that it was built from")
     check.add_argument("--teacher", type=Path, metavar="FILE", help="file that it was built from")
-    check.add_argument("--rows", type=int, default=64, help="number of rows to recompute (64)")
+    check.add_argument("--rows", type=_number(0, 2**31 - 1), default=64, help="number of rows to recompute (64)")
     show = actions.add_parser("info", parents=[common], help="describe a cache")
     show.add_argument("directory", type=Path, metavar="DIR", help="folder of the cache")
 
@@ -125,6 +175,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         Exit code: 0, 2 for a user error, 130 for an interruption, 1 for an internal error.
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # names of files may have another encoding
     parser = _parser()
     try:
         options = parser.parse_args(given)
@@ -149,13 +201,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _run(options: argparse.Namespace, given: Sequence[str]) -> None:
     if options.threads is not None:
-        if options.threads < 1:
-            raise ValueError(f"--threads must be at least 1, got {options.threads}")
         import torch
 
         torch.set_num_threads(options.threads)
-    _COMMANDS[options.command](options, shlex.join(["kdlib-faces", *given]))
+    with warnings.catch_warnings():
+        warnings.showwarning = _show_warning
+        _COMMANDS[options.command](options, shlex.join(["kdlib-faces", *given]))
     sys.stdout.flush()
+
+
+def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
+    print(f"kdlib-faces: warning: {' '.join(str(message).split())}", file=sys.stderr)
 
 
 def _report_error(error: BaseException) -> int:
@@ -174,7 +230,10 @@ def _report_error(error: BaseException) -> int:
 
 
 def _fail(message: str, code: int = 2) -> int:
-    print(f"kdlib-faces: error: {message}", file=sys.stderr)
+    """Print a message as one line; names in it may contain control characters or be very long."""
+    line = message.replace("\u00a0", " ")
+    line = "".join(each if each.isprintable() else repr(each)[1:-1] for each in line)
+    print(f"kdlib-faces: error: {line if len(line) <= 2000 else line[:1999] + '…'}", file=sys.stderr)
     return code
 
 
@@ -191,8 +250,8 @@ def _demo(options: argparse.Namespace, command: str) -> None:
     from kdlib_faces.commands import demo
 
     demo.run(
-        output=options.output, faces=options.faces, teachers=options.teacher, taps=options.tap, steps=options.steps,
-        seed=options.seed, num_seeds=options.seeds, config=options.config, settings=options.settings,
+        output=options.output, faces=options.faces, teachers=options.teacher, taps=options.tap, inputs=options.input,
+        steps=options.steps, seed=options.seed, num_seeds=options.seeds, config=options.config, settings=options.settings,
         progress=not options.quiet, command=command,
     )  # fmt: skip
 
@@ -201,7 +260,8 @@ def _train(options: argparse.Namespace, command: str) -> None:
     from kdlib_faces.commands import train
 
     run = train.RunOptions(
-        output=options.output, faces=options.faces, teachers=options.teacher, seed=options.seed, progress=not options.quiet
+        output=options.output, faces=options.faces, teachers=options.teacher, seed=options.seed, progress=not options.quiet,
+        on_error=options.on_error, inputs=train.inputs_of_models(options.input, len(options.teacher)),
     )  # fmt: skip
     train.run(options.recipe, run, config=options.config, settings=options.settings)
 
@@ -211,9 +271,9 @@ def _evaluate(options: argparse.Namespace, command: str) -> None:
 
     evaluate.run(
         evaluate.load_settings(options.config, [f"seed={options.seed}", *options.settings]),
-        output=options.output, faces=options.faces, models=options.model, embeddings=options.embeddings,
-        pairs=options.pairs, protocols=options.protocols, scores=options.scores, progress=not options.quiet,
-        command=command,
+        output=options.output, faces=options.faces, models=options.model, inputs=options.input,
+        embeddings=options.embeddings, pairs=options.pairs, protocols=options.protocols, scores=options.scores,
+        progress=not options.quiet, command=command, on_error=options.on_error,
     )  # fmt: skip
 
 
@@ -231,7 +291,7 @@ def _cache(options: argparse.Namespace, command: str) -> None:
         text = cache.build(
             output=options.output, faces=options.faces, teacher=options.teacher, taps=options.tap, views=options.views,
             dtype=options.dtype, workers=options.workers, seed=options.seed, config=options.config,
-            settings=options.settings, progress=progress,
+            settings=options.settings, progress=progress, stated=_single(options.input), on_error=options.on_error,
         )  # fmt: skip
     print(text)
 
@@ -249,11 +309,16 @@ def _inspect(options: argparse.Namespace, command: str) -> None:
     if options.file is None:
         print(inspect.backbones())
     elif options.tap:
-        print(inspect.taps(options.file, options.tap, size))
+        print(inspect.taps(options.file, options.tap, size, _single(options.input)))
     else:
-        print(inspect.file(options.file, size))
+        print(inspect.file(options.file, size, _single(options.input)))
 
 
-_COMMANDS = {
-    "demo": _demo, "train": _train, "evaluate": _evaluate, "cache": _cache, "report": _report, "inspect": _inspect,
-}  # fmt: skip
+def _single(given: Sequence[str]) -> str:
+    """The option `--input` of a command that opens one model."""
+    if len(given) > 1:
+        raise ValueError(f"--input must be given once, got {len(given)}")
+    return given[0] if given else "auto"
+
+
+_COMMANDS = {each.__name__[1:]: each for each in (_demo, _train, _evaluate, _cache, _report, _inspect)}

@@ -1,9 +1,10 @@
 """Configurations: nested frozen dataclasses from TOML files and `key=value` settings, and back to TOML."""
 
 import dataclasses
+import re
 import tomllib
 import types
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from os import PathLike
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -16,6 +17,9 @@ __all__ = ["dump_toml", "load_config"]
 
 T = TypeVar("T")
 MAX_BYTES = 1_000_000
+MAX_INTEGER = 2**63 - 1
+# The parser needs memory in the square of the parts of a key.
+DEEP_KEY = re.compile(r"""(?<![\w"'-])(?:(?:[\w-]+|"[^"\n]*"|'[^'\n]*')[ \t]*\.[ \t]*){32}""")
 
 
 def load_config(
@@ -95,15 +99,34 @@ def _read_toml(path: Path) -> dict[str, object]:
             raw = stream.read(MAX_BYTES + 1)
         if len(raw) > MAX_BYTES:
             raise InputError(f"{path}: a configuration has at most {MAX_BYTES:,} bytes")
-        return tomllib.loads(raw.decode("utf-8"))
+        return _parse_toml(raw.decode("utf-8"))
     except FileNotFoundError:
         raise InputError(f"configuration not found: {path}") from None
     except OSError as error:
         raise InputError(f"configuration not readable: {path} ({error.strerror or error})") from None
     except UnicodeDecodeError:
         raise InputError(f"{path}: not UTF-8 text") from None
-    except (tomllib.TOMLDecodeError, RecursionError) as error:
-        raise InputError(f"{path}: not TOML: {str(error) or 'nested too deeply'}") from None
+    except RecursionError:
+        raise InputError(f"{path}: tables or lists are nested too deeply") from None
+    except ValueError as error:
+        raise InputError(f"{path}: not TOML: {error}") from None
+
+
+def _parse_toml(text: str) -> dict[str, object]:
+    """Parse TOML.
+
+    Raises:
+        ValueError: It is not TOML, a key has more than 32 parts, or a number has more digits than Python converts.
+        RecursionError: It is nested too deeply.
+    """
+    if DEEP_KEY.search(text):
+        raise ValueError("a key has more than 32 parts")
+    try:
+        return tomllib.loads(text)
+    except tomllib.TOMLDecodeError:
+        raise
+    except ValueError:
+        raise ValueError("a number has too many digits") from None
 
 
 def _split(text: str) -> tuple[str, object]:
@@ -111,34 +134,57 @@ def _split(text: str) -> tuple[str, object]:
     if not equals or not key.strip():
         raise InputError(f"a setting must be key=value, got {text!r}")
     try:
-        parsed: object = tomllib.loads(f"value = {value.strip()}")["value"]
-    except (tomllib.TOMLDecodeError, RecursionError):
+        parsed = _parse_toml(f"value = {value.strip()}")["value"]
+    except (ValueError, RecursionError):
         parsed = value.strip()
     return key.strip(), parsed
 
 
 def _set(
-    cls: Any, key: str, value: Any, source: str, settings: dict[str, tuple[object, str]], prefix: str = ""
+    cls: Any,
+    key: str,
+    value: Any,
+    source: str,
+    settings: dict[str, tuple[object, str]],
+    prefix: str = "",
+    root: Any = None,
 ) -> None:
     """Convert the value of the field with the dotted name `key`; a table sets the fields of a nested dataclass."""
-    from kdlib._checks import nearest  # imports torch, which a valid configuration does not need
-
     name, _, rest = key.partition(".")
     hints = get_type_hints(cls)
     names = [field.name for field in dataclasses.fields(cls) if field.init]
-    full = prefix + name
+    full, root = prefix + name, root or cls
     if name not in names:
-        raise InputError(f"{source}: no setting named {full!r}{nearest(full, [prefix + each for each in names])}")
+        near = _nearest_settings(prefix + key, [prefix + each for each in names], [*_settings(root)])
+        raise InputError(f"{source}: no setting named {_show(full)!r}{near}")
     nested = hints[name] if dataclasses.is_dataclass(hints[name]) else None
     if nested is None:
         if rest:
-            raise InputError(f"{source}: {full!r} is a single value without {rest!r}")
+            raise InputError(f"{source}: {full!r} is a single value without {_show(rest)!r}")
         settings[full] = (_convert(hints[name], value, full, source), source)
     elif rest or isinstance(value, Mapping):
         for inner, item in [(rest, value)] if rest else value.items():
-            _set(nested, inner, item, source, settings, f"{full}.")
+            _set(nested, inner, item, source, settings, f"{full}.", root)
     else:
         raise InputError(f"{source}: {full!r} is a group of settings, got {_show(value)}")
+
+
+def _settings(cls: Any, prefix: str = "") -> Iterator[str]:
+    """The dotted names of all settings of a dataclass."""
+    hints = get_type_hints(cls)
+    for field in dataclasses.fields(cls):
+        if dataclasses.is_dataclass(hints[field.name]):
+            yield from _settings(hints[field.name], f"{prefix}{field.name}.")
+        else:
+            yield prefix + field.name
+
+
+def _nearest_settings(key: str, beside: list[str], known: list[str]) -> str:
+    """The settings of that name in other groups, else those of a similar name."""
+    from kdlib._checks import nearest  # imports torch, which a valid configuration does not need
+
+    same = [each for each in known if each.rpartition(".")[2] == key.rpartition(".")[2]]
+    return f"; the nearest are {', '.join(map(repr, same))}" if same else nearest(_show(key), [*beside, *known])
 
 
 def _build(cls: Any, prefix: str, settings: Mapping[str, tuple[object, str]], base: Any = None) -> Any:
@@ -187,6 +233,8 @@ def _convert(hint: Any, value: object, key: str, source: str) -> object:
     elif origin is dict:
         if isinstance(value, Mapping):
             return {str(name): _convert(arguments[1], item, f"{key}.{name}", source) for name, item in value.items()}
+    elif isinstance(value, int) and abs(value) > MAX_INTEGER:
+        pass
     elif hint is float and type(value) is int:
         return float(value)
     elif hint is Path and isinstance(value, (str, Path)):
@@ -210,5 +258,7 @@ def _describe(hint: Any) -> str:
 
 
 def _show(value: object) -> str:
+    if type(value) is int and abs(value) > MAX_INTEGER:
+        return f"a number of {value.bit_length()} bits"
     text = value if isinstance(value, str) else repr(value).lower() if isinstance(value, bool) else repr(value)
     return text if len(text) <= 80 else text[:77] + "..."

@@ -30,6 +30,7 @@ from kdlib_faces.backbones.networks.mtlface import MTLFaceNet
 
 __all__ = ["BACKBONES", "build_backbone"]
 
+MAX_PARAMETERS = 500_000_000
 BACKBONES: dict[str, Callable[..., Backbone]] = {
     "mobilefacenet": MobileFaceNet,
     "mbf": mbf,
@@ -83,11 +84,16 @@ def build_backbone(name: str, *, seed: int | None = None, **arguments: Any) -> B
         construct = BACKBONES[name]
         for argument in arguments:
             check_name("build_backbone", f"argument of {name}", argument, inspect.signature(construct).parameters)
+        with torch.device("meta"):
+            count = sum(parameter.numel() for parameter in construct(**arguments).parameters())
+        if count > MAX_PARAMETERS:
+            sizes = f"{name} of these sizes has {count:,} parameters, more than {MAX_PARAMETERS:,}"
+            raise ValueError(f"build_backbone: {sizes}; reduce input_size, width or embedding_dim")
         if seed is None:
             return construct(**arguments)
         check_number("build_backbone", "seed", seed, min=0, integer=True)
         with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(seed)
+            torch.default_generator.manual_seed(int(seed))
             return construct(**arguments)
-    except (TypeError, ValueError) as error:
-        raise InputError(str(error)) from error
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+        raise InputError(str(error).splitlines()[0]) from error

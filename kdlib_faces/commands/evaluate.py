@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Literal
 
 from kdlib_faces import __version__, report
 from kdlib_faces._output import check_output, describe_environment, staged, swept
@@ -29,12 +30,14 @@ def run(
     output: Path,
     faces: Sequence[str | os.PathLike[str]] = (),
     models: Sequence[str | os.PathLike[str]] = (),
+    inputs: Sequence[str] = (),
     embeddings: Sequence[str | os.PathLike[str]] = (),
     pairs: str | os.PathLike[str] | None = None,
     protocols: Sequence[str] = (),
     scores: bool = False,
     progress: bool = False,
     command: str = "",
+    on_error: Literal["stop", "skip"] = "stop",
 ) -> report.Report:
     """Evaluate model files and embedding files by protocols, and write a report.
 
@@ -49,11 +52,11 @@ def run(
     Raises:
         InputError: A file is not usable, or there is nothing to evaluate.
     """
-    check_output(output)
+    check_output(output, "work", "figures", "scores")
     with swept(output):
         prepared = prepare(
-            config, work=output / "work", faces=faces, models=models, embeddings=embeddings, pairs=pairs,
-            protocols=protocols, progress=progress,
+            config, work=output / "work", faces=faces, models=models, inputs=inputs, embeddings=embeddings,
+            pairs=pairs, protocols=protocols, progress=progress, on_error=on_error,
         )  # fmt: skip
         started = datetime.now(UTC)
         with staged(output) as stage:

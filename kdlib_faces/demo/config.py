@@ -70,12 +70,16 @@ class DemoConfig:
     student: LIAADConfig = field(default_factory=lambda: LIAADConfig(embedding_dim=128, width=0.5, input_size=40))
 
     def __post_init__(self) -> None:
-        for part in ("general", "age", "test"):
-            for name in (f"{part}_identities", f"{part}_images"):
-                check_number("DemoConfig", name, getattr(self, name), min=2, integer=True)
-        for name in ("general_steps", "age_steps", "student_steps", "batch_size"):
-            check_number("DemoConfig", name, getattr(self, name), min=1, integer=True)
         check_number("DemoConfig", "size", self.size, min=16, max=512, integer=True)
+        for part in ("general", "age", "test"):
+            for name, high in ((f"{part}_identities", 1_000_000), (f"{part}_images", 10_000)):
+                check_number("DemoConfig", name, getattr(self, name), min=2, max=high, integer=True)
+            pixels = 3 * self.size**2 * getattr(self, f"{part}_identities") * getattr(self, f"{part}_images")
+            check_number("DemoConfig", f"bytes of the {part} images", pixels, max=8 * 2**30)
+        for name in ("general_steps", "age_steps", "student_steps"):
+            check_number("DemoConfig", name, getattr(self, name), min=1, max=10**9, integer=True)
+        check_number("DemoConfig", "batch_size", self.batch_size, min=1, max=65_536, integer=True)
+        check_number("DemoConfig", "replicates", self.replicates, min=0, max=100_000, integer=True)
         check_number("DemoConfig", "test_fraction", self.test_fraction, above=0, max=0.9)
         check_choice("DemoConfig", "amp", self.amp, ("none", "bfloat16"))
 

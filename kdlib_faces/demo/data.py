@@ -89,6 +89,7 @@ class DemoData:
         teacher_outputs: Name of a teacher in the recipe to its cached outputs on the training images.
         test_ages: (m,) years, or None where age groups are known instead.
         test_groups: (m,) name of the age group.
+        alignment: How the test faces are aligned, for the report.
         curves: Model name to the losses of its training.
     """
 
@@ -103,6 +104,7 @@ class DemoData:
     teacher_outputs: dict[str, nn.Module] = field(default_factory=dict)
     test_ages: NDArray[np.float32] | None = None
     test_groups: NDArray[np.str_] | None = None
+    alignment: str = "none: images as they are"
     curves: dict[str, LossCurve] = field(default_factory=dict)
 
     def age_protocol(self, *, replicates: int) -> AgeGapProtocol:

@@ -55,6 +55,7 @@ def synthetic_faces(config: DemoConfig, seed: int) -> DemoData:
         test_images=test.images(),
         test_identities=test.labels.numpy(),
         test_ages=test.ages.numpy(),
+        alignment="synthetic faces are generated aligned",
         summary=DataSummary(
             name="SyntheticFaces",
             synthetic=True,

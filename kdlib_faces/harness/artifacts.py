@@ -4,7 +4,7 @@ import csv
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import islice
+from itertools import count, islice
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from kdlib_faces.evaluation import ProtocolResult
 from kdlib_faces.evaluation.summary import HardPair
+from kdlib_faces.harness.image_sets import file_name
 from kdlib_faces.harness.tasks import EvaluationTask
 from kdlib_faces.progress import progress as show
 
@@ -87,11 +88,14 @@ def write_scores(
         Model name to the path below `folder`, and the number of rows that a complete file would have.
     """
     (folder / "scores").mkdir(exist_ok=True)
-    written, complete = {}, 0
+    written: dict[str, str] = {}
+    complete = 0
     for name, result in results.items():
-        path = f"scores/{task.name}-{re.sub(r'[^A-Za-z0-9_.-]+', '_', name)}.csv"
+        stem = f"scores/{task.name}-{file_name(name)}"
+        paths = (f"{stem}{'' if number == 1 else f'-{number}'}.csv" for number in count(1))
+        path = next(path for path in paths if path not in written.values())
         table = result.score_table(task.label, task.images[-1].label)
-        with (folder / path).open("w", newline="", encoding="utf-8") as stream:
+        with (folder / path).open("w", newline="", encoding="utf-8", errors="backslashreplace") as stream:
             writer = csv.writer(stream, lineterminator="\n")
             writer.writerow(table.columns)
             rows, total = islice(_escaped(table.rows), max_rows), min(max_rows, table.total)

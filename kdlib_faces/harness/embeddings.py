@@ -8,11 +8,11 @@ import hashlib
 import io
 import json
 import os
-import re
 import time
+import warnings
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,10 +20,16 @@ from torch import nn
 
 from kdlib._atomic import atomic_write
 from kdlib_faces._checks import InputError
+from kdlib_faces.data.image_files import describe_far_sizes
+from kdlib_faces.data.images import decode_batches
+from kdlib_faces.data.lists import warn
 from kdlib_faces.evaluation.embedding import embed_batch, eval_mode
 from kdlib_faces.evaluation.summary import ModelEntry
-from kdlib_faces.harness.image_sets import Embeddings, ImageSet, check_embeddings
+from kdlib_faces.harness.image_sets import Embeddings, ImageSet, check_embeddings, file_name
 from kdlib_faces.progress import progress as show
+
+if TYPE_CHECKING:
+    from kdlib_faces.teachers.input_options import InputOptions
 
 __all__ = ["OpenedModel", "embed_set", "open_model", "read_embeddings"]
 
@@ -50,34 +56,40 @@ class OpenedModel:
     fingerprint: str
 
 
-def open_model(path: str | os.PathLike[str], size: int | None = None) -> OpenedModel:
+def open_model(
+    path: str | os.PathLike[str], size: int | None = None, stated: "InputOptions | None" = None
+) -> OpenedModel:
     """Open a model file: `.onnx` as an ONNX graph, anything else as the weights of a backbone or a teacher.
 
     Args:
         path: The file.
         size: Side of its images in pixels; None for the model's own, or 112 if the file leaves it open.
+        stated: What is stated about the images that the model takes; None for what its file implies.
 
     Raises:
-        InputError: The file is missing, corrupt, of no known layout, or its images are not square.
+        InputError: The file is missing, corrupt, or of no known layout.
     """
-    label = Path(path).stem
+    from kdlib_faces.teachers.input_options import InputOptions
+
+    label, stated = Path(path).stem, stated or InputOptions()
     module: nn.Module
     own: int | tuple[int, int] | None
     if Path(path).suffix.lower() == ".onnx":
         from kdlib_faces.teachers.onnx.inspect import describe_graph
-        from kdlib_faces.teachers.onnx.session import OnnxTeacher
+        from kdlib_faces.teachers.open import open_onnx
 
-        teacher = OnnxTeacher(path)
-        described = describe_graph(path)
-        entry = ModelEntry("teacher", label, "ONNX", parameters=described["parameters"], macs=described["macs"])
+        described = describe_graph(path, stated.layout)
+        own = described["input_size"]
+        # As for checkpoints, the square crop is cut to the rectangle that the network takes.
+        teacher = open_onnx(path, images=stated, resize=isinstance(own, tuple))
+        images = "" if teacher.image_format is None else teacher.image_format.describe()
+        entry = ModelEntry("teacher", label, "ONNX", images, parameters=described["parameters"], macs=described["macs"])
         fingerprint = f"{teacher.fingerprint} None"
-        module, own = teacher, teacher.input_size
-        if isinstance(own, tuple) and len(set(own)) != 1:
-            raise InputError(f"{path}: the model takes images of {own[0]} x {own[1]}, only square ones are evaluated")
+        module = teacher
     else:
-        from kdlib_faces.teachers import load_teacher
+        from kdlib_faces.teachers.open import load_network
 
-        network = load_teacher(path)
+        network = load_network(path, stated)
         # The input spec of a network cuts the square crop to the rectangle that it takes.
         entry = ModelEntry(
             "student", label, repr(network).split("(", 1)[0], network.input_spec.describe(),
@@ -117,25 +129,28 @@ def embed_set(
     """
     parts = [str(FORMAT), model.fingerprint, str(model.size), str(flip), images.fingerprint]
     key = hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
-    target = folder / f"{_file_name(model.path.stem)}-{_file_name(images.name)}-{key}.npy"
+    target = folder / f"{file_name(model.path.stem)}-{file_name(images.name)}-{key}.npy"
     if not target.exists():
         folder.mkdir(parents=True, exist_ok=True)
-        _embed_to(target, model, images, batch_size, flip, progress)
-    array: NDArray[np.float32] = np.load(target, mmap_mode="r", allow_pickle=False)
+        warn(describe_far_sizes(images.sources, model.size))
+        try:
+            _embed_to(target, model, images, batch_size, flip, progress)
+        except InputError:
+            if (read := images.read) is not None and images.count is not None:
+                # If images cannot be read, this lists all of them.
+                for _ in decode_batches(lambda row: read(row, model.size), images.count, batch_size, 2, None):
+                    pass
+            raise
+    array: NDArray[np.float32] = _load(target)
     check_embeddings(str(target), array, images.count)
     return array
-
-
-def _file_name(text: str) -> str:
-    return re.sub(r"[^A-Za-z0-9_.-]+", "_", text)[:60]
 
 
 def _embed_to(target: Path, model: OpenedModel, images: ImageSet, batch_size: int, flip: bool, progress: bool) -> None:
     """Write rows in order to a part file; the note beside it holds the number of rows that are safe on disk."""
     part, note = target.with_name(target.name + ".part"), target.with_name(target.name + ".json")
     count = images.count
-    if count is None:
-        raise InputError(f"{images.name}: no images are known")
+    assert count is not None  # a set with images has rows
     done, width = _rows_kept(note, part)
     batch = max(1, min(batch_size, KEPT_EVERY))
     starts = range(done, count, batch)
@@ -192,6 +207,22 @@ def _rows_kept(note: Path, part: Path) -> tuple[int, int]:
     return (done, width) if enough and done > 0 and width > 0 else (0, 0)
 
 
+def _load(path: str | os.PathLike[str]) -> NDArray[Any]:
+    """The array of a `.npy` file as a memory map."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of headers written by Python 2, and of sizes that overflow
+            return np.lib.format.open_memmap(path, mode="r")
+    except FileNotFoundError:
+        raise InputError(f"embeddings not found: {path}") from None
+    except (
+        Exception
+    ) as error:  # NumPy raises the errors of Python's tokenizer, parser and integers for a damaged header
+        known = isinstance(error, (ValueError, EOFError, OSError)) and not isinstance(error, SyntaxError)
+        reason = str(error).splitlines()[0][:160] if known and str(error) else "its header is damaged"
+        raise InputError(f"{path}: not a .npy file of numbers ({reason})") from None
+
+
 def read_embeddings(path: str | os.PathLike[str], count: int | None) -> Embeddings:
     """Embeddings (n, d) from a `.npy` file, in the order of the images, as a memory map.
 
@@ -199,15 +230,14 @@ def read_embeddings(path: str | os.PathLike[str], count: int | None) -> Embeddin
         InputError: There is no such file, it holds no array of numbers, pickled objects or another number of rows, or a
             row is not finite or zero.
     """
-    try:
-        array = np.load(path, mmap_mode="r", allow_pickle=False)
-    except FileNotFoundError:
-        raise InputError(f"embeddings not found: {path}") from None
-    except (ValueError, EOFError, OSError) as error:
-        raise InputError(f"{path}: not a .npy file of numbers ({str(error).splitlines()[0]})") from None
+    array = _load(path)
     check_embeddings(str(path), array, count)
     for start in range(0, len(array), 4096):
         if (bad := _unusable_row(array[start : start + 4096])) is not None:
             raise InputError(f"{path}: embeddings must be finite and not zero, row {start + bad[0]} is {bad[1]}")
-    embeddings: Embeddings = array if array.dtype.kind == "f" else array.astype(np.float32)
+    if array.dtype.kind != "f":
+        array = array.astype(np.float32)
+    elif array.dtype not in (np.float16, np.float32, np.float64):  # another byte order, or more than 64 bits
+        array = array.astype(np.float64)
+    embeddings: Embeddings = array
     return embeddings

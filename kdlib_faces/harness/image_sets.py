@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import re
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -19,19 +20,15 @@ from kdlib_faces.data.alignment import align_face
 from kdlib_faces.data.images import decode_image, fingerprint_files, read_image, read_pixels
 
 __all__ = [
-    "Embeddings",
-    "ImageSet",
-    "aligned_images",
-    "check_embeddings",
-    "images_of_bytes",
-    "images_of_files",
-    "images_of_tensor",
-    "rows_only",
-]
+    "OF_EMBEDDINGS", "Embeddings", "ImageSet", "aligned_images", "check_embeddings", "file_name", "images_of_bytes",
+    "images_of_files", "images_of_tensor", "rows_only",
+]  # fmt: skip
 
 WORKERS = 2
 Embeddings: TypeAlias = NDArray[np.floating[Any]]
 """(n, d)"""
+AS_THEY_ARE = "none: images as they are"
+OF_EMBEDDINGS = "that of the embeddings"
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,6 +41,8 @@ class ImageSet:
         fingerprint: Digest that changes with the images.
         read: Row and size to the image (3, size, size) uint8; None if only embeddings are known.
         label: Row to the name of the image.
+        alignment: How the faces are aligned, for the report.
+        sources: Files or encoded images that are resized as they are, so that their sizes can be checked.
     """
 
     name: str
@@ -51,6 +50,8 @@ class ImageSet:
     fingerprint: str
     read: Callable[[int, int], NDArray[np.uint8]] | None
     label: Callable[[int], str]
+    alignment: str = AS_THEY_ARE
+    sources: Sequence[Path | bytes] = ()
 
     def check_images(self) -> None:
         """Raise an `InputError` if the set has no images."""
@@ -83,18 +84,15 @@ def images_of_files(name: str, paths: Sequence[str | os.PathLike[str]]) -> Image
     files = [Path(path) for path in paths]
     short = _short_names(files)
     return ImageSet(
-        name, len(files), fingerprint_files(files), lambda row, size: read_image(files[row], size), short.__getitem__
-    )
+        name, len(files), fingerprint_files(files), lambda row, size: read_image(files[row], size), short.__getitem__,
+        sources=files,
+    )  # fmt: skip
 
 
-def aligned_images(name: str, paths: Sequence[str | os.PathLike[str]], points: NDArray[np.float32]) -> ImageSet:
-    """A set of image files, each aligned by its five points.
-
-    Args:
-        name: Name of the set.
-        paths: n files.
-        points: (n, 5, 2) x and y in pixels.
-    """
+def aligned_images(
+    name: str, paths: Sequence[str | os.PathLike[str]], points: NDArray[np.float32], source: str
+) -> ImageSet:
+    """A set of n image files, each aligned by five of `points` (n, 5, 2), x and y in pixels, from `source`."""
     plain = images_of_files(name, paths)
     digest = hashlib.sha256(plain.fingerprint.encode() + np.ascontiguousarray(points, "<f4").tobytes())
 
@@ -102,7 +100,7 @@ def aligned_images(name: str, paths: Sequence[str | os.PathLike[str]], points: N
         pixels = read_pixels(paths[row])
         return np.ascontiguousarray(align_face(pixels, points[row], size).transpose(2, 0, 1))
 
-    return ImageSet(name, plain.count, digest.hexdigest(), read, plain.label)
+    return ImageSet(name, plain.count, digest.hexdigest(), read, plain.label, f"by five points from {source}")
 
 
 def images_of_bytes(name: str, images: Sequence[bytes]) -> ImageSet:
@@ -116,16 +114,21 @@ def images_of_bytes(name: str, images: Sequence[bytes]) -> ImageSet:
         digest.hexdigest(),
         lambda row, size: decode_image(images[row], size, name=f"{name}: image {row}"),
         lambda row: f"image {row}",
+        "that of the file: its images as they are",
+        images,
     )
 
 
-def images_of_tensor(name: str, images: Tensor, labels: Sequence[str] = ()) -> ImageSet:
+def images_of_tensor(
+    name: str, images: Tensor, labels: Sequence[str] = (), *, alignment: str = AS_THEY_ARE
+) -> ImageSet:
     """An image set in memory.
 
     Args:
         name: Name of the set.
         images: (n, 3, h, w) uint8, RGB.
         labels: Name of each image; by default its row number.
+        alignment: How the faces are aligned, for the report.
 
     Examples:
         >>> images_of_tensor("test", torch.zeros(2, 3, 8, 8, dtype=torch.uint8)).decode([1], 8).shape
@@ -140,12 +143,17 @@ def images_of_tensor(name: str, images: Tensor, labels: Sequence[str] = ()) -> I
         return np.ascontiguousarray(np.asarray(image.resize((size, size))).transpose(2, 0, 1))
 
     fingerprint = hashlib.sha256(repr(pixels.shape).encode() + pixels.tobytes()).hexdigest()
-    return ImageSet(name, len(pixels), fingerprint, read, labels.__getitem__ if labels else str)
+    return ImageSet(name, len(pixels), fingerprint, read, labels.__getitem__ if labels else str, alignment)
 
 
 def rows_only(name: str, count: int | None, label: Callable[[int], str] = str) -> ImageSet:
     """A set without images: only files of embeddings can be evaluated on it."""
-    return ImageSet(name, count, f"rows {count}", None, label)
+    return ImageSet(name, count, f"rows {count}", None, label, OF_EMBEDDINGS)
+
+
+def file_name(text: str) -> str:
+    """A name as part of a file name: at most 60 letters, digits and `_.-`."""
+    return re.sub(r"[^A-Za-z0-9_.-]+", "_", text)[:60]
 
 
 def _short_names(files: Sequence[Path]) -> list[str]:

@@ -21,11 +21,12 @@ def summarize(task: EvaluationTask, results: Mapping[str, ProtocolResult], sampl
     """
     description = next(iter(results.values())).describe()
     compared = len(results) > 1
+    convention = {**description.convention, "Alignment": task.alignment, **task.convention}
     return ProtocolSummary(
         name=task.name,
         title=task.title,
         question=description.question,
-        convention={**description.convention, **task.convention, "Intervals": description.intervals},
+        convention={**convention, "Intervals": description.intervals},
         counts={**description.counts},
         notes=[*task.notes, *description.notes],
         measures=description.measures,

@@ -1,6 +1,5 @@
 """Tasks on sets with published lists: pair lists, FG-NET, MegaFace, IJB-B and IJB-C."""
 
-import os
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -11,9 +10,10 @@ from numpy.typing import NDArray
 
 from kdlib_faces._checks import InputError
 from kdlib_faces.data.formats.bin import load_bin
+from kdlib_faces.data.image_files import scan_folder
 from kdlib_faces.data.image_pairs import ImagePairs
 from kdlib_faces.data.landmarks import five_points, read_points
-from kdlib_faces.data.lists import IMAGE_SUFFIXES, FaceList
+from kdlib_faces.data.lists import FaceList
 from kdlib_faces.data.sets.cacd import cacd_vs_pairs
 from kdlib_faces.data.sets.cfp import read_cfp_pairs
 from kdlib_faces.data.sets.fgnet import read_fgnet
@@ -40,17 +40,10 @@ from kdlib_faces.harness.image_sets import (
 from kdlib_faces.harness.tasks import EvaluationTask, ProtocolSpec, Settings, TaskMaker, faces_of, task_of_protocol
 
 __all__ = [
-    "bin_task",
-    "cacd_task",
-    "cfp_task",
-    "distractors_task",
-    "fgnet_task",
-    "ijb_task",
-    "pairs_task",
+    "bin_task", "cacd_task", "cfp_task", "distractors_task", "fgnet_task", "ijb_task", "pairs_task",
     "published_pairs",
-]
+]  # fmt: skip
 
-MAX_FILES = 20_000_000
 SIZES = tuple(10**power for power in range(1, 7))
 """Numbers of distractors at which rank 1 is reported."""
 IJB_FPIRS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3)
@@ -188,20 +181,13 @@ def _files_below(folder: Path) -> list[Path]:
     Raises:
         InputError: There is no such folder, or no image in it.
     """
-    if not folder.is_dir():
-        raise InputError(f"folder of images not found: {folder}")
-    files: list[Path] = []
-    for parent, folders, names in os.walk(folder):
-        folders.sort()
-        files += [Path(parent, each) for each in sorted(names) if Path(each).suffix.lower() in IMAGE_SUFFIXES]
-        if len(files) > MAX_FILES:
-            raise InputError(f"{folder}: more than {MAX_FILES:,} images")
+    files = scan_folder(folder)[0]
     if not files:
         raise InputError(f"{folder}: no images found")
     return files
 
 
-def _fgnet(spec: ProtocolSpec) -> tuple[FaceList, NDArray[np.float32], ImageSet, str]:
+def _fgnet(spec: ProtocolSpec) -> tuple[FaceList, NDArray[np.float32], ImageSet]:
     """FG-NET's faces, ages and images, aligned by their landmarks if every image has a `.pts` file."""
     folder = spec.require_path("the folder of FG-NET's images")
     faces = read_fgnet(folder, published=spec.flag("published"))
@@ -209,27 +195,23 @@ def _fgnet(spec: ProtocolSpec) -> tuple[FaceList, NDArray[np.float32], ImageSet,
     points = {each.stem.casefold(): each for each in sorted(folder.rglob("*")) if each.suffix.lower() == ".pts"}
     if all(path.stem.casefold() in points for path in faces.paths):
         five = np.stack([five_points(read_points(points[path.stem.casefold()])) for path in faces.paths])
-        images, alignment = aligned_images("fgnet", faces.paths, five), "by five points from the .pts files"
-    else:
-        images = images_of_files("fgnet", faces.paths)
-        alignment = "none: images as they are, cut to their central square"
-    return faces, faces.ages, images, alignment
+        return faces, faces.ages, aligned_images("fgnet", faces.paths, five, "the .pts files")
+    return faces, faces.ages, images_of_files("fgnet", faces.paths)
 
 
 def fgnet_task(spec: ProtocolSpec, settings: Settings, name: str, title: str) -> EvaluationTask:
     """Leave one image out on FG-NET, by the probe's age and by the gap."""
     spec.check_options("published")
-    faces, ages, images, alignment = _fgnet(spec)
+    faces, ages, images = _fgnet(spec)
     config = settings.config
     protocol = LeaveOneOutProtocol(faces.identities, config.ranks, ages=ages, **asdict(config.sampling))
-    convention = {"Alignment": alignment, **settings.convention}
-    return task_of_protocol(name, title, protocol, images, convention=convention)
+    return task_of_protocol(name, title, protocol, images, convention=settings.convention)
 
 
 def distractors_task(spec: ProtocolSpec, settings: Settings, name: str, title: str) -> EvaluationTask:
     """FG-NET's probes among distractors: a folder of images, or the file `distractors.npy` of a folder of embeddings."""
     spec.check_options("distractors", "published", "far")
-    faces, ages, images, alignment = _fgnet(spec)
+    faces, ages, images = _fgnet(spec)
     if "distractors" in spec.options:
         folder = Path(spec.options["distractors"])
         distractors = images_of_files("distractors", _files_below(folder))
@@ -246,7 +228,7 @@ def distractors_task(spec: ProtocolSpec, settings: Settings, name: str, title: s
         )  # fmt: skip
         return protocol.evaluate(embeddings[images.name])
 
-    convention = {"Distractors": source, "Alignment": alignment, **settings.convention}
+    convention = {"Distractors": source, **settings.convention}
     return EvaluationTask(name, title, (images, distractors), evaluate, convention=convention)
 
 
@@ -259,17 +241,15 @@ def ijb_task(spec: ProtocolSpec, settings: Settings, name: str, title: str) -> l
     if "images" in spec.options:
         files = [Path(spec.options["images"], each) for each in templates.images]
         if landmarks is None:
-            images, alignment = images_of_files(spec.name, files), "none: images as they are"
+            images = images_of_files(spec.name, files)
         else:
-            images = aligned_images(spec.name, files, landmarks.points)
-            alignment = "by the list's five points"
+            images = aligned_images(spec.name, files, landmarks.points, "the list")
     else:
         images = rows_only(spec.name, len(templates), templates.images.__getitem__)
-        alignment = "that of the embeddings"
     norm = cast(Literal["keep", "unit"], spec.choice("norm", ("keep", "unit")))
     rule = cast(Literal["exact", "nearest"], spec.choice("rule", ("exact", "nearest")))
     scores = landmarks.scores if spec.flag("scores") and landmarks is not None else None
-    convention = {"Alignment": alignment, **settings.convention}
+    convention = settings.convention
     ids = templates.template_ids, templates.media_ids
     tasks = []
     if lists.pairs is not None:

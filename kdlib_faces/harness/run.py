@@ -1,19 +1,21 @@
 """Preparation of an evaluation: files are opened and checked, images are embedded."""
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 from kdlib_faces._checks import InputError
 from kdlib_faces.data.lists import FaceList, read_faces
 from kdlib_faces.evaluation.summary import DataSummary, ModelEntry
 from kdlib_faces.harness.embeddings import embed_set, open_model, read_embeddings
 from kdlib_faces.harness.evaluate import EvaluatedModel
-from kdlib_faces.harness.image_sets import Embeddings, ImageSet, images_of_files
+from kdlib_faces.harness.image_sets import OF_EMBEDDINGS, ImageSet, images_of_files
 from kdlib_faces.harness.lists import tasks_of_faces
 from kdlib_faces.harness.registry import PROTOCOLS
 from kdlib_faces.harness.tasks import EvaluateConfig, EvaluationTask, ProtocolSpec, Settings, parse_protocol
+from kdlib_faces.teachers.input_options import inputs_of_models
 
 __all__ = ["PreparedEvaluation", "prepare"]
 
@@ -41,10 +43,12 @@ def prepare(
     work: Path,
     faces: Sequence[PathLike] = (),
     models: Sequence[PathLike] = (),
+    inputs: Sequence[str] = (),
     embeddings: Sequence[PathLike] = (),
     pairs: PathLike | None = None,
     protocols: Sequence[str] = (),
     progress: bool = False,
+    on_error: Literal["stop", "skip"] = "stop",
 ) -> PreparedEvaluation:
     """Read protocols, models and embeddings, and embed the images that are missing from a model's embeddings.
 
@@ -52,27 +56,40 @@ def prepare(
         config: Settings.
         work: Folder in which embeddings are kept; an interrupted run continues from it.
         faces: Face lists, as `read_faces` takes them; for protocols without images of their own.
-        models: `.onnx` or weight files.
+        models: `.onnx` or weight files, or `NAME=FILE` to name them in the report.
+        inputs: What is stated about the images of the models: one text of `InputOptions.parse` for all, or one for each.
         embeddings: `.npy` files (n, d), rows in the order of the images; or folders with one such file per image set,
-            named after it: `lfw.npy`, `fgnet.npy`, and `faces.npy` for the lists of `faces`.
+            named after it: `lfw.npy`, `fgnet.npy`, and `faces.npy` for the lists of `faces`; or `NAME=FILE`.
         pairs: A pairs file in the format of LFW, on `faces`.
         protocols: `NAME[=PATH][,key=PATH ...]` each; without any, all that the lists of `faces` allow.
         progress: Show progress.
+        on_error: Whether images of `faces` that cannot be read stop the evaluation; see `read_faces`.
 
     Raises:
         InputError: A file is not usable, or there is nothing to evaluate.
     """
     if not models and not embeddings:
         raise InputError("evaluate: at least one model or one file of embeddings is needed, got none")
+    for what, given, most in (("models", [*models, *embeddings], 100), ("protocols", protocols, 100)):
+        if len(given) > most:
+            raise InputError(f"evaluate: at most {most} {what} are evaluated at once, got {len(given)}")
     if not faces and not protocols:
         raise InputError("evaluate: --faces or --protocol must be given: what is to be measured?")
-    face_list = read_faces(faces) if faces else None
+    face_list = read_faces(faces, on_error=on_error) if faces else None
     settings = _settings(config, face_list, progress)
     tasks, notes = _tasks(settings, protocols, pairs)
     if not tasks:
         raise InputError(f"evaluate: nothing can be measured on {', '.join(map(str, faces))}: {'; '.join(notes)}")
-    evaluated = _models(config, models, embeddings, tasks, work, progress)
-    return PreparedEvaluation(tasks, evaluated, _data(settings, tasks, notes))
+    if embeddings:
+        alignment = "{}; embeddings from files as they are" if models else OF_EMBEDDINGS
+        tasks = [
+            replace(task, convention={**task.convention, "Alignment": alignment.format(task.alignment)})
+            for task in tasks
+        ]
+    evaluated = _models(config, models, inputs, embeddings, tasks, work, progress)
+    return PreparedEvaluation(
+        tasks, evaluated, _data(settings, tasks, [*notes, *(() if face_list is None else face_list.notes)])
+    )
 
 
 def _settings(config: EvaluateConfig, faces: FaceList | None, progress: bool) -> Settings:
@@ -105,6 +122,7 @@ def _tasks(
 def _models(
     config: EvaluateConfig,
     models: Sequence[PathLike],
+    inputs: Sequence[str],
     embeddings: Sequence[PathLike],
     tasks: Sequence[EvaluationTask],
     work: Path,
@@ -117,31 +135,45 @@ def _models(
             raise InputError(
                 f"evaluate: two sets of different images are called {images.name!r}; measure one at a time"
             )
-    evaluated: list[EvaluatedModel] = []
-
-    def add(path: PathLike, entry: ModelEntry, arrays: Mapping[str, Embeddings]) -> None:
-        """Add a model named after its file, with the folder or a number if the name is taken."""
-        stem, folder = Path(path).stem, Path(path).absolute().parent.name
-        taken = {model.name for model in evaluated}
-        name = next(each for each in (stem, f"{folder}/{stem}", f"{stem} ({len(taken) + 1})") if each not in taken)
-        evaluated.append(EvaluatedModel(name, replace(entry, label=name), arrays))
-
+    names = _names([*models, *embeddings])
     given = []
-    for path in map(Path, embeddings):
-        files = {name: path / f"{name}.npy" if path.is_dir() else path for name in sets}
-        given.append((path, {name: read_embeddings(files[name], images.count) for name, images in sets.items()}))
-    opened = [open_model(path, config.input_size) for path in models]
+    for name, path in names[len(models) :]:
+        files = {each: path / f"{each}.npy" if path.is_dir() else path for each in sets}
+        arrays = {each: read_embeddings(files[each], images.count) for each, images in sets.items()}
+        given.append(EvaluatedModel(name, ModelEntry("student", name, "embeddings from a file"), arrays))
+    stated = inputs_of_models(inputs, len(models))
+    opened = [
+        (name, open_model(path, config.input_size, images))
+        for (name, path), images in zip(names[: len(models)], stated, strict=True)
+    ]
     for images in sets.values() if opened else ():
         images.check_images()
-    for model in opened:
+    evaluated = []
+    for name, model in opened:
         made = {
-            name: embed_set(model, images, work, batch_size=config.batch_size, flip=config.flip, progress=progress)
-            for name, images in sets.items()
+            each: embed_set(model, images, work, batch_size=config.batch_size, flip=config.flip, progress=progress)
+            for each, images in sets.items()
         }
-        add(model.path, model.entry, made)
-    for path, arrays in given:
-        add(path, ModelEntry("student", backbone="embeddings from a file"), arrays)
-    return evaluated
+        evaluated.append(EvaluatedModel(name, replace(model.entry, label=name), made))
+    return evaluated + given
+
+
+def _names(given: Sequence[PathLike]) -> list[tuple[str, Path]]:
+    """Name and path of each file: as in `NAME=FILE`, else its stem, with its folders where other files have that stem."""
+    texts = [os.fspath(each) for each in given]
+    parts = [text.partition("=") if "=" in text and not os.path.exists(text) else ("", "", text) for text in texts]
+    paths = [Path(file) for _, _, file in parts]
+    steps = [(*path.parent.parts, path.stem) for path in map(Path.absolute, paths)]
+    names: list[str] = []
+    for at, (name, _, _) in enumerate(parts):
+        others = [steps[other] for other, (named, _, _) in enumerate(parts) if other != at and not named]
+        depths = (n for n in range(1, len(steps[at]) + 1) if all(each[-n:] != steps[at][-n:] for each in others))
+        depth = next(depths, 0)
+        names.append(name or ("/".join(steps[at][-depth:]) if depth else f"{steps[at][-1]} ({at + 1})"))
+    for name in names:
+        if names.count(name) > 1:
+            raise InputError(f"evaluate: two models are named {name!r}; name them as in --model NAME=FILE")
+    return list(zip(names, paths, strict=True))
 
 
 def _data(settings: Settings, tasks: Sequence[EvaluationTask], notes: list[str]) -> DataSummary:

@@ -18,15 +18,9 @@ from kdlib_faces.evaluation.fold_thresholds import Rule
 from kdlib_faces.harness.image_sets import Embeddings, ImageSet, images_of_files
 
 __all__ = [
-    "EvaluateConfig",
-    "EvaluationTask",
-    "ProtocolSpec",
-    "Settings",
-    "TaskMaker",
-    "faces_of",
-    "parse_protocol",
+    "EvaluateConfig", "EvaluationTask", "ProtocolSpec", "Settings", "TaskMaker", "faces_of", "parse_protocol",
     "task_of_protocol",
-]
+]  # fmt: skip
 
 KEYS = ("images", "faces", "distractors", "norm", "scores", "rule", "kind", "published", "far", "reference")
 
@@ -41,7 +35,7 @@ class EvaluationTask:
         images: Image sets whose embeddings are needed: that of the protocol, and the distractors if there are any.
         evaluate: Name of an image set to a model's embeddings of it, to the result of the protocol.
         rows: Rows of the first set that the protocol uses; None for all.
-        convention: Further conventions for the report, such as the alignment.
+        convention: Further conventions for the report.
         notes: Remarks for the report, such as left-out images.
     """
 
@@ -52,6 +46,13 @@ class EvaluationTask:
     rows: NDArray[np.int64] | None = None
     convention: Mapping[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+
+    @property
+    def alignment(self) -> str:
+        """How the faces of all image sets are aligned."""
+        first, *others = self.images
+        more = [f"{images.name}: {images.alignment}" for images in others if images.alignment != first.alignment]
+        return "; ".join([first.alignment, *more])
 
     def set_row(self, row: int) -> int:
         """Row of the first image set for a row of the protocol."""
@@ -163,20 +164,21 @@ class EvaluateConfig:
 
     def __post_init__(self) -> None:
         owner = "EvaluateConfig"
-        for name, low in {"batch_size": 1, "num_failures": 0, "score_rows": 1, "replicates": 0, "seed": 0}.items():
-            check_number(
-                owner, name, getattr(self, name), min=low, max=24 if name == "num_failures" else None, integer=True
-            )
-        if self.input_size is not None:
-            check_number(owner, "input_size", self.input_size, min=8, integer=True)
+        limits = {"batch_size": (1, 65_536), "replicates": (0, 100_000), "num_failures": (0, 24), "score_rows": (1, 10**12),
+                  "seed": (0, 2**63 - 1), "input_size": (8, 4096)}  # fmt: skip
+        for name, (low, high) in limits.items():
+            if getattr(self, name) is not None:
+                check_number(owner, name, getattr(self, name), min=low, max=high, integer=True)
         check_level(owner, self.level)
-        for name, values, low in (("bins", self.bins, 0), ("ranks", self.ranks, 1)):
-            if not values:
-                raise InputError(f"EvaluateConfig: {name} must not be empty, got ()")
-            for value in values:
-                check_number(owner, name, value, min=low, integer=name == "ranks")
+        for name, values, fewest in (("bins", self.bins, 1), ("ranks", self.ranks, 1), ("fars", self.fars, 0)):
+            if not fewest <= len(values) <= 100:
+                raise InputError(f"{owner}: {name} must have {fewest} to 100 entries, got {len(values)}")
+        for value in self.bins:
+            check_number(owner, "bins", value, min=0)
+        for rank in self.ranks:
+            check_number(owner, "ranks", rank, min=1, integer=True)
         if list(self.bins) != sorted(set(self.bins)):
-            raise InputError(f"EvaluateConfig: bins must rise from the first, got {self.bins}")
+            raise InputError(f"{owner}: bins must rise from the first, got {self.bins}")
         for far in self.fars:
             check_number(owner, "fars", far, above=0, max=1)
 

@@ -15,7 +15,7 @@ from kdlib_faces.report.numbers import count
 from kdlib_faces.report.plots import Plot, rate_limits
 from kdlib_faces.report.schema import Report
 from kdlib_faces.report.tables import measured
-from kdlib_faces.report.theme import INK, MUTED, PAGE, PALETTE, Dash, dress, figure_grid, legend, looks, plain
+from kdlib_faces.report.theme import INK, PAGE, PALETTE, Dash, dress, figure_grid, legend, looks, plain
 
 __all__ = ["RUN_PLOTS"]
 
@@ -83,8 +83,7 @@ def draw_training(report: Report) -> Figure | None:
     styles = looks(report)
     totals, terms, owner = [], [], ""
     for name, log in report.training.items():
-        color, dash = (styles[name].color, styles[name].dash) if name in styles else (MUTED, "-")
-        totals.append(_Curve(report.label(name), *_known(log.step, log.loss), color, dash))
+        totals.append(_Curve(report.label(name), *_known(log.step, log.loss), styles[name].color, styles[name].dash))
     logged = [name for name, log in report.training.items() if len(log.terms) > 1]
     if logged:
         owner = report.pair.distilled if report.pair and report.pair.distilled in logged else logged[0]

@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 
 from kdlib._atomic import atomic_write
 from kdlib_faces._checks import InputError, report_key
+from kdlib_faces._output import check_output
 from kdlib_faces.progress import progress as show
 from kdlib_faces.report.curves import RUN_PLOTS
 from kdlib_faces.report.pages import PictureFile, html_page, markdown_page
@@ -24,7 +25,7 @@ from kdlib_faces.report.theme import to_svg
 __all__ = ["render", "write"]
 
 _PNG = b"\x89PNG\r\n\x1a\n"
-_MAX_BYTES = 64 * 2**20
+_MAX_BYTES = 16 * 2**20
 
 
 def write(
@@ -113,18 +114,17 @@ def _save(path: Path, content: bytes) -> None:
 
 
 def _make_folder(directory: str | os.PathLike[str]) -> Path:
-    folder = Path(directory)
-    # Old figures are deleted there, so a link in a report from elsewhere must not lead to another folder.
-    if (folder / "figures").is_symlink():
-        raise report_key("directory", "a folder whose figures folder is not a link; remove the link", str(directory))
-    try:
-        (folder / "figures").mkdir(parents=True, exist_ok=True)
-    except (FileExistsError, NotADirectoryError):
-        raise report_key("directory", "a folder or a new name", str(directory)) from None
+    # Figures are written and deleted there, so a link in a report from elsewhere must not lead to another folder.
+    folder = check_output(Path(directory))
+    if (folder / "figures").is_symlink() or (folder / "figures").is_file():
+        raise InputError(f"report: {folder / 'figures'} must be a folder and no link; remove it")
+    (folder / "figures").mkdir(parents=True, exist_ok=True)
     return folder
 
 
 def _read(path: Path) -> Report:
+    if path.exists() and not path.is_file():
+        raise InputError(f"report: {path} is no file")
     try:
         with path.open("rb") as stream:
             content = stream.read(_MAX_BYTES + 1)
@@ -133,10 +133,13 @@ def _read(path: Path) -> Report:
     if len(content) > _MAX_BYTES:
         raise InputError(f"report: {path} is larger than {_MAX_BYTES // 2**20} MiB")
     try:
-        parsed = json.loads(content, object_pairs_hook=_unique_keys)
+        parsed = json.loads(content, object_pairs_hook=_unique_keys, parse_int=_whole_number)
     except (ValueError, RecursionError) as error:
         raise InputError(f"report: {path} is not JSON: {error}") from None
-    return _parse(to_json(parsed))
+    try:
+        return _parse(to_json(parsed))
+    except InputError as error:
+        raise InputError(f"report: {path}: {str(error).removeprefix('report: ')}") from None
 
 
 def _unique_keys(pairs: list[tuple[str, object]]) -> dict[str, object]:
@@ -144,6 +147,12 @@ def _unique_keys(pairs: list[tuple[str, object]]) -> dict[str, object]:
     if len(content) < len(pairs):
         raise ValueError("a key occurs twice in one object")
     return content
+
+
+def _whole_number(digits: str) -> int:
+    if len(digits) > 1000:
+        raise ValueError(f"a number has {len(digits):,} digits")
+    return int(digits)
 
 
 def _parse(content: object) -> Report:

@@ -1,19 +1,13 @@
-"""Text of numbers, intervals and durations."""
+"""Text of numbers, intervals and durations, and text from outside that cannot affect the text around it."""
+
+import re
 
 from kdlib_faces.evaluation.summary import MeasuredValue, Unit
 
 __all__ = [
-    "NOT_MEASURED",
-    "amount",
-    "count",
-    "interval",
-    "level",
-    "milliseconds",
-    "percent",
-    "points",
-    "seconds",
-    "shorten",
-]
+    "NOT_MEASURED", "amount", "count", "interval", "isolate", "level", "milliseconds", "percent", "points",
+    "seconds", "shorten", "visible",
+]  # fmt: skip
 
 NOT_MEASURED = "–"
 _SPACE = "\u00a0"  # no line break between a number and its unit
@@ -93,9 +87,33 @@ def milliseconds(duration: float | None) -> str:
     return NOT_MEASURED if duration is None else f"{duration:.3g} ms"
 
 
+_CONTROLS = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
+_RIGHT_TO_LEFT = re.compile(
+    "[\u0590-\u08ff\u200e\u200f\u202a-\u202e\u2066-\u2069\ufb1d-\ufdff\ufe70-\ufeff\U00010800-\U00010fff\U0001e800-\U0001efff]"
+)
+_ISOLATE, _END = "\u2068", "\u2069"
+
+
+def visible(text: str) -> str:
+    """Control characters and lone surrogates as escapes, such as `\\x1b`; line breaks and tabs stay."""
+    return _CONTROLS.sub(lambda match: repr(match[0])[1:-1], text)
+
+
+def isolate(text: str) -> str:
+    """Text with right-to-left characters or direction marks between the characters that keep it apart from its neighbors."""
+    if not _RIGHT_TO_LEFT.search(text):
+        return text
+    kept, depth = [], 0
+    for character in text:
+        if character != _END or depth:  # an end without a start would end the isolation
+            kept.append(character)
+            depth += (character in "\u2066\u2067\u2068") - (character == _END)
+    return f"{_ISOLATE}{''.join(kept)}{_END * (depth + 1)}"
+
+
 def shorten(text: str, limit: int = 60) -> str:
-    """One line, cut with an ellipsis."""
-    line = " ".join(text.split())
+    """One line without control characters, cut with an ellipsis."""
+    line = visible(" ".join(text.split()))
     return line if len(line) <= limit else line[: limit - 1] + "…"
 
 

@@ -12,6 +12,7 @@ from markupsafe import Markup
 
 from kdlib_faces.report import findings, numbers, tables
 from kdlib_faces.report.curves import RUN_PLOTS
+from kdlib_faces.report.numbers import isolate, visible
 from kdlib_faces.report.plots import PLOTS
 from kdlib_faces.report.schema import Report
 from kdlib_faces.report.theme import inline_svg
@@ -86,7 +87,7 @@ def _content(
 def _environment() -> Environment:
     return Environment(
         loader=PackageLoader("kdlib_faces.report"), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
-        lstrip_blocks=True, extensions=["jinja2.ext.do"],
+        lstrip_blocks=True, extensions=["jinja2.ext.do"], finalize=_html,
     )  # fmt: skip
 
 
@@ -97,15 +98,22 @@ def _markdown_environment() -> Environment:
     return environment
 
 
+def _html(value: object) -> object:
+    """Text that shows what it contains and does not affect the direction of its neighbors; Jinja escapes it."""
+    return isolate(visible(value)) if isinstance(value, str) and not isinstance(value, Markup) else value
+
+
 def _markdown(value: object) -> Markup:
     """One line of Markdown that shows the text as it is; the output of macros is Markdown already."""
     if isinstance(value, Markup):
         return value
-    line = " ".join(str(value).split()).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    line = (
+        isolate(visible(" ".join(str(value).split()))).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    )
     return Markup(_MARKDOWN.sub(r"\\\1", line))  # escaped above
 
 
 def _fence(text: str) -> Markup:
     """A code block that the text cannot end."""
     fence = "`" * max(3, 1 + max((len(run) for run in re.findall(r"`+", text)), default=0))
-    return Markup(f"{fence}\n{text.strip()}\n{fence}")  # a code block shows text as it is
+    return Markup(f"{fence}\n{visible(text.strip())}\n{fence}")  # a code block shows text as it is

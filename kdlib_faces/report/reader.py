@@ -63,6 +63,8 @@ def _read(hint: Any, value: object, path: str) -> object:
     if origin is list:
         if not isinstance(value, list):
             raise report_key(path, "a list", value)
+        if arguments[0] in (float, float | None) and all(type(item) is float for item in value):
+            return value
         return [_read(arguments[0], item, f"{path}[{index}]") for index, item in enumerate(value)]
     if not isinstance(value, dict):
         raise report_key(path, "a mapping", value)
@@ -99,7 +101,7 @@ def to_json(value: object, path: str = "run", depth: int = 0) -> Any:
     if depth > _MAX_DEPTH:
         raise report_key(path, f"nested at most {_MAX_DEPTH} deep", type(value).__name__)
     if isinstance(value, str | PurePath):
-        return _text(str(value), path)
+        return _text(str(value))
     if isinstance(value, int) and abs(value) > sys.float_info.max:
         raise report_key(path, f"at most {sys.float_info.max:.1e} in magnitude", value)
     if value is None or isinstance(value, bool | int):
@@ -113,19 +115,17 @@ def to_json(value: object, path: str = "run", depth: int = 0) -> Any:
         items = {name: getattr(value, name) for name in fields}
         value = {name: item for name, item in items.items() if item != _default(fields[name]) or name == "value"}
     if isinstance(value, Mapping):
-        return {_text(str(key), path): to_json(item, f"{path}[{str(key)!r}]", depth + 1) for key, item in value.items()}
+        return {_text(str(key)): to_json(item, f"{path}[{str(key)!r}]", depth + 1) for key, item in value.items()}
     if isinstance(value, list | tuple):
+        if all(type(item) in (int, float) and abs(item) <= sys.float_info.max for item in value):
+            return [*value]  # long curves: no text is made for the path of each number
         return [to_json(item, f"{path}[{index}]", depth + 1) for index, item in enumerate(value)]
     raise report_key(path, "text, a number, true or false, null, a list or a mapping", value)
 
 
-def _text(value: str, path: str) -> str:
-    """Check that text can be written as UTF-8; JSON escapes can contain half of a surrogate pair."""
-    try:
-        value.encode()
-    except UnicodeEncodeError:
-        raise report_key(path, "text without lone surrogates", value) from None
-    return value
+def _text(value: str) -> str:
+    """Text that can be written as UTF-8: lone surrogates, as in file names of another encoding, become escapes."""
+    return value.encode("utf-8", "backslashreplace").decode()
 
 
 def _default(field: "dataclasses.Field[object]") -> object:

@@ -1,24 +1,28 @@
 """Dataclasses of report.json, and the checks that types alone cannot express."""
 
+import math
 import re
-from collections.abc import Collection, Sized
+from collections.abc import Collection, Iterable, Sized
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 from kdlib_faces._checks import report_key
-from kdlib_faces.evaluation.summary import DataSummary, ModelEntry, ModelSummary, ProtocolSummary
+from kdlib_faces.evaluation.summary import (
+    DataSummary,
+    MeasuredValue,
+    ModelEntry,
+    ModelSummary,
+    ProtocolSummary,
+    Unit,
+)
+from kdlib_faces.report.numbers import isolate, shorten, visible
 
 __all__ = [
-    "FORMAT",
-    "PICTURE_NAME",
-    "PictureEntry",
-    "Report",
-    "SeedEntry",
-    "StudentPair",
-    "TrainingCurve",
-    "check_report",
-]
+    "FORMAT", "PICTURE_NAME", "PictureEntry", "Report", "SeedEntry", "StudentPair", "TrainingCurve", "check_report",
+]  # fmt: skip
 
 FORMAT = 1
+_ROUNDING = 1e-6
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_]{0,47}")
 PICTURE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
 
@@ -105,18 +109,22 @@ class Report:
     def label(self, name: str) -> str:
         """The name of a model for readers."""
         entry = self.models.get(name)
-        return name if entry is None else entry.label or name.replace("_", " ")
+        return isolate(visible(name if entry is None else entry.label or name.replace("_", " ")))
 
 
 def check_report(report: Report) -> None:
-    """Check that names are known and lists have fitting lengths.
+    """Check that names are known, lists have fitting lengths, and rates, levels and costs lie in their ranges.
 
     Raises:
-        InputError: A model, measure or axis of bins is unknown, a name is invalid or used twice, a cost is negative, or a
-            list has the wrong length.
+        InputError: The message names the path of the first wrong value.
     """
-    if not report.models:
-        raise report_key("run.models", "at least one model", report.models)
+    for name, many, low, high in (
+        ("models", report.models, 1, 100), ("evaluations", report.evaluations, 0, 200), ("pictures", report.pictures, 0, 50_000),
+    ):  # fmt: skip
+        if not low <= len(many) <= high:
+            raise report_key(f"run.{name}", f"{low} to {high:,} entries", len(many))
+    if not 0 < report.level < 1:
+        raise report_key("run.level", "above 0 and below 1", report.level)
     for name, model in report.models.items():
         costs = {"macs": model.macs, "latency_ms": model.latency_ms, "train_seconds": model.train_seconds}
         for key, amount in costs.items():
@@ -130,50 +138,104 @@ def check_report(report: Report) -> None:
             raise report_key("run.pictures", "keyed by names of 1 to 64 letters, digits, _ or -", name)
     for name, curve in report.training.items():
         path = f"run.training[{name!r}]"
+        _known(name, report.models, "run.training")
+        _limited(curve.step, f"{path}.step", 1_000_000)
         _fits(curve.loss, curve.step, "step", f"{path}.loss")
         for term, losses in curve.terms.items():
             _fits(losses, curve.step, "step", f"{path}.terms[{term!r}]")
+    for term, row in report.weights.items():
+        _rates(row.values(), f"run.weights[{term!r}]")
     seen: set[str] = set()
     for index, summary in enumerate(report.evaluations):
         path = f"run.evaluations[{index}]"
         if not _NAME.fullmatch(summary.name) or summary.name.casefold() in seen:
             raise report_key(f"{path}.name", "1 to 48 letters, digits or _, used once", summary.name)
         seen.add(summary.name.casefold())
-        for key, bins in summary.bins.items():
-            for side, values in (("at", bins.at), ("counts", bins.counts)):
-                if values is not None:
-                    _fits(values, bins.labels, "labels", f"{path}.bins[{key!r}].{side}")
-        for name, result in summary.models.items():
-            _known(name, report.models, f"{path}.models")
-            _check_result(summary, result, f"{path}.models[{name!r}]")
-        for at, row in enumerate(summary.differences):
-            _known(row.a, summary.models, f"{path}.differences[{at}].a")
-            _known(row.b, summary.models, f"{path}.differences[{at}].b")
-            _known(row.measure, summary.measures, f"{path}.differences[{at}].measure")
+        _check_protocol(report, summary, path)
+    protocols = {summary.name: summary.measures for summary in report.evaluations}
+    for at, entry in enumerate(report.per_seed):
+        for name, results in entry.models.items():
+            _known(name, report.models, f"run.per_seed[{at}].models")
+            for protocol, values in results.items():
+                _known(protocol, protocols, f"run.per_seed[{at}].models[{name!r}]")
+                for key in values:
+                    _known(key, protocols[protocol], f"run.per_seed[{at}].models[{name!r}][{protocol!r}]")
+
+
+def _check_protocol(report: Report, summary: ProtocolSummary, path: str) -> None:
+    for name in summary.pictures:
+        _known(name, report.pictures, f"{path}.pictures")
+    _rates(summary.counts.values(), f"{path}.counts", high=math.inf)
+    for name in summary.scores:
+        _known(name, summary.models, f"{path}.scores")
+    _limited(summary.measures, f"{path}.measures", 1000)
+    _limited(summary.bins, f"{path}.bins", 100)
+    _limited(summary.differences, f"{path}.differences", 100_000)
+    for key, bins in summary.bins.items():
+        _limited(bins.labels, f"{path}.bins[{key!r}].labels", 10_000)
+        for side, values in (("at", bins.at), ("counts", bins.counts)):
+            if values is not None:
+                _fits(values, bins.labels, "labels", f"{path}.bins[{key!r}].{side}")
+    for name, result in summary.models.items():
+        _known(name, report.models, f"{path}.models")
+        _check_result(summary, result, f"{path}.models[{name!r}]")
+    for at, row in enumerate(summary.differences):
+        _known(row.a, summary.models, f"{path}.differences[{at}].a")
+        _known(row.b, summary.models, f"{path}.differences[{at}].b")
+        _known(row.measure, summary.measures, f"{path}.differences[{at}].measure")
+        _value(row.difference, summary.measures[row.measure].unit, f"{path}.differences[{at}].difference", low=-1.0)
 
 
 def _check_result(summary: ProtocolSummary, result: ModelSummary, path: str) -> None:
-    for key in result.measures:
+    for key, value in result.measures.items():
         _known(key, summary.measures, f"{path}.measures")
+        _value(value, summary.measures[key].unit, f"{path}.measures[{key!r}]")
     for key, row in result.bins.items():
         _known(key, summary.bins, f"{path}.bins")
         _fits(row, summary.bins[key].labels, "labels", f"{path}.bins[{key!r}]")
-    if (roc := result.roc) is not None:
-        _fits(roc.tar, roc.far, "far", f"{path}.roc.tar")
-    if (cmc := result.cmc) is not None:
-        _fits(cmc.rate, cmc.rank, "rank", f"{path}.cmc.rate")
-    if (search := result.search) is not None:
-        _fits(search.tpir, search.fpir, "fpir", f"{path}.search.tpir")
+        for at, value in enumerate(row):
+            _value(value, summary.bins[key].unit, f"{path}.bins[{key!r}][{at}]")
+    for kind, curve in (("roc", result.roc), ("search", result.search), ("cmc", result.cmc)):
+        if curve is not None:
+            (x, points), (y, rates) = vars(curve).items()
+            _limited(points, f"{path}.{kind}.{x}", 100_000)
+            _fits(rates, points, x, f"{path}.{kind}.{y}")
+            _rates(rates, f"{path}.{kind}.{y}")
+            _rates(points, f"{path}.{kind}.{x}", high=math.inf if kind == "cmc" else 1.0)
     if (histogram := result.histogram) is not None:
+        edges = histogram.edges
+        _limited(edges, f"{path}.histogram.edges", 10_000)
+        if len(edges) < 2 or any(low >= high for low, high in pairwise(edges)):
+            raise report_key(f"{path}.histogram.edges", "at least two numbers that rise", edges)
         for side, counts in (("genuine", histogram.genuine), ("impostor", histogram.impostor)):
-            _fits(counts, histogram.edges[1:], "edges", f"{path}.histogram.{side}")
+            _fits(counts, edges[1:], "edges", f"{path}.histogram.{side}")
+            _rates(counts, f"{path}.histogram.{side}", high=math.inf)
 
 
 def _known(name: str, names: Collection[str], path: str) -> None:
     if name not in names:
-        raise report_key(path, f"among {', '.join(names) or 'none'}", name)
+        raise report_key(path, f"among {shorten(', '.join(names), 200) or 'none'}", name)
+
+
+def _limited(values: Sized, path: str, most: int) -> None:
+    if len(values) > most:
+        raise report_key(path, f"at most {most:,} entries", len(values))
 
 
 def _fits(values: Sized, reference: Sized, name: str, path: str) -> None:
     if len(values) != len(reference):
         raise report_key(path, f"{len(reference)} long to fit {name}", f"{len(values)} values")
+
+
+def _value(value: MeasuredValue, unit: Unit, path: str, *, low: float = 0.0) -> None:
+    """A value and the ends of its interval: between `low` and 1 for rates and AUC, and in order."""
+    if unit in ("rate", "auc"):
+        _rates((value.value, value.low, value.high), path, low=low)
+    if value.low is not None and value.high is not None and value.low > value.high:
+        raise report_key(f"{path}.low", "at most the high end", value.low)
+
+
+def _rates(values: Iterable[float | None], path: str, *, low: float = 0.0, high: float = 1.0) -> None:
+    for value in values:
+        if value is not None and not low - _ROUNDING <= value <= high + _ROUNDING:
+            raise report_key(path, f">= {low:g}" if high == math.inf else f"from {low:g} to {high:g}", value)

@@ -14,24 +14,13 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from kdlib_faces.report.numbers import shorten
+from kdlib_faces.report.numbers import isolate, shorten, visible
 from kdlib_faces.report.schema import Report
 
 __all__ = [
-    "GRID",
-    "INK",
-    "MUTED",
-    "PAGE",
-    "PALETTE",
-    "Look",
-    "dress",
-    "figure_grid",
-    "inline_svg",
-    "legend",
-    "looks",
-    "plain",
-    "to_svg",
-]
+    "GRID", "INK", "MUTED", "PAGE", "PALETTE", "Look", "dress", "figure_grid", "inline_svg", "legend", "looks",
+    "plain", "to_svg",
+]  # fmt: skip
 
 # Colors of the light theme. Inside a page they become CSS variables of style.css, which has the dark ones too.
 PAGE, INK, MUTED, GRID = "#ffffff", "#1b2330", "#5a6675", "#e5e8ed"
@@ -65,7 +54,7 @@ def looks(report: Report) -> dict[str, Look]:
 
 def plain(text: str, limit: int = 34) -> str:
     """Text from outside as one short line without mathematics; a leading underscore would hide it from a legend."""
-    line = shorten(text, limit).replace("$", r"\$")
+    line = shorten(text, limit).strip("\u2068\u2069").replace("$", r"\$")  # each text of a figure stands alone
     return f" {line}" if line.startswith("_") else line
 
 
@@ -131,7 +120,7 @@ def inline_svg(svg: str, title: str) -> str:
     body = re.sub(r' id="[\w.]+_\d+"', "", body)  # names of groups; hashed names of marks and clips stay
     body = re.sub(r"(?<=: )#[0-9a-f]{6}(?=[;\"])", lambda match: _variable(match[0]), body)
     size = f'viewBox="0 0 {width:g} {height:g}" style="--width:{width * 100 / 72:.0f}px"'
-    return f'<svg {size} role="img" aria-label="{escape(title)}">{body}'
+    return f'<svg {size} role="img" aria-label="{escape(isolate(visible(title)))}">{body}'
 
 
 def _variable(color: str) -> str:

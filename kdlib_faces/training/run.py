@@ -19,6 +19,7 @@ from kdlib_faces.data.seeded_views import SeededViews
 from kdlib_faces.data.views import AugmentConfig
 from kdlib_faces.progress import progress, say
 from kdlib_faces.teachers import TeacherNet, save_teacher
+from kdlib_faces.teachers.input_options import InputOptions
 from kdlib_faces.training.fit import Amp, Optimizer, fit
 from kdlib_faces.training.run_record import check_same_run, describe_run, write_run_record
 
@@ -76,15 +77,19 @@ class RunOptions:
         output: Folder of the run.
         faces: Lists or folders of training images.
         teachers: Files of the teachers, in the order of the recipe.
+        inputs: What is stated about the images that each teacher takes; empty for what their files imply.
         seed: Seed of weights, order and views.
         progress: Show progress.
+        on_error: See `read_faces`.
     """
 
     output: Path
     faces: Sequence[str]
     teachers: Sequence[str] = ()
+    inputs: Sequence[InputOptions] = ()
     seed: int = 0
     progress: bool = True
+    on_error: Literal["stop", "skip"] = "stop"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,8 +136,8 @@ def train_on_faces(build: Callable[[FaceList], TrainingSetup], options: RunOptio
     quiet, output = not options.progress, options.output
     if not options.faces:
         raise InputError("train: --faces must be given, a CSV list or a folder")
-    check_output(output)
-    listed = read_faces(options.faces)
+    check_output(output, "checkpoints", "config.toml", "images.npy", "images.npy.part", "log.jsonl", "run.json")
+    listed = read_faces(options.faces, on_error=options.on_error)
     setup = build(listed)
     training = setup.config.training
     record = describe_run(setup.config, recipe, listed, setup.fingerprints)

@@ -1,12 +1,15 @@
 """The command line: every user error is one line and exit code 2."""
 
 import errno
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from kdlib_faces._checks import InputError
+from kdlib_faces.backbones import build_backbone
 from kdlib_faces.cli import main
 
 
@@ -129,10 +132,48 @@ def test_wrong_settings_and_flags(tmp_path: Path, faces: Path, capsys) -> None:
     assert "size" in _fails(capsys, "demo", "--set", "size=3")
     assert "must be given together" in _fails(capsys, "demo", "--faces", faces, "--output", tmp_path / "o")
     assert "--steps must be" in _fails(capsys, "demo", "--steps", "some")
-    assert "--threads must be at least 1" in _fails(capsys, "inspect", "--threads", "0")
+    for flag, value in (
+        ("--threads", "0"),
+        ("--threads", "9" * 9),
+        ("--seed", "9" * 5000),
+        ("--seed", "-1"),
+        ("--seed", "1.5"),
+    ):
+        assert f"{flag}: must be a whole number from" in _fails(capsys, "demo", flag, value)
     assert "recipe must be one of" in _fails(capsys, "train", "--recipe", "best", "--faces", faces)
     assert "two teachers" in _fails(capsys, "train", "--faces", faces)
     assert "invalid choice: 'dance'" in _fails(capsys, "dance")
+    assert "no option named '--facse'; the nearest are '--faces'" in _fails(capsys, "train", "--facse", "x")
+    assert "no option named '--techer'; the nearest are '--teacher'" in _fails(capsys, "cache", "build", "--techer=x")
+    assert "the nearest are 'recipe.width'" in _fails(capsys, "train", "--recipe", "student", "--set", "width=0.5")
+    assert r"no\x1b.csv" in _fails(capsys, "train", "--recipe", "student", "--faces", "no\x1b.csv")
+    assert len(_fails(capsys, "demo", "--set", f"{'a' * 9000}=1")) < 2100
+
+
+@pytest.mark.parametrize(
+    ("words", "setting"),
+    [
+        (["train", "--recipe", "age_teacher", "--faces", "x"], "network.input_size=100000"),
+        (["train", "--recipe", "age_teacher", "--faces", "x"], "network.width=1e+300"),
+        (["train", "--recipe", "student", "--faces", "x"], "recipe.input_size=100000"),
+        (["train", "--recipe", "student", "--faces", "x"], "recipe.embedding_dim=1000000000"),
+        (["demo"], "student.input_size=100000"), (["demo"], "general_images=9999"), (["demo"], "batch_size=1000000000"),
+        (["evaluate", "--faces", "x", "--model", "x"], "input_size=100000"),
+        (["evaluate", "--faces", "x", "--model", "x"], "replicates=9223372036854775807"),
+    ],
+)  # fmt: skip
+def test_sizes_beyond_reason_are_refused_at_once(words: list[str], setting: str, tmp_path: Path, capsys) -> None:
+    start = time.monotonic()
+    line = _fails(capsys, *words, "--set", setting, "--output", tmp_path / "o")
+    assert f"{setting}: " in line
+    assert "<=" in line
+    assert time.monotonic() - start < 20
+
+
+def test_a_network_of_too_many_parameters_is_refused_at_once() -> None:
+    for arguments in ({"input_size": 4096}, {"embedding_dim": 10**9}, {"width": 1e6}, {"width": 1e300}):
+        with pytest.raises(InputError, match=r"parameters, more than 500,000,000|[Oo]verflow"):
+            build_backbone("iresnet18", seed=0, **arguments)
 
 
 def test_a_full_disk_is_one_line_and_leaves_no_model(tmp_path: Path, faces: Path, capsys, monkeypatch) -> None:

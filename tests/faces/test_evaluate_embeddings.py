@@ -1,5 +1,6 @@
 """Embeddings of the `evaluate` command: kept during the run, reused, read from files."""
 
+import os
 import subprocess
 import sys
 import time
@@ -212,22 +213,49 @@ def test_embeddings_of_several_sets_from_a_folder(tmp_path):
     assert entries["leave_one_out"]["models"]["mine"]["measures"]["rank1"]["value"] == 1.0
     assert entries["calfw"]["counts"]["images"] == 8
     assert "pictures" not in entries["calfw"]
+    assert entries["calfw"]["convention"]["Alignment"] == "that of the embeddings"
     assert not (tmp_path / "out/work").exists()
 
 
-def test_files_of_the_same_name_get_different_names(tmp_path):
+def test_models_are_named_by_their_files_or_as_requested(tmp_path):
     rng = np.random.default_rng(0)
-    files = [tmp_path / folder / "same.npy" for folder in ("a", "b", "b")]
+    files = [tmp_path / name for name in ("a/same.npy", "b/same.npy", "b/c?.npy", "c_.npy", "x=y.npy")]
     for file in files:
         file.parent.mkdir(exist_ok=True)
         np.save(file, rng.normal(size=(15, 4)))
+    config = evaluate.EvaluateConfig(replicates=5, num_failures=0)
+    protocols = [f"leave_one_out={set_files.grouped(tmp_path)}"]
+    given = [*files, files[3], f"mine={files[3]}"]
+    model = network(tmp_path / "m.pt", 0)
     report = run_evaluate(
-        FAST, output=tmp_path / "out", embeddings=files, protocols=[f"leave_one_out={set_files.grouped(tmp_path)}"]
+        config, output=tmp_path / "out", models=[f"ours={model}"], embeddings=given, protocols=protocols, scores=True
     )
-    assert {name: model["label"] for name, model in report["models"].items()} == {
-        name: name for name in ("same", "b/same", "same (3)")
-    }
-    assert len(report["evaluations"][0]["differences"]) == 6
+    names = ["ours", "a/same", "b/same", "c?", "c_ (5)", "x=y", "c_ (7)", "mine"]
+    assert {name: model["label"] for name, model in report["models"].items()} == {name: name for name in names}
+    (entry,) = report["evaluations"]
+    assert entry["convention"]["Alignment"] == "none: images as they are; embeddings from files as they are"
+    assert len(entry["differences"]) == 2 * 7
+    assert len(set(entry["scores"].values())) == len(list((tmp_path / "out/scores").iterdir())) == 8
+    with pytest.raises(InputError, match="two models are named 'm'; name them as in --model NAME=FILE"):
+        run_evaluate(config, output=tmp_path / "o", models=[model], embeddings=[f"m={files[0]}"], protocols=protocols)
+
+
+def test_names_of_images_in_another_encoding_are_written_as_escapes(tmp_path):
+    name = os.fsdecode(b"\xff\xfe")
+    for at in range(4):
+        set_files.put_face(tmp_path / f"faces/p{at // 2}/{name}{at}.png", at // 2, at)
+    np.save(tmp_path / f"{name}.npy", np.random.default_rng(0).normal(size=(4, 4)))
+    config = evaluate.EvaluateConfig(replicates=5, num_failures=1)
+    report = run_evaluate(
+        config, output=tmp_path / "out", embeddings=[tmp_path / f"{name}.npy"], faces=[tmp_path / "faces"], scores=True,
+        command=f"evaluate {name}",
+    )  # fmt: skip
+    shown = "\\udcff\\udcfe"
+    assert list(report["models"]) == [shown]
+    (entry,) = report["evaluations"]
+    text = (tmp_path / "out" / entry["scores"][shown]).read_text("utf-8")
+    assert f"p0/{shown}0.png" in text
+    assert report["command"] == f"evaluate {shown}"
 
 
 def test_two_different_sets_of_the_same_name_are_refused(tmp_path):

@@ -46,7 +46,7 @@ def test_every_protocol_has_figures_of_both_models(whole):
     assert list(found) == [name for each in names for name in ([each, "ijbc_1n"] if each == "ijbc" else [each])]
     for name, entry in found.items():
         assert list(entry["models"]) == ["one", "two"], name
-        assert {"Score", "Flip", "Intervals"} <= set(entry["convention"]), name
+        assert {"Score", "Alignment", "Flip", "Intervals"} <= set(entry["convention"]), name
         for model in entry["models"].values():
             assert model["measures"].keys() == entry["measures"].keys(), name
             first = model["measures"][next(iter(entry["measures"]))]
@@ -68,11 +68,16 @@ def test_conventions_and_counts_are_reported(whole):
     assert found["calfw"]["convention"]["Folds"].startswith("assigned")
     assert "mean over the images of a medium, sum over media" in found["ijbc"]["convention"]["Pooling"]
     assert "times the detector score" in found["ijbc"]["convention"]["Pooling"]
-    assert found["ijbc"]["convention"]["Alignment"] == "by the list's five points"
+    for name, alignment in {
+        "lfw": "none: images as they are", "cfp": "none: images as they are", "age_gap": "none: images as they are",
+        "bin": "that of the file: its images as they are", "fgnet": "by five points from the .pts files",
+        "megaface_fgnet": "by five points from the .pts files; distractors: none: images as they are",
+        "ijbc": "by five points from the list", "ijbc_1n": "by five points from the list",
+    }.items():  # fmt: skip
+        assert found[name]["convention"]["Alignment"] == alignment
     assert "galleries searched separately" in found["ijbc_1n"]["convention"]["Definition"]
     assert "25 distractors" in found["megaface_fgnet"]["convention"]["Definition"]
     assert found["megaface_fgnet"]["convention"]["Distractors"] == "25 images of others"
-    assert found["fgnet"]["convention"]["Alignment"] == "by five points from the .pts files"
     assert "longitudinal protocol of this project" in found["longitudinal"]["convention"]["Definition"]
     assert "names and ages are not in a .bin" in found["bin"]["notes"][0]
     assert found["lfw"]["models"]["one"]["measures"]["tar_0.001"]["resolvable"] is False
@@ -322,8 +327,9 @@ def test_help_lists_every_protocol(capsys):
         ({"level": 0.0}, "level must be"),
         ({"fars": (2.0,)}, "fars must be .* <= 1, got 2.0"),
         ({"bins": (5, 1)}, r"bins must rise from the first, got \(5, 1\)"),
-        ({"bins": ()}, "bins must not be empty"),
-        ({"ranks": ()}, "ranks must not be empty"),
+        ({"bins": ()}, "bins must have 1 to 100 entries, got 0"),
+        ({"fars": (0.1,) * 101}, "fars must have 0 to 100 entries, got 101"),
+        ({"batch_size": 10**6}, "batch_size must be .* <= 65536"),
         ({"ranks": (0,)}, "ranks must be"),
         ({"replicates": -1}, "replicates must be"),
         ({"seed": -1}, "seed must be"),

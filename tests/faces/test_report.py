@@ -18,7 +18,7 @@ from kdlib_faces.evaluation.summary import Difference, Measure, MeasuredValue, M
 from kdlib_faces.report import ModelEntry, Picture, Report, SeedEntry, attention_picture, pairs_picture, render, write
 from kdlib_faces.report.curves import RUN_PLOTS
 from kdlib_faces.report.findings import finding, key_figures, remarks
-from kdlib_faces.report.numbers import amount, count, interval, seconds
+from kdlib_faces.report.numbers import amount, count, interval, isolate, seconds
 from kdlib_faces.report.pages import html_page, markdown_page
 from kdlib_faces.report.plots import PLOTS, rate_limits
 from kdlib_faces.report.reader import to_json
@@ -460,10 +460,11 @@ LFW, RESULT = ("evaluations", 0), ("evaluations", 0, "models", "distilled")
         (("models", "teacher", "role"), GONE, "run.models['teacher'].role is missing"),
         (("format",), 2, "run.format must be 1"),
         (("title",), None, "run.title must be text"),
-        (("models",), {}, "run.models must be at least one model"),
+        (("models",), {}, "run.models must be 1 to 100 entries, got 0"),
+        (("evaluations",), [None] * 201, "run.evaluations[0] must be a mapping"),
+        ((*LFW, "counts", "images"), -1, "run.evaluations[0].counts must be >= 0, got -1"),
+        ((*RESULT, "roc"), {"far": [0.5] * 200_000, "tar": []}, ".roc.far must be at most 100,000 entries, got 200000"),
         (("models", "alone", "role"), "judge", "run.models['alone'].role must be one of 'teacher', 'student', got 'judge'"),
-        (("title",), "\ud800", "run['title'] must be text without lone surrogates"),
-        (("weights",), {"\ud800": 1}, "run['weights'] must be text without lone surrogates"),
         (("models", "alone", "macs"), "many", "run.models['alone'].macs must be a number"),
         (("models", "alone", "macs"), 10**400, "['macs'] must be at most 1.8e+308 in magnitude"),
         (("models", "alone", "macs"), -1.0, "run.models['alone'].macs must be a number >= 0"),
@@ -475,6 +476,12 @@ LFW, RESULT = ("evaluations", 0), ("evaluations", 0, "models", "distilled")
         (("weights",), [1], "run.weights must be a mapping"),
         (("data", "synthetic"), "no", "run.data.synthetic must be true or false"),
         (("level",), float("nan"), "run.level must be a number, got None"),
+        (("level",), 95, "run.level must be above 0 and below 1, got 95"),
+        (("weights", "embedding", "age"), 59.0, "run.weights['embedding'] must be from 0 to 1, got 59.0"),
+        (("training",), {"nobody": {"step": [], "loss": []}}, "run.training must be among distilled"),
+        (("per_seed",), [{"seed": 0, "models": {"nobody": {}}}], "run.per_seed[0].models must be among distilled"),
+        (("per_seed",), [{"seed": 0, "models": {"alone": {"x": {}}}}], "per_seed[0].models['alone'] must be among lfw"),
+        (("per_seed",), [{"seed": 0, "models": {"alone": {"lfw": {"x": 1}}}}], "['alone']['lfw'] must be among accuracy"),
         (("pictures",), {"../x": {"title": "t"}}, "run.pictures must be keyed by names"),
         (("training", "alone", "loss"), [1.0], "run.training['alone'].loss must be 120 long to fit step"),
         (("training", "distilled", "terms", "identity"), [1.0], ".terms['identity'] must be 120 long"),
@@ -484,12 +491,25 @@ LFW, RESULT = ("evaluations", 0), ("evaluations", 0, "models", "distilled")
         ((*LFW, "bins", "fnmr", "counts"), [1], ".bins['fnmr'].counts must be 5 long to fit labels"),
         ((*LFW, "models", "impostor"), {}, "run.evaluations[0].models must be among distilled, alone, teacher"),
         ((*LFW, "scores"), ["x"], "run.evaluations[0].scores must be a mapping"),
+        ((*LFW, "scores"), {"nobody": "x"}, "run.evaluations[0].scores must be among distilled"),
+        ((*LFW, "measures"), None, "run.evaluations[0].measures must be a mapping, got None"),
+        ((*LFW, "pictures"), ["gone"], "run.evaluations[0].pictures must be among lfw_0_rejects, free, got 'gone'"),
+        ((*LFW, "differences", 0, "difference", "value"), -1.5, ".differences[0].difference must be from -1 to 1"),
         ((*LFW, "differences", 2, "a"), "nobody", "run.evaluations[0].differences[2].a must be among"),
         ((*LFW, "differences", 0, "measure"), "speed", "run.evaluations[0].differences[0].measure must be among"),
         ((*RESULT, "measures", "speed"), {"value": 1}, ".measures must be among accuracy, tar_0.01"),
         ((*RESULT, "measures", "auc", "value"), 10**400, "['auc']['value'] must be at most"),
         ((*RESULT, "measures", "auc", "value"), "x", ".measures['auc'].value must be a number"),
+        ((*RESULT, "measures", "auc", "high"), 1.01, ".measures['auc'] must be from 0 to 1, got 1.01"),
+        ((*RESULT, "measures", "auc", "low"), 0.995, ".measures['auc'].low must be at most the high end, got 0.995"),
+        ((*RESULT, "measures"), None, ".models['distilled'].measures must be a mapping, got None"),
+        ((*RESULT, "bins", "fnmr", 0, "value"), 1.5, ".bins['fnmr'][0] must be from 0 to 1, got 1.5"),
         ((*RESULT, "bins", "fnmr"), [{}], ".bins['fnmr'] must be 5 long to fit labels"),
+        ((*RESULT, "roc", "tar", 0), 1.5, ".roc.tar must be from 0 to 1, got 1.5"),
+        ((*RESULT, "roc", "far", 0), -0.5, ".roc.far must be from 0 to 1, got -0.5"),
+        ((*RESULT, "histogram", "edges", 1), -1.0, ".histogram.edges must be at least two numbers that rise"),
+        ((*RESULT, "histogram", "edges"), [], ".histogram.edges must be at least two numbers that rise"),
+        ((*RESULT, "histogram", "genuine", 0), -3, ".histogram.genuine must be >= 0, got -3"),
         ((*RESULT, "roc", "tar"), [0.5], ".roc.tar must be 60 long to fit far"),
         ((*RESULT, "histogram", "genuine"), [1], ".histogram.genuine must be 80 long to fit edges"),
         (("evaluations", 1, "models", "alone", "cmc", "rate"), [], ".cmc.rate must be 20 long to fit rank"),
@@ -505,11 +525,13 @@ def test_a_wrong_value_in_report_json_is_named_with_its_path(
     with pytest.raises(InputError) as error:
         render(tmp_path)
     assert message in str(error.value)
+    assert str(error.value).startswith(f"report: {tmp_path / 'report.json'}: ")
     assert [file.name for file in tmp_path.iterdir()] == ["report.json"]
 
 
 @pytest.mark.parametrize(
-    "content", [b"", b"{", b"\xff\xfe", b"[" * 100_000, b"3", b"[1]", b'{"format": 1}', b'{"a": 1, "a": 2}']
+    "content",
+    [b"", b"{", b"\xff\xfe", b"[" * 100_000, b"3", b"[1]", b'{"format": 1}', b'{"a": 1, "a": 2}', b"9" * 5000],
 )
 def test_a_broken_report_json_is_an_input_error(
     tmp_path: Path, content: bytes, monkeypatch: pytest.MonkeyPatch
@@ -527,7 +549,7 @@ def test_folders_that_cannot_be_used_are_input_errors(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="cannot be read"):
         render(tmp_path / "nowhere")
     (tmp_path / "file").write_text("x")
-    with pytest.raises(InputError, match="directory must be a folder"):
+    with pytest.raises(InputError, match="the output must be a folder"):
         write(tmp_path / "file", bare_report())
 
 
@@ -540,9 +562,9 @@ def test_a_link_in_place_of_the_figures_folder_is_not_followed(written: Path, tm
     report.mkdir()
     (report / "report.json").write_bytes((written / "report.json").read_bytes())
     (report / "figures").symlink_to(other)
-    with pytest.raises(InputError, match="figures folder is not a link"):
+    with pytest.raises(InputError, match="figures must be a folder and no link"):
         render(report)
-    with pytest.raises(InputError, match="figures folder is not a link"):
+    with pytest.raises(InputError, match="figures must be a folder and no link"):
         write(report, bare_report())
     assert {file.read_text() for file in other.iterdir()} == {"kept"}
     assert len(list(other.iterdir())) == 3
@@ -623,6 +645,30 @@ def test_attention_is_warm_where_the_map_is_high() -> None:
             attention_picture([pixels], {"bad": bad})
     with pytest.raises(InputError, match="at least one image"):
         attention_picture([], {})
+
+
+def test_names_cannot_change_the_text_around_them(tmp_path: Path) -> None:
+    report = sample_report()
+    names = {
+        "distilled": "\u202ereversed",
+        "alone": "\u05e9\u05dc\u05d5\u05dd",
+        "teacher": "a\u2069b\x1b[31m\x00\ud800c",
+    }
+    for name, label in names.items():
+        report.models[name].label = report.models[name].backbone = label
+    report.title, report.evaluations[0].title, report.command = "t\x07\u202e", "\u2067x", "run \x1b"
+    write(tmp_path, report)
+    for file in tmp_path.rglob("*"):
+        text = file.read_text("utf-8") if file.suffix in (".html", ".md", ".svg") else ""
+        assert not re.search("[\x00-\x08\x0b-\x1f\x7f-\x9f]", text), file
+    documents = pages(report)
+    for shown in ("\u2068\u202ereversed\u2069", "\u2068\u05e9\u05dc\u05d5\u05dd\u2069"):
+        for text in documents:
+            assert shown in text
+            assert text.count(shown[1:-1]) == text.count(shown)
+    assert "\u2068ab\\x1b[31m\\x00\\ud800c\u2069" in documents[0]
+    assert isolate("\u2067x") == "\u2068\u2067x\u2069\u2069"
+    assert isolate("Zoë") == "Zoë"
 
 
 def test_equal_figures_give_equal_svg_and_titles_are_escaped() -> None:
