@@ -55,7 +55,8 @@ def check_pair(owner: str, student: Tensor, teacher: Tensor, shape: str = "b ...
     check_rank(owner, "student", student, shape)
     if student.shape != teacher.shape:
         layout = "b, d" if "..." in shape and student.dim() == 2 else ", ".join(shape.split())
-        hint = "; project the student first" if student.shape[:1] == teacher.shape[:1] else ""
+        hint = "the logits must be of the same classes" if shape == "b c" else "project the student first"
+        hint = f"; {hint}" if student.shape[:1] == teacher.shape[:1] else ""
         raise ValueError(
             f"{owner}: teacher must be ({layout}) like student {show_shape(student)}, got {show_shape(teacher)}{hint}"
         )
@@ -68,10 +69,19 @@ def check_same_batch(owner: str, first: str, a: Tensor, second: str, b: Tensor) 
 
 
 def check_weight(owner: str, weight: Tensor | None, batch: int) -> None:
-    """Per-sample weights must be a tensor `(b,)`."""
+    """Per-sample weights must be a tensor `(b,)` of finite numbers of at least 0; on an accelerator these are not read."""
     check_type(owner, "weight", weight, (Tensor, NoneType), "a torch.Tensor")
     if weight is not None and tuple(weight.shape) != (batch,):
         raise ValueError(f"{owner}: weight must be (b,) = ({batch},), got {show_shape(weight)}")
+    if weight is not None and weight.device.type == "cpu" and readable(weight):
+        wrong = weight[~((weight >= 0) & (weight < inf))]
+        if len(wrong):
+            raise ValueError(f"{owner}: weight must hold finite numbers >= 0, got {wrong[0].item():g}")
+
+
+def readable(x: Tensor) -> bool:
+    """Return whether the values of `x` can be read: not during compilation, nor within `torch.func.vmap`."""
+    return not (torch.compiler.is_compiling() or torch._C._functorch.is_batchedtensor(x))
 
 
 def check_dtype_whole(owner: str, name: str, x: Tensor) -> None:
@@ -102,7 +112,7 @@ def check_target(owner: str, target: Tensor, batch: int, classes: int) -> None:
     """`target` must be `(b,)` classes: whole numbers from 0 to below `classes`."""
     check_dtype_whole(owner, "target", target)
     check_shape(owner, "target", target, "b", b=batch)
-    if torch.compiler.is_compiling() or target.numel() == 0:  # values cannot be read while compiling
+    if target.numel() == 0 or not readable(target):
         return
     lowest, highest = (int(end) for end in torch.aminmax(target))
     if lowest < 0 or highest >= classes:
