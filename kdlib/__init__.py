@@ -14,6 +14,8 @@ Data flows through the packages in this order, and each package imports only pac
 
 from typing import TYPE_CHECKING
 
+from kdlib import adapters, distiller, functional, influence, losses, objective, projections, training, weighting
+from kdlib._arguments import prepare_arguments
 from kdlib.adapters import OUTPUT, StudentAdapter, Tap, TeacherAdapter
 from kdlib.distiller import Distiller
 from kdlib.influence import InfluenceReport
@@ -69,6 +71,10 @@ __all__ = [
     "TrainConfig", "TrainResult", "UncertaintyWeighting", "UniformWeighting", "VariationalInformationLoss", "Weighting",
     "__version__", "infer_projection", "train",
 ]  # fmt: skip
+
+for _module in (adapters, distiller, functional, influence, losses, objective, projections, training, weighting):
+    prepare_arguments(vars(_module), _module.__all__)
+prepare_arguments(globals(), __all__)
 
 
 def __getattr__(name: str) -> object:

@@ -8,12 +8,16 @@ checks of one package; there, a function named after a fault returns the error t
 from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from difflib import get_close_matches
 from math import inf
+from numbers import Integral, Real
 from operator import ge, gt, le, lt
 from types import NoneType
-from typing import Any
+from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor, nn
+
+T = TypeVar("T")
 
 
 def show_shape(x: Tensor) -> str:
@@ -51,7 +55,8 @@ def check_pair(owner: str, student: Tensor, teacher: Tensor, shape: str = "b ...
     check_rank(owner, "student", student, shape)
     if student.shape != teacher.shape:
         layout = "b, d" if "..." in shape and student.dim() == 2 else ", ".join(shape.split())
-        hint = "; project the student first" if student.shape[:1] == teacher.shape[:1] else ""
+        hint = "the logits must be of the same classes" if shape == "b c" else "project the student first"
+        hint = f"; {hint}" if student.shape[:1] == teacher.shape[:1] else ""
         raise ValueError(
             f"{owner}: teacher must be ({layout}) like student {show_shape(student)}, got {show_shape(teacher)}{hint}"
         )
@@ -64,10 +69,19 @@ def check_same_batch(owner: str, first: str, a: Tensor, second: str, b: Tensor) 
 
 
 def check_weight(owner: str, weight: Tensor | None, batch: int) -> None:
-    """Per-sample weights must be a tensor `(b,)`."""
+    """Per-sample weights must be a tensor `(b,)` of finite numbers of at least 0; on an accelerator these are not read."""
     check_type(owner, "weight", weight, (Tensor, NoneType), "a torch.Tensor")
     if weight is not None and tuple(weight.shape) != (batch,):
         raise ValueError(f"{owner}: weight must be (b,) = ({batch},), got {show_shape(weight)}")
+    if weight is not None and weight.device.type == "cpu" and readable(weight):
+        wrong = weight[~((weight >= 0) & (weight < inf))]
+        if len(wrong):
+            raise ValueError(f"{owner}: weight must hold finite numbers >= 0, got {wrong[0].item():g}")
+
+
+def readable(x: Tensor) -> bool:
+    """Return whether the values of `x` can be read: not during compilation, nor within `torch.func.vmap`."""
+    return not (torch.compiler.is_compiling() or torch._C._functorch.is_batchedtensor(x))
 
 
 def check_dtype_whole(owner: str, name: str, x: Tensor) -> None:
@@ -98,7 +112,7 @@ def check_target(owner: str, target: Tensor, batch: int, classes: int) -> None:
     """`target` must be `(b,)` classes: whole numbers from 0 to below `classes`."""
     check_dtype_whole(owner, "target", target)
     check_shape(owner, "target", target, "b", b=batch)
-    if torch.compiler.is_compiling() or target.numel() == 0:  # values cannot be read while compiling
+    if target.numel() == 0 or not readable(target):
         return
     lowest, highest = (int(end) for end in torch.aminmax(target))
     if lowest < 0 or highest >= classes:
@@ -122,14 +136,16 @@ def check_relation_reduction(owner: str, reduction: str) -> None:
         raise ValueError(f"{owner}: reduction must be 'mean': a relation has no per-sample form, got {reduction!r}")
 
 
-def check_shares(owner: str, name: str, shares: object) -> None:
-    """`shares` must be a sequence of finite numbers >= 0, of which at least one is above 0."""
+def check_shares(owner: str, name: str, shares: object) -> tuple[float, ...]:
+    """Return `shares` as Python numbers: a sequence, array or tensor of finite numbers >= 0, at least one above 0."""
+    if isinstance(shares, (np.ndarray, Tensor)):
+        shares = shares.tolist()
     if isinstance(shares, (str, bytes)) or not isinstance(shares, Sequence):
         raise TypeError(f"{owner}: {name} must be a sequence of numbers, got {type(shares).__name__}")
-    for index, share in enumerate(shares):
-        check_number(owner, f"{name}[{index}]", share, min=0)
-    if not any(shares):
+    numbers = tuple(check_number(owner, f"{name}[{index}]", share, min=0) for index, share in enumerate(shares))
+    if not any(numbers):
         raise ValueError(f"{owner}: {name} must hold a number > 0, got {shares!r}")
+    return numbers
 
 
 def check_below(owner: str, name: str, x: Tensor, batch: int, **limit: int) -> None:
@@ -168,28 +184,36 @@ def check_choice(owner: str, name: str, value: object, choices: Sequence[str]) -
 def check_number(
     owner: str,
     name: str,
-    value: object,
+    value: T,
     *,
     above: float | None = None,
     min: float | None = None,
     max: float | None = None,
     below: float | None = None,
     integer: bool = False,
-) -> None:
-    """`value` must be a finite number (whole if `integer`) with `above < value < below` and `min <= value <= max`."""
-    number = isinstance(value, int if integer else (int, float)) and not isinstance(value, bool) and -inf < value < inf
+) -> T:
+    """Return `value` as a Python number; it must be finite (whole if `integer`) and within the limits.
+
+    Numbers of NumPy and other libraries, and arrays and tensors without dimensions, are numbers; bools are not.
+    """
+    scalar = isinstance(value, (np.generic, np.ndarray, Tensor)) and value.ndim == 0
+    plain: Any = value.item() if scalar else value  # type: ignore[attr-defined]
+    kind: type[Any] = Integral if integer else Real
+    number = not isinstance(plain, bool) and isinstance(plain, kind) and -inf < plain < inf
     limits: list[tuple[str, Callable[[Any, Any], bool], float | None]]
     limits = [(">", gt, above), (">=", ge, min), ("<=", le, max), ("<", lt, below)]
-    if not number or not all(limit is None or holds(value, limit) for _, holds, limit in limits):
+    if not number or not all(limit is None or holds(plain, limit) for _, holds, limit in limits):
         bounds = [f"{sign} {limit}" for sign, _, limit in limits if limit is not None]
         wanted = " and ".join(["a whole number" if integer else "a finite number", *bounds])
         raise (ValueError if number else TypeError)(f"{owner}: {name} must be {wanted}, got {value!r}")
+    return int(plain) if isinstance(plain, Integral) else float(plain)  # type: ignore[return-value]
 
 
 def nearest(name: str, known: Iterable[str], count: int = 3) -> str:
     """Return `"; the nearest are 'a', 'b'"` for an unknown name, or the list of known names if none is close."""
     known = [entry for entry in known if entry]
     close = get_close_matches(name, known, n=count, cutoff=0.5)
+    close = close or [entry for entry in known if name and entry.lower().startswith(name.lower())][:count]
     if close:
         return "; the nearest are " + ", ".join(repr(entry) for entry in close)
     listed = ", ".join(repr(entry) for entry in known[:12])
@@ -201,6 +225,12 @@ def check_name(owner: str, what: str, name: str, known: Iterable[str]) -> None:
     known = list(known)
     if name not in known:
         raise ValueError(f"{owner}: no {what} named {name!r}{nearest(name, known)}")
+
+
+def check_keyword(owner: str, name: str, known: Iterable[str]) -> None:
+    """`name` must be a keyword argument of `owner`; the error lists the nearest ones."""
+    if name not in known:
+        raise TypeError(f"{owner}: no argument named {name!r}{nearest(name, known)}")
 
 
 def check_finite(owner: str, **tensors: Tensor) -> None:
@@ -286,6 +316,15 @@ def check_features(owner: str, features: object) -> None:
     if not isinstance(features, Mapping):
         kind = type(features).__name__
         raise TypeError(f"Distiller: the {owner} must return named features, got {kind}; wrap it in an adapter")
+
+
+def check_inputs(owner: str, unchanged: bool) -> None:
+    """A model in a distiller must not change its inputs in place."""
+    if not unchanged:
+        raise ValueError(
+            f"Distiller: the {owner} changed its inputs in place, which the other models read too; copy them first, as "
+            "an out-of-place preprocess or nn.ReLU(inplace=False) does"
+        )
 
 
 def check_targets(owner: str, targets: object) -> None:

@@ -9,8 +9,8 @@ from torch import Tensor
 from kdlib._checks import check_choice, check_weight
 
 __all__ = [
-    "FAR", "REDUCTIONS", "MeanOnly", "Reduction", "directions", "full_precision", "hold_short", "hold_steep",
-    "mean_square", "promote", "promoted_dtype", "reduce", "rescale", "shortest_length", "unit_rows",
+    "FAR", "REDUCTIONS", "MeanOnly", "Reduction", "directions", "finite_weight", "full_precision", "hold_short", "hold_steep",
+    "mean_square", "promote", "promoted_dtype", "reduce", "relative_weight", "rescale", "shortest_length", "unit_rows",
 ]  # fmt: skip
 
 Reduction: TypeAlias = Literal["mean", "none"]
@@ -121,8 +121,21 @@ def reduce(owner: str, losses: Tensor, reduction: str, weight: Tensor | None) ->
     check_weight(owner, weight, losses.shape[0])
     if weight is None:
         return losses if reduction == "none" else losses.sum() / max(losses.shape[0], 1)
-    weight = weight.to(losses.dtype)
+    limit = torch.finfo(losses.dtype).max
+    weight = finite_weight(weight)
     if reduction == "none":
-        return weight * losses
+        return (weight.clamp(max=limit).to(losses.dtype) * losses).clamp(max=limit)
+    weight = relative_weight(weight, losses)
     total = weight.sum()
     return (weight * losses).sum() / torch.where(total == 0, 1.0, total)
+
+
+def finite_weight(weight: Tensor) -> Tensor:
+    """Return the weights, where negative, infinite and NaN ones count as 0: not all can be read to raise an error."""
+    return torch.where((weight >= 0) & (weight < torch.inf), weight, 0)
+
+
+def relative_weight(weight: Tensor, like: Tensor) -> Tensor:
+    """Divide weights by the largest, so that sums do not overflow and products do not vanish; convert to `like`."""
+    largest = weight.detach().amax() if len(weight) else weight.sum()
+    return (weight / torch.where(largest == 0, 1, largest)).to(like)

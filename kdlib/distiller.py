@@ -1,14 +1,18 @@
 """The Module that runs a student, its teachers and an objective on a batch."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Self
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.dropout import _DropoutNd
+from torch.nn.parameter import is_lazy
 
 from kdlib._checks import (
     check_features,
     check_inferred,
+    check_inputs,
     check_key,
     check_name,
     check_reads,
@@ -16,7 +20,8 @@ from kdlib._checks import (
     check_term_teachers,
     check_type,
 )
-from kdlib.influence import InfluenceReport, unchanged
+from kdlib._held import hold, is_unchanged, move, split_inputs
+from kdlib.influence import InfluenceReport, fork_random_state, unchanged
 from kdlib.objective import Objective, ObjectiveOutput
 from kdlib.types import Features, HasTaps, Targets, Teacher
 
@@ -82,38 +87,69 @@ class Distiller(nn.Module):
     def features(self, inputs: Any, targets: Targets | None = None) -> tuple[Features, dict[str, Features]]:
         """Run the student and every teacher; return the student's features and those of each teacher."""
         check_targets("Distiller", targets)
-        arguments = inputs if isinstance(inputs, tuple) else (inputs,)
-        student = self.student(*arguments)
-        check_features("student", student)
+        student = self._call("student", self.student, inputs)
         for module in self._teacher_modules():
             if module.training:  # train() was called on the teacher itself
                 module.eval()
         teachers: dict[str, Features] = {}
         for name, teacher in self.teachers.items():
             check_reads(name, teacher.reads, targets or {})
+            read = tuple((targets or {})[key] for key in teacher.reads)
             with torch.no_grad():
-                teachers[name] = teacher(*([(targets or {})[key] for key in teacher.reads] or arguments))
-            check_features(f"teacher {name!r}", teachers[name])
+                teachers[name] = self._call(f"teacher {name!r}", teacher, read or inputs)
         return student, teachers
 
+    def _call(self, owner: str, model: Callable[..., Features], inputs: Any) -> Features:
+        """Call one of the models that share the inputs: none of them may change the inputs in place."""
+        positional, named = split_inputs(inputs)
+        held = [hold(x) if isinstance(x, Tensor) else (x, None) for x in (*positional, *named.values())]
+        given, count = [x for x, _ in held], len(positional)
+        features = model(*given[:count], **dict(zip(named, given[count:], strict=True)))
+        check_features(owner, features)
+        check_inputs(owner, not self.teachers or all(is_unchanged(x, version) for x, version in held))
+        return features
+
     def forward(self, inputs: Any, targets: Targets | None = None) -> ObjectiveOutput:
-        """Compare one batch; `inputs` is a tensor or a tuple of the models' arguments."""
+        """Compare one batch; `inputs` is a tensor, a tuple of the models' arguments or a mapping of keyword arguments.
+
+        Raises:
+            ValueError: a model changed the inputs in place, which the other models read too.
+        """
         student, teachers = self.features(inputs, targets)
         output: ObjectiveOutput = self.objective(student, teachers, targets or {})
         return output
 
     @torch.no_grad()
     def infer(self, inputs: Any, targets: Targets | None = None) -> Self:
-        """Create the inferred projections from one batch; changes no weight and no statistic."""
-        if not self.objective.inferred:
-            modes = {module: module.training for module in self.student.modules()}
-            self.student.eval()
-            try:
-                self.objective.infer(*self.features(inputs, targets))
-            finally:
-                for module, mode in modes.items():
-                    module.training = mode
+        """Create the inferred projections from one batch; changes no weight and no statistic.
+
+        The student runs in training mode, in which its features are compared later, except for normalization and
+        dropout layers.
+        """
+        if self.objective.inferred:
+            return self
+        modes = {module: module.training for module in self.student.modules()}
+        buffers = [
+            (module, name, buffer, buffer.clone())
+            for module in modes
+            for name, buffer in module.named_buffers(recurse=False)
+            if not is_lazy(buffer)
+        ]
+        try:
+            with fork_random_state(self._device()):
+                for module in modes:
+                    module.training = not isinstance(module, (_NormBase, _DropoutNd))
+                features = self.features(inputs, targets)
+        finally:
+            for module, mode in modes.items():
+                module.training = mode
+            for module, name, buffer, value in buffers:
+                setattr(module, name, buffer.copy_(value))
+        self.objective.infer(*features)
         return self
+
+    def _device(self) -> torch.device:
+        return next((parameter.device for parameter in self.parameters()), torch.device("cpu"))
 
     @torch.no_grad()
     def report(self, inputs: Any, targets: Targets | None = None) -> InfluenceReport:
@@ -125,8 +161,7 @@ class Distiller(nn.Module):
         Raises:
             RuntimeError: a projection is not inferred yet.
         """
-        device = next((parameter.device for parameter in self.parameters()), torch.device("cpu"))
-        with unchanged(self.student, *self._teacher_modules(), device=device):
+        with unchanged(self.student, *self._teacher_modules(), device=self._device()):
             student, teachers = self.features(inputs, targets)
             return self.objective.report(student, teachers, targets)
 
@@ -142,7 +177,7 @@ class Distiller(nn.Module):
     def _apply(self, fn: Any, recurse: bool = True) -> Self:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]  # torch leaves _apply untyped
         for module in self._teacher_modules() if recurse else ():
-            module._apply(fn)  # type: ignore[no-untyped-call]
+            move(module, fn)
         return self
 
 

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass
 from itertools import combinations
 from typing import Any, NamedTuple
@@ -211,6 +211,12 @@ def _columns(losses: list[float], gradients: list[Tensor]) -> list[tuple[float, 
     return list(zip(losses, _shares(losses), lengths, _shares(lengths), strict=True))
 
 
+def fork_random_state(device: torch.device) -> AbstractContextManager[None]:
+    """Restore torch's random state, on the CPU and on `device`, after the block."""
+    devices = {"devices": [device], "device_type": device.type} if device.type in ("cuda", "xpu") else {"devices": []}
+    return torch.random.fork_rng(**devices)
+
+
 @contextmanager
 def unchanged(*modules: nn.Module, device: torch.device) -> Iterator[None]:
     """Restore buffers, plain attributes and torch's random state after the block.
@@ -219,23 +225,25 @@ def unchanged(*modules: nn.Module, device: torch.device) -> Iterator[None]:
     run.
     """
     inside = {each for module in modules for each in module.modules()}
-    saved = [(each, dict(vars(each)), dict(each._buffers)) for each in inside]
+    saved = [(each, dict(vars(each)), dict(each._buffers.items())) for each in inside]
     copies = {
         id(buffer): buffer.detach().clone() for _, _, own in saved for buffer in own.values() if buffer is not None
     }
-    devices = {"devices": [device], "device_type": device.type} if device.type in ("cuda", "xpu") else {"devices": []}
     try:
         for each, _, own in saved:
-            each._buffers.update({name: copies.get(id(buffer)) for name, buffer in own.items()})
-        with torch.random.fork_rng(**devices):
+            for name, buffer in own.items():
+                each._buffers[name] = copies.get(id(buffer))
+        with fork_random_state(device):
             yield
     finally:
         for each, attributes, own in saved:
             for name in set(vars(each)) - set(attributes):
                 del vars(each)[name]
             vars(each).update(attributes)
-            each._buffers.clear()
-            each._buffers.update(own)
+            for name in set(each._buffers.keys()) - set(own):
+                del each._buffers[name]
+            for name, buffer in own.items():  # a scripted module has no `update`
+                each._buffers[name] = buffer
 
 
 def _gradient(loss: Tensor, feature: Tensor) -> Tensor:

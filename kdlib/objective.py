@@ -94,7 +94,7 @@ class Term:
         check_callable("Term", "loss", self.loss)
         check_term(self.student, self.teacher, self.teachers, self.target, self.project, self.sample_weight)
         if not callable(self.weight):
-            check_number("Term", "weight", self.weight, min=0)
+            self.weight = check_number("Term", "weight", self.weight, min=0)
         self.teachers = None if self.teachers is None else tuple(self.teachers)
         self._takes_weight = isinstance(self.loss, WeightedLoss)
         self._per_sample = isinstance(self.loss, WeightedLoss) and self.loss.per_sample
@@ -108,10 +108,7 @@ class Term:
         """Return the weight at a step."""
         if not callable(self.weight):
             return float(self.weight)
-        value = self.weight(step)
-        value = float(value) if hasattr(value, "__float__") else value  # such as a tensor
-        check_number("Term", f"weight({step})", value, min=0)
-        return value
+        return float(check_number("Term", f"weight({step})", self.weight(step), min=0))
 
     def values(
         self, name: str, student: Tensor, teacher: Tensor | None, targets: Targets, sample: Tensor | None
@@ -190,7 +187,7 @@ class Objective(nn.Module):
 
     def set_step(self, step: int) -> None:
         """Set the step at which the schedules of the weights are evaluated."""
-        self.step = step
+        self.step = check_number("Objective", "step", step, min=0, integer=True)
 
     def extra_repr(self) -> str:
         return ", ".join(f"{name}={term.weight!r}" for name, term in self.terms.items())

@@ -3,23 +3,16 @@
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from kdlib._checks import check_finite, check_floating, check_number, check_shape, check_whole_numbers, show_shape
 
 __all__ = [
-    "InputError",
-    "check_class_centers",
-    "check_every_identity",
-    "check_identities",
-    "check_identities_or_triplets",
-    "check_rates",
-    "check_relation",
-    "check_set",
-    "report_key",
-    "show_name",
-]
+    "InputError", "check_class_centers", "check_every_identity", "check_identities", "check_identities_or_triplets",
+    "check_rates", "check_relation", "check_set", "report_key", "show_name",
+]  # fmt: skip
 
 
 class InputError(ValueError):
@@ -56,7 +49,8 @@ def check_identities(owner: str, identities: Tensor, batch: int, num_identities:
         low, high = (int(end) for end in torch.aminmax(identities))
         if low < 0 or high >= num_identities:
             raise ValueError(
-                f"{owner}: identities must be from 0 to {num_identities - 1}, got {low if low < 0 else high}"
+                f"{owner}: identities must be from 0 to {num_identities - 1}, got {low if low < 0 else high}; number them "
+                f"from 0, and set num_identities to at least {high + 1}"
             )
 
 
@@ -105,10 +99,10 @@ def check_identities_or_triplets(owner: str, target: Tensor, batch: int) -> None
 
 
 def check_rates(owner: str, rates: Any) -> None:
-    """Check that `rates` is a sequence of false positive rates, each above 0 and at most 1."""
-    if isinstance(rates, (str, bytes)) or not isinstance(rates, Sequence):
+    """Check that `rates` is a sequence or array of false positive rates, each above 0 and at most 1."""
+    if isinstance(rates, (str, bytes)) or not isinstance(rates, (Sequence, np.ndarray)):
         raise TypeError(f"{owner}: rates must be a sequence of numbers, got {type(rates).__name__}")
-    if not rates:
+    if not len(rates):
         raise ValueError(f"{owner}: rates must hold at least one number, got {rates!r}")
     for index, rate in enumerate(rates):
         check_number(owner, f"rates[{index}]", rate, above=0, max=1)

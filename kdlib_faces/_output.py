@@ -64,7 +64,7 @@ def check_output(output: Path, *parts: str) -> Path:
 @contextmanager
 def swept(output: Path) -> Iterator[None]:
     """Remove the empty folders of a new `output` if the block fails; files that it wrote are kept."""
-    fresh = not output.exists()
+    fresh = not os.path.exists(output)  # also for a name that is too long
     try:
         yield
     except BaseException:

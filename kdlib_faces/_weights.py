@@ -1,6 +1,5 @@
 """Reading of untrusted weight files, identified by their first bytes: PyTorch archives, old pickles and safetensors."""
 
-import re
 import warnings
 import zipfile
 from dataclasses import dataclass, field
@@ -12,6 +11,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from kdlib_faces._checks import InputError, show_name
+from kdlib_faces._tensor_pickle import BlockedName, Foreign, read_tensors
 
 __all__ = ["Weights", "read_weights"]
 
@@ -24,7 +24,8 @@ class Weights:
 
     Attributes:
         kind: `"PyTorch"` or `"safetensors"`.
-        content: the saved object; for safetensors the dict of its tensors.
+        content: the saved object, in which a `Foreign` replaces each object that is neither a tensor nor a plain value;
+            for safetensors the dict of its tensors.
         size: file size in bytes.
         metadata: the metadata of a safetensors file.
     """
@@ -36,7 +37,7 @@ class Weights:
 
 
 def read_weights(owner: str, path: Path) -> Weights:
-    """Read a file that contains only tensors and plain values.
+    """Read the tensors and plain values of a file; objects of other classes are not built, and nothing is executed.
 
     Args:
         owner: beginning of the error messages: the caller and the file.
@@ -46,7 +47,8 @@ def read_weights(owner: str, path: Path) -> Weights:
         The content, with tensors on the CPU, which may be views of the file.
 
     Raises:
-        InputError: the file is missing or damaged, contains anything else, or declares more than its size.
+        InputError: the file is missing or damaged, names a function that runs code, contains a whole module, or declares
+            more than its size.
     """
     if not path.is_file():
         raise InputError(f"{owner} {'is not a file' if path.exists() else 'does not exist'}")
@@ -66,26 +68,32 @@ def read_weights(owner: str, path: Path) -> Weights:
         raise InputError(f"{owner} cannot be read: {error.strerror or error}") from error
     try:
         # With a memory-mapped archive, a margin head of gigabytes next to the network is never read.
-        with warnings.catch_warnings():  # other pickle protocols are either read or refused below
-            warnings.simplefilter("ignore", UserWarning)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # about other pickle protocols
             content = torch.load(str(path), map_location="cpu", weights_only=True, mmap=archive)
+    except Exception:  # objects of other classes, another pickle protocol, or damage
+        content = _read_beside_objects(owner, path, archive)
+    return Weights("PyTorch", content, size)
+
+
+def _read_beside_objects(owner: str, path: Path, archive: bool) -> Any:
+    """Read the tensors of a file that `torch.load` refuses."""
+    try:
+        content = read_tensors(path, archive=archive)
+    except BlockedName as error:
+        raise InputError(
+            f"{owner} contains more than tensors: loading it would call {show_name(error)}, which was refused; "
+            f"{WHOLE_MODULE}"
+        ) from error
     except Exception as error:  # damaged bytes can raise almost any exception in the reader
-        call = re.search(r"GLOBAL (\S+)", str(error))
-        if call:
-            raise InputError(
-                f"{owner} contains more than tensors: loading it would call {show_name(call[1])}, which was refused; "
-                f"{WHOLE_MODULE}, or, if you trust the file, save only its state dict: "
-                'torch.save(torch.load(path, weights_only=False)["state_dict"], "weights.pt")'
-            ) from error
-        if archive and re.search(r"Unsupported operand 1(49|50|51)\b", str(error)):  # opcodes of protocols 4 and 5
-            raise InputError(
-                f"{owner} uses a pickle protocol that cannot be read safely; save it again with torch.save without "
-                "pickle_protocol=, or as safetensors"
-            ) from error
         raise InputError(
             f"{owner} is damaged, truncated, or not a PyTorch checkpoint ({type(error).__name__})"
         ) from error
-    return Weights("PyTorch", content, size)
+    if isinstance(content, Foreign) and not content:
+        raise InputError(
+            f"{owner} contains an object of the class {show_name(content.name)}, which cannot be read safely; {WHOLE_MODULE}"
+        )
+    return content
 
 
 def _check_first_bytes(owner: str, head: bytes) -> None:

@@ -6,12 +6,13 @@ User errors print one line and exit with code 2. Heavy packages are imported by 
 import argparse
 import io
 import os
+import re
 import shlex
 import sys
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 __all__ = ["main"]
 
@@ -44,9 +45,25 @@ class _Parser(argparse.ArgumentParser):
         """Add an option that may be repeated."""
         self.add_argument(flag, action="append", default=[], metavar=metavar, help=text, dest=dest or flag[2:])
 
+    def add_on_error(self) -> None:
+        """Add the option for images that cannot be read."""
+        text = "images that cannot be read: stop and list them (stop), or leave them out with a warning"
+        self.add_argument("--on-error", choices=("stop", "skip"), default="stop", help=text)
+
     def add_folder(self, flag: str, default: str, text: str) -> None:
         """Add an option for the folder of the results."""
         self.add_argument(flag, type=Path, default=Path(default), metavar="DIR", help=f"{text} ({default})")
+
+
+def _number(low: int, high: int) -> Callable[[str], int]:
+    """A parser of whole numbers in a range."""
+
+    def parse(text: str) -> int:
+        if not re.fullmatch(r"-?[0-9]{1,10}", text) or not low <= int(text) <= high:
+            raise argparse.ArgumentTypeError(f"must be a whole number from {low} to {high}, got {text[:40]!r}")
+        return int(text)
+
+    return parse
 
 
 def _protocols() -> str:
@@ -60,11 +77,11 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="store_true", help="print the version and exit")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
     common = _Parser(add_help=False)
-    common.add_argument("--threads", type=int, help="number of torch threads (default: one per core)")
+    common.add_argument("--threads", type=_number(1, 1024), help="number of torch threads (default: one per core)")
     common.add_argument("--quiet", action="store_true", help="show no progress")
     common.add_argument("--debug", action="store_true", help="show the full traceback of an error")
     run = _Parser(add_help=False)
-    run.add_argument("--seed", type=int, default=0, help="seed of all random choices (0)")
+    run.add_argument("--seed", type=_number(0, 2**31 - 1), default=0, help="seed of all random choices (0)")
     run.add_argument("--config", type=Path, metavar="TOML", help="file of settings; --set overrides it")
     run.add_list("--set", "KEY=VALUE", "change a setting; repeatable", dest="settings")
     run.add_list("--faces", "PATH", "CSV list or folder of faces; repeatable")
@@ -74,7 +91,9 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_list("--teacher", "ONNX", "general teacher first, then the second teacher")
     demo.add_list("--tap", "NAME", "tensor of each teacher's middle feature map, in order")
     _add_input(demo)
-    demo.add_argument("--seeds", type=int, default=1, metavar="N", help="number of runs with consecutive seeds (1)")
+    demo.add_argument(
+        "--seeds", type=_number(1, 1000), default=1, metavar="N", help="number of runs with consecutive seeds (1)"
+    )
     demo.add_argument("--steps", metavar="quick|full|N", help="training steps of each student (full)")
 
     train = commands.add_parser("train", parents=[common, run], help="train a student or a teacher on face lists")
@@ -82,6 +101,7 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--recipe", default="liaad", metavar="liaad|student|general_teacher|age_teacher", help=text)
     text = "general teacher first, then the age-invariant one: a checkpoint, .onnx or a cache"
     train.add_list("--teacher", "FILE", text)
+    train.add_on_error()
     _add_input(train)
     train.add_folder("--output", "runs/train", "folder of the model")
 
@@ -98,6 +118,7 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_list("--protocol", "NAME[=PATH]", text, dest="protocols")
     evaluate.add_argument("--pairs", metavar="TXT", help="pairs in LFW's format for --faces")
     evaluate.add_argument("--scores", action="store_true", help="write all scores to scores/PROTOCOL-MODEL.csv")
+    evaluate.add_on_error()
     evaluate.add_folder("--output", "runs/evaluate", "folder of the report")
 
     _add_cache(commands.add_parser("cache", help="cache the outputs of a teacher for face lists"), common, run)
@@ -133,12 +154,13 @@ def _add_cache(parser: _Parser, common: _Parser, run: _Parser) -> None:
     text = "1 plain, 2 plain and mirrored (2); with --set augment..., the number of random views"
     make.add_argument("--views", type=int, help=text)
     make.add_argument("--dtype", choices=("float16", "int8", "float32"), help="type on disk (float16)")
+    make.add_on_error()
     make.add_argument("--workers", type=int, default=1, metavar="N", help="number of processes (1)")
     check = actions.add_parser("verify", parents=[common], help="verify checksums, values and some recomputed rows")
     check.add_argument("directory", type=Path, metavar="DIR", help="folder of the cache")
     check.add_list("--faces", "PATH", "lists that it was built from")
     check.add_argument("--teacher", type=Path, metavar="FILE", help="file that it was built from")
-    check.add_argument("--rows", type=int, default=64, help="number of rows to recompute (64)")
+    check.add_argument("--rows", type=_number(0, 2**31 - 1), default=64, help="number of rows to recompute (64)")
     show = actions.add_parser("info", parents=[common], help="describe a cache")
     show.add_argument("directory", type=Path, metavar="DIR", help="folder of the cache")
 
@@ -179,24 +201,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _run(options: argparse.Namespace, given: Sequence[str]) -> None:
     if options.threads is not None:
-        if options.threads < 1:
-            raise ValueError(f"--threads must be at least 1, got {options.threads}")
         import torch
 
         torch.set_num_threads(options.threads)
-    format_before, warnings.formatwarning = warnings.formatwarning, _format_warning
-    try:
+    with warnings.catch_warnings():
+        warnings.showwarning = _show_warning
         _COMMANDS[options.command](options, shlex.join(["kdlib-faces", *given]))
-    finally:
-        warnings.formatwarning = format_before
     sys.stdout.flush()
 
 
-def _format_warning(
-    message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
-) -> str:
-    shown = str(message) if category is UserWarning else f"{category.__name__}: {message}"
-    return f"kdlib-faces: warning: {' '.join(shown.split())}\n"
+def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
+    print(f"kdlib-faces: warning: {' '.join(str(message).split())}", file=sys.stderr)
 
 
 def _report_error(error: BaseException) -> int:
@@ -246,7 +261,7 @@ def _train(options: argparse.Namespace, command: str) -> None:
 
     run = train.RunOptions(
         output=options.output, faces=options.faces, teachers=options.teacher, seed=options.seed, progress=not options.quiet,
-        inputs=train.inputs_of_models(options.input, len(options.teacher)),
+        on_error=options.on_error, inputs=train.inputs_of_models(options.input, len(options.teacher)),
     )  # fmt: skip
     train.run(options.recipe, run, config=options.config, settings=options.settings)
 
@@ -257,8 +272,8 @@ def _evaluate(options: argparse.Namespace, command: str) -> None:
     evaluate.run(
         evaluate.load_settings(options.config, [f"seed={options.seed}", *options.settings]),
         output=options.output, faces=options.faces, models=options.model, inputs=options.input,
-        embeddings=options.embeddings, pairs=options.pairs, protocols=options.protocols, scores=options.scores, progress=not options.quiet,
-        command=command,
+        embeddings=options.embeddings, pairs=options.pairs, protocols=options.protocols, scores=options.scores,
+        progress=not options.quiet, command=command, on_error=options.on_error,
     )  # fmt: skip
 
 
@@ -276,7 +291,7 @@ def _cache(options: argparse.Namespace, command: str) -> None:
         text = cache.build(
             output=options.output, faces=options.faces, teacher=options.teacher, taps=options.tap, views=options.views,
             dtype=options.dtype, workers=options.workers, seed=options.seed, config=options.config,
-            settings=options.settings, progress=progress, stated=_single(options.input),
+            settings=options.settings, progress=progress, stated=_single(options.input), on_error=options.on_error,
         )  # fmt: skip
     print(text)
 
@@ -306,6 +321,4 @@ def _single(given: Sequence[str]) -> str:
     return given[0] if given else "auto"
 
 
-_COMMANDS = {
-    "demo": _demo, "train": _train, "evaluate": _evaluate, "cache": _cache, "report": _report, "inspect": _inspect,
-}  # fmt: skip
+_COMMANDS = {each.__name__[1:]: each for each in (_demo, _train, _evaluate, _cache, _report, _inspect)}

@@ -1,8 +1,11 @@
 """Checks of taps and of the tensors that they return; a function named after a fault returns the error to raise."""
 
 from collections.abc import Iterable, Mapping
+from numbers import Integral
 
 import torch
+from torch import nn
+from torch.fx import GraphModule
 
 from kdlib._checks import nearest
 
@@ -14,10 +17,11 @@ def bad_spelling(spelling: str) -> ValueError:
     )
 
 
-def check_index(key: object) -> None:
-    """A tap must be indexed by a number or a name."""
-    if isinstance(key, bool) or not isinstance(key, (int, str)):
+def check_index(key: object) -> int | str:
+    """Return the index of a tap, which must be a whole number or a string."""
+    if isinstance(key, bool) or not isinstance(key, (Integral, str)):
         raise TypeError(f"Tap: an index must be a whole number or a string, got {key!r}")
+    return key if isinstance(key, str) else int(key)
 
 
 def check_taps(owner: str, taps: object, kinds: tuple[type, ...]) -> None:
@@ -37,6 +41,17 @@ def check_dtype(owner: str, dtype: object) -> None:
         raise TypeError(f"{owner}: dtype must be a floating-point torch.dtype, got {dtype!r}")
 
 
+def check_exported_for_inference(owner: str, model: nn.Module) -> None:
+    """The graph of a module of `torch.export` must not contain dropout or batch norm in training mode."""
+    graphs = [each.graph for each in model.modules() if isinstance(each, GraphModule)]
+    for node in (each for graph in graphs for each in graph.nodes if isinstance(each.target, torch._ops.OpOverload)):
+        arguments = {
+            argument.name: value for argument, value in zip(node.target._schema.arguments, node.args, strict=False)
+        }
+        if True in (arguments.get("train"), arguments.get("training")):
+            raise ValueError(f"{owner}: the model was exported in training mode ({node.target}); export model.eval()")
+
+
 def no_module(owner: str, path: str, known: Iterable[str]) -> ValueError:
     return ValueError(f"{owner}: no module at path {path!r}{nearest(path, known)}")
 
@@ -52,11 +67,11 @@ def compiled_module(owner: str, path: str) -> ValueError:
     )
 
 
-def check_calls(owner: str, name: str, path: str, call: int | None, calls: int) -> None:
+def check_calls(owner: str, name: str, path: str, call: int | None, calls: int, mode: str) -> None:
     """The tapped module must have been called as often as the tap requires."""
     if calls == 0:
         raise ValueError(
-            f"{owner}: tap {name!r} ({path!r}) did not fire: the forward did not call this module "
+            f"{owner}: tap {name!r} ({path!r}) did not fire: the forward in {mode} did not call this module "
             "(containers such as nn.ModuleList, and modules used by .forward() or by their weights, never fire)"
         )
     if call is None and calls > 1:
@@ -90,17 +105,20 @@ def check_in_place(owner: str, name: str, path: str, unchanged: bool) -> None:
         )
 
 
-def indexed_tensor(owner: str, name: str, tap: object, value: torch.Tensor, key: object) -> ValueError:
-    return ValueError(f"{owner}: tap {name!r} ({tap!r}) indexes a tensor {tuple(value.shape)}; drop [{key!r}]")
+def indexed_tensor(owner: str, name: str, tap: object, value: torch.Tensor, key: object, mode: str) -> ValueError:
+    shape = tuple(value.shape)
+    return ValueError(f"{owner}: tap {name!r} ({tap!r}) indexes a tensor {shape} in {mode}; drop [{key!r}]")
 
 
-def no_part(owner: str, name: str, tap: object, value: object, key: object) -> ValueError:
-    return ValueError(f"{owner}: tap {name!r} ({tap!r}) finds no [{key!r}] in the returned value, {_describe(value)}")
+def no_part(owner: str, name: str, tap: object, value: object, key: object, mode: str) -> ValueError:
+    return ValueError(
+        f"{owner}: tap {name!r} ({tap!r}) finds no [{key!r}] in the value returned in {mode}, {_describe(value)}"
+    )
 
 
-def no_tensor(owner: str, name: str, tap: object, value: object) -> TypeError:
+def no_tensor(owner: str, name: str, tap: object, value: object, mode: str) -> TypeError:
     return TypeError(
-        f"{owner}: tap {name!r} ({tap!r}) must lead to a tensor, got {_describe(value)}; "
+        f"{owner}: tap {name!r} ({tap!r}) must lead to a tensor, got {_describe(value)} in {mode}; "
         "index it, as in 'path[0]' or OUTPUT['key']"
     )
 

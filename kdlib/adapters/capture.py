@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from kdlib._checks import check_type
+from kdlib._held import hold, is_unchanged
 from kdlib.adapters._checks import (
     check_calls,
     check_gradient,
@@ -67,17 +68,20 @@ def _child(owner: str, path: str, module: nn.Module, name: str) -> nn.Module:
     return child
 
 
-def capture(owner: str, model: nn.Module, taps: Mapping[str, Tap], inputs: tuple[Any, ...]) -> dict[str, Tensor]:
-    """Run `model(*inputs)` once and return the tensor of each tap, in the order of `taps`.
+def capture(
+    owner: str, model: nn.Module, taps: Mapping[str, Tap], inputs: tuple[Any, ...], named: Mapping[str, Any]
+) -> dict[str, Tensor]:
+    """Run `model(*inputs, **named)` once and return the tensor of each tap, in the order of `taps`.
 
     The hooks exist during the call only. They ignore other threads, so that several threads can run one model and the
     recomputation of a checkpointed block in the backward pass is not recorded.
     """
     compiling = torch.compiler.is_compiling()
+    mode = "training mode" if model.training else "eval mode"  # for errors: some models return more in training
     thread = 0 if compiling else threading.get_ident()
     grad = torch.is_grad_enabled()
     calls: dict[str, int] = {tap.path: 0 for tap in taps.values() if tap.path is not None}
-    tensors: dict[str, tuple[Tensor, int]] = {}
+    tensors: dict[str, tuple[Tensor, int | None]] = {}
     without_gradient: list[str] = []
 
     def make_hook(path: str) -> Callable[[nn.Module, Any, Any], None]:
@@ -88,20 +92,19 @@ def capture(owner: str, model: nn.Module, taps: Mapping[str, Tap], inputs: tuple
                 if tap.path == path and (tap.call is None or tap.call == calls[path]):
                     if grad and not compiling and not torch.is_grad_enabled():
                         without_gradient.append(name)
-                    tensor = pick(owner, name, tap, output)
-                    tensors[name] = (tensor, _version(tensor, compiling))
+                    tensors[name] = hold(pick(owner, name, tap, output, mode))
             calls[path] += 1
 
         return hook
 
     modules = {path: find_module(owner, model, path) for path in calls}
     if compiling:
-        output = _traced_call(model, inputs, [(module, make_hook(path)) for path, module in modules.items()])
+        output = _traced_call(model, inputs, named, [(module, make_hook(path)) for path, module in modules.items()])
     else:
         with _HOOKING:
             handles = [module.register_forward_hook(make_hook(path)) for path, module in modules.items()]
         try:
-            output = model(*inputs)
+            output = model(*inputs, **named)
         finally:
             for handle in handles:
                 handle.remove()
@@ -109,20 +112,25 @@ def capture(owner: str, model: nn.Module, taps: Mapping[str, Tap], inputs: tuple
     features = {}
     for name, tap in taps.items():
         if tap.path is None:
-            features[name] = pick(owner, name, tap, output)
+            features[name] = pick(owner, name, tap, output, mode)
             continue
-        check_calls(owner, name, tap.path, tap.call, calls[tap.path])
+        check_calls(owner, name, tap.path, tap.call, calls[tap.path], mode)
         tensor, version = tensors[name]
         if name in without_gradient:
             # The output of a reentrant checkpoint joins the graph after its tap has fired; tensors inside never do.
             frozen = not any(parameter.requires_grad for parameter in model.parameters())
             check_gradient(owner, name, tap.path, tensor.requires_grad or frozen)
-        check_in_place(owner, name, tap.path, _version(tensor, compiling) == version)
+        check_in_place(owner, name, tap.path, is_unchanged(tensor, version))
         features[name] = tensor
     return features
 
 
-def _traced_call(model: nn.Module, inputs: tuple[Any, ...], hooks: list[tuple[nn.Module, Callable[..., None]]]) -> Any:
+def _traced_call(
+    model: nn.Module,
+    inputs: tuple[Any, ...],
+    named: Mapping[str, Any],
+    hooks: list[tuple[nn.Module, Callable[..., None]]],
+) -> Any:
     # torch.compile cannot trace register_forward_hook, which counts its handles in a class attribute. It can trace a
     # replacement of the hook dictionaries; the originals are restored before the trace ends.
     before = []
@@ -131,13 +139,8 @@ def _traced_call(model: nn.Module, inputs: tuple[Any, ...], hooks: list[tuple[nn
             before.append((module, module._forward_hooks))
             module._forward_hooks = OrderedDict(module._forward_hooks)
             module._forward_hooks[-1 - key] = hook
-        return model(*inputs)
+        return model(*inputs, **named)
     finally:
         for module, original in reversed(before):
             # The trace compares an empty dictionary by content and would restore a plain dict.
             module._forward_hooks = original if len(original) > 0 else OrderedDict()
-
-
-def _version(tensor: Tensor, compiling: bool) -> int:
-    # Inference tensors have no version counter, and that of a traced tensor cannot be read.
-    return 0 if compiling or tensor.is_inference() else tensor._version

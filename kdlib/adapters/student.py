@@ -43,11 +43,12 @@ class StudentAdapter(nn.Module):
         self.taps = find_taps("StudentAdapter", model, taps)
         self.model = model
 
-    def forward(self, *inputs: Any) -> dict[str, Tensor]:
+    def forward(self, *inputs: Any, **named: Any) -> dict[str, Tensor]:
         """Compute the features of one batch.
 
         Args:
             inputs: the inputs of the model.
+            named: its keyword arguments.
 
         Returns:
             One tensor `(b, ...)` per tap.
@@ -56,7 +57,7 @@ class StudentAdapter(nn.Module):
             ValueError: a tap did not fire, fired more than once without choosing a call, lies inside a reentrant
                 activation checkpoint, or its tensor was changed in place by a later module.
         """
-        return capture("StudentAdapter", self.model, self.taps, inputs)
+        return capture("StudentAdapter", self.model, self.taps, inputs, named)
 
     def extra_repr(self) -> str:
         return f"taps={self.taps}"

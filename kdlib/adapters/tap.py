@@ -58,8 +58,7 @@ class Tap:
         return cls(match["path"], int(match["call"]) if match["call"] else None, index)
 
     def __getitem__(self, key: int | str) -> "Tap":
-        check_index(key)
-        return replace(self, index=(*self.index, key))
+        return replace(self, index=(*self.index, check_index(key)))
 
     def __repr__(self) -> str:
         call = "" if self.call is None else f", call={self.call}"
@@ -77,17 +76,17 @@ def parse_taps(owner: str, taps: Mapping[str, "str | Tap"]) -> dict[str, Tap]:
     return {name: Tap.parse(tap) if isinstance(tap, str) else tap for name, tap in taps.items()}
 
 
-def pick(owner: str, name: str, tap: Tap, value: Any) -> Tensor:
+def pick(owner: str, name: str, tap: Tap, value: Any, mode: str) -> Tensor:
     """Apply `tap.index` to `value`, the return value of a module; the result must be a tensor."""
     for key in tap.index:
         # A tensor can be indexed too, but would silently lose its batch dimension.
         if isinstance(value, Tensor):
-            raise indexed_tensor(owner, name, tap, value, key)
+            raise indexed_tensor(owner, name, tap, value, key, mode)
         try:
             by_name = isinstance(key, str) and not isinstance(value, Mapping)
             value = getattr(value, str(key)) if by_name else value[key]
         except (KeyError, IndexError, TypeError, AttributeError) as error:
-            raise no_part(owner, name, tap, value, key) from error
+            raise no_part(owner, name, tap, value, key, mode) from error
     if not isinstance(value, Tensor):
-        raise no_tensor(owner, name, tap, value)
+        raise no_tensor(owner, name, tap, value, mode)
     return value

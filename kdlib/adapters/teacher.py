@@ -2,6 +2,7 @@
 
 import threading
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from typing import Any, ClassVar, Self
 from weakref import WeakKeyDictionary
 
@@ -9,7 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from kdlib._checks import check_callable
-from kdlib.adapters._checks import check_dtype
+from kdlib._held import move, split_inputs
+from kdlib._maths import full_precision
+from kdlib.adapters._checks import check_dtype, check_exported_for_inference
 from kdlib.adapters.capture import capture, find_taps
 from kdlib.adapters.tap import Tap
 
@@ -21,7 +24,8 @@ class TeacherAdapter(nn.Module):
 
     Every forward runs in eval mode and without gradient, whichever module `.train()` was called on, so BatchNorm
     statistics never change. The model is not registered as a submodule: a parent's `parameters()` and `state_dict()` do
-    not contain it, but `.to()`, `.cuda()` and similar calls on a parent still move it.
+    not contain it. `.to()`, `.cuda()` and similar calls on a parent move it to another device; a cast by a parent
+    applies only if it keeps every value, as `.double()` does and `.half()` does not, and `to_empty()` has no effect.
 
     The adapter changes only the training flags of the model (and its type, with `dtype`); `requires_grad` is not
     touched. One model can therefore be used by several adapters, or as teacher and student at once: each forward
@@ -31,13 +35,15 @@ class TeacherAdapter(nn.Module):
         model: any module; set to eval mode here.
         taps: as in `StudentAdapter`.
         preprocess: called first, on the student's inputs, to convert them to the teacher's size, channel order and
-            normalization. Returns one tensor or a tuple. A module or a named function can be pickled, a lambda cannot.
+            normalization. Returns one tensor, a tuple, or a mapping of keyword arguments. A module or a named function
+            can be pickled, a lambda cannot.
         dtype: floating-point type to which the model and its inputs are converted; autocast is then disabled inside.
-            `None` keeps both types.
+            `None` keeps the type of the model, to which floating-point inputs are converted outside of autocast.
 
     Raises:
         ValueError: a path does not exist; the nearest ones are named.
         TypeError: `dtype` is not a floating-point type, or `preprocess` is not callable.
+        ValueError: the model was exported by `torch.export` in training mode.
 
     Examples:
         >>> model = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8))
@@ -66,7 +72,11 @@ class TeacherAdapter(nn.Module):
         # nn.Module does not register the contents of a tuple, so parents neither train, save nor optimize them.
         if isinstance(preprocess, nn.Module):
             preprocess.eval()
-        self._held = (model.eval() if dtype is None else model.eval().to(dtype), preprocess)
+        try:
+            model.eval()
+        except NotImplementedError:  # a module of torch.export, whose mode is part of its graph
+            check_exported_for_inference("TeacherAdapter", model)
+        self._held = (model if dtype is None else model.to(dtype), preprocess)
         self.training = False
 
     @property
@@ -83,11 +93,12 @@ class TeacherAdapter(nn.Module):
         """Stay in eval mode and ignore `mode`."""
         return self
 
-    def forward(self, *inputs: Any) -> dict[str, Tensor]:
+    def forward(self, *inputs: Any, **named: Any) -> dict[str, Tensor]:
         """Compute the features of one batch, detached.
 
         Args:
             inputs: the inputs of `preprocess`, or of the model if there is none.
+            named: its keyword arguments.
 
         Returns:
             One tensor `(b, ...)` per tap, without gradient.
@@ -100,29 +111,36 @@ class TeacherAdapter(nn.Module):
         try:
             with torch.no_grad():
                 if preprocess is not None:
-                    prepared = preprocess(*inputs)
-                    inputs = prepared if isinstance(prepared, tuple) else (prepared,)
-                features = self._features(model, inputs)
+                    inputs, named = split_inputs(preprocess(*inputs, **named))
+                features = self._features(model, inputs, named)
         finally:
             _leave(model, training)
         return {name: tensor.detach() for name, tensor in features.items()}
 
-    def _features(self, model: nn.Module, inputs: tuple[Any, ...]) -> dict[str, Tensor]:
-        if (dtype := self.dtype) is None:
-            return capture("TeacherAdapter", model, self.taps, inputs)
-        inputs = tuple(x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x for x in inputs)
-        device = next((x.device.type for x in inputs if isinstance(x, Tensor)), "cpu")
-        with torch.autocast(device, enabled=False):
-            return capture("TeacherAdapter", model, self.taps, inputs)
+    def _features(self, model: nn.Module, inputs: tuple[Any, ...], named: Mapping[str, Any]) -> dict[str, Tensor]:
+        example = next((x for x in (*inputs, *named.values()) if isinstance(x, Tensor)), torch.empty(0))
+        kind = example.device.type
+        with full_precision(example) if self.dtype is not None else nullcontext():
+            if not (torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)):
+                inputs = tuple(self._converted(x) for x in inputs)
+                named = {name: self._converted(x) for name, x in named.items()}
+            return capture("TeacherAdapter", model, self.taps, inputs, named)
+
+    def _converted(self, x: Any) -> Any:
+        """Convert a floating-point tensor to `dtype`; without one, to the first type of the weights if none is equal."""
+        if not isinstance(x, Tensor) or not x.is_floating_point():
+            return x
+        if self.dtype is not None:
+            return x.to(self.dtype)
+        types = (each.dtype for each in self.model.parameters() if each.is_floating_point())
+        first = next(types, x.dtype)
+        return x if x.dtype == first or x.dtype in types else x.to(first)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]  # torch leaves _apply untyped
-        model, preprocess = self._held
-        model._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        if isinstance(preprocess, nn.Module):
-            preprocess._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        if self.dtype is not None:
-            model.to(self.dtype)
+        for module in self._held if recurse else ():
+            if isinstance(module, nn.Module):
+                move(module, fn, cast=self.dtype is None)
         return self
 
     def extra_repr(self) -> str:

@@ -1,5 +1,6 @@
 """Teacher outputs that are computed once and stored on disk."""
 
+from kdlib._arguments import prepare_arguments
 from kdlib.cache._checks import CacheError
 from kdlib.cache.fingerprint import Fingerprint, model_fingerprint
 from kdlib.cache.layout import Layout, read_header
@@ -18,3 +19,5 @@ __all__ = [
     "read_header",
     "verify_cache",
 ]
+
+prepare_arguments(globals(), __all__)

@@ -47,7 +47,7 @@ def calibration_error(logits: Tensor, target: Tensor, *, bins: int = 15) -> Tens
     check_floating(owner, logits=logits)
     check_rank(owner, "logits", logits, "b c")
     check_target(owner, target, *logits.shape)
-    check_number(owner, "bins", bins, min=1, integer=True)
+    bins = check_number(owner, "bins", bins, min=1, integer=True)
     if not logits.numel():
         return logits.new_zeros(())
     confidence, choice = logits.double().softmax(1).max(1)

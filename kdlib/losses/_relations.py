@@ -8,7 +8,7 @@ from torch.autograd import Function
 
 from kdlib._checks import check_relation
 from kdlib._gather import gather_rows
-from kdlib._maths import promote, rescale
+from kdlib._maths import finite_weight, promote, relative_weight, rescale
 from kdlib.losses._checks import no_second_derivative
 
 __all__ = [
@@ -31,18 +31,11 @@ def one_batch(
     """
     check_relation(owner, student, teacher, reduction, weight)
     student, teacher = promote(student.flatten(1), teacher.flatten(1))
-    if weight is None:
-        weight = student.new_ones(student.shape[0])
-    if weight.dtype == torch.float64:
-        weight = weight.clamp(max=torch.finfo(student.dtype).max)
-    weight = weight.detach().to(student)
+    weight = student.new_ones(len(student)) if weight is None else finite_weight(weight.detach())
     if gather:
         student, teacher = gather_rows(student, grad=True), gather_rows(teacher, grad=False)
-        weight = gather_rows(weight, grad=False)
-    if weight.shape[0] == 0:
-        return student, teacher, weight
-    # Two divisions, because the sum of large weights may overflow and squares of small weights may vanish.
-    weight = weight / torch.where(weight.amax() == 0, 1.0, weight.amax())
+        weight = gather_rows(weight.clamp(max=torch.finfo(student.dtype).max).to(student), grad=False)
+    weight = relative_weight(weight, student)
     return student, teacher, weight / torch.where(weight.sum() == 0, 1.0, weight.sum())
 
 

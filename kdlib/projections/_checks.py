@@ -1,24 +1,51 @@
 """Shape checks of projections."""
 
-from math import isqrt
+from collections.abc import Sequence
+from numbers import Integral
+from typing import Any
 
+import numpy as np
 from torch import Tensor
 
-from kdlib._checks import show_shape
+from kdlib._checks import check_choice, check_number, check_rank, show_shape
+from kdlib._layouts import grid_of, prefix_candidates, shown_layout
+
+LAYOUTS = ("bd", "bchw", "bhwc", "bnd")
 
 
-def check_grid(owner: str, name: str, size: object) -> None:
-    """`size` must be the height and width of a feature map."""
-    if not isinstance(size, (tuple, list)) or len(size) != 2 or not all(type(side) is int for side in size):
-        raise TypeError(f"{owner}: {name} must be two whole numbers (h, w), got {size!r}")
-    if min(size) < 1:
-        raise ValueError(f"{owner}: {name} must be (h, w) with sides >= 1, got {size!r}")
+def check_grid(owner: str, name: str, size: object) -> tuple[int, int]:
+    """Return `size`, which must be the height and width of a feature map."""
+    sides: Any = size.tolist() if isinstance(size, (np.ndarray, Tensor)) else size
+    whole = isinstance(sides, (tuple, list)) and len(sides) == 2
+    if not whole or any(isinstance(side, bool) or not isinstance(side, Integral) for side in sides):
+        raise TypeError(f"{owner}: {name} must be two whole numbers (h, w), got {sides!r}")
+    if min(sides) < 1:
+        raise ValueError(f"{owner}: {name} must be (h, w) with sides >= 1, got {sides!r}")
+    return int(sides[0]), int(sides[1])
 
 
-def check_projectable(owner: str, student: Tensor, teacher: Tensor) -> None:
-    """Features must be of the same kind, a map and tokens in either order, or a map and a vector."""
-    known = {(2, 2), (3, 3), (4, 4), (3, 4), (4, 3), (4, 2)}
-    if (student.dim(), teacher.dim()) not in known:
+def check_layout(owner: str, name: str, x: Tensor, layout: str | None) -> str:
+    """Return the layout of `x`: the given one, or the one that its shape shows."""
+    if layout is not None:
+        check_choice(owner, f"{name}_layout", layout, LAYOUTS)
+        check_rank(owner, name, x, " ".join(layout))
+        return layout
+    if x.dim() not in (2, 3, 4):
+        raise ValueError(
+            f"{owner}: {name} must be (b, d), (b, n, d), (b, c, h, w) or (b, h, w, c), got {show_shape(x)}"
+        )
+    shown = "bnd" if x.dim() == 3 else shown_layout(x)
+    if shown is None:
+        raise ValueError(
+            f"{owner}: {name} {show_shape(x)} looks like (b, h, w, c); give {name}_layout='bhwc', or 'bchw' if it is "
+            "(b, c, h, w)"
+        )
+    return shown
+
+
+def check_projectable(owner: str, layouts: tuple[str, str], student: Tensor, teacher: Tensor) -> None:
+    """Features must be two vectors, a map and a vector, or any two of maps and tokens."""
+    if layouts != ("bd", "bd") and (layouts[0] == "bd" or layouts == ("bnd", "bd")):
         raise ValueError(
             f"{owner}: student and teacher must be vectors (b, d), tokens (b, n, d) or maps (b, c, h, w): both of the "
             f"same kind, a map and tokens, or a map and a vector; got {show_shape(student)} and {show_shape(teacher)}; "
@@ -26,26 +53,40 @@ def check_projectable(owner: str, student: Tensor, teacher: Tensor) -> None:
         )
 
 
-def check_square_tokens(owner: str, name: str, x: Tensor) -> tuple[int, bool]:
-    """`x` (b, n, d) must hold a square grid of tokens, optionally after a class token; returns side and class token."""
-    for leading in (0, 1):
-        side = isqrt(max(x.shape[1] - leading, 0))
-        if side and side * side == x.shape[1] - leading:
-            return side, leading == 1
-    raise ValueError(
-        f"{owner}: {name} must hold the tokens (b, n, d) of a square grid, with or without a class token, because the "
-        f"numbers of tokens differ, got {show_shape(x)}; give a TokenProjection with size= and grid="
-    )
+def check_prefix(owner: str, name: str, x: Tensor, given: int | None, grid: Sequence[int] | None = None) -> int:
+    """Return how many leading tokens of `x` (b, n, d) are not on the grid: `given`, or the only possible number."""
+    argument = f"{name}_prefix_tokens" if owner == "infer_projection" else "prefix_tokens"
+    if given is not None:
+        check_number(owner, argument, given, min=0, below=max(x.shape[1], 1), integer=True)
+        return given
+    candidates = prefix_candidates(x.shape[1], grid)
+    if len(candidates) != 1 or (candidates != [0] and owner != "infer_projection"):
+        few = " or ".join(map(str, candidates)) or "an unknown number of"
+        raise ValueError(
+            f"{owner}: {name} {show_shape(x)} may have {few} tokens (class token, registers) before those of the grid; "
+            f"give {argument}= (0 if all are on the grid)"
+        )
+    return candidates[0]
 
 
-def check_token_grid(owner: str, x: Tensor, leading: int, grid: tuple[int, int] | None) -> tuple[int, int]:
-    """`x` (b, n, d) must hold `leading` tokens and those of `grid` (a square grid if None); returns the grid."""
+def check_counterparts(owner: str, student: int, teacher: int) -> None:
+    """Each prefix token of the teacher needs one of the student; a single one may be the mean."""
+    if teacher > max(student, 1):
+        raise ValueError(
+            f"{owner}: the teacher has {teacher} tokens before those of the grid and the student {student}; leave those "
+            "without a counterpart out of the teacher's feature"
+        )
+
+
+def check_token_grid(
+    owner: str, name: str, x: Tensor, leading: int, grid: tuple[int, int] | None = None
+) -> tuple[int, int]:
+    """Return the grid of the tokens of `x` (b, n, d) after `leading` ones: `grid`, or a square one."""
     tokens = x.shape[1] - leading
-    side = isqrt(max(tokens, 0))
-    height, width = (side, side) if grid is None else grid
-    if tokens < 1 or height * width != tokens:
-        wanted = "a square number" if grid is None else f"{height} x {width}"
-        more = " and a class token" if leading else ""
-        remedy = "; give grid=(h, w)" if grid is None else ""
-        raise ValueError(f"{owner}: student must be (b, n, d) with n = {wanted}{more}, got {show_shape(x)}{remedy}")
-    return height, width
+    found = grid_of(tokens) if grid is None else grid
+    if found is None or found[0] * found[1] != tokens:
+        wanted = "a square number" if grid is None else f"{grid[0]} x {grid[1]}"
+        more = f" and {leading} before the grid" if leading else ""
+        remedy = "; give a TokenProjection with grid=(h, w)" if grid is None else ""
+        raise ValueError(f"{owner}: {name} must be (b, n, d) with n = {wanted}{more}, got {show_shape(x)}{remedy}")
+    return found

@@ -36,10 +36,8 @@ class ConvProjection(CallRepr):
         super().__init__()
         check_number("ConvProjection", "in_channels", in_channels, min=1, integer=True)
         check_number("ConvProjection", "out_channels", out_channels, min=1, integer=True)
-        if size is not None:
-            check_grid("ConvProjection", "size", size)
         self.in_channels, self.out_channels = in_channels, out_channels
-        self.size = None if size is None else (size[0], size[1])
+        self.size = None if size is None else check_grid("ConvProjection", "size", size)
         self.conv = nn.Conv2d(in_channels, out_channels, 1, bias=False)
         self.norm = nn.BatchNorm2d(out_channels)
 

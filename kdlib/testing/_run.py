@@ -92,20 +92,27 @@ class Case(ABC):
 def run(
     owner: str, case: Case, names: Iterable[str], exclude: Collection[str], left_out: Collection[str] = ()
 ) -> tuple[str, ...]:
-    """Run the checks `names` without those in `exclude` or `left_out`, until the first failure; return what ran."""
+    """Run the checks `names` without those in `exclude` or `left_out`; return what ran, or list all that failed."""
     for name in exclude:  # a misspelled name would exclude nothing
         check_name(owner, "check", name, names)
     kind = getattr(case.component, "__name__", type(case.component).__name__)
     names = tuple(name for name in names if name not in {*exclude, *left_out})
+    failed: dict[str, list[str]] = {}  # message to checks
+    errors: list[Exception] = []
     # Dropout, new layers and the fast form of gradcheck use the global generators, whose states are restored.
     with torch.random.fork_rng(devices=[torch.cuda.current_device()] if torch.cuda.is_available() else []):
         for name in names:
             try:
                 getattr(case, name)()
-            except AssertionError as error:
-                raise AssertionError(f"{owner}({kind}): {name}: {error}") from error
             except Exception as error:
-                raise AssertionError(f"{owner}({kind}): {name}: raised {type(error).__name__}: {error}") from error
+                errors.append(error)
+                text = str(error) if isinstance(error, AssertionError) else f"raised {type(error).__name__}: {error}"
+                failed.setdefault(text, []).append(name)
+    if failed:
+        lines = [f"{', '.join(checks)}: {text}" for text, checks in failed.items()]
+        title = "" if len(lines) == 1 else f"{len(errors)} of {len(names)} checks failed\n  "
+        cause = errors[0] if len(errors) == 1 else ExceptionGroup("failed checks", errors)
+        raise AssertionError(f"{owner}({kind}): {title}" + "\n  ".join(lines)) from cause
     return names
 
 

@@ -16,8 +16,8 @@ from kdlib.types import HasTaps
 __all__ = ["ADAPTER_CHECKS", "check_adapter"]
 
 ADAPTER_CHECKS = (
-    "deepcopy", "names", "no_hooks", "no_hooks_after_error", "deterministic", "inputs_unchanged", "pickle", "gradient",
-    "state_dict", "frozen_mode", "no_gradient", "statistics", "left_out",
+    "deepcopy", "names", "no_hooks", "deterministic", "inputs_unchanged", "pickle", "gradient", "state_dict",
+    "frozen_mode", "no_gradient", "statistics", "left_out",
 )  # fmt: skip
 """Names of all the checks, in the order in which they run."""
 
@@ -31,7 +31,7 @@ def check_adapter(
     """Check an adapter against the contract of this library.
 
     - `names`: returns a mapping of names to tensors, with the names of its `taps` if it declares them.
-    - `no_hooks`, `no_hooks_after_error`: no hook is left on any module, also after a forward that failed.
+    - `no_hooks`: no hook is left on any module, also after a forward that failed.
     - `deterministic`, `inputs_unchanged`, `deepcopy`, `pickle`: in eval mode the same features twice, and after a copy.
     - For a student: `gradient`, the gradient of the features reaches its parameters; `state_dict`, loading it restores
       the features.
@@ -88,10 +88,6 @@ class _AdapterCase(Case):
         before = _hooks(adapter)
         adapter(*self.inputs)
         expect(_hooks(adapter) == before, f"a forward must leave no hook, got {_hooks(adapter) - before} more")
-
-    def no_hooks_after_error(self) -> None:
-        adapter = self.fresh()
-        before = _hooks(adapter)
         with contextlib.suppress(Exception):
             adapter(object())  # an invalid input for any model
         expect(_hooks(adapter) == before, f"a failing forward left {_hooks(adapter) - before} hooks")

@@ -67,7 +67,7 @@ def check_weighting(
         False
     """
     check_callable("check_weighting", "weighting", weighting)
-    check_number("check_weighting", "num_teachers", num_teachers, min=1, integer=True)
+    num_teachers = check_number("check_weighting", "num_teachers", num_teachers, min=1, integer=True)
     generator = torch.Generator().manual_seed(0)
     if student is None:
         batch = teachers[0].shape[0] if teachers else 6

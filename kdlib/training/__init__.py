@@ -1,7 +1,7 @@
 """A training loop with exact resume after interruption."""
 
 from kdlib.training.checkpoint import load_checkpoint
-from kdlib.training.config import OptimizerFactory, Schedule, TrainConfig
+from kdlib.training.config import OptimizerFactory, Schedule, SplitBatch, TrainConfig
 from kdlib.training.events import CheckpointError, Hook, TrainEvent, TrainingDiverged, TrainResult
 from kdlib.training.log import read_log
 from kdlib.training.loop import train
@@ -11,6 +11,7 @@ __all__ = [
     "Hook",
     "OptimizerFactory",
     "Schedule",
+    "SplitBatch",
     "TrainConfig",
     "TrainEvent",
     "TrainResult",

@@ -2,18 +2,63 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
-from kdlib._checks import check_callable, check_targets, check_type
-from kdlib.training.events import TrainingDiverged
+from kdlib._checks import check_callable, check_type
+from kdlib.training.events import CheckpointError, TrainingDiverged
 
 
 def check_argument(good: bool, message: str, *, owner: str = "train") -> None:
     """A condition on an argument must hold."""
     if not good:
         raise ValueError(f"{owner}: {message}")
+
+
+def check_content(good: bool, message: str) -> None:
+    """A condition on the content of a file must hold; the caller names the file."""
+    if not good:
+        raise ValueError(message)
+
+
+def checkpoint_error(message: str) -> CheckpointError:
+    """Return the error of an unreadable, unsuitable or unwritable checkpoint."""
+    return CheckpointError(f"train: {message}")
+
+
+def check_pair(batch: object, source: str) -> None:
+    """A batch must be a tuple or list `(inputs, targets)`: a tensor of two images would also unpack to a pair."""
+    if not isinstance(batch, (tuple, list)):
+        raise TypeError(f"train: {source} (inputs, targets), got a {type(batch).__name__}")
+    if len(batch) != 2:
+        raise ValueError(f"train: {source} (inputs, targets), got {len(batch)} items; set TrainConfig(split_batch=)")
+
+
+def check_inputs(batch: Iterable[str], missing: Sequence[str], known: Sequence[str], *, found: bool) -> None:
+    """A mapping must contain the required arguments of the student's `forward`, and at least one of its arguments."""
+    if missing or not found:
+        needed = ", ".join(map(repr, missing)) or f"one of {', '.join(map(repr, known))}"
+        raise TypeError(
+            f"train: loader yields mappings of {', '.join(map(repr, batch))}, but the student's forward needs {needed}; set "
+            "TrainConfig(split_batch=) to a function from a batch to (inputs, targets)"
+        )
+
+
+def describe_error(error: Exception) -> tuple[str, str, dict[str, object]]:
+    """Describe an error for other processes: class, message and fields."""
+    fields = ("step", "epoch", "terms", "samples") if isinstance(error, TrainingDiverged) else ()
+    return type(error).__name__, str(error), {name: getattr(error, name) for name in fields}
+
+
+def received_error(rank: int, name: str, message: str, fields: dict[str, Any]) -> Exception:
+    """Return the error that another process described; a class of the user's own becomes a RuntimeError."""
+    kinds = (ValueError, TypeError, IndexError, RuntimeError, OSError, CheckpointError, TrainingDiverged)
+    kind = {each.__name__: each for each in kinds}.get(name)
+    error = RuntimeError(f"{name}: {message}") if kind is None else kind(message, **fields)
+    error.add_note(f"This error was raised in process {rank}.")
+    return error
 
 
 def check_device(owner: str, device: object) -> None:
@@ -34,26 +79,6 @@ def check_train(distiller: object, loader: object, hooks: object) -> None:
     check_type("train", "hooks", hooks, Sequence, "a sequence of callables")
     for index, hook in enumerate(hooks):  # type: ignore[arg-type, var-annotated]  # checked in the line before
         check_callable("train", f"hooks[{index}]", hook)
-
-
-def check_batch(batch: object) -> None:
-    """A loader must yield `(inputs, targets)` as a tuple or list: a tensor of two images would also unpack to a pair."""
-    if not isinstance(batch, (tuple, list)):
-        raise TypeError(f"train: loader must yield (inputs, targets), got a {type(batch).__name__}")
-    if len(batch) != 2:
-        raise ValueError(f"train: loader must yield (inputs, targets), got {len(batch)} items")
-    check_targets("train: loader", batch[1])
-
-
-def check_fingerprint(saved: Mapping[str, object], current: Mapping[str, object], place: object) -> None:
-    """A resumed run must have the same fingerprint; the error names each differing field with both values."""
-    differing = [name for name in sorted({*saved, *current}) if saved.get(name) != current.get(name)]
-    if differing:
-        pairs = ", ".join(f"{name} (checkpoint {saved.get(name)!r}, now {current.get(name)!r})" for name in differing)
-        raise ValueError(
-            f"train: checkpoint_dir {place} must contain a run of this configuration, got different {pairs}; "
-            "restore these settings or use another directory"
-        )
 
 
 def diverged(

@@ -1,18 +1,22 @@
-"""Atomic checkpoints on disk."""
+"""Atomic checkpoints on disk, each followed by a checksum."""
 
+import hashlib
 import logging
 import os
 import re
+import tempfile
 import zipfile
 from collections.abc import Mapping
 from os import PathLike
 from pathlib import Path
 from time import monotonic
-from typing import Any
+from types import NoneType
+from typing import Any, BinaryIO
 
 import torch
 
 from kdlib._atomic import atomic_write
+from kdlib.training._checks import check_content, checkpoint_error
 from kdlib.training.config import TrainConfig
 from kdlib.training.events import CheckpointError
 
@@ -20,42 +24,79 @@ __all__ = ["CheckpointStore", "load_checkpoint"]
 
 _log = logging.getLogger("kdlib.training")
 _NAME = re.compile(r"step-(\d{9})\.pt")
-_FORMAT = 1
+_FORMAT = 2
+_ENTRIES: dict[str, type | tuple[type, ...]] = {
+    "step": int, "distiller": dict, "optimizer": dict, "scaler": dict, "ema": (dict, NoneType), "stream": list,
+    "rng": list, "last": dict, "seconds": float, "fingerprint": dict,
+}  # fmt: skip
+_MARK = b"kdlibsum"
+"""Precedes the SHA-256 at the end of a checkpoint; readers of zip files ignore both."""
 
 
 def load_checkpoint(path: str | PathLike[str]) -> dict[str, Any]:
     """Read one checkpoint; only tensors and plain containers are accepted.
 
     Args:
-        path: A checkpoint of `train`.
+        path: A checkpoint of `train`. A file that `torch.save` wrote has no checksum of the whole; it is checked entry by
+            entry.
 
     Returns:
-        `format`, `step`, `distiller` (its state dict), `optimizer`, `scaler`, `ema`, `stream`, `rng`, `last`, `seconds`
-        and `fingerprint`, with all tensors on the CPU.
+        `format`, `step`, `distiller` (its state dict), `optimizer`, `scaler`, `ema`, `stream` and `rng` (one per process),
+        `last`, `seconds` and `fingerprint`, with all tensors on the CPU.
 
     Raises:
         CheckpointError: The file is truncated, damaged, or not a checkpoint of this format.
     """
     try:
-        # torch.load ignores the checksums of the archive, so a flipped bit would change a weight silently.
-        with zipfile.ZipFile(path) as archive:
-            _check_archive(archive, os.path.getsize(path))
+        _check_content(Path(path))
         state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged file can raise almost any exception in the readers
-        raise CheckpointError(f"train: checkpoint {path} cannot be read: {error}") from error
+        raise checkpoint_error(f"checkpoint {path} cannot be read: {error}") from error
     if not isinstance(state, dict) or state.get("format") != _FORMAT:
         got = f"format {state.get('format')!r}" if isinstance(state, dict) else f"a {type(state).__name__}"
-        raise CheckpointError(f"train: checkpoint {path} must have format {_FORMAT}, got {got}")
+        raise checkpoint_error(f"checkpoint {path} must have format {_FORMAT}, got {got}")
+    wrong = [name for name, kind in _ENTRIES.items() if not isinstance(state.get(name), kind)]
+    if wrong:
+        raise checkpoint_error(f"checkpoint {path} cannot be used: {', '.join(wrong)} missing or of a wrong type")
     return state
 
 
-def _check_archive(archive: zipfile.ZipFile, size: int) -> None:
-    """Require matching checksums and, because torch.save does not compress, the size of the file."""
-    unpacked = sum(entry.file_size for entry in archive.infolist())
-    if unpacked > size:
-        raise ValueError(f"it would unpack to {unpacked} bytes from {size}")
-    if (damaged := archive.testzip()) is not None:
-        raise ValueError(f"the checksum of {damaged} does not match")
+def _check_content(path: Path) -> None:
+    """Compare a checkpoint with its checksum: torch.load ignores those of the archive, and its directory has none."""
+    with path.open("rb") as file, zipfile.ZipFile(file) as archive:
+        size = os.fstat(file.fileno()).st_size
+        unpacked = sum(entry.file_size for entry in archive.infolist())
+        # torch.save does not compress.
+        check_content(unpacked <= size, f"it would unpack to {unpacked} bytes from {size}")
+        file.seek(max(0, size - 40))
+        end = file.read()
+        if end.startswith(_MARK):
+            file.seek(0)
+            digest, left = hashlib.sha256(), size - 40
+            while left and (part := file.read(min(left, 1 << 20))):
+                digest.update(part)
+                left -= len(part)
+            check_content(digest.digest() == end[8:], "its checksum does not match")
+        else:
+            check_content(end[-22:-18] == b"PK\5\6", "its end is damaged")  # the last record of an archive
+            damaged = archive.testzip()
+            check_content(damaged is None, f"the checksum of {damaged} does not match")
+
+
+class _Hashed:
+    """A stream that computes the checksum of what is written to it."""
+
+    def __init__(self, stream: BinaryIO) -> None:
+        self.stream, self.digest = stream, hashlib.sha256()
+
+    def write(self, content: bytes) -> int:
+        """Write and hash the content."""
+        self.digest.update(content)
+        return self.stream.write(content)
+
+    def flush(self) -> None:
+        """Flush the stream."""
+        self.stream.flush()
 
 
 class CheckpointStore:
@@ -67,13 +108,26 @@ class CheckpointStore:
         self.newest: Path | None = None
         self._saved_at = monotonic()
 
-    def due(self, step: int) -> bool:
+    def check_writable(self) -> None:
+        """Create the directory and a temporary file in it, so that a run does not fail at its first checkpoint."""
+        if self.directory is not None:
+            try:
+                self.directory.mkdir(parents=True, exist_ok=True)
+                tempfile.TemporaryFile(dir=self.directory).close()
+            except OSError as error:
+                raise checkpoint_error(
+                    f"checkpoint_dir must be a writable directory, got {self.directory}: {error.strerror or error}"
+                ) from error
+
+    def due_by_step(self, step: int) -> bool:
         """Return whether a checkpoint is due after `step` steps."""
-        if self.directory is None:
-            return False
-        steps, seconds = self.config.checkpoint_every_steps, self.config.checkpoint_every_seconds
-        by_step = steps is not None and step % steps == 0
-        return by_step or (seconds is not None and monotonic() - self._saved_at >= seconds)
+        steps = self.config.checkpoint_every_steps
+        return self.directory is not None and steps is not None and step % steps == 0
+
+    def due_by_time(self) -> bool:
+        """Return whether a checkpoint is due because of the time since the last one."""
+        seconds = self.config.checkpoint_every_seconds
+        return self.directory is not None and seconds is not None and monotonic() - self._saved_at >= seconds
 
     def load(self) -> dict[str, Any] | None:
         """Return the newest readable checkpoint, or `None` if there are no checkpoints.
@@ -83,19 +137,21 @@ class CheckpointStore:
         Raises:
             CheckpointError: There are checkpoints, but none can be read.
         """
-        paths = self._paths()
+        problem, paths = None, self._paths()
         for path in reversed(paths):
             try:
                 state = load_checkpoint(path)
             except CheckpointError as error:
                 _log.warning("%s; using the previous checkpoint", error)
+                problem = problem or error
                 continue
             self.newest = path
             return state
-        if paths:
+        if problem is not None:
             # A new run must not overwrite them.
-            raise CheckpointError(
-                f"train: none of the {len(paths)} checkpoints in {self.directory} can be read; remove them to start from the beginning"
+            raise checkpoint_error(
+                f"none of the {len(paths)} checkpoints in {self.directory} can be used; remove them to start from the "
+                f"beginning; the newest: {str(problem).removeprefix('train: ')}"
             )
         return None
 
@@ -107,19 +163,25 @@ class CheckpointStore:
         """
         if self.directory is None:
             return
-        path = self.directory / f"step-{step:09d}.pt"
+        path = self.path_of(step)
         try:
             with atomic_write(path, durable=True, sole_writer=True) as file:
-                torch.save({"format": _FORMAT, "step": step, **state}, file)
+                hashed = _Hashed(file)
+                torch.save({"format": _FORMAT, "step": step, **state}, hashed)  # type: ignore[arg-type]  # it only writes
+                file.write(_MARK + hashed.digest.digest())
             for old in [old for old in self._paths() if old <= path][: -self.config.keep]:
                 old.unlink(missing_ok=True)
         except (OSError, RuntimeError) as error:  # torch's archive writer raises RuntimeError for some write errors
             # The archive writer hides the system's error in the context.
             cause = error.__context__ if isinstance(error.__context__, OSError) else error
             kept = f"{self.newest} is kept" if self.newest else "there is no earlier checkpoint"
-            raise CheckpointError(f"train: checkpoint {path} cannot be written: {cause}; {kept}") from error
+            raise checkpoint_error(f"checkpoint {path} cannot be written: {cause}; {kept}") from error
         self.newest = path
         self._saved_at = monotonic()
+
+    def path_of(self, step: int) -> Path:
+        """Return the path of the checkpoint of `step`."""
+        return Path(self.directory or "") / f"step-{step:09d}.pt"
 
     def _paths(self) -> list[Path]:
         """Return the paths of all checkpoints, oldest first."""

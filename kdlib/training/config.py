@@ -1,19 +1,22 @@
 """Configuration of the training loop."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from os import PathLike
 from typing import Any
 
 import torch
 
-from kdlib._checks import check_choice, check_number, check_type
+from kdlib._checks import check_callable, check_choice, check_number, check_type
 from kdlib.training._checks import check_argument, check_device
 
-__all__ = ["OptimizerFactory", "Schedule", "TrainConfig"]
+__all__ = ["OptimizerFactory", "Schedule", "SplitBatch", "TrainConfig"]
 
 OptimizerFactory = Callable[[list[dict[str, Any]]], torch.optim.Optimizer]
 """Builds an optimizer from parameter groups, each with `params`, `lr` and `weight_decay`."""
+
+SplitBatch = Callable[[Any], tuple[Any, Mapping[str, Any] | None]]
+"""Maps a batch to inputs and targets."""
 
 Schedule = Callable[[int, int], float]
 """Maps `(step, total_steps)` to the factor of the learning rate."""
@@ -68,6 +71,10 @@ class TrainConfig:
         ema_decay: Decay of an exponential moving average of the student; at step n, min(ema_decay, (1 + n) / (10 + n)).
             `None` disables it.
         find_unused_parameters: DDP only: detect parameters that receive no gradient in a step.
+        split_batch: A function from a batch of the loader to `(inputs, targets)`. Inputs are a tensor, a tuple of positional
+            arguments or a mapping of keyword arguments of the models; targets are a mapping of names to tensors or `None`.
+            `None` accepts such pairs, pairs `(inputs, tensor)` with the tensor as target `"target"`, and mappings: the
+            entries that the student's `forward` names are the inputs, and the whole mapping is the targets.
         seed: Seed of dropout, shuffling and the initialization of inferred projections.
         device: Device to train on; `None` uses the device of the trainable parameters.
         checkpoint_dir: Directory for the checkpoints of this run only. If it contains a checkpoint, the run resumes from it.
@@ -103,6 +110,7 @@ class TrainConfig:
     channels_last: bool = False
     ema_decay: float | None = None
     find_unused_parameters: bool = False
+    split_batch: SplitBatch | None = None
     seed: int = 0
     device: str | torch.device | None = None
     checkpoint_dir: str | PathLike[str] | None = None
@@ -124,6 +132,8 @@ class TrainConfig:
             check_choice(owner, "optimizer", self.optimizer, ("sgd", "adamw"))
         if not callable(self.schedule):
             check_choice(owner, "schedule", self.schedule, ("cosine", "poly", "constant"))
+        if self.split_batch is not None:
+            check_callable(owner, "split_batch", self.split_batch)
         if self.amp is not None:
             check_choice(owner, "amp", self.amp, ("bfloat16", "float16"))
         for name in ("channels_last", "find_unused_parameters"):

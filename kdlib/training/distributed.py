@@ -1,8 +1,8 @@
 """Training with several processes started by `torchrun`."""
 
 import gc
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -10,23 +10,80 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from kdlib.training._checks import check_argument
+from kdlib.training._checks import describe_error, received_error
 
-__all__ = ["average", "check_same_step", "free_wrapper", "rank", "synchronize_if", "world_size", "wrap"]
-
-
-def _active() -> bool:
-    return dist.is_available() and dist.is_initialized()
+__all__ = ["Processes", "synchronize_if", "wrap"]
 
 
-def rank() -> int:
-    """Return the rank of this process; 0 without a process group."""
-    return dist.get_rank() if _active() else 0
+class Processes:
+    """The processes of a run, which take every decision together; one process without a process group."""
 
+    def __init__(self) -> None:
+        several = dist.is_available() and dist.is_initialized()
+        self.rank = dist.get_rank() if several else 0
+        self.count = dist.get_world_size() if several else 1
+        # Decisions are exchanged between the hosts, so that they never wait for the devices.
+        self._own = dist.new_group(backend="gloo") if self.count > 1 and dist.get_backend() != "gloo" else None
 
-def world_size() -> int:
-    """Return the number of processes; 1 without a process group."""
-    return dist.get_world_size() if _active() else 1
+    def close(self) -> None:
+        """Free what DDP and this object hold.
+
+        DDP is part of reference cycles and keeps the process group alive. If it is only freed at interpreter exit, gloo's
+        threads outlive `destroy_process_group` and occasionally abort the finished process.
+        """
+        if self.count > 1:
+            gc.collect()
+        if self._own is not None:
+            dist.destroy_process_group(self._own)
+
+    def gather(self, value: Any) -> list[Any]:
+        """Return the values of all processes, by rank."""
+        if self.count == 1:
+            return [value]
+        values = [None] * self.count
+        dist.all_gather_object(values, value, group=self._own)
+        return values
+
+    @contextmanager
+    def together(self, count: int = 0) -> Iterator[list[int]]:
+        """Raise an error of one process in all processes, and exchange `count` whole numbers.
+
+        Yields:
+            A list of zeros, to which the block assigns; afterwards it contains the largest values of all processes.
+        """
+        votes = [0] * count
+        if self.count == 1:
+            yield votes
+            return
+        try:
+            yield votes
+        except Exception as error:
+            self._largest([1, *votes])
+            self.gather(describe_error(error))
+            raise
+        failed, *votes[:] = self._largest([0, *votes])
+        if failed:
+            errors = self.gather(None)
+            rank = next(rank for rank, each in enumerate(errors) if each is not None)
+            raise received_error(rank, *errors[rank])
+
+    def _largest(self, values: list[int]) -> list[int]:
+        largest = torch.tensor(values)
+        dist.all_reduce(largest, dist.ReduceOp.MAX, group=self._own)
+        return [int(value) for value in largest]
+
+    def average(self, values: Tensor) -> Tensor:
+        """Return the mean over processes, so that all processes see the same loss and stop together."""
+        if self.count > 1:
+            dist.all_reduce(values)
+            values /= self.count
+        return values
+
+    def copy_first(self, tensors: Iterable[Tensor]) -> None:
+        """Copy tensors of the first process to the others, such as statistics that each process computes on its own."""
+        if self.count > 1:
+            for tensor in tensors:
+                dist.broadcast(tensor, 0)
 
 
 def wrap(distiller: nn.Module, device: torch.device, *, find_unused_parameters: bool = False) -> Callable[..., Any]:
@@ -34,7 +91,7 @@ def wrap(distiller: nn.Module, device: torch.device, *, find_unused_parameters: 
 
     Teachers are frozen and identical on all processes, so tensors outside the distiller's state dict are not synchronized.
     """
-    if world_size() == 1:
+    if not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1:
         return distiller
     trained = set(distiller.state_dict())
     names = [name for name, _ in (*distiller.named_parameters(), *distiller.named_buffers())]
@@ -46,38 +103,8 @@ def wrap(distiller: nn.Module, device: torch.device, *, find_unused_parameters: 
     return DistributedDataParallel(distiller, device_ids=ids, find_unused_parameters=find_unused_parameters)
 
 
-def free_wrapper() -> None:
-    """Free the unreferenced result of `wrap`.
-
-    DDP is part of reference cycles and keeps the process group alive. If it is only freed at interpreter exit, gloo's
-    threads outlive `destroy_process_group` and occasionally abort the finished process.
-    """
-    if world_size() > 1:
-        gc.collect()
-
-
 def synchronize_if(last: bool, forward: Callable[..., Any]) -> AbstractContextManager[None]:
     """Average gradients over processes only in the last backward pass of a step."""
     if last or not isinstance(forward, DistributedDataParallel):
         return nullcontext()
     return forward.no_sync()
-
-
-def average(values: Tensor) -> Tensor:
-    """Return the mean over processes, so that all processes see the same loss and stop together."""
-    if world_size() > 1:
-        dist.all_reduce(values)
-        values /= world_size()
-    return values
-
-
-def check_same_step(step: int, device: torch.device) -> None:
-    """Require that all processes resumed from the same step; afterwards the first process may write."""
-    if world_size() == 1:
-        return
-    steps = [torch.zeros(1, dtype=torch.int64, device=device) for _ in range(world_size())]
-    dist.all_gather(steps, torch.tensor([step], device=device))
-    values = [int(value) for value in steps]
-    check_argument(
-        len(set(values)) == 1, f"checkpoint_dir must be one directory shared by all processes, got steps {values}"
-    )

@@ -4,8 +4,6 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from kdlib.training._checks import check_argument
-
 __all__ = ["EMA"]
 
 
@@ -51,11 +49,5 @@ class EMA:
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Load the averages of a checkpoint."""
-        different = sorted({*state} ^ {*self._average})
-        check_argument(
-            not different,
-            f"the averages of a checkpoint must have the names of the student's state dict, got {different[:4]} in one of "
-            "them only",
-        )
         for name, value in state.items():
             self._average[name].copy_(value)

@@ -33,22 +33,26 @@ def append_log(path: str | PathLike[str] | None, *, last_step: int) -> Iterator[
     steps that its checkpoint does not contain, which are repeated and must appear only once.
 
     Raises:
-        ValueError: The file exists and is not a training log; it is left unchanged.
+        ValueError: The file cannot be written, or it exists and is not a training log and is left unchanged.
     """
     if path is None:
         yield lambda row: None
         return
     target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    if target.exists():
-        _, size = _good_rows(target, last_step=last_step)
-        os.truncate(target, size)
-    with target.open("a", encoding="utf-8") as file:
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if target.exists():
+            _, size = _good_rows(target, last_step=last_step)
+            os.truncate(target, size)
+        file = target.open("a", encoding="utf-8")
+    except OSError as error:
+        check_argument(False, f"log_path must be a writable file, got {path}: {error.strerror or error}")
 
-        def write(row: dict[str, Any]) -> None:
-            file.write(json.dumps(row, allow_nan=False) + "\n")
-            file.flush()
+    def write(row: dict[str, Any]) -> None:
+        file.write(json.dumps(row, allow_nan=False) + "\n")
+        file.flush()
 
+    with file:
         yield write
 
 

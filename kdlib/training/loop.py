@@ -1,6 +1,7 @@
 """The training loop."""
 
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack, closing
 from math import isfinite
 from time import monotonic
 from typing import Any
@@ -10,16 +11,18 @@ from torch import Tensor
 
 from kdlib._checks import check_type
 from kdlib.distiller import Distiller
-from kdlib.training import distributed
-from kdlib.training._checks import check_batch, check_fingerprint, check_train, diverged
+from kdlib.training._checks import check_argument, check_train, checkpoint_error, diverged
+from kdlib.training.batches import batch_size, sample_ids, splitter
 from kdlib.training.checkpoint import CheckpointStore
 from kdlib.training.config import TrainConfig
+from kdlib.training.distributed import Processes, synchronize_if, wrap
 from kdlib.training.ema import EMA
 from kdlib.training.events import Hook, TrainEvent, TrainResult
+from kdlib.training.fingerprint import check_fingerprint, run_fingerprint
 from kdlib.training.log import append_log
 from kdlib.training.schedules import build_optimizer, lr_factor, set_lr
 from kdlib.training.signals import DeferredSignals
-from kdlib.training.step import Readings, batch_size, private_randomness, random_state, sample_ids, to_device
+from kdlib.training.step import Readings, private_randomness, random_state, to_device
 from kdlib.training.stream import Batch, BatchStream
 
 __all__ = ["train"]
@@ -36,14 +39,14 @@ def train(
     caller is not changed.
 
     Under `torchrun` (with an initialized process group) gradients are averaged over processes, and only the first process
-    writes files and calls hooks. The loader must give each process its own part of the data.
+    writes files and calls hooks. The loader must give each process its own part of the data, of the same length. An error
+    or a signal in one process ends all of them, with the same message and the same checkpoint.
 
     Args:
         distiller: Student, teachers and objective; trained in place.
-        loader: Yields `(inputs, targets)` for one epoch: inputs is a tensor or a tuple of tensors, targets a mapping of
-            tensors or `None`. It must have a length if `max_steps` is not given. `set_epoch(epoch)` is called on the
-            loader and its samplers if they have it; `iter_from(batch)`, if the loader has it, avoids skipping batches
-            when a run resumes within an epoch.
+        loader: Yields the batches of one epoch: `(inputs, targets)` or what `TrainConfig.split_batch` describes. It must
+            have a length if `max_steps` is not given. `set_epoch(epoch)` is called on the loader and its samplers if they
+            have it; `iter_from(batch)`, if the loader has it, avoids skipping batches when a run resumes in an epoch.
         config: Configuration of the run.
         hooks: Callables that receive a :class:`TrainEvent` after every step.
 
@@ -55,7 +58,8 @@ def train(
         TrainingDiverged: The loss is NaN or infinite. The weights are those before the step, and checkpoints are kept;
             running statistics, such as those of BatchNorm, include the batch.
         CheckpointError: A checkpoint cannot be written, or no existing checkpoint can be read.
-        ValueError: The checkpoints belong to another configuration, or the loader is empty.
+        ValueError: The checkpoints belong to another configuration, objective, network or teacher (the message names what
+            differs), the log cannot be written, or the loader is empty.
         TypeError: An argument or a batch has the wrong type.
         KeyboardInterrupt: Ctrl-C, after the current step and a checkpoint. SIGTERM likewise ends the process.
 
@@ -71,47 +75,90 @@ def train(
     """
     check_train(distiller, loader, hooks)
     check_type("train", "config", config, TrainConfig, "a TrainConfig")
-    rank, world = distributed.rank(), distributed.world_size()
-    device = _place(distiller, config)
-    deferred = DeferredSignals(active=config.checkpoint_dir is not None and world == 1)
-    with private_randomness(device, config.seed + rank), deferred as signals:
-        stream = BatchStream(loader, config.accumulate)
-        total_steps = stream.steps(config.epochs, config.max_steps)
-        store = CheckpointStore(config)
+    device, split = _place(distiller, config), splitter(distiller, config)
+    processes = Processes()
+    deferred = DeferredSignals(active=config.checkpoint_dir is not None, repeated=processes.count > 1)
+    randomness = private_randomness(device, config.seed + processes.rank)
+    with closing(processes), randomness, deferred as signals:
+        with processes.together():
+            stream = BatchStream(loader, config.accumulate, exact=processes.count > 1)
+            total_steps = stream.steps(config.epochs, config.max_steps)
+        lengths = processes.gather(stream.length)
+        check_argument(
+            len(set(lengths)) == 1,
+            f"loader must have the same number of batches in every process, got {lengths}; use a DistributedSampler",
+        )
         if not distiller.objective.inferred:
-            distiller.infer(*_moved(stream.peek(), device, config))
+            with processes.together():
+                batch = split(stream.peek())
+            distiller.infer(*_moved(batch, device, config))
         distiller.train()
-        run = _Run(distiller, stream, config, device, total_steps)
-        resumed_from = run.resume(store)
-        distributed.check_same_step(run.step, device)
-        forward = distributed.wrap(distiller, device, find_unused_parameters=config.find_unused_parameters)
-        logging = config.log_path if rank == 0 and run.step < total_steps else None
+        forward = wrap(distiller, device, find_unused_parameters=config.find_unused_parameters)
+        with processes.together():
+            store = CheckpointStore(config)
+            run = _Run(distiller, stream, config, device, total_steps, processes)
+            resumed_from = run.resume(store)
+            if processes.rank == 0 and run.step < total_steps:
+                store.check_writable()
+        steps = processes.gather(run.step)
+        check_argument(
+            len(set(steps)) == 1, f"checkpoint_dir must be one directory shared by all processes, got steps {steps}"
+        )
         start, images, seconds = monotonic(), 0, run.seconds
 
-        with append_log(logging, last_step=run.step) as log:
+        with ExitStack() as stack:
+            with processes.together():
+                path = config.log_path if processes.rank == 0 and run.step < total_steps else None
+                log = stack.enter_context(append_log(path, last_step=run.step))
             while run.step < total_steps:
-                epoch, first, group = stream.take()
+                with processes.together(4) as votes:
+                    group: list[Batch] = []
+                    position = run.position()
+                    try:
+                        if not signals.pending:
+                            epoch, first, group = stream.take()
+                            group = [split(batch) for batch in group]
+                    except Exception:
+                        if not signals.pending:  # otherwise the signal may have ended a worker of the loader too
+                            raise
+                    votes[:] = signals.pending, store.due_by_time(), len(group), -len(group)
+                stop, due, most, fewest = votes
+                if stop:
+                    positions = processes.gather(position)
+                    with processes.together():
+                        if processes.rank == 0:
+                            run.save(store, seconds, positions)
+                    signals.deliver(stop)
+                    run.seek(position)  # the caller's handler has returned, so training goes on
+                    continue
+                same = most == -fewest
+                check_argument(
+                    same,
+                    "loader must have the same number of batches in every process, got an epoch that ends earlier in one",
+                )
                 lr = set_lr(run.optimizer, lr_factor(run.step, total_steps, config))
-                total, terms, weights = _accumulate(run, forward, group, config)
-                _check_loss(total, terms, run, store, group, epoch=epoch, first=first)
+                total, terms, weights = _accumulate(run, forward, group, store, epoch=epoch, first=first)
                 run.update(epoch, total, terms)
-
-                images += world * sum(batch_size(inputs) for inputs, _ in group)
+                images += processes.count * sum(batch_size(inputs) for inputs, _ in group)
                 elapsed = monotonic() - start
                 seconds = run.seconds + elapsed
-                event = TrainEvent(run.step, total_steps, epoch, total, terms, weights, lr, images / elapsed, seconds)
-                if run.step == 1 or run.step % config.log_every == 0 or run.step == total_steps:
-                    log(_row(event))
-                stopping = signals.pending  # read once: a later signal is handled after the next step
-                if rank == 0:
-                    if store.due(run.step) or run.step == total_steps or stopping:
-                        run.save(store, seconds)
-                    for hook in hooks:
-                        hook(event)
-                if stopping:
-                    signals.deliver()
+                saving = due or store.due_by_step(run.step) or run.step == total_steps
+                positions = processes.gather(run.position()) if saving else []
+                with processes.together():
+                    if processes.rank == 0:
+                        rate = images / elapsed
+                        event = TrainEvent(run.step, total_steps, epoch, total, terms, weights, lr, rate, seconds)
+                        if run.step == 1 or run.step % config.log_every == 0 or run.step == total_steps:
+                            log(_row(event))  # before the checkpoint: a resumed run removes rows, but adds none
+                        if saving:
+                            run.save(store, seconds, positions)
+                        for hook in hooks:
+                            hook(event)
+                if saving and store.directory is not None:
+                    store.newest = store.path_of(run.step)
+        # Each process has its own statistics, such as those of BatchNorm; the result is that of the checkpoint.
+        processes.copy_first(value for value in run.tensors() if value.is_floating_point())
         del forward
-        distributed.free_wrapper()
     distiller.eval()
     ema = run.ema.state_dict() if run.ema else None
     last = run.last
@@ -122,12 +169,16 @@ class _Run:
     """The state of a run that checkpoints contain."""
 
     def __init__(
-        self, distiller: Distiller, stream: BatchStream, config: TrainConfig, device: torch.device, total_steps: int
+        self,
+        distiller: Distiller,
+        stream: BatchStream,
+        config: TrainConfig,
+        device: torch.device,
+        total_steps: int,
+        processes: Processes,
     ) -> None:
-        self.distiller = distiller
-        self.stream = stream
-        self.config = config
-        self.device = device
+        self.distiller, self.stream, self.config = distiller, stream, config
+        self.device, self.total_steps, self.processes = device, total_steps, processes
         self.parameters = [p for p in distiller.trainable_parameters() if p.requires_grad]
         self.optimizer = build_optimizer(self.parameters, config)
         self.scaler = torch.amp.GradScaler(device.type, enabled=config.amp == "float16")
@@ -136,12 +187,24 @@ class _Run:
         self.seconds = 0.0
         self.last: dict[str, Any] = {"epoch": 0, "total": float("nan"), "terms": {}}
         self.fingerprint = {
-            **config.fingerprint(),
-            "total_steps": total_steps,
+            **run_fingerprint(config, distiller, self.optimizer, total_steps),
             "batches_per_epoch": stream.length,
-            "processes": distributed.world_size(),
-            "parameters": sum(p.numel() for p in self.parameters),
+            "processes": processes.count,
         }
+
+    def tensors(self) -> list[Tensor]:
+        """Return the weights, statistics and averages."""
+        states = (self.distiller.state_dict(), self.ema.state_dict() if self.ema else {})
+        return [value for state in states for value in state.values() if isinstance(value, Tensor)]
+
+    def position(self) -> dict[str, Any]:
+        """Return the position in the loader and the random states of this process."""
+        return {"stream": self.stream.state_dict(), "rng": random_state(self.device)}
+
+    def seek(self, position: dict[str, Any]) -> None:
+        """Return to a position."""
+        self.stream.load_state_dict(position["stream"])
+        random_state(self.device, position["rng"])
 
     def update(self, epoch: int, total: float, terms: dict[str, float]) -> None:
         """Apply the accumulated gradients."""
@@ -156,7 +219,7 @@ class _Run:
         self.step += 1
         self.last = {"epoch": epoch, "total": total, "terms": terms}
 
-    def save(self, store: CheckpointStore, seconds: float) -> None:
+    def save(self, store: CheckpointStore, seconds: float, positions: list[dict[str, Any]]) -> None:
         """Write the checkpoint of this step unless a weight is NaN or infinite."""
         weights = self.distiller.state_dict()
         # A finite loss can have a non-finite gradient, which the loss would only show after this checkpoint.
@@ -170,8 +233,8 @@ class _Run:
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
             "ema": self.ema.state_dict() if self.ema else None,
-            "stream": self.stream.state_dict(),
-            "rng": random_state(self.device),
+            "stream": [each["stream"] for each in positions],
+            "rng": [each["rng"] for each in positions],
             "last": self.last,
             "seconds": seconds,
             "fingerprint": self.fingerprint,
@@ -183,24 +246,36 @@ class _Run:
         state = store.load()
         if state is None:
             return None
-        check_fingerprint(state["fingerprint"], self.fingerprint, store.directory)
-        self.distiller.load_state_dict(state["distiller"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.scaler.load_state_dict(state["scaler"])
-        if self.ema is not None:
-            self.ema.load_state_dict(state["ema"])
+        live = self.distiller.state_dict()
+        check_fingerprint(state["fingerprint"], self.fingerprint, state["distiller"], live, store.directory)
         self.step, self.seconds, self.last = state["step"], state["seconds"], state["last"]
-        if self.step < int(self.fingerprint["total_steps"] or 0):
-            self.stream.load_state_dict(state["stream"])
-            if distributed.rank() == 0:
-                random_state(self.device, state["rng"])
+        loads: dict[str, Callable[[Any], object]] = {
+            "distiller": self.distiller.load_state_dict,
+            "optimizer": self.optimizer.load_state_dict,
+            "scaler": self.scaler.load_state_dict,
+        }
+        if self.ema is not None:
+            loads["ema"] = self.ema.load_state_dict
+        if self.step < self.total_steps:
+            rank = self.processes.rank
+            loads["stream"] = lambda positions: self.stream.load_state_dict(positions[rank])
+            loads["rng"] = lambda states: random_state(self.device, states[rank])
+        for name, load in loads.items():
+            try:
+                load(state[name])
+            except Exception as error:  # such as an optimizer state of other groups
+                raise checkpoint_error(f"{name} of checkpoint {store.newest} does not fit this run: {error}") from error
         return self.step
 
 
 def _accumulate(
-    run: _Run, forward: Callable[..., Any], group: list[Batch], config: TrainConfig
+    run: _Run, forward: Callable[..., Any], group: list[Batch], store: CheckpointStore, *, epoch: int, first: int
 ) -> tuple[float, dict[str, float], dict[str, tuple[float, ...]]]:
-    """Accumulate the gradients of the mean loss over a group of batches; return the mean total, terms and weights."""
+    """Accumulate the gradients of the mean loss over a group of batches; return the mean total, terms and weights.
+
+    The loss must be finite; the error names the batches and, if the targets contain them, the sample ids.
+    """
+    config, processes = run.config, run.processes
     dtype = {"bfloat16": torch.bfloat16, "float16": torch.float16}.get(config.amp or "")
     run.distiller.objective.set_step(run.step)
     if not run.distiller.training:  # a hook may have switched to eval mode
@@ -208,40 +283,37 @@ def _accumulate(
     values = None
     for left, batch in zip(range(len(group) - 1, -1, -1), group, strict=True):
         inputs, targets = _moved(batch, run.device, config)
-        with distributed.synchronize_if(left == 0, forward):
-            with torch.autocast(run.device.type, dtype=dtype, enabled=dtype is not None):
+        with synchronize_if(left == 0, forward):
+            autocast = torch.autocast(run.device.type, dtype=dtype, enabled=dtype is not None)
+            with processes.together(), autocast:
                 output = forward(inputs, targets)
             packed = Readings.pack(output)
             values = packed if values is None else values + packed
             if left == 0:
                 # Copied before the backward pass and read after it, so that the device never waits for the host.
-                readings = Readings(distributed.average(values / len(group)), output)
+                readings = Readings(values / len(group), output, processes.average)
             run.scaler.scale(output.total / len(group)).backward()
-    return readings.fetch()
-
-
-def _check_loss(
-    total: float,
-    terms: dict[str, float],
-    run: _Run,
-    store: CheckpointStore,
-    group: list[Batch],
-    *,
-    epoch: int,
-    first: int,
-) -> None:
-    """Require a finite loss; the error names the batches and, if the targets contain them, the sample ids."""
+    total, terms, weights = readings.fetch()
     if isfinite(total):
-        return
+        return total, terms, weights
     run.optimizer.zero_grad(set_to_none=True)
-    step, samples = run.step + 1, sample_ids(group)
-    ids = ", ".join(map(str, samples[:32])) + (", ..." if len(samples) > 32 else "")
     batches = f"batch {first}" if len(group) == 1 else f"batches {first} to {first + len(group) - 1}"
-    problem = (
-        f"loss must be finite, got {total} at step {step}, epoch {epoch}, {batches} of the epoch"
-        f"{f' (samples {ids})' if samples else ''}; terms {', '.join(f'{name}={x:.6g}' for name, x in terms.items())}"
+    found = processes.gather((readings.own, batches, sample_ids(group)))
+    bad = [(rank, *each) for rank, each in enumerate(found) if not isfinite(each[0])] or [(0, *found[0])]
+    problem = f"loss must be finite, got {bad[0][1]} at step {run.step + 1}, epoch {epoch}, "
+    problem += " and ".join(
+        f"{batches} of the epoch"
+        f"{f' of process {rank}' if processes.count > 1 else ''}"
+        f"{f' (samples {_listed(samples)})' if samples else ''}"
+        for rank, _, batches, samples in bad
     )
-    raise diverged(problem, terms, step=step, epoch=epoch, newest=store.newest, samples=samples)
+    problem += f"; terms {', '.join(f'{name}={x:.6g}' for name, x in terms.items())}"
+    samples = tuple(sample for *_, each in bad for sample in each)
+    raise diverged(problem, terms, step=run.step + 1, epoch=epoch, newest=store.newest, samples=samples)
+
+
+def _listed(samples: tuple[int, ...]) -> str:
+    return ", ".join(map(str, samples[:32])) + (", ..." if len(samples) > 32 else "")
 
 
 def _place(distiller: Distiller, config: TrainConfig) -> torch.device:
@@ -257,7 +329,6 @@ def _place(distiller: Distiller, config: TrainConfig) -> torch.device:
 
 
 def _moved(batch: Batch, device: torch.device, config: TrainConfig) -> Batch:
-    check_batch(batch)
     inputs, targets = batch
     return to_device(inputs, device, channels_last=config.channels_last), to_device(targets, device)
 

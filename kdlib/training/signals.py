@@ -2,6 +2,7 @@
 
 import os
 import signal
+import sys
 import threading
 from types import FrameType
 from typing import Any, Self
@@ -12,14 +13,19 @@ __all__ = ["DeferredSignals"]
 class DeferredSignals:
     """Context manager that records SIGINT and SIGTERM; `deliver` passes the recorded signal to the original handler.
 
-    A second signal of the same kind is handled immediately, a recorded one at the end of the block at the latest. Outside
-    the main thread, or with `active=False`, signals are handled as usual.
+    A second signal of the same kind is handled immediately unless `repeated`, a recorded one at the end of the block at the
+    latest. Outside the main thread, or with `active=False`, signals are handled as usual.
+
+    Args:
+        active: Whether to record signals.
+        repeated: Whether one request to stop may arrive several times: `torchrun` forwards a signal that its processes
+            also receive from the terminal or the scheduler.
 
     Examples:
         >>> before = signal.signal(signal.SIGINT, signal.default_int_handler)
         >>> with DeferredSignals() as signals:
         ...     signal.raise_signal(signal.SIGINT)
-        ...     signals.pending
+        ...     signals.pending == signal.SIGINT
         ...     try:
         ...         signals.deliver()
         ...     except KeyboardInterrupt:
@@ -29,31 +35,32 @@ class DeferredSignals:
         >>> _ = signal.signal(signal.SIGINT, before)
     """
 
-    def __init__(self, *, active: bool = True) -> None:
+    def __init__(self, *, active: bool = True, repeated: bool = False) -> None:
         self._active = active and threading.current_thread() is threading.main_thread()
+        self._repeated = repeated
         self._previous: dict[int, Any] = {}
-        self._recorded: int | None = None
         self._process = os.getpid()
+        self.pending = 0
+        """Number of the recorded signal, 0 for none."""
 
-    @property
-    def pending(self) -> bool:
-        """Whether a signal was recorded."""
-        return self._recorded is not None
-
-    def deliver(self) -> None:
-        """Pass the recorded signal to the handler that was installed before the block."""
-        if self._recorded is not None:
-            signum, self._recorded = self._recorded, None
+    def deliver(self, signum: int | None = None) -> None:
+        """Pass `signum`, by default the recorded signal, to the handler that was installed before the block."""
+        signum, self.pending = signum or self.pending, 0
+        if signum:
             self._restore()
             signal.raise_signal(signum)
 
     def _record(self, signum: int, frame: FrameType | None) -> None:
         # A loader worker inherits this handler by fork, but has no loop that would deliver the signal.
-        if self._recorded == signum or os.getpid() != self._process:
+        if os.getpid() != self._process or (self.pending == signum and not self._repeated):
             signal.signal(signum, self._previous[signum])
             signal.raise_signal(signum)
             return
-        self._recorded = signum
+        self.pending = signum
+        if sys.platform != "win32" and signal.SIGCHLD not in self._previous:
+            # Loader workers that receive the same signal end. A DataLoader would raise an error in the middle of a step.
+            self._previous[signal.SIGCHLD] = signal.getsignal(signal.SIGCHLD)
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
 
     def _restore(self) -> None:
         for signum, handler in self._previous.items():

@@ -1,31 +1,37 @@
 """Helpers of a training step: device transfer, reading of values, random state."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 
-__all__ = ["Readings", "batch_size", "private_randomness", "random_state", "sample_ids", "to_device"]
+__all__ = ["Readings", "private_randomness", "random_state", "to_device"]
 
 
 class Readings:
     """The values of one step, copied from the device asynchronously and read by `fetch`.
 
     Args:
-        values: The sum of :meth:`pack` over the batches of the step.
+        values: The mean of :meth:`pack` over the batches of the step.
         output: An `ObjectiveOutput` with the same terms and weights.
+        average: Averages values over processes, in place.
+
+    Attributes:
+        own: The total of this process, after `fetch`.
     """
 
-    def __init__(self, values: Tensor, output: Any) -> None:
+    def __init__(self, values: Tensor, output: Any, average: Callable[[Tensor], Tensor]) -> None:
         self._names, self._counts = list(output.terms), {name: len(w) for name, w in output.weights.items()}
-        self._values, self._copied = values, None
+        own = values[:1].clone()
+        self._values, self._copied = torch.cat([own, average(values)]), None
         if values.is_cuda:
-            self._values = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
-            self._values.copy_(values, non_blocking=True)
+            device, self._values = self._values, torch.empty(len(self._values), dtype=values.dtype, pin_memory=True)
+            self._values.copy_(device, non_blocking=True)
             self._copied = torch.cuda.Event()  # type: ignore[no-untyped-call]  # torch leaves it untyped
             self._copied.record()
+        self.own = 0.0
 
     @staticmethod
     def pack(output: Any) -> Tensor:
@@ -37,7 +43,7 @@ class Readings:
         """Return the total, the terms, and the mean weight of each teacher by term."""
         if self._copied is not None:
             self._copied.synchronize()
-        total, *rest = self._values.tolist()
+        self.own, total, *rest = self._values.tolist()
         values = iter(rest)
         terms = {name: next(values) for name in self._names}
         return total, terms, {name: tuple(next(values) for _ in range(n)) for name, n in self._counts.items()}
@@ -54,17 +60,6 @@ def to_device(value: Any, device: torch.device, *, channels_last: bool = False) 
     if isinstance(value, (tuple, list)):
         return tuple(to_device(item, device, channels_last=channels_last) for item in value)
     return value
-
-
-def batch_size(inputs: Any) -> int:
-    """Return the batch size: the first dimension of the first tensor."""
-    return int((inputs[0] if isinstance(inputs, (tuple, list)) else inputs).shape[0])
-
-
-def sample_ids(group: list[tuple[Any, Any]]) -> tuple[int, ...]:
-    """Return the sample ids of a group of batches, if their targets contain them."""
-    found = [targets["sample"] for _, targets in group if isinstance(targets, Mapping) and "sample" in targets]
-    return tuple(int(value) for ids in found if isinstance(ids, Tensor) for value in ids.flatten().tolist())
 
 
 @contextmanager

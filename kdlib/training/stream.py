@@ -52,10 +52,12 @@ class BatchStream:
     Args:
         loader: An iterable of batches, iterated once per epoch.
         accumulate: Batches per group; the last group of an epoch contains the remaining batches.
+        exact: Whether an epoch must not have fewer batches than the length of the loader.
     """
 
-    def __init__(self, loader: Iterable[Batch], accumulate: int) -> None:
+    def __init__(self, loader: Iterable[Batch], accumulate: int, *, exact: bool = False) -> None:
         self.loader, self.accumulate, self.length = loader, accumulate, _length(loader)
+        self.exact = exact and self.length is not None
         self.epoch = self.batch = 0
         self._batches: Iterator[Batch] | None = None
         self._start: list[torch.Tensor] = []
@@ -88,9 +90,11 @@ class BatchStream:
             epoch, first = self.epoch, self.batch
             self.batch += len(group)
             # The iterator is exhausted at the end of an epoch, so that its last random draws belong to this epoch.
-            if not group or self.batch == self.length:
+            if len(group) < self.accumulate or self.batch == self.length:
+                wanted = f"loader must yield len(loader) = {self.length} batches"
+                check_argument(next(batches, None) is None, f"{wanted}, got more")
                 check_argument(
-                    next(batches, None) is None, f"loader must yield len(loader) = {self.length} batches, got more"
+                    not self.exact or self.batch == self.length, f"{wanted} in every process, got {self.batch}"
                 )
                 self.epoch, self.batch, self._batches = epoch + 1, 0, None
             if group:
@@ -104,7 +108,7 @@ class BatchStream:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore a saved position, including the random states after the skipped batches."""
-        self.epoch, self.batch = state["epoch"], state["batch"]
+        self.epoch, self.batch, self._batches = state["epoch"], state["batch"], None
         self._set_random_states(state["start"])
         if self.batch:
             self._open()

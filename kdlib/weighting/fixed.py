@@ -33,8 +33,7 @@ class FixedWeighting(CallRepr):
 
     def __init__(self, weights: Sequence[float]) -> None:
         super().__init__()
-        check_shares("FixedWeighting", "weights", weights)
-        self.weights = tuple(weights)
+        self.weights = check_shares("FixedWeighting", "weights", weights)
 
     def forward(self, losses: Tensor, *, student: Tensor, teachers: Sequence[Tensor], targets: Targets) -> Tensor:
         """Return weights `(k, b)` for losses `(k, b)`; the other arguments are ignored."""

@@ -10,10 +10,13 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.overrides import TorchFunctionMode
 
 from kdlib._checks import check_number
 from kdlib_faces.backbones.input_spec import InputSize, height_width
@@ -69,12 +72,19 @@ def count_macs(model: nn.Module, input_size: InputSize) -> int:
     dtype = next((p.dtype for p in model.parameters()), torch.float32)
     hooks = [m.register_forward_hook(count) for m in model.modules() if isinstance(m, nn.Conv2d | nn.Linear)]
     try:
-        with _eval_mode(model), torch.no_grad():
+        with _eval_mode(model), torch.no_grad(), _SkipBatchNorm():
             functional_call(model, state, torch.zeros(1, 3, height, width, dtype=dtype, device="meta"))
     finally:
         for hook in hooks:
             hook.remove()
     return total
+
+
+class _SkipBatchNorm(TorchFunctionMode):
+    """Return the input of a BatchNorm: on the meta device its many small steps would take most of the time."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return args[0] if func is F.batch_norm else func(*args, **(kwargs or {}))
 
 
 @contextmanager

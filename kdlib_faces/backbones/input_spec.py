@@ -3,6 +3,7 @@
 from dataclasses import dataclass, replace
 from typing import Any, Literal, TypedDict, Unpack
 
+import numpy as np
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -35,7 +36,7 @@ def height_width(owner: str, input_size: InputSize) -> tuple[int, int]:
         raise ValueError(f"{owner}: input_size must be a side or (height, width) in pixels, got {input_size!r}")
     for side in pair:
         check_number(owner, "input_size", side, min=1, max=4096, integer=True)
-    return pair[0], pair[1]
+    return int(pair[0]), int(pair[1])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,16 +77,17 @@ class InputSpec:
     assumed: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        height_width("InputSpec", self.size)
+        size = height_width("InputSpec", self.size)
+        object.__setattr__(self, "size", size if isinstance(self.size, list | tuple) else size[0])
         check_choice("InputSpec", "color", self.color, COLORS)
         for name in ("mean", "scale"):
             value: Any = getattr(self, name)
-            if isinstance(value, list | tuple):
-                if len(value) != 3:
-                    raise ValueError(f"InputSpec: {name} must be one number or three, got {value!r}")
-                object.__setattr__(self, name, tuple(value))
-            for each in value if isinstance(value, list | tuple) else (value,):
+            several = np.ndim(value) > 0 or isinstance(value, list | tuple)
+            if several and len(value) != 3:
+                raise ValueError(f"InputSpec: {name} must be one number or three, got {value!r}")
+            for each in value if several else (value,):
                 check_number("InputSpec", name, each, above=0 if name == "scale" else None)
+            object.__setattr__(self, name, tuple(map(float, value)) if several else float(value))
         if self.normalized not in (True, False, None):
             raise TypeError(f"InputSpec: normalized must be True, False or None, got {self.normalized!r}")
         object.__setattr__(self, "assumed", tuple(self.assumed))

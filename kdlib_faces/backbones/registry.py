@@ -93,7 +93,7 @@ def build_backbone(name: str, *, seed: int | None = None, **arguments: Any) -> B
             return construct(**arguments)
         check_number("build_backbone", "seed", seed, min=0, integer=True)
         with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(seed)
+            torch.default_generator.manual_seed(int(seed))
             return construct(**arguments)
     except (TypeError, ValueError, RuntimeError, OverflowError) as error:
         raise InputError(str(error).splitlines()[0]) from error

@@ -2,7 +2,10 @@
 
 import json
 import multiprocessing
+import os
+import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -18,7 +21,7 @@ from kdlib.cache import CacheCheck, CacheError, TeacherCache, read_header, verif
 from kdlib_faces._checks import InputError
 from kdlib_faces._output import check_output
 from kdlib_faces.caching.source import CacheSource, describe_views, parse_taps
-from kdlib_faces.data.lists import read_faces
+from kdlib_faces.data.lists import FaceList, read_faces
 from kdlib_faces.data.seeded_views import SeededViews
 from kdlib_faces.data.views import AugmentConfig
 from kdlib_faces.progress import progress_to, say
@@ -81,6 +84,7 @@ def build(
     taps: Sequence[str] = (),
     workers: int = 1,
     progress: bool = True,
+    on_error: Literal["stop", "skip"] = "stop",
 ) -> TeacherCache:
     """Compute the missing rows of a cache; an interrupted build resumes, and several processes share the work.
 
@@ -93,6 +97,7 @@ def build(
             alone means the feature `map`.
         workers: number of processes.
         progress: show progress.
+        on_error: see `read_faces`.
 
     Returns:
         The complete cache. Its notes describe the build.
@@ -107,28 +112,21 @@ def build(
         raise InputError("cache: workers must be 1 on Windows, which does not support POSIX locks")
     before = torch.get_num_threads()
     threads = max(1, before // workers)
-    work = partial(_build, config, output, tuple(faces), teacher, tuple(taps))
+    work = partial(_build, config, output, read_faces(faces, on_error=on_error), teacher, tuple(taps))
     torch.set_num_threads(threads)
     try:
-        with _workers(workers - 1, work, threads, quiet=not progress):
+        with _sigterm_exits(), _workers(workers - 1, work, threads, quiet=not progress):
             return work(quiet=not progress)
     finally:
         torch.set_num_threads(before)
 
 
 def _build(
-    config: CacheConfig, output: Path, faces: Sequence[str], teacher: Path, taps: Sequence[str], *, quiet: bool
+    config: CacheConfig, output: Path, faces: FaceList, teacher: Path, taps: Sequence[str], *, quiet: bool
 ) -> TeacherCache:
     views, size, decoders = config.seeded(), config.size, config.decoders
     source = CacheSource(
-        read_faces(faces),
-        teacher,
-        parse_taps(taps),
-        views,
-        size=size,
-        decoders=decoders,
-        images=config.input,
-        quiet=quiet,
+        faces, teacher, parse_taps(taps), views, size=size, decoders=decoders, images=config.input, quiet=quiet
     )
     with progress_to(f"outputs of {teacher.stem}", quiet=quiet) as show:
         return TeacherCache.build(
@@ -282,12 +280,34 @@ def _workers(count: int, work: Callable[..., object], threads: int, *, quiet: bo
             ours.close()
 
 
+def _end_with_parent() -> None:
+    """End this process as soon as its parent ends, by SIGKILL too; unfinished blocks have no record."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
+
+
+@contextmanager
+def _sigterm_exits() -> Iterator[None]:
+    """Handle SIGTERM like Ctrl-C: complete blocks are recorded, temporary files removed and workers ended."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, lambda signum, frame: sys.exit(128 + signum))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 def _worker(connection: Connection, work: Callable[..., object], threads: int) -> None:
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends Ctrl-C to the parent too, which ends the workers
     torch.set_num_threads(threads)
     try:
-        work(quiet=True)
-    except KeyboardInterrupt:
-        sys.exit(130)
+        with _sigterm_exits():
+            work(quiet=True)
     except Exception as error:
         connection.send_bytes(f"{type(error).__name__}: {error}".encode()[:4096])
         sys.exit(1)

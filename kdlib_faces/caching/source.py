@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from kdlib import OUTPUT, TeacherAdapter
 from kdlib.cache import Fingerprint
 from kdlib_faces._checks import InputError
+from kdlib_faces.data.image_files import describe_far_sizes
 from kdlib_faces.data.images import load_images
-from kdlib_faces.data.lists import FaceList
+from kdlib_faces.data.lists import FaceList, warn
 from kdlib_faces.data.seeded_views import SeededViews
 from kdlib_faces.data.views import AugmentConfig
 from kdlib_faces.progress import progress
@@ -78,9 +79,10 @@ class CacheSource:
     ) -> None:
         self.faces, self.views, self.decoders = faces, views, decoders
         self.model, self.size, parts, taps = _teacher(path, taps, size, images)
+        warn(describe_far_sizes(faces.paths, self.size))
         self.fingerprint = Fingerprint(
             teacher=parts.teacher,
-            preprocessing=f"{parts.preprocessing}; central square, {self.size} pixels, rgb, (x - 127.5) / 127.5",
+            preprocessing=f"{parts.preprocessing}; upright, centered on black, {self.size} pixels, rgb, (x - 127.5) / 127.5",
             data=data_digest(faces, views, quiet=quiet),
         )
         self.notes = {

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
 from kdlib_faces._checks import InputError
 from kdlib_faces.caching.build import CacheConfig, describe_check, info
@@ -27,6 +28,7 @@ def build(
     settings: Sequence[str],
     progress: bool,
     stated: str,
+    on_error: Literal["stop", "skip"] = "stop",
 ) -> str:
     """Build a cache with the options of the command line and describe it; see `kdlib_faces.caching.build.build`."""
     if not faces:
@@ -36,7 +38,9 @@ def build(
         options[f"input.{name}"] = list(value) if isinstance(value, tuple) else value
     values = [f"{name}={value}" for name, value in options.items() if value is not None]
     loaded = load_config(CacheConfig, config, [*values, *settings])
-    build_cache(loaded, output=output, faces=faces, teacher=teacher, taps=taps, workers=workers, progress=progress)
+    build_cache(
+        loaded, output=output, faces=faces, teacher=teacher, taps=taps, workers=workers, progress=progress, on_error=on_error
+    )  # fmt: skip
     return info(output)
 
 

@@ -40,8 +40,6 @@ def run(
         if not number.isdigit():
             raise InputError(f"--steps must be quick, full or a number of steps, got {number!r}")
         values.insert(0, f"student_steps={number}")
-    if num_seeds < 1 or seed < 0:
-        raise InputError(f"--seeds must be at least 1 and --seed at least 0, got {num_seeds} and {seed}")
     loaded = load_config(DemoConfig, config, values, base=faces_config() if faces else None)
     with swept(output):
         run_demo(

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Literal
 
 from kdlib_faces import __version__, report
 from kdlib_faces._output import check_output, describe_environment, staged, swept
@@ -36,6 +37,7 @@ def run(
     scores: bool = False,
     progress: bool = False,
     command: str = "",
+    on_error: Literal["stop", "skip"] = "stop",
 ) -> report.Report:
     """Evaluate model files and embedding files by protocols, and write a report.
 
@@ -54,7 +56,7 @@ def run(
     with swept(output):
         prepared = prepare(
             config, work=output / "work", faces=faces, models=models, inputs=inputs, embeddings=embeddings,
-            pairs=pairs, protocols=protocols, progress=progress,
+            pairs=pairs, protocols=protocols, progress=progress, on_error=on_error,
         )  # fmt: skip
         started = datetime.now(UTC)
         with staged(output) as stage:

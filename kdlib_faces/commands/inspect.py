@@ -4,8 +4,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
-import numpy as np
-
 from kdlib_faces._checks import InputError
 
 if TYPE_CHECKING:
@@ -46,13 +44,15 @@ def backbones() -> str:
 
 
 def file(path: Path, input_size: ImageSize | None = None, stated: str = "auto") -> str:
-    """Describe a file: an ONNX network, a checkpoint of ours or of a public project, or a face list.
+    """Describe a file: an ONNX network, a checkpoint of ours or of a public project, a list, a `.bin` set or records.
 
-    For a checkpoint: layout, wrapping, network, input, output, counts, taps, and all differences from the network.
+    For a checkpoint: layout, wrapping, network, input, output, counts, taps, and all differences from the network. For images:
+    counts, and the sizes and broken files of a decoded sample.
 
     Args:
         path: The file.
-        input_size: Side of a checkpoint's images, or (height, width), where the file does not contain it.
+        input_size: Side of a checkpoint's images, or (height, width), where the file does not contain it; for images, the size
+            that a network reads, by default 112.
         stated: What is stated about the images of a network, as `InputOptions.parse` reads it.
 
     Raises:
@@ -62,8 +62,11 @@ def file(path: Path, input_size: ImageSize | None = None, stated: str = "auto") 
         raise InputError(f"{path}: file not found")
     if path.suffix == ".onnx":
         return _describe_onnx(path, stated)
-    if path.suffix == ".csv" or path.is_dir():
-        return _describe_list(path)
+    from kdlib_faces.commands.inspect_data import describe_data
+
+    height = input_size[0] if isinstance(input_size, tuple) else input_size
+    if (described := describe_data(path, height or 112)) is not None:
+        return described
     from kdlib_faces.teachers.files import describe_teacher
     from kdlib_faces.teachers.input_options import InputOptions
 
@@ -173,18 +176,4 @@ def _describe_onnx(path: Path, stated: str) -> str:
         f"  {'*' if tap.name in suggested else ' '} {tuple(tap.shape)!s:<20}{tap.op:<20}{tap.name}"
         for tap in list_taps(path, options.layout)
     ]
-    return "\n".join(lines)
-
-
-def _describe_list(path: Path) -> str:
-    from kdlib_faces.data.lists import read_faces
-
-    faces = read_faces([path])
-    lines = [f"images        {len(faces):,}", f"identities    {faces.num_identities:,}"]
-    if faces.ages is not None:
-        known = faces.ages[np.isfinite(faces.ages)]
-        lines.append(f"ages          {len(known):,} known, {known.min():g} to {known.max():g} years")
-    if faces.age_groups is not None:
-        counts = {name: int((faces.age_groups == at).sum()) for at, name in enumerate(faces.group_names)}
-        lines.append(f"age groups    {', '.join(f'{name} {count:,}' for name, count in counts.items())}")
     return "\n".join(lines)

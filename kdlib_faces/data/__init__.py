@@ -6,7 +6,7 @@ from kdlib_faces.data.formats.record_reader import RecordReader
 from kdlib_faces.data.formats.record_writer import save_records
 from kdlib_faces.data.image_pairs import ImagePairs, PairList
 from kdlib_faces.data.landmarks import five_points, read_points
-from kdlib_faces.data.lists import FaceList, read_faces
+from kdlib_faces.data.lists import FaceDataWarning, FaceList, read_faces
 from kdlib_faces.data.sets.agedb import AgeDBName, parse_agedb_name, read_agedb, read_agedb_pairs
 from kdlib_faces.data.sets.cacd import cacd_vs_pairs
 from kdlib_faces.data.sets.calfw import read_calfw_pairs, read_cplfw_pairs
@@ -35,7 +35,7 @@ from kdlib_faces.data.sets.megaface import (
 from kdlib_faces.data.synthetic import SyntheticFace, SyntheticFaces
 
 __all__ = [
-    "AgeDBName", "BinSet", "FGNetName", "FaceList", "FeatureSet", "IJBLandmarks", "IJBPairs", "IJBSet",
+    "AgeDBName", "BinSet", "FGNetName", "FaceDataWarning", "FaceList", "FeatureSet", "IJBLandmarks", "IJBPairs", "IJBSet",
     "IJBSubjects", "IJBTemplates", "IdentityRanges", "ImagePairs", "LongitudinalList", "PairList", "Record",
     "RecordProperties", "RecordReader", "SyntheticFace", "SyntheticFaces", "TemplateList", "cacd_vs_pairs",
     "five_points", "load_bin", "parse_agedb_name", "parse_fgnet_name", "read_agedb", "read_agedb_pairs",

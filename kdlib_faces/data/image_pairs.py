@@ -1,17 +1,19 @@
 """Pairs of named images: the common form of all verification lists."""
 
 import hashlib
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from os import PathLike
-from pathlib import Path, PurePosixPath
+from pathlib import Path, PurePath, PurePosixPath
 
 import numpy as np
 from numpy.typing import NDArray
 
 from kdlib_faces._checks import InputError
 from kdlib_faces.data.formats.files import opened
-from kdlib_faces.data.lists import FaceList, identity_key
+from kdlib_faces.data.identities import identity_key
+from kdlib_faces.data.lists import FaceList
 
 __all__ = [
     "ImagePairs", "PairList", "assign_folds", "check_published", "count_pairs", "file_sha256", "gather_pairs",
@@ -92,6 +94,7 @@ class ImagePairs:
     def locate(self, faces: FaceList) -> PairList:
         """Find the images in a face list; names are compared as identities are, without suffixes.
 
+        If the list has none of the names, images are found by identity and number: `Ann_0007.jpg` may be `Ann/7.png`.
         Pairs with an image that is not in the list are dropped and counted. The other pairs keep their folds, except
         assigned folds, which are assigned again.
 
@@ -116,6 +119,8 @@ class ImagePairs:
         for key, image in zip(keys, self.images, strict=True):
             if key in repeated:
                 raise InputError(f"{where}: the face list has more than one image named {image!r}")
+        if self.path_parts == 1 and not any(key in rows for key in keys):
+            rows, keys = _numbered(faces.paths), [_number_of(PurePosixPath(image)) for image in self.images]
         indices = np.array([rows.get(key, -1) for key in keys], dtype=np.int64)
         left, right = indices[self.left], indices[self.right]
         present = (left >= 0) & (right >= 0)
@@ -129,6 +134,22 @@ class ImagePairs:
     def _key(self, parts: Sequence[str]) -> tuple[str, ...]:
         *folders, file = parts[-self.path_parts :]
         return (*(identity_key(folder) for folder in folders), identity_key(PurePosixPath(file).stem))
+
+
+def _number_of(path: PurePath) -> tuple[str, ...]:
+    """Name and number of an image such as `Ann_0007.jpg`; without a name in it, that of its folder: `Ann/7.jpg`."""
+    name, number = re.fullmatch(r"(.*?)(\d*)", path.stem, re.DOTALL).groups()  # type: ignore[union-attr]
+    key = identity_key(name).strip("_") or identity_key(path.parent.name)
+    return (key, number.lstrip("0")) if number else (key,)
+
+
+def _numbered(paths: Sequence[Path]) -> dict[tuple[str, ...], int]:
+    """Rows of images by their names and numbers, for lists in which files are named in another way; none twice."""
+    rows: dict[tuple[str, ...], int] = {}
+    for row, path in enumerate(paths):
+        for key in {_number_of(path), (identity_key(path.parent.name), *_number_of(path)[1:])}:
+            rows[key] = -1 if key in rows else row
+    return rows
 
 
 def assign_folds(same: NDArray[np.bool_]) -> NDArray[np.int64]:
@@ -171,7 +192,8 @@ def gather_pairs(
         for image in pair[:2]:
             if image not in numbers:
                 if not is_inside(image):
-                    raise InputError(f"{source}: an image must be a path inside the set, got {image[:80]!r}")
+                    hint = "; write slashes instead of backslashes" if "\\" in image else ""
+                    raise InputError(f"{source}: an image must be a path inside the set, got {image[:80]!r}{hint}")
                 numbers[image] = len(numbers)
     table = np.array([(numbers[left], numbers[right], same) for left, right, same in pairs], dtype=np.int64)
     same = table[:, 2] == 1

@@ -1,36 +1,31 @@
 """Decoding of image files to uint8 tensors."""
 
 import hashlib
-import io
 import json
 import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import cache
 from os import PathLike
 from pathlib import Path
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 
 from kdlib._atomic import atomic_write
 from kdlib._checks import check_number
 from kdlib_faces._checks import InputError
 from kdlib_faces.data.formats.files import Progress, with_progress
-from kdlib_faces.data.lists import FaceList
+from kdlib_faces.data.image_files import describe_far_sizes, open_rgb
+from kdlib_faces.data.lists import FaceList, warn
 
 __all__ = [
     "check_pixels", "decode_batches", "decode_image", "fingerprint_files", "load_images", "read_image", "read_pixels",
     "to_float",
 ]  # fmt: skip
 
-FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "TIFF", "PPM")
-# Pillow starts an external program to decode these.
-EXTERNAL_FORMATS = frozenset({"EPS", "WMF", "EMF"})
-MAX_PIXELS = 64_000_000
 CHUNK = 256
 
 
@@ -61,8 +56,8 @@ def check_pixels(owner: str, images: Tensor) -> None:
 def read_pixels(path: str | PathLike[str]) -> NDArray[np.uint8]:
     """Read a whole image file as RGB.
 
-    Gray becomes three equal channels. EXIF rotation is ignored, because aligned crops have none. The file is decoded as
-    JPEG, PNG, BMP, WebP, TIFF or PPM, whatever its suffix, and rejected above 64 million pixels before it is decoded.
+    Gray becomes three equal channels, and the EXIF orientation is applied. The format is recognized from the bytes, whatever
+    the suffix: any that Pillow reads, except those for which it starts another program (EPS).
 
     Args:
         path: The file.
@@ -71,80 +66,55 @@ def read_pixels(path: str | PathLike[str]) -> NDArray[np.uint8]:
         `(h, w, 3)` uint8.
 
     Raises:
-        InputError: The file is missing, not an image, truncated or too large.
+        InputError: The file is missing, not an image, truncated, or above 64 million pixels.
     """
-    return np.asarray(_open_file(path))
+    return np.asarray(open_rgb(path, str(path)))
 
 
-def read_image(path: str | PathLike[str], size: int) -> NDArray[np.uint8]:
-    """Read an image file as `read_pixels` does, to `(3, size, size)` uint8 as `decode_image` does."""
-    return _to_square(_open_file(path), size)
+def read_image(path: str | PathLike[str], size: int | tuple[int, int]) -> NDArray[np.uint8]:
+    """Read an image file as `read_pixels` does, to `(3, h, w)` uint8 as `decode_image` does."""
+    return _fit(open_rgb(path, str(path)), size)
 
 
-def decode_image(data: bytes, size: int, *, name: str = "image") -> NDArray[np.uint8]:
-    """Decode an image to RGB, crop it to its central square and resize it with antialiasing.
+def decode_image(data: bytes, size: int | tuple[int, int], *, name: str = "image") -> NDArray[np.uint8]:
+    """Decode an image to RGB as `read_pixels` does, and resize it with antialiasing.
 
-    The codec is detected from the bytes: any that Pillow reads, except those for which Pillow starts another program
-    (EPS). An image that already has the size is returned unchanged.
+    An image that already has the size is returned unchanged. Another aspect ratio is kept, and the image is centered on
+    black, as crops of other shapes relate to the template of `align_face`: a crop of 112 x 96 pixels (height x width)
+    gets eight black columns on each side to make 112 x 112. Where `size` is not square, the height alone sets the scale, and
+    columns that do not fit are cut.
 
     Args:
         data: The bytes of an image file.
-        size: Side of the result, pixels.
+        size: Side of the result, pixels, or (height, width).
         name: Name of the image in messages.
 
     Returns:
-        `(3, size, size)` uint8.
+        `(3, h, w)` uint8.
 
     Raises:
         InputError: The data is not an image, truncated, or above 64 million pixels.
 
     Examples:
+        >>> import io
         >>> stream = io.BytesIO()
-        >>> Image.new("RGB", (6, 4), (255, 0, 7)).save(stream, "GIF")
-        >>> decode_image(stream.getvalue(), 2)[:, 0, 0].tolist()
-        [255, 0, 7]
+        >>> Image.new("RGB", (2, 4), (255, 0, 7)).save(stream, "GIF")
+        >>> decode_image(stream.getvalue(), 4)[0, 0].tolist()
+        [0, 255, 255, 0]
     """
-    return _to_square(_to_rgb(io.BytesIO(data), _every_format(), name), size)
+    return _fit(open_rgb(data, name), size)
 
 
-@cache
-def _every_format() -> tuple[str, ...]:
-    Image.init()
-    return tuple(each for each in Image.ID if each in Image.OPEN and each not in EXTERNAL_FORMATS)
-
-
-def _open_file(path: str | PathLike[str]) -> Image.Image:
-    return _to_rgb(os.fspath(path), FORMATS, str(path))
-
-
-def _to_rgb(source: str | io.BytesIO, formats: tuple[str, ...], name: str) -> Image.Image:
-    try:
-        with Image.open(source, formats=formats) as image:
-            width, height = image.size
-            if width * height > MAX_PIXELS:
-                raise InputError(f"{name}: {width} x {height} pixels; images above {MAX_PIXELS:,} are refused")
-            if image.mode.startswith(("I", "F")):
-                raise InputError(f"{name}: images of mode {image.mode!r} are not read, convert to 8 bits per channel")
-            return (image.convert("RGBA") if image.mode == "P" else image).convert("RGB")
-    except InputError:
-        raise
-    except FileNotFoundError:
-        raise InputError(f"{name}: image file not found") from None
-    except UnidentifiedImageError:
-        raise InputError(f"{name}: not a readable image (unknown format)") from None
-    except Exception as error:  # A broken file can raise nearly anything inside a decoder.
-        reason = str(error).replace(name, "").strip(" :'\"") or type(error).__name__
-        raise InputError(f"{name}: not a readable image ({reason})") from None
-
-
-def _to_square(pixels: Image.Image, size: int) -> NDArray[np.uint8]:
-    width, height = pixels.size
-    side = min(width, height)
-    left, top = (width - side) // 2, (height - side) // 2
-    box = (left, top, left + side, top + side)
-    if box != (0, 0, size, size) or width != height:
-        pixels = pixels.resize((size, size), Image.Resampling.BILINEAR, box=box)
-    return np.ascontiguousarray(np.asarray(pixels, dtype=np.uint8).transpose(2, 0, 1))
+def _fit(image: Image.Image, size: int | tuple[int, int]) -> NDArray[np.uint8]:
+    rows, columns = size if isinstance(size, tuple) else (size, size)
+    scale = rows / image.height if rows != columns else min(rows / image.height, columns / image.width)
+    inner = (max(1, round(scale * image.width)), max(1, round(scale * image.height)))
+    if inner != image.size:
+        image = image.resize(inner, Image.Resampling.BILINEAR)
+    left, top = (columns - inner[0]) // 2, (rows - inner[1]) // 2
+    # A crop beyond the image is black.
+    image = image.crop((-left, -top, columns - left, rows - top))
+    return np.ascontiguousarray(np.asarray(image, dtype=np.uint8).transpose(2, 0, 1))
 
 
 def fingerprint_files(paths: Sequence[str | PathLike[str]]) -> str:
@@ -181,7 +151,7 @@ def load_images(
     """Decode every image of a list to one tensor.
 
     Args:
-        face_list: The images, a `FaceList` or plain paths.
+        face_list: The images, a `FaceList` or plain paths. For a list, images far from `size` give a `FaceDataWarning`.
         size: Side of the result, pixels.
         progress: Wraps an iterable and a label, as `kdlib_faces.progress.progress` does.
         workers: Decoding threads.
@@ -194,12 +164,14 @@ def load_images(
         `(n, 3, size, size)` uint8, in the order of the list.
 
     Raises:
-        InputError: An image is unreadable (the message names it), the images exceed `memory_limit`, or the memory map
+        InputError: Images are unreadable (the message lists all of them), the images exceed `memory_limit`, or the memory map
             holds something else.
     """
     check_number("load_images", "size", size, min=1, max=4096, integer=True)
     check_number("load_images", "workers", workers, min=1, integer=True)
     paths = [Path(path) for path in (face_list.paths if isinstance(face_list, FaceList) else face_list)]
+    if isinstance(face_list, FaceList):
+        warn(describe_far_sizes(paths, size))
     if memory_map is not None:
         return _load_mapped(paths, size, Path(memory_map), progress, workers)
     needed = len(paths) * 3 * size * size
@@ -219,10 +191,35 @@ def load_images(
 def decode_batches(
     read: Callable[[int], NDArray[np.uint8]], count: int, batch_size: int, workers: int, progress: Progress | None
 ) -> Iterator[NDArray[np.uint8]]:
-    """Yield the images `read(0)` to `read(count - 1)` in stacked batches, decoded by `workers` threads."""
+    """Yield the images `read(0)` to `read(count - 1)` in stacked batches, decoded by `workers` threads.
+
+    Raises:
+        InputError: Images cannot be read. The others are decoded first, so that the message lists all of them.
+    """
+
+    def attempt(row: int) -> NDArray[np.uint8] | InputError:
+        try:
+            return read(row)
+        except InputError as error:
+            return error
+
+    errors: list[InputError] = []
     with ThreadPoolExecutor(workers) as pool:
         for start in with_progress(range(0, count, batch_size), f"images ({count})", progress):
-            yield np.stack(list(pool.map(read, range(start, min(start + batch_size, count)))))
+            found = list(pool.map(attempt, range(start, min(start + batch_size, count))))
+            errors += [each for each in found if isinstance(each, InputError)]
+            if not errors:
+                yield np.stack([each for each in found if not isinstance(each, InputError)])
+    if errors:
+        raise InputError(list_errors(errors, count))
+
+
+def list_errors(errors: Sequence[InputError], count: int) -> str:
+    """Return one line that lists the images that cannot be read, the first hundred of them in words."""
+    if len(errors) == 1:
+        return str(errors[0])
+    more = f"; and {len(errors) - 100:,} more" if len(errors) > 100 else ""
+    return f"{len(errors):,} of {count:,} images cannot be read: {'; '.join(map(str, errors[:100]))}{more}"
 
 
 def _load_mapped(paths: Sequence[Path], size: int, target: Path, progress: Progress | None, workers: int) -> Tensor:

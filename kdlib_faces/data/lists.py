@@ -2,23 +2,39 @@
 
 import math
 import os
-import re
-import unicodedata
+import warnings
+from collections import Counter
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from kdlib._checks import check_choice
 from kdlib_faces._checks import InputError
 from kdlib_faces.data.formats.text import read_table
+from kdlib_faces.data.identities import IdentityNumbers
+from kdlib_faces.data.image_files import open_rgb, scan_folder
 
-__all__ = ["FaceList", "IdentityNumbers", "identity_key", "parse_age", "read_faces"]
+__all__ = ["FaceDataWarning", "FaceList", "parse_age", "read_faces", "warn"]
 
 MAX_AGE = 130.0
-IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm"})
+MAX_PARTS = 5
+"""So few folders may be parts of a set, such as training and test images, and not identities."""
+
+
+class FaceDataWarning(UserWarning):
+    """Face data that were read otherwise than may be expected, such as merged identities or skipped files."""
+
+
+def warn(note: str) -> None:
+    """Issue a `FaceDataWarning`, if there is a note."""
+    if note:
+        warnings.warn(note, FaceDataWarning, stacklevel=3)
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,6 +49,7 @@ class FaceList:
         age_groups: `(n,)` int64, an index into `group_names`, -1 where unknown; None if no group is known.
         group_names: Names of the age groups, sorted.
         sources: The lists and folders that were read.
+        notes: Identities that were merged, and files that were skipped.
     """
 
     paths: tuple[Path, ...]
@@ -42,6 +59,7 @@ class FaceList:
     age_groups: NDArray[np.int64] | None = None
     group_names: tuple[str, ...] = ()
     sources: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         columns = {"identities": self.identities, "ages": self.ages, "age_groups": self.age_groups}
@@ -86,40 +104,8 @@ class FaceList:
             age_groups=None if self.age_groups is None else self.age_groups[rows],
             group_names=self.group_names,
             sources=self.sources,
+            notes=self.notes,
         )
-
-
-def identity_key(name: str) -> str:
-    """Normalize a name for comparison: casefolded, each run of characters other than letters and digits as one `_`.
-
-    Examples:
-        >>> identity_key("Halle_Berry") == identity_key("halle berry") == "halle_berry"
-        True
-    """
-    folded = unicodedata.normalize("NFKC", name.strip()).casefold()
-    return re.sub(r"[\W_]+", "_", folded)
-
-
-class IdentityNumbers:
-    """Numbers identities from 0 in the order in which their names occur; names are compared by `identity_key`."""
-
-    def __init__(self) -> None:
-        self.names: list[str] = []
-        self._numbers: dict[str, int] = {}
-
-    def add(self, name: str, where: str) -> int:
-        """Return the number of an identity.
-
-        Raises:
-            InputError: The name contains no letter and no digit; the message starts with `where`.
-        """
-        key = identity_key(name)
-        if not key.strip("_"):
-            raise InputError(f"{where}: identity must contain a letter or a digit, got {name!r}")
-        if key not in self._numbers:
-            self._numbers[key] = len(self.names)
-            self.names.append(name)
-        return self._numbers[key]
 
 
 def parse_age(text: str, where: str) -> float:
@@ -137,24 +123,36 @@ def parse_age(text: str, where: str) -> float:
     return age
 
 
-def read_faces(paths: Sequence[str | PathLike[str]] | str | PathLike[str]) -> FaceList:
+_Image = tuple[Path, int, float, str]
+
+
+def read_faces(
+    paths: Sequence[str | PathLike[str]] | str | PathLike[str], *, on_error: Literal["stop", "skip"] = "stop"
+) -> FaceList:
     """Read lists of faces and merge them.
 
     An entry is a CSV file or a folder. A CSV file has a header `path,identity` and optionally `age` (years, 0 to 130),
     `age_group` (any name) or both. Other columns are ignored, empty age cells are unknown ages, and relative image paths
-    start at the CSV's folder. A folder has one subfolder per identity. An identity that occurs in two lists is merged:
-    names are compared by `identity_key`, so `Halle_Berry` and `halle_berry` are the same. Lists that only number their
-    identities need distinct names (`a_001`, `b_001`), or they are merged too.
+    start at the CSV's folder. A folder has one subfolder per identity, with images at any depth.
+
+    Within one list, identities are the same if their names are equal. An identity that occurs in two lists is merged:
+    names are compared by `identity_key`, so `Halle_Berry` and `halle_berry` are the same. Names that only number the
+    identities of a list (`7`, `n000007`, `person_7`) are never merged with those of another list, unless the entry joins
+    both by a plus sign: `"a.csv+b.csv"` reads two lists as one. What was merged, kept apart or skipped is in the notes of
+    the result, and each note is a `FaceDataWarning`.
 
     Args:
         paths: One or more CSV files and folders.
+        on_error: `"skip"` decodes every image once, and leaves out those that are missing or cannot be read, with a warning;
+            `"stop"` decodes none, and a missing image is an error.
 
     Returns:
         FaceList with every image of every list, in their order.
 
     Raises:
         InputError: A list, column or image is missing; an age is not a number or out of range; an image is listed twice;
-            there are fewer than two identities; or a file is not a CSV file. The message names file, line and value.
+            there are fewer than two identities; a file is not a CSV file; or none of the files of an identity is an image
+            that can be read. The message names file, line and value.
 
     Examples:
         >>> import pathlib, tempfile
@@ -165,28 +163,39 @@ def read_faces(paths: Sequence[str | PathLike[str]] | str | PathLike[str]) -> Fa
         >>> read_faces([folder / "faces.csv"])
         <FaceList: 2 images, 2 identities, 1 ages>
     """
+    check_choice("read_faces", "on_error", on_error, ("stop", "skip"))
     entries = [paths] if isinstance(paths, (str, PathLike)) else list(paths)
     if not entries:
         raise InputError("read_faces: at least one face list is needed, got none")
     seen: dict[str, str] = {}
     numbers = IdentityNumbers()
-    rows: list[tuple[Path, int, float, str]] = []
-    for entry in map(Path, entries):
-        for where, file, identity, age, group in _folder_rows(entry) if entry.is_dir() else _csv_rows(entry):
-            key = os.path.abspath(file)
-            if key in seen:
-                raise InputError(f"{where}: the image {str(file)!r} is listed already ({seen[key]})")
-            seen[key] = where
-            rows.append((file, numbers.add(identity, where), age, group))
-    files, identities, ages, groups = zip(*rows, strict=True)
+    rows: list[_Image] = []
+    notes: list[str] = []
+    for entry in map(str, entries):
+        numbers.start_list()
+        parts = [entry] if os.path.exists(entry) else entry.split("+")
+        for part in map(Path, parts):
+            for where, file, identity, age, group in _folder_rows(part, notes) if part.is_dir() else _csv_rows(part):
+                key = os.path.abspath(file)
+                if key in seen:
+                    raise InputError(f"{where}: the image {str(file)!r} is listed already ({seen[key]})")
+                seen[key] = where
+                rows.append((file, numbers.add(identity, where), age, group))
     sources = tuple(str(entry) for entry in entries)
+    if on_error == "skip":
+        rows = _readable(rows, sources, notes)
+    files, identities, ages, groups = zip(*rows, strict=True)
     _check_files(files, sources)
-    if len(numbers.names) < 2:
-        raise InputError(f"{', '.join(sources)}: at least two identities are needed, got one ({numbers.names[0]!r})")
+    if len(set(identities)) < 2:
+        name = numbers.names[identities[0]]
+        raise InputError(f"{', '.join(sources)}: at least two identities are needed, got one ({name!r})")
     group_names = tuple(sorted({group for group in groups if group}))
     codes = {name: code for code, name in enumerate(group_names)} | {"": -1}
     years = np.asarray(ages, dtype=np.float32)
-    return FaceList(
+    notes += numbers.notes()
+    for note in notes:
+        warn(note)
+    faces = FaceList(
         paths=files,
         identities=np.asarray(identities, dtype=np.int64),
         identity_names=tuple(numbers.names),
@@ -194,7 +203,9 @@ def read_faces(paths: Sequence[str | PathLike[str]] | str | PathLike[str]) -> Fa
         age_groups=np.asarray([codes[group] for group in groups], dtype=np.int64) if group_names else None,
         group_names=group_names,
         sources=sources,
+        notes=tuple(notes),
     )
+    return faces if on_error == "stop" else faces.subset(np.arange(len(faces)))
 
 
 _Row = tuple[str, Path, str, float, str]
@@ -205,24 +216,91 @@ def _csv_rows(path: Path) -> Iterator[_Row]:
     _, rows = read_table(path, what="face list", known=known, needed=("path", "identity"))
     for where, cells in rows:
         age = parse_age(cells["age"], where) if cells.get("age") else math.nan
-        yield where, path.parent / cells["path"], cells["identity"], age, cells.get("age_group", "").casefold()
+        file = path.parent / cells["path"]
+        if "\\" in cells["path"] and not file.exists():
+            raise InputError(f"{where}: the path has backslashes; write slashes, got {cells['path'][:80]!r}")
+        yield where, file, cells["identity"], age, cells.get("age_group", "").casefold()
 
 
-def _folder_rows(folder: Path) -> Iterator[_Row]:
-    empty = True
-    for inner in sorted(each for each in folder.iterdir() if each.is_dir() and not each.name.startswith(".")):
-        for file in sorted(inner.iterdir()):
-            if file.suffix.lower() in IMAGE_SUFFIXES and not file.name.startswith("."):
-                yield str(folder), file, inner.name, math.nan, ""
-                empty = False
-    if empty:
+def _folder_rows(folder: Path, notes: list[str]) -> Iterator[_Row]:
+    images, others = scan_folder(folder)
+    found: dict[str, list[Path]] = {}
+    for file in images:
+        found.setdefault(file.relative_to(folder).parts[0], []).append(file)
+    loose = [files[0] for name, files in found.items() if files[0] == folder / name]
+    found = {name: files for name, files in found.items() if files[0] != folder / name}
+    lost = sorted({file.relative_to(folder).parts[0] for file in others if file.parent != folder} - set(found))
+    if lost:
+        files = [file for file in others if lost[0] in file.relative_to(folder).parts[:1]]
+        raise InputError(
+            f"{folder}: no file of the identity {lost[0]!r} is an image that can be read ({_suffixes(files)})"
+            f"{f', nor of {len(lost) - 1} more' if len(lost) > 1 else ''}; convert the files, or remove the folder"
+        )
+    if not found:
         raise InputError(f"{folder}: no images found; a folder of faces needs one subfolder of images per identity")
+    _check_depth(folder, found, notes)
+    folders = {each.name for each in folder.iterdir() if each.is_dir() and not each.name.startswith(".")}
+    if empty := sorted(folders - set(found)):
+        notes.append(f"{folder}: {len(empty):,} folders are empty, such as {empty[0]!r}")
+    if others:
+        notes.append(f"{folder}: {len(others):,} files are no images and were skipped ({_suffixes(others)})")
+    if loose:
+        notes.append(f"{folder}: {len(loose):,} images belong to no identity and were skipped, such as {loose[0].name}")
+    for name, files in sorted(found.items()):
+        for file in sorted(files):
+            yield str(folder), file, name, math.nan, ""
+
+
+def _suffixes(files: Sequence[Path]) -> str:
+    counts = Counter(file.suffix.lower() or "no suffix" for file in files)
+    return f"{', '.join(f'{name} {count:,}' for name, count in counts.most_common(5))}, such as {files[0]}"
+
+
+def _check_depth(folder: Path, found: dict[str, list[Path]], notes: list[str]) -> None:
+    """A folder whose subfolders only hold folders of distinct names may hold the identities one level below."""
+    inner = {name: {file.relative_to(folder / name).parts[0] for file in files} for name, files in found.items()}
+    direct = any(file.parent == folder / name for name, files in found.items() for file in files)
+    names = [each for below in inner.values() for each in below]
+    if not direct and len(set(names)) == len(names) and any(len(below) > 1 for below in inner.values()):
+        outer = next(name for name, below in inner.items() if len(below) > 1)
+        both = f"{folder}: images lie two folders deep, such as in {Path(outer, min(inner[outer]))}"
+        if len(found) <= MAX_PARTS:
+            raise InputError(
+                f"{both}: is the identity the outer folder or the inner one? Pass {folder / outer}, or a CSV list"
+            )
+        notes.append(f"{both}; the identities are the outer folders")
+
+
+def _readable(rows: Sequence[_Image], sources: Sequence[str], notes: list[str]) -> list[_Image]:
+    """The rows whose images can be read; the others are noted."""
+
+    def error_of(row: _Image) -> str:
+        try:
+            open_rgb(row[0], str(row[0]))
+        except InputError as error:
+            return str(error)
+        return ""
+
+    with ThreadPoolExecutor(2) as pool:
+        errors = list(pool.map(error_of, rows))
+    kept = [row for row, error in zip(rows, errors, strict=True) if not error]
+    broken = [error for error in errors if error]
+    where = ", ".join(sources)
+    if not kept:
+        raise InputError(f"{where}: none of the {len(rows):,} images can be read, such as {broken[0]}")
+    if broken:
+        lost = len({row[1] for row in rows}) - len({row[1] for row in kept})
+        notes.append(
+            f"{where}: {len(broken):,} of {len(rows):,} images cannot be read and were skipped, and {lost:,} identities with "
+            f"them: {'; '.join(broken[:5])}{'; ...' if len(broken) > 5 else ''}"
+        )
+    return kept
 
 
 def _check_files(files: Sequence[Path], sources: Sequence[str]) -> None:
     missing = [file for file in files if not file.is_file()]
     if missing:
-        shown = ", ".join(str(file) for file in missing[:3])
-        more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
+        shown = ", ".join(str(file) for file in missing[:100])
+        more = f" and {len(missing) - 100:,} more" if len(missing) > 100 else ""
         plural = "file" if len(missing) == 1 else "files"
         raise InputError(f"{', '.join(sources)}: {len(missing)} image {plural} not found: {shown}{more}")

@@ -8,11 +8,15 @@ from torch import Tensor
 
 from kdlib._checks import check_number
 from kdlib_faces._checks import InputError
-from kdlib_faces.evaluation._types import AnyArray, ArrayLike, BoolArray, Embeddings, FloatArray, IntArray, LabelArray
+from kdlib_faces.evaluation._types import AnyArray, ArrayLike, BoolArray, Embeddings, FloatArray, IntArray
 
 CELLS = 2**17
 """Numbers normalized at a time, so that they stay in the cache of a core."""
-MAX_TABLE = 50_000_000
+SCORES = 2**24
+"""Scores computed at a time."""
+MAX_PAIRS = 200_000_000
+"""Pairs of which all scores are held, at up to 50 bytes each."""
+MAX_YEARS = 10_000
 
 
 def require(good: bool, owner: str, message: str) -> None:
@@ -29,6 +33,16 @@ def to_numpy(x: ArrayLike) -> AnyArray:
     return np.asarray(x)
 
 
+def check_array(owner: str, name: str, x: ArrayLike) -> AnyArray:
+    """`x` as a NumPy array; masked entries, below which values are undefined, and rows of unequal length are errors."""
+    if isinstance(x, np.ma.MaskedArray) and np.ma.is_masked(x):
+        raise InputError(f"{owner}: {name} must have no masked entries, got {int(np.ma.getmaskarray(x).sum())}")
+    try:
+        return to_numpy(x)
+    except ValueError:
+        raise InputError(f"{owner}: {name} must be an array, got rows of different lengths or types") from None
+
+
 def is_shards(x: Embeddings) -> bool:
     """Whether `x` is a sequence or an iterator of (m, d) arrays rather than one array."""
     if isinstance(x, (Tensor, np.ndarray)) or hasattr(x, "__array__"):
@@ -43,10 +57,10 @@ def shards_of(owner: str, name: str, x: Embeddings, width: int | None = None) ->
     sharded = is_shards(x)
     shards: Iterable[ArrayLike] = cast(Iterable[AnyArray], x) if sharded else [cast(ArrayLike, x)]
     for number, shard in enumerate(shards):
-        array, what = to_numpy(shard), f"{name}, shard {number}," if sharded else name
+        what = f"{name}, shard {number}," if sharded else name
+        array = check_array(owner, what, shard)
         if array.dtype.kind not in "fiu":
             raise TypeError(f"{owner}: {what} must be an array of numbers, got dtype {array.dtype}")
-        _unmasked(owner, what, shard)
         require(array.ndim == 2 and array.shape[1] > 0, owner, f"{what} must be (n, d), not empty, got {array.shape}")
         width = array.shape[1] if width is None else width
         require(array.shape[1] == width, owner, f"{what} must be (n, {width}), got {array.shape}")
@@ -60,6 +74,11 @@ def gather(owner: str, name: str, x: Embeddings) -> AnyArray:
     return shards[0] if len(shards) == 1 else np.concatenate(shards)
 
 
+def rows_at_a_time(most: int, columns: int) -> int:
+    """Number of rows of a block of scores, at most `most`, so that memory does not grow with the number of columns."""
+    return max(1, min(most, SCORES // max(1, columns)))
+
+
 def check_each(
     owner: str, name: str, good: BoolArray | np.bool_, wanted: str, what: str = "row", offset: int = 0
 ) -> None:
@@ -70,15 +89,8 @@ def check_each(
         raise InputError(f"{owner}: {name} must be {wanted}, got {what} {first} that is not ({bad.size} in all)")
 
 
-def _unmasked(owner: str, name: str, x: object) -> None:
-    """A masked array must have no masked entries: the values below the mask are undefined."""
-    if isinstance(x, np.ma.MaskedArray) and np.ma.is_masked(x):
-        raise InputError(f"{owner}: {name} must have no masked entries, got {int(np.ma.getmaskarray(x).sum())}")
-
-
 def _numbers(owner: str, name: str, x: ArrayLike) -> FloatArray:
-    _unmasked(owner, name, x)
-    array = to_numpy(x)
+    array = check_array(owner, name, x)
     if array.dtype.kind not in "fiu":
         raise TypeError(f"{owner}: {name} must be an array of numbers, got dtype {array.dtype}")
     return array.astype(np.float64)
@@ -154,126 +166,113 @@ def check_scores(owner: str, name: str, x: ArrayLike, rows: int | None = None, l
     return array
 
 
-def check_ages(owner: str, x: ArrayLike, rows: int) -> FloatArray:
-    """Ages in years (n,), finite and not negative."""
+def check_ages(owner: str, x: ArrayLike, rows: int | None = None, *, unknown: bool = False) -> FloatArray:
+    """Ages or dates in years (n,), finite, from 0 to 10,000; NaN is allowed for unknown ones."""
     array = _numbers(owner, "ages", x)
     check_vector(owner, "ages", array, rows, "identities")
-    check_each(owner, "ages", np.isfinite(array) & (array >= 0), "finite and not negative, in years")
+    known = np.where(np.isnan(array), 0, array) if unknown else array
+    check_each(owner, "ages", np.isfinite(known) & (known >= 0), "finite and not negative, in years")
+    check_each(owner, "ages", known <= MAX_YEARS, f"in years, at most {MAX_YEARS}")
     return array
 
 
-def check_flags(owner: str, name: str, x: ArrayLike, rows: int) -> BoolArray:
-    """Booleans, or numbers that are 0 or 1, (n,), of both kinds."""
-    array = to_numpy(x)
+def check_booleans(owner: str, name: str, x: ArrayLike, rows: int | None = None, like: str = "rows") -> BoolArray:
+    """Booleans, or numbers that are 0 or 1, (n,)."""
+    array = check_array(owner, name, x)
+    check_vector(owner, name, array, rows, like)
     if array.dtype.kind not in "biuf":
         raise TypeError(f"{owner}: {name} must be an array of booleans, got dtype {array.dtype}")
-    check_vector(owner, name, array, rows, "the pairs")
-    if array.dtype.kind != "b":
-        check_each(owner, name, np.isin(array, (0, 1)), "boolean (or 0 and 1)", "entry")
-    flags = array.astype(np.bool_)
+    check_each(owner, name, np.isin(array, (0, 1)), "boolean (or 0 and 1)", "entry")
+    return array.astype(np.bool_)
+
+
+def check_flags(owner: str, name: str, x: ArrayLike, rows: int | None = None) -> BoolArray:
+    """Booleans, or numbers that are 0 or 1, (n,), of both kinds."""
+    flags = check_booleans(owner, name, x, rows, "the pairs")
     both = bool(flags.any() and not flags.all())
     require(both, owner, f"{name} must hold both kinds of pair, got only {bool(flags[0])}")
     return flags
 
 
-def check_labels(
-    owner: str, name: str, x: ArrayLike, *, rows: int | None = None, like: str = "rows"
-) -> tuple[IntArray, LabelArray]:
-    """Labels (whole numbers or strings) as codes (n,) into the sorted array of distinct labels."""
-    array = to_numpy(x)
-    check_vector(owner, name, array, rows, like)
-    if array.dtype.kind == "f":
-        check_each(owner, name, np.isfinite(array) & (array == np.floor(array)), "whole numbers or strings", "entry")
-        array = array.astype(np.int64)
-    elif array.dtype.kind == "O":
-        is_text = np.array([isinstance(label, str) for label in array], dtype=np.bool_)
-        check_each(owner, name, is_text, "strings, or an array of whole numbers", "entry")
-        array = array.astype(np.str_)
-    elif array.dtype.kind not in "iuU":
-        raise TypeError(f"{owner}: {name} must be an array of whole numbers or strings, got dtype {array.dtype}")
-    if array.dtype.kind in "iu" and array.dtype != np.uint64:
-        # Counting is faster than sorting if the numbers are dense.
-        whole = array.astype(np.int64)
-        low, high = int(whole.min()), int(whole.max())
-        if high - low <= 4 * array.size + 1000:
-            present = np.bincount(whole - low) > 0
-            return (np.cumsum(present) - 1)[whole - low], (np.flatnonzero(present) + low).astype(array.dtype)
-    labels, codes = np.unique(array, return_inverse=True)
-    return codes.reshape(-1).astype(np.int64), labels
-
-
-def check_identities(owner: str, x: ArrayLike) -> tuple[IntArray, LabelArray]:
-    """Labels of at least two identities, one of them with two images; see `check_labels`."""
-    codes, labels = check_labels(owner, "identities", x)
-    require(labels.size >= 2, owner, f"identities must hold at least two identities, got only {labels.tolist()[0]!r}")
-    require(codes.size > labels.size, owner, "identities must hold one with two images, got one image of each")
-    return codes, labels
-
-
 def check_indices(owner: str, name: str, x: ArrayLike) -> IntArray:
     """Row numbers (n,), not negative."""
-    array = to_numpy(x)
+    array = check_array(owner, name, x)
+    check_vector(owner, name, array)
     if array.dtype.kind not in "iu":
         raise TypeError(f"{owner}: {name} must be an array of row numbers (integers), got dtype {array.dtype}")
-    check_vector(owner, name, array)
-    check_each(owner, name, array >= 0, "row numbers from 0", "entry")
+    check_each(owner, name, (array >= 0) & (array <= np.iinfo(np.int64).max), "row numbers from 0", "entry")
     return array.astype(np.int64)
+
+
+def check_scalar(owner: str, name: str, value: object) -> object:
+    """A value as Python's own, also from a NumPy or torch scalar; longer arrays are errors."""
+    if not isinstance(value, (np.generic, np.ndarray, Tensor)):
+        return value
+    if value.ndim:
+        raise TypeError(f"{owner}: {name} must be one value, got {_shown(value)}")
+    return value.item()
+
+
+def check_one(
+    owner: str,
+    name: str,
+    value: object,
+    *,
+    integer: bool = False,
+    above: float | None = None,
+    min: float | None = None,
+    max: float | None = None,
+) -> float:
+    """A number as Python's own, also from a NumPy or torch scalar; see `check_number`."""
+    value = check_scalar(owner, name, value)
+    check_number(owner, name, value, above=above, min=min, max=max, integer=integer)
+    return cast(float, value)
+
+
+def _shown(value: object) -> str:
+    """A value for an error, in one line."""
+    return f"shape {tuple(value.shape)}" if isinstance(value, (np.ndarray, Tensor)) else repr(value)
+
+
+def check_whole(owner: str, name: str, value: int, *, min: int, max: int | None = None) -> int:
+    """A whole number from `min` to `max`, as Python's own."""
+    return int(check_one(owner, name, value, integer=True, min=min, max=max))
+
+
+def check_numbers(
+    owner: str,
+    name: str,
+    values: Iterable[float],
+    *,
+    integer: bool = False,
+    above: float | None = None,
+    min: float | None = None,
+    max: float | None = None,
+) -> tuple[float, ...]:
+    """The numbers of a sequence, an array or a tensor, as Python's own; see `check_number`."""
+    if not isinstance(values, Iterable) or getattr(values, "ndim", 1) != 1:
+        raise TypeError(f"{owner}: {name} must be a sequence of numbers, got {_shown(values)}")
+    return tuple(check_one(owner, name, each, integer=integer, above=above, min=min, max=max) for each in values)
 
 
 def check_fars(owner: str, fars: Sequence[float], *, required: bool = False) -> tuple[float, ...]:
     """Target false accept rates, each in (0, 1] and different from the others; at least one if `required`."""
-    fars = tuple(fars)
-    for far in fars:
-        check_number(owner, "fars", far, above=0.0, max=1.0)
-    require(len(set(fars)) == len(fars), owner, f"fars must differ from each other, got {fars}")
-    require(len(fars) > 0 or not required, owner, "fars must not be empty, got ()")
-    return tuple(float(far) for far in fars)
+    rates = tuple(map(float, check_numbers(owner, "fars", fars, above=0.0, max=1.0)))
+    # A result names them in six digits.
+    require(len({f"{rate:g}" for rate in rates}) == len(rates), owner, f"fars must differ from each other, got {rates}")
+    require(len(rates) > 0 or not required, owner, "fars must not be empty, got ()")
+    return rates
 
 
 def check_ranks(owner: str, ranks: Sequence[int], *, max: int | None = None, required: bool = True) -> tuple[int, ...]:
     """Ranks, from 1 to `max`; at least one if `required`."""
-    require(len(ranks) > 0 or not required, owner, "ranks must not be empty, got ()")
-    for rank in ranks:
-        check_number(owner, "ranks", rank, min=1, max=max, integer=True)
-    return tuple(int(rank) for rank in ranks)
+    each = tuple(map(int, check_numbers(owner, "ranks", ranks, integer=True, min=1, max=max)))
+    require(len(each) > 0 or not required, owner, "ranks must not be empty, got ()")
+    return each
 
 
 def check_level(owner: str, level: float) -> float:
     """The confidence of an interval, in (0, 1)."""
-    check_number(owner, "level", level, above=0)
+    level = float(check_one(owner, "level", level, above=0))
     require(level < 1, owner, f"level must be below 1, got {level!r}")
-    return float(level)
-
-
-def check_distinct(owner: str, name: str, codes: IntArray, labels: LabelArray) -> None:
-    """Labels, as returned by `check_labels`, must not occur twice."""
-    if labels.size < codes.size:
-        twice = int(np.flatnonzero(np.bincount(codes) > 1)[0])
-        first, second = np.flatnonzero(codes == twice)[:2].tolist()
-        got = f"{labels[twice].item()!r} in entries {first} and {second}"
-        raise InputError(f"{owner}: {name} must not occur twice, got {got}")
-
-
-def look_up(owner: str, name: str, x: ArrayLike, known: LabelArray, where: str) -> IntArray:
-    """Index of each label of `x` (m,) in the sorted array `known`; the error gives a label that is missing."""
-    array = to_numpy(x)
-    check_vector(owner, name, array)
-    small = all(each.dtype.kind in "iu" and each.dtype != np.uint64 for each in (array, known))
-    if small and int(known[-1]) - int(known[0]) <= MAX_TABLE:
-        # A table is faster than sorting for tens of millions of pairs.
-        whole, low, high = array.astype(np.int64, copy=False), int(known[0]), int(known[-1])
-        table = np.full(high - low + 1, -1, dtype=np.int64)
-        table[known.astype(np.int64) - low] = np.arange(known.size)
-        inside = (whole >= low) & (whole <= high)
-        indices = np.where(inside, table[np.where(inside, whole - low, 0)], -1)
-    else:
-        codes, labels = check_labels(owner, name, array)
-        kinds = ["strings" if each.dtype.kind == "U" else "numbers" for each in (labels, known)]
-        require(kinds[0] == kinds[1], owner, f"{name} must be {kinds[1]} as in {where}, got {kinds[0]}")
-        spot = np.minimum(np.searchsorted(known, labels), known.size - 1)
-        indices = np.where(known[spot] == labels, spot, -1)[codes]
-    if indices.min() < 0:
-        bad = np.flatnonzero(indices < 0)
-        got = f"{array[bad[0]].item()!r} in entry {bad[0]} that is not ({bad.size} in all)"
-        raise InputError(f"{owner}: {name} must be in {where}, got {got}")
-    return indices
+    return level

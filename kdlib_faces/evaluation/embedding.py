@@ -8,8 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from kdlib._checks import check_number
-from kdlib_faces.evaluation._checks import check_each, require, to_numpy
+from kdlib_faces.evaluation._checks import check_each, check_whole, require, to_numpy
 from kdlib_faces.evaluation._types import AnyArray, SingleArray
 from kdlib_faces.evaluation.protocol import EvaluationProtocol, R, evaluate
 from kdlib_faces.progress import progress as show
@@ -84,7 +83,9 @@ def embed_images(
         >>> rows.shape, np.allclose(np.linalg.norm(rows, axis=1), 1)
         ((5, 12), True)
     """
-    check_number(OWNER, "batch_size", batch_size, min=1, integer=True)
+    batch_size = check_whole(OWNER, "batch_size", batch_size, min=1)
+    if out is not None and out.dtype.kind != "f":
+        raise TypeError(f"{OWNER}: out must be an array of floating-point numbers, got dtype {out.dtype}")
     parts: list[SingleArray] = []
     target, done = out, 0
     total = len(images) if isinstance(images, (np.ndarray, Tensor)) else None
@@ -105,7 +106,10 @@ def embed_images(
                 fits = target.ndim == 2 and target.shape[1] == block.shape[1] and done + len(block) <= len(target)
                 wanted = f"(n, {block.shape[1]}) with a row for each image"
                 require(fits, OWNER, f"out must be {wanted}, got {target.shape}")
-                target[done : done + len(block)] = block
+                with np.errstate(over="ignore"):
+                    target[done : done + len(block)] = block
+                held = np.isfinite(target[done : done + len(block)]).all(axis=1)
+                check_each(OWNER, f"embeddings as {target.dtype}", held, "finite", "image", done)
             done += len(block)
     require(done > 0, OWNER, "images must hold one, got none")
     target = np.concatenate(parts) if target is None else target

@@ -7,7 +7,7 @@ from typing import Literal
 import numpy as np
 
 from kdlib_faces.evaluation._types import BoolArray, FloatArray, JsonDict
-from kdlib_faces.evaluation.roc import allowed_false_accepts, kth_largest
+from kdlib_faces.evaluation.roc import allowed_false_accepts, decimal_rate, kth_largest
 
 Rule = Literal["grid", "exact", "facexzoo"]
 GRID = np.arange(0, 4, 0.01)
@@ -90,6 +90,7 @@ def grid_at_far(impostor: FloatArray, far: float) -> float:
     last grid point of at most this FAR and the next one, as this function does. It returns 0, which accepts nothing, if
     the grid never reaches the FAR.
     """
+    far = decimal_rate(far)
     rates = np.searchsorted(np.sort(impostor), FINE_GRID, side="left") / impostor.size
     if rates[-1] < far:
         return 0.0

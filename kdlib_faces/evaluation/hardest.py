@@ -4,6 +4,7 @@ from collections.abc import Callable, Hashable, Iterable
 
 import numpy as np
 
+from kdlib_faces.evaluation._checks import rows_at_a_time
 from kdlib_faces.evaluation._types import AnyArray, BoolArray, FloatArray, IntArray, LabelArray
 from kdlib_faces.evaluation.summary import HardPair
 
@@ -55,11 +56,11 @@ def most_similar_impostors(
     """
     free, right_free = np.ones(left_codes.size, dtype=np.bool_), np.ones(right_codes.size, dtype=np.bool_)
     partner, score = np.zeros(left_codes.size, dtype=np.int64), np.full(left_codes.size, -np.inf)
-    stale = np.arange(left_codes.size)
+    stale, step = np.arange(left_codes.size), rows_at_a_time(BLOCK, right_codes.size)
     pairs: list[tuple[int, int, float]] = []
     while len(pairs) < count:
-        for start in range(0, stale.size, BLOCK):
-            rows = stale[start : start + BLOCK]
+        for start in range(0, stale.size, step):
+            rows = stale[start : start + step]
             allowed = (left_codes[rows, None] != right_codes) & right_free
             scores = np.where(allowed, left[rows] @ right.T, -np.inf)
             partner[rows], score[rows] = scores.argmax(axis=1), scores.max(axis=1)

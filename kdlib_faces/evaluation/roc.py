@@ -7,8 +7,8 @@ from typing import Literal
 
 import numpy as np
 
-from kdlib._checks import check_choice, check_number
-from kdlib_faces.evaluation._checks import check_scores
+from kdlib._checks import check_choice
+from kdlib_faces.evaluation._checks import check_one, check_scores, check_whole
 from kdlib_faces.evaluation._types import AnyArray, ArrayLike, FloatArray, JsonDict
 from kdlib_faces.evaluation.statistics.intervals import Estimate, wilson
 
@@ -76,16 +76,31 @@ class TarAtFar(float):
 
 
 def allowed_false_accepts(far: float, total: float) -> int:
-    """The largest k with k / total <= far: floor(far * total), free of the product's rounding.
+    """The largest k with k / total <= far: floor(far * total), free of the product's rounding and of that of a float32 far.
 
     Examples:
         >>> allowed_false_accepts(0.29, 100)  # 0.29 * 100 is 28.999999999999996
         29
     """
+    far = decimal_rate(far)
     k = floor(far * total)
     if (k + 1) / total <= far:
         return k + 1
     return k - 1 if k / total > far else k
+
+
+def decimal_rate(far: float) -> float:
+    """The decimal of at most six digits that a float32 rate (of three, that a float16 rate) was rounded from.
+
+    Examples:
+        >>> decimal_rate(float(np.float32(1e-4)))  # 9.999999747378752e-05
+        0.0001
+    """
+    for kind, digits in ((np.float32, 6), (np.float16, 3)):
+        short = float(f"{far:.{digits}g}")
+        if float(kind(short)) == far:
+            return short
+    return far
 
 
 def by_far(values: "Mapping[float, Estimate | TarAtFar]") -> JsonDict:
@@ -133,7 +148,7 @@ def tar_at_far(
     """
     positive = check_scores("tar_at_far", "genuine", genuine)
     negative = check_scores("tar_at_far", "impostor", impostor)
-    check_number("tar_at_far", "far", far, above=0, max=1)
+    far = float(check_one("tar_at_far", "far", far, above=0, max=1))
     check_choice("tar_at_far", "mode", mode, ("exact", "nearest"))
     threshold = kth_largest(negative, allowed_false_accepts(far, negative.size))
     if mode == "nearest":
@@ -193,6 +208,7 @@ def nearest_threshold(impostor: AnyArray, exact: float, far: float) -> float:
     """
     if exact == -np.inf:
         return exact
+    far = decimal_rate(far)
     fewer, more = int((impostor > exact).sum()), int((impostor >= exact).sum())
     if abs(fewer / impostor.size - far) < abs(more / impostor.size - far):
         return exact
@@ -244,7 +260,7 @@ def roc_points(genuine: ArrayLike, impostor: ArrayLike, points: int = 200) -> tu
     """
     positive = check_scores("roc_points", "genuine", genuine)
     negative = check_scores("roc_points", "impostor", impostor)
-    check_number("roc_points", "points", points, min=2, integer=True)
+    points = check_whole("roc_points", "points", points, min=2, max=1_000_000)
     return curve(np.sort(-positive), np.sort(-negative), points)
 
 

@@ -4,8 +4,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from kdlib._checks import check_number
-from kdlib_faces.evaluation._checks import check_flags, check_labels, require
+from kdlib_faces.evaluation._checks import check_flags, check_numbers, check_whole, require
+from kdlib_faces.evaluation._labels import check_label_pairs, check_labels, check_same_kind
 from kdlib_faces.evaluation._types import ArrayLike, IntArray
 
 
@@ -37,15 +37,14 @@ def identity_disjoint_split(identities: ArrayLike, fractions: Sequence[float], *
     """
     owner = "identity_disjoint_split"
     codes, labels = check_labels(owner, "identities", identities)
+    fractions = check_numbers(owner, "fractions", fractions, above=0, max=1)
     require(len(fractions) > 0, owner, "fractions must not be empty, got ()")
-    for fraction in fractions:
-        check_number(owner, "fractions", fraction, above=0, max=1)
-    require(abs(sum(fractions) - 1) < 1e-6, owner, f"fractions must sum to 1, got {tuple(fractions)}")
-    check_number(owner, "seed", seed, min=0, integer=True)
+    require(abs(sum(fractions) - 1) < 1e-6, owner, f"fractions must sum to 1, got {fractions}")
+    seed = check_whole(owner, "seed", seed, min=0)
     cuts = np.rint(np.cumsum(fractions)[:-1] * labels.size).astype(np.int64)
     sizes = np.diff(cuts, prepend=0, append=labels.size)
     short = np.flatnonzero(sizes < 1)
-    message = f"fractions must leave each part an identity, got {labels.size} identities for {tuple(fractions)}"
+    message = f"fractions must leave each part an identity, got {labels.size} identities for {fractions}"
     require(short.size == 0, owner, message)
     part_of = np.empty(labels.size, dtype=np.int64)
     part_of[np.random.default_rng(seed).permutation(labels.size)] = np.repeat(np.arange(len(fractions)), sizes)
@@ -91,9 +90,8 @@ def identity_overlap(a: ArrayLike, b: ArrayLike) -> list[str | int]:
     owner = "check_identity_disjoint"
     _, first = check_labels(owner, "a", a)
     _, second = check_labels(owner, "b", b)
-    kinds = ["strings" if labels.dtype.kind == "U" else "numbers" for labels in (first, second)]
-    require(kinds[0] == kinds[1], owner, f"a and b must name identities alike, got {kinds[0]} and {kinds[1]}")
-    return list(np.intersect1d(first, second).tolist())
+    check_same_kind(owner, "identities of a and b", first, second)
+    return sorted(set(first.tolist()) & set(second.tolist()))
 
 
 def positives_first_folds(same: ArrayLike, folds: int = 10) -> IntArray:
@@ -117,8 +115,7 @@ def positives_first_folds(same: ArrayLike, folds: int = 10) -> IntArray:
         [0, 0, 1, 1, 0, 1]
     """
     owner = "positives_first_folds"
-    flags = check_flags(owner, "same", same, np.size(same))
-    check_number(owner, "folds", folds, min=2, integer=True)
+    flags, folds = check_flags(owner, "same", same), check_whole(owner, "folds", folds, min=2)
     fold_ids = np.empty(flags.size, dtype=np.int64)
     for kind in (True, False):
         rows = np.flatnonzero(flags == kind)
@@ -145,11 +142,6 @@ def identities_in_several_folds(first: ArrayLike, second: ArrayLike, fold_ids: A
     """
     owner = "identities_in_several_folds"
     folds, _ = check_labels(owner, "fold_ids", fold_ids)
-    sides = [
-        check_labels(owner, name, x, rows=folds.size, like="fold_ids")
-        for name, x in (("first", first), ("second", second))
-    ]
-    names = np.concatenate([labels[codes] for codes, labels in sides])
-    codes, labels = check_labels(owner, "first and second", names)
-    seen = np.unique(np.stack([codes, np.concatenate([folds, folds])]), axis=1)
+    *sides, labels = check_label_pairs(owner, ("first", "second"), first, second, folds.size, "fold_ids")
+    seen = np.unique(np.stack([np.concatenate(sides), np.concatenate([folds, folds])]), axis=1)
     return list(labels[np.bincount(seen[0]) > 1].tolist())

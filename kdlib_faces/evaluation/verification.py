@@ -6,20 +6,22 @@ from math import sqrt
 
 import numpy as np
 
-from kdlib._checks import check_choice, check_number
+from kdlib._checks import check_choice
 from kdlib_faces.evaluation._checks import (
     CELLS,
     check_fars,
     check_flags,
-    check_labels,
     check_rows,
+    check_whole,
     gather,
     require,
     unit_block,
     unit_rows,
 )
+from kdlib_faces.evaluation._labels import check_labels
 from kdlib_faces.evaluation._types import AnyArray, ArrayLike, BoolArray, Embeddings, FloatArray, IntArray, JsonDict
 from kdlib_faces.evaluation.fold_thresholds import BEST, FoldTar, Rule, exact_at_far, grid_at_far
+from kdlib_faces.evaluation.matching.search import DECIMALS
 from kdlib_faces.evaluation.roc import allowed_false_accepts
 
 FOLDS = 10
@@ -138,8 +140,7 @@ def verify_pairs(
     """
     owner = "verify_pairs"
     check_choice(owner, "threshold", threshold, tuple(BEST))
-    if pca is not None:
-        check_number(owner, "pca", pca, min=1, integer=True)
+    pca = None if pca is None else check_whole(owner, "pca", pca, min=1)
     fars = check_fars(owner, val_fars)
     first, second = gather(owner, "left", left), gather(owner, "right", right)
     rows, width = first.shape
@@ -168,8 +169,8 @@ def fold_accuracy(
     reduced: tuple[FloatArray, FloatArray] | None,
 ) -> VerificationResult:
     """`verify_pairs` from squared distances (n,) of unit rows; `reduced` are the unit rows of both sides for a PCA."""
-    if reduced is not None:
-        check_number(owner, "pca", pca, min=1, max=reduced[0].shape[1], integer=True)
+    if reduced is not None and pca is not None:
+        check_whole(owner, "pca", pca, min=1, max=reduced[0].shape[1])
     accuracies, thresholds = [], []
     correct = np.zeros(truth.size, dtype=np.bool_)
     for fold in range(int(folds.max()) + 1):
@@ -220,13 +221,14 @@ def pair_distances(
             a, b = unit_block(owner, "left", a), unit_block(owner, "right", b)
             square = np.einsum("pd,pd->p", a, a), np.einsum("pd,pd->p", b, b)
         cosine = np.einsum("pd,pd->p", a, b) / np.sqrt(square[0] * square[1])
-        distance = 2 - 2 * cosine
+        # Rounded, so that pairs of equal directions tie whatever the lengths of their rows.
+        distance = np.round(2 - 2 * cosine, DECIMALS)
         near = np.flatnonzero(distance < 1e-4)
         if near.size:
             # 2 - 2 cos loses precision for nearly equal rows; their distance comes from the difference of unit rows.
             unit = [x[near] / np.sqrt(each[near])[:, None] for x, each in zip((a, b), square, strict=True)]
-            distance[near] = np.square(unit[0] - unit[1]).sum(axis=1)
-        distances[part], cosines[part] = distance, cosine
+            distance[near] = np.round(np.square(unit[0] - unit[1]).sum(axis=1), DECIMALS + 4)
+        distances[part], cosines[part] = distance, np.round(cosine, DECIMALS)
     return distances, cosines
 
 
@@ -234,13 +236,13 @@ def _reduced_distances(owner: str, left: FloatArray, right: FloatArray, train: B
     """Squared distances after a PCA of the training pairs' embeddings, rows normalized again."""
     rows = np.concatenate([left[train], right[train]])
     center = rows.mean(axis=0)
-    rank = min(rows.shape)
-    require(pca <= rank, owner, f"pca must be at most {rank}, the rank of the other folds' embeddings, got {pca}")
     rows -= center
-    _, vectors = np.linalg.eigh(rows.T @ rows / len(rows))
+    values, vectors = np.linalg.eigh(rows.T @ rows / len(rows))
+    rank = int((values > 1e-12).sum())
+    require(pca <= rank, owner, f"pca must be at most {rank}, the rank of the other folds' embeddings, got {pca}")
     axes = vectors[:, ::-1][:, :pca]
     moved = [unit_rows(owner, "embeddings after PCA", (x - center) @ axes) for x in (left, right)]
-    return np.asarray(np.square(moved[0] - moved[1]).sum(axis=1))
+    return np.asarray(np.round(np.square(moved[0] - moved[1]).sum(axis=1), DECIMALS))
 
 
 def _fold_tar(distances: FloatArray, same: BoolArray, folds: IntArray, far: float, rule: str) -> FoldTar:

@@ -9,6 +9,7 @@ import io
 import json
 import os
 import time
+import warnings
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +20,9 @@ from torch import nn
 
 from kdlib._atomic import atomic_write
 from kdlib_faces._checks import InputError
+from kdlib_faces.data.image_files import describe_far_sizes
+from kdlib_faces.data.images import decode_batches
+from kdlib_faces.data.lists import warn
 from kdlib_faces.evaluation.embedding import embed_batch, eval_mode
 from kdlib_faces.evaluation.summary import ModelEntry
 from kdlib_faces.harness.image_sets import Embeddings, ImageSet, check_embeddings, file_name
@@ -128,8 +132,16 @@ def embed_set(
     target = folder / f"{file_name(model.path.stem)}-{file_name(images.name)}-{key}.npy"
     if not target.exists():
         folder.mkdir(parents=True, exist_ok=True)
-        _embed_to(target, model, images, batch_size, flip, progress)
-    array: NDArray[np.float32] = np.load(target, mmap_mode="r", allow_pickle=False)
+        warn(describe_far_sizes(images.sources, model.size))
+        try:
+            _embed_to(target, model, images, batch_size, flip, progress)
+        except InputError:
+            if (read := images.read) is not None and images.count is not None:
+                # If images cannot be read, this lists all of them.
+                for _ in decode_batches(lambda row: read(row, model.size), images.count, batch_size, 2, None):
+                    pass
+            raise
+    array: NDArray[np.float32] = _load(target)
     check_embeddings(str(target), array, images.count)
     return array
 
@@ -138,8 +150,7 @@ def _embed_to(target: Path, model: OpenedModel, images: ImageSet, batch_size: in
     """Write rows in order to a part file; the note beside it holds the number of rows that are safe on disk."""
     part, note = target.with_name(target.name + ".part"), target.with_name(target.name + ".json")
     count = images.count
-    if count is None:
-        raise InputError(f"{images.name}: no images are known")
+    assert count is not None  # a set with images has rows
     done, width = _rows_kept(note, part)
     batch = max(1, min(batch_size, KEPT_EVERY))
     starts = range(done, count, batch)
@@ -196,6 +207,22 @@ def _rows_kept(note: Path, part: Path) -> tuple[int, int]:
     return (done, width) if enough and done > 0 and width > 0 else (0, 0)
 
 
+def _load(path: str | os.PathLike[str]) -> NDArray[Any]:
+    """The array of a `.npy` file as a memory map."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of headers written by Python 2, and of sizes that overflow
+            return np.lib.format.open_memmap(path, mode="r")
+    except FileNotFoundError:
+        raise InputError(f"embeddings not found: {path}") from None
+    except (
+        Exception
+    ) as error:  # NumPy raises the errors of Python's tokenizer, parser and integers for a damaged header
+        known = isinstance(error, (ValueError, EOFError, OSError)) and not isinstance(error, SyntaxError)
+        reason = str(error).splitlines()[0][:160] if known and str(error) else "its header is damaged"
+        raise InputError(f"{path}: not a .npy file of numbers ({reason})") from None
+
+
 def read_embeddings(path: str | os.PathLike[str], count: int | None) -> Embeddings:
     """Embeddings (n, d) from a `.npy` file, in the order of the images, as a memory map.
 
@@ -203,15 +230,14 @@ def read_embeddings(path: str | os.PathLike[str], count: int | None) -> Embeddin
         InputError: There is no such file, it holds no array of numbers, pickled objects or another number of rows, or a
             row is not finite or zero.
     """
-    try:
-        array = np.load(path, mmap_mode="r", allow_pickle=False)
-    except FileNotFoundError:
-        raise InputError(f"embeddings not found: {path}") from None
-    except (ValueError, EOFError, OSError) as error:
-        raise InputError(f"{path}: not a .npy file of numbers ({str(error).splitlines()[0]})") from None
+    array = _load(path)
     check_embeddings(str(path), array, count)
     for start in range(0, len(array), 4096):
         if (bad := _unusable_row(array[start : start + 4096])) is not None:
             raise InputError(f"{path}: embeddings must be finite and not zero, row {start + bad[0]} is {bad[1]}")
-    embeddings: Embeddings = array if array.dtype.kind == "f" else array.astype(np.float32)
+    if array.dtype.kind != "f":
+        array = array.astype(np.float32)
+    elif array.dtype not in (np.float16, np.float32, np.float64):  # another byte order, or more than 64 bits
+        array = array.astype(np.float64)
+    embeddings: Embeddings = array
     return embeddings

@@ -20,17 +20,9 @@ from kdlib_faces.data.alignment import align_face
 from kdlib_faces.data.images import decode_image, fingerprint_files, read_image, read_pixels
 
 __all__ = [
-    "OF_EMBEDDINGS",
-    "Embeddings",
-    "ImageSet",
-    "aligned_images",
-    "check_embeddings",
-    "file_name",
-    "images_of_bytes",
-    "images_of_files",
-    "images_of_tensor",
-    "rows_only",
-]
+    "OF_EMBEDDINGS", "Embeddings", "ImageSet", "aligned_images", "check_embeddings", "file_name", "images_of_bytes",
+    "images_of_files", "images_of_tensor", "rows_only",
+]  # fmt: skip
 
 WORKERS = 2
 Embeddings: TypeAlias = NDArray[np.floating[Any]]
@@ -50,6 +42,7 @@ class ImageSet:
         read: Row and size to the image (3, size, size) uint8; None if only embeddings are known.
         label: Row to the name of the image.
         alignment: How the faces are aligned, for the report.
+        sources: Files or encoded images that are resized as they are, so that their sizes can be checked.
     """
 
     name: str
@@ -58,6 +51,7 @@ class ImageSet:
     read: Callable[[int, int], NDArray[np.uint8]] | None
     label: Callable[[int], str]
     alignment: str = AS_THEY_ARE
+    sources: Sequence[Path | bytes] = ()
 
     def check_images(self) -> None:
         """Raise an `InputError` if the set has no images."""
@@ -90,8 +84,9 @@ def images_of_files(name: str, paths: Sequence[str | os.PathLike[str]]) -> Image
     files = [Path(path) for path in paths]
     short = _short_names(files)
     return ImageSet(
-        name, len(files), fingerprint_files(files), lambda row, size: read_image(files[row], size), short.__getitem__
-    )
+        name, len(files), fingerprint_files(files), lambda row, size: read_image(files[row], size), short.__getitem__,
+        sources=files,
+    )  # fmt: skip
 
 
 def aligned_images(
@@ -120,6 +115,7 @@ def images_of_bytes(name: str, images: Sequence[bytes]) -> ImageSet:
         lambda row, size: decode_image(images[row], size, name=f"{name}: image {row}"),
         lambda row: f"image {row}",
         "that of the file: its images as they are",
+        images,
     )
 
 

@@ -20,13 +20,9 @@ from kdlib_faces.harness.image_sets import ImageSet
 from kdlib_faces.harness.tasks import EvaluationTask, ProtocolSpec, Settings, faces_of, task_of_protocol
 
 __all__ = [
-    "age_errors_task",
-    "age_gap_task",
-    "between_groups_task",
-    "leave_one_out_task",
-    "longitudinal_task",
+    "age_errors_task", "age_gap_task", "between_groups_task", "leave_one_out_task", "longitudinal_task",
     "tasks_of_faces",
-]
+]  # fmt: skip
 
 
 class _Ages(TypedDict, total=False):

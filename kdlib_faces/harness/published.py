@@ -1,6 +1,5 @@
 """Tasks on sets with published lists: pair lists, FG-NET, MegaFace, IJB-B and IJB-C."""
 
-import os
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -11,9 +10,10 @@ from numpy.typing import NDArray
 
 from kdlib_faces._checks import InputError
 from kdlib_faces.data.formats.bin import load_bin
+from kdlib_faces.data.image_files import scan_folder
 from kdlib_faces.data.image_pairs import ImagePairs
 from kdlib_faces.data.landmarks import five_points, read_points
-from kdlib_faces.data.lists import IMAGE_SUFFIXES, FaceList
+from kdlib_faces.data.lists import FaceList
 from kdlib_faces.data.sets.cacd import cacd_vs_pairs
 from kdlib_faces.data.sets.cfp import read_cfp_pairs
 from kdlib_faces.data.sets.fgnet import read_fgnet
@@ -40,17 +40,10 @@ from kdlib_faces.harness.image_sets import (
 from kdlib_faces.harness.tasks import EvaluationTask, ProtocolSpec, Settings, TaskMaker, faces_of, task_of_protocol
 
 __all__ = [
-    "bin_task",
-    "cacd_task",
-    "cfp_task",
-    "distractors_task",
-    "fgnet_task",
-    "ijb_task",
-    "pairs_task",
+    "bin_task", "cacd_task", "cfp_task", "distractors_task", "fgnet_task", "ijb_task", "pairs_task",
     "published_pairs",
-]
+]  # fmt: skip
 
-MAX_FILES = 20_000_000
 SIZES = tuple(10**power for power in range(1, 7))
 """Numbers of distractors at which rank 1 is reported."""
 IJB_FPIRS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3)
@@ -188,14 +181,7 @@ def _files_below(folder: Path) -> list[Path]:
     Raises:
         InputError: There is no such folder, or no image in it.
     """
-    if not folder.is_dir():
-        raise InputError(f"folder of images not found: {folder}")
-    files: list[Path] = []
-    for parent, folders, names in os.walk(folder):
-        folders.sort()
-        files += [Path(parent, each) for each in sorted(names) if Path(each).suffix.lower() in IMAGE_SUFFIXES]
-        if len(files) > MAX_FILES:
-            raise InputError(f"{folder}: more than {MAX_FILES:,} images")
+    files = scan_folder(folder)[0]
     if not files:
         raise InputError(f"{folder}: no images found")
     return files

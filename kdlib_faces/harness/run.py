@@ -4,6 +4,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 from kdlib_faces._checks import InputError
 from kdlib_faces.data.lists import FaceList, read_faces
@@ -47,6 +48,7 @@ def prepare(
     pairs: PathLike | None = None,
     protocols: Sequence[str] = (),
     progress: bool = False,
+    on_error: Literal["stop", "skip"] = "stop",
 ) -> PreparedEvaluation:
     """Read protocols, models and embeddings, and embed the images that are missing from a model's embeddings.
 
@@ -61,6 +63,7 @@ def prepare(
         pairs: A pairs file in the format of LFW, on `faces`.
         protocols: `NAME[=PATH][,key=PATH ...]` each; without any, all that the lists of `faces` allow.
         progress: Show progress.
+        on_error: Whether images of `faces` that cannot be read stop the evaluation; see `read_faces`.
 
     Raises:
         InputError: A file is not usable, or there is nothing to evaluate.
@@ -72,7 +75,7 @@ def prepare(
             raise InputError(f"evaluate: at most {most} {what} are evaluated at once, got {len(given)}")
     if not faces and not protocols:
         raise InputError("evaluate: --faces or --protocol must be given: what is to be measured?")
-    face_list = read_faces(faces) if faces else None
+    face_list = read_faces(faces, on_error=on_error) if faces else None
     settings = _settings(config, face_list, progress)
     tasks, notes = _tasks(settings, protocols, pairs)
     if not tasks:
@@ -84,7 +87,9 @@ def prepare(
             for task in tasks
         ]
     evaluated = _models(config, models, inputs, embeddings, tasks, work, progress)
-    return PreparedEvaluation(tasks, evaluated, _data(settings, tasks, notes))
+    return PreparedEvaluation(
+        tasks, evaluated, _data(settings, tasks, [*notes, *(() if face_list is None else face_list.notes)])
+    )
 
 
 def _settings(config: EvaluateConfig, faces: FaceList | None, progress: bool) -> Settings:
@@ -158,13 +163,13 @@ def _names(given: Sequence[PathLike]) -> list[tuple[str, Path]]:
     texts = [os.fspath(each) for each in given]
     parts = [text.partition("=") if "=" in text and not os.path.exists(text) else ("", "", text) for text in texts]
     paths = [Path(file) for _, _, file in parts]
-    steps = [(*path.absolute().parent.parts, path.stem) for path in paths]
+    steps = [(*path.parent.parts, path.stem) for path in map(Path.absolute, paths)]
     names: list[str] = []
     for at, (name, _, _) in enumerate(parts):
         others = [steps[other] for other, (named, _, _) in enumerate(parts) if other != at and not named]
         depths = (n for n in range(1, len(steps[at]) + 1) if all(each[-n:] != steps[at][-n:] for each in others))
         depth = next(depths, 0)
-        names.append(name or ("/".join(steps[at][-depth:]) if depth else f"{paths[at].stem} ({at + 1})"))
+        names.append(name or ("/".join(steps[at][-depth:]) if depth else f"{steps[at][-1]} ({at + 1})"))
     for name in names:
         if names.count(name) > 1:
             raise InputError(f"evaluate: two models are named {name!r}; name them as in --model NAME=FILE")

@@ -18,15 +18,9 @@ from kdlib_faces.evaluation.fold_thresholds import Rule
 from kdlib_faces.harness.image_sets import Embeddings, ImageSet, images_of_files
 
 __all__ = [
-    "EvaluateConfig",
-    "EvaluationTask",
-    "ProtocolSpec",
-    "Settings",
-    "TaskMaker",
-    "faces_of",
-    "parse_protocol",
+    "EvaluateConfig", "EvaluationTask", "ProtocolSpec", "Settings", "TaskMaker", "faces_of", "parse_protocol",
     "task_of_protocol",
-]
+]  # fmt: skip
 
 KEYS = ("images", "faces", "distractors", "norm", "scores", "rule", "kind", "published", "far", "reference")
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from inspect import signature
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +24,27 @@ class LossModule(nn.Module):
         """Return the arguments of the call that rebuilds the loss."""
         names = [name for name in signature(type(self)).parameters if name not in ("centers", "generator")]
         return ", ".join(f"{name}={getattr(self, name)!r}" for name in names)
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        metadata: Any,
+        strict: bool,
+        missing: Any,
+        unexpected: Any,
+        errors: Any,
+    ) -> None:
+        for name, own in (*self.named_parameters(recurse=False), *self.named_buffers(recurse=False)):
+            loaded = state_dict.get(f"{prefix}{name}")
+            if own.dim() == 2 and isinstance(loaded, Tensor) and loaded.dim() == 2 and loaded.shape != own.shape:
+                errors.append(
+                    f"{type(self).__name__}: {prefix}{name} must be (num_identities, embedding_dim) = "
+                    f"{show_shape(own)}, got {show_shape(loaded)}; build the loss with num_identities={len(loaded)}, "
+                    f"embedding_dim={loaded.shape[1]}, or load the student's weights alone"
+                )
+                return
+        super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, errors)
 
 
 class MarginHead(LossModule):

@@ -69,7 +69,7 @@ def arcface_loss(
         differentiate an arc cosine have an infinite gradient at 0 and pi.
     """
     check_call("arcface_loss", embeddings, centers, identities)
-    identities = identities.long()
+    identities, scale, margin = identities.long(), float(scale), float(margin)
     with full_precision(embeddings):
         e_bd, c_nd = unit_pair(embeddings, centers, scale)
         target_cosine = add_angular_margin(e_bd, c_nd[identities], math.cos(margin), math.sin(margin))

@@ -56,7 +56,7 @@ def cosface_loss(
         arXiv:1801.09414. insightface trains with a margin of 0.4.
     """
     check_call("cosface_loss", embeddings, centers, identities)
-    identities = identities.long()
+    identities, scale, margin = identities.long(), float(scale), float(margin)
     with full_precision(embeddings):
         e_bd, c_nd = unit_pair(embeddings, centers, scale)
         cosines = e_bd @ c_nd.T

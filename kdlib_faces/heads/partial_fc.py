@@ -91,8 +91,8 @@ def load_partial_fc(
         The head with the merged centers as its `weight` `(n, d)`.
 
     Raises:
-        InputError: a file is missing, damaged, without centers, or contains anything but tensors and plain values; the
-            shards do not fit together; or the numbers in the file names imply another order.
+        InputError: a file is missing, damaged, without centers, or names a function that runs code; the shards do not
+            fit together; or the numbers in the file names imply another order.
 
     Examples:
         >>> import tempfile
@@ -119,7 +119,8 @@ def load_partial_fc(
     module = head(merged.shape[1], merged.shape[0])
     if tuple(module.weight.shape) != tuple(merged.shape):
         raise InputError(
-            f"load_partial_fc: head must have a weight of {tuple(merged.shape)}, got {tuple(module.weight.shape)}"
+            f"load_partial_fc: head must have a weight of (num_identities, embedding_dim) = {tuple(merged.shape)}, the "
+            f"size of the merged files, got {tuple(module.weight.shape)}"
         )
     module.weight = nn.Parameter(merged)
     return module

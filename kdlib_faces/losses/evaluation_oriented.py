@@ -96,6 +96,8 @@ def evaluation_oriented(
     check_relation(owner, reduction)
     _check_call(owner, student, teacher, target, weight)
     _check_arguments(owner, temperature, num_hard_negatives, positive_weight, negative_weight)
+    temperature, num_hard_negatives = float(temperature), int(num_hard_negatives)
+    positive_weight, negative_weight = float(positive_weight), float(negative_weight)
     check_floating(owner, student_thresholds=student_thresholds, teacher_thresholds=teacher_thresholds)
     check_rank(owner, "student_thresholds", student_thresholds, "k")
     check_shape(owner, "teacher_thresholds", teacher_thresholds, "k", k=len(student_thresholds))
@@ -223,7 +225,7 @@ class EvaluationOrientedLoss(LossModule):
         check_rates("EvaluationOrientedLoss", rates)
         _check_arguments("EvaluationOrientedLoss", temperature, num_hard_negatives, positive_weight, negative_weight)
         check_number("EvaluationOrientedLoss", "momentum", momentum, above=0, max=1)
-        self.rates = tuple(float(rate) for rate in rates)
+        self.rates = tuple(float(str(rate)) for rate in rates)  # 0.0001 for np.float32(1e-4)
         self.temperature, self.num_hard_negatives = float(temperature), int(num_hard_negatives)
         self.momentum, self.gather = float(momentum), gather
         self.positive_weight, self.negative_weight = float(positive_weight), float(negative_weight)

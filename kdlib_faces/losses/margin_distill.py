@@ -91,6 +91,7 @@ def margin_distill(
     check_identities(owner, target, student.shape[0], centers.shape[0])
     check_weight(owner, weight, student.shape[0])
     _check_margins(owner, scale, min_margin, max_margin)
+    scale, min_margin, max_margin = float(scale), float(min_margin), float(max_margin)
     target = target.to(student.device).long()
     with full_precision(student):
         s_bd, c_nd = unit_pair(student, centers.detach(), scale)
@@ -134,6 +135,7 @@ def centers_from(embeddings: Tensor, identities: Tensor, *, num_identities: int 
     if num_identities is None:
         num_identities = int(identities.max()) + 1 if len(identities) else 0
     check_number("centers_from", "num_identities", num_identities, min=0, integer=True)
+    num_identities = int(num_identities)
     check_identities("centers_from", identities, embeddings.shape[0], num_identities)
     with torch.no_grad(), full_precision(embeddings):
         dtype = torch.promote_types(embeddings.dtype, torch.float32)

@@ -91,6 +91,7 @@ def triplet_distill(
     """
     owner = "triplet_distill"
     _check_arguments(owner, min_margin, max_margin, distance, mining)
+    min_margin, max_margin = float(min_margin), float(max_margin)
     check_relation(owner, reduction)
     check_floating(owner, student=student, teacher=teacher)
     check_rank(owner, "student", student, "b d")

@@ -6,15 +6,6 @@ from kdlib_faces.report.pictures import Picture, attention_picture, pairs_pictur
 from kdlib_faces.report.schema import Report, SeedEntry, StudentPair, TrainingCurve
 
 __all__ = [
-    "DataSummary",
-    "ModelEntry",
-    "Picture",
-    "Report",
-    "SeedEntry",
-    "StudentPair",
-    "TrainingCurve",
-    "attention_picture",
-    "pairs_picture",
-    "render",
-    "write",
-]
+    "DataSummary", "ModelEntry", "Picture", "Report", "SeedEntry", "StudentPair", "TrainingCurve",
+    "attention_picture", "pairs_picture", "render", "write",
+]  # fmt: skip

@@ -5,19 +5,9 @@ import re
 from kdlib_faces.evaluation.summary import MeasuredValue, Unit
 
 __all__ = [
-    "NOT_MEASURED",
-    "amount",
-    "count",
-    "interval",
-    "isolate",
-    "level",
-    "milliseconds",
-    "percent",
-    "points",
-    "seconds",
-    "shorten",
-    "visible",
-]
+    "NOT_MEASURED", "amount", "count", "interval", "isolate", "level", "milliseconds", "percent", "points",
+    "seconds", "shorten", "visible",
+]  # fmt: skip
 
 NOT_MEASURED = "–"
 _SPACE = "\u00a0"  # no line break between a number and its unit

@@ -18,15 +18,8 @@ from kdlib_faces.evaluation.summary import (
 from kdlib_faces.report.numbers import isolate, shorten, visible
 
 __all__ = [
-    "FORMAT",
-    "PICTURE_NAME",
-    "PictureEntry",
-    "Report",
-    "SeedEntry",
-    "StudentPair",
-    "TrainingCurve",
-    "check_report",
-]
+    "FORMAT", "PICTURE_NAME", "PictureEntry", "Report", "SeedEntry", "StudentPair", "TrainingCurve", "check_report",
+]  # fmt: skip
 
 FORMAT = 1
 _ROUNDING = 1e-6

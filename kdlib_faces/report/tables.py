@@ -9,19 +9,9 @@ from kdlib_faces.report.numbers import NOT_MEASURED
 from kdlib_faces.report.schema import Report
 
 __all__ = [
-    "Cell",
-    "Table",
-    "bins_table",
-    "data_table",
-    "differences_table",
-    "facts",
-    "measured",
-    "measures_table",
-    "models_table",
-    "overview_table",
-    "seeds_table",
-    "weights_table",
-]
+    "Cell", "Table", "bins_table", "data_table", "differences_table", "facts", "measured", "measures_table",
+    "models_table", "overview_table", "seeds_table", "weights_table",
+]  # fmt: skip
 
 
 class Cell(NamedTuple):

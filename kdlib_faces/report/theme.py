@@ -18,20 +18,9 @@ from kdlib_faces.report.numbers import isolate, shorten, visible
 from kdlib_faces.report.schema import Report
 
 __all__ = [
-    "GRID",
-    "INK",
-    "MUTED",
-    "PAGE",
-    "PALETTE",
-    "Look",
-    "dress",
-    "figure_grid",
-    "inline_svg",
-    "legend",
-    "looks",
-    "plain",
-    "to_svg",
-]
+    "GRID", "INK", "MUTED", "PAGE", "PALETTE", "Look", "dress", "figure_grid", "inline_svg", "legend", "looks",
+    "plain", "to_svg",
+]  # fmt: skip
 
 # Colors of the light theme. Inside a page they become CSS variables of style.css, which has the dark ones too.
 PAGE, INK, MUTED, GRID = "#ffffff", "#1b2330", "#5a6675", "#e5e8ed"

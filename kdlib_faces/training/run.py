@@ -80,6 +80,7 @@ class RunOptions:
         inputs: What is stated about the images that each teacher takes; empty for what their files imply.
         seed: Seed of weights, order and views.
         progress: Show progress.
+        on_error: See `read_faces`.
     """
 
     output: Path
@@ -88,6 +89,7 @@ class RunOptions:
     inputs: Sequence[InputOptions] = ()
     seed: int = 0
     progress: bool = True
+    on_error: Literal["stop", "skip"] = "stop"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,7 +137,7 @@ def train_on_faces(build: Callable[[FaceList], TrainingSetup], options: RunOptio
     if not options.faces:
         raise InputError("train: --faces must be given, a CSV list or a folder")
     check_output(output, "checkpoints", "config.toml", "images.npy", "images.npy.part", "log.jsonl", "run.json")
-    listed = read_faces(options.faces)
+    listed = read_faces(options.faces, on_error=options.on_error)
     setup = build(listed)
     training = setup.config.training
     record = describe_run(setup.config, recipe, listed, setup.fingerprints)

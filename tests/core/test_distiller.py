@@ -266,6 +266,81 @@ def test_a_custom_teacher_module_stays_in_eval_mode(batch) -> None:
     assert not any(name.startswith("teacher") for name in ours.state_dict())
 
 
+class TwoHeads(nn.Module):
+    """A model that returns the outputs of both heads in training, and their mean otherwise, as a distilled DeiT does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, 4, 6), nn.BatchNorm2d(4), nn.Dropout(0.5), nn.Flatten())
+        self.heads = nn.ModuleList([nn.Linear(4, 5), nn.Linear(4, 5)])
+        self.register_buffer("seen", torch.zeros(()))
+
+    def forward(self, images: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        first, second = (head(self.stem(images)) for head in self.heads)
+        if not self.training:
+            return (first + second) / 2
+        self.seen += 1
+        return first, second
+
+
+@pytest.mark.parametrize("prepare", [lambda ours: None, Distiller.eval, lambda ours: ours.student.model.eval()])
+def test_projections_are_inferred_from_the_outputs_in_training(prepare, batch) -> None:
+    taps = {"first": OUTPUT[0], "second": OUTPUT[1]}
+    terms = {name: Term(HintLoss(), student=name, teacher="out", project=nn.Linear(5, 5)) for name in taps}
+    teacher = TeacherAdapter(TwoHeads(), {"out": OUTPUT})
+    ours = Distiller(StudentAdapter(TwoHeads(), taps), {"t": teacher}, Objective(terms))
+    prepare(ours)
+    modes = [module.training for module in ours.student.modules()]
+    before = copy.deepcopy(ours.student.state_dict())
+    random = torch.get_rng_state()
+    ours.infer(batch[0][:1])  # one sample: batch norm would refuse it in training mode
+    assert torch.equal(torch.get_rng_state(), random)
+    assert [module.training for module in ours.student.modules()] == modes
+    torch.testing.assert_close(ours.student.state_dict(), before, rtol=0, atol=0)
+    assert ours.train()(batch[0]).total.requires_grad
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.script:DeprecationWarning")
+def test_a_scripted_student_is_unchanged_by_infer_and_report(batch) -> None:
+    terms = {"hint": Term(HintLoss(), student="out", teacher="embedding", project="auto")}
+    student = StudentAdapter(torch.jit.script(net(2, 0)), {"out": OUTPUT})
+    ours = Distiller(student, {"t": TeacherAdapter(net(3, 1), TAPS)}, Objective(terms))
+    before = copy.deepcopy(student.state_dict())
+    ours.infer(batch[0])
+    assert ours.report(batch[0]).terms["hint"].loss > 0
+    torch.testing.assert_close(student.state_dict(), before, rtol=0, atol=0)
+    assert all(module.training for module in student.modules())
+
+
+def test_a_mapping_of_inputs_is_passed_as_keywords(batch) -> None:
+    terms = {"hint": Term(HintLoss(), student="out", teacher="out", project="auto")}
+    models = [nn.Bilinear(2, 3, 4), nn.Bilinear(2, 3, 5)]
+    taps = {"out": OUTPUT}
+    ours = Distiller(StudentAdapter(models[0], taps), {"t": TeacherAdapter(models[1], taps)}, Objective(terms))
+    first, second = torch.ones(4, 2), torch.ones(4, 3)
+    ours.infer({"input1": first, "input2": second})
+    expected = ours((first, second)).total
+    torch.testing.assert_close(ours({"input2": second, "input1": first}).total, expected)
+
+
+@pytest.mark.parametrize("changes", ["student", "teacher 't'"])
+def test_a_model_that_changes_shared_inputs_in_place_is_an_error(changes: str) -> None:
+    class Scales(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x.mul_(2)
+
+    models = {owner: Scales() if owner == changes else nn.Identity() for owner in ("student", "teacher 't'")}
+    terms = {"hint": Term(HintLoss(), student="out", teacher="out")}
+    taps = {"out": OUTPUT}
+    teachers = {"t": TeacherAdapter(models["teacher 't'"], taps), "u": TeacherAdapter(nn.Identity(), taps)}
+    ours = Distiller(StudentAdapter(models["student"], taps), teachers, Objective(terms))
+    with pytest.raises(ValueError, match=f"the {changes} changed its inputs in place, which the other models read too"):
+        ours(torch.ones(2, 3))
+    # Where no version counts the changes, each model receives a copy.
+    with torch.inference_mode():
+        assert ours.features(torch.ones(2, 3))[1]["u"]["out"].unique().tolist() == [1.0]
+
+
 def test_moving_the_distiller_moves_its_teachers(batch) -> None:
     ours = ready(batch).double()
     output = ours(batch[0].double(), batch[1])

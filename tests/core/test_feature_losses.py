@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F
 
+from kdlib import AttentionTransferLoss
 from kdlib.functional import (
     angular_distill,
     attention_map,
@@ -121,10 +122,6 @@ def test_attention_map_against_reference() -> None:
         expected = reference.attention_map(features.numpy(), p)
         np.testing.assert_allclose(attention_map(features, p).numpy(), expected, rtol=1e-12)
     assert attention_map(features.half()).dtype == torch.float32
-    with pytest.raises(ValueError, match=r"^attention_map: features must be \(b, c, h, w\), got \(3, 4, 5\)"):
-        attention_map(features[0])
-    with pytest.raises(ValueError, match=r"^attention_map: p must be a finite number and >= 1, got 0"):
-        attention_map(features, 0)
 
 
 @pytest.mark.parametrize("teacher_grid", [(8, 8), (7, 5), (2, 9), (3, 3), (1, 1)])
@@ -137,17 +134,46 @@ def test_attention_of_different_grids(teacher_grid: tuple[int, int]) -> None:
     torch.testing.assert_close(swapped, got)
 
 
-def test_ready_attention_maps_are_accepted_on_either_side() -> None:
-    student, teacher = noise(2, 3, 4, 4), noise(2, 5, 6, 6, seed=1)
+def test_attention_of_other_layouts_equals_that_of_channels_first() -> None:
+    student, teacher = noise(2, 3, 4, 4), noise(2, 5, 8, 8, seed=1)
     expected = attention_transfer(student, teacher)
-    maps = attention_map(student), attention_map(teacher)
-    torch.testing.assert_close(attention_transfer(student, maps[1]), expected)
-    torch.testing.assert_close(attention_transfer(maps[0], teacher), expected)
-    torch.testing.assert_close(attention_transfer(*maps), expected)
-    with pytest.raises(
-        ValueError, match=r"^attention_transfer: teacher must be \(b, c, h, w\) or \(b, h, w\), got \(2, 9\)"
+    prefix = noise(2, 5, 5, seed=2)
+    tokens, few = teacher.flatten(2).mT, student.flatten(2).mT
+    for case, sides, options in (
+        ("maps of both", (attention_map(student), attention_map(teacher)), {"layout": "bhw"}),
+        ("map of the teacher", (student, attention_map(teacher)), {"teacher_layout": "bhw"}),
+        ("map of the student", (attention_map(student), teacher), {"student_layout": "bhw"}),
+        ("channels last", (student.movedim(1, 3), teacher.movedim(1, 3)), {"layout": "bhwc"}),
+        ("one of them", (student.movedim(1, 3), teacher), {"student_layout": "bhwc"}),
+        ("tokens", (few, tokens), {"layout": "bnd", "prefix_tokens": 0}),
+        ("tokens counted", (student, tokens), {"teacher_layout": "bnd"}),
+        ("class token", (student, torch.cat([prefix[:, :1], tokens], 1)), {"teacher_layout": "bnd", "layout": "bchw"}),
+        ("registers", (student, torch.cat([prefix, tokens], 1)), {"teacher_layout": "bnd"}),
+        (
+            "told",
+            (few, torch.cat([prefix, tokens], 1)),
+            {"layout": "bnd", "prefix_tokens": 5, "student_prefix_tokens": 0},
+        ),
     ):
-        attention_transfer(student, torch.rand(2, 9))
+        value = attention_transfer(*sides, **options)
+        torch.testing.assert_close(value, expected, msg=lambda m, case=case: f"{case}: {m}")
+        torch.testing.assert_close(AttentionTransferLoss(**options)(*sides), expected)
+        if case != "maps of both":
+            assert torch.autograd.gradcheck(
+                lambda s, t=sides[1], o=options: attention_transfer(s, t, **o),
+                sides[0].requires_grad_(),
+                fast_mode=True,
+            )
+    torch.testing.assert_close(attention_map(student.movedim(1, 3), layout="bhwc"), attention_map(student))
+    with_prefix = torch.cat([prefix[:, :1, :3], few], 1)
+    torch.testing.assert_close(attention_map(with_prefix, layout="bnd", prefix_tokens=1), attention_map(student))
+    # A grid that is not square: that of the map on the other side, or of as many tokens.
+    wide, narrow = noise(2, 5, 3, 5), noise(2, 7, 3, 5, seed=1)
+    expected = attention_transfer(wide, narrow)
+    options = {"teacher_layout": "bnd", "teacher_prefix_tokens": 0}
+    torch.testing.assert_close(attention_transfer(wide, narrow.flatten(2).mT, **options), expected)
+    both = (x.flatten(2).mT for x in (wide, narrow))
+    torch.testing.assert_close(attention_transfer(*both, layout="bnd", prefix_tokens=0), expected)
 
 
 @settings(deadline=None, max_examples=30)

@@ -3,10 +3,12 @@
 import math
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
+import kdlib.functional
 from kdlib import (
     ActivationBoundaryLoss,
     AngularDistillLoss,
@@ -43,7 +45,7 @@ from kdlib.functional import (
     soft_target,
     variational_information,
 )  # fmt: skip
-from tests.core.loss_inputs import LEARNED, LOSSES, RELATIONS, each_loss
+from tests.core.loss_inputs import LEARNED, LOSSES, RELATIONS, each_loss, seeded
 
 
 @each_loss
@@ -99,9 +101,25 @@ VECTOR, MAP, IDENTITIES = torch.ones(4, 3), torch.ones(4, 3, 2, 2), torch.arange
         (lambda: angular_distill(torch.ones(4), torch.ones(4)), ValueError, r"angular_distill: student must be \(b, d, ...\), got \(4,\)"),
         (lambda: soft_target(MAP, MAP), ValueError, r"soft_target: student must be \(b, c\), got \(4, 3, 2, 2\)"),
         (lambda: activation_boundary(MAP, MAP[:, :2]), ValueError, r"activation_boundary: teacher must be \(b, \.\.\.\) like student \(4, 3, 2, 2\), got \(4, 2, 2, 2\); project the student first"),
-        (lambda: attention_map(MAP[0]), ValueError, r"attention_map: features must be \(b, c, h, w\), got \(3, 2, 2\)"),
+        (lambda: soft_target(VECTOR, VECTOR[:, :2]), ValueError, r"soft_target: teacher must be \(b, c\) like student \(4, 3\), got \(4, 2\); the logits must be of the same classes"),
+        (lambda: dist(VECTOR, VECTOR[:, :2]), ValueError, r"dist: teacher must be .*; the logits must be of the same classes"),
+        (lambda: decoupled_kd(VECTOR, VECTOR[:, :2], target=IDENTITIES), ValueError, r"decoupled_kd: teacher must be .*; the logits must be of the same classes"),
+        (lambda: soft_target(VECTOR, VECTOR[:2]), ValueError, r"soft_target: teacher must be \(b, c\) like student \(4, 3\), got \(2, 3\)"),
         (lambda: channel_attention_map(MAP[0]), ValueError, r"channel_attention_map: features must be \(b, c, h, w\), got \(3, 2, 2\)"),
-        (lambda: attention_transfer(MAP, VECTOR), ValueError, r"attention_transfer: teacher must be \(b, c, h, w\) or \(b, h, w\), got \(4, 3\)"),
+        (lambda: attention_transfer(MAP, VECTOR), ValueError, r"attention_transfer: teacher must be \(b, c, h, w\), \(b, h, w, c\), \(b, n, d\) or \(b, h, w\), got \(4, 3\)"),
+        (lambda: attention_transfer(MAP, torch.ones(4, 9, 5)), ValueError, r"attention_transfer: the layout of teacher \(4, 9, 5\) is ambiguous; give teacher_layout='bnd' for tokens \(b, n, d\) or 'bhw' for attention maps \(b, h, w\)"),
+        (lambda: attention_transfer(torch.ones(4, 7, 7, 64), MAP), ValueError, r"attention_transfer: the layout of student \(4, 7, 7, 64\) is ambiguous; give student_layout='bhwc' for channels last or 'bchw' for channels first"),
+        (lambda: attention_transfer(MAP, torch.ones(4, 14, 12, 32)), ValueError, r"attention_transfer: the layout of teacher .* is ambiguous; give teacher_layout=.*"),
+        (lambda: attention_transfer(MAP, torch.ones(4, 9, 5), teacher_layout="bnd"), ValueError, r"attention_transfer: teacher \(4, 9, 5\) may have 0 or 5 or 8 tokens \(class token, registers\) before those of the grid; give teacher_prefix_tokens= \(0 if all are on the grid\)"),
+        (lambda: attention_transfer(MAP, torch.ones(4, 168, 5), teacher_layout="bnd"), ValueError, r"attention_transfer: teacher \(4, 168, 5\) may have an unknown number of tokens .*"),
+        (lambda: attention_transfer(MAP, torch.ones(4, 9, 5), teacher_layout="bnd", prefix_tokens=9), ValueError, r"attention_transfer: teacher_prefix_tokens must be a whole number and >= 0 and < 9, got 9"),
+        (lambda: attention_transfer(MAP, torch.ones(4, 8, 5), teacher_layout="bnd", prefix_tokens=0), ValueError, r"attention_transfer: teacher must hold the tokens of a square grid or of the other side's grid, got 8; reshape .*"),
+        (lambda: attention_transfer(MAP, MAP, layout="bhw"), ValueError, r"attention_transfer: student must be \(b, h, w\), got \(4, 3, 2, 2\)"),
+        (lambda: attention_transfer(MAP, MAP, layout="nchw"), ValueError, r"attention_transfer: student_layout must be one of 'bchw', 'bhwc', 'bnd', 'bhw', got 'nchw'"),
+        (lambda: AttentionTransferLoss(layout="nchw"), ValueError, r"AttentionTransferLoss: layout must be one of 'bchw', 'bhwc', 'bnd', 'bhw', got 'nchw'"),
+        (lambda: AttentionTransferLoss(student_prefix_tokens=-1), ValueError, r"AttentionTransferLoss: student_prefix_tokens must be a whole number and >= 0, got -1"),
+        (lambda: attention_map(torch.ones(4, 14, 14, 64)), ValueError, r"attention_map: the layout of features .* is ambiguous; give layout='bhwc' for channels last or 'bchw' for channels first"),
+        (lambda: attention_map(torch.ones(4, 196, 64)), ValueError, r"attention_map: the layout of features \(4, 196, 64\) is ambiguous; give layout='bnd' for tokens \(b, n, d\)"),
         (lambda: attentive_similarity(MAP, MAP[:, :2]), ValueError, r"attentive_similarity: teacher must be \(b, c, h, w\) like .*; project the student first"),
         (lambda: hierarchical_context(VECTOR, VECTOR), ValueError, r"hierarchical_context: student must be \(b, c, h, w\), got \(4, 3\)"),
         (lambda: overhaul(MAP, VECTOR, margin=0), ValueError, r"overhaul: teacher must be \(b, c, h, w\), got \(4, 3\)"),
@@ -175,3 +193,57 @@ VECTOR, MAP, IDENTITIES = torch.ones(4, 3), torch.ones(4, 3, 2, 2), torch.arange
 def test_other_arguments(call: Callable[[], object], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=f"^{message}$"):
         call()
+
+
+@each_loss
+def test_weights_that_are_not_finite_numbers_from_zero(name: str) -> None:
+    case = LOSSES[name]
+    student, teacher = case.sides(dtype=torch.float32)
+    targets = case.targets(5)
+    for bad in (-1.0, -1e-30, math.inf, -math.inf, math.nan):
+        weight = torch.tensor([1.0, 1.0, bad, 0.0, 2.0])
+        with pytest.raises(ValueError, match=r"weight must hold finite numbers >= 0, got .*$"):
+            case.build()(student, teacher, weight=weight, **targets)
+    with pytest.raises(ValueError, match=r"weight must hold finite numbers >= 0, got -1$"):
+        case.build()(student, teacher, weight=torch.tensor([1, -1, 1, 1, 1]), **targets)
+
+
+@pytest.mark.parametrize("name", ["hint", "soft_target", "dist", "rkd_angle", "contrastive_representation"])
+def test_such_weights_count_as_zero_where_they_cannot_be_read(name: str) -> None:
+    case = LOSSES[name]
+    student, teacher = case.sides(dtype=torch.float32)
+    torch._dynamo.reset()
+    compiled = torch.compile(case.build(), fullgraph=True, backend="eager")
+    masked = case.build()(student, teacher, weight=torch.tensor([1.0, 1.0, 0.0, 0.0, 2.0]))
+    for bad in (-1.0, math.inf, math.nan):
+        value = compiled(student, teacher, weight=torch.tensor([1.0, 1.0, bad, 0.0, 2.0]))
+        torch.testing.assert_close(value, masked)
+
+
+@each_loss
+def test_numbers_of_numpy(name: str) -> None:
+    case = LOSSES[name]
+    student, teacher = case.sides(dtype=torch.float32)
+    options = {key: np.array(x) if isinstance(x, (int, float, tuple)) else x for key, x in case.options.items()}
+    arguments = [np.int64(each) for each in case.arguments]
+    loss = seeded(lambda: case.module(*arguments, **options))
+    assert torch.equal(loss(student, teacher, **case.targets(5)), case.build()(student, teacher, **case.targets(5)))
+    assert repr(loss) == repr(case.build())
+    if name not in LEARNED:
+        function = getattr(kdlib.functional, name.split(",")[0])
+        assert torch.equal(
+            function(student, teacher, **options, **case.targets(5)), case.build()(student, teacher, **case.targets(5))
+        )
+
+
+@each_loss
+def test_weights_of_any_finite_size(name: str) -> None:
+    case = LOSSES[name]
+    student, teacher = case.sides(dtype=torch.float32)
+    targets, weight = case.targets(5), torch.tensor([1.0, 0.5, 0.25, 0.0, 1.0])
+    loss = case.build().eval()
+    expected = loss(student, teacher, weight=weight, **targets)
+    for scaled in (3.4e38 * weight, 2.0**-130 * weight, 1e300 * weight.double(), 2.0**-140 * weight.double()):
+        torch.testing.assert_close(loss(student, teacher, weight=scaled, **targets), expected)
+        if loss.per_sample:
+            assert torch.isfinite(loss(student, teacher, weight=scaled, reduction="none", **targets)).all()

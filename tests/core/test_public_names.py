@@ -5,8 +5,19 @@ After an intended change, `python tests/core/test_public_names.py` rewrites `pub
 
 import importlib
 import inspect
+import pickle
 import re
+from decimal import Decimal
+from fractions import Fraction
 from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from kdlib import OUTPUT, FixedWeighting, HintLoss, SoftTargetLoss, Term
+from kdlib._checks import check_number
 
 PACKAGES = [
     "kdlib", "kdlib.functional", "kdlib.adapters", "kdlib.cache", "kdlib.projections", "kdlib.losses",
@@ -41,6 +52,77 @@ def listing() -> str:
 
 def test_public_names_and_signatures_agree_with_the_file() -> None:
     assert listing() == FILE.read_text("utf-8")
+
+
+CORE = [package for package in PACKAGES if package.split(".")[0] == "kdlib"]
+
+
+@pytest.mark.parametrize("package", CORE)
+def test_a_wrong_keyword_names_the_nearest_argument(package: str) -> None:
+    module = importlib.import_module(package)
+    for name in module.__all__:
+        value = getattr(module, name)
+        if inspect.isfunction(value) or (inspect.isclass(value) and inspect.isfunction(value.__init__)):
+            assert value is pickle.loads(pickle.dumps(value))
+            parameters = inspect.signature(value).parameters.values()
+            if any(each.kind.name == "VAR_KEYWORD" for each in parameters):
+                continue  # a Protocol
+            for each in (each for each in parameters if each.kind.name.endswith(("KEYWORD", "KEYWORD_ONLY"))):
+                with pytest.raises(TypeError, match=rf"^{name}: no argument named '{each.name}x'; the nearest are '"):
+                    value(**{f"{each.name}x": 1})
+
+
+def test_a_short_keyword_is_completed_and_numbers_of_numpy_become_plain() -> None:
+    with pytest.raises(TypeError, match=r"^SoftTargetLoss: no argument named 'T'; the nearest are 'temperature'$"):
+        SoftTargetLoss(T=4)  # type: ignore[call-arg]
+    for four in (np.float32(4), np.int8(4), np.array(4.0)):
+        assert SoftTargetLoss(temperature=four).temperature == 4
+        assert type(SoftTargetLoss(temperature=four).temperature) in (int, float)
+
+
+NUMBERS = [
+    3, np.int64(3), np.uint8(3), np.array(3), torch.tensor(3),
+    3.0, np.float16(3), np.array(3.0), torch.tensor(3.0), Fraction(3),
+]  # fmt: skip
+OTHERS = [
+    True, np.True_, np.array(True), torch.tensor(True), "3", None, 3j, Decimal(3),
+    np.nan, np.float32("inf"), torch.tensor(torch.inf), [3], np.array([3]), torch.tensor([3]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("value", NUMBERS)
+def test_numbers_of_every_library_are_numbers(value: Any) -> None:
+    number = check_number("f", "x", value, above=2, max=3)
+    assert type(number) in (int, float)
+    assert number == 3
+    with pytest.raises(ValueError, match="f: x must be a finite number and > 3, got "):
+        check_number("f", "x", value, above=3)
+    if isinstance(number, int):
+        assert type(check_number("f", "x", value, integer=True)) is int
+    else:
+        with pytest.raises(TypeError, match="f: x must be a whole number, got "):
+            check_number("f", "x", value, integer=True)
+
+
+@pytest.mark.parametrize("value", OTHERS)
+def test_other_values_are_no_numbers(value: Any) -> None:
+    with pytest.raises(TypeError, match="f: x must be a finite number, got "):
+        check_number("f", "x", value)
+
+
+def test_numbers_of_numpy_are_stored_as_plain_numbers() -> None:
+    assert FixedWeighting(np.array([3, 1])).weights == (3, 1)
+    assert [type(each) for each in FixedWeighting([np.float32(3), 1]).weights] == [float, int]
+    assert repr(OUTPUT[np.int64(1)]) == "OUTPUT[1]"
+    term = Term(HintLoss(), student="x", teacher="x", weight=[np.float32(0.5)][0])
+    assert repr(term).endswith("weight=0.5)")
+    for half in (np.float32(0.5), np.array(0.5), torch.tensor(0.5), Fraction(1, 2)):
+        assert (
+            Term(HintLoss(), student="x", teacher="x", weight=lambda step, half=half: half).weight_at(np.int64(1))
+            == 0.5
+        )
+    with pytest.raises(TypeError, match=r"Term: weight\(1\) must be a finite number and >= 0, got True"):
+        Term(HintLoss(), student="x", teacher="x", weight=lambda step: True).weight_at(1)
 
 
 if __name__ == "__main__":

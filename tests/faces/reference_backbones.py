@@ -44,6 +44,15 @@ class Weights(dict):
     def prelu(self, x, name):
         return F.prelu(x, self.random(f"{name}.weight", x.shape[1], spread=0.1, middle=0.25))
 
+    def block(self, x, name, parts, c_out, *args, **kwargs):
+        """Convolution, BatchNorm and, if `parts` names three, PReLU."""
+        x = self.norm(self.conv(x, name + parts[0], c_out, *args, **kwargs), name + parts[1])
+        return self.prelu(x, name + parts[2]) if len(parts) == 3 else x
+
+
+# Names of convolution, BatchNorm and PReLU.
+WORDS, DIGITS, LAYERS = ("conv", "bn", "prelu"), "012", ("layers.0", "layers.1", "layers.2")
+
 
 # Bottlenecks of MobileFaceNet: name as in TreB1eN; output channels and middle channels in units of the stem's; stride.
 BOTTLENECKS = [
@@ -57,16 +66,14 @@ SEP = ("conv_6_sep.conv", "conv_6_sep.bn", "conv_6_sep.prelu")
 
 
 def mobilefacenet_trunk(w, x, c, sep=SEP):
-    def block(x, name, *args, **kwargs):
-        return w.prelu(w.norm(w.conv(x, f"{name}.conv", *args, **kwargs), f"{name}.bn"), f"{name}.prelu")
-
-    x = block(block(x, "conv1", c, 3, 2), "conv2_dw", c, 3, groups=c)
+    x = w.block(w.block(x, "conv1.", WORDS, c, 3, 2), "conv2_dw.", WORDS, c, 3, groups=c)
     for name, outputs, expansion, stride in BOTTLENECKS:
         c_out, middle = outputs * c, expansion * c
-        y = block(block(x, f"{name}.conv", middle), f"{name}.conv_dw", middle, 3, stride, groups=middle)
-        y = w.norm(w.conv(y, f"{name}.project.conv", c_out), f"{name}.project.bn")
+        y = w.block(x, f"{name}.conv.", WORDS, middle)
+        y = w.block(y, f"{name}.conv_dw.", WORDS, middle, 3, stride, groups=middle)
+        y = w.block(y, f"{name}.project.", WORDS[:2], c_out)
         x = y if stride == 2 else x + y
-    return w.prelu(w.norm(w.conv(x, sep[0], 8 * c), sep[1]), sep[2])
+    return w.block(x, "", sep, 8 * c)
 
 
 def mobilefacenet(tail="", affine=True):
@@ -93,26 +100,36 @@ def bubbliiiing_mobilefacenet(w, x, c=8):
     return w.norm(w.conv(x, "features", 16), "last_bn").flatten(1)
 
 
-def xiaoccer(w, x, c=8):
-    def block(x, name, *args, linear=False, **kwargs):
-        x = w.norm(w.conv(x, f"{name}.conv", *args, **kwargs), f"{name}.bn")
-        return x if linear else w.prelu(x, f"{name}.prelu")
+def foamliu(w, x, c=8):
+    x = F.relu6(w.norm(w.conv(x, "conv1.0", c, 3, 2), "conv1.1"))
+    x = F.relu(w.norm(w.conv(x, "dw_conv.depthwise", c, 3, groups=c), "dw_conv.bn1"))
+    x = F.relu(w.norm(w.conv(x, "dw_conv.pointwise", c), "dw_conv.bn2"))
+    for at, (_, outputs, expansion, stride) in enumerate(BOTTLENECKS):
+        name, middle = f"features.{at}.conv", expansion * c
+        y = F.relu6(w.norm(w.conv(x, f"{name}.0.0", middle), f"{name}.0.1"))
+        y = F.relu6(w.norm(w.conv(y, f"{name}.1.0", middle, 3, stride, groups=middle), f"{name}.1.1"))
+        y = w.norm(w.conv(y, f"{name}.2", outputs * c), f"{name}.3")
+        x = y if stride == 2 else x + y
+    x = F.relu6(w.norm(w.conv(x, "conv2.0", 8 * c), "conv2.1"))
+    x = w.norm(w.conv(x, "gdconv.depthwise", 8 * c, x.shape[2:], groups=8 * c, pad=0), "gdconv.bn")
+    return w.norm(w.conv(x, "conv3", 16, bias=True), "bn").flatten(1)
 
-    x = block(block(x, "conv1", c, 3, 2), "dw_conv1", c, 3, groups=c)
+
+def xiaoccer(w, x, c=8):
+    x = w.block(w.block(x, "conv1.", WORDS, c, 3, 2), "dw_conv1.", WORDS, c, 3, groups=c)
     at = 0
     rows = [(2, c, 5, 2), (4, 2 * c, 1, 2), (2, 2 * c, 6, 1), (4, 2 * c, 1, 2), (2, 2 * c, 2, 1)]
     for expansion, c_out, count, first in rows:
         for turn in range(count):
-            stride, name, c_in = first if turn == 0 else 1, f"blocks.{at}.conv", x.shape[1]
+            stride, name, c_in = first if turn == 0 else 1, f"blocks.{at}.conv.", x.shape[1]
             middle = c_in * expansion
-            y = w.prelu(w.norm(w.conv(x, f"{name}.0", middle), f"{name}.1"), f"{name}.2")
-            y = w.prelu(w.norm(w.conv(y, f"{name}.3", middle, 3, stride, groups=middle), f"{name}.4"), f"{name}.5")
-            y = w.norm(w.conv(y, f"{name}.6", c_out), f"{name}.7")
+            y = w.block(w.block(x, name, "012", middle), name, "345", middle, 3, stride, groups=middle)
+            y = w.block(y, name, "67", c_out)
             x = x + y if stride == 1 and c_in == c_out else y
             at += 1
-    x = block(x, "conv2", 8 * c)
-    x = block(x, "linear7", 8 * c, x.shape[2:], groups=8 * c, pad=0, linear=True)
-    return block(x, "linear1", 16, linear=True).flatten(1)
+    x = w.block(x, "conv2.", WORDS, 8 * c)
+    x = w.block(x, "linear7.", WORDS[:2], 8 * c, x.shape[2:], groups=8 * c, pad=0)
+    return w.block(x, "linear1.", WORDS[:2], 16).flatten(1)
 
 
 def insightface_iresnet(eps=1e-5):
@@ -136,8 +153,7 @@ def insightface_iresnet(eps=1e-5):
 def mbf(blocks, scale, flat=False):
     def run(w, x):
         def block(x, name, *args, linear=False, **kwargs):
-            x = w.norm(w.conv(x, f"{name}.layers.0", *args, **kwargs), f"{name}.layers.1")
-            return x if linear else w.prelu(x, f"{name}.layers.2")
+            return w.block(x, f"{name}.", LAYERS[:2] if linear else LAYERS, *args, **kwargs)
 
         def depthwise(x, name, c_out, middle, stride):
             y = block(block(x, f"{name}.layers.0", middle), f"{name}.layers.1", middle, 3, stride, groups=middle)
@@ -223,16 +239,12 @@ V1 = {1: [(1, 1), (2, 2), (2, 1), (3, 2), (3, 1)], 2: [(4, 2)] + [(4, 1)] * 5, 3
 
 def yakhyo_v1(bias):
     def run(w, x, c=8):
-        def block(x, name, *args, **kwargs):
-            x = w.norm(w.conv(x, f"{name}.0", *args, bias=bias, **kwargs), f"{name}.1")
-            return w.prelu(x, f"{name}.2")
-
-        x = block(x, "stage1.0", c, 3)
+        x = w.block(x, "stage1.0.", DIGITS, c, 3, bias=bias)
         for stage, pairs in V1.items():
             for at, (power, stride) in enumerate(pairs):
                 name = f"stage{stage}.{at + (stage == 1)}"
-                x = block(x, f"{name}.0", x.shape[1], 3, stride, groups=x.shape[1])
-                x = block(x, f"{name}.1", c * 2**power)
+                x = w.block(x, f"{name}.0.", DIGITS, x.shape[1], 3, stride, groups=x.shape[1], bias=bias)
+                x = w.block(x, f"{name}.1.", DIGITS, c * 2**power, bias=bias)
         return gdc_features(w, x)
 
     return run
@@ -261,7 +273,7 @@ def bubbliiiing_v1(w, x, c=8):
 def v2(bias, stem_stride, tail):
     def run(w, x):
         def block(x, name, *args, **kwargs):
-            return w.prelu(w.norm(w.conv(x, f"{name}.0", *args, bias=bias, **kwargs), f"{name}.1"), f"{name}.2")
+            return w.block(x, f"{name}.", DIGITS, *args, bias=bias, **kwargs)
 
         x = block(x, "features.0", 8, 3, stem_stride)
         rows = [(1, 8, 1, 1), (6, 8, 2, 2), (6, 8, 3, 2), (6, 16, 4, 2), (6, 24, 3, 1), (6, 40, 3, 2), (6, 80, 1, 1)]

@@ -1,12 +1,7 @@
-"""Checkpoint files: saved files, formats of weights, and files that are damaged, hostile or without a backbone."""
+"""Checkpoint files: saved files, formats of weights, and files without a backbone or with invalid values."""
 
-import io
 import json
 import os
-import pickle
-import random
-import re
-import zipfile
 
 import pytest
 import torch
@@ -16,37 +11,11 @@ from torch import nn
 from kdlib_faces._checks import InputError
 from kdlib_faces.backbones import (
     InputSpec,
-    MobileFaceNet,
-    build_backbone,
     describe_checkpoint,
     load_backbone,
     save_backbone,
 )
-
-
-def small(name="mobilefacenet", **changes):
-    arguments = {"embedding_dim": 16, "width": 0.125, "input_size": 32, **changes}
-    return build_backbone(name, seed=0, **arguments).eval()
-
-
-def faces(batch=2, size=(32, 32)):
-    return torch.rand(batch, 3, *size, generator=torch.Generator().manual_seed(1)) * 2 - 1
-
-
-def saved(content, **options):
-    buffer = io.BytesIO()
-    torch.save(content, buffer, **options)
-    return buffer.getvalue()
-
-
-def refused(path):
-    """The one line with which a file is refused."""
-    with pytest.raises(InputError) as caught:
-        load_backbone(path)
-    assert str(caught.value).isprintable()
-    assert str(path) in str(caught.value)
-    return str(caught.value)
-
+from tests.faces.checkpoint_files import FORMATS, faces, refused, saved, small, zipped
 
 # --- files that are read ---------------------------------------------------------------------------------------------
 
@@ -79,8 +48,8 @@ def test_a_public_layout_in_safetensors(tmp_path):
     assert torch.cosine_similarity(loaded(faces()), model(faces())).min() > 0.99
 
 
-@pytest.mark.parametrize("options", [{"_use_new_zipfile_serialization": False}, {"pickle_protocol": 3}])
-def test_old_formats_and_files_without_counters(options, tmp_path, recwarn):
+@pytest.mark.parametrize("options", FORMATS)
+def test_formats_and_files_without_counters(options, tmp_path, recwarn):
     model = small()
     state = {key: value for key, value in model.state_dict().items() if not key.endswith("num_batches_tracked")}
     (tmp_path / "m").write_bytes(saved(state, **options))
@@ -117,14 +86,6 @@ def own(**content):
     return saved({"kdlib_faces": 2, "backbone": "mbf", "arguments": {}, "state": {}, **content})
 
 
-def zipped(*names):
-    buffer = io.BytesIO()
-    with zipfile.ZipFile(buffer, "w") as archive:
-        for name in names:
-            archive.writestr(name, b"x")
-    return buffer.getvalue()
-
-
 IRESNET = ("conv1.weight", "layer1.0.bn3.weight", "fc.weight", "features.weight")
 
 
@@ -141,10 +102,11 @@ IRESNET = ("conv1.weight", "layer1.0.bn3.weight", "fc.weight", "features.weight"
         (b"\xff" * 7 + b"\x00{}", "is damaged, truncated, or not a safetensors file: "),
         (b"\x05" + bytes(7) + b'{"a":', "is damaged, truncated, or not a safetensors file: "),
         *[(saved(small().state_dict())[:size], "is damaged") for size in (1, 10, 100, 1000, 100_000)],
-        *[(saved({"a": torch.ones(1)}, pickle_protocol=protocol), "a pickle protocol that cannot be") for protocol in (4, 5)],
         (zipped("weights/model.pth"), "an archive of other files ('weights/model.pth' ...)"),
         (zipped("m/data.pkl", "m/constants.pkl"), "a TorchScript program, which executes code"),
-        (saved(small()), "which was refused; save model.state_dict() instead"),
+        (saved(small()), "contains an object of the class kdlib_faces.backbones.networks.mobilefacenet.MobileFaceNet, which"),
+        (saved({"epoch": 3, "model": nn.Linear(1, 1)}), "('model' is a torch.nn.modules.linear.Linear); save model.state_dict()"),
+        (saved({"model.stages.1.blocks.2.xca.temperature": torch.ones(4, 1, 1)}), "looks like EdgeFace or another EdgeNeXt"),
         (saved(torch.ones(2)), "must contain a dict of tensors, got Tensor"),
         (saved({}), "starts with nothing"),
         (saved({"state_dict": {}}), "starts with 'state_dict'"),
@@ -211,82 +173,3 @@ def test_invalid_metadata(header, tmp_path):
         header = json.dumps({"kdlib_faces": 2, "backbone": "mobilefacenet", "arguments": {}, "input": {}, **header})
     save_file(small().state_dict(), tmp_path / "x", {"kdlib_faces": header})
     assert refused(tmp_path / "x")
-
-
-# --- hostile files ---------------------------------------------------------------------------------------------------
-
-
-class _Runs:
-    """Creates a folder when it is unpickled."""
-
-    def __init__(self, path):
-        self.path = str(path)
-
-    def __reduce__(self):
-        return os.mkdir, (self.path,)
-
-
-@pytest.mark.parametrize("zipped", [True, False])
-def test_code_in_a_file_is_not_run(tmp_path, zipped):
-    content = {"state_dict": small().state_dict(), "hyper_parameters": _Runs(tmp_path / "was-run")}
-    (tmp_path / "evil.pt").write_bytes(saved(content) if zipped else pickle.dumps(content))
-    assert ("mkdir, which was refused; save model" if zipped else "damaged") in refused(tmp_path / "evil.pt")
-    assert not (tmp_path / "was-run").exists()
-
-
-def test_a_compressed_archive_is_refused_before_it_is_read(tmp_path):
-    """A megabyte of zeros in a kilobyte; a thousand times as much would exhaust the memory."""
-    with (
-        zipfile.ZipFile(io.BytesIO(saved({"conv1.weight": torch.zeros(250_000)}))) as source,
-        zipfile.ZipFile(tmp_path / "bomb", "w", zipfile.ZIP_DEFLATED) as bomb,
-    ):
-        for name in source.namelist():
-            bomb.writestr(name, source.read(name))
-    assert (tmp_path / "bomb").stat().st_size < 10_000
-    message = refused(tmp_path / "bomb")
-    assert re.search(r"declares 100\d{4} bytes of content in a file of \d+; torch.save does not", message)
-
-
-@pytest.mark.parametrize("kind", ["torch", "safetensors", "pickle"])
-def test_random_damage_raises_one_printable_line_or_changes_a_value(kind, tmp_path):
-    model = small("ir", layers=(1, 1, 1, 1), embedding_dim=4, input_size=16)
-    save_backbone(model, tmp_path / "m", format="safetensors" if kind == "safetensors" else "torch")
-    whole, chance, refusals = (tmp_path / "m").read_bytes(), random.Random(7), []
-    if kind == "pickle":
-        whole = saved(model.state_dict(), _use_new_zipfile_serialization=False)
-    for _ in range(40):
-        damaged = bytearray(whole)
-        for _ in range(chance.choice((1, 2, 8))):
-            # The structure is in the first and the last kilobytes.
-            at = chance.choice((chance.randrange(3000), len(whole) - 1 - chance.randrange(6000)))
-            damaged[at] = chance.randrange(256)
-        (tmp_path / "d").write_bytes(bytes(damaged))
-        try:
-            load_backbone(tmp_path / "d")  # formats without checksums do not detect a changed weight
-        except InputError as error:
-            refusals.append(str(error))
-    assert len(refusals) >= 10
-    assert all(message.isprintable() for message in refusals)
-    if kind == "torch":
-        damaged = bytearray(whole)
-        damaged[len(whole) // 2] ^= 1
-        (tmp_path / "d").write_bytes(bytes(damaged))
-        assert "damaged: the checksum of" in refused(tmp_path / "d")
-
-
-def test_names_in_a_hostile_file_are_printed_on_one_line(tmp_path):
-    state = {**small().state_dict(), "a\n\x1b[31mb": torch.ones(1), "c" * 10**5: torch.ones(1)}
-    torch.save(state, tmp_path / "m")
-    message = refused(tmp_path / "m")
-    assert "a\\n\\x1b[31mb" in message
-    assert len(message) < 1000
-
-
-def test_a_small_file_cannot_declare_a_large_network(tmp_path):
-    """One stored number, expanded by zero strides to every weight."""
-    with torch.device("meta"):
-        wanted = MobileFaceNet(width=4.0).state_dict()
-    one, count = torch.ones(()), torch.zeros((), dtype=torch.int64)
-    state = {key: (one if value.is_floating_point() else count).expand(value.shape) for key, value in wanted.items()}
-    torch.save(state, tmp_path / "x")
-    assert "declares more values than its" in refused(tmp_path / "x")

@@ -1,5 +1,8 @@
 """Public checkpoint layouts, read by `load_backbone` and compared with independent implementations of each network."""
 
+import os
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -22,6 +25,7 @@ from tests.faces import reference_backbones as ref
 # Layout: reference, class, size of the images, description of the input.
 RGB, UNKNOWN = "RGB, (pixel - 127.5) / 127.5", "RGB (assumed), (pixel - 127.5) / 127.5 (assumed)"
 BGR, ASSUMED_RGB = "BGR (assumed), (pixel - 127.5) / 127.5", "RGB (assumed), (pixel - 127.5) / 127.5"
+IMAGENET = "RGB, (pixel - (123.675, 116.28, 103.53)) / (58.395, 57.12, 57.375)"
 SQUARE, NARROW = (32, 32), (48, 32)
 CASES = {
     "insightface_iresnet": (ref.insightface_iresnet(), IResNet, SQUARE, RGB),
@@ -33,6 +37,7 @@ CASES = {
     "mobilefacenet_output_layer affine": (ref.mobilefacenet("output_layer."), MobileFaceNet, SQUARE, RGB),
     "mobilefacenet_gnap": (ref.gnap, MobileFaceNet, (112, 112), RGB),
     "xiaoccer_mobilefacenet": (ref.xiaoccer, MobileFaceNet, NARROW, "RGB, (pixel - 127.5) / 128"),
+    "foamliu_mobilefacenet": (ref.foamliu, MobileFaceNet, NARROW, IMAGENET),
     "bubbliiiing_mobilefacenet": (ref.bubbliiiing_mobilefacenet, MobileFaceNet, SQUARE, RGB),
     "ir": (ref.ir(), IRNet, SQUARE, UNKNOWN),
     "ir se": (ref.ir(se=True), IRNet, SQUARE, UNKNOWN),
@@ -192,9 +197,59 @@ def test_wrappings(project, tmp_path):
         assert model.input_spec.normalized is ("ResNet" in project)
 
 
+@pytest.mark.parametrize(
+    ("prefix", "beside", "wrappers"),
+    [
+        ("encoder.", (), ()),
+        ("student.", (), ("ema",)),
+        ("model_ema.", (), ("params",)),
+        ("encoder.backbone.module.", (), ("weights",)),
+        ("module.student.encoder.", (), ("model_ema", "state_dict")),
+        ("model_ema.module.", (), ("student",)),
+        ("student.net._orig_mod.", (), ("model", "ema")),
+        ("module.module.", (), ("state_dict", "params_ema")),
+        ("face_net.core.", (), ("embedder",)),
+        ("model._fsdp_wrapped_module.", ("model.head.weight",), ()),
+        ("student.backbone.", ("teacher.conv1.weight", "student.head.weight", "student.fc.bias"), ()),
+        ("model.", ("model_ema.conv1.conv.weight", "n_averaged"), ("state_dict",)),
+    ],
+)
+def test_prefixes_and_wrappers_in_any_order(prefix, beside, wrappers, tmp_path):
+    state, images, expected = example(ref.mobilefacenet())
+    content = {prefix + key.replace("conv_3.", "conv_3._orig_mod."): value for key, value in state.items()}
+    content |= {key: torch.ones(2) for key in beside}
+    for wrapper in reversed(wrappers):
+        content = {wrapper: content, "epoch": 3, "optimizer": {"state": {}, "param_groups": []}}
+    torch.save(content, tmp_path / "w")
+    info = describe_checkpoint(tmp_path / "w")
+    assert (info.wrappers, info.prefix, len(info.beside)) == (wrappers, prefix, len(beside))
+    torch.testing.assert_close(load_backbone(tmp_path / "w")(images), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_averaged_weights_are_used_only_without_others(tmp_path):
+    state, images, expected = example(ref.mobilefacenet())
+    averaged = {key: torch.zeros_like(value) for key, value in state.items()}
+    torch.save({"ema": averaged, "state_dict_ema": averaged, "model": dict(state)}, tmp_path / "w")
+    torch.testing.assert_close(load_backbone(tmp_path / "w")(images), expected, rtol=1e-4, atol=1e-4)
+
+
 def test_a_prefix_of_half_the_keys_is_not_removed(tmp_path):
     state, _, _ = example(ref.ir())
     half = {(f"module.{key}" if at % 2 else key): value for at, (key, value) in enumerate(state.items())}
     torch.save(half, tmp_path / "w")
     with pytest.raises(InputError, match=r"does not fit ir|no known layout"):
         load_backbone(tmp_path / "w")
+
+
+def test_the_published_file_of_foamliu():
+    folder = Path(os.environ.get("KDLIB_PUBLIC_FILES", ""))
+    weights, graph = folder / "foamliu_mobilefacenet.pt", folder / "foamliu_mobilefacenet.onnx"
+    if not (weights.is_file() and graph.is_file()):
+        pytest.skip(f"{weights.name} and {graph.name} are missing; set KDLIB_PUBLIC_FILES to their folder")
+    session = pytest.importorskip("onnxruntime").InferenceSession(graph)
+    model = load_backbone(weights)
+    assert repr(model) == "MobileFaceNet(embedding_dim=128, width=1.0, input_size=112, activation='relu6')"
+    assert (count_parameters(model), len(model.state_dict())) == (999_936, 307)
+    images = model.input_spec(faces((112, 112), 1))
+    (expected,) = session.run(None, {session.get_inputs()[0].name: images.numpy()})
+    torch.testing.assert_close(model(images).detach(), torch.from_numpy(expected), rtol=1e-4, atol=1e-4)

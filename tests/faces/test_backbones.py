@@ -3,6 +3,7 @@
 import copy
 import os
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -11,6 +12,7 @@ from kdlib_faces._checks import InputError
 from kdlib_faces.backbones import (
     BACKBONES,
     MBF,
+    InputSpec,
     MobileFaceNet,
     MobileNetV1,
     MobileNetV2,
@@ -234,6 +236,24 @@ class TestEveryTrainedBackbone:
 def test_wrong_arguments(name, arguments, words):
     with pytest.raises(InputError, match=words):
         small(name, **arguments)
+
+
+def test_numpy_numbers(tmp_path):
+    number, half = np.int64(16), np.float32(0.25)
+    for name, arguments in (
+        ("ir", {"layers": [np.int64(1)] * 4, "width": half, "dropout": half}),
+        ("iresnet", {"layers": [1] * 4, "width": half, "dropout": half, "norm_eps": np.float64(1e-4)}),
+        ("mbf_flat", {"scale": np.int8(1), "blocks": (np.int32(1),) * 4, "tail_channels": np.uint8(8)}),
+        ("mobilenet_v1", {"width": half, "tail": "flat", "dropout": half}),
+        ("mobilenet_v2", {"width": half, "stem_stride": np.int64(2)}),
+    ):
+        model = build_backbone(name, seed=np.int64(0), embedding_dim=number, input_size=(np.int16(32), 16), **arguments)
+        model.input_spec = InputSpec(size=(number, np.int8(8)), mean=np.array([1, 2, 3]), scale=half)
+        save_backbone(model, tmp_path / "m")
+        assert "np." not in repr(model)
+        assert repr(load_backbone(tmp_path / "m")) == repr(model)
+    assert InputSpec(size=number, mean=half).describe() == "RGB, (pixel - 0.25) / 127.5, 16 x 16"
+    assert count_macs(nn.Conv2d(3, 8, 3), np.int64(10)) == count_macs(nn.Conv2d(3, 8, 3), 10)
 
 
 def test_names():

@@ -377,14 +377,6 @@ def test_batches_are_uint8_in_order_and_of_one_size():
     np.testing.assert_array_equal(torch.cat(batches).numpy(), pixels.transpose(0, 3, 1, 2))
 
 
-def test_images_of_another_size_are_cropped_and_resized():
-    ramp = np.repeat(np.tile(np.arange(0, 240, 10, dtype=np.uint8), (12, 1))[..., None], 3, 2)
-    kept = BinSet([encoded(ramp), encoded(np.full((30, 20, 3), 9))], np.array([True]))
-    wide, tall = next(kept.batches(12)).numpy()
-    np.testing.assert_array_equal(wide[0], ramp[:, 6:18, 0])
-    assert (tall == 9).all()
-
-
 def test_an_image_that_does_not_decode_is_named_and_progress_is_shown(tmp_path):
     path = tmp_path / "bad.bin"
     save_bin(path, [encoded(np.zeros((4, 4, 3)))] * 3 + [b"no image"], [True, False])

@@ -1,7 +1,14 @@
 """`kdlib-faces cache`: build, info and verify, and identical views for student and teacher."""
 
 import json
+import os
 import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -99,6 +106,49 @@ def test_an_interrupted_build_resumes(faces_folder: Path, tmp_path: Path, capsys
     assert f"of {2 * COUNT} rows; run the same build again" in fails(capsys, "cache", "verify", tmp_path / "part")
     assert run(*words(faces_folder, tmp_path / "part", *options)) == 0
     assert contents(tmp_path / "part") == contents(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGKILL])
+def test_workers_end_with_their_parent(faces_folder: Path, tmp_path: Path, sent: signal.Signals) -> None:
+    options = [
+        "--workers",
+        "2",
+        "--views",
+        "200",
+        "--set",
+        "augment.rotate=5",
+        "--set",
+        "batch_size=1",
+        "--set",
+        "sync_seconds=0",
+    ]
+    command = [sys.executable, "-m", "kdlib_faces", *map(str, words(faces_folder, tmp_path / "c", *options))]
+    parent = subprocess.Popen(command, start_new_session=True, stderr=subprocess.DEVNULL)
+
+    def running() -> list[str]:
+        """The processes of the session that have not ended; a zombie has."""
+        states = subprocess.run(
+            ["ps", "-o", "stat=", "-s", str(parent.pid)], check=False, capture_output=True, text=True
+        )
+        return [state for state in states.stdout.split() if not state.startswith("Z")]
+
+    try:
+        assert wait_until(lambda: (tmp_path / "c" / "shard-00000.bin").exists() and len(running()) >= 3)
+        parent.send_signal(sent)
+        assert parent.wait(60) == (143 if sent is signal.SIGTERM else -signal.SIGKILL)
+        assert wait_until(lambda: not running())
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(parent.pid, signal.SIGKILL)
+    if sent is signal.SIGTERM:
+        assert not list((tmp_path / "c").glob(".*"))
+
+
+def wait_until(condition: Callable[[], bool]) -> bool:
+    deadline = time.monotonic() + 60
+    while not (found := condition()) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    return found
 
 
 def test_an_onnx_teacher(tmp_path: Path, faces_folder: Path, capsys) -> None:

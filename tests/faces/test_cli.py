@@ -132,7 +132,14 @@ def test_wrong_settings_and_flags(tmp_path: Path, faces: Path, capsys) -> None:
     assert "size" in _fails(capsys, "demo", "--set", "size=3")
     assert "must be given together" in _fails(capsys, "demo", "--faces", faces, "--output", tmp_path / "o")
     assert "--steps must be" in _fails(capsys, "demo", "--steps", "some")
-    assert "--threads must be at least 1" in _fails(capsys, "inspect", "--threads", "0")
+    for flag, value in (
+        ("--threads", "0"),
+        ("--threads", "9" * 9),
+        ("--seed", "9" * 5000),
+        ("--seed", "-1"),
+        ("--seed", "1.5"),
+    ):
+        assert f"{flag}: must be a whole number from" in _fails(capsys, "demo", flag, value)
     assert "recipe must be one of" in _fails(capsys, "train", "--recipe", "best", "--faces", faces)
     assert "two teachers" in _fails(capsys, "train", "--faces", faces)
     assert "invalid choice: 'dance'" in _fails(capsys, "dance")

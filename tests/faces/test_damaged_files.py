@@ -90,7 +90,7 @@ READERS = {
     "template list": (json.dumps({"path": ["001/a.png", "2/c.png"], "id": ["1", "2"]}).encode(), read_template_list),
     "feature": (struct.pack("<4i6f", 6, 1, 4, 5, *range(6)), read_feature_file),
     "points": (b"version: 1\nn_points: 68\n{\n" + b"1.5 2\n" * 68 + b"}\n", read_points),
-    "longitudinal": (b"path,identity,date\na.jpg,Ann,1990-07-02\nb.jpg,ann,2010-07-02\n", read_longitudinal),
+    "longitudinal": (b"path,identity,date\na.jpg,Ann,1990-07-02\nb.jpg,Ann,2010-07-02\n", read_longitudinal),
     **{f"bin {protocol}": (pickle.dumps(([*IMAGES], [True, False] * 2), protocol), bin_set) for protocol in range(6)},
     **{f"bin of arrays {protocol}": (pickle.dumps(ARRAYS, protocol), bin_set) for protocol in range(6)},
     **{

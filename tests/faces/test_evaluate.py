@@ -139,13 +139,24 @@ def test_unusable_embeddings_are_reported(folder, capsys):
     ):
         np.save(bad, array, allow_pickle=True)
         assert re.search(message, fails(capsys, *evaluate(folder, "--embeddings", bad)))
-    bad.write_bytes(b"\x93NUMPY")
-    assert "not a .npy file" in fails(capsys, *evaluate(folder, "--embeddings", bad))
+    whole = (folder / "good.npy").read_bytes()
+    for content in (
+        b"\x93NUMPY",
+        whole.replace(b"}", b"{"),
+        whole.replace(b"(24", b"(-1"),
+        whole.replace(b"(24", b"(08"),
+    ):
+        bad.write_bytes(content)
+        assert "bad.npy: not a .npy file" in fails(capsys, *evaluate(folder, "--embeddings", bad))
     assert "embeddings not found" in fails(capsys, *evaluate(folder, "--embeddings", folder / "no.npy"))
     assert "at least one model" in fails(capsys, *evaluate(folder))
     assert "--faces or --protocol must be given" in fails(capsys, "evaluate", "--embeddings", bad)
     assert not (folder / "out").exists()
-    np.testing.assert_array_equal(read_embeddings(folder / "good.npy", 24), good)
+    for dtype in ("<f4", ">f4", "<f8", ">f8", "longdouble", "<f2", "<i8"):
+        np.save(bad, good.astype(dtype) + 1)
+        read = read_embeddings(bad, 24)
+        assert read.dtype in (np.float16, np.float32, np.float64)
+        np.testing.assert_allclose(read, (good.astype(dtype) + 1).astype(float), rtol=1e-6)
 
 
 def test_a_wrong_tap_names_the_nearest(folder, capsys):

@@ -10,10 +10,15 @@ from kdlib_faces.evaluation import (
     CrossGroupProtocol,
     LeaveOneOutProtocol,
     PairProtocol,
+    Sampling,
     TemplateVerificationProtocol,
     identify_with_distractors,
     pool_templates,
 )
+from kdlib_faces.evaluation.summary import ModelEntry
+from kdlib_faces.harness.evaluate import EvaluatedModel, evaluate_models
+from kdlib_faces.harness.image_sets import rows_only
+from kdlib_faces.harness.tasks import task_of_protocol
 from tests.faces import set_files
 from tests.faces.set_files import network, run_evaluate
 
@@ -139,6 +144,21 @@ def test_formulas_in_score_files_are_escaped_and_files_are_limited(tmp_path):
     assert len(lines) == 6
     assert lines[1].startswith("'=cmd00.png,'=cmd01.png,1,")
     assert "files of scores hold the first 5 of 15 rows" in " ".join(report["data"]["notes"])
+
+
+def test_a_p_value_near_zero_has_a_bound():
+    rng, same = np.random.default_rng(0), np.arange(1200) % 2 == 0
+    left, right = np.arange(1200) * 2, np.arange(1200) * 2 + 1
+    chance = rng.normal(size=(2400, 16))
+    right_always = chance.copy()
+    right_always[right[same]] = right_always[left[same]]
+    protocol = PairProtocol(left, right, same, np.arange(1200) // 2 % 10, replicates=5, threshold="exact")
+    task = task_of_protocol("pairs", "Pairs", protocol, rows_only("x", 2400))
+    entry = ModelEntry("student")
+    models = [EvaluatedModel(name, entry, {"x": rows}) for name, rows in (("a", right_always), ("b", chance))]
+    output = evaluate_models([task], models, sampling=Sampling(replicates=5), num_failures=0)
+    assert output.summaries[0].differences[0].difference.note.endswith("McNemar p < 0.0001")
+    assert output.summaries[0].convention["Alignment"] == "that of the embeddings"
 
 
 def test_intervals_are_over_identities_if_they_are_known():

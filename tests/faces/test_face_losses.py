@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -182,6 +183,34 @@ class TestEveryLoss:
 def test_invalid_arguments(kind: Any, arguments: tuple[Any, ...], options: dict[str, Any], words: str) -> None:
     with pytest.raises((TypeError, ValueError), match=f"{kind.__name__}: {words}"):
         kind(*arguments, **options)
+
+
+@pytest.mark.parametrize(
+    ("kind", "arguments", "options"),
+    [
+        (MarginDistillLoss, (N, D), {"scale": 8.0, "min_margin": 0.25, "max_margin": 0.5, "centers": CENTERS}),
+        (TripletDistillLoss, (), {"min_margin": 0.25, "max_margin": 0.5}),
+        (EvaluationOrientedLoss, (), {"rates": (0.5, 0.25, 1e-4), "temperature": 0.25, "num_hard_negatives": 10}),
+        (EvaluationOrientedLoss, (), {"positive_weight": 0.5, "negative_weight": 2.0, "momentum": 0.5}),
+        (AdaptiveCentersLoss, (N, D), {"scale": 8.0, "margin": 0.25}),
+    ],
+)
+def test_numpy_numbers(kind: Any, arguments: tuple[int, ...], options: dict[str, Any]) -> None:
+    def converted(value: Any) -> Any:
+        if isinstance(value, tuple):
+            return np.array(value, dtype=np.float32)
+        return value if isinstance(value, Tensor) else np.int16(value) if isinstance(value, int) else np.float32(value)
+
+    plain = kind(*arguments, **options)
+    loss = kind(*map(converted, arguments), **{name: converted(value) for name, value in options.items()})
+    assert repr(loss) == repr(plain)
+    expected = plain(STUDENT.float(), TEACHER.float(), target=IDENTITIES)
+    assert torch.equal(loss(STUDENT.float(), TEACHER.float(), target=IDENTITIES), expected)
+
+
+def test_state_of_another_number_of_identities() -> None:
+    with pytest.raises(RuntimeError, match=r"MarginDistillLoss: centers must be .* = \(4, 6\), got \(5, 6\)"):
+        MarginDistillLoss(N, D).load_state_dict(MarginDistillLoss(N + 1, D).state_dict())
 
 
 # --- two processes ---------------------------------------------------------------------------------------------------

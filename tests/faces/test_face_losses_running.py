@@ -69,6 +69,11 @@ def test_thresholds_without_impostor_pairs() -> None:
     assert negative_thresholds(STUDENT, target=torch.zeros(B, dtype=torch.long)).eq(-torch.inf).all()
     assert negative_thresholds(STUDENT[:1], target=torch.tensor([0])).eq(-torch.inf).all()
     assert negative_thresholds(STUDENT, target=torch.arange(B), rates=[1])[0].isfinite()
+    embeddings = random(150, 3)  # 11,175 pairs, of which the rate np.float32(1e-4) < 1e-4 allows one
+    thresholds = negative_thresholds(
+        embeddings, target=torch.arange(150), rates=np.array([1e-4, 0.1], dtype=np.float32)
+    )
+    assert torch.equal(thresholds, negative_thresholds(embeddings, target=torch.arange(150), rates=[1e-4, 0.1]))
     with pytest.raises(ValueError, match=r"negative_thresholds: rates\[1\] must be .* <= 1, got 2"):
         negative_thresholds(STUDENT, target=torch.arange(B), rates=[1, 2])
 

@@ -208,6 +208,21 @@ class TestEveryHead:
         assert repr(eval(repr(head), {kind.__name__: kind})) == repr(head)
         assert f"margin={head.margin}" in repr(head)
 
+    def test_numpy_numbers(self, kind):
+        labels, scale, margin = np.array([0, 2, 1]), np.float32(8), np.float64(0.25)
+        generator = torch.Generator().manual_seed(0)
+        head = kind(np.int32(4), labels.max() + 1, scale, margin, generator=generator)
+        assert repr(head) == repr(kind(4, 3, 8.0, 0.25))
+        embeddings = random(3, 4, dtype=torch.float32).requires_grad_()
+        loss = FUNCTIONS[kind](embeddings, head.weight, torch.from_numpy(labels), scale=scale, margin=margin)
+        assert torch.equal(loss, head(embeddings, torch.from_numpy(labels)))
+        assert loss.dtype == torch.float32
+
+    def test_state_of_another_number_of_identities(self, kind):
+        message = rf"{kind.__name__}: weight must be .* = \(3, 4\), got \(5, 4\); build the loss with num_identities=5"
+        with pytest.raises(RuntimeError, match=message):
+            kind(4, 3).load_state_dict(kind(4, 5).state_dict())
+
     def test_initial_centers(self, kind):
         a, b = (kind(256, 50, generator=torch.Generator().manual_seed(3)).weight for _ in range(2))
         before = torch.get_rng_state()

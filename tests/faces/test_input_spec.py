@@ -5,17 +5,9 @@ import torch
 from torch import nn
 
 from kdlib_faces._checks import InputError
-from kdlib_faces.backbones import InputSpec, build_backbone, describe_checkpoint, load_backbone, save_backbone
+from kdlib_faces.backbones import InputSpec, describe_checkpoint, load_backbone, save_backbone
 from kdlib_faces.cli import main
-
-
-def small(name="mobilefacenet", **changes):
-    arguments = {"embedding_dim": 16, "width": 0.125, "input_size": 32, **changes}
-    return build_backbone(name, seed=0, **arguments).eval()
-
-
-def faces(batch=2, size=(32, 32)):
-    return torch.rand(batch, 3, *size, generator=torch.Generator().manual_seed(1)) * 2 - 1
+from tests.faces.checkpoint_files import faces, small
 
 
 def adaface_file(path, **changes):
@@ -86,7 +78,7 @@ def test_arguments_of_load_backbone_override_the_file(tmp_path):
 
 def test_an_impossible_input_size(tmp_path):
     torch.save(small(embedding_dim=64, affine=False, tail="gnap").state_dict(), tmp_path / "m")
-    with pytest.raises(InputError, match="describes a network of impossible size|input_size must be"):
+    with pytest.raises(InputError, match=r"describes a network of impossible size|input_size must be"):
         describe_checkpoint(tmp_path / "m", input_size=2**62)
 
 

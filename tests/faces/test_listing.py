@@ -9,9 +9,10 @@ import torch
 from PIL import Image
 
 from kdlib_faces._checks import InputError
+from kdlib_faces.data import image_files as image_files_module
 from kdlib_faces.data import images as images_module
 from kdlib_faces.data.images import load_images, read_image, to_float
-from kdlib_faces.data.lists import FaceList, identity_key, read_faces
+from kdlib_faces.data.lists import FaceList, read_faces
 from tests.faces.reader_files import put, touch
 
 
@@ -33,7 +34,7 @@ def folder(tmp_path):
 
 def test_ages_groups_and_unknown_ones(folder):
     faces = read_faces(
-        [write(folder, "identity,x,Path,age,age_group\nAnn,1,a.jpg,7.5,Young\nBob,,b.jpg,,\nann,2,c.jpg,40,adult\n")]
+        [write(folder, "identity,x,Path,age,age_group\nAnn,1,a.jpg,7.5,Young\nBob,,b.jpg,,\nAnn,2,c.jpg,40,adult\n")]
     )
     assert faces.identities.tolist() == [0, 1, 0]
     assert faces.identity_names == ("Ann", "Bob")
@@ -46,18 +47,6 @@ def test_without_ages_both_columns_are_none(folder):
     faces = read_faces(write(folder, "\ufeffpath,identity,age\n\na.jpg,Ann,\nb.jpg,Bob,\n"))
     assert faces.ages is None
     assert faces.age_groups is None
-
-
-def test_one_person_of_two_lists_is_one_identity(tmp_path):
-    touch(
-        tmp_path, "lfw/Halle_Berry/1.jpg", "lfw/Zed/1.png", "lfw/Zed/notes.txt", "lfw/.hidden/x.jpg", "x.jpg", "y.jpg"
-    )
-    other = write(tmp_path, "path,identity,age\nx.jpg,halle--berry,30\ny.jpg,José,50\n")
-    faces = read_faces([tmp_path / "lfw", other])
-    assert faces.identity_names == ("Halle_Berry", "Zed", "José")
-    assert faces.identities.tolist() == [0, 1, 0, 2]
-    assert np.isnan(faces.ages[:2]).all()
-    assert identity_key("Jose\u0301 ") == identity_key("JOSÉ")
 
 
 def test_two_lists_name_the_same_file(folder):
@@ -78,7 +67,7 @@ def test_two_lists_name_the_same_file(folder):
             (f"path,identity,age\na.jpg,A,7\nb.jpg,B,{age}\n", rf"line 3: age must be .*'{age}'")
             for age in ("old", -1, 131)
         ),
-        ("path,identity\na.jpg,A\nb.jpg,a\n", r"at least two identities are needed, got one \('A'\)"),
+        ("path,identity\na.jpg,A\nb.jpg,A\n", r"at least two identities are needed, got one \('A'\)"),
         ("path,identity\na.jpg,A\na.jpg,B\n", r"line 3: the image .* is listed already .*line 2"),
         ("path,identity\na.jpg,A\nb.jpg\n", r"line 3: the header has 2 columns, this line has 1"),
         ("path,identity\n,A\n", r"line 2: path is empty"),
@@ -88,7 +77,7 @@ def test_two_lists_name_the_same_file(folder):
         (b"path,identity\na.jpg,A\0\n", r"line 2: contains a NUL byte"),
         (b"path,identity\n" + b"x" * 9000, r"line 2: longer than 8192 bytes"),
         (b"\x89PNG\r\n\x1a\n", r"line 1: byte 0x89 is not UTF-8"),
-        ("path,identity\nm1.jpg,A\nm2.jpg,B\nm3.jpg,B\nm4.jpg,B\n", r"4 image files not found: .*m3\.jpg and 1 more"),
+        ("path,identity\nm1.jpg,A\nm2.jpg,B\nm3.jpg,B\nm4.jpg,B\n", r"4 image files not found: .*m1\.jpg, .*m4\.jpg$"),
     ],
 )
 def test_broken_lists(folder, text, message):
@@ -120,28 +109,6 @@ def test_a_subset_numbers_identities_anew(folder):
         FaceList((Path("a"),), np.zeros(1, np.int64), ("A",), ages=np.zeros(2, np.float32))
 
 
-def test_images_are_cropped_resized_and_made_rgb(tmp_path):
-    ramp = np.tile(np.arange(0, 240, 10, dtype=np.uint8), (12, 1))
-    wide = read_image(picture(tmp_path / "wide.png", ramp, "L"), 12)
-    np.testing.assert_array_equal(wide, np.broadcast_to(ramp[:, 6:18], (3, 12, 12)))
-    color = np.random.default_rng(0).integers(0, 256, (8, 8, 3))
-    same = read_image(picture(tmp_path / "p.png", color), 8)
-    np.testing.assert_array_equal(same, color.transpose(2, 0, 1))
-    assert read_image(picture(tmp_path / "a.png", color, "RGBA"), 4).shape == (3, 4, 4)
-    checker = np.indices((64, 64)).sum(0) % 2 * 255
-    small = read_image(picture(tmp_path / "c.png", checker, "L"), 16)
-    assert 100 < small.min() <= small.max() < 155  # antialiased: picking pixels would give 0 or 255
-
-
-def test_exif_rotation_is_ignored(tmp_path):
-    pixels = np.random.default_rng(1).integers(0, 256, (8, 8, 3))
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    np.testing.assert_array_equal(
-        read_image(picture(tmp_path / "r.png", pixels, exif=exif), 8), pixels.transpose(2, 0, 1)
-    )
-
-
 def test_unreadable_images_are_named(tmp_path, monkeypatch):
     good = picture(tmp_path / "good.jpg", np.random.default_rng(0).integers(0, 256, (64, 64, 3)))
     cut = write(tmp_path, good.read_bytes()[:900], "cut.jpg")
@@ -154,7 +121,7 @@ def test_unreadable_images_are_named(tmp_path, monkeypatch):
     Image.new("I;16", (8, 8)).save(tmp_path / "deep.png")
     with pytest.raises(InputError, match="images of mode 'I;16' are not read"):
         read_image(tmp_path / "deep.png", 8)
-    monkeypatch.setattr(images_module, "MAX_PIXELS", 4000)
+    monkeypatch.setattr(image_files_module, "MAX_PIXELS", 4000)
     with pytest.raises(InputError, match=r"64 x 64 pixels; images above 4,000 are refused"):
         read_image(good, 8)
 

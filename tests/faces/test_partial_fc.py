@@ -81,7 +81,7 @@ def test_invalid_shards(parts, words):
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        ({"weight": Path("weights")}, "which was refused"),
+        ({"weight": Path("weights")}, "must contain the class centers"),
         ({"conv1.weight": torch.ones(2, 2)}, "must contain the class centers"),
         ({"weight": torch.ones(()).expand(4, 10**9)}, "declares more values than its"),
         ({"weight": torch.ones(4, 8, dtype=torch.int64)}, "floating point"),
@@ -96,5 +96,5 @@ def test_files_without_centers(content, words, tmp_path):
 
 def test_a_head_of_another_size(tmp_path):
     _, parts = shards(8, 2)
-    with pytest.raises(InputError, match=r"head must have a weight of \(8, 8\), got \(9, 8\)"):
+    with pytest.raises(InputError, match=r"head must have a weight of .* = \(8, 8\), .* got \(9, 8\)"):
         load_partial_fc(saved(tmp_path, parts), lambda dim, identities: ArcFaceHead(dim, identities + 1))

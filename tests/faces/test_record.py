@@ -336,6 +336,9 @@ def test_labels_come_from_the_records_and_ranges_are_checked_against_them(tmp_pa
         assert reader.labels().tolist() == [first, second, third]
         with pytest.raises(InputError, match=r"record 4: its images 1 and [23] have labels \d and \d"):
             reader.ranges()
+    twice = [(4, image_record(b"", [1, 3])), (5, image_record(b"", [2, 4])), (0, image_record(b"", [4, 6]))]
+    with pytest.raises(InputError, match="identity records 4 and 5 name the same images"):
+        RecordReader(write(tmp_path, [*records[:3], *twice])).ranges()
     reader = RecordReader(write(tmp_path, [*records[:3], (0, image_record(b"", [4, 6]))]))
     with pytest.raises(InputError, match="names identities 4 to 5, 2 are not in the index"):
         reader.ranges()

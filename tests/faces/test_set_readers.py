@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from kdlib_faces._checks import InputError
 from kdlib_faces.data import (
+    FaceDataWarning,
     cacd_vs_pairs,
     parse_agedb_name,
     parse_fgnet_name,
@@ -128,7 +129,8 @@ def test_lfw_lists_that_are_none(tmp_path, text, message):
 
 def test_an_image_that_a_face_list_has_twice_is_not_guessed(tmp_path):
     touch(tmp_path, "a/A/A_0001.jpg", "b/A/A_0001.jpg", "a/A/A_0002.jpg", "a/B/B_0001.jpg")
-    faces = read_faces([tmp_path / "a", tmp_path / "b"])
+    with pytest.warns(FaceDataWarning, match="1 are in more than one list and were merged: 'A'"):
+        faces = read_faces([tmp_path / "a", tmp_path / "b"])
     with pytest.raises(InputError, match=r"the face list has more than one image named 'A/A_0001\.jpg'"):
         read_lfw_pairs(put(tmp_path, "A 1 2\nA 1 B 1\n")).locate(faces)
     with pytest.raises(InputError, match=r"no pair has both its images in the face list; 'Z/Z_0001\.jpg' is missing"):
@@ -147,19 +149,109 @@ def test_assign_folds_hold_both_kinds(same):
             assert 0 < same[folds == fold].mean() < 1
 
 
+SAME, OTHER = ("Ann/Ann_0001.jpg", "Ann/Ann_0002.jpg", True), ("Ann/Ann_0001.jpg", "Bob/Bob_0003.jpg", False)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "name,imagenum1,imagenum2,\nAnn,1,2,\nAnn,1,Bob,3\n",
+        "name,imagenum1,name,imagenum2\r\nAnn,1,2\r\nAnn,1,Bob,3\r\n",
+        "Ann,1,2\nAnn,1,Bob,3\n",
+        *(
+            f"{head}{mark.join(SAME[:2])}{mark}{yes}\n\n{mark.join(OTHER[:2])}{mark}{no}\n"
+            for head, mark in (
+                ("", " "),
+                ("", "\t"),
+                ("", ","),
+                ("left,right,same\n", ","),
+                ("left right label\n", " "),
+                ("\ufeffa,b,label\n", ", "),
+            )
+            for yes, no in (("1", "0"), ("True", "False"), ("1", "-1"))
+        ),
+        ",left,right,same\n0,Ann/Ann_0001.jpg,Ann/Ann_0002.jpg,1.0\n1,Ann/Ann_0001.jpg,Bob/Bob_0003.jpg,0.0\n",
+        "1 Ann/Ann_0001.jpg Ann/Ann_0002.jpg\n0 Ann/Ann_0001.jpg Bob/Bob_0003.jpg\n",
+        '"Ann/Ann_0001.jpg","Ann/Ann_0002.jpg",1\n"Ann/Ann_0001.jpg","Bob/Bob_0003.jpg",0\n',
+    ],
+)
+def test_pair_lists_as_csv_and_as_paths_with_a_label(tmp_path, text):
+    pairs = read_lfw_pairs(put(tmp_path, text))
+    assert [(*pair, same) for pair, same in zip(names(pairs), pairs.same.tolist(), strict=True)] == [SAME, OTHER]
+    assert pairs.identities == ("Ann", "Ann", "Bob")
+
+
+def test_paths_are_told_apart_by_as_many_parts_as_they_need(tmp_path):
+    touch(tmp_path / "f", "001/front/01.jpg", "001/side/01.jpg", "002/front/01.jpg")
+    rows = "001/front/01.jpg 001/side/01.jpg 1\n001/front/01.jpg 002/front/01.jpg 0\n"
+    pairs = read_lfw_pairs(put(tmp_path, rows)).locate(read_faces(tmp_path / "f"))
+    assert (pairs.left.tolist(), pairs.right.tolist(), pairs.same.tolist()) == ([0, 0], [1, 2], [True, False])
+
+
+@pytest.mark.parametrize(
+    "form", ["{0}/{1}.png", "{0}/{1:03d}.jpg", "{0}/{0}_{1}.jpg", "x/{0}-{1:06d}.jpg", "{0}/img_{1}.jpg"]
+)
+def test_images_with_other_names_are_found_by_identity_and_number(tmp_path, form):
+    people = {"Ann Lee": (1, 2, 10), "Bob_2nd": (1, 3)}
+    files = [form.format(name, number) for name, numbers in people.items() for number in numbers]
+    rows = "".join(f"{file},{name}\n" for file, name in zip(files, ["Ann Lee"] * 3 + ["Bob_2nd"] * 2, strict=True))
+    faces = read_faces(put(touch(tmp_path, *files), "path,identity\n" + rows, "faces.csv"))
+    pairs = read_lfw_pairs(put(tmp_path, "Ann_Lee\t1\t10\nAnn_Lee\t2\tBob_2nd\t3\nAnn_Lee\t2\tBob_2nd\t9\n")).locate(
+        faces
+    )
+    assert (pairs.left.tolist(), pairs.right.tolist(), pairs.missing) == ([0, 1], [2, 4], 1)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("Ann;1;2\nAnn;1;Bob;3\n", "line 1: the columns are separated by semicolons; separate them by commas"),
+        ("a.jpg;b.jpg;1\n", "line 1: the columns are separated by semicolons"),
+        ("a\\b.jpg c\\d.jpg 1\n", "path inside the set, got .*; write slashes instead of backslashes"),
+        ("Ann 1 2\rAnn 1 Bob 3\r", "line 1: lines end with CR only; save the file with LF or CRLF line ends"),
+        ("Ann 1 2\r" * 2000, "line 1: lines end with CR only"),
+        ("Ann 1 2\n".encode("utf-16"), "the file is UTF-16 text; save it as UTF-8"),
+        ("Ann 1 2\n".encode("utf-16-be"), "line 1: contains a NUL byte; the file must be UTF-8 text"),
+        ("Jos\xe9 1 2\n".encode("latin-1"), "line 1: byte 0xe9 is not UTF-8 text; save the file as UTF-8"),
+        ("Ann 1 2\na.jpg b.jpg 1\n", "line 2: must be 'name n1 n2' or"),
+        ("a.jpg b.jpg 1\nAnn 1 2\n", "line 2: must be 'path path 0' or 'path path 1', got 'Ann 1 2'"),
+        ("a.jpg b.jpg 2\n", "line 1: must be .*, or 'path path 0|1', got"),
+    ],
+)
+def test_pair_lists_of_another_form_are_told_what_to_change(tmp_path, content, message):
+    with pytest.raises(InputError, match=message):
+        read_lfw_pairs(put(tmp_path, content))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("path;identity\na.jpg;A\n", "line 1: the columns are separated by semicolons; separate them by commas"),
+        ("path\tidentity\na.jpg\tA\n", "line 1: the columns are separated by tabs; separate them by commas"),
+        ("path,identity\na\\b.jpg,A\n", "line 2: the path has backslashes; write slashes, got"),
+        ("path,identity\ra.jpg,A\r", "lines end with CR only"),
+        ("path,identity\na.jpg,A\n".encode("utf-16"), "the file is UTF-16 text; save it as UTF-8"),
+    ],
+)
+def test_face_lists_of_another_form_are_told_what_to_change(tmp_path, content, message):
+    with pytest.raises(InputError, match=message):
+        read_faces(put(tmp_path, content, "faces.csv"))
+
+
 # CALFW and CPLFW
 
 
-def two_lines(same, different, mark=" "):
-    rows = [f"P_{k:04d}.jpg{mark}{k % 9 + 1}\nP_{k + 1:04d}.jpg{mark}{k % 9 + 1}" for k in range(same)]
+def two_lines(same, different, mark=" ", head=""):
+    rows = [head] if head else []
+    rows += [f"P_{k:04d}.jpg{mark}{k % 9 + 1}\nP_{k + 1:04d}.jpg{mark}{k % 9 + 1}" for k in range(same)]
     rows += [f"Q_{k:04d}.jpg{mark}0\nR_{k:04d}.jpg{mark}0" for k in range(different)]
     return "\n".join(rows) + "\n"
 
 
 @pytest.mark.parametrize(("reader", "name"), [(read_calfw_pairs, "CALFW"), (read_cplfw_pairs, "CPLFW")])
-@pytest.mark.parametrize("mark", [" ", "\t"])
-def test_two_lines_are_a_pair_and_folds_take_three_hundred_of_each_kind(tmp_path, reader, name, mark):
-    pairs = reader(put(tmp_path, two_lines(3000, 3000, mark)))
+@pytest.mark.parametrize(("mark", "head"), [(" ", ""), ("\t", ""), (" ", "name same_person")])
+def test_two_lines_are_a_pair_and_folds_take_three_hundred_of_each_kind(tmp_path, reader, name, mark, head):
+    pairs = reader(put(tmp_path, two_lines(3000, 3000, mark, head)))
     assert (pairs.name, len(pairs), int(pairs.same.sum())) == (name, 6000, 3000)
     assert pairs.same[:3000].all()
     for fold in (0, 1, 9):
@@ -384,7 +476,7 @@ def test_names_of_files(parse, name, expected):
 
 
 def test_the_raw_set_from_a_folder(tmp_path):
-    folder = touch(tmp_path, "1_Ann_30_f.jpg", "2_Ann_60_f.jpg", "sub/3_Bob_40_m.jpg", "other.jpg", "4_Eve_5_f.txt")
+    folder = touch(tmp_path, "1_Ann_30_f.jpg", "2_Ann_60_f.jpg", "sub/3_Bob_40_m.jpg", "4_Eve_5_f.txt")
     faces = read_agedb(folder)
     assert (faces.identity_names, faces.identities.tolist(), faces.ages.tolist()) == (
         ("Ann", "Bob"),
@@ -494,7 +586,7 @@ def fgnet(folder, images, subjects=82):
 
 
 def test_fgnet_as_it_is_published(tmp_path):
-    touch(tmp_path, "points/001a00.pts", "notes.txt", "thumb.jpg", ".001A05.jpg")
+    touch(tmp_path, "points/001a00.pts", "notes.txt", ".001A05.jpg")
     faces = read_fgnet(fgnet(tmp_path, 1002))
     assert (len(faces), faces.num_identities) == (1002, 82)
     assert faces.identity_names[:2] == ("001", "002")

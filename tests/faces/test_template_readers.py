@@ -409,7 +409,7 @@ def test_points_files_that_are_none(tmp_path, text, message):
 
 
 def test_ages_and_dates_become_years(tmp_path):
-    ages = read_longitudinal(put(tmp_path, "identity,Path,x,age\nAnn,a.jpg,1,7.5\nann,b.jpg,,37\nBob,c.jpg,,40\n"))
+    ages = read_longitudinal(put(tmp_path, "identity,Path,x,age\nAnn,a.jpg,1,7.5\nAnn,b.jpg,,37\nBob,c.jpg,,40\n"))
     assert (ages.kind, ages.years.tolist(), ages.identities.tolist()) == ("age", [7.5, 37.0, 40.0], [0, 0, 1])
     assert (ages.identity_names, ages.paths[1]) == (("Ann", "Bob"), tmp_path / "b.jpg")
     text = "path,identity,date\na,A,2000-01-01\nb,A,2001-01-01\nc,A,2010\nd,A,2010-07\ne,A,1970-12-31\n"

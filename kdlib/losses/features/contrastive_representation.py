@@ -13,7 +13,7 @@ from kdlib._checks import (
     check_whole_numbers,
 )
 from kdlib._gather import gather_rows
-from kdlib._maths import FAR, Reduction, directions, full_precision, promote, reduce
+from kdlib._maths import FAR, Reduction, directions, finite_weight, full_precision, promote, reduce
 from kdlib.losses._checks import check_gathered_reduction
 from kdlib.losses._module import LossModule
 
@@ -94,6 +94,7 @@ def contrastive_representation(
     check_pair("contrastive_representation", student, teacher, "b d")
     check_gathered_reduction("contrastive_representation", gather, reduction)
     check_weight("contrastive_representation", weight, student.shape[0])
+    weight = None if weight is None else finite_weight(weight)
     if negatives is not None:
         check_floating("contrastive_representation", negatives=negatives)
         check_shape("contrastive_representation", "negatives", negatives, "m d", d=student.shape[1])
@@ -241,6 +242,7 @@ class ContrastiveRepresentationLoss(LossModule):
         check_same_batch(owner, "student", student, "teacher", teacher)
         check_gathered_reduction(owner, self.gather, reduction)
         check_weight(owner, weight, student.shape[0])
+        weight = None if weight is None else finite_weight(weight)
         if target is not None:
             check_whole_numbers(owner, "target", target, student.shape[0])
         origin = student.dtype

@@ -60,7 +60,7 @@ def hierarchical_context(
         each student stage with the deeper ones, the other half of the paper, is a network and not a loss; if it reads a
         single stage, it can be the projection of a `Term` (`project=`).
     """
-    check_levels("hierarchical_context", levels)
+    levels = check_levels("hierarchical_context", levels)
     check_pair("hierarchical_context", student, teacher, "b c h w")
     origin = student.dtype
     height, width = student.shape[2:]
@@ -94,5 +94,4 @@ class HierarchicalContextLoss(FunctionLoss):
 
     def __init__(self, *, levels: Sequence[int] = (4, 2, 1), reduction: Reduction = "mean") -> None:
         super().__init__(reduction=reduction)
-        check_levels("HierarchicalContextLoss", levels)
-        self.levels = tuple(levels)
+        self.levels = check_levels("HierarchicalContextLoss", levels)

@@ -26,7 +26,7 @@ def nst(student: Tensor, teacher: Tensor, *, reduction: Reduction = "mean", weig
     An equal form is :math:`\left\| \frac{1}{c} \sum_i s_i s_i^T - \frac{1}{C} \sum_k t_k t_k^T \right\|_F^2`. It is
     used where it needs fewer multiplications: with n = h w positions, `n (c + C)` instead of `c^2 + C^2 + c C`. No
     tensor is larger than `(b, n, n)` or `(b, c, C)`. The value of the first form has a rounding error of about 1e-7 in
-    float32 and may be that far below 0.
+    float32; values that this makes negative count as 0.
 
     Args:
         student: features `(b, c, h, w)`.
@@ -73,6 +73,7 @@ def nst(student: Tensor, teacher: Tensor, *, reduction: Reduction = "mean", weig
             losses = (moment_s - moment_t).square().sum((1, 2))
         else:
             losses = _mean_kernel(t_bcn, t_bcn) + _mean_kernel(s_bcn, s_bcn) - 2 * _mean_kernel(s_bcn, t_bcn)
+            losses = losses.clamp(min=0)
         return reduce("nst", losses, reduction, weight)
 
 

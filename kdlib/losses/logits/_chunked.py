@@ -14,10 +14,7 @@ from torch.autograd import Function
 
 from kdlib._maths import promote, promoted_dtype
 
-__all__ = ["MIN_LOG", "by_rows", "soften"]
-
-MIN_LOG = -1e30
-"""Smaller log-probabilities count as this one, because differences could overflow to -inf, and 0 * -inf is NaN."""
+__all__ = ["by_rows"]
 
 CHUNK = 2**17
 """Values of a matrix per chunk and core: with the intermediate results they fit the cache of a processor's core."""
@@ -47,14 +44,6 @@ def by_rows(
         return value(*promote(student, teacher), *others)
     losses: Tensor = _ByRows.apply(value, slope, student, teacher.detach(), *others)  # type: ignore[no-untyped-call]  # torch has no types here
     return losses
-
-
-def soften(logits: Tensor, temperature: float) -> Tensor:
-    """Return `logits / temperature` `(n, c)`, minus a constant of each row if the quotient could overflow."""
-    if temperature >= 1:
-        return logits / temperature
-    shifted = (logits - logits.amax(1, keepdim=True)) / temperature
-    return shifted.clamp(min=torch.finfo(logits.dtype).min)
 
 
 class _ByRows(Function):

@@ -1,5 +1,6 @@
 """Decoupled distillation: soft targets in two parts, target class against the rest and within the rest."""
 
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -9,7 +10,8 @@ from torch.nn import functional as F
 from kdlib._checks import check_number, check_pair, check_target
 from kdlib._maths import Reduction, full_precision, promote, reduce
 from kdlib.losses._module import LossModule
-from kdlib.losses.logits._chunked import MIN_LOG, by_rows, soften
+from kdlib.losses.logits._chunked import by_rows
+from kdlib.losses.logits._divergence import MIN_LOG, centered, divergence, probability_gap, soften
 
 __all__ = ["DecoupledKDLoss", "decoupled_kd"]
 
@@ -124,39 +126,52 @@ class DecoupledKDLoss(LossModule):
         return self._call(student, teacher, weight, reduction, target=target)
 
 
-def _split_target(logits: Tensor, target_n1: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """Return the log-odds u of the target `(n, 1)` and the log-probabilities of the rest `(n, c)`, -inf at y."""
-    softened = soften(logits, temperature)
+@dataclass
+class _Parts:
+    """Target against rest `(n, 2)`, and the rest `(n, c)`, where the target has probability 0."""
+
+    log_s: Tensor
+    log_t: Tensor
+    value: Tensor
+    ratio: Tensor | None
+
+
+def _compare(student: Tensor, teacher: Tensor, target_n1: Tensor, temperature: float) -> tuple[_Parts, _Parts]:
+    """Return the log-probabilities, divergences and log-ratios of both parts."""
+    (u_s, log_s), (u_t, log_t) = (_split_target(soften(x, temperature), target_n1) for x in (student, teacher))
+    difference = lambda: centered(student, temperature) - centered(teacher, temperature)  # noqa: E731
+    rest = _Parts(log_s, log_t, *divergence(log_s, log_t, difference))
+    # The log-ratio at the target, where the rest's does not include it, is the difference of the log-odds u.
+    odds = u_s - u_t if rest.ratio is None else rest.ratio.gather(1, target_n1)
+    log_s, log_t = (F.logsigmoid(torch.cat([u, -u], 1)) for u in (u_s, u_t))
+    return _Parts(log_s, log_t, *divergence(log_s, log_t, lambda: F.pad(odds, (0, 1)))), rest
+
+
+def _split_target(softened: Tensor, target_n1: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the log-odds u of the target `(n, 1)` and the log-probabilities of the rest `(n, c)`."""
     own = softened.gather(1, target_n1)
     rest = softened.scatter(1, target_n1, -torch.inf)
     log_rest = rest.log_softmax(1)
     # log sum exp of the rest follows from its largest entry, without a second sum.
     odds = (own - rest.amax(1, keepdim=True)) + log_rest.amax(1, keepdim=True)
-    return odds.clamp(MIN_LOG, -MIN_LOG), log_rest
+    return odds.clamp(MIN_LOG, -MIN_LOG), log_rest.clamp(min=MIN_LOG)
 
 
 def _divergence(
     student: Tensor, teacher: Tensor, target_n1: Tensor, *, alpha: float, beta: float, temperature: float
 ) -> Tensor:
     """Return the loss of each row, `(n, c)` and `(n, c)` to `(n,)`."""
-    u_s, log_s = _split_target(student, target_n1, temperature)
-    u_t, log_t = _split_target(teacher, target_n1, temperature)
-    binary = u_t.sigmoid() * (F.logsigmoid(u_t) - F.logsigmoid(u_s))
-    binary = binary + (-u_t).sigmoid() * (F.logsigmoid(-u_t) - F.logsigmoid(-u_s))
-    # In-place operations reduce the number of matrices that are held at a time.
-    log_t = log_t.clamp_(min=MIN_LOG)
-    within = (log_t - log_s.clamp(min=MIN_LOG)).mul_(log_t.exp_()).sum(1)
-    return temperature**2 * (alpha * binary.squeeze(1) + beta * within)
+    binary, rest = _compare(student, teacher, target_n1, temperature)
+    return (alpha * binary.value + beta * rest.value) * temperature * temperature
 
 
 def _slope(
     student: Tensor, teacher: Tensor, target_n1: Tensor, *, alpha: float, beta: float, temperature: float
 ) -> Tensor:
     """Return the derivative: T alpha d at y, T (beta (q^s - q^t) - alpha d q^s) elsewhere, with d = p^s_y - p^t_y."""
-    u_s, log_s = _split_target(student, target_n1, temperature)
-    u_t, log_t = _split_target(teacher, target_n1, temperature)
+    binary, rest = _compare(student, teacher, target_n1, temperature)
+    gap = probability_gap(binary.log_s, binary.log_t, binary.ratio)
     # For two probabilities near 1, the difference of their complements is exact.
-    d = torch.where(u_s > 0, (-u_t).sigmoid() - (-u_s).sigmoid(), u_s.sigmoid() - u_t.sigmoid())
-    q_t = log_t.exp_().mul_(-temperature * beta)
-    rest = q_t.addcmul_(log_s.exp(), temperature * (beta - alpha * d))
-    return rest.scatter_(1, target_n1, temperature * alpha * d)
+    d = torch.where(binary.log_s[:, :1] > binary.log_s[:, 1:], -gap[:, 1:], gap[:, :1]) * (temperature * alpha)
+    slope = probability_gap(rest.log_s, rest.log_t, rest.ratio).mul_(temperature * beta)
+    return slope.sub_(d * rest.log_s.exp()).scatter_(1, target_n1, d)

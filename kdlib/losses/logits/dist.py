@@ -7,7 +7,7 @@ from kdlib._checks import check_number, check_pair
 from kdlib._maths import MeanOnly, full_precision
 from kdlib.losses._module import RelationLoss
 from kdlib.losses._relations import one_batch
-from kdlib.losses.logits._chunked import soften
+from kdlib.losses.logits._divergence import centered
 
 __all__ = ["DISTLoss", "dist"]
 
@@ -77,37 +77,58 @@ def dist(
             return student.sum() * 0.0
         # An overflow in the softmax of a masked sample must not reach the others.
         masked = (share == 0).unsqueeze(1)
-        p_s, p_t = (soften(x.masked_fill(masked, 0.0), temperature).softmax(1) for x in (student, teacher))
-        even = torch.full_like(p_s[:1], 1 / p_s.shape[1])
+        sides = [_Side(x.masked_fill(masked, 0.0), temperature) for x in (student, teacher)]
+        even = torch.full_like(student[:1], 1 / student.shape[1])
         min_spread = temperature * torch.finfo(origin).tiny
-        between_classes = share @ _one_minus_correlation(p_s, p_t, even, min_spread)
-        between_samples = _one_minus_correlation(p_s.T, p_t.T, share.unsqueeze(0), min_spread).mean()
-        value = temperature**2 * (beta * between_classes + gamma * between_samples)
+        rows = [_standardize(x.softened, x.softened, x.size, even, min_spread) for x in sides]
+        size = [torch.where(masked, 0.0, x.size).amax() for x in sides]
+        columns = [
+            _standardize(x.log_p.T, (x.softened.abs() + x.log_sum.abs()).T, most, share.unsqueeze(0), min_spread)
+            for x, most in zip(sides, size, strict=True)
+        ]
+        between_classes = share @ _one_minus_correlation(rows, even)
+        between_samples = _one_minus_correlation(columns, share.unsqueeze(0)).mean()
+        value = (beta * between_classes + gamma * between_samples) * temperature * temperature
         return torch.where(share.sum() > 0, value, value * 0.0)
 
 
-def _one_minus_correlation(x: Tensor, y: Tensor, share: Tensor, min_spread: float) -> Tensor:
-    """Return one minus the weighted correlation of each row of `x` `(n, d)` with that of `y`; the shares sum to 1."""
-    x, x_flat = _standardize(x, share, min_spread)
-    y, y_flat = _standardize(y, share, min_spread)
-    correlation = torch.where(x_flat & y_flat, 1.0, (share * x * y).sum(1))
-    return 1 - correlation
+class _Side:
+    """Log-probabilities of one side `(b, c)`, up to a constant, without the rounding error of their size."""
+
+    def __init__(self, logits: Tensor, temperature: float) -> None:
+        self.softened = centered(logits, temperature)
+        self.log_sum = self.softened.expm1().mean(1, keepdim=True).log1p()
+        self.log_p = self.softened - self.log_sum
+        self.size = logits.detach().abs().amax(1, keepdim=True) / temperature
 
 
-def _standardize(x: Tensor, share: Tensor, min_spread: float) -> tuple[Tensor, Tensor]:
-    """Scale rows to weighted mean 0 and variance 1; also return which rows have no spread: they become zero.
+def _standardize(logs: Tensor, error: Tensor, size: Tensor, share: Tensor, min_spread: float) -> tuple[Tensor, Tensor]:
+    """Scale rows of exp(logs) `(n, d)` to weighted mean 0 and variance 1; also return which have no spread.
 
-    Rows with a relative spread below `min_spread` get no gradient, because it grows as 1 / spread.
+    These become zero; rounding differences, of `error` times the precision, do not count as spread. Rows with a
+    relative spread below `min_spread`, or within the precision of logits of `size`, get no gradient, because it grows
+    as 1 / spread.
     """
-    centered = x - (share * x).sum(1, keepdim=True)
-    present = torch.where(share > 0, centered, 0.0)
-    largest, size = (each.detach().abs().amax(1, keepdim=True) for each in (present, x))
-    # Rounding differences between equal numbers do not count as spread.
-    flat = largest <= 8 * torch.finfo(x.dtype).eps * size
-    scaled = present / torch.where(flat, 1.0, largest)
+    eps = 8 * torch.finfo(logs.dtype).eps
+    top = torch.where(share > 0, logs.detach(), torch.finfo(logs.dtype).min).amax(1, keepdim=True)
+    below = torch.where(share > 0, logs, top) - top
+    x = below.expm1()
+    centered = torch.where(share > 0, x - (share * x).sum(1, keepdim=True), 0.0)
+    largest = centered.detach().abs().amax(1, keepdim=True)
+    size_of_error = torch.where(share > 0, error, 0.0).detach().abs().amax(1, keepdim=True)
+    flat = -below.detach().amin(1, keepdim=True) <= eps * size_of_error
+    scaled = centered / torch.where(flat, 1.0, largest)
     spread = (share * torch.where(flat, 1.0, scaled).square()).sum(1, keepdim=True).sqrt()
     standard = torch.where(flat, 0.0, scaled / torch.where(spread == 0, 1.0, spread))
-    return torch.where(largest < min_spread * size, standard.detach(), standard), flat.squeeze(1)
+    steep = largest < torch.clamp(eps * size.clamp(max=100), min=min_spread)
+    return torch.where(steep, standard.detach(), standard), flat.squeeze(1)
+
+
+def _one_minus_correlation(sides: list[tuple[Tensor, Tensor]], share: Tensor) -> Tensor:
+    """Return one minus the weighted correlation of the rows `(n,)`, as half the squared distance: it cannot cancel."""
+    (x, x_flat), (y, y_flat) = sides
+    apart = (share * (x - y).square()).sum(1) / 2
+    return torch.where(x_flat | y_flat, (x_flat != y_flat).to(apart.dtype), apart)
 
 
 class DISTLoss(RelationLoss):

@@ -7,7 +7,8 @@ from torch import Tensor
 from kdlib._checks import check_number, check_pair
 from kdlib._maths import Reduction, full_precision, reduce
 from kdlib.losses._module import FunctionLoss
-from kdlib.losses.logits._chunked import MIN_LOG, by_rows, soften
+from kdlib.losses.logits._chunked import by_rows
+from kdlib.losses.logits._divergence import MIN_LOG, centered, divergence, probability_gap, soften
 
 __all__ = ["SoftTargetLoss", "soft_target"]
 
@@ -79,15 +80,19 @@ class SoftTargetLoss(FunctionLoss):
         self.temperature = temperature
 
 
+def _compare(student: Tensor, teacher: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Return both log-probabilities `(n, c)`, the divergences `(n,)` and the log-ratios `(n, c)`."""
+    log_s, log_t = (soften(x, temperature).log_softmax(1).clamp(min=MIN_LOG) for x in (student, teacher))
+    difference = lambda: centered(student, temperature) - centered(teacher, temperature)  # noqa: E731
+    return log_s, log_t, *divergence(log_s, log_t, difference)
+
+
 def _divergence(student: Tensor, teacher: Tensor, *, temperature: float) -> Tensor:
     """Return the loss of each row, `(n, c)` and `(n, c)` to `(n,)`."""
-    # In-place operations hold three matrices at a time instead of five.
-    log_t = soften(teacher, temperature).log_softmax(1).clamp_(min=MIN_LOG)
-    difference = log_t - soften(student, temperature).log_softmax(1).clamp(min=MIN_LOG)
-    return temperature**2 * difference.mul_(log_t.exp_()).sum(1)
+    return _compare(student, teacher, temperature)[2] * temperature * temperature
 
 
 def _slope(student: Tensor, teacher: Tensor, *, temperature: float) -> Tensor:
     """Return the derivative of `_divergence` by the student's logits: T (p^s - p^t)."""
-    p_t = soften(teacher, temperature).softmax(1)
-    return p_t.sub_(soften(student, temperature).softmax(1)).mul_(-temperature)
+    log_s, log_t, _, ratio = _compare(student, teacher, temperature)
+    return probability_gap(log_s, log_t, ratio) * temperature

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from kdlib_faces._checks import InputError, show_name
 from kdlib_faces._weights import Weights, read_weights
-from kdlib_faces.backbones.checkpoints.layouts import LAYOUTS, Layout, foreign
+from kdlib_faces.backbones.checkpoints.layouts import LAYOUTS, Layout, describe_foreign
 from kdlib_faces.backbones.checkpoints.origins import find_origin
 from kdlib_faces.backbones.checkpoints.unwrap import Unwrapped, unwrap
 from kdlib_faces.backbones.complexity import count_macs, count_parameters
@@ -23,6 +23,7 @@ __all__ = ["CheckpointInfo", "RecognizedFile", "describe_checkpoint", "examine",
 
 OWN_KEY = "kdlib_faces"  # the key, or safetensors metadata entry, of files of `save_backbone`
 FORMAT = 2
+COUNTER = "num_batches_tracked"  # of a BatchNorm
 MAX_LISTED = 50  # maximum number of differences of each kind in an error message
 
 
@@ -37,7 +38,7 @@ class CheckpointInfo:
         about: description of the layout, with the project if the wrapper identifies it.
         wrappers: entries of a training checkpoint that were unwrapped.
         prefix: removed prefix of the keys.
-        beside: keys of a margin head, which are ignored.
+        beside: ignored keys, of a margin head or another network.
         backbone: name of the network.
         network: the call that builds the network.
         parameters: number of parameters.
@@ -94,8 +95,7 @@ def describe_checkpoint(path: str | os.PathLike[str], *, input_size: InputSize |
         read.
 
     Raises:
-        InputError: the file is missing, damaged, contains anything but tensors and plain values, or has no known
-            layout.
+        InputError: the file is missing, damaged, a whole pickled module, or has no known layout.
 
     Examples:
         >>> import tempfile
@@ -223,11 +223,11 @@ def _recognize(owner: str, state: Mapping[str, object]) -> tuple[Layout, Argumen
                 own = isinstance(error, IndexError) and "out of range" not in str(error)
                 why = f": {error.args[0]}" if own else ""
                 raise InputError(f"{owner} has the keys of {layout.about}, but other shapes{why}") from error
-    kind = foreign(state, shapes)
+    kind = describe_foreign(state, shapes)
     first = ", ".join(f"'{show_name(key)}'" for key in list(state)[:5]) or "nothing"
     raise InputError(
-        f"{owner} has no known layout ({', '.join(each.name for each in LAYOUTS)})"
-        f"{f'; it looks like {kind}' if kind else ''}; it starts with {first}"
+        f"{owner} has no known layout{f'; it looks like {kind}' if kind else ''}; it starts with {first}; known layouts are "
+        f"{', '.join(each.name for each in LAYOUTS)}"
     )
 
 
@@ -235,12 +235,12 @@ def _differences(
     wanted: Mapping[str, Tensor], names: Mapping[str, str], state: Mapping[str, object], *, pointwise: bool
 ) -> dict[str, tuple[str, ...]]:
     """Return missing keys, unexpected keys, and keys with another shape or without a tensor."""
-    counters = {key for key in wanted if key.endswith("num_batches_tracked")}  # older files do not contain them
-    missing = tuple(names[key] for key in wanted if names[key] not in state and key not in counters)
+    needed = {key: target for key, target in wanted.items() if not key.endswith(COUNTER)}  # older files have none
+    missing = tuple(names[key] for key in needed if names[key] not in state)
     known = set(names.values())
-    unexpected = tuple(show_name(key) for key in state if key not in known)
+    unexpected = tuple(show_name(key) for key in state if key not in known and isinstance(state[key], Tensor))
     shapes = []
-    for key, target in wanted.items():
+    for key, target in needed.items():
         name = names[key]
         if name not in state:
             continue

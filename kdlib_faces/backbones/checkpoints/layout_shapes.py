@@ -77,13 +77,16 @@ def mbf_flat(shapes: Shapes) -> Arguments:
     return tail | _mbf_trunk(shapes)
 
 
-def mobilefacenet(tail: str, linear: str, kernel: str) -> Callable[[Shapes], Arguments]:
+def mobilefacenet(
+    tail: str, linear: str, kernel: str, *, stem: str = "conv1.conv.weight", **kind: str
+) -> Callable[[Shapes], Arguments]:
     def arguments(shapes: Shapes) -> Arguments:
         return {
             "embedding_dim": shapes[linear][0],
-            "width": shapes["conv1.conv.weight"][0] / 64,
+            "width": shapes[stem][0] / 64,
             "input_size": _kernel(shapes, kernel),
             **({} if f"{tail}.weight" in shapes else {"affine": False}),
+            **kind,
         }
 
     return arguments
@@ -100,18 +103,36 @@ def gnap(shapes: Shapes) -> Arguments:
     }
 
 
-def xiaoccer_names() -> list[tuple[str, str]]:
+def _bottlenecks(blocks: str, parts: Mapping[str, str]) -> list[tuple[str, str]]:
+    """Names of the parts of the fifteen bottlenecks of MobileFaceNet, which are numbered below `blocks` in the file."""
     ours = ["conv_23", *[f"conv_3.model.{i}" for i in range(4)], "conv_34", *[f"conv_4.model.{i}" for i in range(6)]]
     ours += ["conv_45", *[f"conv_5.model.{i}" for i in range(2)]]
+    return [
+        (f"{our}.{part}.", f"{blocks}.{number}.conv.{their}.")
+        for number, our in enumerate(ours)
+        for part, their in parts.items()
+    ]
+
+
+def xiaoccer_names() -> list[tuple[str, str]]:
     parts = [f"{part}.{kind}" for part in ("conv", "conv_dw") for kind in ("conv", "bn", "prelu")]
     parts += ["project.conv", "project.bn"]
-    pairs = [
-        (f"{our}.{part}.", f"blocks.{block}.conv.{at}.")
-        for block, our in enumerate(ours)
-        for at, part in enumerate(parts)
-    ]
+    pairs = _bottlenecks("blocks", {part: str(at) for at, part in enumerate(parts)})
     pairs += [("conv2_dw.", "dw_conv1."), ("conv_6_sep.", "conv2."), ("conv_6_dw.", "linear7.")]
     return [*pairs, ("linear.", "linear1.conv."), ("bn.", "linear1.bn.")]
+
+
+def foamliu_names() -> list[tuple[str, str]]:
+    parts = {"conv.conv": "0.0", "conv.bn": "0.1", "conv_dw.conv": "1.0", "conv_dw.bn": "1.1"}
+    pairs = _bottlenecks("features", {**parts, "project.conv": "2", "project.bn": "3"})
+    for our, their in (("conv1", "conv1"), ("conv_6_sep", "conv2")):
+        pairs += [(f"{our}.conv.", f"{their}.0."), (f"{our}.bn.", f"{their}.1.")]
+    for at, part in enumerate(("depthwise", "pointwise"), start=1):
+        pairs += [(f"conv2_dw.{part}.conv.", f"dw_conv.{part}."), (f"conv2_dw.{part}.bn.", f"dw_conv.bn{at}.")]
+    return [*pairs, ("conv_6_dw.conv.", "gdconv.depthwise."), ("conv_6_dw.bn.", "gdconv.bn."), ("linear.", "conv3.")]
+
+
+IMAGENET_MEAN, IMAGENET_STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
 
 
 BUBBLIIIING_MOBILEFACENET = (

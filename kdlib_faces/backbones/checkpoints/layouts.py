@@ -3,12 +3,15 @@
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
+from kdlib_faces._checks import show_name
+from kdlib_faces._tensor_pickle import Foreign
+from kdlib_faces._weights import WHOLE_MODULE
 from kdlib_faces.backbones.checkpoints import layout_shapes as shape
 from kdlib_faces.backbones.checkpoints.layout_shapes import Shapes
 from kdlib_faces.backbones.input_spec import SpecFields
 from kdlib_faces.backbones.networks.base import Arguments
 
-__all__ = ["LAYOUTS", "Layout", "foreign"]
+__all__ = ["LAYOUTS", "Layout", "describe_foreign"]
 
 
 @dataclass(frozen=True)
@@ -88,6 +91,16 @@ LAYOUTS: tuple[Layout, ...] = (
         pointwise=True,
     ),
     Layout(
+        "foamliu_mobilefacenet",
+        "foamliu's MobileFaceNet with ReLU6",
+        "mobilefacenet",
+        ("dw_conv.depthwise.weight", "features.0.conv.0.0.weight", "gdconv.depthwise.weight", "conv3.weight"),
+        shape.mobilefacenet("bn", "conv3.weight", "gdconv.depthwise.weight", stem="conv1.0.weight", activation="relu6"),
+        theirs=shape.renamed(shape.foamliu_names()),
+        input=shape.known(mean=shape.IMAGENET_MEAN, scale=shape.IMAGENET_STD),
+        pointwise=True,
+    ),
+    Layout(
         "bubbliiiing_mobilefacenet",
         "bubbliiiing's MobileFaceNet",
         "mobilefacenet",
@@ -153,6 +166,8 @@ FOREIGN = (
     ("param_groups", "the state of an optimizer, not a network"),
     ("conv2d_1a.conv.weight", "facenet-pytorch's InceptionResnetV1, which is not supported"),
     ("body.stage1.0.0.weight", "a RetinaFace detector, not a recognition network"),
+    ("stages.1.blocks.2.xca.temperature", "EdgeFace or another EdgeNeXt, which is supported as an ONNX file only"),
+    ("stages.1.blocks.1.xca.temperature", "EdgeFace or another EdgeNeXt, which is supported as an ONNX file only"),
     ("patch_embed.proj.weight", "a vision transformer, which is not supported"),
     ("conv_23.attention_layer.conv.weight", "cavaface's MobileFaceNet with attention, which is not supported"),
     ("layer1.0.bn1.weight", "a ResNet that is not insightface's IResNet"),
@@ -163,9 +178,12 @@ FOREIGN = (
 CENTERS = ("weight", "kernel", "head.kernel", "head.weight")
 
 
-def foreign(state: Mapping[str, object], shapes: Shapes) -> str | None:
+def describe_foreign(state: Mapping[str, object], shapes: Shapes) -> str | None:
     """Describe a file without a known layout, if its kind is known."""
     known = next((text for key, text in FOREIGN if key in state), None)
     if known is None and shapes and all(key in CENTERS for key in shapes):
         return "the class centers of a margin head, not a backbone; load_partial_fc of kdlib_faces.heads reads those"
+    whole = next(((key, value.name) for key, value in state.items() if isinstance(value, Foreign)), None)
+    if known is None and whole and not shapes:
+        known = f"objects instead of tensors ({show_name(whole[0])!r} is a {show_name(whole[1])}); {WHOLE_MODULE}"
     return known

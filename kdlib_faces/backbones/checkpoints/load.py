@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from kdlib_faces._checks import InputError
-from kdlib_faces.backbones.checkpoints.describe import RecognizedFile, examine, list_differences
+from kdlib_faces.backbones.checkpoints.describe import COUNTER, RecognizedFile, examine, list_differences
 from kdlib_faces.backbones.input_spec import InputSize, Triple
 from kdlib_faces.backbones.networks.base import Backbone
 
@@ -26,10 +26,11 @@ def load_backbone(
     """Read a backbone from a file of `save_backbone`, or from a checkpoint of a public face-recognition project.
 
     The layout is identified by keys and shapes: insightface's iresnet and mbf; MobileFaceNet as in TreB1eN, face.evoLVe,
-    FaceX-Zoo, AdaDistill, cavaface, Xiaoccer and bubbliiiing; IR and IR-SE as in face.evoLVe, TreB1eN, AdaFace, CVLface
-    and related projects; MTLFace; MobileNet V1 and V2 as in yakhyo, bubbliiiing and cavaface; each with any depth,
-    width and embedding size. Training checkpoints are unwrapped and prefixes removed (`state_dict`, `module.`,
-    `model.`, ...). PyTorch and safetensors files are supported. The network has float32 weights and is in eval mode.
+    FaceX-Zoo, AdaDistill, cavaface, Xiaoccer, foamliu and bubbliiiing; IR and IR-SE as in face.evoLVe, TreB1eN, AdaFace,
+    CVLface and related projects; MTLFace; MobileNet V1 and V2 as in yakhyo, bubbliiiing and cavaface; each with any
+    depth, width and embedding size. Training checkpoints, also of `kdlib.train`, are unwrapped and prefixes removed
+    (`state_dict`, `module.`, `model.`, ...); objects beside the weights are ignored. PyTorch and safetensors files are
+    supported. The network has float32 weights and is in eval mode.
 
     `model.input_spec` describes the images: known for most layouts, assumed for layouts that several projects share.
     Arguments given here override it. Call `model.input_spec(images)` before the network.
@@ -47,8 +48,9 @@ def load_backbone(
         The network on the CPU, (b, 3, h, w) to (b, d), not normalized.
 
     Raises:
-        InputError: the file is missing or truncated, contains anything but tensors and plain values (nothing in it is
-            executed), has an unknown layout, or does not fit the network; the message lists the differences.
+        InputError: the file is missing or truncated, is a whole pickled module or names a function that runs code
+            (nothing in it is executed), has an unknown layout, or does not fit the network; the message lists the
+            differences.
 
     Examples:
         >>> import tempfile
@@ -78,11 +80,14 @@ def load_backbone(
 def _values(file: RecognizedFile) -> dict[str, Tensor]:
     """Return copies of the tensors with the keys and dtypes of the network."""
     wanted, state, names = file.model.state_dict(), file.unwrapped.state, file.names
-    if sum(state[name].nbytes for name in names.values() if name in state) > file.weights.size:
+    if sum(state[name].nbytes for key, name in names.items() if not key.endswith(COUNTER)) > file.weights.size:
         raise InputError(f"{file.owner} declares more values than its {file.weights.size} bytes can hold")
     values = {}
     for key, target in wanted.items():
-        value = state.get(names[key], torch.zeros((), dtype=target.dtype)).detach()
+        if key.endswith(COUNTER):
+            values[key] = _counter(state.get(names[key]))
+            continue
+        value = state[names[key]].detach()
         value = value.to(target.dtype, copy=True, memory_format=torch.contiguous_format)
         if not torch.isfinite(value).all():
             raise InputError(f"{file.owner} contains NaN or infinite values in {names[key]}")
@@ -90,3 +95,15 @@ def _values(file: RecognizedFile) -> dict[str, Tensor]:
             raise InputError(f"{file.owner} contains negative variances in {names[key]}")
         values[key] = value.reshape(target.shape)
     return values
+
+
+def _counter(value: object) -> Tensor:
+    """Return the number of batches of a BatchNorm; 0 if there is none, as in a file of half-precision values above 65504."""
+    if (
+        not isinstance(value, Tensor)
+        or value.numel() != 1
+        or value.layout != torch.strided
+        or value.device.type != "cpu"
+    ):
+        return torch.zeros((), dtype=torch.int64)
+    return value.detach().reshape(()).double().nan_to_num(0, 0, 0).clamp(0, 2**53).long()

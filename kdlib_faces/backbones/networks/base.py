@@ -143,11 +143,21 @@ def final_grid(size: tuple[int, int]) -> tuple[int, int]:
     return math.ceil(size[0] / 16), math.ceil(size[1] / 16)
 
 
-def initialize(network: nn.Module, *kinds: type[nn.Conv2d] | type[nn.Linear]) -> None:
-    """Initialize the weights of the layers of these kinds from He's normal distribution over the outputs."""
+def he_normal(weight: Tensor) -> None:
+    """Fill with He's normal distribution over the outputs."""
+    nn.init.kaiming_normal_(weight, mode="fan_out", nonlinearity="relu")
+
+
+def initialize(
+    network: nn.Module, *kinds: type[nn.Conv2d] | type[nn.Linear], fill: Callable[[Tensor], object] = he_normal
+) -> None:
+    """Initialize the weights of the layers of these kinds.
+
+    On the meta device there is nothing to fill, and the attempt would import torch's compiler, which takes seconds.
+    """
     for module in network.modules():
-        if isinstance(module, kinds):
-            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+        if isinstance(module, kinds) and not module.weight.is_meta:
+            fill(module.weight)
 
 
 def apply_in_own_precision(linear: nn.Module, norm: nn.Module, x: Tensor) -> Tensor:

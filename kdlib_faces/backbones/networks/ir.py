@@ -162,8 +162,8 @@ class IRNet(Backbone):
         self.input_layer = ir_stem(c)
         stages = [ir_stage(*each, **kind) for each in zip(widths, widths[1:], self.layers, strict=False)]
         self.body = nn.Sequential(*chain(*stages))
-        self.dropout = dropout
-        self.output_layer = IROutput(8 * c, rows * columns, embedding_dim, dropout, affine=self.affine)
+        self.dropout = float(dropout)
+        self.output_layer = IROutput(8 * c, rows * columns, self.embedding_dim, self.dropout, affine=self.affine)
         initialize(self, nn.Conv2d, nn.Linear)
 
     @property

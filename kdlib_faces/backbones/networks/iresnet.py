@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from kdlib._checks import check_number
 from kdlib_faces.backbones.input_spec import InputSize
-from kdlib_faces.backbones.networks.base import Backbone, apply_in_own_precision, final_grid, published
+from kdlib_faces.backbones.networks.base import Backbone, apply_in_own_precision, final_grid, initialize, published
 
 __all__ = ["IResNet", "iresnet18", "iresnet34", "iresnet50", "iresnet100", "iresnet200"]
 
@@ -95,20 +95,18 @@ class IResNet(Backbone):
 
         rows, columns = final_grid(self._size)
         self.conv1 = nn.Conv2d(3, c, 3, padding=1, bias=False)
-        self.bn1 = nn.BatchNorm2d(c, norm_eps)
+        self.bn1 = nn.BatchNorm2d(c, self.norm_eps)
         self.prelu = nn.PReLU(c)
-        self.layer1 = _stage(c, c, self.layers[0], norm_eps)
-        self.layer2 = _stage(c, 2 * c, self.layers[1], norm_eps)
-        self.layer3 = _stage(2 * c, 4 * c, self.layers[2], norm_eps)
-        self.layer4 = _stage(4 * c, 8 * c, self.layers[3], norm_eps)
-        self.bn2 = nn.BatchNorm2d(8 * c, norm_eps)
-        self.dropout = nn.Dropout(dropout)
-        self.fc = nn.Linear(8 * c * rows * columns, embedding_dim)
-        self.features = nn.BatchNorm1d(embedding_dim, norm_eps)
+        self.layer1 = _stage(c, c, self.layers[0], self.norm_eps)
+        self.layer2 = _stage(c, 2 * c, self.layers[1], self.norm_eps)
+        self.layer3 = _stage(2 * c, 4 * c, self.layers[2], self.norm_eps)
+        self.layer4 = _stage(4 * c, 8 * c, self.layers[3], self.norm_eps)
+        self.bn2 = nn.BatchNorm2d(8 * c, self.norm_eps)
+        self.dropout = nn.Dropout(float(dropout))
+        self.fc = nn.Linear(8 * c * rows * columns, self.embedding_dim)
+        self.features = nn.BatchNorm1d(self.embedding_dim, self.norm_eps)
         self.features.weight.requires_grad_(False)
-        for module in self.modules():
-            if isinstance(module, nn.Conv2d):
-                nn.init.normal_(module.weight, 0.0, 0.1)
+        initialize(self, nn.Conv2d, fill=lambda weight: nn.init.normal_(weight, 0.0, 0.1))
 
     @property
     def name(self) -> str:

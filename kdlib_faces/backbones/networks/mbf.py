@@ -105,7 +105,7 @@ class MBF(Backbone):
         )
         self.conv_sep = _ConvBlock(2 * c, 512)
         depthwise = _LinearBlock(512, 512, final_grid(self._size), groups=512)
-        self.features = _tail(depthwise, 512, embedding_dim, bias=False)
+        self.features = _tail(depthwise, 512, self.embedding_dim, bias=False)
         initialize(self, nn.Conv2d, nn.Linear)
 
     def forward(self, images: Tensor) -> Tensor:
@@ -160,7 +160,7 @@ class MBFFlat(MBF):
         self.tail_channels = int(tail_channels)
         rows, columns = final_grid(self._size)
         inputs = self.tail_channels * rows * columns
-        self.features = _tail(_ConvBlock(512, self.tail_channels), inputs, embedding_dim, bias=True)
+        self.features = _tail(_ConvBlock(512, self.tail_channels), inputs, self.embedding_dim, bias=True)
         initialize(self.features, nn.Conv2d, nn.Linear)
 
 

@@ -106,7 +106,7 @@ class MobileNetV1(Backbone):
         self.width = float(width)
         self.bias, self.tail = bool(bias), tail
 
-        widths = [divisible(32 * 2**power * width) for power in range(6)]
+        widths = [divisible(32 * 2**power * self.width) for power in range(6)]
         kind = {"bias": self.bias, "relu6": tail == "flat"}
         before = widths[0]
         parts: list[list[nn.Module]] = [[], [], []]
@@ -118,18 +118,18 @@ class MobileNetV1(Backbone):
         self.stage1 = nn.Sequential(_Conv(3, widths[0], 3, **kind), *parts[0])
         self.stage2 = nn.Sequential(*parts[1])
         self.stage3 = nn.Sequential(*parts[2])
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = nn.Dropout(float(dropout))
         grid = final_grid(self._size)
         if tail == "gdc":
-            self.output_layer = GDCTail(before, grid, embedding_dim)
+            self.output_layer = GDCTail(before, grid, self.embedding_dim)
         else:
             last = widths[4]
             self.sep = nn.Conv2d(before, last, 1, bias=False)
             self.sep_bn = nn.BatchNorm2d(last)
             self.prelu = nn.PReLU(last)
             self.bn2 = nn.BatchNorm2d(last)
-            self.linear = nn.Linear(last * grid[0] * grid[1], embedding_dim)
-            self.features = nn.BatchNorm1d(embedding_dim)
+            self.linear = nn.Linear(last * grid[0] * grid[1], self.embedding_dim)
+            self.features = nn.BatchNorm1d(self.embedding_dim)
         initialize(self, nn.Conv2d)
 
     def forward(self, images: Tensor) -> Tensor:

@@ -102,7 +102,7 @@ class MobileNetV2(Backbone):
         self.bias, self.affine = bool(bias), bool(affine)
         self.stem_stride = int(stem_stride)
 
-        before = divisible(32 * width)
+        before = divisible(32 * self.width)
         features: list[nn.Module] = [_Conv(3, before, 3, stem_stride, bias=self.bias)]
         ends = []  # the last block before each halving and before the end
         for expansion, channels, blocks, stride in ROWS:
@@ -110,15 +110,15 @@ class MobileNetV2(Backbone):
                 continue
             if stride == 2:
                 ends.append(len(features) - 1)
-            after = divisible(channels * width)
+            after = divisible(channels * self.width)
             for c_in, first in [(before, stride), *[(after, 1)] * (blocks - 1)]:
                 features.append(_InvertedResidual(c_in, after, first, expansion, bias=self.bias))
             before = after
         ends.append(len(features) - 1)
         self.stages: tuple[str, ...] = tuple(f"features.{end}" for end in ends[-4:])
-        last = divisible(LAST * max(1.0, width))
+        last = divisible(LAST * max(1.0, self.width))
         self.features = nn.Sequential(*features, _Conv(before, last, 1, bias=self.bias))
-        self.output_layer = GDCTail(last, final_grid(self._size), embedding_dim, affine=self.affine)
+        self.output_layer = GDCTail(last, final_grid(self._size), self.embedding_dim, affine=self.affine)
         initialize(self, nn.Conv2d)
 
     def forward(self, images: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from kdlib._checks import check_number
 from kdlib_faces.backbones.input_spec import InputSize
-from kdlib_faces.backbones.networks.base import Backbone, final_grid
+from kdlib_faces.backbones.networks.base import Backbone, final_grid, initialize
 from kdlib_faces.backbones.networks.ir import IROutput, ir_stage, ir_stem
 
 __all__ = ["MTLFaceNet"]
@@ -103,11 +103,9 @@ class MTLFaceNet(Backbone):
         self.block3 = nn.Sequential(*ir_stage(2 * c, 4 * c, self.layers[2], **kind))
         self.block4 = nn.Sequential(*ir_stage(4 * c, 8 * c, self.layers[3], **kind))
         self.fsm = _Factorization(8 * c)
-        self.dropout = dropout
-        self.output_layer = IROutput(8 * c, rows * columns, embedding_dim, dropout)
-        for module in self.modules():
-            if isinstance(module, nn.Conv2d | nn.Linear):
-                nn.init.xavier_uniform_(module.weight)
+        self.dropout = float(dropout)
+        self.output_layer = IROutput(8 * c, rows * columns, self.embedding_dim, self.dropout)
+        initialize(self, nn.Conv2d, nn.Linear, fill=nn.init.xavier_uniform_)
 
     def forward(self, images: Tensor) -> Tensor:
         self._check_images(images)

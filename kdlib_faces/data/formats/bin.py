@@ -16,7 +16,9 @@ from kdlib._checks import check_number
 from kdlib_faces._checks import InputError
 from kdlib_faces.data.formats.files import Progress, mapped
 from kdlib_faces.data.formats.pickle import PickledArray, parse_pickle
+from kdlib_faces.data.image_files import describe_far_sizes
 from kdlib_faces.data.images import decode_batches, decode_image
+from kdlib_faces.data.lists import warn
 
 __all__ = ["BinSet", "load_bin", "save_bin"]
 
@@ -50,8 +52,8 @@ class BinSet:
     ) -> Iterator[Tensor]:
         """Decode the images in order, one batch at a time; memory does not grow with the set.
 
-        An image of `size` x `size` is returned unchanged. Any other is cropped to its central square and resized with
-        bilinear antialiasing. The last batch may be smaller.
+        Images of another size are resized as by `kdlib_faces.data.images.decode_image`; those far from `size` give a
+        `FaceDataWarning`. The last batch may be smaller.
 
         Args:
             size: Side of the images, pixels.
@@ -63,11 +65,13 @@ class BinSet:
             Iterator of `(b, 3, size, size)` uint8, RGB.
 
         Raises:
-            InputError: An image does not decode; the message gives its number.
+            InputError: Images do not decode; the message gives their numbers.
         """
         check_number("BinSet.batches", "size", size, min=1, max=4096, integer=True)
         check_number("BinSet.batches", "batch_size", batch_size, min=1, integer=True)
         check_number("BinSet.batches", "workers", workers, min=1, integer=True)
+
+        warn(describe_far_sizes(self.images, size))
 
         def read(row: int) -> NDArray[np.uint8]:
             return decode_image(self.images[row], size, name=f"{self.source or 'set'}: image {row}")

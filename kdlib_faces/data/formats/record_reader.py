@@ -214,7 +214,8 @@ class RecordReader(Sequence[Record]):
         A record of one number gives the first image; the range then ends where the next one starts.
 
         Raises:
-            InputError: An identity record is missing, names no images of the set, or names images of several identities.
+            InputError: An identity record is missing, names no images of the set, those of several identities,
+                or those of another identity record.
         """
         a, b = self.header or (0, 0)
         if not self._exact or a == b:
@@ -242,6 +243,10 @@ class RecordReader(Sequence[Record]):
                     f"{record.where}: its images {start:.0f} and {start + other:.0f} have labels {found[0]} and "
                     f"{found[other]}"
                 )
+        order = np.argsort(spans[:, 0], kind="stable")
+        if (shared := np.flatnonzero(spans[order][1:, 0] < spans[order][:-1, 1])).size:
+            first, second = (records[row].key for row in order[shared[0] : shared[0] + 2])
+            raise InputError(f"{self.path}: identity records {first} and {second} name the same images")
         return IdentityRanges(self._keys[rows], spans[:, 0], spans[:, 1])
 
     def labels(self) -> NDArray[np.int64]:

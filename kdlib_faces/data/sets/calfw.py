@@ -48,6 +48,8 @@ def _read(path: str | PathLike[str], name: str, published: bool, sha256: str | N
     number = 0
     for number, text in read_lines(path, what=f"pair list of {name}"):
         image, _, label = text.strip().rpartition("\t" if "\t" in text.strip() else " ")
+        if number == 1 and image and not is_number(label) and "." not in image:
+            continue  # a header, as in the list of CPLFW
         if not image.strip() or not is_number(label):
             raise InputError(f"{path} line {number}: must be 'image.jpg label', got {text[:60]!r}")
         second = image.strip(), int(label) != 0

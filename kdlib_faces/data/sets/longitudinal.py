@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 
 from kdlib_faces._checks import InputError
 from kdlib_faces.data.formats.text import read_table
-from kdlib_faces.data.lists import IdentityNumbers, parse_age
+from kdlib_faces.data.identities import IdentityNumbers
+from kdlib_faces.data.lists import parse_age, warn
 
 __all__ = ["LongitudinalList", "read_longitudinal"]
 
@@ -63,7 +64,7 @@ def read_longitudinal(path: str | PathLike[str]) -> LongitudinalList:
 
     `age` is in years and may have a fraction. `date` is `YYYY-MM-DD`, `YYYY-MM` or `YYYY` (the middle of the month or year
     is used) and becomes a year with a fraction. Other columns are ignored; paths start at the file's folder and are not
-    opened. Names are compared as in `read_faces`.
+    opened. Names are compared as within one list of `read_faces`.
 
     Args:
         path: The file.
@@ -78,7 +79,7 @@ def read_longitudinal(path: str | PathLike[str]) -> LongitudinalList:
     Examples:
         >>> import pathlib, tempfile
         >>> file = pathlib.Path(tempfile.mkdtemp()) / "people.csv"
-        >>> _ = file.write_text("path,identity,date\\na.jpg,Ann,1990-07-02\\nb.jpg,ann,2010-07-02\\n")
+        >>> _ = file.write_text("path,identity,date\\na.jpg,Ann,1990-07-02\\nb.jpg,Ann,2010-07-02\\n")
         >>> read_longitudinal(file)
         <LongitudinalList: 2 images, 1 identities, up to 20.0 years>
     """
@@ -100,6 +101,8 @@ def read_longitudinal(path: str | PathLike[str]) -> LongitudinalList:
             raise InputError(f"{where}: the image {file!r} is listed already ({seen[file]})")
         identities.append(numbers.add(cells["identity"], where))
         years.append(parse_age(cells["age"], where) if kind == "age" else _year(cells["date"], where))
+    for note in numbers.notes():
+        warn(note)
     labels = np.asarray(identities, dtype=np.int64)
     if np.bincount(labels).max() < 2:
         raise InputError(f"{path}: no identity has two images; a longitudinal list needs identities over years")

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from kdlib_faces.evaluation._checks import require
+from kdlib_faces.evaluation._checks import require, rows_at_a_time
 from kdlib_faces.evaluation._types import AnyArray, FloatArray, IntArray, SingleArray
 from kdlib_faces.evaluation.matching.search import dot_rows, product_error
 from kdlib_faces.evaluation.roc import TarAtFar, allowed_false_accepts, operating_point
@@ -47,8 +47,9 @@ def rows_of_scores(embeddings: AnyArray) -> Iterator[tuple[int, SingleArray]]:
     """Each row i of (n, d) embeddings with its float32 cosines with the rows after it, computed in blocks."""
     unit = np.asarray(embeddings, dtype=np.float32)
     unit = unit / np.linalg.norm(unit, axis=1, keepdims=True)
-    for start in range(0, len(unit), ROWS):
-        scores = unit[start : start + ROWS] @ unit[start:].T
+    step = rows_at_a_time(ROWS, len(unit))
+    for start in range(0, len(unit), step):
+        scores = unit[start : start + step] @ unit[start:].T
         for i, row in enumerate(scores):
             yield start + i, row[i + 1 :]
 
@@ -69,8 +70,9 @@ def most_similar_pairs(owner: str, unit: FloatArray, codes: IntArray, far: float
     order = np.argsort(first, kind="stable")
     first, second = first[order], second[order]
     i, j, best = np.empty(0, dtype=np.int64), np.empty(0, dtype=np.int64), np.empty(0)
-    for start in range(0, len(unit) - 1, ROWS):
-        stop = min(start + ROWS, len(unit))
+    step = rows_at_a_time(ROWS, len(unit))
+    for start in range(0, len(unit) - 1, step):
+        stop = min(start + step, len(unit))
         scores = single[start:stop] @ single[start:].T
         own = slice(*np.searchsorted(first, [start, stop]).tolist())
         scores[first[own] - start, second[own] - start] = -2

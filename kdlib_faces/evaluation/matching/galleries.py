@@ -4,8 +4,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from kdlib_faces.evaluation._checks import check_distinct, check_labels, look_up, require, to_numpy
+from kdlib_faces.evaluation._checks import require, rows_at_a_time, unit_block
+from kdlib_faces.evaluation._labels import check_distinct, check_labels, check_same_kind, find_labels, look_up
 from kdlib_faces.evaluation._types import AnyArray, ArrayLike, BoolArray, FloatArray, IntArray, LabelArray
+from kdlib_faces.evaluation.matching.search import cosines
 from kdlib_faces.evaluation.matching.templates import Templates
 from kdlib_faces.evaluation.roc import allowed_false_accepts, kth_largest
 
@@ -76,9 +78,12 @@ def enroll(
     """Check template ids and subjects, and look the templates up."""
     pair = isinstance(given, (tuple, list)) and len(given) == 2
     require(pair, owner, f"{name} must be template ids and their subjects")
-    ids, subjects = (to_numpy(x) for x in given)
-    check_distinct(owner, f"template ids of {name}", *check_labels(owner, f"template ids of {name}", ids))
-    codes, labels = check_labels(owner, f"subjects of {name}", subjects, rows=ids.size, like="their template ids")
+    ids, subjects = given
+    template_codes, distinct = check_labels(owner, f"template ids of {name}", ids)
+    check_distinct(owner, f"template ids of {name}", template_codes, distinct)
+    codes, labels = check_labels(
+        owner, f"subjects of {name}", subjects, rows=template_codes.size, like="their template ids"
+    )
     if unique_subjects:
         check_distinct(owner, f"subjects of {name}", codes, labels)
     return Gallery(look_up(owner, f"template ids of {name}", ids, templates.ids, "template_ids"), labels[codes])
@@ -89,17 +94,15 @@ def search_gallery(
 ) -> GallerySearch:
     """Search one gallery, a block of probes at a time; the subject of probe k is `labels[codes[k]]`."""
     subjects = gallery.subjects
-    kinds = ["strings" if each.dtype.kind == "U" else "numbers" for each in (labels, subjects)]
-    require(kinds[0] == kinds[1], owner, f"subjects must be named alike, got {kinds[0]} and {kinds[1]}")
-    order = np.argsort(subjects, kind="stable")
-    spot = np.minimum(np.searchsorted(subjects[order], labels), subjects.size - 1)
-    mates = np.where(subjects[order][spot] == labels, order[spot], -1)[codes]
+    check_same_kind(owner, "subjects", labels, subjects)
+    mates = find_labels(labels, subjects)[codes]
     best, ranks = np.empty(probes.size, dtype=np.int64), np.empty(probes.size, dtype=np.int64)
     best_scores, mate_scores = np.empty(probes.size), np.empty(probes.size)
-    enrolled = features[gallery.rows].astype(np.float64, copy=False).T
-    for start in range(0, probes.size, BLOCK):
-        part = slice(start, start + BLOCK)
-        scores, own = features[probes[part]].astype(np.float64, copy=False) @ enrolled, mates[part]
+    enrolled = unit_block(owner, "templates", features[gallery.rows])
+    step = rows_at_a_time(BLOCK, subjects.size)
+    for start in range(0, probes.size, step):
+        part = slice(start, start + step)
+        scores, own = cosines(unit_block(owner, "templates", features[probes[part]]), enrolled), mates[part]
         best[part] = scores.argmax(axis=1)
         best_scores[part] = np.take_along_axis(scores, best[part][:, None], axis=1)[:, 0]
         score = np.take_along_axis(scores, np.maximum(own, 0)[:, None], axis=1)

@@ -67,46 +67,46 @@ def operating_points(
     *,
     mode: str,
     level: float,
-) -> dict[float, TarAtFar]:
+) -> tuple[dict[float, TarAtFar], dict[float, BoolArray]]:
     """The rule of `tar_at_far` at each FAR from float32 scores (p,), with float64 scores where rounding could decide.
 
     `exact` maps numbers of pairs to their float64 scores, and `error` bounds the error of a rounded score. The mode
-    `"nearest"` uses the rounded scores as they are.
+    `"nearest"` uses the rounded scores as they are. Also returns which genuine pairs are accepted at each FAR.
     """
     impostor, genuine = scores[~same], scores[same]
     numbers: dict[bool, IntArray] = {}
     allowed = min(max((allowed_false_accepts(far, impostor.size) for far in fars), default=0), impostor.size - 1)
     tail = -np.sort(-np.partition(impostor, impostor.size - 1 - allowed)[impostor.size - 1 - allowed :])
 
-    def unsure(kind: bool, values: SingleArray, limit: float) -> tuple[int, FloatArray]:
-        """The number of scores certainly above the limit, and the float64 scores of those near it."""
+    def compare(kind: bool, values: SingleArray, limit: float) -> tuple[BoolArray, IntArray, FloatArray]:
+        """Which scores are certainly above the limit; numbers and float64 scores of those near it."""
         near = np.flatnonzero((values >= limit - 3 * error) & (values <= limit + 3 * error))
         if near.size and kind not in numbers:
             numbers[kind] = np.flatnonzero(same == kind)
-        above = int(np.count_nonzero(values > limit + 3 * error))
-        return above, exact(numbers[kind][near]) if near.size else np.empty(0)
+        return values > limit + 3 * error, near, exact(numbers[kind][near]) if near.size else np.empty(0)
 
-    points = {}
+    points, accepted = {}, {}
     for far in fars:
         k = allowed_false_accepts(far, impostor.size)
         threshold = float(tail[k]) if k < impostor.size else -np.inf
         if mode == "nearest" or k >= impostor.size:
             threshold = threshold if k >= impostor.size else nearest_threshold(impostor, threshold, far)
-            accepted, false_accepts = (int(np.count_nonzero(x > threshold)) for x in (genuine, impostor))
+            accepted[far], false_accepts = genuine > threshold, int(np.count_nonzero(impostor > threshold))
         else:
-            above, near = unsure(False, impostor, threshold)
-            threshold = float(-np.sort(-near)[k - above])
-            false_accepts = above + int((near > threshold).sum())
-            sure, doubtful = unsure(True, genuine, float(tail[k]))
-            accepted = sure + int((doubtful > threshold).sum())
+            above, _, scored = compare(False, impostor, threshold)
+            count = int(np.count_nonzero(above))
+            threshold = float(-np.sort(-scored)[k - count])
+            false_accepts = count + int((scored > threshold).sum())
+            accepted[far], near, scored = compare(True, genuine, float(tail[k]))
+            accepted[far][near] = scored > threshold
         points[far] = operating_point(
             far,
             threshold,
-            accepted=accepted,
+            accepted=int(np.count_nonzero(accepted[far])),
             genuine=genuine.size,
             false_accepts=false_accepts,
             impostors=impostor.size,
             mode=mode,
             level=level,
         )
-    return points
+    return points, accepted

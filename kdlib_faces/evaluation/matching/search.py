@@ -24,14 +24,25 @@ def product_error(width: int) -> float:
     return (2 * width + 16) * 2.0**-24
 
 
-def dot_rows(left: AnyArray, i: IntArray, right: AnyArray, j: IntArray) -> FloatArray:
-    """(p,) products of rows i of `left` and j of `right`, rounded to 12 decimals, so that rows of equal direction tie."""
+def dot_rows(left: AnyArray, i: IntArray, right: AnyArray, j: IntArray, *, single: bool = False) -> FloatArray:
+    """(p,) products of unit rows i of `left` and j of `right`, rounded to 12 decimals, so that rows of equal direction tie.
+
+    `single` rows have the length 1 to float32 precision only; their products are divided by the lengths.
+    """
     out = np.empty(i.size)
     for start in range(0, i.size, PAIRS):
         part = slice(start, start + PAIRS)
         a, b = (rows[at[part]].astype(np.float64, copy=False) for rows, at in ((left, i), (right, j)))
         out[part] = np.einsum("pd,pd->p", a, b)
+        if single:
+            out[part] /= np.sqrt(np.einsum("pd,pd->p", a, a) * np.einsum("pd,pd->p", b, b))
     return np.round(out, DECIMALS)
+
+
+def cosines(left: AnyArray, right: AnyArray) -> FloatArray:
+    """(n, m) products of all unit rows, float64 and rounded as in `dot_rows`."""
+    products = left.astype(np.float64, copy=False) @ right.astype(np.float64, copy=False).T
+    return np.round(products, DECIMALS, out=products)
 
 
 @dataclass
@@ -102,7 +113,7 @@ class Search:
         unit = unit_block(self.owner, "distractors", block[used], offset)
         if probe.size > MANY and probe.size * 16 > len(self.probes) * len(block):
             # In the first block of a search for millions, or with the many ties of a collapsed model, one product is faster.
-            return np.asarray(np.round((self.probes @ unit.T)[probe, place], DECIMALS))
+            return cosines(self.probes, unit)[probe, place]
         return dot_rows(self.probes, probe, unit, place)
 
     def _update_best(self, block: AnyArray, scores: SingleArray, highest: SingleArray, numbers: IntArray) -> None:

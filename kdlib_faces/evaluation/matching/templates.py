@@ -8,15 +8,8 @@ import numpy as np
 
 from kdlib._checks import check_choice
 from kdlib_faces._checks import InputError
-from kdlib_faces.evaluation._checks import (
-    blocks,
-    check_each,
-    check_labels,
-    check_scores,
-    require,
-    shards_of,
-    unit_block,
-)
+from kdlib_faces.evaluation._checks import blocks, check_each, check_scores, require, shards_of, unit_block
+from kdlib_faces.evaluation._labels import check_labels
 from kdlib_faces.evaluation._types import AnyArray, ArrayLike, Embeddings, FloatArray, IntArray, LabelArray
 
 OWNER = "pool_templates"

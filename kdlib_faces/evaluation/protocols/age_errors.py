@@ -5,7 +5,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from kdlib_faces.evaluation._checks import check_fars, check_identities, check_level, unit_rows
+from kdlib_faces.evaluation._checks import check_fars, check_level, unit_rows
+from kdlib_faces.evaluation._labels import check_identities
 from kdlib_faces.evaluation._types import AnyArray, ArrayLike, Embeddings, FloatArray, IntArray, JsonDict, Label
 from kdlib_faces.evaluation.hardest import hardest_pairs
 from kdlib_faces.evaluation.matching.all_pairs import ScoredPairs, global_points, rejection_rates

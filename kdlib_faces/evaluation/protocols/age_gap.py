@@ -6,8 +6,8 @@ from hashlib import sha256
 
 import numpy as np
 
-from kdlib._checks import check_number
-from kdlib_faces.evaluation._checks import check_fars, check_identities, check_level, gather, require, unit_rows
+from kdlib_faces.evaluation._checks import MAX_PAIRS, check_fars, check_level, check_whole, gather, require, unit_rows
+from kdlib_faces.evaluation._labels import check_identities
 from kdlib_faces.evaluation._types import AnyArray, ArrayLike, Embeddings, FloatArray, JsonDict, Label
 from kdlib_faces.evaluation.hardest import first_disjoint, most_similar_impostors
 from kdlib_faces.evaluation.matching.all_pairs import rows_of_scores
@@ -254,10 +254,12 @@ class AgeGapProtocol:
         max_impostors: int = 2_000_000,
     ) -> None:
         self.codes, labels = check_identities(OWNER, identities)
-        self.num_identities = labels.size
+        self.num_identities, count = labels.size, self.codes.size * (self.codes.size - 1) // 2
+        message = f"images must make at most {MAX_PAIRS} pairs, got {count}; AgeErrorProtocol holds no list of them"
+        require(count <= MAX_PAIRS, OWNER, message)
         self.level, self.fars = check_level(OWNER, level), check_fars(OWNER, fars)
-        check_number(OWNER, "max_impostors", max_impostors, min=1, integer=True)
-        self.seed, self.max_impostors = seed, max_impostors
+        self.max_impostors = check_whole(OWNER, "max_impostors", max_impostors, min=1)
+        self.seed = check_whole(OWNER, "seed", seed, min=0)
         self.resamples = resample_counts(OWNER, labels.size, replicates=replicates, seed=seed)
         self.bins = PairBins(OWNER, self.codes, ages, age_groups, bins)
 

@@ -6,10 +6,20 @@ from functools import partial
 
 import numpy as np
 
-from kdlib._checks import check_number
-from kdlib_faces.evaluation._checks import check_fars, check_labels, check_level, check_ranks, require, unit_rows
+from kdlib_faces.evaluation._checks import (
+    MAX_PAIRS,
+    check_fars,
+    check_level,
+    check_ranks,
+    check_scalar,
+    check_whole,
+    require,
+    unit_rows,
+)
+from kdlib_faces.evaluation._labels import check_labels
 from kdlib_faces.evaluation._types import ArrayLike, BoolArray, Embeddings, FloatArray, IntArray, JsonDict, Label
 from kdlib_faces.evaluation.hardest import first_disjoint, most_similar_impostors
+from kdlib_faces.evaluation.matching.search import cosines
 from kdlib_faces.evaluation.roc import TarAtFar, by_far, tar_at_far
 from kdlib_faces.evaluation.statistics.clustered import rate_estimate
 from kdlib_faces.evaluation.statistics.intervals import Estimate, bootstrap_estimate, resample_counts
@@ -41,7 +51,7 @@ class CrossGroupResult:
         tar: Target FAR to TAR, with an interval over identities in which the threshold is set anew.
         rates: Rank to the part of the probes with a mate that is among the k most similar gallery images.
         operating_points: Target FAR to threshold and counts.
-        ranks_of_mates: (m,) rank of the best mate of each probe that has one; ties go to the mate.
+        ranks_of_mates: (m,) rank of the best mate of each probe that has one; equal scores are ordered by row.
         unit: (n, d) embeddings of length one.
     """
 
@@ -55,7 +65,7 @@ class CrossGroupResult:
 
     def _scores(self) -> FloatArray:
         """(probes, gallery) cosines."""
-        return self.unit[self.protocol.probes] @ self.unit[self.protocol.gallery].T
+        return cosines(self.unit[self.protocol.probes], self.unit[self.protocol.gallery])
 
     def describe(self) -> Description:
         """What the protocol measures and how."""
@@ -69,7 +79,7 @@ class CrossGroupResult:
             "image, with all impostor pairs across the groups.",
             convention={
                 "Threshold": "the (k+1)-th largest score of impostor pairs across the groups, k = floor(FAR x impostors)",
-                "Ranks": f"{probe} probes with a mate, gallery of every {gallery} image; ties go to the mate",
+                "Ranks": f"{probe} probes with a mate, gallery of every {gallery} image; ties by row",
                 "Score": "cosine",
             },
             intervals="bootstrap over identities, threshold set anew in each resample",
@@ -185,23 +195,28 @@ class CrossGroupProtocol:
         level: float = 0.95,
         max_impostors: int = 2_000_000,
     ) -> None:
-        self.codes, labels = check_labels(OWNER, "identities", identities)
+        self.codes, _ = check_labels(OWNER, "identities", identities)
         group_codes, group_labels = check_labels(OWNER, "groups", groups, rows=self.codes.size, like="identities")
         known = group_labels.tolist()
-        for name, group in (("probe", probe), ("gallery", gallery)):
+        chosen = [check_scalar(OWNER, name, x) for name, x in (("probe", probe), ("gallery", gallery))]
+        for name, group in zip(("probe", "gallery"), chosen, strict=True):
             require(group in known, OWNER, f"{name} must be one of {', '.join(map(repr, known))}, got {group!r}")
-        require(probe != gallery, OWNER, f"probe and gallery must be two groups, got {probe!r} twice")
-        self.probes, self.gallery = (np.flatnonzero(group_codes == known.index(each)) for each in (probe, gallery))
-        self.groups = (str(probe), str(gallery))
+        require(chosen[0] != chosen[1], OWNER, f"probe and gallery must be two groups, got {chosen[0]!r} twice")
+        self.probes, self.gallery = (np.flatnonzero(group_codes == known.index(each)) for each in chosen)
+        self.groups = (str(chosen[0]), str(chosen[1]))
+        count = self.probes.size * self.gallery.size
+        require(count <= MAX_PAIRS, OWNER, f"probes x gallery must be at most {MAX_PAIRS} pairs, got {count}")
         self.same: BoolArray = self.codes[self.probes][:, None] == self.codes[self.gallery]
         require(bool(self.same.any()), OWNER, "identities must hold one with images of both groups, got none")
-        message = f"identities must hold at least two identities, got only {labels.tolist()[0]!r}"
-        require(labels.size > 1, OWNER, message)
+        require(not self.same.all(), OWNER, "identities must hold an impostor pair across the groups, got one identity")
+        # Identities of other groups are no part of the resamples.
+        used = np.concatenate([self.probes, self.gallery])
+        kept, self.codes[used] = np.unique(self.codes[used], return_inverse=True)
         self.ranks = check_ranks(OWNER, ranks, max=self.gallery.size, required=False)
         self.fars, self.level = check_fars(OWNER, fars), check_level(OWNER, level)
-        check_number(OWNER, "max_impostors", max_impostors, min=1, integer=True)
-        self.seed, self.max_impostors = seed, max_impostors
-        self.resamples = resample_counts(OWNER, labels.size, replicates=replicates, seed=seed)
+        self.max_impostors = check_whole(OWNER, "max_impostors", max_impostors, min=1)
+        self.seed = check_whole(OWNER, "seed", seed, min=0)
+        self.resamples = resample_counts(OWNER, kept.size, replicates=replicates, seed=seed)
 
     @property
     def mateless(self) -> int:
@@ -229,10 +244,12 @@ class CrossGroupProtocol:
     def evaluate(self, embeddings: Embeddings) -> CrossGroupResult:
         """Measure embeddings (n, d) in the order of the identities."""
         unit = unit_rows(OWNER, "embeddings", embeddings, rows=self.codes.size)
-        scores, same = unit[self.probes] @ unit[self.gallery].T, self.same
+        scores, same = cosines(unit[self.probes], unit[self.gallery]), self.same
         mated = same.any(axis=1)
-        best = np.where(same, scores, -np.inf).max(axis=1)[mated]
-        ranks_of_mates = 1 + ((scores[mated] > best[:, None]) & ~same[mated]).sum(axis=1)
+        mates = np.where(same, scores, -np.inf)[mated]
+        place, best = mates.argmax(axis=1)[:, None], mates.max(axis=1)[:, None]
+        ahead = (scores[mated] > best) | ((scores[mated] == best) & (np.arange(self.gallery.size) < place))
+        ranks_of_mates = 1 + ahead.sum(axis=1)
         pairs = self._pairs(-scores)
         values = resampled_rates(pairs, None, self.fars)
         thinned = thin(pairs, max_pairs=self.max_impostors, fars=self.fars, seed=self.seed)

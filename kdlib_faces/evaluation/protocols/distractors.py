@@ -6,17 +6,19 @@ from typing import Literal, get_args
 
 import numpy as np
 
-from kdlib._checks import check_choice, check_number
+from kdlib._checks import check_choice
 from kdlib_faces.evaluation._checks import (
     check_ages,
     check_fars,
-    check_labels,
     check_level,
+    check_numbers,
     check_ranks,
+    check_whole,
     gather,
     require,
     unit_rows,
 )
+from kdlib_faces.evaluation._labels import check_labels
 from kdlib_faces.evaluation._types import ArrayLike, BoolArray, Embeddings, FloatArray, IntArray, JsonDict, Label
 from kdlib_faces.evaluation.hardest import missed_probes
 from kdlib_faces.evaluation.matching.distractors import (
@@ -99,6 +101,7 @@ class DistractorResult:
             sizes = [f"{size:,}" for size in self.by_size]
             bins["size"] = Bins.ordered("Rank-1 by the number of distractors", sizes, "distractors")
         measures = {f"rank{rank}": Measure(f"Rank-{rank}") for rank in self.rates}
+        twins = int((self.trials.distractor_score > 1 - 1e-9).sum())
         return Description(
             question="Which identity is it among many distractors? Each probe with one mate and all distractors.",
             convention={"Definition": self.convention, "Score": "cosine"},
@@ -111,6 +114,7 @@ class DistractorResult:
             },
             measures=measures | far_measures("tar", "TAR", self.tar),
             bins=bins,
+            notes=(f"{twins} probes have a distractor of the same embedding",) if twins else (),
             failures="identification",
         )
 
@@ -215,21 +219,20 @@ class DistractorProtocol:
         self.ranks = check_ranks(OWNER, ranks, max=100_000)
         check_choice(OWNER, "ties", ties, ("correct", "wrong"))
         check_choice(OWNER, "cleaning", cleaning, get_args(Cleaning))
-        for size in sizes:
-            check_number(OWNER, "sizes", size, min=1, integer=True)
-        require(list(sizes) == sorted(set(sizes)), OWNER, f"sizes must rise from the first, got {tuple(sizes)}")
+        self.sizes = tuple(map(int, check_numbers(OWNER, "sizes", sizes, integer=True, min=1)))
+        rising = list(self.sizes) == sorted(set(self.sizes))
+        require(rising, OWNER, f"sizes must rise from the first, got {self.sizes}")
         self.level = check_level(OWNER, level)
         self.ages = None if ages is None else check_ages(OWNER, ages, count)
         self.starts = check_starts(OWNER, "gap_bins", gap_bins)
         bound = known_size(OWNER, distractors) if max_distractors is None else max_distractors
-        check_number(OWNER, "max_distractors", bound, min=1, integer=True)
-        self.max_distractors = bound
+        self.max_distractors = bound = check_whole(OWNER, "max_distractors", bound, min=1)
         # The thresholds need the largest scores, one more than the false accepts that they allow.
         self.top = 1 + max((allowed_false_accepts(far, count * bound) for far in self.fars), default=-1)
         message = f"fars must allow at most {MAX_FALSE_ACCEPTS} false accepts"
         scores = f"{count} x {bound} impostor scores"
         require(self.top <= MAX_FALSE_ACCEPTS, OWNER, f"{message}, got {self.top - 1} of {scores}")
-        self.distractors, self.sizes, self.progress = distractors, tuple(sizes), progress
+        self.distractors, self.used_up, self.progress = distractors, False, progress
         self.ties, self.cleaning = ties, cleaning
         self.resamples = resample_counts(OWNER, labels.size, replicates=replicates, seed=seed)
 
@@ -246,6 +249,10 @@ class DistractorProtocol:
 
     def evaluate(self, embeddings: Embeddings) -> DistractorResult:
         """Measure the probes' embeddings (n, d); see `identify_with_distractors`."""
+        require(
+            not self.used_up, OWNER, "distractors was an iterator, which an evaluation used up; pass a list of shards"
+        )
+        self.used_up = isinstance(self.distractors, Iterator)
         unit, extra = self._probes(embeddings)
         first, second = genuine_pairs(self.codes)
         scores = dot_rows(unit, first, unit, second)

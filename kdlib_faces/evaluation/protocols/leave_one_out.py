@@ -5,10 +5,11 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from kdlib._checks import check_number
-from kdlib_faces.evaluation._checks import check_ages, check_identities, check_level, check_ranks, unit_rows
+from kdlib_faces.evaluation._checks import check_ages, check_level, check_ranks, check_whole, rows_at_a_time, unit_rows
+from kdlib_faces.evaluation._labels import check_identities
 from kdlib_faces.evaluation._types import ArrayLike, Embeddings, FloatArray, IntArray, JsonDict, Label
 from kdlib_faces.evaluation.hardest import missed_probes
+from kdlib_faces.evaluation.matching.search import cosines
 from kdlib_faces.evaluation.statistics.bins import GAP_STARTS, PROBE_AGE_STARTS, bin_names, check_starts, place
 from kdlib_faces.evaluation.statistics.clustered import rate_estimate
 from kdlib_faces.evaluation.statistics.intervals import Estimate, resample_counts, wilson_estimate
@@ -87,7 +88,7 @@ class LeaveOneOutResult:
 
     def cmc(self, max_rank: int) -> FloatArray:
         """(max_rank,) rate at ranks 1, 2, ... `max_rank`: the cumulative match characteristic."""
-        check_number("LeaveOneOutResult.cmc", "max_rank", max_rank, min=1, integer=True)
+        max_rank = check_whole("LeaveOneOutResult.cmc", "max_rank", max_rank, min=1)
         counts = np.bincount(np.minimum(self.ranks_of_mates, max_rank + 1), minlength=max_rank + 2)
         return np.cumsum(counts[1 : max_rank + 1]) / self.probes
 
@@ -209,7 +210,8 @@ class LeaveOneOutProtocol:
         """Measure embeddings (n, d) in the order of the identities."""
         codes, count = self.codes, self.codes.size
         unit = unit_rows(OWNER, "embeddings", embeddings, rows=count)
-        parts = [_nearest(unit, codes, start) for start in range(0, count, BLOCK)]
+        step = rows_at_a_time(BLOCK, count)
+        parts = [_nearest(unit, codes, start, start + step) for start in range(0, count, step)]
         ranks, mates, mate_scores, impostors, impostor_scores = map(np.concatenate, zip(*parts, strict=True))
         rates = {rank: wilson_estimate((ranks >= 1) & (ranks <= rank), level=self.level) for rank in self.ranks}
         by_age: tuple[BinRates, ...] = ()
@@ -236,11 +238,11 @@ class LeaveOneOutProtocol:
 
 
 def _nearest(
-    unit: FloatArray, codes: IntArray, start: int
+    unit: FloatArray, codes: IntArray, start: int, stop: int
 ) -> tuple[IntArray, IntArray, FloatArray, IntArray, FloatArray]:
     """For the probes of one block of rows: rank, row and score of the best mate; row and score of the best impostor."""
-    rows = np.arange(start, min(start + BLOCK, codes.size))
-    scores = unit[rows] @ unit.T
+    rows = np.arange(start, min(stop, codes.size))
+    scores = cosines(unit[rows], unit)
     scores[np.arange(rows.size), rows] = -np.inf
     same = codes[rows, None] == codes
     mate_scores = np.where(same, scores, -np.inf)
@@ -284,4 +286,4 @@ def leave_one_out(embeddings: Embeddings, identities: ArrayLike, ranks: Sequence
         FG-NET's usual protocol in age-invariant face recognition, with a network that is not adapted between rounds.
     """
     result = LeaveOneOutProtocol(identities, ranks, replicates=0).evaluate(embeddings)
-    return np.array([result.rates[rank].value for rank in ranks], dtype=np.float64)
+    return np.array([result.rates[rank].value for rank in result.protocol.ranks], dtype=np.float64)

@@ -6,8 +6,9 @@ from typing import Literal
 
 import numpy as np
 
-from kdlib._checks import check_choice, check_number
-from kdlib_faces.evaluation._checks import check_ages, check_fars, check_identities, check_level, unit_rows
+from kdlib._checks import check_choice
+from kdlib_faces.evaluation._checks import check_ages, check_fars, check_level, check_numbers, check_one, unit_rows
+from kdlib_faces.evaluation._labels import check_identities
 from kdlib_faces.evaluation._types import ArrayLike, Embeddings, FloatArray, IntArray, JsonDict, Label
 from kdlib_faces.evaluation.hardest import first_disjoint
 from kdlib_faces.evaluation.matching.all_pairs import global_points, rejection_rates
@@ -213,12 +214,13 @@ class LongitudinalProtocol:
         self.codes, labels = check_identities(OWNER, identities)
         self.num_identities = labels.size
         self.ages = check_ages(OWNER, ages, self.codes.size)
-        for year in years:
-            check_number(OWNER, "years", year, above=0)
-        check_number(OWNER, "window", window, above=0)
+        self.years, self.window = (
+            check_numbers(OWNER, "years", years, above=0),
+            check_one(OWNER, "window", window, above=0),
+        )
         check_choice(OWNER, "reference", reference, ("first", "all"))
         self.level, self.fars = check_level(OWNER, level), check_fars(OWNER, fars, required=True)
-        self.years, self.window, self.reference = tuple(years), window, reference
+        self.reference = reference
         self.resamples = resample_counts(OWNER, labels.size, replicates=replicates, seed=seed)
 
     @property

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from kdlib._checks import check_choice
-from kdlib_faces.evaluation._checks import require, to_numpy
+from kdlib_faces.evaluation._checks import check_array, require
 from kdlib_faces.evaluation._types import ArrayLike
 from kdlib_faces.evaluation.protocols.pairs import PairProtocol
 from kdlib_faces.evaluation.splits import positives_first_folds
@@ -79,7 +79,7 @@ def pair_set(
     """
     check_choice("pair_set", "name", name, tuple(PAIR_SETS))
     check_choice("pair_set", "order", order, ("folds", "positives_first"))
-    known, count = PAIR_SETS[name], to_numpy(same).size
+    known, count = PAIR_SETS[name], check_array("pair_set", "same", same).size
     message = f"{name} must have {known.pairs} pairs, got {count}: is it an old list, or another set?"
     require(count <= known.pairs, "pair_set", message)
     message = (

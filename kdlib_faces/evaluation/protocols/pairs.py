@@ -2,40 +2,35 @@
 
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, astuple, dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Literal, Self
 
 import numpy as np
 
-from kdlib._checks import check_choice, check_number
+from kdlib._checks import check_choice, check_type
 from kdlib_faces.evaluation._checks import (
+    check_ages,
     check_each,
     check_fars,
     check_flags,
     check_indices,
-    check_labels,
     check_level,
     check_rows,
+    check_vector,
+    check_whole,
     gather,
     require,
-    to_numpy,
     unit_rows,
 )
+from kdlib_faces.evaluation._labels import check_labels, label_array
 from kdlib_faces.evaluation._types import ArrayLike, Embeddings, FloatArray, IntArray, JsonDict, Label
 from kdlib_faces.evaluation.fold_thresholds import BEST, Rule
 from kdlib_faces.evaluation.hardest import hardest_pairs
 from kdlib_faces.evaluation.roc import TarAtFar, auc, tar_at_far
 from kdlib_faces.evaluation.splits import IdentityOverlapWarning, identities_in_several_folds, identity_overlap
 from kdlib_faces.evaluation.statistics.bins import GAP_STARTS, bin_names, check_starts, place
-from kdlib_faces.evaluation.statistics.clustered import clustered_rate, pair_rates
-from kdlib_faces.evaluation.statistics.intervals import (
-    Estimate,
-    Sampling,
-    bootstrap_estimate,
-    resample_counts,
-    wilson,
-    wilson_estimate,
-)
+from kdlib_faces.evaluation.statistics.clustered import clustered_rate, pair_estimate
+from kdlib_faces.evaluation.statistics.intervals import Estimate, Sampling, wilson, wilson_estimate
 from kdlib_faces.evaluation.statistics.paired import Outcomes
 from kdlib_faces.evaluation.summary import (
     KEPT_THRESHOLDS,
@@ -90,12 +85,12 @@ class PairResult(VerificationResult):
         identities = protocol.pair_identities
         if identities is None:
             interval = wilson(self.accuracy * self.pairs, self.pairs, level=protocol.level)
-            return Estimate(float(hits.mean()), *interval, self.pairs)
-        replicates, seed, level = astuple(protocol.sampling)
-        resamples = resample_counts(OWNER, protocol.num_identities, replicates=replicates, seed=seed)
-        clusters = np.unique(np.concatenate(identities)).size
-        rates = pair_rates(hits, *identities, resamples)
-        return bootstrap_estimate(float(hits.mean()), rates, n=hits.size, clusters=clusters, level=level)
+            return Estimate(self.accuracy, *interval, self.pairs)
+        folds = check_folds(OWNER, protocol.same, protocol.fold_ids)
+        sizes = np.bincount(folds)
+        # Every fold counts alike, as in the accuracy.
+        per = None if np.ptp(sizes) == 0 else 1 / sizes[folds]
+        return pair_estimate(self.accuracy, hits, identities, protocol.num_identities, protocol.sampling, per)
 
     def _tar_value(self, point: TarAtFar) -> MeasuredValue:
         protocol = self.protocol
@@ -154,12 +149,11 @@ class PairResult(VerificationResult):
             measures[f"val_{far:g}"] = MeasuredValue(fold.tar, note=f"± {100 * fold.std:.2f} over folds")
         measures["auc"] = MeasuredValue(auc(genuine, impostor), n=genuine.size)
         threshold = next((point.threshold for point in self.tar.values()), None)
-        bins = {}
+        bins, histogram = {}, Histogram.of(genuine, impostor, threshold)
         if protocol.gap_bin is not None and threshold is not None:
             rejected = [genuine[protocol.gap_bin == number] <= threshold for number in range(protocol.gap_starts.size)]
             bins["fnmr"] = [MeasuredValue.of(wilson_estimate(each, level=protocol.level)) for each in rejected]
-        curves = RocCurve.of(genuine, impostor), Histogram.of(genuine, impostor, threshold)
-        return ModelSummary(measures, bins, roc=curves[0], histogram=curves[1])
+        return ModelSummary(measures, bins, roc=RocCurve.of(genuine, impostor), histogram=histogram)
 
     def outcomes(self) -> dict[str, Outcomes]:
         """Pairs decided correctly, and genuine pairs accepted at each FAR."""
@@ -228,8 +222,6 @@ class PairProtocol:
         1.0
     """
 
-    pair_identities: tuple[IntArray, IntArray] | None
-
     def __init__(
         self,
         left: ArrayLike,
@@ -254,41 +246,46 @@ class PairProtocol:
     ) -> None:
         self.left, self.right = check_indices(OWNER, "left", left), check_indices(OWNER, "right", right)
         count = self.left.size
-        require(self.right.size == count, OWNER, f"right must be as long as left ({count}), got {self.right.size}")
+        check_vector(OWNER, "right", self.right, count, "left")
         self.same = check_flags(OWNER, "same", same, count)
-        if fold_ids is not None:
-            check_labels(OWNER, "fold_ids", fold_ids, rows=count, like="left")
         check_choice(OWNER, "threshold", threshold, tuple(BEST))
         check_choice(OWNER, "tar_mode", tar_mode, tuple(POINT_RULES))
-        if pca is not None:
-            check_number(OWNER, "pca", pca, min=1, integer=True)
-        check_level(OWNER, level)
+        self.level = check_level(OWNER, level)
         self.needed = int(max(self.left.max(), self.right.max())) + 1
-        if images is not None:
-            check_number(OWNER, "images", images, min=self.needed, integer=True)
-        self.fold_ids = None if fold_ids is None else to_numpy(fold_ids)
+        self.images = None if images is None else check_whole(OWNER, "images", images, min=self.needed)
+        self.pca = None if pca is None else check_whole(OWNER, "pca", pca, min=1)
+        self.fold_ids = None if fold_ids is None else label_array(OWNER, "fold_ids", fold_ids, rows=count, like="left")
         self.threshold: Rule = threshold
         self.tar_mode: Literal["exact", "nearest"] = tar_mode
-        self.fars, self.val_fars, self.pca = check_fars(OWNER, fars), check_fars(OWNER, val_fars), pca
-        self.images, self.notes, self.level = images, tuple(notes), float(level)
+        self.fars, self.val_fars = check_fars(OWNER, fars), check_fars(OWNER, val_fars)
+        check_type(OWNER, "notes", notes, (list, tuple), "a list or tuple of strings")
+        alone = int(np.count_nonzero(self.left == self.right))
+        self.notes = (*notes, *([f"{alone} of {count} pairs compare an image with itself"] if alone else []))
+        replicates, seed = check_whole(OWNER, "replicates", replicates, min=0), check_whole(OWNER, "seed", seed, min=0)
         self.sampling = Sampling(replicates, seed, self.level)
         self.gap_starts = check_starts(OWNER, "gap_bins", gap_bins)
-        self.num_identities, self.pair_identities = 0, None
+        self.num_identities = 0
+        self.pair_identities: tuple[IntArray, IntArray] | None = None
         if identities is not None:
             self._set_identities(identities, train_identities)
+        require(
+            identities is not None or train_identities is None, OWNER, "train_identities needs identities, got none"
+        )
         self.gap_bin: IntArray | None = None
         if ages is not None:
-            years = to_numpy(ages).astype(np.float64)
-            require(years.size >= self.needed, OWNER, f"ages must hold row {self.needed - 1}, got {years.size} rows")
+            years = check_ages(OWNER, ages, unknown=True)
+            self._set_images("ages", years.size)
             gaps = np.abs(years[self.left[self.same]] - years[self.right[self.same]])
             self.gap_bin = place(self.gap_starts, gaps) if np.isfinite(gaps).any() else None
 
     def _set_identities(self, identities: ArrayLike, train_identities: ArrayLike | None) -> None:
         """Check the pairs against the identities, and note which of them the folds or the training set share."""
         codes, labels = check_labels(OWNER, "identities", identities)
-        require(codes.size >= self.needed, OWNER, f"identities must hold row {self.needed - 1}, got {codes.size} rows")
-        self.num_identities = labels.size
-        first, second = self.pair_identities = codes[self.left], codes[self.right]
+        self._set_images("identities", codes.size)
+        # Identities of images in no pair are no part of the resamples.
+        used, places = np.unique(codes[np.concatenate([self.left, self.right])], return_inverse=True)
+        labels, self.num_identities = labels[used], used.size
+        first, second = self.pair_identities = places[: self.left.size], places[self.left.size :]
         check_each(OWNER, "same", (first == second) == self.same, "in agreement with identities", "pair")
         folds = contiguous_folds(self.same.size) if self.fold_ids is None else self.fold_ids
         shared = identities_in_several_folds(first, second, folds)
@@ -298,6 +295,14 @@ class PairProtocol:
         if trained:
             self.notes += (f"{len(trained)} of {labels.size} identities were trained on",)
             warnings.warn(self.notes[-1], IdentityOverlapWarning, stacklevel=3)
+
+    def _set_images(self, name: str, rows: int) -> None:
+        """An argument with a row for each image fixes their number."""
+        require(rows >= self.needed, OWNER, f"{name} must hold row {self.needed - 1}, got {rows} rows")
+        require(
+            self.images in (None, rows), OWNER, f"{name} must have a row for each of {self.images} images, got {rows}"
+        )
+        self.images = rows
 
     @classmethod
     def interleaved(
@@ -310,25 +315,22 @@ class PairProtocol:
         level: float = 0.95,
     ) -> Self:
         """Pair k is rows 2k and 2k + 1, as in the `.bin` sets; the arguments are those of the class."""
-        count = to_numpy(same).size
-        left = np.arange(count) * 2
-        return cls(left, left + 1, same, fold_ids, threshold, fars, images=2 * count, level=level)
+        left = np.arange(check_flags(OWNER, "same", same).size) * 2
+        return cls(left, left + 1, same, fold_ids, threshold, fars, images=2 * left.size, level=level)
 
     def __repr__(self) -> str:
-        folds = "None" if self.fold_ids is None else "..."
-        defaults = {"tar_mode": "exact", "val_fars": (), "pca": None, "level": 0.95}
-        changed = {name: getattr(self, name) for name in defaults if getattr(self, name) != defaults[name]}
-        more = "".join(f", {name}={value!r}" for name, value in changed.items())
+        usual = {"tar_mode": "exact", "val_fars": (), "pca": None, "level": 0.95}
+        more = "".join(f", {key}={getattr(self, key)!r}" for key in usual if getattr(self, key) != usual[key])
         return (
-            f"PairProtocol(<{self.same.size} pairs>, fold_ids={folds}, threshold={self.threshold!r}, "
-            f"fars={self.fars}, images={self.images}{more})"
+            f"PairProtocol(<{self.same.size} pairs>, fold_ids={None if self.fold_ids is None else '...'}, "
+            f"threshold={self.threshold!r}, fars={self.fars}, images={self.images}{more})"
         )
 
     def evaluate(self, embeddings: Embeddings) -> PairResult:
         """Measure embeddings (n, d); see `verify_pairs`."""
-        rows, images = gather(OWNER, "embeddings", embeddings), self.images
-        wanted = f"one row for each of {images} images of {self.same.size} pairs"
-        require(images is None or len(rows) == images, OWNER, f"embeddings must have {wanted}, got {len(rows)}")
+        rows = gather(OWNER, "embeddings", embeddings)
+        wanted = f"one row for each of {self.images} images of {self.same.size} pairs"
+        require(self.images in (None, len(rows)), OWNER, f"embeddings must have {wanted}, got {len(rows)}")
         require(len(rows) >= self.needed, OWNER, f"embeddings must hold row {self.needed - 1}, got {len(rows)} rows")
         check_rows(OWNER, "embeddings", rows)
         distances, scores = pair_distances(OWNER, rows, rows, self.left, self.right)
@@ -343,6 +345,6 @@ class PairProtocol:
             pca=self.pca,
             reduced=None if unit is None else (unit[self.left], unit[self.right]),
         )
-        genuine, impostor = scores[self.same], scores[~self.same]
-        tar = {far: tar_at_far(genuine, impostor, far, mode=self.tar_mode, level=self.level) for far in self.fars}
+        kinds = scores[self.same], scores[~self.same]
+        tar = {far: tar_at_far(*kinds, far, mode=self.tar_mode, level=self.level) for far in self.fars}
         return PairResult(**vars(result), tar=tar, scores=scores, protocol=self)

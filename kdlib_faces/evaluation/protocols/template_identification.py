@@ -6,8 +6,9 @@ from typing import Literal, TypeAlias
 
 import numpy as np
 
-from kdlib._checks import check_choice
-from kdlib_faces.evaluation._checks import check_fars, check_labels, check_level, check_ranks, require
+from kdlib._checks import check_choice, check_type
+from kdlib_faces.evaluation._checks import check_fars, check_level, check_ranks, require
+from kdlib_faces.evaluation._labels import check_labels
 from kdlib_faces.evaluation._types import ArrayLike, Embeddings, IntArray, JsonDict, Label, LabelArray
 from kdlib_faces.evaluation.hardest import missed_probes
 from kdlib_faces.evaluation.matching.galleries import (
@@ -207,7 +208,7 @@ def identify_templates(
         C. Whitelam et al., "IARPA Janus Benchmark-B", CVPR workshops 2017.
     """
     fpirs = check_fars(OWNER, fpirs)
-    check_level(OWNER, level)
+    level = check_level(OWNER, level)
     ranks = check_ranks(OWNER, ranks)
     require(len(galleries) > 0, OWNER, "galleries must not be empty, got none")
     searched = enroll(OWNER, templates, "probes", probes, unique_subjects=False)
@@ -215,6 +216,9 @@ def identify_templates(
         enroll(OWNER, templates, f"galleries[{number}]", each, unique_subjects=True)
         for number, each in enumerate(galleries)
     ]
+    for number, gallery in enumerate(enrolled):
+        twice = templates.ids[np.intersect1d(searched.rows, gallery.rows)].tolist()
+        require(not twice, OWNER, f"probes must not be templates of galleries[{number}], got {twice[:1]} in both")
     codes, subjects = check_labels(OWNER, "subjects of probes", searched.subjects)
     searches = [search_gallery(OWNER, templates.features, searched.rows, codes, subjects, each) for each in enrolled]
     for number, search in enumerate(searches):
@@ -271,12 +275,13 @@ class TemplateIdentificationProtocol:
         level: float = 0.95,
     ) -> None:
         check_choice("TemplateIdentificationProtocol", "feature_norm", feature_norm, ("keep", "unit"))
-        check_level("TemplateIdentificationProtocol", level)
         self.template_ids, self.media_ids, self.detector_scores = template_ids, media_ids, detector_scores
+        check_type("TemplateIdentificationProtocol", "galleries", galleries, (list, tuple), "a list of galleries")
         self.galleries, self.probes = tuple(galleries), probes
         self.feature_norm: Literal["keep", "unit"] = feature_norm
-        self.fpirs, self.ranks = check_fars("TemplateIdentificationProtocol", fpirs), tuple(ranks)
-        self.replicates, self.seed, self.level = replicates, seed, level
+        owner = "TemplateIdentificationProtocol"
+        self.fpirs, self.ranks = check_fars(owner, fpirs), check_ranks(owner, ranks)
+        self.replicates, self.seed, self.level = replicates, seed, check_level(owner, level)
 
     def __repr__(self) -> str:
         return (

@@ -7,7 +7,8 @@ from typing import Literal
 import numpy as np
 
 from kdlib._checks import check_choice
-from kdlib_faces.evaluation._checks import check_each, check_fars, check_flags, check_level, look_up, require, to_numpy
+from kdlib_faces.evaluation._checks import check_array, check_each, check_fars, check_flags, check_level, require
+from kdlib_faces.evaluation._labels import label_array, look_up
 from kdlib_faces.evaluation._types import ArrayLike, BoolArray, Embeddings, IntArray, JsonDict, Label, SingleArray
 from kdlib_faces.evaluation.hardest import hardest_pairs
 from kdlib_faces.evaluation.matching.pair_scores import operating_points, pair_cosines
@@ -47,7 +48,8 @@ class TemplateVerificationResult:
         left: (p,) number of each pair's first template.
         right: (p,) number of its second template.
         same: (p,) which pairs are genuine.
-        scores: (p,) score of each pair.
+        scores: (p,) score of each pair, rounded to float32.
+        accepted: Target FAR to the genuine pairs that are accepted, in their order.
     """
 
     tar: Mapping[float, TarAtFar]
@@ -57,6 +59,7 @@ class TemplateVerificationResult:
     right: IntArray = field(repr=False, compare=False)
     same: BoolArray = field(repr=False, compare=False)
     scores: SingleArray = field(repr=False, compare=False)
+    accepted: Mapping[float, BoolArray] = field(repr=False, compare=False)
 
     @property
     def genuine(self) -> int:
@@ -102,11 +105,8 @@ class TemplateVerificationResult:
 
     def outcomes(self) -> dict[str, Outcomes]:
         """Genuine pairs accepted at each FAR."""
-        scores, templates = self.scores[self.same], self.left[self.same]
-        return {
-            f"tar_{far:g}": Outcomes(scores > point.threshold, (templates, templates))
-            for far, point in self.tar.items()
-        }
+        templates = self.left[self.same]
+        return {f"tar_{far:g}": Outcomes(hits, (templates, templates)) for far, hits in self.accepted.items()}
 
     def hardest(self, count: int) -> list[HardPair]:
         """The genuine pairs of lowest and the impostor pairs of highest score, each template once per kind.
@@ -171,9 +171,11 @@ class TemplateVerificationProtocol:
     ) -> None:
         check_choice(OWNER, "feature_norm", feature_norm, ("keep", "unit"))
         check_choice(OWNER, "mode", mode, tuple(POINT_RULES))
-        self.template_ids, self.media_ids = to_numpy(template_ids), to_numpy(media_ids)
-        self.left, self.right, self.same = to_numpy(left), to_numpy(right), to_numpy(same)
-        self.detector_scores = None if detector_scores is None else to_numpy(detector_scores)
+        self.template_ids = label_array(OWNER, "template_ids", template_ids)
+        self.media_ids = label_array(OWNER, "media_ids", media_ids)
+        self.left, self.right = label_array(OWNER, "left", left), label_array(OWNER, "right", right)
+        self.same = check_array(OWNER, "same", same)
+        self.detector_scores = detector_scores
         self.feature_norm: Literal["keep", "unit"] = feature_norm
         self.mode: Literal["exact", "nearest"] = mode
         self.fars, self.level = check_fars(OWNER, fars), check_level(OWNER, level)
@@ -204,16 +206,16 @@ class TemplateVerificationProtocol:
         check_each(OWNER, "every pair", i != j, "of two templates", "pair")
         features = templates.features
         scores = pair_cosines(features.astype(np.float32, copy=False), i, j)
-        points = operating_points(
+        points, accepted = operating_points(
             scores,
             same,
-            lambda pairs: dot_rows(features, i[pairs], features, j[pairs]),
+            lambda pairs: dot_rows(features, i[pairs], features, j[pairs], single=features.dtype == np.float32),
             product_error(features.shape[1]),
             self.fars,
             mode=self.mode,
             level=self.level,
         )
-        return TemplateVerificationResult(points, self.mode, templates, i, j, same, scores)
+        return TemplateVerificationResult(points, self.mode, templates, i, j, same, scores, accepted)
 
 
 def template_verification(

@@ -5,9 +5,9 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-from kdlib._checks import check_number
 from kdlib_faces._checks import InputError
-from kdlib_faces.evaluation._checks import check_ages, check_labels, require
+from kdlib_faces.evaluation._checks import check_ages, check_numbers, require
+from kdlib_faces.evaluation._labels import check_labels
 from kdlib_faces.evaluation._types import AnyArray, ArrayLike, FloatArray, IntArray
 from kdlib_faces.evaluation.statistics.resampling import genuine_pairs
 
@@ -21,9 +21,7 @@ PROBE_AGE_STARTS = (0, 5, 11, 18, 31, 51)
 
 def check_starts(owner: str, name: str, starts: Sequence[float]) -> FloatArray:
     """Lower ends of bins: not negative, rising."""
-    for start in starts:
-        check_number(owner, name, start, min=0)
-    array = np.asarray(tuple(starts), dtype=np.float64)
+    array = np.asarray(check_numbers(owner, name, starts, min=0), dtype=np.float64)
     rising = array.size > 0 and bool((np.diff(array) > 0).all())
     require(rising, owner, f"{name} must rise from the first, got {tuple(starts)}")
     return array

@@ -2,9 +2,10 @@
 
 import numpy as np
 
-from kdlib_faces.evaluation._checks import check_each, check_labels, check_level, check_scores
+from kdlib_faces.evaluation._checks import check_array, check_each, check_level, check_scores, rows_at_a_time
+from kdlib_faces.evaluation._labels import check_labels
 from kdlib_faces.evaluation._types import AnyArray, ArrayLike, FloatArray, IntArray
-from kdlib_faces.evaluation.statistics.intervals import Estimate, bootstrap_estimate, resample_counts
+from kdlib_faces.evaluation.statistics.intervals import Estimate, Sampling, bootstrap_estimate, resample_counts
 
 ROWS = 64
 
@@ -33,10 +34,11 @@ def clustered_rate(
         (0.75, 4, True)
     """
     owner = "clustered_rate"
-    values = check_scores(owner, "hits", np.asarray(hits, dtype=np.float64))
+    given = check_array(owner, "hits", hits)
+    values = check_scores(owner, "hits", given.astype(np.float64) if given.dtype.kind == "b" else given)
     check_each(owner, "hits", (values >= 0) & (values <= 1), "in [0, 1]", "entry")
     codes, labels = check_labels(owner, "identities", identities, rows=values.size, like="hits")
-    check_level(owner, level)
+    level = check_level(owner, level)
     return rate_estimate(
         values, codes, resample_counts(owner, labels.size, replicates=replicates, seed=seed), level=level
     )
@@ -59,13 +61,33 @@ def rate_estimate(
     return bootstrap_estimate(value, rates, n=int(hits.size), clusters=int(np.count_nonzero(held)) or 1, level=level)
 
 
-def pair_rates(hits: FloatArray, first: IntArray, second: IntArray, resamples: IntArray) -> FloatArray:
-    """(r,) mean of `hits` (n,) in each resample: a genuine pair counts m_i times, an impostor pair m_i m_j times."""
+def pair_estimate(
+    value: float,
+    hits: FloatArray,
+    pairs: tuple[IntArray, IntArray],
+    num_identities: int,
+    sampling: Sampling,
+    per: FloatArray | None,
+) -> Estimate:
+    """A rate over pairs (n,) of identities, with the interval of `pair_rates`."""
+    resamples = resample_counts("pair_estimate", num_identities, replicates=sampling.replicates, seed=sampling.seed)
+    rates, clusters = pair_rates(hits, *pairs, resamples, per), np.unique(np.concatenate(pairs)).size
+    return bootstrap_estimate(value, rates, n=hits.size, clusters=clusters, level=sampling.level)
+
+
+def pair_rates(
+    hits: FloatArray, first: IntArray, second: IntArray, resamples: IntArray, per: FloatArray | None = None
+) -> FloatArray:
+    """(r,) mean of `hits` (n,) in each resample: a genuine pair counts m_i times, an impostor pair m_i m_j times.
+
+    `per` (n,) are further weights.
+    """
     rates = np.full(len(resamples), np.nan)
-    genuine = first == second
-    for start in range(0, len(resamples), ROWS):
-        m = resamples[start : start + ROWS]
-        weight = m[:, first] * np.where(genuine, 1, m[:, second])
+    genuine, step = first == second, rows_at_a_time(ROWS, hits.size)
+    for start in range(0, len(resamples), step):
+        m = resamples[start : start + step]
+        weight: AnyArray = m[:, first] * np.where(genuine, 1, m[:, second])
+        weight = weight if per is None else weight * per
         held = weight.sum(axis=1)
-        np.divide(weight @ hits, held, out=rates[start : start + ROWS], where=held > 0)
+        np.divide(weight @ hits, held, out=rates[start : start + step], where=held > 0)
     return rates

@@ -11,10 +11,12 @@ from statistics import NormalDist
 
 import numpy as np
 
-from kdlib._checks import check_number
 from kdlib_faces._checks import InputError
-from kdlib_faces.evaluation._checks import check_labels, check_level
+from kdlib_faces.evaluation._checks import check_level, check_one, check_whole, require
+from kdlib_faces.evaluation._labels import check_labels
 from kdlib_faces.evaluation._types import ArrayLike, BoolArray, FloatArray, IntArray, JsonDict
+
+MAX_COUNTS = 200_000_000
 
 
 def wilson(successes: float, trials: float, *, level: float = 0.95) -> tuple[float, float]:
@@ -42,9 +44,9 @@ def wilson(successes: float, trials: float, *, level: float = 0.95) -> tuple[flo
     References:
         E. B. Wilson, "Probable inference, the law of succession, and statistical inference", JASA 22, 1927.
     """
-    check_number("wilson", "trials", trials, above=0)
-    check_number("wilson", "successes", successes, min=0, max=trials)
-    check_level("wilson", level)
+    trials = check_one("wilson", "trials", trials, above=0)
+    successes = check_one("wilson", "successes", successes, min=0, max=trials)
+    level = check_level("wilson", level)
     z = NormalDist().inv_cdf(0.5 + level / 2)
     p, n = successes / trials, trials
     center = (p + z * z / (2 * n)) / (1 + z * z / n)
@@ -140,8 +142,10 @@ def identity_bootstrap(identities: ArrayLike, *, replicates: int, seed: int) -> 
 
 def resample_counts(owner: str, identities: int, *, replicates: int, seed: int) -> IntArray:
     """`identity_bootstrap` for a number of identities; `owner` is for errors."""
-    check_number(owner, "replicates", replicates, min=0, integer=True)
-    check_number(owner, "seed", seed, min=0, integer=True)
+    replicates, seed = check_whole(owner, "replicates", replicates, min=0), check_whole(owner, "seed", seed, min=0)
+    most = MAX_COUNTS // identities
+    message = f"replicates must be at most {most} for {identities} identities (1.6 GB), got {replicates}"
+    require(replicates <= most, owner, message)
     return np.random.default_rng(seed).multinomial(identities, np.full(identities, 1 / identities), size=replicates)
 
 
@@ -175,7 +179,7 @@ def bootstrap_estimate(value: float, replicates: FloatArray, *, n: int, clusters
         >>> round(estimate.low, 3), estimate.high
         (0.722, 1.0)
     """
-    check_level("bootstrap_estimate", level)
+    level = check_level("bootstrap_estimate", level)
     if not isfinite(value):
         return Estimate(None, None, None, 0, replicates)
     finite = replicates[np.isfinite(replicates)]
@@ -208,7 +212,7 @@ def paired_difference(a: Estimate, b: Estimate, *, level: float = 0.95) -> Estim
         >>> round(paired_difference(a, b).low, 6)
         0.2
     """
-    check_level("paired_difference", level)
+    level = check_level("paired_difference", level)
     first, second = a.replicates, b.replicates
     if first is None or second is None or first.shape != second.shape:
         sizes = " and ".join("none" if x is None else str(x.size) for x in (first, second))

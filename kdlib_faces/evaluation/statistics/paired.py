@@ -1,16 +1,18 @@
 """Paired comparison of two models on the same observations."""
 
 from dataclasses import dataclass, field
-from math import exp, lgamma, log
+from math import comb, exp, lgamma, log, ulp
 
 import numpy as np
 
-from kdlib_faces.evaluation._checks import check_each, check_labels, check_level, check_vector, require, to_numpy
+from kdlib_faces.evaluation._checks import check_booleans, check_level, check_whole, require
+from kdlib_faces.evaluation._labels import check_label_pairs
 from kdlib_faces.evaluation._types import ArrayLike, BoolArray, JsonDict, LabelArray
 from kdlib_faces.evaluation.statistics.clustered import pair_rates
 from kdlib_faces.evaluation.statistics.intervals import Estimate, percentiles, resample_counts
 
 OWNER = "paired_test"
+MANY = 50_000
 
 
 @dataclass(frozen=True)
@@ -37,13 +39,19 @@ class PairedTest:
         only_a: Number of observations on which only a is correct.
         only_b: Number of observations on which only b is correct.
         p_value: McNemar's exact two-sided p: the probability of a split at least as uneven if the models are equal. It
-            takes observations as independent; if identities have many observations, rely on the interval.
+            takes observations as independent; if identities have many observations, rely on the interval. It is never
+            0: below 5e-324 it is that number.
     """
 
     difference: Estimate
     only_a: int
     only_b: int
     p_value: float
+
+    @property
+    def p_text(self) -> str:
+        """The p as text: `"p = 0.022"`, or `"p < 1e-16"`."""
+        return f"p = {self.p_value:.2g}" if self.p_value >= 1e-16 else "p < 1e-16"
 
     def to_dict(self) -> JsonDict:
         """Plain values for JSON."""
@@ -85,28 +93,44 @@ def paired_test(
     References:
         Q. McNemar, "Note on the sampling error of the difference between correlated proportions", Psychometrika 12, 1947.
     """
-    check_level(OWNER, level)
-    first, second = to_numpy(a), to_numpy(b)
-    check_vector(OWNER, "a", first)
-    check_vector(OWNER, "b", second, first.size, "a")
-    for name, array in (("a", first), ("b", second)):
-        check_each(OWNER, name, np.isin(array, (0, 1)), "boolean (or 0 and 1)", "entry")
+    level = check_level(OWNER, level)
+    first = check_booleans(OWNER, "a", a)
+    second = check_booleans(OWNER, "b", b, first.size, "a")
     require(identities is not None or other_identities is None, OWNER, "identities must be given with other_identities")
     gap = first.astype(np.float64) - second.astype(np.float64)
-    given = np.arange(gap.size) if identities is None else to_numpy(identities)
-    check_vector(OWNER, "identities", given, gap.size, "a")
-    others = given if other_identities is None else to_numpy(other_identities)
-    check_vector(OWNER, "other_identities", others, gap.size, "a")
-    codes, labels = check_labels(OWNER, "identities", np.concatenate([given, others]))
-    resamples = resample_counts(OWNER, labels.size, replicates=replicates, seed=seed)
-    rates = pair_rates(gap, codes[: gap.size], codes[gap.size :], resamples)
     only_a, only_b = int((gap > 0).sum()), int((gap < 0).sum())
+    p_value = _exact_binomial(only_a, only_b)
+    if identities is None and gap.size > MANY:
+        # Resamples of the observations are resamples of the three kinds of them.
+        replicates, seed = check_whole(OWNER, "replicates", replicates, min=0), check_whole(OWNER, "seed", seed, min=0)
+        share = np.array([only_a, only_b, gap.size - only_a - only_b]) / gap.size
+        drawn = np.random.default_rng(seed).multinomial(gap.size, share, size=replicates)
+        rates = (drawn[:, 0] - drawn[:, 1]) / gap.size
+        difference = Estimate(float(gap.mean()), *percentiles(rates, level), gap.size, rates)
+        return PairedTest(difference, only_a, only_b, p_value)
+    given = np.arange(gap.size) if identities is None else identities
+    others = given if other_identities is None else other_identities
+    names = ("identities", "other_identities")
+    first_codes, second_codes, labels = check_label_pairs(OWNER, names, given, others, gap.size, "a")
+    resamples = resample_counts(OWNER, labels.size, replicates=replicates, seed=seed)
+    rates = pair_rates(gap, first_codes, second_codes, resamples)
     difference = Estimate(float(gap.mean()), *percentiles(rates, level), gap.size, rates)
-    return PairedTest(difference, only_a, only_b, _exact_binomial(only_a, only_b))
+    return PairedTest(difference, only_a, only_b, p_value)
 
 
 def _exact_binomial(a: int, b: int) -> float:
     """Two-sided: twice the lower tail of Binomial(a + b, 1/2) at the smaller count, at most 1."""
-    n = a + b
-    tail = sum(exp(lgamma(n + 1) - lgamma(k + 1) - lgamma(n - k + 1) - n * log(2)) for k in range(min(a, b) + 1))
-    return min(1.0, round(2 * tail, 15))
+    n, m = a + b, min(a, b)
+    if a == b:
+        return 1.0
+    if n <= 1000:
+        return float(2 * sum(comb(n, k) for k in range(m + 1)) / 2**n)
+    # The terms fall quickly from the last one, which may be below the range of floating point.
+    total = term = 1.0
+    for k in range(m, 0, -1):
+        term *= k / (n - k + 1)
+        total += term
+        if term < 1e-18 * total:
+            break
+    log_p = lgamma(n + 1) - lgamma(m + 1) - lgamma(n - m + 1) - (n - 1) * log(2) + log(total)
+    return min(1.0, max(exp(log_p), ulp(0.0)))

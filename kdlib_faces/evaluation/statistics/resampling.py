@@ -10,7 +10,9 @@ from functools import partial
 
 import numpy as np
 
+from kdlib_faces.evaluation._checks import rows_at_a_time
 from kdlib_faces.evaluation._types import AnyArray, FloatArray, IntArray, JsonDict
+from kdlib_faces.evaluation.matching.search import cosines, dot_rows
 from kdlib_faces.evaluation.roc import allowed_false_accepts, by_far
 from kdlib_faces.evaluation.statistics.intervals import Estimate, bootstrap_estimate
 
@@ -81,7 +83,7 @@ def score_pairs(
     `bin_of` returns the bin of pairs of rows (broadcast), -1 for none.
     """
     i, j = genuine_pairs(identities)
-    cost = -np.einsum("gd,gd->g", unit[i], unit[j])
+    cost = -dot_rows(unit, i, unit, j)
     order = np.argsort(cost, kind="stable")
     genuine = (cost[order], identities[i][order], bin_of(i, j)[order])
 
@@ -91,11 +93,12 @@ def score_pairs(
     first, second = np.empty(total, dtype=np.int32), np.empty(total, dtype=np.int32)
     place = np.empty(total, dtype=np.int16)
     filled = 0
-    for start in range(0, count, BLOCK):
-        rows, columns = np.arange(start, min(start + BLOCK, count))[:, None], np.arange(start, count)[None, :]
+    step = rows_at_a_time(BLOCK, count)
+    for start in range(0, count, step):
+        rows, columns = np.arange(start, min(start + step, count))[:, None], np.arange(start, count)[None, :]
         wanted = (columns > rows) & (identities[rows] != identities[columns])
         part = slice(filled, filled + int(wanted.sum()))
-        costs[part] = -(unit[rows[:, 0]] @ unit[start:].T)[wanted]
+        costs[part] = -cosines(unit[rows[:, 0]], unit[start:])[wanted]
         first[part] = np.broadcast_to(identities[rows], wanted.shape)[wanted]
         second[part] = np.broadcast_to(identities[columns], wanted.shape)[wanted]
         place[part] = bin_of(rows, columns)[wanted]

@@ -1,0 +1,108 @@
+"""Description of everything that determines the weights of a run, which checkpoints store and a resumed run compares."""
+
+import re
+import zlib
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kdlib.distiller import Distiller
+from kdlib.objective import Term
+from kdlib.training._checks import check_argument
+from kdlib.training.config import TrainConfig
+from kdlib.types import FrozenModel, HasFingerprint
+
+__all__ = ["check_fingerprint", "run_fingerprint"]
+
+
+def run_fingerprint(
+    config: TrainConfig, distiller: Distiller, optimizer: torch.optim.Optimizer, total_steps: int
+) -> dict[str, Any]:
+    """Return names and plain values: settings, optimizer, terms, weighting and teachers of a run."""
+    objective = distiller.objective
+    return {
+        **config.fingerprint(),
+        **({"optimizer": _describe_optimizer(optimizer)} if callable(config.optimizer) else {}),
+        "total_steps": total_steps,
+        **{f"term {name!r}": _describe_term(term, total_steps) for name, term in objective.terms.items()},
+        "weighting": _describe(objective.weighting),
+        **{f"teacher {name!r}": _describe_teacher(teacher) for name, teacher in distiller.teachers.items()},
+    }
+
+
+def check_fingerprint(
+    saved: Mapping[str, Any],
+    current: Mapping[str, Any],
+    weights: Mapping[str, Any],
+    live: Mapping[str, Any],
+    place: object,
+) -> None:
+    """A resumed run must have the same fingerprint and, in its state dict, the same names and shapes.
+
+    The error names each difference with both values.
+    """
+    pairs = [(name, saved.get(name), current.get(name)) for name in sorted({*saved, *current})]
+    before, now = (
+        {
+            name: f"{x.dtype} {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
+            for name, x in state.items()
+        }
+        for state in (weights, live)
+    )
+    pairs += [(name, before.get(name, "absent"), now.get(name, "absent")) for name in sorted({*before, *now})]
+    texts = [f"{name} (checkpoint {old!r}, now {new!r})" for name, old, new in pairs if old != new]
+    more = f" and {len(texts) - 8} more" if len(texts) > 8 else ""
+    check_argument(
+        not texts,
+        f"checkpoint_dir {place} must contain a run of this configuration, got different {', '.join(texts[:8])}{more}; "
+        "restore these settings or use another directory",
+    )
+
+
+def _describe_optimizer(optimizer: torch.optim.Optimizer) -> str:
+    """Describe the class and the settings of the groups; the current learning rate is part of the state."""
+    groups = [
+        {name: value for name, value in group.items() if value and name not in ("params", "lr")}
+        for group in optimizer.param_groups
+    ]
+    return f"{type(optimizer).__qualname__} {groups}"
+
+
+def _describe_term(term: Term, total_steps: int) -> str:
+    """Describe a term; a schedule is described by its values at some steps."""
+    steps = sorted({0, 1, total_steps // 4, total_steps // 2, max(0, total_steps - 1)})
+    weights = f" weights {[term.weight_at(step) for step in steps]}" if callable(term.weight) else ""
+    return f"{_without_addresses(term)}{_attributes(term.loss)}{weights}"
+
+
+def _describe(value: object) -> str:
+    return f"{_without_addresses(value)}{_attributes(value)}"
+
+
+def _without_addresses(value: object) -> str:
+    return re.sub(r" at 0x[0-9a-f]+", "", repr(value))
+
+
+def _attributes(value: object) -> str:
+    """Describe the numbers and texts of a Module, which its `repr` may lack."""
+    if not isinstance(value, nn.Module):
+        return ""
+    plain = {name: x for name, x in sorted(vars(value).items()) if isinstance(x, (int, float, str)) and name[0] != "_"}
+    hidden = {name: x for name, x in plain.items() if name != "training" and f"{name}=" not in repr(value)}
+    return f" {hidden}" if hidden else ""
+
+
+def _describe_teacher(teacher: object) -> str:
+    """Return the teacher's own fingerprint, or its class and a checksum of the first values of each frozen weight."""
+    if isinstance(teacher, HasFingerprint):
+        return teacher.fingerprint
+    if not isinstance(teacher, FrozenModel):
+        return type(teacher).__qualname__
+    checksum = 0
+    for name, value in teacher.model.state_dict().items():
+        if isinstance(value, Tensor):
+            start = value.detach().flatten()[:16].double().cpu().numpy().tobytes()
+            checksum = zlib.crc32(f"{name} {tuple(value.shape)}".encode() + start, checksum)
+    return f"{type(teacher.model).__qualname__} {checksum:08x}"

@@ -1,0 +1,157 @@
+"""Image files: which files are images, their sizes, and their pixels as RGB."""
+
+import io
+import os
+from collections.abc import Sequence
+from functools import cache
+from os import PathLike
+from pathlib import Path
+
+from PIL import Image, ImageFile, UnidentifiedImageError
+
+from kdlib_faces._checks import InputError
+
+__all__ = ["describe_far_sizes", "image_size", "image_suffixes", "is_image", "open_rgb", "scan_folder", "spaced_rows"]
+
+# Pillow starts an external program to decode the first three, and only recognizes the others.
+UNREAD = frozenset({"EPS", "WMF", "EMF", "BUFR", "GRIB", "HDF5", "MPEG"})
+# Formats with a clear signature, by which files with other suffixes are recognized.
+SIGNED = ("JPEG", "PNG", "BMP", "WEBP", "TIFF", "GIF", "JPEG2000", "AVIF", "PPM", "HEIF")
+MAX_PIXELS = 64_000_000
+MAX_FILES = 20_000_000
+SAMPLE = 256
+IGNORED = frozenset({"thumbs.db", "desktop.ini"})
+ORIENTATION = 0x0112
+TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+@cache
+def _formats() -> tuple[str, ...]:
+    Image.init()
+    return tuple(each for each in Image.ID if each in Image.OPEN and each not in UNREAD)
+
+
+@cache
+def image_suffixes() -> frozenset[str]:
+    """Return the suffixes of the formats that Pillow reads here, such as `.jpg`; plug-ins add theirs."""
+    known = _formats()
+    return frozenset(suffix for suffix, name in Image.registered_extensions().items() if name in known)
+
+
+def is_image(path: Path) -> bool:
+    """Whether a file has the suffix of an image, or the first bytes of one."""
+    if path.suffix.lower() in image_suffixes():
+        return True
+    try:
+        with Image.open(path, formats=[each for each in SIGNED if each in Image.OPEN]):
+            return True
+    except Exception:  # A file that is no image can raise nearly anything inside a decoder.
+        return False
+
+
+def scan_folder(folder: Path) -> tuple[list[Path], list[Path]]:
+    """Return the images and the other files below a folder, sorted; hidden files and folders are left out.
+
+    Raises:
+        InputError: The folder does not exist, or holds more than 20 million files.
+    """
+    if not folder.is_dir():
+        raise InputError(f"folder of images not found: {folder}")
+    files: list[Path] = []
+    for parent, folders, names in os.walk(folder, followlinks=True):
+        # Links are followed, but not back to a folder above.
+        above = os.path.realpath(parent) + os.sep
+        links = [each for each in folders if os.path.islink(Path(parent, each))]
+        loops = [each for each in links if above.startswith(os.path.realpath(Path(parent, each)) + os.sep)]
+        folders[:] = sorted(each for each in folders if not each.startswith(".") and each not in loops)
+        kept = (each for each in sorted(names) if not each.startswith(".") and each.lower() not in IGNORED)
+        files += [Path(parent, each) for each in kept]
+        if len(files) > MAX_FILES:
+            raise InputError(f"{folder}: more than {MAX_FILES:,} files")
+    images = [file for file in files if is_image(file)]
+    others = set(files).difference(images)
+    return images, [file for file in files if file in others]
+
+
+def open_rgb(source: str | PathLike[str] | bytes, name: str) -> Image.Image:
+    """Decode an image to RGB, turned as its EXIF orientation states; only the first frame of several is read.
+
+    Raises:
+        InputError: The file is missing, not an image, truncated or above 64 million pixels; the message starts with `name`.
+    """
+    try:
+        with _open(source) as image:
+            width, height = image.size
+            if width * height > MAX_PIXELS:
+                raise InputError(f"{name}: {width} x {height} pixels; images above {MAX_PIXELS:,} are refused")
+            if image.mode.startswith(("I", "F")):
+                raise InputError(f"{name}: images of mode {image.mode!r} are not read, convert to 8 bits per channel")
+            image.load()  # Pillow turns TIFF files itself, and then drops their orientation.
+            turn = TURNS.get(_orientation(image))
+            rgb = (image.convert("RGBA") if image.mode == "P" else image).convert("RGB")
+            return rgb if turn is None else rgb.transpose(turn)
+    except InputError:
+        raise
+    except FileNotFoundError:
+        raise InputError(f"{name}: image file not found") from None
+    except UnidentifiedImageError:
+        raise InputError(f"{name}: not a readable image (unknown format)") from None
+    except Exception as error:  # A broken file can raise nearly anything inside a decoder.
+        reason = str(error).replace(name, "").strip(" :'\"") or type(error).__name__
+        raise InputError(f"{name}: not a readable image ({reason})") from None
+
+
+def _open(source: str | PathLike[str] | bytes) -> ImageFile.ImageFile:
+    return Image.open(io.BytesIO(source) if isinstance(source, bytes) else os.fspath(source), formats=_formats())
+
+
+def _orientation(image: Image.Image) -> int:
+    """The EXIF orientation; 1, upright, where the metadata have none or are broken."""
+    try:
+        return int(image.getexif().get(ORIENTATION, 1))
+    except Exception:  # as for the image itself
+        return 1
+
+
+def image_size(source: str | PathLike[str] | bytes) -> tuple[int, int] | None:
+    """Return height and width as `open_rgb` gives them, read from the header; None if it cannot be read."""
+    try:
+        with _open(source) as image:
+            width, height = image.size
+            turned = _orientation(image) >= 5 and image.format != "TIFF"
+            return (width, height) if turned else (height, width)
+    except Exception:  # as in `open_rgb`, which names the reason
+        return None
+
+
+def spaced_rows(count: int) -> list[int]:
+    """Return at most 256 numbers below `count`, evenly spaced."""
+    return sorted({row * count // SAMPLE for row in range(SAMPLE)}) if count > SAMPLE else list(range(count))
+
+
+def describe_far_sizes(sources: Sequence[str | PathLike[str] | bytes], size: int) -> str:
+    """Return a warning if images are more than twice as large as a network's `size`, or less than half; else nothing.
+
+    At most 256 headers, evenly spaced, are read of the files or encoded images.
+    """
+    rows = spaced_rows(len(sources))
+    sizes = [(row, found) for row in rows if (found := image_size(sources[row])) is not None]
+    far = [(row, found) for row, found in sizes if max(found) > 2 * size or max(found) < size / 2]
+    if not far:
+        return ""
+    row, (height, width) = max(far, key=lambda each: abs(each[1][0] * each[1][1] - size * size))
+    source = sources[row]
+    name = f"image {row}" if isinstance(source, bytes) else source
+    sampled = f"{len(sizes):,}" if len(rows) == len(sources) else f"{len(sizes):,} sampled"
+    return (
+        f"{len(far):,} of {sampled} images are far from the {size} x {size} pixels that the network reads, such as "
+        f"{name} with {width} x {height}; the network expects aligned crops"
+    )
