@@ -211,7 +211,7 @@ def _run(options: argparse.Namespace, given: Sequence[str]) -> None:
 
 
 def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
-    print(f"kdlib-faces: warning: {' '.join(str(message).split())}", file=sys.stderr)
+    print(f"kdlib-faces: warning: {_printable(' '.join(str(message).split()))}", file=sys.stderr)
 
 
 def _report_error(error: BaseException) -> int:
@@ -230,11 +230,14 @@ def _report_error(error: BaseException) -> int:
 
 
 def _fail(message: str, code: int = 2) -> int:
-    """Print a message as one line; names in it may contain control characters or be very long."""
-    line = message.replace("\u00a0", " ")
-    line = "".join(each if each.isprintable() else repr(each)[1:-1] for each in line)
-    print(f"kdlib-faces: error: {line if len(line) <= 2000 else line[:1999] + '…'}", file=sys.stderr)
+    print(f"kdlib-faces: error: {_printable(message)}", file=sys.stderr)
     return code
+
+
+def _printable(message: str) -> str:
+    """A message as one line; names in it may contain control characters or be very long."""
+    line = "".join(each if each.isprintable() else repr(each)[1:-1] for each in message.replace("\u00a0", " "))
+    return line if len(line) <= 2000 else line[:1999] + "…"
 
 
 def _one_line(error: Exception) -> str:

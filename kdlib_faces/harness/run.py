@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from kdlib_faces._checks import InputError
+from kdlib_faces.data.image_files import describe_far_sizes
 from kdlib_faces.data.lists import FaceList, read_faces
 from kdlib_faces.evaluation.summary import DataSummary, ModelEntry
 from kdlib_faces.harness.embeddings import embed_set, open_model, read_embeddings
@@ -86,7 +87,7 @@ def prepare(
             replace(task, convention={**task.convention, "Alignment": alignment.format(task.alignment)})
             for task in tasks
         ]
-    evaluated = _models(config, models, inputs, embeddings, tasks, work, progress)
+    evaluated = _models(config, models, inputs, embeddings, tasks, work, notes, progress)
     return PreparedEvaluation(
         tasks, evaluated, _data(settings, tasks, [*notes, *(() if face_list is None else face_list.notes)])
     )
@@ -126,9 +127,13 @@ def _models(
     embeddings: Sequence[PathLike],
     tasks: Sequence[EvaluationTask],
     work: Path,
+    notes: list[str],
     progress: bool,
 ) -> list[EvaluatedModel]:
-    """Models and embeddings, each with its own name; every file is opened before any model runs."""
+    """Models and embeddings, each with its own name; every file is opened before any model runs.
+
+    Images far from the size of a model are added to `notes`: they are probably photographs instead of aligned crops.
+    """
     sets: dict[str, ImageSet] = {}
     for images in (images for task in tasks for images in task.images):
         if sets.setdefault(images.name, images).fingerprint != images.fingerprint:
@@ -148,6 +153,8 @@ def _models(
     ]
     for images in sets.values() if opened else ():
         images.check_images()
+    far = (describe_far_sizes(images.sources, model.size) for _, model in opened for images in sets.values())
+    notes += dict.fromkeys(filter(None, far))
     evaluated = []
     for name, model in opened:
         made = {
