@@ -23,7 +23,7 @@ from kdlib_faces.data.lists import FaceList
 from kdlib_faces.progress import say
 from kdlib_faces.recipes.spaces import check_one_space
 from kdlib_faces.recipes.student import StudentConfig, refuse_unused
-from kdlib_faces.teachers.input_options import InputOptions
+from kdlib_faces.teachers.input_options import InputOptions, inputs_of_models
 from kdlib_faces.teachers.open import open_teacher, stage_taps
 from kdlib_faces.training import RunConfig, RunOptions, TrainingSetup, train_on_faces
 
@@ -301,6 +301,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m kdlib_faces.recipes.liaad", description=__doc__)
     for name, text in (
         ("faces", "CSV list or folder"), ("teacher", "general first, then age-invariant"), ("set", "setting KEY=VALUE"),
+        ("input", "images of the teachers, as `InputOptions.parse` reads them"),
     ):  # fmt: skip
         parser.add_argument(f"--{name}", action="append", default=[], help=f"{text}; repeatable")
     parser.add_argument("--output", type=Path, default=Path("runs/train"), help="folder of the run (runs/train)")
@@ -312,8 +313,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if len(given.teacher) != 2:
             raise InputError(f"--teacher must be given twice, got {len(given.teacher)}")
         run = RunOptions(
-            output=given.output, faces=given.faces, teachers=given.teacher, seed=given.seed, progress=not given.quiet
-        )
+            output=given.output, faces=given.faces, teachers=given.teacher, seed=given.seed, progress=not given.quiet,
+            inputs=inputs_of_models(given.input, len(given.teacher)),
+        )  # fmt: skip
         train(load_config(LIAADRunConfig, given.config, given.set), run)
     except (ValueError, OSError) as error:
         parser.exit(2, f"{parser.prog}: error: {error}\n")
