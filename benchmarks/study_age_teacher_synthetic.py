@@ -22,8 +22,7 @@ from kdlib_faces.backbones import build_backbone
 from kdlib_faces.data.batches import FaceBatches
 from kdlib_faces.data.synthetic import SyntheticFaces
 from kdlib_faces.data.views import AugmentConfig
-from kdlib_faces.demo.stages import embed
-from kdlib_faces.evaluation import AgeGapProtocol
+from kdlib_faces.evaluation import AgeGapProtocol, embed_images
 from kdlib_faces.heads import CosFaceHead
 from kdlib_faces.progress import TrainProgress
 from kdlib_faces.recipes.age_teacher import AgeTeacherConfig, build_age_teacher
@@ -106,7 +105,7 @@ def main() -> None:
 
     def measured(network: Any) -> dict[str, dict[str, np.ndarray]]:
         bins = {}
-        for entry in protocol.evaluate(embed(network.eval(), test_images)).bins:
+        for entry in protocol.evaluate(embed_images(network.eval(), test_images)).bins:
             tar = entry.own_tar[FAR]
             if tar.value is not None and tar.replicates is not None:
                 bins[entry.name] = {"value": np.float64(tar.value), "replicates": tar.replicates}

@@ -36,9 +36,8 @@ from kdlib_faces.backbones import build_backbone
 from kdlib_faces.data.batches import FaceBatches
 from kdlib_faces.data.views import AugmentConfig
 from kdlib_faces.demo.run import DemoConfig
-from kdlib_faces.demo.stages import embed
 from kdlib_faces.demo.synthetic import synthetic_sets
-from kdlib_faces.evaluation import AgeGapProtocol, compare
+from kdlib_faces.evaluation import AgeGapProtocol, compare, embed_images
 from kdlib_faces.heads import CosFaceHead
 from kdlib_faces.progress import say
 from kdlib_faces.recipes.liaad import build
@@ -234,7 +233,9 @@ class Faces:
                 facts["weight"] = self.weight(name, self.alone, share)
             student, training = self.trained(folder, name, steps, facts.get("weight", 1.0))
             self.alone = student if name == ALONE else self.alone
-            np.save(folder / "embeddings.npy", embed(lambda images: student(images)["embedding"], self.test_images))
+            np.save(
+                folder / "embeddings.npy", embed_images(lambda images: student(images)["embedding"], self.test_images)
+            )
             write_json(done, {**facts, **training})
         return np.load(folder / "embeddings.npy"), json.loads(done.read_text())
 
@@ -255,7 +256,7 @@ def evaluate_all(faces: Faces, steps: int, share: float, names: list[str]) -> di
     for name in (TEACHER, ALONE, *names):
         facts: dict[str, Any] = {}
         if name == TEACHER:
-            embeddings = embed(lambda images: faces.teacher(images)["embedding"], faces.test_images)
+            embeddings = embed_images(lambda images: faces.teacher(images)["embedding"], faces.test_images)
         else:
             embeddings, facts = faces.embeddings(name, steps, share)
         results[name] = protocol.evaluate(embeddings)

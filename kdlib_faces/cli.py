@@ -12,7 +12,7 @@ import sys
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 __all__ = ["main"]
 
@@ -90,6 +90,7 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_folder("--output", "runs/demo", "folder of the report")
     demo.add_list("--teacher", "ONNX", "general teacher first, then the second teacher")
     demo.add_list("--tap", "NAME", "tensor of each teacher's middle feature map, in order")
+    _add_input(demo)
     demo.add_argument(
         "--seeds", type=_number(1, 1000), default=1, metavar="N", help="number of runs with consecutive seeds (1)"
     )
@@ -101,6 +102,7 @@ def _parser() -> argparse.ArgumentParser:
     text = "general teacher first, then the age-invariant one: a checkpoint, .onnx or a cache"
     train.add_list("--teacher", "FILE", text)
     train.add_on_error()
+    _add_input(train)
     train.add_folder("--output", "runs/train", "folder of the model")
 
     evaluate = commands.add_parser(
@@ -109,6 +111,7 @@ def _parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     evaluate.more = _protocols
     evaluate.add_list("--model", "[NAME=]FILE", ".pt or .onnx; repeatable")
+    _add_input(evaluate)
     text = "array (n, d) with one row per image, or a folder with SET.npy for each image set; repeatable"
     evaluate.add_list("--embeddings", "[NAME=]NPY", text)
     text = "protocol, see below; repeatable (default: all that --faces supports)"
@@ -126,15 +129,25 @@ def _parser() -> argparse.ArgumentParser:
     inspect = commands.add_parser("inspect", parents=[common], help="list the backbones, or describe a file")
     inspect.add_argument("file", type=Path, nargs="?", help=".onnx, .pt, a CSV list or a folder of faces")
     inspect.add_list("--tap", "NAME", "print the shape of this tap; repeatable")
+    _add_input(inspect)
     text = "input size of a checkpoint that does not determine it, such as 112x96"
     inspect.add_argument("--input-size", metavar="N|HxW", help=text)
     return parser
+
+
+def _add_input(parser: _Parser) -> None:
+    text = (
+        "images that a model takes, where its file does not show it: color=rgb|bgr, mean=N, scale=N of pixels 0 to 255 "
+    )
+    text += "(N:N:N by channel), layout=bchw|bhwc of .onnx; once, or once for each model in order ('auto' for the file's own)"
+    parser.add_list("--input", "KEY=VALUE,...", text)
 
 
 def _add_cache(parser: _Parser, common: _Parser, run: _Parser) -> None:
     actions = parser.add_subparsers(dest="action", metavar="build|verify|info", required=True)
     make = actions.add_parser("build", parents=[common, run], help="compute the missing rows of a cache")
     make.add_argument("--teacher", type=Path, required=True, metavar="FILE", help=".onnx or a checkpoint")
+    _add_input(make)
     make.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder of the cache")
     text = "feature map to store in addition to the embedding: a name, or stage0 to stage3"
     make.add_list("--tap", "[FEATURE=]NAME", text)
@@ -192,9 +205,13 @@ def _run(options: argparse.Namespace, given: Sequence[str]) -> None:
 
         torch.set_num_threads(options.threads)
     with warnings.catch_warnings():
-        warnings.showwarning = lambda message, *_: print(f"kdlib-faces: warning: {message}", file=sys.stderr)
+        warnings.showwarning = _show_warning
         _COMMANDS[options.command](options, shlex.join(["kdlib-faces", *given]))
     sys.stdout.flush()
+
+
+def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
+    print(f"kdlib-faces: warning: {_printable(' '.join(str(message).split()))}", file=sys.stderr)
 
 
 def _report_error(error: BaseException) -> int:
@@ -213,11 +230,14 @@ def _report_error(error: BaseException) -> int:
 
 
 def _fail(message: str, code: int = 2) -> int:
-    """Print a message as one line; names in it may contain control characters or be very long."""
-    line = message.replace("\u00a0", " ")
-    line = "".join(each if each.isprintable() else repr(each)[1:-1] for each in line)
-    print(f"kdlib-faces: error: {line if len(line) <= 2000 else line[:1999] + '…'}", file=sys.stderr)
+    print(f"kdlib-faces: error: {_printable(message)}", file=sys.stderr)
     return code
+
+
+def _printable(message: str) -> str:
+    """A message as one line; names in it may contain control characters or be very long."""
+    line = "".join(each if each.isprintable() else repr(each)[1:-1] for each in message.replace("\u00a0", " "))
+    return line if len(line) <= 2000 else line[:1999] + "…"
 
 
 def _one_line(error: Exception) -> str:
@@ -233,8 +253,8 @@ def _demo(options: argparse.Namespace, command: str) -> None:
     from kdlib_faces.commands import demo
 
     demo.run(
-        output=options.output, faces=options.faces, teachers=options.teacher, taps=options.tap, steps=options.steps,
-        seed=options.seed, num_seeds=options.seeds, config=options.config, settings=options.settings,
+        output=options.output, faces=options.faces, teachers=options.teacher, taps=options.tap, inputs=options.input,
+        steps=options.steps, seed=options.seed, num_seeds=options.seeds, config=options.config, settings=options.settings,
         progress=not options.quiet, command=command,
     )  # fmt: skip
 
@@ -244,7 +264,7 @@ def _train(options: argparse.Namespace, command: str) -> None:
 
     run = train.RunOptions(
         output=options.output, faces=options.faces, teachers=options.teacher, seed=options.seed, progress=not options.quiet,
-        on_error=options.on_error,
+        on_error=options.on_error, inputs=train.inputs_of_models(options.input, len(options.teacher)),
     )  # fmt: skip
     train.run(options.recipe, run, config=options.config, settings=options.settings)
 
@@ -254,9 +274,9 @@ def _evaluate(options: argparse.Namespace, command: str) -> None:
 
     evaluate.run(
         evaluate.load_settings(options.config, [f"seed={options.seed}", *options.settings]),
-        output=options.output, faces=options.faces, models=options.model, embeddings=options.embeddings,
-        pairs=options.pairs, protocols=options.protocols, scores=options.scores, progress=not options.quiet,
-        command=command, on_error=options.on_error,
+        output=options.output, faces=options.faces, models=options.model, inputs=options.input,
+        embeddings=options.embeddings, pairs=options.pairs, protocols=options.protocols, scores=options.scores,
+        progress=not options.quiet, command=command, on_error=options.on_error,
     )  # fmt: skip
 
 
@@ -274,7 +294,7 @@ def _cache(options: argparse.Namespace, command: str) -> None:
         text = cache.build(
             output=options.output, faces=options.faces, teacher=options.teacher, taps=options.tap, views=options.views,
             dtype=options.dtype, workers=options.workers, seed=options.seed, config=options.config,
-            settings=options.settings, progress=progress, on_error=options.on_error,
+            settings=options.settings, progress=progress, stated=_single(options.input), on_error=options.on_error,
         )  # fmt: skip
     print(text)
 
@@ -292,9 +312,16 @@ def _inspect(options: argparse.Namespace, command: str) -> None:
     if options.file is None:
         print(inspect.backbones())
     elif options.tap:
-        print(inspect.taps(options.file, options.tap, size))
+        print(inspect.taps(options.file, options.tap, size, _single(options.input)))
     else:
-        print(inspect.file(options.file, size))
+        print(inspect.file(options.file, size, _single(options.input)))
+
+
+def _single(given: Sequence[str]) -> str:
+    """The option `--input` of a command that opens one model."""
+    if len(given) > 1:
+        raise ValueError(f"--input must be given once, got {len(given)}")
+    return given[0] if given else "auto"
 
 
 _COMMANDS = {each.__name__[1:]: each for each in (_demo, _train, _evaluate, _cache, _report, _inspect)}

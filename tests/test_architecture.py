@@ -30,6 +30,7 @@ CORE = {
     "distiller": {"influence", "objective"},
     "training": {"adapters", "distiller", "objective"},
     "evaluation": set(),
+    "compression": set(),
     "testing": {"adapters"},
 }
 FACES = {
@@ -273,7 +274,16 @@ def test_the_core_raises_errors_through_its_checks() -> None:
     }
     assert found == RAISED_ELSEWHERE
     places = {part(name): name for name in modules("kdlib") if name.endswith("._checks")}
-    assert set(places) == {"_checks", "adapters", "cache", "losses", "projections", "training", "weighting"}
+    assert set(places) == {
+        "_checks",
+        "adapters",
+        "cache",
+        "compression",
+        "losses",
+        "projections",
+        "training",
+        "weighting",
+    }
     assert {name for name in modules("kdlib") if name.endswith("_checks")} == set(places.values())
 
 

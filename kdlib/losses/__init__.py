@@ -12,6 +12,7 @@ from kdlib.losses.features.overhaul import OverhaulLoss
 from kdlib.losses.features.variational_information import VariationalInformationLoss
 from kdlib.losses.logits.decoupled_kd import DecoupledKDLoss
 from kdlib.losses.logits.dist import DISTLoss
+from kdlib.losses.logits.linear_soft_target import LinearSoftTargetLoss
 from kdlib.losses.logits.soft_target import SoftTargetLoss
 from kdlib.losses.relations.correlation_congruence import CorrelationCongruenceLoss
 from kdlib.losses.relations.dark_rank import DarkRankLoss
@@ -22,6 +23,6 @@ from kdlib.losses.relations.similarity_preserving import SimilarityPreservingLos
 __all__ = [
     "ActivationBoundaryLoss", "AngularDistillLoss", "AttentionTransferLoss", "AttentiveSimilarityLoss",
     "ContrastiveRepresentationLoss", "CorrelationCongruenceLoss", "DISTLoss", "DarkRankLoss", "DecoupledKDLoss",
-    "HierarchicalContextLoss", "HintLoss", "NSTLoss", "OverhaulLoss", "PKTLoss", "RKDAngleLoss", "RKDDistanceLoss",
+    "HierarchicalContextLoss", "HintLoss", "LinearSoftTargetLoss", "NSTLoss", "OverhaulLoss", "PKTLoss", "RKDAngleLoss", "RKDDistanceLoss",
     "SimilarityPreservingLoss", "SoftTargetLoss", "VariationalInformationLoss",
 ]  # fmt: skip

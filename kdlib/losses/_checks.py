@@ -3,14 +3,25 @@
 from collections.abc import Sequence
 
 import numpy as np
+import torch
 from torch import Tensor
 
-from kdlib._checks import check_choice, check_finite, check_floating, check_number, check_rank, readable, show_shape
+from kdlib._checks import (
+    check_choice,
+    check_finite,
+    check_floating,
+    check_number,
+    check_pair,
+    check_rank,
+    check_type,
+    readable,
+    show_shape,
+)  # fmt: skip
 from kdlib._layouts import grid_of, prefix_candidates, shown_layout
 
 __all__ = [
-    "check_affine", "check_gathered_reduction", "check_layout", "check_levels", "check_margin", "check_prefix",
-    "check_square", "no_second_derivative",
+    "check_affine", "check_gathered_reduction", "check_hidden", "check_layout", "check_levels", "check_logits",
+    "check_margin", "check_mask", "check_prefix", "check_square", "no_second_derivative",
 ]  # fmt: skip
 
 
@@ -99,4 +110,66 @@ def check_margin(owner: str, margin: object, channels: int | None) -> None:
 
 def no_second_derivative() -> RuntimeError:
     """Return the error of a gradient that is differentiated again."""
-    return RuntimeError("this relation loss has a gradient, but no second derivative")
+    return RuntimeError("this loss has a gradient, but no second derivative")
+
+
+def check_logits(owner: str, student: Tensor, teacher: Tensor, dim: int, mask: Tensor | None) -> None:
+    """Logits of both sides must have the same shape, with the classes at `dim`; a mask has it without `dim`."""
+    check_floating(owner, student=student, teacher=teacher)
+    if student.dim() < 3 and dim in (1, -1):
+        check_pair(owner, student, teacher, "b c")
+    else:
+        check_rank(owner, "student", student, "b c ...")
+        if not (-student.dim() < dim < student.dim() and dim):
+            raise ValueError(
+                f"{owner}: dim must be from 1 to {student.dim() - 1}, or from {1 - student.dim()} to -1, got {dim}"
+            )
+        if student.shape != teacher.shape:
+            raise ValueError(
+                f"{owner}: teacher must have the shape of student {show_shape(student)}, got {show_shape(teacher)}; the "
+                "logits must be of the same classes and positions"
+            )
+    if mask is not None:
+        positions = [size for index, size in enumerate(student.shape) if index != dim % student.dim()]
+        check_mask(owner, mask, tuple(positions))
+
+
+def check_mask(owner: str, mask: object, positions: tuple[int, ...]) -> None:
+    """`mask` must be a boolean tensor of one value per position."""
+    check_type(owner, "mask", mask, Tensor, "a torch.Tensor")
+    if isinstance(mask, Tensor) and mask.dtype != torch.bool:
+        raise TypeError(f"{owner}: mask must be a boolean tensor, got {mask.dtype}; use mask != 0")
+    if isinstance(mask, Tensor) and tuple(mask.shape) != positions:
+        raise ValueError(
+            f"{owner}: mask must be {positions}, the shape of the logits without the classes, got {show_shape(mask)}"
+        )
+
+
+def check_hidden(
+    owner: str, student_hidden: Tensor, student_weight: Tensor, teacher_hidden: Tensor, teacher_weight: Tensor
+) -> None:
+    """Hidden states of both sides must have the same positions, and both output matrices the same vocabulary."""
+    check_floating(
+        owner, student_hidden=student_hidden, student_weight=student_weight, teacher_hidden=teacher_hidden,
+        teacher_weight=teacher_weight,
+    )  # fmt: skip
+    for side, hidden, weight in (
+        ("student", student_hidden, student_weight),
+        ("teacher", teacher_hidden, teacher_weight),
+    ):
+        check_rank(owner, f"{side}_hidden", hidden, "b d ...")
+        check_rank(owner, f"{side}_weight", weight, "v d")
+        if hidden.shape[-1] != weight.shape[1]:
+            raise ValueError(
+                f"{owner}: {side}_weight must be (v, d) with d = {hidden.shape[-1]} of {side}_hidden, got {show_shape(weight)}"
+            )
+    if student_hidden.shape[:-1] != teacher_hidden.shape[:-1]:
+        raise ValueError(
+            f"{owner}: teacher_hidden must have the positions of student_hidden {tuple(student_hidden.shape[:-1])}, got "
+            f"{tuple(teacher_hidden.shape[:-1])}"
+        )
+    if student_weight.shape[0] != teacher_weight.shape[0]:
+        raise ValueError(
+            f"{owner}: both vocabularies must have the same size, got v = {student_weight.shape[0]} of the student and "
+            f"{teacher_weight.shape[0]} of the teacher; pass the rows of the tokens that both share, in the same order"
+        )

@@ -24,7 +24,7 @@ class _Loss(CallRepr):
         cls._arguments = tuple(signature(cls).parameters)
 
     def _call(
-        self, student: Tensor, teacher: Tensor, weight: Tensor | None, reduction: str | None, **inputs: Tensor
+        self, student: Tensor, teacher: Tensor, weight: Tensor | None, reduction: str | None, **inputs: Tensor | None
     ) -> Tensor:
         options: dict[str, Any] = {name: getattr(self, name) for name in self._arguments}
         options["reduction"] = reduction or options["reduction"]

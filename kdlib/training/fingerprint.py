@@ -2,7 +2,7 @@
 
 import re
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from kdlib.training._checks import check_argument
 from kdlib.training.config import TrainConfig
 from kdlib.types import FrozenModel, HasFingerprint
 
-__all__ = ["check_fingerprint", "run_fingerprint"]
+__all__ = ["check_fingerprint", "check_same", "run_fingerprint"]
 
 
 def run_fingerprint(
@@ -51,7 +51,9 @@ def check_fingerprint(
         }
         for state in (weights, live)
     )
-    pairs += [(name, before.get(name, "absent"), now.get(name, "absent")) for name in sorted({*before, *now})]
+    # A module may create buffers in its first forward pass and when it loads them, so more names alone are no difference.
+    names = sorted(now if {*now} <= {*before} else {*before, *now})
+    pairs += [(name, before.get(name, "absent"), now.get(name, "absent")) for name in names]
     texts = [f"{name} (checkpoint {old!r}, now {new!r})" for name, old, new in pairs if old != new]
     more = f" and {len(texts) - 8} more" if len(texts) > 8 else ""
     check_argument(
@@ -59,6 +61,16 @@ def check_fingerprint(
         f"checkpoint_dir {place} must contain a run of this configuration, got different {', '.join(texts[:8])}{more}; "
         "restore these settings or use another directory",
     )
+
+
+def check_same(fingerprints: Sequence[Mapping[str, Any]]) -> None:
+    """All processes must have the same fingerprint."""
+    texts = [
+        f"{name} {[each.get(name) for each in fingerprints]}"
+        for name in sorted(set().union(*fingerprints))
+        if any(each.get(name) != fingerprints[0].get(name) for each in fingerprints)
+    ]
+    check_argument(not texts, f"all processes must train with the same settings, got {', '.join(texts)}")
 
 
 def _describe_optimizer(optimizer: torch.optim.Optimizer) -> str:

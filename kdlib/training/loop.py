@@ -18,7 +18,7 @@ from kdlib.training.config import TrainConfig
 from kdlib.training.distributed import Processes, synchronize_if, wrap
 from kdlib.training.ema import EMA
 from kdlib.training.events import Hook, TrainEvent, TrainResult
-from kdlib.training.fingerprint import check_fingerprint, run_fingerprint
+from kdlib.training.fingerprint import check_fingerprint, check_same, run_fingerprint
 from kdlib.training.log import append_log
 from kdlib.training.schedules import build_optimizer, lr_factor, set_lr
 from kdlib.training.signals import DeferredSignals
@@ -100,6 +100,7 @@ def train(
             resumed_from = run.resume(store)
             if processes.rank == 0 and run.step < total_steps:
                 store.check_writable()
+        check_same(processes.gather(run.fingerprint))
         steps = processes.gather(run.step)
         check_argument(
             len(set(steps)) == 1, f"checkpoint_dir must be one directory shared by all processes, got steps {steps}"

@@ -25,6 +25,7 @@ from kdlib_faces.data.lists import FaceList, read_faces
 from kdlib_faces.data.seeded_views import SeededViews
 from kdlib_faces.data.views import AugmentConfig
 from kdlib_faces.progress import progress_to, say
+from kdlib_faces.teachers.input_options import InputOptions
 
 __all__ = ["CacheConfig", "build", "info", "describe_check", "verify"]
 
@@ -43,6 +44,7 @@ class CacheConfig:
         decoders: threads that decode images.
         shard_bytes: maximum size of a file.
         sync_seconds: seconds between flushes to disk.
+        input: what is stated about the images that the teacher takes.
     """
 
     dtype: Literal["float16", "int8", "float32"] = "float16"
@@ -54,6 +56,7 @@ class CacheConfig:
     decoders: int = 2
     shard_bytes: int = 1 << 28
     sync_seconds: float = 5.0
+    input: InputOptions = field(default_factory=InputOptions)
 
     def __post_init__(self) -> None:
         check_number("CacheConfig", "size", self.size, min=1, max=4096, integer=True)
@@ -122,7 +125,9 @@ def _build(
     config: CacheConfig, output: Path, faces: FaceList, teacher: Path, taps: Sequence[str], *, quiet: bool
 ) -> TeacherCache:
     views, size, decoders = config.seeded(), config.size, config.decoders
-    source = CacheSource(faces, teacher, parse_taps(taps), views, size=size, decoders=decoders, quiet=quiet)
+    source = CacheSource(
+        faces, teacher, parse_taps(taps), views, size=size, decoders=decoders, images=config.input, quiet=quiet
+    )
     with progress_to(f"outputs of {teacher.stem}", quiet=quiet) as show:
         return TeacherCache.build(
             output,
@@ -170,8 +175,10 @@ def verify(
     with progress_to("checking", quiet=not progress) as show:
         if teacher is None:
             return verify_cache(cache, progress=show)
-        views, taps, size = _build_options(cache)
-        source = CacheSource(read_faces(faces), teacher, taps, views, size=size, decoders=decoders, quiet=not progress)
+        views, taps, size, images = _build_options(cache)
+        source = CacheSource(
+            read_faces(faces), teacher, taps, views, size=size, decoders=decoders, images=images, quiet=not progress
+        )
         TeacherCache.open(path, fingerprint=source.fingerprint)
         return verify_cache(cache, teacher=source.model, fetch=source.fetch, recompute=rows, progress=show)
 
@@ -223,15 +230,15 @@ def describe_check(check: CacheCheck) -> str:
     return f"good: {check.rows:,} rows in {check.shards:,} files have correct checksums and finite values{again}"
 
 
-def _build_options(cache: TeacherCache) -> tuple[SeededViews, dict[str, str], int]:
-    """Return views, taps and image size from the notes of a cache."""
+def _build_options(cache: TeacherCache) -> tuple[SeededViews, dict[str, str], int, InputOptions]:
+    """Return views, taps, image size and the images of the teacher from the notes of a cache."""
     notes = cache.notes
     try:
         taps, size = json.loads(notes["taps"]), int(notes["size"])
         named = isinstance(taps, dict) and all(isinstance(tap, str) for tap in taps.values())
         if not named or not 1 <= size <= 4096:
             raise ValueError("taps or size have a wrong type")
-        return SeededViews.from_text(notes["views"]), taps, size
+        return SeededViews.from_text(notes["views"]), taps, size, InputOptions.parse(notes.get("input", ""))
     except (KeyError, ValueError, RecursionError) as error:
         raise InputError(
             f"cache: the notes of {cache.path} do not describe the build ({error}); verify it without --teacher"

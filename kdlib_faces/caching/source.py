@@ -16,7 +16,9 @@ from kdlib_faces.data.lists import FaceList, warn
 from kdlib_faces.data.seeded_views import SeededViews
 from kdlib_faces.data.views import AugmentConfig
 from kdlib_faces.progress import progress
-from kdlib_faces.teachers.open import onnx_taps
+from kdlib_faces.teachers.input_options import InputOptions
+from kdlib_faces.teachers.onnx.graph import read_graph
+from kdlib_faces.teachers.open import load_network, onnx_taps, open_onnx
 
 __all__ = ["STAGES", "CacheSource", "data_digest", "describe_views", "parse_taps"]
 
@@ -72,10 +74,11 @@ class CacheSource:
         *,
         size: int,
         decoders: int,
+        images: InputOptions,
         quiet: bool = True,
     ) -> None:
         self.faces, self.views, self.decoders = faces, views, decoders
-        self.model, self.size, parts, taps = _teacher(path, taps, size)
+        self.model, self.size, parts, taps = _teacher(path, taps, size, images)
         warn(describe_far_sizes(faces.paths, self.size))
         self.fingerprint = Fingerprint(
             teacher=parts.teacher,
@@ -88,6 +91,7 @@ class CacheSource:
             "size": str(self.size),
             "taps": json.dumps(dict(taps)),
             "views": views.to_text(),
+            "input": str(images),
         }
 
     def fetch(self, samples: Tensor, view: int) -> Tensor:
@@ -96,25 +100,22 @@ class CacheSource:
         return self.views(pixels, samples, view)
 
 
-def _teacher(path: Path, taps: Mapping[str, str], size: int) -> tuple[nn.Module, int, Fingerprint, dict[str, str]]:
+def _teacher(
+    path: Path, taps: Mapping[str, str], size: int, images: InputOptions
+) -> tuple[nn.Module, int, Fingerprint, dict[str, str]]:
     """Return the teacher, its input size, the first two parts of its fingerprint, and its resolved taps."""
     if not path.is_file():
         raise InputError(f"cache: teacher {path} {'is not a file' if path.exists() else 'does not exist'}")
     if path.suffix == ".onnx":
-        from kdlib_faces.teachers import OnnxTeacher
-
         taps = {
-            feature: str(onnx_taps(str(path), STAGES.index(name))["map"]) if name in STAGES else name
+            feature: str(onnx_taps(str(path), STAGES.index(name), images.layout)["map"]) if name in STAGES else name
             for feature, name in taps.items()
         }
-        graph = OnnxTeacher(path, {"embedding": None, **taps})
-        side = graph.input_size
-        if isinstance(side, tuple):
-            raise InputError(f"cache: {path} must have a square input, got {side[0]} x {side[1]}")
-        return graph, size if side is None else side, Fingerprint(graph.fingerprint, "onnx", ""), taps
-    from kdlib_faces.teachers import load_teacher
-
-    network = load_teacher(path)
+        not_square = isinstance(read_graph(path, images.layout).input_size, tuple)
+        graph = open_onnx(path, {"embedding": None, **taps}, images=images, resize=not_square)
+        own = graph.input_size or size
+        return graph, own if isinstance(own, int) else max(own), Fingerprint(graph.fingerprint, "onnx", ""), taps
+    network = load_network(path, images)
     taps = {feature: network.stages[STAGES.index(name)] if name in STAGES else name for feature, name in taps.items()}
     try:
         adapter = TeacherAdapter(network, {"embedding": OUTPUT, **taps}, preprocess=network.input_spec)

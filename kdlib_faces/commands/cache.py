@@ -9,6 +9,7 @@ from kdlib_faces.caching.build import CacheConfig, describe_check, info
 from kdlib_faces.caching.build import build as build_cache
 from kdlib_faces.caching.build import verify as verify_cache
 from kdlib_faces.config import load_config
+from kdlib_faces.teachers.input_options import InputOptions
 
 __all__ = ["build", "info", "verify"]
 
@@ -26,12 +27,15 @@ def build(
     config: Path | None,
     settings: Sequence[str],
     progress: bool,
+    stated: str,
     on_error: Literal["stop", "skip"] = "stop",
 ) -> str:
     """Build a cache with the options of the command line and describe it; see `kdlib_faces.caching.build.build`."""
     if not faces:
         raise InputError("cache build: --faces must be given, a CSV list or a folder")
-    options = {"view_seed": seed, "views": views, "dtype": dtype}
+    options: dict[str, object] = {"view_seed": seed, "views": views, "dtype": dtype}
+    for name, value in vars(InputOptions.parse(stated)).items():
+        options[f"input.{name}"] = list(value) if isinstance(value, tuple) else value
     values = [f"{name}={value}" for name, value in options.items() if value is not None]
     loaded = load_config(CacheConfig, config, [*values, *settings])
     build_cache(

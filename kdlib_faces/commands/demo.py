@@ -20,6 +20,7 @@ def run(
     faces: Sequence[str],
     teachers: Sequence[str],
     taps: Sequence[str],
+    inputs: Sequence[str],
     steps: str | None,
     seed: int,
     num_seeds: int,
@@ -42,6 +43,6 @@ def run(
     loaded = load_config(DemoConfig, config, values, base=faces_config() if faces else None)
     with swept(output):
         run_demo(
-            loaded, output=output, faces=faces, teachers=teachers, taps=taps, seeds=range(seed, seed + num_seeds),
+            loaded, output=output, faces=faces, teachers=teachers, taps=taps, inputs=inputs, seeds=range(seed, seed + num_seeds),
             progress=progress, command=command,
         )  # fmt: skip

@@ -30,6 +30,7 @@ def run(
     output: Path,
     faces: Sequence[str | os.PathLike[str]] = (),
     models: Sequence[str | os.PathLike[str]] = (),
+    inputs: Sequence[str] = (),
     embeddings: Sequence[str | os.PathLike[str]] = (),
     pairs: str | os.PathLike[str] | None = None,
     protocols: Sequence[str] = (),
@@ -54,8 +55,8 @@ def run(
     check_output(output, "work", "figures", "scores")
     with swept(output):
         prepared = prepare(
-            config, work=output / "work", faces=faces, models=models, embeddings=embeddings, pairs=pairs,
-            protocols=protocols, progress=progress, on_error=on_error,
+            config, work=output / "work", faces=faces, models=models, inputs=inputs, embeddings=embeddings,
+            pairs=pairs, protocols=protocols, progress=progress, on_error=on_error,
         )  # fmt: skip
         started = datetime.now(UTC)
         with staged(output) as stage:

@@ -2,9 +2,12 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
 from kdlib_faces._checks import InputError
+
+if TYPE_CHECKING:
+    from kdlib_faces.teachers.input_options import InputOptions
 
 __all__ = ["backbones", "file", "parse_size", "taps"]
 
@@ -40,7 +43,7 @@ def backbones() -> str:
     return "\n".join(lines)
 
 
-def file(path: Path, input_size: ImageSize | None = None) -> str:
+def file(path: Path, input_size: ImageSize | None = None, stated: str = "auto") -> str:
     """Describe a file: an ONNX network, a checkpoint of ours or of a public project, a list, a `.bin` set or records.
 
     For a checkpoint: layout, wrapping, network, input, output, counts, taps, and all differences from the network. For images:
@@ -50,6 +53,7 @@ def file(path: Path, input_size: ImageSize | None = None) -> str:
         path: The file.
         input_size: Side of a checkpoint's images, or (height, width), where the file does not contain it; for images, the size
             that a network reads, by default 112.
+        stated: What is stated about the images of a network, as `InputOptions.parse` reads it.
 
     Raises:
         InputError: The file is none of these, or damaged.
@@ -57,18 +61,20 @@ def file(path: Path, input_size: ImageSize | None = None) -> str:
     if not path.exists():
         raise InputError(f"{path}: file not found")
     if path.suffix == ".onnx":
-        return _describe_onnx(path)
+        return _describe_onnx(path, stated)
     from kdlib_faces.commands.inspect_data import describe_data
 
     height = input_size[0] if isinstance(input_size, tuple) else input_size
     if (described := describe_data(path, height or 112)) is not None:
         return described
     from kdlib_faces.teachers.files import describe_teacher
+    from kdlib_faces.teachers.input_options import InputOptions
 
-    return describe_teacher(path) or _describe_checkpoint(path, input_size)
+    images = InputOptions.parse(stated)
+    return describe_teacher(path, images) or _describe_checkpoint(path, input_size, images)
 
 
-def _describe_checkpoint(path: Path, input_size: ImageSize | None) -> str:
+def _describe_checkpoint(path: Path, input_size: ImageSize | None, images: "InputOptions") -> str:
     from kdlib_faces.backbones import describe_checkpoint, load_backbone
 
     info = describe_checkpoint(path, input_size=input_size)
@@ -80,7 +86,7 @@ def _describe_checkpoint(path: Path, input_size: ImageSize | None) -> str:
         "layout": f"{info.layout}: {info.about}",
         "wrapping": "; ".join(wrapping) or "none",
         "network": f"{info.backbone}: {info.network}",
-        "input": info.input_spec.describe(),
+        "input": images.applied_to(info.input_spec).describe(),
         "output": f"(b, {info.embedding_dim}), {LENGTHS[info.input_spec.normalized]}",
         "parameters": f"{info.parameters:,}",
         "MACs": f"{info.macs:,}",
@@ -117,8 +123,8 @@ def parse_size(text: str | None) -> ImageSize | None:
     return int(sides[0]) if len(sides) == 1 else (int(sides[0]), int(sides[1]))
 
 
-def taps(path: Path, names: Sequence[str], input_size: ImageSize | None = None) -> str:
-    """Return the shapes of taps of a network file for one image, one line each; see `file` for `input_size`.
+def taps(path: Path, names: Sequence[str], input_size: ImageSize | None = None, stated: str = "auto") -> str:
+    """Return the shapes of taps of a network file for one image, one line each; see `file` for the last two arguments.
 
     Raises:
         InputError: The file is not a network, or has no tap of that name; the message lists the nearest.
@@ -126,9 +132,10 @@ def taps(path: Path, names: Sequence[str], input_size: ImageSize | None = None) 
     if not path.exists():
         raise InputError(f"{path}: file not found")
     if path.suffix == ".onnx":
-        from kdlib_faces.teachers import OnnxTeacher
+        from kdlib_faces.teachers.input_options import InputOptions
+        from kdlib_faces.teachers.open import open_onnx
 
-        shapes = OnnxTeacher(path, {name: name for name in names}).shapes
+        shapes = open_onnx(path, {name: name for name in names}, images=InputOptions.parse(stated)).shapes
     else:
         import torch
 
@@ -144,24 +151,29 @@ def taps(path: Path, names: Sequence[str], input_size: ImageSize | None = None) 
     return "\n".join(f"{name}  (b, {', '.join(map(str, shape))})" for name, shape in shapes.items())
 
 
-def _describe_onnx(path: Path) -> str:
+def _describe_onnx(path: Path, stated: str) -> str:
+    from kdlib_faces.teachers.input_options import InputOptions
     from kdlib_faces.teachers.onnx.inspect import describe_graph, list_taps, suggest_taps
+    from kdlib_faces.teachers.open import open_onnx
 
-    info = describe_graph(path)
+    options = InputOptions.parse(stated)
+    info = describe_graph(path, options.layout)
+    spec = open_onnx(path, images=options).image_format
     rows = {
         "inputs": info["inputs"],
         "outputs": info["outputs"],
         "opset": info["opset"],
         "embedding_dim": info["embedding_dim"],
         "input_size": info["input_size"],
+        "images": info["images"] if spec is None or options == InputOptions() else f"{spec.describe()} (stated)",
         "parameters": f"{info['parameters']:,}",
         "MACs": f"{info['macs']:,}" if info["macs"] else "not countable",
     }
     lines = [f"{name:<14}{value}" for name, value in rows.items()]
-    suggested = set(suggest_taps(path).values())
+    suggested = set(suggest_taps(path, options.layout).values())
     lines.append("taps (shape for one image; a * marks the last sum at its resolution):")
     lines += [
         f"  {'*' if tap.name in suggested else ' '} {tuple(tap.shape)!s:<20}{tap.op:<20}{tap.name}"
-        for tap in list_taps(path)
+        for tap in list_taps(path, options.layout)
     ]
     return "\n".join(lines)

@@ -5,10 +5,11 @@ from pathlib import Path
 
 from kdlib_faces._checks import InputError
 from kdlib_faces.config import load_config
-from kdlib_faces.recipes import age_teacher, liaad
+from kdlib_faces.recipes import age_teacher, liaad, student
+from kdlib_faces.teachers.input_options import inputs_of_models
 from kdlib_faces.training import RunOptions
 
-__all__ = ["RECIPES", "RunOptions", "run"]
+__all__ = ["RECIPES", "RunOptions", "inputs_of_models", "run"]
 
 RECIPES = {
     "liaad": ((2,), "two teachers, the general one first"),
@@ -31,4 +32,6 @@ def run(recipe: str, options: RunOptions, *, config: Path | None = None, setting
         )
     if recipe == "age_teacher":
         return age_teacher.train(load_config(age_teacher.AgeTeacherRunConfig, config, settings), options)
-    return liaad.train(load_config(liaad.LIAADRunConfig, config, settings), options, name=recipe)
+    if recipe == "liaad":
+        return liaad.train(load_config(liaad.LIAADRunConfig, config, settings), options)
+    return student.train(load_config(student.StudentRunConfig, config, settings), options, name=recipe)

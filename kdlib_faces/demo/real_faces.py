@@ -22,8 +22,9 @@ from kdlib_faces.evaluation.summary import DataSummary, ModelEntry
 from kdlib_faces.progress import progress, say
 from kdlib_faces.recipes.liaad import AGE, GENERAL
 from kdlib_faces.teachers import MappedTeacher, OnnxTeacher, cache_outputs, fit_age_map, read_outputs
+from kdlib_faces.teachers.input_options import inputs_of_models
 from kdlib_faces.teachers.onnx.inspect import describe_graph
-from kdlib_faces.teachers.open import onnx_taps
+from kdlib_faces.teachers.open import onnx_taps, open_onnx
 
 __all__ = ["real_data"]
 
@@ -39,6 +40,7 @@ def real_data(
     faces: Sequence[str],
     teachers: Sequence[str],
     taps: Sequence[str] = (),
+    inputs: Sequence[str] = (),
     *,
     seed: int,
     quiet: bool,
@@ -51,6 +53,7 @@ def real_data(
         faces: Lists or folders, with ages or age groups.
         teachers: Two ONNX files, the general teacher first.
         taps: Tensor of each teacher that is its middle map; without any, one is chosen.
+        inputs: What is stated about the images of the teachers: one text of `InputOptions.parse` for both, or one for each.
         seed: Seed of the split and of the age map.
         quiet: Show no progress.
 
@@ -59,8 +62,15 @@ def real_data(
     """
     if len(teachers) != 2:
         raise InputError(f"demo: two teachers must be given, the general one first, got {len(teachers)}")
-    chosen = [{"embedding": None, "map": tap} for tap in taps] or [onnx_taps(path) for path in teachers]
-    graphs = [OnnxTeacher(path, each, resize=True) for path, each in zip(teachers, chosen, strict=True)]
+    stated = inputs_of_models(inputs, len(teachers))
+    pairs = zip(teachers, stated, strict=True)
+    chosen = [{"embedding": None, "map": tap} for tap in taps] or [
+        onnx_taps(path, layout=images.layout) for path, images in pairs
+    ]
+    graphs = [
+        open_onnx(path, each, images=images, resize=True)
+        for path, each, images in zip(teachers, chosen, stated, strict=True)
+    ]
     face_list = read_faces(faces)
     if face_list.ages is None and face_list.age_groups is None:
         raise InputError(f"demo: the lists {', '.join(faces)} hold neither ages nor age groups; nothing to test by age")

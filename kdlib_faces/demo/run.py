@@ -38,6 +38,7 @@ from kdlib_faces.report import (
     pairs_picture,
     write,
 )
+from kdlib_faces.teachers.input_options import inputs_of_models
 from kdlib_faces.training import LossCurve, fit
 
 __all__ = ["run", "train_student"]
@@ -60,6 +61,7 @@ def run(
     faces: Sequence[str] = (),
     teachers: Sequence[str] = (),
     taps: Sequence[str] = (),
+    inputs: Sequence[str] = (),
     seeds: Sequence[int] = (0,),
     progress: bool = True,
     command: str = "kdlib-faces demo",
@@ -73,6 +75,7 @@ def run(
         faces: Lists or folders of real faces; without any, faces are synthetic.
         teachers: Two ONNX files, the general teacher and the one to be made age-invariant; for real faces only.
         taps: Tensor of each teacher that is its middle map; without any, the map with the grid nearest to 14 x 14.
+        inputs: What is stated about the images of the teachers: one text of `InputOptions.parse` for both, or one for each.
         seeds: Seeds; the report shows the first run and the spread over all.
         progress: Show progress.
         command: The command line, noted in the report.
@@ -83,6 +86,7 @@ def run(
     check_output(output, "work", "figures")
     if bool(faces) != bool(teachers):
         raise InputError("demo: --faces and --teacher must be given together, or neither for synthetic faces")
+    inputs_of_models(inputs, len(teachers))
     if taps and len(taps) != len(teachers):
         count = f"once for each teacher ({len(teachers)}) or not at all"
         raise InputError(f"demo: --tap must be given {count}, got {len(taps)}")
@@ -96,7 +100,7 @@ def run(
         if faces:
             from kdlib_faces.demo.real_faces import real_data
 
-            data = real_data(config, work, faces, teachers, taps, seed=seed, quiet=not progress)
+            data = real_data(config, work, faces, teachers, taps, inputs, seed=seed, quiet=not progress)
         else:
             data = synthetic_data(config, work, seed=seed, quiet=not progress)
         results.append(_train_and_evaluate(config, data, work, seed=seed, quiet=not progress))

@@ -12,7 +12,7 @@ import time
 import warnings
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,6 +27,9 @@ from kdlib_faces.evaluation.embedding import embed_batch, eval_mode
 from kdlib_faces.evaluation.summary import ModelEntry
 from kdlib_faces.harness.image_sets import Embeddings, ImageSet, check_embeddings, file_name
 from kdlib_faces.progress import progress as show
+
+if TYPE_CHECKING:
+    from kdlib_faces.teachers.input_options import InputOptions
 
 __all__ = ["OpenedModel", "embed_set", "open_model", "read_embeddings"]
 
@@ -53,34 +56,40 @@ class OpenedModel:
     fingerprint: str
 
 
-def open_model(path: str | os.PathLike[str], size: int | None = None) -> OpenedModel:
+def open_model(
+    path: str | os.PathLike[str], size: int | None = None, stated: "InputOptions | None" = None
+) -> OpenedModel:
     """Open a model file: `.onnx` as an ONNX graph, anything else as the weights of a backbone or a teacher.
 
     Args:
         path: The file.
         size: Side of its images in pixels; None for the model's own, or 112 if the file leaves it open.
+        stated: What is stated about the images that the model takes; None for what its file implies.
 
     Raises:
-        InputError: The file is missing, corrupt, of no known layout, or its images are not square.
+        InputError: The file is missing, corrupt, or of no known layout.
     """
-    label = Path(path).stem
+    from kdlib_faces.teachers.input_options import InputOptions
+
+    label, stated = Path(path).stem, stated or InputOptions()
     module: nn.Module
     own: int | tuple[int, int] | None
     if Path(path).suffix.lower() == ".onnx":
         from kdlib_faces.teachers.onnx.inspect import describe_graph
-        from kdlib_faces.teachers.onnx.session import OnnxTeacher
+        from kdlib_faces.teachers.open import open_onnx
 
-        teacher = OnnxTeacher(path)
-        described = describe_graph(path)
-        entry = ModelEntry("teacher", label, "ONNX", parameters=described["parameters"], macs=described["macs"])
+        described = describe_graph(path, stated.layout)
+        own = described["input_size"]
+        # As for checkpoints, the square crop is cut to the rectangle that the network takes.
+        teacher = open_onnx(path, images=stated, resize=isinstance(own, tuple))
+        images = "" if teacher.image_format is None else teacher.image_format.describe()
+        entry = ModelEntry("teacher", label, "ONNX", images, parameters=described["parameters"], macs=described["macs"])
         fingerprint = f"{teacher.fingerprint} None"
-        module, own = teacher, teacher.input_size
-        if isinstance(own, tuple) and len(set(own)) != 1:
-            raise InputError(f"{path}: the model takes images of {own[0]} x {own[1]}, only square ones are evaluated")
+        module = teacher
     else:
-        from kdlib_faces.teachers import load_teacher
+        from kdlib_faces.teachers.open import load_network
 
-        network = load_teacher(path)
+        network = load_network(path, stated)
         # The input spec of a network cuts the square crop to the rectangle that it takes.
         entry = ModelEntry(
             "student", label, repr(network).split("(", 1)[0], network.input_spec.describe(),
@@ -141,8 +150,7 @@ def _embed_to(target: Path, model: OpenedModel, images: ImageSet, batch_size: in
     """Write rows in order to a part file; the note beside it holds the number of rows that are safe on disk."""
     part, note = target.with_name(target.name + ".part"), target.with_name(target.name + ".json")
     count = images.count
-    if count is None:
-        raise InputError(f"{images.name}: no images are known")
+    assert count is not None  # a set with images has rows
     done, width = _rows_kept(note, part)
     batch = max(1, min(batch_size, KEPT_EVERY))
     starts = range(done, count, batch)

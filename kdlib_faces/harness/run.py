@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from kdlib_faces._checks import InputError
+from kdlib_faces.data.image_files import describe_far_sizes
 from kdlib_faces.data.lists import FaceList, read_faces
 from kdlib_faces.evaluation.summary import DataSummary, ModelEntry
 from kdlib_faces.harness.embeddings import embed_set, open_model, read_embeddings
@@ -15,6 +16,7 @@ from kdlib_faces.harness.image_sets import OF_EMBEDDINGS, ImageSet, images_of_fi
 from kdlib_faces.harness.lists import tasks_of_faces
 from kdlib_faces.harness.registry import PROTOCOLS
 from kdlib_faces.harness.tasks import EvaluateConfig, EvaluationTask, ProtocolSpec, Settings, parse_protocol
+from kdlib_faces.teachers.input_options import inputs_of_models
 
 __all__ = ["PreparedEvaluation", "prepare"]
 
@@ -42,6 +44,7 @@ def prepare(
     work: Path,
     faces: Sequence[PathLike] = (),
     models: Sequence[PathLike] = (),
+    inputs: Sequence[str] = (),
     embeddings: Sequence[PathLike] = (),
     pairs: PathLike | None = None,
     protocols: Sequence[str] = (),
@@ -55,6 +58,7 @@ def prepare(
         work: Folder in which embeddings are kept; an interrupted run continues from it.
         faces: Face lists, as `read_faces` takes them; for protocols without images of their own.
         models: `.onnx` or weight files, or `NAME=FILE` to name them in the report.
+        inputs: What is stated about the images of the models: one text of `InputOptions.parse` for all, or one for each.
         embeddings: `.npy` files (n, d), rows in the order of the images; or folders with one such file per image set,
             named after it: `lfw.npy`, `fgnet.npy`, and `faces.npy` for the lists of `faces`; or `NAME=FILE`.
         pairs: A pairs file in the format of LFW, on `faces`.
@@ -83,7 +87,7 @@ def prepare(
             replace(task, convention={**task.convention, "Alignment": alignment.format(task.alignment)})
             for task in tasks
         ]
-    evaluated = _models(config, models, embeddings, tasks, work, progress)
+    evaluated = _models(config, models, inputs, embeddings, tasks, work, notes, progress)
     return PreparedEvaluation(
         tasks, evaluated, _data(settings, tasks, [*notes, *(() if face_list is None else face_list.notes)])
     )
@@ -119,12 +123,17 @@ def _tasks(
 def _models(
     config: EvaluateConfig,
     models: Sequence[PathLike],
+    inputs: Sequence[str],
     embeddings: Sequence[PathLike],
     tasks: Sequence[EvaluationTask],
     work: Path,
+    notes: list[str],
     progress: bool,
 ) -> list[EvaluatedModel]:
-    """Models and embeddings, each with its own name; every file is opened before any model runs."""
+    """Models and embeddings, each with its own name; every file is opened before any model runs.
+
+    Images far from the size of a model are added to `notes`: they are probably photographs instead of aligned crops.
+    """
     sets: dict[str, ImageSet] = {}
     for images in (images for task in tasks for images in task.images):
         if sets.setdefault(images.name, images).fingerprint != images.fingerprint:
@@ -137,9 +146,15 @@ def _models(
         files = {each: path / f"{each}.npy" if path.is_dir() else path for each in sets}
         arrays = {each: read_embeddings(files[each], images.count) for each, images in sets.items()}
         given.append(EvaluatedModel(name, ModelEntry("student", name, "embeddings from a file"), arrays))
-    opened = [(name, open_model(path, config.input_size)) for name, path in names[: len(models)]]
+    stated = inputs_of_models(inputs, len(models))
+    opened = [
+        (name, open_model(path, config.input_size, images))
+        for (name, path), images in zip(names[: len(models)], stated, strict=True)
+    ]
     for images in sets.values() if opened else ():
         images.check_images()
+    far = (describe_far_sizes(images.sources, model.size) for _, model in opened for images in sets.values())
+    notes += dict.fromkeys(filter(None, far))
     evaluated = []
     for name, model in opened:
         made = {
@@ -155,13 +170,13 @@ def _names(given: Sequence[PathLike]) -> list[tuple[str, Path]]:
     texts = [os.fspath(each) for each in given]
     parts = [text.partition("=") if "=" in text and not os.path.exists(text) else ("", "", text) for text in texts]
     paths = [Path(file) for _, _, file in parts]
-    steps = [(*path.absolute().parent.parts, path.stem) for path in paths]
+    steps = [(*path.parent.parts, path.stem) for path in map(Path.absolute, paths)]
     names: list[str] = []
     for at, (name, _, _) in enumerate(parts):
         others = [steps[other] for other, (named, _, _) in enumerate(parts) if other != at and not named]
         depths = (n for n in range(1, len(steps[at]) + 1) if all(each[-n:] != steps[at][-n:] for each in others))
         depth = next(depths, 0)
-        names.append(name or ("/".join(steps[at][-depth:]) if depth else f"{paths[at].stem} ({at + 1})"))
+        names.append(name or ("/".join(steps[at][-depth:]) if depth else f"{steps[at][-1]} ({at + 1})"))
     for name in names:
         if names.count(name) > 1:
             raise InputError(f"evaluate: two models are named {name!r}; name them as in --model NAME=FILE")

@@ -19,6 +19,7 @@ from kdlib_faces.data.lists import FaceList
 from kdlib_faces.data.samplers import count_cross_age_identities
 from kdlib_faces.heads import CosFaceHead
 from kdlib_faces.recipes.network import NetworkConfig
+from kdlib_faces.recipes.student import refuse_unused
 from kdlib_faces.teachers import (
     AgeEstimationLoss,
     AgeFactorLoss,
@@ -27,9 +28,9 @@ from kdlib_faces.teachers import (
     CrossAgePairLoss,
     L2SPLoss,
     TeacherNet,
-    load_pretrained,
 )
 from kdlib_faces.teachers.fine_tuning import FrozenBatchNorm, Part, freeze_all_but
+from kdlib_faces.teachers.open import load_pretrained
 from kdlib_faces.training import RunConfig, RunOptions, TrainingSetup, train_on_faces
 
 __all__ = ["AgeTeacherConfig", "AgeTeacherRunConfig", "build_age_teacher", "train"]
@@ -228,9 +229,24 @@ def train(config: AgeTeacherRunConfig, options: RunOptions) -> Path:
             f"train: recipe 'age_teacher' takes one pretrained network or none, got {len(options.teachers)}"
         )
 
+    method, prefix = config.age_teacher.method, "age_teacher."
+    readers = {
+        "decorrelation": "dal", "adversary_weight": "mtlface", "age_scale": "mtlface", "age_weight": "dal and mtlface",
+    }  # fmt: skip
+    unused = {
+        f"{prefix}{name}": f"{prefix}method={method} does not read it, only {methods}"
+        for name, methods in readers.items()
+        if method not in methods
+    }
+    if options.teachers:
+        unused["network"] = "the network is that of --teacher"
+    refuse_unused(config, unused)
+
     def build(listed: FaceList) -> TrainingSetup:
-        start = load_pretrained(options.teachers[0]) if options.teachers else None
-        fingerprints = {} if start is None else {"pretrained network": model_fingerprint(start)}
+        start = load_pretrained(options.teachers[0], *options.inputs[:1]) if options.teachers else None
+        fingerprints = {"seed": str(options.seed)}
+        if start is not None:
+            fingerprints["pretrained network"] = model_fingerprint(start)
         pair_ages = _age_target(listed)
         distiller = build_age_teacher(
             config.network.build(options.seed) if start is None else start,

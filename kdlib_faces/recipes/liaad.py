@@ -2,7 +2,7 @@
 
 import argparse
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, cast
 
@@ -16,17 +16,28 @@ from kdlib.distiller import Distiller
 from kdlib.objective import Objective, Term
 from kdlib.types import Teacher
 from kdlib_faces._checks import InputError
-from kdlib_faces.backbones import Backbone
-from kdlib_faces.caching.teachers import OpenTeachers, TeacherSource, open_teachers
+from kdlib_faces.backbones import BACKBONES, Backbone
+from kdlib_faces.caching.teachers import TeacherSource, open_teachers
 from kdlib_faces.config import load_config
 from kdlib_faces.data.lists import FaceList
-from kdlib_faces.heads import ArcFaceHead, CosFaceHead
 from kdlib_faces.progress import say
-from kdlib_faces.recipes.network import NetworkConfig
+from kdlib_faces.recipes.spaces import check_one_space
+from kdlib_faces.recipes.student import StudentConfig, refuse_unused
+from kdlib_faces.teachers.input_options import InputOptions, inputs_of_models
 from kdlib_faces.teachers.open import open_teacher, stage_taps
 from kdlib_faces.training import RunConfig, RunOptions, TrainingSetup, train_on_faces
 
-__all__ = ["AGE", "GENERAL", "LIAADConfig", "LIAADRunConfig", "build", "features_read", "main", "train"]
+__all__ = [
+    "AGE",
+    "GENERAL",
+    "LIAADConfig",
+    "LIAADRunConfig",
+    "LIAADSettings",
+    "build",
+    "features_read",
+    "main",
+    "train",
+]
 
 GENERAL, AGE = "general", "age"
 
@@ -34,8 +45,8 @@ AngularForm = Literal["squared", "cosine", "chord", "angle"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class LIAADConfig:
-    """Configuration of the LIAAD-style recipe.
+class LIAADSettings(StudentConfig):
+    """The terms of the LIAAD-style recipe, and the student that they train.
 
         L = w_id   * margin softmax(f_S, y)                         identity, from labels
           + w_emb  * mean_i sum_k a_ki * ang(f_S, f_Tk)             angular distillation of both embeddings
@@ -49,16 +60,6 @@ class LIAADConfig:
     all numbers here are our definition, since its equations are not public.
 
     Attributes:
-        num_identities: Identities of the student's training images.
-        backbone: The student's network, a name of `kdlib_faces.backbones`.
-        embedding_dim: Dimensions of the student's embedding.
-        width: Factor on the student's channels.
-        input_size: Side of the student's images, pixels.
-        general_teacher: A checkpoint or `.onnx` file, or the name of a backbone for an untrained teacher (dry runs).
-        age_teacher: Likewise.
-        head: `"cosface"` or `"arcface"`.
-        head_scale: Scale s of the margin softmax.
-        head_margin: Margin m of the margin softmax.
         identity_weight: w_id.
         embedding_weight: w_emb; 0 removes the term, as for the next two weights.
         embedding_form: Form of `ang` at the embedding: `"cosine"`, `"squared"`, `"chord"` or `"angle"`.
@@ -69,22 +70,11 @@ class LIAADConfig:
         stage: Number of the middle stage, 0 to 3.
         weighting: `"uniform"`, or `"center"`: by the cosine of each teacher to its own center of the sample's identity.
         temperature: Temperature of the `"center"` weighting.
-        seed: Seed of the initial weights.
 
     Raises:
         ValueError, TypeError: A value is out of range.
     """
 
-    num_identities: int = 1000
-    backbone: str = "mobilefacenet"
-    embedding_dim: int = 512
-    width: float = 1.0
-    input_size: int = 112
-    general_teacher: str = "iresnet18"
-    age_teacher: str = "iresnet18"
-    head: str = "cosface"
-    head_scale: float = 32.0
-    head_margin: float = 0.2
     identity_weight: float = 1.0
     embedding_weight: float = 40.0
     embedding_form: AngularForm = "cosine"
@@ -95,19 +85,14 @@ class LIAADConfig:
     stage: int = 2
     weighting: str = "center"
     temperature: float = 0.05
-    seed: int = 0
 
     def __post_init__(self) -> None:
-        owner = "LIAADConfig"
-        for name, high in (("num_identities", 10**9), ("embedding_dim", 65_536), ("input_size", 4096)):
-            check_number(owner, name, getattr(self, name), min=1, max=high, integer=True)
-        for name in ("identity_weight", "embedding_weight", "map_weight", "attention_weight", "head_margin"):
+        super().__post_init__()
+        owner = type(self).__name__
+        for name in ("identity_weight", "embedding_weight", "map_weight", "attention_weight"):
             check_number(owner, name, getattr(self, name), min=0)
-        for name, limit in (("width", 64), ("head_scale", None), ("temperature", None)):
-            check_number(owner, name, getattr(self, name), above=0, max=limit)
+        check_number(owner, "temperature", self.temperature, above=0)
         check_number(owner, "stage", self.stage, min=0, max=3, integer=True)
-        check_number(owner, "seed", self.seed, min=0, integer=True)
-        check_choice(owner, "head", self.head, ("cosface", "arcface"))
         check_choice(owner, "weighting", self.weighting, ("uniform", "center"))
         check_choice(owner, "embedding_projection", self.embedding_projection, ("none", "linear"))
         for name in ("embedding_form", "map_form"):
@@ -115,14 +100,39 @@ class LIAADConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class LIAADRunConfig(RunConfig):
-    """Settings of `kdlib-faces train` for the recipes `liaad`, `student` and `general_teacher`.
+class LIAADConfig(LIAADSettings):
+    """Configuration of the LIAAD-style recipe: its settings, and what a run takes from its lists and options.
 
     Attributes:
-        recipe: The recipe. The run sets `num_identities`, `seed` and the teachers.
+        num_identities: Identities of the student's training images.
+        general_teacher: A checkpoint or `.onnx` file, or the name of a backbone for an untrained teacher (dry runs).
+        age_teacher: Likewise.
+        seed: Seed of the initial weights.
+
+    Raises:
+        ValueError, TypeError: A value is out of range.
     """
 
-    recipe: LIAADConfig = field(default_factory=LIAADConfig)
+    num_identities: int = 1000
+    general_teacher: str = "iresnet18"
+    age_teacher: str = "iresnet18"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_number("LIAADConfig", "num_identities", self.num_identities, min=1, max=10**9, integer=True)
+        check_number("LIAADConfig", "seed", self.seed, min=0, integer=True)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LIAADRunConfig(RunConfig):
+    """Settings of `kdlib-faces train --recipe liaad`.
+
+    Attributes:
+        recipe: The recipe.
+    """
+
+    recipe: LIAADSettings = field(default_factory=LIAADSettings)
 
 
 def features_read(config: LIAADConfig) -> dict[str, dict[str, str]]:
@@ -171,12 +181,12 @@ def build(
     """
     if teachers is None:
         sources = _sources(config, config.general_teacher, config.age_teacher)
-        teachers = {source.role: _open(source, config) for source in sources}
+        teachers = {source.role: _open(source, config, InputOptions()) for source in sources}
     unknown = sorted(set(teachers) - {GENERAL, AGE})
     if unknown:
         raise InputError(f"liaad: teachers must be named {GENERAL!r} or {AGE!r}, got {', '.join(map(repr, unknown))}")
     if student is None:
-        student = _new_student(config)
+        student = config.build(config.seed)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed + 1)
         terms = _terms(config, set(teachers))
@@ -189,17 +199,10 @@ def build(
     return Distiller(adapter, cast(Mapping[str, Teacher], teachers), objective)
 
 
-def _new_student(config: LIAADConfig) -> Backbone:
-    names = ("backbone", "embedding_dim", "width", "input_size")
-    return NetworkConfig(**{name: getattr(config, name) for name in names}).build(config.seed)
-
-
 def _terms(config: LIAADConfig, teachers: set[str]) -> dict[str, Term]:
-    head = ArcFaceHead if config.head == "arcface" else CosFaceHead
     terms: dict[str, Term] = {}
     if config.identity_weight or not teachers:
-        loss = head(config.embedding_dim, config.num_identities, config.head_scale, config.head_margin)
-        terms["identity"] = Term(loss, student="embedding", target="identity", weight=config.identity_weight or 1.0)
+        terms["identity"] = config.identity_term(config.num_identities, config.identity_weight or 1.0)
     if teachers and config.embedding_weight:
         project = "auto" if config.embedding_projection == "linear" else None
         angular = AngularDistillLoss(form=config.embedding_form)
@@ -220,55 +223,70 @@ def _sources(config: LIAADConfig, general: str, age: str) -> list[TeacherSource]
     return [TeacherSource(role, path, reads[role], config.stage) for role, path in ((GENERAL, general), (AGE, age))]
 
 
-def _open(source: TeacherSource, config: LIAADConfig) -> nn.Module:
+def _open(source: TeacherSource, config: LIAADConfig, images: InputOptions) -> nn.Module:
     untrained = {"input_size": config.input_size, "embedding_dim": config.embedding_dim, "seed": config.seed}
-    return open_teacher(source.path, source.reads, stage=source.stage, **untrained)
+    return open_teacher(source.path, source.reads, stage=source.stage, images=images, **untrained)
 
 
-def train(config: LIAADRunConfig, options: RunOptions, *, name: str = "liaad") -> Path:
-    """Train a student on face lists, distilled from two teachers or alone.
+def train(config: LIAADRunConfig, options: RunOptions) -> Path:
+    """Train a student on face lists, distilled from two teachers.
 
     Args:
         config: The settings.
         options: Inputs and outputs. The teachers are the general and the age-invariant one: each a checkpoint, an ONNX file
-            or the folder of a cache of the same lists. Without teachers the student is trained on identities alone.
-        name: Name of the recipe in the record of the run.
+            or the folder of a cache of the same lists.
 
     Returns:
         The file of the student, `OUTPUT/model.pt`.
 
     Raises:
-        InputError: A list, file or folder cannot be used, or there is one teacher, or more than two.
+        InputError: A list, file or folder cannot be used, there are not two teachers, or their embeddings lie in different
+            spaces and are not projected.
     """
-    if len(options.teachers) not in (0, 2):
-        raise InputError(f"train: teachers must be two, the general one first, or none, got {len(options.teachers)}")
+    if len(options.teachers) != 2:
+        raise InputError(f"train: teachers must be two, the general one first, got {len(options.teachers)}")
+    general, age = options.teachers
+    images = dict(zip((GENERAL, AGE), options.inputs, strict=False))
+    for path, stated in zip(options.teachers, options.inputs, strict=False):
+        if stated != InputOptions() and (Path(path).is_dir() or path in BACKBONES):
+            raise InputError(
+                f"train: {path} is no model file; --input {stated} does not apply to it, give 'auto' for it"
+            )
 
     def build_run(faces: FaceList) -> TrainingSetup:
-        recipe = replace(config.recipe, num_identities=faces.num_identities, seed=options.seed)
-        opened = OpenTeachers({}, None, ())
-        if options.teachers:
-            general, age = options.teachers
-            recipe = replace(recipe, general_teacher=general, age_teacher=age)
-            opened = open_teachers(
-                _sources(recipe, general, age),
-                faces,
-                open_file=lambda source: _open(source, recipe),
-                mirrored=config.augment.mirror > 0,
-                quiet=not options.progress,
-            )
+        recipe = LIAADConfig(
+            **vars(config.recipe),
+            num_identities=faces.num_identities,
+            seed=options.seed,
+            general_teacher=general,
+            age_teacher=age,
+        )
+        opened = open_teachers(
+            _sources(recipe, general, age),
+            faces,
+            open_file=lambda source: _open(source, recipe, images.get(source.role, InputOptions())),
+            mirrored=config.augment.mirror > 0,
+            quiet=not options.progress,
+        )
         for line in opened.messages:
             say(line, quiet=not options.progress)
-        student = _new_student(recipe)
+        if opened.views is not None:
+            refuse_unused(config, {"augment": "the caches hold the outputs for their own random views"})
+        if recipe.embedding_weight and recipe.embedding_projection == "none":
+            untrained = BACKBONES.keys() & set(options.teachers)
+            check_one_space(opened, faces, recipe, compare=not untrained)
+        student = recipe.build(options.seed)
+        prints = {f"{role} teacher": model_fingerprint(each) for role, each in opened.teachers.items()}
         return TrainingSetup(
-            config=replace(config, recipe=recipe),
+            config=config,
             distiller=build(recipe, teachers=opened.teachers, student=student),
             network=student,
             input_size=recipe.input_size,
-            fingerprints={f"{role} teacher": model_fingerprint(each) for role, each in opened.teachers.items()},
+            fingerprints={**prints, "seed": str(options.seed)},
             views=opened.views,
         )
 
-    return train_on_faces(build_run, options, recipe=name)
+    return train_on_faces(build_run, options, recipe="liaad")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -283,6 +301,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m kdlib_faces.recipes.liaad", description=__doc__)
     for name, text in (
         ("faces", "CSV list or folder"), ("teacher", "general first, then age-invariant"), ("set", "setting KEY=VALUE"),
+        ("input", "images of the teachers, as `InputOptions.parse` reads them"),
     ):  # fmt: skip
         parser.add_argument(f"--{name}", action="append", default=[], help=f"{text}; repeatable")
     parser.add_argument("--output", type=Path, default=Path("runs/train"), help="folder of the run (runs/train)")
@@ -294,8 +313,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if len(given.teacher) != 2:
             raise InputError(f"--teacher must be given twice, got {len(given.teacher)}")
         run = RunOptions(
-            output=given.output, faces=given.faces, teachers=given.teacher, seed=given.seed, progress=not given.quiet
-        )
+            output=given.output, faces=given.faces, teachers=given.teacher, seed=given.seed, progress=not given.quiet,
+            inputs=inputs_of_models(given.input, len(given.teacher)),
+        )  # fmt: skip
         train(load_config(LIAADRunConfig, given.config, given.set), run)
     except (ValueError, OSError) as error:
         parser.exit(2, f"{parser.prog}: error: {error}\n")

@@ -25,9 +25,10 @@ class NetworkConfig:
     input_size: int = 112
 
     def __post_init__(self) -> None:
-        check_number("NetworkConfig", "input_size", self.input_size, min=1, max=4096, integer=True)
-        check_number("NetworkConfig", "embedding_dim", self.embedding_dim, min=1, max=65_536, integer=True)
-        check_number("NetworkConfig", "width", self.width, above=0, max=64)
+        owner = type(self).__name__
+        check_number(owner, "input_size", self.input_size, min=1, max=4096, integer=True)
+        check_number(owner, "embedding_dim", self.embedding_dim, min=1, max=65_536, integer=True)
+        check_number(owner, "width", self.width, above=0, max=64)
 
     def build(self, seed: int) -> Backbone:
         """Build the network. `width` is passed only if it is not 1, since some backbones have none."""

@@ -26,7 +26,6 @@ __all__ = ["render", "write"]
 
 _PNG = b"\x89PNG\r\n\x1a\n"
 _MAX_BYTES = 16 * 2**20
-_MAX_PICTURE_BYTES = 64 * 2**20
 
 
 def write(
@@ -137,7 +136,10 @@ def _read(path: Path) -> Report:
         parsed = json.loads(content, object_pairs_hook=_unique_keys, parse_int=_whole_number)
     except (ValueError, RecursionError) as error:
         raise InputError(f"report: {path} is not JSON: {error}") from None
-    return _parse(to_json(parsed))
+    try:
+        return _parse(to_json(parsed))
+    except InputError as error:
+        raise InputError(f"report: {path}: {str(error).removeprefix('report: ')}") from None
 
 
 def _unique_keys(pairs: list[tuple[str, object]]) -> dict[str, object]:
@@ -171,7 +173,7 @@ def _find_pictures(folder: Path, report: Report) -> tuple[list[PictureFile], lis
     for name, entry in report.pictures.items():
         path = (folder / "figures" / f"{name}.png").resolve()
         # A link in a report from elsewhere must not copy another file of this machine into the page.
-        inside = root in path.parents and path.is_file() and path.stat().st_size <= _MAX_PICTURE_BYTES
+        inside = root in path.parents and path.is_file() and path.stat().st_size <= _MAX_BYTES
         content = path.read_bytes() if inside else b""
         if content.startswith(_PNG):
             found.append(PictureFile(name, entry.title, entry.caption, content))

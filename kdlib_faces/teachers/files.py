@@ -15,8 +15,9 @@ from kdlib_faces._weights import read_weights
 from kdlib_faces.backbones import Backbone, InputSpec, build_backbone, load_backbone, save_backbone
 from kdlib_faces.teachers.age_attention import AttentiveAgeNet
 from kdlib_faces.teachers.age_invariant import AgeInvariantNet
+from kdlib_faces.teachers.input_options import InputOptions
 
-__all__ = ["TeacherNet", "describe_teacher", "load_pretrained", "load_teacher", "save_teacher"]
+__all__ = ["TeacherNet", "describe_teacher", "load_teacher", "save_teacher"]
 
 TeacherNet: TypeAlias = Backbone | AgeInvariantNet | AttentiveAgeNet
 """A network that can be a teacher: `(b, 3, h, w)` images to `(b, d)` embeddings, with taps in `stages`."""
@@ -96,21 +97,8 @@ def load_teacher(path: str | os.PathLike[str]) -> TeacherNet:
     return load_backbone(path) if content is None else _build(path, content)
 
 
-def load_pretrained(path: str | os.PathLike[str]) -> TeacherNet:
-    """Read a network for fine-tuning: an `.onnx` file of a known family, a teacher file or a checkpoint.
-
-    Raises:
-        InputError: As `import_onnx` and `load_teacher`.
-    """
-    if Path(path).suffix.lower() == ".onnx":
-        from kdlib_faces.teachers.onnx.import_graph import import_onnx
-
-        return import_onnx(path)
-    return load_teacher(path)
-
-
-def describe_teacher(path: str | os.PathLike[str]) -> str | None:
-    """Describe a file of `save_teacher` in lines of text; None for any other file.
+def describe_teacher(path: str | os.PathLike[str], images: InputOptions | None = None) -> str | None:
+    """Describe a file of `save_teacher` in lines of text, with what is stated about its images; None for any other file.
 
     Raises:
         InputError: The parts of a teacher file do not fit each other.
@@ -123,7 +111,7 @@ def describe_teacher(path: str | os.PathLike[str]) -> str | None:
         "file": f"PyTorch, {Path(path).stat().st_size:,} bytes",
         "layout": f"kdlib_faces teacher, {kind}: {KINDS[kind][2]}",
         "network": repr(model.backbone) if kind == "dal" else str(content["backbone"]),
-        "input": model.input_spec.describe(),
+        "input": (images or InputOptions()).applied_to(model.input_spec).describe(),
         "output": f"(b, {model.embedding_dim}), not normalized",
         "parameters": f"{sum(each.numel() for each in model.parameters()):,}",
         "taps": ", ".join(model.stages),

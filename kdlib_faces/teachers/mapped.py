@@ -7,10 +7,35 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from kdlib import Teacher
-from kdlib._checks import check_floating, check_number, check_rank, check_same_batch
+from kdlib._checks import check_floating, check_number, check_pair, check_rank, check_same_batch
 from kdlib_faces._checks import InputError
 
-__all__ = ["MappedTeacher", "fit_age_map", "fit_rotation"]
+__all__ = ["MappedTeacher", "fit_age_map", "fit_rotation", "space_agreement"]
+
+
+def space_agreement(first: Tensor, second: Tensor) -> float:
+    """Measure whether two teachers embed images in one space: the mean cosine of both embeddings of an image.
+
+    Each teacher's mean unit embedding is subtracted first, so that two unrelated spaces give 0 up to `1 / sqrt(n d)`.
+
+    Args:
+        first: Embeddings `(n, d)` of one teacher.
+        second: Embeddings `(n, d)` of the other for the same images.
+
+    Returns:
+        A cosine, -1 to 1.
+
+    Raises:
+        ValueError, TypeError: The shapes do not match.
+
+    Examples:
+        >>> x = torch.randn(200, 32, generator=torch.Generator().manual_seed(0))
+        >>> space_agreement(x, 2 * x) > 0.99, abs(space_agreement(x, x.flip(1))) < 0.1
+        (True, True)
+    """
+    check_pair("space_agreement", first, second, "b d")
+    one, other = (F.normalize(each.detach().float(), dim=1) for each in (first, second))
+    return float(F.cosine_similarity(one - one.mean(0), other - other.mean(0), dim=1).mean())
 
 
 def fit_rotation(source: Tensor, target: Tensor) -> Tensor:

@@ -1,5 +1,6 @@
 """Frozen teachers from files, with the taps that a recipe reads."""
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -7,12 +8,19 @@ from torch import nn
 
 from kdlib import OUTPUT, Tap, TeacherAdapter
 from kdlib_faces._checks import InputError
-from kdlib_faces.backbones import BACKBONES, build_backbone
+from kdlib_faces.backbones import BACKBONES, Backbone, build_backbone
 from kdlib_faces.teachers.files import TeacherNet, load_teacher
+from kdlib_faces.teachers.input_options import InputOptions
+from kdlib_faces.teachers.onnx.graph import Layout, read_graph
+from kdlib_faces.teachers.onnx.import_graph import import_onnx
 from kdlib_faces.teachers.onnx.inspect import describe_graph, suggest_taps
+from kdlib_faces.teachers.onnx.preprocessing import recognize_input
+from kdlib_faces.teachers.onnx.runtime import OnnxTap
 from kdlib_faces.teachers.onnx.session import OnnxTeacher
 
-__all__ = ["onnx_taps", "open_teacher", "stage_taps"]
+__all__ = ["load_network", "load_pretrained", "onnx_taps", "open_onnx", "open_teacher", "stage_taps"]
+
+RECOGNIZED = InputOptions()
 
 
 def stage_taps(model: TeacherNet, stage: int) -> dict[str, str | Tap]:
@@ -20,29 +28,88 @@ def stage_taps(model: TeacherNet, stage: int) -> dict[str, str | Tap]:
     return {"embedding": OUTPUT, "map": model.stages[stage]}
 
 
-def onnx_taps(path: str, stage: int = 2) -> dict[str, str | None]:
+def onnx_taps(path: str, stage: int = 2, layout: Layout | None = None) -> dict[str, str | None]:
     """Taps of an ONNX graph's embedding, and of its last map on the grid of a network's stage.
 
-    Stage `s` of a network has `1 / 2^(s + 1)` of the image's side: at 112 pixels, stage 2 has a grid of 14. The nearest grid
-    of the graph is taken.
+    Stage `s` of a network has `1 / 2^(s + 1)` of the image's height: at 112 pixels, stage 2 has 14 rows. The map of the graph
+    with the nearest number of rows is taken.
 
     Args:
         path: The `.onnx` file.
         stage: Number of the stage, from 0.
+        layout: As for `OnnxTeacher`.
 
     Raises:
-        InputError: The file is not an ONNX graph, or the graph has no square feature maps.
+        InputError: The file is not an ONNX graph, or the graph has no feature maps.
     """
-    maps = {int(name[3:]): tensor for name, tensor in suggest_taps(path).items() if name[3:].isdigit()}
+    maps = {int(name[3:].split("x")[0]): tensor for name, tensor in suggest_taps(path, layout).items()}
     if not maps:
-        raise InputError(f"{path}: no square feature map to distill from; is it a convolutional network?")
-    side = describe_graph(path)["input_size"]
-    grid = (side if isinstance(side, int) else 112) / 2 ** (stage + 1)
+        raise InputError(f"{path}: no feature map to distill from; is it a convolutional network?")
+    size = describe_graph(path, layout)["input_size"] or 112
+    grid = (size if isinstance(size, int) else size[0]) / 2 ** (stage + 1)
     return {"embedding": None, "map": maps[min(maps, key=lambda each: abs(each - grid))]}
 
 
+def open_onnx(
+    path: str | os.PathLike[str],
+    taps: Mapping[str, OnnxTap] | None = None,
+    *,
+    images: InputOptions = RECOGNIZED,
+    resize: bool = False,
+) -> OnnxTeacher:
+    """Open an ONNX graph as a teacher, fed as it is stated, and otherwise as its first operations expect it.
+
+    Args:
+        path: The `.onnx` file.
+        taps: As for `OnnxTeacher`.
+        images: What is stated about the images that the graph takes.
+        resize: As for `OnnxTeacher`.
+
+    Raises:
+        InputError: As `OnnxTeacher`.
+    """
+    preprocess = None
+    if (images.color, images.mean, images.scale) != (None, None, None):
+        preprocess = images.applied_to(recognize_input(read_graph(path, images.layout)))
+    return OnnxTeacher(path, taps, preprocess=preprocess, layout=images.layout, resize=resize)
+
+
+def load_network(path: str | os.PathLike[str], images: InputOptions = RECOGNIZED) -> TeacherNet:
+    """Read a checkpoint or a teacher file, with what is stated about its images in place of what its layout implies.
+
+    Raises:
+        InputError: As `load_teacher`, or a layout is stated, which only ONNX graphs have.
+    """
+    if images.layout is not None:
+        raise InputError(f"{os.fspath(path)}: layout={images.layout} applies to ONNX graphs only")
+    network = load_teacher(path)
+    backbone = network if isinstance(network, Backbone) else network.backbone
+    backbone.input_spec = images.applied_to(backbone.input_spec)
+    return network
+
+
+def load_pretrained(path: str | os.PathLike[str], images: InputOptions = RECOGNIZED) -> TeacherNet:
+    """Read a network for fine-tuning: an `.onnx` file of a known family, a teacher file or a checkpoint.
+
+    Raises:
+        InputError: As `import_onnx` and `load_network`.
+    """
+    if Path(path).suffix.lower() != ".onnx":
+        return load_network(path, images)
+    network = import_onnx(path)
+    network.input_spec = images.applied_to(network.input_spec)
+    return network
+
+
 def open_teacher(
-    source: str, features: Mapping[str, str], *, stage: int, input_size: int, embedding_dim: int, seed: int
+    source: str,
+    features: Mapping[str, str],
+    *,
+    stage: int,
+    input_size: int,
+    embedding_dim: int,
+    seed: int,
+    images: InputOptions = RECOGNIZED,
 ) -> nn.Module:
     """Open a frozen teacher that takes the student's images (RGB, in [-1, 1]) and converts them to its own format.
 
@@ -53,6 +120,7 @@ def open_teacher(
         input_size: Side of the images of an untrained teacher, pixels.
         embedding_dim: Embedding dimension of an untrained teacher.
         seed: Seed of the weights of an untrained teacher.
+        images: What is stated about the images that the file takes.
 
     Raises:
         InputError: The file cannot be used.
@@ -61,10 +129,10 @@ def open_teacher(
         taps: dict[str, str | None] = {"embedding": None}
         if "map" in features:
             try:
-                taps = onnx_taps(source, stage)
+                taps = onnx_taps(source, stage, images.layout)
             except InputError as error:
                 raise InputError(f"{error} {features['map']}=0 removes the term that reads it") from error
-        return OnnxTeacher(source, taps, resize=True)
+        return open_onnx(source, taps, images=images, resize=True)
     if Path(source).is_dir() and source not in BACKBONES:
         raise InputError(
             f"{source} is a folder; only `kdlib-faces train`, which knows the training images, reads caches of teacher outputs"
@@ -72,6 +140,6 @@ def open_teacher(
     model: TeacherNet = (
         build_backbone(source, seed=seed, input_size=input_size, embedding_dim=embedding_dim)
         if source in BACKBONES
-        else load_teacher(source)
+        else load_network(source, images)
     )
     return TeacherAdapter(model, stage_taps(model, stage), preprocess=model.input_spec)

@@ -19,6 +19,7 @@ from kdlib_faces.data.seeded_views import SeededViews
 from kdlib_faces.data.views import AugmentConfig
 from kdlib_faces.progress import progress, say
 from kdlib_faces.teachers import TeacherNet, save_teacher
+from kdlib_faces.teachers.input_options import InputOptions
 from kdlib_faces.training.fit import Amp, Optimizer, fit
 from kdlib_faces.training.run_record import check_same_run, describe_run, write_run_record
 
@@ -76,6 +77,7 @@ class RunOptions:
         output: Folder of the run.
         faces: Lists or folders of training images.
         teachers: Files of the teachers, in the order of the recipe.
+        inputs: What is stated about the images that each teacher takes; empty for what their files imply.
         seed: Seed of weights, order and views.
         progress: Show progress.
         on_error: See `read_faces`.
@@ -84,6 +86,7 @@ class RunOptions:
     output: Path
     faces: Sequence[str]
     teachers: Sequence[str] = ()
+    inputs: Sequence[InputOptions] = ()
     seed: int = 0
     progress: bool = True
     on_error: Literal["stop", "skip"] = "stop"

@@ -67,6 +67,7 @@ def test_two_processes_resume_bit_for_bit_with_dropout(processes: dict[str, Any]
             "ValueError: train: loader must have the same number of batches in every process, got [6, 5]; use a",
         ),
         ("wrong_length", "ValueError: train: loader must yield len(loader) = 6 batches in every process, got 5"),
+        ("settings", "train: all processes must train with the same settings, got epochs [4, 3], total_steps [12, 9]"),
         (
             "unsized",
             "ValueError: train: loader must have the same number of batches in every process, got an epoch that ends",

@@ -101,6 +101,11 @@ def wrong_length(rank: int, folder: Path) -> Any:
     return straight_with(Batches(rank, BATCHES - rank, BATCHES), folder)
 
 
+def settings(rank: int, folder: Path) -> Any:
+    """The second process has another number of epochs."""
+    return straight_with(Batches(rank), folder, epochs=4 - rank)
+
+
 def unsized(rank: int, folder: Path) -> Any:
     """The second process has one batch less, and the loaders have no length."""
     return straight_with((item for item in Batches(rank, BATCHES - rank).items), folder, max_steps=6)
@@ -226,6 +231,7 @@ SCENARIOS = {
             straight,
             resumed,
             lengths,
+            settings,
             wrong_length,
             unsized,
             broken_batch,

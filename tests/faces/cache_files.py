@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from kdlib_faces.backbones import build_backbone, save_backbone
@@ -13,16 +14,19 @@ COUNT, SIZE = 16, 32
 
 
 def make_faces(folder: Path) -> Path:
-    """Write 16 images of 8 identities, `faces.csv`, and the teachers `general.pt` and `age.pt`."""
+    """Write 16 images of 8 identities, `faces.csv`, and the teachers `general.pt` and `age.pt`, both of one space."""
     rows = ["path,identity"]
     for number in range(COUNT):
         pixels = np.random.default_rng(number).integers(0, 255, (SIZE, SIZE, 3), dtype=np.uint8)
         Image.fromarray(pixels).save(folder / f"{number}.png")
         rows.append(f"{number}.png,p{number // 2}")
     (folder / "faces.csv").write_text("\n".join(rows) + "\n")
-    for seed, name in enumerate(("general.pt", "age.pt")):
-        network = build_backbone("mobilefacenet", seed=seed, embedding_dim=16, width=0.25, input_size=SIZE)
-        save_backbone(network, folder / name)
+    network = build_backbone("mobilefacenet", seed=0, embedding_dim=16, width=0.25, input_size=SIZE)
+    save_backbone(network, folder / "general.pt")
+    with torch.no_grad():
+        for value in network.parameters():
+            value.add_(0.1 * value.std() * torch.randn(value.shape, generator=torch.Generator().manual_seed(1)))
+    save_backbone(network, folder / "age.pt")
     return folder
 
 

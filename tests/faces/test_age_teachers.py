@@ -1,21 +1,15 @@
 """Age-invariant teachers: losses, networks, training from a start, files, the command line, and fusion."""
 
-import csv
-from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 import torch
-from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from kdlib import OUTPUT, AngularDistillLoss, StudentAdapter, TeacherAdapter, TrainConfig, train
-from kdlib.distiller import Distiller
-from kdlib.objective import Objective, Term
+from kdlib import OUTPUT, StudentAdapter, TrainConfig, train
 from kdlib_faces._checks import InputError
-from kdlib_faces.backbones import MBF, IResNet, MobileFaceNet, build_backbone, save_backbone
-from kdlib_faces.cli import main
+from kdlib_faces.backbones import MBF, IResNet, MobileFaceNet
 from kdlib_faces.data.batches import FaceBatches
 from kdlib_faces.data.synthetic import SyntheticFaces
 from kdlib_faces.recipes.age_teacher import AgeTeacherConfig, build_age_teacher
@@ -25,28 +19,15 @@ from kdlib_faces.teachers import (
     AgeInvariantNet,
     AttentiveAgeNet,
     CrossAgePairLoss,
-    FusedTeacher,
     L2SPLoss,
-    fit_fusion,
-    join_embeddings,
     load_teacher,
     reverse_gradient,
     save_teacher,
 )
 from kdlib_faces.teachers.fine_tuning import freeze_all_but
+from tests.faces.small_networks import IMAGES, rng, small_backbone
 
 NAN = float("nan")
-
-
-def _rng(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
-
-
-def _backbone(seed: int = 0) -> MobileFaceNet:
-    return build_backbone("mobilefacenet", embedding_dim=16, width=0.25, input_size=32, seed=seed).eval()
-
-
-IMAGES = torch.randn(4, 3, 32, 32, generator=_rng())
 
 
 # Networks and losses
@@ -54,7 +35,7 @@ IMAGES = torch.randn(4, 3, 32, 32, generator=_rng())
 
 def test_attention_splits_a_map_as_published() -> None:
     split = AgeAttention(32, initial_bias=0.0)
-    maps = torch.randn(2, 32, 5, 6, generator=_rng())
+    maps = torch.randn(2, 32, 5, 6, generator=rng())
     tapped = StudentAdapter(split, {"identity": OUTPUT, "age": "age"})(maps)
     torch.testing.assert_close(tapped["identity"] + tapped["age"], maps)
 
@@ -96,14 +77,14 @@ def test_attention_extends_any_backbone_and_starts_with_little_effect(backbone) 
 
 
 def test_a_branch_of_small_gain_starts_with_little_effect() -> None:
-    start = _backbone()
+    start = small_backbone()
     near, far = (F.cosine_similarity(AgeInvariantNet(start, gain=g).eval()(IMAGES), start(IMAGES)) for g in (0.01, 1.0))
     assert float(far.min().detach()) < 0.999 < float(near.min().detach())
 
 
 def test_age_estimation_is_expected_age_and_groups() -> None:
     loss = AgeEstimationLoss(6, hidden=8, scale=10.0)
-    features = torch.randn(4, 6, generator=_rng())
+    features = torch.randn(4, 6, generator=rng())
     ages = torch.tensor([5.0, 33.0, NAN, 60.0])
     logits = loss.estimator(features)
     years = logits.softmax(1) @ torch.arange(101.0)
@@ -117,7 +98,7 @@ def test_age_estimation_is_expected_age_and_groups() -> None:
 
 def test_age_estimation_from_groups_is_the_cross_entropy() -> None:
     loss = AgeEstimationLoss(6, groups=2, hidden=8)
-    features = torch.randn(3, 6, generator=_rng())
+    features = torch.randn(3, 6, generator=rng())
     expected = F.cross_entropy(loss.classifier(loss.estimator(features[:2])), torch.tensor([1, 0]))
     torch.testing.assert_close(loss(features, torch.tensor([1, 0, -1])), expected)
     unknown = loss(features.requires_grad_(), torch.tensor([-1, -1, -1]))
@@ -128,7 +109,7 @@ def test_age_estimation_from_groups_is_the_cross_entropy() -> None:
 
 
 def test_reversal_negates_the_gradient_of_the_features_alone() -> None:
-    features = torch.randn(5, 6, generator=_rng(), requires_grad=True)
+    features = torch.randn(5, 6, generator=rng(), requires_grad=True)
     groups = torch.tensor([0, 1, 0, 1, 1])
     gradients = []
     for reverse in (False, True):
@@ -142,7 +123,7 @@ def test_reversal_negates_the_gradient_of_the_features_alone() -> None:
 
 
 def test_cross_age_pairs_are_contrasted_with_all_other_identities() -> None:
-    x = torch.randn(6, 5, generator=_rng())
+    x = torch.randn(6, 5, generator=rng())
     target = torch.tensor([[0, 0], [0, 1], [1, 0], [1, 1], [2, 1], [2, -1]], dtype=torch.float64)
     cosine = 16 * F.normalize(x, dim=1) @ F.normalize(x, dim=1).T
     values = []
@@ -167,13 +148,13 @@ def test_without_a_cross_age_pair_or_negatives_the_loss_is_zero_with_a_graph(age
 
 
 def test_l2_sp_measures_the_distance_of_the_trainable_part_from_its_start() -> None:
-    net = _backbone()
+    net = small_backbone()
     moved = freeze_all_but(net, "embedding")
     assert {id(p) for p in moved} == {id(p) for p in (*net.linear.parameters(), *net.bn.parameters())}
     assert [p for p in net.parameters() if p.requires_grad] == moved
     tail = len(list(net.conv_6_sep.parameters())) + len(list(net.conv_6_dw.parameters())) + len(moved)
-    assert len(freeze_all_but(_backbone(), "tail")) == tail
-    assert len(freeze_all_but(_backbone(), "all")) == len(list(net.parameters()))
+    assert len(freeze_all_but(small_backbone(), "tail")) == tail
+    assert len(freeze_all_but(small_backbone(), "all")) == len(list(net.parameters()))
     l2_sp = L2SPLoss(moved)
     assert not list(l2_sp.parameters())
     assert not l2_sp.state_dict()
@@ -201,7 +182,7 @@ def _batches(faces: SyntheticFaces, by: str) -> FaceBatches:
 def test_each_method_fine_tunes_and_its_file_gives_the_same_embeddings(
     tmp_path: Path, method: str, added: list[str], by: str
 ) -> None:
-    start = _backbone()
+    start = small_backbone()
     frozen, statistics = start.conv1.conv.weight.detach().clone(), start.bn.running_mean.clone()
     config = AgeTeacherConfig(method=method, identity_weight=0.5)
     distiller = build_age_teacher(start, config, num_identities=8, groups=None if by == "age" else 2)
@@ -225,27 +206,29 @@ def test_each_method_fine_tunes_and_its_file_gives_the_same_embeddings(
 
 
 def test_from_scratch_the_whole_network_and_its_statistics_are_trained() -> None:
-    distiller = build_age_teacher(_backbone(), AgeTeacherConfig(method="mtlface"), num_identities=8, pretrained=False)
+    distiller = build_age_teacher(
+        small_backbone(), AgeTeacherConfig(method="mtlface"), num_identities=8, pretrained=False
+    )
     assert sorted(distiller.objective.terms) == ["adversary", "age", "identity"]
     assert all(p.requires_grad for p in distiller.student.parameters())
     assert distiller.train().student.model.net.backbone.bn.training
     assert [distiller.objective.terms[name].weight for name in ("age", "adversary")] == [0.001, 0.002]
     with pytest.raises(InputError, match="identity_weight or pair_weight must be above 0"):
-        build_age_teacher(_backbone(), AgeTeacherConfig(identity_weight=0.0), num_identities=8, pretrained=False)
+        build_age_teacher(small_backbone(), AgeTeacherConfig(identity_weight=0.0), num_identities=8, pretrained=False)
     with pytest.raises(InputError, match="the start is a AgeInvariantNet already, method 'mtlface' needs a backbone"):
-        build_age_teacher(AgeInvariantNet(_backbone()), AgeTeacherConfig(method="mtlface"), num_identities=8)
+        build_age_teacher(AgeInvariantNet(small_backbone()), AgeTeacherConfig(method="mtlface"), num_identities=8)
 
 
 # Files
 
 
 def test_backbones_are_saved_as_backbones_and_other_modules_refused(tmp_path: Path) -> None:
-    save_teacher(_backbone(), tmp_path / "a.pt")
+    save_teacher(small_backbone(), tmp_path / "a.pt")
     assert isinstance(load_teacher(tmp_path / "a.pt"), MobileFaceNet)
     with pytest.raises(TypeError, match="model must be an age-invariant teacher or a backbone, got Linear"):
         save_teacher(nn.Linear(2, 2), tmp_path / "b.pt")
     with pytest.raises(InputError, match="cannot write"):
-        save_teacher(AgeInvariantNet(_backbone()), tmp_path / "a.pt" / "b.pt")
+        save_teacher(AgeInvariantNet(small_backbone()), tmp_path / "a.pt" / "b.pt")
 
 
 def test_a_teacher_of_images_that_are_not_square_keeps_their_size(tmp_path: Path) -> None:
@@ -282,7 +265,7 @@ def _expanded(state: dict[str, Tensor]) -> dict[str, Tensor]:
 )
 def test_a_file_that_does_not_fit_itself_is_refused_in_one_line(tmp_path: Path, change, message: str) -> None:
     path = tmp_path / "teacher.pt"
-    save_teacher(AgeInvariantNet(_backbone()).eval(), path)
+    save_teacher(AgeInvariantNet(small_backbone()).eval(), path)
     content = torch.load(path, weights_only=True)
     change(content)
     torch.save(content, path)
@@ -292,173 +275,3 @@ def test_a_file_that_does_not_fit_itself_is_refused_in_one_line(tmp_path: Path, 
     path.write_bytes(path.read_bytes()[:-500])
     with pytest.raises(InputError, match="damaged"):
         load_teacher(path)
-
-
-# The command line
-
-
-def _list(folder: Path, column: str, values: Sequence[str] = ()) -> Path:
-    """A list of 8 identities with 4 images each; without `values`, ages as they are drawn, some unknown."""
-    faces = SyntheticFaces(8, 4, 32, 3)
-    with (folder / "faces.csv").open("w", newline="") as file:
-        rows = csv.writer(file)
-        rows.writerow(["path", "identity", column])
-        for row, pixels in enumerate(faces.images()):
-            Image.fromarray(pixels.permute(1, 2, 0).numpy()).save(folder / f"{row}.png")
-            age = float(faces.ages[row])
-            known = f"{age:.1f}" if column == "age" else ("young" if age < 40 else "adult")
-            value = values[row % len(values)] if values else (known if row % 7 else "")
-            rows.writerow([f"{row}.png", f"p{int(faces.labels[row])}", value])
-    save_backbone(_backbone(), folder / "start.pt")
-    return folder / "faces.csv"
-
-
-def _train(folder: Path, recipe: str, teachers: Sequence[str], *settings: str, output: str = "age") -> int:
-    words = ["train", "--recipe", recipe, "--faces", str(folder / "faces.csv"), "--quiet"]
-    words += ["--output", str(folder / output)]
-    words += [word for name in teachers for word in ("--teacher", str(folder / name))]
-    return main([*words, *(word for entry in settings for word in ("--set", entry))])
-
-
-@pytest.mark.parametrize(("method", "column"), [("dal", "age"), ("mtlface", "age_group"), ("pairs", "age")])
-def test_the_command_fine_tunes_and_all_commands_read_the_result(
-    tmp_path: Path, method: str, column: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    faces = _list(tmp_path, column)
-    settings = ("training.steps=3", "training.batch_size=16", f"age_teacher.method={method}")
-    assert _train(tmp_path, "age_teacher", ["start.pt"], *settings) == 0, capsys.readouterr().err
-    model = tmp_path / "age" / "model.pt"
-    first = load_teacher(model)(IMAGES)
-    assert first.shape == (4, 16)
-    # The finished run is read from its checkpoint.
-    assert _train(tmp_path, "age_teacher", ["start.pt"], *settings) == 0
-    assert torch.equal(load_teacher(model)(IMAGES), first)
-    report = ["evaluate", "--faces", str(faces), "--quiet", "--model", str(model), "--output", str(tmp_path / "report")]
-    assert main([*report, "--set", "replicates=5"]) == 0, capsys.readouterr().err
-    student = ("recipe.width=0.25", "recipe.embedding_dim=16", "recipe.input_size=32")
-    steps = ("training.steps=2", "training.batch_size=8")
-    two = ["start.pt", "age/model.pt"]
-    assert _train(tmp_path, "liaad", two, *student, *steps, output="student") == 0, capsys.readouterr().err
-    capsys.readouterr()
-    assert main(["inspect", str(model)]) == 0
-    assert "input       RGB, (pixel - 127.5) / 127.5, 32 x 32\n" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize(
-    ("column", "values", "message"),
-    [
-        ("age_group", ("young", "young"), "needs at least two age groups, the lists have 'young' alone"),
-        ("age", ("20", "25"), "identities with images at least 10 years apart (min_age_gap), the lists have 0; w"),
-        ("age_group", ("young", ""), "needs at least two age groups"),
-        ("camera", ("a",), "needs ages or age groups"),
-    ],
-)
-def test_lists_without_cross_age_pairs_are_refused(
-    tmp_path: Path, column: str, values: tuple[str, ...], message: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    _list(tmp_path, column, values)
-    settings = ("training.steps=1", "training.batch_size=4", "age_teacher.method=pairs")
-    assert _train(tmp_path, "age_teacher", ["start.pt"], *settings) == 2
-    assert message in capsys.readouterr().err
-    assert not (tmp_path / "age").exists()
-    if column == "age":  # a smaller gap and the margin softmax alone are the alternatives
-        assert _train(tmp_path, "age_teacher", ["start.pt"], *settings, "age_teacher.min_age_gap=5") == 0
-        margin = ("age_teacher.pair_weight=0", "age_teacher.identity_weight=1")
-        assert _train(tmp_path, "age_teacher", ["start.pt"], *settings, *margin, output="margin") == 0
-
-
-def test_at_most_one_pretrained_network_is_accepted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    _list(tmp_path, "age")
-    assert _train(tmp_path, "age_teacher", ["start.pt", "start.pt"]) == 2
-    assert "takes one pretrained network, or none, got 2" in capsys.readouterr().err
-
-
-# Fusion
-
-
-class _Linear(nn.Module):
-    def __init__(self, matrix: Tensor) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(matrix)
-
-    def forward(self, x: Tensor) -> dict[str, Tensor]:
-        return {"embedding": x @ self.weight, "map": x[:, :, None, None]}
-
-
-def test_two_complementary_teachers_are_better_fused_than_either() -> None:
-    """Each teacher sees one half of the identity, in a space of its own, beside noise."""
-    generator = _rng()
-    x = torch.randn(150, 16, generator=generator).repeat_interleave(6, 0)
-    x = x + 0.6 * torch.randn(900, 16, generator=generator)
-    x = torch.cat([x, 1.5 * torch.randn(900, 16, generator=generator)], 1)
-    identities = torch.arange(150).repeat_interleave(6)
-    rotation = torch.linalg.qr(torch.randn(32, 32, generator=generator)).Q
-    dims = torch.arange(32)
-    first, second = (((dims < 8) | (dims >= 16)).float().diag(), (dims >= 8).float().diag() @ rotation)
-    teachers = {"a": _Linear(first), "b": _Linear(second)}
-    outputs = [each(x)["embedding"].detach() for each in teachers.values()]
-    seen = identities < 100
-    settings = {"dim": 24, "l2_sp_weight": 0.1, "steps": 300, "lr": 1e-2, "batch": 128}
-    fused = FusedTeacher(
-        teachers, fit_fusion([e[seen] for e in outputs], identities[seen], **settings), pass_through="a"
-    )
-
-    def auc(rows: Tensor) -> float:
-        unit = F.normalize(rows[~seen], dim=1)
-        same = identities[~seen][:, None] == identities[~seen][None]
-        upper = torch.ones_like(same).triu(1)
-        scores = unit @ unit.T
-        return float((scores[same & upper][:, None] > scores[~same & upper][None, ::7]).float().mean())
-
-    out = fused(x)
-    assert auc(out["embedding"]) > max(*map(auc, outputs), auc(join_embeddings(outputs))) + 0.03
-    torch.testing.assert_close(out["embedding"].norm(dim=1), torch.ones(900))
-    assert torch.equal(out["map"], x[:, :, None, None])
-
-
-def test_a_fused_teacher_is_frozen_and_takes_the_place_of_a_teacher() -> None:
-    adapters = {name: TeacherAdapter(_backbone(seed), {"embedding": OUTPUT}) for seed, name in enumerate("ab")}
-    fused = FusedTeacher(adapters, torch.eye(32)[:, :16]).train()
-    assert not fused.training
-    assert not any(each.requires_grad for each in fused.parameters())
-    before = fused(IMAGES)["embedding"]
-    term = Term(AngularDistillLoss(form="cosine"), student="embedding", teacher="embedding")
-    student = StudentAdapter(_backbone(7), {"embedding": OUTPUT})
-    distiller = Distiller(student, {"fused": fused}, Objective({"angle": term}))
-    distiller.train()
-    distiller(IMAGES, {}).total.backward()
-    assert torch.equal(before, fused(IMAGES)["embedding"])
-    assert not before.requires_grad
-    with pytest.raises(InputError, match="matrix must have the 32 rows"):
-        FusedTeacher(adapters, torch.eye(8))(IMAGES)
-
-
-def test_the_initial_projection_keeps_the_cosines() -> None:
-    outputs = [torch.randn(60, 5, generator=_rng()), torch.randn(60, 3, generator=_rng(1))]
-    rows = join_embeddings(outputs)
-    projected = rows @ fit_fusion(outputs, torch.arange(60) // 2, dim=8, l2_sp_weight=1e6, steps=1, lr=1e-9)
-    torch.testing.assert_close(projected @ projected.T, rows @ rows.T, atol=1e-4, rtol=1e-4)
-    cosines = sum(F.normalize(each, dim=1) @ F.normalize(each, dim=1).T for each in outputs) / 2
-    torch.testing.assert_close(rows @ rows.T, cosines, atol=1e-5, rtol=1e-5)
-
-
-def test_embeddings_and_teachers_that_cannot_be_fused_are_refused() -> None:
-    x, identities = torch.randn(6, 4, generator=_rng()), torch.arange(6) // 2
-    for arguments, dim, message in (
-        (([], identities), 2, "at least one teacher"),
-        (([x], torch.zeros(6, dtype=torch.int64)), 2, "at least two"),
-        (([x, x[:3]], identities), 2, "identities"),
-        (([x, x], identities), 9, "dim must be at most the 8"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            fit_fusion(*arguments, dim=dim, steps=1)
-    cached = _Linear(torch.eye(2))
-    cached.reads = ("sample", "view")
-    one = _Linear(torch.eye(2))
-    for teachers, options, message in (
-        ({"a": one}, {"pass_through": "c"}, "pass_through must be one of a"),
-        ({}, {}, "must hold at least one"),
-        ({"a": one, "b": cached}, {}, "all read images"),
-    ):
-        with pytest.raises(InputError, match=message):
-            FusedTeacher(teachers, torch.eye(2), **options)

@@ -74,7 +74,7 @@ def same(one: Path, other: Path, *, first: float) -> None:
     wanted = weights(other)
     for name, value in weights(one).items():
         torch.testing.assert_close(
-            value, wanted[name], rtol=2e-3, atol=1e-3, msg=lambda text, name=name: f"{name} {text}"
+            value, wanted[name], rtol=4e-3, atol=1e-3, msg=lambda text, name=name: f"{name} {text}"
         )
 
 
@@ -263,8 +263,9 @@ def test_an_onnx_teacher_needs_no_tap_name(faces_folder: Path, tmp_path: Path, c
     held = build(faces_folder, str(graph), tmp_path / "c", "--tap", "map=stage2")
     assert json.loads(TeacherCache.open(held).notes["taps"]) == {"map": "middle"}
     assert TeacherCache.open(held).features == {"embedding": (16,), "map": (6, 14, 14)}
-    train(faces_folder, tmp_path / "live", graph, "age.pt")
-    train(faces_folder, tmp_path / "cached", held, "age")
+    project = ("recipe.embedding_projection=linear",)
+    train(faces_folder, tmp_path / "live", graph, "age.pt", more=project)
+    train(faces_folder, tmp_path / "cached", held, "age", more=project)
     for name in ("live", "cached"):
         assert sorted(losses(tmp_path / name)[0]) == ["attention", "embedding", "identity", "map"]
 
@@ -275,13 +276,14 @@ def test_a_network_without_maps_names_the_setting(faces_folder: Path, tmp_path: 
     from tests.faces.tiny_graph import tiny_graph
 
     graph = tiny_graph(tmp_path / "net.onnx")
-    monkeypatch.setattr("kdlib_faces.teachers.open.suggest_taps", lambda path: {})
+    monkeypatch.setattr("kdlib_faces.teachers.open.suggest_taps", lambda path, layout: {})
     message = fails(capsys, *command(faces_folder, tmp_path / "run", "general", graph))
     assert (
-        "no square feature map to distill from; is it a convolutional network? recipe.attention_weight=0 removes the term"
+        "no feature map to distill from; is it a convolutional network? recipe.attention_weight=0 removes the term"
         in message
     )
-    train(faces_folder, tmp_path / "run", "general", graph, more=("recipe.attention_weight=0",))
+    settings = ("recipe.attention_weight=0", "recipe.embedding_projection=linear")
+    train(faces_folder, tmp_path / "run", "general", graph, more=settings)
 
 
 def test_large_lists_are_memory_mapped(faces_folder: Path, tmp_path: Path, monkeypatch) -> None:

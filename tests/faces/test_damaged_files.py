@@ -107,6 +107,7 @@ def error_of(read, path):
     return ""
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning")  # such as of names that differ in case only
 @pytest.mark.parametrize("name", READERS)
 @settings(max_examples=80, deadline=20_000, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())

@@ -5,6 +5,7 @@ import subprocess
 import sys
 import time
 import tracemalloc
+import warnings
 
 import numpy as np
 import pytest
@@ -238,6 +239,19 @@ def test_models_are_named_by_their_files_or_as_requested(tmp_path):
     assert len(set(entry["scores"].values())) == len(list((tmp_path / "out/scores").iterdir())) == 8
     with pytest.raises(InputError, match="two models are named 'm'; name them as in --model NAME=FILE"):
         run_evaluate(config, output=tmp_path / "o", models=[model], embeddings=[f"m={files[0]}"], protocols=protocols)
+
+
+def test_photographs_that_are_no_aligned_crops_are_noted_in_the_result(tmp_path):
+    for at in range(4):
+        path = set_files.put_face(tmp_path / f"faces/p{at // 2}/{at}.png", at // 2, at)
+        set_files.face(at // 2, at).resize((90, 120)).save(path)
+    config, model = evaluate.EvaluateConfig(replicates=5, num_failures=0), network(tmp_path / "m.pt", 0)
+    for _ in range(2):  # also if the embeddings are known already
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            report = run_evaluate(config, output=tmp_path / "out", models=[model], faces=[tmp_path / "faces"])
+        assert any("4 of 4 images are far from the 32 x 32 pixels" in note for note in report["data"]["notes"])
+        assert report["evaluations"][0]["convention"]["Alignment"] == "none: images as they are"
 
 
 def test_names_of_images_in_another_encoding_are_written_as_escapes(tmp_path):

@@ -4,6 +4,7 @@ import os
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -55,6 +56,36 @@ def test_a_graph_is_imported_as_the_network_that_it_was_exported_from(tmp_path: 
 def test_other_spellings_of_flatten_and_another_eps(tmp_path: Path, flatten: str) -> None:
     model = scramble(NETWORKS["iresnet"]())
     found = import_onnx(write(model, tmp_path / "a.onnx", fold=False, eps=2e-5, flatten=flatten))
+    torch.testing.assert_close(found(_images()), model(_images()), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("name", "grid", "last"), [("mobilefacenet", 1, "Flatten"), ("mbf", 1, "Squeeze"), ("iresnet", 2, "Flatten")]
+)
+def test_an_embedding_made_by_a_convolution(tmp_path: Path, name: str, grid: int, last: str) -> None:
+    """Paddle and others write the linear layer as a convolution over the final grid, with its bias added behind it."""
+    model = scramble(NETWORKS[name]())
+    file = onnx.load(str(write(model, tmp_path / "a.onnx", fold=False)))
+    graph, make = file.graph, onnx.helper.make_node
+    weights = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in graph.initializer}
+    flatten, linear, norm = list(graph.node)[-3:]
+    matrix = weights[linear.input[1]] if linear.op_type == "Gemm" else weights[linear.input[1]].T
+    bias = weights[linear.input[2]] if linear.op_type == "Gemm" else np.zeros(len(matrix), np.float32)
+    new = {"kernel": np.ascontiguousarray(matrix).reshape(len(matrix), -1, grid, grid), "shift": bias[:, None, None]}
+    new["sides"] = np.array([2, 3])
+    del graph.node[-3:]
+    graph.node.extend(
+        [
+            make("Conv", [flatten.input[0], "kernel"], ["conv"]),
+            make("Add", ["conv", "shift"], ["sum"]),
+            make("BatchNormalization", ["sum", *norm.input[1:]], ["norm"], epsilon=1e-5),
+            make(last, ["norm", "sides"] if last == "Squeeze" else ["norm"], norm.output),
+        ]
+    )
+    graph.initializer.extend(onnx.numpy_helper.from_array(value, key) for key, value in new.items())
+    onnx.save(file, str(tmp_path / "b.onnx"))
+    found = import_onnx(tmp_path / "b.onnx")
+    assert found.arguments == model.arguments
     torch.testing.assert_close(found(_images()), model(_images()), rtol=1e-3, atol=1e-4)
 
 

@@ -525,6 +525,7 @@ def test_a_wrong_value_in_report_json_is_named_with_its_path(
     with pytest.raises(InputError) as error:
         render(tmp_path)
     assert message in str(error.value)
+    assert str(error.value).startswith(f"report: {tmp_path / 'report.json'}: ")
     assert [file.name for file in tmp_path.iterdir()] == ["report.json"]
 
 

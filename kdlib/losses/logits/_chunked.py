@@ -33,12 +33,12 @@ def by_rows(
         value: maps `(n, c)`, `(n, c)` and n rows of each of `others` to the losses `(n,)`.
         slope: maps the same arguments to the derivative of each loss by its row of the student, `(n, c)`. Both
             functions must consist of differentiable operations.
-        student: `(b, c)`.
-        teacher: `(b, c)`; receives no gradient.
-        others: tensors `(b, ...)` that need no gradient.
+        student: `(b, c)`, or `(b, c, p)` with p positions. The functions then receive and return p as last dimension.
+        teacher: of the same shape; receives no gradient.
+        others: tensors `(b, ...)`, or `(b, ..., p)`, that need no gradient.
 
     Returns:
-        `(b,)`, float32 or float64.
+        `(b,)` or `(b, p)`, float32 or float64.
     """
     if torch.compiler.is_compiling() or student.numel() <= CHUNK:
         return value(*promote(student, teacher), *others)
@@ -52,7 +52,8 @@ class _ByRows(Function):
         value: Callable[..., Tensor], slope: Callable[..., Tensor], student: Tensor, teacher: Tensor, *others: Tensor
     ) -> Tensor:
         # Allocated first: small results between large ones would fragment the memory of the allocator.
-        losses = student.new_empty(student.shape[0], dtype=promoted_dtype(student, teacher))
+        shape = (student.shape[0], *student.shape[2:])
+        losses = student.new_empty(shape, dtype=promoted_dtype(student, teacher))
         for out, s, t, *rest in _chunks(student, losses, student, teacher, *others):
             out.copy_(value(*promote(s, t), *rest))
         return losses
@@ -76,8 +77,10 @@ class _ByRows(Function):
         return None, None, result, *none
 
 
-def _chunks(x_bc: Tensor, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """Split tensors `(b, ...)` into chunks whose size fits the caches of all cores, or keeps an accelerator busy."""
-    cores = torch.get_num_threads() if x_bc.device.type == "cpu" else 32
-    rows = max(1, cores * CHUNK // max(x_bc.shape[1], 1))
-    return zip(*(torch.split(x, rows) for x in tensors), strict=True)
+def _chunks(x: Tensor, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Split tensors `(b, ...)` or `(b, ..., p)` into chunks that fit the caches of all cores or fill an accelerator."""
+    cores = torch.get_num_threads() if x.device.type == "cpu" else 32
+    columns = max(1, cores * CHUNK // max(x.shape[1], 1))
+    positions = x.shape[2] if x.dim() == 3 else 1
+    for rows in zip(*(torch.split(t, max(1, columns // max(positions, 1))) for t in tensors), strict=True):
+        yield from [rows] if positions <= columns else zip(*(torch.split(t, columns, -1) for t in rows), strict=True)

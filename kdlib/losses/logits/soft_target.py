@@ -1,16 +1,18 @@
-"""Soft targets: Kullback-Leibler divergence of the softened class probabilities."""
+"""Soft targets: divergence of the softened class probabilities of student and teacher."""
 
 from functools import partial
 
 from torch import Tensor
 
-from kdlib._checks import check_number, check_pair
-from kdlib._maths import Reduction, full_precision, reduce
-from kdlib.losses._module import FunctionLoss
+from kdlib._checks import check_choice, check_number
+from kdlib._maths import Reduction, full_precision
+from kdlib.losses._checks import check_logits
+from kdlib.losses._module import LossModule
 from kdlib.losses.logits._chunked import by_rows
-from kdlib.losses.logits._divergence import MIN_LOG, centered, divergence, probability_gap, soften
+from kdlib.losses.logits._divergence import DIVERGENCES, MIN_LOG, Difference, Divergence, centered, soften
+from kdlib.losses.logits._positions import as_positions, reduce_positions
 
-__all__ = ["SoftTargetLoss", "soft_target"]
+__all__ = ["SoftTargetLoss", "check_options", "compare", "measure", "soft_target"]
 
 
 def soft_target(
@@ -18,52 +20,78 @@ def soft_target(
     teacher: Tensor,
     *,
     temperature: float = 4.0,
+    divergence: Divergence = "forward_kl",
+    skew: float = 0.1,
+    dim: int = 1,
+    mask: Tensor | None = None,
     reduction: Reduction = "mean",
     weight: Tensor | None = None,
 ) -> Tensor:
-    r"""Compute the Kullback-Leibler divergence from the student's softened probabilities to the teacher's.
+    r"""Compute the divergence of the student's softened probabilities from the teacher's.
 
-    .. math:: T^2 \sum_c p^t_c \, (\log p^t_c - \log p^s_c), \qquad p = \mathrm{softmax}(z / T)
+    .. math:: T^2 \, D(p^t, p^s), \qquad p = \mathrm{softmax}(z / T)
 
-    summed over the classes of a sample. The factor :math:`T^2` keeps the size of the gradient when T changes. Logits of
-    many classes are processed a few rows at a time: only the gradient takes memory of their size.
+    at each position, with :math:`\mathrm{KL}(p \,\|\, q) = \sum_c p_c (\log p_c - \log q_c)` over the classes and
+
+    =================== ============================================================================================
+    `"forward_kl"`      :math:`\mathrm{KL}(p^t \,\|\, p^s)`
+    `"reverse_kl"`      :math:`\mathrm{KL}(p^s \,\|\, p^t)`
+    `"jensen_shannon"`  :math:`\frac12 \mathrm{KL}(p^t \,\|\, m) + \frac12 \mathrm{KL}(p^s \,\|\, m)`, with
+                        :math:`m = \frac12 (p^t + p^s)`
+    `"skewed_kl"`       :math:`\mathrm{KL}(p^t \,\|\, \lambda p^t + (1 - \lambda) p^s)`, with :math:`\lambda` = `skew`
+    =================== ============================================================================================
+
+    The factor :math:`T^2` keeps the size of the gradient when T changes. Large logits are processed a chunk at a time:
+    only the gradient takes memory of their size.
 
     Args:
-        student: logits `(b, c)`.
+        student: logits `(b, c)`, or of any shape with the classes at `dim`: tokens `(b, n, c)` with `dim=-1`, pixels
+            `(b, c, h, w)`.
         teacher: logits of the same shape; never receives a gradient.
         temperature: T, above 0; larger values give softer probabilities.
-        reduction: `"mean"` over the batch, or `"none"`.
+        divergence: one of the four above.
+        skew: share of the teacher in the mixture of `"skewed_kl"`, above 0 and below 1.
+        dim: dimension of the classes; not 0.
+        mask: boolean, of the shape of the logits without `dim`; False leaves a position out, such as padding.
+        reduction: `"mean"` over all positions that are not masked, or `"none"`, the mean of each sample.
         weight: `(b,)`, at least 0, weight of each sample; 0 masks it.
 
     Returns:
-        A scalar for `"mean"`: `sum(weight * loss) / sum(weight)`, or 0 if all weights are 0. `(b,)` for `"none"`,
-        multiplied by `weight` if given. Float32, or float64 if an input is float64.
+        A scalar for `"mean"`: `sum(weight * loss) / sum(weight)` over positions, or 0 if all weights are 0. `(b,)` for
+        `"none"`, multiplied by `weight` if given. Float32, or float64 if an input is float64.
 
     Raises:
-        ValueError: The shapes differ, `temperature` is not above 0, or `reduction` is unknown.
-        TypeError: An input is not a floating-point tensor.
+        ValueError: The shapes differ, a number is out of range, or `divergence` or `reduction` is unknown.
+        TypeError: An input is not a floating-point tensor, or `mask` is not boolean.
 
     Examples:
         >>> import torch
         >>> student, teacher = torch.tensor([[0.0, 0.0]]), torch.tensor([[0.0, 3.0]]).log()
         >>> round(soft_target(student, teacher, temperature=1.0).item(), 4)
         0.6931
-        >>> soft_target(teacher.exp(), teacher.exp()).item()
+        >>> round(soft_target(student, teacher, temperature=1.0, divergence="jensen_shannon").item(), 4)
+        0.2158
+        >>> tokens = torch.zeros(2, 5, 100)  # (b, n, c)
+        >>> soft_target(tokens, tokens, dim=-1, mask=torch.ones(2, 5, dtype=torch.bool)).item()
         0.0
 
     References:
         Hinton, Vinyals, Dean, *Distilling the Knowledge in a Neural Network*, arXiv 1503.02531, section 2. This is
         `torch.nn.KLDivLoss(reduction="batchmean")` times T squared; its `"mean"` also divides by the number of classes.
+        Skewed divergence: Ko, Kim, Chen, Yun, *DistiLLM*, arXiv 2402.03898.
     """
-    check_number("soft_target", "temperature", temperature, above=0)
-    check_pair("soft_target", student, teacher, "b c")
+    check_options("soft_target", temperature, divergence, skew, dim)
+    check_logits("soft_target", student, teacher, dim, mask)
     with full_precision(student):
-        value, slope = partial(_divergence, temperature=temperature), partial(_slope, temperature=temperature)
-        losses = by_rows(value, slope, student, teacher)
-        return reduce("soft_target", losses, reduction, weight)
+        positions = as_positions(student, teacher, dim)
+        value, slope = (
+            partial(each, temperature=temperature, divergence=divergence, skew=skew) for each in (_value, _slope)
+        )
+        losses = by_rows(value, slope, positions.student, positions.teacher)
+        return reduce_positions("soft_target", losses, positions.shape, mask, reduction, weight)
 
 
-class SoftTargetLoss(FunctionLoss):
+class SoftTargetLoss(LossModule):
     """`soft_target` as a Module: the constructor takes its hyper-parameters, `forward` its tensors.
 
     Examples:
@@ -74,25 +102,60 @@ class SoftTargetLoss(FunctionLoss):
 
     _function = staticmethod(soft_target)
 
-    def __init__(self, *, temperature: float = 4.0, reduction: Reduction = "mean") -> None:
+    def __init__(
+        self,
+        *,
+        temperature: float = 4.0,
+        divergence: Divergence = "forward_kl",
+        skew: float = 0.1,
+        dim: int = 1,
+        reduction: Reduction = "mean",
+    ) -> None:
         super().__init__(reduction=reduction)
-        check_number("SoftTargetLoss", "temperature", temperature, above=0)
-        self.temperature = temperature
+        check_options("SoftTargetLoss", temperature, divergence, skew, dim)
+        self.temperature, self.divergence, self.skew, self.dim = temperature, divergence, skew, dim
+
+    def forward(
+        self,
+        student: Tensor,
+        teacher: Tensor,
+        *,
+        mask: Tensor | None = None,
+        weight: Tensor | None = None,
+        reduction: Reduction | None = None,
+    ) -> Tensor:
+        """Compare `student` with `teacher`; `reduction=None` uses the constructor's."""
+        return self._call(student, teacher, weight, reduction, mask=mask)
 
 
-def _compare(student: Tensor, teacher: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """Return both log-probabilities `(n, c)`, the divergences `(n,)` and the log-ratios `(n, c)`."""
+def check_options(owner: str, temperature: object, divergence: object, skew: object, dim: object = 1) -> None:
+    """Check the hyper-parameters."""
+    check_number(owner, "temperature", temperature, above=0)
+    check_choice(owner, "divergence", divergence, tuple(DIVERGENCES))
+    check_number(owner, "skew", skew, above=0, below=1)
+    check_number(owner, "dim", dim, integer=True)
+
+
+def compare(student: Tensor, teacher: Tensor, *, temperature: float) -> tuple[Tensor, Tensor, Difference]:
+    """Return both log-probabilities `(n, c, ...)`, and a function that returns the difference of the softened logits."""
     log_s, log_t = (soften(x, temperature).log_softmax(1).clamp(min=MIN_LOG) for x in (student, teacher))
-    difference = lambda: centered(student, temperature) - centered(teacher, temperature)  # noqa: E731
-    return log_s, log_t, *divergence(log_s, log_t, difference)
+    return log_s, log_t, lambda: centered(student, temperature) - centered(teacher, temperature)
 
 
-def _divergence(student: Tensor, teacher: Tensor, *, temperature: float) -> Tensor:
-    """Return the loss of each row, `(n, c)` and `(n, c)` to `(n,)`."""
-    return _compare(student, teacher, temperature)[2] * temperature * temperature
+def measure(
+    compared: tuple[Tensor, Tensor, Difference], *, temperature: float, divergence: Divergence, skew: float
+) -> tuple[Tensor, Tensor]:
+    """Return the loss of each row `(n, ...)` and its derivative by the student's logits `(n, c, ...)`."""
+    chosen = DIVERGENCES[divergence]
+    value, slope = chosen.value(*compared, skew), chosen.slope(*compared, skew)
+    return value * temperature * temperature, slope * temperature
 
 
-def _slope(student: Tensor, teacher: Tensor, *, temperature: float) -> Tensor:
-    """Return the derivative of `_divergence` by the student's logits: T (p^s - p^t)."""
-    log_s, log_t, _, ratio = _compare(student, teacher, temperature)
-    return probability_gap(log_s, log_t, ratio) * temperature
+def _value(student: Tensor, teacher: Tensor, *, temperature: float, divergence: Divergence, skew: float) -> Tensor:
+    compared = compare(student, teacher, temperature=temperature)
+    return DIVERGENCES[divergence].value(*compared, skew) * temperature * temperature
+
+
+def _slope(student: Tensor, teacher: Tensor, *, temperature: float, divergence: Divergence, skew: float) -> Tensor:
+    compared = compare(student, teacher, temperature=temperature)
+    return DIVERGENCES[divergence].slope(*compared, skew) * temperature

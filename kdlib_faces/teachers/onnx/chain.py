@@ -7,8 +7,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kdlib_faces._checks import InputError
+from kdlib_faces._checks import InputError, show_name
+from kdlib_faces.teachers.onnx.constants import read_constants
 from kdlib_faces.teachers.onnx.graph import Graph, library
+from kdlib_faces.teachers.onnx.runtime import find_embedding
 
 if TYPE_CHECKING:
     from onnx import NodeProto
@@ -68,16 +70,8 @@ class _Reader:
     def __init__(self, graph: Graph) -> None:
         self.graph = graph
         self.onnx = library("onnx")
-        to_array = self.onnx.numpy_helper.to_array
-        proto = graph.model.graph
-        self.constants: dict[str, np.ndarray] = {each.name: to_array(each) for each in proto.initializer}
-        for node in proto.node:
-            values = [to_array(a.t) for a in node.attribute if node.op_type == "Constant" and a.name == "value"]
-            if node.op_type == "Identity" and node.input[0] in self.constants:
-                values = [self.constants[node.input[0]]]
-            if values:
-                self.constants[node.output[0]] = values[0]
-        self.output = proto.output[0].name if proto.output else ""
+        self.constants = read_constants(graph)
+        self.output = find_embedding(graph)
         self.seen: set[int] = set()
         self.users: dict[str, list[NodeProto]] = {}
         shape_arithmetic: set[str] = set()
@@ -106,7 +100,7 @@ class _Reader:
         items, end = self._walk(self.graph.input_name)
         if end != self.output:
             raise self._error(f"the chain of layers ends at {end!r}, not at the output {self.output!r}")
-        return items
+        return _with_linear(items)
 
     def _walk(self, tensor: str, first: "NodeProto | None" = None) -> tuple[Layers, "str | NodeProto"]:
         """From `tensor` to the end of the chain. On a branch, which starts at the node `first`, to the sum that ends it."""
@@ -163,13 +157,13 @@ class _Reader:
         if kind in ("Relu", "LeakyRelu"):
             slope = 0.0 if kind == "Relu" else attributes.get("alpha", 0.01)
             return Step("prelu", _name(node), {"weight": torch.tensor([slope])})
-        if kind in ("Flatten", "Reshape"):
+        if kind in ("Flatten", "Reshape", "Squeeze"):
             if attributes.get("axis", 1) != 1:
                 raise self._error("a Flatten that mixes images", node)
             return Step("flatten", _name(node))
         if kind in ("Gemm", "MatMul"):
             return self._linear(node, attributes)
-        if kind == "Add" and before and isinstance(before[-1], Step) and before[-1].kind == "linear":
+        if kind == "Add" and before and isinstance(before[-1], Step) and before[-1].kind in ("conv", "linear"):
             bias = self._weight(node, 0 if node.input[0] in self.constants else 1).reshape(-1)
             before[-1].weights["bias"] = before[-1].weights.get("bias", torch.zeros(1)) + bias
             return None
@@ -215,5 +209,20 @@ class _Reader:
         return InputError(f"{self.graph.path} cannot be imported as a native backbone{where}: {reason}")
 
 
+def _with_linear(items: Layers) -> Layers:
+    """Turn an embedding made by a convolution over the whole final grid, 1 x 1 or larger, into the linear layer that it is."""
+    at = next((at for at in reversed(range(len(items))) if _kind(items[at]) not in ("flatten", "norm")), 0)
+    last = items[at] if items else None
+    if not isinstance(last, Step) or last.kind != "conv" or last.groups != 1 or last.padding:
+        return items
+    weights = {**last.weights, "weight": last.weights["weight"].flatten(1)}
+    norms = [step for step in items[at + 1 :] if _kind(step) == "norm"]
+    return [*items[:at], Step("flatten", last.node), Step("linear", last.node, weights), *norms]
+
+
+def _kind(item: Step | Residual) -> str:
+    return item.kind if isinstance(item, Step) else "sum"
+
+
 def _name(node: "NodeProto") -> str:
-    return f"{node.op_type} {node.name or node.output[0]!r}"
+    return show_name(f"{node.op_type} {node.name or node.output[0]!r}")

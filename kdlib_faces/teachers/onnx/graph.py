@@ -1,61 +1,43 @@
-"""Safe reading of ONNX files, and sessions that run them."""
+"""Safe reading of ONNX files."""
 
 import hashlib
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module
 from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import numpy as np
-import torch
 
-from kdlib import OUTPUT, Tap
-from kdlib._checks import nearest
 from kdlib_faces._checks import InputError
 
 if TYPE_CHECKING:
     from onnx import ModelProto, NodeProto, TensorProto
 
-__all__ = [
-    "Graph",
-    "ImageSize",
-    "OnnxTap",
-    "Provider",
-    "Session",
-    "find_tensor",
-    "library",
-    "make_session",
-    "read_graph",
-]
+__all__ = ["Graph", "ImageSize", "Layout", "file_errors", "library", "read_graph", "reason", "show_shape"]
 
 ImageSize: TypeAlias = int | tuple[int, int]
 """Side of square images in pixels, or (height, width)."""
 
-OnnxTap: TypeAlias = str | Tap | None
-"""Name of a tensor or node; None, `kdlib.OUTPUT`, `OUTPUT[i]` or `OUTPUT["name"]` for an output of the graph."""
-
-Provider: TypeAlias = str | tuple[str, Mapping[str, object]]
-"""Name of an onnxruntime execution provider, or a pair of name and options."""
+Layout: TypeAlias = Literal["bchw", "bhwc"]
+"""Order of the dimensions of an image input."""
 
 MAX_BYTES = 2**31 - 1
 """Maximum size of a protobuf message."""
 
-MAX_VALUES = 2**28
-"""Maximum number of values in the input of one run: 1 GiB of float32."""
+MAX_VALUES = 2**21
+"""Maximum number of values in the input of one run that a file may dictate: 55 images of 112 pixels, or one of 836."""
+
+MAX_TOTAL = 2**28
+"""Maximum number of values of all tensors of a graph for one image: 1 GiB of float32."""
 
 FREE_SIZE = 112
 """Side in pixels of the sample images of a graph with free height and width: the usual face crop."""
 
 _DTYPES: dict[int, type[np.generic]] = {1: np.float32, 2: np.uint8, 10: np.float16, 11: np.float64}
-
-
-class Session(Protocol):
-    """The part of `onnxruntime.InferenceSession` that is used."""
-
-    def run(self, outputs: None, inputs: Mapping[str, np.ndarray], /) -> list[object]: ...
 
 
 @dataclass(frozen=True)
@@ -66,7 +48,9 @@ class Graph:
         path: The file.
         model: The parsed model.
         input_name: Name of the image input.
-        shape: Declared shape `(b, c, h, w)`; None where a dimension is free.
+        shape: Declared shape of the input as `(b, c, h, w)`, whatever its layout; None where a dimension is free. A batch above
+            one is free in `model`, because most graphs that declare one accept any.
+        layout: Order of the dimensions in the file.
         dtype: Type of the input.
         sha256: Digest of the file and its external weights.
     """
@@ -75,6 +59,7 @@ class Graph:
     model: "ModelProto"
     input_name: str
     shape: tuple[int | None, ...]
+    layout: Layout
     dtype: type[np.generic]
     sha256: str
 
@@ -90,24 +75,14 @@ class Graph:
             return None
         return height if height == width else (height, width)
 
+    @property
+    def declared(self) -> list[int | None]:
+        """The shape of the input in the order of the file."""
+        return [self.shape[at] for at in ((0, 1, 2, 3) if self.layout == "bchw" else (0, 2, 3, 1))]
+
     def outputs(self) -> dict[str, "NodeProto"]:
         """Every tensor that a node computes, in graph order, with its node."""
         return {name: node for node in self.model.graph.node for name in node.output if name}
-
-    def run(self, session: Session, images: np.ndarray) -> list[np.ndarray]:
-        """Run `images` (b, c, h, w) and return the tensors of the session.
-
-        Raises:
-            InputError: The run fails, or an output is not an array.
-        """
-        try:
-            arrays = session.run(None, {self.input_name: images})
-        except Exception as error:
-            raise InputError(f"{self.path} fails on images {images.shape}: {_reason(error)}") from error
-        checked = [array for array in arrays if isinstance(array, np.ndarray)]
-        if len(checked) < len(arrays):
-            raise InputError(f"{self.path} returns something other than arrays")
-        return checked
 
 
 def library(name: str) -> Any:
@@ -122,9 +97,26 @@ def library(name: str) -> Any:
         raise InputError(f"reading an ONNX file needs {name}; pip install kdlib-torch[onnx]") from error
 
 
-def _reason(error: Exception) -> str:
-    """First line of a library's error, at most 300 characters."""
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)[:300]
+def show_shape(shape: Sequence[int | None]) -> str:
+    """A shape in words, as `free, 3, 112, 112`."""
+    return ", ".join(str(dim or "free") for dim in shape)
+
+
+@contextmanager
+def file_errors(path: Path) -> Iterator[None]:
+    """Report whatever a damaged file raises inside the block, such as onnx's own KeyError, as one line that names the file."""
+    try:
+        yield
+    except (InputError, Warning):
+        raise
+    except Exception as error:
+        raise InputError(f"{path} is damaged ({type(error).__name__}: {reason(error)})") from error
+
+
+def reason(error: Exception) -> str:
+    """First line of a library's error, printable and at most 300 characters."""
+    text = next(iter(str(error).strip().splitlines()), type(error).__name__)[:300]
+    return text if text.isprintable() else repr(text)[1:-1]
 
 
 def _read(path: Path, label: str) -> bytes:
@@ -136,7 +128,7 @@ def _read(path: Path, label: str) -> bytes:
         if size <= MAX_BYTES:
             return path.read_bytes()
     except OSError as error:
-        raise InputError(f"{label} {path} cannot be read: {_reason(error)}") from error
+        raise InputError(f"{label} {path} cannot be read: {reason(error)}") from error
     raise InputError(f"{label} {path} must be at most {MAX_BYTES} bytes, got {size}")
 
 
@@ -191,20 +183,22 @@ def _load_external(path: Path, model: "ModelProto", digest: "hashlib._Hash") -> 
         tensor.data_location = 0  # type: ignore[assignment]  # TensorProto.DEFAULT
 
 
-def read_graph(path: str | os.PathLike[str]) -> Graph:
+def read_graph(path: str | os.PathLike[str], layout: Layout | None = None) -> Graph:
     """Parse an ONNX file and find its image input.
 
-    The file is not trusted: its size is bounded, and external weights must lie in its folder.
+    The file is not trusted: its size and the sizes that it declares are bounded, and external weights must lie in its folder.
 
     Args:
         path: The `.onnx` file.
+        layout: Order of the dimensions of the input; None derives it from the declared shape, or, where that is free, from a
+            transposition of the images.
 
     Returns:
         The graph with its weights.
 
     Raises:
-        InputError: The file is missing, too large, not ONNX or cut short, keeps weights outside its folder, or does not have
-            exactly one input, images `(b, c, h, w)`.
+        InputError: The file is missing, too large, not ONNX or cut short, keeps weights outside its folder, does not have
+            exactly one input, the images, or computes tensors of more than 1 GiB for one image.
 
     Examples:
         >>> read_graph("no_such.onnx")
@@ -213,12 +207,18 @@ def read_graph(path: str | os.PathLike[str]) -> Graph:
     """
     path = Path(path)
     data = _read(path, "the ONNX file")
+    library("onnx")
+    with file_errors(path):
+        return _parse(path, data, layout)
+
+
+def _parse(path: Path, data: bytes, layout: Layout | None) -> Graph:
     onnx = library("onnx")
     model: ModelProto = onnx.ModelProto()
     try:
         model.ParseFromString(data)
     except Exception as error:
-        raise InputError(f"{path} is not an ONNX file, or is cut short: {_reason(error)}") from error
+        raise InputError(f"{path} is not an ONNX file, or is cut short: {reason(error)}") from error
     if not (model.ir_version and model.graph.node and model.opset_import):
         raise InputError(f"{path} is not an ONNX file: it holds no graph")
     digest = hashlib.sha256(data)
@@ -234,84 +234,54 @@ def read_graph(path: str | os.PathLike[str]) -> Graph:
         kinds = {number: name.lower() for name, number in onnx.TensorProto.DataType.items()}
         raise InputError(
             f"{path} has no image input: {inputs[0].name!r} must be (b, c, h, w) of floats or bytes, got "
-            f"({', '.join(str(dim or 'free') for dim in shape)}) of type {kinds.get(kind.elem_type, 'unknown')}"
+            f"({show_shape(shape)}) of type {kinds.get(kind.elem_type, 'unknown')}"
         )
-    graph = Graph(path, model, inputs[0].name, shape, _DTYPES[kind.elem_type], digest.hexdigest())
-    if prod(graph.sample_shape(shape[0] or 2)) > MAX_VALUES:
-        raise InputError(f"{path} must take at most {MAX_VALUES} values a run, {inputs[0].name!r} is {shape}")
+    if (shape[0] or 1) > 1:
+        kind.shape.dim[0].dim_param = "batch"
+    layout = layout or _find_layout(model, inputs[0].name, shape)
+    if layout == "bhwc":
+        shape = tuple(shape[at] for at in (0, 3, 1, 2))
+    graph = Graph(path, model, inputs[0].name, shape, layout, _DTYPES[kind.elem_type], digest.hexdigest())
+    sizes = {inputs[0].name: prod(graph.sample_shape(1)), **_count_values(graph)}
+    if sizes[inputs[0].name] > MAX_VALUES or sum(sizes.values()) > MAX_TOTAL:
+        largest = max(sizes, key=lambda name: sizes[name])
+        raise InputError(
+            f"{path} is too large: its input is ({show_shape(graph.declared)}), its largest tensor {largest!r} has "
+            f"{sizes[largest]:,} values for one image; an image must have at most {MAX_VALUES:,}, all tensors {MAX_TOTAL:,}"
+        )
     return graph
 
 
-def find_tensor(graph: Graph, name: str, tap: OnnxTap) -> str:
-    """Return the name of the tensor that a tap refers to.
-
-    Args:
-        graph: From `read_graph`.
-        name: Name of the feature, for the error.
-        tap: The tap. The name of a node refers to its first output; None and `OUTPUT` refer to the first output of the graph.
-
-    Raises:
-        InputError: No node computes such a tensor; the message lists the nearest names.
-    """
-    outputs = [value.name for value in graph.model.graph.output]
-    if tap is None or tap == OUTPUT:
-        tensor = outputs[0] if outputs else None
-    elif isinstance(tap, Tap):
-        keys = tap.index if tap.path is None and len(tap.index) == 1 else ()
-        tensor = next((key if isinstance(key, str) else dict(enumerate(outputs)).get(key) for key in keys), None)
-    else:
-        tensor = tap
-    tensors = graph.outputs()
-    nodes = {node.name: node.output[0] for node in graph.model.graph.node if node.name and any(node.output[:1])}
-    if isinstance(tensor, str) and (tensor in tensors or tensor in nodes):
-        return tensor if tensor in tensors else nodes[tensor]
-    known = nearest(str(tensor), dict.fromkeys([*tensors, *nodes]))
-    raise InputError(f"OnnxTeacher: tap {name!r}: no tensor or node named {tap!r} in {graph.path}{known}")
+def _find_layout(model: "ModelProto", name: str, shape: Sequence[int | None]) -> Layout:
+    """Channels last where the last dimension is that of a color or gray image, or the images are first transposed from it."""
+    colors = (1, 3)
+    if shape[1] is None and shape[3] is None:
+        first = next((node for node in model.graph.node if name in node.input), None)
+        turns = [list(a.ints) for a in first.attribute if a.name == "perm"] if first is not None else []
+        return "bhwc" if [0, 3, 1, 2] in turns else "bchw"
+    return "bhwc" if shape[3] in colors and shape[1] not in colors else "bchw"
 
 
-def make_session(
-    graph: Graph, tensors: Sequence[str], *, threads: int | None = None, providers: Sequence[Provider] | None = None
-) -> Session:
-    """Make an onnxruntime session that computes `tensors` only.
-
-    Args:
-        graph: From `read_graph`.
-        tensors: Distinct names of tensors that nodes compute.
-        threads: Threads within an operation; None takes as many as torch uses.
-        providers: Execution providers in order of preference; None runs on the CPU.
-
-    Raises:
-        InputError: A provider is unknown, or onnxruntime refuses the graph.
-    """
-    onnx, runtime = library("onnx"), library("onnxruntime")
-    if isinstance(providers, str) or (providers is not None and not len(providers)):
-        raise InputError(f"providers must be a list of execution providers, got {providers!r}")
-    chosen: list[Provider] = ["CPUExecutionProvider"] if providers is None else list(providers)
-    available = runtime.get_available_providers()
-    for provider in chosen:
-        pair = isinstance(provider, tuple) and len(provider) == 2 and isinstance(provider[1], dict)
-        name = provider[0] if pair else provider
-        if not isinstance(name, str):
-            raise InputError(f"an execution provider must be a name, or a pair of name and options, got {provider!r}")
-        if name not in available:
-            raise InputError(f"no execution provider {name!r} in this onnxruntime; there are {', '.join(available)}")
-    model = onnx.ModelProto()
-    model.CopyFrom(graph.model)
-    # Declared shapes are often those of the one image that a graph was exported with; the runtime infers its own.
-    del model.graph.value_info[:]
-    del model.graph.output[:]
-    model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in tensors)
-    options = runtime.SessionOptions()
-    options.log_severity_level = 4
-    options.intra_op_num_threads = threads or torch.get_num_threads()
-    options.inter_op_num_threads = 1
-    options.use_deterministic_compute = True
-    # Spinning threads are up to a third faster on idle cores and as much slower beside data loaders and the student.
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+def _count_values(graph: Graph) -> dict[str, int]:
+    """Values of each tensor for one image as far as onnx can infer their shapes from the file, without running it."""
+    onnx, proto = library("onnx"), graph.model.graph
+    skeleton = onnx.ModelProto(ir_version=graph.model.ir_version, opset_import=graph.model.opset_import)
+    skeleton.graph.node.extend(proto.node)
+    for tensor in proto.initializer:  # shapes are computed from small constants; the weights themselves are not needed
+        empty = onnx.TensorProto(name=tensor.name, dims=tensor.dims, data_type=tensor.data_type)
+        skeleton.graph.initializer.append(tensor if prod(tensor.dims) <= 64 else empty)
+    image = next(value for value in proto.input if value.name == graph.input_name)
+    skeleton.graph.input.append(image)
+    one = graph.sample_shape(1)
+    for dim, side in zip(
+        skeleton.graph.input[0].type.tensor_type.shape.dim,
+        one if graph.layout == "bchw" else (one[0], *one[2:], one[1]),
+        strict=True,
+    ):
+        dim.dim_value = side
     try:
-        session: Session = runtime.InferenceSession(
-            model.SerializeToString(), options, providers=chosen, enable_fallback=0
-        )
-    except Exception as error:
-        raise InputError(f"{graph.path} cannot be run: {_reason(error)}") from error
-    return session
+        inferred = onnx.shape_inference.infer_shapes(skeleton, data_prop=True)
+    except Exception:  # the runtime names what is wrong with the graph
+        return {}
+    shapes = {value.name: value.type.tensor_type.shape.dim for value in inferred.graph.value_info}
+    return {name: prod(max(dim.dim_value, 1) for dim in dims) for name, dims in shapes.items()}

@@ -13,7 +13,8 @@ from kdlib_faces.backbones import MBF, Backbone, IResNet, MBFFlat, MobileFaceNet
 from kdlib_faces.backbones.input_spec import height_width
 from kdlib_faces.teachers.onnx.chain import Layers, Residual, Step, read_chain
 from kdlib_faces.teachers.onnx.fill import Mismatch, fill
-from kdlib_faces.teachers.onnx.graph import Graph, ImageSize, make_session, read_graph
+from kdlib_faces.teachers.onnx.graph import Graph, ImageSize, file_errors, read_graph
+from kdlib_faces.teachers.onnx.runtime import as_vectors, find_embedding, make_session, run
 
 __all__ = ["import_onnx", "restore_statistics"]
 
@@ -54,17 +55,18 @@ def import_onnx(path: str | os.PathLike[str], *, verify: bool = True) -> Backbon
     graph = read_graph(path)
     if graph.dtype is not np.float32:
         raise _unknown(graph, f"its images are {np.dtype(graph.dtype)}, not float32")
-    layers = read_chain(graph)
-    try:
-        model = _match(graph, layers)
-        fill([model], layers)
-    except Mismatch as error:
-        raise _unknown(graph, str(error)) from error
-    except (TypeError, ValueError, RuntimeError) as error:  # sizes that no network of ours can have
-        raise _unknown(graph, str(error).splitlines()[0]) from error
-    model.eval()
-    if verify:
-        _verify(graph, model)
+    with file_errors(graph.path):
+        layers = read_chain(graph)
+        try:
+            model = _match(graph, layers)
+            fill([model], layers)
+        except Mismatch as error:
+            raise _unknown(graph, str(error)) from error
+        except (TypeError, ValueError, RuntimeError) as error:  # sizes that no network of ours can have
+            raise _unknown(graph, str(error).splitlines()[0]) from error
+        model.eval()
+        if verify:
+            _verify(graph, model)
     return model
 
 
@@ -200,10 +202,10 @@ def _iresnet_stages(layers: Layers) -> list[int]:
 def _verify(graph: Graph, model: Backbone) -> None:
     """The outputs of the network must be those of the file, on two images one by one."""
     size = height_width("import_onnx", model.input_size)
-    session = make_session(graph, [graph.model.graph.output[0].name])
+    session = make_session(graph, [find_embedding(graph)])
     for seed in (0, 1):
         images = np.random.default_rng(seed).uniform(-1, 1, (1, 3, *size)).astype(np.float32)
-        expected = graph.run(session, np.repeat(images, graph.shape[0] or 1, axis=0))[0][:1]
+        expected = as_vectors(run(graph, session, np.repeat(images, graph.shape[0] or 1, axis=0))[0])[:1]
         with torch.no_grad():
             outputs = model(torch.from_numpy(images)).numpy()
         if expected.shape != outputs.shape:

@@ -3,12 +3,13 @@
 import os
 from collections.abc import Mapping
 from math import prod
-from pathlib import Path
 from typing import NamedTuple, TypedDict
 
 import numpy as np
 
-from kdlib_faces.teachers.onnx.graph import Graph, ImageSize, make_session, read_graph
+from kdlib_faces.teachers.onnx.graph import Graph, ImageSize, Layout, file_errors, read_graph
+from kdlib_faces.teachers.onnx.preprocessing import recognize_input
+from kdlib_faces.teachers.onnx.runtime import as_vectors, find_embedding, trace
 
 __all__ = ["GraphInfo", "GraphTap", "describe_graph", "list_taps", "suggest_taps"]
 
@@ -32,17 +33,12 @@ class GraphInfo(TypedDict):
     nodes: dict[str, int]
     parameters: int
     macs: int | None
+    embedding: str
     embedding_dim: int | None
     input_size: ImageSize | None
+    images: str
     bytes: int
     sha256: str
-
-
-def _trace(graph: Graph) -> dict[str, np.ndarray]:
-    """Every array of a graph for one gray image. Declared shapes are often missing or those of another batch."""
-    names = list(graph.outputs())
-    session = make_session(graph, names)
-    return dict(zip(names, graph.run(session, np.zeros(graph.sample_shape(1), graph.dtype)), strict=True))
 
 
 def _is_map(shape: tuple[int, ...], height: int, width: int) -> bool:
@@ -53,7 +49,7 @@ def _is_map(shape: tuple[int, ...], height: int, width: int) -> bool:
     return any(all(full >> n <= side <= -(-full >> n) for full, side in sides) for n in range(height.bit_length()))
 
 
-def list_taps(path: str | os.PathLike[str]) -> list[GraphTap]:
+def list_taps(path: str | os.PathLike[str], layout: Layout | None = None) -> list[GraphTap]:
     """List the tensors of an ONNX file that can serve as features, in graph order.
 
     These are maps `(1, c, h, w)` whose sides are those of the input halved several times, and vectors `(1, d)`. Attention
@@ -61,6 +57,7 @@ def list_taps(path: str | os.PathLike[str]) -> list[GraphTap]:
 
     Args:
         path: The `.onnx` file.
+        layout: As for `OnnxTeacher`.
 
     Returns:
         One `(name, op, shape)` per tensor; the shape is measured on one image.
@@ -68,19 +65,24 @@ def list_taps(path: str | os.PathLike[str]) -> list[GraphTap]:
     Raises:
         InputError: As `read_graph`, or the graph does not run.
     """
-    graph = read_graph(path)
-    nodes = graph.outputs()
-    height, width = graph.sample_shape(1)[2:]
-    taps = []
-    for name, array in _trace(graph).items():
-        shape, op = array.shape, nodes[name].op_type
-        vector = len(shape) == 2 and shape[0] == 1
-        if np.issubdtype(array.dtype, np.floating) and op != "Constant" and (vector or _is_map(shape, height, width)):
-            taps.append(GraphTap(name, op, shape))
-    return taps
+    graph = read_graph(path, layout)
+    with file_errors(graph.path):
+        nodes = graph.outputs()
+        height, width = graph.sample_shape(1)[2:]
+        taps = []
+        for name, array in trace(graph, list(nodes)).items():
+            shape, op = array.shape, nodes[name].op_type
+            vector = len(shape) == 2 and shape[0] == 1
+            if (
+                np.issubdtype(array.dtype, np.floating)
+                and op != "Constant"
+                and (vector or _is_map(shape, height, width))
+            ):
+                taps.append(GraphTap(name, op, shape))
+        return taps
 
 
-def suggest_taps(path: str | os.PathLike[str]) -> dict[str, str]:
+def suggest_taps(path: str | os.PathLike[str], layout: Layout | None = None) -> dict[str, str]:
     """Suggest one map per resolution of an ONNX file: the output of the last residual block there.
 
     Among the maps of one resolution the last sum is chosen, or the last map if there is no sum. The result can be passed to
@@ -88,6 +90,7 @@ def suggest_taps(path: str | os.PathLike[str]) -> dict[str, str]:
 
     Args:
         path: The `.onnx` file.
+        layout: As for `OnnxTeacher`.
 
     Returns:
         `"map14"` (or `"map14x12"`) to a tensor name, highest resolution first.
@@ -96,7 +99,7 @@ def suggest_taps(path: str | os.PathLike[str]) -> dict[str, str]:
         InputError: As `list_taps`.
     """
     chosen: dict[tuple[int, ...], GraphTap] = {}
-    for tap in list_taps(path):
+    for tap in list_taps(path, layout):
         if len(tap.shape) == 4:
             earlier = chosen.get(tap.shape[2:])
             if earlier is None or tap.op == "Add" or earlier.op != "Add":
@@ -126,37 +129,48 @@ def _count_macs(graph: Graph, shapes: Mapping[str, tuple[int, ...]]) -> int | No
     return total
 
 
-def describe_graph(path: str | os.PathLike[str]) -> GraphInfo:
+def describe_graph(path: str | os.PathLike[str], layout: Layout | None = None) -> GraphInfo:
     """Describe an ONNX file.
 
     Args:
         path: The `.onnx` file.
+        layout: As for `OnnxTeacher`.
 
     Returns:
         `inputs` and `outputs` (name to shape; None where free; outputs measured on one image), `opset` (domain to version),
         `nodes` (count by op), `parameters` (values in initializers), `macs` (multiply-adds of convolutions and matrix
-        products for one image; None if not countable), `embedding_dim` (None if the first output is no vector),
-        `input_size` (side in pixels, (h, w) if not square, None if free), `bytes` and `sha256`.
+        products for one image; None if not countable), `embedding` (name of the output that is the embedding),
+        `embedding_dim` (None if that is no vector), `input_size` (side in pixels, (h, w) if not square, None if free),
+        `images` (what the graph takes, as far as its first operations show it), `bytes` and `sha256`.
 
     Raises:
         InputError: As `read_graph`, or the graph does not run.
     """
-    graph = read_graph(path)
+    graph = read_graph(path, layout)
+    with file_errors(graph.path):
+        return _describe(graph)
+
+
+def _describe(graph: Graph) -> GraphInfo:
     proto = graph.model.graph
     shapes: dict[str, tuple[int, ...]] = {tensor.name: tuple(tensor.dims) for tensor in proto.initializer}
-    shapes |= {name: array.shape for name, array in _trace(graph).items()}
+    arrays = trace(graph, list(graph.outputs()))
+    shapes |= {name: array.shape for name, array in arrays.items()}
     shapes[graph.input_name] = graph.sample_shape(1)
     ops = [node.op_type for node in proto.node]
-    first = shapes.get(proto.output[0].name, ()) if proto.output else ()
+    embedding = find_embedding(graph)
+    vector = as_vectors(arrays[embedding]).shape if arrays[embedding].ndim else ()
     return {
-        "inputs": {graph.input_name: list(graph.shape)},
+        "inputs": {graph.input_name: graph.declared},
         "outputs": {value.name: list(shapes.get(value.name, ())) for value in proto.output},
         "opset": {entry.domain or "ai.onnx": entry.version for entry in graph.model.opset_import},
         "nodes": {op: ops.count(op) for op in sorted(set(ops))},
         "parameters": sum(prod(tensor.dims) for tensor in proto.initializer),
         "macs": _count_macs(graph, shapes),
-        "embedding_dim": first[1] if len(first) == 2 else None,
+        "embedding": embedding,
+        "embedding_dim": vector[1] if len(vector) == 2 else None,
         "input_size": graph.input_size,
-        "bytes": Path(path).stat().st_size,
+        "images": f"{recognize_input(graph).describe()}, {graph.layout}",
+        "bytes": graph.path.stat().st_size,
         "sha256": graph.sha256,
     }

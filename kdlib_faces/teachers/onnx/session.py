@@ -3,28 +3,48 @@
 import hashlib
 import json
 import os
-import re
+import warnings
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import replace
 from math import isfinite
 from pathlib import Path
-from types import CodeType, FunctionType, MethodType
 from typing import ClassVar, TypeAlias
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from kdlib._checks import check_floating, check_number, check_rank
+from kdlib import OUTPUT
+from kdlib._checks import check_callable, check_choice, check_floating, check_number, check_rank
 from kdlib_faces._checks import InputError
-from kdlib_faces.teachers.onnx.graph import Graph, OnnxTap, Provider, Session, find_tensor, make_session, read_graph
+from kdlib_faces.backbones import InputSpec
+from kdlib_faces.teachers.onnx.graph import Graph, Layout, file_errors, read_graph, show_shape
+from kdlib_faces.teachers.onnx.preprocessing import callable_id, recognize_input
+from kdlib_faces.teachers.onnx.probe import cosine_of, equal, noise_and_waves
+from kdlib_faces.teachers.onnx.runtime import (
+    OnnxTap,
+    Provider,
+    Session,
+    as_vectors,
+    check_declared_batch,
+    find_tensor,
+    make_session,
+    run,
+)
 
 __all__ = ["OnnxTeacher"]
 
-Preprocess: TypeAlias = str | Callable[[Tensor], Tensor]
+Preprocess: TypeAlias = Callable[[Tensor], Tensor]
+Arrays: TypeAlias = dict[str, np.ndarray]
 
 MAX_PIXEL = 8.0
 """Maximum pixel of images in [-1, 1]: augmented images exceed 1, but images in 0..255 are far above."""
+
+ALIKE, FARTHER = 0.99, 40
+"""Cosine of the embeddings of noise and waves above which other pixels are tried, and the factor by which they must separate
+the two better for a warning. Trained networks are below .8 on the images that they take. Where they subtract 127.5 from
+[-1, 1], they are above .99, and the factor is above 90. Untrained networks may be above .98 on any images."""
 
 # Sessions made before a fork. Their threads do not exist in the child process, so they must never be destroyed.
 _ABANDONED: list[Session] = []
@@ -33,28 +53,36 @@ _ABANDONED: list[Session] = []
 class OnnxTeacher(nn.Module):
     """A frozen teacher in an ONNX file: `teacher(images) -> {feature name: (b, ...)}`.
 
-    It takes the place of a `kdlib.TeacherAdapter`. Tapped tensors become outputs in memory; the file is never written. Images
-    run in one batch where the graph allows it. A graph with a fixed batch gets that many images at a time, the last run
-    padded. A graph that declares a free batch but is wrong on two images (reshapes made for one) gets them one by one. The
-    constructor finds out which by comparing a run of two images with two runs of one.
+    It takes the place of a `kdlib.TeacherAdapter`. Tapped tensors become outputs in memory; the file is never written.
+
+    Images run in one batch where the graph allows it, whatever batch it declares. The constructor compares a run of two images
+    with two runs of one. Where they differ (reshapes made for one image), images run one by one. A graph that only runs on
+    the batch that it declares gets that many at a time, the last run padded.
+
+    The images are converted to those that the graph takes. Their pixel range is recognized from its first operations: a graph
+    that begins by subtracting 127.5 gets pixels from 0 to 255. A warning says when two different images come out nearly equal,
+    which means that the conversion is wrong.
 
     The module has no parameters and an empty state dict. Copies, pickles and forked workers hold the path and open the graph
     again when first called; they refuse a file that has changed since.
 
     Args:
-        path: An `.onnx` file with one image input `(b, c, h, w)`.
-        taps: Feature name to a tensor name, a node name, or None (or `kdlib.OUTPUT`) for the first output of the graph;
-            default `{"embedding": None}`. `list_taps` and `suggest_taps` list the candidates.
-        preprocess: `"symmetric"`: the graph takes RGB images, `(x - 127.5) / 127.5`. A callable maps such images
-            `(b, 3, h, w)` to what the graph takes (BGR, other scales, other sizes). Pickling requires a named function.
+        path: An `.onnx` file with one image input, `(b, c, h, w)` or `(b, h, w, c)`.
+        taps: Feature name to a tensor name, a node name, or None (or `kdlib.OUTPUT`) for the embedding, the first output that
+            is a vector for each image; default `{"embedding": None}`. `list_taps` and `suggest_taps` list the candidates.
+        preprocess: An `InputSpec` of what the graph takes: `InputSpec(mean=0.0, scale=1.0)` for pixels from 0 to 255, with
+            `color="bgr"` for BGR. Any other callable maps RGB images in [-1, 1], `(b, 3, h, w)`, to `(b, c, h, w)` for the
+            graph. None recognizes the pixel range. Pickling requires a named function.
+        layout: `"bchw"` or `"bhwc"`, the order of the input's dimensions; None derives it from the file.
         threads: Threads of onnxruntime; None takes as many as torch uses when the graph is opened.
         providers: onnxruntime execution providers in order of preference, each a name or a pair of name and options, such as
             `("CUDAExecutionProvider", {"device_id": 1})`; None runs on the CPU.
         batch: Maximum number of images in one run, or `"auto"`.
-        resize: Resize images to the input size of the graph (bilinear, antialiased) before `preprocess`; otherwise another
-            size is an error.
+        resize: Scale images of another size to cover the input size of the graph and center-crop them, as `InputSpec` does,
+            before `preprocess`; otherwise another size is an error.
 
     Attributes:
+        image_format: The images that the graph takes; None with another callable.
         input_size: Side of the images in pixels; (h, w) where not square, None where the graph leaves it free.
         shapes: Shape of each feature of one image, without the batch dimension.
         run_batch: Images in one run of the graph; None for any number.
@@ -84,42 +112,50 @@ class OnnxTeacher(nn.Module):
         path: str | os.PathLike[str],
         taps: Mapping[str, OnnxTap] | None = None,
         *,
-        preprocess: Preprocess = "symmetric",
+        preprocess: Preprocess | None = None,
+        layout: Layout | None = None,
         threads: int | None = None,
         providers: Sequence[Provider] | None = None,
         batch: int | str = "auto",
         resize: bool = False,
     ) -> None:
         super().__init__()
-        if not (callable(preprocess) or preprocess == "symmetric"):
-            raise InputError(f"OnnxTeacher: preprocess must be 'symmetric' or a callable, got {preprocess!r}")
+        if preprocess is not None:
+            check_callable("OnnxTeacher", "preprocess", preprocess)
+        if layout is not None:
+            check_choice("OnnxTeacher", "layout", layout, ("bchw", "bhwc"))
         if threads is not None:
             check_number("OnnxTeacher", "threads", threads, min=1, integer=True)
         if batch != "auto":
             check_number("OnnxTeacher", "batch", batch, min=1, integer=True)
         self.path = Path(path)
         self.preprocess = preprocess
+        self.layout = layout
         self.threads = threads
         self.providers = providers if providers is None or isinstance(providers, str) else list(providers)
         self.batch = batch
         self.resize = bool(resize)
-        graph = read_graph(self.path)
+        graph = read_graph(self.path, layout)
         self._location = self.path.absolute()
         self._sha256 = graph.sha256
         self.input_size = graph.input_size
         if self.resize and self.input_size is None:
             raise InputError(f"OnnxTeacher: {self.path} has a free input size; resize=True has nothing to resize to")
-        if not callable(preprocess) and (graph.shape[1] not in (None, 3) or not issubclass(graph.dtype, np.floating)):
+        self.image_format = preprocess if isinstance(preprocess, InputSpec) else None
+        if (preprocess is None or self.image_format) and graph.shape[1] not in (None, 3):
             raise InputError(
-                f"OnnxTeacher: {self.path} must take (b, 3, h, w) floating point, got ({_show_shape(graph.shape)}) "
-                f"{np.dtype(graph.dtype)}; give a callable preprocess"
+                f"OnnxTeacher: {self.path} must take images of 3 channels, got ({show_shape(graph.declared)}); give layout=, "
+                "or a callable preprocess"
             )
         self.taps: dict[str, OnnxTap] = {"embedding": None} if taps is None else dict(taps)
-        self._tensors = {name: find_tensor(graph, name, tap) for name, tap in self.taps.items()}
-        if not self._tensors:
+        if not self.taps:
             raise InputError("OnnxTeacher: taps must name at least one feature, got none")
         self._open: tuple[int, Graph, Session] | None = None
-        self.run_batch, self.shapes = self._probe(*self._make_session(graph))
+        with file_errors(self.path):
+            if preprocess is None:
+                self.image_format = recognize_input(graph)
+            self._tensors = {name: find_tensor(graph, name, tap) for name, tap in self.taps.items()}
+            self.run_batch, self.shapes = self._probe(*self._make_session(graph))
 
     def _make_session(self, graph: Graph) -> tuple[Graph, Session]:
         names = list(dict.fromkeys(self._tensors.values()))
@@ -135,7 +171,7 @@ class OnnxTeacher(nn.Module):
             if process == os.getpid():
                 return graph, session
             _ABANDONED.append(session)
-        graph = read_graph(self._location)
+        graph = read_graph(self._location, self.layout)
         if graph.sha256 != self._sha256:
             raise InputError(f"OnnxTeacher: {self.path} has changed since this teacher was made")
         return self._make_session(graph)
@@ -143,10 +179,12 @@ class OnnxTeacher(nn.Module):
     def _run(self, graph: Graph, session: Session, images: np.ndarray) -> dict[str, np.ndarray]:
         """One run of the graph; each feature must be batch first, floating point and finite."""
         names = list(dict.fromkeys(self._tensors.values()))
-        arrays = dict(zip(names, graph.run(session, images), strict=True))
+        arrays = dict(zip(names, run(graph, session, images), strict=True))
         features = {}
         for name, tensor in self._tensors.items():
             array = arrays[tensor]
+            if self.taps[name] in (None, OUTPUT) and array.ndim:
+                array = as_vectors(array)
             if array.ndim < 2 or array.shape[0] != len(images) or not np.issubdtype(array.dtype, np.floating):
                 raise InputError(
                     f"OnnxTeacher: tap {name!r}: {tensor!r} must be floating point (b, ...) with b = {len(images)}, "
@@ -162,41 +200,80 @@ class OnnxTeacher(nn.Module):
 
     def _probe(self, graph: Graph, session: Session) -> tuple[int | None, dict[str, tuple[int, ...]]]:
         """The images of a run (None: any number), and the shape of each feature of one image."""
-        fixed = graph.shape[0]
-        images = _probe_images(graph.sample_shape(fixed or 2)).astype(graph.dtype)
-        if fixed is not None:
-            if self.batch not in ("auto", fixed):
-                raise InputError(
-                    f"OnnxTeacher: {self.path} fixes its batch at {fixed}; batch must be 'auto' or {fixed}"
-                )
-            plain, rolled = (self._run(graph, session, each) for each in (images, np.roll(images, 1, axis=0)))
-            if not all(_equal(np.roll(plain[name], 1, axis=0), rolled[name], graph.dtype) for name in plain):
-                raise InputError(f"OnnxTeacher: {self.path} mixes the {fixed} images of its batch")
-            return fixed, {name: array.shape[1:] for name, array in plain.items()}
-        first, second = (self._run(graph, session, images[i : i + 1]) for i in range(2))
-        shapes = {name: array.shape[1:] for name, array in first.items()}
-        if self.batch == 1:
-            return 1, shapes
-        try:
-            both = self._run(graph, session, images)
-        except InputError:
-            independent = False
-        else:
-            independent = all(
-                _equal(both[name], np.concatenate([first[name], second[name]]), graph.dtype) for name in shapes
+        images = self._probe_images(graph)
+        first, second, batch = self._run_both(graph, session, images)
+        if batch == 1 and graph.shape[0] != 1 and self.batch != 1:
+            with suppress(InputError):
+                both = self._run(graph, session, images)
+                pairs = {name: np.concatenate([first[name], second[name]]) for name in first}
+                batch = None if all(equal(both[name], pairs[name], graph.dtype) for name in pairs) else 1
+        if batch is not None and self.batch not in ("auto", batch):
+            raise InputError(
+                f"OnnxTeacher: {self.path} gives right results in batches of {batch} only; batch must be 'auto' or {batch}, "
+                f"got {self.batch}"
             )
-        if isinstance(self.batch, int):
-            if not independent:
-                raise InputError(
-                    f"OnnxTeacher: {self.path} is right one image at a time only; batch must be 'auto' or 1"
+        self._warn_if_alike(graph, session, first, second)
+        shapes = {name: array.shape[1:] for name, array in first.items()}
+        return (self.batch if batch is None and isinstance(self.batch, int) else batch), shapes
+
+    def _run_both(self, graph: Graph, session: Session, images: np.ndarray) -> tuple[Arrays, Arrays, int | None]:
+        """Features of both images, and the batch in which they were run: 1, or the declared one if the graph needs it."""
+        try:
+            return self._run(graph, session, images[:1]), self._run(graph, session, images[1:]), 1
+        except InputError:
+            if graph.shape[0] in (None, 1):
+                raise
+        batch = check_declared_batch(graph)
+        order = [0] + [1] * (batch - 1)
+        one, other = (self._run(graph, session, images[each]) for each in (order, [1 - at for at in order]))
+        # Neither the place in the batch nor the other images may matter.
+        if not all(equal(one[name][:2], other[name][1::-1], graph.dtype) for name in one):
+            raise InputError(f"OnnxTeacher: {self.path} mixes the {batch} images of its batch")
+        return (
+            {name: array[:1] for name, array in one.items()},
+            {name: array[1:2] for name, array in one.items()},
+            batch,
+        )
+
+    def _probe_images(self, graph: Graph) -> np.ndarray:
+        """Two very different images as the graph takes them; as they are where a callable expects another size."""
+        _, channels, height, width = graph.sample_shape(2)
+        try:
+            return self._prepare(graph, torch.from_numpy(noise_and_waves(3, height, width)))
+        except Exception:  # the first real images will raise it again
+            return noise_and_waves(channels, height, width).astype(graph.dtype)
+
+    def _warn_if_alike(self, graph: Graph, session: Session, first: Arrays, second: Arrays) -> None:
+        """Warn if the embeddings of both images are nearly equal, and would not be with other pixels."""
+        name = next((name for name, tap in self.taps.items() if tap in (None, OUTPUT)), None)
+        cosine = 0.0 if name is None else cosine_of(first[name], second[name])
+        if name is None or cosine < ALIKE or graph.shape[1] not in (None, 3):
+            return
+        given = self.image_format
+        images = torch.from_numpy(noise_and_waves(3, *graph.sample_shape(2)[2:]))
+        for mean, scale in ((0.0, 1.0), (0.0, 255.0), (127.5, 127.5)):
+            self.image_format = InputSpec(mean=mean, scale=scale)
+            try:
+                one, other, _ = self._run_both(graph, session, self._prepare(graph, images))
+            except InputError:
+                continue
+            finally:
+                self.image_format = given
+            if 1 - (better := cosine_of(one[name], other[name])) > FARTHER * (1 - cosine):
+                warnings.warn(
+                    f"OnnxTeacher: {self.path} gives nearly the same {name} for very different images (cosine {cosine:.4f}), but "
+                    f"not for pixels with mean={mean:g} and scale={scale:g} ({better:.2f}): give preprocess=InputSpec(mean={mean}, "
+                    f"scale={scale}), or --input mean={mean:g},scale={scale:g} on the command line",
+                    stacklevel=4,
                 )
-            return self.batch, shapes
-        return None if independent else 1, shapes
+                return
 
     @property
     def fingerprint(self) -> str:
         """SHA-256 of everything that cached features depend on: the file, tapped tensors and preprocessing."""
-        parts = [self._sha256, self._tensors, _callable_id(self.preprocess), self.resize]
+        spec = self.image_format
+        images = callable_id(self.preprocess) if spec is None else [spec.color, spec.mean, spec.scale, self.layout]
+        parts = [self._sha256, self._tensors, images, self.resize]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
     @torch.no_grad()
@@ -215,7 +292,7 @@ class OnnxTeacher(nn.Module):
         for start in range(0, len(array), step):
             chunk = array[start : start + step]
             count = len(chunk)
-            if graph.shape[0] is not None and count < step:
+            if step == graph.shape[0] and count < step:
                 chunk = np.concatenate([chunk, np.repeat(chunk[-1:], step - count, axis=0)])
             try:
                 features = self._run(graph, session, chunk)
@@ -234,69 +311,40 @@ class OnnxTeacher(nn.Module):
         if not (isfinite(low) and isfinite(high)):
             raise InputError("OnnxTeacher: images must be finite, got NaN or infinity")
         x = images.float()
-        if self.resize and self.input_size is not None:
-            size = self.input_size if isinstance(self.input_size, tuple) else (self.input_size, self.input_size)
-            if x.shape[2:] != size and len(x):
-                x = F.interpolate(x, size=size, mode="bilinear", align_corners=False, antialias=True)
-        custom = not isinstance(self.preprocess, str)
-        if not isinstance(self.preprocess, str):
+        if self.resize and self.input_size is not None and len(x):
+            x = InputSpec(size=self.input_size)(x)
+        if self.image_format is not None:
+            if max(-low, high) > MAX_PIXEL:
+                raise InputError(f"OnnxTeacher: images must be in [-1, 1], got values up to {max(-low, high):g}")
+            x = replace(self.image_format, size=(x.shape[2], x.shape[3]))(x)
+        elif self.preprocess is not None:
             x = self.preprocess(x)
-        elif max(-low, high) > MAX_PIXEL:
-            raise InputError(f"OnnxTeacher: images must be in [-1, 1], got values up to {max(-low, high):g}")
         wanted = (len(images), *graph.shape[1:])
         shape = tuple(x.shape) if isinstance(x, Tensor) else ()
         if len(shape) != 4 or any(want not in (None, got) for want, got in zip(wanted, shape, strict=True)):
+            custom = self.image_format is None
             where = " after preprocess" if custom else ""
             hint = "" if self.resize or custom else "; resize=True resizes them"
             raise InputError(
-                f"OnnxTeacher: images must be (b, {_show_shape(graph.shape[1:])}){where} for {self.path}, got "
+                f"OnnxTeacher: images must be (b, {show_shape(graph.shape[1:])}){where} for {self.path}, got "
                 f"{shape or type(x).__name__}{hint}"
             )
-        return np.ascontiguousarray(x.detach().cpu().numpy().astype(graph.dtype, copy=False))
+        array = x.detach().cpu().numpy()
+        if not issubclass(graph.dtype, np.floating):
+            array = array.round().clip(0, 255)
+        return np.ascontiguousarray(array.astype(graph.dtype, copy=False))
 
     def __getstate__(self) -> dict[str, object]:
         return {**self.__dict__, "_open": None}
 
     def __repr__(self) -> str:
-        options = {"preprocess": "symmetric", "threads": None, "providers": None, "batch": "auto", "resize": False}
+        options = {
+            "preprocess": None,
+            "layout": None,
+            "threads": None,
+            "providers": None,
+            "batch": "auto",
+            "resize": False,
+        }
         given = [f"{name}={value!r}" for name, usual in options.items() if (value := getattr(self, name)) != usual]
         return f"OnnxTeacher({', '.join([repr(str(self.path)), repr(self.taps), *given])})"
-
-
-def _show_shape(shape: Sequence[int | None]) -> str:
-    return ", ".join(str(dim or "free") for dim in shape)
-
-
-def _equal(a: np.ndarray, b: np.ndarray, dtype: type[np.generic]) -> bool:
-    """Whether two results are equal up to the rounding of another batch size."""
-    slack = 2e-2 if dtype is np.float16 else 1e-3
-    return a.shape == b.shape and bool(np.abs(a - b).max(initial=0) <= slack * np.abs(b).max(initial=0) + 1e-6)
-
-
-def _probe_images(shape: tuple[int, ...]) -> np.ndarray:
-    """Images in [-1, 1] that differ strongly: noise, then waves that get smoother and fainter."""
-    batch, channels, height, width = shape
-    noise = np.random.default_rng(0).uniform(-1, 1, shape)
-    y, x = np.linspace(0, 1, height)[:, None], np.linspace(0, 1, width)[None]
-    waves = [np.sin(9 * (x + c * y) / (i + 1)) / (i + 1) for i in range(batch) for c in range(channels)]
-    return np.concatenate([noise[:1], np.stack(waves).reshape(shape)[1:]]).astype(np.float32)
-
-
-def _callable_id(function: object) -> str:
-    """A text that changes with a preprocessing function, the same in every process: its name and code, or its repr."""
-    if isinstance(function, MethodType):
-        function = function.__func__
-    if isinstance(function, FunctionType):
-        cells = [cell.cell_contents for cell in function.__closure__ or ()]
-        state = repr((_code_id(function.__code__), function.__defaults__, cells))
-        return f"{function.__module__}.{function.__code__.co_qualname} {_without_addresses(state)}"
-    return _without_addresses(repr(function))
-
-
-def _code_id(code: CodeType) -> tuple[object, ...]:
-    constants = [_code_id(value) if isinstance(value, CodeType) else repr(value) for value in code.co_consts]
-    return code.co_code.hex(), code.co_names, constants
-
-
-def _without_addresses(text: str) -> str:
-    return re.sub(r" at 0x[0-9a-fA-F]+", "", text)

@@ -1,0 +1,91 @@
+"""Argument checks of the compression."""
+
+from collections.abc import Iterable, Mapping
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from kdlib._checks import check_choice, check_number, check_type
+
+__all__ = ["check_batches", "check_block", "check_options", "check_same", "check_width", "untraceable"]
+
+
+def check_batches(batches: Iterable[object]) -> list[Tensor]:
+    """`batches` must yield at least one tensor of at least one sample."""
+    examples = [check_batch(number, batch) for number, batch in enumerate(batches)]
+    if not examples:
+        raise ValueError("shrink: batches must hold at least one batch, got none")
+    return examples
+
+
+def check_width(name: str, width: object, size: int, *, fixed: bool, blocks: int) -> None:
+    """The channels of a layer must be removable, and their number must suit grouped convolutions."""
+    check_number("shrink", f"widths[{name!r}]", width, min=1, max=size, integer=True)
+    if fixed:
+        raise ValueError(
+            f"shrink: widths: the channels of {name!r} cannot be removed: the output of the model or an operation of "
+            "unknown effect uses them"
+        )
+    if cast(int, width) % blocks:
+        raise ValueError(
+            f"shrink: widths[{name!r}] must be a multiple of {blocks} for a grouped convolution, got {width}"
+        )
+
+
+def check_block(path: str, *, nodes: int, ends: bool, same: bool) -> None:
+    """A block to drop must exist, have one input and one output, and keep the channels."""
+    if not nodes:
+        raise ValueError(f"shrink: drop must hold paths of blocks of the model, got {path!r}")
+    if not ends:
+        raise ValueError(f"shrink: drop: block {path!r} must have one input and one output")
+    if not same:
+        raise ValueError(f"shrink: drop: block {path!r} must return the channels it receives, as a residual block does")
+
+
+def untraceable(error: Exception) -> TypeError:
+    """Return the error of a model that cannot be traced."""
+    return TypeError(
+        f"shrink: model must be traceable by torch.fx: {error}. Operations that depend on values have to move out of "
+        "forward"
+    )
+
+
+def check_options(model: object, keep: object, widths: object, criterion: object, positions: object) -> None:
+    check_type("shrink", "model", model, nn.Module, "a Module")
+    if keep is None and widths is None:
+        raise ValueError("shrink: keep or widths must be given, got neither")
+    if keep is not None:
+        check_number("shrink", "keep", keep, above=0, max=1)
+    if widths is not None:
+        check_type("shrink", "widths", widths, Mapping, "a mapping of layer paths to numbers of channels")
+    check_choice("shrink", "criterion", criterion, ("reconstruction", "energy"))
+    check_number("shrink", "positions", positions, min=1, integer=True)
+
+
+def check_batch(number: int, batch: object) -> Tensor:
+    check_type("shrink", f"batch {number}", batch, Tensor, "a torch.Tensor")
+    x = cast(Tensor, batch)
+    if x.dim() < 2 or not len(x):
+        raise ValueError(f"shrink: batch {number} must be (b, ...) with b >= 1, got {tuple(x.shape)}")
+    return x
+
+
+def check_same(found: object, expected: object) -> None:
+    """The student must compute what the side-by-side run computed, or its forward depends on the number of channels."""
+    pairs = zip(_tensors(found), _tensors(expected), strict=True)
+    if not all(
+        a.shape == b.shape and torch.allclose(a, b, rtol=1e-3, atol=1e-4 * float(b.abs().max())) for a, b in pairs
+    ):
+        raise RuntimeError(
+            "shrink: the forward of the model must not depend on the number of channels, but the narrow copy computes "
+            "other values than the traced network"
+        )
+
+
+def _tensors(value: object) -> list[Tensor]:
+    if isinstance(value, Tensor):
+        return [value]
+    if isinstance(value, Mapping):
+        return [x for entry in value.values() for x in _tensors(entry)]
+    return [x for entry in value for x in _tensors(entry)] if isinstance(value, (tuple, list)) else []

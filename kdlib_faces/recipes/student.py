@@ -1,0 +1,144 @@
+"""Recipe of a network that is trained on identities alone: a student without teachers, or a general teacher."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, fields, is_dataclass
+from pathlib import Path
+
+import torch
+
+from kdlib import OUTPUT, StudentAdapter
+from kdlib._checks import check_choice, check_number
+from kdlib.distiller import Distiller
+from kdlib.objective import Objective, Term
+from kdlib_faces._checks import InputError
+from kdlib_faces.backbones import Backbone
+from kdlib_faces.data.lists import FaceList
+from kdlib_faces.heads import ArcFaceHead, CosFaceHead
+from kdlib_faces.recipes.network import NetworkConfig
+from kdlib_faces.training import RunConfig, RunOptions, TrainingSetup, train_on_faces
+
+__all__ = ["StudentConfig", "StudentRunConfig", "build_student", "refuse_unused", "train"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class StudentConfig(NetworkConfig):
+    """A network with a margin softmax over identities.
+
+    Attributes:
+        head: `"cosface"` or `"arcface"`.
+        head_scale: Scale s of the margin softmax.
+        head_margin: Margin m of the margin softmax.
+
+    Raises:
+        ValueError, TypeError: A value is out of range.
+    """
+
+    head: str = "cosface"
+    head_scale: float = 32.0
+    head_margin: float = 0.2
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        owner = type(self).__name__
+        check_number(owner, "head_scale", self.head_scale, above=0)
+        check_number(owner, "head_margin", self.head_margin, min=0)
+        check_choice(owner, "head", self.head, ("cosface", "arcface"))
+
+    def identity_term(self, num_identities: int, weight: float = 1.0) -> Term:
+        """The margin softmax on the student's embedding."""
+        head = ArcFaceHead if self.head == "arcface" else CosFaceHead
+        loss = head(self.embedding_dim, num_identities, self.head_scale, self.head_margin)
+        return Term(loss, student="embedding", target="identity", weight=weight)
+
+
+@dataclass(frozen=True, kw_only=True)
+class StudentRunConfig(RunConfig):
+    """Settings of `kdlib-faces train` for the recipes `student` and `general_teacher`.
+
+    Attributes:
+        recipe: The recipe.
+    """
+
+    recipe: StudentConfig = field(default_factory=StudentConfig)
+
+
+def build_student(config: StudentConfig, network: Backbone, *, num_identities: int, seed: int = 0) -> Distiller:
+    """Assemble the training of a network on identities.
+
+    Args:
+        config: The configuration.
+        network: The network, as `config.build(seed)` makes it.
+        num_identities: Identities of the training images.
+        seed: Seed of the head.
+
+    Returns:
+        A distiller without teachers, whose target is `"identity"`.
+
+    Examples:
+        >>> config = StudentConfig(embedding_dim=16, width=0.25, input_size=32)
+        >>> list(build_student(config, config.build(seed=0), num_identities=4).objective.terms)
+        ['identity']
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed + 1)
+        terms = {"identity": config.identity_term(num_identities)}
+    return Distiller(StudentAdapter(network, {"embedding": OUTPUT}), {}, Objective(terms))
+
+
+def train(config: StudentRunConfig, options: RunOptions, *, name: str = "student") -> Path:
+    """Train a network on face lists, on identities alone.
+
+    Args:
+        config: The settings.
+        options: Inputs and outputs, without teachers.
+        name: Name of the recipe in the record of the run.
+
+    Returns:
+        The file of the network, `OUTPUT/model.pt`.
+
+    Raises:
+        InputError: A list, file or folder cannot be used, or teachers are given.
+    """
+    if options.teachers:
+        raise InputError(f"train: recipe {name!r} takes no teachers, got {len(options.teachers)}")
+
+    def build(faces: FaceList) -> TrainingSetup:
+        network = config.recipe.build(options.seed)
+        distiller = build_student(config.recipe, network, num_identities=faces.num_identities, seed=options.seed)
+        return TrainingSetup(
+            config=config,
+            distiller=distiller,
+            network=network,
+            input_size=config.recipe.input_size,
+            fingerprints={"seed": str(options.seed)},
+        )
+
+    return train_on_faces(build, options, recipe=name)
+
+
+def refuse_unused(config: object, reasons: Mapping[str, str]) -> None:
+    """Refuse settings that differ from their defaults in a run that does not read them.
+
+    Args:
+        config: The settings of the run, a dataclass with defaults.
+        reasons: Dotted names of settings, or groups of them, that this run does not read, each with the reason.
+
+    Raises:
+        InputError: One of them was changed.
+    """
+    defaults = type(config)()
+    for name, reason in reasons.items():
+        value, default = config, defaults
+        for part in name.split("."):
+            value, default = getattr(value, part), getattr(default, part)
+        for changed in _changed(name, value, default):
+            raise InputError(f"train: {changed} has no effect: {reason}")
+
+
+def _changed(name: str, value: object, default: object) -> Iterator[str]:
+    """The settings, with their values, in which a value or a group differs from the default."""
+    if is_dataclass(value):
+        for each in fields(value):
+            yield from _changed(f"{name}.{each.name}", getattr(value, each.name), getattr(default, each.name))
+    elif value != default:
+        yield f"{name}={value}"
