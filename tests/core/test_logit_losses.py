@@ -3,6 +3,7 @@
 import math
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 import torch
@@ -10,8 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from kdlib import DISTLoss
 from kdlib.functional import decoupled_kd, dist, soft_target
 from kdlib.losses.logits import _chunked
+from tests.core.loss_inputs import each_dtype, gradient, noise
 
 
 def logits(b: int = 6, c: int = 5, seed: int = 0, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor]:
@@ -118,3 +121,85 @@ for loss in (lambda: soft_target(student, teacher), lambda: decoupled_kd(student
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=300)
     for matrices in map(float, done.stdout.split()):
         assert matrices < 2.5  # the plain formula takes seven for soft targets
+
+
+# Logits of any size: the divergence computed from logarithms of probabilities is negative for logits near 1e-6.
+
+
+@pytest.mark.parametrize("size", [1e-12, 1e-6, 1e-3, 1e-1, 1.0, 30.0, 300.0, 3e5])
+@pytest.mark.parametrize("temperature", [1.0, 4.0])
+def test_logits_of_any_size_are_exact(size: float, temperature: float) -> None:
+    target = torch.arange(6)
+    for loss, options in ((soft_target, {}), (decoupled_kd, {"target": target}), (dist, {})):
+        student, teacher = (size * noise(6, 8, seed=seed, dtype=torch.float32) for seed in (0, 1))
+        call = partial(loss, temperature=temperature, **options)
+        wide = student.double(), teacher.double()
+        if size < 0.1:  # the limit for small logits, which float64 reaches without cancellation
+            ratio = 2.0 ** round(math.log2(1e-3 / size))
+            exact = call(*(ratio * x for x in wide)).item() / (1 if loss is dist else ratio**2)
+        else:
+            exact = call(*wide).item()
+        assert call(student, teacher).item() == pytest.approx(exact, rel=2e-3 if size < 0.1 else 1e-5)
+        assert call(student, teacher).item() == pytest.approx(call(*wide).item(), rel=1e-5)
+        slopes = gradient(call, student, teacher).double(), gradient(call, *wide)
+        atol = 1e-5 * slopes[1].abs().max().item() if size < 10 else 1e-6
+        torch.testing.assert_close(*slopes, rtol=1e-4, atol=atol)
+        assert call(student, student).item() == 0
+
+
+def test_tiny_logits_by_hand() -> None:
+    """For small logits, soft targets are half the variance of their differences, for any temperature."""
+    student, teacher = torch.tensor([[3e-6, -1e-6, 0.0, 2e-6]]), torch.zeros(1, 4)
+    for temperature in (1.0, 4.0, 1e3):
+        value = soft_target(student, teacher, temperature=temperature).item()
+        assert value == pytest.approx(student.double().var(correction=0).item() / 2, rel=1e-5)
+    chunks = torch.cat([student.expand(2**15, 4), 1e-3 * noise(8, 4).float()])
+    torch.testing.assert_close(
+        gradient(soft_target, chunks, 0 * chunks, reduction="mean")[0],
+        gradient(soft_target, student, teacher)[0] / len(chunks), rtol=1e-5, atol=0,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("classes", [1, 2])
+def test_logits_of_few_classes(classes: int) -> None:
+    student, teacher, target = noise(4, classes), noise(4, classes, seed=1), torch.zeros(4, dtype=torch.int64)
+    for loss, options in ((soft_target, {}), (decoupled_kd, {"target": target}), (dist, {})):
+        value = loss(student, teacher, **options)
+        assert torch.isfinite(gradient(loss, student, teacher, **options)).all()
+        assert (value.item() == 0) == (classes == 1)
+
+
+def test_soft_targets_with_large_gaps() -> None:
+    for gap in (20.0, 120.0, 1e4):
+        student, teacher = torch.tensor([[gap, 0.0]]), torch.tensor([[0.0, gap]])
+        assert soft_target(student, teacher, temperature=1.0).item() == pytest.approx(gap, rel=1e-5)
+        slope = gradient(soft_target, student, teacher, temperature=1.0)
+        torch.testing.assert_close(slope, torch.tensor([[1.0, -1.0]]))
+    end = torch.finfo(torch.float32).max
+    value = soft_target(torch.tensor([[end, -end, 0.0]]), torch.tensor([[-end, end, 0.0]]), temperature=1.0)
+    assert value.item() == pytest.approx(1e30)
+    # KL of (0, 1) against (1 - e^-119.3, e^-119.3), up to e^-120; the logarithm of a softmax would be infinite.
+    student, teacher = torch.tensor([[120.0, 0.0, 0.0]]), torch.tensor([[0.0, 120.0, 0.0]])
+    value = decoupled_kd(student, teacher, target=torch.tensor([0]), temperature=1.0, beta=0.0)
+    assert value.item() == pytest.approx(120 - math.log(2), rel=1e-6)
+
+
+@pytest.mark.parametrize("temperature", [1e-6, 0.1])
+@each_dtype
+def test_a_low_temperature_with_logits_of_any_size(dtype: torch.dtype, temperature: float) -> None:
+    end = torch.finfo(dtype).max
+    student = (end * torch.eye(4, 6, dtype=dtype)).requires_grad_()
+    teacher = -end * torch.eye(4, 6, dtype=dtype).flip(1)
+    for loss in (soft_target, dist):
+        value = loss(student, teacher, temperature=temperature)
+        assert torch.isfinite(value)
+        assert torch.isfinite(torch.autograd.grad(value, student)[0]).all()
+
+
+@pytest.mark.parametrize("temperature", [1.0, 4.0, 20.0])
+def test_dist_of_a_nearly_even_student_does_not_overflow_float16(temperature: float) -> None:
+    for size in (1e-1, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6):
+        student = (size * noise(4, 6)).half()
+        slope = gradient(DISTLoss(temperature=temperature), student, noise(4, 6, seed=1).half())
+        assert torch.isfinite(slope).all()
+        assert slope.any() or size < 1e-3 * temperature
