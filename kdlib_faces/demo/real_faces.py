@@ -86,7 +86,7 @@ def real_data(
     cached = []
     for number, (graph, path) in enumerate(zip(graphs, teachers, strict=True)):
         targets, label = _StudentTargets(graph, attention=number == 1), f"outputs of {Path(path).stem}"
-        fingerprint, folder = f"{graph.fingerprint} {number}", work / f"teacher{number}"
+        fingerprint, folder = f"{graph.fingerprint} {number} (b, 1, h, w)", work / f"teacher{number}"
         cached.append(cache_outputs(targets, train_images, folder, fingerprint=fingerprint, label=label, quiet=quiet))
     age_map = _age_map(cached[1], train_list, codes, seed, quiet=quiet)
     age_outputs = MappedTeacher(cached[1], {"embedding": age_map})
