@@ -85,7 +85,7 @@ def staged(output: Path) -> Iterator[Path]:
     """Yield a temporary folder next to `output`. Its content is moved to `output` after the block, or removed on an error.
 
     In an existing `output`, files of the same name are replaced one by one, and other files are kept. Temporary folders
-    of processes that were killed are removed.
+    of interrupted processes are removed.
     """
     check_output(output)
     made = [each for each in (output.absolute().parent, *output.absolute().parents) if not each.exists()]
@@ -113,7 +113,7 @@ def staged(output: Path) -> Iterator[Path]:
 
 
 def _make_stage(output: Path) -> tuple[Path, int | None]:
-    """Create a locked temporary folder; folders that no process locks any more are left from killed processes."""
+    """Create a locked temporary folder; folders that no process locks any more are left from interrupted processes."""
     prefix = f".{output.name[:40]}."
     guard = _lock(output.parent, wait=True)  # so that no other process sees the new folder before it is locked
     try:

@@ -1,4 +1,4 @@
-"""Output folders: complete or absent, never outside of themselves, and cleaned of what killed processes left."""
+"""Output folders: complete or absent, never outside of themselves, and cleaned of what interrupted processes left."""
 
 import subprocess
 import sys
