@@ -14,6 +14,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import torch
+from bench_overhead import Block
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -24,23 +25,6 @@ from kdlib_faces.heads import CosFaceHead
 
 SIZE = 56
 IDENTITIES, IMAGES = 100, 16
-
-
-class Block(nn.Module):
-    """A basic residual block."""
-
-    def __init__(self, channels_in: int, channels: int, stride: int) -> None:
-        super().__init__()
-        self.one = nn.Conv2d(channels_in, channels, 3, stride, 1, bias=False)
-        self.one_norm = nn.BatchNorm2d(channels)
-        self.two = nn.Conv2d(channels, channels, 3, 1, 1, bias=False)
-        self.two_norm = nn.BatchNorm2d(channels)
-        self.short = nn.Conv2d(channels_in, channels, 1, stride, bias=False)
-        self.short_norm = nn.BatchNorm2d(channels)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Two convolutions and the shortcut."""
-        return F.relu(self.two_norm(self.two(F.relu(self.one_norm(self.one(x))))) + self.short_norm(self.short(x)))
 
 
 def residual() -> nn.Module:

@@ -1,5 +1,6 @@
 """Soft targets from hidden states and output matrices, without whole matrices of logits."""
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -12,7 +13,7 @@ from kdlib._maths import full_precision, promote
 from kdlib._repr import CallRepr
 from kdlib.losses._checks import check_hidden, check_mask, no_second_derivative
 from kdlib.losses.logits._divergence import Divergence
-from kdlib.losses.logits.soft_target import check_options, compare, measure
+from kdlib.losses.logits.soft_target import Compared, check_options, compare, measure
 
 __all__ = ["LinearSoftTargetLoss", "linear_soft_target"]
 
@@ -142,8 +143,8 @@ class _LinearChunks(Function):
     @staticmethod
     def forward(
         ctx: Any,
-        compare: Any,
-        measure: Any,
+        compare: Callable[[Tensor, Tensor], Compared],
+        measure: Callable[[Compared], tuple[Tensor, Tensor]],
         rows: int,
         share: Tensor,
         h_s: Tensor,

@@ -1,6 +1,7 @@
 """Soft targets: divergence of the softened class probabilities of student and teacher."""
 
 from functools import partial
+from typing import TypeAlias
 
 from torch import Tensor
 
@@ -12,7 +13,10 @@ from kdlib.losses.logits._chunked import by_rows
 from kdlib.losses.logits._divergence import DIVERGENCES, MIN_LOG, Difference, Divergence, centered, soften
 from kdlib.losses.logits._positions import as_positions, reduce_positions
 
-__all__ = ["SoftTargetLoss", "check_options", "compare", "measure", "soft_target"]
+__all__ = ["Compared", "SoftTargetLoss", "check_options", "compare", "measure", "soft_target"]
+
+Compared: TypeAlias = tuple[Tensor, Tensor, Difference]
+"""Both log-probabilities, and a function that returns the difference of the softened logits."""
 
 
 def soft_target(
@@ -136,15 +140,13 @@ def check_options(owner: str, temperature: object, divergence: object, skew: obj
     check_number(owner, "dim", dim, integer=True)
 
 
-def compare(student: Tensor, teacher: Tensor, *, temperature: float) -> tuple[Tensor, Tensor, Difference]:
+def compare(student: Tensor, teacher: Tensor, *, temperature: float) -> Compared:
     """Return both log-probabilities `(n, c, ...)`, and a function that returns the difference of the softened logits."""
     log_s, log_t = (soften(x, temperature).log_softmax(1).clamp(min=MIN_LOG) for x in (student, teacher))
     return log_s, log_t, lambda: centered(student, temperature) - centered(teacher, temperature)
 
 
-def measure(
-    compared: tuple[Tensor, Tensor, Difference], *, temperature: float, divergence: Divergence, skew: float
-) -> tuple[Tensor, Tensor]:
+def measure(compared: Compared, *, temperature: float, divergence: Divergence, skew: float) -> tuple[Tensor, Tensor]:
     """Return the loss of each row `(n, ...)` and its derivative by the student's logits `(n, c, ...)`."""
     chosen = DIVERGENCES[divergence]
     value, slope = chosen.value(*compared, skew), chosen.slope(*compared, skew)
