@@ -7,8 +7,7 @@ higher: MobileFaceNet with 512 dimensions has 221.16 M here, and 227.6 M with Ba
 
 import statistics
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +18,7 @@ from torch.func import functional_call
 from torch.overrides import TorchFunctionMode
 
 from kdlib._checks import check_number
+from kdlib_faces._modes import eval_mode
 from kdlib_faces.backbones.input_spec import InputSize, height_width
 from kdlib_faces.backbones.registry import BACKBONES, build_backbone
 
@@ -72,7 +72,7 @@ def count_macs(model: nn.Module, input_size: InputSize) -> int:
     dtype = next((p.dtype for p in model.parameters()), torch.float32)
     hooks = [m.register_forward_hook(count) for m in model.modules() if isinstance(m, nn.Conv2d | nn.Linear)]
     try:
-        with _eval_mode(model), torch.no_grad(), _SkipBatchNorm():
+        with eval_mode(model), torch.no_grad(), _SkipBatchNorm():
             functional_call(model, state, torch.zeros(1, 3, height, width, dtype=dtype, device="meta"))
     finally:
         for hook in hooks:
@@ -85,18 +85,6 @@ class _SkipBatchNorm(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return args[0] if func is F.batch_norm else func(*args, **(kwargs or {}))
-
-
-@contextmanager
-def _eval_mode(model: nn.Module) -> Iterator[None]:
-    """Set eval mode, because BatchNorm cannot train on a batch of one, and restore the mode of each module."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
 
 
 def latency_ms(model: nn.Module, input_size: InputSize, *, batch: int = 1, repeats: int = 20, warmup: int = 3) -> float:
@@ -128,7 +116,7 @@ def latency_ms(model: nn.Module, input_size: InputSize, *, batch: int = 1, repea
     images = images.to(first.device, first.dtype)
     synchronize: Callable[[], None] = torch.cuda.synchronize if first.device.type == "cuda" else lambda: None
     times = []
-    with _eval_mode(model), torch.inference_mode():
+    with eval_mode(model), torch.inference_mode():
         for _ in range(warmup + repeats):
             synchronize()
             start = time.perf_counter()

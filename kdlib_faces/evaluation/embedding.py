@@ -1,13 +1,13 @@
 """From images to embeddings: batches, mirrored images and normalization."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from typing import Protocol, TypeAlias, TypedDict, Unpack, runtime_checkable
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from kdlib_faces._modes import eval_mode
 from kdlib_faces.evaluation._checks import check_each, check_whole, require, to_numpy
 from kdlib_faces.evaluation._types import AnyArray, SingleArray
 from kdlib_faces.evaluation.protocol import EvaluationProtocol, R, evaluate
@@ -183,16 +183,3 @@ def _rows(output: Tensor | Mapping[str, Tensor], count: int) -> Tensor:
     good = isinstance(shape, tuple) and len(shape) == 2 and shape[0] == count
     require(good, OWNER, f"the model must return embeddings ({count}, d), got {shape}")
     return output
-
-
-@contextmanager
-def eval_mode(model: EmbeddingModel) -> Iterator[None]:
-    """Every module in eval mode inside the block, and restored afterwards, also after an error."""
-    modes = [(module, module.training) for module in model.modules()] if isinstance(model, nn.Module) else []
-    try:
-        for module, _ in modes:
-            module.training = False
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from kdlib._checks import check_floating, check_number, check_rank
 from kdlib_faces._checks import InputError
+from kdlib_faces._modes import eval_mode
 from kdlib_faces.backbones import MBF, Backbone, IResNet, MBFFlat, MobileFaceNet
 from kdlib_faces.backbones.input_spec import height_width
 from kdlib_faces.teachers.onnx.chain import Layers, Residual, Step, read_chain
@@ -99,17 +100,13 @@ def restore_statistics(model: nn.Module, images: Tensor, *, batch: int = 64) -> 
 
     norms = [each for each in model.modules() if isinstance(each, nn.BatchNorm1d | nn.BatchNorm2d)]
     hooks = [norm.register_forward_pre_hook(add) for norm in norms]
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
     try:
-        with torch.no_grad():
+        with eval_mode(model), torch.no_grad():
             for part in torch.split(images, batch):
                 model(part)
     finally:
         for hook in hooks:
             hook.remove()
-        for module, mode in modes.items():
-            module.training = mode
     for norm in norms:
         if norm in sums and norm.running_mean is not None and norm.running_var is not None and norm.affine:
             count, total, squares = sums[norm]
