@@ -1,7 +1,7 @@
 """Checks of the arguments of the evaluation: arrays, tensors and shards in, clean NumPy arrays out."""
 
 from collections.abc import Iterable, Iterator, Sequence
-from typing import cast
+from typing import TypedDict, Unpack, cast
 
 import numpy as np
 from torch import Tensor
@@ -213,20 +213,18 @@ def check_scalar(owner: str, name: str, value: object) -> object:
     return value.item()
 
 
-def check_one(
-    owner: str,
-    name: str,
-    value: object,
-    *,
-    integer: bool = False,
-    above: float | None = None,
-    min: float | None = None,
-    max: float | None = None,
-) -> float:
+class Limits(TypedDict, total=False):
+    """Limits of a number, as in `check_number`."""
+
+    above: float
+    min: float
+    max: float | None
+    integer: bool
+
+
+def check_one(owner: str, name: str, value: object, **limits: Unpack[Limits]) -> float:
     """A number as Python's own, also from a NumPy or torch scalar; see `check_number`."""
-    value = check_scalar(owner, name, value)
-    check_number(owner, name, value, above=above, min=min, max=max, integer=integer)
-    return cast(float, value)
+    return check_number(owner, name, cast(float, check_scalar(owner, name, value)), **limits)
 
 
 def _shown(value: object) -> str:
@@ -239,20 +237,11 @@ def check_whole(owner: str, name: str, value: int, *, min: int, max: int | None 
     return int(check_one(owner, name, value, integer=True, min=min, max=max))
 
 
-def check_numbers(
-    owner: str,
-    name: str,
-    values: Iterable[float],
-    *,
-    integer: bool = False,
-    above: float | None = None,
-    min: float | None = None,
-    max: float | None = None,
-) -> tuple[float, ...]:
+def check_numbers(owner: str, name: str, values: Iterable[float], **limits: Unpack[Limits]) -> tuple[float, ...]:
     """The numbers of a sequence, an array or a tensor, as Python's own; see `check_number`."""
     if not isinstance(values, Iterable) or getattr(values, "ndim", 1) != 1:
         raise TypeError(f"{owner}: {name} must be a sequence of numbers, got {_shown(values)}")
-    return tuple(check_one(owner, name, each, integer=integer, above=above, min=min, max=max) for each in values)
+    return tuple(check_one(owner, name, each, **limits) for each in values)
 
 
 def check_fars(owner: str, fars: Sequence[float], *, required: bool = False) -> tuple[float, ...]:

@@ -1,6 +1,6 @@
 """TAR at FAR, AUC and ROC curves of score vectors."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from math import floor, isfinite
 from typing import Literal
@@ -191,6 +191,29 @@ def operating_point(
         false_accepts=false_accepts,
         mode=mode,
     )
+
+
+def points_of_largest(
+    falling: FloatArray, impostors: int, genuine: FloatArray, fars: Sequence[float], level: float
+) -> dict[float, TarAtFar]:
+    """The exact operating point at each FAR from all genuine scores (g,) and the largest of `impostors` impostor scores.
+
+    Those are falling, and one more than the false accepts of the largest FAR, or all.
+    """
+    points = {}
+    for far in fars:
+        k = allowed_false_accepts(far, impostors)
+        threshold = float(falling[k]) if k < impostors else -np.inf
+        points[far] = operating_point(
+            far,
+            threshold,
+            accepted=int((genuine > threshold).sum()),
+            genuine=genuine.size,
+            false_accepts=int((falling > threshold).sum()) if k < impostors else impostors,
+            impostors=impostors,
+            level=level,
+        )
+    return points
 
 
 def kth_largest(scores: FloatArray, k: int) -> float:

@@ -12,6 +12,7 @@ from kdlib_faces.evaluation.statistics.intervals import Estimate
 
 Unit = Literal["rate", "auc", "score", "number"]
 EDGES = np.linspace(-1, 1, 101)
+MAX_CMC_RANK = 50
 KEPT_THRESHOLDS = (
     "Paired bootstrap, both models on the same resamples of {}; each model's thresholds are kept as they are."
 )
@@ -120,6 +121,12 @@ class CmcCurve:
 
     rank: list[float | None]
     rate: list[float | None]
+
+    @classmethod
+    def of(cls, ranks: AnyArray, max_rank: int) -> Self:
+        """The curve at ranks 1, 2, ... `max_rank` from the ranks of all mates (n,), 0 for a probe without a mate."""
+        counts = np.bincount(np.minimum(ranks, max_rank + 1), minlength=max_rank + 2)[1 : max_rank + 1]
+        return cls(list(range(1, max_rank + 1)), (np.cumsum(counts) / ranks.size).tolist())
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ import numpy as np
 from kdlib_faces.evaluation._checks import require, rows_at_a_time
 from kdlib_faces.evaluation._types import AnyArray, FloatArray, IntArray, SingleArray
 from kdlib_faces.evaluation.matching.search import dot_rows, product_error
-from kdlib_faces.evaluation.roc import TarAtFar, allowed_false_accepts, operating_point
+from kdlib_faces.evaluation.roc import TarAtFar, allowed_false_accepts, points_of_largest
 from kdlib_faces.evaluation.statistics.clustered import rate_estimate
 from kdlib_faces.evaluation.statistics.intervals import Estimate
 from kdlib_faces.evaluation.statistics.resampling import genuine_pairs
@@ -102,20 +102,7 @@ def global_points(
     """
     total = count_impostors(codes)
     pairs = most_similar_pairs(owner, unit, codes, max(fars))
-    points = {}
-    for far in fars:
-        k = allowed_false_accepts(far, total)
-        threshold = float(pairs.scores[k]) if k < total else -np.inf
-        points[far] = operating_point(
-            far,
-            threshold,
-            accepted=int((genuine > threshold).sum()),
-            genuine=genuine.size,
-            false_accepts=int((pairs.scores > threshold).sum()),
-            impostors=total,
-            level=level,
-        )
-    return points, pairs
+    return points_of_largest(pairs.scores, total, genuine, fars, level), pairs
 
 
 def rejection_rates(

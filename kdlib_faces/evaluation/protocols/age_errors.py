@@ -13,7 +13,7 @@ from kdlib_faces.evaluation.matching.all_pairs import ScoredPairs, global_points
 from kdlib_faces.evaluation.matching.search import dot_rows
 from kdlib_faces.evaluation.roc import TarAtFar, by_far
 from kdlib_faces.evaluation.statistics.bins import AGE_STARTS, GAP_STARTS, PairBins, bin_names, check_starts, place
-from kdlib_faces.evaluation.statistics.intervals import Estimate, bootstrap_estimate, resample_counts
+from kdlib_faces.evaluation.statistics.intervals import Estimate, bootstrap_estimate, ratio, resample_counts
 from kdlib_faces.evaluation.statistics.paired import Outcomes
 from kdlib_faces.evaluation.statistics.resampling import genuine_pairs
 from kdlib_faces.evaluation.statistics.slopes import mean_estimate, pooled_slope, within_slope
@@ -287,8 +287,6 @@ class AgeErrorProtocol:
             taken = inside[hardest.scores[inside] > point.threshold]
             a, b = self.codes[hardest.left[taken]], self.codes[hardest.right[taken]]
             wrong = np.array([np.dot(m[a], m[b]) for m in self.resamples], dtype=np.float64)
-            resampled = np.full(totals.shape, np.nan)
-            np.divide(wrong, totals, out=resampled, where=totals > 0)
             value = taken.size / pairs if pairs else float("nan")
-            rates[far] = bootstrap_estimate(value, resampled, n=pairs, clusters=clusters, level=self.level)
+            rates[far] = bootstrap_estimate(value, ratio(wrong, totals), n=pairs, clusters=clusters, level=self.level)
         return ErrorBin(self.image_names[number], pairs, rates)

@@ -26,6 +26,7 @@ from kdlib_faces.evaluation.statistics.intervals import Estimate, bootstrap_esti
 from kdlib_faces.evaluation.statistics.paired import Outcomes
 from kdlib_faces.evaluation.statistics.resampling import PairScores, resampled_rates, thin
 from kdlib_faces.evaluation.summary import (
+    MAX_CMC_RANK,
     CmcCurve,
     Description,
     HardPair,
@@ -39,7 +40,6 @@ from kdlib_faces.evaluation.summary import (
 )
 
 OWNER = "CrossGroupProtocol"
-MAX_CMC_RANK = 50
 
 
 @dataclass(frozen=True)
@@ -95,13 +95,12 @@ class CrossGroupResult:
         }
         measures["auc"] = MeasuredValue.of(self.auc)
         measures |= {f"rank{rank}": MeasuredValue.of(each) for rank, each in self.rates.items()}
-        max_rank, ranks = min(MAX_CMC_RANK, self.protocol.gallery.size), self.ranks_of_mates
-        counts = np.bincount(np.minimum(ranks, max_rank + 1), minlength=max_rank + 2)[1 : max_rank + 1]
+        max_rank = min(MAX_CMC_RANK, self.protocol.gallery.size)
         threshold = next((point.threshold for point in points.values()), None)
         return ModelSummary(
             measures,
             roc=RocCurve.of(scores[same], scores[~same]),
-            cmc=CmcCurve(list(range(1, max_rank + 1)), (np.cumsum(counts) / ranks.size).tolist()),
+            cmc=CmcCurve.of(self.ranks_of_mates, max_rank),
             histogram=Histogram.of(scores[same], scores[~same], threshold),
         )
 

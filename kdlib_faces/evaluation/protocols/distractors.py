@@ -29,7 +29,7 @@ from kdlib_faces.evaluation.matching.distractors import (
     known_size,
 )
 from kdlib_faces.evaluation.matching.search import BLOCK, Search, dot_rows
-from kdlib_faces.evaluation.roc import TarAtFar, allowed_false_accepts, by_far, operating_point
+from kdlib_faces.evaluation.roc import TarAtFar, allowed_false_accepts, by_far, points_of_largest
 from kdlib_faces.evaluation.statistics.bins import GAP_STARTS, bin_names, check_starts, place
 from kdlib_faces.evaluation.statistics.clustered import rate_estimate
 from kdlib_faces.evaluation.statistics.intervals import Estimate, resample_counts
@@ -280,7 +280,8 @@ class DistractorProtocol:
         missing = [size for size in self.sizes if size not in by_size]
         require(not missing, OWNER, f"sizes must be at most the {search.seen} distractors, got {missing[:1]}")
         ranks = self._ranks(both, probe, search.best)
-        points = self._operating_points(scores, search)
+        falling, impostors = -np.sort(-search.largest), self.codes.size * search.seen
+        points = points_of_largest(falling, impostors, scores, self.fars, self.level)
         trials = DistractorTrials(
             probe, np.concatenate([second, first]), both, ranks, search.nearest, search.best[:, 0]
         )
@@ -314,24 +315,6 @@ class DistractorProtocol:
 
     def _rate(self, hits: BoolArray, rows: IntArray) -> Estimate:
         return rate_estimate(hits, self.codes[rows], self.resamples, level=self.level)
-
-    def _operating_points(self, scores: FloatArray, search: Search) -> dict[float, TarAtFar]:
-        falling = -np.sort(-search.largest)
-        impostors = self.codes.size * search.seen
-        points = {}
-        for far in self.fars:
-            k = allowed_false_accepts(far, impostors)
-            threshold = float(falling[k]) if k < impostors else -np.inf
-            points[far] = operating_point(
-                far,
-                threshold,
-                accepted=int((scores > threshold).sum()),
-                genuine=scores.size,
-                false_accepts=int(np.searchsorted(-falling, -threshold)) if k < impostors else impostors,
-                impostors=impostors,
-                level=self.level,
-            )
-        return points
 
     def _by_gap(
         self, scores: FloatArray, first: IntArray, second: IntArray, hits: BoolArray, points: Mapping[float, TarAtFar]

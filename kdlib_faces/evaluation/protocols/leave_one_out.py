@@ -15,6 +15,7 @@ from kdlib_faces.evaluation.statistics.clustered import rate_estimate
 from kdlib_faces.evaluation.statistics.intervals import Estimate, resample_counts, wilson_estimate
 from kdlib_faces.evaluation.statistics.paired import Outcomes
 from kdlib_faces.evaluation.summary import (
+    MAX_CMC_RANK,
     Bins,
     CmcCurve,
     Description,
@@ -27,7 +28,6 @@ from kdlib_faces.evaluation.summary import (
 
 OWNER = "LeaveOneOutProtocol"
 BLOCK = 512
-MAX_CMC_RANK = 50
 
 
 @dataclass(frozen=True)
@@ -89,8 +89,7 @@ class LeaveOneOutResult:
     def cmc(self, max_rank: int) -> FloatArray:
         """(max_rank,) rate at ranks 1, 2, ... `max_rank`: the cumulative match characteristic."""
         max_rank = check_whole("LeaveOneOutResult.cmc", "max_rank", max_rank, min=1)
-        counts = np.bincount(np.minimum(self.ranks_of_mates, max_rank + 1), minlength=max_rank + 2)
-        return np.cumsum(counts[1 : max_rank + 1]) / self.probes
+        return np.array(CmcCurve.of(self.ranks_of_mates, max_rank).rate)
 
     def describe(self) -> Description:
         """What the protocol measures and how."""
@@ -126,7 +125,7 @@ class LeaveOneOutResult:
         return ModelSummary(
             {f"rank{rank}": MeasuredValue.of(self.rates[rank]) for rank in self.protocol.ranks},
             {key: [MeasuredValue.of(each.rates[first]) for each in rates] for key, rates in bins.items() if rates},
-            cmc=CmcCurve(list(range(1, max_rank + 1)), self.cmc(max_rank).tolist()),
+            cmc=CmcCurve.of(self.ranks_of_mates, max_rank),
         )
 
     def outcomes(self) -> dict[str, Outcomes]:

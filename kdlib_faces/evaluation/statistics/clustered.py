@@ -5,7 +5,7 @@ import numpy as np
 from kdlib_faces.evaluation._checks import check_array, check_each, check_level, check_scores, rows_at_a_time
 from kdlib_faces.evaluation._labels import check_labels
 from kdlib_faces.evaluation._types import AnyArray, ArrayLike, FloatArray, IntArray
-from kdlib_faces.evaluation.statistics.intervals import Estimate, Sampling, bootstrap_estimate, resample_counts
+from kdlib_faces.evaluation.statistics.intervals import Estimate, Sampling, bootstrap_estimate, ratio, resample_counts
 
 ROWS = 64
 
@@ -55,9 +55,7 @@ def rate_estimate(
     count = resamples.shape[1]
     won = np.bincount(codes, weights=hits * weights, minlength=count).astype(np.float64)
     held = np.bincount(codes, weights=weights, minlength=count).astype(np.float64)
-    value = float(won.sum() / held.sum()) if held.sum() > 0 else float("nan")
-    rates = np.full(len(resamples), np.nan)
-    np.divide(resamples @ won, bottom := resamples @ held, out=rates, where=bottom > 0)
+    value, rates = float(ratio(won.sum(), held.sum())), ratio(resamples @ won, resamples @ held)
     return bootstrap_estimate(value, rates, n=int(hits.size), clusters=int(np.count_nonzero(held)) or 1, level=level)
 
 
@@ -82,12 +80,11 @@ def pair_rates(
 
     `per` (n,) are further weights.
     """
-    rates = np.full(len(resamples), np.nan)
+    rates = np.empty(len(resamples))
     genuine, step = first == second, rows_at_a_time(ROWS, hits.size)
     for start in range(0, len(resamples), step):
         m = resamples[start : start + step]
         weight: AnyArray = m[:, first] * np.where(genuine, 1, m[:, second])
         weight = weight if per is None else weight * per
-        held = weight.sum(axis=1)
-        np.divide(weight @ hits, held, out=rates[start : start + step], where=held > 0)
+        rates[start : start + step] = ratio(weight @ hits, weight.sum(axis=1))
     return rates

@@ -149,6 +149,14 @@ def resample_counts(owner: str, identities: int, *, replicates: int, seed: int) 
     return np.random.default_rng(seed).multinomial(identities, np.full(identities, 1 / identities), size=replicates)
 
 
+def ratio(top: FloatArray, bottom: FloatArray) -> FloatArray:
+    """`top / bottom`, NaN where `bottom` is not above 0."""
+    top, bottom = np.asarray(top, dtype=np.float64), np.asarray(bottom, dtype=np.float64)
+    quotient = np.full(bottom.shape, np.nan)
+    np.divide(top, bottom, out=quotient, where=bottom > 0)
+    return quotient
+
+
 def percentiles(replicates: FloatArray, level: float) -> tuple[float | None, float | None]:
     """The percentile interval of bootstrap replicates (r,), of which NaN are ignored; None without any."""
     finite = replicates[np.isfinite(replicates)]

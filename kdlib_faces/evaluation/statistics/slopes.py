@@ -3,33 +3,33 @@
 import numpy as np
 
 from kdlib_faces.evaluation._types import FloatArray, IntArray
-from kdlib_faces.evaluation.statistics.intervals import Estimate, percentiles
+from kdlib_faces.evaluation.statistics.intervals import Estimate, percentiles, ratio
 
 
 def pooled_slope(x: FloatArray, y: FloatArray, codes: IntArray, resamples: IntArray, level: float) -> Estimate:
     """Least-squares slope of y on x over all observations; None if x does not vary."""
     sums = _sums(x, y, codes, resamples.shape[1])
-    value = _ratio(*_centered(*(part.sum() for part in sums)))
-    return _estimate(value, _ratio(*_centered(*(resamples @ part for part in sums))), x.size, level)
+    value = ratio(*_centered(*(part.sum() for part in sums)))
+    return _estimate(value, ratio(*_centered(*(resamples @ part for part in sums))), x.size, level)
 
 
 def within_slope(x: FloatArray, y: FloatArray, codes: IntArray, resamples: IntArray, level: float) -> Estimate:
     """The slope that all identities share if each has its own level: sum of Cxy over sum of Cxx."""
     xy, xx = _centered(*_sums(x, y, codes, resamples.shape[1]))
     used = int((np.bincount(codes, minlength=xx.size)[xx > 0]).sum()) if x.size else 0
-    return _estimate(_ratio(xy.sum(), xx.sum()), _ratio(resamples @ xy, resamples @ xx), used, level)
+    return _estimate(ratio(xy.sum(), xx.sum()), ratio(resamples @ xy, resamples @ xx), used, level)
 
 
 def identity_slopes(x: FloatArray, y: FloatArray, codes: IntArray, identities: int) -> FloatArray:
     """(identities,) least-squares slope of each, NaN if its x does not vary."""
-    return _ratio(*_centered(*_sums(x, y, codes, identities)))
+    return ratio(*_centered(*_sums(x, y, codes, identities)))
 
 
 def mean_estimate(y: FloatArray, codes: IntArray, resamples: IntArray, level: float) -> Estimate:
     """Mean of y, with its interval over identities; None without observations."""
     count, _, total, *_ = _sums(np.zeros(y.size), y, codes, resamples.shape[1])
-    value = _ratio(total.sum(), count.sum())
-    return _estimate(value, _ratio(resamples @ total, resamples @ count), y.size, level)
+    value = ratio(total.sum(), count.sum())
+    return _estimate(value, ratio(resamples @ total, resamples @ count), y.size, level)
 
 
 def _sums(x: FloatArray, y: FloatArray, codes: IntArray, identities: int) -> tuple[FloatArray, ...]:
@@ -47,13 +47,6 @@ def _centered(
     some = np.maximum(n, 1)
     cxx = xx - x * x / some
     return np.where(cxx > 1e-9 * xx, xy - x * y / some, 0.0), np.where(cxx > 1e-9 * xx, cxx, 0.0)
-
-
-def _ratio(top: FloatArray, bottom: FloatArray) -> FloatArray:
-    top, bottom = np.asarray(top, dtype=np.float64), np.asarray(bottom, dtype=np.float64)
-    quotient = np.full(top.shape, np.nan)
-    np.divide(top, bottom, out=quotient, where=bottom > 0)
-    return quotient
 
 
 def _estimate(value: FloatArray, replicates: FloatArray, n: int, level: float) -> Estimate:
