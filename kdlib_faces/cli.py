@@ -67,9 +67,9 @@ def _number(low: int, high: int) -> Callable[[str], int]:
 
 
 def _protocols() -> str:
-    from kdlib_faces.commands.evaluate import list_protocols
+    from kdlib_faces.commands.evaluate import listing
 
-    return f"protocols:\n{list_protocols()}"
+    return f"protocols:\n{listing()}"
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -199,6 +199,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
+def _command(name: str) -> Callable[[argparse.Namespace, str], None]:
+    """The function of a command; only its module is imported."""
+    if name == "demo":
+        from kdlib_faces.commands.demo import main
+    elif name == "train":
+        from kdlib_faces.commands.train import main
+    elif name == "evaluate":
+        from kdlib_faces.commands.evaluate import main
+    elif name == "cache":
+        from kdlib_faces.commands.cache import main
+    elif name == "report":
+        from kdlib_faces.commands.report import main
+    else:
+        from kdlib_faces.commands.inspect import main
+    return main
+
+
 def _run(options: argparse.Namespace, given: Sequence[str]) -> None:
     if options.threads is not None:
         import torch
@@ -206,7 +223,7 @@ def _run(options: argparse.Namespace, given: Sequence[str]) -> None:
         torch.set_num_threads(options.threads)
     with warnings.catch_warnings():
         warnings.showwarning = _show_warning
-        _COMMANDS[options.command](options, shlex.join(["kdlib-faces", *given]))
+        _command(options.command)(options, shlex.join(["kdlib-faces", *given]))
     sys.stdout.flush()
 
 
@@ -247,81 +264,3 @@ def _one_line(error: Exception) -> str:
     if isinstance(error, ImportError) and error.name:
         return f"{error}; install the extra: pip install 'kdlib-torch[faces,onnx]'"
     return " ".join(str(error).split()) or type(error).__name__
-
-
-def _demo(options: argparse.Namespace, command: str) -> None:
-    from kdlib_faces.commands import demo
-
-    demo.run(
-        output=options.output, faces=options.faces, teachers=options.teacher, taps=options.tap, inputs=options.input,
-        steps=options.steps, seed=options.seed, num_seeds=options.seeds, config=options.config, settings=options.settings,
-        progress=not options.quiet, command=command,
-    )  # fmt: skip
-
-
-def _train(options: argparse.Namespace, command: str) -> None:
-    from kdlib_faces.commands import train
-
-    run = train.RunOptions(
-        output=options.output, faces=options.faces, teachers=options.teacher, seed=options.seed, progress=not options.quiet,
-        on_error=options.on_error, inputs=train.inputs_of_models(options.input, len(options.teacher)),
-    )  # fmt: skip
-    train.run(options.recipe, run, config=options.config, settings=options.settings)
-
-
-def _evaluate(options: argparse.Namespace, command: str) -> None:
-    from kdlib_faces.commands import evaluate
-
-    evaluate.run(
-        evaluate.load_settings(options.config, [f"seed={options.seed}", *options.settings]),
-        output=options.output, faces=options.faces, models=options.model, inputs=options.input,
-        embeddings=options.embeddings, pairs=options.pairs, protocols=options.protocols, scores=options.scores,
-        progress=not options.quiet, command=command, on_error=options.on_error,
-    )  # fmt: skip
-
-
-def _cache(options: argparse.Namespace, command: str) -> None:
-    from kdlib_faces.commands import cache
-
-    progress = not options.quiet
-    if options.action == "info":
-        text = cache.info(options.directory)
-    elif options.action == "verify":
-        text = cache.verify(
-            options.directory, faces=options.faces, teacher=options.teacher, rows=options.rows, progress=progress
-        )
-    else:
-        text = cache.build(
-            output=options.output, faces=options.faces, teacher=options.teacher, taps=options.tap, views=options.views,
-            dtype=options.dtype, workers=options.workers, seed=options.seed, config=options.config,
-            settings=options.settings, progress=progress, stated=_single(options.input), on_error=options.on_error,
-        )  # fmt: skip
-    print(text)
-
-
-def _report(options: argparse.Namespace, command: str) -> None:
-    from kdlib_faces.commands.report import render
-
-    print(render(options.directory, progress=not options.quiet))
-
-
-def _inspect(options: argparse.Namespace, command: str) -> None:
-    from kdlib_faces.commands import inspect
-
-    size = inspect.parse_size(options.input_size)
-    if options.file is None:
-        print(inspect.backbones())
-    elif options.tap:
-        print(inspect.taps(options.file, options.tap, size, _single(options.input)))
-    else:
-        print(inspect.file(options.file, size, _single(options.input)))
-
-
-def _single(given: Sequence[str]) -> str:
-    """The option `--input` of a command that opens one model."""
-    if len(given) > 1:
-        raise ValueError(f"--input must be given once, got {len(given)}")
-    return given[0] if given else "auto"
-
-
-_COMMANDS = {each.__name__[1:]: each for each in (_demo, _train, _evaluate, _cache, _report, _inspect)}

@@ -13,7 +13,7 @@ import tomli_w
 
 from kdlib_faces._checks import InputError
 
-__all__ = ["dump_toml", "load_config"]
+__all__ = ["dump_toml", "load_config", "walk_settings"]
 
 T = TypeVar("T")
 MAX_BYTES = 1_000_000
@@ -77,6 +77,16 @@ def dump_toml(config: object) -> str:
         name = "a"
     """
     return tomli_w.dumps(_to_toml(config))
+
+
+def walk_settings(config: Any, prefix: str = "") -> Iterator[tuple[str, object]]:
+    """Yield the dotted name and the value of each setting of a configuration dataclass, nested ones included."""
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if dataclasses.is_dataclass(value):
+            yield from walk_settings(value, f"{prefix}{field.name}.")
+        else:
+            yield prefix + field.name, value
 
 
 def _to_toml(value: Any) -> Any:

@@ -18,7 +18,7 @@ import torch
 
 from kdlib._checks import check_number
 from kdlib.cache import CacheCheck, CacheError, TeacherCache, read_header, verify_cache
-from kdlib_faces._checks import InputError
+from kdlib_faces._checks import InputError, show_name
 from kdlib_faces._output import check_output
 from kdlib_faces.caching.source import CacheSource, describe_views, parse_taps
 from kdlib_faces.data.lists import FaceList, read_faces
@@ -214,7 +214,7 @@ def info(path: Path) -> str:
         *((f"- {name}", text) for name, text in layout.parts.items()),
         *((f"note {name}", text) for name, text in layout.notes.items()),
     ]  # fmt: skip
-    return "\n".join(f"{_plain(name):<16}{_plain(text)}" for name, text in rows)
+    return "\n".join(f"{show_name(name):<16}{show_name(text, 400)}" for name, text in rows)
 
 
 def describe_check(check: CacheCheck) -> str:
@@ -243,12 +243,6 @@ def _build_options(cache: TeacherCache) -> tuple[SeededViews, dict[str, str], in
         raise InputError(
             f"cache: the notes of {cache.path} do not describe the build ({error}); verify it without --teacher"
         ) from error
-
-
-def _plain(text: str) -> str:
-    """Escape unprintable characters of a header, which could control the terminal."""
-    shown = "".join(each if each.isprintable() else f"\\x{ord(each):02x}" for each in text[:400])
-    return shown + ("..." if len(text) > 400 else "")
 
 
 @contextmanager

@@ -1,6 +1,7 @@
 """The `evaluate` command: models and embeddings, measured by protocols, to a report."""
 
 import os
+from argparse import Namespace
 from collections.abc import Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
@@ -11,17 +12,22 @@ from kdlib_faces import __version__, report
 from kdlib_faces._output import check_output, describe_environment, staged, swept
 from kdlib_faces.config import load_config
 from kdlib_faces.harness.evaluate import evaluate_models
-from kdlib_faces.harness.registry import listing as list_protocols
+from kdlib_faces.harness.registry import listing
 from kdlib_faces.harness.run import prepare
 from kdlib_faces.harness.tasks import EvaluateConfig
 from kdlib_faces.progress import say
 
-__all__ = ["EvaluateConfig", "list_protocols", "load_settings", "run"]
+__all__ = ["EvaluateConfig", "listing", "main", "run"]
 
 
-def load_settings(config: Path | None, settings: Sequence[str]) -> EvaluateConfig:
-    """Load the settings of an evaluation from a TOML file and `KEY=VALUE` overrides."""
-    return load_config(EvaluateConfig, config, settings)
+def main(options: Namespace, command: str) -> None:
+    """Evaluate with the options of the command line; `--set` overrides the TOML file `--config`."""
+    run(
+        load_config(EvaluateConfig, options.config, [f"seed={options.seed}", *options.settings]),
+        output=options.output, faces=options.faces, models=options.model, inputs=options.input,
+        embeddings=options.embeddings, pairs=options.pairs, protocols=options.protocols, scores=options.scores,
+        progress=not options.quiet, command=command, on_error=options.on_error,
+    )  # fmt: skip
 
 
 def run(

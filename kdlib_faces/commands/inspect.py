@@ -1,15 +1,24 @@
 """The command `kdlib-faces inspect`: the costs of all backbones, or the contents of a file, as text."""
 
+from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TypeAlias
 
+import torch
+
+from kdlib import StudentAdapter
 from kdlib_faces._checks import InputError
+from kdlib_faces.backbones import describe_backbones, describe_checkpoint, load_backbone
+from kdlib_faces.backbones.input_spec import height_width
+from kdlib_faces.commands.inspect_data import describe_data
+from kdlib_faces.teachers import InputOptions, load_teacher
+from kdlib_faces.teachers.files import describe_teacher
+from kdlib_faces.teachers.input_options import inputs_of_models
+from kdlib_faces.teachers.onnx.inspect import describe_graph, list_taps, suggest_taps
+from kdlib_faces.teachers.open import RECOGNIZED, open_onnx
 
-if TYPE_CHECKING:
-    from kdlib_faces.teachers.input_options import InputOptions
-
-__all__ = ["backbones", "file", "parse_size", "taps"]
+__all__ = ["backbones", "file", "main", "parse_size", "taps"]
 
 ImageSize: TypeAlias = int | tuple[int, int]
 
@@ -20,6 +29,17 @@ LENGTHS = {
 }
 
 
+def main(options: Namespace, command: str) -> None:
+    """Print a table of all backbones, the description of a file, or the shapes of its taps."""
+    size, (images,) = parse_size(options.input_size), inputs_of_models(options.input, 1)
+    if options.file is None:
+        print(backbones())
+    elif options.tap:
+        print(taps(options.file, options.tap, size, images))
+    else:
+        print(file(options.file, size, images))
+
+
 def backbones() -> str:
     """Return a table of all backbones: parameters, trainable parameters, multiply-adds, entries of the state dict.
 
@@ -27,8 +47,6 @@ def backbones() -> str:
         >>> print(backbones().splitlines()[0].split()[:3])
         ['backbone', 'embedding', 'input']
     """
-    from kdlib_faces.backbones import describe_backbones
-
     head = f"{'backbone':<18}{'embedding':>10}{'input':>7}{'parameters':>14}{'trainable':>14}{'MACs':>17}{'keys':>6}"
     lines = [head]
     for row in describe_backbones():
@@ -43,7 +61,7 @@ def backbones() -> str:
     return "\n".join(lines)
 
 
-def file(path: Path, input_size: ImageSize | None = None, stated: str = "auto") -> str:
+def file(path: Path, input_size: ImageSize | None = None, images: InputOptions = RECOGNIZED) -> str:
     """Describe a file: an ONNX network, a checkpoint of ours or of a public project, a list, a `.bin` set or records.
 
     For a checkpoint: layout, wrapping, network, input, output, counts, taps, and all differences from the network. For images:
@@ -53,7 +71,7 @@ def file(path: Path, input_size: ImageSize | None = None, stated: str = "auto") 
         path: The file.
         input_size: Side of a checkpoint's images, or (height, width), where the file does not contain it; for images, the size
             that a network reads, by default 112.
-        stated: What is stated about the images of a network, as `InputOptions.parse` reads it.
+        images: What is stated about the images of a network.
 
     Raises:
         InputError: The file is none of these, or damaged.
@@ -61,22 +79,16 @@ def file(path: Path, input_size: ImageSize | None = None, stated: str = "auto") 
     if not path.exists():
         raise InputError(f"{path}: file not found")
     if path.suffix == ".onnx":
-        return _describe_onnx(path, stated)
-    from kdlib_faces.commands.inspect_data import describe_data
+        return _describe_onnx(path, images)
 
     height = input_size[0] if isinstance(input_size, tuple) else input_size
     if (described := describe_data(path, height or 112)) is not None:
         return described
-    from kdlib_faces.teachers.files import describe_teacher
-    from kdlib_faces.teachers.input_options import InputOptions
 
-    images = InputOptions.parse(stated)
     return describe_teacher(path, images) or _describe_checkpoint(path, input_size, images)
 
 
-def _describe_checkpoint(path: Path, input_size: ImageSize | None, images: "InputOptions") -> str:
-    from kdlib_faces.backbones import describe_checkpoint, load_backbone
-
+def _describe_checkpoint(path: Path, input_size: ImageSize | None, images: InputOptions) -> str:
     info = describe_checkpoint(path, input_size=input_size)
     wrapping = [f"opened {' / '.join(info.wrappers)}"] if info.wrappers else []
     wrapping += [f"stripped {info.prefix!r}"] if info.prefix else []
@@ -123,7 +135,9 @@ def parse_size(text: str | None) -> ImageSize | None:
     return int(sides[0]) if len(sides) == 1 else (int(sides[0]), int(sides[1]))
 
 
-def taps(path: Path, names: Sequence[str], input_size: ImageSize | None = None, stated: str = "auto") -> str:
+def taps(
+    path: Path, names: Sequence[str], input_size: ImageSize | None = None, images: InputOptions = RECOGNIZED
+) -> str:
     """Return the shapes of taps of a network file for one image, one line each; see `file` for the last two arguments.
 
     Raises:
@@ -132,48 +146,35 @@ def taps(path: Path, names: Sequence[str], input_size: ImageSize | None = None, 
     if not path.exists():
         raise InputError(f"{path}: file not found")
     if path.suffix == ".onnx":
-        from kdlib_faces.teachers.input_options import InputOptions
-        from kdlib_faces.teachers.open import open_onnx
-
-        shapes = open_onnx(path, {name: name for name in names}, images=InputOptions.parse(stated)).shapes
+        shapes = open_onnx(path, {name: name for name in names}, images=images).shapes
     else:
-        import torch
-
-        from kdlib import StudentAdapter
-        from kdlib_faces.backbones import load_backbone
-        from kdlib_faces.teachers import load_teacher
-
         model = load_teacher(path) if input_size is None else load_backbone(path, input_size=input_size)
-        size = model.input_size if isinstance(model.input_size, tuple) else (model.input_size, model.input_size)
         with torch.inference_mode():
-            features = StudentAdapter(model, {name: name for name in names})(torch.zeros(1, 3, *size))
+            features = StudentAdapter(model, {name: name for name in names})(
+                torch.zeros(1, 3, *height_width("inspect", model.input_size))
+            )
         shapes = {name: tuple(feature.shape[1:]) for name, feature in features.items()}
     return "\n".join(f"{name}  (b, {', '.join(map(str, shape))})" for name, shape in shapes.items())
 
 
-def _describe_onnx(path: Path, stated: str) -> str:
-    from kdlib_faces.teachers.input_options import InputOptions
-    from kdlib_faces.teachers.onnx.inspect import describe_graph, list_taps, suggest_taps
-    from kdlib_faces.teachers.open import open_onnx
-
-    options = InputOptions.parse(stated)
-    info = describe_graph(path, options.layout)
-    spec = open_onnx(path, images=options).image_format
+def _describe_onnx(path: Path, images: InputOptions) -> str:
+    info = describe_graph(path, images.layout)
+    spec = open_onnx(path, images=images).image_format
     rows = {
         "inputs": info["inputs"],
         "outputs": info["outputs"],
         "opset": info["opset"],
         "embedding_dim": info["embedding_dim"],
         "input_size": info["input_size"],
-        "images": info["images"] if spec is None or options == InputOptions() else f"{spec.describe()} (stated)",
+        "images": info["images"] if spec is None or images == RECOGNIZED else f"{spec.describe()} (stated)",
         "parameters": f"{info['parameters']:,}",
         "MACs": f"{info['macs']:,}" if info["macs"] else "not countable",
     }
     lines = [f"{name:<14}{value}" for name, value in rows.items()]
-    suggested = set(suggest_taps(path, options.layout).values())
+    suggested = set(suggest_taps(path, images.layout).values())
     lines.append("taps (shape for one image; a * marks the last sum at its resolution):")
     lines += [
         f"  {'*' if tap.name in suggested else ' '} {tuple(tap.shape)!s:<20}{tap.op:<20}{tap.name}"
-        for tap in list_taps(path, options.layout)
+        for tap in list_taps(path, images.layout)
     ]
     return "\n".join(lines)

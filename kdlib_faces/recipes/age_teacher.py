@@ -226,7 +226,7 @@ def train(config: AgeTeacherRunConfig, options: RunOptions) -> Path:
     """
     if len(options.teachers) > 1:
         raise InputError(
-            f"train: recipe 'age_teacher' takes one pretrained network or none, got {len(options.teachers)}"
+            f"train: recipe 'age_teacher' takes one pretrained network, or none, got {len(options.teachers)}"
         )
 
     method, prefix = config.age_teacher.method, "age_teacher."

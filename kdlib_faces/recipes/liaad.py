@@ -244,7 +244,10 @@ def train(config: LIAADRunConfig, options: RunOptions) -> Path:
             spaces and are not projected.
     """
     if len(options.teachers) != 2:
-        raise InputError(f"train: teachers must be two, the general one first, got {len(options.teachers)}")
+        raise InputError(
+            f"train: recipe 'liaad' takes two teachers, the general one first, got {len(options.teachers)}; "
+            "pass --teacher FILE once for each"
+        )
     general, age = options.teachers
     images = dict(zip((GENERAL, AGE), options.inputs, strict=False))
     for path, stated in zip(options.teachers, options.inputs, strict=False):
@@ -310,8 +313,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--quiet", action="store_true", help="show no progress")
     given = parser.parse_args(arguments)
     try:
-        if len(given.teacher) != 2:
-            raise InputError(f"--teacher must be given twice, got {len(given.teacher)}")
         run = RunOptions(
             output=given.output, faces=given.faces, teachers=given.teacher, seed=given.seed, progress=not given.quiet,
             inputs=inputs_of_models(given.input, len(given.teacher)),

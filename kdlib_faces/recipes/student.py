@@ -1,7 +1,7 @@
 """Recipe of a network that is trained on identities alone: a student without teachers, or a general teacher."""
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, fields, is_dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -12,6 +12,7 @@ from kdlib.distiller import Distiller
 from kdlib.objective import Objective, Term
 from kdlib_faces._checks import InputError
 from kdlib_faces.backbones import Backbone
+from kdlib_faces.config import walk_settings
 from kdlib_faces.data.lists import FaceList
 from kdlib_faces.heads import ArcFaceHead, CosFaceHead
 from kdlib_faces.recipes.network import NetworkConfig
@@ -100,7 +101,7 @@ def train(config: StudentRunConfig, options: RunOptions, *, name: str = "student
         InputError: A list, file or folder cannot be used, or teachers are given.
     """
     if options.teachers:
-        raise InputError(f"train: recipe {name!r} takes no teachers, got {len(options.teachers)}")
+        raise InputError(f"train: recipe {name!r} takes no teacher, got {len(options.teachers)}")
 
     def build(faces: FaceList) -> TrainingSetup:
         network = config.recipe.build(options.seed)
@@ -126,19 +127,8 @@ def refuse_unused(config: object, reasons: Mapping[str, str]) -> None:
     Raises:
         InputError: One of them was changed.
     """
-    defaults = type(config)()
+    defaults = dict(walk_settings(type(config)()))
     for name, reason in reasons.items():
-        value, default = config, defaults
-        for part in name.split("."):
-            value, default = getattr(value, part), getattr(default, part)
-        for changed in _changed(name, value, default):
-            raise InputError(f"train: {changed} has no effect: {reason}")
-
-
-def _changed(name: str, value: object, default: object) -> Iterator[str]:
-    """The settings, with their values, in which a value or a group differs from the default."""
-    if is_dataclass(value):
-        for each in fields(value):
-            yield from _changed(f"{name}.{each.name}", getattr(value, each.name), getattr(default, each.name))
-    elif value != default:
-        yield f"{name}={value}"
+        for setting, value in walk_settings(config):
+            if f"{setting}.".startswith(f"{name}.") and value != defaults[setting]:
+                raise InputError(f"train: {setting}={value} has no effect: {reason}")

@@ -1,6 +1,5 @@
 """A record of what a run folder was started with, so that checkpoints are never resumed by another run."""
 
-import dataclasses
 import hashlib
 import json
 from collections.abc import Mapping
@@ -9,6 +8,7 @@ from typing import Any
 
 from kdlib._atomic import atomic_write
 from kdlib_faces._checks import InputError, show_name
+from kdlib_faces.config import walk_settings
 from kdlib_faces.data.lists import FaceList
 
 __all__ = ["check_same_run", "describe_run", "write_run_record"]
@@ -33,18 +33,9 @@ def describe_run(config: Any, recipe: str, faces: FaceList, fingerprints: Mappin
     for path in faces.paths:
         digest.update(f"\n{'/'.join(path.parts[-2:])}".encode("utf-8", "surrogateescape"))
     values = {name: fingerprint[:16] for name, fingerprint in fingerprints.items()}
-    return {"recipe": recipe, "faces": digest.hexdigest()[:16], **values, **_settings(config)}
-
-
-def _settings(config: Any, prefix: str = "") -> dict[str, str]:
-    values: dict[str, str] = {}
-    for field in dataclasses.fields(config):
-        value = getattr(config, field.name)
-        if dataclasses.is_dataclass(value) and not isinstance(value, type):
-            values |= _settings(value, f"{prefix}{field.name}.")
-        elif field.name not in ("general_teacher", "age_teacher"):
-            values[f"{prefix}{field.name}"] = repr(value)
-    return values
+    paths = ("general_teacher", "age_teacher")
+    settings = {name: repr(value) for name, value in walk_settings(config) if name.rpartition(".")[2] not in paths}
+    return {"recipe": recipe, "faces": digest.hexdigest()[:16], **values, **settings}
 
 
 def check_same_run(output: Path, run: Mapping[str, str]) -> None:
