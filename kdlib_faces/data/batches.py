@@ -125,8 +125,7 @@ class FaceBatches:
 
     def set_epoch(self, epoch: int) -> None:
         """Set the epoch of the next iteration."""
-        check_number("FaceBatches.set_epoch", "epoch", epoch, min=0, integer=True)
-        self.epoch = epoch
+        self.epoch = check_number("FaceBatches.set_epoch", "epoch", epoch, min=0, integer=True)
 
     def __iter__(self) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
         return self.iter_from(0)

@@ -16,7 +16,7 @@ from kdlib_faces.data.identities import identity_key
 from kdlib_faces.data.lists import FaceList
 
 __all__ = [
-    "ImagePairs", "PairList", "assign_folds", "check_published", "count_pairs", "file_sha256", "gather_pairs",
+    "ImagePairs", "PairList", "assign_folds", "check_images", "check_published", "count_pairs", "file_sha256", "gather_pairs",
     "is_inside",
 ]  # fmt: skip
 
@@ -91,6 +91,24 @@ class ImagePairs:
         """Return the paths of the images when the set's images are in `folder`."""
         return [Path(folder, image) for image in self.images]
 
+    def rows(self, faces: FaceList) -> NDArray[np.int64]:
+        """Find the images in a face list: `(n,)` row of each, -1 for one that is not there; see `locate`."""
+        rows: dict[tuple[str, ...], int] = {}
+        repeated: set[tuple[str, ...]] = set()
+        for row, file in enumerate(faces.paths):
+            key = self._key(file.parts)
+            if key in rows:
+                repeated.add(key)
+            rows[key] = row
+        keys = [self._key(PurePosixPath(image).parts) for image in self.images]
+        for key, image in zip(keys, self.images, strict=True):
+            if key in repeated:
+                where = self.source or self.name
+                raise InputError(f"{where}: the face list has more than one image named {image!r}")
+        if self.path_parts == 1 and not any(key in rows for key in keys):
+            rows, keys = _numbered(faces.paths), [_number_of(PurePosixPath(image)) for image in self.images]
+        return np.array([rows.get(key, -1) for key in keys], dtype=np.int64)
+
     def locate(self, faces: FaceList) -> PairList:
         """Find the images in a face list; names are compared as identities are, without suffixes.
 
@@ -107,25 +125,11 @@ class ImagePairs:
         Raises:
             InputError: The list holds an image twice, or no pair has both its images in the list.
         """
-        where = self.source or self.name
-        rows: dict[tuple[str, ...], int] = {}
-        repeated: set[tuple[str, ...]] = set()
-        for row, file in enumerate(faces.paths):
-            key = self._key(file.parts)
-            if key in rows:
-                repeated.add(key)
-            rows[key] = row
-        keys = [self._key(PurePosixPath(image).parts) for image in self.images]
-        for key, image in zip(keys, self.images, strict=True):
-            if key in repeated:
-                raise InputError(f"{where}: the face list has more than one image named {image!r}")
-        if self.path_parts == 1 and not any(key in rows for key in keys):
-            rows, keys = _numbered(faces.paths), [_number_of(PurePosixPath(image)) for image in self.images]
-        indices = np.array([rows.get(key, -1) for key in keys], dtype=np.int64)
+        indices = self.rows(faces)
         left, right = indices[self.left], indices[self.right]
         present = (left >= 0) & (right >= 0)
         if not present.any():
-            first = self.images[int(np.flatnonzero(indices < 0)[0])]
+            where, first = self.source or self.name, self.images[int(np.flatnonzero(indices < 0)[0])]
             raise InputError(f"{where}: no pair has both its images in the face list; {first!r} is missing")
         same = self.same[present]
         folds = assign_folds(same) if self.assigned_folds else self.fold_ids[present]
@@ -226,6 +230,23 @@ def is_inside(image: str) -> bool:
         and ".." not in path.parts
         and ":" not in path.parts[0]
     )
+
+
+def check_images(path: str | PathLike[str], images: Sequence[str]) -> None:
+    """Check that a list holds images, distinct paths inside the set.
+
+    Raises:
+        InputError: It does not; the message gives the number of the image.
+    """
+    if not images:
+        raise InputError(f"{path}: the list is empty")
+    seen: set[str] = set()
+    for row, image in enumerate(images, 1):
+        if not is_inside(image):
+            raise InputError(f"{path} image {row}: must be a path inside the set, got {image[:80]!r}")
+        if image in seen:
+            raise InputError(f"{path} image {row}: {image[:80]!r} occurs twice")
+        seen.add(image)
 
 
 def count_pairs(same: NDArray[np.bool_]) -> dict[str, int]:

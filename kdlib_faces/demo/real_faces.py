@@ -132,27 +132,14 @@ def _age_map(teacher: nn.Module, faces: FaceList, codes: np.ndarray[Any, Any], s
     return fit_age_map(plain + mirrored, torch.from_numpy(codes), ages=ages, age_groups=groups, seed=seed)
 
 
-class _Teacher(nn.Module):
-    """An ONNX teacher on images of any size, with its age map if it has one."""
-
-    def __init__(self, graph: OnnxTeacher, age_map: Tensor | None) -> None:
-        super().__init__()
-        self.graph, self.age_map = graph, age_map
-
-    def forward(self, images: Tensor) -> dict[str, Tensor]:
-        outputs = dict(self.graph(_resized(images, TEACHER_SIZE)))
-        if self.age_map is not None:
-            outputs["embedding"] = F.normalize(outputs["embedding"], dim=1) @ self.age_map
-        return outputs
-
-
 def _teacher(graph: OnnxTeacher, path: str, test_images: Tensor, age_map: Tensor | None) -> DemoModel:
     info = describe_graph(path)
     entry = ModelEntry("teacher", backbone=Path(path).stem, parameters=info["parameters"], macs=info["macs"])
-    if age_map is not None:
-        parameters = info["parameters"] + age_map.numel()
-        entry = replace(entry, backbone=f"{entry.backbone} + age map", parameters=parameters)
-    return DemoModel(_Teacher(graph, age_map), TEACHER_SIZE, entry, test_images)
+    if age_map is None:
+        return DemoModel(graph, TEACHER_SIZE, entry, test_images)
+    parameters = info["parameters"] + age_map.numel()
+    entry = replace(entry, backbone=f"{entry.backbone} + age map", parameters=parameters)
+    return DemoModel(MappedTeacher(graph, {"embedding": age_map}), TEACHER_SIZE, entry, test_images)
 
 
 class _StudentTargets(nn.Module):
@@ -202,12 +189,6 @@ def _split(faces: FaceList, fraction: float, seed: int) -> tuple[FaceList, FaceL
     return train, test
 
 
-def _resized(images: Tensor, size: int) -> Tensor:
-    if images.shape[-1] == size:
-        return images
-    return F.interpolate(images, (size, size), mode="bilinear", antialias=True, align_corners=False)
-
-
 def _mixes_gray_and_color(images: Tensor) -> bool:
     """Whether color reveals which list an image is from; a student would learn that instead of faces."""
     gray = sum(int((part == part[:, :1]).flatten(1).all(dim=1).sum()) for part in torch.split(images, _BLOCK))
@@ -221,7 +202,9 @@ def _for_students(images: Tensor, size: int, *, luminance: bool) -> Tensor:
     out = torch.empty(len(images), 3, size, size, dtype=torch.uint8)
     weight = torch.tensor([0.299, 0.587, 0.114]).view(1, 3, 1, 1)
     for start in range(0, len(images), _BLOCK):
-        part = _resized(images[start : start + _BLOCK].float(), size)
+        part = images[start : start + _BLOCK].float()
+        if images.shape[-1] != size:
+            part = F.interpolate(part, (size, size), mode="bilinear", antialias=True, align_corners=False)
         if luminance:
             part = (part * weight).sum(1, keepdim=True)
         out[start : start + _BLOCK] = part.round_().clamp_(0, 255).to(torch.uint8)

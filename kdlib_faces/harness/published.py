@@ -71,17 +71,8 @@ def bin_task(spec: ProtocolSpec, settings: Settings, name: str, title: str) -> E
     spec.check_options()
     path = spec.require_path("a .bin file")
     pairs = load_bin(path)
-    left = np.arange(len(pairs.same)) * 2
-    config, count = settings.config, len(pairs.images)
-    protocol = PairProtocol(
-        left,
-        left + 1,
-        pairs.same,
-        threshold=config.threshold,
-        fars=config.fars,
-        images=count,
-        **asdict(config.sampling),
-    )
+    config = settings.config
+    protocol = PairProtocol.interleaved(pairs.same, threshold=config.threshold, fars=config.fars, level=config.level)
     notes = ["names and ages are not in a .bin: intervals take pairs as independent, folds may share identities"]
     images = images_of_bytes(path.stem, pairs.images)
     return task_of_protocol(name, f"{path.stem} (.bin)", protocol, images, convention=settings.convention, notes=notes)
@@ -122,19 +113,15 @@ def _task_of_pairs(pairs: ImagePairs, spec: ProtocolSpec, settings: Settings, na
     if "images" in spec.options:
         files = _files_below(Path(spec.options["images"]))
         folder = FaceList(tuple(files), np.zeros(len(files), np.int64), ("",))
-        located = pairs.locate(folder)
-        # Every named image paired with itself: the fold of a located pair is the number of its name.
-        numbers, same = np.arange(len(pairs.images)), np.ones(len(pairs.images), bool)
-        single = replace(pairs, left=numbers, right=numbers, same=same, fold_ids=numbers, assigned_folds=False).locate(
-            folder
-        )
-        row_of = np.full(len(numbers), -1)
-        row_of[single.fold_ids] = np.arange(len(single.left))
-        images = images_of_files(name, [files[row] for row in single.left])
+        located, rows = pairs.locate(folder), pairs.rows(folder)
+        found = np.flatnonzero(rows >= 0)
+        row_of = np.full(len(rows), -1)
+        row_of[found] = np.arange(len(found))
+        images = images_of_files(name, [files[row] for row in rows[found]])
         present = (row_of[pairs.left] >= 0) & (row_of[pairs.right] >= 0)
         left, right = row_of[pairs.left[present]], row_of[pairs.right[present]]
-        identities = None if identities is None else identities[single.fold_ids]
-        ages = None if ages is None else ages[single.fold_ids]
+        identities = None if identities is None else identities[found]
+        ages = None if ages is None else ages[found]
         same, folds, missing = located.same, located.fold_ids, located.missing
     elif "faces" in spec.options or settings.faces is not None:
         faces, images = faces_of(spec, settings, path_is_list=False)

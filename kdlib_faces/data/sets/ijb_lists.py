@@ -12,7 +12,7 @@ from kdlib._checks import check_choice
 from kdlib_faces._checks import InputError
 from kdlib_faces.data.formats.columns import read_integers
 from kdlib_faces.data.formats.text import is_number, read_lines, split_row
-from kdlib_faces.data.image_pairs import check_published, count_pairs, is_inside
+from kdlib_faces.data.image_pairs import check_images, check_published, count_pairs
 
 __all__ = [
     "IJBLandmarks", "IJBPairs", "IJBSubjects", "IJBTemplates", "read_ijb_landmarks", "read_ijb_pairs",
@@ -121,7 +121,7 @@ def read_ijb_templates(path: str | PathLike[str], *, published: Published = None
             raise InputError(f"{path} line {number}: must be 'image template medium', got {text[:60]!r}")
         images.append(fields[0])
         numbers += int(fields[1]), int(fields[2])
-    _check_images(path, images)
+    check_images(path, images)
     table = np.array(numbers, dtype=np.int64).reshape(-1, 2)
     if published is not None:
         counts = {"images": len(images), "templates": len(np.unique(table[:, 0]))}
@@ -205,7 +205,7 @@ def read_ijb_landmarks(
     if not valid.all():
         at = int((~valid).argmax())
         raise InputError(f"{path} image {at + 1}: {images[at]!r} must have 11 finite numbers, got {table[at].tolist()}")
-    _check_images(path, images)
+    check_images(path, images)
     if published is not None:
         check_published(path, f"landmark list of {published}", {"images": len(images)}, [IMAGES[published]])
     if templates is not None and tuple(images) != templates.images:
@@ -261,16 +261,3 @@ def read_ijb_subjects(
         if unknown.any():
             raise InputError(f"{path}: no image belongs to template {ids[unknown.argmax()]}")
     return IJBSubjects(ids, np.array(list(subjects.values()), dtype=np.int64))
-
-
-def _check_images(path: str | PathLike[str], images: list[str]) -> None:
-    """Images must be distinct paths inside the set."""
-    if not images:
-        raise InputError(f"{path}: the list is empty")
-    seen: set[str] = set()
-    for row, image in enumerate(images, 1):
-        if not is_inside(image):
-            raise InputError(f"{path} image {row}: must be a path inside the set, got {image[:60]!r}")
-        if image in seen:
-            raise InputError(f"{path} image {row}: {image!r} occurs twice")
-        seen.add(image)

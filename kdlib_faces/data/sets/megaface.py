@@ -15,7 +15,7 @@ from kdlib._atomic import atomic_write
 from kdlib._checks import check_choice, check_number
 from kdlib_faces._checks import InputError
 from kdlib_faces.data.formats.files import Progress, opened, read_whole, with_progress
-from kdlib_faces.data.image_pairs import is_inside
+from kdlib_faces.data.image_pairs import check_images
 
 __all__ = ["FeatureSet", "TemplateList", "read_feature_file", "read_template_list", "write_feature_file"]
 
@@ -103,13 +103,7 @@ def read_template_list(path: str | PathLike[str]) -> TemplateList:
     paths = content.get("path") if isinstance(content, dict) else None
     if not isinstance(paths, list) or not paths or not all(isinstance(each, str) for each in paths):
         raise InputError(f"{path}: must be an object with 'path', a list of texts")
-    seen: set[str] = set()
-    for row, each in enumerate(paths):
-        if not is_inside(each):
-            raise InputError(f"{path}: path {row} must lie inside the set, got {each[:80]!r}")
-        if each in seen:
-            raise InputError(f"{path}: path {row} occurs twice: {each[:80]!r}")
-        seen.add(each)
+    check_images(path, paths)
     ids = content.get("id")
     if ids is None:
         return TemplateList(tuple(paths))
