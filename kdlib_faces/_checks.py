@@ -7,11 +7,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kdlib._checks import check_finite, check_floating, check_number, check_shape, check_whole_numbers, show_shape
+from kdlib._checks import (
+    check_dtype_whole,
+    check_finite,
+    check_floating,
+    check_number,
+    check_shape,
+    check_whole_numbers,
+    show_shape,
+)
 
 __all__ = [
     "InputError", "check_class_centers", "check_every_identity", "check_identities", "check_identities_or_triplets",
-    "check_rates", "check_relation", "check_set", "report_key", "show_name",
+    "check_rates", "check_set", "report_key", "show_name",
 ]  # fmt: skip
 
 
@@ -22,11 +30,11 @@ class InputError(ValueError):
     """
 
 
-def show_name(name: object) -> str:
-    """Return a name from a file in a form that is safe to print: one short line without terminal codes."""
+def show_name(name: object, limit: int = 120) -> str:
+    """Return a name from a file in a form that is safe to print: one line of at most `limit` characters, no terminal codes."""
     text = str(name)
     text = text if text.isprintable() else repr(text)[1:-1]
-    return text if len(text) <= 120 else f"{text[:117]}..."
+    return text if len(text) <= limit else f"{text[: limit - 3]}..."
 
 
 def report_key(path: str, expected: str, got: object) -> InputError:
@@ -37,14 +45,8 @@ def report_key(path: str, expected: str, got: object) -> InputError:
 
 def check_identities(owner: str, identities: Tensor, batch: int, num_identities: int) -> None:
     """Check that `identities` are `(b,)` whole numbers from 0 to `num_identities` - 1."""
-    if not isinstance(identities, Tensor) or identities.is_floating_point() or identities.is_complex():
-        got = identities.dtype if isinstance(identities, Tensor) else type(identities).__name__
-        raise TypeError(f"{owner}: identities must be a tensor of whole numbers, got {got}")
-    if tuple(identities.shape) != (batch,) or identities.dtype == torch.bool:
-        raise ValueError(
-            f"{owner}: identities must be (b,) = ({batch},) whole numbers, "
-            f"got {show_shape(identities)} of {identities.dtype}"
-        )
+    check_dtype_whole(owner, "identities", identities)
+    check_shape(owner, "identities", identities, "b", b=batch)
     if batch and not torch.compiler.is_compiling():
         low, high = (int(end) for end in torch.aminmax(identities))
         if low < 0 or high >= num_identities:
@@ -88,8 +90,7 @@ def check_identities_or_triplets(owner: str, target: Tensor, batch: int) -> None
     if not isinstance(target, Tensor) or target.dim() != 2:
         check_whole_numbers(owner, "target", target, batch)
         return
-    if target.is_floating_point() or target.is_complex() or target.dtype == torch.bool:
-        raise TypeError(f"{owner}: target must be whole numbers, got {target.dtype}")
+    check_dtype_whole(owner, "target", target)
     if target.shape[1] != 3:
         raise ValueError(f"{owner}: target must be identities (b,) or triplets (t, 3), got {show_shape(target)}")
     if len(target) and not torch.compiler.is_compiling():
@@ -106,9 +107,3 @@ def check_rates(owner: str, rates: Any) -> None:
         raise ValueError(f"{owner}: rates must hold at least one number, got {rates!r}")
     for index, rate in enumerate(rates):
         check_number(owner, f"rates[{index}]", rate, above=0, max=1)
-
-
-def check_relation(owner: str, reduction: str) -> None:
-    """Check that the reduction is the mean: a loss over pairs or triplets has one value per batch."""
-    if reduction != "mean":
-        raise ValueError(f"{owner}: reduction must be 'mean': a relation has no per-sample form, got {reduction!r}")

@@ -20,6 +20,15 @@ class LossModule(nn.Module):
 
     per_sample: ClassVar[bool] = True
 
+    def _set_sizes(self, embedding_dim: int, num_identities: int, scale: float, reduction: Reduction) -> None:
+        """Check and store the arguments that all losses with class centers share."""
+        owner = type(self).__name__
+        self.embedding_dim = check_number(owner, "embedding_dim", embedding_dim, min=1, integer=True)
+        self.num_identities = check_number(owner, "num_identities", num_identities, min=1, integer=True)
+        self.scale = float(check_number(owner, "scale", scale, above=0))
+        check_choice(owner, "reduction", reduction, REDUCTIONS)
+        self.reduction = reduction
+
     def extra_repr(self) -> str:
         """Return the arguments of the call that rebuilds the loss."""
         names = [name for name in signature(type(self)).parameters if name not in ("centers", "generator")]
@@ -48,18 +57,7 @@ class LossModule(nn.Module):
 
 
 class MarginHead(LossModule):
-    """Base class of margin heads: learned class centers and the arguments that all heads share.
-
-    Args:
-        embedding_dim: dimensions d of the embeddings.
-        num_identities: number n of training identities.
-        scale: factor of the cosines.
-        margin: the margin, at least 0; a plain float attribute that a schedule may set.
-        reduction: `"mean"` or `"none"`.
-        generator: generator of the initial centers; None uses torch's global generator.
-
-    Attributes:
-        weight: centers `(n, d)`, initially normal with an expected squared norm of one.
+    """Base class of margin heads: learned class centers, and the arguments that all heads share; see `ArcFaceHead`.
 
     Raises:
         ValueError: an argument is out of range.
@@ -67,27 +65,23 @@ class MarginHead(LossModule):
     """
 
     _loss: ClassVar[Callable[..., Tensor]]
+    _usual_margin: ClassVar[float]
     _max_margin: ClassVar[float | None] = None
 
     def __init__(
         self,
         embedding_dim: int,
         num_identities: int,
-        scale: float,
-        margin: float,
+        scale: float = 64.0,
+        margin: float | None = None,
         *,
-        reduction: Reduction,
-        generator: torch.Generator | None,
+        reduction: Reduction = "mean",
+        generator: torch.Generator | None = None,
     ) -> None:
         super().__init__()
-        owner = type(self).__name__
-        check_number(owner, "embedding_dim", embedding_dim, min=1, integer=True)
-        check_number(owner, "num_identities", num_identities, min=1, integer=True)
-        check_number(owner, "scale", scale, above=0)
-        check_choice(owner, "reduction", reduction, REDUCTIONS)
-        check_number(owner, "margin", margin, min=0, max=self._max_margin)
-        self.embedding_dim, self.num_identities = int(embedding_dim), int(num_identities)
-        self.scale, self.margin, self.reduction = float(scale), float(margin), reduction
+        self._set_sizes(embedding_dim, num_identities, scale, reduction)
+        margin = self._usual_margin if margin is None else margin
+        self.margin = float(check_number(type(self).__name__, "margin", margin, min=0, max=self._max_margin))
         self.weight = nn.Parameter(torch.empty(self.num_identities, self.embedding_dim))
         nn.init.normal_(self.weight, std=self.embedding_dim**-0.5, generator=generator)
 

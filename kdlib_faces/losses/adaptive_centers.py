@@ -15,7 +15,7 @@ from kdlib._checks import (
     check_shape,
     check_weight,
 )
-from kdlib._maths import REDUCTIONS, Reduction, full_precision, promoted_dtype, unit_rows
+from kdlib._maths import Reduction, full_precision, promoted_dtype, unit_rows
 from kdlib_faces._checks import check_identities
 from kdlib_faces.heads._margin import LossModule
 from kdlib_faces.heads.arcface import arcface_loss
@@ -152,16 +152,12 @@ class AdaptiveCentersLoss(LossModule):
     ) -> None:
         super().__init__()
         owner = "AdaptiveCentersLoss"
-        check_number(owner, "num_identities", num_identities, min=1, integer=True)
-        check_number(owner, "embedding_dim", embedding_dim, min=1, integer=True)
+        self._set_sizes(embedding_dim, num_identities, scale, reduction)
         check_choice(owner, "head", head, tuple(MARGINS))
-        check_number(owner, "scale", scale, above=0)
         if margin is not None:
             check_number(owner, "margin", margin, min=0, max=math.pi if head == "arcface" else None)
-        check_choice(owner, "reduction", reduction, REDUCTIONS)
-        self.num_identities, self.embedding_dim, self.head = int(num_identities), int(embedding_dim), head
-        self.scale, self.margin = float(scale), MARGINS[head] if margin is None else float(margin)
-        self.gather, self.reduction = gather, reduction
+        self.head, self.margin = head, MARGINS[head] if margin is None else float(margin)
+        self.gather = gather
         self.register_buffer("centers", torch.zeros(self.num_identities, self.embedding_dim))
         if centers is not None:
             check_floating(owner, centers=centers)

@@ -11,13 +11,14 @@ from kdlib._checks import (
     check_floating,
     check_number,
     check_rank,
+    check_relation_reduction,
     check_same_batch,
     check_shape,
     check_weight,
     check_whole_numbers,
 )
 from kdlib._maths import full_precision
-from kdlib_faces._checks import check_rates, check_relation
+from kdlib_faces._checks import check_rates
 from kdlib_faces.heads._margin import LossModule, unit_pair
 from kdlib_faces.losses._whole_batch import whole_batch
 
@@ -93,7 +94,7 @@ def evaluation_oriented(
         and samples half of each batch by identity.
     """
     owner = "evaluation_oriented"
-    check_relation(owner, reduction)
+    check_relation_reduction(owner, reduction)
     _check_call(owner, student, teacher, target, weight)
     _check_arguments(owner, temperature, num_hard_negatives, positive_weight, negative_weight)
     temperature, num_hard_negatives = float(temperature), int(num_hard_negatives)
@@ -224,10 +225,9 @@ class EvaluationOrientedLoss(LossModule):
         super().__init__()
         check_rates("EvaluationOrientedLoss", rates)
         _check_arguments("EvaluationOrientedLoss", temperature, num_hard_negatives, positive_weight, negative_weight)
-        check_number("EvaluationOrientedLoss", "momentum", momentum, above=0, max=1)
+        self.momentum = float(check_number("EvaluationOrientedLoss", "momentum", momentum, above=0, max=1))
         self.rates = tuple(float(str(rate)) for rate in rates)  # 0.0001 for np.float32(1e-4)
-        self.temperature, self.num_hard_negatives = float(temperature), int(num_hard_negatives)
-        self.momentum, self.gather = float(momentum), gather
+        self.temperature, self.num_hard_negatives, self.gather = float(temperature), int(num_hard_negatives), gather
         self.positive_weight, self.negative_weight = float(positive_weight), float(negative_weight)
         self.register_buffer("student_thresholds", torch.zeros(len(self.rates)))
         self.register_buffer("teacher_thresholds", torch.zeros(len(self.rates)))
@@ -243,7 +243,7 @@ class EvaluationOrientedLoss(LossModule):
         reduction: Literal["mean"] | None = None,
     ) -> Tensor:
         """Return the loss of `student` `(b, d)` against `teacher` `(b, D)`, of identities `target` `(b,)`."""
-        check_relation("EvaluationOrientedLoss", reduction or "mean")
+        check_relation_reduction("EvaluationOrientedLoss", reduction or "mean")
         _check_call("EvaluationOrientedLoss", student, teacher, target, weight)
         if self.gather:
             student, teacher, target, weight = whole_batch(student, teacher, target, weight, grad=True)

@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 
 from kdlib._checks import (
-    check_choice,
     check_floating,
     check_number,
     check_pair,
@@ -16,7 +15,7 @@ from kdlib._checks import (
     check_weight,
     check_whole_numbers,
 )
-from kdlib._maths import REDUCTIONS, Reduction, full_precision, unit_rows
+from kdlib._maths import Reduction, full_precision, unit_rows
 from kdlib_faces._checks import check_class_centers, check_every_identity, check_identities, check_set
 from kdlib_faces.heads._margin import LossModule, add_angular_margin, softmax_loss, unit_pair
 
@@ -134,8 +133,7 @@ def centers_from(embeddings: Tensor, identities: Tensor, *, num_identities: int 
     identities = identities.to(embeddings.device).long()
     if num_identities is None:
         num_identities = int(identities.max()) + 1 if len(identities) else 0
-    check_number("centers_from", "num_identities", num_identities, min=0, integer=True)
-    num_identities = int(num_identities)
+    num_identities = check_number("centers_from", "num_identities", num_identities, min=0, integer=True)
     check_identities("centers_from", identities, embeddings.shape[0], num_identities)
     with torch.no_grad(), full_precision(embeddings):
         dtype = torch.promote_types(embeddings.dtype, torch.float32)
@@ -191,13 +189,9 @@ class MarginDistillLoss(LossModule):
         reduction: Reduction = "mean",
     ) -> None:
         super().__init__()
-        check_number("MarginDistillLoss", "num_identities", num_identities, min=1, integer=True)
-        check_number("MarginDistillLoss", "embedding_dim", embedding_dim, min=1, integer=True)
+        self._set_sizes(embedding_dim, num_identities, scale, reduction)
         _check_margins("MarginDistillLoss", scale, min_margin, max_margin)
-        check_choice("MarginDistillLoss", "reduction", reduction, REDUCTIONS)
-        self.num_identities, self.embedding_dim = int(num_identities), int(embedding_dim)
-        self.scale, self.min_margin, self.max_margin = float(scale), float(min_margin), float(max_margin)
-        self.reduction = reduction
+        self.min_margin, self.max_margin = float(min_margin), float(max_margin)
         self.register_buffer("centers", torch.zeros(self.num_identities, self.embedding_dim))
         self._ready = False
         if centers is not None:
