@@ -136,6 +136,11 @@ class InputSpec:
         given: dict[str, Any] = {name: value for name, value in fields.items() if value is not None}
         return replace(self, **given, assumed=tuple(name for name in self.assumed if name not in given))
 
+    def fields(self) -> dict[str, object]:
+        """Return all fields but the size as plain values, for a file."""
+        values = {name: getattr(self, name) for name in (*FIELDS, "assumed")}
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+
     def describe(self) -> str:
         """Describe the specification on one line.
 

@@ -2,17 +2,18 @@
 
 import os
 from collections.abc import Mapping
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
-from torch import Tensor, nn
 
 from kdlib._atomic import atomic_write
 from kdlib_faces._checks import InputError
 from kdlib_faces._weights import read_weights
-from kdlib_faces.backbones import Backbone, InputSpec, build_backbone, load_backbone, save_backbone
+from kdlib_faces.backbones import Backbone, build_backbone, load_backbone, save_backbone
+from kdlib_faces.backbones.checkpoints.describe import find_differences, list_differences
+from kdlib_faces.backbones.checkpoints.load import load_values
 from kdlib_faces.teachers.age_attention import AttentiveAgeNet
 from kdlib_faces.teachers.age_invariant import AgeInvariantNet
 from kdlib_faces.teachers.input_options import InputOptions
@@ -29,7 +30,6 @@ KINDS: dict[str, tuple[type[AgeInvariantNet] | type[AttentiveAgeNet], str, str]]
     "dal": (AgeInvariantNet, "gain", "age branch subtracted from the embedding"),
     "mtlface": (AttentiveAgeNet, "initial_bias", "attended age part subtracted from the last map"),
 }
-LISTED = 5
 
 
 def save_teacher(model: TeacherNet, path: str | os.PathLike[str]) -> None:
@@ -64,14 +64,13 @@ def save_teacher(model: TeacherNet, path: str | os.PathLike[str]) -> None:
             f"save_teacher: model must be an age-invariant teacher or a backbone, got {type(model).__name__}"
         )
     backbone, option = model.backbone, KINDS[kind][1]
-    spec = {field.name: getattr(backbone.input_spec, field.name) for field in fields(InputSpec) if field.name != "size"}
     content = {
         KEY: FORMAT,
         "kind": kind,
         "options": {option: getattr(model, option)},
         "backbone": backbone.family,
         "arguments": backbone.arguments,
-        "input": {name: list(value) if isinstance(value, tuple) else value for name, value in spec.items()},
+        "input": backbone.input_spec.fields(),
         "state": {key: value.detach().cpu() for key, value in model.state_dict().items()},
     }
     try:
@@ -151,33 +150,14 @@ def _build(path: str | os.PathLike[str], content: Mapping[str, Any]) -> AgeInvar
             model = cls(build_backbone(str(name), **arguments), **options)
     except (TypeError, ValueError, RuntimeError) as error:
         raise InputError(f"{owner} does not describe a teacher: {' '.join(str(error).split())[:300]}") from error
-    _load_state(owner, model, state, Path(path).stat().st_size)
+    values, keys = {str(key): value for key, value in state.items()}, {key: key for key in model.state_dict()}
+    differences = find_differences(model.state_dict(), keys, values)
+    if differences:
+        raise InputError(f"{owner} does not fit its own description; {list_differences(differences)}")
+    load_values(owner, model, keys, values, Path(path).stat().st_size)
     if isinstance(content.get("input"), dict):
         try:
             model.backbone.input_spec = replace(model.backbone.input_spec, **content["input"])
         except (TypeError, ValueError) as error:
             raise InputError(f"{owner} does not describe its images: {error}") from error
     return model.eval()
-
-
-def _load_state(owner: str, model: nn.Module, state: Mapping[str, object], file_size: int) -> None:
-    """Assign the values of a file to a model on the meta device."""
-    wanted = model.state_dict()
-    tensors = {
-        key: value for key, value in state.items() if isinstance(value, Tensor) and value.layout == torch.strided
-    }
-    faults = [f"{key} is missing" for key in wanted if key not in tensors]
-    faults += [f"{key} is unexpected" for key in state if key not in wanted]
-    for key, value in tensors.items():
-        target = wanted.get(key, value)
-        if (value.shape, value.dtype) != (target.shape, target.dtype):
-            faults.append(f"{key} must be {tuple(target.shape)} {target.dtype}")
-        elif not torch.isfinite(value).all():
-            faults.append(f"{key} holds NaN or infinity")
-        elif str(key).endswith("running_var") and bool((value < 0).any()):
-            faults.append(f"{key} holds negative variances")
-    if faults:
-        raise InputError(f"{owner} does not fit its own description ({len(faults)}): {', '.join(faults[:LISTED])}")
-    if sum(value.nbytes for value in tensors.values()) > file_size:
-        raise InputError(f"{owner} claims more values than its {file_size} bytes can hold")
-    model.load_state_dict(tensors, assign=True)

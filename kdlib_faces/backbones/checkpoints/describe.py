@@ -19,7 +19,7 @@ from kdlib_faces.backbones.input_spec import InputSize, InputSpec
 from kdlib_faces.backbones.networks.base import Arguments, Backbone
 from kdlib_faces.backbones.registry import build_backbone
 
-__all__ = ["CheckpointInfo", "RecognizedFile", "describe_checkpoint", "examine", "list_differences"]
+__all__ = ["CheckpointInfo", "RecognizedFile", "describe_checkpoint", "examine", "find_differences", "list_differences"]
 
 OWN_KEY = "kdlib_faces"  # the key, or safetensors metadata entry, of files of `save_backbone`
 FORMAT = 2
@@ -176,7 +176,7 @@ def examine(path: str | os.PathLike[str], *, input_size: InputSize | None = None
     else:
         shapes = {key: tuple(value.shape) for key, value in unwrapped.state.items() if isinstance(value, Tensor)}
         names = {key: layout.theirs(key, shapes) for key in wanted}
-    differences = _differences(wanted, names, unwrapped.state, pointwise=layout is not None and layout.pointwise)
+    differences = find_differences(wanted, names, unwrapped.state, pointwise=layout is not None and layout.pointwise)
     return RecognizedFile(owner, weights, layout, about, unwrapped, model, spec, names, differences)
 
 
@@ -231,8 +231,8 @@ def _recognize(owner: str, state: Mapping[str, object]) -> tuple[Layout, Argumen
     )
 
 
-def _differences(
-    wanted: Mapping[str, Tensor], names: Mapping[str, str], state: Mapping[str, object], *, pointwise: bool
+def find_differences(
+    wanted: Mapping[str, Tensor], names: Mapping[str, str], state: Mapping[str, object], *, pointwise: bool = False
 ) -> dict[str, tuple[str, ...]]:
     """Return missing keys, unexpected keys, and keys with another shape or without a tensor."""
     needed = {key: target for key, target in wanted.items() if not key.endswith(COUNTER)}  # older files have none

@@ -1,17 +1,18 @@
 """Loading of backbones from checkpoint files."""
 
 import os
+from collections.abc import Mapping
 from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from kdlib_faces._checks import InputError
-from kdlib_faces.backbones.checkpoints.describe import COUNTER, RecognizedFile, examine, list_differences
+from kdlib_faces.backbones.checkpoints.describe import COUNTER, examine, list_differences
 from kdlib_faces.backbones.input_spec import InputSize, Triple
 from kdlib_faces.backbones.networks.base import Backbone
 
-__all__ = ["load_backbone"]
+__all__ = ["load_backbone", "load_values"]
 
 
 def load_backbone(
@@ -72,29 +73,30 @@ def load_backbone(
     if file.differences:
         raise InputError(f"{file.owner} does not fit {file.model.name}; {list_differences(file.differences)}")
     model = file.model
-    model.load_state_dict(_values(file), assign=True)
+    load_values(file.owner, model, file.names, file.unwrapped.state, file.weights.size)
     model.input_spec = spec
     return model.eval()
 
 
-def _values(file: RecognizedFile) -> dict[str, Tensor]:
-    """Return copies of the tensors with the keys and dtypes of the network."""
-    wanted, state, names = file.model.state_dict(), file.unwrapped.state, file.names
-    if sum(state[name].nbytes for key, name in names.items() if not key.endswith(COUNTER)) > file.weights.size:
-        raise InputError(f"{file.owner} declares more values than its {file.weights.size} bytes can hold")
+def load_values(
+    owner: str, model: nn.Module, names: Mapping[str, str], state: Mapping[str, Tensor], file_size: int
+) -> None:
+    """Assign copies of the tensors of a file to a network on the meta device; `names` maps its keys to those of the file."""
+    if sum(state[name].nbytes for key, name in names.items() if not key.endswith(COUNTER)) > file_size:
+        raise InputError(f"{owner} declares more values than its {file_size} bytes can hold")
     values = {}
-    for key, target in wanted.items():
+    for key, target in model.state_dict().items():
         if key.endswith(COUNTER):
             values[key] = _counter(state.get(names[key]))
             continue
         value = state[names[key]].detach()
         value = value.to(target.dtype, copy=True, memory_format=torch.contiguous_format)
         if not torch.isfinite(value).all():
-            raise InputError(f"{file.owner} contains NaN or infinite values in {names[key]}")
+            raise InputError(f"{owner} contains NaN or infinite values in {names[key]}")
         if key.endswith("running_var") and bool((value < 0).any()):  # its square root would be NaN
-            raise InputError(f"{file.owner} contains negative variances in {names[key]}")
+            raise InputError(f"{owner} contains negative variances in {names[key]}")
         values[key] = value.reshape(target.shape)
-    return values
+    model.load_state_dict(values, assign=True)
 
 
 def _counter(value: object) -> Tensor:

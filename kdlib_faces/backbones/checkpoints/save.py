@@ -46,18 +46,11 @@ def save_backbone(
     check_choice("save_backbone", "format", format, ("torch", "safetensors"))
     target = Path(path)
     state = {key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}
-    spec = model.input_spec
     header = {
         "kdlib_faces": FORMAT,
         "backbone": model.family,
         "arguments": model.arguments,
-        "input": {
-            "color": spec.color,
-            "mean": spec.mean,
-            "scale": spec.scale,
-            "normalized": spec.normalized,
-            "assumed": list(spec.assumed),
-        },
+        "input": model.input_spec.fields(),
     }
     try:
         with atomic_write(target, durable=True) as file:

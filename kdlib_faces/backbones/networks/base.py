@@ -49,9 +49,8 @@ class Backbone(nn.Module):
     def __init__(self, embedding_dim: int, input_size: InputSize) -> None:
         super().__init__()
         owner = type(self).__name__
-        check_number(owner, "embedding_dim", embedding_dim, min=1, integer=True)
+        self.embedding_dim = check_number(owner, "embedding_dim", embedding_dim, min=1, integer=True)
         self._size = height_width(owner, input_size)
-        self.embedding_dim = int(embedding_dim)
         self.input_size: InputSize = self._size[0] if self._size[0] == self._size[1] else self._size
         self.input_spec = InputSpec(size=self.input_size)
 
@@ -77,8 +76,7 @@ class Backbone(nn.Module):
 
     def _set_width(self, width: float) -> int:
         """Store `width`; return the channels of the first stage, 64 at width 1, of which later stages have multiples."""
-        check_number(type(self).__name__, "width", width, above=0)
-        self.width = float(width)
+        self.width = float(check_number(type(self).__name__, "width", width, above=0))
         return max(8, 8 * round(8 * self.width))
 
     def _check_blocks(self, name: str, blocks: Sequence[int]) -> tuple[int, int, int, int]:
@@ -117,6 +115,8 @@ N = TypeVar("N", bound=Backbone, covariant=True)
 
 class Constructor(Protocol[N]):
     """Constructor of a published network."""
+
+    __name__: str
 
     def __call__(
         self, embedding_dim: int = 512, *, width: float = 1.0, input_size: InputSize = 112, dropout: float = 0.0

@@ -150,7 +150,7 @@ class IRNet(Backbone):
         affine: bool = True,
     ) -> None:
         super().__init__(embedding_dim, input_size)
-        check_number("IRNet", "dropout", dropout, min=0, max=1)
+        self.dropout = float(check_number("IRNet", "dropout", dropout, min=0, max=1))
         c = self._set_width(width)
         self.layers = self._check_blocks("layers", layers)
         self.se, self.mid_norm, self.affine = bool(se), bool(mid_norm), bool(affine)
@@ -162,7 +162,6 @@ class IRNet(Backbone):
         self.input_layer = ir_stem(c)
         stages = [ir_stage(*each, **kind) for each in zip(widths, widths[1:], self.layers, strict=False)]
         self.body = nn.Sequential(*chain(*stages))
-        self.dropout = float(dropout)
         self.output_layer = IROutput(8 * c, rows * columns, self.embedding_dim, self.dropout, affine=self.affine)
         initialize(self, nn.Conv2d, nn.Linear)
 

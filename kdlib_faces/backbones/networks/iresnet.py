@@ -88,10 +88,9 @@ class IResNet(Backbone):
     ) -> None:
         super().__init__(embedding_dim, input_size)
         check_number("IResNet", "dropout", dropout, min=0, max=1)
-        check_number("IResNet", "norm_eps", norm_eps, above=0)
+        self.norm_eps = float(check_number("IResNet", "norm_eps", norm_eps, above=0))
         c = self._set_width(width)
         self.layers = self._check_blocks("layers", layers)
-        self.norm_eps = float(norm_eps)
 
         rows, columns = final_grid(self._size)
         self.conv1 = nn.Conv2d(3, c, 3, padding=1, bias=False)

@@ -86,8 +86,7 @@ class MBF(Backbone):
         input_size: InputSize = 112,
     ) -> None:
         super().__init__(embedding_dim, input_size)
-        check_number("MBF", "scale", scale, min=1, integer=True)
-        self.scale = int(scale)
+        self.scale = check_number("MBF", "scale", scale, min=1, integer=True)
         self.blocks = self._check_blocks("blocks", blocks)
 
         c, (first, second, third, fourth) = 64 * self.scale, self.blocks

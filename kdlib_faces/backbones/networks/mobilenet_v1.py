@@ -16,7 +16,7 @@ from kdlib._checks import check_choice, check_number
 from kdlib_faces.backbones.input_spec import InputSize
 from kdlib_faces.backbones.networks.base import Backbone, Layers, apply_in_own_precision, final_grid, initialize
 
-__all__ = ["GDCTail", "MobileNetV1", "divisible", "mobilenet_v1_025"]
+__all__ = ["ConvBlock", "GDCTail", "MobileNetV1", "divisible", "mobilenet_v1_025"]
 
 TAILS = ("gdc", "flat")
 # Pairs of a depthwise and a pointwise convolution: output channels as a power of two of the stem's, stride.
@@ -29,11 +29,19 @@ def divisible(channels: float) -> int:
     return whole + 8 if whole < 0.9 * channels else whole
 
 
-class _Conv(nn.Sequential):
-    """Convolution, BatchNorm, activation."""
+class ConvBlock(nn.Sequential):
+    """Convolution, BatchNorm, PReLU or ReLU6."""
 
     def __init__(
-        self, c_in: int, c_out: int, kernel: int, stride: int = 1, groups: int = 1, *, bias: bool, relu6: bool
+        self,
+        c_in: int,
+        c_out: int,
+        kernel: int,
+        stride: int = 1,
+        groups: int = 1,
+        *,
+        bias: bool = False,
+        relu6: bool = False,
     ) -> None:
         super().__init__(
             nn.Conv2d(c_in, c_out, kernel, stride, kernel // 2, groups=groups, bias=bias),
@@ -100,10 +108,9 @@ class MobileNetV1(Backbone):
         dropout: float = 0.0,
     ) -> None:
         super().__init__(embedding_dim, input_size)
-        check_number("MobileNetV1", "width", width, above=0)
+        self.width = float(check_number("MobileNetV1", "width", width, above=0))
         check_number("MobileNetV1", "dropout", dropout, min=0, max=1)
         check_choice("MobileNetV1", "tail", tail, TAILS)
-        self.width = float(width)
         self.bias, self.tail = bool(bias), tail
 
         widths = [divisible(32 * 2**power * self.width) for power in range(6)]
@@ -112,10 +119,10 @@ class MobileNetV1(Backbone):
         parts: list[list[nn.Module]] = [[], [], []]
         for pairs, stage in zip(parts, STAGES, strict=True):
             for power, stride in stage:
-                depthwise = _Conv(before, before, 3, stride, groups=before, **kind)
-                pairs.append(nn.Sequential(depthwise, _Conv(before, widths[power], 1, **kind)))
+                depthwise = ConvBlock(before, before, 3, stride, groups=before, **kind)
+                pairs.append(nn.Sequential(depthwise, ConvBlock(before, widths[power], 1, **kind)))
                 before = widths[power]
-        self.stage1 = nn.Sequential(_Conv(3, widths[0], 3, **kind), *parts[0])
+        self.stage1 = nn.Sequential(ConvBlock(3, widths[0], 3, **kind), *parts[0])
         self.stage2 = nn.Sequential(*parts[1])
         self.stage3 = nn.Sequential(*parts[2])
         self.dropout = nn.Dropout(float(dropout))

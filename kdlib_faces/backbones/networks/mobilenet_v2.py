@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from kdlib._checks import check_number
 from kdlib_faces.backbones.input_spec import InputSize
 from kdlib_faces.backbones.networks.base import Backbone, final_grid, initialize
-from kdlib_faces.backbones.networks.mobilenet_v1 import GDCTail, divisible
+from kdlib_faces.backbones.networks.mobilenet_v1 import ConvBlock, GDCTail, divisible
 
 __all__ = ["MobileNetV2"]
 
@@ -23,19 +23,6 @@ __all__ = ["MobileNetV2"]
 ROWS = ((1, 16, 1, 1), (6, 24, 2, 2), (6, 32, 3, 2), (6, 64, 4, 2), (6, 96, 3, 1), (6, 160, 3, 2), (6, 320, 1, 1))
 HALVED_BY_STEM = 24  # the row that a stem of stride 2 replaces
 LAST = 512
-
-
-class _Conv(nn.Sequential):
-    """Convolution, BatchNorm, PReLU."""
-
-    def __init__(
-        self, c_in: int, c_out: int, kernel: int, stride: int = 1, groups: int = 1, *, bias: bool = False
-    ) -> None:
-        super().__init__(
-            nn.Conv2d(c_in, c_out, kernel, stride, kernel // 2, groups=groups, bias=bias),
-            nn.BatchNorm2d(c_out),
-            nn.PReLU(c_out),
-        )
 
 
 class _InvertedResidual(nn.Module):
@@ -46,8 +33,8 @@ class _InvertedResidual(nn.Module):
         self.residual = stride == 1 and c_in == c_out
         middle = c_in * expansion
         self.conv = nn.Sequential(
-            *([_Conv(c_in, middle, 1, bias=bias)] if expansion != 1 else []),
-            _Conv(middle, middle, 3, stride, groups=middle, bias=bias),
+            *([ConvBlock(c_in, middle, 1, bias=bias)] if expansion != 1 else []),
+            ConvBlock(middle, middle, 3, stride, groups=middle, bias=bias),
             nn.Conv2d(middle, c_out, 1, bias=False),
             nn.BatchNorm2d(c_out),
         )
@@ -96,14 +83,12 @@ class MobileNetV2(Backbone):
         affine: bool = True,
     ) -> None:
         super().__init__(embedding_dim, input_size)
-        check_number("MobileNetV2", "width", width, above=0)
-        check_number("MobileNetV2", "stem_stride", stem_stride, min=1, max=2, integer=True)
-        self.width = float(width)
+        self.width = float(check_number("MobileNetV2", "width", width, above=0))
+        self.stem_stride = check_number("MobileNetV2", "stem_stride", stem_stride, min=1, max=2, integer=True)
         self.bias, self.affine = bool(bias), bool(affine)
-        self.stem_stride = int(stem_stride)
 
         before = divisible(32 * self.width)
-        features: list[nn.Module] = [_Conv(3, before, 3, stem_stride, bias=self.bias)]
+        features: list[nn.Module] = [ConvBlock(3, before, 3, stem_stride, bias=self.bias)]
         ends = []  # the last block before each halving and before the end
         for expansion, channels, blocks, stride in ROWS:
             if stem_stride == 2 and channels == HALVED_BY_STEM:
@@ -117,7 +102,7 @@ class MobileNetV2(Backbone):
         ends.append(len(features) - 1)
         self.stages: tuple[str, ...] = tuple(f"features.{end}" for end in ends[-4:])
         last = divisible(LAST * max(1.0, self.width))
-        self.features = nn.Sequential(*features, _Conv(before, last, 1, bias=self.bias))
+        self.features = nn.Sequential(*features, ConvBlock(before, last, 1, bias=self.bias))
         self.output_layer = GDCTail(last, final_grid(self._size), self.embedding_dim, affine=self.affine)
         initialize(self, nn.Conv2d)
 

@@ -90,7 +90,7 @@ class MTLFaceNet(Backbone):
         se: bool = False,
     ) -> None:
         super().__init__(embedding_dim, input_size)
-        check_number("MTLFaceNet", "dropout", dropout, min=0, max=1)
+        self.dropout = float(check_number("MTLFaceNet", "dropout", dropout, min=0, max=1))
         c = self._set_width(width)
         self.layers = self._check_blocks("layers", layers)
         self.se = bool(se)
@@ -103,7 +103,6 @@ class MTLFaceNet(Backbone):
         self.block3 = nn.Sequential(*ir_stage(2 * c, 4 * c, self.layers[2], **kind))
         self.block4 = nn.Sequential(*ir_stage(4 * c, 8 * c, self.layers[3], **kind))
         self.fsm = _Factorization(8 * c)
-        self.dropout = float(dropout)
         self.output_layer = IROutput(8 * c, rows * columns, self.embedding_dim, self.dropout)
         initialize(self, nn.Conv2d, nn.Linear, fill=nn.init.xavier_uniform_)
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import numpy as np
 
-from kdlib_faces._checks import InputError
+from kdlib_faces._checks import InputError, show_name
 
 if TYPE_CHECKING:
     from onnx import ModelProto, NodeProto, TensorProto
@@ -115,8 +115,7 @@ def file_errors(path: Path) -> Iterator[None]:
 
 def reason(error: Exception) -> str:
     """First line of a library's error, printable and at most 300 characters."""
-    text = next(iter(str(error).strip().splitlines()), type(error).__name__)[:300]
-    return text if text.isprintable() else repr(text)[1:-1]
+    return show_name(next(iter(str(error).strip().splitlines()), type(error).__name__), 300)
 
 
 def _read(path: Path, label: str) -> bytes:

@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
+from inspect import signature
 from math import isfinite
 from pathlib import Path
 from typing import ClassVar, TypeAlias
@@ -338,13 +339,7 @@ class OnnxTeacher(nn.Module):
         return {**self.__dict__, "_open": None}
 
     def __repr__(self) -> str:
-        options = {
-            "preprocess": None,
-            "layout": None,
-            "threads": None,
-            "providers": None,
-            "batch": "auto",
-            "resize": False,
-        }
-        given = [f"{name}={value!r}" for name, usual in options.items() if (value := getattr(self, name)) != usual]
+        _, _, *options = signature(OnnxTeacher).parameters.values()
+        values = [(each, getattr(self, each.name)) for each in options]
+        given = [f"{each.name}={value!r}" for each, value in values if value != each.default]
         return f"OnnxTeacher({', '.join([repr(str(self.path)), repr(self.taps), *given])})"
