@@ -1,5 +1,7 @@
-"""A small face list with teachers, and commands on it, for the tests of caches."""
+"""Small face lists with teachers, and commands on them."""
 
+import time
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np
@@ -13,14 +15,23 @@ from kdlib_faces.cli import main
 COUNT, SIZE = 16, 32
 
 
+def noise(seed: int, side: int = SIZE) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 255, (side, side, 3), dtype=np.uint8)
+
+
+def put_list(folder: Path, columns: str, rows: Iterable[tuple[np.ndarray, str]]) -> Path:
+    """Write the images `0.png`, `1.png` and so on, and `faces.csv` with their paths and the values of other columns."""
+    lines = [f"path,{columns}"]
+    for number, (pixels, values) in enumerate(rows):
+        Image.fromarray(pixels).save(folder / f"{number}.png")
+        lines.append(f"{number}.png,{values}")
+    (folder / "faces.csv").write_text("\n".join(lines) + "\n")
+    return folder / "faces.csv"
+
+
 def make_faces(folder: Path) -> Path:
     """Write 16 images of 8 identities, `faces.csv`, and the teachers `general.pt` and `age.pt`, both of one space."""
-    rows = ["path,identity"]
-    for number in range(COUNT):
-        pixels = np.random.default_rng(number).integers(0, 255, (SIZE, SIZE, 3), dtype=np.uint8)
-        Image.fromarray(pixels).save(folder / f"{number}.png")
-        rows.append(f"{number}.png,p{number // 2}")
-    (folder / "faces.csv").write_text("\n".join(rows) + "\n")
+    put_list(folder, "identity", ((noise(number), f"p{number // 2}") for number in range(COUNT)))
     network = build_backbone("mobilefacenet", seed=0, embedding_dim=16, width=0.25, input_size=SIZE)
     save_backbone(network, folder / "general.pt")
     with torch.no_grad():
@@ -40,6 +51,12 @@ def run(*words: object) -> int:
     return main([str(word) for word in words])
 
 
+def train(folder: Path, recipe: str, output: Path, *given: str, teachers: Iterable[str] = ()) -> int:
+    """Train from the list and the teachers in `folder`, and return the exit code."""
+    words = ["train", "--recipe", recipe, "--quiet", "--faces", folder / "faces.csv", "--output", output]
+    return run(*words, *(word for name in teachers for word in ("--teacher", folder / name)), *settings(*given))
+
+
 def build_words(folder: Path, teacher: object, output: Path, *more: object) -> list[object]:
     """Return the words of `cache build` for the list in `folder`."""
     given = ("--faces", folder / "faces.csv", "--teacher", folder / str(teacher), "--output", output)
@@ -57,6 +74,14 @@ def fails(capsys: pytest.CaptureFixture[str], *words: object) -> str:
     capsys.readouterr()
     assert run(*words) == 2
     lines = capsys.readouterr().err.strip().splitlines()
-    assert lines[-1].startswith("kdlib-faces: error: ")
+    assert [line for line in lines if line.startswith("kdlib-faces: error: ")] == lines[-1:]
     assert "Traceback" not in "\n".join(lines)
     return lines[-1]
+
+
+def wait_until(condition: Callable[[], bool], seconds: float = 60) -> bool:
+    """Wait for a condition, and return whether it came true in time."""
+    deadline = time.monotonic() + seconds
+    while not (found := condition()) and time.monotonic() < deadline:
+        time.sleep(0.005)
+    return found

@@ -1,5 +1,6 @@
-"""Every protocol as a function of how numbers are given: `CALLS[name](one, many)`."""
+"""Every protocol as a function of how numbers are given, `CALLS[name](one, many)`, and as is, `PROTOCOLS[name]()`."""
 
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,13 @@ YEARS = np.tile([3.0, 10.0, 31.0, 62.0], 8)
 ROWS = np.random.default_rng(0).normal(size=(8, 6))[CODES] + 0.6 * np.random.default_rng(1).normal(size=(32, 6))
 LEFT = np.arange(32)
 RIGHT = np.where(LEFT % 2 == 0, LEFT + 1, (LEFT + 8) % 32)
+
+
+def unit(x: Any) -> np.ndarray:
+    """Rows of unit length, one at a time: a plain reference."""
+    return np.array([row / np.sqrt((row * row).sum()) for row in np.asarray(x, dtype=np.float64)])
+
+
 CALLS: dict[str, Any] = {
     "PairProtocol": lambda one, many: PairProtocol(
         LEFT, RIGHT, LEFT % 2 == 0, LEFT // 8, fars=many([0.1, 0.5]), val_fars=many([0.1]), images=one(32), pca=one(3),
@@ -49,3 +57,4 @@ CALLS: dict[str, Any] = {
         ranks=many([1, 3]), replicates=one(5), seed=one(1), level=one(0.5),
     ),
 }  # fmt: skip
+PROTOCOLS = {name: partial(call, lambda x: x, tuple) for name, call in CALLS.items()}

@@ -20,14 +20,9 @@ from kdlib_faces.data.formats import bin as bin_module
 from kdlib_faces.data.formats import pickle as pickle_module
 from kdlib_faces.data.formats.pickle import parse_pickle
 from kdlib_faces.data.images import decode_image
+from tests.faces.reader_files import Shown, encoded
 
 QUIET = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-
-
-def encoded(pixels, codec="PNG", **options):
-    stream = io.BytesIO()
-    Image.fromarray(np.asarray(pixels, np.uint8)).save(stream, codec, **options)
-    return stream.getvalue()
 
 
 def put(tmp_path, data, name="set.bin"):
@@ -380,13 +375,8 @@ def test_batches_are_uint8_in_order_and_of_one_size():
 def test_an_image_that_does_not_decode_is_named_and_progress_is_shown(tmp_path):
     path = tmp_path / "bad.bin"
     save_bin(path, [encoded(np.zeros((4, 4, 3)))] * 3 + [b"no image"], [True, False])
-    seen = []
-
-    def progress(items, label):
-        seen.append(label)
-        return items
-
-    batches = load_bin(path).batches(4, batch_size=2, progress=progress)
+    seen = Shown()
+    batches = load_bin(path).batches(4, batch_size=2, progress=seen)
     next(batches)
     with pytest.raises(InputError, match=r"bad\.bin: image 3: not a readable image \(unknown format"):
         next(batches)

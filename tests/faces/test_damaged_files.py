@@ -1,6 +1,5 @@
 """Every reader of files, on files with flipped bits: a well-formed result, or one line of `InputError`."""
 
-import io
 import json
 import pickle
 import struct
@@ -9,7 +8,6 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from PIL import Image
 
 from kdlib_faces._checks import InputError
 from kdlib_faces.data import (
@@ -31,9 +29,10 @@ from kdlib_faces.data import (
 from kdlib_faces.data.formats.columns import read_integers
 from kdlib_faces.data.images import decode_image
 from tests.faces.matlab_file import Grid, Writer
-from tests.faces.reader_files import bit_flips, put
+from tests.faces.reader_files import bit_flips, encoded, put
 
 IMAGES = [bytes([value]) * (3 + value) for value in range(8)]
+PIXELS = np.random.default_rng(0).integers(0, 256, (12, 12, 3), dtype=np.uint8)
 
 
 def pair_list(path, read, **options):
@@ -64,13 +63,6 @@ def picture(path):
     assert decode_image(path.read_bytes(), 12).shape == (3, 12, 12)
 
 
-def encoded(codec):
-    stream = io.BytesIO()
-    pixels = np.random.default_rng(0).integers(0, 256, (12, 12, 3), dtype=np.uint8)
-    Image.fromarray(pixels).save(stream, codec)
-    return stream.getvalue()
-
-
 FOLD = Grid([[Grid([["a_1", "b_1"], ["a_2", "c_1"]]), np.array([[1.0, -1.0]])]])
 MATLAB = {"splits": Grid([[FOLD]])}
 ARRAYS = ([np.frombuffer(image, np.uint8).copy() for image in IMAGES], np.array([True, False] * 2))
@@ -94,7 +86,8 @@ READERS = {
     **{f"bin {protocol}": (pickle.dumps(([*IMAGES], [True, False] * 2), protocol), bin_set) for protocol in range(6)},
     **{f"bin of arrays {protocol}": (pickle.dumps(ARRAYS, protocol), bin_set) for protocol in range(6)},
     **{
-        codec: (encoded(codec), picture) for codec in ("PNG", "JPEG", "BMP", "WEBP", "TIFF", "PPM", "GIF", "TGA", "PCX")
+        codec: (encoded(PIXELS, codec), picture)
+        for codec in ("PNG", "JPEG", "BMP", "WEBP", "TIFF", "PPM", "GIF", "TGA", "PCX")
     },
 }
 

@@ -214,23 +214,6 @@ def test_row_order_names_and_scale_do_not_matter(seed: int, scale: float) -> Non
         np.testing.assert_allclose(other.replicates, estimate.replicates, atol=1e-9)
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ({"age_groups": ["a", "b"]}, r"age_groups must be as long as identities \(3\), got 2"),
-        ({}, "ages or age_groups must be given, got neither"),
-        ({"ages": [1, 2, 3], "bins": (0, 5, 5)}, r"bins must rise from the first, got \(0, 5, 5\)"),
-        ({"ages": [1, 2, 3], "bins": ()}, "bins must rise"),
-        ({"ages": [1, 2, 3], "bins": (-1, 5)}, "bins must be a finite number and >= 0"),
-        ({"ages": [], "identities": []}, "identities must be .n,., not empty"),
-    ],
-)
-def test_bad_protocols_are_refused(arguments: dict[str, Any], message: str) -> None:
-    identities = arguments.pop("identities", [0, 0, 1])
-    with pytest.raises(ValueError, match=f"AgeGapProtocol: .*{message}|AgeGapProtocol: {message}"):
-        AgeGapProtocol(identities, **arguments)
-
-
 def test_empty_bins_are_null_and_a_bin_without_impostors_still_has_its_global_rate() -> None:
     null = {"value": None, "low": None, "high": None, "n": 0}
     protocol = AgeGapProtocol([0, 0, 1, 1], ages=[1, 2, 3, 4], fars=(0.5,), replicates=5)

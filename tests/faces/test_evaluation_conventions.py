@@ -114,8 +114,6 @@ def test_pca_is_fitted_on_the_other_folds_alone(k: int) -> None:
     # As published, `val` knows nothing of it.
     plain = verify_pairs(left, right, same, val_fars=(0.05,)).val[0.05]
     assert verify_pairs(left, right, same, pca=k, val_fars=(0.05,)).val[0.05].tar == plain.tar
-    with pytest.raises(ValueError, match="pca must be"):
-        verify_pairs(left, right, same, pca=11)
 
 
 def test_facexzoo_threshold_is_a_cosine_and_a_tie_is_always_wrong() -> None:
@@ -165,8 +163,6 @@ def test_positives_first_lists_get_folds_of_both_kinds() -> None:
     folds = positives_first_folds(same[order])
     found = verify_pairs(left[order], right[order], same[order], fold_ids=folds)
     np.testing.assert_allclose(found.fold_accuracies, verify_pairs(left, right, same).fold_accuracies, atol=1e-12)
-    with pytest.raises(ValueError, match="same must hold 10 pairs of each kind, got 3 of True"):
-        positives_first_folds([1] * 3 + [0] * 40)
 
 
 @pytest.mark.parametrize("name", sorted(PAIR_SETS))
@@ -263,41 +259,3 @@ def test_uneven_contiguous_folds_equal_those_of_kfold() -> None:
     contiguous = verify_pairs(left[:47], right[:47], same)
     named = verify_pairs(left[:47], right[:47], same, fold_ids=[f"fold {fold}" for fold in folds])
     np.testing.assert_array_equal(contiguous.fold_accuracies, named.fold_accuracies)
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (lambda left, right, same: (left, right.at(3, np.inf), same), "right must be finite.*got row 3"),
-        (lambda left, right, same: (left.at(5, 0.0), right, same), "left must be non-zero.*got row 5"),
-        (lambda left, right, same: (left, right[:-1], same), "right must have one row for each of 40 .*got 39"),
-        (lambda left, right, same: (left, right[:, :3], same), r"right must be \(n, 10\) like left"),
-        (lambda left, right, same: (left, right, same[:-1]), r"same must be as long as the pairs \(40\), got 39"),
-        (lambda left, right, same: (left, right, same | True), "both kinds of pair, got only True"),
-        (lambda left, right, same: (left, right, same + 1), "same must be boolean"),
-        (lambda left, right, same: (left, right, np.sort(same)), "fold 0 with only impostor pairs; is the file"),
-        (lambda left, right, same: (left[:12], right[:12], np.tile([0, 1], 6)), "must be 20 pairs, got 12"),
-        (lambda left, right, same: (left[:, 0], right, same), r"left must be \(n, d\), not empty, got \(40,\)"),
-    ],
-)
-def test_bad_pairs_are_reported(change: Any, message: str) -> None:
-    class Rows(np.ndarray):
-        def at(self, row: int, value: float) -> "Rows":
-            self[row] = value
-            return self
-
-    left, right, same = make(40)
-    with pytest.raises(ValueError, match=message):
-        verify_pairs(*change(left.view(Rows), right.view(Rows), same))
-
-
-def test_bad_folds_are_reported() -> None:
-    left, right, same = make(40)
-    with pytest.raises(ValueError, match="fold 'b' with only impostor pairs"):
-        verify_pairs(left, right, same, fold_ids=np.where(same, "a", np.where(np.arange(40) < 20, "a", "b")))
-    with pytest.raises(ValueError, match="at least two folds"):
-        verify_pairs(left, right, same, fold_ids=np.zeros(40, dtype=int))
-    with pytest.raises(ValueError, match="fold_ids must be as long as the pairs"):
-        verify_pairs(left, right, same, fold_ids=[0, 1])
-    with pytest.raises(ValueError, match="threshold must be one of 'grid', 'exact'"):
-        verify_pairs(left, right, same, threshold="best")  # type: ignore[arg-type]

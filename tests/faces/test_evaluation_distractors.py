@@ -11,6 +11,7 @@ import torch
 
 from kdlib_faces.evaluation import identify_with_distractors, tar_at_far
 from kdlib_faces.evaluation.matching import search as search_module
+from tests.faces.evaluation_calls import unit
 
 
 def make(identities: int = 12, each: int = 4, distractors: int = 700, width: int = 24) -> tuple[Any, Any, Any]:
@@ -18,11 +19,6 @@ def make(identities: int = 12, each: int = 4, distractors: int = 700, width: int
     codes = np.repeat(np.arange(identities), each)
     probes = generator.normal(size=(identities, width))[codes] + generator.normal(size=(codes.size, width))
     return probes, codes, generator.normal(size=(distractors, width)).astype(np.float32)
-
-
-def unit(x: Any) -> np.ndarray:
-    x = np.asarray(x, dtype=np.float64)
-    return np.array([row / np.sqrt((row * row).sum()) for row in x])
 
 
 def test_operating_points_equal_those_of_all_products() -> None:
@@ -82,8 +78,6 @@ def test_sizes_are_prefixes_and_the_number_used_is_reported() -> None:
         assert rate.value == identify_with_distractors(probes, codes, distractors[:size]).rank1
     assert list(result.by_size) == [1, 10, 250, 300]
     assert result.to_dict()["distractors"] == 300
-    with pytest.raises(ValueError, match="sizes must be at most the 300 distractors, got"):
-        identify_with_distractors(probes, codes, distractors, sizes=(10, 301))
 
 
 def test_rank_1_by_gap() -> None:
@@ -105,8 +99,6 @@ def test_cleaning_conventions() -> None:
     # Every cosine is negative: a zero row that scores 0 beats the mates, one that never matches does not.
     probes, codes = np.array([[1.0, 0.1], [-0.3, 1.0]]), [0, 0]
     noisy = np.array([[-1.0, -1.0], [0.0, 0.0], [-1.0, -0.9]])
-    with pytest.raises(ValueError, match="distractors must be non-zero in every row, got row 1"):
-        identify_with_distractors(probes, codes, noisy)
     zero = identify_with_distractors(probes, codes, noisy, cleaning="zeros_score_0")
     left_out = identify_with_distractors(probes, codes, noisy, cleaning="exclude_zeros")
     assert (zero.rank1, zero.distractors, zero.cleaned) == (0.0, 3, 0)
@@ -119,8 +111,6 @@ def test_cleaning_conventions() -> None:
     extra[2, 0] = np.nan
     with pytest.raises(ValueError, match=r"distractors must be finite .*, got row 2"):
         identify_with_distractors(probes, codes, [extra[:2], extra[2:]], cleaning="extra_dimension")
-    with pytest.raises(ValueError, match="must hold one that is not cleaned away, got none"):
-        identify_with_distractors(probes, codes, np.zeros((3, 2)), cleaning="exclude_zeros")
 
 
 def test_a_collapsed_model_has_finite_rates() -> None:
@@ -137,31 +127,6 @@ def test_values_beyond_float32() -> None:
         scaled = identify_with_distractors(probes, codes, distractors.astype(np.float64) * factor, fars=(0.05,))
         assert scaled.rank1 == plain.rank1
         assert scaled.tar[0.05].tar == plain.tar[0.05].tar
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"distractors": np.ones((5, 3))}, r"distractors must be \(n, 4\), got \(5, 3\)"),
-        ({"distractors": np.empty((0, 4))}, "distractors must hold one"),
-        ({"distractors": iter(())}, "distractors must hold one"),
-        ({"distractors": (np.ones((9, 4)) for _ in range(3)), "max_distractors": 20}, "must be an upper bound, got 20"),
-        ({"fars": (1.0,), "max_distractors": 50_000_000, "distractors": iter(())}, "at most 20000000 false accepts"),
-        ({"ranks": ()}, "ranks must not be empty"),
-        ({"ties": "maybe"}, "ties must be one of 'correct', 'wrong'"),
-        ({"cleaning": "soap"}, "cleaning must be one of"),
-        ({"sizes": (10, 5)}, "sizes must rise"),
-    ],
-)  # fmt: skip
-def test_bad_input_is_reported(change: dict[str, Any], message: str) -> None:
-    given: dict[str, Any] = {
-        "probes": np.eye(4) + 1,
-        "identities": [0, 0, 1, 1],
-        "distractors": np.random.default_rng(0).normal(size=(20, 4)),
-    }
-    given |= change
-    with pytest.raises(ValueError, match=message):
-        identify_with_distractors(given.pop("probes"), given.pop("identities"), given.pop("distractors"), **given)
 
 
 @pytest.mark.parametrize("row", [0, 3, 13, 39])

@@ -97,28 +97,6 @@ def test_output_to_a_memory_map_and_models_with_named_features(tmp_path: Path) -
     np.testing.assert_array_equal(np.asarray(out), embed_images(model, images))
 
 
-@pytest.mark.parametrize(
-    ("call", "kind", "message"),
-    [
-        (lambda: embed_images(Net(), pixels().astype(np.float32)), TypeError, "images must be uint8, got dtype float32"),
-        (lambda: embed_images(Net(), pixels()[0]), ValueError, r"images, batch 0, must be \(b, c, h, w\), got \(6, 6\)"),
-        (lambda: embed_images(Net(), []), ValueError, "images must hold one, got none"),
-        (lambda: embed_images(Net(), [pixels(), pixels()[:, :, :5]]), ValueError, r"batch 1, must be \(b, 3, 6, 6\)"),
-        (lambda: embed_images(Net(), pixels(), batch_size=0), ValueError, "batch_size must be"),
-        (lambda: embed_images(lambda x: x, pixels()), ValueError, r"must return embeddings \(23, d\), got \(23, 3, 6, 6\)"),
-        (lambda: embed_images(lambda x: x.sum(), pixels()), ValueError, "must return embeddings"),
-        (lambda: embed_images(lambda x: {"logits": x}, pixels()), ValueError, "must return 'embedding', got 'logits'"),
-        (lambda: embed_images(lambda x: x.flatten(1) * 0, pixels()), ValueError, "non-zero to be normalized, got image 0"),
-        (lambda: embed_images(Net(), pixels(), out=np.empty((23, 4))), ValueError, r"out must be \(n, 5\) with a row"),
-        (lambda: embed_images(Net(), pixels(), out=np.empty((30, 5))), ValueError, "out must have one row for each of 23"),
-        (lambda: embed_images(Net(), pixels(), out=np.empty((9, 5)), batch_size=8), ValueError, "with a row for each"),
-    ],
-)  # fmt: skip
-def test_bad_images_and_models_are_reported(call: Any, kind: type[Exception], message: str) -> None:
-    with pytest.raises(kind, match=message):
-        call()
-
-
 def test_an_embedding_that_is_nan_is_reported_with_its_image() -> None:
     images = np.zeros((9, 3, 2, 2), dtype=np.uint8)
     images[6, 0, 0, 0] = 255

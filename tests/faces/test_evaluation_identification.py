@@ -72,24 +72,6 @@ def test_detailed_result() -> None:
     }
 
 
-@pytest.mark.parametrize(
-    ("embeddings", "identities", "ranks", "message"),
-    [
-        (np.eye(3), [1, 1, 1], (1,), "at least two identities, got only 1"),
-        (np.eye(3), [1, 1, 2], (0,), "ranks must be a whole number"),
-        (np.eye(3), [1, 1, 2], (3,), "ranks must be a whole number.*<= 2"),
-        (np.eye(3), [1, 1, 2], (), "ranks must not be empty"),
-        (np.eye(3), [1.0, np.nan, 2.0], (1,), "identities must be whole numbers or strings, got entry 1"),
-        (np.eye(3), np.array(["a", None, "a"], dtype=object), (1,), "got entry 1 that is not"),
-        (np.eye(2), [True, False], (1,), "identities must be an array of whole numbers or strings"),
-        (np.eye(3), [[1, 1, 2]], (1,), "identities must be"),
-    ],
-)
-def test_bad_input_is_reported(embeddings: Any, identities: Any, ranks: Any, message: str) -> None:
-    with pytest.raises((TypeError, ValueError), match=message):
-        leave_one_out(embeddings, identities, ranks)
-
-
 def test_mate_and_most_similar_impostor_of_each_probe(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(identification, "BLOCK", 7)
     generator = np.random.default_rng(5)

@@ -51,32 +51,12 @@ def test_pairs_with_fars_have_operating_points() -> None:
     assert not result.tar[0.01].resolvable
 
 
-@pytest.mark.parametrize(
-    ("call", "message"),
-    [
-        (lambda: PairProtocol([0, 1], [1], [1, 0]), r"right must be as long as left \(2\), got 1"),
-        (lambda: PairProtocol([0, -1], [1, 2], [1, 0]), "left must be row numbers from 0, got entry 1"),
-        (lambda: PairProtocol([0, 1], [1, 2], [1, 0, 1]), r"same must be as long as the pairs \(2\), got 3"),
-        (lambda: PairProtocol([0, 1], [1, 2], [1, 0], fold_ids=[0]), "fold_ids must be as long as left"),
-        (lambda: PairProtocol([0, 1], [1, 2], [1, 0], threshold="top"), "threshold must be one of"),
-        (lambda: PairProtocol([0, 1], [1, 9], [1, 0]).evaluate(np.eye(3)), "embeddings must hold row 9, got 3 rows"),
-        (lambda: PairProtocol.interleaved([1, 0]).evaluate(np.eye(5)), "each of 4 images of 2 pairs, got 5"),
-        (lambda: PairProtocol([0.0, 1.0], [1, 2], [1, 0]), "left must be an array of row numbers"),
-    ],
-)
-def test_bad_protocols_are_refused(call: Any, message: str) -> None:
-    with pytest.raises((TypeError, ValueError), match=message):
-        call()
-
-
 def test_custom_protocols_are_accepted() -> None:
     class Rows:
         def evaluate(self, embeddings: Any) -> Any:
             return len(embeddings)
 
     assert evaluate(make_embeddings(), Rows()) == 40
-    with pytest.raises(TypeError, match=r"protocol must have an evaluate\(embeddings\) method, got str"):
-        evaluate(make_embeddings(), "lfw")  # type: ignore[arg-type]
 
 
 @given(st.lists(st.integers(0, 12), min_size=3, max_size=60), st.integers(0, 99))
@@ -98,27 +78,6 @@ def test_a_split_shares_no_identity_and_loses_no_image(identities: list[int], se
     assert [set(codes[part]) for part in parts] == [set(codes[order][part]) for part in moved]
 
 
-@pytest.mark.parametrize(
-    ("fractions", "message"),
-    [
-        ((0.5, 0.4), "fractions must sum to 1"),
-        ((), "fractions must not be empty"),
-        ((1.0, 0.0), "fractions must be"),
-        ((0.999, 0.001), "leave each part an identity, got 3 identities"),
-    ],
-)
-def test_bad_fractions_are_refused(fractions: tuple[float, ...], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        identity_disjoint_split(["a", "b", "c"], fractions, seed=0)
-
-
-def test_shared_identities_are_reported() -> None:
-    with pytest.raises(ValueError, match=r"got 6 in both: 0, 1, 2, 3, 4, \.\.\."):
-        check_identity_disjoint(range(6), range(9))
-    with pytest.raises(ValueError, match="named alike, got strings and numbers"):
-        check_identity_disjoint(["1"], [1])
-
-
 def test_the_intervals_of_a_pair_protocol_have_its_confidence() -> None:
     rng = np.random.default_rng(0)
     same = np.tile([True, False], 100)
@@ -136,17 +95,11 @@ def test_the_intervals_of_a_pair_protocol_have_its_confidence() -> None:
 def test_incomplete_sets_need_folds_and_are_noted() -> None:
     same = np.tile([True, False], 100)
     left = np.arange(200) * 2
-    with pytest.raises(ValueError, match="fold_ids must be given where pairs of lfw are missing, got 200 of 6000"):
-        pair_set("lfw", left, left + 1, same)
     result = evaluate(
         np.random.default_rng(0).normal(size=(400, 4)),
         pair_set("lfw", left, left + 1, same, fold_ids=np.arange(200) // 20),
     )
     assert result.to_dict()["notes"] == ["lfw: 200 of 6000 pairs"]
-    with pytest.raises(ValueError, match="cacd_vs must have 4000 pairs, got 6000"):
-        pair_set("cacd_vs", np.zeros(6000, int), np.ones(6000, int), np.tile([1, 0], 3000))
-    with pytest.raises(ValueError, match="name must be one of 'lfw'"):
-        pair_set("megaface", left, left + 1, same)
 
 
 def pairs_of_identities() -> tuple[Any, Any, Any, Any, Any]:
@@ -204,11 +157,3 @@ def test_paired_test() -> None:
     assert even.p_value == 1.0
     many = paired_test(np.ones(3000), np.zeros(3000), replicates=10)
     assert 0 <= many.p_value < 1e-12
-    for bad, message in (
-        ({"b": [1]}, r"b must be as long as a \(10\), got 1"),
-        ({"a": a + 1}, r"a must be boolean \(or 0 and 1\), got entry 0"),
-        ({"other_identities": a}, "identities must be given with other_identities"),
-        ({"identities": [1]}, "identities must be as long as a"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            paired_test(**({"a": a, "b": b} | bad))

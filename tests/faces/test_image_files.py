@@ -8,27 +8,24 @@ import pytest
 from PIL import Image, ImageOps
 
 from kdlib_faces._checks import InputError
-from kdlib_faces.cli import main
 from kdlib_faces.commands import inspect
 from kdlib_faces.data import BinSet, FaceDataWarning, read_agedb, read_faces, save_bin, save_records
 from kdlib_faces.data.image_files import image_size, image_suffixes, scan_folder
 from kdlib_faces.data.images import decode_image, load_images, read_image, read_pixels
 from kdlib_faces.harness.embeddings import embed_set, open_model
 from kdlib_faces.harness.image_sets import images_of_files
-from tests.faces.reader_files import put, touch
+from tests.faces.cache_files import run
+from tests.faces.reader_files import encoded, put, touch
 from tests.faces.set_files import network
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (6, 4, 3), dtype=np.uint8)
 
 
-def encoded(pixels=PIXELS, codec="PNG", orientation=None, **options):
-    if orientation is not None:
-        exif = Image.Exif()
-        exif[0x0112] = orientation
-        options["exif"] = exif
-    stream = io.BytesIO()
-    Image.fromarray(np.asarray(pixels, np.uint8)).save(stream, codec, **options)
-    return stream.getvalue()
+def turned(pixels, codec, orientation, **options):
+    """An image file whose pixels are to be turned, by its EXIF data."""
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    return encoded(pixels, codec, exif=exif, **options)
 
 
 def notes_of(*entries):
@@ -47,7 +44,7 @@ def notes_of(*entries):
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_the_exif_orientation_is_applied(tmp_path, codec, orientation):
     options = {"lossless": True} if codec == "WEBP" else {"quality": 100} if codec in ("JPEG", "AVIF") else {}
-    data = encoded(np.kron(PIXELS, np.ones((8, 8, 1))), codec, orientation, **options)
+    data = turned(np.kron(PIXELS, np.ones((8, 8, 1))), codec, orientation, **options)
     upright = ImageOps.exif_transpose(Image.open(io.BytesIO(data))).convert("RGB")
     found = read_pixels(put(tmp_path, data, "photo.img"))
     np.testing.assert_array_equal(found, np.asarray(upright))
@@ -55,7 +52,7 @@ def test_the_exif_orientation_is_applied(tmp_path, codec, orientation):
 
 
 def test_broken_metadata_do_not_hide_an_image():
-    data = encoded(PIXELS, "JPEG", 6)
+    data = turned(PIXELS, "JPEG", 6)
     broken = data.replace(b"Exif\0\0II", b"Exif\0\0XX").replace(b"Exif\0\0MM", b"Exif\0\0XX")
     assert broken != data
     assert decode_image(broken, 6).shape == (3, 6, 6)
@@ -113,11 +110,11 @@ def test_images_far_from_the_size_of_the_network_are_warned_about_with_their_siz
 def test_all_broken_images_are_listed_at_once(tmp_path):
     names = [f"{'ab'[row % 2]}/{row}.png" for row in range(600)]
     for row, name in enumerate(names):
-        put(tmp_path, encoded() if row not in (3, 500) else b"broken", name)
+        put(tmp_path, encoded(PIXELS) if row not in (3, 500) else b"broken", name)
     with pytest.raises(InputError, match=r"2 of 600 images cannot be read: .*b/3\.png: not a .*; .*a/500\.png: not a "):
         load_images([tmp_path / name for name in names], 6)
     with pytest.raises(InputError, match=r"2 of 4 images cannot be read: set: image 1: not .*; set: image 2: not "):
-        list(BinSet([encoded(), b"x", b"y", encoded()], np.ones(2, bool)).batches(6, batch_size=1))
+        list(BinSet([encoded(PIXELS), b"x", b"y", encoded(PIXELS)], np.ones(2, bool)).batches(6, batch_size=1))
 
 
 # Folders
@@ -181,7 +178,7 @@ def test_what_pillow_only_recognizes_is_no_image(tmp_path):
 
 def test_broken_and_missing_images_are_skipped_on_request(tmp_path):
     for name in ("a/1.png", "b/1.png", "b/2.png", "c/1.png"):
-        put(tmp_path, encoded() if name not in ("b/2.png", "c/1.png") else b"broken", name)
+        put(tmp_path, encoded(PIXELS) if name not in ("b/2.png", "c/1.png") else b"broken", name)
     assert len(read_faces(tmp_path)) == 4
     with pytest.raises(InputError, match=r"2 of 4 images cannot be read: .*b/2\.png: .*c/1\.png: "):
         load_images(read_faces(tmp_path), 6)
@@ -202,18 +199,10 @@ def test_broken_and_missing_images_are_skipped_on_request(tmp_path):
 def test_the_command_line_lists_broken_images_or_skips_them(tmp_path, capsys):
     for name in ("f/a/1.png", "f/b/1.png", "f/b/2.png", "f/b/3.png"):
         put(tmp_path, encoded(np.zeros((32, 32, 3))) if name < "f/b/2" else b"broken", name)
-    given = [
-        "cache",
-        "build",
-        "--teacher",
-        str(network(tmp_path / "t.pt", 0)),
-        "--faces",
-        str(tmp_path / "f"),
-        "--quiet",
-    ]
-    assert main([*given, "--output", str(tmp_path / "stop")]) == 2
+    given = ("cache", "build", "--quiet", "--teacher", network(tmp_path / "t.pt", 0), "--faces", tmp_path / "f")
+    assert run(*given, "--output", tmp_path / "stop") == 2
     assert capsys.readouterr().err.count("not a readable image") == 2
-    assert main([*given, "--output", str(tmp_path / "skip"), "--on-error", "skip"]) == 0
+    assert run(*given, "--output", tmp_path / "skip", "--on-error", "skip") == 0
     assert "kdlib-faces: warning: " in capsys.readouterr().err
 
 

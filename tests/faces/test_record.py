@@ -16,6 +16,7 @@ from kdlib_faces.data import Record, RecordReader, read_property, save_records
 from kdlib_faces.data.formats import record_format as record_format_module
 from kdlib_faces.data.formats import record_reader as record_reader_module
 from kdlib_faces.data.formats.record_format import frame, pack, payload
+from tests.faces.reader_files import Shown
 
 MAGIC = bytes.fromhex("0a23d7ce")
 QUIET = settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -231,13 +232,8 @@ def test_the_file_is_mapped_not_read(tmp_path):
 
 
 def test_progress_is_shown_where_the_index_is_made(tmp_path):
-    seen = []
-
-    def progress(items, label):
-        seen.append(label)
-        return items
-
-    RecordReader(write(tmp_path, face_set(IMAGES, LABELS), index=False), progress=progress)
+    seen = Shown()
+    RecordReader(write(tmp_path, face_set(IMAGES, LABELS), index=False), progress=seen)
     assert seen == ["records of train.rec"]
 
 
@@ -261,42 +257,48 @@ def bad(tmp_path, *, data=None, index=None, records=None):
 
 
 @pytest.mark.parametrize(
-    ("data", "message"),
+    ("part", "change", "message"),
     [
-        (lambda data: b"", r"train\.rec: the record file is empty"),
-        (lambda data: data[:-4], r"record 9: the record at byte \d+ has 32 bytes, 28 are left: the file is truncated"),
-        (lambda data: data + b"\0", r"record 10: no record can start at byte \d+ of \d+"),
-        (lambda data: data + bytes(8), r"record 10: no record starts at byte \d+: found 0x00000000, expected 0xced72"),
-        (lambda data: b"x" + data[1:], r"record 0: no record starts at byte 0"),
-        (lambda data: relabel(data, 5 << 29 | 29), "has part flag 5; 0 to 3 are known"),
-        (lambda data: relabel(data, 2 << 29 | 29), "starts with part flag 2, a part of another"),
-        (lambda data: relabel(data, 1 << 29 | 29), "record at byte 0 is incomplete: byte 40 starts"),
-        (lambda data: relabel(data, 29 - 8)[:32], "an image record has at least 24 bytes, got 21"),
+        ("data", lambda data: b"", r"train\.rec: the record file is empty"),
+        (
+            "data",
+            lambda data: data[:-4],
+            r"record 9: the record at byte \d+ has 32 bytes, 28 are left: the file is truncated",
+        ),
+        ("data", lambda data: data + b"\0", r"record 10: no record can start at byte \d+ of \d+"),
+        (
+            "data",
+            lambda data: data + bytes(8),
+            r"record 10: no record starts at byte \d+: found 0x00000000, expected 0xced72",
+        ),
+        ("data", lambda data: b"x" + data[1:], r"record 0: no record starts at byte 0"),
+        ("data", lambda data: relabel(data, 5 << 29 | 29), "has part flag 5; 0 to 3 are known"),
+        ("data", lambda data: relabel(data, 2 << 29 | 29), "starts with part flag 2, a part of another"),
+        ("data", lambda data: relabel(data, 1 << 29 | 29), "record at byte 0 is incomplete: byte 40 starts"),
+        ("data", lambda data: relabel(data, 29 - 8)[:32], "an image record has at least 24 bytes, got 21"),
+        ("index", lambda text: "", r"train\.idx: the record index is empty"),
+        ("index", lambda text: text.replace("3\t", "2\t", 1), "key 2 occurs twice"),
+        (
+            "index",
+            lambda text: text + "20\t9999999\n",
+            r"train\.idx row 11: no record can start at byte 9999999 of train\.rec",
+        ),
+        ("index", lambda text: text + "20\t3\n", r"row 11: no record can start at byte 3"),
+        ("index", lambda text: "x" + text, r"train\.idx line 1: must be 2 whole numbers, got 'x1"),
+        ("index", lambda text: text + "7\n", r"line 11: must be 2 whole numbers, got '7'"),
+        ("index", lambda text: text + "7 8 9\n", r"line 11: must be 2 whole numbers"),
+        ("index", lambda text: text + "-7 8\n", r"line 11: must be 2 whole numbers"),
+        ("index", lambda text: text + "\0" * 20000, r"a line is longer than 8192 bytes; this is not a record index"),
+        (
+            "index",
+            lambda text: "".join(text.splitlines(True)[1:]),
+            "names images 1 to 6, 1 of them are not in the index",
+        ),
     ],
 )
-def test_broken_records_are_named(tmp_path, data, message):
+def test_broken_records_and_indexes_are_named(tmp_path, part, change, message):
     with pytest.raises(InputError, match=message):
-        list(RecordReader(bad(tmp_path, data=data)))
-
-
-@pytest.mark.parametrize(
-    ("index", "message"),
-    [
-        (lambda text: "", r"train\.idx: the record index is empty"),
-        (lambda text: text.replace("3\t", "2\t", 1), "key 2 occurs twice"),
-        (lambda text: text + "20\t9999999\n", r"train\.idx row 11: no record can start at byte 9999999 of train\.rec"),
-        (lambda text: text + "20\t3\n", r"row 11: no record can start at byte 3"),
-        (lambda text: "x" + text, r"train\.idx line 1: must be 2 whole numbers, got 'x1"),
-        (lambda text: text + "7\n", r"line 11: must be 2 whole numbers, got '7'"),
-        (lambda text: text + "7 8 9\n", r"line 11: must be 2 whole numbers"),
-        (lambda text: text + "-7 8\n", r"line 11: must be 2 whole numbers"),
-        (lambda text: text + "\0" * 20000, r"a line is longer than 8192 bytes; this is not a record index"),
-        (lambda text: "".join(text.splitlines(True)[1:]), "names images 1 to 6, 1 of them are not in the index"),
-    ],
-)
-def test_broken_indexes_are_named(tmp_path, index, message):
-    with pytest.raises(InputError, match=message):
-        list(RecordReader(bad(tmp_path, index=index)))
+        list(RecordReader(bad(tmp_path, **{part: change})))
 
 
 def test_an_index_of_another_file_is_noticed(tmp_path):

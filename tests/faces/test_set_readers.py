@@ -27,8 +27,8 @@ from kdlib_faces.data import (
 from kdlib_faces.data.formats import matlab as matlab_module
 from kdlib_faces.data.image_pairs import assign_folds
 from kdlib_faces.data.sets import agedb as agedb_module
-from tests.faces.matlab_file import Grid, Record, Writer
-from tests.faces.reader_files import put, touch
+from tests.faces.matlab_file import Grid, Writer
+from tests.faces.reader_files import agedb_file, lfw_text, put, touch
 
 FUZZ = settings(max_examples=200, deadline=20_000, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
@@ -38,14 +38,6 @@ def names(pairs):
 
 
 # LFW
-
-
-def lfw_text(folds, each, first, mark="\t"):
-    rows = [first] if first else []
-    for fold in range(folds):
-        rows += [mark.join((f"Same_{fold}", str(pair + 1), str(pair + 2))) for pair in range(each)]
-        rows += [mark.join((f"Left_{fold}", str(pair + 1), f"Right_{fold}", str(pair + 2))) for pair in range(each)]
-    return "\n".join(rows) + "\n"
 
 
 def test_lfw_as_it_is_published(tmp_path):
@@ -101,30 +93,6 @@ def test_assign_folds_move_with_what_is_there_and_given_ones_do_not(tmp_path):
     )
     assert dealt.locate(faces).fold_ids.tolist() == [0, 1, 0, 1]
     assert dealt.paths(tmp_path / "lfw")[0] == tmp_path / "lfw/Same_1/Same_1_0001.jpg"
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        (lfw_text(10, 3, "10 3").rsplit("\n", 2)[0], r"announces 60 pairs, the file holds 59; it is truncated or ed"),
-        (lfw_text(10, 3, "10 300"), "announces 6,000 pairs, the file holds 60"),
-        (lfw_text(1, 3, "4"), "announces 8 pairs, the file holds 6"),
-        ("2 1\nA 1 2\nA 1 3\nA 1 B 1\nA 1 B 2\n", "announces 1 genuine pairs in each fold, fold 0 has 2"),
-        ("0 0\nA 1 2\n", "announces 0 pairs"),
-        ("A 1 A 2\n", r"line 1: four fields are an impostor pair, but both identities are 'A'"),
-        *(
-            (f"A 1 {end}\n", "line 1: must be 'name n1 n2'")
-            for end in ("-2", "99999999999999999999", "\u0663", "2 B 3", "")
-        ),
-        ("A\t1\t\t2\n", "line 1: must be 'name n1 n2'"),
-        ("/etc 1 2\n/etc 1 x 2\n", "an image must be a path inside the set, got '/etc//etc_0001.jpg'"),
-        ("../x 1 2\n", "path inside the set"),
-        ("", "contains no pairs"),
-    ],
-)
-def test_lfw_lists_that_are_none(tmp_path, text, message):
-    with pytest.raises(InputError, match=message):
-        read_lfw_pairs(put(tmp_path, text))
 
 
 def test_an_image_that_a_face_list_has_twice_is_not_guessed(tmp_path):
@@ -202,42 +170,6 @@ def test_images_with_other_names_are_found_by_identity_and_number(tmp_path, form
     assert (pairs.left.tolist(), pairs.right.tolist(), pairs.missing) == ([0, 1], [2, 4], 1)
 
 
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        ("Ann;1;2\nAnn;1;Bob;3\n", "line 1: the columns are separated by semicolons; separate them by commas"),
-        ("a.jpg;b.jpg;1\n", "line 1: the columns are separated by semicolons"),
-        ("a\\b.jpg c\\d.jpg 1\n", "path inside the set, got .*; write slashes instead of backslashes"),
-        ("Ann 1 2\rAnn 1 Bob 3\r", "line 1: lines end with CR only; save the file with LF or CRLF line ends"),
-        ("Ann 1 2\r" * 2000, "line 1: lines end with CR only"),
-        ("Ann 1 2\n".encode("utf-16"), "the file is UTF-16 text; save it as UTF-8"),
-        ("Ann 1 2\n".encode("utf-16-be"), "line 1: contains a NUL byte; the file must be UTF-8 text"),
-        ("Jos\xe9 1 2\n".encode("latin-1"), "line 1: byte 0xe9 is not UTF-8 text; save the file as UTF-8"),
-        ("Ann 1 2\na.jpg b.jpg 1\n", "line 2: must be 'name n1 n2' or"),
-        ("a.jpg b.jpg 1\nAnn 1 2\n", "line 2: must be 'path path 0' or 'path path 1', got 'Ann 1 2'"),
-        ("a.jpg b.jpg 2\n", "line 1: must be .*, or 'path path 0|1', got"),
-    ],
-)
-def test_pair_lists_of_another_form_are_told_what_to_change(tmp_path, content, message):
-    with pytest.raises(InputError, match=message):
-        read_lfw_pairs(put(tmp_path, content))
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        ("path;identity\na.jpg;A\n", "line 1: the columns are separated by semicolons; separate them by commas"),
-        ("path\tidentity\na.jpg\tA\n", "line 1: the columns are separated by tabs; separate them by commas"),
-        ("path,identity\na\\b.jpg,A\n", "line 2: the path has backslashes; write slashes, got"),
-        ("path,identity\ra.jpg,A\r", "lines end with CR only"),
-        ("path,identity\na.jpg,A\n".encode("utf-16"), "the file is UTF-16 text; save it as UTF-8"),
-    ],
-)
-def test_face_lists_of_another_form_are_told_what_to_change(tmp_path, content, message):
-    with pytest.raises(InputError, match=message):
-        read_faces(put(tmp_path, content, "faces.csv"))
-
-
 # CALFW and CPLFW
 
 
@@ -278,47 +210,7 @@ def test_counts_other_than_published_are_an_error_unless_asked_for(tmp_path):
     assert len(read_calfw_pairs(path, published=False)) == 5999
 
 
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("a.jpg 1\n", "line 1: the last pair has only one line"),
-        ("a.jpg 1\nb.jpg 0\n", "line 2: both lines of a pair must have the same label"),
-        *((f"a.jpg{end}\nb.jpg{end}\n", "line 1: must be 'image.jpg label'") for end in ("", " x", " -1")),
-        ("../a.jpg 1\nb.jpg 1\n", "path inside the set"),
-        ("", "contains no pairs"),
-    ],
-)
-def test_two_line_lists_that_are_none(tmp_path, text, message):
-    with pytest.raises(InputError, match=message):
-        read_cplfw_pairs(put(tmp_path, text), published=False)
-
-
 # AgeDB
-
-
-def image(name, age=None, form="struct"):
-    if form == "text":
-        return name
-    fields = {"name": name} if age is None else {"name": name, "age": np.array([[float(age)]])}
-    return Record(fields)
-
-
-def agedb_file(
-    folds=10, each=300, form="struct", name="Name_{p}_x_{k}_{s}", packed=True, order="<", labels=None, **kwargs
-):
-    cells = []
-    for fold in range(folds):
-        left, right, found = [], [], []
-        for k in range(2 * each):
-            same = k < each
-            for side, column in enumerate((left, right)):
-                who = f"{fold}{k}" if same or not side else f"{fold}{k}other"
-                text = name.format(p=who, k=k, s=side, age=20 + 30 * side)
-                column.append(image(text, 20 + 30 * side if form == "aged" else None, form))
-            found.append(1.0 if same else -1.0)
-        flags = np.array([found if labels is None else labels(found)])
-        cells.append([Grid([[Record(pairs=Grid([left, right]), labels=flags)]])])
-    return Writer(order).file(packed=packed, other=np.arange(3.0), splits=Grid(cells), **kwargs)
 
 
 @pytest.mark.parametrize(("order", "folds", "each"), [("<", 10, 300), (">", 2, 3)])
@@ -356,57 +248,6 @@ def test_agedb_names_tell_ages_where_they_fit(tmp_path, form):
 def test_people_are_told_only_where_names_agree_with_every_label(tmp_path):
     path = put(tmp_path, agedb_file(2, 3, "text", "{p}_{s}_x", labels=lambda found: [-found[0], *found[1:]]), "x.mat")
     assert read_agedb_pairs(path, published=False).identities is None
-
-
-@pytest.mark.parametrize(
-    ("blob", "message"),
-    [
-        (lambda: agedb_file(1, 3, labels=lambda found: [0, *found[1:]]), r"fold 1: labels must be 1 or -1, got 0\.0"),
-        (lambda: agedb_file(1, 3, labels=lambda found: [np.nan, *found[1:]]), "labels must be 1 or -1, got nan"),
-        (lambda: agedb_file(1, 3, labels=lambda found: found[1:]), r"must hold a \(2, n\) cell of images and n labels"),
-        (lambda: agedb_file(1, 3, form="text", name=" "), "fold 1: an image must be a name"),
-        (lambda: agedb_file(1, 3, form="text", name="a\0b{p}"), "an image must be a path inside the set"),
-        (lambda: Writer().file(splits=np.arange(3.0)), "splits must be a cell of folds"),
-        (lambda: Writer().file(split=np.arange(3.0)), "no variable 'splits'; found 'split'"),
-        (lambda: Writer().file(splits=Grid([["a"]])), r"fold 1: must hold a \(2, n\) cell"),
-        (lambda: Writer().file(), "no variable 'splits'; found none"),
-        (lambda: b"MATLAB 7.3 MAT-file, x".ljust(600), r"MATLAB 7\.3 files \(HDF5\) .* save\(file, '-v7'\)"),
-        (lambda: b"\x89HDF\r\n\x1a\n".ljust(600), "MATLAB 7.3"),
-        (lambda: b"not matlab", "not a MATLAB 5 file"),
-        (lambda: b"", "the protocol of AgeDB is empty"),
-    ],
-)
-def test_agedb_files_that_are_none(tmp_path, blob, message):
-    with pytest.raises(InputError, match=message):
-        read_agedb_pairs(put(tmp_path, blob(), "x.mat"), published=False)
-
-
-def element(kind, *data):
-    return Writer().element(kind, struct.pack(f"{len(data)}i", *data))
-
-
-FLAGS, SHAPE, NAME = element(6, 6, 0), element(5, 1, 1), Writer().element(1, b"splits")
-
-
-@pytest.mark.parametrize(
-    ("parts", "message"),
-    [
-        ([SHAPE], "a matrix without its flags"),
-        ([FLAGS, FLAGS], "a matrix without its shape"),
-        ([FLAGS, element(5, -1, 1)], r"a matrix of \(-1, 1\)"),
-        ([FLAGS, SHAPE, SHAPE], "a matrix without its name"),
-        ([element(6, 0x806, 0), SHAPE, NAME], "complex numbers"),
-        ([element(6, 3, 0), SHAPE, NAME], "a variable of class 3"),
-        ([element(6, 2, 0), SHAPE, NAME, NAME], "a struct without the length of its names"),
-        ([element(6, 4, 0), SHAPE, NAME, Writer().element(16, b"\xff")], "text that does not decode"),
-        ([element(6, 4, 0), SHAPE, NAME, element(9, 1)], "text of more than one row, or of an unknown encoding"),
-        ([FLAGS, SHAPE, NAME, element(16, 1, 1)], "numbers of element type 16"),
-        ([FLAGS, SHAPE, NAME, element(9, 1, 1, 1, 1)], r"\(1, 1\) numbers in 16 bytes"),
-    ],
-)
-def test_broken_variables_of_matlab_are_named(tmp_path, parts, message):
-    with pytest.raises(InputError, match=f"broken MATLAB 5 file: .*{message}"):
-        read_agedb_pairs(put(tmp_path, Writer().file() + Writer().element(14, b"".join(parts)), "x.mat"))
 
 
 def test_matlab_files_cost_no_more_than_their_limit(tmp_path, monkeypatch):

@@ -28,7 +28,7 @@ from kdlib_faces.data import (
 from kdlib_faces.data.formats import columns as columns_module
 from kdlib_faces.data.formats.columns import read_integers
 from kdlib_faces.data.sets import ijb_lists as ijb_lists_module
-from tests.faces.reader_files import put
+from tests.faces.reader_files import Shown, feature_head, points_text, put
 
 THREE = (np.int64,) * 3
 QUIET = [HealthCheck.function_scoped_fixture]
@@ -58,29 +58,6 @@ def test_columns_are_what_int_reads(tmp_path, rows, mark, end, closed, block):
     assert found.tolist() == [list(row) for row in rows]
 
 
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("1 2 3\n4 5\n6 7 8\n", r"list\.txt line 2: must be 3 whole numbers, got '4 5'; this is not a list"),
-        ("1 2 3\n4 5 6 7\n8 9\n", "line 2: must be 3 whole numbers"),
-        ("1 2 3 4 5 6\n", "line 1: must be 3"),
-        ("1 2\n3 4 5 6\n", "line 1: must be 3"),
-        ("1 2 3\n\n1 2 x\n", "line 3: must be 3"),
-        *((f"1 2 {number}\n", "line 1") for number in ("-3", "3.0", "1e3", ":", "/", "12345678901234567")),
-        *((text, "line 1|control characters") for text in ("1,2,3\n", b"1\0 2 3\n", b"1 2\x0b3\n", b"1 2 3\x0c\n")),
-        *((text, "line 2") for text in ("1 2 3\n1 2 \xb2\n", b"1 2 3\n1 2 \xff\n")),
-        ("", "the list is empty"),
-        ("\n \n", "the list is empty"),
-        ("1 2 3" + " " * 9000 + "4\n", "line 1: must be 3 whole numbers"),
-        ("1" * 20_000_00, "a line is longer than 8192 bytes"),
-        ("1 2 3\n" * 101, "more than 100 rows; this is not a list"),
-    ],
-)
-def test_columns_that_are_none(tmp_path, text, message):
-    with pytest.raises(InputError, match=message):
-        read_integers(put(tmp_path, text), THREE, what="list", max_rows=100)
-
-
 def test_lines_that_grow_longer_or_shorter_make_no_difference(tmp_path):
     """The first block determines the allocation."""
     for first, second in ((b"1 2 1\n", b"1000000 2000000 1\n"), (b"1000000 2000000 1\n", b"1 2 1\n")):
@@ -97,8 +74,6 @@ def test_the_line_is_named_far_into_the_file(tmp_path):
 
 
 # IJB
-
-TEN = "1 " * 10
 
 
 def ijb_lists(folder, name="ijbc", images=60, subjects=5):
@@ -213,38 +188,6 @@ def test_landmarks_in_another_order_are_named(tmp_path):
         read_ijb_landmarks(path, templates=templates)
 
 
-@pytest.mark.parametrize(
-    ("reader", "text", "message"),
-    [
-        *(
-            (read_ijb_templates, f"1.jpg 1{end}\n", "line 1: must be 'image template medium'")
-            for end in ("", " x", " -2")
-        ),
-        (read_ijb_templates, "1.jpg 1 2\n1.jpg 1 3\n", r"image 2: '1\.jpg' occurs twice"),
-        (read_ijb_templates, "../1.jpg 1 2\n", "image 1: must be a path inside the set"),
-        (read_ijb_templates, "", "the list is empty"),
-        *(
-            (read_ijb_landmarks, f"1.jpg {end}\n", "line 1: must be 'image' and 11 numbers")
-            for end in ("1 2 3", TEN + "x")
-        ),
-        *(
-            (read_ijb_landmarks, f"1.jpg {TEN}{end}\n", "image 1: .* must have 11 finite numbers")
-            for end in ("nan", "1e99")
-        ),
-        (read_ijb_pairs, "1 2 2\n", "pair 1: the label must be 0 or 1, got 2"),
-        (read_ijb_pairs, "1 2 1\n1 2\n", "line 2: must be 3 whole numbers, got '1 2'"),
-        (read_ijb_subjects, "", "must start with a header line"),
-        (read_ijb_subjects, "1,2\n3,4\n", "must start with a header line, got '1,2'"),
-        (read_ijb_subjects, "T,S\n", "a header and no rows"),
-        *((read_ijb_subjects, f"T,S\n1{end}\n", "line 2: must start with 'template,subject'") for end in ("", ",x")),
-        (read_ijb_subjects, "T,S\n1,2\n1,3\n", "line 3: template 1 has two subjects, 2 and 3"),
-    ],
-)
-def test_lists_of_ijb_that_are_none(tmp_path, reader, text, message):
-    with pytest.raises(InputError, match=message):
-        reader(put(tmp_path, text))
-
-
 def test_pairs_take_little_more_memory_than_they_are(tmp_path):
     rows = 300_000
     path = put(tmp_path, b"12345 23456 0\n" * rows)
@@ -269,33 +212,8 @@ def test_features_come_back(tmp_path, numbers):
     np.testing.assert_array_equal(read_feature_file(path), np.array(numbers, np.float32))
 
 
-def head(rows, columns=1, stride=4, kind=5):
-    return struct.pack("<4i", rows, columns, stride, kind)
-
-
-@pytest.mark.parametrize(
-    ("blob", "message"),
-    [
-        (b"", "a feature file has at least 16 bytes, got 0"),
-        (head(2)[:15], "at least 16 bytes, got 15"),
-        (head(2) + bytes(7), "2 numbers need 8 bytes, the file has 7"),
-        (head(2) + bytes(9), "2 numbers need 8 bytes, the file has 9"),
-        (head(2, kind=6) + bytes(16), r"the header must be \(d, 1, 4, 5\) for d float32 numbers, got \(2, 1, 4, 6\)"),
-        *(
-            (head(*values), "the header must be")
-            for values in ((2, 1, 8), (0,), (-1,), (2**31 - 1,), (2**16, 2**16, 2**18))
-        ),
-        (head(2) + struct.pack("<2f", 1, float("nan")), "number 1 is not finite"),
-        (head(2) + struct.pack("<2f", float("inf"), 1), "number 0 is not finite"),
-    ],
-)
-def test_feature_files_that_are_none(tmp_path, blob, message):
-    with pytest.raises(InputError, match=message):
-        read_feature_file(put(tmp_path, blob))
-
-
 def test_a_row_of_columns_is_a_feature_too(tmp_path):
-    blob = head(1, 3, 12) + struct.pack("<3f", 1, 2, 3)
+    blob = feature_head(1, 3, 12) + struct.pack("<3f", 1, 2, 3)
     assert read_feature_file(put(tmp_path, blob)).tolist() == [1, 2, 3]
     for wrong in ([], [[1.0]], [np.nan]):
         with pytest.raises(ValueError, match="feature must be"):
@@ -313,40 +231,13 @@ def test_template_lists(tmp_path):
     assert read_template_list(put(tmp_path, '{"path": ["a"], "id": [7]}')).ids == ("7",)
 
 
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        *((text, "not a JSON file") for text in ("{", b"\xff\xfe\xff", "[" * 100_000)),
-        ("[]", "must be an object with 'path', a list of texts"),
-        *((f'{{"path": {value}}}', "must be an object with 'path'") for value in ("[]", "[1]", '"a"')),
-        ('{"path": ["a", "a"]}', "path 1 occurs twice: 'a'"),
-        *(
-            (f'{{"path": ["{name}"]}}', "path 0 must lie inside the set")
-            for name in ("../a", "/a", "", "\\u0000", "\\ud800")
-        ),
-        ('{"path": ["a"], "id": ["1", "2"]}', "1 paths and 2 ids; there must be one id per path"),
-        ('{"path": ["a"], "id": [true]}', "'id' must be a list of texts or whole numbers"),
-        ('{"path": ["a"], "id": "1"}', "'id' must be a list"),
-        ("", "the template list is empty"),
-    ],
-)
-def test_template_lists_that_are_none(tmp_path, text, message):
-    with pytest.raises(InputError, match=message):
-        read_template_list(put(tmp_path, text, "list.json"))
-
-
 def test_features_come_in_shards_and_missing_ones_are_said(tmp_path):
     images = TemplateList(tuple(f"{k % 3}/{k}.jpg" for k in range(10)))
     features = np.random.default_rng(0).normal(size=(10, 4)).astype(np.float32)
     for image, feature in zip(images.paths, features, strict=True):
         write_feature_file(tmp_path / f"{image}_r50.bin", feature)
-    seen = []
-
-    def progress(items, label):
-        seen.append(label)
-        return items
-
-    kept = FeatureSet(tmp_path, images, "_r50.bin", rows=4, progress=progress)
+    seen = Shown()
+    kept = FeatureSet(tmp_path, images, "_r50.bin", rows=4, progress=seen)
     for _ in range(2):
         shards = list(kept)
         assert [shard.shape for shard in shards] == [(4, 4), (4, 4), (2, 4)]
@@ -368,10 +259,6 @@ def test_features_come_in_shards_and_missing_ones_are_said(tmp_path):
 # Landmarks
 
 
-def points_text(points):
-    return f"version: 1\nn_points: {len(points)}\n{{\n" + "".join(f"{x} {y}\n" for x, y in points) + "}\n"
-
-
 def test_sixty_eight_points_and_five_of_them(tmp_path):
     points = np.random.default_rng(0).uniform(0, 500, (68, 2)).round(3)
     found = read_points(put(tmp_path, points_text(points), "001a02.pts"))
@@ -383,26 +270,6 @@ def test_sixty_eight_points_and_five_of_them(tmp_path):
     np.testing.assert_array_equal(five_points(np.stack([found] * 3))[2], five)
     with pytest.raises(ValueError, match=r"points must be \(..., 68, 2\), got \(5, 2\)"):
         five_points(five)
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        (points_text([(1, 2)] * 67), "count is 68, got 67 points"),
-        (points_text([(1, 2)] * 68).replace("68", "70", 1), "n_points is 70, got 68 points"),
-        (points_text([(1, 2)] * 68)[:-2], "must be enclosed in braces; the file is truncated"),
-        (points_text([(1, 2)] * 68) + "1 2\n", "nothing may follow the closing brace"),
-        ("n_points: x\n{\n}\n", "n_points must be a whole number"),
-        ("hello\n", "line 1: must be 'version: 1', 'n_points: n' or an opening brace"),
-        *((f"{{\n1 {end}\n}}\n", "line 2: must be 'x y'") for end in ("2 3", "x")),
-        *((f"{{\n1 {end}\n}}\n", "line 2: a point must be within a million pixels") for end in ("nan", "inf")),
-        ("", "must be enclosed in braces"),
-        ("{\n" + "1 2\n" * 10_002, "more than 10,000 points"),
-    ],
-)
-def test_points_files_that_are_none(tmp_path, text, message):
-    with pytest.raises(InputError, match=message):
-        read_points(put(tmp_path, text, "x.pts"))
 
 
 # Longitudinal lists
@@ -419,32 +286,3 @@ def test_ages_and_dates_become_years(tmp_path):
     np.testing.assert_allclose(dates.elapsed, dates.years - dates.years[4])
     np.testing.assert_allclose(ages.elapsed, [0, 29.5, 0])
     assert repr(dates) == "<LongitudinalList: 5 images, 1 identities, up to 39.5 years>"
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("", "the longitudinal list is empty; its first line must name the columns path, identity, age, date"),
-        ("path,identity\n", "exactly one of the columns 'age' and 'date' is needed, got neither"),
-        ("path,identity,age,date\n", "exactly one of the columns 'age' and 'date' is needed, got both"),
-        ("path,person,age\n", "no column named 'identity'"),
-        ("path,path,identity,age\n", "the column 'path' occurs 2 times"),
-        ("path,identity,age\n", "a header and no rows"),
-        ("path,identity,age\na,A,1\nb,B,2\n", "no identity has two images"),
-        ("path,identity,age\na,A,1\na,A,2\n", r"line 3: the image 'a' is listed already \(.*people.csv line 2\)"),
-        *(
-            (f"path,identity,age\na,A,{age}\n", "line 2: age must be a number from 0 to 130")
-            for age in ("", "nan", "131")
-        ),
-        *(
-            (f"path,identity,date\na,A,{date}\n", "line 2: date must be YYYY-MM-DD")
-            for date in ("2001-13-01", "2001-02-30", "01.02.2001", "0000", "")
-        ),
-        ("path,identity,age\n,A,1\n", "line 2: path is empty"),
-        ("path,identity,age\na,--,1\n", "line 2: identity must contain a letter or a digit"),
-        ("path,identity,age\na,A\n", "line 2: the header has 3 columns, this line has 2"),
-    ],
-)
-def test_longitudinal_lists_that_are_none(tmp_path, text, message):
-    with pytest.raises(InputError, match=message):
-        read_longitudinal(put(tmp_path, text, "people.csv"))
