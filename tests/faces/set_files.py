@@ -19,6 +19,7 @@ from tests.faces.matlab_file import Grid, Record, Writer
 from tests.faces.reader_files import put
 
 SIDE = 32
+FAST = EvaluateConfig(replicates=30, num_failures=2, batch_size=16, fars=(0.1, 0.001))
 _BASES = np.random.default_rng(0).integers(0, 256, (64, 8, 8, 3))
 
 

@@ -1,41 +1,33 @@
 """`kdlib-faces train --recipe age_teacher`, and the commands that read its result."""
 
-import csv
 from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 import torch
-from PIL import Image
 
 from kdlib_faces.backbones import save_backbone
 from kdlib_faces.cli import main
 from kdlib_faces.data.synthetic import SyntheticFaces
 from kdlib_faces.teachers import load_teacher
+from tests.faces.cache_files import put_list, train
 from tests.faces.small_networks import IMAGES, small_backbone
 
 
 def _list(folder: Path, column: str, values: Sequence[str] = ()) -> Path:
     """A list of 8 identities with 4 images each; without `values`, ages as they are drawn, some unknown."""
     faces = SyntheticFaces(8, 4, 32, 3)
-    with (folder / "faces.csv").open("w", newline="") as file:
-        rows = csv.writer(file)
-        rows.writerow(["path", "identity", column])
-        for row, pixels in enumerate(faces.images()):
-            Image.fromarray(pixels.permute(1, 2, 0).numpy()).save(folder / f"{row}.png")
-            age = float(faces.ages[row])
-            known = f"{age:.1f}" if column == "age" else ("young" if age < 40 else "adult")
-            value = values[row % len(values)] if values else (known if row % 7 else "")
-            rows.writerow([f"{row}.png", f"p{int(faces.labels[row])}", value])
+    rows = []
+    for row, (label, age) in enumerate(zip(faces.labels.tolist(), faces.ages.tolist(), strict=True)):
+        known = f"{age:.1f}" if column == "age" else ("young" if age < 40 else "adult")
+        rows.append(f"p{label},{values[row % len(values)] if values else (known if row % 7 else '')}")
     save_backbone(small_backbone(), folder / "start.pt")
-    return folder / "faces.csv"
+    pixels = faces.images().permute(0, 2, 3, 1).numpy()
+    return put_list(folder, f"identity,{column}", zip(pixels, rows, strict=True))
 
 
 def _train(folder: Path, recipe: str, teachers: Sequence[str], *settings: str, output: str = "age") -> int:
-    words = ["train", "--recipe", recipe, "--faces", str(folder / "faces.csv"), "--quiet"]
-    words += ["--output", str(folder / output)]
-    words += [word for name in teachers for word in ("--teacher", str(folder / name))]
-    return main([*words, *(word for entry in settings for word in ("--set", entry))])
+    return train(folder, recipe, folder / output, *settings, teachers=teachers)
 
 
 @pytest.mark.parametrize(("method", "column"), [("dal", "age"), ("mtlface", "age_group"), ("pairs", "age")])

@@ -247,13 +247,19 @@ def _expanded(state: dict[str, Tensor]) -> dict[str, Tensor]:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda c: c["state"].pop("age_branch.0.weight"), r"\(1\): age_branch.0.weight is missing"),
-        (lambda c: c["state"].update(more=torch.ones(2)), r"\(1\): more is unexpected"),
-        (lambda c: c["state"].update({"age_branch.0.bias": None}), r"\(1\): age_branch.0.bias is missing"),
-        (lambda c: c["state"].update({"age_branch.0.bias": torch.ones(3)}), r"age_branch.0.bias must be \(16,\)"),
-        (lambda c: c["state"]["age_branch.0.bias"].fill_(NAN), "age_branch.0.bias holds NaN"),
-        (lambda c: c["state"]["backbone.bn.running_var"].fill_(-1), "backbone.bn.running_var holds negative variances"),
-        (lambda c: c["state"].update(_expanded(c["state"])), "claims more values"),
+        (lambda c: c["state"].pop("age_branch.0.weight"), r"missing \(1\): age_branch.0.weight"),
+        (lambda c: c["state"].update(more=torch.ones(2)), r"unexpected \(1\): more"),
+        (lambda c: c["state"].update({"age_branch.0.bias": None}), "age_branch.0.bias is not a floating-point tensor"),
+        (
+            lambda c: c["state"].update({"age_branch.0.bias": torch.ones(3)}),
+            r"age_branch.0.bias is \(3,\) in the file, \(16,\)",
+        ),
+        (lambda c: c["state"]["age_branch.0.bias"].fill_(NAN), "contains NaN or infinite values in age_branch.0.bias"),
+        (
+            lambda c: c["state"]["backbone.bn.running_var"].fill_(-1),
+            "contains negative variances in backbone.bn.running_var",
+        ),
+        (lambda c: c["state"].update(_expanded(c["state"])), "declares more values"),
         (lambda c: c.update(kind="gan"), "teacher of kind 'gan'"),
         (lambda c: c.update(backbone="mbfx"), "does not describe a teacher"),
         (lambda c: c["options"].update(more=1), "unknown arguments"),

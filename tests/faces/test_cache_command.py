@@ -6,8 +6,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
@@ -23,7 +21,7 @@ from kdlib_faces.data.batches import FaceBatches
 from kdlib_faces.data.images import load_images
 from kdlib_faces.data.lists import read_faces
 from kdlib_faces.data.seeded_views import SeededViews
-from tests.faces.cache_files import COUNT, build, build_words, fails, make_faces, run
+from tests.faces.cache_files import COUNT, build, build_words, fails, make_faces, run, settings, wait_until
 
 
 @pytest.fixture(scope="module")
@@ -110,18 +108,7 @@ def test_an_interrupted_build_resumes(faces_folder: Path, tmp_path: Path, capsys
 
 @pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGKILL])
 def test_workers_end_with_their_parent(faces_folder: Path, tmp_path: Path, sent: signal.Signals) -> None:
-    options = [
-        "--workers",
-        "2",
-        "--views",
-        "200",
-        "--set",
-        "augment.rotate=5",
-        "--set",
-        "batch_size=1",
-        "--set",
-        "sync_seconds=0",
-    ]
+    options = ("--workers", "2", "--views", "200", *settings("augment.rotate=5", "batch_size=1", "sync_seconds=0"))
     command = [sys.executable, "-m", "kdlib_faces", *map(str, words(faces_folder, tmp_path / "c", *options))]
     parent = subprocess.Popen(command, start_new_session=True, stderr=subprocess.DEVNULL)
 
@@ -144,20 +131,10 @@ def test_workers_end_with_their_parent(faces_folder: Path, tmp_path: Path, sent:
         assert not list((tmp_path / "c").glob(".*"))
 
 
-def wait_until(condition: Callable[[], bool]) -> bool:
-    deadline = time.monotonic() + 60
-    while not (found := condition()) and time.monotonic() < deadline:
-        time.sleep(0.02)
-    return found
-
-
-def test_an_onnx_teacher(tmp_path: Path, faces_folder: Path, capsys) -> None:
-    pytest.importorskip("onnxruntime")
-    pytest.importorskip("onnx")
+def test_an_onnx_teacher(tmp_path: Path, faces_folder: Path, graph: Path, capsys) -> None:
     from kdlib_faces.teachers import OnnxTeacher
     from tests.faces.tiny_graph import tiny_graph
 
-    graph = tiny_graph(tmp_path / "net.onnx")
     build(faces_folder, graph, tmp_path / "c", "--tap", "grid=middle", "--views", 1)
     images = load_images(read_faces(faces_folder / "faces.csv"), 112).float().sub(127.5).div(127.5)
     wanted = OnnxTeacher(graph, {"embedding": None, "grid": "middle"})(images)
@@ -199,20 +176,8 @@ def test_the_student_sees_the_view_whose_output_is_cached(faces_folder: Path, tm
     tap = load_backbone(faces_folder / "general.pt").stages[-1]
     augmented = ["--set", "augment.mirror=0.5", "--set", "augment.rotate=20", "--set", "augment.low_resolution=0.5",
                  "--set", "augment.erase=0.5", "--set", "augment.brightness=0.2"]  # fmt: skip
-    build(
-        faces_folder,
-        "general.pt",
-        tmp_path / "c",
-        "--views",
-        3,
-        "--seed",
-        4,
-        *augmented,
-        "--tap",
-        tap,
-        "--dtype",
-        "float32",
-    )
+    options = ("--views", 3, "--seed", 4, *augmented, "--tap", tap, "--dtype", "float32")
+    build(faces_folder, "general.pt", tmp_path / "c", *options)
     cache = TeacherCache.open(tmp_path / "c")
     views = SeededViews.from_text(cache.notes["views"])
     assert (views.count, views.seed) == (3, 4)

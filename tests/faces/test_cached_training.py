@@ -5,7 +5,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +20,7 @@ from kdlib_faces.data.lists import read_faces
 from kdlib_faces.recipes import LIAADConfig
 from kdlib_faces.recipes import build as build_recipe
 from kdlib_faces.recipes.liaad import features_read
-from tests.faces.cache_files import COUNT, SIZE, build, fails, make_faces, run, settings
+from tests.faces.cache_files import COUNT, SIZE, build, fails, make_faces, run, settings, wait_until
 
 PLAIN = [f"augment.{name}=0" for name in ["mirror", "brightness", "contrast", "gamma", "shift", "scale", "rotate"]]
 PLAIN += ["augment.low_resolution=0", "augment.grayscale=0"]
@@ -209,12 +208,9 @@ def test_sigterm_and_sigkill_leave_the_same_student(faces_folder: Path, tmp_path
     log = tmp_path / "interrupted" / "log.jsonl"
     for sent in (signal.SIGTERM, signal.SIGKILL):
         process = process_of("interrupted")
-        before, deadline = log.stat().st_size if log.exists() else 0, time.monotonic() + 120
-        while process.poll() is None and time.monotonic() < deadline:
-            if log.exists() and log.stat().st_size > before:
-                process.send_signal(sent)
-                break
-            time.sleep(0.002)
+        before = log.stat().st_size if log.exists() else 0
+        assert wait_until(lambda before=before: log.exists() and log.stat().st_size > before, 120)
+        process.send_signal(sent)
         assert process.wait(60) != 0
     assert list((tmp_path / "interrupted" / "checkpoints").iterdir())
     assert not (tmp_path / "interrupted" / "model.pt").exists()
@@ -254,12 +250,7 @@ def test_a_folder_of_another_run_is_refused(faces_folder: Path, tmp_path: Path, 
     assert "holds checkpoints without a readable run.json" in message
 
 
-def test_an_onnx_teacher_needs_no_tap_name(faces_folder: Path, tmp_path: Path, capsys) -> None:
-    pytest.importorskip("onnxruntime")
-    pytest.importorskip("onnx")
-    from tests.faces.tiny_graph import tiny_graph
-
-    graph = tiny_graph(tmp_path / "net.onnx")
+def test_an_onnx_teacher_needs_no_tap_name(faces_folder: Path, tmp_path: Path, graph: Path, capsys) -> None:
     held = build(faces_folder, str(graph), tmp_path / "c", "--tap", "map=stage2")
     assert json.loads(TeacherCache.open(held).notes["taps"]) == {"map": "middle"}
     assert TeacherCache.open(held).features == {"embedding": (16,), "map": (6, 14, 14)}
@@ -270,12 +261,9 @@ def test_an_onnx_teacher_needs_no_tap_name(faces_folder: Path, tmp_path: Path, c
         assert sorted(losses(tmp_path / name)[0]) == ["attention", "embedding", "identity", "map"]
 
 
-def test_a_network_without_maps_names_the_setting(faces_folder: Path, tmp_path: Path, capsys, monkeypatch) -> None:
-    pytest.importorskip("onnxruntime")
-    pytest.importorskip("onnx")
-    from tests.faces.tiny_graph import tiny_graph
-
-    graph = tiny_graph(tmp_path / "net.onnx")
+def test_a_network_without_maps_names_the_setting(
+    faces_folder: Path, tmp_path: Path, graph: Path, capsys, monkeypatch
+) -> None:
     monkeypatch.setattr("kdlib_faces.teachers.open.suggest_taps", lambda path, layout: {})
     message = fails(capsys, *command(faces_folder, tmp_path / "run", "general", graph))
     assert (

@@ -23,18 +23,7 @@ from kdlib_faces.backbones import MobileFaceNet, describe_checkpoint, load_backb
 from kdlib_faces.heads import ArcFaceHead
 from tests.faces.checkpoint_files import FORMATS, faces, refused, saved, small, zipped
 
-WRAPPERS = (
-    b"state_dict",
-    b"model",
-    b"net",
-    b"student",
-    b"encoder",
-    b"module",
-    b"weights",
-    b"params",
-    b"ema",
-    b"backbone",
-)
+WRAPPERS = b"state_dict model net student encoder module weights params ema backbone".split()
 
 
 class Dictionary(dict):

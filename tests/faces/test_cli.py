@@ -4,52 +4,34 @@ import errno
 import time
 from pathlib import Path
 
-import numpy as np
 import pytest
-from PIL import Image
 
 from kdlib_faces._checks import InputError
 from kdlib_faces.backbones import build_backbone
 from kdlib_faces.cli import main
+from tests.faces.cache_files import fails, noise, put_list, run, settings
 
 
 @pytest.fixture
 def faces(tmp_path: Path) -> Path:
-    rows = ["path,identity,age_group"]
-    for identity in range(6):
-        for group in ("young", "adult"):
-            name = f"p{identity}_{group}.png"
-            pixels = np.random.default_rng(identity).integers(0, 255, (32, 32, 3), dtype=np.uint8)
-            Image.fromarray(pixels).save(tmp_path / name)
-            rows.append(f"{name},p{identity},{group}")
-    (tmp_path / "faces.csv").write_text("\n".join(rows) + "\n")
-    return tmp_path / "faces.csv"
-
-
-def _fails(capsys: pytest.CaptureFixture[str], *words: object) -> str:
-    assert main([str(word) for word in words]) == 2
-    lines = capsys.readouterr().err.strip().splitlines()
-    errors = [line for line in lines if line.startswith("kdlib-faces: error: ")]
-    assert len(errors) == 1
-    assert lines[-1] == errors[0]
-    assert "Traceback" not in "\n".join(lines)
-    return errors[0]
+    rows = ((noise(identity), f"p{identity},{group}") for identity in range(6) for group in ("young", "adult"))
+    return put_list(tmp_path, "identity,age_group", rows)
 
 
 def _train(faces: object, output: Path, *more: str) -> list[object]:
     sizes = ["training.steps=2", "training.batch_size=4", "recipe.input_size=32", "recipe.width=0.25"]
-    settings = [word for entry in (*sizes, "recipe.embedding_dim=16") for word in ("--set", entry)]
-    return ["train", "--recipe", "student", "--quiet", "--faces", faces, "--output", output, *settings, *more]
+    words = ["train", "--recipe", "student", "--quiet", "--faces", faces, "--output", output]
+    return [*words, *settings(*sizes, "recipe.embedding_dim=16"), *more]
 
 
 def test_a_student_trains_and_its_file_is_inspected_and_evaluated(faces: Path, tmp_path: Path, capsys) -> None:
     output = tmp_path / "run"
-    assert main([str(word) for word in _train(faces, output)]) == 0
+    assert run(*_train(faces, output)) == 0
     assert main(["inspect", str(output / "model.pt")]) == 0
     assert "MobileFaceNet(embedding_dim=16, width=0.25, input_size=32)" in capsys.readouterr().out
     report = tmp_path / "report"
     words = ["evaluate", "--quiet", "--model", output / "model.pt", "--faces", faces, "--output", report]
-    assert main([str(word) for word in words]) == 0
+    assert run(*words) == 0
     assert (report / "report.html").exists()
     (report / "report.md").unlink()
     assert main(["report", str(report)]) == 0
@@ -73,32 +55,32 @@ def test_inspect_prints_published_counts_and_describes_a_list(faces: Path, capsy
 
 
 def test_missing_files(tmp_path: Path, faces: Path, capsys) -> None:
-    assert "no.csv" in _fails(capsys, *_train(tmp_path / "no.csv", tmp_path / "o"))
-    (tmp_path / "p0_young.png").unlink()
-    assert "p0_young.png" in _fails(capsys, *_train(faces, tmp_path / "o"))
-    assert "no.pt: file not found" in _fails(capsys, "inspect", tmp_path / "no.pt")
+    assert "no.csv" in fails(capsys, *_train(tmp_path / "no.csv", tmp_path / "o"))
+    (tmp_path / "0.png").unlink()
+    assert "0.png" in fails(capsys, *_train(faces, tmp_path / "o"))
+    assert "no.pt: file not found" in fails(capsys, "inspect", tmp_path / "no.pt")
     assert not (tmp_path / "o").exists()
 
 
 def test_an_unreadable_image_is_named(tmp_path: Path, faces: Path, capsys) -> None:
-    (tmp_path / "p3_adult.png").write_bytes(b"not an image")
-    assert "p3_adult.png: not a readable image" in _fails(capsys, *_train(faces, tmp_path / "o"))
+    (tmp_path / "7.png").write_bytes(b"not an image")
+    assert "7.png: not a readable image" in fails(capsys, *_train(faces, tmp_path / "o"))
     assert not (tmp_path / "o").exists()
 
 
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("path,person\np0_young.png,a\n", "identity"),
-        ("path,identity,age\np0_young.png,a,old\np1_young.png,b,3\n", "old"),
-        ("path,identity\np0_young.png,a\np0_adult.png,a\n", "at least two identities"),
+        ("path,person\n0.png,a\n", "identity"),
+        ("path,identity,age\n0.png,a,old\n2.png,b,3\n", "old"),
+        ("path,identity\n0.png,a\n1.png,a\n", "at least two identities"),
         ("", "empty"),
     ],
 )
 def test_broken_lists(tmp_path: Path, faces: Path, capsys, content: str, message: str) -> None:
     broken = tmp_path / "broken.csv"
     broken.write_text(content)
-    line = _fails(capsys, *_train(broken, tmp_path / "o"))
+    line = fails(capsys, *_train(broken, tmp_path / "o"))
     assert "broken.csv" in line
     assert message in line
 
@@ -107,31 +89,26 @@ def test_a_corrupt_onnx_file(tmp_path: Path, faces: Path, capsys) -> None:
     pytest.importorskip("onnxruntime")
     bad = tmp_path / "bad.onnx"
     bad.write_bytes(b"<html>404</html>")
-    line = _fails(capsys, "demo", "--faces", faces, "--teacher", bad, "--teacher", bad, "--output", tmp_path / "o")
+    line = fails(capsys, "demo", "--faces", faces, "--teacher", bad, "--teacher", bad, "--output", tmp_path / "o")
     assert "bad.onnx" in line
-    assert "bad.onnx" in _fails(capsys, "inspect", bad)
+    assert "bad.onnx" in fails(capsys, "inspect", bad)
 
 
-def test_a_wrong_tap_is_named_with_the_nearest(tmp_path: Path, faces: Path, capsys) -> None:
-    pytest.importorskip("onnxruntime")
-    pytest.importorskip("onnx")
-    from tests.faces.tiny_graph import tiny_graph
-
-    graph = tiny_graph(tmp_path / "net.onnx")
+def test_a_wrong_tap_is_named_with_the_nearest(tmp_path: Path, faces: Path, graph: Path, capsys) -> None:
     command = ["demo", "--faces", faces, "--teacher", graph, "--teacher", graph, "--output", tmp_path / "o"]
-    line = _fails(capsys, *command, "--tap", "middle", "--tap", "midle")
+    line = fails(capsys, *command, "--tap", "middle", "--tap", "midle")
     assert "midle" in line
     assert "the nearest are 'middle'" in line
-    assert "once for each teacher (2)" in _fails(capsys, *command, "--tap", "middle")
+    assert "once for each teacher (2)" in fails(capsys, *command, "--tap", "middle")
     assert not (tmp_path / "o").exists()
 
 
 def test_wrong_settings_and_flags(tmp_path: Path, faces: Path, capsys) -> None:
-    assert "no setting named 'student_step'" in _fails(capsys, "demo", "--set", "student_step=3")
-    assert "the nearest are 'student_steps'" in _fails(capsys, "demo", "--set", "student_step=3")
-    assert "size" in _fails(capsys, "demo", "--set", "size=3")
-    assert "must be given together" in _fails(capsys, "demo", "--faces", faces, "--output", tmp_path / "o")
-    assert "--steps must be" in _fails(capsys, "demo", "--steps", "some")
+    assert "no setting named 'student_step'" in fails(capsys, "demo", "--set", "student_step=3")
+    assert "the nearest are 'student_steps'" in fails(capsys, "demo", "--set", "student_step=3")
+    assert "size" in fails(capsys, "demo", "--set", "size=3")
+    assert "must be given together" in fails(capsys, "demo", "--faces", faces, "--output", tmp_path / "o")
+    assert "--steps must be" in fails(capsys, "demo", "--steps", "some")
     for flag, value in (
         ("--threads", "0"),
         ("--threads", "9" * 9),
@@ -139,15 +116,15 @@ def test_wrong_settings_and_flags(tmp_path: Path, faces: Path, capsys) -> None:
         ("--seed", "-1"),
         ("--seed", "1.5"),
     ):
-        assert f"{flag}: must be a whole number from" in _fails(capsys, "demo", flag, value)
-    assert "recipe must be one of" in _fails(capsys, "train", "--recipe", "best", "--faces", faces)
-    assert "two teachers" in _fails(capsys, "train", "--faces", faces)
-    assert "invalid choice: 'dance'" in _fails(capsys, "dance")
-    assert "no option named '--facse'; the nearest are '--faces'" in _fails(capsys, "train", "--facse", "x")
-    assert "no option named '--techer'; the nearest are '--teacher'" in _fails(capsys, "cache", "build", "--techer=x")
-    assert "the nearest are 'recipe.width'" in _fails(capsys, "train", "--recipe", "student", "--set", "width=0.5")
-    assert r"no\x1b.csv" in _fails(capsys, "train", "--recipe", "student", "--faces", "no\x1b.csv")
-    assert len(_fails(capsys, "demo", "--set", f"{'a' * 9000}=1")) < 2100
+        assert f"{flag}: must be a whole number from" in fails(capsys, "demo", flag, value)
+    assert "recipe must be one of" in fails(capsys, "train", "--recipe", "best", "--faces", faces)
+    assert "two teachers" in fails(capsys, "train", "--faces", faces)
+    assert "invalid choice: 'dance'" in fails(capsys, "dance")
+    assert "no option named '--facse'; the nearest are '--faces'" in fails(capsys, "train", "--facse", "x")
+    assert "no option named '--techer'; the nearest are '--teacher'" in fails(capsys, "cache", "build", "--techer=x")
+    assert "the nearest are 'recipe.width'" in fails(capsys, "train", "--recipe", "student", "--set", "width=0.5")
+    assert r"no\x1b.csv" in fails(capsys, "train", "--recipe", "student", "--faces", "no\x1b.csv")
+    assert len(fails(capsys, "demo", "--set", f"{'a' * 9000}=1")) < 2100
 
 
 @pytest.mark.parametrize(
@@ -164,7 +141,7 @@ def test_wrong_settings_and_flags(tmp_path: Path, faces: Path, capsys) -> None:
 )  # fmt: skip
 def test_sizes_beyond_reason_are_refused_at_once(words: list[str], setting: str, tmp_path: Path, capsys) -> None:
     start = time.monotonic()
-    line = _fails(capsys, *words, "--set", setting, "--output", tmp_path / "o")
+    line = fails(capsys, *words, "--set", setting, "--output", tmp_path / "o")
     assert f"{setting}: " in line
     assert "<=" in line
     assert time.monotonic() - start < 20
@@ -181,7 +158,7 @@ def test_a_full_disk_is_one_line_and_leaves_no_model(tmp_path: Path, faces: Path
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr("torch.save", full)
-    assert "space" in _fails(capsys, *_train(faces, tmp_path / "o"))
+    assert "space" in fails(capsys, *_train(faces, tmp_path / "o"))
     assert not list(tmp_path.rglob("model.pt"))
 
 

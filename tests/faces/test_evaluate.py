@@ -9,19 +9,14 @@ import pytest
 import torch
 from PIL import Image
 
-from kdlib_faces import cli
 from kdlib_faces.backbones import MobileFaceNet, save_backbone
 from kdlib_faces.data.lists import read_faces
 from kdlib_faces.harness.embeddings import embed_set, open_model, read_embeddings
 from kdlib_faces.harness.image_sets import images_of_files
+from tests.faces.cache_files import run
 
 IDENTITIES, EACH = 6, 4
-
-
-@pytest.fixture(autouse=True)
-def no_figures(monkeypatch):
-    """Drawing is tested with the report, and takes most of the time."""
-    monkeypatch.setattr("kdlib_faces.report.files._jobs", lambda view: {})
+pytestmark = pytest.mark.usefixtures("no_figures")
 
 
 @pytest.fixture
@@ -46,10 +41,6 @@ def folder(tmp_path):
     return tmp_path
 
 
-def run(*words):
-    return cli.main([str(word) for word in words])
-
-
 def fails(capsys, *words, code=2):
     assert run(*words) == code
     lines = capsys.readouterr().err.strip().splitlines()
@@ -63,10 +54,15 @@ def evaluate(folder, *more):
     return ["evaluate", "--faces", folder / "faces.csv", "--output", folder / "out", *fast, *more]
 
 
+def reported(folder, *words):
+    """Run the command that writes to `folder`, and read its report."""
+    assert run(*words) == 0
+    return json.loads((folder / "out/report.json").read_text())
+
+
 def test_embeddings_from_a_file_are_evaluated(folder):
     words = evaluate(folder, "--embeddings", folder / "good.npy", "--pairs", folder / "pairs.txt", "--seed", 7)
-    assert run(*words) == 0
-    report = json.loads((folder / "out/report.json").read_text())
+    report = reported(folder, *words)
     assert report["seeds"] == [7]
     assert report["config"]["replicates"] == 20
     assert (report["data"]["test_images"], report["data"]["test_identities"]) == (IDENTITIES * EACH, IDENTITIES)
@@ -85,8 +81,7 @@ def test_a_model_file_is_evaluated_with_mirrored_images(folder):
     torch.manual_seed(0)
     network = MobileFaceNet(embedding_dim=16, width=0.25, input_size=32).eval()
     save_backbone(network, folder / "m.pt")
-    assert run(*evaluate(folder, "--model", folder / "m.pt")) == 0
-    entry = json.loads((folder / "out/report.json").read_text())["models"]["m"]
+    entry = reported(folder, *evaluate(folder, "--model", folder / "m.pt"))["models"]["m"]
     assert entry["backbone"] == "MobileFaceNet"
     assert entry["parameters"] == sum(p.numel() for p in network.parameters())
     files = read_faces(folder / "faces.csv").paths
@@ -108,8 +103,7 @@ def test_age_groups_are_used_if_fewer_images_have_an_age(folder):
     lines = (folder / "faces.csv").read_text().splitlines()
     rows = [lines[0] + ",age_group"] + [f"{line},{'young' if at % 2 else 'adult'}" for at, line in enumerate(lines[1:])]
     (folder / "faces.csv").write_text("\n".join(rows))
-    assert run(*evaluate(folder, "--embeddings", folder / "good.npy")) == 0
-    report = json.loads((folder / "out/report.json").read_text())
+    report = reported(folder, *evaluate(folder, "--embeddings", folder / "good.npy"))
     protocols = report["models"]["good"]["protocols"]
     assert list(protocols) == ["age_gap", "between_groups", "leave_one_out"]
     bins = protocols["age_gap"]["bins"]
@@ -119,8 +113,7 @@ def test_age_groups_are_used_if_fewer_images_have_an_age(folder):
 
 def test_protocols_use_the_faces_of_the_command(folder):
     protocols = ["--protocol", "longitudinal", "--protocol", "age_errors"]
-    assert run(*evaluate(folder, "--embeddings", folder / "good.npy", *protocols)) == 0
-    report = json.loads((folder / "out/report.json").read_text())
+    report = reported(folder, *evaluate(folder, "--embeddings", folder / "good.npy", *protocols))
     for entry in report["evaluations"]:
         assert (entry["counts"]["images"], entry["counts"]["identities"]) == (20, 5)
         assert entry["notes"] == ["20 of 24 images, the others have no known age"]

@@ -3,7 +3,6 @@
 import os
 import subprocess
 import sys
-import time
 import tracemalloc
 import warnings
 
@@ -18,15 +17,10 @@ from kdlib_faces.evaluation import embed_images
 from kdlib_faces.harness import embeddings as embedding
 from kdlib_faces.harness.image_sets import ImageSet, images_of_files, images_of_tensor
 from tests.faces import set_files
-from tests.faces.set_files import network, run_evaluate
+from tests.faces.cache_files import wait_until
+from tests.faces.set_files import FAST, network, run_evaluate
 
-FAST = evaluate.EvaluateConfig(replicates=30, num_failures=2, batch_size=16, fars=(0.1, 0.001))
-
-
-@pytest.fixture(autouse=True)
-def no_figures(monkeypatch):
-    """Figures are tested elsewhere and take most of the time."""
-    monkeypatch.setattr("kdlib_faces.report.files._jobs", lambda view: {})
+pytestmark = pytest.mark.usefixtures("no_figures")
 
 
 @pytest.fixture
@@ -87,9 +81,7 @@ def test_a_run_ended_by_sigkill_continues(tmp_path, counts):
     words = ["evaluate", "--model", model, "--protocol", text, "--set", "batch_size=4", "--set", "replicates=10"]
     words = [str(word) for word in [*words, "--quiet", "--output", tmp_path / "out"]]
     process = subprocess.Popen([sys.executable, "-c", _SLOW, *words], stderr=subprocess.PIPE)
-    until = time.monotonic() + 60
-    while not list((tmp_path / "out/work").glob("*.json")) and process.poll() is None and time.monotonic() < until:
-        time.sleep(0.02)
+    assert wait_until(lambda: any((tmp_path / "out/work").glob("*.json")))
     process.kill()
     assert process.wait(20) == -9, process.stderr.read()
     process.stderr.close()

@@ -20,19 +20,10 @@ from kdlib_faces.harness.evaluate import EvaluatedModel, evaluate_models
 from kdlib_faces.harness.image_sets import rows_only
 from kdlib_faces.harness.tasks import task_of_protocol
 from tests.faces import set_files
-from tests.faces.set_files import network, run_evaluate
+from tests.faces.evaluation_calls import unit as unit_rows
+from tests.faces.set_files import FAST, network, run_evaluate
 
-FAST = evaluate.EvaluateConfig(replicates=30, num_failures=2, batch_size=16, fars=(0.1, 0.001))
-
-
-@pytest.fixture(autouse=True)
-def no_figures(monkeypatch):
-    """Figures are tested elsewhere and take most of the time."""
-    monkeypatch.setattr("kdlib_faces.report.files._jobs", lambda view: {})
-
-
-def unit_rows(array):
-    return array / np.linalg.norm(array, axis=1, keepdims=True)
+pytestmark = pytest.mark.usefixtures("no_figures")
 
 
 def test_missed_probes_are_those_furthest_behind():

@@ -15,15 +15,7 @@ from kdlib_faces.harness import embeddings as embedding
 from kdlib_faces.harness.registry import PROTOCOLS, listing
 from kdlib_faces.harness.tasks import parse_protocol
 from tests.faces import set_files
-from tests.faces.set_files import network, run_evaluate
-
-FAST = evaluate.EvaluateConfig(replicates=30, num_failures=2, batch_size=16, fars=(0.1, 0.001))
-
-
-@pytest.fixture
-def no_figures(monkeypatch):
-    """Figures are tested elsewhere and take most of the time."""
-    monkeypatch.setattr("kdlib_faces.report.files._jobs", lambda view: {})
+from tests.faces.set_files import FAST, network, run_evaluate
 
 
 @pytest.fixture(scope="module")
@@ -35,14 +27,14 @@ def whole(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("kdlib_faces.report.files._jobs", lambda view: {})
         run_evaluate(FAST, output=root / "out", models=models, protocols=protocols, scores=True)
-    return root, protocols, json.loads((root / "out/report.json").read_text())
+    report = json.loads((root / "out/report.json").read_text())
+    return root, protocols, report, {entry["name"]: entry for entry in report["evaluations"]}
 
 
 def test_every_protocol_has_figures_of_both_models(whole):
-    root, protocols, report = whole
+    root, protocols, report, found = whole
     names = [each.split("=")[0] for each in protocols]
     assert set(names) | {"pairs", "ijbb"} == set(PROTOCOLS)
-    found = {entry["name"]: entry for entry in report["evaluations"]}
     assert list(found) == [name for each in names for name in ([each, "ijbc_1n"] if each == "ijbc" else [each])]
     for name, entry in found.items():
         assert list(entry["models"]) == ["one", "two"], name
@@ -58,8 +50,7 @@ def test_every_protocol_has_figures_of_both_models(whole):
 
 
 def test_conventions_and_counts_are_reported(whole):
-    _, _, report = whole
-    found = {entry["name"]: entry for entry in report["evaluations"]}
+    _, _, _, found = whole
     assert "squared distance, as insightface" in found["lfw"]["convention"]["Accuracy"]
     assert found["lfw"]["notes"][0] == "1 of 12 pairs left out, their images are not there"
     assert found["lfw"]["counts"] == {"genuine pairs": 5, "impostor pairs": 6, "images": 17}
@@ -85,8 +76,7 @@ def test_conventions_and_counts_are_reported(whole):
 
 
 def test_figures_equal_those_of_direct_computation(whole):
-    root, _, report = whole
-    found = {entry["name"]: entry for entry in report["evaluations"]}
+    root, _, _, found = whole
     kept = next((root / "out/work").glob("one-grouped-*.npy"))
     array = np.load(kept)
     identities = np.repeat(np.arange(5), 3)
@@ -113,7 +103,7 @@ def test_two_models_are_compared_on_the_same_pairs(whole):
 
 
 def test_curves_are_curves(whole):
-    _, _, report = whole
+    _, _, report, _ = whole
     seen = set()
     for entry in report["evaluations"]:
         for model in entry["models"].values():
@@ -128,8 +118,7 @@ def test_curves_are_curves(whole):
 
 
 def test_hardest_pairs_are_shown_and_scores_written(whole):
-    root, _, report = whole
-    found = {entry["name"]: entry for entry in report["evaluations"]}
+    root, _, _, found = whole
     for name in ("lfw", "bin", "cacd_vs", "fgnet", "age_gap", "between_groups"):
         assert f"{name}_0_rejects" in found[name]["pictures"] or name == "fgnet"
         assert all((root / f"out/figures/{picture}.png").is_file() for picture in found[name]["pictures"])
@@ -153,7 +142,7 @@ def table(root, name, model="one"):
 
 
 def measures_of(whole, name, model="one"):
-    return next(entry for entry in whole[2]["evaluations"] if entry["name"] == name)["models"][model]["measures"]
+    return whole[3][name]["models"][model]["measures"]
 
 
 @pytest.mark.parametrize("model", ["one", "two"])
@@ -206,8 +195,7 @@ def test_rates_follow_from_the_files_of_scores(whole, model):
 
 
 def test_missed_probes_are_shown(whole):
-    root, _, report = whole
-    found = {entry["name"]: entry for entry in report["evaluations"]}
+    root, _, report, found = whole
     page = (root / "out/report.html").read_text()
     for name, shown in (
         ("megaface_fgnet", ("rejects", "accepts")), ("longitudinal", ("rejects",)),
@@ -230,22 +218,10 @@ def test_missed_probes_are_shown(whole):
 
 
 def test_embeddings_are_computed_once_per_set_and_reused(whole, monkeypatch, no_figures):
-    root, protocols, report = whole
+    root, protocols, report, _ = whole
     kept = sorted(path.name for path in (root / "out/work").iterdir())
-    sets = {
-        "lfw",
-        "small",
-        "agedb",
-        "calfw",
-        "cplfw",
-        "cfp",
-        "cacd_vs",
-        "fgnet",
-        "distractors",
-        "ijbc",
-        "dated",
-        "grouped",
-    }
+    sets = {"lfw", "small", "agedb", "calfw", "cplfw", "cfp", "cacd_vs", "fgnet"}
+    sets |= {"distractors", "ijbc", "dated", "grouped"}
     assert {name.split("-")[1] for name in kept if name.startswith("one-")} == sets
     assert len(kept) == 2 * len(sets)
     monkeypatch.setattr(embedding, "_embed_to", lambda *_: pytest.fail("made again"))

@@ -201,8 +201,5 @@ def test_triplet_angle_of_near_and_opposite_rows(gap: float, dtype: torch.dtype)
 def test_triplet_invalid_targets(target: Tensor, error: type[Exception], words: str) -> None:
     with pytest.raises(error, match=f"triplet_distill: {words}".replace("triplet_distill: triplets", ".*triplets")):
         triplet_distill(STUDENT, TEACHER, target=target)
-
-
-def test_triplets_are_not_gathered() -> None:
     with pytest.raises(ValueError, match=r"triplet_distill: target, with gather, must be \(b\)"):
         triplet_distill(STUDENT, TEACHER, target=torch.tensor([[0, 1, 2]]), gather=True)

@@ -23,17 +23,6 @@ from onnx import TensorProto, helper, numpy_helper  # noqa: E402
 from kdlib_faces.teachers.onnx.session import OnnxTeacher  # noqa: E402
 from tests.faces.tiny_graph import mixing, network, reshaped, save, truth  # noqa: E402
 
-
-@pytest.fixture
-def images():
-    return torch.rand(5, 3, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
-
-
-@pytest.fixture
-def path(tmp_path):
-    return save(network(), tmp_path)
-
-
 TAPS = {"map": "map", "embedding": None}
 
 

@@ -14,6 +14,7 @@ pytest.importorskip("onnxruntime")
 from kdlib_faces.backbones import load_backbone
 from kdlib_faces.cli import main
 from kdlib_faces.demo.real_faces import _for_students, _mixes_gray_and_color
+from tests.faces.cache_files import settings
 from tests.faces.tiny_graph import tiny_graph
 
 SETTINGS = ["student_steps=6", "batch_size=8", "replicates=20", "size=32", "lr=0.05"]
@@ -47,8 +48,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]
     for flag, paths in (("--faces", lists), ("--teacher", teachers)):
         for path in paths:
             command += [flag, str(path)]
-    for setting in (*SETTINGS, *STUDENT):
-        command += ["--set", setting]
+    command += settings(*SETTINGS, *STUDENT)
     assert main(command) == 0
     return folder, command
 

@@ -6,15 +6,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from PIL import Image
 
 from kdlib_faces.backbones import build_backbone, save_backbone
-from kdlib_faces.cli import main
 from kdlib_faces.config import load_config
 from kdlib_faces.data.synthetic import SyntheticFaces
 from kdlib_faces.recipes.age_teacher import AgeTeacherRunConfig
 from kdlib_faces.recipes.liaad import LIAADRunConfig
 from kdlib_faces.recipes.student import StudentRunConfig
+from tests.faces.cache_files import put_list, train
 
 SMALL = ("training.steps=1", "training.batch_size=8", "training.lr=1e-3")
 STUDENT = ("recipe.input_size=32", "recipe.width=0.25", "recipe.embedding_dim=16")
@@ -25,11 +24,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A list of 32 faces, and teachers: two of one space, one of another, one of another dimension."""
     folder = tmp_path_factory.mktemp("faces")
     faces = SyntheticFaces(8, 4, 32, 0)
-    rows = ["path,identity,age"]
-    for row, pixels in enumerate(faces.images()):
-        Image.fromarray(pixels.permute(1, 2, 0).numpy()).save(folder / f"{row}.png")
-        rows.append(f"{row}.png,p{int(faces.labels[row])},{float(faces.ages[row]):.1f}")
-    (folder / "faces.csv").write_text("\n".join(rows) + "\n")
+    values = (f"p{label},{age:.1f}" for label, age in zip(faces.labels.tolist(), faces.ages.tolist(), strict=True))
+    put_list(folder, "identity,age", zip(faces.images().permute(0, 2, 3, 1).numpy(), values, strict=True))
     for name, seed, dim in (("a", 0, 16), ("other", 1, 16), ("wide", 0, 24)):
         net = build_backbone("mobilefacenet", embedding_dim=dim, width=0.25, input_size=32, seed=seed).eval()
         save_backbone(net, folder / f"{name}.pt")
@@ -43,9 +39,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def _train(folder: Path, output: Path, recipe: str, *settings: str, teachers: tuple[str, ...] = ()) -> int:
-    words = ["train", "--recipe", recipe, "--quiet", "--faces", str(folder / "faces.csv"), "--output", str(output)]
-    words += [word for name in teachers for word in ("--teacher", str(folder / name))]
-    return main([*words, *(word for each in (*SMALL, *settings) for word in ("--set", each))])
+    return train(folder, recipe, output, *SMALL, *settings, teachers=teachers)
 
 
 @pytest.mark.parametrize(

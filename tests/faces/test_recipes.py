@@ -5,7 +5,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -16,6 +15,7 @@ from kdlib_faces.backbones import BACKBONES, load_backbone
 from kdlib_faces.config import load_config
 from kdlib_faces.demo.run import DemoConfig, run
 from kdlib_faces.recipes import LIAADConfig, build, liaad
+from tests.faces.cache_files import settings, wait_until
 
 SMALL = [
     "general_identities=12", "age_identities=12", "general_images=4", "age_images=4", "test_identities=14", "test_images=6",
@@ -86,7 +86,7 @@ def test_the_recipe_runs_as_a_program(tmp_path: Path, capsys: pytest.CaptureFixt
     faces = ["--faces", str(tmp_path / "no.csv"), "--output", str(tmp_path / "out")]
     two = ["--teacher", "iresnet18", "--teacher", "iresnet18"]
     for arguments, message in (
-        (faces, "--teacher must be given twice, got 0"),
+        (faces, "takes two teachers, the general one first, got 0"),
         ([*faces, *two], "no.csv"),
         ([*faces, *two, "--set", "recipe.widths=1"], "no setting named 'recipe.widths'"),
     ):
@@ -143,20 +143,13 @@ def test_a_second_run_trains_nothing_and_reports_the_same(finished: Path) -> Non
 def test_interruptions_at_any_moment_leave_the_same_final_weights(finished: Path, tmp_path: Path) -> None:
     output = tmp_path / "interrupted"
     command = [sys.executable, "-m", "kdlib_faces", "demo", "--quiet", "--threads", "1", "--output", str(output)]
-    command += [word for entry in SMALL for word in ("--set", entry)]
-    interruptions = 0
+    command += settings(*SMALL)
     for mark in ("general_teacher/log.jsonl", "age_teacher/log.jsonl", "student_distilled/log.jsonl"):
         process = subprocess.Popen(command, env=os.environ.copy(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         watched = output / "work" / "seed0" / mark
-        deadline = time.monotonic() + 120
-        while process.poll() is None and time.monotonic() < deadline:
-            if watched.exists() and watched.stat().st_size:
-                process.send_signal(signal.SIGKILL)
-                interruptions += 1
-                break
-            time.sleep(0.005)
-        process.wait()
-    assert interruptions == 3
+        assert wait_until(lambda watched=watched: watched.exists() and watched.stat().st_size > 0, 120)
+        process.kill()
+        assert process.wait() == -signal.SIGKILL
     assert not (output / "report.json").exists()
     subprocess.run(command, check=True, timeout=300)
     for name in ("student_alone", "student_distilled"):

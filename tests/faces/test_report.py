@@ -75,8 +75,10 @@ def pages(report: Report) -> tuple[str, str]:
     return Page(html_page(report, {}, [])).text, markdown
 
 
-def draw(report: Report, name: str, plot: str) -> Figure | None:
-    return PLOTS[plot].draw(report, next(each for each in report.evaluations if each.name == name))
+def draw(report: Report, name: str, plot: str) -> Figure:
+    figure = PLOTS[plot].draw(report, next(each for each in report.evaluations if each.name == name))
+    assert figure is not None
+    return figure
 
 
 @pytest.fixture(scope="module")
@@ -345,7 +347,6 @@ def test_the_headline_counts_clear_differences_and_describes_a_single_model() ->
 def test_det_axes_are_normal_deviates_labeled_with_rates() -> None:
     report = sample_report()
     figure = draw(report, "lfw", "errors")
-    assert figure is not None
     figure.draw_without_rendering()
     roc, det = figure.axes
     assert [axes.get_title(loc="left") for axes in (roc, det)] == ["ROC", "DET"]
@@ -360,7 +361,6 @@ def test_det_axes_are_normal_deviates_labeled_with_rates() -> None:
 
 def test_bands_are_interrupted_at_empty_bins() -> None:
     figure = draw(sample_report(), "lfw", "bins")
-    assert figure is not None
     (axes,) = figure.axes
     values = [np.asarray(line.get_ydata(), dtype=float) for line in axes.lines]
     assert all(np.isnan(value[3]) and np.isfinite(value[[0, 1, 2, 4]]).all() for value in values)
@@ -374,7 +374,6 @@ def test_differences_have_the_color_of_the_better_model() -> None:
 
     def faces() -> dict[str, set[Any]]:
         figure = draw(report, "lfw", "differences")
-        assert figure is not None
         return {
             axes.get_title(loc="left"): {line.get_markerfacecolor() for line in axes.lines if line.get_marker() == "o"}
             for axes in figure.axes
@@ -390,7 +389,6 @@ def test_differences_have_the_color_of_the_better_model() -> None:
     }
     assert faces()["distilled.onnx minus alone.onnx"] == {styles["alone"].color}
     figure = draw(report, "lfw", "differences")
-    assert figure is not None
     assert figure.axes[0].get_yticklabels()[0].get_text() == "Rate\nten folds"
 
 
@@ -672,6 +670,6 @@ def test_names_cannot_change_the_text_around_them(tmp_path: Path) -> None:
 
 
 def test_equal_figures_give_equal_svg_and_titles_are_escaped() -> None:
-    first, second = (to_svg(draw(copy.deepcopy(sample_report()), "ijbc", "bins"), "x") for _ in range(2))  # type: ignore[arg-type]
+    first, second = (to_svg(draw(copy.deepcopy(sample_report()), "ijbc", "bins"), "x") for _ in range(2))
     assert first == second
     assert 'aria-label="&lt;b&gt; &quot;"' in inline_svg(first, '<b> "')

@@ -60,15 +60,14 @@ def test_text_and_back() -> None:
 def test_wrong_arguments() -> None:
     with pytest.raises(ValueError, match="count must be a whole number and >= 1 and <= 2, got 3"):
         SeededViews(3)
-    views = SeededViews()
-    with pytest.raises(ValueError, match="views must be from 0 to 1, got 2"):
-        views(pixels(), torch.arange(6), 2)
-    with pytest.raises(TypeError, match=r"images must be uint8, got torch\.float32"):
-        views(pixels().float(), torch.arange(6), 0)
-    with pytest.raises(ValueError, match=r"samples must be \(6,\), got \(5,\)"):
-        views(pixels(), torch.arange(5), 0)
-    with pytest.raises(ValueError, match=r"images must be \(b, 3, h, w\), got \(6, 3, 24\)"):
-        views(pixels()[..., 0], torch.arange(6), 0)
+    for images, count, view, message in (
+        (pixels(), 6, 2, "views must be from 0 to 1, got 2"),
+        (pixels().float(), 6, 0, r"images must be uint8, got torch\.float32"),
+        (pixels(), 5, 0, r"samples must be \(6,\), got \(5,\)"),
+        (pixels()[..., 0], 6, 0, r"images must be \(b, 3, h, w\), got \(6, 3, 24\)"),
+    ):
+        with pytest.raises((TypeError, ValueError), match=message):
+            SeededViews()(images, torch.arange(count), view)
     with pytest.raises(TypeError, match="views must be SeededViews, got int"):
         FaceBatches(pixels(), range(6), views=2, batch_size=2, seed=0)
 

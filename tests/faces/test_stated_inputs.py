@@ -21,6 +21,7 @@ from onnx import TensorProto, helper  # noqa: E402
 
 from kdlib_faces.teachers import OnnxTeacher  # noqa: E402
 from kdlib_faces.teachers.open import load_network, open_onnx  # noqa: E402
+from tests.faces.cache_files import noise, put_list, settings  # noqa: E402
 from tests.faces.tiny_graph import tiny_graph  # noqa: E402
 
 BYTES = "color=bgr,mean=0:0:0,scale=1"
@@ -36,12 +37,8 @@ def _rectangular(path: Path) -> Path:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("inputs")
-    rows = ["path,identity,age_group"]
-    for number in range(24):
-        pixels = np.random.default_rng(number).integers(0, 255, (112, 112, 3), dtype=np.uint8)
-        Image.fromarray(pixels).save(folder / f"{number}.png")
-        rows.append(f"{number}.png,p{number // 4},{'young' if number % 2 else 'adult'}")
-    (folder / "faces.csv").write_text("\n".join(rows) + "\n")
+    rows = ((noise(number, 112), f"p{number // 4},{'young' if number % 2 else 'adult'}") for number in range(24))
+    put_list(folder, "identity,age_group", rows)
     tiny_graph(folder / "net.onnx")
     tiny_graph(folder / "second.onnx", seed=1)
     _rectangular(folder / "narrow.onnx")
@@ -130,13 +127,8 @@ def test_a_cache_is_built_and_verified_as_stated(folder: Path, tmp_path: Path, c
 def test_train_and_demo_feed_their_teachers_as_stated(folder: Path, tmp_path: Path, capsys) -> None:
     faces = ["--faces", str(folder / "faces.csv"), "--quiet"]
     run = ["train", *faces, "--set", "training.steps=1", "--set", "training.batch_size=8"]
-    small = [
-        "recipe.input_size=32",
-        "recipe.width=0.25",
-        "recipe.embedding_dim=16",
-        "recipe.embedding_projection=linear",
-    ]
-    run += [word for entry in small for word in ("--set", entry)]
+    run += settings("recipe.input_size=32", "recipe.width=0.25", "recipe.embedding_dim=16")
+    run += settings("recipe.embedding_projection=linear")
     two = ["--teacher", str(folder / "net.onnx"), "--teacher", str(folder / "net.pt")]
     output = ["--output", str(tmp_path / "run")]
     assert main([*run, *two, *output]) == 0, capsys.readouterr().err

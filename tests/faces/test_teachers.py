@@ -22,22 +22,19 @@ from kdlib_faces.teachers import (
     fit_rotation,
     read_outputs,
 )
-
-
-def _rng(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
+from tests.faces.small_networks import rng
 
 
 def test_the_parts_add_up_to_the_embedding() -> None:
     net = AgeInvariantNet(MobileFaceNet(embedding_dim=8, width=0.25, input_size=32)).eval()
-    images = torch.randn(3, 3, 32, 32, generator=_rng())
+    images = torch.randn(3, 3, 32, 32, generator=rng())
     out = StudentAdapter(net, {"embedding": OUTPUT, "parts": "parts"})(images)
     torch.testing.assert_close(out["parts"].sum(1), net.backbone(images))
     torch.testing.assert_close(out["parts"][:, 0], out["embedding"])
 
 
 def test_correlation_is_that_of_numpy_and_independent_of_the_length_of_the_direction() -> None:
-    x, y, w = (torch.randn(*shape, generator=_rng(seed)) for seed, shape in enumerate(((50, 4), (50, 4), (4,))))
+    x, y, w = (torch.randn(*shape, generator=rng(seed)) for seed, shape in enumerate(((50, 4), (50, 4), (4,))))
     expected = np.corrcoef((x @ w).numpy(), (y @ w).numpy())[0, 1] ** 2
     assert float(canonical_correlation(x, y, w)) == pytest.approx(expected, rel=1e-3)
     torch.testing.assert_close(canonical_correlation(x, y, 7 * w), canonical_correlation(x, y, w))
@@ -46,7 +43,7 @@ def test_correlation_is_that_of_numpy_and_independent_of_the_length_of_the_direc
 
 def test_the_direction_ascends_while_the_features_descend() -> None:
     loss = AgeFactorLoss(4, decorrelation=1.0)
-    base = torch.randn(64, 4, generator=_rng())
+    base = torch.randn(64, 4, generator=rng())
     parts = torch.stack([base, base * torch.tensor([1.0, -1.0, 0.5, 0.0])], dim=1).requires_grad_()
     loss(parts, torch.full((64,), float("nan"))).backward()
     correlation = canonical_correlation(*parts.unbind(1), loss.direction)
@@ -57,7 +54,7 @@ def test_the_direction_ascends_while_the_features_descend() -> None:
 
 
 def test_unknown_ages_and_groups_are_left_out() -> None:
-    parts = torch.randn(4, 2, 3, generator=_rng())
+    parts = torch.randn(4, 2, 3, generator=rng())
     nan = float("nan")
     for loss, known, mixed in (
         (AgeFactorLoss(3, decorrelation=0.0), torch.tensor([5.0, 65.0]), torch.tensor([5.0, 65.0, nan, nan])),
@@ -67,10 +64,10 @@ def test_unknown_ages_and_groups_are_left_out() -> None:
 
 
 def test_a_rotation_is_recovered_and_keeps_cosines() -> None:
-    x = F.normalize(torch.randn(200, 6, generator=_rng()), dim=1)
-    rotation = torch.linalg.qr(torch.randn(6, 6, generator=_rng(1))).Q
+    x = F.normalize(torch.randn(200, 6, generator=rng()), dim=1)
+    rotation = torch.linalg.qr(torch.randn(6, 6, generator=rng(1))).Q
     torch.testing.assert_close(fit_rotation(x, x @ rotation), rotation, atol=1e-5, rtol=0)
-    rows = x @ fit_rotation(x, torch.randn(200, 9, generator=_rng(2)))
+    rows = x @ fit_rotation(x, torch.randn(200, 9, generator=rng(2)))
     torch.testing.assert_close(rows @ rows.T, x @ x.T, atol=1e-5, rtol=0)
     with pytest.raises(ValueError, match="at least the 6 dimensions"):
         fit_rotation(x, x[:, :3])
@@ -78,7 +75,7 @@ def test_a_rotation_is_recovered_and_keeps_cosines() -> None:
 
 def test_the_age_map_raises_cross_age_similarity_of_unseen_identities() -> None:
     """Embeddings with a strong age direction: a map fitted on some identities must help on others."""
-    generator = _rng()
+    generator = rng()
     identities = torch.randn(300, 16, generator=generator)
     shift = 3.0 * torch.randn(1, 16, generator=generator)
     young = identities + shift + 0.2 * torch.randn(300, 16, generator=generator)
@@ -103,7 +100,7 @@ def test_the_age_map_raises_cross_age_similarity_of_unseen_identities() -> None:
 
 def test_without_an_age_direction_the_map_does_not_hurt_unseen_identities() -> None:
     """The map could only memorize the 200 identities that it is fitted on."""
-    generator = _rng()
+    generator = rng()
 
     def sample(count: int) -> Tensor:
         identities = torch.randn(count, 128, generator=generator).repeat_interleave(2, 0)
@@ -120,7 +117,7 @@ def test_without_an_age_direction_the_map_does_not_hurt_unseen_identities() -> N
     assert tar(test @ matrix) > tar(test) - 0.01
 
 
-IMAGES = torch.randint(0, 256, (600, 3, 4, 4), dtype=torch.uint8, generator=_rng())
+IMAGES = torch.randint(0, 256, (600, 3, 4, 4), dtype=torch.uint8, generator=rng())
 
 
 class _Flat(nn.Module):
