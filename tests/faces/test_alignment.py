@@ -145,11 +145,6 @@ def test_template_sizes():
             template_for(size)
 
 
-def test_the_template_cannot_be_changed_by_accident():
-    with pytest.raises(ValueError, match="read-only"):
-        ARCFACE_TEMPLATE[0, 0] = 0
-
-
 def test_pil_images_come_back_as_rgb():
     gray = Image.fromarray(np.random.default_rng(3).integers(0, 256, (120, 130), dtype=np.uint8))
     crop = align_face(gray, ARCFACE_TEMPLATE + np.array([5, 4]))
@@ -163,7 +158,9 @@ def test_a_face_far_outside_the_picture_is_black():
     assert align_face(image, ARCFACE_TEMPLATE * 1e6 + 1e7).max() == 0
 
 
-@pytest.mark.parametrize("image", [np.zeros((20, 20)), np.zeros((0, 5), np.uint8), np.zeros(5, np.uint8), "face.jpg"])
-def test_unusable_images_are_refused(image):
-    with pytest.raises(InputError, match="align_face: image must be"):
-        align_face(image, ARCFACE_TEMPLATE)
+def test_unusable_images_are_refused_and_the_template_cannot_be_changed_by_accident():
+    for image in (np.zeros((20, 20)), np.zeros((0, 5), np.uint8), np.zeros(5, np.uint8), "face.jpg"):
+        with pytest.raises(InputError, match="align_face: image must be"):
+            align_face(image, ARCFACE_TEMPLATE)
+    with pytest.raises(ValueError, match="read-only"):
+        ARCFACE_TEMPLATE[0, 0] = 0
