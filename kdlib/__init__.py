@@ -8,13 +8,25 @@ Data flows through the packages in this order, and each package imports only pac
 - `kdlib.weighting`: compute one weight per teacher and sample from the losses of several teachers;
 - `kdlib.objective`: add named terms up to one scalar (`Objective`);
 - `kdlib.distiller`: run student, teachers and objective on a batch (`Distiller`);
+- `kdlib.online`: teachers that change during training: running mean, peers, the student itself;
 - `kdlib.training`: a training loop with exact resume after interruption (`train`);
 - `kdlib.evaluation`: measure how similar student and teacher are.
 """
 
 from typing import TYPE_CHECKING
 
-from kdlib import adapters, distiller, functional, influence, losses, objective, projections, training, weighting
+from kdlib import (
+    adapters,
+    distiller,
+    functional,
+    influence,
+    losses,
+    objective,
+    online,
+    projections,
+    training,
+    weighting,
+)
 from kdlib._arguments import prepare_arguments
 from kdlib.adapters import OUTPUT, StudentAdapter, Tap, TeacherAdapter
 from kdlib.distiller import Distiller
@@ -42,6 +54,7 @@ from kdlib.losses import (
     VariationalInformationLoss,
 )
 from kdlib.objective import Objective, ObjectiveOutput, Term
+from kdlib.online import AuxiliaryHeads, EMATeacher, MutualDistiller, SelfTeacher
 from kdlib.projections import ConvProjection, LinearProjection, TokenProjection, infer_projection
 from kdlib.training import TrainConfig, TrainResult, train
 from kdlib.types import Features, Loss, Projection, Targets, Teacher, Weighting
@@ -62,18 +75,30 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
-    "ActivationBoundaryLoss", "AngularDistillLoss", "AttentionTransferLoss", "AttentiveSimilarityLoss", "CachedTeacher",
-    "CenterConfidenceWeighting", "ConfidenceWeighting", "ContrastiveRepresentationLoss", "ConvProjection",
-    "CorrelationCongruenceLoss", "DISTLoss", "DarkRankLoss", "DecoupledKDLoss", "Distiller", "EntropyWeighting",
-    "Features", "FixedWeighting", "GateWeighting", "GradientWeighting", "HierarchicalContextLoss", "HintLoss",
-    "InfluenceReport", "LinearProjection", "LinearSoftTargetLoss", "Loss", "NSTLoss", "OUTPUT", "Objective", "ObjectiveOutput", "OverhaulLoss",
-    "PKTLoss", "Projection", "RKDAngleLoss", "RKDDistanceLoss", "SimilarityPreservingLoss", "SoftTargetLoss",
-    "StudentAdapter", "Tap", "Targets", "Teacher", "TeacherAdapter", "TeacherCache", "Term", "TokenProjection",
-    "TrainConfig", "TrainResult", "UncertaintyWeighting", "UniformWeighting", "VariationalInformationLoss", "Weighting",
-    "__version__", "infer_projection", "train",
+    "ActivationBoundaryLoss", "AngularDistillLoss", "AttentionTransferLoss", "AttentiveSimilarityLoss",
+    "AuxiliaryHeads", "CachedTeacher", "CenterConfidenceWeighting", "ConfidenceWeighting",
+    "ContrastiveRepresentationLoss", "ConvProjection", "CorrelationCongruenceLoss", "DISTLoss", "DarkRankLoss",
+    "DecoupledKDLoss", "Distiller", "EMATeacher", "EntropyWeighting", "Features", "FixedWeighting", "GateWeighting",
+    "GradientWeighting", "HierarchicalContextLoss", "HintLoss", "InfluenceReport", "LinearProjection",
+    "LinearSoftTargetLoss", "Loss", "MutualDistiller", "NSTLoss", "OUTPUT", "Objective", "ObjectiveOutput",
+    "OverhaulLoss", "PKTLoss", "Projection", "RKDAngleLoss", "RKDDistanceLoss", "SelfTeacher",
+    "SimilarityPreservingLoss", "SoftTargetLoss", "StudentAdapter", "Tap", "Targets", "Teacher", "TeacherAdapter",
+    "TeacherCache", "Term", "TokenProjection", "TrainConfig", "TrainResult", "UncertaintyWeighting", "UniformWeighting",
+    "VariationalInformationLoss", "Weighting", "__version__", "infer_projection", "train",
 ]  # fmt: skip
 
-for _module in (adapters, distiller, functional, influence, losses, objective, projections, training, weighting):
+for _module in (
+    adapters,
+    distiller,
+    functional,
+    influence,
+    losses,
+    objective,
+    online,
+    projections,
+    training,
+    weighting,
+):
     prepare_arguments(vars(_module), _module.__all__)
 prepare_arguments(globals(), __all__)
 

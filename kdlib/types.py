@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 __all__ = [
     "Features", "FrozenModel", "GraphWeighting", "HasFingerprint", "HasTaps", "Loss", "PenalizedWeighting",
-    "Projection", "Targets", "Teacher", "WeightedLoss", "Weighting",
+    "Projection", "StudentReader", "Targets", "Teacher", "UpdatedTeacher", "WeightedLoss", "Weighting",
 ]  # fmt: skip
 
 Features: TypeAlias = Mapping[str, Tensor]
@@ -116,3 +116,24 @@ class Teacher(Protocol):
         """Names of the targets that are passed in place of the inputs; empty for a teacher that takes the inputs."""
 
     def __call__(self, *inputs: Any, **named: Any) -> Features: ...
+
+
+@runtime_checkable
+class UpdatedTeacher(Teacher, Protocol):
+    """A teacher whose weights follow the student's, such as `EMATeacher`.
+
+    A `Distiller` registers it if it is a Module, so that its weights are part of the state dict, and excludes its
+    parameters from `trainable_parameters()`.
+    """
+
+    def update(self, student: nn.Module, *, step: int | None = None) -> None:
+        """Update the weights after a step of the optimizer; `step` counts from 0."""
+
+
+@runtime_checkable
+class StudentReader(Teacher, Protocol):
+    """A teacher that is computed from the student's features, such as `SelfTeacher`."""
+
+    @property
+    def reads_student(self) -> bool:
+        """Whether it is called with the student's features, a mapping, in place of the inputs."""

@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[1]
 
 # Shared private modules of the core: every package of kdlib and of kdlib_faces may import them.
 SHARED_BY_BOTH = {"_atomic", "_checks", "_gather", "_maths"}
-CORE_SHARED = SHARED_BY_BOTH | {"_arguments", "_held", "_layouts", "_repr", "types"}
+CORE_SHARED = SHARED_BY_BOTH | {"_arguments", "_averaging", "_held", "_layouts", "_repr", "types"}
 FACES_SHARED = {"_checks", "_output", "_tensor_pickle", "_weights", "config", "progress"}
 
 # Each package and the packages that it may import, besides the shared modules.
@@ -28,6 +28,7 @@ CORE = {
     "influence": set(),
     "objective": {"influence", "projections", "weighting"},
     "distiller": {"influence", "objective"},
+    "online": {"adapters", "distiller", "influence", "objective"},
     "training": {"adapters", "distiller", "objective"},
     "evaluation": set(),
     "compression": set(),
@@ -280,6 +281,7 @@ def test_the_core_raises_errors_through_its_checks() -> None:
         "cache",
         "compression",
         "losses",
+        "online",
         "projections",
         "training",
         "weighting",
