@@ -73,15 +73,21 @@ def check_weight(owner: str, weight: Tensor | None, batch: int) -> None:
     check_type(owner, "weight", weight, (Tensor, NoneType), "a torch.Tensor")
     if weight is not None and tuple(weight.shape) != (batch,):
         raise ValueError(f"{owner}: weight must be (b,) = ({batch},), got {show_shape(weight)}")
-    if weight is not None and weight.device.type == "cpu" and readable(weight):
+    if weight is not None and readable(weight):
         wrong = weight[~((weight >= 0) & (weight < inf))]
         if len(wrong):
             raise ValueError(f"{owner}: weight must hold finite numbers >= 0, got {wrong[0].item():g}")
 
 
 def readable(x: Tensor) -> bool:
-    """Return whether the values of `x` can be read: not during compilation, nor within `torch.func.vmap`."""
-    return not (torch.compiler.is_compiling() or torch._C._functorch.is_batchedtensor(x))
+    """Return whether the values of `x` can be read at no cost: only on the CPU, where reading does not wait for a device.
+
+    Nor can they be read during compilation, within `torch.func.vmap`, and from tensors without values of their own,
+    such as those of `FakeTensorMode`.
+    """
+    if torch.compiler.is_compiling() or torch._C._functorch.is_batchedtensor(x):
+        return False
+    return x.device.type == "cpu" and type(x) in (Tensor, nn.Parameter)
 
 
 def check_dtype_whole(owner: str, name: str, x: Tensor) -> None:
@@ -153,7 +159,7 @@ def check_below(owner: str, name: str, x: Tensor, batch: int, **limit: int) -> N
     ((what, size),) = limit.items()
     check_dtype_whole(owner, name, x)
     check_shape(owner, name, x, "b", b=batch)
-    if x.numel() and int(x.max()) >= size:
+    if x.numel() and readable(x) and int(x.max()) >= size:
         raise ValueError(f"{owner}: {name} must be below {what} = {size}, got {int(x.max())}")
 
 

@@ -102,7 +102,7 @@ def check_margin(owner: str, margin: object, channels: int | None) -> None:
         expected = "(c,)" if channels is None else f"(c,) = ({channels},)"
         raise ValueError(f"{owner}: margin must be {expected} or a number, got {show_shape(margin)}")
     if margin.numel() == 0 or not readable(margin):
-        return
+        return  # only on the CPU: reading would wait for a device
     check_finite(owner, margin=margin)
     if margin.amax() > 0:
         raise ValueError(f"{owner}: margin must be <= 0, got {margin.amax().item():g}")

@@ -10,13 +10,14 @@ from torch import Tensor, nn
 
 from kdlib._checks import check_type
 from kdlib.adapters import StudentAdapter, TeacherAdapter
+from kdlib.testing._meta import expect_meta, on_meta, to_meta
 from kdlib.testing._run import Case, clone, expect, run
 from kdlib.types import HasTaps
 
 __all__ = ["ADAPTER_CHECKS", "check_adapter"]
 
 ADAPTER_CHECKS = (
-    "deepcopy", "names", "no_hooks", "deterministic", "inputs_unchanged", "pickle", "gradient", "state_dict",
+    "deepcopy", "names", "no_hooks", "deterministic", "inputs_unchanged", "on_meta", "pickle", "gradient", "state_dict",
     "frozen_mode", "no_gradient", "statistics", "left_out",
 )  # fmt: skip
 """Names of all the checks, in the order in which they run."""
@@ -33,6 +34,7 @@ def check_adapter(
     - `names`: returns a mapping of names to tensors, with the names of its `taps` if it declares them.
     - `no_hooks`: no hook is left on any module, also after a forward that failed.
     - `deterministic`, `inputs_unchanged`, `deepcopy`, `pickle`: in eval mode the same features twice, and after a copy.
+    - `on_meta`: on the meta device features of the same shapes, so nothing is read from the device or stays on the CPU.
     - For a student: `gradient`, the gradient of the features reaches its parameters; `state_dict`, loading it restores
       the features.
     - For a teacher: `frozen_mode`, `train()` on a parent, on itself or on its model changes no feature; `no_gradient`,
@@ -99,6 +101,13 @@ class _AdapterCase(Case):
         for index, (x, original) in enumerate(zip(given, self.inputs, strict=True)):
             equal = not isinstance(x, Tensor) or torch.equal(x, original)
             expect(equal, f"must not change its inputs, changed {index}")
+
+    def on_meta(self) -> None:
+        shapes = {name: x.shape for name, x in self.output(self.fresh()).items()}
+        adapter, inputs = to_meta(self.fresh()).eval(), to_meta(self.inputs)
+        with on_meta(), torch.no_grad():
+            for name, x in adapter(*inputs).items():
+                expect_meta(f"feature {name!r}", x, shapes[name])
 
     def gradient(self) -> None:
         adapter = self.fresh()

@@ -27,11 +27,11 @@ OTHER_CHANNELS = ((5, 3, 4, 4), (5, 4, 4, 4))
 SAME_CHANNELS = ((5, 3, 4, 4), (5, 3, 6, 2))
 OTHER_GRID = ((5, 3, 6, 4), (5, 4, 3, 2))
 
-PER_SAMPLE = 28
-RELATION = 26  # without mean_of_none and weighted_mean
-WEIGHTING = 15
-PER_TEACHER = 13  # without one_teacher and permutation
-PROJECTION = 13
+PER_SAMPLE = 29
+RELATION = 27  # without mean_of_none and weighted_mean
+WEIGHTING = 16
+PER_TEACHER = 14  # without one_teacher and permutation
+PROJECTION = 14
 
 
 @dataclass(frozen=True)
@@ -188,7 +188,7 @@ def test_projections(name: str, row: Row) -> None:
     assert len(ran) == row.checks == PROJECTION
 
 
-@pytest.mark.parametrize(("kind", "checks"), [(StudentAdapter, 8), (TeacherAdapter, 10)])
+@pytest.mark.parametrize(("kind", "checks"), [(StudentAdapter, 9), (TeacherAdapter, 11)])
 def test_adapters(kind: Callable[..., torch.nn.Module], checks: int) -> None:
     model = torch.nn.Sequential(torch.nn.Linear(4, 6), torch.nn.BatchNorm1d(6), torch.nn.Dropout(0.5))
     ran = check_adapter(kind(model, {"norm": "1", "out": OUTPUT}), torch.ones(3, 4))
