@@ -80,14 +80,9 @@ def check_weight(owner: str, weight: Tensor | None, batch: int) -> None:
 
 
 def readable(x: Tensor) -> bool:
-    """Return whether the values of `x` can be read at no cost: only on the CPU, where reading does not wait for a device.
-
-    Nor can they be read during compilation, within `torch.func.vmap`, and from tensors without values of their own,
-    such as those of `FakeTensorMode`.
-    """
-    if torch.compiler.is_compiling() or torch._C._functorch.is_batchedtensor(x):
-        return False
-    return x.device.type == "cpu" and type(x) in (Tensor, nn.Parameter)
+    """Return whether reading values costs nothing: not on an accelerator, in a compiled graph or of a fake tensor."""
+    traced = torch.compiler.is_compiling() or torch._C._functorch.is_batchedtensor(x)
+    return not traced and x.device.type == "cpu" and type(x) in (Tensor, nn.Parameter)
 
 
 def check_dtype_whole(owner: str, name: str, x: Tensor) -> None:

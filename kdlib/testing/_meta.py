@@ -14,7 +14,7 @@ from kdlib.testing._run import expect
 __all__ = ["expect_meta", "on_meta", "to_meta"]
 
 
-class _OneDevice(TorchDispatchMode):
+class _OneDevice(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch leaves it untyped
     """Fails on operations of meta tensors with tensors on the CPU, of which torch accepts some."""
 
     def __torch_dispatch__(
@@ -35,7 +35,7 @@ class _OneDevice(TorchDispatchMode):
 def on_meta() -> Iterator[None]:
     """Explain the errors of a component that reads values or holds tensors on the CPU."""
     try:
-        with _OneDevice():
+        with _OneDevice():  # type: ignore[no-untyped-call]  # likewise
             yield
     except AssertionError:
         raise
