@@ -158,8 +158,8 @@ class EMATeacher(nn.Module):
         (preprocess,) = self._preprocess
         if preprocess is not None:
             inputs, named = split_inputs(preprocess(*inputs, **named))
-        if self.average.training and self.always_eval:  # train() was called on a part of the teacher
-            self.average.eval()
+        if self.always_eval and any(module.training for module in self.average.modules()):
+            self.average.eval()  # train() was called on a part of the teacher
         inputs = tuple(map(self._converted, inputs))
         features = self.average(*inputs, **{name: self._converted(x) for name, x in named.items()})
         return {name: x.detach() for name, x in features.items()}
