@@ -299,13 +299,13 @@ def train(config: LIAADRunConfig, options: RunOptions) -> Path:
             with_maps = {role for role, features in features_read(recipe).items() if "map" in features}
             teachers = {JOINT: joint, **{role: teachers[role] for role in teachers if role in with_maps}}
             recipe = replace(recipe, embedding_dim=recipe.joint_dim)
-        elif recipe.embedding_weight and recipe.embedding_projection == "none":
-            untrained = BACKBONES.keys() & set(options.teachers)
-            check_one_space(opened, faces, recipe, compare=not untrained)
         if started and pixels is not None:
             student = start_student(pixels, config.start, options, joint=teachers.get(JOINT))
             prints["start"] = model_fingerprint(student)
             recipe = replace(recipe, embedding_dim=student.embedding_dim)
+        if recipe.target == "each" and recipe.embedding_weight and recipe.embedding_projection == "none":
+            untrained = BACKBONES.keys() & set(options.teachers)
+            check_one_space(opened, faces, recipe, compare=not untrained)
         student = student or recipe.build(options.seed)
         return TrainingSetup(
             config=config,

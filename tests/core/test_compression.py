@@ -252,6 +252,7 @@ def test_folding_norms_allows_mixtures_and_keeps_outputs():
     model = prepared(lambda: Residual(activation=False))
     whole = shrink(model, [images()], keep=1.0, fold_norms=True)
     assert isinstance(whole.first.norm2, nn.Identity)
+    assert all(parameter.requires_grad for parameter in whole.parameters())
     torch.testing.assert_close(outputs(whole, images(4, 2)), outputs(model, images(4, 2)), rtol=1e-4, atol=1e-5)
 
 

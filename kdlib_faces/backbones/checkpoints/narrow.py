@@ -16,8 +16,9 @@ def removed_modules(model: Backbone) -> list[str] | None:
     """Return the paths of modules that became the identity, or None for a network of the full size."""
     with torch.device("meta"):
         full = build_backbone(model.family, **model.arguments)
-    shapes, wanted = ({key: x.shape for key, x in each.state_dict().items()} for each in (model, full))
-    return None if shapes == wanted else _identities(model, full)
+        state = model.state_dict()
+        shapes, wanted = ({key: x.shape for key, x in each.items()} for each in (state, full.state_dict()))
+        return None if shapes == wanted else _identities(narrow_like(full, state), full)
 
 
 def narrow_backbone(full: Backbone, state: Mapping[str, object], removed: object) -> Backbone:
