@@ -29,17 +29,7 @@ from kdlib_faces.teachers.input_options import InputOptions, inputs_of_models
 from kdlib_faces.teachers.open import open_teacher, stage_taps
 from kdlib_faces.training import RunConfig, RunOptions, TrainingSetup, load_training_images, train_on_faces
 
-__all__ = [
-    "AGE",
-    "GENERAL",
-    "LIAADConfig",
-    "LIAADRunConfig",
-    "LIAADSettings",
-    "build",
-    "features_read",
-    "main",
-    "train",
-]
+__all__ = ["AGE", "GENERAL", "JOINT", "LIAADConfig", "LIAADRunConfig", "LIAADSettings", "build", "features_read", "main", "train"]  # fmt: skip
 
 GENERAL, AGE, JOINT = "general", "age", "joint"
 

@@ -220,7 +220,7 @@ def test_a_stream_of_linear_layers_keeps_mixtures():
 
 def test_refitting_on_the_narrow_activations_equals_least_squares():
     """The second layer of a two-layer network is the least-squares solution for the kept channels."""
-    model = nn.Sequential(nn.Linear(5, 8), nn.Tanh(), nn.Linear(8, 3)).double()
+    model = prepared(lambda: nn.Sequential(nn.Linear(5, 8), nn.Tanh(), nn.Linear(8, 3)).double())
     x = torch.randn(2000, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     student = shrink(model, [x], keep=0.5)
     hidden = F.pad(student[1](student[0](x)), (0, 1), value=1.0)
@@ -232,7 +232,7 @@ def test_refitting_on_the_narrow_activations_equals_least_squares():
 
 def test_greedy_choice_equals_a_naive_search():
     """At each step the channel is removed without which the outputs are predicted best by least squares."""
-    model = nn.Sequential(nn.Linear(5, 9), nn.ReLU(), nn.Linear(9, 3)).double()
+    model = prepared(lambda: nn.Sequential(nn.Linear(5, 9), nn.ReLU(), nn.Linear(9, 3)).double())
     x = torch.randn(500, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
     hidden = model[1](model[0](x)).detach()
     target = hidden @ model[2].weight.detach().T
