@@ -6,6 +6,7 @@ Data flows through the packages in this order, and each package imports only pac
 - `kdlib.projections`: map student features into the teacher's feature space;
 - `kdlib.losses`: compare a student tensor with a teacher tensor; `kdlib.functional` has the same losses as functions;
 - `kdlib.weighting`: compute one weight per teacher and sample from the losses of several teachers;
+- `kdlib.schedules`: functions of the step for weights of terms, temperatures and the learning rate;
 - `kdlib.objective`: add named terms up to one scalar (`Objective`);
 - `kdlib.distiller`: run student, teachers and objective on a batch (`Distiller`);
 - `kdlib.online`: teachers that change during training: running mean, peers, the student itself;
@@ -24,6 +25,7 @@ from kdlib import (
     objective,
     online,
     projections,
+    schedules,
     training,
     weighting,
 )
@@ -57,7 +59,7 @@ from kdlib.objective import Objective, ObjectiveOutput, Term
 from kdlib.online import AuxiliaryHeads, EMATeacher, MutualDistiller, SelfTeacher
 from kdlib.projections import ConvProjection, LinearProjection, TokenProjection, infer_projection
 from kdlib.training import TrainConfig, TrainResult, train
-from kdlib.types import Features, Loss, Projection, Targets, Teacher, Weighting
+from kdlib.types import Features, Loss, Projection, Schedule, Targets, Teacher, Weighting
 from kdlib.weighting import (
     CenterConfidenceWeighting,
     ConfidenceWeighting,
@@ -81,7 +83,7 @@ __all__ = [
     "DecoupledKDLoss", "Distiller", "EMATeacher", "EntropyWeighting", "Features", "FixedWeighting", "GateWeighting",
     "GradientWeighting", "HierarchicalContextLoss", "HintLoss", "InfluenceReport", "LinearProjection",
     "LinearSoftTargetLoss", "Loss", "MutualDistiller", "NSTLoss", "OUTPUT", "Objective", "ObjectiveOutput",
-    "OverhaulLoss", "PKTLoss", "Projection", "RKDAngleLoss", "RKDDistanceLoss", "SelfTeacher",
+    "OverhaulLoss", "PKTLoss", "Projection", "RKDAngleLoss", "RKDDistanceLoss", "Schedule", "SelfTeacher",
     "SimilarityPreservingLoss", "SoftTargetLoss", "StudentAdapter", "Tap", "Targets", "Teacher", "TeacherAdapter",
     "TeacherCache", "Term", "TokenProjection", "TrainConfig", "TrainResult", "UncertaintyWeighting", "UniformWeighting",
     "VariationalInformationLoss", "Weighting", "__version__", "infer_projection", "train",
@@ -96,6 +98,7 @@ for _module in (
     objective,
     online,
     projections,
+    schedules,
     training,
     weighting,
 ):

@@ -12,7 +12,7 @@ from kdlib._checks import check_callable, check_number, check_type
 from kdlib._held import move, split_inputs
 from kdlib.adapters import StudentAdapter, Tap
 from kdlib.online._checks import check_initialized, check_reads, check_same_tensors
-from kdlib.types import HasTaps
+from kdlib.types import HasTaps, Schedule
 
 __all__ = ["EMATeacher"]
 
@@ -38,7 +38,8 @@ class EMATeacher(nn.Module):
     Args:
         student: the student of the distiller, copied here. Load its weights first, or keep `warmup=True`, with which
             nothing is left of the copied weights after the first update.
-        decay: d, from 0 (the student itself) to 1 (no change), or a function of the step.
+        decay: d, from 0 (the student itself) to 1 (no change), or a schedule of the step
+            as in `kdlib.schedules`.
         warmup: limit d as above, so that the teacher starts as the plain mean of the weights so far. `False` uses d
             from the first step.
         taps: as in `StudentAdapter`; `None` for the student's. Only for a student that is a `StudentAdapter`.
@@ -76,7 +77,7 @@ class EMATeacher(nn.Module):
     def __init__(
         self,
         student: nn.Module,
-        decay: float | Callable[[int], float] = 0.999,
+        decay: float | Schedule = 0.999,
         *,
         warmup: bool = True,
         taps: Mapping[str, str | Tap] | None = None,
@@ -197,6 +198,18 @@ class EMATeacher(nn.Module):
     def set_extra_state(self, state: Tensor) -> None:
         """Restore the number of updates."""
         self.step = int(state)
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        metadata: Any,
+        strict: bool,
+        missing: list[str],
+        *lists: list[str],
+    ) -> None:
+        super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, *lists)
+        missing[:] = [key for key in missing if key != f"{prefix}_extra_state"]  # weights alone are complete
 
     def extra_repr(self) -> str:
         options = [f"decay={self.decay!r}", f"warmup={self.warmup}", f"always_eval={self.always_eval}"]

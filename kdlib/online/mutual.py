@@ -163,12 +163,12 @@ class _JointObjective(Objective):
             each.infer(_part(student_features, name), _without(teacher_features, name))
 
     def _compare(
-        self, student_features: Features, teacher_features: Mapping[str, Features], targets: Targets
+        self, student_features: Features, teacher_features: Mapping[str, Features], targets: Targets, step: int | None
     ) -> tuple[dict[str, Comparison], list[Any]]:
         compared, penalties = {}, []
         for name, each in self._each():
             own, others = _part(student_features, name), _without(teacher_features, name)
-            result, more = each._compare(own, others, targets)
+            result, more = each._compare(own, others, targets, step)
             compared.update({f"{name}/{term}": value for term, value in result.items()})
             penalties += more
         return compared, penalties

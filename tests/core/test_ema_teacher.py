@@ -1,7 +1,6 @@
 """The running-mean teacher: its formula, modes, views and state, in `train` and in loops of one's own."""
 
 import copy
-import math
 import pickle
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,7 @@ from kdlib import (
     TrainConfig,
     train,
 )
+from kdlib.schedules import cosine
 from kdlib.testing import check_adapter
 from kdlib.types import Teacher, UpdatedTeacher
 from tests.core.training_toys import batches, same, weights
@@ -51,7 +51,7 @@ def loader() -> list[tuple[Tensor, dict[str, Tensor]]]:
 
 def step(made: Distiller, optimizer: torch.optim.Optimizer, batch: Any) -> None:
     optimizer.zero_grad()
-    made(*batch).total.backward()
+    made(*batch, step=made.teachers["ema"].step).total.backward()
     optimizer.step()
     made.update_teachers()
 
@@ -82,11 +82,11 @@ def test_the_warm_up_is_the_plain_mean_of_the_weights() -> None:
 
 
 def test_the_decay_may_be_a_schedule_of_the_step() -> None:
-    teacher = EMATeacher(net(), lambda step: 1 - 0.004 * math.cos(step / 100), warmup=False)
-    assert teacher.decay_at(0) == pytest.approx(0.996)
+    teacher = EMATeacher(net(), cosine(0.996, 1.0, 200), warmup=False)
+    assert [teacher.decay_at(step) for step in (0, 100, 200)] == pytest.approx([0.996, 0.998, 1.0])
     student = net(1)
-    teacher.update(student, step=157)  # the cosine of 1.57 is 0.0008
-    assert teacher.step == 158
+    teacher.update(student, step=199)
+    assert teacher.step == 200
     torch.testing.assert_close(teacher.model[0].weight, net().model[0].weight, atol=1e-4, rtol=0)
     with pytest.raises(ValueError, match=r"EMATeacher: decay\(0\) must be a finite number and >= 0 and <= 1, got 2"):
         EMATeacher(net(), lambda step: 2).update(net())
