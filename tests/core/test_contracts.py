@@ -78,6 +78,7 @@ LOSSES: dict[str, list[Row]] = {
     "DecoupledKDLoss": [Row(PER_SAMPLE, LOGITS, classes=4)],
     "HierarchicalContextLoss": [Row(PER_SAMPLE, MAPS), Row(PER_SAMPLE, MAPS, options={"levels": (3, 1)})],
     "HintLoss": [Row(PER_SAMPLE, VECTORS), Row(PER_SAMPLE, MAPS)],
+    "LogSumLoss": [Row(RELATION, VECTORS), Row(RELATION, MAPS, options={"exponent": 2.0})],
     "NSTLoss": [Row(PER_SAMPLE, OTHER_CHANNELS)],
     "OverhaulLoss": [
         Row(PER_SAMPLE, VECTORS, (-0.5,)),
@@ -172,7 +173,7 @@ def test_a_student_or_teacher_that_is_not_a_tensor_is_named() -> None:
                 with pytest.raises(TypeError, match=message):
                     function(*given, **required.get(name, {}))
         num_functions += 1
-    assert num_functions == 18
+    assert num_functions == 19
 
 
 @pytest.mark.parametrize(("name", "row"), rows(kdlib.weighting, WEIGHTINGS))
