@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 
 __all__ = [
-    "Features", "FrozenModel", "GraphWeighting", "HasFingerprint", "HasTaps", "Loss", "PenalizedWeighting",
-    "Projection", "Schedule", "ScheduledLoss", "StudentReader", "Targets", "Teacher", "UpdatedTeacher", "WeightedLoss",
+    "Features", "FrozenModel", "GraphWeighting", "HasFingerprint", "HasTaps", "Loss", "PassesInputs",
+    "PenalizedWeighting", "Projection", "Schedule", "ScheduledLoss", "StudentReader", "Targets", "Teacher", "UpdatedTeacher", "WeightedLoss",
     "Weighting",
 ]  # fmt: skip
 
@@ -95,6 +95,15 @@ class HasTaps(Protocol):
     @property
     def taps(self) -> Mapping[str, object]:
         """Mapping whose keys are the names of the features."""
+
+
+@runtime_checkable
+class PassesInputs(Protocol):
+    """A student that passes its inputs unchanged to another one, such as `AuxiliaryHeads`."""
+
+    @property
+    def receiver(self) -> nn.Module:
+        """The student that receives the inputs; its `forward` tells `train` which entries of a mapping are inputs."""
 
 
 @runtime_checkable

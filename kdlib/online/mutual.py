@@ -101,6 +101,11 @@ class _Students(nn.Module):
         if len(declared) == len(students):
             self.taps = {f"{name}/{tap}": None for name, taps in declared.items() for tap in taps}
 
+    @property
+    def receiver(self) -> nn.Module:
+        """The first student: all take the same inputs."""
+        return next(self.children())
+
     def forward(self, *inputs: Any, **named: Any) -> Features:
         return {f"{name}/{tap}": x for name, each in self.named_children() for tap, x in each(*inputs, **named).items()}
 

@@ -118,6 +118,11 @@ class AuxiliaryHeads(nn.Module):
         """The student's model, without the heads."""
         return cast(nn.Module, self.student.model)
 
+    @property
+    def receiver(self) -> nn.Module:
+        """The student, which receives the inputs."""
+        return self.student
+
     def forward(self, *inputs: Any, **named: Any) -> dict[str, Tensor]:
         """Return the student's features and those of the heads."""
         features: Features = self.student(*inputs, **named)

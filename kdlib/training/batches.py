@@ -11,6 +11,7 @@ from kdlib.adapters import StudentAdapter
 from kdlib.distiller import Distiller
 from kdlib.training._checks import check_inputs, check_pair
 from kdlib.training.config import TrainConfig
+from kdlib.types import PassesInputs
 
 __all__ = ["batch_size", "sample_ids", "splitter"]
 
@@ -36,6 +37,8 @@ def splitter(distiller: Distiller, config: TrainConfig) -> Callable[[Any], tuple
 def _split_mapping(distiller: Distiller, batch: Mapping[str, Any]) -> tuple[dict[str, Any], Mapping[str, Any]]:
     """The inputs are what the student's `forward` names and no term or teacher reads as a target."""
     student = distiller.student
+    while isinstance(student, PassesInputs):
+        student = student.receiver
     forward = student.model.forward if isinstance(student, StudentAdapter) else student.forward
     parameters = [
         p for p in inspect.signature(forward).parameters.values() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)

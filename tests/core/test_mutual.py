@@ -231,6 +231,24 @@ def test_self_distillation_trains_beside_a_running_mean() -> None:
     torch.testing.assert_close(compiled(X, {"label": LABEL}).total, made(X, {"label": LABEL}).total)
 
 
+class Named(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(6, 3)
+
+    def forward(self, pixels: Tensor, *, scale: float = 1.0) -> Tensor:
+        return self.layer(pixels) * scale
+
+
+def test_train_reads_mappings_by_the_names_of_the_students_arguments() -> None:
+    batch = {"pixels": X, "label": LABEL, "unused": X}
+    plain = {name: StudentAdapter(Named(), {"logits": OUTPUT}) for name in "ab"}
+    heads = AuxiliaryHeads(plain["a"], {"more": ("logits", nn.Linear(3, 3))})
+    more = Term(nn.CrossEntropyLoss(), student="more", target="label")
+    for made in (MutualDistiller(plain, Objective(terms())), Distiller(heads, {}, Objective({"more": more}))):
+        assert train(made, [batch], TrainConfig(epochs=1)).step == 1
+
+
 def test_a_compiled_mutual_distiller() -> None:
     made = MutualDistiller(students(2), Objective(terms()))
     compiled = torch.compile(made, fullgraph=True, backend="aot_eager")
