@@ -20,13 +20,14 @@ def average_into(pairs: Iterable[tuple[Tensor, Tensor]], decay: float) -> None:
             device.
         decay: from 0 (the new values) to 1 (no change).
     """
-    means: list[Tensor] = []
-    values: list[Tensor] = []
+    groups: dict[type[Tensor], tuple[list[Tensor], list[Tensor]]] = {}  # sharded and plain tensors do not mix
     for mean, value in pairs:
         if not (mean.is_floating_point() or mean.is_complex()):
             mean.copy_(value)
-        else:
-            means.append(mean)
-            values.append(value.detach().to(mean.device, mean.dtype))
-    if means:  # one fused call for all tensors of a dtype and device
-        get_ema_multi_avg_fn(decay)(means, values, None)  # type: ignore[no-untyped-call]  # torch leaves it untyped
+            continue
+        means, values = groups.setdefault(type(mean.detach()), ([], []))
+        means.append(mean)
+        values.append(value.detach().to(mean.device, mean.dtype))
+    average = get_ema_multi_avg_fn(decay)  # type: ignore[no-untyped-call]  # torch leaves it untyped
+    for means, values in groups.values():  # one fused call for all tensors of a dtype and device
+        average(means, values, None)
