@@ -99,6 +99,7 @@ def check_term_names(terms: object) -> None:
 
 def check_term_loss(term: str, loss: Tensor, batch: int, *, weighted: bool, teacher: bool) -> None:
     """A term's loss must be `(b,)`; it may be a scalar unless the objective has to apply sample weights to it."""
+    check_type(f"Objective: term {term!r}", "the value of the loss", loss, Tensor, "a torch.Tensor")
     if tuple(loss.shape) != (batch,) and (weighted or (teacher and loss.dim())):
         wanted = f"(b,) = ({batch},)"
         wanted = f"{wanted} losses for its sample_weight" if weighted else f"a scalar or {wanted}"

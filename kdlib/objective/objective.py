@@ -117,11 +117,12 @@ class Objective(nn.Module):
 
     def get_extra_state(self) -> Tensor:
         """Return the step as the tensor that a state dict holds."""
-        return torch.tensor(UNKNOWN if self._step is None else self._step)
+        # On the CPU whatever the default device: the step is a Python number, and loading it waits for no accelerator.
+        return torch.tensor(UNKNOWN if self._step is None else self._step, device="cpu")
 
     def set_extra_state(self, state: Tensor) -> None:
         """Read the step from a state dict."""
-        step = int(state)
+        step = UNKNOWN if state.is_meta else int(state)
         self._step, self._given = None if step == UNKNOWN else step, False
 
     def extra_repr(self) -> str:

@@ -270,6 +270,9 @@ def test_invalid_sample_weights_are_errors(features) -> None:
     scalar = term(lambda s, t: (s - t).mean(), teacher="embedding")
     with pytest.raises(ValueError, match=r"must return \(b,\) = \(6,\) losses for its sample_weight, got \(\)"):
         scalar(student, teachers, {"known": torch.ones(6)})
+    number: Any = lambda s, t: 1.0  # noqa: E731
+    with pytest.raises(TypeError, match=r"term 'a': the value of the loss must be a torch.Tensor, got float"):
+        Objective({"a": Term(number, student="embedding", teacher="embedding")})(student, teachers)
     assert repr(hint.terms["a"]).endswith("teacher='embedding', sample_weight='known')")
 
 

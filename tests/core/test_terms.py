@@ -307,6 +307,10 @@ def test_a_mask_is_passed_to_other_losses() -> None:
     with pytest.raises(ValueError, match=r"Term: mask needs a loss that accepts mask=, .* got Never"):
         Term(Never(), **LOGITS)
     objective = Objective({"a": Term(SoftTargetLoss(dim=-1), **LOGITS)})
+    torch._dynamo.reset()
+    targets = {"kept": KEPT.long()}
+    compiled = torch.compile(objective, fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(STUDENT, TEACHERS, targets).total, objective(STUDENT, TEACHERS, targets).total)
     with pytest.raises(ValueError, match="term 'a': no target named 'kept'; there are none"):
         objective(STUDENT, TEACHERS)
     with pytest.raises(ValueError, match=r"targets\['kept'\] must have the batch size of the student's feature"):
