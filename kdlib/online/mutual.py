@@ -131,9 +131,10 @@ class _Peer:
 
 @dataclass(frozen=True)
 class _Weightings:
-    """The weightings of all students, which their objectives call."""
+    """The weightings of all students, which their objectives check and call."""
 
     students: dict[str, Weighting]
+    cross_layer: ClassVar[bool] = True
 
     def __call__(self, losses: Tensor, *, student: Tensor, teachers: Sequence[Tensor], targets: Targets) -> Tensor:
         return losses
@@ -147,9 +148,12 @@ class _JointObjective(Objective):
         for student, objective in objectives.items():
             for name, term in objective.terms.items():
                 others = term.teachers or [other for other in names if other != student]
+                taps = [
+                    f"{student}/{tap}" for tap in ([term.student] if isinstance(term.student, str) else term.student)
+                ]
                 joined[f"{student}/{name}"] = replace(
                     term,
-                    student=f"{student}/{term.student}",
+                    student=taps[0] if isinstance(term.student, str) else taps,
                     teachers=None if term.teacher is None else others,
                 )
         super().__init__(joined, _Weightings({name: each.weighting for name, each in objectives.items()}))

@@ -231,6 +231,19 @@ def test_self_distillation_trains_beside_a_running_mean() -> None:
     torch.testing.assert_close(compiled(X, {"label": LABEL}).total, made(X, {"label": LABEL}).total)
 
 
+def test_terms_of_several_layers() -> None:
+    def both(student: list[Tensor], teacher: list[Tensor]) -> Tensor:
+        return sum((s - t).square().mean(1) for s, t in zip(student, teacher, strict=True))
+
+    layers = Term(both, student=["hidden", "logits"], teacher=["hidden", "logits"])
+    pair = {name: student(index) for index, name in enumerate("ab")}
+    output = MutualDistiller(pair, Objective({"layers": layers}))(X)
+    torch.testing.assert_close(output.terms["a/layers"], output.terms["b/layers"])
+    a, b = (each(X) for each in pair.values())  # in training mode, as before
+    wanted = sum((a[name] - b[name]).square().mean() for name in ("hidden", "logits"))
+    torch.testing.assert_close(output.terms["a/layers"], wanted)
+
+
 class Named(nn.Module):
     def __init__(self) -> None:
         super().__init__()
