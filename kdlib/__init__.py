@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from kdlib import adapters, distiller, functional, influence, losses, objective, projections, training, weighting
 from kdlib._arguments import prepare_arguments
-from kdlib.adapters import OUTPUT, StudentAdapter, Tap, TeacherAdapter
+from kdlib.adapters import OUTPUT, StudentAdapter, Tap, TeacherAdapter, list_taps, match_taps
 from kdlib.distiller import Distiller
 from kdlib.influence import InfluenceReport
 from kdlib.losses import (
@@ -70,7 +70,7 @@ __all__ = [
     "PKTLoss", "Projection", "RKDAngleLoss", "RKDDistanceLoss", "SimilarityPreservingLoss", "SoftTargetLoss",
     "StudentAdapter", "Tap", "Targets", "Teacher", "TeacherAdapter", "TeacherCache", "Term", "TokenProjection",
     "TrainConfig", "TrainResult", "UncertaintyWeighting", "UniformWeighting", "VariationalInformationLoss", "Weighting",
-    "__version__", "infer_projection", "train",
+    "__version__", "infer_projection", "list_taps", "match_taps", "train",
 ]  # fmt: skip
 
 for _module in (adapters, distiller, functional, influence, losses, objective, projections, training, weighting):

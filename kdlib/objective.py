@@ -24,7 +24,8 @@ from kdlib._checks import (
     check_weights_of,
     late_projections,
 )
-from kdlib.influence import Comparison, InfluenceReport, measure, unchanged
+from kdlib._held import unchanged
+from kdlib.influence import Comparison, InfluenceReport, measure
 from kdlib.projections import infer_projection
 from kdlib.types import Features, GraphWeighting, PenalizedWeighting, Targets, WeightedLoss, Weighting
 from kdlib.weighting import UniformWeighting

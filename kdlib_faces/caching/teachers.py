@@ -91,8 +91,8 @@ def open_teachers(
         views[source.path] = seeded = _views(cache)
         _check_faces(cache, source.path, faces, seeded, digests, quiet=quiet)
         _check_features(cache, source)
-        reads = ("sample", "view") if _uses_views(source, seeded, mirrored) else ("sample",)
-        teachers[source.role] = CachedTeacher(cache, reads=reads, features=tuple(source.reads) or None)
+        inputs = ("sample", "view") if _uses_views(source, seeded, mirrored) else ("sample",)
+        teachers[source.role] = CachedTeacher(cache, inputs=inputs, features=tuple(source.reads) or None)
         name = show_name(cache.notes.get("teacher", "?"))
         messages.append(f"{source.role} teacher: {name} from {source.path}, outputs for {describe_views(seeded)}")
     random = [each for each in views.values() if each.augment is not None]

@@ -39,11 +39,12 @@ def check_one_space(opened: OpenTeachers, faces: FaceList, config: StudentConfig
     rows = torch.linspace(0, len(faces) - 1, min(IMAGES, len(faces))).long()
     pixels = load_images([faces.paths[row] for row in rows.tolist()], config.input_size)
     images = to_float(pixels) if opened.views is None else opened.views(pixels, rows, 0)
-    given = {"sample": rows, "view": torch.zeros_like(rows)}
+    targets = {"sample": rows, "view": torch.zeros_like(rows)}
     embeddings: dict[str, Tensor] = {}
     for name, teacher in opened.teachers.items():
-        reads = teacher.reads if isinstance(teacher, Teacher) else ()
-        embeddings[name] = teacher(*([given[each] for each in reads] or [images]))["embedding"].float()
+        read = teacher.inputs if isinstance(teacher, Teacher) else None
+        given = [images] if read is None else [targets[each] for each in ([read] if isinstance(read, str) else read)]
+        embeddings[name] = teacher(*given)["embedding"].float()
     dims = {name: embedding.shape[1] for name, embedding in embeddings.items()}
     if set(dims.values()) != {config.embedding_dim}:
         found = ", ".join(f"the {name} teacher {dim}" for name, dim in dims.items())
