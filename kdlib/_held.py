@@ -142,7 +142,7 @@ def fork_random_state(device: torch.device) -> AbstractContextManager[None]:
 
 @contextmanager
 def unchanged(*modules: nn.Module, device: torch.device) -> Iterator[None]:
-    """Restore buffers, plain attributes and torch's random state after the block.
+    """Restore buffers, plain attributes, hooks and torch's random state after the block.
 
     Inside, the buffers are replaced by copies, because the originals may belong to a graph whose backward is still to
     run.
@@ -152,6 +152,13 @@ def unchanged(*modules: nn.Module, device: torch.device) -> Iterator[None]:
     copies = {
         id(buffer): buffer.detach().clone() for _, _, own in saved for buffer in own.values() if buffer is not None
     }
+    # A model may add hooks at its first forward, and an attribute that says so.
+    hooks = [
+        (held, dict(held))
+        for each in inside
+        for name, held in vars(each).items()
+        if "_hooks" in name and isinstance(held, dict)
+    ]
     try:
         for each, _, own in saved:
             for name, buffer in own.items():
@@ -159,6 +166,9 @@ def unchanged(*modules: nn.Module, device: torch.device) -> Iterator[None]:
         with fork_random_state(device):
             yield
     finally:
+        for held, entries in hooks:
+            held.clear()
+            held.update(entries)
         for each, attributes, own in saved:
             for name in set(vars(each)) - set(attributes):
                 del vars(each)[name]

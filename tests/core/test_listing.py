@@ -57,6 +57,8 @@ class Random(nn.Module):
         self.calls = 0
 
     def forward(self, x: Tensor, *, scale: float = 1.0) -> dict[str, object]:
+        if self.calls == 0:  # as models of transformers do
+            self.norm.register_forward_hook(lambda module, inputs, output: None, with_kwargs=False)
         self.calls += 1
         self.seen += 1
         x = self.dropout(self.norm(x)) + torch.rand(3)
