@@ -3,9 +3,8 @@
 import torch
 from torch import Tensor
 
-from kdlib import Teacher
 from kdlib_faces._checks import InputError
-from kdlib_faces.caching.teachers import OpenTeachers
+from kdlib_faces.caching.teachers import OpenTeachers, targets_read
 from kdlib_faces.data.images import load_images, to_float
 from kdlib_faces.data.lists import FaceList
 from kdlib_faces.recipes.student import StudentConfig
@@ -42,9 +41,7 @@ def check_one_space(opened: OpenTeachers, faces: FaceList, config: StudentConfig
     targets = {"sample": rows, "view": torch.zeros_like(rows)}
     embeddings: dict[str, Tensor] = {}
     for name, teacher in opened.teachers.items():
-        read = teacher.inputs if isinstance(teacher, Teacher) else None
-        given = [images] if read is None else [targets[each] for each in ([read] if isinstance(read, str) else read)]
-        embeddings[name] = teacher(*given)["embedding"].float()
+        embeddings[name] = teacher(*(targets_read(teacher, targets) or [images]))["embedding"].float()
     dims = {name: embedding.shape[1] for name, embedding in embeddings.items()}
     if set(dims.values()) != {config.embedding_dim}:
         found = ", ".join(f"the {name} teacher {dim}" for name, dim in dims.items())

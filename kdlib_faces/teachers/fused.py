@@ -177,9 +177,9 @@ class FusedTeacher(nn.Module):
         return super().train(False)
 
     @torch.no_grad()
-    def forward(self, *inputs: Tensor) -> dict[str, Tensor]:
+    def forward(self, *inputs: Tensor, **named: Tensor) -> dict[str, Tensor]:
         """Return the fused embedding `(b, d)` of unit length, and the features that pass through."""
-        outputs = {name: teacher(*inputs) for name, teacher in self.teachers.items()}
+        outputs = {name: teacher(*inputs, **named) for name, teacher in self.teachers.items()}
         rows = join_embeddings([features[self.feature] for features in outputs.values()])
         if rows.shape[1] != len(self.matrix):
             raise InputError(

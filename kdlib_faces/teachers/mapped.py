@@ -195,9 +195,9 @@ class MappedTeacher(nn.Module):
         self.inputs: TeacherInputs = teacher.inputs if isinstance(teacher, Teacher) else None
 
     @torch.no_grad()
-    def forward(self, *inputs: Tensor) -> dict[str, Tensor]:
+    def forward(self, *inputs: Tensor, **named: Tensor) -> dict[str, Tensor]:
         """Return the teacher's features, mapped where there is a matrix."""
-        features = dict(self.teacher(*inputs))
+        features = dict(self.teacher(*inputs, **named))
         for name, matrix in self.matrices.items():
             features[name] = F.normalize(features[name].float(), dim=1) @ matrix.to(features[name].device)
         return features
