@@ -29,7 +29,6 @@ from kdlib._held import (
     move,
     read_inputs,
     split_inputs,
-    tensors_in,
     unchanged,
 )
 from kdlib.influence import InfluenceReport
@@ -105,13 +104,14 @@ class Distiller(nn.Module):
             if module.training:  # train() was called on the teacher itself
                 module.eval()
         teachers: dict[str, Features] = {}
-        device = next((x.device for x in tensors_in(student)), torch.device("cpu"))
+        device = next((x.device for x in student.values() if isinstance(x, Tensor)), torch.device("cpu"))
         for name, teacher in self.teachers.items():
             check_teacher_inputs(name, input_names(teacher.inputs), targets or {})
             given = read_inputs(teacher.inputs, targets or {}, inputs)
             with torch.no_grad():
                 features = self._call(f"teacher {name!r}", teacher, given)
-                teachers[name] = {key: bring(x, device) for key, x in features.items()}
+                away = any(isinstance(x, Tensor) and x.device != device for x in features.values())
+                teachers[name] = {key: bring(x, device) for key, x in features.items()} if away else features
         return student, teachers
 
     def _call(self, owner: str, model: Callable[..., Features], inputs: Any) -> Features:

@@ -145,8 +145,13 @@ def _parsed(tap: str | Tap) -> Tap:
 def taps_in(taps: Taps, *, training: bool) -> dict[str, Tap]:
     """Return the taps of one mode; a feature without a tap in it is left out."""
     mode = "train" if training else "eval"
-    chosen = {name: tap if isinstance(tap, Tap) else tap.get(mode) for name, tap in taps.items()}
-    return {name: tap for name, tap in chosen.items() if tap is not None}
+    chosen: dict[str, Tap] = {}
+    for name, tap in taps.items():
+        if isinstance(tap, Tap):
+            chosen[name] = tap
+        elif mode in tap:
+            chosen[name] = tap[mode]
+    return chosen
 
 
 def pick(owner: str, name: str, tap: Tap, value: Any, *, training: bool) -> Tensor:
