@@ -30,7 +30,7 @@ from kdlib import (
     weighting,
 )
 from kdlib._arguments import prepare_arguments
-from kdlib.adapters import OUTPUT, StudentAdapter, Tap, TeacherAdapter
+from kdlib.adapters import OUTPUT, StudentAdapter, Tap, TeacherAdapter, list_taps, match_taps
 from kdlib.distiller import Distiller
 from kdlib.influence import InfluenceReport
 from kdlib.losses import (
@@ -83,11 +83,12 @@ __all__ = [
     "ContrastiveRepresentationLoss", "ConvProjection", "CorrelationCongruenceLoss", "DISTLoss", "DarkRankLoss",
     "DecoupledKDLoss", "Distiller", "EMATeacher", "EntropyWeighting", "Features", "FixedWeighting", "GateWeighting",
     "GradientWeighting", "HierarchicalContextLoss", "HintLoss", "InfluenceReport", "LinearProjection",
-    "LinearSoftTargetLoss", "LogSumLoss", "Loss", "MutualDistiller", "NSTLoss", "OUTPUT", "Objective", "ObjectiveOutput",
-    "OverhaulLoss", "PKTLoss", "Projection", "RKDAngleLoss", "RKDDistanceLoss", "Schedule", "SelfTeacher",
-    "SimilarityPreservingLoss", "SoftTargetLoss", "StudentAdapter", "Tap", "Targets", "Teacher", "TeacherAdapter",
-    "TeacherCache", "Term", "TokenProjection", "TrainConfig", "TrainResult", "UncertaintyWeighting", "UniformWeighting",
-    "VariationalInformationLoss", "Weighting", "__version__", "infer_projection", "train",
+    "LinearSoftTargetLoss", "LogSumLoss", "Loss", "MutualDistiller", "NSTLoss", "OUTPUT", "Objective",
+    "ObjectiveOutput", "OverhaulLoss", "PKTLoss", "Projection", "RKDAngleLoss", "RKDDistanceLoss", "Schedule",
+    "SelfTeacher", "SimilarityPreservingLoss", "SoftTargetLoss", "StudentAdapter", "Tap", "Targets", "Teacher",
+    "TeacherAdapter", "TeacherCache", "Term", "TokenProjection", "TrainConfig", "TrainResult", "UncertaintyWeighting",
+    "UniformWeighting", "VariationalInformationLoss", "Weighting", "__version__", "infer_projection", "list_taps",
+    "match_taps", "train",
 ]  # fmt: skip
 
 for _module in (

@@ -1,6 +1,6 @@
 """Argument checks that only online methods use."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
@@ -9,15 +9,9 @@ from kdlib._checks import check_key, check_name, check_type, show_shape
 from kdlib.objective import Objective
 
 __all__ = [
-    "check_head", "check_initialized", "check_new_name", "check_objectives", "check_reads", "check_same_tensors",
+    "check_head", "check_initialized", "check_new_name", "check_objectives", "check_same_tensors",
     "check_students",
 ]  # fmt: skip
-
-
-def check_reads(owner: str, reads: object) -> None:
-    """`reads` must be a sequence of names of targets."""
-    if isinstance(reads, str) or not isinstance(reads, Sequence) or not all(isinstance(name, str) for name in reads):
-        raise TypeError(f"{owner}: reads must be a sequence of names of targets, got {reads!r}")
 
 
 def check_initialized(owner: str, student: nn.Module) -> None:

@@ -1,7 +1,7 @@
 """A teacher whose weights are the running mean of the student's."""
 
 import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Self
 
 import torch
@@ -11,8 +11,9 @@ from kdlib._averaging import average_into
 from kdlib._checks import check_callable, check_number, check_type
 from kdlib._held import move, split_inputs
 from kdlib.adapters import StudentAdapter, Tap
-from kdlib.online._checks import check_initialized, check_reads, check_same_tensors
-from kdlib.types import HasTaps, Schedule
+from kdlib.adapters._checks import check_input_names
+from kdlib.online._checks import check_initialized, check_same_tensors
+from kdlib.types import HasTaps, Schedule, TeacherInputs
 
 __all__ = ["EMATeacher"]
 
@@ -46,7 +47,8 @@ class EMATeacher(nn.Module):
         always_eval: run in eval mode, with buffers such as BatchNorm's statistics averaged like weights. `False`
             follows `train()` and `eval()` of the distiller: with dropout in training, and with BatchNorm's statistics of
             the teacher's own batches.
-        reads: names of the targets that are passed in place of the inputs, such as another augmentation of the images.
+        inputs: names of the targets that are passed in place of the inputs, such as another augmentation of the images,
+            as in `TeacherAdapter`.
         preprocess: called first, on the inputs. Returns one tensor, a tuple, or a mapping of keyword arguments.
 
     Raises:
@@ -56,7 +58,7 @@ class EMATeacher(nn.Module):
     Examples:
         >>> from kdlib import OUTPUT, Distiller, Objective, SoftTargetLoss, StudentAdapter, Term
         >>> student = StudentAdapter(nn.Linear(4, 3), {"logits": OUTPUT})
-        >>> teacher = EMATeacher(student, decay=0.99, reads=["weak"])
+        >>> teacher = EMATeacher(student, decay=0.99, inputs="weak")
         >>> terms = {"consistency": Term(SoftTargetLoss(), student="logits", teacher="logits")}
         >>> distiller = Distiller(student, {"ema": teacher}, Objective(terms))
         >>> optimizer = torch.optim.SGD(distiller.trainable_parameters(), lr=0.1)
@@ -82,7 +84,7 @@ class EMATeacher(nn.Module):
         warmup: bool = True,
         taps: Mapping[str, str | Tap] | None = None,
         always_eval: bool = True,
-        reads: Sequence[str] = (),
+        inputs: TeacherInputs = None,
         preprocess: Callable[..., Any] | None = None,
     ) -> None:
         super().__init__()
@@ -91,7 +93,6 @@ class EMATeacher(nn.Module):
             decay = check_number("EMATeacher", "decay", decay, min=0, max=1)
         for name, value in (("warmup", warmup), ("always_eval", always_eval)):
             check_type("EMATeacher", name, value, bool, "True or False")
-        check_reads("EMATeacher", reads)
         if preprocess is not None:
             check_callable("EMATeacher", "preprocess", preprocess)
         check_initialized("EMATeacher", student)
@@ -104,7 +105,7 @@ class EMATeacher(nn.Module):
         if isinstance(average, HasTaps):
             self.taps = dict(average.taps)
         self.decay, self.warmup, self.always_eval = decay, warmup, always_eval
-        self.reads = tuple(reads)
+        self.inputs = check_input_names("EMATeacher", inputs)
         self._preprocess = (preprocess,)  # not registered, in case it is a Module
         self.step = 0
         self.train(student.training)
@@ -173,7 +174,7 @@ class EMATeacher(nn.Module):
     def fingerprint(self) -> str:
         """The settings, which a resumed run compares; the weights change with every step."""
         decays = [self.decay_at(step) for step in (0, 1, 10, 100, 1000, 10_000)]
-        return f"EMATeacher decay={decays} always_eval={self.always_eval} reads={self.reads}"
+        return f"EMATeacher decay={decays} always_eval={self.always_eval} inputs={self.inputs}"
 
     def _converted(self, x: Any) -> Any:
         """Convert an input in half precision to the precision of the weights, outside of autocast."""
@@ -213,5 +214,5 @@ class EMATeacher(nn.Module):
 
     def extra_repr(self) -> str:
         options = [f"decay={self.decay!r}", f"warmup={self.warmup}", f"always_eval={self.always_eval}"]
-        options += [f"reads={self.reads!r}"] if self.reads else []
+        options += [f"inputs={self.inputs!r}"] if self.inputs else []
         return ", ".join(options)

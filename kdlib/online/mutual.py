@@ -113,7 +113,7 @@ class _Students(nn.Module):
 class _Peer:
     """A student as a teacher of the others."""
 
-    reads: ClassVar[tuple[str, ...]] = ()
+    inputs: ClassVar[None] = None
     reads_student: ClassVar[bool] = True
 
     def __init__(self, name: str, student: nn.Module) -> None:

@@ -36,8 +36,8 @@ class SelfTeacher:
         Zhang et al., *Be Your Own Teacher*, arXiv 1905.08094; see `AuxiliaryHeads` for its classifiers.
     """
 
-    reads: ClassVar[tuple[str, ...]] = ()
-    """Names of the targets passed in place of the inputs: none."""
+    inputs: ClassVar[None] = None
+    """The targets passed in place of the inputs: none."""
 
     reads_student: ClassVar[bool] = True
     """A distiller passes the student's features in place of the inputs."""

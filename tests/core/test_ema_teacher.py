@@ -205,7 +205,7 @@ def test_no_gradient_and_the_same_features_as_a_frozen_copy() -> None:
 def test_another_view_of_the_inputs() -> None:
     student = net().eval()
     terms = {"mean": Term(HintLoss(), student="out", teacher="out")}
-    made = Distiller(student, {"ema": EMATeacher(student, reads=["weak"])}, Objective(terms)).eval()
+    made = Distiller(student, {"ema": EMATeacher(student, inputs="weak")}, Objective(terms)).eval()
     strong, weak = torch.randn(2, 5, 6)
     wanted = HintLoss()(student(strong)["out"], student(weak)["out"])
     torch.testing.assert_close(made(strong, {"weak": weak}).total, wanted)
@@ -290,7 +290,7 @@ def test_errors() -> None:
         (lambda: EMATeacher("student"), TypeError, "EMATeacher: student must be a Module, got str"),
         (lambda: EMATeacher(student, 1.5), ValueError, "decay must be a finite number and >= 0 and <= 1, got 1.5"),
         (lambda: EMATeacher(student, warmup=1), TypeError, "warmup must be True or False, got int"),
-        (lambda: EMATeacher(student, reads="weak"), TypeError, "reads must be a sequence of names of targets, got 'weak'"),
+        (lambda: EMATeacher(student, inputs=[3]), TypeError, "EMATeacher: each name in inputs must be a str, got int"),
         (lambda: EMATeacher(student, preprocess=3), TypeError, "preprocess must be callable"),
         (lambda: EMATeacher(student.model, taps={"x": "0"}), TypeError, "must be a StudentAdapter if taps are given"),
         (lambda: EMATeacher(student, taps={"x": "9"}), ValueError, "9"),

@@ -86,7 +86,7 @@ def test_each_student_learns_as_from_frozen_peers(weighting: Any) -> None:
 
 
 class _Plain:
-    reads = ()
+    inputs = None
 
     def __init__(self, call: Any) -> None:
         self.call = call
