@@ -1,5 +1,8 @@
 """Exponential moving average of the student's weights."""
 
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
@@ -42,6 +45,16 @@ class EMA:
         for copy, value in self._others:
             copy.copy_(value)
 
+    @contextmanager
+    def applied(self) -> Iterator[None]:
+        """Exchange the module's values and the averages within the block."""
+        pairs = [*self._floats, *self._others]
+        _exchange(pairs)
+        try:
+            yield
+        finally:
+            _exchange(reversed(pairs))  # in reverse order, because tied weights are exchanged several times
+
     def state_dict(self) -> dict[str, Tensor]:
         """Return the averages under the names of the module's state dict."""
         return dict(self._average)
@@ -51,3 +64,11 @@ class EMA:
         """Load the averages of a checkpoint."""
         for name, value in state.items():
             self._average[name].copy_(value)
+
+
+@torch.no_grad()
+def _exchange(pairs: Iterable[tuple[Tensor, Tensor]]) -> None:
+    for a, b in pairs:
+        kept = a.clone()
+        a.copy_(b)
+        b.copy_(kept)

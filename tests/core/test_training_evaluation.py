@@ -1,0 +1,441 @@
+"""Evaluation during training: the best weights, early stopping, and interruptions in an evaluation."""
+
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from kdlib import OUTPUT, Distiller, HintLoss, Objective, StudentAdapter, Term
+from kdlib.training import CheckpointError, Evaluation, TrainConfig, TrainEvent, load_checkpoint, read_log, train
+from tests.core.training_toys import Toy, batches, same, weights
+
+STEPS = 10  # two epochs of five batches
+
+
+class Scripted:
+    """An evaluation that returns given values in order, and keeps the weights that it saw."""
+
+    def __init__(self, *values: float, name: str = "accuracy") -> None:
+        self.values, self.name = values, name
+        self.seen: list[dict[str, Tensor]] = []
+
+    def __call__(self, distiller: Distiller) -> dict[str, float]:
+        self.seen.append(weights(distiller))
+        return {self.name: self.values[len(self.seen) - 1], "other": 0.5}
+
+
+def measured(distiller: Distiller) -> dict[str, float]:
+    """Validation error, a deterministic function of the weights."""
+    inputs, _ = batches(1, seed=7)[0]
+    wanted = distiller.teachers["big"](inputs)["out"]
+    return {"error": nn.functional.mse_loss(distiller.student(inputs)["out"], wanted).item()}
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"evaluate": 3}, "TrainConfig: evaluate must be callable, got int"),
+        (
+            {"evaluate_every": 2},
+            "TrainConfig: evaluate must be given with evaluate_every, got evaluate_every=2 without",
+        ),
+        ({"evaluate": measured, "evaluate_every": 0}, "evaluate_every must be a whole number and >= 1, got 0"),
+        ({"monitor": "loss"}, "TrainConfig: evaluate must be given with monitor, got monitor='loss' without it"),
+        ({"evaluate": measured, "monitor": 3}, "monitor must be the name of a metric or None, got int"),
+        ({"evaluate": measured, "monitor": "loss"}, "TrainConfig: mode must be one of 'max', 'min', got None"),
+        ({"evaluate": measured, "monitor": "loss", "mode": "low"}, "mode must be one of 'max', 'min', got 'low'"),
+        ({"evaluate": measured, "mode": "max"}, "TrainConfig: monitor must be given with mode"),
+        ({"evaluate": measured, "patience": 2}, "TrainConfig: monitor must be given with patience"),
+    ],
+)
+def test_config_refuses_incomplete_evaluations(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises((ValueError, TypeError), match=message):
+        TrainConfig(epochs=1, **fields)
+
+
+@pytest.mark.parametrize(
+    ("fields", "steps"),
+    [
+        ({"epochs": 2}, [5, 10]),
+        ({"epochs": 2, "accumulate": 2}, [3, 6]),
+        ({"max_steps": 7}, [5, 7]),
+        ({"epochs": 2, "evaluate_every": 4}, [4, 8, 10]),
+        ({"epochs": 2, "evaluate_every": 20}, [10]),
+    ],
+)
+def test_evaluations_are_in_result_events_and_log(tmp_path: Path, fields: dict[str, Any], steps: list[int]) -> None:
+    events: list[TrainEvent] = []
+    script = Scripted(0.1, 0.3, 0.2)
+    config = TrainConfig(
+        **fields, evaluate=script, monitor="accuracy", mode="max", log_path=tmp_path / "log.jsonl", log_every=100
+    )
+    result = train(Toy(), batches(), config, hooks=[events.append])
+    assert [each.step for each in result.evaluations] == steps
+    assert [event.step for event in events] == list(range(1, result.step + 1))
+    assert [event.evaluation for event in events if event.evaluation] == list(result.evaluations)
+    assert result.evaluations[0] == Evaluation(
+        steps[0], events[steps[0] - 1].epoch, {"accuracy": 0.1, "other": 0.5}, True
+    )
+    rows = read_log(tmp_path / "log.jsonl")
+    assert [row["step"] for row in rows] == sorted({1, *steps})
+    assert [(row["metrics"], row["improved"]) for row in rows[1:]] == [
+        (each.metrics, each.improved) for each in result.evaluations
+    ]
+    assert "metrics" not in rows[0]
+    assert not result.stopped_early
+
+
+@pytest.mark.parametrize("value", [0.25, np.float32(0.25), torch.tensor(0.25), 1])
+def test_a_number_is_named_like_the_monitored_metric(value: Any) -> None:
+    plain = train(Toy(), batches(), TrainConfig(epochs=1, evaluate=lambda _: value))
+    assert plain.evaluations == (Evaluation(5, 0, {"metric": float(value)}, False),)
+    assert plain.best is None
+    named = train(Toy(), batches(), TrainConfig(epochs=1, evaluate=lambda _: value, monitor="loss", mode="min"))
+    assert named.evaluations == (Evaluation(5, 0, {"loss": float(value)}, True),)
+    assert type(named.evaluations[0].metrics["loss"]) is float
+
+
+def test_an_evaluation_changes_nothing() -> None:
+    """It runs in eval mode without gradients; modes, weights and random states are as without it."""
+    data = TensorDataset(torch.randn(40, 6, generator=torch.Generator().manual_seed(1)))
+
+    def loader() -> Any:
+        own = torch.Generator().manual_seed(3)
+        return DataLoader(
+            data, batch_size=8, shuffle=True, generator=own, collate_fn=lambda x: (torch.stack([y for (y,) in x]), {})
+        )
+
+    modes: list[bool] = []
+
+    def evaluate(distiller: Distiller) -> float:
+        assert not any(module.training for module in distiller.modules())
+        assert not torch.is_grad_enabled()
+        torch.rand(5)
+        return sum(distiller(*batch).total.item() for batch in watched)
+
+    class Watching(Toy):
+        def forward(self, *batch: Any) -> Any:
+            modes.append(self.layers[3].training and self.layers[1].training)
+            return super().forward(*batch)
+
+    quiet, toy, watched = Toy(), Watching(), loader()
+    fields: dict[str, Any] = {"epochs": 2, "ema_decay": 0.8}
+    first = train(quiet, loader(), TrainConfig(**fields))
+    second = train(toy, watched, TrainConfig(**fields, evaluate=evaluate, evaluate_every=3))
+    assert same(weights(quiet), weights(toy))
+    assert same(first.ema, second.ema)
+    assert modes == ([True] * 3 + [False] * 5) * 3 + [True] + [False] * 5
+
+
+@pytest.mark.parametrize("stored", [True, False])
+@pytest.mark.parametrize(
+    ("mode", "values", "best"),
+    [("max", (1, 3, 2, 3, 0), 1), ("min", (1, 3, 0.5, 0.5, 0.6), 2), ("max", (-1, -2, -3, -4, -5), 0)],
+)
+def test_the_best_weights_are_kept(
+    tmp_path: Path, stored: bool, mode: str, values: tuple[float, ...], best: int
+) -> None:
+    script, toy = Scripted(*values), Toy()
+    config = TrainConfig(
+        max_steps=STEPS, evaluate=script, evaluate_every=2, monitor="accuracy", mode=mode, keep=1,
+        checkpoint_every_steps=1, checkpoint_dir=tmp_path if stored else None,
+    )  # fmt: skip
+    result = train(toy, batches(), config)
+    step = 2 * best + 2
+    assert (result.best.value, result.best.evaluation) == (values[best], result.evaluations[best])
+    assert result.best.evaluation.step == step
+    assert same(dict(result.best.weights), script.seen[best])
+    assert same(weights(toy), script.seen[-1])  # the distiller contains the final weights
+    files = [path.name for path in sorted(tmp_path.iterdir())]
+    assert files == ([f"best-{step:09d}.pt", f"step-{STEPS:09d}.pt"] if stored else [])
+    if stored:
+        assert result.best.checkpoint == tmp_path / files[0]
+        assert same(load_checkpoint(result.best.checkpoint)["distiller"], script.seen[best])
+    toy.load_state_dict(result.best.weights)
+    assert same(weights(toy), script.seen[best])
+    assert "tensor" not in repr(result.best)
+
+
+@pytest.mark.parametrize("stored", [True, False])
+def test_the_averaged_weights_are_evaluated(tmp_path: Path, stored: bool) -> None:
+    """Also with tied weights, which appear twice in the state dict."""
+
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Linear(6, 6), nn.Linear(6, 6)
+            self.second.weight = self.first.weight
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.second(self.first(x).relu())
+
+    def build() -> Distiller:
+        torch.manual_seed(3)
+        terms = {"hint": Term(HintLoss(), student="out", target="wanted")}
+        return Distiller(StudentAdapter(Tied(), {"out": OUTPUT}), {}, Objective(terms))
+
+    data = [(x, {"wanted": x.flip(1)}) for x, _ in batches()]
+    script, evaluated, quiet = Scripted(1, 2, 1), build(), build()
+    fields: dict[str, Any] = {"max_steps": 9, "ema_decay": 0.9, "lr": 0.05}
+    half = train(build(), data, TrainConfig(**fields | {"max_steps": 6}, schedule=lambda step, total: 1.0))
+    first = train(quiet, data, TrainConfig(**fields, schedule=lambda step, total: 1.0))
+    config = TrainConfig(
+        **fields, schedule=lambda step, total: 1.0, evaluate=script, evaluate_every=3, monitor="accuracy", mode="max",
+        checkpoint_dir=tmp_path if stored else None,
+    )  # fmt: skip
+    result = train(evaluated, data, config)
+    assert same(weights(evaluated), weights(quiet))
+    assert same(result.ema, first.ema)
+    student = {
+        name.removeprefix("student."): value for name, value in result.best.weights.items() if "student." in name
+    }
+    assert same(student, half.ema)
+    assert same(dict(result.best.weights), script.seen[1])
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_best_and_early_stop_agree_with_a_search_in_the_list(tmp_path: Path, seed: int) -> None:
+    """Also if the run is interrupted after every second step, at which no checkpoint may be due."""
+    draw = torch.Generator().manual_seed(seed)
+    values = [int(x) for x in torch.randint(0, 6, (15,), generator=draw)]
+    patience, mode = 1 + seed % 3, ("max", "min")[seed % 2]
+    pick = max if mode == "max" else min
+    stop = next((n for n in range(1, 16) if n - 1 - values[:n].index(pick(values[:n])) >= patience), 15)
+
+    def evaluate(distiller: Distiller) -> float:
+        return values[int(distiller.objective.step)]
+
+    config = TrainConfig(
+        epochs=3, evaluate=evaluate, evaluate_every=1, monitor="score", mode=mode, patience=patience, keep=1,
+        checkpoint_dir=tmp_path, checkpoint_every_steps=3,
+    )  # fmt: skip
+
+    class Stopped(Exception):
+        pass
+
+    calls: list[int] = []
+
+    def fail(event: TrainEvent) -> None:
+        calls.append(event.step)
+        if len(calls) % 3 == 0:
+            raise Stopped
+
+    for _ in range(40):
+        try:
+            result = train(Toy(), batches(), config, hooks=[fail])
+            break
+        except Stopped:
+            pass
+    assert (result.step, len(result.evaluations), result.stopped_early) == (stop, stop, stop < 15)
+    best = values[:stop].index(pick(values[:stop]))
+    assert (result.best.evaluation.step, result.best.value) == (best + 1, values[best])
+    names = {f"best-{best + 1:09d}.pt"} | ({f"step-{stop:09d}.pt"} if best + 1 < stop else set())
+    assert {path.name for path in tmp_path.iterdir()} == names
+
+
+def test_a_run_that_stopped_early_returns_at_once_and_goes_on_with_more_patience(tmp_path: Path) -> None:
+    values = [5, 4, 3, 6, 2, 2, 2, 2, 2, 2]
+
+    def config(patience: int | None, folder: str) -> TrainConfig:
+        return TrainConfig(
+            epochs=2, evaluate=lambda distiller: values[int(distiller.objective.step)], evaluate_every=1,
+            monitor="score", mode="max", patience=patience, checkpoint_dir=tmp_path / folder,
+        )  # fmt: skip
+
+    stopped, again, more, straight = Toy(), Toy(), Toy(), Toy()
+    result = train(stopped, batches(), config(2, "run"))
+    assert (result.step, result.stopped_early, result.best.evaluation.step) == (3, True, 1)
+    second = train(again, batches(), config(2, "run"), hooks=[lambda event: pytest.fail("a step was taken")])
+    assert (second.resumed_from, second.stopped_early, second.evaluations) == (3, True, result.evaluations)
+    assert same(dict(second.best.weights), dict(result.best.weights))
+    assert same(weights(stopped), weights(again))
+    rest = train(more, batches(), config(None, "run"))
+    whole = train(straight, batches(), config(None, "whole"))
+    assert (rest.resumed_from, rest.step, rest.stopped_early) == (3, 10, False)
+    assert rest.evaluations == whole.evaluations
+    assert rest.best.evaluation.step == 4
+    assert same(weights(more), weights(straight))
+
+
+@pytest.fixture
+def terminated() -> Any:
+    """Let SIGTERM raise KeyboardInterrupt."""
+    previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGTERM, previous)
+
+
+def run_config(tmp_path: Path, evaluate: Callable[[Distiller], Any], name: str = "run") -> TrainConfig:
+    return TrainConfig(
+        epochs=3, evaluate=evaluate, monitor="error", mode="min", ema_decay=0.7, log_every=1,
+        checkpoint_dir=tmp_path / name, log_path=tmp_path / f"{name}.jsonl",
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("place", ["evaluation", "worker of the evaluation", "step before", "error", "metric"])
+@pytest.mark.usefixtures("terminated")
+def test_an_interrupted_evaluation_is_repeated(tmp_path: Path, place: str) -> None:
+    """A signal ends it at once, and the checkpoint has the weights of the step: nothing is computed twice."""
+    calls: list[str] = []
+
+    def evaluate(distiller: Distiller) -> Any:
+        calls.append("evaluate")
+        if len(calls) == 2 and place != "step before":
+            if place == "error":
+                raise OSError("cannot read the validation set")
+            if place == "metric":
+                return {"error": float("nan")}
+            try:
+                signal.raise_signal(signal.SIGTERM)
+            except Exception:  # an evaluation that handles its errors
+                pytest.fail("the signal must not be handled here")
+            calls.append("goes on")
+        return measured(distiller)
+
+    class Loss(HintLoss):
+        steps = 0
+
+        def forward(self, *features: Any, **options: Any) -> Any:
+            self.steps += 1
+            if self.steps == 10 and place == "step before":
+                signal.raise_signal(signal.SIGTERM)
+            return super().forward(*features, **options)
+
+    if place == "worker of the evaluation":
+        # The worker ends by the same signal before this process receives it.
+        def evaluate(distiller: Distiller) -> Any:  # type: ignore[no-redef]
+            calls.append("evaluate")
+            if len(calls) == 2:
+                try:
+                    signal.raise_signal(signal.SIGTERM)
+                except BaseException:
+                    raise RuntimeError("DataLoader worker exited unexpectedly") from None
+            return measured(distiller)
+
+    straight, broken, resumed, seen = Toy(), Toy(), Toy(), []
+    whole = train(straight, batches(), run_config(tmp_path, measured, "whole"))
+    broken.objective = Objective({"hint": Term(Loss(), student="out", teacher="out")})
+    resumed.objective = Objective({"hint": Term(Loss(), student="out", teacher="out")})
+    errors: dict[str, tuple[type[BaseException], str | None]] = {
+        "error": (OSError, "cannot read the validation set"),
+        "metric": (ValueError, "train: evaluate must return finite numbers, got error=nan after step 10; leave out a"),
+    }
+    kind, message = errors.get(place, (KeyboardInterrupt, None))
+    with pytest.raises(kind, match=message):
+        train(broken, batches(), run_config(tmp_path, evaluate), hooks=[seen.append])
+    assert calls == ["evaluate"] * (1 if place == "step before" else 2)
+    assert [event.step for event in seen] == list(range(1, 10))  # step 10 is reported with its evaluation
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["best-000000005.pt", "step-000000010.pt"]
+    seen.clear()
+    result = train(resumed, batches(), run_config(tmp_path, measured), hooks=[seen.append])
+    assert (result.resumed_from, [event.step for event in seen]) == (10, [10, 11, 12, 13, 14, 15])
+    assert result.evaluations == whole.evaluations
+    assert same(weights(resumed), weights(straight))
+    assert same(result.ema, whole.ema)
+    assert same(dict(result.best.weights), dict(whole.best.weights))
+    rows, wanted = (
+        [{**row, "seconds": 0} for row in read_log(tmp_path / f"{name}.jsonl")] for name in ("run", "whole")
+    )
+    assert rows == wanted
+
+
+def test_an_evaluation_starts_again_if_the_handler_of_the_caller_returns(tmp_path: Path) -> None:
+    received: list[int] = []
+    calls: list[int] = []
+
+    def evaluate(distiller: Distiller) -> Any:
+        calls.append(1)
+        if len(calls) == 2:
+            signal.raise_signal(signal.SIGTERM)
+        return measured(distiller)
+
+    previous = signal.signal(signal.SIGTERM, lambda signum, frame: received.append(signum))
+    toy, straight = Toy(), Toy()
+    try:
+        result = train(toy, batches(), run_config(tmp_path, evaluate))
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+    whole = train(straight, batches(), run_config(tmp_path, measured, "whole"))
+    assert (received, len(calls)) == ([signal.SIGTERM], 4)
+    assert result.evaluations == whole.evaluations
+    assert same(weights(toy), weights(straight))
+
+
+@pytest.mark.parametrize(
+    ("result", "message"),
+    [
+        (None, "train: evaluate must return a number or a mapping of names to numbers, got a NoneType"),
+        ([0.5], "evaluate must return a number or a mapping of names to numbers, got a list"),
+        ({"loss": "low"}, "evaluate must return a number or a mapping of names to numbers, got 'loss': str"),
+        ({"loss": True}, "evaluate must return a number or a mapping of names to numbers, got 'loss': bool"),
+        (torch.zeros(2), "evaluate must return a number or a mapping of names to numbers, got a Tensor"),
+        ({"accuracy": 1.0}, "evaluate must return the monitored metric 'acc'; the nearest are 'accuracy'"),
+        ({}, "evaluate must return the monitored metric 'acc'; there are none"),
+        (float("inf"), "evaluate must return finite numbers, got acc=inf after step 5"),
+        ({"acc": 1, "extra": torch.tensor(float("nan"))}, "finite numbers, got extra=nan after step 5; leave out"),
+    ],
+)
+def test_results_that_are_no_metrics(result: Any, message: str) -> None:
+    config = TrainConfig(epochs=1, evaluate=lambda _: result, monitor="acc", mode="max")
+    with pytest.raises((TypeError, ValueError), match=message):
+        train(Toy(), batches(), config)
+
+
+def test_a_loader_without_a_length_needs_evaluate_every() -> None:
+    with pytest.raises(ValueError, match="evaluate_every must be given when loader has no length, got None"):
+        train(Toy(), (x for x in batches()), TrainConfig(max_steps=4, evaluate=measured))
+    config = TrainConfig(max_steps=4, evaluate=measured, evaluate_every=3)
+    assert [each.step for each in train(Toy(), (x for x in batches()), config).evaluations] == [3, 4]
+
+
+def test_damage_of_the_best_checkpoint(tmp_path: Path) -> None:
+    """The run before a damaged one still has its own best weights; without its best weights no run resumes."""
+    values = [1, 3, 2, 2, 4, 0, 0, 0, 0, 0]
+    config = TrainConfig(
+        epochs=2, evaluate=lambda distiller: values[int(distiller.objective.step)], evaluate_every=1, monitor="score",
+        mode="max", checkpoint_dir=tmp_path, checkpoint_every_steps=1, keep=2,
+    )  # fmt: skip
+
+    class Stopped(Exception):
+        pass
+
+    def stop(event: TrainEvent) -> None:
+        if event.step == 5:
+            raise Stopped
+
+    def listed() -> list[str]:
+        return sorted(path.name for path in tmp_path.iterdir())
+
+    with pytest.raises(Stopped):
+        train(Toy(), batches(), config, hooks=[stop])
+    assert listed() == ["best-000000002.pt", "best-000000005.pt", "step-000000004.pt"]
+    (tmp_path / "best-000000005.pt").write_bytes(b"damaged")
+    values[4] = 0  # the repeated evaluation has another result
+    result = train(Toy(), batches(), config)
+    assert (result.resumed_from, result.best.evaluation.step) == (4, 2)
+    assert listed() == ["best-000000002.pt", "step-000000009.pt", "step-000000010.pt"]
+    (tmp_path / "best-000000002.pt").unlink()
+    with pytest.raises(CheckpointError, match=r"best-000000002.pt must exist, since it contains the best weights"):
+        train(Toy(), batches(), config)
+
+
+def test_a_finished_run_is_evaluated_and_monitored_later(tmp_path: Path) -> None:
+    fields: dict[str, Any] = {"schedule": "constant", "checkpoint_dir": tmp_path}
+    train(Toy(), batches(), TrainConfig(epochs=1, **fields))
+    plain = train(Toy(), batches(), TrainConfig(epochs=1, evaluate=measured, **fields))
+    assert [(each.step, each.improved) for each in plain.evaluations] == [(5, False)]
+    config = TrainConfig(epochs=3, evaluate=measured, monitor="error", mode="min", patience=1, **fields)
+    assert [(each.step, each.improved) for each in train(Toy(), batches(), config).evaluations][:2] == [
+        (5, False),
+        (10, True),
+    ]
+    with pytest.raises(
+        ValueError, match=r"got different mode \(checkpoint 'min', now None\), monitor \(checkpoint 'err"
+    ):
+        train(Toy(), batches(), TrainConfig(epochs=4, **fields))
