@@ -114,7 +114,7 @@ def check_evaluation(
     for name, value, other, needed in needs:
         if value is not None and needed is None:
             raise ValueError(f"{owner}: {other} must be given with {name}, got {name}={value!r} without it")
-    if monitor is not None:
+    if mode is not None:
         check_choice(owner, "mode", mode, ("max", "min"))
 
 
@@ -138,12 +138,11 @@ def read_metrics(result: object, monitor: str | None, step: int) -> dict[str, fl
     return plain
 
 
-def batch_of_one(error: Exception, batch: int, epoch: int, size: int, process: str) -> ValueError:
-    """Return the error of a batch that BatchNorm cannot normalize; the message ends with that of torch."""
+def batch_of_one(batch: int, epoch: int, size: int, process: str) -> ValueError:
+    """Return the error of a batch that is too small for BatchNorm."""
     return ValueError(
         f"train: BatchNorm in training mode needs more than one value per channel, but batch {batch} of epoch {epoch}"
-        f"{process} has {size} sample{'' if size == 1 else 's'}; use DataLoader(drop_last=True) or another batch size "
-        f"({str(error).splitlines()[0]})"
+        f"{process} has {size} sample{'' if size == 1 else 's'}; use DataLoader(drop_last=True) or another batch size"
     )
 
 

@@ -98,7 +98,8 @@ class TrainConfig:
             call it, with the statistics of the first one, and the metrics of the first one count.
         evaluate_every: Steps between evaluations; `None` evaluates after every epoch. The last step is always evaluated.
         monitor: Name of the metric by which the best weights are kept; `None` keeps none.
-        mode: `"max"` or `"min"`: whether a larger or a smaller value of `monitor` is better.
+        mode: `"max"` or `"min"`: whether a larger or a smaller value of `monitor` is better. `None` is replaced by `"min"`
+            for names that contain `loss`, `error` or `perplexity`, and by `"max"` for all others.
         patience: Number of successive evaluations without an improvement of `monitor` after which the run ends. `None`
             never ends it early.
         seed: Seed of dropout, shuffling and the initialization of inferred projections.
@@ -173,6 +174,9 @@ class TrainConfig:
             check_type(owner, name, getattr(self, name), (str, PathLike, type(None)), "a path or None")
         check_device(owner, self.device)
         check_evaluation(owner, self.evaluate, self.evaluate_every, self.monitor, self.mode, self.patience)
+        if self.monitor is not None and self.mode is None:
+            falling = any(word in self.monitor.lower() for word in ("loss", "error", "perplexity"))
+            object.__setattr__(self, "mode", "min" if falling else "max")
 
     def __repr__(self) -> str:
         given = {field.name: getattr(self, field.name) for field in fields(self)}

@@ -112,7 +112,8 @@ def train(
         with ExitStack() as stack:
             with processes.together():
                 path = config.log_path if processes.rank == 0 and not run.finished else None
-                log = stack.enter_context(append_log(path, last_step=run.step))
+                reported = run.step - run.evaluation_due  # a step is reported with its evaluation
+                log = stack.enter_context(append_log(path, last_step=reported))
             while not run.finished:
                 evaluating = run.evaluation_due
                 with processes.together(4) as votes:
@@ -156,7 +157,7 @@ def train(
                     images += processes.count * sum(batch_size(inputs) for inputs, _ in group)
                     elapsed = monotonic() - start
                 seconds = run.seconds + elapsed
-                if run.evaluation_due:  # the step is reported with its evaluation, before which a signal may arrive
+                if run.evaluation_due:  # before which a signal may arrive
                     continue
                 improved = evaluation is not None and evaluation.improved
                 saving = due or store.due_by_step(run.step) or improved or run.finished

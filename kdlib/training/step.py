@@ -85,7 +85,7 @@ def accumulate(
                     if _TOO_FEW not in str(error):
                         raise
                     process = f" of process {processes.rank}" if processes.count > 1 else ""
-                    raise batch_of_one(error, first + index, epoch, batch_size(inputs), process) from error
+                    raise batch_of_one(first + index, epoch, batch_size(inputs), process) from error
             packed = Readings.pack(output)
             values = packed if values is None else values + packed
             if left == 0:

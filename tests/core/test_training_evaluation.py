@@ -48,7 +48,6 @@ def measured(distiller: Distiller) -> dict[str, float]:
         ({"evaluate": measured, "evaluate_every": 0}, "evaluate_every must be a whole number and >= 1, got 0"),
         ({"monitor": "loss"}, "TrainConfig: evaluate must be given with monitor, got monitor='loss' without it"),
         ({"evaluate": measured, "monitor": 3}, "monitor must be the name of a metric or None, got int"),
-        ({"evaluate": measured, "monitor": "loss"}, "TrainConfig: mode must be one of 'max', 'min', got None"),
         ({"evaluate": measured, "monitor": "loss", "mode": "low"}, "mode must be one of 'max', 'min', got 'low'"),
         ({"evaluate": measured, "mode": "max"}, "TrainConfig: monitor must be given with mode"),
         ({"evaluate": measured, "patience": 2}, "TrainConfig: monitor must be given with patience"),
@@ -57,6 +56,18 @@ def measured(distiller: Distiller) -> dict[str, float]:
 def test_config_refuses_incomplete_evaluations(fields: dict[str, Any], message: str) -> None:
     with pytest.raises((ValueError, TypeError), match=message):
         TrainConfig(epochs=1, **fields)
+
+
+@pytest.mark.parametrize(
+    ("monitor", "mode"),
+    [("accuracy", "max"), ("val_loss", "min"), ("Top-1 Error", "min"), ("perplexity", "min"), ("tar@far=1e-3", "max")],
+)
+def test_the_mode_follows_from_the_name_unless_it_is_given(monitor: str, mode: str) -> None:
+    config = TrainConfig(epochs=1, evaluate=measured, monitor=monitor)
+    assert config.mode == mode
+    assert f"mode={mode!r}" in repr(config)
+    for given in ("max", "min"):
+        assert TrainConfig(epochs=1, evaluate=measured, monitor=monitor, mode=given).mode == given
 
 
 @pytest.mark.parametrize(
@@ -426,10 +437,15 @@ def test_damage_of_the_best_checkpoint(tmp_path: Path) -> None:
 
 
 def test_a_finished_run_is_evaluated_and_monitored_later(tmp_path: Path) -> None:
-    fields: dict[str, Any] = {"schedule": "constant", "checkpoint_dir": tmp_path}
+    log = tmp_path / "log.jsonl"
+    fields: dict[str, Any] = {"schedule": "constant", "checkpoint_dir": tmp_path / "run", "log_path": log}
     train(Toy(), batches(), TrainConfig(epochs=1, **fields))
     plain = train(Toy(), batches(), TrainConfig(epochs=1, evaluate=measured, **fields))
     assert [(each.step, each.improved) for each in plain.evaluations] == [(5, False)]
+    assert [(row["step"], row.get("metrics")) for row in read_log(log)] == [
+        (1, None),
+        (5, plain.evaluations[0].metrics),
+    ]
     config = TrainConfig(epochs=3, evaluate=measured, monitor="error", mode="min", patience=1, **fields)
     assert [(each.step, each.improved) for each in train(Toy(), batches(), config).evaluations][:2] == [
         (5, False),
