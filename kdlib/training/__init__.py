@@ -1,7 +1,7 @@
 """A training loop with exact resume after interruption."""
 
 from kdlib.training.checkpoint import load_checkpoint
-from kdlib.training.config import Evaluate, OptimizerFactory, Schedule, SplitBatch, TrainConfig
+from kdlib.training.config import Evaluate, OptimizerFactory, SplitBatch, TrainConfig
 from kdlib.training.events import (
     BestWeights,
     CheckpointError,
@@ -21,7 +21,6 @@ __all__ = [
     "Evaluation",
     "Hook",
     "OptimizerFactory",
-    "Schedule",
     "SplitBatch",
     "TrainConfig",
     "TrainEvent",

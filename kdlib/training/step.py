@@ -69,7 +69,6 @@ def accumulate(
     """
     config, processes = run.config, run.processes
     dtype = {"bfloat16": torch.bfloat16, "float16": torch.float16}.get(config.amp or "")
-    run.distiller.objective.set_step(run.step)
     if not run.distiller.training:  # a hook may have switched to eval mode
         run.distiller.train()
     values = None
@@ -80,7 +79,7 @@ def accumulate(
             autocast = torch.autocast(run.device.type, dtype=dtype, enabled=dtype is not None)
             with processes.together(), autocast:
                 try:
-                    output = forward(inputs, targets)
+                    output = forward(inputs, targets, step=run.step)
                 except Exception as error:
                     if _TOO_FEW not in str(error):
                         raise

@@ -1,7 +1,5 @@
-"""Evaluation during training: the best weights, early stopping, and interruptions in an evaluation."""
+"""Evaluation during training: metrics, the best weights and early stopping."""
 
-import signal
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +10,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from kdlib import OUTPUT, Distiller, HintLoss, Objective, StudentAdapter, Term
-from kdlib.training import CheckpointError, Evaluation, TrainConfig, TrainEvent, load_checkpoint, read_log, train
-from tests.core.training_toys import Toy, batches, same, weights
+from kdlib.training import Evaluation, TrainConfig, TrainEvent, load_checkpoint, read_log, train
+from tests.core.training_toys import Toy, batches, measured, same, weights
 
 STEPS = 10  # two epochs of five batches
 
@@ -28,13 +26,6 @@ class Scripted:
     def __call__(self, distiller: Distiller) -> dict[str, float]:
         self.seen.append(weights(distiller))
         return {self.name: self.values[len(self.seen) - 1], "other": 0.5}
-
-
-def measured(distiller: Distiller) -> dict[str, float]:
-    """Validation error, a deterministic function of the weights."""
-    inputs, _ = batches(1, seed=7)[0]
-    wanted = distiller.teachers["big"](inputs)["out"]
-    return {"error": nn.functional.mse_loss(distiller.student(inputs)["out"], wanted).item()}
 
 
 @pytest.mark.parametrize(
@@ -131,9 +122,9 @@ def test_an_evaluation_changes_nothing() -> None:
         return sum(distiller(*batch).total.item() for batch in watched)
 
     class Watching(Toy):
-        def forward(self, *batch: Any) -> Any:
+        def forward(self, *batch: Any, **options: Any) -> Any:
             modes.append(self.layers[3].training and self.layers[1].training)
-            return super().forward(*batch)
+            return super().forward(*batch, **options)
 
     quiet, toy, watched = Toy(), Watching(), loader()
     fields: dict[str, Any] = {"epochs": 2, "ema_decay": 0.8}
@@ -194,10 +185,10 @@ def test_the_averaged_weights_are_evaluated(tmp_path: Path, stored: bool) -> Non
     data = [(x, {"wanted": x.flip(1)}) for x, _ in batches()]
     script, evaluated, quiet = Scripted(1, 2, 1), build(), build()
     fields: dict[str, Any] = {"max_steps": 9, "ema_decay": 0.9, "lr": 0.05}
-    half = train(build(), data, TrainConfig(**fields | {"max_steps": 6}, schedule=lambda step, total: 1.0))
-    first = train(quiet, data, TrainConfig(**fields, schedule=lambda step, total: 1.0))
+    half = train(build(), data, TrainConfig(**fields | {"max_steps": 6}, schedule=lambda step: 1.0))
+    first = train(quiet, data, TrainConfig(**fields, schedule=lambda step: 1.0))
     config = TrainConfig(
-        **fields, schedule=lambda step, total: 1.0, evaluate=script, evaluate_every=3, monitor="accuracy", mode="max",
+        **fields, schedule=lambda step: 1.0, evaluate=script, evaluate_every=3, monitor="accuracy", mode="max",
         checkpoint_dir=tmp_path if stored else None,
     )  # fmt: skip
     result = train(evaluated, data, config)
@@ -274,110 +265,6 @@ def test_a_run_that_stopped_early_returns_at_once_and_goes_on_with_more_patience
     assert same(weights(more), weights(straight))
 
 
-@pytest.fixture
-def terminated() -> Any:
-    """Let SIGTERM raise KeyboardInterrupt."""
-    previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGTERM, previous)
-
-
-def run_config(tmp_path: Path, evaluate: Callable[[Distiller], Any], name: str = "run") -> TrainConfig:
-    return TrainConfig(
-        epochs=3, evaluate=evaluate, monitor="error", mode="min", ema_decay=0.7, log_every=1,
-        checkpoint_dir=tmp_path / name, log_path=tmp_path / f"{name}.jsonl",
-    )  # fmt: skip
-
-
-@pytest.mark.parametrize("place", ["evaluation", "worker of the evaluation", "step before", "error", "metric"])
-@pytest.mark.usefixtures("terminated")
-def test_an_interrupted_evaluation_is_repeated(tmp_path: Path, place: str) -> None:
-    """A signal ends it at once, and the checkpoint has the weights of the step: nothing is computed twice."""
-    calls: list[str] = []
-
-    def evaluate(distiller: Distiller) -> Any:
-        calls.append("evaluate")
-        if len(calls) == 2 and place != "step before":
-            if place == "error":
-                raise OSError("cannot read the validation set")
-            if place == "metric":
-                return {"error": float("nan")}
-            try:
-                signal.raise_signal(signal.SIGTERM)
-            except Exception:  # an evaluation that handles its errors
-                pytest.fail("the signal must not be handled here")
-            calls.append("goes on")
-        return measured(distiller)
-
-    class Loss(HintLoss):
-        steps = 0
-
-        def forward(self, *features: Any, **options: Any) -> Any:
-            self.steps += 1
-            if self.steps == 10 and place == "step before":
-                signal.raise_signal(signal.SIGTERM)
-            return super().forward(*features, **options)
-
-    if place == "worker of the evaluation":
-        # The worker ends by the same signal before this process receives it.
-        def evaluate(distiller: Distiller) -> Any:  # type: ignore[no-redef]
-            calls.append("evaluate")
-            if len(calls) == 2:
-                try:
-                    signal.raise_signal(signal.SIGTERM)
-                except BaseException:
-                    raise RuntimeError("DataLoader worker exited unexpectedly") from None
-            return measured(distiller)
-
-    straight, broken, resumed, seen = Toy(), Toy(), Toy(), []
-    whole = train(straight, batches(), run_config(tmp_path, measured, "whole"))
-    broken.objective = Objective({"hint": Term(Loss(), student="out", teacher="out")})
-    resumed.objective = Objective({"hint": Term(Loss(), student="out", teacher="out")})
-    errors: dict[str, tuple[type[BaseException], str | None]] = {
-        "error": (OSError, "cannot read the validation set"),
-        "metric": (ValueError, "train: evaluate must return finite numbers, got error=nan after step 10; leave out a"),
-    }
-    kind, message = errors.get(place, (KeyboardInterrupt, None))
-    with pytest.raises(kind, match=message):
-        train(broken, batches(), run_config(tmp_path, evaluate), hooks=[seen.append])
-    assert calls == ["evaluate"] * (1 if place == "step before" else 2)
-    assert [event.step for event in seen] == list(range(1, 10))  # step 10 is reported with its evaluation
-    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["best-000000005.pt", "step-000000010.pt"]
-    seen.clear()
-    result = train(resumed, batches(), run_config(tmp_path, measured), hooks=[seen.append])
-    assert (result.resumed_from, [event.step for event in seen]) == (10, [10, 11, 12, 13, 14, 15])
-    assert result.evaluations == whole.evaluations
-    assert same(weights(resumed), weights(straight))
-    assert same(result.ema, whole.ema)
-    assert same(dict(result.best.weights), dict(whole.best.weights))
-    rows, wanted = (
-        [{**row, "seconds": 0} for row in read_log(tmp_path / f"{name}.jsonl")] for name in ("run", "whole")
-    )
-    assert rows == wanted
-
-
-def test_an_evaluation_starts_again_if_the_handler_of_the_caller_returns(tmp_path: Path) -> None:
-    received: list[int] = []
-    calls: list[int] = []
-
-    def evaluate(distiller: Distiller) -> Any:
-        calls.append(1)
-        if len(calls) == 2:
-            signal.raise_signal(signal.SIGTERM)
-        return measured(distiller)
-
-    previous = signal.signal(signal.SIGTERM, lambda signum, frame: received.append(signum))
-    toy, straight = Toy(), Toy()
-    try:
-        result = train(toy, batches(), run_config(tmp_path, evaluate))
-    finally:
-        signal.signal(signal.SIGTERM, previous)
-    whole = train(straight, batches(), run_config(tmp_path, measured, "whole"))
-    assert (received, len(calls)) == ([signal.SIGTERM], 4)
-    assert result.evaluations == whole.evaluations
-    assert same(weights(toy), weights(straight))
-
-
 @pytest.mark.parametrize(
     ("result", "message"),
     [
@@ -403,37 +290,6 @@ def test_a_loader_without_a_length_needs_evaluate_every() -> None:
         train(Toy(), (x for x in batches()), TrainConfig(max_steps=4, evaluate=measured))
     config = TrainConfig(max_steps=4, evaluate=measured, evaluate_every=3)
     assert [each.step for each in train(Toy(), (x for x in batches()), config).evaluations] == [3, 4]
-
-
-def test_damage_of_the_best_checkpoint(tmp_path: Path) -> None:
-    """The run before a damaged one still has its own best weights; without its best weights no run resumes."""
-    values = [1, 3, 2, 2, 4, 0, 0, 0, 0, 0]
-    config = TrainConfig(
-        epochs=2, evaluate=lambda distiller: values[int(distiller.objective.step)], evaluate_every=1, monitor="score",
-        mode="max", checkpoint_dir=tmp_path, checkpoint_every_steps=1, keep=2,
-    )  # fmt: skip
-
-    class Stopped(Exception):
-        pass
-
-    def stop(event: TrainEvent) -> None:
-        if event.step == 5:
-            raise Stopped
-
-    def listed() -> list[str]:
-        return sorted(path.name for path in tmp_path.iterdir())
-
-    with pytest.raises(Stopped):
-        train(Toy(), batches(), config, hooks=[stop])
-    assert listed() == ["best-000000002.pt", "best-000000005.pt", "step-000000004.pt"]
-    (tmp_path / "best-000000005.pt").write_bytes(b"damaged")
-    values[4] = 0  # the repeated evaluation has another result
-    result = train(Toy(), batches(), config)
-    assert (result.resumed_from, result.best.evaluation.step) == (4, 2)
-    assert listed() == ["best-000000002.pt", "step-000000009.pt", "step-000000010.pt"]
-    (tmp_path / "best-000000002.pt").unlink()
-    with pytest.raises(CheckpointError, match=r"best-000000002.pt must exist, since it contains the best weights"):
-        train(Toy(), batches(), config)
 
 
 def test_a_finished_run_is_evaluated_and_monitored_later(tmp_path: Path) -> None:

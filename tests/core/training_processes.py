@@ -258,25 +258,10 @@ def stopped_by(
 
 
 SCENARIOS = {
-    **{
-        f.__name__: f
-        for f in (
-            straight,
-            resumed,
-            lengths,
-            settings,
-            wrong_length,
-            unsized,
-            broken_batch,
-            bad_shape,
-            batch_of_one,
-            evaluation,
-            nan,
-            hook,
-            full_disk,
-            unwritable,
-        )
-    },
+    **{f.__name__: f for f in (
+        straight, resumed, lengths, settings, wrong_length, unsized, broken_batch, bad_shape, batch_of_one, evaluation,
+        nan, hook, full_disk, unwritable,
+    )},
     "evaluation_error": partial(evaluation, interruption="error"),
     "evaluation_signal": partial(evaluation, interruption="signal"),
     "halves": halves,
@@ -287,7 +272,7 @@ SCENARIOS = {
     "term_repeated": stopped_by(signal.SIGTERM, (0, 1), repeat=3),
     "term_waiting": stopped_by(signal.SIGTERM, (1,), waiting=True),
     "int_both": stopped_by(signal.SIGINT, (0, 1), repeat=2),
-}
+}  # fmt: skip
 
 
 def run(name: str, rank: int, folder: Path) -> None:
