@@ -1,14 +1,16 @@
 """Layers of losses with learned parts, applied in the dtype of their input and without masked samples."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import Function
 from torch.nn import functional as F
 
 from kdlib._maths import FAR, finite_weight
 
-__all__ = ["affine", "convolve", "kept", "normalize", "pool_to_smaller", "promote_layers"]
+__all__ = ["affine", "convolve", "kept", "limit_gradient", "normalize", "pool_to_smaller", "promote_layers"]
 
 
 def affine(layer: nn.Linear, x: Tensor) -> Tensor:
@@ -64,6 +66,34 @@ def _update(norm: nn.BatchNorm2d, mean: Tensor, variance: Tensor, count: Tensor)
         running.copy_(torch.where(count > 0, new, running))
 
 
+def limit_gradient(x: Tensor, origin: torch.dtype) -> Tensor:
+    """Return `x`, whose gradient is clamped to the numbers of float16 if the user passed float16.
+
+    Convolutions may enlarge a gradient beyond them on its way to the student.
+    """
+    if origin != torch.float16:
+        return x
+    limited: Tensor = _LimitedGradient.apply(x)  # type: ignore[no-untyped-call]  # torch has no types here
+    return limited
+
+
+class _LimitedGradient(Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor) -> Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        end = torch.finfo(torch.float16).max
+        return gradient.clamp(-end, end)
+
+
 def pool_to_smaller(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
     """Average-pool two maps `(b, c, h, w)` to the smaller height and the smaller width."""
     grid = (min(student.shape[2], teacher.shape[2]), min(student.shape[3], teacher.shape[3]))
@@ -78,6 +108,7 @@ def promote_layers(students: Sequence[Tensor], teachers: Sequence[Tensor]) -> tu
         dtype = torch.promote_types(dtype, x.dtype)
 
     def convert(x: Tensor) -> Tensor:
-        return (x[:, :, None, None] if x.dim() == 2 else x).to(dtype).clamp(-FAR, FAR)
+        maps = x[:, :, None, None] if x.dim() == 2 else x
+        return limit_gradient(maps.to(dtype), x.dtype).clamp(-FAR, FAR)
 
     return [convert(x) for x in students], [convert(x.detach()) for x in teachers]

@@ -11,7 +11,7 @@ from kdlib._checks import check_callable, check_floating, check_number, check_ra
 from kdlib._maths import FAR, Reduction, directions, full_precision, mean_square, promote, reduce
 from kdlib._repr import CallRepr
 from kdlib.losses._checks import check_batches, check_order, check_trained
-from kdlib.losses._layers import convolve, pool_to_smaller
+from kdlib.losses._layers import convolve, limit_gradient, pool_to_smaller
 from kdlib.losses._module import LossModule
 
 __all__ = ["FactorTransferLoss", "Paraphraser", "factor_transfer"]
@@ -264,12 +264,13 @@ class FactorTransferLoss(LossModule):
         check_shape(owner, "student", student, "b c h w", c=self.student_channels)
         check_shape(owner, "teacher", teacher, "b c h w", c=self.teacher_channels)
         check_same_batch(owner, "student", student, "teacher", teacher)
+        origin = student.dtype
         with full_precision(student):
             student, teacher = promote(student, teacher)
             with torch.no_grad():
                 factors = encode(self.paraphraser.encoder, teacher)
             return factor_transfer(
-                encode(self.translator, student),
+                encode(self.translator, limit_gradient(student, origin)),
                 factors,
                 p=self.p,
                 reduction=reduction or self.reduction,

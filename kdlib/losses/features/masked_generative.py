@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 from kdlib._checks import check_choice, check_floating, check_number, check_same_batch, check_shape, check_weight
 from kdlib._maths import FAR, Reduction, full_precision, mean_square, promote, reduce
-from kdlib.losses._layers import convolve, kept, pool_to_smaller
+from kdlib.losses._layers import convolve, kept, limit_gradient, pool_to_smaller
 from kdlib.losses._module import LossModule
 
 __all__ = ["MaskedGenerativeLoss"]
@@ -113,8 +113,9 @@ class MaskedGenerativeLoss(LossModule):
         check_weight(owner, weight, student.shape[0])
         origin = student.dtype
         with full_precision(student):
-            student, teacher = (x.clamp(-FAR, FAR) for x in promote(student, teacher))
-            student, teacher = pool_to_smaller(student, teacher)
+            student, teacher = promote(student, teacher)
+            student = limit_gradient(student, origin)
+            student, teacher = pool_to_smaller(student.clamp(-FAR, FAR), teacher.clamp(-FAR, FAR))
             mask = self.kept_positions(student.shape[0], (student.shape[2], student.shape[3]), kept(weight))
             x = student if self.align is None else convolve(self.align, student)
             x = convolve(self.second, convolve(self.first, x * mask).relu())
