@@ -1,16 +1,15 @@
 """Layers of losses with learned parts, applied in the dtype of their input and without masked samples."""
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import Function
 from torch.nn import functional as F
 
+from kdlib._checks import readable
 from kdlib._maths import FAR, finite_weight
 
-__all__ = ["affine", "convolve", "kept", "limit_gradient", "normalize", "pool_to_smaller", "promote_layers"]
+__all__ = ["affine", "convolve", "kept", "limit", "mean_square_error", "normalize", "pool_to_smaller", "promote_layers"]
 
 
 def affine(layer: nn.Linear, x: Tensor) -> Tensor:
@@ -66,39 +65,50 @@ def _update(norm: nn.BatchNorm2d, mean: Tensor, variance: Tensor, count: Tensor)
         running.copy_(torch.where(count > 0, new, running))
 
 
-def limit_gradient(x: Tensor, origin: torch.dtype) -> Tensor:
-    """Return `x`, whose gradient is clamped to the numbers of float16 if the user passed float16.
+def limit(x: Tensor, origin: torch.dtype) -> Tensor:
+    """Clamp to plus and minus `FAR`, because sums of larger values could overflow; the gradient passes unchanged.
 
-    Convolutions may enlarge a gradient beyond them on its way to the student.
+    If the user passed float16, the gradient is clamped to its numbers: convolutions may enlarge it on its way.
     """
-    if origin != torch.float16:
-        return x
-    limited: Tensor = _LimitedGradient.apply(x)  # type: ignore[no-untyped-call]  # torch has no types here
+    if not x.requires_grad:
+        return x.clamp(-FAR, FAR)
+    limited = _clamped(x.clone())
+    if origin == torch.float16 and limited.requires_grad:
+        limited.register_hook(_clamp_to_half)  # type: ignore[no-untyped-call]  # torch leaves it untyped
     return limited
 
 
-class _LimitedGradient(Function):
-    generate_vmap_rule = True
+def _clamped(x: Tensor) -> Tensor:
+    """Clamp a tensor that nothing else reads to plus and minus `FAR`."""
+    if not readable(x):  # a compiler fuses it, and torch.func.vmap has no rule for the other way
+        return x.clamp(-FAR, FAR)
+    with torch.no_grad():  # in place and without a gradient of its own, which saves three passes over the values
+        x.clamp_(-FAR, FAR)
+    return x
 
-    @staticmethod
-    def forward(x: Tensor) -> Tensor:
-        return x.view_as(x)
 
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
-        pass
+def _clamp_to_half(gradient: Tensor) -> Tensor:
+    end = torch.finfo(torch.float16).max
+    return gradient.clamp(-end, end)
 
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        end = torch.finfo(torch.float16).max
-        return gradient.clamp(-end, end)
+
+def mean_square_error(x: Tensor, y: Tensor) -> Tensor:
+    """Return the mean square of the difference of each sample, `(b, ...)` to `(b,)`; 0 for samples without values.
+
+    Differences above `FAR` count as `FAR`, with the gradient of `FAR`.
+    """
+    difference = _clamped(x - y).flatten(1)
+    return difference.square().sum(1) / max(difference.shape[1], 1)
 
 
 def pool_to_smaller(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
     """Average-pool two maps `(b, c, h, w)` to the smaller height and the smaller width."""
     grid = (min(student.shape[2], teacher.shape[2]), min(student.shape[3], teacher.shape[3]))
-    student, teacher = (x if x.shape[2:] == grid else F.adaptive_avg_pool2d(x, grid) for x in (student, teacher))
-    return student, teacher
+
+    def pool(x: Tensor) -> Tensor:
+        return x if tuple(x.shape[2:]) == grid else F.adaptive_avg_pool2d(x.clamp(-FAR, FAR), grid)
+
+    return pool(student), pool(teacher)
 
 
 def promote_layers(students: Sequence[Tensor], teachers: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
@@ -109,6 +119,6 @@ def promote_layers(students: Sequence[Tensor], teachers: Sequence[Tensor]) -> tu
 
     def convert(x: Tensor) -> Tensor:
         maps = x[:, :, None, None] if x.dim() == 2 else x
-        return limit_gradient(maps.to(dtype), x.dtype).clamp(-FAR, FAR)
+        return limit(maps.to(dtype), x.dtype)
 
     return [convert(x) for x in students], [convert(x.detach()) for x in teachers]

@@ -8,9 +8,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from kdlib._checks import check_number, check_weight
-from kdlib._maths import FAR, Reduction, directions, full_precision, mean_square, reduce
+from kdlib._maths import FAR, Reduction, directions, full_precision, reduce
 from kdlib.losses._checks import check_batch_limit, check_channels, check_layers
-from kdlib.losses._layers import affine, convolve, kept, normalize, pool_to_smaller, promote_layers
+from kdlib.losses._layers import affine, convolve, kept, mean_square_error, normalize, pool_to_smaller, promote_layers
 from kdlib.losses._module import LossModule
 
 __all__ = ["SemCKDLoss"]
@@ -112,14 +112,14 @@ class SemCKDLoss(LossModule):
         check_layers(owner, students, self.student_channels, teachers, self.teacher_channels)
         check_weight(owner, weight, students[0].shape[0])
         check_batch_limit(owner, students[0].shape[0], self.batch_size)
-        origins, keep = [x.dtype for x in students], kept(weight)
+        keep = kept(weight)
         with full_precision(students[0]):
             s, t = promote_layers(students, teachers)
             errors = []
-            for x, origin, projections in zip(s, origins, self.projections, strict=True):
+            for x, projections in zip(s, self.projections, strict=True):
                 for y, project in zip(t, cast(nn.ModuleList, projections), strict=True):
                     pooled, target = pool_to_smaller(x, y)
-                    errors.append(mean_square(project(pooled, keep) - target, origin))
+                    errors.append(mean_square_error(project(pooled, keep), target))
             attention = self._attention(s, t).flatten(1)
             losses = (attention * torch.stack(errors, 1)).sum(1) / len(s)
             return reduce(owner, losses, reduction or self.reduction, weight)
@@ -166,6 +166,6 @@ class _Projection(nn.Module):
 
     def forward(self, x: Tensor, keep: Tensor | None) -> Tensor:
         """`(b, student_channels, h, w)` to `(b, teacher_channels, h, w)`."""
-        x = normalize(self.first_norm, convolve(self.first, x), keep).relu()
-        x = normalize(self.second_norm, convolve(self.second, x), keep).relu()
+        x = normalize(self.first_norm, convolve(self.first, x), keep).relu_()
+        x = normalize(self.second_norm, convolve(self.second, x), keep).relu_()
         return convolve(self.third, x)

@@ -8,10 +8,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from kdlib._checks import check_callable, check_floating, check_number, check_rank, check_same_batch, check_shape
-from kdlib._maths import FAR, Reduction, directions, full_precision, mean_square, promote, reduce
+from kdlib._maths import Reduction, full_precision, hold_short, promote, reduce, rescale
 from kdlib._repr import CallRepr
 from kdlib.losses._checks import check_batches, check_order, check_trained
-from kdlib.losses._layers import convolve, limit_gradient, pool_to_smaller
+from kdlib.losses._layers import convolve, limit, mean_square_error, pool_to_smaller
 from kdlib.losses._module import LossModule
 
 __all__ = ["FactorTransferLoss", "Paraphraser", "factor_transfer"]
@@ -74,10 +74,18 @@ def factor_transfer(
     check_same_batch("factor_transfer", "student", student, "teacher", teacher)
     origin = student.dtype
     with full_precision(student):
-        student, teacher = pool_to_smaller(*promote(student, teacher))
-        s, _ = directions(student.flatten(1), origin)
-        t, _ = directions(teacher.flatten(1), teacher.dtype)
-        return reduce("factor_transfer", torch.linalg.vector_norm(s - t, ord=p, dim=1), reduction, weight)
+        (student, size), (teacher, _) = (rescale(x) for x in promote(student, teacher))
+        student, teacher = pool_to_smaller(student, teacher)
+        (s, length), (t, _) = _unit(student), _unit(teacher)
+        losses = hold_short(torch.linalg.vector_norm(s - t, ord=p, dim=1), size * length.detach(), origin)
+        return reduce("factor_transfer", losses, reduction, weight)
+
+
+def _unit(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the unit rows `(b, n)` of rescaled maps and their lengths `(b,)`."""
+    rows = x.flatten(1)
+    length = torch.linalg.vector_norm(rows, dim=1)
+    return rows / torch.where(length == 0, 1.0, length)[:, None], length
 
 
 class Paraphraser(CallRepr):
@@ -132,15 +140,15 @@ class Paraphraser(CallRepr):
         check_floating("Paraphraser", features=features)
         check_shape("Paraphraser", "features", features, "b c h w", c=self.channels)
         with full_precision(features):
-            return encode(self.encoder, features.to(torch.promote_types(features.dtype, torch.float32)))
+            return encode(self.encoder, features.to(torch.promote_types(features.dtype, torch.float32)), features.dtype)
 
     def reconstruction_loss(self, features: Tensor) -> Tensor:
         """Return the mean squared error of the reconstruction, a scalar; `features` `(b, c, h, w)` get no gradient."""
         factors = self(features.detach())
         with full_precision(features):
-            target = features.detach().to(factors.dtype).clamp(-FAR, FAR)
-            difference = encode(self.decoder, factors) - target
-            return reduce("Paraphraser", mean_square(difference, factors.dtype), "mean", None)
+            target = limit(features.detach().to(factors.dtype), factors.dtype)
+            errors = mean_square_error(encode(self.decoder, factors, factors.dtype), target)
+            return reduce("Paraphraser", errors, "mean", None)
 
     def fit(
         self, loader: Iterable[Batch], features: Callable[[Batch], Tensor], *, epochs: int = 5, lr: float = 1e-3
@@ -268,9 +276,9 @@ class FactorTransferLoss(LossModule):
         with full_precision(student):
             student, teacher = promote(student, teacher)
             with torch.no_grad():
-                factors = encode(self.paraphraser.encoder, teacher)
+                factors = encode(self.paraphraser.encoder, teacher, teacher.dtype)
             return factor_transfer(
-                encode(self.translator, limit_gradient(student, origin)),
+                encode(self.translator, student, origin),
                 factors,
                 p=self.p,
                 reduction=reduction or self.reduction,
@@ -284,9 +292,9 @@ def encoder(channels: int, factors: int) -> nn.ModuleList:
     return nn.ModuleList([nn.Conv2d(*size, 3, padding=1) for size in sizes])
 
 
-def encode(layers: nn.ModuleList, x: Tensor) -> Tensor:
-    """Apply the convolutions, each followed by a leaky ReLU."""
-    x = x.clamp(-FAR, FAR)
+def encode(layers: nn.ModuleList, x: Tensor, origin: torch.dtype) -> Tensor:
+    """Apply the convolutions, each followed by a leaky ReLU; `origin` is the dtype that the user passed."""
+    x = limit(x, origin)
     for layer in layers:
-        x = F.leaky_relu(convolve(cast(nn.Conv2d, layer), x), SLOPE)
+        x = F.leaky_relu(convolve(cast(nn.Conv2d, layer), x), SLOPE, inplace=True)
     return x

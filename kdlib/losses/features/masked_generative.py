@@ -4,8 +4,8 @@ import torch
 from torch import Tensor, nn
 
 from kdlib._checks import check_choice, check_floating, check_number, check_same_batch, check_shape, check_weight
-from kdlib._maths import FAR, Reduction, full_precision, mean_square, promote, reduce
-from kdlib.losses._layers import convolve, kept, limit_gradient, pool_to_smaller
+from kdlib._maths import Reduction, full_precision, promote, reduce
+from kdlib.losses._layers import convolve, kept, limit, mean_square_error, pool_to_smaller
 from kdlib.losses._module import LossModule
 
 __all__ = ["MaskedGenerativeLoss"]
@@ -114,14 +114,13 @@ class MaskedGenerativeLoss(LossModule):
         origin = student.dtype
         with full_precision(student):
             student, teacher = promote(student, teacher)
-            student = limit_gradient(student, origin)
-            student, teacher = pool_to_smaller(student.clamp(-FAR, FAR), teacher.clamp(-FAR, FAR))
+            student, teacher = pool_to_smaller(limit(student, origin), teacher)
             mask = self.kept_positions(student.shape[0], (student.shape[2], student.shape[3]), kept(weight))
             x = student if self.align is None else convolve(self.align, student)
-            x = convolve(self.second, convolve(self.first, x * mask).relu())
+            x = convolve(self.second, convolve(self.first, x * mask.to(x.dtype)).relu_())
             if self.training:
                 self.calls.add_(1)
-            return reduce(owner, mean_square(x - teacher, origin), reduction or self.reduction, weight)
+            return reduce(owner, mean_square_error(x, teacher), reduction or self.reduction, weight)
 
 
 def _mix(x: Tensor) -> Tensor:
