@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from kdlib.types import Side
+
 __all__ = ["Comparison", "InfluenceReport", "TeacherInfluence", "TermInfluence", "measure", "unchanged"]
 
 
@@ -37,7 +39,8 @@ class TermInfluence:
     """Influence of one term.
 
     Args:
-        student: the student feature that the term compares, at which its gradient is taken.
+        student: the student feature that the term compares, at which its gradient is taken; the names of several are
+            joined by commas, and the gradient is that at all of them together.
         weight: the term's weight at this step.
         loss: the term's value times its weight.
         loss_share: share of the losses of all terms, by magnitude.
@@ -63,7 +66,7 @@ class InfluenceReport:
     """Influence of each term and teacher on the student, on one batch.
 
     Args:
-        step: the step at which the schedules of the weights were evaluated.
+        step: the step at which the schedules were evaluated; `None` if it was never given.
         terms: term name to influence.
         cosines: pair of terms on the same student feature to the cosine between their gradients; `None` where one is
             zero.
@@ -73,7 +76,7 @@ class InfluenceReport:
         >>> from kdlib.objective import Objective, Term
         >>> objective = Objective({"hint": Term(HintLoss(), student="out", teacher="out", weight=2.0)})
         >>> teachers = {"near": {"out": torch.ones(1, 2)}, "far": {"out": -2 * torch.ones(1, 2)}}
-        >>> report = objective.report({"out": torch.zeros(1, 2)}, teachers)
+        >>> report = objective.report({"out": torch.zeros(1, 2)}, teachers, step=0)
         >>> print(report.table())
         influence at step 0   weight      loss   share  gradient   share
         hint (out)             2.000     5.000  100.0%     1.414  100.0%
@@ -84,13 +87,13 @@ class InfluenceReport:
         4.0
     """
 
-    step: int
+    step: int | None
     terms: dict[str, TermInfluence]
     cosines: dict[tuple[str, str], float | None]
 
     def table(self) -> str:
         """Return the report as plain text in columns."""
-        title = f"influence at step {self.step}"
+        title = "influence" if self.step is None else f"influence at step {self.step}"
         rows: list[tuple[str, TermInfluence | TeacherInfluence]] = []
         for name, term in self.terms.items():
             rows.append((f"{name} ({term.student})", term))
@@ -129,7 +132,7 @@ class Comparison(NamedTuple):
     """Result of an objective for one term and batch.
 
     Args:
-        feature: the student's feature, `(b, ...)`.
+        feature: the student's feature, `(b, ...)`, or the features of several taps.
         losses: `(k, b)`, times the sample weights, or `(k,)` without a per-sample form; for a supervised term `(b,)` or
             a scalar.
         teachers: names of the k teachers.
@@ -137,7 +140,7 @@ class Comparison(NamedTuple):
         sample: sample weights `(b,)`; `None` for all ones.
     """
 
-    feature: Tensor
+    feature: Side
     losses: Tensor
     teachers: tuple[str, ...] = ()
     weights: Tensor | None = None
@@ -182,7 +185,9 @@ def _divisor(sample: Tensor) -> Tensor:
     return torch.where(total == 0, 1.0, total)
 
 
-def measure(step: int, compared: Mapping[str, Comparison], terms: Mapping[str, tuple[float, str]]) -> InfluenceReport:
+def measure(
+    step: int | None, compared: Mapping[str, Comparison], terms: Mapping[str, tuple[float, str]]
+) -> InfluenceReport:
     """Measure the terms of one batch; `terms` holds the weight and the student feature of each."""
     losses: dict[str, list[float]] = {}
     gradients: dict[str, list[Tensor]] = {}
@@ -246,8 +251,10 @@ def unchanged(*modules: nn.Module, device: torch.device) -> Iterator[None]:
                 each._buffers[name] = buffer
 
 
-def _gradient(loss: Tensor, feature: Tensor) -> Tensor:
+def _gradient(loss: Tensor, feature: Side) -> Tensor:
     """Return `d loss / d feature`, flat, in float32 or float64; zero where the loss does not depend on the feature."""
+    if not isinstance(feature, Tensor):
+        return torch.cat([_gradient(loss, each) for each in feature])
     gradient = torch.zeros_like(feature)
     # A mean over the batch has small gradients, which would underflow in a half-precision feature.
     scale = max(feature.shape[0], 1)
