@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from kdlib import ReviewKDLoss, SemCKDLoss
+from kdlib import Distiller, Objective, ReviewKDLoss, SemCKDLoss, StudentAdapter, TeacherAdapter, Term
 from kdlib.functional import hierarchical_context
 from tests.core import reference_features as reference
 from tests.core.loss_inputs import noise, seeded
@@ -87,7 +87,9 @@ def test_gradients_are_those_of_finite_differences_and_reach_every_parameter(nam
     assert all(x.grad is None for x in teachers)
 
 
-@pytest.mark.parametrize("name", ["semckd", "review_kd"])  # with similarities, a sample's attention depends on the others
+@pytest.mark.parametrize(
+    "name", ["semckd", "review_kd"]
+)  # with similarities, a sample's attention depends on the others
 def test_masked_samples_take_no_part_in_values_gradients_and_statistics(name: str) -> None:
     keep = torch.tensor([True, False, True, True, False])
     loss, other, (students, teachers) = build(name).double(), build(name).double(), layers(name)
@@ -280,3 +282,34 @@ MAPS = [torch.ones(2, 3, 4, 4), torch.ones(2, 4, 2, 2)]
 def test_wrong_arguments_are_named(call: Any, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         call()
+
+
+class Stages(nn.Module):
+    def __init__(self, *channels: int) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, channels[0], 3, 2, 1), nn.Conv2d(channels[0], channels[1], 3, 2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(self.first(x).relu()).relu().mean((2, 3))
+
+
+@pytest.mark.parametrize("make", [lambda: SemCKDLoss([4, 6], [5, 7]), lambda: ReviewKDLoss([4, 6], [5, 7])])
+def test_a_distiller_trains_with_lists_of_taps(make: Any) -> None:
+    taps = {"first": "first", "second": "second"}
+    student, teacher = seeded(lambda: (Stages(4, 6), Stages(5, 7)))
+    layers = ["first", "second"]
+    terms = {"layers": Term(seeded(make), student=layers, teacher=layers, sample_weight="weight")}
+    distiller = Distiller(StudentAdapter(student, taps), {"big": TeacherAdapter(teacher, taps)}, Objective(terms))
+    optimizer = torch.optim.Adam(distiller.trainable_parameters(), lr=0.01)
+    images = noise(8, 3, 8, 8, dtype=torch.float32)
+    targets = {"weight": torch.tensor([1.0, 0.0, 2.0, 1.0, 1.0, 1.0, 0.5, 1.0])}
+    values = []
+    for _ in range(25):
+        optimizer.zero_grad()
+        output = distiller(images, targets)
+        output.total.backward()
+        optimizer.step()
+        values.append(output.total.item())
+    assert values[-1] < 0.8 * values[0]
+    assert all(p.grad is not None for p in distiller.trainable_parameters())
+    assert {name.split(".")[2] for name in distiller.state_dict() if name.startswith("objective.losses")} == {"layers"}

@@ -55,8 +55,8 @@ class MaskedGenerativeLoss(LossModule):
 
     References:
         Yang, Li, Shao, Shi, Yuan, Yuan, *Masked Generative Distillation*, arXiv 2205.01529. The paper uses the sum of
-        the squares, ours is their mean over the values of a sample: multiply the weight of the term by c h w of the
-        teacher for the paper's. The authors' code masks positions with a ratio of 0.65 for detection and 0.75 for
+        the squares, ours is their mean over the values of a sample, as in modelopt: multiply the weight of the term by
+        c h w of the teacher for the paper's. The authors' code masks positions with a ratio of 0.65 for detection and 0.75 for
         segmentation, and channels with a ratio of 0.15 for classification; it requires equal grids.
     """
 
