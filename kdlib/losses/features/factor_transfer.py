@@ -16,7 +16,7 @@ from kdlib.losses._module import LossModule
 
 __all__ = ["FactorTransferLoss", "Paraphraser", "factor_transfer"]
 
-Batch = TypeVar("Batch")
+T = TypeVar("T")
 SLOPE = 0.1
 """Slope of the leaky ReLU below zero, as in the paper."""
 
@@ -151,7 +151,7 @@ class Paraphraser(CallRepr):
             return reduce("Paraphraser", errors, "mean", None)
 
     def fit(
-        self, loader: Iterable[Batch], features: Callable[[Batch], Tensor], *, epochs: int = 5, lr: float = 1e-3
+        self, loader: Iterable[T], features: Callable[[T], Tensor], *, epochs: int = 5, lr: float = 1e-3
     ) -> list[float]:
         """Train on the teacher's features with Adam, then freeze.
 
