@@ -28,7 +28,7 @@ from kdlib import (
     weighting,
 )
 from kdlib._arguments import prepare_arguments
-from kdlib.adapters import OUTPUT, StudentAdapter, Tap, TeacherAdapter
+from kdlib.adapters import OUTPUT, StudentAdapter, Tap, TeacherAdapter, list_taps, match_taps
 from kdlib.distiller import Distiller
 from kdlib.influence import InfluenceReport
 from kdlib.losses import (
@@ -88,7 +88,7 @@ __all__ = [
     "RKDAngleLoss", "RKDDistanceLoss", "ReviewKDLoss", "Schedule", "SemCKDLoss", "SimilarityPreservingLoss",
     "SoftTargetLoss", "StudentAdapter", "Tap", "Targets", "Teacher", "TeacherAdapter", "TeacherCache", "Term",
     "TokenProjection", "TrainConfig", "TrainResult", "UncertaintyWeighting", "UniformWeighting",
-    "VariationalInformationLoss", "Weighting", "__version__", "infer_projection", "train",
+    "VariationalInformationLoss", "Weighting", "__version__", "infer_projection", "list_taps", "match_taps", "train",
 ]  # fmt: skip
 
 for _module in (

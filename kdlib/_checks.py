@@ -318,10 +318,10 @@ def check_targets(owner: str, targets: object) -> None:
     check_type(owner, "targets", targets, (Mapping, NoneType), "a mapping of names to tensors or None")
 
 
-def check_reads(teacher: str, reads: Sequence[str], targets: Container[str]) -> None:
+def check_teacher_inputs(teacher: str, names: Sequence[str], targets: Container[str]) -> None:
     """The targets that a teacher reads must be in the batch."""
-    missing = [key for key in reads if key not in targets]
+    missing = [name for name in names if name not in targets]
     if missing:
         raise ValueError(
-            f"Distiller: teacher {teacher!r} reads the targets {', '.join(reads)}; the batch lacks {', '.join(missing)}"
+            f"Distiller: teacher {teacher!r} reads the targets {', '.join(names)}; the batch lacks {', '.join(missing)}"
         )

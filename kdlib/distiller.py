@@ -15,13 +15,23 @@ from kdlib._checks import (
     check_inputs,
     check_key,
     check_name,
-    check_reads,
     check_targets,
+    check_teacher_inputs,
     check_term_teachers,
     check_type,
 )
-from kdlib._held import hold, is_unchanged, move, split_inputs
-from kdlib.influence import InfluenceReport, fork_random_state, unchanged
+from kdlib._held import (
+    bring,
+    fork_random_state,
+    hold,
+    input_names,
+    is_unchanged,
+    move,
+    read_inputs,
+    split_inputs,
+    unchanged,
+)
+from kdlib.influence import InfluenceReport
 from kdlib.objective import Objective, ObjectiveOutput
 from kdlib.types import Features, HasTaps, Targets, Teacher
 
@@ -36,8 +46,9 @@ class Distiller(nn.Module):
 
     Args:
         student: maps inputs to named features; usually a `StudentAdapter`.
-        teachers: name to teacher: a `TeacherAdapter`, a `CachedTeacher` or any other `Teacher`. If its `reads` names
-            targets, a teacher is called with those targets in place of the inputs.
+        teachers: name to teacher: a `TeacherAdapter`, a `CachedTeacher` or any other `Teacher`. If its `inputs` names
+            targets, a teacher is called with those targets in place of the inputs. Its features are brought to the
+            device of the student's features.
         objective: the terms that are compared.
 
     Raises:
@@ -93,11 +104,14 @@ class Distiller(nn.Module):
             if module.training:  # train() was called on the teacher itself
                 module.eval()
         teachers: dict[str, Features] = {}
+        device = next((x.device for x in student.values() if isinstance(x, Tensor)), torch.device("cpu"))
         for name, teacher in self.teachers.items():
-            check_reads(name, teacher.reads, targets or {})
-            read = tuple((targets or {})[key] for key in teacher.reads)
+            check_teacher_inputs(name, input_names(teacher.inputs), targets or {})
+            given = read_inputs(teacher.inputs, targets or {}, inputs)
             with torch.no_grad():
-                teachers[name] = self._call(f"teacher {name!r}", teacher, read or inputs)
+                features = self._call(f"teacher {name!r}", teacher, given)
+                away = any(isinstance(x, Tensor) and x.device != device for x in features.values())
+                teachers[name] = {key: bring(x, device) for key, x in features.items()} if away else features
         return student, teachers
 
     def _call(self, owner: str, model: Callable[..., Features], inputs: Any) -> Features:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 __all__ = [
     "CrossLayerLoss", "CrossLayerWeighting", "Features", "FrozenModel", "GraphWeighting", "HasFingerprint", "HasTaps",
     "Loss", "MaskedLoss", "PenalizedWeighting", "Projection", "Schedule", "ScheduledLoss", "Side", "Targets", "Teacher",
-    "WeightedLoss", "Weighting",
+    "TeacherInputs", "WeightedLoss", "Weighting",
 ]  # fmt: skip
 
 Features: TypeAlias = Mapping[str, Tensor]
@@ -23,6 +23,15 @@ Side: TypeAlias = Tensor | Sequence[Tensor]
 
 Schedule: TypeAlias = Callable[[int], float]
 """Maps the step, a whole number from 0, to a value; `kdlib.schedules` has the usual ones."""
+
+TeacherInputs: TypeAlias = str | Sequence[str] | Mapping[str, str] | None
+"""Targets that a teacher reads in place of the inputs of the batch.
+
+- `None`: none, the teacher takes the inputs of the batch;
+- a name: that entry, which is a tensor, a tuple of arguments or a mapping of keyword arguments as the inputs are;
+- a sequence of names: those entries as positional arguments;
+- a mapping of keyword argument to name: those entries as keyword arguments.
+"""
 
 
 @runtime_checkable
@@ -174,7 +183,7 @@ class Teacher(Protocol):
     """A frozen model: maps inputs to named features. `TeacherAdapter` and `CachedTeacher` are teachers."""
 
     @property
-    def reads(self) -> tuple[str, ...]:
-        """Names of the targets that are passed in place of the inputs; empty for a teacher that takes the inputs."""
+    def inputs(self) -> TeacherInputs:
+        """The targets that it reads in place of the inputs of the batch; `None` for a teacher that takes these."""
 
     def __call__(self, *inputs: Any, **named: Any) -> Features: ...

@@ -19,12 +19,13 @@ from kdlib._checks import (
     readable,
     show_shape,
 )  # fmt: skip
-from kdlib._layouts import grid_of, prefix_candidates, shown_layout
+from kdlib._layouts import grid_of, prefix_candidates, shown_layout, shown_prefix
 
 __all__ = [
     "check_affine", "check_batch_limit", "check_batches", "check_channels", "check_gathered_reduction", "check_hidden",
-    "check_layers", "check_layout", "check_levels", "check_logits", "check_margin", "check_mask", "check_order",
-    "check_prefix", "check_same_layers", "check_square", "check_trained", "no_second_derivative",
+    "check_layers", "check_layout", "check_layouts", "check_levels", "check_logits", "check_map", "check_margin",
+    "check_mask", "check_order", "check_prefix", "check_same_layers", "check_square", "check_trained",
+    "no_second_derivative",
 ]  # fmt: skip
 
 
@@ -45,7 +46,7 @@ def check_layout(owner: str, name: str, x: Tensor, layout: str | None, argument:
     shown = shown_layout(x)
     if shown == "bchw":
         return shown
-    if x.dim() not in (3, 4):
+    if x.dim() not in map(len, choices):
         wanted = ", ".join(f"({', '.join(choice)})" for choice in choices[:-1])
         raise ValueError(f"{owner}: {name} must be {wanted} or ({', '.join(choices[-1])}), got {show_shape(x)}")
     which = "'bnd' for tokens (b, n, d)" + (" or 'bhw' for attention maps (b, h, w)" if "bhw" in choices else "")
@@ -53,19 +54,31 @@ def check_layout(owner: str, name: str, x: Tensor, layout: str | None, argument:
     raise ValueError(f"{owner}: the layout of {name} {show_shape(x)} is ambiguous; give {argument}={which}")
 
 
-def check_prefix(owner: str, name: str, x: Tensor, given: int | None, argument: str, grid: Sequence[int] | None) -> int:
-    """Return how many leading tokens of `x` (b, n, d) are not on the grid: `given`, or the only possible number."""
+def check_layouts(owner: str, **layouts: str | None) -> None:
+    """Each named argument must be a layout of maps, or None."""
+    for name, layout in layouts.items():
+        if layout is not None:
+            check_choice(owner, name, layout, ("bchw", "bhwc"))
+
+
+def check_map(owner: str, name: str, x: Tensor, layout: str | None, argument: str = "layout") -> Tensor:
+    """Return a feature map with channels first, from the layout `"bchw"` or `"bhwc"` or one that its shape shows."""
+    return x.movedim(3, 1) if check_layout(owner, name, x, layout, argument, ("bchw", "bhwc")) == "bhwc" else x
+
+
+def check_prefix(owner: str, name: str, x: Tensor, given: int | None, argument: str, positions: Sequence[int]) -> int:
+    """Return how many leading tokens of `x` (b, n, d) are not on the grid: `given`, or the number that shapes show."""
     if given is not None:
         check_number(owner, argument, given, min=0, below=max(x.shape[1], 1), integer=True)
         return given
-    candidates = prefix_candidates(x.shape[1], grid)
-    if len(candidates) != 1:
-        few = " or ".join(map(str, candidates)) or "an unknown number of"
+    shown = shown_prefix(x.shape[1], positions)
+    if shown is None:
+        few = " or ".join(map(str, prefix_candidates(x.shape[1], positions))) or "an unknown number of"
         raise ValueError(
             f"{owner}: {name} {show_shape(x)} may have {few} tokens (class token, registers) before those of the grid; "
             f"give {argument}= (0 if all are on the grid)"
         )
-    return candidates[0]
+    return shown
 
 
 def check_square(owner: str, name: str, tokens: int) -> tuple[int, int]:
