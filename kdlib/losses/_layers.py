@@ -65,14 +65,14 @@ def _update(norm: nn.BatchNorm2d, mean: Tensor, variance: Tensor, count: Tensor)
         running.copy_(torch.where(count > 0, new, running))
 
 
-def limit(x: Tensor, origin: torch.dtype) -> Tensor:
+def limit(x: Tensor, origin: torch.dtype, *, fresh: bool = False) -> Tensor:
     """Clamp to plus and minus `FAR`, because sums of larger values could overflow; the gradient passes unchanged.
 
-    If the user passed float16, the gradient is clamped to its numbers: convolutions may enlarge it on its way.
+    `fresh` states that nothing else reads `x`. If the user passed float16, the gradient is clamped to its numbers: convolutions may enlarge it on its way.
     """
     if not x.requires_grad:
         return x.clamp(-FAR, FAR)
-    limited = _clamped(x.clone())
+    limited = _clamped(x if fresh else x.clone())
     if origin == torch.float16 and limited.requires_grad:
         limited.register_hook(_clamp_to_half)  # type: ignore[no-untyped-call]  # torch leaves it untyped
     return limited

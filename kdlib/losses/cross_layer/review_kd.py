@@ -102,7 +102,7 @@ class ReviewKDLoss(LossModule):
             fused, parts = None, []
             for fusion, x, y in reversed([*zip(self.fusions, s, t, strict=True)]):
                 compared, fused = fusion(x, fused, (y.shape[2], y.shape[3]), keep)
-                parts.append(hierarchical_context(compared, y, levels=self.levels, reduction="none"))
+                parts.append(hierarchical_context(compared, y, levels=self.levels, layout="bchw", reduction="none"))
             return reduce(owner, torch.stack(parts).sum(0), reduction or self.reduction, weight)
 
 

@@ -114,10 +114,14 @@ class MaskedGenerativeLoss(LossModule):
         origin = student.dtype
         with full_precision(student):
             student, teacher = promote(student, teacher)
-            student, teacher = pool_to_smaller(limit(student, origin), teacher)
-            mask = self.kept_positions(student.shape[0], (student.shape[2], student.shape[3]), kept(weight))
-            x = student if self.align is None else convolve(self.align, student)
-            x = convolve(self.second, convolve(self.first, x * mask.to(x.dtype)).relu_())
+            student, teacher = pool_to_smaller(student, teacher)
+            grid = (student.shape[2], student.shape[3])
+            mask = self.kept_positions(student.shape[0], grid, kept(weight)).to(student.dtype)
+            if self.align is None:
+                x = limit(student * mask, origin, fresh=True)
+            else:
+                x = convolve(self.align, limit(student, origin)) * mask
+            x = convolve(self.second, convolve(self.first, x).relu_())
             if self.training:
                 self.calls.add_(1)
             return reduce(owner, mean_square_error(x, teacher), reduction or self.reduction, weight)
