@@ -1,12 +1,16 @@
 """Distillation losses as Modules; the functions are in `kdlib.functional`."""
 
+from kdlib.losses.cross_layer.review_kd import ReviewKDLoss
+from kdlib.losses.cross_layer.semckd import SemCKDLoss
 from kdlib.losses.features.activation_boundary import ActivationBoundaryLoss
 from kdlib.losses.features.angular import AngularDistillLoss
 from kdlib.losses.features.attention import AttentionTransferLoss
 from kdlib.losses.features.attentive_similarity import AttentiveSimilarityLoss
 from kdlib.losses.features.contrastive_representation import ContrastiveRepresentationLoss
+from kdlib.losses.features.factor_transfer import FactorTransferLoss, Paraphraser
 from kdlib.losses.features.hierarchical_context import HierarchicalContextLoss
 from kdlib.losses.features.hint import HintLoss
+from kdlib.losses.features.masked_generative import MaskedGenerativeLoss
 from kdlib.losses.features.nst import NSTLoss
 from kdlib.losses.features.overhaul import OverhaulLoss
 from kdlib.losses.features.variational_information import VariationalInformationLoss
@@ -24,6 +28,7 @@ from kdlib.losses.relations.similarity_preserving import SimilarityPreservingLos
 __all__ = [
     "ActivationBoundaryLoss", "AngularDistillLoss", "AttentionTransferLoss", "AttentiveSimilarityLoss",
     "ContrastiveRepresentationLoss", "CorrelationCongruenceLoss", "DISTLoss", "DarkRankLoss", "DecoupledKDLoss",
-    "HierarchicalContextLoss", "HintLoss", "LinearSoftTargetLoss", "LogSumLoss", "NSTLoss", "OverhaulLoss", "PKTLoss", "RKDAngleLoss", "RKDDistanceLoss",
-    "SimilarityPreservingLoss", "SoftTargetLoss", "VariationalInformationLoss",
+    "FactorTransferLoss", "HierarchicalContextLoss", "HintLoss", "LinearSoftTargetLoss", "LogSumLoss",
+    "MaskedGenerativeLoss", "NSTLoss", "OverhaulLoss", "PKTLoss", "Paraphraser", "RKDAngleLoss", "RKDDistanceLoss",
+    "ReviewKDLoss", "SemCKDLoss", "SimilarityPreservingLoss", "SoftTargetLoss", "VariationalInformationLoss",
 ]  # fmt: skip

@@ -1,11 +1,11 @@
 """Contract checks of a loss."""
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 
 from torch import Tensor, nn
 
 from kdlib._checks import check_callable, check_floating, check_number, check_same_batch
-from kdlib.testing._loss_case import LossCase
+from kdlib.testing._loss_case import LossCase, pack
 from kdlib.testing._run import clone, run
 from kdlib.types import WeightedLoss
 
@@ -25,8 +25,8 @@ _MODULE = ("state_dict", "repr")
 
 def check_loss(
     loss: Callable[..., Tensor],
-    student: Tensor,
-    teacher: Tensor,
+    student: Tensor | Sequence[Tensor],
+    teacher: Tensor | Sequence[Tensor],
     *,
     target: Tensor | None = None,
     per_sample: bool | None = None,
@@ -56,8 +56,9 @@ def check_loss(
     Args:
         loss: called as `loss(student, teacher)`, with `target=` if one is given, and with `reduction=` and `weight=`.
             Exclude the checks on these for a loss that does not accept them.
-        student: `(b, ...)`, at least 4 samples, without special values, and small: about 8 values per sample.
-        teacher: `(b, ...)`.
+        student: `(b, ...)`, at least 4 samples, without special values, and small: about 8 values per sample. A list
+            of tensors for a loss that compares several layers.
+        teacher: `(b, ...)`, or a list.
         target: `(b, ...)`, for a loss that needs one.
         per_sample: whether `reduction="none"` must return `(b,)` or be an error; `None` for the value that a
             `WeightedLoss` declares, or for either with other losses.
@@ -80,15 +81,20 @@ def check_loss(
         AssertionError: check_loss(<lambda>): teacher_gradient: no gradient may reach the teacher; detach it
     """
     check_callable("check_loss", "loss", loss)
-    check_floating("check_loss", student=student, teacher=teacher)
-    check_same_batch("check_loss", "student", student, "teacher", teacher)
-    check_number("check_loss", "the batch size", student.shape[0], min=4, integer=True)
+    for side, given in (("student", student), ("teacher", teacher)):
+        for layer in [given] if isinstance(given, Tensor) else given:
+            check_floating("check_loss", **{side: layer})
+    (s, s_layers), (t, t_layers) = pack(student), pack(teacher)
+    check_same_batch("check_loss", "student", s, "teacher", t)
+    check_number("check_loss", "the batch size", s.shape[0], min=4, integer=True)
     if target is not None:
-        check_same_batch("check_loss", "student", student, "target", target)
+        check_same_batch("check_loss", "student", s, "target", target)
     if per_sample is None and isinstance(loss, WeightedLoss):
         per_sample = loss.per_sample
-    tensors = clone(student).float(), clone(teacher).float(), None if target is None else clone(target)
-    case = LossCase(loss, *tensors, per_sample, "deepcopy" not in exclude, "weight_ones" not in exclude)
+    tensors = clone(s).float(), clone(t).float(), None if target is None else clone(target)
+    case = LossCase(
+        loss, *tensors, per_sample, "deepcopy" not in exclude, "weight_ones" not in exclude, (s_layers, t_layers)
+    )
     if case.per_sample is None:
         case.per_sample = case.accepts_none()
     left_out = {*(() if case.per_sample else _PER_SAMPLE), *(() if isinstance(loss, nn.Module) else _MODULE)}

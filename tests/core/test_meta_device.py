@@ -57,17 +57,26 @@ def empty(shape: tuple[int, ...]) -> Tensor:
     return torch.empty(shape, device="meta")
 
 
+def larger(side: Any, *, logits: bool) -> Tensor | list[Tensor]:
+    """The large input of one side, or of each layer of a side with several."""
+    if isinstance(side, list):
+        return [empty((6, shape[1], *(16 * size for size in shape[2:]))) for shape in side]
+    return empty(large(side, logits=logits))
+
+
 @pytest.mark.parametrize(("name", "row"), rows(kdlib.losses, LOSSES))
 def test_losses_of_large_batches(name: str, row: Row) -> None:
-    student, teacher = (empty(large(shape, logits=row.shapes == LOGITS)) for shape in row.shapes)
-    options: dict[str, Any] = {"weight": empty((len(student),))}
+    student, teacher = (larger(side, logits=row.shapes == LOGITS) for side in row.shapes)
+    inputs = student if isinstance(student, list) else [student]
+    options: dict[str, Any] = {"weight": empty((len(inputs[0]),))}
     if row.classes:
-        options["target"] = torch.empty(len(student), dtype=torch.long, device="meta")
+        options["target"] = torch.empty(len(inputs[0]), dtype=torch.long, device="meta")
+    for x in inputs:
+        x.requires_grad_()
     with Recorded() as recorded, on_meta():
         loss = component(kdlib.losses, name, row).to("meta")
-        loss(student.requires_grad_(), teacher, **options).backward()
-    assert student.grad is not None
-    assert student.grad.shape == student.shape
+        loss(student, teacher, **options).backward()
+    assert all(x.grad is not None and x.grad.shape == x.shape for x in inputs)
     assert (recorded.names != set()) == (name in READ_VALUES)
 
 
@@ -82,7 +91,7 @@ OPTIONS: dict[str, Callable[[], dict[str, Any]]] = {
     "overhaul": lambda: {"margin": empty((3,))},
     "variational_information": lambda: {"variance": empty((3,))},
 }
-MAPS = {"attention_transfer", "attentive_similarity", "hierarchical_context", "nst", "overhaul"}
+MAPS = {"attention_transfer", "factor_transfer", "attentive_similarity", "hierarchical_context", "nst", "overhaul"}
 
 
 def test_functions() -> None:
@@ -143,11 +152,16 @@ def test_losses_of_fake_tensors(name: str, row: Row) -> None:
     """As tools do that estimate memory or trace a step without running it."""
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
         arguments = tuple(mode.from_tensor(x) if isinstance(x, Tensor) else x for x in row.arguments)
-        student, teacher = (torch.randn(shape) for shape in row.shapes)
-        options = {"target": torch.zeros(len(student), dtype=torch.long)} if row.classes else {}
+        student, teacher = (
+            [torch.randn(each) for each in side] if isinstance(side, list) else torch.randn(side) for side in row.shapes
+        )
+        inputs = student if isinstance(student, list) else [student]
+        options = {"target": torch.zeros(len(inputs[0]), dtype=torch.long)} if row.classes else {}
         loss = component(kdlib.losses, name, replace(row, arguments=arguments))
-        loss(student.requires_grad_(), teacher, weight=torch.ones(len(student)), **options).backward()
-        assert student.grad is not None
+        for x in inputs:
+            x.requires_grad_()
+        loss(student, teacher, weight=torch.ones(len(inputs[0])), **options).backward()
+        assert all(x.grad is not None for x in inputs)
 
 
 def test_values_are_still_checked_on_the_cpu() -> None:

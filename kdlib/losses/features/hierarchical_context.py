@@ -58,9 +58,8 @@ def hierarchical_context(
     References:
         Chen, Liu, Zhao, Jia, *Distilling Knowledge via Knowledge Review*, arXiv 2104.09044, the hierarchical context
         loss of ReviewKD. Values equal those of mdistiller for square maps; there only the height decides whether a
-        level is omitted, and narrower maps are stretched. The pooling is done once, on the difference. The fusion of
-        each student stage with the deeper ones, the other half of the paper, is a network and not a loss; if it reads a
-        single stage, it can be the projection of a `Term` (`project=`).
+        level is omitted, and narrower maps are stretched. The pooling is done once, on the difference. `ReviewKDLoss` adds the
+        fusion of each student stage with the deeper ones, the other half of the paper.
     """
     levels = check_levels("hierarchical_context", levels)
     check_pair("hierarchical_context", student, teacher, "b c h w")
