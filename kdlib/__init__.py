@@ -6,17 +6,31 @@ Data flows through the packages in this order, and each package imports only pac
 - `kdlib.projections`: map student features into the teacher's feature space;
 - `kdlib.losses`: compare a student tensor with a teacher tensor; `kdlib.functional` has the same losses as functions;
 - `kdlib.weighting`: compute one weight per teacher and sample from the losses of several teachers;
+- `kdlib.schedules`: functions of the step for weights of terms, temperatures and the learning rate;
 - `kdlib.objective`: add named terms up to one scalar (`Objective`);
 - `kdlib.distiller`: run student, teachers and objective on a batch (`Distiller`);
+- `kdlib.online`: teachers that change during training: running mean, peers, the student itself;
 - `kdlib.training`: a training loop with exact resume after interruption (`train`);
 - `kdlib.evaluation`: measure how similar student and teacher are.
 """
 
 from typing import TYPE_CHECKING
 
-from kdlib import adapters, distiller, functional, influence, losses, objective, projections, training, weighting
+from kdlib import (
+    adapters,
+    distiller,
+    functional,
+    influence,
+    losses,
+    objective,
+    online,
+    projections,
+    schedules,
+    training,
+    weighting,
+)
 from kdlib._arguments import prepare_arguments
-from kdlib.adapters import OUTPUT, StudentAdapter, Tap, TeacherAdapter
+from kdlib.adapters import OUTPUT, StudentAdapter, Tap, TeacherAdapter, list_taps, match_taps
 from kdlib.distiller import Distiller
 from kdlib.influence import InfluenceReport
 from kdlib.losses import (
@@ -29,22 +43,29 @@ from kdlib.losses import (
     DarkRankLoss,
     DecoupledKDLoss,
     DISTLoss,
+    FactorTransferLoss,
     HierarchicalContextLoss,
     HintLoss,
     LinearSoftTargetLoss,
+    LogSumLoss,
+    MaskedGenerativeLoss,
     NSTLoss,
     OverhaulLoss,
+    Paraphraser,
     PKTLoss,
+    ReviewKDLoss,
     RKDAngleLoss,
     RKDDistanceLoss,
+    SemCKDLoss,
     SimilarityPreservingLoss,
     SoftTargetLoss,
     VariationalInformationLoss,
 )
 from kdlib.objective import Objective, ObjectiveOutput, Term
+from kdlib.online import AuxiliaryHeads, EMATeacher, MutualDistiller, SelfTeacher
 from kdlib.projections import ConvProjection, LinearProjection, TokenProjection, infer_projection
 from kdlib.training import TrainConfig, TrainResult, train
-from kdlib.types import Features, Loss, Projection, Targets, Teacher, Weighting
+from kdlib.types import Features, Loss, Projection, Schedule, Targets, Teacher, Weighting
 from kdlib.weighting import (
     CenterConfidenceWeighting,
     ConfidenceWeighting,
@@ -62,18 +83,33 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
-    "ActivationBoundaryLoss", "AngularDistillLoss", "AttentionTransferLoss", "AttentiveSimilarityLoss", "CachedTeacher",
-    "CenterConfidenceWeighting", "ConfidenceWeighting", "ContrastiveRepresentationLoss", "ConvProjection",
-    "CorrelationCongruenceLoss", "DISTLoss", "DarkRankLoss", "DecoupledKDLoss", "Distiller", "EntropyWeighting",
-    "Features", "FixedWeighting", "GateWeighting", "GradientWeighting", "HierarchicalContextLoss", "HintLoss",
-    "InfluenceReport", "LinearProjection", "LinearSoftTargetLoss", "Loss", "NSTLoss", "OUTPUT", "Objective", "ObjectiveOutput", "OverhaulLoss",
-    "PKTLoss", "Projection", "RKDAngleLoss", "RKDDistanceLoss", "SimilarityPreservingLoss", "SoftTargetLoss",
-    "StudentAdapter", "Tap", "Targets", "Teacher", "TeacherAdapter", "TeacherCache", "Term", "TokenProjection",
-    "TrainConfig", "TrainResult", "UncertaintyWeighting", "UniformWeighting", "VariationalInformationLoss", "Weighting",
-    "__version__", "infer_projection", "train",
+    "ActivationBoundaryLoss", "AngularDistillLoss", "AttentionTransferLoss", "AttentiveSimilarityLoss",
+    "AuxiliaryHeads", "CachedTeacher", "CenterConfidenceWeighting", "ConfidenceWeighting",
+    "ContrastiveRepresentationLoss", "ConvProjection", "CorrelationCongruenceLoss", "DISTLoss", "DarkRankLoss",
+    "DecoupledKDLoss", "Distiller", "EMATeacher", "EntropyWeighting", "FactorTransferLoss", "Features",
+    "FixedWeighting", "GateWeighting", "GradientWeighting", "HierarchicalContextLoss", "HintLoss", "InfluenceReport",
+    "LinearProjection", "LinearSoftTargetLoss", "LogSumLoss", "Loss", "MaskedGenerativeLoss", "MutualDistiller",
+    "NSTLoss", "OUTPUT", "Objective", "ObjectiveOutput", "OverhaulLoss", "PKTLoss", "Paraphraser", "Projection",
+    "RKDAngleLoss", "RKDDistanceLoss", "ReviewKDLoss", "Schedule", "SelfTeacher", "SemCKDLoss",
+    "SimilarityPreservingLoss", "SoftTargetLoss", "StudentAdapter", "Tap", "Targets", "Teacher", "TeacherAdapter",
+    "TeacherCache", "Term", "TokenProjection", "TrainConfig", "TrainResult", "UncertaintyWeighting",
+    "UniformWeighting", "VariationalInformationLoss", "Weighting", "__version__", "infer_projection", "list_taps",
+    "match_taps", "train",
 ]  # fmt: skip
 
-for _module in (adapters, distiller, functional, influence, losses, objective, projections, training, weighting):
+for _module in (
+    adapters,
+    distiller,
+    functional,
+    influence,
+    losses,
+    objective,
+    online,
+    projections,
+    schedules,
+    training,
+    weighting,
+):
     prepare_arguments(vars(_module), _module.__all__)
 prepare_arguments(globals(), __all__)
 

@@ -1,6 +1,6 @@
 """The Module that runs a student, its teachers and an objective on a batch."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Self
 
 import torch
@@ -15,15 +15,25 @@ from kdlib._checks import (
     check_inputs,
     check_key,
     check_name,
-    check_reads,
     check_targets,
+    check_teacher_inputs,
     check_term_teachers,
     check_type,
 )
-from kdlib._held import hold, is_unchanged, move, split_inputs
-from kdlib.influence import InfluenceReport, fork_random_state, unchanged
+from kdlib._held import (
+    bring,
+    fork_random_state,
+    hold,
+    input_names,
+    is_unchanged,
+    move,
+    read_inputs,
+    split_inputs,
+    unchanged,
+)
+from kdlib.influence import InfluenceReport
 from kdlib.objective import Objective, ObjectiveOutput
-from kdlib.types import Features, HasTaps, Targets, Teacher
+from kdlib.types import Features, HasTaps, StudentReader, Targets, Teacher, UpdatedTeacher
 
 __all__ = ["Distiller"]
 
@@ -31,12 +41,15 @@ __all__ = ["Distiller"]
 class Distiller(nn.Module):
     """Runs the student and its teachers on a batch and compares their features.
 
-    Without teachers it trains a network on supervised terms alone.
+    Without teachers it trains a network on supervised terms alone. If a weight or a hyper-parameter is a schedule, each call
+    in training mode needs `step=`. The state dict holds the last step besides the weights.
 
     Args:
         student: maps inputs to named features; usually a `StudentAdapter`.
-        teachers: name to teacher: a `TeacherAdapter`, a `CachedTeacher` or any other `Teacher`. If its `reads` names
-            targets, a teacher is called with those targets in place of the inputs.
+        teachers: name to teacher: a `TeacherAdapter`, a `CachedTeacher` or any other `Teacher`. If its `inputs` names
+            targets, a teacher is called with those targets in place of the inputs. Its features are brought to the
+            device of the student's features. Teachers that change during training are
+            an `EMATeacher` and a `SelfTeacher`.
         objective: the terms that are compared.
 
     Raises:
@@ -52,7 +65,7 @@ class Distiller(nn.Module):
         >>> bool(distiller(torch.randn(3, 4)).total.requires_grad)
         True
         >>> sorted(distiller.state_dict())
-        ['student.model.bias', 'student.model.weight']
+        ['objective._extra_state', 'student.model.bias', 'student.model.weight']
     """
 
     teachers: dict[str, Teacher]
@@ -66,37 +79,51 @@ class Distiller(nn.Module):
             wanted = "a Teacher, such as a TeacherAdapter around a model"
             check_type("Distiller", f"teachers[{name!r}]", teacher, Teacher, wanted)
         for name, term in objective.terms.items():
-            _check_tap(name, "student", student, term.student)
+            _check_taps(name, "student", student, term.student)
             if term.teacher is None:
                 continue
             check_term_teachers("Distiller", name, term.teachers or (), teachers)
             for key in term.teachers or teachers:
-                _check_tap(name, f"teacher {key!r}", teachers[key], term.teacher)
+                _check_taps(name, f"teacher {key!r}", teachers[key], term.teacher)
                 if term.project is not None:
                     check_key("Distiller", f"the name of a teacher that term {name!r} projects to", key)
         self.student = student
         self.objective = objective
         # Not registered as submodules: teachers are neither trained, saved nor switched to training mode.
         object.__setattr__(self, "teachers", dict(teachers))
-        for module in self._teacher_modules():
+        self.updated_teachers = nn.ModuleDict()
+        for name, teacher in teachers.items():
+            if isinstance(teacher, UpdatedTeacher) and isinstance(teacher, nn.Module):
+                check_key("Distiller", "the name of a teacher that is saved", name)
+                self.updated_teachers[name] = teacher
+        for module in self._frozen_modules():
             module.eval()
 
     def _teacher_modules(self) -> list[nn.Module]:
         return [teacher for teacher in self.teachers.values() if isinstance(teacher, nn.Module)]
 
+    def _frozen_modules(self) -> list[nn.Module]:
+        return [each for each in self._teacher_modules() if not isinstance(each, UpdatedTeacher)]
+
     def features(self, inputs: Any, targets: Targets | None = None) -> tuple[Features, dict[str, Features]]:
         """Run the student and every teacher; return the student's features and those of each teacher."""
         check_targets("Distiller", targets)
         student = self._call("student", self.student, inputs)
-        for module in self._teacher_modules():
+        for module in self._frozen_modules():
             if module.training:  # train() was called on the teacher itself
                 module.eval()
         teachers: dict[str, Features] = {}
+        device = next((x.device for x in student.values() if isinstance(x, Tensor)), torch.device("cpu"))
         for name, teacher in self.teachers.items():
-            check_reads(name, teacher.reads, targets or {})
-            read = tuple((targets or {})[key] for key in teacher.reads)
+            if isinstance(teacher, StudentReader) and teacher.reads_student:
+                teachers[name] = teacher(student)
+                continue
+            check_teacher_inputs(name, input_names(teacher.inputs), targets or {})
+            given = read_inputs(teacher.inputs, targets or {}, inputs)
             with torch.no_grad():
-                teachers[name] = self._call(f"teacher {name!r}", teacher, read or inputs)
+                features = self._call(f"teacher {name!r}", teacher, given)
+                away = any(isinstance(x, Tensor) and x.device != device for x in features.values())
+                teachers[name] = {key: bring(x, device) for key, x in features.items()} if away else features
         return student, teachers
 
     def _call(self, owner: str, model: Callable[..., Features], inputs: Any) -> Features:
@@ -109,14 +136,20 @@ class Distiller(nn.Module):
         check_inputs(owner, not self.teachers or all(is_unchanged(x, version) for x, version in held))
         return features
 
-    def forward(self, inputs: Any, targets: Targets | None = None) -> ObjectiveOutput:
-        """Compare one batch; `inputs` is a tensor, a tuple of the models' arguments or a mapping of keyword arguments.
+    def forward(self, inputs: Any, targets: Targets | None = None, *, step: int | None = None) -> ObjectiveOutput:
+        """Compare one batch.
+
+        Args:
+            inputs: a tensor, a tuple of the models' arguments or a mapping of keyword arguments.
+            targets: name to target.
+            step: number of training steps done so far, for the schedules; see `Objective.forward`.
 
         Raises:
-            ValueError: a model changed the inputs in place, which the other models read too.
+            ValueError: a model changed the inputs in place, which the other models read too; or a weight or a
+                hyper-parameter is a schedule, and the step is unknown or that of an earlier call.
         """
         student, teachers = self.features(inputs, targets)
-        output: ObjectiveOutput = self.objective(student, teachers, targets or {})
+        output: ObjectiveOutput = self.objective(student, teachers, targets or {}, step=step)
         return output
 
     @torch.no_grad()
@@ -128,7 +161,7 @@ class Distiller(nn.Module):
         """
         if self.objective.inferred:
             return self
-        modes = {module: module.training for module in self.student.modules()}
+        modes = {each: each.training for part in (self.student, self.updated_teachers) for each in part.modules()}
         buffers = [
             (module, name, buffer, buffer.clone())
             for module in modes
@@ -152,18 +185,19 @@ class Distiller(nn.Module):
         return next((parameter.device for parameter in self.parameters()), torch.device("cpu"))
 
     @torch.no_grad()
-    def report(self, inputs: Any, targets: Targets | None = None) -> InfluenceReport:
+    def report(self, inputs: Any, targets: Targets | None = None, *, step: int | None = None) -> InfluenceReport:
         """Measure the influence of each term and teacher on the student, on one batch; see `Objective.report`.
 
-        Runs in the current mode of the distiller. Weights, statistics, `.grad` and the random state are unchanged
+        Runs in the current mode of the distiller; `step=None` uses the last step. Weights, statistics, `.grad` and the random state are unchanged
         afterwards. In a distributed run all processes must call it if a loss or norm communicates.
 
         Raises:
             RuntimeError: a projection is not inferred yet.
+            ValueError: a weight or a hyper-parameter is a schedule, and the step is unknown.
         """
         with unchanged(self.student, *self._teacher_modules(), device=self._device()):
             student, teachers = self.features(inputs, targets)
-            return self.objective.report(student, teachers, targets)
+            return self.objective.report(student, teachers, targets, step=step)
 
     def trainable_parameters(self) -> Iterator[nn.Parameter]:
         """Yield the parameters of the student, projections, heads and learned weightings; none of a teacher.
@@ -172,16 +206,30 @@ class Distiller(nn.Module):
             RuntimeError: a projection is not inferred yet.
         """
         check_inferred("Distiller", self.objective.inferred, "distiller.infer(inputs, targets)")
-        yield from self.parameters()
+        updated = set(self.updated_teachers.parameters())
+        yield from (parameter for parameter in self.parameters() if parameter not in updated)
+
+    def update_teachers(self, *, step: int | None = None) -> None:
+        """Update the teachers that follow the student, such as `EMATeacher`, after a step of the optimizer.
+
+        `train` calls this. A loop of your own calls it after `optimizer.step()`.
+
+        Args:
+            step: the step, counted from 0; `None` lets each teacher count its updates.
+        """
+        for teacher in self.teachers.values():
+            if isinstance(teacher, UpdatedTeacher):
+                teacher.update(self.student, step=step)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Self:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]  # torch leaves _apply untyped
-        for module in self._teacher_modules() if recurse else ():
+        for module in self._frozen_modules() if recurse else ():
             move(module, fn)
         return self
 
 
-def _check_tap(term: str, owner: str, model: object, tap: str) -> None:
-    """Check a feature name where the model declares its taps; other models are checked in the first forward."""
-    if isinstance(model, HasTaps):
-        check_name(f"Distiller: term {term!r}", f"feature of the {owner}", tap, model.taps)
+def _check_taps(term: str, owner: str, model: object, taps: str | Sequence[str]) -> None:
+    """Check feature names where the model declares its taps; other models are checked in the first forward."""
+    for tap in (taps,) if isinstance(taps, str) else taps:
+        if isinstance(model, HasTaps):
+            check_name(f"Distiller: term {term!r}", f"feature of the {owner}", tap, model.taps)

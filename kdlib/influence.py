@@ -1,16 +1,17 @@
 """The influence report: loss and gradient of each term and teacher of an objective, measured on one batch."""
 
 import math
-from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from itertools import combinations
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-__all__ = ["Comparison", "InfluenceReport", "TeacherInfluence", "TermInfluence", "measure", "unchanged"]
+from kdlib.types import Side
+
+__all__ = ["Comparison", "InfluenceReport", "TeacherInfluence", "TermInfluence", "measure"]
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,8 @@ class TermInfluence:
     """Influence of one term.
 
     Args:
-        student: the student feature that the term compares, at which its gradient is taken.
+        student: the student feature that the term compares, at which its gradient is taken; the names of several are
+            joined by commas, and the gradient is that at all of them together.
         weight: the term's weight at this step.
         loss: the term's value times its weight.
         loss_share: share of the losses of all terms, by magnitude.
@@ -63,7 +65,7 @@ class InfluenceReport:
     """Influence of each term and teacher on the student, on one batch.
 
     Args:
-        step: the step at which the schedules of the weights were evaluated.
+        step: the step at which the schedules were evaluated; `None` if it was never given.
         terms: term name to influence.
         cosines: pair of terms on the same student feature to the cosine between their gradients; `None` where one is
             zero.
@@ -73,7 +75,7 @@ class InfluenceReport:
         >>> from kdlib.objective import Objective, Term
         >>> objective = Objective({"hint": Term(HintLoss(), student="out", teacher="out", weight=2.0)})
         >>> teachers = {"near": {"out": torch.ones(1, 2)}, "far": {"out": -2 * torch.ones(1, 2)}}
-        >>> report = objective.report({"out": torch.zeros(1, 2)}, teachers)
+        >>> report = objective.report({"out": torch.zeros(1, 2)}, teachers, step=0)
         >>> print(report.table())
         influence at step 0   weight      loss   share  gradient   share
         hint (out)             2.000     5.000  100.0%     1.414  100.0%
@@ -84,13 +86,13 @@ class InfluenceReport:
         4.0
     """
 
-    step: int
+    step: int | None
     terms: dict[str, TermInfluence]
     cosines: dict[tuple[str, str], float | None]
 
     def table(self) -> str:
         """Return the report as plain text in columns."""
-        title = f"influence at step {self.step}"
+        title = "influence" if self.step is None else f"influence at step {self.step}"
         rows: list[tuple[str, TermInfluence | TeacherInfluence]] = []
         for name, term in self.terms.items():
             rows.append((f"{name} ({term.student})", term))
@@ -129,7 +131,7 @@ class Comparison(NamedTuple):
     """Result of an objective for one term and batch.
 
     Args:
-        feature: the student's feature, `(b, ...)`.
+        feature: the student's feature, `(b, ...)`, or the features of several taps.
         losses: `(k, b)`, times the sample weights, or `(k,)` without a per-sample form; for a supervised term `(b,)` or
             a scalar.
         teachers: names of the k teachers.
@@ -137,7 +139,7 @@ class Comparison(NamedTuple):
         sample: sample weights `(b,)`; `None` for all ones.
     """
 
-    feature: Tensor
+    feature: Side
     losses: Tensor
     teachers: tuple[str, ...] = ()
     weights: Tensor | None = None
@@ -182,7 +184,9 @@ def _divisor(sample: Tensor) -> Tensor:
     return torch.where(total == 0, 1.0, total)
 
 
-def measure(step: int, compared: Mapping[str, Comparison], terms: Mapping[str, tuple[float, str]]) -> InfluenceReport:
+def measure(
+    step: int | None, compared: Mapping[str, Comparison], terms: Mapping[str, tuple[float, str]]
+) -> InfluenceReport:
     """Measure the terms of one batch; `terms` holds the weight and the student feature of each."""
     losses: dict[str, list[float]] = {}
     gradients: dict[str, list[Tensor]] = {}
@@ -211,43 +215,10 @@ def _columns(losses: list[float], gradients: list[Tensor]) -> list[tuple[float, 
     return list(zip(losses, _shares(losses), lengths, _shares(lengths), strict=True))
 
 
-def fork_random_state(device: torch.device) -> AbstractContextManager[None]:
-    """Restore torch's random state, on the CPU and on `device`, after the block."""
-    devices = {"devices": [device], "device_type": device.type} if device.type in ("cuda", "xpu") else {"devices": []}
-    return torch.random.fork_rng(**devices)
-
-
-@contextmanager
-def unchanged(*modules: nn.Module, device: torch.device) -> Iterator[None]:
-    """Restore buffers, plain attributes and torch's random state after the block.
-
-    Inside, the buffers are replaced by copies, because the originals may belong to a graph whose backward is still to
-    run.
-    """
-    inside = {each for module in modules for each in module.modules()}
-    saved = [(each, dict(vars(each)), dict(each._buffers.items())) for each in inside]
-    copies = {
-        id(buffer): buffer.detach().clone() for _, _, own in saved for buffer in own.values() if buffer is not None
-    }
-    try:
-        for each, _, own in saved:
-            for name, buffer in own.items():
-                each._buffers[name] = copies.get(id(buffer))
-        with fork_random_state(device):
-            yield
-    finally:
-        for each, attributes, own in saved:
-            for name in set(vars(each)) - set(attributes):
-                del vars(each)[name]
-            vars(each).update(attributes)
-            for name in set(each._buffers.keys()) - set(own):
-                del each._buffers[name]
-            for name, buffer in own.items():  # a scripted module has no `update`
-                each._buffers[name] = buffer
-
-
-def _gradient(loss: Tensor, feature: Tensor) -> Tensor:
+def _gradient(loss: Tensor, feature: Side) -> Tensor:
     """Return `d loss / d feature`, flat, in float32 or float64; zero where the loss does not depend on the feature."""
+    if not isinstance(feature, Tensor):
+        return torch.cat([_gradient(loss, each) for each in feature])
     gradient = torch.zeros_like(feature)
     # A mean over the batch has small gradients, which would underflow in a half-precision feature.
     scale = max(feature.shape[0], 1)

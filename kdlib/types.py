@@ -7,8 +7,9 @@ import torch
 from torch import Tensor, nn
 
 __all__ = [
-    "Features", "FrozenModel", "GraphWeighting", "HasFingerprint", "HasTaps", "Loss", "PenalizedWeighting",
-    "Projection", "Targets", "Teacher", "WeightedLoss", "Weighting",
+    "CrossLayerLoss", "CrossLayerWeighting", "Features", "FrozenModel", "GraphWeighting", "HasFingerprint", "HasTaps",
+    "Loss", "MaskedLoss", "PassesInputs", "PenalizedWeighting", "Projection", "Schedule", "ScheduledLoss", "Side",
+    "StudentReader", "Targets", "Teacher", "TeacherInputs", "UpdatedTeacher", "WeightedLoss", "Weighting",
 ]  # fmt: skip
 
 Features: TypeAlias = Mapping[str, Tensor]
@@ -16,6 +17,21 @@ Features: TypeAlias = Mapping[str, Tensor]
 
 Targets: TypeAlias = Mapping[str, Tensor]
 """Values of a batch besides its inputs, such as identities, sample ids and views; each `(b, ...)`."""
+
+Side: TypeAlias = Tensor | Sequence[Tensor]
+"""One side of a comparison: a feature, or the features of several layers in the order of the taps."""
+
+Schedule: TypeAlias = Callable[[int], float]
+"""Maps the step, a whole number from 0, to a value; `kdlib.schedules` has the usual ones."""
+
+TeacherInputs: TypeAlias = str | Sequence[str] | Mapping[str, str] | None
+"""Targets that a teacher reads in place of the inputs of the batch.
+
+- `None`: none, the teacher takes the inputs of the batch;
+- a name: that entry, which is a tensor, a tuple of arguments or a mapping of keyword arguments as the inputs are;
+- a sequence of names: those entries as positional arguments;
+- a mapping of keyword argument to name: those entries as keyword arguments.
+"""
 
 
 @runtime_checkable
@@ -25,16 +41,56 @@ class Loss(Protocol):
     def __call__(self, student: Tensor, teacher: Tensor, /) -> Tensor: ...
 
 
+class CrossLayerLoss(Protocol):
+    """Compares features of several layers, each `(b, ...)`; a term with lists of taps calls it with lists."""
+
+    def __call__(self, student: Sequence[Tensor], teacher: Sequence[Tensor], /) -> Tensor: ...
+
+
 @runtime_checkable
-class WeightedLoss(Loss, Protocol):
+class WeightedLoss(Protocol):
     """A loss that also accepts `weight=`, per-sample weights `(b,)`, as all losses of kdlib do.
 
-    An `Objective` reads `per_sample` once, when the term is created.
+    A loss that returns `(b,)` values needs no declaration: the objective weights the values itself. A Module with an
+    attribute `per_sample` declares that it takes `weight=` and, if it is true, `reduction="none"`. A `Term` reads it
+    once, when it is created.
     """
+
+    def __call__(self, student: Any, teacher: Any, /) -> Tensor: ...
 
     @property
     def per_sample(self) -> bool:
         """Whether the loss accepts `reduction="none"` and then returns `(b,)` values."""
+
+
+@runtime_checkable
+class MaskedLoss(Protocol):
+    """A loss of dense features, such as logits of tokens or pixels, that also accepts `mask=`.
+
+    The mask is boolean `(b, ...)`; False leaves a position out. With `reduction="none"`, the value of a sample is the mean
+    over the positions that the mask keeps. A loss without the attribute `masked` is called with the mask of its term and
+    must accept it.
+    """
+
+    def __call__(self, student: Any, teacher: Any, /, *, mask: Tensor | None = None) -> Tensor: ...
+
+    @property
+    def masked(self) -> bool:
+        """Whether the loss accepts `mask=`; a term with a mask refuses a loss that does not."""
+
+
+@runtime_checkable
+class ScheduledLoss(Protocol):
+    """A loss that also accepts `step=`, the step at which its schedules are evaluated.
+
+    A `Term` reads `schedules` once, when it is created, and passes the step if there are any.
+    """
+
+    def __call__(self, student: Any, teacher: Any, /) -> Tensor: ...
+
+    @property
+    def schedules(self) -> Mapping[str, Schedule]:
+        """The hyper-parameters that are schedules; if there are any, each call needs the step."""
 
 
 @runtime_checkable
@@ -73,12 +129,36 @@ class PenalizedWeighting(Weighting, Protocol):
 
 
 @runtime_checkable
+class CrossLayerWeighting(Protocol):
+    """A weighting that accepts terms with lists of taps.
+
+    Where `cross_layer` is true, `student` and each of `teachers` may be a list of features. Other weightings are called
+    for terms with one tap on each side only.
+    """
+
+    def __call__(self, losses: Tensor, *, student: Side, teachers: Sequence[Side], targets: Targets) -> Tensor: ...
+
+    @property
+    def cross_layer(self) -> bool:
+        """Whether the student and the teachers may be lists of features."""
+
+
+@runtime_checkable
 class HasTaps(Protocol):
     """A model that declares which features it returns, so that names are checked before the first forward."""
 
     @property
     def taps(self) -> Mapping[str, object]:
         """Mapping whose keys are the names of the features."""
+
+
+@runtime_checkable
+class PassesInputs(Protocol):
+    """A student that passes its inputs unchanged to another one, such as `AuxiliaryHeads`."""
+
+    @property
+    def receiver(self) -> nn.Module:
+        """The student that receives the inputs; its `forward` tells `train` which entries of a mapping are inputs."""
 
 
 @runtime_checkable
@@ -112,7 +192,28 @@ class Teacher(Protocol):
     """A frozen model: maps inputs to named features. `TeacherAdapter` and `CachedTeacher` are teachers."""
 
     @property
-    def reads(self) -> tuple[str, ...]:
-        """Names of the targets that are passed in place of the inputs; empty for a teacher that takes the inputs."""
+    def inputs(self) -> TeacherInputs:
+        """The targets that it reads in place of the inputs of the batch; `None` for a teacher that takes these."""
 
     def __call__(self, *inputs: Any, **named: Any) -> Features: ...
+
+
+@runtime_checkable
+class UpdatedTeacher(Teacher, Protocol):
+    """A teacher whose weights follow the student's, such as `EMATeacher`.
+
+    A `Distiller` registers it if it is a Module, so that its weights are part of the state dict, and excludes its
+    parameters from `trainable_parameters()`.
+    """
+
+    def update(self, student: nn.Module, *, step: int | None = None) -> None:
+        """Update the weights after a step of the optimizer; `step` counts from 0."""
+
+
+@runtime_checkable
+class StudentReader(Teacher, Protocol):
+    """A teacher that is computed from the student's features, such as `SelfTeacher`."""
+
+    @property
+    def reads_student(self) -> bool:
+        """Whether it is called with the student's features, a mapping, in place of the inputs."""

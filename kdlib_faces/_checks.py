@@ -14,6 +14,7 @@ from kdlib._checks import (
     check_number,
     check_shape,
     check_whole_numbers,
+    readable,
     show_shape,
 )
 
@@ -44,10 +45,10 @@ def report_key(path: str, expected: str, got: object) -> InputError:
 
 
 def check_identities(owner: str, identities: Tensor, batch: int, num_identities: int) -> None:
-    """Check that `identities` are `(b,)` whole numbers from 0 to `num_identities` - 1."""
+    """Check that `identities` are `(b,)` whole numbers from 0 to `num_identities` - 1; values only on the CPU."""
     check_dtype_whole(owner, "identities", identities)
     check_shape(owner, "identities", identities, "b", b=batch)
-    if batch and not torch.compiler.is_compiling():
+    if batch and readable(identities):
         low, high = (int(end) for end in torch.aminmax(identities))
         if low < 0 or high >= num_identities:
             raise ValueError(
@@ -93,7 +94,7 @@ def check_identities_or_triplets(owner: str, target: Tensor, batch: int) -> None
     check_dtype_whole(owner, "target", target)
     if target.shape[1] != 3:
         raise ValueError(f"{owner}: target must be identities (b,) or triplets (t, 3), got {show_shape(target)}")
-    if len(target) and not torch.compiler.is_compiling():
+    if len(target) and readable(target):
         low, high = (int(end) for end in torch.aminmax(target))
         if low < 0 or high >= batch:
             raise ValueError(f"{owner}: triplets must be rows from 0 to {batch - 1}, got {low if low < 0 else high}")

@@ -101,6 +101,8 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--recipe", default="liaad", metavar="liaad|student|general_teacher|age_teacher", help=text)
     text = "general teacher first, then the age-invariant one: a checkpoint, .onnx or a cache"
     train.add_list("--teacher", "FILE", text)
+    text = "start of a liaad student: scratch, or shrink:FILE, a narrower copy of a teacher (scratch)"
+    train.add_argument("--start", default="scratch", metavar="scratch|shrink:FILE", help=text)
     train.add_on_error()
     _add_input(train)
     train.add_folder("--output", "runs/train", "folder of the model")

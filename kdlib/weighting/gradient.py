@@ -10,7 +10,7 @@ from torch import Tensor
 from kdlib._checks import check_number
 from kdlib._maths import full_precision
 from kdlib._repr import CallRepr
-from kdlib.types import Targets
+from kdlib.types import Side, Targets
 from kdlib.weighting._checks import check_max_weight, check_teachers
 
 __all__ = ["GradientWeighting"]
@@ -39,8 +39,8 @@ class GradientWeighting(CallRepr):
     student). Masked samples, whose losses are 0, have no effect. The weights carry no gradient. Each process of a
     distributed run solves for its own part of the batch.
 
-    The cost is K backward passes from the losses to the feature, through projections and losses only, and one small
-    copy to the host.
+    The cost is K backward passes from the losses to the feature, through projections and losses only, and for three
+    or more teachers one small copy to the host, which waits for an accelerator.
 
     Args:
         max_weight: C, above 0 and at most 1; below 1 it must be at least 1 / K. AE-KD proposes such a bound.
@@ -61,6 +61,7 @@ class GradientWeighting(CallRepr):
         at the logits and solve by a one-class SVM, with nu = 1 / (C K) for our C.
     """
 
+    cross_layer: ClassVar[bool] = True
     needs_graph: ClassVar[bool] = True
 
     def __init__(self, *, max_weight: float = 1.0) -> None:
@@ -68,12 +69,13 @@ class GradientWeighting(CallRepr):
         check_number("GradientWeighting", "max_weight", max_weight, above=0, max=1)
         self.max_weight = max_weight
 
-    def forward(self, losses: Tensor, *, student: Tensor, teachers: Sequence[Tensor], targets: Targets) -> Tensor:
+    def forward(self, losses: Tensor, *, student: Side, teachers: Sequence[Side], targets: Targets) -> Tensor:
         """Return weights `(k, b)` and keep the graph of the losses; `teachers` and `targets` are ignored.
 
         Args:
             losses: `(k, b)`, with their graph.
-            student: the feature `(b, ...)` from which the losses were computed.
+            student: the feature `(b, ...)` from which the losses were computed; or a list of features, whose gradients
+                count as one.
 
         Raises:
             ValueError: `max_weight` is below 1 / k.
@@ -82,24 +84,43 @@ class GradientWeighting(CallRepr):
         k = losses.shape[0]
         check_max_weight("GradientWeighting", self.max_weight, k)
         uniform = torch.full_like(losses, 1 / max(k, 1), requires_grad=False)
-        if k < 2 or not (losses.requires_grad and student.requires_grad):
+        features = [each for each in ([student] if isinstance(student, Tensor) else student) if each.requires_grad]
+        if k < 2 or not (losses.requires_grad and features):
             return uniform
-        sums = losses.sum(1)
-        partials = [torch.autograd.grad(each, student, retain_graph=True, allow_unused=True)[0] for each in sums]
+        partials = [
+            torch.autograd.grad(each, features, retain_graph=True, materialize_grads=True) for each in losses.sum(1)
+        ]
         with torch.no_grad(), full_precision(losses):
-            dtype = torch.promote_types(student.dtype, torch.float32)
-            zero = torch.zeros((), dtype=dtype, device=student.device).expand(student.shape)
-            gradients = torch.stack([(zero if each is None else each.to(dtype)).flatten() for each in partials])
+            dtype = torch.float64 if any(each.dtype == torch.float64 for each in features) else torch.float32
+            gradients = torch.stack([torch.cat([each.to(dtype).flatten() for each in row]) for row in partials])
             # Squares of the raw values could overflow or underflow; the weights do not depend on a common scale.
-            largest = gradients.abs().amax() if gradients.numel() else zero.sum()
+            largest = gradients.abs().amax() if gradients.numel() else gradients.sum()
             gradients = gradients / torch.where(largest == 0, 1.0, largest)
             # A float32 matrix product would round equal rows differently.
             wide = torch.float32 if gradients.device.type == "mps" else torch.float64
-            gram = torch.stack([(each * gradients).sum(1, dtype=wide) for each in gradients]).tolist()
+            products = torch.stack([(each * gradients).sum(1, dtype=wide) for each in gradients])
+            if k == 2:
+                return _pair(products, self.max_weight).to(losses).unsqueeze(1).expand_as(losses)
+        if products.is_meta:  # no values to solve for
+            return uniform
+        gram = products.tolist()
         if not all(isfinite(value) for row in gram for value in row):
             return uniform
         weights = torch.tensor(_min_norm(gram, self.max_weight), dtype=torch.float64)
         return weights.to(losses).unsqueeze(1).expand_as(losses)
+
+
+def _pair(gram: Tensor, max_weight: float) -> Tensor:
+    """Return the weights `(2,)` of two teachers by the closed form, without reading a value."""
+    trace = gram.diagonal().sum()
+    ridge = RIDGE * trace / 2
+    first, both, second = gram[0, 0] + ridge, gram[0, 1], gram[1, 1] + ridge
+    gap = (second - first) / 2  # of the slopes at equal weights
+    curvature = first + second - 2 * both
+    uneven = (gap.abs() > 1e-12 * trace) & gram.isfinite().all()
+    move = torch.where(uneven, gap / torch.where(curvature > 0, curvature, 1.0), 0.0)
+    weight = (0.5 + move).clamp(1 - max_weight, max_weight)
+    return torch.stack([weight, 1 - weight])
 
 
 def _min_norm(gram: Sequence[Sequence[float]], max_weight: float = 1.0) -> list[float]:

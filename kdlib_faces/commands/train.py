@@ -18,9 +18,11 @@ def main(options: Namespace, command: str) -> None:
     recipe, sources = options.recipe, (options.config, options.settings)
     if recipe not in RECIPES:
         raise InputError(f"train: recipe must be one of {', '.join(RECIPES)}, got {recipe!r}")
+    if options.start != "scratch" and recipe != "liaad":
+        raise InputError(f"train: --start applies to recipe 'liaad' only, got recipe {recipe!r}")
     run = RunOptions(
         output=options.output, faces=options.faces, teachers=options.teacher, seed=options.seed, progress=not options.quiet,
-        on_error=options.on_error, inputs=inputs_of_models(options.input, len(options.teacher)),
+        on_error=options.on_error, start=options.start, inputs=inputs_of_models(options.input, len(options.teacher)),
     )  # fmt: skip
     if recipe == "age_teacher":
         age_teacher.train(load_config(age_teacher.AgeTeacherRunConfig, *sources), run)

@@ -8,6 +8,7 @@ from torch.nn import functional as F
 
 from kdlib import Teacher
 from kdlib._checks import check_floating, check_number, check_pair, check_rank, check_same_batch
+from kdlib.types import TeacherInputs
 from kdlib_faces._checks import InputError
 
 __all__ = ["MappedTeacher", "fit_age_map", "fit_rotation", "space_agreement"]
@@ -97,7 +98,7 @@ def fit_age_map(
 
     Args:
         embeddings: `(n, d)`; rows are normalized here.
-        identities: `(n,)` int64.
+        identities: `(n,)` int64, -1 where unknown.
         ages: `(n,)` years, NaN where unknown. Either ages or age groups must be given.
         age_groups: `(n,)` int64, -1 where unknown. Two different groups make a cross-age pair.
         min_age_gap: Minimum age difference of a pair, years.
@@ -165,6 +166,7 @@ def _cross_age_pairs(
             return True
         return groups is not None and min(groups[i], groups[j]) >= 0 and groups[i] != groups[j]
 
+    rows.pop(-1, None)
     pairs = [[(i, j) for i in own for j in own if i != j and cross_age(i, j)] for own in rows.values()]
     return [each for each in pairs if each]
 
@@ -177,7 +179,7 @@ class MappedTeacher(nn.Module):
         matrices: Feature name to `(d, D)`. The rows of the feature are normalized, then multiplied.
 
     Attributes:
-        reads: The targets that the teacher reads instead of the inputs; empty where it reads the inputs.
+        inputs: The targets that the teacher reads in place of the inputs; None where it reads the inputs.
 
     Examples:
         >>> class Plain(nn.Module):
@@ -191,12 +193,12 @@ class MappedTeacher(nn.Module):
         super().__init__()
         self.teacher = teacher
         self.matrices = {name: matrix.detach() for name, matrix in matrices.items()}
-        self.reads: tuple[str, ...] = teacher.reads if isinstance(teacher, Teacher) else ()
+        self.inputs: TeacherInputs = teacher.inputs if isinstance(teacher, Teacher) else None
 
     @torch.no_grad()
-    def forward(self, *inputs: Tensor) -> dict[str, Tensor]:
+    def forward(self, *inputs: Tensor, **named: Tensor) -> dict[str, Tensor]:
         """Return the teacher's features, mapped where there is a matrix."""
-        features = dict(self.teacher(*inputs))
+        features = dict(self.teacher(*inputs, **named))
         for name, matrix in self.matrices.items():
             features[name] = F.normalize(features[name].float(), dim=1) @ matrix.to(features[name].device)
         return features

@@ -51,7 +51,7 @@ def distiller() -> Distiller:
     terms = {
         "identity": Term(Head(), student="embedding", target="identity"),
         "embedding": Term(AngularDistillLoss(), student="embedding", teacher="embedding", project="auto", weight=2.0),
-        "map": Term(AttentionTransferLoss(), student="map", teacher="map", teachers=["age"], weight=lambda step: 0.5),
+        "map": Term(AttentionTransferLoss(), student="map", teacher="map", teachers=["age"], weight=0.5),
     }
     teachers = {"general": TeacherAdapter(net(5, 1), TAPS), "age": TeacherAdapter(net(3, 2), TAPS)}
     objective = Objective(terms, CenterConfidenceWeighting(3), weigh_by="embedding")
@@ -228,7 +228,7 @@ def test_invalid_batches_and_features_are_errors(batch) -> None:
 class LookUp:
     """A teacher that is not a Module and reads a target."""
 
-    reads = ("sample",)
+    inputs = ("sample",)
 
     def __init__(self) -> None:
         self.features: Any = ["embedding"]
@@ -248,7 +248,7 @@ def test_a_teacher_that_reads_targets_is_called_with_them(batch) -> None:
 
 def test_a_custom_teacher_module_stays_in_eval_mode(batch) -> None:
     class Teacher(nn.Sequential):
-        reads = ()
+        inputs = None
 
         def forward(self, images: Tensor) -> dict[str, Tensor]:
             return {"embedding": super().forward(images)}
