@@ -11,7 +11,7 @@ from kdlib._checks import check_number, check_pair, check_target
 from kdlib._maths import Reduction, full_precision, promote, reduce
 from kdlib.losses._module import LossModule
 from kdlib.losses.logits._chunked import by_rows
-from kdlib.losses.logits._divergence import MIN_LOG, centered, divergence, probability_gap, soften
+from kdlib.losses.logits._divergence import MIN_LOG, Measured, centered, divergence, probability_gap, soften
 
 __all__ = ["DecoupledKDLoss", "decoupled_kd"]
 
@@ -86,9 +86,8 @@ def decoupled_kd(
     with full_precision(student):
         if student.shape[1] < 2:
             return reduce(owner, (0 * promote(student, teacher)[0]).sum(1), reduction, weight)
-        value = partial(_divergence, alpha=alpha, beta=beta, temperature=temperature)
-        slope = partial(_slope, alpha=alpha, beta=beta, temperature=temperature)
-        losses = by_rows(value, slope, student, teacher, target.long().unsqueeze(1))
+        measure = partial(_measure, alpha=alpha, beta=beta, temperature=temperature)
+        losses = by_rows(measure, student, teacher, target.long().unsqueeze(1), steps=4) * temperature
         return reduce(owner, losses, reduction, weight)
 
 
@@ -144,7 +143,7 @@ def _compare(student: Tensor, teacher: Tensor, target_n1: Tensor, temperature: f
     # The log-ratio at the target, where the rest's does not include it, is the difference of the log-odds u.
     odds = u_s - u_t if rest.ratio is None else rest.ratio.gather(1, target_n1)
     log_s, log_t = (F.logsigmoid(torch.cat([u, -u], 1)) for u in (u_s, u_t))
-    return _Parts(log_s, log_t, *divergence(log_s, log_t, lambda: F.pad(odds, (0, 1)))), rest
+    return _Parts(log_s, log_t, *divergence(log_s, log_t, lambda: torch.cat([odds, torch.zeros_like(odds)], 1))), rest
 
 
 def _split_target(softened: Tensor, target_n1: Tensor) -> tuple[Tensor, Tensor]:
@@ -157,21 +156,20 @@ def _split_target(softened: Tensor, target_n1: Tensor) -> tuple[Tensor, Tensor]:
     return odds.clamp(MIN_LOG, -MIN_LOG), log_rest.clamp(min=MIN_LOG)
 
 
-def _divergence(
+def _measure(
     student: Tensor, teacher: Tensor, target_n1: Tensor, *, alpha: float, beta: float, temperature: float
-) -> Tensor:
-    """Return the loss of each row, `(n, c)` and `(n, c)` to `(n,)`."""
-    binary, rest = _compare(student, teacher, target_n1, temperature)
-    return (alpha * binary.value + beta * rest.value) * temperature * temperature
+) -> Measured:
+    """Return the loss of each row of logits `(n, c, ...)` divided by T, and its derivative by the student's logits.
 
-
-def _slope(
-    student: Tensor, teacher: Tensor, target_n1: Tensor, *, alpha: float, beta: float, temperature: float
-) -> Tensor:
-    """Return the derivative: T alpha d at y, T (beta (q^s - q^t) - alpha d q^s) elsewhere, with d = p^s_y - p^t_y."""
+    The derivative is alpha d at y and beta (q^s - q^t) - alpha d q^s elsewhere, with d = p^s_y - p^t_y.
+    """
     binary, rest = _compare(student, teacher, target_n1, temperature)
-    gap = probability_gap(binary.log_s, binary.log_t, binary.ratio)
-    # For two probabilities near 1, the difference of their complements is exact.
-    d = torch.where(binary.log_s[:, :1] > binary.log_s[:, 1:], -gap[:, 1:], gap[:, :1]) * (temperature * alpha)
-    slope = probability_gap(rest.log_s, rest.log_t, rest.ratio).mul_(temperature * beta)
-    return slope.sub_(d * rest.log_s.exp()).scatter_(1, target_n1, d)
+
+    def slope() -> Tensor:
+        gap = probability_gap(binary.log_s, binary.log_t, binary.ratio)
+        # For two probabilities near 1, the difference of their complements is exact.
+        d = torch.where(binary.log_s[:, :1] > binary.log_s[:, 1:], -gap[:, 1:], gap[:, :1]) * alpha
+        slope = probability_gap(rest.log_s, rest.log_t, rest.ratio).mul_(beta)
+        return slope.sub_(d * rest.log_s.exp()).scatter_(1, target_n1, d)
+
+    return Measured((alpha * binary.value + beta * rest.value) * temperature, slope)

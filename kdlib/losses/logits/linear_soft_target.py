@@ -12,8 +12,8 @@ from kdlib._checks import check_number
 from kdlib._maths import full_precision, promote
 from kdlib._repr import CallRepr
 from kdlib.losses._checks import check_hidden, check_mask, no_second_derivative
-from kdlib.losses.logits._divergence import Divergence
-from kdlib.losses.logits.soft_target import Compared, check_options, compare, measure
+from kdlib.losses.logits._divergence import Divergence, Measured
+from kdlib.losses.logits.soft_target import check_options, measure
 
 __all__ = ["LinearSoftTargetLoss", "linear_soft_target"]
 
@@ -30,6 +30,7 @@ def linear_soft_target(
     temperature: float = 1.0,
     divergence: Divergence = "forward_kl",
     skew: float = 0.1,
+    standardize: bool = False,
     mask: Tensor | None = None,
     chunk_size: int | None = None,
 ) -> Tensor:
@@ -49,6 +50,7 @@ def linear_soft_target(
         temperature: T, above 0; larger values give softer probabilities.
         divergence: as in `soft_target`.
         skew: as in `soft_target`.
+        standardize: as in `soft_target`; a chunk of positions holds the whole vocabulary, so the value is the same.
         mask: boolean, the leading dimensions of the hidden states; False leaves a position out, such as padding.
         chunk_size: positions per chunk; `None` for about 16 million logits.
 
@@ -73,7 +75,7 @@ def linear_soft_target(
         of Liger Kernel, Hsu et al., arXiv 2410.10989.
     """
     owner = "linear_soft_target"
-    check_options(owner, temperature, divergence, skew)
+    check_options(owner, temperature, divergence, skew, standardize)
     check_hidden(owner, student_hidden, student_weight, teacher_hidden, teacher_weight)
     positions = student_hidden.shape[:-1]
     if mask is not None:
@@ -83,11 +85,11 @@ def linear_soft_target(
     shared = torch.float64 if torch.float64 in (student_hidden.dtype, teacher_hidden.dtype) else torch.float32
     kept = torch.ones(positions.numel(), device=student_hidden.device) if mask is None else mask.flatten()
     kept = kept.to(shared)
-    share = kept / kept.sum().clamp(min=1)
+    share = kept * (temperature / kept.sum().clamp(min=1))
+    origin = student_hidden.dtype if standardize else None
     with full_precision(student_hidden):
         loss: Tensor = _LinearChunks.apply(  # type: ignore[no-untyped-call]  # torch has no types here
-            partial(compare, temperature=temperature),
-            partial(measure, temperature=temperature, divergence=divergence, skew=skew),
+            partial(measure, temperature=temperature, divergence=divergence, skew=skew, origin=origin),
             chunk_size or max(1, CHUNK // max(len(student_weight), 1)),
             share,
             student_hidden.flatten(0, -2),
@@ -115,13 +117,15 @@ class LinearSoftTargetLoss(CallRepr):
         temperature: float = 1.0,
         divergence: Divergence = "forward_kl",
         skew: float = 0.1,
+        standardize: bool = False,
         chunk_size: int | None = None,
     ) -> None:
         super().__init__()
-        check_options("LinearSoftTargetLoss", temperature, divergence, skew)
+        check_options("LinearSoftTargetLoss", temperature, divergence, skew, standardize)
         if chunk_size is not None:
             check_number("LinearSoftTargetLoss", "chunk_size", chunk_size, min=1, integer=True)
-        self.temperature, self.divergence, self.skew, self.chunk_size = temperature, divergence, skew, chunk_size
+        self.temperature, self.divergence, self.skew = temperature, divergence, skew
+        self.standardize, self.chunk_size = standardize, chunk_size
 
     def forward(
         self,
@@ -135,7 +139,8 @@ class LinearSoftTargetLoss(CallRepr):
         """Compare hidden states `(b, n, d)` and output matrices `(v, d)` of student and teacher."""
         return linear_soft_target(
             student_hidden, student_weight, teacher_hidden, teacher_weight, temperature=self.temperature,
-            divergence=self.divergence, skew=self.skew, mask=mask, chunk_size=self.chunk_size,
+            divergence=self.divergence, skew=self.skew, standardize=self.standardize, mask=mask,
+            chunk_size=self.chunk_size,
         )  # fmt: skip
 
 
@@ -143,8 +148,7 @@ class _LinearChunks(Function):
     @staticmethod
     def forward(
         ctx: Any,
-        compare: Callable[[Tensor, Tensor], Compared],
-        measure: Callable[[Compared], tuple[Tensor, Tensor]],
+        measure: Callable[[Tensor, Tensor], Measured],
         rows: int,
         share: Tensor,
         h_s: Tensor,
@@ -154,17 +158,15 @@ class _LinearChunks(Function):
     ) -> Tensor:
         loss = share.new_zeros(())
         # Sums over chunks need more than half precision.
-        grad_h = torch.empty_like(h_s) if ctx.needs_input_grad[4] else None
-        grad_w = torch.zeros_like(w_s, dtype=share.dtype) if ctx.needs_input_grad[5] else None
+        grad_h = torch.empty_like(h_s) if ctx.needs_input_grad[3] else None
+        grad_w = torch.zeros_like(w_s, dtype=share.dtype) if ctx.needs_input_grad[4] else None
         pieces = (torch.split(x, rows) for x in (share, h_s, h_t, *([] if grad_h is None else [grad_h])))
         for portion, s, t, *out in zip(*pieces, strict=True):
-            compared = compare(*promote(s @ w_s.T, t @ w_t.T))
-            values, slopes = measure(compared)
-            loss += (values * portion).sum()
+            measured = measure(*promote(s @ w_s.T, t @ w_t.T))
+            loss += (measured.value * portion).sum()
             if grad_h is None and grad_w is None:
                 continue
-            slopes.mul_(portion.unsqueeze(1))
-            slopes = slopes.to(s.dtype)
+            slopes = measured.slope().mul_(portion.unsqueeze(1)).to(s.dtype)
             if out:
                 torch.mm(slopes, w_s, out=out[0])
             if grad_w is not None:
@@ -177,7 +179,7 @@ class _LinearChunks(Function):
         if torch.is_grad_enabled():  # with create_graph=True
             raise no_second_derivative()
         grad_h, grad_w = (None if x is None else x * gradient.to(x.dtype) for x in ctx.saved_tensors)
-        return None, None, None, None, grad_h, grad_w, None, None
+        return None, None, None, grad_h, grad_w, None, None
 
 
 def _add_product(total: Tensor, slopes: Tensor, hidden: Tensor) -> None:
