@@ -174,7 +174,7 @@ VECTOR, MAP, IDENTITIES = torch.ones(4, 3), torch.ones(4, 3, 2, 2), torch.arange
         (lambda: overhaul_margin(nn.BatchNorm2d(3, affine=False)), TypeError, r"overhaul_margin: norm must have a weight and a bias \(c,\), as BatchNorm2d\(c\), got BatchNorm2d\(.*"),
         (lambda: overhaul_margin(nn.Linear(3, 3)), TypeError, r"overhaul_margin: norm must have a weight and a bias \(c,\), as .*"),
         # Targets and negatives.
-        (lambda: decoupled_kd(VECTOR, VECTOR, target=IDENTITIES), ValueError, r"decoupled_kd: target must be from 0 to below c = 3, got 3"),
+        (lambda: decoupled_kd(VECTOR, VECTOR, target=IDENTITIES), ValueError, r"decoupled_kd: target must be from 0 to below c = 3, got 3; leave an ignore index out by mask=target != ignore_index"),
         (lambda: decoupled_kd(VECTOR, VECTOR, target=VECTOR[:, 0]), TypeError, r"decoupled_kd: target must be whole numbers, got torch.float32"),
         (lambda: decoupled_kd(VECTOR, VECTOR, target=IDENTITIES[:1]), ValueError, r"decoupled_kd: target must be \(b,\) with b = 4, got \(1,\)"),
         (lambda: DecoupledKDLoss(alpha=-1), ValueError, r"DecoupledKDLoss: alpha must be a finite number and >= 0, got -1"),

@@ -31,7 +31,7 @@ def standardized(logits: Tensor, shortest: float) -> Standardized:
     apart = scaled - scaled.mean(1, keepdim=True)
     spread = torch.where(flat, 1.0, apart.square().mean(1, keepdim=True)).sqrt()
     scores = apart / spread
-    deviation = 2 * depth * spread.detach()
+    deviation = 2 * depth * spread
     steep = deviation < shortest
     inverse = torch.where(steep, 0.0, 1 / deviation.clamp(min=shortest))
 
