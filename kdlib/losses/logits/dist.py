@@ -9,7 +9,7 @@ from kdlib._gather import gather_rows
 from kdlib._maths import MeanOnly, finite_weight, full_precision, promote, promoted_dtype, relative_weight
 from kdlib.losses._checks import check_logits
 from kdlib.losses._module import RelationLoss
-from kdlib.losses.logits._correlation import Options, as_rows, correlation_distances
+from kdlib.losses.logits._correlation import Options, correlation_distances
 from kdlib.losses.logits._positions import as_positions
 
 __all__ = ["DISTLoss", "dist"]
@@ -95,7 +95,7 @@ def dist(
         student, teacher, shape = as_positions(student, teacher, dim)
         share = _weights(weight, mask, shape, student).reshape(student.shape[0], *student.shape[2:])
         if gather:
-            student, teacher = promote(as_rows(student), as_rows(teacher))
+            student, teacher = (x if x.dim() == 2 else x.movedim(1, 2).flatten(0, 1) for x in promote(student, teacher))
             student, teacher = gather_rows(student, grad=True), gather_rows(teacher, grad=False)
             share = gather_rows(share.flatten().clamp(max=torch.finfo(dtype).max).to(dtype), grad=False)
         if student.numel() == 0:
