@@ -12,13 +12,14 @@ from kdlib._checks import check_number
 from kdlib._maths import full_precision, promote
 from kdlib._repr import CallRepr
 from kdlib.losses._checks import check_hidden, check_mask, no_second_derivative
+from kdlib.losses.logits._chunked import chunks
 from kdlib.losses.logits._divergence import Divergence, Measured
 from kdlib.losses.logits.soft_target import check_options, measure
 
 __all__ = ["LinearSoftTargetLoss", "linear_soft_target"]
 
-CHUNK = 2**24
-"""Logits of a chunk if `chunk_size` is not given: 64 MB in float32."""
+CHUNK = 2**25
+"""Logits of a chunk if `chunk_size` is not given: 128 MB in float32 for each side."""
 
 
 def linear_soft_target(
@@ -52,7 +53,7 @@ def linear_soft_target(
         skew: as in `soft_target`.
         standardize: as in `soft_target`; a chunk of positions holds the whole vocabulary, so the value is the same.
         mask: boolean, the leading dimensions of the hidden states; False leaves a position out, such as padding.
-        chunk_size: positions per chunk; `None` for about 16 million logits.
+        chunk_size: positions per chunk; `None` for about 34 million logits.
 
     Returns:
         A scalar; 0 with a graph if no position is kept. Float32, or float64 if an input is float64.
@@ -147,39 +148,55 @@ class LinearSoftTargetLoss(CallRepr):
 class _LinearChunks(Function):
     @staticmethod
     def forward(
-        ctx: Any,
-        measure: Callable[[Tensor, Tensor], Measured],
-        rows: int,
-        share: Tensor,
-        h_s: Tensor,
-        w_s: Tensor,
-        h_t: Tensor,
-        w_t: Tensor,
+        ctx: Any, measure: Callable[[Tensor, Tensor], Measured], rows: int, share: Tensor, *sides: Tensor
     ) -> Tensor:
-        loss = share.new_zeros(())
-        # Sums over chunks need more than half precision.
-        grad_h = torch.empty_like(h_s) if ctx.needs_input_grad[3] else None
-        grad_w = torch.zeros_like(w_s, dtype=share.dtype) if ctx.needs_input_grad[4] else None
-        pieces = (torch.split(x, rows) for x in (share, h_s, h_t, *([] if grad_h is None else [grad_h])))
-        for portion, s, t, *out in zip(*pieces, strict=True):
-            measured = measure(*promote(s @ w_s.T, t @ w_t.T))
-            loss += (measured.value * portion).sum()
-            if grad_h is None and grad_w is None:
-                continue
-            slopes = measured.slope().mul_(portion.unsqueeze(1)).to(s.dtype)
-            if out:
-                torch.mm(slopes, w_s, out=out[0])
-            if grad_w is not None:
-                _add_product(grad_w, slopes, s)
-        ctx.save_for_backward(grad_h, None if grad_w is None else grad_w.to(w_s.dtype))
+        ctx.options = measure, rows, ctx.needs_input_grad[3], ctx.needs_input_grad[4]
+        ctx.save_for_backward(share, *sides)
+        loss, *ctx.gradients = _in_chunks(*ctx.options, share, *sides)
         return loss
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled():  # with create_graph=True
             raise no_second_derivative()
-        grad_h, grad_w = (None if x is None else x * gradient.to(x.dtype) for x in ctx.saved_tensors)
+        # Scaled in place, because they can take as much memory as the output matrix; another pass computes them again.
+        gradients = ctx.gradients or _in_chunks(*ctx.options, *ctx.saved_tensors)[1:]
+        ctx.gradients = None
+        grad_h, grad_w = (None if x is None else x.mul_(gradient.to(x.dtype)) for x in gradients)
         return None, None, None, grad_h, grad_w, None, None
+
+
+def _in_chunks(
+    measure: Callable[[Tensor, Tensor], Measured],
+    rows: int,
+    needs_h: bool,
+    needs_w: bool,
+    share: Tensor,
+    h_s: Tensor,
+    w_s: Tensor,
+    h_t: Tensor,
+    w_t: Tensor,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Return the loss and its gradients by the student's hidden states and output matrix."""
+    loss = share.new_zeros(())
+    # Sums over chunks need more than half precision.
+    grad_h = torch.empty_like(h_s) if needs_h else None
+    grad_w = torch.zeros_like(w_s, dtype=share.dtype) if needs_w else None
+    # Two buffers hold the logits of every chunk; the slopes replace those of the student.
+    logits_s, logits_t = (h.new_empty((min(rows, len(h)), len(w_s))) for h in (h_s, h_t))
+    pieces = (torch.split(x, rows) for x in (share, h_s, h_t, *([] if grad_h is None else [grad_h])))
+    for portion, s, t, *out in zip(*pieces, strict=True):
+        z_s, z_t = torch.mm(s, w_s.T, out=logits_s[: len(s)]), torch.mm(t, w_t.T, out=logits_t[: len(t)])
+        for part, each_s, each_t in chunks(z_s, 1, portion, z_s, z_t):
+            measured = measure(*promote(each_s, each_t))
+            loss += (measured.value * part).sum()
+            if needs_h or needs_w:
+                each_s.copy_(measured.slope().mul_(part.unsqueeze(1)))
+        if out:
+            torch.mm(z_s, w_s, out=out[0])
+        if grad_w is not None:
+            _add_product(grad_w, z_s, s)
+    return loss, grad_h, None if grad_w is None else grad_w.to(w_s.dtype)
 
 
 def _add_product(total: Tensor, slopes: Tensor, hidden: Tensor) -> None:
