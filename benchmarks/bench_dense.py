@@ -106,7 +106,18 @@ def memory(name: str, side: str, size: int) -> None:
 
 def extra(name: str, side: str, size: int, threads: int) -> int:
     """Return the peak memory of one side in bytes, in a new process."""
-    command = [sys.executable, __file__, "--memory", side, "--only", name, "--size", str(size), "--threads", str(threads)]
+    command = [
+        sys.executable,
+        __file__,
+        "--memory",
+        side,
+        "--only",
+        name,
+        "--size",
+        str(size),
+        "--threads",
+        str(threads),
+    ]
     return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
 
 
@@ -115,7 +126,9 @@ def measure(name: str, size: int, part: int, rounds: int, threads: int) -> dict[
     sizes = (part,) if part == size else (part, part // 2)
 
     def continued(values: list[float]) -> float:
-        return values[0] if len(values) == 1 else values[0] + (values[0] - values[1]) * (size - part) / (part - part // 2)
+        return (
+            values[0] if len(values) == 1 else values[0] + (values[0] - values[1]) * (size - part) / (part - part // 2)
+        )
 
     losses = CASES[name](16)[1]
     inputs = {each: CASES[name](each)[0] for each in {size, *sizes}}
@@ -168,7 +181,9 @@ def main() -> None:
             "soft_target, pixels", options.pixels, options.pixels, 3 * options.rounds, options.threads
         )
     if options.only in (None, "linear_soft_target"):
-        rows["linear_soft_target"] = measure("linear_soft_target", options.tokens, part, options.rounds, options.threads)
+        rows["linear_soft_target"] = measure(
+            "linear_soft_target", options.tokens, part, options.rounds, options.threads
+        )
     if options.only is None:
         kept = {"torch": torch.__version__, "threads": options.threads, "cores": os.cpu_count()}
         kept |= {"platform": platform.machine(), "rows": rows}

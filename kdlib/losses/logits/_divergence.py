@@ -114,9 +114,7 @@ def _forward(log_s: Tensor, log_t: Tensor, difference: Difference, share: float)
 
 def _reverse(log_s: Tensor, log_t: Tensor, difference: Difference, share: float) -> Measured:
     value, ratio = divergence(log_t, log_s, lambda: -difference())
-    return Measured(
-        value, lambda: log_s.exp() * ((log_s - log_t if ratio is None else -ratio) - value.unsqueeze(1))
-    )
+    return Measured(value, lambda: log_s.exp() * ((log_s - log_t if ratio is None else -ratio) - value.unsqueeze(1)))
 
 
 def _jensen_shannon(log_s: Tensor, log_t: Tensor, difference: Difference, share: float) -> Measured:
@@ -131,9 +129,7 @@ def _skewed(log_s: Tensor, log_t: Tensor, difference: Difference, share: float) 
     ratio = _ratio(log_s, log_t, difference)
     mixture = torch.logaddexp(log_s + math.log1p(-share), log_t + math.log(share))
     value = divergence(mixture, log_t, lambda: _log_mixture(ratio, 1 - share))[0]
-    return Measured(
-        value, lambda: _centered(log_s, (-_log_mixture(ratio, 1 - share)).expm1()) * -(1 - share)
-    )
+    return Measured(value, lambda: _centered(log_s, (-_log_mixture(ratio, 1 - share)).expm1()) * -(1 - share))
 
 
 def _ratio(log_s: Tensor, log_t: Tensor, difference: Difference) -> Tensor:

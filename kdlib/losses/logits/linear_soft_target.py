@@ -150,9 +150,10 @@ class _LinearChunks(Function):
     def forward(
         ctx: Any, measure: Callable[[Tensor, Tensor], Measured], rows: int, share: Tensor, *sides: Tensor
     ) -> Tensor:
-        ctx.options = measure, rows, ctx.needs_input_grad[3], ctx.needs_input_grad[4]
+        ctx.compute = partial(_in_chunks, measure, rows, ctx.needs_input_grad[3], ctx.needs_input_grad[4])
         ctx.save_for_backward(share, *sides)
-        loss, *ctx.gradients = _in_chunks(*ctx.options, share, *sides)
+        loss: Tensor
+        loss, *ctx.gradients = ctx.compute(share, *sides)
         return loss
 
     @staticmethod
@@ -160,7 +161,7 @@ class _LinearChunks(Function):
         if torch.is_grad_enabled():  # with create_graph=True
             raise no_second_derivative()
         # Scaled in place, because they can take as much memory as the output matrix; another pass computes them again.
-        gradients = ctx.gradients or _in_chunks(*ctx.options, *ctx.saved_tensors)[1:]
+        gradients = ctx.gradients or ctx.compute(*ctx.saved_tensors)[1:]
         ctx.gradients = None
         grad_h, grad_w = (None if x is None else x.mul_(gradient.to(x.dtype)) for x in gradients)
         return None, None, None, grad_h, grad_w, None, None
