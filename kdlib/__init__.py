@@ -6,6 +6,7 @@ Data flows through the packages in this order, and each package imports only pac
 - `kdlib.projections`: map student features into the teacher's feature space;
 - `kdlib.losses`: compare a student tensor with a teacher tensor; `kdlib.functional` has the same losses as functions;
 - `kdlib.weighting`: compute one weight per teacher and sample from the losses of several teachers;
+- `kdlib.schedules`: functions of the step for weights of terms, temperatures and the learning rate;
 - `kdlib.objective`: add named terms up to one scalar (`Objective`);
 - `kdlib.distiller`: run student, teachers and objective on a batch (`Distiller`);
 - `kdlib.training`: a training loop with exact resume after interruption (`train`);
@@ -14,7 +15,18 @@ Data flows through the packages in this order, and each package imports only pac
 
 from typing import TYPE_CHECKING
 
-from kdlib import adapters, distiller, functional, influence, losses, objective, projections, training, weighting
+from kdlib import (
+    adapters,
+    distiller,
+    functional,
+    influence,
+    losses,
+    objective,
+    projections,
+    schedules,
+    training,
+    weighting,
+)
 from kdlib._arguments import prepare_arguments
 from kdlib.adapters import OUTPUT, StudentAdapter, Tap, TeacherAdapter
 from kdlib.distiller import Distiller
@@ -44,7 +56,7 @@ from kdlib.losses import (
 from kdlib.objective import Objective, ObjectiveOutput, Term
 from kdlib.projections import ConvProjection, LinearProjection, TokenProjection, infer_projection
 from kdlib.training import TrainConfig, TrainResult, train
-from kdlib.types import Features, Loss, Projection, Targets, Teacher, Weighting
+from kdlib.types import Features, Loss, Projection, Schedule, Targets, Teacher, Weighting
 from kdlib.weighting import (
     CenterConfidenceWeighting,
     ConfidenceWeighting,
@@ -67,13 +79,24 @@ __all__ = [
     "CorrelationCongruenceLoss", "DISTLoss", "DarkRankLoss", "DecoupledKDLoss", "Distiller", "EntropyWeighting",
     "Features", "FixedWeighting", "GateWeighting", "GradientWeighting", "HierarchicalContextLoss", "HintLoss",
     "InfluenceReport", "LinearProjection", "LinearSoftTargetLoss", "Loss", "NSTLoss", "OUTPUT", "Objective", "ObjectiveOutput", "OverhaulLoss",
-    "PKTLoss", "Projection", "RKDAngleLoss", "RKDDistanceLoss", "SimilarityPreservingLoss", "SoftTargetLoss",
+    "PKTLoss", "Projection", "RKDAngleLoss", "RKDDistanceLoss", "Schedule", "SimilarityPreservingLoss", "SoftTargetLoss",
     "StudentAdapter", "Tap", "Targets", "Teacher", "TeacherAdapter", "TeacherCache", "Term", "TokenProjection",
     "TrainConfig", "TrainResult", "UncertaintyWeighting", "UniformWeighting", "VariationalInformationLoss", "Weighting",
     "__version__", "infer_projection", "train",
 ]  # fmt: skip
 
-for _module in (adapters, distiller, functional, influence, losses, objective, projections, training, weighting):
+for _module in (
+    adapters,
+    distiller,
+    functional,
+    influence,
+    losses,
+    objective,
+    projections,
+    schedules,
+    training,
+    weighting,
+):
     prepare_arguments(vars(_module), _module.__all__)
 prepare_arguments(globals(), __all__)
 

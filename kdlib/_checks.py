@@ -209,6 +209,39 @@ def check_number(
     return int(plain) if isinstance(plain, Integral) else float(plain)  # type: ignore[return-value]
 
 
+def check_step(owner: str, step: int) -> int:
+    """Return `step`, a whole number of at least 0."""
+    if type(step) is int and step >= 0:  # compiled code formats no message, which would depend on the step
+        return step
+    return check_number(owner, "step", step, min=0, integer=True)
+
+
+def check_scheduled(owner: str, name: str, value: T, *, above: float | None = None, min: float | None = None) -> T:
+    """Return `value`: a schedule, or a number within the limits."""
+    return value if callable(value) else check_number(owner, name, value, above=above, min=min)
+
+
+def value_at(
+    owner: str,
+    name: str,
+    value: float | Callable[[int], float],
+    step: int | None,
+    *,
+    above: float | None = None,
+    min: float | None = None,
+) -> float:
+    """Return a number, or the value of a schedule at a step, which must be a number within the limits."""
+    if not callable(value):
+        return value
+    if step is None:
+        raise ValueError(f"{owner}: {name} is a schedule and needs the step; give step= in the call")
+    given = value(step)
+    # As in `check_step`, a valid value must reach no message.
+    if type(given) is float and given < inf and (above is None or given > above) and (min is None or given >= min):
+        return given
+    return float(check_number(owner, f"{name}({step})", given, above=above, min=min))
+
+
 def nearest(name: str, known: Iterable[str], count: int = 3) -> str:
     """Return `"; the nearest are 'a', 'b'"` for an unknown name, or the list of known names if none is close."""
     known = [entry for entry in known if entry]
@@ -241,38 +274,6 @@ def check_finite(owner: str, **tensors: Tensor) -> None:
             raise ValueError(f"{owner}: {name} must be finite, got {bad} NaN or infinite values of {x.numel()}")
 
 
-def check_term(
-    student: object, teacher: object, teachers: Sequence[str] | None, target: object, project: object, sample: object
-) -> None:
-    """A term needs a teacher feature, a target or both; `teachers` and `project` need a teacher feature."""
-    check_type("Term", "student", student, str, "a str")
-    for name, value in (("teacher", teacher), ("target", target), ("sample_weight", sample)):
-        check_type("Term", name, value, (str, NoneType), "a str or None")
-    if teacher is None and target is None:
-        raise ValueError("Term: at least one of teacher and target must be given, got neither")
-    if teacher is None and (teachers is not None or project is not None):
-        raise ValueError("Term: teachers and project need a teacher feature, got them with target alone")
-    if isinstance(teachers, str) or (teachers is not None and not teachers):
-        raise ValueError(f"Term: teachers must be a sequence of names or None, got {teachers!r}")
-    for index, name in enumerate(teachers or ()):
-        check_type("Term", f"teachers[{index}]", name, str, "a str")
-    if teachers is not None and len(set(teachers)) < len(teachers):
-        raise ValueError(f"Term: teachers must be distinct, got {tuple(teachers)!r}")
-    if isinstance(project, str):
-        check_choice("Term", "project", project, ("auto",))
-    check_type("Term", "project", project, (str, nn.Module, NoneType), "None, 'auto' or a Module")
-
-
-def check_term_names(terms: object) -> None:
-    """`terms` must be a mapping with at least one entry, and each name must be a valid state-dict key."""
-    if not isinstance(terms, Mapping):
-        raise TypeError(f"Objective: terms must be a mapping of names to terms, got {type(terms).__name__}")
-    if not terms:
-        raise ValueError("Objective: terms must hold at least one term, got none")
-    for name in terms:
-        check_key("Objective", "a term's name", name)
-
-
 def check_key(owner: str, what: str, name: object) -> None:
     """`name` must be a valid key of an `nn.ModuleDict`, and so of a state dict."""
     if not isinstance(name, str) or not name or "." in name:
@@ -288,21 +289,6 @@ def check_term_teachers(owner: str, term: str, names: Iterable[str], teachers: I
         raise ValueError(f"{owner}: term {term!r} needs a teacher, got none")
     for name in names:
         check_name(f"{owner}: term {term!r}", "teacher", name, teachers)
-
-
-def check_term_loss(term: str, loss: Tensor, batch: int, *, weighted: bool, teacher: bool) -> None:
-    """A term's loss must be `(b,)`; it may be a scalar unless the objective has to apply sample weights to it."""
-    if tuple(loss.shape) != (batch,) and (weighted or (teacher and loss.dim())):
-        wanted = f"(b,) = ({batch},)"
-        wanted = f"{wanted} losses for its sample_weight" if weighted else f"a scalar or {wanted}"
-        raise ValueError(f"Objective: term {term!r} must return {wanted}, got {show_shape(loss)}")
-
-
-def check_weights_of(losses: Tensor, weights: Tensor) -> None:
-    """A weighting must return one weight per teacher and sample."""
-    if weights.shape != losses.shape:
-        wanted = f"(k, b) = {show_shape(losses)}"
-        raise ValueError(f"Objective: the weighting must return {wanted}, got {show_shape(weights)}")
 
 
 def check_inferred(owner: str, inferred: bool, remedy: str) -> None:
@@ -339,11 +325,3 @@ def check_reads(teacher: str, reads: Sequence[str], targets: Container[str]) -> 
         raise ValueError(
             f"Distiller: teacher {teacher!r} reads the targets {', '.join(reads)}; the batch lacks {', '.join(missing)}"
         )
-
-
-def late_projections(terms: Iterable[str]) -> str:
-    """Return the message of a strict load with projections that the module creates at its first forward pass."""
-    return (
-        f"Objective: the state dict holds projections of the terms {', '.join(map(repr, terms))}, which are not "
-        "created yet; call infer on one batch before loading"
-    )

@@ -31,7 +31,8 @@ __all__ = ["Distiller"]
 class Distiller(nn.Module):
     """Runs the student and its teachers on a batch and compares their features.
 
-    Without teachers it trains a network on supervised terms alone.
+    Without teachers it trains a network on supervised terms alone. If a weight or a hyper-parameter is a schedule, each call
+    in training mode needs `step=`. The state dict holds the last step besides the weights.
 
     Args:
         student: maps inputs to named features; usually a `StudentAdapter`.
@@ -52,7 +53,7 @@ class Distiller(nn.Module):
         >>> bool(distiller(torch.randn(3, 4)).total.requires_grad)
         True
         >>> sorted(distiller.state_dict())
-        ['student.model.bias', 'student.model.weight']
+        ['objective._extra_state', 'student.model.bias', 'student.model.weight']
     """
 
     teachers: dict[str, Teacher]
@@ -109,14 +110,20 @@ class Distiller(nn.Module):
         check_inputs(owner, not self.teachers or all(is_unchanged(x, version) for x, version in held))
         return features
 
-    def forward(self, inputs: Any, targets: Targets | None = None) -> ObjectiveOutput:
-        """Compare one batch; `inputs` is a tensor, a tuple of the models' arguments or a mapping of keyword arguments.
+    def forward(self, inputs: Any, targets: Targets | None = None, *, step: int | None = None) -> ObjectiveOutput:
+        """Compare one batch.
+
+        Args:
+            inputs: a tensor, a tuple of the models' arguments or a mapping of keyword arguments.
+            targets: name to target.
+            step: number of training steps done so far, for the schedules; see `Objective.forward`.
 
         Raises:
-            ValueError: a model changed the inputs in place, which the other models read too.
+            ValueError: a model changed the inputs in place, which the other models read too; or a weight or a
+                hyper-parameter is a schedule, and the step is unknown or that of an earlier call.
         """
         student, teachers = self.features(inputs, targets)
-        output: ObjectiveOutput = self.objective(student, teachers, targets or {})
+        output: ObjectiveOutput = self.objective(student, teachers, targets or {}, step=step)
         return output
 
     @torch.no_grad()
@@ -152,18 +159,19 @@ class Distiller(nn.Module):
         return next((parameter.device for parameter in self.parameters()), torch.device("cpu"))
 
     @torch.no_grad()
-    def report(self, inputs: Any, targets: Targets | None = None) -> InfluenceReport:
+    def report(self, inputs: Any, targets: Targets | None = None, *, step: int | None = None) -> InfluenceReport:
         """Measure the influence of each term and teacher on the student, on one batch; see `Objective.report`.
 
-        Runs in the current mode of the distiller. Weights, statistics, `.grad` and the random state are unchanged
+        Runs in the current mode of the distiller; `step=None` uses the last step. Weights, statistics, `.grad` and the random state are unchanged
         afterwards. In a distributed run all processes must call it if a loss or norm communicates.
 
         Raises:
             RuntimeError: a projection is not inferred yet.
+            ValueError: a weight or a hyper-parameter is a schedule, and the step is unknown.
         """
         with unchanged(self.student, *self._teacher_modules(), device=self._device()):
             student, teachers = self.features(inputs, targets)
-            return self.objective.report(student, teachers, targets)
+            return self.objective.report(student, teachers, targets, step=step)
 
     def trainable_parameters(self) -> Iterator[nn.Parameter]:
         """Yield the parameters of the student, projections, heads and learned weightings; none of a teacher.

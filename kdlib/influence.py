@@ -63,7 +63,7 @@ class InfluenceReport:
     """Influence of each term and teacher on the student, on one batch.
 
     Args:
-        step: the step at which the schedules of the weights were evaluated.
+        step: the step at which the schedules were evaluated; `None` if it was never given.
         terms: term name to influence.
         cosines: pair of terms on the same student feature to the cosine between their gradients; `None` where one is
             zero.
@@ -73,7 +73,7 @@ class InfluenceReport:
         >>> from kdlib.objective import Objective, Term
         >>> objective = Objective({"hint": Term(HintLoss(), student="out", teacher="out", weight=2.0)})
         >>> teachers = {"near": {"out": torch.ones(1, 2)}, "far": {"out": -2 * torch.ones(1, 2)}}
-        >>> report = objective.report({"out": torch.zeros(1, 2)}, teachers)
+        >>> report = objective.report({"out": torch.zeros(1, 2)}, teachers, step=0)
         >>> print(report.table())
         influence at step 0   weight      loss   share  gradient   share
         hint (out)             2.000     5.000  100.0%     1.414  100.0%
@@ -84,13 +84,13 @@ class InfluenceReport:
         4.0
     """
 
-    step: int
+    step: int | None
     terms: dict[str, TermInfluence]
     cosines: dict[tuple[str, str], float | None]
 
     def table(self) -> str:
         """Return the report as plain text in columns."""
-        title = f"influence at step {self.step}"
+        title = "influence" if self.step is None else f"influence at step {self.step}"
         rows: list[tuple[str, TermInfluence | TeacherInfluence]] = []
         for name, term in self.terms.items():
             rows.append((f"{name} ({term.student})", term))
@@ -182,7 +182,9 @@ def _divisor(sample: Tensor) -> Tensor:
     return torch.where(total == 0, 1.0, total)
 
 
-def measure(step: int, compared: Mapping[str, Comparison], terms: Mapping[str, tuple[float, str]]) -> InfluenceReport:
+def measure(
+    step: int | None, compared: Mapping[str, Comparison], terms: Mapping[str, tuple[float, str]]
+) -> InfluenceReport:
     """Measure the terms of one batch; `terms` holds the weight and the student feature of each."""
     losses: dict[str, list[float]] = {}
     gradients: dict[str, list[Tensor]] = {}

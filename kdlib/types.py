@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 __all__ = [
     "Features", "FrozenModel", "GraphWeighting", "HasFingerprint", "HasTaps", "Loss", "PenalizedWeighting",
-    "Projection", "Targets", "Teacher", "WeightedLoss", "Weighting",
+    "Projection", "Schedule", "ScheduledLoss", "Targets", "Teacher", "WeightedLoss", "Weighting",
 ]  # fmt: skip
 
 Features: TypeAlias = Mapping[str, Tensor]
@@ -16,6 +16,9 @@ Features: TypeAlias = Mapping[str, Tensor]
 
 Targets: TypeAlias = Mapping[str, Tensor]
 """Values of a batch besides its inputs, such as identities, sample ids and views; each `(b, ...)`."""
+
+Schedule: TypeAlias = Callable[[int], float]
+"""Maps the step, a whole number from 0, to a value; `kdlib.schedules` has the usual ones."""
 
 
 @runtime_checkable
@@ -35,6 +38,18 @@ class WeightedLoss(Loss, Protocol):
     @property
     def per_sample(self) -> bool:
         """Whether the loss accepts `reduction="none"` and then returns `(b,)` values."""
+
+
+@runtime_checkable
+class ScheduledLoss(Loss, Protocol):
+    """A loss that also accepts `step=`, the step at which its schedules are evaluated.
+
+    An `Objective` reads `schedules` once, when the term is created, and passes the step if there are any.
+    """
+
+    @property
+    def schedules(self) -> Mapping[str, Schedule]:
+        """The hyper-parameters that are schedules; if there are any, each call needs the step."""
 
 
 @runtime_checkable

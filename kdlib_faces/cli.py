@@ -101,6 +101,8 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--recipe", default="liaad", metavar="liaad|student|general_teacher|age_teacher", help=text)
     text = "general teacher first, then the age-invariant one: a checkpoint, .onnx or a cache"
     train.add_list("--teacher", "FILE", text)
+    text = "start of a liaad student: scratch, or shrink:FILE, a narrower copy of a teacher (scratch)"
+    train.add_argument("--start", default="scratch", metavar="scratch|shrink:FILE", help=text)
     train.add_on_error()
     _add_input(train)
     train.add_folder("--output", "runs/train", "folder of the model")
@@ -264,7 +266,7 @@ def _train(options: argparse.Namespace, command: str) -> None:
 
     run = train.RunOptions(
         output=options.output, faces=options.faces, teachers=options.teacher, seed=options.seed, progress=not options.quiet,
-        on_error=options.on_error, inputs=train.inputs_of_models(options.input, len(options.teacher)),
+        on_error=options.on_error, start=options.start, inputs=train.inputs_of_models(options.input, len(options.teacher)),
     )  # fmt: skip
     train.run(options.recipe, run, config=options.config, settings=options.settings)
 

@@ -8,7 +8,10 @@ from torch import Tensor, nn
 
 from kdlib._checks import check_choice, check_number, check_type
 
-__all__ = ["check_batches", "check_block", "check_options", "check_same", "check_width", "untraceable"]
+__all__ = [
+    "check_batches", "check_block", "check_layer_shape", "check_model", "check_options", "check_same", "check_state", "check_width",
+    "untraceable",
+]  # fmt: skip
 
 
 def check_batches(batches: Iterable[object]) -> list[Tensor]:
@@ -52,7 +55,7 @@ def untraceable(error: Exception) -> TypeError:
 
 
 def check_options(model: object, keep: object, widths: object, criterion: object, positions: object) -> None:
-    check_type("shrink", "model", model, nn.Module, "a Module")
+    check_model("shrink", model)
     if keep is None and widths is None:
         raise ValueError("shrink: keep or widths must be given, got neither")
     if keep is not None:
@@ -61,6 +64,27 @@ def check_options(model: object, keep: object, widths: object, criterion: object
         check_type("shrink", "widths", widths, Mapping, "a mapping of layer paths to numbers of channels")
     check_choice("shrink", "criterion", criterion, ("reconstruction", "energy"))
     check_number("shrink", "positions", positions, min=1, integer=True)
+
+
+def check_model(owner: str, model: object) -> None:
+    check_type(owner, "model", model, nn.Module, "a Module")
+
+
+def check_state(state: object) -> None:
+    """A state dict must map names to tensors."""
+    check_type("narrow_like", "state_dict", state, Mapping, "a mapping of names to tensors")
+    for name, value in cast(Mapping[str, object], state).items():
+        check_type("narrow_like", f"state_dict[{name!r}]", value, Tensor, "a torch.Tensor")
+
+
+def check_layer_shape(path: str, name: str, shape: tuple[int, ...], original: tuple[int, ...]) -> None:
+    """A narrower layer has at least one and at most the original number of channels, and the same kernel."""
+    fits = len(shape) == len(original) and shape[2:] == original[2:]
+    if not fits or not all(1 <= new <= old for new, old in zip(shape, original, strict=True)):
+        raise ValueError(
+            f"narrow_like: state_dict[{f'{path}.{name}'!r}] must have a shape of at most {original}, got {shape}; "
+            "build the model with the arguments of the network that was shrunk"
+        )
 
 
 def check_batch(number: int, batch: object) -> Tensor:

@@ -108,6 +108,7 @@ def fold_norms_of(model: nn.Module, example: Tensor) -> None:
             fused = fuse_linear_bn_eval(layer, norm)
         else:
             continue
+        fused.requires_grad_(layer.weight.requires_grad)  # the fused bias does not require gradients by itself
         replace(model, str(source.target), fused)
         replace(model, str(node.target), nn.Identity())
 

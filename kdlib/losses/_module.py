@@ -1,19 +1,38 @@
 """Base classes of the loss Modules."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from inspect import signature
 from typing import Any, ClassVar
 
 from torch import Tensor
 
-from kdlib._checks import check_choice, check_relation_reduction
+from kdlib._checks import check_choice, check_relation_reduction, check_step, value_at
 from kdlib._maths import REDUCTIONS, MeanOnly, Reduction
 from kdlib._repr import CallRepr
+from kdlib.types import Schedule
 
-__all__ = ["FunctionLoss", "LossModule", "RelationLoss"]
+__all__ = ["FunctionLoss", "LossModule", "RelationLoss", "ScheduledModule"]
 
 
-class _Loss(CallRepr):
+class ScheduledModule(CallRepr):
+    """A loss of which some hyper-parameters may be schedules."""
+
+    _schedulable: ClassVar[tuple[str, ...]] = ()
+    """Hyper-parameters above 0 that may be schedules."""
+
+    @property
+    def schedules(self) -> Mapping[str, Schedule]:
+        """The hyper-parameters that are schedules."""
+        return {name: getattr(self, name) for name in self._schedulable if callable(getattr(self, name))}
+
+    def _at(self, step: int | None) -> dict[str, float]:
+        """Return the values of the schedulable hyper-parameters at a step, which may be `None` if all are numbers."""
+        owner = type(self).__name__
+        step = step if step is None else check_step(owner, step)
+        return {name: value_at(owner, name, getattr(self, name), step, above=0) for name in self._schedulable}
+
+
+class _Loss(ScheduledModule):
     """A loss whose constructor stores the hyper-parameters of `_function` as attributes of the same name."""
 
     _function: ClassVar[Callable[..., Tensor]]
@@ -24,9 +43,15 @@ class _Loss(CallRepr):
         cls._arguments = tuple(signature(cls).parameters)
 
     def _call(
-        self, student: Tensor, teacher: Tensor, weight: Tensor | None, reduction: str | None, **inputs: Tensor | None
+        self,
+        student: Tensor,
+        teacher: Tensor,
+        weight: Tensor | None,
+        reduction: str | None,
+        step: int | None = None,
+        **inputs: Tensor | None,
     ) -> Tensor:
-        options: dict[str, Any] = {name: getattr(self, name) for name in self._arguments}
+        options: dict[str, Any] = {name: getattr(self, name) for name in self._arguments} | self._at(step)
         options["reduction"] = reduction or options["reduction"]
         return type(self)._function(student, teacher, weight=weight, **inputs, **options)
 

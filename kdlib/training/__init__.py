@@ -1,7 +1,7 @@
 """A training loop with exact resume after interruption."""
 
 from kdlib.training.checkpoint import load_checkpoint
-from kdlib.training.config import OptimizerFactory, Schedule, SplitBatch, TrainConfig
+from kdlib.training.config import OptimizerFactory, SplitBatch, TrainConfig
 from kdlib.training.events import CheckpointError, Hook, TrainEvent, TrainingDiverged, TrainResult
 from kdlib.training.log import read_log
 from kdlib.training.loop import train
@@ -10,7 +10,6 @@ __all__ = [
     "CheckpointError",
     "Hook",
     "OptimizerFactory",
-    "Schedule",
     "SplitBatch",
     "TrainConfig",
     "TrainEvent",

@@ -1,5 +1,6 @@
 """Configuration of the training loop."""
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from os import PathLike
@@ -9,17 +10,15 @@ import torch
 
 from kdlib._checks import check_callable, check_choice, check_number, check_type
 from kdlib.training._checks import check_argument, check_device
+from kdlib.types import Schedule
 
-__all__ = ["OptimizerFactory", "Schedule", "SplitBatch", "TrainConfig"]
+__all__ = ["OptimizerFactory", "SplitBatch", "TrainConfig"]
 
 OptimizerFactory = Callable[[list[dict[str, Any]]], torch.optim.Optimizer]
 """Builds an optimizer from parameter groups, each with `params`, `lr` and `weight_decay`."""
 
 SplitBatch = Callable[[Any], tuple[Any, Mapping[str, Any] | None]]
 """Maps a batch to inputs and targets."""
-
-Schedule = Callable[[int, int], float]
-"""Maps `(step, total_steps)` to the factor of the learning rate."""
 
 _PLACES = (
     "device",
@@ -62,8 +61,9 @@ class TrainConfig:
         momentum: Momentum of `"sgd"`, and the first beta of `"adamw"`.
         weight_decay: Weight decay of parameters with two or more dimensions; biases and norm scales (1-d) have none.
         warmup_steps: Number of steps over which the factor rises linearly to 1.
-        schedule: `"cosine"` to 0, `"poly"` (1 - progress)^2, `"constant"`, or a callable `(step, total_steps)` to the
-            factor. The named ones count from the end of the warm-up; a callable is multiplied by the warm-up.
+        schedule: `"cosine"` to 0, `"poly"` (1 - progress)^2, `"constant"`, or a function of the step to the factor, at
+            least 0, as in `kdlib.schedules`. The named ones count from the end of the warm-up to the last step; a function
+            counts from step 0 and is multiplied by the warm-up.
         accumulate: Batches per step. The last step of an epoch uses the remaining batches.
         clip_norm: Maximum L2 norm of all gradients together; `None` disables clipping.
         amp: `None`, `"bfloat16"` or `"float16"` (with loss scaling): autocast dtype of the forward pass.
@@ -156,4 +156,6 @@ class TrainConfig:
 def _plain(value: Any) -> int | float | str | bool | None:
     if value is None or isinstance(value, (int, float, str)):
         return value
-    return f"{getattr(value, '__module__', '')}.{getattr(value, '__qualname__', type(value).__qualname__)}"
+    name = getattr(value, "__qualname__", None)
+    # An object, such as a schedule, is described by its `repr`.
+    return re.sub(r" at 0x[0-9a-f]+", "", repr(value)) if name is None else f"{value.__module__}.{name}"

@@ -89,8 +89,8 @@ def _describe_optimizer(optimizer: torch.optim.Optimizer) -> str:
 def _describe_term(term: Term, total_steps: int) -> str:
     """Describe a term; a schedule is described by its values at some steps."""
     steps = sorted({0, 1, total_steps // 4, total_steps // 2, max(0, total_steps - 1)})
-    weights = f" weights {[term.weight_at(step) for step in steps]}" if callable(term.weight) else ""
-    return f"{_without_addresses(term)}{_attributes(term.loss)}{weights}"
+    values = "".join(f" {name} {[float(each(step)) for step in steps]}" for name, each in term.schedules.items())
+    return f"{_without_addresses(term)}{_attributes(term.loss)}{values}"
 
 
 def _describe(value: object) -> str:

@@ -278,7 +278,6 @@ def _accumulate(
     """
     config, processes = run.config, run.processes
     dtype = {"bfloat16": torch.bfloat16, "float16": torch.float16}.get(config.amp or "")
-    run.distiller.objective.set_step(run.step)
     if not run.distiller.training:  # a hook may have switched to eval mode
         run.distiller.train()
     values = None
@@ -287,7 +286,7 @@ def _accumulate(
         with synchronize_if(left == 0, forward):
             autocast = torch.autocast(run.device.type, dtype=dtype, enabled=dtype is not None)
             with processes.together(), autocast:
-                output = forward(inputs, targets)
+                output = forward(inputs, targets, step=run.step)
             packed = Readings.pack(output)
             values = packed if values is None else values + packed
             if left == 0:

@@ -1,12 +1,12 @@
 """Learning-rate schedules and the optimizer."""
 
 from collections.abc import Iterable
-from math import cos, pi
 
 import torch
 from torch import nn
 
-from kdlib._checks import check_type
+from kdlib._checks import check_number, check_type
+from kdlib.schedules import cosine, linear, linear_warmup
 from kdlib.training._checks import check_argument
 from kdlib.training.config import TrainConfig
 
@@ -17,7 +17,8 @@ def lr_factor(step: int, total_steps: int, config: TrainConfig) -> float:
     """Return the learning-rate factor of step `step`, counted from 0.
 
     With w warm-up steps, n total steps and progress p = (step - w) / (n - w), the factor is (step + 1) / w below step w,
-    afterwards `"cosine"` (1 + cos(pi p)) / 2, `"poly"` (1 - p)^2, `"constant"` 1.
+    afterwards `"cosine"` (1 + cos(pi p)) / 2, `"poly"` (1 - p)^2, `"constant"` 1. A schedule `step -> factor` counts from
+    step 0 and is multiplied by the warm-up.
 
     Examples:
         >>> config = TrainConfig(max_steps=6, warmup_steps=2)
@@ -25,16 +26,17 @@ def lr_factor(step: int, total_steps: int, config: TrainConfig) -> float:
         [0.5, 1.0, 1.0, 0.854, 0.5, 0.146]
     """
     warmup = config.warmup_steps
-    ramp = min(1.0, (step + 1) / warmup) if warmup else 1.0
+    ramp = linear_warmup(1.0, warmup)(step + 1) if warmup else 1.0
     if callable(config.schedule):
-        return ramp * float(config.schedule(step, total_steps))
+        factor = check_number("TrainConfig", f"schedule({step})", config.schedule(step), min=0)
+        return ramp * float(factor)
     if step < warmup:
         return ramp
-    progress = min(1.0, (step - warmup) / max(1, total_steps - warmup))
+    done, steps = step - warmup, max(1, total_steps - warmup)
     if config.schedule == "cosine":
-        return (1 + cos(pi * progress)) / 2
+        return cosine(1.0, 0.0, steps)(done)
     if config.schedule == "poly":
-        return (1 - progress) ** 2
+        return linear(1.0, 0.0, steps)(done) ** 2
     return 1.0
 
 

@@ -30,6 +30,8 @@ def run(recipe: str, options: RunOptions, *, config: Path | None = None, setting
         raise InputError(
             f"train: recipe {recipe!r} takes {description}, got {given}; pass --teacher FILE once for each"
         )
+    if options.start != "scratch" and recipe != "liaad":
+        raise InputError(f"train: --start applies to recipe 'liaad' only, got recipe {recipe!r}")
     if recipe == "age_teacher":
         return age_teacher.train(load_config(age_teacher.AgeTeacherRunConfig, config, settings), options)
     if recipe == "liaad":

@@ -270,6 +270,8 @@ def train(config: AgeTeacherRunConfig, options: RunOptions) -> Path:
             fingerprints=fingerprints,
             pair_ages=pair_ages if pairs else None,
             optimizer="sgd" if start is None else "adamw",
+            steps=10_000 if start is None else 200,
+            lr=0.1 if start is None else 5e-4,
         )
 
     return train_on_faces(build, options, recipe="age_teacher")

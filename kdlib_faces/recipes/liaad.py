@@ -2,7 +2,7 @@
 
 import argparse
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal, cast
 
@@ -21,25 +21,17 @@ from kdlib_faces.caching.teachers import TeacherSource, open_teachers
 from kdlib_faces.config import load_config
 from kdlib_faces.data.lists import FaceList
 from kdlib_faces.progress import say
+from kdlib_faces.recipes.joint_target import cache_live_teachers, join_teachers
 from kdlib_faces.recipes.spaces import check_one_space
+from kdlib_faces.recipes.start import StartConfig, start_student
 from kdlib_faces.recipes.student import StudentConfig, refuse_unused
 from kdlib_faces.teachers.input_options import InputOptions, inputs_of_models
 from kdlib_faces.teachers.open import open_teacher, stage_taps
-from kdlib_faces.training import RunConfig, RunOptions, TrainingSetup, train_on_faces
+from kdlib_faces.training import RunConfig, RunOptions, TrainingSetup, load_training_images, train_on_faces
 
-__all__ = [
-    "AGE",
-    "GENERAL",
-    "LIAADConfig",
-    "LIAADRunConfig",
-    "LIAADSettings",
-    "build",
-    "features_read",
-    "main",
-    "train",
-]
+__all__ = ["AGE", "GENERAL", "JOINT", "LIAADConfig", "LIAADRunConfig", "LIAADSettings", "build", "features_read", "main", "train"]  # fmt: skip
 
-GENERAL, AGE = "general", "age"
+GENERAL, AGE, JOINT = "general", "age", "joint"
 
 AngularForm = Literal["squared", "cosine", "chord", "angle"]
 
@@ -61,6 +53,10 @@ class LIAADSettings(StudentConfig):
 
     Attributes:
         identity_weight: w_id.
+        target: Embeddings that the student learns: `"each"` teacher's own, or the `"joint"` space of both, to which an age
+            map brings them (`kdlib_faces.teachers.fit_joint_space`).
+        joint_dim: Dimensions of the joint space, and so of the student's embedding.
+        age_map_weight: Weight of the distance of the joint space's age map from the identity matrix; 0 fits no map.
         embedding_weight: w_emb; 0 removes the term, as for the next two weights.
         embedding_form: Form of `ang` at the embedding: `"cosine"`, `"squared"`, `"chord"` or `"angle"`.
         embedding_projection: `"none"` where student and teachers share one space, `"linear"` for a learned map to each.
@@ -76,6 +72,9 @@ class LIAADSettings(StudentConfig):
     """
 
     identity_weight: float = 1.0
+    target: Literal["each", "joint"] = "each"
+    joint_dim: int = 256
+    age_map_weight: float = 100.0
     embedding_weight: float = 40.0
     embedding_form: AngularForm = "cosine"
     embedding_projection: str = "none"
@@ -89,10 +88,12 @@ class LIAADSettings(StudentConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         owner = type(self).__name__
-        for name in ("identity_weight", "embedding_weight", "map_weight", "attention_weight"):
+        for name in ("identity_weight", "embedding_weight", "map_weight", "attention_weight", "age_map_weight"):
             check_number(owner, name, getattr(self, name), min=0)
         check_number(owner, "temperature", self.temperature, above=0)
         check_number(owner, "stage", self.stage, min=0, max=3, integer=True)
+        check_number(owner, "joint_dim", self.joint_dim, min=1, max=65_536, integer=True)
+        check_choice(owner, "target", self.target, ("each", "joint"))
         check_choice(owner, "weighting", self.weighting, ("uniform", "center"))
         check_choice(owner, "embedding_projection", self.embedding_projection, ("none", "linear"))
         for name in ("embedding_form", "map_form"):
@@ -130,9 +131,11 @@ class LIAADRunConfig(RunConfig):
 
     Attributes:
         recipe: The recipe.
+        start: How a student that starts as a narrower copy of a teacher is made, for `--start shrink:FILE`.
     """
 
     recipe: LIAADSettings = field(default_factory=LIAADSettings)
+    start: StartConfig = field(default_factory=StartConfig)
 
 
 def features_read(config: LIAADConfig) -> dict[str, dict[str, str]]:
@@ -161,7 +164,7 @@ def build(
     Args:
         config: The configuration.
         teachers: `"general"` and `"age"` to frozen teachers that return `"embedding"` and, for the map and attention terms,
-            `"map"`; either may be absent. None opens those of the configuration; an empty mapping trains the student alone,
+            `"map"`; either may be absent. A teacher `"joint"` takes the place of both in the term of the embedding. None opens those of the configuration; an empty mapping trains the student alone,
             on identities.
         student: A network instead of the configured one.
 
@@ -182,18 +185,20 @@ def build(
     if teachers is None:
         sources = _sources(config, config.general_teacher, config.age_teacher)
         teachers = {source.role: _open(source, config, InputOptions()) for source in sources}
-    unknown = sorted(set(teachers) - {GENERAL, AGE})
+    unknown = sorted(set(teachers) - {GENERAL, AGE, JOINT})
     if unknown:
-        raise InputError(f"liaad: teachers must be named {GENERAL!r} or {AGE!r}, got {', '.join(map(repr, unknown))}")
+        raise InputError(
+            f"liaad: teachers must be named {GENERAL!r}, {AGE!r} or {JOINT!r}, got {', '.join(map(repr, unknown))}"
+        )
     if student is None:
         student = config.build(config.seed)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed + 1)
         terms = _terms(config, set(teachers))
     weighting: nn.Module = UniformWeighting()
-    if config.weighting == "center" and len(teachers) > 1:
+    lead = "embedding" if "embedding" in terms and JOINT not in teachers else None
+    if config.weighting == "center" and len(teachers) > 1 and lead:
         weighting = CenterConfidenceWeighting(config.num_identities, temperature=config.temperature)
-    lead = "embedding" if "embedding" in terms else None
     objective = Objective(terms, weighting if lead else None, weigh_by=lead)
     adapter = StudentAdapter(student, stage_taps(student, config.stage))
     return Distiller(adapter, cast(Mapping[str, Teacher], teachers), objective)
@@ -207,8 +212,9 @@ def _terms(config: LIAADConfig, teachers: set[str]) -> dict[str, Term]:
         project = "auto" if config.embedding_projection == "linear" else None
         angular = AngularDistillLoss(form=config.embedding_form)
         terms["embedding"] = Term(
-            angular, student="embedding", teacher="embedding", project=project, weight=config.embedding_weight
-        )
+            angular, student="embedding", teacher="embedding", project=project, weight=config.embedding_weight,
+            teachers=[JOINT] if JOINT in teachers else None,
+        )  # fmt: skip
     maps = {"student": "map", "teacher": "map"}
     if config.map_weight and GENERAL in teachers:
         angular = AngularDistillLoss(form=config.map_form)
@@ -246,7 +252,7 @@ def train(config: LIAADRunConfig, options: RunOptions) -> Path:
     if len(options.teachers) != 2:
         raise InputError(f"train: teachers must be two, the general one first, got {len(options.teachers)}")
     general, age = options.teachers
-    images = dict(zip((GENERAL, AGE), options.inputs, strict=False))
+    inputs = dict(zip((GENERAL, AGE), options.inputs, strict=False))
     for path, stated in zip(options.teachers, options.inputs, strict=False):
         if stated != InputOptions() and (Path(path).is_dir() or path in BACKBONES):
             raise InputError(
@@ -264,7 +270,7 @@ def train(config: LIAADRunConfig, options: RunOptions) -> Path:
         opened = open_teachers(
             _sources(recipe, general, age),
             faces,
-            open_file=lambda source: _open(source, recipe, images.get(source.role, InputOptions())),
+            open_file=lambda source: _open(source, recipe, inputs.get(source.role, InputOptions())),
             mirrored=config.augment.mirror > 0,
             quiet=not options.progress,
         )
@@ -272,18 +278,36 @@ def train(config: LIAADRunConfig, options: RunOptions) -> Path:
             say(line, quiet=not options.progress)
         if opened.views is not None:
             refuse_unused(config, {"augment": "the caches hold the outputs for their own random views"})
-        if recipe.embedding_weight and recipe.embedding_projection == "none":
+        prints = {f"{role} teacher": model_fingerprint(each) for role, each in opened.teachers.items()}
+        teachers, pixels, student = dict(opened.teachers), None, None
+        started = options.start != "scratch"
+        if recipe.target == "joint" or started:
+            pixels = load_training_images(faces, recipe.input_size, options)
+            teachers = cache_live_teachers(teachers, pixels, options.output / "teachers", quiet=not options.progress)
+        if recipe.target == "joint":
+            joint = join_teachers(teachers, faces, recipe.joint_dim, recipe.age_map_weight, options)
+            with_maps = {role for role, features in features_read(recipe).items() if "map" in features}
+            teachers = {JOINT: joint, **{role: teachers[role] for role in teachers if role in with_maps}}
+            recipe = replace(recipe, embedding_dim=recipe.joint_dim)
+        if started and pixels is not None:
+            student = start_student(pixels, config.start, options, joint=teachers.get(JOINT))
+            prints["start"] = model_fingerprint(student)
+            recipe = replace(recipe, embedding_dim=student.embedding_dim)
+        if recipe.target == "each" and recipe.embedding_weight and recipe.embedding_projection == "none":
             untrained = BACKBONES.keys() & set(options.teachers)
             check_one_space(opened, faces, recipe, compare=not untrained)
-        student = recipe.build(options.seed)
-        prints = {f"{role} teacher": model_fingerprint(each) for role, each in opened.teachers.items()}
+        student = student or recipe.build(options.seed)
         return TrainingSetup(
             config=config,
-            distiller=build(recipe, teachers=opened.teachers, student=student),
+            distiller=build(recipe, teachers=teachers, student=student),
             network=student,
             input_size=recipe.input_size,
             fingerprints={**prints, "seed": str(options.seed)},
             views=opened.views,
+            optimizer="adamw" if started else "sgd",
+            steps=3000 if started else 10_000,
+            lr=2e-4 if started else 0.1,
+            images=pixels,
         )
 
     return train_on_faces(build_run, options, recipe="liaad")

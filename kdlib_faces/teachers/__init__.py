@@ -8,6 +8,7 @@ from kdlib_faces.teachers.files import TeacherNet, load_teacher, save_teacher
 from kdlib_faces.teachers.fine_tuning import FrozenBatchNorm, L2SPLoss
 from kdlib_faces.teachers.fused import FusedTeacher, fit_fusion, join_embeddings
 from kdlib_faces.teachers.input_options import InputOptions
+from kdlib_faces.teachers.joint import fit_joint_space
 from kdlib_faces.teachers.mapped import MappedTeacher, fit_age_map, fit_rotation, space_agreement
 from kdlib_faces.teachers.onnx.import_graph import import_onnx, restore_statistics
 from kdlib_faces.teachers.onnx.session import OnnxTeacher
@@ -32,6 +33,7 @@ __all__ = [
     "canonical_correlation",
     "fit_age_map",
     "fit_fusion",
+    "fit_joint_space",
     "fit_rotation",
     "import_onnx",
     "join_embeddings",

@@ -1,7 +1,14 @@
 """Training of the recipes on face lists."""
 
 from kdlib_faces.training.fit import FitResult, LossCurve, fit
-from kdlib_faces.training.run import RunConfig, RunOptions, TrainingConfig, TrainingSetup, train_on_faces
+from kdlib_faces.training.run import (
+    RunConfig,
+    RunOptions,
+    TrainingConfig,
+    TrainingSetup,
+    load_training_images,
+    train_on_faces,
+)
 
 __all__ = [
     "FitResult",
@@ -11,5 +18,6 @@ __all__ = [
     "TrainingConfig",
     "TrainingSetup",
     "fit",
+    "load_training_images",
     "train_on_faces",
 ]

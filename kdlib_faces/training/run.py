@@ -6,6 +6,8 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 
+from torch import Tensor
+
 from kdlib._checks import check_number
 from kdlib.distiller import Distiller
 from kdlib_faces._checks import InputError
@@ -23,7 +25,7 @@ from kdlib_faces.teachers.input_options import InputOptions
 from kdlib_faces.training.fit import Amp, Optimizer, fit
 from kdlib_faces.training.run_record import check_same_run, describe_run, write_run_record
 
-__all__ = ["RunConfig", "RunOptions", "TrainingConfig", "TrainingSetup", "train_on_faces"]
+__all__ = ["RunConfig", "RunOptions", "TrainingConfig", "TrainingSetup", "load_training_images", "train_on_faces"]
 
 MAX_MEMORY = 8 * 2**30
 """Bytes of pixels that are held in memory; larger lists are stored in `OUTPUT/images.npy`."""
@@ -81,6 +83,7 @@ class RunOptions:
         seed: Seed of weights, order and views.
         progress: Show progress.
         on_error: See `read_faces`.
+        start: `"scratch"`, or `"shrink:FILE"` for a student that starts as a narrower copy of a teacher.
     """
 
     output: Path
@@ -90,6 +93,7 @@ class RunOptions:
     seed: int = 0
     progress: bool = True
     on_error: Literal["stop", "skip"] = "stop"
+    start: str = "scratch"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,6 +109,9 @@ class TrainingSetup:
         views: Views that caches of teacher outputs hold and that replace random augmentation.
         pair_ages: The target that holds the ages of cross-age pairs; None trains without pairs.
         optimizer: `"sgd"` from scratch, `"adamw"` for fine-tuning.
+        steps: Number of weight updates where the configuration sets none.
+        lr: Peak learning rate where the configuration sets none.
+        images: The training images `(n, 3, h, w)` uint8 if the recipe has read them already.
     """
 
     config: RunConfig
@@ -115,6 +122,9 @@ class TrainingSetup:
     views: SeededViews | None = None
     pair_ages: Literal["age", "age_group"] | None = None
     optimizer: Optimizer = "sgd"
+    steps: int = 10_000
+    lr: float = 0.1
+    images: Tensor | None = None
 
 
 def train_on_faces(build: Callable[[FaceList], TrainingSetup], options: RunOptions, *, recipe: str) -> Path:
@@ -145,9 +155,9 @@ def train_on_faces(build: Callable[[FaceList], TrainingSetup], options: RunOptio
     if len(listed) < training.batch_size:
         raise InputError(f"train: batch_size must be at most the {len(listed)} images, got {training.batch_size}")
 
-    large = len(listed) * 3 * setup.input_size**2 > MAX_MEMORY
-    bar = partial(progress, quiet=quiet)
-    images = load_images(listed, setup.input_size, progress=bar, memory_map=output / "images.npy" if large else None)
+    images = setup.images
+    if images is None:
+        images = load_training_images(listed, setup.input_size, options)
     size, identities = training.batch_size, listed.num_identities
     batches = FaceBatches(
         images,
@@ -164,13 +174,12 @@ def train_on_faces(build: Callable[[FaceList], TrainingSetup], options: RunOptio
     output.mkdir(parents=True, exist_ok=True)
     write_run_record(output, record)
     (output / "config.toml").write_text(dump_toml(setup.config))
-    fine_tuning = setup.optimizer == "adamw"
     fit(
         setup.distiller,
         batches,
         output,
-        steps=training.steps or (200 if fine_tuning else 10_000),
-        lr=training.lr or (5e-4 if fine_tuning else 0.1),
+        steps=training.steps or setup.steps,
+        lr=training.lr or setup.lr,
         seed=options.seed,
         label=recipe,
         quiet=quiet,
@@ -181,3 +190,21 @@ def train_on_faces(build: Callable[[FaceList], TrainingSetup], options: RunOptio
     save_teacher(setup.network, target)
     say(f"weights: {target}", quiet=quiet)
     return target
+
+
+def load_training_images(faces: FaceList, size: int, options: RunOptions) -> Tensor:
+    """Decode all images of a list, into memory or, beyond 8 GiB, into `OUTPUT/images.npy`.
+
+    Args:
+        faces: The list.
+        size: Side of the images, pixels.
+        options: Output and progress.
+
+    Returns:
+        `(n, 3, size, size)` uint8.
+    """
+    large = len(faces) * 3 * size**2 > MAX_MEMORY
+    if large:
+        options.output.mkdir(parents=True, exist_ok=True)
+    bar = partial(progress, quiet=not options.progress)
+    return load_images(faces, size, progress=bar, memory_map=options.output / "images.npy" if large else None)

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from kdlib.compression import shrink
+from kdlib.compression import narrow_like, shrink
 
 
 class Residual(nn.Module):
@@ -220,7 +220,7 @@ def test_a_stream_of_linear_layers_keeps_mixtures():
 
 def test_refitting_on_the_narrow_activations_equals_least_squares():
     """The second layer of a two-layer network is the least-squares solution for the kept channels."""
-    model = nn.Sequential(nn.Linear(5, 8), nn.Tanh(), nn.Linear(8, 3)).double()
+    model = prepared(lambda: nn.Sequential(nn.Linear(5, 8), nn.Tanh(), nn.Linear(8, 3)).double())
     x = torch.randn(2000, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     student = shrink(model, [x], keep=0.5)
     hidden = F.pad(student[1](student[0](x)), (0, 1), value=1.0)
@@ -232,7 +232,7 @@ def test_refitting_on_the_narrow_activations_equals_least_squares():
 
 def test_greedy_choice_equals_a_naive_search():
     """At each step the channel is removed without which the outputs are predicted best by least squares."""
-    model = nn.Sequential(nn.Linear(5, 9), nn.ReLU(), nn.Linear(9, 3)).double()
+    model = prepared(lambda: nn.Sequential(nn.Linear(5, 9), nn.ReLU(), nn.Linear(9, 3)).double())
     x = torch.randn(500, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
     hidden = model[1](model[0](x)).detach()
     target = hidden @ model[2].weight.detach().T
@@ -252,6 +252,7 @@ def test_folding_norms_allows_mixtures_and_keeps_outputs():
     model = prepared(lambda: Residual(activation=False))
     whole = shrink(model, [images()], keep=1.0, fold_norms=True)
     assert isinstance(whole.first.norm2, nn.Identity)
+    assert all(parameter.requires_grad for parameter in whole.parameters())
     torch.testing.assert_close(outputs(whole, images(4, 2)), outputs(model, images(4, 2)), rtol=1e-4, atol=1e-5)
 
 
@@ -315,3 +316,41 @@ def test_runs_are_reproducible_and_keep_mode_and_trainability():
     assert first.second.conv1.training
     assert not first.stem.weight.requires_grad
     assert first.first.conv1.weight.requires_grad
+
+
+@pytest.mark.parametrize("build", NETWORKS, ids=NAMES)
+@pytest.mark.parametrize("fold_norms", [False, True])
+def test_saved_weights_load_into_a_newly_built_network(build, fold_norms):
+    student = shrink(prepared(build), images().split(16), keep=0.5, fold_norms=fold_norms)
+    wide = build().eval()
+    before = copy.deepcopy(wide.state_dict())
+    again = narrow_like(wide, student.state_dict())
+    again.load_state_dict(student.state_dict())
+    torch.testing.assert_close(outputs(again, images(4, 2)), outputs(student, images(4, 2)))
+    assert repr(again) == repr(student)
+    assert all(torch.equal(before[key], value) for key, value in wide.state_dict().items())
+    with torch.device("meta"):
+        shell = narrow_like(build(), student.state_dict())
+    assert all(value.is_meta for value in shell.state_dict().values())
+    shell.load_state_dict(student.state_dict(), assign=True)
+    torch.testing.assert_close(outputs(shell.eval(), images(4, 2)), outputs(student, images(4, 2)))
+
+
+def test_a_saved_network_without_a_block_loads():
+    student = shrink(prepared(Residual), images().split(16), keep=0.75, drop=["first"])
+    again = narrow_like(Residual(), student.state_dict()).eval()
+    again.load_state_dict(student.state_dict())
+    assert isinstance(again.first, nn.Identity)
+    torch.testing.assert_close(outputs(again, images(4, 2)), outputs(student, images(4, 2)))
+
+
+def test_weights_of_another_network_are_refused():
+    state = Residual().state_dict()
+    with pytest.raises(
+        ValueError, match=r"narrow_like: state_dict\['head.weight'\] must have a shape of at most \(6, 24\)"
+    ):
+        narrow_like(Residual(), {**state, "head.weight": torch.zeros(6, 25)})
+    with pytest.raises(TypeError, match=r"state_dict\['head.weight'\]"):
+        narrow_like(Residual(), {**state, "head.weight": 3})
+    with pytest.raises(TypeError, match="model"):
+        narrow_like("Residual", state)

@@ -51,7 +51,7 @@ def distiller() -> Distiller:
     terms = {
         "identity": Term(Head(), student="embedding", target="identity"),
         "embedding": Term(AngularDistillLoss(), student="embedding", teacher="embedding", project="auto", weight=2.0),
-        "map": Term(AttentionTransferLoss(), student="map", teacher="map", teachers=["age"], weight=lambda step: 0.5),
+        "map": Term(AttentionTransferLoss(), student="map", teacher="map", teachers=["age"], weight=0.5),
     }
     teachers = {"general": TeacherAdapter(net(5, 1), TAPS), "age": TeacherAdapter(net(3, 2), TAPS)}
     objective = Objective(terms, CenterConfidenceWeighting(3), weigh_by="embedding")

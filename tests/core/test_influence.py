@@ -43,8 +43,7 @@ def test_numbers_agree_with_autograd() -> None:
         "map": Term(AttentionTransferLoss(), student="map", teacher="map", teachers=["age"]),
     }
     objective = Objective(terms, FixedWeighting([1, 3]), weigh_by="embedding")
-    objective.set_step(3)
-    report = objective.report(student, teachers, targets)
+    report = objective.report(student, teachers, targets, step=3)
     assert report.step == 3
     assert list(report.terms) == ["goal", "embedding", "map"]
 
@@ -88,7 +87,7 @@ def test_numbers_agree_with_autograd() -> None:
     assert report.terms["embedding"].cosines == {("general", "age"): cosine(*gradients["embedding"])}
     expected = cosine(sum(gradients["goal"]), sum(gradients["embedding"]))
     assert report.cosines == {("goal", "embedding"): expected}
-    total = float(objective(student, teachers, targets).total.detach())
+    total = float(objective(student, teachers, targets, step=3).total.detach())
     assert sum(term.loss for term in report.terms.values()) == pytest.approx(total, rel=1e-5)
 
 
@@ -111,7 +110,7 @@ def test_table_and_dict() -> None:
         "goal": Term(HintLoss(), student="embedding", target="goal"),
         "embedding": Term(HintLoss(), student="embedding", teacher="embedding"),
     }
-    report = Objective(terms).report(student, teachers, targets)
+    report = Objective(terms).report(student, teachers, targets, step=0)
     lines = report.table().splitlines()
     assert [line.split()[0] for line in lines] == ["influence", "goal", "embedding", "general", "age", *["cosine"] * 2]
     assert len({len(line) for line in lines[:5]}) == 1

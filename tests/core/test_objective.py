@@ -1,4 +1,4 @@
-"""Terms and objectives: the weighted sum, sample weights, weightings, projections, schedules and errors."""
+"""Terms and objectives: the weighted sum, sample weights, weightings, projections and errors."""
 
 from typing import Any
 
@@ -89,16 +89,6 @@ def test_projections_are_inferred_for_each_teacher_and_a_given_one_is_copied(fea
     assert own["general"] is given
     assert own["age"] is not given
     torch.testing.assert_close(own["age"].weight, given.weight)
-
-
-def test_schedules_follow_the_step(features) -> None:
-    student, teachers = features
-    term = Term(AngularDistillLoss(), student="embedding", teacher="embedding", weight=lambda step: step / 10)
-    objective = Objective({"a": term})
-    assert float(objective(student, teachers).total.detach()) == 0.0
-    objective.set_step(5)
-    out = objective(student, teachers)
-    torch.testing.assert_close(out.total, 0.5 * out.terms["a"])
 
 
 @pytest.mark.parametrize(

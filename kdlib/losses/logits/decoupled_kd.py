@@ -7,11 +7,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from kdlib._checks import check_number, check_pair, check_target
+from kdlib._checks import check_number, check_pair, check_scheduled, check_target
 from kdlib._maths import Reduction, full_precision, promote, reduce
 from kdlib.losses._module import LossModule
 from kdlib.losses.logits._chunked import by_rows
 from kdlib.losses.logits._divergence import MIN_LOG, centered, divergence, probability_gap, soften
+from kdlib.types import Schedule
 
 __all__ = ["DecoupledKDLoss", "decoupled_kd"]
 
@@ -95,6 +96,8 @@ def decoupled_kd(
 class DecoupledKDLoss(LossModule):
     """`decoupled_kd` as a Module: the constructor takes its hyper-parameters, `forward` its tensors.
 
+    `temperature` may be a schedule, as in `kdlib.schedules`; each call then needs `step=`.
+
     Examples:
         >>> import torch
         >>> loss = DecoupledKDLoss(beta=2.0)
@@ -103,14 +106,20 @@ class DecoupledKDLoss(LossModule):
     """
 
     _function = staticmethod(decoupled_kd)
+    _schedulable = ("temperature",)
 
     def __init__(
-        self, *, alpha: float = 1.0, beta: float = 8.0, temperature: float = 4.0, reduction: Reduction = "mean"
+        self,
+        *,
+        alpha: float = 1.0,
+        beta: float = 8.0,
+        temperature: float | Schedule = 4.0,
+        reduction: Reduction = "mean",
     ) -> None:
         super().__init__(reduction=reduction)
         check_number("DecoupledKDLoss", "alpha", alpha, min=0)
         check_number("DecoupledKDLoss", "beta", beta, min=0)
-        check_number("DecoupledKDLoss", "temperature", temperature, above=0)
+        check_scheduled("DecoupledKDLoss", "temperature", temperature, above=0)
         self.alpha, self.beta, self.temperature = alpha, beta, temperature
 
     def forward(
@@ -121,9 +130,10 @@ class DecoupledKDLoss(LossModule):
         target: Tensor,
         weight: Tensor | None = None,
         reduction: Reduction | None = None,
+        step: int | None = None,
     ) -> Tensor:
         """Compare `student` logits `(b, c)` with `teacher`, `target` `(b,)`; `reduction=None` uses the constructor's."""
-        return self._call(student, teacher, weight, reduction, target=target)
+        return self._call(student, teacher, weight, reduction, step, target=target)
 
 
 @dataclass

@@ -3,11 +3,12 @@
 import torch
 from torch import Tensor
 
-from kdlib._checks import check_number, check_pair
+from kdlib._checks import check_number, check_pair, check_scheduled
 from kdlib._maths import MeanOnly, full_precision
 from kdlib.losses._module import RelationLoss
 from kdlib.losses._relations import one_batch
 from kdlib.losses.logits._divergence import centered
+from kdlib.types import Schedule
 
 __all__ = ["DISTLoss", "dist"]
 
@@ -134,6 +135,8 @@ def _one_minus_correlation(sides: list[tuple[Tensor, Tensor]], share: Tensor) ->
 class DISTLoss(RelationLoss):
     """`dist` as a Module: the constructor takes its hyper-parameters, `forward` its tensors.
 
+    `temperature` may be a schedule, as in `kdlib.schedules`; each call then needs `step=`.
+
     Examples:
         >>> import torch
         >>> DISTLoss(temperature=2.0)(torch.eye(3), torch.eye(3)).abs().item() < 1e-5
@@ -141,18 +144,31 @@ class DISTLoss(RelationLoss):
     """
 
     _function = staticmethod(dist)
+    _schedulable = ("temperature",)
 
     def __init__(
         self,
         *,
         beta: float = 1.0,
         gamma: float = 1.0,
-        temperature: float = 1.0,
+        temperature: float | Schedule = 1.0,
         gather: bool = False,
         reduction: MeanOnly = "mean",
     ) -> None:
         super().__init__(gather=gather, reduction=reduction)
-        check_number("DISTLoss", "temperature", temperature, above=0)
+        check_scheduled("DISTLoss", "temperature", temperature, above=0)
         check_number("DISTLoss", "beta", beta, min=0)
         check_number("DISTLoss", "gamma", gamma, min=0)
         self.beta, self.gamma, self.temperature = beta, gamma, temperature
+
+    def forward(
+        self,
+        student: Tensor,
+        teacher: Tensor,
+        *,
+        weight: Tensor | None = None,
+        reduction: MeanOnly | None = None,
+        step: int | None = None,
+    ) -> Tensor:
+        """Compare `student` with `teacher`; `reduction=None` uses the constructor's."""
+        return self._call(student, teacher, weight, reduction, step)

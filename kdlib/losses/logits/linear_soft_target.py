@@ -8,12 +8,13 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from kdlib._checks import check_number
+from kdlib._checks import check_number, check_scheduled
 from kdlib._maths import full_precision, promote
-from kdlib._repr import CallRepr
 from kdlib.losses._checks import check_hidden, check_mask, no_second_derivative
+from kdlib.losses._module import ScheduledModule
 from kdlib.losses.logits._divergence import Divergence
 from kdlib.losses.logits.soft_target import Compared, check_options, compare, measure
+from kdlib.types import Schedule
 
 __all__ = ["LinearSoftTargetLoss", "linear_soft_target"]
 
@@ -98,8 +99,10 @@ def linear_soft_target(
     return loss
 
 
-class LinearSoftTargetLoss(CallRepr):
+class LinearSoftTargetLoss(ScheduledModule):
     """`linear_soft_target` as a Module: the constructor takes its hyper-parameters, `forward` its tensors.
+
+    `temperature` may be a schedule, as in `kdlib.schedules`; each call then needs `step=`.
 
     Examples:
         >>> import torch
@@ -109,16 +112,19 @@ class LinearSoftTargetLoss(CallRepr):
         0.0
     """
 
+    _schedulable = ("temperature",)
+
     def __init__(
         self,
         *,
-        temperature: float = 1.0,
+        temperature: float | Schedule = 1.0,
         divergence: Divergence = "forward_kl",
         skew: float = 0.1,
         chunk_size: int | None = None,
     ) -> None:
         super().__init__()
-        check_options("LinearSoftTargetLoss", temperature, divergence, skew)
+        check_scheduled("LinearSoftTargetLoss", "temperature", temperature, above=0)
+        check_options("LinearSoftTargetLoss", 1.0, divergence, skew)
         if chunk_size is not None:
             check_number("LinearSoftTargetLoss", "chunk_size", chunk_size, min=1, integer=True)
         self.temperature, self.divergence, self.skew, self.chunk_size = temperature, divergence, skew, chunk_size
@@ -131,10 +137,11 @@ class LinearSoftTargetLoss(CallRepr):
         teacher_weight: Tensor,
         *,
         mask: Tensor | None = None,
+        step: int | None = None,
     ) -> Tensor:
         """Compare hidden states `(b, n, d)` and output matrices `(v, d)` of student and teacher."""
         return linear_soft_target(
-            student_hidden, student_weight, teacher_hidden, teacher_weight, temperature=self.temperature,
+            student_hidden, student_weight, teacher_hidden, teacher_weight, **self._at(step),
             divergence=self.divergence, skew=self.skew, mask=mask, chunk_size=self.chunk_size,
         )  # fmt: skip
 

@@ -5,13 +5,14 @@ from typing import TypeAlias
 
 from torch import Tensor
 
-from kdlib._checks import check_choice, check_number
+from kdlib._checks import check_choice, check_number, check_scheduled
 from kdlib._maths import Reduction, full_precision
 from kdlib.losses._checks import check_logits
 from kdlib.losses._module import LossModule
 from kdlib.losses.logits._chunked import by_rows
 from kdlib.losses.logits._divergence import DIVERGENCES, MIN_LOG, Difference, Divergence, centered, soften
 from kdlib.losses.logits._positions import as_positions, reduce_positions
+from kdlib.types import Schedule
 
 __all__ = ["Compared", "SoftTargetLoss", "check_options", "compare", "measure", "soft_target"]
 
@@ -98,6 +99,8 @@ def soft_target(
 class SoftTargetLoss(LossModule):
     """`soft_target` as a Module: the constructor takes its hyper-parameters, `forward` its tensors.
 
+    `temperature` may be a schedule, as in `kdlib.schedules`; each call then needs `step=`.
+
     Examples:
         >>> import torch
         >>> SoftTargetLoss(temperature=2.0)(torch.zeros(2, 3), torch.ones(2, 3)).item()
@@ -105,18 +108,20 @@ class SoftTargetLoss(LossModule):
     """
 
     _function = staticmethod(soft_target)
+    _schedulable = ("temperature",)
 
     def __init__(
         self,
         *,
-        temperature: float = 4.0,
+        temperature: float | Schedule = 4.0,
         divergence: Divergence = "forward_kl",
         skew: float = 0.1,
         dim: int = 1,
         reduction: Reduction = "mean",
     ) -> None:
         super().__init__(reduction=reduction)
-        check_options("SoftTargetLoss", temperature, divergence, skew, dim)
+        check_scheduled("SoftTargetLoss", "temperature", temperature, above=0)
+        check_options("SoftTargetLoss", 1.0, divergence, skew, dim)
         self.temperature, self.divergence, self.skew, self.dim = temperature, divergence, skew, dim
 
     def forward(
@@ -127,9 +132,10 @@ class SoftTargetLoss(LossModule):
         mask: Tensor | None = None,
         weight: Tensor | None = None,
         reduction: Reduction | None = None,
+        step: int | None = None,
     ) -> Tensor:
         """Compare `student` with `teacher`; `reduction=None` uses the constructor's."""
-        return self._call(student, teacher, weight, reduction, mask=mask)
+        return self._call(student, teacher, weight, reduction, step, mask=mask)
 
 
 def check_options(owner: str, temperature: object, divergence: object, skew: object, dim: object = 1) -> None:

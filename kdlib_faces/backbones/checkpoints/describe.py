@@ -12,6 +12,7 @@ from torch import Tensor
 from kdlib_faces._checks import InputError, show_name
 from kdlib_faces._weights import Weights, read_weights
 from kdlib_faces.backbones.checkpoints.layouts import LAYOUTS, Layout, describe_foreign
+from kdlib_faces.backbones.checkpoints.narrow import narrow_backbone
 from kdlib_faces.backbones.checkpoints.origins import find_origin
 from kdlib_faces.backbones.checkpoints.unwrap import Unwrapped, unwrap
 from kdlib_faces.backbones.complexity import count_macs, count_parameters
@@ -140,10 +141,11 @@ def examine(path: str | os.PathLike[str], *, input_size: InputSize | None = None
     if not isinstance(content, Mapping):
         raise InputError(f"{owner} must contain a dict of tensors, got {type(content).__name__}")
     layout: Layout | None = None
-    own = _own(owner, weights)
+    own, removed = _own(owner, weights), None
     if own is not None:
-        name, arguments, spec_fields, state = own
+        name, arguments, spec_fields, state, removed = own
         unwrapped, about = Unwrapped(state, (), (), "", ()), "a file of save_backbone"
+        about += "" if removed is None else ", narrower than its arguments"
     else:
         unwrapped = unwrap(content)
         layout, arguments = _recognize(owner, unwrapped.state)
@@ -165,6 +167,8 @@ def examine(path: str | os.PathLike[str], *, input_size: InputSize | None = None
     try:
         with torch.device("meta"):  # nothing is allocated on the word of the file
             model = build_backbone(name, **arguments)
+            if removed is not None:
+                model = narrow_backbone(model, unwrapped.state, removed)
         spec = InputSpec(**{**spec_fields, "size": model.input_size})
     except (ValueError, TypeError, RuntimeError) as error:  # RuntimeError: sizes beyond what torch can count
         raise InputError(
@@ -180,8 +184,8 @@ def examine(path: str | os.PathLike[str], *, input_size: InputSize | None = None
     return RecognizedFile(owner, weights, layout, about, unwrapped, model, spec, names, differences)
 
 
-def _own(owner: str, weights: Weights) -> tuple[str, Arguments, Arguments, Arguments] | None:
-    """Return name, arguments, input specification and state of a file of `save_backbone`; None for any other file."""
+def _own(owner: str, weights: Weights) -> tuple[str, Arguments, Arguments, Arguments, object] | None:
+    """Return name, arguments, input specification, state and removed modules of a file of `save_backbone`, else None."""
     content = weights.content
     if OWN_KEY in weights.metadata:
         try:
@@ -208,7 +212,8 @@ def _own(owner: str, weights: Weights) -> tuple[str, Arguments, Arguments, Argum
         raise InputError(
             f"{owner} must contain 'input' with {', '.join(sorted(fields))}, got {', '.join(map(show_name, images))}"
         )
-    return name, dict(arguments), dict(images), {str(key): value for key, value in state.items()}
+    state = {str(key): value for key, value in state.items()}
+    return name, dict(arguments), dict(images), state, content.get("removed")
 
 
 def _recognize(owner: str, state: Mapping[str, object]) -> tuple[Layout, Arguments]:

@@ -12,6 +12,7 @@ from kdlib._atomic import atomic_write
 from kdlib._checks import check_choice
 from kdlib_faces._checks import InputError
 from kdlib_faces.backbones.checkpoints.describe import FORMAT
+from kdlib_faces.backbones.checkpoints.narrow import removed_modules
 from kdlib_faces.backbones.networks.base import Backbone
 
 __all__ = ["save_backbone"]
@@ -23,7 +24,7 @@ def save_backbone(
     """Write a backbone with its name, arguments and `input_spec`, atomically, to a file for `load_backbone`.
 
     Args:
-        model: a backbone of this package.
+        model: a backbone of this package, or a narrower copy of one by `kdlib.compression.shrink`.
         path: the file.
         format: `"torch"`, or `"safetensors"` for readers without PyTorch.
 
@@ -47,7 +48,7 @@ def save_backbone(
     target = Path(path)
     state = {key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}
     spec = model.input_spec
-    header = {
+    header: dict[str, object] = {
         "kdlib_faces": FORMAT,
         "backbone": model.family,
         "arguments": model.arguments,
@@ -59,6 +60,9 @@ def save_backbone(
             "assumed": list(spec.assumed),
         },
     }
+    removed = removed_modules(model)
+    if removed is not None:
+        header["removed"] = removed
     try:
         with atomic_write(target, durable=True) as file:
             if format == "torch":

@@ -1,8 +1,8 @@
-"""Terms of a distillation objective and their weighted sum."""
+"""The weighted sum of terms."""
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import KW_ONLY, dataclass, field, fields
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -13,23 +13,22 @@ from kdlib._checks import (
     check_inferred,
     check_key,
     check_name,
-    check_number,
-    check_shape,
+    check_step,
     check_targets,
-    check_term,
-    check_term_loss,
-    check_term_names,
     check_term_teachers,
     check_type,
-    check_weights_of,
-    late_projections,
 )
 from kdlib.influence import Comparison, InfluenceReport, measure, unchanged
+from kdlib.objective._checks import check_step_given, check_term_names, check_weights_of, late_projections
+from kdlib.objective.term import Term
 from kdlib.projections import infer_projection
-from kdlib.types import Features, GraphWeighting, PenalizedWeighting, Targets, WeightedLoss, Weighting
+from kdlib.types import Features, GraphWeighting, PenalizedWeighting, Targets, Weighting
 from kdlib.weighting import UniformWeighting
 
-__all__ = ["Objective", "ObjectiveOutput", "Term"]
+__all__ = ["Objective", "ObjectiveOutput"]
+
+UNKNOWN = -1
+"""Stands in a state dict for a step that was never given."""
 
 
 @dataclass(frozen=True)
@@ -47,95 +46,6 @@ class ObjectiveOutput:
     terms: dict[str, Tensor]
     weights: dict[str, Tensor]
     penalty: Tensor | None = None
-
-
-@dataclass(repr=False, eq=False)
-class Term:
-    """One term of the objective.
-
-    `Term(loss, student=tap, teacher=tap)` compares a student feature with a feature of each teacher. `Term(loss,
-    student=tap, target=name)` compares it with a target of the batch (a supervised term). With both, the loss is called
-    as `loss(student, teacher, target=targets[name])`.
-
-    Args:
-        loss: called as `loss(student, teacher)`; a Module of `kdlib.losses`, a head, or any callable that returns a
-            scalar or `(b,)` values.
-        student: feature of the student.
-        teacher: feature of the teachers.
-        teachers: names of the teachers to compare with; `None` for all.
-        target: name of the target, in place of `teacher` or in addition to it.
-        project: `None`; `"auto"`, one inferred projection per teacher; or a Module, copied for each further teacher.
-        weight: a number, or a schedule `step -> number`.
-        sample_weight: name of a target `(b,)`, at least 0, that weights the samples within this term; 0 masks one. The
-            loss must return `(b,)` values or be a `WeightedLoss`, as the losses of `kdlib` are.
-
-    Raises:
-        TypeError, ValueError: an argument of the wrong type, or arguments that contradict each other.
-
-    Examples:
-        >>> from kdlib.losses import HintLoss
-        >>> Term(HintLoss(), student="map", teacher="map", project="auto", weight=0.5)
-        Term(HintLoss(reduction='mean'), student='map', teacher='map', project='auto', weight=0.5)
-    """
-
-    loss: Callable[..., Tensor]
-    _: KW_ONLY
-    student: str
-    teacher: str | None = None
-    teachers: Sequence[str] | None = None
-    target: str | None = None
-    project: str | nn.Module | None = None
-    weight: float | Callable[[int], float] = 1.0
-    sample_weight: str | None = None
-    _takes_weight: bool = field(init=False)
-    _per_sample: bool = field(init=False)
-
-    def __post_init__(self) -> None:
-        check_callable("Term", "loss", self.loss)
-        check_term(self.student, self.teacher, self.teachers, self.target, self.project, self.sample_weight)
-        if not callable(self.weight):
-            self.weight = check_number("Term", "weight", self.weight, min=0)
-        self.teachers = None if self.teachers is None else tuple(self.teachers)
-        self._takes_weight = isinstance(self.loss, WeightedLoss)
-        self._per_sample = isinstance(self.loss, WeightedLoss) and self.loss.per_sample
-
-    def __repr__(self) -> str:
-        given = [(each.name, getattr(self, each.name)) for each in fields(self)[1:] if each.init]
-        options = [f"{name}={value!r}" for name, value in given if value != getattr(Term, name, None)]
-        return f"Term({', '.join([repr(self.loss), *options])})"
-
-    def weight_at(self, step: int) -> float:
-        """Return the weight at a step."""
-        if not callable(self.weight):
-            return float(self.weight)
-        return float(check_number("Term", f"weight({step})", self.weight(step), min=0))
-
-    def values(
-        self, name: str, student: Tensor, teacher: Tensor | None, targets: Targets, sample: Tensor | None
-    ) -> Tensor:
-        """Return the losses times the sample weights: `(b,)` where the loss has a per-sample form, else a scalar."""
-        options: dict[str, Any] = {}
-        if self.target is not None:
-            check_name(f"Objective: term {name!r}", "target", self.target, targets)
-            if teacher is not None:
-                options["target"] = targets[self.target]
-        if self._per_sample and (teacher is not None or sample is not None):
-            options["reduction"] = "none"
-        if self._takes_weight and sample is not None:
-            options["weight"] = sample
-        loss = self.loss(student, targets[str(self.target)] if teacher is None else teacher, **options)
-        unweighted = sample is not None and not self._takes_weight
-        check_term_loss(name, loss, student.shape[0], weighted=unweighted, teacher=teacher is not None)
-        return loss * sample if unweighted and sample is not None else loss
-
-    def sample_weights(self, name: str, student: Tensor, targets: Targets) -> Tensor | None:
-        """Return the sample weights `(b,)` in float32 on the student's device, or None."""
-        if self.sample_weight is None:
-            return None
-        check_name(f"Objective: term {name!r}", "target", self.sample_weight, targets)
-        weights = targets[self.sample_weight]
-        check_shape(f"Objective: term {name!r}", f"targets[{self.sample_weight!r}]", weights, "b", b=student.shape[0])
-        return weights.to(device=student.device, dtype=torch.float32)
 
 
 class Objective(nn.Module):
@@ -181,13 +91,29 @@ class Objective(nn.Module):
         self.terms = dict(terms)
         self.weighting = UniformWeighting() if weighting is None else weighting
         self.weigh_by = weigh_by
-        self.step = 0
+        self._step: int | None = None
+        self._given = False
         self.losses = nn.ModuleDict({n: t.loss for n, t in self.terms.items() if isinstance(t.loss, nn.Module)})
         self.projections = nn.ModuleDict()
 
-    def set_step(self, step: int) -> None:
-        """Set the step at which the schedules of the weights are evaluated."""
-        self.step = check_number("Objective", "step", step, min=0, integer=True)
+    @property
+    def step(self) -> int | None:
+        """The step of the last call or of the loaded state dict; `None` before the first."""
+        return self._step
+
+    @property
+    def scheduled(self) -> tuple[str, ...]:
+        """What depends on the step, such as `"weight of term 'kd'"`."""
+        return tuple(f"{each} of term {name!r}" for name, term in self.terms.items() for each in term.schedules)
+
+    def get_extra_state(self) -> Tensor:
+        """Return the step as the tensor that a state dict holds."""
+        return torch.tensor(UNKNOWN if self._step is None else self._step)
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """Read the step from a state dict."""
+        step = int(state)
+        self._step, self._given = None if step == UNKNOWN else step, False
 
     def extra_repr(self) -> str:
         return ", ".join(f"{name}={term.weight!r}" for name, term in self.terms.items())
@@ -220,12 +146,15 @@ class Objective(nn.Module):
         if strict and late:
             lists[-1].append(late_projections(late))  # the error messages
         super()._load_from_state_dict(state_dict, prefix, metadata, strict, *lists)
+        lists[0][:] = [key for key in lists[0] if key != f"{prefix}_extra_state"]  # a file without a step is complete
 
     def forward(
         self,
         student_features: Features,
         teacher_features: Mapping[str, Features] | None = None,
         targets: Targets | None = None,
+        *,
+        step: int | None = None,
     ) -> ObjectiveOutput:
         """Compare one batch.
 
@@ -233,13 +162,23 @@ class Objective(nn.Module):
             student_features: features of the student.
             teacher_features: teacher name to features.
             targets: targets of the batch.
+            step: number of training steps done so far, for the schedules; it becomes `step` and part of the state dict.
+                `None` uses the last step, in eval mode or of a loaded state dict. In training mode, once a call has
+                given its step, all must.
+
+        Raises:
+            ValueError: a weight or a hyper-parameter is a schedule, and the step is unknown or that of an earlier call.
         """
+        if step is not None:
+            self._step, self._given = check_step("Objective", step), True
+        elif self.scheduled:
+            step = self._last_step(stale=self._given and self.training)
         check_targets("Objective", targets)
         if not self.inferred:
             self.infer(student_features, teacher_features or {})
-        compared, penalties = self._compare(student_features, teacher_features or {}, targets or {})
+        compared, penalties = self._compare(student_features, teacher_features or {}, targets or {}, step)
         values = {name: each.value() for name, each in compared.items()}
-        parts = [*(self.terms[name].weight_at(self.step) * value for name, value in values.items()), *penalties]
+        parts = [*(self.terms[name].weight_at(step) * value for name, value in values.items()), *penalties]
         total = torch.stack([part.float() if part.dtype != torch.float64 else part for part in parts]).sum()
         weights = {name: each.weights for name, each in compared.items() if each.weights is not None}
         return ObjectiveOutput(total, values, weights, torch.stack(penalties).sum() if penalties else None)
@@ -249,16 +188,20 @@ class Objective(nn.Module):
         student_features: Features,
         teacher_features: Mapping[str, Features] | None = None,
         targets: Targets | None = None,
+        *,
+        step: int | None = None,
     ) -> InfluenceReport:
         """Measure the influence of each term and teacher on the student, on one batch: losses, gradients and cosines.
 
         Gradients are taken at the student's features, through projections and losses only; the weights are constant,
-        and the penalty of a weighting, which does not reach the student, is left out. Buffers, `.grad` and the random
-        state are unchanged afterwards. The modules keep their mode.
+        and the penalty of a weighting, which does not reach the student, is left out. Buffers, `.grad`, the step and the
+        random state are unchanged afterwards. The modules keep their mode. `step=None` uses the last step.
 
         Raises:
             RuntimeError: a projection is not inferred yet.
+            ValueError: a weight or a hyper-parameter is a schedule, and the step is unknown.
         """
+        step = check_step("Objective", step) if step is not None else self._last_step()
         check_inferred("Objective", self.inferred, "infer or forward")
         leaves = {
             name: feature.detach().requires_grad_(feature.is_floating_point())
@@ -266,12 +209,19 @@ class Objective(nn.Module):
         }
         device = next(iter(leaves.values())).device
         with unchanged(self, device=device), torch.enable_grad():
-            compared, _ = self._compare(leaves, teacher_features or {}, targets or {})
-            weighted = {name: (term.weight_at(self.step), term.student) for name, term in self.terms.items()}
-            return measure(self.step, compared, weighted)
+            compared, _ = self._compare(leaves, teacher_features or {}, targets or {}, step)
+            weighted = {name: (term.weight_at(step), term.student) for name, term in self.terms.items()}
+            return measure(step, compared, weighted)
+
+    def _last_step(self, *, stale: bool = False) -> int | None:
+        """Return the last step, which schedules need."""
+        scheduled = self.scheduled
+        if scheduled:
+            check_step_given(scheduled, self._step, stale=stale)
+        return self._step
 
     def _compare(
-        self, student_features: Features, teacher_features: Mapping[str, Features], targets: Targets
+        self, student_features: Features, teacher_features: Mapping[str, Features], targets: Targets, step: int | None
     ) -> tuple[dict[str, Comparison], list[Tensor]]:
         """Compare every term on one batch, in the order of the terms; also return the penalties of the weighting."""
         compared: dict[str, Comparison] = {}
@@ -282,11 +232,14 @@ class Objective(nn.Module):
             student = _feature("student", student_features, term.student, name)
             sample = term.sample_weights(name, student, targets)
             if term.teacher is None:
-                compared[name] = Comparison(student, term.values(name, student, None, targets, sample), sample=sample)
+                values = term.values(name, student, None, targets, sample, step)
+                compared[name] = Comparison(student, values, sample=sample)
                 continue
             teachers = self._teachers(name, teacher_features)
             projected = {key: self._project(name, key, student) for key in teachers}
-            losses = torch.stack([term.values(name, projected[k], x, targets, sample) for k, x in teachers.items()])
+            losses = torch.stack(
+                [term.values(name, projected[key], x, targets, sample, step) for key, x in teachers.items()]
+            )
             if lead is None:
                 per_sample = losses if losses.dim() == 2 else losses[:, None].expand(-1, student.shape[0])
                 weights = self._weights(per_sample, student, [*teachers.values()], targets)

@@ -1,0 +1,72 @@
+"""Teachers of a recipe with cached outputs, and the joint space of their embeddings."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from kdlib import Teacher
+from kdlib_faces.data.lists import FaceList
+from kdlib_faces.progress import say
+from kdlib_faces.teachers import FusedTeacher, cache_outputs, fit_joint_space, read_outputs
+from kdlib_faces.training import RunOptions
+
+__all__ = ["cache_live_teachers", "join_teachers"]
+
+
+def cache_live_teachers(
+    teachers: Mapping[str, nn.Module], images: Tensor, folder: Path, *, quiet: bool
+) -> dict[str, nn.Module]:
+    """Replace teachers that read images by caches of their outputs for the plain and the mirrored images.
+
+    Args:
+        teachers: Teachers by role.
+        images: The training images `(n, 3, h, w)` uint8.
+        folder: Folder of the caches, one subfolder for each role.
+        quiet: Show no progress.
+    """
+    return {
+        role: teacher
+        if isinstance(teacher, Teacher) and teacher.reads
+        else cache_outputs(teacher, images, folder / role, label=f"outputs of the {role} teacher", quiet=quiet)
+        for role, teacher in teachers.items()
+    }
+
+
+def join_teachers(
+    teachers: Mapping[str, nn.Module],
+    faces: FaceList,
+    dim: int,
+    age_map_weight: float,
+    options: RunOptions,
+) -> FusedTeacher:
+    """Return the joint teacher of cached teachers, with the age map fitted on the cross-age pairs of the lists.
+
+    Args:
+        teachers: Cached teachers by role.
+        faces: The training images. Images without age, or alone with their identity, do not enter the age map.
+        dim: Dimensions of the joint space.
+        age_map_weight: Weight of the distance of the age map from the identity matrix; 0 fits no map.
+        options: Seed and progress of the run.
+    """
+    say("fitting the joint space of the teachers", quiet=not options.progress)
+    rows = torch.arange(len(faces))
+    embeddings = [_embeddings(teacher, rows, 0) + _embeddings(teacher, rows, 1) for teacher in teachers.values()]
+    ages = None if faces.ages is None or not age_map_weight else torch.from_numpy(faces.ages)
+    groups = None if faces.age_groups is None or not age_map_weight else torch.from_numpy(faces.age_groups)
+    matrix = fit_joint_space(
+        embeddings, torch.from_numpy(faces.identities), ages=ages, age_groups=groups, dim=dim,
+        l2_sp_weight=age_map_weight or 1.0, seed=options.seed,
+    )  # fmt: skip
+    return FusedTeacher(teachers, matrix)
+
+
+def _embeddings(teacher: nn.Module, rows: Tensor, view: int) -> Tensor:
+    return read_outputs(lambda rows, view: teacher(*_targets(teacher, rows, view)), "embedding", rows, view)
+
+
+def _targets(teacher: nn.Module, rows: Tensor, view: int | Tensor) -> list[Tensor]:
+    reads = teacher.reads if isinstance(teacher, Teacher) else ()
+    given = {"sample": rows, "view": torch.full_like(rows, view) if isinstance(view, int) else view}
+    return [given[name] for name in reads]

@@ -1,0 +1,242 @@
+"""The start of a student: a teacher made narrower, with its last layer fitted to the distillation target."""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from hashlib import sha256
+from pathlib import Path
+from typing import Literal, TypeAlias, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from kdlib import Teacher
+from kdlib._checks import check_choice, check_number
+from kdlib.cache import model_fingerprint
+from kdlib.compression import ShrinkStep, shrink
+from kdlib_faces._checks import InputError
+from kdlib_faces.backbones import Backbone, InputSpec, count_macs, count_parameters, load_backbone, save_backbone
+from kdlib_faces.data.images import to_float
+from kdlib_faces.progress import progress, say
+from kdlib_faces.teachers.open import load_pretrained
+from kdlib_faces.training import RunOptions
+
+__all__ = ["StartConfig", "Target", "fit_last_layer", "freeze_stem", "shrink_teacher", "start_student"]
+
+Target: TypeAlias = Callable[[Tensor, int], Tensor]
+"""Maps rows `(n,)` and a view, 1 for mirrored images, to the distillation target `(n, d)`."""
+
+L = TypeVar("L", nn.Conv2d, nn.Linear)
+
+_BATCH = 64
+_RIDGES = (1e-4, 1e-3, 1e-2, 0.1, 0.3, 1.0)
+_HELD_OUT = 5  # every fifth image chooses the ridge parameter
+
+
+@dataclass(frozen=True, kw_only=True)
+class StartConfig:
+    """A student that starts as a narrower copy of a teacher.
+
+    Attributes:
+        keep: Fraction of the channels that stay in every layer.
+        last_grid: Channels of the last feature map, which a linear layer flattens; 0 for the fraction `keep`. In a
+            light network this layer has most of the parameters.
+        images: Images on which channels are chosen and layers are refitted.
+        criterion: `"reconstruction"` or `"energy"`, as for `kdlib.compression.shrink`.
+        freeze: `"stem"` keeps the first convolution and the slopes of PReLU as they are, which makes a step a fifth
+            faster; `"none"` trains everything.
+
+    Raises:
+        ValueError, TypeError: A value is out of range.
+    """
+
+    keep: float = 0.5
+    last_grid: int = 32
+    images: int = 2000
+    criterion: str = "reconstruction"
+    freeze: Literal["stem", "none"] = "stem"
+
+    def __post_init__(self) -> None:
+        check_number("StartConfig", "keep", self.keep, above=0, max=1)
+        check_number("StartConfig", "last_grid", self.last_grid, min=0, integer=True)
+        check_number("StartConfig", "images", self.images, min=16, integer=True)
+        check_choice("StartConfig", "criterion", self.criterion, ("reconstruction", "energy"))
+        check_choice("StartConfig", "freeze", self.freeze, ("stem", "none"))
+
+
+def start_student(images: Tensor, config: StartConfig, options: RunOptions, *, joint: nn.Module | None) -> Backbone:
+    """Make the student of `--start shrink:FILE`, or read it from the folder of an interrupted run.
+
+    Args:
+        images: The training images `(n, 3, h, w)` uint8.
+        config: Channels to keep.
+        options: The start, the output and the seed of the run.
+        joint: The joint teacher, to whose embeddings the last layer is fitted; None keeps the embedding of the file.
+
+    Returns:
+        The student, with the layers frozen that `config.freeze` names.
+
+    Raises:
+        InputError: The start is unknown, or its file cannot be used.
+    """
+    kind, _, path = options.start.partition(":")
+    if kind != "shrink" or not path:
+        raise InputError(f"train: --start must be 'scratch' or 'shrink:FILE', got {options.start!r}")
+    quiet = not options.progress
+    network = load_pretrained(path)
+    parts = [model_fingerprint(network), repr(config), str(options.seed), str(tuple(images.shape))]
+    parts += [] if joint is None else [model_fingerprint(joint)]
+    saved = options.output / f"start-{sha256(' '.join(parts).encode()).hexdigest()[:12]}.pt"
+    if not saved.exists():
+        say(f"shrinking {Path(path).name}", quiet=quiet)
+        show = partial(say, quiet=quiet)
+        student = shrink_teacher(network, images, config, seed=options.seed, on_step=lambda step: show(f"  {step}"))
+        if joint is not None:
+            fit = partial(progress, label="fitting the last layer", quiet=quiet)
+            cosine = fit_last_layer(student, images, lambda rows, view: _target(joint, rows, view), progress=fit)
+            say(f"start: cosine {cosine:.3f} to the joint target, without training", quiet=quiet)
+        options.output.mkdir(parents=True, exist_ok=True)
+        save_backbone(student, saved)
+    student = load_backbone(saved)
+    say(
+        f"start: {count_parameters(student):,} parameters, {count_macs(student, student.input_size) / 1e6:.0f} M multiply-adds",
+        quiet=quiet,
+    )
+    if config.freeze == "stem":
+        freeze_stem(student)
+    return student
+
+
+def _target(joint: nn.Module, rows: Tensor, view: int) -> Tensor:
+    given = {"sample": rows, "view": torch.full_like(rows, view)}
+    names = joint.reads if isinstance(joint, Teacher) else ()
+    target: Tensor = joint(*(given[name] for name in names))["embedding"]
+    return target
+
+
+def shrink_teacher(
+    network: nn.Module,
+    images: Tensor,
+    config: StartConfig,
+    *,
+    seed: int,
+    on_step: Callable[[ShrinkStep], None] | None = None,
+) -> Backbone:
+    """Make a narrower copy of a network that reproduces it on training images.
+
+    Args:
+        network: A backbone that takes the images as students do.
+        images: `(n, 3, h, w)` uint8.
+        config: Channels to keep.
+        seed: Seed of the choice of images.
+        on_step: Called after each layer.
+
+    Returns:
+        The narrow network in eval mode, with BatchNorms folded into the layers before them.
+
+    Raises:
+        InputError: The network is not a backbone of this package, or takes other images.
+    """
+    if not isinstance(network, Backbone):
+        raise InputError(f"train: --start shrink: the file must hold a backbone, got {type(network).__name__}")
+    if network.input_spec.describe() != InputSpec(size=network.input_size).describe():
+        raise InputError(
+            f"train: --start shrink: the network must take RGB images as (pixel - 127.5) / 127.5, as students do; it takes "
+            f"{network.input_spec.describe()}"
+        )
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))[: config.images]
+    batches = [to_float(images[rows]) for rows in torch.split(order, _BATCH)]
+    widths = {}
+    (layer, last), (_, linear) = _last(network, nn.Conv2d), _last(network, nn.Linear)
+    if config.last_grid and linear.in_features > last.out_channels > config.last_grid:
+        widths[layer] = config.last_grid
+    return shrink(
+        network, batches, keep=config.keep, widths=widths, fold_norms=True, criterion=config.criterion, seed=seed, on_step=on_step
+    )  # fmt: skip
+
+
+def _last(network: nn.Module, kind: type[L]) -> tuple[str, L]:
+    """Return the path and the last layer of a kind; the last linear layer makes the embedding."""
+    layers = [(path, each) for path, each in network.named_modules() if isinstance(each, kind)]
+    if not layers:
+        raise InputError(f"train: --start shrink: the network must have a {kind.__name__} layer, got none")
+    return layers[-1]
+
+
+@torch.no_grad()
+def fit_last_layer(
+    network: Backbone,
+    images: Tensor,
+    target: Target,
+    *,
+    progress: Callable[[Sequence[Tensor]], Iterable[Tensor]] = iter,
+) -> float:
+    """Replace the layer that makes the embedding by the ridge regression of its input on the target.
+
+    Plain and mirrored images enter the regression. The ridge parameter is chosen by the mean cosine on every fifth image;
+    the layer is then fitted on all.
+
+    Args:
+        network: A network whose last layer is linear; changed in place.
+        images: `(n, 3, h, w)` uint8.
+        target: The distillation target of rows and views.
+        progress: Iterates over the batches of rows, to show progress.
+
+    Returns:
+        The mean cosine to the target on the held-out images.
+    """
+    path, linear = _last(network, nn.Linear)
+    found: list[Tensor] = []
+    handle = linear.register_forward_pre_hook(lambda _, inputs: found.append(inputs[0]))
+    size = linear.in_features + 1
+    moments = [torch.zeros(size, size, dtype=torch.float64) for _ in range(2)]
+    products: list[Tensor] = []
+    held: list[tuple[Tensor, Tensor]] = []
+    parts = list(torch.split(torch.arange(len(images)), _BATCH))
+    try:
+        for rows in progress(parts):
+            for view in (0, 1):
+                found.clear()
+                pixels = to_float(images[rows])
+                network(pixels.flip(3) if view else pixels)
+                x = torch.cat([found[0], torch.ones(len(rows), 1)], 1)
+                y = target(rows, view).float()
+                chosen = rows % _HELD_OUT == 0
+                if not products:
+                    products = [torch.zeros(size, y.shape[1], dtype=torch.float64) for _ in range(2)]
+                held.append((x[chosen], y[chosen]))
+                for number, mask in enumerate((~chosen, chosen)):
+                    moments[number] += x[mask].double().T @ x[mask].double()
+                    products[number] += x[mask].double().T @ y[mask].double()
+    finally:
+        handle.remove()
+    inputs, targets = (torch.cat(each) for each in zip(*held, strict=True))
+    scores = {}
+    for ridge in _RIDGES:
+        weight = _solve(moments[0], products[0], ridge).float()
+        scores[ridge] = float(nn.functional.cosine_similarity(inputs @ weight, targets).mean())
+    best = max(scores, key=lambda ridge: scores[ridge])
+    weight = _solve(moments[0] + moments[1], products[0] + products[1], best).float().T
+    new = nn.Linear(linear.in_features, weight.shape[0])
+    new.weight.copy_(weight[:, :-1])
+    new.bias.copy_(weight[:, -1])
+    *parents, name = path.split(".")
+    setattr(network.get_submodule(".".join(parents)), name, new)
+    network.embedding_dim = weight.shape[0]
+    return scores[best]
+
+
+def _solve(moments: Tensor, products: Tensor, ridge: float) -> Tensor:
+    """Solve the normal equations; the bias, the last entry, is not shrunk."""
+    penalty = ridge * moments.diagonal()[:-1].mean()
+    diagonal = torch.cat([penalty.expand(len(moments) - 1), torch.full((1,), 1e-9, dtype=moments.dtype)])
+    solution: Tensor = torch.linalg.solve(moments + torch.diag(diagonal), products)
+    return solution
+
+
+def freeze_stem(network: nn.Module) -> None:
+    """Keep the first convolution and the slopes of PReLU as they are: their gradients take a fifth of a step on a CPU."""
+    first = next((each for each in network.modules() if isinstance(each, nn.Conv2d)), None)
+    for module in network.modules():
+        if module is first or isinstance(module, nn.PReLU):
+            module.requires_grad_(False)
