@@ -57,16 +57,16 @@ def main() -> None:
         quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
         trainer = lightning.Trainer(max_epochs=8, accelerator="cpu", default_root_dir=folder, **quiet)
         (before,) = trainer.validate(module, validation, verbose=False)
-        trainer.fit(module, loader)
-        (after,) = trainer.validate(module, validation, verbose=False)
+        trainer.fit(module, loader, validation)
         (checkpoint,) = Path(folder).rglob("*.ckpt")
         weights = torch.load(checkpoint, weights_only=True)["state_dict"]
     print(f"weights in the checkpoint: {', '.join(weights)}")
-    print({name: round(value.item(), 3) for name, value in trainer.callback_metrics.items()})
-    print(f"agreement with the teacher: {before['agreement']:.3f} -> {after['agreement']:.3f}")
+    print("metrics:", ", ".join(f"{name} {value:.3f}" for name, value in trainer.callback_metrics.items()))
+    after = trainer.callback_metrics["agreement"]
+    print(f"agreement with the teacher: {before['agreement']:.3f} -> {after:.3f}")
 
     student = module.distiller.student.model  # the plain network, without kdlib around it
-    torch.save(student.state_dict(), Path(tempfile.mkdtemp()) / "student.pt")
+    print(f"logits of the student: {tuple(student(torch.zeros(1, 12)).shape)}")
 
 
 if __name__ == "__main__":

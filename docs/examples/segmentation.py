@@ -3,8 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from kdlib import OUTPUT, SoftTargetLoss, Distiller, HintLoss, Objective, StudentAdapter, TeacherAdapter, Term
-from kdlib.functional import soft_target
+from kdlib import OUTPUT, Distiller, HintLoss, Objective, SoftTargetLoss, StudentAdapter, TeacherAdapter, Term
 
 CLASSES, IGNORED = 4, 255
 

@@ -37,8 +37,9 @@ def make_images(count: int, seed: int) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(seed)
     labels = torch.randint(CLASSES, (count,), generator=generator)
     angle = (labels * torch.pi / CLASSES)[:, None, None]
-    place = 6 + 12 * torch.rand(2, count, 1, 1, generator=generator)
-    y, x = (axis - at for axis, at in zip(torch.meshgrid(torch.arange(24.0), torch.arange(24.0), indexing="ij"), place))
+    rows, columns = 6 + 12 * torch.rand(2, count, 1, 1, generator=generator)
+    y, x = torch.meshgrid(torch.arange(24.0), torch.arange(24.0), indexing="ij")
+    y, x = y - rows, x - columns
     images = (1.2 * (x * angle.cos() + y * angle.sin())).sin() * (-(x**2 + y**2) / 40).exp()
     return 2 * images[:, None] + 0.2 * torch.randn(count, 1, 24, 24, generator=generator), labels
 

@@ -2,7 +2,6 @@
 
 import runpy
 import sys
-
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
