@@ -74,6 +74,7 @@ def main() -> None:
     before = accuracy(student, new)
     large = TeacherAdapter(teacher, taps(2))
     distiller = Distiller(StudentAdapter(student, taps(0)), {"large": large}, Objective(terms))
+    config = TrainConfig(epochs=6, optimizer="adamw", lr=2e-3, warmup_steps=10)
     train(distiller, loader, config, hooks=[lambda event: event.step % 24 or print(event.step, event.terms)])
     print(f"accuracy of the student: {before:.3f} -> {accuracy(student, new):.3f}")
 

@@ -39,7 +39,7 @@ def fit(distiller: Distiller, steps: int) -> None:
     for step in range(steps):
         batch = make_batch(32, seed=step)
         inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}  # keyword arguments of the models
-        output = distiller(inputs, {"labels": batch["labels"], "real": batch["attention_mask"].bool()})
+        output = distiller(inputs, batch)
         optimizer.zero_grad()
         output.total.backward()
         optimizer.step()
@@ -68,8 +68,8 @@ def main() -> None:
     soft = SoftTargetLoss(temperature=1.0, dim=-1)
     terms = {
         "words": words,
-        "logits": Term(soft, student="logits", teacher="logits", mask="real"),
-        "hidden": Term(from_hidden, student="hidden", teacher="hidden", mask="real"),
+        "logits": Term(soft, student="logits", teacher="logits", mask="attention_mask"),
+        "hidden": Term(from_hidden, student="hidden", teacher="hidden", mask="attention_mask"),
     }
     before = loss_on_new_text(student)
     fit(Distiller(StudentAdapter(student, taps), {"large": TeacherAdapter(teacher, taps)}, Objective(terms)), steps=90)

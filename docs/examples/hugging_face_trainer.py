@@ -20,7 +20,7 @@ class DistillationTrainer(Trainer):
         self, model: nn.Module, inputs: Mapping[str, Tensor], return_outputs: bool = False, **kwargs: Any
     ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
         arguments = {name: value for name, value in inputs.items() if name != "labels"}
-        output = model(arguments, {"labels": inputs["labels"]})
+        output = model(arguments, inputs, step=self.state.global_step)
         if not return_outputs:
             return output.total
         # For `compute_metrics` and `predict`: the logits of the student.

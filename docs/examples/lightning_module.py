@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from kdlib import OUTPUT, Distiller, HintLoss, Objective, SoftTargetLoss, StudentAdapter, TeacherAdapter, Term
+from kdlib.schedules import cosine
 
 
 def network(width: int) -> nn.Sequential:
@@ -19,7 +20,9 @@ def build() -> Distiller:
     taps = {"hidden": "2", "logits": OUTPUT}
     terms = {
         "soft": Term(SoftTargetLoss(temperature=2.0), student="logits", teacher="logits"),
-        "hint": Term(HintLoss(), student="hidden", teacher="hidden", project="auto", weight=0.5),
+        "hint": Term(
+            HintLoss(), student="hidden", teacher="hidden", project="auto", weight=cosine(1.0, 0.1, steps=100)
+        ),
     }
     teacher = TeacherAdapter(network(64), taps)
     return Distiller(StudentAdapter(network(16), taps), {"big": teacher}, Objective(terms))
@@ -34,7 +37,7 @@ class Distillation(lightning.LightningModule):
 
     def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
         (inputs,) = batch
-        output = self.distiller(inputs)
+        output = self.distiller(inputs, step=self.global_step)
         self.log_dict({name: value.detach() for name, value in output.terms.items()})
         return output.total
 

@@ -70,7 +70,7 @@ def main() -> None:
 
     terms = {
         "labels": labels,
-        "soft": Term(SoftTargetLoss(temperature=2.0), student="logits", teacher="logits", target="labeled"),
+        "soft": Term(SoftTargetLoss(temperature=2.0), student="logits", teacher="logits", mask="labeled"),
         "map": Term(HintLoss(), student="map", teacher="map", project="auto"),
     }
     before = pixel_accuracy(student, *new)

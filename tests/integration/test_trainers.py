@@ -2,7 +2,7 @@
 
 import runpy
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from kdlib import (
     TrainConfig,
     train,
 )
+from kdlib.schedules import cosine, piecewise
 
 pytestmark = [
     # Warnings of these packages about themselves and about the machine.
@@ -35,14 +36,14 @@ pytestmark = [
 ]
 
 
-def distiller() -> Distiller:
+def distiller(weight: float | Callable[[int], float] = 0.1) -> Distiller:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         student = nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 4))
         teacher = nn.Sequential(nn.Linear(6, 12), nn.BatchNorm1d(12), nn.ReLU(), nn.Linear(12, 4))
         terms = {
             "angle": Term(AngularDistillLoss(form="cosine"), student="out", teacher="out"),
-            "hint": Term(HintLoss(), student="middle", teacher="middle", project="auto", weight=0.1),
+            "hint": Term(HintLoss(), student="middle", teacher="middle", project="auto", weight=weight),
         }
         made = Distiller(
             StudentAdapter(student, {"out": OUTPUT, "middle": "0"}),
@@ -194,25 +195,33 @@ def test_accelerate_in_bfloat16_saves_and_loads_its_state(checked: Distiller, tm
     assert epochs(5) == straight
 
 
-def compiled_losses(made: Distiller, forward: Any) -> list[float]:
+def losses(made: Distiller, forward: Any) -> list[float]:
     optimizer = torch.optim.Adam(made.trainable_parameters(), lr=1e-2)
     found = []
     for step in range(10):
-        made.objective.set_step(step)
         for (images,) in loader():
             optimizer.zero_grad()
-            total = forward(images, {}).total
+            total = forward(images, {}, step=step).total
             total.backward()
             optimizer.step()
             found.append(total.item())
     return found
 
 
-def test_the_whole_distiller_compiles_to_one_graph(checked: Distiller) -> None:
+@pytest.mark.parametrize("weight", [cosine(1.0, 0.1, 10), piecewise({0: 1.0, 4: 0.5})])
+def test_a_distiller_with_a_schedule_compiles_to_one_graph(weight: Callable[[int], float]) -> None:
     torch._dynamo.reset()
-    eager = distiller()
-    compiled = torch.compile(checked, fullgraph=True, backend="aot_eager")
-    assert compiled_losses(checked, compiled) == pytest.approx(compiled_losses(eager, eager), rel=1e-5)
+    made, eager = distiller(weight), distiller(weight)
+    graphs = 0
+
+    def count(graph: Any, inputs: Any) -> Any:
+        nonlocal graphs
+        graphs += 1
+        return graph
+
+    compiled = torch.compile(made, fullgraph=True, backend=count)
+    assert losses(made, compiled) == pytest.approx(losses(eager, eager), rel=1e-5)
+    assert graphs <= 4, "the step must be a symbol of the graph"
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")
@@ -236,9 +245,9 @@ def test_a_compiled_step(checked: Distiller) -> None:
 def test_activation_checkpointing_of_the_layers(checked: Distiller) -> None:
     wrapper = pytest.importorskip("torch.distributed.algorithms._checkpoint.checkpoint_wrapper")
     names = list(checked.state_dict())
-    expected = compiled_losses(made := distiller(), made)
+    expected = losses(made := distiller(), made)
     wrapper.apply_activation_checkpointing(checked.student.model, check_fn=lambda layer: isinstance(layer, nn.Linear))
-    assert compiled_losses(checked, checked) == pytest.approx(expected, rel=1e-6)
+    assert losses(checked, checked) == pytest.approx(expected, rel=1e-6)
     assert list(checked.state_dict()) == names
 
 
