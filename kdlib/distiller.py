@@ -1,6 +1,6 @@
 """The Module that runs a student, its teachers and an objective on a batch."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Self
 
 import torch
@@ -67,12 +67,12 @@ class Distiller(nn.Module):
             wanted = "a Teacher, such as a TeacherAdapter around a model"
             check_type("Distiller", f"teachers[{name!r}]", teacher, Teacher, wanted)
         for name, term in objective.terms.items():
-            _check_tap(name, "student", student, term.student)
+            _check_taps(name, "student", student, term.student)
             if term.teacher is None:
                 continue
             check_term_teachers("Distiller", name, term.teachers or (), teachers)
             for key in term.teachers or teachers:
-                _check_tap(name, f"teacher {key!r}", teachers[key], term.teacher)
+                _check_taps(name, f"teacher {key!r}", teachers[key], term.teacher)
                 if term.project is not None:
                     check_key("Distiller", f"the name of a teacher that term {name!r} projects to", key)
         self.student = student
@@ -189,7 +189,8 @@ class Distiller(nn.Module):
         return self
 
 
-def _check_tap(term: str, owner: str, model: object, tap: str) -> None:
-    """Check a feature name where the model declares its taps; other models are checked in the first forward."""
-    if isinstance(model, HasTaps):
-        check_name(f"Distiller: term {term!r}", f"feature of the {owner}", tap, model.taps)
+def _check_taps(term: str, owner: str, model: object, taps: str | Sequence[str]) -> None:
+    """Check feature names where the model declares its taps; other models are checked in the first forward."""
+    for tap in (taps,) if isinstance(taps, str) else taps:
+        if isinstance(model, HasTaps):
+            check_name(f"Distiller: term {term!r}", f"feature of the {owner}", tap, model.taps)

@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from kdlib.types import Side
+
 __all__ = ["Comparison", "InfluenceReport", "TeacherInfluence", "TermInfluence", "measure", "unchanged"]
 
 
@@ -37,7 +39,8 @@ class TermInfluence:
     """Influence of one term.
 
     Args:
-        student: the student feature that the term compares, at which its gradient is taken.
+        student: the student feature that the term compares, at which its gradient is taken; the names of several are
+            joined by commas, and the gradient is that at all of them together.
         weight: the term's weight at this step.
         loss: the term's value times its weight.
         loss_share: share of the losses of all terms, by magnitude.
@@ -129,7 +132,7 @@ class Comparison(NamedTuple):
     """Result of an objective for one term and batch.
 
     Args:
-        feature: the student's feature, `(b, ...)`.
+        feature: the student's feature, `(b, ...)`, or the features of several taps.
         losses: `(k, b)`, times the sample weights, or `(k,)` without a per-sample form; for a supervised term `(b,)` or
             a scalar.
         teachers: names of the k teachers.
@@ -137,7 +140,7 @@ class Comparison(NamedTuple):
         sample: sample weights `(b,)`; `None` for all ones.
     """
 
-    feature: Tensor
+    feature: Side
     losses: Tensor
     teachers: tuple[str, ...] = ()
     weights: Tensor | None = None
@@ -248,8 +251,10 @@ def unchanged(*modules: nn.Module, device: torch.device) -> Iterator[None]:
                 each._buffers[name] = buffer
 
 
-def _gradient(loss: Tensor, feature: Tensor) -> Tensor:
+def _gradient(loss: Tensor, feature: Side) -> Tensor:
     """Return `d loss / d feature`, flat, in float32 or float64; zero where the loss does not depend on the feature."""
+    if not isinstance(feature, Tensor):
+        return torch.cat([_gradient(loss, each) for each in feature])
     gradient = torch.zeros_like(feature)
     # A mean over the batch has small gradients, which would underflow in a half-precision feature.
     scale = max(feature.shape[0], 1)

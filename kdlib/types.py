@@ -7,8 +7,9 @@ import torch
 from torch import Tensor, nn
 
 __all__ = [
-    "Features", "FrozenModel", "GraphWeighting", "HasFingerprint", "HasTaps", "Loss", "PenalizedWeighting",
-    "Projection", "Schedule", "ScheduledLoss", "Targets", "Teacher", "WeightedLoss", "Weighting",
+    "CrossLayerLoss", "CrossLayerWeighting", "Features", "FrozenModel", "GraphWeighting", "HasFingerprint", "HasTaps",
+    "Loss", "MaskedLoss", "PenalizedWeighting", "Projection", "Schedule", "ScheduledLoss", "Side", "Targets", "Teacher",
+    "WeightedLoss", "Weighting",
 ]  # fmt: skip
 
 Features: TypeAlias = Mapping[str, Tensor]
@@ -16,6 +17,9 @@ Features: TypeAlias = Mapping[str, Tensor]
 
 Targets: TypeAlias = Mapping[str, Tensor]
 """Values of a batch besides its inputs, such as identities, sample ids and views; each `(b, ...)`."""
+
+Side: TypeAlias = Tensor | Sequence[Tensor]
+"""One side of a comparison: a feature, or the features of several layers in the order of the taps."""
 
 Schedule: TypeAlias = Callable[[int], float]
 """Maps the step, a whole number from 0, to a value; `kdlib.schedules` has the usual ones."""
@@ -28,12 +32,22 @@ class Loss(Protocol):
     def __call__(self, student: Tensor, teacher: Tensor, /) -> Tensor: ...
 
 
+class CrossLayerLoss(Protocol):
+    """Compares features of several layers, each `(b, ...)`; a term with lists of taps calls it with lists."""
+
+    def __call__(self, student: Sequence[Tensor], teacher: Sequence[Tensor], /) -> Tensor: ...
+
+
 @runtime_checkable
-class WeightedLoss(Loss, Protocol):
+class WeightedLoss(Protocol):
     """A loss that also accepts `weight=`, per-sample weights `(b,)`, as all losses of kdlib do.
 
-    An `Objective` reads `per_sample` once, when the term is created.
+    A loss that returns `(b,)` values needs no declaration: the objective weights the values itself. A Module with an
+    attribute `per_sample` declares that it takes `weight=` and, if it is true, `reduction="none"`. A `Term` reads it
+    once, when it is created.
     """
+
+    def __call__(self, student: Any, teacher: Any, /) -> Tensor: ...
 
     @property
     def per_sample(self) -> bool:
@@ -41,11 +55,29 @@ class WeightedLoss(Loss, Protocol):
 
 
 @runtime_checkable
-class ScheduledLoss(Loss, Protocol):
+class MaskedLoss(Protocol):
+    """A loss of dense features, such as logits of tokens or pixels, that also accepts `mask=`.
+
+    The mask is boolean `(b, ...)`; False leaves a position out. With `reduction="none"`, the value of a sample is the mean
+    over the positions that the mask keeps. A loss without the attribute `masked` is called with the mask of its term and
+    must accept it.
+    """
+
+    def __call__(self, student: Any, teacher: Any, /, *, mask: Tensor | None = None) -> Tensor: ...
+
+    @property
+    def masked(self) -> bool:
+        """Whether the loss accepts `mask=`; a term with a mask refuses a loss that does not."""
+
+
+@runtime_checkable
+class ScheduledLoss(Protocol):
     """A loss that also accepts `step=`, the step at which its schedules are evaluated.
 
-    An `Objective` reads `schedules` once, when the term is created, and passes the step if there are any.
+    A `Term` reads `schedules` once, when it is created, and passes the step if there are any.
     """
+
+    def __call__(self, student: Any, teacher: Any, /) -> Tensor: ...
 
     @property
     def schedules(self) -> Mapping[str, Schedule]:
@@ -85,6 +117,21 @@ class PenalizedWeighting(Weighting, Protocol):
 
     def penalty(self, losses: Tensor) -> Tensor:
         """Scalar that an `Objective` adds to its total each time it computes weights; `losses` are detached."""
+
+
+@runtime_checkable
+class CrossLayerWeighting(Protocol):
+    """A weighting that accepts terms with lists of taps.
+
+    Where `cross_layer` is true, `student` and each of `teachers` may be a list of features. Other weightings are called
+    for terms with one tap on each side only.
+    """
+
+    def __call__(self, losses: Tensor, *, student: Side, teachers: Sequence[Side], targets: Targets) -> Tensor: ...
+
+    @property
+    def cross_layer(self) -> bool:
+        """Whether the student and the teachers may be lists of features."""
 
 
 @runtime_checkable

@@ -27,7 +27,7 @@ CORE = {
     "weighting": set(),
     "schedules": set(),
     "influence": set(),
-    "objective": {"influence", "projections", "weighting"},
+    "objective": {"influence", "losses", "projections", "weighting"},
     "distiller": {"influence", "objective"},
     "training": {"adapters", "distiller", "objective", "schedules"},
     "evaluation": set(),

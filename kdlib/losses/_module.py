@@ -1,6 +1,8 @@
 """Base classes of the loss Modules."""
 
+import sys
 from collections.abc import Callable, Mapping
+from functools import partial
 from inspect import signature
 from typing import Any, ClassVar
 
@@ -11,7 +13,7 @@ from kdlib._maths import REDUCTIONS, MeanOnly, Reduction
 from kdlib._repr import CallRepr
 from kdlib.types import Schedule
 
-__all__ = ["FunctionLoss", "LossModule", "RelationLoss", "ScheduledModule"]
+__all__ = ["FunctionLoss", "LossModule", "RelationLoss", "ScheduledModule", "as_module"]
 
 
 class ScheduledModule(CallRepr):
@@ -32,15 +34,25 @@ class ScheduledModule(CallRepr):
         return {name: value_at(owner, name, getattr(self, name), step, above=0) for name in self._schedulable}
 
 
+_WITH_FUNCTION: list[type["_Loss"]] = []
+"""The Modules of functions in `kdlib.functional`."""
+
+
 class _Loss(ScheduledModule):
     """A loss whose constructor stores the hyper-parameters of `_function` as attributes of the same name."""
 
     _function: ClassVar[Callable[..., Tensor]]
     _arguments: ClassVar[tuple[str, ...]]
 
+    masked: ClassVar[bool] = False
+    """Whether `mask=` is accepted."""
+
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
         cls._arguments = tuple(signature(cls).parameters)
+        cls.masked = "mask" in signature(cls.forward).parameters
+        if "_function" in vars(cls):
+            _WITH_FUNCTION.append(cls)
 
     def _call(
         self,
@@ -95,3 +107,17 @@ class RelationLoss(_Loss):
     ) -> Tensor:
         """Compare `student` with `teacher`; `reduction=None` uses the constructor's."""
         return self._call(student, teacher, weight, reduction)
+
+
+def as_module(loss: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Return the Module of a function of `kdlib.functional`, or of a `functools.partial` that sets its hyper-parameters.
+
+    Other losses are returned as they are.
+    """
+    function, options = (loss.func, loss.keywords) if isinstance(loss, partial) and not loss.args else (loss, {})
+    for kind in _WITH_FUNCTION:
+        own = kind._function
+        public = vars(sys.modules[own.__module__]).get(own.__name__)  # the function with checked arguments
+        if (function is own or function is public) and options.keys() <= {*kind._arguments}:
+            return kind(**options)
+    return loss

@@ -6,20 +6,37 @@ from types import NoneType
 from torch import Tensor, nn
 
 from kdlib._checks import check_choice, check_key, check_type, show_shape
+from kdlib.types import CrossLayerWeighting, MaskedLoss, Weighting
 
 __all__ = [
-    "check_step_given", "check_term", "check_term_loss", "check_term_names", "check_weights_of", "late_projections",
+    "check_cross_layer", "check_masked", "check_step_given", "check_taps", "check_term", "check_term_loss",
+    "check_term_names", "check_weights_of", "late_projections",
 ]  # fmt: skip
 
 
+def check_taps(name: str, taps: object) -> str | tuple[str, ...]:
+    """Return the taps of one side: a name, or a tuple of the names in a sequence."""
+    if isinstance(taps, str):
+        return taps
+    if not isinstance(taps, Sequence) or not taps:
+        got = type(taps).__name__ if not isinstance(taps, Sequence) else "an empty one"
+        raise TypeError(f"Term: {name} must be the name of a tap or a list of names, got {got}")
+    for index, each in enumerate(taps):
+        check_type("Term", f"{name}[{index}]", each, str, "a str")
+    return tuple(taps)
+
+
 def check_term(
-    student: object, teacher: object, teachers: Sequence[str] | None, target: object, project: object, sample: object
+    student: str | tuple[str, ...],
+    teacher: str | tuple[str, ...] | None,
+    teachers: Sequence[str] | None,
+    project: object,
+    **targets: object,
 ) -> None:
     """A term needs a teacher feature, a target or both; `teachers` and `project` need a teacher feature."""
-    check_type("Term", "student", student, str, "a str")
-    for name, value in (("teacher", teacher), ("target", target), ("sample_weight", sample)):
+    for name, value in targets.items():
         check_type("Term", name, value, (str, NoneType), "a str or None")
-    if teacher is None and target is None:
+    if teacher is None and targets["target"] is None:
         raise ValueError("Term: at least one of teacher and target must be given, got neither")
     if teacher is None and (teachers is not None or project is not None):
         raise ValueError("Term: teachers and project need a teacher feature, got them with target alone")
@@ -32,6 +49,42 @@ def check_term(
     if isinstance(project, str):
         check_choice("Term", "project", project, ("auto",))
     check_type("Term", "project", project, (str, nn.Module, NoneType), "None, 'auto' or a Module")
+    given, wanted = (
+        ("1 tap" if isinstance(side, str) else f"a list of {len(side)}" if side else "none")
+        for side in (student, teacher)
+    )
+    if project == "auto" and given != wanted:
+        raise ValueError(
+            f"Term: project='auto' needs one student tap for each teacher tap, got {given} and {wanted}; give an "
+            "nn.ModuleList with a projection for each student tap, or a loss with projections of its own"
+        )
+    if isinstance(project, nn.Module) and isinstance(project, nn.ModuleList) == isinstance(student, str):
+        shape = (
+            "a Module that maps its feature" if isinstance(student, str) else "an nn.ModuleList with one Module each"
+        )
+        raise ValueError(f"Term: project must be {shape} for student {student!r}, got {type(project).__name__}")
+    if isinstance(project, nn.ModuleList) and len(project) != len(student):
+        raise ValueError(
+            f"Term: project must have {len(student)} Modules, one for each student tap, got {len(project)}"
+        )
+
+
+def check_masked(loss: object) -> None:
+    """The loss of a term with a mask must accept `mask=`, unless it does not declare whether it does."""
+    if isinstance(loss, MaskedLoss) and not loss.masked:
+        raise ValueError(
+            f"Term: mask needs a loss that accepts mask=, such as SoftTargetLoss, got {type(loss).__name__}; mask whole "
+            "samples by sample_weight"
+        )
+
+
+def check_cross_layer(term: str, weighting: Weighting) -> None:
+    """The weighting of a term with lists of taps must accept lists of features."""
+    if not (isinstance(weighting, CrossLayerWeighting) and weighting.cross_layer):
+        raise ValueError(
+            f"Objective: {type(weighting).__name__} reads one feature of each side, and term {term!r} has lists of taps; "
+            "give weigh_by= a term with one tap on each side, or another weighting such as UniformWeighting"
+        )
 
 
 def check_term_names(terms: object) -> None:
@@ -46,10 +99,12 @@ def check_term_names(terms: object) -> None:
 
 def check_term_loss(term: str, loss: Tensor, batch: int, *, weighted: bool, teacher: bool) -> None:
     """A term's loss must be `(b,)`; it may be a scalar unless the objective has to apply sample weights to it."""
+    check_type(f"Objective: term {term!r}", "the value of the loss", loss, Tensor, "a torch.Tensor")
     if tuple(loss.shape) != (batch,) and (weighted or (teacher and loss.dim())):
         wanted = f"(b,) = ({batch},)"
         wanted = f"{wanted} losses for its sample_weight" if weighted else f"a scalar or {wanted}"
-        raise ValueError(f"Objective: term {term!r} must return {wanted}, got {show_shape(loss)}")
+        remedy = "; return one value per sample, or accept weight= as a kdlib.types.WeightedLoss" if weighted else ""
+        raise ValueError(f"Objective: term {term!r} must return {wanted}, got {show_shape(loss)}{remedy}")
 
 
 def check_weights_of(losses: Tensor, weights: Tensor) -> None:

@@ -1,7 +1,7 @@
 """The weighted sum of terms."""
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -19,10 +19,16 @@ from kdlib._checks import (
     check_type,
 )
 from kdlib.influence import Comparison, InfluenceReport, measure, unchanged
-from kdlib.objective._checks import check_step_given, check_term_names, check_weights_of, late_projections
-from kdlib.objective.term import Term
+from kdlib.objective._checks import (
+    check_cross_layer,
+    check_step_given,
+    check_term_names,
+    check_weights_of,
+    late_projections,
+)
+from kdlib.objective.term import Term, first
 from kdlib.projections import infer_projection
-from kdlib.types import Features, GraphWeighting, PenalizedWeighting, Targets, Weighting
+from kdlib.types import CrossLayerWeighting, Features, GraphWeighting, PenalizedWeighting, Side, Targets, Weighting
 from kdlib.weighting import UniformWeighting
 
 __all__ = ["Objective", "ObjectiveOutput"]
@@ -91,6 +97,9 @@ class Objective(nn.Module):
         self.terms = dict(terms)
         self.weighting = UniformWeighting() if weighting is None else weighting
         self.weigh_by = weigh_by
+        for name, term in terms.items():
+            if term.cross_layer and term.teacher is not None and weigh_by in (None, name):
+                check_cross_layer(name, self.weighting)
         self._step: int | None = None
         self._given = False
         self.losses = nn.ModuleDict({n: t.loss for n, t in self.terms.items() if isinstance(t.loss, nn.Module)})
@@ -108,11 +117,12 @@ class Objective(nn.Module):
 
     def get_extra_state(self) -> Tensor:
         """Return the step as the tensor that a state dict holds."""
-        return torch.tensor(UNKNOWN if self._step is None else self._step)
+        # On the CPU whatever the default device: the step is a Python number, and loading it waits for no accelerator.
+        return torch.tensor(UNKNOWN if self._step is None else self._step, device="cpu")
 
     def set_extra_state(self, state: Tensor) -> None:
         """Read the step from a state dict."""
-        step = int(state)
+        step = UNKNOWN if state.is_meta else int(state)
         self._step, self._given = None if step == UNKNOWN else step, False
 
     def extra_repr(self) -> str:
@@ -128,15 +138,18 @@ class Objective(nn.Module):
         for name, term in self.terms.items():
             if term.project is None or name in self.projections:
                 continue
-            student = _feature("student", student_features, term.student, name)
+            student = _side("student", student_features, term.student, name)
             projections: dict[str, nn.Module] = {}
             for key, teacher in self._teachers(name, teacher_features).items():
                 check_key("Objective", f"the name of a teacher that term {name!r} projects to", key)
                 if isinstance(term.project, nn.Module):
                     projections[key] = copy.deepcopy(term.project) if projections else term.project
+                elif isinstance(student, Tensor):
+                    projections[key] = infer_projection(student.detach(), first(teacher))
                 else:
-                    projections[key] = infer_projection(student.detach(), teacher)
-            self.projections[name] = nn.ModuleDict(projections).to(student.device)
+                    pairs = zip(student, teacher, strict=True)
+                    projections[key] = nn.ModuleList(infer_projection(s.detach(), t) for s, t in pairs)
+            self.projections[name] = nn.ModuleDict(projections).to(first(student).device)
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, metadata: Any, strict: bool, *lists: list[str]
@@ -210,7 +223,7 @@ class Objective(nn.Module):
         device = next(iter(leaves.values())).device
         with unchanged(self, device=device), torch.enable_grad():
             compared, _ = self._compare(leaves, teacher_features or {}, targets or {}, step)
-            weighted = {name: (term.weight_at(step), term.student) for name, term in self.terms.items()}
+            weighted = {name: (term.weight_at(step), _label(term.student)) for name, term in self.terms.items()}
             return measure(step, compared, weighted)
 
     def _last_step(self, *, stale: bool = False) -> int | None:
@@ -229,7 +242,7 @@ class Objective(nn.Module):
         lead: Comparison | None = None
         for name in sorted(self.terms, key=lambda name: name != self.weigh_by):
             term = self.terms[name]
-            student = _feature("student", student_features, term.student, name)
+            student = _side("student", student_features, term.student, name)
             sample = term.sample_weights(name, student, targets)
             if term.teacher is None:
                 values = term.values(name, student, None, targets, sample, step)
@@ -241,7 +254,7 @@ class Objective(nn.Module):
                 [term.values(name, projected[key], x, targets, sample, step) for key, x in teachers.items()]
             )
             if lead is None:
-                per_sample = losses if losses.dim() == 2 else losses[:, None].expand(-1, student.shape[0])
+                per_sample = losses if losses.dim() == 2 else losses[:, None].expand(-1, first(student).shape[0])
                 weights = self._weights(per_sample, student, [*teachers.values()], targets)
                 if isinstance(self.weighting, PenalizedWeighting):
                     penalties.append(self.weighting.penalty(per_sample.detach()))
@@ -252,33 +265,44 @@ class Objective(nn.Module):
                 lead = compared[name]
         return {name: compared[name] for name in self.terms}, penalties
 
-    def _weights(self, losses: Tensor, student: Tensor, teachers: list[Tensor], targets: Targets) -> Tensor:
+    def _weights(self, losses: Tensor, student: Side, teachers: list[Side], targets: Targets) -> Tensor:
         with_graph = isinstance(self.weighting, GraphWeighting) and self.weighting.needs_graph
         given = losses if with_graph else losses.detach()
-        weights = self.weighting(given, student=student, teachers=teachers, targets=targets)
+        weighting = cast(CrossLayerWeighting, self.weighting)  # called with lists only where it accepts them
+        weights = weighting(given, student=student, teachers=teachers, targets=targets)
         check_weights_of(losses, weights)
         return weights.detach() if with_graph else weights
 
-    def _project(self, name: str, teacher: str, student: Tensor) -> Tensor:
+    def _project(self, name: str, teacher: str, student: Side) -> Side:
         if self.terms[name].project is None:
             return student
         projections = cast(nn.ModuleDict, self.projections[name])
         check_name(f"Objective: term {name!r}", "projection for teacher", teacher, projections.keys())
-        return cast(Tensor, projections[teacher](student))
+        own = projections[teacher]
+        if isinstance(student, Tensor):
+            return cast(Tensor, own(student))
+        return [each(x) for each, x in zip(cast(nn.ModuleList, own), student, strict=True)]
 
-    def _teachers(self, name: str, teacher_features: Mapping[str, Features]) -> dict[str, Tensor]:
-        """Return the detached feature of each teacher of a term."""
+    def _teachers(self, name: str, teacher_features: Mapping[str, Features]) -> dict[str, Side]:
+        """Return the detached feature, or features, of each teacher of a term."""
         term = self.terms[name]
         check_term_teachers("Objective", name, term.teachers or (), teacher_features)
-        return {
-            key: _feature(f"teacher {key!r}", teacher_features[key], str(term.teacher), name).detach()
-            for key in term.teachers or teacher_features
-        }
+        sides: dict[str, Side] = {}
+        for key in term.teachers or teacher_features:
+            side = _side(f"teacher {key!r}", teacher_features[key], term.teacher or (), name)
+            sides[key] = side.detach() if isinstance(side, Tensor) else [each.detach() for each in side]
+        return sides
 
 
-def _feature(owner: str, features: Features, tap: str, term: str) -> Tensor:
-    check_name(f"Objective: term {term!r}", f"feature of the {owner}", tap, features)
-    return features[tap]
+def _side(owner: str, features: Features, taps: str | Sequence[str], term: str) -> Side:
+    """Return the feature of a tap, or a list of the features of several taps."""
+    for tap in (taps,) if isinstance(taps, str) else taps:
+        check_name(f"Objective: term {term!r}", f"feature of the {owner}", tap, features)
+    return features[taps] if isinstance(taps, str) else [features[tap] for tap in taps]
+
+
+def _label(taps: str | Sequence[str]) -> str:
+    return taps if isinstance(taps, str) else ", ".join(taps)
 
 
 def _rows(lead: Comparison, teachers: list[str], term: str) -> Tensor:

@@ -1,13 +1,14 @@
 """Constant weights chosen by the user."""
 
 from collections.abc import Sequence
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from kdlib._checks import check_shape, check_shares
 from kdlib._repr import CallRepr
-from kdlib.types import Targets
+from kdlib.types import Side, Targets
 from kdlib.weighting._checks import check_teachers
 
 __all__ = ["FixedWeighting"]
@@ -31,11 +32,13 @@ class FixedWeighting(CallRepr):
                 [0.2500, 0.2500]])
     """
 
+    cross_layer: ClassVar[bool] = True
+
     def __init__(self, weights: Sequence[float]) -> None:
         super().__init__()
         self.weights = check_shares("FixedWeighting", "weights", weights)
 
-    def forward(self, losses: Tensor, *, student: Tensor, teachers: Sequence[Tensor], targets: Targets) -> Tensor:
+    def forward(self, losses: Tensor, *, student: Side, teachers: Sequence[Side], targets: Targets) -> Tensor:
         """Return weights `(k, b)` for losses `(k, b)`; the other arguments are ignored."""
         check_teachers("FixedWeighting", losses)
         check_shape("FixedWeighting", "losses", losses, "k b", k=len(self.weights))

@@ -10,7 +10,7 @@ from torch import Tensor
 from kdlib._checks import check_number
 from kdlib._maths import full_precision
 from kdlib._repr import CallRepr
-from kdlib.types import Targets
+from kdlib.types import Side, Targets
 from kdlib.weighting._checks import check_max_weight, check_teachers
 
 __all__ = ["GradientWeighting"]
@@ -61,6 +61,7 @@ class GradientWeighting(CallRepr):
         at the logits and solve by a one-class SVM, with nu = 1 / (C K) for our C.
     """
 
+    cross_layer: ClassVar[bool] = True
     needs_graph: ClassVar[bool] = True
 
     def __init__(self, *, max_weight: float = 1.0) -> None:
@@ -68,12 +69,13 @@ class GradientWeighting(CallRepr):
         check_number("GradientWeighting", "max_weight", max_weight, above=0, max=1)
         self.max_weight = max_weight
 
-    def forward(self, losses: Tensor, *, student: Tensor, teachers: Sequence[Tensor], targets: Targets) -> Tensor:
+    def forward(self, losses: Tensor, *, student: Side, teachers: Sequence[Side], targets: Targets) -> Tensor:
         """Return weights `(k, b)` and keep the graph of the losses; `teachers` and `targets` are ignored.
 
         Args:
             losses: `(k, b)`, with their graph.
-            student: the feature `(b, ...)` from which the losses were computed.
+            student: the feature `(b, ...)` from which the losses were computed; or a list of features, whose gradients
+                count as one.
 
         Raises:
             ValueError: `max_weight` is below 1 / k.
@@ -82,16 +84,17 @@ class GradientWeighting(CallRepr):
         k = losses.shape[0]
         check_max_weight("GradientWeighting", self.max_weight, k)
         uniform = torch.full_like(losses, 1 / max(k, 1), requires_grad=False)
-        if k < 2 or not (losses.requires_grad and student.requires_grad):
+        features = [each for each in ([student] if isinstance(student, Tensor) else student) if each.requires_grad]
+        if k < 2 or not (losses.requires_grad and features):
             return uniform
-        sums = losses.sum(1)
-        partials = [torch.autograd.grad(each, student, retain_graph=True, allow_unused=True)[0] for each in sums]
+        partials = [
+            torch.autograd.grad(each, features, retain_graph=True, materialize_grads=True) for each in losses.sum(1)
+        ]
         with torch.no_grad(), full_precision(losses):
-            dtype = torch.promote_types(student.dtype, torch.float32)
-            zero = torch.zeros((), dtype=dtype, device=student.device).expand(student.shape)
-            gradients = torch.stack([(zero if each is None else each.to(dtype)).flatten() for each in partials])
+            dtype = torch.float64 if any(each.dtype == torch.float64 for each in features) else torch.float32
+            gradients = torch.stack([torch.cat([each.to(dtype).flatten() for each in row]) for row in partials])
             # Squares of the raw values could overflow or underflow; the weights do not depend on a common scale.
-            largest = gradients.abs().amax() if gradients.numel() else zero.sum()
+            largest = gradients.abs().amax() if gradients.numel() else gradients.sum()
             gradients = gradients / torch.where(largest == 0, 1.0, largest)
             # A float32 matrix product would round equal rows differently.
             wide = torch.float32 if gradients.device.type == "mps" else torch.float64

@@ -1,6 +1,7 @@
 """Weights from one learned uncertainty per teacher (Kendall et al.)."""
 
 from collections.abc import Sequence
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -8,7 +9,7 @@ from torch import Tensor, nn
 from kdlib._checks import check_number, check_shape
 from kdlib._maths import full_precision
 from kdlib._repr import CallRepr
-from kdlib.types import Targets
+from kdlib.types import Side, Targets
 from kdlib.weighting._checks import check_teachers
 
 __all__ = ["UncertaintyWeighting"]
@@ -61,13 +62,15 @@ class UncertaintyWeighting(CallRepr):
         regression.
     """
 
+    cross_layer: ClassVar[bool] = True
+
     def __init__(self, num_teachers: int) -> None:
         super().__init__()
         check_number("UncertaintyWeighting", "num_teachers", num_teachers, min=1, integer=True)
         self.num_teachers = num_teachers
         self.log_variances = nn.Parameter(torch.zeros(num_teachers))
 
-    def forward(self, losses: Tensor, *, student: Tensor, teachers: Sequence[Tensor], targets: Targets) -> Tensor:
+    def forward(self, losses: Tensor, *, student: Side, teachers: Sequence[Side], targets: Targets) -> Tensor:
         """Return weights `(k, b)` for losses `(k, b)`, without gradient; the other arguments are ignored."""
         self._check(losses)
         with full_precision(losses):

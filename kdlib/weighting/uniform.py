@@ -1,11 +1,12 @@
 """Equal weights for all teachers."""
 
 from collections.abc import Sequence
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from kdlib.types import Targets
+from kdlib.types import Side, Targets
 from kdlib.weighting._checks import check_teachers
 
 __all__ = ["UniformWeighting"]
@@ -21,7 +22,9 @@ class UniformWeighting(nn.Module):
                 [0.5000, 0.5000, 0.5000]])
     """
 
-    def forward(self, losses: Tensor, *, student: Tensor, teachers: Sequence[Tensor], targets: Targets) -> Tensor:
+    cross_layer: ClassVar[bool] = True
+
+    def forward(self, losses: Tensor, *, student: Side, teachers: Sequence[Side], targets: Targets) -> Tensor:
         """Return weights `(k, b)` for losses `(k, b)`; the other arguments are ignored."""
         check_teachers("UniformWeighting", losses)
         return torch.full_like(losses, 1 / max(losses.shape[0], 1), requires_grad=False)

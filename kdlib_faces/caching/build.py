@@ -112,7 +112,7 @@ def build(
         raise InputError("cache: workers must be 1 on Windows, which does not support POSIX locks")
     before = torch.get_num_threads()
     threads = max(1, before // workers)
-    work = partial(_build, config, output, read_faces(faces, on_error=on_error), teacher, tuple(taps))
+    work = partial(_build, config, output, read_faces(faces, on_error=on_error, unlabeled=True), teacher, tuple(taps))
     torch.set_num_threads(threads)
     try:
         with _sigterm_exits(), _workers(workers - 1, work, threads, quiet=not progress):
@@ -177,7 +177,14 @@ def verify(
             return verify_cache(cache, progress=show)
         views, taps, size, images = _build_options(cache)
         source = CacheSource(
-            read_faces(faces), teacher, taps, views, size=size, decoders=decoders, images=images, quiet=not progress
+            read_faces(faces, unlabeled=True),
+            teacher,
+            taps,
+            views,
+            size=size,
+            decoders=decoders,
+            images=images,
+            quiet=not progress,
         )
         TeacherCache.open(path, fingerprint=source.fingerprint)
         return verify_cache(cache, teacher=source.model, fetch=source.fetch, recompute=rows, progress=show)

@@ -22,7 +22,9 @@ class FaceBatches:
 
     Inputs are `(b, 3, s, s)` float32 in `[-1, 1]`. The last, smaller batch of an epoch is dropped. Targets are:
 
-    - `"identity"`: `(b,)` int64.
+    - `"identity"`: `(b,)` int64, -1 unknown.
+    - `"labeled"` and `"known_identity"`, if an identity is unknown: `(b,)` float32, 1 where the identity is known, else 0;
+      and `(b,)` int64, the identity with 0 in place of -1, for a term with `sample_weight="labeled"`.
     - `"sample"`: `(b,)` int64, the sample id of each image.
     - `"view"`: `(b,)` int64, 0 plain and 1 mirrored; with `views`, the view number.
     - `"age"`, where ages are given: `(b,)` float32 years, NaN unknown.
@@ -34,7 +36,7 @@ class FaceBatches:
 
     Args:
         images: `(n, 3, s, s)` uint8, a tensor, array or memory map.
-        identities: `(n,)` whole numbers.
+        identities: `(n,)` whole numbers, -1 where unknown.
         batch_size: Images per batch.
         seed: Seed of the order and the views.
         ages: `(n,)` years, or None.
@@ -100,9 +102,15 @@ class FaceBatches:
                 raise ValueError(f"{owner}: {name} must be (n,) = ({count},), got {tuple(column.shape)}")
         if identity_age is not None:
             check_choice(owner, "identity_age", identity_age, [name for name in self.columns if name.startswith("age")])
-        self._num_identities = len(np.unique(self.columns["identity"].numpy()))
+        known = self.columns["identity"] >= 0
+        self._num_identities = len(np.unique(self.columns["identity"][known].numpy()))
+        if not known.all():
+            self.columns["labeled"] = known.float()
+            self.columns["known_identity"] = self.columns["identity"].clamp(min=0)
         if samples_per_identity is not None:
             check_number(owner, "samples_per_identity", samples_per_identity, min=1, integer=True)
+            if not known.all():
+                raise ValueError(f"{owner}: identities must all be known for samples_per_identity, got -1")
             per_batch, rest = divmod(batch_size, samples_per_identity)
             if rest or per_batch > self._num_identities:
                 raise ValueError(

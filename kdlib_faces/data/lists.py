@@ -43,7 +43,7 @@ class FaceList:
 
     Attributes:
         paths: `n` image files.
-        identities: `(n,)` int64, an index into `identity_names`.
+        identities: `(n,)` int64, an index into `identity_names`, -1 where unknown.
         identity_names: One name per identity, in the spelling that came first.
         ages: `(n,)` float32 years, NaN where unknown; None if no age is known.
         age_groups: `(n,)` int64, an index into `group_names`, -1 where unknown; None if no group is known.
@@ -71,14 +71,21 @@ class FaceList:
         return len(self.paths)
 
     def __repr__(self) -> str:
+        unknown = int((self.identities < 0).sum())
+        labels = f", {unknown} without identity" if unknown else ""
         known = "" if self.ages is None else f", {int(np.isfinite(self.ages).sum())} ages"
         groups = f", groups {', '.join(self.group_names)}" if self.group_names else ""
-        return f"<FaceList: {len(self)} images, {self.num_identities} identities{known}{groups}>"
+        return f"<FaceList: {len(self)} images, {self.num_identities} identities{labels}{known}{groups}>"
 
     @property
     def num_identities(self) -> int:
         """Number of identities."""
         return len(self.identity_names)
+
+    @property
+    def all_labeled(self) -> bool:
+        """Whether the identity of every image is known."""
+        return bool((self.identities >= 0).all())
 
     def subset(self, indices: ArrayLike) -> "FaceList":
         """Return the rows `indices` ((m,) whole numbers, or an (n,) bool mask), in that order.
@@ -95,10 +102,12 @@ class FaceList:
                 f"mask, got {rows.shape} {rows.dtype}"
             )
         rows = rows.astype(np.int64)
-        kept, numbers = np.unique(self.identities[rows], return_inverse=True)
+        kept = np.unique(self.identities[rows])
+        kept = kept[kept >= 0]
+        numbers = np.where(self.identities[rows] < 0, -1, np.searchsorted(kept, self.identities[rows]))
         return FaceList(
             paths=tuple(self.paths[row] for row in rows),
-            identities=numbers.astype(np.int64).reshape(-1),
+            identities=numbers.astype(np.int64),
             identity_names=tuple(self.identity_names[number] for number in kept),
             ages=None if self.ages is None else self.ages[rows],
             age_groups=None if self.age_groups is None else self.age_groups[rows],
@@ -127,7 +136,10 @@ _Image = tuple[Path, int, float, str]
 
 
 def read_faces(
-    paths: Sequence[str | PathLike[str]] | str | PathLike[str], *, on_error: Literal["stop", "skip"] = "stop"
+    paths: Sequence[str | PathLike[str]] | str | PathLike[str],
+    *,
+    on_error: Literal["stop", "skip"] = "stop",
+    unlabeled: bool = False,
 ) -> FaceList:
     """Read lists of faces and merge them.
 
@@ -145,6 +157,8 @@ def read_faces(
         paths: One or more CSV files and folders.
         on_error: `"skip"` decodes every image once, and leaves out those that are missing or cannot be read, with a warning;
             `"stop"` decodes none, and a missing image is an error.
+        unlabeled: Accept images without identity: CSV rows whose identity is empty, CSV files without the column, and images
+            that lie directly in a folder. Otherwise the first two are errors, and the last are skipped with a note.
 
     Returns:
         FaceList with every image of every list, in their order.
@@ -175,18 +189,19 @@ def read_faces(
         numbers.start_list()
         parts = [entry] if os.path.exists(entry) else entry.split("+")
         for part in map(Path, parts):
-            for where, file, identity, age, group in _folder_rows(part, notes) if part.is_dir() else _csv_rows(part):
+            found = _folder_rows(part, notes, unlabeled) if part.is_dir() else _csv_rows(part, unlabeled)
+            for where, file, identity, age, group in found:
                 key = os.path.abspath(file)
                 if key in seen:
                     raise InputError(f"{where}: the image {str(file)!r} is listed already ({seen[key]})")
                 seen[key] = where
-                rows.append((file, numbers.add(identity, where), age, group))
+                rows.append((file, numbers.add(identity, where) if identity else -1, age, group))
     sources = tuple(str(entry) for entry in entries)
     if on_error == "skip":
         rows = _readable(rows, sources, notes)
     files, identities, ages, groups = zip(*rows, strict=True)
     _check_files(files, sources)
-    if len(set(identities)) < 2:
+    if len(set(identities)) < 2 and not unlabeled:
         name = numbers.names[identities[0]]
         raise InputError(f"{', '.join(sources)}: at least two identities are needed, got one ({name!r})")
     group_names = tuple(sorted({group for group in groups if group}))
@@ -211,23 +226,24 @@ def read_faces(
 _Row = tuple[str, Path, str, float, str]
 
 
-def _csv_rows(path: Path) -> Iterator[_Row]:
+def _csv_rows(path: Path, unlabeled: bool) -> Iterator[_Row]:
     known = ("path", "identity", "age", "age_group")
-    _, rows = read_table(path, what="face list", known=known, needed=("path", "identity"))
+    needed = ("path",) if unlabeled else ("path", "identity")
+    _, rows = read_table(path, what="face list", known=known, needed=needed)
     for where, cells in rows:
         age = parse_age(cells["age"], where) if cells.get("age") else math.nan
         file = path.parent / cells["path"]
         if "\\" in cells["path"] and not file.exists():
             raise InputError(f"{where}: the path has backslashes; write slashes, got {cells['path'][:80]!r}")
-        yield where, file, cells["identity"], age, cells.get("age_group", "").casefold()
+        yield where, file, cells.get("identity", ""), age, cells.get("age_group", "").casefold()
 
 
-def _folder_rows(folder: Path, notes: list[str]) -> Iterator[_Row]:
+def _folder_rows(folder: Path, notes: list[str], unlabeled: bool) -> Iterator[_Row]:
     images, others = scan_folder(folder)
     found: dict[str, list[Path]] = {}
     for file in images:
         found.setdefault(file.relative_to(folder).parts[0], []).append(file)
-    loose = [files[0] for name, files in found.items() if files[0] == folder / name]
+    loose = sorted(files[0] for name, files in found.items() if files[0] == folder / name)
     found = {name: files for name, files in found.items() if files[0] != folder / name}
     lost = sorted({file.relative_to(folder).parts[0] for file in others if file.parent != folder} - set(found))
     if lost:
@@ -236,7 +252,7 @@ def _folder_rows(folder: Path, notes: list[str]) -> Iterator[_Row]:
             f"{folder}: no file of the identity {lost[0]!r} is an image that can be read ({_suffixes(files)})"
             f"{f', nor of {len(lost) - 1} more' if len(lost) > 1 else ''}; convert the files, or remove the folder"
         )
-    if not found:
+    if not found and not (unlabeled and loose):
         raise InputError(f"{folder}: no images found; a folder of faces needs one subfolder of images per identity")
     _check_depth(folder, found, notes)
     folders = {each.name for each in folder.iterdir() if each.is_dir() and not each.name.startswith(".")}
@@ -244,11 +260,13 @@ def _folder_rows(folder: Path, notes: list[str]) -> Iterator[_Row]:
         notes.append(f"{folder}: {len(empty):,} folders are empty, such as {empty[0]!r}")
     if others:
         notes.append(f"{folder}: {len(others):,} files are no images and were skipped ({_suffixes(others)})")
-    if loose:
+    if loose and not unlabeled:
         notes.append(f"{folder}: {len(loose):,} images belong to no identity and were skipped, such as {loose[0].name}")
     for name, files in sorted(found.items()):
         for file in sorted(files):
             yield str(folder), file, name, math.nan, ""
+    for file in loose if unlabeled else ():
+        yield str(folder), file, "", math.nan, ""
 
 
 def _suffixes(files: Sequence[Path]) -> str:
@@ -289,7 +307,7 @@ def _readable(rows: Sequence[_Image], sources: Sequence[str], notes: list[str]) 
     if not kept:
         raise InputError(f"{where}: none of the {len(rows):,} images can be read, such as {broken[0]}")
     if broken:
-        lost = len({row[1] for row in rows}) - len({row[1] for row in kept})
+        lost = len({row[1] for row in rows} - {-1}) - len({row[1] for row in kept} - {-1})
         notes.append(
             f"{where}: {len(broken):,} of {len(rows):,} images cannot be read and were skipped, and {lost:,} identities with "
             f"them: {'; '.join(broken[:5])}{'; ...' if len(broken) > 5 else ''}"

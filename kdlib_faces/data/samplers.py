@@ -67,7 +67,7 @@ def count_cross_age_identities(identities: ArrayLike, ages: ArrayLike, min_age_g
     """Count the identities with two images at least `min_age_gap` apart in age.
 
     Args:
-        identities: `(n,)` whole numbers from 0.
+        identities: `(n,)` whole numbers from 0, negative where unknown.
         ages: `(n,)` years, or age groups with a gap of 1; NaN or negative where unknown.
         min_age_gap: Minimum difference, years.
 
@@ -76,7 +76,7 @@ def count_cross_age_identities(identities: ArrayLike, ages: ArrayLike, min_age_g
         1
     """
     years = np.asarray(ages, dtype=np.float64)
-    known = years >= 0  # False for NaN
+    known = (years >= 0) & (np.asarray(identities) >= 0)  # False for NaN
     labels, years = np.asarray(identities)[known], years[known]
     if not len(labels):
         return 0

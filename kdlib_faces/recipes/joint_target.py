@@ -8,11 +8,15 @@ from torch import Tensor, nn
 
 from kdlib import Teacher
 from kdlib_faces.data.lists import FaceList
+from kdlib_faces.data.samplers import count_cross_age_identities
 from kdlib_faces.progress import say
 from kdlib_faces.teachers import FusedTeacher, cache_outputs, fit_joint_space, read_outputs
 from kdlib_faces.training import RunOptions
 
 __all__ = ["cache_live_teachers", "join_teachers"]
+
+MIN_AGE_GAP = 10.0
+"""Minimum age difference of a cross-age pair, years."""
 
 
 def cache_live_teachers(
@@ -53,11 +57,19 @@ def join_teachers(
     say("fitting the joint space of the teachers", quiet=not options.progress)
     rows = torch.arange(len(faces))
     embeddings = [_embeddings(teacher, rows, 0) + _embeddings(teacher, rows, 1) for teacher in teachers.values()]
-    ages = None if faces.ages is None or not age_map_weight else torch.from_numpy(faces.ages)
-    groups = None if faces.age_groups is None or not age_map_weight else torch.from_numpy(faces.age_groups)
+    ages = None if faces.ages is None else torch.from_numpy(faces.ages)
+    groups = None if faces.age_groups is None else torch.from_numpy(faces.age_groups)
+    columns = ((faces.ages, MIN_AGE_GAP), (faces.age_groups, 1.0))
+    pairs = sum(count_cross_age_identities(faces.identities, x, gap) for x, gap in columns if x is not None)
+    if not age_map_weight or pairs < 2:
+        reason = (
+            "recipe.age_map_weight is 0" if not age_map_weight else f"{pairs} identities have images of different ages"
+        )
+        say(f"no age map is fitted: {reason}", quiet=not options.progress)
+        ages = groups = None
     matrix = fit_joint_space(
         embeddings, torch.from_numpy(faces.identities), ages=ages, age_groups=groups, dim=dim,
-        l2_sp_weight=age_map_weight or 1.0, seed=options.seed,
+        l2_sp_weight=age_map_weight, min_age_gap=MIN_AGE_GAP, seed=options.seed,
     )  # fmt: skip
     return FusedTeacher(teachers, matrix)
 

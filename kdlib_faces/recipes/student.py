@@ -44,11 +44,12 @@ class StudentConfig(NetworkConfig):
         check_number(owner, "head_margin", self.head_margin, min=0)
         check_choice(owner, "head", self.head, ("cosface", "arcface"))
 
-    def identity_term(self, num_identities: int, weight: float = 1.0) -> Term:
-        """The margin softmax on the student's embedding."""
+    def identity_term(self, num_identities: int, weight: float = 1.0, *, all_labeled: bool = True) -> Term:
+        """The margin softmax on the student's embedding; images without identity do not enter it."""
         head = ArcFaceHead if self.head == "arcface" else CosFaceHead
         loss = head(self.embedding_dim, num_identities, self.head_scale, self.head_margin)
-        return Term(loss, student="embedding", target="identity", weight=weight)
+        target, labeled = ("identity", None) if all_labeled else ("known_identity", "labeled")
+        return Term(loss, student="embedding", target=target, weight=weight, sample_weight=labeled)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -32,7 +32,7 @@ def fit_joint_space(
 
     Args:
         embeddings: `(n, d_k)` of each teacher; row i of each belongs to the same image.
-        identities: `(n,)` int64; an identity with one image has no cross-age pair.
+        identities: `(n,)` int64, -1 where unknown.
         ages: `(n,)` years, NaN where unknown.
         age_groups: `(n,)` int64, -1 where unknown.
         dim: Dimensions of the joint space, at most the sum of the `d_k`.

@@ -97,7 +97,7 @@ def fit_age_map(
 
     Args:
         embeddings: `(n, d)`; rows are normalized here.
-        identities: `(n,)` int64.
+        identities: `(n,)` int64, -1 where unknown.
         ages: `(n,)` years, NaN where unknown. Either ages or age groups must be given.
         age_groups: `(n,)` int64, -1 where unknown. Two different groups make a cross-age pair.
         min_age_gap: Minimum age difference of a pair, years.
@@ -165,6 +165,7 @@ def _cross_age_pairs(
             return True
         return groups is not None and min(groups[i], groups[j]) >= 0 and groups[i] != groups[j]
 
+    rows.pop(-1, None)
     pairs = [[(i, j) for i in own for j in own if i != j and cross_age(i, j)] for own in rows.values()]
     return [each for each in pairs if each]
 

@@ -127,7 +127,9 @@ class TrainingSetup:
     images: Tensor | None = None
 
 
-def train_on_faces(build: Callable[[FaceList], TrainingSetup], options: RunOptions, *, recipe: str) -> Path:
+def train_on_faces(
+    build: Callable[[FaceList], TrainingSetup], options: RunOptions, *, recipe: str, unlabeled: bool = False
+) -> Path:
     """Train on face lists and write `model.pt` and `config.toml`; the same call resumes an interrupted run.
 
     Pixels beyond 8 GiB (228,000 images of 112 pixels) are decoded once to `OUTPUT/images.npy` and read from there.
@@ -136,6 +138,7 @@ def train_on_faces(build: Callable[[FaceList], TrainingSetup], options: RunOptio
         build: The recipe: face lists to everything that it decides.
         options: Inputs and outputs.
         recipe: Name of the recipe in the record of the run.
+        unlabeled: Whether the recipe accepts images without identity; see `read_faces`.
 
     Returns:
         The file of the trained network, `OUTPUT/model.pt`.
@@ -147,7 +150,7 @@ def train_on_faces(build: Callable[[FaceList], TrainingSetup], options: RunOptio
     if not options.faces:
         raise InputError("train: --faces must be given, a CSV list or a folder")
     check_output(output, "checkpoints", "config.toml", "images.npy", "images.npy.part", "log.jsonl", "run.json")
-    listed = read_faces(options.faces, on_error=options.on_error)
+    listed = read_faces(options.faces, on_error=options.on_error, unlabeled=unlabeled)
     setup = build(listed)
     training = setup.config.training
     record = describe_run(setup.config, recipe, listed, setup.fingerprints)

@@ -113,8 +113,22 @@ HINT = {"loss": HintLoss(), "student": "x", "teacher": "x"}
     ("change", "message"),
     [
         ({"loss": "hint"}, "Term: loss must be callable, got str"),
-        ({"student": 3}, "Term: student must be a str, got int"),
-        ({"teacher": 3}, "Term: teacher must be a str or None, got int"),
+        ({"student": 3}, "Term: student must be the name of a tap or a list of names, got int"),
+        ({"student": []}, "Term: student must be the name of a tap or a list of names, got an empty one"),
+        ({"student": ["x", 3]}, r"Term: student\[1\] must be a str, got int"),
+        ({"teacher": 3}, "Term: teacher must be the name of a tap or a list of names, got int"),
+        ({"mask": 3}, "Term: mask must be a str or None, got int"),
+        ({"mask": "m"}, "Term: mask needs a loss that accepts mask=, such as SoftTargetLoss, got HintLoss; mask whole"),
+        (
+            {"student": ["x", "y"], "project": "auto"},
+            "Term: project='auto' needs one student tap for each teacher tap, got a list of 2 and 1 tap; give an nn.Mod",
+        ),
+        ({"student": ["x"], "project": nn.Identity()}, r"Term: project must be an nn.ModuleList .* got Identity"),
+        (
+            {"project": nn.ModuleList()},
+            "Term: project must be a Module that maps its feature for student 'x', got Module",
+        ),
+        ({"student": ["x"], "project": nn.ModuleList()}, "Term: project must have 1 Modules, .* got 0"),
         ({"target": 3}, "Term: target must be a str or None, got int"),
         ({"sample_weight": 1.0}, "Term: sample_weight must be a str or None, got float"),
         ({"teachers": [1]}, r"Term: teachers\[0\] must be a str, got int"),
@@ -256,6 +270,9 @@ def test_invalid_sample_weights_are_errors(features) -> None:
     scalar = term(lambda s, t: (s - t).mean(), teacher="embedding")
     with pytest.raises(ValueError, match=r"must return \(b,\) = \(6,\) losses for its sample_weight, got \(\)"):
         scalar(student, teachers, {"known": torch.ones(6)})
+    number: Any = lambda s, t: 1.0  # noqa: E731
+    with pytest.raises(TypeError, match=r"term 'a': the value of the loss must be a torch.Tensor, got float"):
+        Objective({"a": Term(number, student="embedding", teacher="embedding")})(student, teachers)
     assert repr(hint.terms["a"]).endswith("teacher='embedding', sample_weight='known')")
 
 

@@ -244,7 +244,12 @@ def test_a_state_dict_without_a_step_loads_strictly() -> None:
 def test_the_step_survives_moves_and_meta_devices() -> None:
     made = distiller("weight")
     made(INPUTS, step=3)
+    with torch.device("meta"):
+        state = made.state_dict()
     assert made.to("meta").to_empty(device="cpu").objective.step == 3
+    assert int(state["objective._extra_state"]) == 3
+    made.objective.set_extra_state(torch.empty((), dtype=torch.long, device="meta"))  # of a model without values
+    assert made.objective.step is None
 
 
 STEPS = 24

@@ -206,7 +206,7 @@ def rename(toy: Toy) -> None:
         (objective(AngularDistillLoss()), {}, r"term 'hint' \(checkpoint \"Term\(HintLoss.*now \"Term\(AngularDistillLoss"),
         (objective(HintLoss(), "other"), {}, r"term 'hint' \(.*, now None\), term 'other' \(checkpoint None, now"),
         (objective(nn.SmoothL1Loss(beta=0.5)), {}, r"now \"Term\(SmoothL1Loss\(\).* {'beta': 0.5, 'reduction': 'mean'}\""),
-        (objective(HintLoss(), weight=lambda step: 1 + step), {}, r"term 'hint' .* weights \[1.0, 2.0, 3.0, 5.0\]"),
+        (objective(HintLoss(), weight=lambda step: 1 + step), {}, r"term 'hint' .* weight \[1.0, 2.0, 3.0, 5.0\]"),
         (lambda toy: toy.teachers["big"].model.weight.data.add_(1), {}, r"teacher 'big' \(checkpoint 'Linear .*, now 'Linear "),
         (None, {"optimizer": torch.optim.Adam}, r"optimizer \(checkpoint 'sgd', now \"Adam \[{'weight_decay': 0.0005"),
     ],

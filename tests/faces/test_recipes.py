@@ -76,7 +76,7 @@ def test_every_backbone_can_be_the_student() -> None:
 def test_one_teacher_alone_and_wrong_values() -> None:
     alone = build(_config(), teachers={"age": TEACHERS["age"]})
     assert sorted(alone.objective.terms) == ["attention", "embedding", "identity"]
-    with pytest.raises(InputError, match="must be named 'general' or 'age', got 'other'"):
+    with pytest.raises(InputError, match="must be named 'general', 'age' or 'joint', got 'other'"):
         build(_config(), teachers={"other": _Fixed(0)})
     with pytest.raises(ValueError, match="weighting must be one of 'uniform', 'center'"):
         _config(weighting="best")

@@ -8,11 +8,15 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from kdlib import Objective
 from kdlib.compression import shrink
 from kdlib_faces._checks import InputError
 from kdlib_faces.backbones import MBFFlat, build_backbone, describe_checkpoint, load_backbone, save_backbone
+from kdlib_faces.data.batches import FaceBatches
+from kdlib_faces.data.lists import read_faces
+from kdlib_faces.recipes import LIAADConfig
 from kdlib_faces.teachers import FusedTeacher, fit_joint_space, join_embeddings
-from tests.faces.cache_files import SIZE, build, fails, make_faces, run, settings
+from tests.faces.cache_files import COUNT, SIZE, build, fails, make_faces, run, settings
 
 SMALL = ["training.steps=3", "training.batch_size=8", "recipe.input_size=32", "start.images=16", "start.keep=0.5"]
 JOINT = ["recipe.target=joint", "recipe.joint_dim=12", "recipe.map_weight=0", "recipe.attention_weight=0"]
@@ -109,6 +113,65 @@ def test_a_network_that_takes_other_images_is_refused(folder: Path, tmp_path: Pa
     model.input_spec = model.input_spec.changed(color="bgr")
     save_backbone(model, folder / "bgr.pt")
     assert "must take RGB images" in fails(capsys, *train(folder, tmp_path / "run", *JOINT, start="bgr.pt"))
+
+
+# --- images without identity or age -----------------------------------------------------------------------------------
+
+
+def test_lists_without_identities_ages_or_both_train_together(folder: Path, tmp_path: Path, capsys) -> None:
+    pixels = [(folder / f"{number}.png").read_bytes() for number in range(COUNT)]
+    for name in ("nothing", "years"):
+        (tmp_path / name).mkdir()
+        for number, data in enumerate(pixels[:8]):
+            (tmp_path / name / f"{number}.png").write_bytes(data)
+    rows = [f"years/{number}.png,{5 * number}" for number in range(8)]
+    (tmp_path / "years.csv").write_text("\n".join(["path,age", *rows]) + "\n")
+    faces = read_faces([folder / "ages.csv", tmp_path / "years.csv", tmp_path / "nothing"], unlabeled=True)
+    assert repr(faces) == "<FaceList: 32 images, 8 identities, 16 without identity, 8 ages, groups adult, young>"
+    command = train(folder, tmp_path / "run", *JOINT)
+    more = ["--faces", tmp_path / "years.csv", "--faces", tmp_path / "nothing"]
+    assert run(*command, *more) == 0
+    terms = json.loads((tmp_path / "run" / "log.jsonl").read_text().splitlines()[0])["terms"]
+    assert set(terms) == {"identity", "embedding"}
+    alone = [word for word in command if word not in ("--faces", folder / "ages.csv")]
+    alone[alone.index(tmp_path / "run")] = tmp_path / "alone"
+    line = fails(capsys, *alone, *more)
+    assert "the lists hold 0 identities" in line
+    assert "--set recipe.identity_weight=0" in line
+    capsys.readouterr()
+    alone.remove("--quiet")
+    assert run(*alone, *more, *settings("recipe.identity_weight=0")) == 0
+    assert "no age map is fitted: 0 identities" in capsys.readouterr().err
+
+
+def test_unlabeled_images_do_not_change_the_identity_term() -> None:
+    pixels = torch.randint(0, 255, (8, 3, SIZE, SIZE), dtype=torch.uint8)
+    identities = torch.tensor([0, 0, 1, 1, -1, -1, -1, -1])
+    _, targets = next(iter(FaceBatches(pixels, identities, batch_size=8, seed=0)))
+    assert torch.equal(targets["labeled"], (targets["identity"] >= 0).float())
+    term = LIAADConfig(embedding_dim=4).identity_term(2, all_labeled=False)
+    embeddings = torch.randn(8, 4, generator=torch.Generator().manual_seed(0))
+    objective = Objective({"identity": term})
+    mixed = objective({"embedding": embeddings}, {}, targets).total
+    labeled = targets["identity"] >= 0
+    torch.testing.assert_close(mixed, term.loss(embeddings[labeled], targets["identity"][labeled]))
+
+
+def test_evaluation_and_other_recipes_need_identities(folder: Path, tmp_path: Path, capsys) -> None:
+    (tmp_path / "ages.csv").write_text(f"path,age\n{folder}/0.png,3\n{folder}/1.png,9\n")
+    assert "no column named 'identity'" in fails(
+        capsys, "train", "--recipe", "student", "--faces", tmp_path / "ages.csv", "--output", tmp_path / "run"
+    )
+    (tmp_path / "empty.csv").write_text(f"path,identity\n{folder}/0.png,\n{folder}/1.png,a\n")
+    with pytest.raises(InputError, match="identity is empty"):
+        read_faces([tmp_path / "empty.csv"])
+
+
+def test_subsets_keep_unknown_identities(folder: Path, tmp_path: Path) -> None:
+    rows = [f"{folder}/{number}.png,{name}" for number, name in enumerate(["a", "", "b", "", "c"])]
+    (tmp_path / "faces.csv").write_text("\n".join(["path,identity", *rows]) + "\n")
+    part = read_faces([tmp_path / "faces.csv"], unlabeled=True).subset([1, 2, 4])
+    assert (part.identities.tolist(), part.identity_names, part.all_labeled) == ([-1, 0, 1], ("b", "c"), False)
 
 
 # --- files of narrow networks -----------------------------------------------------------------------------------------
