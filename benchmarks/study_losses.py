@@ -111,7 +111,7 @@ class CachedFeature(nn.Module):
         source = "embedding" if feature == "logits" else feature
         self.cached = CachedTeacher(cached.cache, features=[source])
         self.feature, self.centers, self.scale = feature, centers, scale
-        self.reads = self.cached.reads
+        self.inputs = self.cached.inputs
 
     def forward(self, *targets: Tensor) -> dict[str, Tensor]:
         """Return the feature for sample ids and views."""

@@ -16,6 +16,7 @@ from kdlib.losses.logits.linear_soft_target import LinearSoftTargetLoss
 from kdlib.losses.logits.soft_target import SoftTargetLoss
 from kdlib.losses.relations.correlation_congruence import CorrelationCongruenceLoss
 from kdlib.losses.relations.dark_rank import DarkRankLoss
+from kdlib.losses.relations.log_sum import LogSumLoss
 from kdlib.losses.relations.pkt import PKTLoss
 from kdlib.losses.relations.rkd import RKDAngleLoss, RKDDistanceLoss
 from kdlib.losses.relations.similarity_preserving import SimilarityPreservingLoss
@@ -23,6 +24,6 @@ from kdlib.losses.relations.similarity_preserving import SimilarityPreservingLos
 __all__ = [
     "ActivationBoundaryLoss", "AngularDistillLoss", "AttentionTransferLoss", "AttentiveSimilarityLoss",
     "ContrastiveRepresentationLoss", "CorrelationCongruenceLoss", "DISTLoss", "DarkRankLoss", "DecoupledKDLoss",
-    "HierarchicalContextLoss", "HintLoss", "LinearSoftTargetLoss", "NSTLoss", "OverhaulLoss", "PKTLoss", "RKDAngleLoss", "RKDDistanceLoss",
+    "HierarchicalContextLoss", "HintLoss", "LinearSoftTargetLoss", "LogSumLoss", "NSTLoss", "OverhaulLoss", "PKTLoss", "RKDAngleLoss", "RKDDistanceLoss",
     "SimilarityPreservingLoss", "SoftTargetLoss", "VariationalInformationLoss",
 ]  # fmt: skip

@@ -17,11 +17,11 @@ from kdlib._checks import (
     readable,
     show_shape,
 )  # fmt: skip
-from kdlib._layouts import grid_of, prefix_candidates, shown_layout
+from kdlib._layouts import grid_of, prefix_candidates, shown_layout, shown_prefix
 
 __all__ = [
-    "check_affine", "check_gathered_reduction", "check_hidden", "check_layout", "check_levels", "check_logits",
-    "check_margin", "check_mask", "check_prefix", "check_square", "no_second_derivative",
+    "check_affine", "check_gathered_reduction", "check_hidden", "check_layout", "check_layouts", "check_levels", "check_logits",
+    "check_map", "check_margin", "check_mask", "check_prefix", "check_square", "no_second_derivative",
 ]  # fmt: skip
 
 
@@ -42,7 +42,7 @@ def check_layout(owner: str, name: str, x: Tensor, layout: str | None, argument:
     shown = shown_layout(x)
     if shown == "bchw":
         return shown
-    if x.dim() not in (3, 4):
+    if x.dim() not in map(len, choices):
         wanted = ", ".join(f"({', '.join(choice)})" for choice in choices[:-1])
         raise ValueError(f"{owner}: {name} must be {wanted} or ({', '.join(choices[-1])}), got {show_shape(x)}")
     which = "'bnd' for tokens (b, n, d)" + (" or 'bhw' for attention maps (b, h, w)" if "bhw" in choices else "")
@@ -50,19 +50,31 @@ def check_layout(owner: str, name: str, x: Tensor, layout: str | None, argument:
     raise ValueError(f"{owner}: the layout of {name} {show_shape(x)} is ambiguous; give {argument}={which}")
 
 
-def check_prefix(owner: str, name: str, x: Tensor, given: int | None, argument: str, grid: Sequence[int] | None) -> int:
-    """Return how many leading tokens of `x` (b, n, d) are not on the grid: `given`, or the only possible number."""
+def check_layouts(owner: str, **layouts: str | None) -> None:
+    """Each named argument must be a layout of maps, or None."""
+    for name, layout in layouts.items():
+        if layout is not None:
+            check_choice(owner, name, layout, ("bchw", "bhwc"))
+
+
+def check_map(owner: str, name: str, x: Tensor, layout: str | None, argument: str = "layout") -> Tensor:
+    """Return a feature map with channels first, from the layout `"bchw"` or `"bhwc"` or one that its shape shows."""
+    return x.movedim(3, 1) if check_layout(owner, name, x, layout, argument, ("bchw", "bhwc")) == "bhwc" else x
+
+
+def check_prefix(owner: str, name: str, x: Tensor, given: int | None, argument: str, positions: Sequence[int]) -> int:
+    """Return how many leading tokens of `x` (b, n, d) are not on the grid: `given`, or the number that shapes show."""
     if given is not None:
         check_number(owner, argument, given, min=0, below=max(x.shape[1], 1), integer=True)
         return given
-    candidates = prefix_candidates(x.shape[1], grid)
-    if len(candidates) != 1:
-        few = " or ".join(map(str, candidates)) or "an unknown number of"
+    shown = shown_prefix(x.shape[1], positions)
+    if shown is None:
+        few = " or ".join(map(str, prefix_candidates(x.shape[1], positions))) or "an unknown number of"
         raise ValueError(
             f"{owner}: {name} {show_shape(x)} may have {few} tokens (class token, registers) before those of the grid; "
             f"give {argument}= (0 if all are on the grid)"
         )
-    return candidates[0]
+    return shown
 
 
 def check_square(owner: str, name: str, tokens: int) -> tuple[int, int]:
@@ -102,7 +114,7 @@ def check_margin(owner: str, margin: object, channels: int | None) -> None:
         expected = "(c,)" if channels is None else f"(c,) = ({channels},)"
         raise ValueError(f"{owner}: margin must be {expected} or a number, got {show_shape(margin)}")
     if margin.numel() == 0 or not readable(margin):
-        return
+        return  # only on the CPU: reading would wait for a device
     check_finite(owner, margin=margin)
     if margin.amax() > 0:
         raise ValueError(f"{owner}: margin must be <= 0, got {margin.amax().item():g}")

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from kdlib.testing._meta import expect_meta, on_meta, to_meta
 from kdlib.testing._run import Case, clone, expect, finite, same
 
 __all__ = ["LossCase"]
@@ -241,6 +242,18 @@ class LossCase(Case):
         self.fresh()(given["student"], given["teacher"], **options)
         for name, x in given.items():
             expect(torch.equal(x, before[name]), f"must not change its arguments, changed {name}")
+
+    def on_meta(self) -> None:
+        student, teacher, target = to_meta((self.student, self.teacher, self.target))
+        options = {} if target is None else {"target": target}
+        # A copy even where other checks use the loss itself, which would lose its values.
+        loss = to_meta(copy.deepcopy(self.component)) if isinstance(self.component, nn.Module) else self.component
+        with on_meta():
+            for given in [{}, {"weight": to_meta(self._increasing_weight())}] if self.weights else [{}]:
+                value = loss(student.requires_grad_(), teacher, **options, **given)
+                expect_meta("the value", value, ())
+                value.backward()
+                expect_meta("the gradient of the student", student.grad)
 
     def gradcheck(self) -> None:
         teacher = self.teacher.double()

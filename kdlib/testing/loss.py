@@ -15,7 +15,7 @@ LOSS_CHECKS = (
     "deepcopy", "scalar", "student_gradient", "teacher_gradient", "reduction_none", "mean_of_none", "weighted_mean",
     "weight_ones", "weight_scale", "weight_zero_masks", "weight_all_zero", "float16", "bfloat16", "float64", "autocast",
     "zero_rows", "equal_rows", "batch_of_one", "empty_batch", "large_float16", "large_float32", "batch_mismatch",
-    "deterministic", "inputs_unchanged", "pickle", "state_dict", "repr", "gradcheck",
+    "deterministic", "inputs_unchanged", "on_meta", "pickle", "state_dict", "repr", "gradcheck",
 )  # fmt: skip
 """Names of all the checks, in the order in which they run."""
 
@@ -48,6 +48,7 @@ def check_loss(
     - `batch_mismatch`: a `ValueError` or `TypeError`.
     - `deterministic`, `inputs_unchanged`, `deepcopy`, `pickle`, `state_dict`: the same value twice, and after a copy;
       `repr`: the call that rebuilds the object; `gradcheck`: the gradient against differences, in float64.
+    - `on_meta`: value and gradient on the meta device, so nothing is read from the device or stays on the CPU.
 
     Every check works on a copy of the loss, so that a loss with a state (a queue, a running mean) starts anew each
     time; only `deepcopy` calls the loss itself.

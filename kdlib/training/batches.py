@@ -7,10 +7,12 @@ from typing import Any
 from torch import Tensor
 
 from kdlib._checks import check_targets
+from kdlib._held import input_names
 from kdlib.adapters import StudentAdapter
 from kdlib.distiller import Distiller
 from kdlib.training._checks import check_inputs, check_pair
 from kdlib.training.config import TrainConfig
+from kdlib.types import PassesInputs
 
 __all__ = ["batch_size", "sample_ids", "splitter"]
 
@@ -36,12 +38,14 @@ def splitter(distiller: Distiller, config: TrainConfig) -> Callable[[Any], tuple
 def _split_mapping(distiller: Distiller, batch: Mapping[str, Any]) -> tuple[dict[str, Any], Mapping[str, Any]]:
     """The inputs are what the student's `forward` names and no term or teacher reads as a target."""
     student = distiller.student
+    while isinstance(student, PassesInputs):
+        student = student.receiver
     forward = student.model.forward if isinstance(student, StudentAdapter) else student.forward
     parameters = [
         p for p in inspect.signature(forward).parameters.values() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)
     ]
     read = {name for term in distiller.objective.terms.values() for name in (term.target, term.sample_weight)}
-    read |= {name for teacher in distiller.teachers.values() for name in teacher.reads}
+    read |= {name for teacher in distiller.teachers.values() for name in input_names(teacher.inputs)}
     inputs = {p.name: batch[p.name] for p in parameters if p.name in batch and p.name not in read}
     missing = [p.name for p in parameters if p.default is p.empty and p.name not in inputs]
     check_inputs(batch, missing, [p.name for p in parameters], found=bool(inputs))

@@ -2,7 +2,8 @@
 
 import torch
 from torch import Tensor, nn
-from torch.optim.swa_utils import get_ema_multi_avg_fn
+
+from kdlib._averaging import average_into
 
 __all__ = ["EMA"]
 
@@ -29,18 +30,11 @@ class EMA:
         self.decay = decay
         live = {name: value for name, value in module.state_dict().items() if isinstance(value, Tensor)}
         self._average = {name: value.detach().clone() for name, value in live.items()}
-        pairs = [(self._average[name], value) for name, value in live.items()]
-        self._floats = [pair for pair in pairs if pair[0].is_floating_point()]
-        self._others = [pair for pair in pairs if not pair[0].is_floating_point()]
+        self._pairs = [(self._average[name], value) for name, value in live.items()]
 
-    @torch.no_grad()
     def update(self, *, step: int) -> None:
         """Update the averages after step `step`, counted from 0."""
-        average = get_ema_multi_avg_fn(min(self.decay, (1 + step) / (10 + step)))  # type: ignore[no-untyped-call]
-        if self._floats:  # one fused call where dtype and device are the same
-            average(*map(list, zip(*self._floats, strict=True)), None)
-        for copy, value in self._others:
-            copy.copy_(value)
+        average_into(self._pairs, min(self.decay, (1 + step) / (10 + step)))
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return the averages under the names of the module's state dict."""

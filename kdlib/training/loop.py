@@ -215,6 +215,7 @@ class _Run:
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
+        self.distiller.update_teachers(step=self.step)
         if self.ema is not None:
             self.ema.update(step=self.step)
         self.step += 1

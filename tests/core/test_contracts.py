@@ -27,11 +27,11 @@ OTHER_CHANNELS = ((5, 3, 4, 4), (5, 4, 4, 4))
 SAME_CHANNELS = ((5, 3, 4, 4), (5, 3, 6, 2))
 OTHER_GRID = ((5, 3, 6, 4), (5, 4, 3, 2))
 
-PER_SAMPLE = 28
-RELATION = 26  # without mean_of_none and weighted_mean
-WEIGHTING = 15
-PER_TEACHER = 13  # without one_teacher and permutation
-PROJECTION = 13
+PER_SAMPLE = 29
+RELATION = 27  # without mean_of_none and weighted_mean
+WEIGHTING = 16
+PER_TEACHER = 14  # without one_teacher and permutation
+PROJECTION = 14
 
 
 @dataclass(frozen=True)
@@ -78,6 +78,7 @@ LOSSES: dict[str, list[Row]] = {
     "DecoupledKDLoss": [Row(PER_SAMPLE, LOGITS, classes=4)],
     "HierarchicalContextLoss": [Row(PER_SAMPLE, MAPS), Row(PER_SAMPLE, MAPS, options={"levels": (3, 1)})],
     "HintLoss": [Row(PER_SAMPLE, VECTORS), Row(PER_SAMPLE, MAPS)],
+    "LogSumLoss": [Row(RELATION, VECTORS), Row(RELATION, MAPS, options={"exponent": 2.0})],
     "NSTLoss": [Row(PER_SAMPLE, OTHER_CHANNELS)],
     "OverhaulLoss": [
         Row(PER_SAMPLE, VECTORS, (-0.5,)),
@@ -172,7 +173,7 @@ def test_a_student_or_teacher_that_is_not_a_tensor_is_named() -> None:
                 with pytest.raises(TypeError, match=message):
                     function(*given, **required.get(name, {}))
         num_functions += 1
-    assert num_functions == 18
+    assert num_functions == 19
 
 
 @pytest.mark.parametrize(("name", "row"), rows(kdlib.weighting, WEIGHTINGS))
@@ -188,7 +189,7 @@ def test_projections(name: str, row: Row) -> None:
     assert len(ran) == row.checks == PROJECTION
 
 
-@pytest.mark.parametrize(("kind", "checks"), [(StudentAdapter, 8), (TeacherAdapter, 10)])
+@pytest.mark.parametrize(("kind", "checks"), [(StudentAdapter, 9), (TeacherAdapter, 11)])
 def test_adapters(kind: Callable[..., torch.nn.Module], checks: int) -> None:
     model = torch.nn.Sequential(torch.nn.Linear(4, 6), torch.nn.BatchNorm1d(6), torch.nn.Dropout(0.5))
     ran = check_adapter(kind(model, {"norm": "1", "out": OUTPUT}), torch.ones(3, 4))

@@ -9,6 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from kdlib.testing._meta import on_meta
 from kdlib_faces import heads
 from kdlib_faces.heads import ArcFaceHead, CosFaceHead, arcface_loss, cosface_loss
 
@@ -288,3 +289,15 @@ def test_float32_is_accurate_near_the_center(angle):
     exact = arcface_loss(embedding, centers, torch.tensor([0]), scale=8.0, margin=1.0)
     single = arcface_loss(embedding.float(), centers.float(), torch.tensor([0]), scale=8.0, margin=1.0)
     assert single.item() == pytest.approx(exact.item(), abs=1e-6)
+
+
+@pytest.mark.parametrize("kind", HEADS)
+def test_runs_on_the_meta_device(kind):
+    """No value is read, and no tensor stays on the CPU."""
+    head = kind(6, 4).to("meta")
+    embeddings = torch.empty(5, 6, device="meta", requires_grad=True)
+    identities = torch.zeros(5, dtype=torch.long, device="meta")
+    with on_meta():
+        head(embeddings, identities, weight=torch.empty(5, device="meta")).backward()
+    assert embeddings.grad.is_meta
+    assert head.weight.grad.is_meta
