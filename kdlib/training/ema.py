@@ -1,5 +1,8 @@
 """Exponential moving average of the student's weights."""
 
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor, nn
 
@@ -36,6 +39,15 @@ class EMA:
         """Update the averages after step `step`, counted from 0."""
         average_into(self._pairs, min(self.decay, (1 + step) / (10 + step)))
 
+    @contextmanager
+    def applied(self) -> Iterator[None]:
+        """Exchange the module's values and the averages within the block."""
+        _exchange(self._pairs)
+        try:
+            yield
+        finally:
+            _exchange(reversed(self._pairs))  # in reverse order, because tied weights are exchanged several times
+
     def state_dict(self) -> dict[str, Tensor]:
         """Return the averages under the names of the module's state dict."""
         return dict(self._average)
@@ -45,3 +57,11 @@ class EMA:
         """Load the averages of a checkpoint."""
         for name, value in state.items():
             self._average[name].copy_(value)
+
+
+@torch.no_grad()
+def _exchange(pairs: Iterable[tuple[Tensor, Tensor]]) -> None:
+    for a, b in pairs:
+        kept = a.clone()
+        a.copy_(b)
+        b.copy_(kept)

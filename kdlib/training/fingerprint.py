@@ -18,6 +18,12 @@ from kdlib.types import FrozenModel, HasFingerprint
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
 
+_LENGTH = ("epochs", "max_steps", "total_steps")
+"""A run may go on for more steps, with the same values up to its checkpoint."""
+
+_OPENED = ("monitor", "mode")
+"""A run without these may be resumed with them."""
+
 __all__ = ["check_fingerprint", "check_same", "run_fingerprint"]
 
 
@@ -45,9 +51,12 @@ def check_fingerprint(
 ) -> None:
     """A resumed run must have the same fingerprint and, in its state dict, the same names and shapes.
 
-    The error names each difference with both values.
+    Its length may differ, and it may monitor a metric where it did not before. The error names each difference with both
+    values.
     """
-    pairs = [(name, saved.get(name), current.get(name)) for name in sorted({*saved, *current})]
+    names = sorted({*saved, *current}.difference(_LENGTH))
+    pairs = [(name, saved.get(name), current.get(name)) for name in names]
+    pairs = [pair for pair in pairs if not (pair[0] in _OPENED and pair[1] is None)]
     before, now = (
         {
             name: f"{x.dtype} {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
