@@ -99,6 +99,7 @@ class AdaFaceHead(MarginHead):
     whose norm is not finite and samples masked by `weight` do not enter them, and a batch with fewer than two others
     leaves them as they are. Each process of a distributed run uses its own batches. `DistributedDataParallel` copies
     the buffers of the first process to the others before each forward pass, unless `broadcast_buffers=False`.
+    Keep the head in float32, also under autocast: converted to half precision, buffers lose steps of one percent.
 
     Args:
         embedding_dim: dimensions d of the embeddings.

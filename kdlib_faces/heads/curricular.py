@@ -96,6 +96,7 @@ class CurricularFaceHead(MarginHead):
     `sample_weight` after the loss, so samples masked there do. Each process of a distributed run uses its own batches.
     `DistributedDataParallel` copies the buffers of the first process to the others before each forward pass, unless
     `broadcast_buffers=False`.
+    Keep the head in float32, also under autocast: converted to half precision, buffers lose steps of one percent.
 
     Args:
         embedding_dim: dimensions d of the embeddings.

@@ -51,9 +51,8 @@ def magface_loss(
         max_margin: :math:`u_m`, margin at the norm `max_norm`, in radians, at most pi.
         min_norm: :math:`l_a`, above 0.
         max_norm: :math:`u_a`, above `min_norm`.
-        norm_weight: :math:`\lambda_g`, at least 0. For norms to grow as the angle to the center falls, the paper's proof
-            needs at least :math:`s\,\frac{u_m - l_m}{u_a - l_a} \cdot \frac{u_a^2 l_a^2}{u_a^2 - l_a^2}`, which is 22.6
-            for the defaults.
+        norm_weight: :math:`\lambda_g`, at least 0. The authors' training script warns below :math:`s\,\frac{u_m - l_m}{u_a
+            - l_a} \cdot \frac{u_a^2 l_a^2}{u_a^2 - l_a^2}`, which is 22.6 for the defaults.
         reduction: `"mean"` over the batch, or `"none"`.
         weight: `(b,)`, weight per sample; 0 masks it.
 
