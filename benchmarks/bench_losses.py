@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from learned_losses import CASES, learned
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -47,6 +48,8 @@ class Row:
     factor: float = 1.0
     """Ratio of our value to that of the peers, if the conventions differ."""
     rounds: int = 9
+    fixed: bool = False
+    """Whether only the batch size may change."""
     limit_mib: float | None = None
     """Without peers: upper limit of the extra memory."""
 
@@ -186,6 +189,7 @@ def rows() -> dict[str, Row]:
         "soft_target": row("", kd.soft_target, naive_soft, (64, 1_000_000), rounds=3),
         "soft_target, 1,000 classes": row("", kd.soft_target, naive_soft, (256, 1000)),
         "decoupled_kd": row("", dkd_ours, dkd_naive, (64, 1_000_000), rounds=3),
+        **{name: Row(*learned(name, mid_level), rounds=15, fixed=True) for name in CASES},
     }
 
 
@@ -208,7 +212,7 @@ def memory(name: str, side: str) -> None:
     """Print the peak memory above the inputs and the gradient; runs in a separate process."""
     row = rows()[name]
     loss = row.ours if side == "ours" else row.peers[side]
-    small = tuple(min(n, 64) for n in row.shape)
+    small = (2, *row.shape[1:]) if row.fixed else tuple(min(n, 64) for n in row.shape)
     once(loss, *inputs(small))
     student, teacher = inputs(row.shape)
     student.grad = torch.zeros_like(student)

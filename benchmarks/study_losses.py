@@ -1,28 +1,31 @@
 """Compare all losses under equal conditions: `python benchmarks/study_losses.py [--steps 600] [--seeds 0 1 2] [--loss dark_rank]`.
 
 The demo's student learns from the demo's general teacher on the demo's synthetic faces, with the identity loss and one distillation loss. Each loss reads
-the feature it was designed for: the embedding, the map of the middle stage, the pre-activation of the teacher's last block of that stage, or the logits
-(cosines to class centers: the head's for the student, the mean embedding of each identity for the teacher). All runs use the same batches and the
-same initial weights; the teacher's outputs are cached. Every loss has its defaults, except that `dark_rank` normalizes its rows.
+the feature it was designed for: the embedding, the map of the middle stage, the maps of all stages, the pre-activation of the teacher's last block of the
+middle stage, or the logits (cosines to class centers: the head's for the student, the mean embedding of each identity for the teacher). All runs use the same batches and the
+same initial weights; the teacher's outputs are cached. Every loss has its defaults, except that `dark_rank` normalizes its rows;
+the paraphraser of `factor_transfer` is trained on the teacher's maps first.
 
 All weights follow one rule: at the student trained alone, over the first batches, the gradient norm of the term with respect to the network's
 parameters is `--share` times that of the identity loss. No weight was tuned.
 
 Prints TAR at FAR 1 % over all pairs of unseen identities and over those with a gap of 30+ years (one threshold for both), with 95 % intervals over
 identities, and the paired differences to the student alone. An interrupted study resumes: each loss stores its embeddings in `--work`. A run of all
-losses writes `results/losses_synthetic.json`. One seed takes half an hour on two cores.
+losses writes `results/losses_synthetic.json`; a run of some adds their rows to it, if its settings and its figures of the teacher and of the student alone
+are the same. One seed takes half an hour on two cores.
 """
 
 import argparse
 import json
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 import numpy as np
 import torch
+from loss_setups import LAYERS, SETUPS
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -51,42 +54,6 @@ WEIGHT_BATCHES = 8
 """Number of batches on which the weights are measured."""
 
 
-@dataclass(frozen=True)
-class Setup:
-    """A loss and the features it compares."""
-
-    loss: Callable[["Faces"], nn.Module]
-    student: str
-    teacher: str
-    project: str | None = None
-    target: str | None = None
-
-
-SETUPS: dict[str, Setup] = {
-    "activation_boundary": Setup(lambda _: kdlib.ActivationBoundaryLoss(), "map", "before", "auto"),
-    "angular_distill": Setup(lambda _: kdlib.AngularDistillLoss(), "embedding", "embedding"),
-    "attention_transfer": Setup(lambda _: kdlib.AttentionTransferLoss(), "map", "map"),
-    "attentive_similarity": Setup(lambda _: kdlib.AttentiveSimilarityLoss(), "map", "map", "auto"),
-    "contrastive_representation": Setup(
-        lambda faces: kdlib.ContrastiveRepresentationLoss(*2 * [faces.dim]), "embedding", "embedding", target="identity"
-    ),
-    "correlation_congruence": Setup(lambda _: kdlib.CorrelationCongruenceLoss(), "embedding", "embedding"),
-    "dark_rank": Setup(lambda _: kdlib.DarkRankLoss(normalize=True), "embedding", "embedding"),
-    "decoupled_kd": Setup(lambda _: kdlib.DecoupledKDLoss(), "logits", "logits", target="identity"),
-    "dist": Setup(lambda _: kdlib.DISTLoss(), "logits", "logits"),
-    "hierarchical_context": Setup(lambda _: kdlib.HierarchicalContextLoss(), "map", "map", "auto"),
-    "hint": Setup(lambda _: kdlib.HintLoss(), "map", "map", "auto"),
-    "nst": Setup(lambda _: kdlib.NSTLoss(), "map", "map"),
-    "overhaul": Setup(lambda faces: kdlib.OverhaulLoss(faces.margin), "map", "before", "auto"),
-    "pkt": Setup(lambda _: kdlib.PKTLoss(), "embedding", "embedding"),
-    "rkd_angle": Setup(lambda _: kdlib.RKDAngleLoss(), "embedding", "embedding"),
-    "rkd_distance": Setup(lambda _: kdlib.RKDDistanceLoss(), "embedding", "embedding"),
-    "similarity_preserving": Setup(lambda _: kdlib.SimilarityPreservingLoss(), "embedding", "embedding"),
-    "soft_target": Setup(lambda _: kdlib.SoftTargetLoss(), "logits", "logits"),
-    "variational_information": Setup(lambda faces: kdlib.VariationalInformationLoss(*faces.channels), "map", "map"),
-}
-
-
 class Classifier(nn.Module):
     """A student with the class centers of its head; returns the embedding and the logits."""
 
@@ -104,14 +71,14 @@ class Classifier(nn.Module):
 
 
 class CachedFeature(nn.Module):
-    """One cached feature of the teacher; logits are scaled cosines to the teacher's class centers."""
+    """One cached feature of the teacher, or several; logits are scaled cosines to the teacher's class centers."""
 
-    def __init__(self, cached: CachedTeacher, feature: str, centers: Tensor, scale: float) -> None:
+    def __init__(self, cached: CachedTeacher, feature: str | list[str], centers: Tensor, scale: float) -> None:
         super().__init__()
         source = "embedding" if feature == "logits" else feature
-        self.cached = CachedTeacher(cached.cache, features=[source])
+        self.cached = CachedTeacher(cached.cache, features=[source] if isinstance(source, str) else source)
         self.feature, self.centers, self.scale = feature, centers, scale
-        self.reads = self.cached.reads
+        self.inputs = self.cached.inputs
 
     def forward(self, *targets: Tensor) -> dict[str, Tensor]:
         """Return the feature for sample ids and views."""
@@ -156,6 +123,7 @@ class Faces:
         before = f"{taps['map']}.{last}.bn2"
         self.margin = overhaul_margin(network.get_submodule(before))
         self.teacher = TeacherAdapter(network, {**taps, "before": before})
+        self.by_layer = TeacherAdapter(network, dict(zip(LAYERS, network.stages, strict=True)))
         self.cached = cache_outputs(
             self.teacher, self.images, work / "outputs", label="the teacher's outputs", quiet=False
         )
@@ -164,6 +132,23 @@ class Faces:
         self.centers = F.normalize(sums, dim=1)
         student = self.student().student(torch.zeros(2, 3, config.size, config.size))
         self.channels = student["map"].shape[1], self.cached(*torch.zeros(2, 1).long())["map"].shape[1]
+        teacher = self.by_layer(torch.zeros(2, 3, config.size, config.size))
+        self.layer_channels = [[side[name].shape[1] for name in LAYERS] for side in (student, teacher)]
+
+    @cached_property
+    def cached_layers(self) -> CachedTeacher:
+        """The teacher's maps of all stages."""
+        return cache_outputs(self.by_layer, self.images, self.work / "layers", label="the teacher's maps", quiet=False)
+
+    def factor_transfer(self) -> nn.Module:
+        """Return the loss with a paraphraser that is trained on the teacher's maps."""
+        loss = kdlib.FactorTransferLoss(*self.channels)
+
+        def maps(batch: Any) -> Tensor:
+            return self.cached(*(batch[1][key] for key in self.cached.reads))["map"].float()
+
+        loss.paraphraser.fit(self.batches(self.images, self.identities), maps)
+        return loss
 
     def batches(self, images: Tensor, identities: Tensor) -> FaceBatches:
         """Return the training batches of the demo."""
@@ -177,6 +162,7 @@ class Faces:
         head: Any = identity.loss
         taps: Any = {part: OUTPUT[part] for part in ("embedding", "logits")}
         taps["map"] = f"network.{network.stages[self.recipe.stage]}"
+        taps |= {name: f"network.{stage}" for name, stage in zip(LAYERS, network.stages, strict=True)}
         adapter = StudentAdapter(Classifier(network, head), taps)
         terms, teachers = {"identity": identity}, {}
         with torch.random.fork_rng(devices=[]):
@@ -190,7 +176,8 @@ class Faces:
                     "project": setup.project,
                 }
                 terms[name] = Term(setup.loss(self), **taps_and_target)
-                teachers = {"general": CachedFeature(self.cached, setup.teacher, self.centers, head.scale)}
+                cached = self.cached if isinstance(setup.teacher, str) else self.cached_layers
+                teachers = {"general": CachedFeature(cached, setup.teacher, self.centers, head.scale)}
             distiller = Distiller(adapter, teachers, Objective(terms))
             return distiller.infer(*next(iter(self.batches(self.images, self.identities))))
 
@@ -281,7 +268,8 @@ def line(name: str, row: dict[str, Any]) -> str:
     def cell(of: dict[str, float], sign: str) -> str:
         return f"{100 * of['value']:{sign}5.1f} ({100 * of['low']:{sign}.1f} to {100 * of['high']:{sign}.1f})"
 
-    features = f"{row['student']}, {row['teacher']}" if "student" in row else ""
+    sides = [row.get(side, "") for side in ("student", "teacher")]
+    features = ", ".join(side if isinstance(side, str) else "all stages" for side in sides).strip(", ")
     weight = f"{row['weight']:9.3g}" if "weight" in row else ""
     cells = [cell(row["tar"][at], "") for at in ("all", "30+")]
     cells += [cell(row["over_alone"][at], "+") for at in ("all", "30+")] if "over_alone" in row else []
@@ -316,19 +304,28 @@ def main() -> None:
         for name in names:
             gains = [[run["rows"][name]["over_alone"][at]["value"] for run in runs] for at in ("all", "30+")]
             print(f"{name:27} " + " ".join(f"{100 * fmean(each):+6.1f}" for each in gains))
-    if options.loss is None:
-        content = {
-            "metric": "TAR at FAR 1 %",
-            "steps": options.steps,
-            "share": options.share,
-            "batch": config.batch_size,
-        }
-        content |= {
-            "teacher_steps": options.teacher_steps,
-            "images": len(faces.test),
-            "identities": faces.test.identities,
-        }
-        write_json(options.output, {**content, "torch": torch.__version__, "runs": runs})
+    settings = {"metric": "TAR at FAR 1 %", "steps": options.steps, "share": options.share, "batch": config.batch_size}
+    settings |= {"teacher_steps": options.teacher_steps, "images": len(faces.test)}
+    settings |= {"identities": faces.test.identities, "torch": torch.__version__}
+    if options.loss is not None:
+        runs = added(options.output, settings, runs)
+    if runs:
+        write_json(options.output, {**settings, "runs": runs})
+
+
+def added(path: Path, settings: dict[str, Any], runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the runs of a file with the new rows; none if its settings or its teacher and student alone differ."""
+    kept = json.loads(path.read_text()) if path.exists() else {"runs": []}
+    same = [run["seed"] for run in kept["runs"]] == [run["seed"] for run in runs]
+    same = same and {**settings, "runs": kept["runs"]} == kept
+    for old, new in zip(kept["runs"], runs, strict=False):
+        same = same and all(old["rows"][name]["tar"] == new["rows"][name]["tar"] for name in (TEACHER, ALONE))
+    if not same:
+        print(f"{path} is unchanged: it has other settings, or other figures of the teacher or of the student alone")
+        return []
+    for old, new in zip(kept["runs"], runs, strict=True):
+        old["rows"] |= {name: row for name, row in new["rows"].items() if name not in (TEACHER, ALONE)}
+    return list(kept["runs"])
 
 
 if __name__ == "__main__":

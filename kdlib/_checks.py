@@ -73,15 +73,16 @@ def check_weight(owner: str, weight: Tensor | None, batch: int) -> None:
     check_type(owner, "weight", weight, (Tensor, NoneType), "a torch.Tensor")
     if weight is not None and tuple(weight.shape) != (batch,):
         raise ValueError(f"{owner}: weight must be (b,) = ({batch},), got {show_shape(weight)}")
-    if weight is not None and weight.device.type == "cpu" and readable(weight):
+    if weight is not None and readable(weight):
         wrong = weight[~((weight >= 0) & (weight < inf))]
         if len(wrong):
             raise ValueError(f"{owner}: weight must hold finite numbers >= 0, got {wrong[0].item():g}")
 
 
 def readable(x: Tensor) -> bool:
-    """Return whether the values of `x` can be read: not during compilation, nor within `torch.func.vmap`."""
-    return not (torch.compiler.is_compiling() or torch._C._functorch.is_batchedtensor(x))
+    """Return whether reading values costs nothing: not on an accelerator, in a compiled graph or of a fake tensor."""
+    traced = torch.compiler.is_compiling() or torch._C._functorch.is_batchedtensor(x)
+    return not traced and x.device.type == "cpu" and type(x) in (Tensor, nn.Parameter)
 
 
 def check_dtype_whole(owner: str, name: str, x: Tensor) -> None:
@@ -153,7 +154,7 @@ def check_below(owner: str, name: str, x: Tensor, batch: int, **limit: int) -> N
     ((what, size),) = limit.items()
     check_dtype_whole(owner, name, x)
     check_shape(owner, name, x, "b", b=batch)
-    if x.numel() and int(x.max()) >= size:
+    if x.numel() and readable(x) and int(x.max()) >= size:
         raise ValueError(f"{owner}: {name} must be below {what} = {size}, got {int(x.max())}")
 
 
@@ -318,10 +319,10 @@ def check_targets(owner: str, targets: object) -> None:
     check_type(owner, "targets", targets, (Mapping, NoneType), "a mapping of names to tensors or None")
 
 
-def check_reads(teacher: str, reads: Sequence[str], targets: Container[str]) -> None:
+def check_teacher_inputs(teacher: str, names: Sequence[str], targets: Container[str]) -> None:
     """The targets that a teacher reads must be in the batch."""
-    missing = [key for key in reads if key not in targets]
+    missing = [name for name in names if name not in targets]
     if missing:
         raise ValueError(
-            f"Distiller: teacher {teacher!r} reads the targets {', '.join(reads)}; the batch lacks {', '.join(missing)}"
+            f"Distiller: teacher {teacher!r} reads the targets {', '.join(names)}; the batch lacks {', '.join(missing)}"
         )

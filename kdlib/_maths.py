@@ -124,7 +124,8 @@ def reduce(owner: str, losses: Tensor, reduction: str, weight: Tensor | None) ->
     limit = torch.finfo(losses.dtype).max
     weight = finite_weight(weight)
     if reduction == "none":
-        return (weight.clamp(max=limit).to(losses.dtype) * losses).clamp(max=limit)
+        wide = torch.promote_types(weight.dtype, losses.dtype)  # the limit may not fit the type of the weights
+        return (weight.to(wide).clamp(max=limit).to(losses.dtype) * losses).clamp(max=limit)
     weight = relative_weight(weight, losses)
     total = weight.sum()
     return (weight * losses).sum() / torch.where(total == 0, 1.0, total)

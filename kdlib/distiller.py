@@ -15,15 +15,25 @@ from kdlib._checks import (
     check_inputs,
     check_key,
     check_name,
-    check_reads,
     check_targets,
+    check_teacher_inputs,
     check_term_teachers,
     check_type,
 )
-from kdlib._held import hold, is_unchanged, move, split_inputs
-from kdlib.influence import InfluenceReport, fork_random_state, unchanged
+from kdlib._held import (
+    bring,
+    fork_random_state,
+    hold,
+    input_names,
+    is_unchanged,
+    move,
+    read_inputs,
+    split_inputs,
+    unchanged,
+)
+from kdlib.influence import InfluenceReport
 from kdlib.objective import Objective, ObjectiveOutput
-from kdlib.types import Features, HasTaps, Targets, Teacher
+from kdlib.types import Features, HasTaps, StudentReader, Targets, Teacher, UpdatedTeacher
 
 __all__ = ["Distiller"]
 
@@ -36,8 +46,10 @@ class Distiller(nn.Module):
 
     Args:
         student: maps inputs to named features; usually a `StudentAdapter`.
-        teachers: name to teacher: a `TeacherAdapter`, a `CachedTeacher` or any other `Teacher`. If its `reads` names
-            targets, a teacher is called with those targets in place of the inputs.
+        teachers: name to teacher: a `TeacherAdapter`, a `CachedTeacher` or any other `Teacher`. If its `inputs` names
+            targets, a teacher is called with those targets in place of the inputs. Its features are brought to the
+            device of the student's features. Teachers that change during training are
+            an `EMATeacher` and a `SelfTeacher`.
         objective: the terms that are compared.
 
     Raises:
@@ -79,25 +91,39 @@ class Distiller(nn.Module):
         self.objective = objective
         # Not registered as submodules: teachers are neither trained, saved nor switched to training mode.
         object.__setattr__(self, "teachers", dict(teachers))
-        for module in self._teacher_modules():
+        self.updated_teachers = nn.ModuleDict()
+        for name, teacher in teachers.items():
+            if isinstance(teacher, UpdatedTeacher) and isinstance(teacher, nn.Module):
+                check_key("Distiller", "the name of a teacher that is saved", name)
+                self.updated_teachers[name] = teacher
+        for module in self._frozen_modules():
             module.eval()
 
     def _teacher_modules(self) -> list[nn.Module]:
         return [teacher for teacher in self.teachers.values() if isinstance(teacher, nn.Module)]
 
+    def _frozen_modules(self) -> list[nn.Module]:
+        return [each for each in self._teacher_modules() if not isinstance(each, UpdatedTeacher)]
+
     def features(self, inputs: Any, targets: Targets | None = None) -> tuple[Features, dict[str, Features]]:
         """Run the student and every teacher; return the student's features and those of each teacher."""
         check_targets("Distiller", targets)
         student = self._call("student", self.student, inputs)
-        for module in self._teacher_modules():
+        for module in self._frozen_modules():
             if module.training:  # train() was called on the teacher itself
                 module.eval()
         teachers: dict[str, Features] = {}
+        device = next((x.device for x in student.values() if isinstance(x, Tensor)), torch.device("cpu"))
         for name, teacher in self.teachers.items():
-            check_reads(name, teacher.reads, targets or {})
-            read = tuple((targets or {})[key] for key in teacher.reads)
+            if isinstance(teacher, StudentReader) and teacher.reads_student:
+                teachers[name] = teacher(student)
+                continue
+            check_teacher_inputs(name, input_names(teacher.inputs), targets or {})
+            given = read_inputs(teacher.inputs, targets or {}, inputs)
             with torch.no_grad():
-                teachers[name] = self._call(f"teacher {name!r}", teacher, read or inputs)
+                features = self._call(f"teacher {name!r}", teacher, given)
+                away = any(isinstance(x, Tensor) and x.device != device for x in features.values())
+                teachers[name] = {key: bring(x, device) for key, x in features.items()} if away else features
         return student, teachers
 
     def _call(self, owner: str, model: Callable[..., Features], inputs: Any) -> Features:
@@ -135,7 +161,7 @@ class Distiller(nn.Module):
         """
         if self.objective.inferred:
             return self
-        modes = {module: module.training for module in self.student.modules()}
+        modes = {each: each.training for part in (self.student, self.updated_teachers) for each in part.modules()}
         buffers = [
             (module, name, buffer, buffer.clone())
             for module in modes
@@ -180,11 +206,24 @@ class Distiller(nn.Module):
             RuntimeError: a projection is not inferred yet.
         """
         check_inferred("Distiller", self.objective.inferred, "distiller.infer(inputs, targets)")
-        yield from self.parameters()
+        updated = set(self.updated_teachers.parameters())
+        yield from (parameter for parameter in self.parameters() if parameter not in updated)
+
+    def update_teachers(self, *, step: int | None = None) -> None:
+        """Update the teachers that follow the student, such as `EMATeacher`, after a step of the optimizer.
+
+        `train` calls this. A loop of your own calls it after `optimizer.step()`.
+
+        Args:
+            step: the step, counted from 0; `None` lets each teacher count its updates.
+        """
+        for teacher in self.teachers.values():
+            if isinstance(teacher, UpdatedTeacher):
+                teacher.update(self.student, step=step)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Self:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]  # torch leaves _apply untyped
-        for module in self._teacher_modules() if recurse else ():
+        for module in self._frozen_modules() if recurse else ():
             move(module, fn)
         return self
 

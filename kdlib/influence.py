@@ -1,18 +1,17 @@
 """The influence report: loss and gradient of each term and teacher of an objective, measured on one batch."""
 
 import math
-from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from itertools import combinations
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from kdlib.types import Side
 
-__all__ = ["Comparison", "InfluenceReport", "TeacherInfluence", "TermInfluence", "measure", "unchanged"]
+__all__ = ["Comparison", "InfluenceReport", "TeacherInfluence", "TermInfluence", "measure"]
 
 
 @dataclass(frozen=True)
@@ -214,41 +213,6 @@ def _columns(losses: list[float], gradients: list[Tensor]) -> list[tuple[float, 
     """Return for each row its loss, the share of it, the length of its gradient, and the share of that."""
     lengths = [_norm(gradient) for gradient in gradients]
     return list(zip(losses, _shares(losses), lengths, _shares(lengths), strict=True))
-
-
-def fork_random_state(device: torch.device) -> AbstractContextManager[None]:
-    """Restore torch's random state, on the CPU and on `device`, after the block."""
-    devices = {"devices": [device], "device_type": device.type} if device.type in ("cuda", "xpu") else {"devices": []}
-    return torch.random.fork_rng(**devices)
-
-
-@contextmanager
-def unchanged(*modules: nn.Module, device: torch.device) -> Iterator[None]:
-    """Restore buffers, plain attributes and torch's random state after the block.
-
-    Inside, the buffers are replaced by copies, because the originals may belong to a graph whose backward is still to
-    run.
-    """
-    inside = {each for module in modules for each in module.modules()}
-    saved = [(each, dict(vars(each)), dict(each._buffers.items())) for each in inside]
-    copies = {
-        id(buffer): buffer.detach().clone() for _, _, own in saved for buffer in own.values() if buffer is not None
-    }
-    try:
-        for each, _, own in saved:
-            for name, buffer in own.items():
-                each._buffers[name] = copies.get(id(buffer))
-        with fork_random_state(device):
-            yield
-    finally:
-        for each, attributes, own in saved:
-            for name in set(vars(each)) - set(attributes):
-                del vars(each)[name]
-            vars(each).update(attributes)
-            for name in set(each._buffers.keys()) - set(own):
-                del each._buffers[name]
-            for name, buffer in own.items():  # a scripted module has no `update`
-                each._buffers[name] = buffer
 
 
 def _gradient(loss: Tensor, feature: Side) -> Tensor:

@@ -8,8 +8,8 @@ from torch import Tensor, nn
 
 __all__ = [
     "CrossLayerLoss", "CrossLayerWeighting", "Features", "FrozenModel", "GraphWeighting", "HasFingerprint", "HasTaps",
-    "Loss", "MaskedLoss", "PenalizedWeighting", "Projection", "Schedule", "ScheduledLoss", "Side", "Targets", "Teacher",
-    "WeightedLoss", "Weighting",
+    "Loss", "MaskedLoss", "PassesInputs", "PenalizedWeighting", "Projection", "Schedule", "ScheduledLoss", "Side",
+    "StudentReader", "Targets", "Teacher", "TeacherInputs", "UpdatedTeacher", "WeightedLoss", "Weighting",
 ]  # fmt: skip
 
 Features: TypeAlias = Mapping[str, Tensor]
@@ -23,6 +23,15 @@ Side: TypeAlias = Tensor | Sequence[Tensor]
 
 Schedule: TypeAlias = Callable[[int], float]
 """Maps the step, a whole number from 0, to a value; `kdlib.schedules` has the usual ones."""
+
+TeacherInputs: TypeAlias = str | Sequence[str] | Mapping[str, str] | None
+"""Targets that a teacher reads in place of the inputs of the batch.
+
+- `None`: none, the teacher takes the inputs of the batch;
+- a name: that entry, which is a tensor, a tuple of arguments or a mapping of keyword arguments as the inputs are;
+- a sequence of names: those entries as positional arguments;
+- a mapping of keyword argument to name: those entries as keyword arguments.
+"""
 
 
 @runtime_checkable
@@ -144,6 +153,15 @@ class HasTaps(Protocol):
 
 
 @runtime_checkable
+class PassesInputs(Protocol):
+    """A student that passes its inputs unchanged to another one, such as `AuxiliaryHeads`."""
+
+    @property
+    def receiver(self) -> nn.Module:
+        """The student that receives the inputs; its `forward` tells `train` which entries of a mapping are inputs."""
+
+
+@runtime_checkable
 class FrozenModel(HasTaps, Protocol):
     """An adapter around a frozen model that it does not register, such as `TeacherAdapter`."""
 
@@ -174,7 +192,28 @@ class Teacher(Protocol):
     """A frozen model: maps inputs to named features. `TeacherAdapter` and `CachedTeacher` are teachers."""
 
     @property
-    def reads(self) -> tuple[str, ...]:
-        """Names of the targets that are passed in place of the inputs; empty for a teacher that takes the inputs."""
+    def inputs(self) -> TeacherInputs:
+        """The targets that it reads in place of the inputs of the batch; `None` for a teacher that takes these."""
 
     def __call__(self, *inputs: Any, **named: Any) -> Features: ...
+
+
+@runtime_checkable
+class UpdatedTeacher(Teacher, Protocol):
+    """A teacher whose weights follow the student's, such as `EMATeacher`.
+
+    A `Distiller` registers it if it is a Module, so that its weights are part of the state dict, and excludes its
+    parameters from `trainable_parameters()`.
+    """
+
+    def update(self, student: nn.Module, *, step: int | None = None) -> None:
+        """Update the weights after a step of the optimizer; `step` counts from 0."""
+
+
+@runtime_checkable
+class StudentReader(Teacher, Protocol):
+    """A teacher that is computed from the student's features, such as `SelfTeacher`."""
+
+    @property
+    def reads_student(self) -> bool:
+        """Whether it is called with the student's features, a mapping, in place of the inputs."""

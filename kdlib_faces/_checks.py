@@ -7,7 +7,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kdlib._checks import check_finite, check_floating, check_number, check_shape, check_whole_numbers, show_shape
+from kdlib._checks import (
+    check_finite,
+    check_floating,
+    check_number,
+    check_shape,
+    check_whole_numbers,
+    readable,
+    show_shape,
+)
 
 __all__ = [
     "InputError", "check_class_centers", "check_every_identity", "check_identities", "check_identities_or_triplets",
@@ -36,7 +44,7 @@ def report_key(path: str, expected: str, got: object) -> InputError:
 
 
 def check_identities(owner: str, identities: Tensor, batch: int, num_identities: int) -> None:
-    """Check that `identities` are `(b,)` whole numbers from 0 to `num_identities` - 1."""
+    """Check that `identities` are `(b,)` whole numbers from 0 to `num_identities` - 1; values only on the CPU."""
     if not isinstance(identities, Tensor) or identities.is_floating_point() or identities.is_complex():
         got = identities.dtype if isinstance(identities, Tensor) else type(identities).__name__
         raise TypeError(f"{owner}: identities must be a tensor of whole numbers, got {got}")
@@ -45,7 +53,7 @@ def check_identities(owner: str, identities: Tensor, batch: int, num_identities:
             f"{owner}: identities must be (b,) = ({batch},) whole numbers, "
             f"got {show_shape(identities)} of {identities.dtype}"
         )
-    if batch and not torch.compiler.is_compiling():
+    if batch and readable(identities):
         low, high = (int(end) for end in torch.aminmax(identities))
         if low < 0 or high >= num_identities:
             raise ValueError(
@@ -92,7 +100,7 @@ def check_identities_or_triplets(owner: str, target: Tensor, batch: int) -> None
         raise TypeError(f"{owner}: target must be whole numbers, got {target.dtype}")
     if target.shape[1] != 3:
         raise ValueError(f"{owner}: target must be identities (b,) or triplets (t, 3), got {show_shape(target)}")
-    if len(target) and not torch.compiler.is_compiling():
+    if len(target) and readable(target):
         low, high = (int(end) for end in torch.aminmax(target))
         if low < 0 or high >= batch:
             raise ValueError(f"{owner}: triplets must be rows from 0 to {batch - 1}, got {low if low < 0 else high}")

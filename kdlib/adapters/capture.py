@@ -18,25 +18,36 @@ from kdlib.adapters._checks import (
     module_is_none,
     no_module,
 )
-from kdlib.adapters.tap import Tap, parse_taps, pick
+from kdlib.adapters.tap import Tap, Taps, TapSpec, parse_taps, pick, taps_in
 
-__all__ = ["capture", "find_taps"]
+__all__ = ["HOOKING", "capture", "find_taps", "module_paths"]
 
 # torch numbers hook handles without a lock; two hooks with the same number would overwrite each other.
-_HOOKING = threading.Lock()
+HOOKING = threading.Lock()
 
 # Attributes under which DDP and AveragedModel, torch.compile, FSDP and activation checkpointing hold the user's module.
 _WRAPPERS = ("module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 
 
-def find_taps(owner: str, model: nn.Module, taps: Mapping[str, str | Tap]) -> dict[str, Tap]:
+def find_taps(owner: str, model: nn.Module, taps: Mapping[str, TapSpec]) -> dict[str, Tap | Mapping[str, Tap]]:
     """Convert the user's strings and taps to taps, and check that their modules exist in `model`."""
     check_type(owner, "model", model, nn.Module, "a Module")
     parsed = parse_taps(owner, taps)
-    for tap in parsed.values():
+    for tap in (*taps_in(parsed, training=True).values(), *taps_in(parsed, training=False).values()):
         if tap.path is not None:
             find_module(owner, model, tap.path)
     return parsed
+
+
+def module_paths(model: nn.Module) -> dict[str, nn.Module]:
+    """Return the modules below the model by the paths that taps use: without the wrappers that torch inserts."""
+    inserted = tuple(name for name in _WRAPPERS if name[0] == "_")
+    found: dict[str, nn.Module] = {}
+    for name, module in model.named_modules():
+        steps = name.split(".")
+        if name and steps[-1] not in inserted:
+            found[".".join(step for step in steps if step not in inserted)] = module
+    return found
 
 
 def find_module(owner: str, model: nn.Module, path: str) -> nn.Module:
@@ -69,15 +80,16 @@ def _child(owner: str, path: str, module: nn.Module, name: str) -> nn.Module:
 
 
 def capture(
-    owner: str, model: nn.Module, taps: Mapping[str, Tap], inputs: tuple[Any, ...], named: Mapping[str, Any]
+    owner: str, model: nn.Module, every: Taps, inputs: tuple[Any, ...], named: Mapping[str, Any]
 ) -> dict[str, Tensor]:
-    """Run `model(*inputs, **named)` once and return the tensor of each tap, in the order of `taps`.
+    """Run `model(*inputs, **named)` once and return the tensor of each tap of its mode, in the order of `every`.
 
     The hooks exist during the call only. They ignore other threads, so that several threads can run one model and the
     recomputation of a checkpointed block in the backward pass is not recorded.
     """
     compiling = torch.compiler.is_compiling()
-    mode = "training mode" if model.training else "eval mode"  # for errors: some models return more in training
+    training = model.training
+    taps = taps_in(every, training=training)
     thread = 0 if compiling else threading.get_ident()
     grad = torch.is_grad_enabled()
     calls: dict[str, int] = {tap.path: 0 for tap in taps.values() if tap.path is not None}
@@ -92,7 +104,7 @@ def capture(
                 if tap.path == path and (tap.call is None or tap.call == calls[path]):
                     if grad and not compiling and not torch.is_grad_enabled():
                         without_gradient.append(name)
-                    tensors[name] = hold(pick(owner, name, tap, output, mode))
+                    tensors[name] = hold(pick(owner, name, tap, output, training=module.training))
             calls[path] += 1
 
         return hook
@@ -101,7 +113,7 @@ def capture(
     if compiling:
         output = _traced_call(model, inputs, named, [(module, make_hook(path)) for path, module in modules.items()])
     else:
-        with _HOOKING:
+        with HOOKING:
             handles = [module.register_forward_hook(make_hook(path)) for path, module in modules.items()]
         try:
             output = model(*inputs, **named)
@@ -112,9 +124,9 @@ def capture(
     features = {}
     for name, tap in taps.items():
         if tap.path is None:
-            features[name] = pick(owner, name, tap, output, mode)
+            features[name] = pick(owner, name, tap, output, training=training)
             continue
-        check_calls(owner, name, tap.path, tap.call, calls[tap.path], mode)
+        check_calls(owner, name, tap.path, tap.call, calls[tap.path], training)
         tensor, version = tensors[name]
         if name in without_gradient:
             # The output of a reentrant checkpoint joins the graph after its tap has fired; tensors inside never do.

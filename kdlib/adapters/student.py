@@ -6,7 +6,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from kdlib.adapters.capture import capture, find_taps
-from kdlib.adapters.tap import Tap
+from kdlib.adapters.tap import TapSpec
 
 __all__ = ["StudentAdapter"]
 
@@ -23,11 +23,14 @@ class StudentAdapter(nn.Module):
     Args:
         model: any module.
         taps: feature name to module path (`"layer3"`), to one part of its return value (`"encoder[0]"`), to one of
-            several calls (`"block#1"` is the second), or to the model's return value (`kdlib.OUTPUT`,
-            `OUTPUT["logits"]`).
+            several calls (`"block#1"` is the second), to a slice of a tensor (`"norm[:, 0]"`), or to the model's return
+            value (`kdlib.OUTPUT`, `OUTPUT["logits"]`); see `Tap`. A mapping gives one tap per mode of the model, as
+            `{"train": OUTPUT[0], "eval": OUTPUT}` for a model that returns a tuple in training only; a mode that is
+            left out does not return the feature. `kdlib.list_taps` shows what can be tapped.
 
     Raises:
         ValueError: a path does not exist; the nearest ones are named.
+        TypeError: `model` is not a Module, or `taps` does not map strings to taps.
 
     Examples:
         >>> import torch
@@ -38,7 +41,7 @@ class StudentAdapter(nn.Module):
         {'map': (2, 8, 6, 6), 'embedding': (2, 4)}
     """
 
-    def __init__(self, model: nn.Module, taps: Mapping[str, str | Tap]) -> None:
+    def __init__(self, model: nn.Module, taps: Mapping[str, TapSpec]) -> None:
         super().__init__()
         self.taps = find_taps("StudentAdapter", model, taps)
         self.model = model
@@ -51,7 +54,7 @@ class StudentAdapter(nn.Module):
             named: its keyword arguments.
 
         Returns:
-            One tensor `(b, ...)` per tap.
+            One tensor `(b, ...)` per tap of the mode of the model.
 
         Raises:
             ValueError: a tap did not fire, fired more than once without choosing a call, lies inside a reentrant

@@ -3,18 +3,25 @@
 import threading
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
-from typing import Any, ClassVar, Self
+from typing import Any, Self
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
 from kdlib._checks import check_callable
-from kdlib._held import move, split_inputs
+from kdlib._held import bring, map_tensors, move, split_inputs, tensors_in
 from kdlib._maths import full_precision
-from kdlib.adapters._checks import check_dtype, check_exported_for_inference
+from kdlib.adapters._checks import (
+    check_device,
+    check_dtype,
+    check_eval_taps,
+    check_exported_for_inference,
+    check_input_names,
+)
 from kdlib.adapters.capture import capture, find_taps
-from kdlib.adapters.tap import Tap
+from kdlib.adapters.tap import TapSpec, taps_in
+from kdlib.types import TeacherInputs
 
 __all__ = ["TeacherAdapter"]
 
@@ -24,25 +31,34 @@ class TeacherAdapter(nn.Module):
 
     Every forward runs in eval mode and without gradient, whichever module `.train()` was called on, so BatchNorm
     statistics never change. The model is not registered as a submodule: a parent's `parameters()` and `state_dict()` do
-    not contain it. `.to()`, `.cuda()` and similar calls on a parent move it to another device; a cast by a parent
-    applies only if it keeps every value, as `.double()` does and `.half()` does not, and `to_empty()` has no effect.
+    not contain it. `.to()`, `.cuda()` and similar calls on a parent move it to another device, unless `device` is given;
+    a cast by a parent applies only if it keeps every value, as `.double()` does and `.half()` does not, and
+    `to_empty()` has no effect.
 
-    The adapter changes only the training flags of the model (and its type, with `dtype`); `requires_grad` is not
-    touched. One model can therefore be used by several adapters, or as teacher and student at once: each forward
+    The adapter changes only the training flags of the model (and its device and type, with `device` and `dtype`);
+    `requires_grad` is not touched. One model can therefore be used by several adapters, or as teacher and student at once: each forward
     restores the training flags afterwards.
 
     Args:
         model: any module; set to eval mode here.
-        taps: as in `StudentAdapter`.
-        preprocess: called first, on the student's inputs, to convert them to the teacher's size, channel order and
-            normalization. Returns one tensor, a tuple, or a mapping of keyword arguments. A module or a named function
-            can be pickled, a lambda cannot.
+        taps: as in `StudentAdapter`; of taps by mode, those of eval mode.
+        inputs: targets that a `Distiller` passes in place of the inputs of the batch, such as a view of the teacher's own:
+            the name of an entry that is a tensor, a tuple or a mapping as inputs are; a sequence of names, for
+            positional arguments; or a mapping of keyword argument to name. `None` reads the inputs of the batch.
+        preprocess: called first, on what is read, to convert it to the teacher's size, channel order and normalization.
+            Returns one tensor, a tuple, or a mapping of keyword arguments. A module or a named function can be pickled,
+            a lambda cannot.
+        device: where the model and a `preprocess` that is a module stay, whatever their parents are moved to. Inputs
+            are brought there, and features are returned on the device of the inputs. `None` lets the teacher move with
+            its parents.
         dtype: floating-point type to which the model and its inputs are converted; autocast is then disabled inside.
             `None` keeps the type of the model, to which floating-point inputs are converted outside of autocast.
 
     Raises:
         ValueError: a path does not exist; the nearest ones are named.
-        TypeError: `dtype` is not a floating-point type, or `preprocess` is not callable.
+        TypeError: `inputs` are not names, `device` is not a device, `dtype` is not a floating-point type, or `preprocess`
+            is not callable.
+        ValueError: a feature has no tap in eval mode, or `inputs` names nothing.
         ValueError: the model was exported by `torch.export` in training mode.
 
     Examples:
@@ -52,20 +68,23 @@ class TeacherAdapter(nn.Module):
         (False, [])
     """
 
-    reads: ClassVar[tuple[str, ...]] = ()
-    """Names of the targets passed in place of the inputs: none."""
-
     def __init__(
         self,
         model: nn.Module,
-        taps: Mapping[str, str | Tap],
+        taps: Mapping[str, TapSpec],
         *,
+        inputs: TeacherInputs = None,
         preprocess: Callable[..., Any] | None = None,
+        device: torch.device | str | int | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        self.taps = find_taps("TeacherAdapter", model, taps)
+        found = find_taps("TeacherAdapter", model, taps)
+        self.taps = taps_in(found, training=False)
+        check_eval_taps("TeacherAdapter", found, self.taps)
         check_dtype("TeacherAdapter", dtype)
+        self.inputs = check_input_names("TeacherAdapter", inputs)
+        self.device = check_device("TeacherAdapter", device)
         if preprocess is not None:
             check_callable("TeacherAdapter", "preprocess", preprocess)
         self.dtype = dtype
@@ -76,7 +95,11 @@ class TeacherAdapter(nn.Module):
             model.eval()
         except NotImplementedError:  # a module of torch.export, whose mode is part of its graph
             check_exported_for_inference("TeacherAdapter", model)
-        self._held = (model if dtype is None else model.to(dtype), preprocess)
+        if self.device is not None and isinstance(preprocess, nn.Module):
+            preprocess.to(self.device)
+        if self.device is not None or dtype is not None:  # a quantized model refuses any call of to()
+            model.to(device=self.device, dtype=dtype)
+        self._held = (model, preprocess)
         self.training = False
 
     @property
@@ -101,34 +124,39 @@ class TeacherAdapter(nn.Module):
             named: its keyword arguments.
 
         Returns:
-            One tensor `(b, ...)` per tap, without gradient.
+            One tensor `(b, ...)` per tap, without gradient. With `device`, on the device of the first input.
 
         Raises:
             ValueError: a tap did not fire, or fired more than once without choosing a call.
         """
         model, preprocess = self._held
+        home = None if self.device is None else next((x.device for x in tensors_in((inputs, named))), None)
         training = _enter(model)
         try:
             with torch.no_grad():
+                inputs, named = self._brought(inputs), self._brought(named)
                 if preprocess is not None:
                     inputs, named = split_inputs(preprocess(*inputs, **named))
+                    inputs, named = self._brought(inputs), self._brought(named)  # it may create tensors of its own
                 features = self._features(model, inputs, named)
         finally:
             _leave(model, training)
-        return {name: tensor.detach() for name, tensor in features.items()}
+        return {name: x.detach() if home is None else bring(x.detach(), home) for name, x in features.items()}
+
+    def _brought(self, value: Any) -> Any:
+        return value if self.device is None else bring(value, self.device)
 
     def _features(self, model: nn.Module, inputs: tuple[Any, ...], named: Mapping[str, Any]) -> dict[str, Tensor]:
-        example = next((x for x in (*inputs, *named.values()) if isinstance(x, Tensor)), torch.empty(0))
+        example = next(iter(tensors_in((inputs, named))), torch.empty(0))
         kind = example.device.type
         with full_precision(example) if self.dtype is not None else nullcontext():
             if not (torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)):
-                inputs = tuple(self._converted(x) for x in inputs)
-                named = {name: self._converted(x) for name, x in named.items()}
+                inputs, named = map_tensors(inputs, self._converted), map_tensors(named, self._converted)
             return capture("TeacherAdapter", model, self.taps, inputs, named)
 
-    def _converted(self, x: Any) -> Any:
+    def _converted(self, x: Tensor) -> Tensor:
         """Convert a floating-point tensor to `dtype`; without one, to the first type of the weights if none is equal."""
-        if not isinstance(x, Tensor) or not x.is_floating_point():
+        if not x.is_floating_point():
             return x
         if self.dtype is not None:
             return x.to(self.dtype)
@@ -140,13 +168,14 @@ class TeacherAdapter(nn.Module):
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]  # torch leaves _apply untyped
         for module in self._held if recurse else ():
             if isinstance(module, nn.Module):
-                move(module, fn, cast=self.dtype is None)
+                move(module, fn, cast=self.dtype is None, stay=self.device is not None)
         return self
 
     def extra_repr(self) -> str:
-        preprocess = "" if self.preprocess is None else f", preprocess={self.preprocess!r}"
-        dtype = "" if self.dtype is None else f", dtype={self.dtype}"
-        return f"{type(self.model).__name__}, taps={self.taps}{preprocess}{dtype}"
+        device = None if self.device is None else str(self.device)
+        given = {"inputs": self.inputs, "preprocess": self.preprocess, "device": device, "dtype": self.dtype}
+        options = "".join(f", {name}={value!r}" for name, value in given.items() if value is not None)
+        return f"{type(self.model).__name__}, taps={self.taps}{options}"
 
 
 # For each model that some thread is running: the number of threads, and the modules to set back to training mode.

@@ -44,14 +44,19 @@ def check_build(teacher: object, fetch: object, progress: object, notes: object,
         check_type("TeacherCache", f"notes[{key!r}]", text, str, "a str")
 
 
-def check_reads(reads: Sequence[str]) -> None:
-    """`reads` must have one or two names."""
-    if isinstance(reads, str) or len(reads) not in (1, 2):
+def check_inputs(inputs: object) -> tuple[str, ...] | dict[str, str]:
+    """Return `inputs`, which must name one or two targets, or map `samples` and `views` to them."""
+    inputs = (inputs,) if isinstance(inputs, str) else inputs
+    names = list(inputs.values()) if isinstance(inputs, Mapping) else inputs
+    if not isinstance(names, Sequence) or len(names) not in (1, 2):
         raise ValueError(
-            f"CachedTeacher: reads must name the targets of sample and view, or only of the sample, got {reads!r}"
+            f"CachedTeacher: inputs must name the targets of sample and view, or only of the sample, got {inputs!r}"
         )
-    for index, name in enumerate(reads):
-        check_type("CachedTeacher", f"reads[{index}]", name, str, "a str")
+    for index, name in enumerate(names):
+        check_type("CachedTeacher", f"inputs[{index}]", name, str, "a str")
+    if isinstance(inputs, Mapping) and set(inputs) not in ({"samples"}, {"samples", "views"}):
+        raise ValueError(f"CachedTeacher: inputs must have the keys 'samples' and 'views', got {inputs!r}")
+    return dict(inputs) if isinstance(inputs, Mapping) else tuple(names)
 
 
 def check_names(owner: str, features: Collection[str], known: Collection[str]) -> None:

@@ -1,13 +1,13 @@
 """A teacher whose outputs are read from a cache."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Self
 
 import torch
 from torch import Tensor, nn
 
 from kdlib._checks import check_type
-from kdlib.cache._checks import check_names, check_reads
+from kdlib.cache._checks import check_inputs, check_names
 from kdlib.cache.store import TeacherCache
 
 __all__ = ["CachedTeacher"]
@@ -16,17 +16,17 @@ __all__ = ["CachedTeacher"]
 class CachedTeacher(nn.Module):
     """Replacement of a `TeacherAdapter` that reads the features from a cache.
 
-    It has no parameters. A `Distiller` calls it with the targets named in `reads` instead of the inputs, so the targets of
-    each batch must contain the sample ids and, if there are several, the views.
+    It has no parameters. A `Distiller` calls it with the targets named in `inputs` instead of the inputs of the batch, so
+    the targets must contain the sample ids and, if there are several, the views.
 
     Args:
         cache: an open cache.
-        reads: names of the targets with sample ids and views, both `(b,)`; one name means view 0.
+        inputs: names of the targets with sample ids and views, both `(b,)`; one name means view 0.
         features: names of the features to return; `None` for all. Reading maps that no term uses costs time.
 
     Raises:
         TypeError: `cache` is not a `TeacherCache`.
-        ValueError: `reads` does not have one or two names, or the cache does not contain a feature.
+        ValueError: `inputs` does not have one or two names, or the cache does not contain a feature.
 
     Examples:
         >>> import tempfile
@@ -35,21 +35,24 @@ class CachedTeacher(nn.Module):
         >>> online = TeacherAdapter(nn.Linear(4, 2), {"embedding": OUTPUT})
         >>> folder = tempfile.TemporaryDirectory()
         >>> cache = TeacherCache.build(folder.name, online, lambda samples, view: images[samples], samples=5)
-        >>> teacher = CachedTeacher(cache, reads=("sample",))
+        >>> teacher = CachedTeacher(cache, inputs="sample")
         >>> embedding = teacher(torch.tensor([4, 1]))["embedding"]
         >>> torch.testing.assert_close(embedding, online(images[[4, 1]])["embedding"], atol=2e-3, rtol=2e-3)
         >>> folder.cleanup()
     """
 
     def __init__(
-        self, cache: TeacherCache, *, reads: Sequence[str] = ("sample", "view"), features: Sequence[str] | None = None
+        self,
+        cache: TeacherCache,
+        *,
+        inputs: str | Sequence[str] | Mapping[str, str] = ("sample", "view"),
+        features: Sequence[str] | None = None,
     ) -> None:
         super().__init__()
         check_type("CachedTeacher", "cache", cache, TeacherCache, "a TeacherCache")
-        check_reads(reads)
         check_names("CachedTeacher", features or (), cache.features)
         self.cache = cache
-        self.reads = tuple(reads)
+        self.inputs = check_inputs(inputs)
         self.features = tuple(features) if features else None
         self.training = False
 
@@ -86,4 +89,4 @@ class CachedTeacher(nn.Module):
 
     def __repr__(self) -> str:
         features = "" if self.features is None else f", features={self.features!r}"
-        return f"CachedTeacher({self.cache!r}, reads={self.reads!r}{features})"
+        return f"CachedTeacher({self.cache!r}, inputs={self.inputs!r}{features})"

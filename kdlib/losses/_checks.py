@@ -13,15 +13,19 @@ from kdlib._checks import (
     check_number,
     check_pair,
     check_rank,
+    check_same_batch,
+    check_shape,
     check_type,
     readable,
     show_shape,
 )  # fmt: skip
-from kdlib._layouts import grid_of, prefix_candidates, shown_layout
+from kdlib._layouts import grid_of, prefix_candidates, shown_layout, shown_prefix
 
 __all__ = [
-    "check_affine", "check_gathered_reduction", "check_hidden", "check_layout", "check_levels", "check_logits",
-    "check_margin", "check_mask", "check_prefix", "check_square", "no_second_derivative",
+    "check_affine", "check_batch_limit", "check_batches", "check_channels", "check_gathered_reduction", "check_hidden",
+    "check_layers", "check_layout", "check_layouts", "check_levels", "check_logits", "check_map", "check_margin",
+    "check_mask", "check_order", "check_prefix", "check_same_layers", "check_square", "check_trained",
+    "no_second_derivative",
 ]  # fmt: skip
 
 
@@ -42,7 +46,7 @@ def check_layout(owner: str, name: str, x: Tensor, layout: str | None, argument:
     shown = shown_layout(x)
     if shown == "bchw":
         return shown
-    if x.dim() not in (3, 4):
+    if x.dim() not in map(len, choices):
         wanted = ", ".join(f"({', '.join(choice)})" for choice in choices[:-1])
         raise ValueError(f"{owner}: {name} must be {wanted} or ({', '.join(choices[-1])}), got {show_shape(x)}")
     which = "'bnd' for tokens (b, n, d)" + (" or 'bhw' for attention maps (b, h, w)" if "bhw" in choices else "")
@@ -50,19 +54,31 @@ def check_layout(owner: str, name: str, x: Tensor, layout: str | None, argument:
     raise ValueError(f"{owner}: the layout of {name} {show_shape(x)} is ambiguous; give {argument}={which}")
 
 
-def check_prefix(owner: str, name: str, x: Tensor, given: int | None, argument: str, grid: Sequence[int] | None) -> int:
-    """Return how many leading tokens of `x` (b, n, d) are not on the grid: `given`, or the only possible number."""
+def check_layouts(owner: str, **layouts: str | None) -> None:
+    """Each named argument must be a layout of maps, or None."""
+    for name, layout in layouts.items():
+        if layout is not None:
+            check_choice(owner, name, layout, ("bchw", "bhwc"))
+
+
+def check_map(owner: str, name: str, x: Tensor, layout: str | None, argument: str = "layout") -> Tensor:
+    """Return a feature map with channels first, from the layout `"bchw"` or `"bhwc"` or one that its shape shows."""
+    return x.movedim(3, 1) if check_layout(owner, name, x, layout, argument, ("bchw", "bhwc")) == "bhwc" else x
+
+
+def check_prefix(owner: str, name: str, x: Tensor, given: int | None, argument: str, positions: Sequence[int]) -> int:
+    """Return how many leading tokens of `x` (b, n, d) are not on the grid: `given`, or the number that shapes show."""
     if given is not None:
         check_number(owner, argument, given, min=0, below=max(x.shape[1], 1), integer=True)
         return given
-    candidates = prefix_candidates(x.shape[1], grid)
-    if len(candidates) != 1:
-        few = " or ".join(map(str, candidates)) or "an unknown number of"
+    shown = shown_prefix(x.shape[1], positions)
+    if shown is None:
+        few = " or ".join(map(str, prefix_candidates(x.shape[1], positions))) or "an unknown number of"
         raise ValueError(
             f"{owner}: {name} {show_shape(x)} may have {few} tokens (class token, registers) before those of the grid; "
             f"give {argument}= (0 if all are on the grid)"
         )
-    return candidates[0]
+    return shown
 
 
 def check_square(owner: str, name: str, tokens: int) -> tuple[int, int]:
@@ -102,7 +118,7 @@ def check_margin(owner: str, margin: object, channels: int | None) -> None:
         expected = "(c,)" if channels is None else f"(c,) = ({channels},)"
         raise ValueError(f"{owner}: margin must be {expected} or a number, got {show_shape(margin)}")
     if margin.numel() == 0 or not readable(margin):
-        return
+        return  # only on the CPU: reading would wait for a device
     check_finite(owner, margin=margin)
     if margin.amax() > 0:
         raise ValueError(f"{owner}: margin must be <= 0, got {margin.amax().item():g}")
@@ -173,3 +189,86 @@ def check_hidden(
             f"{owner}: both vocabularies must have the same size, got v = {student_weight.shape[0]} of the student and "
             f"{teacher_weight.shape[0]} of the teacher; pass the rows of the tokens that both share, in the same order"
         )
+
+
+def check_channels(owner: str, name: str, channels: object) -> tuple[int, ...]:
+    """Return `channels`, which must be a sequence of at least one whole number of at least 1."""
+    channels = channels.tolist() if isinstance(channels, (np.ndarray, Tensor)) else channels
+    if isinstance(channels, (str, bytes)) or not isinstance(channels, Sequence):
+        raise TypeError(
+            f"{owner}: {name} must be a sequence with the channels of each layer, got {type(channels).__name__}"
+        )
+    if not channels:
+        raise ValueError(f"{owner}: {name} must hold the channels of at least one layer, got none")
+    return tuple(check_number(owner, f"{name}[{k}]", each, min=1, integer=True) for k, each in enumerate(channels))
+
+
+def check_same_layers(owner: str, students: Sequence[int], teachers: Sequence[int]) -> None:
+    """Both sides must have the same number of layers."""
+    if len(students) != len(teachers):
+        raise ValueError(
+            f"{owner}: teacher_channels must have one number for each of the {len(students)} student_channels, got "
+            f"{len(teachers)}"
+        )
+
+
+def check_layers(
+    owner: str, students: object, student_channels: Sequence[int], teachers: object, teacher_channels: Sequence[int]
+) -> None:
+    """Both sides must be sequences of maps `(b, c, h, w)` or vectors `(b, c)` with these channels and one batch size."""
+    first: Tensor | None = None
+    for side, layers, channels in (
+        ("student", students, student_channels),
+        ("teacher", teachers, teacher_channels),
+    ):
+        name = f"{side}s"
+        if isinstance(layers, (Tensor, str, bytes)) or not isinstance(layers, Sequence):
+            raise TypeError(
+                f"{owner}: {name} must be a list of {len(channels)} tensors, one for each of {side}_channels, got "
+                f"{type(layers).__name__}; give the Term a list of taps, {side}=[...]"
+            )
+        if len(layers) != len(channels):
+            raise ValueError(
+                f"{owner}: {name} must hold {len(channels)} tensors, one for each of {side}_channels, got {len(layers)}"
+            )
+        for k, (layer, count) in enumerate(zip(layers, channels, strict=True)):
+            at = f"{name}[{k}]"
+            check_floating(owner, **{at: layer})
+            layout = "b c" if layer.dim() == 2 else "b c h w"
+            check_rank(owner, at, layer, layout)
+            check_shape(owner, at, layer, layout, c=count)
+            first = layer if first is None else first
+            check_same_batch(owner, "students[0]", first, at, layer)
+
+
+def check_batch_limit(owner: str, batch: int, limit: int | None) -> None:
+    """The batch must not exceed `batch_size`."""
+    if limit is not None and batch > limit:
+        raise ValueError(
+            f"{owner}: students must hold at most batch_size = {limit} samples, got {batch}; give a larger batch_size, or "
+            "batch_size=None"
+        )
+
+
+def check_trained(owner: str, trained: bool) -> None:
+    """The paraphraser must have been trained."""
+    if not trained:
+        raise RuntimeError(
+            f"{owner}: the paraphraser is not trained; call loss.paraphraser.fit(loader, features) first, or "
+            "loss.paraphraser.freeze() after a training of your own"
+        )
+
+
+def check_batches(owner: str, epoch: int, batches: int) -> None:
+    """An epoch must have batches."""
+    if not batches:
+        raise ValueError(
+            f"{owner}: loader must yield at least one batch in each epoch, got none in epoch {epoch}; a generator can be "
+            "iterated only once, use a list or a DataLoader"
+        )
+
+
+def check_order(owner: str, p: object) -> None:
+    """`p` must be 1 or 2, the order of a norm."""
+    if p not in (1, 2):
+        raise ValueError(f"{owner}: p must be 1 or 2, the order of the norm, got {p!r}")

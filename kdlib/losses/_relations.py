@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from kdlib._checks import check_relation
+from kdlib._checks import check_relation, readable
 from kdlib._gather import gather_rows
 from kdlib._maths import finite_weight, promote, relative_weight, rescale
 from kdlib.losses._checks import no_second_derivative
@@ -79,7 +79,7 @@ def cosine_distances(x: Tensor, share: Tensor) -> tuple[Tensor, Tensor, Tensor, 
     distances = (half - product).add_(half.unsqueeze(1)).clamp_(0, 2).fill_diagonal_(0)
     zero = largest == 0
     # On a CPU, reading `zero` costs less than a pass over the matrix. On an accelerator it would force a wait.
-    if distances.device.type != "cpu" or torch.compiler.is_compiling() or bool(zero.any()):
+    if not readable(zero) or bool(zero.any()):
         distances.masked_fill_(zero | zero.T, 1)
     return distances, centered, unit, length
 

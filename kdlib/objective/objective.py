@@ -18,7 +18,8 @@ from kdlib._checks import (
     check_term_teachers,
     check_type,
 )
-from kdlib.influence import Comparison, InfluenceReport, measure, unchanged
+from kdlib._held import unchanged
+from kdlib.influence import Comparison, InfluenceReport, measure
 from kdlib.objective._checks import (
     check_cross_layer,
     check_step_given,

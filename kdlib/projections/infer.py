@@ -8,6 +8,7 @@ from einops.layers.torch import Rearrange, Reduce
 from torch import Tensor, nn
 
 from kdlib._checks import check_floating
+from kdlib._layouts import possible_positions
 from kdlib.projections._checks import (
     check_counterparts,
     check_layout,
@@ -44,9 +45,10 @@ def infer_projection(
     A layout of `None` is read from the shape: two dimensions are `"bd"`, three `"bnd"`, four `"bchw"`. Four dimensions
     that look like `(b, h, w, c)`, as two equal ones before another, are an error that names the argument.
 
-    Where the numbers of tokens differ, the grid of tokens is square, or that of the map on the other side. Tokens before
-    it (a class token, registers) are counted from the shape if only one number of up to 8 is possible, as with 196, 197
-    or 201 tokens; otherwise give it. Prefix tokens are mapped to prefix tokens, dropped if the teacher has none, and
+    Where the numbers of tokens differ, the grid of tokens is square, or that of the map on the other side. How many tokens
+    come before it (a class token, registers) is read from the shapes only if it is the only possible number of up to 8,
+    and either 0 or confirmed by the other side, as with 197 tokens and a grid of 14 x 14, or with 201 and 197 tokens;
+    otherwise give it. Prefix tokens are mapped to prefix tokens, dropped if the teacher has none, and
     replaced by the mean token if the student has none and the teacher one. Errors are: a vector to a map or to tokens,
     tokens to a vector (class token or mean?), and other grids that are not square.
 
@@ -141,8 +143,11 @@ def _token_projection(
     owner, dims = "infer_projection", (student.shape[2], teacher.shape[2])
     if student.shape[1] == teacher.shape[1] and not (prefix or teacher_prefix):
         return TokenProjection(*dims)
-    prefix = check_prefix(owner, "student", student, prefix, size)
-    teacher_prefix = check_prefix(owner, "teacher", teacher, teacher_prefix, grid)
+    # The teacher's tokens are those of its map if `size` is given, the student's those of its map if `grid` is.
+    of_teacher = possible_positions(teacher.shape[1], teacher_prefix)
+    of_student = possible_positions(student.shape[1], prefix)
+    prefix = check_prefix(owner, "student", student, prefix, of_teacher)
+    teacher_prefix = check_prefix(owner, "teacher", teacher, teacher_prefix, of_student)
     check_counterparts(owner, prefix, teacher_prefix)
     class_token: Literal["none", "keep", "first", "drop", "mean"] = "keep" if prefix else "none"
     if prefix != teacher_prefix:

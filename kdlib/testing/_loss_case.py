@@ -1,7 +1,7 @@
 """The single contract checks of a loss."""
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partialmethod
 from itertools import product
@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from kdlib.testing._meta import expect_meta, on_meta, to_meta
 from kdlib.testing._run import Case, clone, expect, finite, same
 
-__all__ = ["LossCase"]
+__all__ = ["LossCase", "pack", "unpack"]
 
 
 @dataclass
@@ -22,6 +23,8 @@ class LossCase(Case):
     Args:
         copies: whether the loss can be copied.
         weights: whether the loss accepts `weight=`.
+        layers: shapes of one sample of each layer, of the student and of the teacher, for a loss of lists; `student`
+            and `teacher` then hold the values of all layers, `(b, n)`.
     """
 
     component: Callable[..., Tensor]
@@ -31,6 +34,7 @@ class LossCase(Case):
     per_sample: bool | None
     copies: bool
     weights: bool
+    layers: tuple[Sequence[torch.Size] | None, Sequence[torch.Size] | None] = (None, None)
 
     def fresh(self, dtype: torch.dtype | None = None) -> Callable[..., Tensor]:
         loss = copy.deepcopy(self.component) if self.copies else self.component
@@ -52,9 +56,13 @@ class LossCase(Case):
         teacher = self.teacher if teacher is None else teacher
         if self.target is not None:
             options["target"] = self.target[rows]
-        result = (self.fresh() if loss is None else loss)(student[rows], teacher[rows], **options)
+        result = self.call(self.fresh() if loss is None else loss, student[rows], teacher[rows], **options)
         expect(isinstance(result, Tensor), f"must return a tensor, got {type(result).__name__}")
         return result
+
+    def call(self, loss: Callable[..., Tensor], student: Tensor, teacher: Tensor, **options: Any) -> Tensor:
+        """Call the loss with tensors, or with lists of tensors if it compares several layers."""
+        return loss(*(unpack(x, shapes) for x, shapes in zip((student, teacher), self.layers, strict=True)), **options)
 
     def gradient(self, what: str, student: Tensor, teacher: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
         """Return value and gradient, checked to be finite."""
@@ -225,7 +233,7 @@ class LossCase(Case):
     def batch_mismatch(self) -> None:
         options = {} if self.target is None else {"target": self.target}
         try:
-            self.fresh()(self.student, self.teacher[:-1], **options)
+            self.call(self.fresh(), self.student, self.teacher[:-1], **options)
         except (ValueError, TypeError):
             return
         raise AssertionError("another batch size of the teacher must be a ValueError, got a value")
@@ -238,9 +246,22 @@ class LossCase(Case):
             given["target"] = clone(self.target)
         before = {name: clone(x) for name, x in given.items()}
         options = {name: x for name, x in given.items() if name in ("weight", "target")}
-        self.fresh()(given["student"], given["teacher"], **options)
+        self.call(self.fresh(), given["student"], given["teacher"], **options)
         for name, x in given.items():
             expect(torch.equal(x, before[name]), f"must not change its arguments, changed {name}")
+
+    def on_meta(self) -> None:
+        student, teacher, target = to_meta((self.student, self.teacher, self.target))
+        options = {} if target is None else {"target": target}
+        # A copy even where other checks use the loss itself, which would lose its values.
+        loss = to_meta(copy.deepcopy(self.component)) if isinstance(self.component, nn.Module) else self.component
+        with on_meta():
+            for given in [{}, {"weight": to_meta(self._increasing_weight())}] if self.weights else [{}]:
+                layers = unpack(student.requires_grad_(), self.layers[0]), unpack(teacher, self.layers[1])
+                value = loss(*layers, **options, **given)
+                expect_meta("the value", value, ())
+                value.backward()
+                expect_meta("the gradient of the student", student.grad)
 
     def gradcheck(self) -> None:
         teacher = self.teacher.double()
@@ -251,3 +272,18 @@ class LossCase(Case):
 
         student = self.student.double().requires_grad_()
         torch.autograd.gradcheck(call, (student,), fast_mode=student.numel() > 128)
+
+
+def pack(layers: Tensor | Sequence[Tensor]) -> tuple[Tensor, Sequence[torch.Size] | None]:
+    """Join the layers of a list to `(b, n)`, so that all checks treat them as one tensor; return the shapes, too."""
+    if isinstance(layers, Tensor):
+        return layers, None
+    return torch.cat([x.flatten(1) for x in layers], 1), [x.shape[1:] for x in layers]
+
+
+def unpack(x: Tensor, shapes: Sequence[torch.Size] | None) -> Tensor | list[Tensor]:
+    """Return views of `x` in the shapes of the layers."""
+    if shapes is None:
+        return x
+    parts = torch.split(x, [shape.numel() for shape in shapes], 1)
+    return [part.reshape(-1, *shape) for part, shape in zip(parts, shapes, strict=True)]

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from kdlib._checks import check_name
+from kdlib._held import map_tensors, tensors_in
 
 __all__ = ["Case", "clone", "expect", "finite", "run", "same"]
 
@@ -133,7 +134,10 @@ def same(a: Tensor, b: Tensor, *, relative: float = 0.0, absolute: float = 0.0) 
 
 
 def clone(value: T) -> T:
-    """Return a detached copy of a tensor, or a deep copy of another value."""
+    """Return a deep copy of a value whose tensors are detached."""
     if isinstance(value, Tensor):
         return value.detach().clone()  # type: ignore[return-value]  # a Tensor in, a Tensor out
+    if tensors_in(value):
+        copied: T = map_tensors(value, clone)
+        return copied
     return copy.deepcopy(value)

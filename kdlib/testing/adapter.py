@@ -9,14 +9,16 @@ import torch
 from torch import Tensor, nn
 
 from kdlib._checks import check_type
+from kdlib._held import split_inputs, tensors_in
 from kdlib.adapters import StudentAdapter, TeacherAdapter
+from kdlib.testing._meta import expect_meta, on_meta, to_meta
 from kdlib.testing._run import Case, clone, expect, run
 from kdlib.types import HasTaps
 
 __all__ = ["ADAPTER_CHECKS", "check_adapter"]
 
 ADAPTER_CHECKS = (
-    "deepcopy", "names", "no_hooks", "deterministic", "inputs_unchanged", "pickle", "gradient", "state_dict",
+    "deepcopy", "names", "no_hooks", "deterministic", "inputs_unchanged", "on_meta", "pickle", "gradient", "state_dict",
     "frozen_mode", "no_gradient", "statistics", "left_out",
 )  # fmt: skip
 """Names of all the checks, in the order in which they run."""
@@ -33,6 +35,7 @@ def check_adapter(
     - `names`: returns a mapping of names to tensors, with the names of its `taps` if it declares them.
     - `no_hooks`: no hook is left on any module, also after a forward that failed.
     - `deterministic`, `inputs_unchanged`, `deepcopy`, `pickle`: in eval mode the same features twice, and after a copy.
+    - `on_meta`: on the meta device features of the same shapes, so nothing is read from the device or stays on the CPU.
     - For a student: `gradient`, the gradient of the features reaches its parameters; `state_dict`, loading it restores
       the features.
     - For a teacher: `frozen_mode`, `train()` on a parent, on itself or on its model changes no feature; `no_gradient`,
@@ -41,7 +44,7 @@ def check_adapter(
 
     Args:
         adapter: called as `adapter(*inputs)`.
-        inputs: one batch; tensors are copied.
+        inputs: one batch: positional arguments, or a single mapping of keyword arguments; tensors are copied.
         teacher: whether it is frozen; `None` for whether it is a `TeacherAdapter`.
         exclude: names of checks to skip.
 
@@ -57,7 +60,7 @@ def check_adapter(
     check_type("check_adapter", "adapter", adapter, nn.Module, "a Module")
     if teacher is None:
         teacher = isinstance(adapter, TeacherAdapter)
-    case = _AdapterCase(adapter, tuple(clone(x) for x in inputs))
+    case = _AdapterCase(adapter, *split_inputs(inputs[0] if len(inputs) == 1 else inputs))
     return run("check_adapter", case, ADAPTER_CHECKS, exclude, _STUDENT if teacher else _TEACHER)
 
 
@@ -65,16 +68,21 @@ def check_adapter(
 class _AdapterCase(Case):
     component: nn.Module
     inputs: tuple[Any, ...]
+    named: dict[str, Any]
+
+    def call(self, component: Any) -> Mapping[str, Tensor]:
+        features: Mapping[str, Tensor] = component(*clone(self.inputs), **clone(self.named))
+        return features
 
     def output(self, component: Any) -> Mapping[str, Tensor]:
         with torch.no_grad():
-            return {name: clone(x) for name, x in component.eval()(*(clone(x) for x in self.inputs)).items()}
+            return {name: clone(x) for name, x in self.call(component.eval()).items()}
 
     def parameters(self, component: Any) -> Iterable[nn.Parameter]:
         return _model(component).parameters()
 
     def names(self) -> None:
-        features = self.fresh()(*self.inputs)
+        features = self.call(self.fresh())
         expect(isinstance(features, Mapping), f"must return named features, got {type(features).__name__}")
         for name, x in features.items():
             expect(isinstance(name, str), f"names of features must be strings, got {name!r}")
@@ -86,46 +94,53 @@ class _AdapterCase(Case):
     def no_hooks(self) -> None:
         adapter = self.fresh()
         before = _hooks(adapter)
-        adapter(*self.inputs)
+        self.call(adapter)
         expect(_hooks(adapter) == before, f"a forward must leave no hook, got {_hooks(adapter) - before} more")
         with contextlib.suppress(Exception):
             adapter(object())  # an invalid input for any model
         expect(_hooks(adapter) == before, f"a failing forward left {_hooks(adapter) - before} hooks")
 
     def inputs_unchanged(self) -> None:
-        given = tuple(clone(x) for x in self.inputs)
+        inputs, named = clone(self.inputs), clone(self.named)
         with torch.no_grad():
-            self.fresh()(*given)
-        for index, (x, original) in enumerate(zip(given, self.inputs, strict=True)):
-            equal = not isinstance(x, Tensor) or torch.equal(x, original)
-            expect(equal, f"must not change its inputs, changed {index}")
+            self.fresh()(*inputs, **named)
+        pairs = zip(tensors_in((inputs, named)), tensors_in((self.inputs, self.named)), strict=True)
+        for index, (x, original) in enumerate(pairs):
+            expect(torch.equal(x, original), f"must not change its inputs, changed {index}")
+
+    def on_meta(self) -> None:
+        shapes = {name: x.shape for name, x in self.output(self.fresh()).items()}
+        adapter, inputs = to_meta(self.fresh()).eval(), to_meta(self.inputs)
+        with on_meta(), torch.no_grad():
+            for name, x in adapter(*inputs).items():
+                expect_meta(f"feature {name!r}", x, shapes[name])
 
     def gradient(self) -> None:
         adapter = self.fresh()
-        features = adapter(*self.inputs)
-        sum(x.float().square().sum() for x in features.values() if x.is_floating_point()).backward()
+        features = self.call(adapter)
+        torch.autograd.backward([x.float().square().sum() for x in features.values() if x.is_floating_point()])
         reached = any(parameter.grad is not None and parameter.grad.any() for parameter in adapter.parameters())
         expect(reached, "the gradient of the features must reach the student's parameters")
 
     def frozen_mode(self) -> None:
         adapter = self.fresh()
         with torch.no_grad():
-            wanted = {name: clone(x) for name, x in adapter(*self.inputs).items()}
+            wanted = {name: clone(x) for name, x in self.call(adapter).items()}
             for what, module in [
                 ("its parent", nn.ModuleDict({"teacher": adapter})),
                 ("itself", adapter),
                 ("its model", _model(adapter)),
             ]:
                 module.train()
-                self.expect_equal(f"after train() on {what}, a teacher", wanted, adapter(*self.inputs))
+                self.expect_equal(f"after train() on {what}, a teacher", wanted, self.call(adapter))
         expect(not adapter.training, "a teacher must stay in eval mode")
 
     def no_gradient(self) -> None:
-        inputs = [clone(x) for x in self.inputs]
-        for x in inputs:
-            if isinstance(x, Tensor) and x.is_floating_point():
+        inputs, named = clone(self.inputs), clone(self.named)
+        for x in tensors_in((inputs, named)):
+            if x.is_floating_point():
                 x.requires_grad_()
-        for name, x in self.fresh()(*inputs).items():
+        for name, x in self.fresh()(*inputs, **named).items():
             expect(not x.requires_grad, f"feature {name!r} of a teacher must carry no gradient; detach it")
 
     def statistics(self) -> None:
@@ -134,7 +149,7 @@ class _AdapterCase(Case):
         before = {name: clone(x) for name, x in model.named_buffers()}
         nn.ModuleDict({"teacher": adapter}).train()
         with torch.no_grad():
-            adapter(*self.inputs)
+            self.call(adapter)
         for name, x in model.named_buffers():
             expect(torch.equal(x, before[name]), f"a teacher's statistics must never change, buffer {name!r} did")
 

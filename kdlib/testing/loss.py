@@ -1,11 +1,11 @@
 """Contract checks of a loss."""
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 
 from torch import Tensor, nn
 
 from kdlib._checks import check_callable, check_floating, check_number, check_same_batch
-from kdlib.testing._loss_case import LossCase
+from kdlib.testing._loss_case import LossCase, pack
 from kdlib.testing._run import clone, run
 from kdlib.types import WeightedLoss
 
@@ -15,7 +15,7 @@ LOSS_CHECKS = (
     "deepcopy", "scalar", "student_gradient", "teacher_gradient", "reduction_none", "mean_of_none", "weighted_mean",
     "weight_ones", "weight_scale", "weight_zero_masks", "weight_all_zero", "float16", "bfloat16", "float64", "autocast",
     "zero_rows", "equal_rows", "batch_of_one", "empty_batch", "large_float16", "large_float32", "batch_mismatch",
-    "deterministic", "inputs_unchanged", "pickle", "state_dict", "repr", "gradcheck",
+    "deterministic", "inputs_unchanged", "on_meta", "pickle", "state_dict", "repr", "gradcheck",
 )  # fmt: skip
 """Names of all the checks, in the order in which they run."""
 
@@ -25,8 +25,8 @@ _MODULE = ("state_dict", "repr")
 
 def check_loss(
     loss: Callable[..., Tensor],
-    student: Tensor,
-    teacher: Tensor,
+    student: Tensor | Sequence[Tensor],
+    teacher: Tensor | Sequence[Tensor],
     *,
     target: Tensor | None = None,
     per_sample: bool | None = None,
@@ -48,6 +48,7 @@ def check_loss(
     - `batch_mismatch`: a `ValueError` or `TypeError`.
     - `deterministic`, `inputs_unchanged`, `deepcopy`, `pickle`, `state_dict`: the same value twice, and after a copy;
       `repr`: the call that rebuilds the object; `gradcheck`: the gradient against differences, in float64.
+    - `on_meta`: value and gradient on the meta device, so nothing is read from the device or stays on the CPU.
 
     Every check works on a copy of the loss, so that a loss with a state (a queue, a running mean) starts anew each
     time; only `deepcopy` calls the loss itself.
@@ -55,8 +56,9 @@ def check_loss(
     Args:
         loss: called as `loss(student, teacher)`, with `target=` if one is given, and with `reduction=` and `weight=`.
             Exclude the checks on these for a loss that does not accept them.
-        student: `(b, ...)`, at least 4 samples, without special values, and small: about 8 values per sample.
-        teacher: `(b, ...)`.
+        student: `(b, ...)`, at least 4 samples, without special values, and small: about 8 values per sample. A list
+            of tensors for a loss that compares several layers.
+        teacher: `(b, ...)`, or a list.
         target: `(b, ...)`, for a loss that needs one.
         per_sample: whether `reduction="none"` must return `(b,)` or be an error; `None` for the value that a
             `WeightedLoss` declares, or for either with other losses.
@@ -79,15 +81,20 @@ def check_loss(
         AssertionError: check_loss(<lambda>): teacher_gradient: no gradient may reach the teacher; detach it
     """
     check_callable("check_loss", "loss", loss)
-    check_floating("check_loss", student=student, teacher=teacher)
-    check_same_batch("check_loss", "student", student, "teacher", teacher)
-    check_number("check_loss", "the batch size", student.shape[0], min=4, integer=True)
+    for side, given in (("student", student), ("teacher", teacher)):
+        for layer in [given] if isinstance(given, Tensor) else given:
+            check_floating("check_loss", **{side: layer})
+    (s, s_layers), (t, t_layers) = pack(student), pack(teacher)
+    check_same_batch("check_loss", "student", s, "teacher", t)
+    check_number("check_loss", "the batch size", s.shape[0], min=4, integer=True)
     if target is not None:
-        check_same_batch("check_loss", "student", student, "target", target)
+        check_same_batch("check_loss", "student", s, "target", target)
     if per_sample is None and isinstance(loss, WeightedLoss):
         per_sample = loss.per_sample
-    tensors = clone(student).float(), clone(teacher).float(), None if target is None else clone(target)
-    case = LossCase(loss, *tensors, per_sample, "deepcopy" not in exclude, "weight_ones" not in exclude)
+    tensors = clone(s).float(), clone(t).float(), None if target is None else clone(target)
+    case = LossCase(
+        loss, *tensors, per_sample, "deepcopy" not in exclude, "weight_ones" not in exclude, (s_layers, t_layers)
+    )
     if case.per_sample is None:
         case.per_sample = case.accepts_none()
     left_out = {*(() if case.per_sample else _PER_SAMPLE), *(() if isinstance(loss, nn.Module) else _MODULE)}

@@ -9,13 +9,14 @@ import torch
 from torch import Tensor, nn
 
 from kdlib._checks import check_floating, check_number, check_same_batch, check_type
+from kdlib.testing._meta import expect_meta, on_meta, to_meta
 from kdlib.testing._run import Case, clone, expect, finite, run, same
 
 __all__ = ["PROJECTION_CHECKS", "check_projection"]
 
 PROJECTION_CHECKS = (
     "deepcopy", "shape", "student_gradient", "parameter_gradient", "half", "autocast", "float64", "batch_of_one",
-    "deterministic", "inputs_unchanged", "pickle", "state_dict", "repr",
+    "deterministic", "inputs_unchanged", "on_meta", "pickle", "state_dict", "repr",
 )  # fmt: skip
 """Names of all the checks, in the order in which they run."""
 
@@ -31,6 +32,7 @@ def check_projection(
     - `half` (float16 and bfloat16 throughout), `autocast`, `float64`: the same for these dtypes.
     - `deterministic`, `inputs_unchanged`, `deepcopy`, `pickle`, `state_dict`: the same result twice, and after a copy;
       `repr`: the call that rebuilds the object.
+    - `on_meta`: runs on the meta device, so nothing is read from the device or stays on the CPU.
 
     Args:
         projection: called as `projection(student)`.
@@ -123,6 +125,14 @@ class _ProjectionCase(Case):
         among = self.fresh().eval()(self.student)[:1]
         close = same(projected, among, relative=1e-3, absolute=1e-5)
         expect(close, "in eval mode a sample must not depend on the other samples of the batch")
+
+    def on_meta(self) -> None:
+        projection, student = to_meta(self.fresh()), to_meta(self.student).requires_grad_()
+        with on_meta():
+            projected = projection(student)
+            expect_meta("the projection", projected, self.wanted)
+            projected.sum().backward()
+            expect_meta("the gradient of the student", student.grad)
 
     def inputs_unchanged(self) -> None:
         student = clone(self.student)

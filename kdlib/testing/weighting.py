@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from kdlib._checks import check_callable, check_floating, check_number, check_same_batch
+from kdlib.testing._meta import expect_meta, on_meta, to_meta
 from kdlib.testing._run import Case, clone, expect, finite, run, same
 from kdlib.types import Weighting
 
@@ -16,7 +17,7 @@ __all__ = ["WEIGHTING_CHECKS", "check_weighting"]
 
 WEIGHTING_CHECKS = (
     "deepcopy", "valid", "extreme_losses", "extreme_features", "half", "batch_of_one", "empty_batch", "one_teacher",
-    "permutation", "teacher_gradient", "deterministic", "inputs_unchanged", "pickle", "state_dict", "repr",
+    "permutation", "teacher_gradient", "deterministic", "inputs_unchanged", "on_meta", "pickle", "state_dict", "repr",
 )  # fmt: skip
 """Names of all the checks, in the order in which they run."""
 
@@ -43,6 +44,7 @@ def check_weighting(
     - `one_teacher`: all ones; `permutation`: teachers in another order have the same weights in that order.
     - `teacher_gradient`: none; `deterministic`, `inputs_unchanged`, `deepcopy`, `pickle`, `state_dict`: the same
       weights twice, and after a copy with its state; `repr`: the call that rebuilds the object.
+    - `on_meta`: runs on the meta device, so nothing is read from the device or stays on the CPU.
 
     Losses are computed from the student and the teachers, on the student's graph.
 
@@ -178,6 +180,16 @@ class _WeightingCase(Case):
         if weights.requires_grad:
             (weights * torch.arange(weights.numel(), device=weights.device).view_as(weights)).sum().backward()
         expect(all(x.grad is None for x in teachers), "no gradient may reach a teacher; detach them")
+
+    def on_meta(self) -> None:
+        student, teachers, targets = to_meta((self.student, self.teachers, self.targets))
+        weighting = self.fresh()
+        weighting = to_meta(weighting) if isinstance(weighting, nn.Module) else weighting
+        with on_meta():
+            losses = torch.stack([_distance(student.requires_grad_(), x) for x in teachers])
+            for _ in range(2):
+                weights = weighting(losses, student=student, teachers=teachers, targets=targets)
+                expect_meta("weights", weights, losses.shape)
 
     def inputs_unchanged(self) -> None:
         losses = torch.stack([_distance(self.student, x) for x in self.teachers])

@@ -1,13 +1,16 @@
 """Checks and error messages of the training package."""
 
 from collections.abc import Iterable, Mapping, Sequence
+from math import isfinite
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
+import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from kdlib._checks import check_callable, check_type
+from kdlib._checks import check_callable, check_choice, check_type, nearest
 from kdlib.training.events import CheckpointError, TrainingDiverged
 
 
@@ -93,3 +96,60 @@ def diverged(
     """Return the error of a non-finite loss or weight; the message ends with the last good checkpoint."""
     kept = f"the last good checkpoint is {newest}" if newest else "there is no checkpoint"
     return TrainingDiverged(f"train: {problem}; {kept}", step=step, epoch=epoch, terms=terms, samples=samples)
+
+
+def check_evaluation(
+    owner: str, evaluate: object, every: int | None, monitor: object, mode: object, patience: int | None
+) -> None:
+    """Each argument of the evaluation needs the one on which it depends."""
+    if evaluate is not None:
+        check_callable(owner, "evaluate", evaluate)
+    check_type(owner, "monitor", monitor, (str, NoneType), "the name of a metric or None")
+    needs = (
+        ("evaluate_every", every, "evaluate", evaluate),
+        ("monitor", monitor, "evaluate", evaluate),
+        ("mode", mode, "monitor", monitor),
+        ("patience", patience, "monitor", monitor),
+    )
+    for name, value, other, needed in needs:
+        if value is not None and needed is None:
+            raise ValueError(f"{owner}: {other} must be given with {name}, got {name}={value!r} without it")
+    if mode is not None:
+        check_choice(owner, "mode", mode, ("max", "min"))
+
+
+def read_metrics(result: object, monitor: str | None, step: int) -> dict[str, float]:
+    """Return the metrics of an evaluation as Python numbers, which must be finite and contain the monitored one."""
+    metrics = result if isinstance(result, Mapping) else {monitor or "metric": result}
+    plain: dict[str, float] = {}
+    for name, value in metrics.items():
+        number = value.item() if isinstance(value, (np.generic, np.ndarray, Tensor)) and value.ndim == 0 else value
+        if not isinstance(name, str) or isinstance(number, bool) or not isinstance(number, (int, float)):
+            got = f"{name!r}: {type(value).__name__}" if isinstance(result, Mapping) else f"a {type(result).__name__}"
+            raise TypeError(f"train: evaluate must return a number or a mapping of names to numbers, got {got}")
+        if not isfinite(number):
+            raise ValueError(
+                f"train: evaluate must return finite numbers, got {name}={number} after step {step}; leave out a metric "
+                "that is undefined"
+            )
+        plain[name] = float(number)
+    if monitor is not None and monitor not in plain:
+        raise ValueError(f"train: evaluate must return the monitored metric {monitor!r}{nearest(monitor, plain)}")
+    return plain
+
+
+def batch_of_one(batch: int, epoch: int, size: int, process: str) -> ValueError:
+    """Return the error of a batch that is too small for BatchNorm."""
+    return ValueError(
+        f"train: BatchNorm in training mode needs more than one value per channel, but batch {batch} of epoch {epoch}"
+        f"{process} has {size} sample{'' if size == 1 else 's'}; use DataLoader(drop_last=True) or another batch size"
+    )
+
+
+class Interrupted(BaseException):
+    """Ends an evaluation when a signal arrives; not an Exception, so that the evaluation does not handle it."""
+
+
+def interrupted() -> Interrupted:
+    """Return the exception that ends an evaluation."""
+    return Interrupted()

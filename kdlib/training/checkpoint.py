@@ -6,7 +6,7 @@ import os
 import re
 import tempfile
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from os import PathLike
 from pathlib import Path
 from time import monotonic
@@ -23,11 +23,11 @@ from kdlib.training.events import CheckpointError
 __all__ = ["CheckpointStore", "load_checkpoint"]
 
 _log = logging.getLogger("kdlib.training")
-_NAME = re.compile(r"step-(\d{9})\.pt")
-_FORMAT = 2
+_NAME = re.compile(r"(?:step|best)-(\d{9})\.pt")
+_FORMAT = 3
 _ENTRIES: dict[str, type | tuple[type, ...]] = {
     "step": int, "distiller": dict, "optimizer": dict, "scaler": dict, "ema": (dict, NoneType), "stream": list,
-    "rng": list, "last": dict, "seconds": float, "fingerprint": dict,
+    "rng": list, "last": dict, "seconds": float, "evaluations": list, "fingerprint": dict,
 }  # fmt: skip
 _MARK = b"kdlibsum"
 """Precedes the SHA-256 at the end of a checkpoint; readers of zip files ignore both."""
@@ -42,7 +42,7 @@ def load_checkpoint(path: str | PathLike[str]) -> dict[str, Any]:
 
     Returns:
         `format`, `step`, `distiller` (its state dict), `optimizer`, `scaler`, `ema`, `stream` and `rng` (one per process),
-        `last`, `seconds` and `fingerprint`, with all tensors on the CPU.
+        `last`, `seconds`, `evaluations` and `fingerprint`, with all tensors on the CPU.
 
     Raises:
         CheckpointError: The file is truncated, damaged, or not a checkpoint of this format.
@@ -100,7 +100,11 @@ class _Hashed:
 
 
 class CheckpointStore:
-    """Checkpoints of one run, such as `step-000000120.pt`, in `checkpoint_dir`, or nowhere if that is `None`."""
+    """Checkpoints of one run in `checkpoint_dir`, or nowhere if that is `None`.
+
+    The checkpoint of a step at which the monitored metric improved is named like `best-000000060.pt`, any other like
+    `step-000000120.pt`; otherwise they are the same.
+    """
 
     def __init__(self, config: TrainConfig) -> None:
         self.config = config
@@ -155,22 +159,35 @@ class CheckpointStore:
             )
         return None
 
-    def save(self, step: int, state: Mapping[str, Any]) -> None:
-        """Write `state` atomically as the checkpoint of `step`.
+    def save(self, step: int, state: Mapping[str, Any], improved: Sequence[int]) -> None:
+        """Write `state` atomically as the checkpoint of `step`, and remove old checkpoints.
+
+        The newest `keep` are kept, and the best one before each of them: if the newest is damaged, the run resumes from an
+        earlier one, whose best weights must still exist.
+
+        Args:
+            step: Completed steps.
+            state: Content of the checkpoint.
+            improved: Steps at which the monitored metric improved, in order.
 
         Raises:
             CheckpointError: The checkpoint cannot be written (full disk, missing permission). Earlier checkpoints are kept.
         """
         if self.directory is None:
             return
-        path = self.path_of(step)
+        path, other = self.path_of(step, improved), self._path(step, best=step not in improved)
         try:
             with atomic_write(path, durable=True, sole_writer=True) as file:
                 hashed = _Hashed(file)
                 torch.save({"format": _FORMAT, "step": step, **state}, hashed)  # type: ignore[arg-type]  # it only writes
                 file.write(_MARK + hashed.digest.digest())
-            for old in [old for old in self._paths() if old <= path][: -self.config.keep]:
-                old.unlink(missing_ok=True)
+            other.unlink(missing_ok=True)  # a damaged one, before which the run resumed
+            older = [old for old in self._paths() if _step(old) <= step]
+            steps = {_step(old) for old in older[-self.config.keep :]}
+            steps |= {max((best for best in improved if best <= each), default=each) for each in steps}
+            for old in older:
+                if _step(old) not in steps:
+                    old.unlink(missing_ok=True)
         except (OSError, RuntimeError) as error:  # torch's archive writer raises RuntimeError for some write errors
             # The archive writer hides the system's error in the context.
             cause = error.__context__ if isinstance(error.__context__, OSError) else error
@@ -179,12 +196,20 @@ class CheckpointStore:
         self.newest = path
         self._saved_at = monotonic()
 
-    def path_of(self, step: int) -> Path:
+    def path_of(self, step: int, improved: Sequence[int]) -> Path:
         """Return the path of the checkpoint of `step`."""
-        return Path(self.directory or "") / f"step-{step:09d}.pt"
+        return self._path(step, best=step in improved)
+
+    def _path(self, step: int, *, best: bool) -> Path:
+        return Path(self.directory or "") / f"{'best' if best else 'step'}-{step:09d}.pt"
 
     def _paths(self) -> list[Path]:
         """Return the paths of all checkpoints, oldest first."""
         if self.directory is None or not self.directory.is_dir():
             return []
-        return sorted(path for path in self.directory.iterdir() if _NAME.fullmatch(path.name))
+        return sorted((path for path in self.directory.iterdir() if _NAME.fullmatch(path.name)), key=_step)
+
+
+def _step(path: Path) -> int:
+    """Return the step of a checkpoint."""
+    return int(path.stem.split("-")[1])

@@ -9,10 +9,14 @@ from typing import Any
 import torch
 
 from kdlib._checks import check_callable, check_choice, check_number, check_type
-from kdlib.training._checks import check_argument, check_device
+from kdlib.distiller import Distiller
+from kdlib.training._checks import check_argument, check_device, check_evaluation
 from kdlib.types import Schedule
 
-__all__ = ["OptimizerFactory", "SplitBatch", "TrainConfig"]
+__all__ = ["Evaluate", "OptimizerFactory", "SplitBatch", "TrainConfig"]
+
+Evaluate = Callable[[Distiller], float | Mapping[str, float]]
+"""Maps the distiller in training to metrics by name, or to a single number."""
 
 OptimizerFactory = Callable[[list[dict[str, Any]]], torch.optim.Optimizer]
 """Builds an optimizer from parameter groups, each with `params`, `lr` and `weight_decay`."""
@@ -21,6 +25,9 @@ SplitBatch = Callable[[Any], tuple[Any, Mapping[str, Any] | None]]
 """Maps a batch to inputs and targets."""
 
 _PLACES = (
+    "evaluate",
+    "evaluate_every",
+    "patience",
     "device",
     "checkpoint_dir",
     "checkpoint_every_steps",
@@ -29,11 +36,12 @@ _PLACES = (
     "log_path",
     "log_every",
 )
-"""Fields that do not change the resulting weights, so a run may be resumed with other values."""
+"""Fields that do not change the weights of a step, so a run may be resumed with other values."""
 
 _COUNT = {"min": 1, "integer": True}
 _BOUNDS: dict[str, dict[str, Any]] = {
     **dict.fromkeys(("epochs", "max_steps", "accumulate", "checkpoint_every_steps", "keep", "log_every"), _COUNT),
+    **dict.fromkeys(("evaluate_every", "patience"), _COUNT),
     "lr": {"above": 0},
     "clip_norm": {"above": 0},
     "checkpoint_every_seconds": {"above": 0},
@@ -43,7 +51,16 @@ _BOUNDS: dict[str, dict[str, Any]] = {
     "ema_decay": {"min": 0, "max": 1},
     "seed": {"min": 0, "max": 2**63 - 1, "integer": True},
 }
-_OPTIONAL = ("epochs", "max_steps", "clip_norm", "ema_decay", "checkpoint_every_steps", "checkpoint_every_seconds")
+_OPTIONAL = (
+    "epochs",
+    "max_steps",
+    "clip_norm",
+    "ema_decay",
+    "checkpoint_every_steps",
+    "checkpoint_every_seconds",
+    "evaluate_every",
+    "patience",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,8 +71,8 @@ class TrainConfig:
     `max_steps`, whichever comes first.
 
     Args:
-        epochs: Number of passes over the loader.
-        max_steps: Number of steps.
+        epochs: Number of passes over the loader. A larger number continues a finished run.
+        max_steps: Number of steps. A larger number continues a finished run.
         lr: Base learning rate, which the schedule multiplies by a factor.
         optimizer: `"sgd"`, `"adamw"`, or a callable from parameter groups to an optimizer.
         momentum: Momentum of `"sgd"`, and the first beta of `"adamw"`.
@@ -75,12 +92,22 @@ class TrainConfig:
             arguments or a mapping of keyword arguments of the models; targets are a mapping of names to tensors or `None`.
             `None` accepts such pairs, pairs `(inputs, tensor)` with the tensor as target `"target"`, and mappings: the
             entries that the student's `forward` names are the inputs, and the whole mapping is the targets.
+        evaluate: A function from the distiller to metrics: a mapping of names to numbers, or one number, which is named
+            like `monitor` (`"metric"` without it). It is called after steps, in eval mode, without gradients and with the
+            averaged student if `ema_decay` is set; modes and random states are restored afterwards. Under DDP all processes
+            call it, with the statistics of the first one, and the metrics of the first one count.
+        evaluate_every: Steps between evaluations; `None` evaluates after every epoch. The last step is always evaluated.
+        monitor: Name of the metric by which the best weights are kept; `None` keeps none.
+        mode: `"max"` or `"min"`: whether a larger or a smaller value of `monitor` is better. `None` is replaced by `"min"`
+            for names that contain `loss`, `error` or `perplexity`, and by `"max"` for all others.
+        patience: Number of successive evaluations without an improvement of `monitor` after which the run ends. `None`
+            never ends it early.
         seed: Seed of dropout, shuffling and the initialization of inferred projections.
         device: Device to train on; `None` uses the device of the trainable parameters.
         checkpoint_dir: Directory for the checkpoints of this run only. If it contains a checkpoint, the run resumes from it.
         checkpoint_every_steps: Steps between checkpoints; `None` uses only the seconds.
         checkpoint_every_seconds: Seconds between checkpoints; `None` uses only the steps. The last step always writes one.
-        keep: Number of checkpoints kept on disk.
+        keep: Number of newest checkpoints kept on disk. The one with the best weights is kept in addition.
         log_path: JSON-lines file with one row per `log_every` steps.
         log_every: Steps between rows; the first and the last step are always written.
 
@@ -111,6 +138,11 @@ class TrainConfig:
     ema_decay: float | None = None
     find_unused_parameters: bool = False
     split_batch: SplitBatch | None = None
+    evaluate: Evaluate | None = None
+    evaluate_every: int | None = None
+    monitor: str | None = None
+    mode: str | None = None
+    patience: int | None = None
     seed: int = 0
     device: str | torch.device | None = None
     checkpoint_dir: str | PathLike[str] | None = None
@@ -141,6 +173,10 @@ class TrainConfig:
         for name in ("checkpoint_dir", "log_path"):
             check_type(owner, name, getattr(self, name), (str, PathLike, type(None)), "a path or None")
         check_device(owner, self.device)
+        check_evaluation(owner, self.evaluate, self.evaluate_every, self.monitor, self.mode, self.patience)
+        if self.monitor is not None and self.mode is None:
+            falling = any(word in self.monitor.lower() for word in ("loss", "error", "perplexity"))
+            object.__setattr__(self, "mode", "min" if falling else "max")
 
     def __repr__(self) -> str:
         given = {field.name: getattr(self, field.name) for field in fields(self)}
@@ -148,7 +184,7 @@ class TrainConfig:
         return f"TrainConfig({', '.join(f'{name}={x!r}' for name, x in given.items() if x != defaults[name])})"
 
     def fingerprint(self) -> dict[str, int | float | str | bool | None]:
-        """Return the fields that determine the resulting weights, as plain values; callables by their name."""
+        """Return the fields that determine the weights of a step, as plain values; callables by their name."""
         names = [field.name for field in fields(self) if field.name not in _PLACES]
         return {name: _plain(getattr(self, name)) for name in names}
 

@@ -1,8 +1,12 @@
 """Exponential moving average of the student's weights."""
 
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor, nn
-from torch.optim.swa_utils import get_ema_multi_avg_fn
+
+from kdlib._averaging import average_into
 
 __all__ = ["EMA"]
 
@@ -29,18 +33,20 @@ class EMA:
         self.decay = decay
         live = {name: value for name, value in module.state_dict().items() if isinstance(value, Tensor)}
         self._average = {name: value.detach().clone() for name, value in live.items()}
-        pairs = [(self._average[name], value) for name, value in live.items()]
-        self._floats = [pair for pair in pairs if pair[0].is_floating_point()]
-        self._others = [pair for pair in pairs if not pair[0].is_floating_point()]
+        self._pairs = [(self._average[name], value) for name, value in live.items()]
 
-    @torch.no_grad()
     def update(self, *, step: int) -> None:
         """Update the averages after step `step`, counted from 0."""
-        average = get_ema_multi_avg_fn(min(self.decay, (1 + step) / (10 + step)))  # type: ignore[no-untyped-call]
-        if self._floats:  # one fused call where dtype and device are the same
-            average(*map(list, zip(*self._floats, strict=True)), None)
-        for copy, value in self._others:
-            copy.copy_(value)
+        average_into(self._pairs, min(self.decay, (1 + step) / (10 + step)))
+
+    @contextmanager
+    def applied(self) -> Iterator[None]:
+        """Exchange the module's values and the averages within the block."""
+        _exchange(self._pairs)
+        try:
+            yield
+        finally:
+            _exchange(reversed(self._pairs))  # in reverse order, because tied weights are exchanged several times
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return the averages under the names of the module's state dict."""
@@ -51,3 +57,11 @@ class EMA:
         """Load the averages of a checkpoint."""
         for name, value in state.items():
             self._average[name].copy_(value)
+
+
+@torch.no_grad()
+def _exchange(pairs: Iterable[tuple[Tensor, Tensor]]) -> None:
+    for a, b in pairs:
+        kept = a.clone()
+        a.copy_(b)
+        b.copy_(kept)

@@ -1,12 +1,38 @@
 """Event, result and exceptions of a training run."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
-__all__ = ["CheckpointError", "Hook", "TrainEvent", "TrainResult", "TrainingDiverged"]
+__all__ = [
+    "BestWeights",
+    "CheckpointError",
+    "Evaluation",
+    "Hook",
+    "TrainEvent",
+    "TrainResult",
+    "TrainingDiverged",
+]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Result of one call of `TrainConfig.evaluate`.
+
+    Args:
+        step: Completed steps at the evaluation.
+        epoch: Epoch of the last completed step, from 0.
+        metrics: What `evaluate` returned, by name.
+        improved: Whether the monitored metric is better than in all earlier evaluations; `False` without `monitor`.
+    """
+
+    step: int
+    epoch: int
+    metrics: Mapping[str, float]
+    improved: bool
 
 
 @dataclass(frozen=True)
@@ -22,7 +48,8 @@ class TrainEvent:
         weights: Mean weight of each teacher, for each term with teachers.
         lr: Learning rate of the first parameter group.
         images_per_second: Throughput since this process started training, summed over processes under DDP.
-        seconds: Training time of the run, including earlier processes.
+        seconds: Training time of the run, including evaluations and earlier processes.
+        evaluation: The evaluation after this step; `None` if there was none.
     """
 
     step: int
@@ -34,10 +61,29 @@ class TrainEvent:
     lr: float
     images_per_second: float
     seconds: float
+    evaluation: Evaluation | None = None
 
 
 Hook = Callable[[TrainEvent], object]
 """A callable that is called after every step on the first process."""
+
+
+@dataclass(frozen=True)
+class BestWeights:
+    """The weights with the best value of `TrainConfig.monitor`.
+
+    Args:
+        evaluation: The evaluation of these weights: step, epoch and metrics.
+        value: Value of the monitored metric.
+        weights: State dict of the distiller as it was evaluated, on the CPU. With `ema_decay`, its student is the averaged
+            one. `distiller.load_state_dict(result.best.weights)` restores it.
+        checkpoint: The checkpoint of these weights; `None` without `checkpoint_dir`.
+    """
+
+    evaluation: Evaluation
+    value: float
+    weights: Mapping[str, Any] = field(repr=False)
+    checkpoint: Path | None
 
 
 @dataclass(frozen=True)
@@ -53,6 +99,9 @@ class TrainResult:
         seconds: Training time of the run, including earlier processes.
         resumed_from: Step of the checkpoint that this call resumed from; `None` for a new run.
         checkpoint: Path of the newest checkpoint; `None` without `checkpoint_dir`.
+        evaluations: All evaluations of the run, including those of earlier processes.
+        best: The best weights by `TrainConfig.monitor`; `None` without it.
+        stopped_early: Whether the run ended because of `TrainConfig.patience`.
     """
 
     step: int
@@ -63,6 +112,9 @@ class TrainResult:
     seconds: float
     resumed_from: int | None
     checkpoint: Path | None
+    evaluations: tuple[Evaluation, ...] = ()
+    best: BestWeights | None = None
+    stopped_early: bool = False
 
 
 class CheckpointError(RuntimeError):

@@ -14,6 +14,12 @@ from kdlib.training._checks import check_argument
 from kdlib.training.config import TrainConfig
 from kdlib.types import FrozenModel, HasFingerprint
 
+_LENGTH = ("epochs", "max_steps", "total_steps")
+"""A run may go on for more steps, with the same values up to its checkpoint."""
+
+_OPENED = ("monitor", "mode")
+"""A run without these may be resumed with them."""
+
 __all__ = ["check_fingerprint", "check_same", "run_fingerprint"]
 
 
@@ -41,9 +47,12 @@ def check_fingerprint(
 ) -> None:
     """A resumed run must have the same fingerprint and, in its state dict, the same names and shapes.
 
-    The error names each difference with both values.
+    Its length may differ, and it may monitor a metric where it did not before. The error names each difference with both
+    values.
     """
-    pairs = [(name, saved.get(name), current.get(name)) for name in sorted({*saved, *current})]
+    names = sorted({*saved, *current}.difference(_LENGTH))
+    pairs = [(name, saved.get(name), current.get(name)) for name in names]
+    pairs = [pair for pair in pairs if not (pair[0] in _OPENED and pair[1] is None)]
     before, now = (
         {
             name: f"{x.dtype} {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__

@@ -4,8 +4,12 @@ import os
 import signal
 import sys
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType
 from typing import Any, Self
+
+from kdlib.training._checks import Interrupted, interrupted
 
 __all__ = ["DeferredSignals"]
 
@@ -38,6 +42,7 @@ class DeferredSignals:
     def __init__(self, *, active: bool = True, repeated: bool = False) -> None:
         self._active = active and threading.current_thread() is threading.main_thread()
         self._repeated = repeated
+        self._interruptible = False
         self._previous: dict[int, Any] = {}
         self._process = os.getpid()
         self.pending = 0
@@ -50,6 +55,21 @@ class DeferredSignals:
             self._restore()
             signal.raise_signal(signum)
 
+    @contextmanager
+    def interruptible(self) -> Iterator[None]:
+        """End the block at once when a signal is recorded.
+
+        With `repeated`, the signal waits for the end of the block, because other processes may wait for this one in it.
+        """
+        try:
+            try:
+                self._interruptible = not self._repeated
+                yield
+            finally:
+                self._interruptible = False
+        except Interrupted:
+            pass
+
     def _record(self, signum: int, frame: FrameType | None) -> None:
         # A loader worker inherits this handler by fork, but has no loop that would deliver the signal.
         if os.getpid() != self._process or (self.pending == signum and not self._repeated):
@@ -61,6 +81,8 @@ class DeferredSignals:
             # Loader workers that receive the same signal end. A DataLoader would raise an error in the middle of a step.
             self._previous[signal.SIGCHLD] = signal.getsignal(signal.SIGCHLD)
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        if self._interruptible:
+            raise interrupted()
 
     def _restore(self) -> None:
         for signum, handler in self._previous.items():

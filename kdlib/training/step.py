@@ -1,13 +1,24 @@
-"""Helpers of a training step: device transfer, reading of values, random state."""
+"""The forward and backward passes of a training step."""
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable
+from math import isfinite
 from typing import Any
 
 import torch
 from torch import Tensor
 
-__all__ = ["Readings", "private_randomness", "random_state", "to_device"]
+from kdlib.training._checks import batch_of_one, diverged
+from kdlib.training.batches import batch_size, sample_ids, to_device
+from kdlib.training.checkpoint import CheckpointStore
+from kdlib.training.config import TrainConfig
+from kdlib.training.distributed import synchronize_if
+from kdlib.training.run import Run
+from kdlib.training.stream import Batch
+
+__all__ = ["Readings", "accumulate", "moved"]
+
+_TOO_FEW = "Expected more than 1 value per channel"
+"""Start of the message of torch's batch normalization."""
 
 
 class Readings:
@@ -49,37 +60,61 @@ class Readings:
         return total, terms, {name: tuple(next(values) for _ in range(n)) for name, n in self._counts.items()}
 
 
-def to_device(value: Any, device: torch.device, *, channels_last: bool = False) -> Any:
-    """Move the tensors of a batch to the device, through tuples, lists and mappings."""
-    if isinstance(value, Tensor):
-        if channels_last and value.dim() == 4 and value.is_floating_point():
-            return value.to(device, non_blocking=True, memory_format=torch.channels_last)
-        return value.to(device, non_blocking=True)
-    if isinstance(value, Mapping):
-        return {name: to_device(item, device, channels_last=channels_last) for name, item in value.items()}
-    if isinstance(value, (tuple, list)):
-        return tuple(to_device(item, device, channels_last=channels_last) for item in value)
-    return value
+def accumulate(
+    run: Run, forward: Callable[..., Any], group: list[Batch], store: CheckpointStore, *, epoch: int, first: int
+) -> tuple[float, dict[str, float], dict[str, tuple[float, ...]]]:
+    """Accumulate the gradients of the mean loss over a group of batches; return the mean total, terms and weights.
+
+    The loss must be finite; the error names the batches and, if the targets contain them, the sample ids.
+    """
+    config, processes = run.config, run.processes
+    dtype = {"bfloat16": torch.bfloat16, "float16": torch.float16}.get(config.amp or "")
+    if not run.distiller.training:  # a hook may have switched to eval mode
+        run.distiller.train()
+    values = None
+    for index, batch in enumerate(group):
+        left = len(group) - 1 - index
+        inputs, targets = moved(batch, run.device, config)
+        with synchronize_if(left == 0, forward):
+            autocast = torch.autocast(run.device.type, dtype=dtype, enabled=dtype is not None)
+            with processes.together(), autocast:
+                try:
+                    output = forward(inputs, targets, step=run.step)
+                except Exception as error:
+                    if _TOO_FEW not in str(error):
+                        raise
+                    process = f" of process {processes.rank}" if processes.count > 1 else ""
+                    raise batch_of_one(first + index, epoch, batch_size(inputs), process) from error
+            packed = Readings.pack(output)
+            values = packed if values is None else values + packed
+            if left == 0:
+                # Copied before the backward pass and read after it, so that the device never waits for the host.
+                readings = Readings(values / len(group), output, processes.average)
+            run.scaler.scale(output.total / len(group)).backward()
+    total, terms, weights = readings.fetch()
+    if isfinite(total):
+        return total, terms, weights
+    run.optimizer.zero_grad(set_to_none=True)
+    batches = f"batch {first}" if len(group) == 1 else f"batches {first} to {first + len(group) - 1}"
+    found = processes.gather((readings.own, batches, sample_ids(group)))
+    bad = [(rank, *each) for rank, each in enumerate(found) if not isfinite(each[0])] or [(0, *found[0])]
+    problem = f"loss must be finite, got {bad[0][1]} at step {run.step + 1}, epoch {epoch}, "
+    problem += " and ".join(
+        f"{batches} of the epoch"
+        f"{f' of process {rank}' if processes.count > 1 else ''}"
+        f"{f' (samples {_listed(samples)})' if samples else ''}"
+        for rank, _, batches, samples in bad
+    )
+    problem += f"; terms {', '.join(f'{name}={x:.6g}' for name, x in terms.items())}"
+    samples = tuple(sample for *_, each in bad for sample in each)
+    raise diverged(problem, terms, step=run.step + 1, epoch=epoch, newest=store.newest, samples=samples)
 
 
-@contextmanager
-def private_randomness(device: torch.device, seed: int) -> Iterator[None]:
-    """Seed the default generators within the block and restore their state afterwards."""
-    cuda = device.type == "cuda"
-    with torch.random.fork_rng(devices=[device] if cuda else []):
-        torch.default_generator.manual_seed(seed)
-        if cuda:
-            with torch.cuda.device(device):
-                torch.cuda.manual_seed(seed)
-        yield
+def _listed(samples: tuple[int, ...]) -> str:
+    return ", ".join(map(str, samples[:32])) + (", ..." if len(samples) > 32 else "")
 
 
-def random_state(device: torch.device, state: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
-    """Return the state of the default generators, after setting it to `state` if given."""
-    cuda = device.type == "cuda"
-    if state is not None:
-        torch.default_generator.set_state(state["cpu"])
-        if cuda and "cuda" in state:
-            torch.cuda.set_rng_state(state["cuda"], device)
-    current = {"cpu": torch.default_generator.get_state()}
-    return {**current, "cuda": torch.cuda.get_rng_state(device)} if cuda else current
+def moved(batch: Batch, device: torch.device, config: TrainConfig) -> Batch:
+    """Move a batch to the device."""
+    inputs, targets = batch
+    return to_device(inputs, device, channels_last=config.channels_last), to_device(targets, device)

@@ -70,16 +70,21 @@ class BatchStream:
                 max_steps is not None, "loader must have a length when max_steps is not given, got one without"
             )
             return int(max_steps or 0)
-        steps = epochs * -(-self.length // self.accumulate)
+        steps = epochs * (self.steps_per_epoch or 0)
         return steps if max_steps is None else min(steps, max_steps)
+
+    @property
+    def steps_per_epoch(self) -> int | None:
+        """Number of steps of an epoch, `None` for a loader without a length."""
+        return None if self.length is None else -(-self.length // self.accumulate)
 
     def peek(self) -> Batch:
         """Return the first batch of the first epoch without changing the position or the random states."""
-        states = self._random_states()
+        states = self.random_states()
         self._set_epoch(0)
         batch = next(iter(self.loader), None)
         check_argument(batch is not None, _EMPTY)
-        self._set_random_states(states)
+        self.set_random_states(states)
         return cast(Batch, batch)
 
     def take(self) -> tuple[int, int, list[Batch]]:
@@ -104,19 +109,19 @@ class BatchStream:
 
     def state_dict(self) -> dict[str, Any]:
         """Return the position: the epoch, the number of batches taken, and the random states at the start of the epoch."""
-        return {"epoch": self.epoch, "batch": self.batch, "start": self._start if self.batch else self._random_states()}
+        return {"epoch": self.epoch, "batch": self.batch, "start": self._start if self.batch else self.random_states()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore a saved position, including the random states after the skipped batches."""
         self.epoch, self.batch, self._batches = state["epoch"], state["batch"], None
-        self._set_random_states(state["start"])
+        self.set_random_states(state["start"])
         if self.batch:
             self._open()
 
     def _open(self) -> Iterator[Batch]:
         """Start the epoch at `self.batch`."""
         self._set_epoch(self.epoch)
-        self._start = self._random_states()
+        self._start = self.random_states()
         if self.batch and isinstance(self.loader, Seekable):
             self._batches = batches = iter(self.loader.iter_from(self.batch))
             return batches
@@ -138,10 +143,12 @@ class BatchStream:
         distinct = {id(generator): generator for generator in owned if isinstance(generator, torch.Generator)}
         return [torch.default_generator, *distinct.values()]
 
-    def _random_states(self) -> list[torch.Tensor]:
+    def random_states(self) -> list[torch.Tensor]:
+        """Return the states of the default generator and of the generators of the loader."""
         return [generator.get_state() for generator in self._generators()]
 
-    def _set_random_states(self, states: list[torch.Tensor]) -> None:
+    def set_random_states(self, states: list[torch.Tensor]) -> None:
+        """Restore the states of :meth:`random_states`."""
         generators = self._generators()
         check_argument(
             len(states) == len(generators),

@@ -128,14 +128,19 @@ class CenterConfidenceWeighting(CallRepr):
 
     def _update(self, index: int, embedding: Tensor, identities: Tensor) -> None:
         """Update the running mean of the identities in the batch."""
-        embedding, identities = embedding[identities >= 0], identities[identities >= 0]
+        if not len(identities):
+            return
+        known = identities >= 0
+        # A sample without an identity writes what the first one with an identity does: a selection would read values.
+        source = torch.where(known, torch.arange(len(known), device=known.device), known.int().argmax())
+        embedding, identities = embedding[source], identities[source].clamp(min=0)
         # All samples of an identity write the same row, so the result does not depend on the order of the writes.
-        same = (identities[:, None] == identities[None, :]).to(embedding.dtype)
-        mean = same @ embedding / same.sum(1, keepdim=True)
+        same = ((identities[:, None] == identities[None, :]) & known).to(embedding.dtype)
+        mean = same @ embedding / same.sum(1, keepdim=True).clamp(min=1)
         centers = self._centers(index, embedding)
         old = centers[identities]
         moved = torch.where(old.any(1, keepdim=True), self.momentum * old + (1 - self.momentum) * mean, mean)
-        centers[identities] = unit_rows(moved)[0]
+        centers[identities] = torch.where(known.any(), unit_rows(moved)[0], old)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         for key, value in state_dict.items():

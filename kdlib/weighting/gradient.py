@@ -39,8 +39,8 @@ class GradientWeighting(CallRepr):
     student). Masked samples, whose losses are 0, have no effect. The weights carry no gradient. Each process of a
     distributed run solves for its own part of the batch.
 
-    The cost is K backward passes from the losses to the feature, through projections and losses only, and one small
-    copy to the host.
+    The cost is K backward passes from the losses to the feature, through projections and losses only, and for three
+    or more teachers one small copy to the host, which waits for an accelerator.
 
     Args:
         max_weight: C, above 0 and at most 1; below 1 it must be at least 1 / K. AE-KD proposes such a bound.
@@ -98,11 +98,29 @@ class GradientWeighting(CallRepr):
             gradients = gradients / torch.where(largest == 0, 1.0, largest)
             # A float32 matrix product would round equal rows differently.
             wide = torch.float32 if gradients.device.type == "mps" else torch.float64
-            gram = torch.stack([(each * gradients).sum(1, dtype=wide) for each in gradients]).tolist()
+            products = torch.stack([(each * gradients).sum(1, dtype=wide) for each in gradients])
+            if k == 2:
+                return _pair(products, self.max_weight).to(losses).unsqueeze(1).expand_as(losses)
+        if products.is_meta:  # no values to solve for
+            return uniform
+        gram = products.tolist()
         if not all(isfinite(value) for row in gram for value in row):
             return uniform
         weights = torch.tensor(_min_norm(gram, self.max_weight), dtype=torch.float64)
         return weights.to(losses).unsqueeze(1).expand_as(losses)
+
+
+def _pair(gram: Tensor, max_weight: float) -> Tensor:
+    """Return the weights `(2,)` of two teachers by the closed form, without reading a value."""
+    trace = gram.diagonal().sum()
+    ridge = RIDGE * trace / 2
+    first, both, second = gram[0, 0] + ridge, gram[0, 1], gram[1, 1] + ridge
+    gap = (second - first) / 2  # of the slopes at equal weights
+    curvature = first + second - 2 * both
+    uneven = (gap.abs() > 1e-12 * trace) & gram.isfinite().all()
+    move = torch.where(uneven, gap / torch.where(curvature > 0, curvature, 1.0), 0.0)
+    weight = (0.5 + move).clamp(1 - max_weight, max_weight)
+    return torch.stack([weight, 1 - weight])
 
 
 def _min_norm(gram: Sequence[Sequence[float]], max_weight: float = 1.0) -> list[float]:

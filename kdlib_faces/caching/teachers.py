@@ -4,15 +4,16 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from torch import nn
+from torch import Tensor, nn
 
+from kdlib import Teacher
 from kdlib.cache import CachedTeacher, TeacherCache, read_header
 from kdlib_faces._checks import InputError, show_name
 from kdlib_faces.caching.source import data_digest, describe_views
 from kdlib_faces.data.lists import FaceList
 from kdlib_faces.data.seeded_views import SeededViews
 
-__all__ = ["OpenTeachers", "TeacherSource", "is_cache", "open_teachers"]
+__all__ = ["OpenTeachers", "TeacherSource", "is_cache", "open_teachers", "targets_read"]
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,13 @@ class OpenTeachers:
     teachers: dict[str, nn.Module]
     views: SeededViews | None
     messages: tuple[str, ...]
+
+
+def targets_read(teacher: nn.Module, targets: Mapping[str, Tensor]) -> list[Tensor]:
+    """Return the targets that a teacher reads in place of images, in the order of its arguments; none if it reads images."""
+    inputs = teacher.inputs if isinstance(teacher, Teacher) else None
+    names = [] if inputs is None else [inputs] if isinstance(inputs, str) else list(inputs)
+    return [targets[name] for name in names]
 
 
 def is_cache(path: str) -> bool:
@@ -91,8 +99,8 @@ def open_teachers(
         views[source.path] = seeded = _views(cache)
         _check_faces(cache, source.path, faces, seeded, digests, quiet=quiet)
         _check_features(cache, source)
-        reads = ("sample", "view") if _uses_views(source, seeded, mirrored) else ("sample",)
-        teachers[source.role] = CachedTeacher(cache, reads=reads, features=tuple(source.reads) or None)
+        inputs = ("sample", "view") if _uses_views(source, seeded, mirrored) else ("sample",)
+        teachers[source.role] = CachedTeacher(cache, inputs=inputs, features=tuple(source.reads) or None)
         name = show_name(cache.notes.get("teacher", "?"))
         messages.append(f"{source.role} teacher: {name} from {source.path}, outputs for {describe_views(seeded)}")
     random = [each for each in views.values() if each.augment is not None]

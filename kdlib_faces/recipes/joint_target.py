@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from kdlib import Teacher
+from kdlib_faces.caching.teachers import targets_read
 from kdlib_faces.data.lists import FaceList
 from kdlib_faces.data.samplers import count_cross_age_identities
 from kdlib_faces.progress import say
@@ -32,7 +33,7 @@ def cache_live_teachers(
     """
     return {
         role: teacher
-        if isinstance(teacher, Teacher) and teacher.reads
+        if isinstance(teacher, Teacher) and teacher.inputs
         else cache_outputs(teacher, images, folder / role, label=f"outputs of the {role} teacher", quiet=quiet)
         for role, teacher in teachers.items()
     }
@@ -79,6 +80,5 @@ def _embeddings(teacher: nn.Module, rows: Tensor, view: int) -> Tensor:
 
 
 def _targets(teacher: nn.Module, rows: Tensor, view: int | Tensor) -> list[Tensor]:
-    reads = teacher.reads if isinstance(teacher, Teacher) else ()
-    given = {"sample": rows, "view": torch.full_like(rows, view) if isinstance(view, int) else view}
-    return [given[name] for name in reads]
+    views = torch.full_like(rows, view) if isinstance(view, int) else view
+    return targets_read(teacher, {"sample": rows, "view": views})

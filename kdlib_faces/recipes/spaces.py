@@ -3,9 +3,8 @@
 import torch
 from torch import Tensor
 
-from kdlib import Teacher
 from kdlib_faces._checks import InputError
-from kdlib_faces.caching.teachers import OpenTeachers
+from kdlib_faces.caching.teachers import OpenTeachers, targets_read
 from kdlib_faces.data.images import load_images, to_float
 from kdlib_faces.data.lists import FaceList
 from kdlib_faces.recipes.student import StudentConfig
@@ -39,11 +38,10 @@ def check_one_space(opened: OpenTeachers, faces: FaceList, config: StudentConfig
     rows = torch.linspace(0, len(faces) - 1, min(IMAGES, len(faces))).long()
     pixels = load_images([faces.paths[row] for row in rows.tolist()], config.input_size)
     images = to_float(pixels) if opened.views is None else opened.views(pixels, rows, 0)
-    given = {"sample": rows, "view": torch.zeros_like(rows)}
+    targets = {"sample": rows, "view": torch.zeros_like(rows)}
     embeddings: dict[str, Tensor] = {}
     for name, teacher in opened.teachers.items():
-        reads = teacher.reads if isinstance(teacher, Teacher) else ()
-        embeddings[name] = teacher(*([given[each] for each in reads] or [images]))["embedding"].float()
+        embeddings[name] = teacher(*(targets_read(teacher, targets) or [images]))["embedding"].float()
     dims = {name: embedding.shape[1] for name, embedding in embeddings.items()}
     if set(dims.values()) != {config.embedding_dim}:
         found = ", ".join(f"the {name} teacher {dim}" for name, dim in dims.items())

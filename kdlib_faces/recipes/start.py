@@ -10,12 +10,12 @@ from typing import Literal, TypeAlias, TypeVar
 import torch
 from torch import Tensor, nn
 
-from kdlib import Teacher
 from kdlib._checks import check_choice, check_number
 from kdlib.cache import model_fingerprint
 from kdlib.compression import ShrinkStep, shrink
 from kdlib_faces._checks import InputError
 from kdlib_faces.backbones import Backbone, InputSpec, count_macs, count_parameters, load_backbone, save_backbone
+from kdlib_faces.caching.teachers import targets_read
 from kdlib_faces.data.images import to_float
 from kdlib_faces.progress import progress, say
 from kdlib_faces.teachers.open import load_pretrained
@@ -108,9 +108,8 @@ def start_student(images: Tensor, config: StartConfig, options: RunOptions, *, j
 
 
 def _target(joint: nn.Module, rows: Tensor, view: int) -> Tensor:
-    given = {"sample": rows, "view": torch.full_like(rows, view)}
-    names = joint.reads if isinstance(joint, Teacher) else ()
-    target: Tensor = joint(*(given[name] for name in names))["embedding"]
+    read = targets_read(joint, {"sample": rows, "view": torch.full_like(rows, view)})
+    target: Tensor = joint(*read)["embedding"]
     return target
 
 

@@ -8,6 +8,7 @@ from torch.nn import functional as F
 
 from kdlib import Teacher
 from kdlib._checks import check_floating, check_number, check_rank, check_same_batch
+from kdlib.types import TeacherInputs
 from kdlib_faces._checks import InputError
 from kdlib_faces.heads import CosFaceHead
 
@@ -130,7 +131,7 @@ class FusedTeacher(nn.Module):
         pass_through: Name of the teacher whose other features are returned too; None returns the embedding alone.
 
     Attributes:
-        reads: The targets that the teachers read instead of the inputs; empty where they read the inputs.
+        inputs: The targets that the teachers read in place of the inputs; None where they read the inputs.
 
     Raises:
         InputError: No teacher, an unknown name, or teachers that read different inputs.
@@ -160,10 +161,10 @@ class FusedTeacher(nn.Module):
         if pass_through is not None and pass_through not in teachers:
             raise InputError(f"FusedTeacher: pass_through must be one of {', '.join(teachers)}, got {pass_through!r}")
         check_rank("FusedTeacher", "matrix", matrix, "d e")
-        reads = {teacher.reads if isinstance(teacher, Teacher) else () for teacher in teachers.values()}
-        if len(reads) != 1:
+        first, *others = (teacher.inputs if isinstance(teacher, Teacher) else None for teacher in teachers.values())
+        if any(other != first for other in others):
             raise InputError("FusedTeacher: teachers must all read images, or all read the same targets")
-        self.reads = reads.pop()
+        self.inputs: TeacherInputs = first
         self.teachers = nn.ModuleDict(dict(teachers)).requires_grad_(False)
         self.register_buffer("matrix", matrix.detach().clone())
         self.feature, self.pass_through = feature, pass_through
@@ -176,9 +177,9 @@ class FusedTeacher(nn.Module):
         return super().train(False)
 
     @torch.no_grad()
-    def forward(self, *inputs: Tensor) -> dict[str, Tensor]:
+    def forward(self, *inputs: Tensor, **named: Tensor) -> dict[str, Tensor]:
         """Return the fused embedding `(b, d)` of unit length, and the features that pass through."""
-        outputs = {name: teacher(*inputs) for name, teacher in self.teachers.items()}
+        outputs = {name: teacher(*inputs, **named) for name, teacher in self.teachers.items()}
         rows = join_embeddings([features[self.feature] for features in outputs.values()])
         if rows.shape[1] != len(self.matrix):
             raise InputError(

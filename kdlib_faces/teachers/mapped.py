@@ -8,6 +8,7 @@ from torch.nn import functional as F
 
 from kdlib import Teacher
 from kdlib._checks import check_floating, check_number, check_pair, check_rank, check_same_batch
+from kdlib.types import TeacherInputs
 from kdlib_faces._checks import InputError
 
 __all__ = ["MappedTeacher", "fit_age_map", "fit_rotation", "space_agreement"]
@@ -178,7 +179,7 @@ class MappedTeacher(nn.Module):
         matrices: Feature name to `(d, D)`. The rows of the feature are normalized, then multiplied.
 
     Attributes:
-        reads: The targets that the teacher reads instead of the inputs; empty where it reads the inputs.
+        inputs: The targets that the teacher reads in place of the inputs; None where it reads the inputs.
 
     Examples:
         >>> class Plain(nn.Module):
@@ -192,12 +193,12 @@ class MappedTeacher(nn.Module):
         super().__init__()
         self.teacher = teacher
         self.matrices = {name: matrix.detach() for name, matrix in matrices.items()}
-        self.reads: tuple[str, ...] = teacher.reads if isinstance(teacher, Teacher) else ()
+        self.inputs: TeacherInputs = teacher.inputs if isinstance(teacher, Teacher) else None
 
     @torch.no_grad()
-    def forward(self, *inputs: Tensor) -> dict[str, Tensor]:
+    def forward(self, *inputs: Tensor, **named: Tensor) -> dict[str, Tensor]:
         """Return the teacher's features, mapped where there is a matrix."""
-        features = dict(self.teacher(*inputs))
+        features = dict(self.teacher(*inputs, **named))
         for name, matrix in self.matrices.items():
             features[name] = F.normalize(features[name].float(), dim=1) @ matrix.to(features[name].device)
         return features

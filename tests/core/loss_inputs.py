@@ -47,7 +47,10 @@ class Case:
     classes: int = 0  # a loss of logits that needs targets
 
     def build(self, **more: Any) -> Any:
-        return seeded(lambda: self.module(*self.arguments, **self.options, **more))
+        loss = seeded(lambda: self.module(*self.arguments, **self.options, **more))
+        if isinstance(loss, losses.FactorTransferLoss):
+            loss.paraphraser.freeze()
+        return loss
 
     def sides(self, batch: int = 5, seed: int = 0, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
         return noise(batch, *self.shape, seed=seed, dtype=dtype), noise(batch, *self.shape, seed=seed + 1, dtype=dtype)
@@ -99,12 +102,17 @@ RELATIONS = {
     "similarity_preserving": Case(losses.SimilarityPreservingLoss, VECTOR),
 }
 VID, CRD = losses.VariationalInformationLoss, losses.ContrastiveRepresentationLoss
+FT, MGD = losses.FactorTransferLoss, losses.MaskedGenerativeLoss
 LEARNED = {
     "variational_information": Case(VID, MAP, arguments=(3, 3)),
     "variational_information, vectors": Case(VID, VECTOR, arguments=(12, 12)),
     "variational_information, variance 1000": Case(VID, MAP, {"initial_variance": 1000}, (3, 3)),
     "contrastive_representation": Case(CRD, VECTOR, {"feature_dim": 4}, (12, 12)),
     "contrastive_representation, queue": Case(CRD, VECTOR, {"feature_dim": 4, "queue_size": 6}, (12, 12)),
+    "factor_transfer": Case(FT, MAP, arguments=(3, 3)),
+    "factor_transfer, p=2": Case(FT, TALL_MAP, {"p": 2, "rate": 1.5}, (3, 3)),
+    "masked_generative": Case(MGD, MAP, {"mask_ratio": 0.4}, (3, 3)),
+    "masked_generative, channels": Case(MGD, TALL_MAP, {"mask": "channel", "seed": 3}, (3, 3)),
 }
 FUNCTIONS = PER_SAMPLE | RELATIONS
 LOSSES = FUNCTIONS | LEARNED

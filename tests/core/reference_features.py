@@ -206,3 +206,123 @@ def hierarchical_context(student: Array, teacher: Array, *, levels: tuple[int, .
             value += part * float((np.array(gaps) ** 2).mean())
         losses.append(value / whole)
     return np.array(losses)
+
+
+def convolution(x: Array, weight: Array, bias: Array | None = None) -> Array:
+    """Convolution of `(b, c, h, w)` with stride 1 and zeros around the map."""
+    b, _, height, width = x.shape
+    out_channels, _, size, _ = weight.shape
+    edge = size // 2
+    padded = np.pad(x, ((0, 0), (0, 0), (edge, edge), (edge, edge)))
+    out = np.zeros((b, out_channels, height, width))
+    for i in range(b):
+        for k in range(out_channels):
+            for row in range(height):
+                for column in range(width):
+                    patch = padded[i, :, row : row + size, column : column + size]
+                    out[i, k, row, column] = dot(patch, weight[k]) + (0.0 if bias is None else float(bias[k]))
+    return out
+
+
+def batch_norm(x: Array, scale: Array, shift: Array) -> Array:
+    """BatchNorm with the statistics of the batch."""
+    out = np.zeros_like(x)
+    for k in range(x.shape[1]):
+        plane = x[:, k]
+        mean = plane.sum() / plane.size
+        variance = ((plane - mean) ** 2).sum() / plane.size
+        out[:, k] = (plane - mean) / math.sqrt(variance + 1e-5) * scale[k] + shift[k]
+    return out
+
+
+def resize(x: Array, height: int, width: int) -> Array:
+    """Nearest neighbors: the value at floor(i n / m)."""
+    rows = [i * x.shape[2] // height for i in range(height)]
+    columns = [j * x.shape[3] // width for j in range(width)]
+    return x[:, :, rows][:, :, :, columns]
+
+
+def pool_maps(x: Array, height: int, width: int) -> Array:
+    return np.array([[pool(plane, height, width) for plane in sample] for sample in x])
+
+
+def factors_of(x: Array, layers: list[tuple[Array, Array]]) -> Array:
+    """Convolutions with bias, each followed by a leaky ReLU of slope 0.1."""
+    for weight, bias in layers:
+        x = convolution(x, weight, bias)
+        x = np.where(x > 0, x, 0.1 * x)
+    return x
+
+
+def factor_transfer(student: Array, teacher: Array, *, p: int = 1) -> Array:
+    grid = (min(student.shape[2], teacher.shape[2]), min(student.shape[3], teacher.shape[3]))
+    losses = []
+    for s, t in zip(pool_maps(student, *grid), pool_maps(teacher, *grid), strict=True):
+        gaps = np.abs(unit(s) - unit(t)).ravel()
+        losses.append(math.fsum(gaps) if p == 1 else math.sqrt(math.fsum(gaps**2)))
+    return np.array(losses)
+
+
+def masked_generative(
+    student: Array, teacher: Array, mask: Array, align: tuple[Array, Array] | None, *block: tuple[Array, Array]
+) -> Array:
+    grid = (min(student.shape[2], teacher.shape[2]), min(student.shape[3], teacher.shape[3]))
+    x, y = pool_maps(student, *grid), pool_maps(teacher, *grid)
+    x = x if align is None else convolution(x, *align)
+    (first, first_bias), (second, second_bias) = block
+    x = convolution(np.maximum(convolution(x * mask, first, first_bias), 0), second, second_bias)
+    return hint(x, y)
+
+
+def softmax(x: Array) -> Array:
+    e = np.exp(x - x.max())
+    return e / e.sum()
+
+
+def embedding(x: Array, first: tuple[Array, Array], second: tuple[Array, Array]) -> Array:
+    """Two linear layers with ReLU between them, and division by the length."""
+    x = np.maximum(x @ first[0].T + first[1], 0) @ second[0].T + second[1]
+    return np.array([unit(row) for row in x])
+
+
+def semckd(
+    students: list[Array],
+    teachers: list[Array],
+    described: tuple[list[Array], list[Array]],
+    networks: tuple[list[tuple[tuple[Array, Array], tuple[Array, Array]]], ...],
+    projections: list[list[list[Array]]],
+) -> Array:
+    """Projections hold three convolutions and, between them, scale and shift of BatchNorm."""
+    queries, keys = (
+        [embedding(x, *each) for x, each in zip(side, of, strict=True)]
+        for side, of in zip(described, networks, strict=True)
+    )
+    losses = np.zeros(len(students[0]))
+    for i, s in enumerate(students):
+        errors = []
+        for j, t in enumerate(teachers):
+            grid = (min(s.shape[2], t.shape[2]), min(s.shape[3], t.shape[3]))
+            first, scale, shift, second, other_scale, other_shift, third = projections[i][j]
+            x = np.maximum(batch_norm(convolution(pool_maps(s, *grid), first), scale, shift), 0)
+            x = np.maximum(batch_norm(convolution(x, second), other_scale, other_shift), 0)
+            errors.append(hint(convolution(x, third), pool_maps(t, *grid)))
+        for sample in range(len(losses)):
+            scores = np.array([dot(queries[i][sample], key[sample]) for key in keys])
+            shares = softmax(scores)
+            losses[sample] += sum(share * error[sample] for share, error in zip(shares, errors, strict=True))
+    return losses / len(students)
+
+
+def review_kd(students: list[Array], teachers: list[Array], fusions: list[list[Array]]) -> Array:
+    """Fusions hold a convolution, scale, shift, the attention's weight and bias, a convolution, scale and shift."""
+    total, deeper = np.zeros(len(students[0])), None
+    for s, t, fusion in reversed(list(zip(students, teachers, fusions, strict=True))):
+        x = batch_norm(convolution(s, fusion[0]), fusion[1], fusion[2])
+        if deeper is not None:
+            other = resize(deeper, *x.shape[2:])
+            scores = convolution(np.concatenate([x, other], axis=1), fusion[3], fusion[4])
+            z = 1 / (1 + np.exp(-scores))
+            x = x * z[:, :1] + other * z[:, 1:]
+        deeper = resize(x, *t.shape[2:])
+        total += hierarchical_context(batch_norm(convolution(deeper, fusion[-3]), fusion[-2], fusion[-1]), t)
+    return total

@@ -12,6 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from kdlib.adapters import OUTPUT, StudentAdapter, Tap, TeacherAdapter
+from kdlib.distiller import Distiller
+from kdlib.losses import HintLoss
+from kdlib.objective import Objective, Term
 from tests.core.adapter_models import TAPS, Encoder, net, num_hooks
 
 Pair = namedtuple("Pair", ["embedding", "logits"])
@@ -169,6 +172,7 @@ CHANGES = {
     "base of a view": (nn.Flatten(), "tapped", lambda x, y: x.add_(1)),
     "part of a tuple": (Encoder(), "tapped[1]", lambda x, y: y[1].add_(1)),
     "part of a dict": (Named(), "tapped['key']", lambda x, y: y["key"].add_(1)),
+    "slice of the tap": (nn.Identity(), "tapped[:, 1:]", lambda x, y: y[:, 1:].mul_(2)),
 }
 
 
@@ -185,7 +189,12 @@ def test_a_tensor_changed_in_place_after_its_tap_keeps_its_value_or_is_an_error(
             changed(images)
     torch._dynamo.reset()
     compiled = torch.compile(changed, fullgraph=True, backend="aot_eager")
-    for mode, run in [(torch.inference_mode, changed), (torch.no_grad, compiled), (torch.inference_mode, compiled)]:
+    for mode, run in [
+        (torch.inference_mode, changed),
+        (nullcontext, compiled),
+        (torch.no_grad, compiled),
+        (torch.inference_mode, compiled),
+    ]:
         with mode():
             torch.testing.assert_close(run(images)["x"], expected)
     each = torch.func.vmap(lambda x: changed(x[None])["x"][0])(images)
@@ -205,3 +214,52 @@ def test_the_output_of_an_in_place_module_can_be_tapped(images: Tensor) -> None:
     for mode in (nullcontext, torch.inference_mode):
         with mode():
             assert (StudentAdapter(model, {"x": "1"})(images)["x"] >= 0).all()
+
+
+class Passes(nn.Module):
+    """Returns its input, and a later module changes it in place."""
+
+    def __init__(self, later: nn.Module) -> None:
+        super().__init__()
+        self.tapped = nn.Identity()
+        self.later = later
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.later(self.tapped(x))
+
+
+@pytest.mark.parametrize("mode", [nullcontext, torch.no_grad, torch.inference_mode])
+def test_an_ordinary_tensor_that_is_changed_in_inference_mode(mode: Callable[[], Any], images: Tensor) -> None:
+    adapter = StudentAdapter(Passes(nn.ReLU(inplace=True)), {"x": "tapped[:, 0]"})
+    with mode(), pytest.raises(ValueError, match=r"tap 'x' \('tapped'\) was changed in place after the tap"):
+        adapter(images)  # not created in inference mode: its version is counted there too
+
+
+@pytest.mark.parametrize("mode", [nullcontext, torch.no_grad, torch.inference_mode])
+def test_a_change_by_a_compiled_module_is_seen_too(mode: Callable[[], Any], images: Tensor) -> None:
+    torch._dynamo.reset()
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), Passes(nn.ReLU(inplace=True)))
+    expected = model[0](images).detach()
+    model[1].later.compile(backend="aot_eager")
+    adapter = StudentAdapter(model, {"x": "1.tapped"})
+    with mode():
+        if mode is torch.inference_mode:
+            torch.testing.assert_close(adapter(images)["x"], expected)
+        else:
+            with pytest.raises(ValueError, match="was changed in place after the tap"):
+                adapter(images)
+
+
+def test_a_teacher_in_a_distiller_reports_a_change_in_place(images: Tensor) -> None:
+    student = StudentAdapter(nn.Sequential(nn.Conv2d(3, 4, 1)), {"x": OUTPUT})
+    teacher = TeacherAdapter(nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU(inplace=True)), {"x": "0"})
+    terms = {"hint": Term(HintLoss(), student="x", teacher="x")}
+    distiller = Distiller(student, {"t": teacher}, Objective(terms))
+    with pytest.raises(ValueError, match=r"TeacherAdapter: the tensor of tap 'x' .* was changed in place"):
+        distiller(images)
+    expected = HintLoss()(student.model(images), teacher.model[0](images))
+    torch._dynamo.reset()
+    compiled = torch.compile(distiller, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(images).total, expected)
+    with torch.inference_mode():
+        torch.testing.assert_close(distiller(images).total, expected)

@@ -174,14 +174,14 @@ def test_arguments_of_reading_are_checked(tmp_path: Path) -> None:
     for call, message in [
         (lambda: cache.read([0], 0, first), f"TeacherCache: features must be a sequence of names, got {first!r}"),
         (lambda: CachedTeacher(cache, features=first), "CachedTeacher: features must be a sequence of names"),
-        (lambda: CachedTeacher(cache, reads=(1, 2)), r"CachedTeacher: reads\[0\] must be a str, got int"),
+        (lambda: CachedTeacher(cache, inputs=(1, 2)), r"CachedTeacher: inputs\[0\] must be a str, got int"),
         (lambda: TeacherCache.open(tmp_path, fingerprint=3), "fingerprint must be a str or a Fingerprint, got int"),
         (lambda: verify_cache(tmp_path), "verify_cache: cache must be a TeacherCache, got"),
         (lambda: model_fingerprint("resnet"), "model_fingerprint: module must be a Module, got str"),
     ]:
         with pytest.raises(TypeError, match=message):
             call()
-    none_named = CachedTeacher(cache, features=[], reads=("sample",))
+    none_named = CachedTeacher(cache, features=[], inputs="sample")
     assert set(none_named(torch.tensor([1]))) == set(none_named.taps) == set(cache.features)
 
 
@@ -257,10 +257,10 @@ def test_a_cached_teacher_replaces_the_teacher_in_a_distiller(tmp_path: Path) ->
     torch.testing.assert_close(cached(images, targets).total, online(images).total)
     assert list(cached.state_dict()) == list(online.state_dict())
     assert not CachedTeacher(cache).train().training
-    single = CachedTeacher(cache, reads=("sample",))
+    single = CachedTeacher(cache, inputs="sample")
     torch.testing.assert_close(single(samples)["embedding"], teacher()(images.flip(-1))["embedding"])
     with pytest.raises(ValueError, match="sample and view, or only of the sample"):
-        CachedTeacher(cache, reads=())
+        CachedTeacher(cache, inputs=())
     with pytest.raises(TypeError, match="must be a TeacherCache"):
         CachedTeacher(tmp_path)
 

@@ -228,7 +228,7 @@ def test_invalid_batches_and_features_are_errors(batch) -> None:
 class LookUp:
     """A teacher that is not a Module and reads a target."""
 
-    reads = ("sample",)
+    inputs = ("sample",)
 
     def __init__(self) -> None:
         self.features: Any = ["embedding"]
@@ -248,7 +248,7 @@ def test_a_teacher_that_reads_targets_is_called_with_them(batch) -> None:
 
 def test_a_custom_teacher_module_stays_in_eval_mode(batch) -> None:
     class Teacher(nn.Sequential):
-        reads = ()
+        inputs = None
 
         def forward(self, images: Tensor) -> dict[str, Tensor]:
             return {"embedding": super().forward(images)}

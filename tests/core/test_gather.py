@@ -26,6 +26,10 @@ def dist_of_three(student: Tensor, teacher: Tensor, **options: Any) -> Tensor:
     return kdlib.functional.dist(student[:, :3], teacher, **options)
 
 
+def log_sum_of_three(student: Tensor, teacher: Tensor, **options: Any) -> Tensor:
+    return kdlib.functional.log_sum(student[:, :3], teacher, **options)
+
+
 def contrastive_of_three(student: Tensor, teacher: Tensor, **options: Any) -> Tensor:
     target = (10 * teacher[:, 0]).long() % 3
     return kdlib.functional.contrastive_representation(student[:, :3], teacher, target=target, **options)
@@ -51,6 +55,7 @@ RELATIONS = ("rkd_distance", "rkd_angle", "similarity_preserving", "pkt", "corre
 LOSSES: dict[str, Callable[..., Tensor]] = {
     **{name: getattr(kdlib.functional, name) for name in RELATIONS},
     "dist": dist_of_three,
+    "log_sum": log_sum_of_three,
     "contrastive_representation": contrastive_of_three,
 }
 DTYPES = (torch.float64, torch.float16, torch.bfloat16, torch.int64, torch.bool)
@@ -145,7 +150,7 @@ def test_processes_equal_a_single_one(task: str, tmp_path: Path) -> None:
                 torch.testing.assert_close(got["grads"], alone["grads"], rtol=1e-9, atol=1e-13)
                 assert torch.equal(got["value"], results[0][f"{name} {weighted}"]["value"])
                 compared += 1
-    assert compared == 16 * len(counts)
+    assert compared == 18 * len(counts)
     expected = queue_outcome(slice(0, total), gather=False)
     for each in results:
         torch.testing.assert_close(each["queue"][:4], expected[:4])

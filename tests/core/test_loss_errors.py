@@ -104,7 +104,7 @@ VECTOR, MAP, IDENTITIES = torch.ones(4, 3), torch.ones(4, 3, 2, 2), torch.arange
         (lambda: dist(VECTOR, VECTOR[:, :2]), ValueError, r"dist: teacher must be .*; the logits must be of the same classes"),
         (lambda: decoupled_kd(VECTOR, VECTOR[:, :2], target=IDENTITIES), ValueError, r"decoupled_kd: teacher must be .*; the logits must be of the same classes"),
         (lambda: soft_target(VECTOR, VECTOR[:2]), ValueError, r"soft_target: teacher must be \(b, c\) like student \(4, 3\), got \(2, 3\)"),
-        (lambda: channel_attention_map(MAP[0]), ValueError, r"channel_attention_map: features must be \(b, c, h, w\), got \(3, 2, 2\)"),
+        (lambda: channel_attention_map(MAP[0]), ValueError, r"channel_attention_map: features must be \(b, c, h, w\) or \(b, h, w, c\), got \(3, 2, 2\)"),
         (lambda: attention_transfer(MAP, VECTOR), ValueError, r"attention_transfer: teacher must be \(b, c, h, w\), \(b, h, w, c\), \(b, n, d\) or \(b, h, w\), got \(4, 3\)"),
         (lambda: attention_transfer(MAP, torch.ones(4, 9, 5)), ValueError, r"attention_transfer: the layout of teacher \(4, 9, 5\) is ambiguous; give teacher_layout='bnd' for tokens \(b, n, d\) or 'bhw' for attention maps \(b, h, w\)"),
         (lambda: attention_transfer(torch.ones(4, 7, 7, 64), MAP), ValueError, r"attention_transfer: the layout of student \(4, 7, 7, 64\) is ambiguous; give student_layout='bhwc' for channels last or 'bchw' for channels first"),

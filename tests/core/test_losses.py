@@ -30,6 +30,18 @@ from tests.core.loss_inputs import (
 WEIGHT = torch.tensor([1.0, 0.0, 0.3, 2.0, 0.7, 0.0], dtype=torch.float64)
 
 
+@pytest.mark.parametrize("name", PER_SAMPLE)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.int64])
+def test_weights_may_have_another_type(name: str, dtype: torch.dtype) -> None:
+    case, loss = LOSSES[name], function_of(name)
+    student, teacher = case.sides(6)
+    weight, targets = torch.tensor([1, 0, 4, 2, 1, 0]), case.targets(6)
+    for reduction in ("none", "mean"):
+        options = {"reduction": reduction, **targets}
+        expected = loss(student, teacher, weight=weight.double(), **options)
+        torch.testing.assert_close(loss(student, teacher, weight=weight.to(dtype), **options), expected)
+
+
 @each_function
 def test_equals_the_naive_reference(name: str) -> None:
     case, loss = LOSSES[name], function_of(name)
@@ -197,8 +209,8 @@ def test_gradients_of_function_transforms_and_second_derivatives(name: str) -> N
         assert torch.autograd.gradgradcheck(call, student.requires_grad_(), fast_mode=True)
 
 
-# These are chunked, or have a hand-written gradient or targets.
-NO_VMAP = ("attention_transfer", "attentive_similarity", "decoupled_kd", *HAND_WRITTEN)
+# These are chunked, draw new masks in each call, or have a hand-written gradient or targets.
+NO_VMAP = ("attention_transfer", "attentive_similarity", "decoupled_kd", "masked_generative", *HAND_WRITTEN)
 
 
 @pytest.mark.parametrize("name", [name for name in LOSSES if not name.startswith(NO_VMAP) and "queue" not in name])

@@ -67,7 +67,7 @@ def test_values_of_public_code(side: int) -> None:
     )
     larger = noise(5, 3, 2 * side + 1, side + 3, seed=3)
     torch.testing.assert_close(
-        overhaul(student, larger, margin=MARGIN) * values, public_overhaul(student, larger, MARGIN)
+        overhaul(student, larger, margin=MARGIN, layout="bchw") * values, public_overhaul(student, larger, MARGIN)
     )
     torch.testing.assert_close(hierarchical_context(student, teacher), public_hierarchical_context(student, teacher))
 
@@ -127,12 +127,14 @@ def test_overhaul_pools_the_larger_grid(teacher_grid: tuple[int, int]) -> None:
 def test_hierarchical_context_of_any_grid(grid: tuple[int, int]) -> None:
     student, teacher = noise(3, 2, *grid), noise(3, 2, *grid, seed=1)
     for levels in ((4, 2, 1), [2], (1, 4), ()):
-        got = hierarchical_context(student, teacher, levels=levels, reduction="none")
+        got = hierarchical_context(student, teacher, levels=levels, layout="bchw", reduction="none")
         expected = reference.hierarchical_context(student.numpy(), teacher.numpy(), levels=tuple(levels))
         np.testing.assert_allclose(got.numpy(), expected, rtol=1e-11)
-        turned = hierarchical_context(*(x.transpose(2, 3) for x in (student, teacher)), levels=levels, reduction="none")
+        swapped = (x.transpose(2, 3) for x in (student, teacher))
+        turned = hierarchical_context(*swapped, levels=levels, layout="bchw", reduction="none")
         torch.testing.assert_close(turned, got)
-    torch.testing.assert_close(hierarchical_context(student, teacher, levels=()), HintLoss()(student, teacher))
+    without = hierarchical_context(student, teacher, levels=(), layout="bchw")
+    torch.testing.assert_close(without, HintLoss()(student, teacher))
 
 
 def test_vectors_and_values() -> None:

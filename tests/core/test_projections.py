@@ -78,12 +78,12 @@ KINDS = [
     ((9, 3), (9, 5), {}, "TokenProjection(3, 5)"),
     ((7, 3), (7, 5), {}, "TokenProjection(3, 5)"),
     ((49, 3), (196, 5), {}, "TokenProjection(3, 5, size=(14, 14), prefix_tokens=0)"),
-    ((50, 3), (197, 5), {"student_prefix_tokens": 1}, "TokenProjection(3, 5, size=(14, 14), prefix_tokens=1, class_token='keep')"),
+    ((50, 3), (197, 5), {"student_prefix_tokens": 1, "teacher_prefix_tokens": 1}, "TokenProjection(3, 5, size=(14, 14), prefix_tokens=1, class_token='keep')"),
     ((201, 3), (197, 5), {}, "TokenProjection(3, 5, prefix_tokens=5, class_token='first')"),
     ((9, 3), (4, 5), {"student_prefix_tokens": 5, "teacher_prefix_tokens": 0}, "TokenProjection(3, 5, prefix_tokens=5, class_token='drop')"),
     ((9, 3), (16, 5), {"student_prefix_tokens": 0, "teacher_prefix_tokens": 0}, "TokenProjection(3, 5, size=(4, 4), prefix_tokens=0)"),
     ((9, 3), (9, 5), {"student_prefix_tokens": 5, "teacher_prefix_tokens": 5}, "TokenProjection(3, 5, prefix_tokens=5, class_token='keep')"),
-    ((49, 3), (197, 5), {}, "TokenProjection(3, 5, size=(14, 14), prefix_tokens=0, class_token='mean')"),
+    ((49, 3), (197, 5), {"teacher_prefix_tokens": 1}, "TokenProjection(3, 5, size=(14, 14), prefix_tokens=0, class_token='mean')"),
     ((197, 3), (196, 5), {}, "TokenProjection(3, 5, prefix_tokens=1, class_token='drop')"),
     ((3, 4, 4), (49, 5), {}, "TokenProjection(3, 5, size=(7, 7), prefix_tokens=0)"),
     ((3, 4, 3), (49, 5), {}, "TokenProjection(3, 5, size=(7, 7), grid=(4, 3), prefix_tokens=0)"),
@@ -92,7 +92,7 @@ KINDS = [
     ((3, 14, 12), (169, 5), {"teacher_prefix_tokens": 0}, "TokenProjection(3, 5, size=(13, 13), grid=(14, 12), prefix_tokens=0)"),
     ((9, 3), (5, 3, 3), {}, "TokenProjection(3, 5)"),
     ((197, 3), (5, 14, 14), {}, "TokenProjection(3, 5, prefix_tokens=1, class_token='drop')"),
-    ((197, 3), (5, 4, 2), {}, "TokenProjection(3, 5, size=(4, 2), prefix_tokens=1, class_token='drop')"),
+    ((197, 3), (5, 4, 2), {"student_prefix_tokens": 1}, "TokenProjection(3, 5, size=(4, 2), prefix_tokens=1, class_token='drop')"),
     ((49, 3), (5, 4, 3), {}, "TokenProjection(3, 5, size=(4, 3), prefix_tokens=0)"),
     ((8, 3), (5, 4, 2), {}, "TokenProjection(3, 5)"),
     ((3, 4, 2), (5,), {}, "LinearProjection(3, 5)"),
@@ -165,6 +165,21 @@ def test_maps_and_tokens_keep_their_order() -> None:
     torch.testing.assert_close(pooled(x), x.mean((2, 3)) * pooled[1].linear.weight)
 
 
+@pytest.mark.parametrize(
+    ("student", "teacher", "argument"),
+    [
+        (randn(2, 50, 3), randn(2, 197, 5), "student_prefix_tokens"),
+        (randn(2, 3, 7, 7), randn(2, 197, 5), "teacher_prefix_tokens"),
+        (randn(2, 200, 3), randn(2, 128, 5), "student_prefix_tokens"),  # 10 x 20 tokens, or 14 x 14 after four
+    ],
+)
+def test_prefix_tokens_that_the_other_side_does_not_confirm_must_be_given(
+    student: torch.Tensor, teacher: torch.Tensor, argument: str
+) -> None:
+    with pytest.raises(ValueError, match=rf"infer_projection: .* may have \d tokens .*; give {argument}= \(0 if"):
+        infer_projection(student, teacher)
+
+
 @pytest.mark.parametrize("resolution", [(4, 4), (6, 6)])
 def test_an_inferred_projection_accepts_other_resolutions(resolution: tuple[int, int]) -> None:
     projection = infer_projection(randn(2, 3, 8, 8), randn(2, 50, 5), teacher_prefix_tokens=1)
@@ -175,7 +190,8 @@ def test_projections_compile_to_one_graph() -> None:
     for given, wanted in [((197, 3), (5, 4, 2)), ((3, 4, 2), (5,))]:
         torch._dynamo.reset()
         student = randn(2, *given)
-        projection = infer_projection(student, randn(2, *wanted)).eval()
+        prefix = 1 if len(given) == 2 else None
+        projection = infer_projection(student, randn(2, *wanted), student_prefix_tokens=prefix).eval()
         compiled = torch.compile(projection, fullgraph=True, backend="aot_eager")
         torch.testing.assert_close(compiled(student), projection(student))
 

@@ -21,7 +21,7 @@ from kdlib._checks import check_number
 
 PACKAGES = [
     "kdlib", "kdlib.functional", "kdlib.adapters", "kdlib.cache", "kdlib.projections", "kdlib.losses",
-    "kdlib.weighting", "kdlib.objective", "kdlib.influence", "kdlib.distiller", "kdlib.training", "kdlib.evaluation",
+    "kdlib.weighting", "kdlib.objective", "kdlib.influence", "kdlib.distiller", "kdlib.online", "kdlib.training", "kdlib.evaluation",
     "kdlib.testing", "kdlib.types", "kdlib.schedules", "kdlib.compression", "kdlib_faces.data", "kdlib_faces.backbones", "kdlib_faces.heads", "kdlib_faces.losses",
     "kdlib_faces.teachers", "kdlib_faces.evaluation", "kdlib_faces.report", "kdlib_faces.recipes",
 ]  # fmt: skip

@@ -148,6 +148,7 @@ BROKEN_LOSSES = {
     "batch_mismatch": broken(Loss, prepare=lambda self, s, t: Loss.prepare(self, s[: t.shape[0]], t)),
     "deterministic": broken(Loss, maths=lambda self, s, t: Loss.maths(self, s, t) * (1 + 1e-3 * torch.rand(()))),
     "inputs_unchanged": broken(Loss, prepare=changes_teacher),
+    "on_meta": broken(Loss, maths=lambda self, s, t: Loss.maths(self, s, t) * (2 if s.sum().item() > 1e30 else 1)),
     "pickle": broken(Loss),  # a class that its module does not contain
     "state_dict": broken(Loss, maths=counts_calls),
     "repr": broken(Loss, __repr__=lambda self: "Broken(\n  (inner): Identity()\n)"),

@@ -63,7 +63,9 @@ def counts_weights(self: Weighting, losses: Tensor, teachers: list[Tensor]) -> T
 
 
 COPIES = cycle([Weighting(), UniformWeighting()])
-ByPosition = broken(Weighting, scores=lambda self, x, teachers: torch.arange(float(len(x)))[:, None].expand_as(x))
+ByPosition = broken(
+    Weighting, scores=lambda self, x, teachers: torch.arange(float(len(x)), device=x.device)[:, None].expand_as(x)
+)
 BROKEN_WEIGHTINGS = {
     "deepcopy": broken(Weighting, __deepcopy__=lambda self, memo: next(COPIES)),
     "valid": broken(Weighting, change=lambda self, weights, losses: 1.01 * weights),
@@ -77,6 +79,7 @@ BROKEN_WEIGHTINGS = {
     "teacher_gradient": broken(Weighting, scores=lambda self, x, teachers: torch.stack([t.mean(1) for t in teachers])),
     "deterministic": broken(Weighting, scores=lambda self, losses, teachers: torch.rand_like(losses)),
     "inputs_unchanged": broken(Weighting, scores=doubles_teacher),
+    "on_meta": broken(Weighting, scores=lambda self, losses, teachers: -losses @ torch.eye(losses.shape[1])),
     "pickle": broken(Weighting),
     "state_dict": broken(Weighting, scores=counts_weights),
     "repr": broken(Weighting, __repr__=lambda self: "Weighting()"),
@@ -159,6 +162,7 @@ BROKEN_PROJECTIONS = {
     "batch_of_one": broken(Project, forward=lambda self, x: self.linear(x) / x.std(0).sum()),
     "deterministic": broken(Project, forward=lambda self, x: self.linear(x) + torch.rand(())),
     "inputs_unchanged": broken(Project, forward=clears_input),
+    "on_meta": broken(Project, forward=lambda self, x: self.linear(x) @ torch.eye(self.out)),
     "pickle": broken(Project),
     "state_dict": broken(Project, forward=hidden_state),
     "repr": broken(Project, __repr__=lambda self: f"Project({self.out})"),
@@ -246,6 +250,7 @@ BROKEN_ADAPTERS = {
     "no_hooks": broken(Student, forward=leaves_hook_on_error),
     "deterministic": student(lambda name, x: (name, x + torch.rand(()))),
     "inputs_unchanged": broken(Student, forward=lambda self, x: StudentAdapter.forward(self, x.mul_(2))),
+    "on_meta": student(lambda name, x: (name, x[:, torch.arange(x.shape[1])])),
     "pickle": broken(Student),
     "gradient": student(lambda name, x: (name, x.detach().requires_grad_())),
     "state_dict": broken(Student, _load_from_state_dict=loads_zeros),

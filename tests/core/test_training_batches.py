@@ -139,3 +139,20 @@ def test_the_epoch_is_set_on_loader_and_samplers(place: str) -> None:
     loader = Listening(batches(2)) if place == "loader" else DataLoader(images, **options[place], **collate)
     train(Toy(), loader, TrainConfig(epochs=3))
     assert sorted(set(epochs)) == [0, 1, 2]
+
+
+@pytest.mark.parametrize(("accumulate", "last"), [(1, 2), (3, 2)])
+def test_a_batch_that_batchnorm_cannot_normalize_is_named(accumulate: int, last: int) -> None:
+    data = TensorDataset(torch.randn(17, 6))
+    loader = DataLoader(data, batch_size=8, collate_fn=lambda items: (torch.stack([x for (x,) in items]), {}))
+    toy, message = (
+        Toy(),
+        (
+            f"train: BatchNorm in training mode needs more than one value per channel, but batch {last} of epoch 0 has 1 sample; "
+            r"use DataLoader\(drop_last=True\) or another batch size$"
+        ),
+    )
+    with pytest.raises(ValueError, match=message):
+        train(toy, loader, TrainConfig(epochs=1, accumulate=accumulate))
+    toy.layers[1] = nn.LayerNorm(8)
+    assert train(toy, loader, TrainConfig(epochs=1)).step == 3

@@ -74,6 +74,7 @@ def test_two_processes_resume_bit_for_bit_with_dropout(processes: dict[str, Any]
         ),
         ("broken_batch", "OSError: cannot read image 7 of process 1"),
         ("bad_shape", "RuntimeError: mat1 and mat2 shapes cannot be multiplied (2x7 and 6x16)"),
+        ("batch_of_one", "but batch 5 of epoch 0 of process 1 has 1 sample; use DataLoader(drop_last=True) or another"),
         ("hook", "RuntimeError: Unportable: the disk is full"),
         ("unwritable", "CheckpointError: train: checkpoint_dir must be a writable directory, got "),
         ("full_disk", "No space left on device; {run}/step-000000001.pt is kept"),
@@ -88,6 +89,21 @@ def test_an_error_of_one_process_ends_both(processes: dict[str, Any], name: str,
     for rank, outcome in enumerate(processes[name]["outcomes"]):
         if name != "hook" or rank == 1:
             assert message.format(run=processes[name]["run"]) in outcome
+
+
+def test_two_processes_evaluate_the_same_weights(processes: dict[str, Any]) -> None:
+    """Also after an error in one process, and after a signal to it, which waits for the end of the evaluation."""
+    first, second = processes["evaluation"]["outcomes"]
+    assert first == second
+    assert first["metrics"] == [5, 4, 3, 6, 2, 1]
+    assert first["digest"] == [*processes["straight"]["outcomes"][0]]
+    assert processes["evaluation"]["left"] == ["best-000000008.pt", "step-000000012.pt"]
+    for name, resumed_from in (("evaluation_error", 6), ("evaluation_signal", 6)):
+        resumed = processes[name]["outcomes"]
+        assert resumed[0] == resumed[1]
+        assert resumed[0]["digest"][1] == resumed_from
+        first["digest"][1] = resumed_from
+        assert resumed[0] == first
 
 
 @pytest.mark.parametrize("name", ["term_one", "term_zero", "term_both", "term_repeated", "term_waiting", "int_both"])

@@ -11,11 +11,10 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, TensorDataset
 
 from kdlib import OUTPUT, AngularDistillLoss, Distiller, HintLoss, Objective, StudentAdapter, Term
 from kdlib.training import CheckpointError, TrainConfig, TrainEvent, load_checkpoint, read_log, train
-from tests.core.training_toys import Toy, batches, interrupt, same, weights
+from tests.core.training_toys import Toy, batches, interrupt, same, shuffled, weights
 
 
 @pytest.fixture(scope="module")
@@ -24,18 +23,6 @@ def straight() -> dict[str, Tensor]:
     toy = Toy()
     train(toy, batches(), TrainConfig(epochs=2))
     return weights(toy)
-
-
-def shuffled(kind: str) -> Any:
-    """A loader whose order depends on torch's randomness, or on a generator of its own."""
-    draw = torch.Generator().manual_seed(2)
-    data = TensorDataset(torch.randn(36, 6, generator=draw))
-    own = torch.Generator().manual_seed(9) if kind == "own" else None
-    return DataLoader(data, batch_size=8, shuffle=True, generator=own, collate_fn=_collate)
-
-
-def _collate(items: Any) -> Any:
-    return torch.stack([item[0] for item in items]), {}
 
 
 @pytest.mark.parametrize("kind", ["global", "own"])
@@ -200,7 +187,7 @@ def rename(toy: Toy) -> None:
     ("change", "fields", "message"),
     [
         (None, {"lr": 0.2, "schedule": "poly"}, r"lr \(checkpoint 0.1, now 0.2\), schedule \(checkpoint 'cosine', now 'p"),
-        (None, {"epochs": 2}, r"epochs \(checkpoint 1, now 2\), total_steps \(checkpoint 5, now 10\)"),
+        (None, {"epochs": 2, "seed": 1}, r"seed \(checkpoint 0, now 1\); restore"),
         (rename, {}, r"student.model.4.weight \(checkpoint 'torch.float32 \(3, 8\)', now 'absent'\), student.model.last.bias"),
         (lambda toy: toy.double(), {}, r"student.model.0.bias \(checkpoint 'torch.float32 \(8,\)', now 'torch.float64"),
         (objective(AngularDistillLoss()), {}, r"term 'hint' \(checkpoint \"Term\(HintLoss.*now \"Term\(AngularDistillLoss"),

@@ -135,6 +135,39 @@ def bad_shape(rank: int, folder: Path) -> Any:
     return straight_with(data, folder)
 
 
+def batch_of_one(rank: int, folder: Path) -> Any:
+    """The last batch of the second process has one sample."""
+    data = Batches(rank).items
+    if rank:
+        data[5] = (torch.zeros(1, 6), {})
+    return straight_with(data, folder)
+
+
+def evaluation(rank: int, folder: Path, interruption: str = "") -> Any:
+    """Both processes evaluate with the statistics of the first, whose metrics count; the fourth of them is the best."""
+    calls: list[float] = []
+
+    def evaluate(distiller: Distiller) -> float:
+        calls.append(float(distiller.student(torch.ones(3, 6))["out"].double().sum()))
+        if interruption and len(calls) == 3 and rank == 1:
+            if interruption == "error":
+                raise OSError("cannot read the validation set")
+            os.kill(os.getpid(), signal.SIGTERM)
+        steps = int(distiller.student.model[1].num_batches_tracked) // 2
+        return [5, 4, 3, 6, 2, 1][steps // 2 - 1] if rank == 0 else float("nan")
+
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    given = {"evaluate": evaluate, "evaluate_every": 2, "monitor": "score", "mode": "max", "patience": 3}
+    distiller = build()
+    try:
+        result = train(distiller, Batches(rank), config(folder, **given, checkpoint_every_steps=None))
+    except (KeyboardInterrupt, OSError):
+        return evaluation(rank, folder)
+    best = [float(x.double().sum()) for x in result.best.weights.values()]
+    metrics = [each.metrics["score"] for each in result.evaluations]
+    return {"digest": digest(distiller, result), "best": best, "metrics": metrics, "outputs": calls[-3:]}
+
+
 def nan(rank: int, folder: Path) -> Any:
     """One batch of the second process contains a NaN."""
     data = Batches(rank).items
@@ -225,23 +258,12 @@ def stopped_by(
 
 
 SCENARIOS = {
-    **{
-        f.__name__: f
-        for f in (
-            straight,
-            resumed,
-            lengths,
-            settings,
-            wrong_length,
-            unsized,
-            broken_batch,
-            bad_shape,
-            nan,
-            hook,
-            full_disk,
-            unwritable,
-        )
-    },
+    **{f.__name__: f for f in (
+        straight, resumed, lengths, settings, wrong_length, unsized, broken_batch, bad_shape, batch_of_one, evaluation,
+        nan, hook, full_disk, unwritable,
+    )},
+    "evaluation_error": partial(evaluation, interruption="error"),
+    "evaluation_signal": partial(evaluation, interruption="signal"),
     "halves": halves,
     "whole": halves,
     "term_one": stopped_by(signal.SIGTERM, (1,)),
@@ -250,7 +272,7 @@ SCENARIOS = {
     "term_repeated": stopped_by(signal.SIGTERM, (0, 1), repeat=3),
     "term_waiting": stopped_by(signal.SIGTERM, (1,), waiting=True),
     "int_both": stopped_by(signal.SIGINT, (0, 1), repeat=2),
-}
+}  # fmt: skip
 
 
 def run(name: str, rank: int, folder: Path) -> None:

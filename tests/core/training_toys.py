@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
 
 from kdlib import OUTPUT, Distiller, HintLoss, Objective, StudentAdapter, TeacherAdapter, Term
 from kdlib.training import TrainConfig, TrainEvent, train
@@ -52,3 +53,22 @@ def interrupt(config: TrainConfig, step: int, loader: Any = None) -> None:
 
     with pytest.raises(Stopped):
         train(Toy(), batches() if loader is None else loader, config, hooks=[stop])
+
+
+def measured(distiller: Distiller) -> dict[str, float]:
+    """Validation error, a deterministic function of the weights."""
+    inputs, _ = batches(1, seed=7)[0]
+    wanted = distiller.teachers["big"](inputs)["out"]
+    return {"error": nn.functional.mse_loss(distiller.student(inputs)["out"], wanted).item()}
+
+
+def _collate(items: Any) -> Any:
+    return torch.stack([item[0] for item in items]), {}
+
+
+def shuffled(kind: str) -> Any:
+    """A loader whose order depends on torch's randomness, or on a generator of its own."""
+    draw = torch.Generator().manual_seed(2)
+    data = TensorDataset(torch.randn(36, 6, generator=draw))
+    own = torch.Generator().manual_seed(9) if kind == "own" else None
+    return DataLoader(data, batch_size=8, shuffle=True, generator=own, collate_fn=_collate)

@@ -90,7 +90,7 @@ def test_embeddings_and_teachers_that_cannot_be_fused_are_refused() -> None:
         with pytest.raises(ValueError, match=message):
             fit_fusion(*arguments, dim=dim, steps=1)
     cached = _Linear(torch.eye(2))
-    cached.reads = ("sample", "view")
+    cached.inputs = ("sample", "view")
     one = _Linear(torch.eye(2))
     for teachers, options, message in (
         ({"a": one}, {"pass_through": "c"}, "pass_through must be one of a"),

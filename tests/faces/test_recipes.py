@@ -29,7 +29,7 @@ SMALL = [
 class _Fixed(torch.nn.Module):
     """A teacher with random features that do not depend on the images."""
 
-    reads = ()
+    inputs = None
 
     def __init__(self, seed: int) -> None:
         super().__init__()

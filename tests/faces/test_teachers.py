@@ -180,13 +180,13 @@ def test_outputs_that_are_not_finite_are_refused_by_name(tmp_path: Path) -> None
 
 def test_a_mapped_teacher_passes_other_features_through() -> None:
     class Cached(nn.Module):
-        reads = ("sample", "view")
+        inputs = ("sample", "view")
 
         def forward(self, sample: Tensor, view: Tensor) -> dict[str, Tensor]:
             return {"embedding": torch.ones(len(sample), 4), "map": torch.ones(len(view), 1)}
 
     teacher = MappedTeacher(Cached(), {"embedding": torch.eye(4) * 2})
-    assert teacher.reads == ("sample", "view")
+    assert teacher.inputs == ("sample", "view")
     out = teacher(torch.tensor([0]), torch.tensor([0]))
     torch.testing.assert_close(out["embedding"], torch.ones(1, 4))
     torch.testing.assert_close(out["map"], torch.ones(1, 1))

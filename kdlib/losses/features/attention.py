@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from kdlib._checks import check_choice, check_floating, check_number, check_same_batch
+from kdlib._layouts import possible_positions
 from kdlib._maths import Reduction, full_precision, hold_short, promote, promoted_dtype, reduce, rescale, unit_rows
 from kdlib.losses._checks import check_layout, check_prefix, check_square
 from kdlib.losses._module import FunctionLoss
@@ -30,8 +31,8 @@ def attention_map(
         features: `(b, c, h, w)`; with a `layout`, also `(b, h, w, c)`, or tokens `(b, n, d)` of a square grid.
         p: exponent, at least 1; a larger one gives more weight to the strongest channel.
         layout: `"bchw"`, `"bhwc"` or `"bnd"`; `None` is `"bchw"` unless the shape looks like `(b, h, w, c)`.
-        prefix_tokens: number of tokens (class token, registers) before those of the grid; `None` reads it from the
-            number of tokens where only one of up to 8 is possible.
+        prefix_tokens: number of tokens (class token, registers) before those of the grid; `None` is 0 where no other
+            number of up to 8 would leave a square grid, and an error elsewhere.
 
     Returns:
         `(b, h, w)`, at least 0, not normalized. Float32, or float64 if given float64.
@@ -53,7 +54,7 @@ def attention_map(
     check_floating(owner, features=features)
     layout = check_layout(owner, "features", features, layout, "layout", MAP_LAYOUTS)
     if layout == "bnd":
-        features = features[:, check_prefix(owner, "features", features, prefix_tokens, "prefix_tokens", None) :]
+        features = features[:, check_prefix(owner, "features", features, prefix_tokens, "prefix_tokens", ()) :]
         height, _ = check_square(owner, "features", features.shape[1])
         features = rearrange(features, "b (h w) c -> b c h w", h=height)
     elif layout == "bhwc":
@@ -89,8 +90,8 @@ def attention_transfer(
     is dead, counts as a zero vector and gets no gradient. The loss does not depend on the scale of either feature.
 
     Tokens are on a square grid, on that of the map on the other side, or on any grid if both sides have as many. Tokens
-    before the grid (a class token, registers) are left out. If their number is not given, only one of up to 8 must leave
-    such a grid, as with 196, 197 or 201 tokens.
+    before the grid (a class token, registers) are left out. Their number is read from the shapes only if one number of
+    up to 8 is possible, and either 0 or confirmed by the other side, as with 197 tokens and a grid of 14 x 14.
 
     With `p=2`, only the gradient takes memory of the size of the features: they are processed in chunks that fit the
     processor's cache, and nothing else is saved for the backward pass. Second derivatives and `torch.func.grad` are
@@ -210,9 +211,13 @@ def _maps(
     found = [check_layout(owner, name, x, layout, f"{name}_layout", LAYOUTS) for name, x, layout in triples]
     maps = [x.movedim(3, 1) if layout == "bhwc" else x for x, layout in zip(sides, found, strict=True)]
     grids = [None if layout == "bnd" else tuple(x.shape[-2:]) for x, layout in zip(maps, found, strict=True)]
+    positions = [
+        possible_positions(x.shape[1], prefix) if grid is None else [prod(grid)]
+        for x, prefix, grid in zip(maps, prefixes, grids, strict=True)
+    ]
     for k, name in enumerate(names):
         if found[k] == "bnd":
-            leading = check_prefix(owner, name, maps[k], prefixes[k], f"{name}_prefix_tokens", grids[1 - k])
+            leading = check_prefix(owner, name, maps[k], prefixes[k], f"{name}_prefix_tokens", positions[1 - k])
             maps[k] = maps[k][:, leading:].mT
     counts = [x.shape[2] if grid is None else prod(grid) for x, grid in zip(maps, grids, strict=True)]
     for k, name in enumerate(names):

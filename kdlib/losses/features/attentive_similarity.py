@@ -4,25 +4,27 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from kdlib._checks import check_floating, check_number, check_pair, check_rank, check_same_batch, check_shares
+from kdlib._checks import check_floating, check_number, check_pair, check_same_batch, check_shares
 from kdlib._maths import Reduction, full_precision, hold_short, promote, promoted_dtype, reduce, unit_rows
+from kdlib.losses._checks import check_layouts, check_map
 from kdlib.losses._module import FunctionLoss
 from kdlib.losses.features._energy import scaled_energy
 
 __all__ = ["AttentiveSimilarityLoss", "attentive_similarity", "channel_attention_map"]
 
 
-def channel_attention_map(features: Tensor) -> Tensor:
+def channel_attention_map(features: Tensor, *, layout: str | None = None) -> Tensor:
     r"""Compute the channel attention map :math:`A_c = \frac{1}{h w} \sum_{y,x} F_{c,y,x}^2` of features.
 
     Args:
-        features: `(b, c, h, w)`.
+        features: `(b, c, h, w)`, or `(b, h, w, c)` with that layout.
+        layout: `"bchw"` or `"bhwc"`; `None` is `"bchw"` unless the shape looks like `(b, h, w, c)`, which is an error.
 
     Returns:
         `(b, c)`, at least 0, not normalized. Float32, or float64 if given float64.
 
     Raises:
-        ValueError: `features` is not `(b, c, h, w)`.
+        ValueError: `features` is no map, or its layout is ambiguous.
         TypeError: `features` is not a floating-point tensor.
 
     Examples:
@@ -31,7 +33,7 @@ def channel_attention_map(features: Tensor) -> Tensor:
         tensor([[5., 2.]])
     """
     check_floating("channel_attention_map", features=features)
-    check_rank("channel_attention_map", "features", features, "b c h w")
+    features = check_map("channel_attention_map", "features", features, layout)
     with full_precision(features):
         return promote(features, features)[0].square().mean((2, 3))
 
@@ -42,6 +44,9 @@ def attentive_similarity(
     *,
     channel: float = 1.0,
     spatial: float = 1.0,
+    layout: str | None = None,
+    student_layout: str | None = None,
+    teacher_layout: str | None = None,
     reduction: Reduction = "mean",
     weight: Tensor | None = None,
 ) -> Tensor:
@@ -56,10 +61,14 @@ def attentive_similarity(
     width. Second derivatives and `torch.func.grad` are supported, `torch.func.vmap` is not.
 
     Args:
-        student: features `(b, c, h, w)`.
+        student: features `(b, c, h, w)`, or `(b, h, w, c)` with that layout.
         teacher: features `(b, c, H, W)`, with the same number of channels and any grid; never receives a gradient.
         channel: factor :math:`\lambda_c`, at least 0. 0 omits the part, and the numbers of channels may differ.
         spatial: factor :math:`\lambda_s`, at least 0. 0 omits the part.
+        layout: `"bchw"` or `"bhwc"` for both sides; `None` is `"bchw"` unless the shape looks like `(b, h, w, c)`, which
+            is an error.
+        student_layout: the layout of the student, if not `layout`.
+        teacher_layout: the layout of the teacher, if not `layout`.
         reduction: `"mean"` over the batch, or `"none"`.
         weight: `(b,)`, at least 0, weight of each sample; 0 masks it.
 
@@ -68,8 +77,8 @@ def attentive_similarity(
         multiplied by `weight` if given. Float32, or float64 if an input is float64.
 
     Raises:
-        ValueError: An input is not `(b, c, h, w)`, batch sizes or numbers of channels differ, a factor is below 0, both
-            are 0, or `reduction` is unknown.
+        ValueError: An input is no map, its layout is ambiguous, batch sizes or numbers of channels differ, a factor is
+            below 0, both are 0, or `reduction` is unknown.
         TypeError: An input is not a floating-point tensor.
 
     Examples:
@@ -92,8 +101,8 @@ def attentive_similarity(
     check_number("attentive_similarity", "spatial", spatial, min=0)
     check_shares("attentive_similarity", "channel, spatial", (channel, spatial))
     check_floating("attentive_similarity", student=student, teacher=teacher)
-    check_rank("attentive_similarity", "student", student, "b c h w")
-    check_rank("attentive_similarity", "teacher", teacher, "b c h w")
+    student = check_map("attentive_similarity", "student", student, student_layout or layout, "student_layout")
+    teacher = check_map("attentive_similarity", "teacher", teacher, teacher_layout or layout, "teacher_layout")
     check_same_batch("attentive_similarity", "student", student, "teacher", teacher)
     if channel and student.shape[1] != teacher.shape[1]:
         check_pair("attentive_similarity", student, teacher, "b c h w")
@@ -129,9 +138,22 @@ class AttentiveSimilarityLoss(FunctionLoss):
 
     _function = staticmethod(attentive_similarity)
 
-    def __init__(self, *, channel: float = 1.0, spatial: float = 1.0, reduction: Reduction = "mean") -> None:
+    def __init__(
+        self,
+        *,
+        channel: float = 1.0,
+        spatial: float = 1.0,
+        layout: str | None = None,
+        student_layout: str | None = None,
+        teacher_layout: str | None = None,
+        reduction: Reduction = "mean",
+    ) -> None:
         super().__init__(reduction=reduction)
         check_number("AttentiveSimilarityLoss", "channel", channel, min=0)
         check_number("AttentiveSimilarityLoss", "spatial", spatial, min=0)
         check_shares("AttentiveSimilarityLoss", "channel, spatial", (channel, spatial))
+        check_layouts(
+            "AttentiveSimilarityLoss", layout=layout, student_layout=student_layout, teacher_layout=teacher_layout
+        )
         self.channel, self.spatial = channel, spatial
+        self.layout, self.student_layout, self.teacher_layout = layout, student_layout, teacher_layout

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from kdlib._checks import check_pair
 from kdlib._maths import Reduction, full_precision, hold_steep, promote, reduce
-from kdlib.losses._checks import check_levels
+from kdlib.losses._checks import check_layouts, check_levels, check_map
 from kdlib.losses._module import FunctionLoss
 
 __all__ = ["HierarchicalContextLoss", "hierarchical_context"]
@@ -19,6 +19,7 @@ def hierarchical_context(
     teacher: Tensor,
     *,
     levels: Sequence[int] = (4, 2, 1),
+    layout: str | None = None,
     reduction: Reduction = "mean",
     weight: Tensor | None = None,
 ) -> Tensor:
@@ -32,10 +33,11 @@ def hierarchical_context(
     of the one before. Differences above 1e15 count as 1e15. A float16 student gets no gradient that overflows float16.
 
     Args:
-        student: features `(b, c, h, w)`, already projected into the teacher's space.
+        student: features `(b, c, h, w)`, or `(b, h, w, c)` with that layout, already projected into the teacher's space.
         teacher: features of the same shape; never receives a gradient.
         levels: sides of the coarser grids in the order of their weights, each at least 1; an empty sequence gives
             `hint`.
+        layout: `"bchw"` or `"bhwc"`; `None` is `"bchw"` unless the shape looks like `(b, h, w, c)`, which is an error.
         reduction: `"mean"` over the batch, or `"none"`.
         weight: `(b,)`, at least 0, weight of each sample; 0 masks it.
 
@@ -44,7 +46,7 @@ def hierarchical_context(
         multiplied by `weight` if given. Float32, or float64 if an input is float64.
 
     Raises:
-        ValueError: An input is not `(b, c, h, w)`, shapes differ, a level is below 1, or `reduction` is unknown.
+        ValueError: An input is no map, its layout is ambiguous, shapes differ, a level is below 1, or `reduction` is unknown.
         TypeError: An input is not a floating-point tensor, or a level is not a whole number.
 
     Examples:
@@ -56,12 +58,13 @@ def hierarchical_context(
     References:
         Chen, Liu, Zhao, Jia, *Distilling Knowledge via Knowledge Review*, arXiv 2104.09044, the hierarchical context
         loss of ReviewKD. Values equal those of mdistiller for square maps; there only the height decides whether a
-        level is omitted, and narrower maps are stretched. The pooling is done once, on the difference. The fusion of
-        each student stage with the deeper ones, the other half of the paper, is a network and not a loss; if it reads a
-        single stage, it can be the projection of a `Term` (`project=`).
+        level is omitted, and narrower maps are stretched. The pooling is done once, on the difference. `ReviewKDLoss` adds the
+        fusion of each student stage with the deeper ones, the other half of the paper.
     """
     levels = check_levels("hierarchical_context", levels)
     check_pair("hierarchical_context", student, teacher, "b c h w")
+    student = check_map("hierarchical_context", "student", student, layout)
+    teacher = check_map("hierarchical_context", "teacher", teacher, layout)
     origin = student.dtype
     height, width = student.shape[2:]
     with full_precision(student):
@@ -92,6 +95,10 @@ class HierarchicalContextLoss(FunctionLoss):
 
     _function = staticmethod(hierarchical_context)
 
-    def __init__(self, *, levels: Sequence[int] = (4, 2, 1), reduction: Reduction = "mean") -> None:
+    def __init__(
+        self, *, levels: Sequence[int] = (4, 2, 1), layout: str | None = None, reduction: Reduction = "mean"
+    ) -> None:
         super().__init__(reduction=reduction)
+        check_layouts("HierarchicalContextLoss", layout=layout)
+        self.layout = layout
         self.levels = check_levels("HierarchicalContextLoss", levels)

@@ -4,14 +4,24 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from kdlib._checks import check_floating, check_rank, check_same_batch
+from kdlib._checks import check_floating, check_same_batch
 from kdlib._maths import Reduction, full_precision, hold_short, promote, reduce, rescale, unit_rows
+from kdlib.losses._checks import check_layouts, check_map
 from kdlib.losses._module import FunctionLoss
 
 __all__ = ["NSTLoss", "nst"]
 
 
-def nst(student: Tensor, teacher: Tensor, *, reduction: Reduction = "mean", weight: Tensor | None = None) -> Tensor:
+def nst(
+    student: Tensor,
+    teacher: Tensor,
+    *,
+    layout: str | None = None,
+    student_layout: str | None = None,
+    teacher_layout: str | None = None,
+    reduction: Reduction = "mean",
+    weight: Tensor | None = None,
+) -> Tensor:
     r"""Compute the squared maximum mean discrepancy of the two sets of channels, with the kernel :math:`(x^T y)^2`.
 
     .. math::
@@ -29,8 +39,12 @@ def nst(student: Tensor, teacher: Tensor, *, reduction: Reduction = "mean", weig
     float32; values that this makes negative count as 0.
 
     Args:
-        student: features `(b, c, h, w)`.
+        student: features `(b, c, h, w)`, or `(b, h, w, c)` with that layout.
         teacher: features `(b, C, H, W)`, with any number of channels and any grid; never receives a gradient.
+        layout: `"bchw"` or `"bhwc"` for both sides; `None` is `"bchw"` unless the shape looks like `(b, h, w, c)`, which
+            is an error.
+        student_layout: the layout of the student, if not `layout`.
+        teacher_layout: the layout of the teacher, if not `layout`.
         reduction: `"mean"` over the batch, or `"none"`.
         weight: `(b,)`, at least 0, weight of each sample; 0 masks it.
 
@@ -39,7 +53,7 @@ def nst(student: Tensor, teacher: Tensor, *, reduction: Reduction = "mean", weig
         multiplied by `weight` if given. Float32, or float64 if an input is float64.
 
     Raises:
-        ValueError: An input is not `(b, c, h, w)`, batch sizes differ, or `reduction` is unknown.
+        ValueError: An input is no map, its layout is ambiguous, batch sizes differ, or `reduction` is unknown.
         TypeError: An input is not a floating-point tensor.
 
     Examples:
@@ -58,8 +72,8 @@ def nst(student: Tensor, teacher: Tensor, *, reduction: Reduction = "mean", weig
         `(b, c, C, h w)`, which takes 40 times as long.
     """
     check_floating("nst", student=student, teacher=teacher)
-    check_rank("nst", "student", student, "b c h w")
-    check_rank("nst", "teacher", teacher, "b c h w")
+    student = check_map("nst", "student", student, student_layout or layout, "student_layout")
+    teacher = check_map("nst", "teacher", teacher, teacher_layout or layout, "teacher_layout")
     check_same_batch("nst", "student", student, "teacher", teacher)
     origin = student.dtype
     grid = (min(student.shape[2], teacher.shape[2]), min(student.shape[3], teacher.shape[3]))
@@ -105,3 +119,15 @@ class NSTLoss(FunctionLoss):
     """
 
     _function = staticmethod(nst)
+
+    def __init__(
+        self,
+        *,
+        layout: str | None = None,
+        student_layout: str | None = None,
+        teacher_layout: str | None = None,
+        reduction: Reduction = "mean",
+    ) -> None:
+        super().__init__(reduction=reduction)
+        check_layouts("NSTLoss", layout=layout, student_layout=student_layout, teacher_layout=teacher_layout)
+        self.layout, self.student_layout, self.teacher_layout = layout, student_layout, teacher_layout

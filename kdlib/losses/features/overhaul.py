@@ -9,7 +9,7 @@ from typing_extensions import override
 
 from kdlib._checks import check_floating, check_rank, check_same_batch, check_shape
 from kdlib._maths import Reduction, full_precision, mean_square, promote, reduce
-from kdlib.losses._checks import check_affine, check_margin
+from kdlib.losses._checks import check_affine, check_layouts, check_map, check_margin
 from kdlib.losses._module import FunctionLoss
 
 __all__ = ["OverhaulLoss", "overhaul", "overhaul_margin"]
@@ -68,6 +68,7 @@ def overhaul(
     teacher: Tensor,
     *,
     margin: float | Tensor,
+    layout: str | None = None,
     reduction: Reduction = "mean",
     weight: Tensor | None = None,
 ) -> Tensor:
@@ -85,10 +86,13 @@ def overhaul(
     margin is applied. Differences above 1e15 count as 1e15. A float16 student gets no gradient that overflows float16.
 
     Args:
-        student: pre-activations `(b, c, h, w)` or `(b, d)`, already projected onto the teacher's channels.
+        student: pre-activations `(b, c, h, w)`, `(b, h, w, c)` with that layout, or `(b, d)`, already projected onto the
+            teacher's channels.
         teacher: the same, with as many channels and any grid; never receives a gradient.
         margin: `(c,)` or one number for all channels, at most 0, in units of the teacher's features;
             `overhaul_margin` computes it from a BatchNorm.
+        layout: `"bchw"` or `"bhwc"` of maps; `None` is `"bchw"` unless the shape looks like `(b, h, w, c)`, which is an
+            error.
         reduction: `"mean"` over the batch, or `"none"`.
         weight: `(b,)`, at least 0, weight of each sample; 0 masks it.
 
@@ -97,7 +101,7 @@ def overhaul(
         multiplied by `weight` if given. Float32, or float64 if an input is float64.
 
     Raises:
-        ValueError: An input is neither `(b, c, h, w)` nor `(b, d)`, batch sizes or channels differ, `margin` is above 0
+        ValueError: An input is neither a map nor `(b, d)`, its layout is ambiguous, batch sizes or channels differ, `margin` is above 0
             or has another length, or `reduction` is unknown.
         TypeError: An input is not a floating-point tensor, or `margin` is neither a number nor a tensor.
 
@@ -117,11 +121,14 @@ def overhaul(
         maps. The paper projects by a 1x1 convolution and BatchNorm, which is the projection of `project="auto"`.
     """
     check_floating("overhaul", student=student, teacher=teacher)
-    layout = "b d" if student.dim() == 2 else "b c h w"
-    check_rank("overhaul", "student", student, layout)
-    check_rank("overhaul", "teacher", teacher, layout)
+    shape = "b d" if student.dim() == 2 else "b c h w"
+    check_rank("overhaul", "student", student, shape)
+    check_rank("overhaul", "teacher", teacher, shape)
     check_same_batch("overhaul", "student", student, "teacher", teacher)
-    check_shape("overhaul", "teacher", teacher, layout, **{layout.split()[1]: student.shape[1]})
+    if student.dim() == 4:
+        student = check_map("overhaul", "student", student, layout)
+        teacher = check_map("overhaul", "teacher", teacher, layout)
+    check_shape("overhaul", "teacher", teacher, shape, **{shape.split()[1]: student.shape[1]})
     check_margin("overhaul", margin, student.shape[1])
     origin = student.dtype
     with full_precision(student):
@@ -144,6 +151,7 @@ class OverhaulLoss(FunctionLoss):
 
     Args:
         margin: `(c,)` or a number, at most 0; `overhaul_margin(norm)` of the teacher's BatchNorm.
+        layout: `"bchw"` or `"bhwc"` of maps, or `None`.
         reduction: `"mean"` or `"none"`; `forward` may override it.
 
     Examples:
@@ -157,8 +165,10 @@ class OverhaulLoss(FunctionLoss):
     _function = staticmethod(overhaul)
     margin: float | Tensor
 
-    def __init__(self, margin: float | Tensor, *, reduction: Reduction = "mean") -> None:
+    def __init__(self, margin: float | Tensor, *, layout: str | None = None, reduction: Reduction = "mean") -> None:
         super().__init__(reduction=reduction)
+        check_layouts("OverhaulLoss", layout=layout)
+        self.layout = layout
         check_margin("OverhaulLoss", margin, None)
         if isinstance(margin, Tensor):
             self.register_buffer("margin", margin.detach().clone(), persistent=False)
@@ -173,4 +183,5 @@ class OverhaulLoss(FunctionLoss):
             values = [repr(float(f"{value:.6g}")) for value in self.margin.flatten().tolist()]
             values = values if len(values) <= 6 else [*values[:2], "...", values[-1]]
             margin = f"torch.tensor([{', '.join(values)}])"
-        return f"margin={margin}, reduction={self.reduction!r}"
+        layout = "" if self.layout is None else f", layout={self.layout!r}"
+        return f"margin={margin}{layout}, reduction={self.reduction!r}"

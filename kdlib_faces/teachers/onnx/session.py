@@ -86,7 +86,7 @@ class OnnxTeacher(nn.Module):
         input_size: Side of the images in pixels; (h, w) where not square, None where the graph leaves it free.
         shapes: Shape of each feature of one image, without the batch dimension.
         run_batch: Images in one run of the graph; None for any number.
-        reads: Empty: the teacher reads images.
+        inputs: None: the teacher reads images.
 
     Shape:
         images `(b, 3, h, w)` in [-1, 1], RGB; each feature `(b, ...)`, float32, on the images' device.
@@ -105,7 +105,7 @@ class OnnxTeacher(nn.Module):
         kdlib_faces._checks.InputError: the ONNX file no_such.onnx does not exist
     """
 
-    reads: ClassVar[tuple[str, ...]] = ()
+    inputs: ClassVar[None] = None
 
     def __init__(
         self,
