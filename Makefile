@@ -13,7 +13,7 @@ $(VENV)/.user: pyproject.toml constraints.txt
 	touch $@
 
 $(VENV)/.dev: $(VENV)/.user
-	$(VENV)/bin/python -m pip install --quiet -c constraints.txt -e ".[faces,onnx,docs,dev]"
+	$(VENV)/bin/python -m pip install --quiet -c constraints.txt -e ".[faces,onnx,trainers,docs,dev]"
 	touch $@
 
 demo: $(VENV)/.user

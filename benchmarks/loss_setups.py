@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from torch import nn
 
@@ -13,13 +13,19 @@ LAYERS = ["stage0", "stage1", "stage2", "stage3"]
 
 @dataclass(frozen=True)
 class Setup:
-    """A loss and the features it compares."""
+    """A loss and the features it compares.
+
+    `source` is the teacher: the general teacher's cached outputs, a running mean of the student, the student itself, or a
+    second student that is trained beside it. `weight` is given where the rule for the weights cannot be applied.
+    """
 
     loss: Callable[[Any], nn.Module]
     student: str | list[str]
     teacher: str | list[str]
     project: str | None = None
     target: str | None = None
+    source: Literal["cached", "running mean", "self", "peer"] = "cached"
+    weight: float | None = None
 
 
 SETUPS: dict[str, Setup] = {
@@ -37,6 +43,7 @@ SETUPS: dict[str, Setup] = {
     "factor_transfer": Setup(lambda faces: faces.factor_transfer(), "map", "map"),
     "hierarchical_context": Setup(lambda _: kdlib.HierarchicalContextLoss(), "map", "map", "auto"),
     "hint": Setup(lambda _: kdlib.HintLoss(), "map", "map", "auto"),
+    "log_sum": Setup(lambda _: kdlib.LogSumLoss(), "embedding", "embedding", "auto"),
     "masked_generative": Setup(lambda faces: kdlib.MaskedGenerativeLoss(*faces.channels), "map", "map"),
     "nst": Setup(lambda _: kdlib.NSTLoss(), "map", "map"),
     "overhaul": Setup(lambda faces: kdlib.OverhaulLoss(faces.margin), "map", "before", "auto"),
@@ -48,4 +55,10 @@ SETUPS: dict[str, Setup] = {
     "similarity_preserving": Setup(lambda _: kdlib.SimilarityPreservingLoss(), "embedding", "embedding"),
     "soft_target": Setup(lambda _: kdlib.SoftTargetLoss(), "logits", "logits"),
     "variational_information": Setup(lambda faces: kdlib.VariationalInformationLoss(*faces.channels), "map", "map"),
+    # The gradient of these two is 0 at equal students, where the weights are measured.
+    "mutual": Setup(lambda _: kdlib.SoftTargetLoss(temperature=1.0), "logits", "logits", source="peer", weight=1.0),
+    "running_mean": Setup(
+        lambda _: kdlib.SoftTargetLoss(temperature=1.0), "logits", "logits", source="running mean", weight=1.0
+    ),
+    "self_distillation": Setup(lambda _: kdlib.HintLoss(), "stage1", "stage2", "auto", source="self"),
 }

@@ -1,6 +1,7 @@
 """Compare all losses under equal conditions: `python benchmarks/study_losses.py [--steps 600] [--seeds 0 1 2] [--loss dark_rank]`.
 
-The demo's student learns from the demo's general teacher on the demo's synthetic faces, with the identity loss and one distillation loss. Each loss reads
+The demo's student learns from the demo's general teacher on the demo's synthetic faces, with the identity loss and one distillation loss; `running_mean`, `self_distillation` and `mutual` learn
+from the student's own mean, its deeper stage and a second student instead. Each loss reads
 the feature it was designed for: the embedding, the map of the middle stage, the maps of all stages, the pre-activation of the teacher's last block of the
 middle stage, or the logits (cosines to class centers: the head's for the student, the mean embedding of each identity for the teacher). All runs use the same batches and the
 same initial weights; the teacher's outputs are cached. Every loss has its defaults, except that `dark_rank` normalizes its rows;
@@ -145,7 +146,7 @@ class Faces:
         loss = kdlib.FactorTransferLoss(*self.channels)
 
         def maps(batch: Any) -> Tensor:
-            return self.cached(*(batch[1][key] for key in self.cached.reads))["map"].float()
+            return self.cached(batch[1]["sample"], batch[1]["view"])["map"].float()
 
         loss.paraphraser.fit(self.batches(self.images, self.identities), maps)
         return loss
@@ -155,15 +156,25 @@ class Faces:
         size, seed = self.config.batch_size, self.seed
         return FaceBatches(images, identities, batch_size=size, seed=seed, augment=AugmentConfig())
 
+    def adapter(self, recipe: Any) -> tuple[StudentAdapter, Term]:
+        """Return a student and its identity term."""
+        start = build(recipe, teachers={})
+        identity, network = start.objective.terms["identity"], start.student.model
+        taps: Any = {part: OUTPUT[part] for part in ("embedding", "logits")}
+        taps["map"] = f"network.{network.stages[recipe.stage]}"
+        taps |= {name: f"network.{stage}" for name, stage in zip(LAYERS, network.stages, strict=True)}
+        return StudentAdapter(Classifier(network, identity.loss), taps), identity
+
+    def pair(self, adapter: StudentAdapter, terms: dict[str, Term]) -> Distiller:
+        """Return two students that teach each other; the first is the one that is evaluated."""
+        other, identity = self.adapter(replace(self.recipe, seed=self.seed + 1000))
+        objectives = {"first": Objective(terms), "second": Objective({**terms, "identity": identity})}
+        return kdlib.MutualDistiller({"first": adapter, "second": other}, objectives)
+
     def student(self, name: str = ALONE) -> Distiller:
         """Return the student with the identity loss and one distillation loss of weight 1."""
-        start = build(self.recipe, teachers={})
-        identity, network = start.objective.terms["identity"], start.student.model
-        head: Any = identity.loss
-        taps: Any = {part: OUTPUT[part] for part in ("embedding", "logits")}
-        taps["map"] = f"network.{network.stages[self.recipe.stage]}"
-        taps |= {name: f"network.{stage}" for name, stage in zip(LAYERS, network.stages, strict=True)}
-        adapter = StudentAdapter(Classifier(network, head), taps)
+        adapter, identity = self.adapter(self.recipe)
+        scale = adapter.model.scale
         terms, teachers = {"identity": identity}, {}
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed + 3)
@@ -176,13 +187,23 @@ class Faces:
                     "project": setup.project,
                 }
                 terms[name] = Term(setup.loss(self), **taps_and_target)
-                cached = self.cached if isinstance(setup.teacher, str) else self.cached_layers
-                teachers = {"general": CachedFeature(cached, setup.teacher, self.centers, head.scale)}
+                if setup.source == "cached":
+                    cached = self.cached if isinstance(setup.teacher, str) else self.cached_layers
+                    teachers = {"general": CachedFeature(cached, setup.teacher, self.centers, scale)}
+                elif setup.source == "running mean":
+                    teachers = {"mean": kdlib.EMATeacher(adapter)}
+                elif setup.source == "self":
+                    teachers = {"self": kdlib.SelfTeacher()}
+                else:
+                    return self.pair(adapter, terms)
             distiller = Distiller(adapter, teachers, Objective(terms))
             return distiller.infer(*next(iter(self.batches(self.images, self.identities))))
 
     def weight(self, name: str, alone: nn.Module, share: float) -> float:
         """Return the weight of a loss; `alone` is the student trained alone."""
+        given = SETUPS[name].weight
+        if given is not None:
+            return given
         distiller = self.student(name)
         own: Any = distiller.student
         own.load_state_dict(alone.state_dict())
@@ -199,13 +220,14 @@ class Faces:
     def trained(self, folder: Path, name: str, steps: int, weight: float = 1.0) -> tuple[nn.Module, dict[str, Any]]:
         """Train a student, resuming from `folder`; return it with its training time and last losses."""
         distiller = self.student(name)
-        if name != ALONE:
+        if name != ALONE and SETUPS[name].weight is None:
             distiller.objective.terms[name].weight = weight
         batches = self.batches(self.images, self.identities)
         settings = {"steps": steps, "lr": self.config.lr, "seed": self.seed, "label": name, "amp": self.config.amp}
         fitted = fit(distiller, batches, folder, quiet=False, **settings)
         last = {term: round(values[-1], 5) for term, values in fitted.curve["terms"].items()}
-        return distiller.student.eval(), {"seconds": round(fitted.seconds, 1), "losses": last}
+        student = distiller.students["first"] if isinstance(distiller, kdlib.MutualDistiller) else distiller.student
+        return student.eval(), {"seconds": round(fitted.seconds, 1), "losses": last}
 
     def embeddings(self, name: str, steps: int, share: float) -> tuple[np.ndarray, dict[str, Any]]:
         """Return a student's embeddings of the test set and its training facts; both are stored in `work`."""

@@ -1,8 +1,9 @@
 """Calls of models, and values that must not change meanwhile: tensors that are read, weights and state of modules."""
 
 import copy
+import sys
 from collections.abc import Callable, Iterator, Mapping, MutableMapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import fields, is_dataclass, replace
 from typing import Any
 
@@ -12,8 +13,8 @@ from torch import Tensor, nn
 from kdlib.types import Targets, TeacherInputs
 
 __all__ = [
-    "bring", "fork_random_state", "hold", "input_names", "is_unchanged", "map_tensors", "move", "read_inputs",
-    "split_inputs", "tensors_in", "unchanged",
+    "bring", "fork_random_state", "hold", "input_names", "is_sharded", "is_unchanged", "map_tensors", "move",
+    "read_inputs", "split_inputs", "tensors_in", "unchanged",
 ]  # fmt: skip
 
 _CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
@@ -100,23 +101,32 @@ def is_unchanged(tensor: Tensor, version: int | None) -> bool:
     return version is None or tensor._version == version
 
 
+def is_sharded(tensor: Tensor) -> bool:
+    """Return whether a tensor is a DTensor, as the parameters of `fully_shard` are."""
+    module = sys.modules.get("torch.distributed.tensor")  # its import takes seconds; without it there is no DTensor
+    return module is not None and isinstance(tensor, module.DTensor)
+
+
 def move(module: nn.Module, fn: Callable[[Tensor], Tensor], *, cast: bool = True, stay: bool = False) -> None:
     """Apply the move of `fn`, the argument of `nn.Module._apply`, to a frozen module without changing its values.
 
     Only the device (unless it must `stay`), the memory format and, with `cast`, the floating-point type of the result
     are used, so that `to_empty` or an initialization has no effect. The type changes only if all values are the same
-    in the new type.
+    in the new type. A tensor on the meta device has no values; it stays there unless `fn` makes some, as `to_empty`.
     """
 
     def target(tensor: Tensor) -> Tensor:
         return fn(torch.zeros([2] * tensor.dim(), dtype=tensor.dtype, device=tensor.device))
 
-    floating = [each for each in [*module.parameters(), *module.buffers()] if each.is_floating_point()]
-    cast = cast and all(_is_exact(each, target(each).dtype) for each in floating)
+    values = [each for each in [*module.parameters(), *module.buffers()] if not each.is_meta]
+    cast = cast and all(_is_exact(each, target(each).dtype) for each in values if each.is_floating_point())
 
     def moved(tensor: Tensor) -> Tensor:
-        if tensor.is_meta:  # it has no values
-            return tensor if stay else fn(tensor)
+        if tensor.is_meta:
+            # A parent may be moved while the values are elsewhere: offloading hooks bring them before each forward.
+            with suppress(NotImplementedError):
+                return tensor if stay else fn(tensor).to(tensor.dtype)
+            return tensor
         probe, channels_last = target(tensor), _CHANNELS_LAST.get(tensor.dim())
         if channels_last is None or not probe.is_contiguous(memory_format=channels_last):
             channels_last = torch.preserve_format
@@ -128,7 +138,7 @@ def move(module: nn.Module, fn: Callable[[Tensor], Tensor], *, cast: bool = True
 
 def _is_exact(tensor: Tensor, dtype: torch.dtype) -> bool:
     """Return whether a cast to `dtype` and back returns every value."""
-    if tensor.dtype == dtype or tensor.is_meta:
+    if tensor.dtype == dtype:
         return True
     back = tensor.to(dtype).to(tensor.dtype)
     return dtype.is_floating_point and torch.allclose(back, tensor, rtol=0, atol=0, equal_nan=True)

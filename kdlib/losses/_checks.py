@@ -8,6 +8,7 @@ from torch import Tensor
 
 from kdlib._checks import (
     check_choice,
+    check_dtype_whole,
     check_finite,
     check_floating,
     check_number,
@@ -22,9 +23,9 @@ from kdlib._checks import (
 from kdlib._layouts import grid_of, prefix_candidates, shown_layout, shown_prefix
 
 __all__ = [
-    "check_affine", "check_batch_limit", "check_batches", "check_channels", "check_gathered_reduction", "check_hidden",
-    "check_layers", "check_layout", "check_layouts", "check_levels", "check_logits", "check_map", "check_margin",
-    "check_mask", "check_order", "check_prefix", "check_same_layers", "check_square", "check_trained",
+    "check_affine", "check_batch_limit", "check_batches", "check_channels", "check_classes", "check_gathered_reduction",
+    "check_hidden", "check_layers", "check_layout", "check_layouts", "check_levels", "check_logits", "check_map",
+    "check_margin", "check_mask", "check_order", "check_prefix", "check_same_layers", "check_square", "check_trained",
     "no_second_derivative",
 ]  # fmt: skip
 
@@ -148,6 +149,27 @@ def check_logits(owner: str, student: Tensor, teacher: Tensor, dim: int, mask: T
     if mask is not None:
         positions = [size for index, size in enumerate(student.shape) if index != dim % student.dim()]
         check_mask(owner, mask, tuple(positions))
+
+
+def check_classes(owner: str, target: object, positions: tuple[int, ...], classes: int, mask: Tensor | None) -> None:
+    """`target` must hold the class of each position that is not masked: a whole number from 0 to below `classes`.
+
+    On an accelerator the values are not read, because that would force a wait.
+    """
+    check_type(owner, "target", target, Tensor, "a torch.Tensor")
+    if not isinstance(target, Tensor):
+        return
+    check_dtype_whole(owner, "target", target)
+    if tuple(target.shape) != positions:
+        expected = f"(b,) with b = {positions[0]}" if len(positions) == 1 else f"{positions}, one class per position"
+        raise ValueError(f"{owner}: target must be {expected}, got {show_shape(target)}")
+    if target.device.type != "cpu" or not readable(target):
+        return
+    seen = target if mask is None else target[mask.cpu()]
+    wrong = seen[(seen < 0) | (seen >= classes)]
+    if len(wrong):
+        hint = "; leave an ignore index out by mask=target != ignore_index" if mask is None else " where mask is True"
+        raise ValueError(f"{owner}: target must be from 0 to below c = {classes}, got {int(wrong[0])}{hint}")
 
 
 def check_mask(owner: str, mask: object, positions: tuple[int, ...]) -> None:

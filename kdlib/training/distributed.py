@@ -10,7 +10,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from kdlib.training._checks import describe_error, received_error
+from kdlib._held import is_sharded
+from kdlib.training._checks import check_argument, describe_error, received_error
 
 __all__ = ["Processes", "synchronize_if", "wrap"]
 
@@ -93,6 +94,11 @@ def wrap(distiller: nn.Module, device: torch.device, *, find_unused_parameters: 
     """
     if not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1:
         return distiller
+    check_argument(
+        not any(is_sharded(parameter) for parameter in distiller.parameters()),
+        "distiller must not be sharded, got DTensor parameters; use a loop of your own with fully_shard, or fully_shard the "
+        "models of the teachers only",
+    )
     trained = set(distiller.state_dict())
     names = [name for name, _ in (*distiller.named_parameters(), *distiller.named_buffers())]
     ignored = [name for name in names if name not in trained]

@@ -3,16 +3,20 @@
 import re
 import zlib
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
 
+from kdlib._held import is_sharded
 from kdlib.distiller import Distiller
 from kdlib.objective import Term
 from kdlib.training._checks import check_argument
 from kdlib.training.config import TrainConfig
 from kdlib.types import FrozenModel, HasFingerprint
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
 
 _LENGTH = ("epochs", "max_steps", "total_steps")
 """A run may go on for more steps, with the same values up to its checkpoint."""
@@ -124,6 +128,15 @@ def _describe_teacher(teacher: object) -> str:
     checksum = 0
     for name, value in teacher.model.state_dict().items():
         if isinstance(value, Tensor):
-            start = value.detach().flatten()[:16].double().cpu().numpy().tobytes()
-            checksum = zlib.crc32(f"{name} {tuple(value.shape)}".encode() + start, checksum)
+            checksum = zlib.crc32(f"{name} {tuple(value.shape)}".encode() + _first_values(value), checksum)
     return f"{type(teacher.model).__qualname__} {checksum:08x}"
+
+
+def _first_values(weight: Tensor) -> bytes:
+    """Return the first values of a weight; none of one that is offloaded, whose values are not in the module."""
+    if weight.is_meta:
+        return b""
+    first = weight.detach().flatten()[:16].double()
+    if is_sharded(first):
+        first = cast("DTensor", first).full_tensor()
+    return first.cpu().numpy().tobytes()

@@ -1,5 +1,6 @@
 """Shared parts of the margin heads."""
 
+import math
 from collections.abc import Callable
 from inspect import signature
 from typing import Any, ClassVar
@@ -9,10 +10,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kdlib._checks import check_choice, check_floating, check_number, check_rank, show_shape
-from kdlib._maths import REDUCTIONS, Reduction, reduce, unit_rows
+from kdlib._maths import REDUCTIONS, Reduction, finite_weight, reduce, rescale, unit_rows
 from kdlib_faces._checks import check_identities
 
-__all__ = ["LossModule", "MarginHead", "add_angular_margin", "check_call", "softmax_loss", "unit_pair"]
+__all__ = [
+    "LossModule", "MarginHead", "add_angular_margin", "angle_to", "check_call", "counted_rows", "lengths", "move",
+    "shift_angle", "softmax_loss", "unit_pair",
+]  # fmt: skip
 
 
 class LossModule(nn.Module):
@@ -46,18 +50,33 @@ class LossModule(nn.Module):
     ) -> None:
         for name, own in (*self.named_parameters(recurse=False), *self.named_buffers(recurse=False)):
             loaded = state_dict.get(f"{prefix}{name}")
-            if own.dim() == 2 and isinstance(loaded, Tensor) and loaded.dim() == 2 and loaded.shape != own.shape:
-                errors.append(
-                    f"{type(self).__name__}: {prefix}{name} must be (num_identities, embedding_dim) = "
-                    f"{show_shape(own)}, got {show_shape(loaded)}; build the loss with num_identities={len(loaded)}, "
-                    f"embedding_dim={loaded.shape[1]}, or load the student's weights alone"
-                )
-                return
+            if own.dim() < 2 or not isinstance(loaded, Tensor) or loaded.dim() < 2 or loaded.shape == own.shape:
+                continue
+            middle = "sub_centers, " if own.dim() == 3 else ""
+            count = f"sub_centers={loaded.shape[1]}, " if own.dim() == loaded.dim() == 3 else ""
+            errors.append(
+                f"{type(self).__name__}: {prefix}{name} must be (num_identities, {middle}embedding_dim) = "
+                f"{show_shape(own)}, got {show_shape(loaded)}; build the loss with num_identities={len(loaded)}, "
+                f"{count}embedding_dim={loaded.shape[-1]}, or load the student's weights alone"
+            )
+            return
         super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, errors)
 
 
 class MarginHead(LossModule):
-    """Base class of margin heads: learned class centers, and the arguments that all heads share; see `ArcFaceHead`.
+    """Base class of margin heads: learned class centers and the arguments that all heads share.
+
+    Args:
+        embedding_dim: dimensions d of the embeddings.
+        num_identities: number n of training identities.
+        scale: factor of the cosines.
+        margin: the margin, at least 0; a plain float attribute that a schedule may set.
+        reduction: `"mean"` or `"none"`.
+        generator: generator of the initial centers; None uses torch's global generator.
+        sub_centers: number of centers per identity, which `weight` then has as its second dimension.
+
+    Attributes:
+        weight: centers `(n, d)`, initially normal with an expected squared norm of one.
 
     Raises:
         ValueError: an argument is out of range.
@@ -65,24 +84,24 @@ class MarginHead(LossModule):
     """
 
     _loss: ClassVar[Callable[..., Tensor]]
-    _usual_margin: ClassVar[float]
     _max_margin: ClassVar[float | None] = None
 
     def __init__(
         self,
         embedding_dim: int,
         num_identities: int,
-        scale: float = 64.0,
-        margin: float | None = None,
+        scale: float,
+        margin: float,
         *,
-        reduction: Reduction = "mean",
-        generator: torch.Generator | None = None,
+        reduction: Reduction,
+        generator: torch.Generator | None,
+        sub_centers: int | None = None,
     ) -> None:
         super().__init__()
         self._set_sizes(embedding_dim, num_identities, scale, reduction)
-        margin = self._usual_margin if margin is None else margin
         self.margin = float(check_number(type(self).__name__, "margin", margin, min=0, max=self._max_margin))
-        self.weight = nn.Parameter(torch.empty(self.num_identities, self.embedding_dim))
+        middle = () if sub_centers is None else (sub_centers,)
+        self.weight = nn.Parameter(torch.empty(self.num_identities, *middle, self.embedding_dim))
         nn.init.normal_(self.weight, std=self.embedding_dim**-0.5, generator=generator)
 
     def forward(
@@ -100,13 +119,13 @@ class MarginHead(LossModule):
         )  # fmt: skip
 
 
-def check_call(owner: str, embeddings: Tensor, centers: Tensor, identities: Tensor) -> None:
-    """Check embeddings `(b, d)`, centers `(n, d)` and identities `(b,)`."""
+def check_call(owner: str, embeddings: Tensor, centers: Tensor, identities: Tensor, shape: str = "n d") -> None:
+    """Check embeddings `(b, d)`, centers of the dimensions in `shape`, and identities `(b,)`."""
     check_floating(owner, embeddings=embeddings, centers=centers)
     check_rank(owner, "embeddings", embeddings, "b d")
-    check_rank(owner, "centers", centers, "n d")
-    if embeddings.shape[1] != centers.shape[1]:
-        wanted = f"(b, {centers.shape[1]}) like centers {show_shape(centers)}"
+    check_rank(owner, "centers", centers, shape)
+    if embeddings.shape[1] != centers.shape[-1]:
+        wanted = f"(b, {centers.shape[-1]}) like centers {show_shape(centers)}"
         raise ValueError(f"{owner}: embeddings must be {wanted}, got {show_shape(embeddings)}")
     check_identities(owner, identities, embeddings.shape[0], centers.shape[0])
 
@@ -127,12 +146,54 @@ def unit_pair(embeddings: Tensor, centers: Tensor, scale: float) -> tuple[Tensor
     return unit(embeddings), unit(centers)
 
 
-def add_angular_margin(e_bd: Tensor, center_bd: Tensor, cos_m: Tensor | float, sin_m: Tensor | float) -> Tensor:
-    """Return the cosines `(b,)` of the angles to the own centers plus the margins m; psi in `arcface_loss`."""
+def _cosine_and_sine(e_bd: Tensor, center_bd: Tensor) -> tuple[Tensor, Tensor]:
+    """Return cosine and sine `(b,)` of the angles to the own centers; a zero row is at a right angle."""
     cosine = (e_bd * center_bd).sum(1)
     nonzero = (e_bd.detach() != 0).any(1)
     sine = torch.where(nonzero, torch.linalg.vector_norm(e_bd - cosine.unsqueeze(1) * center_bd, dim=1), 1.0)
+    return cosine, sine
+
+
+def add_angular_margin(e_bd: Tensor, center_bd: Tensor, cos_m: Tensor | float, sin_m: Tensor | float) -> Tensor:
+    """Return the cosines `(b,)` of the angles to the own centers plus the margins m; psi in `arcface_loss`."""
+    cosine, sine = _cosine_and_sine(e_bd, center_bd)
     return torch.where(cosine >= -cos_m, cosine * cos_m - sine * sin_m, cosine + cos_m - 1)
+
+
+def angle_to(e_bd: Tensor, center_bd: Tensor) -> Tensor:
+    """Return the angles `(b,)` to the own centers, whose gradient has at most unit length, also at 0 and pi."""
+    cosine, sine = _cosine_and_sine(e_bd, center_bd)
+    return torch.atan2(sine, cosine)
+
+
+def shift_angle(angle: Tensor, shift: Tensor | float, factor: float = 1.0) -> Tensor:
+    r"""Return the cosines `(b,)` of `factor * angle + shift`, which never increase with the angle.
+
+    Beyond pi, the cosine of the angle continues the curve from -1 on, as psi in `arcface_loss` does. Below 0, which a
+    negative shift reaches, the cosine stays 1.
+    """
+    shifted = factor * angle + shift
+    edge = (math.pi - shift) / factor
+    cos_edge = edge.cos() if isinstance(edge, Tensor) else math.cos(edge)
+    return torch.where(shifted > math.pi, angle.cos() - cos_edge - 1, shifted.clamp(min=0).cos())
+
+
+def lengths(x_bd: Tensor) -> Tensor:
+    """Return the norms `(b,)` of the rows, in float32 or float64; safe for all finite rows."""
+    scaled_bd, largest = rescale(x_bd.to(torch.promote_types(x_bd.dtype, torch.float32)))
+    norms: Tensor = largest * torch.linalg.vector_norm(scaled_bd, dim=1)
+    return norms
+
+
+def counted_rows(values: Tensor, weight: Tensor | None) -> Tensor:
+    """Return which of `values` `(b,)` enter running statistics: finite ones that `weight` does not mask."""
+    finite = values.isfinite()
+    return finite if weight is None else finite & (finite_weight(weight) > 0).to(finite.device)
+
+
+def move(running: Tensor, value: Tensor, momentum: float, where: Tensor) -> None:
+    """Replace the part `momentum` of a running value by `value`, if `where` is true."""
+    running.copy_(torch.where(where, running + momentum * (value - running), running))
 
 
 def softmax_loss(

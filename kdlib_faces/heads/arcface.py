@@ -2,6 +2,7 @@
 
 import math
 
+import torch
 from torch import Tensor
 
 from kdlib._maths import Reduction, full_precision
@@ -82,7 +83,7 @@ class ArcFaceHead(MarginHead):
         embedding_dim: dimensions d of the embeddings.
         num_identities: number n of training identities.
         scale: factor of the cosines.
-        margin: in radians, from 0 to pi; None for 0.5. A plain float attribute, which a schedule may set.
+        margin: in radians, from 0 to pi. A plain float attribute, which a schedule may set.
         reduction: `"mean"` or `"none"`; `forward` may override it.
         generator: generator of the initial centers; None uses torch's global generator.
 
@@ -99,5 +100,16 @@ class ArcFaceHead(MarginHead):
     """
 
     _loss = staticmethod(arcface_loss)
-    _usual_margin = 0.5
     _max_margin = math.pi
+
+    def __init__(
+        self,
+        embedding_dim: int,
+        num_identities: int,
+        scale: float = 64.0,
+        margin: float = 0.5,
+        *,
+        reduction: Reduction = "mean",
+        generator: torch.Generator | None = None,
+    ) -> None:
+        super().__init__(embedding_dim, num_identities, scale, margin, reduction=reduction, generator=generator)

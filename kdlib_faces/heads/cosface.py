@@ -1,5 +1,6 @@
 """CosFace: softmax with an additive cosine margin (Wang et al., 2018)."""
 
+import torch
 from torch import Tensor
 
 from kdlib._maths import Reduction, full_precision
@@ -70,8 +71,7 @@ class CosFaceHead(MarginHead):
         embedding_dim: dimensions d of the embeddings.
         num_identities: number n of training identities.
         scale: factor of the cosines.
-        margin: subtracted from the target cosine, at least 0; None for 0.35. A plain float attribute, which a schedule may
-            set.
+        margin: subtracted from the target cosine, at least 0. A plain float attribute, which a schedule may set.
         reduction: `"mean"` or `"none"`; `forward` may override it.
         generator: generator of the initial centers; None uses torch's global generator.
 
@@ -88,4 +88,15 @@ class CosFaceHead(MarginHead):
     """
 
     _loss = staticmethod(cosface_loss)
-    _usual_margin = 0.35
+
+    def __init__(
+        self,
+        embedding_dim: int,
+        num_identities: int,
+        scale: float = 64.0,
+        margin: float = 0.35,
+        *,
+        reduction: Reduction = "mean",
+        generator: torch.Generator | None = None,
+    ) -> None:
+        super().__init__(embedding_dim, num_identities, scale, margin, reduction=reduction, generator=generator)

@@ -1,10 +1,11 @@
 """Recipe of a network that is trained on identities alone: a student without teachers, or a general teacher."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from kdlib import OUTPUT, StudentAdapter
 from kdlib._checks import check_choice, check_number
@@ -14,11 +15,32 @@ from kdlib_faces._checks import InputError
 from kdlib_faces.backbones import Backbone
 from kdlib_faces.config import walk_settings
 from kdlib_faces.data.lists import FaceList
-from kdlib_faces.heads import ArcFaceHead, CosFaceHead
+from kdlib_faces.heads import (
+    AdaFaceHead,
+    ArcFaceHead,
+    CombinedMarginHead,
+    CosFaceHead,
+    CurricularFaceHead,
+    ElasticFaceHead,
+    MagFaceHead,
+    SubCenterArcFaceHead,
+)
 from kdlib_faces.recipes.network import NetworkConfig
 from kdlib_faces.training import RunConfig, RunOptions, TrainingSetup, train_on_faces
 
-__all__ = ["StudentConfig", "StudentRunConfig", "build_student", "refuse_unused", "train"]
+__all__ = ["HEADS", "StudentConfig", "StudentRunConfig", "build_student", "refuse_unused", "train"]
+
+HEADS: Mapping[str, Callable[..., Callable[..., Tensor]]] = {
+    "cosface": CosFaceHead,
+    "arcface": ArcFaceHead,
+    "combined": CombinedMarginHead,
+    "sub_center": SubCenterArcFaceHead,
+    "adaface": AdaFaceHead,
+    "magface": MagFaceHead,
+    "curricular": CurricularFaceHead,
+    "elastic": ElasticFaceHead,
+}
+"""The heads that `StudentConfig.head` names."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,29 +48,34 @@ class StudentConfig(NetworkConfig):
     """A network with a margin softmax over identities.
 
     Attributes:
-        head: `"cosface"` or `"arcface"`.
-        head_scale: Scale s of the margin softmax.
-        head_margin: Margin m of the margin softmax.
+        head: `"cosface"`, `"arcface"`, `"combined"`, `"sub_center"`, `"adaface"`, `"magface"`, `"curricular"` or
+            `"elastic"`, a head of `kdlib_faces.heads`.
+        head_scale: Scale s of the margin softmax; None (`"none"` in a file) for the default of the head, that of its
+            paper.
+        head_margin: Margin m of the margin softmax; None for the default of the head.
 
     Raises:
         ValueError, TypeError: A value is out of range.
     """
 
     head: str = "cosface"
-    head_scale: float = 32.0
-    head_margin: float = 0.2
+    head_scale: float | None = 32.0
+    head_margin: float | None = 0.2
 
     def __post_init__(self) -> None:
         super().__post_init__()
         owner = type(self).__name__
-        check_number(owner, "head_scale", self.head_scale, above=0)
-        check_number(owner, "head_margin", self.head_margin, min=0)
-        check_choice(owner, "head", self.head, ("cosface", "arcface"))
+        if self.head_scale is not None:
+            check_number(owner, "head_scale", self.head_scale, above=0)
+        if self.head_margin is not None:
+            check_number(owner, "head_margin", self.head_margin, min=0)
+        check_choice(owner, "head", self.head, tuple(HEADS))
 
     def identity_term(self, num_identities: int, weight: float = 1.0, *, all_labeled: bool = True) -> Term:
         """The margin softmax on the student's embedding; images without identity do not enter it."""
-        head = ArcFaceHead if self.head == "arcface" else CosFaceHead
-        loss = head(self.embedding_dim, num_identities, self.head_scale, self.head_margin)
+        given = {"scale": self.head_scale, "margin": self.head_margin}
+        options = {name: value for name, value in given.items() if value is not None}
+        loss = HEADS[self.head](self.embedding_dim, num_identities, **options)
         target, labeled = ("identity", None) if all_labeled else ("known_identity", "labeled")
         return Term(loss, student="embedding", target=target, weight=weight, sample_weight=labeled)
 

@@ -80,6 +80,7 @@ PER_SAMPLE = {
     "overhaul": Case(losses.OverhaulLoss, MAP, {"margin": -0.3}),
     "overhaul, by channel": Case(losses.OverhaulLoss, TALL_MAP, {"margin": MARGIN}),
     "soft_target": Case(losses.SoftTargetLoss, VECTOR),
+    "soft_target, standardized": Case(losses.SoftTargetLoss, VECTOR, {"standardize": True}),
     "soft_target, T=1": Case(losses.SoftTargetLoss, VECTOR, {"temperature": 1.0}),
 }
 RELATIONS = {

@@ -17,7 +17,12 @@ def divergence(p: list[float], q: list[float]) -> float:
     return sum(a * math.log(a / b) for a, b in zip(p, q, strict=True) if a > 0)
 
 
-def soft_target(student: Array, teacher: Array, *, temperature: float = 4.0) -> Array:
+def standardized(rows: Array) -> Array:
+    return np.array([(row - row.mean()) / max(math.sqrt(((row - row.mean()) ** 2).mean()), 1e-300) for row in rows])
+
+
+def soft_target(student: Array, teacher: Array, *, temperature: float = 4.0, standardize: bool = False) -> Array:
+    student, teacher = (standardized(x) if standardize else x for x in (student, teacher))
     pairs = zip(student, teacher, strict=True)
     return np.array([temperature**2 * divergence(softmax(t / temperature), softmax(s / temperature)) for s, t in pairs])
 

@@ -3,6 +3,7 @@
 To add a component, add a row to the table of its package.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from inspect import signature
@@ -21,6 +22,7 @@ from kdlib.testing import check_adapter, check_loss, check_projection, check_wei
 VECTORS = ((6, 5), (6, 5))
 OTHER_WIDTH = ((6, 5), (6, 7))
 LOGITS = ((6, 4), (6, 4))
+TOKENS = ((5, 3, 4), (5, 3, 4))
 MAPS = ((5, 3, 4, 4), (5, 3, 4, 4))
 OTHER_CHANNELS = ((5, 3, 4, 4), (5, 4, 4, 4))
 SAME_CHANNELS = ((5, 3, 4, 4), (5, 3, 6, 2))
@@ -72,12 +74,12 @@ LOSSES: dict[str, list[Row]] = {
         Row(PER_SAMPLE, OTHER_WIDTH, (5, 7), {"feature_dim": 4, "queue_size": 8}),
     ],
     "CorrelationCongruenceLoss": [Row(RELATION, VECTORS)],
-    "DISTLoss": [Row(RELATION, LOGITS)],
+    "DISTLoss": [Row(RELATION, LOGITS), Row(RELATION, MAPS), Row(RELATION, TOKENS, options={"dim": -1})],
     "DarkRankLoss": [
         Row(RELATION, OTHER_WIDTH, options={"alpha": 0.5, "beta": 1.0}),
         Row(RELATION, OTHER_GRID, options={"normalize": True, "length": 3}),
     ],
-    "DecoupledKDLoss": [Row(PER_SAMPLE, LOGITS, classes=4)],
+    "DecoupledKDLoss": [Row(PER_SAMPLE, LOGITS, classes=4), Row(PER_SAMPLE, MAPS, classes=3)],
     "FactorTransferLoss": [
         Row(PER_SAMPLE, OTHER_CHANNELS, (3, 4)),
         Row(PER_SAMPLE, OTHER_GRID, (3, 4), {"rate": 0.75, "p": 2}),
@@ -108,7 +110,13 @@ LOSSES: dict[str, list[Row]] = {
         Row(PER_SAMPLE - 1, TWO_LAYERS, ([3, 4], [2, 3, 4]), {"query_dim": 3, "batch_size": 6}, ("weight_zero_masks",)),
     ],
     "SimilarityPreservingLoss": [Row(RELATION, OTHER_WIDTH), Row(RELATION, OTHER_GRID)],
-    "SoftTargetLoss": [Row(PER_SAMPLE, LOGITS), Row(PER_SAMPLE, LOGITS, options={"temperature": 1.0})],
+    "SoftTargetLoss": [
+        Row(PER_SAMPLE, LOGITS),
+        Row(PER_SAMPLE, LOGITS, options={"temperature": 1.0}),
+        Row(PER_SAMPLE, LOGITS, options={"standardize": True}),
+        Row(PER_SAMPLE, MAPS, options={"divergence": "jensen_shannon"}),
+        Row(PER_SAMPLE, TOKENS, options={"dim": -1}),
+    ],
     "VariationalInformationLoss": [Row(PER_SAMPLE, OTHER_CHANNELS, (3, 4))],
 }
 
@@ -180,7 +188,10 @@ def test_every_public_name_has_a_row(package: Any, table: dict[str, list[Any]]) 
 @pytest.mark.parametrize(("name", "row"), rows(kdlib.losses, LOSSES))
 def test_losses(name: str, row: Row) -> None:
     student, teacher = examples(row)
-    target = torch.arange(student.shape[0]) % row.classes if row.classes else None
+    target = None
+    if row.classes:
+        positions = (student.shape[0], *student.shape[2:])
+        target = torch.arange(math.prod(positions)).reshape(positions) % row.classes
     loss = component(kdlib.losses, name, row)
     ran = check_loss(loss, student, teacher, target=target, exclude=row.exclude)
     assert len(ran) == row.checks

@@ -70,7 +70,8 @@ def test_losses_of_large_batches(name: str, row: Row) -> None:
     inputs = student if isinstance(student, list) else [student]
     options: dict[str, Any] = {"weight": empty((len(inputs[0]),))}
     if row.classes:
-        options["target"] = torch.empty(len(inputs[0]), dtype=torch.long, device="meta")
+        shape = len(inputs[0]), *inputs[0].shape[2:]
+        options["target"] = torch.empty(shape, dtype=torch.long, device="meta")
     for x in inputs:
         x.requires_grad_()
     with Recorded() as recorded, on_meta():
@@ -156,7 +157,8 @@ def test_losses_of_fake_tensors(name: str, row: Row) -> None:
             [torch.randn(each) for each in side] if isinstance(side, list) else torch.randn(side) for side in row.shapes
         )
         inputs = student if isinstance(student, list) else [student]
-        options = {"target": torch.zeros(len(inputs[0]), dtype=torch.long)} if row.classes else {}
+        shape = len(inputs[0]), *inputs[0].shape[2:]
+        options = {"target": torch.zeros(shape, dtype=torch.long)} if row.classes else {}
         loss = component(kdlib.losses, name, replace(row, arguments=arguments))
         for x in inputs:
             x.requires_grad_()

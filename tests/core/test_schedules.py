@@ -260,7 +260,7 @@ STEPS = 24
     [
         (linear_warmup(1.0, 16), 4.0, 2),
         (lambda step: min(1.0, step / 16), cosine(8.0, 2.0, 16), 2),
-        (chain((linear(0.0, 1.0, 6), 6), (cosine(1.0, 0.0, 8), None)), linear(4.0, 1.0, 9), 3),
+        (chain((linear(0.0, 1.0, 6), 6), (cosine(1.0, 0.0, 8), None)), linear(4.0, 1.0, 9), 4),
         (piecewise({0: 1.0, 9: 0.5, 15: 0.0}), 2.0, 4),
     ],
 )

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -12,9 +13,10 @@ import torch
 
 from kdlib_faces._checks import InputError
 from kdlib_faces.backbones import BACKBONES, load_backbone
-from kdlib_faces.config import load_config
+from kdlib_faces.config import dump_toml, load_config
 from kdlib_faces.demo.run import DemoConfig, run
 from kdlib_faces.recipes import LIAADConfig, build, liaad
+from kdlib_faces.recipes.student import HEADS, StudentConfig, StudentRunConfig, build_student
 from tests.faces.cache_files import settings, wait_until
 
 SMALL = [
@@ -71,6 +73,30 @@ def test_every_backbone_can_be_the_student() -> None:
             assert distiller.student.model.embedding_dim == 64, name
     with pytest.raises(ValueError, match="no argument of mbf named 'width'"):
         build(LIAADConfig(num_identities=4, backbone="mbf", width=0.5), teachers={})
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_every_head_trains_a_student(name: str) -> None:
+    """The setting `none` stands for the default of the head."""
+    settings = [f"recipe.head={name}", "recipe.head_scale=none", "recipe.head_margin=none", "recipe.embedding_dim=16"]
+    config = load_config(StudentRunConfig, None, [*settings, "recipe.width=0.25", "recipe.input_size=32"])
+    assert tomllib.loads(dump_toml(config))["recipe"]["head_margin"] == "none"
+    distiller = build_student(config.recipe, config.recipe.build(seed=0), num_identities=3)
+    head = distiller.objective.terms["identity"].loss
+    plain = HEADS[name](16, 3)
+    assert (type(head), head.scale, head.margin) == (type(plain), 64.0, plain.margin)
+    images = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    distiller(images, {"identity": torch.tensor([0, 1, 2, 2])}).total.backward()
+    assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in distiller.student.parameters())
+    given = StudentConfig(head=name, embedding_dim=16).identity_term(3).loss
+    assert (given.scale, given.margin) == (32.0, 0.2)
+
+
+def test_unknown_heads_are_refused() -> None:
+    with pytest.raises(
+        ValueError, match=r"StudentConfig: head must be one of 'cosface', 'arcface', .*, got 'sphereface'"
+    ):
+        StudentConfig(head="sphereface")
 
 
 def test_one_teacher_alone_and_wrong_values() -> None:

@@ -93,12 +93,14 @@ def test_the_readme_runs_on_the_wheel_alone(wheel: Path, tmp_path: Path) -> None
     assert not any(name in loaded for name in ("'PIL", "'matplotlib", "'tqdm", "'lightning", "'torchvision", "'pytest"))
 
 
-@pytest.mark.parametrize("package", ["lightning", "accelerate"])
-def test_foreign_loops_run_on_the_wheel(package: str, wheel: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("package", "test"), [("lightning", "test_a_lightning_module"), ("accelerate", "test_an_accelerate_loop")]
+)
+def test_trainers_run_on_the_wheel(package: str, test: str, wheel: Path, tmp_path: Path) -> None:
     pytest.importorskip(package)
     python = environment(tmp_path / "env", wheel, "pytest", package)
-    shutil.copy(Path(__file__).with_name("test_foreign_loops.py"), tmp_path)
-    command = [python, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", package, "test_foreign_loops.py"]
+    shutil.copy(Path(__file__).with_name("test_trainers.py"), tmp_path)
+    command = [python, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"test_trainers.py::{test}"]
     assert "1 passed" in run(*command, cwd=tmp_path)
     where = run(python, "-c", "import kdlib; print(kdlib.__file__)", cwd=tmp_path)
     assert where.startswith(str(tmp_path / "env"))

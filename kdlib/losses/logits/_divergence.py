@@ -2,15 +2,17 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Literal, TypeAlias
+from typing import Literal, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 
 from kdlib._checks import readable
 
-__all__ = ["DIVERGENCES", "MIN_LOG", "Difference", "Divergence", "centered", "divergence", "probability_gap", "soften"]
+__all__ = [
+    "DIVERGENCES", "MIN_LOG", "Difference", "Divergence", "Measured", "centered", "divergence", "log_probabilities",
+    "probability_gap", "soften",
+]  # fmt: skip
 
 Divergence: TypeAlias = Literal["forward_kl", "reverse_kl", "jensen_shannon", "skewed_kl"]
 Difference: TypeAlias = Callable[[], Tensor]
@@ -22,15 +24,34 @@ MAX_SMALL = 1e-2
 """Smaller divergences are computed from differences of logits, as those of log-probabilities cancel."""
 
 
+class Measured(NamedTuple):
+    """A divergence of the student's probabilities from the teacher's, along dimension 1.
+
+    Args:
+        value: the divergence of each row, `(n, ...)` of logits `(n, c, ...)`.
+        slope: computes its derivative by the student's softened logits, `(n, c, ...)`.
+    """
+
+    value: Tensor
+    slope: Callable[[], Tensor]
+
+
 def soften(logits: Tensor, temperature: float) -> Tensor:
     """Return `logits / temperature` `(n, c)`, minus a constant of each row if the quotient could overflow."""
-    return logits / temperature if temperature >= 1 else centered(logits, temperature)
+    if temperature == 1:
+        return logits
+    return logits / temperature if temperature > 1 else centered(logits, temperature)
 
 
 def centered(logits: Tensor, temperature: float) -> Tensor:
     """Return `(logits - max) / temperature` `(n, c)`, at most 0 and finite; the maximum is a constant to autograd."""
     softened = (logits - logits.detach().amax(1, keepdim=True)) / temperature
     return softened.clamp(min=torch.finfo(logits.dtype).min)
+
+
+def log_probabilities(softened: Tensor) -> Tensor:
+    """Return the log-probabilities of softened logits `(n, c)`, at least `MIN_LOG`."""
+    return softened.log_softmax(1).clamp(min=MIN_LOG)
 
 
 def divergence(log_s: Tensor, log_t: Tensor, difference: Difference) -> tuple[Tensor, Tensor | None]:
@@ -47,81 +68,69 @@ def divergence(log_s: Tensor, log_t: Tensor, difference: Difference) -> tuple[Te
     p_t = log_t.exp()
     plain = (log_t - log_s).mul_(p_t).sum(1, keepdim=True)  # in place: two matrices at a time instead of three
     # The rest takes four times as long. On an accelerator, reading the values would force a wait.
-    if readable(plain) and not bool((plain < MAX_SMALL).any()):
+    if _known(plain) and not bool(plain.amin() < MAX_SMALL):
         return plain.squeeze(1), None
     d = difference().clamp(MIN_LOG, -MIN_LOG)
     x = d - (p_t * d).sum(1, keepdim=True)
-    # e^x - 1 - x, by its series near 0; for large x, p e^x is the student's probability times e^KL.
-    low = x.clamp(max=1)
-    near = torch.where(low.abs() < torch.finfo(x.dtype).eps ** 0.25, low, 0.0)
-    above = torch.where(near == 0, low.expm1() - low, near * near * (0.5 + near * (1 / 6 + near / 24)))
-    terms = torch.where(x < 1, p_t * above, log_s.exp() * plain.clamp(max=1).exp() - p_t * (1 + x))
+    terms = p_t * _remainder(x.clamp(-1, 1))
+    # Beyond -1 and 1, what e^x - 1 - x exceeds its value there. A comparison takes longer than all of this.
+    if not _known(x) or bool(x.amin() < -1):
+        below = (x + 1).clamp(max=0)
+        terms = terms + p_t * (below.expm1() / math.e - below)
+    if not _known(x) or bool(x.amax() > 1):
+        # p e^x is the student's probability times e^KL, where e^x alone could overflow.
+        above = (log_s.exp() * plain.clamp(max=1).exp() - math.e * p_t).clamp(min=0)
+        terms = terms + above - p_t * (x - 1).clamp(min=0)
     value = torch.where(plain < MAX_SMALL, terms.sum(1, keepdim=True).clamp(min=0).log1p(), plain)
     return value.squeeze(1), x - value
 
 
+def _known(x: Tensor) -> bool:
+    """Return whether a decision may depend on the values: on an accelerator, reading them would force a wait."""
+    return x.numel() > 0 and readable(x)
+
+
+def _remainder(x: Tensor) -> Tensor:
+    """Return e^x - 1 - x for magnitudes up to 1 by its series, as the difference would cancel."""
+    order = 10 if torch.finfo(x.dtype).eps > 1e-10 else 18
+    series = torch.full_like(x, 1 / math.factorial(order))
+    for k in range(order - 1, 1, -1):
+        series = series * x + 1 / math.factorial(k)
+    return series * x * x
+
+
 def probability_gap(log_s: Tensor, log_t: Tensor, ratio: Tensor | None) -> Tensor:
     """Return the student's minus the teacher's probabilities `(n, c)`, precise where they are nearly equal."""
-    p_t = log_t.exp()
+    p_s, p_t = log_s.exp(), log_t.exp()
     if ratio is None:
-        return log_s.exp() - p_t
-    return torch.where(ratio.abs() < 1, p_t * ratio.clamp(-1, 1).expm1(), log_s.exp() - p_t)
+        return p_s - p_t
+    # Up to a ratio of e from the ratio; what exceeds it from the probabilities.
+    return p_t * ratio.clamp(max=1).expm1() + (p_s - math.e * p_t).clamp(min=0)
 
 
-@dataclass(frozen=True)
-class Measure:
-    """A divergence of the student's probabilities s from the teacher's t, along dimension 1.
-
-    Both functions take `log_s`, `log_t` and `difference` as `divergence` does, and the share of t in a mixture.
-
-    Args:
-        value: the divergence of each row, `(n, c, ...)` to `(n, ...)`.
-        slope: its derivative by the student's logits, `(n, c, ...)`.
-    """
-
-    value: Callable[[Tensor, Tensor, Difference, float], Tensor]
-    slope: Callable[[Tensor, Tensor, Difference, float], Tensor]
+def _forward(log_s: Tensor, log_t: Tensor, difference: Difference, share: float) -> Measured:
+    value, ratio = divergence(log_s, log_t, difference)
+    return Measured(value, lambda: probability_gap(log_s, log_t, ratio))
 
 
-def _forward(log_s: Tensor, log_t: Tensor, difference: Difference, share: float) -> Tensor:
-    return divergence(log_s, log_t, difference)[0]
-
-
-def _forward_slope(log_s: Tensor, log_t: Tensor, difference: Difference, share: float) -> Tensor:
-    return probability_gap(log_s, log_t, divergence(log_s, log_t, difference)[1])
-
-
-def _reverse(log_s: Tensor, log_t: Tensor, difference: Difference, share: float) -> Tensor:
-    return divergence(log_t, log_s, lambda: -difference())[0]
-
-
-def _reverse_slope(log_s: Tensor, log_t: Tensor, difference: Difference, share: float) -> Tensor:
+def _reverse(log_s: Tensor, log_t: Tensor, difference: Difference, share: float) -> Measured:
     value, ratio = divergence(log_t, log_s, lambda: -difference())
-    ratio = log_t - log_s if ratio is None else ratio
-    return log_s.exp() * (-ratio - value.unsqueeze(1))
+    return Measured(value, lambda: log_s.exp() * ((log_s - log_t if ratio is None else -ratio) - value.unsqueeze(1)))
 
 
-def _jensen_shannon(log_s: Tensor, log_t: Tensor, difference: Difference, share: float) -> Tensor:
+def _jensen_shannon(log_s: Tensor, log_t: Tensor, difference: Difference, share: float) -> Measured:
     ratio = _ratio(log_s, log_t, difference)
     middle = torch.logaddexp(log_s, log_t) - math.log(2)
     from_t = divergence(middle, log_t, lambda: _log_mixture(ratio, 0.5))[0]
-    return (from_t + divergence(middle, log_s, lambda: _log_mixture(-ratio, 0.5))[0]) / 2
+    value = (from_t + divergence(middle, log_s, lambda: _log_mixture(-ratio, 0.5))[0]) / 2
+    return Measured(value, lambda: _centered(log_s, _log_mixture(-ratio, 0.5)) / -2)
 
 
-def _jensen_shannon_slope(log_s: Tensor, log_t: Tensor, difference: Difference, share: float) -> Tensor:
-    ratio = _ratio(log_s, log_t, difference)
-    return _centered(log_s, _log_mixture(-ratio, 0.5)) / -2
-
-
-def _skewed(log_s: Tensor, log_t: Tensor, difference: Difference, share: float) -> Tensor:
+def _skewed(log_s: Tensor, log_t: Tensor, difference: Difference, share: float) -> Measured:
     ratio = _ratio(log_s, log_t, difference)
     mixture = torch.logaddexp(log_s + math.log1p(-share), log_t + math.log(share))
-    return divergence(mixture, log_t, lambda: _log_mixture(ratio, 1 - share))[0]
-
-
-def _skewed_slope(log_s: Tensor, log_t: Tensor, difference: Difference, share: float) -> Tensor:
-    to_t = _log_mixture(_ratio(log_s, log_t, difference), 1 - share)
-    return _centered(log_s, (-to_t).expm1()) * -(1 - share)
+    value = divergence(mixture, log_t, lambda: _log_mixture(ratio, 1 - share))[0]
+    return Measured(value, lambda: _centered(log_s, (-_log_mixture(ratio, 1 - share)).expm1()) * -(1 - share))
 
 
 def _ratio(log_s: Tensor, log_t: Tensor, difference: Difference) -> Tensor:
@@ -143,10 +152,10 @@ def _centered(log_s: Tensor, x: Tensor) -> Tensor:
     return p_s * (x - (p_s * x).sum(1, keepdim=True))
 
 
-DIVERGENCES: dict[Divergence, Measure] = {
-    "forward_kl": Measure(_forward, _forward_slope),
-    "reverse_kl": Measure(_reverse, _reverse_slope),
-    "jensen_shannon": Measure(_jensen_shannon, _jensen_shannon_slope),
-    "skewed_kl": Measure(_skewed, _skewed_slope),
+DIVERGENCES: dict[Divergence, Callable[[Tensor, Tensor, Difference, float], Measured]] = {
+    "forward_kl": _forward,
+    "reverse_kl": _reverse,
+    "jensen_shannon": _jensen_shannon,
+    "skewed_kl": _skewed,
 }
-"""Each divergence with its value and its derivative."""
+"""Each divergence by `log_s`, `log_t` and `difference` as in `divergence`, and the teacher's share of a mixture."""

@@ -1,5 +1,6 @@
 """Logits of several positions per sample, as tokens or pixels: layout, mask and reduction."""
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -37,10 +38,10 @@ def reduce_positions(
     """
     if mask is None and len(shape) == 1:
         return reduce(owner, losses, reduction, weight)
-    batch = shape[0]
+    batch, positions = shape[0], math.prod(shape[1:])
     check_weight(owner, weight, batch)
-    losses = losses.reshape(batch, -1)
-    kept = torch.ones_like(losses) if mask is None else mask.reshape(batch, -1).to(losses)
+    losses = losses.reshape(batch, positions)
+    kept = torch.ones_like(losses) if mask is None else mask.reshape(batch, positions).to(losses)
     if reduction == "none":
         means = (torch.where(kept > 0, losses, 0.0)).sum(1) / kept.sum(1).clamp(min=1)
         return reduce(owner, means, reduction, weight)

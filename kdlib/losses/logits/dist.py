@@ -2,12 +2,15 @@
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
-from kdlib._checks import check_number, check_pair, check_scheduled
-from kdlib._maths import MeanOnly, full_precision
+from kdlib._checks import check_number, check_relation_reduction, check_scheduled, check_weight
+from kdlib._gather import gather_rows
+from kdlib._maths import MeanOnly, finite_weight, full_precision, promote, promoted_dtype, relative_weight
+from kdlib.losses._checks import check_logits
 from kdlib.losses._module import RelationLoss
-from kdlib.losses._relations import one_batch
-from kdlib.losses.logits._divergence import centered
+from kdlib.losses.logits._correlation import Options, correlation_distances
+from kdlib.losses.logits._positions import as_positions
 from kdlib.types import Schedule
 
 __all__ = ["DISTLoss", "dist"]
@@ -20,6 +23,8 @@ def dist(
     beta: float = 1.0,
     gamma: float = 1.0,
     temperature: float = 1.0,
+    dim: int = 1,
+    mask: Tensor | None = None,
     gather: bool = False,
     reduction: MeanOnly = "mean",
     weight: Tensor | None = None,
@@ -37,23 +42,30 @@ def dist(
     With weights, the first mean and the correlations over samples are weighted by :math:`w / \sum w`. A sample of
     weight 0 has no influence.
 
+    For logits of tokens or pixels, each position counts as a sample: the first part compares the classes of a position,
+    the second the positions of a class, over the whole batch. Large logits are processed a chunk at a time: only the
+    gradient takes memory of their size.
+
     Args:
-        student: logits `(b, c)`.
+        student: logits `(b, c)`, or of any shape with the classes at `dim`: tokens `(b, n, c)` with `dim=-1`, pixels
+            `(b, c, h, w)`.
         teacher: logits of the same shape; never receives a gradient.
         beta: weight of the relations between classes, at least 0.
         gamma: weight of the relations between samples, at least 0.
         temperature: T, above 0; larger values give softer probabilities.
+        dim: dimension of the classes; not 0.
+        mask: boolean, of the shape of the logits without `dim`; False leaves a position out, such as padding.
         gather: use the rows of all processes as one batch, as in `rkd_distance`.
         reduction: `"mean"` only, because the relations between samples have no per-sample form.
-        weight: `(b,)`, at least 0; only the ratios matter.
+        weight: `(b,)`, at least 0, weight of all positions of a sample; only the ratios matter.
 
     Returns:
-        A scalar, 0 if all weights are 0. Float32, or float64 if an input is float64.
+        A scalar, 0 if all weights are 0 or all positions are masked. Float32, or float64 if an input is float64.
 
     Raises:
         ValueError: The shapes differ, `temperature` is not above 0, `beta` or `gamma` is below 0, or `reduction` is not
             `"mean"`.
-        TypeError: An input is not a floating-point tensor.
+        TypeError: An input is not a floating-point tensor, or `mask` is not boolean.
 
     Examples:
         >>> import torch
@@ -62,74 +74,44 @@ def dist(
         0.0
         >>> round(dist(logits, logits.flip(0)).item(), 4)
         3.648
+        >>> pixels = logits[:, :, None, None].expand(2, 3, 4, 4)  # (b, c, h, w)
+        >>> round(dist(pixels, pixels.flip(0)).item(), 4)
+        3.648
 
     References:
-        Huang et al., *Knowledge Distillation from A Stronger Teacher*, arXiv 2205.10536. The factor T squared is that
+        Huang et al., *Knowledge Distillation from A Stronger Teacher*, arXiv 2205.10536. For segmentation, the authors'
+        code also takes all pixels of the batch as samples. The factor T squared is that
         of public code with a temperature, and 1 at the default.
     """
     check_number("dist", "temperature", temperature, above=0)
     check_number("dist", "beta", beta, min=0)
     check_number("dist", "gamma", gamma, min=0)
-    check_pair("dist", student, teacher, "b c")
-    origin = student.dtype
+    check_number("dist", "dim", dim, integer=True)
+    check_relation_reduction("dist", reduction)
+    check_logits("dist", student, teacher, dim, mask)
+    check_weight("dist", weight, student.shape[0])
+    dtype = promoted_dtype(student, teacher)
+    options = Options(beta, gamma, temperature, temperature * torch.finfo(student.dtype).tiny)
     with full_precision(student):
-        student, teacher, share = one_batch("dist", student, teacher, reduction, weight, gather)
+        student, teacher, shape = as_positions(student, teacher, dim)
+        share = _weights(weight, mask, shape, student).reshape(student.shape[0], *student.shape[2:])
+        if gather:
+            student, teacher = (x if x.dim() == 2 else x.movedim(1, 2).flatten(0, 1) for x in promote(student, teacher))
+            student, teacher = gather_rows(student, grad=True), gather_rows(teacher, grad=False)
+            share = gather_rows(share.flatten().clamp(max=torch.finfo(dtype).max).to(dtype), grad=False)
         if student.numel() == 0:
-            return student.sum() * 0.0
-        # An overflow in the softmax of a masked sample must not reach the others.
-        masked = (share == 0).unsqueeze(1)
-        sides = [_Side(x.masked_fill(masked, 0.0), temperature) for x in (student, teacher)]
-        even = torch.full_like(student[:1], 1 / student.shape[1])
-        min_spread = temperature * torch.finfo(origin).tiny
-        rows = [_standardize(x.softened, x.softened, x.size, even, min_spread) for x in sides]
-        size = [torch.where(masked, 0.0, x.size).amax() for x in sides]
-        columns = [
-            _standardize(x.log_p.T, (x.softened.abs() + x.log_sum.abs()).T, most, share.unsqueeze(0), min_spread)
-            for x, most in zip(sides, size, strict=True)
-        ]
-        between_classes = share @ _one_minus_correlation(rows, even)
-        between_samples = _one_minus_correlation(columns, share.unsqueeze(0)).mean()
-        value = (beta * between_classes + gamma * between_samples) * temperature * temperature
+            return student.to(dtype).sum() * 0.0
+        share = relative_weight(share, torch.empty((), dtype=dtype, device=student.device))
+        share = share / torch.where(share.sum() == 0, 1.0, share.sum())
+        value = correlation_distances(student, teacher, share, options) * temperature * temperature
         return torch.where(share.sum() > 0, value, value * 0.0)
 
 
-class _Side:
-    """Log-probabilities of one side `(b, c)`, up to a constant, without the rounding error of their size."""
-
-    def __init__(self, logits: Tensor, temperature: float) -> None:
-        self.softened = centered(logits, temperature)
-        self.log_sum = self.softened.expm1().mean(1, keepdim=True).log1p()
-        self.log_p = self.softened - self.log_sum
-        self.size = logits.detach().abs().amax(1, keepdim=True) / temperature
-
-
-def _standardize(logs: Tensor, error: Tensor, size: Tensor, share: Tensor, min_spread: float) -> tuple[Tensor, Tensor]:
-    """Scale rows of exp(logs) `(n, d)` to weighted mean 0 and variance 1; also return which have no spread.
-
-    These become zero; rounding differences, of `error` times the precision, do not count as spread. Rows with a
-    relative spread below `min_spread`, or within the precision of logits of `size`, get no gradient, because it grows
-    as 1 / spread.
-    """
-    eps = 8 * torch.finfo(logs.dtype).eps
-    top = torch.where(share > 0, logs.detach(), torch.finfo(logs.dtype).min).amax(1, keepdim=True)
-    below = torch.where(share > 0, logs, top) - top
-    x = below.expm1()
-    centered = torch.where(share > 0, x - (share * x).sum(1, keepdim=True), 0.0)
-    largest = centered.detach().abs().amax(1, keepdim=True)
-    size_of_error = torch.where(share > 0, error, 0.0).detach().abs().amax(1, keepdim=True)
-    flat = -below.detach().amin(1, keepdim=True) <= eps * size_of_error
-    scaled = centered / torch.where(flat, 1.0, largest)
-    spread = (share * torch.where(flat, 1.0, scaled).square()).sum(1, keepdim=True).sqrt()
-    standard = torch.where(flat, 0.0, scaled / torch.where(spread == 0, 1.0, spread))
-    steep = largest < torch.clamp(eps * size.clamp(max=100), min=min_spread)
-    return torch.where(steep, standard.detach(), standard), flat.squeeze(1)
-
-
-def _one_minus_correlation(sides: list[tuple[Tensor, Tensor]], share: Tensor) -> Tensor:
-    """Return one minus the weighted correlation of the rows `(n,)`, as half the squared distance: it cannot cancel."""
-    (x, x_flat), (y, y_flat) = sides
-    apart = (share * (x - y).square()).sum(1) / 2
-    return torch.where(x_flat | y_flat, (x_flat != y_flat).to(apart.dtype), apart)
+def _weights(weight: Tensor | None, mask: Tensor | None, shape: torch.Size, like: Tensor) -> Tensor:
+    """Return the weight of each position, of the given shape."""
+    each = like.new_ones(shape[0]) if weight is None else finite_weight(weight.detach())
+    each = each.reshape(-1, *[1] * (len(shape) - 1)).expand(shape)
+    return each if mask is None else torch.where(mask, each, 0)
 
 
 class DISTLoss(RelationLoss):
@@ -152,6 +134,7 @@ class DISTLoss(RelationLoss):
         beta: float = 1.0,
         gamma: float = 1.0,
         temperature: float | Schedule = 1.0,
+        dim: int = 1,
         gather: bool = False,
         reduction: MeanOnly = "mean",
     ) -> None:
@@ -159,16 +142,19 @@ class DISTLoss(RelationLoss):
         check_scheduled("DISTLoss", "temperature", temperature, above=0)
         check_number("DISTLoss", "beta", beta, min=0)
         check_number("DISTLoss", "gamma", gamma, min=0)
-        self.beta, self.gamma, self.temperature = beta, gamma, temperature
+        check_number("DISTLoss", "dim", dim, integer=True)
+        self.beta, self.gamma, self.temperature, self.dim = beta, gamma, temperature, dim
 
+    @override
     def forward(
         self,
         student: Tensor,
         teacher: Tensor,
         *,
+        mask: Tensor | None = None,
         weight: Tensor | None = None,
         reduction: MeanOnly | None = None,
         step: int | None = None,
     ) -> Tensor:
         """Compare `student` with `teacher`; `reduction=None` uses the constructor's."""
-        return self._call(student, teacher, weight, reduction, step)
+        return self._call(student, teacher, weight, reduction, step, mask=mask)

@@ -1,23 +1,21 @@
 """Soft targets: divergence of the softened class probabilities of student and teacher."""
 
 from functools import partial
-from typing import TypeAlias
 
+import torch
 from torch import Tensor
 
-from kdlib._checks import check_choice, check_number, check_scheduled
-from kdlib._maths import Reduction, full_precision
+from kdlib._checks import check_choice, check_number, check_scheduled, check_type
+from kdlib._maths import Reduction, full_precision, shortest_length
 from kdlib.losses._checks import check_logits
 from kdlib.losses._module import LossModule
 from kdlib.losses.logits._chunked import by_rows
-from kdlib.losses.logits._divergence import DIVERGENCES, MIN_LOG, Difference, Divergence, centered, soften
+from kdlib.losses.logits._divergence import DIVERGENCES, Divergence, Measured, centered, log_probabilities, soften
 from kdlib.losses.logits._positions import as_positions, reduce_positions
+from kdlib.losses.logits._standardize import standardized
 from kdlib.types import Schedule
 
-__all__ = ["Compared", "SoftTargetLoss", "check_options", "compare", "measure", "soft_target"]
-
-Compared: TypeAlias = tuple[Tensor, Tensor, Difference]
-"""Both log-probabilities, and a function that returns the difference of the softened logits."""
+__all__ = ["SoftTargetLoss", "check_options", "measure", "soft_target"]
 
 
 def soft_target(
@@ -27,6 +25,7 @@ def soft_target(
     temperature: float = 4.0,
     divergence: Divergence = "forward_kl",
     skew: float = 0.1,
+    standardize: bool = False,
     dim: int = 1,
     mask: Tensor | None = None,
     reduction: Reduction = "mean",
@@ -49,6 +48,11 @@ def soft_target(
     The factor :math:`T^2` keeps the size of the gradient when T changes. Large logits are processed a chunk at a time:
     only the gradient takes memory of their size.
 
+    With `standardize`, the logits z of both sides are replaced by :math:`(z - \bar z) / \sigma`, with mean
+    :math:`\bar z` and standard deviation :math:`\sigma` over the classes of a position. The student then has to match the
+    relations between the classes, not the range of the teacher's logits. Equal logits become 0 and get no gradient, and
+    neither do logits whose deviation is below :math:`10^{-12}` times T (:math:`5 \cdot 10^{-4}` for float16).
+
     Args:
         student: logits `(b, c)`, or of any shape with the classes at `dim`: tokens `(b, n, c)` with `dim=-1`, pixels
             `(b, c, h, w)`.
@@ -56,6 +60,7 @@ def soft_target(
         temperature: T, above 0; larger values give softer probabilities.
         divergence: one of the four above.
         skew: share of the teacher in the mixture of `"skewed_kl"`, above 0 and below 1.
+        standardize: whether to divide the logits of each position by their standard deviation, before T.
         dim: dimension of the classes; not 0.
         mask: boolean, of the shape of the logits without `dim`; False leaves a position out, such as padding.
         reduction: `"mean"` over all positions that are not masked, or `"none"`, the mean of each sample.
@@ -76,6 +81,9 @@ def soft_target(
         0.6931
         >>> round(soft_target(student, teacher, temperature=1.0, divergence="jensen_shannon").item(), 4)
         0.2158
+        >>> narrow, wide = torch.tensor([[0.0, 1.0, 3.0]]), torch.tensor([[0.0, 10.0, 30.0]])
+        >>> round(soft_target(narrow, wide, standardize=True).item(), 4)
+        0.0
         >>> tokens = torch.zeros(2, 5, 100)  # (b, n, c)
         >>> soft_target(tokens, tokens, dim=-1, mask=torch.ones(2, 5, dtype=torch.bool)).item()
         0.0
@@ -83,16 +91,17 @@ def soft_target(
     References:
         Hinton, Vinyals, Dean, *Distilling the Knowledge in a Neural Network*, arXiv 1503.02531, section 2. This is
         `torch.nn.KLDivLoss(reduction="batchmean")` times T squared; its `"mean"` also divides by the number of classes.
-        Skewed divergence: Ko, Kim, Chen, Yun, *DistiLLM*, arXiv 2402.03898.
+        Skewed divergence: Ko, Kim, Chen, Yun, *DistiLLM*, arXiv 2402.03898. Standardization: Sun, Ren, Li, Wang, Cao,
+        *Logit Standardization in Knowledge Distillation*, arXiv 2403.01427, algorithms 1 and 2, where the standard
+        deviation divides by the number of classes c. The authors' code divides by c - 1 and adds 1e-7.
     """
-    check_options("soft_target", temperature, divergence, skew, dim)
+    check_options("soft_target", temperature, divergence, skew, standardize, dim)
     check_logits("soft_target", student, teacher, dim, mask)
     with full_precision(student):
         positions = as_positions(student, teacher, dim)
-        value, slope = (
-            partial(each, temperature=temperature, divergence=divergence, skew=skew) for each in (_value, _slope)
-        )
-        losses = by_rows(value, slope, positions.student, positions.teacher)
+        origin = student.dtype if standardize else None
+        compared = partial(measure, temperature=temperature, divergence=divergence, skew=skew, origin=origin)
+        losses = by_rows(compared, positions.student, positions.teacher) * temperature
         return reduce_positions("soft_target", losses, positions.shape, mask, reduction, weight)
 
 
@@ -116,13 +125,15 @@ class SoftTargetLoss(LossModule):
         temperature: float | Schedule = 4.0,
         divergence: Divergence = "forward_kl",
         skew: float = 0.1,
+        standardize: bool = False,
         dim: int = 1,
         reduction: Reduction = "mean",
     ) -> None:
         super().__init__(reduction=reduction)
         check_scheduled("SoftTargetLoss", "temperature", temperature, above=0)
-        check_options("SoftTargetLoss", 1.0, divergence, skew, dim)
-        self.temperature, self.divergence, self.skew, self.dim = temperature, divergence, skew, dim
+        check_options("SoftTargetLoss", 1.0, divergence, skew, standardize, dim)
+        self.temperature, self.divergence, self.skew = temperature, divergence, skew
+        self.standardize, self.dim = standardize, dim
 
     def forward(
         self,
@@ -138,32 +149,40 @@ class SoftTargetLoss(LossModule):
         return self._call(student, teacher, weight, reduction, step, mask=mask)
 
 
-def check_options(owner: str, temperature: object, divergence: object, skew: object, dim: object = 1) -> None:
+def check_options(
+    owner: str, temperature: object, divergence: object, skew: object, standardize: object, dim: object = 1
+) -> None:
     """Check the hyper-parameters."""
     check_number(owner, "temperature", temperature, above=0)
     check_choice(owner, "divergence", divergence, tuple(DIVERGENCES))
     check_number(owner, "skew", skew, above=0, below=1)
+    check_type(owner, "standardize", standardize, bool, "a bool")
     check_number(owner, "dim", dim, integer=True)
 
 
-def compare(student: Tensor, teacher: Tensor, *, temperature: float) -> Compared:
-    """Return both log-probabilities `(n, c, ...)`, and a function that returns the difference of the softened logits."""
-    log_s, log_t = (soften(x, temperature).log_softmax(1).clamp(min=MIN_LOG) for x in (student, teacher))
-    return log_s, log_t, lambda: centered(student, temperature) - centered(teacher, temperature)
+def measure(
+    student: Tensor,
+    teacher: Tensor,
+    *,
+    temperature: float,
+    divergence: Divergence,
+    skew: float,
+    origin: torch.dtype | None,
+) -> Measured:
+    """Return T times the divergence of each row `(n, ...)`, and its derivative by the student's logits `(n, c, ...)`.
+
+    With `origin`, the dtype of the student as the user passed it, the logits are standardized first.
+    """
+    if origin is None:
+        return _compare(student, teacher, temperature, divergence, skew)
+    shortest = shortest_length(origin) * max(temperature, 1)
+    ours, theirs = standardized(student, shortest), standardized(teacher, shortest)
+    value, slope = _compare(ours.scores, theirs.scores, temperature, divergence, skew)
+    return Measured(value, lambda: ours.pull(slope()))
 
 
-def measure(compared: Compared, *, temperature: float, divergence: Divergence, skew: float) -> tuple[Tensor, Tensor]:
-    """Return the loss of each row `(n, ...)` and its derivative by the student's logits `(n, c, ...)`."""
-    chosen = DIVERGENCES[divergence]
-    value, slope = chosen.value(*compared, skew), chosen.slope(*compared, skew)
-    return value * temperature * temperature, slope * temperature
-
-
-def _value(student: Tensor, teacher: Tensor, *, temperature: float, divergence: Divergence, skew: float) -> Tensor:
-    compared = compare(student, teacher, temperature=temperature)
-    return DIVERGENCES[divergence].value(*compared, skew) * temperature * temperature
-
-
-def _slope(student: Tensor, teacher: Tensor, *, temperature: float, divergence: Divergence, skew: float) -> Tensor:
-    compared = compare(student, teacher, temperature=temperature)
-    return DIVERGENCES[divergence].slope(*compared, skew) * temperature
+def _compare(student: Tensor, teacher: Tensor, temperature: float, divergence: Divergence, skew: float) -> Measured:
+    log_s, log_t = (log_probabilities(soften(x, temperature)) for x in (student, teacher))
+    difference = lambda: centered(student, temperature) - centered(teacher, temperature)  # noqa: E731
+    value, slope = DIVERGENCES[divergence](log_s, log_t, difference, skew)
+    return Measured(value * temperature, slope)
