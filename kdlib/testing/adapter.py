@@ -110,9 +110,9 @@ class _AdapterCase(Case):
 
     def on_meta(self) -> None:
         shapes = {name: x.shape for name, x in self.output(self.fresh()).items()}
-        adapter, inputs = to_meta(self.fresh()).eval(), to_meta(self.inputs)
+        adapter, (inputs, named) = to_meta(self.fresh()).eval(), to_meta((self.inputs, self.named))
         with on_meta(), torch.no_grad():
-            for name, x in adapter(*inputs).items():
+            for name, x in adapter(*inputs, **named).items():
                 expect_meta(f"feature {name!r}", x, shapes[name])
 
     def gradient(self) -> None:
