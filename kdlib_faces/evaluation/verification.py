@@ -7,6 +7,7 @@ from math import sqrt
 import numpy as np
 
 from kdlib._checks import check_choice
+from kdlib_faces._checks import InputError
 from kdlib_faces.evaluation._checks import (
     CELLS,
     check_fars,
@@ -146,9 +147,12 @@ def verify_pairs(
     rows, width = first.shape
     require(len(second) == rows, owner, f"right must have one row for each of {rows} rows of left, got {len(second)}")
     require(second.shape[1] == width, owner, f"right must be (n, {width}) like left, got {second.shape}")
-    for name, each in (("left", first), ("right", second)):
-        check_rows(owner, name, each)
-    distances, _ = pair_distances(owner, first, second)
+    try:
+        distances, _ = pair_distances(owner, first, second)
+    except InputError:  # of the first rows that are bad; the error of all rows counts them
+        for name, each in (("left", first), ("right", second)):
+            check_rows(owner, name, each)
+        raise
     truth = check_flags(owner, "same", same, first.shape[0])
     folds = check_folds(owner, truth, fold_ids)
     reduced = None
@@ -206,7 +210,7 @@ def pair_distances(
 ) -> tuple[FloatArray, FloatArray]:
     """Squared distances (n,) and cosines (n,) of rows (n, d), or of the rows `i` of `left` and `j` of `right`.
 
-    Rows have passed `check_rows`; they are normalized a few at a time.
+    Rows are checked and normalized a few at a time; an error has the number of the row among these.
     """
     count = len(left) if i is None else i.size
     distances, cosines = np.empty(count), np.empty(count)
