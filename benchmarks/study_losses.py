@@ -12,8 +12,8 @@ parameters is `--share` times that of the identity loss. No weight was tuned.
 
 Prints TAR at FAR 1 % over all pairs of unseen identities and over those with a gap of 30+ years (one threshold for both), with 95 % intervals over
 identities, and the paired differences to the student alone. An interrupted study resumes: each loss stores its embeddings in `--work`. A run of all
-losses writes `results/losses_synthetic.json`; a run of some adds their rows to it, if its settings and its figures of the teacher and of the student alone
-are the same. One seed takes half an hour on two cores.
+losses writes `results/losses_synthetic.json`; a run of some adds their rows to the file of `--output`, if its settings and its figures of the teacher and of
+the student alone are the same, or begins that file. One seed takes half an hour on two cores.
 """
 
 import argparse
@@ -33,9 +33,9 @@ from torch.nn import functional as F
 import kdlib
 from kdlib import OUTPUT, Distiller, Objective, StudentAdapter, TeacherAdapter, Term
 from kdlib._atomic import atomic_write
+from kdlib._held import unchanged
 from kdlib.cache import CachedTeacher
 from kdlib.functional import overhaul_margin
-from kdlib.influence import unchanged
 from kdlib_faces.backbones import build_backbone
 from kdlib_faces.data.batches import FaceBatches
 from kdlib_faces.data.views import AugmentConfig
@@ -336,8 +336,10 @@ def main() -> None:
 
 
 def added(path: Path, settings: dict[str, Any], runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return the runs of a file with the new rows; none if its settings or its teacher and student alone differ."""
-    kept = json.loads(path.read_text()) if path.exists() else {"runs": []}
+    """Return the runs of a file with the new rows; none if its settings, its teacher or its student alone differ."""
+    if not path.exists():
+        return runs
+    kept = json.loads(path.read_text())
     same = [run["seed"] for run in kept["runs"]] == [run["seed"] for run in runs]
     same = same and {**settings, "runs": kept["runs"]} == kept
     for old, new in zip(kept["runs"], runs, strict=False):

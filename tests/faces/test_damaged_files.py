@@ -135,3 +135,11 @@ def test_flipped_bits_of_records_and_their_index(tmp_path, damaged, data):
 def test_noise_is_refused(tmp_path, read, noise):
     with pytest.raises(InputError):
         read(put(tmp_path, noise, "noise.bin"))
+
+
+def test_an_escape_in_a_name_is_refused_without_a_warning(tmp_path, recwarn):
+    path = tmp_path / "set.bin"
+    path.write_bytes(b"\x80\x03cnumpy.core\\qmultiarray\n_reconstruct\n.")
+    with pytest.raises(InputError, match="is refused"):
+        load_bin(path)
+    assert not recwarn
