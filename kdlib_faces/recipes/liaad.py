@@ -31,7 +31,7 @@ from kdlib_faces.recipes.liaad_settings import (
     features_read,
 )
 from kdlib_faces.recipes.spaces import check_one_space
-from kdlib_faces.recipes.start import start_student
+from kdlib_faces.recipes.start import load_start, start_student
 from kdlib_faces.recipes.student import refuse_unused
 from kdlib_faces.teachers.input_options import InputOptions, inputs_of_models
 from kdlib_faces.teachers.open import open_teacher, stage_taps
@@ -148,6 +148,8 @@ def train(config: LIAADRunConfig, options: RunOptions) -> Path:
                 f"train: {path} is no model file; --input {stated} does not apply to it, give 'auto' for it"
             )
 
+    network = load_start(options.start)  # before the teachers run over all images
+
     def build_run(faces: FaceList) -> TrainingSetup:
         if config.recipe.identity_weight and faces.num_identities < 2:
             raise InputError(
@@ -175,7 +177,11 @@ def train(config: LIAADRunConfig, options: RunOptions) -> Path:
             refuse_unused(config, {"augment": "the caches hold the outputs for their own random views"})
         prints = {f"{role} teacher": model_fingerprint(each) for role, each in opened.teachers.items()}
         teachers, pixels, student = dict(opened.teachers), None, None
-        started = options.start != "scratch"
+        started = network is not None
+        if recipe.target == "each" and recipe.embedding_weight and recipe.embedding_projection == "none":
+            untrained = BACKBONES.keys() & set(options.teachers)
+            own = recipe if network is None else replace(recipe, embedding_dim=network.embedding_dim)
+            check_one_space(opened, faces, own, compare=not untrained)
         if recipe.target == "joint" or started:
             pixels = load_training_images(faces, recipe.input_size, options)
             teachers = cache_live_teachers(teachers, pixels, options.output / "teachers", quiet=not options.progress)
@@ -184,13 +190,10 @@ def train(config: LIAADRunConfig, options: RunOptions) -> Path:
             with_maps = {role for role, features in features_read(recipe).items() if "map" in features}
             teachers = {JOINT: joint, **{role: teachers[role] for role in teachers if role in with_maps}}
             recipe = replace(recipe, embedding_dim=recipe.joint_dim)
-        if started and pixels is not None:
-            student = start_student(pixels, config.start, options, joint=teachers.get(JOINT))
+        if network is not None and pixels is not None:
+            student = start_student(network, pixels, config.start, options, joint=teachers.get(JOINT))
             prints["start"] = model_fingerprint(student)
             recipe = replace(recipe, embedding_dim=student.embedding_dim)
-        if recipe.target == "each" and recipe.embedding_weight and recipe.embedding_projection == "none":
-            untrained = BACKBONES.keys() & set(options.teachers)
-            check_one_space(opened, faces, recipe, compare=not untrained)
         student = student or recipe.build(options.seed)
         return TrainingSetup(
             config=config,

@@ -4,7 +4,6 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from hashlib import sha256
-from pathlib import Path
 from typing import Literal, TypeAlias, TypeVar
 
 import torch
@@ -21,7 +20,7 @@ from kdlib_faces.progress import progress, say
 from kdlib_faces.teachers.open import load_pretrained
 from kdlib_faces.training import RunOptions
 
-__all__ = ["StartConfig", "Target", "fit_last_layer", "freeze_stem", "shrink_teacher", "start_student"]
+__all__ = ["StartConfig", "Target", "fit_last_layer", "freeze_stem", "load_start", "shrink_teacher", "start_student"]
 
 Target: TypeAlias = Callable[[Tensor, int], Tensor]
 """Maps rows `(n,)` and a view, 1 for mirrored images, to the distillation target `(n, d)`."""
@@ -64,10 +63,36 @@ class StartConfig:
         check_choice("StartConfig", "freeze", self.freeze, ("stem", "none"))
 
 
-def start_student(images: Tensor, config: StartConfig, options: RunOptions, *, joint: nn.Module | None) -> Backbone:
+def load_start(start: str) -> Backbone | None:
+    """Read the network of `--start shrink:FILE`; None for `"scratch"`.
+
+    Raises:
+        InputError: The start is unknown, its file cannot be used, holds no backbone of this package, or takes other images
+            than students do.
+    """
+    if start == "scratch":
+        return None
+    kind, _, path = start.partition(":")
+    if kind != "shrink" or not path:
+        raise InputError(f"train: --start must be 'scratch' or 'shrink:FILE', got {start!r}")
+    network = load_pretrained(path)
+    if not isinstance(network, Backbone):
+        raise InputError(f"train: --start shrink: the file must hold a backbone, got {type(network).__name__}")
+    if network.input_spec.describe() != InputSpec(size=network.input_size).describe():
+        raise InputError(
+            f"train: --start shrink: the network must take RGB images as (pixel - 127.5) / 127.5, as students do; it takes "
+            f"{network.input_spec.describe()}"
+        )
+    return network
+
+
+def start_student(
+    network: Backbone, images: Tensor, config: StartConfig, options: RunOptions, *, joint: nn.Module | None
+) -> Backbone:
     """Make the student of `--start shrink:FILE`, or read it from the folder of an interrupted run.
 
     Args:
+        network: The network of `load_start`.
         images: The training images `(n, 3, h, w)` uint8.
         config: Channels to keep.
         options: The start, the output and the seed of the run.
@@ -77,18 +102,14 @@ def start_student(images: Tensor, config: StartConfig, options: RunOptions, *, j
         The student, with the layers frozen that `config.freeze` names.
 
     Raises:
-        InputError: The start is unknown, or its file cannot be used.
+        InputError: The output cannot be written, or the network has no last linear layer.
     """
-    kind, _, path = options.start.partition(":")
-    if kind != "shrink" or not path:
-        raise InputError(f"train: --start must be 'scratch' or 'shrink:FILE', got {options.start!r}")
     quiet = not options.progress
-    network = load_pretrained(path)
     parts = [model_fingerprint(network), repr(config), str(options.seed), str(tuple(images.shape))]
     parts += [] if joint is None else [model_fingerprint(joint)]
     saved = options.output / f"start-{sha256(' '.join(parts).encode()).hexdigest()[:12]}.pt"
     if not saved.exists():
-        say(f"shrinking {Path(path).name}", quiet=quiet)
+        say(f"making a narrower copy of {options.start.partition(':')[2]}", quiet=quiet)
         show = partial(say, quiet=quiet)
         student = shrink_teacher(network, images, config, seed=options.seed, on_step=lambda step: show(f"  {step}"))
         if joint is not None:
@@ -114,7 +135,7 @@ def _target(joint: nn.Module, rows: Tensor, view: int) -> Tensor:
 
 
 def shrink_teacher(
-    network: nn.Module,
+    network: Backbone,
     images: Tensor,
     config: StartConfig,
     *,
@@ -134,15 +155,8 @@ def shrink_teacher(
         The narrow network in eval mode, with BatchNorms folded into the layers before them.
 
     Raises:
-        InputError: The network is not a backbone of this package, or takes other images.
+        InputError: The network has no convolution or no linear layer.
     """
-    if not isinstance(network, Backbone):
-        raise InputError(f"train: --start shrink: the file must hold a backbone, got {type(network).__name__}")
-    if network.input_spec.describe() != InputSpec(size=network.input_size).describe():
-        raise InputError(
-            f"train: --start shrink: the network must take RGB images as (pixel - 127.5) / 127.5, as students do; it takes "
-            f"{network.input_spec.describe()}"
-        )
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))[: config.images]
     batches = [to_float(images[rows]) for rows in torch.split(order, _BATCH)]
     widths = {}

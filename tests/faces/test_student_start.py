@@ -101,6 +101,7 @@ def test_unusable_starts_are_refused(folder: Path, tmp_path: Path, capsys, start
     command = train(folder, tmp_path / "run", *JOINT)
     command[command.index("--start") + 1] = start
     assert words in fails(capsys, *command)
+    assert not (tmp_path / "run").exists()  # before the teachers run over all images
 
 
 def test_other_recipes_have_no_start(folder: Path, tmp_path: Path, capsys) -> None:
