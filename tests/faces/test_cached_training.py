@@ -45,7 +45,7 @@ def command(
 ) -> list[object]:
     """Return the words of `train --recipe liaad` with two teachers in `folder`."""
     given = [word for teacher in teachers for word in ("--teacher", folder / str(teacher))]
-    start = ("train", "--recipe", "liaad", "--quiet", "--threads", "1", "--faces", folder / faces)
+    start = ("train", "--recipe", "liaad", "--quiet", "--threads", "1", "--data", folder / faces)
     return [*start, "--output", output, *given, *settings(*SETTINGS, *more)]
 
 

@@ -2,7 +2,6 @@
 
 import json
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,7 +11,8 @@ from PIL import Image
 from kdlib_faces._checks import InputError
 from kdlib_faces.data import image_files as image_files_module
 from kdlib_faces.data import images as images_module
-from kdlib_faces.data.images import load_images, read_image, to_float
+from kdlib_faces.data.dataset import load_images
+from kdlib_faces.data.images import read_image, to_float
 from kdlib_faces.data.lists import FaceList, read_faces
 from tests.faces.reader_files import Shown, put, touch
 
@@ -74,7 +74,7 @@ def test_a_subset_numbers_identities_anew(folder):
         with pytest.raises(ValueError, match=r"FaceList\.subset"):
             faces.subset(wrong)
     with pytest.raises(ValueError, match=r"FaceList: ages must be \(n,\) = \(1,\)"):
-        FaceList((Path("a"),), np.zeros(1, np.int64), ("A",), ages=np.zeros(2, np.float32))
+        FaceList(FileImages(["a"]), np.zeros(1, np.int64), ("A",), ages=np.zeros(2, np.float32))
 
 
 def test_unreadable_images_are_named(tmp_path, monkeypatch):
