@@ -68,7 +68,7 @@ class BalancedOrder(Order):
         >>> identities = np.array([5, 5, 8, 8, 9, 9])
         >>> order = BalancedOrder(identities, 4, 2, seed=0)
         >>> [sorted(identities[order.rows(0, number)].tolist()) for number in range(2)]
-        [[5, 5, 9, 9], [8, 8, 9, 9]]
+        [[8, 8, 9, 9], [5, 5, 8, 8]]
     """
 
     def __init__(self, identities: ArrayLike, batch_size: int, samples_per_identity: int, seed: int) -> None:

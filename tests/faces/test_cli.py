@@ -120,7 +120,7 @@ def test_wrong_settings_and_flags(tmp_path: Path, faces: Path, capsys) -> None:
     assert "recipe must be one of" in fails(capsys, "train", "--recipe", "best", "--data", faces)
     assert "two teachers" in fails(capsys, "train", "--data", faces)
     assert "invalid choice: 'dance'" in fails(capsys, "dance")
-    assert "no option named '--facse'; the nearest are '--faces'" in fails(capsys, "train", "--facse", "x")
+    assert "no option named '--dtaa'; the nearest are '--data'" in fails(capsys, "train", "--dtaa", "x")
     assert "no option named '--techer'; the nearest are '--teacher'" in fails(capsys, "cache", "build", "--techer=x")
     assert "the nearest are 'recipe.width'" in fails(capsys, "train", "--recipe", "student", "--set", "width=0.5")
     assert r"no\x1b.csv" in fails(capsys, "train", "--recipe", "student", "--data", "no\x1b.csv")

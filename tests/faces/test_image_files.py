@@ -192,7 +192,7 @@ def test_broken_and_missing_images_are_skipped_on_request(tmp_path):
     listed = put(tmp_path, "path,identity\na/1.png,a\nno.png,b\nb/1.png,b\n", "list.csv")
     with pytest.warns(FaceDataWarning, match=r"no\.png: image file not found"):
         assert len(read_faces(listed, on_error="skip")) == 2
-    with pytest.raises(ValueError, match="on_error must be one of 'stop', 'skip', got 'warn'"):
+    with pytest.raises(ValueError, match="on_error must be one of 'stop', 'skip', 'keep', got 'warn'"):
         read_faces(listed, on_error="warn")
 
 

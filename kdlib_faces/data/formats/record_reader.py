@@ -40,8 +40,7 @@ class RecordReader(Sequence[Record]):
     order of their keys. Without an `.idx` file the `.rec` file is scanned once; keys are then the numbers that the records
     store, or their positions where those numbers repeat.
 
-    The file is memory-mapped. Each process opens it for itself, so a reader can be passed to the workers of a loader by
-    `fork`, `spawn` or pickling.
+    The file is memory-mapped, by each process for itself: a reader can be passed to workers by `fork`, `spawn` or pickling.
 
     Args:
         path: The `.rec` file.
@@ -72,6 +71,9 @@ class RecordReader(Sequence[Record]):
         self._process = 0
         self._state: tuple[int, int] | None = None
         keys, offsets = self._scan(progress) if self.index_path is None else self._read_index(self.index_path)
+        if keys[-1] < keys[0]:  # insightface writes record 0 last; a rotation needs less memory than sorting
+            keys = np.roll(keys, 1)
+            offsets = np.roll(offsets, 1)
         if not (keys[1:] > keys[:-1]).all():
             order = np.argsort(keys, kind="stable")
             keys = keys[order]
@@ -79,7 +81,7 @@ class RecordReader(Sequence[Record]):
             if (repeated := np.flatnonzero(keys[1:] == keys[:-1])).size:
                 raise InputError(f"{self.index_path or self.path}: key {keys[repeated[0]]} occurs twice")
         first, count = int(keys[0]), len(keys)
-        # Nearly every set has all keys in a row; millions of them need not be held.
+        # Keys without gaps need no array.
         self._keys: range | NDArray[np.int64] = range(first, first + count) if keys[-1] - first == count - 1 else keys
         self._offsets = offsets
         self.header: tuple[int, int] | None = None
@@ -167,9 +169,9 @@ class RecordReader(Sequence[Record]):
     def _rows_between(self, low: int, high: int) -> range:
         """Rows of the keys from `low` to `high` - 1."""
         if isinstance(self._keys, range):
-            start, stop = (min(max(key - self._keys.start, 0), len(self._keys)) for key in (low, high))
-            return range(start, max(start, stop))
-        start, stop = np.searchsorted(self._keys, [low, high]).tolist()
+            start, stop = np.clip([low - self._keys.start, high - self._keys.start], 0, len(self._keys)).tolist()
+        else:
+            start, stop = np.searchsorted(self._keys, [low, high]).tolist()
         return range(start, max(start, stop))
 
     def _is_header(self, first: Record) -> bool:
@@ -293,7 +295,7 @@ class RecordReader(Sequence[Record]):
     def identities(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Number the identities of the images from 0.
 
-        Identity records are used where they name every image once and agree with the labels of up to 512 images, so that
+        Identity records are used where they name every image once and agree with the labels of 64 images, so that
         not every record need be read; else the labels of all images.
 
         Returns:
@@ -309,9 +311,11 @@ class RecordReader(Sequence[Record]):
             counts = spans[:, 1] - spans[:, 0]
             if len(spans) and spans[0, 0] == 1 and spans[-1, 1] == a and (spans[1:, 0] == spans[:-1, 1]).all():
                 names = np.arange(len(spans))
-                chosen = np.unique(np.linspace(0, len(spans) - 1, 256).astype(np.int64))
+                chosen = np.unique(np.linspace(0, len(spans) - 1, 32).astype(np.int64))
                 ends = np.concatenate([spans[chosen, 0], spans[chosen, 1] - 1]) - 1
-                if (self._labels(ends) == np.concatenate([chosen, chosen])).all():
+                agree = bool((self._labels(ends) == np.concatenate([chosen, chosen])).all())
+                self.close()  # the pages that were read all over the file need not stay mapped
+                if agree:
                     return np.repeat(names, counts), names
         labels = self.labels()
         names, first, codes = np.unique(labels, return_index=True, return_inverse=True)

@@ -130,13 +130,14 @@ def scan_shard(path: Path) -> Iterator[ShardRow]:
 
 def _members(stream: BinaryIO, path: Path) -> Iterator[tarfile.TarInfo]:
     """The files of a shard, each checked to lie inside of it."""
-    end = os.fstat(stream.fileno()).st_size
+    end, next_header = os.fstat(stream.fileno()).st_size, 0
     try:
         with tarfile.open(fileobj=cast(BinaryIO, _Bounded(stream, str(path))), mode="r:") as archive:
             for number, member in enumerate(archive):
                 if number >= MAX_MEMBERS:
                     raise InputError(f"{path}: more than {MAX_MEMBERS:,} members")
                 archive.members.clear()  # type: ignore[attr-defined]  # or it holds all members
+                next_header = member.offset_data + -(-member.size // 512) * 512
                 if not member.isfile():
                     continue
                 where = f"{path}: {show_name(member.name)}"
@@ -147,6 +148,9 @@ def _members(stream: BinaryIO, path: Path) -> Iterator[tarfile.TarInfo]:
                         f"{where} has {member.size:,} bytes, {end - member.offset_data:,} are left in the shard"
                     )
                 yield member
+        stream.seek(next_header)
+        if stream.read(512).strip(b"\0"):  # tarfile ends at a damaged header
+            raise InputError(f"{path}: the header at byte {next_header:,} is damaged or truncated")
     except (tarfile.TarError, OSError, ValueError, EOFError) as error:
         if isinstance(error, InputError):
             raise
