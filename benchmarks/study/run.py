@@ -35,7 +35,7 @@ def build_caches(teachers: list[str], lists: list[Path], work: Path) -> list[Pat
     for teacher in teachers:
         folder = work / "caches" / f"{Path(teacher).stem}-{key}"
         if not (folder / "complete").exists():
-            given = [word for path in lists for word in ("--faces", path)]
+            given = [word for path in lists for word in ("--data", path)]
             command("cache", "build", "--teacher", teacher, *given, "--tap", "map=stage2", "--output", folder)
             (folder / "complete").touch()
         folders.append(folder)
@@ -49,7 +49,7 @@ def train(name: str, run: dict[str, Any], seed: int, options: argparse.Namespace
     data = [lists[f"train-{each}"] for each in run["data"]]
     start = run["start"].replace("general", options.general).replace("age", options.age)
     caches = build_caches([options.general, options.age], data, options.work)
-    words = [word for path in data for word in ("--faces", path)]
+    words = [word for path in data for word in ("--data", path)]
     words += [word for cache in caches for word in ("--teacher", cache)]
     words += [word for key, value in run["settings"].items() for word in ("--set", f"{key}={_text(value)}")]
     spent = folder / "seconds.json"
@@ -72,7 +72,7 @@ def judge(models: list[str], output: Path, faces: Path) -> dict[str, Any]:
     command(
         "evaluate",
         *words,
-        "--faces",
+        "--data",
         faces,
         "--protocol",
         "between_groups",
