@@ -24,6 +24,7 @@ from kdlib_faces.data.views import AugmentConfig
 from kdlib_faces.progress import progress, say
 from kdlib_faces.teachers import TeacherNet, save_teacher
 from kdlib_faces.teachers.input_options import InputOptions
+from kdlib_faces.training.depthwise import replace_strided_depthwise
 from kdlib_faces.training.fit import Amp, Optimizer, fit
 from kdlib_faces.training.run_record import check_same_run, describe_run, write_run_record
 
@@ -44,6 +45,7 @@ class TrainingConfig:
         sampler: `"shuffled"` images, `"balanced"` identities with several images of each, `"cross_age"` pairs of images of
             different ages; `"auto"` balances the identities for a loss of cross-age pairs, and shuffles otherwise.
         amp: `"none"` or `"bfloat16"`.
+        compile: Run the networks through `torch.compile`, which takes half a minute at the start.
 
     Raises:
         ValueError, TypeError: A value is out of range.
@@ -54,6 +56,7 @@ class TrainingConfig:
     batch_size: int = 64
     sampler: Literal["auto", "shuffled", "balanced", "cross_age"] = "auto"
     amp: Amp = "none"
+    compile: bool = False
 
     def __post_init__(self) -> None:
         if self.steps is not None:
@@ -170,6 +173,7 @@ def train_on_faces(
 
     images = setup.images or open_training_images(listed, setup.input_size, options)
     batches = _batches(images, listed, setup, options)
+    replace_strided_depthwise(setup.network)
     output.mkdir(parents=True, exist_ok=True)
     write_run_record(output, record)
     (output / "config.toml").write_text(dump_toml(setup.config))
@@ -184,6 +188,7 @@ def train_on_faces(
             label=recipe,
             quiet=quiet,
             amp=training.amp,
+            compile=training.compile,
             optimizer=setup.optimizer,
         )
     if batches.unreadable:
