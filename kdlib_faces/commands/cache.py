@@ -15,15 +15,15 @@ def main(options: Namespace, command: str) -> None:
     progress = not options.quiet
     if options.action == "verify":
         check = verify(
-            options.directory, faces=options.faces, teacher=options.teacher, rows=options.rows, progress=progress
+            options.directory, data=options.data, teacher=options.teacher, rows=options.rows, progress=progress
         )
         print(describe_check(check))
         return
     if options.action == "build":
-        if not options.faces:
-            raise InputError("cache build: --faces must be given, a CSV list or a folder")
+        if not options.data:
+            raise InputError("cache build: --data must be given: a CSV list, a folder, a .rec file or tar shards")
         build(
-            _config(options), output=options.output, faces=options.faces, teacher=options.teacher, taps=options.tap,
+            _config(options), output=options.output, data=options.data, teacher=options.teacher, taps=options.tap,
             workers=options.workers, progress=progress, on_error=options.on_error,
         )  # fmt: skip
     print(info(options.output if options.action == "build" else options.directory))

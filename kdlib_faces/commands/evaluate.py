@@ -24,7 +24,7 @@ def main(options: Namespace, command: str) -> None:
     """Evaluate with the options of the command line; `--set` overrides the TOML file `--config`."""
     run(
         load_config(EvaluateConfig, options.config, [f"seed={options.seed}", *options.settings]),
-        output=options.output, faces=options.faces, models=options.model, inputs=options.input,
+        output=options.output, data=options.data, models=options.model, inputs=options.input,
         embeddings=options.embeddings, pairs=options.pairs, protocols=options.protocols, scores=options.scores,
         progress=not options.quiet, command=command, on_error=options.on_error,
     )  # fmt: skip
@@ -34,7 +34,7 @@ def run(
     config: EvaluateConfig,
     *,
     output: Path,
-    faces: Sequence[str | os.PathLike[str]] = (),
+    data: Sequence[str | os.PathLike[str]] = (),
     models: Sequence[str | os.PathLike[str]] = (),
     inputs: Sequence[str] = (),
     embeddings: Sequence[str | os.PathLike[str]] = (),
@@ -61,7 +61,7 @@ def run(
     check_output(output, "work", "figures", "scores")
     with swept(output):
         prepared = prepare(
-            config, work=output / "work", faces=faces, models=models, inputs=inputs, embeddings=embeddings,
+            config, work=output / "work", data=data, models=models, inputs=inputs, embeddings=embeddings,
             pairs=pairs, protocols=protocols, progress=progress, on_error=on_error,
         )  # fmt: skip
         started = datetime.now(UTC)

@@ -21,7 +21,7 @@ def main(options: Namespace, command: str) -> None:
     if options.start != "scratch" and recipe != "liaad":
         raise InputError(f"train: --start applies to recipe 'liaad' only, got recipe {recipe!r}")
     run = RunOptions(
-        output=options.output, faces=options.faces, teachers=options.teacher, seed=options.seed, progress=not options.quiet,
+        output=options.output, data=options.data, teachers=options.teacher, seed=options.seed, progress=not options.quiet,
         on_error=options.on_error, start=options.start, inputs=inputs_of_models(options.input, len(options.teacher)),
     )  # fmt: skip
     if recipe == "age_teacher":

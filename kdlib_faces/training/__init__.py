@@ -6,7 +6,7 @@ from kdlib_faces.training.run import (
     RunOptions,
     TrainingConfig,
     TrainingSetup,
-    load_training_images,
+    open_training_images,
     train_on_faces,
 )
 
@@ -18,6 +18,6 @@ __all__ = [
     "TrainingConfig",
     "TrainingSetup",
     "fit",
-    "load_training_images",
+    "open_training_images",
     "train_on_faces",
 ]

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from kdlib._atomic import atomic_write
 from kdlib_faces._checks import InputError, show_name
 from kdlib_faces.config import walk_settings
@@ -30,8 +32,8 @@ def describe_run(config: Any, recipe: str, faces: FaceList, fingerprints: Mappin
     digest = hashlib.sha256(faces.identities.tobytes())
     for column in (faces.ages, faces.age_groups):
         digest.update(b"-" if column is None else column.tobytes())
-    for path in faces.paths:
-        digest.update(f"\n{'/'.join(path.parts[-2:])}".encode("utf-8", "surrogateescape"))
+    for part in faces.images.layout(np.arange(len(faces))):
+        digest.update(part)
     values = {name: fingerprint[:16] for name, fingerprint in fingerprints.items()}
     paths = ("general_teacher", "age_teacher")
     settings = {name: repr(value) for name, value in walk_settings(config) if name.rpartition(".")[2] not in paths}
