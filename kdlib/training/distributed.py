@@ -3,17 +3,19 @@
 import gc
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
 from kdlib._held import is_sharded
 from kdlib.training._checks import check_argument, describe_error, received_error
 
-__all__ = ["Processes", "synchronize_if", "wrap"]
+__all__ = ["Processes", "synchronize_if", "synchronized_batch_norm", "wrap"]
 
 
 class Processes:
@@ -114,3 +116,69 @@ def synchronize_if(last: bool, forward: Callable[..., Any]) -> AbstractContextMa
     if last or not isinstance(forward, DistributedDataParallel):
         return nullcontext()
     return forward.no_sync()
+
+
+@contextmanager
+def synchronized_batch_norm(distiller: nn.Module, *, active: bool) -> Iterator[None]:
+    """BatchNorm layers of the distiller use the statistics of all processes within the block.
+
+    `torch.nn.SyncBatchNorm` requires a GPU, and it replaces modules, whose hooks would be lost.
+    """
+    layers = [module for module in distiller.modules() if active and isinstance(module, _BatchNorm)]
+    for layer in layers:
+        layer.forward = partial(_normalize, layer)  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        for layer in layers:
+            del layer.forward
+
+
+def _normalize(layer: _BatchNorm, x: Tensor) -> Tensor:
+    """Forward of a BatchNorm layer, with the statistics of all processes in training mode."""
+    if not layer.training:
+        return type(layer).forward(layer, x)
+    with torch.autocast(x.device.type, enabled=False):
+        wide = x.to(torch.float32) if x.dtype in (torch.float16, torch.bfloat16) else x
+        dims = [0, *range(2, x.dim())]
+        shape = [1, -1] + [1] * (x.dim() - 2)
+        # Differences from the running mean keep digits where the mean is large beside the deviation.
+        around = wide.new_zeros(x.shape[1]) if layer.running_mean is None else layer.running_mean.to(wide).clone()
+        centered = wide - around.view(shape)
+        count = wide.new_tensor([x.numel() / x.shape[1]])
+        sums = _Sum.apply(torch.cat([centered.sum(dims), centered.square().sum(dims), count]))  # type: ignore[no-untyped-call]
+        mean, square = sums[:-1].view(2, -1) / sums[-1]
+        variance = (square - mean.square()).clamp(min=0)
+        if layer.running_mean is not None and layer.running_var is not None:
+            _update_statistics(layer, (mean + around).detach(), (variance * sums[-1] / (sums[-1] - 1)).detach())
+        y = (centered - mean.view(shape)) * (variance + layer.eps).rsqrt().view(shape)
+        if layer.weight is not None:
+            y = y * layer.weight.view(shape) + layer.bias.view(shape)
+        return y.to(x.dtype)
+
+
+@torch.no_grad()
+def _update_statistics(layer: _BatchNorm, mean: Tensor, variance: Tensor) -> None:
+    count = layer.num_batches_tracked
+    if count is not None:
+        count.add_(1)
+    momentum = layer.momentum if layer.momentum is not None else 1.0 / float(count or 1)
+    for running, value in ((layer.running_mean, mean), (layer.running_var, variance)):
+        if running is not None:
+            running.lerp_(value.to(running), momentum)
+
+
+class _Sum(torch.autograd.Function):
+    """The sum over all processes, which receives the gradients of all of them."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        total = x.clone()
+        dist.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        total = gradient.clone()
+        dist.all_reduce(total)
+        return total

@@ -17,8 +17,9 @@ def read_log(path: str | PathLike[str]) -> list[dict[str, Any]]:
     """Read the rows of a log of `train`; an incomplete last line is skipped.
 
     Returns:
-        One dict per row, in order, with keys step, epoch, lr, total, terms, weights and seconds. Rows of evaluated steps
-        also contain metrics and, with `TrainConfig.monitor`, improved.
+        One dict per row, in order, with keys step, epoch, lr, total, terms, weights, seconds and speed (images_per_second,
+        step_seconds, data_wait and memory, as in `TrainEvent`). Rows of evaluated steps also contain metrics and, with
+        `TrainConfig.monitor`, improved.
 
     Raises:
         ValueError: A line other than the last is not a row of a training log.

@@ -20,7 +20,7 @@ from kdlib.training.events import BestWeights, Evaluation
 from kdlib.training.fingerprint import check_fingerprint, run_fingerprint
 from kdlib.training.schedules import build_optimizer, lr_factor
 from kdlib.training.signals import DeferredSignals
-from kdlib.training.stream import BatchStream
+from kdlib.training.stream import BatchStream, Shardable
 
 __all__ = ["Run", "private_randomness", "random_state"]
 
@@ -56,13 +56,14 @@ class Run:
             "evaluate_every must be given when loader has no length, got None",
         )
         self._evaluate_every = every or 1
+        self._shared = isinstance(stream.loader, Shardable)
         self.fingerprint = self._describe(total_steps)
 
     def _describe(self, total_steps: int) -> dict[str, Any]:
         return {
             **run_fingerprint(self.config, self.distiller, self.optimizer, total_steps),
             "batches_per_epoch": self.stream.length,
-            "processes": self.processes.count,
+            "processes": 1 if self._shared else self.processes.count,
         }
 
     @property
@@ -242,13 +243,15 @@ class Run:
 
     def _load(self, state: dict[str, Any], names: list[str], store: CheckpointStore) -> None:
         rank = self.processes.rank
+        # With a shardable loader, the run may have had another number of processes, all at the same position.
+        position = min(rank, len(state["stream"]) - 1) if self._shared else rank
         loads: dict[str, Callable[[Any], object]] = {
             "distiller": self.distiller.load_state_dict,
             "optimizer": self.optimizer.load_state_dict,
             "scaler": self.scaler.load_state_dict,
             "evaluations": lambda rows: self.evaluations.extend(Evaluation(**row) for row in rows),
-            "stream": lambda positions: self.stream.load_state_dict(positions[rank]),
-            "rng": lambda states: random_state(self.device, states[rank]),
+            "stream": lambda positions: self.stream.load_state_dict(positions[position]),
+            "rng": lambda states: self._load_random_state(states[position], other=position != rank),
         }
         if self.ema is not None:
             loads["ema"] = self.ema.load_state_dict
@@ -257,6 +260,12 @@ class Run:
                 loads[name](state[name])
             except Exception as error:  # such as an optimizer state of other groups
                 raise checkpoint_error(f"{name} of checkpoint {store.newest} does not fit this run: {error}") from error
+
+    def _load_random_state(self, state: dict[str, Tensor], *, other: bool) -> None:
+        """Restore the random state of this process, or derive one from that of another process."""
+        random_state(self.device, state)
+        if other:
+            torch.manual_seed(int(torch.randint(2**31, ())) + self.processes.rank)
 
     def _warn_of_jump(self, total: object) -> None:
         """Warn if the learning rate is not continuous because the run has another length than before."""

@@ -82,7 +82,9 @@ def build(
     weighting: nn.Module = UniformWeighting()
     lead = "embedding" if "embedding" in terms and JOINT not in teachers else None
     if config.weighting == "center" and len(teachers) > 1 and lead:
-        weighting = CenterConfidenceWeighting(config.num_identities, temperature=config.temperature)
+        weighting = CenterConfidenceWeighting(
+            config.num_identities, temperature=config.temperature, gather=True
+        )
     objective = Objective(terms, weighting if lead else None, weigh_by=lead)
     adapter = StudentAdapter(student, stage_taps(student, config.stage))
     return Distiller(adapter, cast(Mapping[str, Teacher], teachers), objective)
