@@ -134,6 +134,7 @@ def synchronized_batch_norm(distiller: nn.Module, *, active: bool) -> Iterator[N
             del layer.forward
 
 
+@torch.compiler.disable  # type: ignore[untyped-decorator]  # torch leaves it untyped
 def _normalize(layer: _BatchNorm, x: Tensor) -> Tensor:
     """Forward of a BatchNorm layer, with the statistics of all processes in training mode."""
     if not layer.training:
