@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Literal, TypeAlias
@@ -84,7 +84,9 @@ def find_hardware(name: str | None = None) -> Hardware:
     device = choose_device(name)
     if count > 1 and device.type != "cpu":
         if device.index is not None:
-            raise InputError(f"--device must be a kind of device with several processes, such as {device.type}, got {name}")
+            raise InputError(
+                f"--device must be a kind of device with several processes, such as {device.type}, got {name}"
+            )
         if local >= (devices := torch.accelerator.device_count()):
             raise InputError(
                 f"this machine has {devices} {device.type} devices, and torchrun has started more processes on it; pass "
@@ -110,10 +112,11 @@ def choose_device(name: str | None = None) -> torch.device:
     if name is None:
         return found or CPU
     known = ["cpu", *([] if found is None else [found.type])]
-    device: torch.device | None = None
-    with suppress(RuntimeError):
+    try:
         device = torch.device(name)
-    if device is None or device.type not in known:
+    except RuntimeError:
+        device = torch.device("meta")
+    if device.type not in known:
         raise InputError(f"--device must be one of {', '.join(known)} on this machine, got {name[:40]!r}")
     if device.type != "cpu" and (device.index or 0) >= (count := torch.accelerator.device_count()):
         raise InputError(f"--device must be below {device.type}:{count} on this machine, got {name}")

@@ -50,6 +50,19 @@ class _Parser(argparse.ArgumentParser):
         text = "images that cannot be read: stop and list them (stop), or leave them out with a warning"
         self.add_argument("--on-error", choices=("stop", "skip"), default="stop", help=text)
 
+    def add_hardware(self) -> None:
+        """Add the options for the device, the precision and the workers."""
+        text = "cpu, or an accelerator of this machine, such as cuda or cuda:1 (the accelerator where there is one)"
+        self.add_argument("--device", metavar="NAME", help=text)
+        self.add_argument("--amp", choices=("none", "bfloat16", "float16"), help="precision of forward passes (none)")
+
+    def add_workers(self) -> None:
+        """Add the options for the decoding of images and for torch.compile."""
+        self.add_argument(
+            "--workers", type=_number(1, 1024), default=2, metavar="N", help="workers that decode images (2)"
+        )
+        self.add_argument("--compile", action="store_true", help="compile the networks by torch.compile")
+
     def add_folder(self, flag: str, default: str, text: str) -> None:
         """Add an option for the folder of the results."""
         self.add_argument(flag, type=Path, default=Path(default), metavar="DIR", help=f"{text} ({default})")
@@ -81,10 +94,12 @@ def _parser() -> argparse.ArgumentParser:
     common.add_argument("--quiet", action="store_true", help="show no progress")
     common.add_argument("--debug", action="store_true", help="show the full traceback of an error")
     run = _Parser(add_help=False)
-    run.add_argument("--seed", type=_number(0, 2**31 - 1), default=0, help="seed of all random choices (0)")
+    run.add_argument("--seed", type=_number(0, 2**31 - 1), help="seed of all random choices (0)")
     run.add_argument("--config", type=Path, metavar="TOML", help="file of settings; --set overrides it")
     run.add_list("--set", "KEY=VALUE", "change a setting; repeatable", dest="settings")
     run.add_list("--faces", "PATH", "CSV list or folder of faces; repeatable")
+
+    run.add_hardware()
 
     demo = commands.add_parser("demo", parents=[common, run], help="train and evaluate all models, with a report")
     demo.add_folder("--output", "runs/demo", "folder of the report")
@@ -98,12 +113,17 @@ def _parser() -> argparse.ArgumentParser:
 
     train = commands.add_parser("train", parents=[common, run], help="train a student or a teacher on face lists")
     text = "what to train: a student of two teachers, a student alone, or a teacher (liaad)"
-    train.add_argument("--recipe", default="liaad", metavar="liaad|student|general_teacher|age_teacher", help=text)
+    train.add_argument("--recipe", metavar="liaad|student|general_teacher|age_teacher", help=text)
     text = "general teacher first, then the age-invariant one: a checkpoint, .onnx or a cache"
     train.add_list("--teacher", "FILE", text)
     text = "start of a liaad student: scratch, or shrink:FILE, a narrower copy of a teacher (scratch)"
-    train.add_argument("--start", default="scratch", metavar="scratch|shrink:FILE", help=text)
+    train.add_argument("--start", metavar="scratch|shrink:FILE", help=text)
     train.add_on_error()
+    train.set_defaults(on_error=None)  # a recorded run may have it
+    train.add_workers()
+    train.add_argument("--tensorboard", action="store_true", help="write losses and speed to OUTPUT/tensorboard")
+    text = "seconds that a process waits for the others under torchrun before the run ends with an error (60)"
+    train.add_argument("--timeout", type=_number(1, 86_400), default=60, metavar="SECONDS", help=text)
     _add_input(train)
     train.add_folder("--output", "runs/train", "folder of the model")
 
@@ -121,6 +141,7 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--pairs", metavar="TXT", help="pairs in LFW's format for --faces")
     evaluate.add_argument("--scores", action="store_true", help="write all scores to scores/PROTOCOL-MODEL.csv")
     evaluate.add_on_error()
+    evaluate.add_workers()
     evaluate.add_folder("--output", "runs/evaluate", "folder of the report")
 
     _add_cache(commands.add_parser("cache", help="cache the outputs of a teacher for face lists"), common, run)

@@ -138,7 +138,8 @@ def synchronized_batch_norm(distiller: nn.Module, *, active: bool) -> Iterator[N
 def _normalize(layer: _BatchNorm, x: Tensor) -> Tensor:
     """Forward of a BatchNorm layer, with the statistics of all processes in training mode."""
     if not layer.training:
-        return type(layer).forward(layer, x)
+        plain: Tensor = type(layer).forward(layer, x)
+        return plain
     with torch.autocast(x.device.type, enabled=False):
         wide = x.to(torch.float32) if x.dtype in (torch.float16, torch.bfloat16) else x
         dims = [0, *range(2, x.dim())]

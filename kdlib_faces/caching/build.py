@@ -129,13 +129,27 @@ def build(
 
 
 def _build(
-    config: CacheConfig, output: Path, faces: FaceList, teacher: Path, taps: Sequence[str], device: torch.device,
-    *, quiet: bool,
+    config: CacheConfig,
+    output: Path,
+    faces: FaceList,
+    teacher: Path,
+    taps: Sequence[str],
+    device: torch.device,
+    *,
+    quiet: bool,
 ) -> TeacherCache:
     views, size, decoders = config.seeded(), config.size, config.decoders
     source = CacheSource(
-        faces, teacher, parse_taps(taps), views, size=size, decoders=decoders, images=config.input, quiet=quiet,
-        device=device, amp=config.amp,
+        faces,
+        teacher,
+        parse_taps(taps),
+        views,
+        size=size,
+        decoders=decoders,
+        images=config.input,
+        quiet=quiet,
+        device=device,
+        amp=config.amp,
     )
     with progress_to(f"outputs of {teacher.stem}", quiet=quiet) as show, autocast(device, config.amp):
         return TeacherCache.build(

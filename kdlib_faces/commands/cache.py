@@ -38,7 +38,12 @@ def main(options: Namespace, command: str) -> None:
 
 def _config(options: Namespace) -> CacheConfig:
     (images,) = inputs_of_models(options.input, 1)
-    given: dict[str, object] = {"view_seed": options.seed, "views": options.views, "dtype": options.dtype, "amp": options.amp}
+    given: dict[str, object] = {
+        "view_seed": options.seed or 0,
+        "views": options.views,
+        "dtype": options.dtype,
+        "amp": options.amp,
+    }
     for name, value in vars(images).items():
         given[f"input.{name}"] = list(value) if isinstance(value, tuple) else value
     values = [f"{name}={value}" for name, value in given.items() if value is not None]

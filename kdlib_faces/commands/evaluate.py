@@ -11,6 +11,7 @@ from typing import Literal
 from kdlib_faces import __version__, report
 from kdlib_faces._hardware import Hardware, find_hardware
 from kdlib_faces._output import check_output, describe_environment, locked, staged, swept
+from kdlib_faces.commands._options import precision
 from kdlib_faces.config import load_config
 from kdlib_faces.harness.evaluate import evaluate_models
 from kdlib_faces.harness.registry import listing
@@ -24,7 +25,9 @@ __all__ = ["EvaluateConfig", "listing", "main", "run"]
 def main(options: Namespace, command: str) -> None:
     """Evaluate with the options of the command line; `--set` overrides the TOML file `--config`."""
     hardware = find_hardware(options.device)
-    config = load_config(EvaluateConfig, options.config, [f"seed={options.seed}", *precision(options), *options.settings])
+    config = load_config(
+        EvaluateConfig, options.config, [f"seed={options.seed or 0}", *precision(options), *options.settings]
+    )
     quiet = options.quiet or not hardware.first
     say(f"device: {hardware.describe(config.amp)}", quiet=quiet)
     run(

@@ -120,6 +120,7 @@ class FaceBatches:
         self.batch_size, self.seed, self.epoch = batch_size, seed, 0
         self.augment, self.views = augment, views
         self.samples_per_identity, self.identity_age = samples_per_identity, identity_age
+        self._part = slice(0, batch_size)
 
     def __repr__(self) -> str:
         return (
@@ -127,6 +128,20 @@ class FaceBatches:
             f"batch_size={self.batch_size}, seed={self.seed}, augment={self.augment!r}, views={self.views!r}, "
             f"samples_per_identity={self.samples_per_identity})"
         )
+
+    def shard(self, rank: int, count: int) -> None:
+        """Yield from now on part `rank` of `count` equal parts of each batch.
+
+        Raises:
+            ValueError: The batch size is not a multiple of `count`, or would part the images of an identity.
+        """
+        multiple = count * (self.samples_per_identity or 1)
+        if self.batch_size % multiple:
+            raise ValueError(
+                f"FaceBatches: batch_size must be a multiple of {multiple} for {count} processes, got {self.batch_size}"
+            )
+        size = self.batch_size // count
+        self._part = slice(rank * size, (rank + 1) * size)
 
     def __len__(self) -> int:
         return len(self.images) // self.batch_size
@@ -149,7 +164,8 @@ class FaceBatches:
             identities = self.columns["identity"].numpy()
             order = balanced_order(identities, size, self.samples_per_identity, len(self), rng)
         for number in range(step, len(self)):
-            yield self._batch(torch.from_numpy(order[number * size : (number + 1) * size]), epoch, number)
+            inputs, targets = self._batch(torch.from_numpy(order[number * size : (number + 1) * size]), epoch, number)
+            yield inputs[self._part], {name: target[self._part] for name, target in targets.items()}
 
     def _batch(self, rows: Tensor, epoch: int, step: int) -> tuple[Tensor, dict[str, Tensor]]:
         pixels = self.images[rows]

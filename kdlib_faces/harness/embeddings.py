@@ -153,7 +153,9 @@ def embed_set(
         folder.mkdir(parents=True, exist_ok=True)
         warn(describe_far_sizes(images.sources, model.size))
         try:
-            _embed_shared(target, _Job(model, images, batch_size, flip, hardware.device, amp, workers, progress), hardware)
+            _embed_shared(
+                target, _Job(model, images, batch_size, flip, hardware.device, amp, workers, progress), hardware
+            )
         except InputError:
             if (read := images.read) is not None and images.count is not None:
                 # If images cannot be read, this lists all of them.

@@ -178,8 +178,7 @@ def _models(
         given.append(EvaluatedModel(name, ModelEntry("student", name, "embeddings from a file"), arrays))
     stated = inputs_of_models(inputs, len(models))
     opened = [
-        (name, embedding.open(path, images))
-        for (name, path), images in zip(names[: len(models)], stated, strict=True)
+        (name, embedding.open(path, images)) for (name, path), images in zip(names[: len(models)], stated, strict=True)
     ]
     for images in sets.values() if opened else ():
         images.check_images()

@@ -1,6 +1,6 @@
 """A training run on face lists: reads them, checks the run folder, trains, and writes the network."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -8,95 +8,26 @@ from typing import Literal
 
 from torch import Tensor
 
-from kdlib._checks import check_number
 from kdlib.distiller import Distiller
 from kdlib_faces._checks import InputError
 from kdlib_faces._output import check_output
-from kdlib_faces.config import dump_toml
 from kdlib_faces.data.batches import FaceBatches
 from kdlib_faces.data.images import load_images
 from kdlib_faces.data.lists import FaceList, read_faces
 from kdlib_faces.data.samplers import choose_samples_per_identity
 from kdlib_faces.data.seeded_views import SeededViews
-from kdlib_faces.data.views import AugmentConfig
 from kdlib_faces.progress import progress, say
 from kdlib_faces.teachers import TeacherNet, save_teacher
-from kdlib_faces.teachers.input_options import InputOptions
 from kdlib_faces.training.depthwise import replace_strided_depthwise
-from kdlib_faces.training.fit import Amp, Optimizer, fit
-from kdlib_faces.training.run_record import check_same_run, describe_run, write_run_record
+from kdlib_faces.training.fit import Optimizer, fit
+from kdlib_faces.training.run_record import FILE, check_expected, check_same_run, describe_run, write_run_record
+from kdlib_faces.training.settings import RunConfig, RunOptions
+from kdlib_faces.training.speed import check_tensorboard
 
-__all__ = ["RunConfig", "RunOptions", "TrainingConfig", "TrainingSetup", "load_training_images", "train_on_faces"]
+__all__ = ["TrainingSetup", "load_training_images", "train_on_faces"]
 
 MAX_MEMORY = 8 * 2**30
 """Bytes of pixels that are held in memory; larger lists are stored in `OUTPUT/images.npy`."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrainingConfig:
-    """Length, learning rate, batches and precision of a training run.
-
-    Attributes:
-        steps: Number of weight updates; None takes 10,000, or 200 when a pretrained network is fine-tuned.
-        lr: Peak learning rate; None takes 0.1 (SGD), or 0.0005 (AdamW) for fine-tuning.
-        batch_size: Images per step. With cross-age pairs these are 4 images of each identity.
-        amp: `"none"` or `"bfloat16"`.
-        compile: Run the networks through `torch.compile`, which takes half a minute at the start.
-
-    Raises:
-        ValueError, TypeError: A value is out of range.
-    """
-
-    steps: int | None = None
-    lr: float | None = None
-    batch_size: int = 64
-    amp: Amp = "none"
-    compile: bool = False
-
-    def __post_init__(self) -> None:
-        if self.steps is not None:
-            check_number("TrainingConfig", "steps", self.steps, min=1, integer=True)
-        if self.lr is not None:
-            check_number("TrainingConfig", "lr", self.lr, above=0)
-        check_number("TrainingConfig", "batch_size", self.batch_size, min=2, integer=True)
-
-
-@dataclass(frozen=True, kw_only=True)
-class RunConfig:
-    """Settings that every recipe has; each recipe adds its own.
-
-    Attributes:
-        training: Length, learning rate, batches and precision.
-        augment: Views of the training images. Caches of random views replace them.
-    """
-
-    training: TrainingConfig = field(default_factory=TrainingConfig)
-    augment: AugmentConfig = field(default_factory=AugmentConfig)
-
-
-@dataclass(frozen=True, kw_only=True)
-class RunOptions:
-    """Inputs and outputs of a training run.
-
-    Attributes:
-        output: Folder of the run.
-        faces: Lists or folders of training images.
-        teachers: Files of the teachers, in the order of the recipe.
-        inputs: What is stated about the images that each teacher takes; empty for what their files imply.
-        seed: Seed of weights, order and views.
-        progress: Show progress.
-        on_error: See `read_faces`.
-        start: `"scratch"`, or `"shrink:FILE"` for a student that starts as a narrower copy of a teacher.
-    """
-
-    output: Path
-    faces: Sequence[str]
-    teachers: Sequence[str] = ()
-    inputs: Sequence[InputOptions] = ()
-    seed: int = 0
-    progress: bool = True
-    on_error: Literal["stop", "skip"] = "stop"
-    start: str = "scratch"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,7 +35,7 @@ class TrainingSetup:
     """What a recipe makes of its settings and the face lists.
 
     Attributes:
-        config: All settings of the run, as they are recorded and written to `config.toml`.
+        config: All settings of the run, as they are recorded in `run.toml`.
         distiller: The distiller to train.
         network: The network in it that is saved.
         input_size: Side of the training images, pixels.
@@ -133,7 +64,7 @@ class TrainingSetup:
 def train_on_faces(
     build: Callable[[FaceList], TrainingSetup], options: RunOptions, *, recipe: str, unlabeled: bool = False
 ) -> Path:
-    """Train on face lists and write `model.pt` and `config.toml`; the same call resumes an interrupted run.
+    """Train on face lists and write `model.pt` and `run.toml`; the same call resumes an interrupted run.
 
     Pixels beyond 8 GiB (228,000 images of 112 pixels) are decoded once to `OUTPUT/images.npy` and read from there.
 
@@ -152,11 +83,14 @@ def train_on_faces(
     quiet, output = not options.progress, options.output
     if not options.faces:
         raise InputError("train: --faces must be given, a CSV list or a folder")
-    check_output(output, "checkpoints", "config.toml", "images.npy", "images.npy.part", "log.jsonl", "run.json")
+    if options.tensorboard:
+        check_tensorboard()
+    check_output(output, "checkpoints", FILE, "images.npy", "images.npy.part", "log.jsonl", "tensorboard")
     listed = read_faces(options.faces, on_error=options.on_error, unlabeled=unlabeled)
     setup = build(listed)
     training = setup.config.training
-    record = describe_run(setup.config, recipe, listed, setup.fingerprints)
+    record = describe_run(setup.config, options, recipe, listed, setup.fingerprints)
+    check_expected(options, record)
     check_same_run(output, record)
     if len(listed) < training.batch_size:
         raise InputError(f"train: batch_size must be at most the {len(listed)} images, got {training.batch_size}")
@@ -178,9 +112,11 @@ def train_on_faces(
         identity_age=setup.pair_ages,
     )
     replace_strided_depthwise(setup.network)
-    output.mkdir(parents=True, exist_ok=True)
-    write_run_record(output, record)
-    (output / "config.toml").write_text(dump_toml(setup.config))
+    hardware = options.hardware
+    if hardware.first:
+        output.mkdir(parents=True, exist_ok=True)
+        write_run_record(output, record)
+    hardware.wait_for_all()
     fit(
         setup.distiller,
         batches,
@@ -190,12 +126,15 @@ def train_on_faces(
         seed=options.seed,
         label=recipe,
         quiet=quiet,
-        amp=training.amp,
-        compile=training.compile,
+        settings=training,
         optimizer=setup.optimizer,
+        device=hardware.device,
+        tensorboard=options.tensorboard and hardware.first,
+        workers=options.workers,
     )
     target = output / "model.pt"
-    save_teacher(setup.network, target)
+    if hardware.first:
+        save_teacher(setup.network, target)
     say(f"weights: {target}", quiet=quiet)
     return target
 
@@ -212,7 +151,12 @@ def load_training_images(faces: FaceList, size: int, options: RunOptions) -> Ten
         `(n, 3, size, size)` uint8.
     """
     large = len(faces) * 3 * size**2 > MAX_MEMORY
-    if large:
-        options.output.mkdir(parents=True, exist_ok=True)
-    bar = partial(progress, quiet=not options.progress)
-    return load_images(faces, size, progress=bar, memory_map=options.output / "images.npy" if large else None)
+    if not large:
+        return load_images(faces, size, progress=partial(progress, quiet=not options.progress), workers=options.workers)
+    options.output.mkdir(parents=True, exist_ok=True)
+    target = options.output / "images.npy"
+    if options.hardware.first:
+        bar = partial(progress, quiet=not options.progress)
+        load_images(faces, size, progress=bar, memory_map=target, workers=options.workers)
+    options.hardware.wait_for_all()
+    return load_images(faces, size, memory_map=target)

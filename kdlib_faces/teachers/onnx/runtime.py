@@ -123,7 +123,9 @@ def providers_for(device: torch.device) -> list[Provider] | None:
         "xpu": ("OpenVINOExecutionProvider", {"device_type": "GPU"}),
     }
     if device.type not in known:
-        raise InputError(f"no execution provider of onnxruntime is known for {device.type}; use --device cpu for .onnx files")
+        raise InputError(
+            f"no execution provider of onnxruntime is known for {device.type}; use --device cpu for .onnx files"
+        )
     return [known[device.type], "CPUExecutionProvider"]
 
 
