@@ -47,7 +47,7 @@ from kdlib_faces.progress import say
 from kdlib_faces.recipes.liaad import build
 from kdlib_faces.teachers import cache_outputs, read_outputs
 from kdlib_faces.teachers.open import stage_taps
-from kdlib_faces.training import fit
+from kdlib_faces.training import TrainingConfig, fit
 
 RESULTS = Path(__file__).parent / "results" / "losses_synthetic.json"
 ALONE, TEACHER, FAR, METRIC = "alone", "general teacher", 1e-2, "tar@0.01"

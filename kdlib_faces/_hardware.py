@@ -59,9 +59,14 @@ class Hardware:
         dist.init_process_group(backend, timeout=timedelta(seconds=timeout))
         try:
             yield
-        except BaseException:
-            if backend == "gloo":  # others may wait for the operations of processes that have ended
+        except BaseException as error:
+            if backend == "gloo":  # other backends may wait for the operations of processes that have ended
                 dist.destroy_process_group()
+            if isinstance(error, RuntimeError) and _is_lost(error):
+                raise InputError(
+                    f"another process has ended or has not answered for {timeout:g} s; run the same command again to resume "
+                    f"({' '.join(str(error).split())[:120]})"
+                ) from error
             raise
         dist.destroy_process_group()
 
@@ -150,6 +155,12 @@ def share(count: int, hardware: Hardware) -> range:
     """
     ends = (count * each // hardware.count for each in (hardware.rank, hardware.rank + 1))
     return range(*ends)
+
+
+def _is_lost(error: RuntimeError) -> bool:
+    """Whether an exchange failed because another process is gone: gloo raises plain RuntimeErrors."""
+    words = ("gloo", "connection", "timed out", "timeout")
+    return isinstance(error, dist.DistError) or any(word in str(error).lower() for word in words)
 
 
 def _number(key: str, default: int) -> int:

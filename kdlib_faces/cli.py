@@ -270,8 +270,14 @@ def _report_error(error: BaseException) -> int:
 
 
 def _fail(message: str, code: int = 2) -> int:
-    print(f"kdlib-faces: error: {_printable(message)}", file=sys.stderr)
+    print(f"kdlib-faces: error: {_process()}{_printable(message)}", file=sys.stderr)
     return code
+
+
+def _process() -> str:
+    """The number of this process, if `torchrun` has started several."""
+    several = os.environ.get("WORLD_SIZE", "1") != "1"
+    return f"process {os.environ.get('RANK', '?')}: " if several else ""
 
 
 def _printable(message: str) -> str:

@@ -142,18 +142,19 @@ def _normalize(layer: _BatchNorm, x: Tensor) -> Tensor:
         return plain
     with torch.autocast(x.device.type, enabled=False):
         wide = x.to(torch.float32) if x.dtype in (torch.float16, torch.bfloat16) else x
-        dims = [0, *range(2, x.dim())]
-        shape = [1, -1] + [1] * (x.dim() - 2)
-        # Differences from the running mean keep digits where the mean is large beside the deviation.
-        around = wide.new_zeros(x.shape[1]) if layer.running_mean is None else layer.running_mean.to(wide).clone()
-        centered = wide - around.view(shape)
-        count = wide.new_tensor([x.numel() / x.shape[1]])
-        sums = _Sum.apply(torch.cat([centered.sum(dims), centered.square().sum(dims), count]))  # type: ignore[no-untyped-call]
-        mean, square = sums[:-1].view(2, -1) / sums[-1]
-        variance = (square - mean.square()).clamp(min=0)
-        if layer.running_mean is not None and layer.running_var is not None:
-            _update_statistics(layer, (mean + around).detach(), (variance * sums[-1] / (sums[-1] - 1)).detach())
-        y = (centered - mean.view(shape)) * (variance + layer.eps).rsqrt().view(shape)
+        dims, shape = [0, *range(2, x.dim())], [1, -1] + [1] * (x.dim() - 2)
+        own = wide.mean(dims)
+        spread = (wide - own.view(shape)).square().sum(dims)
+        size = wide.new_full((1,), x.numel() / x.shape[1])
+        rows: Tensor = _AllRows.apply(torch.cat([own, spread, size]))  # type: ignore[no-untyped-call]  # torch's own
+        means, spreads = rows[:, :-1].view(len(rows), 2, -1).unbind(1)
+        sizes = rows[:, -1:]
+        count = sizes.sum()
+        mean = (sizes * means).sum(0) / count
+        # From the spread around each mean, since E[x^2] - E[x]^2 loses digits where the mean is large.
+        variance = (spreads + sizes * (means - mean).square()).sum(0) / count
+        _update_statistics(layer, mean.detach(), (variance * count / (count - 1)).detach())
+        y = (wide - mean.view(shape)) * (variance + layer.eps).rsqrt().view(shape)
         if layer.weight is not None:
             y = y * layer.weight.view(shape) + layer.bias.view(shape)
         return y.to(x.dtype)
@@ -170,17 +171,17 @@ def _update_statistics(layer: _BatchNorm, mean: Tensor, variance: Tensor) -> Non
             running.lerp_(value.to(running), momentum)
 
 
-class _Sum(torch.autograd.Function):
-    """The sum over all processes, which receives the gradients of all of them."""
+class _AllRows(torch.autograd.Function):
+    """The vectors of all processes as rows, whose gradients are summed over the processes."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
-        total = x.clone()
-        dist.all_reduce(total)
-        return total
+        rows = [torch.empty_like(x) for _ in range(dist.get_world_size())]
+        dist.all_gather(rows, x.contiguous())
+        return torch.stack(rows)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Tensor:
         total = gradient.clone()
         dist.all_reduce(total)
-        return total
+        return total[dist.get_rank()]

@@ -14,12 +14,12 @@ import torch._dynamo  # DDP imports it, which takes a second per process unless 
 
 import kdlib_faces.commands.cache
 import kdlib_faces.commands.evaluate
-import kdlib_faces.commands.train
+import kdlib_faces.commands.train  # noqa: F401  # these are imported before the fork
 from kdlib_faces.cli import main as run_command
 from tests.faces.cache_files import make_faces, settings
 
 SETTINGS = (
-    "training.steps=12", "training.lr=0.02", "training.batch_size=8", "training.checkpoint_seconds=1e-6", "recipe.width=0.25",
+    "training.steps=6", "training.lr=0.02", "training.batch_size=8", "training.checkpoint_seconds=1e-6", "recipe.width=0.25",
     "recipe.input_size=32", "recipe.embedding_dim=16", "recipe.weighting=center",
 )  # fmt: skip
 
@@ -29,7 +29,7 @@ def start(words: list[str], rank: int, count: int, port: int, errors: Path) -> i
     child = os.fork()
     if child:
         return child
-    signal.alarm(100)
+    signal.alarm(400)
     names = {"RANK": rank, "WORLD_SIZE": count, "LOCAL_RANK": rank, "MASTER_ADDR": "localhost", "MASTER_PORT": port}
     os.environ.update({name: str(value) for name, value in names.items()})
     code = 1
@@ -53,8 +53,8 @@ def run(words: list[object], count: int, errors: Path, meanwhile: Callable[[list
 
 
 def kill_second(folder: Path, children: list[int]) -> None:
-    """Kill the second process as soon as there is a checkpoint of step 3 or later."""
-    while not any(int(path.stem.split("-")[1]) >= 3 for path in folder.glob("checkpoints/step-*.pt")):
+    """Kill the second process as soon as there is a checkpoint of step 2 or later."""
+    while not any(int(path.stem.split("-")[1]) >= 2 for path in folder.glob("checkpoints/step-*.pt")):
         time.sleep(0.005)
     os.kill(children[1], signal.SIGKILL)
 
@@ -75,7 +75,16 @@ def main(place: Path) -> None:
     wrong = [*common, place / "wrong", *settings("training.batch_size=7")]
     found["wrong"] = run(wrong, 2, place / "wrong.txt")
     for name, count in (("cache_one", 1), ("cache_two", 2)):
-        words = ["cache", "build", "--faces", faces / "faces.csv", "--teacher", faces / "general.pt", "--output", place / name]
+        words = [
+            "cache",
+            "build",
+            "--faces",
+            faces / "faces.csv",
+            "--teacher",
+            faces / "general.pt",
+            "--output",
+            place / name,
+        ]
         found[name] = run([*words, *settings("batch_size=2")], count, place / f"{name}.txt")
     for name, count in (("report_one", 1), ("report_two", 2)):
         words = ["evaluate", "--faces", faces / "faces.csv", "--model", faces / "general.pt", "--output", place / name]
