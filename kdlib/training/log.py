@@ -6,20 +6,62 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import NotRequired, TypedDict
 
 from kdlib.training._checks import check_argument
 
-__all__ = ["append_log", "read_log"]
+__all__ = ["LogRow", "Speed", "append_log", "read_log"]
 
 
-def read_log(path: str | PathLike[str]) -> list[dict[str, Any]]:
+class Speed(TypedDict):
+    """Speed of a run since its process started training, as in `TrainEvent`.
+
+    Attributes:
+        images_per_second: Throughput of all processes.
+        step_seconds: Mean duration of a step.
+        data_wait: Share of that time in which the first process waited for the loader.
+        memory: Peak memory of tensors on the GPU in bytes; 0 on the CPU.
+    """
+
+    images_per_second: float
+    step_seconds: float
+    data_wait: float
+    memory: int
+
+
+class LogRow(TypedDict):
+    """Values of one step in a log.
+
+    Attributes:
+        step: Completed steps, including this one.
+        epoch: Epoch of the batches of this step, from 0.
+        lr: Learning rate of the first parameter group.
+        total: Loss.
+        terms: Value of each term before its weight is applied; `None` if it is not finite.
+        weights: Mean weight of each teacher, for each term with teachers; absent without such a term.
+        metrics: Result of the evaluation after this step; absent if there was none.
+        improved: Whether the monitored metric is the best so far; absent if there was no evaluation.
+        seconds: Training time of the run in seconds.
+        speed: Speed of the run.
+    """
+
+    step: int
+    epoch: int
+    lr: float
+    total: float
+    terms: dict[str, float | None]
+    weights: NotRequired[dict[str, list[float]]]
+    metrics: NotRequired[dict[str, float]]
+    improved: NotRequired[bool]
+    seconds: float
+    speed: Speed
+
+
+def read_log(path: str | PathLike[str]) -> list[LogRow]:
     """Read the rows of a log of `train`; an incomplete last line is skipped.
 
     Returns:
-        One dict per row, in order, with keys step, epoch, lr, total, terms, weights, seconds and speed (images_per_second,
-        step_seconds, data_wait and memory, as in `TrainEvent`). Rows of evaluated steps also contain metrics and, with
-        `TrainConfig.monitor`, improved.
+        The rows in order.
 
     Raises:
         ValueError: A line other than the last is not a row of a training log.
@@ -28,7 +70,7 @@ def read_log(path: str | PathLike[str]) -> list[dict[str, Any]]:
 
 
 @contextmanager
-def append_log(path: str | PathLike[str] | None, *, last_step: int) -> Iterator[Callable[[dict[str, Any]], None]]:
+def append_log(path: str | PathLike[str] | None, *, last_step: int) -> Iterator[Callable[[LogRow], None]]:
     """Yield a function that appends one row and flushes it; `None` as the path writes nothing.
 
     The rows after `last_step` are removed first (0 empties the log of an earlier run): an interrupted run may have logged
@@ -50,7 +92,7 @@ def append_log(path: str | PathLike[str] | None, *, last_step: int) -> Iterator[
     except OSError as error:
         check_argument(False, f"log_path must be a writable file, got {path}: {error.strerror or error}")
 
-    def write(row: dict[str, Any]) -> None:
+    def write(row: LogRow) -> None:
         file.write(json.dumps(row, allow_nan=False) + "\n")
         file.flush()
 
@@ -58,9 +100,9 @@ def append_log(path: str | PathLike[str] | None, *, last_step: int) -> Iterator[
         yield write
 
 
-def _good_rows(path: Path, *, last_step: int | None) -> tuple[list[dict[str, Any]], int]:
+def _good_rows(path: Path, *, last_step: int | None) -> tuple[list[LogRow], int]:
     """Return the rows up to `last_step`, and the size in bytes of their lines."""
-    rows: list[dict[str, Any]] = []
+    rows: list[LogRow] = []
     size = 0
     with path.open("rb") as file:
         lines = file.read().splitlines(keepends=True)
