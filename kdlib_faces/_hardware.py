@@ -88,7 +88,7 @@ def find_hardware(name: str | None = None) -> Hardware:
     rank, count, local = (_number(key, default) for key, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
     device = choose_device(name)
     if count > 1 and device.type != "cpu":
-        if device.index is not None:
+        if name is not None and ":" in name:
             raise InputError(
                 f"--device must be a kind of device with several processes, such as {device.type}, got {name}"
             )
