@@ -82,8 +82,7 @@ def train(
     processes = Processes()
     deferred = DeferredSignals(active=config.checkpoint_dir is not None, repeated=processes.count > 1)
     randomness = private_randomness(device, config.seed + processes.rank)
-    synchronized = synchronized_batch_norm(distiller, active=config.sync_batch_norm and processes.count > 1)
-    with closing(processes), randomness, synchronized, compiled(distiller, config), deferred as signals:
+    with closing(processes), randomness, compiled(distiller, config), deferred as signals:
         with processes.together():
             if isinstance(loader, Shardable):
                 loader.shard(processes.rank, processes.count)
@@ -116,6 +115,9 @@ def train(
         waited, first_step = 0.0, run.step
 
         with ExitStack() as stack:
+            # After the projections have been created.
+            active = config.sync_batch_norm and processes.count > 1
+            stack.enter_context(synchronized_batch_norm(distiller, active=active))
             with processes.together():
                 path = config.log_path if processes.rank == 0 and not run.finished else None
                 reported = run.step - run.evaluation_due  # a step is reported with its evaluation
