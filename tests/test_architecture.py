@@ -249,7 +249,7 @@ def test_files_are_read_without_running_code() -> None:
                 loads += 1
                 assert given.get("allow_pickle", "False") == "False", f"{name}:{node.lineno}: np.load with pickle"
             assert called not in ("eval", "exec"), f"{name}:{node.lineno}: {called}"
-    assert loads >= 3
+    assert loads >= 2
 
 
 def raised_directly(name: str) -> list[tuple[int, str]]:

@@ -82,7 +82,7 @@ def build(
     config: CacheConfig,
     *,
     output: Path,
-    faces: Sequence[str],
+    data: Sequence[str],
     teacher: Path,
     taps: Sequence[str] = (),
     workers: int = 1,
@@ -95,13 +95,14 @@ def build(
     Args:
         config: configuration of the build.
         output: folder of the cache.
-        faces: lists or folders; the id of an image is its row, counted over all lists.
+        data: entries of `read_faces`; the id of an image is its row, counted over all of them.
         teacher: a checkpoint or an ONNX file.
         taps: `FEATURE=NAME` of a module or tensor to store in addition to the embedding, or `stage0` to `stage3`; `NAME`
             alone means the feature `map`.
         workers: number of processes.
         progress: show progress.
-        on_error: see `read_faces`.
+        on_error: what to do about images that cannot be read: `"stop"` is an error that lists those of a batch, `"skip"` stores
+            the outputs for a black image with a warning, so that rows keep their numbers.
         hardware: device of the teacher, and the processes that share the work; None for the CPU.
 
     Returns:
@@ -118,8 +119,8 @@ def build(
         raise InputError("cache: workers must be 1 on Windows, which does not support POSIX locks")
     before = torch.get_num_threads()
     threads = max(1, before // workers)
-    listed = read_faces(faces, on_error=on_error, unlabeled=True)
-    work = partial(_build, config, output, listed, teacher, tuple(taps), hardware.device)
+    faces = read_faces(data, on_error="stop" if on_error == "stop" else "keep", unlabeled=True)
+    work = partial(_build, config, output, faces, teacher, tuple(taps), on_error, hardware.device)
     torch.set_num_threads(threads)
     try:
         with _sigterm_exits(), _workers(workers - 1, work, threads, quiet=not progress):
@@ -134,6 +135,7 @@ def _build(
     faces: FaceList,
     teacher: Path,
     taps: Sequence[str],
+    on_error: Literal["stop", "skip"],
     device: torch.device,
     *,
     quiet: bool,
@@ -147,7 +149,7 @@ def _build(
         size=size,
         decoders=decoders,
         images=config.input,
-        quiet=quiet,
+        on_error=on_error,
         device=device,
         amp=config.amp,
     )
@@ -172,7 +174,7 @@ def _build(
 def verify(
     path: Path,
     *,
-    faces: Sequence[str] = (),
+    data: Sequence[str] = (),
     teacher: Path | None = None,
     rows: int = 64,
     decoders: int = 2,
@@ -182,7 +184,7 @@ def verify(
 
     Args:
         path: folder of the cache.
-        faces: the lists that it was built from.
+        data: the entries that it was built from.
         teacher: the file that it was built from.
         rows: number of rows to recompute.
         decoders: threads that decode images.
@@ -192,22 +194,22 @@ def verify(
         InputError: the lists or the teacher cannot be used, or only one of them is given.
         CacheError: the cache is incomplete, damaged, or belongs to something else.
     """
-    if bool(faces) != (teacher is not None):
-        raise InputError("cache verify: --faces and --teacher must be given together, to recompute some rows")
+    if bool(data) != (teacher is not None):
+        raise InputError("cache verify: --data and --teacher must be given together, to recompute some rows")
     cache = TeacherCache.open(path)
     with progress_to("checking", quiet=not progress) as show:
         if teacher is None:
             return verify_cache(cache, progress=show)
         views, taps, size, images, amp = _build_options(cache)
         source = CacheSource(
-            read_faces(faces, unlabeled=True),
+            read_faces(data, on_error="keep", unlabeled=True),
             teacher,
             taps,
             views,
             size=size,
             decoders=decoders,
             images=images,
-            quiet=not progress,
+            on_error="skip",
             amp=amp,
         )
         TeacherCache.open(path, fingerprint=source.fingerprint)

@@ -17,18 +17,18 @@ def main(options: Namespace, command: str) -> None:
     progress = not options.quiet
     if options.action == "verify":
         check = verify(
-            options.directory, faces=options.faces, teacher=options.teacher, rows=options.rows, progress=progress
+            options.directory, data=options.data, teacher=options.teacher, rows=options.rows, progress=progress
         )
         print(describe_check(check))
         return
     if options.action == "build":
-        if not options.faces:
-            raise InputError("cache build: --faces must be given, a CSV list or a folder")
+        if not options.data:
+            raise InputError("cache build: --data must be given: a CSV list, a folder, a .rec file or tar shards")
         hardware, config = find_hardware(options.device), _config(options)
         progress = progress and hardware.first
         say(f"device: {hardware.describe(config.amp)}", quiet=not progress)
         build(
-            config, output=options.output, faces=options.faces, teacher=options.teacher, taps=options.tap,
+            config, output=options.output, data=options.data, teacher=options.teacher, taps=options.tap,
             workers=options.workers, progress=progress, on_error=options.on_error, hardware=hardware,
         )  # fmt: skip
         if not hardware.first:

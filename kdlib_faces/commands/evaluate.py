@@ -32,7 +32,7 @@ def main(options: Namespace, command: str) -> None:
     say(f"device: {hardware.describe(config.amp)}", quiet=quiet)
     run(
         config,
-        output=options.output, faces=options.faces, models=options.model, inputs=options.input,
+        output=options.output, data=options.data, models=options.model, inputs=options.input,
         embeddings=options.embeddings, pairs=options.pairs, protocols=options.protocols, scores=options.scores,
         progress=not quiet, command=command, on_error=options.on_error, hardware=hardware, workers=options.workers,
     )  # fmt: skip
@@ -42,7 +42,7 @@ def run(
     config: EvaluateConfig,
     *,
     output: Path,
-    faces: Sequence[str | os.PathLike[str]] = (),
+    data: Sequence[str | os.PathLike[str]] = (),
     models: Sequence[str | os.PathLike[str]] = (),
     inputs: Sequence[str] = (),
     embeddings: Sequence[str | os.PathLike[str]] = (),
@@ -75,7 +75,7 @@ def run(
     hardware = hardware or Hardware()
     with swept(output), locked(output, hardware.first):
         prepared = prepare(
-            config, work=output / "work", faces=faces, models=models, inputs=inputs, embeddings=embeddings,
+            config, work=output / "work", data=data, models=models, inputs=inputs, embeddings=embeddings,
             pairs=pairs, protocols=protocols, progress=progress, on_error=on_error, hardware=hardware, workers=workers,
         )  # fmt: skip
         if not hardware.first:

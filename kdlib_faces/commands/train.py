@@ -41,16 +41,16 @@ def main(options: Namespace, command: str) -> None:
         raise InputError(f"train: --start applies to recipe 'liaad' only, got recipe {recipe!r}")
     given = [*precision(options, "training."), *options.settings]
     config = load_config(CONFIGS[recipe], options.config, given, other_tables=[TABLE])
-    faces, teachers = options.faces or recorded.faces, options.teacher or recorded.teachers
+    data, teachers = options.data or recorded.data, options.teacher or recorded.teachers
     recorded_inputs = [] if options.teacher else recorded.inputs
     if versions := recorded.other_versions():
         say(f"the run of {options.config} had other versions: {versions}", quiet=quiet)
     say(f"device: {hardware.describe(config.training.amp)}", quiet=quiet)
     run = RunOptions(
-        output=options.output, faces=faces, teachers=teachers, seed=_first(options.seed, recorded.seed, 0),
+        output=options.output, data=data, teachers=teachers, seed=_first(options.seed, recorded.seed, 0),
         progress=not quiet, on_error=options.on_error or ("skip" if recorded.on_error == "skip" else "stop"), start=start,
         inputs=inputs_of_models(options.input or recorded_inputs, len(teachers)), hardware=hardware, workers=options.workers,
-        tensorboard=options.tensorboard, expected={} if options.faces or options.teacher else recorded.fingerprints,
+        tensorboard=options.tensorboard, expected={} if options.data or options.teacher else recorded.fingerprints,
     )  # fmt: skip
     with swept(run.output), locked(run.output, hardware.first), hardware.process_group(options.timeout):
         _train(recipe, config, run)

@@ -10,6 +10,7 @@ from pathlib import Path
 from PIL import Image, ImageFile, UnidentifiedImageError
 
 from kdlib_faces._checks import InputError
+from kdlib_faces.data.sources.base import ImageSource
 
 __all__ = ["describe_far_sizes", "image_size", "image_suffixes", "is_image", "open_rgb", "scan_folder", "spaced_rows"]
 
@@ -36,7 +37,8 @@ TURNS = {
 @cache
 def _formats() -> tuple[str, ...]:
     Image.init()
-    return tuple(each for each in Image.ID if each in Image.OPEN and each not in UNREAD)
+    known = [each for each in Image.ID if each in Image.OPEN and each not in UNREAD]
+    return tuple(sorted(known, key=lambda each: each not in ("JPEG", "PNG")))  # the first that accepts a file is used
 
 
 @cache
@@ -96,7 +98,9 @@ def open_rgb(source: str | PathLike[str] | bytes, name: str) -> Image.Image:
                 raise InputError(f"{name}: images of mode {image.mode!r} are not read, convert to 8 bits per channel")
             image.load()  # Pillow turns TIFF files itself, and then drops their orientation.
             turn = TURNS.get(_orientation(image))
-            rgb = (image.convert("RGBA") if image.mode == "P" else image).convert("RGB")
+            rgb: Image.Image = image
+            if image.mode != "RGB":
+                rgb = (image.convert("RGBA") if image.mode == "P" else image).convert("RGB")
             return rgb if turn is None else rgb.transpose(turn)
     except InputError:
         raise
@@ -115,6 +119,8 @@ def _open(source: str | PathLike[str] | bytes) -> ImageFile.ImageFile:
 
 def _orientation(image: Image.Image) -> int:
     """The EXIF orientation; 1, upright, where the metadata have none or are broken."""
+    if image.format == "JPEG" and image.info.keys().isdisjoint(("exif", "xmp", "XML:com.adobe.xmp")):
+        return 1
     try:
         return int(image.getexif().get(ORIENTATION, 1))
     except Exception:  # as for the image itself
@@ -137,21 +143,27 @@ def spaced_rows(count: int) -> list[int]:
     return sorted({row * count // SAMPLE for row in range(SAMPLE)}) if count > SAMPLE else list(range(count))
 
 
-def describe_far_sizes(sources: Sequence[str | PathLike[str] | bytes], size: int) -> str:
+def describe_far_sizes(images: ImageSource | Sequence[bytes], size: int) -> str:
     """Return a warning if images are more than twice as large as a network's `size`, or less than half; else nothing.
 
-    At most 256 headers, evenly spaced, are read of the files or encoded images.
+    At most 256 headers, evenly spaced, are read of the encoded images.
     """
-    rows = spaced_rows(len(sources))
-    sizes = [(row, found) for row in rows if (found := image_size(sources[row])) is not None]
+    rows = spaced_rows(len(images))
+    sizes = [(row, found) for row in rows if (found := _size_of(images, row)) is not None]
     far = [(row, found) for row, found in sizes if max(found) > 2 * size or max(found) < size / 2]
     if not far:
         return ""
     row, (height, width) = max(far, key=lambda each: abs(each[1][0] * each[1][1] - size * size))
-    source = sources[row]
-    name = f"image {row}" if isinstance(source, bytes) else source
-    sampled = f"{len(sizes):,}" if len(rows) == len(sources) else f"{len(sizes):,} sampled"
+    name = images.name(row) if isinstance(images, ImageSource) else f"image {row}"
+    sampled = f"{len(sizes):,}" if len(rows) == len(images) else f"{len(sizes):,} sampled"
     return (
         f"{len(far):,} of {sampled} images are far from the {size} x {size} pixels that the network reads, such as "
         f"{name} with {width} x {height}; the network expects aligned crops"
     )
+
+
+def _size_of(images: ImageSource | Sequence[bytes], row: int) -> tuple[int, int] | None:
+    try:
+        return image_size(images[row])
+    except InputError:  # as in `image_size`
+        return None

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from kdlib.functional import attention_map
 from kdlib_faces._checks import InputError
 from kdlib_faces._hardware import CPU
-from kdlib_faces.data.images import load_images
+from kdlib_faces.data.dataset import load_images
 from kdlib_faces.data.lists import FaceList, read_faces
 from kdlib_faces.demo.config import DemoConfig
 from kdlib_faces.demo.data import DemoData, DemoModel

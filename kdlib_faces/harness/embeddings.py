@@ -23,8 +23,8 @@ from kdlib._atomic import atomic_write
 from kdlib_faces._checks import InputError
 from kdlib_faces._hardware import CPU, Amp, Hardware, autocast, share
 from kdlib_faces._modes import eval_mode
+from kdlib_faces.data.dataset import decode_batches
 from kdlib_faces.data.image_files import describe_far_sizes
-from kdlib_faces.data.images import decode_batches
 from kdlib_faces.data.lists import warn
 from kdlib_faces.evaluation.embedding import embed_batch
 from kdlib_faces.evaluation.summary import ModelEntry

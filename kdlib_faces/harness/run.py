@@ -16,7 +16,7 @@ from kdlib_faces.data.lists import FaceList, read_faces
 from kdlib_faces.evaluation.summary import DataSummary, ModelEntry
 from kdlib_faces.harness.embeddings import OpenedModel, embed_set, open_model, read_embeddings
 from kdlib_faces.harness.evaluate import EvaluatedModel
-from kdlib_faces.harness.image_sets import OF_EMBEDDINGS, ImageSet, images_of_files
+from kdlib_faces.harness.image_sets import OF_EMBEDDINGS, ImageSet, images_of_source
 from kdlib_faces.harness.lists import tasks_of_faces
 from kdlib_faces.harness.registry import PROTOCOLS
 from kdlib_faces.harness.tasks import EvaluateConfig, EvaluationTask, ProtocolSpec, Settings, parse_protocol
@@ -46,7 +46,7 @@ def prepare(
     config: EvaluateConfig,
     *,
     work: Path,
-    faces: Sequence[PathLike] = (),
+    data: Sequence[PathLike] = (),
     models: Sequence[PathLike] = (),
     inputs: Sequence[str] = (),
     embeddings: Sequence[PathLike] = (),
@@ -62,15 +62,15 @@ def prepare(
     Args:
         config: Settings.
         work: Folder in which embeddings are kept; an interrupted run continues from it.
-        faces: Face lists, as `read_faces` takes them; for protocols without images of their own.
+        data: Face lists, as `read_faces` takes them; for protocols without images of their own.
         models: `.onnx` or weight files, or `NAME=FILE` to name them in the report.
         inputs: What is stated about the images of the models: one text of `InputOptions.parse` for all, or one for each.
         embeddings: `.npy` files (n, d), rows in the order of the images; or folders with one such file per image set,
-            named after it: `lfw.npy`, `fgnet.npy`, and `faces.npy` for the lists of `faces`; or `NAME=FILE`.
-        pairs: A pairs file in the format of LFW, on `faces`.
-        protocols: `NAME[=PATH][,key=PATH ...]` each; without any, all that the lists of `faces` allow.
+            named after it: `lfw.npy`, `fgnet.npy`, and `faces.npy` for those of `data`; or `NAME=FILE`.
+        pairs: A pairs file in the format of LFW, on the images of `data`.
+        protocols: `NAME[=PATH][,key=PATH ...]` each; without any, all that the lists of `data` allow.
         progress: Show progress.
-        on_error: Whether images of `faces` that cannot be read stop the evaluation; see `read_faces`.
+        on_error: Whether images of `data` that cannot be read stop the evaluation; see `read_faces`.
         hardware: Device of the models, and the processes that share the images; None for this process on the CPU.
         workers: Threads that decode images.
 
@@ -82,13 +82,13 @@ def prepare(
     for what, given, most in (("models", [*models, *embeddings], 100), ("protocols", protocols, 100)):
         if len(given) > most:
             raise InputError(f"evaluate: at most {most} {what} are evaluated at once, got {len(given)}")
-    if not faces and not protocols:
-        raise InputError("evaluate: --faces or --protocol must be given: what is to be measured?")
-    face_list = read_faces(faces, on_error=on_error) if faces else None
+    if not data and not protocols:
+        raise InputError("evaluate: --data or --protocol must be given: what is to be measured?")
+    face_list = read_faces(data, on_error=on_error) if data else None
     settings = _settings(config, face_list, progress)
     tasks, notes = _tasks(settings, protocols, pairs)
     if not tasks:
-        raise InputError(f"evaluate: nothing can be measured on {', '.join(map(str, faces))}: {'; '.join(notes)}")
+        raise InputError(f"evaluate: nothing can be measured on {', '.join(map(str, data))}: {'; '.join(notes)}")
     if embeddings:
         alignment = "{}; embeddings from files as they are" if models else OF_EMBEDDINGS
         tasks = [
@@ -105,7 +105,7 @@ def prepare(
 def _settings(config: EvaluateConfig, faces: FaceList | None, progress: bool) -> Settings:
     flip = "embedding of the mirrored image added before normalizing" if config.flip else "plain image only"
     convention = {"Flip": f"{flip}; embeddings from files as they are"}
-    images = None if faces is None else images_of_files("faces", faces.paths)
+    images = None if faces is None else images_of_source("faces", faces.images)
     return Settings(config, faces, images, convention, progress)
 
 

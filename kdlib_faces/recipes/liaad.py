@@ -36,7 +36,7 @@ from kdlib_faces.recipes.start import load_start, start_student
 from kdlib_faces.recipes.student import refuse_unused
 from kdlib_faces.teachers.input_options import InputOptions, inputs_of_models
 from kdlib_faces.teachers.open import open_teacher, stage_taps
-from kdlib_faces.training import RunOptions, TrainingSetup, load_training_images, train_on_faces
+from kdlib_faces.training import RunOptions, TrainingSetup, open_training_images, train_on_faces
 
 __all__ = ["AGE", "GENERAL", "JOINT", "LIAADConfig", "LIAADRunConfig", "LIAADSettings", "build", "features_read", "main", "train"]  # fmt: skip
 
@@ -172,7 +172,6 @@ def train(config: LIAADRunConfig, options: RunOptions) -> Path:
                 source, recipe, inputs.get(source.role, InputOptions()), options.hardware.device
             ),
             mirrored=config.augment.mirror > 0,
-            quiet=not options.progress,
         )
         for line in opened.messages:
             say(line, quiet=not options.progress)
@@ -186,7 +185,7 @@ def train(config: LIAADRunConfig, options: RunOptions) -> Path:
             own = recipe if network is None else replace(recipe, embedding_dim=network.embedding_dim)
             check_one_space(opened, faces, own, compare=not untrained)
         if recipe.target == "joint" or started:
-            pixels = load_training_images(faces, recipe.input_size, options)
+            pixels = open_training_images(faces, recipe.input_size, options)
             teachers = cache_live_teachers(teachers, pixels, options.output / "teachers", quiet=not options.progress)
         if recipe.target == "joint":
             joint = join_teachers(
@@ -217,7 +216,7 @@ def train(config: LIAADRunConfig, options: RunOptions) -> Path:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the recipe on face lists: `python -m kdlib_faces.recipes.liaad --teacher A --teacher B --faces LIST`.
+    """Run the recipe on face lists: `python -m kdlib_faces.recipes.liaad --teacher A --teacher B --data LIST`.
 
     Args:
         arguments: The command line after the program's name; None takes that of the process.
@@ -227,7 +226,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     parser = argparse.ArgumentParser(prog="python -m kdlib_faces.recipes.liaad", description=__doc__)
     for name, text in (
-        ("faces", "CSV list or folder"), ("teacher", "general first, then age-invariant"), ("set", "setting KEY=VALUE"),
+        ("data", "CSV list, folder, .rec file or tar shards"), ("teacher", "general first, then age-invariant"), ("set", "setting KEY=VALUE"),
         ("input", "images of the teachers, as `InputOptions.parse` reads them"),
     ):  # fmt: skip
         parser.add_argument(f"--{name}", action="append", default=[], help=f"{text}; repeatable")
@@ -238,7 +237,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = parser.parse_args(arguments)
     try:
         run = RunOptions(
-            output=given.output, faces=given.faces, teachers=given.teacher, seed=given.seed, progress=not given.quiet,
+            output=given.output, data=given.data, teachers=given.teacher, seed=given.seed, progress=not given.quiet,
             inputs=inputs_of_models(given.input, len(given.teacher)),
         )  # fmt: skip
         train(load_config(LIAADRunConfig, given.config, given.set), run)

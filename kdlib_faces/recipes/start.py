@@ -15,6 +15,7 @@ from kdlib.compression import ShrinkStep, shrink
 from kdlib_faces._checks import InputError
 from kdlib_faces.backbones import Backbone, InputSpec, count_macs, count_parameters, load_backbone, save_backbone
 from kdlib_faces.caching.teachers import targets_read
+from kdlib_faces.data.dataset import FaceImages
 from kdlib_faces.data.images import to_float
 from kdlib_faces.progress import progress, say
 from kdlib_faces.teachers.open import load_pretrained
@@ -87,7 +88,7 @@ def load_start(start: str) -> Backbone | None:
 
 
 def start_student(
-    network: Backbone, images: Tensor, config: StartConfig, options: RunOptions, *, joint: nn.Module | None
+    network: Backbone, images: Tensor | FaceImages, config: StartConfig, options: RunOptions, *, joint: nn.Module | None
 ) -> Backbone:
     """Make the student of `--start shrink:FILE`, or read it from the folder of an interrupted run.
 
@@ -136,7 +137,7 @@ def _target(joint: nn.Module, rows: Tensor, view: int) -> Tensor:
 
 def shrink_teacher(
     network: Backbone,
-    images: Tensor,
+    images: Tensor | FaceImages,
     config: StartConfig,
     *,
     seed: int,
@@ -179,7 +180,7 @@ def _last(network: nn.Module, kind: type[L]) -> tuple[str, L]:
 @torch.no_grad()
 def fit_last_layer(
     network: Backbone,
-    images: Tensor,
+    images: Tensor | FaceImages,
     target: Target,
     *,
     progress: Callable[[Sequence[Tensor]], Iterable[Tensor]] = iter,

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from kdlib.cache import CachedTeacher, CacheError, Fingerprint, TeacherCache, model_fingerprint
 from kdlib_faces._checks import InputError
+from kdlib_faces.data.dataset import FaceImages
 from kdlib_faces.data.images import to_float
 from kdlib_faces.progress import progress_to
 
@@ -20,7 +21,7 @@ _BATCH = 128
 
 def cache_outputs(
     teacher: nn.Module,
-    images: Tensor,
+    images: Tensor | FaceImages,
     folder: str | os.PathLike[str],
     *,
     fingerprint: str | None = None,
@@ -55,7 +56,7 @@ def cache_outputs(
         tensor([[1., 1., 1.]])
     """
     digest = hashlib.sha256(str(tuple(images.shape)).encode())
-    digest.update(images[:: max(1, len(images) // 512)].contiguous().numpy().tobytes())
+    digest.update(images[torch.arange(0, len(images), max(1, len(images) // 512))].contiguous().numpy().tobytes())
     data, weights = digest.hexdigest(), fingerprint or model_fingerprint(teacher)
 
     def fetch(samples: Tensor, view: int) -> Tensor:

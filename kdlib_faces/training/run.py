@@ -1,19 +1,20 @@
 """A training run on face lists: reads them, checks the run folder, trains, and writes the network."""
 
+import os
 from collections.abc import Callable, Mapping
+from contextlib import closing
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Literal
 
-from torch import Tensor
-
 from kdlib.distiller import Distiller
 from kdlib_faces._checks import InputError
 from kdlib_faces._output import check_output
 from kdlib_faces.data.batches import FaceBatches
-from kdlib_faces.data.images import load_images
-from kdlib_faces.data.lists import FaceList, read_faces
+from kdlib_faces.data.dataset import FaceImages, list_errors
+from kdlib_faces.data.image_files import describe_far_sizes
+from kdlib_faces.data.lists import FaceList, read_faces, warn
 from kdlib_faces.data.samplers import choose_samples_per_identity
 from kdlib_faces.data.seeded_views import SeededViews
 from kdlib_faces.progress import progress, say
@@ -24,10 +25,10 @@ from kdlib_faces.training.run_record import FILE, check_expected, check_same_run
 from kdlib_faces.training.settings import RunConfig, RunOptions
 from kdlib_faces.training.speed import check_tensorboard
 
-__all__ = ["TrainingSetup", "load_training_images", "train_on_faces"]
+__all__ = ["TrainingSetup", "open_training_images", "train_on_faces"]
 
-MAX_MEMORY = 8 * 2**30
-"""Bytes of pixels that are held in memory; larger lists are stored in `OUTPUT/images.npy`."""
+MAX_MEMORY = 2**30
+"""Bytes of pixels up to which all images are decoded once and held in memory; others are decoded in every epoch."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,10 +43,11 @@ class TrainingSetup:
         fingerprints: Names of the teachers, or of the pretrained network, to their fingerprints.
         views: Views that caches of teacher outputs hold and that replace random augmentation.
         pair_ages: The target that holds the ages of cross-age pairs; None trains without pairs.
+        min_age_gap: Minimum age difference of a cross-age pair, years; 1 for age groups.
         optimizer: `"sgd"` from scratch, `"adamw"` for fine-tuning.
         steps: Number of weight updates where the configuration sets none.
         lr: Peak learning rate where the configuration sets none.
-        images: The training images `(n, 3, h, w)` uint8 if the recipe has read them already.
+        images: The training images if the recipe has opened them already.
     """
 
     config: RunConfig
@@ -55,10 +57,11 @@ class TrainingSetup:
     fingerprints: Mapping[str, str] = field(default_factory=dict)
     views: SeededViews | None = None
     pair_ages: Literal["age", "age_group"] | None = None
+    min_age_gap: float = 10.0
     optimizer: Optimizer = "sgd"
     steps: int = 10_000
     lr: float = 0.1
-    images: Tensor | None = None
+    images: FaceImages | None = None
 
 
 def train_on_faces(
@@ -66,7 +69,8 @@ def train_on_faces(
 ) -> Path:
     """Train on face lists and write `model.pt` and `run.toml`; the same call resumes an interrupted run.
 
-    Pixels beyond 8 GiB (228,000 images of 112 pixels) are decoded once to `OUTPUT/images.npy` and read from there.
+    Images are decoded in every epoch, by `options.workers` processes; up to 1 GiB of pixels (28,000 images of 112 x 112) are
+    decoded once and held in memory.
 
     Args:
         build: The recipe: face lists to everything that it decides.
@@ -81,12 +85,12 @@ def train_on_faces(
         InputError: Lists, teachers or output cannot be used, or the output holds another run.
     """
     quiet, output = not options.progress, options.output
-    if not options.faces:
-        raise InputError("train: --faces must be given, a CSV list or a folder")
+    if not options.data:
+        raise InputError("train: --data must be given: a CSV list, a folder, a .rec file or tar shards")
     if options.tensorboard:
         check_tensorboard()
-    check_output(output, "checkpoints", FILE, "images.npy", "images.npy.part", "log.jsonl", "tensorboard")
-    listed = read_faces(options.faces, on_error=options.on_error, unlabeled=unlabeled)
+    check_output(output, "checkpoints", FILE, "log.jsonl", "tensorboard")
+    listed = read_faces(options.data, on_error="stop" if options.on_error == "stop" else "keep", unlabeled=unlabeled)
     setup = build(listed)
     training = setup.config.training
     record = describe_run(setup.config, options, recipe, listed, setup.fingerprints)
@@ -95,43 +99,32 @@ def train_on_faces(
     if len(listed) < training.batch_size:
         raise InputError(f"train: batch_size must be at most the {len(listed)} images, got {training.batch_size}")
 
-    images = setup.images
-    if images is None:
-        images = load_training_images(listed, setup.input_size, options)
-    size, identities = training.batch_size, listed.num_identities
-    batches = FaceBatches(
-        images,
-        listed.identities,
-        batch_size=size,
-        seed=options.seed,
-        ages=listed.ages,
-        age_groups=listed.age_groups,
-        augment=setup.config.augment if setup.views is None else None,
-        views=setup.views,
-        samples_per_identity=choose_samples_per_identity(size, identities) if setup.pair_ages else None,
-        identity_age=setup.pair_ages,
-    )
+    images = setup.images or open_training_images(listed, setup.input_size, options)
+    batches = _batches(images, listed, setup, options)
     replace_strided_depthwise(setup.network)
     hardware = options.hardware
     if hardware.first:
         output.mkdir(parents=True, exist_ok=True)
         write_run_record(output, record)
     hardware.wait_for_all()
-    fit(
-        setup.distiller,
-        batches,
-        output,
-        steps=training.steps or setup.steps,
-        lr=training.lr or setup.lr,
-        seed=options.seed,
-        label=recipe,
-        quiet=quiet,
-        settings=training,
-        optimizer=setup.optimizer,
-        device=hardware.device,
-        tensorboard=options.tensorboard and hardware.first,
-        workers=options.workers,
-    )
+    with closing(batches):
+        fit(
+            setup.distiller,
+            batches,
+            output,
+            steps=training.steps or setup.steps,
+            lr=training.lr or setup.lr,
+            seed=options.seed,
+            label=recipe,
+            quiet=quiet,
+            settings=training,
+            optimizer=setup.optimizer,
+            device=hardware.device,
+            tensorboard=options.tensorboard and hardware.first,
+            workers=batches.workers,
+        )
+    if batches.unreadable:
+        warn(f"train: skipped what cannot be read: {list_errors(list(batches.unreadable.values()), len(listed))}")
     target = output / "model.pt"
     if hardware.first:
         save_teacher(setup.network, target)
@@ -139,24 +132,48 @@ def train_on_faces(
     return target
 
 
-def load_training_images(faces: FaceList, size: int, options: RunOptions) -> Tensor:
-    """Decode all images of a list, into memory or, beyond 8 GiB, into `OUTPUT/images.npy`.
+def open_training_images(faces: FaceList, size: int, options: RunOptions) -> FaceImages:
+    """Open the images of a list; up to 1 GiB of pixels are decoded now and held in memory.
 
     Args:
         faces: The list.
         size: Side of the images, pixels.
-        options: Output and progress.
+        options: Progress, and what to do about images that cannot be read.
 
-    Returns:
-        `(n, 3, size, size)` uint8.
+    Raises:
+        InputError: Images cannot be read and are not skipped; the message lists all of them.
     """
-    large = len(faces) * 3 * size**2 > MAX_MEMORY
-    if not large:
-        return load_images(faces, size, progress=partial(progress, quiet=not options.progress), workers=options.workers)
-    options.output.mkdir(parents=True, exist_ok=True)
-    target = options.output / "images.npy"
-    if options.hardware.first:
-        bar = partial(progress, quiet=not options.progress)
-        load_images(faces, size, progress=bar, memory_map=target, workers=options.workers)
-    options.hardware.wait_for_all()
-    return load_images(faces, size, memory_map=target)
+    images = FaceImages(faces.images, size, threads=2, on_error=options.on_error)
+    warn(describe_far_sizes(faces.images, size))
+    if images.shape.numel() <= MAX_MEMORY:
+        images.preload(progress=partial(progress, quiet=not options.progress))
+    return images
+
+
+def _batches(images: FaceImages, listed: FaceList, setup: TrainingSetup, options: RunOptions) -> FaceBatches:
+    training, identities = setup.config.training, listed.num_identities
+    sampler = training.sampler
+    if sampler == "auto":
+        sampler = "balanced" if setup.pair_ages else "shuffled"
+    ages = setup.pair_ages or (None if sampler != "cross_age" else "age" if listed.ages is not None else "age_group")
+    if sampler == "cross_age" and (listed.ages if ages == "age" else listed.age_groups) is None:
+        raise InputError("train: training.sampler=cross_age needs ages or age groups, the lists have neither")
+    workers = options.workers
+    if workers is None:
+        workers = 0 if images.preloaded else min(4, os.cpu_count() or 1)
+    return FaceBatches(
+        images,
+        listed.identities,
+        batch_size=training.batch_size,
+        seed=options.seed,
+        ages=listed.ages,
+        age_groups=listed.age_groups,
+        augment=setup.config.augment if setup.views is None else None,
+        views=setup.views,
+        samples_per_identity=None
+        if sampler == "shuffled"
+        else choose_samples_per_identity(training.batch_size, identities),
+        min_age_gap=(setup.min_age_gap if ages == "age" else 1.0) if sampler == "cross_age" else None,
+        identity_age=ages,
+        workers=workers,
+    )

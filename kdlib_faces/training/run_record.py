@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
 import tomli_w
 import torch
 
@@ -34,7 +35,7 @@ TABLE = "run"
 
 SHOWN = 5
 # They do not change the weights of a step, or the fingerprints of lists and teachers stand for them.
-NOT_COMPARED = ("run.faces", "run.teachers", "run.inputs", "run.on_error", "run.versions.", "training.keep",
+NOT_COMPARED = ("run.data", "run.teachers", "run.inputs", "run.on_error", "run.versions.", "training.keep",
                 "training.checkpoint_seconds")  # fmt: skip
 
 
@@ -43,7 +44,7 @@ class RecordedRun:
     """The options of a recorded run, with its versions and the fingerprints of its lists and teachers."""
 
     recipe: str | None = None
-    faces: list[str] = field(default_factory=list)
+    data: list[str] = field(default_factory=list)
     teachers: list[str] = field(default_factory=list)
     inputs: list[str] = field(default_factory=list)
     seed: int | None = None
@@ -73,7 +74,7 @@ def describe_run(
     """
     prints = {"faces": _digest(faces), **{name: text[:16] for name, text in fingerprints.items()}}
     recorded = RecordedRun(
-        recipe, _absolute(options.faces), _absolute(options.teachers), [str(each) for each in options.inputs], options.seed,
+        recipe, _absolute(options.data), _absolute(options.teachers), [str(each) for each in options.inputs], options.seed,
         options.start, options.on_error, _versions(), prints,
     )  # fmt: skip
     return {TABLE: to_toml(recorded), **to_toml(config)}
@@ -83,8 +84,8 @@ def _digest(faces: FaceList) -> str:
     digest = hashlib.sha256(faces.identities.tobytes())
     for column in (faces.ages, faces.age_groups):
         digest.update(b"-" if column is None else column.tobytes())
-    for path in faces.paths:
-        digest.update(f"\n{'/'.join(path.parts[-2:])}".encode("utf-8", "surrogateescape"))
+    for part in faces.images.layout(np.arange(len(faces))):
+        digest.update(part)
     return digest.hexdigest()[:16]
 
 

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeAlias, get_args
 
 from kdlib._checks import check_choice, check_number, check_type
 from kdlib_faces._hardware import DTYPES, Amp, Hardware
@@ -11,6 +11,8 @@ from kdlib_faces.data.views import AugmentConfig
 from kdlib_faces.teachers.input_options import InputOptions
 
 __all__ = ["RunConfig", "RunOptions", "TrainingConfig"]
+
+Sampler: TypeAlias = Literal["auto", "shuffled", "balanced", "cross_age"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,6 +23,8 @@ class TrainingConfig:
         steps: Number of weight updates; None takes 10,000, or 200 when a pretrained network is fine-tuned.
         lr: Peak learning rate; None takes 0.1 (SGD), or 0.0005 (AdamW) for fine-tuning.
         batch_size: Images per batch of all processes together. With cross-age pairs these are 4 images of each identity.
+        sampler: `"shuffled"` images, `"balanced"` identities with several images of each, `"cross_age"` pairs of images of
+            different ages; `"auto"` balances the identities for a loss of cross-age pairs, and shuffles otherwise.
         accumulate: Batches per step, whose gradients are averaged.
         clip_norm: Maximum L2 norm of the gradient; None does not clip.
         ema_decay: Decay of a running mean of the weights, which is then the result; None keeps no mean.
@@ -38,6 +42,7 @@ class TrainingConfig:
     steps: int | None = None
     lr: float | None = None
     batch_size: int = 64
+    sampler: Sampler = "auto"
     accumulate: int = 1
     clip_norm: float | None = 5.0
     ema_decay: float | None = None
@@ -62,6 +67,7 @@ class TrainingConfig:
             check_number(owner, name, getattr(self, name), min=1, integer=True)
         check_number(owner, "checkpoint_seconds", self.checkpoint_seconds, above=0)
         check_choice(owner, "amp", self.amp, tuple(DTYPES))
+        check_choice(owner, "sampler", self.sampler, get_args(Sampler))
         for name in ("compile", "channels_last", "sync_batch_norm"):
             check_type(owner, name, getattr(self, name), bool, "true or false")
 
@@ -85,21 +91,22 @@ class RunOptions:
 
     Attributes:
         output: Folder of the run.
-        faces: Lists or folders of training images.
+        data: Training images, entries of `read_faces`.
         teachers: Files of the teachers, in the order of the recipe.
         inputs: What is stated about the images that each teacher takes; empty for what their files imply.
         seed: Seed of weights, order and views.
         progress: Show progress.
-        on_error: See `read_faces`.
+        on_error: What to do about images that cannot be read: `"stop"`, or `"skip"` with a warning; see `FaceBatches`.
         start: `"scratch"`, or `"shrink:FILE"` for a student that starts as a narrower copy of a teacher.
         hardware: Device of the networks, and the processes that share the batches.
-        workers: Number of workers that decode images.
+        workers: Processes that decode and augment images ahead of the training; None for none where the images fit in
+            memory, and otherwise up to 4.
         tensorboard: Write losses and speed to `OUTPUT/tensorboard`.
         expected: Fingerprints of lists and teachers, by name, of the run that is repeated; empty for a run of its own.
     """
 
     output: Path
-    faces: Sequence[str]
+    data: Sequence[str]
     teachers: Sequence[str] = ()
     inputs: Sequence[InputOptions] = ()
     seed: int = 0
@@ -107,6 +114,6 @@ class RunOptions:
     on_error: Literal["stop", "skip"] = "stop"
     start: str = "scratch"
     hardware: Hardware = field(default_factory=Hardware)
-    workers: int = 2
+    workers: int | None = None
     tensorboard: bool = False
     expected: Mapping[str, str] = field(default_factory=dict)

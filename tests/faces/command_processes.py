@@ -64,7 +64,7 @@ def main(place: Path) -> None:
     torch.set_num_threads(1)
     faces = make_faces(place)
     found: dict[str, object] = {}
-    common = ["train", "--faces", faces / "faces.csv", "--teacher", faces / "general.pt", "--teacher", faces / "age.pt"]
+    common = ["train", "--data", faces / "faces.csv", "--teacher", faces / "general.pt", "--teacher", faces / "age.pt"]
     common += [*settings(*SETTINGS), "--device", "cpu", "--timeout", 20, "--output"]
     for name, count in (("one", 1), ("two", 2)):
         found[name] = run([*common, place / name], count, place / f"{name}.txt")
@@ -78,7 +78,7 @@ def main(place: Path) -> None:
         words = [
             "cache",
             "build",
-            "--faces",
+            "--data",
             faces / "faces.csv",
             "--teacher",
             faces / "general.pt",
@@ -87,7 +87,7 @@ def main(place: Path) -> None:
         ]
         found[name] = run([*words, *settings("batch_size=2")], count, place / f"{name}.txt")
     for name, count in (("report_one", 1), ("report_two", 2)):
-        words = ["evaluate", "--faces", faces / "faces.csv", "--model", faces / "general.pt", "--output", place / name]
+        words = ["evaluate", "--data", faces / "faces.csv", "--model", faces / "general.pt", "--output", place / name]
         found[name] = run([*words, *settings("replicates=10")], count, place / f"{name}.txt")
     print(json.dumps(found))
 

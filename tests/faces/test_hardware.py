@@ -40,7 +40,7 @@ def two_gpus(monkeypatch: pytest.MonkeyPatch) -> list[torch.device]:
 
 
 def train(folder: Path, output: Path, *words: object) -> list[object]:
-    given = ["train", "--recipe", "student", "--faces", folder / "faces.csv", "--output", output, "--quiet"]
+    given = ["train", "--recipe", "student", "--data", folder / "faces.csv", "--output", output, "--quiet"]
     return [*given, *settings(*SMALL), *words]
 
 
@@ -91,11 +91,11 @@ def test_precision_and_device_reach_the_cache_and_the_report(folder: Path, tmp_p
     assert run(*words) == 0
     assert "device: cpu, " in (text := capsys.readouterr()).err
     assert ", bfloat16" in text.err
-    verify = ["cache", "verify", tmp_path / "c", "--faces", folder / "faces.csv", "--teacher", folder / "general.pt"]
+    verify = ["cache", "verify", tmp_path / "c", "--data", folder / "faces.csv", "--teacher", folder / "general.pt"]
     assert run(*verify, "--quiet") == 0
     assert "rows recomputed" in capsys.readouterr().out
     assert "contains another" in fails(capsys, *build_words(folder, "general.pt", tmp_path / "c"))
-    words = ["evaluate", "--quiet", "--faces", folder / "faces.csv", "--model", folder / "general.pt", "--workers", 1]
+    words = ["evaluate", "--quiet", "--data", folder / "faces.csv", "--model", folder / "general.pt", "--workers", 1]
     for amp in ("bfloat16", "none"):
         assert run(*words, "--amp", amp, "--output", tmp_path / "report", *settings("replicates=10")) == 0
     assert len(list((tmp_path / "report" / "work").glob("*.npy"))) == 2

@@ -10,8 +10,9 @@ from PIL import Image, ImageOps
 from kdlib_faces._checks import InputError
 from kdlib_faces.commands import inspect
 from kdlib_faces.data import BinSet, FaceDataWarning, read_agedb, read_faces, save_bin, save_records
+from kdlib_faces.data.dataset import load_images
 from kdlib_faces.data.image_files import image_size, image_suffixes, scan_folder
-from kdlib_faces.data.images import decode_image, load_images, read_image, read_pixels
+from kdlib_faces.data.images import decode_image, read_image, read_pixels
 from kdlib_faces.harness.embeddings import embed_set, open_model
 from kdlib_faces.harness.image_sets import images_of_files
 from tests.faces.cache_files import run
@@ -191,7 +192,7 @@ def test_broken_and_missing_images_are_skipped_on_request(tmp_path):
     listed = put(tmp_path, "path,identity\na/1.png,a\nno.png,b\nb/1.png,b\n", "list.csv")
     with pytest.warns(FaceDataWarning, match=r"no\.png: image file not found"):
         assert len(read_faces(listed, on_error="skip")) == 2
-    with pytest.raises(ValueError, match="on_error must be one of 'stop', 'skip', got 'warn'"):
+    with pytest.raises(ValueError, match="on_error must be one of 'stop', 'skip', 'keep', got 'warn'"):
         read_faces(listed, on_error="warn")
 
 
@@ -199,7 +200,7 @@ def test_broken_and_missing_images_are_skipped_on_request(tmp_path):
 def test_the_command_line_lists_broken_images_or_skips_them(tmp_path, capsys):
     for name in ("f/a/1.png", "f/b/1.png", "f/b/2.png", "f/b/3.png"):
         put(tmp_path, encoded(np.zeros((32, 32, 3))) if name < "f/b/2" else b"broken", name)
-    given = ("cache", "build", "--quiet", "--teacher", network(tmp_path / "t.pt", 0), "--faces", tmp_path / "f")
+    given = ("cache", "build", "--quiet", "--teacher", network(tmp_path / "t.pt", 0), "--data", tmp_path / "f")
     assert run(*given, "--output", tmp_path / "stop") == 2
     assert capsys.readouterr().err.count("not a readable image") == 2
     assert run(*given, "--output", tmp_path / "skip", "--on-error", "skip") == 0
