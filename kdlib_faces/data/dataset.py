@@ -17,7 +17,7 @@ from kdlib._checks import check_choice, check_number
 from kdlib_faces._checks import InputError
 from kdlib_faces.data.formats.files import Progress, with_progress
 from kdlib_faces.data.image_files import describe_far_sizes
-from kdlib_faces.data.images import decode_image
+from kdlib_faces.data.images import decode_rows
 from kdlib_faces.data.lists import FaceList, warn
 from kdlib_faces.data.sources.base import FileImages, ImageSource
 
@@ -106,7 +106,7 @@ class FaceImages(Dataset[Tensor]):
         def decode(at: int) -> None:
             row = rows[at]
             try:
-                pixels[at] = decode_image(self.images[row], self.size, name=self.images.name(row))
+                pixels[at] = decode_rows(self.images[row], self.size, name=self.images.name(row)).transpose(2, 0, 1)
             except InputError as error:
                 errors[at] = str(error)
 

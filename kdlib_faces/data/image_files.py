@@ -6,13 +6,26 @@ from collections.abc import Sequence
 from functools import cache
 from os import PathLike
 from pathlib import Path
+from types import ModuleType
+from typing import cast
 
+import numpy as np
+from numpy.typing import NDArray
 from PIL import Image, ImageFile, UnidentifiedImageError
 
 from kdlib_faces._checks import InputError
 from kdlib_faces.data.sources.base import ImageSource
 
-__all__ = ["describe_far_sizes", "image_size", "image_suffixes", "is_image", "open_rgb", "scan_folder", "spaced_rows"]
+__all__ = [
+    "decode_jpeg",
+    "describe_far_sizes",
+    "image_size",
+    "image_suffixes",
+    "is_image",
+    "open_rgb",
+    "scan_folder",
+    "spaced_rows",
+]
 
 # Pillow starts an external program to decode the first three, and only recognizes the others.
 UNREAD = frozenset({"EPS", "WMF", "EMF", "BUFR", "GRIB", "HDF5", "MPEG"})
@@ -111,6 +124,38 @@ def open_rgb(source: str | PathLike[str] | bytes, name: str) -> Image.Image:
     except Exception as error:  # A broken file can raise nearly anything inside a decoder.
         reason = str(error).replace(name, "").strip(" :'\"") or type(error).__name__
         raise InputError(f"{name}: not a readable image ({reason})") from None
+
+
+@cache
+def _simplejpeg() -> ModuleType | None:
+    try:
+        import simplejpeg
+    except ImportError:
+        return None
+    return cast(ModuleType, simplejpeg)
+
+
+def decode_jpeg(data: bytes) -> NDArray[np.uint8] | None:
+    """Decode a JPEG image by simplejpeg, where it is installed: the pixels of `open_rgb` in half the time.
+
+    Returns:
+        `(h, w, 3)` uint8; None for whatever `open_rgb` has to decode or to refuse: other formats and color spaces, metadata
+        that may turn the image, damaged files, and images above 64 million pixels.
+    """
+    jpeg = _simplejpeg()
+    if (
+        jpeg is None
+        or not data.startswith(b"\xff\xd8\xff")
+        or any(mark in data for mark in (b"Exif\0", b"ns.adobe.com/xap"))
+    ):
+        return None
+    try:
+        height, width, color, _ = jpeg.decode_jpeg_header(data)
+        if color != "YCbCr" or height * width > MAX_PIXELS:
+            return None
+        return cast("NDArray[np.uint8]", jpeg.decode_jpeg(data, "RGB"))
+    except ValueError:
+        return None
 
 
 def _open(source: str | PathLike[str] | bytes) -> ImageFile.ImageFile:

@@ -8,9 +8,9 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from kdlib_faces.data.image_files import open_rgb
+from kdlib_faces.data.image_files import decode_jpeg, open_rgb
 
-__all__ = ["check_pixels", "decode_image", "read_image", "read_pixels", "to_float"]
+__all__ = ["check_pixels", "decode_image", "decode_rows", "read_pixels", "to_float"]
 
 
 def to_float(images: Tensor) -> Tensor:
@@ -55,11 +55,6 @@ def read_pixels(path: str | PathLike[str]) -> NDArray[np.uint8]:
     return np.asarray(open_rgb(path, str(path)))
 
 
-def read_image(path: str | PathLike[str], size: int | tuple[int, int]) -> NDArray[np.uint8]:
-    """Read an image file as `read_pixels` does, to `(3, h, w)` uint8 as `decode_image` does."""
-    return _fit(open_rgb(path, str(path)), size)
-
-
 def decode_image(data: bytes, size: int | tuple[int, int], *, name: str = "image") -> NDArray[np.uint8]:
     """Decode an image to RGB as `read_pixels` does, and resize it with antialiasing.
 
@@ -86,11 +81,20 @@ def decode_image(data: bytes, size: int | tuple[int, int], *, name: str = "image
         >>> decode_image(stream.getvalue(), 4)[0, 0].tolist()
         [0, 255, 255, 0]
     """
-    return _fit(open_rgb(data, name), size)
+    return np.ascontiguousarray(decode_rows(data, size, name=name).transpose(2, 0, 1))
 
 
-def _fit(image: Image.Image, size: int | tuple[int, int]) -> NDArray[np.uint8]:
+def decode_rows(data: bytes, size: int | tuple[int, int], *, name: str = "image") -> NDArray[np.uint8]:
+    """As `decode_image`, to `(h, w, 3)`."""
     rows, columns = size if isinstance(size, tuple) else (size, size)
+    pixels = decode_jpeg(data)
+    if pixels is not None and pixels.shape == (rows, columns, 3):
+        return pixels
+    return _fit(open_rgb(data, name) if pixels is None else Image.fromarray(pixels), rows, columns)
+
+
+def _fit(image: Image.Image, rows: int, columns: int) -> NDArray[np.uint8]:
+    """Resize and crop an image to `(rows, columns, 3)`; see `decode_image`."""
     scale = rows / image.height if rows != columns else min(rows / image.height, columns / image.width)
     inner = (max(1, round(scale * image.width)), max(1, round(scale * image.height)))
     if inner != image.size:
@@ -98,4 +102,4 @@ def _fit(image: Image.Image, size: int | tuple[int, int]) -> NDArray[np.uint8]:
     if inner != (columns, rows):
         left, top = (columns - inner[0]) // 2, (rows - inner[1]) // 2
         image = image.crop((-left, -top, columns - left, rows - top))  # black beyond the image
-    return np.ascontiguousarray(np.asarray(image, dtype=np.uint8).transpose(2, 0, 1))
+    return np.asarray(image, dtype=np.uint8)

@@ -9,11 +9,16 @@ from PIL import Image
 
 from kdlib_faces._checks import InputError
 from kdlib_faces.data import image_files as image_files_module
-from kdlib_faces.data.dataset import load_images
-from kdlib_faces.data.images import read_image, to_float
+from kdlib_faces.data.dataset import FaceImages, load_images
+from kdlib_faces.data.images import to_float
 from kdlib_faces.data.lists import FaceList, read_faces
 from kdlib_faces.data.sources.base import FileImages
 from tests.faces.reader_files import Shown, put, touch
+
+
+def read_image(path, size):
+    return FaceImages(FileImages([path]), size)[0]
+
 
 write = partial(put, name="faces.csv")
 

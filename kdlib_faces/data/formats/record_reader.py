@@ -81,7 +81,6 @@ class RecordReader(Sequence[Record]):
             if (repeated := np.flatnonzero(keys[1:] == keys[:-1])).size:
                 raise InputError(f"{self.index_path or self.path}: key {keys[repeated[0]]} occurs twice")
         first, count = int(keys[0]), len(keys)
-        # Keys without gaps need no array.
         self._keys: range | NDArray[np.int64] = range(first, first + count) if keys[-1] - first == count - 1 else keys
         self._offsets = offsets
         self.header: tuple[int, int] | None = None
