@@ -39,15 +39,18 @@ def data_digest(faces: FaceList, views: SeededViews) -> str:
     machine, and a list that was aligned again has another digest.
     """
     seeded = [views.seed, None if views.augment is None else vars(views.augment)]
-    digest = hashlib.sha256(json.dumps(["kdlib faces 2", len(faces), seeded]).encode())
-    for part in faces.images.layout(np.arange(len(faces))):
-        digest.update(part)
-    for row in range(0, len(faces), max(1, len(faces) // _FULLY_HASHED)):
+    digest = hashlib.sha256(json.dumps(["kdlib faces 1", len(faces), seeded]).encode())
+    rows, step = np.arange(len(faces)), max(1, len(faces) // _FULLY_HASHED)
+    for start in range(0, len(faces), step):
+        for part in faces.images.layout(rows[start : start + 1]):
+            digest.update(part)
         try:
-            content = faces.images[row]
+            content = faces.images[start]
         except InputError:  # an error where the image is read, unless such images are skipped
             content = b""
         digest.update(hashlib.sha256(content).digest())
+        for part in faces.images.layout(rows[start + 1 : start + step]):
+            digest.update(part)
     return digest.hexdigest()
 
 

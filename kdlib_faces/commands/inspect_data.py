@@ -32,7 +32,7 @@ def describe_data(path: Path, size: int) -> str | None:
         InputError: The file is of a known kind, and broken.
     """
     kind = "folder" if path.is_dir() else path.suffix.lower()
-    if kind == "folder" or (kind == ".csv" and _is_face_list(path)):
+    if kind in ("folder", ".tar") or (kind == ".csv" and _is_face_list(path)):
         rows = _faces(path, size)
     elif kind == ".bin" and not _is_checkpoint(path):
         rows = _bin_set(path, size)

@@ -100,8 +100,8 @@ class FileImages(ImageSource):
                 size, time = stat.st_size, stat.st_mtime_ns
             except OSError:  # an error where the image is read
                 size = time = -1
-            when = f"\t{time}" if modified else ""
-            yield f"\n{'/'.join(path.parts[-2:])}\t{size}{when}".encode("utf-8", "surrogateescape")
+            when = time if modified else ""
+            yield f"\n{'/'.join(path.parts[-2:])}\t{size}\t{when}".encode("utf-8", "surrogateescape")
 
     @override
     def subset(self, rows: NDArray[np.int64]) -> "FileImages":
