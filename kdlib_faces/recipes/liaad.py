@@ -186,7 +186,13 @@ def train(config: LIAADRunConfig, options: RunOptions) -> Path:
             check_one_space(opened, faces, own, compare=not untrained)
         if recipe.target == "joint" or started:
             pixels = open_training_images(faces, recipe.input_size, options)
-            teachers = cache_live_teachers(teachers, pixels, options.output / "teachers", quiet=not options.progress)
+            teachers = cache_live_teachers(
+                teachers,
+                pixels,
+                options.output / "teachers",
+                quiet=not options.progress,
+                device=options.hardware.device,
+            )
         if recipe.target == "joint":
             joint = join_teachers(
                 teachers, faces, recipe.joint_dim, recipe.age_map_weight, options, both_views=recipe.both_views

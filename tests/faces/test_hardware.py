@@ -14,6 +14,7 @@ from kdlib_faces._checks import InputError
 from kdlib_faces._hardware import Hardware, find_hardware, share
 from kdlib_faces._output import locked
 from kdlib_faces.backbones import load_backbone
+from kdlib_faces.caching.build import CacheConfig, build
 from kdlib_faces.teachers.onnx.runtime import providers_for
 from kdlib_faces.teachers.open import open_onnx
 from kdlib_faces.training.settings import TrainingConfig
@@ -99,6 +100,17 @@ def test_precision_and_device_reach_the_cache_and_the_report(folder: Path, tmp_p
     for amp in ("bfloat16", "none"):
         assert run(*words, "--amp", amp, "--output", tmp_path / "report", *settings("replicates=10")) == 0
     assert len(list((tmp_path / "report" / "work").glob("*.npy"))) == 2
+
+
+def test_a_teacher_on_another_device_gives_the_same_cache(folder: Path, tmp_path: Path) -> None:
+    for name, device in (("plain", "cpu"), ("moved", "cpu:0")):
+        build(
+            CacheConfig(), output=tmp_path / name, data=[str(folder / "faces.csv")], teacher=folder / "general.pt",
+            taps=["map=stage2"], progress=False, hardware=Hardware(torch.device(device)),
+        )  # fmt: skip
+    plain, moved = (tmp_path / name for name in ("plain", "moved"))
+    assert (plain / "header.json").read_text() == (moved / "header.json").read_text()
+    assert (plain / "shard-00000.bin").read_bytes() == (moved / "shard-00000.bin").read_bytes()
 
 
 def test_a_second_command_on_an_output_is_refused(folder: Path, tmp_path: Path, capsys) -> None:
