@@ -45,7 +45,7 @@ def memory():
     rows = dict(line.split(":") for line in open("/proc/self/status") if ":" in line)
     return {name: int(rows[name].split()[0]) / 1024 for name in ("VmHWM", "VmRSS", "RssAnon")}
 
-before, began = memory(), time.perf_counter()
+before, began, used = memory(), time.perf_counter(), time.process_time()
 faces = read_faces(sys.argv[1])
 opened = time.perf_counter()
 batches = FaceBatches(FaceImages(faces.images, 112), faces.identities, batch_size=64, seed=0)
@@ -53,6 +53,7 @@ inputs, targets = next(iter(batches))
 ended, after = time.perf_counter(), memory()
 print(json.dumps({
     "images": len(faces), "identities": faces.num_identities, "list_s": opened - began, "first_batch_s": ended - began,
+    "processor_s": time.process_time() - used,
     "imports_mb": before["VmRSS"], "peak_mb": after["VmHWM"], "added_peak_mb": after["VmHWM"] - before["VmRSS"],
     "private_mb": after["RssAnon"],
 }))

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, get_worker_info
 from typing_extensions import override
 
 from kdlib._checks import check_choice, check_number
@@ -35,7 +35,7 @@ class FaceImages(Dataset[Tensor]):
     Args:
         images: Encoded images, such as `FaceList.images`.
         size: Side of the images, pixels; images of other sizes are fitted as by `decode_image`.
-        threads: Threads that decode several rows.
+        threads: Threads that decode several rows; one in a worker of a loader.
         on_error: What to do about an image that cannot be read: `"stop"` raises an `InputError`, `"skip"` gives a black image
             with a `FaceDataWarning`; `FaceBatches` puts another image in its place.
 
@@ -110,7 +110,7 @@ class FaceImages(Dataset[Tensor]):
             except InputError as error:
                 errors[at] = str(error)
 
-        if self.threads == 1 or len(rows) == 1:
+        if self.threads == 1 or len(rows) == 1 or get_worker_info() is not None:
             for at in range(len(rows)):
                 decode(at)
         else:

@@ -14,13 +14,10 @@ from numpy.typing import ArrayLike, NDArray
 
 from kdlib._checks import check_choice
 from kdlib_faces._checks import InputError
-from kdlib_faces.data.formats.record_reader import RecordReader
 from kdlib_faces.data.identities import IdentityNumbers
 from kdlib_faces.data.image_files import open_rgb
 from kdlib_faces.data.sources.base import FileImages, ImageSource, JoinedImages
-from kdlib_faces.data.sources.files import FileRow, csv_rows, folder_rows
-from kdlib_faces.data.sources.records import RecordImages
-from kdlib_faces.data.sources.shards import ShardImages, ShardRow, find_shards, scan_shard
+from kdlib_faces.data.sources.entries import EntryImages, read_entry
 
 __all__ = ["FaceDataWarning", "FaceList", "OnError", "read_faces", "warn"]
 
@@ -125,18 +122,6 @@ class FaceList:
         )
 
 
-@dataclass(frozen=True, eq=False)
-class _Part:
-    """The images of a file or folder, with its own numbers of identities and groups; -1 where unknown."""
-
-    images: ImageSource
-    identities: NDArray[np.int64]
-    names: Sequence[str]
-    ages: NDArray[np.float32] | None = None
-    groups: Sequence[str] | None = None
-    where: Sequence[str] = ()
-
-
 def read_faces(
     paths: Sequence[str | PathLike[str]] | str | PathLike[str],
     *,
@@ -193,12 +178,12 @@ def read_faces(
         raise InputError("read_faces: at least one face list is needed, got none")
     seen: dict[str, str] = {}
     numbers = IdentityNumbers()
-    parts: list[_Part] = []
+    parts: list[EntryImages] = []
     notes: list[str] = []
     for entry in map(str, entries):
         numbers.start_list()
         for path in [entry] if os.path.exists(entry) else entry.split("+"):
-            part = _read_part(path, seen, notes, unlabeled)
+            part = read_entry(path, seen, notes, unlabeled=unlabeled)
             codes = [numbers.add(name, part.where[at] if part.where else path) for at, name in enumerate(part.names)]
             known = part.identities
             if codes != list(range(len(codes))):
@@ -220,69 +205,7 @@ def read_faces(
     return replace(faces, notes=tuple(notes))
 
 
-def _read_part(path: str, seen: dict[str, str], notes: list[str], unlabeled: bool) -> _Part:
-    if shards := find_shards(path):
-        part = _shards(path, shards, seen)
-    elif path.endswith(".rec"):
-        _see(path, path, seen)
-        reader = RecordReader(path)
-        identities, names = reader.identities()
-        return _Part(RecordImages(reader), identities, [str(name) for name in names.tolist()])
-    elif os.path.isdir(path):
-        part = _files(list(folder_rows(Path(path), notes, unlabeled=unlabeled)), seen)
-    else:
-        part = _files(list(csv_rows(Path(path), unlabeled=unlabeled)), seen)
-    if not unlabeled and (part.identities < 0).any():
-        row = int((part.identities < 0).argmax())
-        raise InputError(f"{part.images.name(row)}: has no identity; add a member key.cls, or key.json with 'identity'")
-    return part
-
-
-def _see(path: str | PathLike[str], where: str, seen: dict[str, str]) -> None:
-    key = os.path.abspath(path)
-    if key in seen:
-        raise InputError(f"{where}: the image {str(path)!r} is listed already ({seen[key]})")
-    seen[key] = where
-
-
-def _files(rows: Sequence[FileRow], seen: dict[str, str]) -> _Part:
-    for row in rows:
-        _see(row.file, row.where, seen)
-    identities, names, first = _numbered([row.identity for row in rows])
-    ages = np.asarray([row.age for row in rows], dtype=np.float32)
-    where = [rows[at].where for at in first]
-    return _Part(FileImages([row.file for row in rows]), identities, names, ages, [row.group for row in rows], where)
-
-
-def _shards(entry: str, shards: Sequence[Path], seen: dict[str, str]) -> _Part:
-    rows: list[ShardRow] = []
-    numbers: list[int] = []
-    for number, shard in enumerate(shards):
-        _see(shard, entry, seen)
-        before = len(rows)
-        rows += scan_shard(shard)
-        numbers += [number] * (len(rows) - before)
-    if not rows:
-        raise InputError(f"{entry}: the shards hold no image; members must be named key.jpg and key.cls or key.json")
-    spans = np.asarray([(row.header, row.start, row.size) for row in rows], dtype=np.int64)
-    images = ShardImages(shards, np.asarray(numbers, dtype=np.int32), spans)
-    identities, names, _ = _numbered([row.identity for row in rows])
-    return _Part(
-        images, identities, names, np.asarray([row.age for row in rows], dtype=np.float32), [row.group for row in rows]
-    )
-
-
-def _numbered(labels: Sequence[str]) -> tuple[NDArray[np.int64], list[str], list[int]]:
-    """Numbers of names in the order in which they occur, -1 for an empty one; the names; and the first row of each."""
-    first: dict[str, int] = {}
-    for row, label in enumerate(labels):
-        if label:
-            first.setdefault(label, row)
-    codes = {name: code for code, name in enumerate(first)} | {"": -1}
-    return np.asarray([codes[label] for label in labels], dtype=np.int64), list(first), list(first.values())
-
-
-def _joined(parts: Sequence[_Part], names: tuple[str, ...], sources: tuple[str, ...]) -> FaceList:
+def _joined(parts: Sequence[EntryImages], names: tuple[str, ...], sources: tuple[str, ...]) -> FaceList:
     ages = None
     if any(part.ages is not None and np.isfinite(part.ages).any() for part in parts):
         ages = np.concatenate([np.full(len(p.images), np.nan, np.float32) if p.ages is None else p.ages for p in parts])
@@ -339,7 +262,7 @@ def _readable(faces: FaceList, sources: Sequence[str], notes: list[str]) -> NDAr
     return kept
 
 
-def _check_files(parts: Sequence[_Part], sources: Sequence[str]) -> None:
+def _check_files(parts: Sequence[EntryImages], sources: Sequence[str]) -> None:
     files = [path for part in parts if isinstance(part.images, FileImages) for path in part.images.paths]
     missing = [file for file in files if not file.is_file()]
     if missing:

@@ -37,7 +37,7 @@ def check_one_space(opened: OpenTeachers, faces: FaceList, config: StudentConfig
         InputError: They do not; the message names the setting to change.
     """
     rows = torch.linspace(0, len(faces) - 1, min(IMAGES, len(faces))).long()
-    pixels = FaceImages(faces.images, config.input_size, threads=2)[rows]
+    pixels = FaceImages(faces.images, config.input_size, threads=2, on_error="skip")[rows]
     images = to_float(pixels) if opened.views is None else opened.views(pixels, rows, 0)
     targets = {"sample": rows, "view": torch.zeros_like(rows)}
     embeddings: dict[str, Tensor] = {}

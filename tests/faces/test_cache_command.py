@@ -17,6 +17,7 @@ from kdlib.cache import CachedTeacher, CacheError, TeacherCache
 from kdlib_faces._checks import InputError
 from kdlib_faces.backbones import load_backbone
 from kdlib_faces.caching import build as recipe
+from kdlib_faces.caching.source import CacheSource
 from kdlib_faces.data.batches import FaceBatches
 from kdlib_faces.data.dataset import load_images
 from kdlib_faces.data.lists import read_faces
@@ -88,14 +89,16 @@ def test_an_interrupted_build_resumes(faces_folder: Path, tmp_path: Path, capsys
     assert run(*words(faces_folder, tmp_path / "whole", *options)) == 0
     seen = []
 
-    def stops(paths, size, **options):
+    fetch = CacheSource.fetch
+
+    def stops(self, samples, view):
         if len(seen) == 3:
             raise KeyboardInterrupt
-        seen.append(list(paths))
-        return load_images(paths, size, **options)
+        seen.append(samples)
+        return fetch(self, samples, view)
 
     with monkeypatch.context() as patch:
-        patch.setattr("kdlib_faces.caching.source.load_images", stops)
+        patch.setattr(CacheSource, "fetch", stops)
         assert run(*words(faces_folder, tmp_path / "part", *options)) == 130
     capsys.readouterr()
     assert run("cache", "info", tmp_path / "part") == 0
