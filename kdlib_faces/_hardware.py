@@ -19,6 +19,8 @@ Amp: TypeAlias = Literal["none", "bfloat16", "float16"]
 
 DTYPES: dict[Amp, torch.dtype] = {"none": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 CPU = torch.device("cpu")
+START = timedelta(minutes=30)
+"""Time in which all processes must have started."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +58,11 @@ class Hardware:
             yield
             return
         backend = dist.Backend.default_device_backend_map.get(self.device.type, "gloo")
-        dist.init_process_group(backend, timeout=timedelta(seconds=timeout))
+        store, rank, count = next(dist.rendezvous("env://", timeout=START))
+        arrived = dist.PrefixStore("arrived", store)  # some processes may start later than others
+        arrived.set(str(rank), "")
+        arrived.wait([str(each) for each in range(count)], START)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=count, timeout=timedelta(seconds=timeout))
         try:
             yield
         except BaseException as error:

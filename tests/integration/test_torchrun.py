@@ -28,7 +28,7 @@ def test_a_run_of_torchrun_goes_on_in_one_process(tmp_path: Path, capsys: pytest
         "cpu",
     ]
     words += settings(*small, "recipe.embedding_dim=16", "training.steps=60")
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     with (
         errors.open("w") as stream,
