@@ -50,6 +50,16 @@ class _Parser(argparse.ArgumentParser):
         text = "images that cannot be read: stop and list them (stop), or leave them out with a warning"
         self.add_argument("--on-error", choices=("stop", "skip"), default="stop", help=text)
 
+    def add_hardware(self) -> None:
+        """Add the options for the device, the precision and the workers."""
+        text = "cpu, or an accelerator of this machine, such as cuda or cuda:1 (the accelerator where there is one)"
+        self.add_argument("--device", metavar="NAME", help=text)
+        self.add_argument("--amp", choices=("none", "bfloat16", "float16"), help="precision of forward passes (none)")
+
+    def add_compile(self) -> None:
+        """Add the option for torch.compile."""
+        self.add_argument("--compile", action="store_true", help="compile the networks by torch.compile")
+
     def add_folder(self, flag: str, default: str, text: str) -> None:
         """Add an option for the folder of the results."""
         self.add_argument(flag, type=Path, default=Path(default), metavar="DIR", help=f"{text} ({default})")
@@ -81,11 +91,13 @@ def _parser() -> argparse.ArgumentParser:
     common.add_argument("--quiet", action="store_true", help="show no progress")
     common.add_argument("--debug", action="store_true", help="show the full traceback of an error")
     run = _Parser(add_help=False)
-    run.add_argument("--seed", type=_number(0, 2**31 - 1), default=0, help="seed of all random choices (0)")
+    run.add_argument("--seed", type=_number(0, 2**31 - 1), help="seed of all random choices (0)")
     run.add_argument("--config", type=Path, metavar="TOML", help="file of settings; --set overrides it")
     run.add_list("--set", "KEY=VALUE", "change a setting; repeatable", dest="settings")
     data = _Parser(add_help=False)
     data.add_list("--data", "PATH", "faces: CSV list, folder, .rec file or tar shards; repeatable")
+
+    run.add_hardware()
 
     demo = commands.add_parser("demo", parents=[common, run], help="train and evaluate all models, with a report")
     demo.add_list("--faces", "PATH", "real faces in place of synthetic ones: CSV list or folder; repeatable")
@@ -100,12 +112,19 @@ def _parser() -> argparse.ArgumentParser:
 
     train = commands.add_parser("train", parents=[common, run, data], help="train a student or a teacher on face lists")
     text = "what to train: a student of two teachers, a student alone, or a teacher (liaad)"
-    train.add_argument("--recipe", default="liaad", metavar="liaad|student|general_teacher|age_teacher", help=text)
+    train.add_argument("--recipe", metavar="liaad|student|general_teacher|age_teacher", help=text)
     text = "general teacher first, then the age-invariant one: a checkpoint, .onnx or a cache"
     train.add_list("--teacher", "FILE", text)
     text = "start of a liaad student: scratch, or shrink:FILE, a narrower copy of a teacher (scratch)"
-    train.add_argument("--start", default="scratch", metavar="scratch|shrink:FILE", help=text)
+    train.add_argument("--start", metavar="scratch|shrink:FILE", help=text)
     train.add_on_error()
+    train.set_defaults(on_error=None)  # a recorded run may have it
+    train.add_compile()
+    text = "processes that decode images ahead (0 where the images fit in memory, else up to 4)"
+    train.add_argument("--workers", type=_number(0, 1024), metavar="N", help=text)
+    train.add_argument("--tensorboard", action="store_true", help="write losses and speed to OUTPUT/tensorboard")
+    text = "seconds that a process waits for the others under torchrun before the run ends with an error (60)"
+    train.add_argument("--timeout", type=_number(1, 86_400), default=60, metavar="SECONDS", help=text)
     _add_input(train)
     train.add_folder("--output", "runs/train", "folder of the model")
 
@@ -123,6 +142,9 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--pairs", metavar="TXT", help="pairs in LFW's format for --data")
     evaluate.add_argument("--scores", action="store_true", help="write all scores to scores/PROTOCOL-MODEL.csv")
     evaluate.add_on_error()
+    evaluate.add_compile()
+    text = "threads that decode images (2)"
+    evaluate.add_argument("--workers", type=_number(1, 1024), default=2, metavar="N", help=text)
     evaluate.add_folder("--output", "runs/evaluate", "folder of the report")
 
     _add_cache(commands.add_parser("cache", help="cache the outputs of a teacher for face lists"), common, run, data)
@@ -253,8 +275,14 @@ def _report_error(error: BaseException) -> int:
 
 
 def _fail(message: str, code: int = 2) -> int:
-    print(f"kdlib-faces: error: {_printable(message)}", file=sys.stderr)
+    print(f"kdlib-faces: error: {_process()}{_printable(message)}", file=sys.stderr)
     return code
+
+
+def _process() -> str:
+    """The number of this process, if `torchrun` has started several."""
+    several = os.environ.get("WORLD_SIZE", "1") != "1"
+    return f"process {os.environ.get('RANK', '?')}: " if several else ""
 
 
 def _printable(message: str) -> str:

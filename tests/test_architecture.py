@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[1]
 # Shared private modules of the core: every package of kdlib and of kdlib_faces may import them.
 SHARED_BY_BOTH = {"_atomic", "_checks", "_gather", "_maths", "_modes"}
 CORE_SHARED = SHARED_BY_BOTH | {"_arguments", "_averaging", "_held", "_layouts", "_repr", "types"}
-FACES_SHARED = {"_checks", "_output", "_tensor_pickle", "_weights", "config", "progress"}
+FACES_SHARED = {"_checks", "_hardware", "_output", "_tensor_pickle", "_weights", "config", "progress"}
 
 # Each package and the packages that it may import, besides the shared modules.
 CORE = {

@@ -20,7 +20,7 @@ from kdlib.training.events import BestWeights, Evaluation, StepValues
 from kdlib.training.fingerprint import check_fingerprint, run_fingerprint
 from kdlib.training.schedules import build_optimizer, lr_factor
 from kdlib.training.signals import DeferredSignals
-from kdlib.training.stream import BatchStream, StreamState
+from kdlib.training.stream import BatchStream, Shardable, StreamState
 
 __all__ = ["Position", "Run", "private_randomness", "random_state"]
 
@@ -63,13 +63,14 @@ class Run:
             "evaluate_every must be given when loader has no length, got None",
         )
         self._evaluate_every = every or 1
+        self._shared = isinstance(stream.loader, Shardable)
         self.fingerprint = self._describe(total_steps)
 
     def _describe(self, total_steps: int) -> dict[str, object]:
         return {
             **run_fingerprint(self.config, self.distiller, self.optimizer, total_steps),
             "batches_per_epoch": self.stream.length,
-            "processes": self.processes.count,
+            "processes": 1 if self._shared else self.processes.count,
         }
 
     @property
@@ -249,20 +250,28 @@ class Run:
 
     def _load(self, state: CheckpointState, names: list[str], store: CheckpointStore) -> None:
         rank = self.processes.rank
+        # With a shardable loader, the run may have had another number of processes, all at the same position.
+        place = min(rank, len(state["stream"]) - 1) if self._shared else rank
         loads: dict[str, Callable[[], object]] = {
             "distiller": lambda: self.distiller.load_state_dict(state["distiller"]),
             "optimizer": lambda: self.optimizer.load_state_dict(state["optimizer"]),
             "scaler": lambda: self.scaler.load_state_dict(state["scaler"]),
             "ema": lambda: self.ema and self.ema.load_state_dict(state["ema"] or {}),
             "evaluations": lambda: self.evaluations.extend(Evaluation(**row) for row in state["evaluations"]),
-            "stream": lambda: self.stream.load_state_dict(state["stream"][rank]),
-            "rng": lambda: random_state(self.device, state["rng"][rank]),
+            "stream": lambda: self.stream.load_state_dict(state["stream"][place]),
+            "rng": lambda: self._load_random_state(state["rng"][place], other=place != rank),
         }
         for name in names:
             try:
                 loads[name]()
             except Exception as error:  # such as an optimizer state of other groups
                 raise checkpoint_error(f"{name} of checkpoint {store.newest} does not fit this run: {error}") from error
+
+    def _load_random_state(self, state: dict[str, Tensor], *, other: bool) -> None:
+        """Restore the random state of this process, or derive one from that of another process."""
+        random_state(self.device, state)
+        if other:
+            torch.manual_seed(int(torch.randint(2**31, ())) + self.processes.rank)
 
     def _warn_of_jump(self, total: object) -> None:
         """Warn if the learning rate is not continuous because the run has another length than before."""
