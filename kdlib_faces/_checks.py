@@ -19,7 +19,7 @@ from kdlib._checks import (
 )
 
 __all__ = [
-    "InputError", "check_class_centers", "check_every_identity", "check_identities", "check_identities_or_triplets",
+    "InputError", "check_class_centers", "check_class_shards", "check_every_identity", "check_identities", "check_identities_or_triplets",
     "check_rates", "check_set", "report_key", "show_name",
 ]  # fmt: skip
 
@@ -65,6 +65,16 @@ def check_class_centers(owner: str, centers: Tensor, num_identities: int, dim: i
     empty = (centers == 0).all(1)
     if empty.any():
         raise ValueError(f"{owner}: centers must have no row of zeros, got row {int(empty.nonzero()[0])}")
+
+
+def check_class_shards(owner: str, centers: Any) -> None:
+    """Check that a DTensor of class centers is sharded along the identities, on a mesh of one dimension."""
+    placements = centers.placements
+    if len(placements) != 1 or not placements[0].is_shard(0):
+        raise ValueError(
+            f"{owner}: centers must be sharded along dimension 0 of one mesh dimension, got placements {placements}; use "
+            "shard_head(head, mesh)"
+        )
 
 
 def check_every_identity(owner: str, counts: Tensor) -> None:

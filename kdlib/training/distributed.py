@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from kdlib._held import is_sharded
+from kdlib._gather import is_sharded
 from kdlib.training._checks import check_argument, describe_error, received_error
 
 __all__ = ["Processes", "synchronize_if", "wrap"]
