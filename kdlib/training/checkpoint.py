@@ -6,7 +6,7 @@ import os
 import re
 import tempfile
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from os import PathLike
 from pathlib import Path
 from time import monotonic
@@ -19,6 +19,7 @@ from kdlib._atomic import atomic_write
 from kdlib.training._checks import check_content, checkpoint_error
 from kdlib.training.config import TrainConfig
 from kdlib.training.events import CheckpointError
+from kdlib.training.sharded.files import remove_shards
 
 __all__ = ["CheckpointStore", "load_checkpoint"]
 
@@ -42,7 +43,8 @@ def load_checkpoint(path: str | PathLike[str]) -> dict[str, Any]:
 
     Returns:
         `format`, `step`, `distiller` (its state dict), `optimizer`, `scaler`, `ema`, `stream` and `rng` (one per process),
-        `last`, `seconds`, `evaluations` and `fingerprint`, with all tensors on the CPU.
+        `last`, `seconds`, `evaluations` and `fingerprint`, with all tensors on the CPU. `shards` describes sharded tensors,
+        which are in a folder beside the file.
 
     Raises:
         CheckpointError: The file is truncated, damaged, or not a checkpoint of this format.
@@ -56,6 +58,7 @@ def load_checkpoint(path: str | PathLike[str]) -> dict[str, Any]:
         got = f"format {state.get('format')!r}" if isinstance(state, dict) else f"a {type(state).__name__}"
         raise checkpoint_error(f"checkpoint {path} must have format {_FORMAT}, got {got}")
     wrong = [name for name, kind in _ENTRIES.items() if not isinstance(state.get(name), kind)]
+    wrong += [] if isinstance(state.get("shards"), (dict, NoneType)) else ["shards"]
     if wrong:
         raise checkpoint_error(f"checkpoint {path} cannot be used: {', '.join(wrong)} missing or of a wrong type")
     return state
@@ -133,10 +136,10 @@ class CheckpointStore:
         seconds = self.config.checkpoint_every_seconds
         return self.directory is not None and seconds is not None and monotonic() - self._saved_at >= seconds
 
-    def load(self) -> dict[str, Any] | None:
+    def load(self, check: Callable[[dict[str, Any]], None]) -> dict[str, Any] | None:
         """Return the newest readable checkpoint, or `None` if there are no checkpoints.
 
-        An unreadable checkpoint is skipped with a warning to the logger `kdlib.training`.
+        `check` may raise a CheckpointError for the content of a checkpoint. An unreadable checkpoint is skipped with a warning to the logger `kdlib.training`.
 
         Raises:
             CheckpointError: There are checkpoints, but none can be read.
@@ -145,6 +148,7 @@ class CheckpointStore:
         for path in reversed(paths):
             try:
                 state = load_checkpoint(path)
+                check(state)
             except CheckpointError as error:
                 _log.warning("%s; using the previous checkpoint", error)
                 problem = problem or error
@@ -188,6 +192,8 @@ class CheckpointStore:
             for old in older:
                 if _step(old) not in steps:
                     old.unlink(missing_ok=True)
+            if (shards := state.get("shards")) is not None:
+                remove_shards(self.directory, step, steps, shards["folder"])
         except (OSError, RuntimeError) as error:  # torch's archive writer raises RuntimeError for some write errors
             # The archive writer hides the system's error in the context.
             cause = error.__context__ if isinstance(error.__context__, OSError) else error

@@ -35,10 +35,14 @@ class LossModule(nn.Module):
         check_choice(owner, "reduction", reduction, REDUCTIONS)
         self.reduction = reduction
 
+    def arguments(self) -> dict[str, Any]:
+        """Return the arguments of the call that rebuilds the loss, without centers and generator."""
+        names = [name for name in signature(type(self)).parameters if name not in ("centers", "generator")]
+        return {name: getattr(self, name) for name in names}
+
     def extra_repr(self) -> str:
         """Return the arguments of the call that rebuilds the loss."""
-        names = [name for name in signature(type(self)).parameters if name not in ("centers", "generator")]
-        return ", ".join(f"{name}={getattr(self, name)!r}" for name in names)
+        return ", ".join(f"{name}={value!r}" for name, value in self.arguments().items())
 
     def _load_from_state_dict(
         self,
@@ -256,7 +260,7 @@ def margin_softmax(
         e_bd, rows = unit_pair(embeddings, centers.flatten(0, -2), slope)
         cosines, own = e_bd @ rows.T, identities
         if centers.dim() == 3:
-            cosines, nearest = cosines.unflatten(1, centers.shape[:2]).max(2)
+            cosines, nearest = cosines.reshape(len(e_bd), *centers.shape[:2]).max(2)
             own = identities * centers.shape[1] + nearest.gather(1, identities.unsqueeze(1)).squeeze(1)
         psi = target(e_bd, rows[own])
         if modulate is not None:

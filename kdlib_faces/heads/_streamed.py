@@ -15,15 +15,16 @@ from kdlib._gather import all_rows, is_sharded
 from kdlib._maths import full_precision, unit_rows
 
 if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.tensor import DTensor
 
-__all__ = ["Modulate", "Part", "local_part", "own_and_log_sum", "own_centers", "unit", "whole_batch"]
+__all__ = ["Modulate", "Part", "local_part", "local_rows", "own_and_log_sum", "own_centers", "unit", "whole_batch"]
 
 Modulate = Callable[[Tensor, Tensor], Tensor]
 """Maps the cosines `(b, m)` of negatives and the target cosines with margin `(b,)` to modulated cosines."""
 
-CHUNK = 2**21
-"""Cosines of a chunk if `chunk_size` is not given: 8 MB in float32."""
+CHUNK = 2**20
+"""Cosines of a chunk if `chunk_size` is not given: 4 MB in float32."""
 
 
 def unit(x: Tensor, dtype: torch.dtype, scale: float) -> Tensor:
@@ -51,14 +52,23 @@ class Part:
     group: dist.ProcessGroup | None = None
 
 
+def local_rows(count: int, mesh: "DeviceMesh") -> tuple[int, int]:
+    """Return the first of `count` rows that this process holds, and the one after the last.
+
+    As in `torch.chunk`, the last processes may hold fewer rows, or none.
+    """
+    each = -(-count // mesh.size())
+    first = min(each * mesh.get_local_rank(), count)
+    return first, min(first + each, count)
+
+
 def local_part(centers: Tensor) -> Part:
     """Return the centers of this process: all of a plain tensor, or the local rows of a sharded one."""
     if not is_sharded(centers):
         return Part(centers)
     sharded = cast("DTensor", centers)
     mesh = sharded.device_mesh
-    each = -(-len(centers) // mesh.size())  # as torch.chunk: the last processes may hold fewer rows, or none
-    first = min(each * mesh.get_local_rank(), len(centers))
+    first, _ = local_rows(len(centers), mesh)
     return Part(sharded.to_local(), first, mesh.get_group() if mesh.size() > 1 else None)
 
 
@@ -104,7 +114,7 @@ def own_and_log_sum(
         identities: `(b,)`.
         scale: factor of the cosines.
         steepness: the largest slope of the target cosine by the angle.
-        chunk_size: identities per chunk; None for about 2 million cosines.
+        chunk_size: identities per chunk; None for about 1 million cosines.
         negatives: indices of the local centers that count as negatives; None for all.
         modulate: changes the cosines of negatives.
         target_cosine: maps own centers to target cosines with margin, which `modulate` compares to.
@@ -165,7 +175,7 @@ class _Plan:
         """Return the logits `(b, m)` of a chunk of centers, -inf where `own` `(b, m)` is true."""
         cosines = e_bd @ unit(rows, e_bd.dtype, self.slope).flatten(0, -2).T
         if rows.dim() == 3:
-            cosines = cosines.unflatten(1, rows.shape[:2]).max(2).values
+            cosines = cosines.reshape(len(e_bd), *rows.shape[:2]).max(2).values
         if self.modulate is not None:
             cosines = self.modulate(cosines, limit)
         return (self.scale * cosines).masked_fill(own, -torch.inf)
@@ -183,8 +193,8 @@ class _Streamed(Function):
             own_rows = rows[identities]
         else:
             identities, at = all_rows(identities, part.group)
-            e_bd, limit = all_rows(torch.cat([e_bd, limit.unsqueeze(1)], 1), part.group)[0].split([e_bd.shape[1], 1], 1)
-            limit = limit.squeeze(1)
+            packed = all_rows(torch.cat([e_bd, limit.unsqueeze(1)], 1), part.group)[0]
+            e_bd, limit = packed[:, :-1], packed[:, -1]
             own_rows = _own(part, identities)[at : at + count]
         local = identities - part.first
         log_sum = e_bd.new_full((len(e_bd),), -torch.inf)
@@ -201,7 +211,7 @@ class _Streamed(Function):
         return own_rows, log_sum[ctx.mine].clone()
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]  # torch has no types here
+    @once_differentiable
     def backward(ctx: Any, own_slopes: Tensor, slopes: Tensor) -> tuple[Tensor | None, ...]:
         plan: _Plan = ctx.plan
         e_bd, rows, identities, limit, log_sum = ctx.saved_tensors
@@ -209,7 +219,7 @@ class _Streamed(Function):
         if group is not None:
             packed = torch.cat([own_slopes.to(slopes.dtype).flatten(1), slopes.unsqueeze(1)], 1)
             packed = all_rows(packed, group)[0]
-            own_slopes, slopes = packed[:, :-1].unflatten(1, own_slopes.shape[1:]), packed[:, -1]
+            own_slopes, slopes = packed[:, :-1].reshape(-1, *own_slopes.shape[1:]), packed[:, -1]
         local, log_sum = identities - plan.part.first, log_sum.masked_fill(log_sum.isneginf(), 0).unsqueeze(1)
         e_grad = torch.zeros_like(e_bd) if needs_e else None
         negatives, chunks = plan.columns(len(e_bd))
