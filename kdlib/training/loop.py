@@ -1,7 +1,7 @@
 """The training loop."""
 
-from collections.abc import Iterable, Sequence
-from contextlib import ExitStack, closing
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, closing, contextmanager
 from math import isfinite
 from time import monotonic
 from typing import Any
@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from kdlib._checks import check_type
+from kdlib.adapters import TeacherAdapter
 from kdlib.distiller import Distiller
 from kdlib.training._checks import check_argument, check_train
 from kdlib.training.batches import batch_size, splitter
@@ -80,7 +81,7 @@ def train(
     processes = Processes()
     deferred = DeferredSignals(active=config.checkpoint_dir is not None, repeated=processes.count > 1)
     randomness = private_randomness(device, config.seed + processes.rank)
-    with closing(processes), randomness, deferred as signals:
+    with closing(processes), randomness, compiled(distiller, config), deferred as signals:
         with processes.together():
             stream = BatchStream(loader, config.accumulate, exact=processes.count > 1)
             total_steps = stream.steps(config.epochs, config.max_steps)
@@ -212,6 +213,21 @@ def _place(distiller: Distiller, config: TrainConfig) -> torch.device:
     if config.channels_last:
         distiller.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stubs lack it
     return device
+
+
+@contextmanager
+def compiled(distiller: Distiller, config: TrainConfig) -> Iterator[None]:
+    """Compile the networks of a distiller within the block if the configuration says so."""
+    teachers = [each for each in distiller.teachers.values() if isinstance(each, TeacherAdapter)]
+    candidates = [distiller.student, *teachers] if config.compile else []
+    networks = [each for each in candidates if each._compiled_call_impl is None]  # others were compiled by the caller
+    for network in networks:
+        network.compile()
+    try:
+        yield
+    finally:
+        for network in networks:
+            network._compiled_call_impl = None
 
 
 def _row(event: TrainEvent) -> dict[str, Any]:
