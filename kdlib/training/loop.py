@@ -163,6 +163,7 @@ def train(
                 improved = evaluation is not None and evaluation.improved
                 saving = due or store.due_by_step(run.step) or improved or run.finished
                 positions = processes.gather(run.position()) if saving else []
+                shards = run.write_shards(store) if saving else None
                 with processes.together():
                     if processes.rank == 0:
                         rate = images / max(elapsed - idle, 1e-9)
@@ -177,7 +178,7 @@ def train(
                         if evaluation or run.step == 1 or run.step % config.log_every == 0 or run.finished:
                             log(_row(event))  # before the checkpoint: a resumed run removes rows, but adds none
                         if saving:
-                            run.save(store, seconds, positions)
+                            run.save(store, seconds, positions, shards)
                         for hook in hooks:
                             hook(event)
                 if saving and store.directory is not None:

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.tensor import DTensor
 
-__all__ = ["by_mesh", "clip_gradients"]
+__all__ = ["by_mesh", "clip_gradients", "local"]
 
 
 def by_mesh(parameters: Iterable[nn.Parameter]) -> list[list[nn.Parameter]]:
@@ -36,12 +36,13 @@ def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> None:
     if norms:
         factor = (max_norm / (torch.linalg.vector_norm(torch.stack(norms)) + 1e-6)).clamp(max=1.0)
         for gradient in [gradient for group in gradients for gradient in group]:
-            _local(gradient).mul_(factor.to(gradient.device))
+            local(gradient).mul_(factor.to(gradient.device))
 
 
 def _whole(norm: Tensor) -> Tensor:
     return cast("DTensor", norm).full_tensor() if is_sharded(norm) else norm
 
 
-def _local(tensor: Tensor) -> Tensor:
+def local(tensor: Tensor) -> Tensor:
+    """Return a plain tensor, or the part of a sharded one that this process has; it shares its memory."""
     return cast("DTensor", tensor).to_local() if is_sharded(tensor) else tensor

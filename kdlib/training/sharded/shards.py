@@ -9,8 +9,8 @@ from typing import Any, cast
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from torch import Tensor
+from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
     Metadata,
@@ -18,6 +18,8 @@ from torch.distributed.checkpoint.metadata import (
     TensorProperties,
     TensorStorageMetadata,
 )
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
 
 from kdlib.training.sharded.files import Entry, Index, Keys, Part, checksum
 
@@ -32,7 +34,7 @@ class _Place:
     transform_descriptors: None = None
 
 
-class _Reader(dcp.FileSystemReader):
+class _Reader(FileSystemReader):
     """Reads the index from the checkpoint in place of the pickle in the folder."""
 
     def __init__(self, folder: Path, metadata: Metadata) -> None:
@@ -62,9 +64,9 @@ def write_shards(
     folder = directory / f"shards-{step:09d}-{gather(number)[0]}"
     names = {"/".join(map(str, keys)): keys for keys in tensors}
     with _quiet():
-        metadata = dcp.save(
+        metadata = save(
             {name: tensors[keys] for name, keys in names.items()},
-            storage_writer=dcp.FileSystemWriter(folder),
+            storage_writer=FileSystemWriter(folder),
             process_group=group,
         )
     rank = dist.get_rank(group)
@@ -105,7 +107,7 @@ def read_shards(
             places[MetadataIndex(name, part["offsets"])] = _Place(part["file"], part["offset"], part["length"])
     metadata = Metadata(content, storage_data=places)  # type: ignore[arg-type]  # any kind of storage
     with _quiet():
-        dcp.load(
+        load(
             {"/".join(map(str, keys)): x for keys, x in found.items()},
             storage_reader=_Reader(directory / index["folder"], metadata),
             process_group=group,
