@@ -40,7 +40,8 @@ def train(
 
     Under `torchrun` (with an initialized process group) gradients are averaged over processes, and only the first process
     writes files and calls hooks. The loader must give each process its own part of the data, of the same length. An error
-    or a signal in one process ends all of them, with the same message and the same checkpoint.
+    or a signal in one process ends all of them, with the same message and the same checkpoint. Parameters may be sharded
+    over the processes (`fully_shard`, sharded class centers); each process then also writes its part of a checkpoint.
 
     Args:
         distiller: Student, teachers and objective; trained in place.

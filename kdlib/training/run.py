@@ -50,7 +50,7 @@ class Run:
         self.sharded = any(is_sharded(parameter) for parameter in self.parameters)
         check_argument(
             not self.sharded or config.amp != "float16",
-            "amp must be None or 'bfloat16' for sharded parameters, got 'float16', whose loss scale they do not share",
+            "amp must be None or 'bfloat16' for sharded parameters, got 'float16'",
         )
         self.optimizer = build_optimizer(self.parameters, config)
         self.scaler = torch.amp.GradScaler(device.type, enabled=config.amp == "float16")

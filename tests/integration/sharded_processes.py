@@ -9,6 +9,7 @@ import shutil
 import signal
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from torch.distributed.tensor import DTensor
 
 from kdlib import OUTPUT, Distiller, HintLoss, Objective, StudentAdapter, TeacherAdapter, Term, TrainConfig, train
 from kdlib.training import load_checkpoint
-from kdlib_faces.heads import CosFaceHead, SampledHead, shard_head
+from kdlib_faces.heads import CosFaceHead, shard_head
 
 SAMPLES, PER_STEP, IDENTITIES = 36, 12, 7
 
@@ -39,8 +40,6 @@ def build(kind: str) -> Distiller:
         if kind == "fsdp":
             fully_shard(student[0], mesh=mesh)
             fully_shard(student, mesh=mesh)
-        if kind == "sampled":
-            head = SampledHead(head, 0.9)
     terms = {
         "hint": Term(HintLoss(), student="out", teacher="out"),
         "identity": Term(head, student="out", target="identity", weight=0.3),
@@ -89,16 +88,20 @@ def damage(folder: Path) -> None:
     file.write_bytes(content)
 
 
+def point_outside(folder: Path) -> None:
+    """Make all checkpoints name a file outside of their folder."""
+    for path in (folder / "run").glob("*.pt"):
+        state = load_checkpoint(path)
+        for entry in state["shards"]["tensors"]:
+            for part in entry["parts"]:
+                part["file"] = "../../secret"
+        torch.save(state, path)
+
+
 def nan(folder: Path) -> dict[str, Any]:
     """A weight of one process becomes NaN."""
-
-    def spoil(event: Any) -> None:
-        pass
-
-    distiller = build("head")
-    optimizer = lambda groups: Spoiled(groups, lr=0.1)  # noqa: E731
-    config = TrainConfig(max_steps=3, optimizer=optimizer, checkpoint_dir=folder / "run", checkpoint_every_steps=1)
-    train(distiller, batches(), config, hooks=[spoil])
+    config = TrainConfig(max_steps=3, optimizer=Spoiled, checkpoint_dir=folder / "run", checkpoint_every_steps=1)
+    train(build("head"), batches(), config)
     return {}
 
 
@@ -122,26 +125,32 @@ def phases(folder: Path) -> dict[str, Any]:
     found: dict[str, Any] = {"plain": [run("plain", folder / "plain", 6)]}
     for kind in ("head", "fsdp"):
         place = folder / kind
-        found[f"{kind}_straight"] = together(2, lambda: run(kind, place / "straight", 6), place)
-        found[f"{kind}_saved"] = together(2, lambda: run(kind, place / "saved", 4), place)
+        found[f"{kind}_straight"] = together(2, partial(run, kind, place / "straight", 6), place)
+        found[f"{kind}_saved"] = together(2, partial(run, kind, place / "saved", 4), place)
         for world in (1, 2, 3):
             copy = place / f"resumed_{world}"
             shutil.copytree(place / "saved", copy)
-            found[f"{kind}_resumed_{world}"] = together(world, lambda: run(kind, copy, 6), place)
+            found[f"{kind}_resumed_{world}"] = together(world, partial(run, kind, copy, 6), place)
     place = folder / "head"
     shutil.copytree(place / "saved", place / "damaged")
     damage(place / "damaged")
-    found["damaged"] = together(2, lambda: run("head", place / "damaged", 6), place)
+    found["damaged"] = together(2, partial(run, "head", place / "damaged", 6), place)
+    shutil.copytree(place / "saved", place / "hostile")
+    point_outside(place / "hostile")
+    found["hostile"] = together(2, partial(run, "head", place / "hostile", 6), place)
     shutil.copytree(place / "saved", place / "other")
-    found["other_kind"] = together(2, lambda: run("fsdp", place / "other", 6, lr=0.03), place)
+    found["other_settings"] = together(2, partial(run, "fsdp", place / "other", 6, lr=0.03), place)
     index = load_checkpoint(place / "saved" / "run" / "step-000000004.pt")["shards"]
     found["index"] = [[*each["keys"], *each["shape"]] for each in index["tensors"]]
     place = folder / "more"
-    evaluate = {"evaluate": lambda distiller: -float(distiller.objective.step), "evaluate_every": 2, "monitor": "metric"}
-    found["best"] = together(2, lambda: run("fsdp", place / "best", 6, **evaluate), place)
-    found["nan"] = together(2, lambda: nan(place / "nan"), place)
-    found["sampled"] = together(2, lambda: run("sampled", place / "sampled", 4), place)
-    found["float16"] = together(2, lambda: run("head", place / "float16", 2, amp="float16"), place)
+    evaluate = {
+        "evaluate": lambda distiller: -float(distiller.objective.step),
+        "evaluate_every": 2,
+        "monitor": "metric",
+    }
+    found["best"] = together(2, partial(run, "fsdp", place / "best", 6, **evaluate), place)
+    found["nan"] = together(2, partial(nan, place / "nan"), place)
+    found["float16"] = together(2, partial(run, "head", place / "float16", 2, amp="float16"), place)
     return found
 
 
