@@ -84,7 +84,7 @@ def shard_head(head: T, mesh: "DeviceMesh", *, seed: int = 0) -> T:
 def _draw(rows: Tensor, first: int, std: float, seed: int) -> None:
     """Draw the centers of the identities from `first` on."""
     for block in range(first // BLOCK, -(-(first + len(rows)) // BLOCK)):
-        generator = torch.Generator().manual_seed((seed + block * 0x9E3779B97F4A7C15) % 2**63)
+        generator = torch.Generator().manual_seed((seed + (block + 1) * 0x9E3779B97F4A7C15) % 2**63)
         drawn = std * torch.randn(BLOCK, *rows.shape[1:], generator=generator)
         begin, end = max(first, block * BLOCK), min(first + len(rows), (block + 1) * BLOCK)
         rows[begin - first : end - first] = drawn[begin - block * BLOCK : end - block * BLOCK]

@@ -222,20 +222,21 @@ def test_shard_head_refuses_what_it_cannot_shard():
         shard_head(CosFaceHead(2, 2), None)
 
 
+@pytest.fixture(scope="module", params=[2, 3])
+def found(request, tmp_path_factory):
+    """What all processes returned in each scenario of `head_processes`."""
+    script = Path(__file__).with_name("head_processes.py")
+    command = [sys.executable, str(script), str(tmp_path_factory.mktemp("heads")), str(request.param)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, check=False, timeout=600, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    scenarios = json.loads(done.stdout)
+    assert not any(isinstance(each, str) for ranks in scenarios.values() for each in ranks), scenarios
+    return scenarios
+
+
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="torch was built without distributed")
 class TestProcesses:
-    @pytest.fixture(scope="class", params=[2, 3])
-    def found(self, request, tmp_path_factory):
-        """What all processes returned in each scenario of `head_processes`."""
-        script = Path(__file__).with_name("head_processes.py")
-        command = [sys.executable, str(script), str(tmp_path_factory.mktemp("heads")), str(request.param)]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        done = subprocess.run(command, check=False, timeout=600, capture_output=True, text=True, env=environment)
-        assert done.returncode == 0, done.stderr
-        scenarios = json.loads(done.stdout)
-        assert not any(isinstance(each, str) for ranks in scenarios.values() for each in ranks), scenarios
-        return scenarios
-
     def test_every_head_equals_one_process_with_the_whole_batch(self, found):
         for differences in found["every_head"]:
             assert set(differences) == {kind.__name__ for kind in HEADS}
