@@ -2,10 +2,10 @@
 
 import copy
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 from torch import Tensor
@@ -13,23 +13,30 @@ from torch import Tensor
 from kdlib._gather import is_sharded
 from kdlib.distiller import Distiller
 from kdlib.training._checks import check_argument, checkpoint_error, diverged, read_metrics
-from kdlib.training.checkpoint import CheckpointStore, load_checkpoint
+from kdlib.training.checkpoint import CheckpointState, CheckpointStore, RunState, load_checkpoint
 from kdlib.training.config import Evaluate, TrainConfig
 from kdlib.training.distributed import Processes
 from kdlib.training.ema import EMA
-from kdlib.training.events import BestWeights, Evaluation
+from kdlib.training.events import BestWeights, Evaluation, StepValues
 from kdlib.training.fingerprint import check_fingerprint, run_fingerprint
 from kdlib.training.schedules import build_optimizer, lr_factor
 from kdlib.training.sharded.files import Index, meta_tensors
 from kdlib.training.sharded.gradients import clip_gradients, local
-from kdlib.training.sharded.state import insert, separate
+from kdlib.training.sharded.state import insert, not_finite, separate
 from kdlib.training.sharded.store import check_shards, insert_shards, write_step
 from kdlib.training.signals import DeferredSignals
-from kdlib.training.stream import BatchStream
+from kdlib.training.stream import BatchStream, StreamState
 
-__all__ = ["Run", "private_randomness", "random_state"]
+__all__ = ["Position", "Run", "private_randomness", "random_state"]
 
 _log = logging.getLogger("kdlib.training")
+
+
+class Position(TypedDict):
+    """The position in the loader and the random states of one process."""
+
+    stream: StreamState
+    rng: dict[str, Tensor]
 
 
 class Run:
@@ -57,7 +64,7 @@ class Run:
         self.ema = None if config.ema_decay is None else EMA(distiller.student, config.ema_decay)
         self.step = 0
         self.seconds = 0.0
-        self.last: dict[str, Any] = {"epoch": 0, "total": float("nan"), "terms": {}, "weights": {}, "lr": 0.0}
+        self.last: StepValues = {"epoch": 0, "total": float("nan"), "terms": {}, "weights": {}, "lr": 0.0}
         self.evaluations: list[Evaluation] = []
         self._best_weights: dict[str, Any] = {}
         every = config.evaluate_every or stream.steps_per_epoch
@@ -68,7 +75,7 @@ class Run:
         self._evaluate_every = every or 1
         self.fingerprint = self._describe(total_steps)
 
-    def _describe(self, total_steps: int) -> dict[str, Any]:
+    def _describe(self, total_steps: int) -> dict[str, object]:
         return {
             **run_fingerprint(self.config, self.distiller, self.optimizer, total_steps),
             "batches_per_epoch": self.stream.length,
@@ -105,16 +112,16 @@ class Run:
         states = (self.distiller.state_dict(), self.ema.state_dict() if self.ema else {})
         return [value for state in states for value in state.values() if isinstance(value, Tensor)]
 
-    def position(self) -> dict[str, Any]:
-        """Return the position in the loader and the random states of this process."""
+    def position(self) -> Position:
+        """Return the position of this process."""
         return {"stream": self.stream.state_dict(), "rng": random_state(self.device)}
 
-    def seek(self, position: dict[str, Any]) -> None:
+    def seek(self, position: Position) -> None:
         """Return to a position."""
         self.stream.load_state_dict(position["stream"])
         random_state(self.device, position["rng"])
 
-    def update(self, last: dict[str, Any]) -> None:
+    def update(self, last: StepValues) -> None:
         """Apply the accumulated gradients; `last` contains the values of the step."""
         if self.config.clip_norm is not None:
             self.scaler.unscale_(self.optimizer)
@@ -205,21 +212,22 @@ class Run:
             return None
         tensors = separate(self._state())[1]
         weights = {str(keys[1]): local(x) for keys, x in tensors.items() if keys[0] == "distiller"}
-        self._check_finite([name for names in self.processes.gather(_not_finite(weights)) for name in names], store)
+        self._check_finite([name for names in self.processes.gather(not_finite(weights)) for name in names], store)
         return write_step(store.directory, self.step, tensors, self.processes)
 
-    def _insert_shards(self, state: dict[str, Any], store: CheckpointStore, names: Sequence[str]) -> dict[str, Any]:
+    def _insert_shards(self, state: CheckpointState, store: CheckpointStore, names: Sequence[str]) -> CheckpointState:
         """Return a checkpoint with the shards of its entries `names`, read by all processes."""
         live = separate(self._state())[1]
         return insert_shards(store.directory, state, live, names, self.optimizer, self.processes)
 
-    def save(
-        self, store: CheckpointStore, seconds: float, positions: list[dict[str, Any]], shards: Index | None
-    ) -> None:
+    def save(self, store: CheckpointStore, seconds: float, positions: list[Position], shards: Index | None) -> None:
         """Write the checkpoint of this step unless a weight is NaN or infinite."""
-        state, _ = separate(self._state())
-        self._check_finite(_not_finite(state["distiller"]), store)
-        state |= {
+        plain, _ = separate(self._state())
+        self._check_finite(not_finite(plain["distiller"]), store)
+        state: RunState = {
+            "distiller": plain["distiller"],
+            "optimizer": plain["optimizer"],
+            "ema": plain["ema"],
             "scaler": self.scaler.state_dict(),
             "stream": [each["stream"] for each in positions],
             "rng": [each["rng"] for each in positions],
@@ -227,7 +235,7 @@ class Run:
             "seconds": seconds,
             "evaluations": [asdict(each) for each in self.evaluations],
             "fingerprint": self.fingerprint,
-            **({} if shards is None else {"shards": shards}),
+            "shards": shards,
         }
         store.save(self.step, state, self.improved)
 
@@ -238,7 +246,7 @@ class Run:
             last = self.last
             raise diverged(problem, last["terms"], step=self.step, epoch=last["epoch"], newest=store.newest)
 
-    def checkpoint(self, store: CheckpointStore, seconds: float, position: dict[str, Any]) -> None:
+    def checkpoint(self, store: CheckpointStore, seconds: float, position: Position) -> None:
         """Write a checkpoint with the positions of all processes."""
         positions, shards = self.processes.gather(position), self.write_shards(store)
         with self.processes.together():
@@ -278,22 +286,21 @@ class Run:
             self._warn_of_jump(total)
         return self.step
 
-    def _load(self, state: dict[str, Any], names: list[str], store: CheckpointStore) -> None:
+    def _load(self, state: CheckpointState, names: list[str], store: CheckpointStore) -> None:
         rank = self.processes.rank
-        loads: dict[str, Callable[[Any], object]] = {
-            "distiller": self.distiller.load_state_dict,
-            "optimizer": self.optimizer.load_state_dict,
-            "scaler": self.scaler.load_state_dict,
-            "evaluations": lambda rows: self.evaluations.extend(Evaluation(**row) for row in rows),
+        loads: dict[str, Callable[[], object]] = {
+            "distiller": lambda: self.distiller.load_state_dict(state["distiller"]),
+            "optimizer": lambda: self.optimizer.load_state_dict(state["optimizer"]),
+            "scaler": lambda: self.scaler.load_state_dict(state["scaler"]),
+            "ema": lambda: self.ema and self.ema.load_state_dict(state["ema"] or {}),
+            "evaluations": lambda: self.evaluations.extend(Evaluation(**row) for row in state["evaluations"]),
             # A run with shards may go on in more processes, which start with random states of their own.
-            "stream": lambda positions: self.stream.load_state_dict(positions[rank % len(positions)]),
-            "rng": lambda states: random_state(self.device, states[rank]) if rank < len(states) else None,
+            "stream": lambda: self.stream.load_state_dict(state["stream"][rank % len(state["stream"])]),
+            "rng": lambda: rank < len(state["rng"]) and random_state(self.device, state["rng"][rank]),
         }
-        if self.ema is not None:
-            loads["ema"] = self.ema.load_state_dict
         for name in names:
             try:
-                loads[name](state[name])
+                loads[name]()
             except Exception as error:  # such as an optimizer state of other groups
                 raise checkpoint_error(f"{name} of checkpoint {store.newest} does not fit this run: {error}") from error
 
@@ -308,11 +315,6 @@ class Run:
                 "whose factor at this step is %.3g instead of %.3g",
                 self.step, self.total_steps, total, self.total_steps, now, before,
             )  # fmt: skip
-
-
-def _not_finite(weights: Mapping[str, Any]) -> list[str]:
-    """Return the names of tensors with a NaN or infinite value."""
-    return [name for name, x in weights.items() if isinstance(x, Tensor) and not torch.isfinite(x).all()]
 
 
 def _on_cpu(value: Any) -> Any:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from kdlib._gather import is_sharded
 
-__all__ = ["insert", "separate"]
+__all__ = ["insert", "not_finite", "separate"]
 
 
 def separate(
@@ -27,7 +27,7 @@ def separate(
     return plain, sharded
 
 
-def insert(state: dict[Any, Any], tensors: Mapping[tuple[Any, ...], Tensor]) -> dict[Any, Any]:
+def insert(state: Mapping[Any, Any], tensors: Mapping[tuple[Any, ...], Tensor]) -> dict[Any, Any]:
     """Return a copy of a nested state with tensors at their keys."""
     whole = {key: insert(value, {}) if isinstance(value, dict) else value for key, value in state.items()}
     for place, tensor in tensors.items():
@@ -36,3 +36,8 @@ def insert(state: dict[Any, Any], tensors: Mapping[tuple[Any, ...], Tensor]) -> 
             at = at.setdefault(key, {})
         at[place[-1]] = tensor
     return whole
+
+
+def not_finite(weights: Mapping[str, Any]) -> list[str]:
+    """Return the names of tensors with a NaN or infinite value."""
+    return [name for name, x in weights.items() if isinstance(x, Tensor) and not torch.isfinite(x).all()]

@@ -2,12 +2,13 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import cast
 
 import torch
 from torch import Tensor
 
 from kdlib.training._checks import checkpoint_error
+from kdlib.training.checkpoint import CheckpointState
 from kdlib.training.distributed import Processes
 from kdlib.training.sharded.files import Index, Keys, check_files, meta_tensors
 from kdlib.training.sharded.state import insert
@@ -25,13 +26,14 @@ def write_step(directory: Path, step: int, tensors: Mapping[Keys, Tensor], proce
         raise checkpoint_error(f"shards of step {step} cannot be written to {directory}: {error}") from error
 
 
-def check_shards(directory: Path | None, state: Mapping[str, Any], processes: Processes) -> None:
+def check_shards(directory: Path | None, state: CheckpointState, processes: Processes) -> None:
     """Compare the files of a checkpoint with their checksums, each process some of them."""
-    if state.get("shards") is None or directory is None:
+    shards = state.get("shards")
+    if shards is None or directory is None:
         return
     problem = ""
     try:
-        check_files(directory, state["shards"], processes.rank, processes.count)
+        check_files(directory, shards, processes.rank, processes.count)
     except Exception as error:  # an index of wrong types can raise almost any exception
         problem = f"shards of step {state['step']} cannot be read: {error or type(error).__name__}"
     problems = list(filter(None, processes.gather(problem)))
@@ -41,12 +43,12 @@ def check_shards(directory: Path | None, state: Mapping[str, Any], processes: Pr
 
 def insert_shards(
     directory: Path | None,
-    state: dict[str, Any],
+    state: CheckpointState,
     live: Mapping[Keys, Tensor],
     names: Sequence[str],
     optimizer: torch.optim.Optimizer,
     processes: Processes,
-) -> dict[str, Any]:
+) -> CheckpointState:
     """Return a checkpoint with the shards of its entries `names`, distributed as in this run.
 
     Args:
@@ -57,7 +59,8 @@ def insert_shards(
         optimizer: of this run; before its first step it has no state, so its tensors are distributed like its parameters.
         processes: of this run.
     """
-    if state.get("shards") is None or directory is None:
+    shards = state.get("shards")
+    if shards is None or directory is None:
         return state
     from kdlib.training.sharded.shards import read_shards  # its import takes seconds
 
@@ -65,10 +68,10 @@ def insert_shards(
     try:
         templates = {
             keys: torch.empty_like(parameters[keys[2]], dtype=x.dtype) if keys[0] == "optimizer" else live[keys]
-            for keys, x in meta_tensors(state["shards"]).items()
+            for keys, x in meta_tensors(shards).items()
             if keys[0] in names
         }
-        return insert(state, read_shards(directory, state["shards"], templates, processes.group))
+        return cast(CheckpointState, insert(state, read_shards(directory, shards, templates, processes.group)))
     except Exception as error:  # such as an optimizer state of other groups
         problem = f"shards of step {state['step']} in {directory} do not fit this run: {error}"
         raise checkpoint_error(problem) from error
