@@ -15,7 +15,7 @@ import torch
 
 from kdlib_faces._checks import InputError
 
-__all__ = ["check_output", "describe_environment", "staged", "swept"]
+__all__ = ["check_output", "describe_environment", "locked", "staged", "swept"]
 
 MAX_NAME = 255
 """Bytes of a name on common file systems."""
@@ -128,6 +128,31 @@ def _make_stage(output: Path) -> tuple[Path, int | None]:
     finally:
         if guard is not None:
             os.close(guard)
+
+
+@contextmanager
+def locked(output: Path) -> Iterator[None]:
+    """Hold the existing folder `output` for this process until the block ends, where the system can lock folders.
+
+    Raises:
+        InputError: Another process holds it.
+    """
+    if sys.platform == "win32":
+        yield
+        return
+    import fcntl
+
+    handle = os.open(output, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(f"the output {output} is being written by another process; wait until it ends") from None
+        except OSError:
+            pass  # a network file system without locks
+        yield
+    finally:
+        os.close(handle)
 
 
 def _lock(folder: Path, *, wait: bool = False) -> int | None:
