@@ -18,6 +18,8 @@ FACES, DOUBTFUL, SHEET = "faces.csv", "doubtful.csv", "doubtful.png"
 POINTS = ("left_eye", "right_eye", "nose", "left_mouth", "right_mouth")
 COLUMNS = ("score", "faces", "left", "top", "right", "bottom", *(f"{name}_{axis}" for name in POINTS for axis in "xy"))
 TILES, TILES_PER_ROW, TILE, CAPTION = 200, 10, 160, 28
+ZOOM = 3
+BOX_COLOR, POINT_COLOR = (255, 80, 0), (0, 200, 255)
 
 
 @dataclass(frozen=True)
@@ -116,7 +118,7 @@ def _draw_sheet(path: Path, doubtful: Sequence[_Doubt]) -> None:
     for at, (photograph, photo, _, crop, reason) in enumerate(doubtful):
         x, y = at % TILES_PER_ROW * TILE, at // TILES_PER_ROW * (TILE + CAPTION)
         if not photo.error:
-            sheet.paste(_tile(photograph, crop), (x, y))
+            sheet.paste(_tile(photograph, crop, whole="several" in reason), (x, y))
         name = photograph.name if len(photograph.name) <= 24 else f"...{photograph.name[-21:]}"
         text = f"{at + 1} {name}\n{reason}".encode("latin-1", "replace").decode("latin-1")
         draw.multiline_text((x + 3, y + TILE + 2), text[:60], fill="black", spacing=1)
@@ -126,13 +128,22 @@ def _draw_sheet(path: Path, doubtful: Sequence[_Doubt]) -> None:
         file.write(stream.getvalue())
 
 
-def _tile(photograph: Photograph, crop: Crop | None) -> Image.Image:
+def _tile(photograph: Photograph, crop: Crop | None, whole: bool) -> Image.Image:
+    """The photograph, or the surroundings of its face, with the box and the points."""
     image = open_rgb(photograph.path, photograph.name)
-    scale = (TILE - 4) / max(image.size)
-    image = image.resize((max(1, round(scale * image.width)), max(1, round(scale * image.height))))
+    window = (0.0, 0.0, *map(float, image.size))
+    if crop is not None and crop.points and not whole:
+        left, top, right, bottom = crop.box
+        x, y, half = (left + right) / 2, (top + bottom) / 2, ZOOM * max(right - left, bottom - top) / 2
+        window = (max(x - half, 0), max(y - half, 0), min(x + half, image.width), min(y + half, image.height))
+    left, top, right, bottom = (round(side) for side in window)
+    scale = (TILE - 4) / max(right - left, bottom - top)
+    inner = (max(1, round(scale * (right - left))), max(1, round(scale * (bottom - top))))
+    tile = image.resize(inner, Image.Resampling.BILINEAR, (left, top, right, bottom))
     if crop is not None and crop.points:
-        draw = ImageDraw.Draw(image)
-        draw.rectangle([scale * value for value in crop.box], outline=(255, 80, 0), width=2)
+        draw = ImageDraw.Draw(tile)
+        draw.rectangle([scale * (value - (left, top)[at % 2]) for at, value in enumerate(crop.box)], outline=BOX_COLOR)
         for x, y in zip(crop.points[::2], crop.points[1::2], strict=True):
-            draw.ellipse([scale * x - 2, scale * y - 2, scale * x + 2, scale * y + 2], fill=(0, 200, 255))
-    return image
+            x, y = scale * (x - left), scale * (y - top)
+            draw.rectangle([x - 1, y - 1, x + 1, y + 1], fill=POINT_COLOR)
+    return tile
