@@ -1,5 +1,6 @@
 """Output folders that are written completely or not at all, and the environment that a report describes."""
 
+import errno
 import glob
 import os
 import platform
@@ -9,14 +10,16 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import torch
 
-from kdlib_faces._checks import InputError
+from kdlib_faces._checks import InputError, show_name
 
 __all__ = ["check_output", "describe_environment", "locked", "staged", "swept"]
 
+LOCK = ".lock"
 MAX_NAME = 255
 """Bytes of a name on common file systems."""
 
@@ -81,6 +84,71 @@ def _remove_empty(folder: Path) -> None:
 
 
 @contextmanager
+def locked(output: Path, active: bool = True) -> Iterator[None]:
+    """Exclude other commands from an output folder until the block or the process ends.
+
+    The lock is that of the operating system on the file `.lock`; it works where the file system supports `flock`.
+
+    Args:
+        output: The folder; created if absent.
+        active: Whether this process takes the lock.
+
+    Raises:
+        InputError: Another process holds the lock, or the folder cannot be used.
+    """
+    if not active:
+        yield
+        return
+    check_output(output, LOCK)
+    output.mkdir(parents=True, exist_ok=True)
+    with _open_locked(output / LOCK) as stream:
+        stream.truncate(0)
+        stream.write(f"process {os.getpid()} on {platform.node()}".encode())
+        stream.flush()
+        try:
+            yield
+        finally:
+            if sys.platform != "win32":  # which refuses to remove an open file
+                (output / LOCK).unlink(missing_ok=True)
+
+
+def _open_locked(path: Path) -> BinaryIO:
+    """Open a file and lock it until it is closed."""
+    while True:
+        stream = path.open("a+b")
+        if not _try_lock(stream):
+            stream.seek(0)
+            owner = show_name(stream.read(200).decode(errors="replace")) or "another process"
+            stream.close()
+            raise InputError(
+                f"the output {path.parent} is in use by {owner}; wait for its end, or choose another output"
+            )
+        # Its owner may have removed the file between the opening and the lock.
+        if path.exists() and os.path.samestat(path.stat(), os.fstat(stream.fileno())):
+            return stream
+        stream.close()
+
+
+def _try_lock(stream: BinaryIO) -> bool:
+    """Lock an open file for this process; False if another one holds the lock."""
+    try:
+        if sys.platform == "win32":
+            import msvcrt
+
+            stream.seek(1 << 20)  # beyond the text, which other processes read
+            msvcrt.locking(stream.fileno(), msvcrt.LK_NBLCK, 1)
+        else:
+            import fcntl
+
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in (errno.EACCES, errno.EAGAIN, errno.EDEADLK):
+            return False
+        raise
+    return True
+
+
+@contextmanager
 def staged(output: Path) -> Iterator[Path]:
     """Yield a temporary folder next to `output`. Its content is moved to `output` after the block, or removed on an error.
 
@@ -128,31 +196,6 @@ def _make_stage(output: Path) -> tuple[Path, int | None]:
     finally:
         if guard is not None:
             os.close(guard)
-
-
-@contextmanager
-def locked(output: Path) -> Iterator[None]:
-    """Hold the existing folder `output` for this process until the block ends, where the system can lock folders.
-
-    Raises:
-        InputError: Another process holds it.
-    """
-    if sys.platform == "win32":
-        yield
-        return
-    import fcntl
-
-    handle = os.open(output, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise InputError(f"the output {output} is being written by another process; wait until it ends") from None
-        except OSError:
-            pass  # a network file system without locks
-        yield
-    finally:
-        os.close(handle)
 
 
 def _lock(folder: Path, *, wait: bool = False) -> int | None:

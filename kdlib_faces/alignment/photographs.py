@@ -149,7 +149,7 @@ class PhotographAligner:
         if self.config.several == "center":
             middle = np.array(photograph.size) / 2
             return [min(faces, key=lambda face: float(np.hypot(*((face.box[:2] + face.box[2:]) / 2 - middle))))]
-        by_size = sorted(faces, key=lambda face: -face.side)
+        by_size = sorted(faces, key=lambda face: -round(face.side))  # of equal ones the highest score first
         return by_size if self.config.several == "all" else by_size[:1]
 
     def _encode(self, pixels: NDArray[np.uint8]) -> bytes:

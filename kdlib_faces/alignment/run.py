@@ -105,7 +105,6 @@ def align_photos(
     plan = _plan(source, target, config)
     aligner = PhotographAligner(Path(detector), config)  # so that a wrong file is an error before anything is written
     check_output(target, FACES, DOUBTFUL, SHEET)
-    target.mkdir(parents=True, exist_ok=True)
     settings = {name: repr(value) for name, value in walk_settings(config) if name not in SHARED}
     settings = {"detector": aligner.detector.sha256[:16], **settings}
     with sigterm_exits(), locked(target), open_manifest(target, settings) as manifest:

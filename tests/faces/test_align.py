@@ -60,6 +60,11 @@ def crop_of(pixels: np.ndarray, row: int, column: int) -> np.ndarray:
     return padded[top + 100 : top + 212, left + 100 : left + 212]
 
 
+def is_crop(path: Path, pixels: np.ndarray, row: int, column: int) -> bool:
+    """Whether a file is the crop of a face; points are rounded to hundredths of a pixel."""
+    return np.abs(pixels_of(path).astype(int) - crop_of(pixels, row, column)).max() <= 6
+
+
 def pixels_of(path: Path) -> np.ndarray:
     with Image.open(path) as image:
         return np.asarray(image)
@@ -151,7 +156,7 @@ def test_faces_are_found_where_they_are(tmp_path: Path, kind: str, side: int | s
 @pytest.mark.parametrize("factor", [2, 3])
 def test_points_of_a_larger_photograph(yunet: Path, factor: int) -> None:
     """The outer edges of the pixels keep their place, half a pixel from their centers."""
-    large = photograph({(1, 3): 255}, height=SIDE * factor - 40, width=SIDE * factor, scale=factor)
+    large = photograph({(1, 3): 255}, height=SIDE * factor - 30, width=SIDE * factor, scale=factor)
     (face,) = FaceDetector(yunet)(Image.fromarray(large))
     assert face.points == pytest.approx((POINTS + (96, 32) + 0.5) * factor - 0.5, abs=0.01)
 
@@ -190,8 +195,8 @@ def test_crops_have_the_folders_names_and_pixels_of_the_photographs(
     assert sorted(contents(output)) == [
         "ann/1.png", "ann/2.png", "bob/trip/3.png", "doubtful.csv", "doubtful.png", "faces.csv", "manifest.jsonl",
     ]  # fmt: skip
-    assert np.array_equal(pixels_of(output / "ann/1.png"), crop_of(photograph({(2, 2): 250}), 2, 2))
-    assert np.array_equal(pixels_of(output / "ann/2.png"), crop_of(photograph({(1, 2): 245}, seed=1), 1, 2))
+    assert is_crop(output / "ann/1.png", photograph({(2, 2): 250}), 2, 2)
+    assert is_crop(output / "ann/2.png", photograph({(1, 2): 245}, seed=1), 1, 2)
     rows = rows_of(output / "faces.csv")
     assert [(row["path"], row["identity"], row["source"], row["faces"]) for row in rows] == [
         ("ann/1.png", "ann", "ann/1.png", "1"),
@@ -217,8 +222,8 @@ def test_the_choice_among_several_faces(yunet: Path, tmp_path: Path) -> None:
     def crops(several: str, **fields: object) -> dict[str, tuple[int, int]]:
         output = tmp_path / f"{several}{len(fields)}"
         align_photos(photos, yunet, output, config=AlignConfig(several=several, **fields))
-        cell = {crop_of(pixels, *at).tobytes(): at for at in cells}
-        return {row["path"]: cell[pixels_of(output / row["path"]).tobytes()] for row in rows_of(output / "faces.csv")}
+        paths = [row["path"] for row in rows_of(output / "faces.csv")]
+        return {path: next(at for at in cells if is_crop(output / path, pixels, *at)) for path in paths}
 
     assert crops("largest") == {"a/1.png": (0, 0)}  # all have one size: the highest score
     assert crops("center") == {"a/1.png": (2, 1)}
@@ -318,7 +323,7 @@ def test_an_interrupted_run_goes_on_and_changed_photographs_are_done_again(
     (tmp_path / "part" / "ann" / "2.png").unlink()
     assert run(*words, tmp_path / "part") == 0
     assert seen[3:] == ["1.png", "2.tif", "4.png"]
-    assert np.array_equal(pixels_of(tmp_path / "part/ann/1.png"), crop_of(photograph({(1, 1): 250}, seed=9), 1, 1))
+    assert is_crop(tmp_path / "part/ann/1.png", photograph({(1, 1): 250}, seed=9), 1, 1)
     assert [row["identity"] for row in rows_of(tmp_path / "part" / "faces.csv")] == ["ann", "ann", "bob", "cy"]
 
 
@@ -377,9 +382,9 @@ def test_outputs_that_cannot_be_used(yunet: Path, photos: Path, tmp_path: Path, 
     line = fails(capsys, *words, tmp_path / "crops", "--set", "sise=3")
     assert "the nearest are 'size'" in line
     line = fails(capsys, *words, tmp_path / "new", "--set", "low_score=-1")
-    assert "low_score must be a finite number >= 0, got -1" in line
+    assert "low_score must be a finite number and >= 0, got -1" in line
     with runner.locked(tmp_path / "crops"):
-        assert "is being written by another process; wait until it ends" in fails(capsys, *words, tmp_path / "crops")
+        assert "is in use by process" in fails(capsys, *words, tmp_path / "crops")
     manifest = tmp_path / "crops" / "manifest.jsonl"
     whole = manifest.read_bytes()
     for broken in (
