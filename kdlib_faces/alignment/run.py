@@ -222,7 +222,8 @@ def _write(
             file.write(image)
     for number in range(len(images), len(before[1].crops) if before else 0):
         (output / photograph.crop_path(number)).unlink(missing_ok=True)
-    manifest.append(photograph.name, state, found)
+    if before != (state, found):  # an unreadable file is tried again, mostly with the same result
+        manifest.append(photograph.name, state, found)
 
 
 def _finish(
