@@ -13,9 +13,9 @@ from kdlib_faces._checks import InputError, show_name
 from kdlib_faces.alignment.photographs import AlignedPhotograph, Crop
 from kdlib_faces.data.formats.files import opened
 
-__all__ = ["Manifest", "PhotographState", "open_manifest"]
+__all__ = ["MANIFEST", "Manifest", "PhotographState", "open_manifest"]
 
-FILE = "manifest.jsonl"
+MANIFEST = "manifest.jsonl"
 MAX_LINE = 1 << 20
 MAX_NUMBER = 1e9
 SHOWN = 5
@@ -71,7 +71,7 @@ def open_manifest(output: Path, settings: Mapping[str, str]) -> Iterator[Manifes
         InputError: The manifest belongs to other settings (the message lists the differences), or is damaged.
         OSError: It cannot be written.
     """
-    path = output / FILE
+    path = output / MANIFEST
     if not path.exists():
         with atomic_write(path, sole_writer=True) as file:
             file.write(_line(dict(settings)))

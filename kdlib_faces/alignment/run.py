@@ -10,7 +10,7 @@ from contextlib import closing
 from dataclasses import dataclass
 from itertools import islice
 from os import PathLike
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Literal
 
 from kdlib._atomic import atomic_write
@@ -18,7 +18,7 @@ from kdlib._checks import check_choice, check_number
 from kdlib_faces._checks import InputError, show_name
 from kdlib_faces._output import check_output, locked
 from kdlib_faces._processes import end_with_parent, sigterm_exits
-from kdlib_faces.alignment.manifest import Manifest, PhotographState, open_manifest
+from kdlib_faces.alignment.manifest import MANIFEST, Manifest, PhotographState, open_manifest
 from kdlib_faces.alignment.photographs import AlignConfig, AlignedPhotograph, PhotographAligner
 from kdlib_faces.alignment.tables import DOUBTFUL, FACES, SHEET, Photograph, write_tables
 from kdlib_faces.config import walk_settings
@@ -104,7 +104,8 @@ def align_photos(
     source, target = Path(photographs), Path(output)
     plan = _plan(source, target, config)
     aligner = PhotographAligner(Path(detector), config)  # so that a wrong file is an error before anything is written
-    check_output(target, FACES, DOUBTFUL, SHEET)
+    check_output(target, FACES, DOUBTFUL, SHEET, MANIFEST)
+    _check_folders(plan, target)
     settings = {name: repr(value) for name, value in walk_settings(config) if name not in SHARED}
     settings = {"detector": aligner.detector.sha256[:16], **settings}
     with sigterm_exits(), locked(target), open_manifest(target, settings) as manifest:
@@ -148,6 +149,15 @@ def _plan(source: Path, output: Path, config: AlignConfig) -> list[Photograph]:
         used.add(f"{crop}.{config.format}".casefold())
         plan.append(Photograph(file, name, crop, config.format))
     return plan
+
+
+def _check_folders(plan: Sequence[Photograph], output: Path) -> None:
+    """Check that the folders of the crops are no links, so that writing stays inside the output."""
+    for folder in {parent for photograph in plan for parent in PurePosixPath(photograph.crop).parents}:
+        if folder.parts and (output / folder).is_symlink():
+            raise InputError(
+                f"the output must not contain links that lead elsewhere, {output / folder} is one; remove it"
+            )
 
 
 def _is_done(photograph: Photograph, manifest: Manifest, output: Path) -> bool:

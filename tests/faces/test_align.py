@@ -374,7 +374,10 @@ def test_files_that_are_no_detector(tmp_path: Path, photos: Path, capsys) -> Non
 def test_outputs_that_cannot_be_used(yunet: Path, photos: Path, tmp_path: Path, capsys) -> None:
     words = ["align", photos, "--detector", yunet, "--output"]
     assert "must not be in the folder of photographs" in fails(capsys, *words, photos / "crops")
-    (tmp_path / "empty").mkdir()
+    for name in ("empty", "linked"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "linked" / "ann").symlink_to(tmp_path / "empty")
+    assert "ann is one; remove it" in fails(capsys, *words, tmp_path / "linked")
     assert "no images found" in fails(capsys, "align", tmp_path / "empty", *words[2:], tmp_path / "crops")
     assert run(*words, tmp_path / "crops") == 0
     line = fails(capsys, *words, tmp_path / "crops", "--min-score", "0.5")
