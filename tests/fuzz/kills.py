@@ -39,7 +39,7 @@ DISK = 3000
 def train_toy(inputs: Path, output: Path) -> None:
     """Many short steps, each followed by a checkpoint."""
     config = TrainConfig(
-        epochs=20, lr=0.05, ema_decay=0.9, checkpoint_dir=output / "run", log_path=output / "log.jsonl",
+        epochs=10, lr=0.05, ema_decay=0.9, checkpoint_dir=output / "run", log_path=output / "log.jsonl",
         checkpoint_every_steps=1,
     )  # fmt: skip
     train(Toy(), batches(6), config)
@@ -55,7 +55,7 @@ def train_large(inputs: Path, output: Path) -> None:
         student, {"big": teacher}, Objective({"hint": Term(HintLoss(), student="out", teacher="out")})
     )
     config = TrainConfig(
-        epochs=3, optimizer="adamw", lr=1e-3, ema_decay=0.9, checkpoint_dir=output / "run", checkpoint_every_steps=1
+        epochs=2, optimizer="adamw", lr=1e-3, ema_decay=0.9, checkpoint_dir=output / "run", checkpoint_every_steps=1
     )
     train(distiller, batches(6), config)
 
@@ -68,7 +68,7 @@ def run_command(*words: object) -> None:
 
 def train_student(inputs: Path, output: Path) -> None:
     """The command `train`."""
-    sizes = ("training.steps=6", "training.batch_size=4", "recipe.input_size=32", "recipe.width=0.25")
+    sizes = ("training.steps=4", "training.batch_size=4", "recipe.input_size=32", "recipe.width=0.25")
     words = ("train", "--recipe", "student", "--faces", inputs / "faces.csv", "--output", output)
     run_command(*words, *settings(*sizes, "recipe.embedding_dim=16"))
 
@@ -77,7 +77,7 @@ def build_cache(inputs: Path, output: Path) -> None:
     """The command `cache build`, with many small blocks."""
     words = ("cache", "build", "--faces", inputs / "faces.csv", "--teacher", inputs / "general.pt", "--output", output)
     given = ("augment.rotate=5", "batch_size=1", "sync_seconds=0", "shard_bytes=2000")
-    run_command(*words, "--views", 12, *settings(*given))
+    run_command(*words, "--views", 8, *settings(*given))
 
 
 def align(inputs: Path, output: Path) -> None:
@@ -96,7 +96,7 @@ def make_inputs(folder: Path) -> None:
     make_faces(folder)
     detector(folder / "net.onnx", side=128)
     rng = random.Random(0)
-    for number in range(40):
+    for number in range(30):
         cells = {(rng.randrange(4), rng.randrange(4)): 250 for _ in range(number % 3)}
         put_photograph(
             folder / "photographs" / f"p{number % 5}" / f"{number}.png", cells, seed=number, height=128, width=128
