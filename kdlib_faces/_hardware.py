@@ -9,6 +9,8 @@ from typing import Literal, TypeAlias
 
 import torch
 import torch.distributed as dist
+from torch.distributed.distributed_c10d import PrefixStore
+from torch.distributed.rendezvous import rendezvous
 
 from kdlib_faces._checks import InputError
 
@@ -58,8 +60,8 @@ class Hardware:
             yield
             return
         backend = dist.Backend.default_device_backend_map.get(self.device.type, "gloo")
-        store, rank, count = next(dist.rendezvous("env://", timeout=START))
-        arrived = dist.PrefixStore("arrived", store)  # some processes may start later than others
+        store, rank, count = next(rendezvous("env://", timeout=START))
+        arrived = PrefixStore("arrived", store)  # some processes may start later than others
         arrived.set(str(rank), "")
         arrived.wait([str(each) for each in range(count)], START)
         dist.init_process_group(backend, store=store, rank=rank, world_size=count, timeout=timedelta(seconds=timeout))
