@@ -7,11 +7,13 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 
 from kdlib import OUTPUT, TeacherAdapter
 from kdlib.cache import Fingerprint
 from kdlib_faces._checks import InputError
+from kdlib_faces._hardware import CPU, Amp
 from kdlib_faces.data.dataset import FaceImages
 from kdlib_faces.data.image_files import describe_far_sizes
 from kdlib_faces.data.lists import FaceList, warn
@@ -84,14 +86,17 @@ class CacheSource:
         decoders: int,
         images: InputOptions,
         on_error: Literal["stop", "skip"] = "stop",
+        device: torch.device = CPU,
+        amp: Amp = "none",
     ) -> None:
         self.faces, self.views = faces, views
-        self.model, self.size, parts, taps = _teacher(path, taps, size, images)
+        self.model, self.size, parts, taps = _teacher(path, taps, size, images, device)
         self._images = FaceImages(faces.images, self.size, threads=decoders, on_error=on_error)
         warn(describe_far_sizes(faces.images, self.size))
         self.fingerprint = Fingerprint(
             teacher=parts.teacher,
-            preprocessing=f"{parts.preprocessing}; upright, centered on black, {self.size} pixels, rgb, (x - 127.5) / 127.5",
+            preprocessing=f"{parts.preprocessing}; upright, centered on black, {self.size} pixels, rgb, (x - 127.5) / 127.5"
+            + ("" if amp == "none" else f"; {amp}"),
             data=data_digest(faces, views),
         )
         self.notes = {
@@ -101,6 +106,7 @@ class CacheSource:
             "taps": json.dumps(dict(taps)),
             "views": views.to_text(),
             "input": str(images),
+            "amp": amp,
         }
 
     def fetch(self, samples: Tensor, view: int) -> Tensor:
@@ -113,7 +119,7 @@ class CacheSource:
 
 
 def _teacher(
-    path: Path, taps: Mapping[str, str], size: int, images: InputOptions
+    path: Path, taps: Mapping[str, str], size: int, images: InputOptions, device: torch.device
 ) -> tuple[nn.Module, int, Fingerprint, dict[str, str]]:
     """Return the teacher, its input size, the first two parts of its fingerprint, and its resolved taps."""
     if not path.is_file():
@@ -124,7 +130,7 @@ def _teacher(
             for feature, name in taps.items()
         }
         not_square = isinstance(read_graph(path, images.layout).input_size, tuple)
-        graph = open_onnx(path, {"embedding": None, **taps}, images=images, resize=not_square)
+        graph = open_onnx(path, {"embedding": None, **taps}, images=images, resize=not_square, device=device)
         own = graph.input_size or size
         return graph, own if isinstance(own, int) else max(own), Fingerprint(graph.fingerprint, "onnx", ""), taps
     network = load_network(path, images)
@@ -134,7 +140,10 @@ def _teacher(
     except ValueError as error:
         raise InputError(f"cache: {path}: {error}") from error
     side = network.input_size
-    return adapter, side if isinstance(side, int) else max(side), Fingerprint.of(adapter), taps
+    fingerprint = Fingerprint.of(adapter)  # before the weights move
+    if device != CPU:
+        adapter = TeacherAdapter(network, adapter.taps, preprocess=network.input_spec, device=device)
+    return adapter, side if isinstance(side, int) else max(side), fingerprint, taps
 
 
 def parse_taps(given: Sequence[str]) -> dict[str, str]:

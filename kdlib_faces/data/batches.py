@@ -22,6 +22,8 @@ from kdlib_faces.data.views import AugmentConfig, augment
 __all__ = ["FaceBatches"]
 
 T = TypeVar("T")
+PIECE = 32
+"""Images of a batch whose random views are drawn together, so that processes can make parts of a batch."""
 Batch: TypeAlias = tuple[Tensor, dict[str, Tensor]]
 
 
@@ -39,9 +41,10 @@ class FaceBatches:
     - `"age_group"`, where age groups are given: `(b,)` int64, -1 unknown.
     - `"identity_age"`, with `identity_age`: `(b, 2)` float64, identity and age, for `CrossAgePairLoss`.
 
-    The rows of a batch are drawn from (seed, epoch, number of the batch) and its views from (seed, epoch, number), by
-    whichever process decodes it. The batches are therefore the same for any number of `workers`, and `iter_from(step)` yields
-    those of a full iteration without computing the ones before `step`: training resumes exactly.
+    The rows of a batch and its views are drawn from (seed, epoch, number of the batch), by whichever process decodes it. The
+    batches are therefore the same for any number of `workers`, and `iter_from(step)` yields those of a full iteration without
+    computing the ones before `step`: training resumes exactly. After `shard`, each process of a distributed run yields its
+    part of the same batches.
 
     An image that cannot be read is an `InputError`. With `FaceImages(..., on_error="skip")`, another image of the batch takes
     its place, one of the same identity if there is one, and the dictionary `unreadable` of rows and messages grows.
@@ -49,7 +52,7 @@ class FaceBatches:
     Args:
         images: `(n, 3, s, s)` uint8, a tensor or array, or images that are decoded when they are read.
         identities: `(n,)` whole numbers, -1 where unknown.
-        batch_size: Images per batch and process.
+        batch_size: Images per batch, of all processes together.
         seed: Seed of the order and the views.
         ages: `(n,)` years, or None.
         age_groups: `(n,)` whole numbers, or None.
@@ -62,8 +65,6 @@ class FaceBatches:
         identity_age: Which target, `"age"` or `"age_group"`, is the age in `"identity_age"`; None omits that target.
         sample_ids: `(n,)` sample ids; None numbers the images from 0.
         workers: Processes that decode and augment the batches ahead of the training; 0 does both when a batch is taken.
-        rank: Number of this process in a distributed run. Each process has its own batches.
-        num_ranks: Number of processes.
 
     Raises:
         TypeError: `images` is not uint8.
@@ -93,8 +94,6 @@ class FaceBatches:
         identity_age: Literal["age", "age_group"] | None = None,
         sample_ids: ArrayLike | Tensor | None = None,
         workers: int = 0,
-        rank: int = 0,
-        num_ranks: int = 1,
     ) -> None:
         owner = "FaceBatches"
         self.images = images if isinstance(images, FaceImages | Tensor) else torch.from_numpy(images)
@@ -103,12 +102,9 @@ class FaceBatches:
         check_number(owner, "batch_size", batch_size, min=1, integer=True)
         check_number(owner, "seed", seed, min=0, integer=True)
         check_number(owner, "workers", workers, min=0, integer=True)
-        check_number(owner, "num_ranks", num_ranks, min=1, integer=True)
-        check_number(owner, "rank", rank, min=0, max=num_ranks - 1, integer=True)
         count = len(self.images)
-        if batch_size * num_ranks > count:
-            each = "" if num_ranks == 1 else f" in each of {num_ranks} processes"
-            raise ValueError(f"{owner}: batch_size must be at most the {count} images, got {batch_size}{each}")
+        if batch_size > count:
+            raise ValueError(f"{owner}: batch_size must be at most the {count} images, got {batch_size}")
         if views is not None and not isinstance(views, SeededViews):
             raise TypeError(f"{owner}: views must be SeededViews, got {type(views).__name__}")
         if augment is not None and views is not None:
@@ -151,7 +147,7 @@ class FaceBatches:
                 )
             years = columns[identity_age].numpy()
             self._order = CrossAgeOrder(labels, years, min_age_gap, batch_size, samples_per_identity, seed)
-        self.batch_size, self.seed, self.workers, self.rank, self.num_ranks = batch_size, seed, workers, rank, num_ranks
+        self.batch_size, self.seed, self.workers = batch_size, seed, workers
         self.samples_per_identity = samples_per_identity
         self.unreadable: dict[int, str] = {}
         self._maker = _BatchMaker(self.images, columns, seed, all_labeled, augment, views, identity_age)
@@ -166,7 +162,22 @@ class FaceBatches:
         )
 
     def __len__(self) -> int:
-        return len(self.images) // (self.batch_size * self.num_ranks)
+        return len(self.images) // self.batch_size
+
+    def shard(self, rank: int, count: int) -> None:
+        """Yield from now on part `rank` of `count` equal parts of each batch.
+
+        Raises:
+            ValueError: The batch size is not a multiple of `count`, or would part the images of an identity.
+        """
+        multiple = count * (self.samples_per_identity or 1)
+        if self.batch_size % multiple:
+            raise ValueError(
+                f"FaceBatches: batch_size must be a multiple of {multiple} for {count} processes, got {self.batch_size}"
+            )
+        size = self.batch_size // count
+        self._plan.part = range(rank * size, (rank + 1) * size)
+        self.close()
 
     def set_epoch(self, epoch: int) -> None:
         """Set the epoch of the next iteration."""
@@ -214,11 +225,12 @@ def _count_distinct(labels: NDArray[np.int64]) -> int:
 
 @dataclass(frozen=True)
 class _Item:
-    """A batch to make: its epoch, its number over all processes, and its rows."""
+    """A batch to make: its epoch, its number, its rows, and the places in it that this process yields."""
 
     epoch: int
     number: int
     rows: NDArray[np.int64]
+    part: range
 
 
 _Made: TypeAlias = tuple[Tensor, dict[str, Tensor], dict[int, str]]
@@ -233,7 +245,7 @@ class _Plan(Sampler[_Item]):
     """The batches of an epoch, from a step on."""
 
     def __init__(self, batches: FaceBatches) -> None:
-        self.batches, self.epoch, self.start = batches, 0, 0
+        self.batches, self.epoch, self.start, self.part = batches, 0, 0, range(batches.batch_size)
 
     def __len__(self) -> int:
         return max(0, len(self.batches) - self.start)
@@ -244,8 +256,7 @@ class _Plan(Sampler[_Item]):
 
     def _items(self, epoch: int, steps: range) -> Iterator[_Item]:
         for step in steps:
-            number = step * self.batches.num_ranks + self.batches.rank
-            yield _Item(epoch, number, self.batches._order.rows(epoch, number))
+            yield _Item(epoch, step, self.batches._order.rows(epoch, step), self.part)
 
 
 @dataclass(frozen=True, eq=False)
@@ -262,7 +273,15 @@ class _BatchMaker(Dataset[_Made]):
 
     @override
     def __getitem__(self, item: _Item) -> _Made:
-        rows, errors = torch.from_numpy(item.rows), dict[int, str]()
+        start = item.part.start // PIECE * PIECE  # random views are drawn for whole pieces
+        stop = min(-(-item.part.stop // PIECE) * PIECE, len(item.rows))
+        inputs, targets, errors = self._make(item, torch.from_numpy(item.rows[start:stop]), start)
+        own = slice(item.part.start - start, item.part.stop - start)
+        return inputs[own], {name: target[own] for name, target in targets.items()}, errors
+
+    def _make(self, item: _Item, rows: Tensor, start: int) -> _Made:
+        """Make the rows of a batch from place `start` on, which is a multiple of PIECE."""
+        errors = dict[int, str]()
         if isinstance(self.images, Tensor):
             pixels = self.images[rows]
         else:
@@ -274,14 +293,18 @@ class _BatchMaker(Dataset[_Made]):
         if not len(rows):
             return to_float(pixels), targets, errors
         if self.views is not None:
-            targets["view"] = self.views.draw(len(rows), seed=self.seed, epoch=item.epoch, step=item.number)
+            views = self.views.draw(len(item.rows), seed=self.seed, epoch=item.epoch, step=item.number)
+            targets["view"] = views[start : start + len(rows)]
             return self.views(pixels, targets["sample"], targets["view"]), targets, errors
         if self.augment is None:
             targets["view"] = torch.zeros(len(rows), dtype=torch.int64)
             return to_float(pixels), targets, errors
-        state = np.random.SeedSequence([self.seed, item.epoch, 1, item.number]).generate_state(1, np.uint64)
-        inputs, targets["view"] = augment(pixels, self.augment, Generator().manual_seed(int(state[0] >> np.uint64(1))))
-        return inputs, targets, errors
+        pieces = []
+        for at, piece in enumerate(torch.split(pixels, PIECE), start // PIECE):
+            state = np.random.SeedSequence([self.seed, item.epoch, 1, item.number, at]).generate_state(1, np.uint64)
+            pieces.append(augment(piece, self.augment, Generator().manual_seed(int(state[0] >> np.uint64(1)))))
+        targets["view"] = torch.cat([view for _, view in pieces])
+        return torch.cat([inputs for inputs, _ in pieces]), targets, errors
 
     def _targets(self, rows: Tensor) -> dict[str, Tensor]:
         targets = {name: column[rows] for name, column in self.columns.items()}

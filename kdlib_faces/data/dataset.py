@@ -71,6 +71,11 @@ class FaceImages(Dataset[Tensor]):
         return len(self.images)
 
     @property
+    def preloaded(self) -> bool:
+        """Whether all images are decoded and held in memory."""
+        return self._held is not None
+
+    @property
     def shape(self) -> torch.Size:
         """`(n, 3, size, size)`."""
         return torch.Size((len(self), 3, self.size, self.size))

@@ -59,8 +59,8 @@ class ImageSet:
         if self.read is None:
             raise InputError(f"{self.name}: no images are known, only embeddings can be evaluated; give images=FOLDER")
 
-    def decode(self, rows: Sequence[int], size: int) -> Tensor:
-        """Images (b, 3, size, size) uint8, RGB.
+    def decode(self, rows: Sequence[int], size: int, *, workers: int = WORKERS) -> Tensor:
+        """Images (b, 3, size, size) uint8, RGB, decoded by `workers` threads.
 
         Raises:
             InputError: The set has no images, or one of them is not readable (the message gives it).
@@ -68,7 +68,7 @@ class ImageSet:
         self.check_images()
         read = self.read
         assert read is not None
-        with ThreadPoolExecutor(WORKERS) as pool:
+        with ThreadPoolExecutor(workers) as pool:
             return torch.from_numpy(np.stack(list(pool.map(lambda row: read(row, size), rows))))
 
     def picture(self, row: int, size: int = 112) -> NDArray[np.uint8] | None:

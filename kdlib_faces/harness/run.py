@@ -6,17 +6,21 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
+from numpy.typing import NDArray
+
 from kdlib_faces._checks import InputError
+from kdlib_faces._hardware import Hardware
 from kdlib_faces.data.image_files import describe_far_sizes
 from kdlib_faces.data.lists import FaceList, read_faces
 from kdlib_faces.evaluation.summary import DataSummary, ModelEntry
-from kdlib_faces.harness.embeddings import embed_set, open_model, read_embeddings
+from kdlib_faces.harness.embeddings import OpenedModel, embed_set, open_model, read_embeddings
 from kdlib_faces.harness.evaluate import EvaluatedModel
 from kdlib_faces.harness.image_sets import OF_EMBEDDINGS, ImageSet, images_of_source
 from kdlib_faces.harness.lists import tasks_of_faces
 from kdlib_faces.harness.registry import PROTOCOLS
 from kdlib_faces.harness.tasks import EvaluateConfig, EvaluationTask, ProtocolSpec, Settings, parse_protocol
-from kdlib_faces.teachers.input_options import inputs_of_models
+from kdlib_faces.teachers.input_options import InputOptions, inputs_of_models
 
 __all__ = ["PreparedEvaluation", "prepare"]
 
@@ -50,6 +54,8 @@ def prepare(
     protocols: Sequence[str] = (),
     progress: bool = False,
     on_error: Literal["stop", "skip"] = "stop",
+    hardware: Hardware | None = None,
+    workers: int = 2,
 ) -> PreparedEvaluation:
     """Read protocols, models and embeddings, and embed the images that are missing from a model's embeddings.
 
@@ -65,6 +71,8 @@ def prepare(
         protocols: `NAME[=PATH][,key=PATH ...]` each; without any, all that the lists of `data` allow.
         progress: Show progress.
         on_error: Whether images of `data` that cannot be read stop the evaluation; see `read_faces`.
+        hardware: Device of the models, and the processes that share the images; None for this process on the CPU.
+        workers: Threads that decode images.
 
     Raises:
         InputError: A file is not usable, or there is nothing to evaluate.
@@ -87,7 +95,8 @@ def prepare(
             replace(task, convention={**task.convention, "Alignment": alignment.format(task.alignment)})
             for task in tasks
         ]
-    evaluated = _models(config, models, inputs, embeddings, tasks, work, notes, progress)
+    embedding = _Embedding(config, work, progress, hardware or Hardware(), workers)
+    evaluated = _models(embedding, models, inputs, embeddings, tasks, notes)
     return PreparedEvaluation(
         tasks, evaluated, _data(settings, tasks, [*notes, *(() if face_list is None else face_list.notes)])
     )
@@ -120,15 +129,36 @@ def _tasks(
     return tasks, notes
 
 
+@dataclass(frozen=True)
+class _Embedding:
+    """How models are opened and run."""
+
+    config: EvaluateConfig
+    work: Path
+    progress: bool
+    hardware: Hardware
+    workers: int
+
+    def open(self, path: Path, stated: InputOptions) -> OpenedModel:
+        model = open_model(path, self.config.input_size, stated, device=self.hardware.device)
+        if self.config.compile and path.suffix.lower() != ".onnx":
+            model.module.compile()
+        return model
+
+    def run(self, model: OpenedModel, images: ImageSet) -> NDArray[np.float32]:
+        return embed_set(
+            model, images, self.work, batch_size=self.config.batch_size, flip=self.config.flip, progress=self.progress,
+            hardware=self.hardware, amp=self.config.amp, workers=self.workers,
+        )  # fmt: skip
+
+
 def _models(
-    config: EvaluateConfig,
+    embedding: _Embedding,
     models: Sequence[PathLike],
     inputs: Sequence[str],
     embeddings: Sequence[PathLike],
     tasks: Sequence[EvaluationTask],
-    work: Path,
     notes: list[str],
-    progress: bool,
 ) -> list[EvaluatedModel]:
     """Models and embeddings, each with its own name; every file is opened before any model runs.
 
@@ -148,8 +178,7 @@ def _models(
         given.append(EvaluatedModel(name, ModelEntry("student", name, "embeddings from a file"), arrays))
     stated = inputs_of_models(inputs, len(models))
     opened = [
-        (name, open_model(path, config.input_size, images))
-        for (name, path), images in zip(names[: len(models)], stated, strict=True)
+        (name, embedding.open(path, images)) for (name, path), images in zip(names[: len(models)], stated, strict=True)
     ]
     for images in sets.values() if opened else ():
         images.check_images()
@@ -157,10 +186,7 @@ def _models(
     notes += dict.fromkeys(filter(None, far))
     evaluated = []
     for name, model in opened:
-        made = {
-            each: embed_set(model, images, work, batch_size=config.batch_size, flip=config.flip, progress=progress)
-            for each, images in sets.items()
-        }
+        made = {each: embedding.run(model, images) for each, images in sets.items()}
         evaluated.append(EvaluatedModel(name, replace(model.entry, label=name), made))
     return evaluated + given
 

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from kdlib._checks import check_number, nearest
 from kdlib_faces._checks import InputError
+from kdlib_faces._hardware import Amp
 from kdlib_faces.data.lists import FaceList, read_faces
 from kdlib_faces.data.sources.base import ImageSource
 from kdlib_faces.evaluation import EvaluationProtocol, ProtocolResult, Sampling
@@ -148,6 +149,8 @@ class EvaluateConfig:
         seed: Seed of the bootstrap.
         num_failures: Number of the hardest pairs of each kind to show, 0 for none.
         score_rows: Maximal number of rows of a file of scores.
+        amp: Precision of the forward pass: `"none"`, `"bfloat16"` or `"float16"`.
+        compile: Compile the networks by `torch.compile`; ONNX graphs are left as they are.
     """
 
     batch_size: int = 64
@@ -162,6 +165,8 @@ class EvaluateConfig:
     seed: int = 0
     num_failures: int = 6
     score_rows: int = 1_000_000
+    amp: Amp = "none"
+    compile: bool = False
 
     def __post_init__(self) -> None:
         owner = "EvaluateConfig"

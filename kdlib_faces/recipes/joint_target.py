@@ -23,7 +23,7 @@ MIN_AGE_GAP = 10.0
 
 
 def cache_live_teachers(
-    teachers: Mapping[str, nn.Module], images: FaceImages, folder: Path, *, quiet: bool
+    teachers: Mapping[str, nn.Module], images: FaceImages, folder: Path, *, quiet: bool, device: torch.device
 ) -> dict[str, nn.Module]:
     """Replace teachers that read images by caches of their outputs for the plain and the mirrored images.
 
@@ -32,11 +32,14 @@ def cache_live_teachers(
         images: The training images.
         folder: Folder of the caches, one subfolder for each role.
         quiet: Show no progress.
+        device: Device of the teachers.
     """
     return {
         role: teacher
         if isinstance(teacher, Teacher) and teacher.inputs
-        else cache_outputs(teacher, images, folder / role, label=f"outputs of the {role} teacher", quiet=quiet)
+        else cache_outputs(
+            teacher, images, folder / role, label=f"outputs of the {role} teacher", quiet=quiet, device=device
+        )
         for role, teacher in teachers.items()
     }
 

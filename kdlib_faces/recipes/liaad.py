@@ -15,6 +15,7 @@ from kdlib.distiller import Distiller
 from kdlib.objective import Objective, Term
 from kdlib.types import Teacher
 from kdlib_faces._checks import InputError
+from kdlib_faces._hardware import CPU
 from kdlib_faces.backbones import BACKBONES, Backbone
 from kdlib_faces.caching.teachers import TeacherSource, open_teachers
 from kdlib_faces.config import load_config
@@ -82,7 +83,7 @@ def build(
     weighting: nn.Module = UniformWeighting()
     lead = "embedding" if "embedding" in terms and JOINT not in teachers else None
     if config.weighting == "center" and len(teachers) > 1 and lead:
-        weighting = CenterConfidenceWeighting(config.num_identities, temperature=config.temperature)
+        weighting = CenterConfidenceWeighting(config.num_identities, temperature=config.temperature, gather=True)
     objective = Objective(terms, weighting if lead else None, weigh_by=lead)
     adapter = StudentAdapter(student, stage_taps(student, config.stage))
     return Distiller(adapter, cast(Mapping[str, Teacher], teachers), objective)
@@ -115,9 +116,9 @@ def _sources(config: LIAADConfig, general: str, age: str) -> list[TeacherSource]
     return [TeacherSource(role, path, reads[role], config.stage) for role, path in ((GENERAL, general), (AGE, age))]
 
 
-def _open(source: TeacherSource, config: LIAADConfig, images: InputOptions) -> nn.Module:
+def _open(source: TeacherSource, config: LIAADConfig, images: InputOptions, device: torch.device = CPU) -> nn.Module:
     untrained = {"input_size": config.input_size, "embedding_dim": config.embedding_dim, "seed": config.seed}
-    return open_teacher(source.path, source.reads, stage=source.stage, images=images, **untrained)
+    return open_teacher(source.path, source.reads, stage=source.stage, images=images, device=device, **untrained)
 
 
 def train(config: LIAADRunConfig, options: RunOptions) -> Path:
@@ -167,7 +168,9 @@ def train(config: LIAADRunConfig, options: RunOptions) -> Path:
         opened = open_teachers(
             _sources(recipe, general, age),
             faces,
-            open_file=lambda source: _open(source, recipe, inputs.get(source.role, InputOptions())),
+            open_file=lambda source: _open(
+                source, recipe, inputs.get(source.role, InputOptions()), options.hardware.device
+            ),
             mirrored=config.augment.mirror > 0,
         )
         for line in opened.messages:
@@ -183,7 +186,13 @@ def train(config: LIAADRunConfig, options: RunOptions) -> Path:
             check_one_space(opened, faces, own, compare=not untrained)
         if recipe.target == "joint" or started:
             pixels = open_training_images(faces, recipe.input_size, options)
-            teachers = cache_live_teachers(teachers, pixels, options.output / "teachers", quiet=not options.progress)
+            teachers = cache_live_teachers(
+                teachers,
+                pixels,
+                options.output / "teachers",
+                quiet=not options.progress,
+                device=options.hardware.device,
+            )
         if recipe.target == "joint":
             joint = join_teachers(
                 teachers, faces, recipe.joint_dim, recipe.age_map_weight, options, both_views=recipe.both_views

@@ -109,7 +109,7 @@ def start_student(
     parts = [model_fingerprint(network), repr(config), str(options.seed), str(tuple(images.shape))]
     parts += [] if joint is None else [model_fingerprint(joint)]
     saved = options.output / f"start-{sha256(' '.join(parts).encode()).hexdigest()[:12]}.pt"
-    if not saved.exists():
+    if options.hardware.first and not saved.exists():
         say(f"making a narrower copy of {options.start.partition(':')[2]}", quiet=quiet)
         show = partial(say, quiet=quiet)
         student = shrink_teacher(network, images, config, seed=options.seed, on_step=lambda step: show(f"  {step}"))
@@ -119,6 +119,7 @@ def start_student(
             say(f"start: cosine {cosine:.3f} to the joint target, without training", quiet=quiet)
         options.output.mkdir(parents=True, exist_ok=True)
         save_backbone(student, saved)
+    options.hardware.wait_for_all()
     student = load_backbone(saved)
     say(
         f"start: {count_parameters(student):,} parameters, {count_macs(student, student.input_size) / 1e6:.0f} M multiply-adds",

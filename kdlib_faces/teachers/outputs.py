@@ -27,6 +27,7 @@ def cache_outputs(
     fingerprint: str | None = None,
     label: str = "teacher outputs",
     quiet: bool = True,
+    device: torch.device | None = None,
 ) -> CachedTeacher:
     """Run a teacher over all images, plain and mirrored, and resume an interrupted run.
 
@@ -38,6 +39,7 @@ def cache_outputs(
             weights and taps.
         label: Text of the progress bar.
         quiet: Show no progress.
+        device: Device to which the teacher is moved; None leaves it on the CPU.
 
     Returns:
         A teacher that reads the cache, float16 on disk. Sample `i` is image `i`; view 1 is the mirrored image.
@@ -61,8 +63,9 @@ def cache_outputs(
 
     def fetch(samples: Tensor, view: int) -> Tensor:
         pixels = to_float(images[samples])
-        return pixels.flip(3) if view else pixels
+        return (pixels.flip(3) if view else pixels).to(device)
 
+    teacher.to(device)
     with progress_to(label, quiet=quiet) as show:
         try:
             cache = TeacherCache.build(

@@ -222,7 +222,7 @@ def test_sigterm_and_sigkill_leave_the_same_student(faces_folder: Path, tmp_path
 def test_a_folder_of_another_run_is_refused(faces_folder: Path, tmp_path: Path, capsys) -> None:
     output = tmp_path / "run"
     train(faces_folder, output, "general", "age")
-    kept = (output / "config.toml").read_text()
+    kept = (output / "run.toml").read_text()
     before = weights(output)
     train(faces_folder, output, "general", "age")  # the same again: nothing to do
     capsys.readouterr()
@@ -237,16 +237,16 @@ def test_a_folder_of_another_run_is_refused(faces_folder: Path, tmp_path: Path, 
         assert difference in message
     message = fails(capsys, *command(faces_folder, output, "general.pt", "age.pt", faces="turned.csv"))
     assert "what differs is faces (" in message
-    assert (output / "config.toml").read_text() == kept
+    assert (output / "run.toml").read_text() == kept
     assert all(torch.equal(value, before[name]) for name, value in weights(output).items())
     # Files that were moved are the same run.
     folder = tmp_path / faces_folder.name
     shutil.copytree(faces_folder, folder)
     train(folder, output, "general", "age")
     capsys.readouterr()
-    (output / "run.json").write_text("[]")
+    (output / "run.toml").write_text("[")
     message = fails(capsys, *command(faces_folder, output, "general", "age"))
-    assert "holds checkpoints without a readable run.json" in message
+    assert "holds checkpoints without a readable run.toml" in message
 
 
 def test_an_onnx_teacher_needs_no_tap_name(faces_folder: Path, tmp_path: Path, graph: Path, capsys) -> None:

@@ -72,19 +72,27 @@ def test_any_number_of_workers_gives_the_same_batches(images, options):
 
 
 @pytest.mark.parametrize("options", [{}, *OPTIONS[2:]])
-def test_ranks_share_the_images(images, options):
-    def rows(rank, ranks, epoch=0):
-        batches = FaceBatches(images, IDENTITIES, batch_size=4, seed=3, rank=rank, num_ranks=ranks, **options)
-        batches.set_epoch(epoch)
-        return [targets["sample"].tolist() for _, targets in batches]
+def test_processes_share_each_batch(images, options, monkeypatch):
+    """Their parts are those of one process, with the same random views, also where a part begins within a piece."""
+    monkeypatch.setattr("kdlib_faces.data.batches.PIECE", 3)
 
-    alone, shared = rows(0, 1), [rows(rank, 2) for rank in range(2)]
-    assert [len(each) for each in shared] == [3, 3]
-    assert [batch for pair in zip(*shared, strict=True) for batch in pair] == alone
+    def read(rank, count):
+        given = options if "views" in options else {"augment": AugmentConfig(), **options}
+        batches = FaceBatches(images, IDENTITIES, batch_size=8, seed=3, **given)
+        batches.shard(rank, count)
+        batches.set_epoch(1)
+        return list(batches)
+
+    alone, shared = read(0, 1), [read(rank, 2) for rank in range(2)]
+    assert [len(each) for each in (alone, *shared)] == [3, 3, 3]
+    for (inputs, targets), *parts in zip(alone, *shared, strict=True):
+        assert torch.equal(torch.cat([part for part, _ in parts]), inputs)
+        for name, target in targets.items():
+            assert torch.equal(torch.cat([part[name] for _, part in parts]), target)
     if not options:
-        assert sorted(row for batch in alone for row in batch) == list(range(COUNT))
-    with pytest.raises(ValueError, match="batch_size must be at most the 24 images, got 13 in each of 2 processes"):
-        FaceBatches(images, IDENTITIES, batch_size=13, seed=0, num_ranks=2)
+        assert sorted(row for _, targets in alone for row in targets["sample"].tolist()) == list(range(COUNT))
+    with pytest.raises(ValueError, match=r"batch_size must be a multiple of \d+ for 3 processes, got 8"):
+        read(0, 3)
 
 
 def test_cross_age_pairs_are_far_apart_in_age():

@@ -94,7 +94,7 @@ def test_an_output_that_cannot_be_made_is_refused_before_the_work(tmp_path: Path
     [
         (["evaluate", "--data", "f.csv", "--embeddings", "e.npy"], ["figures", "scores", "work", "work/e.npy.part"]),
         (["demo"], ["figures", "work", "work/seed0/student_alone"]),
-        (["train", "--recipe", "student", "--data", "f.csv"], ["checkpoints", "checkpoints/1.pt", "log.jsonl", "run.json"]),
+        (["train", "--recipe", "student", "--data", "f.csv"], ["checkpoints", "checkpoints/1.pt", "log.jsonl", "run.toml"]),
     ],
 )  # fmt: skip
 def test_links_in_an_output_are_refused(tmp_path: Path, capsys, words: list[str], parts: list[str]) -> None:
