@@ -13,7 +13,7 @@ from kdlib.training.events import (
     TrainingDiverged,
     TrainResult,
 )
-from kdlib.training.log import LogRow, read_log
+from kdlib.training.log import LogRow, Speed, read_log
 from kdlib.training.loop import train
 from kdlib.training.stream import StreamState
 
@@ -26,6 +26,7 @@ __all__ = [
     "Hook",
     "LogRow",
     "OptimizerFactory",
+    "Speed",
     "SplitBatch",
     "StepValues",
     "StreamState",
