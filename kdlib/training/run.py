@@ -288,15 +288,16 @@ class Run:
 
     def _load(self, state: CheckpointState, names: list[str], store: CheckpointStore) -> None:
         rank = self.processes.rank
+        # A run with shards may go on in more processes, which start with random states of their own.
+        new = self.sharded and rank >= len(state["rng"])
         loads: dict[str, Callable[[], object]] = {
             "distiller": lambda: self.distiller.load_state_dict(state["distiller"]),
             "optimizer": lambda: self.optimizer.load_state_dict(state["optimizer"]),
             "scaler": lambda: self.scaler.load_state_dict(state["scaler"]),
             "ema": lambda: self.ema and self.ema.load_state_dict(state["ema"] or {}),
             "evaluations": lambda: self.evaluations.extend(Evaluation(**row) for row in state["evaluations"]),
-            # A run with shards may go on in more processes, which start with random states of their own.
             "stream": lambda: self.stream.load_state_dict(state["stream"][rank % len(state["stream"])]),
-            "rng": lambda: rank < len(state["rng"]) and random_state(self.device, state["rng"][rank]),
+            "rng": lambda: new or random_state(self.device, state["rng"][rank]),
         }
         for name in names:
             try:
