@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from kdlib._atomic import atomic_write
-from kdlib.training._checks import check_content, checkpoint_error
+from kdlib.training._checks import check_content, checkpoint_error, read_failure
 from kdlib.training.config import TrainConfig
 from kdlib.training.events import CheckpointError, StepValues
 from kdlib.training.sharded.files import Index, remove_shards
@@ -92,7 +92,7 @@ def load_checkpoint(path: str | PathLike[str]) -> CheckpointState:
         _check_content(Path(path))
         state: CheckpointState = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged file can raise almost any exception in the readers
-        raise checkpoint_error(f"checkpoint {path} cannot be read: {error}") from error
+        raise checkpoint_error(f"checkpoint {path} cannot be read: {read_failure(error)}") from error
     if not isinstance(state, dict) or state.get("format") != _FORMAT:
         got = f"format {state.get('format')!r}" if isinstance(state, dict) else f"a {type(state).__name__}"
         raise checkpoint_error(f"checkpoint {path} must have format {_FORMAT}, got {got}")

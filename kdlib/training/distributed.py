@@ -3,18 +3,20 @@
 import gc
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import TypeVar, cast
+from functools import partial
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
 from kdlib._gather import is_sharded
 from kdlib.objective import ObjectiveOutput
 from kdlib.training._checks import describe_error, received_error
 
-__all__ = ["Processes", "synchronize_if", "wrap"]
+__all__ = ["Processes", "synchronize_if", "synchronized_batch_norm", "wrap"]
 
 _T = TypeVar("_T")
 
@@ -127,3 +129,72 @@ def synchronize_if(last: bool, forward: Callable[..., ObjectiveOutput]) -> Abstr
     if last or not isinstance(forward, DistributedDataParallel):
         return nullcontext()
     return forward.no_sync()
+
+
+@contextmanager
+def synchronized_batch_norm(distiller: nn.Module, *, active: bool) -> Iterator[None]:
+    """BatchNorm layers of the distiller use the statistics of all processes within the block.
+
+    `torch.nn.SyncBatchNorm` requires a GPU, and it replaces modules, whose hooks would be lost.
+    """
+    layers = [module for module in distiller.modules() if active and isinstance(module, _BatchNorm)]
+    for layer in layers:
+        layer.forward = partial(_normalize, layer)  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        for layer in layers:
+            del layer.forward
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]  # torch leaves it untyped
+def _normalize(layer: _BatchNorm, x: Tensor) -> Tensor:
+    """Forward of a BatchNorm layer, with the statistics of all processes in training mode."""
+    if not layer.training:
+        plain: Tensor = type(layer).forward(layer, x)
+        return plain
+    with torch.autocast(x.device.type, enabled=False):
+        wide = x.to(torch.float32) if x.dtype in (torch.float16, torch.bfloat16) else x
+        dims, shape = [0, *range(2, x.dim())], [1, -1] + [1] * (x.dim() - 2)
+        own = wide.mean(dims)
+        spread = (wide - own.view(shape)).square().sum(dims)
+        size = wide.new_full((1,), x.numel() / x.shape[1])
+        rows: Tensor = _AllRows.apply(torch.cat([own, spread, size]))  # type: ignore[no-untyped-call]  # torch's own
+        means, spreads = rows[:, :-1].view(len(rows), 2, -1).unbind(1)
+        sizes = rows[:, -1:]
+        count = sizes.sum()
+        mean = (sizes * means).sum(0) / count
+        # From the spread around each mean, since E[x^2] - E[x]^2 loses digits where the mean is large.
+        variance = (spreads + sizes * (means - mean).square()).sum(0) / count
+        _update_statistics(layer, mean.detach(), (variance * count / (count - 1)).detach())
+        y = (wide - mean.view(shape)) * (variance + layer.eps).rsqrt().view(shape)
+        if layer.weight is not None:
+            y = y * layer.weight.view(shape) + layer.bias.view(shape)
+        return y.to(x.dtype)
+
+
+@torch.no_grad()
+def _update_statistics(layer: _BatchNorm, mean: Tensor, variance: Tensor) -> None:
+    count = layer.num_batches_tracked
+    if count is not None:
+        count.add_(1)
+    momentum = layer.momentum if layer.momentum is not None else 1.0 / float(count or 1)
+    for running, value in ((layer.running_mean, mean), (layer.running_var, variance)):
+        if running is not None:
+            running.lerp_(value.to(running), momentum)
+
+
+class _AllRows(torch.autograd.Function):
+    """The vectors of all processes as rows, whose gradients are summed over the processes."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        rows = [torch.empty_like(x) for _ in range(dist.get_world_size())]
+        dist.all_gather(rows, x.contiguous())
+        return torch.stack(rows)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        total = gradient.clone()
+        dist.all_reduce(total)
+        return total[dist.get_rank()]

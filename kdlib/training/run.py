@@ -25,7 +25,7 @@ from kdlib.training.sharded.gradients import clip_gradients, local
 from kdlib.training.sharded.state import insert, not_finite, separate
 from kdlib.training.sharded.store import check_shards, insert_shards, write_step
 from kdlib.training.signals import DeferredSignals
-from kdlib.training.stream import BatchStream, StreamState
+from kdlib.training.stream import BatchStream, Shardable, StreamState
 
 __all__ = ["Position", "Run", "private_randomness", "random_state"]
 
@@ -73,13 +73,14 @@ class Run:
             "evaluate_every must be given when loader has no length, got None",
         )
         self._evaluate_every = every or 1
+        self._shared = isinstance(stream.loader, Shardable)
         self.fingerprint = self._describe(total_steps)
 
     def _describe(self, total_steps: int) -> dict[str, object]:
         return {
             **run_fingerprint(self.config, self.distiller, self.optimizer, total_steps),
             "batches_per_epoch": self.stream.length,
-            "processes": "any number, with shards" if self.sharded else self.processes.count,
+            "processes": "any number" if self._shared or self.sharded else self.processes.count,
         }
 
     @property
@@ -288,16 +289,15 @@ class Run:
 
     def _load(self, state: CheckpointState, names: list[str], store: CheckpointStore) -> None:
         rank = self.processes.rank
-        # A run with shards may go on in more processes, which start with random states of their own.
-        new = self.sharded and rank >= len(state["rng"])
+        place = min(rank, len(state["stream"]) - 1)  # the run may have had fewer processes, all at the same position
         loads: dict[str, Callable[[], object]] = {
             "distiller": lambda: self.distiller.load_state_dict(state["distiller"]),
             "optimizer": lambda: self.optimizer.load_state_dict(state["optimizer"]),
             "scaler": lambda: self.scaler.load_state_dict(state["scaler"]),
             "ema": lambda: self.ema and self.ema.load_state_dict(state["ema"] or {}),
             "evaluations": lambda: self.evaluations.extend(Evaluation(**row) for row in state["evaluations"]),
-            "stream": lambda: self.stream.load_state_dict(state["stream"][rank % len(state["stream"])]),
-            "rng": lambda: new or random_state(self.device, state["rng"][rank]),
+            "stream": lambda: self.stream.load_state_dict(state["stream"][place]),
+            "rng": lambda: random_state(self.device, state["rng"][place], rank - place),
         }
         for name in names:
             try:
@@ -335,12 +335,14 @@ def private_randomness(device: torch.device, seed: int) -> Iterator[None]:
         yield
 
 
-def random_state(device: torch.device, state: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
-    """Return the state of the default generators, after setting it to `state` if given."""
+def random_state(device: torch.device, state: dict[str, Tensor] | None = None, offset: int = 0) -> dict[str, Tensor]:
+    """Return the state of the default generators, after setting it to `state` if given, or to another one for an offset."""
     cuda = device.type == "cuda"
     if state is not None:
         torch.default_generator.set_state(state["cpu"])
         if cuda and "cuda" in state:
             torch.cuda.set_rng_state(state["cuda"], device)
+    if offset:
+        torch.manual_seed(int(torch.randint(2**31, ())) + offset)
     current = {"cpu": torch.default_generator.get_state()}
     return {**current, "cuda": torch.cuda.get_rng_state(device)} if cuda else current
