@@ -14,7 +14,7 @@ from kdlib_faces._checks import InputError
 from kdlib_faces.alignment.detector import DetectedFace, FaceDetector
 from kdlib_faces.data.alignment import align_face, similarity_transform, template_for
 from kdlib_faces.data.image_files import open_rgb
-from kdlib_faces.data.images import read_image
+from kdlib_faces.data.images import decode_image
 
 __all__ = ["AlignConfig", "AlignedPhotograph", "Crop", "PhotographAligner", "misfit_and_scale"]
 
@@ -134,7 +134,7 @@ class PhotographAligner:
         if not faces:
             if self.config.no_face != "keep-resized":
                 return AlignedPhotograph(), []
-            whole = read_image(path, self.config.size).transpose(1, 2, 0)
+            whole = decode_image(path.read_bytes(), self.config.size, name=str(path)).transpose(1, 2, 0)
             return AlignedPhotograph(crops=(Crop(0.0),)), [self._encode(whole)]
         chosen = self._choose(faces, photograph)
         crops = tuple(_describe(face, faces) for face in chosen)

@@ -45,7 +45,7 @@ def test_resume_is_bit_exact(tmp_path: Path, kind: str, stop: int) -> None:
     assert same(whole.ema, rest.ema)
 
     def rows(name: str) -> list[dict[str, Any]]:
-        return [{**row, "seconds": 0} for row in read_log(tmp_path / name)]
+        return [{**row, "seconds": 0, "speed": 0} for row in read_log(tmp_path / name)]
 
     assert rows("log.jsonl") == rows("whole.jsonl")
 
