@@ -9,6 +9,8 @@ from typing import Literal, TypeAlias
 
 import torch
 import torch.distributed as dist
+from torch.distributed.distributed_c10d import PrefixStore
+from torch.distributed.rendezvous import rendezvous
 
 from kdlib_faces._checks import InputError
 

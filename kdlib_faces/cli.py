@@ -149,6 +149,8 @@ def _parser() -> argparse.ArgumentParser:
 
     _add_cache(commands.add_parser("cache", help="cache the outputs of a teacher for face lists"), common, run, data)
 
+    _add_align(commands.add_parser("align", parents=[common], help="make aligned face crops of photographs"))
+
     report = commands.add_parser("report", parents=[common], help="render a report again from its report.json")
     report.add_argument("directory", type=Path, metavar="DIR", help="folder with report.json")
 
@@ -169,6 +171,25 @@ def _add_input(parser: _Parser) -> None:
     )
     text += "(N:N:N by channel), layout=bchw|bhwc of .onnx; once, or once for each model in order ('auto' for the file's own)"
     parser.add_list("--input", "KEY=VALUE,...", text)
+
+
+def _add_align(parser: _Parser) -> None:
+    text = "folder of photographs; identities are its subfolders"
+    parser.add_argument("photographs", type=Path, metavar="PHOTOS", help=text)
+    text = "face detector: YuNet (2023) or SCRFD with landmarks"
+    parser.add_argument("--detector", type=Path, required=True, metavar="ONNX", help=text)
+    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder of the crops and lists")
+    text = "which of several faces to crop: the largest, the one nearest to the center, all, or none (largest)"
+    parser.add_argument("--several", choices=("largest", "center", "all", "refuse"), help=text)
+    text = "photographs without a face: leave out, keep at the size of a crop, or stop (skip)"
+    parser.add_argument("--no-face", choices=("skip", "keep-resized", "stop"), help=text)
+    parser.add_argument("--min-score", metavar="N", help="lower limit of the score of a face (0.6)")
+    parser.add_argument("--min-size", metavar="PIXELS", help="lower limit of the size of a face in the photograph (16)")
+    parser.add_on_error()
+    parser.add_argument("--workers", type=_number(1, 1024), default=1, metavar="N", help="number of processes (1)")
+    parser.add_argument("--config", type=Path, metavar="TOML", help="file of settings; --set overrides it")
+    text = "change a setting, such as size, format=jpg, detector_size, low_score; repeatable"
+    parser.add_list("--set", "KEY=VALUE", text, dest="settings")
 
 
 def _add_cache(parser: _Parser, common: _Parser, run: _Parser, data: _Parser) -> None:
@@ -237,6 +258,8 @@ def _command(name: str) -> Callable[[argparse.Namespace, str], None]:
         from kdlib_faces.commands.evaluate import main
     elif name == "cache":
         from kdlib_faces.commands.cache import main
+    elif name == "align":
+        from kdlib_faces.commands.align import main
     elif name == "report":
         from kdlib_faces.commands.report import main
     else:

@@ -13,9 +13,11 @@ import pytest
 ROOT = Path(__file__).parents[1]
 
 # Shared private modules of the core: every package of kdlib and of kdlib_faces may import them.
-SHARED_BY_BOTH = {"_atomic", "_checks", "_gather", "_maths"}
+SHARED_BY_BOTH = {"_atomic", "_checks", "_gather", "_maths", "_modes"}
 CORE_SHARED = SHARED_BY_BOTH | {"_arguments", "_averaging", "_held", "_layouts", "_repr", "types"}
-FACES_SHARED = {"_checks", "_hardware", "_modes", "_output", "_tensor_pickle", "_weights", "config", "progress"}
+FACES_SHARED = {
+    "_checks", "_hardware", "_output", "_processes", "_tensor_pickle", "_weights", "config", "progress",
+}  # fmt: skip
 
 # Each package and the packages that it may import, besides the shared modules.
 CORE = {
@@ -44,11 +46,23 @@ FACES = {
     "teachers": {"data", "backbones", "heads"},
     "training": {"data", "teachers"},
     "caching": {"data", "teachers"},
+    "alignment": {"data", "teachers"},
     "harness": {"data", "evaluation", "teachers"},
     "report": {"evaluation"},
     "recipes": {"backbones", "heads", "teachers", "data", "training", "caching"},
     "demo": {"data", "backbones", "heads", "teachers", "evaluation", "recipes", "training", "harness", "report"},
-    "commands": {"data", "backbones", "teachers", "recipes", "training", "caching", "harness", "report", "demo"},
+    "commands": {
+        "alignment",
+        "data",
+        "backbones",
+        "teachers",
+        "recipes",
+        "training",
+        "caching",
+        "harness",
+        "report",
+        "demo",
+    },
     "cli": {"commands"},
     "__main__": {"cli"},
 }

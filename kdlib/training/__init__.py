@@ -1,5 +1,6 @@
 """A training loop with exact resume after interruption."""
 
+from kdlib._arguments import prepare_arguments
 from kdlib.training.checkpoint import CheckpointState, load_checkpoint
 from kdlib.training.config import Evaluate, OptimizerFactory, SplitBatch, TrainConfig
 from kdlib.training.events import (
@@ -37,3 +38,5 @@ __all__ = [
     "read_log",
     "train",
 ]
+
+prepare_arguments(globals(), __all__)

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
-from kdlib._held import is_sharded
+from kdlib._gather import is_sharded
 from kdlib.objective import ObjectiveOutput
-from kdlib.training._checks import check_argument, describe_error, received_error
+from kdlib.training._checks import describe_error, received_error
 
 __all__ = ["Processes", "synchronize_if", "synchronized_batch_norm", "wrap"]
 
@@ -30,6 +30,11 @@ class Processes:
         self.count = dist.get_world_size() if several else 1
         # Decisions are exchanged between the hosts, so that they never wait for the devices.
         self._own = dist.new_group(backend="gloo") if self.count > 1 and dist.get_backend() != "gloo" else None
+
+    @property
+    def group(self) -> dist.ProcessGroup | None:
+        """The group for communication between the hosts; None for the default group."""
+        return self._own
 
     def close(self) -> None:
         """Free what DDP and this object hold.
@@ -86,10 +91,14 @@ class Processes:
         return values
 
     def copy_first(self, tensors: Iterable[Tensor]) -> None:
-        """Copy tensors of the first process to the others, such as statistics that each process computes on its own."""
+        """Copy tensors of the first process to the others, such as statistics that each process computes on its own.
+
+        Of sharded tensors, each process keeps its part.
+        """
         if self.count > 1:
             for tensor in tensors:
-                dist.broadcast(tensor, 0)
+                if not is_sharded(tensor):
+                    dist.broadcast(tensor, 0)
 
 
 def wrap(
@@ -98,17 +107,16 @@ def wrap(
     """Return the distiller, wrapped in `DistributedDataParallel` if there are several processes.
 
     Teachers are frozen and identical on all processes, so tensors outside the distiller's state dict are not synchronized.
+    Sharded parameters are not either: each process has its own part, whose gradient is that of all processes.
     """
     if not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1:
         return distiller
-    check_argument(
-        not any(is_sharded(parameter) for parameter in distiller.parameters()),
-        "distiller must not be sharded, got DTensor parameters; use a loop of your own with fully_shard, or fully_shard the "
-        "models of the teachers only",
-    )
     trained = set(distiller.state_dict())
     names = [name for name, _ in (*distiller.named_parameters(), *distiller.named_buffers())]
-    ignored = [name for name in names if name not in trained]
+    sharded = {name for name, parameter in distiller.named_parameters() if is_sharded(parameter)}
+    ignored = [name for name in names if name not in trained or name in sharded]
+    if not any(p.requires_grad for name, p in distiller.named_parameters() if name not in ignored):
+        return distiller
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(  # type: ignore[no-untyped-call]  # torch's own
         distiller, ignored
     )

@@ -42,6 +42,8 @@ def train(
     or a signal in one process ends all of them, with the same message and the same checkpoint. If the loader has
     `shard(rank, count)`, it is called before the first batch, and the loader must then yield one of `count` equal parts of
     each batch. The batches of such a run do not depend on the number of processes, so any number of them can resume it.
+    Parameters may be sharded over the processes (`fully_shard`, sharded class centers); each process then also writes its
+    part of a checkpoint.
 
     Args:
         distiller: Student, teachers and objective; trained in place.
@@ -172,6 +174,7 @@ def train(
                 improved = evaluation is not None and evaluation.improved
                 saving = due or store.due_by_step(run.step) or improved or run.finished
                 positions = processes.gather(run.position()) if saving else []
+                shards = run.write_shards(store) if saving else None
                 with processes.together():
                     if processes.rank == 0:
                         busy = max(elapsed - idle, 1e-9)
@@ -189,7 +192,7 @@ def train(
                         if evaluation or run.step == 1 or run.step % config.log_every == 0 or run.finished:
                             log(_row(event))  # before the checkpoint: a resumed run removes rows, but adds none
                         if saving:
-                            run.save(store, seconds, positions)
+                            run.save(store, seconds, positions, shards)
                         for hook in hooks:
                             hook(event)
                 if saving and store.directory is not None:

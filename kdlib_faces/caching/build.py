@@ -2,10 +2,7 @@
 
 import json
 import multiprocessing
-import os
-import signal
 import sys
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -21,6 +18,7 @@ from kdlib.cache import CacheCheck, CacheError, TeacherCache, read_header, verif
 from kdlib_faces._checks import InputError, show_name
 from kdlib_faces._hardware import CPU, DTYPES, Amp, Hardware, autocast
 from kdlib_faces._output import check_output
+from kdlib_faces._processes import end_with_parent, sigterm_exits
 from kdlib_faces.caching.source import CacheSource, describe_views, parse_taps
 from kdlib_faces.data.lists import FaceList, read_faces
 from kdlib_faces.data.seeded_views import SeededViews
@@ -123,7 +121,7 @@ def build(
     work = partial(_build, config, output, faces, teacher, tuple(taps), on_error, hardware.device)
     torch.set_num_threads(threads)
     try:
-        with _sigterm_exits(), _workers(workers - 1, work, threads, quiet=not progress):
+        with sigterm_exits(), _workers(workers - 1, work, threads, quiet=not progress):
             return work(quiet=not progress)
     finally:
         torch.set_num_threads(before)
@@ -309,33 +307,11 @@ def _workers(count: int, work: Callable[..., object], threads: int, *, quiet: bo
             ours.close()
 
 
-def _end_with_parent() -> None:
-    """End this process as soon as its parent ends, by SIGKILL too; unfinished blocks have no record."""
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        parent.join()
-        os._exit(1)
-
-
-@contextmanager
-def _sigterm_exits() -> Iterator[None]:
-    """Handle SIGTERM like Ctrl-C: complete blocks are recorded, temporary files removed and workers ended."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGTERM, lambda signum, frame: sys.exit(128 + signum))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
 def _worker(connection: Connection, work: Callable[..., object], threads: int) -> None:
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends Ctrl-C to the parent too, which ends the workers
+    end_with_parent()
     torch.set_num_threads(threads)
     try:
-        with _sigterm_exits():
+        with sigterm_exits():
             work(quiet=True)
     except Exception as error:
         connection.send_bytes(f"{type(error).__name__}: {error}".encode()[:4096])

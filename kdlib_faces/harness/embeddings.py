@@ -20,9 +20,9 @@ from numpy.typing import NDArray
 from torch import nn
 
 from kdlib._atomic import atomic_write
+from kdlib._modes import eval_mode
 from kdlib_faces._checks import InputError
 from kdlib_faces._hardware import CPU, Amp, Hardware, autocast, share
-from kdlib_faces._modes import eval_mode
 from kdlib_faces.data.dataset import decode_batches
 from kdlib_faces.data.image_files import describe_far_sizes
 from kdlib_faces.data.lists import warn

@@ -145,6 +145,14 @@ def test_a_changed_byte_anywhere_in_a_checkpoint_is_refused(tmp_path: Path) -> N
             file.write(bytes([byte]))
 
 
+def test_a_checkpoint_of_objects_is_refused_without_advice_to_load_it_otherwise(tmp_path: Path) -> None:
+    torch.save({"step": nn.Linear(2, 1)}, tmp_path / "module.pt")
+    with pytest.raises(
+        CheckpointError, match=r"module.pt cannot be read: it holds more than tensors and plain values$"
+    ):
+        load_checkpoint(tmp_path / "module.pt")
+
+
 def test_an_archive_that_unpacks_to_more_than_itself_is_refused(tmp_path: Path) -> None:
     good = train(Toy(), batches(), TrainConfig(epochs=1, checkpoint_dir=tmp_path)).checkpoint
     plain, bomb = tmp_path / "plain.pt", tmp_path / "bomb.pt"
