@@ -149,7 +149,7 @@ def main() -> None:
                 continue
             folder = train(name, run, seed, options, lists)
             (start,) = [*(folder / "train").glob("start-*.pt")] or [None]
-            models = [f"student={folder / 'train' / 'model.pt'}", *([f"start={start}"] if start else [])]
+            models = [f"student={folder / 'train' / 'student.safetensors'}", *([f"start={start}"] if start else [])]
             measured = judge(models, folder / options.part, lists[options.part])
             settings = run["settings"]
             row = {

@@ -130,7 +130,7 @@ class TrainingSetup:
 def train_on_faces(
     build: Callable[[FaceList], TrainingSetup], options: RunOptions, *, recipe: str, unlabeled: bool = False
 ) -> Path:
-    """Train on face lists and write `model.pt` and `config.toml`; the same call resumes an interrupted run.
+    """Train on face lists and write `student.safetensors` and `config.toml`; the same call resumes an interrupted run.
 
     Pixels beyond 8 GiB (228,000 images of 112 pixels) are decoded once to `OUTPUT/images.npy` and read from there.
 
@@ -141,7 +141,7 @@ def train_on_faces(
         unlabeled: Whether the recipe accepts images without identity; see `read_faces`.
 
     Returns:
-        The file of the trained network, `OUTPUT/model.pt`.
+        The file of the trained network, `OUTPUT/student.safetensors`, or `OUTPUT/teacher.safetensors` of a teacher's recipe.
 
     Raises:
         InputError: Lists, teachers or output cannot be used, or the output holds another run.
@@ -189,8 +189,10 @@ def train_on_faces(
         amp=training.amp,
         optimizer=setup.optimizer,
     )
-    target = output / "model.pt"
-    save_teacher(setup.network, target)
+    target = output / f"{'teacher' if recipe.endswith('teacher') else 'student'}.safetensors"
+    steps = training.steps or setup.steps
+    summary = {"recipe": recipe, "steps": steps, "images": len(listed), "identities": identities, "seed": options.seed}
+    save_teacher(setup.network, target, training=summary)
     say(f"weights: {target}", quiet=quiet)
     return target
 
