@@ -38,6 +38,7 @@ from kdlib_faces.evaluation.summary import (
     ScoreTable,
     far_measures,
 )
+from kdlib_faces.evaluation.thresholds import operating_thresholds
 
 OWNER = "CrossGroupProtocol"
 
@@ -153,6 +154,7 @@ class CrossGroupResult:
             "mateless": protocol.mateless,
             "genuine": int(protocol.same.sum()),
             "groups": list(protocol.groups),
+            "thresholds": operating_thresholds(self._scores()[~protocol.same], level=protocol.level),
         }
 
 

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from kdlib_faces._checks import InputError, show_name
 from kdlib_faces.backbones import InputSpec
@@ -60,6 +60,7 @@ def stated_input(model: "ModelProto") -> InputSpec | None:
             f"{show_name(fields)}"
         )
     try:
-        return InputSpec(**{name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()})
+        values: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()}
+        return InputSpec(**values)
     except (ValueError, TypeError) as error:
         raise InputError(f"the metadata {METADATA_KEY!r} of the graph does not describe its images: {error}") from error
