@@ -15,7 +15,7 @@ from kdlib_faces.teachers import AgeInvariantNet, AttentiveAgeNet, load_teacher,
 
 
 def student() -> MobileFaceNet:
-    return MobileFaceNet(embedding_dim=8, width=0.25, input_size=32, seed=3).eval()
+    return MobileFaceNet(embedding_dim=8, width=0.25, input_size=32).eval()
 
 
 def header(path: Path) -> dict[str, object]:

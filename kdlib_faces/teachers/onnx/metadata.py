@@ -60,7 +60,9 @@ def stated_input(model: "ModelProto") -> InputSpec | None:
             f"{show_name(fields)}"
         )
     try:
-        values: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()}
+        values: dict[str, Any] = {
+            name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()
+        }
         return InputSpec(**values)
     except (ValueError, TypeError) as error:
         raise InputError(f"the metadata {METADATA_KEY!r} of the graph does not describe its images: {error}") from error

@@ -1,0 +1,42 @@
+"""Two photographs to a score, without torch: `python runtime_face.py yunet.onnx student.onnx a.jpg b.jpg`."""
+
+import sys
+
+import numpy as np
+import onnxruntime
+from PIL import Image
+
+TEMPLATE = np.array(
+    [38.2946 + 51.6963j, 73.5318 + 51.5014j, 56.0252 + 71.7366j, 41.5493 + 92.3655j, 70.7299 + 92.2041j]
+)
+
+
+def detect(net, photo):  # five points x + yj of the face of highest score, in pixels of the photograph
+    side = net.get_inputs()[0].shape[2]
+    scale, canvas = side / max(photo.size), Image.new("RGB", (side, side))
+    canvas.paste(photo.resize([max(1, round(scale * length)) for length in photo.size]))
+    pixels = np.asarray(canvas, np.float32)[None, :, :, ::-1].transpose(0, 3, 1, 2)
+    names = [each.name for each in net.get_outputs()]
+    out = dict(zip(names, net.run(names, {net.get_inputs()[0].name: pixels}), strict=True))
+    scores = {stride: (out[f"cls_{stride}"] * out[f"obj_{stride}"]).ravel() for stride in (8, 16, 32)}
+    stride = max(scores, key=lambda each: scores[each].max())
+    cell = int(scores[stride].argmax())
+    points = out[f"kps_{stride}"].reshape(-1, 5, 2)[cell] @ [1, 1j]
+    return (points + cell % (side // stride) + cell // (side // stride) * 1j) * stride / scale
+
+
+def embed(net, photo, points):  # similarity transform to the template, crop, embedding of the crop and its mirror image
+    z, t = points - points.mean(), TEMPLATE - TEMPLATE.mean()
+    a = np.vdot(z, z) / np.vdot(z, t)
+    b = points.mean() - a * TEMPLATE.mean() + (0.5 + 0.5j) * (1 - a)
+    affine = (a.real, -a.imag, b.real, a.imag, a.real, b.imag)
+    crop = photo.transform((112, 112), Image.Transform.AFFINE, affine, Image.Resampling.BILINEAR)
+    x = (np.asarray(crop, np.float32).transpose(2, 0, 1)[None] - 127.5) / 127.5
+    rows = net.run(None, {net.get_inputs()[0].name: np.concatenate([x, x[..., ::-1]])})[0].sum(axis=0)
+    return rows / np.linalg.norm(rows)
+
+
+detector, model = (onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"]) for path in sys.argv[1:3])
+photos = [Image.open(path).convert("RGB") for path in sys.argv[3:5]]
+left, right = (embed(model, photo, detect(detector, photo)) for photo in photos)
+print(f"{left @ right:.4f}")
