@@ -73,7 +73,16 @@ def test_export_writes_the_graph_with_thresholds_and_a_card(
     folder: Path, evaluated: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     output = tmp_path / "student.onnx"
-    words = ["export", folder / "student.safetensors", "--output", output, "--data", folder / "faces", "--evaluation", evaluated]
+    words = [
+        "export",
+        folder / "student.safetensors",
+        "--output",
+        output,
+        "--data",
+        folder / "faces",
+        "--evaluation",
+        evaluated,
+    ]
     assert run(*words, "--pairs", folder / "pairs.txt") == 0, capsys.readouterr().err
     (entry,) = (json.loads(each.value) for each in onnx.load(output).metadata_props if each.key == "kdlib_faces")
     assert entry["thresholds"]["protocol"] == "age_group"
@@ -106,7 +115,9 @@ def test_int8_and_float16_are_kept_only_if_they_lose_little(
 ) -> None:
     output, model = tmp_path / "int8.onnx", folder / "student.safetensors"
     data = ("--data", folder / "faces")
-    assert run("export", model, "--format", "int8", "--output", output, *data, "--max-loss", "1") == 0, capsys.readouterr()
+    assert run("export", model, "--format", "int8", "--output", output, *data, "--max-loss", "1") == 0, (
+        capsys.readouterr()
+    )
     assert "mean cosine" in (tmp_path / "int8.onnx.md").read_text("utf-8")
     assert run("inspect", output) == 0
     words = ["evaluate", "--quiet", "--model", output, "--faces", folder / "faces", "--output", tmp_path / "report"]

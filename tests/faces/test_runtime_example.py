@@ -14,7 +14,7 @@ from PIL import Image
 from kdlib_faces.data import SyntheticFaces
 from kdlib_faces.data.alignment import ARCFACE_TEMPLATE, align_face
 
-EXAMPLE = Path(__file__).parents[2] / "docs" / "examples" / "runtime_face.py"
+EXAMPLE = Path(__file__).parents[2] / "docs" / "runtime" / "runtime_face.py"
 SIDE, STRIDE = 64, 16
 BLOCKED = "import runpy, sys; sys.modules['torch'] = sys.modules['kdlib'] = sys.modules['kdlib_faces'] = None; " + (
     "sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
@@ -49,7 +49,8 @@ def write_model(path: Path) -> Path:
     nodes = [
         helper.make_node("AveragePool", ["images"], ["pooled"], kernel_shape=[4, 4], strides=[4, 4]),
         helper.make_node("Flatten", ["pooled"], ["flat"]),
-        helper.make_node("LpNormalization", ["flat"], ["embedding"], axis=1),
+        helper.make_node("ReduceMean", ["flat"], ["mean"], axes=[1], keepdims=1),
+        helper.make_node("Sub", ["flat", "mean"], ["embedding"]),
     ]
     shapes = (["n", 3, 112, 112], ["n", 3 * 28 * 28])
     source, target = (
@@ -70,8 +71,8 @@ def test_the_example_finds_aligns_and_compares_faces_without_torch(tmp_path: Pat
     faces = SyntheticFaces(2, 1, 112, seed=4)
     photos, expected = [], []
     # A turned, larger template inside the photograph.
-    turn = 1.5 * np.array([[np.cos(0.2), -np.sin(0.2)], [np.sin(0.2), np.cos(0.2)]])
-    points = ARCFACE_TEMPLATE @ turn.T + (30, -10)
+    turn = 1.2 * np.array([[np.cos(0.2), -np.sin(0.2)], [np.sin(0.2), np.cos(0.2)]])
+    points = ARCFACE_TEMPLATE @ turn.T + (60, 15)
     for row in range(2):
         small = ((faces[row].image.numpy().transpose(1, 2, 0) + 1) * 127.5).round().astype(np.uint8)
         photo = Image.fromarray(small).resize((256, 192))
@@ -86,7 +87,7 @@ def test_the_example_finds_aligns_and_compares_faces_without_torch(tmp_path: Pat
     command = [sys.executable, "-c", BLOCKED, str(EXAMPLE), str(detector), str(model), *photos]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert float(done.stdout) == pytest.approx(float(left @ right), abs=2e-3)
+    assert float(done.stdout) == pytest.approx(float(left @ right), abs=5e-3)
 
 
 def test_the_example_is_short() -> None:
