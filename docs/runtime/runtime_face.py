@@ -13,24 +13,23 @@ TEMPLATE = np.array(
 
 def detect(net, photo):  # five points x + yj of the face of highest score, in pixels of the photograph
     side = net.get_inputs()[0].shape[2]
-    scale, canvas = side / max(photo.size), Image.new("RGB", (side, side))
+    canvas, scale = Image.new("RGB", (side, side)), side / max(photo.size)
     canvas.paste(photo.resize([max(1, round(scale * length)) for length in photo.size]))
     pixels = np.asarray(canvas, np.float32)[None, :, :, ::-1].transpose(0, 3, 1, 2)
-    names = [each.name for each in net.get_outputs()]
-    out = dict(zip(names, net.run(names, {net.get_inputs()[0].name: pixels}), strict=True))
-    scores = {stride: (out[f"cls_{stride}"] * out[f"obj_{stride}"]).ravel() for stride in (8, 16, 32)}
-    stride = max(scores, key=lambda each: scores[each].max())
-    cell = int(scores[stride].argmax())
-    points = out[f"kps_{stride}"].reshape(-1, 5, 2)[cell] @ [1, 1j]
-    return (points + cell % (side // stride) + cell // (side // stride) * 1j) * stride / scale
+    names = [f"{kind}_{stride}" for kind in ("cls", "obj", "kps") for stride in (8, 16, 32)]
+    out = net.run(names, {net.get_inputs()[0].name: pixels})
+    scores = [(cls * obj).ravel() for cls, obj in zip(out[:3], out[3:6], strict=True)]
+    best = max(range(3), key=lambda level: scores[level].max())
+    row, column = divmod(int(scores[best].argmax()), side // (8 << best))
+    points = out[6 + best].reshape(-1, 5, 2)[scores[best].argmax()] @ [1, 1j]
+    return (points + column + row * 1j) * (8 << best) / scale
 
 
 def embed(net, photo, points):  # similarity transform to the template, crop, embedding of the crop and its mirror image
     z, t = points - points.mean(), TEMPLATE - TEMPLATE.mean()
     a = np.vdot(z, z) / np.vdot(z, t)
     b = points.mean() - a * TEMPLATE.mean() + (0.5 + 0.5j) * (1 - a)
-    affine = (a.real, -a.imag, b.real, a.imag, a.real, b.imag)
-    crop = photo.transform((112, 112), Image.Transform.AFFINE, affine, Image.Resampling.BILINEAR)
+    crop = photo.transform((112, 112), 0, (a.real, -a.imag, b.real, a.imag, a.real, b.imag), 2)  # affine, bilinear
     x = (np.asarray(crop, np.float32).transpose(2, 0, 1)[None] - 127.5) / 127.5
     rows = net.run(None, {net.get_inputs()[0].name: np.concatenate([x, x[..., ::-1]])})[0].sum(axis=0)
     return rows / np.linalg.norm(rows)

@@ -2,6 +2,7 @@
 
 import csv
 import json
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -37,7 +38,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     lines = ["2\t5"]
     for fold in range(2):
         lines += [f"{name}\t{1 + fold}\t{2 + fold}" for name in names[:5]]
-        lines += [f"{name}\t{1 + fold}\t{other}\t1" for name, other in zip(names[:5], names[1:], strict=True)]
+        lines += [f"{name}\t{1 + fold}\t{other}\t1" for name, other in pairwise(names)]
     (made / "pairs.txt").write_text("\n".join(lines) + "\n")
     return made
 
