@@ -16,8 +16,7 @@ def detect(net, photo):  # five points x + yj of the face of highest score, in p
     canvas, scale = Image.new("RGB", (side, side)), side / max(photo.size)
     canvas.paste(photo.resize([max(1, round(scale * length)) for length in photo.size]))
     pixels = np.asarray(canvas, np.float32)[None, :, :, ::-1].transpose(0, 3, 1, 2)
-    names = [f"{kind}_{stride}" for kind in ("cls", "obj", "kps") for stride in (8, 16, 32)]
-    out = net.run(names, {net.get_inputs()[0].name: pixels})
+    out = net.run([f"{kind}_{s}" for kind in ("cls", "obj", "kps") for s in (8, 16, 32)], {"input": pixels})
     scores = [(cls * obj).ravel() for cls, obj in zip(out[:3], out[3:6], strict=True)]
     best = max(range(3), key=lambda level: scores[level].max())
     row, column = divmod(int(scores[best].argmax()), side // (8 << best))

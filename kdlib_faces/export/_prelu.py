@@ -24,19 +24,17 @@ def split_prelu(model: "ModelProto") -> None:
     constants = {each.name: each for each in model.graph.initializer}
     nodes: list[NodeProto] = []
     for node in model.graph.node:
-        slopes = (
-            numpy_helper.to_array(constants[node.input[1]])
-            if node.op_type == "PRelu" and node.input[1] in constants
-            else None
-        )
-        if slopes is None or slopes.ndim != 3 or slopes.shape[1:] != (1, 1) or slopes.size < 2 or (slopes > 1).any():
+        known = node.op_type == "PRelu" and node.input[1] in constants
+        given = numpy_helper.to_array(constants[node.input[1]]) if known else np.zeros(0)
+        slopes = given.reshape(-1)
+        if slopes.size < 2 or given.ndim < 3 or given.shape[-3:] != (slopes.size, 1, 1) or (slopes > 1).any():
             nodes.append(node)
             continue
         (x, _), (y,) = node.input, node.output
         branches = []
         for part, values in (("slope", slopes), ("rest", 1 - slopes)):
             name = f"{y}_{part}"
-            weight = numpy_helper.from_array(values.astype(np.float32)[:, None], f"{name}_weight")
+            weight = numpy_helper.from_array(values.astype(np.float32).reshape(-1, 1, 1, 1), f"{name}_weight")
             model.graph.initializer.append(weight)
             nodes.append(
                 helper.make_node("Conv", [x, weight.name], [name], name, group=len(values), kernel_shape=[1, 1])

@@ -50,7 +50,7 @@ def quantize_onnx(
     The channels of feature maps are scaled to equal ranges first, which changes no output. All convolutions, sums and
     matrix products are then quantized (onnxruntime's QDQ form), except convolutions with several channels in each group,
     which onnxruntime runs slowly in int8. If the embeddings of images that were not used for the ranges are then less
-    similar to those of the float graph than `min_cosine`, the most sensitive parts of the graph stay float.
+    similar to those of the float graph than `min_cosine`, the most sensitive parts of the graph stay float, at most half of it.
 
     Args:
         path: The float graph, as `export_onnx` writes it.
@@ -96,7 +96,7 @@ def quantize_onnx(
             kept_parts = sorted(
                 ((_similarity(each, validation, wanted), part) for part, each in trials), key=lambda pair: -pair[0]
             )
-        for _, part in kept_parts:
+        for _, part in kept_parts[: PARTS // 2]:
             if cosine >= min_cosine:
                 break
             floats = floats | part
