@@ -31,7 +31,7 @@ Arrays: TypeAlias = dict[str, NDArray[np.float32]]
 
 BATCH = 16
 MAX_IMAGES = 512
-PARTS = 12
+PARTS = 8
 """Parts of the graph whose sensitivity is measured."""
 QUANTIZED = ("Conv", "Gemm", "MatMul")
 FOLLOWING = {"Conv", "Relu", "PRelu", "Add"}
@@ -42,7 +42,7 @@ def quantize_onnx(
     images: Tensor | NDArray[np.uint8],
     output: str | os.PathLike[str],
     *,
-    min_cosine: float = 0.95,
+    min_cosine: float = 0.98,
     check: Check | None = None,
 ) -> Path:
     """Write an int8 version of a float32 ONNX graph: weights by channel, activations by ranges measured on face crops.
@@ -201,7 +201,7 @@ def _quantized(model: "ModelProto", ranges: Mapping[str, tuple[float, float]], f
         copied, per_channel=True, reduce_range=False, weight_qType=QuantType.QInt8, activation_qType=QuantType.QUInt8,
         tensors_range=TensorsData(CalibrationMethod.MinMax, data), nodes_to_quantize=[], nodes_to_exclude=sorted(floats),
         op_types_to_quantize=["Conv", "Gemm", "MatMul", "Add", "Relu", "Reshape", "Flatten"],
-        extra_options={"QuantizeBias": False},
+        extra_options={"QuantizeBias": True},
     )  # fmt: skip
     quantizer.quantize_model()
     quantizer.model.topological_sort()
