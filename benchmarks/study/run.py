@@ -9,49 +9,41 @@ import argparse
 import json
 import os
 import resource
-import subprocess
-import sys
+import shutil
 import time
 import tomllib
 from pathlib import Path
 from typing import Any
 
 import torch
+from caches import cache_of, command
 from lists import write_lists
+
+from kdlib_faces.backbones import count_macs, load_backbone
 
 RESULTS = Path(__file__).parents[1] / "results" / "study"
 
 
-def command(*words: object) -> None:
-    """Run a command of `kdlib-faces`."""
-    print("kdlib-faces", *words, flush=True)
-    subprocess.run([sys.executable, "-m", "kdlib_faces", *map(str, words)], check=True)
-
-
-def build_caches(teachers: list[str], lists: list[Path], work: Path) -> list[Path]:
-    """Cache the outputs of the teachers for the lists of a run; return the folders."""
-    key = "+".join(path.stem.removeprefix("train-") for path in lists)
-    folders = []
-    for teacher in teachers:
-        folder = work / "caches" / f"{Path(teacher).stem}-{key}"
-        if not (folder / "complete").exists():
-            given = [word for path in lists for word in ("--faces", path)]
-            command("cache", "build", "--teacher", teacher, *given, "--tap", "map=stage2", "--output", folder)
-            (folder / "complete").touch()
-        folders.append(folder)
-    return folders
-
-
 def train(name: str, run: dict[str, Any], seed: int, options: argparse.Namespace, lists: dict[str, Path]) -> Path:
-    """Train one student; return its folder, in which `seconds.json` holds the processor time of all attempts."""
+    """Train one student; return its folder, in which `seconds.json` holds the processor time of all attempts.
+
+    The time does not contain the outputs of the teachers, which all runs share, nor a start that another run has made.
+    """
     folder = options.work / "runs" / f"{name}-{seed}"
-    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "train").mkdir(parents=True, exist_ok=True)
+    settings = run["settings"]
+    everything = [lists[f"train-{Path(each).stem}"] for each in (options.judged, *options.extra)]
     data = [lists[f"train-{each}"] for each in run["data"]]
     start = run["start"].replace("general", options.general).replace("age", options.age)
-    caches = build_caches([options.general, options.age], data, options.work)
+    maps = {options.general: settings["recipe.map_weight"] > 0, options.age: settings["recipe.attention_weight"] > 0}
+    caches = [cache_of(teacher, data, everything, options.work, maps=maps[teacher]) for teacher in maps]
     words = [word for path in data for word in ("--faces", path)]
     words += [word for cache in caches for word in ("--teacher", cache)]
-    words += [word for key, value in run["settings"].items() for word in ("--set", f"{key}={_text(value)}")]
+    words += [word for key, value in settings.items() for word in ("--set", f"{key}={_text(value)}")]
+    starts = options.work / "starts"
+    starts.mkdir(exist_ok=True)
+    for path in starts.glob("*.pt"):  # the name is a hash of everything that a start depends on
+        shutil.copy(path, folder / "train")
     spent = folder / "seconds.json"
     before = json.loads(spent.read_text()) if spent.exists() else {"core": 0.0, "wall": 0.0}
     began, used = time.perf_counter(), _core_seconds()
@@ -82,20 +74,26 @@ def judge(models: list[str], output: Path, faces: Path) -> dict[str, Any]:
         output,
     )
     content = json.loads((output / "report.json").read_text())["models"]
-    return {name: _measures(each) for name, each in content.items()}
+    files = dict(model.split("=", 1) for model in models)
+    return {name: _measures(each, files[name]) for name, each in content.items()}
 
 
-def _measures(model: dict[str, Any]) -> dict[str, Any]:
+def _measures(model: dict[str, Any], file: str) -> dict[str, Any]:
     between, bins = model["protocols"]["between_groups"], model["protocols"]["age_group"]["bins"]
     adult = next(each for each in bins if each["name"] == "adult-adult")
     return {
         "parameters": model["parameters"],
-        "macs": model["macs"],
+        "macs": model["macs"] if "macs" in model else _macs(file),
         "auc": between["auc"],
         "tar": between["tar"],
         "rank1": between["rank1"],
         "adult_tar": adult["own_tar"],
     }
+
+
+def _macs(file: str) -> int:
+    network = load_backbone(file)
+    return count_macs(network, network.input_size)
 
 
 def _core_seconds() -> float:
@@ -148,9 +146,14 @@ def main() -> None:
             if result.exists():
                 continue
             folder = train(name, run, seed, options, lists)
-            (start,) = [*(folder / "train").glob("start-*.pt")] or [None]
-            models = [f"student={folder / 'train' / 'student.safetensors'}", *([f"start={start}"] if start else [])]
-            measured = judge(models, folder / options.part, lists[options.part])
+            for path in (folder / "train").glob("start-*.safetensors"):
+                judged = target / f"{path.stem.replace('-', '_')}.json"
+                if not judged.exists():
+                    shutil.copy(path, options.work / "starts")
+                    rows = judge([f"start={path}"], options.work / path.stem / options.part, lists[options.part])
+                    judged.write_text(json.dumps(rows, indent=1) + "\n")
+            student = f"student={folder / 'train' / 'student.safetensors'}"
+            measured = judge([student], folder / options.part, lists[options.part])
             settings = run["settings"]
             row = {
                 "name": name,

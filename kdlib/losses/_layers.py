@@ -98,7 +98,8 @@ def mean_square_error(x: Tensor, y: Tensor) -> Tensor:
     Differences above `FAR` count as `FAR`, with the gradient of `FAR`.
     """
     difference = _clamped(x - y).flatten(1)
-    return difference.square().sum(1) / max(difference.shape[1], 1)
+    squares: Tensor = torch.linalg.vecdot(difference, difference)
+    return squares / max(difference.shape[1], 1)
 
 
 def pool_to_smaller(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:

@@ -85,6 +85,8 @@ class TrainConfig:
         clip_norm: Maximum L2 norm of all gradients together; `None` disables clipping.
         amp: `None`, `"bfloat16"` or `"float16"` (with loss scaling): autocast dtype of the forward pass.
         channels_last: Use the channels-last memory format for 4-d weights and images.
+        compile: Run the student and the teachers that are adapters through `torch.compile`; the objective stays eager. Steps
+            are the same up to rounding.
         ema_decay: Decay of an exponential moving average of the student; at step n, min(ema_decay, (1 + n) / (10 + n)).
             `None` disables it.
         find_unused_parameters: DDP only: detect parameters that receive no gradient in a step.
@@ -135,6 +137,7 @@ class TrainConfig:
     clip_norm: float | None = None
     amp: str | None = None
     channels_last: bool = False
+    compile: bool = False
     ema_decay: float | None = None
     find_unused_parameters: bool = False
     split_batch: SplitBatch | None = None
@@ -168,7 +171,7 @@ class TrainConfig:
             check_callable(owner, "split_batch", self.split_batch)
         if self.amp is not None:
             check_choice(owner, "amp", self.amp, ("bfloat16", "float16"))
-        for name in ("channels_last", "find_unused_parameters"):
+        for name in ("channels_last", "compile", "find_unused_parameters"):
             check_type(owner, name, getattr(self, name), bool, "True or False")
         for name in ("checkpoint_dir", "log_path"):
             check_type(owner, name, getattr(self, name), (str, PathLike, type(None)), "a path or None")

@@ -1,14 +1,14 @@
 """The training loop."""
 
-from collections.abc import Iterable, Sequence
-from contextlib import ExitStack, closing
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, closing, contextmanager
 from math import isfinite
 from time import monotonic
-from typing import Any
 
 import torch
 
 from kdlib._checks import check_type
+from kdlib.adapters import TeacherAdapter
 from kdlib.distiller import Distiller
 from kdlib.training._checks import check_argument, check_train
 from kdlib.training.batches import batch_size, splitter
@@ -17,7 +17,7 @@ from kdlib.training.config import TrainConfig
 from kdlib.training.distributed import Processes, wrap
 from kdlib.training.events import Hook, TrainEvent, TrainResult
 from kdlib.training.fingerprint import check_same
-from kdlib.training.log import append_log
+from kdlib.training.log import LogRow, append_log
 from kdlib.training.run import Run, private_randomness
 from kdlib.training.schedules import lr_factor, set_lr
 from kdlib.training.signals import DeferredSignals
@@ -80,7 +80,7 @@ def train(
     processes = Processes()
     deferred = DeferredSignals(active=config.checkpoint_dir is not None, repeated=processes.count > 1)
     randomness = private_randomness(device, config.seed + processes.rank)
-    with closing(processes), randomness, deferred as signals:
+    with closing(processes), randomness, compiled(distiller, config), deferred as signals:
         with processes.together():
             stream = BatchStream(loader, config.accumulate, exact=processes.count > 1)
             total_steps = stream.steps(config.epochs, config.max_steps)
@@ -214,13 +214,33 @@ def _place(distiller: Distiller, config: TrainConfig) -> torch.device:
     return device
 
 
-def _row(event: TrainEvent) -> dict[str, Any]:
-    row: dict[str, Any] = {"step": event.step, "epoch": event.epoch, "lr": event.lr, "total": event.total}
-    row["terms"] = {name: value if isfinite(value) else None for name, value in event.terms.items()}
+@contextmanager
+def compiled(distiller: Distiller, config: TrainConfig) -> Iterator[None]:
+    """Compile the networks of a distiller within the block if the configuration says so."""
+    teachers = [each for each in distiller.teachers.values() if isinstance(each, TeacherAdapter)]
+    candidates = [distiller.student, *teachers] if config.compile else []
+    networks = [each for each in candidates if each._compiled_call_impl is None]  # others were compiled by the caller
+    for network in networks:
+        network.compile()
+    try:
+        yield
+    finally:
+        for network in networks:
+            network._compiled_call_impl = None
+
+
+def _row(event: TrainEvent) -> LogRow:
+    row: LogRow = {
+        "step": event.step,
+        "epoch": event.epoch,
+        "lr": event.lr,
+        "total": event.total,
+        "terms": {name: value if isfinite(value) else None for name, value in event.terms.items()},
+        "seconds": round(event.seconds, 3),
+    }
     if event.weights:
         row["weights"] = {name: list(values) for name, values in event.weights.items()}
     if event.evaluation is not None:
         row["metrics"] = dict(event.evaluation.metrics)
         row["improved"] = event.evaluation.improved
-    row["seconds"] = round(event.seconds, 3)
     return row

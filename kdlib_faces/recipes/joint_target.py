@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from kdlib import Teacher
+from kdlib.types import TeacherInputs
 from kdlib_faces.caching.teachers import targets_read
 from kdlib_faces.data.lists import FaceList
 from kdlib_faces.data.samplers import count_cross_age_identities
@@ -39,12 +40,33 @@ def cache_live_teachers(
     }
 
 
+class BothViews(nn.Module):
+    """A cached teacher whose embedding is the sum for the plain and the mirrored image, whichever of them the student sees.
+
+    Args:
+        teacher: Reads the targets `"sample"` and `"view"`.
+    """
+
+    inputs: TeacherInputs = ("sample",)
+
+    def __init__(self, teacher: nn.Module) -> None:
+        super().__init__()
+        self.teacher = teacher
+
+    def forward(self, samples: Tensor) -> dict[str, Tensor]:
+        """Return the features for the plain images `(n,)`, with the embedding `(n, d)` of both views."""
+        plain, mirrored = (self.teacher(*_targets(self.teacher, samples, view)) for view in (0, 1))
+        return {**plain, "embedding": plain["embedding"] + mirrored["embedding"]}
+
+
 def join_teachers(
     teachers: Mapping[str, nn.Module],
     faces: FaceList,
     dim: int,
     age_map_weight: float,
     options: RunOptions,
+    *,
+    both_views: bool = False,
 ) -> FusedTeacher:
     """Return the joint teacher of cached teachers, with the age map fitted on the cross-age pairs of the lists.
 
@@ -54,6 +76,7 @@ def join_teachers(
         dim: Dimensions of the joint space.
         age_map_weight: Weight of the distance of the age map from the identity matrix; 0 fits no map.
         options: Seed and progress of the run.
+        both_views: Target of each image: the sum of the embeddings of both views, in place of that of the view at hand.
     """
     say("fitting the joint space of the teachers", quiet=not options.progress)
     rows = torch.arange(len(faces))
@@ -72,7 +95,7 @@ def join_teachers(
         embeddings, torch.from_numpy(faces.identities), ages=ages, age_groups=groups, dim=dim,
         l2_sp_weight=age_map_weight, min_age_gap=MIN_AGE_GAP, seed=options.seed,
     )  # fmt: skip
-    return FusedTeacher(teachers, matrix)
+    return FusedTeacher({role: BothViews(each) for role, each in teachers.items()} if both_views else teachers, matrix)
 
 
 def _embeddings(teacher: nn.Module, rows: Tensor, view: int) -> Tensor:

@@ -186,7 +186,9 @@ def train(config: LIAADRunConfig, options: RunOptions) -> Path:
             pixels = load_training_images(faces, recipe.input_size, options)
             teachers = cache_live_teachers(teachers, pixels, options.output / "teachers", quiet=not options.progress)
         if recipe.target == "joint":
-            joint = join_teachers(teachers, faces, recipe.joint_dim, recipe.age_map_weight, options)
+            joint = join_teachers(
+                teachers, faces, recipe.joint_dim, recipe.age_map_weight, options, both_views=recipe.both_views
+            )
             with_maps = {role for role, features in features_read(recipe).items() if "map" in features}
             teachers = {JOINT: joint, **{role: teachers[role] for role in teachers if role in with_maps}}
             recipe = replace(recipe, embedding_dim=recipe.joint_dim)

@@ -28,7 +28,7 @@ class LossCurve(TypedDict):
 
     step: list[int]
     loss: list[float]
-    terms: dict[str, list[float]]
+    terms: dict[str, list[float | None]]
 
 
 @dataclass(frozen=True)
@@ -55,6 +55,7 @@ def fit(
     label: str,
     quiet: bool,
     amp: Amp = "none",
+    compile: bool = False,
     optimizer: Optimizer = "sgd",
 ) -> FitResult:
     """Train a distiller in place and resume from the newest checkpoint in `folder` if there is one.
@@ -69,6 +70,7 @@ def fit(
         label: Text of the progress bar.
         quiet: Show no progress.
         amp: Precision of the forward pass.
+        compile: Run the networks through `torch.compile`.
         optimizer: `"sgd"` for training from scratch: weight decay 5e-4, warm-up over a tenth of the steps, at most 50.
             `"adamw"` for fine-tuning: no weight decay, since L2-SP regularization takes its place, and warm-up over a
             twentieth of the steps.
@@ -86,6 +88,7 @@ def fit(
         clip_norm=5.0,
         amp=None if amp == "none" else amp,
         channels_last=True,
+        compile=compile,
         seed=seed,
         checkpoint_dir=folder / "checkpoints",
         checkpoint_every_seconds=60.0,

@@ -22,6 +22,7 @@ from kdlib_faces.data.views import AugmentConfig
 from kdlib_faces.progress import progress, say
 from kdlib_faces.teachers import TeacherNet, save_teacher
 from kdlib_faces.teachers.input_options import InputOptions
+from kdlib_faces.training.depthwise import replace_strided_depthwise
 from kdlib_faces.training.fit import Amp, Optimizer, fit
 from kdlib_faces.training.run_record import check_same_run, describe_run, write_run_record
 
@@ -40,6 +41,7 @@ class TrainingConfig:
         lr: Peak learning rate; None takes 0.1 (SGD), or 0.0005 (AdamW) for fine-tuning.
         batch_size: Images per step. With cross-age pairs these are 4 images of each identity.
         amp: `"none"` or `"bfloat16"`.
+        compile: Run the networks through `torch.compile`, which takes half a minute at the start.
 
     Raises:
         ValueError, TypeError: A value is out of range.
@@ -49,6 +51,7 @@ class TrainingConfig:
     lr: float | None = None
     batch_size: int = 64
     amp: Amp = "none"
+    compile: bool = False
 
     def __post_init__(self) -> None:
         if self.steps is not None:
@@ -174,6 +177,7 @@ def train_on_faces(
         samples_per_identity=choose_samples_per_identity(size, identities) if setup.pair_ages else None,
         identity_age=setup.pair_ages,
     )
+    replace_strided_depthwise(setup.network)
     output.mkdir(parents=True, exist_ok=True)
     write_run_record(output, record)
     (output / "config.toml").write_text(dump_toml(setup.config))
@@ -187,6 +191,7 @@ def train_on_faces(
         label=recipe,
         quiet=quiet,
         amp=training.amp,
+        compile=training.compile,
         optimizer=setup.optimizer,
     )
     target = output / f"{'teacher' if recipe.endswith('teacher') else 'student'}.safetensors"

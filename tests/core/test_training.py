@@ -29,6 +29,7 @@ from tests.core.training_toys import Toy, batches, interrupt, same, weights
         ({"epochs": 1, "accumulate": 1.5}, "accumulate must be a whole number"),
         ({"epochs": 1, "clip_norm": -1}, "clip_norm must be"),
         ({"epochs": 1, "channels_last": 1}, "channels_last must be True or False"),
+        ({"epochs": 1, "compile": "yes"}, "compile must be True or False"),
         ({"epochs": 1, "checkpoint_dir": 3}, "checkpoint_dir must be a path"),
         ({"epochs": 1, "momentum": 1.0}, "momentum must be a finite number and >= 0 and < 1, got 1.0"),
         ({"epochs": 1, "device": "cudda"}, "device must be a torch.device, its name or None, got 'cudda'"),
@@ -93,6 +94,30 @@ def test_accumulated_step_is_the_mean_of_its_batches() -> None:
         torch.testing.assert_close(value, weights(whole)[name])
     train(Toy(), batches(5), TrainConfig(epochs=2, accumulate=2), hooks=[lambda event: steps.append(event.step)])
     assert steps == [1, 2, 3, 4, 5, 6]
+
+
+def test_compiled_networks_train_alike_and_are_restored(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Student and teachers are compiled for the run; a network that the caller has compiled keeps its own."""
+    compiled: list[nn.Module] = []
+
+    def record(module: nn.Module) -> None:
+        compiled.append(module)
+        module._compiled_call_impl = torch.compile(module._call_impl, backend="aot_eager")
+
+    monkeypatch.setattr(nn.Module, "compile", record)
+    eager, fast, own = Toy(dropout=0.0), Toy(dropout=0.0), Toy(dropout=0.0)
+    record(own.student)
+    kept = own.student._compiled_call_impl
+    compiled.clear()
+    train(eager, batches(), TrainConfig(epochs=1, lr=0.1))
+    train(fast, batches(), TrainConfig(epochs=1, lr=0.1, compile=True))
+    assert compiled == [fast.student, *fast.teachers.values()]
+    assert all(each._compiled_call_impl is None for each in compiled)
+    for name, value in weights(eager).items():
+        torch.testing.assert_close(weights(fast)[name], value)
+    train(own, batches(), TrainConfig(epochs=1, lr=0.1, compile=True))
+    assert own.student not in compiled[2:]
+    assert own.student._compiled_call_impl is kept
 
 
 def test_optimizers_and_factory() -> None:
