@@ -42,7 +42,7 @@ def train(name: str, run: dict[str, Any], seed: int, options: argparse.Namespace
     words += [word for key, value in settings.items() for word in ("--set", f"{key}={_text(value)}")]
     starts = options.work / "starts"
     starts.mkdir(exist_ok=True)
-    for path in starts.glob("*.pt"):  # the name is a hash of everything that a start depends on
+    for path in starts.glob("*.safetensors"):  # the name is a hash of everything that a start depends on
         shutil.copy(path, folder / "train")
     spent = folder / "seconds.json"
     before = json.loads(spent.read_text()) if spent.exists() else {"core": 0.0, "wall": 0.0}
