@@ -65,14 +65,17 @@ def _torch(path: Path, threads: int, engine: str) -> tuple[Callable[[np.ndarray]
     return forward, height_width("measure", network.input_size)
 
 
-def _peak_mib() -> float:
-    """The largest resident memory of this process so far."""
+def _peak_mib() -> float | None:
+    """The largest resident memory of this process so far; None where the system does not state it."""
+    status = Path("/proc/self/status")
+    if status.exists():  # `getrusage` would include the process that started this one
+        peak = next((line for line in status.read_text("utf-8").splitlines() if line.startswith("VmHWM")), None)
+        return None if peak is None else int(peak.split()[1]) / 1024
     if sys.platform == "win32":
-        return 0.0
+        return None
     import resource
 
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / 2**20 if sys.platform == "darwin" else peak / 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
 if __name__ == "__main__":
