@@ -42,7 +42,7 @@ def quantize_onnx(
     images: Tensor | NDArray[np.uint8],
     output: str | os.PathLike[str],
     *,
-    min_cosine: float = 0.98,
+    min_cosine: float = 0.97,
     check: Check | None = None,
 ) -> Path:
     """Write an int8 version of a float32 ONNX graph: weights by channel, activations by ranges measured on face crops.
