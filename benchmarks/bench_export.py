@@ -23,12 +23,12 @@ import torch
 
 from kdlib_faces.backbones import Backbone, count_parameters, mbf
 from kdlib_faces.data.image_pairs import ImagePairs
-from kdlib_faces.data.images import load_images
 from kdlib_faces.data.lists import FaceList, read_faces
 from kdlib_faces.data.sets.lfw import read_lfw_pairs
 from kdlib_faces.evaluation import PairProtocol, embed_images
 from kdlib_faces.export import export_onnx, quantize_onnx, save_student
 from kdlib_faces.export.float_graph import sample_faces
+from kdlib_faces.harness.image_sets import images_of_source
 from kdlib_faces.progress import progress
 from kdlib_faces.recipes.start import StartConfig, shrink_teacher
 from kdlib_faces.teachers import OnnxTeacher
@@ -49,6 +49,11 @@ def student(options: argparse.Namespace, images: torch.Tensor) -> Backbone:
         config = StartConfig(keep=options.keep, last_grid=32, images=options.shrink_images)
         network = shrink_teacher(network, images, config, seed=0, on_step=lambda step: print(f"  {step}", flush=True))
     return network.eval()
+
+
+def pixels_of(faces: FaceList) -> torch.Tensor:
+    """All images of a list, 112 x 112, uint8."""
+    return images_of_source("faces", faces.images).decode(range(len(faces)), 112)
 
 
 def session(path: Path) -> Callable[[np.ndarray], np.ndarray]:
@@ -110,7 +115,7 @@ def main() -> None:
     torch.set_num_threads(1)
     lists = options.calibrate or options.data
     if lists:
-        calibration = load_images(read_faces(lists, unlabeled=True), 112)
+        calibration = pixels_of(read_faces(lists, unlabeled=True))
     else:
         calibration = ((sample_faces(112, 64) + 1) * 127.5).round().to(torch.uint8)
     network = student(options, calibration)
@@ -138,7 +143,7 @@ def main() -> None:
         figures["int8_size_ratio"] = round(small.stat().st_size / graph.stat().st_size, 4)
         if options.pairs:
             faces, pairs = read_faces(options.data), read_lfw_pairs(options.pairs)
-            pixels = load_images(faces, 112)
+            pixels = pixels_of(faces)
             found = {name: accuracy(path, faces, pairs, pixels) for name, path in (("float", graph), ("int8", small))}
             figures |= {name: {key: round(value, 5) for key, value in each.items()} for name, each in found.items()}
             figures["accuracy_loss"] = round(found["float"]["accuracy"] - found["int8"]["accuracy"], 5)

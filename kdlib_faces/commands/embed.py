@@ -6,18 +6,16 @@ from argparse import Namespace
 from pathlib import Path
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from kdlib._atomic import atomic_write
 from kdlib_faces._checks import InputError
 from kdlib_faces._output import check_output
 from kdlib_faces.commands.thresholds import choose_threshold, read_evaluation
-from kdlib_faces.data.images import read_image
 from kdlib_faces.data.lists import read_faces
 from kdlib_faces.evaluation.embedding import embed_batch
 from kdlib_faces.harness.embeddings import OpenedModel, embed_set, open_model
-from kdlib_faces.harness.image_sets import images_of_files
+from kdlib_faces.harness.image_sets import images_of_files, images_of_source
 from kdlib_faces.progress import say
 from kdlib_faces.teachers.input_options import inputs_of_models
 from kdlib_faces.teachers.onnx.graph import read_graph
@@ -35,20 +33,19 @@ def main(options: Namespace, command: str) -> None:
     files = [path for path in map(Path, options.images) if path.is_file() and path.suffix.lower() != ".csv"]
     lists = [path for path in map(Path, options.images) if path not in files]
     faces = read_faces(lists, on_error=options.on_error, unlabeled=True) if lists else None
-    paths = [*files, *(faces.paths if faces is not None else ())]
-    names = [""] * len(files)
+    sets = [images_of_files("images", files)] if files else []
+    named = [(str(path), "") for path in files]
     if faces is not None:
-        names += [faces.identity_names[code] if code >= 0 else "" for code in faces.identities.tolist()]
-    rows = np.array(
-        embed_set(
-            model, images_of_files("images", paths), output / "work", flip=options.flip, progress=not options.quiet
-        )
-    )
+        sets.append(images_of_source("faces", faces.images))
+        names = [faces.identity_names[code] if code >= 0 else "" for code in faces.identities.tolist()]
+        named += [(faces.images.name(row), name) for row, name in enumerate(names)]
+    work, show = output / "work", not options.quiet
+    rows = np.concatenate([embed_set(model, each, work, flip=options.flip, progress=show) for each in sets])
     rows /= np.linalg.norm(rows, axis=1, keepdims=True)
     table = io.StringIO()
     writer = csv.writer(table, lineterminator="\n")
     writer.writerow(("row", "path", "identity"))
-    writer.writerows((row, path, name) for row, (path, name) in enumerate(zip(paths, names, strict=True)))
+    writer.writerows((row, path, name) for row, (path, name) in enumerate(named))
     with atomic_write(output / "images.csv") as stream:
         stream.write(table.getvalue().encode("utf-8", "backslashreplace"))
     with atomic_write(output / "embeddings.npy") as stream:
@@ -83,7 +80,7 @@ def _protocol(thresholds: object) -> str:
 
 def _embedding(model: OpenedModel, path: Path, flip: bool) -> NDArray[np.float32]:
     """The embedding (d,) of one crop, of unit length."""
-    pixels = torch.from_numpy(read_image(path, model.size))[None]
+    pixels = images_of_files("images", [path]).decode([0], model.size)
     row = embed_batch(model.module, pixels, flip=flip)[0]
     length = float(np.linalg.norm(row))
     if not np.isfinite(length) or length == 0:

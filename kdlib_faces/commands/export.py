@@ -11,7 +11,7 @@ from torch import Tensor
 from kdlib_faces._checks import InputError
 from kdlib_faces.backbones.input_spec import height_width
 from kdlib_faces.commands.thresholds import Evaluation, read_evaluation
-from kdlib_faces.data.images import read_image, to_float
+from kdlib_faces.data.images import to_float
 from kdlib_faces.data.lists import FaceList, read_faces
 from kdlib_faces.evaluation import PairResult
 from kdlib_faces.export import convert_float16, export_onnx, export_program, quantize_onnx
@@ -19,7 +19,7 @@ from kdlib_faces.export.accuracy import AccuracyLoss, check_loss, sample_pairs
 from kdlib_faces.export.card import write_card
 from kdlib_faces.export.measure import measure
 from kdlib_faces.harness.embeddings import embed_set, open_model
-from kdlib_faces.harness.image_sets import images_of_files
+from kdlib_faces.harness.image_sets import images_of_source
 from kdlib_faces.harness.registry import PROTOCOLS
 from kdlib_faces.harness.tasks import EvaluateConfig, EvaluationTask, ProtocolSpec, Settings, task_of_protocol
 from kdlib_faces.progress import say
@@ -106,7 +106,7 @@ def _export_onnx(
 def _crops(faces: FaceList, size: int, count: int) -> Tensor:
     """At most `count` images of a list, evenly spaced, `(n, 3, size, size)` uint8."""
     rows = torch.linspace(0, len(faces) - 1, min(count, len(faces))).long().tolist()
-    return torch.stack([torch.from_numpy(read_image(faces.paths[row], size)) for row in rows])
+    return images_of_source("faces", faces.images).decode(rows, size)
 
 
 def _gate(
@@ -114,7 +114,7 @@ def _gate(
     losses: list[AccuracyLoss], quiet: bool,
 ) -> Callable[[Path], None]:  # fmt: skip
     """The check that measures the loss of accuracy of a file and refuses it above `max_loss`."""
-    images = images_of_files("faces", faces.paths)
+    images = images_of_source("faces", faces.images)
     config = EvaluateConfig(replicates=0)
     task = (
         task_of_protocol("pairs", "Pairs of the list", sample_pairs(faces.identities), images)

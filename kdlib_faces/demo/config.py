@@ -1,9 +1,9 @@
 """Configuration of the demo."""
 
 from dataclasses import dataclass, field
-from typing import Literal
 
 from kdlib._checks import check_choice, check_number
+from kdlib_faces._hardware import DTYPES, Amp
 from kdlib_faces.recipes.age_teacher import AgeTeacherConfig
 from kdlib_faces.recipes.liaad import LIAADConfig
 
@@ -41,7 +41,7 @@ class DemoConfig:
         age_teacher: Recipe of the age-invariant teacher of the synthetic set.
         test_fraction: Share of the real identities with images of different ages that is kept for the test.
         replicates: Bootstrap resamples of the test identities for every interval.
-        amp: Precision of the students' forward pass, `"none"` or `"bfloat16"`.
+        amp: Precision of the students' forward pass, `"none"`, `"bfloat16"` or `"float16"`.
         student: The recipe of the students; the demo sets its `num_identities`, `input_size` and `seed`.
 
     Raises:
@@ -66,7 +66,7 @@ class DemoConfig:
     age_teacher: AgeTeacherConfig = field(default_factory=_age_teacher)
     test_fraction: float = 0.5
     replicates: int = 500
-    amp: Literal["none", "bfloat16"] = "none"
+    amp: Amp = "none"
     student: LIAADConfig = field(default_factory=lambda: LIAADConfig(embedding_dim=128, width=0.5, input_size=40))
 
     def __post_init__(self) -> None:
@@ -81,7 +81,7 @@ class DemoConfig:
         check_number("DemoConfig", "batch_size", self.batch_size, min=1, max=65_536, integer=True)
         check_number("DemoConfig", "replicates", self.replicates, min=0, max=100_000, integer=True)
         check_number("DemoConfig", "test_fraction", self.test_fraction, above=0, max=0.9)
-        check_choice("DemoConfig", "amp", self.amp, ("none", "bfloat16"))
+        check_choice("DemoConfig", "amp", self.amp, tuple(DTYPES))
 
 
 def faces_config() -> DemoConfig:

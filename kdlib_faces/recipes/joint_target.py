@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from kdlib import Teacher
 from kdlib.types import TeacherInputs
 from kdlib_faces.caching.teachers import targets_read
+from kdlib_faces.data.dataset import FaceImages
 from kdlib_faces.data.lists import FaceList
 from kdlib_faces.data.samplers import count_cross_age_identities
 from kdlib_faces.progress import say
@@ -22,20 +23,23 @@ MIN_AGE_GAP = 10.0
 
 
 def cache_live_teachers(
-    teachers: Mapping[str, nn.Module], images: Tensor, folder: Path, *, quiet: bool
+    teachers: Mapping[str, nn.Module], images: FaceImages, folder: Path, *, quiet: bool, device: torch.device
 ) -> dict[str, nn.Module]:
     """Replace teachers that read images by caches of their outputs for the plain and the mirrored images.
 
     Args:
         teachers: Teachers by role.
-        images: The training images `(n, 3, h, w)` uint8.
+        images: The training images.
         folder: Folder of the caches, one subfolder for each role.
         quiet: Show no progress.
+        device: Device of the teachers.
     """
     return {
         role: teacher
         if isinstance(teacher, Teacher) and teacher.inputs
-        else cache_outputs(teacher, images, folder / role, label=f"outputs of the {role} teacher", quiet=quiet)
+        else cache_outputs(
+            teacher, images, folder / role, label=f"outputs of the {role} teacher", quiet=quiet, device=device
+        )
         for role, teacher in teachers.items()
     }
 

@@ -15,6 +15,7 @@ from kdlib.compression import ShrinkStep, shrink
 from kdlib_faces._checks import InputError
 from kdlib_faces.backbones import Backbone, InputSpec, count_macs, count_parameters, load_backbone, save_backbone
 from kdlib_faces.caching.teachers import targets_read
+from kdlib_faces.data.dataset import FaceImages
 from kdlib_faces.data.images import to_float
 from kdlib_faces.progress import progress, say
 from kdlib_faces.teachers.open import load_pretrained
@@ -87,7 +88,7 @@ def load_start(start: str) -> Backbone | None:
 
 
 def start_student(
-    network: Backbone, images: Tensor, config: StartConfig, options: RunOptions, *, joint: nn.Module | None
+    network: Backbone, images: Tensor | FaceImages, config: StartConfig, options: RunOptions, *, joint: nn.Module | None
 ) -> Backbone:
     """Make the student of `--start shrink:FILE`, or read it from the folder of an interrupted run.
 
@@ -108,7 +109,7 @@ def start_student(
     parts = [model_fingerprint(network), repr(config), str(options.seed), str(tuple(images.shape))]
     parts += [] if joint is None else [model_fingerprint(joint)]
     saved = options.output / f"start-{sha256(' '.join(parts).encode()).hexdigest()[:12]}.safetensors"
-    if not saved.exists():
+    if options.hardware.first and not saved.exists():
         say(f"making a narrower copy of {options.start.partition(':')[2]}", quiet=quiet)
         show = partial(say, quiet=quiet)
         student = shrink_teacher(network, images, config, seed=options.seed, on_step=lambda step: show(f"  {step}"))
@@ -118,6 +119,7 @@ def start_student(
             say(f"start: cosine {cosine:.3f} to the joint target, without training", quiet=quiet)
         options.output.mkdir(parents=True, exist_ok=True)
         save_backbone(student, saved)
+    options.hardware.wait_for_all()
     student = load_backbone(saved)
     say(
         f"start: {count_parameters(student):,} parameters, {count_macs(student, student.input_size) / 1e6:.0f} M multiply-adds",
@@ -136,7 +138,7 @@ def _target(joint: nn.Module, rows: Tensor, view: int) -> Tensor:
 
 def shrink_teacher(
     network: Backbone,
-    images: Tensor,
+    images: Tensor | FaceImages,
     config: StartConfig,
     *,
     seed: int,
@@ -179,7 +181,7 @@ def _last(network: nn.Module, kind: type[L]) -> tuple[str, L]:
 @torch.no_grad()
 def fit_last_layer(
     network: Backbone,
-    images: Tensor,
+    images: Tensor | FaceImages,
     target: Target,
     *,
     progress: Callable[[Sequence[Tensor]], Iterable[Tensor]] = iter,

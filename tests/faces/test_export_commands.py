@@ -121,7 +121,7 @@ def test_int8_and_float16_are_kept_only_if_they_lose_little(
     )
     assert "mean cosine" in (tmp_path / "int8.onnx.md").read_text("utf-8")
     assert run("inspect", output) == 0
-    words = ["evaluate", "--quiet", "--model", output, "--faces", folder / "faces", "--output", tmp_path / "report"]
+    words = ["evaluate", "--quiet", "--model", output, "--data", folder / "faces", "--output", tmp_path / "report"]
     assert run(*words, "--set", "replicates=0", "--protocol", "leave_one_out") == 0
     assert run("export", output, "--format", "float16", "--output", tmp_path / "x.onnx", *data) in (0, 2)
     capsys.readouterr()
