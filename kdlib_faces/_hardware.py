@@ -59,6 +59,9 @@ class Hardware:
         if self.count == 1:
             yield
             return
+        from torch._C._distributed_c10d import PrefixStore  # absent in builds of torch without processes
+        from torch.distributed.rendezvous import rendezvous
+
         backend = dist.Backend.default_device_backend_map.get(self.device.type, "gloo")
         store, rank, count = next(rendezvous("env://", timeout=START))
         arrived = PrefixStore("arrived", store)  # some processes may start later than others

@@ -151,6 +151,8 @@ def _parser() -> argparse.ArgumentParser:
 
     _add_align(commands.add_parser("align", parents=[common], help="make aligned face crops of photographs"))
 
+    _add_deployment(commands, common)
+
     report = commands.add_parser("report", parents=[common], help="render a report again from its report.json")
     report.add_argument("directory", type=Path, metavar="DIR", help="folder with report.json")
 
@@ -171,6 +173,44 @@ def _add_input(parser: _Parser) -> None:
     )
     text += "(N:N:N by channel), layout=bchw|bhwc of .onnx; once, or once for each model in order ('auto' for the file's own)"
     parser.add_list("--input", "KEY=VALUE,...", text)
+
+
+def _add_deployment(commands: "argparse._SubParsersAction[_Parser]", common: _Parser) -> None:
+    export = commands.add_parser(
+        "export", parents=[common], help="export a network to ONNX or torch.export, with a model card"
+    )
+    export.add_argument("model", type=Path, metavar="MODEL", help=".safetensors or .pt; .onnx for int8 and float16")
+    text = "float32 graph, int8 or float16 graph, or torch.export program (onnx)"
+    export.add_argument("--format", choices=("onnx", "int8", "float16", "torch"), default="onnx", help=text)
+    export.add_argument("--output", type=Path, required=True, metavar="FILE", help="file to write, .onnx or .pt2")
+    text = "list or folder of face crops, to quantize and to measure the loss of accuracy; repeatable"
+    export.add_list("--data", "LIST", text)
+    export.add_argument("--pairs", metavar="TXT", help="pairs in LFW's format for --data (default: pairs are chosen)")
+    text = "largest accepted loss of accuracy on the pairs (0.005)"
+    export.add_argument("--max-loss", type=float, default=0.005, metavar="FRACTION", help=text)
+    text = "report.json of `evaluate`: its thresholds and figures go into the file and its card"
+    export.add_argument("--evaluation", metavar="[NAME=]JSON", help=text)
+    export.add_argument("--normalize", action="store_true", help="return embeddings of unit length")
+    export.add_argument("--opset", type=_number(18, 30), default=18, help="version of the ONNX operators (18)")
+    export.add_argument("--measure", action="store_true", help="measure time and memory for the model card (a minute)")
+    _add_input(export)
+    embed = commands.add_parser("embed", parents=[common], help="write the embeddings of images, lists or folders")
+    embed.add_argument("images", nargs="+", metavar="IMAGES", help="image, CSV list or folder of face crops")
+    embed.add_on_error()
+    embed.add_folder("--output", "runs/embed", "folder of embeddings.npy and images.csv")
+    compare = commands.add_parser("compare", parents=[common], help="compare two face crops")
+    compare.add_argument("first", metavar="A", help="image")
+    compare.add_argument("second", metavar="B", help="image")
+    compare.add_argument(
+        "--far", type=float, default=1e-3, metavar="RATE", help="false accept rate of the decision (0.001)"
+    )
+    text = "report.json of `evaluate` with thresholds (default: those in the metadata of the model)"
+    compare.add_argument("--evaluation", metavar="[NAME=]JSON", help=text)
+    for parser in (embed, compare):
+        parser.add_argument("--model", type=Path, required=True, metavar="FILE", help=".safetensors, .pt or .onnx")
+        text = "embed the image alone, without its mirrored version"
+        parser.add_argument("--no-flip", dest="flip", action="store_false", help=text)
+        _add_input(parser)
 
 
 def _add_align(parser: _Parser) -> None:
@@ -258,6 +298,12 @@ def _command(name: str) -> Callable[[argparse.Namespace, str], None]:
         from kdlib_faces.commands.evaluate import main
     elif name == "cache":
         from kdlib_faces.commands.cache import main
+    elif name == "export":
+        from kdlib_faces.commands.export import main
+    elif name == "embed":
+        from kdlib_faces.commands.embed import main
+    elif name == "compare":
+        from kdlib_faces.commands.embed import compare as main
     elif name == "align":
         from kdlib_faces.commands.align import main
     elif name == "report":

@@ -46,6 +46,7 @@ from kdlib_faces.evaluation.summary import (
     far_measures,
     far_text,
 )
+from kdlib_faces.evaluation.thresholds import operating_thresholds
 from kdlib_faces.evaluation.verification import (
     VerificationResult,
     check_folds,
@@ -189,7 +190,8 @@ class PairResult(VerificationResult):
             entry["tar"] = {f"{far:g}": point.estimate.to_dict() for far, point in self.tar.items()}
             entry["tar_rule"] = self.protocol.tar_mode
             entry["tar_unresolvable"] = [f"{far:g}" for far, point in self.tar.items() if not point.resolvable]
-        return entry | ({"notes": list(self.notes)} if self.notes else {})
+        entry |= {"notes": list(self.notes)} if self.notes else {}
+        return entry | {"thresholds": operating_thresholds(self.scores[~self.protocol.same], level=self.protocol.level)}
 
 
 class PairProtocol:
