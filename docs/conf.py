@@ -55,7 +55,7 @@ nitpick_ignore_regex = [
     # The standard library.
     (
         r"py:.*",
-        r"(collections|typing|typing_extensions|os|pathlib|datetime|argparse|dataclasses|types|enum|mmap|io|re)\..*",
+        r"(abc|collections|typing|typing_extensions|os|pathlib|datetime|argparse|dataclasses|types|enum|mmap|io|re)\..*",
     ),
     (r"py:.*", r"(Any|Callable|Iterable|Iterator|Literal|Mapping|Path|PathLike|Self|Sequence|Protocol|TypeVar)"),
     (r"py:.*", r"(None|bool|bytes|dict|float|int|list|object|set|str|tuple|type|optional|Ellipsis|\.\.\.)"),
