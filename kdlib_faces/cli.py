@@ -176,40 +176,17 @@ def _add_input(parser: _Parser) -> None:
 
 
 def _add_deployment(commands: "argparse._SubParsersAction[_Parser]", common: _Parser) -> None:
-    export = commands.add_parser(
-        "export", parents=[common], help="export a network to ONNX or torch.export, with a model card"
-    )
-    export.add_argument("model", type=Path, metavar="MODEL", help=".safetensors or .pt; .onnx for int8 and float16")
-    text = "float32 graph, int8 or float16 graph, or torch.export program (onnx)"
-    export.add_argument("--format", choices=("onnx", "int8", "float16", "torch"), default="onnx", help=text)
-    export.add_argument("--output", type=Path, required=True, metavar="FILE", help="file to write, .onnx or .pt2")
-    text = "list or folder of face crops, to quantize and to measure the loss of accuracy; repeatable"
-    export.add_list("--data", "LIST", text)
-    export.add_argument("--pairs", metavar="TXT", help="pairs in LFW's format for --data (default: pairs are chosen)")
-    text = "largest accepted loss of accuracy on the pairs (0.005)"
-    export.add_argument("--max-loss", type=float, default=0.005, metavar="FRACTION", help=text)
-    text = "report.json of `evaluate`: its thresholds and figures go into the file and its card"
-    export.add_argument("--evaluation", metavar="[NAME=]JSON", help=text)
-    export.add_argument("--normalize", action="store_true", help="return embeddings of unit length")
-    export.add_argument("--opset", type=_number(18, 30), default=18, help="version of the ONNX operators (18)")
-    export.add_argument("--measure", action="store_true", help="measure time and memory for the model card (a minute)")
-    _add_input(export)
+    from kdlib_faces.commands.deployment_options import add_options
+
+    text = "export a network to ONNX or torch.export, with a model card"
+    export = commands.add_parser("export", parents=[common], help=text)
     embed = commands.add_parser("embed", parents=[common], help="write the embeddings of images, lists or folders")
-    embed.add_argument("images", nargs="+", metavar="IMAGES", help="image, CSV list or folder of face crops")
+    compare = commands.add_parser("compare", parents=[common], help="compare two face crops")
+    add_options(export, embed, compare)
+    export.add_argument("--opset", type=_number(18, 30), default=18, help="version of the ONNX operators (18)")
     embed.add_on_error()
     embed.add_folder("--output", "runs/embed", "folder of embeddings.npy and images.csv")
-    compare = commands.add_parser("compare", parents=[common], help="compare two face crops")
-    compare.add_argument("first", metavar="A", help="image")
-    compare.add_argument("second", metavar="B", help="image")
-    compare.add_argument(
-        "--far", type=float, default=1e-3, metavar="RATE", help="false accept rate of the decision (0.001)"
-    )
-    text = "report.json of `evaluate` with thresholds (default: those in the metadata of the model)"
-    compare.add_argument("--evaluation", metavar="[NAME=]JSON", help=text)
-    for parser in (embed, compare):
-        parser.add_argument("--model", type=Path, required=True, metavar="FILE", help=".safetensors, .pt or .onnx")
-        text = "embed the image alone, without its mirrored version"
-        parser.add_argument("--no-flip", dest="flip", action="store_false", help=text)
+    for parser in (export, embed, compare):
         _add_input(parser)
 
 
