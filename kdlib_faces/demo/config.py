@@ -146,6 +146,7 @@ def unused_settings(*, faces: bool, start: bool) -> Mapping[str, str]:
         joint = "a student that starts from a teacher learns the joint space of both"
         student |= dict.fromkeys(("backbone", "width", "embedding_dim"), copy)
         student |= dict.fromkeys(("target", "weighting", "temperature"), joint)
+        rest["size"] = "the students take the images of the teacher that they start from"
     else:
         scratch = "a student from scratch learns the embedding of each teacher"
         student |= dict.fromkeys(("target", "joint_dim", "age_map_weight"), scratch)

@@ -14,6 +14,10 @@ from kdlib_faces.teachers.input_options import InputOptions
 __all__ = ["DemoStart", "choose_start"]
 
 
+MAX_MACS = 2e9
+"""Multiply-adds of a teacher up to which its narrower copy is a light student, and so the default."""
+
+
 @dataclass(frozen=True, eq=False)
 class DemoStart:
     """The network that both students are a narrower copy of.
@@ -49,7 +53,8 @@ def choose_start(
     """Load the start of the students; None for scratch.
 
     Args:
-        given: `"shrink:FILE"` or `"scratch"`; None starts from the first teacher if it can be made narrower.
+        given: `"shrink:FILE"` or `"scratch"`; None starts from the first teacher if it can be made narrower and is
+            not too large.
         teachers: The files of the teachers, the general one first.
         inputs: What is stated about the images of each teacher.
         quiet: Do not print why the students start from scratch.
@@ -63,12 +68,16 @@ def choose_start(
         network = load_start(start, stated)
         if network is None:
             return None
-        height, width = height_width("demo", network.input_size)
-        if height != width:
-            raise InputError(f"--start shrink: the network must take square images, it takes {height} x {width} pixels")
+        size = height_width("demo", network.input_size)[0]
+        macs = count_macs(network, size)
+        if given is None and macs > MAX_MACS:
+            raise InputError(
+                f"a narrower copy of {teachers[0]}, which has {macs / 1e6:,.0f} M multiply-adds, is no light student; "
+                f"--start {start} starts from it nevertheless"
+            )
     except InputError as error:
         if given is not None:
             raise
         say(f"the students start from scratch: {error}", quiet=quiet)
         return None
-    return DemoStart(start.partition(":")[2], network, height)
+    return DemoStart(start.partition(":")[2], network, size)

@@ -149,7 +149,8 @@ def train(config: LIAADRunConfig, options: RunOptions) -> Path:
             )
 
     paths = dict(zip(options.teachers, options.inputs, strict=False))
-    network = load_start(options.start, paths)  # before the teachers run over all images
+    # Before the teachers run over all images.
+    network = load_start(options.start, paths, size=config.recipe.input_size)
 
     def build_run(faces: FaceList) -> TrainingSetup:
         if config.recipe.identity_weight and faces.num_identities < 2:

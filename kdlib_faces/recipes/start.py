@@ -70,12 +70,15 @@ class StartConfig:
         check_choice("StartConfig", "freeze", self.freeze, ("stem", "none"))
 
 
-def load_start(start: str, inputs: Mapping[str, InputOptions] | None = None) -> Backbone | None:
+def load_start(
+    start: str, inputs: Mapping[str, InputOptions] | None = None, *, size: int | None = None
+) -> Backbone | None:
     """Read the network of `--start shrink:FILE`; None for `"scratch"`.
 
     Args:
         start: The option.
         inputs: Path of a teacher to what is stated about its images, which also holds where the start is that file.
+        size: Side of the student's images, pixels; None for those of the network, which must be square.
 
     Raises:
         InputError: The start is unknown, its file cannot be used, holds no backbone of this package, or takes other images
@@ -93,6 +96,12 @@ def load_start(start: str, inputs: Mapping[str, InputOptions] | None = None) -> 
         raise InputError(
             f"--start shrink: the network must take RGB images as (pixel - 127.5) / 127.5, as students do; it takes "
             f"{network.input_spec.describe()}"
+        )
+    height, width = height_width("load_start", network.input_size)
+    side = width if size is None else size
+    if (height, width) != (side, side):
+        raise InputError(
+            f"--start shrink: the network takes images of {height} x {width} pixels, the student's have {side} x {side}"
         )
     return network
 
@@ -122,15 +131,8 @@ def start_student(
         The student, with the layers frozen that `config.freeze` names.
 
     Raises:
-        InputError: The network takes images of another size, the folder cannot be written, or the network has no last linear
-            layer.
+        InputError: The folder cannot be written, or the network has no last linear layer.
     """
-    size = height_width("start_student", network.input_size)
-    if tuple(images.shape[2:]) != size:
-        raise InputError(
-            f"--start shrink: the network takes images of {size[0]} x {size[1]} pixels, the student's have "
-            f"{images.shape[2]} x {images.shape[3]}; set their size to that of the network"
-        )
     parts = [model_fingerprint(network), repr(config), str(seed), str(tuple(images.shape))]
     parts += [] if joint is None else [model_fingerprint(joint)]
     saved = folder / f"start-{sha256(' '.join(parts).encode()).hexdigest()[:12]}.pt"

@@ -124,6 +124,7 @@ def test_what_is_stated_about_a_teacher_holds_for_a_start_from_it(folder: Path, 
 def test_images_of_another_size_than_those_of_the_network_are_refused(folder: Path, tmp_path: Path, capsys) -> None:
     line = fails(capsys, *train(folder, tmp_path / "run", *JOINT, "recipe.input_size=48"))
     assert f"the network takes images of {SIZE} x {SIZE} pixels, the student's have 48 x 48" in line
+    assert not (tmp_path / "run").exists()  # before the teachers run over all images
 
 
 # --- images without identity or age -----------------------------------------------------------------------------------
