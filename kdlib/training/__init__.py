@@ -1,27 +1,33 @@
 """A training loop with exact resume after interruption."""
 
-from kdlib.training.checkpoint import load_checkpoint
+from kdlib.training.checkpoint import CheckpointState, load_checkpoint
 from kdlib.training.config import Evaluate, OptimizerFactory, SplitBatch, TrainConfig
 from kdlib.training.events import (
     BestWeights,
     CheckpointError,
     Evaluation,
     Hook,
+    StepValues,
     TrainEvent,
     TrainingDiverged,
     TrainResult,
 )
-from kdlib.training.log import read_log
+from kdlib.training.log import LogRow, read_log
 from kdlib.training.loop import train
+from kdlib.training.stream import StreamState
 
 __all__ = [
     "BestWeights",
     "CheckpointError",
+    "CheckpointState",
     "Evaluate",
     "Evaluation",
     "Hook",
+    "LogRow",
     "OptimizerFactory",
     "SplitBatch",
+    "StepValues",
+    "StreamState",
     "TrainConfig",
     "TrainEvent",
     "TrainResult",

@@ -6,21 +6,23 @@ import os
 import re
 import tempfile
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from os import PathLike
 from pathlib import Path
 from time import monotonic
 from types import NoneType
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypedDict
 
 import torch
+from torch import Tensor
 
 from kdlib._atomic import atomic_write
 from kdlib.training._checks import check_content, checkpoint_error
 from kdlib.training.config import TrainConfig
-from kdlib.training.events import CheckpointError
+from kdlib.training.events import CheckpointError, StepValues
+from kdlib.training.stream import StreamState
 
-__all__ = ["CheckpointStore", "load_checkpoint"]
+__all__ = ["CheckpointState", "CheckpointStore", "RunState", "load_checkpoint"]
 
 _log = logging.getLogger("kdlib.training")
 _NAME = re.compile(r"(?:step|best)-(\d{9})\.pt")
@@ -33,7 +35,44 @@ _MARK = b"kdlibsum"
 """Precedes the SHA-256 at the end of a checkpoint; readers of zip files ignore both."""
 
 
-def load_checkpoint(path: str | PathLike[str]) -> dict[str, Any]:
+class RunState(TypedDict):
+    """The state of a run after some step."""
+
+    distiller: dict[str, Any]
+    optimizer: dict[str, Any]
+    scaler: dict[str, Any]
+    ema: dict[str, Tensor] | None
+    stream: list[StreamState]
+    rng: list[dict[str, Tensor]]
+    last: StepValues
+    seconds: float
+    evaluations: list[dict[str, Any]]
+    fingerprint: dict[str, object]
+
+
+class CheckpointState(RunState):
+    """Content of a checkpoint, with all tensors on the CPU.
+
+    Attributes:
+        format: Number of the format of the file.
+        step: Completed steps.
+        distiller: State dict of the distiller.
+        optimizer: State dict of the optimizer.
+        scaler: State dict of the gradient scaler.
+        ema: The averages under the names of the student's state dict; `None` without `ema_decay`.
+        stream: Position in the loader, one per process.
+        rng: Random states, one per process.
+        last: Epoch, total, terms, weights and lr of the step.
+        seconds: Training time of the run in seconds.
+        evaluations: Fields of each :class:`Evaluation`.
+        fingerprint: Settings that determine the weights, by name.
+    """
+
+    format: int
+    step: int
+
+
+def load_checkpoint(path: str | PathLike[str]) -> CheckpointState:
     """Read one checkpoint; only tensors and plain containers are accepted.
 
     Args:
@@ -41,15 +80,14 @@ def load_checkpoint(path: str | PathLike[str]) -> dict[str, Any]:
             entry.
 
     Returns:
-        `format`, `step`, `distiller` (its state dict), `optimizer`, `scaler`, `ema`, `stream` and `rng` (one per process),
-        `last`, `seconds`, `evaluations` and `fingerprint`, with all tensors on the CPU.
+        Its content.
 
     Raises:
         CheckpointError: The file is truncated, damaged, or not a checkpoint of this format.
     """
     try:
         _check_content(Path(path))
-        state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+        state: CheckpointState = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged file can raise almost any exception in the readers
         raise checkpoint_error(f"checkpoint {path} cannot be read: {error}") from error
     if not isinstance(state, dict) or state.get("format") != _FORMAT:
@@ -133,7 +171,7 @@ class CheckpointStore:
         seconds = self.config.checkpoint_every_seconds
         return self.directory is not None and seconds is not None and monotonic() - self._saved_at >= seconds
 
-    def load(self) -> dict[str, Any] | None:
+    def load(self) -> CheckpointState | None:
         """Return the newest readable checkpoint, or `None` if there are no checkpoints.
 
         An unreadable checkpoint is skipped with a warning to the logger `kdlib.training`.
@@ -159,7 +197,7 @@ class CheckpointStore:
             )
         return None
 
-    def save(self, step: int, state: Mapping[str, Any], improved: Sequence[int]) -> None:
+    def save(self, step: int, state: RunState, improved: Sequence[int]) -> None:
         """Write `state` atomically as the checkpoint of `step`, and remove old checkpoints.
 
         The newest `keep` are kept, and the best one before each of them: if the newest is damaged, the run resumes from an

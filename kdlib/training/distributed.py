@@ -3,7 +3,7 @@
 import gc
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any
+from typing import TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -11,9 +11,12 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from kdlib._held import is_sharded
+from kdlib.objective import ObjectiveOutput
 from kdlib.training._checks import check_argument, describe_error, received_error
 
 __all__ = ["Processes", "synchronize_if", "wrap"]
+
+_T = TypeVar("_T")
 
 
 class Processes:
@@ -37,13 +40,13 @@ class Processes:
         if self._own is not None:
             dist.destroy_process_group(self._own)
 
-    def gather(self, value: Any) -> list[Any]:
+    def gather(self, value: _T) -> list[_T]:
         """Return the values of all processes, by rank."""
         if self.count == 1:
             return [value]
-        values = [None] * self.count
+        values: list[_T | None] = [None] * self.count
         dist.all_gather_object(values, value, group=self._own)
-        return values
+        return cast(list[_T], values)
 
     @contextmanager
     def together(self, count: int = 0) -> Iterator[list[int]]:
@@ -64,9 +67,9 @@ class Processes:
             raise
         failed, *votes[:] = self._largest([0, *votes])
         if failed:
-            errors = self.gather(None)
-            rank = next(rank for rank, each in enumerate(errors) if each is not None)
-            raise received_error(rank, *errors[rank])
+            errors: list[tuple[str, str, dict[str, object]] | None] = self.gather(None)
+            rank, other = next((rank, each) for rank, each in enumerate(errors) if each is not None)
+            raise received_error(rank, *other)
 
     def _largest(self, values: list[int]) -> list[int]:
         largest = torch.tensor(values)
@@ -87,7 +90,9 @@ class Processes:
                 dist.broadcast(tensor, 0)
 
 
-def wrap(distiller: nn.Module, device: torch.device, *, find_unused_parameters: bool = False) -> Callable[..., Any]:
+def wrap(
+    distiller: nn.Module, device: torch.device, *, find_unused_parameters: bool = False
+) -> Callable[..., ObjectiveOutput]:
     """Return the distiller, wrapped in `DistributedDataParallel` if there are several processes.
 
     Teachers are frozen and identical on all processes, so tensors outside the distiller's state dict are not synchronized.
@@ -109,7 +114,7 @@ def wrap(distiller: nn.Module, device: torch.device, *, find_unused_parameters: 
     return DistributedDataParallel(distiller, device_ids=ids, find_unused_parameters=find_unused_parameters)
 
 
-def synchronize_if(last: bool, forward: Callable[..., Any]) -> AbstractContextManager[None]:
+def synchronize_if(last: bool, forward: Callable[..., ObjectiveOutput]) -> AbstractContextManager[None]:
     """Average gradients over processes only in the last backward pass of a step."""
     if last or not isinstance(forward, DistributedDataParallel):
         return nullcontext()

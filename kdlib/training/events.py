@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 from torch import Tensor
 
@@ -11,6 +11,7 @@ __all__ = [
     "BestWeights",
     "CheckpointError",
     "Evaluation",
+    "StepValues",
     "Hook",
     "TrainEvent",
     "TrainResult",
@@ -33,6 +34,16 @@ class Evaluation:
     epoch: int
     metrics: Mapping[str, float]
     improved: bool
+
+
+class StepValues(TypedDict):
+    """Values of one step, which checkpoints store; see :class:`TrainEvent`."""
+
+    epoch: int
+    total: float
+    terms: dict[str, float]
+    weights: dict[str, tuple[float, ...]]
+    lr: float
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,7 @@ __all__ = ["check_fingerprint", "check_same", "run_fingerprint"]
 
 def run_fingerprint(
     config: TrainConfig, distiller: Distiller, optimizer: torch.optim.Optimizer, total_steps: int
-) -> dict[str, Any]:
+) -> dict[str, object]:
     """Return names and plain values: settings, optimizer, terms, weighting and teachers of a run."""
     objective = distiller.objective
     return {
@@ -43,8 +43,8 @@ def run_fingerprint(
 
 
 def check_fingerprint(
-    saved: Mapping[str, Any],
-    current: Mapping[str, Any],
+    saved: Mapping[str, object],
+    current: Mapping[str, object],
     weights: Mapping[str, Any],
     live: Mapping[str, Any],
     place: object,
@@ -76,7 +76,7 @@ def check_fingerprint(
     )
 
 
-def check_same(fingerprints: Sequence[Mapping[str, Any]]) -> None:
+def check_same(fingerprints: Sequence[Mapping[str, object]]) -> None:
     """All processes must have the same fingerprint."""
     texts = [
         f"{name} {[each.get(name) for each in fingerprints]}"

@@ -6,19 +6,44 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import NotRequired, TypedDict
 
 from kdlib.training._checks import check_argument
 
-__all__ = ["append_log", "read_log"]
+__all__ = ["LogRow", "append_log", "read_log"]
 
 
-def read_log(path: str | PathLike[str]) -> list[dict[str, Any]]:
+class LogRow(TypedDict):
+    """Values of one step in a log.
+
+    Attributes:
+        step: Completed steps, including this one.
+        epoch: Epoch of the batches of this step, from 0.
+        lr: Learning rate of the first parameter group.
+        total: Loss.
+        terms: Value of each term before its weight is applied; `None` if it is not finite.
+        weights: Mean weight of each teacher, for each term with teachers; absent without such a term.
+        metrics: Result of the evaluation after this step; absent if there was none.
+        improved: Whether the monitored metric is the best so far; absent if there was no evaluation.
+        seconds: Training time of the run in seconds.
+    """
+
+    step: int
+    epoch: int
+    lr: float
+    total: float
+    terms: dict[str, float | None]
+    weights: NotRequired[dict[str, list[float]]]
+    metrics: NotRequired[dict[str, float]]
+    improved: NotRequired[bool]
+    seconds: float
+
+
+def read_log(path: str | PathLike[str]) -> list[LogRow]:
     """Read the rows of a log of `train`; an incomplete last line is skipped.
 
     Returns:
-        One dict per row, in order, with keys step, epoch, lr, total, terms, weights and seconds. Rows of evaluated steps
-        also contain metrics and, with `TrainConfig.monitor`, improved.
+        The rows in order.
 
     Raises:
         ValueError: A line other than the last is not a row of a training log.
@@ -27,7 +52,7 @@ def read_log(path: str | PathLike[str]) -> list[dict[str, Any]]:
 
 
 @contextmanager
-def append_log(path: str | PathLike[str] | None, *, last_step: int) -> Iterator[Callable[[dict[str, Any]], None]]:
+def append_log(path: str | PathLike[str] | None, *, last_step: int) -> Iterator[Callable[[LogRow], None]]:
     """Yield a function that appends one row and flushes it; `None` as the path writes nothing.
 
     The rows after `last_step` are removed first (0 empties the log of an earlier run): an interrupted run may have logged
@@ -49,7 +74,7 @@ def append_log(path: str | PathLike[str] | None, *, last_step: int) -> Iterator[
     except OSError as error:
         check_argument(False, f"log_path must be a writable file, got {path}: {error.strerror or error}")
 
-    def write(row: dict[str, Any]) -> None:
+    def write(row: LogRow) -> None:
         file.write(json.dumps(row, allow_nan=False) + "\n")
         file.flush()
 
@@ -57,9 +82,9 @@ def append_log(path: str | PathLike[str] | None, *, last_step: int) -> Iterator[
         yield write
 
 
-def _good_rows(path: Path, *, last_step: int | None) -> tuple[list[dict[str, Any]], int]:
+def _good_rows(path: Path, *, last_step: int | None) -> tuple[list[LogRow], int]:
     """Return the rows up to `last_step`, and the size in bytes of their lines."""
-    rows: list[dict[str, Any]] = []
+    rows: list[LogRow] = []
     size = 0
     with path.open("rb") as file:
         lines = file.read().splitlines(keepends=True)

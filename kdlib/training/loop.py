@@ -4,7 +4,6 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from math import isfinite
 from time import monotonic
-from typing import Any
 
 import torch
 
@@ -18,7 +17,7 @@ from kdlib.training.config import TrainConfig
 from kdlib.training.distributed import Processes, wrap
 from kdlib.training.events import Hook, TrainEvent, TrainResult
 from kdlib.training.fingerprint import check_same
-from kdlib.training.log import append_log
+from kdlib.training.log import LogRow, append_log
 from kdlib.training.run import Run, private_randomness
 from kdlib.training.schedules import lr_factor, set_lr
 from kdlib.training.signals import DeferredSignals
@@ -230,13 +229,18 @@ def compiled(distiller: Distiller, config: TrainConfig) -> Iterator[None]:
             network._compiled_call_impl = None
 
 
-def _row(event: TrainEvent) -> dict[str, Any]:
-    row: dict[str, Any] = {"step": event.step, "epoch": event.epoch, "lr": event.lr, "total": event.total}
-    row["terms"] = {name: value if isfinite(value) else None for name, value in event.terms.items()}
+def _row(event: TrainEvent) -> LogRow:
+    row: LogRow = {
+        "step": event.step,
+        "epoch": event.epoch,
+        "lr": event.lr,
+        "total": event.total,
+        "terms": {name: value if isfinite(value) else None for name, value in event.terms.items()},
+        "seconds": round(event.seconds, 3),
+    }
     if event.weights:
         row["weights"] = {name: list(values) for name, values in event.weights.items()}
     if event.evaluation is not None:
         row["metrics"] = dict(event.evaluation.metrics)
         row["improved"] = event.evaluation.improved
-    row["seconds"] = round(event.seconds, 3)
     return row

@@ -5,26 +5,33 @@ import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 from torch import Tensor
 
 from kdlib.distiller import Distiller
 from kdlib.training._checks import check_argument, checkpoint_error, diverged, read_metrics
-from kdlib.training.checkpoint import CheckpointStore, load_checkpoint
+from kdlib.training.checkpoint import CheckpointState, CheckpointStore, RunState, load_checkpoint
 from kdlib.training.config import Evaluate, TrainConfig
 from kdlib.training.distributed import Processes
 from kdlib.training.ema import EMA
-from kdlib.training.events import BestWeights, Evaluation
+from kdlib.training.events import BestWeights, Evaluation, StepValues
 from kdlib.training.fingerprint import check_fingerprint, run_fingerprint
 from kdlib.training.schedules import build_optimizer, lr_factor
 from kdlib.training.signals import DeferredSignals
-from kdlib.training.stream import BatchStream
+from kdlib.training.stream import BatchStream, StreamState
 
-__all__ = ["Run", "private_randomness", "random_state"]
+__all__ = ["Position", "Run", "private_randomness", "random_state"]
 
 _log = logging.getLogger("kdlib.training")
+
+
+class Position(TypedDict):
+    """The position in the loader and the random states of one process."""
+
+    stream: StreamState
+    rng: dict[str, Tensor]
 
 
 class Run:
@@ -47,7 +54,7 @@ class Run:
         self.ema = None if config.ema_decay is None else EMA(distiller.student, config.ema_decay)
         self.step = 0
         self.seconds = 0.0
-        self.last: dict[str, Any] = {"epoch": 0, "total": float("nan"), "terms": {}, "weights": {}, "lr": 0.0}
+        self.last: StepValues = {"epoch": 0, "total": float("nan"), "terms": {}, "weights": {}, "lr": 0.0}
         self.evaluations: list[Evaluation] = []
         self._best_weights: dict[str, Any] = {}
         every = config.evaluate_every or stream.steps_per_epoch
@@ -58,7 +65,7 @@ class Run:
         self._evaluate_every = every or 1
         self.fingerprint = self._describe(total_steps)
 
-    def _describe(self, total_steps: int) -> dict[str, Any]:
+    def _describe(self, total_steps: int) -> dict[str, object]:
         return {
             **run_fingerprint(self.config, self.distiller, self.optimizer, total_steps),
             "batches_per_epoch": self.stream.length,
@@ -95,16 +102,16 @@ class Run:
         states = (self.distiller.state_dict(), self.ema.state_dict() if self.ema else {})
         return [value for state in states for value in state.values() if isinstance(value, Tensor)]
 
-    def position(self) -> dict[str, Any]:
-        """Return the position in the loader and the random states of this process."""
+    def position(self) -> Position:
+        """Return the position of this process."""
         return {"stream": self.stream.state_dict(), "rng": random_state(self.device)}
 
-    def seek(self, position: dict[str, Any]) -> None:
+    def seek(self, position: Position) -> None:
         """Return to a position."""
         self.stream.load_state_dict(position["stream"])
         random_state(self.device, position["rng"])
 
-    def update(self, last: dict[str, Any]) -> None:
+    def update(self, last: StepValues) -> None:
         """Apply the accumulated gradients; `last` contains the values of the step."""
         if self.config.clip_norm is not None:
             self.scaler.unscale_(self.optimizer)
@@ -182,7 +189,7 @@ class Run:
             weights = {**state["distiller"], **average}
         return BestWeights(evaluation, evaluation.metrics[self.config.monitor], weights, path)
 
-    def save(self, store: CheckpointStore, seconds: float, positions: list[dict[str, Any]]) -> None:
+    def save(self, store: CheckpointStore, seconds: float, positions: list[Position]) -> None:
         """Write the checkpoint of this step unless a weight is NaN or infinite."""
         weights = self.distiller.state_dict()
         # A finite loss can have a non-finite gradient, which the loss would only show after this checkpoint.
@@ -191,7 +198,7 @@ class Run:
             problem = f"weights must be finite at step {self.step}, got NaN or infinity in {', '.join(bad[:4])}"
             last = self.last
             raise diverged(problem, last["terms"], step=self.step, epoch=last["epoch"], newest=store.newest)
-        state = {
+        state: RunState = {
             "distiller": weights,
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
@@ -205,7 +212,7 @@ class Run:
         }
         store.save(self.step, state, self.improved)
 
-    def checkpoint(self, store: CheckpointStore, seconds: float, position: dict[str, Any]) -> None:
+    def checkpoint(self, store: CheckpointStore, seconds: float, position: Position) -> None:
         """Write a checkpoint with the positions of all processes."""
         positions = self.processes.gather(position)
         with self.processes.together():
@@ -240,21 +247,20 @@ class Run:
             self._warn_of_jump(total)
         return self.step
 
-    def _load(self, state: dict[str, Any], names: list[str], store: CheckpointStore) -> None:
+    def _load(self, state: CheckpointState, names: list[str], store: CheckpointStore) -> None:
         rank = self.processes.rank
-        loads: dict[str, Callable[[Any], object]] = {
-            "distiller": self.distiller.load_state_dict,
-            "optimizer": self.optimizer.load_state_dict,
-            "scaler": self.scaler.load_state_dict,
-            "evaluations": lambda rows: self.evaluations.extend(Evaluation(**row) for row in rows),
-            "stream": lambda positions: self.stream.load_state_dict(positions[rank]),
-            "rng": lambda states: random_state(self.device, states[rank]),
+        loads: dict[str, Callable[[], object]] = {
+            "distiller": lambda: self.distiller.load_state_dict(state["distiller"]),
+            "optimizer": lambda: self.optimizer.load_state_dict(state["optimizer"]),
+            "scaler": lambda: self.scaler.load_state_dict(state["scaler"]),
+            "ema": lambda: self.ema and self.ema.load_state_dict(state["ema"] or {}),
+            "evaluations": lambda: self.evaluations.extend(Evaluation(**row) for row in state["evaluations"]),
+            "stream": lambda: self.stream.load_state_dict(state["stream"][rank]),
+            "rng": lambda: random_state(self.device, state["rng"][rank]),
         }
-        if self.ema is not None:
-            loads["ema"] = self.ema.load_state_dict
         for name in names:
             try:
-                loads[name](state[name])
+                loads[name]()
             except Exception as error:  # such as an optimizer state of other groups
                 raise checkpoint_error(f"{name} of checkpoint {store.newest} does not fit this run: {error}") from error
 

@@ -2,11 +2,11 @@
 
 from collections.abc import Callable
 from math import isfinite
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from kdlib.objective import ObjectiveOutput
 from kdlib.training._checks import batch_of_one, diverged
 from kdlib.training.batches import batch_size, sample_ids, to_device
 from kdlib.training.checkpoint import CheckpointStore
@@ -33,7 +33,7 @@ class Readings:
         own: The total of this process, after `fetch`.
     """
 
-    def __init__(self, values: Tensor, output: Any, average: Callable[[Tensor], Tensor]) -> None:
+    def __init__(self, values: Tensor, output: ObjectiveOutput, average: Callable[[Tensor], Tensor]) -> None:
         self._names, self._counts = list(output.terms), {name: len(w) for name, w in output.weights.items()}
         own = values[:1].clone()
         self._values, self._copied = torch.cat([own, average(values)]), None
@@ -45,7 +45,7 @@ class Readings:
         self.own = 0.0
 
     @staticmethod
-    def pack(output: Any) -> Tensor:
+    def pack(output: ObjectiveOutput) -> Tensor:
         """Pack the total, the terms and the mean weights of an `ObjectiveOutput` into one 1-d tensor."""
         scalars = torch.stack([output.total, *output.terms.values()]).detach()
         return torch.cat([scalars, *(weight.detach().to(scalars).mean(dim=1) for weight in output.weights.values())])
@@ -61,7 +61,13 @@ class Readings:
 
 
 def accumulate(
-    run: Run, forward: Callable[..., Any], group: list[Batch], store: CheckpointStore, *, epoch: int, first: int
+    run: Run,
+    forward: Callable[..., ObjectiveOutput],
+    group: list[Batch],
+    store: CheckpointStore,
+    *,
+    epoch: int,
+    first: int,
 ) -> tuple[float, dict[str, float], dict[str, tuple[float, ...]]]:
     """Accumulate the gradients of the mean loss over a group of batches; return the mean total, terms and weights.
 
@@ -90,7 +96,7 @@ def accumulate(
             if left == 0:
                 # Copied before the backward pass and read after it, so that the device never waits for the host.
                 readings = Readings(values / len(group), output, processes.average)
-            run.scaler.scale(output.total / len(group)).backward()
+            run.scaler.scale(output.total / len(group)).backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
     total, terms, weights = readings.fetch()
     if isfinite(total):
         return total, terms, weights

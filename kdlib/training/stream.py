@@ -2,14 +2,14 @@
 
 from collections.abc import Iterable, Iterator, Sized
 from itertools import islice
-from typing import Any, Protocol, cast, runtime_checkable
+from typing import Any, Protocol, TypedDict, cast, runtime_checkable
 
 import torch
 from torch.utils.data import BatchSampler, DataLoader
 
 from kdlib.training._checks import check_argument
 
-__all__ = ["Batch", "BatchStream", "HasEpochs", "HasGenerator", "Seekable"]
+__all__ = ["Batch", "BatchStream", "HasEpochs", "HasGenerator", "Seekable", "StreamState"]
 
 _EMPTY = "loader must yield at least one batch, got none"
 
@@ -40,6 +40,14 @@ class HasGenerator(Protocol):
     """A loader or sampler with random numbers of its own."""
 
     generator: torch.Generator | None
+
+
+class StreamState(TypedDict):
+    """Position of a stream: the epoch, the batches taken from it, and the random states at the start of the epoch."""
+
+    epoch: int
+    batch: int
+    start: list[torch.Tensor]
 
 
 class BatchStream:
@@ -107,11 +115,11 @@ class BatchStream:
         check_argument(bool(group), f"loader must yield batches in every epoch, got none in epoch {epoch}")
         return epoch, first, group
 
-    def state_dict(self) -> dict[str, Any]:
-        """Return the position: the epoch, the number of batches taken, and the random states at the start of the epoch."""
+    def state_dict(self) -> StreamState:
+        """Return the position."""
         return {"epoch": self.epoch, "batch": self.batch, "start": self._start if self.batch else self.random_states()}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: StreamState) -> None:
         """Restore a saved position, including the random states after the skipped batches."""
         self.epoch, self.batch, self._batches = state["epoch"], state["batch"], None
         self.set_random_states(state["start"])

@@ -149,7 +149,7 @@ def unused_settings(*, faces: bool, start: bool) -> Mapping[str, str]:
         rest["size"] = "the students take the images of the teacher that they start from"
     else:
         scratch = "a student from scratch learns the embedding of each teacher"
-        student |= dict.fromkeys(("target", "joint_dim", "age_map_weight"), scratch)
+        student |= dict.fromkeys(("target", "joint_dim", "both_views", "age_map_weight"), scratch)
         rest["start"] = "the students start from scratch"
     if faces:
         made = ("general_identities", "general_images", "general_window", "age_identities", "age_images", "test_identities", "test_images")  # fmt: skip

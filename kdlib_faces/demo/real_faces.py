@@ -96,7 +96,8 @@ def real_data(
         cached.append(cache_outputs(targets, train_images, folder, fingerprint=fingerprint, label=label, quiet=quiet))
     age_map = _age_map(cached[1], train_list, codes, seed, quiet=quiet)
     age_outputs = MappedTeacher(cached[1], {"embedding": age_map})
-    mixed = _mixes_gray_and_color(train_images)
+    # A start has learned from color, and the joint target leaves nothing to learn from the list of an image.
+    mixed = start is None and _mixes_gray_and_color(train_images)
     say(f"students see {'luminance' if mixed else 'the images as they are'}, {config.size} pixels", quiet=quiet)
     groups = test_list.age_groups
     data = DemoData(

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from kdlib import Teacher
+from kdlib.types import TeacherInputs
 from kdlib_faces.backbones import Backbone
 from kdlib_faces.caching.teachers import targets_read
 from kdlib_faces.data.lists import FaceList
@@ -74,7 +75,8 @@ def prepare_student(
     targets = dict(teachers)
     if recipe.target == "joint":
         joint = join_teachers(
-            teachers, faces, recipe.joint_dim, recipe.age_map_weight, seed=recipe.seed, quiet=quiet
+            teachers, faces, recipe.joint_dim, recipe.age_map_weight, seed=recipe.seed, quiet=quiet,
+            both_views=recipe.both_views,
         )  # fmt: skip
         with_maps = [role for role, features in features_read(recipe).items() if "map" in features]
         targets = {JOINT: joint, **{role: teachers[role] for role in teachers if role in with_maps}}
@@ -87,6 +89,25 @@ def prepare_student(
     return replace(recipe, embedding_dim=student.embedding_dim), targets, student
 
 
+class BothViews(nn.Module):
+    """A cached teacher whose embedding is the sum for the plain and the mirrored image, whichever of them the student sees.
+
+    Args:
+        teacher: Reads the targets `"sample"` and `"view"`.
+    """
+
+    inputs: TeacherInputs = ("sample",)
+
+    def __init__(self, teacher: nn.Module) -> None:
+        super().__init__()
+        self.teacher = teacher
+
+    def forward(self, samples: Tensor) -> dict[str, Tensor]:
+        """Return the features for the plain images `(n,)`, with the embedding `(n, d)` of both views."""
+        plain, mirrored = (self.teacher(*_targets(self.teacher, samples, view)) for view in (0, 1))
+        return {**plain, "embedding": plain["embedding"] + mirrored["embedding"]}
+
+
 def join_teachers(
     teachers: Mapping[str, nn.Module],
     faces: FaceList,
@@ -95,6 +116,7 @@ def join_teachers(
     *,
     seed: int,
     quiet: bool,
+    both_views: bool = False,
 ) -> FusedTeacher:
     """Return the joint teacher of cached teachers, with the age map fitted on the cross-age pairs of the lists.
 
@@ -105,6 +127,7 @@ def join_teachers(
         age_map_weight: Weight of the distance of the age map from the identity matrix; 0 fits no map.
         seed: Seed of the order and choice of pairs.
         quiet: Show no progress.
+        both_views: Target of each image: the sum of the embeddings of both views, in place of that of the view at hand.
     """
     say("fitting the joint space of the teachers", quiet=quiet)
     rows = torch.arange(len(faces))
@@ -123,7 +146,7 @@ def join_teachers(
         embeddings, torch.from_numpy(faces.identities), ages=ages, age_groups=groups, dim=dim,
         l2_sp_weight=age_map_weight, min_age_gap=MIN_AGE_GAP, seed=seed,
     )  # fmt: skip
-    return FusedTeacher(teachers, matrix)
+    return FusedTeacher({role: BothViews(each) for role, each in teachers.items()} if both_views else teachers, matrix)
 
 
 def _embeddings(teacher: nn.Module, rows: Tensor, view: int) -> Tensor:

@@ -35,6 +35,8 @@ class LIAADSettings(StudentConfig):
         target: Embeddings that the student learns: `"each"` teacher's own, or the `"joint"` space of both, to which an age
             map brings them (`kdlib_faces.teachers.fit_joint_space`).
         joint_dim: Dimensions of the joint space, and so of the student's embedding.
+        both_views: The joint target of an image is the sum over the image and its mirror image, in place of the embedding of
+            the one that the student sees.
         age_map_weight: Weight of the distance of the joint space's age map from the identity matrix; 0 fits no map.
         embedding_weight: w_emb; 0 removes the term, as for the next two weights.
         embedding_form: Form of `ang` at the embedding: `"cosine"`, `"squared"`, `"chord"` or `"angle"`.
@@ -53,6 +55,7 @@ class LIAADSettings(StudentConfig):
     identity_weight: float = 1.0
     target: Literal["each", "joint"] = "each"
     joint_dim: int = 256
+    both_views: bool = False
     age_map_weight: float = 100.0
     embedding_weight: float = 40.0
     embedding_form: AngularForm = "cosine"

@@ -28,7 +28,7 @@ class LossCurve(TypedDict):
 
     step: list[int]
     loss: list[float]
-    terms: dict[str, list[float]]
+    terms: dict[str, list[float | None]]
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,8 @@ from kdlib_faces.backbones import MBFFlat, build_backbone, describe_checkpoint, 
 from kdlib_faces.data.batches import FaceBatches
 from kdlib_faces.data.lists import read_faces
 from kdlib_faces.recipes import LIAADConfig
-from kdlib_faces.teachers import FusedTeacher, fit_joint_space, join_embeddings
+from kdlib_faces.recipes.joint_target import BothViews
+from kdlib_faces.teachers import FusedTeacher, cache_outputs, fit_joint_space, join_embeddings
 from tests.faces.cache_files import COUNT, SIZE, build, fails, make_faces, run, settings
 
 SMALL = ["training.steps=3", "training.batch_size=8", "recipe.input_size=32", "start.images=16", "start.keep=0.5"]
@@ -288,3 +289,18 @@ def test_wrong_arguments_of_the_joint_space() -> None:
         fit_joint_space([], identities)
     with pytest.raises(InputError, match="dim must be at most the 32 dimensions"):
         fit_joint_space(embeddings, identities, dim=33)
+
+
+def test_the_target_of_both_views_does_not_depend_on_the_view(tmp_path: Path) -> None:
+    class Sides(nn.Module):
+        """Mean of the left and of the right half."""
+
+        def forward(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
+            return {"embedding": torch.stack([half.mean((1, 2, 3)) for half in images.chunk(2, 3)], 1)}
+
+    images = torch.randint(256, (3, 3, 4, 4), dtype=torch.uint8)
+    cached = cache_outputs(Sides(), images, tmp_path, quiet=True)
+    target = BothViews(cached)(torch.arange(3))["embedding"]
+    torch.testing.assert_close(target[:, 0], target[:, 1])  # a mirror image swaps the halves
+    own = [cached(torch.arange(3), torch.full((3,), view))["embedding"] for view in (0, 1)]
+    torch.testing.assert_close(target, own[0] + own[1])

@@ -1,0 +1,109 @@
+"""Tables and plots of the study from its JSON files alone: `python benchmarks/study/show.py [--part report]`.
+
+Prints a Markdown table of all runs, in which values are means over the seeds and intervals are those of the first seed,
+and draws `docs/_static/study_PART.png`: accuracy against the number of training images, with the teachers as lines.
+"""
+
+import argparse
+import json
+from collections import defaultdict
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import matplotlib as mpl
+from matplotlib import pyplot as plt
+
+ROOT = Path(__file__).parents[2]
+RESULTS = ROOT / "benchmarks" / "results" / "study"
+PICTURES = ROOT / "docs" / "_static"
+FARS = ("0.01", "0.001")
+
+
+def read(part: str) -> tuple[dict[str, Any], dict[str, list[dict[str, Any]]]]:
+    """Return the measures of the teachers, and the runs by name with their seeds in order."""
+    folder = RESULTS / part
+    runs: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    for path in sorted(folder.glob("*-[0-9]*.json")):
+        row = json.loads(path.read_text())
+        runs[row["name"]].append(row)
+    return json.loads((folder / "teachers.json").read_text()), dict(runs)
+
+
+def cells(rows: list[dict[str, Any]]) -> str:
+    """AUC, TAR of both FARs and of adult pairs, and rank-1 identification, of one model with several seeds."""
+    chosen = [[row["auc"], *(row["tar"][far] for far in FARS), row["rank1"], row["adult_tar"]["0.001"]] for row in rows]
+    shown = []
+    for values in zip(*chosen, strict=True):
+        first = values[0]
+        shown.append(f"{fmean(each['value'] for each in values):.3f} ({first['low']:.3f} to {first['high']:.3f})")
+    return " | ".join(shown)
+
+
+def table(teachers: dict[str, Any], runs: dict[str, list[dict[str, Any]]]) -> str:
+    """A Markdown table, the best TAR at FAR 0.1 % first."""
+    lines = [
+        "| run | seeds | images seen | core minutes | parameters, M | MACs, M | AUC | TAR at FAR 1 % | TAR at FAR 0.1 % | rank-1 "
+        "| adults, TAR at FAR 0.1 % |",
+        "|" + "---|" * 11,
+    ]
+    lines += [f"| {name} teacher | | | | {_size(row)} | {cells([row])} |" for name, row in teachers.items()]
+    starts: dict[int, dict[str, Any]] = {
+        row["start"]["parameters"]: row["start"] for each in runs.values() for row in each if "start" in row
+    }
+    lines += [f"| start, untrained | | 0 | | {_size(row)} | {cells([row])} |" for row in starts.values()]
+    order = sorted(runs, key=lambda name: -fmean(row["student"]["tar"][FARS[1]]["value"] for row in runs[name]))
+    for name in order:
+        rows = runs[name]
+        students = [row["student"] for row in rows]
+        minutes = fmean(row["seconds"]["core"] for row in rows) / 60
+        head = f"| `{name}` | {len(rows)} | {rows[0]['images_seen']:,} | {minutes:.0f} | {_size(students[0])}"
+        lines.append(f"{head} | {cells(students)} |")
+    return "\n".join(lines)
+
+
+def _size(model: dict[str, Any]) -> str:
+    return f"{model['parameters'] / 1e6:.2f} | {model['macs'] / 1e6:.0f}"
+
+
+def draw(teachers: dict[str, Any], runs: dict[str, list[dict[str, Any]]], target: Path) -> None:
+    """Accuracy against images seen."""
+    mpl.use("agg")
+    figure, axes = plt.subplots(1, 2, figsize=(10, 4.5), layout="constrained")
+    for axis, far in zip(axes, FARS, strict=True):
+        for name, row in teachers.items():
+            axis.axhline(row["tar"][far]["value"], color="0.6", linestyle="--", linewidth=1)
+            axis.text(
+                1.0,
+                row["tar"][far]["value"],
+                f" {name} teacher",
+                transform=axis.get_yaxis_transform(),
+                va="center",
+                fontsize=8,
+            )
+        for number, (name, rows) in enumerate(runs.items()):
+            x = [row["images_seen"] for row in rows]
+            y = [row["student"]["tar"][far]["value"] for row in rows]
+            low = [v - row["student"]["tar"][far]["low"] for v, row in zip(y, rows, strict=True)]
+            high = [row["student"]["tar"][far]["high"] - v for v, row in zip(y, rows, strict=True)]
+            axis.errorbar(x, y, [low, high], fmt="o", capsize=2, color=f"C{number % 10}", label=name)
+        axis.set_xscale("log")
+        axis.set_xlabel("training images seen")
+        axis.set_title(f"Young against adult, TAR at FAR {float(far):.1%}")
+    axes[1].legend(fontsize=7, loc="center left", bbox_to_anchor=(1.25, 0.5))
+    figure.savefig(target, dpi=130)
+    print(target.name)
+
+
+def main() -> None:
+    """Print and draw."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--part", choices=("choose", "report"), default="choose")
+    options = parser.parse_args()
+    teachers, runs = read(options.part)
+    print(table(teachers, runs))
+    draw(teachers, runs, PICTURES / f"study_{options.part}.png")
+
+
+if __name__ == "__main__":
+    main()
