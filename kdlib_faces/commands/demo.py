@@ -12,7 +12,7 @@ from kdlib_faces.teachers.input_options import inputs_of_models
 
 __all__ = ["main"]
 
-QUICK_STEPS, QUICK_START_STEPS = 300, 1500
+QUICK_STEPS, QUICK_START_STEPS = 300, 800
 
 
 def main(options: Namespace, command: str) -> None:

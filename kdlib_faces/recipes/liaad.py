@@ -31,7 +31,7 @@ from kdlib_faces.recipes.liaad_settings import (
     features_read,
 )
 from kdlib_faces.recipes.spaces import check_one_space
-from kdlib_faces.recipes.start import START_LR, load_start
+from kdlib_faces.recipes.start import load_start
 from kdlib_faces.recipes.student import refuse_unused
 from kdlib_faces.teachers.input_options import InputOptions, inputs_of_models
 from kdlib_faces.teachers.open import open_teacher, stage_taps
@@ -210,7 +210,7 @@ def train(config: LIAADRunConfig, options: RunOptions) -> Path:
             views=opened.views,
             optimizer="adamw" if started else "sgd",
             steps=3000 if started else 10_000,
-            lr=START_LR if started else 0.1,
+            lr=2e-4 if started else 0.1,
             images=pixels,
         )
 

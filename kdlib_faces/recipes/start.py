@@ -23,16 +23,13 @@ from kdlib_faces.teachers.input_options import InputOptions
 from kdlib_faces.teachers.open import load_pretrained
 
 __all__ = [
-    "START_LR", "StartConfig", "Target", "fit_last_layer", "freeze_stem", "load_start", "shrink_teacher", "start_student",
+    "StartConfig", "Target", "fit_last_layer", "freeze_stem", "load_start", "shrink_teacher", "start_student",
 ]  # fmt: skip
 
 Target: TypeAlias = Callable[[Tensor, int], Tensor]
 """Maps rows `(n,)` and a view, 1 for mirrored images, to the distillation target `(n, d)`."""
 
 L = TypeVar("L", nn.Conv2d, nn.Linear)
-
-START_LR = 2e-4
-"""Peak learning rate of a student with a start; a rate for random weights, such as 2e-3, destroys the start."""
 
 _BATCH = 64
 _RIDGES = (1e-4, 1e-3, 1e-2, 0.1, 0.3, 1.0)
