@@ -39,7 +39,7 @@ class DemoStart:
             for each in (self.network, student)
         ]
         return [
-            f"Both students start as a narrower copy of {Path(self.path).name} with {config.keep:.0%} of the channels of each "
+            f"Both students start as a narrower copy of {Path(self.path).name} with {100 * config.keep:g} % of the channels of each "
             f"layer: {counts[0]} before, {counts[1]} after. The last layer is fitted to the joint target of both teachers.",
             "The student alone is trained from this start for as many steps on the same batches, by the identity loss without "
             "the teachers. Its start contains the teachers, so the difference of the two students is the gain of distillation "

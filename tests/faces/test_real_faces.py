@@ -166,7 +166,7 @@ def test_the_report_describes_the_start(started: tuple[Path, list[str]]) -> None
     folder, _ = started
     report = json.loads((folder / "out" / "report.json").read_text())
     text = " ".join(report["data"]["notes"])
-    assert "a narrower copy of general.onnx with 50% of the channels" in text
+    assert "a narrower copy of general.onnx with 50 % of the channels" in text
     full = import_onnx(folder / "general.onnx")
     assert f"{count_parameters(full):,} parameters" in text
     assert f"{report['models']['student_start']['parameters']:,} parameters" in text
