@@ -19,6 +19,8 @@ import torch
 from caches import cache_of, command
 from lists import write_lists
 
+from kdlib_faces.backbones import count_macs, load_backbone
+
 RESULTS = Path(__file__).parents[1] / "results" / "study"
 
 
@@ -72,20 +74,26 @@ def judge(models: list[str], output: Path, faces: Path) -> dict[str, Any]:
         output,
     )
     content = json.loads((output / "report.json").read_text())["models"]
-    return {name: _measures(each) for name, each in content.items()}
+    files = dict(model.split("=", 1) for model in models)
+    return {name: _measures(each, files[name]) for name, each in content.items()}
 
 
-def _measures(model: dict[str, Any]) -> dict[str, Any]:
+def _measures(model: dict[str, Any], file: str) -> dict[str, Any]:
     between, bins = model["protocols"]["between_groups"], model["protocols"]["age_group"]["bins"]
     adult = next(each for each in bins if each["name"] == "adult-adult")
     return {
         "parameters": model["parameters"],
-        "macs": model["macs"],
+        "macs": model["macs"] if "macs" in model else _macs(file),
         "auc": between["auc"],
         "tar": between["tar"],
         "rank1": between["rank1"],
         "adult_tar": adult["own_tar"],
     }
+
+
+def _macs(file: str) -> int:
+    network = load_backbone(file)
+    return count_macs(network, network.input_size)
 
 
 def _core_seconds() -> float:
@@ -138,12 +146,14 @@ def main() -> None:
             if result.exists():
                 continue
             folder = train(name, run, seed, options, lists)
-            models = [f"student={folder / 'train' / 'model.pt'}"]
             for path in (folder / "train").glob("start-*.pt"):
-                if not (options.work / "starts" / path.name).exists():
+                judged = target / f"{path.stem.replace('-', '_')}.json"
+                if not judged.exists():
                     shutil.copy(path, options.work / "starts")
-                    models.append(f"start={path}")
-            measured = judge(models, folder / options.part, lists[options.part])
+                    rows = judge([f"start={path}"], options.work / path.stem / options.part, lists[options.part])
+                    judged.write_text(json.dumps(rows, indent=1) + "\n")
+            student = f"student={folder / 'train' / 'model.pt'}"
+            measured = judge([student], folder / options.part, lists[options.part])
             settings = run["settings"]
             row = {
                 "name": name,

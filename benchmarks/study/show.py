@@ -20,14 +20,15 @@ PICTURES = ROOT / "docs" / "_static"
 FARS = ("0.01", "0.001")
 
 
-def read(part: str) -> tuple[dict[str, Any], dict[str, list[dict[str, Any]]]]:
-    """Return the measures of the teachers, and the runs by name with their seeds in order."""
+def read(part: str) -> tuple[dict[str, Any], list[dict[str, Any]], dict[str, list[dict[str, Any]]]]:
+    """Return the measures of the teachers and of the starts, and the runs by name with their seeds in order."""
     folder = RESULTS / part
     runs: dict[str, list[dict[str, Any]]] = defaultdict(list)
     for path in sorted(folder.glob("*-[0-9]*.json")):
         row = json.loads(path.read_text())
         runs[row["name"]].append(row)
-    return json.loads((folder / "teachers.json").read_text()), dict(runs)
+    starts = [json.loads(path.read_text())["start"] for path in sorted(folder.glob("start_*.json"))]
+    return json.loads((folder / "teachers.json").read_text()), starts, dict(runs)
 
 
 def cells(rows: list[dict[str, Any]]) -> str:
@@ -40,7 +41,7 @@ def cells(rows: list[dict[str, Any]]) -> str:
     return " | ".join(shown)
 
 
-def table(teachers: dict[str, Any], runs: dict[str, list[dict[str, Any]]]) -> str:
+def table(teachers: dict[str, Any], starts: list[dict[str, Any]], runs: dict[str, list[dict[str, Any]]]) -> str:
     """A Markdown table, the best TAR at FAR 0.1 % first."""
     lines = [
         "| run | seeds | images seen | core minutes | parameters, M | MACs, M | AUC | TAR at FAR 1 % | TAR at FAR 0.1 % | rank-1 "
@@ -48,10 +49,7 @@ def table(teachers: dict[str, Any], runs: dict[str, list[dict[str, Any]]]) -> st
         "|" + "---|" * 11,
     ]
     lines += [f"| {name} teacher | | | | {_size(row)} | {cells([row])} |" for name, row in teachers.items()]
-    starts: dict[int, dict[str, Any]] = {
-        row["start"]["parameters"]: row["start"] for each in runs.values() for row in each if "start" in row
-    }
-    lines += [f"| start, untrained | | 0 | | {_size(row)} | {cells([row])} |" for row in starts.values()]
+    lines += [f"| start, untrained | | 0 | | {_size(row)} | {cells([row])} |" for row in starts]
     order = sorted(runs, key=lambda name: -fmean(row["student"]["tar"][FARS[1]]["value"] for row in runs[name]))
     for name in order:
         rows = runs[name]
@@ -100,8 +98,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--part", choices=("choose", "report"), default="choose")
     options = parser.parse_args()
-    teachers, runs = read(options.part)
-    print(table(teachers, runs))
+    teachers, starts, runs = read(options.part)
+    print(table(teachers, starts, runs))
     draw(teachers, runs, PICTURES / f"study_{options.part}.png")
 
 
