@@ -4,7 +4,7 @@ VENV := .venv
 PY ?= $(VENV)/bin/python
 OUTPUT ?= runs/demo
 
-.PHONY: demo test check lint docs bench clean
+.PHONY: demo test check lint docs bench fuzz clean
 
 $(VENV)/.user: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -32,6 +32,14 @@ lint:
 	$(PY) -m ruff format --check .
 	$(PY) -m ruff check .
 	$(PY) -m mypy
+
+# Damaged files for every reader, and interruptions at random times; `make test` runs a short form of both.
+CASES ?= 200000
+KILLS ?= 50
+WORKERS ?= $(shell nproc)
+fuzz: $(VENV)/.dev
+	OMP_NUM_THREADS=1 $(PY) -m tests.fuzz.campaign --cases $(CASES) --workers $(WORKERS)
+	OMP_NUM_THREADS=1 $(PY) -m tests.fuzz.kills --kills $(KILLS)
 
 docs:
 	$(PY) -m sphinx -q -W -n -b html docs docs/_build/html

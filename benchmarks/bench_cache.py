@@ -33,7 +33,8 @@ from kdlib import (
 )
 from kdlib.cache import CachedTeacher, TeacherCache
 from kdlib_faces.backbones import MobileFaceNet, mbf
-from kdlib_faces.data.images import load_images, to_float
+from kdlib_faces.data.dataset import load_images
+from kdlib_faces.data.images import to_float
 from kdlib_faces.heads import ArcFaceHead
 
 BATCH, SIZE, IDENTITIES = 64, 112, 1000

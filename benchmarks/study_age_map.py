@@ -18,7 +18,8 @@ import torch
 from study_age_teacher import FAR, FOLDS, Faces, folds, protocol
 from torch.nn import functional as F
 
-from kdlib_faces.data.images import load_images, to_float
+from kdlib_faces.data.dataset import load_images
+from kdlib_faces.data.images import to_float
 from kdlib_faces.data.lists import read_faces
 from kdlib_faces.progress import progress
 from kdlib_faces.teachers import OnnxTeacher, fit_age_map

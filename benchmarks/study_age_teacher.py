@@ -25,7 +25,8 @@ from torch.nn import functional as F
 
 from kdlib import OUTPUT, StudentAdapter, TrainConfig, train
 from kdlib_faces.backbones import MBF, Backbone, InputSpec, IResNet
-from kdlib_faces.data.images import load_images, to_float
+from kdlib_faces.data.dataset import load_images
+from kdlib_faces.data.images import to_float
 from kdlib_faces.data.lists import read_faces
 from kdlib_faces.evaluation import AgeGapProtocol
 from kdlib_faces.progress import progress

@@ -47,7 +47,7 @@ from kdlib_faces.progress import say
 from kdlib_faces.recipes.liaad import build
 from kdlib_faces.teachers import cache_outputs, read_outputs
 from kdlib_faces.teachers.open import stage_taps
-from kdlib_faces.training import fit
+from kdlib_faces.training import TrainingConfig, fit
 
 RESULTS = Path(__file__).parent / "results" / "losses_synthetic.json"
 ALONE, TEACHER, FAR, METRIC = "alone", "general teacher", 1e-2, "tar@0.01"
@@ -118,7 +118,7 @@ class Faces:
             label=TEACHER,
             seed=seed,
             quiet=False,
-            amp="bfloat16",
+            settings=TrainingConfig(amp="bfloat16"),
         )
         last = list(network.get_submodule(taps["map"]).named_children())[-1][0]
         before = f"{taps['map']}.{last}.bn2"
@@ -223,8 +223,9 @@ class Faces:
         if name != ALONE and SETUPS[name].weight is None:
             distiller.objective.terms[name].weight = weight
         batches = self.batches(self.images, self.identities)
-        settings = {"steps": steps, "lr": self.config.lr, "seed": self.seed, "label": name, "amp": self.config.amp}
-        fitted = fit(distiller, batches, folder, quiet=False, **settings)
+        settings = {"steps": steps, "lr": self.config.lr, "seed": self.seed, "label": name}
+        precision = TrainingConfig(amp=self.config.amp)
+        fitted = fit(distiller, batches, folder, quiet=False, settings=precision, **settings)
         last = {term: round(values[-1], 5) for term, values in fitted.curve["terms"].items()}
         student = distiller.students["first"] if isinstance(distiller, kdlib.MutualDistiller) else distiller.student
         return student.eval(), {"seconds": round(fitted.seconds, 1), "losses": last}

@@ -26,7 +26,6 @@ from kdlib import (
     online,
     projections,
     schedules,
-    training,
     weighting,
 )
 from kdlib._arguments import prepare_arguments
@@ -64,7 +63,6 @@ from kdlib.losses import (
 from kdlib.objective import Objective, ObjectiveOutput, Term
 from kdlib.online import AuxiliaryHeads, EMATeacher, MutualDistiller, SelfTeacher
 from kdlib.projections import ConvProjection, LinearProjection, TokenProjection, infer_projection
-from kdlib.training import TrainConfig, TrainResult, train
 from kdlib.types import Features, Loss, Projection, Schedule, Targets, Teacher, Weighting
 from kdlib.weighting import (
     CenterConfidenceWeighting,
@@ -79,6 +77,7 @@ from kdlib.weighting import (
 
 if TYPE_CHECKING:
     from kdlib.cache import CachedTeacher, TeacherCache
+    from kdlib.training import TrainConfig, TrainResult, train
 
 __version__ = "0.1.0"
 
@@ -107,7 +106,6 @@ for _module in (
     online,
     projections,
     schedules,
-    training,
     weighting,
 ):
     prepare_arguments(vars(_module), _module.__all__)
@@ -120,5 +118,11 @@ def __getattr__(name: str) -> object:
         from kdlib import cache
 
         value: object = getattr(cache, name)
+        return value
+    # Many users have a loop of their own, and this package takes a large part of the time of `import kdlib`.
+    if name in ("TrainConfig", "TrainResult", "train", "training"):
+        import kdlib.training as training
+
+        value = training if name == "training" else getattr(training, name)
         return value
     raise AttributeError(f"module 'kdlib' has no attribute {name!r}")

@@ -3,7 +3,7 @@
 import sys
 from collections.abc import Callable, Iterable
 from functools import wraps
-from inspect import Parameter, isfunction, signature
+from inspect import CO_VARKEYWORDS, isfunction, unwrap
 from typing import Any
 
 import numpy as np
@@ -27,10 +27,10 @@ def prepare_arguments(namespace: dict[str, Any], names: Iterable[str]) -> None:
 def _prepared(owner: str, call: Callable[..., Any]) -> Callable[..., Any]:
     if not isfunction(call) or call.__globals__ is globals():  # built in, or wrapped already
         return call
-    parameters = signature(call).parameters.values()
-    known = [each.name for each in parameters if each.kind in (Parameter.POSITIONAL_OR_KEYWORD, Parameter.KEYWORD_ONLY)]
-    known = [name for name in known if name != "self"]
-    any_keyword = any(each.kind is Parameter.VAR_KEYWORD for each in parameters)
+    code = unwrap(call).__code__  # inspect.signature is much slower
+    names = code.co_varnames[code.co_posonlyargcount : code.co_argcount + code.co_kwonlyargcount]
+    known = [name for name in names if name != "self"]
+    any_keyword = code.co_flags & CO_VARKEYWORDS
 
     @wraps(call)
     def prepared(*arguments: Any, **options: Any) -> Any:

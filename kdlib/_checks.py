@@ -68,6 +68,16 @@ def check_same_batch(owner: str, first: str, a: Tensor, second: str, b: Tensor) 
         raise ValueError(f"{owner}: {second} must have the batch size of {first} {show_shape(a)}, got {show_shape(b)}")
 
 
+def check_batches(owner: str, shape: str, **batches: Tensor) -> None:
+    """The named tensors must be floating-point batches of one size, with the rank of `shape`; their widths may differ."""
+    check_floating(owner, **batches)
+    for name, x in batches.items():
+        check_rank(owner, name, x, shape)
+    (first, a), *others = batches.items()
+    for name, x in others:
+        check_same_batch(owner, first, a, name, x)
+
+
 def check_weight(owner: str, weight: Tensor | None, batch: int) -> None:
     """Per-sample weights must be a tensor `(b,)` of finite numbers of at least 0; on an accelerator these are not read."""
     check_type(owner, "weight", weight, (Tensor, NoneType), "a torch.Tensor")
@@ -124,10 +134,7 @@ def check_target(owner: str, target: Tensor, batch: int, classes: int) -> None:
 def check_relation(owner: str, student: Tensor, teacher: Tensor, reduction: str, weight: Tensor | None) -> None:
     """A relation loss compares two batches of equal length, of any feature shape, and returns one value per batch."""
     check_relation_reduction(owner, reduction)
-    check_floating(owner, student=student, teacher=teacher)
-    check_rank(owner, "student", student, "b d ...")
-    check_rank(owner, "teacher", teacher, "b d ...")
-    check_same_batch(owner, "student", student, "teacher", teacher)
+    check_batches(owner, "b d ...", student=student, teacher=teacher)
     check_weight(owner, weight, student.shape[0])
 
 

@@ -1,5 +1,6 @@
 """Gathering of rows from all processes, with gradient: a private module that kdlib and kdlib_faces share on purpose."""
 
+import sys
 from math import prod
 from typing import Any
 
@@ -10,7 +11,7 @@ from torch.autograd import Function
 
 from kdlib._checks import check_gathered
 
-__all__ = ["gather_rows"]
+__all__ = ["all_rows", "gather_rows", "is_sharded"]
 
 DTYPES = (
     *(torch.float64, torch.float32, torch.float16, torch.bfloat16),
@@ -43,18 +44,24 @@ def gather_rows(x: Tensor, *, grad: bool) -> Tensor:
     if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
         return x if grad else x.detach()
     if not grad:
-        return _all_rows(x.detach())[0]
+        return all_rows(x.detach())[0]
     gathered: Tensor = _GatherRows.apply(x)  # type: ignore[no-untyped-call]  # torch has no types here
     return gathered
 
 
-def _all_rows(x: Tensor) -> tuple[Tensor, int]:
-    """Return the rows of all processes and the index of our first row."""
-    world, rank = dist.get_world_size(), dist.get_rank()
+def is_sharded(tensor: Tensor) -> bool:
+    """Return whether a tensor is a DTensor, as the parameters of `fully_shard` are."""
+    module = sys.modules.get("torch.distributed.tensor")  # its import takes seconds; without it there is no DTensor
+    return module is not None and isinstance(tensor, module.DTensor)
+
+
+def all_rows(x: Tensor, group: dist.ProcessGroup | None = None) -> tuple[Tensor, int]:
+    """Return the rows of all processes of a group, without gradient, and the index of our first row."""
+    world, rank = dist.get_world_size(group), dist.get_rank(group)
     shape = (list(x.shape[1:]) + [0] * 6)[:6]
     header = torch.tensor([x.shape[0], DTYPES.index(x.dtype), x.dim(), *shape], device=x.device)
     headers = [torch.empty_like(header) for _ in range(world)]
-    dist.all_gather(headers, header)
+    dist.all_gather(headers, header, group=group)
     sizes = torch.stack(headers).tolist()
     check_gathered("gather_rows", [(tuple(row[3 : 2 + row[2]]), str(DTYPES[row[1]])) for row in sizes])
     counts = [row[0] for row in sizes]
@@ -63,7 +70,7 @@ def _all_rows(x: Tensor) -> tuple[Tensor, int]:
     block = torch.zeros(max(counts), width, dtype=torch.uint8, device=x.device)
     block[: x.shape[0]] = x.contiguous().view(-1).view(torch.uint8).reshape(x.shape[0], width)
     blocks = [torch.empty_like(block) for _ in range(world)]
-    dist.all_gather(blocks, block)
+    dist.all_gather(blocks, block, group=group)
     rows = torch.cat([each[:count] for each, count in zip(blocks, counts, strict=True)])
     return rows.view(-1).view(x.dtype).reshape(sum(counts), *x.shape[1:]), sum(counts[:rank])
 
@@ -73,7 +80,7 @@ class _GatherRows(Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
-        rows, first = _all_rows(x)
+        rows, first = all_rows(x)
         ctx.own = slice(first, first + x.shape[0])
         return rows
 

@@ -1,7 +1,6 @@
 """Calls of models, and values that must not change meanwhile: tensors that are read, weights and state of modules."""
 
 import copy
-import sys
 from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import fields, is_dataclass, replace
@@ -13,7 +12,7 @@ from torch import Tensor, nn
 from kdlib.types import Targets, TeacherInputs
 
 __all__ = [
-    "bring", "fork_random_state", "hold", "input_names", "is_sharded", "is_unchanged", "map_tensors", "move",
+    "bring", "fork_random_state", "hold", "input_names", "is_unchanged", "map_tensors", "move",
     "read_inputs", "split_inputs", "tensors_in", "unchanged",
 ]  # fmt: skip
 
@@ -99,12 +98,6 @@ def hold(tensor: Tensor) -> tuple[Tensor, int | None]:
 def is_unchanged(tensor: Tensor, version: int | None) -> bool:
     """Return whether a tensor still has the version with which `hold` returned it."""
     return version is None or tensor._version == version
-
-
-def is_sharded(tensor: Tensor) -> bool:
-    """Return whether a tensor is a DTensor, as the parameters of `fully_shard` are."""
-    module = sys.modules.get("torch.distributed.tensor")  # its import takes seconds; without it there is no DTensor
-    return module is not None and isinstance(tensor, module.DTensor)
 
 
 def move(module: nn.Module, fn: Callable[[Tensor], Tensor], *, cast: bool = True, stay: bool = False) -> None:

@@ -100,11 +100,8 @@ class InfluenceReport:
         width = max(len(title), *(len(label) for label, _ in rows))
         lines = [f"{title:<{width}} {'weight':>8} {'loss':>9} {'share':>7} {'gradient':>9} {'share':>7}"]
         for label, row in rows:
-            loss, gradient = (
-                f"{row.loss:#9.4g} {row.loss_share:7.1%}",
-                f"{row.gradient:#9.4g} {row.gradient_share:7.1%}",
-            )
-            lines.append(f"{label:<{width}} {row.weight:8.3f} {loss} {gradient}")
+            columns = f"{row.loss:#9.4g} {row.loss_share:7.1%} {row.gradient:#9.4g} {row.gradient_share:7.1%}"
+            lines.append(f"{label:<{width}} {row.weight:8.3f} {columns}")
         within_terms = [(f"{name}: ", term.cosines) for name, term in self.terms.items()]
         for prefix, cosines in [*within_terms, ("", self.cosines)]:
             for (a, b), cosine in cosines.items():

@@ -13,14 +13,16 @@ from kdlib._checks import (
     check_floating,
     check_number,
     check_shape,
+    check_type,
     check_whole_numbers,
     readable,
     show_shape,
 )
+from kdlib._gather import is_sharded
 
 __all__ = [
-    "InputError", "check_class_centers", "check_every_identity", "check_identities", "check_identities_or_triplets",
-    "check_rates", "check_set", "report_key", "show_name",
+    "InputError", "check_class_centers", "check_class_shards", "check_every_identity", "check_identities", "check_identities_or_triplets",
+    "check_mesh", "check_parameter", "check_rates", "check_set", "report_key", "show_name",
 ]  # fmt: skip
 
 
@@ -65,6 +67,35 @@ def check_class_centers(owner: str, centers: Tensor, num_identities: int, dim: i
     empty = (centers == 0).all(1)
     if empty.any():
         raise ValueError(f"{owner}: centers must have no row of zeros, got row {int(empty.nonzero()[0])}")
+
+
+def check_class_shards(owner: str, centers: Any) -> None:
+    """Check that a DTensor of class centers is sharded along the identities, on a mesh of one dimension."""
+    placements = centers.placements
+    if len(placements) != 1 or not placements[0].is_shard(0):
+        raise ValueError(
+            f"{owner}: centers must be sharded along dimension 0 of one mesh dimension, got placements {placements}; use "
+            "shard_head(head, mesh)"
+        )
+
+
+def check_mesh(owner: str, head: Any, mesh: Any) -> None:
+    """Check that a head is not yet sharded, and that a mesh has one dimension."""
+    if is_sharded(head.weight):
+        raise ValueError(f"{owner}: head must not be sharded yet, got a sharded weight")
+    dimensions = getattr(mesh, "ndim", None)
+    if dimensions is None:
+        raise TypeError(f"{owner}: mesh must be a DeviceMesh, got {type(mesh).__name__}; use init_device_mesh")
+    if dimensions != 1:
+        raise ValueError(f"{owner}: mesh must have one dimension, got {dimensions}; index it by a name, as mesh['dp']")
+
+
+def check_parameter(owner: str, optimizer: Any, parameter: Any) -> None:
+    """Check that an optimizer has a parameter."""
+    check_type(owner, "optimizer", optimizer, torch.optim.Optimizer, "a torch.optim.Optimizer")
+    check_type(owner, "parameter", parameter, torch.nn.Parameter, "a torch.nn.Parameter")
+    if not any(each is parameter for group in optimizer.param_groups for each in group["params"]):
+        raise ValueError(f"{owner}: parameter must be one of the optimizer's, got another; shard a head before that")
 
 
 def check_every_identity(owner: str, counts: Tensor) -> None:

@@ -1,5 +1,6 @@
 """Output folders that are written completely or not at all, and the environment that a report describes."""
 
+import errno
 import glob
 import os
 import platform
@@ -9,14 +10,16 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import torch
 
-from kdlib_faces._checks import InputError
+from kdlib_faces._checks import InputError, show_name
 
-__all__ = ["check_output", "describe_environment", "staged", "swept"]
+__all__ = ["check_output", "describe_environment", "locked", "staged", "swept"]
 
+LOCK = ".lock"
 MAX_NAME = 255
 """Bytes of a name on common file systems."""
 
@@ -78,6 +81,71 @@ def swept(output: Path) -> Iterator[None]:
 def _remove_empty(folder: Path) -> None:
     with suppress(OSError):
         folder.rmdir()
+
+
+@contextmanager
+def locked(output: Path, active: bool = True) -> Iterator[None]:
+    """Exclude other commands from an output folder until the block or the process ends.
+
+    The lock is that of the operating system on the file `.lock`; it works where the file system supports `flock`.
+
+    Args:
+        output: The folder; created if absent.
+        active: Whether this process takes the lock.
+
+    Raises:
+        InputError: Another process holds the lock, or the folder cannot be used.
+    """
+    if not active:
+        yield
+        return
+    check_output(output, LOCK)
+    output.mkdir(parents=True, exist_ok=True)
+    with _open_locked(output / LOCK) as stream:
+        stream.truncate(0)
+        stream.write(f"process {os.getpid()} on {platform.node()}".encode())
+        stream.flush()
+        try:
+            yield
+        finally:
+            if sys.platform != "win32":  # which refuses to remove an open file
+                (output / LOCK).unlink(missing_ok=True)
+
+
+def _open_locked(path: Path) -> BinaryIO:
+    """Open a file and lock it until it is closed."""
+    while True:
+        stream = path.open("a+b")
+        if not _try_lock(stream):
+            stream.seek(0)
+            owner = show_name(stream.read(200).decode(errors="replace")) or "another process"
+            stream.close()
+            raise InputError(
+                f"the output {path.parent} is in use by {owner}; wait for its end, or choose another output"
+            )
+        # Its owner may have removed the file between the opening and the lock.
+        if path.exists() and os.path.samestat(path.stat(), os.fstat(stream.fileno())):
+            return stream
+        stream.close()
+
+
+def _try_lock(stream: BinaryIO) -> bool:
+    """Lock an open file for this process; False if another one holds the lock."""
+    try:
+        if sys.platform == "win32":
+            import msvcrt
+
+            stream.seek(1 << 20)  # beyond the text, which other processes read
+            msvcrt.locking(stream.fileno(), msvcrt.LK_NBLCK, 1)
+        else:
+            import fcntl
+
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in (errno.EACCES, errno.EAGAIN, errno.EDEADLK):
+            return False
+        raise
+    return True
 
 
 @contextmanager

@@ -50,6 +50,16 @@ class _Parser(argparse.ArgumentParser):
         text = "images that cannot be read: stop and list them (stop), or leave them out with a warning"
         self.add_argument("--on-error", choices=("stop", "skip"), default="stop", help=text)
 
+    def add_hardware(self) -> None:
+        """Add the options for the device, the precision and the workers."""
+        text = "cpu, or an accelerator of this machine, such as cuda or cuda:1 (the accelerator where there is one)"
+        self.add_argument("--device", metavar="NAME", help=text)
+        self.add_argument("--amp", choices=("none", "bfloat16", "float16"), help="precision of forward passes (none)")
+
+    def add_compile(self) -> None:
+        """Add the option for torch.compile."""
+        self.add_argument("--compile", action="store_true", help="compile the networks by torch.compile")
+
     def add_folder(self, flag: str, default: str, text: str) -> None:
         """Add an option for the folder of the results."""
         self.add_argument(flag, type=Path, default=Path(default), metavar="DIR", help=f"{text} ({default})")
@@ -81,12 +91,16 @@ def _parser() -> argparse.ArgumentParser:
     common.add_argument("--quiet", action="store_true", help="show no progress")
     common.add_argument("--debug", action="store_true", help="show the full traceback of an error")
     run = _Parser(add_help=False)
-    run.add_argument("--seed", type=_number(0, 2**31 - 1), default=0, help="seed of all random choices (0)")
+    run.add_argument("--seed", type=_number(0, 2**31 - 1), help="seed of all random choices (0)")
     run.add_argument("--config", type=Path, metavar="TOML", help="file of settings; --set overrides it")
     run.add_list("--set", "KEY=VALUE", "change a setting; repeatable", dest="settings")
-    run.add_list("--faces", "PATH", "CSV list or folder of faces; repeatable")
+    data = _Parser(add_help=False)
+    data.add_list("--data", "PATH", "faces: CSV list, folder, .rec file or tar shards; repeatable")
+
+    run.add_hardware()
 
     demo = commands.add_parser("demo", parents=[common, run], help="train and evaluate all models, with a report")
+    demo.add_list("--faces", "PATH", "real faces in place of synthetic ones: CSV list or folder; repeatable")
     demo.add_folder("--output", "runs/demo", "folder of the report")
     demo.add_list("--teacher", "ONNX", "general teacher first, then the second teacher")
     demo.add_list("--tap", "NAME", "tensor of each teacher's middle feature map, in order")
@@ -98,19 +112,26 @@ def _parser() -> argparse.ArgumentParser:
     text = "start of the students on real faces: scratch, or shrink:FILE, a narrower copy of a teacher (the general teacher)"
     demo.add_argument("--start", metavar="scratch|shrink:FILE", help=text)
 
-    train = commands.add_parser("train", parents=[common, run], help="train a student or a teacher on face lists")
+    train = commands.add_parser("train", parents=[common, run, data], help="train a student or a teacher on face lists")
     text = "what to train: a student of two teachers, a student alone, or a teacher (liaad)"
-    train.add_argument("--recipe", default="liaad", metavar="liaad|student|general_teacher|age_teacher", help=text)
+    train.add_argument("--recipe", metavar="liaad|student|general_teacher|age_teacher", help=text)
     text = "general teacher first, then the age-invariant one: a checkpoint, .onnx or a cache"
     train.add_list("--teacher", "FILE", text)
     text = "start of a liaad student: scratch, or shrink:FILE, a narrower copy of a teacher (scratch)"
-    train.add_argument("--start", default="scratch", metavar="scratch|shrink:FILE", help=text)
+    train.add_argument("--start", metavar="scratch|shrink:FILE", help=text)
     train.add_on_error()
+    train.set_defaults(on_error=None)  # a recorded run may have it
+    train.add_compile()
+    text = "processes that decode images ahead (0 where the images fit in memory, else up to 4)"
+    train.add_argument("--workers", type=_number(0, 1024), metavar="N", help=text)
+    train.add_argument("--tensorboard", action="store_true", help="write losses and speed to OUTPUT/tensorboard")
+    text = "seconds that a process waits for the others under torchrun before the run ends with an error (60)"
+    train.add_argument("--timeout", type=_number(1, 86_400), default=60, metavar="SECONDS", help=text)
     _add_input(train)
     train.add_folder("--output", "runs/train", "folder of the model")
 
     evaluate = commands.add_parser(
-        "evaluate", parents=[common, run], help="evaluate models or embeddings, with a report",
+        "evaluate", parents=[common, run, data], help="evaluate models or embeddings, with a report",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
     evaluate.more = _protocols
@@ -118,20 +139,27 @@ def _parser() -> argparse.ArgumentParser:
     _add_input(evaluate)
     text = "array (n, d) with one row per image, or a folder with SET.npy for each image set; repeatable"
     evaluate.add_list("--embeddings", "[NAME=]NPY", text)
-    text = "protocol, see below; repeatable (default: all that --faces supports)"
+    text = "protocol, see below; repeatable (default: all that --data supports)"
     evaluate.add_list("--protocol", "NAME[=PATH]", text, dest="protocols")
-    evaluate.add_argument("--pairs", metavar="TXT", help="pairs in LFW's format for --faces")
+    evaluate.add_argument("--pairs", metavar="TXT", help="pairs in LFW's format for --data")
     evaluate.add_argument("--scores", action="store_true", help="write all scores to scores/PROTOCOL-MODEL.csv")
     evaluate.add_on_error()
+    evaluate.add_compile()
+    text = "threads that decode images (2)"
+    evaluate.add_argument("--workers", type=_number(1, 1024), default=2, metavar="N", help=text)
     evaluate.add_folder("--output", "runs/evaluate", "folder of the report")
 
-    _add_cache(commands.add_parser("cache", help="cache the outputs of a teacher for face lists"), common, run)
+    _add_cache(commands.add_parser("cache", help="cache the outputs of a teacher for face lists"), common, run, data)
+
+    _add_align(commands.add_parser("align", parents=[common], help="make aligned face crops of photographs"))
 
     report = commands.add_parser("report", parents=[common], help="render a report again from its report.json")
     report.add_argument("directory", type=Path, metavar="DIR", help="folder with report.json")
 
     inspect = commands.add_parser("inspect", parents=[common], help="list the backbones, or describe a file")
-    inspect.add_argument("file", type=Path, nargs="?", help=".onnx, .pt, a CSV list or a folder of faces")
+    inspect.add_argument(
+        "file", type=Path, nargs="?", help=".onnx, .pt, a CSV list, a folder of faces, .rec, .tar or .bin"
+    )
     inspect.add_list("--tap", "NAME", "print the shape of this tap; repeatable")
     _add_input(inspect)
     text = "input size of a checkpoint that does not determine it, such as 112x96"
@@ -147,9 +175,28 @@ def _add_input(parser: _Parser) -> None:
     parser.add_list("--input", "KEY=VALUE,...", text)
 
 
-def _add_cache(parser: _Parser, common: _Parser, run: _Parser) -> None:
+def _add_align(parser: _Parser) -> None:
+    text = "folder of photographs; identities are its subfolders"
+    parser.add_argument("photographs", type=Path, metavar="PHOTOS", help=text)
+    text = "face detector: YuNet (2023) or SCRFD with landmarks"
+    parser.add_argument("--detector", type=Path, required=True, metavar="ONNX", help=text)
+    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder of the crops and lists")
+    text = "which of several faces to crop: the largest, the one nearest to the center, all, or none (largest)"
+    parser.add_argument("--several", choices=("largest", "center", "all", "refuse"), help=text)
+    text = "photographs without a face: leave out, keep at the size of a crop, or stop (skip)"
+    parser.add_argument("--no-face", choices=("skip", "keep-resized", "stop"), help=text)
+    parser.add_argument("--min-score", metavar="N", help="lower limit of the score of a face (0.6)")
+    parser.add_argument("--min-size", metavar="PIXELS", help="lower limit of the size of a face in the photograph (16)")
+    parser.add_on_error()
+    parser.add_argument("--workers", type=_number(1, 1024), default=1, metavar="N", help="number of processes (1)")
+    parser.add_argument("--config", type=Path, metavar="TOML", help="file of settings; --set overrides it")
+    text = "change a setting, such as size, format=jpg, detector_size, low_score; repeatable"
+    parser.add_list("--set", "KEY=VALUE", text, dest="settings")
+
+
+def _add_cache(parser: _Parser, common: _Parser, run: _Parser, data: _Parser) -> None:
     actions = parser.add_subparsers(dest="action", metavar="build|verify|info", required=True)
-    make = actions.add_parser("build", parents=[common, run], help="compute the missing rows of a cache")
+    make = actions.add_parser("build", parents=[common, run, data], help="compute the missing rows of a cache")
     make.add_argument("--teacher", type=Path, required=True, metavar="FILE", help=".onnx or a checkpoint")
     _add_input(make)
     make.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder of the cache")
@@ -162,7 +209,7 @@ def _add_cache(parser: _Parser, common: _Parser, run: _Parser) -> None:
     make.add_argument("--workers", type=int, default=1, metavar="N", help="number of processes (1)")
     check = actions.add_parser("verify", parents=[common], help="verify checksums, values and some recomputed rows")
     check.add_argument("directory", type=Path, metavar="DIR", help="folder of the cache")
-    check.add_list("--faces", "PATH", "lists that it was built from")
+    check.add_list("--data", "PATH", "lists that it was built from")
     check.add_argument("--teacher", type=Path, metavar="FILE", help="file that it was built from")
     check.add_argument("--rows", type=_number(0, 2**31 - 1), default=64, help="number of rows to recompute (64)")
     show = actions.add_parser("info", parents=[common], help="describe a cache")
@@ -213,6 +260,8 @@ def _command(name: str) -> Callable[[argparse.Namespace, str], None]:
         from kdlib_faces.commands.evaluate import main
     elif name == "cache":
         from kdlib_faces.commands.cache import main
+    elif name == "align":
+        from kdlib_faces.commands.align import main
     elif name == "report":
         from kdlib_faces.commands.report import main
     else:
@@ -251,8 +300,14 @@ def _report_error(error: BaseException) -> int:
 
 
 def _fail(message: str, code: int = 2) -> int:
-    print(f"kdlib-faces: error: {_printable(message)}", file=sys.stderr)
+    print(f"kdlib-faces: error: {_process()}{_printable(message)}", file=sys.stderr)
     return code
+
+
+def _process() -> str:
+    """The number of this process, if `torchrun` has started several."""
+    several = os.environ.get("WORLD_SIZE", "1") != "1"
+    return f"process {os.environ.get('RANK', '?')}: " if several else ""
 
 
 def _printable(message: str) -> str:

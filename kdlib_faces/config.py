@@ -4,7 +4,7 @@ import dataclasses
 import re
 import tomllib
 import types
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from os import PathLike
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -13,7 +13,7 @@ import tomli_w
 
 from kdlib_faces._checks import InputError
 
-__all__ = ["dump_toml", "load_config", "walk_settings"]
+__all__ = ["dump_toml", "load_config", "read_toml", "to_toml", "walk_settings"]
 
 T = TypeVar("T")
 MAX_BYTES = 1_000_000
@@ -28,6 +28,7 @@ def load_config(
     overrides: Sequence[str] | Mapping[str, object] = (),
     *,
     base: T | None = None,
+    other_tables: Collection[str] = (),
 ) -> T:
     """Build a configuration dataclass from its defaults, a TOML file and overrides, in increasing priority.
 
@@ -40,6 +41,7 @@ def load_config(
         overrides: settings `"a.b=3"`, whose right side is a TOML value or otherwise plain text; or a mapping from
             `"a.b"` to values.
         base: a configuration whose values replace the defaults.
+        other_tables: names of tables of the file that hold something other than settings.
 
     Raises:
         InputError: the file is missing or not TOML, a key is unknown (the message lists the nearest), a value has
@@ -55,8 +57,9 @@ def load_config(
     """
     settings: dict[str, tuple[object, str]] = {}
     if path is not None:
-        for key, value in _read_toml(Path(path)).items():
-            _set(cls, key, value, str(path), settings)
+        for key, value in read_toml(Path(path)).items():
+            if key not in other_tables:
+                _set(cls, key, value, str(path), settings)
     items = overrides.items() if isinstance(overrides, Mapping) else map(_split, overrides)
     for key, value in items:
         _set(cls, key, value, f"{key}={_show(value)}", settings)
@@ -76,7 +79,7 @@ def dump_toml(config: object) -> str:
         steps = 10
         name = "a"
     """
-    return tomli_w.dumps(_to_toml(config))
+    return tomli_w.dumps(to_toml(config))
 
 
 def walk_settings(config: Any, prefix: str = "") -> Iterator[tuple[str, object]]:
@@ -89,21 +92,26 @@ def walk_settings(config: Any, prefix: str = "") -> Iterator[tuple[str, object]]
             yield prefix + field.name, value
 
 
-def _to_toml(value: Any) -> Any:
+def to_toml(value: Any) -> Any:
     """Return a value for TOML, which has no null: fields that are None and None by default are omitted."""
     if dataclasses.is_dataclass(value):
         items = ((field, getattr(value, field.name)) for field in dataclasses.fields(value))
-        return {field.name: _to_toml(item) for field, item in items if item is not None or field.default is not None}
+        return {field.name: to_toml(item) for field, item in items if item is not None or field.default is not None}
     if isinstance(value, Mapping):
-        return {str(name): _to_toml(item) for name, item in value.items()}
+        return {str(name): to_toml(item) for name, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_to_toml(item) for item in value]
+        return [to_toml(item) for item in value]
     if value is None:
         return "none"
     return str(value) if isinstance(value, Path) else value
 
 
-def _read_toml(path: Path) -> dict[str, object]:
+def read_toml(path: Path) -> dict[str, object]:
+    """Read a TOML file of at most a million bytes.
+
+    Raises:
+        InputError: the file is missing, unreadable or not TOML.
+    """
     try:
         with path.open("rb") as stream:
             raw = stream.read(MAX_BYTES + 1)

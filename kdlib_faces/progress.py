@@ -91,7 +91,9 @@ class TrainProgress:
 
     def __call__(self, event: "TrainEvent") -> None:
         """Show a step and its loss; the last step closes the bar."""
-        note = f"loss {event.total:.4g}, {event.images_per_second:.0f} images/s"
+        step = f"{event.step_seconds * 1000:.0f} ms/step, {event.data_wait:.0%} waiting for data"
+        memory = f", {event.memory / 2**30:.1f} GiB" if event.memory else ""
+        note = f"loss {event.total:.4g}, {event.images_per_second:.0f} images/s, {step}{memory}"
         self._meter.show(event.step, event.total_steps, note)
         if event.step >= event.total_steps:
             self.close()

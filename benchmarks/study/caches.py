@@ -51,7 +51,7 @@ def cache_of(teacher: str, lists: Sequence[Path], everything: Sequence[Path], wo
 def _build(teacher: str, lists: Sequence[Path], work: Path, options: Sequence[str]) -> Path:
     folder = work / "caches" / (_name(teacher, lists) + ("-maps" if options else ""))
     if not (folder / "complete").exists():
-        given = [word for path in lists for word in ("--faces", path)]
+        given = [word for path in lists for word in ("--data", path)]
         command("cache", "build", "--teacher", teacher, *given, *options, "--output", folder)
         (folder / "complete").touch()
     return folder

@@ -9,8 +9,9 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
+from kdlib_faces.data.dataset import load_images
 from kdlib_faces.data.identities import identity_key
-from kdlib_faces.data.images import load_images, to_float
+from kdlib_faces.data.images import to_float
 from kdlib_faces.data.lists import FaceList, read_faces
 from kdlib_faces.progress import progress
 from kdlib_faces.teachers import OnnxTeacher

@@ -37,7 +37,7 @@ def train(name: str, run: dict[str, Any], seed: int, options: argparse.Namespace
     start = run["start"].replace("general", options.general).replace("age", options.age)
     maps = {options.general: settings["recipe.map_weight"] > 0, options.age: settings["recipe.attention_weight"] > 0}
     caches = [cache_of(teacher, data, everything, options.work, maps=maps[teacher]) for teacher in maps]
-    words = [word for path in data for word in ("--faces", path)]
+    words = [word for path in data for word in ("--data", path)]
     words += [word for cache in caches for word in ("--teacher", cache)]
     words += [word for key, value in settings.items() for word in ("--set", f"{key}={_text(value)}")]
     starts = options.work / "starts"
@@ -64,7 +64,7 @@ def judge(models: list[str], output: Path, faces: Path) -> dict[str, Any]:
     command(
         "evaluate",
         *words,
-        "--faces",
+        "--data",
         faces,
         "--protocol",
         "between_groups",

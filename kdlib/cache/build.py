@@ -21,6 +21,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from kdlib._modes import eval_mode
 from kdlib.cache._checks import CacheError, cache_error, check_argument, check_cache, check_features
 from kdlib.cache.blocks import NAME, Blocks
 from kdlib.cache.codec import Errors, pack
@@ -62,7 +63,7 @@ def build_cache(job: Job, wanted: Layout) -> None:
         check_cache(not stray, f"{job.directory} contains shard files without a header; use another path")
     with writing(job.directory):
         job.directory.mkdir(parents=True, exist_ok=True)
-    with _only_builder(job.directory), _eval_mode(job.teacher), closing(Blocks(job.directory)) as blocks:
+    with _only_builder(job.directory), eval_mode(job.teacher), closing(Blocks(job.directory)) as blocks:
         with blocks.header_lock():
             layout = _existing(job.directory, wanted)
             if layout is not None and layout.complete:
@@ -87,18 +88,6 @@ def _only_builder(directory: Path) -> Iterator[None]:
         yield
     finally:
         _BUILDING.discard(key)
-
-
-@contextmanager
-def _eval_mode(teacher: nn.Module) -> Iterator[None]:
-    training = [module for module in teacher.modules() if module.training]
-    for module in training:
-        module.training = False
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
 
 
 def _existing(directory: Path, wanted: Layout) -> Layout | None:

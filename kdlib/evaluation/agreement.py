@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from kdlib._checks import check_floating, check_pair, check_rank, check_same_batch
+from kdlib._checks import check_batches, check_pair
 from kdlib._maths import unit_rows
 
 __all__ = ["linear_cka", "mean_cosine", "top_agreement"]
@@ -78,10 +78,7 @@ def linear_cka(student: Tensor, teacher: Tensor) -> Tensor:
     References:
         Kornblith, Norouzi, Lee, Hinton: Similarity of Neural Network Representations Revisited, ICML 2019.
     """
-    check_floating("linear_cka", student=student, teacher=teacher)
-    check_rank("linear_cka", "student", student, "b d")
-    check_rank("linear_cka", "teacher", teacher, "b d")
-    check_same_batch("linear_cka", "student", student, "teacher", teacher)
+    check_batches("linear_cka", "b d", student=student, teacher=teacher)
     first, second = (_centered(x.double()) for x in (student, teacher))
     cross = (first.T @ second).square().sum()
     own = (first.T @ first).norm() * (second.T @ second).norm()

@@ -1,5 +1,6 @@
 """A training loop with exact resume after interruption."""
 
+from kdlib._arguments import prepare_arguments
 from kdlib.training.checkpoint import CheckpointState, load_checkpoint
 from kdlib.training.config import Evaluate, OptimizerFactory, SplitBatch, TrainConfig
 from kdlib.training.events import (
@@ -12,7 +13,7 @@ from kdlib.training.events import (
     TrainingDiverged,
     TrainResult,
 )
-from kdlib.training.log import LogRow, read_log
+from kdlib.training.log import LogRow, Speed, read_log
 from kdlib.training.loop import train
 from kdlib.training.stream import StreamState
 
@@ -25,6 +26,7 @@ __all__ = [
     "Hook",
     "LogRow",
     "OptimizerFactory",
+    "Speed",
     "SplitBatch",
     "StepValues",
     "StreamState",
@@ -36,3 +38,5 @@ __all__ = [
     "read_log",
     "train",
 ]
+
+prepare_arguments(globals(), __all__)

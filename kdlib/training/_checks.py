@@ -31,6 +31,12 @@ def checkpoint_error(message: str) -> CheckpointError:
     return CheckpointError(f"train: {message}")
 
 
+def read_failure(error: Exception) -> str:
+    """Return why a checkpoint cannot be read, as one line; the advice of torch would run code of the file."""
+    text = " ".join(str(error).split())
+    return "it holds more than tensors and plain values" if "Weights only load failed" in text else text
+
+
 def check_pair(batch: object, source: str) -> None:
     """A batch must be a tuple or list `(inputs, targets)`: a tensor of two images would also unpack to a pair."""
     if not isinstance(batch, (tuple, list)):

@@ -6,20 +6,21 @@ import os
 import re
 import tempfile
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from os import PathLike
 from pathlib import Path
 from time import monotonic
 from types import NoneType
-from typing import Any, BinaryIO, TypedDict
+from typing import Any, BinaryIO, NotRequired, TypedDict
 
 import torch
 from torch import Tensor
 
 from kdlib._atomic import atomic_write
-from kdlib.training._checks import check_content, checkpoint_error
+from kdlib.training._checks import check_content, checkpoint_error, read_failure
 from kdlib.training.config import TrainConfig
 from kdlib.training.events import CheckpointError, StepValues
+from kdlib.training.sharded.files import Index, remove_shards
 from kdlib.training.stream import StreamState
 
 __all__ = ["CheckpointState", "CheckpointStore", "RunState", "load_checkpoint"]
@@ -48,6 +49,7 @@ class RunState(TypedDict):
     seconds: float
     evaluations: list[dict[str, Any]]
     fingerprint: dict[str, object]
+    shards: NotRequired[Index | None]
 
 
 class CheckpointState(RunState):
@@ -66,6 +68,7 @@ class CheckpointState(RunState):
         seconds: Training time of the run in seconds.
         evaluations: Fields of each :class:`Evaluation`.
         fingerprint: Settings that determine the weights, by name.
+        shards: Index of the sharded tensors, which are in a folder beside the file; `None` without any.
     """
 
     format: int
@@ -89,11 +92,12 @@ def load_checkpoint(path: str | PathLike[str]) -> CheckpointState:
         _check_content(Path(path))
         state: CheckpointState = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged file can raise almost any exception in the readers
-        raise checkpoint_error(f"checkpoint {path} cannot be read: {error}") from error
+        raise checkpoint_error(f"checkpoint {path} cannot be read: {read_failure(error)}") from error
     if not isinstance(state, dict) or state.get("format") != _FORMAT:
         got = f"format {state.get('format')!r}" if isinstance(state, dict) else f"a {type(state).__name__}"
         raise checkpoint_error(f"checkpoint {path} must have format {_FORMAT}, got {got}")
     wrong = [name for name, kind in _ENTRIES.items() if not isinstance(state.get(name), kind)]
+    wrong += [] if isinstance(state.get("shards"), (dict, NoneType)) else ["shards"]
     if wrong:
         raise checkpoint_error(f"checkpoint {path} cannot be used: {', '.join(wrong)} missing or of a wrong type")
     return state
@@ -171,10 +175,10 @@ class CheckpointStore:
         seconds = self.config.checkpoint_every_seconds
         return self.directory is not None and seconds is not None and monotonic() - self._saved_at >= seconds
 
-    def load(self) -> CheckpointState | None:
+    def load(self, check: Callable[[CheckpointState], None]) -> CheckpointState | None:
         """Return the newest readable checkpoint, or `None` if there are no checkpoints.
 
-        An unreadable checkpoint is skipped with a warning to the logger `kdlib.training`.
+        `check` may raise a CheckpointError for the content of a checkpoint. An unreadable checkpoint is skipped with a warning to the logger `kdlib.training`.
 
         Raises:
             CheckpointError: There are checkpoints, but none can be read.
@@ -183,6 +187,7 @@ class CheckpointStore:
         for path in reversed(paths):
             try:
                 state = load_checkpoint(path)
+                check(state)
             except CheckpointError as error:
                 _log.warning("%s; using the previous checkpoint", error)
                 problem = problem or error
@@ -226,6 +231,8 @@ class CheckpointStore:
             for old in older:
                 if _step(old) not in steps:
                     old.unlink(missing_ok=True)
+            if (shards := state.get("shards")) is not None:
+                remove_shards(self.directory, step, steps, shards["folder"])
         except (OSError, RuntimeError) as error:  # torch's archive writer raises RuntimeError for some write errors
             # The archive writer hides the system's error in the context.
             cause = error.__context__ if isinstance(error.__context__, OSError) else error

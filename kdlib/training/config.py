@@ -90,6 +90,8 @@ class TrainConfig:
         ema_decay: Decay of an exponential moving average of the student; at step n, min(ema_decay, (1 + n) / (10 + n)).
             `None` disables it.
         find_unused_parameters: DDP only: detect parameters that receive no gradient in a step.
+        sync_batch_norm: DDP only: BatchNorm in training mode normalizes by the statistics of the batches of all processes
+            together, which costs one exchange per layer. It is then the same as in one process with the whole batch.
         split_batch: A function from a batch of the loader to `(inputs, targets)`. Inputs are a tensor, a tuple of positional
             arguments or a mapping of keyword arguments of the models; targets are a mapping of names to tensors or `None`.
             `None` accepts such pairs, pairs `(inputs, tensor)` with the tensor as target `"target"`, and mappings: the
@@ -140,6 +142,7 @@ class TrainConfig:
     compile: bool = False
     ema_decay: float | None = None
     find_unused_parameters: bool = False
+    sync_batch_norm: bool = False
     split_batch: SplitBatch | None = None
     evaluate: Evaluate | None = None
     evaluate_every: int | None = None
@@ -171,7 +174,7 @@ class TrainConfig:
             check_callable(owner, "split_batch", self.split_batch)
         if self.amp is not None:
             check_choice(owner, "amp", self.amp, ("bfloat16", "float16"))
-        for name in ("channels_last", "compile", "find_unused_parameters"):
+        for name in ("channels_last", "compile", "find_unused_parameters", "sync_batch_norm"):
             check_type(owner, name, getattr(self, name), bool, "True or False")
         for name in ("checkpoint_dir", "log_path"):
             check_type(owner, name, getattr(self, name), (str, PathLike, type(None)), "a path or None")

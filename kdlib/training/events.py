@@ -61,6 +61,9 @@ class TrainEvent:
         images_per_second: Throughput since this process started training, summed over processes under DDP.
         seconds: Training time of the run, including evaluations and earlier processes.
         evaluation: The evaluation after this step; `None` if there was none.
+        step_seconds: Mean duration of a step since this process started training.
+        data_wait: Share of that time, from 0 to 1, in which the first process waited for the loader.
+        memory: Peak memory of tensors on the GPU in bytes; 0 on the CPU.
     """
 
     step: int
@@ -73,6 +76,9 @@ class TrainEvent:
     images_per_second: float
     seconds: float
     evaluation: Evaluation | None = None
+    step_seconds: float = 0.0
+    data_wait: float = 0.0
+    memory: int = 0
 
 
 Hook = Callable[[TrainEvent], object]

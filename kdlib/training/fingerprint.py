@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor, nn
 
-from kdlib._held import is_sharded
+from kdlib._gather import is_sharded
 from kdlib.distiller import Distiller
 from kdlib.objective import Term
 from kdlib.training._checks import check_argument

@@ -10,7 +10,23 @@ from typing import NotRequired, TypedDict
 
 from kdlib.training._checks import check_argument
 
-__all__ = ["LogRow", "append_log", "read_log"]
+__all__ = ["LogRow", "Speed", "append_log", "read_log"]
+
+
+class Speed(TypedDict):
+    """Speed of a run since its process started training, as in `TrainEvent`.
+
+    Attributes:
+        images_per_second: Throughput of all processes.
+        step_seconds: Mean duration of a step.
+        data_wait: Share of that time in which the first process waited for the loader.
+        memory: Peak memory of tensors on the GPU in bytes; 0 on the CPU.
+    """
+
+    images_per_second: float
+    step_seconds: float
+    data_wait: float
+    memory: int
 
 
 class LogRow(TypedDict):
@@ -26,6 +42,7 @@ class LogRow(TypedDict):
         metrics: Result of the evaluation after this step; absent if there was none.
         improved: Whether the monitored metric is the best so far; absent if there was no evaluation.
         seconds: Training time of the run in seconds.
+        speed: Speed of the run.
     """
 
     step: int
@@ -37,6 +54,7 @@ class LogRow(TypedDict):
     metrics: NotRequired[dict[str, float]]
     improved: NotRequired[bool]
     seconds: float
+    speed: Speed
 
 
 def read_log(path: str | PathLike[str]) -> list[LogRow]:

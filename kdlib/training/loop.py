@@ -14,7 +14,7 @@ from kdlib.training._checks import check_argument, check_train
 from kdlib.training.batches import batch_size, splitter
 from kdlib.training.checkpoint import CheckpointStore
 from kdlib.training.config import TrainConfig
-from kdlib.training.distributed import Processes, wrap
+from kdlib.training.distributed import Processes, synchronized_batch_norm, wrap
 from kdlib.training.events import Hook, TrainEvent, TrainResult
 from kdlib.training.fingerprint import check_same
 from kdlib.training.log import LogRow, append_log
@@ -22,7 +22,7 @@ from kdlib.training.run import Run, private_randomness
 from kdlib.training.schedules import lr_factor, set_lr
 from kdlib.training.signals import DeferredSignals
 from kdlib.training.step import accumulate, moved
-from kdlib.training.stream import Batch, BatchStream
+from kdlib.training.stream import Batch, BatchStream, Shardable
 
 __all__ = ["train"]
 
@@ -39,7 +39,11 @@ def train(
 
     Under `torchrun` (with an initialized process group) gradients are averaged over processes, and only the first process
     writes files and calls hooks. The loader must give each process its own part of the data, of the same length. An error
-    or a signal in one process ends all of them, with the same message and the same checkpoint.
+    or a signal in one process ends all of them, with the same message and the same checkpoint. If the loader has
+    `shard(rank, count)`, it is called before the first batch, and the loader must then yield one of `count` equal parts of
+    each batch. The batches of such a run do not depend on the number of processes, so any number of them can resume it.
+    Parameters may be sharded over the processes (`fully_shard`, sharded class centers); each process then also writes its
+    part of a checkpoint.
 
     Args:
         distiller: Student, teachers and objective; trained in place.
@@ -82,6 +86,8 @@ def train(
     randomness = private_randomness(device, config.seed + processes.rank)
     with closing(processes), randomness, compiled(distiller, config), deferred as signals:
         with processes.together():
+            if isinstance(loader, Shardable):
+                loader.shard(processes.rank, processes.count)
             stream = BatchStream(loader, config.accumulate, exact=processes.count > 1)
             total_steps = stream.steps(config.epochs, config.max_steps)
         lengths = processes.gather(stream.length)
@@ -108,8 +114,12 @@ def train(
             len(set(steps)) == 1, f"checkpoint_dir must be one directory shared by all processes, got steps {steps}"
         )
         start, idle, images, seconds = monotonic(), 0.0, 0, run.seconds
+        waited, first_step = 0.0, run.step
 
         with ExitStack() as stack:
+            # After the projections have been created.
+            active = config.sync_batch_norm and processes.count > 1
+            stack.enter_context(synchronized_batch_norm(distiller, active=active))
             with processes.together():
                 path = config.log_path if processes.rank == 0 and not run.finished else None
                 reported = run.step - run.evaluation_due  # a step is reported with its evaluation
@@ -119,6 +129,7 @@ def train(
                 with processes.together(4) as votes:
                     group: list[Batch] = []
                     position = run.position()
+                    began = monotonic()
                     try:
                         if not signals.pending and not evaluating:
                             epoch, first, group = stream.take()
@@ -126,6 +137,7 @@ def train(
                     except Exception:
                         if not signals.pending:  # otherwise the signal may have ended a worker of the loader too
                             raise
+                    waited += monotonic() - began
                     votes[:] = signals.pending, store.due_by_time(), len(group), -len(group)
                 stop, due, most, fewest = votes
                 if stop:
@@ -162,21 +174,25 @@ def train(
                 improved = evaluation is not None and evaluation.improved
                 saving = due or store.due_by_step(run.step) or improved or run.finished
                 positions = processes.gather(run.position()) if saving else []
+                shards = run.write_shards(store) if saving else None
                 with processes.together():
                     if processes.rank == 0:
-                        rate = images / max(elapsed - idle, 1e-9)
+                        busy = max(elapsed - idle, 1e-9)
                         event = TrainEvent(
                             step=run.step,
                             total_steps=total_steps,
                             **run.last,
-                            images_per_second=rate,
+                            images_per_second=images / busy,
                             seconds=seconds,
                             evaluation=evaluation,
+                            step_seconds=busy / max(1, run.step - first_step),
+                            data_wait=min(1.0, waited / busy),
+                            memory=torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0,
                         )
                         if evaluation or run.step == 1 or run.step % config.log_every == 0 or run.finished:
                             log(_row(event))  # before the checkpoint: a resumed run removes rows, but adds none
                         if saving:
-                            run.save(store, seconds, positions)
+                            run.save(store, seconds, positions, shards)
                         for hook in hooks:
                             hook(event)
                 if saving and store.directory is not None:
@@ -237,6 +253,12 @@ def _row(event: TrainEvent) -> LogRow:
         "total": event.total,
         "terms": {name: value if isfinite(value) else None for name, value in event.terms.items()},
         "seconds": round(event.seconds, 3),
+        "speed": {
+            "images_per_second": round(event.images_per_second, 1),
+            "step_seconds": round(event.step_seconds, 5),
+            "data_wait": round(event.data_wait, 4),
+            "memory": event.memory,
+        },
     }
     if event.weights:
         row["weights"] = {name: list(values) for name, values in event.weights.items()}

@@ -2,7 +2,7 @@
 
 import copy
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from typing import Any, TypedDict
@@ -10,6 +10,7 @@ from typing import Any, TypedDict
 import torch
 from torch import Tensor
 
+from kdlib._gather import is_sharded
 from kdlib.distiller import Distiller
 from kdlib.training._checks import check_argument, checkpoint_error, diverged, read_metrics
 from kdlib.training.checkpoint import CheckpointState, CheckpointStore, RunState, load_checkpoint
@@ -19,8 +20,12 @@ from kdlib.training.ema import EMA
 from kdlib.training.events import BestWeights, Evaluation, StepValues
 from kdlib.training.fingerprint import check_fingerprint, run_fingerprint
 from kdlib.training.schedules import build_optimizer, lr_factor
+from kdlib.training.sharded.files import Index, meta_tensors
+from kdlib.training.sharded.gradients import clip_gradients, local
+from kdlib.training.sharded.state import insert, not_finite, separate
+from kdlib.training.sharded.store import check_shards, insert_shards, write_step
 from kdlib.training.signals import DeferredSignals
-from kdlib.training.stream import BatchStream, StreamState
+from kdlib.training.stream import BatchStream, Shardable, StreamState
 
 __all__ = ["Position", "Run", "private_randomness", "random_state"]
 
@@ -49,6 +54,11 @@ class Run:
         self.distiller, self.stream, self.config = distiller, stream, config
         self.device, self.total_steps, self.processes = device, total_steps, processes
         self.parameters = [p for p in distiller.trainable_parameters() if p.requires_grad]
+        self.sharded = any(is_sharded(parameter) for parameter in self.parameters)
+        check_argument(
+            not self.sharded or config.amp != "float16",
+            "amp must be None or 'bfloat16' for sharded parameters, got 'float16'",
+        )
         self.optimizer = build_optimizer(self.parameters, config)
         self.scaler = torch.amp.GradScaler(device.type, enabled=config.amp == "float16")
         self.ema = None if config.ema_decay is None else EMA(distiller.student, config.ema_decay)
@@ -63,13 +73,14 @@ class Run:
             "evaluate_every must be given when loader has no length, got None",
         )
         self._evaluate_every = every or 1
+        self._shared = isinstance(stream.loader, Shardable)
         self.fingerprint = self._describe(total_steps)
 
     def _describe(self, total_steps: int) -> dict[str, object]:
         return {
             **run_fingerprint(self.config, self.distiller, self.optimizer, total_steps),
             "batches_per_epoch": self.stream.length,
-            "processes": self.processes.count,
+            "processes": "any number" if self._shared or self.sharded else self.processes.count,
         }
 
     @property
@@ -115,7 +126,7 @@ class Run:
         """Apply the accumulated gradients; `last` contains the values of the step."""
         if self.config.clip_norm is not None:
             self.scaler.unscale_(self.optimizer)
-            torch.nn.utils.clip_grad_norm_(self.parameters, self.config.clip_norm)
+            clip_gradients(self.parameters, self.config.clip_norm)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
@@ -183,58 +194,87 @@ class Run:
         path, weights = None, self._best_weights
         if store.directory is not None:
             path = store.path_of(evaluation.step, self.improved)
-            state = load_checkpoint(path)
+            state = self._insert_shards(load_checkpoint(path), store, ("distiller", "ema"))
             student = next(name for name, module in self.distiller.named_modules() if module is self.distiller.student)
             average = {f"{student}.{name}": value for name, value in (state["ema"] or {}).items()}
             weights = {**state["distiller"], **average}
         return BestWeights(evaluation, evaluation.metrics[self.config.monitor], weights, path)
 
-    def save(self, store: CheckpointStore, seconds: float, positions: list[Position]) -> None:
-        """Write the checkpoint of this step unless a weight is NaN or infinite."""
-        weights = self.distiller.state_dict()
-        # A finite loss can have a non-finite gradient, which the loss would only show after this checkpoint.
-        bad = [name for name, x in weights.items() if isinstance(x, Tensor) and not torch.isfinite(x).all()]
-        if bad:
-            problem = f"weights must be finite at step {self.step}, got NaN or infinity in {', '.join(bad[:4])}"
-            last = self.last
-            raise diverged(problem, last["terms"], step=self.step, epoch=last["epoch"], newest=store.newest)
-        state: RunState = {
-            "distiller": weights,
+    def _state(self) -> dict[str, Any]:
+        return {
+            "distiller": self.distiller.state_dict(),
             "optimizer": self.optimizer.state_dict(),
-            "scaler": self.scaler.state_dict(),
             "ema": self.ema.state_dict() if self.ema else None,
+        }
+
+    def write_shards(self, store: CheckpointStore) -> Index | None:
+        """Write the sharded tensors of this step, in all processes; return their index, `None` without any."""
+        if store.directory is None or not self.sharded:
+            return None
+        tensors = separate(self._state())[1]
+        weights = {str(keys[1]): local(x) for keys, x in tensors.items() if keys[0] == "distiller"}
+        self._check_finite([name for names in self.processes.gather(not_finite(weights)) for name in names], store)
+        return write_step(store.directory, self.step, tensors, self.processes)
+
+    def _insert_shards(self, state: CheckpointState, store: CheckpointStore, names: Sequence[str]) -> CheckpointState:
+        """Return a checkpoint with the shards of its entries `names`, read by all processes."""
+        live = separate(self._state())[1]
+        return insert_shards(store.directory, state, live, names, self.optimizer, self.processes)
+
+    def save(self, store: CheckpointStore, seconds: float, positions: list[Position], shards: Index | None) -> None:
+        """Write the checkpoint of this step unless a weight is NaN or infinite."""
+        plain, _ = separate(self._state())
+        self._check_finite(not_finite(plain["distiller"]), store)
+        state: RunState = {
+            "distiller": plain["distiller"],
+            "optimizer": plain["optimizer"],
+            "ema": plain["ema"],
+            "scaler": self.scaler.state_dict(),
             "stream": [each["stream"] for each in positions],
             "rng": [each["rng"] for each in positions],
             "last": self.last,
             "seconds": seconds,
             "evaluations": [asdict(each) for each in self.evaluations],
             "fingerprint": self.fingerprint,
+            "shards": shards,
         }
         store.save(self.step, state, self.improved)
 
+    def _check_finite(self, bad: list[str], store: CheckpointStore) -> None:
+        """A finite loss can have a non-finite gradient, which the loss would only show after this checkpoint."""
+        if bad:
+            problem = f"weights must be finite at step {self.step}, got NaN or infinity in {', '.join(bad[:4])}"
+            last = self.last
+            raise diverged(problem, last["terms"], step=self.step, epoch=last["epoch"], newest=store.newest)
+
     def checkpoint(self, store: CheckpointStore, seconds: float, position: Position) -> None:
         """Write a checkpoint with the positions of all processes."""
-        positions = self.processes.gather(position)
+        positions, shards = self.processes.gather(position), self.write_shards(store)
         with self.processes.together():
             if self.processes.rank == 0:
-                self.save(store, seconds, positions)
+                self.save(store, seconds, positions, shards)
 
     def resume(self, store: CheckpointStore) -> int | None:
         """Load the newest checkpoint and return its step, or `None` without a checkpoint."""
-        state = store.load()
+        with self.processes.together():
+            state = store.load(lambda state: check_shards(store.directory, state, self.processes))
         if state is None:
             return None
         saved, place = state["fingerprint"], store.directory
         total = saved.get("total_steps")
         expected = self.fingerprint if not isinstance(total, int) else self._describe(total)
-        check_fingerprint(saved, expected, state["distiller"], self.distiller.state_dict(), place)
+        shards = state.get("shards")
+        weights = state if shards is None else insert(state, meta_tensors(shards))
+        check_fingerprint(saved, expected, weights["distiller"], self.distiller.state_dict(), place)
         self.step, self.seconds, self.last = state["step"], state["seconds"], state["last"]
         check_argument(
             self.step <= self.total_steps,
             f"checkpoint_dir {place} must contain a run of at most {self.total_steps} steps, got one of {self.step}; "
             "raise epochs or max_steps, or use another directory",
         )
-        self._load(state, ["evaluations", "distiller", "optimizer", "scaler", *(["ema"] if self.ema else [])], store)
+        names = ["evaluations", "distiller", "optimizer", "scaler", *(["ema"] if self.ema else [])]
+        state = self._insert_shards(state, store, names)
+        self._load(state, names, store)
         if self.improved:
             path = store.path_of(self.improved[-1], self.improved)
             if not path.exists():
@@ -249,14 +289,15 @@ class Run:
 
     def _load(self, state: CheckpointState, names: list[str], store: CheckpointStore) -> None:
         rank = self.processes.rank
+        place = min(rank, len(state["stream"]) - 1)  # the run may have had fewer processes, all at the same position
         loads: dict[str, Callable[[], object]] = {
             "distiller": lambda: self.distiller.load_state_dict(state["distiller"]),
             "optimizer": lambda: self.optimizer.load_state_dict(state["optimizer"]),
             "scaler": lambda: self.scaler.load_state_dict(state["scaler"]),
             "ema": lambda: self.ema and self.ema.load_state_dict(state["ema"] or {}),
             "evaluations": lambda: self.evaluations.extend(Evaluation(**row) for row in state["evaluations"]),
-            "stream": lambda: self.stream.load_state_dict(state["stream"][rank]),
-            "rng": lambda: random_state(self.device, state["rng"][rank]),
+            "stream": lambda: self.stream.load_state_dict(state["stream"][place]),
+            "rng": lambda: random_state(self.device, state["rng"][place], rank - place),
         }
         for name in names:
             try:
@@ -294,12 +335,14 @@ def private_randomness(device: torch.device, seed: int) -> Iterator[None]:
         yield
 
 
-def random_state(device: torch.device, state: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
-    """Return the state of the default generators, after setting it to `state` if given."""
+def random_state(device: torch.device, state: dict[str, Tensor] | None = None, offset: int = 0) -> dict[str, Tensor]:
+    """Return the state of the default generators, after setting it to `state` if given, or to another one for an offset."""
     cuda = device.type == "cuda"
     if state is not None:
         torch.default_generator.set_state(state["cpu"])
         if cuda and "cuda" in state:
             torch.cuda.set_rng_state(state["cuda"], device)
+    if offset:
+        torch.manual_seed(int(torch.randint(2**31, ())) + offset)
     current = {"cpu": torch.default_generator.get_state()}
     return {**current, "cuda": torch.cuda.get_rng_state(device)} if cuda else current

@@ -9,6 +9,7 @@ from kdlib._checks import check_number, check_type
 from kdlib.schedules import cosine, linear, linear_warmup
 from kdlib.training._checks import check_argument
 from kdlib.training.config import TrainConfig
+from kdlib.training.sharded.gradients import by_mesh
 
 __all__ = ["build_optimizer", "lr_factor", "parameter_groups", "set_lr"]
 
@@ -41,12 +42,14 @@ def lr_factor(step: int, total_steps: int, config: TrainConfig) -> float:
 
 
 def parameter_groups(parameters: Iterable[nn.Parameter], config: TrainConfig) -> list[dict[str, object]]:
-    """Return two groups: matrices and kernels with weight decay, 1-d parameters (biases, norm scales, slopes) without."""
-    decayed: list[nn.Parameter] = []
-    plain: list[nn.Parameter] = []
-    for parameter in parameters:
-        (decayed if parameter.dim() > 1 else plain).append(parameter)
-    groups = [(decayed, config.weight_decay), (plain, 0.0)]
+    """Return two groups: matrices and kernels with weight decay, 1-d parameters (biases, norm scales, slopes) without.
+
+    Sharded parameters have groups of their own, because fused steps do not mix them with others.
+    """
+    groups: list[tuple[list[nn.Parameter], float]] = []
+    for same in by_mesh(parameters):
+        groups.append(([p for p in same if p.dim() > 1], config.weight_decay))
+        groups.append(([p for p in same if p.dim() <= 1], 0.0))
     return [{"params": group, "lr": config.lr, "weight_decay": decay} for group, decay in groups if group]
 
 

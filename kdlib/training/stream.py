@@ -9,7 +9,7 @@ from torch.utils.data import BatchSampler, DataLoader
 
 from kdlib.training._checks import check_argument
 
-__all__ = ["Batch", "BatchStream", "HasEpochs", "HasGenerator", "Seekable", "StreamState"]
+__all__ = ["Batch", "BatchStream", "HasEpochs", "HasGenerator", "Seekable", "Shardable", "StreamState"]
 
 _EMPTY = "loader must yield at least one batch, got none"
 
@@ -32,6 +32,15 @@ class Seekable(Protocol):
 
     def iter_from(self, batch: int, /) -> Iterable[Batch]:
         """Yield the batches of the epoch from index `batch` on."""
+        ...
+
+
+@runtime_checkable
+class Shardable(Protocol):
+    """A loader whose batches several processes share; their order depends on the seed and the epoch only."""
+
+    def shard(self, rank: int, count: int, /) -> object:
+        """Yield from now on part `rank` of `count` equal parts of each batch."""
         ...
 
 

@@ -6,7 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kdlib._checks import check_finite, check_identities, check_name, check_number, check_shape
+from kdlib._checks import check_finite, check_identities, check_name, check_number, check_shape, check_type
+from kdlib._gather import gather_rows
 from kdlib._maths import full_precision, unit_rows
 from kdlib._repr import CallRepr
 from kdlib.types import Targets
@@ -31,13 +32,15 @@ class CenterConfidenceWeighting(CallRepr):
 
     The centers are buffers, created in the first call: `(num_identities, d_k)` float32 for teacher k. They are part of
     the state dict, and loading it into a new module creates them. They belong to one feature: use one weighting per
-    feature, or `weigh_by` in the objective. Each process of a distributed run has its own centers.
+    feature, or `weigh_by` in the objective. Each process of a distributed run has its own centers, unless `gather` is set.
 
     Args:
         num_identities: identities are below this number.
         target: name of the identities in the targets.
         temperature: tau, above 0; smaller values give sharper weights.
         momentum: share of the old center in the running mean, from 0 to 1.
+        gather: update the centers by the samples of all processes of a distributed run, as in one process with the whole
+            batch. All processes must then call the weighting.
 
     Examples:
         >>> import torch
@@ -56,7 +59,13 @@ class CenterConfidenceWeighting(CallRepr):
     """
 
     def __init__(
-        self, num_identities: int, *, target: str = "identity", temperature: float = 0.1, momentum: float = 0.9
+        self,
+        num_identities: int,
+        *,
+        target: str = "identity",
+        temperature: float = 0.1,
+        momentum: float = 0.9,
+        gather: bool = False,
     ) -> None:
         super().__init__()
         check_number("CenterConfidenceWeighting", "num_identities", num_identities, min=1, integer=True)
@@ -64,6 +73,8 @@ class CenterConfidenceWeighting(CallRepr):
         check_number("CenterConfidenceWeighting", "momentum", momentum, min=0, max=1)
         self.num_identities, self.target = num_identities, target
         self.temperature, self.momentum = temperature, momentum
+        check_type("CenterConfidenceWeighting", "gather", gather, bool, "True or False")
+        self.gather = gather
 
     @torch.no_grad()
     def forward(
@@ -94,8 +105,12 @@ class CenterConfidenceWeighting(CallRepr):
             weights = (torch.stack(cosines) / self.temperature).softmax(0)
             weights = torch.where(known, weights, 1 / len(teachers))
             if self.training:
+                labels = targets.to(losses.device).long()
+                if self.gather:
+                    labels = gather_rows(labels, grad=False)
+                    embeddings = [gather_rows(embedding, grad=False) for embedding in embeddings]
                 for index, embedding in enumerate(embeddings):
-                    self._update(index, embedding, targets.to(losses.device).long())
+                    self._update(index, embedding, labels)
             return weights.to(losses.dtype)
 
     def set_centers(self, k_index: int, centers: Tensor) -> None:

@@ -18,7 +18,7 @@ from torch.func import functional_call
 from torch.overrides import TorchFunctionMode
 
 from kdlib._checks import check_number
-from kdlib_faces._modes import eval_mode
+from kdlib._modes import eval_mode
 from kdlib_faces.backbones.input_spec import InputSize, height_width
 from kdlib_faces.backbones.registry import BACKBONES, build_backbone
 

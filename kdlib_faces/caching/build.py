@@ -2,10 +2,7 @@
 
 import json
 import multiprocessing
-import os
-import signal
 import sys
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -19,7 +16,9 @@ import torch
 from kdlib._checks import check_number
 from kdlib.cache import CacheCheck, CacheError, TeacherCache, read_header, verify_cache
 from kdlib_faces._checks import InputError, show_name
+from kdlib_faces._hardware import CPU, DTYPES, Amp, Hardware, autocast
 from kdlib_faces._output import check_output
+from kdlib_faces._processes import end_with_parent, sigterm_exits
 from kdlib_faces.caching.source import CacheSource, describe_views, parse_taps
 from kdlib_faces.data.lists import FaceList, read_faces
 from kdlib_faces.data.seeded_views import SeededViews
@@ -45,6 +44,7 @@ class CacheConfig:
         shard_bytes: maximum size of a file.
         sync_seconds: seconds between flushes to disk.
         input: what is stated about the images that the teacher takes.
+        amp: precision of the forward pass: `"none"`, `"bfloat16"` or `"float16"`.
     """
 
     dtype: Literal["float16", "int8", "float32"] = "float16"
@@ -57,6 +57,7 @@ class CacheConfig:
     shard_bytes: int = 1 << 28
     sync_seconds: float = 5.0
     input: InputOptions = field(default_factory=InputOptions)
+    amp: Amp = "none"
 
     def __post_init__(self) -> None:
         check_number("CacheConfig", "size", self.size, min=1, max=4096, integer=True)
@@ -79,25 +80,28 @@ def build(
     config: CacheConfig,
     *,
     output: Path,
-    faces: Sequence[str],
+    data: Sequence[str],
     teacher: Path,
     taps: Sequence[str] = (),
     workers: int = 1,
     progress: bool = True,
     on_error: Literal["stop", "skip"] = "stop",
+    hardware: Hardware | None = None,
 ) -> TeacherCache:
     """Compute the missing rows of a cache; an interrupted build resumes, and several processes share the work.
 
     Args:
         config: configuration of the build.
         output: folder of the cache.
-        faces: lists or folders; the id of an image is its row, counted over all lists.
+        data: entries of `read_faces`; the id of an image is its row, counted over all of them.
         teacher: a checkpoint or an ONNX file.
         taps: `FEATURE=NAME` of a module or tensor to store in addition to the embedding, or `stage0` to `stage3`; `NAME`
             alone means the feature `map`.
         workers: number of processes.
         progress: show progress.
-        on_error: see `read_faces`.
+        on_error: what to do about images that cannot be read: `"stop"` is an error that lists those of a batch, `"skip"` stores
+            the outputs for a black image with a warning, so that rows keep their numbers.
+        hardware: device of the teacher, and the processes that share the work; None for the CPU.
 
     Returns:
         The complete cache. Its notes describe the build.
@@ -108,27 +112,46 @@ def build(
     """
     check_number("cache", "workers", workers, min=1, integer=True)
     check_output(output)
-    if workers > 1 and sys.platform == "win32":
+    hardware = hardware or Hardware()
+    if workers * hardware.count > 1 and sys.platform == "win32":
         raise InputError("cache: workers must be 1 on Windows, which does not support POSIX locks")
     before = torch.get_num_threads()
     threads = max(1, before // workers)
-    work = partial(_build, config, output, read_faces(faces, on_error=on_error, unlabeled=True), teacher, tuple(taps))
+    faces = read_faces(data, on_error="stop" if on_error == "stop" else "keep", unlabeled=True)
+    work = partial(_build, config, output, faces, teacher, tuple(taps), on_error, hardware.device)
     torch.set_num_threads(threads)
     try:
-        with _sigterm_exits(), _workers(workers - 1, work, threads, quiet=not progress):
+        with sigterm_exits(), _workers(workers - 1, work, threads, quiet=not progress):
             return work(quiet=not progress)
     finally:
         torch.set_num_threads(before)
 
 
 def _build(
-    config: CacheConfig, output: Path, faces: FaceList, teacher: Path, taps: Sequence[str], *, quiet: bool
+    config: CacheConfig,
+    output: Path,
+    faces: FaceList,
+    teacher: Path,
+    taps: Sequence[str],
+    on_error: Literal["stop", "skip"],
+    device: torch.device,
+    *,
+    quiet: bool,
 ) -> TeacherCache:
     views, size, decoders = config.seeded(), config.size, config.decoders
     source = CacheSource(
-        faces, teacher, parse_taps(taps), views, size=size, decoders=decoders, images=config.input, quiet=quiet
+        faces,
+        teacher,
+        parse_taps(taps),
+        views,
+        size=size,
+        decoders=decoders,
+        images=config.input,
+        on_error=on_error,
+        device=device,
+        amp=config.amp,
     )
-    with progress_to(f"outputs of {teacher.stem}", quiet=quiet) as show:
+    with progress_to(f"outputs of {teacher.stem}", quiet=quiet) as show, autocast(device, config.amp):
         return TeacherCache.build(
             output,
             source.model,
@@ -149,7 +172,7 @@ def _build(
 def verify(
     path: Path,
     *,
-    faces: Sequence[str] = (),
+    data: Sequence[str] = (),
     teacher: Path | None = None,
     rows: int = 64,
     decoders: int = 2,
@@ -159,7 +182,7 @@ def verify(
 
     Args:
         path: folder of the cache.
-        faces: the lists that it was built from.
+        data: the entries that it was built from.
         teacher: the file that it was built from.
         rows: number of rows to recompute.
         decoders: threads that decode images.
@@ -169,25 +192,27 @@ def verify(
         InputError: the lists or the teacher cannot be used, or only one of them is given.
         CacheError: the cache is incomplete, damaged, or belongs to something else.
     """
-    if bool(faces) != (teacher is not None):
-        raise InputError("cache verify: --faces and --teacher must be given together, to recompute some rows")
+    if bool(data) != (teacher is not None):
+        raise InputError("cache verify: --data and --teacher must be given together, to recompute some rows")
     cache = TeacherCache.open(path)
     with progress_to("checking", quiet=not progress) as show:
         if teacher is None:
             return verify_cache(cache, progress=show)
-        views, taps, size, images = _build_options(cache)
+        views, taps, size, images, amp = _build_options(cache)
         source = CacheSource(
-            read_faces(faces, unlabeled=True),
+            read_faces(data, on_error="keep", unlabeled=True),
             teacher,
             taps,
             views,
             size=size,
             decoders=decoders,
             images=images,
-            quiet=not progress,
+            on_error="skip",
+            amp=amp,
         )
         TeacherCache.open(path, fingerprint=source.fingerprint)
-        return verify_cache(cache, teacher=source.model, fetch=source.fetch, recompute=rows, progress=show)
+        with autocast(CPU, amp):
+            return verify_cache(cache, teacher=source.model, fetch=source.fetch, recompute=rows, progress=show)
 
 
 def info(path: Path) -> str:
@@ -237,16 +262,17 @@ def describe_check(check: CacheCheck) -> str:
     return f"good: {check.rows:,} rows in {check.shards:,} files have correct checksums and finite values{again}"
 
 
-def _build_options(cache: TeacherCache) -> tuple[SeededViews, dict[str, str], int, InputOptions]:
-    """Return views, taps, image size and the images of the teacher from the notes of a cache."""
+def _build_options(cache: TeacherCache) -> tuple[SeededViews, dict[str, str], int, InputOptions, Amp]:
+    """Return views, taps, image size, the images of the teacher and the precision from the notes of a cache."""
     notes = cache.notes
     try:
         taps, size = json.loads(notes["taps"]), int(notes["size"])
         named = isinstance(taps, dict) and all(isinstance(tap, str) for tap in taps.values())
         if not named or not 1 <= size <= 4096:
             raise ValueError("taps or size have a wrong type")
-        return SeededViews.from_text(notes["views"]), taps, size, InputOptions.parse(notes.get("input", ""))
-    except (KeyError, ValueError, RecursionError) as error:
+        amp = next(each for each in DTYPES if each == notes.get("amp", "none"))
+        return SeededViews.from_text(notes["views"]), taps, size, InputOptions.parse(notes.get("input", "")), amp
+    except (KeyError, ValueError, RecursionError, StopIteration) as error:
         raise InputError(
             f"cache: the notes of {cache.path} do not describe the build ({error}); verify it without --teacher"
         ) from error
@@ -281,33 +307,11 @@ def _workers(count: int, work: Callable[..., object], threads: int, *, quiet: bo
             ours.close()
 
 
-def _end_with_parent() -> None:
-    """End this process as soon as its parent ends, by SIGKILL too; unfinished blocks have no record."""
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        parent.join()
-        os._exit(1)
-
-
-@contextmanager
-def _sigterm_exits() -> Iterator[None]:
-    """Handle SIGTERM like Ctrl-C: complete blocks are recorded, temporary files removed and workers ended."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGTERM, lambda signum, frame: sys.exit(128 + signum))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
 def _worker(connection: Connection, work: Callable[..., object], threads: int) -> None:
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends Ctrl-C to the parent too, which ends the workers
+    end_with_parent()
     torch.set_num_threads(threads)
     try:
-        with _sigterm_exits():
+        with sigterm_exits():
             work(quiet=True)
     except Exception as error:
         connection.send_bytes(f"{type(error).__name__}: {error}".encode()[:4096])

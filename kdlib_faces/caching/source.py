@@ -4,18 +4,21 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Literal
 
+import numpy as np
+import torch
 from torch import Tensor, nn
 
 from kdlib import OUTPUT, TeacherAdapter
 from kdlib.cache import Fingerprint
 from kdlib_faces._checks import InputError
+from kdlib_faces._hardware import CPU, Amp
+from kdlib_faces.data.dataset import FaceImages
 from kdlib_faces.data.image_files import describe_far_sizes
-from kdlib_faces.data.images import load_images
 from kdlib_faces.data.lists import FaceList, warn
 from kdlib_faces.data.seeded_views import SeededViews
 from kdlib_faces.data.views import AugmentConfig
-from kdlib_faces.progress import progress
 from kdlib_faces.teachers.input_options import InputOptions
 from kdlib_faces.teachers.onnx.graph import read_graph
 from kdlib_faces.teachers.open import load_network, onnx_taps, open_onnx
@@ -28,23 +31,26 @@ _FULLY_HASHED = 512
 """Number of evenly spaced images whose bytes are part of the digest; for all others only name and size are."""
 
 
-def data_digest(faces: FaceList, views: SeededViews, *, quiet: bool = True) -> str:
+def data_digest(faces: FaceList, views: SeededViews) -> str:
     """Return the SHA-256 of the images of a list and of the definition of their views.
 
-    It covers the order, the last two components of each path, each file size, and every byte of 512 evenly spaced images.
-    A list can therefore be moved to another folder or machine, and a list that was aligned again has another digest.
+    It covers the order of the images, the last two components of each path and each file size (or the places of the images
+    in records and shards), and every byte of 512 evenly spaced images. A list can therefore be moved to another folder or
+    machine, and a list that was aligned again has another digest.
     """
     seeded = [views.seed, None if views.augment is None else vars(views.augment)]
     digest = hashlib.sha256(json.dumps(["kdlib faces 1", len(faces), seeded]).encode())
-    step = max(1, len(faces) // _FULLY_HASHED)
-    for row, path in enumerate(progress(faces.paths, "reading the images of the list", quiet=quiet)):
+    rows, step = np.arange(len(faces)), max(1, len(faces) // _FULLY_HASHED)
+    for start in range(0, len(faces), step):
+        for part in faces.images.layout(rows[start : start + 1]):
+            digest.update(part)
         try:
-            size = path.stat().st_size
-            whole = path.read_bytes() if row % step == 0 and size <= 1 << 26 else b""
-        except OSError as error:
-            raise InputError(f"{path}: cannot be read ({error.strerror or error})") from None
-        digest.update(f"\n{'/'.join(path.parts[-2:])}\t{size}\t".encode("utf-8", "surrogateescape"))
-        digest.update(hashlib.sha256(whole).digest() if whole else b"")
+            content = faces.images[start]
+        except InputError:  # an error where the image is read, unless such images are skipped
+            content = b""
+        digest.update(hashlib.sha256(content).digest())
+        for part in faces.images.layout(rows[start + 1 : start + step]):
+            digest.update(part)
     return digest.hexdigest()
 
 
@@ -63,7 +69,11 @@ def describe_views(views: SeededViews) -> str:
 
 
 class CacheSource:
-    """A teacher and a face list for a cache build; a tap may be one of `STAGES`."""
+    """A teacher and a face list for a cache build; a tap may be one of `STAGES`.
+
+    With `on_error="skip"` the outputs for an image that cannot be read are those for a black one: rows keep their numbers, and
+    a training that skips the image as well never reads them.
+    """
 
     def __init__(
         self,
@@ -75,15 +85,19 @@ class CacheSource:
         size: int,
         decoders: int,
         images: InputOptions,
-        quiet: bool = True,
+        on_error: Literal["stop", "skip"] = "stop",
+        device: torch.device = CPU,
+        amp: Amp = "none",
     ) -> None:
-        self.faces, self.views, self.decoders = faces, views, decoders
-        self.model, self.size, parts, taps = _teacher(path, taps, size, images)
-        warn(describe_far_sizes(faces.paths, self.size))
+        self.faces, self.views = faces, views
+        self.model, self.size, parts, taps = _teacher(path, taps, size, images, device)
+        self._images = FaceImages(faces.images, self.size, threads=decoders, on_error=on_error)
+        warn(describe_far_sizes(faces.images, self.size))
         self.fingerprint = Fingerprint(
             teacher=parts.teacher,
-            preprocessing=f"{parts.preprocessing}; upright, centered on black, {self.size} pixels, rgb, (x - 127.5) / 127.5",
-            data=data_digest(faces, views, quiet=quiet),
+            preprocessing=f"{parts.preprocessing}; upright, centered on black, {self.size} pixels, rgb, (x - 127.5) / 127.5"
+            + ("" if amp == "none" else f"; {amp}"),
+            data=data_digest(faces, views),
         )
         self.notes = {
             "teacher": path.name,
@@ -92,16 +106,20 @@ class CacheSource:
             "taps": json.dumps(dict(taps)),
             "views": views.to_text(),
             "input": str(images),
+            "amp": amp,
         }
 
     def fetch(self, samples: Tensor, view: int) -> Tensor:
-        """Return the teacher's inputs for some rows of the list."""
-        pixels = load_images([self.faces.paths[row] for row in samples.tolist()], self.size, workers=self.decoders)
-        return self.views(pixels, samples, view)
+        """Return the teacher's inputs for some rows of the list; black where an image cannot be read and is skipped.
+
+        Raises:
+            InputError: Images cannot be read, and they are not skipped.
+        """
+        return self.views(self._images[samples], samples, view)
 
 
 def _teacher(
-    path: Path, taps: Mapping[str, str], size: int, images: InputOptions
+    path: Path, taps: Mapping[str, str], size: int, images: InputOptions, device: torch.device
 ) -> tuple[nn.Module, int, Fingerprint, dict[str, str]]:
     """Return the teacher, its input size, the first two parts of its fingerprint, and its resolved taps."""
     if not path.is_file():
@@ -112,7 +130,7 @@ def _teacher(
             for feature, name in taps.items()
         }
         not_square = isinstance(read_graph(path, images.layout).input_size, tuple)
-        graph = open_onnx(path, {"embedding": None, **taps}, images=images, resize=not_square)
+        graph = open_onnx(path, {"embedding": None, **taps}, images=images, resize=not_square, device=device)
         own = graph.input_size or size
         return graph, own if isinstance(own, int) else max(own), Fingerprint(graph.fingerprint, "onnx", ""), taps
     network = load_network(path, images)
@@ -122,7 +140,10 @@ def _teacher(
     except ValueError as error:
         raise InputError(f"cache: {path}: {error}") from error
     side = network.input_size
-    return adapter, side if isinstance(side, int) else max(side), Fingerprint.of(adapter), taps
+    fingerprint = Fingerprint.of(adapter)  # before the weights move
+    if device != CPU:
+        adapter = TeacherAdapter(network, adapter.taps, preprocess=network.input_spec, device=device)
+    return adapter, side if isinstance(side, int) else max(side), fingerprint, taps
 
 
 def parse_taps(given: Sequence[str]) -> dict[str, str]:

@@ -64,7 +64,6 @@ def open_teachers(
     *,
     open_file: Callable[[TeacherSource], nn.Module],
     mirrored: bool,
-    quiet: bool = True,
 ) -> OpenTeachers:
     """Open the teachers of a recipe; a folder is a cache that `kdlib-faces cache build` made of the same lists.
 
@@ -77,7 +76,6 @@ def open_teachers(
         faces: the training images.
         open_file: opens a source that is not a cache.
         mirrored: whether the student's images may be mirrored.
-        quiet: show no progress.
 
     Raises:
         InputError: a file cannot be used, or a cache has other images, lacks a feature, or has unsuitable views.
@@ -97,7 +95,7 @@ def open_teachers(
             )
         cache = TeacherCache.open(source.path)
         views[source.path] = seeded = _views(cache)
-        _check_faces(cache, source.path, faces, seeded, digests, quiet=quiet)
+        _check_faces(cache, source.path, faces, seeded, digests)
         _check_features(cache, source)
         inputs = ("sample", "view") if _uses_views(source, seeded, mirrored) else ("sample",)
         teachers[source.role] = CachedTeacher(cache, inputs=inputs, features=tuple(source.reads) or None)
@@ -121,7 +119,7 @@ def _views(cache: TeacherCache) -> SeededViews:
 
 
 def _check_faces(
-    cache: TeacherCache, source: str, faces: FaceList, views: SeededViews, digests: dict[str, str], *, quiet: bool
+    cache: TeacherCache, source: str, faces: FaceList, views: SeededViews, digests: dict[str, str]
 ) -> None:
     """Require the same images row by row; otherwise a student would learn the embedding of another identity."""
     lists, stored = show_name(cache.notes.get("faces", "other lists")), cache.parts.get("data", "")
@@ -133,7 +131,7 @@ def _check_faces(
     if not stored:
         raise InputError(f"train: {source} does not identify its images; use a cache of `kdlib-faces cache build`")
     if (key := views.to_text()) not in digests:
-        digests[key] = data_digest(faces, views, quiet=quiet)
+        digests[key] = data_digest(faces, views)
     if stored != digests[key]:
         raise InputError(
             f"train: {source} was computed from other images: order, names, sizes or content differ, although both have "

@@ -3,10 +3,12 @@
 from argparse import Namespace
 
 from kdlib_faces._checks import InputError
-from kdlib_faces._output import swept
+from kdlib_faces._hardware import find_hardware
+from kdlib_faces._output import locked, swept
 from kdlib_faces.config import load_config
 from kdlib_faces.demo.config import DemoConfig, faces_config, start_config, unused_settings
 from kdlib_faces.demo.run import run
+from kdlib_faces.progress import say
 from kdlib_faces.recipes.student import refuse_unused
 from kdlib_faces.teachers.input_options import inputs_of_models
 
@@ -21,7 +23,11 @@ def main(options: Namespace, command: str) -> None:
     `--steps` is `quick`, `full`, or the number of steps of each student; `--seed` is the first of `--seeds` seeds; `--set`
     overrides the TOML file `--config`. `--start` is that of the students on real faces.
     """
-    values, steps, seed, start, base = list(options.settings), options.steps, options.seed, None, DemoConfig()
+    hardware = find_hardware(options.device)
+    if hardware.count > 1:
+        raise InputError("demo: runs in one process; start it without torchrun")
+    values, steps, seed, start, base = list(options.settings), options.steps, options.seed or 0, None, DemoConfig()
+    values[:0] = [] if options.amp is None else [f"amp={options.amp}"]
     if bool(options.faces) != bool(options.teacher):
         raise InputError("demo: --faces and --teacher must be given together, or neither for synthetic faces")
     if options.faces:
@@ -42,9 +48,10 @@ def main(options: Namespace, command: str) -> None:
     refuse_unused(
         config, unused_settings(faces=bool(options.faces), start=start is not None), base=base, command="demo"
     )  # fmt: skip
-    with swept(options.output):
+    say(f"device: {hardware.describe(config.amp)}", quiet=options.quiet)
+    with swept(options.output), locked(options.output):
         run(
             config, output=options.output, faces=options.faces, teachers=options.teacher, taps=options.tap,
             inputs=options.input, start=start, seeds=range(seed, seed + options.seeds), progress=not options.quiet,
-            command=command,
+            command=command, device=hardware.device,
         )  # fmt: skip

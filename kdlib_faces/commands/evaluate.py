@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Literal
 
 from kdlib_faces import __version__, report
-from kdlib_faces._output import check_output, describe_environment, staged, swept
+from kdlib_faces._hardware import Hardware, find_hardware
+from kdlib_faces._output import check_output, describe_environment, locked, staged, swept
+from kdlib_faces.commands._options import precision
 from kdlib_faces.config import load_config
 from kdlib_faces.harness.evaluate import evaluate_models
 from kdlib_faces.harness.registry import listing
@@ -22,11 +24,17 @@ __all__ = ["EvaluateConfig", "listing", "main", "run"]
 
 def main(options: Namespace, command: str) -> None:
     """Evaluate with the options of the command line; `--set` overrides the TOML file `--config`."""
+    hardware = find_hardware(options.device)
+    config = load_config(
+        EvaluateConfig, options.config, [f"seed={options.seed or 0}", *precision(options), *options.settings]
+    )
+    quiet = options.quiet or not hardware.first
+    say(f"device: {hardware.describe(config.amp)}", quiet=quiet)
     run(
-        load_config(EvaluateConfig, options.config, [f"seed={options.seed}", *options.settings]),
-        output=options.output, faces=options.faces, models=options.model, inputs=options.input,
+        config,
+        output=options.output, data=options.data, models=options.model, inputs=options.input,
         embeddings=options.embeddings, pairs=options.pairs, protocols=options.protocols, scores=options.scores,
-        progress=not options.quiet, command=command, on_error=options.on_error,
+        progress=not quiet, command=command, on_error=options.on_error, hardware=hardware, workers=options.workers,
     )  # fmt: skip
 
 
@@ -34,7 +42,7 @@ def run(
     config: EvaluateConfig,
     *,
     output: Path,
-    faces: Sequence[str | os.PathLike[str]] = (),
+    data: Sequence[str | os.PathLike[str]] = (),
     models: Sequence[str | os.PathLike[str]] = (),
     inputs: Sequence[str] = (),
     embeddings: Sequence[str | os.PathLike[str]] = (),
@@ -44,7 +52,9 @@ def run(
     progress: bool = False,
     command: str = "",
     on_error: Literal["stop", "skip"] = "stop",
-) -> report.Report:
+    hardware: Hardware | None = None,
+    workers: int = 2,
+) -> report.Report | None:
     """Evaluate model files and embedding files by protocols, and write a report.
 
     The arguments not described here are those of `kdlib_faces.harness.run.prepare`.
@@ -55,15 +65,21 @@ def run(
         scores: Write the scores of each protocol and model to `scores/PROTOCOL-MODEL.csv`.
         command: The command line, noted in the report.
 
+    Returns:
+        The report; None in other processes than the first.
+
     Raises:
         InputError: A file is not usable, or there is nothing to evaluate.
     """
     check_output(output, "work", "figures", "scores")
-    with swept(output):
+    hardware = hardware or Hardware()
+    with swept(output), locked(output, hardware.first):
         prepared = prepare(
-            config, work=output / "work", faces=faces, models=models, inputs=inputs, embeddings=embeddings,
-            pairs=pairs, protocols=protocols, progress=progress, on_error=on_error,
+            config, work=output / "work", data=data, models=models, inputs=inputs, embeddings=embeddings,
+            pairs=pairs, protocols=protocols, progress=progress, on_error=on_error, hardware=hardware, workers=workers,
         )  # fmt: skip
+        if not hardware.first:
+            return None
         started = datetime.now(UTC)
         with staged(output) as stage:
             result = evaluate_models(

@@ -18,6 +18,7 @@ from kdlib_faces.data.lists import read_faces
 from kdlib_faces.data.sets.agedb import read_agedb_pairs
 from kdlib_faces.data.sets.calfw import read_calfw_pairs
 from kdlib_faces.data.sets.lfw import read_lfw_pairs
+from kdlib_faces.data.sources.base import ImageSource
 
 __all__ = ["describe_data"]
 
@@ -31,7 +32,7 @@ def describe_data(path: Path, size: int) -> str | None:
         InputError: The file is of a known kind, and broken.
     """
     kind = "folder" if path.is_dir() else path.suffix.lower()
-    if kind == "folder" or (kind == ".csv" and _is_face_list(path)):
+    if kind in ("folder", ".tar") or (kind == ".csv" and _is_face_list(path)):
         rows = _faces(path, size)
     elif kind == ".bin" and not _is_checkpoint(path):
         rows = _bin_set(path, size)
@@ -59,7 +60,7 @@ def _faces(path: Path, size: int) -> _Rows:
         counts = {name: int((faces.age_groups == at).sum()) for at, name in enumerate(faces.group_names)}
         rows.append(("age groups", ", ".join(f"{name} {count:,}" for name, count in counts.items())))
     rows += [("note", note) for note in faces.notes]
-    return rows + _sample(faces.paths, size)
+    return rows + _sample(faces.images, size)
 
 
 def _bin_set(path: Path, size: int) -> _Rows:
@@ -127,14 +128,14 @@ def _is_face_list(path: Path) -> bool:
     )
 
 
-def _sample(sources: Sequence[Path | bytes], size: int) -> _Rows:
+def _sample(sources: ImageSource | Sequence[bytes], size: int) -> _Rows:
     """Decode a sample: sizes, broken images, and images far from the network's size."""
     sizes: Counter[tuple[int, int]] = Counter()
     errors: list[str] = []
     for row in (spaced := spaced_rows(len(sources))):
-        source = sources[row]
+        name = sources.name(row) if isinstance(sources, ImageSource) else f"image {row}"
         try:
-            sizes[open_rgb(source, f"image {row}" if isinstance(source, bytes) else str(source)).size] += 1
+            sizes[open_rgb(sources[row], name).size] += 1
         except InputError as error:
             errors.append(str(error))
     shown = ", ".join(f"{width} x {height} ({count:,})" for (width, height), count in sizes.most_common(5))

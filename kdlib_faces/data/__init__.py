@@ -1,5 +1,7 @@
-"""Images, ages and identities from folders, lists and face sets; image files are decoded on demand."""
+"""Images, ages and identities from lists, folders, records, shards and face sets; images are decoded on demand."""
 
+from kdlib_faces.data.batches import FaceBatches
+from kdlib_faces.data.dataset import FaceImages
 from kdlib_faces.data.formats.bin import BinSet, load_bin, save_bin
 from kdlib_faces.data.formats.record_format import IdentityRanges, Record, RecordProperties, read_property
 from kdlib_faces.data.formats.record_reader import RecordReader
@@ -35,7 +37,7 @@ from kdlib_faces.data.sets.megaface import (
 from kdlib_faces.data.synthetic import SyntheticFace, SyntheticFaces
 
 __all__ = [
-    "AgeDBName", "BinSet", "FGNetName", "FaceDataWarning", "FaceList", "FeatureSet", "IJBLandmarks", "IJBPairs", "IJBSet",
+    "AgeDBName", "BinSet", "FGNetName", "FaceBatches", "FaceDataWarning", "FaceImages", "FaceList", "FeatureSet", "IJBLandmarks", "IJBPairs", "IJBSet",
     "IJBSubjects", "IJBTemplates", "IdentityRanges", "ImagePairs", "LongitudinalList", "PairList", "Record",
     "RecordProperties", "RecordReader", "SyntheticFace", "SyntheticFaces", "TemplateList", "cacd_vs_pairs",
     "five_points", "load_bin", "parse_agedb_name", "parse_fgnet_name", "read_agedb", "read_agedb_pairs",

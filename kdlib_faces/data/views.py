@@ -3,6 +3,7 @@
 import math
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Generator, Tensor
 from torch.nn import functional as F
@@ -76,9 +77,10 @@ def augment(images: Tensor, config: AugmentConfig, generator: Generator) -> tupl
         (torch.Size([1, 3, 4, 4]), [0])
     """
     images, view = mirror(images, config.mirror, generator)
-    x = images.to(torch.float32).div_(255.0)
     if config.brightness or config.contrast or config.gamma:
-        x = photometric(x, config.brightness, config.contrast, config.gamma, generator)
+        x = photometric(images, config.brightness, config.contrast, config.gamma, generator)
+    else:
+        x = images.to(torch.float32).div_(255.0)
     if config.shift or config.scale or config.rotate:
         x = warp(x, config.shift, config.scale, config.rotate, generator)
     if config.low_resolution:
@@ -105,15 +107,28 @@ def mirror(images: Tensor, probability: float, generator: Generator) -> tuple[Te
 def photometric(x: Tensor, brightness: float, contrast: float, gamma: float, generator: Generator) -> Tensor:
     """`c * (x^g - m) + m + d` per image, clipped to `[0, 1]`; m is the mean of x^g. May change `x` in place.
 
-    d is drawn from `[-brightness, brightness]`, c from `[1 - contrast, 1 + contrast]`, log2 g from `[-gamma, gamma]`.
+    d is drawn from `[-brightness, brightness]`, c from `[1 - contrast, 1 + contrast]`, log2 g from `[-gamma, gamma]`. Bytes
+    stand for x = byte / 255.
     """
     b = len(x)
-    if gamma:
-        x = x.pow_(torch.exp2(_uniform(b, -gamma, gamma, generator))[:, None, None, None])
+    exponents = torch.exp2(_uniform(b, -gamma, gamma, generator)) if gamma else torch.ones(b)
+    if x.dtype == torch.uint8:
+        x = _powers(x, exponents)
+    elif gamma:
+        x = x.pow_(exponents[:, None, None, None])
     factor = _uniform(b, 1 - contrast, 1 + contrast, generator)
     shift = _uniform(b, -brightness, brightness, generator)
     offset = x.mean(dim=(1, 2, 3)) * (1 - factor) + shift
     return x.mul_(factor[:, None, None, None]).add_(offset[:, None, None, None]).clamp_(0.0, 1.0)
+
+
+def _powers(images: Tensor, exponents: Tensor) -> Tensor:
+    """`(byte / 255)^g` per image, looked up among the 256 values: ten times as fast as a power per pixel."""
+    table = (torch.arange(256) / 255.0).pow(exponents[:, None]).numpy()
+    x = torch.empty(images.shape, dtype=torch.float32)
+    for values, image, out in zip(table, images.contiguous().numpy(), x.numpy(), strict=True):
+        np.take(values, image, out=out, mode="clip")
+    return x
 
 
 def warp(x: Tensor, shift: float, scale: float, rotate: float, generator: Generator) -> Tensor:
@@ -123,8 +138,13 @@ def warp(x: Tensor, shift: float, scale: float, rotate: float, generator: Genera
     size = _uniform(b, 1 - scale, 1 + scale, generator)
     move = _uniform(2 * b, -2 * shift, 2 * shift, generator).view(b, 2, 1)
     cos, sin = torch.cos(angle) / size, torch.sin(angle) / size
-    matrix = torch.cat([torch.stack([cos, -sin, sin, cos], dim=1).view(b, 2, 2), move], dim=2)
-    grid = F.affine_grid(matrix, list(x.shape), align_corners=False)
+    height, width = x.shape[2:]
+    rows, columns = (torch.arange(side) * (2 / side) + (1 / side - 1) for side in (height, width))
+    # As `affine_grid` does, by sums of a row and a column in place of a product of matrices.
+    grid = torch.empty(b, height, width, 2)
+    along = (cos[:, None] * columns, -sin[:, None] * rows), (sin[:, None] * columns, cos[:, None] * rows)
+    for axis, (by_column, by_row) in enumerate(along):
+        torch.add(by_column[:, None, :], (by_row + move[:, axis])[:, :, None], out=grid[..., axis])
     return F.grid_sample(x, grid, mode="bilinear", padding_mode="border", align_corners=False)
 
 

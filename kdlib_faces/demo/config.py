@@ -6,11 +6,11 @@ import sysconfig
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
 
 import torch
 
 from kdlib._checks import check_choice, check_number
+from kdlib_faces._hardware import DTYPES, Amp
 from kdlib_faces.recipes.age_teacher import AgeTeacherConfig
 from kdlib_faces.recipes.liaad import LIAADConfig
 from kdlib_faces.recipes.start import StartConfig
@@ -49,7 +49,7 @@ class DemoConfig:
         age_teacher: Recipe of the age-invariant teacher of the synthetic set.
         test_fraction: Share of the real identities with images of different ages that is kept for the test.
         replicates: Bootstrap resamples of the test identities for every interval.
-        amp: Precision of the students' forward pass, `"none"` or `"bfloat16"`.
+        amp: Precision of the students' forward pass, `"none"`, `"bfloat16"` or `"float16"`.
         compile: Run the students through `torch.compile` in training.
         start: How students that start from a teacher are made; for real faces only.
         student: The recipe of the students; the demo sets its `num_identities`, `input_size` and `seed`.
@@ -76,7 +76,7 @@ class DemoConfig:
     age_teacher: AgeTeacherConfig = field(default_factory=_age_teacher)
     test_fraction: float = 0.5
     replicates: int = 500
-    amp: Literal["none", "bfloat16"] = "none"
+    amp: Amp = "none"
     compile: bool = False
     start: StartConfig = field(default_factory=StartConfig)
     student: LIAADConfig = field(default_factory=lambda: LIAADConfig(embedding_dim=128, width=0.5, input_size=40))
@@ -93,7 +93,7 @@ class DemoConfig:
         check_number("DemoConfig", "batch_size", self.batch_size, min=1, max=65_536, integer=True)
         check_number("DemoConfig", "replicates", self.replicates, min=0, max=100_000, integer=True)
         check_number("DemoConfig", "test_fraction", self.test_fraction, above=0, max=0.9)
-        check_choice("DemoConfig", "amp", self.amp, ("none", "bfloat16"))
+        check_choice("DemoConfig", "amp", self.amp, tuple(DTYPES))
 
 
 def faces_config() -> DemoConfig:

@@ -12,7 +12,8 @@ from torch.nn import functional as F
 
 from kdlib.functional import attention_map
 from kdlib_faces._checks import InputError
-from kdlib_faces.data.images import load_images
+from kdlib_faces._hardware import CPU
+from kdlib_faces.data.dataset import load_images
 from kdlib_faces.data.lists import FaceList, read_faces
 from kdlib_faces.demo.config import DemoConfig
 from kdlib_faces.demo.data import DemoData, DemoModel
@@ -47,6 +48,7 @@ def real_data(
     start: DemoStart | None = None,
     seed: int,
     quiet: bool,
+    device: torch.device = CPU,
 ) -> DemoData:
     """Read face lists, split identities for the test, and cache the outputs of both teachers on the training images.
 
@@ -60,6 +62,7 @@ def real_data(
         start: The network of which the students start as a narrower copy; None for random weights.
         seed: Seed of the split and of the age map.
         quiet: Show no progress.
+        device: Device of the teachers.
 
     Raises:
         InputError: Lists or teachers cannot be used, or too few identities have images of different ages.
@@ -72,7 +75,7 @@ def real_data(
         onnx_taps(path, layout=images.layout) for path, images in pairs
     ]
     graphs = [
-        open_onnx(path, each, images=images, resize=True)
+        open_onnx(path, each, images=images, resize=True, device=device)
         for path, each, images in zip(teachers, chosen, stated, strict=True)
     ]
     face_list = read_faces(faces)

@@ -16,6 +16,7 @@ from kdlib import Distiller, StudentAdapter, __version__
 from kdlib._atomic import atomic_write
 from kdlib.functional import attention_map
 from kdlib_faces._checks import InputError
+from kdlib_faces._hardware import CPU
 from kdlib_faces._output import check_output, describe_environment
 from kdlib_faces.backbones import Backbone, save_backbone
 from kdlib_faces.data.batches import FaceBatches
@@ -43,7 +44,7 @@ from kdlib_faces.report import (
 )
 from kdlib_faces.teachers.input_options import inputs_of_models
 from kdlib_faces.teachers.open import stage_taps
-from kdlib_faces.training import LossCurve, fit
+from kdlib_faces.training import LossCurve, TrainingConfig, fit
 from kdlib_faces.training.depthwise import replace_strided_depthwise
 
 __all__ = ["run", "train_student"]
@@ -73,6 +74,7 @@ def run(
     seeds: Sequence[int] = (0,),
     progress: bool = True,
     command: str = "kdlib-faces demo",
+    device: torch.device = CPU,
 ) -> Report:
     """Train all models, evaluate them and write the report.
 
@@ -89,6 +91,7 @@ def run(
         seeds: Seeds; the report shows the first run and the spread over all.
         progress: Show progress.
         command: The command line, noted in the report.
+        device: Device of the training, and of ONNX teachers; networks are evaluated on the CPU.
 
     Raises:
         InputError: Lists, teachers or the output cannot be used.
@@ -110,10 +113,12 @@ def run(
         if faces:
             from kdlib_faces.demo.real_faces import real_data
 
-            data = real_data(config, work, faces, teachers, taps, inputs, start=start, seed=seed, quiet=not progress)
+            data = real_data(
+                config, work, faces, teachers, taps, inputs, start=start, seed=seed, quiet=not progress, device=device
+            )
         else:
-            data = synthetic_data(config, work, seed=seed, quiet=not progress)
-        results.append(_train_and_evaluate(config, data, work, seed=seed, quiet=not progress))
+            data = synthetic_data(config, work, seed=seed, quiet=not progress, device=device)
+        results.append(_train_and_evaluate(config, data, work, seed=seed, quiet=not progress, device=device))
     report, pictures = results[0]
     report.command, report.seeds = command, list(seeds)
     if len(results) > 1:
@@ -127,7 +132,7 @@ def run(
 
 
 def _train_and_evaluate(
-    config: DemoConfig, data: DemoData, work: Path, *, seed: int, quiet: bool
+    config: DemoConfig, data: DemoData, work: Path, *, seed: int, quiet: bool, device: torch.device
 ) -> tuple[Report, list[Picture]]:
     """Train the student twice on the same batches, and evaluate all models."""
     recipe = replace(config.student, num_identities=data.num_identities, input_size=config.size, seed=seed)
@@ -139,7 +144,7 @@ def _train_and_evaluate(
     for name, outputs in ((ALONE, {}), (DISTILLED, data.teacher_outputs)):
         distiller = build(recipe, teachers=outputs, student=copy.deepcopy(data.start))
         students[name], curves[name], batches = train_student(
-            distiller, data, config, work / name, label=LABELS[name], seed=seed, quiet=quiet
+            distiller, data, config, work / name, label=LABELS[name], seed=seed, quiet=quiet, device=device
         )
         weights |= _teacher_weights(distiller, batches)
         save_backbone(_network(distiller), work / name / "student.pt")
@@ -182,7 +187,15 @@ def _training_curve(curve: LossCurve) -> TrainingCurve:
 
 
 def train_student(
-    distiller: Distiller, data: DemoData, config: DemoConfig, folder: Path, *, label: str, seed: int, quiet: bool
+    distiller: Distiller,
+    data: DemoData,
+    config: DemoConfig,
+    folder: Path,
+    *,
+    label: str,
+    seed: int,
+    quiet: bool,
+    device: torch.device = CPU,
 ) -> tuple[DemoModel, LossCurve, FaceBatches]:
     """Train one student; the batches do not depend on the teachers."""
     if data.start is not None:
@@ -193,8 +206,10 @@ def train_student(
     )
     result = fit(
         distiller, batches, folder, steps=config.student_steps, lr=config.lr, seed=seed, label=label, quiet=quiet,
-        amp=config.amp, compile=config.compile, optimizer="sgd" if data.start is None else "adamw",
+        optimizer="sgd" if data.start is None else "adamw",
+        settings=TrainingConfig(amp=config.amp, compile=config.compile), device=device,
     )  # fmt: skip
+    distiller.to(CPU)
     adapter = distiller.student.eval()
     model = native_model(_network(distiller), adapter, config.size, "student", result.seconds, config.student_steps)
     # A run that was complete before has made no batches: set the epoch in which the training ended.

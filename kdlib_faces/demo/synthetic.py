@@ -9,6 +9,7 @@ from torch.nn import functional as F
 from kdlib import StudentAdapter, TeacherAdapter
 from kdlib.distiller import Distiller
 from kdlib.objective import Objective, Term
+from kdlib_faces._hardware import CPU
 from kdlib_faces.backbones import build_backbone
 from kdlib_faces.data.batches import FaceBatches
 from kdlib_faces.data.samplers import choose_samples_per_identity
@@ -23,7 +24,7 @@ from kdlib_faces.recipes.age_teacher import build_age_teacher
 from kdlib_faces.recipes.liaad import AGE, GENERAL
 from kdlib_faces.teachers import FrozenBatchNorm, MappedTeacher, cache_outputs, fit_rotation, read_outputs
 from kdlib_faces.teachers.open import stage_taps
-from kdlib_faces.training import fit
+from kdlib_faces.training import TrainingConfig, fit
 
 __all__ = ["align", "synthetic_data", "synthetic_faces", "synthetic_sets"]
 
@@ -72,7 +73,7 @@ def synthetic_faces(config: DemoConfig, seed: int) -> DemoData:
     )
 
 
-def synthetic_data(config: DemoConfig, work: Path, *, seed: int, quiet: bool) -> DemoData:
+def synthetic_data(config: DemoConfig, work: Path, *, seed: int, quiet: bool, device: torch.device = CPU) -> DemoData:
     """Generate the images, train both teachers, and cache their outputs on the students' training images.
 
     Args:
@@ -80,6 +81,7 @@ def synthetic_data(config: DemoConfig, work: Path, *, seed: int, quiet: bool) ->
         work: Folder of intermediate results; an interrupted run resumes from it.
         seed: Seed of images, weights and order.
         quiet: Show no progress.
+        device: Device of the training.
     """
     say(f"generating synthetic faces (seed {seed})", quiet=quiet)
     data = synthetic_faces(config, seed)
@@ -100,7 +102,7 @@ def synthetic_data(config: DemoConfig, work: Path, *, seed: int, quiet: bool) ->
     )
     general_fit = fit(
         plain, batches, work / "general_teacher", steps=config.general_steps, lr=config.teacher_lr, seed=seed,
-        label="general teacher", quiet=quiet, amp="bfloat16",
+        label="general teacher", quiet=quiet, settings=TrainingConfig(amp="bfloat16"), device=device,
     )  # fmt: skip
 
     start = build_backbone("iresnet18", seed=seed, **arguments)
@@ -118,11 +120,13 @@ def synthetic_data(config: DemoConfig, work: Path, *, seed: int, quiet: bool) ->
     )  # fmt: skip
     age_fit = fit(
         fine_tuned, batches, work / "age_teacher", steps=config.age_steps, lr=config.teacher_lr / 2,
-        seed=seed, label="age-invariant teacher", quiet=quiet, amp="bfloat16",
+        seed=seed, label="age-invariant teacher", quiet=quiet, settings=TrainingConfig(amp="bfloat16"), device=device,
     )  # fmt: skip
     wrapper = fine_tuned.student.model
     assert isinstance(wrapper, FrozenBatchNorm)
 
+    plain.to(CPU)
+    fine_tuned.to(CPU)
     outputs = {}
     for name, key, net, result, steps in (
         ("general_teacher", GENERAL, network, general_fit, config.general_steps),

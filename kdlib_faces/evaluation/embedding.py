@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kdlib_faces._modes import eval_mode
+from kdlib._modes import eval_mode
 from kdlib_faces.evaluation._checks import check_each, check_whole, require, to_numpy
 from kdlib_faces.evaluation._types import AnyArray, SingleArray
 from kdlib_faces.evaluation.protocol import EvaluationProtocol, R, evaluate

@@ -52,8 +52,7 @@ def best_grid(distances: FloatArray, same: BoolArray) -> float:
 
 def best_exact(distances: FloatArray, same: BoolArray) -> float:
     """The lowest midpoint of neighboring distances with the largest accuracy."""
-    order = np.sort(distances)
-    known = order[np.concatenate([[True], np.diff(order) > 0])]
+    known = np.unique(distances)
     # A midpoint of two neighboring floats can round to the lower one, which must stay accepted.
     middle = np.maximum((known[:-1] + known[1:]) / 2, np.nextafter(known[:-1], np.inf))
     return _best(distances, same, np.concatenate([known[:1], middle, [np.nextafter(known[-1], np.inf)]]))

@@ -15,14 +15,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import nn
 
 from kdlib._atomic import atomic_write
+from kdlib._modes import eval_mode
 from kdlib_faces._checks import InputError
-from kdlib_faces._modes import eval_mode
+from kdlib_faces._hardware import CPU, Amp, Hardware, autocast, share
+from kdlib_faces.data.dataset import decode_batches
 from kdlib_faces.data.image_files import describe_far_sizes
-from kdlib_faces.data.images import decode_batches
 from kdlib_faces.data.lists import warn
 from kdlib_faces.evaluation.embedding import embed_batch
 from kdlib_faces.evaluation.summary import ModelEntry
@@ -36,6 +38,7 @@ __all__ = ["OpenedModel", "embed_set", "open_model", "read_embeddings"]
 
 FORMAT = 1
 KEPT_EVERY = 256
+POLL_SECONDS = 0.1
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,7 +61,11 @@ class OpenedModel:
 
 
 def open_model(
-    path: str | os.PathLike[str], size: int | None = None, stated: "InputOptions | None" = None
+    path: str | os.PathLike[str],
+    size: int | None = None,
+    stated: "InputOptions | None" = None,
+    *,
+    device: torch.device = CPU,
 ) -> OpenedModel:
     """Open a model file: `.onnx` as an ONNX graph, anything else as the weights of a backbone or a teacher.
 
@@ -66,6 +73,7 @@ def open_model(
         path: The file.
         size: Side of its images in pixels; None for the model's own, or 112 if the file leaves it open.
         stated: What is stated about the images that the model takes; None for what its file implies.
+        device: Device of the model.
 
     Raises:
         InputError: The file is missing, corrupt, or of no known layout.
@@ -82,7 +90,7 @@ def open_model(
         described = describe_graph(path, stated.layout)
         own = described["input_size"]
         # As for checkpoints, the square crop is cut to the rectangle that the network takes.
-        teacher = open_onnx(path, images=stated, resize=isinstance(own, tuple))
+        teacher = open_onnx(path, images=stated, resize=isinstance(own, tuple), device=device)
         images = "" if teacher.image_format is None else teacher.image_format.describe()
         entry = ModelEntry("teacher", label, "ONNX", images, parameters=described["parameters"], macs=described["macs"])
         fingerprint = f"{teacher.fingerprint} None"
@@ -100,7 +108,7 @@ def open_model(
             fingerprint = f"{hashlib.file_digest(stream, 'sha256').hexdigest()} {network.input_spec!r}"
         module, own = network, network.input_size
     side = size or (112 if own is None else max(own) if isinstance(own, tuple) else int(own))
-    return OpenedModel(Path(path), module.eval(), side, replace(entry, input_size=side), fingerprint)
+    return OpenedModel(Path(path), module.eval().to(device), side, replace(entry, input_size=side), fingerprint)
 
 
 def embed_set(
@@ -111,8 +119,13 @@ def embed_set(
     batch_size: int = 64,
     flip: bool = True,
     progress: bool = False,
+    hardware: Hardware | None = None,
+    amp: Amp = "none",
+    workers: int = 2,
 ) -> NDArray[np.float32]:
     """Embeddings (n, d) of an image set as the model returns them, not normalized; from `folder`, or computed and kept there.
+
+    Several processes embed a part of the rows each; all of them return the whole.
 
     Args:
         model: From `open_model`.
@@ -121,6 +134,9 @@ def embed_set(
         batch_size: Images in one forward.
         flip: Add the embedding of the mirrored image.
         progress: Show progress.
+        hardware: Device of the model, and the processes that share the work; None for this process on the CPU.
+        amp: Precision of the forward pass.
+        workers: Threads that decode images.
 
     Returns:
         A read-only memory map.
@@ -128,18 +144,22 @@ def embed_set(
     Raises:
         InputError: An image is not readable, or an embedding is not finite or zero (the message gives the image).
     """
+    hardware = hardware or Hardware()
     parts = [str(FORMAT), model.fingerprint, str(model.size), str(flip), images.fingerprint]
+    parts += [amp] if amp != "none" else []
     key = hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
     target = folder / f"{file_name(model.path.stem)}-{file_name(images.name)}-{key}.npy"
     if not target.exists():
         folder.mkdir(parents=True, exist_ok=True)
         warn(describe_far_sizes(images.sources, model.size))
         try:
-            _embed_to(target, model, images, batch_size, flip, progress)
+            _embed_shared(
+                target, _Job(model, images, batch_size, flip, hardware.device, amp, workers, progress), hardware
+            )
         except InputError:
             if (read := images.read) is not None and images.count is not None:
                 # If images cannot be read, this lists all of them.
-                for _ in decode_batches(lambda row: read(row, model.size), images.count, batch_size, 2, None):
+                for _ in decode_batches(lambda row: read(row, model.size), images.count, batch_size, workers, None):
                     pass
             raise
     array: NDArray[np.float32] = _load(target)
@@ -147,36 +167,84 @@ def embed_set(
     return array
 
 
-def _embed_to(target: Path, model: OpenedModel, images: ImageSet, batch_size: int, flip: bool, progress: bool) -> None:
-    """Write rows in order to a part file; the note beside it holds the number of rows that are safe on disk."""
-    part, note = target.with_name(target.name + ".part"), target.with_name(target.name + ".json")
-    count = images.count
+@dataclass(frozen=True, eq=False)
+class _Job:
+    """A model, the images that it embeds, and how."""
+
+    model: OpenedModel
+    images: ImageSet
+    batch_size: int
+    flip: bool
+    device: torch.device
+    amp: Amp
+    workers: int
+    progress: bool
+
+
+def _embed_shared(target: Path, job: _Job, hardware: Hardware) -> None:
+    """Write the rows of all processes; the first process joins their files."""
+    count = job.images.count
     assert count is not None  # a set with images has rows
+    if hardware.count == 1:
+        _embed_to(target, job, range(count))
+        return
+    parts = [target.with_name(f"{target.name}.{each}-of-{hardware.count}") for each in range(hardware.count)]
+    own = parts[hardware.rank]
+    rows = share(count, hardware)
+    if rows and not own.exists():
+        _embed_to(own, job, rows)
+    if not hardware.first:
+        _wait_for(target)
+        return
+    written = [path for each, path in enumerate(parts) if share(count, replace(hardware, rank=each))]
+    for path in written:
+        _wait_for(path)
+    arrays = [_load(path) for path in written]
+    with atomic_write(target) as stream:
+        stream.write(_header(arrays[0].shape[1], count))
+        for array in arrays:
+            stream.write(array.tobytes())
+    for path in parts:
+        path.unlink(missing_ok=True)
+
+
+def _wait_for(path: Path) -> None:
+    """Wait for a file of another process; `torchrun` ends this process when that one ends with an error."""
+    while not path.exists():
+        time.sleep(POLL_SECONDS)
+
+
+def _embed_to(target: Path, job: _Job, rows: range) -> None:
+    """Write rows in order to a part file; the note beside it holds the number of rows that are safe on disk."""
+    model, images = job.model, job.images
+    part, note = target.with_name(target.name + ".part"), target.with_name(target.name + ".json")
+    count = len(rows)
     done, width = _rows_kept(note, part)
-    batch = max(1, min(batch_size, KEPT_EVERY))
+    batch = max(1, min(job.batch_size, KEPT_EVERY))
     starts = range(done, count, batch)
     label = f"{model.path.name} on {images.name}, {count:,} images from {done:,}, batches of {batch}"
     last, begin = done, time.monotonic()
-    with part.open("r+b" if done else "wb") as stream, eval_mode(model.module):
+    with part.open("r+b" if done else "wb") as stream, eval_mode(model.module), autocast(job.device, job.amp):
         if done:
             stream.seek(len(_header(width, count)) + done * width * 4)
             stream.truncate()
-        for start in show(starts, label, quiet=not progress):
-            rows = range(start, min(start + batch, count))
-            array = embed_batch(model.module, images.decode(rows, model.size), flip=flip).astype("<f4", copy=False)
+        for start in show(starts, label, quiet=not job.progress):
+            stop = min(start + batch, count)
+            pixels = images.decode(rows[start:stop], model.size, workers=job.workers).to(job.device)
+            array = embed_batch(model.module, pixels, flip=job.flip).astype("<f4", copy=False)
             if (bad := _unusable_row(array)) is not None:
-                where = f"{images.label(rows[bad[0]])} of {images.name}"
+                where = f"{images.label(rows[start + bad[0]])} of {images.name}"
                 raise InputError(f"{model.path}: the model returns {bad[1]} for {where}")
             if not start:
                 width = array.shape[1]
                 stream.write(_header(width, count))
             stream.write(array.tobytes())
-            if rows.stop - last >= KEPT_EVERY or time.monotonic() - begin > 10 or rows.stop == count:
+            if stop - last >= KEPT_EVERY or time.monotonic() - begin > 10 or stop == count:
                 stream.flush()
                 os.fsync(stream.fileno())
                 with atomic_write(note) as file:
-                    file.write(json.dumps({"format": FORMAT, "done": rows.stop, "width": width}).encode())
-                last, begin = rows.stop, time.monotonic()
+                    file.write(json.dumps({"format": FORMAT, "done": stop, "width": width}).encode())
+                last, begin = stop, time.monotonic()
     os.replace(part, target)
     note.unlink(missing_ok=True)
 

@@ -17,11 +17,12 @@ from torch import Tensor
 
 from kdlib_faces._checks import InputError
 from kdlib_faces.data.alignment import align_face
-from kdlib_faces.data.images import decode_image, fingerprint_files, read_image, read_pixels
+from kdlib_faces.data.images import decode_image, read_pixels
+from kdlib_faces.data.sources.base import FileImages, ImageSource
 
 __all__ = [
     "OF_EMBEDDINGS", "Embeddings", "ImageSet", "aligned_images", "check_embeddings", "file_name", "images_of_bytes",
-    "images_of_files", "images_of_tensor", "rows_only",
+    "images_of_files", "images_of_source", "images_of_tensor", "rows_only",
 ]  # fmt: skip
 
 WORKERS = 2
@@ -42,7 +43,7 @@ class ImageSet:
         read: Row and size to the image (3, size, size) uint8; None if only embeddings are known.
         label: Row to the name of the image.
         alignment: How the faces are aligned, for the report.
-        sources: Files or encoded images that are resized as they are, so that their sizes can be checked.
+        sources: Encoded images that are resized as they are, so that their sizes can be checked.
     """
 
     name: str
@@ -51,15 +52,15 @@ class ImageSet:
     read: Callable[[int, int], NDArray[np.uint8]] | None
     label: Callable[[int], str]
     alignment: str = AS_THEY_ARE
-    sources: Sequence[Path | bytes] = ()
+    sources: ImageSource | Sequence[bytes] = ()
 
     def check_images(self) -> None:
         """Raise an `InputError` if the set has no images."""
         if self.read is None:
             raise InputError(f"{self.name}: no images are known, only embeddings can be evaluated; give images=FOLDER")
 
-    def decode(self, rows: Sequence[int], size: int) -> Tensor:
-        """Images (b, 3, size, size) uint8, RGB.
+    def decode(self, rows: Sequence[int], size: int, *, workers: int = WORKERS) -> Tensor:
+        """Images (b, 3, size, size) uint8, RGB, decoded by `workers` threads.
 
         Raises:
             InputError: The set has no images, or one of them is not readable (the message gives it).
@@ -67,7 +68,7 @@ class ImageSet:
         self.check_images()
         read = self.read
         assert read is not None
-        with ThreadPoolExecutor(WORKERS) as pool:
+        with ThreadPoolExecutor(workers) as pool:
             return torch.from_numpy(np.stack(list(pool.map(lambda row: read(row, size), rows))))
 
     def picture(self, row: int, size: int = 112) -> NDArray[np.uint8] | None:
@@ -75,18 +76,29 @@ class ImageSet:
         return None if self.read is None else np.ascontiguousarray(self.read(row, size).transpose(1, 2, 0))
 
 
+def images_of_source(name: str, images: ImageSource) -> ImageSet:
+    """A set of encoded images; its fingerprint depends on their names, sizes and modification times."""
+    digest = hashlib.sha256(f"images {len(images)}".encode())
+    for part in images.layout(np.arange(len(images)), modified=True):
+        digest.update(part)
+
+    def read(row: int, size: int) -> NDArray[np.uint8]:
+        return decode_image(images[row], size, name=images.name(row))
+
+    label = _short_names(images.paths).__getitem__ if isinstance(images, FileImages) else images.name
+    return ImageSet(name, len(images), digest.hexdigest(), read, label, sources=images)
+
+
 def images_of_files(name: str, paths: Sequence[str | os.PathLike[str]]) -> ImageSet:
-    """A set of image files; its fingerprint depends on their names, sizes and modification times.
+    """A set of image files; see `images_of_source`.
 
     Raises:
         InputError: A file is missing.
     """
-    files = [Path(path) for path in paths]
-    short = _short_names(files)
-    return ImageSet(
-        name, len(files), fingerprint_files(files), lambda row, size: read_image(files[row], size), short.__getitem__,
-        sources=files,
-    )  # fmt: skip
+    images = FileImages(paths)
+    if (missing := next((path for path in images.paths if not path.is_file()), None)) is not None:
+        raise InputError(f"{missing}: image file not found")
+    return images_of_source(name, images)
 
 
 def aligned_images(

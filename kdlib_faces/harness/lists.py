@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 from kdlib_faces._checks import InputError
 from kdlib_faces.data.lists import FaceList
 from kdlib_faces.data.sets.longitudinal import read_longitudinal
+from kdlib_faces.data.sources.base import FileImages
 from kdlib_faces.evaluation import (
     AgeErrorProtocol,
     AgeGapProtocol,
@@ -121,14 +122,14 @@ def leave_one_out_task(spec: ProtocolSpec, settings: Settings, name: str, title:
 
 
 def longitudinal_task(spec: ProtocolSpec, settings: Settings, name: str, title: str) -> EvaluationTask:
-    """Identities over the years: a list with ages or dates, or `--faces` with ages."""
+    """Identities over the years: a list with ages or dates, or `--data` with ages."""
     spec.check_options("reference")
     rows: NDArray[np.int64] | None = None
     notes: tuple[str, ...] = ()
     if spec.path is not None:
         dated = read_longitudinal(spec.path)
         identities, years = dated.identities, dated.years
-        images = settings.image_set(spec.path, dated.paths)
+        images = settings.image_set(spec.path, FileImages(dated.paths))
     else:
         faces, images = faces_of(spec, settings, path_is_list=True)
         rows, by, notes = _aged_rows(spec, faces, "an age")
@@ -140,7 +141,7 @@ def longitudinal_task(spec: ProtocolSpec, settings: Settings, name: str, title: 
 
 
 def tasks_of_faces(settings: Settings) -> tuple[list[EvaluationTask], list[str]]:
-    """All protocols that the lists of `--faces` allow if none is given, and notes on those that they do not allow."""
+    """All protocols that the lists of `--data` allow if none is given, and notes on those that they do not allow."""
     tasks, notes = [], []
     for name, title, make in (
         ("age_gap", "By age", age_gap_task),

@@ -19,6 +19,7 @@ from kdlib_faces.data.sets.cfp import read_cfp_pairs
 from kdlib_faces.data.sets.fgnet import read_fgnet
 from kdlib_faces.data.sets.ijb import read_ijb
 from kdlib_faces.data.sets.lfw import read_lfw_pairs
+from kdlib_faces.data.sources.base import FileImages
 from kdlib_faces.evaluation import (
     PAIR_SETS,
     DistractorProtocol,
@@ -112,7 +113,7 @@ def _task_of_pairs(pairs: ImagePairs, spec: ProtocolSpec, settings: Settings, na
     identities, ages = None if pairs.identities is None else np.asarray(pairs.identities), pairs.ages
     if "images" in spec.options:
         files = _files_below(Path(spec.options["images"]))
-        folder = FaceList(tuple(files), np.zeros(len(files), np.int64), ("",))
+        folder = FaceList(FileImages(files), np.zeros(len(files), np.int64), ("",))
         located, rows = pairs.locate(folder), pairs.rows(folder)
         found = np.flatnonzero(rows >= 0)
         row_of = np.full(len(rows), -1)

@@ -6,17 +6,21 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
+from numpy.typing import NDArray
+
 from kdlib_faces._checks import InputError
+from kdlib_faces._hardware import Hardware
 from kdlib_faces.data.image_files import describe_far_sizes
 from kdlib_faces.data.lists import FaceList, read_faces
 from kdlib_faces.evaluation.summary import DataSummary, ModelEntry
-from kdlib_faces.harness.embeddings import embed_set, open_model, read_embeddings
+from kdlib_faces.harness.embeddings import OpenedModel, embed_set, open_model, read_embeddings
 from kdlib_faces.harness.evaluate import EvaluatedModel
-from kdlib_faces.harness.image_sets import OF_EMBEDDINGS, ImageSet, images_of_files
+from kdlib_faces.harness.image_sets import OF_EMBEDDINGS, ImageSet, images_of_source
 from kdlib_faces.harness.lists import tasks_of_faces
 from kdlib_faces.harness.registry import PROTOCOLS
 from kdlib_faces.harness.tasks import EvaluateConfig, EvaluationTask, ProtocolSpec, Settings, parse_protocol
-from kdlib_faces.teachers.input_options import inputs_of_models
+from kdlib_faces.teachers.input_options import InputOptions, inputs_of_models
 
 __all__ = ["PreparedEvaluation", "prepare"]
 
@@ -42,7 +46,7 @@ def prepare(
     config: EvaluateConfig,
     *,
     work: Path,
-    faces: Sequence[PathLike] = (),
+    data: Sequence[PathLike] = (),
     models: Sequence[PathLike] = (),
     inputs: Sequence[str] = (),
     embeddings: Sequence[PathLike] = (),
@@ -50,21 +54,25 @@ def prepare(
     protocols: Sequence[str] = (),
     progress: bool = False,
     on_error: Literal["stop", "skip"] = "stop",
+    hardware: Hardware | None = None,
+    workers: int = 2,
 ) -> PreparedEvaluation:
     """Read protocols, models and embeddings, and embed the images that are missing from a model's embeddings.
 
     Args:
         config: Settings.
         work: Folder in which embeddings are kept; an interrupted run continues from it.
-        faces: Face lists, as `read_faces` takes them; for protocols without images of their own.
+        data: Face lists, as `read_faces` takes them; for protocols without images of their own.
         models: `.onnx` or weight files, or `NAME=FILE` to name them in the report.
         inputs: What is stated about the images of the models: one text of `InputOptions.parse` for all, or one for each.
         embeddings: `.npy` files (n, d), rows in the order of the images; or folders with one such file per image set,
-            named after it: `lfw.npy`, `fgnet.npy`, and `faces.npy` for the lists of `faces`; or `NAME=FILE`.
-        pairs: A pairs file in the format of LFW, on `faces`.
-        protocols: `NAME[=PATH][,key=PATH ...]` each; without any, all that the lists of `faces` allow.
+            named after it: `lfw.npy`, `fgnet.npy`, and `faces.npy` for those of `data`; or `NAME=FILE`.
+        pairs: A pairs file in the format of LFW, on the images of `data`.
+        protocols: `NAME[=PATH][,key=PATH ...]` each; without any, all that the lists of `data` allow.
         progress: Show progress.
-        on_error: Whether images of `faces` that cannot be read stop the evaluation; see `read_faces`.
+        on_error: Whether images of `data` that cannot be read stop the evaluation; see `read_faces`.
+        hardware: Device of the models, and the processes that share the images; None for this process on the CPU.
+        workers: Threads that decode images.
 
     Raises:
         InputError: A file is not usable, or there is nothing to evaluate.
@@ -74,20 +82,21 @@ def prepare(
     for what, given, most in (("models", [*models, *embeddings], 100), ("protocols", protocols, 100)):
         if len(given) > most:
             raise InputError(f"evaluate: at most {most} {what} are evaluated at once, got {len(given)}")
-    if not faces and not protocols:
-        raise InputError("evaluate: --faces or --protocol must be given: what is to be measured?")
-    face_list = read_faces(faces, on_error=on_error) if faces else None
+    if not data and not protocols:
+        raise InputError("evaluate: --data or --protocol must be given: what is to be measured?")
+    face_list = read_faces(data, on_error=on_error) if data else None
     settings = _settings(config, face_list, progress)
     tasks, notes = _tasks(settings, protocols, pairs)
     if not tasks:
-        raise InputError(f"evaluate: nothing can be measured on {', '.join(map(str, faces))}: {'; '.join(notes)}")
+        raise InputError(f"evaluate: nothing can be measured on {', '.join(map(str, data))}: {'; '.join(notes)}")
     if embeddings:
         alignment = "{}; embeddings from files as they are" if models else OF_EMBEDDINGS
         tasks = [
             replace(task, convention={**task.convention, "Alignment": alignment.format(task.alignment)})
             for task in tasks
         ]
-    evaluated = _models(config, models, inputs, embeddings, tasks, work, notes, progress)
+    embedding = _Embedding(config, work, progress, hardware or Hardware(), workers)
+    evaluated = _models(embedding, models, inputs, embeddings, tasks, notes)
     return PreparedEvaluation(
         tasks, evaluated, _data(settings, tasks, [*notes, *(() if face_list is None else face_list.notes)])
     )
@@ -96,7 +105,7 @@ def prepare(
 def _settings(config: EvaluateConfig, faces: FaceList | None, progress: bool) -> Settings:
     flip = "embedding of the mirrored image added before normalizing" if config.flip else "plain image only"
     convention = {"Flip": f"{flip}; embeddings from files as they are"}
-    images = None if faces is None else images_of_files("faces", faces.paths)
+    images = None if faces is None else images_of_source("faces", faces.images)
     return Settings(config, faces, images, convention, progress)
 
 
@@ -120,15 +129,36 @@ def _tasks(
     return tasks, notes
 
 
+@dataclass(frozen=True)
+class _Embedding:
+    """How models are opened and run."""
+
+    config: EvaluateConfig
+    work: Path
+    progress: bool
+    hardware: Hardware
+    workers: int
+
+    def open(self, path: Path, stated: InputOptions) -> OpenedModel:
+        model = open_model(path, self.config.input_size, stated, device=self.hardware.device)
+        if self.config.compile and path.suffix.lower() != ".onnx":
+            model.module.compile()
+        return model
+
+    def run(self, model: OpenedModel, images: ImageSet) -> NDArray[np.float32]:
+        return embed_set(
+            model, images, self.work, batch_size=self.config.batch_size, flip=self.config.flip, progress=self.progress,
+            hardware=self.hardware, amp=self.config.amp, workers=self.workers,
+        )  # fmt: skip
+
+
 def _models(
-    config: EvaluateConfig,
+    embedding: _Embedding,
     models: Sequence[PathLike],
     inputs: Sequence[str],
     embeddings: Sequence[PathLike],
     tasks: Sequence[EvaluationTask],
-    work: Path,
     notes: list[str],
-    progress: bool,
 ) -> list[EvaluatedModel]:
     """Models and embeddings, each with its own name; every file is opened before any model runs.
 
@@ -148,8 +178,7 @@ def _models(
         given.append(EvaluatedModel(name, ModelEntry("student", name, "embeddings from a file"), arrays))
     stated = inputs_of_models(inputs, len(models))
     opened = [
-        (name, open_model(path, config.input_size, images))
-        for (name, path), images in zip(names[: len(models)], stated, strict=True)
+        (name, embedding.open(path, images)) for (name, path), images in zip(names[: len(models)], stated, strict=True)
     ]
     for images in sets.values() if opened else ():
         images.check_images()
@@ -157,10 +186,7 @@ def _models(
     notes += dict.fromkeys(filter(None, far))
     evaluated = []
     for name, model in opened:
-        made = {
-            each: embed_set(model, images, work, batch_size=config.batch_size, flip=config.flip, progress=progress)
-            for each, images in sets.items()
-        }
+        made = {each: embedding.run(model, images) for each, images in sets.items()}
         evaluated.append(EvaluatedModel(name, replace(model.entry, label=name), made))
     return evaluated + given
 

@@ -11,11 +11,13 @@ from numpy.typing import NDArray
 
 from kdlib._checks import check_number, nearest
 from kdlib_faces._checks import InputError
+from kdlib_faces._hardware import Amp
 from kdlib_faces.data.lists import FaceList, read_faces
+from kdlib_faces.data.sources.base import ImageSource
 from kdlib_faces.evaluation import EvaluationProtocol, ProtocolResult, Sampling
 from kdlib_faces.evaluation._checks import check_level
 from kdlib_faces.evaluation.fold_thresholds import Rule
-from kdlib_faces.harness.image_sets import Embeddings, ImageSet, images_of_files
+from kdlib_faces.harness.image_sets import Embeddings, ImageSet, images_of_source
 
 __all__ = [
     "EvaluateConfig", "EvaluationTask", "ProtocolSpec", "Settings", "TaskMaker", "faces_of", "parse_protocol",
@@ -147,6 +149,8 @@ class EvaluateConfig:
         seed: Seed of the bootstrap.
         num_failures: Number of the hardest pairs of each kind to show, 0 for none.
         score_rows: Maximal number of rows of a file of scores.
+        amp: Precision of the forward pass: `"none"`, `"bfloat16"` or `"float16"`.
+        compile: Compile the networks by `torch.compile`; ONNX graphs are left as they are.
     """
 
     batch_size: int = 64
@@ -161,6 +165,8 @@ class EvaluateConfig:
     seed: int = 0
     num_failures: int = 6
     score_rows: int = 1_000_000
+    amp: Amp = "none"
+    compile: bool = False
 
     def __post_init__(self) -> None:
         owner = "EvaluateConfig"
@@ -194,7 +200,7 @@ class Settings:
 
     Attributes:
         config: The configuration.
-        faces: The lists of `--faces`; None without any.
+        faces: The lists of `--data`; None without any.
         face_images: Their images.
         convention: Conventions of the embeddings, reported with each protocol.
         progress: Show the progress of long protocols.
@@ -212,14 +218,14 @@ class Settings:
         """A face list and its images, read once for all protocols."""
         if path not in self.lists:
             faces = read_faces([path])
-            self.lists[path] = faces, self.image_set(path, faces.paths)
+            self.lists[path] = faces, self.image_set(path, faces.images)
         return self.lists[path]
 
-    def image_set(self, path: Path, files: Sequence[Path]) -> ImageSet:
+    def image_set(self, path: Path, source: ImageSource) -> ImageSet:
         """The images of a list, named after it, with a number if the name is taken; equal images are one set."""
         taken = {images.name for images in self.sets} | {"faces"}
         stem = path.absolute().stem or "images"
-        images = images_of_files(stem if stem not in taken else f"{stem}_{len(taken)}", files)
+        images = images_of_source(stem if stem not in taken else f"{stem}_{len(taken)}", source)
         for known in (*self.sets, *([self.face_images] if self.face_images is not None else [])):
             if known.fingerprint == images.fingerprint:
                 return known
@@ -258,11 +264,11 @@ def parse_protocol(text: str, names: Collection[str]) -> ProtocolSpec:
 
 
 def faces_of(spec: ProtocolSpec, settings: Settings, *, path_is_list: bool) -> tuple[FaceList, ImageSet]:
-    """The face list of a task: its own (`faces=`, `images=`, or the path), else that of `--faces`."""
+    """The face list of a task: its own (`faces=`, `images=`, or the path), else that of `--data`."""
     given = spec.options.get("faces") or spec.options.get("images") or (spec.path if path_is_list else None)
     if given is not None:
         return settings.read_list(Path(given))
     if settings.faces is None or settings.face_images is None:
         way = f"{spec.name}=LIST" if path_is_list else "images=FOLDER"
-        raise spec.error(f"needs faces: give --faces LIST, or {way} (a CSV list or a folder)")
+        raise spec.error(f"needs faces: give --data LIST, or {way} (a CSV list or a folder)")
     return settings.faces, settings.face_images

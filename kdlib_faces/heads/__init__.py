@@ -12,11 +12,13 @@ from kdlib_faces.heads.curricular import CurricularFaceHead, curricularface_loss
 from kdlib_faces.heads.elastic import ElasticFaceHead, elasticface_loss
 from kdlib_faces.heads.magface import MagFaceHead, magface_loss
 from kdlib_faces.heads.partial_fc import load_partial_fc, merge_partial_fc
+from kdlib_faces.heads.sampled import SampledHead, skip_rows_without_gradient
+from kdlib_faces.heads.shard import shard_head
 from kdlib_faces.heads.sub_center import SubCenterArcFaceHead, sub_center_arcface_loss
 
 __all__ = [
     "AdaFaceHead", "ArcFaceHead", "CombinedMarginHead", "CosFaceHead", "CurricularFaceHead", "ElasticFaceHead",
-    "MagFaceHead", "SubCenterArcFaceHead", "adaface_loss", "arcface_loss", "combined_margin_loss", "cosface_loss",
+    "MagFaceHead", "SampledHead", "SubCenterArcFaceHead", "adaface_loss", "arcface_loss", "combined_margin_loss", "cosface_loss",
     "curricularface_loss", "elasticface_loss", "load_partial_fc", "magface_loss", "merge_partial_fc",
-    "sub_center_arcface_loss",
+    "shard_head", "skip_rows_without_gradient", "sub_center_arcface_loss",
 ]  # fmt: skip

@@ -10,12 +10,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kdlib._checks import check_choice, check_floating, check_number, check_rank, show_shape
-from kdlib._maths import REDUCTIONS, Reduction, finite_weight, reduce, rescale, unit_rows
-from kdlib_faces._checks import check_identities
+from kdlib._gather import is_sharded
+from kdlib._maths import REDUCTIONS, Reduction, finite_weight, promoted_dtype, reduce, rescale
+from kdlib_faces._checks import check_class_shards, check_identities
+from kdlib_faces.heads._streamed import Modulate, own_and_log_sum, unit
 
 __all__ = [
-    "LossModule", "MarginHead", "add_angular_margin", "angle_to", "check_call", "counted_rows", "lengths", "move",
-    "shift_angle", "softmax_loss", "unit_pair",
+    "LossModule", "MarginHead", "add_angular_margin", "angle_to", "check_call", "counted_rows", "lengths",
+    "margin_softmax", "move", "shift_angle", "softmax_loss", "unit_pair",
 ]  # fmt: skip
 
 
@@ -33,10 +35,14 @@ class LossModule(nn.Module):
         check_choice(owner, "reduction", reduction, REDUCTIONS)
         self.reduction = reduction
 
+    def arguments(self) -> dict[str, Any]:
+        """Return the arguments of the call that rebuilds the loss, without centers and generator."""
+        names = [name for name in signature(type(self)).parameters if name not in ("centers", "generator")]
+        return {name: getattr(self, name) for name in names}
+
     def extra_repr(self) -> str:
         """Return the arguments of the call that rebuilds the loss."""
-        names = [name for name in signature(type(self)).parameters if name not in ("centers", "generator")]
-        return ", ".join(f"{name}={getattr(self, name)!r}" for name in names)
+        return ", ".join(f"{name}={value!r}" for name, value in self.arguments().items())
 
     def _load_from_state_dict(
         self,
@@ -73,6 +79,7 @@ class MarginHead(LossModule):
         margin: the margin, at least 0; a plain float attribute that a schedule may set.
         reduction: `"mean"` or `"none"`.
         generator: generator of the initial centers; None uses torch's global generator.
+        chunk_size: identities per chunk of the softmax; None computes all logits at once.
         sub_centers: number of centers per identity, which `weight` then has as its second dimension.
 
     Attributes:
@@ -95,11 +102,16 @@ class MarginHead(LossModule):
         *,
         reduction: Reduction,
         generator: torch.Generator | None,
+        chunk_size: int | None,
         sub_centers: int | None = None,
     ) -> None:
         super().__init__()
         self._set_sizes(embedding_dim, num_identities, scale, reduction)
-        self.margin = float(check_number(type(self).__name__, "margin", margin, min=0, max=self._max_margin))
+        owner = type(self).__name__
+        self.margin = float(check_number(owner, "margin", margin, min=0, max=self._max_margin))
+        if chunk_size is not None:
+            chunk_size = check_number(owner, "chunk_size", chunk_size, min=1, integer=True)
+        self.chunk_size = chunk_size
         middle = () if sub_centers is None else (sub_centers,)
         self.weight = nn.Parameter(torch.empty(self.num_identities, *middle, self.embedding_dim))
         nn.init.normal_(self.weight, std=self.embedding_dim**-0.5, generator=generator)
@@ -111,15 +123,25 @@ class MarginHead(LossModule):
         *,
         weight: Tensor | None = None,
         reduction: Reduction | None = None,
+        negatives: Tensor | None = None,
     ) -> Tensor:
-        """Return the loss of embeddings `(b, d)` and `identities` `(b,)`; `reduction=None` uses that of the constructor."""
+        """Return the loss of embeddings `(b, d)` and `identities` `(b,)`; `reduction=None` uses that of the constructor.
+
+        `negatives` are the indices of the centers that are compared to, as `SampledHead` draws them; None compares to all.
+        """
         return self._loss(
             embeddings, self.weight, identities, scale=self.scale, margin=self.margin,
-            reduction=reduction or self.reduction, weight=weight,
+            reduction=reduction or self.reduction, weight=weight, chunk_size=self.chunk_size, negatives=negatives,
         )  # fmt: skip
 
 
-def check_call(owner: str, embeddings: Tensor, centers: Tensor, identities: Tensor, shape: str = "n d") -> None:
+def check_call(
+    owner: str,
+    embeddings: Tensor,
+    centers: Tensor,
+    identities: Tensor,
+    shape: str = "n d",
+) -> None:
     """Check embeddings `(b, d)`, centers of the dimensions in `shape`, and identities `(b,)`."""
     check_floating(owner, embeddings=embeddings, centers=centers)
     check_rank(owner, "embeddings", embeddings, "b d")
@@ -128,22 +150,14 @@ def check_call(owner: str, embeddings: Tensor, centers: Tensor, identities: Tens
         wanted = f"(b, {centers.shape[-1]}) like centers {show_shape(centers)}"
         raise ValueError(f"{owner}: embeddings must be {wanted}, got {show_shape(embeddings)}")
     check_identities(owner, identities, embeddings.shape[0], centers.shape[0])
+    if is_sharded(centers):
+        check_class_shards(owner, centers)
 
 
 def unit_pair(embeddings: Tensor, centers: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """Normalize the rows of both, in float32, or in float64 if either is float64.
-
-    The gradient of a row is at most 2 * scale / norm. A row whose norm is too small for this to be finite in its
-    original dtype gets no gradient; a zero row stays zero.
-    """
-    dtype = torch.promote_types(torch.promote_types(embeddings.dtype, centers.dtype), torch.float32)
-
-    def unit(x: Tensor) -> Tensor:
-        rows, largest = unit_rows(x.to(dtype))
-        smallest = max(1e-12, 4 * scale / torch.finfo(x.dtype).max)
-        return torch.where((largest < smallest).unsqueeze(1), rows.detach(), rows)
-
-    return unit(embeddings), unit(centers)
+    """Normalize the rows of both, in float32, or in float64 if either is float64; see `unit` for short rows."""
+    dtype = promoted_dtype(embeddings, centers)
+    return unit(embeddings, dtype, scale), unit(centers, dtype, scale)
 
 
 def _cosine_and_sine(e_bd: Tensor, center_bd: Tensor) -> tuple[Tensor, Tensor]:
@@ -208,3 +222,64 @@ def softmax_loss(
     """Cross-entropy of `scale * cosines` `(b, n)`, with the target cosine replaced by `target_cosine` `(b,)`."""
     logits = scale * cosines.scatter(1, identities.unsqueeze(1), target_cosine.unsqueeze(1))
     return reduce(owner, F.cross_entropy(logits, identities, reduction="none"), reduction, weight)
+
+
+def margin_softmax(
+    owner: str,
+    embeddings: Tensor,
+    centers: Tensor,
+    identities: Tensor,
+    target: Callable[[Tensor, Tensor], Tensor],
+    *,
+    scale: float,
+    reduction: str,
+    weight: Tensor | None,
+    chunk_size: int | None,
+    negatives: Tensor | None,
+    steepness: float = 1.0,
+    modulate: Modulate | None = None,
+) -> Tensor:
+    """Softmax cross-entropy over cosines, with a margin on the target cosine.
+
+    Args:
+        owner: name of the loss, for errors.
+        embeddings: `(b, d)`, not necessarily normalized.
+        centers: `(n, d)`, or `(n, k, d)` of which the nearest one of an identity counts; may be sharded along n.
+        identities: `(b,)`.
+        target: maps unit embeddings and own unit centers, both `(b, d)`, to target cosines with margin.
+        scale: factor of the cosines.
+        reduction: `"mean"` or `"none"`.
+        weight: `(b,)`, weight per sample.
+        chunk_size: identities per chunk; None computes all logits at once.
+        negatives: indices of the (local) centers that count as negatives; None for all.
+        steepness: the largest slope of `target` by the angle.
+        modulate: changes the cosines of negatives; compares them to the target cosines with margin.
+    """
+    identities, slope = identities.long(), scale * steepness
+    if chunk_size is None and negatives is None and not is_sharded(centers):
+        e_bd, rows = unit_pair(embeddings, centers.flatten(0, -2), slope)
+        cosines, own = e_bd @ rows.T, identities
+        if centers.dim() == 3:
+            cosines, nearest = cosines.reshape(len(e_bd), *centers.shape[:2]).max(2)
+            own = identities * centers.shape[1] + nearest.gather(1, identities.unsqueeze(1)).squeeze(1)
+        psi = target(e_bd, rows[own])
+        if modulate is not None:
+            cosines = modulate(cosines, psi)
+        return softmax_loss(owner, cosines, psi, identities, scale, reduction, weight)
+    if chunk_size is not None:
+        check_number(owner, "chunk_size", chunk_size, min=1, integer=True)
+    e_bd = unit(embeddings, promoted_dtype(embeddings, centers), slope)
+
+    def nearest_target(rows: Tensor) -> Tensor:
+        units = unit(rows, e_bd.dtype, slope)
+        if units.dim() == 3:
+            nearest = (units @ e_bd.unsqueeze(2)).squeeze(2).argmax(1)
+            units = units[torch.arange(len(units), device=units.device), nearest]
+        return target(e_bd, units)
+
+    own_rows, log_sum = own_and_log_sum(
+        e_bd, centers, identities, scale=scale, steepness=steepness, chunk_size=chunk_size, negatives=negatives,
+        modulate=modulate, target_cosine=nearest_target,
+    )  # fmt: skip
+    losses = -F.logsigmoid(scale * nearest_target(own_rows) - log_sum)
+    return reduce(owner, losses, reduction, weight)

@@ -13,11 +13,11 @@ from kdlib_faces.heads._margin import (
     check_call,
     counted_rows,
     lengths,
+    margin_softmax,
     move,
     shift_angle,
-    softmax_loss,
-    unit_pair,
 )
+from kdlib_faces.heads._streamed import whole_batch
 
 __all__ = ["AdaFaceHead", "adaface_loss"]
 
@@ -34,6 +34,8 @@ def adaface_loss(
     norm_std: Tensor | float = 100.0,
     reduction: Reduction = "mean",
     weight: Tensor | None = None,
+    chunk_size: int | None = None,
+    negatives: Tensor | None = None,
 ) -> Tensor:
     r"""Softmax cross-entropy over cosines, with an angular and a cosine margin set by the norm of the embedding.
 
@@ -61,6 +63,9 @@ def adaface_loss(
         norm_std: :math:`\sigma`, a number or a scalar tensor.
         reduction: `"mean"` over the batch, or `"none"`.
         weight: `(b,)`, weight per sample; 0 masks it.
+        chunk_size: identities whose logits exist at once. The value is the same; the memory does not grow with n. There
+            is then no second derivative. None computes all logits at once.
+        negatives: `(m,)`, distinct indices of the centers that count as negatives; None for all.
 
     Returns:
         A scalar for `"mean"`: `sum(weight * loss) / sum(weight)`, and 0 if all weights are 0. `(b,)` for `"none"`,
@@ -83,13 +88,18 @@ def adaface_loss(
         0 and pi, where the target then has no gradient.
     """
     check_call("adaface_loss", embeddings, centers, identities)
-    identities, scale, margin = identities.long(), float(scale), float(margin)
+    margin = float(margin)
     with full_precision(embeddings):
-        e_bd, c_nd = unit_pair(embeddings, centers, scale)
         with torch.no_grad():
             quality = (concentration * (lengths(embeddings) - norm_mean) / (norm_std + 1e-3)).clamp(-1, 1)
-        target_cosine = shift_angle(angle_to(e_bd, c_nd[identities]), -margin * quality) - margin * (1 + quality)
-        return softmax_loss("adaface_loss", e_bd @ c_nd.T, target_cosine, identities, scale, reduction, weight)
+
+        def target(e_bd: Tensor, own_bd: Tensor) -> Tensor:
+            return shift_angle(angle_to(e_bd, own_bd), -margin * quality) - margin * (1 + quality)
+
+        return margin_softmax(
+            "adaface_loss", embeddings, centers, identities, target, scale=float(scale), reduction=reduction,
+            weight=weight, chunk_size=chunk_size, negatives=negatives,
+        )  # fmt: skip
 
 
 class AdaFaceHead(MarginHead):
@@ -110,6 +120,7 @@ class AdaFaceHead(MarginHead):
         momentum: weight of a batch in the running statistics, above 0 and at most 1.
         max_norm: larger norms count as this one in the running statistics.
         reduction: `"mean"` or `"none"`; `forward` may override it.
+        chunk_size: identities whose logits exist at once, for many identities; None computes all logits at once.
         generator: generator of the initial centers; None uses torch's global generator.
 
     Attributes:
@@ -123,7 +134,7 @@ class AdaFaceHead(MarginHead):
         >>> head = AdaFaceHead(8, 3)
         >>> head
         AdaFaceHead(embedding_dim=8, num_identities=3, scale=64.0, margin=0.4, concentration=0.333, momentum=0.01,
-        max_norm=100.0, reduction='mean')
+        max_norm=100.0, reduction='mean', chunk_size=None)
         >>> loss = head(30 * torch.eye(8)[:2], torch.tensor([0, 2]))
         >>> round(head.norm_mean.item(), 4), round(head.norm_std.item(), 4)  # 1 % of the way to 30 and to 0
         (20.1, 99.0)
@@ -144,9 +155,18 @@ class AdaFaceHead(MarginHead):
         momentum: float = 0.01,
         max_norm: float = 100.0,
         reduction: Reduction = "mean",
+        chunk_size: int | None = None,
         generator: torch.Generator | None = None,
     ) -> None:
-        super().__init__(embedding_dim, num_identities, scale, margin, reduction=reduction, generator=generator)
+        super().__init__(
+            embedding_dim,
+            num_identities,
+            scale,
+            margin,
+            reduction=reduction,
+            chunk_size=chunk_size,
+            generator=generator,
+        )
         check_number("AdaFaceHead", "concentration", concentration, min=0)
         check_number("AdaFaceHead", "momentum", momentum, above=0, max=1)
         check_number("AdaFaceHead", "max_norm", max_norm, above=0)
@@ -161,6 +181,7 @@ class AdaFaceHead(MarginHead):
         *,
         weight: Tensor | None = None,
         reduction: Reduction | None = None,
+        negatives: Tensor | None = None,
     ) -> Tensor:
         """Return the loss of embeddings `(b, d)` and `identities` `(b,)`; `reduction=None` uses that of the constructor."""
         if self.training:
@@ -170,14 +191,14 @@ class AdaFaceHead(MarginHead):
         return adaface_loss(
             embeddings, self.weight, identities, scale=self.scale, margin=self.margin,
             concentration=self.concentration, norm_mean=self.norm_mean, norm_std=self.norm_std,
-            reduction=reduction or self.reduction, weight=weight,
+            reduction=reduction or self.reduction, weight=weight, chunk_size=self.chunk_size, negatives=negatives,
         )  # fmt: skip
 
     @torch.no_grad()
     def _update(self, embeddings: Tensor, weight: Tensor | None) -> None:
         with full_precision(embeddings):
             norms = lengths(embeddings)
-            counted = counted_rows(norms, weight)
+            counted, norms = (whole_batch(x, self.weight)[0] for x in (counted_rows(norms, weight), norms))
             norms, count = norms.clamp(max=self.max_norm), counted.sum()
             mean = torch.where(counted, norms, 0).sum() / count
             variance = torch.where(counted, (norms - mean).square(), 0).sum() / (count - 1)

@@ -1,12 +1,13 @@
 """ArcFace: softmax with an additive angular margin (Deng et al., 2019)."""
 
 import math
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from kdlib._maths import Reduction, full_precision
-from kdlib_faces.heads._margin import MarginHead, add_angular_margin, check_call, softmax_loss, unit_pair
+from kdlib_faces.heads._margin import MarginHead, add_angular_margin, check_call, margin_softmax
 
 __all__ = ["ArcFaceHead", "arcface_loss"]
 
@@ -20,6 +21,8 @@ def arcface_loss(
     margin: float = 0.5,
     reduction: Reduction = "mean",
     weight: Tensor | None = None,
+    chunk_size: int | None = None,
+    negatives: Tensor | None = None,
 ) -> Tensor:
     r"""Softmax cross-entropy over cosines, with a margin added to the angle of the target identity.
 
@@ -44,6 +47,9 @@ def arcface_loss(
         margin: m, in radians, from 0 to pi.
         reduction: `"mean"` over the batch, or `"none"`.
         weight: `(b,)`, weight per sample; 0 masks it.
+        chunk_size: identities whose logits exist at once. The value is the same; the memory does not grow with n. There
+            is then no second derivative. None computes all logits at once.
+        negatives: `(m,)`, distinct indices of the centers that count as negatives; None for all.
 
     Returns:
         A scalar for `"mean"`: `sum(weight * loss) / sum(weight)`, and 0 if all weights are 0. `(b,)` for `"none"`,
@@ -69,11 +75,12 @@ def arcface_loss(
         differentiate an arc cosine have an infinite gradient at 0 and pi.
     """
     check_call("arcface_loss", embeddings, centers, identities)
-    identities, scale, margin = identities.long(), float(scale), float(margin)
+    cos_m, sin_m = math.cos(float(margin)), math.sin(float(margin))
     with full_precision(embeddings):
-        e_bd, c_nd = unit_pair(embeddings, centers, scale)
-        target_cosine = add_angular_margin(e_bd, c_nd[identities], math.cos(margin), math.sin(margin))
-        return softmax_loss("arcface_loss", e_bd @ c_nd.T, target_cosine, identities, scale, reduction, weight)
+        return margin_softmax(
+            "arcface_loss", embeddings, centers, identities, partial(add_angular_margin, cos_m=cos_m, sin_m=sin_m),
+            scale=float(scale), reduction=reduction, weight=weight, chunk_size=chunk_size, negatives=negatives,
+        )  # fmt: skip
 
 
 class ArcFaceHead(MarginHead):
@@ -85,6 +92,7 @@ class ArcFaceHead(MarginHead):
         scale: factor of the cosines.
         margin: in radians, from 0 to pi. A plain float attribute, which a schedule may set.
         reduction: `"mean"` or `"none"`; `forward` may override it.
+        chunk_size: identities whose logits exist at once, for many identities; None computes all logits at once.
         generator: generator of the initial centers; None uses torch's global generator.
 
     Attributes:
@@ -94,7 +102,7 @@ class ArcFaceHead(MarginHead):
         >>> import torch
         >>> head = ArcFaceHead(8, 3)
         >>> head
-        ArcFaceHead(embedding_dim=8, num_identities=3, scale=64.0, margin=0.5, reduction='mean')
+        ArcFaceHead(embedding_dim=8, num_identities=3, scale=64.0, margin=0.5, reduction='mean', chunk_size=None)
         >>> head(torch.ones(2, 8), torch.tensor([0, 2])).shape
         torch.Size([])
     """
@@ -110,6 +118,15 @@ class ArcFaceHead(MarginHead):
         margin: float = 0.5,
         *,
         reduction: Reduction = "mean",
+        chunk_size: int | None = None,
         generator: torch.Generator | None = None,
     ) -> None:
-        super().__init__(embedding_dim, num_identities, scale, margin, reduction=reduction, generator=generator)
+        super().__init__(
+            embedding_dim,
+            num_identities,
+            scale,
+            margin,
+            reduction=reduction,
+            chunk_size=chunk_size,
+            generator=generator,
+        )

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from kdlib._checks import check_number
 from kdlib._maths import Reduction, full_precision
-from kdlib_faces.heads._margin import MarginHead, angle_to, check_call, shift_angle, softmax_loss, unit_pair
+from kdlib_faces.heads._margin import MarginHead, angle_to, check_call, margin_softmax, shift_angle
 
 __all__ = ["CombinedMarginHead", "combined_margin_loss"]
 
@@ -23,6 +23,8 @@ def combined_margin_loss(
     angle_factor: float = 1.0,
     reduction: Reduction = "mean",
     weight: Tensor | None = None,
+    chunk_size: int | None = None,
+    negatives: Tensor | None = None,
 ) -> Tensor:
     r"""Softmax cross-entropy over cosines, with the three margins of SphereFace, ArcFace and CosFace on the target.
 
@@ -50,6 +52,9 @@ def combined_margin_loss(
         angle_factor: :math:`m_1`, factor of the target angle, at least 1.
         reduction: `"mean"` over the batch, or `"none"`.
         weight: `(b,)`, weight per sample; 0 masks it.
+        chunk_size: identities whose logits exist at once. The value is the same; the memory does not grow with n. There
+            is then no second derivative. None computes all logits at once.
+        negatives: `(m,)`, distinct indices of the centers that count as negatives; None for all.
 
     Returns:
         A scalar for `"mean"`: `sum(weight * loss) / sum(weight)`, and 0 if all weights are 0. `(b,)` for `"none"`,
@@ -73,13 +78,15 @@ def combined_margin_loss(
         :math:`m_3 > 0` alone; SphereFace continues an angle beyond pi by further periods of the cosine.
     """
     check_call("combined_margin_loss", embeddings, centers, identities)
-    identities, scale = identities.long(), float(scale)
+    margin, factor, cosine_margin = float(margin), float(angle_factor), float(cosine_margin)
+
+    def target(e_bd: Tensor, own_bd: Tensor) -> Tensor:
+        return shift_angle(angle_to(e_bd, own_bd), margin, factor) - cosine_margin
+
     with full_precision(embeddings):
-        e_bd, c_nd = unit_pair(embeddings, centers, scale * float(angle_factor))
-        angle = angle_to(e_bd, c_nd[identities])
-        target_cosine = shift_angle(angle, float(margin), float(angle_factor)) - float(cosine_margin)
-        return softmax_loss(
-            "combined_margin_loss", e_bd @ c_nd.T, target_cosine, identities, scale, reduction, weight
+        return margin_softmax(
+            "combined_margin_loss", embeddings, centers, identities, target, scale=float(scale), steepness=factor,
+            reduction=reduction, weight=weight, chunk_size=chunk_size, negatives=negatives,
         )  # fmt: skip
 
 
@@ -94,6 +101,7 @@ class CombinedMarginHead(MarginHead):
         cosine_margin: subtracted from the target cosine, at least 0.
         angle_factor: factor of the target angle, at least 1.
         reduction: `"mean"` or `"none"`; `forward` may override it.
+        chunk_size: identities whose logits exist at once, for many identities; None computes all logits at once.
         generator: generator of the initial centers; None uses torch's global generator.
 
     Attributes:
@@ -104,7 +112,7 @@ class CombinedMarginHead(MarginHead):
         >>> head = CombinedMarginHead(8, 3)
         >>> head
         CombinedMarginHead(embedding_dim=8, num_identities=3, scale=64.0, margin=0.3, cosine_margin=0.2,
-        angle_factor=1.0, reduction='mean')
+        angle_factor=1.0, reduction='mean', chunk_size=None)
         >>> head(torch.ones(2, 8), torch.tensor([0, 2])).shape
         torch.Size([])
     """
@@ -121,9 +129,18 @@ class CombinedMarginHead(MarginHead):
         cosine_margin: float = 0.2,
         angle_factor: float = 1.0,
         reduction: Reduction = "mean",
+        chunk_size: int | None = None,
         generator: torch.Generator | None = None,
     ) -> None:
-        super().__init__(embedding_dim, num_identities, scale, margin, reduction=reduction, generator=generator)
+        super().__init__(
+            embedding_dim,
+            num_identities,
+            scale,
+            margin,
+            reduction=reduction,
+            chunk_size=chunk_size,
+            generator=generator,
+        )
         check_number("CombinedMarginHead", "cosine_margin", cosine_margin, min=0)
         check_number("CombinedMarginHead", "angle_factor", angle_factor, min=1)
         self.cosine_margin, self.angle_factor = float(cosine_margin), float(angle_factor)
@@ -135,10 +152,11 @@ class CombinedMarginHead(MarginHead):
         *,
         weight: Tensor | None = None,
         reduction: Reduction | None = None,
+        negatives: Tensor | None = None,
     ) -> Tensor:
         """Return the loss of embeddings `(b, d)` and `identities` `(b,)`; `reduction=None` uses that of the constructor."""
         return combined_margin_loss(
             embeddings, self.weight, identities, scale=self.scale, margin=self.margin,
             cosine_margin=self.cosine_margin, angle_factor=self.angle_factor,
-            reduction=reduction or self.reduction, weight=weight,
+            reduction=reduction or self.reduction, weight=weight, chunk_size=self.chunk_size, negatives=negatives,
         )  # fmt: skip

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from kdlib._maths import Reduction, full_precision
-from kdlib_faces.heads._margin import MarginHead, check_call, softmax_loss, unit_pair
+from kdlib_faces.heads._margin import MarginHead, check_call, margin_softmax
 
 __all__ = ["CosFaceHead", "cosface_loss"]
 
@@ -18,6 +18,8 @@ def cosface_loss(
     margin: float = 0.35,
     reduction: Reduction = "mean",
     weight: Tensor | None = None,
+    chunk_size: int | None = None,
+    negatives: Tensor | None = None,
 ) -> Tensor:
     r"""Softmax cross-entropy over cosines, with a margin subtracted from the cosine of the target identity.
 
@@ -35,6 +37,9 @@ def cosface_loss(
         margin: m, subtracted from the target cosine, at least 0.
         reduction: `"mean"` over the batch, or `"none"`.
         weight: `(b,)`, weight per sample; 0 masks it.
+        chunk_size: identities whose logits exist at once. The value is the same; the memory does not grow with n. There
+            is then no second derivative. None computes all logits at once.
+        negatives: `(m,)`, distinct indices of the centers that count as negatives; None for all.
 
     Returns:
         A scalar for `"mean"`: `sum(weight * loss) / sum(weight)`, and 0 if all weights are 0. `(b,)` for `"none"`,
@@ -56,12 +61,12 @@ def cosface_loss(
         arXiv:1801.09414. insightface trains with a margin of 0.4.
     """
     check_call("cosface_loss", embeddings, centers, identities)
-    identities, scale, margin = identities.long(), float(scale), float(margin)
+    margin = float(margin)
     with full_precision(embeddings):
-        e_bd, c_nd = unit_pair(embeddings, centers, scale)
-        cosines = e_bd @ c_nd.T
-        target_cosine = cosines.gather(1, identities.unsqueeze(1)).squeeze(1) - margin
-        return softmax_loss("cosface_loss", cosines, target_cosine, identities, scale, reduction, weight)
+        return margin_softmax(
+            "cosface_loss", embeddings, centers, identities, lambda e_bd, own_bd: (e_bd * own_bd).sum(1) - margin,
+            scale=float(scale), reduction=reduction, weight=weight, chunk_size=chunk_size, negatives=negatives,
+        )  # fmt: skip
 
 
 class CosFaceHead(MarginHead):
@@ -73,6 +78,7 @@ class CosFaceHead(MarginHead):
         scale: factor of the cosines.
         margin: subtracted from the target cosine, at least 0. A plain float attribute, which a schedule may set.
         reduction: `"mean"` or `"none"`; `forward` may override it.
+        chunk_size: identities whose logits exist at once, for many identities; None computes all logits at once.
         generator: generator of the initial centers; None uses torch's global generator.
 
     Attributes:
@@ -82,7 +88,7 @@ class CosFaceHead(MarginHead):
         >>> import torch
         >>> head = CosFaceHead(8, 3)
         >>> head
-        CosFaceHead(embedding_dim=8, num_identities=3, scale=64.0, margin=0.35, reduction='mean')
+        CosFaceHead(embedding_dim=8, num_identities=3, scale=64.0, margin=0.35, reduction='mean', chunk_size=None)
         >>> head(torch.ones(2, 8), torch.tensor([0, 2]), reduction="none").shape
         torch.Size([2])
     """
@@ -97,6 +103,15 @@ class CosFaceHead(MarginHead):
         margin: float = 0.35,
         *,
         reduction: Reduction = "mean",
+        chunk_size: int | None = None,
         generator: torch.Generator | None = None,
     ) -> None:
-        super().__init__(embedding_dim, num_identities, scale, margin, reduction=reduction, generator=generator)
+        super().__init__(
+            embedding_dim,
+            num_identities,
+            scale,
+            margin,
+            reduction=reduction,
+            chunk_size=chunk_size,
+            generator=generator,
+        )

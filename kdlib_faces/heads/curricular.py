@@ -1,6 +1,7 @@
 """CurricularFace: ArcFace whose hard negatives weigh more as training proceeds (Huang et al., 2020)."""
 
 import math
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -12,10 +13,11 @@ from kdlib_faces.heads._margin import (
     add_angular_margin,
     check_call,
     counted_rows,
+    margin_softmax,
     move,
-    softmax_loss,
     unit_pair,
 )
+from kdlib_faces.heads._streamed import own_centers, whole_batch
 
 __all__ = ["CurricularFaceHead", "curricularface_loss"]
 
@@ -30,6 +32,8 @@ def curricularface_loss(
     t: Tensor | float = 0.0,
     reduction: Reduction = "mean",
     weight: Tensor | None = None,
+    chunk_size: int | None = None,
+    negatives: Tensor | None = None,
 ) -> Tensor:
     r"""ArcFace in which the cosines of hard negatives are modulated by the progress of training.
 
@@ -55,6 +59,9 @@ def curricularface_loss(
         t: a number or a scalar tensor from -1 to 1.
         reduction: `"mean"` over the batch, or `"none"`.
         weight: `(b,)`, weight per sample; 0 masks it.
+        chunk_size: identities whose logits exist at once. The value is the same; the memory does not grow with n. There
+            is then no second derivative. None computes all logits at once.
+        negatives: `(m,)`, distinct indices of the centers that count as negatives; None for all.
 
     Returns:
         A scalar for `"mean"`: `sum(weight * loss) / sum(weight)`, and 0 if all weights are 0. `(b,)` for `"none"`,
@@ -78,14 +85,17 @@ def curricularface_loss(
         the target cosine, and compares negatives to the increasing cosine of :math:`\theta_y + m`.
     """
     check_call("curricularface_loss", embeddings, centers, identities)
-    identities, scale, margin = identities.long(), float(scale), float(margin)
+    cos_m, sin_m = math.cos(float(margin)), math.sin(float(margin))
+
+    def modulate(cosines: Tensor, target_cosine: Tensor) -> Tensor:
+        return torch.where(cosines > target_cosine.unsqueeze(1), cosines * (t + cosines), cosines)
+
     with full_precision(embeddings):
-        e_bd, c_nd = unit_pair(embeddings, centers, scale)
-        target_cosine = add_angular_margin(e_bd, c_nd[identities], math.cos(margin), math.sin(margin))
-        cosines = e_bd @ c_nd.T
-        hard = cosines > target_cosine.unsqueeze(1)
-        modulated = torch.where(hard, cosines * (t + cosines), cosines)
-        return softmax_loss("curricularface_loss", modulated, target_cosine, identities, scale, reduction, weight)
+        return margin_softmax(
+            "curricularface_loss", embeddings, centers, identities,
+            partial(add_angular_margin, cos_m=cos_m, sin_m=sin_m), modulate=modulate, scale=float(scale),
+            reduction=reduction, weight=weight, chunk_size=chunk_size, negatives=negatives,
+        )  # fmt: skip
 
 
 class CurricularFaceHead(MarginHead):
@@ -105,6 +115,7 @@ class CurricularFaceHead(MarginHead):
         margin: in radians, from 0 to pi. A plain float attribute, which a schedule may set.
         momentum: weight of a batch in t, above 0 and at most 1.
         reduction: `"mean"` or `"none"`; `forward` may override it.
+        chunk_size: identities whose logits exist at once, for many identities; None computes all logits at once.
         generator: generator of the initial centers; None uses torch's global generator.
 
     Attributes:
@@ -115,7 +126,7 @@ class CurricularFaceHead(MarginHead):
         >>> import torch
         >>> head = CurricularFaceHead(8, 3)
         >>> head
-        CurricularFaceHead(embedding_dim=8, num_identities=3, scale=64.0, margin=0.5, momentum=0.01, reduction='mean')
+        CurricularFaceHead(embedding_dim=8, num_identities=3, scale=64.0, margin=0.5, momentum=0.01, reduction='mean', chunk_size=None)
         >>> loss = head(head.weight.detach()[:2], torch.tensor([0, 1]))
         >>> round(head.t.item(), 4)
         0.01
@@ -133,9 +144,18 @@ class CurricularFaceHead(MarginHead):
         *,
         momentum: float = 0.01,
         reduction: Reduction = "mean",
+        chunk_size: int | None = None,
         generator: torch.Generator | None = None,
     ) -> None:
-        super().__init__(embedding_dim, num_identities, scale, margin, reduction=reduction, generator=generator)
+        super().__init__(
+            embedding_dim,
+            num_identities,
+            scale,
+            margin,
+            reduction=reduction,
+            chunk_size=chunk_size,
+            generator=generator,
+        )
         check_number("CurricularFaceHead", "momentum", momentum, above=0, max=1)
         self.momentum = float(momentum)
         self.register_buffer("t", torch.tensor(0.0))
@@ -147,6 +167,7 @@ class CurricularFaceHead(MarginHead):
         *,
         weight: Tensor | None = None,
         reduction: Reduction | None = None,
+        negatives: Tensor | None = None,
     ) -> Tensor:
         """Return the loss of embeddings `(b, d)` and `identities` `(b,)`; `reduction=None` uses that of the constructor."""
         if self.training:
@@ -155,14 +176,14 @@ class CurricularFaceHead(MarginHead):
             self._update(embeddings.detach(), identities.long(), weight)
         return curricularface_loss(
             embeddings, self.weight, identities, scale=self.scale, margin=self.margin, t=self.t,
-            reduction=reduction or self.reduction, weight=weight,
+            reduction=reduction or self.reduction, weight=weight, chunk_size=self.chunk_size, negatives=negatives,
         )  # fmt: skip
 
     @torch.no_grad()
     def _update(self, embeddings: Tensor, identities: Tensor, weight: Tensor | None) -> None:
         with full_precision(embeddings):
-            e_bd, own_bd = unit_pair(embeddings, self.weight[identities], self.scale)
+            e_bd, own_bd = unit_pair(embeddings, own_centers(self.weight, identities), self.scale)
             cosines = (e_bd * own_bd).sum(1)
-            counted = counted_rows(cosines, weight)
+            counted, cosines = (whole_batch(x, self.weight)[0] for x in (counted_rows(cosines, weight), cosines))
             count = counted.sum()
             move(self.t, torch.where(counted, cosines, 0).sum() / count, self.momentum, count > 0)

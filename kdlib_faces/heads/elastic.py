@@ -7,9 +7,11 @@ import torch
 from torch import Tensor
 
 from kdlib._checks import check_choice, check_number, check_shape, check_weight
+from kdlib._gather import is_sharded
 from kdlib._maths import Reduction, full_precision
-from kdlib_faces.heads._margin import MarginHead, angle_to, check_call, shift_angle, softmax_loss, unit_pair
+from kdlib_faces.heads._margin import MarginHead, angle_to, check_call, margin_softmax, shift_angle
 from kdlib_faces.heads._random import normal_numbers, process_rank
+from kdlib_faces.heads._streamed import whole_batch
 
 __all__ = ["ElasticFaceHead", "elasticface_loss"]
 
@@ -29,6 +31,8 @@ def elasticface_loss(
     sort: bool = False,
     reduction: Reduction = "mean",
     weight: Tensor | None = None,
+    chunk_size: int | None = None,
+    negatives: Tensor | None = None,
 ) -> Tensor:
     r"""Softmax cross-entropy over cosines, with a margin per sample that deviates at random from a mean margin.
 
@@ -58,6 +62,9 @@ def elasticface_loss(
         sort: assign large margins to samples far from their center.
         reduction: `"mean"` over the batch, or `"none"`.
         weight: `(b,)`, weight per sample; 0 masks it.
+        chunk_size: identities whose logits exist at once. The value is the same; the memory does not grow with n. There
+            is then no second derivative. None computes all logits at once.
+        negatives: `(m,)`, distinct indices of the centers that count as negatives; None for all.
 
     Returns:
         A scalar for `"mean"`: `sum(weight * loss) / sum(weight)`, and 0 if all weights are 0. `(b,)` for `"none"`,
@@ -86,18 +93,23 @@ def elasticface_loss(
     check_choice("elasticface_loss", "form", form, tuple(MARGINS))
     if noise is not None:
         check_shape("elasticface_loss", "noise", noise, "b", b=embeddings.shape[0])
-    identities, scale = identities.long(), float(scale)
-    with full_precision(embeddings):
-        e_bd, c_nd = unit_pair(embeddings, centers, scale)
-        angle = angle_to(e_bd, c_nd[identities])
-        margins = torch.full_like(angle, MARGINS[form] if margin is None else float(margin))
+    mean = MARGINS[form] if margin is None else float(margin)
+
+    def target(e_bd: Tensor, own_bd: Tensor) -> Tensor:
+        angle = angle_to(e_bd, own_bd)
+        margins = torch.full_like(angle, mean)
         if noise is not None:
             margins = margins + float(std) * noise.detach().to(margins)
         if sort:
             order = angle.detach().argsort()
             margins = torch.empty_like(margins).scatter(0, order, margins.sort().values)
-        target_cosine = shift_angle(angle, margins) if form == "arcface" else angle.cos() - margins
-        return softmax_loss("elasticface_loss", e_bd @ c_nd.T, target_cosine, identities, scale, reduction, weight)
+        return shift_angle(angle, margins) if form == "arcface" else angle.cos() - margins
+
+    with full_precision(embeddings):
+        return margin_softmax(
+            "elasticface_loss", embeddings, centers, identities, target, scale=float(scale), reduction=reduction,
+            weight=weight, chunk_size=chunk_size, negatives=negatives,
+        )  # fmt: skip
 
 
 class ElasticFaceHead(MarginHead):
@@ -118,6 +130,7 @@ class ElasticFaceHead(MarginHead):
         sort: assign large margins to samples far from their center (ElasticFace+).
         seed: seed of the margins.
         reduction: `"mean"` or `"none"`; `forward` may override it.
+        chunk_size: identities whose logits exist at once, for many identities; None computes all logits at once.
         generator: generator of the initial centers; None uses torch's global generator.
 
     Attributes:
@@ -129,7 +142,7 @@ class ElasticFaceHead(MarginHead):
         >>> head = ElasticFaceHead(8, 3)
         >>> head
         ElasticFaceHead(embedding_dim=8, num_identities=3, scale=64.0, margin=0.5, std=0.05, form='arcface', sort=False,
-        seed=0, reduction='mean')
+        seed=0, reduction='mean', chunk_size=None)
         >>> embeddings, identities = torch.ones(2, 8), torch.tensor([0, 2])
         >>> head(embeddings, identities).equal(head(embeddings, identities))
         False
@@ -152,12 +165,21 @@ class ElasticFaceHead(MarginHead):
         sort: bool = False,
         seed: int = 0,
         reduction: Reduction = "mean",
+        chunk_size: int | None = None,
         generator: torch.Generator | None = None,
     ) -> None:
         owner = "ElasticFaceHead"
         check_choice(owner, "form", form, tuple(MARGINS))
         margin = MARGINS[form] if margin is None else margin
-        super().__init__(embedding_dim, num_identities, scale, margin, reduction=reduction, generator=generator)
+        super().__init__(
+            embedding_dim,
+            num_identities,
+            scale,
+            margin,
+            reduction=reduction,
+            chunk_size=chunk_size,
+            generator=generator,
+        )
         check_number(owner, "std", std, min=0)
         check_number(owner, "seed", seed, min=0, max=2**63 - 1, integer=True)
         self.std, self.form, self.sort, self.seed = float(std), form, bool(sort), int(seed)
@@ -170,15 +192,22 @@ class ElasticFaceHead(MarginHead):
         *,
         weight: Tensor | None = None,
         reduction: Reduction | None = None,
+        negatives: Tensor | None = None,
     ) -> Tensor:
         """Return the loss of embeddings `(b, d)` and `identities` `(b,)`; `reduction=None` uses that of the constructor."""
         noise = None
         if self.training:
             check_call("ElasticFaceHead", embeddings, self.weight, identities)
             check_weight("ElasticFaceHead", weight, embeddings.shape[0])
-            noise = normal_numbers(embeddings.shape[0], self.batches, self.seed + process_rank() * 2**40)
+            noise = self._noise(embeddings)
             self.batches.add_(1)
         return elasticface_loss(
             embeddings, self.weight, identities, noise=noise, scale=self.scale, margin=self.margin, std=self.std,
-            form=self.form, sort=self.sort, reduction=reduction or self.reduction, weight=weight,
+            form=self.form, sort=self.sort, reduction=reduction or self.reduction, weight=weight, chunk_size=self.chunk_size, negatives=negatives,
         )  # fmt: skip
+
+    def _noise(self, embeddings: Tensor) -> Tensor:
+        if not is_sharded(self.weight):
+            return normal_numbers(embeddings.shape[0], self.batches, self.seed + process_rank() * 2**40)
+        rows, first = whole_batch(embeddings[:, :0], self.weight)
+        return normal_numbers(len(rows), self.batches, self.seed)[first : first + len(embeddings)]

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from kdlib._checks import check_number
 from kdlib._maths import Reduction, full_precision, reduce
-from kdlib_faces.heads._margin import MarginHead, angle_to, check_call, lengths, shift_angle, softmax_loss, unit_pair
+from kdlib_faces.heads._margin import MarginHead, angle_to, check_call, lengths, margin_softmax, shift_angle
 
 __all__ = ["MagFaceHead", "magface_loss"]
 
@@ -25,6 +25,8 @@ def magface_loss(
     norm_weight: float = 35.0,
     reduction: Reduction = "mean",
     weight: Tensor | None = None,
+    chunk_size: int | None = None,
+    negatives: Tensor | None = None,
 ) -> Tensor:
     r"""Softmax cross-entropy with an angular margin that grows with the norm of the embedding, plus a term for the norm.
 
@@ -55,6 +57,9 @@ def magface_loss(
             - l_a} \cdot \frac{u_a^2 l_a^2}{u_a^2 - l_a^2}`, which is 22.6 for the defaults.
         reduction: `"mean"` over the batch, or `"none"`.
         weight: `(b,)`, weight per sample; 0 masks it.
+        chunk_size: identities whose logits exist at once. The value is the same; the memory does not grow with n. There
+            is then no second derivative. None computes all logits at once.
+        negatives: `(m,)`, distinct indices of the centers that count as negatives; None for all.
 
     Returns:
         A scalar for `"mean"`: `sum(weight * loss) / sum(weight)`, and 0 if all weights are 0. `(b,)` for `"none"`,
@@ -77,13 +82,17 @@ def magface_loss(
         to angles below 90 degrees, where :math:`\psi` jumps.
     """
     check_call("magface_loss", embeddings, centers, identities)
-    identities, scale = identities.long(), float(scale)
     low, high, slope = float(min_norm), float(max_norm), float(max_margin) - float(margin)
     with full_precision(embeddings):
-        e_bd, c_nd = unit_pair(embeddings, centers, scale)
         norm = lengths(embeddings).clamp(low, high)
-        target_cosine = shift_angle(angle_to(e_bd, c_nd[identities]), margin + slope / (high - low) * (norm - low))
-        losses = softmax_loss("magface_loss", e_bd @ c_nd.T, target_cosine, identities, scale, "none", None)
+
+        def target(e_bd: Tensor, own_bd: Tensor) -> Tensor:
+            return shift_angle(angle_to(e_bd, own_bd), margin + slope / (high - low) * (norm - low))
+
+        losses = margin_softmax(
+            "magface_loss", embeddings, centers, identities, target, scale=float(scale), reduction="none", weight=None,
+            chunk_size=chunk_size, negatives=negatives,
+        )  # fmt: skip
         return reduce("magface_loss", losses + norm_weight * (1 / norm + norm / high**2), reduction, weight)
 
 
@@ -103,6 +112,7 @@ class MagFaceHead(MarginHead):
         max_norm: norms above count as this one, above `min_norm`.
         norm_weight: weight of the term for the norm, at least 0.
         reduction: `"mean"` or `"none"`; `forward` may override it.
+        chunk_size: identities whose logits exist at once, for many identities; None computes all logits at once.
         generator: generator of the initial centers; None uses torch's global generator.
 
     Attributes:
@@ -113,7 +123,7 @@ class MagFaceHead(MarginHead):
         >>> head = MagFaceHead(8, 3)
         >>> head
         MagFaceHead(embedding_dim=8, num_identities=3, scale=64.0, margin=0.45, max_margin=0.8, min_norm=10.0,
-        max_norm=110.0, norm_weight=35.0, reduction='mean')
+        max_norm=110.0, norm_weight=35.0, reduction='mean', chunk_size=None)
         >>> head(torch.ones(2, 8), torch.tensor([0, 2])).shape
         torch.Size([])
     """
@@ -132,9 +142,18 @@ class MagFaceHead(MarginHead):
         max_norm: float = 110.0,
         norm_weight: float = 35.0,
         reduction: Reduction = "mean",
+        chunk_size: int | None = None,
         generator: torch.Generator | None = None,
     ) -> None:
-        super().__init__(embedding_dim, num_identities, scale, margin, reduction=reduction, generator=generator)
+        super().__init__(
+            embedding_dim,
+            num_identities,
+            scale,
+            margin,
+            reduction=reduction,
+            chunk_size=chunk_size,
+            generator=generator,
+        )
         owner = "MagFaceHead"
         check_number(owner, "max_margin", max_margin, min=self.margin, max=math.pi)
         check_number(owner, "min_norm", min_norm, above=0)
@@ -150,10 +169,11 @@ class MagFaceHead(MarginHead):
         *,
         weight: Tensor | None = None,
         reduction: Reduction | None = None,
+        negatives: Tensor | None = None,
     ) -> Tensor:
         """Return the loss of embeddings `(b, d)` and `identities` `(b,)`; `reduction=None` uses that of the constructor."""
         return magface_loss(
             embeddings, self.weight, identities, scale=self.scale, margin=self.margin, max_margin=self.max_margin,
             min_norm=self.min_norm, max_norm=self.max_norm, norm_weight=self.norm_weight,
-            reduction=reduction or self.reduction, weight=weight,
+            reduction=reduction or self.reduction, weight=weight, chunk_size=self.chunk_size, negatives=negatives,
         )  # fmt: skip

@@ -1,13 +1,14 @@
 """Sub-center ArcFace: several centers per identity, for training data with wrong labels (Deng et al., 2020)."""
 
 import math
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from kdlib._checks import check_number
 from kdlib._maths import Reduction, full_precision
-from kdlib_faces.heads._margin import MarginHead, add_angular_margin, check_call, softmax_loss, unit_pair
+from kdlib_faces.heads._margin import MarginHead, add_angular_margin, check_call, margin_softmax
 
 __all__ = ["SubCenterArcFaceHead", "sub_center_arcface_loss"]
 
@@ -21,6 +22,8 @@ def sub_center_arcface_loss(
     margin: float = 0.5,
     reduction: Reduction = "mean",
     weight: Tensor | None = None,
+    chunk_size: int | None = None,
+    negatives: Tensor | None = None,
 ) -> Tensor:
     r"""ArcFace in which an identity has K centers, of which the nearest one counts.
 
@@ -43,6 +46,9 @@ def sub_center_arcface_loss(
         margin: m of :math:`\psi`, in radians, from 0 to pi.
         reduction: `"mean"` over the batch, or `"none"`.
         weight: `(b,)`, weight per sample; 0 masks it.
+        chunk_size: identities whose logits exist at once. The value is the same; the memory does not grow with n. There
+            is then no second derivative. None computes all logits at once.
+        negatives: `(m,)`, distinct indices of the centers that count as negatives; None for all.
 
     Returns:
         A scalar for `"mean"`: `sum(weight * loss) / sum(weight)`, and 0 if all weights are 0. `(b,)` for `"none"`,
@@ -67,15 +73,12 @@ def sub_center_arcface_loss(
         angles beyond :math:`\pi - m`.
     """
     check_call("sub_center_arcface_loss", embeddings, centers, identities, "n k d")
-    identities, scale, margin = identities.long(), float(scale), float(margin)
-    n, k, _ = centers.shape
+    cos_m, sin_m = math.cos(float(margin)), math.sin(float(margin))
     with full_precision(embeddings):
-        e_bd, flat_pd = unit_pair(embeddings, centers.flatten(0, 1), scale)
-        cosines, nearest = (e_bd @ flat_pd.T).reshape(len(e_bd), n, k).max(2)
-        own = identities * k + nearest.gather(1, identities.unsqueeze(1)).squeeze(1)
-        target_cosine = add_angular_margin(e_bd, flat_pd[own], math.cos(margin), math.sin(margin))
-        return softmax_loss(
-            "sub_center_arcface_loss", cosines, target_cosine, identities, scale, reduction, weight
+        return margin_softmax(
+            "sub_center_arcface_loss", embeddings, centers, identities,
+            partial(add_angular_margin, cos_m=cos_m, sin_m=sin_m), scale=float(scale), reduction=reduction,
+            weight=weight, chunk_size=chunk_size, negatives=negatives,
         )  # fmt: skip
 
 
@@ -89,6 +92,7 @@ class SubCenterArcFaceHead(MarginHead):
         margin: in radians, from 0 to pi. A plain float attribute, which a schedule may set.
         sub_centers: number K of centers per identity.
         reduction: `"mean"` or `"none"`; `forward` may override it.
+        chunk_size: identities whose logits exist at once, for many identities; None computes all logits at once.
         generator: generator of the initial centers; None uses torch's global generator.
 
     Attributes:
@@ -99,7 +103,7 @@ class SubCenterArcFaceHead(MarginHead):
         >>> head = SubCenterArcFaceHead(8, 3)
         >>> head
         SubCenterArcFaceHead(embedding_dim=8, num_identities=3, scale=64.0, margin=0.5, sub_centers=3,
-        reduction='mean')
+        reduction='mean', chunk_size=None)
         >>> head.weight.shape, head(torch.ones(2, 8), torch.tensor([0, 2])).shape
         (torch.Size([3, 3, 8]), torch.Size([]))
     """
@@ -116,11 +120,12 @@ class SubCenterArcFaceHead(MarginHead):
         *,
         sub_centers: int = 3,
         reduction: Reduction = "mean",
+        chunk_size: int | None = None,
         generator: torch.Generator | None = None,
     ) -> None:
         check_number("SubCenterArcFaceHead", "sub_centers", sub_centers, min=1, integer=True)
         super().__init__(
             embedding_dim, num_identities, scale, margin,
-            reduction=reduction, generator=generator, sub_centers=int(sub_centers),
+            reduction=reduction, chunk_size=chunk_size, generator=generator, sub_centers=int(sub_centers),
         )  # fmt: skip
         self.sub_centers = int(sub_centers)

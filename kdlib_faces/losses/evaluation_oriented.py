@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from kdlib._checks import (
+    check_batches,
     check_floating,
     check_number,
     check_rank,
     check_relation_reduction,
-    check_same_batch,
     check_shape,
     check_weight,
     check_whole_numbers,
@@ -289,10 +289,7 @@ def _mean(share: Tensor, values: Tensor) -> Tensor:
 
 
 def _check_call(owner: str, student: Tensor, teacher: Tensor, target: Tensor, weight: Tensor | None) -> None:
-    check_floating(owner, student=student, teacher=teacher)
-    check_rank(owner, "student", student, "b d")
-    check_rank(owner, "teacher", teacher, "b d")
-    check_same_batch(owner, "student", student, "teacher", teacher)
+    check_batches(owner, "b d", student=student, teacher=teacher)
     check_whole_numbers(owner, "target", target, len(student))
     check_weight(owner, weight, len(student))
 

@@ -6,15 +6,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from kdlib._checks import (
-    check_choice,
-    check_floating,
-    check_number,
-    check_rank,
-    check_relation_reduction,
-    check_same_batch,
-    check_weight,
-)
+from kdlib._checks import check_batches, check_choice, check_number, check_rank, check_relation_reduction, check_weight
 from kdlib._maths import full_precision
 from kdlib_faces._checks import check_identities_or_triplets
 from kdlib_faces.heads._margin import LossModule, unit_pair
@@ -101,10 +93,7 @@ def triplet_distill(
     _check_arguments(owner, min_margin, max_margin, distance, mining)
     min_margin, max_margin = float(min_margin), float(max_margin)
     check_relation_reduction(owner, reduction)
-    check_floating(owner, student=student, teacher=teacher)
-    check_rank(owner, "student", student, "b d")
-    check_rank(owner, "teacher", teacher, "b d")
-    check_same_batch(owner, "student", student, "teacher", teacher)
+    check_batches(owner, "b d", student=student, teacher=teacher)
     check_identities_or_triplets(owner, target, student.shape[0])
     check_weight(owner, weight, student.shape[0])
     target = target.to(student.device).long()

@@ -269,6 +269,7 @@ def train(config: AgeTeacherRunConfig, options: RunOptions) -> Path:
             input_size=config.network.input_size if start is None else max(height_width("train", start.input_size)),
             fingerprints=fingerprints,
             pair_ages=pair_ages if pairs else None,
+            min_age_gap=config.age_teacher.min_age_gap,
             optimizer="sgd" if start is None else "adamw",
             steps=10_000 if start is None else 200,
             lr=0.1 if start is None else 5e-4,

@@ -9,13 +9,15 @@ from torch import Tensor, nn
 
 from kdlib import Teacher
 from kdlib.types import TeacherInputs
+from kdlib_faces._hardware import Hardware
 from kdlib_faces.backbones import Backbone
 from kdlib_faces.caching.teachers import targets_read
+from kdlib_faces.data.dataset import FaceImages
 from kdlib_faces.data.lists import FaceList
 from kdlib_faces.data.samplers import count_cross_age_identities
 from kdlib_faces.progress import say
 from kdlib_faces.recipes.liaad_settings import JOINT, LIAADConfig, features_read
-from kdlib_faces.recipes.start import StartConfig, start_student
+from kdlib_faces.recipes.start import ONE_PROCESS, StartConfig, start_student
 from kdlib_faces.teachers import FusedTeacher, cache_outputs, fit_joint_space, read_outputs
 
 __all__ = ["cache_live_teachers", "join_teachers", "prepare_student"]
@@ -25,20 +27,23 @@ MIN_AGE_GAP = 10.0
 
 
 def cache_live_teachers(
-    teachers: Mapping[str, nn.Module], images: Tensor, folder: Path, *, quiet: bool
+    teachers: Mapping[str, nn.Module], images: FaceImages, folder: Path, *, quiet: bool, device: torch.device
 ) -> dict[str, nn.Module]:
     """Replace teachers that read images by caches of their outputs for the plain and the mirrored images.
 
     Args:
         teachers: Teachers by role.
-        images: The training images `(n, 3, h, w)` uint8.
+        images: The training images.
         folder: Folder of the caches, one subfolder for each role.
         quiet: Show no progress.
+        device: Device of the teachers.
     """
     return {
         role: teacher
         if isinstance(teacher, Teacher) and teacher.inputs
-        else cache_outputs(teacher, images, folder / role, label=f"outputs of the {role} teacher", quiet=quiet)
+        else cache_outputs(
+            teacher, images, folder / role, label=f"outputs of the {role} teacher", quiet=quiet, device=device
+        )
         for role, teacher in teachers.items()
     }
 
@@ -49,10 +54,11 @@ def prepare_student(
     network: Backbone | None,
     teachers: Mapping[str, nn.Module],
     faces: FaceList,
-    images: Tensor,
+    images: Tensor | FaceImages,
     *,
     folder: Path,
     quiet: bool,
+    hardware: Hardware = ONE_PROCESS,
 ) -> tuple[LIAADConfig, dict[str, nn.Module], Backbone]:
     """Make the target of a recipe from cached teachers, and the student that starts as a narrower copy of a network.
 
@@ -65,6 +71,7 @@ def prepare_student(
         images: Their pixels as the student receives them, `(n, 3, h, w)` uint8.
         folder: Folder of the run, where the start is stored.
         quiet: Show no progress.
+        hardware: The process of the run; the first one makes the start.
 
     Returns:
         The recipe with the embedding dimensions of the student, the teachers that its terms read, and the student.
@@ -84,7 +91,8 @@ def prepare_student(
     if network is None:
         return recipe, targets, recipe.build(recipe.seed)
     student = start_student(
-        network, images, start, folder=folder, seed=recipe.seed, quiet=quiet, joint=targets.get(JOINT)
+        network, images, start, folder=folder, seed=recipe.seed, quiet=quiet, joint=targets.get(JOINT),
+        hardware=hardware,
     )  # fmt: skip
     return replace(recipe, embedding_dim=student.embedding_dim), targets, student
 

@@ -15,6 +15,7 @@ from kdlib.distiller import Distiller
 from kdlib.objective import Objective, Term
 from kdlib.types import Teacher
 from kdlib_faces._checks import InputError
+from kdlib_faces._hardware import CPU
 from kdlib_faces.backbones import BACKBONES, Backbone
 from kdlib_faces.caching.teachers import TeacherSource, open_teachers
 from kdlib_faces.config import load_config
@@ -35,7 +36,7 @@ from kdlib_faces.recipes.start import load_start
 from kdlib_faces.recipes.student import refuse_unused
 from kdlib_faces.teachers.input_options import InputOptions, inputs_of_models
 from kdlib_faces.teachers.open import open_teacher, stage_taps
-from kdlib_faces.training import RunOptions, TrainingSetup, load_training_images, train_on_faces
+from kdlib_faces.training import RunOptions, TrainingSetup, open_training_images, train_on_faces
 
 __all__ = ["AGE", "GENERAL", "JOINT", "LIAADConfig", "LIAADRunConfig", "LIAADSettings", "build", "features_read", "main", "train"]  # fmt: skip
 
@@ -82,7 +83,7 @@ def build(
     weighting: nn.Module = UniformWeighting()
     lead = "embedding" if "embedding" in terms and JOINT not in teachers else None
     if config.weighting == "center" and len(teachers) > 1 and lead:
-        weighting = CenterConfidenceWeighting(config.num_identities, temperature=config.temperature)
+        weighting = CenterConfidenceWeighting(config.num_identities, temperature=config.temperature, gather=True)
     objective = Objective(terms, weighting if lead else None, weigh_by=lead)
     adapter = StudentAdapter(student, stage_taps(student, config.stage))
     return Distiller(adapter, cast(Mapping[str, Teacher], teachers), objective)
@@ -115,9 +116,9 @@ def _sources(config: LIAADConfig, general: str, age: str) -> list[TeacherSource]
     return [TeacherSource(role, path, reads[role], config.stage) for role, path in ((GENERAL, general), (AGE, age))]
 
 
-def _open(source: TeacherSource, config: LIAADConfig, images: InputOptions) -> nn.Module:
+def _open(source: TeacherSource, config: LIAADConfig, images: InputOptions, device: torch.device = CPU) -> nn.Module:
     untrained = {"input_size": config.input_size, "embedding_dim": config.embedding_dim, "seed": config.seed}
-    return open_teacher(source.path, source.reads, stage=source.stage, images=images, **untrained)
+    return open_teacher(source.path, source.reads, stage=source.stage, images=images, device=device, **untrained)
 
 
 def train(config: LIAADRunConfig, options: RunOptions) -> Path:
@@ -169,9 +170,10 @@ def train(config: LIAADRunConfig, options: RunOptions) -> Path:
         opened = open_teachers(
             _sources(recipe, general, age),
             faces,
-            open_file=lambda source: _open(source, recipe, inputs.get(source.role, InputOptions())),
+            open_file=lambda source: _open(
+                source, recipe, inputs.get(source.role, InputOptions()), options.hardware.device
+            ),
             mirrored=config.augment.mirror > 0,
-            quiet=not options.progress,
         )
         for line in opened.messages:
             say(line, quiet=not options.progress)
@@ -185,8 +187,14 @@ def train(config: LIAADRunConfig, options: RunOptions) -> Path:
             own = recipe if network is None else replace(recipe, embedding_dim=network.embedding_dim)
             check_one_space(opened, faces, own, compare=not untrained)
         if recipe.target == "joint" or started:
-            pixels = load_training_images(faces, recipe.input_size, options)
-            teachers = cache_live_teachers(teachers, pixels, options.output / "teachers", quiet=not options.progress)
+            pixels = open_training_images(faces, recipe.input_size, options)
+            teachers = cache_live_teachers(
+                teachers,
+                pixels,
+                options.output / "teachers",
+                quiet=not options.progress,
+                device=options.hardware.device,
+            )
             recipe, teachers, student = prepare_student(
                 recipe,
                 config.start,
@@ -196,6 +204,7 @@ def train(config: LIAADRunConfig, options: RunOptions) -> Path:
                 pixels,
                 folder=options.output,
                 quiet=not options.progress,
+                hardware=options.hardware,
             )
         else:
             student = recipe.build(options.seed)
@@ -218,7 +227,7 @@ def train(config: LIAADRunConfig, options: RunOptions) -> Path:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the recipe on face lists: `python -m kdlib_faces.recipes.liaad --teacher A --teacher B --faces LIST`.
+    """Run the recipe on face lists: `python -m kdlib_faces.recipes.liaad --teacher A --teacher B --data LIST`.
 
     Args:
         arguments: The command line after the program's name; None takes that of the process.
@@ -228,7 +237,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     parser = argparse.ArgumentParser(prog="python -m kdlib_faces.recipes.liaad", description=__doc__)
     for name, text in (
-        ("faces", "CSV list or folder"), ("teacher", "general first, then age-invariant"), ("set", "setting KEY=VALUE"),
+        ("data", "CSV list, folder, .rec file or tar shards"), ("teacher", "general first, then age-invariant"), ("set", "setting KEY=VALUE"),
         ("input", "images of the teachers, as `InputOptions.parse` reads them"),
     ):  # fmt: skip
         parser.add_argument(f"--{name}", action="append", default=[], help=f"{text}; repeatable")
@@ -239,7 +248,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = parser.parse_args(arguments)
     try:
         run = RunOptions(
-            output=given.output, faces=given.faces, teachers=given.teacher, seed=given.seed, progress=not given.quiet,
+            output=given.output, data=given.data, teachers=given.teacher, seed=given.seed, progress=not given.quiet,
             inputs=inputs_of_models(given.input, len(given.teacher)),
         )  # fmt: skip
         train(load_config(LIAADRunConfig, given.config, given.set), run)

@@ -5,7 +5,8 @@ from torch import Tensor
 
 from kdlib_faces._checks import InputError
 from kdlib_faces.caching.teachers import OpenTeachers, targets_read
-from kdlib_faces.data.images import load_images, to_float
+from kdlib_faces.data.dataset import FaceImages
+from kdlib_faces.data.images import to_float
 from kdlib_faces.data.lists import FaceList
 from kdlib_faces.recipes.student import StudentConfig
 from kdlib_faces.teachers.mapped import space_agreement
@@ -36,7 +37,7 @@ def check_one_space(opened: OpenTeachers, faces: FaceList, config: StudentConfig
         InputError: They do not; the message names the setting to change.
     """
     rows = torch.linspace(0, len(faces) - 1, min(IMAGES, len(faces))).long()
-    pixels = load_images([faces.paths[row] for row in rows.tolist()], config.input_size)
+    pixels = FaceImages(faces.images, config.input_size, threads=2, on_error="skip")[rows]
     images = to_float(pixels) if opened.views is None else opened.views(pixels, rows, 0)
     targets = {"sample": rows, "view": torch.zeros_like(rows)}
     embeddings: dict[str, Tensor] = {}

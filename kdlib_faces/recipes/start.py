@@ -14,9 +14,11 @@ from kdlib._checks import check_choice, check_number
 from kdlib.cache import model_fingerprint
 from kdlib.compression import ShrinkStep, shrink
 from kdlib_faces._checks import InputError
+from kdlib_faces._hardware import Hardware
 from kdlib_faces.backbones import Backbone, InputSpec, count_macs, count_parameters, load_backbone, save_backbone
 from kdlib_faces.backbones.input_spec import height_width
 from kdlib_faces.caching.teachers import targets_read
+from kdlib_faces.data.dataset import FaceImages
 from kdlib_faces.data.images import to_float
 from kdlib_faces.progress import progress, say
 from kdlib_faces.teachers.input_options import InputOptions
@@ -31,6 +33,7 @@ Target: TypeAlias = Callable[[Tensor, int], Tensor]
 
 L = TypeVar("L", nn.Conv2d, nn.Linear)
 
+ONE_PROCESS = Hardware()
 _BATCH = 64
 _RIDGES = (1e-4, 1e-3, 1e-2, 0.1, 0.3, 1.0)
 _HELD_OUT = 5  # every fifth image chooses the ridge parameter
@@ -105,12 +108,13 @@ def load_start(
 
 def start_student(
     network: Backbone,
-    images: Tensor,
+    images: Tensor | FaceImages,
     config: StartConfig,
     *,
     folder: Path,
     seed: int,
     quiet: bool,
+    hardware: Hardware = ONE_PROCESS,
     joint: nn.Module | None,
 ) -> Backbone:
     """Make the student of `--start shrink:FILE`, or read it from the folder of an interrupted run.
@@ -122,6 +126,7 @@ def start_student(
         folder: Folder of the run, where the start is stored.
         seed: Seed of the choice of images.
         quiet: Show no progress.
+        hardware: The process of the run; the first one makes the start.
         joint: The joint teacher, to whose embeddings the last layer is fitted; None keeps the embedding of the file.
 
     Returns:
@@ -133,7 +138,7 @@ def start_student(
     parts = [model_fingerprint(network), repr(config), str(seed), str(tuple(images.shape))]
     parts += [] if joint is None else [model_fingerprint(joint)]
     saved = folder / f"start-{sha256(' '.join(parts).encode()).hexdigest()[:12]}.pt"
-    if not saved.exists():
+    if hardware.first and not saved.exists():
         say("making a narrower copy of the teacher", quiet=quiet)
         show = partial(say, quiet=quiet)
         student = shrink_teacher(network, images, config, seed=seed, on_step=lambda step: show(f"  {step}"))
@@ -143,6 +148,7 @@ def start_student(
             say(f"start: cosine {cosine:.3f} to the joint target, without training", quiet=quiet)
         folder.mkdir(parents=True, exist_ok=True)
         save_backbone(student, saved)
+    hardware.wait_for_all()
     student = load_backbone(saved)
     say(
         f"start: {count_parameters(student):,} parameters, {count_macs(student, student.input_size) / 1e6:.0f} M multiply-adds",
@@ -161,7 +167,7 @@ def _target(joint: nn.Module, rows: Tensor, view: int) -> Tensor:
 
 def shrink_teacher(
     network: Backbone,
-    images: Tensor,
+    images: Tensor | FaceImages,
     config: StartConfig,
     *,
     seed: int,
@@ -204,7 +210,7 @@ def _last(network: nn.Module, kind: type[L]) -> tuple[str, L]:
 @torch.no_grad()
 def fit_last_layer(
     network: Backbone,
-    images: Tensor,
+    images: Tensor | FaceImages,
     target: Target,
     *,
     progress: Callable[[Sequence[Tensor]], Iterable[Tensor]] = iter,

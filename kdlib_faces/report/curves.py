@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from kdlib_faces.report.findings import headline_measure
 from kdlib_faces.report.numbers import count
-from kdlib_faces.report.plots import Plot, rate_limits
+from kdlib_faces.report.plots import Plot, known_points, rate_limits
 from kdlib_faces.report.schema import Report
 from kdlib_faces.report.tables import measured
 from kdlib_faces.report.theme import INK, PAGE, PALETTE, Dash, dress, figure_grid, legend, looks, plain
@@ -83,13 +83,15 @@ def draw_training(report: Report) -> Figure | None:
     styles = looks(report)
     totals, terms, owner = [], [], ""
     for name, log in report.training.items():
-        totals.append(_Curve(report.label(name), *_known(log.step, log.loss), styles[name].color, styles[name].dash))
+        totals.append(
+            _Curve(report.label(name), *known_points(log.step, log.loss, -1), styles[name].color, styles[name].dash)
+        )
     logged = [name for name, log in report.training.items() if len(log.terms) > 1]
     if logged:
         owner = report.pair.distilled if report.pair and report.pair.distilled in logged else logged[0]
         log = report.training[owner]
         for (term, losses), color in zip(log.terms.items(), PALETTE, strict=False):
-            terms.append(_Curve(term, *_known(log.step, losses), color, "-"))
+            terms.append(_Curve(term, *known_points(log.step, losses, -1), color, "-"))
     panels = {"Total loss": totals, f"Terms of {plain(report.label(owner), 26)}": terms}
     panels = {title: [curve for curve in curves if curve.steps.size] for title, curves in panels.items()}
     panels = {title: curves for title, curves in panels.items() if curves}
@@ -100,12 +102,6 @@ def draw_training(report: Report) -> Figure | None:
         dress(axes, title=title, x="step", pad=10 + 14 * -(-len(curves) // 2))
         _draw_curves(axes, curves)
     return figure
-
-
-def _known(steps: Sequence[float], losses: Sequence[float | None]) -> tuple[Floats, Floats]:
-    kept = [(step, loss) for step, loss in zip(steps, losses, strict=True) if loss is not None]
-    columns = np.array(kept, dtype=np.float64).reshape(-1, 2)
-    return columns[:, 0], columns[:, 1]
 
 
 def _smooth(values: Floats) -> Floats:

@@ -22,7 +22,7 @@ from kdlib_faces.evaluation.summary import Bins, Difference, MeasuredValue, Prot
 from kdlib_faces.report.schema import Report
 from kdlib_faces.report.theme import GRID, INK, MUTED, PAGE, Look, dress, figure_grid, legend, looks, plain
 
-__all__ = ["PERCENT", "PLOTS", "Plot", "draw_bins", "rate_limits"]
+__all__ = ["PERCENT", "PLOTS", "Plot", "draw_bins", "known_points", "rate_limits"]
 
 Floats = NDArray[np.float64]
 PERCENT = FuncFormatter(lambda rate, _: f"{100 * rate:g} %")
@@ -41,9 +41,9 @@ class Plot(NamedTuple, Generic[P]):
     draw: Callable[P, Figure | None]
 
 
-def _points(x: Sequence[float | None], y: Sequence[float | None]) -> tuple[Floats, Floats]:
-    """The known points of a curve with x > 0, in rising order."""
-    known = sorted((a, b) for a, b in zip(x, y, strict=True) if a is not None and b is not None and a > 0)
+def known_points(x: Sequence[float | None], y: Sequence[float | None], above: float = 0) -> tuple[Floats, Floats]:
+    """The known points of a curve with x > `above`, in rising order."""
+    known = sorted((a, b) for a, b in zip(x, y, strict=True) if a is not None and b is not None and a > above)
     columns = np.array(known, dtype=np.float64).reshape(-1, 2)
     return columns[:, 0], columns[:, 1]
 
@@ -69,7 +69,7 @@ def _line(axes: Axes, x: Floats, y: Floats, look: Look, *, steps: bool = False, 
 
 def draw_errors(report: Report, summary: ProtocolSummary) -> Figure | None:
     """ROC on a logarithmic axis, and DET on normal-deviate axes, where normal scores give a straight line."""
-    curves = {name: _points(model.roc.far, model.roc.tar) for name, model in summary.models.items() if model.roc}
+    curves = {name: known_points(model.roc.far, model.roc.tar) for name, model in summary.models.items() if model.roc}
     curves = {name: points for name, points in curves.items() if points[0].size}
     if not curves:
         return None
@@ -121,8 +121,8 @@ def _percentage(rate: float) -> str:
 def draw_ranks(report: Report, summary: ProtocolSummary) -> Figure | None:
     """Closed-set identification by rank, and open-set identification against false alarms."""
     models = summary.models.items()
-    closed = {name: _points(model.cmc.rank, model.cmc.rate) for name, model in models if model.cmc}
-    search = {name: _points(model.search.fpir, model.search.tpir) for name, model in models if model.search}
+    closed = {name: known_points(model.cmc.rank, model.cmc.rate) for name, model in models if model.cmc}
+    search = {name: known_points(model.search.fpir, model.search.tpir) for name, model in models if model.search}
     panels = [(title, x, curves) for title, x, curves in (
         ("CMC", "rank", closed), ("Open-set search", "false positive identification rate", search),
     ) if any(at.size for at, _ in curves.values())]  # fmt: skip

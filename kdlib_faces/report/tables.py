@@ -109,14 +109,8 @@ def models_table(report: Report) -> Table:
             Cell(numbers.count(model.macs)), Cell(numbers.milliseconds(model.latency_ms)),
             Cell(numbers.seconds(model.train_seconds), steps),
         ])  # fmt: skip
-    heads = [
-        ("Network", ""),
-        ("Parameters", ""),
-        ("Multiply-adds", "one image"),
-        ("Latency", "one image"),
-        ("Training", ""),
-    ]
-    rows = [[Cell(*head), *(column[at] for column in columns)] for at, head in enumerate(heads)]
+    heads = {"Network": "", "Parameters": "", "Multiply-adds": "one image", "Latency": "one image", "Training": ""}
+    rows = [[Cell(*head), *cells] for head, *cells in zip(heads.items(), *columns, strict=True)]
     return _by_model(report, list(report.models), rows)
 
 

@@ -58,9 +58,9 @@ def plain(text: str, limit: int = 34) -> str:
     return f" {line}" if line.startswith("_") else line
 
 
-def figure_grid(panels: int, height: float, *, across: int = 2, width: float = 5.2) -> tuple[Figure, list[Axes]]:
-    """A figure with `panels` axes, at most `across` beside each other; width and height of one panel in inches."""
-    columns = min(across, panels)
+def figure_grid(panels: int, height: float, *, width: float = 5.2) -> tuple[Figure, list[Axes]]:
+    """A figure with `panels` axes, at most two beside each other; width and height of one panel in inches."""
+    columns = min(2, panels)
     rows = -(-panels // columns)
     figure = Figure(figsize=(width * columns, height * rows + 0.4), facecolor=PAGE, layout="constrained")
     cells = list(np.asarray(figure.subplots(rows, columns, squeeze=False)).ravel())

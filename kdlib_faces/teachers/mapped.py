@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from kdlib import Teacher
-from kdlib._checks import check_floating, check_number, check_pair, check_rank, check_same_batch
+from kdlib._checks import check_batches, check_floating, check_number, check_pair, check_rank, check_same_batch
 from kdlib.types import TeacherInputs
 from kdlib_faces._checks import InputError
 
@@ -64,10 +64,7 @@ def fit_rotation(source: Tensor, target: Tensor) -> Tensor:
     References:
         Schönemann: A generalized solution of the orthogonal Procrustes problem, Psychometrika 1966.
     """
-    check_floating("fit_rotation", source=source, target=target)
-    check_rank("fit_rotation", "source", source, "n d")
-    check_rank("fit_rotation", "target", target, "n d")
-    check_same_batch("fit_rotation", "source", source, "target", target)
+    check_batches("fit_rotation", "n d", source=source, target=target)
     if source.shape[1] > target.shape[1]:
         raise ValueError(
             f"fit_rotation: target must have at least the {source.shape[1]} dimensions of source, got {target.shape[1]}"

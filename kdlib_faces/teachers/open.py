@@ -4,6 +4,7 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
+import torch
 from torch import nn
 
 from kdlib import OUTPUT, Tap, TeacherAdapter
@@ -15,12 +16,13 @@ from kdlib_faces.teachers.onnx.graph import Layout, read_graph
 from kdlib_faces.teachers.onnx.import_graph import import_onnx
 from kdlib_faces.teachers.onnx.inspect import describe_graph, suggest_taps
 from kdlib_faces.teachers.onnx.preprocessing import recognize_input
-from kdlib_faces.teachers.onnx.runtime import OnnxTap
+from kdlib_faces.teachers.onnx.runtime import OnnxTap, providers_for
 from kdlib_faces.teachers.onnx.session import OnnxTeacher
 
 __all__ = ["load_network", "load_pretrained", "onnx_taps", "open_onnx", "open_teacher", "stage_taps"]
 
 RECOGNIZED = InputOptions()
+CPU = torch.device("cpu")
 
 
 def stage_taps(model: TeacherNet, stage: int) -> dict[str, str | Tap]:
@@ -56,6 +58,7 @@ def open_onnx(
     *,
     images: InputOptions = RECOGNIZED,
     resize: bool = False,
+    device: torch.device = CPU,
 ) -> OnnxTeacher:
     """Open an ONNX graph as a teacher, fed as it is stated, and otherwise as its first operations expect it.
 
@@ -64,14 +67,17 @@ def open_onnx(
         taps: As for `OnnxTeacher`.
         images: What is stated about the images that the graph takes.
         resize: As for `OnnxTeacher`.
+        device: Device on which onnxruntime runs the graph.
 
     Raises:
-        InputError: As `OnnxTeacher`.
+        InputError: As `OnnxTeacher`, or this onnxruntime does not run on the device.
     """
     preprocess = None
     if (images.color, images.mean, images.scale) != (None, None, None):
         preprocess = images.applied_to(recognize_input(read_graph(path, images.layout)))
-    return OnnxTeacher(path, taps, preprocess=preprocess, layout=images.layout, resize=resize)
+    return OnnxTeacher(
+        path, taps, preprocess=preprocess, layout=images.layout, providers=providers_for(device), resize=resize
+    )
 
 
 def load_network(path: str | os.PathLike[str], images: InputOptions = RECOGNIZED) -> TeacherNet:
@@ -110,6 +116,7 @@ def open_teacher(
     embedding_dim: int,
     seed: int,
     images: InputOptions = RECOGNIZED,
+    device: torch.device = CPU,
 ) -> nn.Module:
     """Open a frozen teacher that takes the student's images (RGB, in [-1, 1]) and converts them to its own format.
 
@@ -121,6 +128,7 @@ def open_teacher(
         embedding_dim: Embedding dimension of an untrained teacher.
         seed: Seed of the weights of an untrained teacher.
         images: What is stated about the images that the file takes.
+        device: Device of an ONNX graph; a network moves with the distiller.
 
     Raises:
         InputError: The file cannot be used.
@@ -132,7 +140,7 @@ def open_teacher(
                 taps = onnx_taps(source, stage, images.layout)
             except InputError as error:
                 raise InputError(f"{error} {features['map']}=0 removes the term that reads it") from error
-        return open_onnx(source, taps, images=images, resize=True)
+        return open_onnx(source, taps, images=images, resize=True, device=device)
     if Path(source).is_dir() and source not in BACKBONES:
         raise InputError(
             f"{source} is a folder; only `kdlib-faces train`, which knows the training images, reads caches of teacher outputs"

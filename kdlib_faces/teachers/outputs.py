@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from kdlib.cache import CachedTeacher, CacheError, Fingerprint, TeacherCache, model_fingerprint
 from kdlib_faces._checks import InputError
+from kdlib_faces.data.dataset import FaceImages
 from kdlib_faces.data.images import to_float
 from kdlib_faces.progress import progress_to
 
@@ -20,12 +21,13 @@ _BATCH = 128
 
 def cache_outputs(
     teacher: nn.Module,
-    images: Tensor,
+    images: Tensor | FaceImages,
     folder: str | os.PathLike[str],
     *,
     fingerprint: str | None = None,
     label: str = "teacher outputs",
     quiet: bool = True,
+    device: torch.device | None = None,
 ) -> CachedTeacher:
     """Run a teacher over all images, plain and mirrored, and resume an interrupted run.
 
@@ -37,6 +39,7 @@ def cache_outputs(
             weights and taps.
         label: Text of the progress bar.
         quiet: Show no progress.
+        device: Device to which the teacher is moved; None leaves it on the CPU.
 
     Returns:
         A teacher that reads the cache, float16 on disk. Sample `i` is image `i`; view 1 is the mirrored image.
@@ -55,13 +58,14 @@ def cache_outputs(
         tensor([[1., 1., 1.]])
     """
     digest = hashlib.sha256(str(tuple(images.shape)).encode())
-    digest.update(images[:: max(1, len(images) // 512)].contiguous().numpy().tobytes())
+    digest.update(images[torch.arange(0, len(images), max(1, len(images) // 512))].contiguous().numpy().tobytes())
     data, weights = digest.hexdigest(), fingerprint or model_fingerprint(teacher)
 
     def fetch(samples: Tensor, view: int) -> Tensor:
         pixels = to_float(images[samples])
-        return pixels.flip(3) if view else pixels
+        return (pixels.flip(3) if view else pixels).to(device)
 
+    teacher.to(device)
     with progress_to(label, quiet=quiet) as show:
         try:
             cache = TeacherCache.build(

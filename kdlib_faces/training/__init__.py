@@ -1,14 +1,8 @@
 """Training of the recipes on face lists."""
 
 from kdlib_faces.training.fit import FitResult, LossCurve, fit
-from kdlib_faces.training.run import (
-    RunConfig,
-    RunOptions,
-    TrainingConfig,
-    TrainingSetup,
-    load_training_images,
-    train_on_faces,
-)
+from kdlib_faces.training.run import TrainingSetup, open_training_images, train_on_faces
+from kdlib_faces.training.settings import RunConfig, RunOptions, TrainingConfig
 
 __all__ = [
     "FitResult",
@@ -18,6 +12,6 @@ __all__ = [
     "TrainingConfig",
     "TrainingSetup",
     "fit",
-    "load_training_images",
+    "open_training_images",
     "train_on_faces",
 ]

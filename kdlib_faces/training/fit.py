@@ -1,22 +1,24 @@
 """Training of a distiller on face batches, with checkpoints, a log and a progress bar."""
 
 from collections.abc import Iterable, Mapping
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, TypeAlias, TypedDict
 
+import torch
 from torch import Tensor
 
 from kdlib import TrainConfig, train
 from kdlib.distiller import Distiller
 from kdlib.training import read_log
-from kdlib_faces.progress import TrainProgress
+from kdlib_faces.progress import TrainProgress, say
+from kdlib_faces.training.settings import TrainingConfig
+from kdlib_faces.training.speed import SpeedAdvice, write_tensorboard
 
-__all__ = ["Amp", "Batches", "FitResult", "LossCurve", "Optimizer", "fit"]
+__all__ = ["Batches", "FitResult", "LossCurve", "Optimizer", "fit"]
 
-Amp: TypeAlias = Literal["none", "bfloat16"]
-"""Precision of the forward pass: float32, or autocast to bfloat16."""
-
+DEFAULTS = TrainingConfig()
 Optimizer: TypeAlias = Literal["sgd", "adamw"]
 
 Batches: TypeAlias = Iterable[tuple[Tensor, Mapping[str, Tensor]]]
@@ -54,11 +56,16 @@ def fit(
     seed: int,
     label: str,
     quiet: bool,
-    amp: Amp = "none",
-    compile: bool = False,
+    settings: TrainingConfig = DEFAULTS,
     optimizer: Optimizer = "sgd",
+    device: torch.device | None = None,
+    tensorboard: bool = False,
+    workers: int = 0,
 ) -> FitResult:
     """Train a distiller in place and resume from the newest checkpoint in `folder` if there is one.
+
+    With `settings.ema_decay`, the student has the averaged weights afterwards. At the end, one line says what limits the
+    speed and what to change.
 
     Args:
         distiller: Student, teachers and objective.
@@ -69,11 +76,13 @@ def fit(
         seed: Seed of dropout and of inferred projections.
         label: Text of the progress bar.
         quiet: Show no progress.
-        amp: Precision of the forward pass.
-        compile: Run the networks through `torch.compile`.
+        settings: Gradient, precision and checkpoints; `steps` and `lr` take the place of its own.
         optimizer: `"sgd"` for training from scratch: weight decay 5e-4, warm-up over a tenth of the steps, at most 50.
             `"adamw"` for fine-tuning: no weight decay, since L2-SP regularization takes its place, and warm-up over a
             twentieth of the steps.
+        device: Device to train on; None for that of the student.
+        tensorboard: Write losses and speed to `folder/tensorboard`.
+        workers: Number of workers of the loader, for the advice.
 
     Returns:
         The loss curve and the duration.
@@ -85,21 +94,28 @@ def fit(
         optimizer=optimizer,
         weight_decay=0.0 if fine_tuning else 5e-4,
         warmup_steps=max(1, steps // 20) if fine_tuning else min(50, max(1, steps // 10)),
-        clip_norm=5.0,
-        amp=None if amp == "none" else amp,
-        channels_last=True,
-        compile=compile,
+        accumulate=settings.accumulate,
+        clip_norm=settings.clip_norm,
+        ema_decay=settings.ema_decay,
+        amp=None if settings.amp == "none" else settings.amp,
+        channels_last=settings.channels_last,
+        compile=settings.compile,
+        sync_batch_norm=settings.sync_batch_norm,
         seed=seed,
+        device=device,
         checkpoint_dir=folder / "checkpoints",
-        checkpoint_every_seconds=60.0,
+        checkpoint_every_seconds=settings.checkpoint_seconds,
+        keep=settings.keep,
         log_path=folder / "log.jsonl",
         log_every=max(1, steps // 100),
     )
-    progress = TrainProgress(label, quiet=quiet)
-    try:
-        result = train(distiller, batches, config, hooks=[progress])
-    finally:
-        progress.close()
+    advice = SpeedAdvice(distiller, settings, workers)
+    written = write_tensorboard(folder / "tensorboard" if tensorboard else None)
+    with closing(TrainProgress(label, quiet=quiet)) as progress, advice, written as write:
+        result = train(distiller, batches, config, hooks=[progress, advice, write])
+    say(advice.text, quiet=quiet or not advice.text)
+    if result.ema is not None:
+        distiller.student.load_state_dict(result.ema)
     log = folder / "log.jsonl"
     rows = read_log(log) if log.exists() else []  # the log of a finished run may have been removed
     curve = LossCurve(

@@ -1,44 +1,133 @@
-"""A record of what a run folder was started with, so that checkpoints are never resumed by another run."""
+"""`run.toml`: what a run folder was started with, so that a run can be repeated and is never resumed by another one."""
 
 import hashlib
-import json
-from collections.abc import Mapping
+import os
+import platform
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
+import numpy as np
+import tomli_w
+import torch
+
+from kdlib import __version__
 from kdlib._atomic import atomic_write
 from kdlib_faces._checks import InputError, show_name
-from kdlib_faces.config import walk_settings
+from kdlib_faces.config import read_toml, to_toml
 from kdlib_faces.data.lists import FaceList
+from kdlib_faces.training.settings import RunConfig, RunOptions
 
-__all__ = ["check_same_run", "describe_run", "write_run_record"]
+__all__ = [
+    "FILE",
+    "TABLE",
+    "RecordedRun",
+    "check_expected",
+    "check_same_run",
+    "describe_run",
+    "read_run",
+    "write_run_record",
+]
 
-FILE = "run.json"
-MAX_BYTES = 1 << 20
+FILE = "run.toml"
+TABLE = "run"
+"""The table of the file that holds no settings."""
+
 SHOWN = 5
+# They do not change the weights of a step, or the fingerprints of lists and teachers stand for them.
+NOT_COMPARED = ("run.data", "run.teachers", "run.inputs", "run.on_error", "run.versions.", "training.keep",
+                "training.checkpoint_seconds")  # fmt: skip
 
 
-def describe_run(config: Any, recipe: str, faces: FaceList, fingerprints: Mapping[str, str]) -> dict[str, str]:
-    """Describe everything that determines a run as short texts: recipe, lists, source networks and settings.
+@dataclass(frozen=True)
+class RecordedRun:
+    """The options of a recorded run, with its versions and the fingerprints of its lists and teachers."""
+
+    recipe: str | None = None
+    data: list[str] = field(default_factory=list)
+    teachers: list[str] = field(default_factory=list)
+    inputs: list[str] = field(default_factory=list)
+    seed: int | None = None
+    start: str | None = None
+    on_error: str | None = None
+    versions: dict[str, str] = field(default_factory=dict)
+    fingerprints: dict[str, str] = field(default_factory=dict)
+
+    def other_versions(self) -> str:
+        """Describe the versions that differ from those of this process; an empty text for none."""
+        now = _versions()
+        texts = [f"{name} {old} (now {now[name]})" for name, old in self.versions.items() if now.get(name, old) != old]
+        return ", ".join(texts)
+
+
+def describe_run(
+    config: RunConfig, options: RunOptions, recipe: str, faces: FaceList, fingerprints: Mapping[str, str]
+) -> dict[str, object]:
+    """Describe everything that determines a run, as the content of `run.toml`.
 
     Args:
-        config: The settings, a dataclass. Paths of teachers are left out, since their fingerprints count.
+        config: The settings.
+        options: Inputs of the run.
         recipe: Name of the recipe.
         faces: The training images.
         fingerprints: Names of the teachers, or of the pretrained network, to their fingerprints.
     """
+    prints = {"faces": _digest(faces), **{name: text[:16] for name, text in fingerprints.items()}}
+    recorded = RecordedRun(
+        recipe, _absolute(options.data), _absolute(options.teachers), [str(each) for each in options.inputs], options.seed,
+        options.start, options.on_error, _versions(), prints,
+    )  # fmt: skip
+    return {TABLE: to_toml(recorded), **to_toml(config)}
+
+
+def _digest(faces: FaceList) -> str:
     digest = hashlib.sha256(faces.identities.tobytes())
     for column in (faces.ages, faces.age_groups):
         digest.update(b"-" if column is None else column.tobytes())
-    for path in faces.paths:
-        digest.update(f"\n{'/'.join(path.parts[-2:])}".encode("utf-8", "surrogateescape"))
-    values = {name: fingerprint[:16] for name, fingerprint in fingerprints.items()}
-    paths = ("general_teacher", "age_teacher")
-    settings = {name: repr(value) for name, value in walk_settings(config) if name.rpartition(".")[2] not in paths}
-    return {"recipe": recipe, "faces": digest.hexdigest()[:16], **values, **settings}
+    for part in faces.images.layout(np.arange(len(faces))):
+        digest.update(part)
+    return digest.hexdigest()[:16]
 
 
-def check_same_run(output: Path, run: Mapping[str, str]) -> None:
+def _versions() -> dict[str, str]:
+    return {"kdlib": __version__, "torch": str(torch.__version__), "python": platform.python_version()}
+
+
+def _absolute(paths: Sequence[str]) -> list[str]:
+    return [os.path.abspath(path) if os.path.exists(path) else path for path in paths]
+
+
+def read_run(path: Path) -> RecordedRun:
+    """Read the options of a run from its `run.toml`; a file of settings alone has none.
+
+    Raises:
+        InputError: The file is not readable, or a value has another type.
+    """
+    from kdlib_faces.config import load_config
+
+    table = read_toml(path).get(TABLE, {})
+    if not isinstance(table, dict):
+        raise InputError(f"{path}: {TABLE} must be a table of the options of a run, got {show_name(table)}")
+    return load_config(RecordedRun, overrides={f"{name}": value for name, value in table.items()})
+
+
+def check_expected(options: RunOptions, run: Mapping[str, object]) -> None:
+    """Check that a repeated run has the lists and teachers of the recorded one.
+
+    Raises:
+        InputError: Fingerprints differ; the message names them.
+    """
+    now = _flat(run)
+    for name, old in options.expected.items():
+        new = now.get(f"{TABLE}.fingerprints.{name}")
+        if new != old:
+            raise InputError(
+                f"train: --config describes a run with other data: the fingerprint of {show_name(name)} was {show_name(old)}, "
+                f"now {show_name(new)}; give the same lists and teachers, or remove [run.fingerprints] from the file"
+            )
+
+
+def check_same_run(output: Path, run: Mapping[str, object]) -> None:
     """Check that the checkpoints in `output`, if there are any, belong to this run.
 
     Raises:
@@ -48,15 +137,23 @@ def check_same_run(output: Path, run: Mapping[str, str]) -> None:
     if not checkpoints.is_dir() or not any(checkpoints.iterdir()):
         return
     try:
-        with (output / FILE).open("rb") as file:
-            recorded = json.loads(file.read(MAX_BYTES))
-    except (OSError, ValueError, RecursionError):
-        recorded = None
-    if not isinstance(recorded, dict):
-        raise InputError(f"train: {output} holds checkpoints without a readable {FILE}; choose another output")
-    changed = [name for name in {**recorded, **run} if recorded.get(name) != run.get(name)]
+        recorded = _flat(read_toml(output / FILE))
+    except InputError as error:
+        raise InputError(
+            f"train: {output} holds checkpoints without a readable {FILE}; choose another output"
+        ) from error
+    current = _flat(run)
+    changed = [
+        name
+        for name in {**recorded, **current}
+        if recorded.get(name) != current.get(name) and not name.startswith(NOT_COMPARED)
+    ]
     if changed:
-        texts = [f"{show_name(name)} ({_show(recorded.get(name))}, now {_show(run.get(name))})" for name in changed]
+        texts = [
+            f"{show_name(name.removeprefix('run.').removeprefix('fingerprints.'))} ({_show(recorded.get(name))}, now "
+            f"{_show(current.get(name))})"
+            for name in changed
+        ]
         more = f" and {len(changed) - SHOWN} more" if len(changed) > SHOWN else ""
         raise InputError(
             f"train: {output} holds another run: what differs is {', '.join(texts[:SHOWN])}{more}; restore the settings "
@@ -64,11 +161,19 @@ def check_same_run(output: Path, run: Mapping[str, str]) -> None:
         )
 
 
+def _flat(table: Mapping[str, object], prefix: str = "") -> dict[str, object]:
+    """Dotted names and values of nested tables."""
+    flat: dict[str, object] = {}
+    for name, value in table.items():
+        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {f"{prefix}{name}": value}
+    return flat
+
+
 def _show(value: object) -> str:
     return "none" if value is None else show_name(value)
 
 
-def write_run_record(output: Path, run: Mapping[str, str]) -> None:
+def write_run_record(output: Path, run: Mapping[str, object]) -> None:
     """Write the record of a run into its folder."""
     with atomic_write(output / FILE) as file:
-        file.write(f"{json.dumps(dict(run), indent=1)}\n".encode())
+        file.write(tomli_w.dumps(run).encode())

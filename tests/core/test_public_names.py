@@ -7,6 +7,8 @@ import importlib
 import inspect
 import pickle
 import re
+import subprocess
+import sys
 from decimal import Decimal
 from fractions import Fraction
 from pathlib import Path
@@ -52,6 +54,15 @@ def listing() -> str:
 
 def test_public_names_and_signatures_agree_with_the_file() -> None:
     assert listing() == FILE.read_text("utf-8")
+
+
+def test_training_and_caches_are_imported_when_they_are_used() -> None:
+    code = (
+        "import sys, kdlib; late = ('kdlib.cache', 'kdlib.training', 'torch._dynamo'); "
+        "assert not {*late} & {*sys.modules}, sys.modules; "
+        "assert kdlib.train is kdlib.training.train; assert kdlib.TeacherCache.__module__ == 'kdlib.cache.store'"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 CORE = [package for package in PACKAGES if package.split(".")[0] == "kdlib"]

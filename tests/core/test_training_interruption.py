@@ -39,7 +39,7 @@ def test_repeated_interruption_gives_the_same_weights(processes: dict[str, Any])
         assert same(weights, wanted["weights"])
         assert same(ema, wanted["ema"])
     assert checkpoint["last"] == other["last"]
-    rows, expected = ([{**row, "seconds": 0} for row in read_log(place / "log.jsonl")] for place in places)
+    rows, expected = ([{**row, "seconds": 0, "speed": 0} for row in read_log(place / "log.jsonl")] for place in places)
     assert rows == expected
     assert [row["step"] for row in rows] == list(range(1, 121))
     assert len(list((places[0] / "run").glob("step-*.pt"))) == 2
@@ -49,6 +49,15 @@ def test_two_processes_give_the_weights_of_one(processes: dict[str, Any]) -> Non
     two, one = processes["halves"]["outcomes"], processes["whole"]["outcomes"]
     assert two[0] == two[1]
     assert two[0] == pytest.approx(one[0], rel=1e-5)
+
+
+def test_processes_that_share_batches_give_the_weights_of_one(processes: dict[str, Any]) -> None:
+    """BatchNorm uses the statistics of both, and one process may go on where two were stopped."""
+    two, (one,) = processes["shared"]["outcomes"], processes["shared_whole"]["outcomes"]
+    assert two[0] == two[1] == pytest.approx(one, rel=1e-4)
+    alone = processes["handed_over"]["outcomes"][0]
+    assert alone[:2] == [one[0], 5]
+    assert alone[2:] == pytest.approx(one[2:], rel=1e-4)
 
 
 def test_two_processes_resume_bit_for_bit_with_dropout(processes: dict[str, Any]) -> None:

@@ -45,7 +45,7 @@ def test_resume_is_bit_exact(tmp_path: Path, kind: str, stop: int) -> None:
     assert same(whole.ema, rest.ema)
 
     def rows(name: str) -> list[dict[str, Any]]:
-        return [{**row, "seconds": 0} for row in read_log(tmp_path / name)]
+        return [{**row, "seconds": 0, "speed": 0} for row in read_log(tmp_path / name)]
 
     assert rows("log.jsonl") == rows("whole.jsonl")
 
@@ -143,6 +143,14 @@ def test_a_changed_byte_anywhere_in_a_checkpoint_is_refused(tmp_path: Path) -> N
                     load_checkpoint(path)
             file.seek(at)
             file.write(bytes([byte]))
+
+
+def test_a_checkpoint_of_objects_is_refused_without_advice_to_load_it_otherwise(tmp_path: Path) -> None:
+    torch.save({"step": nn.Linear(2, 1)}, tmp_path / "module.pt")
+    with pytest.raises(
+        CheckpointError, match=r"module.pt cannot be read: it holds more than tensors and plain values$"
+    ):
+        load_checkpoint(tmp_path / "module.pt")
 
 
 def test_an_archive_that_unpacks_to_more_than_itself_is_refused(tmp_path: Path) -> None:

@@ -197,6 +197,47 @@ def halves(rank: int, folder: Path) -> Any:
     return digest(distiller, train(distiller, data, config(folder)))
 
 
+class Shared:
+    """Batches that the processes share, as a loader with `shard` does."""
+
+    def __init__(self) -> None:
+        self.images = torch.randn(4, 16, 6, generator=torch.Generator().manual_seed(2))
+        self.rank, self.count = 0, 1
+
+    def shard(self, rank: int, count: int) -> None:
+        self.rank, self.count = rank, count
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __iter__(self) -> Any:
+        return ((batch.chunk(self.count)[self.rank], {}) for batch in self.images)
+
+
+def shared(rank: int, folder: Path, hooks: Any = ()) -> Any:
+    """Train with BatchNorm on batches that the processes share."""
+    distiller = build()
+    distiller.student.model[3] = nn.Identity()
+    given = config(folder, sync_batch_norm=True)
+    return digest(distiller, train(distiller, Shared(), given, hooks=hooks))
+
+
+def handed_over(rank: int, folder: Path) -> Any:
+    """Both processes stop after step 5, and the first one goes on alone."""
+
+    class Stopped(Exception):
+        pass
+
+    def stop(event: TrainEvent) -> None:
+        if event.step == 5:
+            raise Stopped
+
+    with suppress(Stopped, RuntimeError):  # the other process cannot receive this class
+        shared(rank, folder, hooks=[stop] if rank == 0 else [])
+    dist.destroy_process_group()
+    return shared(rank, folder) if rank == 0 else None
+
+
 def full_disk(rank: int, folder: Path) -> Any:
     """The first process cannot write its second checkpoint."""
 
@@ -266,6 +307,9 @@ SCENARIOS = {
     "evaluation_signal": partial(evaluation, interruption="signal"),
     "halves": halves,
     "whole": halves,
+    "shared": shared,
+    "handed_over": handed_over,
+    "shared_whole": shared,
     "term_one": stopped_by(signal.SIGTERM, (1,)),
     "term_zero": stopped_by(signal.SIGTERM, (0,)),
     "term_both": stopped_by(signal.SIGTERM, (0, 1)),
@@ -277,14 +321,15 @@ SCENARIOS = {
 
 def run(name: str, rank: int, folder: Path) -> None:
     """Run a scenario in one process and write what it returned or raised."""
-    size = 1 if name == "whole" else 2
+    size = 1 if name.endswith("whole") else 2
     dist.init_process_group("gloo", init_method=f"file://{folder / 'meeting'}", rank=rank, world_size=size)
     try:
         outcome = SCENARIOS[name](rank, folder)
     except Exception as error:
         outcome = f"{type(error).__name__}: {error}"
     (folder / f"{rank}.json").write_text(json.dumps(outcome))
-    dist.destroy_process_group()
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def start(task: Callable[[], object]) -> int:
@@ -334,7 +379,7 @@ def main(place: Path) -> None:
     for name in SCENARIOS:
         folder = place / name
         folder.mkdir()
-        ranks = (0,) if name == "whole" else (0, 1)
+        ranks = (0,) if name.endswith("whole") else (0, 1)
         codes = [wait(child) for child in [start(partial(run, name, rank, folder)) for rank in ranks]]
         files = [folder / f"{rank}.json" for rank in ranks]
         outcomes = [json.loads(file.read_text()) if file.exists() else None for file in files]

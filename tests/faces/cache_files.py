@@ -53,13 +53,13 @@ def run(*words: object) -> int:
 
 def train(folder: Path, recipe: str, output: Path, *given: str, teachers: Iterable[str] = ()) -> int:
     """Train from the list and the teachers in `folder`, and return the exit code."""
-    words = ["train", "--recipe", recipe, "--quiet", "--faces", folder / "faces.csv", "--output", output]
+    words = ["train", "--recipe", recipe, "--quiet", "--data", folder / "faces.csv", "--output", output]
     return run(*words, *(word for name in teachers for word in ("--teacher", folder / name)), *settings(*given))
 
 
 def build_words(folder: Path, teacher: object, output: Path, *more: object) -> list[object]:
     """Return the words of `cache build` for the list in `folder`."""
-    given = ("--faces", folder / "faces.csv", "--teacher", folder / str(teacher), "--output", output)
+    given = ("--data", folder / "faces.csv", "--teacher", folder / str(teacher), "--output", output)
     return ["cache", "build", "--quiet", *given, *more]
 
 

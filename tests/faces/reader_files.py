@@ -5,7 +5,6 @@ import struct
 from pathlib import Path
 
 import numpy as np
-from hypothesis import strategies as st
 from numpy.typing import ArrayLike
 from PIL import Image
 
@@ -38,19 +37,6 @@ def touch(folder: Path, *names: str) -> Path:
     for name in names:
         put(folder, b"", name)
     return folder
-
-
-def bit_flips(blob: bytes) -> st.SearchStrategy[bytes]:
-    """`blob` with one to four flipped bits."""
-
-    def flip(places: list[tuple[int, int]]) -> bytes:
-        broken = bytearray(blob)
-        for at, bit in places:
-            broken[at] ^= 1 << bit
-        return bytes(broken)
-
-    places = st.tuples(st.integers(0, len(blob) - 1), st.integers(0, 7))
-    return st.lists(places, min_size=1, max_size=4).map(flip)
 
 
 def lfw_text(folds, each, first, mark="\t"):

@@ -43,7 +43,7 @@ def test_the_command_fine_tunes_and_all_commands_read_the_result(
     # The finished run is read from its checkpoint.
     assert _train(tmp_path, "age_teacher", ["start.pt"], *settings) == 0
     assert torch.equal(load_teacher(model)(IMAGES), first)
-    report = ["evaluate", "--faces", str(faces), "--quiet", "--model", str(model), "--output", str(tmp_path / "report")]
+    report = ["evaluate", "--data", str(faces), "--quiet", "--model", str(model), "--output", str(tmp_path / "report")]
     assert main([*report, "--set", "replicates=5"]) == 0, capsys.readouterr().err
     student = ("recipe.width=0.25", "recipe.embedding_dim=16", "recipe.input_size=32")
     steps = ("training.steps=2", "training.batch_size=8")

@@ -17,8 +17,9 @@ from kdlib.cache import CachedTeacher, CacheError, TeacherCache
 from kdlib_faces._checks import InputError
 from kdlib_faces.backbones import load_backbone
 from kdlib_faces.caching import build as recipe
+from kdlib_faces.caching.source import CacheSource
 from kdlib_faces.data.batches import FaceBatches
-from kdlib_faces.data.images import load_images
+from kdlib_faces.data.dataset import load_images
 from kdlib_faces.data.lists import read_faces
 from kdlib_faces.data.seeded_views import SeededViews
 from tests.faces.cache_files import COUNT, build, build_words, fails, make_faces, run, settings, wait_until
@@ -68,7 +69,7 @@ def test_a_cache_contains_the_outputs_for_both_views(faces_folder: Path, tmp_pat
         f"good: {2 * COUNT} rows in 1 files have correct checksums and finite values\n"
     )
     faces, teacher = faces_folder / "faces.csv", faces_folder / "general.pt"
-    assert run("cache", "verify", "--quiet", tmp_path / "c", "--faces", faces, "--teacher", teacher, "--rows", 7) == 0
+    assert run("cache", "verify", "--quiet", tmp_path / "c", "--data", faces, "--teacher", teacher, "--rows", 7) == 0
     assert "; 7 rows recomputed, maximum 1 - cos" in capsys.readouterr().out
 
 
@@ -88,14 +89,16 @@ def test_an_interrupted_build_resumes(faces_folder: Path, tmp_path: Path, capsys
     assert run(*words(faces_folder, tmp_path / "whole", *options)) == 0
     seen = []
 
-    def stops(paths, size, **options):
+    fetch = CacheSource.fetch
+
+    def stops(self, samples, view):
         if len(seen) == 3:
             raise KeyboardInterrupt
-        seen.append(list(paths))
-        return load_images(paths, size, **options)
+        seen.append(samples)
+        return fetch(self, samples, view)
 
     with monkeypatch.context() as patch:
-        patch.setattr("kdlib_faces.caching.source.load_images", stops)
+        patch.setattr(CacheSource, "fetch", stops)
         assert run(*words(faces_folder, tmp_path / "part", *options)) == 130
     capsys.readouterr()
     assert run("cache", "info", tmp_path / "part") == 0
@@ -143,7 +146,7 @@ def test_an_onnx_teacher(tmp_path: Path, faces_folder: Path, graph: Path, capsys
         torch.testing.assert_close(x, wanted[name], rtol=2e-3, atol=2e-3)
     assert "views           the plain image\n" in capsys.readouterr().out
     other = tiny_graph(tmp_path / "other.onnx", seed=1)
-    verify = ["cache", "verify", "--quiet", tmp_path / "c", "--faces", faces_folder / "faces.csv", "--teacher"]
+    verify = ["cache", "verify", "--quiet", tmp_path / "c", "--data", faces_folder / "faces.csv", "--teacher"]
     assert run(*verify, graph) == 0
     assert "the difference is the teacher (weights, code or taps); its" in fails(capsys, *verify, other)
 
@@ -202,7 +205,7 @@ def test_mistakes_are_one_line(faces_folder: Path, tmp_path: Path, capsys) -> No
     assert "see kdlib-faces cache --help" in fails(capsys, "cache")
     assert "invalid choice: 'make'" in fails(capsys, "cache", "make")
     assert "required: --teacher, --output" in fails(capsys, "cache", "build")
-    assert "--faces must be given" in fails(capsys, "cache", "build", "--teacher", "no.pt", "--output", output)
+    assert "--data must be given" in fails(capsys, "cache", "build", "--teacher", "no.pt", "--output", output)
     assert "no.pt does not exist" in fails(capsys, *build_words(faces_folder, "no.pt", output))
     assert "no module at path 'layer9'; the nearest are" in fails(
         capsys, *words(faces_folder, output, "--tap", "layer9")
@@ -215,8 +218,8 @@ def test_mistakes_are_one_line(faces_folder: Path, tmp_path: Path, capsys) -> No
     assert not output.exists()
     output.write_text("a file")
     assert "the output must be a folder" in fails(capsys, *words(faces_folder, output))
-    with pytest.raises(InputError, match="--faces and --teacher must be given together"):
-        recipe.verify(tmp_path, faces=["x.csv"])
+    with pytest.raises(InputError, match="--data and --teacher must be given together"):
+        recipe.verify(tmp_path, data=["x.csv"])
 
 
 def test_an_image_that_cannot_be_read_is_named_and_the_rest_is_kept(faces_folder: Path, tmp_path: Path, capsys) -> None:
@@ -239,7 +242,7 @@ def test_a_header_cannot_steer_the_terminal(faces_folder: Path, tmp_path: Path, 
     assert "\x1b" not in output
     assert max(map(len, output.splitlines())) < 500
     faces, teacher = faces_folder / "faces.csv", faces_folder / "general.pt"
-    line = fails(capsys, "cache", "verify", tmp_path / "c", "--faces", faces, "--teacher", teacher)
+    line = fails(capsys, "cache", "verify", tmp_path / "c", "--data", faces, "--teacher", teacher)
     assert "do not describe the build" in line
 
 

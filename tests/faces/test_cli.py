@@ -20,7 +20,7 @@ def faces(tmp_path: Path) -> Path:
 
 def _train(faces: object, output: Path, *more: str) -> list[object]:
     sizes = ["training.steps=2", "training.batch_size=4", "recipe.input_size=32", "recipe.width=0.25"]
-    words = ["train", "--recipe", "student", "--quiet", "--faces", faces, "--output", output]
+    words = ["train", "--recipe", "student", "--quiet", "--data", faces, "--output", output]
     return [*words, *settings(*sizes, "recipe.embedding_dim=16"), *more]
 
 
@@ -30,7 +30,7 @@ def test_a_student_trains_and_its_file_is_inspected_and_evaluated(faces: Path, t
     assert main(["inspect", str(output / "model.pt")]) == 0
     assert "MobileFaceNet(embedding_dim=16, width=0.25, input_size=32)" in capsys.readouterr().out
     report = tmp_path / "report"
-    words = ["evaluate", "--quiet", "--model", output / "model.pt", "--faces", faces, "--output", report]
+    words = ["evaluate", "--quiet", "--model", output / "model.pt", "--data", faces, "--output", report]
     assert run(*words) == 0
     assert (report / "report.html").exists()
     (report / "report.md").unlink()
@@ -117,26 +117,26 @@ def test_wrong_settings_and_flags(tmp_path: Path, faces: Path, capsys) -> None:
         ("--seed", "1.5"),
     ):
         assert f"{flag}: must be a whole number from" in fails(capsys, "demo", flag, value)
-    assert "recipe must be one of" in fails(capsys, "train", "--recipe", "best", "--faces", faces)
-    assert "two teachers" in fails(capsys, "train", "--faces", faces)
+    assert "recipe must be one of" in fails(capsys, "train", "--recipe", "best", "--data", faces)
+    assert "two teachers" in fails(capsys, "train", "--data", faces)
     assert "invalid choice: 'dance'" in fails(capsys, "dance")
-    assert "no option named '--facse'; the nearest are '--faces'" in fails(capsys, "train", "--facse", "x")
+    assert "no option named '--dtaa'; the nearest are '--data'" in fails(capsys, "train", "--dtaa", "x")
     assert "no option named '--techer'; the nearest are '--teacher'" in fails(capsys, "cache", "build", "--techer=x")
     assert "the nearest are 'recipe.width'" in fails(capsys, "train", "--recipe", "student", "--set", "width=0.5")
-    assert r"no\x1b.csv" in fails(capsys, "train", "--recipe", "student", "--faces", "no\x1b.csv")
+    assert r"no\x1b.csv" in fails(capsys, "train", "--recipe", "student", "--data", "no\x1b.csv")
     assert len(fails(capsys, "demo", "--set", f"{'a' * 9000}=1")) < 2100
 
 
 @pytest.mark.parametrize(
     ("words", "setting"),
     [
-        (["train", "--recipe", "age_teacher", "--faces", "x"], "network.input_size=100000"),
-        (["train", "--recipe", "age_teacher", "--faces", "x"], "network.width=1e+300"),
-        (["train", "--recipe", "student", "--faces", "x"], "recipe.input_size=100000"),
-        (["train", "--recipe", "student", "--faces", "x"], "recipe.embedding_dim=1000000000"),
+        (["train", "--recipe", "age_teacher", "--data", "x"], "network.input_size=100000"),
+        (["train", "--recipe", "age_teacher", "--data", "x"], "network.width=1e+300"),
+        (["train", "--recipe", "student", "--data", "x"], "recipe.input_size=100000"),
+        (["train", "--recipe", "student", "--data", "x"], "recipe.embedding_dim=1000000000"),
         (["demo"], "student.input_size=100000"), (["demo"], "general_images=9999"), (["demo"], "batch_size=1000000000"),
-        (["evaluate", "--faces", "x", "--model", "x"], "input_size=100000"),
-        (["evaluate", "--faces", "x", "--model", "x"], "replicates=9223372036854775807"),
+        (["evaluate", "--data", "x", "--model", "x"], "input_size=100000"),
+        (["evaluate", "--data", "x", "--model", "x"], "replicates=9223372036854775807"),
     ],
 )  # fmt: skip
 def test_sizes_beyond_reason_are_refused_at_once(words: list[str], setting: str, tmp_path: Path, capsys) -> None:

@@ -51,7 +51,7 @@ def fails(capsys, *words, code=2):
 
 def evaluate(folder, *more):
     fast = ["--set", "replicates=20", "--set", "bins=[0, 15]", "--quiet"]
-    return ["evaluate", "--faces", folder / "faces.csv", "--output", folder / "out", *fast, *more]
+    return ["evaluate", "--data", folder / "faces.csv", "--output", folder / "out", *fast, *more]
 
 
 def reported(folder, *words):
@@ -143,7 +143,7 @@ def test_unusable_embeddings_are_reported(folder, capsys):
         assert "bad.npy: not a .npy file" in fails(capsys, *evaluate(folder, "--embeddings", bad))
     assert "embeddings not found" in fails(capsys, *evaluate(folder, "--embeddings", folder / "no.npy"))
     assert "at least one model" in fails(capsys, *evaluate(folder))
-    assert "--faces or --protocol must be given" in fails(capsys, "evaluate", "--embeddings", bad)
+    assert "--data or --protocol must be given" in fails(capsys, "evaluate", "--embeddings", bad)
     assert not (folder / "out").exists()
     for dtype in ("<f4", ">f4", "<f8", ">f8", "longdouble", "<f2", "<i8"):
         np.save(bad, good.astype(dtype) + 1)

@@ -241,7 +241,7 @@ def test_photographs_that_are_no_aligned_crops_are_noted_in_the_result(tmp_path)
     for _ in range(2):  # also if the embeddings are known already
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            report = run_evaluate(config, output=tmp_path / "out", models=[model], faces=[tmp_path / "faces"])
+            report = run_evaluate(config, output=tmp_path / "out", models=[model], data=[tmp_path / "faces"])
         assert any("4 of 4 images are far from the 32 x 32 pixels" in note for note in report["data"]["notes"])
         assert report["evaluations"][0]["convention"]["Alignment"] == "none: images as they are"
 
@@ -253,7 +253,7 @@ def test_names_of_images_in_another_encoding_are_written_as_escapes(tmp_path):
     np.save(tmp_path / f"{name}.npy", np.random.default_rng(0).normal(size=(4, 4)))
     config = evaluate.EvaluateConfig(replicates=5, num_failures=1)
     report = run_evaluate(
-        config, output=tmp_path / "out", embeddings=[tmp_path / f"{name}.npy"], faces=[tmp_path / "faces"], scores=True,
+        config, output=tmp_path / "out", embeddings=[tmp_path / f"{name}.npy"], data=[tmp_path / "faces"], scores=True,
         command=f"evaluate {name}",
     )  # fmt: skip
     shown = "\\udcff\\udcfe"

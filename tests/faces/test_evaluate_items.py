@@ -129,7 +129,7 @@ def test_formulas_in_score_files_are_escaped_and_files_are_limited(tmp_path):
     set_files.put_text(tmp_path / "f.csv", rows)
     config = evaluate.EvaluateConfig(replicates=10, num_failures=0, score_rows=5)
     report = run_evaluate(
-        config, output=tmp_path / "out", models=[network(tmp_path / "m.pt", 0)], faces=[tmp_path / "f.csv"], scores=True
+        config, output=tmp_path / "out", models=[network(tmp_path / "m.pt", 0)], data=[tmp_path / "f.csv"], scores=True
     )
     lines = (tmp_path / "out/scores/age_gap-m.csv").read_text().splitlines()
     assert len(lines) == 6

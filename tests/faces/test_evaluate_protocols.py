@@ -259,7 +259,7 @@ def test_lists_are_shared_by_protocols_and_names_are_unique(tmp_path, no_figures
         ("age_gap={root}/grouped.csv", "has an age"),
         ("longitudinal={root}/grouped.csv", "one of the columns 'age' and 'date' is needed"),
         ("between_groups={root}/dated.csv", "images of two age groups are needed"),
-        ("leave_one_out", "needs faces: give --faces LIST, or leave_one_out=LIST"),
+        ("leave_one_out", "needs faces: give --data LIST, or leave_one_out=LIST"),
     ],
 )
 def test_bad_input_is_reported_in_one_line(whole, capsys, tmp_path, protocol, message):
@@ -325,7 +325,7 @@ def test_a_rank_beyond_a_small_list_is_left_out_and_noted(tmp_path, no_figures):
     faces = set_files.put_text(tmp_path / "f.csv", rows)
     np.save(tmp_path / "e.npy", np.random.default_rng(0).normal(size=(4, 8)))
     config = evaluate.EvaluateConfig(replicates=10, num_failures=0)
-    report = run_evaluate(config, output=tmp_path / "out", embeddings=[tmp_path / "e.npy"], faces=[faces])
+    report = run_evaluate(config, output=tmp_path / "out", embeddings=[tmp_path / "e.npy"], data=[faces])
     (entry,) = report["evaluations"]
     assert list(entry["measures"]) == ["rank1"]
     assert "no rank 5: the gallery has 3 images" in entry["notes"]

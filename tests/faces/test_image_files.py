@@ -10,8 +10,10 @@ from PIL import Image, ImageOps
 from kdlib_faces._checks import InputError
 from kdlib_faces.commands import inspect
 from kdlib_faces.data import BinSet, FaceDataWarning, read_agedb, read_faces, save_bin, save_records
-from kdlib_faces.data.image_files import image_size, image_suffixes, scan_folder
-from kdlib_faces.data.images import decode_image, load_images, read_image, read_pixels
+from kdlib_faces.data import image_files as image_files_module
+from kdlib_faces.data.dataset import load_images
+from kdlib_faces.data.image_files import decode_jpeg, image_size, image_suffixes, open_rgb, scan_folder
+from kdlib_faces.data.images import decode_image, read_pixels
 from kdlib_faces.harness.embeddings import embed_set, open_model
 from kdlib_faces.harness.image_sets import images_of_files
 from tests.faces.cache_files import run
@@ -127,7 +129,7 @@ def test_images_of_every_suffix_are_found(tmp_path, suffix):
         put(tmp_path, encoded(PIXELS, codec), f"{name}.{suffix}".rstrip("."))
     faces = read_faces(tmp_path)
     assert (faces.identity_names, len(faces), faces.notes) == (("ann", "bob"), 2, ())
-    assert read_image(faces.paths[0], 6).shape == (3, 6, 6)
+    assert decode_image(faces.images[0], 6).shape == (3, 6, 6)
 
 
 def test_images_in_nested_folders_belong_to_the_outer_identity(tmp_path):
@@ -191,7 +193,7 @@ def test_broken_and_missing_images_are_skipped_on_request(tmp_path):
     listed = put(tmp_path, "path,identity\na/1.png,a\nno.png,b\nb/1.png,b\n", "list.csv")
     with pytest.warns(FaceDataWarning, match=r"no\.png: image file not found"):
         assert len(read_faces(listed, on_error="skip")) == 2
-    with pytest.raises(ValueError, match="on_error must be one of 'stop', 'skip', got 'warn'"):
+    with pytest.raises(ValueError, match="on_error must be one of 'stop', 'skip', 'keep', got 'warn'"):
         read_faces(listed, on_error="warn")
 
 
@@ -199,7 +201,7 @@ def test_broken_and_missing_images_are_skipped_on_request(tmp_path):
 def test_the_command_line_lists_broken_images_or_skips_them(tmp_path, capsys):
     for name in ("f/a/1.png", "f/b/1.png", "f/b/2.png", "f/b/3.png"):
         put(tmp_path, encoded(np.zeros((32, 32, 3))) if name < "f/b/2" else b"broken", name)
-    given = ("cache", "build", "--quiet", "--teacher", network(tmp_path / "t.pt", 0), "--faces", tmp_path / "f")
+    given = ("cache", "build", "--quiet", "--teacher", network(tmp_path / "t.pt", 0), "--data", tmp_path / "f")
     assert run(*given, "--output", tmp_path / "stop") == 2
     assert capsys.readouterr().err.count("not a readable image") == 2
     assert run(*given, "--output", tmp_path / "skip", "--on-error", "skip") == 0
@@ -255,3 +257,33 @@ def test_inspect_describes_every_kind_of_face_data(tmp_path):
     assert "images        3, such as Ann_1.jpg" in inspect.file(tmp_path / "cplfw.txt")
     (tmp_path / "pytorch_model.bin").write_bytes(network(tmp_path / "t.pt", 0).read_bytes())
     assert "layout" in inspect.file(tmp_path / "pytorch_model.bin")
+
+
+# JPEG by simplejpeg
+
+
+@pytest.mark.parametrize("subsampling", [0, 1, 2])
+@pytest.mark.parametrize(
+    "options", [{"quality": 95}, {"quality": 40, "progressive": True}, {"quality": 90, "optimize": True}]
+)
+def test_jpeg_images_have_the_same_pixels_with_and_without_simplejpeg(subsampling, options, monkeypatch):
+    rng = np.random.default_rng(subsampling)
+    for shape in ((112, 112, 3), (37, 51, 3), (1, 3, 3), (16, 16)):
+        data = encoded(rng.integers(0, 256, shape), "JPEG", subsampling=subsampling, **options)
+        fast = decode_jpeg(data)
+        if len(shape) == 3:
+            np.testing.assert_array_equal(fast, np.asarray(open_rgb(data, "x")))
+            assert decode_jpeg(data[: len(data) // 2]) is None
+        else:
+            assert fast is None  # gray images are left to Pillow
+        with monkeypatch.context() as patch:
+            patch.setattr(image_files_module, "_simplejpeg", lambda: None)
+            plain = decode_image(data, 40)
+        np.testing.assert_array_equal(decode_image(data, 40), plain)
+
+
+def test_jpeg_images_that_may_be_turned_are_left_to_pillow():
+    data = turned(np.zeros((8, 16, 3), np.uint8), "JPEG", 6)
+    assert decode_jpeg(data) is None
+    assert decode_image(data, (16, 8)).shape == (3, 16, 8)
+    assert open_rgb(data, "x").size == (8, 16)

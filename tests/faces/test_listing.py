@@ -1,8 +1,6 @@
 """Face lists, pair lists and images: what is read, and what each kind of broken file says."""
 
-import json
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,10 +9,16 @@ from PIL import Image
 
 from kdlib_faces._checks import InputError
 from kdlib_faces.data import image_files as image_files_module
-from kdlib_faces.data import images as images_module
-from kdlib_faces.data.images import load_images, read_image, to_float
+from kdlib_faces.data.dataset import FaceImages, load_images
+from kdlib_faces.data.images import to_float
 from kdlib_faces.data.lists import FaceList, read_faces
+from kdlib_faces.data.sources.base import FileImages
 from tests.faces.reader_files import Shown, put, touch
+
+
+def read_image(path, size):
+    return FaceImages(FileImages([path]), size)[0]
+
 
 write = partial(put, name="faces.csv")
 
@@ -74,7 +78,7 @@ def test_a_subset_numbers_identities_anew(folder):
         with pytest.raises(ValueError, match=r"FaceList\.subset"):
             faces.subset(wrong)
     with pytest.raises(ValueError, match=r"FaceList: ages must be \(n,\) = \(1,\)"):
-        FaceList((Path("a"),), np.zeros(1, np.int64), ("A",), ages=np.zeros(2, np.float32))
+        FaceList(FileImages(["a"]), np.zeros(1, np.int64), ("A",), ages=np.zeros(2, np.float32))
 
 
 def test_unreadable_images_are_named(tmp_path, monkeypatch):
@@ -94,7 +98,7 @@ def test_unreadable_images_are_named(tmp_path, monkeypatch):
         read_image(good, 8)
 
 
-def test_load_images_keeps_the_order_and_checks_memory(tmp_path):
+def test_load_images_keeps_the_order(tmp_path):
     paths = [picture(tmp_path / f"{value}.png", np.full((4, 4, 3), value)) for value in range(0, 200, 20)]
     seen = Shown()
     tensor = load_images(paths, 4, progress=seen)
@@ -102,43 +106,4 @@ def test_load_images_keeps_the_order_and_checks_memory(tmp_path):
     assert tensor.dtype == torch.uint8
     assert tensor[:, 0, 0, 0].tolist() == list(range(0, 200, 20))
     assert seen == ["images (10)"]
-    with pytest.raises(InputError, match=r"10 images of 4 x 4 need .* give memory_map="):
-        load_images(paths, 4, memory_limit=100)
     assert to_float(tensor).aminmax() == (-1.0, pytest.approx(180 / 127.5 - 1))
-
-
-def test_a_memory_map_is_whole_or_not_there_and_goes_on(tmp_path, monkeypatch):
-    monkeypatch.setattr(images_module, "CHUNK", 2)
-    paths = [picture(tmp_path / f"{value}.png", np.full((4, 4, 3), value)) for value in range(7)]
-    target = tmp_path / "cache" / "faces.npy"
-    broken = paths[5].read_bytes()
-    stat = paths[5].stat()
-    decoded, stopping = [], [True]
-    real = read_image
-
-    def counting(path, size):
-        if path == paths[5] and stopping:
-            raise KeyboardInterrupt
-        decoded.append(path)
-        return real(path, size)
-
-    monkeypatch.setattr(images_module, "read_image", counting)
-    with pytest.raises(KeyboardInterrupt):
-        load_images(paths, 4, memory_map=target, workers=1)
-    assert not target.exists()
-    assert json.loads((tmp_path / "cache/faces.npy.json").read_text())["done"] == 4
-    decoded.clear()
-    stopping.clear()
-    tensor = load_images(paths, 4, memory_map=target, workers=1)
-    assert decoded == paths[4:]
-    assert tensor[:, 0, 0, 0].tolist() == list(range(7))
-    assert not target.with_name("faces.npy.part").exists()
-    tensor += 1  # a private copy: the file stays
-    assert load_images(paths, 4, memory_map=target)[:, 0, 0, 0].tolist() == list(range(7))
-    for wrong in (
-        lambda: load_images(paths[:6], 4, memory_map=target),
-        lambda: load_images(paths, 5, memory_map=target),
-    ):
-        with pytest.raises(InputError, match="holds other images, or another size"):
-            wrong()
-    assert (paths[5].read_bytes(), paths[5].stat().st_mtime_ns) == (broken, stat.st_mtime_ns)

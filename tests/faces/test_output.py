@@ -92,9 +92,9 @@ def test_an_output_that_cannot_be_made_is_refused_before_the_work(tmp_path: Path
 @pytest.mark.parametrize(
     ("words", "parts"),
     [
-        (["evaluate", "--faces", "f.csv", "--embeddings", "e.npy"], ["figures", "scores", "work", "work/e.npy.part"]),
+        (["evaluate", "--data", "f.csv", "--embeddings", "e.npy"], ["figures", "scores", "work", "work/e.npy.part"]),
         (["demo"], ["figures", "work", "work/seed0/student_alone"]),
-        (["train", "--recipe", "student", "--faces", "f.csv"], ["checkpoints", "checkpoints/1.pt", "log.jsonl", "images.npy"]),
+        (["train", "--recipe", "student", "--data", "f.csv"], ["checkpoints", "checkpoints/1.pt", "log.jsonl", "run.toml"]),
     ],
 )  # fmt: skip
 def test_links_in_an_output_are_refused(tmp_path: Path, capsys, words: list[str], parts: list[str]) -> None:

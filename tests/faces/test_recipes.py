@@ -109,7 +109,7 @@ def test_one_teacher_alone_and_wrong_values() -> None:
 
 
 def test_the_recipe_runs_as_a_program(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    faces = ["--faces", str(tmp_path / "no.csv"), "--output", str(tmp_path / "out")]
+    faces = ["--data", str(tmp_path / "no.csv"), "--output", str(tmp_path / "out")]
     two = ["--teacher", "iresnet18", "--teacher", "iresnet18"]
     for arguments, message in (
         (faces, "takes two teachers, the general one first, got 0"),

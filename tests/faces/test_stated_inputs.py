@@ -56,7 +56,7 @@ def _images(folder: Path) -> torch.Tensor:
 
 
 def test_evaluate_feeds_each_model_as_stated(folder: Path, tmp_path: Path, capsys) -> None:
-    faces = ["--faces", str(folder / "faces.csv"), "--quiet", "--set", "replicates=5", "--set", "flip=false"]
+    faces = ["--data", str(folder / "faces.csv"), "--quiet", "--set", "replicates=5", "--set", "flip=false"]
     both = ["--model", str(folder / "net.onnx"), "--model", str(folder / "net.pt")]
     assert main(["evaluate", *faces, *both[:2], "--input", BYTES, "--output", str(tmp_path / "a")]) == 0, (
         capsys.readouterr().err
@@ -86,7 +86,7 @@ def test_evaluate_feeds_each_model_as_stated(folder: Path, tmp_path: Path, capsy
 
 def test_evaluate_inspect_and_cache_take_images_that_are_not_square(folder: Path, tmp_path: Path, capsys) -> None:
     narrow = str(folder / "narrow.onnx")
-    faces = ["--faces", str(folder / "faces.csv"), "--quiet"]
+    faces = ["--data", str(folder / "faces.csv"), "--quiet"]
     settings = ["--set", "replicates=5", "--set", "flip=false", "--output", str(tmp_path / "a")]
     assert main(["evaluate", *faces, "--model", narrow, *settings]) == 0, capsys.readouterr().err
     expected = OnnxTeacher(narrow)(_images(folder)[..., 8:-8])["embedding"]
@@ -113,7 +113,7 @@ def test_inspect_shows_what_a_model_is_fed(folder: Path, capsys) -> None:
 
 
 def test_a_cache_is_built_and_verified_as_stated(folder: Path, tmp_path: Path, capsys) -> None:
-    common = ["--faces", str(folder / "faces.csv"), "--teacher", str(folder / "net.onnx"), "--quiet"]
+    common = ["--data", str(folder / "faces.csv"), "--teacher", str(folder / "net.onnx"), "--quiet"]
     build = ["cache", "build", *common, "--output", str(tmp_path / "c"), "--dtype", "float32"]
     assert main([*build, "--input", BYTES]) == 0
     teacher = open_onnx(folder / "net.onnx", images=InputOptions.parse(BYTES))
@@ -125,7 +125,7 @@ def test_a_cache_is_built_and_verified_as_stated(folder: Path, tmp_path: Path, c
 
 
 def test_train_and_demo_feed_their_teachers_as_stated(folder: Path, tmp_path: Path, capsys) -> None:
-    faces = ["--faces", str(folder / "faces.csv"), "--quiet"]
+    faces = ["--data", str(folder / "faces.csv"), "--quiet"]
     run = ["train", *faces, "--set", "training.steps=1", "--set", "training.batch_size=8"]
     run += settings("recipe.input_size=32", "recipe.width=0.25", "recipe.embedding_dim=16")
     run += settings("recipe.embedding_projection=linear")

@@ -40,7 +40,7 @@ def wide() -> dict[str, object]:
 
 def train(folder: Path, output: Path, *more: str, faces: str = "ages.csv", start: str = "wide.pt") -> list[object]:
     teachers = [word for name in ("general.pt", "age.pt") for word in ("--teacher", folder / name)]
-    words = ["train", "--quiet", "--threads", "1", "--faces", folder / faces, "--output", output, *teachers]
+    words = ["train", "--quiet", "--threads", "1", "--data", folder / faces, "--output", output, *teachers]
     return [*words, "--start", f"shrink:{folder / start}", *settings(*SMALL, *more)]
 
 
@@ -83,7 +83,7 @@ def test_each_teacher_is_a_target_too_and_caches_are_read(folder: Path, tmp_path
     assert load_backbone(tmp_path / "each" / "model.pt").embedding_dim == 16
     caches = [build(folder, name, tmp_path / name, "--tap", "map=stage2") for name in ("general.pt", "age.pt")]
     words = [word for cache in caches for word in ("--teacher", cache)]
-    words = [*words, "--faces", folder / "faces.csv", "--start", f"shrink:{folder / 'wide.pt'}", "--quiet"]
+    words = [*words, "--data", folder / "faces.csv", "--start", f"shrink:{folder / 'wide.pt'}", "--quiet"]
     more = settings(*SMALL, *JOINT[:2], "recipe.map_weight=1")
     assert run("train", *words, "--output", tmp_path / "cached", *more) == 0
     terms = json.loads((tmp_path / "cached" / "log.jsonl").read_text().splitlines()[0])["terms"]
@@ -106,7 +106,7 @@ def test_unusable_starts_are_refused(folder: Path, tmp_path: Path, capsys, start
 
 
 def test_other_recipes_have_no_start(folder: Path, tmp_path: Path, capsys) -> None:
-    command = ["train", "--recipe", "student", "--faces", folder / "faces.csv", "--start", "shrink:x.pt"]
+    command = ["train", "--recipe", "student", "--data", folder / "faces.csv", "--start", "shrink:x.pt"]
     assert "--start applies to recipe 'liaad' only" in fails(capsys, *command, "--output", tmp_path / "run")
 
 
@@ -142,11 +142,11 @@ def test_lists_without_identities_ages_or_both_train_together(folder: Path, tmp_
     faces = read_faces([folder / "ages.csv", tmp_path / "years.csv", tmp_path / "nothing"], unlabeled=True)
     assert repr(faces) == "<FaceList: 32 images, 8 identities, 16 without identity, 8 ages, groups adult, young>"
     command = train(folder, tmp_path / "run", *JOINT)
-    more = ["--faces", tmp_path / "years.csv", "--faces", tmp_path / "nothing"]
+    more = ["--data", tmp_path / "years.csv", "--data", tmp_path / "nothing"]
     assert run(*command, *more) == 0
     terms = json.loads((tmp_path / "run" / "log.jsonl").read_text().splitlines()[0])["terms"]
     assert set(terms) == {"identity", "embedding"}
-    alone = [word for word in command if word not in ("--faces", folder / "ages.csv")]
+    alone = [word for word in command if word not in ("--data", folder / "ages.csv")]
     alone[alone.index(tmp_path / "run")] = tmp_path / "alone"
     line = fails(capsys, *alone, *more)
     assert "the lists hold 0 identities" in line
@@ -173,7 +173,7 @@ def test_unlabeled_images_do_not_change_the_identity_term() -> None:
 def test_evaluation_and_other_recipes_need_identities(folder: Path, tmp_path: Path, capsys) -> None:
     (tmp_path / "ages.csv").write_text(f"path,age\n{folder}/0.png,3\n{folder}/1.png,9\n")
     assert "no column named 'identity'" in fails(
-        capsys, "train", "--recipe", "student", "--faces", tmp_path / "ages.csv", "--output", tmp_path / "run"
+        capsys, "train", "--recipe", "student", "--data", tmp_path / "ages.csv", "--output", tmp_path / "run"
     )
     (tmp_path / "empty.csv").write_text(f"path,identity\n{folder}/0.png,\n{folder}/1.png,a\n")
     with pytest.raises(InputError, match="identity is empty"):

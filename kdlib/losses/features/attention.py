@@ -6,12 +6,12 @@ from math import prod
 import torch
 from einops import rearrange
 from torch import Tensor
-from torch.nn import functional as F
 
 from kdlib._checks import check_choice, check_floating, check_number, check_same_batch
 from kdlib._layouts import possible_positions
 from kdlib._maths import Reduction, full_precision, hold_short, promote, promoted_dtype, reduce, rescale, unit_rows
 from kdlib.losses._checks import check_layout, check_prefix, check_square
+from kdlib.losses._layers import pool_to_smaller
 from kdlib.losses._module import FunctionLoss
 from kdlib.losses.features._energy import scaled_energy
 
@@ -144,9 +144,7 @@ def attention_transfer(
     dtype = promoted_dtype(student, teacher)
     with full_precision(student):
         (a_s, size), (a_t, _) = _scaled_map(student, p, dtype), _scaled_map(teacher.detach(), p, dtype)
-        grid = (min(a_s.shape[1], a_t.shape[1]), min(a_s.shape[2], a_t.shape[2]))
-        a_s = F.adaptive_avg_pool2d(a_s.unsqueeze(1), grid)
-        a_t = F.adaptive_avg_pool2d(a_t.unsqueeze(1), grid)
+        a_s, a_t = pool_to_smaller(a_s.unsqueeze(1), a_t.unsqueeze(1))
         (q_s, _), (q_t, _) = unit_rows(a_s.flatten(1)), unit_rows(a_t.flatten(1))
         losses = (q_s - q_t).square().sum(1)
         return reduce("attention_transfer", hold_short(losses, size, origin), reduction, weight)

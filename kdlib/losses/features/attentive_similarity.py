@@ -2,11 +2,11 @@
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from kdlib._checks import check_floating, check_number, check_pair, check_same_batch, check_shares
 from kdlib._maths import Reduction, full_precision, hold_short, promote, promoted_dtype, reduce, unit_rows
 from kdlib.losses._checks import check_layouts, check_map
+from kdlib.losses._layers import pool_to_smaller
 from kdlib.losses._module import FunctionLoss
 from kdlib.losses.features._energy import scaled_energy
 
@@ -108,14 +108,12 @@ def attentive_similarity(
         check_pair("attentive_similarity", student, teacher, "b c h w")
     origin = student.dtype
     dtype = promoted_dtype(student, teacher)
-    grid = (min(student.shape[2], teacher.shape[2]), min(student.shape[3], teacher.shape[3]))
     with full_precision(student):
         spatial_s, channel_s, size = scaled_energy(student, dtype, channels=channel > 0)
         spatial_t, channel_t, _ = scaled_energy(teacher.detach(), dtype, channels=channel > 0)
         losses = channel * _one_minus_cosine(channel_s, channel_t) if channel else torch.zeros_like(size)
         if spatial:
-            a_s = F.adaptive_avg_pool2d(spatial_s.unsqueeze(1), grid)
-            a_t = F.adaptive_avg_pool2d(spatial_t.unsqueeze(1), grid)
+            a_s, a_t = pool_to_smaller(spatial_s.unsqueeze(1), spatial_t.unsqueeze(1))
             losses = losses + spatial * _one_minus_cosine(a_s.flatten(1), a_t.flatten(1))
         return reduce("attentive_similarity", hold_short(losses, size, origin), reduction, weight)
 

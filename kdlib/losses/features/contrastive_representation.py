@@ -15,6 +15,7 @@ from kdlib._checks import (
 from kdlib._gather import gather_rows
 from kdlib._maths import FAR, Reduction, directions, finite_weight, full_precision, promote, reduce
 from kdlib.losses._checks import check_gathered_reduction
+from kdlib.losses._layers import affine
 from kdlib.losses._module import LossModule
 
 __all__ = ["ContrastiveRepresentationLoss", "contrastive_representation"]
@@ -247,16 +248,17 @@ class ContrastiveRepresentationLoss(LossModule):
             check_whole_numbers(owner, "target", target, student.shape[0])
         origin = student.dtype
         with full_precision(student):
+            # Values above `FAR` are clamped, because their sums in the maps could overflow.
             student, teacher = promote(student, teacher)
-            s = _affine(self.student_map, student)
+            s = affine(self.student_map, student.clamp(-FAR, FAR))
             if self.gather:
                 s, teacher = gather_rows(s, grad=True), gather_rows(teacher, grad=False)
                 weight, target = (None if x is None else gather_rows(x, grad=False) for x in (weight, target))
-            t = _affine(self.teacher_map, teacher)
+            t = affine(self.teacher_map, teacher.clamp(-FAR, FAR))
             outside, other = None, None
             if self.queue_size:
                 # A copy, because the gradient of the map needs the queue as it was before this batch is added.
-                outside = _affine(self.teacher_map, self.queue.to(t.dtype, copy=True))
+                outside = affine(self.teacher_map, self.queue.to(t.dtype, copy=True).clamp(-FAR, FAR))
                 other = (torch.arange(self.queue_size, device=t.device) < self.queue_seen).expand(len(s), -1)
                 if target is not None:
                     other = other & ~(self.queue_known & (target[:, None] == self.queue_target))
@@ -280,8 +282,3 @@ class ContrastiveRepresentationLoss(LossModule):
             chosen = keep.reshape(-1, *[1] * (new.dim() - 1))
             buffer[slots] = torch.where(chosen, new.to(buffer.dtype), buffer[slots])
         self.queue_seen.copy_(seen)
-
-
-def _affine(linear: nn.Linear, x: Tensor) -> Tensor:
-    """Apply the layer in the dtype of `x`; larger values than `FAR` are clamped, because their sums could overflow."""
-    return nn.functional.linear(x.clamp(-FAR, FAR), linear.weight.to(x.dtype), linear.bias.to(x.dtype))

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from typing_extensions import override
 
-from kdlib._checks import check_floating, check_rank, check_same_batch, check_shape
+from kdlib._checks import check_batches, check_floating, check_shape
 from kdlib._maths import Reduction, full_precision, mean_square, promote, reduce
 from kdlib.losses._checks import check_affine, check_layouts, check_map, check_margin
 from kdlib.losses._module import FunctionLoss
@@ -120,11 +120,9 @@ def overhaul(
         repeats values if the teacher's grid is smaller; here the student is pooled instead, as in our other losses of
         maps. The paper projects by a 1x1 convolution and BatchNorm, which is the projection of `project="auto"`.
     """
-    check_floating("overhaul", student=student, teacher=teacher)
+    check_floating("overhaul", student=student)
     shape = "b d" if student.dim() == 2 else "b c h w"
-    check_rank("overhaul", "student", student, shape)
-    check_rank("overhaul", "teacher", teacher, shape)
-    check_same_batch("overhaul", "student", student, "teacher", teacher)
+    check_batches("overhaul", shape, student=student, teacher=teacher)
     if student.dim() == 4:
         student = check_map("overhaul", "student", student, layout)
         teacher = check_map("overhaul", "teacher", teacher, layout)

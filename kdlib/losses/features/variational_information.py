@@ -8,6 +8,7 @@ from torch.nn import functional as F
 
 from kdlib._checks import check_floating, check_number, check_pair, check_rank, check_same_batch, check_shape
 from kdlib._maths import FAR, Reduction, full_precision, promote, reduce
+from kdlib.losses._layers import pool_to_smaller
 from kdlib.losses._module import LossModule
 
 __all__ = ["VariationalInformationLoss", "variational_information"]
@@ -178,8 +179,7 @@ class VariationalInformationLoss(LossModule):
         with full_precision(student):
             student, teacher = (x.clamp(-FAR, FAR) for x in promote(student, teacher))
             if student.dim() == 4:
-                grid = (min(student.shape[2], teacher.shape[2]), min(student.shape[3], teacher.shape[3]))
-                student, teacher = F.adaptive_avg_pool2d(student, grid), F.adaptive_avg_pool2d(teacher, grid)
+                student, teacher = pool_to_smaller(student, teacher)
             return variational_information(
                 self.mean(student),
                 teacher,

@@ -14,10 +14,11 @@ from torch import Tensor
 from kdlib._atomic import atomic_write
 from kdlib._checks import check_number
 from kdlib_faces._checks import InputError
+from kdlib_faces.data.dataset import decode_batches
 from kdlib_faces.data.formats.files import Progress, mapped
 from kdlib_faces.data.formats.pickle import PickledArray, parse_pickle
 from kdlib_faces.data.image_files import describe_far_sizes
-from kdlib_faces.data.images import decode_batches, decode_image
+from kdlib_faces.data.images import decode_image
 from kdlib_faces.data.lists import warn
 
 __all__ = ["BinSet", "load_bin", "save_bin"]

@@ -15,7 +15,7 @@ import warnings
 from dataclasses import dataclass
 from typing import IO, Any, NoReturn, cast
 
-from kdlib_faces._checks import InputError
+from kdlib_faces._checks import InputError, show_name
 
 __all__ = ["PickledArray", "parse_pickle"]
 
@@ -230,7 +230,7 @@ class _Machine:
         known = NAMES.get((module, name)) if isinstance(module, str) and isinstance(name, str) else None
         if known is None:
             shown = f"{module}.{name}" if isinstance(module, str) else "that is not text"
-            self.fail(f"the name {shown[:120]} is refused: a set of images needs bytes and arrays only")
+            self.fail(f"the name {show_name(shown)} is refused: a set of images needs bytes and arrays only")
         return known
 
     def call(self, name: object, arguments: object) -> object:

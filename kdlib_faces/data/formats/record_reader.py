@@ -40,8 +40,7 @@ class RecordReader(Sequence[Record]):
     order of their keys. Without an `.idx` file the `.rec` file is scanned once; keys are then the numbers that the records
     store, or their positions where those numbers repeat.
 
-    The file is memory-mapped. Each process opens it for itself, so a reader can be passed to the workers of a loader by
-    `fork`, `spawn` or pickling.
+    The file is memory-mapped, by each process for itself: a reader can be passed to workers by `fork`, `spawn` or pickling.
 
     Args:
         path: The `.rec` file.
@@ -72,10 +71,18 @@ class RecordReader(Sequence[Record]):
         self._process = 0
         self._state: tuple[int, int] | None = None
         keys, offsets = self._scan(progress) if self.index_path is None else self._read_index(self.index_path)
-        order = np.argsort(keys, kind="stable")
-        self._keys, self._offsets = keys[order], offsets[order]
-        if (repeated := np.flatnonzero(self._keys[1:] == self._keys[:-1])).size:
-            raise InputError(f"{self.index_path or self.path}: key {self._keys[repeated[0]]} occurs twice")
+        if keys[-1] < keys[0]:  # insightface writes record 0 last; a rotation needs less memory than sorting
+            keys = np.roll(keys, 1)
+            offsets = np.roll(offsets, 1)
+        if not (keys[1:] > keys[:-1]).all():
+            order = np.argsort(keys, kind="stable")
+            keys = keys[order]
+            offsets = offsets[order]
+            if (repeated := np.flatnonzero(keys[1:] == keys[:-1])).size:
+                raise InputError(f"{self.index_path or self.path}: key {keys[repeated[0]]} occurs twice")
+        first, count = int(keys[0]), len(keys)
+        self._keys: range | NDArray[np.int64] = range(first, first + count) if keys[-1] - first == count - 1 else keys
+        self._offsets = offsets
         self.header: tuple[int, int] | None = None
         self._exact = True
         self._images = self._find_images()
@@ -136,9 +143,9 @@ class RecordReader(Sequence[Record]):
         unique = len(set(numbers)) == len(numbers) and max(numbers) < MAX_RECORDS
         return np.asarray(numbers if unique else range(len(found)), dtype=np.int64), np.asarray(offsets, dtype=np.int64)
 
-    def _find_images(self) -> NDArray[np.int64]:
+    def _find_images(self) -> range:
         """Rows of `_keys` that are images."""
-        every = np.arange(len(self._keys))
+        every = range(len(self._keys))
         if self._keys[0] != 0:
             return every
         first = self._read(0)
@@ -148,7 +155,7 @@ class RecordReader(Sequence[Record]):
         if a >= EXACT:
             self._exact, a = False, self._boundary(a)
             b = max(b, a)
-        rows = every[(self._keys >= 1) & (self._keys < a)]
+        rows = self._rows_between(1, a)
         if len(rows) != a - 1:
             raise InputError(
                 f"{self.path} record 0: names images 1 to {a - 1}, {a - 1 - len(rows)} of them are not in the index"
@@ -157,6 +164,14 @@ class RecordReader(Sequence[Record]):
             raise InputError(f"{self.path} record 0: names no image")
         self.header = (a, b)
         return rows
+
+    def _rows_between(self, low: int, high: int) -> range:
+        """Rows of the keys from `low` to `high` - 1."""
+        if isinstance(self._keys, range):
+            start, stop = np.clip([low - self._keys.start, high - self._keys.start], 0, len(self._keys)).tolist()
+        else:
+            start, stop = np.searchsorted(self._keys, [low, high]).tolist()
+        return range(start, max(start, stop))
 
     def _is_header(self, first: Record) -> bool:
         """Two whole labels in order; a record with an image is a header only if the labels name exactly the known keys."""
@@ -169,8 +184,8 @@ class RecordReader(Sequence[Record]):
     def _boundary(self, a: int) -> int:
         """The first key without an image near `a`, which as a float32 stands for several whole numbers."""
         step = int(np.spacing(np.float32(a)))
-        near = np.flatnonzero((self._keys >= a - step) & (self._keys <= a + step))
-        without = (int(self._keys[row]) for row in near if not self._read(int(row)).image)
+        near = self._rows_between(a - step, a + step + 1)
+        without = (int(self._keys[row]) for row in near if not self._read(row).image)
         return next(without, int(self._keys[near[-1]]) + 1 if len(near) else a)
 
     def __len__(self) -> int:
@@ -188,7 +203,7 @@ class RecordReader(Sequence[Record]):
             return [self[at] for at in range(*index.indices(len(self)))]
         if not -len(self) <= index < len(self):
             raise IndexError(f"RecordReader: index must be in [{-len(self)}, {len(self)}), got {index}")
-        return self._read(int(self._images[index]))
+        return self._read(self._images[index])
 
     def _read(self, row: int) -> Record:
         key, offset = int(self._keys[row]), int(self._offsets[row])
@@ -200,7 +215,15 @@ class RecordReader(Sequence[Record]):
     @property
     def keys(self) -> NDArray[np.int64]:
         """`(n,)` int64, the key of each image."""
-        return self._keys[self._images]
+        return np.asarray(self._keys[self._images.start : self._images.stop], dtype=np.int64)
+
+    def key(self, index: int) -> int:
+        """Return the key of an image."""
+        return int(self._keys[self._images[index]])
+
+    def offsets(self, indices: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Return the bytes at which the records of some images start."""
+        return self._offsets[self._images.start : self._images.stop][indices]
 
     @property
     def properties(self) -> RecordProperties | None:
@@ -220,34 +243,85 @@ class RecordReader(Sequence[Record]):
         a, b = self.header or (0, 0)
         if not self._exact or a == b:
             return None
-        rows = np.flatnonzero((self._keys >= a) & (self._keys < b))
-        if len(rows) != b - a:
-            raise InputError(
-                f"{self.path} record 0: names identities {a} to {b - 1}, {b - a - len(rows)} are not in the index"
-            )
-        records = [self._read(int(row)) for row in rows]
+        spans = self._spans(a, b)
         labels = self.labels()
-        spans = np.empty((len(rows), 2), dtype=np.int64)
-        for number, record in enumerate(records):
-            following = records[number + 1].label if number + 1 < len(records) else float(a)
-            start, end = (*record.labels, following)[:2]
-            if not (1 <= start < end <= a) or start != int(start) or end != int(end):
-                raise InputError(
-                    f"{record.where}: an identity's images must be keys from 1 to {a - 1}, got {record.labels[:2]}"
-                )
-            spans[number] = int(start), int(end)
-            found = labels[int(start) - 1 : int(end) - 1]
+        for (start, end), key in zip(spans.tolist(), range(a, b), strict=True):
+            found = labels[start - 1 : end - 1]
             if (found != found[0]).any():
                 other = int((found != found[0]).argmax())
                 raise InputError(
-                    f"{record.where}: its images {start:.0f} and {start + other:.0f} have labels {found[0]} and "
+                    f"{self.path} record {key}: its images {start} and {start + other} have labels {found[0]} and "
                     f"{found[other]}"
                 )
         order = np.argsort(spans[:, 0], kind="stable")
         if (shared := np.flatnonzero(spans[order][1:, 0] < spans[order][:-1, 1])).size:
-            first, second = (records[row].key for row in order[shared[0] : shared[0] + 2])
+            first, second = (a + int(row) for row in order[shared[0] : shared[0] + 2])
             raise InputError(f"{self.path}: identity records {first} and {second} name the same images")
-        return IdentityRanges(self._keys[rows], spans[:, 0], spans[:, 1])
+        return IdentityRanges(np.arange(a, b), spans[:, 0], spans[:, 1])
+
+    def _spans(self, a: int, b: int) -> NDArray[np.int64]:
+        """`(k, 2)` the first image of each identity record and the one after its last."""
+        rows = self._rows_between(a, b)
+        if len(rows) != b - a:
+            raise InputError(
+                f"{self.path} record 0: names identities {a} to {b - 1}, {b - a - len(rows)} are not in the index"
+            )
+        data = self._data()
+        words = np.frombuffer(data, "<u4", len(data) // 4)
+        starts = self._offsets[rows.start : rows.stop] // 4
+        magic, length, count, first, last = (words.take(starts + at, mode="clip") for at in (0, 1, 2, 8, 9))
+        # A record of one part with two labels; the others are read one by one.
+        simple = (magic == MAGIC) & (count == 2) & (length >= 32) & (length <= 4 * (len(words) - starts) - 8)
+        del words  # The map cannot be closed while an array refers to it.
+        spans = np.stack([first.view("<f4"), last.view("<f4")], axis=1).astype(np.float64)
+        for at in np.flatnonzero(~simple).tolist():
+            following = float(self._read(rows[at + 1]).label) if at + 1 < len(rows) else float(a)
+            spans[at] = (*self._read(rows[at]).labels, following)[:2]
+        wrong = ~(
+            (spans[:, 0] >= 1)
+            & (spans[:, 0] < spans[:, 1])
+            & (spans[:, 1] <= a)
+            & (spans == np.floor(spans)).all(axis=1)
+        )
+        if wrong.any():
+            at = int(wrong.argmax())
+            record = self._read(rows[at])
+            raise InputError(
+                f"{record.where}: an identity's images must be keys from 1 to {a - 1}, got {record.labels[:2]}"
+            )
+        return spans.astype(np.int64)
+
+    def identities(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Number the identities of the images from 0.
+
+        Identity records are used where they name every image once and agree with the labels of 64 images, so that
+        not every record need be read; else the labels of all images.
+
+        Returns:
+            `(n,)` int64 numbers in the order in which the identities occur, and the label of each, `(k,)` int64.
+        """
+        a, b = self.header or (0, 0)
+        if self._exact and a < b:
+            try:
+                spans = self._spans(a, b)
+            except InputError:  # `ranges` reports it; the labels of the images are complete without these records
+                spans = np.zeros((0, 2), dtype=np.int64)
+            spans = spans[np.argsort(spans[:, 0])]
+            counts = spans[:, 1] - spans[:, 0]
+            if len(spans) and spans[0, 0] == 1 and spans[-1, 1] == a and (spans[1:, 0] == spans[:-1, 1]).all():
+                names = np.arange(len(spans))
+                chosen = np.unique(np.linspace(0, len(spans) - 1, 32).astype(np.int64))
+                ends = np.concatenate([spans[chosen, 0], spans[chosen, 1] - 1]) - 1
+                agree = bool((self._labels(ends) == np.concatenate([chosen, chosen])).all())
+                self.close()  # the pages that were read all over the file need not stay mapped
+                if agree:
+                    return np.repeat(names, counts), names
+        labels = self.labels()
+        names, first, codes = np.unique(labels, return_index=True, return_inverse=True)
+        order = np.argsort(first)
+        ranks = np.empty_like(order)
+        ranks[order] = np.arange(len(order))
+        return ranks[codes.reshape(-1)], names[order]
 
     def labels(self) -> NDArray[np.int64]:
         """Read the identity of each image from its record; identity records are not used.
@@ -258,9 +332,12 @@ class RecordReader(Sequence[Record]):
         Raises:
             InputError: A record is broken, or a label is not a whole number below 2^24.
         """
+        return self._labels(np.arange(len(self)))
+
+    def _labels(self, indices: NDArray[np.int64]) -> NDArray[np.int64]:
         data = self._data()
         words = np.frombuffer(data, "<u4", len(data) // 4)
-        starts = self._offsets[self._images] // 4
+        starts = self.offsets(indices) // 4
         magic, length, count, label = (words.take(starts + at, mode="clip") for at in range(4))
         labels = label.view("<f4").astype(np.float64)
         # A record of one part whose header has one label. The others are few, or their labels are arrays.
@@ -268,6 +345,6 @@ class RecordReader(Sequence[Record]):
         simple &= (length >= HEAD - 4) & (length <= 4 * (len(words) - starts) - 8)
         simple &= (labels >= 0) & (labels < EXACT) & (labels == np.floor(labels))
         del words  # The map cannot be closed while an array refers to it.
-        for row in np.flatnonzero(~simple):
-            labels[row] = self[int(row)].identity
+        for at in np.flatnonzero(~simple).tolist():
+            labels[at] = self[int(indices[at])].identity
         return labels.astype(np.int64)

@@ -13,8 +13,9 @@ from kdlib_faces._checks import InputError
 from kdlib_faces.data.formats.files import read_whole
 from kdlib_faces.data.formats.matlab import Cell, Numbers, Value, matlab_variable
 from kdlib_faces.data.image_pairs import ImagePairs, check_published, count_pairs, file_sha256, gather_pairs
-from kdlib_faces.data.lists import MAX_AGE, FaceList
+from kdlib_faces.data.lists import FaceList
 from kdlib_faces.data.sets.named_images import list_images
+from kdlib_faces.data.sources.files import MAX_AGE
 
 __all__ = ["AgeDBName", "parse_agedb_name", "read_agedb", "read_agedb_pairs"]
 

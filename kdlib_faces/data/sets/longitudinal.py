@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 from kdlib_faces._checks import InputError
 from kdlib_faces.data.formats.text import read_table
 from kdlib_faces.data.identities import IdentityNumbers
-from kdlib_faces.data.lists import parse_age, warn
+from kdlib_faces.data.lists import warn
+from kdlib_faces.data.sources.files import parse_age
 
 __all__ = ["LongitudinalList", "read_longitudinal"]
 

@@ -9,6 +9,7 @@ import numpy as np
 from kdlib_faces._checks import InputError
 from kdlib_faces.data.image_files import scan_folder
 from kdlib_faces.data.lists import FaceList, warn
+from kdlib_faces.data.sources.base import FileImages
 
 __all__ = ["list_images"]
 
@@ -37,7 +38,7 @@ def list_images(
         raise InputError(f"{root}: at least two identities are needed, got one ({identity_names[0]!r})")
     numbers = {name: number for number, name in enumerate(identity_names)}
     return FaceList(
-        tuple(file for file, _ in parsed),
+        FileImages([file for file, _ in parsed]),
         np.array([numbers[name] for _, (name, _) in parsed], dtype=np.int64),
         tuple(identity_names),
         ages=np.array([age for _, (_, age) in parsed], dtype=np.float32),

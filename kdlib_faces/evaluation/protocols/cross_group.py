@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 
 import numpy as np
 
@@ -22,9 +21,9 @@ from kdlib_faces.evaluation.hardest import first_disjoint, most_similar_impostor
 from kdlib_faces.evaluation.matching.search import cosines
 from kdlib_faces.evaluation.roc import TarAtFar, by_far, tar_at_far
 from kdlib_faces.evaluation.statistics.clustered import rate_estimate
-from kdlib_faces.evaluation.statistics.intervals import Estimate, bootstrap_estimate, resample_counts
+from kdlib_faces.evaluation.statistics.intervals import Estimate, resample_counts
 from kdlib_faces.evaluation.statistics.paired import Outcomes
-from kdlib_faces.evaluation.statistics.resampling import PairScores, resampled_rates, thin
+from kdlib_faces.evaluation.statistics.resampling import PairScores, bin_results, thin
 from kdlib_faces.evaluation.summary import (
     MAX_CMC_RANK,
     CmcCurve,
@@ -250,15 +249,12 @@ class CrossGroupProtocol:
         ahead = (scores[mated] > best) | ((scores[mated] == best) & (np.arange(self.gallery.size) < place))
         ranks_of_mates = 1 + ahead.sum(axis=1)
         pairs = self._pairs(-scores)
-        values = resampled_rates(pairs, None, self.fars)
         thinned = thin(pairs, max_pairs=self.max_impostors, fars=self.fars, seed=self.seed)
-        resampled = resampled_rates(thinned, self.resamples, self.fars)
-        genuine, clusters = pairs.genuine_cost.size, np.unique(pairs.genuine_identity).size
+        (whole,) = bin_results(pairs, thinned, (), self.fars, self.resamples, self.level)
         probes = self.codes[self.probes][mated]
-        estimate = partial(bootstrap_estimate, n=genuine, clusters=clusters, level=self.level)
         return CrossGroupResult(
-            auc=estimate(values.auc[0, 0], resampled.auc[:, 0]),
-            tar={far: estimate(values.tar[0, 0, k], resampled.tar[:, 0, k]) for k, far in enumerate(self.fars)},
+            auc=whole.auc,
+            tar=whole.tar,
             rates={
                 rank: rate_estimate(ranks_of_mates <= rank, probes, self.resamples, level=self.level)
                 for rank in self.ranks

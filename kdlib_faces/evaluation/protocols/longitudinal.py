@@ -214,10 +214,8 @@ class LongitudinalProtocol:
         self.codes, labels = check_identities(OWNER, identities)
         self.num_identities = labels.size
         self.ages = check_ages(OWNER, ages, self.codes.size)
-        self.years, self.window = (
-            check_numbers(OWNER, "years", years, above=0),
-            check_one(OWNER, "window", window, above=0),
-        )
+        self.years = check_numbers(OWNER, "years", years, above=0)
+        self.window = check_one(OWNER, "window", window, above=0)
         check_choice(OWNER, "reference", reference, ("first", "all"))
         self.level, self.fars = check_level(OWNER, level), check_fars(OWNER, fars, required=True)
         self.reference = reference

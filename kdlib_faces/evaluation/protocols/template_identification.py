@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Literal, TypeAlias
 
 import numpy as np
@@ -275,13 +276,18 @@ class TemplateIdentificationProtocol:
         level: float = 0.95,
     ) -> None:
         check_choice("TemplateIdentificationProtocol", "feature_norm", feature_norm, ("keep", "unit"))
-        self.template_ids, self.media_ids, self.detector_scores = template_ids, media_ids, detector_scores
         check_type("TemplateIdentificationProtocol", "galleries", galleries, (list, tuple), "a list of galleries")
-        self.galleries, self.probes = tuple(galleries), probes
-        self.feature_norm: Literal["keep", "unit"] = feature_norm
+        self.template_ids, self.galleries, self.feature_norm = template_ids, tuple(galleries), feature_norm
+        self.pool = partial(
+            pool_templates, template_ids=template_ids, media_ids=media_ids, detector_scores=detector_scores,
+            feature_norm=feature_norm,
+        )  # fmt: skip
         owner = "TemplateIdentificationProtocol"
         self.fpirs, self.ranks = check_fars(owner, fpirs), check_ranks(owner, ranks)
-        self.replicates, self.seed, self.level = replicates, seed, check_level(owner, level)
+        self.identify = partial(
+            identify_templates, galleries=self.galleries, probes=probes, fpirs=self.fpirs, ranks=self.ranks,
+            replicates=replicates, seed=seed, level=check_level(owner, level),
+        )  # fmt: skip
 
     def __repr__(self) -> str:
         return (
@@ -291,20 +297,4 @@ class TemplateIdentificationProtocol:
 
     def evaluate(self, embeddings: Embeddings) -> TemplateIdentificationResult:
         """Measure the images' embeddings (n, d), not normalized."""
-        templates = pool_templates(
-            embeddings,
-            self.template_ids,
-            self.media_ids,
-            detector_scores=self.detector_scores,
-            feature_norm=self.feature_norm,
-        )
-        return identify_templates(
-            templates,
-            self.galleries,
-            self.probes,
-            fpirs=self.fpirs,
-            ranks=self.ranks,
-            replicates=self.replicates,
-            seed=self.seed,
-            level=self.level,
-        )
+        return self.identify(self.pool(embeddings))

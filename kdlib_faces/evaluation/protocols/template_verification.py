@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Literal
 
 import numpy as np
@@ -172,11 +173,13 @@ class TemplateVerificationProtocol:
         check_choice(OWNER, "feature_norm", feature_norm, ("keep", "unit"))
         check_choice(OWNER, "mode", mode, tuple(POINT_RULES))
         self.template_ids = label_array(OWNER, "template_ids", template_ids)
-        self.media_ids = label_array(OWNER, "media_ids", media_ids)
         self.left, self.right = label_array(OWNER, "left", left), label_array(OWNER, "right", right)
         self.same = check_array(OWNER, "same", same)
-        self.detector_scores = detector_scores
-        self.feature_norm: Literal["keep", "unit"] = feature_norm
+        self.feature_norm, media = feature_norm, label_array(OWNER, "media_ids", media_ids)
+        self.pool = partial(
+            pool_templates, template_ids=self.template_ids, media_ids=media, detector_scores=detector_scores,
+            feature_norm=feature_norm,
+        )  # fmt: skip
         self.mode: Literal["exact", "nearest"] = mode
         self.fars, self.level = check_fars(OWNER, fars), check_level(OWNER, level)
 
@@ -188,14 +191,7 @@ class TemplateVerificationProtocol:
 
     def evaluate(self, embeddings: Embeddings) -> TemplateVerificationResult:
         """Measure the images' embeddings (n, d), not normalized."""
-        templates = pool_templates(
-            embeddings,
-            self.template_ids,
-            self.media_ids,
-            detector_scores=self.detector_scores,
-            feature_norm=self.feature_norm,
-        )
-        return self.verify(templates)
+        return self.verify(self.pool(embeddings))
 
     def verify(self, templates: Templates) -> TemplateVerificationResult:
         """Measure pooled templates."""

@@ -182,7 +182,7 @@ def _load_external(path: Path, model: "ModelProto", digest: "hashlib._Hash") -> 
         tensor.data_location = 0  # type: ignore[assignment]  # TensorProto.DEFAULT
 
 
-def read_graph(path: str | os.PathLike[str], layout: Layout | None = None) -> Graph:
+def read_graph(path: str | os.PathLike[str], layout: Layout | None = None, *, size: int | None = None) -> Graph:
     """Parse an ONNX file and find its image input.
 
     The file is not trusted: its size and the sizes that it declares are bounded, and external weights must lie in its folder.
@@ -191,6 +191,7 @@ def read_graph(path: str | os.PathLike[str], layout: Layout | None = None) -> Gr
         path: The `.onnx` file.
         layout: Order of the dimensions of the input; None derives it from the declared shape, or, where that is free, from a
             transposition of the images.
+        size: Side of the images that the input is set to, in pixels, whatever it declares; None keeps the declared size.
 
     Returns:
         The graph with its weights.
@@ -208,10 +209,10 @@ def read_graph(path: str | os.PathLike[str], layout: Layout | None = None) -> Gr
     data = _read(path, "the ONNX file")
     library("onnx")
     with file_errors(path):
-        return _parse(path, data, layout)
+        return _parse(path, data, layout, size)
 
 
-def _parse(path: Path, data: bytes, layout: Layout | None) -> Graph:
+def _parse(path: Path, data: bytes, layout: Layout | None, size: int | None) -> Graph:
     onnx = library("onnx")
     model: ModelProto = onnx.ModelProto()
     try:
@@ -238,11 +239,16 @@ def _parse(path: Path, data: bytes, layout: Layout | None) -> Graph:
     if (shape[0] or 1) > 1:
         kind.shape.dim[0].dim_param = "batch"
     layout = layout or _find_layout(model, inputs[0].name, shape)
+    if size is not None:
+        sides = (2, 3) if layout == "bchw" else (1, 2)
+        for at in sides:
+            kind.shape.dim[at].dim_value = size
+        shape = tuple(size if at in sides else dim for at, dim in enumerate(shape))
     if layout == "bhwc":
         shape = tuple(shape[at] for at in (0, 3, 1, 2))
     graph = Graph(path, model, inputs[0].name, shape, layout, _DTYPES[kind.elem_type], digest.hexdigest())
     sizes = {inputs[0].name: prod(graph.sample_shape(1)), **_count_values(graph)}
-    if sizes[inputs[0].name] > MAX_VALUES or sum(sizes.values()) > MAX_TOTAL:
+    if (size is None and sizes[inputs[0].name] > MAX_VALUES) or sum(sizes.values()) > MAX_TOTAL:
         largest = max(sizes, key=lambda name: sizes[name])
         raise InputError(
             f"{path} is too large: its input is ({show_shape(graph.declared)}), its largest tensor {largest!r} has "

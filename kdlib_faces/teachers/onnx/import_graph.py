@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from kdlib._checks import check_floating, check_number, check_rank
+from kdlib._modes import eval_mode
 from kdlib_faces._checks import InputError
-from kdlib_faces._modes import eval_mode
 from kdlib_faces.backbones import MBF, Backbone, IResNet, MBFFlat, MobileFaceNet
 from kdlib_faces.backbones.input_spec import height_width
 from kdlib_faces.teachers.onnx.chain import Layers, Residual, Step, read_chain

@@ -21,6 +21,7 @@ __all__ = [
     "find_embedding",
     "find_tensor",
     "make_session",
+    "providers_for",
     "run",
     "trace",
 ]
@@ -66,7 +67,10 @@ def make_session(
         if not isinstance(name, str):
             raise InputError(f"an execution provider must be a name, or a pair of name and options, got {provider!r}")
         if name not in available:
-            raise InputError(f"no execution provider {name!r} in this onnxruntime; there are {', '.join(available)}")
+            raise InputError(
+                f"no execution provider {name!r} in this onnxruntime; there are {', '.join(available)}; install the "
+                "onnxruntime package that has it (onnxruntime-gpu has CUDAExecutionProvider), or use another device"
+            )
         names.append(name)
     model = onnx.ModelProto()
     model.CopyFrom(graph.model)
@@ -91,10 +95,38 @@ def make_session(
     dropped = [name for name in names if name not in session.get_providers()]
     if dropped:
         raise InputError(
-            f"{graph.path}: onnxruntime cannot use {', '.join(dropped)} on this machine; install its driver and libraries, "
-            "or leave it out of providers"
+            f"{graph.path}: onnxruntime cannot use {', '.join(dropped)} on this machine, only "
+            f"{', '.join(session.get_providers())}; install its driver and libraries, or leave it out of providers"
         )
     return session
+
+
+def providers_for(device: torch.device) -> list[Provider] | None:
+    """Return the execution providers that run a graph on a device of torch; None for the CPU.
+
+    Operations that the provider of the device lacks run on the CPU.
+
+    Raises:
+        InputError: No execution provider is known for such a device.
+
+    Examples:
+        >>> providers_for(torch.device("cpu"))
+        >>> providers_for(torch.device("xpu", 0))[0]
+        ('OpenVINOExecutionProvider', {'device_type': 'GPU'})
+    """
+    if device.type == "cpu":
+        return None
+    cuda = "CUDAExecutionProvider" if torch.version.hip is None else "MIGraphXExecutionProvider"
+    known: dict[str, Provider] = {
+        "cuda": (cuda, {"device_id": device.index or 0}),
+        "mps": "CoreMLExecutionProvider",
+        "xpu": ("OpenVINOExecutionProvider", {"device_type": "GPU"}),
+    }
+    if device.type not in known:
+        raise InputError(
+            f"no execution provider of onnxruntime is known for {device.type}; use --device cpu for .onnx files"
+        )
+    return [known[device.type], "CPUExecutionProvider"]
 
 
 def run(graph: Graph, session: Session, images: np.ndarray) -> list[np.ndarray]:

@@ -1,0 +1,1 @@
+"""Training of distillers whose parameters are sharded over processes, and their checkpoints."""

@@ -1,0 +1,44 @@
+"""Separation of the sharded tensors of a nested state from all other values."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kdlib._gather import is_sharded
+
+__all__ = ["insert", "not_finite", "separate"]
+
+
+def separate(
+    state: Mapping[Any, Any], place: tuple[Any, ...] = ()
+) -> tuple[dict[Any, Any], dict[tuple[Any, ...], Tensor]]:
+    """Return a nested state without its sharded tensors, and these by their keys."""
+    plain: dict[Any, Any] = {}
+    sharded: dict[tuple[Any, ...], Tensor] = {}
+    for key, value in state.items():
+        if isinstance(value, Tensor) and is_sharded(value):
+            sharded[*place, key] = value
+        elif isinstance(value, dict):
+            plain[key], more = separate(value, (*place, key))
+            sharded |= more
+        else:
+            plain[key] = value
+    return plain, sharded
+
+
+def insert(state: Mapping[Any, Any], tensors: Mapping[tuple[Any, ...], Tensor]) -> dict[Any, Any]:
+    """Return a copy of a nested state with tensors at their keys."""
+    whole = {key: insert(value, {}) if isinstance(value, dict) else value for key, value in state.items()}
+    for place, tensor in tensors.items():
+        at = whole
+        for key in place[:-1]:
+            at = at.setdefault(key, {})
+        at[place[-1]] = tensor
+    return whole
+
+
+def not_finite(weights: Mapping[str, Any]) -> list[str]:
+    """Return the names of tensors with a NaN or infinite value."""
+    return [name for name, x in weights.items() if isinstance(x, Tensor) and not torch.isfinite(x).all()]

@@ -1,0 +1,27 @@
+"""The command `kdlib-faces align`: photographs to aligned face crops."""
+
+from argparse import Namespace
+
+from kdlib_faces.alignment import AlignConfig, align_photos
+from kdlib_faces.config import load_config
+from kdlib_faces.progress import say
+
+__all__ = ["main"]
+
+SETTINGS = ("several", "no_face", "min_score", "min_size")
+
+
+def main(options: Namespace, command: str) -> None:
+    """Align photographs with the options of the command line; `--set` overrides them and the TOML file `--config`."""
+    given = [f"{name}={value}" for name in SETTINGS if (value := getattr(options, name)) is not None]
+    result = align_photos(
+        options.photographs, options.detector, options.output,
+        config=load_config(AlignConfig, options.config, [*given, *options.settings]),
+        workers=options.workers, progress=not options.quiet, on_error=options.on_error,
+    )  # fmt: skip
+    say(
+        f"{result.photographs:,} photographs: {result.crops:,} crops, {result.without_face:,} photographs without a face, "
+        f"{result.doubtful:,} rows in {result.faces.with_name('doubtful.csv')}",
+        quiet=options.quiet,
+    )
+    say(f"face list: {result.faces}", quiet=options.quiet)

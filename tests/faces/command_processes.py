@@ -1,0 +1,96 @@
+"""Runs commands in processes that one process forks, as `torchrun` would start them, and prints what became of them."""
+
+import json
+import os
+import signal
+import socket
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch._dynamo  # DDP imports it, which takes a second per process unless it is loaded before the fork
+
+import kdlib_faces.commands.cache
+import kdlib_faces.commands.evaluate
+import kdlib_faces.commands.train  # noqa: F401  # these are imported before the fork
+from kdlib_faces.cli import main as run_command
+from tests.faces.cache_files import make_faces, settings
+
+SETTINGS = (
+    "training.steps=6", "training.lr=0.02", "training.batch_size=8", "training.checkpoint_seconds=1e-6", "recipe.width=0.25",
+    "recipe.input_size=32", "recipe.embedding_dim=16", "recipe.weighting=center",
+)  # fmt: skip
+
+
+def start(words: list[str], rank: int, count: int, port: int, errors: Path) -> int:
+    """Fork a process that runs a command, and return its id."""
+    child = os.fork()
+    if child:
+        return child
+    signal.alarm(400)
+    names = {"RANK": rank, "WORLD_SIZE": count, "LOCAL_RANK": rank, "MASTER_ADDR": "localhost", "MASTER_PORT": port}
+    os.environ.update({name: str(value) for name, value in names.items()})
+    code = 1
+    try:
+        with errors.open("a") as stream:
+            os.dup2(stream.fileno(), 2)
+            os.dup2(stream.fileno(), 1)
+            code = run_command(words)
+    finally:
+        os._exit(code)
+
+
+def run(words: list[object], count: int, errors: Path, meanwhile: Callable[[list[int]], object] = len) -> list[int]:
+    """Run a command in `count` processes and return their exit codes; `meanwhile` gets their ids."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    children = [start([str(word) for word in words], rank, count, port, errors) for rank in range(count)]
+    meanwhile(children)
+    return [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+
+
+def kill_second(folder: Path, children: list[int]) -> None:
+    """Kill the second process as soon as there is a checkpoint of step 2 or later."""
+    while not any(int(path.stem.split("-")[1]) >= 2 for path in folder.glob("checkpoints/step-*.pt")):
+        time.sleep(0.005)
+    os.kill(children[1], signal.SIGKILL)
+
+
+def main(place: Path) -> None:
+    """Run all scenarios; print their exit codes and the seconds in which the others noticed a killed process."""
+    torch.set_num_threads(1)
+    faces = make_faces(place)
+    found: dict[str, object] = {}
+    common = ["train", "--data", faces / "faces.csv", "--teacher", faces / "general.pt", "--teacher", faces / "age.pt"]
+    common += [*settings(*SETTINGS), "--device", "cpu", "--timeout", 20, "--output"]
+    for name, count in (("one", 1), ("two", 2)):
+        found[name] = run([*common, place / name], count, place / f"{name}.txt")
+    output, began = place / "killed", time.monotonic()
+    found["killed"] = run([*common, output], 2, place / "killed.txt", lambda ids: kill_second(output, ids))
+    found["seconds"] = time.monotonic() - began
+    found["resumed"] = run([*common, output], 1, place / "resumed.txt")
+    wrong = [*common, place / "wrong", *settings("training.batch_size=7")]
+    found["wrong"] = run(wrong, 2, place / "wrong.txt")
+    for name, count in (("cache_one", 1), ("cache_two", 2)):
+        words = [
+            "cache",
+            "build",
+            "--data",
+            faces / "faces.csv",
+            "--teacher",
+            faces / "general.pt",
+            "--output",
+            place / name,
+        ]
+        found[name] = run([*words, *settings("batch_size=2")], count, place / f"{name}.txt")
+    for name, count in (("report_one", 1), ("report_two", 2)):
+        words = ["evaluate", "--data", faces / "faces.csv", "--model", faces / "general.pt", "--output", place / name]
+        found[name] = run([*words, *settings("replicates=10")], count, place / f"{name}.txt")
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

@@ -1,0 +1,85 @@
+"""Commands in several processes, as `torchrun` starts them."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from kdlib.training import load_checkpoint
+from kdlib_faces.backbones import load_backbone
+
+
+@pytest.fixture(scope="module")
+def processes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What became of the processes of `command_processes`, and the folder of their files."""
+    folder = tmp_path_factory.mktemp("processes")
+    command = [sys.executable, "-m", "tests.faces.command_processes", str(folder)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, check=False, timeout=600, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    return {"folder": folder, **json.loads(done.stdout)}
+
+
+def largest_difference(a: Path, b: Path) -> float:
+    first, second = (load_backbone(path / "model.pt").state_dict() for path in (a, b))
+    assert first.keys() == second.keys()
+    return max(
+        float((x.double() - second[name].double()).abs().max() / (1 + x.abs().max())) for name, x in first.items()
+    )
+
+
+def test_two_processes_train_the_network_of_one(processes: dict[str, Any]) -> None:
+    """The whole recipe: both teachers, margins, maps with BatchNorm, weights by centers, and the student's BatchNorm."""
+    folder = processes["folder"]
+    assert (processes["one"], processes["two"]) == ([0], [0, 0]), (folder / "two.txt").read_text()
+    assert largest_difference(folder / "one", folder / "two") < 1e-3
+    (last,) = (folder / "two" / "checkpoints").glob("*-000000006.pt")
+    assert sorted(load_checkpoint(last)["last"]["terms"]) == ["attention", "embedding", "identity", "map"]
+    text = (folder / "two.txt").read_text()
+    assert text.count("device: cpu, 1 thread, float32, 2 processes") == 1
+    assert text.count("weights: ") == 1
+
+
+def test_a_killed_process_ends_the_run_and_one_process_resumes_it(processes: dict[str, Any]) -> None:
+    folder = processes["folder"]
+    code, killed = processes["killed"]
+    assert killed == -signal.SIGKILL
+    assert code == 2
+    assert processes["seconds"] < 60
+    lines = (folder / "killed.txt").read_text().splitlines()
+    assert sum(line.startswith("kdlib-faces: error: ") for line in lines) == 1
+    assert processes["resumed"] == [0], (folder / "resumed.txt").read_text()
+    assert largest_difference(folder / "one", folder / "killed") < 1e-3
+
+
+def test_a_batch_that_cannot_be_parted_is_an_error(processes: dict[str, Any]) -> None:
+    assert processes["wrong"] == [2, 2]
+    text = (processes["folder"] / "wrong.txt").read_text()
+    assert "batch_size must be a multiple of 2 for 2 processes, got 7" in text
+
+
+def test_two_processes_build_the_cache_of_one(processes: dict[str, Any]) -> None:
+    folder = processes["folder"]
+    assert (processes["cache_one"], processes["cache_two"]) == ([0], [0, 0])
+    one, two = ((folder / name / "shard-00000.bin") for name in ("cache_one", "cache_two"))
+    assert one.read_bytes() == two.read_bytes()
+    assert (folder / "cache_two.txt").read_text().count("complete, 32 rows") == 1
+
+
+def test_two_processes_evaluate_as_one(processes: dict[str, Any]) -> None:
+    folder = processes["folder"]
+    assert (processes["report_one"], processes["report_two"]) == ([0], [0, 0]), (folder / "report_two.txt").read_text()
+    one, two = (json.loads((folder / name / "report.json").read_text()) for name in ("report_one", "report_two"))
+    assert one["evaluations"] == two["evaluations"]
+    assert sorted(path.suffix for path in (folder / "report_two" / "work").iterdir()) == [".npy"]
+    assert not (folder / "report_two" / ".lock").exists()
+
+
+def test_torch_uses_gloo_on_the_cpu() -> None:
+    assert torch.distributed.Backend.default_device_backend_map["cpu"] == "gloo"
