@@ -109,6 +109,8 @@ def _parser() -> argparse.ArgumentParser:
         "--seeds", type=_number(1, 1000), default=1, metavar="N", help="number of runs with consecutive seeds (1)"
     )
     demo.add_argument("--steps", metavar="quick|full|N", help="training steps of each student (full)")
+    text = "start of the students on real faces: scratch, or shrink:FILE, a narrower copy of a teacher (the general teacher)"
+    demo.add_argument("--start", metavar="scratch|shrink:FILE", help=text)
 
     train = commands.add_parser("train", parents=[common, run, data], help="train a student or a teacher on face lists")
     text = "what to train: a student of two teachers, a student alone, or a teacher (liaad)"

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from kdlib_faces.backbones import complexity
+from kdlib_faces.backbones import Backbone, complexity
 from kdlib_faces.data.images import to_float
 from kdlib_faces.evaluation import AgeGapProtocol, PairProtocol, embed_images
 from kdlib_faces.evaluation.summary import DataSummary, ModelEntry
@@ -91,6 +91,7 @@ class DemoData:
         test_groups: (m,) name of the age group.
         alignment: How the test faces are aligned, for the report.
         curves: Model name to the losses of its training.
+        start: The network that both students start from; None for random weights.
     """
 
     title: str
@@ -106,6 +107,7 @@ class DemoData:
     test_groups: NDArray[np.str_] | None = None
     alignment: str = "none: images as they are"
     curves: dict[str, LossCurve] = field(default_factory=dict)
+    start: Backbone | None = None
 
     def age_protocol(self, *, replicates: int) -> AgeGapProtocol:
         """All pairs by years where ages are known, else by pairs of age groups."""

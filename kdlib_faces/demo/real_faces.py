@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -17,12 +17,14 @@ from kdlib_faces.data.dataset import load_images
 from kdlib_faces.data.lists import FaceList, read_faces
 from kdlib_faces.demo.config import DemoConfig
 from kdlib_faces.demo.data import DemoData, DemoModel
+from kdlib_faces.demo.start import DemoStart
 from kdlib_faces.demo.synthetic import align
 from kdlib_faces.evaluation import check_identity_disjoint, identity_disjoint_split
 from kdlib_faces.evaluation.summary import DataSummary, ModelEntry
 from kdlib_faces.progress import progress, say
-from kdlib_faces.recipes.liaad import AGE, GENERAL
-from kdlib_faces.teachers import MappedTeacher, OnnxTeacher, cache_outputs, fit_age_map, read_outputs
+from kdlib_faces.recipes.joint_target import prepare_student
+from kdlib_faces.recipes.liaad import AGE, GENERAL, JOINT, features_read
+from kdlib_faces.teachers import FusedTeacher, MappedTeacher, OnnxTeacher, cache_outputs, fit_age_map, read_outputs
 from kdlib_faces.teachers.input_options import inputs_of_models
 from kdlib_faces.teachers.onnx.inspect import describe_graph
 from kdlib_faces.teachers.open import onnx_taps, open_onnx
@@ -43,6 +45,7 @@ def real_data(
     taps: Sequence[str] = (),
     inputs: Sequence[str] = (),
     *,
+    start: DemoStart | None = None,
     seed: int,
     quiet: bool,
     device: torch.device = CPU,
@@ -56,6 +59,7 @@ def real_data(
         teachers: Two ONNX files, the general teacher first.
         taps: Tensor of each teacher that is its middle map; without any, one is chosen.
         inputs: What is stated about the images of the teachers: one text of `InputOptions.parse` for both, or one for each.
+        start: The network of which the students start as a narrower copy; None for random weights.
         seed: Seed of the split and of the age map.
         quiet: Show no progress.
         device: Device of the teachers.
@@ -87,16 +91,19 @@ def real_data(
     test_images = load_images(test_list, TEACHER_SIZE, progress=shown)
     identities, codes = np.unique(train_list.identities, return_inverse=True)
     cached = []
-    for number, (graph, path) in enumerate(zip(graphs, teachers, strict=True)):
-        targets, label = _StudentTargets(graph, attention=number == 1), f"outputs of {Path(path).stem}"
-        fingerprint, folder = f"{graph.fingerprint} {number} (b, 1, h, w)", work / f"teacher{number}"
+    for number, (graph, path, role) in enumerate(zip(graphs, teachers, (GENERAL, AGE), strict=True)):
+        reads = "map" in features_read(config.student)[role]
+        targets = _StudentTargets(graph, map="attention" if role == AGE and reads else "grid" if reads else None)
+        label, folder = f"outputs of {Path(path).stem}", work / f"teacher{number}"
+        fingerprint = f"{graph.fingerprint} map: {targets.map}"
         cached.append(cache_outputs(targets, train_images, folder, fingerprint=fingerprint, label=label, quiet=quiet))
     age_map = _age_map(cached[1], train_list, codes, seed, quiet=quiet)
     age_outputs = MappedTeacher(cached[1], {"embedding": age_map})
-    mixed = _mixes_gray_and_color(train_images)
+    # A start has learned from color, and the joint target leaves nothing to learn from the list of an image.
+    mixed = start is None and _mixes_gray_and_color(train_images)
     say(f"students see {'luminance' if mixed else 'the images as they are'}, {config.size} pixels", quiet=quiet)
     groups = test_list.age_groups
-    return DemoData(
+    data = DemoData(
         title="Two teachers, one light student: real faces, young against adult",
         train_images=_for_students(train_images, config.size, luminance=mixed),
         train_identities=codes,
@@ -109,7 +116,6 @@ def real_data(
             "general_teacher": _teacher(graphs[0], teachers[0], test_images, None),
             "age_teacher": _teacher(graphs[1], teachers[1], test_images, age_map),
         },
-        teacher_outputs={AGE: age_outputs, GENERAL: align(cached[0], age_outputs, len(train_images))},
         summary=DataSummary(
             name=", ".join(Path(source).stem for source in faces),
             train_images=len(train_list),
@@ -125,6 +131,28 @@ def real_data(
             ],
         ),
     )
+    if start is None:
+        data.teacher_outputs = {AGE: age_outputs, GENERAL: align(cached[0], age_outputs, len(train_images))}
+        return data
+    recipe = replace(config.student, num_identities=len(identities), input_size=config.size, seed=seed)
+    _, data.teacher_outputs, data.start = prepare_student(
+        recipe, config.start, start.network, {GENERAL: cached[0], AGE: cached[1]}, train_list, data.train_images,
+        folder=work, quiet=quiet,
+    )  # fmt: skip
+    data.teachers["joint_target"] = _joint_target(data, dict(zip((GENERAL, AGE), graphs, strict=True)), test_images)
+    data.summary.notes += start.describe(data.start, config.start)
+    return data
+
+
+def _joint_target(data: DemoData, graphs: dict[str, nn.Module], test_images: Tensor) -> DemoModel:
+    """Both teachers as one model, whose embedding the distilled student learns."""
+    joint = data.teacher_outputs[JOINT]
+    assert isinstance(joint, FusedTeacher)
+    entries = [data.teachers[name].entry for name in ("general_teacher", "age_teacher")]
+    entry = ModelEntry("teacher", backbone="both teachers")
+    entry.parameters = joint.matrix.numel() + sum(each.parameters or 0 for each in entries)
+    entry.macs = sum(each.macs or 0 for each in entries)
+    return DemoModel(FusedTeacher(graphs, joint.matrix), TEACHER_SIZE, entry, test_images)
 
 
 def _age_map(teacher: nn.Module, faces: FaceList, codes: np.ndarray[Any, Any], seed: int, *, quiet: bool) -> Tensor:
@@ -146,18 +174,20 @@ def _teacher(graph: OnnxTeacher, path: str, test_images: Tensor, age_map: Tensor
 
 
 class _StudentTargets(nn.Module):
-    """The outputs that the student's terms read: one channel with the attention of the age teacher, or the general map at 7 x 7.
+    """The outputs that the student's terms read: the embedding, and the map at 7 x 7 or one channel with its attention.
 
     The square of that channel, which is what the attention term computes, is the teacher's attention map.
     """
 
-    def __init__(self, graph: OnnxTeacher, *, attention: bool) -> None:
+    def __init__(self, graph: OnnxTeacher, *, map: Literal["grid", "attention"] | None) -> None:
         super().__init__()
-        self.graph, self.attention = graph, attention
+        self.graph, self.map = graph, map
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
         features = dict(self.graph(images))
-        if self.attention:
+        if self.map is None:
+            del features["map"]
+        elif self.map == "attention":
             attention = attention_map(features["map"])
             scaled = attention / attention.amax(dim=(1, 2), keepdim=True).clamp(min=1e-12)
             features["map"] = scaled.sqrt().unsqueeze(1)

@@ -1,5 +1,6 @@
 """The demo: two teachers, a student alone and a student distilled, evaluated and reported."""
 
+import copy
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
@@ -8,9 +9,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from kdlib import Distiller, __version__
+from kdlib import Distiller, StudentAdapter, __version__
 from kdlib._atomic import atomic_write
 from kdlib.functional import attention_map
 from kdlib_faces._checks import InputError
@@ -21,6 +23,7 @@ from kdlib_faces.data.batches import FaceBatches
 from kdlib_faces.data.views import AugmentConfig
 from kdlib_faces.demo.config import DemoConfig
 from kdlib_faces.demo.data import DemoData, DemoModel, native_model
+from kdlib_faces.demo.start import DemoStart
 from kdlib_faces.demo.synthetic import synthetic_data
 from kdlib_faces.evaluation import LeaveOneOutProtocol, Sampling
 from kdlib_faces.evaluation.summary import ModelEntry, ProtocolSummary
@@ -40,16 +43,20 @@ from kdlib_faces.report import (
     write,
 )
 from kdlib_faces.teachers.input_options import inputs_of_models
+from kdlib_faces.teachers.open import stage_taps
 from kdlib_faces.training import LossCurve, TrainingConfig, fit
+from kdlib_faces.training.depthwise import replace_strided_depthwise
 
 __all__ = ["run", "train_student"]
 
-ALONE, DISTILLED = "student_alone", "student_distilled"
+ALONE, DISTILLED, START, JOINT_TARGET = "student_alone", "student_distilled", "student_start", "joint_target"
 LABELS = {
     DISTILLED: "student distilled",
     ALONE: "student alone",
+    START: "start, untrained",
     "general_teacher": "general teacher",
     "age_teacher": "age-invariant teacher",
+    JOINT_TARGET: "joint target",
 }
 _FAILURES = 9
 _FACES = 8
@@ -63,6 +70,7 @@ def run(
     teachers: Sequence[str] = (),
     taps: Sequence[str] = (),
     inputs: Sequence[str] = (),
+    start: DemoStart | None = None,
     seeds: Sequence[int] = (0,),
     progress: bool = True,
     command: str = "kdlib-faces demo",
@@ -78,6 +86,8 @@ def run(
         teachers: Two ONNX files, the general teacher and the one to be made age-invariant; for real faces only.
         taps: Tensor of each teacher that is its middle map; without any, the map with the grid nearest to 14 x 14.
         inputs: What is stated about the images of the teachers: one text of `InputOptions.parse` for both, or one for each.
+        start: The network of which the students start as a narrower copy, for a configuration of `start_config`; None for
+            random weights. For real faces only.
         seeds: Seeds; the report shows the first run and the spread over all.
         progress: Show progress.
         command: The command line, noted in the report.
@@ -95,7 +105,7 @@ def run(
         raise InputError(f"demo: --tap must be given {count}, got {len(taps)}")
     if not seeds:
         raise InputError("demo: at least one seed must be given, got none")
-    start = time.monotonic()
+    began = time.monotonic()
     results: list[tuple[Report, list[Picture]]] = []
     for seed in seeds:
         work = output / "work" / f"seed{seed}"
@@ -103,7 +113,9 @@ def run(
         if faces:
             from kdlib_faces.demo.real_faces import real_data
 
-            data = real_data(config, work, faces, teachers, taps, inputs, seed=seed, quiet=not progress, device=device)
+            data = real_data(
+                config, work, faces, teachers, taps, inputs, start=start, seed=seed, quiet=not progress, device=device
+            )
         else:
             data = synthetic_data(config, work, seed=seed, quiet=not progress, device=device)
         results.append(_train_and_evaluate(config, data, work, seed=seed, quiet=not progress, device=device))
@@ -111,7 +123,7 @@ def run(
     report.command, report.seeds = command, list(seeds)
     if len(results) > 1:
         report.per_seed = [_seed_entry(seed, each) for seed, (each, _) in zip(seeds, results, strict=True)]
-    report.environment["seconds"] = round(time.monotonic() - start, 1)
+    report.environment["seconds"] = round(time.monotonic() - began, 1)
     write(output, report, pictures=pictures)
     with atomic_write(output / "student.safetensors") as stream:
         stream.write((output / "work" / f"seed{seeds[0]}" / DISTILLED / "student.safetensors").read_bytes())
@@ -124,19 +136,28 @@ def _train_and_evaluate(
 ) -> tuple[Report, list[Picture]]:
     """Train the student twice on the same batches, and evaluate all models."""
     recipe = replace(config.student, num_identities=data.num_identities, input_size=config.size, seed=seed)
+    if data.start is not None:
+        recipe = replace(recipe, embedding_dim=data.start.embedding_dim)
     students: dict[str, DemoModel] = {}
     curves = dict(data.curves)
     weights: dict[str, dict[str, float | None]] = {}
     for name, outputs in ((ALONE, {}), (DISTILLED, data.teacher_outputs)):
-        distiller = build(recipe, teachers=outputs)
+        distiller = build(recipe, teachers=outputs, student=copy.deepcopy(data.start))
         students[name], curves[name], batches = train_student(
             distiller, data, config, work / name, label=LABELS[name], seed=seed, quiet=quiet, device=device
         )
         weights |= _teacher_weights(distiller, batches)
         save_backbone(_network(distiller), work / name / "student.safetensors")
-    models = {DISTILLED: students[DISTILLED], ALONE: students[ALONE], **data.teachers}
+    models = {DISTILLED: students[DISTILLED], ALONE: students[ALONE]}
+    if data.start is not None:
+        adapter = StudentAdapter(data.start, stage_taps(data.start, recipe.stage)).eval()
+        models[START] = native_model(data.start, adapter, config.size, "student", 0.0, 0)
+    models |= data.teachers
     say("evaluating", quiet=quiet)
-    summaries, entries, pictures = _evaluate(config, data, models, seed)
+    embeddings = {name: model.embed(data.test_images) for name, model in models.items()}
+    if data.start is not None:
+        data.summary.notes.append(_fit_note(embeddings))
+    summaries, entries, pictures = _evaluate(config, data, models, embeddings, seed)
     report = Report(
         title=data.title,
         models=entries,
@@ -151,6 +172,13 @@ def _train_and_evaluate(
         weights=weights,
     )
     return report, [*pictures, _attention(data, models)]
+
+
+def _fit_note(embeddings: Mapping[str, NDArray[np.float32]]) -> str:
+    """How close each student is to the joint target, on images of unseen identities."""
+    target = embeddings[JOINT_TARGET]
+    cosines = [f"{LABELS[name]} {(embeddings[name] * target).sum(1).mean():.3f}" for name in (START, DISTILLED)]
+    return f"Mean cosine to the joint target on the test images: {', '.join(cosines)}."
 
 
 def _training_curve(curve: LossCurve) -> TrainingCurve:
@@ -170,13 +198,16 @@ def train_student(
     device: torch.device = CPU,
 ) -> tuple[DemoModel, LossCurve, FaceBatches]:
     """Train one student; the batches do not depend on the teachers."""
+    if data.start is not None:
+        replace_strided_depthwise(_network(distiller))
     augment = AugmentConfig()
     batches = FaceBatches(
         data.train_images, data.train_identities, batch_size=config.batch_size, seed=seed, augment=augment
     )
     result = fit(
         distiller, batches, folder, steps=config.student_steps, lr=config.lr, seed=seed, label=label, quiet=quiet,
-        settings=TrainingConfig(amp=config.amp), device=device,
+        optimizer="sgd" if data.start is None else "adamw",
+        settings=TrainingConfig(amp=config.amp, compile=config.compile), device=device,
     )  # fmt: skip
     distiller.to(CPU)
     adapter = distiller.student.eval()
@@ -194,7 +225,7 @@ def _network(distiller: Distiller) -> Backbone:
 @torch.no_grad()
 def _teacher_weights(distiller: Distiller, batches: FaceBatches) -> dict[str, dict[str, float | None]]:
     """Mean weight of each teacher in each term over some training batches."""
-    if not distiller.teachers:
+    if len(distiller.teachers) < 2:
         return {}
     count = min(8, len(batches))
     total: dict[str, Tensor] = {}
@@ -206,7 +237,11 @@ def _teacher_weights(distiller: Distiller, batches: FaceBatches) -> dict[str, di
 
 
 def _evaluate(
-    config: DemoConfig, data: DemoData, models: dict[str, DemoModel], seed: int
+    config: DemoConfig,
+    data: DemoData,
+    models: Mapping[str, DemoModel],
+    embeddings: Mapping[str, NDArray[np.float32]],
+    seed: int,
 ) -> tuple[list[ProtocolSummary], dict[str, ModelEntry], list[Picture]]:
     images = images_of_tensor("test", data.test_images, data.labels(), alignment=data.alignment)
     flip = {"Flip": "embedding of the mirrored image added before normalization"}
@@ -218,8 +253,7 @@ def _evaluate(
         task_of_protocol("verification", "Cross-age pairs", data.pair_protocol(seed), images, convention=flip),
     ]  # fmt: skip
     evaluated = [
-        EvaluatedModel(name, model.describe(LABELS[name]), {"test": model.embed(data.test_images)})
-        for name, model in models.items()
+        EvaluatedModel(name, model.describe(LABELS[name]), {"test": embeddings[name]}) for name, model in models.items()
     ]
     result = evaluate_models(tasks, evaluated, sampling=Sampling(replicates=config.replicates), num_failures=_FAILURES)
     # The failures of the distilled student by age gap are shown, those of the other models and protocols are left out.
@@ -241,6 +275,8 @@ def _attention(data: DemoData, models: Mapping[str, DemoModel]) -> Picture:
     rows = torch.from_numpy(order[:: max(1, len(order) // _FACES)][:_FACES].copy())
     maps = {}
     for name, model in models.items():
+        if name == JOINT_TARGET:  # it has an embedding only
+            continue
         maps[LABELS[name]] = attention_map(model.maps(model.images_of(data.test_images)[rows])).numpy()
     faces = list(data.test_images[rows].permute(0, 2, 3, 1).contiguous().numpy())
     text = "Mean squared activation of the middle stage, each map scaled to its own range."

@@ -1,6 +1,7 @@
-"""Teachers of a recipe with cached outputs, and the joint space of their embeddings."""
+"""Teachers of a recipe with cached outputs, the joint space of their embeddings, and the student that learns them."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -8,15 +9,18 @@ from torch import Tensor, nn
 
 from kdlib import Teacher
 from kdlib.types import TeacherInputs
+from kdlib_faces._hardware import Hardware
+from kdlib_faces.backbones import Backbone
 from kdlib_faces.caching.teachers import targets_read
 from kdlib_faces.data.dataset import FaceImages
 from kdlib_faces.data.lists import FaceList
 from kdlib_faces.data.samplers import count_cross_age_identities
 from kdlib_faces.progress import say
+from kdlib_faces.recipes.liaad_settings import JOINT, LIAADConfig, features_read
+from kdlib_faces.recipes.start import ONE_PROCESS, StartConfig, start_student
 from kdlib_faces.teachers import FusedTeacher, cache_outputs, fit_joint_space, read_outputs
-from kdlib_faces.training import RunOptions
 
-__all__ = ["cache_live_teachers", "join_teachers"]
+__all__ = ["cache_live_teachers", "join_teachers", "prepare_student"]
 
 MIN_AGE_GAP = 10.0
 """Minimum age difference of a cross-age pair, years."""
@@ -44,6 +48,55 @@ def cache_live_teachers(
     }
 
 
+def prepare_student(
+    recipe: LIAADConfig,
+    start: StartConfig,
+    network: Backbone | None,
+    teachers: Mapping[str, nn.Module],
+    faces: FaceList,
+    images: Tensor | FaceImages,
+    *,
+    folder: Path,
+    quiet: bool,
+    hardware: Hardware = ONE_PROCESS,
+) -> tuple[LIAADConfig, dict[str, nn.Module], Backbone]:
+    """Make the target of a recipe from cached teachers, and the student that starts as a narrower copy of a network.
+
+    Args:
+        recipe: The recipe. Its `target` selects the joint space of the teachers.
+        start: How the network is made narrower.
+        network: The network of `load_start`; None builds the student of the recipe with random weights.
+        teachers: Cached teachers by role.
+        faces: The training images.
+        images: Their pixels as the student receives them, `(n, 3, h, w)` uint8.
+        folder: Folder of the run, where the start is stored.
+        quiet: Show no progress.
+        hardware: The process of the run; the first one makes the start.
+
+    Returns:
+        The recipe with the embedding dimensions of the student, the teachers that its terms read, and the student.
+
+    Raises:
+        InputError: As `start_student`.
+    """
+    targets = dict(teachers)
+    if recipe.target == "joint":
+        joint = join_teachers(
+            teachers, faces, recipe.joint_dim, recipe.age_map_weight, seed=recipe.seed, quiet=quiet,
+            both_views=recipe.both_views,
+        )  # fmt: skip
+        with_maps = [role for role, features in features_read(recipe).items() if "map" in features]
+        targets = {JOINT: joint, **{role: teachers[role] for role in teachers if role in with_maps}}
+        recipe = replace(recipe, embedding_dim=recipe.joint_dim)
+    if network is None:
+        return recipe, targets, recipe.build(recipe.seed)
+    student = start_student(
+        network, images, start, folder=folder, seed=recipe.seed, quiet=quiet, joint=targets.get(JOINT),
+        hardware=hardware,
+    )  # fmt: skip
+    return replace(recipe, embedding_dim=student.embedding_dim), targets, student
+
+
 class BothViews(nn.Module):
     """A cached teacher whose embedding is the sum for the plain and the mirrored image, whichever of them the student sees.
 
@@ -68,8 +121,9 @@ def join_teachers(
     faces: FaceList,
     dim: int,
     age_map_weight: float,
-    options: RunOptions,
     *,
+    seed: int,
+    quiet: bool,
     both_views: bool = False,
 ) -> FusedTeacher:
     """Return the joint teacher of cached teachers, with the age map fitted on the cross-age pairs of the lists.
@@ -79,10 +133,11 @@ def join_teachers(
         faces: The training images. Images without age, or alone with their identity, do not enter the age map.
         dim: Dimensions of the joint space.
         age_map_weight: Weight of the distance of the age map from the identity matrix; 0 fits no map.
-        options: Seed and progress of the run.
+        seed: Seed of the order and choice of pairs.
+        quiet: Show no progress.
         both_views: Target of each image: the sum of the embeddings of both views, in place of that of the view at hand.
     """
-    say("fitting the joint space of the teachers", quiet=not options.progress)
+    say("fitting the joint space of the teachers", quiet=quiet)
     rows = torch.arange(len(faces))
     embeddings = [_embeddings(teacher, rows, 0) + _embeddings(teacher, rows, 1) for teacher in teachers.values()]
     ages = None if faces.ages is None else torch.from_numpy(faces.ages)
@@ -93,11 +148,11 @@ def join_teachers(
         reason = (
             "recipe.age_map_weight is 0" if not age_map_weight else f"{pairs} identities have images of different ages"
         )
-        say(f"no age map is fitted: {reason}", quiet=not options.progress)
+        say(f"no age map is fitted: {reason}", quiet=quiet)
         ages = groups = None
     matrix = fit_joint_space(
         embeddings, torch.from_numpy(faces.identities), ages=ages, age_groups=groups, dim=dim,
-        l2_sp_weight=age_map_weight, min_age_gap=MIN_AGE_GAP, seed=options.seed,
+        l2_sp_weight=age_map_weight, min_age_gap=MIN_AGE_GAP, seed=seed,
     )  # fmt: skip
     return FusedTeacher({role: BothViews(each) for role, each in teachers.items()} if both_views else teachers, matrix)
 

@@ -21,7 +21,7 @@ from kdlib_faces.caching.teachers import TeacherSource, open_teachers
 from kdlib_faces.config import load_config
 from kdlib_faces.data.lists import FaceList
 from kdlib_faces.progress import say
-from kdlib_faces.recipes.joint_target import cache_live_teachers, join_teachers
+from kdlib_faces.recipes.joint_target import cache_live_teachers, prepare_student
 from kdlib_faces.recipes.liaad_settings import (
     AGE,
     GENERAL,
@@ -32,7 +32,7 @@ from kdlib_faces.recipes.liaad_settings import (
     features_read,
 )
 from kdlib_faces.recipes.spaces import check_one_space
-from kdlib_faces.recipes.start import load_start, start_student
+from kdlib_faces.recipes.start import load_start
 from kdlib_faces.recipes.student import refuse_unused
 from kdlib_faces.teachers.input_options import InputOptions, inputs_of_models
 from kdlib_faces.teachers.open import open_teacher, stage_taps
@@ -149,7 +149,9 @@ def train(config: LIAADRunConfig, options: RunOptions) -> Path:
                 f"train: {path} is no model file; --input {stated} does not apply to it, give 'auto' for it"
             )
 
-    network = load_start(options.start)  # before the teachers run over all images
+    paths = dict(zip(options.teachers, options.inputs, strict=False))
+    # Before the teachers run over all images.
+    network = load_start(options.start, paths, size=config.recipe.input_size)
 
     def build_run(faces: FaceList) -> TrainingSetup:
         if config.recipe.identity_weight and faces.num_identities < 2:
@@ -178,7 +180,7 @@ def train(config: LIAADRunConfig, options: RunOptions) -> Path:
         if opened.views is not None:
             refuse_unused(config, {"augment": "the caches hold the outputs for their own random views"})
         prints = {f"{role} teacher": model_fingerprint(each) for role, each in opened.teachers.items()}
-        teachers, pixels, student = dict(opened.teachers), None, None
+        teachers, pixels = dict(opened.teachers), None
         started = network is not None
         if recipe.target == "each" and recipe.embedding_weight and recipe.embedding_projection == "none":
             untrained = BACKBONES.keys() & set(options.teachers)
@@ -193,18 +195,21 @@ def train(config: LIAADRunConfig, options: RunOptions) -> Path:
                 quiet=not options.progress,
                 device=options.hardware.device,
             )
-        if recipe.target == "joint":
-            joint = join_teachers(
-                teachers, faces, recipe.joint_dim, recipe.age_map_weight, options, both_views=recipe.both_views
+            recipe, teachers, student = prepare_student(
+                recipe,
+                config.start,
+                network,
+                teachers,
+                faces,
+                pixels,
+                folder=options.output,
+                quiet=not options.progress,
+                hardware=options.hardware,
             )
-            with_maps = {role for role, features in features_read(recipe).items() if "map" in features}
-            teachers = {JOINT: joint, **{role: teachers[role] for role in teachers if role in with_maps}}
-            recipe = replace(recipe, embedding_dim=recipe.joint_dim)
-        if network is not None and pixels is not None:
-            student = start_student(network, pixels, config.start, options, joint=teachers.get(JOINT))
+        else:
+            student = recipe.build(options.seed)
+        if started:
             prints["start"] = model_fingerprint(student)
-            recipe = replace(recipe, embedding_dim=student.embedding_dim)
-        student = student or recipe.build(options.seed)
         return TrainingSetup(
             config=config,
             distiller=build(recipe, teachers=teachers, student=student),

@@ -1,9 +1,10 @@
 """The start of a student: a teacher made narrower, with its last layer fitted to the distillation target."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from hashlib import sha256
+from pathlib import Path
 from typing import Literal, TypeAlias, TypeVar
 
 import torch
@@ -13,21 +14,26 @@ from kdlib._checks import check_choice, check_number
 from kdlib.cache import model_fingerprint
 from kdlib.compression import ShrinkStep, shrink
 from kdlib_faces._checks import InputError
+from kdlib_faces._hardware import Hardware
 from kdlib_faces.backbones import Backbone, InputSpec, count_macs, count_parameters, load_backbone, save_backbone
+from kdlib_faces.backbones.input_spec import height_width
 from kdlib_faces.caching.teachers import targets_read
 from kdlib_faces.data.dataset import FaceImages
 from kdlib_faces.data.images import to_float
 from kdlib_faces.progress import progress, say
+from kdlib_faces.teachers.input_options import InputOptions
 from kdlib_faces.teachers.open import load_pretrained
-from kdlib_faces.training import RunOptions
 
-__all__ = ["StartConfig", "Target", "fit_last_layer", "freeze_stem", "load_start", "shrink_teacher", "start_student"]
+__all__ = [
+    "StartConfig", "Target", "fit_last_layer", "freeze_stem", "load_start", "shrink_teacher", "start_student",
+]  # fmt: skip
 
 Target: TypeAlias = Callable[[Tensor, int], Tensor]
 """Maps rows `(n,)` and a view, 1 for mirrored images, to the distillation target `(n, d)`."""
 
 L = TypeVar("L", nn.Conv2d, nn.Linear)
 
+ONE_PROCESS = Hardware()
 _BATCH = 64
 _RIDGES = (1e-4, 1e-3, 1e-2, 0.1, 0.3, 1.0)
 _HELD_OUT = 5  # every fifth image chooses the ridge parameter
@@ -64,8 +70,15 @@ class StartConfig:
         check_choice("StartConfig", "freeze", self.freeze, ("stem", "none"))
 
 
-def load_start(start: str) -> Backbone | None:
+def load_start(
+    start: str, inputs: Mapping[str, InputOptions] | None = None, *, size: int | None = None
+) -> Backbone | None:
     """Read the network of `--start shrink:FILE`; None for `"scratch"`.
+
+    Args:
+        start: The option.
+        inputs: Path of a teacher to what is stated about its images, which also holds where the start is that file.
+        size: Side of the student's images, pixels; None for those of the network, which must be square.
 
     Raises:
         InputError: The start is unknown, its file cannot be used, holds no backbone of this package, or takes other images
@@ -75,20 +88,34 @@ def load_start(start: str) -> Backbone | None:
         return None
     kind, _, path = start.partition(":")
     if kind != "shrink" or not path:
-        raise InputError(f"train: --start must be 'scratch' or 'shrink:FILE', got {start!r}")
-    network = load_pretrained(path)
+        raise InputError(f"--start must be 'scratch' or 'shrink:FILE', got {start!r}")
+    network = load_pretrained(path, (inputs or {}).get(path, InputOptions()))
     if not isinstance(network, Backbone):
-        raise InputError(f"train: --start shrink: the file must hold a backbone, got {type(network).__name__}")
+        raise InputError(f"--start shrink: the file must hold a backbone, got {type(network).__name__}")
     if network.input_spec.describe() != InputSpec(size=network.input_size).describe():
         raise InputError(
-            f"train: --start shrink: the network must take RGB images as (pixel - 127.5) / 127.5, as students do; it takes "
+            f"--start shrink: the network must take RGB images as (pixel - 127.5) / 127.5, as students do; it takes "
             f"{network.input_spec.describe()}"
+        )
+    height, width = height_width("load_start", network.input_size)
+    side = width if size is None else size
+    if (height, width) != (side, side):
+        raise InputError(
+            f"--start shrink: the network takes images of {height} x {width} pixels, the student's have {side} x {side}"
         )
     return network
 
 
 def start_student(
-    network: Backbone, images: Tensor | FaceImages, config: StartConfig, options: RunOptions, *, joint: nn.Module | None
+    network: Backbone,
+    images: Tensor | FaceImages,
+    config: StartConfig,
+    *,
+    folder: Path,
+    seed: int,
+    quiet: bool,
+    hardware: Hardware = ONE_PROCESS,
+    joint: nn.Module | None,
 ) -> Backbone:
     """Make the student of `--start shrink:FILE`, or read it from the folder of an interrupted run.
 
@@ -96,30 +123,32 @@ def start_student(
         network: The network of `load_start`.
         images: The training images `(n, 3, h, w)` uint8.
         config: Channels to keep.
-        options: The start, the output and the seed of the run.
+        folder: Folder of the run, where the start is stored.
+        seed: Seed of the choice of images.
+        quiet: Show no progress.
+        hardware: The process of the run; the first one makes the start.
         joint: The joint teacher, to whose embeddings the last layer is fitted; None keeps the embedding of the file.
 
     Returns:
         The student, with the layers frozen that `config.freeze` names.
 
     Raises:
-        InputError: The output cannot be written, or the network has no last linear layer.
+        InputError: The folder cannot be written, or the network has no last linear layer.
     """
-    quiet = not options.progress
-    parts = [model_fingerprint(network), repr(config), str(options.seed), str(tuple(images.shape))]
+    parts = [model_fingerprint(network), repr(config), str(seed), str(tuple(images.shape))]
     parts += [] if joint is None else [model_fingerprint(joint)]
-    saved = options.output / f"start-{sha256(' '.join(parts).encode()).hexdigest()[:12]}.safetensors"
-    if options.hardware.first and not saved.exists():
-        say(f"making a narrower copy of {options.start.partition(':')[2]}", quiet=quiet)
+    saved = folder / f"start-{sha256(' '.join(parts).encode()).hexdigest()[:12]}.safetensors"
+    if hardware.first and not saved.exists():
+        say("making a narrower copy of the teacher", quiet=quiet)
         show = partial(say, quiet=quiet)
-        student = shrink_teacher(network, images, config, seed=options.seed, on_step=lambda step: show(f"  {step}"))
+        student = shrink_teacher(network, images, config, seed=seed, on_step=lambda step: show(f"  {step}"))
         if joint is not None:
             fit = partial(progress, label="fitting the last layer", quiet=quiet)
             cosine = fit_last_layer(student, images, lambda rows, view: _target(joint, rows, view), progress=fit)
             say(f"start: cosine {cosine:.3f} to the joint target, without training", quiet=quiet)
-        options.output.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
         save_backbone(student, saved)
-    options.hardware.wait_for_all()
+    hardware.wait_for_all()
     student = load_backbone(saved)
     say(
         f"start: {count_parameters(student):,} parameters, {count_macs(student, student.input_size) / 1e6:.0f} M multiply-adds",
@@ -174,7 +203,7 @@ def _last(network: nn.Module, kind: type[L]) -> tuple[str, L]:
     """Return the path and the last layer of a kind; the last linear layer makes the embedding."""
     layers = [(path, each) for path, each in network.named_modules() if isinstance(each, kind)]
     if not layers:
-        raise InputError(f"train: --start shrink: the network must have a {kind.__name__} layer, got none")
+        raise InputError(f"--start shrink: the network must have a {kind.__name__} layer, got none")
     return layers[-1]
 
 

@@ -145,18 +145,22 @@ def train(config: StudentRunConfig, options: RunOptions, *, name: str = "student
     return train_on_faces(build, options, recipe=name)
 
 
-def refuse_unused(config: object, reasons: Mapping[str, str]) -> None:
+def refuse_unused(
+    config: object, reasons: Mapping[str, str], *, base: object | None = None, command: str = "train"
+) -> None:
     """Refuse settings that differ from their defaults in a run that does not read them.
 
     Args:
         config: The settings of the run, a dataclass with defaults.
         reasons: Dotted names of settings, or groups of them, that this run does not read, each with the reason.
+        base: The configuration that holds the defaults of this run; None for those of the dataclass.
+        command: The command, for the message.
 
     Raises:
         InputError: One of them was changed.
     """
-    defaults = dict(walk_settings(type(config)()))
+    defaults = dict(walk_settings(type(config)() if base is None else base))
     for name, reason in reasons.items():
         for setting, value in walk_settings(config):
             if f"{setting}.".startswith(f"{name}.") and value != defaults[setting]:
-                raise InputError(f"train: {setting}={value} has no effect: {reason}")
+                raise InputError(f"{command}: {setting}={value} has no effect: {reason}")

@@ -118,6 +118,17 @@ def test_a_network_that_takes_other_images_is_refused(folder: Path, tmp_path: Pa
     assert "must take RGB images" in fails(capsys, *train(folder, tmp_path / "run", *JOINT, start="bgr.pt"))
 
 
+def test_what_is_stated_about_a_teacher_holds_for_a_start_from_it(folder: Path, tmp_path: Path, capsys) -> None:
+    command = train(folder, tmp_path / "run", *JOINT, start="general.pt")
+    assert "must take RGB images" in fails(capsys, *command, "--input", "color=bgr", "--input", "auto")
+
+
+def test_images_of_another_size_than_those_of_the_network_are_refused(folder: Path, tmp_path: Path, capsys) -> None:
+    line = fails(capsys, *train(folder, tmp_path / "run", *JOINT, "recipe.input_size=48"))
+    assert f"the network takes images of {SIZE} x {SIZE} pixels, the student's have 48 x 48" in line
+    assert not (tmp_path / "run").exists()  # before the teachers run over all images
+
+
 # --- images without identity or age -----------------------------------------------------------------------------------
 
 
