@@ -146,7 +146,7 @@ def test_students_start_from_the_general_teacher(started: tuple[Path, list[str]]
     names = ["student_distilled", "student_alone", "student_start", "general_teacher", "age_teacher", "joint_target"]
     assert list(report["models"]) == names
     work = folder / "out" / "work" / "seed0"
-    (file,) = work.glob("start-*.pt")
+    (file,) = work.glob("start-*.safetensors")
     start, full = load_backbone(file), import_onnx(folder / "general.onnx")
     counts = {name: report["models"][name]["parameters"] for name in names}
     assert counts["student_distilled"] == counts["student_alone"] == counts["student_start"] == count_parameters(start)
@@ -154,7 +154,7 @@ def test_students_start_from_the_general_teacher(started: tuple[Path, list[str]]
     assert report["models"]["joint_target"]["backbone"] == "both teachers"
     for name, terms in (("student_distilled", {"embedding"}), ("student_alone", {"identity"})):
         assert set(report["training"][name]["terms"]) == terms
-        student = load_backbone(work / name / "student.pt")
+        student = load_backbone(work / name / "student.safetensors")
         assert student(torch.zeros(1, 3, 32, 32)).shape == (1, 8)
         same = {key for key, value in student.state_dict().items() if torch.equal(value, start.state_dict()[key])}
         assert "layers.0.layers.0.weight" in same  # the frozen stem
