@@ -1,9 +1,9 @@
 """Training data: `python benchmarks/bench_data.py [--records 5800000]`.
 
 Decoding: one worker from a `.rec` file to a batch (uint8, mirrored, and with the default augmentation), against Pillow
-decoding the same bytes, in processor time of one thread. Index: opening a `.rec` file of 5.8 million records and 93,000 identities in a new process, up to the
-first batch. Wait: the share of a training step of a MobileFaceNet that waits for the batch of two workers. Sides run
-alternately, ratios are of medians. Writes `results/data.json`.
+decoding the same bytes, in processor time of one thread. Index: opening a `.rec` file of 5.8 million records and 93,000
+identities in a new process, up to the first batch. Wait: the share of a training step of a MobileFaceNet that waits for the
+batch of two workers. Sides run alternately, ratios are of medians. Writes `results/data.json`.
 """
 
 import argparse

@@ -51,17 +51,18 @@ python_maximum_signature_line_length = 88
 nitpick_ignore_regex = [
     # Names of other projects, which stay plain text.
     (r"py:.*", r"(torch|nn|F|np|npt|numpy|einops|PIL|Image|matplotlib|onnx|onnxruntime|tqdm)(\..*)?"),
-    (r"py:.*", r"(Tensor|Module|NDArray|ArrayLike|Generator|Parameter|ImageFile)"),
+    (r"py:.*", r"(Tensor|Module|NDArray|ArrayLike|Generator|Parameter|ImageFile|DeviceMesh)"),
     # The standard library.
     (
         r"py:.*",
-        r"(collections|typing|typing_extensions|os|pathlib|datetime|argparse|dataclasses|types|enum|mmap|io|re)\..*",
+        r"(abc|collections|typing|typing_extensions|os|pathlib|datetime|argparse|dataclasses|types|enum|mmap|io|re)\..*",
     ),
     (r"py:.*", r"(Any|Callable|Iterable|Iterator|Literal|Mapping|Path|PathLike|Self|Sequence|Protocol|TypeVar)"),
     (r"py:.*", r"(None|bool|bytes|dict|float|int|list|object|set|str|tuple|type|optional|Ellipsis|\.\.\.)"),
     (r"py:exc", r"[A-Z][A-Za-z]*Error"),
     # Private names, and type variables.
     (r"py:.*", r"(.*\.)?_[A-Za-z_.]+"),
+    (r"py:.*", r"kdlib\.training\.sharded\..*"),
     (r"py:.*", r"kdlib(_faces)?\..*\.(T|P|R|Picture|IntArray|FloatArray|BoolArray|InputSize|Reduction)"),
 ]
 

@@ -151,6 +151,8 @@ def _parser() -> argparse.ArgumentParser:
 
     _add_align(commands.add_parser("align", parents=[common], help="make aligned face crops of photographs"))
 
+    _add_deployment(commands, common)
+
     report = commands.add_parser("report", parents=[common], help="render a report again from its report.json")
     report.add_argument("directory", type=Path, metavar="DIR", help="folder with report.json")
 
@@ -171,6 +173,21 @@ def _add_input(parser: _Parser) -> None:
     )
     text += "(N:N:N by channel), layout=bchw|bhwc of .onnx; once, or once for each model in order ('auto' for the file's own)"
     parser.add_list("--input", "KEY=VALUE,...", text)
+
+
+def _add_deployment(commands: "argparse._SubParsersAction[_Parser]", common: _Parser) -> None:
+    from kdlib_faces.commands.deployment_options import add_options
+
+    text = "export a network to ONNX or torch.export, with a model card"
+    export = commands.add_parser("export", parents=[common], help=text)
+    embed = commands.add_parser("embed", parents=[common], help="write the embeddings of images, lists or folders")
+    compare = commands.add_parser("compare", parents=[common], help="compare two face crops")
+    add_options(export, embed, compare)
+    export.add_argument("--opset", type=_number(18, 30), default=18, help="version of the ONNX operators (18)")
+    embed.add_on_error()
+    embed.add_folder("--output", "runs/embed", "folder of embeddings.npy and images.csv")
+    for parser in (export, embed, compare):
+        _add_input(parser)
 
 
 def _add_align(parser: _Parser) -> None:
@@ -258,6 +275,12 @@ def _command(name: str) -> Callable[[argparse.Namespace, str], None]:
         from kdlib_faces.commands.evaluate import main
     elif name == "cache":
         from kdlib_faces.commands.cache import main
+    elif name == "export":
+        from kdlib_faces.commands.export import main
+    elif name == "embed":
+        from kdlib_faces.commands.embed import main
+    elif name == "compare":
+        from kdlib_faces.commands.embed import compare as main
     elif name == "align":
         from kdlib_faces.commands.align import main
     elif name == "report":

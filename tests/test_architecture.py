@@ -51,10 +51,13 @@ FACES = {
     "report": {"evaluation"},
     "recipes": {"backbones", "heads", "teachers", "data", "training", "caching"},
     "demo": {"data", "backbones", "heads", "teachers", "evaluation", "recipes", "training", "harness", "report"},
+    "export": {"data", "backbones", "teachers", "evaluation"},
     "commands": {
         "alignment",
         "data",
         "backbones",
+        "evaluation",
+        "export",
         "teachers",
         "recipes",
         "training",

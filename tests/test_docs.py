@@ -72,7 +72,7 @@ def resolve(name: str) -> object:
 PACKAGES = [
     "kdlib", "kdlib.adapters", "kdlib.cache", "kdlib.functional", "kdlib.influence", "kdlib.losses", "kdlib.objective",
     "kdlib.projections", "kdlib.testing", "kdlib.training", "kdlib.weighting", "kdlib_faces.alignment", "kdlib_faces.data", "kdlib_faces.evaluation",
-    "kdlib_faces.heads", "kdlib_faces.losses", "kdlib_faces.teachers",
+    "kdlib_faces.export", "kdlib_faces.heads", "kdlib_faces.losses", "kdlib_faces.teachers",
 ]  # fmt: skip
 
 

@@ -42,7 +42,7 @@ def train(name: str, run: dict[str, Any], seed: int, options: argparse.Namespace
     words += [word for key, value in settings.items() for word in ("--set", f"{key}={_text(value)}")]
     starts = options.work / "starts"
     starts.mkdir(exist_ok=True)
-    for path in starts.glob("*.pt"):  # the name is a hash of everything that a start depends on
+    for path in starts.glob("*.safetensors"):  # the name is a hash of everything that a start depends on
         shutil.copy(path, folder / "train")
     spent = folder / "seconds.json"
     before = json.loads(spent.read_text()) if spent.exists() else {"core": 0.0, "wall": 0.0}
@@ -146,13 +146,13 @@ def main() -> None:
             if result.exists():
                 continue
             folder = train(name, run, seed, options, lists)
-            for path in (folder / "train").glob("start-*.pt"):
+            for path in (folder / "train").glob("start-*.safetensors"):
                 judged = target / f"{path.stem.replace('-', '_')}.json"
                 if not judged.exists():
                     shutil.copy(path, options.work / "starts")
                     rows = judge([f"start={path}"], options.work / path.stem / options.part, lists[options.part])
                     judged.write_text(json.dumps(rows, indent=1) + "\n")
-            student = f"student={folder / 'train' / 'model.pt'}"
+            student = f"student={folder / 'train' / 'student.safetensors'}"
             measured = judge([student], folder / options.part, lists[options.part])
             settings = run["settings"]
             row = {

@@ -72,7 +72,7 @@ def run(
 
     Args:
         config: The configuration.
-        output: Folder of the report and of the distilled student `student.pt`. Intermediate results are kept in its folder
+        output: Folder of the report and of the distilled student `student.safetensors`. Intermediate results are kept in its folder
             `work`; an interrupted run continues from them.
         faces: Lists or folders of real faces; without any, faces are synthetic.
         teachers: Two ONNX files, the general teacher and the one to be made age-invariant; for real faces only.
@@ -113,8 +113,8 @@ def run(
         report.per_seed = [_seed_entry(seed, each) for seed, (each, _) in zip(seeds, results, strict=True)]
     report.environment["seconds"] = round(time.monotonic() - start, 1)
     write(output, report, pictures=pictures)
-    with atomic_write(output / "student.pt") as stream:
-        stream.write((output / "work" / f"seed{seeds[0]}" / DISTILLED / "student.pt").read_bytes())
+    with atomic_write(output / "student.safetensors") as stream:
+        stream.write((output / "work" / f"seed{seeds[0]}" / DISTILLED / "student.safetensors").read_bytes())
     say(f"report: {output / 'report.html'}", quiet=not progress)
     return report
 
@@ -133,7 +133,7 @@ def _train_and_evaluate(
             distiller, data, config, work / name, label=LABELS[name], seed=seed, quiet=quiet, device=device
         )
         weights |= _teacher_weights(distiller, batches)
-        save_backbone(_network(distiller), work / name / "student.pt")
+        save_backbone(_network(distiller), work / name / "student.safetensors")
     models = {DISTILLED: students[DISTILLED], ALONE: students[ALONE], **data.teachers}
     say("evaluating", quiet=quiet)
     summaries, entries, pictures = _evaluate(config, data, models, seed)

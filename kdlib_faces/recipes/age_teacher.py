@@ -219,7 +219,7 @@ def train(config: AgeTeacherRunConfig, options: RunOptions) -> Path:
             an `.onnx` file.
 
     Returns:
-        The file of the teacher, `OUTPUT/model.pt`.
+        The file of the teacher, `OUTPUT/teacher.safetensors`.
 
     Raises:
         InputError: A list, file or folder cannot be used, or the lists hold too few ages.

@@ -130,7 +130,7 @@ def train(config: LIAADRunConfig, options: RunOptions) -> Path:
             or the folder of a cache of the same lists.
 
     Returns:
-        The file of the student, `OUTPUT/model.pt`.
+        The file of the student, `OUTPUT/student.safetensors`.
 
     Raises:
         InputError: A list, file or folder cannot be used, there are not two teachers, or their embeddings lie in different

@@ -108,7 +108,7 @@ def start_student(
     quiet = not options.progress
     parts = [model_fingerprint(network), repr(config), str(options.seed), str(tuple(images.shape))]
     parts += [] if joint is None else [model_fingerprint(joint)]
-    saved = options.output / f"start-{sha256(' '.join(parts).encode()).hexdigest()[:12]}.pt"
+    saved = options.output / f"start-{sha256(' '.join(parts).encode()).hexdigest()[:12]}.safetensors"
     if options.hardware.first and not saved.exists():
         say(f"making a narrower copy of {options.start.partition(':')[2]}", quiet=quiet)
         show = partial(say, quiet=quiet)

@@ -123,7 +123,7 @@ def train(config: StudentRunConfig, options: RunOptions, *, name: str = "student
         name: Name of the recipe in the record of the run.
 
     Returns:
-        The file of the network, `OUTPUT/model.pt`.
+        The file of the network, `OUTPUT/student.safetensors`, or `OUTPUT/teacher.safetensors` of a general teacher.
 
     Raises:
         InputError: A list, file or folder cannot be used, or teachers are given.

@@ -22,7 +22,7 @@ from kdlib_faces.report.reader import from_json, to_json
 from kdlib_faces.report.schema import FORMAT, PictureEntry, Report, check_report
 from kdlib_faces.report.theme import to_svg
 
-__all__ = ["render", "write"]
+__all__ = ["read", "render", "write"]
 
 _PNG = b"\x89PNG\r\n\x1a\n"
 _MAX_BYTES = 16 * 2**20
@@ -79,7 +79,7 @@ def render(directory: str | os.PathLike[str], *, progress: bool = False) -> Path
         InputError: report.json is missing, or is not a report.
     """
     folder = Path(directory)
-    report = _read(folder / "report.json")
+    report = read(folder / "report.json")
     _make_folder(folder)
     figures = {}
     jobs = _jobs(report)
@@ -122,7 +122,12 @@ def _make_folder(directory: str | os.PathLike[str]) -> Path:
     return folder
 
 
-def _read(path: Path) -> Report:
+def read(path: Path) -> Report:
+    """Read a report.json.
+
+    Raises:
+        InputError: The file is missing, too large, or no report of this version.
+    """
     if path.exists() and not path.is_file():
         raise InputError(f"report: {path} is no file")
     try:

@@ -8,12 +8,12 @@ from typing import Any, TypeAlias
 
 import torch
 
-from kdlib._atomic import atomic_write
 from kdlib_faces._checks import InputError
-from kdlib_faces._weights import read_weights
+from kdlib_faces._weights import Weights, read_weights
 from kdlib_faces.backbones import Backbone, build_backbone, load_backbone, save_backbone
-from kdlib_faces.backbones.checkpoints.describe import find_differences, list_differences
+from kdlib_faces.backbones.checkpoints.describe import find_differences, list_differences, with_header
 from kdlib_faces.backbones.checkpoints.load import load_values
+from kdlib_faces.backbones.checkpoints.save import write_weights
 from kdlib_faces.teachers.age_attention import AttentiveAgeNet
 from kdlib_faces.teachers.age_invariant import AgeInvariantNet
 from kdlib_faces.teachers.input_options import InputOptions
@@ -32,14 +32,17 @@ KINDS: dict[str, tuple[type[AgeInvariantNet] | type[AttentiveAgeNet], str, str]]
 }
 
 
-def save_teacher(model: TeacherNet, path: str | os.PathLike[str]) -> None:
+def save_teacher(
+    model: TeacherNet, path: str | os.PathLike[str], *, training: Mapping[str, object] | None = None
+) -> None:
     """Write an age-invariant teacher or a plain backbone to a file, atomically.
 
     The file of an age-invariant teacher holds its backbone and the parts that remove age.
 
     Args:
         model: The teacher.
-        path: The file to write.
+        path: The file to write, safetensors if it has this suffix.
+        training: Summary of the training for the header, as values of JSON.
 
     Raises:
         TypeError: The model is another kind of module.
@@ -50,13 +53,13 @@ def save_teacher(model: TeacherNet, path: str | os.PathLike[str]) -> None:
         >>> teacher = AgeInvariantNet(build_backbone("mobilefacenet", embedding_dim=8, width=0.25, input_size=32)).eval()
         >>> images = torch.zeros(1, 3, 32, 32)
         >>> with tempfile.TemporaryDirectory() as folder:
-        ...     save_teacher(teacher, f"{folder}/teacher.pt")
-        ...     again = load_teacher(f"{folder}/teacher.pt")
+        ...     save_teacher(teacher, f"{folder}/teacher.safetensors")
+        ...     again = load_teacher(f"{folder}/teacher.safetensors")
         >>> bool(torch.equal(again(images), teacher(images)))
         True
     """
     if isinstance(model, Backbone):
-        save_backbone(model, path)
+        save_backbone(model, path, training=training)
         return
     kind = next((name for name, (cls, _, _) in KINDS.items() if type(model) is cls), None)
     if kind is None:
@@ -64,20 +67,17 @@ def save_teacher(model: TeacherNet, path: str | os.PathLike[str]) -> None:
             f"save_teacher: model must be an age-invariant teacher or a backbone, got {type(model).__name__}"
         )
     backbone, option = model.backbone, KINDS[kind][1]
-    content = {
+    header = {
         KEY: FORMAT,
         "kind": kind,
         "options": {option: getattr(model, option)},
         "backbone": backbone.family,
         "arguments": backbone.arguments,
         "input": backbone.input_spec.fields(),
-        "state": {key: value.detach().cpu() for key, value in model.state_dict().items()},
+        "embedding_dim": model.embedding_dim,
+        **({} if training is None else {"training": dict(training)}),
     }
-    try:
-        with atomic_write(path, durable=True) as file:
-            torch.save(content, file)
-    except OSError as error:
-        raise InputError(f"save_teacher: cannot write {os.fspath(path)}: {error.strerror or error}") from error
+    write_weights("save_teacher", path, KEY, header, model.state_dict())
 
 
 def load_teacher(path: str | os.PathLike[str]) -> TeacherNet:
@@ -92,8 +92,8 @@ def load_teacher(path: str | os.PathLike[str]) -> TeacherNet:
     Raises:
         InputError: As `load_backbone`, or the parts of a teacher file do not fit each other.
     """
-    content = _read(path)
-    return load_backbone(path) if content is None else _build(path, content)
+    weights = _read(path)
+    return load_backbone(path) if weights is None else _build(path, weights.content)
 
 
 def describe_teacher(path: str | os.PathLike[str], images: InputOptions | None = None) -> str | None:
@@ -102,12 +102,13 @@ def describe_teacher(path: str | os.PathLike[str], images: InputOptions | None =
     Raises:
         InputError: The parts of a teacher file do not fit each other.
     """
-    content = _read(path)
-    if content is None:
+    weights = _read(path)
+    if weights is None:
         return None
+    content = weights.content
     model, kind = _build(path, content), content["kind"]
     rows = {
-        "file": f"PyTorch, {Path(path).stat().st_size:,} bytes",
+        "file": f"{weights.kind}, {weights.size:,} bytes",
         "layout": f"kdlib_faces teacher, {kind}: {KINDS[kind][2]}",
         "network": repr(model.backbone) if kind == "dal" else str(content["backbone"]),
         "input": (images or InputOptions()).applied_to(model.input_spec).describe(),
@@ -119,13 +120,14 @@ def describe_teacher(path: str | os.PathLike[str], images: InputOptions | None =
     return "\n".join(f"{name:<12}{value}" for name, value in rows.items())
 
 
-def _read(path: str | os.PathLike[str]) -> Mapping[str, Any] | None:
-    """The content of a teacher file; None for any other file, whose errors `load_backbone` reports."""
+def _read(path: str | os.PathLike[str]) -> Weights | None:
+    """A teacher file, header and tensors as its content; None for any other file, whose errors `load_backbone` reports."""
     try:
-        content = read_weights("load_teacher", Path(path)).content
+        weights = read_weights("load_teacher", Path(path))
+        content = with_header("load_teacher", weights, KEY)
     except InputError:
         return None
-    return content if isinstance(content, Mapping) and KEY in content else None
+    return replace(weights, content=content) if isinstance(content, Mapping) and KEY in content else None
 
 
 def _build(path: str | os.PathLike[str], content: Mapping[str, Any]) -> AgeInvariantNet | AttentiveAgeNet:

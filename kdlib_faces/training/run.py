@@ -67,7 +67,7 @@ class TrainingSetup:
 def train_on_faces(
     build: Callable[[FaceList], TrainingSetup], options: RunOptions, *, recipe: str, unlabeled: bool = False
 ) -> Path:
-    """Train on face lists and write `model.pt` and `run.toml`; the same call resumes an interrupted run.
+    """Train on face lists and write `student.safetensors` and `run.toml`; the same call resumes an interrupted run.
 
     Images are decoded in every epoch, by `options.workers` processes; up to 1 GiB of pixels (28,000 images of 112 x 112) are
     decoded once and held in memory.
@@ -79,7 +79,7 @@ def train_on_faces(
         unlabeled: Whether the recipe accepts images without identity; see `read_faces`.
 
     Returns:
-        The file of the trained network, `OUTPUT/model.pt`.
+        The file of the trained network, `OUTPUT/student.safetensors`, or `OUTPUT/teacher.safetensors` of a teacher's recipe.
 
     Raises:
         InputError: Lists, teachers or output cannot be used, or the output holds another run.
@@ -125,9 +125,15 @@ def train_on_faces(
         )
     if batches.unreadable:
         warn(f"train: skipped what cannot be read: {list_errors(list(batches.unreadable.values()), len(listed))}")
-    target = output / "model.pt"
+    target = output / f"{'teacher' if recipe.endswith('teacher') else 'student'}.safetensors"
     if hardware.first:
-        save_teacher(setup.network, target)
+        summary = {
+            "recipe": recipe,
+            "steps": training.steps or setup.steps,
+            "images": len(listed),
+            "seed": options.seed,
+        }
+        save_teacher(setup.network, target, training={**summary, "identities": listed.num_identities})
     say(f"weights: {target}", quiet=quiet)
     return target
 

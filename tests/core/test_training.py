@@ -188,7 +188,7 @@ def test_events_and_log(tmp_path: Path) -> None:
     assert events[0].weights == {"hint": (1.0,)}
     rows = read_log(tmp_path / "a" / "log.jsonl")
     assert [row["step"] for row in rows] == [1, 3, 6, 9, 10]
-    assert set(rows[0]) == {"step", "epoch", "lr", "total", "terms", "weights", "seconds"}
+    assert set(rows[0]) == {"step", "epoch", "lr", "total", "terms", "weights", "seconds", "speed"}
     assert rows[0]["total"] == events[0].total
     assert rows[0]["terms"] == {"hint": events[0].total}
 

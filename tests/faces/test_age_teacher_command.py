@@ -37,7 +37,7 @@ def test_the_command_fine_tunes_and_all_commands_read_the_result(
     faces = _list(tmp_path, column)
     settings = ("training.steps=3", "training.batch_size=16", f"age_teacher.method={method}")
     assert _train(tmp_path, "age_teacher", ["start.pt"], *settings) == 0, capsys.readouterr().err
-    model = tmp_path / "age" / "model.pt"
+    model = tmp_path / "age" / "teacher.safetensors"
     first = load_teacher(model)(IMAGES)
     assert first.shape == (4, 16)
     # The finished run is read from its checkpoint.
@@ -47,7 +47,7 @@ def test_the_command_fine_tunes_and_all_commands_read_the_result(
     assert main([*report, "--set", "replicates=5"]) == 0, capsys.readouterr().err
     student = ("recipe.width=0.25", "recipe.embedding_dim=16", "recipe.input_size=32")
     steps = ("training.steps=2", "training.batch_size=8")
-    two = ["start.pt", "age/model.pt"]
+    two = ["start.pt", "age/teacher.safetensors"]
     assert _train(tmp_path, "liaad", two, *student, *steps, output="student") == 0, capsys.readouterr().err
     capsys.readouterr()
     assert main(["inspect", str(model)]) == 0

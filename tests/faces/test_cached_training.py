@@ -58,7 +58,7 @@ def losses(output: Path) -> list[dict[str, float]]:
 
 
 def weights(output: Path) -> dict[str, torch.Tensor]:
-    return load_backbone(output / "model.pt").state_dict()
+    return load_backbone(output / "student.safetensors").state_dict()
 
 
 def same(one: Path, other: Path, *, first: float) -> None:
@@ -212,7 +212,7 @@ def test_sigterm_and_sigkill_leave_the_same_student(faces_folder: Path, tmp_path
         process.send_signal(sent)
         assert process.wait(60) != 0
     assert list((tmp_path / "interrupted" / "checkpoints").iterdir())
-    assert not (tmp_path / "interrupted" / "model.pt").exists()
+    assert not (tmp_path / "interrupted" / "student.safetensors").exists()
     for name in ("interrupted", "straight"):
         assert process_of(name).wait(300) == 0
     wanted = weights(tmp_path / "straight")

@@ -144,8 +144,9 @@ def test_a_compressed_archive_is_refused_before_it_is_read(tmp_path):
 @pytest.mark.parametrize("kind", ["torch", "safetensors", "pickle"])
 def test_random_damage_raises_one_printable_line_or_changes_a_value(kind, tmp_path):
     model = small("ir", layers=(1, 1, 1, 1), embedding_dim=4, input_size=16)
-    save_backbone(model, tmp_path / "m", format="safetensors" if kind == "safetensors" else "torch")
-    whole, chance, refusals = (tmp_path / "m").read_bytes(), random.Random(7), []
+    source = tmp_path / ("m.safetensors" if kind == "safetensors" else "m.pt")
+    save_backbone(model, source)
+    whole, chance, refusals = source.read_bytes(), random.Random(7), []
     if kind == "pickle":
         whole = saved(model.state_dict(), _use_new_zipfile_serialization=False)
     for _ in range(40):

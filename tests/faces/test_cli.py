@@ -27,10 +27,10 @@ def _train(faces: object, output: Path, *more: str) -> list[object]:
 def test_a_student_trains_and_its_file_is_inspected_and_evaluated(faces: Path, tmp_path: Path, capsys) -> None:
     output = tmp_path / "run"
     assert run(*_train(faces, output)) == 0
-    assert main(["inspect", str(output / "model.pt")]) == 0
+    assert main(["inspect", str(output / "student.safetensors")]) == 0
     assert "MobileFaceNet(embedding_dim=16, width=0.25, input_size=32)" in capsys.readouterr().out
     report = tmp_path / "report"
-    words = ["evaluate", "--quiet", "--model", output / "model.pt", "--data", faces, "--output", report]
+    words = ["evaluate", "--quiet", "--model", output / "student.safetensors", "--data", faces, "--output", report]
     assert run(*words) == 0
     assert (report / "report.html").exists()
     (report / "report.md").unlink()
@@ -42,7 +42,7 @@ def test_an_age_teacher_trains_from_groups(faces: Path, tmp_path: Path) -> None:
     words = _train(faces, tmp_path / "run")
     words[words.index("student")] = "age_teacher"
     assert main([str(word).replace("recipe.", "network.") for word in words]) == 0
-    assert (tmp_path / "run" / "model.pt").exists()
+    assert (tmp_path / "run" / "teacher.safetensors").exists()
 
 
 def test_inspect_prints_published_counts_and_describes_a_list(faces: Path, capsys) -> None:
@@ -159,7 +159,7 @@ def test_a_full_disk_is_one_line_and_leaves_no_model(tmp_path: Path, faces: Path
 
     monkeypatch.setattr("torch.save", full)
     assert "space" in fails(capsys, *_train(faces, tmp_path / "o"))
-    assert not list(tmp_path.rglob("model.pt"))
+    assert not list(tmp_path.rglob("student.safetensors"))
 
 
 def test_help_and_version(capsys) -> None:

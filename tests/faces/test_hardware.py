@@ -136,7 +136,7 @@ def test_a_run_is_repeated_from_its_record(folder: Path, tmp_path: Path, capsys)
     assert run(*train(folder, first, "--seed", 7, *more)) == 0
     assert run("train", "--config", first / "run.toml", "--output", second, "--quiet") == 0
     assert (first / "run.toml").read_text() == (second / "run.toml").read_text()
-    networks = [load_backbone(path / "model.pt").state_dict() for path in (first, second)]
+    networks = [load_backbone(path / "student.safetensors").state_dict() for path in (first, second)]
     assert all(torch.equal(value, networks[1][name]) for name, value in networks[0].items())
     average = load_checkpoint(first / "checkpoints" / "step-000000003.pt")["ema"]
     assert average is not None

@@ -73,13 +73,13 @@ def test_a_second_run_uses_the_cached_outputs_and_keeps_the_students(
     finished: tuple[Path, list[str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder, command = finished
-    before = load_backbone(folder / "out" / "student.pt").state_dict()
+    before = load_backbone(folder / "out" / "student.safetensors").state_dict()
     first = json.loads((folder / "out" / "report.json").read_text())
     monkeypatch.setattr("kdlib_faces.demo.real_faces._StudentTargets.forward", lambda *_: pytest.fail("not cached"))
     assert main(command) == 0
     second = json.loads((folder / "out" / "report.json").read_text())
     assert [m["protocols"] for m in first["models"].values()] == [m["protocols"] for m in second["models"].values()]
-    after = load_backbone(folder / "out" / "student.pt").state_dict()
+    after = load_backbone(folder / "out" / "student.safetensors").state_dict()
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 

@@ -180,6 +180,7 @@ def test_interruptions_at_any_moment_leave_the_same_final_weights(finished: Path
     subprocess.run(command, check=True, timeout=300)
     for name in ("student_alone", "student_distilled"):
         ours, theirs = (
-            load_backbone(each / "work" / "seed0" / name / "student.pt").state_dict() for each in (output, finished)
+            load_backbone(each / "work" / "seed0" / name / "student.safetensors").state_dict()
+            for each in (output, finished)
         )
         assert all(torch.equal(value, theirs[key]) for key, value in ours.items()), name

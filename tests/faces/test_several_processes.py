@@ -27,7 +27,7 @@ def processes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 
 def largest_difference(a: Path, b: Path) -> float:
-    first, second = (load_backbone(path / "model.pt").state_dict() for path in (a, b))
+    first, second = (load_backbone(path / "student.safetensors").state_dict() for path in (a, b))
     assert first.keys() == second.keys()
     return max(
         float((x.double() - second[name].double()).abs().max() / (1 + x.abs().max())) for name, x in first.items()

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 from torch.nn import functional as F
 
@@ -46,11 +47,11 @@ def train(folder: Path, output: Path, *more: str, faces: str = "ages.csv", start
 
 def test_a_student_starts_narrow_and_learns_the_joint_space(folder: Path, tmp_path: Path) -> None:
     assert run(*train(folder, tmp_path / "run", *JOINT)) == 0
-    student, full = load_backbone(tmp_path / "run" / "model.pt"), load_backbone(folder / "wide.pt")
+    student, full = load_backbone(tmp_path / "run" / "student.safetensors"), load_backbone(folder / "wide.pt")
     images = torch.zeros(2, 3, SIZE, SIZE)
     assert student(images).shape == (2, 12)
     assert sum(map(torch.numel, student.parameters())) < 0.5 * sum(map(torch.numel, full.parameters()))
-    (start,) = (tmp_path / "run").glob("start-*.pt")
+    (start,) = (tmp_path / "run").glob("start-*.safetensors")
     before = load_backbone(start)
     moved = {name for name, value in student.named_parameters() if not torch.equal(value, before.get_parameter(name))}
     slopes = {f"{path}.weight" for path, module in student.named_modules() if isinstance(module, nn.PReLU)}
@@ -63,9 +64,9 @@ def test_a_student_starts_narrow_and_learns_the_joint_space(folder: Path, tmp_pa
 def test_the_start_is_read_again_and_fits_the_target(folder: Path, tmp_path: Path) -> None:
     def one() -> torch.Tensor:
         assert run(*train(folder, tmp_path / "run", *JOINT, "recipe.identity_weight=0", "training.steps=1")) == 0
-        return torch.load(tmp_path / "run" / "model.pt", weights_only=True)["state"]["features.layers.2.weight"]
+        return load_file(tmp_path / "run" / "student.safetensors")["features.layers.2.weight"]
 
-    first, (start,) = one(), (tmp_path / "run").glob("start-*.pt")
+    first, (start,) = one(), (tmp_path / "run").glob("start-*.safetensors")
     written = start.stat().st_mtime_ns
     assert torch.equal(one(), first)
     assert start.stat().st_mtime_ns == written
@@ -80,7 +81,7 @@ def test_the_start_is_read_again_and_fits_the_target(folder: Path, tmp_path: Pat
 
 def test_each_teacher_is_a_target_too_and_caches_are_read(folder: Path, tmp_path: Path) -> None:
     assert run(*train(folder, tmp_path / "each", "recipe.stage=2")) == 0
-    assert load_backbone(tmp_path / "each" / "model.pt").embedding_dim == 16
+    assert load_backbone(tmp_path / "each" / "student.safetensors").embedding_dim == 16
     caches = [build(folder, name, tmp_path / name, "--tap", "map=stage2") for name in ("general.pt", "age.pt")]
     words = [word for cache in caches for word in ("--teacher", cache)]
     words = [*words, "--data", folder / "faces.csv", "--start", f"shrink:{folder / 'wide.pt'}", "--quiet"]
@@ -185,13 +186,14 @@ def narrow() -> MBFFlat:
     return shrink(MBFFlat(**wide()).eval(), [images], keep=0.5, fold_norms=True, drop=["layers.5.layers.0"])
 
 
-@pytest.mark.parametrize("kind", ["torch", "safetensors"])
-def test_narrow_networks_are_saved_and_loaded(kind, narrow, tmp_path) -> None:
+@pytest.mark.parametrize("name", ["m.pt", "m.safetensors"])
+def test_narrow_networks_are_saved_and_loaded(name, narrow, tmp_path) -> None:
     images, student = torch.rand(4, 3, SIZE, SIZE), narrow
-    save_backbone(student, tmp_path / "m", format=kind)
-    loaded = load_backbone(tmp_path / "m")
+    save_backbone(student, tmp_path / name)
+    loaded = load_backbone(tmp_path / name)
     torch.testing.assert_close(loaded(images), student(images))
-    info = describe_checkpoint(tmp_path / "m")
+    info = describe_checkpoint(tmp_path / name)
+    assert info.kind == ("PyTorch" if name == "m.pt" else "safetensors")
     assert "narrower than its arguments" in info.about
     assert info.parameters == sum(map(torch.numel, student.parameters()))
     assert not info.differences

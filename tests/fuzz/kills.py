@@ -69,13 +69,13 @@ def run_command(*words: object) -> None:
 def train_student(inputs: Path, output: Path) -> None:
     """The command `train`."""
     sizes = ("training.steps=4", "training.batch_size=4", "recipe.input_size=32", "recipe.width=0.25")
-    words = ("train", "--recipe", "student", "--faces", inputs / "faces.csv", "--output", output)
+    words = ("train", "--recipe", "student", "--data", inputs / "faces.csv", "--output", output)
     run_command(*words, *settings(*sizes, "recipe.embedding_dim=16"))
 
 
 def build_cache(inputs: Path, output: Path) -> None:
     """The command `cache build`, with many small blocks."""
-    words = ("cache", "build", "--faces", inputs / "faces.csv", "--teacher", inputs / "general.pt", "--output", output)
+    words = ("cache", "build", "--data", inputs / "faces.csv", "--teacher", inputs / "general.pt", "--output", output)
     given = ("augment.rotate=5", "batch_size=1", "sync_seconds=0", "shard_bytes=2000")
     run_command(*words, "--views", 8, *settings(*given))
 

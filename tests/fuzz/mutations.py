@@ -39,9 +39,20 @@ def mutate(blob: bytes, rng: random.Random) -> bytes:
     """Return `blob` with one to four changes; an archive is often repacked, so that its checksums are right."""
     if blob.startswith(b"PK\3\4") and rng.random() < 0.7:
         return _mutate_archive(blob, rng)
+    shard = blob[257:262] == b"ustar"
     for _ in range(rng.choice((1, 1, 2, 4))):
         blob = rng.choice(CHANGES)(blob, rng)
-    return blob
+    return _with_sums(blob) if shard and rng.random() < 0.8 else blob
+
+
+def _with_sums(blob: bytes) -> bytes:
+    """A tar file whose headers have the right checksums."""
+    blocks = [blob[at : at + 512] for at in range(0, len(blob), 512)]
+    for at, block in enumerate(blocks):
+        if block[257:262] == b"ustar" and len(block) == 512:
+            total = sum(block[:148]) + 8 * 32 + sum(block[156:])
+            blocks[at] = block[:148] + b"%06o\0 " % total + block[156:]
+    return b"".join(blocks)
 
 
 def _mutate_archive(blob: bytes, rng: random.Random) -> bytes:

@@ -1,8 +1,10 @@
 """Readers of files, each with a valid file and the errors that it documents for others."""
 
+import io
 import json
 import pickle
 import struct
+import tarfile
 import tempfile
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
@@ -43,6 +45,7 @@ from kdlib_faces.data import (
 )
 from kdlib_faces.data.formats.columns import read_integers
 from kdlib_faces.data.images import decode_image
+from kdlib_faces.data.sources.shards import scan_shard
 from kdlib_faces.harness.embeddings import read_embeddings
 from kdlib_faces.harness.tasks import EvaluateConfig
 from kdlib_faces.recipes.liaad import LIAADRunConfig
@@ -112,6 +115,18 @@ def records(folder: Path) -> None:
         reader.ranges()
 
 
+def shard(path: Path) -> None:
+    with open(path, "rb") as file:
+        for row in scan_shard(path):
+            file.seek(row.start)
+            assert len(file.read(row.size)) == row.size
+
+
+def shard_list(path: Path) -> None:
+    faces = read_faces(path, unlabeled=True)
+    assert len(faces.identities) > 0
+
+
 def integers(path: Path) -> None:
     found = np.stack(read_integers(path, (np.int64,) * 3, what="list", max_rows=1000), 1)
     lines = path.read_bytes().split(b"\n")
@@ -173,6 +188,20 @@ def _made(write: Callable[[Path], object]) -> Callable[[], dict[str, bytes]]:
             return {file.relative_to(name).as_posix(): file.read_bytes() for file in found}
 
     return files
+
+
+def _tar(form: int) -> bytes:
+    """Four members of two images, one with a name that needs an extended header."""
+    stream = io.BytesIO()
+    with tarfile.open(fileobj=stream, mode="w", format=form) as archive:
+        for name, content in {
+            "1.png": encoded(PIXELS), "1.cls": b"Ann", f"{'long/' * 24}2.png": encoded(PIXELS),
+            f"{'long/' * 24}2.json": b'{"identity": "Bob", "age": 31.5, "age_group": "adult"}',
+        }.items():  # fmt: skip
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            archive.addfile(member, io.BytesIO(content))
+    return stream.getvalue()
 
 
 def _train(folder: Path) -> None:
@@ -266,6 +295,11 @@ TARGETS: dict[str, Target] = {
         cache(lambda: {"set.rec": _written("set.rec", lambda folder: save_records(folder / "set.rec", [b"first", b"x" * 400], [0, 1]))()}),
         records,
     ),
+    **{
+        f"shard, {name}": one(_tar(form), shard, "set.tar")
+        for name, form in (("ustar", tarfile.USTAR_FORMAT), ("GNU", tarfile.GNU_FORMAT), ("pax", tarfile.PAX_FORMAT))
+    },
+    "list of a shard": one(_tar(tarfile.PAX_FORMAT), shard_list, "set.tar"),
     "face list": Target(
         lambda: {"faces.csv": b"path,identity,age,age_group\na.jpg,Ann,7,young\nb.jpg,Bob,41.5,adult\n", "a.jpg": b"", "b.jpg": b""},
         face_list,

@@ -41,9 +41,9 @@ def test_a_run_of_torchrun_goes_on_in_one_process(tmp_path: Path, capsys: pytest
         os.kill(int((output / ".lock").read_text().split()[1]), signal.SIGKILL)  # the first process
         assert agent.wait(120) != 0
     assert errors.read_text().count("device: cpu, 1 thread, float32, 2 processes") == 1
-    assert not (output / "model.pt").exists()
+    assert not (output / "student.safetensors").exists()
     capsys.readouterr()
     assert main([*words]) == 0
     rows = read_log(output / "log.jsonl")
     assert [row["step"] for row in rows] == list(range(1, 61))
-    assert (output / "model.pt").exists()
+    assert (output / "student.safetensors").exists()

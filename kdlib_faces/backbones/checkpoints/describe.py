@@ -5,6 +5,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -186,14 +187,8 @@ def examine(path: str | os.PathLike[str], *, input_size: InputSize | None = None
 
 def _own(owner: str, weights: Weights) -> tuple[str, Arguments, Arguments, Arguments, object] | None:
     """Return name, arguments, input specification, state and removed modules of a file of `save_backbone`, else None."""
-    content = weights.content
-    if OWN_KEY in weights.metadata:
-        try:
-            header = json.loads(weights.metadata[OWN_KEY])
-        except (ValueError, RecursionError) as error:
-            raise InputError(f"{owner}: the metadata {OWN_KEY!r} must be JSON") from error
-        content = {**header, "state": content} if isinstance(header, dict) else {OWN_KEY: None}
-    elif OWN_KEY not in content:
+    content = with_header(owner, weights, OWN_KEY)
+    if OWN_KEY not in content:
         return None
     if content.get(OWN_KEY) != FORMAT:
         raise InputError(f"{owner} has format {show_name(content.get(OWN_KEY))}; this version reads format {FORMAT}")
@@ -214,6 +209,18 @@ def _own(owner: str, weights: Weights) -> tuple[str, Arguments, Arguments, Argum
         )
     state = {str(key): value for key, value in state.items()}
     return name, dict(arguments), dict(images), state, content.get("removed")
+
+
+def with_header(owner: str, weights: Weights, key: str) -> Mapping[Any, Any]:
+    """Return the content of a file; of a safetensors file with a header `key`, the header and the tensors as `"state"`."""
+    if key not in weights.metadata:
+        content: Mapping[Any, Any] = weights.content
+        return content
+    try:
+        header = json.loads(weights.metadata[key])
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{owner}: the metadata {key!r} must be JSON") from error
+    return {**header, "state": weights.content} if isinstance(header, dict) else {key: None}
 
 
 def _recognize(owner: str, state: Mapping[str, object]) -> tuple[Layout, Arguments]:

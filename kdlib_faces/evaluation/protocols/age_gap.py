@@ -28,6 +28,7 @@ from kdlib_faces.evaluation.summary import (
     far_measures,
     far_text,
 )
+from kdlib_faces.evaluation.thresholds import operating_thresholds
 
 EDGES = np.linspace(-1, 1, 81)
 OWNER = "AgeGapProtocol"
@@ -46,6 +47,7 @@ class AgeGapResult:
         edges: (e + 1,) edges of the histogram's score bins.
         genuine_counts: Bin name to (e,) genuine scores per score bin.
         impostor_counts: (e,) impostor scores per score bin, over all pairs.
+        thresholds: The threshold at each FAR over all pairs; see `operating_thresholds`.
         embeddings: (n, d) the evaluated embeddings.
     """
 
@@ -57,6 +59,7 @@ class AgeGapResult:
     edges: FloatArray
     genuine_counts: Mapping[str, list[int]]
     impostor_counts: list[int]
+    thresholds: JsonDict = field(repr=False, compare=False)
     protocol: "AgeGapProtocol" = field(repr=False, compare=False)
     embeddings: AnyArray = field(repr=False, compare=False)
 
@@ -198,6 +201,7 @@ class AgeGapResult:
                 "genuine": {name: list(counts) for name, counts in self.genuine_counts.items()},
                 "impostor": list(self.impostor_counts),
             },
+            "thresholds": self.thresholds,
         }
 
 
@@ -303,6 +307,7 @@ class AgeGapProtocol:
             edges=EDGES,
             genuine_counts={name: _histogram(genuine[pairs.genuine_in(number)]) for number, name in enumerate(names)},
             impostor_counts=_histogram(impostor),
+            thresholds=operating_thresholds(impostor, level=self.level),
             protocol=self,
             embeddings=rows,
         )

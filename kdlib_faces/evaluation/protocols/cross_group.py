@@ -37,6 +37,7 @@ from kdlib_faces.evaluation.summary import (
     ScoreTable,
     far_measures,
 )
+from kdlib_faces.evaluation.thresholds import operating_thresholds
 
 OWNER = "CrossGroupProtocol"
 
@@ -152,6 +153,7 @@ class CrossGroupResult:
             "mateless": protocol.mateless,
             "genuine": int(protocol.same.sum()),
             "groups": list(protocol.groups),
+            "thresholds": operating_thresholds(self._scores()[~protocol.same], level=protocol.level),
         }
 
 

@@ -46,6 +46,7 @@ from kdlib_faces.evaluation.summary import (
     far_measures,
     far_text,
 )
+from kdlib_faces.evaluation.thresholds import operating_thresholds
 from kdlib_faces.evaluation.verification import (
     VerificationResult,
     check_folds,
@@ -139,10 +140,8 @@ class PairResult(VerificationResult):
 
     def summary(self) -> ModelSummary:
         """Measures, FNMR by age gap, and curves."""
-        protocol, same = self.protocol, self.protocol.same
-        genuine, impostor = self.scores[same], self.scores[~same]
-        interval = self.accuracy_estimate()
-        spread = f"± {100 * self.std:.2f} over folds"
+        protocol, genuine, impostor = self.protocol, self.scores[self.protocol.same], self.scores[~self.protocol.same]
+        interval, spread = self.accuracy_estimate(), f"± {100 * self.std:.2f} over folds"
         measures = {"accuracy": MeasuredValue(self.accuracy, interval.low, interval.high, self.pairs, note=spread)}
         measures |= {f"tar_{far:g}": self._tar_value(point) for far, point in self.tar.items()}
         for far, fold in self.val.items():
@@ -185,6 +184,7 @@ class PairResult(VerificationResult):
 
     def _extra(self) -> JsonDict:
         entry = super()._extra()
+        entry["thresholds"] = operating_thresholds(self.scores[~self.protocol.same], level=self.protocol.level)
         if self.tar:
             entry["tar"] = {f"{far:g}": point.estimate.to_dict() for far, point in self.tar.items()}
             entry["tar_rule"] = self.protocol.tar_mode

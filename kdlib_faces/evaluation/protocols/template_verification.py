@@ -28,6 +28,7 @@ from kdlib_faces.evaluation.summary import (
     ScoreTable,
     far_measures,
 )
+from kdlib_faces.evaluation.thresholds import operating_thresholds
 
 OWNER = "template_verification"
 FARS = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
@@ -144,6 +145,7 @@ class TemplateVerificationResult:
             "detector_scores": self.templates.detector_scores,
             "pooling": self.templates.convention,
             "mode": self.mode,
+            "thresholds": operating_thresholds(self.scores[~self.same]),
         }
 
 

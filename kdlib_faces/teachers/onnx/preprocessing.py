@@ -10,6 +10,7 @@ import numpy as np
 from kdlib_faces.backbones import InputSpec
 from kdlib_faces.teachers.onnx.constants import read_constants
 from kdlib_faces.teachers.onnx.graph import Graph, library
+from kdlib_faces.teachers.onnx.metadata import stated_input
 
 if TYPE_CHECKING:
     from onnx import NodeProto
@@ -30,12 +31,19 @@ def recognize_input(graph: Graph) -> InputSpec:
     Faces are more red than blue, so means that rise from the first channel to the last are those of BGR images. Otherwise the
     channels are taken for RGB.
 
+    A graph of `kdlib_faces.export` states its images in its metadata, which are then taken.
+
     Args:
         graph: From `read_graph`.
 
     Returns:
         The format of the images, of the declared size.
+
+    Raises:
+        InputError: The metadata are malformed.
     """
+    if (stated := stated_input(graph.model)) is not None:
+        return stated
     scale, shift = _first_affine(graph)
     size = 112 if graph.input_size is None else graph.input_size
     zeros = -shift / np.where(scale == 0, 1, scale)

@@ -1,0 +1,34 @@
+"""Options of the commands export, embed and compare."""
+
+from argparse import ArgumentParser
+from pathlib import Path
+
+__all__ = ["add_options"]
+
+
+def add_options(export: ArgumentParser, embed: ArgumentParser, compare: ArgumentParser) -> None:
+    """Add the options that the command line does not share with other commands."""
+    export.add_argument("model", type=Path, metavar="MODEL", help=".safetensors or .pt; .onnx for int8 and float16")
+    text = "float32 graph, int8 or float16 graph, or torch.export program (onnx)"
+    export.add_argument("--format", choices=("onnx", "int8", "float16", "torch"), default="onnx", help=text)
+    export.add_argument("--output", type=Path, required=True, metavar="FILE", help="file to write, .onnx or .pt2")
+    text = "face crops, to quantize and to measure the loss of accuracy; repeatable"
+    export.add_argument("--data", action="append", default=[], metavar="LIST", help=text)
+    export.add_argument("--pairs", metavar="TXT", help="pairs in LFW's format for --data (default: pairs are chosen)")
+    text = "largest accepted loss of accuracy on the pairs (0.005)"
+    export.add_argument("--max-loss", type=float, default=0.005, metavar="FRACTION", help=text)
+    text = "report.json of `evaluate`: its thresholds and figures go into the file and its card"
+    export.add_argument("--evaluation", metavar="[NAME=]JSON", help=text)
+    export.add_argument("--normalize", action="store_true", help="return embeddings of unit length")
+    export.add_argument("--measure", action="store_true", help="measure time and memory for the model card (a minute)")
+    embed.add_argument("images", nargs="+", metavar="IMAGES", help="image, CSV list or folder of face crops")
+    compare.add_argument("first", metavar="A", help="image")
+    compare.add_argument("second", metavar="B", help="image")
+    text = "false accept rate of the decision (0.001)"
+    compare.add_argument("--far", type=float, default=1e-3, metavar="RATE", help=text)
+    text = "report.json of `evaluate` with thresholds (default: those in the metadata of the model)"
+    compare.add_argument("--evaluation", metavar="[NAME=]JSON", help=text)
+    for parser in (embed, compare):
+        parser.add_argument("--model", type=Path, required=True, metavar="FILE", help=".safetensors, .pt or .onnx")
+        text = "embed the image alone, without its mirrored version"
+        parser.add_argument("--no-flip", dest="flip", action="store_false", help=text)
