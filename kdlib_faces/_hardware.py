@@ -9,8 +9,6 @@ from typing import Literal, TypeAlias
 
 import torch
 import torch.distributed as dist
-from torch.distributed.rendezvous import rendezvous
-
 from kdlib_faces._checks import InputError
 
 __all__ = ["Amp", "Hardware", "autocast", "choose_device", "describe_device", "find_hardware", "share"]
