@@ -9,7 +9,6 @@ from typing import Literal, TypeAlias
 
 import torch
 import torch.distributed as dist
-from torch.distributed.rendezvous import rendezvous
 
 from kdlib_faces._checks import InputError
 
@@ -59,6 +58,7 @@ class Hardware:
             yield
             return
         from torch._C._distributed_c10d import PrefixStore  # absent in builds of torch without processes
+        from torch.distributed.rendezvous import rendezvous
 
         backend = dist.Backend.default_device_backend_map.get(self.device.type, "gloo")
         store, rank, count = next(rendezvous("env://", timeout=START))
