@@ -219,7 +219,7 @@ def train(config: LIAADRunConfig, options: RunOptions) -> Path:
             views=opened.views,
             optimizer="adamw" if started else "sgd",
             steps=3000 if started else 10_000,
-            lr=2e-4 if started else 0.1,
+            lr=6e-4 if started else 0.1,
             images=pixels,
         )
 

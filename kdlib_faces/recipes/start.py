@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from functools import partial
 from hashlib import sha256
 from pathlib import Path
-from typing import Literal, TypeAlias, TypeVar
+from typing import TypeAlias, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +25,7 @@ from kdlib_faces.teachers.input_options import InputOptions
 from kdlib_faces.teachers.open import load_pretrained
 
 __all__ = [
-    "StartConfig", "Target", "fit_last_layer", "freeze_stem", "load_start", "shrink_teacher", "start_student",
+    "StartConfig", "Target", "fit_last_layer", "load_start", "shrink_teacher", "start_student",
 ]  # fmt: skip
 
 Target: TypeAlias = Callable[[Tensor, int], Tensor]
@@ -49,8 +49,6 @@ class StartConfig:
             light network this layer has most of the parameters.
         images: Images on which channels are chosen and layers are refitted.
         criterion: `"reconstruction"` or `"energy"`, as for `kdlib.compression.shrink`.
-        freeze: `"stem"` keeps the first convolution and the slopes of PReLU as they are, which makes a step a fifth
-            faster; `"none"` trains everything.
 
     Raises:
         ValueError, TypeError: A value is out of range.
@@ -60,14 +58,12 @@ class StartConfig:
     last_grid: int = 32
     images: int = 2000
     criterion: str = "reconstruction"
-    freeze: Literal["stem", "none"] = "stem"
 
     def __post_init__(self) -> None:
         check_number("StartConfig", "keep", self.keep, above=0, max=1)
         check_number("StartConfig", "last_grid", self.last_grid, min=0, integer=True)
         check_number("StartConfig", "images", self.images, min=16, integer=True)
         check_choice("StartConfig", "criterion", self.criterion, ("reconstruction", "energy"))
-        check_choice("StartConfig", "freeze", self.freeze, ("stem", "none"))
 
 
 def load_start(
@@ -130,7 +126,7 @@ def start_student(
         joint: The joint teacher, to whose embeddings the last layer is fitted; None keeps the embedding of the file.
 
     Returns:
-        The student, with the layers frozen that `config.freeze` names.
+        The student.
 
     Raises:
         InputError: The folder cannot be written, or the network has no last linear layer.
@@ -154,8 +150,6 @@ def start_student(
         f"start: {count_parameters(student):,} parameters, {count_macs(student, student.input_size) / 1e6:.0f} M multiply-adds",
         quiet=quiet,
     )
-    if config.freeze == "stem":
-        freeze_stem(student)
     return student
 
 
@@ -276,11 +270,3 @@ def _solve(moments: Tensor, products: Tensor, ridge: float) -> Tensor:
     diagonal = torch.cat([penalty.expand(len(moments) - 1), torch.full((1,), 1e-9, dtype=moments.dtype)])
     solution: Tensor = torch.linalg.solve(moments + torch.diag(diagonal), products)
     return solution
-
-
-def freeze_stem(network: nn.Module) -> None:
-    """Keep the first convolution and the slopes of PReLU as they are: their gradients take a fifth of a step on a CPU."""
-    first = next((each for each in network.modules() if isinstance(each, nn.Conv2d)), None)
-    for module in network.modules():
-        if module is first or isinstance(module, nn.PReLU):
-            module.requires_grad_(False)
