@@ -2,6 +2,7 @@
 
 import hashlib
 import importlib
+import importlib.util
 import json
 import re
 import subprocess
@@ -119,6 +120,17 @@ def test_the_picture_shows_the_stored_figures() -> None:
     digest = hashlib.sha256((ROOT / "benchmarks" / "results" / "synthetic.json").read_bytes()).hexdigest()
     with Image.open(ROOT / "docs" / "_static" / "by_age_gap.png") as picture:
         assert picture.text["source"] == digest, "run python benchmarks/draw_figures.py"
+
+
+def test_the_study_shows_the_stored_figures() -> None:
+    pytest.importorskip("matplotlib", reason="the faces extra is not installed")
+    folder = ROOT / "benchmarks" / "study"
+    spec = importlib.util.spec_from_file_location("study_show", folder / "show.py")
+    assert spec is not None
+    assert spec.loader is not None
+    show = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(show)
+    assert show.table(*show.read("choose")) in (ROOT / "docs" / "study.md").read_text("utf-8")
 
 
 def test_names_in_the_text_are_linked(built: Path) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 
 import matplotlib as mpl
 from matplotlib import pyplot as plt
+from matplotlib.ticker import LogLocator, NullFormatter
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "results" / "study"
@@ -64,17 +65,20 @@ def _size(model: dict[str, Any]) -> str:
     return f"{model['parameters'] / 1e6:.2f} | {model['macs'] / 1e6:.0f}"
 
 
-def draw(teachers: dict[str, Any], runs: dict[str, list[dict[str, Any]]], target: Path) -> None:
+def draw(
+    teachers: dict[str, Any], starts: list[dict[str, Any]], runs: dict[str, list[dict[str, Any]]], target: Path
+) -> None:
     """Accuracy against images seen."""
     mpl.use("agg")
     figure, axes = plt.subplots(1, 2, figsize=(10, 4.5), layout="constrained")
     for axis, far in zip(axes, FARS, strict=True):
-        for name, row in teachers.items():
+        lines = [(f"{name} teacher", row) for name, row in teachers.items()]
+        for name, row in [*lines, *(("start, untrained", row) for row in starts)]:
             axis.axhline(row["tar"][far]["value"], color="0.6", linestyle="--", linewidth=1)
             axis.text(
                 1.0,
                 row["tar"][far]["value"],
-                f" {name} teacher",
+                f" {name}",
                 transform=axis.get_yaxis_transform(),
                 va="center",
                 fontsize=8,
@@ -86,6 +90,10 @@ def draw(teachers: dict[str, Any], runs: dict[str, list[dict[str, Any]]], target
             high = [row["student"]["tar"][far]["high"] - v for v, row in zip(y, rows, strict=True)]
             axis.errorbar(x, y, [low, high], fmt="o", capsize=2, color=f"C{number % 10}", label=name)
         axis.set_xscale("log")
+        axis.set_xlim(20_000, 400_000)
+        axis.xaxis.set_major_locator(LogLocator(subs=(1, 3)))
+        axis.xaxis.set_major_formatter("{x:,.0f}")
+        axis.xaxis.set_minor_formatter(NullFormatter())
         axis.set_xlabel("training images seen")
         axis.set_title(f"Young against adult, TAR at FAR {float(far):.1%}")
     axes[1].legend(fontsize=7, loc="center left", bbox_to_anchor=(1.25, 0.5))
@@ -100,7 +108,7 @@ def main() -> None:
     options = parser.parse_args()
     teachers, starts, runs = read(options.part)
     print(table(teachers, starts, runs))
-    draw(teachers, runs, PICTURES / f"study_{options.part}.png")
+    draw(teachers, starts, runs, PICTURES / f"study_{options.part}.png")
 
 
 if __name__ == "__main__":
