@@ -105,6 +105,8 @@ def locked(output: Path, active: bool = True) -> Iterator[None]:
         stream.truncate(0)
         stream.write(f"process {os.getpid()} on {platform.node()}".encode())
         stream.flush()
+        for stale in output.glob(".*.????????.part"):  # of a process that was killed while it held the lock
+            stale.unlink(missing_ok=True)
         try:
             yield
         finally:

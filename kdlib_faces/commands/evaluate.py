@@ -29,7 +29,6 @@ def main(options: Namespace, command: str) -> None:
         EvaluateConfig, options.config, [f"seed={options.seed or 0}", *precision(options), *options.settings]
     )
     quiet = options.quiet or not hardware.first
-    say(f"device: {hardware.describe(config.amp)}", quiet=quiet)
     run(
         config,
         output=options.output, data=options.data, models=options.model, inputs=options.input,

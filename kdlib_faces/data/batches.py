@@ -1,5 +1,6 @@
 """Batches of training images that depend on the seed, the epoch and the step only."""
 
+import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal, TypeAlias, TypeVar
@@ -197,16 +198,18 @@ class FaceBatches:
         if not self.workers:
             return self._checked(map(self._maker.__getitem__, iter(self._plan)))
         if self._loader is None:
-            self._loader = DataLoader(
-                self._maker,
-                batch_size=None,
-                sampler=self._plan,
-                num_workers=self.workers,
-                collate_fn=_unchanged,
-                persistent_workers=True,
-                prefetch_factor=4,
-                generator=Generator(),  # its own, so that workers do not change torch's random state
-            )
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", message="This DataLoader will create")  # more workers than cores
+                self._loader = DataLoader(
+                    self._maker,
+                    batch_size=None,
+                    sampler=self._plan,
+                    num_workers=self.workers,
+                    collate_fn=_unchanged,
+                    persistent_workers=True,
+                    prefetch_factor=4,
+                    generator=Generator(),  # its own, so that workers do not change torch's random state
+                )
         return self._checked(iter(self._loader))
 
     def _checked(self, made: Iterator["_Made"]) -> Iterator[Batch]:

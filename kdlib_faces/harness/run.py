@@ -20,6 +20,7 @@ from kdlib_faces.harness.image_sets import OF_EMBEDDINGS, ImageSet, images_of_so
 from kdlib_faces.harness.lists import tasks_of_faces
 from kdlib_faces.harness.registry import PROTOCOLS
 from kdlib_faces.harness.tasks import EvaluateConfig, EvaluationTask, ProtocolSpec, Settings, parse_protocol
+from kdlib_faces.progress import say
 from kdlib_faces.teachers.input_options import InputOptions, inputs_of_models
 
 __all__ = ["PreparedEvaluation", "prepare"]
@@ -182,6 +183,8 @@ def _models(
     ]
     for images in sets.values() if opened else ():
         images.check_images()
+    if opened:
+        say(f"device: {embedding.hardware.describe(embedding.config.amp)}", quiet=not embedding.progress)
     far = (describe_far_sizes(images.sources, model.size) for _, model in opened for images in sets.values())
     notes += dict.fromkeys(filter(None, far))
     evaluated = []

@@ -164,8 +164,9 @@ def test_a_training_hook_shows_the_loss():
     for stream in (io.StringIO(), Terminal()):
         hook = TrainProgress("student", stream=stream, every=0.0)
         for step in (1, 2):
-            hook(SimpleNamespace(step=step, total_steps=2, total=0.25, images_per_second=1234.5))
+            speed = {"images_per_second": 1234.5, "step_seconds": 0.02, "data_wait": 0.25, "memory": 3 * 2**29}
+            hook(SimpleNamespace(step=step, total_steps=2, total=0.25, **speed))
         shown = stream.getvalue()
         assert "student" in shown
-        assert "loss 0.25" in shown
+        assert "loss 0.25, 1234 images/s, 20 ms/step, 25% waiting for data, 1.5 GiB" in shown
     assert repr(hook) == "TrainProgress('student', quiet=False, every=0.0)"

@@ -240,7 +240,7 @@ def test_the_dictionary_holds_histograms_and_curves_of_the_bins() -> None:
     embeddings, codes, ages = make_set(2)
     result = AgeGapProtocol(codes, ages=ages, replicates=10).evaluate(torch.tensor(embeddings, dtype=torch.float32))
     entry = result.to_dict()
-    assert list(entry) == ["kind", "bins", "all", "roc", "histogram"]
+    assert list(entry) == ["kind", "bins", "all", "roc", "histogram", "thresholds"]
     assert (list(entry["all"]["tar"]), set(entry["roc"])) == (["0.01", "0.001"], {"all", "30+"})
     histogram = entry["histogram"]
     assert len(histogram["edges"]) == len(histogram["impostor"]) + 1

@@ -110,7 +110,7 @@ def contents(folder: Path) -> dict[str, object]:
     for file in sorted(file for file in folder.rglob("*") if file.is_file() and file.name != ".lock"):
         name = file.relative_to(folder).as_posix()
         if name.endswith("log.jsonl"):
-            found[name] = json.dumps([{**row, "seconds": 0} for row in read_log(file)])
+            found[name] = json.dumps([{**row, "seconds": 0, "speed": None} for row in read_log(file)])
         elif file.parent.name in ("run", "checkpoints"):
             state = load_checkpoint(file)
             found[name] = str([(key, digest(value)) for key, value in sorted(state.items()) if key != "seconds"])
