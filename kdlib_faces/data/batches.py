@@ -197,9 +197,9 @@ class FaceBatches:
         self._plan.start = step
         if not self.workers:
             return self._checked(map(self._maker.__getitem__, iter(self._plan)))
-        if self._loader is None:
-            with warnings.catch_warnings():
-                warnings.filterwarnings("ignore", message="This DataLoader will create")  # more workers than cores
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="This DataLoader will create")  # more workers than cores
+            if self._loader is None:
                 self._loader = DataLoader(
                     self._maker,
                     batch_size=None,
@@ -210,7 +210,8 @@ class FaceBatches:
                     prefetch_factor=4,
                     generator=Generator(),  # its own, so that workers do not change torch's random state
                 )
-        return self._checked(iter(self._loader))
+            made = iter(self._loader)
+        return self._checked(made)
 
     def _checked(self, made: Iterator["_Made"]) -> Iterator[Batch]:
         for inputs, targets, errors in made:
