@@ -73,7 +73,7 @@ class Hardware:
                 dist.destroy_process_group()
             if isinstance(error, RuntimeError) and _is_lost(error):
                 raise InputError(
-                    f"another process has ended or has not answered for {timeout:g} s; run the same command again to resume "
+                    f"another process has ended or did not respond for {timeout:g} s; run the same command again to resume "
                     f"({' '.join(str(error).split())[:120]})"
                 ) from error
             raise

@@ -18,7 +18,7 @@ from kdlib_faces.training.settings import TrainingConfig
 
 __all__ = ["SpeedAdvice", "check_tensorboard", "write_tensorboard"]
 
-WAITS, TEACHES, ROOM = 0.1, 0.3, 0.5
+WAITS, TEACHES, FREE = 0.1, 0.3, 0.5
 """Shares of the step above which the loader or the teachers are the limit, and of unused memory that a larger batch can use."""
 MEASURED_EVERY = 50
 """Calls of a teacher between two measurements on an accelerator, each of which waits for the device."""
@@ -92,7 +92,7 @@ class SpeedAdvice:
         if event.memory:
             total = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
             free = 1 - event.memory / total
-            if free >= ROOM:
+            if free >= FREE:
                 return f"the student, with {free:.0%} of the memory free: raise training.batch_size{_or(faster)}"
         return f"the student: {' or '.join([*faster, 'more processes'])} may help"
 

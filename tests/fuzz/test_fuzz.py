@@ -31,7 +31,7 @@ def test_mutations_change_files_and_are_the_same_for_a_seed():
     assert mutate(b"", random.Random(0)) is not None
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="processes are started by fork, which this system does not have")
 def test_the_campaign_reports_errors_crashes_and_allocations(monkeypatch):
     from dataclasses import replace
 

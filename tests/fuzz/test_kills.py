@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="processes are started by fork, which this system does not have")
 def test_interrupted_jobs_give_the_same_result() -> None:
     """In a process of its own: a process that runs threads must not fork."""
     command = [sys.executable, "-m", "tests.fuzz.kills", "--kills", "2"]
