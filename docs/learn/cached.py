@@ -7,7 +7,7 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
-from tutorial import Lesson, Row, accuracy, bars, count, digits, fit, main
+from tutorial import Lesson, Row, accuracy, count, digits, dots, fit, main
 
 from kdlib import (
     OUTPUT,
@@ -119,7 +119,7 @@ def run(quick: bool) -> Lesson:
 
 
 def draw(figure: Figure, lesson: Lesson) -> None:
-    bars(figure, lesson)
+    dots(figure, lesson)
 
 
 if __name__ == "__main__":

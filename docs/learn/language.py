@@ -7,7 +7,7 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
-from tutorial import Lesson, Row, bars, count, docstrings, main
+from tutorial import Lesson, Row, count, docstrings, dots, main
 
 from kdlib import OUTPUT, Distiller, Objective, SoftTargetLoss, StudentAdapter, TeacherAdapter, Term, TrainConfig, train
 
@@ -94,7 +94,7 @@ def run(quick: bool) -> Lesson:
 
 def draw(figure: Figure, lesson: Lesson) -> None:
     trained_models = [row for row in lesson.rows if "before" not in row.model]
-    bars(figure, Lesson(lesson.measure, trained_models))
+    dots(figure, Lesson(lesson.measure, trained_models))
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 import torch
 from matplotlib.figure import Figure
 from torch import Tensor, nn
-from tutorial import Lesson, Row, accuracy, bars, count, digits, fit, main
+from tutorial import Lesson, Row, accuracy, count, digits, dots, fit, main
 
 from kdlib import OUTPUT, Distiller, Objective, SoftTargetLoss, StudentAdapter, TeacherAdapter, Term
 from kdlib.testing import check_loss
@@ -91,7 +91,7 @@ def run(quick: bool) -> Lesson:
 
 
 def draw(figure: Figure, lesson: Lesson) -> None:
-    bars(figure, lesson)
+    dots(figure, lesson)
 
 
 if __name__ == "__main__":

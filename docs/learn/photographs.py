@@ -28,7 +28,7 @@ def write_crops(folder: Path, name: str, faces: SyntheticFaces) -> None:
 
 def command(words: str, folder: Path) -> None:
     """Run one command, with its paths inside the folder."""
-    print("kdlib-faces", words)
+    print("kdlib-faces", words.replace("{at}/", ""))
     code = kdlib_faces([*words.format(at=folder).split(), "--quiet", "--threads", "1"])
     if code:
         raise SystemExit(code)

@@ -5,7 +5,7 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
-from tutorial import Lesson, Row, bars, count, main
+from tutorial import Lesson, Row, count, dots, main
 
 from kdlib import OUTPUT, Distiller, Objective, SoftTargetLoss, StudentAdapter, TeacherAdapter, Term, TrainConfig, train
 
@@ -140,7 +140,7 @@ def run(quick: bool) -> Lesson:
 
 
 def draw(figure: Figure, lesson: Lesson) -> None:
-    bars(figure, lesson)
+    dots(figure, lesson)
 
 
 if __name__ == "__main__":

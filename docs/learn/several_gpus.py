@@ -6,7 +6,7 @@ import tempfile
 from pathlib import Path
 
 from matplotlib.figure import Figure
-from tutorial import Lesson, Row, bars, main
+from tutorial import Lesson, Row, dots, main
 
 SCRIPT = Path(__file__).with_name("several_gpus_train.py")
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]  # the same as `torchrun`
@@ -32,7 +32,7 @@ def run(quick: bool) -> Lesson:
 
 
 def draw(figure: Figure, lesson: Lesson) -> None:
-    bars(figure, lesson)
+    dots(figure, lesson)
 
 
 if __name__ == "__main__":

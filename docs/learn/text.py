@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 from transformers import BertConfig, BertForSequenceClassification
-from tutorial import Lesson, Row, bars, count, docstrings, main
+from tutorial import Lesson, Row, count, docstrings, dots, main
 
 from kdlib import (
     OUTPUT,
@@ -139,7 +139,7 @@ def run(quick: bool) -> Lesson:
 
 
 def draw(figure: Figure, lesson: Lesson) -> None:
-    bars(figure, lesson)
+    dots(figure, lesson)
 
 
 if __name__ == "__main__":

@@ -99,6 +99,7 @@ def accuracy(model: nn.Module, images: Tensor, labels: Tensor) -> float:
     return 100 * (model.eval()(images).argmax(1) == labels).double().mean().item()
 
 
+# [known_labels]
 def known_labels(logits: Tensor, labels: Tensor) -> Tensor:
     """Cross-entropy of the images whose label is known; -1 marks the others."""
     known = labels >= 0
@@ -143,17 +144,17 @@ def legend(place: Axes) -> None:
     place.legend(frameon=False, labelcolor=GRAY, fontsize=9)
 
 
-def bars(figure: Figure, lesson: Lesson, position: int = 111) -> None:
-    """Draw each model of the table as a bar, with a dot per seed."""
+def dots(figure: Figure, lesson: Lesson, position: int = 111) -> None:
+    """Draw the mean of each model of the table, and a small dot for each seed."""
     place = axes(figure, position, x=lesson.measure)
     rows = [row for row in lesson.rows if " minus " not in row.model][::-1]
     for at, row in enumerate(rows):
-        place.barh(at, statistics.fmean(row.values), height=0.6, color=COLORS[at % len(COLORS)], alpha=0.75)
-        place.plot(row.values, [at] * len(row.values), ".", color=GRAY, markersize=5)
+        color = COLORS[(len(rows) - 1 - at) % len(COLORS)]
+        place.plot(row.values, [at] * len(row.values), "o", color=color, alpha=0.4, markersize=5)
+        place.plot(statistics.fmean(row.values), at, "|", color=color, markersize=18, markeredgewidth=3)
     place.set_yticks(range(len(rows)), [row.model for row in rows])
-    values = [value for row in rows for value in row.values]
-    margin = 0.15 * (max(values) - min(values)) + 0.1
-    place.set_xlim(max(0, min(values) - margin), max(values) + margin)
+    place.set_ylim(-0.6, len(rows) - 0.4)
+    place.grid(axis="x", color=GRAY, alpha=0.25)
 
 
 def read(path: Path) -> Lesson:

@@ -3,7 +3,7 @@
 import torch
 from matplotlib.figure import Figure
 from torch import Tensor, nn
-from tutorial import Lesson, Row, accuracy, bars, count, digits, fit, known_labels, main
+from tutorial import Lesson, Row, accuracy, count, digits, dots, fit, known_labels, main
 
 from kdlib import OUTPUT, AngularDistillLoss, Distiller, HintLoss, Objective, StudentAdapter, TeacherAdapter, Term
 
@@ -88,7 +88,7 @@ def run(quick: bool) -> Lesson:
 
 
 def draw(figure: Figure, lesson: Lesson) -> None:
-    bars(figure, lesson)
+    dots(figure, lesson)
 
 
 if __name__ == "__main__":

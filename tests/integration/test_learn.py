@@ -27,7 +27,15 @@ QUICK = {
     "age_gap": [("discriminant", "eigenfaces")],
 }
 # What the pages say about the stored results.
-STORED = QUICK | {}
+STORED = QUICK | {
+    "digits": [("student distilled, no labels", "student alone, 200 labels")],
+    "weightings": [
+        ("teacher: good", "student: confidence"),
+        ("student: confidence", "student: entropy"),
+        ("student: entropy", "student: uniform"),
+        ("student: uniform", "student: gradient"),
+    ],
+}
 # Learning rates, the level of intervals, and chance.
 SETTINGS = {"0.01", "0.001", "95", "50"}
 
