@@ -1,6 +1,8 @@
 """From face crops to an int8 student: two teachers, the student alone, the student distilled, evaluation and export."""
 
+import contextlib
 import json
+import shlex
 import tempfile
 from pathlib import Path
 
@@ -15,61 +17,41 @@ SIZE = 32
 
 
 # [crops]
-def write_crops(folder: Path, name: str, faces: SyntheticFaces) -> None:
+def write_crops(name: str, faces: SyntheticFaces) -> None:
     """What `kdlib-faces align` makes from photographs: crops, and a list of path, identity and age."""
     lines = ["path,identity,age"]
-    (folder / name).mkdir()
+    Path(name).mkdir()
     for row, (pixels, age) in enumerate(zip(faces.images(), faces.ages.tolist(), strict=True)):
         path = f"{name}/{row}.png"
-        Image.fromarray(pixels.permute(1, 2, 0).numpy()).save(folder / path)
+        Image.fromarray(pixels.permute(1, 2, 0).numpy()).save(path)
         lines.append(f"{path},{name}_{row // faces.images_per_identity},{age:.1f}")
-    (folder / f"{name}.csv").write_text("\n".join(lines) + "\n", encoding="utf-8")
-
-
-def command(words: str, folder: Path) -> None:
-    """Run one command, with its paths inside the folder."""
-    print("kdlib-faces", words.replace("{at}/", ""))
-    code = kdlib_faces([*words.format(at=folder).split(), "--quiet", "--threads", "1"])
-    if code:
-        raise SystemExit(code)
+    Path(f"{name}.csv").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 # [commands]
-
-
-def commands(steps: int) -> list[str]:
-    train = f"--set training.steps={steps} --set training.lr=0.05 --set training.batch_size=32"
-    network = "--set {kind}.width=0.5 --set {kind}.input_size=32 --set {kind}.embedding_dim=64"
-    small = "--set recipe.width=0.25 --set recipe.input_size=32 --set recipe.embedding_dim=64"
-    models = " ".join(
-        f"--model {name}={{at}}/{name}/{file}.safetensors"
-        for name, file in (("general", "teacher"), ("age", "teacher"), ("alone", "student"), ("distilled", "student"))
-    )
-    return [
-        f"train --recipe general_teacher --data {{at}}/web.csv {network.format(kind='recipe')} {train} --output {{at}}/general",
-        f"train --recipe age_teacher --data {{at}}/ages.csv {network.format(kind='network')} {train} --output {{at}}/age",
-        f"train --recipe student --data {{at}}/ages.csv {small} {train} --output {{at}}/alone",
-        f"train --recipe liaad --data {{at}}/ages.csv --teacher {{at}}/general/teacher.safetensors "
-        f"--teacher {{at}}/age/teacher.safetensors --set recipe.embedding_projection=linear {small} {train} --output {{at}}/distilled",
-        f"evaluate {models} --protocol age_gap={{at}}/new.csv --set replicates=100 --set num_failures=0 --output {{at}}/evaluation",
-        "export {at}/distilled/student.safetensors --output {at}/student.onnx",
-        "export {at}/distilled/student.safetensors --format int8 --data {at}/ages.csv --max-loss 0.05 --output {at}/student_int8.onnx",
-    ]
+def run_commands(steps: int) -> None:
+    """Run the commands of `photographs.sh` in this folder."""
+    text = Path(__file__).with_suffix(".sh").read_text("utf-8").replace("training.steps=200", f"training.steps={steps}")
+    for line in text.replace("\\\n", " ").splitlines():
+        if not line.startswith("#"):
+            print(*line.split())
+            if code := kdlib_faces([*shlex.split(line)[1:], "--quiet", "--threads", "1"]):
+                raise SystemExit(code)
 
 
 # [run]
 def run(quick: bool) -> Lesson:
-    steps, identities = (6, 12) if quick else (300, 80)
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
+    steps, identities, images = (2, 8, 4) if quick else (200, 80, 8)
+    with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
         # Photographs from the web show an identity within a few years; a longitudinal set over decades.
-        write_crops(folder, "web", SyntheticFaces(identities, 8, SIZE, seed=1, age_window=8.0))
-        write_crops(folder, "ages", SyntheticFaces(identities, 8, SIZE, seed=2))
-        write_crops(folder, "new", SyntheticFaces(identities // 2 + 6, 8, SIZE, seed=3))
-        for words in commands(steps):
-            command(words, folder)
-        report = json.loads((folder / "evaluation" / "report.json").read_text("utf-8"))
-        sizes = {path: (folder / path).stat().st_size / 1000 for path in ("student.onnx", "student_int8.onnx")}
+        write_crops("web", SyntheticFaces(identities, images, SIZE, seed=1, age_window=8.0))
+        write_crops("ages", SyntheticFaces(identities, images, SIZE, seed=2))
+        write_crops("new", SyntheticFaces(identities // 2 + 4, 8, SIZE, seed=3))
+        run_commands(steps)
+        report = json.loads(Path("evaluation/report.json").read_text("utf-8"))
+        sizes = {
+            path: Path(path).stat().st_size / 1000 for path in ("distilled/student.safetensors", "student_int8.onnx")
+        }
     return lesson(report, sizes)
 
 

@@ -99,13 +99,6 @@ def accuracy(model: nn.Module, images: Tensor, labels: Tensor) -> float:
     return 100 * (model.eval()(images).argmax(1) == labels).double().mean().item()
 
 
-# [known_labels]
-def known_labels(logits: Tensor, labels: Tensor) -> Tensor:
-    """Cross-entropy of the images whose label is known; -1 marks the others."""
-    known = labels >= 0
-    return nn.functional.cross_entropy(logits, labels, ignore_index=-1, reduction="sum") / known.sum().clamp(min=1)
-
-
 # [fit]
 def fit(
     distiller: Distiller,
