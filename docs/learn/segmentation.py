@@ -111,7 +111,7 @@ def fit(
 
 # [run]
 def run(quick: bool) -> Lesson:
-    steps, seeds = (40, 1) if quick else (200, 3)
+    steps, seeds = (40, 1) if quick else (150, 3)
     images, classes = shapes(240, seed=0)
     few = classes.clone()
     few[LABELED:] = IGNORED  # the other images have no labels at all

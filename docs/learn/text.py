@@ -109,7 +109,7 @@ def fit(
 
 # [run]
 def run(quick: bool) -> Lesson:
-    steps, seeds = (30, 1) if quick else (300, 3)
+    steps, seeds = (30, 1) if quick else (200, 3)
     data, new = lines()
     # 200 lines have a label. The others are read by the teacher and the student only.
     some = [line | ({} if at < LABELED else {"labels": torch.tensor(-1)}) for at, line in enumerate(data)]

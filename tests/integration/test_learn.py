@@ -29,6 +29,8 @@ QUICK = {
 # What the pages say about the stored results.
 STORED = QUICK | {
     "digits": [("student distilled, no labels", "student alone, 200 labels")],
+    "cached": [("student, 16 views", "student, 4 views"), ("student, 4 views", "student, the images alone")],
+    "own_loss": [("student, hellinger", "student alone, 100 labels")],
     "weightings": [
         ("teacher: good", "student: confidence"),
         ("student: confidence", "student: entropy"),
