@@ -71,7 +71,7 @@ def main() -> None:
 
     if processes == 1 or dist.get_rank() == 0:
         found = [accuracy(model.cpu(), *new) for model in (teacher, student)]
-        print(f"{processes} processes: teacher {found[0]:.1f} %, student {found[1]:.1f} %")
+        print(f"processes: {processes}, teacher {found[0]:.1f} %, student {found[1]:.1f} %")
         if options.result is not None:
             options.result.write_text(f"{found[0]} {found[1]}", encoding="utf-8")
     if processes > 1:

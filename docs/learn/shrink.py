@@ -87,6 +87,7 @@ def draw(figure: Figure, lesson: Lesson) -> None:
     place = axes(figure, x="steps of distillation", y=lesson.measure)
     for (name, curve), color in zip(lesson.curves.items(), (COLORS[1], COLORS[0], COLORS[3]), strict=True):
         place.plot(range(0, 20 * len(curve), 20), curve, ".-", color=color, label=name)
+    place.set_ylim(60, 100)
     place.axhline(lesson.mean("teacher"), color=COLORS[2], linestyle="--", label="teacher")
     legend(place)
 

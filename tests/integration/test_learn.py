@@ -40,8 +40,8 @@ STORED = QUICK | {
         ("student: uniform", "student: gradient"),
     ],
 }
-# Learning rates, the level of intervals, and chance.
-SETTINGS = {"0.01", "0.001", "95", "50"}
+# Learning rates, the level of intervals, chance, and the end of an axis.
+SETTINGS = {"0.01", "0.001", "95", "50", "60"}
 
 
 def skip_without(name: str) -> None:
