@@ -29,7 +29,7 @@ from kdlib.functional import hint, rkd_distance, soft_target
 from kdlib.schedules import linear_warmup
 
 pytest.importorskip("PIL", reason="the faces extra is not installed")
-from kdlib_faces.cli import main  # noqa: E402
+from kdlib_faces.cli import main
 
 PAGE = Path(__file__).parents[1] / "docs" / "troubleshooting.md"
 MESSAGES = [
