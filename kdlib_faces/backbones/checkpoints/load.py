@@ -72,7 +72,7 @@ def load_backbone(
         raise InputError(f"{file.owner}: {error}") from error
     if file.differences:
         hint = ""
-        if "other shape" in file.differences:
+        if "other shape" in file.differences or "missing" not in file.differences:
             hint = (
                 "; a bare state dict does not describe a network made narrower, write such a network with "
                 "kdlib_faces.export.save_student(model, 'student.safetensors')"
