@@ -4,7 +4,7 @@ VENV := .venv
 PY ?= $(VENV)/bin/python
 OUTPUT ?= runs/demo
 
-.PHONY: demo test check lint docs bench fuzz clean
+.PHONY: demo test check lint docs bench fuzz dist clean
 
 $(VENV)/.user: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -47,6 +47,12 @@ docs:
 bench: $(VENV)/.dev
 	$(VENV)/bin/python -m pip install --quiet --no-deps torchdistill==1.1.5 torch-pruning==1.6.1
 	for file in benchmarks/bench_*.py; do $(VENV)/bin/python $$file || exit 1; done
+
+# The wheel and the source distribution, in dist/.
+dist: $(VENV)/.dev
+	$(VENV)/bin/python -m pip install --quiet twine==7.0.0
+	$(VENV)/bin/python -m build --outdir dist .
+	$(VENV)/bin/python -m twine check --strict dist/*
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info docs/_build docs/api/generated runs
