@@ -31,7 +31,7 @@ def write_crops(name: str, faces: SyntheticFaces) -> None:
 # [commands]
 def run_commands(steps: int) -> None:
     """Run the commands of `photographs.sh` in this folder."""
-    text = Path(__file__).with_suffix(".sh").read_text("utf-8").replace("training.steps=200", f"training.steps={steps}")
+    text = Path(__file__).with_suffix(".sh").read_text("utf-8").replace("training.steps=150", f"training.steps={steps}")
     for line in text.replace("\\\n", " ").splitlines():
         if not line.startswith("#"):
             print(*line.split())
@@ -41,7 +41,7 @@ def run_commands(steps: int) -> None:
 
 # [run]
 def run(quick: bool) -> Lesson:
-    steps, identities, images = (2, 8, 4) if quick else (200, 80, 8)
+    steps, identities, images = (2, 8, 4) if quick else (150, 80, 8)
     with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
         # Photographs from the web show an identity within a few years; a longitudinal set over decades.
         write_crops("web", SyntheticFaces(identities, images, SIZE, seed=1, age_window=8.0))

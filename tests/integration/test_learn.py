@@ -31,6 +31,7 @@ STORED = QUICK | {
     "digits": [("student distilled, no labels", "student alone, 200 labels")],
     "cached": [("student, 16 views", "student, 4 views"), ("student, 4 views", "student, the images alone")],
     "language": [("student alone", "student distilled")],  # the perplexity is lower
+    "segmentation": [("student distilled, no labels", "student alone, 12 labeled images")],
     "vit": [("student, soft targets", "student, 100 labels")],
     "own_loss": [("student, hellinger", "student alone, 100 labels")],
     "weightings": [
