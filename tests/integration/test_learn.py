@@ -31,6 +31,7 @@ STORED = QUICK | {
     "digits": [("student distilled, no labels", "student alone, 200 labels")],
     "cached": [("student, 16 views", "student, 4 views"), ("student, 4 views", "student, the images alone")],
     "language": [("student alone", "student distilled")],  # the perplexity is lower
+    "text": [("student distilled, no labels", "student alone, 200 labels")],
     "segmentation": [("student distilled, no labels", "student alone, 12 labeled images")],
     "vit": [("student, soft targets", "student, 100 labels")],
     "own_loss": [("student, hellinger", "student alone, 100 labels")],
@@ -95,7 +96,9 @@ def test_a_page_shows_the_stored_results(name: str, tutorial: ModuleType) -> Non
     for better, worse in STORED.get(name, ()):
         assert lesson.mean(better) > lesson.mean(worse)
     # Every other percentage and decimal number outside of code is a stored one.
-    prose = re.sub(r"^```.*?^```$|`[^`]*`", "", page.replace(tutorial.table(lesson), ""), flags=re.MULTILINE | re.DOTALL)
+    prose = re.sub(
+        r"^```.*?^```$|`[^`]*`", "", page.replace(tutorial.table(lesson), ""), flags=re.MULTILINE | re.DOTALL
+    )
     shown = set(re.findall(r"\d[\d,]*\.\d+|\d+(?= %)", prose))
     known = [*lesson.numbers.values(), *(statistics.fmean(row.values) for row in lesson.rows)]
     formatted = {format(value, f".{digits}f") for value in known for digits in range(4)}
