@@ -232,16 +232,7 @@ CUT = """(() => {
 @pytest.mark.skipif(not CHROMIUM.is_file(), reason=f"{CHROMIUM} is absent")
 @pytest.mark.parametrize("dark", [False, True])
 def test_pages_fit_the_window_in_a_browser(built: Path, tmp_path: Path, dark: bool) -> None:
-    names = (
-        "index",
-        "options",
-        "which_loss",
-        "comparison",
-        "concepts",
-        "how_do_i/faces",
-        "api/functional",
-        "api/kdlib",
-    )
+    names = ("index", "options", "concepts", "how_do_i/faces", "api/functional")
     with chromium(tmp_path) as browser:
         for name in names:
             for width in WIDTHS:
