@@ -12,6 +12,7 @@ ROOT = Path(__file__).parents[2]
 SCRIPTS = {path.stem: path for path in sorted((ROOT / "docs" / "examples").glob("*.py"))}
 NEEDS = {
     "accelerate_loop": "accelerate",
+    "bert_classifiers": "transformers",
     "causal_language_models": "transformers",
     "hugging_face_trainer": "transformers",
     "lightning_module": "lightning",
@@ -39,8 +40,8 @@ def test_the_student_of_an_example_improves(name: str, tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [], "an example leaves no files"
 
 
-def test_there_are_five_short_examples() -> None:
-    assert len(SCRIPTS) == 5
+def test_there_are_ten_short_examples() -> None:
+    assert len(SCRIPTS) == 10
     assert NEEDS.keys() <= SCRIPTS.keys()
     page = (ROOT / "docs" / "trainers.md").read_text("utf-8") + (ROOT / "docs" / "examples.md").read_text("utf-8")
     for name, path in SCRIPTS.items():
