@@ -32,6 +32,7 @@ STORED = QUICK | {
     "cached": [("student, 16 views", "student, 4 views"), ("student, 4 views", "student, the images alone")],
     "language": [("student alone", "student distilled")],  # the perplexity is lower
     "text": [("student distilled, no labels", "student alone, 200 labels")],
+    "photographs": [("distilled", "alone")],
     "segmentation": [("student distilled, no labels", "student alone, 12 labeled images")],
     "vit": [("student, soft targets", "student, 100 labels")],
     "own_loss": [("student, hellinger", "student alone, 100 labels")],
