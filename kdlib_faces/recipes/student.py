@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -27,6 +28,9 @@ from kdlib_faces.heads import (
 )
 from kdlib_faces.recipes.network import NetworkConfig
 from kdlib_faces.training import RunConfig, RunOptions, TrainingSetup, train_on_faces
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
 __all__ = ["HEADS", "StudentConfig", "StudentRunConfig", "build_student", "refuse_unused", "train"]
 
@@ -146,7 +150,11 @@ def train(config: StudentRunConfig, options: RunOptions, *, name: str = "student
 
 
 def refuse_unused(
-    config: object, reasons: Mapping[str, str], *, base: object | None = None, command: str = "train"
+    config: "DataclassInstance",
+    reasons: Mapping[str, str],
+    *,
+    base: "DataclassInstance | None" = None,
+    command: str = "train",
 ) -> None:
     """Refuse settings that differ from their defaults in a run that does not read them.
 

@@ -21,7 +21,7 @@ def write_step(directory: Path, step: int, tensors: Mapping[Keys, Tensor], proce
     from kdlib.training.sharded.shards import write_shards  # its import takes seconds
 
     try:
-        return write_shards(directory, step, tensors, processes.group, processes.gather)
+        return write_shards(directory, step, tensors, processes)
     except Exception as error:  # torch raises the errors of all processes together
         raise checkpoint_error(f"shards of step {step} cannot be written to {directory}: {error}") from error
 
@@ -67,7 +67,9 @@ def insert_shards(
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     try:
         templates = {
-            keys: torch.empty_like(parameters[keys[2]], dtype=x.dtype) if keys[0] == "optimizer" else live[keys]
+            keys: torch.empty_like(parameters[cast(int, keys[2])], dtype=x.dtype)
+            if keys[0] == "optimizer"
+            else live[keys]
             for keys, x in meta_tensors(shards).items()
             if keys[0] in names
         }
