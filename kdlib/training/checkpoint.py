@@ -192,7 +192,8 @@ class CheckpointStore:
     def load(self, check: Callable[[CheckpointState], None]) -> CheckpointState | None:
         """Return the newest readable checkpoint, or `None` if there are no checkpoints.
 
-        `check` may raise a CheckpointError for the content of a checkpoint. An unreadable checkpoint is skipped with a warning to the logger `kdlib.training`.
+        `check` may raise a CheckpointError for the content of a checkpoint. An unreadable checkpoint is skipped with a
+        warning to the logger `kdlib.training`.
 
         Raises:
             CheckpointError: There are checkpoints, but none can be read.

@@ -50,10 +50,10 @@ def write_shards(directory: Path, step: int, tensors: Mapping[Keys, Tensor], pro
     """Write the sharded tensors of all processes into a new folder; every process calls this function.
 
     Args:
-        directory: of the checkpoints.
-        step: completed steps.
-        tensors: sharded tensors by their keys in the state, the same in every process.
-        processes: of the run.
+        directory: Directory of the checkpoints.
+        step: Completed steps.
+        tensors: Sharded tensors by their keys in the state, the same in every process.
+        processes: Processes of the run.
 
     Returns:
         The index, the same in every process.
@@ -89,10 +89,10 @@ def read_shards(
     """Read sharded tensors, each distributed as its template; every process calls this function.
 
     Args:
-        directory: of the checkpoints.
-        index: from the checkpoint.
-        templates: tensors of the same shapes, which are not changed, by the keys to read.
-        group: for communication on the CPU; None for the default group.
+        directory: Directory of the checkpoints.
+        index: Index of the shards, from the checkpoint.
+        templates: Tensors of the same shapes, which are not changed, by the keys to read.
+        group: Process group for communication on the CPU; None for the default group.
     """
     found = {key: torch.empty_like(template) for key, template in templates.items()}
     content, places = {}, {}

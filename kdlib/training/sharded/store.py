@@ -52,12 +52,13 @@ def insert_shards(
     """Return a checkpoint with the shards of its entries `names`, distributed as in this run.
 
     Args:
-        directory: of the checkpoints.
-        state: content of the checkpoint.
-        live: the sharded tensors of this run, by their keys.
-        names: entries to read.
-        optimizer: of this run; before its first step it has no state, so its tensors are distributed like its parameters.
-        processes: of this run.
+        directory: Directory of the checkpoints.
+        state: Content of the checkpoint.
+        live: Sharded tensors of this run, by their keys.
+        names: Entries to read.
+        optimizer: Optimizer of this run. It has no state before its first step, so its tensors are distributed like its
+            parameters.
+        processes: Processes of this run.
     """
     shards = state.get("shards")
     if shards is None or directory is None:
