@@ -23,13 +23,14 @@ from kdlib_faces.data.batches import FaceBatches
 from kdlib_faces.data.views import AugmentConfig
 from kdlib_faces.demo.config import DemoConfig
 from kdlib_faces.demo.data import DemoData, DemoModel, native_model
+from kdlib_faces.demo.deployment import deploy
 from kdlib_faces.demo.start import DemoStart
 from kdlib_faces.demo.synthetic import synthetic_data
 from kdlib_faces.evaluation import LeaveOneOutProtocol, Sampling
 from kdlib_faces.evaluation.summary import ModelEntry, ProtocolSummary
 from kdlib_faces.harness.evaluate import EvaluatedModel, evaluate_models
 from kdlib_faces.harness.image_sets import images_of_tensor
-from kdlib_faces.harness.tasks import task_of_protocol
+from kdlib_faces.harness.tasks import EvaluationTask, task_of_protocol
 from kdlib_faces.progress import say
 from kdlib_faces.recipes.liaad import build
 from kdlib_faces.report import (
@@ -119,6 +120,11 @@ def run(
         else:
             data = synthetic_data(config, work, seed=seed, quiet=not progress, device=device)
         results.append(_train_and_evaluate(config, data, work, seed=seed, quiet=not progress, device=device))
+        if seed == seeds[0] and config.deployment != "none":
+            results[0][0].deployment = deploy(
+                data, DISTILLED, work / DISTILLED / "student.safetensors", data.teachers, _tasks(data, seed, 0),
+                work / "deployment", compiled=config.deployment == "full", quiet=not progress,
+            )  # fmt: skip
     report, pictures = results[0]
     report.command, report.seeds = command, list(seeds)
     if len(results) > 1:
@@ -236,6 +242,19 @@ def _teacher_weights(distiller: Distiller, batches: FaceBatches) -> dict[str, di
     return {term: dict(zip(names[term], weights.tolist(), strict=True)) for term, weights in total.items()}
 
 
+def _tasks(data: DemoData, seed: int, replicates: int) -> list[EvaluationTask]:
+    """The protocols of the demo."""
+    images = images_of_tensor("test", data.test_images, data.labels(), alignment=data.alignment)
+    flip = {"Flip": "embedding of the mirrored image added before normalization"}
+    return [
+        task_of_protocol("age_gap", "By age gap" if data.test_ages is not None else "By age groups",
+                         data.age_protocol(replicates=replicates), images, convention=flip),
+        task_of_protocol("leave_one_out", "Leave-one-out identification",
+                         LeaveOneOutProtocol(data.test_identities, ranks=(1, 5)), images, convention=flip),
+        task_of_protocol("verification", "Cross-age pairs", data.pair_protocol(seed), images, convention=flip),
+    ]  # fmt: skip
+
+
 def _evaluate(
     config: DemoConfig,
     data: DemoData,
@@ -243,15 +262,7 @@ def _evaluate(
     embeddings: Mapping[str, NDArray[np.float32]],
     seed: int,
 ) -> tuple[list[ProtocolSummary], dict[str, ModelEntry], list[Picture]]:
-    images = images_of_tensor("test", data.test_images, data.labels(), alignment=data.alignment)
-    flip = {"Flip": "embedding of the mirrored image added before normalization"}
-    tasks = [
-        task_of_protocol("age_gap", "By age gap" if data.test_ages is not None else "By age groups",
-                         data.age_protocol(replicates=config.replicates), images, convention=flip),
-        task_of_protocol("leave_one_out", "Leave-one-out identification",
-                         LeaveOneOutProtocol(data.test_identities, ranks=(1, 5)), images, convention=flip),
-        task_of_protocol("verification", "Cross-age pairs", data.pair_protocol(seed), images, convention=flip),
-    ]  # fmt: skip
+    tasks = _tasks(data, seed, config.replicates)
     evaluated = [
         EvaluatedModel(name, model.describe(LABELS[name]), {"test": embeddings[name]}) for name, model in models.items()
     ]
