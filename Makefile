@@ -45,8 +45,7 @@ docs:
 	$(PY) -m sphinx -q -W -n -b html docs docs/_build/html
 
 bench: $(VENV)/.dev
-	$(VENV)/bin/python -m pip install --quiet --no-deps torchdistill==1.1.5 torch-pruning==1.6.1 \
-		scikit-learn==1.9.1 scipy==1.17.1 joblib==1.5.2 threadpoolctl==3.6.0 narwhals==2.10.0
+	$(VENV)/bin/python -m pip install --quiet --no-deps torchdistill==1.1.5 torch-pruning==1.6.1
 	for file in benchmarks/bench_*.py; do $(VENV)/bin/python $$file || exit 1; done
 
 # The wheel and the source distribution, in dist/.

@@ -106,7 +106,8 @@ def started(model: Path, photo: Path, detector: Path | None) -> float:
     Without a detector, the photograph is an aligned crop.
     """
     script = ROOT / "docs" / "runtime" / "runtime_face.py"
-    command = [sys.executable, "-c", FIRST_EMBEDDING, script, model, photo, *([detector] if detector else [])]
+    files = [script, model, photo, *([detector] if detector else [])]
+    command = [sys.executable, "-c", FIRST_EMBEDDING, *map(str, files)]
     seconds = []
     for _ in range(5):
         began = time.perf_counter()
@@ -142,7 +143,9 @@ def between_groups(graphs: Mapping[str, Path], faces: FaceList) -> dict[str, obj
         faces.identities, groups, probe=names[-1], gallery=names[0], fars=(FAR,), ranks=(1,), replicates=0
     )
     rows = {name: embed_images(OnnxTeacher(path), pixels_of(faces), progress=True) for name, path in graphs.items()}
-    tars = {f"groups_{name}_tar": round(protocol.evaluate(each).tar[FAR].value, 5) for name, each in rows.items()}
+    tars: dict[str, object] = {
+        f"groups_{name}_tar": round(protocol.evaluate(each).tar[FAR].value or 0.0, 5) for name, each in rows.items()
+    }
     return tars | {"groups_genuine_pairs": int(protocol.same.sum()), "groups_cosine": _cosine(rows)}
 
 

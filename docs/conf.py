@@ -24,7 +24,14 @@ default_role = "code"
 # Formulas become MathML, which browsers render without a script, also offline.
 html_math_renderer = "mathml"
 
-extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.autosummary", "sphinx.ext.napoleon", "command_options", "references"]
+extensions = [
+    "myst_parser",
+    "sphinx.ext.autodoc",
+    "sphinx.ext.autosummary",
+    "sphinx.ext.napoleon",
+    "command_options",
+    "references",
+]
 exclude_patterns = ["_build", "_ext", "api/generated"]
 # Blocks without a language are plain text.
 highlight_language = "none"

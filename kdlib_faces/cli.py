@@ -184,7 +184,7 @@ def _add_deployment(commands: "argparse._SubParsersAction[_Parser]", common: _Pa
     text = "export a network to ONNX or torch.export, with a model card"
     export = commands.add_parser("export", parents=[common], help=text)
     embed = commands.add_parser("embed", parents=[common], help="write the embeddings of images, lists or folders")
-    compare = commands.add_parser("compare", parents=[common], help="compare two face crops")
+    compare = commands.add_parser("compare", parents=[common], help="compare two face crops or photographs")
     add_options(export, embed, compare)
     export.add_argument("--opset", type=_number(18, 30), default=18, help="version of the ONNX operators (18)")
     embed.add_on_error()

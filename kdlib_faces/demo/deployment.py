@@ -42,6 +42,8 @@ def deploy(
     tasks: Sequence[EvaluationTask],
     folder: Path,
     *,
+    embeddings: NDArray[np.float32],
+    measures: Mapping[str, MeasuredValue],
     compiled: bool = False,
     quiet: bool = True,
 ) -> Deployment:
@@ -54,12 +56,13 @@ def deploy(
         teachers: Name to model; those with a file are measured as well.
         tasks: Protocols on the image set `"test"`.
         folder: Folder of the exported files.
+        embeddings: Unit embeddings of the test images by the student in torch.
+        measures: Name of each protocol to the first measure of these embeddings.
         compiled: Also measure the student under `torch.compile`.
         quiet: Show no progress.
     """
     say("exporting and measuring the distilled student", quiet=quiet)
     folder.mkdir(parents=True, exist_ok=True)
-    network = load_teacher(file)
     notes = [
         "Median time of a forward on random images. Every form was measured in a process of its own; the memory includes the "
         "runtime. Another load of the machine during the measurement changes the times.",
@@ -68,25 +71,30 @@ def deploy(
     files = {EAGER: file}
     try:
         sample = to_float(data.train_images[:8])
-        files[FLOAT] = export_onnx(network, folder / "student.onnx", images=sample)
+        files[FLOAT] = export_onnx(load_teacher(file), folder / "student.onnx", images=sample)
         step = max(1, len(data.train_images) // CALIBRATION)
         calibration = data.train_images[::step][:CALIBRATION]
         files[INT8] = quantize_onnx(files[FLOAT], calibration, folder / "student_int8.onnx", min_cosine=MIN_COSINE)
         notes.append(f"The ranges of int8 were measured on {len(calibration)} training images.")
     except InputError as error:
         notes.append(f"Not every form could be exported: {error}.")
-    forms, reference = [], None
-    for form, path in files.items():
-        rows = _embeddings(network if form == EAGER else OnnxTeacher(path), data)
-        reference = rows if reference is None else reference
-        cosine = float((rows * reference).sum(axis=1).mean())
-        measures = {task.name: _first_measure(task, rows) for task in tasks}
-        forms.append(DeployedForm(student, form, measures, None if form == EAGER else cosine))
+    forms = [DeployedForm(student, EAGER, dict(measures))]
+    for form, path in list(files.items())[1:]:
+        rows = _embeddings(OnnxTeacher(path), data)
+        cosine = float((rows * embeddings).sum(axis=1).mean())
+        forms.append(DeployedForm(student, form, {task.name: _first_measure(task, rows) for task in tasks}, cosine))
     runtimes = _runtimes(student, files, compiled=compiled)
+    sizes: dict[tuple[int | None, float | None], str] = {}
     for name, teacher in teachers.items():
-        if teacher.file is not None:
-            form = FLOAT if teacher.file.suffix.lower() == ".onnx" else EAGER
-            runtimes += _runtimes(name, {form: teacher.file}, compiled=False)
+        size = teacher.entry.parameters, teacher.entry.macs
+        if teacher.file is None:
+            continue
+        if size in sizes:
+            notes.append(f"The network of the {_words(name)} has the size of that of the {_words(sizes[size])}.")
+            continue
+        sizes[size] = name
+        form = FLOAT if teacher.file.suffix.lower() == ".onnx" else EAGER
+        runtimes += _runtimes(name, {form: teacher.file}, compiled=False)
     return Deployment(_machine(), forms, runtimes, notes)
 
 
@@ -95,6 +103,10 @@ def _embeddings(model: torch.nn.Module, data: DemoData) -> NDArray[np.float32]:
     rows = embed_images(model, data.test_images, batch_size=128, normalize=False)
     unit: NDArray[np.float32] = F.normalize(torch.from_numpy(rows), dim=1).numpy()
     return unit
+
+
+def _words(name: str) -> str:
+    return name.replace("_", " ")
 
 
 def _first_measure(task: EvaluationTask, rows: NDArray[np.float32]) -> MeasuredValue:

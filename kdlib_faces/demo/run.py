@@ -119,12 +119,9 @@ def run(
             )
         else:
             data = synthetic_data(config, work, seed=seed, quiet=not progress, device=device)
+        if results:  # the report states the exported student of the first seed only
+            config = replace(config, deployment="none")
         results.append(_train_and_evaluate(config, data, work, seed=seed, quiet=not progress, device=device))
-        if seed == seeds[0] and config.deployment != "none":
-            results[0][0].deployment = deploy(
-                data, DISTILLED, work / DISTILLED / "student.safetensors", data.teachers, _tasks(data, seed, 0),
-                work / "deployment", compiled=config.deployment == "full", quiet=not progress,
-            )  # fmt: skip
     report, pictures = results[0]
     report.command, report.seeds = command, list(seeds)
     if len(results) > 1:
@@ -177,6 +174,13 @@ def _train_and_evaluate(
         training={name: _training_curve(curve) for name, curve in curves.items()},
         weights=weights,
     )
+    if config.deployment != "none":
+        first = {each.name: each.models[DISTILLED].measures[next(iter(each.measures))] for each in summaries}
+        report.deployment = deploy(
+            data, DISTILLED, work / DISTILLED / "student.safetensors", data.teachers, _tasks(data, seed, 0),
+            work / "deployment", embeddings=embeddings[DISTILLED], measures=first,
+            compiled=config.deployment == "full", quiet=quiet,
+        )  # fmt: skip
     return report, [*pictures, _attention(data, models)]
 
 

@@ -44,10 +44,13 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Deployment, list[Eva
         patch.setattr(section, "THREADS", (1,))
         patch.setattr(section, "BATCHES", (1, 2))
         patch.setattr(section, "SECONDS", 0.01)
+        rows = model.embed(images)
+        first = {task.name: section._first_measure(task, rows) for task in tasks}
         found = section.deploy(
-            data, "student", folder / "student.safetensors", {"teacher": teacher, "joint": model}, tasks, folder / "out"
-        )
-    return found, tasks, section._embeddings(network, data)
+            data, "student", folder / "student.safetensors", {"teacher": teacher, "twin": teacher, "joint": model}, tasks,
+            folder / "out", embeddings=rows, measures=first,
+        )  # fmt: skip
+    return found, tasks, rows
 
 
 def test_every_form_is_evaluated_and_measured(
@@ -57,8 +60,9 @@ def test_every_form_is_evaluated_and_measured(
     eager, floats, int8 = found.forms
     assert [form.form for form in found.forms] == [section.EAGER, section.FLOAT, section.INT8]
     wanted = tasks[0].evaluate({"test": rows}).summary().measures["rank1"].value
-    assert eager.measures["leave_one_out"].value == wanted
-    assert floats.measures.keys() == {"leave_one_out", "verification"}
+    assert floats.measures["leave_one_out"].value == wanted
+    assert eager.measures.keys() == floats.measures.keys() == int8.measures.keys() == {"leave_one_out", "verification"}
+    assert "The network of the twin has the size of that of the teacher." in found.notes
     assert eager.cosine is None
     assert floats.cosine == pytest.approx(1, abs=1e-4)
     assert int8.cosine is not None
@@ -117,6 +121,7 @@ def test_a_form_that_cannot_be_exported_is_noted(
     data = DemoData("t", images, np.zeros(4, np.int64), 1, images, np.zeros(4, np.int64), DataSummary())
     monkeypatch.setattr(section, "export_onnx", refuse)
     monkeypatch.setattr(section, "measure", lambda *_, **__: [])
-    found = section.deploy(data, "student", tmp_path / "student.safetensors", {}, [], tmp_path)
+    file, rows = tmp_path / "student.safetensors", np.ones((4, 1), np.float32)
+    found = section.deploy(data, "student", file, {}, [], tmp_path, embeddings=rows, measures={})
     assert [form.form for form in found.forms] == [section.EAGER]
     assert found.notes[-1] == "Not every form could be exported: reading an ONNX file needs onnx."
