@@ -5,7 +5,7 @@ import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
-from typing import TypedDict, cast
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -32,18 +32,11 @@ from kdlib.training.sharded.gradients import clip_gradients, local
 from kdlib.training.sharded.state import insert, not_finite, separate
 from kdlib.training.sharded.store import check_shards, insert_shards, write_step
 from kdlib.training.signals import DeferredSignals
-from kdlib.training.stream import BatchStream, Shardable, StreamState
+from kdlib.training.stream import BatchStream, Position, Shardable
 
-__all__ = ["Position", "Run", "private_randomness", "random_state"]
+__all__ = ["Run", "private_randomness", "random_state"]
 
 _log = logging.getLogger("kdlib.training")
-
-
-class Position(TypedDict):
-    """The position in the loader and the random states of one process."""
-
-    stream: StreamState
-    rng: dict[str, Tensor]
 
 
 class Run:

@@ -3,7 +3,6 @@
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -14,7 +13,7 @@ from kdlib.distiller import Distiller
 from kdlib.objective import Objective, Term
 from kdlib_faces._checks import InputError
 from kdlib_faces.backbones import Backbone
-from kdlib_faces.config import walk_settings
+from kdlib_faces.config import Configuration, walk_settings
 from kdlib_faces.data.lists import FaceList
 from kdlib_faces.heads import (
     AdaFaceHead,
@@ -28,9 +27,6 @@ from kdlib_faces.heads import (
 )
 from kdlib_faces.recipes.network import NetworkConfig
 from kdlib_faces.training import RunConfig, RunOptions, TrainingSetup, train_on_faces
-
-if TYPE_CHECKING:
-    from _typeshed import DataclassInstance
 
 __all__ = ["HEADS", "StudentConfig", "StudentRunConfig", "build_student", "refuse_unused", "train"]
 
@@ -150,10 +146,10 @@ def train(config: StudentRunConfig, options: RunOptions, *, name: str = "student
 
 
 def refuse_unused(
-    config: "DataclassInstance",
+    config: Configuration,
     reasons: Mapping[str, str],
     *,
-    base: "DataclassInstance | None" = None,
+    base: Configuration | None = None,
     command: str = "train",
 ) -> None:
     """Refuse settings that differ from their defaults in a run that does not read them.
