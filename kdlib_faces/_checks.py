@@ -1,11 +1,11 @@
 """Checks of arguments and inputs that several packages share, and the error that they raise."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from kdlib._checks import (
     check_dtype_whole,
@@ -19,6 +19,9 @@ from kdlib._checks import (
     show_shape,
 )
 from kdlib._gather import is_sharded
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
 
 __all__ = [
     "InputError", "check_class_centers", "check_class_shards", "check_every_identity", "check_identities", "check_identities_or_triplets",
@@ -69,7 +72,7 @@ def check_class_centers(owner: str, centers: Tensor, num_identities: int, dim: i
         raise ValueError(f"{owner}: centers must have no row of zeros, got row {int(empty.nonzero()[0])}")
 
 
-def check_class_shards(owner: str, centers: Any) -> None:
+def check_class_shards(owner: str, centers: "DTensor") -> None:
     """Check that a DTensor of class centers is sharded along the identities, on a mesh of one dimension."""
     placements = centers.placements
     if len(placements) != 1 or not placements[0].is_shard(0):
@@ -79,9 +82,9 @@ def check_class_shards(owner: str, centers: Any) -> None:
         )
 
 
-def check_mesh(owner: str, head: Any, mesh: Any) -> None:
-    """Check that a head is not yet sharded, and that a mesh has one dimension."""
-    if is_sharded(head.weight):
+def check_mesh(owner: str, weight: Tensor, mesh: object) -> None:
+    """Check that the weight of a head is not yet sharded, and that a mesh has one dimension."""
+    if is_sharded(weight):
         raise ValueError(f"{owner}: head must not be sharded yet, got a sharded weight")
     dimensions = getattr(mesh, "ndim", None)
     if dimensions is None:
@@ -90,10 +93,10 @@ def check_mesh(owner: str, head: Any, mesh: Any) -> None:
         raise ValueError(f"{owner}: mesh must have one dimension, got {dimensions}; index it by a name, as mesh['dp']")
 
 
-def check_parameter(owner: str, optimizer: Any, parameter: Any) -> None:
+def check_parameter(owner: str, optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> None:
     """Check that an optimizer has a parameter."""
     check_type(owner, "optimizer", optimizer, torch.optim.Optimizer, "a torch.optim.Optimizer")
-    check_type(owner, "parameter", parameter, torch.nn.Parameter, "a torch.nn.Parameter")
+    check_type(owner, "parameter", parameter, nn.Parameter, "a torch.nn.Parameter")
     if not any(each is parameter for group in optimizer.param_groups for each in group["params"]):
         raise ValueError(f"{owner}: parameter must be one of the optimizer's, got another; shard a head before that")
 
@@ -131,7 +134,7 @@ def check_identities_or_triplets(owner: str, target: Tensor, batch: int) -> None
             raise ValueError(f"{owner}: triplets must be rows from 0 to {batch - 1}, got {low if low < 0 else high}")
 
 
-def check_rates(owner: str, rates: Any) -> None:
+def check_rates(owner: str, rates: object) -> None:
     """Check that `rates` is a sequence or array of false positive rates, each above 0 and at most 1."""
     if isinstance(rates, (str, bytes)) or not isinstance(rates, (Sequence, np.ndarray)):
         raise TypeError(f"{owner}: rates must be a sequence of numbers, got {type(rates).__name__}")

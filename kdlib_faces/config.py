@@ -7,19 +7,25 @@ import types
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from os import PathLike
 from pathlib import Path
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, ClassVar, Literal, Protocol, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import tomli_w
 
 from kdlib_faces._checks import InputError
 
-__all__ = ["dump_toml", "load_config", "read_toml", "to_toml", "walk_settings"]
+__all__ = ["Configuration", "dump_toml", "load_config", "read_toml", "to_toml", "walk_settings"]
 
 T = TypeVar("T")
 MAX_BYTES = 1_000_000
 MAX_INTEGER = 2**63 - 1
 # The parser needs memory in the square of the parts of a key.
 DEEP_KEY = re.compile(r"""(?<![\w"'-])(?:(?:[\w-]+|"[^"\n]*"|'[^'\n]*')[ \t]*\.[ \t]*){32}""")
+
+
+class Configuration(Protocol):
+    """Any dataclass."""
+
+    __dataclass_fields__: ClassVar[dict[str, dataclasses.Field[Any]]]
 
 
 def load_config(
@@ -67,7 +73,7 @@ def load_config(
     return config
 
 
-def dump_toml(config: object) -> str:
+def dump_toml(config: Configuration) -> str:
     """Write a configuration dataclass as TOML that `load_config` reads back to an equal object.
 
     Examples:
@@ -82,25 +88,29 @@ def dump_toml(config: object) -> str:
     return tomli_w.dumps(to_toml(config))
 
 
-def walk_settings(config: Any, prefix: str = "") -> Iterator[tuple[str, object]]:
+def walk_settings(config: Configuration, prefix: str = "") -> Iterator[tuple[str, object]]:
     """Yield the dotted name and the value of each setting of a configuration dataclass, nested ones included."""
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
-        if dataclasses.is_dataclass(value):
+        if dataclasses.is_dataclass(value) and not isinstance(value, type):
             yield from walk_settings(value, f"{prefix}{field.name}.")
         else:
             yield prefix + field.name, value
 
 
-def to_toml(value: Any) -> Any:
-    """Return a value for TOML, which has no null: fields that are None and None by default are omitted."""
-    if dataclasses.is_dataclass(value):
-        items = ((field, getattr(value, field.name)) for field in dataclasses.fields(value))
-        return {field.name: to_toml(item) for field, item in items if item is not None or field.default is not None}
+def to_toml(config: Configuration) -> dict[str, object]:
+    """Return a configuration as a TOML table. TOML has no null: fields that are None and None by default are omitted."""
+    items = ((field, getattr(config, field.name)) for field in dataclasses.fields(config))
+    return {field.name: _toml_value(item) for field, item in items if item is not None or field.default is not None}
+
+
+def _toml_value(value: object) -> object:
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return to_toml(value)
     if isinstance(value, Mapping):
-        return {str(name): to_toml(item) for name, item in value.items()}
+        return {str(name): _toml_value(item) for name, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [to_toml(item) for item in value]
+        return [_toml_value(item) for item in value]
     if value is None:
         return "none"
     return str(value) if isinstance(value, Path) else value

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from math import isfinite
 from pathlib import Path
 from types import NoneType
-from typing import Any
+from typing import NamedTuple, TypedDict
 
 import numpy as np
 import torch
@@ -55,17 +55,40 @@ def check_inputs(batch: Iterable[str], missing: Sequence[str], known: Sequence[s
         )
 
 
-def describe_error(error: Exception) -> tuple[str, str, dict[str, object]]:
-    """Describe an error for other processes: class, message and fields."""
-    fields = ("step", "epoch", "terms", "samples") if isinstance(error, TrainingDiverged) else ()
-    return type(error).__name__, str(error), {name: getattr(error, name) for name in fields}
+class DivergenceFields(TypedDict):
+    """Fields of :class:`TrainingDiverged`."""
+
+    step: int
+    epoch: int
+    terms: Mapping[str, float]
+    samples: tuple[int, ...]
 
 
-def received_error(rank: int, name: str, message: str, fields: dict[str, Any]) -> Exception:
+class ErrorReport(NamedTuple):
+    """An error as one process describes it to the others."""
+
+    kind: str
+    message: str
+    divergence: DivergenceFields | None
+
+
+def describe_error(error: Exception) -> ErrorReport:
+    """Describe an error for other processes."""
+    fields: DivergenceFields | None = None
+    if isinstance(error, TrainingDiverged):
+        fields = {"step": error.step, "epoch": error.epoch, "terms": error.terms, "samples": error.samples}
+    return ErrorReport(type(error).__name__, str(error), fields)
+
+
+def received_error(rank: int, report: ErrorReport) -> Exception:
     """Return the error that another process described; a class of the user's own becomes a RuntimeError."""
-    kinds = (ValueError, TypeError, IndexError, RuntimeError, OSError, CheckpointError, TrainingDiverged)
-    kind = {each.__name__: each for each in kinds}.get(name)
-    error = RuntimeError(f"{name}: {message}") if kind is None else kind(message, **fields)
+    error: Exception
+    if report.divergence is not None:
+        error = TrainingDiverged(report.message, **report.divergence)
+    else:
+        kinds = (ValueError, TypeError, IndexError, RuntimeError, OSError, CheckpointError)
+        kind = {each.__name__: each for each in kinds}.get(report.kind)
+        error = RuntimeError(f"{report.kind}: {report.message}") if kind is None else kind(report.message)
     error.add_note(f"This error was raised in process {rank}.")
     return error
 

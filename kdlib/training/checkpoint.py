@@ -23,7 +23,7 @@ from kdlib.training.events import CheckpointError, StepValues
 from kdlib.training.sharded.files import Index, remove_shards
 from kdlib.training.stream import StreamState
 
-__all__ = ["CheckpointState", "CheckpointStore", "RunState", "load_checkpoint"]
+__all__ = ["CheckpointState", "CheckpointStore", "EvaluationRow", "RunState", "TensorState", "load_checkpoint"]
 
 _log = logging.getLogger("kdlib.training")
 _NAME = re.compile(r"(?:step|best)-(\d{9})\.pt")
@@ -36,18 +36,32 @@ _MARK = b"kdlibsum"
 """Precedes the SHA-256 at the end of a checkpoint; readers of zip files ignore both."""
 
 
-class RunState(TypedDict):
-    """The state of a run after some step."""
+class TensorState(TypedDict):
+    """The entries of a checkpoint that may contain sharded tensors."""
 
     distiller: dict[str, Any]
     optimizer: dict[str, Any]
-    scaler: dict[str, Any]
     ema: dict[str, Tensor] | None
+
+
+class EvaluationRow(TypedDict):
+    """Fields of an :class:`Evaluation`."""
+
+    step: int
+    epoch: int
+    metrics: dict[str, float]
+    improved: bool
+
+
+class RunState(TensorState):
+    """The state of a run after some step."""
+
+    scaler: dict[str, Any]
     stream: list[StreamState]
     rng: list[dict[str, Tensor]]
     last: StepValues
     seconds: float
-    evaluations: list[dict[str, Any]]
+    evaluations: list[EvaluationRow]
     fingerprint: dict[str, object]
     shards: NotRequired[Index | None]
 
@@ -178,7 +192,8 @@ class CheckpointStore:
     def load(self, check: Callable[[CheckpointState], None]) -> CheckpointState | None:
         """Return the newest readable checkpoint, or `None` if there are no checkpoints.
 
-        `check` may raise a CheckpointError for the content of a checkpoint. An unreadable checkpoint is skipped with a warning to the logger `kdlib.training`.
+        `check` may raise a CheckpointError for the content of a checkpoint. An unreadable checkpoint is skipped with a
+        warning to the logger `kdlib.training`.
 
         Raises:
             CheckpointError: There are checkpoints, but none can be read.

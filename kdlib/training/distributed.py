@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from kdlib._gather import is_sharded
 from kdlib.objective import ObjectiveOutput
-from kdlib.training._checks import describe_error, received_error
+from kdlib.training._checks import ErrorReport, describe_error, received_error
 
 __all__ = ["Processes", "synchronize_if", "synchronized_batch_norm", "wrap"]
 
@@ -74,9 +74,9 @@ class Processes:
             raise
         failed, *votes[:] = self._largest([0, *votes])
         if failed:
-            errors: list[tuple[str, str, dict[str, object]] | None] = self.gather(None)
-            rank, other = next((rank, each) for rank, each in enumerate(errors) if each is not None)
-            raise received_error(rank, *other)
+            reports: list[ErrorReport | None] = self.gather(None)
+            rank, report = next((rank, each) for rank, each in enumerate(reports) if each is not None)
+            raise received_error(rank, report)
 
     def _largest(self, values: list[int]) -> list[int]:
         largest = torch.tensor(values)

@@ -3,7 +3,7 @@
 import re
 import zlib
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor, nn
@@ -45,8 +45,8 @@ def run_fingerprint(
 def check_fingerprint(
     saved: Mapping[str, object],
     current: Mapping[str, object],
-    weights: Mapping[str, Any],
-    live: Mapping[str, Any],
+    weights: Mapping[str, object],
+    live: Mapping[str, object],
     place: object,
 ) -> None:
     """A resumed run must have the same fingerprint and, in its state dict, the same names and shapes.

@@ -5,7 +5,7 @@ import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
-from typing import Any, TypedDict
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -13,7 +13,14 @@ from torch import Tensor
 from kdlib._gather import is_sharded
 from kdlib.distiller import Distiller
 from kdlib.training._checks import check_argument, checkpoint_error, diverged, read_metrics
-from kdlib.training.checkpoint import CheckpointState, CheckpointStore, RunState, load_checkpoint
+from kdlib.training.checkpoint import (
+    CheckpointState,
+    CheckpointStore,
+    EvaluationRow,
+    RunState,
+    TensorState,
+    load_checkpoint,
+)
 from kdlib.training.config import Evaluate, TrainConfig
 from kdlib.training.distributed import Processes
 from kdlib.training.ema import EMA
@@ -25,18 +32,11 @@ from kdlib.training.sharded.gradients import clip_gradients, local
 from kdlib.training.sharded.state import insert, not_finite, separate
 from kdlib.training.sharded.store import check_shards, insert_shards, write_step
 from kdlib.training.signals import DeferredSignals
-from kdlib.training.stream import BatchStream, Shardable, StreamState
+from kdlib.training.stream import BatchStream, Position, Shardable
 
-__all__ = ["Position", "Run", "private_randomness", "random_state"]
+__all__ = ["Run", "private_randomness", "random_state"]
 
 _log = logging.getLogger("kdlib.training")
-
-
-class Position(TypedDict):
-    """The position in the loader and the random states of one process."""
-
-    stream: StreamState
-    rng: dict[str, Tensor]
 
 
 class Run:
@@ -66,7 +66,7 @@ class Run:
         self.seconds = 0.0
         self.last: StepValues = {"epoch": 0, "total": float("nan"), "terms": {}, "weights": {}, "lr": 0.0}
         self.evaluations: list[Evaluation] = []
-        self._best_weights: dict[str, Any] = {}
+        self._best_weights: dict[str, object] = {}
         every = config.evaluate_every or stream.steps_per_epoch
         check_argument(
             config.evaluate is None or every is not None,
@@ -200,7 +200,7 @@ class Run:
             weights = {**state["distiller"], **average}
         return BestWeights(evaluation, evaluation.metrics[self.config.monitor], weights, path)
 
-    def _state(self) -> dict[str, Any]:
+    def _tensor_state(self) -> TensorState:
         return {
             "distiller": self.distiller.state_dict(),
             "optimizer": self.optimizer.state_dict(),
@@ -211,30 +211,28 @@ class Run:
         """Write the sharded tensors of this step, in all processes; return their index, `None` without any."""
         if store.directory is None or not self.sharded:
             return None
-        tensors = separate(self._state())[1]
+        tensors = separate(self._tensor_state())[1]
         weights = {str(keys[1]): local(x) for keys, x in tensors.items() if keys[0] == "distiller"}
         self._check_finite([name for names in self.processes.gather(not_finite(weights)) for name in names], store)
         return write_step(store.directory, self.step, tensors, self.processes)
 
     def _insert_shards(self, state: CheckpointState, store: CheckpointStore, names: Sequence[str]) -> CheckpointState:
         """Return a checkpoint with the shards of its entries `names`, read by all processes."""
-        live = separate(self._state())[1]
+        live = separate(self._tensor_state())[1]
         return insert_shards(store.directory, state, live, names, self.optimizer, self.processes)
 
     def save(self, store: CheckpointStore, seconds: float, positions: list[Position], shards: Index | None) -> None:
         """Write the checkpoint of this step unless a weight is NaN or infinite."""
-        plain, _ = separate(self._state())
+        plain = cast(TensorState, separate(self._tensor_state())[0])
         self._check_finite(not_finite(plain["distiller"]), store)
         state: RunState = {
-            "distiller": plain["distiller"],
-            "optimizer": plain["optimizer"],
-            "ema": plain["ema"],
+            **plain,
             "scaler": self.scaler.state_dict(),
             "stream": [each["stream"] for each in positions],
             "rng": [each["rng"] for each in positions],
             "last": self.last,
             "seconds": seconds,
-            "evaluations": [asdict(each) for each in self.evaluations],
+            "evaluations": [cast(EvaluationRow, asdict(each)) for each in self.evaluations],
             "fingerprint": self.fingerprint,
             "shards": shards,
         }
@@ -264,7 +262,7 @@ class Run:
         total = saved.get("total_steps")
         expected = self.fingerprint if not isinstance(total, int) else self._describe(total)
         shards = state.get("shards")
-        weights = state if shards is None else insert(state, meta_tensors(shards))
+        weights = state if shards is None else cast(CheckpointState, insert(state, meta_tensors(shards)))
         check_fingerprint(saved, expected, weights["distiller"], self.distiller.state_dict(), place)
         self.step, self.seconds, self.last = state["step"], state["seconds"], state["last"]
         check_argument(
@@ -318,7 +316,7 @@ class Run:
             )  # fmt: skip
 
 
-def _on_cpu(value: Any) -> Any:
+def _on_cpu(value: object) -> object:
     """Return a copy on the CPU."""
     return value.detach().to("cpu", copy=True) if isinstance(value, Tensor) else copy.deepcopy(value)
 

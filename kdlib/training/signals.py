@@ -4,14 +4,16 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
-from typing import Any, Self
+from typing import Self, TypeAlias
 
 from kdlib.training._checks import Interrupted, interrupted
 
 __all__ = ["DeferredSignals"]
+
+_Handler: TypeAlias = Callable[[int, FrameType | None], object] | int | None
 
 
 class DeferredSignals:
@@ -43,7 +45,7 @@ class DeferredSignals:
         self._active = active and threading.current_thread() is threading.main_thread()
         self._repeated = repeated
         self._interruptible = False
-        self._previous: dict[int, Any] = {}
+        self._previous: dict[int, _Handler] = {}
         self._process = os.getpid()
         self.pending = 0
         """Number of the recorded signal, 0 for none."""

@@ -9,7 +9,7 @@ from torch.utils.data import BatchSampler, DataLoader
 
 from kdlib.training._checks import check_argument
 
-__all__ = ["Batch", "BatchStream", "HasEpochs", "HasGenerator", "Seekable", "Shardable", "StreamState"]
+__all__ = ["Batch", "BatchStream", "HasEpochs", "HasGenerator", "Position", "Seekable", "Shardable", "StreamState"]
 
 _EMPTY = "loader must yield at least one batch, got none"
 
@@ -57,6 +57,13 @@ class StreamState(TypedDict):
     epoch: int
     batch: int
     start: list[torch.Tensor]
+
+
+class Position(TypedDict):
+    """The position in the loader and the random states of one process."""
+
+    stream: StreamState
+    rng: dict[str, torch.Tensor]
 
 
 class BatchStream:

@@ -2,8 +2,9 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Literal, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -147,14 +148,11 @@ def _task_of_pairs(pairs: ImagePairs, spec: ProtocolSpec, settings: Settings, na
             identities = None
             notes.append(f"names and labels disagree on {wrong} pairs: intervals take pairs as independent")
     config = settings.config
-    options: dict[str, Any] = {
-        "fold_ids": folds, "threshold": config.threshold, "fars": config.fars, "identities": identities,
-        "ages": ages, "gap_bins": config.bins, "notes": notes, **asdict(config.sampling),
-    }  # fmt: skip
-    if known is not None and published:
-        protocol = pair_set(known.name, left, right, same, **options)
-    else:
-        protocol = PairProtocol(left, right, same, **options)
+    build = partial(pair_set, known.name) if known is not None and published else PairProtocol
+    protocol = build(
+        left, right, same, fold_ids=folds, threshold=config.threshold, fars=config.fars, identities=identities, ages=ages,
+        gap_bins=config.bins, notes=notes, **asdict(config.sampling),
+    )  # fmt: skip
     convention = dict(settings.convention)
     if pairs.sha256:
         convention["List"] = f"{Path(pairs.source).name}, SHA-256 {pairs.sha256[:16]}…"

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable
 from inspect import signature
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +14,9 @@ from kdlib._gather import is_sharded
 from kdlib._maths import REDUCTIONS, Reduction, finite_weight, promoted_dtype, reduce, rescale
 from kdlib_faces._checks import check_class_shards, check_identities
 from kdlib_faces.heads._streamed import Modulate, own_and_log_sum, unit
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
 
 __all__ = [
     "LossModule", "MarginHead", "add_angular_margin", "angle_to", "check_call", "counted_rows", "lengths",
@@ -46,13 +49,13 @@ class LossModule(nn.Module):
 
     def _load_from_state_dict(
         self,
-        state_dict: dict[str, Any],
+        state_dict: dict[str, object],
         prefix: str,
-        metadata: Any,
+        metadata: dict[str, object],
         strict: bool,
-        missing: Any,
-        unexpected: Any,
-        errors: Any,
+        missing: list[str],
+        unexpected: list[str],
+        errors: list[str],
     ) -> None:
         for name, own in (*self.named_parameters(recurse=False), *self.named_buffers(recurse=False)):
             loaded = state_dict.get(f"{prefix}{name}")
@@ -151,7 +154,7 @@ def check_call(
         raise ValueError(f"{owner}: embeddings must be {wanted}, got {show_shape(embeddings)}")
     check_identities(owner, identities, embeddings.shape[0], centers.shape[0])
     if is_sharded(centers):
-        check_class_shards(owner, centers)
+        check_class_shards(owner, cast("DTensor", centers))
 
 
 def unit_pair(embeddings: Tensor, centers: Tensor, scale: float) -> tuple[Tensor, Tensor]:

@@ -12,7 +12,7 @@ import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -129,7 +129,7 @@ def load_partial_fc(
 def _centers(path: str | os.PathLike[str]) -> Tensor:
     owner = f"load_partial_fc: {os.fspath(path)}"
     weights = read_weights(owner, Path(path))
-    content: Any = weights.content
+    content: object = weights.content
     if isinstance(content, Mapping):
         content = next((content[key] for key in WRAPPERS if isinstance(content.get(key), Mapping)), content)
         content = next((content[key] for key in KEYS if isinstance(content.get(key), Tensor)), None)

@@ -1,6 +1,6 @@
 """Negatives that are sampled in each step, for very many identities (Partial FC, An et al., 2022)."""
 
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -126,7 +126,7 @@ def skip_rows_without_gradient(optimizer: torch.optim.Optimizer, parameter: nn.P
         tensor([1.0000, 0.8000, 1.0000], grad_fn=<SelectBackward0>)
     """
     check_parameter("skip_rows_without_gradient", optimizer, parameter)
-    swapped: list[tuple[Tensor, nn.Parameter, list[Any], int]] = []
+    swapped: list[tuple[Tensor, nn.Parameter, list[Tensor], int]] = []
 
     def before(*_: object) -> None:
         if parameter.grad is None:

@@ -57,7 +57,7 @@ def shard_head(head: T, mesh: "DeviceMesh", *, seed: int = 0) -> T:
             shard_head(head, mesh)
     """
     check_type("shard_head", "head", head, MarginHead, "a margin head")
-    check_mesh("shard_head", head, mesh)
+    check_mesh("shard_head", head.weight, mesh)
     check_number("shard_head", "seed", seed, min=0, max=2**63 - 1, integer=True)
     # Imported here because it takes seconds.
     from torch.distributed.tensor import DTensor, Shard, distribute_tensor

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from fractions import Fraction
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -260,8 +260,10 @@ class EvaluationOrientedLoss(LossModule):
     ) -> tuple[Tensor, Tensor]:
         """Return the thresholds for one batch; in training mode, update the buffers."""
         old = torch.stack([self.student_thresholds, self.teacher_thresholds])
-        options: Any = {"target": target, "rates": self.rates, "weight": weight}
-        new = torch.stack([negative_thresholds(x, **options).to(old) for x in (student.detach(), teacher)])
+        new = torch.stack([
+            negative_thresholds(x, target=target, rates=self.rates, weight=weight).to(old)
+            for x in (student.detach(), teacher)
+        ])  # fmt: skip
         known, usable = self.batches > 0, new.isfinite().all()
         if not self.training:
             used = torch.where(known, old, new)

@@ -13,7 +13,7 @@ from kdlib.distiller import Distiller
 from kdlib.objective import Objective, Term
 from kdlib_faces._checks import InputError
 from kdlib_faces.backbones import Backbone
-from kdlib_faces.config import walk_settings
+from kdlib_faces.config import Configuration, walk_settings
 from kdlib_faces.data.lists import FaceList
 from kdlib_faces.heads import (
     AdaFaceHead,
@@ -146,7 +146,11 @@ def train(config: StudentRunConfig, options: RunOptions, *, name: str = "student
 
 
 def refuse_unused(
-    config: object, reasons: Mapping[str, str], *, base: object | None = None, command: str = "train"
+    config: Configuration,
+    reasons: Mapping[str, str],
+    *,
+    base: Configuration | None = None,
+    command: str = "train",
 ) -> None:
     """Refuse settings that differ from their defaults in a run that does not read them.
 

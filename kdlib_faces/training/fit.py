@@ -64,7 +64,7 @@ def fit(
 ) -> FitResult:
     """Train a distiller in place and resume from the newest checkpoint in `folder` if there is one.
 
-    With `settings.ema_decay`, the student has the averaged weights afterwards. At the end, one line says what limits the
+    With `settings.ema_decay`, the student has the averaged weights afterwards. The last line of output names what limits the
     speed and what to change.
 
     Args:

@@ -33,7 +33,7 @@ MAX_MEMORY = 2**30
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingSetup:
-    """What a recipe makes of its settings and the face lists.
+    """The distiller, the network and the settings that a recipe builds from its configuration and the face lists.
 
     Attributes:
         config: All settings of the run, as they are recorded in `run.toml`.
@@ -73,7 +73,7 @@ def train_on_faces(
     decoded once and held in memory.
 
     Args:
-        build: The recipe: face lists to everything that it decides.
+        build: The recipe, a function of the face lists.
         options: Inputs and outputs.
         recipe: Name of the recipe in the record of the run.
         unlabeled: Whether the recipe accepts images without identity; see `read_faces`.
@@ -161,9 +161,11 @@ def _batches(images: FaceImages, listed: FaceList, setup: TrainingSetup, options
     sampler = training.sampler
     if sampler == "auto":
         sampler = "balanced" if setup.pair_ages else "shuffled"
-    ages = setup.pair_ages or (None if sampler != "cross_age" else "age" if listed.ages is not None else "age_group")
-    if sampler == "cross_age" and (listed.ages if ages == "age" else listed.age_groups) is None:
-        raise InputError("train: training.sampler=cross_age needs ages or age groups, the lists have neither")
+    ages = setup.pair_ages
+    if sampler == "cross_age":
+        ages = ages or ("age" if listed.ages is not None else "age_group")
+        if (listed.ages if ages == "age" else listed.age_groups) is None:
+            raise InputError("train: training.sampler=cross_age needs ages or age groups, the lists have neither")
     workers = options.workers
     if workers is None:
         workers = 0 if images.preloaded else min(4, os.cpu_count() or 1)

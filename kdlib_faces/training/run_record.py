@@ -14,7 +14,7 @@ import torch
 from kdlib import __version__
 from kdlib._atomic import atomic_write
 from kdlib_faces._checks import InputError, show_name
-from kdlib_faces.config import read_toml, to_toml
+from kdlib_faces.config import load_config, read_toml, to_toml
 from kdlib_faces.data.lists import FaceList
 from kdlib_faces.training.settings import RunConfig, RunOptions
 
@@ -31,10 +31,10 @@ __all__ = [
 
 FILE = "run.toml"
 TABLE = "run"
-"""The table of the file that holds no settings."""
+"""Name of the table of options; the other tables of the file are settings."""
 
 SHOWN = 5
-# They do not change the weights of a step, or the fingerprints of lists and teachers stand for them.
+# These do not change the weights of a step, or the fingerprints of lists and teachers represent them.
 NOT_COMPARED = ("run.data", "run.teachers", "run.inputs", "run.on_error", "run.versions.", "training.keep",
                 "training.checkpoint_seconds")  # fmt: skip
 
@@ -103,12 +103,10 @@ def read_run(path: Path) -> RecordedRun:
     Raises:
         InputError: The file is not readable, or a value has another type.
     """
-    from kdlib_faces.config import load_config
-
     table = read_toml(path).get(TABLE, {})
     if not isinstance(table, dict):
         raise InputError(f"{path}: {TABLE} must be a table of the options of a run, got {show_name(table)}")
-    return load_config(RecordedRun, overrides={f"{name}": value for name, value in table.items()})
+    return load_config(RecordedRun, overrides=table)
 
 
 def check_expected(options: RunOptions, run: Mapping[str, object]) -> None:
@@ -162,7 +160,7 @@ def check_same_run(output: Path, run: Mapping[str, object]) -> None:
 
 
 def _flat(table: Mapping[str, object], prefix: str = "") -> dict[str, object]:
-    """Dotted names and values of nested tables."""
+    """Return the dotted names and the values of nested tables."""
     flat: dict[str, object] = {}
     for name, value in table.items():
         flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {f"{prefix}{name}": value}

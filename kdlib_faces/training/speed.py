@@ -18,14 +18,16 @@ from kdlib_faces.training.settings import TrainingConfig
 
 __all__ = ["SpeedAdvice", "check_tensorboard", "write_tensorboard"]
 
-WAITS, TEACHES, FREE = 0.1, 0.3, 0.5
-"""Shares of the step above which the loader or the teachers are the limit, and of unused memory that a larger batch can use."""
+MIN_DATA_WAIT, MIN_TEACHERS = 0.1, 0.3
+"""Shares of a step from which on the loader or the teachers limit the speed."""
+MIN_FREE_MEMORY = 0.5
+"""Share of the device's memory that is free if a larger batch is recommended."""
 MEASURED_EVERY = 50
 """Calls of a teacher between two measurements on an accelerator, each of which waits for the device."""
 
 
 class SpeedAdvice:
-    """A hook of `kdlib.train` that says at the end of a run what limits its speed and what to change.
+    """A hook of `kdlib.train` that describes, after the last step, what limits the speed and what to change.
 
     Args:
         distiller: The distiller in training; within the block, the time of its teachers is measured.
@@ -67,7 +69,7 @@ class SpeedAdvice:
             self._measured += 1
 
     def _now(self) -> float:
-        """The time when the device has done its work; 0 for a call that is not measured."""
+        """Return the time after all work of the device; 0 for a call that is not measured."""
         if torch.accelerator.is_available():
             if self._calls % MEASURED_EVERY != 1:
                 return 0.0
@@ -83,16 +85,16 @@ class SpeedAdvice:
         self.text = f"speed: {event.images_per_second:.0f} images/s, limited by {self._limit(event, teachers)}"
 
     def _limit(self, event: TrainEvent, teachers: float) -> str:
-        if event.data_wait >= WAITS:
+        if event.data_wait >= MIN_DATA_WAIT:
             return f"the loader, for which steps waited {event.data_wait:.0%} of the time: raise --workers ({self.workers})"
-        if teachers >= TEACHES:
+        if teachers >= MIN_TEACHERS:
             return f"the teachers, {min(teachers, 1):.0%} of a step: cache their outputs with kdlib-faces cache build"
         faster = ["--amp bfloat16"] if self.settings.amp == "none" else []
         faster += [] if self.settings.compile else ["--compile"]
         if event.memory:
             total = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
             free = 1 - event.memory / total
-            if free >= FREE:
+            if free >= MIN_FREE_MEMORY:
                 return f"the student, with {free:.0%} of the memory free: raise training.batch_size{_or(faster)}"
         return f"the student: {' or '.join([*faster, 'more processes'])} may help"
 

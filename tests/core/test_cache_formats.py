@@ -85,7 +85,7 @@ def test_int8_rows_are_a_scale_and_integers(tmp_path: Path) -> None:
     assert cache.dtype == "int8"
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     st.sampled_from(["float16", "int8"]),
     st.lists(st.floats(-(2.0**15), 2.0**15, width=32), min_size=3, max_size=3),

@@ -35,7 +35,7 @@ class Reference:
         return weights
 
 
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 @given(
     seed=st.integers(0, 2**31 - 1),
     batches=st.lists(st.lists(st.integers(-1, 3), min_size=1, max_size=6), min_size=1, max_size=5),

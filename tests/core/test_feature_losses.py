@@ -60,7 +60,7 @@ def test_angular_flattens_feature_maps() -> None:
     assert torch.equal(angular_distill(student, teacher), expected)
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(seed=seeds, a=scales, b=scales, form=forms)
 def test_angular_ignores_length(seed: int, a: float, b: float, form: str) -> None:
     student, teacher = rows(seed)
@@ -68,7 +68,7 @@ def test_angular_ignores_length(seed: int, a: float, b: float, form: str) -> Non
     torch.testing.assert_close(scaled, angular_distill(student, teacher, form=form, reduction="none"))
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(seed=seeds)
 def test_angular_forms_agree(seed: int) -> None:
     student, teacher = rows(seed)
@@ -83,7 +83,7 @@ def test_angular_forms_agree(seed: int) -> None:
     assert (each["angle"] <= math.pi).all()
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(seed=seeds, form=forms)
 def test_angular_ignores_a_common_rotation_and_is_symmetric(seed: int, form: str) -> None:
     student, teacher = rows(seed)
@@ -99,7 +99,7 @@ def test_hint_is_mse_loss() -> None:
     assert hint(torch.tensor([1.0, 3.0]), torch.tensor([0.0, 0.0]), reduction="none").tolist() == [1.0, 9.0]
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(seed=seeds, a=st.floats(0.01, 100))
 def test_hint_scales_as_the_square(seed: int, a: float) -> None:
     student, teacher = rows(seed)
@@ -180,7 +180,7 @@ def test_attention_of_other_layouts_equals_that_of_channels_first() -> None:
     torch.testing.assert_close(attention_transfer(*both, layout="bnd", prefix_tokens=0), expected)
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(seed=seeds, a=scales, p=st.sampled_from([1, 2, 3.5]))
 def test_attention_ignores_scale_sign_and_channel_order(seed: int, a: float, p: float) -> None:
     student, teacher = maps(seed, 2, 4)
@@ -273,7 +273,7 @@ def test_nst_pools_features_at_the_end_of_float32() -> None:
     assert torch.isfinite(large.grad).all()
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(seed=st.integers(0, 2**31 - 1), channels=st.integers(1, 6), side=st.integers(1, 4), a=st.floats(1e-6, 1e6))
 def test_nst_ignores_scale_sign_and_channel_order(seed: int, channels: int, side: int, a: float) -> None:
     student, teacher = pair((2, channels, side, side), seed)
@@ -314,7 +314,7 @@ def test_channel_attention_map_against_reference() -> None:
         channel_attention_map(features[0])
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(seed=st.integers(0, 2**31 - 1), a=st.floats(1e-6, 1e6))
 def test_attentive_similarity_ignores_scale_and_sign(seed: int, a: float) -> None:
     student, teacher = pair((2, 3, 3, 3), seed)

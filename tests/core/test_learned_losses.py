@@ -186,7 +186,7 @@ def test_contrastive_is_cross_entropy_both_ways() -> None:
     torch.testing.assert_close(contrastive_representation(student, teacher), expected)
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(seed=st.integers(0, 2**31 - 1), a=st.floats(1e-6, 1e6), m=st.integers(0, 4))
 def test_contrastive_ignores_length_and_grows_with_negatives(seed: int, a: float, m: int) -> None:
     student, teacher = pair((5, 6), seed)
@@ -206,7 +206,7 @@ def in_order(loss: ContrastiveRepresentationLoss) -> Tensor:
     return loss.queue[[(seen - filled + i) % size for i in range(filled)]]
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(
     size=st.integers(1, 7),
     batches=st.lists(st.lists(st.booleans(), max_size=10), max_size=5),

@@ -82,7 +82,7 @@ def shortest(gram: np.ndarray, bound: float) -> float:
 vectors = st.integers(0, 2**31 - 1).map(lambda seed: np.random.default_rng(seed))
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(rng=vectors, k=st.integers(2, 5), bound=st.sampled_from([1.0, 0.6]))
 def test_the_combined_gradient_has_minimum_norm(rng: np.random.Generator, k: int, bound: float) -> None:
     g = rng.normal(size=(k, 4)) + rng.normal(size=4)

@@ -42,7 +42,7 @@ def test_values_by_hand() -> None:
     assert got.item() == pytest.approx(0.1308120, abs=1e-6)
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(seed=st.integers(0, 10**6), offset=st.floats(-100, 100), temperature=st.floats(0.5, 10))
 def test_soft_target_ignores_offsets_and_is_never_negative(seed: int, offset: float, temperature: float) -> None:
     student, teacher = logits(3, 5, seed)[:2]
@@ -52,7 +52,7 @@ def test_soft_target_ignores_offsets_and_is_never_negative(seed: int, offset: fl
     assert value.item() >= 0
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(seed=st.integers(0, 10**6), temperature=st.floats(0.5, 8), b=st.integers(1, 5), c=st.integers(2, 7))
 def test_the_parts_of_decoupled_add_up_to_the_soft_target(seed: int, temperature: float, b: int, c: int) -> None:
     student, teacher, target = logits(b, c, seed)
@@ -63,7 +63,7 @@ def test_the_parts_of_decoupled_add_up_to_the_soft_target(seed: int, temperature
         torch.testing.assert_close(got, soft_target(s, t, temperature=temperature), rtol=1e-9, atol=1e-12)
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(seed=st.integers(0, 10**6), shift=st.floats(-50, 50))
 def test_dist_depends_on_relations_only(seed: int, shift: float) -> None:
     student, teacher, _ = logits(seed=seed)

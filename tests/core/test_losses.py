@@ -110,7 +110,7 @@ def test_samples_are_independent(name: str) -> None:
         torch.testing.assert_close(equal, torch.zeros_like(equal), rtol=0, atol=1e-15)
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(
     seed=st.integers(0, 2**31 - 2),
     name=st.sampled_from(sorted(PER_SAMPLE)),

@@ -149,7 +149,7 @@ def test_vectors_and_values() -> None:
     )
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(seed=seeds, margin=st.floats(0, 5), scale=st.floats(1e-3, 1e3))
 def test_activation_boundary_depends_on_the_signs_of_the_teacher(seed: int, margin: float, scale: float) -> None:
     student, teacher = maps(seed, batch=2, side=2)
@@ -163,7 +163,7 @@ def test_activation_boundary_depends_on_the_signs_of_the_teacher(seed: int, marg
     torch.testing.assert_close(activation_boundary(scale * student, teacher, margin=scale * margin), scale**2 * value)
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(seed=seeds, margin=st.floats(-5, 0), scale=st.floats(1e-3, 1e3))
 def test_overhaul_ignores_inactive_values(seed: int, margin: float, scale: float) -> None:
     student, teacher = maps(seed, batch=2, side=2)
@@ -181,7 +181,7 @@ def test_overhaul_ignores_inactive_values(seed: int, margin: float, scale: float
     torch.testing.assert_close(overhaul(scale * student, scale * teacher, margin=scale * margin), scale**2 * value)
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(seed=seeds, side=st.integers(1, 9), scale=st.floats(1e-3, 1e3))
 def test_hierarchical_context_between_its_parts(seed: int, side: int, scale: float) -> None:
     student, teacher = maps(seed, batch=2, side=side)

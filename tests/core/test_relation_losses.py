@@ -75,7 +75,7 @@ def test_two_samples_by_hand() -> None:
 
 
 @pytest.mark.parametrize("name", [name for name in RELATIONS if not name.startswith("d")])
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(seed=st.integers(0, 10**6), batch=st.integers(2, 7), d_s=st.integers(1, 5), d_t=st.integers(1, 5))
 def test_properties(name: str, seed: int, batch: int, d_s: int, d_t: int) -> None:
     loss = function_of(name)
@@ -160,7 +160,7 @@ def test_dark_rank_is_the_likelihood_of_drawing_that_order() -> None:
     assert dark_rank(student, teacher, weight=one).item() == pytest.approx(expected, rel=1e-9)
 
 
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 @given(seed=st.integers(0, 2**31 - 2), batch=st.integers(3, 9), length=st.integers(2, 10), scale=st.floats(1e-3, 1e3))
 def test_dark_rank_properties(seed: int, batch: int, length: int, scale: float) -> None:
     student, teacher = 0.5 * noise(batch, 3, seed=seed), noise(batch, 4, seed=seed + 1)

@@ -1,29 +1,20 @@
 """Training that is interrupted, and training in two processes."""
 
-import json
-import os
 import signal
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 from kdlib.training import load_checkpoint, read_log
+from tests.processes import read_outcomes
 
 
 @pytest.fixture(scope="module")
 def processes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What became of the processes in each scenario of `training_processes`, and the folder of their files."""
     folder = tmp_path_factory.mktemp("processes")
-    script = Path(__file__).with_name("training_processes.py")
-    command = [sys.executable, "-W", "error::UserWarning", str(script), str(folder)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, check=False, timeout=300, capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, done.stderr
-    return {"folder": folder, **json.loads(done.stdout)}
+    return {"folder": folder, **read_outcomes("tests.core.training_processes", folder)}
 
 
 def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:

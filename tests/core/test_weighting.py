@@ -158,7 +158,7 @@ def entropy(logits: list[np.ndarray], labels: list[int]) -> np.ndarray:
     return weights
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(
     seed=st.integers(0, 2**31 - 1),
     k=st.integers(1, 4),

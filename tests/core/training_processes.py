@@ -23,6 +23,7 @@ from torch import nn
 
 from kdlib import OUTPUT, Distiller, HintLoss, Objective, StudentAdapter, TeacherAdapter, Term, TrainConfig, train
 from kdlib.training import TrainEvent
+from tests.processes import run_group, start, wait
 
 BATCHES = 6
 
@@ -319,36 +320,6 @@ SCENARIOS = {
 }  # fmt: skip
 
 
-def run(name: str, rank: int, folder: Path) -> None:
-    """Run a scenario in one process and write what it returned or raised."""
-    size = 1 if name.endswith("whole") else 2
-    dist.init_process_group("gloo", init_method=f"file://{folder / 'meeting'}", rank=rank, world_size=size)
-    try:
-        outcome = SCENARIOS[name](rank, folder)
-    except Exception as error:
-        outcome = f"{type(error).__name__}: {error}"
-    (folder / f"{rank}.json").write_text(json.dumps(outcome))
-    if dist.is_initialized():
-        dist.destroy_process_group()
-
-
-def start(task: Callable[[], object]) -> int:
-    """Fork a process that runs a task, and return its id."""
-    child = os.fork()
-    if child == 0:
-        signal.alarm(60)
-        try:
-            task()
-        finally:
-            os._exit(0)
-    return child
-
-
-def wait(child: int) -> int:
-    """Return the exit code of a process, negative for a signal."""
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-
-
 def one_process(folder: Path) -> None:
     """Train slowly, and save the weights and the averages."""
     distiller = build()
@@ -379,10 +350,7 @@ def main(place: Path) -> None:
     for name in SCENARIOS:
         folder = place / name
         folder.mkdir()
-        ranks = (0,) if name.endswith("whole") else (0, 1)
-        codes = [wait(child) for child in [start(partial(run, name, rank, folder)) for rank in ranks]]
-        files = [folder / f"{rank}.json" for rank in ranks]
-        outcomes = [json.loads(file.read_text()) if file.exists() else None for file in files]
+        outcomes, codes = run_group(1 if name.endswith("whole") else 2, partial(SCENARIOS[name], folder=folder))
         run_folder = folder / "run"
         left = sorted(path.name for path in run_folder.iterdir()) if run_folder.is_dir() else []
         found[name] = {"outcomes": outcomes, "codes": codes, "left": left, "run": str(run_folder)}

@@ -5,8 +5,6 @@ error.
 """
 
 import json
-import os
-import signal
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -29,6 +27,7 @@ from kdlib_faces.heads import (
     shard_head,
     skip_rows_without_gradient,
 )
+from tests.processes import run_group
 
 N, D, B = 11, 6, 10
 KINDS = [getattr(heads, name) for name in heads.__all__ if name.endswith("Head") and name != "SampledHead"]
@@ -183,30 +182,6 @@ SCENARIOS: dict[str, Callable[[int, Path], Any]] = {
 }
 
 
-def run(name: str, rank: int, world: int, folder: Path) -> None:
-    """Run a scenario in one process and write what it returned or raised."""
-    dist.init_process_group("gloo", init_method=f"file://{folder / 'meeting'}", rank=rank, world_size=world)
-    try:
-        found = SCENARIOS[name](rank, folder)
-    except Exception as error:
-        found = f"{type(error).__name__}: {error}"
-    (folder / f"{rank}.json").write_text(json.dumps(found))
-    dist.barrier()
-    dist.destroy_process_group()
-
-
-def start(task: Callable[[], object]) -> int:
-    """Fork a process that runs a task, and return its id."""
-    child = os.fork()
-    if child == 0:
-        signal.alarm(60)
-        try:
-            task()
-        finally:
-            os._exit(0)
-    return child
-
-
 def main(place: Path, world: int, names: list[str]) -> None:
     """Run scenarios and print their outcomes."""
     torch.set_num_threads(1)
@@ -214,10 +189,7 @@ def main(place: Path, world: int, names: list[str]) -> None:
     for name in names or SCENARIOS:
         folder = place / name
         folder.mkdir()
-        for child in [start(partial(run, name, rank, world, folder)) for rank in range(world)]:
-            os.waitpid(child, 0)
-        files = [folder / f"{rank}.json" for rank in range(world)]
-        found[name] = [json.loads(file.read_text()) if file.exists() else None for file in files]
+        found[name] = run_group(world, partial(SCENARIOS[name], folder=folder)).outcomes
     print(json.dumps(found))
 
 

@@ -33,7 +33,7 @@ ANGULAR = {
 
 
 @pytest.mark.parametrize("loss", ANGULAR.values(), ids=ANGULAR)
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(margin=st.floats(0, math.pi), a=st.floats(0, math.pi), b=st.floats(0, math.pi))
 def test_losses_increase_with_the_angle(loss, margin, a, b):
     losses = []
@@ -46,7 +46,7 @@ def test_losses_increase_with_the_angle(loss, margin, a, b):
 
 
 @pytest.mark.parametrize("loss", [x for name, x in ANGULAR.items() if name != "curricular"])
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(margin=st.floats(0, 3.1), angle=st.floats(0.01, 3.13))
 def test_losses_are_continuous(loss, margin, angle):
     a, b = (loss(margin, *at_angle(angle + step), torch.tensor([0])).item() for step in (-1e-8, 1e-8))

@@ -117,7 +117,7 @@ def test_scrfd_is_decoded_as_published() -> None:
     assert at == len(found.scores)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.integers(0, 999), st.floats(0, 1))
 def test_overlaps_are_suppressed_as_by_definition(seed: int, limit: float) -> None:
     rng = np.random.default_rng(seed)

@@ -41,7 +41,7 @@ from tests.faces.reference_heads import (
 )
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(margin=st.floats(0, math.pi), a=st.floats(0, math.pi), b=st.floats(0, math.pi))
 def test_arcface_increases_with_the_angle(margin, a, b):
     losses = [
@@ -50,7 +50,7 @@ def test_arcface_increases_with_the_angle(margin, a, b):
     assert losses[1] >= losses[0] - 1e-9
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(margin=st.floats(0.01, 3.1))
 def test_arcface_is_continuous(margin):
     edge, step = math.pi - margin, 1e-7

@@ -22,7 +22,7 @@ from kdlib_faces.data.formats.pickle import parse_pickle
 from kdlib_faces.data.images import decode_image
 from tests.faces.reader_files import Shown, encoded
 
-QUIET = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+QUIET = settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 def put(tmp_path, data, name="set.bin"):

@@ -200,7 +200,7 @@ def test_too_few_impostors_for_a_far_are_reported() -> None:
     assert lines[1] == f"0-4: own_tar@0.001 ({result.bins[0].impostor} impostor pairs)"
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(seed=st.integers(0, 50), scale=st.floats(1e-20, 1e20))
 def test_row_order_names_and_scale_do_not_matter(seed: int, scale: float) -> None:
     embeddings, codes, ages = make_set(seed, identities=4, images=4)

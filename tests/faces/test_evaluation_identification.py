@@ -37,7 +37,7 @@ def test_rates_equal_those_of_sorted_galleries(seed: int) -> None:
     assert 0 < rates[1] < 1
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 3)), min_size=4, max_size=14), st.integers(1, 3))
 def test_ties_are_ordered_by_row(rows: list[tuple[int, int]], rank: int) -> None:
     # One-hot embeddings: every score is exactly 0 or 1.

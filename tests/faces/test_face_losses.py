@@ -101,7 +101,7 @@ class TestEveryLoss:
         assert torch.isfinite(student.grad).all()
         assert loss_value.item() == pytest.approx(exact.item(), rel=1e-3, abs=1e-4)
 
-    @settings(max_examples=15, deadline=None)
+    @settings(max_examples=15)
     @given(order=st.permutations(range(B)))
     def test_invariance_to_the_order(self, name: str, order: list[int]) -> None:
         losses = MAKERS[name]().double(), MAKERS[name]().double()

@@ -53,7 +53,7 @@ def test_margins_stay_within_their_bounds_for_a_wrong_teacher() -> None:
     torch.testing.assert_close(mixed[[0, 2]], wide[[0, 2]])
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(margin=st.floats(0, math.pi), scale=st.floats(1, 64))
 def test_equal_margins_are_arcface_on_frozen_centers(margin: float, scale: float) -> None:
     centers = CENTERS.clone().requires_grad_()

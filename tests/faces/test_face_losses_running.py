@@ -53,7 +53,7 @@ def test_evaluation_number() -> None:
     assert value.item() == pytest.approx(0.003025, rel=1e-12)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(batch=st.integers(2, 26), exponent=st.integers(1, 4))
 def test_thresholds_are_exceeded_at_most_at_their_rate(batch: int, exponent: int) -> None:
     """The index is the count divided in integers: 0.1 * 30 and 0.3 / 0.1 would not be exact."""

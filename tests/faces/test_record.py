@@ -19,7 +19,7 @@ from kdlib_faces.data.formats.record_format import frame, pack, payload
 from tests.faces.reader_files import Shown
 
 MAGIC = bytes.fromhex("0a23d7ce")
-QUIET = settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+QUIET = settings(max_examples=80, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 def dmlc_write(data):

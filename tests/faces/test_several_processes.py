@@ -1,10 +1,7 @@
 """Commands in several processes, as `torchrun` starts them."""
 
 import json
-import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,17 +10,14 @@ import torch
 
 from kdlib.training import load_checkpoint, read_log
 from kdlib_faces.backbones import load_backbone
+from tests.processes import read_outcomes
 
 
 @pytest.fixture(scope="module")
 def processes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What became of the processes of `command_processes`, and the folder of their files."""
     folder = tmp_path_factory.mktemp("processes")
-    command = [sys.executable, "-m", "tests.faces.command_processes", str(folder)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, check=False, timeout=600, capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, done.stderr
-    return {"folder": folder, **json.loads(done.stdout)}
+    return {"folder": folder, **read_outcomes("tests.faces.command_processes", folder, warnings="default")}
 
 
 def largest_difference(a: Path, b: Path) -> float:

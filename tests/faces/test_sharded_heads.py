@@ -1,11 +1,6 @@
 """Heads whose centers are computed in chunks, sharded over processes, or sampled: the same as the plain heads."""
 
-import json
 import math
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -22,6 +17,7 @@ from kdlib_faces.heads import (
 )
 from tests.faces.reference_heads import random
 from tests.faces.test_heads import FUNCTIONS, HEADS, centers_of
+from tests.processes import read_outcomes
 
 
 def results(kind, embeddings, centers, identities, **options):
@@ -225,12 +221,7 @@ def test_shard_head_refuses_what_it_cannot_shard():
 @pytest.fixture(scope="module", params=[2, 3])
 def found(request, tmp_path_factory):
     """What all processes returned in each scenario of `head_processes`."""
-    script = Path(__file__).with_name("head_processes.py")
-    command = [sys.executable, str(script), str(tmp_path_factory.mktemp("heads")), str(request.param)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, check=False, timeout=600, capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, done.stderr
-    scenarios = json.loads(done.stdout)
+    scenarios = read_outcomes("tests.faces.head_processes", tmp_path_factory.mktemp("heads"), request.param)
     assert not any(isinstance(each, str) for ranks in scenarios.values() for each in ranks), scenarios
     return scenarios
 

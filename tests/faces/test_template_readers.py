@@ -37,7 +37,7 @@ QUIET = [HealthCheck.function_scoped_fixture]
 # Columns of whole numbers
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=QUIET)
+@settings(max_examples=150, suppress_health_check=QUIET)
 @given(
     st.lists(st.tuples(*[st.integers(0, 10**16 - 1) | st.integers(0, 99)] * 3), min_size=1, max_size=40),
     st.sampled_from([" ", "\t", "  ", " \t"]),
@@ -203,7 +203,7 @@ def test_pairs_take_little_more_memory_than_they_are(tmp_path):
 # MegaFace
 
 
-@settings(max_examples=50, deadline=None, suppress_health_check=QUIET)
+@settings(max_examples=50, suppress_health_check=QUIET)
 @given(st.lists(st.floats(width=32, allow_nan=False, allow_infinity=False), min_size=1, max_size=600))
 def test_features_come_back(tmp_path, numbers):
     path = tmp_path / "x.bin"

@@ -4,9 +4,7 @@ Each phase runs in one, two or three processes with the same global batches, so 
 """
 
 import json
-import os
 import shutil
-import signal
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -24,6 +22,7 @@ from torch.distributed.tensor import DTensor
 from kdlib import OUTPUT, Distiller, HintLoss, Objective, StudentAdapter, TeacherAdapter, Term, TrainConfig, train
 from kdlib.training import load_checkpoint
 from kdlib_faces.heads import CosFaceHead, shard_head
+from tests.processes import run_group
 
 SAMPLES, PER_STEP, IDENTITIES = 36, 12, 7
 
@@ -125,21 +124,21 @@ def phases(folder: Path) -> dict[str, Any]:
     found: dict[str, Any] = {"plain": [run("plain", folder / "plain", 6)]}
     for kind in ("head", "fsdp"):
         place = folder / kind
-        found[f"{kind}_straight"] = together(2, partial(run, kind, place / "straight", 6), place)
-        found[f"{kind}_saved"] = together(2, partial(run, kind, place / "saved", 4), place)
+        found[f"{kind}_straight"] = together(2, partial(run, kind, place / "straight", 6))
+        found[f"{kind}_saved"] = together(2, partial(run, kind, place / "saved", 4))
         for world in (1, 2, 3):
             copy = place / f"resumed_{world}"
             shutil.copytree(place / "saved", copy)
-            found[f"{kind}_resumed_{world}"] = together(world, partial(run, kind, copy, 6), place)
+            found[f"{kind}_resumed_{world}"] = together(world, partial(run, kind, copy, 6))
     place = folder / "head"
     shutil.copytree(place / "saved", place / "damaged")
     damage(place / "damaged")
-    found["damaged"] = together(2, partial(run, "head", place / "damaged", 6), place)
+    found["damaged"] = together(2, partial(run, "head", place / "damaged", 6))
     shutil.copytree(place / "saved", place / "hostile")
     point_outside(place / "hostile")
-    found["hostile"] = together(2, partial(run, "head", place / "hostile", 6), place)
+    found["hostile"] = together(2, partial(run, "head", place / "hostile", 6))
     shutil.copytree(place / "saved", place / "other")
-    found["other_settings"] = together(2, partial(run, "fsdp", place / "other", 6, lr=0.03), place)
+    found["other_settings"] = together(2, partial(run, "fsdp", place / "other", 6, lr=0.03))
     index = load_checkpoint(place / "saved" / "run" / "step-000000004.pt")["shards"]
     found["index"] = [[*each["keys"], *each["shape"]] for each in index["tensors"]]
     place = folder / "more"
@@ -148,36 +147,15 @@ def phases(folder: Path) -> dict[str, Any]:
         "evaluate_every": 2,
         "monitor": "metric",
     }
-    found["best"] = together(2, partial(run, "fsdp", place / "best", 6, **evaluate), place)
-    found["nan"] = together(2, partial(nan, place / "nan"), place)
-    found["float16"] = together(2, partial(run, "head", place / "float16", 2, amp="float16"), place)
+    found["best"] = together(2, partial(run, "fsdp", place / "best", 6, **evaluate))
+    found["nan"] = together(2, partial(nan, place / "nan"))
+    found["float16"] = together(2, partial(run, "head", place / "float16", 2, amp="float16"))
     return found
 
 
-def together(world: int, task: Callable[[], object], folder: Path) -> list[Any]:
-    """Run a task in forked processes; return what each returned, or the text of its error."""
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "meeting").unlink(missing_ok=True)
-    children = []
-    for rank in range(world):
-        child = os.fork()
-        if child == 0:
-            signal.alarm(60)
-            dist.init_process_group("gloo", init_method=f"file://{folder / 'meeting'}", rank=rank, world_size=world)
-            try:
-                found = task()
-            except Exception as error:
-                found = f"{type(error).__name__}: {error}"
-            (folder / f"{rank}.json").write_text(json.dumps(found))
-            os._exit(0)
-        children.append(child)
-    for child in children:
-        os.waitpid(child, 0)
-    files = [folder / f"{rank}.json" for rank in range(world)]
-    results = [json.loads(file.read_text()) if file.exists() else None for file in files]
-    for file in files:
-        file.unlink(missing_ok=True)
-    return results
+def together(world: int, task: Callable[[], object]) -> list[Any]:
+    """Run a task in a process group; return what each process returned, or the text of its error."""
+    return run_group(world, lambda rank: task()).outcomes
 
 
 if __name__ == "__main__":

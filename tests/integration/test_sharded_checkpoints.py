@@ -1,16 +1,13 @@
 """`kdlib.train` with sharded heads and students: the weights of one process, also after a change of their number."""
 
-import json
-import os
 import re
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+
+from tests.processes import read_outcomes
 
 pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="torch was built without distributed")
 
@@ -21,12 +18,7 @@ KINDS = {"head": 1, "fsdp": 5}
 @pytest.fixture(scope="module")
 def phases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What the processes of each phase of `sharded_processes` returned."""
-    script = Path(__file__).with_name("sharded_processes.py")
-    command = [sys.executable, "-W", "error::UserWarning", str(script), str(tmp_path_factory.mktemp("sharded"))]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, check=False, timeout=900, capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, done.stderr
-    found: dict[str, Any] = json.loads(done.stdout)
+    found: dict[str, Any] = read_outcomes("tests.integration.sharded_processes", tmp_path_factory.mktemp("sharded"))
     return found
 
 

@@ -1,14 +1,11 @@
 """Distillation in two processes under DDP and FSDP2: the same losses as one process with the whole batch."""
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+
+from tests.processes import read_outcomes
 
 pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="torch was built without distributed")
 
@@ -16,12 +13,7 @@ pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="to
 @pytest.fixture(scope="module")
 def processes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What both processes returned in each scenario of `trainer_processes`."""
-    script = Path(__file__).with_name("trainer_processes.py")
-    command = [sys.executable, "-W", "error::UserWarning", str(script), str(tmp_path_factory.mktemp("trainers"))]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, check=False, timeout=300, capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, done.stderr
-    found: dict[str, Any] = json.loads(done.stdout)
+    found: dict[str, Any] = read_outcomes("tests.integration.trainer_processes", tmp_path_factory.mktemp("trainers"))
     return found
 
 

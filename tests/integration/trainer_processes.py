@@ -6,8 +6,6 @@ JSON for both ranks.
 
 import dataclasses
 import json
-import os
-import signal
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -44,6 +42,7 @@ from kdlib import (
     UncertaintyWeighting,
     train,
 )
+from tests.processes import run_group
 
 STEPS = 6
 IMAGES = torch.randn(16, 6, generator=torch.Generator().manual_seed(3))
@@ -265,30 +264,6 @@ SCENARIOS: dict[str, Callable[[int, Path], Any]] = {
 }
 
 
-def run(name: str, rank: int, folder: Path) -> None:
-    """Run a scenario in one process and write what it returned or raised."""
-    dist.init_process_group("gloo", init_method=f"file://{folder / 'meeting'}", rank=rank, world_size=2)
-    try:
-        found = SCENARIOS[name](rank, folder)
-    except Exception as error:
-        found = f"{type(error).__name__}: {error}"
-    (folder / f"{rank}.json").write_text(json.dumps(found))
-    dist.barrier()
-    dist.destroy_process_group()
-
-
-def start(task: Callable[[], object]) -> int:
-    """Fork a process that runs a task, and return its id."""
-    child = os.fork()
-    if child == 0:
-        signal.alarm(60)
-        try:
-            task()
-        finally:
-            os._exit(0)
-    return child
-
-
 def main(place: Path, names: list[str]) -> None:
     """Run scenarios and print their outcomes."""
     torch.set_num_threads(1)
@@ -296,10 +271,7 @@ def main(place: Path, names: list[str]) -> None:
     for name in names or SCENARIOS:
         folder = place / name
         folder.mkdir()
-        for child in [start(partial(run, name, rank, folder)) for rank in (0, 1)]:
-            os.waitpid(child, 0)
-        files = [folder / f"{rank}.json" for rank in (0, 1)]
-        found[name] = [json.loads(file.read_text()) if file.exists() else None for file in files]
+        found[name] = run_group(2, partial(SCENARIOS[name], folder=folder)).outcomes
     print(json.dumps(found))
 
 

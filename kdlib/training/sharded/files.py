@@ -4,19 +4,20 @@ import hashlib
 import re
 import shutil
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import TypedDict
 
 import torch
 from torch import Tensor
 
 from kdlib.training._checks import check_content
 
-__all__ = ["Entry", "Index", "Keys", "Part", "check_files", "checksum", "meta_tensors", "remove_shards"]
+__all__ = ["Entry", "Index", "Key", "Keys", "Part", "check_files", "checksum", "meta_tensors", "remove_shards"]
 
 _FOLDER = re.compile(r"shards-(\d{9})-\d+")
 _FILE = re.compile(r"__\d+_\d+\.distcp")
 
-Keys = tuple[Any, ...]
+Key = str | int
+Keys = tuple[Key, ...]
 
 
 class Part(TypedDict):
@@ -32,7 +33,7 @@ class Part(TypedDict):
 class Entry(TypedDict):
     """A sharded tensor."""
 
-    keys: list[Any]
+    keys: list[Key]
     shape: list[int]
     dtype: torch.dtype
     parts: list[Part]

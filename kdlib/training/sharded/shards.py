@@ -1,11 +1,11 @@
 """Sharded tensors on disk, written and read by torch.distributed.checkpoint."""
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import torch
 import torch.distributed as dist
@@ -21,6 +21,7 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
+from kdlib.training.distributed import Processes
 from kdlib.training.sharded.files import Entry, Index, Keys, Part, checksum
 
 __all__ = ["read_shards", "write_shards"]
@@ -41,36 +42,33 @@ class _Reader(FileSystemReader):
         super().__init__(folder)
         self._metadata = metadata
 
-    def read_metadata(self, *args: Any, **options: Any) -> Metadata:
+    def read_metadata(self, *args: object, **options: object) -> Metadata:
         return self._metadata
 
 
-def write_shards(
-    directory: Path, step: int, tensors: Mapping[Keys, Tensor], group: dist.ProcessGroup | None, gather: Callable[[Any], list[Any]]
-) -> Index:  # fmt: skip
+def write_shards(directory: Path, step: int, tensors: Mapping[Keys, Tensor], processes: Processes) -> Index:
     """Write the sharded tensors of all processes into a new folder; every process calls this function.
 
     Args:
-        directory: of the checkpoints.
-        step: completed steps.
-        tensors: sharded tensors by their keys in the state, the same in every process.
-        group: for communication on the CPU; None for the default group.
-        gather: returns the values of all processes.
+        directory: Directory of the checkpoints.
+        step: Completed steps.
+        tensors: Sharded tensors by their keys in the state, the same in every process.
+        processes: Processes of the run.
 
     Returns:
         The index, the same in every process.
     """
     number = next(i for i in range(1_000_000) if not (directory / f"shards-{step:09d}-{i}").exists())
-    folder = directory / f"shards-{step:09d}-{gather(number)[0]}"
+    folder = directory / f"shards-{step:09d}-{processes.gather(number)[0]}"
     names = {"/".join(map(str, keys)): keys for keys in tensors}
     with _quiet():
         metadata = save(
             {name: tensors[keys] for name, keys in names.items()},
             storage_writer=FileSystemWriter(folder),
-            process_group=group,
+            process_group=processes.group,
         )
-    rank = dist.get_rank(group)
-    sums = gather({path.name: checksum(path) for path in sorted(folder.glob(f"__{rank}_*.distcp"))})
+    written = sorted(folder.glob(f"__{processes.rank}_*.distcp"))
+    sums = processes.gather({path.name: checksum(path) for path in written})
     entries: list[Entry] = []
     for name, keys in names.items():
         stored = cast(TensorStorageMetadata, metadata.state_dict_metadata[name])
@@ -91,10 +89,10 @@ def read_shards(
     """Read sharded tensors, each distributed as its template; every process calls this function.
 
     Args:
-        directory: of the checkpoints.
-        index: from the checkpoint.
-        templates: tensors of the same shapes, which are not changed, by the keys to read.
-        group: for communication on the CPU; None for the default group.
+        directory: Directory of the checkpoints.
+        index: Index of the shards, from the checkpoint.
+        templates: Tensors of the same shapes, which are not changed, by the keys to read.
+        group: Process group for communication on the CPU; None for the default group.
     """
     found = {key: torch.empty_like(template) for key, template in templates.items()}
     content, places = {}, {}

@@ -1,22 +1,23 @@
 """Separation of the sharded tensors of a nested state from all other values."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TypeVar, cast
 
 import torch
 from torch import Tensor
 
 from kdlib._gather import is_sharded
+from kdlib.training.sharded.files import Key, Keys
 
 __all__ = ["insert", "not_finite", "separate"]
 
+_K = TypeVar("_K", bound=Key)
 
-def separate(
-    state: Mapping[Any, Any], place: tuple[Any, ...] = ()
-) -> tuple[dict[Any, Any], dict[tuple[Any, ...], Tensor]]:
+
+def separate(state: Mapping[_K, object], place: Keys = ()) -> tuple[dict[_K, object], dict[Keys, Tensor]]:
     """Return a nested state without its sharded tensors, and these by their keys."""
-    plain: dict[Any, Any] = {}
-    sharded: dict[tuple[Any, ...], Tensor] = {}
+    plain: dict[_K, object] = {}
+    sharded: dict[Keys, Tensor] = {}
     for key, value in state.items():
         if isinstance(value, Tensor) and is_sharded(value):
             sharded[*place, key] = value
@@ -28,17 +29,17 @@ def separate(
     return plain, sharded
 
 
-def insert(state: Mapping[Any, Any], tensors: Mapping[tuple[Any, ...], Tensor]) -> dict[Any, Any]:
+def insert(state: Mapping[_K, object], tensors: Mapping[Keys, Tensor]) -> dict[_K, object]:
     """Return a copy of a nested state with tensors at their keys."""
     whole = {key: insert(value, {}) if isinstance(value, dict) else value for key, value in state.items()}
     for place, tensor in tensors.items():
-        at = whole
+        at = cast(dict[Key, object], whole)
         for key in place[:-1]:
-            at = at.setdefault(key, {})
+            at = cast(dict[Key, object], at.setdefault(key, {}))
         at[place[-1]] = tensor
     return whole
 
 
-def not_finite(weights: Mapping[str, Any]) -> list[str]:
+def not_finite(weights: Mapping[str, object]) -> list[str]:
     """Return the names of tensors with a NaN or infinite value."""
     return [name for name, x in weights.items() if isinstance(x, Tensor) and not torch.isfinite(x).all()]

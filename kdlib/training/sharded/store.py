@@ -21,7 +21,7 @@ def write_step(directory: Path, step: int, tensors: Mapping[Keys, Tensor], proce
     from kdlib.training.sharded.shards import write_shards  # its import takes seconds
 
     try:
-        return write_shards(directory, step, tensors, processes.group, processes.gather)
+        return write_shards(directory, step, tensors, processes)
     except Exception as error:  # torch raises the errors of all processes together
         raise checkpoint_error(f"shards of step {step} cannot be written to {directory}: {error}") from error
 
@@ -52,12 +52,13 @@ def insert_shards(
     """Return a checkpoint with the shards of its entries `names`, distributed as in this run.
 
     Args:
-        directory: of the checkpoints.
-        state: content of the checkpoint.
-        live: the sharded tensors of this run, by their keys.
-        names: entries to read.
-        optimizer: of this run; before its first step it has no state, so its tensors are distributed like its parameters.
-        processes: of this run.
+        directory: Directory of the checkpoints.
+        state: Content of the checkpoint.
+        live: Sharded tensors of this run, by their keys.
+        names: Entries to read.
+        optimizer: Optimizer of this run. It has no state before its first step, so its tensors are distributed like its
+            parameters.
+        processes: Processes of this run.
     """
     shards = state.get("shards")
     if shards is None or directory is None:
@@ -67,7 +68,9 @@ def insert_shards(
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     try:
         templates = {
-            keys: torch.empty_like(parameters[keys[2]], dtype=x.dtype) if keys[0] == "optimizer" else live[keys]
+            keys: torch.empty_like(parameters[cast(int, keys[2])], dtype=x.dtype)
+            if keys[0] == "optimizer"
+            else live[keys]
             for keys, x in meta_tensors(shards).items()
             if keys[0] in names
         }

@@ -5,7 +5,6 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -211,10 +210,10 @@ def _own(owner: str, weights: Weights) -> tuple[str, Arguments, Arguments, Argum
     return name, dict(arguments), dict(images), state, content.get("removed")
 
 
-def with_header(owner: str, weights: Weights, key: str) -> Mapping[Any, Any]:
+def with_header(owner: str, weights: Weights, key: str) -> Mapping[str, object]:
     """Return the content of a file; of a safetensors file with a header `key`, the header and the tensors as `"state"`."""
     if key not in weights.metadata:
-        content: Mapping[Any, Any] = weights.content
+        content: Mapping[str, object] = weights.content
         return content
     try:
         header = json.loads(weights.metadata[key])

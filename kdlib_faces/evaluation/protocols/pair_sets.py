@@ -1,11 +1,13 @@
 """Pair sets with published figures, and their protocols."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal, TypedDict, Unpack
 
 from kdlib._checks import check_choice
 from kdlib_faces.evaluation._checks import check_array, require
 from kdlib_faces.evaluation._types import ArrayLike
+from kdlib_faces.evaluation.fold_thresholds import Rule
 from kdlib_faces.evaluation.protocols.pairs import PairProtocol
 from kdlib_faces.evaluation.splits import positives_first_folds
 
@@ -41,6 +43,25 @@ PAIR_SETS = {
 """The sets of `pair_set` by name."""
 
 
+class PairOptions(TypedDict, total=False):
+    """Options of `PairProtocol` that `pair_set` passes on."""
+
+    threshold: Rule
+    fars: Sequence[float]
+    images: int | None
+    tar_mode: Literal["exact", "nearest"]
+    val_fars: Sequence[float]
+    pca: int | None
+    identities: ArrayLike | None
+    train_identities: ArrayLike | None
+    ages: ArrayLike | None
+    gap_bins: Sequence[float]
+    notes: Sequence[str]
+    replicates: int
+    seed: int
+    level: float
+
+
 def pair_set(
     name: str,
     left: ArrayLike,
@@ -49,7 +70,7 @@ def pair_set(
     *,
     fold_ids: ArrayLike | None = None,
     order: Literal["folds", "positives_first"] = "folds",
-    **options: Any,
+    **options: Unpack[PairOptions],
 ) -> PairProtocol:
     """The protocol of a published pair set, with its published folds; missing pairs are noted in the result.
 
@@ -89,4 +110,5 @@ def pair_set(
     if fold_ids is None and order == "positives_first":
         fold_ids = positives_first_folds(same)
     notes = [f"{name}: {count} of {known.pairs} pairs", *([known.note] if known.note else [])]
-    return PairProtocol(left, right, same, fold_ids, notes=(*notes, *options.pop("notes", ())), **options)
+    options["notes"] = (*notes, *options.get("notes", ()))
+    return PairProtocol(left, right, same, fold_ids, **options)
