@@ -4,7 +4,7 @@ VENV := .venv
 PY ?= $(VENV)/bin/python
 OUTPUT ?= runs/demo
 
-.PHONY: demo test check lint docs bench fuzz clean
+.PHONY: demo test check lint docs bench fuzz dist clean
 
 $(VENV)/.user: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -45,9 +45,14 @@ docs:
 	$(PY) -m sphinx -q -W -n -b html docs docs/_build/html
 
 bench: $(VENV)/.dev
-	$(VENV)/bin/python -m pip install --quiet --no-deps torchdistill==1.1.5 torch-pruning==1.6.1 \
-		scikit-learn==1.9.1 scipy==1.17.1 joblib==1.5.2 threadpoolctl==3.6.0 narwhals==2.10.0
+	$(VENV)/bin/python -m pip install --quiet --no-deps torchdistill==1.1.5 torch-pruning==1.6.1
 	for file in benchmarks/bench_*.py; do $(VENV)/bin/python $$file || exit 1; done
+
+# The wheel and the source distribution, in dist/.
+dist: $(VENV)/.dev
+	$(VENV)/bin/python -m pip install --quiet twine==7.0.0
+	$(VENV)/bin/python -m build --outdir dist .
+	$(VENV)/bin/python -m twine check --strict dist/*
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info docs/_build docs/api/generated runs

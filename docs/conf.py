@@ -1,6 +1,8 @@
 """Sphinx configuration. The build needs no network: no inventory of another project is downloaded."""
 
 import re
+import sys
+from pathlib import Path
 from typing import Any
 
 from docutils import nodes
@@ -9,6 +11,8 @@ from sphinx.addnodes import desc
 from sphinx.util.nodes import make_refnode
 
 from kdlib import __version__
+
+sys.path.insert(0, str(Path(__file__).parent / "_ext"))
 
 project = "kdlib"
 author = "the kdlib contributors"
@@ -20,8 +24,15 @@ default_role = "code"
 # Formulas become MathML, which browsers render without a script, also offline.
 html_math_renderer = "mathml"
 
-extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.autosummary", "sphinx.ext.napoleon"]
-exclude_patterns = ["_build", "api/generated"]
+extensions = [
+    "myst_parser",
+    "sphinx.ext.autodoc",
+    "sphinx.ext.autosummary",
+    "sphinx.ext.napoleon",
+    "command_options",
+    "references",
+]
+exclude_patterns = ["_build", "_ext", "api/generated"]
 # Blocks without a language are plain text.
 highlight_language = "none"
 myst_enable_extensions = ["colon_fence", "deflist"]
@@ -86,8 +97,16 @@ def _prose(app: Any, what: str, name: str, obj: Any, options: Any, lines: list[s
     lines[:] = made
 
 
+WIDE_FORMULA = 24  # characters of an inline formula that may not fit a narrow window
+
+
 def _mathml(translator: Any, node: nodes.Element, block: bool) -> None:
-    translator.body.append(tex2mathml(node.astext(), as_block=block))
+    formula = tex2mathml(node.astext(), as_block=block)
+    if block:
+        formula = f'<div class="math-wrapper">{formula}</div>'
+    elif len(re.sub(r"<[^>]*>|\s", "", formula)) > WIDE_FORMULA:
+        formula = f'<span class="wide-formula">{formula}</span>'
+    translator.body.append(formula)
     raise nodes.SkipNode
 
 

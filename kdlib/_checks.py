@@ -252,7 +252,7 @@ def value_at(
 
 def nearest(name: str, known: Iterable[str], count: int = 3) -> str:
     """Return `"; the nearest are 'a', 'b'"` for an unknown name, or the list of known names if none is close."""
-    known = [entry for entry in known if entry]
+    known = list(dict.fromkeys(entry for entry in known if entry))
     close = get_close_matches(name, known, n=count, cutoff=0.5)
     close = close or [entry for entry in known if name and entry.lower().startswith(name.lower())][:count]
     if close:

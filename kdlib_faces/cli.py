@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-__all__ = ["main"]
+__all__ = ["main", "make_parser"]
 
 
 class _Parser(argparse.ArgumentParser):
@@ -47,7 +47,7 @@ class _Parser(argparse.ArgumentParser):
 
     def add_on_error(self) -> None:
         """Add the option for images that cannot be read."""
-        text = "images that cannot be read: stop and list them (stop), or leave them out with a warning"
+        text = "images that cannot be read: list them and end, or leave them out with a warning (stop)"
         self.add_argument("--on-error", choices=("stop", "skip"), default="stop", help=text)
 
     def add_hardware(self) -> None:
@@ -82,7 +82,8 @@ def _protocols() -> str:
     return f"protocols:\n{listing()}"
 
 
-def _parser() -> argparse.ArgumentParser:
+def make_parser() -> argparse.ArgumentParser:
+    """The parser of all commands."""
     parser = _Parser(prog="kdlib-faces", description="Lightweight age-invariant face recognition.")
     parser.add_argument("--version", action="store_true", help="print the version and exit")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
@@ -173,7 +174,7 @@ def _add_input(parser: _Parser) -> None:
     text = (
         "images that a model takes, where its file does not show it: color=rgb|bgr, mean=N, scale=N of pixels 0 to 255 "
     )
-    text += "(N:N:N by channel), layout=bchw|bhwc of .onnx; once, or once for each model in order ('auto' for the file's own)"
+    text += "(N:N:N by channel), layout=bchw|bhwc of .onnx; once, or once for each model in order, 'auto' for the file's own"
     parser.add_list("--input", "KEY=VALUE,...", text)
 
 
@@ -183,7 +184,7 @@ def _add_deployment(commands: "argparse._SubParsersAction[_Parser]", common: _Pa
     text = "export a network to ONNX or torch.export, with a model card"
     export = commands.add_parser("export", parents=[common], help=text)
     embed = commands.add_parser("embed", parents=[common], help="write the embeddings of images, lists or folders")
-    compare = commands.add_parser("compare", parents=[common], help="compare two face crops")
+    compare = commands.add_parser("compare", parents=[common], help="compare two face crops or photographs")
     add_options(export, embed, compare)
     export.add_argument("--opset", type=_number(18, 30), default=18, help="version of the ONNX operators (18)")
     embed.add_on_error()
@@ -245,7 +246,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = list(sys.argv[1:] if arguments is None else arguments)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # names of files may have another encoding
-    parser = _parser()
+    parser = make_parser()
     try:
         options = parser.parse_args(given)
     except argparse.ArgumentTypeError as error:

@@ -4,10 +4,14 @@ import hashlib
 import importlib
 import importlib.util
 import json
+import os
 import re
+import shlex
 import subprocess
 import sys
 import types
+from collections.abc import Callable, Iterator
+from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +20,10 @@ import pytest
 import kdlib
 import kdlib.functional
 import kdlib.schedules
+from tests.faces.browser import CHROMIUM, chromium
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 BLOCK = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 BLOCKS = [(page, number, code) for page in PAGES for number, code in enumerate(BLOCK.findall(page.read_text("utf-8")))]
 
@@ -33,15 +38,38 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return target
 
 
+@pytest.fixture(scope="module")
+def runner() -> Iterator[Callable[[Path], str]]:
+    """A function that runs a script and returns its errors, empty if it ended well."""
+    command = [sys.executable, "-W", "error", Path(__file__).with_name("block_runner.py")]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT, env=environment
+    ) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+
+        def run(script: Path) -> str:
+            errors = script.with_suffix(".err")
+            print(json.dumps([str(script), str(errors)]), file=process.stdin, flush=True)
+            code = process.stdout.readline().strip()
+            return "" if code == "0" else f"exit code {code}: {errors.read_text('utf-8')}"
+
+        yield run
+        process.stdin.close()
+
+
 @pytest.mark.parametrize(
-    ("page", "number", "code"), BLOCKS, ids=[f"{page.stem}-{number}" for page, number, _ in BLOCKS]
+    ("page", "number", "code"),
+    BLOCKS,
+    ids=[f"{page.relative_to(ROOT).with_suffix('')}-{number}" for page, number, _ in BLOCKS],
 )
-def test_code_on_the_pages_runs(page: Path, number: int, code: str, tmp_path: Path) -> None:
+def test_code_on_the_pages_runs(
+    page: Path, number: int, code: str, tmp_path: Path, runner: Callable[[Path], str]
+) -> None:
     script = tmp_path / "block.py"
     script.write_text(code, encoding="utf-8")
-    command = [sys.executable, "-W", "error", script]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
-    assert done.returncode == 0, f"{page.name}, block {number}: {done.stderr}"
+    assert runner(script) == "", f"{page.name}, block {number}"
 
 
 def test_the_pages_contain_code() -> None:
@@ -105,12 +133,130 @@ def test_pages_load_nothing_from_outside(built: Path) -> None:
     assert any("<math" in page.read_text("utf-8") for page in pages)
 
 
+class Pictures(HTMLParser):
+    """Collects the pictures of a page with their alternative texts."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.found: list[tuple[str, str]] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        if tag == "img":
+            values = dict(attrs)
+            self.found.append((str(values.get("src")), values.get("alt") or ""))
+
+
+def test_every_picture_has_an_alternative_text(built: Path) -> None:
+    pages = [page for page in built.rglob("*.html") if page.name not in ("py-modindex.html", "genindex.html")]
+    pictures = [picture for page in pages for picture in Pictures(page.read_text("utf-8")).found]
+    assert len(pictures) >= 2
+    # Sphinx gives a picture without one the name of its file.
+    assert [src for src, alt in pictures if len(alt.split()) < 5 or Path(src).name in alt] == []
+
+
+FOUND = {
+    "export onnx": {"how_do_i/faces", "deployment"},
+    "lightning": {"how_do_i/training", "trainers", "examples"},
+    "CLS token": {"how_do_i/data"},
+    "resume": {"how_do_i/training", "training"},
+}
+
+
+@pytest.mark.parametrize("query", FOUND)
+def test_the_search_finds(built: Path, query: str) -> None:
+    from sphinx.search.en import SearchEnglish
+
+    text = (built / "searchindex.js").read_text("utf-8")
+    index = json.loads(text.removeprefix("Search.setIndex(").removesuffix(")"))
+    stem = SearchEnglish({}).stem
+
+    def pages(word: str) -> set[str]:
+        numbers: set[int] = set()
+        for table in ("terms", "titleterms"):
+            entry = index[table].get(stem(word.lower()), [])
+            numbers |= {entry} if isinstance(entry, int) else set(entry)
+        return {index["docnames"][number] for number in numbers}
+
+    assert FOUND[query] <= set.intersection(*(pages(word) for word in query.split()))
+
+
+def commands(page: Path) -> list[str]:
+    """The commands `kdlib-faces` in the blocks of a page, without those with placeholders."""
+    fences = re.findall(r"^```([^\n]*)\n(.*?)^```$", page.read_text("utf-8"), re.MULTILINE | re.DOTALL)
+    blocks = [text for language, text in fences if not language]
+    lines = [line for block in blocks for line in re.sub(r"\\\n\s*", " ", block).splitlines()]
+    found = [re.search(r"(?:kdlib-faces|-m kdlib_faces) (?=[a-z])(.*)", line.partition("#")[0]) for line in lines]
+    return [match[1].removesuffix("...").strip() for match in found if match and "DIR" not in match[1]]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=[str(page.relative_to(ROOT)) for page in PAGES])
+def test_commands_on_the_pages_have_known_options(page: Path) -> None:
+    from kdlib_faces.cli import make_parser
+    from kdlib_faces.commands.train import CONFIGS
+    from kdlib_faces.config import load_config
+
+    for command in commands(page):
+        options = make_parser().parse_args(shlex.split(command))
+        if options.command == "train":
+            load_config(CONFIGS[options.recipe or "liaad"], overrides=options.settings)
+
+
+def test_the_pages_contain_commands() -> None:
+    assert sum(len(commands(page)) for page in PAGES) >= 50
+
+
+def test_the_tables_of_options_contain_every_setting(built: Path) -> None:
+    from kdlib_faces.commands.train import CONFIGS
+    from kdlib_faces.config import walk_settings
+
+    page = (built / "options.html").read_text("utf-8")
+    shown = set(re.findall(r'<span class="pre">([\w.-]+)</span>', page))
+    assert {key for cls in CONFIGS.values() for key, _ in walk_settings(cls())} <= shown
+    assert {"--detector", "--recipe", "--protocol", "--max-loss", "--no-flip", "--debug", "num_failures"} <= shown
+
+
+WIDTHS = (390, 768, 1280, 1440, 1920)
+# The text column and everything in it that has no scroll bar of its own.
+CUT = """(() => {
+    const column = document.querySelector('.content').getBoundingClientRect();
+    const outside = [...document.querySelectorAll('article *')].filter((each) => {
+        if (each.closest('pre, .table-wrapper, .math-wrapper, .wide-formula, .headerlink')) return false;
+        const box = each.getBoundingClientRect();
+        return box.width > 0 && (box.right > column.right + 1 || box.left < column.left - 1);
+    });
+    return JSON.stringify([column.left >= 0 && column.right <= innerWidth, outside.map((each) => each.outerHTML.slice(0, 80))]);
+})()"""
+
+
+@pytest.mark.skipif(not CHROMIUM.is_file(), reason=f"{CHROMIUM} is absent")
+@pytest.mark.parametrize("dark", [False, True])
+def test_pages_fit_the_window_in_a_browser(built: Path, tmp_path: Path, dark: bool) -> None:
+    names = ("index", "options", "concepts", "how_do_i/faces", "api/functional")
+    with chromium(tmp_path) as browser:
+        for name in names:
+            for width in WIDTHS:
+                page = built / f"{name}.html"
+                result = browser.open(page, width, dark=dark)
+                assert result["scroll"] == result["width"] == width, (name, width)
+                parameters = {"expression": CUT, "returnByValue": True}
+                inside, cut = json.loads(browser.call("Runtime.evaluate", parameters)["result"]["value"])
+                assert inside, (name, width)
+                assert cut == [], (name, width)
+                assert browser.errors() == [], (name, width)
+                assert all(address.startswith("file:") for address in browser.requests()), (name, width)
+                assert all(min(picture["natural"]) > 0 for picture in result["pictures"]), (name, width)
+                color = [int(part) for part in re.findall(r"\d+", result["background"])[:3]]
+                assert (max(color) < 64) if dark else (min(color) > 192), (name, width, color)
+
+
 def test_the_version_is_the_same_everywhere() -> None:
     import tomllib
 
     import kdlib_faces
 
     declared = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]["version"]
+    assert f"\nversion: {declared}\n" in (ROOT / "CITATION.cff").read_text("utf-8")
     assert kdlib.__version__ == declared == kdlib_faces.__version__
     assert declared in (ROOT / "CHANGELOG.md").read_text("utf-8")
 

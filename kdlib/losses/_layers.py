@@ -1,9 +1,11 @@
 """Layers of losses with learned parts, applied in the dtype of their input and without masked samples."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import Function
 from torch.nn import functional as F
 
 from kdlib._checks import readable
@@ -98,8 +100,40 @@ def mean_square_error(x: Tensor, y: Tensor) -> Tensor:
     Differences above `FAR` count as `FAR`, with the gradient of `FAR`.
     """
     difference = _clamped(x - y).flatten(1)
-    squares: Tensor = torch.linalg.vecdot(difference, difference)
-    return squares / max(difference.shape[1], 1)
+    return _squares(difference) / max(difference.shape[1], 1)
+
+
+def _squares(x: Tensor) -> Tensor:
+    """Return the sum of squares of each row, `(b, n)` to `(b,)`."""
+    if torch.compiler.is_compiling():  # it fuses the steps itself
+        squares: Tensor = torch.linalg.vecdot(x, x)
+        return squares
+    squares = _Squares.apply(x)  # type: ignore[no-untyped-call]  # torch has no types here
+    return squares
+
+
+class _Squares(Function):
+    """`_squares` with a gradient that takes one pass over the values instead of three.
+
+    The backward pass consists of differentiable operations, so second derivatives and `torch.func.vmap` work.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor) -> Tensor:
+        squares: Tensor = torch.linalg.vecdot(x, x)
+        return squares
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, slope: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        gradient: Tensor = x * (2 * slope).unsqueeze(1)
+        return gradient
 
 
 def pool_to_smaller(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:

@@ -22,13 +22,17 @@ def add_options(export: ArgumentParser, embed: ArgumentParser, compare: Argument
     export.add_argument("--normalize", action="store_true", help="return embeddings of unit length")
     export.add_argument("--measure", action="store_true", help="measure time and memory for the model card (a minute)")
     embed.add_argument("images", nargs="+", metavar="IMAGES", help="image, CSV list or folder of face crops")
-    compare.add_argument("first", metavar="A", help="image")
-    compare.add_argument("second", metavar="B", help="image")
+    compare.add_argument("first", metavar="A", help="face crop, or photograph with --detector")
+    compare.add_argument("second", metavar="B", help="face crop, or photograph with --detector")
     text = "false accept rate of the decision (0.001)"
     compare.add_argument("--far", type=float, default=1e-3, metavar="RATE", help=text)
     text = "report.json of `evaluate` with thresholds (default: those in the metadata of the model)"
     compare.add_argument("--evaluation", metavar="[NAME=]JSON", help=text)
     for parser in (embed, compare):
         parser.add_argument("--model", type=Path, required=True, metavar="FILE", help=".safetensors, .pt or .onnx")
+        text = "face detector, YuNet (2023) or SCRFD: the images are photographs, which are aligned first"
+        parser.add_argument("--detector", type=Path, metavar="ONNX", help=text)
+        text = "face of a photograph with several: the largest, the one nearest to the center, or an error (refuse)"
+        parser.add_argument("--several", choices=("refuse", "largest", "center"), default="refuse", help=text)
         text = "embed the image alone, without its mirrored version"
         parser.add_argument("--no-flip", dest="flip", action="store_false", help=text)

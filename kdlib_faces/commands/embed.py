@@ -11,11 +11,12 @@ from numpy.typing import NDArray
 from kdlib._atomic import atomic_write
 from kdlib_faces._checks import InputError
 from kdlib_faces._output import check_output
+from kdlib_faces.commands.photographs import faces_of_photographs
 from kdlib_faces.commands.thresholds import choose_threshold, read_evaluation
 from kdlib_faces.data.lists import read_faces
 from kdlib_faces.evaluation.embedding import embed_batch
 from kdlib_faces.harness.embeddings import OpenedModel, embed_set, open_model
-from kdlib_faces.harness.image_sets import images_of_files, images_of_source
+from kdlib_faces.harness.image_sets import ImageSet, images_of_source
 from kdlib_faces.progress import say
 from kdlib_faces.teachers.input_options import inputs_of_models
 from kdlib_faces.teachers.onnx.graph import read_graph
@@ -32,8 +33,12 @@ def main(options: Namespace, command: str) -> None:
     model = open_model(options.model, None, stated)
     files = [path for path in map(Path, options.images) if path.is_file() and path.suffix.lower() != ".csv"]
     lists = [path for path in map(Path, options.images) if path not in files]
+    if options.detector is not None and lists:
+        raise InputError(
+            f"embed: --detector applies to single photographs, got {lists[0]}; make crops of a folder with kdlib-faces align"
+        )
     faces = read_faces(lists, on_error=options.on_error, unlabeled=True) if lists else None
-    sets = [images_of_files("images", files)] if files else []
+    sets = [faces_of_photographs("images", files, options.detector, options.several)] if files else []
     named = [(str(path), "") for path in files]
     if faces is not None:
         sets.append(images_of_source("faces", faces.images))
@@ -57,7 +62,10 @@ def compare(options: Namespace, command: str) -> None:
     """Print the cosine of two images and, where thresholds are known, whether they show the same identity."""
     (stated,) = inputs_of_models(options.input, 1)
     model = open_model(options.model, None, stated)
-    first, second = (_embedding(model, Path(path), options.flip) for path in (options.first, options.second))
+    pair = faces_of_photographs(
+        "images", [Path(options.first), Path(options.second)], options.detector, options.several
+    )
+    first, second = (_embedding(model, pair, row, options.flip) for row in range(2))
     score = float(first @ second)
     print(f"score      {score:.4f} (cosine, -1 to 1)")
     thresholds: object = None
@@ -78,12 +86,11 @@ def _protocol(thresholds: object) -> str:
     return str(thresholds.get("protocol", "unknown")) if isinstance(thresholds, dict) else "unknown"
 
 
-def _embedding(model: OpenedModel, path: Path, flip: bool) -> NDArray[np.float32]:
+def _embedding(model: OpenedModel, images: ImageSet, row: int, flip: bool) -> NDArray[np.float32]:
     """The embedding (d,) of one crop, of unit length."""
-    pixels = images_of_files("images", [path]).decode([0], model.size)
-    row = embed_batch(model.module, pixels, flip=flip)[0]
-    length = float(np.linalg.norm(row))
+    embedding = embed_batch(model.module, images.decode([row], model.size), flip=flip)[0]
+    length = float(np.linalg.norm(embedding))
     if not np.isfinite(length) or length == 0:
-        raise InputError(f"{path}: the model returns no direction for this image")
-    unit: NDArray[np.float32] = row / length
+        raise InputError(f"{images.label(row)}: the model returns no direction for this image")
+    unit: NDArray[np.float32] = embedding / length
     return unit

@@ -6,6 +6,7 @@ import sysconfig
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 import torch
 
@@ -51,6 +52,8 @@ class DemoConfig:
         replicates: Bootstrap resamples of the test identities for every interval.
         amp: Precision of the students' forward pass, `"none"`, `"bfloat16"` or `"float16"`.
         compile: Run the students through `torch.compile` in training.
+        deployment: What the report states about the exported student: `"none"`, `"quick"`, or `"full"`, which also measures
+            `torch.compile` and takes a minute longer.
         start: How students that start from a teacher are made; for real faces only.
         student: The recipe of the students; the demo sets its `num_identities`, `input_size` and `seed`.
 
@@ -78,6 +81,7 @@ class DemoConfig:
     replicates: int = 500
     amp: Amp = "none"
     compile: bool = False
+    deployment: Literal["none", "quick", "full"] = "quick"
     start: StartConfig = field(default_factory=StartConfig)
     student: LIAADConfig = field(default_factory=lambda: LIAADConfig(embedding_dim=128, width=0.5, input_size=40))
 
@@ -94,12 +98,14 @@ class DemoConfig:
         check_number("DemoConfig", "replicates", self.replicates, min=0, max=100_000, integer=True)
         check_number("DemoConfig", "test_fraction", self.test_fraction, above=0, max=0.9)
         check_choice("DemoConfig", "amp", self.amp, tuple(DTYPES))
+        check_choice("DemoConfig", "deployment", self.deployment, ("none", "quick", "full"))
 
 
 def faces_config() -> DemoConfig:
     """The defaults for real faces: larger images, embeddings of the teachers' dimension, longer training."""
     student = LIAADConfig(embedding_dim=512, width=0.5, input_size=56)
-    return DemoConfig(size=56, student_steps=8000, lr=0.2, student=student)
+    full: Literal["quick", "full"] = "full" if _has_compiler() else "quick"
+    return DemoConfig(size=56, student_steps=8000, lr=0.2, deployment=full, student=student)
 
 
 def start_config(size: int) -> DemoConfig:
@@ -113,11 +119,13 @@ def start_config(size: int) -> DemoConfig:
         size: Side of the images of the teacher, pixels.
     """
     fast = torch.cpu._is_avx512_bf16_supported() and _has_compiler()
+    full: Literal["quick", "full"] = "full" if _has_compiler() else "quick"
     student = LIAADConfig(
         target="joint", identity_weight=0.0, map_weight=0.0, attention_weight=0.0, input_size=size
     )  # fmt: skip
     return DemoConfig(
-        size=size, student_steps=6000, lr=6e-4, amp="bfloat16" if fast else "none", compile=fast, student=student
+        size=size, student_steps=6000, lr=6e-4, amp="bfloat16" if fast else "none", compile=fast, deployment=full,
+        student=student,
     )  # fmt: skip
 
 

@@ -1,6 +1,7 @@
 """Data and models of the demo."""
 
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -31,12 +32,14 @@ class DemoModel:
         size: Side of its images in pixels.
         entry: Description for the report.
         test_images: Test images in its own size; None for those of the students.
+        file: The file of the model; None if it has none of its own.
     """
 
     features: nn.Module
     size: int
     entry: ModelEntry
     test_images: Tensor | None = None
+    file: Path | None = None
 
     def embed(self, test_images: Tensor) -> NDArray[np.float32]:
         """Unit embeddings (n, d) of uint8 images; those of the plain and of the mirrored image are added before."""

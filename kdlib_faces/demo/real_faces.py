@@ -167,10 +167,10 @@ def _teacher(graph: OnnxTeacher, path: str, test_images: Tensor, age_map: Tensor
     info = describe_graph(path)
     entry = ModelEntry("teacher", backbone=Path(path).stem, parameters=info["parameters"], macs=info["macs"])
     if age_map is None:
-        return DemoModel(graph, TEACHER_SIZE, entry, test_images)
+        return DemoModel(graph, TEACHER_SIZE, entry, test_images, Path(path))
     parameters = info["parameters"] + age_map.numel()
     entry = replace(entry, backbone=f"{entry.backbone} + age map", parameters=parameters)
-    return DemoModel(MappedTeacher(graph, {"embedding": age_map}), TEACHER_SIZE, entry, test_images)
+    return DemoModel(MappedTeacher(graph, {"embedding": age_map}), TEACHER_SIZE, entry, test_images, Path(path))
 
 
 class _StudentTargets(nn.Module):

@@ -23,13 +23,14 @@ from kdlib_faces.data.batches import FaceBatches
 from kdlib_faces.data.views import AugmentConfig
 from kdlib_faces.demo.config import DemoConfig
 from kdlib_faces.demo.data import DemoData, DemoModel, native_model
+from kdlib_faces.demo.deployment import deploy
 from kdlib_faces.demo.start import DemoStart
 from kdlib_faces.demo.synthetic import synthetic_data
 from kdlib_faces.evaluation import LeaveOneOutProtocol, Sampling
 from kdlib_faces.evaluation.summary import ModelEntry, ProtocolSummary
 from kdlib_faces.harness.evaluate import EvaluatedModel, evaluate_models
 from kdlib_faces.harness.image_sets import images_of_tensor
-from kdlib_faces.harness.tasks import task_of_protocol
+from kdlib_faces.harness.tasks import EvaluationTask, task_of_protocol
 from kdlib_faces.progress import say
 from kdlib_faces.recipes.liaad import build
 from kdlib_faces.report import (
@@ -118,6 +119,8 @@ def run(
             )
         else:
             data = synthetic_data(config, work, seed=seed, quiet=not progress, device=device)
+        if results:  # the report states the exported student of the first seed only
+            config = replace(config, deployment="none")
         results.append(_train_and_evaluate(config, data, work, seed=seed, quiet=not progress, device=device))
     report, pictures = results[0]
     report.command, report.seeds = command, list(seeds)
@@ -171,6 +174,13 @@ def _train_and_evaluate(
         training={name: _training_curve(curve) for name, curve in curves.items()},
         weights=weights,
     )
+    if config.deployment != "none":
+        first = {each.name: each.models[DISTILLED].measures[next(iter(each.measures))] for each in summaries}
+        report.deployment = deploy(
+            data, DISTILLED, work / DISTILLED / "student.safetensors", data.teachers, _tasks(data, seed, 0),
+            work / "deployment", embeddings=embeddings[DISTILLED], measures=first,
+            compiled=config.deployment == "full", quiet=quiet,
+        )  # fmt: skip
     return report, [*pictures, _attention(data, models)]
 
 
@@ -236,6 +246,19 @@ def _teacher_weights(distiller: Distiller, batches: FaceBatches) -> dict[str, di
     return {term: dict(zip(names[term], weights.tolist(), strict=True)) for term, weights in total.items()}
 
 
+def _tasks(data: DemoData, seed: int, replicates: int) -> list[EvaluationTask]:
+    """The protocols of the demo."""
+    images = images_of_tensor("test", data.test_images, data.labels(), alignment=data.alignment)
+    flip = {"Flip": "embedding of the mirrored image added before normalization"}
+    return [
+        task_of_protocol("age_gap", "By age gap" if data.test_ages is not None else "By age groups",
+                         data.age_protocol(replicates=replicates), images, convention=flip),
+        task_of_protocol("leave_one_out", "Leave-one-out identification",
+                         LeaveOneOutProtocol(data.test_identities, ranks=(1, 5)), images, convention=flip),
+        task_of_protocol("verification", "Cross-age pairs", data.pair_protocol(seed), images, convention=flip),
+    ]  # fmt: skip
+
+
 def _evaluate(
     config: DemoConfig,
     data: DemoData,
@@ -243,15 +266,7 @@ def _evaluate(
     embeddings: Mapping[str, NDArray[np.float32]],
     seed: int,
 ) -> tuple[list[ProtocolSummary], dict[str, ModelEntry], list[Picture]]:
-    images = images_of_tensor("test", data.test_images, data.labels(), alignment=data.alignment)
-    flip = {"Flip": "embedding of the mirrored image added before normalization"}
-    tasks = [
-        task_of_protocol("age_gap", "By age gap" if data.test_ages is not None else "By age groups",
-                         data.age_protocol(replicates=config.replicates), images, convention=flip),
-        task_of_protocol("leave_one_out", "Leave-one-out identification",
-                         LeaveOneOutProtocol(data.test_identities, ranks=(1, 5)), images, convention=flip),
-        task_of_protocol("verification", "Cross-age pairs", data.pair_protocol(seed), images, convention=flip),
-    ]  # fmt: skip
+    tasks = _tasks(data, seed, config.replicates)
     evaluated = [
         EvaluatedModel(name, model.describe(LABELS[name]), {"test": embeddings[name]}) for name, model in models.items()
     ]

@@ -22,7 +22,14 @@ from kdlib_faces.heads import CosFaceHead
 from kdlib_faces.progress import say
 from kdlib_faces.recipes.age_teacher import build_age_teacher
 from kdlib_faces.recipes.liaad import AGE, GENERAL
-from kdlib_faces.teachers import FrozenBatchNorm, MappedTeacher, cache_outputs, fit_rotation, read_outputs
+from kdlib_faces.teachers import (
+    FrozenBatchNorm,
+    MappedTeacher,
+    cache_outputs,
+    fit_rotation,
+    read_outputs,
+    save_teacher,
+)
 from kdlib_faces.teachers.open import stage_taps
 from kdlib_faces.training import TrainingConfig, fit
 
@@ -134,6 +141,8 @@ def synthetic_data(config: DemoConfig, work: Path, *, seed: int, quiet: bool, de
     ):
         adapter = TeacherAdapter(net, stage_taps(net, stage))
         data.teachers[name] = native_model(net, adapter, size, "teacher", result.seconds, steps)
+        data.teachers[name].file = work / name / "teacher.safetensors"
+        save_teacher(net, work / name / "teacher.safetensors")
         data.curves[name] = result.curve
         label = f"outputs of the {name.replace('_', ' ')}"
         outputs[key] = cache_outputs(adapter, data.train_images, work / name / "outputs", label=label, quiet=quiet)

@@ -221,6 +221,8 @@ def _shorten(model: "ModelProto") -> None:
         if each.name.endswith("zero_point") and not numpy_helper.to_array(each).any()
     }
     kinds = {each.name: each.data_type for each in graph.initializer}
+    # onnxruntime runs a matrix product in int8 only if its inputs state their zero points.
+    products = {name for node in graph.node if node.op_type in ("Gemm", "MatMul") for name in node.input}
     for node in graph.node:
         # Without a zero point, the type of the values is that of the input; a quantizing node would choose uint8.
         if (
@@ -228,6 +230,7 @@ def _shorten(model: "ModelProto") -> None:
             and node.input[0] in kinds
             and len(node.input) > 2
             and node.input[2] in zero
+            and node.output[0] not in products
         ):
             del node.input[2]
     used = {name for node in graph.node for name in node.input}

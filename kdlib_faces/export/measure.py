@@ -49,6 +49,7 @@ def measure(
     threads: Sequence[int] = (1, 2),
     batches: Sequence[int] = (1, 32),
     seconds: float = 0.5,
+    engines: Sequence[str] = ENGINES,
 ) -> list[Measurement]:
     """Measure model files: ONNX graphs in onnxruntime, checkpoints in torch, eager and compiled.
 
@@ -57,6 +58,7 @@ def measure(
         threads: Numbers of threads.
         batches: Numbers of images in one forward.
         seconds: Time for the repetitions of one setting; at least five are run.
+        engines: Those of `"eager"`, `"compiled"` and `"onnxruntime"` that are measured.
 
     Raises:
         InputError: A file does not exist.
@@ -65,9 +67,12 @@ def measure(
     for path in map(Path, files):
         if not path.is_file():
             raise InputError(f"measure: {path} is not a file")
-        for engine in ("onnxruntime",) if path.suffix.lower() == ".onnx" else ("eager", "compiled"):
-            for count in threads:
-                rows += _measured(path, engine, count, batches, seconds)
+        possible = ("onnxruntime",) if path.suffix.lower() == ".onnx" else ("eager", "compiled")
+        for engine in (each for each in possible if each in engines):
+            # A session and a compiled network keep the number of threads that they were made with.
+            groups = [tuple(threads)] if engine == "eager" else [(count,) for count in threads]
+            for group in groups:
+                rows += _measured(path, engine, group, batches, seconds)
     return rows
 
 
@@ -85,14 +90,16 @@ def table(rows: Sequence[Measurement]) -> str:
     return "\n".join(lines)
 
 
-def _measured(path: Path, engine: str, threads: int, batches: Sequence[int], seconds: float) -> list[Measurement]:
+def _measured(
+    path: Path, engine: str, threads: Sequence[int], batches: Sequence[int], seconds: float
+) -> list[Measurement]:
     """One process for all batches: the smallest comes first, as the memory is the largest so far."""
-    given = json.dumps(
-        {"path": str(path), "engine": engine, "threads": threads, "batches": sorted(batches), "seconds": seconds}
-    )
+    settings = {"threads": threads, "batches": sorted(batches), "seconds": seconds}
+    given = json.dumps({"path": str(path), "engine": engine, **settings})
     # As a script without its package, so that the memory of a session does not include torch.
     script = Path(__file__).with_name("measured_process.py")
-    environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    paths = os.pathsep.join(filter(None, sys.path))
+    environment = {**os.environ, "OMP_NUM_THREADS": str(max(threads)), "PYTHONPATH": paths}
     command = [sys.executable, "-P", str(script), given]
     size = path.stat().st_size / 2**20
     try:
@@ -101,14 +108,13 @@ def _measured(path: Path, engine: str, threads: int, batches: Sequence[int], sec
     except subprocess.TimeoutExpired:
         done, note = None, f"stopped after {TIMEOUT} s"
     if note or done is None:
-        return [
-            Measurement(path.name, engine, threads, batch, None, None, None, size, note) for batch in sorted(batches)
-        ]
+        rows = [(count, batch) for count in threads for batch in sorted(batches)]
+        return [Measurement(path.name, engine, count, batch, None, None, None, size, note) for count, batch in rows]
     found = json.loads(done.stdout.strip().splitlines()[-1])
     return [
         Measurement(
-            path.name, engine, threads, each["batch"], each["milliseconds"], 1000 * each["batch"] / each["milliseconds"],
-            each["peak_mib"], size,
+            path.name, engine, each["threads"], each["batch"], each["milliseconds"],
+            1000 * each["batch"] / each["milliseconds"], each["peak_mib"], size,
         )
-        for each in found
+        for each in sorted(found, key=lambda each: (each["threads"], each["batch"]))
     ]  # fmt: skip

@@ -6,6 +6,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import TypeAlias
 
 import numpy as np
 
@@ -15,23 +16,34 @@ __all__ = ["main"]
 def main(given: str) -> None:
     """Measure as the JSON text `given` states, and print one JSON list."""
     options = json.loads(given)
-    path, threads, rows = Path(options["path"]), options["threads"], []
-    forward, (height, width) = (
-        _onnx(path, threads) if options["engine"] == "onnxruntime" else _torch(path, threads, options["engine"])
-    )
+    path, rows = Path(options["path"]), []
+    make = _onnx if options["engine"] == "onnxruntime" else _torch
+    forward, set_threads, (height, width) = make(path, options["threads"][0], options["engine"])
     for batch in options["batches"]:
         images = np.random.default_rng(0).uniform(-1, 1, (batch, 3, height, width)).astype(np.float32)
-        forward(images)
-        times: list[float] = []
-        while len(times) < 5 or (sum(times) < options["seconds"] and len(times) < 200):
-            began = time.perf_counter()
-            forward(images)
-            times.append(time.perf_counter() - began)
-        rows.append({"batch": batch, "milliseconds": 1000 * statistics.median(times), "peak_mib": _peak_mib()})
+        for threads in options["threads"]:
+            set_threads(threads)
+            milliseconds = 1000 * _median_time(forward, images, options["seconds"])
+            row = {"threads": threads, "batch": batch, "milliseconds": milliseconds, "peak_mib": _peak_mib()}
+            rows.append(row)
     print(json.dumps(rows))
 
 
-def _onnx(path: Path, threads: int) -> tuple[Callable[[np.ndarray], object], tuple[int, int]]:
+def _median_time(forward: Callable[[np.ndarray], object], images: np.ndarray, seconds: float) -> float:
+    forward(images)
+    times: list[float] = []
+    while len(times) < 5 or (sum(times) < seconds and len(times) < 200):
+        began = time.perf_counter()
+        forward(images)
+        times.append(time.perf_counter() - began)
+    return statistics.median(times)
+
+
+_Opened: TypeAlias = tuple[Callable[[np.ndarray], object], Callable[[int], None], tuple[int, int]]
+"""The forward, what sets its threads, and the height and width of its images."""
+
+
+def _onnx(path: Path, threads: int, engine: str) -> _Opened:
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
@@ -45,10 +57,10 @@ def _onnx(path: Path, threads: int) -> tuple[Callable[[np.ndarray], object], tup
             return [session.run(None, {source.name: image[None]}) for image in images]
         return session.run(None, {source.name: images})
 
-    return forward, (height, width)
+    return forward, lambda _: None, (height, width)  # the session keeps its threads
 
 
-def _torch(path: Path, threads: int, engine: str) -> tuple[Callable[[np.ndarray], object], tuple[int, int]]:
+def _torch(path: Path, threads: int, engine: str) -> _Opened:
     import torch
 
     from kdlib_faces.backbones.input_spec import height_width
@@ -62,7 +74,7 @@ def _torch(path: Path, threads: int, engine: str) -> tuple[Callable[[np.ndarray]
         with torch.inference_mode():
             return module(torch.from_numpy(images))
 
-    return forward, height_width("measure", network.input_size)
+    return forward, torch.set_num_threads, height_width("measure", network.input_size)
 
 
 def _peak_mib() -> float | None:

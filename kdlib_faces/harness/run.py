@@ -84,7 +84,7 @@ def prepare(
         if len(given) > most:
             raise InputError(f"evaluate: at most {most} {what} are evaluated at once, got {len(given)}")
     if not data and not protocols:
-        raise InputError("evaluate: --data or --protocol must be given: what is to be measured?")
+        raise InputError("evaluate: --data or --protocol must be given, got neither")
     face_list = read_faces(data, on_error=on_error) if data else None
     settings = _settings(config, face_list, progress)
     tasks, notes = _tasks(settings, protocols, pairs)

@@ -9,12 +9,14 @@ from itertools import pairwise
 from kdlib_faces._checks import report_key
 from kdlib_faces.evaluation.summary import (
     DataSummary,
+    Measure,
     MeasuredValue,
     ModelEntry,
     ModelSummary,
     ProtocolSummary,
     Unit,
 )
+from kdlib_faces.report.deployment import Deployment
 from kdlib_faces.report.numbers import isolate, shorten, visible
 
 __all__ = [
@@ -87,6 +89,7 @@ class Report:
         weights: Loss term to the mean weight of each teacher.
         per_seed: Results of each seed, for runs of several seeds.
         pictures: Name to heading and caption of each picture.
+        deployment: Exported forms of the models.
     """
 
     title: str
@@ -105,6 +108,7 @@ class Report:
     weights: dict[str, dict[str, float | None]] = field(default_factory=dict)
     per_seed: list[SeedEntry] = field(default_factory=list)
     pictures: dict[str, PictureEntry] = field(default_factory=dict)
+    deployment: Deployment | None = None
 
     def label(self, name: str) -> str:
         """The name of a model for readers."""
@@ -153,6 +157,8 @@ def check_report(report: Report) -> None:
         seen.add(summary.name.casefold())
         _check_protocol(report, summary, path)
     protocols = {summary.name: summary.measures for summary in report.evaluations}
+    if report.deployment is not None:
+        _check_deployment(report, report.deployment)
     for at, entry in enumerate(report.per_seed):
         for name, results in entry.models.items():
             _known(name, report.models, f"run.per_seed[{at}].models")
@@ -160,6 +166,23 @@ def check_report(report: Report) -> None:
                 _known(protocol, protocols, f"run.per_seed[{at}].models[{name!r}]")
                 for key in values:
                     _known(key, protocols[protocol], f"run.per_seed[{at}].models[{name!r}][{protocol!r}]")
+
+
+def _check_deployment(report: Report, deployment: Deployment) -> None:
+    path, protocols = "run.deployment", {summary.name: summary for summary in report.evaluations}
+    _limited(deployment.forms, f"{path}.forms", 1000)
+    _limited(deployment.runtimes, f"{path}.runtimes", 10_000)
+    for at, form in enumerate(deployment.forms):
+        _known(form.model, report.models, f"{path}.forms[{at}].model")
+        _rates([form.cosine], f"{path}.forms[{at}].cosine", low=-1.0)
+        for name, value in form.measures.items():
+            _known(name, protocols, f"{path}.forms[{at}].measures")
+            measure = next(iter(protocols[name].measures.values()), Measure("", "number"))
+            _value(value, measure.unit, f"{path}.forms[{at}].measures[{name!r}]")
+    for at, row in enumerate(deployment.runtimes):
+        _known(row.model, report.models, f"{path}.runtimes[{at}].model")
+        for key in ("milliseconds", "images_per_second", "peak_mib", "file_mib"):
+            _rates([getattr(row, key)], f"{path}.runtimes[{at}].{key}", high=math.inf)
 
 
 def _check_protocol(report: Report, summary: ProtocolSummary, path: str) -> None:

@@ -5,12 +5,13 @@ from typing import NamedTuple
 
 from kdlib_faces.evaluation.summary import MeasuredValue, ModelSummary, ProtocolSummary, Unit
 from kdlib_faces.report import numbers
+from kdlib_faces.report.deployment import Deployment
 from kdlib_faces.report.numbers import NOT_MEASURED
 from kdlib_faces.report.schema import Report
 
 __all__ = [
-    "Cell", "Table", "bins_table", "data_table", "differences_table", "facts", "measured", "measures_table",
-    "models_table", "overview_table", "seeds_table", "weights_table",
+    "Cell", "Table", "bins_table", "data_table", "differences_table", "facts", "forms_table", "measured", "measures_table",
+    "models_table", "overview_table", "runtimes_table", "seeds_table", "weights_table",
 ]  # fmt: skip
 
 
@@ -152,6 +153,39 @@ def data_table(report: Report) -> Table | None:
     ]
     known = any(size is not None for sizes in parts.values() for size in sizes)
     return Table(["Part", "Identities", "Images"], rows, [None] * 3) if known else None
+
+
+def forms_table(report: Report, deployment: Deployment) -> Table:
+    """One row per exported form: the first measure of each protocol, and the cosine to the network."""
+    known = [summary for summary in report.evaluations if summary.measures]
+    shown = [summary for summary in known if any(summary.name in form.measures for form in deployment.forms)]
+    first = {summary.name: next(iter(summary.measures.values())) for summary in shown}
+    rows = [
+        [
+            Cell(report.label(form.model), numbers.shorten(form.form)),
+            *(_cell(form.measures.get(name, MeasuredValue()), measure.unit) for name, measure in first.items()),
+            Cell(NOT_MEASURED if form.cosine is None else f"{form.cosine:.4f}"),
+        ]
+        for form in deployment.forms
+    ]
+    heads = [f"{summary.title}: {first[summary.name].title}" for summary in shown]
+    columns = ["Model and form", *heads, "Cosine to the network"]
+    return Table(columns, rows, [None] * len(columns))
+
+
+def runtimes_table(report: Report, deployment: Deployment) -> Table:
+    """One row per form, number of threads and batch."""
+    rows = []
+    for row in deployment.runtimes:
+        values = (row.images_per_second, row.peak_mib, row.file_mib)
+        digits = (0, 0, 2)
+        rows.append([
+            Cell(report.label(row.model), numbers.shorten(row.form)), Cell(str(row.threads)), Cell(str(row.batch)),
+            Cell(numbers.milliseconds(row.milliseconds), numbers.shorten(row.note)),
+            *(Cell(NOT_MEASURED if n is None else f"{n:,.{k}f}") for n, k in zip(values, digits, strict=True)),
+        ])  # fmt: skip
+    columns = ["Model and form", "Threads", "Batch", "One forward", "Images/s", "Peak memory, MiB", "File, MiB"]
+    return Table(columns, rows, [None] * len(columns))
 
 
 def facts(values: Mapping[str, object], prefix: str = "") -> list[tuple[str, str]]:

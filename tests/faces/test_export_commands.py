@@ -14,6 +14,7 @@ from kdlib_faces.cli import main
 from kdlib_faces.commands.thresholds import read_evaluation
 from kdlib_faces.export.accuracy import check_loss, sample_pairs
 from tests.faces.cache_files import fails
+from tests.faces.detector_graph import detector, put_photograph
 from tests.faces.exported import scramble
 
 SIZE = 32
@@ -162,3 +163,26 @@ def test_embeddings_of_images_and_lists_are_written_in_order(
     assert run("compare", single, folder / "faces/id0/0.png", "--model", model) == 0
     assert float(capsys.readouterr().out.split()[1]) == pytest.approx(float(rows[0] @ rows[1]), abs=1e-4)
     assert "not found" in fails(capsys, "embed", tmp_path / "none", "--model", model, "--output", tmp_path / "o")
+
+
+def test_photographs_are_aligned_by_a_detector(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    net, model = detector(tmp_path / "detector.onnx"), folder / "student.safetensors"
+    one, two = {(2, 2): 250}, {(1, 1): 250, (3, 3): 200}
+    for seed, (name, cells) in enumerate({"a": one, "b": one, "none": {}, "two": two}.items()):
+        put_photograph(tmp_path / f"{name}.png", cells, seed=seed)
+    words = ("--model", model, "--detector", net)
+    assert run("compare", tmp_path / "a.png", tmp_path / "b.png", *words) == 0, capsys.readouterr().err
+    score = float(capsys.readouterr().out.split()[1])
+    assert run("embed", tmp_path / "a.png", tmp_path / "b.png", *words, "--quiet", "--output", tmp_path / "o") == 0
+    rows = np.load(tmp_path / "o" / "embeddings.npy")
+    assert float(rows[0] @ rows[1]) == pytest.approx(score, abs=1e-4)
+    message = fails(capsys, "compare", tmp_path / "a.png", tmp_path / "none.png", *words)
+    assert "none.png: no face found with a score of at least 0.6 and 16 pixels; give a photograph" in message
+    message = fails(capsys, "compare", tmp_path / "a.png", tmp_path / "two.png", *words)
+    assert "two.png: 2 faces found, expected one; cut the photograph" in message
+    assert run("compare", tmp_path / "a.png", tmp_path / "two.png", *words, "--several", "largest") == 0
+    capsys.readouterr()
+    message = fails(capsys, "embed", folder / "faces", *words, "--output", tmp_path / "o")
+    assert "make crops of a folder with kdlib-faces align" in message

@@ -23,7 +23,7 @@ from tests.faces.cache_files import fails, settings
 from tests.faces.exported import scramble, write
 from tests.faces.tiny_graph import tiny_graph
 
-SETTINGS = ["student_steps=6", "batch_size=8", "replicates=20", "size=32", "lr=0.05"]
+SETTINGS = ["student_steps=6", "batch_size=8", "replicates=20", "size=32", "lr=0.05", "deployment=none"]
 STUDENT = ["student.width=0.25", "student.embedding_dim=16"]
 START = [
     "student_steps=6",
@@ -31,6 +31,7 @@ START = [
     "replicates=20",
     "lr=0.001",
     "compile=false",
+    "deployment=none",
     "start.images=16",
     "start.last_grid=0",
 ]

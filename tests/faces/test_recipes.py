@@ -22,7 +22,7 @@ from tests.faces.cache_files import settings, wait_until
 SMALL = [
     "general_identities=12", "age_identities=12", "general_images=4", "age_images=4", "test_identities=14", "test_images=6",
     "general_steps=8", "age_steps=8", "student_steps=24", "batch_size=24", "replicates=20", "size=32", "student.width=0.25",
-    "student.embedding_dim=32",
+    "student.embedding_dim=32", "deployment=none",
 ]  # fmt: skip
 
 
@@ -149,6 +149,16 @@ def test_the_report_holds_all_four_models_and_their_protocols(finished: Path) ->
     assert "student distilled" in page
     assert "http://" not in page.replace("http://www.w3.org", "")
     assert (finished / "report.md").exists()
+
+
+def test_no_file_but_the_checkpoints_of_the_training_contains_a_pickle(finished: Path) -> None:
+    files = [path for path in finished.rglob("*") if path.is_file()]
+    kept = [path for path in files if path.parent.name != "checkpoints"]
+    assert {"student.safetensors", "teacher.safetensors", "report.json"} <= {path.name for path in kept}
+    for path in kept:
+        content = path.read_bytes()
+        assert not content.startswith((b"PK", b"\x80")), path
+        assert b".pkl" not in content or path.suffix in (".json", ".html", ".md", ".png"), path
 
 
 def test_a_second_run_trains_nothing_and_reports_the_same(finished: Path) -> None:

@@ -7,6 +7,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
+from kdlib.compression import shrink
 from kdlib_faces._checks import InputError
 from kdlib_faces.backbones import MobileFaceNet, load_backbone, save_backbone
 from kdlib_faces.export import save_student
@@ -44,6 +45,18 @@ def test_the_student_of_a_distiller_is_saved_and_its_state_dict_is_read(tmp_path
     torch.save(distiller.state_dict(), tmp_path / "bare.pt")
     for path in (save_student(distiller, tmp_path / "student.safetensors"), tmp_path / "bare.pt"):
         assert torch.equal(load_backbone(path)(images), wanted)
+
+
+def test_the_state_dict_of_a_narrow_student_is_read_or_refused_with_what_to_do(tmp_path: Path) -> None:
+    images = torch.rand(24, 3, 32, 32)
+    narrow = shrink(student(), [images], keep=0.5).eval()
+    distiller = build(LIAADConfig(num_identities=4, input_size=32), student=narrow).eval()
+    wanted = distiller.student.model.eval()(images)
+    saved = save_student(distiller, tmp_path / "student.safetensors")
+    assert torch.equal(load_backbone(saved)(images), wanted)
+    torch.save(distiller.state_dict(), tmp_path / "bare.pt")
+    with pytest.raises(InputError, match="save_student"):
+        load_backbone(tmp_path / "bare.pt")
 
 
 @pytest.mark.parametrize("kind", [AgeInvariantNet, AttentiveAgeNet])

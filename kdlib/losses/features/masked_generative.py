@@ -11,6 +11,7 @@ from kdlib.losses._module import LossModule
 __all__ = ["MaskedGenerativeLoss"]
 
 WORD = 2**32
+LOW_BITS = WORD - 1
 
 
 class MaskedGenerativeLoss(LossModule):
@@ -97,8 +98,8 @@ class MaskedGenerativeLoss(LossModule):
         device = self.calls.device
         rows = torch.arange(batch, device=device) if keep is None else (keep.cumsum(0) - 1).clamp(min=0)
         index = rows[:, None] * size + torch.arange(size, device=device)
-        start = _mix(_mix(self.calls % WORD) + self.seed % WORD)
-        drawn = _mix(start ^ _mix(index % WORD))
+        start = _mix(_mix(self.calls & LOW_BITS) + (self.seed & LOW_BITS))
+        drawn = _mix(start ^ _mix(index & LOW_BITS))
         return (drawn >= int(self.mask_ratio * WORD)).reshape(batch, *shape)
 
     def forward(
@@ -130,5 +131,5 @@ class MaskedGenerativeLoss(LossModule):
 def _mix(x: Tensor) -> Tensor:
     """Hash numbers below 2^32; all products stay below 2^63, so that every device returns the same."""
     for _ in range(2):
-        x = ((x ^ (x >> 16)) * 0x45D9F3B) % WORD
+        x = ((x ^ (x >> 16)) * 0x45D9F3B) & LOW_BITS
     return x ^ (x >> 16)

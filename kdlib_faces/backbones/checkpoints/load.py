@@ -71,7 +71,13 @@ def load_backbone(
     except (ValueError, TypeError) as error:
         raise InputError(f"{file.owner}: {error}") from error
     if file.differences:
-        raise InputError(f"{file.owner} does not fit {file.model.name}; {list_differences(file.differences)}")
+        hint = ""
+        if "other shape" in file.differences or "missing" not in file.differences:
+            hint = (
+                "; a bare state dict does not describe a network made narrower, write such a network with "
+                "kdlib_faces.export.save_student(model, 'student.safetensors')"
+            )
+        raise InputError(f"{file.owner} does not fit {file.model.name}; {list_differences(file.differences)}{hint}")
     model = file.model
     load_values(file.owner, model, file.names, file.unwrapped.state, file.weights.size)
     model.input_spec = spec
