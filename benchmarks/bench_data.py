@@ -1,7 +1,8 @@
 """Training data: `python benchmarks/bench_data.py [--records 5800000]`.
 
-Decoding: one worker from a `.rec` file to a batch (uint8, mirrored, and with the default augmentation), against Pillow
-decoding the same bytes, in processor time of one thread. Index: opening a `.rec` file of 5.8 million records and 93,000
+Decoding: one worker from a `.rec` file to batches (uint8, mirrored, and with the default augmentation, by OpenCV and by
+torch), against Pillow
+decoding the same bytes, in processor time of one thread, four batches at a time. Index: opening a `.rec` file of 5.8 million records and 93,000
 identities in a new process, up to the first batch. Wait: the share of a training step of a MobileFaceNet that waits for the
 batch of two workers. Sides run alternately, ratios are of medians. Writes `results/data.json`.
 """
@@ -19,13 +20,14 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import torch
 from PIL import Image
 
 from kdlib_faces.backbones import MobileFaceNet
-from kdlib_faces.data import RecordReader, SyntheticFaces, save_records
+from kdlib_faces.data import RecordReader, SyntheticFaces, save_records, views
 from kdlib_faces.data.batches import FaceBatches
 from kdlib_faces.data.dataset import FaceImages
 from kdlib_faces.data.formats.record_format import MAGIC
@@ -33,6 +35,7 @@ from kdlib_faces.data.sources.records import RecordImages
 from kdlib_faces.data.views import AugmentConfig
 
 BATCH = 64
+GROUP = 4
 BLOCK = 100_000
 FIRST_BATCH = """
 import json, sys, time
@@ -126,19 +129,30 @@ def decoding(rounds: int) -> dict[str, Any]:
     """Milliseconds for a batch of 64, and ratios to Pillow."""
     mirror = AugmentConfig(**{**vars(AugmentConfig.none()), "mirror": 0.5})
     with tempfile.TemporaryDirectory() as folder:
-        source, images = faces_record(folder, 128)
-        decoded, labels = FaceImages(source, 112), [row // 8 for row in range(128)]
+        source, images = faces_record(folder, BATCH * GROUP)
+        decoded, labels = FaceImages(source, 112), [row // 8 for row in range(BATCH * GROUP)]
 
-        def made(augment: AugmentConfig | None) -> Callable[[], Any]:
-            return lambda: next(iter(FaceBatches(decoded, labels, batch_size=BATCH, seed=0, augment=augment)))
+        def made(augment: AugmentConfig | None, *, opencv: bool = True) -> Callable[[], Any]:
+            batches = FaceBatches(decoded, labels, batch_size=BATCH, seed=0, augment=augment)
+
+            def call() -> None:
+                with patch.object(views, "find_opencv", views.find_opencv if opencv else lambda: None):
+                    for _ in batches:
+                        pass
+
+            return call
 
         def pillow() -> None:
-            for data in images[:BATCH]:
+            for data in images:
                 np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
 
+        def pixels() -> None:
+            for start in range(0, BATCH * GROUP, BATCH):
+                decoded.read(range(start, start + BATCH))
+
         sides: dict[str, Callable[[], Any]] = {
-            "pillow": pillow, "uint8": lambda: decoded.read(range(BATCH)), "plain": made(None), "mirrored": made(mirror),
-            "augmented": made(AugmentConfig()),
+            "pillow": pillow, "uint8": pixels, "plain": made(None), "mirrored": made(mirror),
+            "augmented": made(AugmentConfig()), "augmented_by_torch": made(AugmentConfig(), opencv=False),
         }  # fmt: skip
         times: dict[str, list[float]] = {name: [] for name in sides}
         for number in range(rounds + 1):
@@ -151,7 +165,8 @@ def decoding(rounds: int) -> dict[str, Any]:
         }
     return {
         "bytes_per_image": round(sum(map(len, images)) / len(images)),
-        "ms_per_batch": {name: round(1e3 * value, 2) for name, value in median.items()},
+        "ms_per_batch": {name: round(1e3 * value / GROUP, 2) for name, value in median.items()},
+        "opencv": views.find_opencv() is not None,
         "ratio_to_pillow": {name: round(value, 3) for name, value in ratio.items() if name != "pillow"},
     }
 

@@ -5,12 +5,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Literal, TypeAlias
+from typing import TYPE_CHECKING, Literal, TypeAlias
 
 import torch
 import torch.distributed as dist
 
 from kdlib_faces._checks import InputError
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
 
 __all__ = ["Amp", "Hardware", "autocast", "choose_device", "describe_device", "find_hardware", "share"]
 
@@ -78,6 +81,21 @@ class Hardware:
                 ) from error
             raise
         dist.destroy_process_group()
+
+    @contextmanager
+    def mesh(self) -> Iterator["DeviceMesh"]:
+        """All processes as a mesh within the block; a process without others forms a group of its own."""
+        from torch.distributed.device_mesh import init_device_mesh
+
+        alone = not dist.is_initialized()
+        if alone:
+            backend = dist.Backend.default_device_backend_map.get(self.device.type, "gloo")
+            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        try:
+            yield init_device_mesh(self.device.type, (self.count,))
+        finally:
+            if alone:
+                dist.destroy_process_group()
 
     def wait_for_all(self) -> None:
         """Wait without a limit until all processes are here, as after work that takes some of them longer."""

@@ -98,7 +98,7 @@ OUTSIDE = {
         "markupsafe", "kdlib",
     },
 }  # fmt: skip
-LAZY = {"onnx", "onnxruntime", "simplejpeg"}
+LAZY = {"cv2", "onnx", "onnxruntime", "simplejpeg"}
 TOP_LEVEL = {
     "kdlib", "kdlib_faces", "docs", "benchmarks", "tests", "pyproject.toml", "README.md", "LICENSE", "CHANGELOG.md",
     "CONTRIBUTING.md", "Makefile", "constraints.txt", "CITATION.cff",

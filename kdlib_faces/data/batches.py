@@ -18,20 +18,18 @@ from kdlib_faces.data.dataset import FaceImages, list_errors
 from kdlib_faces.data.images import check_pixels, to_float
 from kdlib_faces.data.samplers import BalancedOrder, CrossAgeOrder, Order, ShuffledOrder
 from kdlib_faces.data.seeded_views import SeededViews
-from kdlib_faces.data.views import AugmentConfig, augment
+from kdlib_faces.data.views import AugmentConfig, augment, draw_views, find_opencv
 
 __all__ = ["FaceBatches"]
 
 T = TypeVar("T")
-PIECE = 32
-"""Images of a batch whose random views are drawn together, so that processes can make parts of a batch."""
 Batch: TypeAlias = tuple[Tensor, dict[str, Tensor]]
 
 
 class FaceBatches:
     """Batches `(inputs, targets)` of face images, for `kdlib.training.train`.
 
-    Inputs are `(b, 3, s, s)` float32 in `[-1, 1]`. The last, smaller batch of an epoch is dropped. Targets are:
+    Inputs are `(b, 3, s, s)` float32 in `[-1, 1]`, in channels-last memory format where images are decoded. The last, smaller batch of an epoch is dropped. Targets are:
 
     - `"identity"`: `(b,)` int64, -1 unknown.
     - `"labeled"` and `"known_identity"`, if an identity is unknown: `(b,)` float32, 1 where the identity is known, else 0;
@@ -206,6 +204,7 @@ class FaceBatches:
                     sampler=self._plan,
                     num_workers=self.workers,
                     collate_fn=_unchanged,
+                    worker_init_fn=_start_worker,
                     persistent_workers=True,
                     prefetch_factor=4,
                     generator=Generator(),  # its own, so that workers do not change torch's random state
@@ -245,6 +244,12 @@ def _unchanged(made: T) -> T:
     return made
 
 
+def _start_worker(number: int) -> None:
+    """Leave one thread to OpenCV, as the loader leaves one to torch."""
+    if (opencv := find_opencv()) is not None:
+        opencv.setNumThreads(0)
+
+
 class _Plan(Sampler[_Item]):
     """The batches of an epoch, from a step on."""
 
@@ -277,15 +282,8 @@ class _BatchMaker(Dataset[_Made]):
 
     @override
     def __getitem__(self, item: _Item) -> _Made:
-        start = item.part.start // PIECE * PIECE  # random views are drawn for whole pieces
-        stop = min(-(-item.part.stop // PIECE) * PIECE, len(item.rows))
-        inputs, targets, errors = self._make(item, torch.from_numpy(item.rows[start:stop]), start)
-        own = slice(item.part.start - start, item.part.stop - start)
-        return inputs[own], {name: target[own] for name, target in targets.items()}, errors
-
-    def _make(self, item: _Item, rows: Tensor, start: int) -> _Made:
-        """Make the rows of a batch from place `start` on, which is a multiple of PIECE."""
-        errors = dict[int, str]()
+        own = slice(item.part.start, min(item.part.stop, len(item.rows)))
+        rows, errors = torch.from_numpy(item.rows[own]), dict[int, str]()
         if isinstance(self.images, Tensor):
             pixels = self.images[rows]
         else:
@@ -298,17 +296,16 @@ class _BatchMaker(Dataset[_Made]):
             return to_float(pixels), targets, errors
         if self.views is not None:
             views = self.views.draw(len(item.rows), seed=self.seed, epoch=item.epoch, step=item.number)
-            targets["view"] = views[start : start + len(rows)]
+            targets["view"] = views[own]
             return self.views(pixels, targets["sample"], targets["view"]), targets, errors
         if self.augment is None:
             targets["view"] = torch.zeros(len(rows), dtype=torch.int64)
             return to_float(pixels), targets, errors
-        pieces = []
-        for at, piece in enumerate(torch.split(pixels, PIECE), start // PIECE):
-            state = np.random.SeedSequence([self.seed, item.epoch, 1, item.number, at]).generate_state(1, np.uint64)
-            pieces.append(augment(piece, self.augment, Generator().manual_seed(int(state[0] >> np.uint64(1)))))
-        targets["view"] = torch.cat([view for _, view in pieces])
-        return torch.cat([inputs for inputs, _ in pieces]), targets, errors
+        state = np.random.SeedSequence([self.seed, item.epoch, 1, item.number]).generate_state(1, np.uint64)
+        # Drawn for the whole batch, of which this process makes its part.
+        draws = draw_views(len(item.rows), Generator().manual_seed(int(state[0] >> np.uint64(1))))
+        inputs, targets["view"] = augment(pixels, self.augment, draws[own])
+        return inputs, targets, errors
 
     def _targets(self, rows: Tensor) -> dict[str, Tensor]:
         targets = {name: column[rows] for name, column in self.columns.items()}

@@ -96,19 +96,20 @@ class FaceImages(Dataset[Tensor]):
         """Decode some rows, whether or not all can be read.
 
         Returns:
-            `(b, 3, size, size)` uint8, black where an image cannot be read, and the message of each such position.
+            `(b, 3, size, size)` uint8 in channels-last memory format, black where an image cannot be read, and the message of
+            each such position.
         """
         if self._held is not None:
             return self._held[list(rows)], {at: self._errors[row] for at, row in enumerate(rows) if row in self._errors}
-        pixels = np.zeros((len(rows), 3, self.size, self.size), dtype=np.uint8)
+        pixels = np.empty((len(rows), self.size, self.size, 3), dtype=np.uint8)
         errors: dict[int, str] = {}
 
         def decode(at: int) -> None:
             row = rows[at]
             try:
-                pixels[at] = decode_rows(self.images[row], self.size, name=self.images.name(row)).transpose(2, 0, 1)
+                decode_rows(self.images[row], self.size, name=self.images.name(row), out=pixels[at])
             except InputError as error:
-                errors[at] = str(error)
+                errors[at], pixels[at] = str(error), 0
 
         if self.threads == 1 or len(rows) == 1 or get_worker_info() is not None:
             for at in range(len(rows)):
@@ -116,7 +117,7 @@ class FaceImages(Dataset[Tensor]):
         else:
             with ThreadPoolExecutor(self.threads) as pool:
                 list(pool.map(decode, range(len(rows))))
-        return torch.from_numpy(pixels), dict(sorted(errors.items()))
+        return torch.from_numpy(pixels).permute(0, 3, 1, 2), dict(sorted(errors.items()))
 
     def _report(self, errors: Sequence[str], count: int) -> None:
         if errors and self.on_error == "stop":
@@ -138,7 +139,8 @@ class FaceImages(Dataset[Tensor]):
         """
         if self._held is not None:
             return self._held
-        held, errors = torch.empty(self.shape, dtype=torch.uint8), dict[int, str]()
+        held = torch.empty(self.shape, dtype=torch.uint8, memory_format=torch.channels_last)
+        errors = dict[int, str]()
         for start in with_progress(range(0, len(self), CHUNK), f"images ({len(self)})", progress):
             rows = range(start, min(start + CHUNK, len(self)))
             held[start : rows.stop], found = self.read(rows)

@@ -84,13 +84,17 @@ def decode_image(data: bytes, size: int | tuple[int, int], *, name: str = "image
     return np.ascontiguousarray(decode_rows(data, size, name=name).transpose(2, 0, 1))
 
 
-def decode_rows(data: bytes, size: int | tuple[int, int], *, name: str = "image") -> NDArray[np.uint8]:
-    """As `decode_image`, to `(h, w, 3)`."""
+def decode_rows(
+    data: bytes, size: int | tuple[int, int], *, name: str = "image", out: NDArray[np.uint8] | None = None
+) -> NDArray[np.uint8]:
+    """As `decode_image`, to `(h, w, 3)`; into `out` if it is given."""
     rows, columns = size if isinstance(size, tuple) else (size, size)
-    pixels = decode_jpeg(data)
-    if pixels is not None and pixels.shape == (rows, columns, 3):
-        return pixels
-    return _fit(open_rgb(data, name) if pixels is None else Image.fromarray(pixels), rows, columns)
+    if out is None:
+        out = np.empty((rows, columns, 3), dtype=np.uint8)
+    pixels = decode_jpeg(data, out)
+    if pixels is not out:
+        out[:] = _fit(open_rgb(data, name) if pixels is None else Image.fromarray(pixels), rows, columns)
+    return out
 
 
 def _fit(image: Image.Image, rows: int, columns: int) -> NDArray[np.uint8]:

@@ -4,13 +4,14 @@ import hashlib
 import json
 from dataclasses import asdict, dataclass
 
+import numpy as np
 import torch
 from torch import Generator, Tensor
 
 from kdlib._checks import check_number, check_whole_numbers
 from kdlib_faces._checks import InputError
 from kdlib_faces.data.images import check_pixels, to_float
-from kdlib_faces.data.views import AugmentConfig, augment
+from kdlib_faces.data.views import AugmentConfig, augment, draw_views
 
 __all__ = ["SeededViews"]
 
@@ -73,11 +74,11 @@ class SeededViews:
         if self.augment is None:
             mirrored = (numbers == 1)[:, None, None, None]
             return to_float(torch.where(mirrored, images.flip(-1), images) if bool(mirrored.any()) else images)
-        out = torch.empty(images.shape, dtype=torch.float32)
-        for row, (sample, view) in enumerate(zip(samples.tolist(), numbers.tolist(), strict=True)):
-            generator = _generator(f"kdlib view 1 {self.seed} {sample} {view}")
-            out[row] = augment(images[row : row + 1], self.augment, generator)[0][0]
-        return out
+        draws = [
+            draw_views(1, _generator(f"kdlib view 1 {self.seed} {sample} {view}"))
+            for sample, view in zip(samples.tolist(), numbers.tolist(), strict=True)
+        ]
+        return augment(images, self.augment, np.concatenate(draws))[0] if draws else to_float(images)
 
     def draw(self, count: int, *, seed: int, epoch: int, step: int) -> Tensor:
         """Draw `(count,)` int64 view numbers for a batch, from (seed, epoch, step)."""

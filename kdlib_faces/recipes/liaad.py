@@ -4,7 +4,7 @@ import argparse
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import nn
@@ -33,16 +33,23 @@ from kdlib_faces.recipes.liaad_settings import (
 )
 from kdlib_faces.recipes.spaces import check_one_space
 from kdlib_faces.recipes.start import load_start
-from kdlib_faces.recipes.student import refuse_unused
+from kdlib_faces.recipes.student import head_mesh, prepare_optimizer, refuse_unused
 from kdlib_faces.teachers.input_options import InputOptions, inputs_of_models
 from kdlib_faces.teachers.open import open_teacher, stage_taps
 from kdlib_faces.training import RunOptions, TrainingSetup, open_training_images, train_on_faces
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
 
 __all__ = ["AGE", "GENERAL", "JOINT", "LIAADConfig", "LIAADRunConfig", "LIAADSettings", "build", "features_read", "main", "train"]  # fmt: skip
 
 
 def build(
-    config: LIAADConfig, *, teachers: Mapping[str, nn.Module] | None = None, student: Backbone | None = None
+    config: LIAADConfig,
+    *,
+    teachers: Mapping[str, nn.Module] | None = None,
+    student: Backbone | None = None,
+    mesh: "DeviceMesh | None" = None,
 ) -> Distiller:
     """Assemble the recipe.
 
@@ -52,6 +59,7 @@ def build(
             `"map"`; either may be absent. A teacher `"joint"` takes the place of both in the term of the embedding. None opens those of the configuration; an empty mapping trains the student alone,
             on identities.
         student: A network instead of the configured one.
+        mesh: Processes over which the class centers are distributed; None leaves them whole.
 
     Returns:
         A distiller whose student returns `"embedding"` and `"map"`.
@@ -79,7 +87,7 @@ def build(
         student = config.build(config.seed)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed + 1)
-        terms = _terms(config, set(teachers))
+        terms = _terms(config, set(teachers), mesh)
     weighting: nn.Module = UniformWeighting()
     lead = "embedding" if "embedding" in terms and JOINT not in teachers else None
     if config.weighting == "center" and len(teachers) > 1 and lead:
@@ -89,11 +97,15 @@ def build(
     return Distiller(adapter, cast(Mapping[str, Teacher], teachers), objective)
 
 
-def _terms(config: LIAADConfig, teachers: set[str]) -> dict[str, Term]:
+def _terms(config: LIAADConfig, teachers: set[str], mesh: "DeviceMesh | None") -> dict[str, Term]:
     terms: dict[str, Term] = {}
     if config.identity_weight or not teachers:
         terms["identity"] = config.identity_term(
-            config.num_identities, config.identity_weight or 1.0, all_labeled=config.all_labeled
+            config.num_identities,
+            config.identity_weight or 1.0,
+            all_labeled=config.all_labeled,
+            mesh=mesh,
+            seed=config.seed + 1,
         )
     if teachers and config.embedding_weight:
         project = "auto" if config.embedding_projection == "linear" else None
@@ -210,9 +222,10 @@ def train(config: LIAADRunConfig, options: RunOptions) -> Path:
             student = recipe.build(options.seed)
         if started:
             prints["start"] = model_fingerprint(student)
+        distiller = build(recipe, teachers=teachers, student=student, mesh=mesh)
         return TrainingSetup(
             config=config,
-            distiller=build(recipe, teachers=teachers, student=student),
+            distiller=distiller,
             network=student,
             input_size=recipe.input_size,
             fingerprints={**prints, "seed": str(options.seed)},
@@ -221,9 +234,11 @@ def train(config: LIAADRunConfig, options: RunOptions) -> Path:
             steps=3000 if started else 10_000,
             lr=6e-4 if started else 0.1,
             images=pixels,
+            prepare_optimizer=prepare_optimizer(distiller),
         )
 
-    return train_on_faces(build_run, options, recipe="liaad", unlabeled=True)
+    with head_mesh(config.recipe, options.hardware) as mesh:
+        return train_on_faces(build_run, options, recipe="liaad", unlabeled=True)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -1,10 +1,10 @@
 """Training of a distiller on face batches, with checkpoints, a log and a progress bar."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, TypeAlias, TypedDict
+from typing import Any, Literal, TypeAlias, TypedDict
 
 import torch
 from torch import Tensor
@@ -58,6 +58,7 @@ def fit(
     quiet: bool,
     settings: TrainingConfig = DEFAULTS,
     optimizer: Optimizer = "sgd",
+    prepare_optimizer: Callable[[torch.optim.Optimizer], None] | None = None,
     device: torch.device | None = None,
     tensorboard: bool = False,
     workers: int = 0,
@@ -80,6 +81,7 @@ def fit(
         optimizer: `"sgd"` for training from scratch: weight decay 5e-4, warm-up over a tenth of the steps, at most 50.
             `"adamw"` for fine-tuning: no weight decay, since L2-SP regularization takes its place, and warm-up over a
             twentieth of the steps.
+        prepare_optimizer: Called with the optimizer when it is created.
         device: Device to train on; None for that of the student.
         tensorboard: Write losses and speed to `folder/tensorboard`.
         workers: Number of workers of the loader, for the advice.
@@ -88,10 +90,17 @@ def fit(
         The loss curve and the duration.
     """
     fine_tuning = optimizer == "adamw"
+
+    def prepared(groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+        created = torch.optim.AdamW(groups) if fine_tuning else torch.optim.SGD(groups, momentum=0.9)
+        if prepare_optimizer is not None:
+            prepare_optimizer(created)
+        return created
+
     config = TrainConfig(
         max_steps=steps,
         lr=lr,
-        optimizer=optimizer,
+        optimizer=optimizer if prepare_optimizer is None else prepared,
         weight_decay=0.0 if fine_tuning else 5e-4,
         warmup_steps=max(1, steps // 20) if fine_tuning else min(50, max(1, steps // 10)),
         accumulate=settings.accumulate,

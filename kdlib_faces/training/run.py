@@ -8,6 +8,8 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 
+import torch
+
 from kdlib.distiller import Distiller
 from kdlib_faces._checks import InputError
 from kdlib_faces._output import check_output
@@ -48,6 +50,7 @@ class TrainingSetup:
         steps: Number of weight updates where the configuration sets none.
         lr: Peak learning rate where the configuration sets none.
         images: The training images if the recipe has opened them already.
+        prepare_optimizer: Called with the optimizer when it is created.
     """
 
     config: RunConfig
@@ -62,6 +65,7 @@ class TrainingSetup:
     steps: int = 10_000
     lr: float = 0.1
     images: FaceImages | None = None
+    prepare_optimizer: Callable[[torch.optim.Optimizer], None] | None = None
 
 
 def train_on_faces(
@@ -119,6 +123,7 @@ def train_on_faces(
             quiet=quiet,
             settings=training,
             optimizer=setup.optimizer,
+            prepare_optimizer=setup.prepare_optimizer,
             device=hardware.device,
             tensorboard=options.tensorboard and hardware.first,
             workers=batches.workers,

@@ -6,17 +6,29 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import torch
 import torch._dynamo  # DDP imports it, which takes a second per process unless it is loaded before the fork
+from torch import Tensor
 
 import kdlib_faces.commands.cache
 import kdlib_faces.commands.evaluate
 import kdlib_faces.commands.train  # noqa: F401  # these are imported before the fork
+from kdlib import TeacherAdapter
+from kdlib_faces._hardware import find_hardware
+from kdlib_faces.backbones import load_backbone
 from kdlib_faces.cli import main as run_command
-from tests.faces.cache_files import make_faces, settings
+from kdlib_faces.data.batches import FaceBatches
+from kdlib_faces.data.dataset import load_images
+from kdlib_faces.data.lists import read_faces
+from kdlib_faces.data.views import AugmentConfig
+from kdlib_faces.recipes.liaad import LIAADConfig, build
+from kdlib_faces.teachers.open import stage_taps
+from kdlib_faces.training import fit
+from tests.faces.cache_files import COUNT, SIZE, make_faces, settings
 
 SETTINGS = (
     "training.steps=6", "training.lr=0.02", "training.batch_size=8", "training.checkpoint_seconds=1e-6", "recipe.width=0.25",
@@ -24,8 +36,41 @@ SETTINGS = (
 )  # fmt: skip
 
 
-def start(words: list[str], rank: int, count: int, port: int, errors: Path) -> int:
-    """Fork a process that runs a command, and return its id."""
+class WideBatches:
+    """Batches in float64."""
+
+    def __init__(self, batches: FaceBatches) -> None:
+        self.batches = batches
+        self.set_epoch, self.shard = batches.set_epoch, batches.shard
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
+        return ((inputs.double(), targets) for inputs, targets in self.batches)
+
+
+def train_wide(faces: Path, output: Path) -> int:
+    """Train by the recipe of the commands, in float64; return 0."""
+    config = LIAADConfig(width=0.25, input_size=SIZE, embedding_dim=16, num_identities=COUNT // 2)
+    networks = {name: load_backbone(faces / f"{name}.pt").double() for name in ("general", "age")}
+    teachers = {name: TeacherAdapter(each, stage_taps(each, config.stage)) for name, each in networks.items()}
+    distiller = build(config, teachers=teachers).double()
+    start = {f"student.{name}": value.detach() for name, value in distiller.student.named_parameters()}
+    torch.save(start, faces / "wide_start.pt")
+    listed = read_faces(faces / "faces.csv")
+    batches = FaceBatches(
+        load_images(listed, SIZE), listed.identities, batch_size=8, seed=0, augment=AugmentConfig(erase=0.5)
+    )
+    with find_hardware("cpu").process_group(20):
+        fit(distiller, WideBatches(batches), output, steps=6, lr=0.02, seed=0, label="wide", quiet=True)
+        if int(os.environ["RANK"]) == 0:
+            torch.save(distiller.state_dict(), output / "wide.pt")
+    return 0
+
+
+def start(words: list[str] | Callable[[], int], rank: int, count: int, port: int, errors: Path) -> int:
+    """Fork a process that runs a command or calls a function, and return its id."""
     child = os.fork()
     if child:
         return child
@@ -37,17 +82,23 @@ def start(words: list[str], rank: int, count: int, port: int, errors: Path) -> i
         with errors.open("a") as stream:
             os.dup2(stream.fileno(), 2)
             os.dup2(stream.fileno(), 1)
-            code = run_command(words)
+            code = words() if callable(words) else run_command(words)
     finally:
         os._exit(code)
 
 
-def run(words: list[object], count: int, errors: Path, meanwhile: Callable[[list[int]], object] = len) -> list[int]:
-    """Run a command in `count` processes and return their exit codes; `meanwhile` gets their ids."""
+def run(
+    words: list[object] | Callable[[], int],
+    count: int,
+    errors: Path,
+    meanwhile: Callable[[list[int]], object] = len,
+) -> list[int]:
+    """Run a command or a function in `count` processes and return their exit codes; `meanwhile` gets their ids."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
-    children = [start([str(word) for word in words], rank, count, port, errors) for rank in range(count)]
+    made = words if callable(words) else [str(word) for word in words]
+    children = [start(made, rank, count, port, errors) for rank in range(count)]
     meanwhile(children)
     return [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
 
@@ -68,10 +119,21 @@ def main(place: Path) -> None:
     common += [*settings(*SETTINGS), "--device", "cpu", "--timeout", 20, "--output"]
     for name, count in (("one", 1), ("two", 2)):
         found[name] = run([*common, place / name], count, place / f"{name}.txt")
+    for name, count in (("wide_one", 1), ("wide_two", 2)):
+        found[name] = run(partial(train_wide, faces, place / name), count, place / f"{name}.txt")
     output, began = place / "killed", time.monotonic()
     found["killed"] = run([*common, output], 2, place / "killed.txt", lambda ids: kill_second(output, ids))
     found["seconds"] = time.monotonic() - began
     found["resumed"] = run([*common, output], 1, place / "resumed.txt")
+    sharded = settings("recipe.head_sharded=true", "recipe.head_chunk=3", "training.steps=2")
+    for name, count in (("sharded_one", 1), ("sharded_two", 2)):
+        found[name] = run([*common, place / name, *sharded], count, place / f"{name}.txt")
+    output = place / "sampled"
+    sampled = [*common, output, *settings("recipe.head_sharded=true", "recipe.head_sample_rate=0.5")]
+    found["sampled"] = [
+        run(sampled, 2, place / "sampled.txt", lambda ids: kill_second(output, ids)),
+        run(sampled, 1, place / "sampled.txt"),
+    ]
     wrong = [*common, place / "wrong", *settings("training.batch_size=7")]
     found["wrong"] = run(wrong, 2, place / "wrong.txt")
     for name, count in (("cache_one", 1), ("cache_two", 2)):

@@ -35,7 +35,7 @@ def test_two_processes_train_the_network_of_one(processes: dict[str, Any]) -> No
     rows = [read_log(folder / name / "log.jsonl") for name in ("one", "two")]
     for one, two in list(zip(*rows, strict=True))[:2]:  # the second loss contains the gradient of the first step
         assert two["terms"] == pytest.approx(one["terms"], rel=1e-5)
-    # Noise images and BatchNorm of 8 samples amplify rounding in each later step.
+    # Noise images and BatchNorm of 8 samples amplify the rounding of float32 in each later step; see the test in float64.
     assert largest_difference(folder / "one", folder / "two") < 1e-2
     (last,) = (folder / "two" / "checkpoints").glob("*-000000006.pt")
     assert sorted(load_checkpoint(last)["last"]["terms"]) == ["attention", "embedding", "identity", "map"]
@@ -54,6 +54,40 @@ def test_a_killed_process_ends_the_run_and_one_process_resumes_it(processes: dic
     assert sum(line.startswith("kdlib-faces: error: ") for line in lines) == 1
     assert processes["resumed"] == [0], (folder / "resumed.txt").read_text()
     assert largest_difference(folder / "one", folder / "killed") < 1e-2
+
+
+def test_two_processes_in_float64_differ_by_rounding(processes: dict[str, Any]) -> None:
+    """All that is trained after six steps of the recipe: weights, class centers, projections and statistics."""
+    folder = processes["folder"]
+    assert (processes["wide_one"], processes["wide_two"]) == ([0], [0, 0]), (folder / "wide_two.txt").read_text()
+    start, one, two = (torch.load(folder / f"{name}.pt") for name in ("wide_start", "wide_one/wide", "wide_two/wide"))
+    for name, value in one.items():
+        if isinstance(value, torch.Tensor) and value.is_floating_point():
+            torch.testing.assert_close(two[name], value, rtol=1e-12, atol=1e-12, msg=name)
+    moved = [bool((one[name] - value).abs().max() > 1e-5) for name, value in start.items()]
+    assert sum(moved) > len(moved) / 2
+
+
+def test_class_centers_in_chunks_over_two_processes_train_as_in_one(processes: dict[str, Any]) -> None:
+    folder = processes["folder"]
+    assert (processes["sharded_one"], processes["sharded_two"]) == ([0], [0, 0]), (
+        folder / "sharded_two.txt"
+    ).read_text()
+    rows = [read_log(folder / name / "log.jsonl") for name in ("sharded_one", "sharded_two")]
+    assert len(rows[0]) == 2
+    for one, two in zip(*rows, strict=True):  # the second loss contains the gradient of the first step
+        assert two["terms"] == pytest.approx(one["terms"], rel=1e-5)
+    parts = list((folder / "sharded_two" / "checkpoints").glob("shards-000000002-*/*.distcp"))
+    assert len(parts) == 2
+
+
+def test_sampled_centers_of_two_processes_are_resumed_in_one(processes: dict[str, Any]) -> None:
+    folder = processes["folder"]
+    killed, resumed = processes["sampled"]
+    assert killed == [2, -signal.SIGKILL]
+    assert resumed == [0], (folder / "sampled.txt").read_text()
+    rows = read_log(folder / "sampled" / "log.jsonl")
+    assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]
 
 
 def test_a_batch_that_cannot_be_parted_is_an_error(processes: dict[str, Any]) -> None:
