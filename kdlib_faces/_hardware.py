@@ -85,12 +85,13 @@ class Hardware:
     @contextmanager
     def mesh(self) -> Iterator["DeviceMesh"]:
         """All processes as a mesh within the block; a process without others forms a group of its own."""
+        from torch._C._distributed_c10d import HashStore  # as in `process_group`
         from torch.distributed.device_mesh import init_device_mesh
 
         alone = not dist.is_initialized()
         if alone:
             backend = dist.Backend.default_device_backend_map.get(self.device.type, "gloo")
-            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+            dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1)
         try:
             yield init_device_mesh(self.device.type, (self.count,))
         finally:

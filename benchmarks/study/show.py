@@ -88,9 +88,12 @@ def draw(
             y = [row["student"]["tar"][far]["value"] for row in rows]
             low = [v - row["student"]["tar"][far]["low"] for v, row in zip(y, rows, strict=True)]
             high = [row["student"]["tar"][far]["high"] - v for v, row in zip(y, rows, strict=True)]
-            axis.errorbar(x, y, [low, high], fmt="o", capsize=2, color=f"C{number % 10}", label=name)
+            beside = 1 + 0.06 * (number - (len(runs) - 1) / 2)  # so that runs of equal length do not hide each other
+            axis.errorbar(
+                [beside * each for each in x], y, [low, high], fmt="o", capsize=2, color=f"C{number % 10}", label=name
+            )
         axis.set_xscale("log")
-        axis.set_xlim(20_000, 400_000)
+        axis.set_xlim(20_000, 800_000)
         axis.xaxis.set_major_locator(LogLocator(subs=(1, 3)))
         axis.xaxis.set_major_formatter("{x:,.0f}")
         axis.xaxis.set_minor_formatter(NullFormatter())

@@ -106,7 +106,8 @@ def augment(images: Tensor, config: AugmentConfig, draws: NDArray[np.float64]) -
     drawn = dict(zip(DRAWS, draws.T, strict=True))
 
     def between(name: str, low: float, high: float) -> NDArray[np.float64]:
-        return drawn[name] * (high - low) + low
+        values: NDArray[np.float64] = drawn[name] * (high - low) + low
+        return values
 
     mirrored = drawn["mirror"] < config.mirror
     if config.shift or config.scale or config.rotate:
