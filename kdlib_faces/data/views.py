@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from types import ModuleType
-from typing import cast
 
 import numpy as np
 import torch
@@ -305,7 +304,8 @@ def find_opencv() -> ModuleType | None:
         import cv2
     except ImportError:
         return None
-    return cast(ModuleType, cv2) if int(cv2.__version__.split(".")[0]) >= 5 else None
+    module: ModuleType = cv2
+    return module if int(cv2.__version__.split(".")[0]) >= 5 else None
 
 
 def _lines(images: Tensor) -> NDArray[np.generic]:
