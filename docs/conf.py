@@ -66,7 +66,7 @@ nitpick_ignore_regex = [
     # The standard library.
     (
         r"py:.*",
-        r"(abc|collections|typing|typing_extensions|os|pathlib|datetime|argparse|dataclasses|types|enum|mmap|io|re)\..*",
+        r"(abc|collections|contextlib|typing|typing_extensions|os|pathlib|datetime|argparse|dataclasses|types|enum|mmap|io|re)\..*",
     ),
     (r"py:.*", r"(Any|Callable|Iterable|Iterator|Literal|Mapping|Path|PathLike|Self|Sequence|Protocol|TypeVar)"),
     (r"py:.*", r"(None|bool|bytes|dict|float|int|list|object|set|str|tuple|type|optional|Ellipsis|\.\.\.)"),
@@ -74,6 +74,7 @@ nitpick_ignore_regex = [
     # Private names, and type variables.
     (r"py:.*", r"(.*\.)?_[A-Za-z_.]+"),
     (r"py:.*", r"kdlib\.training\.sharded\..*"),
+    (r"py:.*", r"(kdlib\.training\.checkpoint\.EvaluationRow|kdlib_faces\.config\.Configuration)"),
     (r"py:.*", r"kdlib(_faces)?\..*\.(T|P|R|Picture|IntArray|FloatArray|BoolArray|InputSize|Reduction)"),
 ]
 

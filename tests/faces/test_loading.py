@@ -72,9 +72,8 @@ def test_any_number_of_workers_gives_the_same_batches(images, options):
 
 
 @pytest.mark.parametrize("options", [{}, *OPTIONS[2:]])
-def test_processes_share_each_batch(images, options, monkeypatch):
-    """Their parts are those of one process, with the same random views, also where a part begins within a piece."""
-    monkeypatch.setattr("kdlib_faces.data.batches.PIECE", 3)
+def test_processes_share_each_batch(images, options):
+    """Their parts are those of one process, with the same random views."""
 
     def read(rank, count):
         given = options if "views" in options else {"augment": AugmentConfig(), **options}

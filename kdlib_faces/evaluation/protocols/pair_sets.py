@@ -43,7 +43,7 @@ PAIR_SETS = {
 """The sets of `pair_set` by name."""
 
 
-class PairOptions(TypedDict, total=False):
+class _PairOptions(TypedDict, total=False):
     """Options of `PairProtocol` that `pair_set` passes on."""
 
     threshold: Rule
@@ -70,7 +70,7 @@ def pair_set(
     *,
     fold_ids: ArrayLike | None = None,
     order: Literal["folds", "positives_first"] = "folds",
-    **options: Unpack[PairOptions],
+    **options: Unpack[_PairOptions],
 ) -> PairProtocol:
     """The protocol of a published pair set, with its published folds; missing pairs are noted in the result.
 
