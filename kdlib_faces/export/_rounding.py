@@ -29,7 +29,7 @@ def round_weights(weight: Tensor, inputs: Tensor) -> tuple[Tensor, Tensor]:
     References:
         Frantar et al., "GPTQ: Accurate Post-Training Quantization for Generative Pre-trained Transformers", ICLR 2023.
     """
-    left = weight.double()
+    left = weight.to(torch.float64, copy=True)
     steps = left.abs().amax(2).clamp_min(1e-12) / LEVELS
     rounded = torch.empty_like(left)
     if left.shape[2] > MAX_INPUTS:
