@@ -4,8 +4,9 @@ One thread, batch 1, in alternation, with the median of the paired ratios: the e
 graph against the float graph. File sizes, the cosine of the int8 embeddings, and the seconds from the start of the program without torch
 in `docs/runtime` to its first embedding; with `--detector` and `--photo` it finds and aligns a face first. With `--pairs`, the ten-fold
 accuracy and the TAR at FAR 1e-2 of both graphs on the images of `--data`; with `--groups`, the TAR of the last age group against the
-first. Without `--weights`, an untrained network of the size of a light student; `--weights` takes a checkpoint, or an ONNX network of
-a known family, which `--keep` makes narrower as `kdlib-faces train --start shrink:` does. Writes `results/export.json`.
+first. `--weights` takes a checkpoint, or an ONNX network of a known family, which `--keep` makes narrower as `kdlib-faces train --start
+shrink:` does, and writes `results/export.json`. Without it, an untrained network of the size of a light student is measured, and
+`results/export_untrained.json` is written.
 """
 
 import argparse
@@ -180,7 +181,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         save_student(network, Path(folder) / "student.safetensors")
         graph = export_onnx(network, Path(folder) / "student.onnx")
+        began = time.perf_counter()
         small = quantize_onnx(graph, calibration, Path(folder) / "int8.onnx", min_cosine=0.9)
+        figures["int8_calibration_seconds"] = round(time.perf_counter() - began, 1)
         floats, integers = session(graph), session(small)
         images = np.random.default_rng(0).uniform(-1, 1, (1, 3, *[network.input_size] * 2)).astype(np.float32)
         tensor = torch.from_numpy(images)
@@ -211,7 +214,7 @@ def main() -> None:
     for name, value in figures.items():
         print(f"{name:24}{value}")
     setup = {"torch": torch.__version__, "threads": 1, "vnni": _vnni(), "platform": platform.machine()}
-    path = Path(__file__).parent / "results" / "export.json"
+    path = ROOT / "benchmarks" / "results" / ("export_untrained.json" if options.weights is None else "export.json")
     path.write_text(json.dumps(setup | figures, indent=1) + "\n", encoding="utf-8")
 
 

@@ -335,12 +335,11 @@ def _samples(value: NDArray[np.float32], node: "NodeProto", weight: Tensor, grou
         return rows[:: -(-len(rows) // limit)].T[None]
     height, width = weight.shape[2:]
     top, left, bottom, right = _ints(node, "pads", [0] * 4)
-    columns = []
+    columns: list[Tensor] = []
+    dilations, strides = (tuple(_ints(node, name, [1, 1])) for name in ("dilations", "strides"))
     for image in torch.from_numpy(value):
         padded = F.pad(image[None], (left, right, top, bottom))
-        unfolded = F.unfold(
-            padded, (height, width), dilation=_ints(node, "dilations", [1, 1]), stride=_ints(node, "strides", [1, 1])
-        )[0]
+        unfolded = F.unfold(padded, (height, width), dilation=dilations, stride=strides)[0]
         stride = -(-unfolded.shape[1] * len(value) // limit)
         columns.append(unfolded[:, len(columns) % stride :: stride] if stride <= unfolded.shape[1] else unfolded[:, :1])
     return torch.cat(columns, dim=1).reshape(groups, inputs, -1)

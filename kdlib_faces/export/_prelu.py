@@ -33,7 +33,7 @@ def split_prelu(model: "ModelProto") -> None:
 
     for node in model.graph.node:
         known = node.op_type == "PRelu" and node.input[1] in constants
-        given = numpy_helper.to_array(constants[node.input[1]]) if known else np.zeros(0)
+        given = numpy_helper.to_array(constants[node.input[1]]) if known else np.zeros(0, np.float32)
         slopes = given.reshape(-1)
         if slopes.size < 2 or given.ndim < 3 or given.shape[-3:] != (slopes.size, 1, 1):
             nodes.append(node)
@@ -57,8 +57,10 @@ def join_prelu(model: "ModelProto") -> None:
     def slopes_of(node: "NodeProto | None") -> NDArray[np.float32] | None:
         if node is None or node.op_type != "Conv" or len(node.input) != 2 or uses.count(node.output[0]) != 1:
             return None
-        weight = onnx.numpy_helper.to_array(constants[node.input[1]]) if node.input[1] in constants else np.zeros(0)
-        return weight.reshape(-1, 1, 1) if weight.ndim == 4 and weight.shape[1:] == (1, 1, 1) else None
+        if node.input[1] not in constants:
+            return None
+        weight: NDArray[np.float32] = onnx.numpy_helper.to_array(constants[node.input[1]])
+        return weight.reshape(-1, 1, 1) if weight.shape[1:] == (1, 1, 1) else None
 
     nodes: list[NodeProto] = []
     gone: set[str] = set()
