@@ -256,3 +256,22 @@ def test_the_table_of_losses_shows_the_stored_figures() -> None:
         ):
             value, low, high = (format(100 * row[kind][gap][key], f"{sign}.1f") for key in ("value", "low", "high"))
             assert shown[name][at].strip() == f"{value} ({low} to {high})", (name, kind, gap)
+
+
+def test_the_table_of_exports_shows_the_stored_figures() -> None:
+    stored: dict[str, Any] = json.loads((ROOT / "benchmarks" / "results" / "export.json").read_text("utf-8"))
+    page = (ROOT / "docs" / "deployment.md").read_text("utf-8")
+    shown = {cells[1].strip(): cells[2:4] for line in page.splitlines() if len(cells := line.split("|")) == 5}
+    expected = {
+        "file, kB": [f"{stored[f'{form}_bytes'] / 1000:,.0f}" for form in ("float", "int8")],
+        "batch of one, ms": [f"{stored[f'{form}_ms']:.2f}" for form in ("float", "int8")],
+        "LFW, ten-fold accuracy, %": [f"{100 * stored[form]['accuracy']:.2f}" for form in ("float", "int8")],
+        "LFW, TAR at FAR 1 %, %": [f"{100 * stored[form]['tar']:.2f}" for form in ("float", "int8")],
+        "young against adult, TAR at FAR 1 %, %": [
+            f"{100 * stored[f'groups_{form}_tar']:.2f}" for form in ("float", "int8")
+        ],
+    }
+    for row, values in expected.items():
+        assert [cell.strip() for cell in shown[row]] == values, row
+    assert f"{stored['float_over_eager']:.2f} of eager torch" in page
+    assert f"{stored['int8_over_float']:.2f} of the float graph" in page
