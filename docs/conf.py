@@ -44,6 +44,7 @@ html_theme = "furo"
 html_title = f"kdlib {version}"
 html_static_path = ["_static"]
 html_css_files = ["wide.css"]
+html_js_files = ["sidebar.js"]
 html_copy_source = False
 html_show_sourcelink = False
 pygments_style = "friendly"

@@ -189,6 +189,16 @@ class Names(Autosummary):
                 made += parent.children
         return made
 
+    def get_items(self, names: list[str]) -> list[tuple[str, str | None, str, str]]:
+        """The rows of the table; a loss Module has the summary of its function."""
+        rows = []
+        for shown, _, _, full in super().get_items(names):
+            module, _, name = full.rpartition(".")
+            value = getattr(importlib.import_module(module), name)
+            described = vars(value).get("_function", value) if isinstance(value, type) else value
+            rows.append((shown, None, (inspect.getdoc(described) or "").split("\n\n")[0].replace("\n", " "), full))
+        return rows
+
 
 class Trail(SphinxDirective):
     """`.. trail:: TOPIC PACKAGE NAME`: the topic of a page and the line that imports its name."""
