@@ -259,7 +259,11 @@ def owner_of(method: str) -> type | None:
     """The loss Module of a method, if it calls a function."""
     module, name = method.rsplit(".", 2)[:2] if method.count(".") > 1 else ("", "")
     owner = getattr(importlib.import_module(module), name, None) if module else None
-    return owner if owner is not None and "_function" in vars(owner) and "Args:" not in (owner.forward.__doc__ or "") else None
+    return (
+        owner
+        if owner is not None and "_function" in vars(owner) and "Args:" not in (owner.forward.__doc__ or "")
+        else None
+    )
 
 
 def sections_of(text: str) -> Iterator[tuple[str, str]]:

@@ -4,5 +4,5 @@ document.addEventListener("DOMContentLoaded", () => {
     const entry = document.querySelector(".sidebar-tree .current-page");
     if (!box || !entry) return;
     const below = entry.getBoundingClientRect().bottom - box.getBoundingClientRect().bottom;
-    if (below > 0) box.scrollTop = below + box.clientHeight / 2;
+    if (below > 0) box.scrollTo({ top: below + box.clientHeight / 2, behavior: "instant" });
 });
