@@ -52,6 +52,11 @@ class TermInfluence:
             between terms of different features.
         teachers: teacher name to influence; empty for a supervised term.
         cosines: pair of teachers to the cosine between their gradients; `None` where one is zero.
+
+    Examples:
+        >>> term = TermInfluence("out", 0.5, 2.0, 1.0, 1.4, 1.0, teachers={}, cosines={})
+        >>> term.loss, term.loss_share
+        (2.0, 1.0)
     """
 
     student: str

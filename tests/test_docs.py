@@ -146,7 +146,8 @@ class Pictures(HTMLParser):
 
 def test_every_picture_has_an_alternative_text(built: Path) -> None:
     pages = [page for page in built.rglob("*.html") if page.name not in ("py-modindex.html", "genindex.html")]
-    pictures = [picture for page in pages for picture in Pictures(page.read_text("utf-8")).found]
+    texts = [text for page in pages if "<img" in (text := page.read_text("utf-8"))]
+    pictures = [picture for text in texts for picture in Pictures(text).found]
     assert len(pictures) >= 2
     # Sphinx gives a picture without one the name of its file.
     assert [src for src, alt in pictures if len(alt.split()) < 5 or Path(src).name in alt] == []
@@ -305,6 +306,16 @@ def test_names_in_the_text_are_linked(built: Path) -> None:
     assert re.search(r'href="kdlib.functional.hint.html#kdlib[.a-z_]*hint"[^>]*><code', loss)
     concepts = (built / "concepts.html").read_text("utf-8")
     assert re.search(r'href="api/generated/[.A-Za-z]*.html#kdlib[.a-z_]*TeacherAdapter"[^>]*><code', concepts)
+
+
+def test_the_table_of_speed_shows_the_stored_figures() -> None:
+    rows = json.loads((ROOT / "benchmarks" / "results" / "losses.json").read_text("utf-8"))["rows"]
+    lines = (ROOT / "docs" / "comparison.md").read_text("utf-8").splitlines()
+    shown = {cells[1].replace("`", "").strip(): cells[3:7] for line in lines if len(cells := line.split("|")) == 9}
+    keys = ("milliseconds", "peer_milliseconds", "extra_mib", "peer_extra_mib")
+    for name, row in rows.items():
+        if "peer_milliseconds" in row:
+            assert [cell.strip() for cell in shown[name]] == [format(row[key], ".1f") for key in keys], name
 
 
 def test_the_table_of_losses_shows_the_stored_figures() -> None:

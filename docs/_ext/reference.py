@@ -83,9 +83,8 @@ def names_of(source: Path) -> tuple[Name, ...]:
         for module, body in TABLE.findall(topic.read_text("utf-8") + "\n"):
             options = dict(re.findall(r"^ +:(\w+): (.*)$", body, re.MULTILINE))
             see = tuple(options.get("see", "").split())
-            for name in listed(module, body.splitlines()):
-                if has_page(module, name):
-                    found.append(Name(module, name, f"api/{topic.stem}", see))
+            names = [name for name in listed(module, body.splitlines()) if has_page(module, name)]
+            found += [Name(module, name, f"api/{topic.stem}", see) for name in names]
     return tuple(found)
 
 
@@ -94,9 +93,19 @@ def module_of(function: Callable[..., Any]) -> type | None:
     losses = importlib.import_module("kdlib.losses")
     bare = inspect.unwrap(function)
     for name in losses.__all__:
-        if inspect.unwrap(vars(getattr(losses, name)).get("_function", len)) is bare:
-            return getattr(losses, name)
+        value: type = getattr(losses, name)
+        if (called := function_of(value)) and inspect.unwrap(called) is bare:
+            return value
     return None
+
+
+def function_of(value: object) -> Callable[..., Any] | None:
+    """The function of `kdlib.functional` that a loss Module calls with its hyper-parameters."""
+    if not isinstance(value, type):
+        return None
+    named = re.match(r"`(\w+)` as a Module", value.__doc__ or "")
+    function: Callable[..., Any] | None = vars(value).get("_function")
+    return function or (getattr(importlib.import_module("kdlib.functional"), named[1], None) if named else None)
 
 
 def importable(name: Name) -> str:
@@ -128,8 +137,8 @@ def text_of(name: Name, pages: dict[str, str]) -> str:
         lines += ["   :inherited-members: CallRepr, Module"]
     lines += ["", f".. source:: {name.full}", ""]
     twins = []
-    if isinstance(value, type) and "_function" in vars(value):
-        twins.append(f"As a function: :py:func:`kdlib.functional.{inspect.unwrap(value._function).__name__}`.")
+    if function := function_of(value):
+        twins.append(f"As a function: :py:func:`kdlib.functional.{inspect.unwrap(function).__name__}`.")
     elif kind == "function" and (module := module_of(value)):
         twins.append(f"As a Module: :py:class:`kdlib.losses.{module.__name__}`.")
     links = dict.fromkeys([*(page.lstrip("/") for page in name.see), *guides(name.name, pages)])
@@ -195,7 +204,7 @@ class Names(Autosummary):
         for shown, _, _, full in super().get_items(names):
             module, _, name = full.rpartition(".")
             value = getattr(importlib.import_module(module), name)
-            described = vars(value).get("_function", value) if isinstance(value, type) else value
+            described = function_of(value) or value
             rows.append((shown, None, (inspect.getdoc(described) or "").split("\n\n")[0].replace("\n", " "), full))
         return rows
 
@@ -220,8 +229,7 @@ class Source(SphinxDirective):
     def run(self) -> list[nodes.Node]:
         module, _, name = self.arguments[0].rpartition(".")
         value = getattr(importlib.import_module(module), name)
-        parts = [vars(value)["_function"], value] if isinstance(value, type) and "_function" in vars(value) else [value]
-        parts = [inspect.unwrap(part.__func__ if isinstance(part, staticmethod) else part) for part in parts]
+        parts = [inspect.unwrap(part) for part in (function_of(value), value) if part]
         code = "\n\n".join(textwrap.dedent(inspect.getsource(part)) for part in parts)
         root = Path(self.env.app.srcdir).parent
         file = Path(inspect.getsourcefile(parts[-1]) or "").relative_to(root).as_posix()
@@ -236,8 +244,8 @@ class Source(SphinxDirective):
 
 def expand(app: Sphinx, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:
     """Show the formula, the arguments and the references of a loss function on the page of its Module."""
-    if what == "class" and "_function" in vars(obj):
-        function = inspect.getdoc(obj._function) or ""
+    if what == "class" and (called := function_of(obj)):
+        function = inspect.getdoc(called) or ""
         parameters = inspect.signature(obj).parameters
         head, _, tail = "\n".join(lines).partition("\n\nExamples:")
         sections = dict(sections_of(function))
@@ -248,7 +256,7 @@ def expand(app: Sphinx, what: str, name: str, obj: Any, options: Any, lines: lis
         added += ["References:", sections["References"], ""] if "References" in sections else []
         lines[:] = "\n".join(added).split("\n")
     elif what == "method" and name.endswith(".forward") and (owner := owner_of(name)):
-        function = dict(sections_of(inspect.getdoc(owner._function) or ""))
+        function = dict(sections_of(inspect.getdoc(function_of(owner)) or ""))
         parameters = inspect.signature(obj).parameters
         own = inspect.signature(owner).parameters
         arguments = [text for key, text in arguments_of(function["Args"]) if key in parameters and key not in own]
@@ -259,11 +267,7 @@ def owner_of(method: str) -> type | None:
     """The loss Module of a method, if it calls a function."""
     module, name = method.rsplit(".", 2)[:2] if method.count(".") > 1 else ("", "")
     owner = getattr(importlib.import_module(module), name, None) if module else None
-    return (
-        owner
-        if owner is not None and "_function" in vars(owner) and "Args:" not in (owner.forward.__doc__ or "")
-        else None
-    )
+    return owner if function_of(owner) and "Args:" not in (owner.forward.__doc__ or "") else None
 
 
 def sections_of(text: str) -> Iterator[tuple[str, str]]:
