@@ -25,7 +25,7 @@ class GradientWeighting(CallRepr):
     With :math:`g_k = \partial \sum_i L_{k,i} / \partial s` the gradient of teacher k's losses with respect to the
     student's feature s, before any projection, over the whole batch,
 
-    .. math:: w = \arg\min_a \tfrac12 \Bigl\| \sum_k a_k g_k \Bigr\|^2, \qquad \sum_k a_k = 1, \quad 0 \le a_k \le C
+    .. math:: w = \arg\min_a \tfrac{1}{2} \Bigl\| \sum_k a_k g_k \Bigr\|^2, \qquad \sum_k a_k = 1, \quad 0 \le a_k \le C
 
     A step against the combined gradient lowers the losses of all teachers with a weight strictly between the bounds at
     the same rate; for C = 1 no loss rises. If its norm is 0, no step lowers all losses. Two teachers have a closed
