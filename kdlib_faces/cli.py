@@ -77,7 +77,7 @@ def _number(low: int, high: int) -> Callable[[str], int]:
 
 
 def _protocols() -> str:
-    from kdlib_faces.commands.evaluate import listing
+    from kdlib_faces.harness.registry import listing
 
     return f"protocols:\n{listing()}"
 

@@ -199,6 +199,7 @@ def verify(
         if teacher is None:
             return verify_cache(cache, progress=show)
         views, taps, size, images, amp = _build_options(cache)
+        views.check_version(f"cache verify: {path}")
         source = CacheSource(
             read_faces(data, on_error="keep", unlabeled=True),
             teacher,
