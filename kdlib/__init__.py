@@ -14,6 +14,7 @@ Data flows through the packages in this order, and each package imports only pac
 - `kdlib.evaluation`: measure how similar student and teacher are.
 """
 
+import sys
 from typing import TYPE_CHECKING
 
 from kdlib import (
@@ -29,6 +30,7 @@ from kdlib import (
     weighting,
 )
 from kdlib._arguments import prepare_arguments
+from kdlib._checks import nearest
 from kdlib.adapters import OUTPUT, StudentAdapter, Tap, TeacherAdapter, list_taps, match_taps
 from kdlib.distiller import Distiller
 from kdlib.influence import InfluenceReport
@@ -125,4 +127,7 @@ def __getattr__(name: str) -> object:
 
         value = training if name == "training" else getattr(training, name)
         return value
-    raise AttributeError(f"module 'kdlib' has no attribute {name!r}")
+    hint = "" if name.startswith("_") else nearest(name, __all__)
+    if name in getattr(sys.modules.get("kdlib.functional"), "__all__", ()):
+        hint = f"; functions are in kdlib.functional: kdlib.functional.{name}"
+    raise AttributeError(f"module 'kdlib' has no attribute {name!r}{hint}")

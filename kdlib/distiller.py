@@ -99,6 +99,10 @@ class Distiller(nn.Module):
         for module in self._frozen_modules():
             module.eval()
 
+    def extra_repr(self) -> str:
+        """Return the names of the teachers, which are no submodules."""
+        return f"teachers={list(self.teachers)}"
+
     def _teacher_modules(self) -> list[nn.Module]:
         return [teacher for teacher in self.teachers.values() if isinstance(teacher, nn.Module)]
 

@@ -139,7 +139,7 @@ def make_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
     evaluate.more = _protocols
-    evaluate.add_list("--model", "[NAME=]FILE", ".pt or .onnx; repeatable")
+    evaluate.add_list("--model", "[NAME=]FILE", ".safetensors, .pt or .onnx; repeatable")
     _add_input(evaluate)
     text = "array (n, d) with one row per image, or a folder with SET.npy for each image set; repeatable"
     evaluate.add_list("--embeddings", "[NAME=]NPY", text)

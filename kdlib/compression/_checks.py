@@ -6,7 +6,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from kdlib._checks import check_choice, check_number, check_type
+from kdlib._checks import check_choice, check_finite, check_number, check_type
 
 __all__ = [
     "check_batches", "check_block", "check_layer_shape", "check_model", "check_options", "check_same", "check_state", "check_width",
@@ -16,6 +16,8 @@ __all__ = [
 
 def check_batches(batches: Iterable[object]) -> list[Tensor]:
     """`batches` must yield at least one tensor of at least one sample."""
+    if isinstance(batches, Tensor):
+        raise TypeError("shrink: batches must be an iterable of tensors, got one torch.Tensor; give [tensor]")
     examples = [check_batch(number, batch) for number, batch in enumerate(batches)]
     if not examples:
         raise ValueError("shrink: batches must hold at least one batch, got none")
@@ -92,6 +94,8 @@ def check_batch(number: int, batch: object) -> Tensor:
     x = cast(Tensor, batch)
     if x.dim() < 2 or not len(x):
         raise ValueError(f"shrink: batch {number} must be (b, ...) with b >= 1, got {tuple(x.shape)}")
+    if x.is_floating_point():
+        check_finite("shrink", **{f"batch {number}": x})
     return x
 
 

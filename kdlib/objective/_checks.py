@@ -5,11 +5,11 @@ from types import NoneType
 
 from torch import Tensor, nn
 
-from kdlib._checks import check_choice, check_key, check_type, show_shape
+from kdlib._checks import check_callable, check_choice, check_key, check_type, show_shape
 from kdlib.types import CrossLayerWeighting, MaskedLoss, Weighting
 
 __all__ = [
-    "check_cross_layer", "check_masked", "check_step_given", "check_taps", "check_term", "check_term_loss",
+    "check_cross_layer", "check_loss_of_term", "check_masked", "check_step_given", "check_taps", "check_term", "check_term_loss",
     "check_term_names", "check_weights_of", "late_projections",
 ]  # fmt: skip
 
@@ -24,6 +24,15 @@ def check_taps(name: str, taps: object) -> str | tuple[str, ...]:
     for index, each in enumerate(taps):
         check_type("Term", f"{name}[{index}]", each, str, "a str")
     return tuple(taps)
+
+
+def check_loss_of_term(loss: object) -> None:
+    """The loss of a term must be a function or a Module, not the class of one."""
+    check_callable("Term", "loss", loss)
+    if isinstance(loss, type):
+        raise TypeError(
+            f"Term: loss must be a function or a Module, got the class {loss.__name__}; write {loss.__name__}()"
+        )
 
 
 def check_term(

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kdlib._checks import check_callable, check_name, check_same_batch, check_scheduled, check_shape, value_at
+from kdlib._checks import check_name, check_same_batch, check_scheduled, check_shape, value_at
 from kdlib.losses._module import as_module
-from kdlib.objective._checks import check_masked, check_taps, check_term, check_term_loss
+from kdlib.objective._checks import check_loss_of_term, check_masked, check_taps, check_term, check_term_loss
 from kdlib.types import Schedule, ScheduledLoss, Side, Targets, WeightedLoss
 
 __all__ = ["Term", "first"]
@@ -76,7 +76,7 @@ class Term:
     _takes_step: bool = field(init=False)
 
     def __post_init__(self) -> None:
-        check_callable("Term", "loss", self.loss)
+        check_loss_of_term(self.loss)
         self.student = student = check_taps("student", self.student)
         self.teacher = teacher = None if self.teacher is None else check_taps("teacher", self.teacher)
         names = {"target": self.target, "sample_weight": self.sample_weight, "mask": self.mask}

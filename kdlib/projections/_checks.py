@@ -48,8 +48,8 @@ def check_projectable(owner: str, layouts: tuple[str, str], student: Tensor, tea
     if layouts != ("bd", "bd") and (layouts[0] == "bd" or layouts == ("bnd", "bd")):
         raise ValueError(
             f"{owner}: student and teacher must be vectors (b, d), tokens (b, n, d) or maps (b, c, h, w): both of the "
-            f"same kind, a map and tokens, or a map and a vector; got {show_shape(student)} and {show_shape(teacher)}; "
-            "give a projection of your own"
+            f"same kind, a map and tokens, or a student map and a teacher vector; got {show_shape(student)} and "
+            f"{show_shape(teacher)}; give a projection of your own"
         )
 
 

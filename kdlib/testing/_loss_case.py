@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.gradcheck import GradcheckError
 
 from kdlib.testing._meta import expect_meta, on_meta, to_meta
 from kdlib.testing._run import Case, clone, expect, finite, same
@@ -117,7 +118,9 @@ class LossCase(Case):
             value = self.value(reduction="none")
         except ValueError:
             return
-        raise AssertionError(f"without a per-sample form 'none' must be a ValueError, got {tuple(value.shape)}")
+        raise AssertionError(
+            f"without a per-sample form reduction='none' must raise a ValueError, got a tensor of shape {tuple(value.shape)}"
+        )
 
     def mean_of_none(self) -> None:
         self._expect_close("the mean of 'none'", self.value(reduction="mean"), self.value(reduction="none").mean())
@@ -269,7 +272,11 @@ class LossCase(Case):
             return self.value(student, teacher, loss=copy.deepcopy(loss) if self.copies else loss)
 
         student = self.student.double().requires_grad_()
-        torch.autograd.gradcheck(call, (student,), fast_mode=student.numel() > 128)
+        try:
+            torch.autograd.gradcheck(call, (student,), fast_mode=student.numel() > 128)
+        except GradcheckError as error:  # its message holds the whole Jacobians
+            reason = str(error).splitlines()[0].rstrip(",")
+            raise AssertionError(f"the gradient must equal that by differences in float64, got: {reason}") from error
 
 
 def pack(layers: Tensor | Sequence[Tensor]) -> tuple[Tensor, Sequence[torch.Size] | None]:

@@ -20,7 +20,7 @@ def main(options: Namespace, command: str) -> None:
         workers=options.workers, progress=not options.quiet, on_error=options.on_error,
     )  # fmt: skip
     say(
-        f"{result.photographs:,} photographs: {result.crops:,} crops, {result.without_face:,} photographs without a face, "
+        f"{result.photographs:,} photographs: {result.crops:,} crops, {result.without_face:,} without a face, "
         f"{result.doubtful:,} rows in {result.faces.with_name('doubtful.csv')}",
         quiet=options.quiet,
     )

@@ -53,7 +53,10 @@ def read_evaluation(given: str, model: Path) -> Evaluation:
         if isinstance(entry, Mapping) and entry.get("fars") and isinstance(entry.get("impostors"), int):
             found.append((int(entry["impostors"]), key, entry))
     if not found:
-        raise InputError(f"{file}: no protocol of {name!r} gives thresholds; evaluate pairs, or all pairs of a list")
+        raise InputError(
+            f"{file}: no protocol of {name!r} gives thresholds; evaluate pairs (--protocol "
+            "pairs=FILE), or a list with the column age or age_group"
+        )
     _, key, entry = max(found, key=lambda each: each[:2])
     summaries = tuple(each for each in content.evaluations if name in each.models)
     convention = next((each.convention for each in summaries if each.name == key), {})

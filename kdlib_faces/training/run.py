@@ -101,7 +101,10 @@ def train_on_faces(
     check_expected(options, record)
     check_same_run(output, record)
     if len(listed) < training.batch_size:
-        raise InputError(f"train: batch_size must be at most the {len(listed)} images, got {training.batch_size}")
+        raise InputError(
+            f"train: training.batch_size must be at most the {len(listed)} images, got {training.batch_size}; "
+            f"--set training.batch_size={min(32, len(listed))} makes smaller batches"
+        )
 
     images = setup.images or open_training_images(listed, setup.input_size, options)
     batches = _batches(images, listed, setup, options)

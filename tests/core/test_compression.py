@@ -289,6 +289,12 @@ def test_options_and_networks_that_cannot_be_used_are_refused():
         shrink(prepared(Branches), batch, widths={"grouped": 6})
     with pytest.raises(ValueError, match="batches must hold at least one batch"):
         shrink(model, [], keep=0.5)
+    with pytest.raises(
+        TypeError, match=r"batches must be an iterable of tensors, got one torch.Tensor; give \[tensor\]"
+    ):
+        shrink(model, images(4), keep=0.5)
+    with pytest.raises(ValueError, match=r"batch 0 must be finite, got .* NaN or infinite values"):
+        shrink(model, [images(4) * torch.nan], keep=0.5)
     with pytest.raises(ValueError, match="block 'second' must return the channels it receives"):
         shrink(model, batch, keep=1.0, drop=["second"])
     with pytest.raises(ValueError, match="drop must hold paths of blocks"):

@@ -80,6 +80,7 @@ def test_only_student_head_and_projections_are_trained_and_saved(batch) -> None:
     without_gradient = {name for name, p in ours.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0}
     assert without_gradient <= {"student.model.0.bias"}  # batch norm removes it, up to rounding
     assert {name.split(".")[0] for name in ours.state_dict()} == {"student", "objective"}
+    assert f"teachers={list(ours.teachers)}" in repr(ours)
     trained = {id(parameter) for parameter in ours.trainable_parameters()}
     for teacher in ours.teachers.values():
         assert not trained & {id(parameter) for parameter in teacher.model.parameters()}

@@ -169,23 +169,6 @@ def test_gradients_with_weights_are_those_of_finite_differences(name: str) -> No
     )
 
 
-SLOW_TO_COMPILE = ("dark_rank, beta=1", "dark_rank, beta=0.5", "dark_rank, all", "correlation_congruence, order 1")
-
-
-@pytest.mark.parametrize("name", [name for name in LOSSES if name not in SLOW_TO_COMPILE])
-def test_compiles_as_one_graph(name: str) -> None:
-    torch._dynamo.reset()
-    case = LOSSES[name]
-    loss, other = case.build(), case.build()
-    student, teacher = case.sides(6, dtype=torch.float32)
-    options = {"weight": WEIGHT.float(), **case.targets(6)}
-    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(
-        gradient(compiled, student, teacher, **options), gradient(other, student, teacher, **options)
-    )
-    torch.testing.assert_close(compiled(student, teacher, **options), other(student, teacher, **options))
-
-
 @each_loss
 def test_gradients_of_function_transforms_and_second_derivatives(name: str) -> None:
     case = LOSSES[name]

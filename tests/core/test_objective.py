@@ -113,6 +113,7 @@ HINT = {"loss": HintLoss(), "student": "x", "teacher": "x"}
     ("change", "message"),
     [
         ({"loss": "hint"}, "Term: loss must be callable, got str"),
+        ({"loss": HintLoss}, r"Term: loss must be a function or a Module, got the class HintLoss; write HintLoss\(\)"),
         ({"student": 3}, "Term: student must be the name of a tap or a list of names, got int"),
         ({"student": []}, "Term: student must be the name of a tap or a list of names, got an empty one"),
         ({"student": ["x", 3]}, r"Term: student\[1\] must be a str, got int"),

@@ -296,6 +296,7 @@ GRID = TokenProjection(3, 4, size=(2, 2), grid=(2, 3), class_token="keep")
         ),
         (infer_projection, [randn(2, 8), randn(2, 3, 4, 4)], ValueError, r"^infer_projection: .* \(2, 8\) and \(2, 3"),
         (infer_projection, [randn(2, 8, 3), randn(2, 3)], ValueError, "give a projection of your own"),
+        (infer_projection, [randn(2, 5), randn(2, 3, 4, 4)], ValueError, "or a student map and a teacher vector; got"),
         (
             infer_projection,
             [randn(2, 47, 3), randn(2, 49, 3)],

@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 import torch
 
+import kdlib
 from kdlib import OUTPUT, FixedWeighting, HintLoss, SoftTargetLoss, Term
 from kdlib._checks import check_number
 
@@ -135,6 +136,19 @@ def test_numbers_of_numpy_are_stored_as_plain_numbers() -> None:
         )
     with pytest.raises(TypeError, match=r"Term: weight\(1\) must be a finite number and >= 0, got True"):
         Term(HintLoss(), student="x", teacher="x", weight=lambda step: True).weight_at(1)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("AngularLoss", "'AngularLoss'; the nearest are 'AngularDistillLoss'"),
+        ("soft_target", r"'soft_target'; functions are in kdlib\.functional: kdlib\.functional\.soft_target"),
+    ],
+)
+def test_an_unknown_name_is_followed_by_the_nearest(name: str, message: str) -> None:
+    importlib.import_module("kdlib.functional")
+    with pytest.raises(AttributeError, match=f"module 'kdlib' has no attribute {message}"):
+        getattr(kdlib, name)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from kdlib import functional
 from kdlib.losses import HintLoss
 from kdlib.projections import LinearProjection
 from kdlib.testing import (
@@ -226,6 +227,27 @@ def test_all_failures_are_listed_with_the_checks_of_one_cause_together() -> None
         "  reduction_none: 'none' must give (b,) = (5,), got (5, 1)",
         "  batch_of_one, empty_batch: raised RuntimeError: out of cheese",
     ]
+
+
+def test_arguments_that_a_loss_does_not_accept_are_one_cause_on_every_device() -> None:
+    with pytest.raises(AssertionError) as caught:
+        check_loss(nn.MSELoss(), STUDENT, TEACHER, exclude=without(LOSS_CHECKS, "weight_ones", "on_meta"))
+    assert str(caught.value).splitlines() == [
+        "check_loss(MSELoss): weight_ones, on_meta: raised TypeError: MSELoss.forward() got an unexpected keyword argument "
+        "'weight'"
+    ]
+
+
+def test_a_wrong_gradient_is_one_line() -> None:
+    def gradient_of_half(student: Tensor, teacher: Tensor) -> Tensor:
+        value = functional.hint(student, teacher)
+        return value.detach() + 0.5 * (value - value.detach())
+
+    with pytest.raises(
+        AssertionError, match=r"the gradient must equal that by differences in float64, got: .*"
+    ) as caught:
+        check_loss(gradient_of_half, STUDENT, TEACHER, exclude=without(LOSS_CHECKS, "gradcheck"))
+    assert len(str(caught.value).splitlines()) == 1
 
 
 @pytest.mark.parametrize(

@@ -191,7 +191,7 @@ def test_crops_have_the_folders_names_and_pixels_of_the_photographs(
     output = tmp_path / "crops"
     assert run("align", photos, "--detector", yunet, "--output", output) == 0
     message = capsys.readouterr().err
-    assert "4 photographs: 3 crops, 1 photographs without a face, 2 rows in" in message
+    assert "4 photographs: 3 crops, 1 without a face, 2 rows in" in message
     assert sorted(contents(output)) == [
         "ann/1.png", "ann/2.png", "bob/trip/3.png", "doubtful.csv", "doubtful.png", "faces.csv", "manifest.jsonl",
     ]  # fmt: skip
