@@ -58,9 +58,7 @@ class _Parser(argparse.ArgumentParser):
 
     def add_compile(self) -> None:
         """Add the option for torch.compile."""
-        self.add_argument(
-            "--compile", action="store_true", help="compile the networks by torch.compile; not ONNX graphs"
-        )
+        self.add_argument("--compile", action="store_true", help="compile networks by torch.compile; not ONNX graphs")
 
     def add_folder(self, flag: str, default: str, text: str) -> None:
         """Add an option for the folder of the results."""
@@ -108,9 +106,8 @@ def make_parser() -> argparse.ArgumentParser:
     demo.add_list("--teacher", "ONNX", "general teacher first, then the second teacher")
     demo.add_list("--tap", "NAME", "tensor of each teacher's middle feature map, in order")
     _add_input(demo)
-    demo.add_argument(
-        "--seeds", type=_number(1, 1000), default=1, metavar="N", help="number of runs with consecutive seeds (1)"
-    )
+    text = "number of runs with consecutive seeds (1)"
+    demo.add_argument("--seeds", type=_number(1, 1000), default=1, metavar="N", help=text)
     demo.add_argument("--steps", metavar="quick|full|N", help="training steps of each student (full)")
     text = "start of the students on real faces: scratch, or shrink:FILE, a narrower copy of a teacher (the general teacher)"
     demo.add_argument("--start", metavar="scratch|shrink:FILE", help=text)
