@@ -130,7 +130,8 @@ class TeacherAdapter(nn.Module):
             ValueError: a tap did not fire, or fired more than once without choosing a call.
         """
         model, preprocess = self._held
-        home = None if self.device is None else next((x.device for x in tensors_in((inputs, named))), None)
+        devices = [] if self.device is None else [x.device for x in tensors_in((inputs, named))]
+        home = devices[0] if devices else None
         training = _enter(model)
         try:
             with torch.no_grad():

@@ -136,7 +136,7 @@ def add_distance_gradient(x: Tensor, slope: Tensor, near: Tensor | None) -> Tens
     wide = x.to(slope.dtype)
     if near is None:
         rows = max(1, VALUES_PER_CHUNK // max(wide.numel(), 1))
-        parts = zip(wide.split(rows), slope.split(rows), strict=True)
+        parts = zip(torch.split(wide, rows), torch.split(slope, rows), strict=True)
         return torch.cat([(c.unsqueeze(1) @ (part.unsqueeze(1) - wide)).squeeze(1) for part, c in parts])
     wide = wide - wide.mean(0)
     near_slope = slope[near[0], near[1]]

@@ -139,7 +139,7 @@ def synchronized_batch_norm(distiller: nn.Module, *, active: bool) -> Iterator[N
     """
     layers = [module for module in distiller.modules() if active and isinstance(module, _BatchNorm)]
     # Not a decorator, which would import torch's compiler with this module.
-    normalize = torch.compiler.disable(_normalize) if layers else _normalize
+    normalize = torch.compiler.disable(_normalize) if layers else _normalize  # type: ignore[no-untyped-call]
     for layer in layers:
         layer.forward = partial(normalize, layer)  # type: ignore[method-assign]
     try:

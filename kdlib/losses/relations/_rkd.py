@@ -72,7 +72,9 @@ def angle_with_gradient(
     # The rounding error of a cosine grows with the ratio of its two sides. Above a ratio of 1e3 float64 is used, and
     # difference vectors at vertices where it is above 1e9. Without reading values, float64 is used for all, and shorter
     # sides count as 0 where a cosine could be wrong by 0.01.
-    dtype, by_vectors, weight = wide, None, share.to(wide)
+    by_vectors: Tensor | None = None
+    weight: Tensor | None = share.to(wide)
+    dtype = wide
     if known:
         dtype = wide if bool((_uneven(squares, 1e-6) | _uneven(squares_t, 1e-6)).any()) else student.dtype
         by_vectors = _uneven(squares, 1e-18) | _uneven(squares_t, 1e-18)
@@ -125,7 +127,7 @@ def _angles(
     side, capacity = (64, 2**18) if by_vectors is not None else (256, 2**24)
     chunk = min(batch, chunk or max(1, capacity // (side * batch)))
     if by_vectors is None:
-        vertices = [(i, False) for i in torch.arange(batch, device=squares_s.device).split(chunk)]
+        vertices = [(i, False) for i in torch.split(torch.arange(batch, device=squares_s.device), chunk)]
     else:
         vertices = [(i, False) for i in torch.split((~by_vectors).nonzero().squeeze(1), chunk) if len(i)]
         vertices += [(i, True) for i in torch.split(by_vectors.nonzero().squeeze(1), 1) if len(i)]
