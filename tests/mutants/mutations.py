@@ -11,7 +11,9 @@ from mutmut.mutation.mutators import mutation_operators, operator_arg_removal, o
 
 MESSAGE_NAMES = {"owner", "name", "what", "argument", "message", "where"}
 """Parameters that only error messages use."""
-CHECKS = ("check", "require")
+CHECKS = (
+    "check", "require", "gather", "one_batch", "reduce", "resample_counts", "shards_of", "unit_block",
+)  # fmt: skip
 """Beginnings of the names of functions that take parts of an error message as strings."""
 SKIPPED = (cst.Annotation, cst.Assert, cst.Decorator, cst.FormattedString, cst.Raise)
 """Types, decorators and messages."""
@@ -164,8 +166,10 @@ def _callee(node: cst.Call) -> str:
 
 
 def _is_silent(call: cst.Call, arg: cst.Arg) -> bool:
-    """Whether an argument is a part of a message, a type, or the check that two sequences have one length."""
+    """Whether an argument is a part of a message, a type, the check of equal lengths, or a device, which a CPU ignores."""
     name = _callee(call)
+    if arg.keyword is not None and arg.keyword.value == "device":
+        return True
     if name == "zip":
         return arg.keyword is not None and arg.keyword.value == "strict"
     if name == "cast":
