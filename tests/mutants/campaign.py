@@ -9,7 +9,6 @@ import argparse
 import hashlib
 import json
 import os
-import random
 import sys
 import tomllib
 from collections import Counter
@@ -42,10 +41,12 @@ def every_mutant() -> dict[str, list[Mutant]]:
 
 def sample(mutants: dict[str, list[Mutant]], count: int, seed: int) -> list[Mutant]:
     """Draw mutants evenly over the files: one of each file in turn, until there are enough."""
-    drawn = {path: random.Random(f"{seed} {path}").sample(each, len(each)) for path, each in mutants.items()}
-    turns = max(map(len, drawn.values()))
-    order = [each[turn] for turn in range(turns) for each in drawn.values() if turn < len(each)]
-    return order[:count]
+    # In the order of hashes, so that a change of the code changes few of the drawn mutants.
+    drawn = [
+        sorted(each, key=lambda m: hashlib.sha256(f"{seed} {m.key}".encode()).digest()) for each in mutants.values()
+    ]
+    turns = max(map(len, drawn))
+    return [each[turn] for turn in range(turns) for each in drawn if turn < len(each)][:count]
 
 
 def state() -> str:
@@ -86,7 +87,9 @@ def accepted() -> dict[tuple[object, ...], str]:
     return {(row["path"], row["function"], row["before"], row["after"], row["number"]): row["reason"] for row in rows}
 
 
-def report(mutants: list[Mutant], total: Counter[str], verdicts: dict[tuple[object, ...], str], folder: Path) -> list[Mutant]:
+def report(
+    mutants: list[Mutant], total: Counter[str], verdicts: dict[tuple[object, ...], str], folder: Path
+) -> list[Mutant]:
     """Write `result.json` and `result.md`, and return the survivors that are not accepted."""
     reasons = accepted()
     table: dict[str, Counter[str]] = {folder: Counter() for folder in FOLDERS}
@@ -101,7 +104,9 @@ def report(mutants: list[Mutant], total: Counter[str], verdicts: dict[tuple[obje
         found, decided = row[KILLED] + row[TIMEOUT], row.total() - row[FAULT]
         share = f"{100 * found / decided:.1f} %" if decided else ""
         count = total.total() if name == "all" else total[name]
-        lines.append(f"| {name} | {count} | {row.total()} | {row[KILLED]} | {row[TIMEOUT]} | {row[SURVIVED]} | {share} |")
+        lines.append(
+            f"| {name} | {count} | {row.total()} | {row[KILLED]} | {row[TIMEOUT]} | {row[SURVIVED]} | {share} |"
+        )
     lines += ["", "| survivor | change | reason |", "|---|---|---|"]
     for mutant in survivors:
         change = mutant.change.replace("|", "\\|").replace("\n", " ")
@@ -132,7 +137,9 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("runs/mutants"))
     given = parser.parse_args()
     mutants = {path: each for path, each in every_mutant().items() if path.startswith(given.only)}
-    total = Counter({folder: sum(len(each) for path, each in mutants.items() if path.startswith(folder)) for folder in FOLDERS})
+    total = Counter(
+        {folder: sum(len(each) for path, each in mutants.items() if path.startswith(folder)) for folder in FOLDERS}
+    )
     count = total.total() if given.mutants == "all" else int(given.mutants)
     chosen = sample(mutants, count, given.seed)
     if given.survivors:
