@@ -30,9 +30,10 @@ extensions = [
     "sphinx.ext.autosummary",
     "sphinx.ext.napoleon",
     "command_options",
+    "reference",
     "references",
 ]
-exclude_patterns = ["_build", "_ext", "api/generated"]
+exclude_patterns = ["_build", "_ext"]
 # Blocks without a language are plain text.
 highlight_language = "none"
 myst_enable_extensions = ["colon_fence", "deflist"]
@@ -43,11 +44,12 @@ html_theme = "furo"
 html_title = f"kdlib {version}"
 html_static_path = ["_static"]
 html_css_files = ["wide.css"]
+html_js_files = ["sidebar.js"]
 html_copy_source = False
 html_show_sourcelink = False
 pygments_style = "friendly"
 
-# The tables on the API pages link to entries on other pages, so no stub pages are needed.
+# The extension `reference` writes the pages of the names.
 autosummary_generate = False
 autodoc_typehints = "description"
 autodoc_typehints_description_target = "documented_params"

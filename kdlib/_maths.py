@@ -23,8 +23,10 @@ FAR = 1e15
 
 def full_precision(x: Tensor) -> AbstractContextManager[object]:
     """Disable autocast on the device of `x`, so that each operation runs in the dtype of its arguments."""
-    if torch.amp.is_autocast_available(x.device.type):
-        return torch.autocast(x.device.type, enabled=False)
+    kind = x.device.type
+    # The names first, since older compilers of torch do not trace the function.
+    if kind in ("cpu", "cuda") or torch.amp.is_autocast_available(kind):
+        return torch.autocast(kind, enabled=False)
     return nullcontext()
 
 

@@ -117,7 +117,8 @@ class Distiller(nn.Module):
             if module.training:  # train() was called on the teacher itself
                 module.eval()
         teachers: dict[str, Features] = {}
-        device = next((x.device for x in student.values() if isinstance(x, Tensor)), torch.device("cpu"))
+        devices = [x.device for x in student.values() if isinstance(x, Tensor)]
+        device = devices[0] if devices else torch.device("cpu")
         for name, teacher in self.teachers.items():
             if isinstance(teacher, StudentReader) and teacher.reads_student:
                 teachers[name] = teacher(student)

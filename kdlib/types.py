@@ -36,13 +36,27 @@ TeacherInputs: TypeAlias = str | Sequence[str] | Mapping[str, str] | None
 
 @runtime_checkable
 class Loss(Protocol):
-    """Compares a student tensor with a teacher (or target) tensor; returns a scalar or one value per sample, `(b,)`."""
+    """Compares a student tensor with a teacher (or target) tensor; returns a scalar or one value per sample, `(b,)`.
+
+    Examples:
+        >>> from kdlib import HintLoss
+        >>> isinstance(HintLoss(), Loss)
+        True
+    """
 
     def __call__(self, student: Tensor, teacher: Tensor, /) -> Tensor: ...
 
 
 class CrossLayerLoss(Protocol):
-    """Compares features of several layers, each `(b, ...)`; a term with lists of taps calls it with lists."""
+    """Compares features of several layers, each `(b, ...)`; a term with lists of taps calls it with lists.
+
+    Examples:
+        >>> from kdlib import HintLoss
+        >>> def all_layers(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor:
+        ...     return sum(HintLoss()(s, t) for s, t in zip(student, teacher))
+        >>> all_layers([torch.zeros(2, 3)] * 2, [torch.ones(2, 3)] * 2).item()
+        2.0
+    """
 
     def __call__(self, student: Sequence[Tensor], teacher: Sequence[Tensor], /) -> Tensor: ...
 
@@ -54,6 +68,11 @@ class WeightedLoss(Protocol):
     A loss that returns `(b,)` values needs no declaration: the objective weights the values itself. A Module with an
     attribute `per_sample` declares that it takes `weight=` and, if it is true, `reduction="none"`. A `Term` reads it
     once, when it is created.
+
+    Examples:
+        >>> from kdlib import HintLoss, PKTLoss
+        >>> HintLoss().per_sample, PKTLoss().per_sample
+        (True, False)
     """
 
     def __call__(self, student: Any, teacher: Any, /) -> Tensor: ...
@@ -70,6 +89,11 @@ class MaskedLoss(Protocol):
     The mask is boolean `(b, ...)`; False leaves a position out. With `reduction="none"`, the value of a sample is the mean
     over the positions that the mask keeps. A loss without the attribute `masked` is called with the mask of its term and
     must accept it.
+
+    Examples:
+        >>> from kdlib import HintLoss, SoftTargetLoss
+        >>> SoftTargetLoss().masked, HintLoss().masked
+        (True, False)
     """
 
     def __call__(self, student: Any, teacher: Any, /, *, mask: Tensor | None = None) -> Tensor: ...
@@ -84,6 +108,12 @@ class ScheduledLoss(Protocol):
     """A loss that also accepts `step=`, the step at which its schedules are evaluated.
 
     A `Term` reads `schedules` once, when it is created, and passes the step if there are any.
+
+    Examples:
+        >>> from kdlib import SoftTargetLoss
+        >>> from kdlib.schedules import linear
+        >>> list(SoftTargetLoss(temperature=linear(4.0, 1.0, 100)).schedules)
+        ['temperature']
     """
 
     def __call__(self, student: Any, teacher: Any, /) -> Tensor: ...
@@ -95,14 +125,25 @@ class ScheduledLoss(Protocol):
 
 @runtime_checkable
 class Projection(Protocol):
-    """Maps a student tensor into the teacher's feature space."""
+    """Maps a student tensor into the teacher's feature space.
+
+    Examples:
+        >>> isinstance(nn.Linear(64, 128), Projection)
+        True
+    """
 
     def __call__(self, student: Tensor, /) -> Tensor: ...
 
 
 @runtime_checkable
 class Weighting(Protocol):
-    """Maps the losses `(k, b)` of k teachers to weights `(k, b)` whose columns sum to one."""
+    """Maps the losses `(k, b)` of k teachers to weights `(k, b)` whose columns sum to one.
+
+    Examples:
+        >>> from kdlib import UniformWeighting
+        >>> isinstance(UniformWeighting(), Weighting)
+        True
+    """
 
     def __call__(self, losses: Tensor, *, student: Tensor, teachers: Sequence[Tensor], targets: Targets) -> Tensor: ...
 
@@ -113,6 +154,11 @@ class GraphWeighting(Weighting, Protocol):
 
     Where `needs_graph` is true, an `Objective` passes the losses with their graph and detaches the weights. All other
     weightings receive detached losses, and a graph in their weights is kept.
+
+    Examples:
+        >>> from kdlib import GradientWeighting
+        >>> isinstance(GradientWeighting(), GraphWeighting)
+        True
     """
 
     @property
@@ -122,7 +168,13 @@ class GraphWeighting(Weighting, Protocol):
 
 @runtime_checkable
 class PenalizedWeighting(Weighting, Protocol):
-    """A learned weighting with a loss term of its own."""
+    """A learned weighting with a loss term of its own.
+
+    Examples:
+        >>> from kdlib import UncertaintyWeighting, UniformWeighting
+        >>> isinstance(UncertaintyWeighting(2), PenalizedWeighting), isinstance(UniformWeighting(), PenalizedWeighting)
+        (True, False)
+    """
 
     def penalty(self, losses: Tensor) -> Tensor:
         """Scalar that an `Objective` adds to its total each time it computes weights; `losses` are detached."""
@@ -134,6 +186,11 @@ class CrossLayerWeighting(Protocol):
 
     Where `cross_layer` is true, `student` and each of `teachers` may be a list of features. Other weightings are called
     for terms with one tap on each side only.
+
+    Examples:
+        >>> from kdlib import UniformWeighting
+        >>> isinstance(UniformWeighting(), CrossLayerWeighting)
+        True
     """
 
     def __call__(self, losses: Tensor, *, student: Side, teachers: Sequence[Side], targets: Targets) -> Tensor: ...
@@ -145,7 +202,13 @@ class CrossLayerWeighting(Protocol):
 
 @runtime_checkable
 class HasTaps(Protocol):
-    """A model that declares which features it returns, so that names are checked before the first forward."""
+    """A model that declares which features it returns, so that names are checked before the first forward.
+
+    Examples:
+        >>> from kdlib import OUTPUT, StudentAdapter
+        >>> isinstance(StudentAdapter(nn.Linear(4, 2), {"out": OUTPUT}), HasTaps)
+        True
+    """
 
     @property
     def taps(self) -> Mapping[str, object]:
@@ -154,7 +217,13 @@ class HasTaps(Protocol):
 
 @runtime_checkable
 class PassesInputs(Protocol):
-    """A student that passes its inputs unchanged to another one, such as `AuxiliaryHeads`."""
+    """A student that passes its inputs unchanged to another one, such as `AuxiliaryHeads`.
+
+    Examples:
+        >>> from kdlib import OUTPUT, StudentAdapter
+        >>> isinstance(StudentAdapter(nn.Linear(4, 2), {"out": OUTPUT}), PassesInputs)
+        False
+    """
 
     @property
     def receiver(self) -> nn.Module:
@@ -163,7 +232,13 @@ class PassesInputs(Protocol):
 
 @runtime_checkable
 class FrozenModel(HasTaps, Protocol):
-    """An adapter around a frozen model that it does not register, such as `TeacherAdapter`."""
+    """An adapter around a frozen model that it does not register, such as `TeacherAdapter`.
+
+    Examples:
+        >>> from kdlib import OUTPUT, TeacherAdapter
+        >>> isinstance(TeacherAdapter(nn.Linear(4, 2), {"out": OUTPUT}), FrozenModel)
+        True
+    """
 
     @property
     def model(self) -> nn.Module:
@@ -180,7 +255,12 @@ class FrozenModel(HasTaps, Protocol):
 
 @runtime_checkable
 class HasFingerprint(Protocol):
-    """A module that identifies its weights and settings by a text of its own, which caches store and compare."""
+    """A module that identifies its weights and settings by a text of its own, which caches store and compare.
+
+    Examples:
+        >>> isinstance(nn.Linear(4, 2), HasFingerprint)
+        False
+    """
 
     @property
     def fingerprint(self) -> str:
@@ -189,7 +269,13 @@ class HasFingerprint(Protocol):
 
 @runtime_checkable
 class Teacher(Protocol):
-    """A frozen model: maps inputs to named features. `TeacherAdapter` and `CachedTeacher` are teachers."""
+    """A frozen model: maps inputs to named features. `TeacherAdapter` and `CachedTeacher` are teachers.
+
+    Examples:
+        >>> from kdlib import OUTPUT, TeacherAdapter
+        >>> isinstance(TeacherAdapter(nn.Linear(4, 2), {"out": OUTPUT}), Teacher)
+        True
+    """
 
     @property
     def inputs(self) -> TeacherInputs:
@@ -204,6 +290,11 @@ class UpdatedTeacher(Teacher, Protocol):
 
     A `Distiller` registers it if it is a Module, so that its weights are part of the state dict, and excludes its
     parameters from `trainable_parameters()`.
+
+    Examples:
+        >>> from kdlib import OUTPUT, EMATeacher, StudentAdapter
+        >>> isinstance(EMATeacher(StudentAdapter(nn.Linear(4, 2), {"out": OUTPUT})), UpdatedTeacher)
+        True
     """
 
     def update(self, student: nn.Module, *, step: int | None = None) -> None:
@@ -212,7 +303,13 @@ class UpdatedTeacher(Teacher, Protocol):
 
 @runtime_checkable
 class StudentReader(Teacher, Protocol):
-    """A teacher that is computed from the student's features, such as `SelfTeacher`."""
+    """A teacher that is computed from the student's features, such as `SelfTeacher`.
+
+    Examples:
+        >>> from kdlib import SelfTeacher
+        >>> isinstance(SelfTeacher({"shallow": "deep"}), StudentReader)
+        True
+    """
 
     @property
     def reads_student(self) -> bool:

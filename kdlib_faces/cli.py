@@ -58,7 +58,7 @@ class _Parser(argparse.ArgumentParser):
 
     def add_compile(self) -> None:
         """Add the option for torch.compile."""
-        self.add_argument("--compile", action="store_true", help="compile the networks by torch.compile")
+        self.add_argument("--compile", action="store_true", help="compile networks by torch.compile; not ONNX graphs")
 
     def add_folder(self, flag: str, default: str, text: str) -> None:
         """Add an option for the folder of the results."""
@@ -77,7 +77,7 @@ def _number(low: int, high: int) -> Callable[[str], int]:
 
 
 def _protocols() -> str:
-    from kdlib_faces.commands.evaluate import listing
+    from kdlib_faces.harness.registry import listing
 
     return f"protocols:\n{listing()}"
 
@@ -106,12 +106,12 @@ def make_parser() -> argparse.ArgumentParser:
     demo.add_list("--teacher", "ONNX", "general teacher first, then the second teacher")
     demo.add_list("--tap", "NAME", "tensor of each teacher's middle feature map, in order")
     _add_input(demo)
-    demo.add_argument(
-        "--seeds", type=_number(1, 1000), default=1, metavar="N", help="number of runs with consecutive seeds (1)"
-    )
+    text = "number of runs with consecutive seeds (1)"
+    demo.add_argument("--seeds", type=_number(1, 1000), default=1, metavar="N", help=text)
     demo.add_argument("--steps", metavar="quick|full|N", help="training steps of each student (full)")
     text = "start of the students on real faces: scratch, or shrink:FILE, a narrower copy of a teacher (the general teacher)"
     demo.add_argument("--start", metavar="scratch|shrink:FILE", help=text)
+    demo.add_compile()
 
     train = commands.add_parser("train", parents=[common, run, data], help="train a student or a teacher on face lists")
     text = "what to train: a student of two teachers, a student alone, or a teacher (liaad)"
@@ -224,6 +224,7 @@ def _add_cache(parser: _Parser, common: _Parser, run: _Parser, data: _Parser) ->
     make.add_argument("--views", type=int, help=text)
     make.add_argument("--dtype", choices=("float16", "int8", "float32"), help="type on disk (float16)")
     make.add_on_error()
+    make.add_compile()
     make.add_argument("--workers", type=int, default=1, metavar="N", help="number of processes (1)")
     check = actions.add_parser("verify", parents=[common], help="verify checksums, values and some recomputed rows")
     check.add_argument("directory", type=Path, metavar="DIR", help="folder of the cache")

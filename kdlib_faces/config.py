@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Literal, Protocol, TypeVar, Union, get_args, g
 
 import tomli_w
 
-from kdlib_faces._checks import InputError
+from kdlib_faces._checks import InputError, show_name
 
 __all__ = ["Configuration", "dump_toml", "load_config", "read_toml", "to_toml", "walk_settings"]
 
@@ -289,4 +289,4 @@ def _show(value: object) -> str:
     if type(value) is int and abs(value) > MAX_INTEGER:
         return f"a number of {value.bit_length()} bits"
     text = value if isinstance(value, str) else repr(value).lower() if isinstance(value, bool) else repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."
+    return show_name(text, 80)

@@ -77,7 +77,7 @@ FACES = {
         "report",
         "demo",
     },
-    "cli": {"commands"},
+    "cli": {"commands", "harness"},
     "__main__": {"cli"},
 }
 TABLES = {"kdlib": (CORE, CORE_SHARED), "kdlib_faces": (FACES, FACES_SHARED)}

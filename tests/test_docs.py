@@ -9,6 +9,7 @@ import shlex
 import subprocess
 import sys
 import types
+from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -17,8 +18,9 @@ import pytest
 
 import kdlib
 import kdlib.functional
+import kdlib.losses
 import kdlib.schedules
-from tests.faces.browser import CHROMIUM, chromium
+from tests.faces.browser import CHROMIUM, Browser, chromium
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -71,6 +73,44 @@ def test_every_public_name_is_documented(built: Path) -> None:
         assert {name for name in names if id(public[name]) not in found} == set(), package
 
 
+def test_a_page_of_a_loss_has_formula_arguments_example_source_and_links(built: Path) -> None:
+    for name in (name for name in kdlib.losses.__all__ if name.endswith("Loss")):
+        page = (built / "api" / "generated" / f"kdlib.losses.{name}.html").read_text("utf-8")
+        assert {
+            part for part in ("&gt;&gt;&gt; ", "Parameters", '<details class="source">', "seealso") if part not in page
+        } == set(), name
+        if "_function" in vars(getattr(kdlib.losses, name)):
+            assert "<math" in page, name
+            assert "kdlib.functional." in page, name
+
+
+EXAMPLES = [package for package in PACKAGES if package.split(".")[0] == "kdlib"] + [
+    "kdlib.types",
+    "kdlib.schedules",
+    "kdlib.online",
+]
+
+
+@pytest.mark.parametrize("package", EXAMPLES)
+def test_every_class_and_function_has_an_example(package: str) -> None:
+    module = importlib.import_module(package)
+    values = {name: getattr(module, name) for name in module.__all__}
+    lacking = {
+        name for name, value in values.items()
+        if isinstance(value, (type, types.FunctionType)) and ">>> " not in (value.__doc__ or "")
+    }  # fmt: skip
+    # Errors without attributes, and the dictionaries of a checkpoint.
+    assert lacking <= {"CacheError", "CheckpointError", "CheckpointState", "StepValues", "StreamState"}
+
+
+def test_the_sidebar_lists_the_names_of_one_topic(built: Path) -> None:
+    page = (built / "api" / "generated" / "kdlib.losses.HintLoss.html").read_text("utf-8")
+    tree = page[page.index('class="sidebar-tree"') : page.index("</aside>")]
+    assert 'href="kdlib.losses.PKTLoss.html"' in tree
+    assert "kdlib.weighting." not in tree
+    assert re.search(r'class="[^"]*current-page[^"]*"><a class="reference internal" href="#">HintLoss<', tree)
+
+
 def test_the_first_api_page_lists_every_public_name() -> None:
     page = (ROOT / "docs/api/kdlib.rst").read_text("utf-8")
     listed = re.findall(r"^   ~(\S+)$", page, re.MULTILINE)
@@ -106,7 +146,8 @@ class Pictures(HTMLParser):
 
 def test_every_picture_has_an_alternative_text(built: Path) -> None:
     pages = [page for page in built.rglob("*.html") if page.name not in ("py-modindex.html", "genindex.html")]
-    pictures = [picture for page in pages for picture in Pictures(page.read_text("utf-8")).found]
+    texts = [text for page in pages if "<img" in (text := page.read_text("utf-8"))]
+    pictures = [picture for text in texts for picture in Pictures(text).found]
     assert len(pictures) >= 2
     # Sphinx gives a picture without one the name of its file.
     assert [src for src, alt in pictures if len(alt.split()) < 5 or Path(src).name in alt] == []
@@ -186,25 +227,49 @@ CUT = """(() => {
 })()"""
 
 
-@pytest.mark.skipif(not CHROMIUM.is_file(), reason=f"{CHROMIUM} is absent")
-@pytest.mark.parametrize("dark", [False, True])
-def test_pages_fit_the_window_in_a_browser(built: Path, tmp_path: Path, dark: bool) -> None:
-    names = ("index", "options", "concepts", "how_do_i/faces", "api/functional")
-    with chromium(tmp_path) as browser:
-        for name in names:
-            for width in WIDTHS:
-                page = built / f"{name}.html"
-                result = browser.open(page, width, dark=dark)
-                assert result["scroll"] == result["width"] == width, (name, width)
-                parameters = {"expression": CUT, "returnByValue": True}
-                inside, cut = json.loads(browser.call("Runtime.evaluate", parameters)["result"]["value"])
-                assert inside, (name, width)
-                assert cut == [], (name, width)
-                assert browser.errors() == [], (name, width)
-                assert all(address.startswith("file:") for address in browser.requests()), (name, width)
-                assert all(min(picture["natural"]) > 0 for picture in result["pictures"]), (name, width)
-                color = [int(part) for part in re.findall(r"\d+", result["background"])[:3]]
-                assert (max(color) < 64) if dark else (min(color) > 192), (name, width, color)
+SHOWN = (
+    "index", "learn/weightings", "concepts", "how_do_i/faces", "troubleshooting", "options", "comparison", "glossary", "api/kdlib",
+    "api/losses", "api/faces_heads", "api/generated/kdlib.losses.SoftTargetLoss", "api/generated/kdlib.functional.angular_distill",
+    "api/generated/kdlib.losses.ContrastiveRepresentationLoss", "api/generated/kdlib_faces.evaluation.identify_with_distractors",
+)  # fmt: skip
+HITS = "[...document.querySelectorAll('#search-results li a')].map((each) => each.getAttribute('href').split(/[.]html/)[0])"
+# The results are complete when their summary says so.
+SEARCH = f"""new Promise((resolve) => {{
+    const wait = () => /finished|did not match/.test(document.querySelector('#search-results')?.textContent)
+        ? resolve({HITS}) : setTimeout(wait, 20);
+    wait();
+}})"""
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
+    if not CHROMIUM.is_file():
+        pytest.skip(f"{CHROMIUM} is absent")
+    with chromium(tmp_path_factory.mktemp("profile")) as opened:
+        yield opened
+
+
+@pytest.mark.parametrize("name", SHOWN)
+def test_pages_fit_the_window_in_a_browser(built: Path, browser: Browser, name: str) -> None:
+    browser.open(built / f"{name}.html", WIDTHS[0])
+    for dark in (False, True):
+        for width in WIDTHS:
+            result = browser.show(width, dark=dark)
+            assert result["scroll"] == result["width"] == width
+            inside, cut = json.loads(browser.evaluate(CUT))
+            assert inside, width
+            assert cut == [], width
+            assert all(min(picture["natural"]) > 0 for picture in result["pictures"]), width
+            color = [int(part) for part in re.findall(r"\d+", result["background"])[:3]]
+            assert (max(color) < 64) if dark else (min(color) > 192), (width, color)
+    assert browser.errors() == []
+    assert all(address.startswith("file:") for address in browser.requests())
+
+
+@pytest.mark.parametrize("query", FOUND)
+def test_the_search_page_finds_without_a_server(built: Path, browser: Browser, query: str) -> None:
+    browser.go(f"{(built / 'search.html').as_uri()}?q={query.replace(' ', '+')}")
+    assert FOUND[query] <= set(browser.evaluate(SEARCH))
 
 
 def test_the_version_is_the_same_everywhere() -> None:
@@ -237,10 +302,20 @@ def test_the_study_shows_the_stored_figures() -> None:
 
 
 def test_names_in_the_text_are_linked(built: Path) -> None:
-    losses = (built / "api" / "losses.html").read_text("utf-8")
-    assert re.search(r'href="functional.html#kdlib[.a-z_]*hint"[^>]*><code', losses)
+    loss = (built / "api" / "generated" / "kdlib.losses.HintLoss.html").read_text("utf-8")
+    assert re.search(r'href="kdlib.functional.hint.html#kdlib[.a-z_]*hint"[^>]*><code', loss)
     concepts = (built / "concepts.html").read_text("utf-8")
-    assert re.search(r'href="api/[a-z]*.html#kdlib[.a-z_]*TeacherAdapter"[^>]*><code', concepts)
+    assert re.search(r'href="api/generated/[.A-Za-z]*.html#kdlib[.a-z_]*TeacherAdapter"[^>]*><code', concepts)
+
+
+def test_the_table_of_speed_shows_the_stored_figures() -> None:
+    rows = json.loads((ROOT / "benchmarks" / "results" / "losses.json").read_text("utf-8"))["rows"]
+    lines = (ROOT / "docs" / "comparison.md").read_text("utf-8").splitlines()
+    shown = {cells[1].replace("`", "").strip(): cells[3:7] for line in lines if len(cells := line.split("|")) == 9}
+    keys = ("milliseconds", "peer_milliseconds", "extra_mib", "peer_extra_mib")
+    for name, row in rows.items():
+        if "peer_milliseconds" in row:
+            assert [cell.strip() for cell in shown[name]] == [format(row[key], ".1f") for key in keys], name
 
 
 def test_the_table_of_losses_shows_the_stored_figures() -> None:
@@ -256,3 +331,22 @@ def test_the_table_of_losses_shows_the_stored_figures() -> None:
         ):
             value, low, high = (format(100 * row[kind][gap][key], f"{sign}.1f") for key in ("value", "low", "high"))
             assert shown[name][at].strip() == f"{value} ({low} to {high})", (name, kind, gap)
+
+
+def test_the_table_of_exports_shows_the_stored_figures() -> None:
+    stored: dict[str, Any] = json.loads((ROOT / "benchmarks" / "results" / "export.json").read_text("utf-8"))
+    page = (ROOT / "docs" / "deployment.md").read_text("utf-8")
+    shown = {cells[1].strip(): cells[2:4] for line in page.splitlines() if len(cells := line.split("|")) == 5}
+    expected = {
+        "file, kB": [f"{stored[f'{form}_bytes'] / 1000:,.0f}" for form in ("float", "int8")],
+        "batch of one, ms": [f"{stored[f'{form}_ms']:.2f}" for form in ("float", "int8")],
+        "LFW, ten-fold accuracy, %": [f"{100 * stored[form]['accuracy']:.2f}" for form in ("float", "int8")],
+        "LFW, TAR at FAR 1 %, %": [f"{100 * stored[form]['tar']:.2f}" for form in ("float", "int8")],
+        "young against adult, TAR at FAR 1 %, %": [
+            f"{100 * stored[f'groups_{form}_tar']:.2f}" for form in ("float", "int8")
+        ],
+    }
+    for row, values in expected.items():
+        assert [cell.strip() for cell in shown[row]] == values, row
+    assert f"{stored['float_over_eager']:.2f} of eager torch" in page
+    assert f"{stored['int8_over_float']:.2f} of the float graph" in page

@@ -96,7 +96,7 @@ def capture(
     tensors: dict[str, tuple[Tensor, int | None]] = {}
     without_gradient: list[str] = []
 
-    def make_hook(path: str) -> Callable[[nn.Module, Any, Any], None]:
+    def make_hook(path: str) -> "Callable[[nn.Module, Any, Any], None]":  # text: torch 2.6 does not trace it
         def hook(module: nn.Module, _: Any, output: Any) -> None:
             if not compiling and threading.get_ident() != thread:
                 return

@@ -31,6 +31,10 @@ class TapRow:
         shape: shape of the tensor; `None` if the module was not called or returned no tensor.
         dtype: type of the tensor, or `None`.
         calls: how often the forward called the module; a tap of a module that was not called never fires.
+
+    Examples:
+        >>> TapRow(Tap("0"), "Linear", (1, 2), torch.float32, calls=1).shape
+        (1, 2)
     """
 
     tap: Tap
@@ -41,7 +45,13 @@ class TapRow:
 
 
 class TapTable(tuple[TapRow, ...]):
-    """The rows of `list_taps`, which print as an aligned table."""
+    """The rows of `list_taps`, which print as an aligned table.
+
+    Examples:
+        >>> table = list_taps(nn.Linear(4, 2), torch.zeros(1, 4))
+        >>> table[0].shape
+        (1, 2)
+    """
 
     def __repr__(self) -> str:
         lines = [("tap", "module", "shape", "dtype", "calls")]

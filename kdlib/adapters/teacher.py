@@ -130,7 +130,8 @@ class TeacherAdapter(nn.Module):
             ValueError: a tap did not fire, or fired more than once without choosing a call.
         """
         model, preprocess = self._held
-        home = None if self.device is None else next((x.device for x in tensors_in((inputs, named))), None)
+        devices = [] if self.device is None else [x.device for x in tensors_in((inputs, named))]
+        home = devices[0] if devices else None
         training = _enter(model)
         try:
             with torch.no_grad():
@@ -147,10 +148,12 @@ class TeacherAdapter(nn.Module):
         return value if self.device is None else bring(value, self.device)
 
     def _features(self, model: nn.Module, inputs: tuple[Any, ...], named: Mapping[str, Any]) -> dict[str, Tensor]:
-        example = next(iter(tensors_in((inputs, named))), torch.empty(0))
+        tensors = [*tensors_in((inputs, named))]
+        example = tensors[0] if tensors else torch.empty(0)
         kind = example.device.type
         with full_precision(example) if self.dtype is not None else nullcontext():
-            if not (torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)):
+            has_autocast = kind in ("cpu", "cuda") or torch.amp.is_autocast_available(kind)  # as in `full_precision`
+            if not (has_autocast and torch.is_autocast_enabled(kind)):
                 inputs, named = map_tensors(inputs, self._converted), map_tensors(named, self._converted)
             return capture("TeacherAdapter", model, self.taps, inputs, named)
 
@@ -160,9 +163,13 @@ class TeacherAdapter(nn.Module):
             return x
         if self.dtype is not None:
             return x.to(self.dtype)
-        types = (each.dtype for each in self.model.parameters() if each.is_floating_point())
-        first = next(types, x.dtype)
-        return x if x.dtype == first or x.dtype in types else x.to(first)
+        first: torch.dtype | None = None
+        for each in self.model.parameters():
+            if each.dtype == x.dtype:
+                return x
+            if first is None and each.is_floating_point():
+                first = each.dtype
+        return x if first is None else x.to(first)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]  # torch leaves _apply untyped

@@ -65,6 +65,11 @@ class Layout:
         checks: SHA-256 of `blocks.bin`, empty until all rows are complete.
         error: errors of the stored rows.
         notes: texts given by the builder.
+
+    Examples:
+        >>> layout = Layout("", 5, 2, "", 0, True, "float16", {"embedding": (4,)}, shard_rows=10, block=10)
+        >>> layout.total, layout.complete
+        (10, False)
     """
 
     fingerprint: str
@@ -189,6 +194,12 @@ def read_header(directory: Path) -> Layout | None:
 
     Raises:
         CacheError: the header has another format or impossible values.
+
+    Examples:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     print(read_header(Path(folder)))
+        None
     """
     path = directory / "header.json"
     try:

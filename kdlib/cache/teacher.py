@@ -3,7 +3,6 @@
 from collections.abc import Mapping, Sequence
 from typing import Self
 
-import torch
 from torch import Tensor, nn
 
 from kdlib._checks import check_type
@@ -29,7 +28,7 @@ class CachedTeacher(nn.Module):
         ValueError: `inputs` does not have one or two names, or the cache does not contain a feature.
 
     Examples:
-        >>> import tempfile
+        >>> import tempfile, torch
         >>> from kdlib.adapters import OUTPUT, TeacherAdapter
         >>> images = torch.randn(5, 4, generator=torch.Generator().manual_seed(0))
         >>> online = TeacherAdapter(nn.Linear(4, 2), {"embedding": OUTPUT})
@@ -56,7 +55,6 @@ class CachedTeacher(nn.Module):
         self.features = tuple(features) if features else None
         self.training = False
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]  # torch leaves it untyped
     def forward(self, samples: Tensor, views: Tensor | None = None) -> dict[str, Tensor]:
         """Return the features of a batch.
 
@@ -70,8 +68,10 @@ class CachedTeacher(nn.Module):
         Raises:
             CacheError: a sample or view is not in the cache.
         """
-        features = self.cache.read(samples, 0 if views is None else views, self.features)
-        return {name: x.to(samples.device, non_blocking=True) for name, x in features.items()}
+        from kdlib.cache.reading import read_features
+
+        features: dict[str, Tensor] = read_features(self.cache, samples, 0 if views is None else views, self.features)
+        return features
 
     def train(self, mode: bool = True) -> Self:
         """Stay in eval mode for any `mode`."""

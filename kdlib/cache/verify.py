@@ -34,6 +34,10 @@ class CacheCheck:
         shards: number of files.
         recomputed: number of rows that the teacher computed again.
         max_cosine: for each feature the maximum 1 - cos between recomputed and stored rows.
+
+    Examples:
+        >>> CacheCheck(rows=10, shards=1, recomputed=4, max_cosine={"embedding": 0.0}).rows
+        10
     """
 
     rows: int

@@ -28,6 +28,11 @@ class ShrinkStep:
             standard deviation of its target.
         error: the same after the refit.
         ridge: chosen ridge parameter; infinite if the layer was not changed.
+
+    Examples:
+        >>> step = ShrinkStep("conv1", (8, 3, 3, 3), (16, 3, 3, 3), error_before=0.5, error=0.1, ridge=1e-3)
+        >>> step.shape[0] / step.original_shape[0]
+        0.5
     """
 
     layer: str

@@ -137,11 +137,16 @@ class _Squares(Function):
 
 
 def pool_to_smaller(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
-    """Average-pool two maps `(b, c, h, w)` to the smaller height and the smaller width."""
+    """Average-pool two maps `(b, c, h, w)` of values up to `FAR` to the smaller height and the smaller width."""
     grid = (min(student.shape[2], teacher.shape[2]), min(student.shape[3], teacher.shape[3]))
 
     def pool(x: Tensor) -> Tensor:
-        return x if tuple(x.shape[2:]) == grid else F.adaptive_avg_pool2d(x.clamp(-FAR, FAR), grid)
+        if tuple(x.shape[2:]) == grid:
+            return x
+        down, across = (max(1, n // m) for n, m in zip(x.shape[2:], grid, strict=True))
+        if tuple(x.shape[2:]) == (down * grid[0], across * grid[1]):  # the same cells, with a faster gradient
+            return F.avg_pool2d(x, (down, across))
+        return F.adaptive_avg_pool2d(x, grid)
 
     return pool(student), pool(teacher)
 

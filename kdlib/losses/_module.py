@@ -63,7 +63,7 @@ class _Loss(ScheduledModule):
         step: int | None = None,
         **inputs: Tensor | None,
     ) -> Tensor:
-        options: dict[str, Any] = {name: getattr(self, name) for name in self._arguments} | self._at(step)
+        options: dict[str, Any] = {**{name: getattr(self, name) for name in self._arguments}, **self._at(step)}
         options["reduction"] = reduction or options["reduction"]
         return type(self)._function(student, teacher, weight=weight, **inputs, **options)
 

@@ -95,20 +95,23 @@ def cosine_gradient(slope: Tensor, centered: Tensor, unit: Tensor, length: Tenso
     return gradient.div_(torch.where(length < shortest, torch.inf, length))
 
 
-def squared_distances(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def squared_distances(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
     """Compute squared distances between rows, exact to about the square root of the precision of `dtype`, or better.
 
-    Where it is safe, they come from dot products of the centered rows; pairs that are too near each other use
-    differences. A common offset therefore does no harm, and equal rows have distance 0.
+    On a CPU they come from dot products of the centered rows where that is safe; pairs that are too near each other use
+    differences. On an accelerator, the number of near pairs would have to be read, so all pairs use differences. A
+    common offset does no harm, and equal rows have distance 0.
 
     Args:
         x: `(b, d)`, with magnitudes up to 1.
         dtype: of the dot products and the result.
 
     Returns:
-        The squared distances `(b, b)` and the near pairs `(2, n)`, indices i < j.
+        The squared distances `(b, b)` and the near pairs `(2, n)`, indices i < j, or `None` for all pairs.
     """
     wide = x.to(dtype)
+    if not readable(x):
+        return torch.cdist(wide, wide, compute_mode="donot_use_mm_for_euclid_dist").square(), None
     wide = wide - wide.mean(0)
     product = wide @ wide.T
     size = product.diagonal()
@@ -122,7 +125,7 @@ def squared_distances(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     return squares, near
 
 
-def add_distance_gradient(x: Tensor, slope: Tensor, near: Tensor) -> Tensor:
+def add_distance_gradient(x: Tensor, slope: Tensor, near: Tensor | None) -> Tensor:
     r"""Compute the gradient :math:`\sum_j c_{ij} (x_i - x_j)` of the rows, for symmetric slopes c.
 
     Args:
@@ -131,6 +134,10 @@ def add_distance_gradient(x: Tensor, slope: Tensor, near: Tensor) -> Tensor:
         near: the near pairs of `squared_distances`, which use differences; all others use one product.
     """
     wide = x.to(slope.dtype)
+    if near is None:
+        rows = max(1, VALUES_PER_CHUNK // max(wide.numel(), 1))
+        parts = zip(torch.split(wide, rows), torch.split(slope, rows), strict=True)
+        return torch.cat([(c.unsqueeze(1) @ (part.unsqueeze(1) - wide)).squeeze(1) for part, c in parts])
     wide = wide - wide.mean(0)
     near_slope = slope[near[0], near[1]]
     slope[near[0], near[1]] = 0

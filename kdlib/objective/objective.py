@@ -47,6 +47,11 @@ class ObjectiveOutput:
         terms: term name to scalar, before its weight.
         weights: name of each term with teachers to the `(k, b)` weights of its k teachers.
         penalty: scalar that a learned weighting adds to the total; `None` for other weightings.
+
+    Examples:
+        >>> output = ObjectiveOutput(torch.tensor(1.5), {"hint": torch.tensor(3.0)}, {})
+        >>> float(output.total), float(output.terms["hint"]), output.penalty
+        (1.5, 3.0, None)
     """
 
     total: Tensor

@@ -51,7 +51,7 @@ class SelfTeacher:
 
     def __call__(self, student: Features) -> Features:
         """Return the features of the student under the teacher's names, detached."""
-        taps = vars(self).get("taps", {name: name for name in student})
+        taps = self.__dict__.get("taps", {name: name for name in student})
         for feature in taps.values():
             check_name("SelfTeacher", "feature of the student", feature, student)
         return {name: student[feature].detach() for name, feature in taps.items()}

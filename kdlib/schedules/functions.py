@@ -107,7 +107,7 @@ def linear_warmup(value: float, steps: int) -> Schedule:
 def cosine(start: float, end: float, steps: int) -> Schedule:
     r"""Return the schedule that changes from one value to another along half a cosine wave, and then stays.
 
-    .. math:: f(n) = c \, a + (1 - c) \, e, \qquad c = \tfrac12 \bigl( 1 + \cos(\pi \min(1, n / N)) \bigr)
+    .. math:: f(n) = c \, a + (1 - c) \, e, \qquad c = \tfrac{1}{2} \bigl( 1 + \cos(\pi \min(1, n / N)) \bigr)
 
     Args:
         start: a, the value at step 0.

@@ -14,12 +14,17 @@ from kdlib.testing._run import expect
 __all__ = ["expect_meta", "on_meta", "to_meta"]
 
 
-class _OneDevice(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch leaves it untyped
-    """Fails on operations of meta tensors with tensors on the CPU, of which torch accepts some."""
+class _Strict(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch leaves it untyped
+    """Fails on operations that torch accepts on the meta device although they need another device or wait for one."""
 
     def __torch_dispatch__(
         self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
+        if func.name().startswith(("aten::_linalg_check_errors", "aten::index_put")) and _reads_values(func, args):
+            raise AssertionError(
+                f"an accelerator waits for {func}; use masked_fill or torch.where for an assignment by a mask, and the _ex "
+                "functions of torch.linalg, which raise no errors"
+            )
         tensors = [x for x in tree_iter((args, kwargs or {})) if isinstance(x, Tensor)]
         other = next((x for x in tensors if x.dim() and not x.is_meta), None)
         if other is not None and any(x.is_meta for x in tensors):
@@ -31,11 +36,17 @@ class _OneDevice(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch l
         return func(*args, **(kwargs or {}))
 
 
+def _reads_values(func: Any, args: tuple[Any, ...]) -> bool:
+    """Return whether an accelerator reads values for a check of errors, or for an assignment by a mask."""
+    masks = (torch.bool, torch.uint8)
+    return "index_put" not in func.name() or any(x is not None and x.dtype in masks for x in args[1])
+
+
 @contextmanager
 def on_meta() -> Iterator[None]:
     """Explain the errors of a component that reads values or holds tensors on the CPU."""
     try:
-        with _OneDevice():  # type: ignore[no-untyped-call]  # likewise
+        with _Strict():  # type: ignore[no-untyped-call]  # likewise
             yield
     except AssertionError:
         raise

@@ -101,6 +101,12 @@ def load_checkpoint(path: str | PathLike[str]) -> CheckpointState:
 
     Raises:
         CheckpointError: The file is truncated, damaged, or not a checkpoint of this format.
+
+    Examples:
+        >>> load_checkpoint("missing.pt")  # doctest: +IGNORE_EXCEPTION_DETAIL
+        Traceback (most recent call last):
+            ...
+        kdlib.training.events.CheckpointError: train: checkpoint missing.pt cannot be read: ...
     """
     try:
         _check_content(Path(path))

@@ -138,8 +138,10 @@ def synchronized_batch_norm(distiller: nn.Module, *, active: bool) -> Iterator[N
     `torch.nn.SyncBatchNorm` requires a GPU, and it replaces modules, whose hooks would be lost.
     """
     layers = [module for module in distiller.modules() if active and isinstance(module, _BatchNorm)]
+    # Not a decorator, which would import torch's compiler with this module.
+    normalize = torch.compiler.disable(_normalize) if layers else _normalize  # type: ignore[no-untyped-call]
     for layer in layers:
-        layer.forward = partial(_normalize, layer)  # type: ignore[method-assign]
+        layer.forward = partial(normalize, layer)  # type: ignore[method-assign]
     try:
         yield
     finally:
@@ -147,7 +149,6 @@ def synchronized_batch_norm(distiller: nn.Module, *, active: bool) -> Iterator[N
             del layer.forward
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]  # torch leaves it untyped
 def _normalize(layer: _BatchNorm, x: Tensor) -> Tensor:
     """Forward of a BatchNorm layer, with the statistics of all processes in training mode."""
     if not layer.training:

@@ -28,6 +28,10 @@ class Evaluation:
         epoch: Epoch of the last completed step, from 0.
         metrics: What `evaluate` returned, by name.
         improved: Whether the monitored metric is better than in all earlier evaluations; `False` without `monitor`.
+
+    Examples:
+        >>> Evaluation(step=20, epoch=1, metrics={"accuracy": 0.75}, improved=True).metrics["accuracy"]
+        0.75
     """
 
     step: int
@@ -64,6 +68,10 @@ class TrainEvent:
         step_seconds: Mean duration of a step since this process started training.
         data_wait: Share of that time, from 0 to 1, in which the first process waited for the loader.
         memory: Peak memory of tensors on the GPU in bytes; 0 on the CPU.
+
+    Examples:
+        >>> def hook(event: TrainEvent) -> None:
+        ...     print(event.step, event.total)
     """
 
     step: int
@@ -95,6 +103,11 @@ class BestWeights:
         weights: State dict of the distiller as it was evaluated, on the CPU. With `ema_decay`, its student is the averaged
             one. `distiller.load_state_dict(result.best.weights)` restores it.
         checkpoint: The checkpoint of these weights; `None` without `checkpoint_dir`.
+
+    Examples:
+        >>> evaluation = Evaluation(step=20, epoch=1, metrics={"accuracy": 0.75}, improved=True)
+        >>> BestWeights(evaluation, value=0.75, weights={}, checkpoint=None).evaluation.step
+        20
     """
 
     evaluation: Evaluation
@@ -119,6 +132,11 @@ class TrainResult:
         evaluations: All evaluations of the run, including those of earlier processes.
         best: The best weights by `TrainConfig.monitor`; `None` without it.
         stopped_early: Whether the run ended because of `TrainConfig.patience`.
+
+    Examples:
+        >>> result = TrainResult(10, 1, 0.5, {"hint": 0.5}, ema=None, seconds=2.0, resumed_from=None, checkpoint=None)
+        >>> result.step, result.stopped_early
+        (10, False)
     """
 
     step: int
@@ -147,6 +165,11 @@ class TrainingDiverged(RuntimeError):
         epoch: Epoch of the step, from 0.
         terms: Value of each term.
         samples: Sample ids of the step's batches, if the targets contain `"sample"`.
+
+    Examples:
+        >>> error = TrainingDiverged("the loss is NaN", step=3, epoch=0, terms={"hint": float("nan")}, samples=(7, 9))
+        >>> error.step, error.samples
+        (3, (7, 9))
     """
 
     def __init__(

@@ -21,6 +21,10 @@ class Speed(TypedDict):
         step_seconds: Mean duration of a step.
         data_wait: Share of that time in which the first process waited for the loader.
         memory: Peak memory of tensors on the GPU in bytes; 0 on the CPU.
+
+    Examples:
+        >>> Speed(images_per_second=640.0, step_seconds=0.1, data_wait=0.02, memory=0)["step_seconds"]
+        0.1
     """
 
     images_per_second: float
@@ -43,6 +47,10 @@ class LogRow(TypedDict):
         improved: Whether the monitored metric is the best so far; absent if there was no evaluation.
         seconds: Training time of the run in seconds.
         speed: Speed of the run.
+
+    Examples:
+        >>> def losses(rows: list[LogRow]) -> list[float]:
+        ...     return [row["total"] for row in rows]
     """
 
     step: int
@@ -65,6 +73,19 @@ def read_log(path: str | PathLike[str]) -> list[LogRow]:
 
     Raises:
         ValueError: A line other than the last is not a row of a training log.
+
+    Examples:
+        >>> import tempfile
+        >>> from kdlib import OUTPUT, Distiller, HintLoss, Objective, StudentAdapter, TeacherAdapter, Term
+        >>> from kdlib.training import TrainConfig, train
+        >>> from torch import nn, zeros
+        >>> student, teacher = (kind(nn.Linear(4, 2), {"out": OUTPUT}) for kind in (StudentAdapter, TeacherAdapter))
+        >>> objective = Objective({"hint": Term(HintLoss(), student="out", teacher="out")})
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     config = TrainConfig(epochs=2, log_path=f"{folder}/log.jsonl")
+        ...     result = train(Distiller(student, {"teacher": teacher}, objective), [(zeros(8, 4), {})], config)
+        ...     [row["step"] for row in read_log(f"{folder}/log.jsonl")]
+        [1, 2]
     """
     return _good_rows(Path(path), last_step=None)[0]
 

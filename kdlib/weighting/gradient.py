@@ -1,13 +1,12 @@
 """Weights that minimize the norm of the combined gradient of the teachers (MGDA, AE-KD)."""
 
 from collections.abc import Sequence
-from math import isfinite
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from kdlib._checks import check_number
+from kdlib._checks import check_number, readable
 from kdlib._maths import full_precision
 from kdlib._repr import CallRepr
 from kdlib.types import Side, Targets
@@ -18,6 +17,9 @@ __all__ = ["GradientWeighting"]
 RIDGE = 1e-6
 """Added to the Gram diagonal, relative to its mean: equal gradients get equal weights, and every pair has curvature."""
 
+TOLERANCE = 1e-12
+"""Difference in slope, relative to the trace of the Gram matrix, below which a pair of weights stays."""
+
 
 class GradientWeighting(CallRepr):
     r"""Computes the weights that minimize the norm of the combined gradient, the same for every sample.
@@ -25,12 +27,12 @@ class GradientWeighting(CallRepr):
     With :math:`g_k = \partial \sum_i L_{k,i} / \partial s` the gradient of teacher k's losses with respect to the
     student's feature s, before any projection, over the whole batch,
 
-    .. math:: w = \arg\min_a \tfrac12 \Bigl\| \sum_k a_k g_k \Bigr\|^2, \qquad \sum_k a_k = 1, \quad 0 \le a_k \le C
+    .. math:: w = \arg\min_a \tfrac{1}{2} \Bigl\| \sum_k a_k g_k \Bigr\|^2, \qquad \sum_k a_k = 1, \quad 0 \le a_k \le C
 
     A step against the combined gradient lowers the losses of all teachers with a weight strictly between the bounds at
     the same rate; for C = 1 no loss rises. If its norm is 0, no step lowers all losses. Two teachers have a closed
     form, :math:`a_1 = \mathrm{clip}((g_2 - g_1) \cdot g_2 / \|g_1 - g_2\|^2, 1 - C, C)`; more teachers are solved
-    exactly by pairwise updates.
+    exactly by an active-set method.
 
     A single teacher has weight 1. Equal teachers have equal weights. A useless teacher has a large gradient while the
     student is far from it, and so a small weight. The smallest gradient gets the largest weight: a teacher that the
@@ -39,8 +41,8 @@ class GradientWeighting(CallRepr):
     student). Masked samples, whose losses are 0, have no effect. The weights carry no gradient. Each process of a
     distributed run solves for its own part of the batch.
 
-    The cost is K backward passes from the losses to the feature, through projections and losses only, and for three
-    or more teachers one small copy to the host, which waits for an accelerator.
+    The cost is K backward passes from the losses to the feature, through projections and losses only, and a few
+    operations on matrices `(K, K)`. No value is read from an accelerator, which never waits for the host.
 
     Args:
         max_weight: C, above 0 and at most 1; below 1 it must be at least 1 / K. AE-KD proposes such a bound.
@@ -99,15 +101,8 @@ class GradientWeighting(CallRepr):
             # A float32 matrix product would round equal rows differently.
             wide = torch.float32 if gradients.device.type == "mps" else torch.float64
             products = torch.stack([(each * gradients).sum(1, dtype=wide) for each in gradients])
-            if k == 2:
-                return _pair(products, self.max_weight).to(losses).unsqueeze(1).expand_as(losses)
-        if products.is_meta:  # no values to solve for
-            return uniform
-        gram = products.tolist()
-        if not all(isfinite(value) for row in gram for value in row):
-            return uniform
-        weights = torch.tensor(_min_norm(gram, self.max_weight), dtype=torch.float64)
-        return weights.to(losses).unsqueeze(1).expand_as(losses)
+            solve = _pair if k == 2 else _min_norm
+            return solve(products, self.max_weight).to(losses).unsqueeze(1).expand_as(losses)
 
 
 def _pair(gram: Tensor, max_weight: float) -> Tensor:
@@ -123,34 +118,45 @@ def _pair(gram: Tensor, max_weight: float) -> Tensor:
     return torch.stack([weight, 1 - weight])
 
 
-def _min_norm(gram: Sequence[Sequence[float]], max_weight: float = 1.0) -> list[float]:
-    """Return the weights a, from 0 to `max_weight` and of sum 1, that minimize `a G a` for a Gram matrix `(k, k)`.
+def _min_norm(gram: Tensor, max_weight: float) -> Tensor:
+    """Return the weights a `(k,)`, from 0 to `max_weight` and of sum 1, that minimize `a G a` for a Gram matrix `(k, k)`.
 
-    Sequential minimal optimization: starting from equal weights, it moves weight between the pair with the largest
-    difference in slope, by the exact minimizer, until no pair improves. For two entries this is the closed form. A few
-    tens of moves are usual; there are at most 2000.
+    A primal active-set method. Each step moves the free weights to their minimizer, or up to the first bound, which is
+    then fixed. After a move to the minimizer, the pair with the largest difference in slope is free. On a CPU the steps
+    end at the minimum; on other devices their number is fixed, and further steps change nothing.
 
     Examples:
-        >>> [round(share, 5) for share in _min_norm([[1.0, 0.0], [0.0, 4.0]])]
-        [0.8, 0.2]
-        >>> _min_norm([[1.0, 2.0], [2.0, 4.0]], max_weight=0.75)
-        [0.75, 0.25]
+        >>> _min_norm(torch.diag(torch.tensor([1.0, 4.0, 4.0])), 1.0)
+        tensor([0.6667, 0.1667, 0.1667])
+        >>> _min_norm(torch.tensor([[1.0, 2.0], [2.0, 4.0]]), 0.75)
+        tensor([0.7500, 0.2500])
     """
     k = len(gram)
-    trace = sum(gram[i][i] for i in range(k))
-    matrix = [
-        [value + (RIDGE * trace / k if i == j else 0.0) for j, value in enumerate(row)] for i, row in enumerate(gram)
-    ]
-    a = [1 / k] * k
-    for _ in range(2000):
-        slope = [sum(value * share for value, share in zip(row, a, strict=True)) for row in matrix]
-        up = min((i for i in range(k) if a[i] < max_weight), key=slope.__getitem__, default=0)
-        down = max((i for i in range(k) if a[i] > 0), key=slope.__getitem__)
-        gap = slope[down] - slope[up]
-        if gap <= 1e-12 * trace:
+    one = torch.eye(k, dtype=gram.dtype, device=gram.device)
+    index = torch.arange(k, device=gram.device)
+    trace = gram.diagonal().sum()
+    eps = torch.finfo(gram.dtype).eps
+    matrix = gram / trace + max(RIDGE, 64 * eps) / k * one
+    matrix = torch.where(matrix.isfinite().all(), matrix, one)  # equal weights
+    top = gram.new_full((k,), max_weight)
+    a, free, full = gram.new_full((k,), 1 / k), index >= 0, index[0] >= 0
+    for _ in range(5 * k + 10):
+        slope = matrix @ a
+        rising, falling = slope.masked_fill(a >= top, torch.inf), slope.masked_fill(a <= 0, -torch.inf)
+        solved = falling.amax() - rising.amin() <= max(TOLERANCE, eps)
+        if readable(solved) and bool(solved):
             break
-        move = gap / (matrix[up][up] + matrix[down][down] - matrix[up][down] - matrix[down][up])
-        move = min(move, max_weight - a[up], a[down])
-        a[up] = max_weight if move == max_weight - a[up] else a[up] + move
-        a[down] -= move
+        free = free | (full & ((index == rising.argmin()) | (index == falling.argmax())))
+        part = torch.where(free & free.unsqueeze(1), matrix, one)
+        # The free weights move against their slopes, less the multiple that keeps their sum.
+        sides = torch.stack([slope, torch.ones_like(slope)], 1) * free.unsqueeze(1)
+        down, even = torch.cholesky_solve(sides, torch.linalg.cholesky_ex(part)[0]).unbind(1)
+        move = even * (down.sum() / even.sum()) - down
+        room = torch.where(move > 0, top - a, a) / move.abs()
+        length, blocked = room.masked_fill(move == 0, torch.inf).min(0)
+        full = length >= 1
+        stopped = ~full & (index == blocked)
+        end = torch.where(move > 0, top, 0.0)
+        moved = torch.where(stopped, end, (a + length.clamp(max=1) * move).clamp(0, max_weight))
+        a, free = torch.where(solved, a, moved), free & ~stopped
     return a

@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from kdlib._checks import check_number
-from kdlib_faces._checks import InputError
+from kdlib_faces._checks import InputError, show_name
 from kdlib_faces.alignment.decode import (
     STRIDES,
     Array,
@@ -115,7 +115,7 @@ class FaceDetector:
         if set(self._outputs) != YUNET_OUTPUTS and len(self._outputs) != 9:
             raise InputError(
                 f"{path} is no face detector: it must have the 12 outputs cls_8 to kps_32 of YuNet (2023), or the 9 of SCRFD "
-                f"with landmarks, got {len(self._outputs)}: {', '.join(self._outputs[:12])}"
+                f"with landmarks, got {len(self._outputs)}: {', '.join(map(show_name, self._outputs[:12]))}"
             )
         self.kind: DetectorKind = "yunet" if set(self._outputs) == YUNET_OUTPUTS else "scrfd"
         self._graph = graph

@@ -45,6 +45,7 @@ class CacheConfig:
         sync_seconds: seconds between flushes to disk.
         input: what is stated about the images that the teacher takes.
         amp: precision of the forward pass: `"none"`, `"bfloat16"` or `"float16"`.
+        compile: compile the teacher by `torch.compile`; not for ONNX graphs.
     """
 
     dtype: Literal["float16", "int8", "float32"] = "float16"
@@ -58,6 +59,7 @@ class CacheConfig:
     sync_seconds: float = 5.0
     input: InputOptions = field(default_factory=InputOptions)
     amp: Amp = "none"
+    compile: bool = False
 
     def __post_init__(self) -> None:
         check_number("CacheConfig", "size", self.size, min=1, max=4096, integer=True)
@@ -112,6 +114,8 @@ def build(
     """
     check_number("cache", "workers", workers, min=1, integer=True)
     check_output(output)
+    if config.compile and teacher.suffix == ".onnx":
+        raise InputError(f"cache: --compile applies to networks of torch, got {teacher}, which onnxruntime runs")
     hardware = hardware or Hardware()
     if workers * hardware.count > 1 and sys.platform == "win32":
         raise InputError("cache: workers must be 1 on Windows, which does not support POSIX locks")
@@ -151,6 +155,8 @@ def _build(
         device=device,
         amp=config.amp,
     )
+    if config.compile:
+        source.model.compile()
     with progress_to(f"outputs of {teacher.stem}", quiet=quiet) as show, autocast(device, config.amp):
         return TeacherCache.build(
             output,
@@ -199,6 +205,7 @@ def verify(
         if teacher is None:
             return verify_cache(cache, progress=show)
         views, taps, size, images, amp = _build_options(cache)
+        views.check_version(f"cache verify: {path}")
         source = CacheSource(
             read_faces(data, on_error="keep", unlabeled=True),
             teacher,

@@ -38,7 +38,7 @@ def data_digest(faces: FaceList, views: SeededViews) -> str:
     in records and shards), and every byte of 512 evenly spaced images. A list can therefore be moved to another folder or
     machine, and a list that was aligned again has another digest.
     """
-    seeded = [views.seed, None if views.augment is None else vars(views.augment)]
+    seeded = [views.seed, *([None] if views.augment is None else [vars(views.augment), views.version])]
     digest = hashlib.sha256(json.dumps(["kdlib faces 1", len(faces), seeded]).encode())
     rows, step = np.arange(len(faces)), max(1, len(faces) // _FULLY_HASHED)
     for start in range(0, len(faces), step):

@@ -110,12 +110,14 @@ def open_teachers(
 
 def _views(cache: TeacherCache) -> SeededViews:
     try:
-        return SeededViews.from_text(cache.notes["views"])
+        views = SeededViews.from_text(cache.notes["views"])
     except (KeyError, InputError) as error:
         raise InputError(
             f"train: the notes of {cache.path} do not describe its views ({show_name(str(error))}); "
             "use a cache of `kdlib-faces cache build`"
         ) from error
+    views.check_version(f"train: {cache.path}")
+    return views
 
 
 def _check_faces(

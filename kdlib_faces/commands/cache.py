@@ -5,6 +5,7 @@ from argparse import Namespace
 from kdlib_faces._checks import InputError
 from kdlib_faces._hardware import find_hardware
 from kdlib_faces.caching.build import CacheConfig, build, describe_check, info, verify
+from kdlib_faces.commands._options import precision
 from kdlib_faces.config import load_config
 from kdlib_faces.progress import say
 from kdlib_faces.teachers.input_options import inputs_of_models
@@ -42,9 +43,8 @@ def _config(options: Namespace) -> CacheConfig:
         "view_seed": options.seed or 0,
         "views": options.views,
         "dtype": options.dtype,
-        "amp": options.amp,
     }
     for name, value in vars(images).items():
         given[f"input.{name}"] = list(value) if isinstance(value, tuple) else value
     values = [f"{name}={value}" for name, value in given.items() if value is not None]
-    return load_config(CacheConfig, options.config, [*values, *options.settings])
+    return load_config(CacheConfig, options.config, [*values, *precision(options), *options.settings])

@@ -5,6 +5,7 @@ from argparse import Namespace
 from kdlib_faces._checks import InputError
 from kdlib_faces._hardware import find_hardware
 from kdlib_faces._output import locked, swept
+from kdlib_faces.commands._options import precision
 from kdlib_faces.config import load_config
 from kdlib_faces.demo.config import DemoConfig, faces_config, start_config, unused_settings
 from kdlib_faces.demo.run import run
@@ -27,7 +28,7 @@ def main(options: Namespace, command: str) -> None:
     if hardware.count > 1:
         raise InputError("demo: runs in one process; start it without torchrun")
     values, steps, seed, start, base = list(options.settings), options.steps, options.seed or 0, None, DemoConfig()
-    values[:0] = [] if options.amp is None else [f"amp={options.amp}"]
+    values[:0] = precision(options)
     if bool(options.faces) != bool(options.teacher):
         raise InputError("demo: --faces and --teacher must be given together, or neither for synthetic faces")
     if options.faces:

@@ -14,12 +14,11 @@ from kdlib_faces._output import check_output, describe_environment, locked, stag
 from kdlib_faces.commands._options import precision
 from kdlib_faces.config import load_config
 from kdlib_faces.harness.evaluate import evaluate_models
-from kdlib_faces.harness.registry import listing
 from kdlib_faces.harness.run import prepare
 from kdlib_faces.harness.tasks import EvaluateConfig
 from kdlib_faces.progress import say
 
-__all__ = ["EvaluateConfig", "listing", "main", "run"]
+__all__ = ["EvaluateConfig", "main", "run"]
 
 
 def main(options: Namespace, command: str) -> None:

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from kdlib._checks import check_choice
-from kdlib_faces._checks import InputError
+from kdlib_faces._checks import InputError, show_name
 from kdlib_faces.data.identities import IdentityNumbers
 from kdlib_faces.data.image_files import open_rgb
 from kdlib_faces.data.sources.base import FileImages, ImageSource, JoinedImages
@@ -264,9 +264,9 @@ def _readable(faces: FaceList, sources: Sequence[str], notes: list[str]) -> NDAr
 
 def _check_files(parts: Sequence[EntryImages], sources: Sequence[str]) -> None:
     files = [path for part in parts if isinstance(part.images, FileImages) for path in part.images.paths]
-    missing = [file for file in files if not file.is_file()]
+    missing = [file for file in files if not os.path.isfile(file)]  # `Path.is_file` raises for a long name
     if missing:
-        shown = ", ".join(str(file) for file in missing[:100])
+        shown = ", ".join(show_name(file, 400) for file in missing[:100])
         more = f" and {len(missing) - 100:,} more" if len(missing) > 100 else ""
         plural = "file" if len(missing) == 1 else "files"
         raise InputError(f"{', '.join(sources)}: {len(missing)} image {plural} not found: {shown}{more}")

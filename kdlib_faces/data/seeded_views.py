@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 
 import numpy as np
 import torch
@@ -11,7 +11,7 @@ from torch import Generator, Tensor
 from kdlib._checks import check_number, check_whole_numbers
 from kdlib_faces._checks import InputError
 from kdlib_faces.data.images import check_pixels, to_float
-from kdlib_faces.data.views import AugmentConfig, augment, draw_views
+from kdlib_faces.data.views import VIEWS_VERSION, AugmentConfig, augment, draw_views
 
 __all__ = ["SeededViews"]
 
@@ -28,6 +28,8 @@ class SeededViews:
         count: Views per image; at most 2 without `augment`.
         seed: Seed of the random views.
         augment: Strength of the augmentation, or None.
+        version: Number of the augmentation that draws the views, `VIEWS_VERSION`. Views of another number, as in the
+            notes of an older cache, can be described but not computed.
 
     Raises:
         ValueError: `count` is above 2 without `augment`.
@@ -43,11 +45,28 @@ class SeededViews:
     count: int = 2
     seed: int = 0
     augment: AugmentConfig | None = None
+    version: int = field(default=VIEWS_VERSION, repr=False)
 
     def __post_init__(self) -> None:
         limit = 2 if self.augment is None else 2**31 - 1
         check_number("SeededViews", "count", self.count, min=1, max=limit, integer=True)
         check_number("SeededViews", "seed", self.seed, min=0, max=2**63 - 1, integer=True)
+        check_number("SeededViews", "version", self.version, min=1, integer=True)
+
+    def check_version(self, where: str) -> None:
+        """Check that the augmentation still draws these views.
+
+        Args:
+            where: What holds the views, for the message.
+
+        Raises:
+            InputError: It has changed since, so that the views cannot be computed any more.
+        """
+        if self.augment is not None and self.version != VIEWS_VERSION:
+            raise InputError(
+                f"{where} holds random views of version {self.version} of the augmentation, which is now at version "
+                f"{VIEWS_VERSION} and draws other views; build the cache again"
+            )
 
     def __call__(self, images: Tensor, samples: Tensor, views: Tensor | int) -> Tensor:
         """Return one view of each image.
@@ -62,7 +81,7 @@ class SeededViews:
 
         Raises:
             TypeError: `images` is not uint8, or `samples` or `views` are not whole numbers.
-            ValueError: A shape is wrong, or a view number is out of range.
+            ValueError: A shape is wrong, a view number is out of range, or the augmentation is of another version.
         """
         check_pixels("SeededViews", images)
         numbers = torch.full((len(images),), views) if isinstance(views, int) else views
@@ -74,8 +93,9 @@ class SeededViews:
         if self.augment is None:
             mirrored = (numbers == 1)[:, None, None, None]
             return to_float(torch.where(mirrored, images.flip(-1), images) if bool(mirrored.any()) else images)
+        self.check_version("SeededViews")
         draws = [
-            draw_views(1, _generator(f"kdlib view 1 {self.seed} {sample} {view}"))
+            draw_views(1, _generator(f"kdlib view {self.version} {self.seed} {sample} {view}"))
             for sample, view in zip(samples.tolist(), numbers.tolist(), strict=True)
         ]
         return augment(images, self.augment, np.concatenate(draws))[0] if draws else to_float(images)
@@ -101,7 +121,7 @@ class SeededViews:
             InputError: The text has another form.
         """
         try:
-            values = json.loads(text)
+            values = {"version": 1, **json.loads(text)}  # the first version wrote no number
             strength = values.pop("augment")
             return cls(**values, augment=None if strength is None else AugmentConfig(**strength))
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:

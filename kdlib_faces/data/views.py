@@ -16,6 +16,7 @@ from kdlib._checks import check_number
 from kdlib_faces.data.images import to_float
 
 __all__ = [
+    "VIEWS_VERSION",
     "AugmentConfig",
     "augment",
     "draw_views",
@@ -34,6 +35,8 @@ DRAWS = (
     "erase", "area", "stretch", "top", "left",
 )  # fmt: skip
 """What the random numbers of an image decide, in the order of the columns of `draw_views`."""
+VIEWS_VERSION = 2
+"""Number of the augmentation: raise it with any change that gives other views for the same draws, which outdates caches."""
 
 
 @dataclass(frozen=True)

@@ -2,9 +2,11 @@
 
 import os
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -17,24 +19,32 @@ from kdlib_faces._checks import InputError
 from kdlib_faces.backbones import InputSpec
 from kdlib_faces.data.images import to_float
 from kdlib_faces.export._equalize import equalize, group_of
+from kdlib_faces.export._int8_writer import write_int8
+from kdlib_faces.export._prelu import join_prelu, split_prelu
 from kdlib_faces.export.float_graph import Check, compact, keep, run_graph
 from kdlib_faces.teachers.onnx.graph import file_errors, library, read_graph
 from kdlib_faces.teachers.onnx.metadata import read_metadata, write_metadata
 from kdlib_faces.teachers.onnx.preprocessing import recognize_input
 
 if TYPE_CHECKING:
-    from onnx import ModelProto, NodeProto
+    from onnx import ModelProto
 
 __all__ = ["convert_float16", "quantize_onnx"]
-
-Arrays: TypeAlias = dict[str, NDArray[np.float32]]
 
 BATCH = 16
 MAX_IMAGES = 512
 PARTS = 8
 """Parts of the graph whose sensitivity is measured."""
+WANTED_COSINE = 0.995
+"""Below it, the first layers stay float."""
+FIRST_WEIGHTS = 0.015
+"""Part of the weights in these layers. They have the largest maps and few weights: their errors pass through all others."""
+MAX_TUNING = 64
+"""Images on which the weights are rounded and the biases corrected."""
+MAX_MAP_VALUES = 2**26
+"""Values of one map for all of these images."""
+MIN_OPSET = 13
 QUANTIZED = ("Conv", "Gemm", "MatMul")
-FOLLOWING = {"Conv", "Relu", "PRelu", "Add"}
 
 
 def quantize_onnx(
@@ -47,10 +57,16 @@ def quantize_onnx(
 ) -> Path:
     """Write an int8 version of a float32 ONNX graph: weights by channel, activations by ranges measured on face crops.
 
-    The channels of feature maps are scaled to equal ranges first, which changes no output. All convolutions, sums and
-    matrix products are then quantized (onnxruntime's QDQ form), except convolutions with several channels in each group,
-    which onnxruntime runs slowly in int8. If the embeddings of images that were not used for the ranges are then less
-    similar to those of the float graph than `min_cosine`, the most sensitive parts of the graph stay float, at most half of it.
+    The channels of feature maps are scaled to equal ranges first, which changes no output. Convolutions, sums and matrix
+    products are then quantized in their order (QDQ form): weights are rounded so that the errors of an output cancel on the
+    images, and biases are moved by the mean error. Convolutions with several channels in each group stay float, since
+    onnxruntime runs them slowly in int8.
+
+    The result is compared on images that were not used before. If the mean cosine of the embeddings is below 0.995, the first
+    layers stay float, with at most 1.5 % of the weights. If it is still below `min_cosine`, the most sensitive parts of the
+    graph stay float as well, at most half of it.
+
+    The file requires onnxruntime 1.24 where the graph has PReLU: earlier versions have no maximum of uint8 tensors.
 
     Args:
         path: The float graph, as `export_onnx` writes it.
@@ -66,6 +82,10 @@ def quantize_onnx(
     Raises:
         InputError: The graph cannot be read or quantized, there are too few images, no version reaches `min_cosine`, or
             `check` refuses the file. An earlier file at `output` is left unchanged.
+
+    References:
+        Nagel et al., "Data-Free Quantization Through Weight Equalization and Bias Correction", ICCV 2019 (ranges and biases);
+        Frantar et al., "GPTQ", ICLR 2023 (rounding).
     """
     check_number("quantize_onnx", "min_cosine", min_cosine, min=-1, max=1)
     onnx = library("onnx")
@@ -74,46 +94,58 @@ def quantize_onnx(
     held_out = max(4, len(crops) // 4)
     calibration, validation = crops[held_out:], crops[:held_out]
     model: ModelProto = graph.model
+    if (opset := _opset(model)) < MIN_OPSET:
+        raise InputError(f"quantize_onnx: {path} must have opset {MIN_OPSET} or later, got {opset}; export it again")
     with file_errors(Path(path)):
+        _prepare(model)
         names = _feature_tensors(model)
-        equalize(
-            model,
-            {
-                name: np.maximum(-low, high)
-                for name, (low, high) in _ranges(model, names, calibration).items()
-                if low.ndim
-            },
-        )
-        found = _ranges(model, names, calibration)
+        found, _ = _ranges(model, names, calibration)
+        equalize(model, {name: np.maximum(-low, high) for name, (low, high) in found.items() if low.ndim})
+        found, largest = _ranges(model, names, calibration)
         ranges = {name: (float(low.min()), float(high.max())) for name, (low, high) in found.items()}
+        count = max(4, min(MAX_TUNING, MAX_MAP_VALUES // largest))
+        tuning = calibration[:: -(-len(calibration) // count)].numpy()
         wanted = torch.from_numpy(run_graph(model.SerializeToString(), validation))
-        floats = _grouped(model)
-        best = _quantized(model, ranges, floats)
-        cosine = _similarity(best, validation, wanted)
-        kept_parts: list[tuple[float, set[str]]] = []
-        if cosine < min_cosine:
-            trials = [(part, _quantized(model, ranges, floats | part)) for part in _parts(model)]
-            kept_parts = sorted(
-                ((_similarity(each, validation, wanted), part) for part, each in trials), key=lambda pair: -pair[0]
-            )
-        for _, part in kept_parts[: PARTS // 2]:
-            if cosine >= min_cosine:
-                break
-            floats = floats | part
-            best = _quantized(model, ranges, floats)
-            cosine = _similarity(best, validation, wanted)
-    if cosine < min_cosine:
+
+        def trial(floats: set[str], tuning: NDArray[np.float32]) -> _Trial:
+            written, number = write_int8(model, ranges, tuning, floats)
+            split_prelu(written)
+            compact(written)
+            return _Trial(written, floats, number, _similarity(written, validation, wanted))
+
+        best = trial(_grouped(model), tuning)
+        if best.cosine < WANTED_COSINE:
+            best = max(best, trial(best.floats | _first_layers(model), tuning), key=lambda each: each.cosine)
+        if best.cosine < min_cosine:
+            # A few images suffice to order the parts.
+            trials = [(trial(best.floats | part, tuning[:BATCH]).cosine, part) for part in _parts(model)]
+            for _, part in sorted(trials, key=lambda pair: -pair[0])[: PARTS // 2]:
+                best = trial(best.floats | part, tuning)
+                if best.cosine >= min_cosine:
+                    break
+    if best.cosine < min_cosine:
         raise InputError(
             f"quantize_onnx: embeddings of the int8 graph must have a mean cosine of at least {min_cosine:g} to those of {path}, "
-            f"got {cosine:.4f}; give more images that are like those of the application"
+            f"got {best.cosine:.4f}; give more images that are like those of the application"
         )
-    entry = read_metadata(best) | {
-        "precision": "int8", "calibration_images": len(calibration), "cosine": round(cosine, 5),
-        "float_nodes": sum(node.op_type in QUANTIZED for node in model.graph.node if node.name in floats),
+    entry = read_metadata(best.model) | {
+        "precision": "int8", "calibration_images": len(calibration), "cosine": round(best.cosine, 5),
+        "float_nodes": best.float_products,
     }  # fmt: skip
-    write_metadata(best, entry)
-    onnx.checker.check_model(best)
-    return keep("quantize_onnx", output, best.SerializeToString(), check)
+    write_metadata(best.model, entry)
+    _shorten(best.model)
+    onnx.checker.check_model(best.model)
+    return keep("quantize_onnx", output, best.model.SerializeToString(), check)
+
+
+@dataclass(frozen=True)
+class _Trial:
+    """An int8 graph, the nodes that stayed float by their first outputs, and the cosine of its embeddings."""
+
+    model: "ModelProto"
+    floats: set[str]
+    float_products: int
+    cosine: float
 
 
 def convert_float16(
@@ -164,8 +196,11 @@ def _feature_tensors(model: "ModelProto") -> list[str]:
 
 def _ranges(
     model: "ModelProto", names: Sequence[str], images: Tensor
-) -> dict[str, tuple[NDArray[np.float32], NDArray[np.float32]]]:
-    """Smallest and largest value of each channel of feature maps `(c,)`; of other tensors as arrays without dimensions."""
+) -> tuple[dict[str, tuple[NDArray[np.float32], NDArray[np.float32]]], int]:
+    """Smallest and largest value of each channel of feature maps `(c,)`; of other tensors as arrays without dimensions.
+
+    Also returns the largest number of values of one tensor for one image.
+    """
     onnx, runtime = library("onnx"), library("onnxruntime")
     probe = onnx.ModelProto()
     probe.CopyFrom(model)
@@ -175,68 +210,42 @@ def _ranges(
     options.log_severity_level = 4
     session = runtime.InferenceSession(probe.SerializeToString(), options, providers=["CPUExecutionProvider"])
     found: dict[str, tuple[NDArray[np.float32], NDArray[np.float32]]] = {}
+    largest = 1
     for batch in torch.split(images, BATCH):
         arrays = [batch.numpy(), *session.run(None, {names[0]: batch.numpy()})]
         for name, array in zip(names, arrays, strict=True):
             if array.dtype != np.float32:
                 continue
+            largest = max(largest, array.size // len(batch))
             axes = (0, 2, 3) if array.ndim == 4 else None
             low, high = np.asarray(array.min(axes)), np.asarray(array.max(axes))
             if name in found:
                 low, high = np.minimum(low, found[name][0]), np.maximum(high, found[name][1])
             found[name] = low, high
-    return found
+    return found, largest
 
 
-def _quantized(model: "ModelProto", ranges: Mapping[str, tuple[float, float]], floats: set[str]) -> "ModelProto":
-    """The graph with int8 weights and uint8 activations, except for the nodes named in `floats`."""
-    from onnxruntime.quantization import QuantType
-    from onnxruntime.quantization.calibrate import CalibrationMethod, TensorData, TensorsData
-    from onnxruntime.quantization.qdq_quantizer import QDQQuantizer
+def _opset(model: "ModelProto") -> int:
+    return next((each.version for each in model.opset_import if each.domain in ("", "ai.onnx")), 0)
 
-    copied = library("onnx").ModelProto()
-    copied.CopyFrom(model)
-    data = {name: TensorData(lowest=np.float32(low), highest=np.float32(high)) for name, (low, high) in ranges.items()}
-    quantizer = QDQQuantizer(
-        copied, per_channel=True, reduce_range=False, weight_qType=QuantType.QInt8, activation_qType=QuantType.QUInt8,
-        tensors_range=TensorsData(CalibrationMethod.MinMax, data), nodes_to_quantize=[], nodes_to_exclude=sorted(floats),
-        op_types_to_quantize=["Conv", "Gemm", "MatMul", "Add", "Relu", "Reshape", "Flatten"],
-        extra_options={"QuantizeBias": True},
-    )  # fmt: skip
-    quantizer.quantize_model()
-    quantizer.model.topological_sort()
-    result: ModelProto = quantizer.model.model
-    _shorten(result)
-    return result
+
+def _prepare(model: "ModelProto") -> None:
+    """Write PReLU as one node where possible, and constants as initializers."""
+    numpy_helper = library("onnx").numpy_helper
+    nodes = list(model.graph.node)
+    constants = [node for node in nodes if node.op_type == "Constant" and node.attribute[0].name == "value"]
+    for node in constants:
+        model.graph.initializer.append(
+            numpy_helper.from_array(numpy_helper.to_array(node.attribute[0].t), node.output[0])
+        )
+        model.graph.node.remove(node)
+    split_prelu(model)
+    join_prelu(model)
 
 
 def _shorten(model: "ModelProto") -> None:
-    """Remove what makes a small file large: zero points that are zero, and long names."""
-    numpy_helper = library("onnx").numpy_helper
-    compact(model)
+    """Replace the long names of the nodes, constants and inner tensors, which make a small file large."""
     graph = model.graph
-    zero = {
-        each.name
-        for each in graph.initializer
-        if each.name.endswith("zero_point") and not numpy_helper.to_array(each).any()
-    }
-    kinds = {each.name: each.data_type for each in graph.initializer}
-    # onnxruntime runs a matrix product in int8 only if its inputs state their zero points.
-    products = {name for node in graph.node if node.op_type in ("Gemm", "MatMul") for name in node.input}
-    for node in graph.node:
-        # Without a zero point, the type of the values is that of the input; a quantizing node would choose uint8.
-        if (
-            node.op_type == "DequantizeLinear"
-            and node.input[0] in kinds
-            and len(node.input) > 2
-            and node.input[2] in zero
-            and node.output[0] not in products
-        ):
-            del node.input[2]
-    used = {name for node in graph.node for name in node.input}
-    left = [each for each in graph.initializer if each.name in used]
-    del graph.initializer[:]
-    graph.initializer.extend(left)
     kept = {each.name for each in (*graph.input, *graph.output)}
     names: dict[str, str] = {"": ""}
     for node in graph.node:
@@ -254,31 +263,32 @@ def _similarity(model: "ModelProto", images: Tensor, wanted: Tensor) -> float:
 
 
 def _grouped(model: "ModelProto") -> set[str]:
-    """Names of convolutions with several channels in each group, and of the activation behind them.
+    """Outputs of convolutions with several channels in each group, and of the activation behind them.
 
     onnxruntime quantizes the weights of a float convolution again if the nodes before and behind it are int8, so the
     activation has to be float as well.
     """
-    constants = {each.name: tuple(each.dims) for each in model.graph.initializer}
+    shapes = {each.name: tuple(each.dims) for each in model.graph.initializer}
     floats: set[str] = set()
     for node in model.graph.node:
-        if node.op_type == "Conv" and group_of(node) > 1 and constants.get(node.input[1], (0, 1))[1] > 1:
-            floats |= {node.name, *(each.name for each in _activation(model, node.output[0], constants))}
+        grouped = node.op_type == "Conv" and group_of(node) > 1 and shapes.get(node.input[1], (0, 1))[1] > 1
+        if grouped or (node.op_type in ("Relu", "PRelu", "Clip") and node.input[0] in floats):
+            floats.add(node.output[0])
     return floats
 
 
-def _activation(model: "ModelProto", tensor: str, constants: Mapping[str, tuple[int, ...]]) -> Iterator["NodeProto"]:
-    """Nodes behind a tensor that are its activation: ReLU, PReLU, depthwise 1x1 convolutions and their sum."""
-    reached = {tensor}
-    for node in model.graph.node:
-        data = {name for name in node.input if name not in constants}
-        pointwise = node.op_type == "Conv" and constants.get(node.input[1], ())[1:] == (1, 1, 1) and group_of(node) > 1
-        if data and data <= reached and (pointwise or node.op_type in ("Relu", "PRelu", "Add")):
-            yield node
-            reached.update(node.output)
+def _first_layers(model: "ModelProto") -> set[str]:
+    """First outputs of the nodes before the layer with which the weights exceed `FIRST_WEIGHTS`."""
+    sizes = {each.name: prod(each.dims) for each in model.graph.initializer}
+    weights = [
+        sizes.get(node.input[1], 0) if node.op_type in QUANTIZED and len(node.input) > 1 else 0
+        for node in model.graph.node
+    ]
+    within = np.cumsum(weights) <= FIRST_WEIGHTS * sum(weights)
+    return {node.output[0] for node, inside in zip(model.graph.node, within, strict=True) if inside}
 
 
 def _parts(model: "ModelProto") -> list[set[str]]:
-    """Names of the nodes of consecutive parts of the graph."""
-    names = [node.name for node in model.graph.node]
+    """First outputs of the nodes of consecutive parts of the graph."""
+    names = [node.output[0] for node in model.graph.node]
     return [set(map(str, part)) for part in np.array_split(np.array(names), min(PARTS, len(names))) if len(part)]

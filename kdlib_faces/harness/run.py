@@ -142,7 +142,9 @@ class _Embedding:
 
     def open(self, path: Path, stated: InputOptions) -> OpenedModel:
         model = open_model(path, self.config.input_size, stated, device=self.hardware.device)
-        if self.config.compile and path.suffix.lower() != ".onnx":
+        if self.config.compile and path.suffix.lower() == ".onnx":
+            say(f"{path.name}: not compiled, since onnxruntime runs it", quiet=not self.progress)
+        elif self.config.compile:
             model.module.compile()
         return model
 

@@ -34,7 +34,7 @@ def magface_loss(
     scale and :math:`a = \mathrm{clip}(\lVert z\rVert, l_a, u_a)`, the loss of one sample is
 
     .. math:: -\log \frac{e^{s\,\psi(\theta_y)}}{e^{s\,\psi(\theta_y)} + \sum_{j \ne y} e^{s \cos\theta_j}} +
-              \lambda_g \left(\frac1a + \frac{a}{u_a^2}\right), \qquad
+              \lambda_g \left(\frac{1}{a} + \frac{a}{u_a^2}\right), \qquad
               \psi(\theta) = \cos(\theta + m(a)), \qquad
               m(a) = l_m + (u_m - l_m) \frac{a - l_a}{u_a - l_a}
 

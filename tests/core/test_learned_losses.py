@@ -1,6 +1,7 @@
 """Losses with learned parts: variational information and contrastive representation."""
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from kdlib import ContrastiveRepresentationLoss, VariationalInformationLoss
+from kdlib import (
+    AttentionTransferLoss,
+    AttentiveSimilarityLoss,
+    ContrastiveRepresentationLoss,
+    MaskedGenerativeLoss,
+    VariationalInformationLoss,
+)
 from kdlib.functional import contrastive_representation, variational_information
 from tests.core import reference_features as reference
 from tests.core.loss_inputs import DTYPES, LEARNED, noise, seeded
@@ -26,6 +33,24 @@ def vid(**options: Any) -> VariationalInformationLoss:
 
 def crd(**options: Any) -> ContrastiveRepresentationLoss:
     return seeded(lambda: ContrastiveRepresentationLoss(6, 6, feature_dim=4, **options))
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda: MaskedGenerativeLoss(3, 3), lambda: VariationalInformationLoss(3, 3), AttentionTransferLoss,
+        AttentiveSimilarityLoss,
+    ],
+    ids=["masked generative", "variational information", "attention", "attentive similarity"],
+)  # fmt: skip
+def test_pooling_of_large_values_stays_finite(build: Callable[[], nn.Module]) -> None:
+    """A cell of four values of 3e38 would sum to infinity."""
+    student, teacher = pair((2, 3, 4, 4), dtype=torch.float32)[0].sign() * 3e38, noise(2, 3, 2, 2, seed=1).sign() * 3e38
+    student = student.detach().requires_grad_()
+    value = seeded(build)(student, teacher.float())
+    (gradient,) = torch.autograd.grad(value, student)
+    assert value.isfinite()
+    assert gradient.isfinite().all()
 
 
 @pytest.mark.parametrize("name", LEARNED)

@@ -61,7 +61,8 @@ def test_training_and_caches_are_imported_when_they_are_used() -> None:
     code = (
         "import sys, kdlib; late = ('kdlib.cache', 'kdlib.training', 'torch._dynamo'); "
         "assert not {*late} & {*sys.modules}, sys.modules; "
-        "assert kdlib.train is kdlib.training.train; assert kdlib.TeacherCache.__module__ == 'kdlib.cache.store'"
+        "assert kdlib.train is kdlib.training.train; assert kdlib.TeacherCache.__module__ == 'kdlib.cache.store'; "
+        "assert 'torch._dynamo' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
 

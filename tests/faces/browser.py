@@ -104,16 +104,36 @@ class Browser:
     def open(self, page: Path, width: int, *, dark: bool = False, height: int = 1000) -> dict[str, Any]:
         """Load a file at a width in CSS pixels, open all details, and describe the page."""
         self.events.clear()
+        self._resize(width, dark, height)
+        self.go(page.resolve().as_uri())
+        return self._describe()
+
+    def show(self, width: int, *, dark: bool = False, height: int = 1000) -> dict[str, Any]:
+        """Describe the open page at another width or in the other theme, without loading it again."""
+        self._resize(width, dark, height)
+        return self._describe()
+
+    def go(self, address: str) -> None:
+        """Load an address and wait until it is complete."""
+        self.events.clear()
+        self.call("Page.navigate", {"url": address})
+        until = time.monotonic() + self._seconds
+        while not any(event.get("method") == "Page.loadEventFired" for event in self.events):
+            self.events.append(self._message(until))
+
+    def evaluate(self, expression: str) -> Any:
+        """Return the value of an expression; a Promise is awaited."""
+        parameters = {"expression": expression, "awaitPromise": True, "returnByValue": True}
+        return self.call("Runtime.evaluate", parameters)["result"]["value"]
+
+    def _resize(self, width: int, dark: bool, height: int) -> None:
         size = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 600}
         self.call("Emulation.setDeviceMetricsOverride", size)
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
         self.call("Emulation.setEmulatedMedia", {"features": [scheme]})
-        self.call("Page.navigate", {"url": page.resolve().as_uri()})
-        until = time.monotonic() + self._seconds
-        while not any(event.get("method") == "Page.loadEventFired" for event in self.events):
-            self.events.append(self._message(until))
-        parameters = {"expression": _INSPECT, "awaitPromise": True, "returnByValue": True}
-        described: dict[str, Any] = json.loads(self.call("Runtime.evaluate", parameters)["result"]["value"])
+
+    def _describe(self) -> dict[str, Any]:
+        described: dict[str, Any] = json.loads(self.evaluate(_INSPECT))
         return described
 
     def screenshot(self, target: Path) -> None:

@@ -363,6 +363,10 @@ def test_files_that_are_no_detector(tmp_path: Path, photos: Path, capsys) -> Non
     onnx.save(model, tmp_path / "eight.onnx")
     line = fails(capsys, *words, tmp_path / "eight.onnx")
     assert "must have the 12 outputs cls_8 to kps_32 of YuNet (2023), or the 9 of SCRFD with landmarks, got 8" in line
+    damaged = (tmp_path / "eight.onnx").read_bytes().replace(b"442", b"44\xff")  # protobuf returns this name as bytes
+    (tmp_path / "bytes.onnx").write_bytes(damaged)
+    assert "got 8: " in (line := fails(capsys, *words, tmp_path / "bytes.onnx"))
+    assert "xff" in line
     model.graph.output.append(onnx.ValueInfoProto(name="red"))
     onnx.save(model, tmp_path / "other.onnx")
     assert "outputs must be scores (n, 1), boxes (n, 4) and points (n, 10) with n = 800, 200, 50" in fails(

@@ -103,6 +103,15 @@ def test_random_views_are_shared_by_student_and_cache(faces_folder: Path, tmp_pa
     assert "both caches must have the same views, but" in message
     assert "has 3 random views with seed 0 (mirror 0.5, rotate 20) and" in message
     assert f"{faces_folder / 'age'} has the plain and the mirrored image" in message
+    # A cache that an older augmentation has made.
+    header = json.loads((caches[0] / "header.json").read_text())
+    header["notes"]["views"] = json.dumps({**json.loads(header["notes"]["views"]), "version": 1})
+    (caches[0] / "header.json").write_text(json.dumps(header))
+    message = fails(capsys, *command(faces_folder, tmp_path / "old", *caches))
+    assert f"{caches[0]} holds random views of version 1 of the augmentation" in message
+    assert "build the cache again" in message
+    words = ("--data", faces_folder / "faces.csv", "--teacher", faces_folder / "general.pt")
+    assert "draws other views; build the cache again" in fails(capsys, "cache", "verify", caches[0], *words)
 
 
 @pytest.mark.parametrize(

@@ -79,6 +79,7 @@ def test_defaults_file_and_overrides_in_that_order(tmp_path):
         ("middle.flag=yes", r"middle.flag must be true or false, got yes"),
         ("middle.flag=1", r"middle.flag must be true or false, got 1"),
         ("mode=medium", r"mode must be one of 'fast', 'slow', got medium"),
+        ("mode=fa\u2028st", r"mode must be one of 'fast', 'slow', got fa\\u2028st"),
         ("middle=3", r"'middle' is a group of settings, got 3"),
         ("steps.x=3", r"'steps' is a single value without 'x'"),
         ("pair=[1]", r"pair must be a list of 2: a whole number, text"),

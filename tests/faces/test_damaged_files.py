@@ -6,6 +6,7 @@ from hypothesis import strategies as st
 
 from kdlib_faces._checks import InputError
 from kdlib_faces.data import RecordReader, load_bin, read_agedb_pairs, read_lfw_pairs
+from kdlib_faces.data.lists import read_faces
 from tests.faces.reader_files import put
 from tests.fuzz.targets import TARGETS
 
@@ -39,3 +40,14 @@ def test_a_refused_name_is_shown_on_one_line(tmp_path):
     path.write_bytes(b"\x80\x03cnum\x0cpy\n\x1b[31mcore\n.")
     with pytest.raises(InputError, match=r"the name num\\x0cpy\.\\x1b\[31mcore is refused"):
         load_bin(path)
+
+
+def test_paths_of_a_list_that_no_file_can_have_are_files_not_found(tmp_path):
+    for name, shown in (
+        ("a" * 300 + ".jpg", "a" * 200),
+        ("b\u2028.jpg", r"b\\u2028\.jpg"),
+        (r"c\d" + "e" * 300, "has backslashes"),
+    ):
+        path = put(tmp_path, f"path,identity\n{name},1\n", "faces.csv")
+        with pytest.raises(InputError, match=shown):
+            read_faces(path)

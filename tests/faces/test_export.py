@@ -15,7 +15,8 @@ from kdlib_faces._checks import InputError
 from kdlib_faces.backbones import Backbone, MobileFaceNet, build_backbone
 from kdlib_faces.export import convert_float16, export_onnx, export_program, quantize_onnx
 from kdlib_faces.export._equalize import equalize
-from kdlib_faces.export._prelu import split_prelu
+from kdlib_faces.export._prelu import join_prelu, split_prelu
+from kdlib_faces.export._rounding import round_weights
 from kdlib_faces.export.float_graph import sample_faces
 from kdlib_faces.harness.embeddings import open_model
 from kdlib_faces.teachers import OnnxTeacher
@@ -74,16 +75,24 @@ def test_the_graph_states_its_images_and_comes_back_as_a_teacher(graph: tuple[Ba
     assert open_model(path).entry.input.startswith("BGR")
 
 
-def test_no_prelu_is_left_and_slopes_above_one_stay(graph: tuple[Backbone, Path]) -> None:
+def test_prelu_is_split_exactly_for_any_slope_and_joined_again(graph: tuple[Backbone, Path]) -> None:
     _, path = graph
     kinds = {node.op_type for node in onnx.load(path).graph.node}
     assert "PRelu" not in kinds
-    model = onnx.parser.parse_model(
-        '<ir_version: 8, opset_import: ["" : 18]> g (float[n, 2, 3, 3] images) => (float[n, 2, 3, 3] embedding) '
-        "<float[2, 1, 1] slope = {0.25, 1.5}> { embedding = PRelu(images, slope) }"
-    )
-    split_prelu(model)
-    assert [node.op_type for node in model.graph.node] == ["PRelu"]
+    images = np.random.default_rng(0).normal(size=(2, 3, 4, 4)).astype(np.float32)
+    for last in (0.75, 1.5):
+        model = onnx.parser.parse_model(
+            '<ir_version: 8, opset_import: ["" : 18]> g (float[n, 3, 4, 4] images) => (float[n, 3, 4, 4] embedding) '
+            f"<float[3, 1, 1] slope = {{0.25, -0.5, {last}}}> {{ embedding = PRelu(images, slope) }}"
+        )
+        split_prelu(model)
+        assert "PRelu" not in {node.op_type for node in model.graph.node}
+        session = onnxruntime.InferenceSession(model.SerializeToString())
+        wanted = np.where(images > 0, images, images * np.array([0.25, -0.5, last]).reshape(-1, 1, 1))
+        np.testing.assert_allclose(session.run(None, {"images": images})[0], wanted, rtol=1e-5, atol=1e-6)
+        join_prelu(model)
+        joined = [node.op_type for node in model.graph.node] == ["PRelu"]
+        assert joined == (last <= 1)
 
 
 def test_normalized_embeddings_have_unit_length(tmp_path: Path) -> None:
@@ -134,6 +143,36 @@ def test_int8_is_small_and_close(graph: tuple[Backbone, Path], tmp_path: Path) -
     assert describe_graph(path)["embedding_dim"] == 16
     # Rows do not depend on the others of a batch.
     np.testing.assert_array_equal(run(path, images)[:1], run(path, images[:1]))
+
+
+def test_an_int8_graph_runs_in_int8_with_its_first_layers_in_float(
+    graph: tuple[Backbone, Path], tmp_path: Path
+) -> None:
+    _, source = graph
+    path = quantize_onnx(source, faces(), tmp_path / "int8.onnx")
+    options = onnxruntime.SessionOptions()
+    options.optimized_model_filepath = str(tmp_path / "optimized.onnx")
+    onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    kinds = [node.op_type for node in onnx.load(tmp_path / "optimized.onnx", load_external_data=False).graph.node]
+    (entry,) = (json.loads(each.value) for each in onnx.load(path).metadata_props if each.key == "kdlib_faces")
+    convolutions = sum(node.op_type == "Conv" for node in onnx.load(source).graph.node)
+    # A PReLU is one convolution and a maximum of uint8 in int8, two convolutions in float.
+    assert kinds.count("QLinearConv") > convolutions // 2
+    assert kinds.count("Max") > 10
+    assert kinds.count("PRelu") == 0
+    assert 0 < entry["float_nodes"] < 10
+
+
+def test_rounding_by_inputs_has_a_smaller_error_than_to_the_nearest() -> None:
+    generator = torch.Generator().manual_seed(0)
+    mixed = torch.randn(32, 32, generator=generator, dtype=torch.float64)
+    inputs = (mixed @ torch.randn(32, 2000, generator=generator, dtype=torch.float64))[None] + 3
+    weight = torch.randn(1, 8, 32, generator=generator, dtype=torch.float64)
+    rounded, steps = round_weights(weight, inputs)
+    assert rounded.dtype == torch.int8
+    nearest = (weight / steps[..., None].double()).round() * steps[..., None].double()
+    errors = [((each - weight) @ inputs).var(dim=2).sum() for each in (rounded * steps[..., None].double(), nearest)]
+    assert errors[0] < 0.5 * errors[1]
 
 
 def test_calibration_takes_bytes_and_floats_alike(graph: tuple[Backbone, Path], tmp_path: Path) -> None:

@@ -102,6 +102,58 @@ def test_precision_and_device_reach_the_cache_and_the_report(folder: Path, tmp_p
     assert len(list((tmp_path / "report" / "work").glob("*.npy"))) == 2
 
 
+@pytest.fixture
+def compiled(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Stands for the compiler, which takes long; the names of the compiled networks, once for each time that they run."""
+    called: list[str] = []
+
+    def compile_fast(module: torch.nn.Module) -> None:
+        def call(*inputs: object, **named: object) -> object:
+            called.append(type(module).__name__)
+            return module._call_impl(*inputs, **named)
+
+        module._compiled_call_impl = call
+
+    monkeypatch.setattr(torch.nn.Module, "compile", compile_fast)
+    return called
+
+
+def test_compile_reaches_the_networks_of_each_command(
+    folder: Path, graph: Path, tmp_path: Path, capsys, compiled
+) -> None:
+    assert run(*build_words(folder, "general.pt", tmp_path / "plain", "--dtype", "float32")) == 0
+    assert not compiled
+    assert run(*build_words(folder, "general.pt", tmp_path / "fast", "--dtype", "float32", "--compile")) == 0
+    assert set(compiled) == {"TeacherAdapter"}
+    plain, fast = (tmp_path / name / "shard-00000.bin" for name in ("plain", "fast"))
+    assert plain.read_bytes() == fast.read_bytes()
+    words = build_words(folder, graph, tmp_path / "graph", "--compile")
+    assert "--compile applies to networks of torch, got" in fails(capsys, *words)
+    compiled.clear()
+    words = ["evaluate", "--data", folder / "faces.csv", "--model", folder / "general.pt", *settings("replicates=10")]
+    assert run(*words, "--model", graph, "--compile", "--output", tmp_path / "report") == 0
+    assert set(compiled) == {"MobileFaceNet"}
+    assert f"{graph.name}: not compiled, since onnxruntime runs it" in capsys.readouterr().err
+    compiled.clear()
+    assert run(*train(folder, tmp_path / "run", "--compile", *settings("training.steps=1"))) == 0
+    assert set(compiled) == {"StudentAdapter"}
+    compiled.clear()
+    tiny = [f"{part}_{what}=3" for part in ("general", "age", "test") for what in ("identities", "images")]
+    tiny += ["test_identities=8"]
+    tiny += [
+        "general_steps=1",
+        "age_steps=1",
+        "student_steps=1",
+        "batch_size=4",
+        "replicates=0",
+        "deployment=none",
+        "size=32",
+    ]
+    tiny += ["student.width=0.25", "student.embedding_dim=16", "general_window=40"]
+    assert run("demo", "--quiet", "--compile", "--output", tmp_path / "demo", *settings(*tiny)) == 0
+    assert "StudentAdapter" in compiled
+
+
 def test_a_teacher_on_another_device_gives_the_same_cache(folder: Path, tmp_path: Path) -> None:
     for name, device in (("plain", "cpu"), ("moved", "cpu:0")):
         build(

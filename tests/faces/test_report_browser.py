@@ -32,7 +32,7 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
         yield opened
 
 
-@pytest.mark.parametrize("width", [1280, 390])
+@pytest.mark.parametrize("width", [390, 768, 1280, 1440, 1920])
 @pytest.mark.parametrize("dark", [False, True])
 def test_a_report_is_complete_in_a_browser(
     browser: Browser, page: Path, width: int, dark: bool, tmp_path: Path

@@ -3,12 +3,13 @@
 import pytest
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from kdlib_faces._checks import InputError
 from kdlib_faces.data.batches import FaceBatches
 from kdlib_faces.data.images import to_float
 from kdlib_faces.data.seeded_views import SeededViews
-from kdlib_faces.data.views import AugmentConfig
+from kdlib_faces.data.views import VIEWS_VERSION, AugmentConfig
 
 STRONG = AugmentConfig(erase=0.5, low_resolution=0.5, grayscale=0.3)
 
@@ -45,6 +46,30 @@ def test_without_augment_there_are_the_image_and_its_mirror() -> None:
     images = pixels(2)
     out = SeededViews()(images, torch.arange(2), torch.tensor([0, 1]))
     assert torch.equal(out, to_float(torch.stack([images[0], images[1].flip(-1)])))
+
+
+PINNED = {
+    2: [
+        [-0.0623, 0.1379, -0.3611, -0.1006],
+        [-0.2294, -0.5451, -0.2072, -0.3649],
+        [-0.0328, 0.0210, -0.2184, -0.2451],
+    ],
+}
+"""Means of the quarters of three views, for each version of the augmentation."""
+
+
+def test_other_views_have_another_version() -> None:
+    """If this fails, the views are no longer those of existing caches: raise VIEWS_VERSION, and pin the new means here."""
+    coarse = torch.randint(0, 256, (3, 3, 4, 4), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    images = coarse.repeat_interleave(8, 2).repeat_interleave(8, 3)
+    out = SeededViews(9, seed=5, augment=STRONG)(images, torch.tensor([3, 99, 7]), torch.tensor([0, 8, 3]))
+    means = F.adaptive_avg_pool2d(out.mean(1, keepdim=True), 2).flatten(1)
+    # Warping by OpenCV and by torch differs by one step of a byte at most.
+    torch.testing.assert_close(means, torch.tensor(PINNED[VIEWS_VERSION]), rtol=0, atol=2e-3)
+    old = SeededViews(9, seed=5, augment=STRONG, version=VIEWS_VERSION - 1)
+    assert SeededViews.from_text(old.to_text()) == old
+    with pytest.raises(ValueError, match="draws other views; build the cache again"):
+        old(images, torch.tensor([3, 99, 7]), 0)
 
 
 def test_text_and_back() -> None:

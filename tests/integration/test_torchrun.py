@@ -1,4 +1,4 @@
-"""A training that `torchrun` starts, that loses a process, and that goes on in one process."""
+"""The recipe on a `.rec` file: `torchrun` starts it, it loses a process, and it goes on in one process."""
 
 import os
 import signal
@@ -10,18 +10,23 @@ import pytest
 
 from kdlib.training import read_log
 from kdlib_faces.cli import main
-from tests.faces.cache_files import make_faces, settings, wait_until
+from kdlib_faces.data import save_records
+from tests.faces.cache_files import COUNT, SIZE, make_faces, settings, wait_until
 
 
 def test_a_run_of_torchrun_goes_on_in_one_process(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     faces, output, errors = make_faces(tmp_path), tmp_path / "run", tmp_path / "errors.txt"
+    images = [(faces / f"{row}.png").read_bytes() for row in range(COUNT)]
+    save_records(faces / "train.rec", images, [row // 2 for row in range(COUNT)], size=(SIZE, SIZE))
     small = ("training.batch_size=4", "training.checkpoint_seconds=1e-6", "recipe.input_size=32", "recipe.width=0.25")
     words = [
         "train",
-        "--recipe",
-        "student",
         "--data",
-        str(faces / "faces.csv"),
+        str(faces / "train.rec"),
+        "--teacher",
+        str(faces / "general.pt"),
+        "--teacher",
+        str(faces / "age.pt"),
         "--output",
         str(output),
         "--device",

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from kdlib._checks import check_choice, check_floating, check_number, check_same_batch, check_shape, check_weight
-from kdlib._maths import Reduction, full_precision, promote, reduce
+from kdlib._maths import FAR, Reduction, full_precision, promote, reduce
 from kdlib.losses._layers import convolve, kept, limit, mean_square_error, pool_to_smaller
 from kdlib.losses._module import LossModule
 
@@ -115,7 +115,8 @@ class MaskedGenerativeLoss(LossModule):
         origin = student.dtype
         with full_precision(student):
             student, teacher = promote(student, teacher)
-            student, teacher = pool_to_smaller(student, teacher)
+            if student.shape[2:] != teacher.shape[2:]:
+                student, teacher = pool_to_smaller(student.clamp(-FAR, FAR), teacher.clamp(-FAR, FAR))
             grid = (student.shape[2], student.shape[3])
             mask = self.kept_positions(student.shape[0], grid, kept(weight)).to(student.dtype)
             if self.align is None:

@@ -40,8 +40,8 @@ def soft_target(
     =================== ============================================================================================
     `"forward_kl"`      :math:`\mathrm{KL}(p^t \,\|\, p^s)`
     `"reverse_kl"`      :math:`\mathrm{KL}(p^s \,\|\, p^t)`
-    `"jensen_shannon"`  :math:`\frac12 \mathrm{KL}(p^t \,\|\, m) + \frac12 \mathrm{KL}(p^s \,\|\, m)`, with
-                        :math:`m = \frac12 (p^t + p^s)`
+    `"jensen_shannon"`  :math:`\frac{1}{2} \mathrm{KL}(p^t \,\|\, m) + \frac{1}{2} \mathrm{KL}(p^s \,\|\, m)`, with
+                        :math:`m = \frac{1}{2} (p^t + p^s)`
     `"skewed_kl"`       :math:`\mathrm{KL}(p^t \,\|\, \lambda p^t + (1 - \lambda) p^s)`, with :math:`\lambda` = `skew`
     =================== ============================================================================================
 

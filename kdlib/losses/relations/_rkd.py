@@ -1,28 +1,29 @@
 """The two losses of `rkd`, each computed together with its gradient.
 
-Each is one operation to autograd and to a compiler, because which pairs need care depends on the values.
+On a CPU, the values decide which pairs need care, because care takes time. On an accelerator, where reading them would
+force a wait, all pairs get it. Each loss is one operation to a compiler, which could not read values either.
 """
 
 import torch
 from torch import Tensor
 
+from kdlib._checks import readable
 from kdlib._maths import unit_rows
 from kdlib.losses._relations import add_distance_gradient, power_of_two, squared_distances
 
-__all__ = ["angle_with_gradient", "distance_with_gradient"]
+__all__ = ["angle_operation", "angle_with_gradient", "distance_operation", "distance_with_gradient"]
 
 
-@torch.library.custom_op("kdlib::rkd_distance", mutates_args=())
 def distance_with_gradient(
     student: Tensor, teacher: Tensor, share: Tensor, chunk: int, shortest: float, needs_grad: bool
 ) -> tuple[Tensor, Tensor]:
     """Return the loss and, if needed, its gradient `(b, d)`."""
-    kept = share.nonzero().squeeze(1)
-    batch = kept.shape[0]
     out = torch.zeros_like(student) if needs_grad else student.new_empty(0)
+    kept = _present(student, share)
+    student, teacher, share = _rows(kept, student, teacher, share)
+    batch = share.shape[0]
     if batch < 2 or student.shape[1] * teacher.shape[1] == 0:
         return student.new_zeros(()), out
-    student, teacher, share = student[kept], teacher[kept], share[kept]
     scale = power_of_two(student)
     student, teacher = student / scale, teacher / power_of_two(teacher)
     dtype = _safe_dtype(student)
@@ -41,26 +42,25 @@ def distance_with_gradient(
         value += share[at] @ (difference.sub_(slope, alpha=0.5).mul_(slope) @ share)
         if needs_grad:
             mean_slope += share[at] @ (torch.mul(slope, d_s[at], out=difference) @ share)
-    if not needs_grad or not bool(mean_s * scale >= shortest):
+    if not needs_grad:
         return value.to(student.dtype), out
     # The derivative by the distance, divided by the distance; both orders of a pair are the same distance.
-    slope = d_t.sub_(mean_slope / mean_s / pairs).mul_(2 / mean_s)
+    factor = torch.where(mean_s * scale >= shortest, 2 / divide_s, 0.0)
+    slope = d_t.sub_(mean_slope / divide_s / pairs).mul_(factor)
     slope.mul_(share.unsqueeze(1)).mul_(share).div_(torch.where(d_s > 0, d_s, torch.inf))
-    gradient = add_distance_gradient(student, slope, near)
-    out[kept] = (gradient / scale).to(student.dtype)
-    return value.to(student.dtype), out
+    gradient = add_distance_gradient(student, slope, near) / scale
+    return value.to(student.dtype), _placed(gradient, kept, out)
 
 
-@torch.library.custom_op("kdlib::rkd_angle", mutates_args=())
 def angle_with_gradient(
     student: Tensor, teacher: Tensor, share: Tensor, chunk: int, shortest: float, needs_grad: bool
 ) -> tuple[Tensor, Tensor]:
     """Return the loss and, if needed, its gradient `(b, d)`."""
-    kept = share.nonzero().squeeze(1)
     out = torch.zeros_like(student) if needs_grad else student.new_empty(0)
-    if kept.shape[0] < 2 or student.shape[1] * teacher.shape[1] == 0:
+    known, kept = readable(student), _present(student, share)
+    student, teacher, share = _rows(kept, student, teacher, share)
+    if share.shape[0] < 2 or student.shape[1] * teacher.shape[1] == 0:
         return student.new_zeros(()), out
-    student, teacher, share = student[kept], teacher[kept], share[kept]
     scale = power_of_two(student)
     student, teacher = student / scale, teacher / power_of_two(teacher)
     wide = torch.float32 if student.device.type == "mps" else torch.float64  # Metal devices have no float64
@@ -70,16 +70,42 @@ def angle_with_gradient(
     short = squares < (shortest / scale.to(wide)) ** 2
     squares /= largest
     # The rounding error of a cosine grows with the ratio of its two sides. Above a ratio of 1e3 float64 is used, and
-    # difference vectors at vertices where it is above 1e9.
-    dtype = wide if bool((_uneven(squares, 1e-6) | _uneven(squares_t, 1e-6)).any()) else student.dtype
-    by_vectors = _uneven(squares, 1e-18) | _uneven(squares_t, 1e-18)
-    weight = None if bool((share == share[0]).all()) else share.to(dtype)
+    # difference vectors at vertices where it is above 1e9. Without reading values, float64 is used for all, and shorter
+    # sides count as 0 where a cosine could be wrong by 0.01.
+    by_vectors: Tensor | None = None
+    weight: Tensor | None = share.to(wide)
+    dtype = wide
+    if known:
+        dtype = wide if bool((_uneven(squares, 1e-6) | _uneven(squares_t, 1e-6)).any()) else student.dtype
+        by_vectors = _uneven(squares, 1e-18) | _uneven(squares_t, 1e-18)
+        weight = None if bool((share == share[0]).all()) else share.to(dtype)
+    else:
+        limit = (100 * torch.finfo(wide).eps) ** 2
+        squares, squares_t = (x.masked_fill(x < limit, 0) for x in (squares, squares_t))
     sides = (_Side(squares.to(dtype), student), _Side(squares_t.to(dtype), teacher))
     value, slope = _angles(*sides, by_vectors, weight, chunk, needs_grad)
     if needs_grad:
         slope = slope.to(wide).div_(largest).masked_fill_(short, 0)
-        out[kept] = (add_distance_gradient(student, slope, near) / scale).to(student.dtype)
+        out = _placed(add_distance_gradient(student, slope, near) / scale, kept, out)
     return value.to(student.dtype), out
+
+
+def _present(student: Tensor, share: Tensor) -> Tensor | None:
+    """Return the indices of the samples with a weight; `None` if reading their number would force a wait."""
+    return share.nonzero().squeeze(1) if readable(student) else None
+
+
+def _rows(kept: Tensor | None, student: Tensor, teacher: Tensor, share: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the samples with a weight, or all samples with those set to zero that have none."""
+    if kept is not None:
+        return student[kept], teacher[kept], share[kept]
+    absent = (share == 0).unsqueeze(1)
+    return student.masked_fill(absent, 0), teacher.masked_fill(absent, 0), share
+
+
+def _placed(gradient: Tensor, kept: Tensor | None, out: Tensor) -> Tensor:
+    """Return the gradient of all samples, zero for those without a weight."""
+    return gradient.to(out.dtype) if kept is None else out.index_copy_(0, kept, gradient.to(out.dtype))
 
 
 def _uneven(squares: Tensor, limit: float) -> Tensor:
@@ -88,20 +114,23 @@ def _uneven(squares: Tensor, limit: float) -> Tensor:
 
 
 def _angles(
-    student: "_Side", teacher: "_Side", by_vectors: Tensor, share: Tensor | None, chunk: int, needs_grad: bool
+    student: "_Side", teacher: "_Side", by_vectors: Tensor | None, share: Tensor | None, chunk: int, needs_grad: bool
 ) -> tuple[Tensor, Tensor]:
     """Return the loss, and twice its symmetric slopes on the student's squared distances `(b, b)`.
 
-    `share=None` means equal shares. The matrix of cosines at a vertex is symmetric, so only tiles on and above the
+    `share=None` means equal shares, `by_vectors=None` no vertex by difference vectors. The matrix of cosines at a vertex is symmetric, so only tiles on and above the
     diagonal are computed, those on it with factor 1/2.
     """
     squares_s = student.squares
     batch = squares_s.shape[0]
-    on_cpu = squares_s.device.type == "cpu"
-    side, capacity = (64, 2**18) if on_cpu else (256, 2**24)  # tiles fit a processor's cache or fill an accelerator
+    # Tiles fit a processor's cache or fill an accelerator.
+    side, capacity = (64, 2**18) if by_vectors is not None else (256, 2**24)
     chunk = min(batch, chunk or max(1, capacity // (side * batch)))
-    vertices = [(i, False) for i in torch.split((~by_vectors).nonzero().squeeze(1), chunk) if len(i)]
-    vertices += [(i, True) for i in torch.split(by_vectors.nonzero().squeeze(1), 1) if len(i)]
+    if by_vectors is None:
+        vertices = [(i, False) for i in torch.split(torch.arange(batch, device=squares_s.device), chunk)]
+    else:
+        vertices = [(i, False) for i in torch.split((~by_vectors).nonzero().squeeze(1), chunk) if len(i)]
+        vertices += [(i, True) for i in torch.split(by_vectors.nonzero().squeeze(1), 1) if len(i)]
     values = []
     at_vertex, across = torch.zeros_like(squares_s), torch.zeros_like(squares_s)
     blocks = [slice(first, min(first + side, batch)) for first in range(0, batch, side)]
@@ -165,8 +194,12 @@ def _safe_dtype(x: Tensor) -> torch.dtype:
     return x.dtype if exact else torch.float64
 
 
-@distance_with_gradient.register_fake
-@angle_with_gradient.register_fake
+distance_operation = torch.library.custom_op("kdlib::rkd_distance", distance_with_gradient, mutates_args=())
+angle_operation = torch.library.custom_op("kdlib::rkd_angle", angle_with_gradient, mutates_args=())
+
+
+@distance_operation.register_fake
+@angle_operation.register_fake
 def _(
     student: Tensor, teacher: Tensor, share: Tensor, chunk: int, shortest: float, needs_grad: bool
 ) -> tuple[Tensor, Tensor]:

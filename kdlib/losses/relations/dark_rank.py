@@ -1,12 +1,11 @@
 """DarkRank: the order of each sample's nearest neighbors as the teacher's."""
 
 import math
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from kdlib._checks import check_floating, check_number
+from kdlib._checks import check_floating, check_number, readable
 from kdlib._maths import MeanOnly, directions, full_precision, unit_rows
 from kdlib.losses._module import RelationLoss
 from kdlib.losses._relations import one_batch, power_of_two, squared_distances
@@ -97,7 +96,8 @@ def dark_rank(
             (rows, _), (rows_t, _) = directions(rows, origin), unit_rows(rows_t)
         scale = power_of_two(rows.detach())
         rows, rows_t = rows / scale, rows_t / power_of_two(rows_t)
-        neighbors = _nearest_rows(rows_t, absent, length)
+        nearest = _nearest_operation if torch.compiler.is_compiling() else _nearest_rows
+        neighbors = nearest(rows_t, absent, length)
         others = (~absent).sum() - 1
         # Lists of a single neighbor have no order and count as empty.
         missing = torch.arange(neighbors.shape[1], device=rows.device) >= torch.where(others > 1, others, 0)
@@ -128,16 +128,16 @@ def _distances(x: Tensor, y: Tensor) -> Tensor:
     return torch.where(equal.squeeze(1), 0.0, length)
 
 
-@torch.library.custom_op("kdlib::nearest_rows", mutates_args=())
 def _nearest_rows(rows: Tensor, absent: Tensor, length: int) -> Tensor:
-    """Return the indices of the nearest other rows that are not absent, near to far, `(b, min(length, b - 1))`.
-
-    This is an operation of the library, because which pairs need differences depends on the values.
-    """
-    present = (~absent).nonzero().squeeze(1)
-    squares = torch.full((len(rows), len(rows)), torch.inf, dtype=rows.dtype, device=rows.device)
-    squares[present.unsqueeze(1), present] = squared_distances(rows[present], rows.dtype)[0]
-    squares.fill_diagonal_(torch.inf)
+    """Return the indices of the nearest other rows that are not absent, near to far, `(b, min(length, b - 1))`."""
+    if readable(rows):
+        present = (~absent).nonzero().squeeze(1)
+        squares = torch.full((len(rows), len(rows)), torch.inf, dtype=rows.dtype, device=rows.device)
+        squares[present.unsqueeze(1), present] = squared_distances(rows[present], rows.dtype)[0]
+        squares.fill_diagonal_(torch.inf)
+    else:
+        left_out = torch.eye(len(rows), dtype=torch.bool, device=rows.device) | absent | absent.unsqueeze(1)
+        squares = squared_distances(rows, rows.dtype)[0].masked_fill(left_out, torch.inf)
     length = min(length, rows.shape[0] - 1)
     if rows.dtype != torch.float64 or rows.shape[0] > MAX_BATCH:
         return squares.argsort(dim=1, stable=True)[:, :length].contiguous()
@@ -148,18 +148,13 @@ def _nearest_rows(rows: Tensor, absent: Tensor, length: int) -> Tensor:
     return key.topk(length, dim=1, largest=False)[1]
 
 
-@_nearest_rows.register_fake
+# One operation to a compiler, which could not read which pairs need differences.
+_nearest_operation = torch.library.custom_op("kdlib::nearest_rows", _nearest_rows, mutates_args=())
+
+
+@_nearest_operation.register_fake
 def _(rows: Tensor, absent: Tensor, length: int) -> Tensor:
     return rows.new_empty((rows.shape[0], min(length, rows.shape[0] - 1)), dtype=torch.int64)
-
-
-@_nearest_rows.register_vmap
-def _(info: Any, in_dims: tuple[int | None, ...], rows: Tensor, absent: Tensor, length: int) -> tuple[Tensor, int]:
-    rows, absent = (
-        x.expand(info.batch_size, *x.shape) if dim is None else x.movedim(dim, 0)
-        for x, dim in zip((rows, absent), in_dims[:2], strict=True)
-    )
-    return torch.stack([_nearest_rows(*pair, length) for pair in zip(rows, absent, strict=True)]), 0
 
 
 def _check_order(owner: str, alpha: float, beta: float, length: int) -> None:

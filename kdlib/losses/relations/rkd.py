@@ -9,7 +9,12 @@ from kdlib._checks import check_floating, check_number
 from kdlib._maths import MeanOnly, full_precision, shortest_length
 from kdlib.losses._module import RelationLoss
 from kdlib.losses._relations import one_batch, with_gradient
-from kdlib.losses.relations._rkd import angle_with_gradient, distance_with_gradient
+from kdlib.losses.relations._rkd import (
+    angle_operation,
+    angle_with_gradient,
+    distance_operation,
+    distance_with_gradient,
+)
 
 __all__ = ["RKDAngleLoss", "RKDDistanceLoss", "rkd_angle", "rkd_distance"]
 
@@ -68,7 +73,9 @@ def rkd_distance(
         errors of the diagonal in the mean; this function does neither. The gradient is hand-written, because pairs of
         near rows need differences. Second derivatives and `torch.func.vmap` raise an error.
     """
-    return _compare("rkd_distance", distance_with_gradient, student, teacher, chunk_size, gather, reduction, weight)
+    # To a compiler, it is one operation.
+    compare = distance_operation if torch.compiler.is_compiling() else distance_with_gradient
+    return _compare("rkd_distance", compare, student, teacher, chunk_size, gather, reduction, weight)
 
 
 def rkd_angle(
@@ -127,7 +134,8 @@ def rkd_angle(
         public code, which computes the difference vectors. The gradient is hand-written, which saves time and memory.
         Second derivatives and `torch.func.vmap` raise an error.
     """
-    return _compare("rkd_angle", angle_with_gradient, student, teacher, chunk_size, gather, reduction, weight)
+    compare = angle_operation if torch.compiler.is_compiling() else angle_with_gradient
+    return _compare("rkd_angle", compare, student, teacher, chunk_size, gather, reduction, weight)
 
 
 def _check_chunk(owner: str, chunk_size: int | None) -> None:

@@ -1,6 +1,7 @@
 """Rows of face lists: CSV files, and folders with one subfolder per identity."""
 
 import math
+import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -50,7 +51,7 @@ def csv_rows(path: Path, *, unlabeled: bool) -> Iterator[FileRow]:
     for where, cells in rows:
         age = parse_age(cells["age"], where) if cells.get("age") else math.nan
         file = path.parent / cells["path"]
-        if "\\" in cells["path"] and not file.exists():
+        if "\\" in cells["path"] and not os.path.exists(file):
             raise InputError(f"{where}: the path has backslashes; write slashes, got {cells['path'][:80]!r}")
         yield FileRow(where, file, cells.get("identity", ""), age, cells.get("age_group", "").casefold())
 
