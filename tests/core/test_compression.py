@@ -224,7 +224,9 @@ def test_the_mean_of_a_stream_needs_no_mixture():
     """Channels that vary in 2 directions about a large mean are reproduced by 2 mixtures."""
     model = prepared(lambda: nn.Sequential(nn.Linear(4, 6), nn.Linear(6, 3)).double())
     with torch.no_grad():
-        model[0].weight.copy_(torch.outer(torch.arange(6.0), torch.ones(4)) + torch.outer(torch.ones(6), torch.arange(4.0)))
+        model[0].weight.copy_(
+            torch.outer(torch.arange(6.0), torch.ones(4)) + torch.outer(torch.ones(6), torch.arange(4.0))
+        )
         model[0].bias.fill_(100.0).mul_(torch.linspace(1, 2, 6))
     x = torch.randn(40, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     student = shrink(model, x.split(10), widths={"0": 2})
@@ -255,7 +257,11 @@ class Shared(nn.Module):
 @pytest.mark.parametrize("width", [1, 3])
 def test_a_slope_for_all_channels_stays(width):
     student = shrink(prepared(Shared), [images()], widths={"first": width})
-    assert (student.first.out_channels, student.slope.num_parameters, student.last.in_features) == (width, 1, 16 * width)
+    assert (student.first.out_channels, student.slope.num_parameters, student.last.in_features) == (
+        width,
+        1,
+        16 * width,
+    )
     assert student(images(2))["logits"].shape == (2, 4)
     assert student(images(2))["state"] is None
 

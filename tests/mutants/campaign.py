@@ -86,7 +86,9 @@ def accepted() -> dict[tuple[object, ...], str]:
     return {(row["path"], row["function"], row["before"], row["after"], row["number"]): row["reason"] for row in rows}
 
 
-def report(mutants: list[Mutant], total: Counter[str], verdicts: dict[tuple[object, ...], str], folder: Path) -> list[Mutant]:
+def report(
+    mutants: list[Mutant], total: Counter[str], verdicts: dict[tuple[object, ...], str], folder: Path
+) -> list[Mutant]:
     """Write `result.json` and `result.md`, and return the survivors that are not accepted."""
     reasons = accepted()
     table: dict[str, Counter[str]] = {folder: Counter() for folder in FOLDERS}
@@ -101,7 +103,9 @@ def report(mutants: list[Mutant], total: Counter[str], verdicts: dict[tuple[obje
         found, decided = row[KILLED] + row[TIMEOUT], row.total() - row[FAULT]
         share = f"{100 * found / decided:.1f} %" if decided else ""
         count = total.total() if name == "all" else total[name]
-        lines.append(f"| {name} | {count} | {row.total()} | {row[KILLED]} | {row[TIMEOUT]} | {row[SURVIVED]} | {share} |")
+        lines.append(
+            f"| {name} | {count} | {row.total()} | {row[KILLED]} | {row[TIMEOUT]} | {row[SURVIVED]} | {share} |"
+        )
     lines += ["", "| survivor | change | reason |", "|---|---|---|"]
     for mutant in survivors:
         change = mutant.change.replace("|", "\\|").replace("\n", " ")
@@ -132,7 +136,9 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("runs/mutants"))
     given = parser.parse_args()
     mutants = {path: each for path, each in every_mutant().items() if path.startswith(given.only)}
-    total = Counter({folder: sum(len(each) for path, each in mutants.items() if path.startswith(folder)) for folder in FOLDERS})
+    total = Counter(
+        {folder: sum(len(each) for path, each in mutants.items() if path.startswith(folder)) for folder in FOLDERS}
+    )
     count = total.total() if given.mutants == "all" else int(given.mutants)
     chosen = sample(mutants, count, given.seed)
     if given.survivors:

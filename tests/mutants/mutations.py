@@ -63,7 +63,11 @@ class Mutant:
         same = 0
         while same < min(len(self.before), len(self.after)) and self.before[same] == self.after[same]:
             same += 1
-        return f"{self.before}  ->  {self.after}" if same < 60 else f"...{self.before[same - 40:]}  ->  ...{self.after[same - 40:]}"
+        return (
+            f"{self.before}  ->  {self.after}"
+            if same < 60
+            else f"...{self.before[same - 40 :]}  ->  ...{self.after[same - 40 :]}"
+        )
 
     def mutate(self, text: str) -> str:
         """Return the source of the file with the change."""

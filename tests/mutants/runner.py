@@ -128,7 +128,9 @@ class Runner:
         measure.stop()
         data = measure.get_data()
         for file in data.measured_files():
-            lines = {line: [n for n in names if n in clean.seconds] for line, names in data.contexts_by_lineno(file).items()}
+            lines = {
+                line: [n for n in names if n in clean.seconds] for line, names in data.contexts_by_lineno(file).items()
+            }
             clean.tests[Path(file).relative_to(self.root).as_posix()] = lines
         part = self.stored.with_suffix(".part")
         part.write_bytes(pickle.dumps(clean))
@@ -141,7 +143,10 @@ class Runner:
         with self.results.open("a") as file:
 
             def write(mutant: Mutant, verdict: str, tests: int, seconds: float) -> None:
-                file.write(json.dumps({"key": mutant.key, "verdict": verdict, "tests": tests, "seconds": round(seconds, 2)}) + "\n")
+                file.write(
+                    json.dumps({"key": mutant.key, "verdict": verdict, "tests": tests, "seconds": round(seconds, 2)})
+                    + "\n"
+                )
                 file.flush()
 
             def wait() -> None:
@@ -168,9 +173,7 @@ class Runner:
             while running:
                 wait()
 
-    def run_one(
-        self, mutant: Mutant, items: list[pytest.Item], clean: Clean, functions: Functions
-    ) -> int:
+    def run_one(self, mutant: Mutant, items: list[pytest.Item], clean: Clean, functions: Functions) -> int:
         """Run the tests of a mutant in this process until one fails; return the exit code."""
         try:
             apply(mutant, self.root / mutant.path, functions)
