@@ -4,7 +4,7 @@ VENV := .venv
 PY ?= $(VENV)/bin/python
 OUTPUT ?= runs/demo
 
-.PHONY: demo test check lint docs bench fuzz dist clean
+.PHONY: demo test check lint docs bench fuzz mutants dist clean
 
 $(VENV)/.user: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -40,6 +40,12 @@ WORKERS ?= $(shell nproc)
 fuzz: $(VENV)/.dev
 	OMP_NUM_THREADS=1 $(PY) -m tests.fuzz.campaign --cases $(CASES) --workers $(WORKERS)
 	OMP_NUM_THREADS=1 $(PY) -m tests.fuzz.kills --kills $(KILLS)
+
+# Change the code, one expression at a time, and see whether a test fails: make mutants MUTANTS=all
+MUTANTS ?= 400
+mutants: $(VENV)/.dev
+	$(VENV)/bin/python -m pip install --quiet -c constraints.txt mutmut==3.8.1
+	OMP_NUM_THREADS=1 $(PY) -m tests.mutants.campaign --mutants $(MUTANTS) --workers $(WORKERS)
 
 docs:
 	$(PY) -m sphinx -q -W -n -b html docs docs/_build/html

@@ -83,7 +83,7 @@ def shrink(
     modes = {name: module.training for name, module in model.named_modules()}
     original, student = copy.deepcopy(model).eval(), copy.deepcopy(model).eval()
     generator = torch.Generator().manual_seed(seed)
-    share = max(1, -(-positions // len(examples)))
+    share = -(-positions // len(examples))
     with torch.no_grad():
         if fold_norms:
             for network in (original, student):

@@ -86,7 +86,7 @@ def slice_parameters(layer: nn.Module, kept: Tensor) -> nn.Module:
     """Return a BatchNorm or PReLU with the parameters and statistics of some channels."""
     new = copy.deepcopy(layer)
     for name, parameter in layer.named_parameters(recurse=False):
-        if parameter.numel() > 1 or len(kept) == 1:
+        if parameter.numel() > 1:  # one slope of a PReLU is for all channels
             chosen = parameter.detach()[kept.to(parameter.device)].clone()
             setattr(new, name, nn.Parameter(chosen, requires_grad=parameter.requires_grad))
     for name, buffer in layer.named_buffers(recurse=False):

@@ -164,6 +164,8 @@ def test_a_narrower_network_is_close_and_has_fewer_parameters(build, criterion):
     assert outputs(student, unseen).shape == outputs(model, unseen).shape
     assert error(model, student, unseen) < 0.7
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    biases = [key for key in before if key.endswith("bias")]
+    assert [key for key in student.state_dict() if key.endswith("bias")] == biases
     student.train()
     sum(x.square().mean() for x in torch.atleast_1d(student(unseen)[0])).sum().backward()
 
@@ -216,6 +218,52 @@ def test_a_stream_of_linear_layers_keeps_mixtures():
     student = shrink(model, images().double().split(16), widths={"stem": 5})
     assert student.stem.out_channels == student.reduce[0].out_channels == 5
     assert error(model, student, images(8, 2).double()) < 1e-3
+
+
+def test_the_mean_of_a_stream_needs_no_mixture():
+    """Channels that vary in 2 directions about a large mean are reproduced by 2 mixtures."""
+    model = prepared(lambda: nn.Sequential(nn.Linear(4, 6), nn.Linear(6, 3)).double())
+    with torch.no_grad():
+        model[0].weight.copy_(
+            torch.outer(torch.arange(6.0), torch.ones(4)) + torch.outer(torch.ones(6), torch.arange(4.0))
+        )
+        model[0].bias.fill_(100.0).mul_(torch.linspace(1, 2, 6))
+    x = torch.randn(40, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    student = shrink(model, x.split(10), widths={"0": 2})
+    assert error(model, student, x) < 1e-6
+
+
+def test_batches_of_one_image_equal_a_large_one():
+    """Every fifth image of all batches is held out, so that each layer is refitted in both cases."""
+    model, steps = prepared(Residual), {1: [], 50: []}
+    for size, found in steps.items():
+        shrink(model, images(50).split(size), keep=0.5, on_step=found.append)
+    for alone, together in zip(*steps.values(), strict=True):
+        assert alone.error == pytest.approx(together.error, rel=0.05, abs=0.01)
+
+
+class Shared(nn.Module):
+    """One PReLU slope for all channels, the function flatten, and an output with a part that is no tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.slope = nn.Conv2d(3, 6, 3, 3), nn.PReLU()
+        self.last = nn.Linear(6 * 16, 4)
+
+    def forward(self, x: torch.Tensor) -> dict[str, object]:
+        return {"logits": self.last(torch.flatten(self.slope(self.first(x)), 1)), "state": None}
+
+
+@pytest.mark.parametrize("width", [1, 3])
+def test_a_slope_for_all_channels_stays(width):
+    student = shrink(prepared(Shared), [images()], widths={"first": width})
+    assert (student.first.out_channels, student.slope.num_parameters, student.last.in_features) == (
+        width,
+        1,
+        16 * width,
+    )
+    assert student(images(2))["logits"].shape == (2, 4)
+    assert student(images(2))["state"] is None
 
 
 def test_refitting_on_the_narrow_activations_equals_least_squares():
@@ -281,6 +329,9 @@ def test_options_and_networks_that_cannot_be_used_are_refused():
         shrink(model, batch, keep=2.0)
     with pytest.raises(ValueError, match=r"no layer named 'firs\.conv1'; the nearest are 'first\.conv1'"):
         shrink(model, batch, widths={"firs.conv1": 4})
+    for name in ("norm", "relu"):  # channels of two layers, and a function
+        with pytest.raises(ValueError, match=f"no layer named '{name}'"):
+            shrink(prepared(Branches), batch, widths={name: 4})
     with pytest.raises(ValueError, match="the channels of 'head' cannot be removed"):
         shrink(model, batch, widths={"head": 4})
     with pytest.raises(ValueError, match=r"widths\['stem'\] must be a whole number and >= 1 and <= 16, got 17"):
@@ -348,6 +399,17 @@ def test_a_saved_network_without_a_block_loads():
     again.load_state_dict(student.state_dict())
     assert isinstance(again.first, nn.Identity)
     torch.testing.assert_close(outputs(again, images(4, 2)), outputs(student, images(4, 2)))
+
+
+def test_weights_without_a_bias_and_norms_without_statistics_load():
+    def build(width: int) -> nn.Module:
+        norm = nn.BatchNorm2d(width, track_running_stats=False)
+        return nn.Sequential(nn.Conv2d(3, width, 3), norm, nn.Conv2d(width, 4, 1))
+
+    state = {key: value for key, value in build(5).state_dict().items() if key != "2.bias"}
+    again = narrow_like(build(8), state)
+    assert again.load_state_dict(state, strict=False).missing_keys == ["2.bias"]
+    assert repr(again) == repr(build(5))
 
 
 def test_weights_of_another_network_are_refused():

@@ -125,6 +125,13 @@ def test_linear_soft_target_equals_soft_target_of_the_logits(divergence, chunk_s
         torch.testing.assert_close(got, expected)
 
 
+def test_linear_soft_target_of_a_single_position():
+    h_s, w_s, h_t, w_t = (torch.randn(n, 4, generator=torch.Generator().manual_seed(n)) for n in (6, 9, 6, 9))
+    alone = torch.arange(6) == 2
+    expected = soft_target((h_s @ w_s.T)[2:3], (h_t @ w_t.T)[2:3])
+    torch.testing.assert_close(linear_soft_target(h_s, w_s, h_t, w_t, mask=alone), expected)
+
+
 def test_linear_soft_target_in_half_precision_and_with_frozen_weights():
     tensors = random(6, 8), random(20, 8, seed=1), random(6, 8, seed=2), random(20, 8, seed=3)
     exact = linear_soft_target(*tensors)

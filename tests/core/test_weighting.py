@@ -63,6 +63,12 @@ def test_equal_teachers_have_equal_weights(name: str) -> None:
             torch.testing.assert_close(weights, torch.full((k, B), 1 / k), rtol=0, atol=1e-6)
 
 
+def test_fixed_weights_of_float64_losses_have_their_precision() -> None:
+    losses, rest = batch([torch.zeros(B, D), torch.ones(B, D)])
+    weights = FixedWeighting([1, 2])(losses.double(), **rest)
+    torch.testing.assert_close(weights[0], torch.full((B,), 1 / 3, dtype=torch.float64), rtol=0, atol=1e-16)
+
+
 @pytest.mark.parametrize("name", kdlib.weighting.__all__)
 def test_dtype_graph_and_rank(name: str) -> None:
     weighting = made(3)[name]

@@ -172,6 +172,9 @@ def test_rank_and_nearest_distractor_of_every_trial(ties: Any, block: int, monke
         assert result.rates[rank].value == (trials.rank <= rank).mean()
     assert result.rank1 == result.rates[1].value
     assert result.to_dict()["trials"] == len(expected)
+    shown = [row[3] for row in result.score_table(str, str).rows]
+    assert shown == [rank if rank <= 4 else ">4" for rank in trials.rank.tolist()]
+    assert {1, ">4"} <= set(shown)
 
 
 def test_distractor_numbers_count_cleaned_ones() -> None:

@@ -63,6 +63,12 @@ def test_published_rule_on_a_worked_case() -> None:
     assert (unresolved.false_accepts, unresolved.threshold, unresolved.tar) == (0, 0.999, 0.5)
 
 
+def test_the_threshold_in_json_is_null_if_no_score_is_above_it() -> None:
+    entry = tar_at_far([0.9, 0.5], [0.6, 0.2], 0.5).to_dict()
+    assert entry["threshold"] == 0.2
+    assert tar_at_far([0.9, 0.5], [0.6, 0.2], 1.0).to_dict()["threshold"] is None
+
+
 @given(genuine=scores, impostor=scores)
 def test_auc_is_the_probability_over_all_pairs(genuine: list[float], impostor: list[float]) -> None:
     wins = [(g > i) + 0.5 * (g == i) for g in genuine for i in impostor]

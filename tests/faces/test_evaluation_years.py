@@ -148,10 +148,18 @@ def test_longitudinal_errors_and_slopes_equal_plain_loops(reference: Any) -> Non
             assert own == pytest.approx(np.polyfit(elapsed[mine] / 10, scores[mine], 1)[0], abs=1e-8)
         else:
             assert np.isnan(own)
+    assert [pair.same for pair in result.hardest(3)] == [True] * 3
     entry = result.to_dict()
     assert "protocol of this project" in entry["definition"]
     assert 0.5 < entry["identity_slopes"]["falling"] <= 1
     assert [row["years"] for row in entry["after"]] == [5, 10, 20, 30]
+
+
+def test_a_genuine_score_at_the_threshold_is_rejected() -> None:
+    rows, codes, ages = [[1, 0], [0, 1], [1, 0], [0, 1]], [0, 0, 1, 1], [1, 2, 3, 4]
+    result = evaluate(rows, LongitudinalProtocol(codes, ages, fars=(0.5,), replicates=5))
+    assert result.operating_points[0.5].threshold == 0.0  # the scores are 0 for genuine pairs, 1 or 0 for impostors
+    assert result.outcomes()["fnmr_0.5"].hits.all()
 
 
 def test_no_slope_without_elapsed_time() -> None:
