@@ -101,7 +101,7 @@ def test_calibration_error_of_extreme_logits_and_invalid_arguments() -> None:
         error = calibration_error(confident, target)
         assert error.dtype == dtype
         assert float(error) == 0.75  # confident in the first class, correct once in four
-    with pytest.raises(TypeError, match="calibration_error: logits must be a floating-point tensor, got torch.int64"):
+    with pytest.raises(TypeError, match=r"calibration_error: logits must be a floating-point tensor, got torch\.int64"):
         calibration_error(even.long(), target)
     with pytest.raises(ValueError, match="calibration_error: target must be from 0 to below c = 2, got 2"):
         calibration_error(even, torch.tensor([0, 1, 2, 0]))
