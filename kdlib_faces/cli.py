@@ -97,7 +97,6 @@ def make_parser() -> argparse.ArgumentParser:
     run.add_list("--set", "KEY=VALUE", "change a setting; repeatable", dest="settings")
     data = _Parser(add_help=False)
     data.add_list("--data", "PATH", "faces: CSV list, folder, .rec file or tar shards; repeatable")
-
     run.add_hardware()
 
     demo = commands.add_parser("demo", parents=[common, run], help="train and evaluate all models, with a report")
@@ -151,18 +150,15 @@ def make_parser() -> argparse.ArgumentParser:
     evaluate.add_folder("--output", "runs/evaluate", "folder of the report")
 
     _add_cache(commands.add_parser("cache", help="cache the outputs of a teacher for face lists"), common, run, data)
-
     _add_align(commands.add_parser("align", parents=[common], help="make aligned face crops of photographs"))
-
     _add_deployment(commands, common)
 
     report = commands.add_parser("report", parents=[common], help="render a report again from its report.json")
     report.add_argument("directory", type=Path, metavar="DIR", help="folder with report.json")
 
     inspect = commands.add_parser("inspect", parents=[common], help="list the backbones, or describe a file")
-    inspect.add_argument(
-        "file", type=Path, nargs="?", help=".onnx, .pt, a CSV list, a folder of faces, .rec, .tar or .bin"
-    )
+    text = ".onnx, .safetensors, .pt, a CSV list, a folder of faces, .rec, .tar or .bin"
+    inspect.add_argument("file", type=Path, nargs="?", help=text)
     inspect.add_list("--tap", "NAME", "print the shape of this tap; repeatable")
     _add_input(inspect)
     text = "input size of a checkpoint that does not determine it, such as 112x96"
@@ -188,9 +184,13 @@ def _add_deployment(commands: "argparse._SubParsersAction[_Parser]", common: _Pa
     add_options(export, embed, compare)
     export.add_argument("--opset", type=_number(18, 30), default=18, help="version of the ONNX operators (18)")
     embed.add_on_error()
+    embed.add_argument("--workers", type=_number(1, 1024), default=2, metavar="N", help="decoding threads (2)")
     embed.add_folder("--output", "runs/embed", "folder of embeddings.npy and images.csv")
-    for parser in (export, embed, compare):
+    _add_input(export)
+    for parser in (embed, compare):
         _add_input(parser)
+        parser.add_hardware()
+        parser.add_compile()
 
 
 def _add_align(parser: _Parser) -> None:

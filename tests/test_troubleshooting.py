@@ -62,6 +62,11 @@ class Twice(nn.Module):
         return self.relu(self.relu(x) + 1)
 
 
+class View(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.view(len(x), -1)
+
+
 def distiller(terms: dict[str, Term], student: nn.Module | None = None, width: int = 5) -> Distiller:
     teachers = {"big": TeacherAdapter(nn.Linear(4, width), TAPS)}
     return Distiller(StudentAdapter(student or nn.Linear(4, 5), TAPS), teachers, Objective(terms))
@@ -115,6 +120,7 @@ IN_PYTHON: dict[str, Callable[[], object]] = {
     "mapping": lambda: fit(KD, {"pixel_values": torch.randn(2, 4), "labels": torch.zeros(2)}),
     "batch of one": lambda: fit(KD, (torch.randn(1, 4), {}), nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(5))),
     "nan": lambda: fit({"ce": CE, **KD}, (torch.full((2, 4), torch.nan), torch.tensor([1, 2]))),
+    "channels last": lambda: View()(torch.randn(2, 3, 4, 4).to(memory_format=torch.channels_last)),
     "other settings": other_settings,
     "cached": cached_without_ids,
 }

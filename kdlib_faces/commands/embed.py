@@ -6,10 +6,12 @@ from argparse import Namespace
 from pathlib import Path
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from kdlib._atomic import atomic_write
 from kdlib_faces._checks import InputError
+from kdlib_faces._hardware import Hardware, autocast, find_hardware
 from kdlib_faces._output import check_output
 from kdlib_faces.commands.photographs import faces_of_photographs
 from kdlib_faces.commands.thresholds import choose_threshold, read_evaluation
@@ -29,8 +31,8 @@ def main(options: Namespace, command: str) -> None:
     """Write the embeddings of images as `embeddings.npy` (n, d) of unit length, and `images.csv` with a row for each."""
     output: Path = options.output
     check_output(output, "embeddings.npy", "images.csv", "work")
-    (stated,) = inputs_of_models(options.input, 1)
-    model = open_model(options.model, None, stated)
+    hardware = _one_process("embed", options.device)
+    model = _open(options, hardware)
     files = [path for path in map(Path, options.images) if path.is_file() and path.suffix.lower() != ".csv"]
     lists = [path for path in map(Path, options.images) if path not in files]
     if options.detector is not None and lists:
@@ -45,7 +47,14 @@ def main(options: Namespace, command: str) -> None:
         names = [faces.identity_names[code] if code >= 0 else "" for code in faces.identities.tolist()]
         named += [(faces.images.name(row), name) for row, name in enumerate(names)]
     work, show = output / "work", not options.quiet
-    rows = np.concatenate([embed_set(model, each, work, flip=options.flip, progress=show) for each in sets])
+    parts = [
+        embed_set(
+            model, each, work, flip=options.flip, progress=show, hardware=hardware, amp=options.amp or "none",
+            workers=options.workers,
+        )
+        for each in sets
+    ]  # fmt: skip
+    rows = np.concatenate(parts)
     rows /= np.linalg.norm(rows, axis=1, keepdims=True)
     table = io.StringIO()
     writer = csv.writer(table, lineterminator="\n")
@@ -60,12 +69,13 @@ def main(options: Namespace, command: str) -> None:
 
 def compare(options: Namespace, command: str) -> None:
     """Print the cosine of two images and, where thresholds are known, whether they show the same identity."""
-    (stated,) = inputs_of_models(options.input, 1)
-    model = open_model(options.model, None, stated)
+    hardware = _one_process("compare", options.device)
+    model = _open(options, hardware)
     pair = faces_of_photographs(
         "images", [Path(options.first), Path(options.second)], options.detector, options.several
     )
-    first, second = (_embedding(model, pair, row, options.flip) for row in range(2))
+    with autocast(hardware.device, options.amp or "none"):
+        first, second = (_embedding(model, pair, row, options.flip, hardware.device) for row in range(2))
     score = float(first @ second)
     print(f"score      {score:.4f} (cosine, -1 to 1)")
     thresholds: object = None
@@ -82,13 +92,25 @@ def compare(options: Namespace, command: str) -> None:
     print(f"decision   {'same identity' if score > threshold else 'different identities'}")
 
 
+def _one_process(command: str, device: str | None) -> Hardware:
+    hardware = find_hardware(device)
+    if hardware.count > 1:
+        raise InputError(f"{command}: runs in one process; start it without torchrun")
+    return hardware
+
+
+def _open(options: Namespace, hardware: Hardware) -> OpenedModel:
+    (stated,) = inputs_of_models(options.input, 1)
+    return open_model(options.model, None, stated, device=hardware.device, compile=options.compile, quiet=options.quiet)
+
+
 def _protocol(thresholds: object) -> str:
     return str(thresholds.get("protocol", "unknown")) if isinstance(thresholds, dict) else "unknown"
 
 
-def _embedding(model: OpenedModel, images: ImageSet, row: int, flip: bool) -> NDArray[np.float32]:
+def _embedding(model: OpenedModel, images: ImageSet, row: int, flip: bool, device: torch.device) -> NDArray[np.float32]:
     """The embedding (d,) of one crop, of unit length."""
-    embedding = embed_batch(model.module, images.decode([row], model.size), flip=flip)[0]
+    embedding = embed_batch(model.module, images.decode([row], model.size).to(device), flip=flip)[0]
     length = float(np.linalg.norm(embedding))
     if not np.isfinite(length) or length == 0:
         raise InputError(f"{images.label(row)}: the model returns no direction for this image")

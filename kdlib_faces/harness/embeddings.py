@@ -30,6 +30,7 @@ from kdlib_faces.evaluation.embedding import embed_batch
 from kdlib_faces.evaluation.summary import ModelEntry
 from kdlib_faces.harness.image_sets import Embeddings, ImageSet, check_embeddings, file_name
 from kdlib_faces.progress import progress as show
+from kdlib_faces.progress import say
 
 if TYPE_CHECKING:
     from kdlib_faces.teachers.input_options import InputOptions
@@ -66,6 +67,8 @@ def open_model(
     stated: "InputOptions | None" = None,
     *,
     device: torch.device = CPU,
+    compile: bool = False,
+    quiet: bool = False,
 ) -> OpenedModel:
     """Open a model file: `.onnx` as an ONNX graph, anything else as the weights of a backbone or a teacher.
 
@@ -74,6 +77,8 @@ def open_model(
         size: Side of its images in pixels; None for the model's own, or 112 if the file leaves it open.
         stated: What is stated about the images that the model takes; None for what its file implies.
         device: Device of the model.
+        compile: Compile it by `torch.compile`; a graph stays as it is, and a line says so.
+        quiet: Print no such line.
 
     Raises:
         InputError: The file is missing, corrupt, or of no known layout.
@@ -108,7 +113,12 @@ def open_model(
             fingerprint = f"{hashlib.file_digest(stream, 'sha256').hexdigest()} {network.input_spec!r}"
         module, own = network, network.input_size
     side = size or (112 if own is None else max(own) if isinstance(own, tuple) else int(own))
-    return OpenedModel(Path(path), module.eval().to(device), side, replace(entry, input_size=side), fingerprint)
+    module.eval().to(device)
+    if compile and entry.backbone == "ONNX":
+        say(f"{Path(path).name}: not compiled, since onnxruntime runs it", quiet=quiet)
+    elif compile:
+        module.compile()
+    return OpenedModel(Path(path), module, side, replace(entry, input_size=side), fingerprint)
 
 
 def embed_set(

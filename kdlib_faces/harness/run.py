@@ -141,12 +141,10 @@ class _Embedding:
     workers: int
 
     def open(self, path: Path, stated: InputOptions) -> OpenedModel:
-        model = open_model(path, self.config.input_size, stated, device=self.hardware.device)
-        if self.config.compile and path.suffix.lower() == ".onnx":
-            say(f"{path.name}: not compiled, since onnxruntime runs it", quiet=not self.progress)
-        elif self.config.compile:
-            model.module.compile()
-        return model
+        return open_model(
+            path, self.config.input_size, stated, device=self.hardware.device, compile=self.config.compile,
+            quiet=not self.progress,
+        )  # fmt: skip
 
     def run(self, model: OpenedModel, images: ImageSet) -> NDArray[np.float32]:
         return embed_set(

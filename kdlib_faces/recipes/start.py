@@ -10,13 +10,14 @@ from typing import TypeAlias, TypeVar
 import torch
 from torch import Tensor, nn
 
-from kdlib._checks import check_choice, check_number
+from kdlib._checks import check_choice, check_number, check_type
 from kdlib.cache import model_fingerprint
 from kdlib.compression import ShrinkStep, shrink
 from kdlib_faces._checks import InputError
 from kdlib_faces._hardware import Hardware
 from kdlib_faces.backbones import Backbone, InputSpec, count_macs, count_parameters, load_backbone, save_backbone
 from kdlib_faces.backbones.input_spec import height_width
+from kdlib_faces.backbones.registry import build_backbone
 from kdlib_faces.caching.teachers import targets_read
 from kdlib_faces.data.dataset import FaceImages
 from kdlib_faces.data.images import to_float
@@ -25,7 +26,7 @@ from kdlib_faces.teachers.input_options import InputOptions
 from kdlib_faces.teachers.open import load_pretrained
 
 __all__ = [
-    "StartConfig", "Target", "fit_last_layer", "load_start", "shrink_teacher", "start_student",
+    "StartConfig", "Target", "fit_last_layer", "load_start", "restore_norms", "shrink_teacher", "start_student",
 ]  # fmt: skip
 
 Target: TypeAlias = Callable[[Tensor, int], Tensor]
@@ -49,6 +50,7 @@ class StartConfig:
             light network this layer has most of the parameters.
         images: Images on which channels are chosen and layers are refitted.
         criterion: `"reconstruction"` or `"energy"`, as for `kdlib.compression.shrink`.
+        norms: Train with a BatchNorm behind each convolution that had one before it was folded, see `restore_norms`.
 
     Raises:
         ValueError, TypeError: A value is out of range.
@@ -58,12 +60,14 @@ class StartConfig:
     last_grid: int = 32
     images: int = 2000
     criterion: str = "reconstruction"
+    norms: bool = False
 
     def __post_init__(self) -> None:
         check_number("StartConfig", "keep", self.keep, above=0, max=1)
         check_number("StartConfig", "last_grid", self.last_grid, min=0, integer=True)
         check_number("StartConfig", "images", self.images, min=16, integer=True)
         check_choice("StartConfig", "criterion", self.criterion, ("reconstruction", "energy"))
+        check_type("StartConfig", "norms", self.norms, bool, "true or false")
 
 
 def load_start(
@@ -142,6 +146,8 @@ def start_student(
             fit = partial(progress, label="fitting the last layer", quiet=quiet)
             cosine = fit_last_layer(student, images, lambda rows, view: _target(joint, rows, view), progress=fit)
             say(f"start: cosine {cosine:.3f} to the joint target, without training", quiet=quiet)
+        if config.norms:
+            restore_norms(student, images[_calibration(len(images), config, seed)])
         folder.mkdir(parents=True, exist_ok=True)
         save_backbone(student, saved)
     hardware.wait_for_all()
@@ -182,8 +188,7 @@ def shrink_teacher(
     Raises:
         InputError: The network has no convolution or no linear layer.
     """
-    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))[: config.images]
-    batches = [to_float(images[rows]) for rows in torch.split(order, _BATCH)]
+    batches = [to_float(images[rows]) for rows in torch.split(_calibration(len(images), config, seed), _BATCH)]
     widths = {}
     (layer, last), (_, linear) = _last(network, nn.Conv2d), _last(network, nn.Linear)
     if config.last_grid and linear.in_features > last.out_channels > config.last_grid:
@@ -191,6 +196,70 @@ def shrink_teacher(
     return shrink(
         network, batches, keep=config.keep, widths=widths, fold_norms=True, criterion=config.criterion, seed=seed, on_step=on_step
     )  # fmt: skip
+
+
+def _calibration(count: int, config: StartConfig, seed: int) -> Tensor:
+    """Return the rows of the images on which the network is measured."""
+    return torch.randperm(count, generator=torch.Generator().manual_seed(seed))[: config.images]
+
+
+@torch.no_grad()
+def restore_norms(network: Backbone, images: Tensor) -> None:
+    """Put a BatchNorm back behind each convolution whose BatchNorm was folded into it, without a change of the outputs.
+
+    The running statistics are those of the convolution on the images, and weight and bias undo them, so that the network in
+    eval mode stays the same. In training mode the values are normalized by the statistics of the batch.
+
+    Args:
+        network: A network with folded BatchNorms, in eval mode; changed in place.
+        images: `(n, 3, h, w)` uint8.
+    """
+    with torch.device("meta"):
+        full = build_backbone(network.family, **network.arguments)
+    found = _folded_norms(network, full)
+    sums = {norm: torch.zeros(2, 1, dtype=torch.float64) for norm in found}
+    counts = dict.fromkeys(found, 0)
+
+    def measure(norm: str, x: Tensor) -> None:
+        values = x.double()
+        sums[norm] = sums[norm] + torch.stack([values.sum((0, 2, 3)), values.square().sum((0, 2, 3))])
+        counts[norm] += x.numel() // x.shape[1]
+
+    handles = [
+        network.get_submodule(norm).register_forward_pre_hook(lambda _, inputs, norm=norm: measure(norm, inputs[0]))
+        for norm in found
+    ]
+    try:
+        for batch in torch.split(images, _BATCH):
+            network(to_float(batch))
+    finally:
+        for handle in handles:
+            handle.remove()
+    for norm, layer in found.items():
+        mean, second = (sums[norm] / counts[norm]).unbind()
+        variance = (second - mean.square()).clamp(min=0)
+        new = nn.BatchNorm2d(layer.out_channels).eval()
+        new.weight.copy_((variance + new.eps).sqrt())
+        new.bias.copy_(mean)
+        shift = torch.zeros_like(mean) if layer.bias is None else layer.bias.double()
+        new.load_state_dict({**new.state_dict(), "running_mean": mean - shift, "running_var": variance})
+        layer.bias = None
+        *parents, name = norm.split(".")
+        setattr(network.get_submodule(".".join(parents)), name, new)
+
+
+def _folded_norms(network: nn.Module, full: nn.Module) -> dict[str, nn.Conv2d]:
+    """Return the paths of folded BatchNorms, each with the convolution before it."""
+    found: dict[str, nn.Conv2d] = {}
+    layer: nn.Module | None = None
+    for path, module in full.named_modules():
+        if isinstance(module, nn.Conv2d):
+            layer = network.get_submodule(path)
+        elif isinstance(module, nn.BatchNorm2d) and isinstance(layer, nn.Conv2d):
+            if isinstance(network.get_submodule(path), nn.Identity):
+                found[path] = layer
+            layer = None
+    return found
 
 
 def _last(network: nn.Module, kind: type[L]) -> tuple[str, L]:

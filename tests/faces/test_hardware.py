@@ -135,6 +135,11 @@ def test_compile_reaches_the_networks_of_each_command(
     assert set(compiled) == {"MobileFaceNet"}
     assert f"{graph.name}: not compiled, since onnxruntime runs it" in capsys.readouterr().err
     compiled.clear()
+    crops = [str(path) for path in sorted(folder.glob("*.png"))[:2]]
+    assert run("embed", *crops, "--model", folder / "general.pt", "--compile", "--output", tmp_path / "embed") == 0
+    assert run("compare", *crops, "--model", folder / "general.pt", "--compile", "--device", "cpu") == 0
+    assert compiled.count("MobileFaceNet") == 6  # each image and its mirror image; embed has both in one batch
+    compiled.clear()
     assert run(*train(folder, tmp_path / "run", "--compile", *settings("training.steps=1"))) == 0
     assert set(compiled) == {"StudentAdapter"}
     compiled.clear()

@@ -14,9 +14,11 @@ from kdlib.compression import shrink
 from kdlib_faces._checks import InputError
 from kdlib_faces.backbones import MBFFlat, build_backbone, describe_checkpoint, load_backbone, save_backbone
 from kdlib_faces.data.batches import FaceBatches
+from kdlib_faces.data.images import to_float
 from kdlib_faces.data.lists import read_faces
 from kdlib_faces.recipes import LIAADConfig
 from kdlib_faces.recipes.joint_target import BothViews
+from kdlib_faces.recipes.start import StartConfig, restore_norms, shrink_teacher
 from kdlib_faces.teachers import FusedTeacher, cache_outputs, fit_joint_space, join_embeddings
 from tests.faces.cache_files import COUNT, SIZE, build, fails, make_faces, run, settings
 
@@ -37,6 +39,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def wide() -> dict[str, object]:
     return {"embedding_dim": 16, "scale": 1, "blocks": (1, 1, 1, 1), "input_size": SIZE, "tail_channels": 8}
+
+
+def noise_images(count: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(count)
+    return torch.randint(0, 256, (count, 3, SIZE, SIZE), dtype=torch.uint8, generator=generator)
 
 
 def train(folder: Path, output: Path, *more: str, faces: str = "ages.csv", start: str = "wide.pt") -> list[object]:
@@ -75,6 +82,28 @@ def test_the_start_is_read_again_and_fits_the_target(folder: Path, tmp_path: Pat
     alone = [word for word in alone if not str(word).startswith(("--start", "shrink:"))]
     assert run(*alone) == 0
     assert loss < 0.8 * json.loads((tmp_path / "alone" / "log.jsonl").read_text().splitlines()[0])["terms"]["embedding"]
+
+
+def test_folded_norms_are_restored_without_a_change_of_the_outputs(folder: Path, tmp_path: Path) -> None:
+    narrow = shrink_teacher(load_backbone(folder / "wide.pt"), noise_images(16), StartConfig(images=16), seed=0)
+    images = to_float(noise_images(8))
+    before = narrow(images)
+    assert not any(isinstance(each, nn.BatchNorm2d) for each in narrow.modules())
+    restore_norms(narrow, noise_images(16))
+    norms = {name: each for name, each in narrow.named_modules() if isinstance(each, nn.BatchNorm2d)}
+    assert norms.keys() == {
+        name for name, each in load_backbone(folder / "wide.pt").named_modules() if isinstance(each, nn.BatchNorm2d)
+    }
+    torch.testing.assert_close(narrow(images), before)
+    save_backbone(narrow, tmp_path / "norms.safetensors")
+    torch.testing.assert_close(load_backbone(tmp_path / "norms.safetensors")(images), before)
+    assert run(*train(folder, tmp_path / "run", *JOINT, "start.norms=true")) == 0
+    (start,), student = (
+        (tmp_path / "run").glob("start-*.safetensors"),
+        load_file(tmp_path / "run" / "student.safetensors"),
+    )
+    name = f"{next(iter(norms))}.running_mean"
+    assert not torch.equal(load_file(start)[name], student[name])
 
 
 def test_each_teacher_is_a_target_too_and_caches_are_read(folder: Path, tmp_path: Path) -> None:

@@ -103,7 +103,7 @@ def _remainder(x: Tensor) -> Tensor:
 
 
 def probability_gap(log_s: Tensor, p_t: Tensor, ratio: Tensor | None) -> Tensor:
-    """Return the student's minus the teacher's probabilities `(n, c)`, precise where they are nearly equal."""
+    """Return the student's minus the teacher's probabilities `p_t` `(n, c)`, precise where they are nearly equal."""
     p_s = log_s.exp()
     if ratio is None:
         return p_s - p_t

@@ -202,10 +202,10 @@ def _measure(
     binary, rest = _compare(student, teacher, target_n1, temperature)
 
     def slope() -> Tensor:
-        gap = probability_gap(binary.log_s, binary.log_t, binary.ratio)
+        gap = probability_gap(binary.log_s, binary.log_t.exp(), binary.ratio)
         # For two probabilities near 1, the difference of their complements is exact.
         d = torch.where(binary.log_s[:, :1] > binary.log_s[:, 1:], -gap[:, 1:], gap[:, :1]) * alpha
-        slope = probability_gap(rest.log_s, rest.log_t, rest.ratio).mul_(beta)
+        slope = probability_gap(rest.log_s, rest.log_t.exp(), rest.ratio).mul_(beta)
         return slope.sub_(d * rest.log_s.exp()).scatter_(1, target_n1, d)
 
     return Measured((alpha * binary.value + beta * rest.value) * temperature, slope)
