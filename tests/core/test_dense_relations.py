@@ -15,12 +15,6 @@ DIVERGENCES = ("forward_kl", "reverse_kl", "jensen_shannon", "skewed_kl")
 each_chunk = pytest.mark.parametrize("chunk", [2**15, 40], ids=["whole", "chunks"])
 
 
-@pytest.fixture(autouse=True)
-def chunks_of_small_matrices(monkeypatch: pytest.MonkeyPatch) -> None:
-    """`CHUNK` alone decides."""
-    monkeypatch.setattr(_chunked, "ONE_CHUNK", 0)
-
-
 def scores(x: Tensor) -> Tensor:
     """Standard scores of rows, with the deviation of the population."""
     return (x - x.mean(1, keepdim=True)) / x.var(1, keepdim=True, correction=0).sqrt()

@@ -20,9 +20,6 @@ __all__ = ["by_rows", "chunks"]
 CHUNK = 2**15
 """Values of a matrix per chunk and core: with the intermediate results they fit the cache of a processor's core."""
 
-ONE_CHUNK = 2**18
-"""Values of a matrix that is processed at once: smaller chunks would save less time than their calls take."""
-
 
 def by_rows(
     measure: Callable[..., Measured], student: Tensor, teacher: Tensor, *others: Tensor, steps: int = 1
@@ -103,8 +100,7 @@ class _ByRows(Function):
 def chunks(x: Tensor, steps: int, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
     """Split tensors `(b, ...)` or `(b, ..., p)` into chunks that fit the caches of all cores or fill an accelerator."""
     cores = steps * torch.get_num_threads() if x.device.type == "cpu" else 128
-    size = ONE_CHUNK if x.numel() <= ONE_CHUNK else cores * CHUNK
-    columns = max(1, size // max(x.shape[1], 1))
+    columns = max(1, cores * CHUNK // max(x.shape[1], 1))
     positions = x.shape[2] if x.dim() == 3 else 1
     for rows in zip(*(torch.split(t, max(1, columns // max(positions, 1))) for t in tensors), strict=True):
         yield from [rows] if positions <= columns else zip(*(torch.split(t, columns, -1) for t in rows), strict=True)
