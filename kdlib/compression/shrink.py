@@ -99,5 +99,5 @@ def shrink(
         expected = narrower.run(examples, drop)
         check_same(student(examples[0]), expected)
     for name, module in student.named_modules():
-        module.training = modes.get(name, False)
+        module.training = modes[name]
     return student

@@ -27,4 +27,4 @@ class UniformWeighting(nn.Module):
     def forward(self, losses: Tensor, *, student: Side, teachers: Sequence[Side], targets: Targets) -> Tensor:
         """Return weights `(k, b)` for losses `(k, b)`; the other arguments are ignored."""
         check_teachers("UniformWeighting", losses)
-        return torch.full_like(losses, 1 / max(losses.shape[0], 1), requires_grad=False)
+        return torch.full_like(losses, 1 / max(losses.shape[0], 1))

@@ -137,6 +137,8 @@ def test_invalid_centers_and_arguments_are_errors() -> None:
         weighting.set_centers(0, torch.ones(2, 3))
     with pytest.raises(ValueError, match=r"set_centers: centers must be finite, got 6 NaN or infinite values of 9"):
         weighting.set_centers(0, torch.eye(3).log() * torch.eye(3))
+    with pytest.raises(TypeError, match=r"num_identities must be a whole number and >= 1, got 1\.5"):
+        CenterConfidenceWeighting(1.5)
     for name, value in (("temperature", 0), ("momentum", 1.5), ("momentum", -0.1), ("num_identities", 0)):
         with pytest.raises(ValueError, match=f"^CenterConfidenceWeighting: {name} must be"):
             CenterConfidenceWeighting(**{"num_identities": 3, name: value})

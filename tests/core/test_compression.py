@@ -227,7 +227,7 @@ def test_the_mean_of_a_stream_needs_no_mixture():
         model[0].weight.copy_(
             torch.outer(torch.arange(6.0), torch.ones(4)) + torch.outer(torch.ones(6), torch.arange(4.0))
         )
-        model[0].bias.fill_(100.0).mul_(torch.linspace(1, 2, 6))
+        model[0].bias.copy_(100 * torch.arange(6.0).cos())
     x = torch.randn(40, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     student = shrink(model, x.split(10), widths={"0": 2})
     assert error(model, student, x) < 1e-6
@@ -243,15 +243,18 @@ def test_batches_of_one_image_equal_a_large_one():
 
 
 class Shared(nn.Module):
-    """One PReLU slope for all channels, the function flatten, and an output with a part that is no tensor."""
+    """One PReLU slope for all channels, flatten as a function, a bare parameter, and an output that is no tensor."""
 
     def __init__(self) -> None:
         super().__init__()
         self.first, self.slope = nn.Conv2d(3, 6, 3, 3), nn.PReLU()
         self.last = nn.Linear(6 * 16, 4)
+        self.offset = nn.Parameter(torch.arange(4.0))
 
     def forward(self, x: torch.Tensor) -> dict[str, object]:
-        return {"logits": self.last(torch.flatten(self.slope(self.first(x)), 1)), "state": None}
+        x = self.slope(self.first(x))
+        rows = torch.flatten(x, 1) + x.flatten(1)
+        return {"logits": self.last(rows) + self.offset, "state": None}
 
 
 @pytest.mark.parametrize("width", [1, 3])
@@ -264,6 +267,22 @@ def test_a_slope_for_all_channels_stays(width):
     )
     assert student(images(2))["logits"].shape == (2, 4)
     assert student(images(2))["state"] is None
+
+
+def test_channels_that_an_unknown_operation_reads_stay():
+    class Cumulative(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second, self.last = nn.Linear(4, 8), nn.Linear(8, 6), nn.Linear(6, 2)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.last(torch.relu(self.second(torch.cumsum(self.first(x), 1))))
+
+    model, x = prepared(Cumulative), torch.randn(30, 4, generator=torch.Generator().manual_seed(0))
+    student = shrink(model, [x], keep=0.5)
+    assert (student.first.out_features, student.second.out_features) == (8, 3)
+    with pytest.raises(ValueError, match="the channels of 'first' cannot be removed"):
+        shrink(model, [x], widths={"first": 4})
 
 
 def test_refitting_on_the_narrow_activations_equals_least_squares():
@@ -302,6 +321,23 @@ def test_folding_norms_allows_mixtures_and_keeps_outputs():
     assert isinstance(whole.first.norm2, nn.Identity)
     assert all(parameter.requires_grad for parameter in whole.parameters())
     torch.testing.assert_close(outputs(whole, images(4, 2)), outputs(model, images(4, 2)), rtol=1e-4, atol=1e-5)
+
+
+def test_norms_are_folded_where_the_layer_has_no_other_reader():
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.norm = nn.Conv2d(3, 6, 1), nn.BatchNorm2d(6)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = self.conv(x)
+            return self.norm(x) + x
+
+    model = prepared(Twice)
+    whole = shrink(model, [images()], keep=1.0, fold_norms=True)
+    assert isinstance(whole.norm, nn.BatchNorm2d)
+    torch.testing.assert_close(outputs(whole, images(4, 2)), outputs(model, images(4, 2)))
+    assert isinstance(shrink(prepared(Inverted), [images()], keep=1.0, fold_norms=True).norm, nn.Identity)
 
 
 def test_blocks_are_dropped():

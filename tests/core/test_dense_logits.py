@@ -125,10 +125,28 @@ def test_linear_soft_target_equals_soft_target_of_the_logits(divergence, chunk_s
         torch.testing.assert_close(got, expected)
 
 
+@pytest.mark.parametrize("learned", [0, 1])
+def test_linear_soft_target_with_one_learned_side(learned):
+    """The gradient by the hidden states alone, or by the output matrix alone."""
+    tensors = [random(6, 4), random(9, 4, seed=1), random(6, 4, seed=2), random(9, 4, seed=3)]
+    leaf = tensors[learned].requires_grad_()
+    h_s, w_s, h_t, w_t = tensors
+    (expected,) = torch.autograd.grad(soft_target(h_s @ w_s.T, h_t @ w_t.T, temperature=1.0), leaf)
+    (found,) = torch.autograd.grad(linear_soft_target(*tensors), leaf)
+    torch.testing.assert_close(found, expected)
+
+
+def test_standardized_logits_without_spread_have_no_gradient():
+    student, teacher = torch.full((2, 5), 3.0, requires_grad=True), random(2, 5).float()
+    (gradient,) = torch.autograd.grad(soft_target(student, teacher, standardize=True), student)
+    assert torch.equal(gradient, torch.zeros(2, 5))
+
+
 def test_linear_soft_target_of_a_single_position():
-    h_s, w_s, h_t, w_t = (torch.randn(n, 4, generator=torch.Generator().manual_seed(n)) for n in (6, 9, 6, 9))
+    h_s, w_s, h_t, w_t = random(6, 4), random(9, 4, seed=1), random(6, 4, seed=2), random(9, 4, seed=3)
     alone = torch.arange(6) == 2
-    expected = soft_target((h_s @ w_s.T)[2:3], (h_t @ w_t.T)[2:3])
+    expected = soft_target((h_s @ w_s.T)[2:3], (h_t @ w_t.T)[2:3], temperature=1.0)
+    assert expected > 0.01
     torch.testing.assert_close(linear_soft_target(h_s, w_s, h_t, w_t, mask=alone), expected)
 
 

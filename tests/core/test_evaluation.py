@@ -27,6 +27,14 @@ def test_cka_is_invariant_to_rotation_scale_and_offset_and_zero_for_constants() 
     assert float(linear_cka(x, torch.ones(30, 2))) == 0.0
 
 
+def test_cka_of_two_samples_is_one_however_close_they_are() -> None:
+    x, y = (
+        torch.tensor([[1.0], [0.999]], dtype=torch.float64),
+        torch.tensor([[1.0, 2.0], [1.001, 2.0]], dtype=torch.float64),
+    )
+    assert float(linear_cka(x, y)) == pytest.approx(1.0, abs=1e-9)
+
+
 def test_mean_cosine_agrees_with_torch_and_treats_zero_rows_as_orthogonal() -> None:
     x, y = _pair(3)
     y = y[:, :5]
@@ -96,6 +104,8 @@ def test_calibration_error_of_extreme_logits_and_invalid_arguments() -> None:
     # A confidence on the boundary belongs to the lower bin: 1/2 to the first of two.
     even = torch.zeros(4, 2)
     assert float(calibration_error(even, target, bins=2)) == pytest.approx(0.25)
+    # One of two is right at a confidence of 1/2, none of two at 1: errors in two bins.
+    assert float(calibration_error(torch.tensor([[0.0, 0.0], [9e9, 0.0]]), torch.tensor([0, 1]), bins=2)) == 0.75
     for dtype, huge in ((torch.float16, 6e4), (torch.bfloat16, 1e38), (torch.float32, 1e38), (torch.float64, 1e300)):
         confident = torch.tensor([[huge, -huge]] * 4, dtype=dtype)
         error = calibration_error(confident, target)

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from kdlib import AttentionTransferLoss
 from kdlib.functional import (
+    activation_boundary,
     angular_distill,
     attention_map,
     attention_transfer,
@@ -282,6 +283,27 @@ def test_nst_ignores_scale_sign_and_channel_order(seed: int, channels: int, side
     torch.testing.assert_close(nst(teacher, student, reduction="none"), value)
     assert (value > -1e-12).all()
     assert (value <= 2 + 1e-12).all()
+
+
+def test_attentive_similarity_of_maps_that_are_not_square_has_the_gradient_of_float64() -> None:
+    student, teacher = noise(3, 4, 2, 5).requires_grad_(), noise(3, 4, 2, 5, seed=1)
+    (exact,) = torch.autograd.grad(attentive_similarity(student, teacher), student)
+    assert torch.autograd.gradcheck(lambda s: attentive_similarity(s, teacher), (student,))
+    narrow = student.detach().float().requires_grad_()
+    (found,) = torch.autograd.grad(attentive_similarity(narrow, teacher.float()), narrow)
+    torch.testing.assert_close(found, exact.float(), rtol=1e-4, atol=1e-6)
+
+
+def test_activation_boundary_of_a_teacher_at_zero_wants_no_activation() -> None:
+    assert activation_boundary(torch.tensor([[0.5]]), torch.zeros(1, 1), margin=1.0).item() == 2.25
+
+
+def test_nst_takes_the_layout_of_both_sides_or_of_one() -> None:
+    student, teacher = noise(2, 3, 4, 5), noise(2, 3, 4, 5, seed=1)
+    last = [x.movedim(1, 3) for x in (student, teacher)]
+    expected = nst(student, teacher)
+    torch.testing.assert_close(nst(*last, layout="bhwc"), expected)
+    torch.testing.assert_close(nst(last[0], teacher, student_layout="bhwc", teacher_layout="bchw"), expected)
 
 
 @pytest.mark.parametrize("options", [{}, {"channel": 0.5, "spatial": 2.0}, {"channel": 0.0}, {"spatial": 0}])

@@ -141,6 +141,29 @@ def test_dark_rank_of_public_code(batch: int) -> None:
         torch.testing.assert_close(scaled, value)
 
 
+def test_dark_rank_of_more_neighbors_than_dimensions() -> None:
+    student, teacher = noise(7, 2), noise(7, 2, seed=1)
+    value = dark_rank(student, teacher, alpha=2.0, beta=3.0, length=5)
+    torch.testing.assert_close(value, public_dark_rank(student, teacher, 2.0, 3.0, 5))
+
+
+def test_features_without_a_dimension_have_no_relations() -> None:
+    assert pkt(noise(4, 3), torch.zeros(4, 0)).item() == 0.0
+
+
+def test_pkt_of_nearly_equal_features_is_as_precise_as_in_float64() -> None:
+    teacher = noise(12, 6)
+    student = teacher + 2e-3 * noise(12, 6, seed=1)
+    exact = pkt(student, teacher)
+    torch.testing.assert_close(pkt(student.float(), teacher.float()).double(), exact, rtol=5e-4, atol=0)
+
+
+def test_similarities_of_large_negative_features_are_finite() -> None:
+    student, teacher = 1e30 * noise(4, 3).abs().float(), noise(4, 3, seed=1).float()
+    expected = similarity_preserving(student, teacher)
+    torch.testing.assert_close(similarity_preserving(-student, teacher), expected)
+
+
 def test_dark_rank_of_three_by_hand() -> None:
     # The student is at 0, 1 and 3 on a line, the teacher at 2, 3 and 0.
     student, teacher = torch.tensor([[0.0], [1.0], [3.0]]), torch.tensor([[2.0], [3.0], [0.0]])

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from kdlib_faces.evaluation import identify_with_distractors, tar_at_far
+from kdlib_faces.evaluation import DistractorProtocol, identify_with_distractors, tar_at_far
 from kdlib_faces.evaluation.matching import search as search_module
 from tests.faces.evaluation_calls import unit
 
@@ -175,6 +175,27 @@ def test_rank_and_nearest_distractor_of_every_trial(ties: Any, block: int, monke
     shown = [row[3] for row in result.score_table(str, str).rows]
     assert shown == [rank if rank <= 4 else ">4" for rank in trials.rank.tolist()]
     assert {1, ">4"} <= set(shown)
+
+
+def test_the_function_passes_its_settings_to_the_protocol() -> None:
+    probes, codes, distractors = make(distractors=60)
+    settings = {
+        "fars": (0.1,), "ranks": (1, 3), "ties": "wrong", "cleaning": "exclude_zeros", "sizes": (10, 40),
+        "ages": np.arange(48.0), "gap_bins": (0, 20), "max_distractors": 80, "replicates": 20, "seed": 3, "level": 0.5,
+    }  # fmt: skip
+    whole = DistractorProtocol(codes, distractors, **settings).evaluate(probes).to_dict()
+    assert identify_with_distractors(probes, codes, distractors, **settings).to_dict() == whole
+    for name in settings:
+        changed = {"seed": 4, "level": 0.6, "replicates": 10, "ties": "correct", "max_distractors": 100}.get(name)
+        rest = {key: value for key, value in settings.items() if key != name} | ({name: changed} if changed else {})
+        result = identify_with_distractors(probes, codes, distractors, **rest)
+        assert (result.to_dict() == whole) == (name == "max_distractors")
+
+
+def test_the_first_distractor_is_among_the_failures() -> None:
+    probes, codes = [[1.0, 0.0], [0.6, 0.8], [0.0, 1.0], [0.1, 1.0]], [0, 0, 1, 1]
+    failures = identify_with_distractors(probes, codes, [[1.0, 0.05], [-1.0, -1.0]]).hardest(2)
+    assert (0, 0) in [(pair.left, pair.right) for pair in failures if not pair.same]
 
 
 def test_distractor_numbers_count_cleaned_ones() -> None:

@@ -10,13 +10,13 @@ from pathlib import Path
 import pytest
 
 from kdlib_faces.evaluation import Outcomes, evaluate
-from tests.faces.evaluation_calls import PROTOCOLS, ROWS
+from tests.faces.evaluation_calls import CALLS, PROTOCOLS, ROWS
 
 FILE = Path(__file__).with_name("result_names.txt")
 
 
 def paths(value: object, prefix: str) -> Iterator[str]:
-    """Each path of keys and fields to a value, with the value if it is one word."""
+    """Each path of keys and fields to a value, with the value if it is a short text, true, false or missing."""
     if is_dataclass(value):
         value = {field.name: getattr(value, field.name) for field in fields(value)}
     if isinstance(value, Mapping):
@@ -26,7 +26,8 @@ def paths(value: object, prefix: str) -> Iterator[str]:
         for entry in value[:3]:
             yield from paths(entry, f"{prefix}[]")
     else:
-        yield f"{prefix}: {value}" if isinstance(value, str) and " " not in value else prefix
+        shown = value is None or isinstance(value, bool) or (isinstance(value, str) and len(value) < 60)
+        yield f"{prefix}: {value}" if shown else prefix
 
 
 def listing() -> str:
@@ -54,6 +55,35 @@ def test_a_score_table_has_the_rows_that_it_states(name: str) -> None:
     rows = list(table.rows)
     assert len(rows) == table.total
     assert {len(row) for row in rows} == {len(table.columns)}
+
+
+def intervals(value: object) -> Iterator[tuple[float, float]]:
+    """Each interval in a result or a summary."""
+    if is_dataclass(value):
+        value = {field.name: getattr(value, field.name) for field in fields(value)}
+    if isinstance(value, Mapping):
+        if value.get("low") is not None and "value" in value:
+            yield value["low"], value["high"]
+        for entry in value.values():
+            yield from intervals(entry)
+    elif isinstance(value, Sequence) and not isinstance(value, str):
+        for entry in value:
+            yield from intervals(entry)
+
+
+@pytest.mark.parametrize("name", PROTOCOLS)
+def test_every_interval_has_the_confidence_of_the_protocol(name: str) -> None:
+    build = CALLS[name]
+    narrow, wide = (
+        evaluate(ROWS, build(lambda x, level=level: {0.5: level, 5: 200}.get(x, x), tuple)) for level in (0.5, 0.99)
+    )
+    for part in ("to_dict", "summary"):
+        pairs = list(zip(*(intervals(getattr(each, part)()) for each in (narrow, wide)), strict=True))
+        assert pairs
+        for (low, high), (lower, higher) in pairs:
+            assert lower <= low
+            assert high <= higher
+            assert (lower, higher) != (low, high)
 
 
 if __name__ == "__main__":

@@ -63,6 +63,11 @@ def test_published_rule_on_a_worked_case() -> None:
     assert (unresolved.false_accepts, unresolved.threshold, unresolved.tar) == (0, 0.999, 0.5)
 
 
+@pytest.mark.parametrize(("far", "allowed"), [(0.29, 29), (np.nextafter(0.07, 0), 6)])
+def test_a_far_times_the_impostors_that_rounds_up_or_down(far: float, allowed: int) -> None:
+    assert tar_at_far([2.0], np.arange(100) / 100, far).false_accepts == allowed
+
+
 def test_the_threshold_in_json_is_null_if_no_score_is_above_it() -> None:
     entry = tar_at_far([0.9, 0.5], [0.6, 0.2], 0.5).to_dict()
     assert entry["threshold"] == 0.2

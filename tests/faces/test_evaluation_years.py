@@ -139,6 +139,8 @@ def test_longitudinal_errors_and_slopes_equal_plain_loops(reference: Any) -> Non
         assert (row.pairs, row.identities) == (inside.sum(), np.unique(owner[inside]).size)
         assert row.fnmr[0.05].value == pytest.approx((scores[inside] <= point.threshold).mean())
         assert row.score.value == pytest.approx(scores[inside].mean(), abs=1e-11)
+    moving = [number for number in range(30) if np.unique(elapsed[owner == number]).size > 1]
+    assert result.slope.n == np.isin(owner, moving).sum()
     levels = np.eye(30)[owner]
     slope = np.linalg.lstsq(np.column_stack([elapsed / 10, levels]), scores, rcond=None)[0][0]
     assert result.slope.value == pytest.approx(slope, abs=1e-10)

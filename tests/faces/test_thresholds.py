@@ -35,6 +35,11 @@ def test_thresholds_are_those_of_the_exact_rule_and_rates_without_support_are_le
         operating_thresholds([])
 
 
+def test_a_rate_that_few_scores_reach_has_an_interval_within_them() -> None:
+    point = operating_thresholds(np.arange(12.0), fars=(0.9,))["fars"]["0.9"]
+    assert (point["low"], point["threshold"], point["false_accepts"]) == (0.0, 1.0, 10)
+
+
 def test_every_verification_states_its_thresholds() -> None:
     random = np.random.default_rng(2)
     identities = np.repeat(np.arange(40), 2)

@@ -9,8 +9,8 @@ import libcst as cst
 from libcst.metadata import MetadataWrapper, PositionProvider
 from mutmut.mutation.mutators import mutation_operators, operator_arg_removal, operator_assignment
 
-MESSAGE_NAMES = {"owner", "name", "what", "argument", "message", "where"}
-"""Parameters that only error messages use."""
+MESSAGE_NAMES = {"owner", "name", "names", "what", "argument", "message", "where"}
+"""Parameters and variables that only error messages use."""
 CHECKS = (
     "check", "require", "gather", "one_batch", "reduce", "resample_counts", "shards_of", "unit_block",
 )  # fmt: skip
@@ -119,6 +119,8 @@ class _Visitor(cst.CSTVisitor):
             if _callee(node).endswith(("Error", "Warning", "warn")):
                 return False
             self.silent |= {arg.value for arg in node.args if _is_silent(node, arg)}
+        if isinstance(node, cst.Assign) and _code(node.targets[0].target) in MESSAGE_NAMES:
+            self.silent |= {node.value, *_parts(node.value)}
         if isinstance(node, (cst.FunctionDef, cst.ClassDef)):
             self.scopes.append(node.name.value)
             if isinstance(node, cst.FunctionDef) and self.outer is None:
@@ -161,6 +163,14 @@ class _Visitor(cst.CSTVisitor):
                 start, end, self.default,
             )
         )  # fmt: skip
+
+
+def _code(node: cst.BaseAssignTargetExpression) -> str:
+    return node.value if isinstance(node, cst.Name) else ""
+
+
+def _parts(node: cst.BaseExpression) -> list[cst.BaseExpression]:
+    return [each.value for each in node.elements] if isinstance(node, cst.Tuple) else []
 
 
 def _callee(node: cst.Call) -> str:
