@@ -152,10 +152,10 @@ def _min_norm(gram: Tensor, max_weight: float) -> Tensor:
         sides = torch.stack([slope, torch.ones_like(slope)], 1) * free.unsqueeze(1)
         down, even = torch.cholesky_solve(sides, torch.linalg.cholesky_ex(part)[0]).unbind(1)
         move = even * (down.sum() / even.sum()) - down
-        room = torch.where(move > 0, top - a, a) / move.abs()
-        length, blocked = room.masked_fill(move == 0, torch.inf).min(0)
+        to_bound = torch.where(move > 0, top - a, a) / move.abs()
+        length, nearest = to_bound.masked_fill(move == 0, torch.inf).min(0)
         full = length >= 1
-        stopped = ~full & (index == blocked)
+        stopped = ~full & (index == nearest)
         end = torch.where(move > 0, top, 0.0)
         moved = torch.where(stopped, end, (a + length.clamp(max=1) * move).clamp(0, max_weight))
         a, free = torch.where(solved, a, moved), free & ~stopped
