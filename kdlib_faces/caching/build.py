@@ -114,7 +114,7 @@ def build(
     """
     check_number("cache", "workers", workers, min=1, integer=True)
     check_output(output)
-    if config.compile and teacher.suffix == ".onnx":
+    if config.compile and teacher.suffix.lower() == ".onnx":
         raise InputError(f"cache: --compile applies to networks of torch, got {teacher}, which onnxruntime runs")
     hardware = hardware or Hardware()
     if workers * hardware.count > 1 and sys.platform == "win32":
