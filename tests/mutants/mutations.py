@@ -9,10 +9,11 @@ import libcst as cst
 from libcst.metadata import MetadataWrapper, PositionProvider
 from mutmut.mutation.mutators import mutation_operators, operator_arg_removal, operator_assignment
 
-MESSAGE_NAMES = {"owner", "name", "names", "what", "argument", "message", "where"}
+MESSAGE_NAMES = {"owner", "name", "names", "what", "argument", "message", "where", "like"}
 """Parameters and variables that only error messages use."""
 CHECKS = (
-    "check", "require", "gather", "one_batch", "reduce", "resample_counts", "shards_of", "unit_block",
+    "check", "require", "gather", "label_array", "look_up", "one_batch", "reduce", "resample_counts", "shards_of",
+    "unit_block",
 )  # fmt: skip
 """Beginnings of the names of functions that take parts of an error message as strings."""
 SKIPPED = (cst.Annotation, cst.Assert, cst.Decorator, cst.FormattedString, cst.Raise)
@@ -126,7 +127,7 @@ class _Visitor(cst.CSTVisitor):
             if isinstance(node, cst.FunctionDef) and self.outer is None:
                 self.outer, self.function = node, ".".join(self.scopes)
         if isinstance(node, cst.Param) and node.default is not None:
-            if not isinstance(node.default, SIMPLE):
+            if not isinstance(node.default, SIMPLE) or node.name.value in MESSAGE_NAMES:
                 return False
             self.default = node.name.value
         if self.outer is not None and node not in self.silent:
@@ -148,7 +149,7 @@ class _Visitor(cst.CSTVisitor):
     def add(self, node: cst.CSTNode, new: cst.CSTNode) -> None:
         """Record a change."""
         assert self.outer is not None
-        if isinstance(node, cst.SimpleString) and " " in node.value:
+        if isinstance(node, cst.SimpleString) and (" " in node.value or _same_subscripts(node, new)):
             return
         place, body = self.get_metadata(PositionProvider, node), self.get_metadata(PositionProvider, self.outer)
         start = self.offsets[place.start.line - 1] + place.start.column
@@ -193,6 +194,11 @@ def _is_silent(call: cst.Call, arg: cst.Arg) -> bool:
         named = isinstance(value, cst.Name) and value.value in MESSAGE_NAMES
         return named or isinstance(value, (cst.SimpleString, cst.FormattedString))
     return False
+
+
+def _same_subscripts(before: cst.SimpleString, after: cst.CSTNode) -> bool:
+    """Whether both are the same subscripts of `einsum`, in capital and small letters."""
+    return "->" in before.value and isinstance(after, cst.SimpleString) and after.value.lower() == before.value.lower()
 
 
 def _removes_an_option(call: cst.Call, new: cst.Call) -> bool:
