@@ -120,7 +120,14 @@ def test_every_number_has_a_row() -> None:
 def test_numbers_are_accepted_up_to_their_limits(owner: str, name: str, wanted: str) -> None:
     whole = wanted.startswith("a whole")
     step = 1 if whole else 1e-6
-    wrong: list[Any] = ["1", float("nan"), float("inf"), True if wanted != "1 or 2" else 3, [2], *([1.5] if whole else [])]
+    wrong: list[Any] = [
+        "1",
+        float("nan"),
+        float("inf"),
+        True if wanted != "1 or 2" else 3,
+        [2],
+        *([1.5] if whole else []),
+    ]
     right: list[Any] = [1, 2] if wanted == "1 or 2" else []
     for sign, text in re.findall(r"([<>]=?) ([-\d.e]+)", wanted):
         limit = int(text) if whole else float(text)

@@ -7,10 +7,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from kdlib_faces.evaluation import Outcomes, evaluate
-from tests.faces.evaluation_calls import CALLS, PROTOCOLS, ROWS
+from tests.faces.evaluation_calls import CALLS, CODES, PROTOCOLS, ROWS
 
 FILE = Path(__file__).with_name("result_names.txt")
 
@@ -55,6 +56,23 @@ def test_a_score_table_has_the_rows_that_it_states(name: str) -> None:
     rows = list(table.rows)
     assert len(rows) == table.total
     assert {len(row) for row in rows} == {len(table.columns)}
+
+
+@pytest.mark.parametrize("name", [name for name in PROTOCOLS if not name.startswith("Template")])
+def test_the_hardest_pairs_have_their_kind_and_score_and_occur_once(name: str) -> None:
+    pairs = evaluate(ROWS, PROTOCOLS[name]()).hardest(3)
+    kinds = [pair.same for pair in pairs]
+    assert True in kinds
+    assert kinds == sorted(kinds, reverse=True)
+    unit, others = ROWS / np.linalg.norm(ROWS, axis=1, keepdims=True), ROWS[::3] + 1
+    others /= np.linalg.norm(others, axis=1, keepdims=True)
+    for pair in pairs:
+        assert pair.score == pytest.approx(unit[pair.left] @ (others if pair.right_set else unit)[pair.right])
+        assert pair.same == (pair.right_set == 0 and CODES[pair.left] == CODES[pair.right])
+    ends = np.arange(32) if name == "PairProtocol" else CODES
+    for kind in (True, False):
+        probes = [ends[pair.left] for pair in pairs if pair.same == kind]
+        assert len(set(probes)) == len(probes)
 
 
 def intervals(value: object) -> Iterator[tuple[float, float]]:
