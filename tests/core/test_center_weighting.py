@@ -133,6 +133,9 @@ def test_invalid_inputs_of_the_centers_are_errors(change: dict[str, Any], error:
 
 def test_invalid_centers_and_arguments_are_errors() -> None:
     weighting = CenterConfidenceWeighting(3)
+    for index, error in ((-1, ValueError), (1.0, TypeError)):
+        with pytest.raises(error, match="set_centers: k_index must be a whole number and >= 0, got "):
+            weighting.set_centers(index, torch.ones(3, 3))
     with pytest.raises(ValueError, match=r"set_centers: centers must be \(n, d\) with n = 3, got \(2, 3\)"):
         weighting.set_centers(0, torch.ones(2, 3))
     with pytest.raises(ValueError, match=r"set_centers: centers must be finite, got 6 NaN or infinite values of 9"):

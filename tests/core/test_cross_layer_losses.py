@@ -313,3 +313,33 @@ def test_a_distiller_trains_with_lists_of_taps(make: Any) -> None:
     assert values[-1] < 0.8 * values[0]
     assert all(p.grad is not None for p in distiller.trainable_parameters())
     assert {name.split(".")[2] for name in distiller.state_dict() if name.startswith("objective.losses")} == {"layers"}
+
+
+def test_the_batch_size_limits_samples_and_not_channels() -> None:
+    loss = SemCKDLoss([7], [7], batch_size=5)
+    layers = [torch.ones(5, 7, 2, 2)]
+    assert loss(layers, layers).shape == ()
+    with pytest.raises(ValueError, match="at most batch_size = 5 samples, got 6"):
+        loss([torch.ones(6, 3, 2, 2).repeat(1, 3, 1, 1)[:, :7]], [torch.ones(6, 7, 2, 2)])
+
+
+@pytest.mark.parametrize("momentum", [0.1, None])
+def test_statistics_of_all_samples_are_those_of_batch_norm(momentum: float | None) -> None:
+    """With weights the statistics are computed here, without weights by torch; without samples they stay."""
+    losses = [seeded(lambda: ReviewKDLoss([3, 4], [3, 4])) for _ in range(2)]
+    norms = [[each for each in loss.modules() if isinstance(each, nn.BatchNorm2d)] for loss in losses]
+    assert norms[0]
+    for norm in (*norms[0], *norms[1]):
+        norm.momentum = momentum
+    for step in range(3):
+        maps = [noise(5, c, 4, 4, seed=step).float() * (step + 1) for c in (3, 4)]
+        values = [loss(maps, maps, weight=weight) for loss, weight in zip(losses, (None, torch.ones(5)), strict=True)]
+        torch.testing.assert_close(*values)
+    with torch.no_grad():
+        before = [norm.running_mean.clone() for norm in norms[1]]
+        losses[1](maps, maps, weight=torch.zeros(5))
+    for first, second, mean in zip(*norms, before, strict=True):
+        torch.testing.assert_close(first.running_mean, second.running_mean)
+        torch.testing.assert_close(first.running_var, second.running_var)
+        assert first.num_batches_tracked == second.num_batches_tracked == 3
+        assert torch.equal(second.running_mean, mean)

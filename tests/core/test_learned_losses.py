@@ -15,6 +15,7 @@ from kdlib import (
     AttentionTransferLoss,
     AttentiveSimilarityLoss,
     ContrastiveRepresentationLoss,
+    FactorTransferLoss,
     MaskedGenerativeLoss,
     VariationalInformationLoss,
 )
@@ -341,3 +342,35 @@ def test_contrastive_with_a_queue_compiles_whole() -> None:
         torch.testing.assert_close(compiled(student, teacher, target), other(student, teacher, target=target))
     assert torch.equal(loss.queue, other.queue)
     assert int(loss.queue_seen) == 9
+
+
+def test_the_paraphraser_is_trained_by_fit_alone() -> None:
+    loss = seeded(lambda: FactorTransferLoss(3, 4))
+    assert not any(parameter.requires_grad for parameter in loss.paraphraser.parameters())
+    assert all(parameter.requires_grad for parameter in loss.translator.parameters())
+    batches = [noise(4, 4, 5, 5, seed=k).float() for k in range(3)]
+    with pytest.raises(RuntimeError, match="the paraphraser is not trained"):
+        loss(noise(4, 3, 5, 5).float(), batches[0])
+    for name, wrong, message in (("epochs", 0, "a whole number and >= 1"), ("lr", 0, "a finite number and > 0")):
+        with pytest.raises(ValueError, match=f"Paraphraser: {name} must be {message}, got 0"):
+            loss.paraphraser.fit(batches, lambda x: x, **{name: wrong})
+    with pytest.raises(TypeError, match="Paraphraser: epochs must be a whole number and >= 1, got 1.5"):
+        loss.paraphraser.fit(batches, lambda x: x, epochs=1.5)
+    with torch.no_grad():
+        start = torch.stack([loss.paraphraser.reconstruction_loss(x) for x in batches]).mean()
+    slow = loss.paraphraser.fit(batches, lambda x: x, epochs=1, lr=1e-9)
+    assert slow == pytest.approx([start.item()], rel=1e-4)
+    means = loss.paraphraser.fit(batches, lambda x: x, epochs=8, lr=0.01)
+    assert len(means) == 8
+    assert means[-1] < 0.98 * start
+    assert all(parameter.grad is None and not parameter.requires_grad for parameter in loss.paraphraser.parameters())
+
+
+@pytest.mark.parametrize("grid", [(2, 4), (4, 2), (2, 2)])
+def test_a_masked_student_has_the_smaller_grid(grid: tuple[int, int]) -> None:
+    """Maps of another grid are averaged to the smaller height and width first."""
+    loss = seeded(lambda: MaskedGenerativeLoss(3, 3, mask_ratio=0.0)).eval()
+    student, teacher = noise(5, 3, 4, 4).float(), noise(5, 3, *grid, seed=1).float()
+    pooled = nn.functional.adaptive_avg_pool2d(student, grid)
+    torch.testing.assert_close(loss(student, teacher), loss(pooled, teacher))
+    torch.testing.assert_close(loss(teacher, student), loss(teacher, pooled))

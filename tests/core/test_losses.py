@@ -154,7 +154,10 @@ def test_without_relations_the_loss_is_zero_with_a_graph(name: str) -> None:
         value.backward()
         assert student.grad is not None
         assert student.grad.abs().sum() < 1e-6
-    assert loss(torch.ones(4, 0, requires_grad=True), torch.ones(4, 2)).item() == 0
+    for student, teacher in ((torch.ones(4, 0), torch.ones(4, 2)), (torch.ones(4, 2), torch.ones(4, 0))):
+        value = loss(student.requires_grad_(), teacher)
+        assert value.item() == 0
+        value.backward()
 
 
 @each_loss
@@ -203,3 +206,7 @@ def test_vmap_over_batches(name: str) -> None:
     (s1, t1), (s2, t2) = case.sides(4), case.sides(4, seed=2)
     each = torch.func.vmap(loss)(torch.stack([s1, s2]), torch.stack([t1, t2]))
     torch.testing.assert_close(each, torch.stack([loss(s1, t1), loss(s2, t2)]))
+    w1, w2 = torch.tensor([1.0, 0.0, 0.3, 2.0]).double(), torch.tensor([0.5, 1.0, 1.0, 0.0]).double()
+    call = torch.func.vmap(lambda s, t, w: loss(s, t, weight=w))
+    each = call(torch.stack([s1, s2]), torch.stack([t1, t2]), torch.stack([w1, w2]))
+    torch.testing.assert_close(each, torch.stack([loss(s1, t1, weight=w1), loss(s2, t2, weight=w2)]))

@@ -215,3 +215,17 @@ def test_margins_in_the_repr() -> None:
     loss = OverhaulLoss(given_)
     given_.zero_()
     assert loss.margin.tolist() == [-1, -1, -1]
+
+
+def test_many_margins_are_shortened_in_the_text() -> None:
+    few, many = OverhaulLoss(-torch.arange(6.0)), OverhaulLoss(-torch.arange(7.0))
+    assert repr(few) == "OverhaulLoss(margin=torch.tensor([-0.0, -1.0, -2.0, -3.0, -4.0, -5.0]), reduction='mean')"
+    assert repr(many) == "OverhaulLoss(margin=torch.tensor([-0.0, -1.0, ..., -6.0]), reduction='mean')"
+    assert repr(OverhaulLoss(-0.5, layout="bhwc")) == "OverhaulLoss(margin=-0.5, layout='bhwc', reduction='mean')"
+
+
+def test_the_margin_of_a_weight_of_zero_is_its_constant_output() -> None:
+    norm = nn.BatchNorm2d(3)
+    norm.weight.data.zero_()
+    norm.bias.data = torch.tensor([-0.5, 0.0, 2.0])
+    assert overhaul_margin(norm).tolist() == [-0.5, 0.0, 0.0]

@@ -44,12 +44,25 @@ def describe(name: str, value: object) -> str:
     return name + re.sub(r"<(\w+)[^<>]*>", r"<\1>", text)
 
 
+def methods(value: type) -> list[str]:
+    """Return the public methods of a class that have a default other than None; subclasses do not repeat them."""
+    members = {name: getattr(value, name) for name in sorted(vars(value)) if not name.startswith("_")}
+    own = {name: member for name, member in members.items() if inspect.isroutine(member)}
+    lines = [describe(f"{value.__name__}.{name}", inspect.unwrap(member)) for name, member in own.items()]
+    return [line for line in lines if re.search(r"=(?!None\b)", line)]
+
+
 def listing() -> str:
-    lines = []
+    lines, seen = [], set()
     for package in PACKAGES:
         module = importlib.import_module(package)
         names = sorted(name for name in module.__all__ if name != "__version__")
-        lines += [f"{package}.{describe(name, getattr(module, name))}" for name in names]
+        for name in names:
+            value = getattr(module, name)
+            lines.append(f"{package}.{describe(name, value)}")
+            if inspect.isclass(value) and value not in seen:
+                seen.add(value)
+                lines += [f"{package}.{line}" for line in methods(value)]
     return "\n".join(lines) + "\n"
 
 

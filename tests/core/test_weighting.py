@@ -218,3 +218,19 @@ def test_teachers_must_be_logits_on_the_same_classes(weighting: nn.Module) -> No
     rest["teachers"] = [torch.zeros(B, D), torch.zeros(B, D + 1)]
     with pytest.raises(ValueError, match=r": teachers must be logits \(b, c\) .* got \(4, 3\), \(4, 4\)"):
         weighting(losses, **rest)
+
+
+def test_shares_have_the_precision_of_the_losses() -> None:
+    losses = LOSSES.double()
+    weights = FixedWeighting([1, 2, 4])(losses, **REST)
+    np.testing.assert_allclose(weights.numpy(), np.tile([[1 / 7], [2 / 7], [4 / 7]], 5), rtol=1e-15)
+    weighting = UncertaintyWeighting(3)
+    with torch.no_grad():
+        weighting.log_variances.copy_(torch.tensor([0.5, -1.0, 2.0]))
+    s, means = np.array([0.5, -1.0, 2.0]), losses.mean(1).numpy()
+    assert weighting.penalty(losses).dtype == torch.float64
+    assert weighting.penalty(losses).item() == pytest.approx((np.exp(-s) * means + s).sum(), rel=1e-12)
+    assert weighting.half().penalty(losses.half()).dtype == torch.float32
+    np.testing.assert_allclose(
+        UncertaintyWeighting(3)(losses, **REST).detach().numpy(), np.full((3, 5), 1 / 3), rtol=1e-6
+    )

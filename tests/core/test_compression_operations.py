@@ -1,0 +1,128 @@
+"""Operations between two layers: those that keep channels apart are followed, all others keep every channel."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from kdlib.compression import narrow_like, shrink
+
+C, SIDE = 8, 4
+
+
+class Between(nn.Module):
+    """A convolution with channels of which half are dead, an operation, and the layer that reads its output."""
+
+    def __init__(self, operation: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.operation = operation
+        self.first = nn.Conv2d(3, C, 3, padding=1).double()
+        with torch.no_grad():
+            self.first.weight[1::2], self.first.bias[1::2] = 0, 0
+            shape = operation(torch.ones(2, C, SIDE, SIDE, dtype=torch.float64)).shape
+        last = nn.Conv2d(shape[1], 5, 1) if len(shape) == 4 else nn.Linear(shape[-1], 5)
+        self.last = last.double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.operation(self.first(x)))
+
+
+KNOWN: dict[str, Callable[[Tensor], Tensor]] = {
+    "relu": F.relu,
+    "method relu": lambda h: h.relu(),
+    "gelu": F.gelu,
+    "clamp": lambda h: torch.clamp(h, -0.5, 0.5),
+    "method clamp": lambda h: h.clamp(min=0),
+    "module": nn.Hardswish(),
+    "dropout": nn.Dropout(0.5).eval(),
+    "max pool": lambda h: F.max_pool2d(h, 2),
+    "average pool": lambda h: F.avg_pool2d(h, 2),
+    "adaptive pool": nn.AdaptiveAvgPool2d(2),
+    "interpolate": lambda h: F.interpolate(h, scale_factor=2),
+    "contiguous": lambda h: h.contiguous().clone(),
+    "add a number": lambda h: h + 1,
+    "add a number first": lambda h: 0.5 + h,
+    "scale": lambda h: 2 * h,
+    "sum": lambda h: torch.add(h, h.relu()),
+    "difference": lambda h: h - h.tanh(),
+    "product": lambda h: torch.mul(h, h.sigmoid()),
+    "method product": lambda h: h.mul(h),
+    "attention": lambda h: h * torch.sigmoid(h.mean((2, 3), keepdim=True)),
+    "cat": lambda h: torch.cat([h, h.relu()], 1),
+    "cat of a tuple": lambda h: torch.cat((h.relu(), h, h.tanh()), dim=1),
+    "flatten": lambda h: torch.flatten(h, 1),
+    "flatten by name": lambda h: torch.flatten(h, start_dim=1, end_dim=3),
+    "method flatten": lambda h: h.flatten(1, -1),
+    "module flatten": nn.Flatten(),
+    "view": lambda h: h.view(h.shape[0], -1),
+    "view of a tuple": lambda h: h.view((h.size(0), -1)),
+    "reshape": lambda h: torch.reshape(h, (h.shape[0], -1)),
+    "flatten a pool": lambda h: F.adaptive_avg_pool2d(h, 1).flatten(1),
+    "cat of flat": lambda h: torch.cat([h.flatten(1), h.relu().flatten(1)], 1),
+    "mean": lambda h: h.mean((2, 3)),
+    "mean by name": lambda h: torch.mean(h, dim=[-1, -2]),
+    "mean of one": lambda h: h.mean(3, keepdim=True),
+}
+OTHERS: dict[str, Callable[[Tensor], Tensor]] = {
+    "cumulative sum": lambda h: torch.cumsum(h, 1),
+    "flip": lambda h: h.flip(1),
+    "softmax": lambda h: torch.softmax(h, 1),
+    "cat of rows": lambda h: torch.cat([h, h], 2),
+    "cat by name of rows": lambda h: torch.cat([h, h], dim=3),
+    "mean of channels": lambda h: h.mean((1, 2)),
+    "mean of channels too": lambda h: h.mean((1, 2, 3), keepdim=True) + h,
+    "mean of all": lambda h: h - h.mean(),
+    "another size": lambda h: h * h.sum(1, keepdim=True),
+    "flatten positions": lambda h: h.flatten(2),
+    "flatten samples": lambda h: h.flatten(0, 1).flatten(1).view(-1, C * SIDE * SIDE),
+    "view of a fixed size": lambda h: h.view(-1, C * SIDE * SIDE),
+    "view of positions": lambda h: h.view(h.shape[0], C, -1),
+    "transpose": lambda h: h.transpose(1, 2),
+    "split": lambda h: h[:, :6],
+    "normalize": lambda h: F.layer_norm(h, h.shape[1:]),
+    "slope": lambda h: F.prelu(h, torch.full((C,), 0.2, dtype=h.dtype)),
+}
+
+
+def images(count: int = 40, seed: int = 0) -> Tensor:
+    return torch.randn(count, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(seed)).double()
+
+
+def between(operation: Callable[[Tensor], Tensor]) -> Between:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return Between(operation).eval()
+
+
+@pytest.mark.parametrize("name", KNOWN)
+@pytest.mark.parametrize("criterion", ["reconstruction", "energy"])
+def test_dead_channels_are_removed_through_known_operations(name: str, criterion: str) -> None:
+    model = between(KNOWN[name])
+    student = shrink(model, images().split(20), keep=0.5, criterion=criterion)
+    assert student.first.out_channels == C // 2
+    assert student.last.weight.numel() == model.last.weight.numel() // 2
+    torch.testing.assert_close(student(images(8, 1)), model(images(8, 1)), rtol=1e-5, atol=1e-5)
+    assert repr(narrow_like(model, student.state_dict())) == repr(student)
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_other_operations_keep_all_channels(name: str) -> None:
+    model = between(OTHERS[name])
+    student = shrink(model, images().split(20), keep=0.5)
+    assert student.first.out_channels == C
+    assert torch.equal(student(images(8, 1)), model(images(8, 1)))
+    with pytest.raises(ValueError, match="the channels of 'first' cannot be removed"):
+        shrink(model, [images()], widths={"first": 4})
+
+
+@pytest.mark.parametrize(("groups", "least"), [(1, 1), (2, 2), (4, 4), (8, 1)])
+def test_the_smallest_part_keeps_a_channel_of_each_group(groups: int, least: int) -> None:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        layers = [nn.Conv2d(3, 8, 1), nn.Conv2d(8, 8, 3, padding=1, groups=groups), nn.Conv2d(8, 5, 1)]
+    student = shrink(nn.Sequential(*layers).double().eval(), [images()], keep=1e-6)
+    assert [student[0].out_channels, student[1].in_channels] == [least, least]
+    assert student[1].out_channels == least
+    assert student(images(2)).shape == (2, 5, SIDE, SIDE)
