@@ -354,7 +354,7 @@ def test_the_paraphraser_is_trained_by_fit_alone() -> None:
     for name, wrong, message in (("epochs", 0, "a whole number and >= 1"), ("lr", 0, "a finite number and > 0")):
         with pytest.raises(ValueError, match=f"Paraphraser: {name} must be {message}, got 0"):
             loss.paraphraser.fit(batches, lambda x: x, **{name: wrong})
-    with pytest.raises(TypeError, match="Paraphraser: epochs must be a whole number and >= 1, got 1.5"):
+    with pytest.raises(TypeError, match=r"Paraphraser: epochs must be a whole number and >= 1, got 1\.5"):
         loss.paraphraser.fit(batches, lambda x: x, epochs=1.5)
     with torch.no_grad():
         start = torch.stack([loss.paraphraser.reconstruction_loss(x) for x in batches]).mean()

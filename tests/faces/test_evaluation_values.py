@@ -1,11 +1,11 @@
-"""The numbers in the results of every protocol as text, so that a change of the code that changes one of them is seen.
+"""The numbers in the results of every protocol and function as text, so that a change of the code that changes one of them is seen.
 
 The inputs have few different scores, so ties are frequent, and entries of +1 and -1 in 16 dimensions, so scores are
 exact on every machine. After an intended change, `python -m tests.faces.test_evaluation_values` rewrites
 `result_values.txt`.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
@@ -95,10 +95,20 @@ def leaves(value: object, path: str) -> Iterator[tuple[str, str]]:
     elif isinstance(value, (list, tuple)):
         for entry in value:
             yield from leaves(entry, f"{path}[]")
-    elif isinstance(value, float):
-        yield path, f"{round(value, 6) + 0.0:.6g}"
+    elif isinstance(value, (float, np.floating)):
+        yield path, f"{round(float(value), 6) + 0.0:.6g}"
     else:
         yield path, str(value)
+
+
+def of_all(texts: list[str]) -> str:
+    """The number of values, and a number that changes with each of them."""
+    known = {"True": 1.0, "False": 0.0, "None": 0.0}
+    try:
+        numbers = [known[text] if text in known else float(text) for text in texts]
+    except ValueError:
+        return str(len(texts))
+    return f"{len(texts)} values, weighted mean {np.dot(numbers, np.arange(len(numbers))) / len(numbers) ** 2:.4f}"
 
 
 def shown(part: str, value: object) -> Iterator[str]:
@@ -107,11 +117,7 @@ def shown(part: str, value: object) -> Iterator[str]:
     for path, text in leaves(value, part):
         grouped.setdefault(path, []).append(text)
     for path, texts in grouped.items():
-        some = (
-            texts
-            if len(texts) <= 24
-            else [*texts[:: len(texts) // 12], texts[-1], f"({len(texts)}, {texts.count('True')} true)"]
-        )
+        some = texts if len(texts) <= 24 else [*texts[:: len(texts) // 12], texts[-1], f"({of_all(texts)})"]
         yield f"{path}: {' '.join(some)}"
 
 
@@ -134,17 +140,84 @@ def listing(rows: Any, protocol: EvaluationProtocol) -> list[str]:
     return [line for part, value in parts.items() for line in shown(part, value)]
 
 
+COSINES = SIGNS @ SIGNS.T / 16
+SAME = CODES[LEFT] == CODES[RIGHT]
+GENUINE, IMPOSTOR = (COSINES[LEFT, RIGHT][kind] for kind in (SAME, ~SAME))
+HITS, OTHER_HITS = DRAW.random((2, COUNT)) < [[0.7], [0.4]]
+NAMED = np.array([f"n{code}" for code in CODES])
+BLOCKS = (DRAW.random((11, 3, 4, 4)) * 255).astype(np.uint8)
+
+
+def pixels(x: Any) -> Any:
+    return x.flatten(1)[:, ::7]
+
+
+def search(**options: Any) -> Any:
+    return evaluation.identify_with_distractors(SIGNS, CODES, DISTRACTORS, fars=(0.01,), **DRAWN, **options)
+
+
+def templates(**options: Any) -> Any:
+    return evaluation.pool_templates(NOISY, TEMPLATES, MEDIA, **options)
+
+
+GOOD, BAD = TIED["age gap"].evaluate(SIGNS), TIED["age gap"].evaluate(NOISY)
+FUNCTIONS: dict[str, Callable[[], object]] = {
+    "auc": lambda: [evaluation.auc(GENUINE, IMPOSTOR), evaluation.auc(IMPOSTOR, GENUINE), evaluation.auc([1], [1, 0])],
+    "clustered_rate": lambda: evaluation.clustered_rate(HITS, CODES, **DRAWN),
+    "clustered_rate, level": lambda: evaluation.clustered_rate(HITS, NAMED, replicates=50, level=0.5),
+    "compare": lambda: evaluation.compare({"good": GOOD, "bad": BAD}, "good", "bad"),
+    "embed_images": lambda: evaluation.embed_images(pixels, BLOCKS, batch_size=4),
+    "embed_images, as they are": lambda: evaluation.embed_images(pixels, BLOCKS[:3], flip=False, normalize=False),
+    "identify_with_distractors": lambda: [search().to_dict(), search(ties="wrong", ages=AGES).to_dict()],
+    "identity_bootstrap": lambda: evaluation.identity_bootstrap(CODES, replicates=3, seed=2),
+    "identity_disjoint_split": lambda: evaluation.identity_disjoint_split(NAMED, (0.5, 0.3, 0.2), seed=5),
+    "identity_overlap": lambda: [evaluation.identity_overlap(NAMED[:20], NAMED[30:50])],
+    "leave_one_out": lambda: evaluation.leave_one_out(SIGNS, CODES, (1, 2, 5)),
+    "pair_set": lambda: [
+        evaluation.pair_set(name, LEFT, RIGHT, SAME, fold_ids=K.repeat(5)[:180], notes=["own"]).evaluate(SIGNS).notes
+        for name in ("lfw", "cfp_fp", "agedb_30")
+    ],
+    "paired_test": lambda: evaluation.paired_test(HITS, OTHER_HITS, replicates=20),
+    "paired_test, identities": lambda: evaluation.paired_test(
+        HITS, OTHER_HITS, identities=CODES, other_identities=CODES[::-1], level=0.8, **DRAWN
+    ),
+    "paired_difference": lambda: evaluation.paired_difference(GOOD.all.auc, BAD.all.auc, level=0.5),
+    "pool_templates": lambda: [templates(), templates(detector_scores=AGES / 10, feature_norm="unit")],
+    "positives_first_folds": lambda: evaluation.positives_first_folds(np.sort(SAME)[::-1], 7),
+    "roc_points": lambda: [evaluation.roc_points(GENUINE, IMPOSTOR, 9), evaluation.roc_points(IMPOSTOR, GENUINE)],
+    "tar_at_far": lambda: [
+        evaluation.tar_at_far(GENUINE, IMPOSTOR, far, mode=mode, level=0.8).to_dict()
+        for far in (1, 0.5, 0.1, 0.03, 0.01, 0.001)
+        for mode in ("exact", "nearest")
+    ],
+    "template_verification": lambda: evaluation.template_verification(
+        NOISY, TEMPLATES, MEDIA, K % 24, (K + 1 + K // 24 * 2) % 24, K % 3 == 0, fars=(0.1,)
+    ).to_dict(),
+    "verify_pairs": lambda: [
+        evaluation.verify_pairs(
+            SIGNS[LEFT], SIGNS[RIGHT], SAME, threshold=threshold, val_fars=(0.1,), **options
+        ).to_dict()
+        for threshold in ("grid", "exact", "facexzoo")
+        for options in ({}, {"fold_ids": np.arange(180) // 2 % 4})
+    ],
+    "verify_pairs, pca": lambda: evaluation.verify_pairs(NOISY[LEFT], NOISY[RIGHT], SAME, pca=3).to_dict(),
+    "wilson": lambda: [evaluation.wilson(k, 7, level=level) for k in (0, 3, 7) for level in (0.5, 0.95)],
+}
+
+
 def text_of(name: str) -> str:
+    if name in FUNCTIONS:
+        return "\n".join(shown("value", FUNCTIONS[name]())) + "\n"
     rows = ROWS if name in PROTOCOLS else NOISY if "template" in name else SIGNS
     lines = listing(rows, PROTOCOLS[name]() if name in PROTOCOLS else TIED[name])
     return "\n".join(lines) + "\n"
 
 
-@pytest.mark.parametrize("name", [*PROTOCOLS, *TIED])
+@pytest.mark.parametrize("name", [*PROTOCOLS, *TIED, *FUNCTIONS])
 def test_values_agree_with_the_file(name: str) -> None:
     _, _, stored = FILE.read_text("utf-8").partition(f"== {name} ==\n")
     assert text_of(name) == stored.partition("\n== ")[0].rstrip("\n") + "\n"
 
 
 if __name__ == "__main__":
-    FILE.write_text("\n".join(f"== {name} ==\n{text_of(name)}" for name in [*PROTOCOLS, *TIED]), "utf-8")
+    FILE.write_text("\n".join(f"== {name} ==\n{text_of(name)}" for name in [*PROTOCOLS, *TIED, *FUNCTIONS]), "utf-8")
