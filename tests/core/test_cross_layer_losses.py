@@ -343,3 +343,12 @@ def test_statistics_of_all_samples_are_those_of_batch_norm(momentum: float | Non
         torch.testing.assert_close(first.running_var, second.running_var)
         assert first.num_batches_tracked == second.num_batches_tracked == 3
         assert torch.equal(second.running_mean, mean)
+
+
+def test_the_fusions_are_as_wide_as_the_last_layer_of_the_student_up_to_512() -> None:
+    with torch.device("meta"):
+        for channels, hidden, width in ((7, None, 7), (512, None, 512), (600, None, 512), (7, 9, 9), (600, 530, 530)):
+            loss = ReviewKDLoss([3, channels], [4, 5], hidden=hidden)
+            convolutions = [each for each in loss.modules() if isinstance(each, nn.Conv2d)]
+            assert {each.out_channels for each in convolutions if each.in_channels in (3, channels)} >= {width}
+            assert {each.in_channels for each in convolutions if each.out_channels in (4, 5)} == {width}

@@ -210,3 +210,19 @@ def test_vmap_over_batches(name: str) -> None:
     call = torch.func.vmap(lambda s, t, w: loss(s, t, weight=w))
     each = call(torch.stack([s1, s2]), torch.stack([t1, t2]), torch.stack([w1, w2]))
     torch.testing.assert_close(each, torch.stack([loss(s1, t1, weight=w1), loss(s2, t2, weight=w2)]))
+
+
+@each_loss
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["half", "bfloat"])
+def test_gradients_of_half_precision_are_those_of_single_precision(name: str, dtype: torch.dtype) -> None:
+    case = LOSSES[name]
+    student, teacher = (x.to(dtype) for x in case.sides(6, seed=5))
+    loss, weight = case.build().eval(), torch.tensor([1.0, 0.0, 0.3, 2.0, 0.7, 1.0])
+    for options in ({}, {"weight": weight}):
+        options = {**options, **case.targets(6)}
+        expected = gradient(loss, student.float(), teacher.float(), **options)
+        found = gradient(loss, student, teacher, **options)
+        assert found.dtype == dtype
+        size = expected.abs().max().item()
+        torch.testing.assert_close(found.float(), expected, rtol=0.02, atol=0.01 * size + 1e-7)
+        assert size > 0
