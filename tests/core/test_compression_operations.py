@@ -126,3 +126,64 @@ def test_the_smallest_part_keeps_a_channel_of_each_group(groups: int, least: int
     assert [student[0].out_channels, student[1].in_channels] == [least, least]
     assert student[1].out_channels == least
     assert student(images(2)).shape == (2, 5, SIDE, SIDE)
+
+
+class Joined(nn.Module):
+    """Two convolutions with dead channels, side by side, with other operations on each."""
+
+    def __init__(self, *, flat: bool) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 6, 1).double(), nn.Conv2d(3, C, 3, padding=1).double()
+        with torch.no_grad():
+            for layer in (self.a, self.b):
+                layer.weight[::2], layer.bias[::2] = 0, 0
+        self.flat = flat
+        self.last = (nn.Linear(14 * SIDE * SIDE, 5) if flat else nn.Conv2d(14, 5, 3)).double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.cat([F.relu(self.a(x)), torch.tanh(self.b(x))], 1)
+        return self.last(x.flatten(1) if self.flat else x)
+
+
+@pytest.mark.parametrize("flat", [False, True])
+@pytest.mark.parametrize("criterion", ["reconstruction", "energy"])
+def test_the_channels_of_each_part_of_a_concatenation_are_chosen_by_their_use(flat: bool, criterion: str) -> None:
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        model = Joined(flat=flat).eval()
+    student = shrink(model, images().split(20), keep=0.5, criterion=criterion)
+    assert torch.equal(student.a.weight, model.a.weight[1::2])
+    assert torch.equal(student.b.weight, model.b.weight[1::2])
+    torch.testing.assert_close(student(images(8, 1)), model(images(8, 1)), rtol=1e-5, atol=1e-5)
+
+
+class Sum(nn.Module):
+    """Two branches of the same features, of which the second has a dead channel, and a BatchNorm at its end."""
+
+    def __init__(self, *, norm: bool) -> None:
+        super().__init__()
+        self.c, self.d = nn.Conv2d(3, 8, 1), nn.Conv2d(3, 8, 1)
+        self.d.load_state_dict(self.c.state_dict())
+        with torch.no_grad():
+            self.d.weight[5], self.d.bias[5] = 0, 0
+            self.c.weight[5], self.c.bias[5] = 0, 0
+        self.a, self.b, self.last = nn.Conv2d(8, 4, 1), nn.Conv2d(8, 4, 1), nn.Conv2d(4, 3, 1)
+        self.norm = nn.BatchNorm2d(4) if norm else None
+        if self.norm is not None:
+            nn.init.uniform_(self.norm.weight, -2, -0.5)
+            self.norm.running_var.uniform_(0.5, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        left, right = self.a(F.relu(self.c(x))), self.b(F.relu(self.d(x)))
+        return self.last(torch.tanh(left + (right if self.norm is None else self.norm(right))))
+
+
+@pytest.mark.parametrize("norm", [False, True])
+def test_the_end_of_a_branch_corrects_the_error_of_the_sum(norm: bool) -> None:
+    """The first branch loses all features but one, of which the second has copies."""
+    with torch.random.fork_rng():
+        torch.manual_seed(2)
+        model = Sum(norm=norm).double().eval()
+    student = shrink(model, images(200).split(50), widths={"c": 1, "d": 7})
+    assert (student.c.out_channels, student.d.out_channels) == (1, 7)
+    torch.testing.assert_close(student(images(8, 1)), model(images(8, 1)), rtol=1e-2, atol=1e-3)

@@ -229,3 +229,9 @@ def test_the_margin_of_a_weight_of_zero_is_its_constant_output() -> None:
     norm.weight.data.zero_()
     norm.bias.data = torch.tensor([-0.5, 0.0, 2.0])
     assert overhaul_margin(norm).tolist() == [-0.5, 0.0, 0.0]
+
+
+def test_a_teacher_of_zero_is_not_active() -> None:
+    student = torch.tensor([[2.0, -3.0, 0.5]])
+    # Below -margin the student agrees: shortfalls 1 + 2, 0 and 1 + 0.5.
+    assert activation_boundary(student, torch.zeros(1, 3)).item() == pytest.approx((9 + 2.25) / 3)
