@@ -187,3 +187,18 @@ def test_the_end_of_a_branch_corrects_the_error_of_the_sum(norm: bool) -> None:
     student = shrink(model, images(200).split(50), widths={"c": 1, "d": 7})
     assert (student.c.out_channels, student.d.out_channels) == (1, 7)
     torch.testing.assert_close(student(images(8, 1)), model(images(8, 1)), rtol=1e-2, atol=1e-3)
+
+
+def test_a_layer_with_more_inputs_than_examples_is_refitted_with_an_intercept() -> None:
+    """The inputs have a mean of about 1/2, so that weights alone would shift the outputs."""
+    with torch.random.fork_rng():
+        torch.manual_seed(3)
+        model = nn.Sequential(nn.Linear(6, 200), nn.Sigmoid(), nn.Linear(200, 4)).double().eval()
+    x = torch.randn(90, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    steps = []
+    student = shrink(model, [x], keep=0.5, on_step=steps.append)
+    assert steps[-1].layer == "2"
+    assert steps[-1].ridge < 1
+    assert steps[-1].error < 0.5 * steps[-1].error_before
+    torch.testing.assert_close(student(x).mean(0), model(x).mean(0), rtol=0, atol=1e-6)
+    assert (student(x) - model(x)).square().mean() < 1e-3 * model(x).var(0).mean()

@@ -166,3 +166,43 @@ def test_choices_are_those_stated(owner: str) -> None:
             call(owner, **{name: "other"})
         with pytest.raises((TypeError, ValueError), match=rf"^{owner}: {name} must be .*, got 1"):
             call(owner, **{name: 1})
+
+
+FLAGS = [
+    (owner, name)
+    for owner in [*kdlib.losses.__all__, *kdlib.weighting.__all__]
+    for name, parameter in signature(COMPONENTS[owner]).parameters.items()
+    if isinstance(parameter.default, bool)
+]
+
+
+@pytest.mark.parametrize(("owner", "name"), FLAGS)
+def test_flags_are_stored_and_shown(owner: str, name: str) -> None:
+    default = signature(COMPONENTS[owner]).parameters[name].default
+    for value in (default, not default):
+        made = call(owner, **{name: value})
+        assert getattr(made, name) is value
+        assert (f"{name}={value}" in repr(made)) == (f"{name}=" in repr(made))
+        assert (repr(made) == repr(call(owner))) == (value is default)
+
+
+@pytest.mark.parametrize("owner", [name for name in NUMBERS if name[0].isupper()])
+def test_arguments_are_stored_and_shown(owner: str) -> None:
+    values = {
+        "p": 2 if owner == "FactorTransferLoss" else 3,
+        "min_variance": 0.5,
+        "dim": -1,
+        "mask_ratio": 0.25,
+        "max_weight": 0.75,
+        "momentum": 0.75,
+        "skew": 0.75,
+        "floor": 0.25,
+    }
+    for name in NUMBERS[owner]:
+        value = -0.75 if name == "margin" and owner == "OverhaulLoss" else values.get(name, 7)
+        made = call(owner, **{name: value})
+        assert getattr(made, name) == value
+        assert repr(made) != repr(call(owner))
+        again = eval(repr(made), COMPONENTS)
+        assert repr(again) == repr(made)
+        assert getattr(again, name) == value

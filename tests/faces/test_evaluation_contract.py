@@ -83,6 +83,7 @@ def test_the_length_of_all_embeddings_does_not_matter(name: str, scale: float) -
 def test_a_bad_row_is_reported(name: str, value: float, row: int, message: str) -> None:
     bad = ROWS.copy()
     bad[row] = value
+    message = rf"^\w+: (embeddings|probes) must be {message}"
     with pytest.raises(ValueError, match=message):
         evaluate(bad, PROTOCOLS[name]())
     with pytest.raises(ValueError, match=message):

@@ -42,39 +42,39 @@ def distractors(rows: Any = DISTRACTORS, **options: Any) -> EvaluationProtocol:
     return evaluation.DistractorProtocol(CODES, rows, fars=FARS, **DRAWN, **options)
 
 
-TIED: dict[str, EvaluationProtocol] = {
-    "pairs": evaluation.PairProtocol(LEFT, RIGHT, CODES[LEFT] == CODES[RIGHT], fars=FARS, val_fars=(0.01, 0.2)),
-    "pairs, ages": evaluation.PairProtocol(
+TIED: dict[str, Callable[[], EvaluationProtocol]] = {
+    "pairs": lambda: evaluation.PairProtocol(LEFT, RIGHT, CODES[LEFT] == CODES[RIGHT], fars=FARS, val_fars=(0.01, 0.2)),
+    "pairs, ages": lambda: evaluation.PairProtocol(
         LEFT, RIGHT, CODES[LEFT] == CODES[RIGHT], np.arange(LEFT.size) % 3, fars=FARS, threshold="exact",
         tar_mode="nearest", val_fars=(0.2,), ages=AGES, identities=CODES, train_identities=[99], notes=["a note"],
         **DRAWN,
     ),
-    "leave one out": evaluation.LeaveOneOutProtocol(CODES, **DRAWN),
-    "leave one out, ages": evaluation.LeaveOneOutProtocol(CODES, (1, 2, 4), ages=AGES, **DRAWN),
-    "age gap": evaluation.AgeGapProtocol(CODES, ages=AGES, fars=FARS, **DRAWN),
-    "age gap, groups": evaluation.AgeGapProtocol(CODES, age_groups=GROUPS, fars=FARS, max_impostors=500, **DRAWN),
-    "age errors": evaluation.AgeErrorProtocol(CODES, ages=AGES, fars=FARS, **DRAWN),
-    "age errors, groups": evaluation.AgeErrorProtocol(CODES, age_groups=GROUPS, fars=FARS, **DRAWN),
-    "longitudinal": evaluation.LongitudinalProtocol(CODES, AGES, fars=FARS, **DRAWN),
-    "longitudinal, all": evaluation.LongitudinalProtocol(
+    "leave one out": lambda: evaluation.LeaveOneOutProtocol(CODES, **DRAWN),
+    "leave one out, ages": lambda: evaluation.LeaveOneOutProtocol(CODES, (1, 2, 4), ages=AGES, **DRAWN),
+    "age gap": lambda: evaluation.AgeGapProtocol(CODES, ages=AGES, fars=FARS, **DRAWN),
+    "age gap, groups": lambda: evaluation.AgeGapProtocol(CODES, age_groups=GROUPS, fars=FARS, max_impostors=500, **DRAWN),
+    "age errors": lambda: evaluation.AgeErrorProtocol(CODES, ages=AGES, fars=FARS, **DRAWN),
+    "age errors, groups": lambda: evaluation.AgeErrorProtocol(CODES, age_groups=GROUPS, fars=FARS, **DRAWN),
+    "longitudinal": lambda: evaluation.LongitudinalProtocol(CODES, AGES, fars=FARS, **DRAWN),
+    "longitudinal, all": lambda: evaluation.LongitudinalProtocol(
         CODES, AGES, years=(9, 25), window=4, reference="all", fars=FARS, **DRAWN
     ),
-    "groups": evaluation.CrossGroupProtocol(CODES, GROUPS, probe="child", gallery="old", fars=FARS, **DRAWN),
-    "groups, few": evaluation.CrossGroupProtocol(
+    "groups": lambda: evaluation.CrossGroupProtocol(CODES, GROUPS, probe="child", gallery="old", fars=FARS, **DRAWN),
+    "groups, few": lambda: evaluation.CrossGroupProtocol(
         CODES, GROUPS, gallery="child", fars=FARS, ranks=(1, 5), max_impostors=300, **DRAWN
     ),
-    "distractors": distractors(ages=AGES, sizes=(10, 100)),
-    "distractors, ties": distractors(ties="wrong", ranks=(1, 3)),
-    "distractors, flagged": distractors(FLAGGED, cleaning="extra_dimension", max_distractors=150),
-    "distractors, no zeros": distractors(DISTRACTORS * (np.arange(150) % 9 > 0)[:, None], cleaning="exclude_zeros"),
-    "distractors, zeros count": distractors(
+    "distractors": lambda: distractors(ages=AGES, sizes=(10, 100)),
+    "distractors, ties": lambda: distractors(ties="wrong", ranks=(1, 3)),
+    "distractors, flagged": lambda: distractors(FLAGGED, cleaning="extra_dimension", max_distractors=150),
+    "distractors, no zeros": lambda: distractors(DISTRACTORS * (np.arange(150) % 9 > 0)[:, None], cleaning="exclude_zeros"),
+    "distractors, zeros count": lambda: distractors(
         DISTRACTORS * (np.arange(150) % 9 > 0)[:, None], cleaning="zeros_score_0", ages=AGES, gap_bins=(0, 20)
     ),
-    "template verification": evaluation.TemplateVerificationProtocol(
+    "template verification": lambda: evaluation.TemplateVerificationProtocol(
         TEMPLATES, MEDIA, K % 24, (K + 1 + K // 24 * 2) % 24, K % 3 == 0,
         detector_scores=AGES / 10, feature_norm="unit", fars=FARS, mode="nearest",
     ),
-    "template identification": evaluation.TemplateIdentificationProtocol(
+    "template identification": lambda: evaluation.TemplateIdentificationProtocol(
         TEMPLATES, MEDIA, [([0, 2, 4, 6, 8], [0, 1, 2, 3, 4]), ([1, 3, 5, 7, 9], [5, 6, 7, 8, 9])],
         (np.arange(10, 24), np.arange(14) % 12), fpirs=(0.5, 0.01), ranks=(1, 2), **DRAWN,
     ),
@@ -166,12 +166,15 @@ def templates(**options: Any) -> Any:
     return evaluation.pool_templates(NOISY, TEMPLATES, MEDIA, **options)
 
 
-GOOD, BAD = TIED["age gap"].evaluate(SIGNS), TIED["age gap"].evaluate(NOISY)
+def results() -> dict[str, Any]:
+    return {name: TIED["age gap"]().evaluate(rows) for name, rows in (("good", SIGNS), ("bad", NOISY))}
+
+
 FUNCTIONS: dict[str, Callable[[], object]] = {
     "auc": lambda: [evaluation.auc(GENUINE, IMPOSTOR), evaluation.auc(IMPOSTOR, GENUINE), evaluation.auc([1], [1, 0])],
     "clustered_rate": lambda: evaluation.clustered_rate(HITS, CODES, **DRAWN),
     "clustered_rate, level": lambda: evaluation.clustered_rate(HITS, NAMED, replicates=50, level=0.5),
-    "compare": lambda: evaluation.compare({"good": GOOD, "bad": BAD}, "good", "bad"),
+    "compare": lambda: evaluation.compare(results(), "good", "bad"),
     "embed_images": lambda: evaluation.embed_images(pixels, BLOCKS, batch_size=4),
     "embed_images, as they are": lambda: evaluation.embed_images(pixels, BLOCKS[:3], flip=False, normalize=False),
     "identify_with_distractors": lambda: [search().to_dict(), search(ties="wrong", ages=AGES).to_dict()],
@@ -187,7 +190,9 @@ FUNCTIONS: dict[str, Callable[[], object]] = {
     "paired_test, identities": lambda: evaluation.paired_test(
         HITS, OTHER_HITS, identities=CODES, other_identities=CODES[::-1], level=0.8, **DRAWN
     ),
-    "paired_difference": lambda: evaluation.paired_difference(GOOD.all.auc, BAD.all.auc, level=0.5),
+    "paired_difference": lambda: evaluation.paired_difference(
+        *(each.all.auc for each in results().values()), level=0.5
+    ),
     "pool_templates": lambda: [templates(), templates(detector_scores=AGES / 10, feature_norm="unit")],
     "positives_first_folds": lambda: evaluation.positives_first_folds(np.sort(SAME)[::-1], 7),
     "roc_points": lambda: [evaluation.roc_points(GENUINE, IMPOSTOR, 9), evaluation.roc_points(IMPOSTOR, GENUINE)],
@@ -215,7 +220,7 @@ def text_of(name: str) -> str:
     if name in FUNCTIONS:
         return "\n".join(shown("value", FUNCTIONS[name]())) + "\n"
     rows = ROWS if name in PROTOCOLS else NOISY if "template" in name else SIGNS
-    lines = listing(rows, PROTOCOLS[name]() if name in PROTOCOLS else TIED[name])
+    lines = listing(rows, (PROTOCOLS | TIED)[name]())
     return "\n".join(lines) + "\n"
 
 
