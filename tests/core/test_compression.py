@@ -380,6 +380,9 @@ def test_options_and_networks_that_cannot_be_used_are_refused():
         TypeError, match=r"batches must be an iterable of tensors, got one torch.Tensor; give \[tensor\]"
     ):
         shrink(model, images(4), keep=0.5)
+    for wrong in (torch.ones(4), torch.ones(0, 3, 12, 12)):
+        with pytest.raises(ValueError, match=r"batch 1 must be \(b, ...\) with b >= 1, got"):
+            shrink(model, [*batch, wrong], keep=0.5)
     with pytest.raises(ValueError, match=r"batch 0 must be finite, got .* NaN or infinite values"):
         shrink(model, [images(4) * torch.nan], keep=0.5)
     with pytest.raises(ValueError, match="block 'second' must return the channels it receives"):

@@ -351,6 +351,8 @@ def test_the_paraphraser_is_trained_by_fit_alone() -> None:
     batches = [noise(4, 4, 5, 5, seed=k).float() for k in range(3)]
     with pytest.raises(RuntimeError, match="the paraphraser is not trained"):
         loss(noise(4, 3, 5, 5).float(), batches[0])
+    with pytest.raises(TypeError, match=r"Paraphraser: features must be a floating-point tensor, got torch\.int64"):
+        loss.paraphraser(batches[0].long())
     for name, wrong, message in (("epochs", 0, "a whole number and >= 1"), ("lr", 0, "a finite number and > 0")):
         with pytest.raises(ValueError, match=f"Paraphraser: {name} must be {message}, got 0"):
             loss.paraphraser.fit(batches, lambda x: x, **{name: wrong})

@@ -31,7 +31,7 @@ FLAGGED = np.hstack([DISTRACTORS, (DRAW.random((150, 1)) < 0.1).astype(float)])
 EVERY = np.argwhere(np.triu(np.ones((COUNT, COUNT), dtype=bool), 1))
 OWN = CODES[EVERY[:, 0]] == CODES[EVERY[:, 1]]
 NOISY = SIGNS + DRAW.normal(size=SIGNS.shape)  # sums of several rows have no exact length, so templates have no ties
-LEFT, RIGHT = np.stack([DRAW.permutation(EVERY[kind])[:90] for kind in (OWN, ~OWN)], axis=1).reshape(-1, 2).T
+LEFT, RIGHT = np.stack([DRAW.permutation(EVERY[kind])[:90] for kind in (OWN, ~OWN)], axis=1).reshape(-1, 2)[:-1].T
 TEMPLATES, MEDIA = np.arange(COUNT) // 3, np.arange(COUNT) // 2
 K = np.arange(40)
 FARS = (0.2, 0.01, 1e-6)
@@ -183,7 +183,9 @@ FUNCTIONS: dict[str, Callable[[], object]] = {
     "identity_overlap": lambda: [evaluation.identity_overlap(NAMED[:20], NAMED[30:50])],
     "leave_one_out": lambda: evaluation.leave_one_out(SIGNS, CODES, (1, 2, 5)),
     "pair_set": lambda: [
-        evaluation.pair_set(name, LEFT, RIGHT, SAME, fold_ids=K.repeat(5)[:180], notes=["own"]).evaluate(SIGNS).notes
+        evaluation.pair_set(name, LEFT, RIGHT, SAME, fold_ids=K.repeat(5)[: LEFT.size], notes=["own"])
+        .evaluate(SIGNS)
+        .notes
         for name in ("lfw", "cfp_fp", "agedb_30")
     ],
     "paired_test": lambda: evaluation.paired_test(HITS, OTHER_HITS, replicates=20),
@@ -209,7 +211,7 @@ FUNCTIONS: dict[str, Callable[[], object]] = {
             SIGNS[LEFT], SIGNS[RIGHT], SAME, threshold=threshold, val_fars=(0.1,), **options
         ).to_dict()
         for threshold in ("grid", "exact", "facexzoo")
-        for options in ({}, {"fold_ids": np.arange(180) // 2 % 4})
+        for options in ({}, {"fold_ids": np.arange(LEFT.size) // 2 % 4})
     ],
     "verify_pairs, pca": lambda: evaluation.verify_pairs(NOISY[LEFT], NOISY[RIGHT], SAME, pca=3).to_dict(),
     "wilson": lambda: [evaluation.wilson(k, 7, level=level) for k in (0, 3, 7) for level in (0.5, 0.95)],
@@ -228,6 +230,11 @@ def text_of(name: str) -> str:
 def test_values_agree_with_the_file(name: str) -> None:
     _, _, stored = FILE.read_text("utf-8").partition(f"== {name} ==\n")
     assert text_of(name) == stored.partition("\n== ")[0].rstrip("\n") + "\n"
+
+
+def test_no_more_components_are_kept_than_there_are_dimensions() -> None:
+    with pytest.raises(ValueError, match="pca must be a whole number and >= 1 and <= 16, got 17"):
+        evaluation.verify_pairs(NOISY[LEFT], NOISY[RIGHT], SAME, pca=17)
 
 
 LIMITS = {
