@@ -1,5 +1,6 @@
 """The documentation builds without warnings, is complete and offline, and shows the stored figures."""
 
+import argparse
 import hashlib
 import importlib
 import importlib.util
@@ -212,6 +213,28 @@ def test_the_tables_of_options_contain_every_setting(built: Path) -> None:
     shown = set(re.findall(r'<span class="pre">([\w.-]+)</span>', page))
     assert {key for cls in CONFIGS.values() for key, _ in walk_settings(cls())} <= shown
     assert {"--detector", "--recipe", "--protocol", "--max-loss", "--no-flip", "--debug", "num_failures"} <= shown
+
+
+def test_the_table_of_hardware_options_is_that_of_the_parsers() -> None:
+    from kdlib_faces.cli import make_parser
+
+    page = (ROOT / "docs" / "command_line.md").read_text("utf-8")
+    table = page.partition("| command | `--device` |")[2].partition("\n\n")[0].splitlines()
+    shown = {
+        cells[1].strip(" `"): [cell.strip() != "-" for cell in cells[2:6]]
+        for line in table[2:]
+        if (cells := line.split("|"))
+    }
+    found: dict[str, list[bool]] = {}
+    parsers: list[tuple[str, argparse.ArgumentParser]] = [("", make_parser())]
+    while parsers:
+        name, parser = parsers.pop()
+        groups = [each for each in parser._actions if isinstance(each, argparse._SubParsersAction)]
+        parsers += [(f"{name} {key}".strip(), each) for group in groups for key, each in group.choices.items()]
+        if not groups:
+            flags = {flag for action in parser._actions for flag in action.option_strings}
+            found[name] = [option in flags for option in ("--device", "--amp", "--compile", "--workers")]
+    assert shown == found
 
 
 WIDTHS = (390, 768, 1280, 1440, 1920)

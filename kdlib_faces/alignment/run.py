@@ -13,9 +13,12 @@ from os import PathLike
 from pathlib import Path, PurePosixPath
 from typing import Literal
 
+import torch
+
 from kdlib._atomic import atomic_write
 from kdlib._checks import check_choice, check_number
 from kdlib_faces._checks import InputError, show_name
+from kdlib_faces._hardware import CPU
 from kdlib_faces._output import check_output, locked
 from kdlib_faces._processes import end_with_parent, sigterm_exits
 from kdlib_faces.alignment.manifest import MANIFEST, Manifest, PhotographState, open_manifest
@@ -63,6 +66,7 @@ def align_photos(
     workers: int = 1,
     progress: bool = False,
     on_error: Literal["stop", "skip"] = "stop",
+    device: torch.device = CPU,
 ) -> AlignResult:
     """Detect the faces of a folder of photographs and write aligned crops, in the same folders.
 
@@ -82,6 +86,7 @@ def align_photos(
         progress: Show progress.
         on_error: `"skip"` leaves out files that cannot be read, and lists them in `doubtful.csv`; `"stop"` is an error after
             all others are done.
+        device: Device of the detector; each process has a session of its own on it.
 
     Returns:
         Counts, and the path of `faces.csv`.
@@ -103,7 +108,9 @@ def align_photos(
     check_choice("align", "on_error", on_error, ("stop", "skip"))
     source, target = Path(photographs), Path(output)
     plan = _plan(source, target, config)
-    aligner = PhotographAligner(Path(detector), config)  # so that a wrong file is an error before anything is written
+    aligner = PhotographAligner(
+        Path(detector), config, device=device
+    )  # so that a wrong file is an error before anything is written
     check_output(target, FACES, DOUBTFUL, SHEET, MANIFEST)
     _check_folders(plan, target)
     settings = {name: repr(value) for name, value in walk_settings(config) if name not in SHARED}
@@ -112,7 +119,7 @@ def align_photos(
         missing = [photograph for photograph in plan if not _is_done(photograph, manifest, target)]
         if len(missing) < len(plan):
             say(f"align: {len(plan) - len(missing):,} of {len(plan):,} photographs are done", quiet=not progress)
-        results = _align(missing, aligner) if workers == 1 else _align_in_processes(missing, aligner, workers)
+        results = _align(missing, aligner) if workers == 1 else _align_in_processes(missing, aligner, workers, device)
         with closing(results):
             shown = show_progress(results, "photographs", total=len(missing), quiet=not progress)
             for photograph, state, found, images in shown:
@@ -177,9 +184,9 @@ def _align(photographs: Sequence[Photograph], aligner: PhotographAligner) -> Gen
 
 
 def _align_in_processes(
-    photographs: Sequence[Photograph], aligner: PhotographAligner, workers: int
+    photographs: Sequence[Photograph], aligner: PhotographAligner, workers: int, device: torch.device
 ) -> Generator[_Result, None, None]:
-    arguments = (aligner.detector.path, aligner.config)
+    arguments = (aligner.detector.path, aligner.config, device)
     pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _start_worker, arguments)
     try:
         for photograph, state, future in _submit(pool, photographs, QUEUED * workers):
@@ -212,9 +219,9 @@ _ALIGNERS: list[PhotographAligner] = []
 """The aligner of a worker process."""
 
 
-def _start_worker(detector: Path, config: AlignConfig) -> None:
+def _start_worker(detector: Path, config: AlignConfig, device: torch.device) -> None:
     end_with_parent()
-    _ALIGNERS.append(PhotographAligner(detector, config, threads=1))
+    _ALIGNERS.append(PhotographAligner(detector, config, threads=1, device=device))
 
 
 def _work(path: Path) -> tuple[AlignedPhotograph, list[bytes]]:

@@ -183,6 +183,7 @@ def verify(
     rows: int = 64,
     decoders: int = 2,
     progress: bool = True,
+    device: torch.device = CPU,
 ) -> CacheCheck:
     """Check every byte of a cache; with lists and teacher, also its fingerprint and some recomputed rows.
 
@@ -193,6 +194,7 @@ def verify(
         rows: number of rows to recompute.
         decoders: threads that decode images.
         progress: show progress.
+        device: device of the teacher.
 
     Raises:
         InputError: the lists or the teacher cannot be used, or only one of them is given.
@@ -215,10 +217,11 @@ def verify(
             decoders=decoders,
             images=images,
             on_error="skip",
+            device=device,
             amp=amp,
         )
         TeacherCache.open(path, fingerprint=source.fingerprint)
-        with autocast(CPU, amp):
+        with autocast(device, amp):
             return verify_cache(cache, teacher=source.model, fetch=source.fetch, recompute=rows, progress=show)
 
 
