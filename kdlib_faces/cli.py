@@ -119,7 +119,7 @@ def make_parser() -> argparse.ArgumentParser:
     text = "start of the students on real faces: scratch, or shrink:FILE, a narrower copy of a teacher (the general teacher)"
     demo.add_argument("--start", metavar="scratch|shrink:FILE", help=text)
     demo.add_compile()
-    demo.add_workers("processes that augment the training images ahead (0)", default=0, min=0)
+    demo.add_workers("processes that augment the training images ahead (0)", 0, 0)
 
     train = commands.add_parser("train", parents=[common, run, data], help="train a student or a teacher on face lists")
     text = "what to train: a student of two teachers, a student alone, or a teacher (liaad)"
@@ -131,8 +131,7 @@ def make_parser() -> argparse.ArgumentParser:
     train.add_on_error()
     train.set_defaults(on_error=None)  # a recorded run may have it
     train.add_compile()
-    text = "processes that decode images ahead (0 where the images fit in memory, else up to 4)"
-    train.add_workers(text, default=None, min=0)
+    train.add_workers("processes that decode images ahead (0 where the images fit in memory, else up to 4)", None, 0)
     train.add_argument("--tensorboard", action="store_true", help="write losses and speed to OUTPUT/tensorboard")
     text = "seconds that a process waits for the others under torchrun before the run ends with an error (60)"
     train.add_argument("--timeout", type=_number(1, 86_400), default=60, metavar="SECONDS", help=text)
@@ -154,7 +153,7 @@ def make_parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--scores", action="store_true", help="write all scores to scores/PROTOCOL-MODEL.csv")
     evaluate.add_on_error()
     evaluate.add_compile()
-    evaluate.add_workers("threads that decode images (2)", default=2)
+    evaluate.add_workers("threads that decode images (2)", 2)
     evaluate.add_folder("--output", "runs/evaluate", "folder of the report")
 
     _add_cache(commands.add_parser("cache", help="cache the outputs of a teacher for face lists"), common, run, data)
@@ -192,7 +191,7 @@ def _add_deployment(commands: "argparse._SubParsersAction[_Parser]", common: _Pa
     add_deployment_options(export, embed, compare)
     export.add_argument("--opset", type=_number(18, 30), default=18, help="version of the ONNX operators (18)")
     embed.add_on_error()
-    embed.add_workers("threads that decode images (2)", default=2)
+    embed.add_workers("threads that decode images (2)", 2)
     embed.add_folder("--output", "runs/embed", "folder of embeddings.npy and images.csv")
     _add_input(export)
     for parser in (embed, compare):
@@ -207,7 +206,7 @@ def _add_align(parser: _Parser) -> None:
     add_align_options(parser)
     parser.add_on_error()
     parser.add_device()
-    parser.add_workers("number of processes (1)", default=1)
+    parser.add_workers("number of processes (1)", 1)
 
 
 def _add_cache(parser: _Parser, common: _Parser, run: _Parser, data: _Parser) -> None:
@@ -223,7 +222,7 @@ def _add_cache(parser: _Parser, common: _Parser, run: _Parser, data: _Parser) ->
     make.add_argument("--dtype", choices=("float16", "int8", "float32"), help="type on disk (float16)")
     make.add_on_error()
     make.add_compile()
-    make.add_workers("number of processes (1)", default=1)
+    make.add_workers("number of processes (1)", 1)
     check = actions.add_parser("verify", parents=[common], help="verify checksums, values and some recomputed rows")
     check.add_argument("directory", type=Path, metavar="DIR", help="folder of the cache")
     check.add_list("--data", "PATH", "lists that it was built from")
@@ -346,4 +345,6 @@ def _one_line(error: Exception) -> str:
         return f"{where}{error.strerror}"
     if isinstance(error, ImportError) and error.name:
         return f"{error}; install the extra: pip install 'kdlib-torch[faces,onnx]'"
-    return " ".join(str(error).split()) or type(error).__name__
+    from kdlib_faces._checks import describe_error  # loads torch
+
+    return describe_error(error) or type(error).__name__

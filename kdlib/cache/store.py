@@ -220,7 +220,8 @@ class TeacherCache:
                 view, position = divmod(int(rows[at]), self.samples)
                 sample = self._ids_at(np.asarray([position]))[0]
                 raise cache_error(
-                    f"{self.path} is damaged: feature {name!r} of sample {sample}, view {view} is not finite"
+                    f"{self.path} is damaged: feature {name!r} of sample {sample}, view {view} is not finite; build the cache "
+                    "again"
                 )
 
     def _raw(self, start: int, stop: int) -> np.ndarray[Any, Any]:

@@ -21,7 +21,7 @@ from torch import nn
 
 from kdlib._atomic import atomic_write
 from kdlib._modes import eval_mode
-from kdlib_faces._checks import InputError
+from kdlib_faces._checks import InputError, NotFiniteError
 from kdlib_faces._hardware import CPU, Amp, Hardware, autocast, share
 from kdlib_faces.data.dataset import decode_batches
 from kdlib_faces.data.image_files import describe_far_sizes
@@ -40,6 +40,7 @@ __all__ = ["OpenedModel", "embed_set", "open_model", "read_embeddings"]
 FORMAT = 1
 KEPT_EVERY = 256
 POLL_SECONDS = 0.1
+NOT_FINITE = "NaN or infinity"
 
 
 @dataclass(frozen=True, eq=False)
@@ -241,8 +242,12 @@ def _embed_to(target: Path, job: _Job, rows: range) -> None:
         for start in show(starts, label, quiet=not job.progress):
             stop = min(start + batch, count)
             pixels = images.decode(rows[start:stop], model.size, workers=job.workers).to(job.device)
-            array = embed_batch(model.module, pixels, flip=job.flip).astype("<f4", copy=False)
-            if (bad := _unusable_row(array)) is not None:
+            try:
+                array = embed_batch(model.module, pixels, flip=job.flip).astype("<f4", copy=False)
+                bad = _unusable_row(array)
+            except NotFiniteError as error:
+                bad = error.row, NOT_FINITE
+            if bad is not None:
                 where = f"{images.label(rows[start + bad[0]])} of {images.name}"
                 raise InputError(f"{model.path}: the model returns {bad[1]} for {where}")
             if not start:
@@ -261,7 +266,7 @@ def _embed_to(target: Path, job: _Job, rows: range) -> None:
 
 def _unusable_row(rows: NDArray[Any]) -> tuple[int, str] | None:
     """The first row without a direction, and what it holds."""
-    for what, good in (("NaN or infinity", np.isfinite(rows).all(axis=1)), ("zero", rows.any(axis=1))):
+    for what, good in ((NOT_FINITE, np.isfinite(rows).all(axis=1)), ("zero", rows.any(axis=1))):
         if not good.all():
             return int(good.argmin()), what
     return None

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from kdlib.cache import CachedTeacher, CacheError, Fingerprint, TeacherCache, model_fingerprint
-from kdlib_faces._checks import InputError
+from kdlib_faces._checks import InputError, describe_error
 from kdlib_faces.data.dataset import FaceImages
 from kdlib_faces.data.images import to_float
 from kdlib_faces.progress import progress_to
@@ -81,7 +81,7 @@ def cache_outputs(
         except CacheError as error:
             raise InputError(f"{Path(folder)}: {error}") from error
         except ValueError as error:
-            raise InputError(f"{label}: {error}") from error
+            raise InputError(f"{label}: {describe_error(error)}") from error
     return CachedTeacher(cache)
 
 
