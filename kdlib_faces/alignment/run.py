@@ -25,7 +25,8 @@ from kdlib_faces.alignment.manifest import MANIFEST, Manifest, PhotographState, 
 from kdlib_faces.alignment.photographs import AlignConfig, AlignedPhotograph, PhotographAligner
 from kdlib_faces.alignment.tables import DOUBTFUL, FACES, SHEET, Photograph, write_tables
 from kdlib_faces.config import walk_settings
-from kdlib_faces.data.image_files import scan_folder
+from kdlib_faces.data.image_files import describe_skipped, describe_suffixes, scan_folder
+from kdlib_faces.data.lists import warn
 from kdlib_faces.progress import progress as show_progress
 from kdlib_faces.progress import say
 
@@ -73,7 +74,7 @@ def align_photos(
     `output` then contains the crops; `faces.csv`, a face list with a row for each crop: path, identity (the first folder below
     `photographs`), source, score, number of faces found, box and five points; `doubtful.csv`, the photographs and crops that
     need a look, with the reason; `doubtful.png`, the first of them as pictures; and `manifest.jsonl`, from which an interrupted
-    run goes on. Another run with the same settings only processes photographs that are new, changed, or lack their crop.
+    run goes on. Files that are no images are counted and named in a warning. Another run with the same settings only processes photographs that are new, changed, or lack their crop.
 
     With `several="all"`, only the largest face of a photograph has the identity of the folder; that of the others is empty.
 
@@ -133,9 +134,10 @@ def _plan(source: Path, output: Path, config: AlignConfig) -> list[Photograph]:
     """The photographs with the names of their crops, which keep the name of the photograph where it is unique."""
     if output.resolve().is_relative_to(source.resolve()):
         raise InputError(f"align: the output {output} must not be in the folder of photographs, {source}")
-    files, _ = scan_folder(source)
+    files, others = scan_folder(source)
     if not files:
-        raise InputError(f"{source}: no images found")
+        raise InputError(f"{source}: no images found{f' among {describe_suffixes(others)}' if others else ''}")
+    warn(describe_skipped(source, others))
     counts: dict[str, int] = {}
     for file in files:
         counts[str(file.with_suffix("")).casefold()] = counts.get(str(file.with_suffix("")).casefold(), 0) + 1
