@@ -313,15 +313,32 @@ def test_the_picture_shows_the_stored_figures() -> None:
         assert picture.text["source"] == digest, "run python benchmarks/draw_figures.py"
 
 
-def test_the_study_shows_the_stored_figures() -> None:
-    pytest.importorskip("matplotlib", reason="the faces extra is not installed")
-    folder = ROOT / "benchmarks" / "study"
-    spec = importlib.util.spec_from_file_location("study_show", folder / "show.py")
+def benchmark(name: str) -> Any:
+    """A script of `benchmarks` as a module."""
+    spec = importlib.util.spec_from_file_location(Path(name).stem, ROOT / "benchmarks" / name)
     assert spec is not None
     assert spec.loader is not None
-    show = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(show)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_study_shows_the_stored_figures() -> None:
+    pytest.importorskip("matplotlib", reason="the faces extra is not installed")
+    show = benchmark("study/show.py")
     assert show.table(*show.read("choose")) in (ROOT / "docs" / "study.md").read_text("utf-8")
+
+
+def test_the_plan_for_a_large_set_shows_the_stored_figures() -> None:
+    script = benchmark("plan_scaling.py")
+    assert script.table(script.Setup()) in (ROOT / "docs" / "scaling.md").read_text("utf-8")
+    # Twice the GPUs, each at half of the speed, need the same hours; 36 million images at 1,000 per second need ten.
+    fast, slow = (script.hours(script.Setup(images_per_second=speed, gpus=gpus)) for speed, gpus in ((100, 4), (50, 8)))
+    assert list(fast.values()) == list(slow.values())
+    even = script.Setup(
+        images=36_000_000, epochs=1, gpus=1, images_per_second=1000, teacher_images_per_second=2000, views=2
+    )
+    assert list(script.hours(even).values()) == ["10.0", "10.0"]
 
 
 def test_names_in_the_text_are_linked(built: Path) -> None:
