@@ -91,6 +91,15 @@ def load_teacher(path: str | os.PathLike[str]) -> TeacherNet:
 
     Raises:
         InputError: As `load_backbone`, or the parts of a teacher file do not fit each other.
+
+    Examples:
+        >>> import tempfile
+        >>> backbone = build_backbone("mobilefacenet", embedding_dim=8, width=0.25, input_size=32)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     save_teacher(AgeInvariantNet(backbone), f"{folder}/teacher.safetensors")
+        ...     teacher = load_teacher(f"{folder}/teacher.safetensors")
+        >>> type(teacher).__name__, teacher(torch.zeros(2, 3, 32, 32)).shape
+        ('AgeInvariantNet', torch.Size([2, 8]))
     """
     weights = _read(path)
     return load_backbone(path) if weights is None else _build(path, weights.content)

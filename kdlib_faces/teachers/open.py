@@ -99,6 +99,15 @@ def load_pretrained(path: str | os.PathLike[str], images: InputOptions = RECOGNI
 
     Raises:
         InputError: As `import_onnx` and `load_network`.
+
+    Examples:
+        >>> import tempfile
+        >>> from kdlib_faces.backbones import MobileFaceNet, save_backbone
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     save_backbone(MobileFaceNet(embedding_dim=16, width=0.25, input_size=32), f"{folder}/net.pt")
+        ...     net = load_pretrained(f"{folder}/net.pt", InputOptions(color="bgr"))
+        >>> net, net.input_spec.color
+        (MobileFaceNet(embedding_dim=16, width=0.25, input_size=32), 'bgr')
     """
     if Path(path).suffix.lower() != ".onnx":
         return load_network(path, images)

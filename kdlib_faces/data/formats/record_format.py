@@ -88,6 +88,13 @@ def read_property(path: str | PathLike[str]) -> RecordProperties:
 
     Raises:
         InputError: The file has another form.
+
+    Examples:
+        >>> import pathlib, tempfile
+        >>> file = pathlib.Path(tempfile.mkdtemp()) / "property"
+        >>> _ = file.write_text("85742,112,112\\n")
+        >>> read_property(file)
+        RecordProperties(num_identities=85742, height=112, width=112)
     """
     lines = [line for _, (_, line) in zip(range(2), read_lines(path, what="property file"), strict=False)]
     fields = [field.strip() for field in lines[0].split(",")] if len(lines) == 1 else []

@@ -58,6 +58,15 @@ def read_agedb(folder: str | PathLike[str]) -> FaceList:
 
     Raises:
         InputError: There is no such image, or fewer than two identities.
+
+    Examples:
+        >>> import tempfile
+        >>> folder = Path(tempfile.mkdtemp())
+        >>> for name in ("1_AnnaExample_20_f.jpg", "2_AnnaExample_50_f.jpg", "3_BobExample_34_m.jpg"):
+        ...     _ = (folder / name).write_bytes(b"")
+        >>> faces = read_agedb(folder)
+        >>> faces, faces.ages.tolist()
+        (<FaceList: 3 images, 2 identities, 3 ages>, [20.0, 50.0, 34.0])
     """
 
     def parse(name: str) -> tuple[str, float] | None:

@@ -47,6 +47,15 @@ def read_fgnet(folder: str | PathLike[str], *, published: bool = True) -> FaceLi
 
     Raises:
         InputError: There is no such image, or the counts are not the published ones.
+
+    Examples:
+        >>> import pathlib, tempfile
+        >>> folder = pathlib.Path(tempfile.mkdtemp())
+        >>> for name in ("001A02.JPG", "001A43a.JPG", "002A16.JPG"):
+        ...     _ = (folder / name).write_bytes(b"")
+        >>> faces = read_fgnet(folder, published=False)
+        >>> faces.identity_names, faces.ages.tolist()
+        (('001', '002'), [2.0, 43.0, 16.0])
     """
 
     def parse(name: str) -> tuple[str, float] | None:
