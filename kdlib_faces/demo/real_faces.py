@@ -3,10 +3,11 @@
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal, TypeVar
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -30,6 +31,8 @@ from kdlib_faces.teachers.onnx.inspect import describe_graph
 from kdlib_faces.teachers.open import onnx_taps, open_onnx
 
 __all__ = ["real_data"]
+
+T = TypeVar("T")
 
 TEACHER_SIZE = 112
 _BLOCK = 512
@@ -84,7 +87,7 @@ def real_data(
     train_list, test_list = _split(face_list, config.test_fraction, seed)
     say(f"{len(train_list)} training and {len(test_list)} test images", quiet=quiet)
 
-    def shown(items: Iterable[Any], label: str) -> Iterable[Any]:
+    def shown(items: Iterable[T], label: str) -> Iterable[T]:
         return progress(items, label, quiet=quiet)
 
     train_images = load_images(train_list, TEACHER_SIZE, progress=shown)
@@ -155,7 +158,7 @@ def _joint_target(data: DemoData, graphs: dict[str, nn.Module], test_images: Ten
     return DemoModel(FusedTeacher(graphs, joint.matrix), TEACHER_SIZE, entry, test_images)
 
 
-def _age_map(teacher: nn.Module, faces: FaceList, codes: np.ndarray[Any, Any], seed: int, *, quiet: bool) -> Tensor:
+def _age_map(teacher: nn.Module, faces: FaceList, codes: NDArray[np.int64], seed: int, *, quiet: bool) -> Tensor:
     say("fitting the age map", quiet=quiet)
     plain, mirrored = (read_outputs(teacher, "embedding", torch.arange(len(faces)), view) for view in (0, 1))
     ages = None if faces.ages is None else torch.from_numpy(faces.ages)

@@ -4,7 +4,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import torch
 
@@ -101,8 +101,8 @@ def load_teacher(path: str | os.PathLike[str]) -> TeacherNet:
         >>> type(teacher).__name__, teacher(torch.zeros(2, 3, 32, 32)).shape
         ('AgeInvariantNet', torch.Size([2, 8]))
     """
-    weights = _read(path)
-    return load_backbone(path) if weights is None else _build(path, weights.content)
+    file = _read(path)
+    return load_backbone(path) if file is None else _build(path, file[1])
 
 
 def describe_teacher(path: str | os.PathLike[str], images: InputOptions | None = None) -> str | None:
@@ -111,11 +111,11 @@ def describe_teacher(path: str | os.PathLike[str], images: InputOptions | None =
     Raises:
         InputError: The parts of a teacher file do not fit each other.
     """
-    weights = _read(path)
-    if weights is None:
+    file = _read(path)
+    if file is None:
         return None
-    content = weights.content
-    model, kind = _build(path, content), content["kind"]
+    weights, content = file
+    model, kind = _build(path, content), str(content["kind"])
     rows = {
         "file": f"{weights.kind}, {weights.size:,} bytes",
         "layout": f"kdlib_faces teacher, {kind}: {KINDS[kind][2]}",
@@ -129,17 +129,17 @@ def describe_teacher(path: str | os.PathLike[str], images: InputOptions | None =
     return "\n".join(f"{name:<12}{value}" for name, value in rows.items())
 
 
-def _read(path: str | os.PathLike[str]) -> Weights | None:
-    """A teacher file, header and tensors as its content; None for any other file, whose errors `load_backbone` reports."""
+def _read(path: str | os.PathLike[str]) -> tuple[Weights, Mapping[str, object]] | None:
+    """A teacher file and its entries; None for any other file, whose errors `load_backbone` reports."""
     try:
         weights = read_weights("load_teacher", Path(path))
         content = with_header("load_teacher", weights, KEY)
     except InputError:
         return None
-    return replace(weights, content=content) if isinstance(content, Mapping) and KEY in content else None
+    return (weights, content) if KEY in content else None
 
 
-def _build(path: str | os.PathLike[str], content: Mapping[str, Any]) -> AgeInvariantNet | AttentiveAgeNet:
+def _build(path: str | os.PathLike[str], content: Mapping[str, object]) -> AgeInvariantNet | AttentiveAgeNet:
     """The teacher that the content describes, with its weights."""
     owner = f"load_teacher: {os.fspath(path)}"
     if content[KEY] != FORMAT:
@@ -161,14 +161,15 @@ def _build(path: str | os.PathLike[str], content: Mapping[str, Any]) -> AgeInvar
             model = cls(build_backbone(str(name), **arguments), **options)
     except (TypeError, ValueError, RuntimeError) as error:
         raise InputError(f"{owner} does not describe a teacher: {' '.join(str(error).split())[:300]}") from error
-    values, keys = {str(key): value for key, value in state.items()}, {key: key for key in model.state_dict()}
+    values = {str(key): value for key, value in state.items()}
+    keys = {key: key for key in model.state_dict()}
     differences = find_differences(model.state_dict(), keys, values)
     if differences:
         raise InputError(f"{owner} does not fit its own description; {list_differences(differences)}")
     load_values(owner, model, keys, values, Path(path).stat().st_size)
-    if isinstance(content.get("input"), dict):
+    if isinstance(fields := content.get("input"), dict):
         try:
-            model.backbone.input_spec = replace(model.backbone.input_spec, **content["input"])
+            model.backbone.input_spec = replace(model.backbone.input_spec, **fields)
         except (TypeError, ValueError) as error:
             raise InputError(f"{owner} does not describe its images: {error}") from error
     return model.eval()
