@@ -100,8 +100,10 @@ def _one_process(command: str, device: str | None) -> Hardware:
 
 
 def _open(options: Namespace, hardware: Hardware) -> OpenedModel:
-    (stated,) = inputs_of_models(options.input, 1)
-    return open_model(options.model, None, stated, device=hardware.device, compile=options.compile, quiet=options.quiet)
+    (input_options,) = inputs_of_models(options.input, 1)
+    return open_model(
+        options.model, None, input_options, device=hardware.device, compile=options.compile, quiet=options.quiet
+    )
 
 
 def _protocol(thresholds: object) -> str:

@@ -61,7 +61,7 @@ def real_data(
         faces: Lists or folders, with ages or age groups.
         teachers: Two ONNX files, the general teacher first.
         taps: Tensor of each teacher that is its middle map; without any, one is chosen.
-        inputs: What is stated about the images of the teachers: one text of `InputOptions.parse` for both, or one for each.
+        inputs: Input options of the teachers, as `InputOptions.parse` reads them: one text for both, or one for each.
         start: The network of which the students start as a narrower copy; None for random weights.
         seed: Seed of the split and of the age map.
         quiet: Show no progress.
@@ -72,14 +72,13 @@ def real_data(
     """
     if len(teachers) != 2:
         raise InputError(f"demo: two teachers must be given, the general one first, got {len(teachers)}")
-    stated = inputs_of_models(inputs, len(teachers))
-    pairs = zip(teachers, stated, strict=True)
+    input_options = inputs_of_models(inputs, len(teachers))
     chosen = [{"embedding": None, "map": tap} for tap in taps] or [
-        onnx_taps(path, layout=images.layout) for path, images in pairs
+        onnx_taps(path, layout=each.layout) for path, each in zip(teachers, input_options, strict=True)
     ]
     graphs = [
-        open_onnx(path, each, images=images, resize=True, device=device)
-        for path, each, images in zip(teachers, chosen, stated, strict=True)
+        open_onnx(path, tapped, input_options=each, resize=True, device=device)
+        for path, tapped, each in zip(teachers, chosen, input_options, strict=True)
     ]
     face_list = read_faces(faces)
     if face_list.ages is None and face_list.age_groups is None:

@@ -105,8 +105,12 @@ def load_teacher(path: str | os.PathLike[str]) -> TeacherNet:
     return load_backbone(path) if file is None else _build(path, file[1])
 
 
-def describe_teacher(path: str | os.PathLike[str], images: InputOptions | None = None) -> str | None:
-    """Describe a file of `save_teacher` in lines of text, with what is stated about its images; None for any other file.
+def describe_teacher(path: str | os.PathLike[str], input_options: InputOptions | None = None) -> str | None:
+    """Describe a file of `save_teacher` in lines of text; None for any other file.
+
+    Args:
+        path: The file.
+        input_options: Input options, which override those of the file.
 
     Raises:
         InputError: The parts of a teacher file do not fit each other.
@@ -120,7 +124,7 @@ def describe_teacher(path: str | os.PathLike[str], images: InputOptions | None =
         "file": f"{weights.kind}, {weights.size:,} bytes",
         "layout": f"kdlib_faces teacher, {kind}: {KINDS[kind][2]}",
         "network": repr(model.backbone) if kind == "dal" else str(content["backbone"]),
-        "input": (images or InputOptions()).applied_to(model.input_spec).describe(),
+        "input": (input_options or InputOptions()).applied_to(model.input_spec).describe(),
         "output": f"(b, {model.embedding_dim}), not normalized",
         "parameters": f"{sum(each.numel() for each in model.parameters()):,}",
         "taps": ", ".join(model.stages),
