@@ -136,6 +136,15 @@ def published(name: str, network: type[N], layers: tuple[int, ...], about: str, 
     build.__annotations__["return"] = network
     build.__doc__ = f"""`{network.__name__}` with blocks {layers}{about}.
 
+    Args:
+        embedding_dim: Dimensions d of the embedding.
+        width: Factor on the channels.
+        input_size: Side of the square images, or (height, width), in pixels.
+        dropout: Probability of dropout before the embedding layer.
+
+    Returns:
+        The network with random weights, `(b, 3, h, w)` to `(b, d)`.
+
     Examples:
         >>> import torch
         >>> from kdlib_faces.backbones import {name}

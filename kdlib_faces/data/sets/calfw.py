@@ -28,6 +28,9 @@ def read_calfw_pairs(path: str | PathLike[str], *, published: bool = True, sha25
         published: Require the published 3,000 genuine and 3,000 impostor pairs; False reads a list of your own.
         sha256: Required SHA-256 of the file.
 
+    Returns:
+        ImagePairs named `CALFW`, without ages.
+
     Raises:
         InputError: A line has another form, the number of lines is odd, the labels of a pair disagree, the counts are not
             the published ones, or the file does not match `sha256`.
@@ -45,6 +48,9 @@ def read_calfw_pairs(path: str | PathLike[str], *, published: bool = True, sha25
 
 def read_cplfw_pairs(path: str | PathLike[str], *, published: bool = True, sha256: str | None = None) -> ImagePairs:
     """Read the pair list of CPLFW (cross-pose LFW); format, folds and arguments are those of `read_calfw_pairs`.
+
+    Returns:
+        ImagePairs named `CPLFW`, without ages.
 
     Examples:
         >>> import pathlib, tempfile

@@ -28,6 +28,9 @@ def read_cfp_pairs(
         kind: `"FP"` or `"FF"`.
         published: Require ten folds of 350 genuine and 350 impostor pairs; False reads a part of the set.
 
+    Returns:
+        ImagePairs named `CFP-FP` or `CFP-FF`, without ages.
+
     Raises:
         InputError: A file is missing, a line has another form, a number belongs to no image, or the counts are not the
             published ones.

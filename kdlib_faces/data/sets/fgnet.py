@@ -26,6 +26,9 @@ class FGNetName(NamedTuple):
 def parse_fgnet_name(name: str) -> FGNetName | None:
     """Parse `sssAaa` and an optional letter, with or without a suffix; None for a name of another form.
 
+    Returns:
+        The parts, with the age in years; None for a name of another form.
+
     Examples:
         >>> parse_fgnet_name("001A43a.JPG")
         FGNetName(subject=1, age=43, letter='a')
@@ -44,6 +47,9 @@ def read_fgnet(folder: str | PathLike[str], *, published: bool = True) -> FaceLi
     Args:
         folder: The folder.
         published: Require the published 1,002 images of 82 subjects; False reads a part of the set.
+
+    Returns:
+        FaceList with ages in years.
 
     Raises:
         InputError: There is no such image, or the counts are not the published ones.

@@ -66,6 +66,9 @@ def read_ijb(
         pairs: Whether to read the pairs of the 1:1 protocol, the largest list.
         published: Require the published counts; False reads a part of the set.
 
+    Returns:
+        IJBSet; a list whose file is absent is None, except the templates.
+
     Raises:
         InputError: There is no template list, or a reader of a list raises it.
 

@@ -108,6 +108,9 @@ def read_ijb_templates(path: str | PathLike[str], *, published: Published = None
         path: The file.
         published: The set whose published counts the file must have; None accepts any counts.
 
+    Returns:
+        IJBTemplates of n images, in the order of the file.
+
     Raises:
         InputError: A line has another form, an image occurs twice, the file is empty, or the counts are not the published
             ones.
@@ -147,6 +150,9 @@ def read_ijb_pairs(
         templates: The set's templates; a pair with another one is then an error. (Tools that look up ids in a table of
             zeros silently compare such pairs with an empty template.)
         published: The set whose published counts the file must have; None accepts any counts.
+
+    Returns:
+        IJBPairs of p pairs, in the order of the file.
 
     Raises:
         InputError: A line has another form (the message gives its number), a label is neither 0 nor 1, a template is
@@ -199,6 +205,9 @@ def read_ijb_landmarks(
         path: The file.
         templates: The set's templates, whose images must then be the same in the same order.
         published: The set whose published counts the file must have; None accepts any counts.
+
+    Returns:
+        IJBLandmarks: points `(n, 5, 2)` in pixels and scores `(n,)`.
 
     Raises:
         InputError: A line has another form, a number is not finite, an image occurs twice, the images are not those of
@@ -255,6 +264,9 @@ def read_ijb_subjects(
         path: The file.
         templates: The set's templates; another one is then an error.
         published: The list whose published count the file must have; None accepts any count.
+
+    Returns:
+        IJBSubjects of m templates, each once.
 
     Raises:
         InputError: There is no header, a row has another form, a template has two subjects or is unknown, or the count is

@@ -129,7 +129,7 @@ def _folder(image: str) -> str:
 
 
 def _distinct_parts(images: list[str]) -> int:
-    """The smallest number of trailing parts of the paths that tells the images apart."""
+    """The smallest number of trailing parts of the paths that identifies each image."""
     paths = {PurePosixPath(image).parts for image in images}
     depth = max(map(len, paths), default=1)
     return next((count for count in range(1, depth) if len({path[-count:] for path in paths}) == len(paths)), depth)

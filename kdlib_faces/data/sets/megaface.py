@@ -65,6 +65,10 @@ def read_feature_file(path: str | PathLike[str]) -> NDArray[np.float32]:
 def write_feature_file(path: str | PathLike[str], feature: ArrayLike) -> None:
     """Write the feature of one image for the development kit, which compares by distance: normalize features first.
 
+    Args:
+        path: The file, which appears under its name only when it is complete.
+        feature: `(d,)` finite numbers, written as float32.
+
     Raises:
         ValueError: `feature` is not (d,) or not finite.
 
@@ -104,6 +108,12 @@ class TemplateList:
 
 def read_template_list(path: str | PathLike[str]) -> TemplateList:
     """Read a list such as `fgnet_features_list.json`: an object with arrays `path` and, for probes, `id`.
+
+    Args:
+        path: The JSON file.
+
+    Returns:
+        TemplateList; without `id`, as in lists of distractors, its `ids` are None.
 
     Raises:
         InputError: The file is another one or above 512 MiB, a path occurs twice or lies outside the set, or the arrays

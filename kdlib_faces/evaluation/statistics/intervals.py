@@ -69,6 +69,11 @@ def wilson_estimate(hits: BoolArray, *, level: float = 0.95) -> "Estimate":
 class Sampling:
     """Number and seed of the resamples behind the intervals, and the confidence of the intervals.
 
+    Attributes:
+        replicates: Number of resamples.
+        seed: Seed of the resamples.
+        level: Confidence of the intervals, in (0, 1).
+
     Examples:
         >>> Sampling(replicates=1000, level=0.9)
         Sampling(replicates=1000, seed=0, level=0.9)
