@@ -132,7 +132,7 @@ def process(rank: int, world: int, identities: int, folder: Path) -> None:
         Path("/proc/self/clear_refs").write_text("5")
         before = resident("VmRSS")
         with torch.device("meta"):
-            head = ArcFaceHead(DIM, count, SCALE, MARGIN, chunk_size=4096)
+            head = ArcFaceHead(DIM, count, SCALE, MARGIN, chunk_size=1024)
         shard_head(head, mesh, seed=1)
         optimizer = torch.optim.SGD(head.parameters(), lr=0.1, momentum=0.9)
         embeddings, labels = draw(count, 2 * BATCH)

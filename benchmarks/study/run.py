@@ -34,9 +34,14 @@ def train(name: str, run: dict[str, Any], seed: int, options: argparse.Namespace
     settings = run["settings"]
     everything = [lists[f"train-{Path(each).stem}"] for each in (options.judged, *options.extra)]
     data = [lists[f"train-{each}"] for each in run["data"]]
+    files = {"general": options.general, "age": options.age}
     start = run["start"].replace("general", options.general).replace("age", options.age)
-    maps = {options.general: settings["recipe.map_weight"] > 0, options.age: settings["recipe.attention_weight"] > 0}
-    caches = [cache_of(teacher, data, everything, options.work, maps=maps[teacher]) for teacher in maps]
+    maps = (settings["recipe.map_weight"] > 0, settings["recipe.attention_weight"] > 0)
+    teachers = [files[name] for name in run["teachers"]]
+    caches = [
+        cache_of(teacher, data, everything, options.work, maps=each)
+        for teacher, each in zip(teachers, maps, strict=True)
+    ]
     words = [word for path in data for word in ("--data", path)]
     words += [word for cache in caches for word in ("--teacher", cache)]
     words += [word for key, value in settings.items() for word in ("--set", f"{key}={_text(value)}")]

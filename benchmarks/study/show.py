@@ -19,6 +19,7 @@ ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "results" / "study"
 PICTURES = ROOT / "docs" / "_static"
 FARS = ("0.01", "0.001")
+SHOWN = {"auc": "AUC", "tar_0.01": "TAR at FAR 1 %", "tar_0.001": "TAR at FAR 0.1 %", "rank1": "rank-1"}
 
 
 def read(part: str) -> tuple[dict[str, Any], list[dict[str, Any]], dict[str, list[dict[str, Any]]]]:
@@ -61,6 +62,22 @@ def table(teachers: dict[str, Any], starts: list[dict[str, Any]], runs: dict[str
     return "\n".join(lines)
 
 
+def compared(part: str) -> str:
+    """A Markdown table of the paired differences that `compare.py` stored; empty without any."""
+    tables = []
+    for path in sorted((RESULTS / part).glob("differences_*.json")):
+        content = json.loads(path.read_text())
+        lines = [
+            f"| run minus `{content['base']}` | AUC | TAR at FAR 1 % | TAR at FAR 0.1 % | rank-1 |",
+            "|" + "---|" * 5,
+        ]
+        for name, row in sorted(content["runs"].items(), key=lambda item: -item[1]["auc"]["value"]):
+            shown = [f"{row[key]['value']:+.3f} ({row[key]['low']:+.3f} to {row[key]['high']:+.3f})" for key in SHOWN]
+            lines.append(f"| `{name}` | {' | '.join(shown)} |")
+        tables.append("\n".join(lines))
+    return "\n\n".join(tables)
+
+
 def _size(model: dict[str, Any]) -> str:
     return f"{model['parameters'] / 1e6:.2f} | {model['macs'] / 1e6:.0f}"
 
@@ -68,7 +85,7 @@ def _size(model: dict[str, Any]) -> str:
 def draw(
     teachers: dict[str, Any], starts: list[dict[str, Any]], runs: dict[str, list[dict[str, Any]]], target: Path
 ) -> None:
-    """Accuracy against images seen."""
+    """Accuracy against images seen, of the runs that are not compared with another in `draw_differences`."""
     mpl.use("agg")
     figure, axes = plt.subplots(1, 2, figsize=(10, 4.5), layout="constrained")
     for axis, far in zip(axes, FARS, strict=True):
@@ -104,6 +121,25 @@ def draw(
     print(target.name)
 
 
+def draw_differences(content: dict[str, Any], target: Path) -> None:
+    """Paired differences to one run, as points with intervals."""
+    names = sorted(content["runs"], key=lambda name: content["runs"][name]["auc"]["value"])
+    figure, axes = plt.subplots(1, len(SHOWN), figsize=(10, 1.4 + 0.28 * len(names)), layout="constrained", sharey=True)
+    for axis, (key, title) in zip(axes, SHOWN.items(), strict=True):
+        rows = [content["runs"][name][key] for name in names]
+        value = [row["value"] for row in rows]
+        errors = [[v - row["low"] for v, row in zip(value, rows, strict=True)]]
+        errors.append([row["high"] - v for v, row in zip(value, rows, strict=True)])
+        axis.errorbar(value, range(len(names)), xerr=errors, fmt="o", capsize=2, markersize=4)
+        axis.axvline(0, color="0.4", linewidth=1)
+        axis.grid(axis="x", color="0.9")
+        axis.set_title(title, fontsize=9)
+    axes[0].set_yticks(range(len(names)), names, fontsize=8)
+    figure.suptitle(f"Run minus {content['base']}, {content['images_seen']:,} images, 95 % intervals", fontsize=10)
+    figure.savefig(target, dpi=130)
+    print(target.name)
+
+
 def main() -> None:
     """Print and draw."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -111,7 +147,13 @@ def main() -> None:
     options = parser.parse_args()
     teachers, starts, runs = read(options.part)
     print(table(teachers, starts, runs))
-    draw(teachers, starts, runs, PICTURES / f"study_{options.part}.png")
+    print(compared(options.part))
+    contents = [json.loads(path.read_text()) for path in sorted((RESULTS / options.part).glob("differences_*.json"))]
+    hidden = {name for content in contents for name in content["runs"]}
+    shown = {name: rows for name, rows in runs.items() if name not in hidden}
+    draw(teachers, starts, shown, PICTURES / f"study_{options.part}.png")
+    for content in contents:
+        draw_differences(content, PICTURES / f"study_{options.part}_{content['base']}.png")
 
 
 if __name__ == "__main__":

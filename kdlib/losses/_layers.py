@@ -11,7 +11,17 @@ from torch.nn import functional as F
 from kdlib._checks import readable
 from kdlib._maths import FAR, finite_weight
 
-__all__ = ["affine", "convolve", "kept", "limit", "mean_square_error", "normalize", "pool_to_smaller", "promote_layers"]
+__all__ = [
+    "affine",
+    "channels_last",
+    "convolve",
+    "kept",
+    "limit",
+    "mean_square_error",
+    "normalize",
+    "pool_to_smaller",
+    "promote_layers",
+]
 
 
 def affine(layer: nn.Linear, x: Tensor) -> Tensor:
@@ -23,6 +33,13 @@ def convolve(layer: nn.Conv2d, x: Tensor) -> Tensor:
     """Apply a square convolution with stride 1 whose output has the grid of its input."""
     bias = None if layer.bias is None else layer.bias.to(x.dtype)
     return F.conv2d(x, layer.weight.to(x.dtype), bias, padding=layer.kernel_size[0] // 2)
+
+
+def channels_last(x: Tensor) -> Tensor:
+    """Return maps `(b, c, h, w)` in the memory format in which a CPU runs chains of 1x1 convolutions and norms fastest."""
+    if x.device.type != "cpu" or x.dtype != torch.float32 or not readable(x):
+        return x
+    return x.contiguous(memory_format=torch.channels_last)
 
 
 def kept(weight: Tensor | None) -> Tensor | None:

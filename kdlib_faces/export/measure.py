@@ -29,7 +29,7 @@ class Measurement:
         images_per_second: Images in a second at that time.
         peak_mib: Largest memory of the process, with the runtime itself, in MiB.
         file_mib: Size of the file in MiB.
-        note: Why it could not be run.
+        note: Why it could not be run, or that a graph for one image runs one after another.
     """
 
     model: str
@@ -114,7 +114,7 @@ def _measured(
     return [
         Measurement(
             path.name, engine, each["threads"], each["batch"], each["milliseconds"],
-            1000 * each["batch"] / each["milliseconds"], each["peak_mib"], size,
+            1000 * each["batch"] / each["milliseconds"], each["peak_mib"], size, each["note"],
         )
         for each in sorted(found, key=lambda each: (each["threads"], each["batch"]))
     ]  # fmt: skip

@@ -24,7 +24,7 @@ Modulate = Callable[[Tensor, Tensor], Tensor]
 """Maps the cosines `(b, m)` of negatives and the target cosines with margin `(b,)` to modulated cosines."""
 
 CHUNK = 2**20
-"""Cosines of a chunk if `chunk_size` is not given: 4 MB in float32."""
+"""Cosines of a chunk, and values of its centers, if `chunk_size` is not given: 4 MB in float32."""
 
 
 def unit(x: Tensor, dtype: torch.dtype, scale: float) -> Tensor:
@@ -114,7 +114,7 @@ def own_and_log_sum(
         identities: `(b,)`.
         scale: factor of the cosines.
         steepness: the largest slope of the target cosine by the angle.
-        chunk_size: identities per chunk; None for about 1 million cosines.
+        chunk_size: identities per chunk; None for about 1 million cosines, and as many values of centers.
         negatives: indices of the local centers that count as negatives; None for all.
         modulate: changes the cosines of negatives.
         target_cosine: maps own centers to target cosines with margin, which `modulate` compares to.
@@ -167,7 +167,7 @@ class _Plan:
     def columns(self, batch: int) -> tuple[Tensor | None, list[slice]]:
         """Return the indices of the negatives, None for all, and the chunks of them."""
         count = len(self.part.rows) if self.negatives is None else len(self.negatives)
-        width = math.prod(self.part.rows.shape[1:-1]) * max(batch, 1)
+        width = math.prod(self.part.rows.shape[1:-1]) * max(batch, self.part.rows.shape[-1], 1)
         size = self.chunk_size or max(1, CHUNK // width)
         return self.negatives, [slice(at, min(at + size, count)) for at in range(0, count, size)]
 

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from onnx import TensorProto, helper, save
 
 from kdlib_faces._checks import InputError
 from kdlib_faces.evaluation import AgeGapProtocol, CrossGroupProtocol, PairProtocol, tar_at_far
@@ -65,6 +66,21 @@ def test_a_graph_is_measured_in_a_process_without_torch(tmp_path: Path) -> None:
     assert all(row.milliseconds is not None and row.milliseconds > 0 for row in rows)
     assert all(row.peak_mib is not None and 10 < row.peak_mib < 200 for row in rows)
     assert len(table(rows).splitlines()) == 4
+
+
+def test_a_graph_that_holds_the_shape_of_one_image_runs_one_after_another(tmp_path: Path) -> None:
+    graph = helper.make_graph(
+        [helper.make_node("Reshape", ["images", "shape"], ["embedding"])],
+        "one",
+        [helper.make_tensor_value_info("images", TensorProto.FLOAT, ["batch", 3, 4, 4])],
+        [helper.make_tensor_value_info("embedding", TensorProto.FLOAT, [1, 48])],
+        [helper.make_tensor("shape", TensorProto.INT64, [2], [1, 48])],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    save(model, tmp_path / "one.onnx")
+    rows = measure([tmp_path / "one.onnx"], threads=(1,), batches=(1, 4), seconds=0.01)
+    assert [(row.batch, row.note) for row in rows] == [(1, ""), (4, "one image after another")]
+    assert all(row.milliseconds is not None for row in rows)
 
 
 def test_a_file_that_does_not_run_is_noted_and_a_missing_one_is_refused(tmp_path: Path) -> None:

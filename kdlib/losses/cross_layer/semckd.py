@@ -10,7 +10,16 @@ from torch.nn import functional as F
 from kdlib._checks import check_number, check_weight
 from kdlib._maths import FAR, Reduction, directions, full_precision, reduce
 from kdlib.losses._checks import check_batch_limit, check_channels, check_layers
-from kdlib.losses._layers import affine, convolve, kept, mean_square_error, normalize, pool_to_smaller, promote_layers
+from kdlib.losses._layers import (
+    affine,
+    channels_last,
+    convolve,
+    kept,
+    mean_square_error,
+    normalize,
+    pool_to_smaller,
+    promote_layers,
+)
 from kdlib.losses._module import LossModule
 
 __all__ = ["SemCKDLoss"]
@@ -166,6 +175,6 @@ class _Projection(nn.Module):
 
     def forward(self, x: Tensor, keep: Tensor | None) -> Tensor:
         """`(b, student_channels, h, w)` to `(b, teacher_channels, h, w)`."""
-        x = normalize(self.first_norm, convolve(self.first, x), keep).relu_()
+        x = normalize(self.first_norm, convolve(self.first, channels_last(x)), keep).relu_()
         x = normalize(self.second_norm, convolve(self.second, x), keep).relu_()
-        return convolve(self.third, x)
+        return convolve(self.third, x).contiguous()
