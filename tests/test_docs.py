@@ -1,6 +1,7 @@
 """The documentation builds without warnings, is complete and offline, and shows the stored figures."""
 
 import argparse
+import doctest
 import hashlib
 import importlib
 import importlib.util
@@ -102,6 +103,67 @@ def test_every_class_and_function_has_an_example(package: str) -> None:
     }  # fmt: skip
     # Errors without attributes, and the dictionaries of a checkpoint.
     assert lacking <= {"CacheError", "CheckpointError", "CheckpointState", "StepValues", "StreamState"}
+
+
+FACES_EXAMPLES = [
+    f"kdlib_faces.{name}"
+    for name in ("backbones", "data", "evaluation", "export", "heads", "losses", "recipes", "teachers")
+]
+WITHOUT_EXAMPLE = {
+    "FaceDataWarning", "IdentityOverlapWarning", "ProtocolResult", "Result",
+    "read_agedb_pairs",  # needs a MATLAB file
+    "shard_head",  # needs several processes
+    "convert_float16", "export_onnx", "export_program", "quantize_onnx",  # take seconds, or need the onnx extra
+}  # fmt: skip
+
+
+def has_example(value: object) -> bool:
+    return ">>> " in (value.__doc__ or "")
+
+
+def returned_names(values: dict[str, object]) -> set[str]:
+    """Names of the classes that functions and methods with an example return, and of the classes of their fields."""
+    functions = [value for value in values.values() if isinstance(value, types.FunctionType) and has_example(value)]
+    for owner in values.values():
+        if isinstance(owner, type):
+            methods = [each for each in vars(owner).values() if isinstance(each, types.FunctionType)]
+            functions += [each for each in methods if has_example(owner) or has_example(each)]
+    open_: list[object] = [function.__annotations__.get("return") for function in functions]
+    found: set[str] = set()
+    while open_:
+        for name in set(re.findall(r"\w+", str(open_.pop()))) - found:
+            if isinstance(value := values.get(name), type):
+                found.add(name)
+                open_ += vars(value).get("__annotations__", {}).values()
+    return found
+
+
+def test_every_class_and_function_of_the_faces_package_has_an_example_or_is_the_result_of_one() -> None:
+    modules = [importlib.import_module(package) for package in FACES_EXAMPLES]
+    values = {name: getattr(module, name) for module in modules for name in module.__all__}
+    shown = returned_names(values)
+    lacking = {
+        name for name, value in values.items()
+        if isinstance(value, (type, types.FunctionType)) and not has_example(value) and name not in shown
+    }  # fmt: skip
+    assert lacking == WITHOUT_EXAMPLE
+
+
+def test_examples_of_the_published_networks_run() -> None:
+    """The constructors are made in another module than the one that holds them, so pytest finds no example there."""
+    from kdlib_faces import backbones
+
+    made = [getattr(backbones, name) for name in backbones.__all__]
+    made = [
+        value for value in made if isinstance(value, types.FunctionType) and value.__name__ != value.__code__.co_name
+    ]
+    assert len(made) == 14
+    runner = doctest.DocTestRunner()
+    for function in made:
+        for case in doctest.DocTestFinder().find(function, module=False, globs={}):
+            assert case.examples, function.__name__
+            runner.run(case)
+    assert runner.summarize(verbose=False).failed == 0
 
 
 def test_the_sidebar_lists_the_names_of_one_topic(built: Path) -> None:

@@ -73,7 +73,7 @@ def build_cache(job: Job, wanted: Layout) -> None:
                 layout, first = _start(job, wanted, blocks)
             blocks.prepare(layout)
             run = _Run(job, layout, blocks, first)
-        run.go()
+        run.compute_all()
 
 
 @contextmanager
@@ -173,7 +173,7 @@ class _Run:
             )
         self.first = None if first is None else (blocks.claim() or 0, *first)
 
-    def go(self) -> None:
+    def compute_all(self) -> None:
         """Compute free blocks until all blocks are complete."""
         pool = ThreadPoolExecutor(1) if self.job.prefetch else None
         try:

@@ -56,7 +56,7 @@ def train(
     Returns:
         The result. The distiller contains the final weights and is in eval mode; `result.best` contains the best ones. For
         a finished run, the same result is returned immediately, unless `config` has more `epochs` or `max_steps`: then it
-        goes on, with the learning-rate schedule of the new length.
+        continues, with the learning-rate schedule of the new length.
 
     Raises:
         TrainingDiverged: The loss is NaN or infinite. The weights are those before the step, and checkpoints are kept;

@@ -92,8 +92,10 @@ def compare(options: Namespace, command: str) -> None:
 
 
 def _open(options: Namespace, hardware: Hardware) -> OpenedModel:
-    (stated,) = inputs_of_models(options.input, 1)
-    return open_model(options.model, None, stated, device=hardware.device, compile=options.compile, quiet=options.quiet)
+    (input_options,) = inputs_of_models(options.input, 1)
+    return open_model(
+        options.model, None, input_options, device=hardware.device, compile=options.compile, quiet=options.quiet
+    )
 
 
 def _photographs(files: list[Path], options: Namespace, hardware: Hardware) -> ImageSet:

@@ -88,7 +88,7 @@ def run(
         faces: Lists or folders of real faces; without any, faces are synthetic.
         teachers: Two ONNX files, the general teacher and the one to be made age-invariant; for real faces only.
         taps: Tensor of each teacher that is its middle map; without any, the map with the grid nearest to 14 x 14.
-        inputs: What is stated about the images of the teachers: one text of `InputOptions.parse` for both, or one for each.
+        inputs: Input options of the teachers, as `InputOptions.parse` reads them: one text for both, or one for each.
         start: The network of which the students start as a narrower copy, for a configuration of `start_config`; None for
             random weights. For real faces only.
         seeds: Seeds; the report shows the first run and the spread over all.

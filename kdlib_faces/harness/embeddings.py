@@ -65,7 +65,7 @@ class OpenedModel:
 def open_model(
     path: str | os.PathLike[str],
     size: int | None = None,
-    stated: "InputOptions | None" = None,
+    input_options: "InputOptions | None" = None,
     *,
     device: torch.device = CPU,
     compile: bool = False,
@@ -76,7 +76,7 @@ def open_model(
     Args:
         path: The file.
         size: Side of its images in pixels; None for the model's own, or 112 if the file leaves it open.
-        stated: What is stated about the images that the model takes; None for what its file implies.
+        input_options: Input options, which override what the file implies; None for none.
         device: Device of the model.
         compile: Compile it by `torch.compile`; a graph stays as it is, and a line says so.
         quiet: Print no such line.
@@ -86,17 +86,17 @@ def open_model(
     """
     from kdlib_faces.teachers.input_options import InputOptions
 
-    label, stated = Path(path).stem, stated or InputOptions()
+    label, input_options = Path(path).stem, input_options or InputOptions()
     module: nn.Module
     own: int | tuple[int, int] | None
     if Path(path).suffix.lower() == ".onnx":
         from kdlib_faces.teachers.onnx.inspect import describe_graph
         from kdlib_faces.teachers.open import open_onnx
 
-        described = describe_graph(path, stated.layout)
+        described = describe_graph(path, input_options.layout)
         own = described["input_size"]
         # As for checkpoints, the square crop is cut to the rectangle that the network takes.
-        teacher = open_onnx(path, images=stated, resize=isinstance(own, tuple), device=device)
+        teacher = open_onnx(path, input_options=input_options, resize=isinstance(own, tuple), device=device)
         images = "" if teacher.image_format is None else teacher.image_format.describe()
         entry = ModelEntry("teacher", label, "ONNX", images, parameters=described["parameters"], macs=described["macs"])
         fingerprint = f"{teacher.fingerprint} None"
@@ -104,7 +104,7 @@ def open_model(
     else:
         from kdlib_faces.teachers.open import load_network
 
-        network = load_network(path, stated)
+        network = load_network(path, input_options)
         # The input spec of a network cuts the square crop to the rectangle that it takes.
         entry = ModelEntry(
             "student", label, repr(network).split("(", 1)[0], network.input_spec.describe(),

@@ -98,6 +98,12 @@ def read_outputs(
 
     Returns:
         `(n, ...)` float32.
+
+    Examples:
+        >>> def teacher(samples, view):
+        ...     return {"embedding": samples[:, None] + 0.5 * view[:, None]}
+        >>> read_outputs(teacher, "embedding", torch.arange(3), view=1).flatten()
+        tensor([0.5000, 1.5000, 2.5000])
     """
     parts = [teacher(part, torch.full_like(part, view))[name] for part in torch.split(samples, _BATCH)]
     return torch.cat(parts)
